@@ -1,0 +1,33 @@
+# Each target makes .venv and installs the project when that is missing: on a fresh machine one command is enough.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := demo
+
+.PHONY: demo test lint bench clean
+
+$(VENV)/.installed: setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -e ".[dev]"
+	touch $@
+
+demo: $(VENV)/.installed
+	@DEMO="$(DEMO)" PATH="$(CURDIR)/$(BIN):$$PATH" sh utils/run_scripts/run_demo.sh $(DEMO_ARGS)
+
+test: $(VENV)/.installed
+	rm -f .coverage .coverage.*
+	PATH="$(CURDIR)/$(BIN):$$PATH" COVERAGE_PROCESS_START=pyproject.toml \
+		$(BIN)/python -m coverage run -m unittest discover -s tests -t .
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.pretraining_step
+
+clean:
+	rm -rf $(DEMO) .coverage .coverage.* .mypy_cache .ruff_cache build

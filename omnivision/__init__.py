@@ -1,0 +1,1 @@
+"""Video models by the PPMA recipe. Importing this package imports nothing heavy."""

@@ -1,0 +1,152 @@
+"""Checkpoints: written whole or not at all, verified by their manifest, loaded with weights only.
+
+`checkpoint.pt` is the newest, `previous.pt` the one before it, `checkpoint_<epoch>.pt` are kept, `best.pt` is the best by
+validation. Beside each lies `<name>.json`, a manifest with sizes and SHA-256 sums. A manifest may list two sums: it is
+written before the file it describes is renamed into place, so that at every moment a file that is there is listed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from omnivision.errors import UserError
+from omnivision.files import sync_folder, write_atomically
+
+LATEST, PREVIOUS, BEST = "checkpoint.pt", "previous.pt", "best.pt"
+FORMAT = 1
+
+
+class BrokenCheckpoint(Exception):
+    """A checkpoint file that is not what was once written; the message says how it differs."""
+
+
+def safe_load(path: Path, map_location: str = "cpu") -> Any:
+    """The one door through which files from strangers come in: tensors and plain containers, never a pickled object.
+
+    Raises BrokenCheckpoint for a file that does not load, whatever the reason.
+    """
+    try:
+        return torch.load(path, map_location=map_location, weights_only=True, mmap=True)
+    except Exception as error:  # torch raises many kinds for a damaged or hostile file; all mean the same to the caller
+        raise BrokenCheckpoint(
+            f"{path} does not load: {str(error).splitlines()[0] if str(error) else error!r}"
+        ) from error
+
+
+def save(state: dict[str, Any], folder: Path, also: list[str]) -> None:
+    """Write a checkpoint as `checkpoint.pt`; the one it replaces becomes `previous.pt`. `also` are further names for it.
+
+    Raises OSError (disk full, no permission) with everything that was there before still in place.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{LATEST}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        entry = {"size": temporary.stat().st_size, "sha256": _sha256(temporary)}
+        for name in also:
+            _link(temporary, folder / name, [entry])
+        latest = folder / LATEST
+        if latest.exists():
+            _link(latest, folder / PREVIOUS, _entries(latest))
+        _write_manifest(latest, [entry, *_entries(latest)][:2])
+        os.replace(temporary, latest)
+        sync_folder(folder)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_newest(folder: Path) -> tuple[dict[str, Any], Path, list[str]] | None:
+    """The newest checkpoint that is whole, its path, and what was wrong with newer ones; None when there is none at all.
+
+    Raises BrokenCheckpoint when checkpoints are there but every one is broken: starting over would lose a run silently.
+    """
+    problems: list[str] = []
+    for name in (LATEST, PREVIOUS):
+        path = folder / name
+        if not path.exists():
+            continue
+        try:
+            verify(path)
+            return safe_load(path), path, problems
+        except BrokenCheckpoint as error:
+            problems.append(str(error))
+    if problems:
+        raise BrokenCheckpoint("; ".join(problems))
+    return None
+
+
+def verify(path: Path) -> None:
+    """Compare a file with its manifest; a checkpoint without one (from elsewhere) passes. Raises BrokenCheckpoint."""
+    entries = _entries(path)
+    if not entries:
+        return
+    size, digest = path.stat().st_size, _sha256(path)
+    if not any(entry["size"] == size and entry["sha256"] == digest for entry in entries):
+        raise BrokenCheckpoint(
+            f"{path} ({size} bytes, SHA-256 {digest[:12]}...) is not the file that its manifest describes"
+        )
+
+
+def load_model(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
+    """Put a run's own weights back. Raises UserError when they belong to another model; nothing is changed then."""
+    wanted = model.state_dict()
+    missing, unexpected = sorted(set(wanted) - set(state)), sorted(set(state) - set(wanted))
+    shapes = [
+        f"{name} {tuple(state[name].shape)} instead of {tuple(wanted[name].shape)}"
+        for name in sorted(set(wanted) & set(state))
+        if state[name].shape != wanted[name].shape
+    ]
+    if missing or unexpected or shapes:
+        parts = [("missing", missing), ("not in this model", unexpected), ("of another shape", shapes)]
+        differences = "; ".join(f"{len(names)} {what}: {', '.join(names[:3])}" for what, names in parts if names)
+        raise UserError(
+            f"{path} holds a checkpoint of another model ({differences}). The run in this folder was started with other "
+            "settings: give the same trainer/model, num_frames and image_size again, or another "
+            "launcher.experiment_log_dir for a new run."
+        )
+    model.load_state_dict(state)
+
+
+def _link(source: Path, target: Path, entries: list[dict[str, Any]]) -> None:
+    """Give a file a second name, replacing what had it; a copy where the file system has no hard links."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        shutil.copyfile(source, temporary)
+    _write_manifest(target, [*entries, *_entries(target)][:3])
+    os.replace(temporary, target)
+
+
+def _manifest(path: Path) -> Path:
+    return path.with_name(path.name + ".json")
+
+
+def _entries(path: Path) -> list[dict[str, Any]]:
+    try:
+        return list(json.loads(_manifest(path).read_text())["files"])
+    except FileNotFoundError:
+        return []
+    except (ValueError, KeyError, TypeError):
+        raise BrokenCheckpoint(f"{_manifest(path)} is not a manifest") from None
+
+
+def _write_manifest(path: Path, entries: list[dict[str, Any]]) -> None:
+    write_atomically(_manifest(path), json.dumps({"format": FORMAT, "files": entries}, indent=1) + "\n")
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,28 @@
+"""The `omnivision` command. Each subcommand is a file beside this one with `add_parser` and `run`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from omnivision.cli import demo_data
+from omnivision.errors import UserError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="omnivision",
+        description="Tools around the training of video models. Training itself: python train_app_submitit.py --help",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    demo_data.add_parser(commands)
+    options = parser.parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

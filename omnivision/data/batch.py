@@ -1,0 +1,94 @@
+"""A batch on its way from the workers to the model. The axis order of `video` is fixed here once: (B, C, T, H, W)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from omnivision.errors import UserError
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A file that gave no clip: what the ledger says about it."""
+
+    source: str
+    index: int
+    path: str
+    reason: str
+
+
+@dataclass
+class Sample:
+    """What a dataset gives for one request: V views of one video."""
+
+    video: Tensor  # uint8 (V, C, T, H, W)
+    mask: Tensor | None  # bool (V, T', H', W')
+    label: int
+    source: str
+    index: int  # in its split; of the file that was decoded, should it have replaced another
+    path: str
+    bad: list[BadSample] = field(default_factory=list)
+
+
+@dataclass
+class Batch:
+    """B clips of one source; the views of a video stand next to each other."""
+
+    video: Tensor  # (B, C, T, H, W), uint8 from the workers
+    label: Tensor  # int64 (B,)
+    index: Tensor  # int64 (B,), position in the source's split
+    source: str
+    paths: list[str]  # (B,)
+    mask: Tensor | None = None  # bool (B, T', H', W'), True = hidden
+    num_masked: int = 0  # tokens hidden in each sample
+    bad: list[BadSample] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.video)
+
+    def to(self, device: torch.device) -> Batch:
+        return self._tensors(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        return self._tensors(Tensor.pin_memory)
+
+    def split(self, parts: int) -> list[Batch]:
+        """`parts` equal pieces, in order; `parts` divides B."""
+        size = len(self) // parts
+        return [
+            replace(self._tensors(lambda t, i=i: t[i : i + size]), paths=self.paths[i : i + size])  # type: ignore[misc]
+            for i in range(0, len(self), size)
+        ]
+
+    def _tensors(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        mask = None if self.mask is None else change(self.mask)
+        return replace(self, video=change(self.video), label=change(self.label), index=change(self.index), mask=mask)
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Samples of one source -> batch, views flattened into B. Raises UserError when masks hide different counts."""
+    views = torch.tensor([len(sample.video) for sample in samples])
+    mask, num_masked = None, 0
+    if samples[0].mask is not None:
+        mask = torch.cat([sample.mask for sample in samples if sample.mask is not None])
+        counts = mask.flatten(1).sum(1)
+        num_masked = int(counts[0]) if len(counts) else 0
+        if not bool((counts == num_masked).all()):
+            raise UserError(
+                f"The masks of a batch hide {sorted(set(counts.tolist()))} tokens; expected the same number in every "
+                "sample, because visible tokens are stacked. Change trainer.data.mask."
+            )
+    return Batch(
+        video=torch.cat([sample.video for sample in samples]),
+        label=torch.tensor([sample.label for sample in samples]).repeat_interleave(views),
+        index=torch.tensor([sample.index for sample in samples]).repeat_interleave(views),
+        source=samples[0].source,
+        paths=[sample.path for sample in samples for _ in sample.video],
+        mask=mask,
+        num_masked=num_masked,
+        bad=[bad for sample in samples for bad in sample.bad],
+    )

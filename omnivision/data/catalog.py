@@ -1,0 +1,159 @@
+"""A dataset split: two .npy files, 1-D paths and 1-D integer labels, memory-mapped and never unpickled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from omnivision.errors import UserError
+
+IGNORED_LABEL = -1
+Files = str | Sequence[str]
+
+
+@dataclass(frozen=True)
+class SplitFiles:
+    """Where a split's arrays lie; several candidates mean the first that exists."""
+
+    paths: Files
+    labels: Files | None = None
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """An entry of the catalog (`config/experiments/dataset_catalog.yaml`)."""
+
+    name: str
+    kind: Literal["video", "image", "rgbd"] = "video"
+    num_classes: int | None = None
+    class_names: str | None = None
+    prefix: str = ""
+    remove_prefix: str = ""
+    suffix: str = ""
+    remove_suffix: str = ""
+    fps: float = 25.0
+    train: SplitFiles | None = None
+    val: SplitFiles | None = None
+
+    @classmethod
+    def from_entry(cls, name: str, entry: Mapping[str, Any]) -> Dataset:
+        splits = {key: SplitFiles(**entry[key]) for key in ("train", "val") if entry.get(key)}
+        return cls(name=name, **{key: value for key, value in entry.items() if key not in ("train", "val")} | splits)
+
+
+class Split:
+    """The samples of one split: `path(i)` and `label(i)`. Workers receive file names, not arrays.
+
+    Raises UserError when a file is missing or is not what it should be: object arrays, floats, bytes, 2-D arrays,
+    lengths that differ, no sample at all, labels outside -1 .. num_classes - 1 (-1 is ignored by losses).
+    """
+
+    def __init__(self, dataset: Dataset, which: Literal["train", "val"]) -> None:
+        files: SplitFiles | None = getattr(dataset, which)
+        if files is None:
+            raise UserError(
+                f"Dataset {dataset.name} has no {which} split. Give datasets.{dataset.name}.{which}.paths in the catalog "
+                "or on the command line."
+            )
+        self.dataset, self.name, self.which = dataset, dataset.name, which
+        where = f"datasets.{dataset.name}.{which}"
+        self._paths_file = first_existing(files.paths, f"{where}.paths")
+        self._labels_file = first_existing(files.labels, f"{where}.labels") if files.labels else None
+        self._open()
+        _check_paths(self._paths, self._paths_file, f"{where}.paths")
+        if self._labels is not None:
+            _check_labels(self._labels, self._labels_file, f"{where}.labels", len(self._paths), dataset.num_classes)
+
+    def _open(self) -> None:
+        self._paths = load_array(self._paths_file)
+        self._labels = load_array(self._labels_file) if self._labels_file else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key not in ("_paths", "_labels")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._open()
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def path(self, index: int) -> str:
+        rules = self.dataset
+        path = str(self._paths[index]).removeprefix(rules.remove_prefix).removesuffix(rules.remove_suffix)
+        return f"{rules.prefix}{path}{rules.suffix}"
+
+    def label(self, index: int) -> int:
+        return IGNORED_LABEL if self._labels is None else int(self._labels[index])
+
+
+def first_existing(files: Files, setting: str) -> str:
+    """The first of the candidate files that exists; UserError naming `setting` and all of them when none does."""
+    candidates = [files] if isinstance(files, str) else list(files)
+    for candidate in candidates:
+        if Path(candidate).is_file():
+            return candidate
+    raise UserError(
+        f"{setting}: no such file: {', '.join(candidates) or '(none given)'}. Expected a .npy file; relative paths start "
+        f"at {Path.cwd()}. Set ++{setting}=FILE.npy, or the folder of all datasets with ++data_root=FOLDER."
+    )
+
+
+def load_array(file: str) -> np.ndarray:
+    """Memory-map a .npy file; anything that would have to be unpickled, or is no .npy file, is a UserError."""
+    try:
+        return np.load(file, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        reason = "it holds Python objects, which are never unpickled" if "allow_pickle" in str(error) else str(error)
+        raise UserError(
+            f"{file} cannot be read as a .npy array: {reason}. Expected a file written by numpy.save from a 1-D array of "
+            "strings (paths) or integers (labels), e.g. numpy.save(file, numpy.array(list_of_paths, dtype=str))."
+        ) from None
+
+
+def _check_paths(paths: np.ndarray, file: str, setting: str) -> None:
+    if paths.ndim != 1 or paths.dtype.kind != "U":
+        raise UserError(
+            f"{file} holds {_describe(paths)}; expected a 1-D array of (unicode) strings, one path a sample. Save it with "
+            f"numpy.save(file, numpy.array(list_of_paths, dtype=str)), or point {setting} to another file."
+        )
+    if len(paths) == 0:
+        raise UserError(f"{file} is empty: expected at least one path. Point {setting} to a split with samples.")
+
+
+def _check_labels(labels: np.ndarray, file: str | None, setting: str, samples: int, num_classes: int | None) -> None:
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise UserError(
+            f"{file} holds {_describe(labels)}; expected a 1-D array of integers, one label a sample. Save it with "
+            f"numpy.save(file, numpy.array(list_of_labels, dtype=numpy.int64)), or point {setting} to another file."
+        )
+    if len(labels) != samples:
+        raise UserError(
+            f"{file} holds {len(labels)} labels for {samples} paths; expected one label a path. Write both files from the "
+            f"same list, or point {setting} to the file that belongs to the paths."
+        )
+    low, high = int(labels.min()), int(labels.max())
+    if low < IGNORED_LABEL or (num_classes is not None and high >= num_classes):
+        allowed = (
+            f"{IGNORED_LABEL} (ignored) to {num_classes - 1}" if num_classes is not None else "-1 (ignored) or more"
+        )
+        raise UserError(
+            f"{file} holds labels from {low} to {high}; expected {allowed}. Mend the labels, or set "
+            f"{setting.split('.')[0]}.{setting.split('.')[1]}.num_classes to the number of classes."
+        )
+
+
+def _describe(array: np.ndarray) -> str:
+    kinds = {
+        "f": "floating-point numbers",
+        "i": "integers",
+        "u": "integers",
+        "U": "strings",
+        "S": "bytes",
+        "b": "booleans",
+    }
+    return f"a {array.ndim}-D array {array.shape} of {kinds.get(array.dtype.kind, str(array.dtype))} ({array.dtype})"

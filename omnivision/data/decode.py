@@ -1,0 +1,436 @@
+"""Video file or folder of frames -> uint8 RGB frames, decoding no more than the wanted frames need.
+
+    with open_video(path) as video:
+        frames = video.read(start, end, 16)         # (16, 3, H, W) uint8
+
+The frames are byte for byte those of a decoder that decodes the whole file. How a window of a file is read:
+
+1. seek to the key frame before it and demux its packets (cheap: nothing is decoded),
+2. choose the wanted time stamps from those of the packets,
+3. decode only runs of packets that lead from a key frame to a wanted frame, and inside a run let the decoder drop
+   every frame that no other refers to, unless it is wanted,
+4. if time stamps and decoded frames do not agree, forget all that and decode honestly from the start of the file.
+"""
+
+import os
+import re
+import stat
+import struct
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from fractions import Fraction
+from itertools import chain
+from math import ceil
+
+import av
+import av.error
+import numpy as np
+import torch
+from av.container import InputContainer
+from av.packet import Packet
+from av.stream import Discard, Disposition
+from av.video.frame import VideoFrame
+from av.video.reformatter import VideoReformatter
+from PIL import Image, UnidentifiedImageError
+
+from omnivision.data.clips import subsample_indices
+
+Seconds = float | Fraction
+
+# Containers that hold their pictures themselves. Playlists, concat scripts, image patterns, devices and network
+# descriptions are missing on purpose: a file in such a format can name other files.
+_FORMATS = (
+    "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,nut,ivf,mxf,rm,dv,wtv,h264,hevc,obu,m4v,mjpeg,yuv4mpegpipe"
+)
+# Those whose packets carry time stamps. In others (MPEG program streams) they are guessed, wrongly after a seek.
+_TIMED_FORMATS = frozenset("mov matroska avi mpegts flv gif nut ivf".split())
+_INDEXED_FORMATS = frozenset({"mov", "avi"})  # every packet, by decoding time
+# Codecs in which each packet is one frame, less the exceptions in `_shows_a_frame` and `_trustworthy`.
+_FRAME_PER_PACKET = frozenset(
+    "h264 hevc vp8 vp9 av1 libdav1d mpeg4 mpeg2video mpeg1video mjpeg prores ffv1 gif dnxhd rawvideo png".split()
+)
+# Codecs whose decoder, told to, drops exactly the frames that no other frame refers to.
+_CAN_DROP_UNREFERENCED = frozenset("h264 hevc mpeg4 mpeg2video mpeg1video".split())
+
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".gif")
+_IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF", "GIF")  # none that runs another program, as EPS does
+
+# IndexError: PyAV's answer to a damaged transport stream that announces another stream midway.
+_FILE_ERRORS = (av.error.FFmpegError, OSError, MemoryError, IndexError)
+_IMAGE_ERRORS = (  # what PIL raises on damaged files
+    *(OSError, ValueError, SyntaxError, EOFError, TypeError, LookupError, MemoryError, OverflowError),
+    *(struct.error, zlib.error, Image.DecompressionBombError),
+)
+
+
+class BadVideo(Exception):
+    """This file cannot give the frames asked for. The message is one line: the reason, without the path."""
+
+
+@contextmanager
+def open_video(path: str, *, fps: float = 25.0, max_pixels: int | None = None) -> "Iterator[VideoFile | FrameFolder]":
+    """Open a video file, or a folder whose images are its frames at `fps` frames a second.
+
+    `max_pixels` bounds width x height, by the header and again while decoding.
+    Raises BadVideo when there is no readable video at `path`; ValueError when `fps` is not a positive number.
+    """
+    if not 0 < fps < float("inf"):
+        raise ValueError(f"fps: expected a positive number, got {fps}")
+    descriptor, is_folder = _open_plain(path)
+    try:
+        if is_folder:
+            yield FrameFolder(descriptor, Fraction(fps), max_pixels)
+        else:
+            with closing(VideoFile(descriptor, max_pixels)) as video:
+                yield video
+    finally:
+        os.close(descriptor)
+
+
+class VideoFile:
+    """A file that FFmpeg can read. Times are seconds after the stream's first presentation time."""
+
+    def __init__(self, descriptor: int, max_pixels: int | None):
+        self._descriptor = descriptor
+        self._max_pixels = max_pixels
+        self._container: InputContainer | None = None
+        self._reformatter = VideoReformatter()  # reused: setting one up costs half a conversion
+        try:
+            # ISO files (mp4, mov) tell all in their header: no need to decode frames first, which takes up to 20 ms.
+            self._open(probe=os.pread(descriptor, 8, 0)[4:] != b"ftyp")
+            if self._stream.start_time is None or not self._context.width:
+                self._open(probe=True)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def duration(self) -> float:
+        """Seconds; found by reading all packets when the header does not tell. Raises BadVideo."""
+        if (ticks := self._stream.duration or 0) > 0:
+            return float(ticks * self._time_base)
+        if (microseconds := self._input().duration or 0) > 0:
+            # Matroska's header counts from 0 to the last frame, wherever the first one is.
+            late = max(self._origin, 0) * self._time_base if self._format == "matroska" else 0
+            return float(Fraction(microseconds, av.time_base) - late)
+        with _as_bad_video():
+            self._open(probe=True)
+            ends = [p.pts + (p.duration or 0) for p in self._demux() if p.pts is not None]
+        if not ends:
+            raise BadVideo("its frames have no time stamps")
+        return float((max(ends) - self._origin) * self._time_base)
+
+    def read(self, start: Seconds, end: Seconds, num_frames: int) -> torch.Tensor:
+        """`num_frames` frames spread over those with start <= t < end: (T, 3, H, W) uint8, channels-last in memory.
+
+        A window without a frame gives the one on screen at `start`. Rotation is applied, pixel aspect is not.
+        Raises BadVideo when the file cannot give them, ValueError for an impossible request.
+        """
+        low, high = (self._origin + tick for tick in _ticks(start, end, 1 / self._time_base))
+        with _as_bad_video():
+            packets = self._packets_from_key_frame(low, high)
+            if self._trustworthy(packets):
+                times = sorted(_pts(p) for p in packets if self._shows_a_frame(p))
+                wanted = [times[i] for i in _choose(times, low, high, num_frames)]
+                found = self._decode(packets, set(wanted))
+                if found.keys() == set(wanted):
+                    return _stack([found[t] for t in wanted])
+            return self._read_honestly(low, high, num_frames)
+
+    def close(self) -> None:
+        """Free FFmpeg's side; the descriptor belongs to open_video."""
+        if self._container is not None:
+            self._container.close()
+            self._container = None
+
+    def _input(self) -> InputContainer:
+        assert self._container is not None, "read after close"
+        return self._container
+
+    def _open(self, probe: bool) -> None:
+        """(Re)open at the first byte. `probe` lets FFmpeg decode some frames to learn about the stream."""
+        self.close()
+        os.lseek(self._descriptor, 0, os.SEEK_SET)
+        # By descriptor: what is read is the file that was checked, whatever its name means to FFmpeg.
+        options = {"fd": str(self._descriptor), "protocol_whitelist": "fd", "format_whitelist": _FORMATS}
+        if not probe:
+            options |= {"skip_frame": "all", "probesize": "32"}
+        if self._max_pixels is not None:
+            options["max_pixels"] = str(2 * self._max_pixels + 65536)  # coded sizes are padded; checked exactly below
+        with _as_bad_video():
+            container = self._container = av.open("fd:", options=options, metadata_errors="replace")
+        stream = next((s for s in container.streams.video if not s.disposition & Disposition.attached_pic), None)
+        if stream is None:
+            raise BadVideo("no video stream")
+        context = stream.codec_context
+        if context is None or stream.time_base is None:
+            raise BadVideo("no decoder for its codec")
+        _check_pixels(context.width, context.height, self._max_pixels)
+        if self._max_pixels is not None:
+            padded = (context.width + 128) * (context.height + 128)
+            context.options = {"max_pixels": str(max(self._max_pixels, padded))}
+        context.thread_type, context.thread_count = "NONE", 1  # the workers are the parallelism
+        for other in container.streams:
+            if other.index != stream.index:
+                other.discard = Discard.all
+        self._stream, self._context, self._time_base = stream, context, stream.time_base
+        self._origin = stream.start_time or 0
+        self._format, self._codec = container.format.name.split(",")[0], context.name
+        self._may_drop = self._codec in _CAN_DROP_UNREFERENCED and _single_layer(self._codec, context.extradata)
+
+    def _demux(self) -> Iterator[Packet]:
+        return (packet for packet in self._input().demux(self._stream) if packet.size)
+
+    def _packets_from_key_frame(self, low: int, high: int) -> list[Packet]:
+        """Packets in decoding order: from a key frame shown at or before `low` to the last one shown before `high`.
+
+        Many containers seek by decoding time and may land on a key frame that is shown later: then from further back.
+        """
+        target = min(low, self._origin + (self._stream.duration or 2**60))
+        for seconds_back in (0, 2, 20):
+            try:
+                back = ceil(seconds_back / self._time_base)
+                self._input().seek(max(target - back, -(2**60)), stream=self._stream)
+            except av.error.FFmpegError:
+                break  # this container cannot seek
+            packets = self._demux_until(high)
+            key = next((i for i, p in enumerate(packets) if p.is_keyframe), None)
+            if key is not None and self._starts_before(packets[key], low):
+                return packets[key:]
+        self._open(probe=True)
+        return self._demux_until(high)
+
+    def _starts_before(self, key: Packet, low: int) -> bool:
+        """Whether no frame from `low` on precedes this key frame."""
+        index = self._stream.index_entries if self._format in _INDEXED_FORMATS else ()
+        is_first = len(index) > 0 and key.dts is not None and key.dts <= index[0].timestamp
+        return is_first or (key.pts is not None and key.pts <= low)
+
+    def _demux_until(self, high: int) -> list[Packet]:
+        """Packets until one is decoded at or after `high`. BadVideo if the file ends before its header says so."""
+        packets: list[Packet] = []
+        for packet in self._demux():
+            if packet.dts is not None and packet.dts >= high:
+                return packets
+            packets.append(packet)
+        index, last = self._stream.index_entries, max((p.dts for p in packets if p.dts is not None), default=None)
+        if self._format in _INDEXED_FORMATS and len(index) > 0 and (last is None or index[-1].timestamp > last):
+            raise BadVideo("truncated: its index lists frames after the last one")
+        promised: Fraction | int | None = self._stream.duration
+        if promised is None and len(self._input().streams) == 1 and self._input().duration:
+            promised = Fraction(self._input().duration or 0, av.time_base) / self._time_base
+        ends = [p.pts + (p.duration or 0) for p in packets if p.pts is not None]
+        # Half a second of grace, because headers are rounded. In mov, edit lists may promise less or more.
+        if self._format != "mov" and promised and ends:
+            if max(ends) < min(min(self._origin, 0) + promised, high) - Fraction(1, 2) / self._time_base:
+                raise BadVideo("truncated: it ends before the duration in its header")
+        return packets
+
+    def _shows_a_frame(self, packet: Packet) -> bool:
+        """False for packets cut away by an edit list, and for VP8's hidden reference frames (bit 4 of the header)."""
+        return not packet.is_discard and (self._codec != "vp8" or bool(bytes(packet)[0] & 0x10))
+
+    def _trustworthy(self, packets: list[Packet]) -> bool:
+        """Whether the packets' time stamps can be taken for those of the frames."""
+        if not packets or self._format not in _TIMED_FORMATS or self._codec not in _FRAME_PER_PACKET:
+            return False
+        if self._format == "avi" and self._codec in ("h264", "hevc") and self._context.has_b_frames:
+            return False  # AVI has no presentation times; FFmpeg makes them up, in decoding order
+        if self._codec == "mpeg4" and any(p.size < 10 for p in packets):
+            return False  # "not coded" pictures, and the place holders of packed B-frames
+        times = [p.pts for p in packets]
+        ordered = all(p.pts is None or p.dts is None or p.dts <= p.pts for p in packets)
+        return ordered and None not in times and len(set(times)) == len(times)
+
+    def _decode(self, packets: list[Packet], wanted: set[int]) -> dict[int, np.ndarray]:
+        """Time stamp -> RGB for the wanted ones, or for fewer if the decoder does not agree with the packets."""
+        found: dict[int, np.ndarray] = {}
+        for run in _runs(packets, wanted):
+            self._context.flush_buffers()
+            damaged, entry = False, run[0]
+            for packet in chain(run, [None]):  # None: hand out what is still inside
+                keep = packet is None or packet.pts in wanted or not self._may_drop
+                self._context.skip_frame = "DEFAULT" if keep else "NONREF"
+                for frame in self._context.decode(packet):
+                    if entry.is_keyframe and frame.pts == entry.pts and not frame.key_frame:
+                        return {}  # a key frame to the container only
+                    damaged = frame.is_corrupt or (damaged and not frame.key_frame)  # it spreads to the next key frame
+                    if frame.pts in wanted:
+                        found[frame.pts] = self._to_rgb(frame, damaged)
+        return found
+
+    def _read_honestly(self, low: int, high: int, num_frames: int) -> torch.Tensor:
+        """As `read`, by the time stamps of decoded frames. Decodes twice, to hold no more than the wanted frames."""
+        times = [frame.pts or 0 for frame, _ in self._all_frames(high)]
+        wanted = _choose(times, low, high, num_frames)
+        found = {i: self._to_rgb(*pair) for i, pair in enumerate(self._all_frames(high)) if i in set(wanted)}
+        return _stack([found[i] for i in wanted])
+
+    def _all_frames(self, high: int) -> Iterator[tuple[VideoFrame, bool]]:
+        """The film from its first frame to beyond `high`; with each frame whether it is damaged."""
+        self._open(probe=True)
+        stop = high + ceil(1 / self._time_base)  # a second later: time stamps that cannot be trusted may not ascend
+        damaged, is_first = False, True
+        for packet in chain(self._demux(), [None]):
+            for frame in self._context.decode(packet):
+                if frame.pts is None:
+                    raise BadVideo("its frames have no time stamps")
+                if frame.pts >= stop and not is_first:
+                    return
+                damaged, is_first = frame.is_corrupt or (damaged and not frame.key_frame), False
+                yield frame, damaged
+
+    def _to_rgb(self, frame: VideoFrame, damaged: bool) -> np.ndarray:
+        """(H, W, 3) uint8, upright: a view of FFmpeg's memory, which it keeps alive."""
+        if damaged:
+            raise BadVideo("damaged: the decoder marks a frame as corrupt")
+        _check_pixels(frame.width, frame.height, self._max_pixels)
+        rgb = self._reformatter.reformat(frame, format="rgb24", threads=1)
+        plane, shape = rgb.planes[0], (rgb.height, rgb.width, 3)
+        pixels: np.ndarray = np.ndarray(shape, np.uint8, buffer=memoryview(plane), strides=(plane.line_size, 3, 1))
+        return np.rot90(pixels, round(frame.rotation / 90))  # both count anticlockwise
+
+
+class FrameFolder:
+    """A folder of images: the k-th in natural order of names is on screen from k / fps seconds on."""
+
+    def __init__(self, descriptor: int, fps: Fraction, max_pixels: int | None):
+        self._descriptor, self._fps, self._max_pixels = descriptor, fps, max_pixels
+        with _as_bad_video():
+            names = os.listdir(descriptor)
+        self._names = sorted(
+            (n for n in names if n.lower().endswith(_IMAGE_SUFFIXES) and not n.startswith(".")), key=_natural
+        )
+        if not self._names:
+            raise BadVideo("the folder holds no images")
+
+    @property
+    def duration(self) -> float:
+        """Seconds."""
+        return float(len(self._names) / self._fps)
+
+    def read(self, start: Seconds, end: Seconds, num_frames: int) -> torch.Tensor:
+        """As VideoFile.read; only the wanted images are opened. They must all have one size, else BadVideo."""
+        wanted = _choose(range(len(self._names)), *_ticks(start, end, self._fps), num_frames)
+        found = {i: self._image(self._names[i]) for i in set(wanted)}
+        return _stack([found[i] for i in wanted])
+
+    def _image(self, name: str) -> np.ndarray:
+        """(H, W, 3) uint8."""
+        try:
+            with open(_open_plain(name, self._descriptor)[0], "rb") as file:
+                with Image.open(file, formats=_IMAGE_FORMATS) as image:
+                    _check_pixels(image.width, image.height, self._max_pixels)
+                    if image.mode.startswith("I;16"):  # convert() would clip to 255 instead of scaling
+                        return np.stack([(np.asarray(image) >> 8).astype(np.uint8)] * 3, axis=2)
+                    return np.asarray(image.convert("RGB"))
+        except (*_IMAGE_ERRORS, BadVideo) as error:
+            raise BadVideo(f"frame {name!a}: {_reason(error)}") from error
+
+
+def _ticks(start: Seconds, end: Seconds, rate: Fraction) -> tuple[int, int]:
+    """[low, high): the ticks of a clock at `rate` a second that lie in start <= t < end, exactly."""
+    if not start < end:
+        raise ValueError(f"expected start < end, got {float(start)} and {float(end)}")
+    return ceil(Fraction(start) * rate), ceil(Fraction(end) * rate)
+
+
+def _choose(times: Sequence[int], low: int, high: int, num: int) -> list[int]:
+    """`num` indices spread over the times in [low, high); if there are none, of the last before, else 0."""
+    if not times:
+        raise BadVideo("no frame could be decoded")
+    inside = [i for i, t in enumerate(times) if low <= t < high]
+    if not inside:
+        inside = [i for i, t in enumerate(times) if t < low][-1:] or [0]
+    return [inside[i] for i in subsample_indices(len(inside), num)]
+
+
+def _runs(packets: list[Packet], wanted: set[int]) -> list[list[Packet]]:
+    """The stretches of packets to decode for the wanted frames, each from a key frame (or the first packet) on.
+
+    A stretch ends with its last wanted packet. Frames decoded after a key frame but shown before it may refer to what
+    came earlier: if one of them is wanted, the stretch is joined to the previous one.
+    """
+    cuts = [0, *(i for i in range(1, len(packets)) if packets[i].is_keyframe), len(packets)]
+    runs: list[list[Packet]] = []
+    joined: list[Packet] = []
+    for begin, end in zip(cuts[-2::-1], cuts[:0:-1], strict=True):
+        run = packets[begin:end] + joined
+        while run and run[-1].pts not in wanted:
+            run.pop()
+        leads = begin > 0 and any(_pts(p) < _pts(run[0]) for p in run if p.pts in wanted)
+        joined = run if leads else []
+        if run and not leads:
+            runs.append(run)
+    return runs[::-1]
+
+
+def _pts(packet: Packet) -> int:
+    assert packet.pts is not None, "only asked of packets that _trustworthy has seen"
+    return packet.pts
+
+
+def _single_layer(codec: str, extradata: bytes | None) -> bool:
+    """False for HEVC of several temporal layers: there, other layers may refer to an "unreferenced" frame."""
+    known = extradata is not None and len(extradata) > 21 and extradata[0] == 1
+    return codec != "hevc" or (known and extradata is not None and (extradata[21] >> 3) & 7 == 1)
+
+
+def _stack(frames: list[np.ndarray]) -> torch.Tensor:
+    """(H, W, 3) each -> (T, 3, H, W), channels-last in memory. BadVideo when sizes differ."""
+    if len(sizes := {f"{f.shape[1]}x{f.shape[0]}" for f in frames}) > 1:
+        raise BadVideo(f"frames of different sizes: {', '.join(sorted(sizes))}")
+    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
+
+
+def _check_pixels(width: int, height: int, max_pixels: int | None) -> None:
+    if max_pixels is not None and width * height > max_pixels:
+        raise BadVideo(f"{width}x{height} is more than max_pixels = {max_pixels}")
+
+
+def _natural(name: str) -> tuple[list[str | int], str]:
+    """Sort key in which 2.jpg comes before 10.jpg. Parts alternate: text is compared with text, number with number."""
+    return [int(part) if part.isdecimal() else part.lower() for part in re.split("([0-9]+)", name)], name
+
+
+def _open_plain(path: str, folder: int | None = None) -> tuple[int, bool]:
+    """Descriptor of a regular file or (not inside `folder`) a folder, and whether it is a folder. Raises BadVideo.
+
+    Pipes, sockets and devices are refused before they are opened: opening one can block or act.
+    """
+    descriptor = -1
+    try:
+        _check_plain(os.stat(path, dir_fd=folder), folder is None)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+        return descriptor, _check_plain(os.fstat(descriptor), folder is None)  # the name may mean another file now
+    except (OSError, ValueError, BadVideo) as error:  # ValueError: the name holds a null byte or half a surrogate pair
+        if descriptor >= 0:
+            os.close(descriptor)
+        raise BadVideo(_reason(error)) from error
+
+
+def _check_plain(status: os.stat_result, may_be_folder: bool) -> bool:
+    """True for a folder, False for a regular file that is not empty, else BadVideo."""
+    if may_be_folder and stat.S_ISDIR(status.st_mode):
+        return True
+    if not stat.S_ISREG(status.st_mode):
+        raise BadVideo("not a regular file")
+    if status.st_size == 0:
+        raise BadVideo("the file is empty")
+    return False
+
+
+@contextmanager
+def _as_bad_video() -> Iterator[None]:
+    """Turn the errors of a damaged or vanished file into BadVideo."""
+    try:
+        yield
+    except _FILE_ERRORS as error:
+        raise BadVideo(_reason(error)) from error
+
+
+def _reason(error: BaseException) -> str:
+    """One line without the path."""
+    text = "not an image" if isinstance(error, UnidentifiedImageError) else getattr(error, "strerror", None)
+    return " ".join((text or str(error)).split()) or type(error).__name__

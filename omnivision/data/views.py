@@ -1,0 +1,99 @@
+"""Views of a clip: crops of uint8 frames (T, C, H, W). Random numbers come from a generator that the caller keys.
+
+Pixels stay uint8 here; they are normalised on the training device.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+from torchvision.transforms.v2 import functional as TF
+
+from omnivision.errors import UserError
+
+Box = tuple[int, int, int, int]  # top, left, height, width
+
+
+@dataclass(frozen=True)
+class PretrainView:
+    """Short side to `short_side`, then a random resized crop of `size` x `size`; no flip (the MAE recipe).
+
+    `scale` is the crop's share of the area, `ratio` its width / height, drawn log-uniformly.
+    """
+
+    size: int
+    short_side: int = 256
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale[0] <= self.scale[1] <= 1 or not 0 < self.ratio[0] <= self.ratio[1]:
+            raise UserError(
+                f"crop scale is {tuple(self.scale)} and ratio {tuple(self.ratio)}; expected 0 < low <= high, and scales "
+                "up to 1. Change trainer.data.view.scale or trainer.data.view.ratio."
+            )
+
+    def prepare(self, frames: Tensor) -> Tensor:
+        """What all views of a clip share, done once."""
+        return resize_short_side(frames, self.short_side)
+
+    def __call__(self, frames: Tensor, rng: np.random.Generator) -> Tensor:  # (T, C, H, W) -> (T, C, size, size)
+        top, left, height, width = random_crop_box(frames.shape[-2], frames.shape[-1], self.scale, self.ratio, rng)
+        return resize(frames[..., top : top + height, left : left + width], self.size, self.size)
+
+
+@dataclass(frozen=True)
+class CenterView:
+    """Short side to `size`, centre crop: the same pixels at every evaluation."""
+
+    size: int
+
+    def prepare(self, frames: Tensor) -> Tensor:
+        return resize_short_side(frames, self.size)
+
+    def __call__(self, frames: Tensor, rng: np.random.Generator) -> Tensor:
+        top = math.ceil((frames.shape[-2] - self.size) / 2)
+        left = math.ceil((frames.shape[-1] - self.size) / 2)
+        return frames[..., top : top + self.size, left : left + self.size]
+
+
+View = PretrainView | CenterView
+
+
+def resize(frames: Tensor, height: int, width: int) -> Tensor:
+    """Bilinear, half-pixel centres, no antialias, as the published transforms resized; unchanged sizes cost nothing."""
+    if frames.shape[-2:] == (height, width):
+        return frames
+    return TF.resize(frames, [height, width], antialias=False)
+
+
+def resize_short_side(frames: Tensor, side: int) -> Tensor:
+    """The short side becomes `side`, the long one floor(float(long) / short * side), in this order of operations."""
+    height, width = frames.shape[-2:]
+    if height < width:
+        return resize(frames, side, math.floor(float(width) / height * side))
+    return resize(frames, math.floor(float(height) / width * side), side)
+
+
+def random_crop_box(
+    height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
+) -> Box:
+    """A box of random area and aspect inside height x width; after ten misses the largest allowed one in the centre.
+
+    The rule of torchvision's RandomResizedCrop (Szegedy et al. 2015), with random numbers of our own.
+    """
+    for _ in range(10):
+        area = height * width * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+    w, h = width, height
+    if width / height < ratio[0]:
+        h = round(width / ratio[0])
+    elif width / height > ratio[1]:
+        w = round(height * ratio[1])
+    return (height - h) // 2, (width - w) // 2, h, w

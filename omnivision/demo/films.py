@@ -1,0 +1,206 @@
+"""Writes the demo data: every domain's films, their .npy lists of paths and labels, and a .csv that tells all.
+
+    FOLDER/class_names.txt            one action a line, in the order of the labels
+    FOLDER/demo-data.json             with which settings it was made, and whether it is complete
+    FOLDER/<domain>/<split>/00012.mp4
+    FOLDER/<domain>/<split>_paths.npy, <split>_labels.npy, <split>.csv
+
+The same settings give the same bytes, whatever the number of processes, so an interrupted run is simply completed.
+"""
+
+import csv
+import io
+import json
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from omnivision.data.encode import TEMPORARY_SUFFIX, write_film
+from omnivision.demo.actions import ACTIONS
+from omnivision.demo.render import channels, render
+from omnivision.demo.spec import DOMAINS, SPLITS, FilmSpec, film_spec
+from omnivision.errors import UserError
+
+__all__ = ["ACTIONS", "DOMAINS", "SPLITS", "FilmSpec", "Written", "channels", "film_spec", "render", "write_demo_data"]
+
+_STAMP = "demo-data.json"
+_VERSION = 1  # raise it when the same settings give other films
+_COLUMNS = ("path", "label", "action", "body", "place", "camera", "fps", "frames", "gop", "seed", "place_type")
+
+Progress = Callable[[int, int], None]  # (films done, films in all)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What `write_demo_data` found and did."""
+
+    films: int  # of the data set
+    made: int  # of them, by this call
+    size: int  # of all films, in bytes
+
+
+def write_demo_data(
+    folder: str | os.PathLike[str],
+    *,
+    train: int = 40,
+    val: int = 10,
+    seed: int = 0,
+    workers: int = 2,
+    domains: Sequence[str] = DOMAINS,
+    progress: Progress | None = None,
+) -> Written:
+    """Make the demo data in `folder`, or what of it is missing there.
+
+    train, val: films of each action in each domain. workers: processes; 1 works in this one.
+    Raises UserError when a setting cannot be, or the folder cannot be written or holds something else.
+    """
+    _check(train, val, seed, workers, domains)
+    folder = Path(folder)
+    settings = {"version": _VERSION, "seed": seed, "train": train, "val": val, "domains": list(domains)}
+    counts = {"train": train * len(ACTIONS), "val": val * len(ACTIONS)}
+    specs = [
+        film_spec(seed, domain, split, index)
+        for domain in domains
+        for split in SPLITS
+        for index in range(counts[split])
+    ]
+    try:
+        complete = _claim(folder, settings)
+        missing = [spec for spec in specs if not (folder / spec.domain / spec.path).is_file()]
+        if missing or not complete:
+            _stamp(folder, settings, complete=False)
+            _prepare_folders(folder, domains)
+            for done, _ in enumerate(_make(folder, missing, workers), start=1):
+                if progress is not None:
+                    progress(len(specs) - len(missing) + done, len(specs))
+            for domain in domains:
+                for split in SPLITS:
+                    _write_lists(folder / domain, split, [s for s in specs if (s.domain, s.split) == (domain, split)])
+            _write(folder / "class_names.txt", "".join(f"{action}\n" for action in ACTIONS).encode())
+            _stamp(folder, settings, complete=True)
+        size = sum((folder / spec.domain / spec.path).stat().st_size for spec in specs)
+    except OSError as error:
+        raise UserError(
+            f"The demo data cannot be written to {folder}: {error.strerror or error}"
+            f"{f' ({error.filename})' if error.filename else ''}. Expected a folder that can be created or written to, "
+            "with about 100 MB free; choose another DIR, or mend this one and run the same command again: it goes on "
+            "where it stopped."
+        ) from error
+    return Written(films=len(specs), made=len(missing), size=size)
+
+
+def _check(train: int, val: int, seed: int, workers: int, domains: Sequence[str]) -> None:
+    for name, value, least in (("train", train, 1), ("val", val, 1), ("seed", seed, 0), ("workers", workers, 1)):
+        if value < least:
+            raise UserError(f"--{name} is {value}; expected a whole number from {least} upwards. Change --{name}.")
+    for domain in domains:
+        if domain not in DOMAINS:
+            raise UserError(f"The domain {domain!r} does not exist; expected some of {', '.join(DOMAINS)}.")
+
+
+def _claim(folder: Path, settings: dict[str, object]) -> bool:
+    """Make `folder` ours, or find that it is. True if its data are complete; UserError if it holds anything else."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stamp = folder / _STAMP
+    if not stamp.is_file():
+        others = sorted(path.name for path in folder.iterdir() if not path.name.endswith(TEMPORARY_SUFFIX))
+        if others:
+            raise UserError(
+                f"{folder} holds something else already ({', '.join(others[:3])}{', …' if len(others) > 3 else ''}). "
+                "Expected a new or empty folder, or one with demo data; nothing was changed. Choose another DIR."
+            )
+        return False
+    try:
+        found = json.loads(stamp.read_text(encoding="utf-8"))
+        complete = bool(found.pop("complete"))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"{stamp} cannot be read as the settings of demo data ({error!r}); nothing was changed. "
+            "Delete the folder to make it anew, or choose another DIR."
+        ) from error
+    if found != settings:
+        keys = [key for key in sorted(settings.keys() | found.keys()) if settings.get(key) != found.get(key)]
+        differences = ", ".join(f"{key} {found.get(key)} instead of {settings.get(key)}" for key in keys)
+        raise UserError(
+            f"{folder} holds demo data made with other settings: {differences}. Nothing was changed. "
+            "Choose another DIR, pass the same settings, or delete the folder first."
+        )
+    return complete
+
+
+def _stamp(folder: Path, settings: dict[str, object], complete: bool) -> None:
+    _write(folder / _STAMP, (json.dumps({**settings, "complete": complete}, indent=1) + "\n").encode())
+
+
+def _prepare_folders(folder: Path, domains: Sequence[str]) -> None:
+    """Remove what a killed run left half written; make the folders for the films."""
+    for place in (folder, *(folder / domain / part for domain in domains for part in (".", *SPLITS))):
+        for leftover in place.glob(f".*{TEMPORARY_SUFFIX}"):
+            leftover.unlink(missing_ok=True)
+    for domain in domains:
+        for split in SPLITS:
+            (folder / domain / split).mkdir(parents=True, exist_ok=True)
+
+
+def _make(folder: Path, specs: list[FilmSpec], workers: int) -> Iterator[int]:
+    """Render and write all films, in this process or in others; yields the size in bytes of each one done."""
+    if workers == 1 or len(specs) < 2:
+        for spec in specs:
+            yield _make_film(str(folder), spec)
+        return
+    # Spawned, not forked: the caller may hold threads or a GPU.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(specs)), mp_context=context) as pool:
+        try:
+            yield from pool.map(_make_film, [str(folder)] * len(specs), specs, chunksize=4)
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                "A process that makes demo films died (killed, or out of memory?). "
+                "Run the same command again, perhaps with fewer --workers: it goes on where it stopped."
+            ) from error
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _leave_with_parent() -> None:
+    """In a worker: end when the process that started it is gone; the pool's workers would wait for ever."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _make_film(folder: str, spec: FilmSpec) -> int:
+    return write_film(Path(folder) / spec.domain / spec.path, render(spec), fps=spec.fps, gop=spec.gop, crf=spec.crf)
+
+
+def _write_lists(folder: Path, split: str, specs: list[FilmSpec]) -> None:
+    """The split's paths (unicode, 1-D), labels (int64, 1-D) and table."""
+    arrays = {"paths": np.array([spec.path for spec in specs]), "labels": np.array([s.label for s in specs], np.int64)}
+    for name, array in arrays.items():
+        buffer = io.BytesIO()
+        np.save(buffer, array, allow_pickle=False)
+        _write(folder / f"{split}_{name}.npy", buffer.getvalue())
+    table = io.StringIO()
+    rows = csv.writer(table, lineterminator="\n")
+    rows.writerow(_COLUMNS)
+    rows.writerows([getattr(spec, column) for column in _COLUMNS] for spec in specs)
+    _write(folder / f"{split}.csv", table.getvalue().encode())
+
+
+def _write(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)

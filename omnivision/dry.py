@@ -1,0 +1,62 @@
+"""`trainer.mode=dry`: what a run would be. Builds the model on the meta device and touches no data."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from omnivision import build
+from omnivision.data.batch import Batch
+from omnivision.models.patches import token_grid
+from omnivision.settings import Settings
+
+
+def describe(settings: Settings) -> str:
+    """Model, parameter groups, effective batch and learning rate, and operations, as lines to print."""
+    model = build.model(settings, device="meta")
+    optimizer = build.optimizer(settings, model)
+    parameters = {name: p.numel() for name, p in model.named_parameters()}
+    trunk = sum(n for name, n in parameters.items() if name.startswith("trunk.") and ".decoder." not in name)
+    lines = [
+        f"model        {type(model).__name__}: {sum(parameters.values()) / 1e6:.2f} M parameters, "
+        f"{trunk / 1e6:.2f} M of them in the trunk",
+        f"operations   {gflops(settings, model):.2f} GFLOPs a clip, forward (about three times that with the backward pass)",
+        f"batch        {settings.clips_per_step} clips a step = {settings.videos_per_step} videos x "
+        f"{settings.trainer.data.views_per_clip} views, over {settings.processes} processes",
+        f"epochs       {settings.trainer.max_epochs}",
+        f"sources      {', '.join(settings.trainer.data.sources)}",
+        f"groups       {len(optimizer.groups)}, of {type(optimizer.optimizer).__name__}:",
+    ]
+    for number, group in enumerate(optimizer.groups):
+        count = sum(parameters[name] for name in group.names)
+        curves = "; ".join(
+            f"{option} {curve(0) * s:.4g} -> peak {max(curve(i / 200) for i in range(201)) * s:.4g} -> {curve(1) * s:.4g}"
+            for option, curve in group.schedules.items()
+            for s in [group.scale if option == "lr" else 1.0]
+        )
+        lines.append(f"  {number}: {len(group.names)} tensors, {count / 1e6:.2f} M parameters; {curves}")
+    return "\n".join(lines)
+
+
+def gflops(settings: Settings, model: torch.nn.Module) -> float:
+    """Operations of the forward pass of one clip, in 10^9 (a multiply-add counts as two)."""
+    data, size = settings.trainer.data, settings.image_size
+    task = build.build(settings.trainer.task, "trainer.task")
+    mask, num_masked = None, 0
+    if data.mask is not None:
+        grid = token_grid((data.num_frames, size, size), tuple(settings.trainer.model["trunk"]["tubelet"]))
+        drawn = build.build(data.mask, "trainer.data.mask")(grid, np.random.default_rng(0))
+        mask, num_masked = torch.empty((1, *grid), dtype=torch.bool, device="meta"), int(drawn.sum())
+    batch = Batch(
+        video=torch.empty(1, 3, data.num_frames, size, size, dtype=torch.uint8, device="meta"),
+        label=torch.empty(1, dtype=torch.int64, device="meta"),
+        index=torch.empty(1, dtype=torch.int64, device="meta"),
+        source=next(iter(data.sources)),
+        paths=[""],
+        mask=mask,
+        num_masked=num_masked,
+    )
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        task.training_step(model, batch)
+    return counter.get_total_flops() / 1e9

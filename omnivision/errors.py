@@ -1,0 +1,25 @@
+"""What can end a run, and with which exit code. The only module that every other one may import."""
+
+EXIT_USER = 1
+EXIT_FAULT = 70
+EXIT_NON_FINITE = 71
+EXIT_INTERRUPTED = 130
+
+
+class UserError(ValueError):
+    """A mistake that its user can mend: one paragraph (what, got, expected, which setting to change), exit code 1.
+
+    `everywhere` says that all processes raise it alike, so that one of them is enough to tell it.
+    """
+
+    exit_code = EXIT_USER
+
+    def __init__(self, message: str, everywhere: bool = False) -> None:
+        super().__init__(message)
+        self.everywhere = everywhere
+
+
+class NonFiniteError(UserError):
+    """The loss or the gradient stopped being a number; every process leaves with the same exit code."""
+
+    exit_code = EXIT_NON_FINITE

@@ -1,0 +1,207 @@
+"""How a checked run is started: in this process, as several local processes, under torchrun, or on SLURM.
+
+torch is imported by the process that trains, not by the one that launches.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omnivision.errors import EXIT_FAULT, EXIT_INTERRUPTED, UserError
+from omnivision.settings import Settings
+
+if TYPE_CHECKING:
+    from omnivision.distributed import Place, Processes
+    from omnivision.reporting.run_folder import RunFolder
+
+GRACE_SECONDS = 15.0  # that the other processes have to leave after one has failed
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every process of a run is given."""
+
+    settings: Settings
+    config_text: str  # config.yaml as composed, interpolations unresolved
+
+
+def launch(job: Job) -> int:
+    """Run a job and return its exit code. Raises UserError when it cannot be started as asked."""
+    launcher = job.settings.launcher
+    # Compute threads that spin while they wait steal the time of data workers on the same cores: on two busy cores a step
+    # of a small model took ten times as long. OpenMP reads this when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if job.settings.submitit.use_cluster:
+        return submit(job)
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return run_process(job, None)
+    if launcher.num_nodes > 1:
+        raise UserError(
+            f"launcher.num_nodes is {launcher.num_nodes}, but submitit.use_cluster is false: this machine is one node. Set "
+            "launcher.num_nodes=1, or submitit.use_cluster=true, or start it with torchrun on every node."
+        )
+    if launcher.gpus_per_node == 1:
+        from omnivision.distributed import Place
+
+        return run_process(job, Place())
+    return run_local_processes(job, launcher.gpus_per_node)
+
+
+def submit(job: Job) -> int:
+    """Submit to SLURM, one task for each process, and return at once."""
+    if shutil.which("sbatch") is None:
+        raise UserError(
+            "submitit.use_cluster is true, but this machine has no SLURM (sbatch is not found). To run here, append "
+            "submitit.use_cluster=false launcher.num_nodes=1 launcher.gpus_per_node=1 to the command."
+        )
+    import submitit
+
+    settings, wanted = job.settings, job.settings.submitit
+    executor = submitit.SlurmExecutor(folder=f"{settings.launcher.experiment_log_dir}/submitit_logs")
+    memory = {} if wanted.mem_gb is None else {"mem": f"{wanted.mem_gb:g}GB"}
+    executor.update_parameters(
+        job_name=wanted.name,
+        partition=wanted.partition,
+        time=round(wanted.timeout_hour * 60),
+        nodes=settings.launcher.num_nodes,
+        ntasks_per_node=settings.launcher.gpus_per_node,
+        cpus_per_task=wanted.cpus_per_task,
+        **memory,
+        **({} if settings.trainer.accelerator == "cpu" else {"gpus_per_node": settings.launcher.gpus_per_node}),
+    )
+    submitted = executor.submit(run_slurm_task, job)
+    print(f"submitted job_id={submitted.job_id} folder={settings.launcher.experiment_log_dir}")
+    return 0
+
+
+def run_slurm_task(job: Job) -> None:
+    """What SLURM starts as each task: the environment of torchrun is filled from SLURM's, then the job runs."""
+    import submitit
+
+    submitit.helpers.TorchDistributedEnvironment().export()
+    if code := run_process(job, None):
+        raise SystemExit(code)
+
+
+def run_local_processes(job: Job, count: int) -> int:
+    """Start `count` processes here and wait. When one fails, the others leave too; its exit code is returned."""
+    from omnivision.distributed import Place
+
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory(prefix="omnivision-rendezvous-") as meeting:
+        places = [Place(rank, count, rank, count, f"file://{meeting}/store") for rank in range(count)]
+        processes = [context.Process(target=_local_process, args=(job, place)) for place in places]
+        for process in processes:
+            process.start()
+        failed: int | None = None
+        deadline = float("inf")
+        while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
+            for process in processes:
+                process.join(timeout=0.1)
+                if process.exitcode and failed is None:
+                    failed = process.exitcode
+                    deadline = time.monotonic() + GRACE_SECONDS
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
+        if failed is None:
+            failed = next((process.exitcode for process in processes if process.exitcode), 0)
+    return failed if failed >= 0 else EXIT_FAULT
+
+
+def _local_process(job: Job, place: Place) -> None:
+    sys.exit(run_process(job, place))
+
+
+def run_process(job: Job, place: Place | None) -> int:
+    """One process of a run, from start to end; `place` is None under torchrun. Returns the exit code.
+
+    A mistake of the user's is told in one paragraph; why a run ended, however it did, is in `summary.json`.
+    """
+    from omnivision import build
+    from omnivision.distributed import Place
+
+    place = place or Place.from_torchrun()
+    folder = build.run_folder(job.settings)
+    locked = False
+    try:
+        processes = build.processes(job.settings, place)
+        processes.together(folder.create, only_main=True)
+        taken_over = processes.together(folder.lock, only_main=True)
+        locked = processes.is_main
+        log_to_file(folder.logs / f"rank_{place.rank}.log")
+        if taken_over:
+            logging.warning(taken_over)
+        train(job, processes, folder)
+        processes.close()
+        return 0
+    except (Exception, KeyboardInterrupt) as error:
+        return explain(error, folder if locked else None, place.rank)
+    finally:
+        if locked:
+            folder.unlock()
+
+
+def train(job: Job, processes: Processes, folder: RunFolder) -> None:
+    """Build the trainer and let it do what `trainer.mode` says."""
+    from omnivision import build
+    from omnivision.files import write_atomically
+    from omnivision.reporting.reporter import Reporter
+
+    reporter = Reporter(folder, enabled=processes.is_main)
+    try:
+        trainer = processes.together(lambda: build.trainer(job.settings, processes, folder, reporter))
+        assert trainer is not None
+        if processes.is_main:
+            write_atomically(folder.path / "config.yaml", job.config_text)
+        if job.settings.trainer.mode == "val":
+            trainer.validate_only()
+        else:
+            trainer.fit()
+    finally:
+        reporter.close()
+
+
+def explain(error: BaseException, folder: RunFolder | None, rank: int) -> int:
+    """Tell why a process ends, on the console, in its log and in `summary.json`; returns the exit code."""
+    if isinstance(error, UserError):
+        code, reason = error.exit_code, str(error)
+        tell = rank == 0 or not error.everywhere
+    elif isinstance(error, KeyboardInterrupt):
+        code, reason, tell = EXIT_INTERRUPTED, "interrupted from the keyboard", rank == 0
+    else:
+        code, reason, tell = EXIT_FAULT, f"{type(error).__name__}: {error}", True
+    logging.error(reason, exc_info=error if code == EXIT_FAULT else None)
+    if tell:
+        print_error(error if code == EXIT_FAULT else reason)
+    if folder is not None:
+        folder.write_summary(status="interrupted" if code == EXIT_INTERRUPTED else "failed", exit_reason=reason)
+    return code
+
+
+def print_error(problem: BaseException | str) -> None:
+    """A paragraph for a user's mistake, a traceback for a fault (or for everything, with OMNIVISION_TRACEBACK=1)."""
+    if isinstance(problem, str):
+        print(f"error: {problem}", file=sys.stderr, flush=True)
+        if os.environ.get("OMNIVISION_TRACEBACK") == "1":
+            traceback.print_exc()
+    else:
+        traceback.print_exception(problem)
+
+
+def log_to_file(path: Path) -> None:
+    """Send this process's log to a file of its own."""
+    logging.basicConfig(
+        filename=path, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
+    )

@@ -1,0 +1,51 @@
+"""Averages kept as sums and counts, so that processes, batches and resumed halves of an epoch add up exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from omnivision.distributed import Processes
+
+
+class Meter:
+    """Named sums over samples, by source. Sums stay on their device until they are read."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, dict[str, Tensor]] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, source: str, sums: Mapping[str, Tensor], count: int) -> None:
+        """`sums` are scalar tensors, each the sum over `count` samples."""
+        self._counts[source] = self._counts.get(source, 0) + count
+        held = self._sums.setdefault(source, {})
+        for name, value in sums.items():
+            value = value.detach().double()
+            held[name] = held[name] + value if name in held else value
+
+    def totals(self, processes: Processes) -> dict[str, tuple[dict[str, float], int]]:
+        """By source: sums and count over all processes."""
+        mine = {s: ({n: float(v) for n, v in self._sums[s].items()}, c) for s, c in self._counts.items()}
+        merged: dict[str, tuple[dict[str, float], int]] = {}
+        for part in processes.gather(mine):
+            for source, (sums, count) in part.items():
+                known, total = merged.get(source, ({}, 0))
+                merged[source] = {n: known.get(n, 0.0) + v for n, v in sums.items()}, total + count
+        return dict(sorted(merged.items()))
+
+    def load(self, state: Mapping[str, Mapping[str, float]]) -> None:
+        """Begin with sums from a checkpoint: by source, the sums and their `count`."""
+        self._counts = {source: int(values["count"]) for source, values in state.items()}
+        self._sums = {
+            source: {n: torch.tensor(v, dtype=torch.float64) for n, v in values.items() if n != "count"}
+            for source, values in state.items()
+        }
+
+
+def averages(totals: Mapping[str, tuple[Mapping[str, float], int]]) -> dict[str, float]:
+    """Averages over the samples of all sources together."""
+    count = sum(n for _, n in totals.values())
+    names = sorted({name for sums, _ in totals.values() for name in sums})
+    return {name: sum(sums.get(name, 0.0) for sums, _ in totals.values()) / count for name in names} if count else {}

@@ -1,0 +1,149 @@
+"""Masked autoencoder: the trunk sees a tenth of a video, a small decoder predicts the pixels of the rest.
+
+Only visible patches are embedded and encoded; all tokens pass through the decoder; only masked ones are projected to
+pixels and compared (He et al. 2022; Tong et al. 2022, VideoMAE; Girdhar et al. 2023, OmniMAE).
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from omnivision.errors import UserError
+from omnivision.models.patches import pick_tubelets, sinusoid_positions, unnormalize_pixels
+from omnivision.models.vit import Block, VisionTransformer, as_video, init_linear, run_blocks
+
+TargetNorm = Literal["channel", "patch", "none"]
+
+
+class Prediction(NamedTuple):
+    """What the model says of the masked tokens."""
+
+    pixels: Tensor  # (B, M, pt * ph * pw * 3), values of a tubelet in the order (t, h, w, c)
+    masked: Tensor  # (B, M) indices of those tokens in raster order
+
+
+class Decoder(nn.Module):
+    """Transformer over all tokens. Positions are added at the trunk's width, before the projection to its own."""
+
+    pos_embed: Tensor
+
+    def __init__(
+        self, trunk_width: int, tokens: int, width: int, depth: int, heads: int, activation_checkpointing: bool
+    ) -> None:
+        super().__init__()
+        self.width, self.activation_checkpointing = width, activation_checkpointing
+        self.decoder_embed = nn.Linear(trunk_width, width)
+        self.decoder_blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.apply(init_linear)
+        self.register_buffer("pos_embed", sinusoid_positions(tokens, trunk_width))
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:  # (B, N, trunk width) -> (B, N, width)
+        x = self.decoder_embed(x + positions)
+        return self.norm(run_blocks(self.decoder_blocks, x, self.activation_checkpointing))
+
+
+class PixelHead(nn.Module):
+    """Linear map of a decoded token to the pixels of its tubelet."""
+
+    def __init__(self, width: int, pixels: int) -> None:
+        super().__init__()
+        self.projector = nn.Linear(width, pixels)
+        nn.init.trunc_normal_(self.projector.weight, std=0.02)
+        nn.init.zeros_(self.projector.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.projector(x)
+
+
+class MaskedAutoencoder(nn.Module):
+    """Trunk, mask token, decoder and pixel head.
+
+    Args:
+        trunk: the encoder that later stages keep.
+        decoder: `width`, `depth`, `heads` of the decoder.
+    """
+
+    def __init__(self, trunk: VisionTransformer, decoder: dict[str, int]) -> None:
+        super().__init__()
+        self.trunk = trunk
+        # Mask token and decoder are held by the trunk because the published checkpoints name them so.
+        self.trunk.mask_token = nn.Parameter(torch.zeros(1, trunk.width))
+        self.trunk.decoder = Decoder(
+            trunk.width, trunk.num_tokens, **decoder, activation_checkpointing=trunk.activation_checkpointing
+        )
+        pt, ph, pw = trunk.tubelet
+        self.heads = nn.ModuleList([PixelHead(decoder["width"], pt * ph * pw * 3)])
+
+    def forward(self, video: Tensor, mask: Tensor, num_masked: int | None = None) -> Prediction:
+        """Predict the masked tokens of a video.
+
+        Args:
+            video: (B, C, T, H, W), uint8 in 0..255 or normalised; or images (B, C, H, W).
+            mask: bool, (B, T', H', W') or (B, N); True = hidden from the encoder. Every sample hides equally many.
+            num_masked: how many that is. Reading it from `mask` would make an accelerator wait, so loaders pass it.
+        """
+        visible, masked = split_tokens(mask, num_masked)
+        x = self.encode(video, visible)
+        return Prediction(self.heads[0](self.decode(video, x, visible, masked)), masked)
+
+    def encode(self, video: Tensor, visible: Tensor) -> Tensor:  # (B, K) -> (B, K, D)
+        return self.trunk.norm(self.trunk(video, visible))
+
+    def decode(self, video: Tensor, x: Tensor, visible: Tensor, wanted: Tensor) -> Tensor:
+        """Encoded visible tokens (B, K, D) -> decoded tokens at the indices `wanted` (B, M): (B, M, decoder width)."""
+        decoder = cast(Decoder, self.trunk.decoder)
+        positions = self.trunk.positions_for(video, decoder.pos_embed)
+        tokens = cast(Tensor, self.trunk.mask_token).to(x.dtype).expand(len(x), positions.shape[1], -1)
+        tokens = tokens.scatter(1, visible[..., None].expand_as(x), x)
+        decoded = decoder(tokens, positions)
+        return decoded.gather(1, wanted[..., None].expand(-1, -1, decoded.shape[-1]))
+
+
+def split_tokens(mask: Tensor, num_masked: int | None = None) -> tuple[Tensor, Tensor]:
+    """Indices of the visible (B, K) and the masked (B, M) tokens of a bool mask, each in raster order.
+
+    Raises UserError when samples hide different numbers of tokens (only checked when `num_masked` is not given:
+    loaders check it where the mask is made).
+    """
+    mask = mask.flatten(1)
+    if num_masked is None:
+        counts = mask.sum(1).tolist()
+        if len(set(counts)) > 1:
+            raise UserError(
+                f"The samples of a batch hide {sorted(set(counts))} tokens; expected one number for all, because their "
+                "visible tokens are stacked into one tensor. Use a mask of omnivision.data.masking."
+            )
+        num_masked = counts[0]
+    order = torch.argsort(mask.to(torch.uint8), dim=1, stable=True)
+    visible = mask.shape[1] - num_masked
+    return order[:, :visible], order[:, visible:]
+
+
+def reconstruction_target(video: Tensor, tubelet: tuple[int, int, int], masked: Tensor, norm: TargetNorm) -> Tensor:
+    """What the masked tokens should be: (B, M, pt * ph * pw * 3), at least float32, order (t, h, w, c).
+
+    Pixels in [0, 1]; with `norm="channel"` each tubelet has its mean subtracted and is divided by
+    sqrt(unbiased variance + 1e-6), channel by channel; with "patch" over all its values; with "none" not at all.
+    """
+    pixels = unnormalize_pixels(pick_tubelets(as_video(video, tubelet), tubelet, masked), channel_dim=2)
+    pixels = pixels.flatten(3).transpose(2, 3)  # (B, M, pt * ph * pw, 3)
+    mean, std = patch_statistics(pixels, norm)
+    return ((pixels - mean) / std).flatten(2)
+
+
+def patch_statistics(pixels: Tensor, norm: TargetNorm) -> tuple[Tensor, Tensor]:
+    """Mean and deviation that normalise targets: pixels (B, M, P, 3) -> two tensors that broadcast against them."""
+    if norm == "none":
+        return pixels.new_zeros(()), pixels.new_ones(())
+    dims = (2,) if norm == "channel" else (2, 3)
+    var, mean = torch.var_mean(pixels, dim=dims, keepdim=True, correction=1)
+    return mean, (var + 1e-6).sqrt()
+
+
+def reconstruction_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """Squared error of each masked token, averaged over its values: two (B, M, P) -> float (B, M)."""
+    return (prediction.to(target.dtype) - target).square().mean(-1)

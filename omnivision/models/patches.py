@@ -1,0 +1,121 @@
+"""Tubelets: how a video becomes tokens and back, where a token sits, and its fixed position code.
+
+A *tubelet* is a box of pixels (pt, ph, pw) over all channels. Tokens are in raster order t, h, w; the values of a
+tubelet are in the order (t, h, w, c), channel fastest, wherever they are predicted or compared.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from omnivision.errors import UserError
+
+Triple = tuple[int, int, int]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def token_grid(size: Triple, tubelet: Triple) -> Triple:
+    """Tokens along (T, H, W) of a video of `size` (T, H, W).
+
+    Raises UserError when a side is not a multiple of the tubelet's: the rest would be cut off silently.
+    """
+    for name, side, patch in zip(("frames", "height", "width"), size, tubelet, strict=True):
+        if patch <= 0 or side <= 0 or side % patch:
+            raise UserError(
+                f"A video of {size[0]} frames x {size[1]} x {size[2]} pixels cannot be cut into tubelets of "
+                f"{tubelet[0]} x {tubelet[1]} x {tubelet[2]}: {name} is {side}, expected a positive "
+                f"multiple of {patch}. Change num_frames, image_size or tubelet."
+            )
+    return size[0] // tubelet[0], size[1] // tubelet[1], size[2] // tubelet[2]
+
+
+def split_tubelets(video: Tensor, tubelet: Triple) -> Tensor:
+    """(B, C, T, H, W) -> view (B, T', H', W', C, pt, ph, pw); no pixel is copied."""
+    batch, channels, frames, height, width = video.shape
+    (pt, ph, pw), (nt, nh, nw) = tubelet, token_grid((frames, height, width), tubelet)
+    return video.reshape(batch, channels, nt, pt, nh, ph, nw, pw).permute(0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def pick_tubelets(video: Tensor, tubelet: Triple, tokens: Tensor) -> Tensor:
+    """The pixels of some tokens only: (B, C, T, H, W) and indices (B, K) -> (B, K, C, pt, ph, pw)."""
+    boxes = split_tubelets(video, tubelet)
+    _, _, height, width = boxes.shape[:4]
+    rows = torch.arange(len(video), device=video.device)[:, None]
+    return boxes[rows, tokens // (height * width), tokens // width % height, tokens % width]
+
+
+def patchify(video: Tensor, tubelet: Triple) -> Tensor:
+    """(B, C, T, H, W) -> (B, N, pt * ph * pw, C), tokens in raster order, channel last."""
+    boxes = split_tubelets(video, tubelet)  # (B, T', H', W', C, pt, ph, pw)
+    return boxes.permute(0, 1, 2, 3, 5, 6, 7, 4).flatten(4, 6).flatten(1, 3)
+
+
+def unpatchify(patches: Tensor, grid: Triple, tubelet: Triple) -> Tensor:
+    """Inverse of `patchify`: (B, N, pt * ph * pw, C) or (B, N, pt * ph * pw * C) -> (B, C, T, H, W)."""
+    boxes = patches.reshape(len(patches), *grid, *tubelet, -1)  # (B, T', H', W', pt, ph, pw, C)
+    boxes = boxes.permute(0, 7, 1, 4, 2, 5, 3, 6)  # (B, C, T', pt, H', ph, W', pw)
+    (nt, nh, nw), (pt, ph, pw) = grid, tubelet
+    return boxes.reshape(len(patches), -1, nt * pt, nh * ph, nw * pw)
+
+
+def sinusoid_positions(positions: int, width: int) -> Tensor:
+    """Fixed code of one running position over all tokens: float32 (1, positions, width).
+
+    Entry [p, j] is sin (even j) or cos (odd j) of p / 10000^(2 (j // 2) / width), computed in float64
+    (Vaswani et al. 2017, section 3.5, over the flattened tokens as OmniMAE has it).
+    """
+    column = torch.arange(width, dtype=torch.float64)
+    angle = torch.arange(positions, dtype=torch.float64)[:, None] / 10000 ** (2 * (column // 2) / width)
+    return torch.where(column % 2 == 0, angle.sin(), angle.cos()).float()[None]
+
+
+def image_positions(table: Tensor, grid: Triple, height: int, width: int) -> Tensor:
+    """Positions for one image of `height` x `width` tokens: (1, height * width, D).
+
+    They are those of time slot 0 of the video table (1, N, D) over `grid`; another size is interpolated bicubically
+    (half-pixel centres, no antialias), the published rule for images in a video model.
+    """
+    slot = table[:, : grid[1] * grid[2]]
+    if (height, width) == grid[1:]:
+        return slot
+    plane = slot.reshape(1, grid[1], grid[2], -1).permute(0, 3, 1, 2)
+    plane = F.interpolate(plane, size=(height, width), mode="bicubic", align_corners=False)
+    return plane.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def resized_positions(table: Tensor, grid: Triple, new_grid: Triple) -> Tensor:
+    """Positions for a video of another token grid, trilinear in (t, h, w): (1, N', D). Same grid: the table."""
+    if new_grid == grid:
+        return table
+    volume = table.reshape(1, *grid, -1).permute(0, 4, 1, 2, 3)
+    volume = F.interpolate(volume, size=new_grid, mode="trilinear", align_corners=False)
+    return volume.permute(0, 2, 3, 4, 1).flatten(1, 3)
+
+
+def normalize_pixels(pixels: Tensor, channel_dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """uint8 RGB in 0..255 -> ImageNet-normalised floating point of `dtype`, any shape with RGB along `channel_dim`."""
+    mean, std = _imagenet_statistics(pixels.device, dtype, pixels.ndim - channel_dim - 1)
+    return (pixels.to(dtype) / 255 - mean) / std
+
+
+def unnormalize_pixels(video: Tensor, channel_dim: int) -> Tensor:
+    """Pixels in [0, 1] from uint8 in 0..255 or from ImageNet-normalised floating point."""
+    if video.dtype == torch.uint8:
+        return video.float() / 255
+    mean, std = _imagenet_statistics(video.device, video.dtype, video.ndim - channel_dim - 1)
+    return video * std + mean
+
+
+@functools.cache  # a copy to an accelerator at every step would make the host wait
+def _imagenet_statistics(device: torch.device, dtype: torch.dtype, dims_after: int) -> tuple[Tensor, Tensor]:
+    shape = (3, *[1] * dims_after)
+    with torch.inference_mode(False):
+        mean = torch.tensor(IMAGENET_MEAN, dtype=dtype, device=device).reshape(shape)
+        std = torch.tensor(IMAGENET_STD, dtype=dtype, device=device).reshape(shape)
+    return mean, std

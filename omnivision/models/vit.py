@@ -1,0 +1,184 @@
+"""The trunk: a plain vision transformer over tubelets, with fixed sinusoid positions and no class token.
+
+It sees all tokens, or only the visible ones of a masked video: then nothing is computed for the others, from the patch
+embedding on. Parameter names are the published ones, so that PPMA checkpoints load as they are.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from omnivision.errors import UserError
+from omnivision.models.patches import (
+    Triple,
+    image_positions,
+    normalize_pixels,
+    pick_tubelets,
+    resized_positions,
+    sinusoid_positions,
+    split_tubelets,
+    token_grid,
+)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; one matrix holds the rows of q, k and v, heads are contiguous slices."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        if width % heads:
+            raise UserError(
+                f"heads={heads} does not divide width={width} (remainder {width % heads}): every head needs the same "
+                "number of channels. Change heads or width of trainer.model.trunk (or of trainer.model.decoder)."
+            )
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, N, D) -> (B, N, D)
+        batch, tokens, width = x.shape
+        q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, D / heads)
+        return self.proj(x.transpose(1, 2).reshape(batch, tokens, width))
+
+
+class Mlp(nn.Module):
+    def __init__(self, width: int, ratio: float) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, int(width * ratio))
+        self.fc2 = nn.Linear(int(width * ratio), width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; `drop_path` is the chance that a sample skips a branch while training."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float = 4, drop_path: float = 0) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = Mlp(width, mlp_ratio)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+def run_blocks(blocks: nn.ModuleList, x: Tensor, activation_checkpointing: bool) -> Tensor:
+    """The blocks in turn; with checkpointing their activations are made again in the backward pass, not kept."""
+    for block in blocks:
+        x = (
+            checkpoint(block, x, use_reentrant=False)
+            if activation_checkpointing and torch.is_grad_enabled()
+            else block(x)
+        )
+    return x
+
+
+def init_linear(module: nn.Module) -> None:
+    """Xavier-uniform weights and zero biases for linear layers; LayerNorm starts as the identity anyway."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+class PatchEmbed(nn.Module):
+    """One linear map of a tubelet. The weight has the shape of a Conv3d with stride = kernel, (D, C, pt, ph, pw)."""
+
+    def __init__(self, tubelet: Triple, width: int, channels: int = 3) -> None:
+        super().__init__()
+        self.tubelet = tubelet
+        # `proj.1`, because the published module first pads images to videos (`proj.0`) inside a Sequential.
+        conv = nn.Conv3d(channels, width, tubelet, stride=tubelet)
+        self.proj = nn.Sequential(nn.Identity(), conv)
+        nn.init.xavier_uniform_(conv.weight.data.flatten(1))
+        nn.init.zeros_(conv.bias.data)  # type: ignore[union-attr]
+
+    def forward(self, video: Tensor, visible: Tensor | None = None) -> Tensor:
+        """(B, C, T, H, W), uint8 or normalised, and indices (B, K) or None for all tokens -> (B, K, D)."""
+        if visible is None:
+            pixels = split_tubelets(video, self.tubelet).flatten(1, 3)
+        else:
+            pixels = pick_tubelets(video, self.tubelet, visible)  # (B, K, C, pt, ph, pw)
+        conv = cast(nn.Conv3d, self.proj[1])
+        if pixels.dtype == torch.uint8:
+            pixels = normalize_pixels(pixels, channel_dim=2, dtype=conv.weight.dtype)
+        return F.linear(pixels.flatten(2), conv.weight.flatten(1), conv.bias)
+
+
+class VisionTransformer(nn.Module):
+    """Trunk of width D over a video of `num_frames` x `image_size` x `image_size`.
+
+    Args:
+        tubelet: frames, height and width of the box of pixels that makes one token.
+        drop_path: stochastic depth, rising linearly over the blocks from 0 to this value.
+        activation_checkpointing: keep no activations inside blocks but make them again in the backward pass.
+
+    Raises UserError if the tubelet does not divide the video, or the heads the width.
+    """
+
+    pos_embed: Tensor
+
+    def __init__(
+        self,
+        width: int = 768,
+        depth: int = 12,
+        heads: int = 12,
+        mlp_ratio: float = 4,
+        num_frames: int = 16,
+        image_size: int = 224,
+        tubelet: Triple = (2, 16, 16),
+        drop_path: float = 0,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.width, self.activation_checkpointing = width, activation_checkpointing
+        self.tubelet: Triple = (tubelet[0], tubelet[1], tubelet[2])
+        self.grid = token_grid((num_frames, image_size, image_size), self.tubelet)
+        self.num_tokens = self.grid[0] * self.grid[1] * self.grid[2]
+        self.patch_embed = PatchEmbed(self.tubelet, width)
+        rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, rate) for rate in rates)
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.blocks.apply(init_linear)
+        self.register_buffer("pos_embed", sinusoid_positions(self.num_tokens, width))
+
+    def forward(self, video: Tensor, visible: Tensor | None = None) -> Tensor:
+        """Tokens after the last block, before the final LayerNorm.
+
+        Args:
+            video: (B, C, T, H, W), uint8 in 0..255 or normalised; or an image (B, C, H, W), repeated to fill a tubelet.
+            visible: indices (B, K) of the tokens to look at, in raster order; None means all N.
+
+        Returns: (B, K or N, D).
+        """
+        positions = self.positions_for(video, self.pos_embed)
+        video = as_video(video, self.tubelet)
+        x = self.patch_embed(video, visible)
+        x = x + (positions if visible is None else positions[0, visible])
+        return run_blocks(self.blocks, x, self.activation_checkpointing)
+
+    def positions_for(self, video: Tensor, table: Tensor) -> Tensor:
+        """Rows of a position table (1, N, D), the trunk's or a decoder's, for this video or image: (1, N', D)."""
+        _, ph, pw = self.tubelet
+        if video.ndim == 4:
+            return image_positions(table, self.grid, video.shape[2] // ph, video.shape[3] // pw)
+        frames = max(video.shape[2], self.tubelet[0])
+        return resized_positions(table, self.grid, token_grid((frames, *video.shape[3:]), self.tubelet))
+
+
+def as_video(video: Tensor, tubelet: Triple) -> Tensor:
+    """An image (B, C, H, W) or a one-frame clip is repeated in time to fill a tubelet; a video stays as it is."""
+    if video.ndim == 4:
+        video = video[:, :, None]
+    return video.expand(-1, -1, tubelet[0], -1, -1) if video.shape[2] == 1 else video

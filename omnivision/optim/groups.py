@@ -1,0 +1,177 @@
+"""Parameter groups: which parameters get which learning rate and weight decay, and when.
+
+An option (`lr`, `weight_decay`, ...) is a list of rules. A rule has a schedule and may name parameters by shell pattern
+(`param_names`) and by exact module class (`module_cls_names`), united; a rule that names nothing is the option's default.
+Groups are the intersections of the options' rules, so that together they hold every parameter once.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from omnivision.errors import UserError
+from omnivision.optim.schedules import Schedule
+
+
+@dataclass
+class Rule:
+    scheduler: Schedule
+    param_names: Sequence[str] | None = None
+    module_cls_names: Sequence[str] | None = None
+
+    @property
+    def is_default(self) -> bool:
+        return self.param_names is None and self.module_cls_names is None
+
+
+@dataclass
+class Group:
+    """Parameters that share all schedules. `scale` multiplies the learning rate (layer decay)."""
+
+    names: list[str]
+    schedules: dict[str, Schedule] = field(default_factory=dict)
+    scale: float = 1.0
+
+
+def parameter_groups(
+    model: nn.Module, options: Mapping[str, Sequence[Rule]], scales: Mapping[str, float] | None = None
+) -> list[Group]:
+    """The groups of a model's trainable parameters, in a fixed order; `scales` are learning-rate factors by parameter.
+
+    Raises UserError naming option and pattern when a pattern or class matches nothing, when two rules of an option
+    overlap, or when an option has two defaults.
+    """
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    chosen = {option: _rules_by_parameter(model, names, option, rules) for option, rules in options.items()}
+    groups: dict[tuple, Group] = {}
+    for name in names:
+        scale = scales[name] if scales else 1.0
+        key = (*(chosen[option].get(name) for option in options), scale)
+        if key not in groups:
+            schedules = {o: options[o][chosen[o][name]].scheduler for o in options if name in chosen[o]}
+            groups[key] = Group([], schedules, scale)
+        groups[key].names.append(name)
+    return list(groups.values())
+
+
+def _rules_by_parameter(model: nn.Module, names: list[str], option: str, rules: Sequence[Rule]) -> dict[str, int]:
+    """Number of the rule that each parameter follows; parameters that no rule covers are left out."""
+    where = f"trainer.optim.options.{option}"
+    defaults = [number for number, rule in enumerate(rules) if rule.is_default]
+    if len(defaults) > 1:
+        raise UserError(
+            f"{where} has {len(defaults)} rules without param_names and module_cls_names (numbers {defaults}); expected at "
+            "most one, the default. Give the others the parameters that they are for."
+        )
+    chosen: dict[str, int] = {}
+    for number, rule in enumerate(rules):
+        for name in sorted(_named_by(model, names, f"{where}[{number}]", rule)):
+            if name in chosen:
+                raise UserError(
+                    f"{where}: rules {chosen[name]} and {number} both match {name} (patterns {rules[chosen[name]].param_names} "
+                    f"and {rule.param_names}); expected at most one rule a parameter. Narrow one of the patterns."
+                )
+            chosen[name] = number
+    for number in defaults:
+        chosen = dict.fromkeys(names, number) | chosen
+    return chosen
+
+
+def _named_by(model: nn.Module, names: list[str], where: str, rule: Rule) -> set[str]:
+    found: set[str] = set()
+    for pattern in rule.param_names or ():
+        matches = set(fnmatch.filter(names, pattern))
+        if not matches:
+            raise UserError(
+                f"{where}.param_names: the pattern {pattern!r} matches none of the {len(names)} trainable parameters "
+                f"({_some(names)}). Correct the pattern, or remove it."
+            )
+        found |= matches
+    for class_name in rule.module_cls_names or ():
+        cls = _class_named(class_name, where)
+        owners = [prefix for prefix, module in model.named_modules() if type(module) is cls]
+        matches = {name for name in names if name.rpartition(".")[0] in owners}
+        if not matches:
+            kinds = sorted({f"{type(m).__module__}.{type(m).__qualname__}" for m in model.modules()})
+            raise UserError(
+                f"{where}.module_cls_names: no trainable parameter belongs to a module of class {class_name}. The model's "
+                f"classes are {', '.join(kinds)}. Correct the name, or remove it."
+            )
+        found |= matches
+    return found
+
+
+def _class_named(name: str, where: str) -> type:
+    module, _, attribute = name.rpartition(".")
+    if module.partition(".")[0] in ("torch", "omnivision", "timm"):
+        try:
+            found = getattr(importlib.import_module(module), attribute, None)
+        except ImportError:
+            found = None
+        if isinstance(found, type):
+            return found
+    raise UserError(
+        f"{where}.module_cls_names: there is no class {name}. Expected a full name such as torch.nn.LayerNorm."
+    )
+
+
+class ScheduledOptimizer:
+    """An optimizer over groups whose options are set from their schedules before every step."""
+
+    def __init__(self, model: nn.Module, groups: list[Group], make: Any) -> None:
+        """`make(params)` builds the optimizer, e.g. a partial of torch.optim.AdamW.
+
+        Raises UserError for an option that this optimizer does not have.
+        """
+        parameters = dict(model.named_parameters())
+        self.groups = groups
+        self.optimizer: torch.optim.Optimizer = make(
+            [{"params": [parameters[n] for n in group.names]} for group in groups]
+        )
+        known = set(self.optimizer.defaults)
+        if unknown := {option for group in groups for option in group.schedules} - known:
+            raise UserError(
+                f"trainer.optim.options has {', '.join(sorted(unknown))}, which {type(self.optimizer).__name__} does not "
+                f"know; its options are {', '.join(sorted(known))}. Rename or remove it."
+            )
+        self.set_progress(0.0)
+
+    def set_progress(self, progress: float) -> None:
+        for group, target in zip(self.groups, self.optimizer.param_groups, strict=True):
+            for option, schedule in group.schedules.items():
+                target[option] = schedule(progress) * (group.scale if option == "lr" else 1)
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the group with the largest scale: the base rate."""
+        return max(group["lr"] for group in self.optimizer.param_groups)
+
+    def parameters(self) -> Iterable[torch.nn.Parameter]:
+        return (parameter for group in self.optimizer.param_groups for parameter in group["params"])
+
+
+def layer_decay_scales(model: nn.Module, decay: float) -> dict[str, float]:
+    """Learning-rate factor of each parameter: head x 1, last block x decay, ..., patch embedding x decay^(depth + 1).
+
+    The convention of BEiT and VideoMAE: decay^(depth + 1 - id), id 0 for the patch embedding, n + 1 for block n, depth + 1
+    for what follows the blocks. (`trunk.blocks` are the blocks.)
+    """
+    depth = len({name.split(".")[2] for name, _ in model.named_parameters() if name.startswith("trunk.blocks.")})
+
+    def layer(name: str) -> int:
+        if name.startswith("trunk.patch_embed."):
+            return 0
+        return int(name.split(".")[2]) + 1 if name.startswith("trunk.blocks.") else depth + 1
+
+    return {name: decay ** (depth + 1 - layer(name)) for name, _ in model.named_parameters()}
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")

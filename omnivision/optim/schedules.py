@@ -1,0 +1,76 @@
+"""Schedules: functions of progress in [0, 1], the share of all optimizer steps that is done when a step begins.
+
+Any other callable of progress will do where a schedule is configured, fvcore's param schedulers for one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from omnivision.errors import UserError
+
+Schedule = Callable[[float], float]
+
+# A boundary between phases belongs to the later one, in spite of rounding.
+EPSILON = 1e-6
+
+
+@dataclass(frozen=True)
+class Constant:
+    value: float
+
+    def __call__(self, progress: float) -> float:
+        return self.value
+
+
+@dataclass(frozen=True)
+class Linear:
+    start: float
+    end: float
+
+    def __call__(self, progress: float) -> float:
+        return self.start + (self.end - self.start) * progress
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """Half a cosine from `start` to `end` (Loshchilov & Hutter 2017, without restarts)."""
+
+    start: float
+    end: float
+
+    def __call__(self, progress: float) -> float:
+        return self.end + (self.start - self.end) * (1 + math.cos(math.pi * progress)) / 2
+
+
+class Phases:
+    """Schedules one after the other, each stretched over its share of the run: `shares` sum to 1."""
+
+    def __init__(self, schedules: Sequence[Schedule], shares: Sequence[float]) -> None:
+        proper = len(schedules) == len(shares) > 0 and min(shares) >= 0 and shares[-1] > 0 and abs(sum(shares) - 1) < 1e-6
+        if not proper:
+            raise UserError(
+                f"A schedule of {len(schedules)} phases has the shares {list(shares)}; expected a share a phase, none "
+                "negative, the last above 0, with the sum 1. Change trainer.optim.options."
+            )
+        self.schedules, self.shares = list(schedules), list(shares)
+
+    def __call__(self, progress: float) -> float:
+        phase, start = 0, 0.0
+        while phase < len(self.shares) - 1 and progress + EPSILON > start + self.shares[phase]:
+            start += self.shares[phase]
+            phase += 1
+        return self.schedules[phase]((progress - start) / self.shares[phase])
+
+
+class WarmupCosine(Phases):
+    """Linear from `start` to `peak` over the first `warmup` share of the run, then half a cosine to `end`."""
+
+    def __init__(self, start: float, peak: float, end: float, warmup: float) -> None:
+        if not 0 <= warmup < 1:
+            raise UserError(
+                f"The warm-up share is {warmup}; expected at least 0 and less than 1. Change warmup in trainer.optim.options."
+            )
+        super().__init__([Linear(start, peak), Cosine(peak, end)], [warmup, 1 - warmup])

@@ -1,0 +1,32 @@
+"""What is checked before a run starts, beyond its settings: that the data it names is there and is what it should be."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from omnivision.data.catalog import Dataset, Split
+from omnivision.errors import UserError
+from omnivision.settings import Settings
+
+
+def open_splits(settings: Settings) -> tuple[list[Split], list[Split]]:
+    """The train splits of all sources, and the val splits of those that have one if the run is going to validate.
+
+    Raises UserError for a file that is missing, has the wrong type or shape, or holds labels out of range.
+    """
+    config, sources = settings.trainer, settings.trainer.data.sources
+    datasets = [Dataset.from_entry(name, dataclasses.asdict(source)) for name, source in sources.items()]
+    if not datasets:
+        raise UserError(
+            "trainer.data.sources is empty; expected at least one dataset. Choose a recipe with +trainer=..."
+        )
+    train = [Split(dataset, "train") for dataset in datasets]
+    if config.mode != "val" and (config.mode == "train_only" or config.val_epoch_freq is None):
+        return train, []
+    val = [Split(dataset, "val") for dataset in datasets if dataset.val is not None]
+    if not val:
+        raise UserError(
+            f"The run is to validate (trainer.mode={config.mode}), but none of its sources ({', '.join(sources)}) has a val "
+            "split. Give datasets.NAME.val.paths and .labels, or set trainer.mode=train_only."
+        )
+    return train, val

@@ -1,0 +1,42 @@
+"""The ledger of files that did not decode (`logs/bad_samples.jsonl`), and the budget that bounds them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from omnivision.data.batch import BadSample
+from omnivision.errors import UserError
+
+
+class BadSampleLedger:
+    """Counts each bad file once. `files` are all that the run could meet; at most `budget` (a share) may be bad."""
+
+    def __init__(self, path: Path, files: int, budget: float) -> None:
+        self.path, self.files, self.budget = path, files, budget
+        self._known: dict[tuple[str, str], str] = {}
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                entry = json.loads(line)
+                self._known[entry["source"], entry["path"]] = entry["reason"]
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def add(self, samples: Sequence[BadSample], write: bool) -> None:
+        """Note bad samples, of all processes, in every process; one writes. Raises UserError once the budget is passed."""
+        for sample in samples:
+            if (sample.source, sample.path) not in self._known:
+                self._known[sample.source, sample.path] = sample.reason
+                if write:
+                    with open(self.path, "a", encoding="utf-8", errors="surrogateescape") as file:
+                        file.write(json.dumps(asdict(sample)) + "\n")
+        if samples and len(self) > self.budget * self.files:
+            listed = "\n".join(f"  {path}: {reason}" for (_, path), reason in list(self._known.items())[:20])
+            raise UserError(
+                f"{len(self)} of {self.files} files could not be decoded, more than the budget of {self.budget:.2%} "
+                f"(trainer.data.bad_sample_budget). Mend or remove them, or raise the budget. See {self.path}:\n{listed}",
+                everywhere=True,
+            )

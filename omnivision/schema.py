@@ -1,0 +1,210 @@
+"""Compare a composed configuration with dataclasses: unknown keys, wrong types, values out of range, what is missing.
+
+`read` collects every problem before it gives up, each as one sentence that names the key. The dataclasses themselves, and
+what their fields mean, are in `settings.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
+
+from omnivision.targets import target_problems
+
+
+@dataclass(frozen=True)
+class Range:
+    """Bounds of a number, for `Annotated` fields: at least, at most, greater than. A text beside it is advice."""
+
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None
+
+    def __str__(self) -> str:
+        parts = []
+        if self.above is not None:
+            parts.append(f"greater than {self.above:g}")
+        if self.low is not None:
+            parts.append(f"at least {self.low:g}")
+        if self.high is not None:
+            parts.append(f"at most {self.high:g}")
+        return " and ".join(parts)
+
+    def holds(self, value: float) -> bool:
+        return (
+            math.isfinite(value)
+            and (self.above is None or value > self.above)
+            and (self.low is None or value >= self.low)
+            and (self.high is None or value <= self.high)
+        )
+
+
+class Target(dict[str, Any]):
+    """An object to build: `_target_` and its arguments. Not a type to instantiate; it marks fields of a schema."""
+
+
+_ABSENT = object()
+
+
+class Reader:
+    """Reads a configuration into dataclasses, gathering `problems` and what is `missing`."""
+
+    def __init__(self, root: DictConfig) -> None:
+        self.root = root
+        self.problems: list[str] = []
+        self.missing: list[str] = []
+        # What is wrong with a setting that only repeats another one (`${...}`), which is reported itself.
+        self.echoes: list[str] = []
+
+    def dataclass(self, cls: type, node: Any, where: str) -> Any:
+        """An instance of `cls` from a mapping; None if anything in it was wrong."""
+        if not isinstance(node, DictConfig):
+            return self._wrong(where, node, "a group of settings")
+        hints = get_type_hints(cls, include_extras=True)
+        before = len(self.problems) + len(self.missing)
+        for key in node:
+            if key not in hints:
+                self.problems.append(unknown_key(str(key), list(hints), where))
+        values = {}
+        for field in dataclasses.fields(cls):
+            value = self._field(hints[field.name], node, field, f"{where}.{field.name}" if where else field.name)
+            if value is not _ABSENT:
+                values[field.name] = value
+        return cls(**values) if len(self.problems) + len(self.missing) == before else None
+
+    def _field(self, hint: Any, node: DictConfig, field: dataclasses.Field, where: str) -> Any:
+        if field.name not in node:
+            if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+                self.missing.append(where)
+            return _ABSENT
+        return self._item(hint, node, field.name, where)
+
+    def _item(self, hint: Any, node: DictConfig | ListConfig, key: Any, where: str) -> Any:
+        """One value of a container: resolved, then checked against its type."""
+        if OmegaConf.is_missing(node, key):
+            self.missing.append(where)
+            return None
+        try:
+            value = node[key]
+        except InterpolationToMissingValueError:
+            return None  # what it points to is reported as missing itself
+        except OmegaConfBaseException as error:
+            self.problems.append(f"{where} cannot be resolved: {str(error).splitlines()[0]}.")
+            return None
+        before = len(self.problems)
+        checked = self.value(hint, value, where)
+        if OmegaConf.is_interpolation(node, key):
+            self.echoes += self.problems[before:]
+            del self.problems[before:]
+        return checked
+
+    def value(self, hint: Any, value: Any, where: str) -> Any:
+        """A value checked against a type: a plain Python object; None after a problem."""
+        origin, arguments = get_origin(hint), get_args(hint)
+        if origin is Annotated:
+            return self._annotated(arguments, value, where)
+        if origin in (Union, types.UnionType):
+            return self._union(arguments, value, where)
+        if origin is Literal:
+            if value in arguments and not isinstance(value, bool):
+                return value
+            names: list[str] = [str(argument) for argument in arguments]
+            near = difflib.get_close_matches(str(value), names, 1)
+            hint_text = f"; did you mean {near[0]}?" if near else ""
+            return self._wrong(where, value, f"one of {', '.join(names)}{hint_text}")
+        if hint is Any:
+            return value
+        if hint is Target:
+            return self._target(value, where)
+        if dataclasses.is_dataclass(hint):
+            return self.dataclass(typing.cast(type, hint), value, where)
+        if origin in (list, tuple):
+            return self._list(arguments, value, where, fixed=origin is tuple)
+        if origin is dict:
+            if not isinstance(value, DictConfig):
+                return self._wrong(where, value, "a mapping of names to values")
+            return {str(key): self._item(arguments[1], value, key, f"{where}.{key!s}") for key in value}
+        return self._scalar(hint, value, where)
+
+    def _scalar(self, hint: type, value: Any, where: str) -> Any:
+        if hint is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        if isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
+            return value
+        names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+        advice = ""
+        if hint in (int, float) and isinstance(value, str) and looks_like_yaml_number(value):
+            advice = " (YAML reads such a number in base 8 or 60; write it in plain decimal)"
+        return self._wrong(where, value, names[hint] + advice)
+
+    def _annotated(self, arguments: tuple, value: Any, where: str) -> Any:
+        hint, *notes = arguments
+        known = len(self.problems)
+        value = self.value(hint, value, where)
+        for note in notes:
+            if isinstance(note, Range) and len(self.problems) == known and value is not None and not note.holds(value):
+                advice = " ".join(text for text in notes if isinstance(text, str))
+                return self._wrong(where, value, f"a number {note}", advice)
+        return value
+
+    def _union(self, arguments: tuple, value: Any, where: str) -> Any:
+        if value is None and type(None) in arguments:
+            return None
+        choices = [argument for argument in arguments if argument is not type(None)]
+        if len(choices) > 1:  # a text or a list of texts
+            wants_list = isinstance(value, ListConfig)
+            choices = [c for c in choices if (get_origin(c) is list) == wants_list] or choices
+        return self.value(choices[0], value, where)
+
+    def _list(self, arguments: tuple, value: Any, where: str, fixed: bool) -> Any:
+        if not isinstance(value, ListConfig):
+            return self._wrong(where, value, "a list")
+        if fixed and len(value) != len(arguments):
+            return self._wrong(where, list(value), f"a list of {len(arguments)}")
+        hints = arguments if fixed else arguments * len(value)
+        items = [self._item(hint, value, i, f"{where}[{i}]") for i, hint in enumerate(hints)]
+        return tuple(items) if fixed else items
+
+    def _target(self, value: Any, where: str) -> Any:
+        if not isinstance(value, DictConfig) or not isinstance(value.get("_target_"), str):
+            shown = OmegaConf.to_container(value) if isinstance(value, (DictConfig, ListConfig)) else value
+            return self._wrong(where, shown, "an object: a mapping with _target_, the full name of its class")
+        plain = self._plain(value, where)
+        self.problems += target_problems(plain, where)
+        return plain
+
+    def _plain(self, value: Any, where: str) -> Any:
+        """An open part of the configuration as plain Python, every interpolation resolved."""
+        if isinstance(value, DictConfig):
+            return {str(k): self._plain(self._item(Any, value, k, f"{where}.{k!s}"), f"{where}.{k!s}") for k in value}
+        if isinstance(value, ListConfig):
+            return [self._plain(self._item(Any, value, i, f"{where}[{i}]"), f"{where}[{i}]") for i in range(len(value))]
+        return value
+
+    def _wrong(self, where: str, value: Any, expected: str, advice: str = "") -> None:
+        if isinstance(value, (DictConfig, ListConfig)):
+            value = OmegaConf.to_container(value)
+        self.problems.append(f"{where} is {value!r} ({type(value).__name__}); expected {expected}. {advice}".rstrip())
+        return None
+
+
+def looks_like_yaml_number(text: str) -> bool:
+    """`010` and `1:30`: numbers to YAML 1.1, but not those that people mean."""
+    return bool(text) and text.strip("+-").replace(":", "").replace("_", "").replace(".", "").isdigit()
+
+
+def unknown_key(key: str, known: list[str], where: str) -> str:
+    """One sentence about a key that the schema does not have, with the nearest that it has."""
+    near = difflib.get_close_matches(key, known, 1, cutoff=0.6)
+    place = f"{where}.{key}" if where else key
+    if near:
+        return f"{place} is not a setting; did you mean {f'{where}.' if where else ''}{near[0]}?"
+    return f"{place} is not a setting; {where or 'the top level'} has {', '.join(sorted(known))}."

@@ -1,0 +1,263 @@
+"""The settings of a run: every key with its type and range, and what must hold between them.
+
+Defaults stand in `config/experiments/base.yaml`, meanings in the comments there. `check` turns a composed configuration
+into `Settings`, or raises one UserError that lists all problems; it imports nothing heavy, so that it can run anywhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from omegaconf import DictConfig
+
+from omnivision.errors import UserError
+from omnivision.schema import Range, Reader, Target
+
+Count = Annotated[int, Range(low=0)]
+Natural = Annotated[int, Range(low=1)]
+Positive = Annotated[float, Range(above=0)]
+Share = Annotated[float, Range(low=0, high=1)]
+ScaleFactor = Annotated[
+    float,
+    Range(above=0),
+    "It is nominal batch / global batch; a shell divides whole numbers and drops the rest: pass e.g. ++lr_scale_factor=0.5.",
+]
+
+
+@dataclass
+class SplitSettings:
+    paths: str | list[str]
+    labels: str | list[str] | None = None
+
+
+@dataclass
+class DatasetSettings:
+    """An entry of the catalog."""
+
+    kind: Literal["video"] = "video"
+    num_classes: Natural | None = None
+    class_names: str | None = None
+    prefix: str = ""
+    remove_prefix: str = ""
+    suffix: str = ""
+    remove_suffix: str = ""
+    fps: Positive = 25.0
+    train: SplitSettings | None = None
+    val: SplitSettings | None = None
+
+
+@dataclass
+class DataSettings:
+    sources: dict[str, DatasetSettings]
+    repeats: dict[str, Positive]
+    num_frames: Natural
+    clip_duration: Positive
+    batch_size: Natural
+    num_workers: Count
+    prefetch: Natural
+    views_per_clip: Natural
+    view: Target
+    val_view: Target
+    mask: Target | None
+    bad_sample_budget: Share
+    max_pixels: Natural | None
+
+
+@dataclass
+class RuleSettings:
+    scheduler: Target
+    param_names: list[str] | None = None
+    module_cls_names: list[str] | None = None
+
+
+@dataclass
+class AmpSettings:
+    enabled: bool
+    amp_dtype: Literal["auto", "bfloat16", "float16"]
+
+
+@dataclass
+class OptimSettings:
+    optimizer: Target
+    options: dict[str, list[RuleSettings]]
+    lr_scale_factor: ScaleFactor
+    layer_decay: Annotated[float, Range(above=0, high=1)] | None
+    accumulation_steps: Natural
+    gradient_clip: Positive | None
+    amp: AmpSettings
+
+
+@dataclass
+class DistributedSettings:
+    backend: Literal["nccl", "gloo"] | None
+    comms_dtype: Literal["fp16", "bf16"] | None
+    timeout_minutes: Positive
+
+
+@dataclass
+class LoggingSettings:
+    log_freq: Natural
+    pictures_every_epochs: Natural | None
+
+
+@dataclass
+class CheckpointSettings:
+    save_dir: str
+    save_freq: Natural | None
+    save_every_steps: Natural | None
+
+
+@dataclass
+class TrainerSettings:
+    mode: Literal["train", "train_only", "val", "dry"]
+    accelerator: Literal["auto", "cuda", "cpu"]
+    seed_value: Count
+    max_epochs: Natural
+    val_epoch_freq: Natural | None
+    limit_train_batches: Natural | None
+    limit_val_batches: Natural | None
+    compile: bool
+    model: Target
+    task: Target
+    data: DataSettings
+    optim: OptimSettings
+    distributed: DistributedSettings
+    logging: LoggingSettings
+    checkpoint: CheckpointSettings
+
+
+@dataclass
+class LauncherSettings:
+    gpus_per_node: Natural
+    num_nodes: Natural
+    experiment_log_dir: str
+
+
+@dataclass
+class SubmititSettings:
+    use_cluster: bool
+    name: str
+    partition: str | None
+    timeout_hour: Positive
+    cpus_per_task: Natural
+    mem_gb: Positive | None
+
+
+@dataclass
+class Settings:
+    num_frames: Natural
+    image_size: Natural
+    short_side: Natural
+    clip_duration: Positive
+    mask_ratio: Share
+    batch_size: Natural
+    num_workers: Count
+    epochs: Natural
+    lr_scale_factor: ScaleFactor
+    data_root: str
+    datasets: dict[str, DatasetSettings]
+    trainer: TrainerSettings
+    launcher: LauncherSettings
+    submitit: SubmititSettings
+
+    @property
+    def processes(self) -> int:
+        """Training processes of the whole run."""
+        return self.launcher.gpus_per_node * self.launcher.num_nodes
+
+    @property
+    def clips_per_process(self) -> int:
+        return self.trainer.data.batch_size // self.launcher.gpus_per_node
+
+    @property
+    def clips_per_step(self) -> int:
+        """The effective batch: clips of an optimizer step over all nodes."""
+        return self.trainer.data.batch_size * self.launcher.num_nodes
+
+    @property
+    def videos_per_step(self) -> int:
+        return self.clips_per_step // self.trainer.data.views_per_clip
+
+
+def check(config: DictConfig) -> Settings:
+    """Settings from a composed configuration. Raises UserError listing every problem, and all that is missing."""
+    reader = Reader(config)
+    settings: Settings | None = reader.dataclass(Settings, config, "")
+    problems = list(dict.fromkeys(reader.problems or reader.echoes))
+    if reader.missing:
+        problems.append(f"Missing: {', '.join(dict.fromkeys(reader.missing))}.{_advice(reader.missing)}")
+    if settings is not None and not problems:
+        problems += contradictions(settings)
+    if problems:
+        raise UserError(
+            "\n".join(problems) if len(problems) == 1 else "\n- ".join([f"{len(problems)} problems:", *problems])
+        )
+    assert settings is not None
+    return settings
+
+
+def contradictions(settings: Settings) -> list[str]:
+    """Sentences about settings that are fine alone but do not go together."""
+    problems = []
+    trainer, data = settings.trainer, settings.trainer.data
+    model = trainer.model
+    trunk: dict[str, Any] = model.get("trunk") or {}
+    for name, part in (("trunk", trunk), ("decoder", model.get("decoder") or {})):
+        width, heads = part.get("width"), part.get("heads")
+        if isinstance(width, int) and isinstance(heads, int) and (heads < 1 or width % heads):
+            problems.append(
+                f"trainer.model.{name}.heads is {heads}, which does not divide trainer.model.{name}.width {width}; every "
+                "head needs the same number of channels. Change one of them."
+            )
+    if "tubelet" in trunk:
+        problems += _tubelet_problems(trunk)
+    if len(trunk.get("tubelet", ())) == 3 and data.num_frames != trunk.get("num_frames", data.num_frames):
+        problems.append(
+            f"trainer.data.num_frames is {data.num_frames}, trainer.model.trunk.num_frames {trunk['num_frames']}; expected "
+            "the same. Set num_frames, which both follow."
+        )
+    gpus, batch = settings.launcher.gpus_per_node, data.batch_size
+    if batch % gpus:
+        problems.append(
+            f"batch_size is {batch} for the {gpus} processes of a node (launcher.gpus_per_node); expected a multiple of "
+            f"{gpus}. Try batch_size={max(1, batch // gpus) * gpus}."
+        )
+        return problems
+    each = settings.clips_per_process
+    for name, parts in (
+        ("trainer.data.views_per_clip", data.views_per_clip),
+        ("trainer.optim.accumulation_steps", trainer.optim.accumulation_steps),
+    ):
+        if each % parts:
+            problems.append(
+                f"{name} is {parts}, which does not divide the {each} clips of a process (batch_size {batch} / "
+                f"launcher.gpus_per_node {gpus}). Change {name} or batch_size."
+            )
+    return problems
+
+
+def _tubelet_problems(trunk: dict[str, Any]) -> list[str]:
+    tubelet, frames, size = trunk["tubelet"], trunk.get("num_frames"), trunk.get("image_size")
+    if not (isinstance(tubelet, list) and len(tubelet) == 3 and all(isinstance(n, int) and n > 0 for n in tubelet)):
+        return [f"trainer.model.trunk.tubelet is {tubelet!r}; expected three whole numbers: frames, height, width."]
+    problems = []
+    for setting, value, parts in (("num_frames", frames, tubelet[:1]), ("image_size", size, tubelet[1:])):
+        for part in dict.fromkeys(parts):
+            if isinstance(value, int) and value % part:
+                problems.append(
+                    f"{setting} is {value}; expected a multiple of {part}, the tubelet's (trainer.model.trunk.tubelet is "
+                    f"{tubelet}). Try {setting}={max(1, value // part) * part}."
+                )
+    return problems
+
+
+def _advice(missing: list[str]) -> str:
+    advice = []
+    if any(name.startswith(("epochs", "trainer.model", "trainer.optim")) for name in missing):
+        advice.append("+experiments=omnimae/omnimain_train_video.yaml chooses a stage, its model and optimizer")
+    if any(name.startswith(("trainer.data", "trainer.task")) for name in missing):
+        advice.append("+trainer=mae_k150_config.yaml chooses data and task")
+    if "launcher.experiment_log_dir" in missing:
+        advice.append("++launcher.experiment_log_dir=FOLDER says where the run goes")
+    return " " + "; ".join(advice) + "." if advice else ""

@@ -1,0 +1,122 @@
+"""Objects named by `_target_`: only from known packages, and with arguments that their signatures have.
+
+Signatures of this project's own classes are read from the source with `ast`, so that nothing heavy is imported on a
+login node; those of other packages are checked when the object is built.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ALLOWED = ("omnivision", "torch.optim", "torch.nn", "timm.optim", "fvcore.common.param_scheduler")
+PACKAGE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Parameter:
+    annotation: str
+    required: bool
+
+
+def target_problems(node: Any, where: str) -> list[str]:
+    """Sentences about what is wrong with an object to build and with the objects inside it."""
+    if isinstance(node, list):
+        return [problem for i, item in enumerate(node) for problem in target_problems(item, f"{where}[{i}]")]
+    if not isinstance(node, dict):
+        return []
+    problems = [problem for key, item in node.items() for problem in target_problems(item, f"{where}.{key}")]
+    if "_target_" not in node:
+        return problems
+    target = node["_target_"]
+    if not isinstance(target, str) or not any(target.startswith(f"{package}.") for package in ALLOWED):
+        return [
+            *problems,
+            f"{where}._target_ is {target!r}; expected a class of {', '.join(ALLOWED)}: configurations come from others "
+            "too, and may not build just anything.",
+        ]
+    if not target.startswith("omnivision."):
+        return problems
+    signature = signature_of(target)
+    if signature is None:
+        return [*problems, f"{where}._target_ is {target!r}, which does not exist{_near_target(target)}."]
+    given = {key: value for key, value in node.items() if not key.startswith("_")}
+    shown = ", ".join(signature)
+    for key in given:
+        if key not in signature:
+            near = difflib.get_close_matches(key, signature, 1)
+            guess = f"; did you mean {near[0]}?" if near else ""
+            problems.append(f"{where}.{key} is not an argument of {target}({shown}){guess}.")
+        elif sentence := _type_problem(given[key], signature[key].annotation, f"{where}.{key}"):
+            problems.append(sentence)
+    absent = [name for name, parameter in signature.items() if parameter.required and name not in given]
+    if absent:
+        problems.append(f"{where} lacks {', '.join(absent)}, needed by {target}({shown}).")
+    return problems
+
+
+@functools.cache
+def signature_of(target: str) -> dict[str, Parameter] | None:
+    """Parameters of a class or function of this project by name; None if there is no such thing."""
+    *modules, name = target.split(".")[1:]
+    file = PACKAGE.joinpath(*modules).with_suffix(".py") if modules else PACKAGE / "__init__.py"
+    if not file.is_file():
+        return None
+    definitions = {node.name: node for node in ast.parse(file.read_text()).body if hasattr(node, "name")}
+    found = definitions.get(name)
+    if isinstance(found, ast.FunctionDef):
+        return _of_function(found, skip=0)
+    return _of_class(found, definitions) if isinstance(found, ast.ClassDef) else None
+
+
+def _of_class(cls: ast.ClassDef, definitions: dict[str, Any]) -> dict[str, Parameter]:
+    for item in cls.body:
+        if isinstance(item, ast.FunctionDef) and item.name == "__init__":
+            return _of_function(item, skip=1)
+    fields: dict[str, Parameter] = {}
+    for base in cls.bases:
+        if isinstance(base, ast.Name) and isinstance(definitions.get(base.id), ast.ClassDef):
+            fields |= _of_class(definitions[base.id], definitions)
+    for item in cls.body:
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+            fields[item.target.id] = Parameter(ast.unparse(item.annotation), item.value is None)
+    return fields
+
+
+def _of_function(function: ast.FunctionDef, skip: int) -> dict[str, Parameter]:
+    arguments = function.args.args[skip:]
+    required = len(arguments) - len(function.args.defaults)
+    return {
+        argument.arg: Parameter(ast.unparse(argument.annotation) if argument.annotation else "Any", i < required)
+        for i, argument in enumerate(arguments)
+    }
+
+
+def _type_problem(value: Any, annotation: str, where: str) -> str | None:
+    kinds: dict[str, tuple[tuple[type, ...], str]] = {
+        "int": ((int,), "a whole number"),
+        "float": ((int, float), "a number"),
+        "str": ((str,), "a text"),
+        "bool": ((bool,), "true or false"),
+    }
+    if annotation not in kinds:
+        return None
+    accepted, expected = kinds[annotation]
+    if isinstance(value, accepted) and (annotation == "bool" or not isinstance(value, bool)):
+        return None
+    return f"{where} is {value!r} ({type(value).__name__}); expected {expected}."
+
+
+def _near_target(target: str) -> str:
+    known = [
+        ".".join(("omnivision", *file.relative_to(PACKAGE).with_suffix("").parts, node.name))
+        for file in PACKAGE.rglob("*.py")
+        for node in ast.parse(file.read_text()).body
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and not node.name.startswith("_")
+    ]
+    near = difflib.get_close_matches(target, known, 1)
+    return f"; did you mean {near[0]}?" if near else ""

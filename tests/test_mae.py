@@ -1,0 +1,209 @@
+"""The masked autoencoder: the published implementation's figures, and what must hold whatever the figures are."""
+
+import unittest
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from omnivision.data.masking import RandomMask
+from omnivision.errors import UserError
+from omnivision.models.mae import (
+    MaskedAutoencoder,
+    patch_statistics,
+    reconstruction_error,
+    reconstruction_target,
+    split_tokens,
+)
+from omnivision.models.patches import pick_tubelets, unnormalize_pixels
+from omnivision.models.vit import VisionTransformer, as_video
+from tests.parity_formula import error, record, stated, tensor, token_mask, weights
+
+TUBELET = (2, 8, 8)
+# Fair for a result that passes through float32 on both sides; gradients are differences and lose a digit.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
+GRADIENT_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+
+
+def published_model(dtype: torch.dtype) -> MaskedAutoencoder:
+    trunk = VisionTransformer(48, 2, 3, num_frames=4, image_size=32, tubelet=TUBELET)
+    model = MaskedAutoencoder(trunk, {"width": 24, "depth": 2, "heads": 4})
+    result = model.load_state_dict(weights(record("mae")["state_dict"]), strict=False)
+    assert set(result.missing_keys) == {"trunk.pos_embed", "trunk.decoder.pos_embed"} and not result.unexpected_keys
+    return model.to(dtype)
+
+
+def norm_of(settings: dict[str, Any]) -> str:
+    if not settings["norm_pix_loss"]:
+        return "none"
+    return "channel" if settings["norm_pix_per_channel"] else "patch"
+
+
+def target_of(video: Tensor, masked: Tensor, settings: dict[str, Any]) -> Tensor:
+    if settings["unnormalize_img"] is not None:
+        return reconstruction_target(video, TUBELET, masked, norm_of(settings))
+    # A variant that the recipe does not use: targets from the normalised image.
+    pixels = pick_tubelets(as_video(video, TUBELET), TUBELET, masked).flatten(3).transpose(2, 3)
+    mean, std = patch_statistics(pixels, norm_of(settings))
+    return ((pixels - mean) / std).flatten(2)
+
+
+class PublishedFigures(unittest.TestCase):
+    def check_case(self, case: dict[str, Any], dtype: torch.dtype) -> None:
+        model, video, mask = published_model(dtype), stated(case["input"]).to(dtype), token_mask(case["mask"])
+        visible, masked = split_tokens(mask)
+        self.assertEqual(masked.sum(1).tolist(), case["mask"]["sum_of_masked_indices"])
+        everything = torch.arange(mask.shape[1]).expand(len(mask), -1)
+        tolerance, seen = TOLERANCE[dtype], case["expected"]["intermediate"]
+
+        captured: dict[str, Tensor] = {}
+        decoder = model.trunk.decoder
+        decoder.decoder_embed.register_forward_hook(
+            lambda module, args, out: captured.update(decoder_embed_input=args[0], decoder_embed_output=out)
+        )
+        model.trunk.blocks[0].register_forward_hook(
+            lambda module, args, out: captured.update(encoder_input_visible_tokens=args[0], encoder_block_0_output=out)
+        )
+        captured["patch_embed_output_all_tokens"] = model.trunk.patch_embed(as_video(video, TUBELET))
+        captured["encoder_norm_output"] = model.encode(video, visible)
+        captured["decoder_norm_output"] = model.decode(video, captured["encoder_norm_output"], visible, everything)
+        self.assertEqual(set(captured), set(seen))
+        for name, got in captured.items():
+            self.assertLess(error(got, seen[name]), tolerance, name)
+        everywhere = model.heads[0](captured["decoder_norm_output"])
+        self.assertLess(error(everywhere, case["expected"]["prediction"]), tolerance)
+        prediction = model(video, mask)
+        self.assertTrue(torch.equal(prediction.masked, masked))
+        picked = everywhere.gather(1, masked[..., None].expand_as(prediction.pixels))
+        self.assertLess((prediction.pixels - picked).abs().max(), tolerance)
+
+        for variant in case["losses"]:
+            model.zero_grad()
+            target = target_of(video, masked, variant["settings"])
+            loss = reconstruction_error(model(video, mask).pixels, target).mean()
+            self.assertLess(abs(float(loss) / variant["loss"][1] - 1), tolerance, variant["title"])
+            if "target_before_masking" in variant:
+                at_all = target_of(video, everything, variant["settings"])
+                self.assertLess(error(at_all, variant["target_before_masking"]), tolerance)
+            loss.backward()
+            norms = {name: float(p.grad.norm()) for name, p in model.named_parameters()}
+            norms["<all parameters>"] = sum(norm**2 for norm in norms.values()) ** 0.5
+            self.assertLessEqual(set(variant["grad_l2_norms"]), set(norms))
+            for name, (_, recorded) in variant["grad_l2_norms"].items():
+                got = abs(norms[name] / recorded - 1)
+                self.assertLess(got, GRADIENT_TOLERANCE[dtype], f"{variant['title']}: {name}")
+
+    def test_video(self):
+        for dtype in TOLERANCE:
+            self.check_case(record("mae")["video"], dtype)
+
+    def test_image_at_the_models_resolution_and_at_another(self):
+        for name in ("model_resolution", "other_resolution"):
+            for dtype in TOLERANCE:
+                with self.subTest(name, dtype=dtype):
+                    self.check_case(record("image")["mae"][name], dtype)
+
+    def test_loss_on_a_low_contrast_clip_with_unequal_masks(self):
+        case = record("mae")["loss_on_given_tensors"]
+        mask = torch.zeros(2, 32, dtype=torch.bool)
+        for sample, indices in enumerate(case["mask"]["masked_indices"]):
+            mask[sample, indices] = True
+        everything = torch.arange(32).expand(2, -1)
+        for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-4)):
+            video = stated(case["input"]).to(dtype)
+            for variant in case["losses"]:
+                prediction = stated(case["prediction_tensor"]).to(dtype).requires_grad_()
+                target = target_of(video, everything, variant["settings"])
+                self.assertLess(error(target, variant["target_before_masking"]), tolerance, variant["title"])
+                loss = reconstruction_error(prediction, target)[mask].mean()
+                self.assertLess(abs(float(loss) / variant["loss"][1] - 1), tolerance)
+                loss.backward()
+                self.assertLess(error(prediction.grad, variant["d_loss_d_prediction"]), tolerance)
+
+    def test_formula_is_the_stated_one(self):
+        import hashlib
+
+        entries = weights(record("mae")["state_dict"])
+        digest = hashlib.sha256(b"".join(t.numpy().tobytes() for t in entries.values())).hexdigest()
+        self.assertEqual(digest, record("mae")["parameters_sha256"])
+        self.assertEqual(tensor("x", [2, 3], 0.5, 0.0).tolist(), [[0.5] * 3] * 2)
+
+
+def small_model(**changes: Any) -> MaskedAutoencoder:
+    torch.manual_seed(0)
+    trunk = VisionTransformer(48, 2, 3, num_frames=4, image_size=32, tubelet=TUBELET, **changes)
+    return MaskedAutoencoder(trunk, {"width": 24, "depth": 1, "heads": 4})
+
+
+def some_masks(samples: int) -> Tensor:
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    return torch.stack([torch.from_numpy(RandomMask(0.75)((2, 4, 4), rng)) for _ in range(samples)])
+
+
+class Model(unittest.TestCase):
+    def test_raw_pixels_equal_normalised_ones(self):
+        from omnivision.models.patches import normalize_pixels
+
+        model, mask = small_model(), some_masks(2)
+        video = torch.randint(0, 256, (2, 3, 4, 32, 32), dtype=torch.uint8)
+        raw = model(video, mask).pixels
+        normalised = model(normalize_pixels(video, channel_dim=1), mask).pixels
+        self.assertLess((raw - normalised).abs().max(), 1e-5)
+        target = reconstruction_target(video, TUBELET, torch.arange(32).expand(2, -1), "none")
+        same = reconstruction_target(normalize_pixels(video, 1), TUBELET, torch.arange(32).expand(2, -1), "none")
+        self.assertLess((target - same).abs().max(), 1e-5)
+        self.assertLess((unnormalize_pixels(video, 1) - video / 255).abs().max(), 1e-6)
+
+    def test_hidden_pixels_do_not_reach_the_encoder(self):
+        model, mask = small_model(), some_masks(2)
+        video = torch.rand(2, 3, 4, 32, 32)
+        hidden = mask[:, None].repeat_interleave(2, 2).repeat_interleave(8, 3).repeat_interleave(8, 4)
+        noisy = torch.where(hidden, torch.rand_like(video), video)
+        self.assertTrue(torch.equal(model(video, mask).pixels, model(noisy, mask).pixels))
+
+    def test_the_count_given_is_the_count_found(self):
+        model, mask, video = small_model(), some_masks(2), torch.rand(2, 3, 4, 32, 32)
+        self.assertTrue(torch.equal(model(video, mask).pixels, model(video, mask, 24).pixels))
+
+    def test_activation_checkpointing_changes_nothing(self):
+        mask, video, gradients = some_masks(2), torch.rand(2, 3, 4, 32, 32), []
+        for on in (False, True):
+            model = small_model(activation_checkpointing=on)
+            model(video, mask).pixels.square().mean().backward()
+            gradients.append([p.grad for p in model.parameters()])
+        for plain, again in zip(*gradients, strict=True):
+            self.assertTrue(torch.equal(plain, again))
+
+    def test_unequal_masks_are_refused(self):
+        mask = some_masks(2)
+        mask[0] = False
+        with self.assertRaisesRegex(UserError, "0, 24"):
+            small_model()(torch.rand(2, 3, 4, 32, 32), mask)
+
+    def test_heads_must_divide_the_width(self):
+        with self.assertRaisesRegex(UserError, "heads=5 does not divide width=48"):
+            VisionTransformer(48, 1, 5)
+
+    def test_drop_path_drops_samples_only_while_training(self):
+        torch.manual_seed(0)
+        trunk = VisionTransformer(48, 3, 3, num_frames=4, image_size=32, tubelet=TUBELET, drop_path=0.9)
+        video = torch.rand(8, 3, 4, 32, 32)
+        trunk.train()
+        self.assertFalse(torch.equal(trunk(video), trunk(video)))
+        trunk.eval()
+        self.assertTrue(torch.equal(trunk(video), trunk(video)))
+
+    def test_starting_weights(self):
+        model = small_model()
+        self.assertEqual(float(model.trunk.mask_token.abs().max()), 0)
+        weight = model.trunk.patch_embed.proj[1].weight
+        bound = (6 / (weight[0].numel() + len(weight))) ** 0.5  # Xavier-uniform of the flattened weight
+        self.assertLessEqual(float(weight.abs().max()), bound)
+        self.assertGreater(float(weight.abs().max()), 0.99 * bound)
+        self.assertAlmostEqual(float(model.heads[0].projector.weight.std()), 0.02, delta=0.002)
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,80 @@
+"""Patchify and its inverse, positions, and pixels: equivalences, and the published figures."""
+
+import unittest
+
+import torch
+
+from omnivision.errors import UserError
+from omnivision.models import patches
+from tests.parity_formula import error, record, stated
+
+
+class Tubelets(unittest.TestCase):
+    def test_published_figures(self):
+        for case in record("patchify")["cases"]:
+            image = case.get("image")
+            video = stated(image or case["video"])
+            tubelet = (1, *case["patch"]) if image else tuple(case["patch"])
+            got = patches.patchify(video[:, :, None] if image else video, tubelet)
+            self.assertLess(error(got, case["patchified"]), 1e-7)
+            if image:
+                continue
+            self.assertLess(error(got.flatten(2), case["flattened_last_two"]), 1e-7)
+            for place, pixel in case["pixel_flat_index_at_output_flat_index"].items():
+                self.assertEqual(got.flatten()[int(place)], video.flatten()[pixel])
+            grid = patches.token_grid(video.shape[2:], tubelet)
+            tokens = stated(case["unpatchify"]["tokens"])
+            self.assertLess(error(patches.unpatchify(tokens, grid, tubelet), case["unpatchify"]["expected"]), 1e-7)
+
+    def test_unpatchify_inverts_patchify_for_boxes_of_any_shape(self):
+        video = torch.rand(2, 3, 4, 12, 20)
+        for tubelet in ((2, 4, 4), (1, 3, 5), (4, 12, 2), (2, 6, 10)):
+            tokens = patches.patchify(video, tubelet)
+            grid = patches.token_grid((4, 12, 20), tubelet)
+            self.assertTrue(torch.equal(patches.unpatchify(tokens, grid, tubelet), video), tubelet)
+
+    def test_picked_tubelets_are_those_of_patchify(self):
+        video = torch.rand(2, 3, 4, 12, 20)
+        tokens = torch.tensor([[0, 7, 29], [5, 5, 14]])
+        picked = patches.pick_tubelets(video, (2, 4, 4), tokens)  # (B, K, C, pt, ph, pw)
+        all_tokens = patches.patchify(video, (2, 4, 4))  # (B, N, P, C)
+        for b in range(2):
+            for k in range(3):
+                expected = all_tokens[b, tokens[b, k]]
+                self.assertTrue(torch.equal(picked[b, k].flatten(1).T, expected))
+
+    def test_a_video_that_does_not_fit_is_refused(self):
+        for size in ((15, 224, 224), (16, 220, 224), (16, 224, 230), (0, 224, 224)):
+            with self.assertRaisesRegex(UserError, "num_frames, image_size or tubelet"):
+                patches.token_grid(size, (2, 16, 16))
+
+
+class Positions(unittest.TestCase):
+    def test_published_tables(self):
+        for table in record("sinusoid")["tables"]:
+            got = patches.sinusoid_positions(table["positions"], table["width"])
+            self.assertLess(error(got, table), 1e-7)
+
+    def test_published_positions_of_images(self):
+        table, grid = patches.sinusoid_positions(32, 48), (2, 4, 4)
+        recorded = record("image")["position_table_for_images"]
+        self.assertLess(error(patches.image_positions(table, grid, 4, 4), recorded["model_resolution"]), 1e-7)
+        other = patches.image_positions(table.double(), grid, 6, 6)
+        self.assertLess(error(other, recorded["other_resolution"]), 1e-9)
+
+    def test_the_same_grid_returns_the_table(self):
+        table = patches.sinusoid_positions(32, 48)
+        self.assertIs(patches.resized_positions(table, (2, 4, 4), (2, 4, 4)), table)
+        self.assertEqual(patches.resized_positions(table, (2, 4, 4), (4, 6, 2)).shape, (1, 48, 48))
+
+
+class Pixels(unittest.TestCase):
+    def test_normalising_and_back(self):
+        video = torch.randint(0, 256, (2, 3, 4, 8, 8), dtype=torch.uint8)
+        normalised = patches.normalize_pixels(video, channel_dim=1, dtype=torch.float64)
+        self.assertLess((patches.unnormalize_pixels(normalised, 1) - video.double() / 255).abs().max(), 1e-12)
+        self.assertAlmostEqual(float(normalised[0, 1, 0, 0, 0]), (int(video[0, 1, 0, 0, 0]) / 255 - 0.456) / 0.224, places=12)
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,75 @@
+"""Compose a run with Hydra, check it, launch it. Nothing here imports torch; the process that trains does.
+
+    python train_app_submitit.py +experiments=omnimae/omnimain_train_video.yaml +trainer=mae_k150_config.yaml \
+        trainer/model=vitbase ++launcher.experiment_log_dir=EXP_DIR submitit.use_cluster=false
+
+Exit codes: 0 done; 1 a mistake of the user's, told in one paragraph; others: faults, with the reason in summary.json.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import hydra
+import yaml
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+HERE = Path(__file__).resolve().parent
+CONFIG = HERE / "config" if (HERE / "config" / "config.yaml").is_file() else HERE / "omnivision" / "config"
+
+
+def main() -> None:
+    from omnivision.errors import UserError
+
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        from omnivision.usage import usage
+
+        print(usage(CONFIG))
+        return
+    try:
+        code = max([run(config) for config in composed()], default=0)
+    except UserError as error:
+        from omnivision.launch import print_error
+
+        print_error(str(error))
+        code = error.exit_code
+    sys.exit(code)
+
+
+def composed() -> list[DictConfig]:
+    """What the command line describes: one configuration, several for a sweep, none for --cfg and the like."""
+    from omnivision.settings_yaml import read_numbers_as_written
+
+    read_numbers_as_written()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises to us instead of printing
+    found: list[DictConfig] = []
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONFIG), config_name="config")(found.append)()
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        from omnivision.composition import explain
+        from omnivision.errors import UserError
+
+        raise UserError(explain(error)) from error
+    return found
+
+
+def run(config: DictConfig) -> int:
+    """Check one configuration and launch it; returns the exit code."""
+    from omnivision.launch import Job, launch
+    from omnivision.preflight import open_splits
+    from omnivision.settings import check
+
+    settings = check(config)
+    if settings.trainer.mode == "dry":
+        from omnivision.dry import describe
+
+        print(describe(settings))
+        return 0
+    open_splits(settings)
+    return launch(Job(settings, OmegaConf.to_yaml(config, resolve=False)))
+
+
+if __name__ == "__main__":
+    main()
