@@ -5,6 +5,7 @@ torch is imported by the process that trains, not by the one that launches.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing
 import os
@@ -22,7 +23,9 @@ from omnivision.settings import Settings
 
 if TYPE_CHECKING:
     from omnivision.distributed import Place, Processes
+    from omnivision.reporting.reporter import Reporter
     from omnivision.reporting.run_folder import RunFolder
+    from omnivision.trainer import Trainer
 
 GRACE_SECONDS = 15.0  # that the other processes have to leave after one has failed
 
@@ -131,10 +134,12 @@ def run_process(job: Job, place: Place | None) -> int:
     """
     from omnivision import build
     from omnivision.distributed import Place
+    from omnivision.files import write_atomically
+    from omnivision.reporting.reporter import Reporter
 
     place = place or Place.from_torchrun()
     folder = build.run_folder(job.settings)
-    locked = False
+    locked = begun = False
     try:
         processes = build.processes(job.settings, place)
         processes.together(folder.create, only_main=True)
@@ -143,34 +148,32 @@ def run_process(job: Job, place: Place | None) -> int:
         log_to_file(folder.logs / f"rank_{place.rank}.log")
         if taken_over:
             logging.warning(taken_over)
-        train(job, processes, folder)
+        reporter = Reporter(folder, enabled=processes.is_main)
+        trainer = processes.together(lambda: ready_trainer(job, processes, folder, reporter))
+        assert trainer is not None
+        begun = processes.is_main
+        if begun:
+            write_atomically(folder.path / "config.yaml", job.config_text)
+        with contextlib.closing(reporter):
+            trainer.validate_only() if job.settings.trainer.mode == "val" else trainer.fit()
         processes.close()
         return 0
     except (Exception, KeyboardInterrupt) as error:
-        return explain(error, folder if locked else None, place.rank)
+        # A refusal before anything has begun leaves what an earlier run wrote as it is.
+        tells = begun or (locked and not folder.read_summary())
+        return explain(error, folder if tells else None, place.rank)
     finally:
         if locked:
             folder.unlock()
 
 
-def train(job: Job, processes: Processes, folder: RunFolder) -> None:
-    """Build the trainer and let it do what `trainer.mode` says."""
+def ready_trainer(job: Job, processes: Processes, folder: RunFolder, reporter: Reporter) -> Trainer:
+    """The trainer with everything built and, if the run folder has a checkpoint, resumed."""
     from omnivision import build
-    from omnivision.files import write_atomically
-    from omnivision.reporting.reporter import Reporter
 
-    reporter = Reporter(folder, enabled=processes.is_main)
-    try:
-        trainer = processes.together(lambda: build.trainer(job.settings, processes, folder, reporter))
-        assert trainer is not None
-        if processes.is_main:
-            write_atomically(folder.path / "config.yaml", job.config_text)
-        if job.settings.trainer.mode == "val":
-            trainer.validate_only()
-        else:
-            trainer.fit()
-    finally:
-        reporter.close()
+    trainer = build.trainer(job.settings, processes, folder, reporter)
+    trainer.resume()
+    return trainer
 
 
 def explain(error: BaseException, folder: RunFolder | None, rank: int) -> int:

@@ -125,8 +125,7 @@ class Trainer:
     # ---- a whole run ----------------------------------------------------------------------------------------------
 
     def fit(self) -> None:
-        """Train to `max_epochs`, resuming if the run folder holds a checkpoint. Raises NonFiniteError, UserError."""
-        self.processes.together(self.resume)
+        """Train to `max_epochs` from where the state stands (see `resume`). Raises NonFiniteError, UserError."""
         self.reporter.start(self.global_step, self.total_steps)
         if self.state.epoch >= self.options.max_epochs:
             self.reporter.say(f"All {self.options.max_epochs} epochs are done; nothing is left to train.")
@@ -147,8 +146,7 @@ class Trainer:
         self._summary(status="finished", exit_reason="all epochs done")
 
     def validate_only(self) -> None:
-        """Evaluate the run's newest checkpoint, or the weights as they are, and note the figures."""
-        self.processes.together(self.resume)
+        """Evaluate the weights as they are (see `resume`) and note the figures."""
         self.reporter.start(self.global_step, self.total_steps)
         self.last |= {f"val_{name}": value for name, value in self.evaluate().items()}
         self._summary(status="finished", exit_reason="validated")
@@ -196,11 +194,11 @@ class Trainer:
         loss = torch.stack(losses).mean()
         self.scaler.unscale_(self.optimizer.optimizer)
         norm = nn.utils.clip_grad_norm_(self.optimizer.parameters(), options.gradient_clip or math.inf)
-        self._agree_to_go_on(batch, loss, norm)
+        mean_loss = self._agree_to_go_on(batch, loss, norm)
         self.scaler.step(self.optimizer.optimizer)
         self.scaler.update()
         self.optimizer.optimizer.zero_grad(set_to_none=True)
-        return float(loss), float(norm)
+        return mean_loss, float(norm)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -307,11 +305,15 @@ class Trainer:
         self.save(also)
         self._summary(status="running")
 
-    def _agree_to_go_on(self, batch: Batch, loss: Tensor, norm: Tensor) -> None:
-        """All processes learn whether one of them met a number that is not finite, or a bad file; before the step."""
+    def _agree_to_go_on(self, batch: Batch, loss: Tensor, norm: Tensor) -> float:
+        """All processes learn whether one of them met a number that is not finite, or a bad file; before the step.
+
+        Returns the loss averaged over them.
+        """
         # With fp16 the gradient overflows now and then by design: the scaler then skips the step and scales down.
         finite = bool(loss.isfinite()) and (self.scaler.is_enabled() or bool(norm.isfinite()))
-        not_finite, bad = self.processes.sum(torch.tensor([not finite, len(batch.bad)], dtype=torch.int64)).tolist()
+        facts = torch.tensor([float(loss), not finite, len(batch.bad)], dtype=torch.float64)
+        total_loss, not_finite, bad = self.processes.sum(facts).tolist()
         if bad:
             self._record(batch.bad)
         if not_finite:
@@ -326,6 +328,7 @@ class Trainer:
                 "changed by this step. Lower the learning rate, set trainer.optim.gradient_clip, or look at these samples.",
                 everywhere=True,
             )
+        return total_loss / self.processes.world
 
     def _record(self, bad: list[BadSample]) -> None:
         everywhere = [sample for part in self.processes.gather(bad) for sample in part]

@@ -19,6 +19,7 @@ import av
 import av.codec
 import numpy as np
 import torch
+from av.stream import Disposition
 from PIL import Image
 
 from omnivision.data import decode
@@ -83,6 +84,18 @@ class Truth:
 def pixels(frames: torch.Tensor) -> np.ndarray:
     """(T, C, H, W) -> (T, H, W, C)."""
     return frames.permute(0, 2, 3, 1).numpy()
+
+
+def edit_packets(source: Path, target: Path, edits: dict[int, Any]) -> Path:
+    """Copy a film, passing the bytes of some packets (by number) through a function."""
+    with av.open(str(source)) as old, av.open(str(target), "w") as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for k, packet in enumerate(p for p in old.demux(old.streams.video[0]) if p.size):
+            copy = av.Packet(edits[k](bytearray(bytes(packet))) if k in edits else bytes(packet))
+            copy.pts, copy.dts, copy.time_base = packet.pts, packet.dts, packet.time_base
+            copy.duration, copy.is_keyframe, copy.stream = packet.duration, packet.is_keyframe, stream
+            new.mux(copy)
+    return target
 
 
 @contextmanager
@@ -169,6 +182,64 @@ class Exactness(InFolder):
         ]:
             with self.subTest(name):
                 self.assert_exact(make_film(self.folder / name, codec, options=options), WINDOWS[:3], honest=True)
+
+    def test_pictures_that_are_not_coded(self) -> None:
+        """MPEG-4 writes "as before" as a packet of six bytes, and the decoder gives no frame for it."""
+        plain = make_film(self.folder / "plain.avi", "mpeg4", options={"bf": "0"})
+        edited = edit_packets(
+            plain, self.folder / "edited.avi", {k: lambda data: data[:5] + bytes([data[5] & ~0x20]) for k in (5, 9, 16)}
+        )
+        self.assertEqual(len(Truth(edited).frames), 72)
+        self.assert_exact(edited, WINDOWS[:1], honest=True)
+
+    def test_hidden_frames_of_vp8(self) -> None:
+        plain = make_film(self.folder / "plain.webm", "libvpx", options={"cpu-used": "8", "deadline": "realtime"})
+        hide = {k: lambda data: bytes([data[0] & ~0x10]) + data[1:] for k in (7, 12, 13, 30)}
+        edited = edit_packets(plain, self.folder / "edited.webm", hide)
+        self.assertEqual(len(Truth(edited).frames), 71)
+        self.assert_exact(edited, WINDOWS)
+
+    def test_equal_time_stamps(self) -> None:
+        """Matroska counts milliseconds, this film has two frames in each."""
+        path = make_film(self.folder / "fast.mkv", fps=2000, options={"bf": "0"})
+        self.assert_exact(path, [(0.0, 0.03, 16), (0.01, 0.02, 5)], honest=True)
+
+    def test_an_edit_list_that_cuts_the_end(self) -> None:
+        path = make_film(self.folder / "cut.mp4", options={"g": "250"})
+        data = bytearray(path.read_bytes())
+        place = data.index(b"elst") + 12  # after version, flags and count: the duration in ms
+        self.assertEqual(struct.unpack(">I", data[place : place + 4]), (3000,))
+        data[place : place + 4] = struct.pack(">I", 1000)
+        path.write_bytes(data)
+        self.assertLess(len(Truth(path).frames), 32)
+        self.assert_exact(path, [(0.0, 2.7, 16), (0.5, 2.7, 7)])
+
+    def test_layers_of_hevc(self) -> None:
+        """A frame that its own temporal layer does not need may serve another: nothing may be dropped then."""
+        for params, expected in [("bframes=3", True), ("temporal-layers=3:bframes=7:b-adapt=0", False)]:
+            options = {"x265-params": "log-level=none:" + params}
+            path = make_film(self.folder / "hevc.mp4", "libx265", frames=20, options=options)
+            with open_video(str(path)) as video:
+                self.assertEqual(video._may_drop, expected, params)  # type: ignore[union-attr]
+
+    def test_a_film_is_opened_once(self) -> None:
+        for name, codec in [("b.avi", "mpeg4"), ("b.mp4", "libx264"), ("b.mkv", "libx264")]:
+            path = make_film(self.folder / name, codec, options={"bf": "2"})
+            with counted("_open") as spy, open_video(str(path)) as video:
+                for start in (0.0, 1.0, 2.0):
+                    video.read(start, start + 1, 4)
+            self.assertEqual(spy.call_count, 1, name)
+
+    def test_an_index_that_calls_every_frame_key(self) -> None:
+        """As mp4 means when the list of key frames (stss) is missing: a seek lands anywhere."""
+        path = make_film(self.folder / "lie.mp4", "mpeg4", options={"bf": "0", "g": "250"})
+        data = path.read_bytes()
+        self.assertEqual(data.count(b"stss"), 1)
+        path.write_bytes(data.replace(b"stss", b"free"))
+        with av.open(str(path)) as container:
+            container.seek(12800 * 2, stream=container.streams.video[0])
+            self.assertGreater(next(container.demux(video=0)).dts, 12800)
+        self.assert_exact(path, [(1.0, 1.0, 4), (2.0, 0.5, 4)], honest=True)
 
     def test_a_key_frame_that_is_none_is_noticed(self) -> None:
         """Gradual refresh: the container marks key frames from which decoding cannot start cleanly."""
@@ -369,6 +440,8 @@ class Hostile(InFolder):
         self.assert_bad(self.folder / "loop.mp4", "symbolic links")
 
     def test_playlists_open_no_other_file(self) -> None:
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(self.folder)  # FFmpeg looks for relative names here
         target = self.write("target.mp4", self.good)
         playlists = {
             "ffconcat": f"ffconcat version 1.0\nfile '{target}'\n",
@@ -376,6 +449,9 @@ class Hostile(InFolder):
             "m3u8": f"#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:3.0,\n{target}\n#EXT-X-ENDLIST\n",
             "sdp": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\n",
         }
+        self.write("open.mp4", playlists["safe"].encode())
+        with av.open("open.mp4") as container:
+            self.assertEqual(container.streams.video[0].width, 64)  # a plain open does follow it
         for name, text in playlists.items():
             for suffix in ("mp4", "m3u8", "ffconcat", "sdp"):
                 self.assert_bad(self.write(f"{name}.{suffix}", text.encode()), "Invalid|not permitted|denied")
@@ -404,9 +480,13 @@ class Hostile(InFolder):
             self.assertEqual(video.read(0.0, 1.0, 2).shape, (2, 3, 48, 64))
 
     def test_sound_only(self) -> None:
+        """A cover picture does not make it a film."""
         path = self.folder / "sound.mp4"
         with av.open(str(path), "w") as container:
             stream = container.add_stream("aac", rate=44100)
+            cover = container.add_stream("mjpeg")
+            cover.width, cover.height, cover.pix_fmt, cover.disposition = 32, 32, "yuvj420p", Disposition.attached_pic
+            container.mux(cover.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), "rgb24")))
             frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
             frame.sample_rate = 44100
             container.mux(stream.encode(frame))  # type: ignore[attr-defined]
@@ -434,13 +514,31 @@ class Hostile(InFolder):
     def truth_of_good(self) -> Truth:
         return Truth(self.write("good.mp4", self.good))
 
+    def test_cut_between_two_packets(self) -> None:
+        with av.open(str(self.write("good.mp4", self.good))) as container:
+            places = sorted(p.pos for p in container.demux(video=0) if p.pos is not None and p.size)
+        self.assert_bad(self.write("cut.mp4", self.good[: places[40]]), "truncated: its index", read=True)
+
     def test_damaged_frames_are_refused(self) -> None:
-        data = bytearray(self.good)
-        middle = data.index(b"mdat") + (len(data) - data.index(b"mdat")) // 2
-        data[middle : middle + 40] = bytes(255 - byte for byte in data[middle : middle + 40])
-        self.assert_bad(self.write("damaged.mp4", bytes(data)), "damaged|Invalid data", read=True)
-        with open_video(str(self.folder / "damaged.mp4")) as video:  # what comes before is fine
-            self.assertEqual(video.read(0.0, 0.1, 2).shape, (2, 3, 48, 64))
+        plain = make_film(self.folder / "plain.mp4", size=(160, 128), options={"g": "250", "bf": "0"})
+
+        def damage(data: bytearray) -> bytes:
+            data[len(data) // 2 : len(data) // 2 + 8] = bytes(8)
+            return bytes(data)
+
+        path = edit_packets(plain, self.folder / "damaged.mp4", {30: damage})
+        self.assert_bad(path, "damaged: ", read=True)
+        with open_video(str(path)) as video:
+            self.assertEqual(video.read(0.0, 1.0, 2).shape, (2, 3, 128, 160))  # what comes before is fine
+            with self.assertRaisesRegex(BadVideo, "damaged: "):
+                video.read(2.0, 2.5, 4)  # what comes after builds on it
+
+    def test_a_stream_that_appears_midway(self) -> None:
+        """PyAV answers with an IndexError (seen with damaged transport streams)."""
+        with open_video(str(self.write("good.mp4", self.good))) as video:
+            with mock.patch.object(VideoFile, "_demux", side_effect=IndexError("list index out of range")):
+                with self.assertRaisesRegex(BadVideo, "out of range"):
+                    video.read(0.0, 1.0, 2)
 
     def test_random_damage_never_escapes(self) -> None:
         rng = np.random.default_rng(1)
@@ -465,13 +563,13 @@ class Hostile(InFolder):
 
     def test_max_pixels_holds_against_a_lying_header(self) -> None:
         """The sample description says 16 x 16, the stream itself 640 x 480."""
-        path = make_film(self.folder / "big.mp4", frames=3, size=(640, 480))
-        data = path.read_bytes()
-        place = data.index(b"avc1", data.index(b"stsd")) + 4 + 24
-        self.assertEqual(struct.unpack(">HH", data[place : place + 4]), (640, 480))
-        path.write_bytes(data[:place] + struct.pack(">HH", 16, 16) + data[place + 4 :])
-        self.assert_bad(path, "max_pixels|Invalid|frame could be decoded", read=True, max_pixels=1000)
-        self.assert_bad(path, "max_pixels|Invalid|frame could be decoded", read=True, max_pixels=640 * 480 - 1)
+        for size, reason in [((640, 480), "Invalid data"), ((96, 64), "96x64 is more than max_pixels = 1000")]:
+            path = make_film(self.folder / "big.mp4", frames=3, size=size)
+            data = path.read_bytes()
+            place = data.index(b"avc1", data.index(b"stsd")) + 4 + 24
+            self.assertEqual(struct.unpack(">HH", data[place : place + 4]), size)
+            path.write_bytes(data[:place] + struct.pack(">HH", 16, 16) + data[place + 4 :])
+            self.assert_bad(path, reason, read=True, max_pixels=1000)
 
     def test_no_descriptor_stays_open(self) -> None:
         good, text = self.write("good.mp4", self.good), self.write("text.mp4", b"x" * 999)

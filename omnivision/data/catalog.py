@@ -108,7 +108,8 @@ def load_array(file: str) -> np.ndarray:
     try:
         return np.load(file, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
-        reason = "it holds Python objects, which are never unpickled" if "allow_pickle" in str(error) else str(error)
+        pickled = "allow_pickle" in str(error) or "Python objects" in str(error)
+        reason = "it holds Python objects, which are never unpickled" if pickled else str(error)
         raise UserError(
             f"{file} cannot be read as a .npy array: {reason}. Expected a file written by numpy.save from a 1-D array of "
             "strings (paths) or integers (labels), e.g. numpy.save(file, numpy.array(list_of_paths, dtype=str))."

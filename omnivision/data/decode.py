@@ -203,9 +203,15 @@ class VideoFile:
 
     def _starts_before(self, key: Packet, low: int) -> bool:
         """Whether no frame from `low` on precedes this key frame."""
-        index = self._stream.index_entries if self._format in _INDEXED_FORMATS else ()
-        is_first = len(index) > 0 and key.dts is not None and key.dts <= index[0].timestamp
-        return is_first or (key.pts is not None and key.pts <= low)
+        if key.pts is not None and key.pts <= low:
+            return True
+        index = self._stream.index_entries
+        return (
+            self._format in _INDEXED_FORMATS
+            and key.dts is not None
+            and len(index) > 0
+            and key.dts <= index[0].timestamp
+        )
 
     def _demux_until(self, high: int) -> list[Packet]:
         """Packets until one is decoded at or after `high`. BadVideo if the file ends before its header says so."""

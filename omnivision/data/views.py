@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
-from torchvision.transforms.v2 import functional as TF
+from torch.nn import functional as F
 
 from omnivision.errors import UserError
 
@@ -67,7 +67,7 @@ def resize(frames: Tensor, height: int, width: int) -> Tensor:
     """Bilinear, half-pixel centres, no antialias, as the published transforms resized; unchanged sizes cost nothing."""
     if frames.shape[-2:] == (height, width):
         return frames
-    return TF.resize(frames, [height, width], antialias=False)
+    return F.interpolate(frames, (height, width), mode="bilinear", align_corners=False)
 
 
 def resize_short_side(frames: Tensor, side: int) -> Tensor:

@@ -157,7 +157,7 @@ def _make(folder: Path, specs: list[FilmSpec], workers: int) -> Iterator[int]:
         return
     # Spawned, not forked: the caller may hold threads or a GPU.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(specs)), mp_context=context) as pool:
+    with ProcessPoolExecutor(min(workers, len(specs)), mp_context=context, initializer=_leave_with_parent) as pool:
         try:
             yield from pool.map(_make_film, [str(folder)] * len(specs), specs, chunksize=4)
         except BrokenProcessPool as error:

@@ -1,0 +1,147 @@
+"""Mistakes on the command line and in the data: one paragraph, exit code 1, before the first step, nothing overwritten."""
+
+import json
+import os
+import tempfile
+import unittest
+from pathlib import Path
+
+import numpy as np
+
+from tests import runs
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """Every file of a run folder but the log, which may grow."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix != ".log"}
+
+
+class Mistakes(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.temporary = tempfile.TemporaryDirectory()
+        cls.folder = Path(cls.temporary.name)
+        cls.data = runs.write_split(cls.folder, runs.real_films() * 4)
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.temporary.cleanup()
+
+    def assert_refused(self, *overrides: str, saying: str, folder: str = "never") -> None:
+        run_folder = self.folder / folder
+        before = contents(run_folder)
+        result = runs.run(run_folder, *overrides)
+        self.assertEqual(result.returncode, 1, result.stderr)
+        self.assertRegex(result.stderr, saying)
+        self.assertEqual(result.stderr.count("error:"), 1, result.stderr)
+        self.assertNotIn("Traceback", result.stderr)
+        self.assertNotIn("step 1/", result.stdout)
+        after = contents(run_folder)
+        self.assertEqual({path: after.get(path) for path in before}, before, "something was overwritten")
+
+    def split(self, name: str, array: np.ndarray, which: str = "labels") -> list[str]:
+        file = self.folder / f"{name}.npy"
+        np.save(file, array)
+        return [*self.data, f"++datasets.k150.train.{which}={file}"]
+
+    def test_arrays(self):
+        labels = np.arange(12) % 3
+        cases = [
+            (
+                ["++datasets.k150.train.paths=/nowhere.npy"],
+                r"datasets\.k150\.train\.paths: no such file: /nowhere\.npy",
+            ),
+            (self.split("object", np.array([{}] * 12, dtype=object)), "never unpickled"),
+            (self.split("float", labels * 1.0), "floating-point numbers .* expected a 1-D array of integers"),
+            (self.split("square", labels.reshape(3, 4)), r"2-D array \(3, 4\)"),
+            (self.split("bytes", np.array([b"a.mp4"] * 12), "paths"), "bytes .* strings"),
+            (self.split("short", labels[:5]), "5 labels for 12 paths"),
+            (self.split("empty", np.array([], dtype=str), "paths"), "is empty"),
+            (self.split("high", labels + 149), "labels from 149 to 151; expected -1 .* to 149"),
+            (self.split("low", labels - 2), "labels from -2 to 0"),
+        ]
+        for overrides, saying in cases:
+            with self.subTest(saying):
+                self.assert_refused(*overrides, saying=saying)
+
+    def test_settings(self):
+        cases = [
+            (["num_frames=5"], "num_frames is 5; expected a multiple of 2"),
+            (["image_size=33"], "image_size is 33; expected a multiple of 8"),
+            (["trainer.model.trunk.heads=5"], r"heads is 5, which does not divide trainer\.model\.trunk\.width 96"),
+            (["lr_scale_factor=0"], r"lr_scale_factor is 0.*\+\+lr_scale_factor=0\.5"),
+            (["batch_size=64"], "12 samples .* fewer than one batch of 64.*Lower batch_size"),
+            (["++ephocs=3"], "ephocs is not a setting; did you mean epochs"),
+            (["launcher.num_nodes=2"], "this machine is one node"),
+            (["submitit.use_cluster=true"], "no SLURM.*submitit.use_cluster=false"),
+            (["trainer.mode=val", "++datasets.k150.val=null"], "none of its sources .* has a val split"),
+            (["trainer.accelerator=cuda"], "found 0"),
+        ]
+        for overrides, saying in cases:
+            with self.subTest(saying):
+                self.assert_refused(*self.data, *overrides, saying=f"(?s){saying}")
+
+    def test_a_run_folder_that_cannot_be_made(self):
+        (self.folder / "a_file").write_text("in the way")
+        self.assert_refused(*self.data, saying="run folder .* cannot be written", folder="a_file/run")
+
+    def test_a_second_process_on_a_live_run(self):
+        folder = self.folder / "held"
+        folder.mkdir()
+        started = Path(f"/proc/{os.getpid()}/stat").read_text().rpartition(")")[2].split()[19]
+        holder = {"token": "x", "host": os.uname().nodename, "pid": os.getpid(), "started": int(started)}
+        (folder / ".lock").write_text(json.dumps(holder))
+        self.assert_refused(*self.data, saying=f"in use by process {os.getpid()}", folder="held")
+        self.assertEqual(json.loads((folder / ".lock").read_text()), holder)
+
+    def test_a_checkpoint_of_another_model(self):
+        result = runs.run(self.folder / "other", *self.data, "epochs=1")
+        self.assertEqual(result.returncode, 0, result.stderr)
+        self.assert_refused(
+            *self.data, "trainer.model.trunk.depth=2", saying="checkpoint of another model", folder="other"
+        )
+        self.assert_refused(*self.data, "batch_size=4", saying="steps an epoch", folder="other")
+
+    def test_bad_files_within_the_budget_are_replaced_and_beyond_it_stop_the_run(self):
+        broken = self.folder / "broken.mp4"
+        broken.write_bytes(b"not a film")
+        data = runs.write_split(self.folder, [*runs.real_films() * 4, str(broken)])
+        result = runs.run(self.folder / "few", *data, "trainer.data.bad_sample_budget=0.5", "epochs=3")
+        self.assertEqual(result.returncode, 0, result.stderr)
+        ledger = [json.loads(line) for line in (self.folder / "few/logs/bad_samples.jsonl").read_text().splitlines()]
+        self.assertEqual([entry["path"] for entry in ledger], [str(broken)])
+        self.assertTrue(ledger[0]["reason"])
+        self.assertEqual(runs.summary(self.folder / "few")["bad_samples"], 1)
+        for count in ("1", "2"):
+            with self.subTest(processes=count):
+                stopped = runs.run(
+                    self.folder / f"stopped{count}", *data, "epochs=9", f"launcher.gpus_per_node={count}"
+                )
+                self.assertEqual(stopped.returncode, 1, stopped.stderr)
+                self.assertIn(str(broken), stopped.stderr)
+                self.assertIn("bad_sample_budget", stopped.stderr)
+                self.assertNotIn("Traceback", stopped.stderr)
+                self.assertIn("could not be decoded", runs.summary(self.folder / f"stopped{count}")["exit_reason"])
+        runs.write_split(self.folder, runs.real_films() * 4)
+
+    def test_a_loss_that_is_not_finite_stops_all_processes_with_one_code_and_names_the_samples(self):
+        for count in ("1", "2"):
+            with self.subTest(processes=count):
+                folder = self.folder / f"nan{count}"
+                result = runs.run(
+                    folder,
+                    *self.data,
+                    f"launcher.gpus_per_node={count}",
+                    "num_workers=0",
+                    "trainer.optim.options.lr.0.scheduler.start=1e30",
+                    "trainer.optim.options.lr.0.scheduler.peak=1e30",
+                    "trainer.checkpoint.save_every_steps=1",
+                )
+                self.assertEqual(result.returncode, 71, result.stderr)
+                self.assertRegex(result.stderr, r"not finite.*(bikes|carphone)")
+                self.assertNotIn("Traceback", result.stderr)
+                self.assertEqual(runs.summary(folder)["status"], "failed")
+
+
+if __name__ == "__main__":
+    unittest.main()

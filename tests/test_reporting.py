@@ -1,0 +1,189 @@
+"""What a run tells: the metrics log, the run folder and its lock, pictures, the progress line."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+
+from omnivision.errors import UserError
+from omnivision.reporting import pictures
+from omnivision.reporting.console import ProgressLine
+from omnivision.reporting.metrics_log import MetricsLog, read_lines
+from omnivision.reporting.reporter import Reporter
+from omnivision.reporting.run_folder import RunFolder, finite, process_start
+from omnivision.tasks.base import Pictures
+
+
+class Folder(unittest.TestCase):
+    def setUp(self):
+        temporary = tempfile.TemporaryDirectory()
+        self.addCleanup(temporary.cleanup)
+        self.folder = Path(temporary.name)
+
+
+class Log(Folder):
+    def test_lines_are_strict_json(self):
+        log = MetricsLog(self.folder / "m.jsonl")
+        log.write("step", "train", 0, 1, loss=float("nan"), lr=float("inf"), nested={"a": [float("-inf"), 1.5]})
+        line = json.loads((self.folder / "m.jsonl").read_text(), parse_constant=self.fail)
+        self.assertEqual((line["loss"], line["lr"], line["nested"]), (None, None, {"a": [None, 1.5]}))
+        self.assertLessEqual({"event", "phase", "epoch", "step", "time"}, set(line))
+
+    def test_rewinding_forgets_later_steps_and_a_cut_last_line(self):
+        log = MetricsLog(self.folder / "m.jsonl")
+        for step in range(1, 6):
+            log.write("step", "train", 0, step)
+        with open(log.path, "a") as file:
+            file.write('{"event": "st')
+        log.rewind(3)
+        self.assertEqual([line["step"] for line in read_lines(log.path)], [1, 2, 3])
+        log.write("step", "train", 0, 4)
+        self.assertEqual([line["step"] for line in read_lines(log.path)], [1, 2, 3, 4])
+
+    def test_finite(self):
+        self.assertEqual(finite((1, float("nan"), {"x": float("inf")})), [1, None, {"x": None}])
+
+
+class Lock(Folder):
+    def test_only_one_live_holder(self):
+        first, second = RunFolder(self.folder), RunFolder(self.folder)
+        self.assertIsNone(first.lock())
+        with self.assertRaisesRegex(UserError, f"in use by process {os.getpid()}"):
+            second.lock()
+        first.unlock()
+        self.assertIsNone(second.lock())
+        second.unlock()
+        self.assertFalse((self.folder / ".lock").exists())
+
+    def test_the_lock_of_a_dead_process_is_taken_over(self):
+        dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+        holder = {"token": "x", "host": os.uname().nodename, "pid": int(dead.stdout), "started": 1}
+        (self.folder / ".lock").write_text(json.dumps(holder))
+        folder = RunFolder(self.folder)
+        self.assertIn("took over the lock", folder.lock())
+        folder.unlock()
+
+    def test_a_reused_process_id_is_not_the_holder(self):
+        holder = {
+            "token": "x",
+            "host": os.uname().nodename,
+            "pid": os.getpid(),
+            "started": process_start(os.getpid()) - 1,
+        }
+        (self.folder / ".lock").write_text(json.dumps(holder))
+        folder = RunFolder(self.folder)
+        self.assertIsNotNone(folder.lock())
+        folder.unlock()
+
+    def test_another_machines_heartbeat_decides(self):
+        lock = self.folder / ".lock"
+        lock.write_text(json.dumps({"token": "x", "host": "elsewhere", "pid": 1, "started": 1}))
+        folder = RunFolder(self.folder)
+        with self.assertRaises(UserError):
+            folder.lock()
+        os.utime(lock, (1, 1))
+        self.assertIsNotNone(folder.lock())
+        folder.unlock()
+
+    def test_an_unreadable_lock_is_taken_over_and_a_stolen_one_is_not_removed(self):
+        (self.folder / ".lock").write_text("{")
+        folder = RunFolder(self.folder)
+        folder.lock()
+        (self.folder / ".lock").write_text(json.dumps({"token": "another's"}))
+        folder.unlock()
+        self.assertTrue((self.folder / ".lock").exists())
+
+    def test_summary_is_updated(self):
+        folder = RunFolder(self.folder)
+        folder.write_summary(status="running", loss=float("nan"))
+        folder.write_summary(status="finished")
+        self.assertEqual(folder.read_summary(), {"status": "finished", "loss": None})
+
+    def test_a_folder_that_cannot_be_made(self):
+        (self.folder / "file").write_text("")
+        with self.assertRaisesRegex(UserError, "launcher.experiment_log_dir"):
+            RunFolder(self.folder / "file" / "run").create()
+
+
+def some_pictures() -> Pictures:
+    ramp = np.linspace(0, 255, 4 * 16 * 24 * 3).astype(np.uint8).reshape(4, 16, 24, 3)
+    return Pictures({"original": ramp, "a caption that is too long for its column of the picture": 255 - ramp}, [0, 3])
+
+
+class Seen(Folder):
+    def test_stills_and_moving_pictures(self):
+        animation = pictures.save(some_pictures(), self.folder, "x")
+        still = np.asarray(Image.open(self.folder / "x.png"))
+        scale = round(pictures.MIN_SIDE / 16)
+        self.assertEqual(still.shape[1], 62 + 2 * (24 * scale + pictures.GAP))
+        first = some_pictures().columns["original"][0]
+        row = np.flatnonzero((still[:, 62:, :] != 255).any((1, 2)))
+        self.assertGreater(len(row), 2 * 16 * scale)
+        self.assertTrue(
+            (still[-scale * 16 - pictures.GAP, 62] == some_pictures().columns["original"][3, 0, 0]).all(), first
+        )
+        moving = Image.open(io.BytesIO(animation))
+        self.assertEqual((moving.format, moving.n_frames), ("GIF", 4))
+
+    def test_tensorboard_gets_scalars_and_the_moving_picture(self):
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        reporter = Reporter(RunFolder(self.folder), enabled=True, console=Console(file=io.StringIO()))
+        (self.folder / "logs").mkdir()
+        reporter.start(0, 10)
+        reporter.step(0, 1, 1, {"loss": 2.0, "lr": 0.1, "grad_norm": 3.0, "clips_per_second": 4.0, "data_wait": 0.25})
+        reporter.epoch("val", 0, 1, {"loss": 1.0, "per_source": {"a": {"loss": 1.0}}})
+        reporter.pictures("x", some_pictures(), 1)
+        reporter.close()
+        events = EventAccumulator(str(self.folder / "tensorboard"))
+        events.Reload()
+        self.assertLessEqual({"train/lr", "train/grad_norm", "val_epoch/loss"}, set(events.Tags()["scalars"]))
+        self.assertTrue(events.Images("pictures")[0].encoded_image_string.startswith(b"GIF89a"))
+
+    def test_other_processes_are_silent(self):
+        out = io.StringIO()
+        reporter = Reporter(RunFolder(self.folder), enabled=False, console=Console(file=out))
+        reporter.start(0, 10)
+        reporter.say("hello")
+        reporter.step(0, 1, 1, {"loss": 2.0})
+        reporter.epoch("train", 0, 1, {"loss": 2.0})
+        reporter.close()
+        self.assertEqual((out.getvalue(), list(self.folder.iterdir())), ("", []))
+
+
+class Progress(unittest.TestCase):
+    def test_plain_lines_where_there_is_no_terminal(self):
+        out = io.StringIO()
+        line = ProgressLine(10, 0, Console(file=out, width=40), seconds_between_lines=0)
+        line.step(0, 2, 5, loss=0.5, clips_per_second=12.0, data_wait=0.25)
+        line.close()
+        text = "epoch 1/2  step 5/10  loss 0.5000  12.0 clips/s  waiting for data 25%  ETA "
+        self.assertTrue(out.getvalue().startswith(text), out.getvalue())
+        self.assertEqual(out.getvalue().count("\n"), 1, "one line however narrow the window")
+
+    def test_lines_are_not_printed_more_often_than_asked_but_the_last_one_is(self):
+        out = io.StringIO()
+        line = ProgressLine(5, 0, Console(file=out, width=200), seconds_between_lines=1000)
+        for step in range(1, 6):
+            line.step(0, 1, step, 0.5, 1.0, 0.0)
+        self.assertEqual([text.split("step ")[1][:3] for text in out.getvalue().splitlines()], ["1/5", "5/5"])
+
+    def test_a_bar_on_a_terminal(self):
+        out = io.StringIO()
+        line = ProgressLine(10, 2, Console(file=out, width=150, force_terminal=True))
+        line.step(0, 2, 5, loss=0.5, clips_per_second=12.0, data_wait=0.25)
+        line.close()
+        self.assertIn("5/10", out.getvalue())
+        self.assertIn("waiting for data 25%", out.getvalue())
+
+
+if __name__ == "__main__":
+    unittest.main()
