@@ -15,7 +15,7 @@ from torch import Tensor
 
 from omnivision.data.batch import BadSample, Sample
 from omnivision.data.catalog import Split
-from omnivision.data.clips import random_clip_start
+from omnivision.data.clips import clip_window, random_clip_start
 from omnivision.data.decode import BadVideo, open_video
 from omnivision.data.masking import Grid, Mask
 from omnivision.data.order import draws
@@ -117,7 +117,7 @@ class VideoDataset:
         u = draws(self.seed, Draw.CLIP, *request).random()
         with open_video(path, fps=split.dataset.fps, max_pixels=self.max_pixels) as video:
             start = random_clip_start(video.duration, self.clip_duration, float(u))
-            return video.read(start, start + self.clip_duration, self.num_frames)
+            return video.read(*clip_window(start, self.clip_duration), self.num_frames)
 
     def _empty(self, split: Split, request: Request, path: str, bad: list[BadSample]) -> Sample:
         """No views: the video is not counted, only named."""

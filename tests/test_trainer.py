@@ -1,0 +1,224 @@
+"""The loop, on made-up clips in this process: equivalences, checkpoints, validation, and what stops it."""
+
+import io
+import json
+import tempfile
+import unittest
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from omnivision import checkpoint
+from omnivision.data.batch import BadSample, Sample
+from omnivision.data.dataset import Request
+from omnivision.data.loader import EpochPlan, Workers
+from omnivision.data.masking import RandomMask
+from omnivision.data.order import draws
+from omnivision.distributed import Place, Processes
+from omnivision.errors import NonFiniteError, UserError
+from omnivision.models.mae import MaskedAutoencoder
+from omnivision.models.vit import VisionTransformer
+from omnivision.optim.groups import Rule, ScheduledOptimizer, parameter_groups
+from omnivision.optim.schedules import WarmupCosine
+from omnivision.reporting.bad_samples import BadSampleLedger
+from omnivision.reporting.reporter import Reporter
+from omnivision.reporting.run_folder import RunFolder
+from omnivision.tasks.reconstruct import Reconstruct
+from omnivision.trainer import Data, Options, Trainer
+
+TUBELET = (2, 8, 8)
+
+
+class Noise:
+    """A dataset of clips made from their index; `bad` ones have no views."""
+
+    def __init__(self, size: int, bad: tuple[int, ...] = ()) -> None:
+        self.splits, self.bad, self.seen = [range(size)], bad, []
+
+    def __getitem__(self, request: Request) -> Sample:
+        rng = draws(7, *request)
+        self.seen.append((request.epoch, request.video))
+        bad = (
+            [BadSample("noise", request.video, f"{request.video}.mp4", "why not")] if request.video in self.bad else []
+        )
+        views = 0 if bad else 1
+        video = torch.from_numpy(rng.integers(0, 256, (1, 3, 4, 16, 16), dtype=np.uint8))
+        mask = torch.from_numpy(RandomMask(0.5)((2, 2, 2), rng))[None]
+        return Sample(video[:views], mask[:views], 0, "noise", request.video, f"{request.video}.mp4", bad)
+
+
+def trainer(folder: Path, train: Noise | None = None, val: Noise | None = None, **options: Any) -> Trainer:
+    """A trainer of a tiny autoencoder, batches of 4 of 12 clips, on one process."""
+    torch.manual_seed(0)
+    trunk = VisionTransformer(24, 2, 2, num_frames=4, image_size=16, tubelet=TUBELET, drop_path=0.2)
+    model = MaskedAutoencoder(trunk, {"width": 16, "depth": 1, "heads": 2})
+    groups = parameter_groups(model, {"lr": [Rule(WarmupCosine(0.0, 1e-2, 0.0, 0.2))]})
+    processes = Processes(Place(), "cpu", None, timedelta(minutes=1))
+    run_folder = RunFolder(folder)
+    run_folder.create()
+    plan = EpochPlan({"noise": 12}, {}, 4, 1, seed=3, limit=options.pop("limit", None))
+    made = Trainer(
+        Reconstruct(TUBELET),
+        model,
+        ScheduledOptimizer(model, groups, torch.optim.AdamW),
+        Data(train or Noise(12), Workers(), plan),
+        None if val is None else Data(val, Workers(), videos_per_batch=4),
+        processes,
+        run_folder,
+        Reporter(run_folder, enabled=True, console=Console(file=io.StringIO())),
+        BadSampleLedger(run_folder.logs / "bad_samples.jsonl", 12, budget=0.5),
+        Options(**{"max_epochs": 2, "seed": 3, "log_freq": 1} | options),
+    )
+    made.resume()
+    return made
+
+
+class Loop(unittest.TestCase):
+    def setUp(self):
+        temporary = tempfile.TemporaryDirectory()
+        self.addCleanup(temporary.cleanup)
+        self.folder = Path(temporary.name)
+
+    def lines(self, name: str) -> list[dict]:
+        return [json.loads(line) for line in (self.folder / name / "logs/metrics.jsonl").read_text().splitlines()]
+
+    def fit(self, name: str, **options: Any) -> dict[str, torch.Tensor]:
+        made = trainer(self.folder / name, **options)
+        made.fit()
+        made.reporter.close()
+        return made.bare.state_dict()
+
+    def assert_same(self, one: dict, other: dict, delta: float = 0.0) -> None:
+        for name in one:
+            self.assertLessEqual(float((one[name] - other[name]).detach().abs().max()), delta, name)
+
+    def test_interrupted_after_any_step_and_resumed_equals_uninterrupted(self):
+        whole = self.fit("whole")
+        for stop in range(1, 6):
+            name = f"stopped_{stop}"
+            first = trainer(self.folder / name, save_every_steps=1)
+            save, saves = first.save, []
+
+            def save_and_stop(also: list[str], save=save, saves=saves, stop=stop, first=first) -> None:
+                save(also)
+                saves.append(first.global_step)
+                if first.global_step == stop:
+                    raise KeyboardInterrupt
+
+            first.save = save_and_stop
+            with self.assertRaises(KeyboardInterrupt):
+                first.fit()
+            self.assert_same(whole, self.fit(name))
+            steps = [line["step"] for line in self.lines(name) if line["event"] == "step"]
+            self.assertEqual(steps, [1, 2, 3, 4, 5, 6])
+        epochs = [[line["loss"] for line in self.lines(n) if line["event"] == "epoch"] for n in ("whole", "stopped_2")]
+        self.assertEqual(*epochs)
+
+    def test_accumulated_equals_whole_batch(self):
+        # Drop path draws by batch, so it is off here.
+        results = []
+        for pieces in (1, 2, 4):
+            made = trainer(self.folder / f"pieces_{pieces}", accumulation_steps=pieces)
+            for block in made.bare.trunk.blocks:
+                block.drop_path.rate = 0.0
+            made.fit()
+            results.append(made.bare.state_dict())
+        self.assert_same(results[0], results[1], delta=1e-4)
+        self.assert_same(results[0], results[2], delta=1e-4)
+
+    def test_limit_means_that_many_steps(self):
+        data = Noise(12)
+        self.fit("limited", train=data, limit=2)
+        self.assertEqual([line["step"] for line in self.lines("limited") if line["event"] == "step"], [1, 2, 3, 4])
+        self.assertEqual(len({video for epoch, video in data.seen if epoch == 0}), 8)
+
+    def test_gradients_are_clipped_and_their_norm_is_logged_unclipped(self):
+        made = trainer(self.folder / "clipped", gradient_clip=1e-3, limit=1, max_epochs=1)
+        norms = []
+        step = made.optimizer.optimizer.step
+        made.optimizer.optimizer.step = lambda *a, **k: (
+            norms.append(torch.stack([p.grad.norm() for p in made.optimizer.parameters()]).norm().item()),
+            step(*a, **k),
+        )[1]
+        made.fit()
+        self.assertAlmostEqual(norms[0], 1e-3, places=6)
+        self.assertGreater(self.lines("clipped")[0]["grad_norm"], 1e-2)
+
+    def test_kept_checkpoints_and_the_best(self):
+        made = trainer(self.folder / "kept", val=Noise(5), val_epoch_freq=1, save_freq=2, max_epochs=4)
+        losses = iter([3.0, 1.0, 2.0, 5.0])
+        made.evaluate = lambda: {"loss": next(losses)}
+        made.fit()
+        folder = self.folder / "kept" / "checkpoints"
+        self.assertEqual(
+            sorted(path.name for path in folder.glob("*.pt")),
+            ["best.pt", "checkpoint.pt", "checkpoint_2.pt", "checkpoint_4.pt", "previous.pt"],
+        )
+        self.assertEqual(checkpoint.safe_load(folder / "best.pt")["epoch"], 2)
+        self.assertEqual(checkpoint.safe_load(folder / "checkpoint_4.pt")["epoch"], 4)
+        self.assertEqual(json.loads((self.folder / "kept/summary.json").read_text())["best"], -1.0)
+
+    def test_validation_counts_every_good_video_once(self):
+        data = Noise(11, bad=(3, 9))
+        made = trainer(self.folder / "val", val=data)
+        made.reporter.start(0, 1)
+        figures = made.evaluate()
+        self.assertEqual(figures["videos"], 9)
+        self.assertEqual(sorted(video for _, video in data.seen), list(range(11)))
+        self.assertEqual(len((self.folder / "val/logs/bad_samples.jsonl").read_text().splitlines()), 2)
+        logged = self.lines("val")[-1]
+        self.assertEqual((logged["phase"], logged["videos"]), ("val", 9))
+        self.assertAlmostEqual(logged["loss"], figures["loss"])
+        self.assertEqual(made.evaluate(), figures, "evaluating again gives the same")
+
+    def test_validate_only_leaves_the_weights_alone(self):
+        before = self.fit("only", max_epochs=1)
+        made = trainer(self.folder / "only", val=Noise(5), max_epochs=1)
+        made.validate_only()
+        self.assert_same(before, made.bare.state_dict())
+        self.assertIn("val_loss", json.loads((self.folder / "only/summary.json").read_text())["last"])
+
+    def test_pictures_come_when_they_are_due(self):
+        self.fit("seen", pictures_every_epochs=2, max_epochs=3)
+        names = sorted(path.name for path in (self.folder / "seen/pictures").glob("*.png"))
+        self.assertEqual(names, ["epoch_0001.png", "epoch_0003.png", "last.png"])
+
+    def test_a_loss_that_is_not_finite_stops_before_the_weights_change(self):
+        made = trainer(self.folder / "nan")
+        with torch.no_grad():
+            made.bare.heads[0].projector.bias.fill_(float("nan"))
+        before = {name: value.clone() for name, value in made.bare.state_dict().items()}
+        with self.assertRaisesRegex(NonFiniteError, r"Step 1 .*loss nan.*\.mp4"):
+            made.fit()
+        for name, value in made.bare.state_dict().items():
+            self.assertTrue(torch.equal(value, before[name]) or name == "heads.0.projector.bias", name)
+        self.assertIsNone(checkpoint.load_newest(made.folder.checkpoints))
+
+    def test_another_number_of_steps_is_another_run(self):
+        self.fit("run")
+        with self.assertRaisesRegex(UserError, "3 steps an epoch, now there are 2"):
+            trainer(self.folder / "run", limit=2)
+
+    def test_a_broken_newest_checkpoint_is_passed_over_with_a_word(self):
+        whole = self.fit("broken")
+        (self.folder / "broken/checkpoints/checkpoint.pt").write_bytes(b"junk")
+        made = trainer(self.folder / "broken")
+        self.assertEqual(made.state.epoch, 1)
+        self.assertIn("broken and was passed over", made.reporter.console.file.getvalue())
+        made.fit()
+        self.assert_same(whole, made.bare.state_dict())
+
+    def test_reduced_precision_and_compile_run(self):
+        for options in ({"amp_dtype": torch.bfloat16}, {"amp_dtype": torch.float16}):
+            with self.subTest(options):
+                made = trainer(self.folder / str(options), max_epochs=1, **options)
+                made.fit()
+                self.assertTrue(all(p.dtype == torch.float32 and p.isfinite().all() for p in made.bare.parameters()))
+
+
+if __name__ == "__main__":
+    unittest.main()
