@@ -73,7 +73,9 @@ class Pixels(unittest.TestCase):
         video = torch.randint(0, 256, (2, 3, 4, 8, 8), dtype=torch.uint8)
         normalised = patches.normalize_pixels(video, channel_dim=1, dtype=torch.float64)
         self.assertLess((patches.unnormalize_pixels(normalised, 1) - video.double() / 255).abs().max(), 1e-12)
-        self.assertAlmostEqual(float(normalised[0, 1, 0, 0, 0]), (int(video[0, 1, 0, 0, 0]) / 255 - 0.456) / 0.224, places=12)
+        self.assertAlmostEqual(
+            float(normalised[0, 1, 0, 0, 0]), (int(video[0, 1, 0, 0, 0]) / 255 - 0.456) / 0.224, places=12
+        )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The loop, on made-up clips in this process: equivalences, checkpoints, validation, and what stops it."""
 
+import functools
 import io
 import json
 import tempfile
@@ -7,6 +8,7 @@ import unittest
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -212,7 +214,14 @@ class Loop(unittest.TestCase):
         made.fit()
         self.assert_same(whole, made.bare.state_dict())
 
-    def test_reduced_precision_and_compile_run(self):
+    def test_compiled_equals_eager(self):
+        eager = self.fit("eager", max_epochs=1)
+        # The real back end takes a minute to generate code; the capture, and so the same switch, is tested without it.
+        with mock.patch("torch.compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True)):
+            compiled = self.fit("compiled", max_epochs=1, compile=True)
+        self.assert_same(eager, compiled, delta=1e-5)
+
+    def test_reduced_precision(self):
         for options in ({"amp_dtype": torch.bfloat16}, {"amp_dtype": torch.float16}):
             with self.subTest(options):
                 made = trainer(self.folder / str(options), max_epochs=1, **options)

@@ -6,8 +6,6 @@ tubelet are in the order (t, h, w, c), channel fastest, wherever they are predic
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -98,24 +96,24 @@ def resized_positions(table: Tensor, grid: Triple, new_grid: Triple) -> Tensor:
     return volume.permute(0, 2, 3, 4, 1).flatten(1, 3)
 
 
+def pixel_statistics(channel_dim: int, ndim: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """ImageNet's mean and standard deviation of RGB in [0, 1], shaped to broadcast along `channel_dim` of `ndim`."""
+    shape = [1] * ndim
+    shape[channel_dim] = 3
+    return torch.tensor(IMAGENET_MEAN, dtype=dtype).reshape(shape), torch.tensor(IMAGENET_STD, dtype=dtype).reshape(
+        shape
+    )
+
+
 def normalize_pixels(pixels: Tensor, channel_dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """uint8 RGB in 0..255 -> ImageNet-normalised floating point of `dtype`, any shape with RGB along `channel_dim`."""
-    mean, std = _imagenet_statistics(pixels.device, dtype, pixels.ndim - channel_dim - 1)
-    return (pixels.to(dtype) / 255 - mean) / std
+    mean, std = pixel_statistics(channel_dim, pixels.ndim, dtype)
+    return (pixels.to(dtype) / 255 - mean.to(pixels.device)) / std.to(pixels.device)
 
 
 def unnormalize_pixels(video: Tensor, channel_dim: int) -> Tensor:
     """Pixels in [0, 1] from uint8 in 0..255 or from ImageNet-normalised floating point."""
     if video.dtype == torch.uint8:
         return video.float() / 255
-    mean, std = _imagenet_statistics(video.device, video.dtype, video.ndim - channel_dim - 1)
-    return video * std + mean
-
-
-@functools.cache  # a copy to an accelerator at every step would make the host wait
-def _imagenet_statistics(device: torch.device, dtype: torch.dtype, dims_after: int) -> tuple[Tensor, Tensor]:
-    shape = (3, *[1] * dims_after)
-    with torch.inference_mode(False):
-        mean = torch.tensor(IMAGENET_MEAN, dtype=dtype, device=device).reshape(shape)
-        std = torch.tensor(IMAGENET_STD, dtype=dtype, device=device).reshape(shape)
-    return mean, std
+    mean, std = pixel_statistics(channel_dim, video.ndim, video.dtype)
+    return video * std.to(video.device) + mean.to(video.device)

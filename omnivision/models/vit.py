@@ -17,8 +17,8 @@ from omnivision.errors import UserError
 from omnivision.models.patches import (
     Triple,
     image_positions,
-    normalize_pixels,
     pick_tubelets,
+    pixel_statistics,
     resized_positions,
     sinusoid_positions,
     split_tubelets,
@@ -109,6 +109,9 @@ def init_linear(module: nn.Module) -> None:
 class PatchEmbed(nn.Module):
     """One linear map of a tubelet. The weight has the shape of a Conv3d with stride = kernel, (D, C, pt, ph, pw)."""
 
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
     def __init__(self, tubelet: Triple, width: int, channels: int = 3) -> None:
         super().__init__()
         self.tubelet = tubelet
@@ -117,6 +120,10 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Sequential(nn.Identity(), conv)
         nn.init.xavier_uniform_(conv.weight.data.flatten(1))
         nn.init.zeros_(conv.bias.data)  # type: ignore[union-attr]
+        # Buffers, because a constant made in `forward` would be copied to an accelerator at every step.
+        mean, std = pixel_statistics(channel_dim=2, ndim=6)
+        self.register_buffer("pixel_mean", mean, persistent=False)
+        self.register_buffer("pixel_std", std, persistent=False)
 
     def forward(self, video: Tensor, visible: Tensor | None = None) -> Tensor:
         """(B, C, T, H, W), uint8 or normalised, and indices (B, K) or None for all tokens -> (B, K, D)."""
@@ -126,7 +133,7 @@ class PatchEmbed(nn.Module):
             pixels = pick_tubelets(video, self.tubelet, visible)  # (B, K, C, pt, ph, pw)
         conv = cast(nn.Conv3d, self.proj[1])
         if pixels.dtype == torch.uint8:
-            pixels = normalize_pixels(pixels, channel_dim=2, dtype=conv.weight.dtype)
+            pixels = (pixels.to(self.pixel_mean.dtype) / 255 - self.pixel_mean) / self.pixel_std
         return F.linear(pixels.flatten(2), conv.weight.flatten(1), conv.bias)
 
 

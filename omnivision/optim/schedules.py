@@ -49,7 +49,9 @@ class Phases:
     """Schedules one after the other, each stretched over its share of the run: `shares` sum to 1."""
 
     def __init__(self, schedules: Sequence[Schedule], shares: Sequence[float]) -> None:
-        proper = len(schedules) == len(shares) > 0 and min(shares) >= 0 and shares[-1] > 0 and abs(sum(shares) - 1) < 1e-6
+        proper = (
+            len(schedules) == len(shares) > 0 and min(shares) >= 0 and shares[-1] > 0 and abs(sum(shares) - 1) < 1e-6
+        )
         if not proper:
             raise UserError(
                 f"A schedule of {len(schedules)} phases has the shares {list(shares)}; expected a share a phase, none "

@@ -1,0 +1,86 @@
+"""Ways to start a run: torchrun, local processes, and what happens when one of them fails."""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+from pathlib import Path
+
+from omnivision.distributed import Place
+from tests import runs
+
+
+class Torchrun(unittest.TestCase):
+    def test_torchrun_equals_local_processes(self):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            settings = [*runs.write_split(folder, runs.real_films() * 4), "num_workers=0", "launcher.gpus_per_node=2"]
+            local = runs.run(folder / "local", *settings)
+            self.assertEqual(local.returncode, 0, local.stderr)
+            torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+            result = subprocess.run(
+                [*torchrun, *runs.command(folder / "torchrun", *settings)[1:]],
+                cwd=folder,
+                capture_output=True,
+                text=True,
+                timeout=300,
+            )
+            self.assertEqual(result.returncode, 0, result.stderr)
+            losses = [[line["loss"] for line in runs.lines(folder / run)] for run in ("local", "torchrun")]
+            self.assertEqual(len(losses[0]), 2)
+            self.assertEqual(*losses)
+            self.assertEqual(result.stdout.count("step 2/2"), 1, "one process speaks")
+
+    def test_a_killed_process_takes_the_others_with_it(self):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            settings = [*runs.write_split(folder, runs.real_films() * 4), "num_workers=0", "launcher.gpus_per_node=2"]
+            process = subprocess.Popen(
+                runs.command(folder / "run", *settings, "epochs=1000"),
+                cwd=folder,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            log = folder / "run/logs/metrics.jsonl"
+            deadline = time.monotonic() + 120
+            while not (log.exists() and '"step": 3,' in log.read_text()):
+                self.assertLess(time.monotonic(), deadline)
+                self.assertIsNone(process.poll())
+                time.sleep(0.05)
+            workers = children(process.pid)
+            self.assertEqual(len(workers), 2)
+            os.kill(workers[1], 9)
+            self.assertNotEqual(process.wait(timeout=30), 0)
+            for worker in workers:
+                self.assertFalse(Path(f"/proc/{worker}").exists())
+
+
+def children(pid: int) -> list[int]:
+    """The training processes that a launcher has started, in order of their start."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = entry.read_text().rpartition(")")[2].split()
+            command = (entry.parent / "cmdline").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it ended while we looked
+        if int(fields[1]) == pid and "spawn_main" in command:
+            found.append(int(entry.parent.name))
+    return sorted(found)
+
+
+class Places(unittest.TestCase):
+    def test_from_torchrun(self):
+        before = dict(os.environ)
+        try:
+            os.environ |= {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+            self.assertEqual(Place.from_torchrun(), Place(3, 4, 1, 2, "env://"))
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
+
+if __name__ == "__main__":
+    unittest.main()
