@@ -57,10 +57,11 @@ def composed() -> list[DictConfig]:
 
 def run(config: DictConfig) -> int:
     """Check one configuration and launch it; returns the exit code."""
-    from omnivision.launch import Job, launch
+    from omnivision.launch import Job, adopt_torchrun, launch
     from omnivision.preflight import open_splits
     from omnivision.settings import check
 
+    adopt_torchrun(config)
     settings = check(config)
     if settings.trainer.mode == "dry":
         from omnivision.dry import describe

@@ -22,6 +22,8 @@ from omnivision.errors import EXIT_FAULT, EXIT_INTERRUPTED, UserError
 from omnivision.settings import Settings
 
 if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
     from omnivision.distributed import Place, Processes
     from omnivision.reporting.reporter import Reporter
     from omnivision.reporting.run_folder import RunFolder
@@ -46,7 +48,7 @@ def launch(job: Job) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if job.settings.submitit.use_cluster:
         return submit(job)
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    if under_torchrun():
         return run_process(job, None)
     if launcher.num_nodes > 1:
         raise UserError(
@@ -58,6 +60,19 @@ def launch(job: Job) -> int:
 
         return run_process(job, Place())
     return run_local_processes(job, launcher.gpus_per_node)
+
+
+def under_torchrun() -> bool:
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def adopt_torchrun(config: DictConfig) -> None:
+    """Under torchrun, its numbers of nodes and processes replace those of the configuration, and it runs where it is."""
+    if under_torchrun():
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        config.launcher.gpus_per_node = local
+        config.launcher.num_nodes = max(1, int(os.environ["WORLD_SIZE"]) // local)
+        config.submitit.use_cluster = False
 
 
 def submit(job: Job) -> int:

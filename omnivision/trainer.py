@@ -180,6 +180,7 @@ class Trainer:
     def train_step(self, batch: Batch) -> tuple[float, float]:
         """One optimizer step on a batch, in `accumulation_steps` pieces. Returns its loss and gradient norm."""
         options = self.options
+        self._require_full(batch)
         self.optimizer.set_progress(self.global_step / self.total_steps)
         torch.manual_seed(int(draws(options.seed, MODEL_DRAW, self.global_step, self.processes.rank).integers(2**62)))
         pieces = batch.split(options.accumulation_steps)
@@ -329,6 +330,18 @@ class Trainer:
                 everywhere=True,
             )
         return total_loss / self.processes.world
+
+    def _require_full(self, batch: Batch) -> None:
+        """A batch is short when many files in a row did not decode: there is no point in going on."""
+        views = self.train.dataset.views_per_clip
+        if len(batch) * self.processes.world < self.plan.videos * views:
+            self.ledger.add(batch.bad, write=True)
+            first, last = batch.bad[0], batch.bad[-1]
+            raise UserError(
+                f"{len(batch.bad)} videos of {batch.source} in a row could not be decoded. First: {first.path} "
+                f"({first.reason}); last: {last.path} ({last.reason}). Check datasets.{batch.source}.prefix, and that the "
+                "data is mounted."
+            )
 
     def _record(self, bad: list[BadSample]) -> None:
         everywhere = [sample for part in self.processes.gather(bad) for sample in part]

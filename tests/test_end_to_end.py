@@ -101,6 +101,25 @@ class Stage1(unittest.TestCase):
         self.assertEqual(result.returncode, 0, result.stderr)
         self.assert_same_weights(straight, resumed)
 
+    def test_validation_of_a_checkpoint_counts_every_video_once_for_any_number_of_processes(self):
+        films = runs.real_films() * 2 + runs.real_films()[:1]  # 7: divides neither by 2 nor into batches
+        runs.np.save(self.folder / "val.npy", runs.np.array(films))
+        settings = [
+            *self.data,
+            "trainer.mode=val",
+            f"++datasets.k150.val.paths={self.folder}/val.npy",
+            "++datasets.k150.val.labels=null",
+        ]
+        figures = []
+        for count in (1, 2):
+            folder = self.folder / f"val_{count}"
+            self.assertEqual(runs.run(folder, *self.data, "epochs=1").returncode, 0)
+            result = runs.run(folder, *settings, "epochs=1", f"launcher.gpus_per_node={count}", "num_workers=0")
+            self.assertEqual(result.returncode, 0, result.stderr)
+            figures.append(runs.lines(folder, "epoch", "val")[-1])
+        self.assertEqual([line["videos"] for line in figures], [7, 7])
+        self.assertAlmostEqual(figures[0]["loss"], figures[1]["loss"], places=6)
+
     def test_accumulated_equals_whole_batch(self):
         pieces = self.folder / "pieces"
         result = runs.run(pieces, *self.data, "trainer.optim.accumulation_steps=4", "num_workers=0")

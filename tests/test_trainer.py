@@ -39,7 +39,7 @@ class Noise:
     """A dataset of clips made from their index; `bad` ones have no views."""
 
     def __init__(self, size: int, bad: tuple[int, ...] = ()) -> None:
-        self.splits, self.bad, self.seen = [range(size)], bad, []
+        self.splits, self.bad, self.seen, self.views_per_clip = [range(size)], bad, [], 1
 
     def __getitem__(self, request: Request) -> Sample:
         rng = draws(7, *request)
@@ -199,6 +199,11 @@ class Loop(unittest.TestCase):
         for name, value in made.bare.state_dict().items():
             self.assertTrue(torch.equal(value, before[name]) or name == "heads.0.projector.bias", name)
         self.assertIsNone(checkpoint.load_newest(made.folder.checkpoints))
+
+    def test_a_short_batch_stops_with_the_files(self):
+        made = trainer(self.folder / "short", train=Noise(12, bad=tuple(range(12))))
+        with self.assertRaisesRegex(UserError, r"4 videos of noise in a row.*\d\.mp4 \(why not\)"):
+            made.fit()
 
     def test_another_number_of_steps_is_another_run(self):
         self.fit("run")

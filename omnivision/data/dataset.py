@@ -20,7 +20,6 @@ from omnivision.data.decode import BadVideo, open_video
 from omnivision.data.masking import Grid, Mask
 from omnivision.data.order import draws
 from omnivision.data.views import View
-from omnivision.errors import UserError
 
 REPLACEMENTS = 20
 
@@ -55,7 +54,8 @@ class VideoDataset:
         views_per_clip: views cut from each decoded clip (repeated augmentation, Hoffer et al. 2020).
         seed: of all draws.
         max_pixels: videos whose frames have more pixels than this are bad, found from their header.
-        replace_bad: give another sample for a bad one (training); otherwise the sample has no views (evaluation).
+        replace_bad: give another sample for a bad one (training); otherwise, or when many in a row are bad, the sample has no
+            views.
     """
 
     def __init__(
@@ -89,10 +89,7 @@ class VideoDataset:
                 if not self.replace_bad:
                     return self._empty(split, request, path, bad)
             request = request._replace(video=int(rng.integers(len(split))))
-        raise UserError(
-            f"{len(bad)} videos of {split.name} in a row could not be decoded. First: {bad[0].path} ({bad[0].reason}); "
-            f"last: {bad[-1].path} ({bad[-1].reason}). Check datasets.{split.name}.prefix and that the data is mounted."
-        )
+        return self._empty(split, request, path, bad)
 
     def _sample(self, split: Split, request: Request, path: str, bad: list[BadSample]) -> Sample:
         frames = self.view.prepare(self._clip(split, request, path))
