@@ -51,7 +51,7 @@ def composed() -> list[DictConfig]:
         from omnivision.composition import explain
         from omnivision.errors import UserError
 
-        raise UserError(explain(error)) from error
+        raise UserError(explain(error, CONFIG)) from error
     return found
 
 

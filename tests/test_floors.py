@@ -1,0 +1,147 @@
+"""Who may import whom: the floors of docs/architecture.md, and the few files that may touch certain libraries."""
+
+import ast
+import subprocess
+import sys
+import unittest
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.runs import ROOT
+
+FLOORS = {
+    0: ["errors", "files"],
+    1: ["distributed", "metrics", "optim.schedules", "models.patches"],
+    2: ["data", "models", "optim", "demo"],
+    3: ["tasks"],
+    4: ["checkpoint", "interop", "reporting"],
+    5: ["trainer"],
+    6: ["settings_yaml", "targets", "schema", "settings", "composition", "preflight", "build", "dry", "usage"],
+    7: ["launch", "cli"],
+}
+# Within a floor, these are above the others.
+RAISED = {
+    "metrics": 1.5,
+    "demo": 2.5,
+    "schema": 6.1,
+    "settings": 6.2,
+    "composition": 6.3,
+    "preflight": 6.3,
+    "build": 6.4,
+    "dry": 6.5,
+}
+ALLOWED = {
+    "hydra": {"train_app_submitit", "omnivision.build"},
+    "omegaconf": {"train_app_submitit", "omnivision.settings", "omnivision.schema", "omnivision.launch"},
+    "submitit": {"omnivision.launch"},
+    "av": {"omnivision.data.decode", "omnivision.data.encode"},
+    "yaml": {"train_app_submitit", "omnivision.settings_yaml"},
+}
+NEVER = {"pytorchvideo", "decord", "cv2", "pickle", "cloudpickle", "dill", "joblib"}
+
+
+def modules() -> dict[str, ast.Module]:
+    files = [*sorted((ROOT / "omnivision").rglob("*.py")), ROOT / "train_app_submitit.py"]
+    found = {}
+    for file in files:
+        name = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        found[name] = ast.parse(file.read_text(encoding="utf-8"))
+    return found
+
+
+def imports(tree: ast.Module) -> Iterator[str]:
+    """Full names of what a file imports, inside functions too; `from a import b` gives a.b."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def floor(module: str) -> float:
+    """The floor of a module of the package, by its longest listed prefix."""
+    if module == "train_app_submitit":
+        return 8
+    inner = module.removeprefix("omnivision.")
+    best = max(
+        (
+            (len(name), number, name)
+            for number, names in FLOORS.items()
+            for name in names
+            if f"{inner}.".startswith(f"{name}.")
+        ),
+        default=None,
+    )
+    if best is None:
+        raise AssertionError(f"{module} has no floor: add it to FLOORS here and to docs/architecture.md")
+    return RAISED.get(best[2], best[1])
+
+
+class Floors(unittest.TestCase):
+    def test_a_file_imports_only_from_floors_below_its_own(self):
+        known = modules()
+        compared = 0
+        for name, tree in known.items():
+            if name == "omnivision":
+                self.assertEqual(list(imports(tree)), [], "importing the package must cost nothing")
+                continue
+            for imported in imports(tree):
+                target = next((t for t in (imported, imported.rpartition(".")[0]) if t in known), None)
+                if target is None or target == "omnivision":
+                    continue
+                same_package = name.split(".")[:2] == target.split(".")[:2]
+                compared += 1
+                self.assertTrue(
+                    floor(target) < floor(name) or (same_package and floor(target) <= floor(name)),
+                    f"{name} (floor {floor(name)}) imports {target} (floor {floor(target)})",
+                )
+        self.assertGreater(compared, 80)
+
+    def test_few_files_touch_certain_libraries(self):
+        for name, tree in modules().items():
+            for imported in imports(tree):
+                library = imported.partition(".")[0]
+                self.assertNotIn(library, NEVER, f"{name} imports {imported}")
+                if library in ALLOWED:
+                    self.assertIn(name, ALLOWED[library], f"{name} imports {imported}")
+
+    def test_nothing_unsafe_is_called(self):
+        for name, tree in modules().items():
+            for node in ast.walk(tree):
+                if not isinstance(node, ast.Call):
+                    continue
+                called = ast.unparse(node.func)
+                where = f"{name}:{node.lineno} calls {called}"
+                self.assertNotIn(called, {"eval", "exec", "yaml.load", "yaml.unsafe_load", "pickle.loads"}, where)
+                if called == "torch.load":
+                    self.assertEqual(name, "omnivision.checkpoint", where)
+                for keyword in node.keywords:
+                    if keyword.arg in ("allow_pickle", "weights_only"):
+                        expected = {"allow_pickle": False, "weights_only": True}[keyword.arg]
+                        self.assertEqual(ast.literal_eval(keyword.value), expected, where)
+
+    def test_importing_everything_pulls_in_none_of_the_avoided_libraries(self):
+        program = (
+            "import importlib, sys\n"
+            f"for name in {[name for name in modules() if name.startswith('omnivision')]!r}:\n"
+            "    importlib.import_module(name)\n"
+            "print(*sorted({name.partition('.')[0] for name in sys.modules}))\n"
+        )
+        result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+        self.assertEqual(result.returncode, 0, result.stderr)
+        loaded = set(result.stdout.split())
+        self.assertIn("torch", loaded)
+        self.assertEqual(loaded & {"pytorchvideo", "decord", "cv2", "skvideo", "submitit"}, set())
+
+    def test_the_plan_of_the_house_names_every_file(self):
+        plan = (Path(ROOT) / "docs" / "architecture.md").read_text()
+        for name in modules():
+            parts = name.removeprefix("omnivision.").split(".")
+            if parts[0] not in ("demo", "cli", "interop", "omnivision", "train_app_submitit") and len(parts) < 3:
+                known = f"{parts[-1]}.py" in plan or f"{parts[-1]}/" in plan
+                self.assertTrue(known, f"docs/architecture.md does not name {name}")
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,199 @@
+"""Settings: whatever is wrong is found at once, named, and told with its remedy, before anything heavy is imported."""
+
+import tempfile
+import unittest
+from pathlib import Path
+
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+
+from omnivision.composition import explain, setting_names
+from omnivision.errors import UserError
+from omnivision.settings import check
+from omnivision.targets import signature_of, target_problems
+from tests.runs import ROOT
+from tests.test_config import CONFIG, FOLDER, composed, script, settings
+
+MAE = ("+experiments=omnimae/omnimain_train_video", "+trainer=mae_k150_config")
+
+
+class Values(unittest.TestCase):
+    def assert_refused(self, *overrides: str, saying: str) -> str:
+        with self.assertRaisesRegex(UserError, saying) as caught:
+            settings(*MAE, *overrides)
+        return str(caught.exception)
+
+    def test_unknown_keys_however_they_came_in(self):
+        cases = {
+            "++ephocs=3": r"ephocs is not a setting; did you mean epochs\?",
+            "++trainer.optim.ampp.enabled=true": r"trainer\.optim\.ampp is not a setting; did you mean trainer\.optim\.amp\?",
+            "+launcher.gpu_per_node=2": r"did you mean launcher\.gpus_per_node\?",
+            "++datasets.k150.prefixx=/data": r"datasets\.k150\.prefixx is not a setting; did you mean datasets\.k150\.prefix\?",
+            "++trainer.data.sources.k150.train.path=x": r"did you mean trainer\.data\.sources\.k150\.train\.paths\?",
+            "++zzz=1": "zzz is not a setting; the top level has batch_size, ",
+            "++trainer.model.trunk.dept=3": r"trainer\.model\.trunk\.dept is not an argument of .*did you mean depth\?",
+            "++trainer.task.nrom=patch": r"trainer\.task\.nrom is not an argument .*did you mean norm\?",
+        }
+        for override, saying in cases.items():
+            with self.subTest(override):
+                self.assert_refused(override, saying=saying)
+
+    def test_an_unknown_key_in_an_experiment_file(self):
+        with tempfile.TemporaryDirectory() as folder:
+            site = Path(folder) / "experiments" / "site"
+            site.mkdir(parents=True)
+            (site / "mine.yaml").write_text("# @package _global_\nephocs: 3\nbatch_size: 010\nclip_duration: 1:30\n")
+            result = script("--config-dir", folder, *MAE, "+experiments/site=mine", FOLDER)
+            self.assertEqual(result.returncode, 1)
+            self.assertIn("did you mean epochs", result.stderr)
+            self.assertIn("batch_size is '010' (str); expected a whole number (YAML reads such a number", result.stderr)
+            self.assertIn("clip_duration is '1:30' (str); expected a number (YAML reads such a number", result.stderr)
+            self.assertNotIn("Traceback", result.stderr)
+
+    def test_types_and_ranges(self):
+        cases = {
+            "batch_size=0": "batch_size is 0 .*at least 1",
+            "batch_size=010": "batch_size is '010' .*plain decimal",
+            "clip_duration=1:30": "clip_duration is '1:30'",
+            "epochs=many": "epochs is 'many' .*expected a whole number",
+            "epochs=1.5": "epochs is 1.5 .*expected a whole number",
+            "epochs=true": "epochs is True .*expected a whole number",
+            "trainer.compile=1": "trainer.compile is 1 .*expected true or false",
+            "mask_ratio=1.5": "mask_ratio is 1.5 .*at most 1",
+            "clip_duration=nan": "clip_duration is nan",
+            "clip_duration=inf": "clip_duration is inf",
+            "trainer.seed_value=-1": "trainer.seed_value is -1 .*at least 0",
+            "lr_scale_factor=0": r"lr_scale_factor is 0.* greater than 0\. .*\+\+lr_scale_factor=0\.5",
+            "trainer.mode=trian": "trainer.mode is 'trian'.*did you mean train",
+            "trainer.data.bad_sample_budget=2": "bad_sample_budget is 2.*at most 1",
+            "trainer.optim.options=3": "trainer.optim.options is 3 .*mapping",
+            "trainer.model=vitbase": "trainer.model is 'vitbase'.*_target_",
+            "data_root=3": "data_root is 3 .*expected a text",
+            "trainer.model.trunk.depth=012": "trainer.model.trunk.depth is '012'.*expected a whole number",
+        }
+        for override, saying in cases.items():
+            with self.subTest(override):
+                self.assert_refused(override, saying=saying)
+
+    def test_a_value_that_is_repeated_elsewhere_is_reported_once(self):
+        self.assertEqual(
+            self.assert_refused("lr_scale_factor=0", saying="lr_scale_factor").count("lr_scale_factor is"), 1
+        )
+
+    def test_an_interpolation_that_leads_nowhere(self):
+        self.assert_refused("trainer.max_epochs=${nope}", saying="trainer.max_epochs cannot be resolved: .*nope")
+        self.assert_refused("trainer.max_epochs=${data_root}", saying="trainer.max_epochs is 'data'")
+
+    def test_everything_missing_is_listed_at_once(self):
+        with self.assertRaises(UserError) as caught:
+            check(composed())
+        for name in ("epochs", "trainer.model", "trainer.task", "trainer.data.sources", "launcher.experiment_log_dir"):
+            self.assertIn(name, str(caught.exception))
+        self.assertIn("+trainer=mae_k150_config.yaml", str(caught.exception))
+        self.assertEqual(str(caught.exception).count("Missing"), 1)
+
+    def test_all_problems_are_told_at_once(self):
+        text = self.assert_refused("++ephocs=3", "batch_size=0", "trainer.mode=x", saying="3 problems")
+        self.assertEqual(text.count("\n- "), 3)
+
+    def test_what_does_not_go_together(self):
+        cases = {
+            ("num_frames=15",): r"num_frames is 15; expected a multiple of 2.*Try num_frames=14",
+            ("image_size=230",): r"image_size is 230; expected a multiple of 16.*Try image_size=224",
+            ("trainer.model.trunk.heads=7",): "heads is 7, which does not divide trainer.model.trunk.width 768",
+            ("trainer.model.decoder.heads=7",): "trainer.model.decoder.heads is 7",
+            ("trainer.model.trunk.tubelet=[2,16]",): "expected three whole numbers",
+            ("launcher.gpus_per_node=3",): "batch_size is 16 for the 3 processes of a node.*Try batch_size=15",
+            ("launcher.gpus_per_node=8",): "views_per_clip is 4, which does not divide the 2 clips of a process",
+            ("trainer.optim.accumulation_steps=3",): "accumulation_steps is 3, which does not divide the 16 clips",
+            ("trainer.data.num_frames=8",): "trainer.data.num_frames is 8, trainer.model.trunk.num_frames 16",
+        }
+        for overrides, saying in cases.items():
+            with self.subTest(overrides):
+                self.assert_refused(*overrides, saying=saying)
+
+    def test_lr_scale_factor_takes_any_ratio(self):
+        for value in (0.5, 2, 1.3333, 1e-3):
+            self.assertEqual(settings(*MAE, f"lr_scale_factor={value}").trainer.optim.lr_scale_factor, value)
+
+
+class Targets(unittest.TestCase):
+    def test_only_known_packages_are_built(self):
+        for name in ("os.system", "pathlib.Path.unlink", "numpy.load", "torch.load", "omnivisionx.y", "builtins.open"):
+            problems = target_problems({"_target_": name}, "trainer.task")
+            self.assertEqual(len(problems), 1, name)
+            self.assertIn("may not build just anything", problems[0])
+        nested = {"_target_": "torch.optim.AdamW", "x": [{"_target_": "os.system"}]}
+        self.assertEqual(len(target_problems(nested, "a")), 1)
+        self.assertEqual(target_problems({"_target_": "torch.optim.SGD"}, "a"), [])
+
+    def test_signatures_are_those_of_the_classes(self):
+        self.assertEqual(list(signature_of("omnivision.data.masking.TubeMask")), ["ratio"])
+        trunk = signature_of("omnivision.models.vit.VisionTransformer")
+        self.assertEqual((trunk["depth"].annotation, trunk["depth"].required), ("int", False))
+        self.assertIsNone(signature_of("omnivision.models.vit.Nope"))
+
+    def test_a_wrong_name_or_a_lacking_argument(self):
+        problems = target_problems({"_target_": "omnivision.data.masking.RandomMaks", "ratio": 1}, "m")
+        self.assertIn("did you mean omnivision.data.masking.RandomMask?", problems[0])
+        problems = target_problems({"_target_": "omnivision.data.masking.RandomMask"}, "m")
+        self.assertIn("m lacks ratio", problems[0])
+
+
+class Composition(unittest.TestCase):
+    def explained(self, *overrides: str) -> str:
+        with self.assertRaises(HydraException) as caught:
+            composed(*overrides)
+        return explain(caught.exception, CONFIG)
+
+    def test_a_plain_key_that_does_not_exist(self):
+        self.assertEqual(self.explained(*MAE, "epohcs=3"), "epohcs is not a setting; did you mean epochs?")
+        self.assertIn("did you mean trainer.optim.amp.amp_dtype?", self.explained(*MAE, "trainer.optim.amp.dtype=x"))
+
+    def test_a_choice_that_does_not_exist(self):
+        self.assertIn("Did you mean vitbase?", self.explained(*MAE, "trainer/model=vitbse"))
+        self.assertIn("mae_k150_config", self.explained("+trainer=mae_k150_confg"))
+        self.assertIn("omnimain_train_video", self.explained("+experiments=omnimae/omnimain_train_vide"))
+
+    def test_a_model_without_an_experiment(self):
+        text = self.explained("trainer/model=vitbase")
+        self.assertIn("+experiments=", text)
+
+    def test_a_list_for_a_mapping(self):
+        self.assertRegex(
+            self.explained(*MAE, "trainer.data.sources=[k150]"), r"sources=\[k150\] does not fit: Cannot merge"
+        )
+
+    def test_an_unquoted_equals_sign(self):
+        self.assertIn("Quote values", self.explained("launcher.experiment_log_dir=a=b"))
+
+    def test_setting_names_are_those_of_the_configuration(self):
+        names = set(setting_names())
+        made = OmegaConf.to_container(composed(*MAE))
+        self.assertIn("trainer.optim.amp.amp_dtype", names)
+        for key in made:
+            self.assertIn(key, names)
+
+
+class Script(unittest.TestCase):
+    def test_a_mistake_is_one_paragraph_and_leaves_nothing(self):
+        with tempfile.TemporaryDirectory() as folder:
+            for overrides, saying in (
+                (["++ephocs=3"], "did you mean epochs"),
+                (["epohcs=3"], "did you mean epochs"),
+                (["trainer/model=vitbse"], "vitbase"),
+                (["batch_size=0"], "at least 1"),
+                (["a=b=c"], "Quote"),
+            ):
+                with self.subTest(overrides):
+                    result = script(*MAE, FOLDER, *overrides, cwd=Path(folder))
+                    self.assertEqual(result.returncode, 1)
+                    self.assertIn(saying, result.stderr)
+                    self.assertTrue(result.stderr.startswith("error: "), result.stderr)
+                    self.assertNotIn("Traceback", result.stderr)
+                    self.assertEqual(list(Path(folder).iterdir()), [])
+        self.assertFalse((ROOT / "outputs").exists())
+
+
+if __name__ == "__main__":
+    unittest.main()
