@@ -41,7 +41,7 @@ setup(
     ],
     extras_require={
         "dev": [
-            "coverage>=7.4",
+            "coverage>=7.10",
             "mypy>=1.10",
             "pre-commit>=3.7",
             "ruff>=0.6",

@@ -13,7 +13,7 @@ ROUNDS = 8
 
 def draws(seed: int, *key: int) -> np.random.Generator:
     """A random generator of its own for each (seed, key)."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, *key])))
+    return np.random.Generator(np.random.Philox(_entropy(seed, key)))
 
 
 def permuted(positions: np.ndarray, size: int, seed: int, *key: int) -> np.ndarray:
@@ -23,13 +23,18 @@ def permuted(positions: np.ndarray, size: int, seed: int, *key: int) -> np.ndarr
     until it falls inside (Black & Rogaway 2002, "Ciphers with arbitrary finite domains").
     """
     half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
-    keys = np.random.SeedSequence([seed, *key]).generate_state(ROUNDS, np.uint64)
+    keys = _entropy(seed, key).generate_state(ROUNDS, np.uint64)
     values = np.asarray(positions).astype(np.uint64)
     outside = np.ones(values.shape, dtype=bool)
     while outside.any():
         values[outside] = _feistel(values[outside], half, keys)
         outside = values >= size
     return values.astype(np.int64)
+
+
+def _entropy(seed: int, key: tuple[int, ...]) -> np.random.SeedSequence:
+    # With its length, because numpy takes (1,) and (1, 0) for the same.
+    return np.random.SeedSequence([seed, len(key), *key])
 
 
 def _feistel(values: np.ndarray, half: int, keys: np.ndarray) -> np.ndarray:

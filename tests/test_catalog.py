@@ -1,0 +1,118 @@
+"""Dataset splits: what is read from the two arrays, and what is refused."""
+
+import pickle
+import tempfile
+import unittest
+from pathlib import Path
+
+import numpy as np
+
+from omnivision.data.catalog import Dataset, Split, SplitFiles, load_array
+from omnivision.errors import UserError
+
+
+class Canary:
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+class Folder(unittest.TestCase):
+    def setUp(self):
+        temporary = tempfile.TemporaryDirectory()
+        self.addCleanup(temporary.cleanup)
+        self.folder = Path(temporary.name)
+
+    def save(self, name: str, array: object, **options: object) -> str:
+        np.save(self.folder / name, array, **options)
+        return str(self.folder / name)
+
+    def split(self, paths: object = ("a.mp4", "b.mp4"), labels: object = (0, 1), **entry: object) -> Split:
+        files = SplitFiles(self.save("paths.npy", np.array(paths)), self.save("labels.npy", np.array(labels)))
+        return Split(Dataset("films", train=files, **entry), "train")
+
+
+class Reading(Folder):
+    def test_paths_are_rewritten(self):
+        split = self.split(
+            ["/old/x.avi", "y.avi"], prefix="/new/", remove_prefix="/old/", suffix=".mp4", remove_suffix=".avi"
+        )
+        self.assertEqual([split.path(0), split.path(1)], ["/new/x.mp4", "/new/y.mp4"])
+        self.assertEqual((len(split), split.label(1)), (2, 1))
+
+    def test_the_first_candidate_that_exists(self):
+        here = self.save("here.npy", np.array(["a"]))
+        split = Split(Dataset("films", val=SplitFiles(["/nowhere.npy", here])), "val")
+        self.assertEqual(split.path(0), "a")
+        self.assertEqual(split.label(0), -1, "without labels, every label is ignored")
+
+    def test_an_entry_of_the_catalog(self):
+        paths = self.save("p.npy", np.array(["a"]))
+        entry = {"kind": "video", "num_classes": 3, "fps": 12.5, "train": {"paths": paths, "labels": None}, "val": None}
+        dataset = Dataset.from_entry("films", entry)
+        self.assertEqual((dataset.num_classes, dataset.fps, dataset.val), (3, 12.5, None))
+        with self.assertRaisesRegex(UserError, "films has no val split"):
+            Split(dataset, "val")
+
+    def test_arrays_are_mapped_and_workers_get_names_only(self):
+        split = self.split([f"{i:0100d}.mp4" for i in range(5000)], np.zeros(5000, int))
+        self.assertIsInstance(split._paths, np.memmap)
+        packed = pickle.dumps(split)
+        self.assertLess(len(packed), 2000)
+        self.assertEqual(pickle.loads(packed).path(4999), split.path(4999))  # noqa: S301
+
+
+class Refused(Folder):
+    def assert_refused(self, saying: str, **arrays: object) -> None:
+        with self.assertRaisesRegex(UserError, saying) as caught:
+            self.split(**arrays)
+        self.assertIn("datasets.films", str(caught.exception))
+
+    def test_wrong_arrays(self):
+        self.assert_refused(
+            r"a 1-D array \(2,\) of bytes .*expected a 1-D array of \(unicode\) strings", paths=[b"a", b"b"]
+        )
+        self.assert_refused("of integers .*strings", paths=[1, 2])
+        self.assert_refused(r"a 2-D array \(2, 1\)", paths=[["a"], ["b"]])
+        self.assert_refused("a 0-D array", paths="a")
+        self.assert_refused("is empty", paths=np.array([], dtype=str), labels=np.array([], int))
+        self.assert_refused("floating-point numbers .*integers", labels=[0.0, 1.0])
+        self.assert_refused("of booleans", labels=[True, False])
+        self.assert_refused(r"a 2-D array \(1, 2\)", labels=[[0, 1]])
+        self.assert_refused("3 labels for 2 paths", labels=[0, 1, 2])
+
+    def test_labels_out_of_range(self):
+        self.split(labels=[-1, 2], num_classes=3)
+        with self.assertRaisesRegex(
+            UserError, r"from 0 to 3; expected -1 \(ignored\) to 2.*datasets\.films\.num_classes"
+        ):
+            self.split(labels=[0, 3], num_classes=3)
+        with self.assertRaisesRegex(UserError, r"from -2 to 0; expected -1 \(ignored\) or more"):
+            self.split(labels=[0, -2])
+
+    def test_files_that_are_no_arrays(self):
+        missing = SplitFiles([str(self.folder / "a.npy"), str(self.folder / "b.npy")])
+        with self.assertRaisesRegex(UserError, r"datasets\.films\.train\.paths: no such file: .*a\.npy, .*b\.npy"):
+            Split(Dataset("films", train=missing), "train")
+        whole = Path(self.save("whole.npy", np.arange(1000)))
+        for name, content in {"text": b"a.mp4\nb.mp4\n", "nothing": b"", "cut": whole.read_bytes()[:500]}.items():
+            file = self.folder / f"{name}.npy"
+            file.write_bytes(content)
+            with self.assertRaisesRegex(UserError, "cannot be read as a .npy array"):
+                load_array(str(file))
+
+    def test_objects_are_never_unpickled(self):
+        canary = self.folder / "canary"
+        file = self.save("evil.npy", np.array([Canary(str(canary))], dtype=object), allow_pickle=True)
+        raw = self.folder / "raw.npy"
+        raw.write_bytes(pickle.dumps(Canary(str(canary))))
+        for name in (file, str(raw)):
+            with self.assertRaises(UserError):
+                load_array(name)
+        self.assertFalse(canary.exists())
+
+
+if __name__ == "__main__":
+    unittest.main()
