@@ -80,6 +80,15 @@ class Plan(unittest.TestCase):
         self.assertEqual(len({r.video for r in plan.requests(3, 15_000, 0, 1)}), 512)
 
 
+class Threads(VideoDataset):
+    """Tells in its labels how many threads torch uses where samples are made."""
+
+    def __getitem__(self, request: Request) -> Sample:
+        sample = super().__getitem__(request)
+        sample.label = torch.get_num_threads()
+        return sample
+
+
 class Films(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
@@ -183,16 +192,14 @@ class Films(unittest.TestCase):
         sample = self.dataset("none.npy")[Request(0, 2, 0)]
         self.assertEqual((len(sample.video), len(sample.bad)), (0, 1 + REPLACEMENTS))
 
-    def test_workers_run_one_thread(self):
-        class Threads(VideoDataset):
-            def __getitem__(self, request: Request) -> Sample:
-                return super().__getitem__(request)
-
-        batch = next(
-            iter(train_batches(self.dataset(), EpochPlan({"films": 11}, {}, 2, 4, 5), (0, 0), 1, 0, 1, Workers(1)))
-        )
+    def test_workers_run_one_thread_and_carry_bytes_through_shared_memory(self):
+        plan = EpochPlan({"films": 11}, {}, 2, 4, seed=5)
+        dataset = self.dataset()
+        dataset.__class__ = Threads
+        batch = next(train_batches(dataset, plan, (0, 0), 1, 0, 1, Workers(1)))
+        self.assertEqual(batch.label.tolist(), [1] * 8)
         self.assertEqual(batch.video.dtype, torch.uint8)
-        self.assertTrue(batch.video.is_shared(), "batches come through shared memory")
+        self.assertTrue(batch.video.is_shared())
 
 
 class Batches(unittest.TestCase):
