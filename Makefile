@@ -16,7 +16,7 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	rm -f .coverage .coverage.*
-	PATH="$(CURDIR)/$(BIN):$$PATH" \
+	PATH="$(CURDIR)/$(BIN):$$PATH" COVERAGE_FILE="$(CURDIR)/.coverage" \
 		$(BIN)/python -m coverage run -m unittest discover -s tests -t .
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report
