@@ -104,14 +104,9 @@ class Trainer:
         ledger: BadSampleLedger,
         options: Options,
     ) -> None:
-        self.task, self.optimizer, self.train, self.val = task, optimizer, train, val
-        self.processes, self.folder, self.reporter, self.ledger, self.options = (
-            processes,
-            folder,
-            reporter,
-            ledger,
-            options,
-        )
+        self.task, self.optimizer, self.options = task, optimizer, options
+        self.train, self.val, self.ledger = train, val, ledger
+        self.processes, self.folder, self.reporter = processes, folder, reporter
         self.bare = model.to(processes.device)
         compiled = torch.compile(self.bare) if options.compile else self.bare
         self.model = parallel(compiled, processes, options.comms_dtype)  # type: ignore[arg-type]
@@ -121,6 +116,7 @@ class Trainer:
         self.total_steps = options.max_epochs * self.plan.steps
         self.state, self.meter = State(), Meter()
         self.last: dict[str, Any] = {}
+        self.began = time.monotonic()  # of the seconds that are not yet in the state
 
     # ---- a whole run ----------------------------------------------------------------------------------------------
 
@@ -226,7 +222,7 @@ class Trainer:
         totals = meter.totals(self.processes)
         figures = averages(totals) | {"videos": int(self.processes.sum(torch.tensor([videos]))[0])}
         by_source = {source: averages({source: total}) for source, total in totals.items()}
-        self.reporter.epoch("val", max(0, self.state.epoch), self.global_step, figures | {"per_source": by_source})
+        self.reporter.epoch("val", self.state.epoch, self.global_step, figures | {"per_source": by_source})
         return figures
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------
@@ -254,7 +250,6 @@ class Trainer:
 
     def resume(self) -> None:
         """Take up the newest whole checkpoint of the run folder, if there is one."""
-        self.began = time.monotonic()
         found = checkpoint.load_newest(self.folder.checkpoints)
         if found is None:
             return

@@ -23,7 +23,7 @@ STAGE_1 = (
 HERE = "submitit.use_cluster=false launcher.gpus_per_node=1 launcher.num_nodes=1 trainer.accelerator=cpu".split()
 # A model and clips small enough for a test; full precision, so that figures compare across processes.
 SMALL = (
-    "trainer/model=vitmicro image_size=32 short_side=40 num_frames=4 batch_size=8 epochs=2 num_workers=1 "
+    "trainer/model=vitmicro image_size=32 short_side=40 num_frames=4 batch_size=8 epochs=2 num_workers=0 "
     "trainer.logging.log_freq=1 trainer.optim.amp.enabled=false trainer.logging.pictures_every_epochs=null"
 ).split()
 

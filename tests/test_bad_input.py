@@ -109,7 +109,7 @@ class Mistakes(unittest.TestCase):
         split.mkdir()
         # One view of 12 of the 13 videos a step: two epochs meet every file.
         data = [*runs.write_split(split, [*runs.real_films() * 4, str(broken)]), "trainer.data.views_per_clip=1"]
-        data += ["batch_size=12", "num_workers=0"]
+        data += ["batch_size=12"]
         result = runs.run(self.folder / "few", *data, "trainer.data.bad_sample_budget=0.5")
         self.assertEqual(result.returncode, 0, result.stderr)
         ledger = [json.loads(line) for line in (self.folder / "few/logs/bad_samples.jsonl").read_text().splitlines()]
@@ -135,7 +135,6 @@ class Mistakes(unittest.TestCase):
                     folder,
                     *self.data,
                     f"launcher.gpus_per_node={count}",
-                    "num_workers=0",
                     "trainer.optim.options.lr.0.scheduler.start=1e30",
                     "trainer.optim.options.lr.0.scheduler.peak=1e30",
                     "trainer.checkpoint.save_every_steps=1",

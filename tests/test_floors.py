@@ -14,7 +14,7 @@ FLOORS = {
     1: ["distributed", "metrics", "optim.schedules", "models.patches"],
     2: ["data", "models", "optim", "demo"],
     3: ["tasks"],
-    4: ["checkpoint", "interop", "reporting"],
+    4: ["checkpoint", "reporting"],
     5: ["trainer"],
     6: ["settings_yaml", "targets", "schema", "settings", "composition", "preflight", "build", "dry", "usage"],
     7: ["launch", "cli"],
@@ -138,7 +138,7 @@ class Floors(unittest.TestCase):
         plan = (Path(ROOT) / "docs" / "architecture.md").read_text()
         for name in modules():
             parts = name.removeprefix("omnivision.").split(".")
-            if parts[0] not in ("demo", "cli", "interop", "omnivision", "train_app_submitit") and len(parts) < 3:
+            if parts[0] not in ("demo", "cli", "omnivision", "train_app_submitit") and len(parts) < 3:
                 known = f"{parts[-1]}.py" in plan or f"{parts[-1]}/" in plan
                 self.assertTrue(known, f"docs/architecture.md does not name {name}")
 

@@ -16,7 +16,7 @@ class Torchrun(unittest.TestCase):
     def test_torchrun_equals_local_processes(self):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            settings = [*runs.write_split(folder, runs.real_films() * 4), "num_workers=0"]
+            settings = [*runs.write_split(folder, runs.real_films() * 4)]
             local = runs.run(folder / "local", *settings, "launcher.gpus_per_node=2")
             self.assertEqual(local.returncode, 0, local.stderr)
             torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
