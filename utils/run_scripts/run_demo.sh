@@ -11,7 +11,7 @@ python train_app_submitit.py +experiments=demo/mae.yaml +trainer=mae_demo_config
 
 cat <<END
 
-The masked autoencoder has learnt to fill in 90 % of a film from the rest. Look at
+The masked autoencoder has learnt to fill in three quarters of a clip from the rest. Look at
   $DEMO/mae/pictures/last.png      original, what it saw, and what it made of it (last.gif moves; epoch_*.png: earlier)
   $DEMO/mae/logs/metrics.jsonl     every step's loss, learning rate, gradient norm, clips/s
   $DEMO/mae/summary.json           how the run ended
