@@ -3,11 +3,12 @@
 import pickle
 import tempfile
 import unittest
+import warnings
 from pathlib import Path
 
 import numpy as np
 
-from omnivision.data.catalog import Dataset, Split, SplitFiles, load_array
+from omnivision.data.catalog import Dataset, Split, SplitFiles
 from omnivision.errors import UserError
 
 
@@ -92,26 +93,67 @@ class Refused(Folder):
         with self.assertRaisesRegex(UserError, r"from -2 to 0; expected -1 \(ignored\) or more"):
             self.split(labels=[0, -2])
 
+    def assert_unreadable(self, file: str, saying: str = "") -> None:
+        """Refused as paths and as labels, with the setting of each."""
+        good = self.save("good.npy", np.array(["a.mp4"]))
+        for which, files in (("paths", SplitFiles(file)), ("labels", SplitFiles(good, file))):
+            with self.assertRaisesRegex(UserError, f"(?s)cannot be read as a .npy array: .*{saying}") as caught:
+                Split(Dataset("films", train=files), "train")
+            self.assertIn(file, str(caught.exception))
+            self.assertIn(f"datasets.films.train.{which}", str(caught.exception))
+
     def test_files_that_are_no_arrays(self):
         missing = SplitFiles([str(self.folder / "a.npy"), str(self.folder / "b.npy")])
         with self.assertRaisesRegex(UserError, r"datasets\.films\.train\.paths: no such file: .*a\.npy, .*b\.npy"):
             Split(Dataset("films", train=missing), "train")
-        whole = Path(self.save("whole.npy", np.arange(1000)))
-        for name, content in {"text": b"a.mp4\nb.mp4\n", "nothing": b"", "cut": whole.read_bytes()[:500]}.items():
+        whole = Path(self.save("whole.npy", np.arange(1000))).read_bytes()
+        np.savez(self.folder / "archive.npz", a=np.arange(3))
+        contents = {
+            "text": b"a.mp4\nb.mp4\n",
+            "nothing": b"",
+            "cut": whole[:500],
+            "cut_header": whole[:40],
+            "archive": (self.folder / "archive.npz").read_bytes(),
+            "broken_archive": b"PK\x03\x04 and no more",
+        }
+        for name, content in contents.items():
             file = self.folder / f"{name}.npy"
             file.write_bytes(content)
-            with self.assertRaisesRegex(UserError, "cannot be read as a .npy array"):
-                load_array(str(file))
+            with self.subTest(name):
+                self.assert_unreadable(str(file))
+        with self.assertRaisesRegex(UserError, "no such file"):
+            Split(Dataset("films", train=SplitFiles(str(self.folder))), "train")
+
+    def test_a_damaged_header_is_never_more_than_a_mistake(self):
+        whole, rng, refused = (
+            Path(self.save("whole.npy", np.array(["a.mp4"] * 9))).read_bytes(),
+            np.random.default_rng(0),
+            0,
+        )
+        file = self.folder / "damaged.npy"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # numpy's, about odd headers
+            for _ in range(300):
+                content = bytearray(whole)
+                for place in rng.integers(0, 128, 3):
+                    content[place] = rng.choice([*b"0123456789'(),{}<U-\0\xff"])
+                file.write_bytes(content)
+                try:
+                    Split(Dataset("films", train=SplitFiles(str(file))), "train")
+                except UserError:
+                    refused += 1
+        self.assertGreater(refused, 250)
 
     def test_objects_are_never_unpickled(self):
         canary = self.folder / "canary"
         file = self.save("evil.npy", np.array([Canary(str(canary))], dtype=object), allow_pickle=True)
         raw = self.folder / "raw.npy"
         raw.write_bytes(pickle.dumps(Canary(str(canary))))
-        for name in (file, str(raw)):
-            with self.assertRaises(UserError):
-                load_array(name)
+        self.assert_unreadable(file, "Python objects, which are never unpickled")
+        self.assert_unreadable(str(raw))
         self.assertFalse(canary.exists())
+        np.load(file, allow_pickle=True)[0].close()
+        self.assertTrue(canary.exists(), "the canary sings when it is let out")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from omnivision.data.batch import BadSample, Batch, Sample, collate
 from omnivision.data.catalog import Dataset, Split, SplitFiles
@@ -43,7 +44,22 @@ class Plan(unittest.TestCase):
         self.assertEqual(sorted(request.video for request in requests), sorted([*range(12)] * 2))
         self.assertEqual({request.occurrence for request in requests}, {0, 1})
         self.assertEqual(len(set(requests)), 24, "the second time with other random draws")
-        self.assertEqual(EpochPlan({"a": 12}, {"a": 0.5}, 2, 1, seed=1).steps, 3)
+
+    def test_half_a_repeat_sees_another_half_each_epoch(self):
+        plan = EpochPlan({"a": 40}, {"a": 0.5}, 4, 1, seed=1)
+        halves = [{request.video for step in videos(plan, epoch) for request in step} for epoch in (0, 1)]
+        self.assertEqual([len(half) for half in halves], [20, 20])
+        self.assertNotEqual(*halves)
+
+    def test_a_step_may_end_one_round_and_begin_the_next(self):
+        plan = EpochPlan({"a": 10}, {"a": 2}, 4, 1, seed=1)
+        steps = videos(plan, 0)
+        self.assertIn({0, 1}, [{request.occurrence for request in step} for step in steps])
+        for lap in (0, 1):
+            seen = [request.video for step in steps for request in step if request.occurrence == lap]
+            self.assertEqual(sorted(seen), list(range(10)))
+        for step, whole in enumerate(steps):
+            self.assertEqual([r for rank in range(4) for r in plan.requests(0, step, rank, 4)], whole)
 
     def test_sources_take_turns_by_batch_in_a_seeded_order(self):
         plan = EpochPlan({"a": 40, "b": 20}, {"b": 2}, 4, 1, seed=1)
@@ -69,9 +85,14 @@ class Plan(unittest.TestCase):
 
     def test_a_source_without_a_batch_and_an_unknown_repeat(self):
         with self.assertRaisesRegex(
-            UserError, r"Source b has 3 samples .*batch of 4.*trainer\.data\.repeats\.b to at least 1\.33"
+            UserError, r"Source b has 3 samples .*batch of 4.*trainer\.data\.repeats\.b to at least 1\.334"
         ):
             EpochPlan({"a": 40, "b": 3}, {}, 4, 1, seed=1)
+        for size in range(1, 200):  # what is advised is enough
+            with self.assertRaisesRegex(UserError, "at least") as caught:
+                EpochPlan({"a": size}, {"a": 0.001}, 512, 1, seed=1)
+            advice = float(str(caught.exception).rpartition("at least ")[2].rstrip("."))
+            self.assertEqual(EpochPlan({"a": size}, {"a": advice}, 512, 1, seed=1).total_steps, 1)
         with self.assertRaisesRegex(UserError, "repeats names c; the sources are a"):
             EpochPlan({"a": 40}, {"c": 2}, 4, 1, seed=1)
 
@@ -102,6 +123,13 @@ class Films(unittest.TestCase):
             names.append(f"{number}.mp4")
         np.save(cls.folder / "paths.npy", np.array(names))
         np.save(cls.folder / "labels.npy", np.arange(11) % 3)
+        # A film and a folder whose frames are of one grey each, brighter with time: a view tells the moments it shows.
+        greys = np.broadcast_to(np.arange(20, dtype=np.uint8)[:, None, None, None] * 12, (20, 48, 64, 3))
+        write_film(cls.folder / "greys.mp4", greys, fps=10, crf=0)
+        (cls.folder / "greys").mkdir()
+        for number, frame in enumerate(greys):
+            Image.fromarray(frame).save(cls.folder / "greys" / f"{number:05d}.png")
+        np.save(cls.folder / "greys.npy", np.array(["greys.mp4", "greys"]))
         broken = [name if number not in (2, 7) else f"missing_{number}.mp4" for number, name in enumerate(names)]
         np.save(cls.folder / "broken.npy", np.array(broken))
 
@@ -109,11 +137,16 @@ class Films(unittest.TestCase):
     def tearDownClass(cls):
         cls.temporary.cleanup()
 
-    def dataset(self, paths: str = "paths.npy", views: int = 4, training: bool = True) -> VideoDataset:
-        files = SplitFiles(str(self.folder / paths), str(self.folder / "labels.npy"))
-        split = Split(Dataset("films", prefix=f"{self.folder}/", train=files), "train")
+    def split(self, paths: str, name: str = "films") -> Split:
+        labels = str(self.folder / "labels.npy") if paths != "greys.npy" else None
+        files = SplitFiles(str(self.folder / paths), labels)
+        return Split(Dataset(name, prefix=f"{self.folder}/", fps=10, train=files), "train")
+
+    def dataset(
+        self, paths: str = "paths.npy", views: int = 4, training: bool = True, max_pixels: int | None = None
+    ) -> VideoDataset:
         return VideoDataset(
-            [split],
+            [self.split(paths)],
             PretrainView(32, short_side=40) if training else CenterView(32),
             RandomMask(0.75),
             (2, 4, 4),
@@ -121,19 +154,30 @@ class Films(unittest.TestCase):
             clip_duration=0.7,
             views_per_clip=views if training else 1,
             seed=5,
+            max_pixels=max_pixels,
             replace_bad=training,
         )
 
-    def batches(self, workers: int, start: tuple[int, int] = (0, 0), rank: int = 0, world: int = 1) -> list[Batch]:
+    def batches(
+        self,
+        workers: int,
+        start: tuple[int, int] = (0, 0),
+        rank: int = 0,
+        world: int = 1,
+        paths: str = "paths.npy",
+    ) -> list[Batch]:
         plan = EpochPlan({"films": 11}, {"films": 4}, videos_per_step=2, views_per_clip=4, seed=5)
-        return list(train_batches(self.dataset(), plan, start, 2, rank, world, Workers(workers)))
+        return list(train_batches(self.dataset(paths), plan, start, 2, rank, world, Workers(workers)))
 
     def assert_same(self, one: list[Batch], other: list[Batch]) -> None:
         self.assertEqual(len(one), len(other))
         for first, second in zip(one, other, strict=True):
             for name in ("video", "label", "index", "mask"):
                 self.assertTrue(torch.equal(getattr(first, name), getattr(second, name)), name)
-            self.assertEqual((first.paths, first.source), (second.paths, second.source))
+            self.assertEqual(
+                (first.paths, first.source, first.bad, first.num_masked),
+                (second.paths, second.source, second.bad, second.num_masked),
+            )
 
     def test_a_batch(self):
         batch = self.batches(0)[0]
@@ -147,11 +191,37 @@ class Films(unittest.TestCase):
         masks = {mask.numpy().tobytes() for mask in batch.mask}
         self.assertEqual((len(views), len(masks)), (8, 8), "each view has its own crop and mask")
 
+    def test_the_views_of_a_clip_show_the_same_moments_in_a_film_and_in_a_folder(self):
+        moments = {}
+        for video, epoch in ((0, 0), (0, 1), (1, 0)):
+            clip = self.dataset("greys.npy")[Request(0, video, epoch)].video.float()
+            shown = clip.mean((1, 3, 4))  # (V, T)
+            self.assertLess(float((shown - shown[0]).abs().max()), 1)
+            self.assertTrue((shown.diff(dim=1) > 6).all(), "in the order of time")
+            moments[video, epoch] = shown[0].div(12).round().int().tolist()
+        self.assertNotEqual(moments[0, 0], moments[0, 1], "another clip in another epoch")
+        for shown in moments.values():  # 0.7 s at 10 frames a second
+            self.assertIn(shown[-1] - shown[0], (6, 7))
+
+    def test_a_second_epoch_cuts_other_views(self):
+        one, other = (self.dataset()[Request(0, 3, epoch)] for epoch in (0, 1))
+        again = self.dataset()[Request(0, 3, 0, occurrence=1)]
+        for sample in (other, again):
+            self.assertFalse(torch.equal(one.video, sample.video))
+            self.assertFalse(torch.equal(one.mask, sample.mask))
+
     def test_neither_workers_nor_the_place_of_resuming_matter(self):
         whole = self.batches(0)
         self.assertEqual(len(whole), 10)
         self.assert_same(whole, self.batches(2))
-        self.assert_same(whole[7:], self.batches(1, start=(1, 2)))
+        self.assert_same(whole[3:], self.batches(1, start=(0, 3)))
+        self.assert_same(whole[7:], self.batches(0, start=(1, 2)))
+
+    def test_replacements_and_what_is_told_of_them_do_not_depend_on_workers(self):
+        whole = self.batches(0, paths="broken.npy")
+        self.assertEqual({bad.index for batch in whole for bad in batch.bad}, {2, 7})
+        self.assertEqual({len(batch) for batch in whole}, {8})
+        self.assert_same(whole, self.batches(2, paths="broken.npy"))
 
     def test_two_processes_hold_what_one_holds(self):
         whole = self.batches(0)
@@ -166,6 +236,14 @@ class Films(unittest.TestCase):
                 for batch in evaluation_batches(self.dataset(training=False), 2, rank, world, Workers()):
                     seen += batch.index.tolist()
             self.assertEqual(sorted(seen), list(range(11)), world)
+        two = self.dataset(training=False)
+        two.splits.append(self.split("greys.npy", "greys"))
+        for world in (1, 2, 3):
+            batches = [b for rank in range(world) for b in evaluation_batches(two, 4, rank, world, Workers())]
+            seen = sorted((batch.source, index) for batch in batches for index in batch.index.tolist())
+            self.assertEqual(seen, [("films", i) for i in range(11)] + [("greys", 0), ("greys", 1)])
+        one = evaluation_batches(self.dataset(training=False), 4, 0, 1, Workers())
+        self.assert_same(list(one), list(evaluation_batches(self.dataset(training=False), 4, 0, 1, Workers(2))))
         limited = list(evaluation_batches(self.dataset(training=False), 2, 0, 1, Workers(), limit=2))
         self.assertEqual([batch.index.tolist() for batch in limited], [[0, 1], [2, 3]])
 
@@ -186,6 +264,12 @@ class Films(unittest.TestCase):
         batches = list(evaluation_batches(self.dataset("broken.npy", training=False), 4, 0, 1, Workers()))
         self.assertEqual([i for batch in batches for i in batch.index.tolist()], [0, 1, 3, 4, 5, 6, 8, 9, 10])
         self.assertEqual([bad.index for batch in batches for bad in batch.bad], [2, 7])
+
+    def test_a_film_of_too_many_pixels_is_bad(self):
+        self.assertEqual(self.dataset(training=False, max_pixels=48 * 64)[Request(0, 0, 0)].bad, [])
+        (bad,) = self.dataset(training=False, max_pixels=48 * 64 - 1)[Request(0, 0, 0)].bad
+        self.assertRegex(bad.reason, "64x48 is more than max_pixels")
+        self.assertEqual((bad.source, bad.index, bad.path), ("films", 0, f"{self.folder}/0.mp4"))
 
     def test_when_everything_is_bad_the_sample_says_so(self):
         np.save(self.folder / "none.npy", np.array([f"none_{i}.mp4" for i in range(11)]))
@@ -227,6 +311,19 @@ class Batches(unittest.TestCase):
         batch = collate([self.sample(views=0), self.sample(views=0)])
         self.assertEqual((len(batch), batch.paths, len(batch.label)), (0, [], 0))
 
+    def test_a_video_without_views_is_named_and_not_counted(self):
+        empty = self.sample(views=0)
+        empty.bad = [BadSample("s", 4, "b.mp4", "why not")]
+        batch = collate([self.sample(), empty, self.sample()])
+        self.assertEqual((len(batch), len(batch.mask), batch.num_masked, batch.bad), (4, 4, 3, empty.bad))
+
+    def test_without_masks(self):
+        sample = self.sample()
+        sample.mask = None
+        batch = collate([sample, sample])
+        self.assertEqual((batch.mask, batch.num_masked), (None, 0))
+        self.assertEqual([piece.mask for piece in batch.split(2)], [None, None])
+
 
 class Ledger(unittest.TestCase):
     def test_each_file_once_and_a_budget(self):
@@ -245,6 +342,26 @@ class Ledger(unittest.TestCase):
                 resumed.add(bad, write=False)
             self.assertTrue(caught.exception.everywhere)
             self.assertEqual(len(path.read_text().splitlines()), 2)
+
+    def test_a_crash_in_the_middle_of_a_line_costs_that_line_only(self):
+        bad = [BadSample("films", i, f"{i}.mp4", "why") for i in range(3)]
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "bad.jsonl"
+            BadSampleLedger(path, files=100, budget=0.5).add(bad[:2], write=True)
+            whole = path.read_bytes()
+            for cut in range(len(whole) + 1):
+                path.write_bytes(whole[:cut])
+                resumed = BadSampleLedger(path, files=100, budget=0.5)
+                for sample in bad:
+                    resumed.add([sample], write=True)
+                self.assertEqual(len(resumed), 3)
+                self.assertEqual(len(BadSampleLedger(path, files=100, budget=0.5)), 3, cut)
+
+    def test_the_same_path_in_two_sources_is_two_files(self):
+        with tempfile.TemporaryDirectory() as folder:
+            ledger = BadSampleLedger(Path(folder) / "bad.jsonl", files=4, budget=0.5)
+            ledger.add([BadSample(source, 0, "a.mp4", "why") for source in ("one", "two")], write=False)
+            self.assertEqual((len(ledger), ledger.path.exists()), (2, False))
 
 
 if __name__ == "__main__":

@@ -74,6 +74,13 @@ class Boxes(unittest.TestCase):
         small = area[area < 0.7]
         self.assertAlmostEqual(float(small.mean()), (0.08 + 0.7) / 2, delta=0.02)
 
+    def test_boxes_of_any_frame_are_inside_it(self):
+        rng = np.random.default_rng(0)
+        for _ in range(1000):
+            height, width = (int(side) for side in rng.integers(1, 60, 2))
+            top, left, h, w = random_crop_box(height, width, *DEFAULTS, rng)
+            self.assertTrue(0 <= top <= top + h <= height and 0 <= left <= left + w <= width and h > 0 and w > 0)
+
     def test_a_strip_gets_the_largest_allowed_box_in_its_centre(self):
         rng = np.random.default_rng(0)
         self.assertEqual(random_crop_box(10, 1000, (1.0, 1.0), DEFAULTS[1], rng), (0, 493, 10, 13))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tokenize
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +61,7 @@ class Split:
                 "or on the command line."
             )
         self.dataset, self.name, self.which = dataset, dataset.name, which
-        where = f"datasets.{dataset.name}.{which}"
+        self._where = where = f"datasets.{dataset.name}.{which}"
         self._paths_file = first_existing(files.paths, f"{where}.paths")
         self._labels_file = first_existing(files.labels, f"{where}.labels") if files.labels else None
         self._open()
@@ -69,8 +70,8 @@ class Split:
             _check_labels(self._labels, self._labels_file, f"{where}.labels", len(self._paths), dataset.num_classes)
 
     def _open(self) -> None:
-        self._paths = load_array(self._paths_file)
-        self._labels = load_array(self._labels_file) if self._labels_file else None
+        self._paths = load_array(self._paths_file, f"{self._where}.paths")
+        self._labels = load_array(self._labels_file, f"{self._where}.labels") if self._labels_file else None
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if key not in ("_paths", "_labels")}
@@ -103,16 +104,17 @@ def first_existing(files: Files, setting: str) -> str:
     )
 
 
-def load_array(file: str) -> np.ndarray:
+def load_array(file: str, setting: str) -> np.ndarray:
     """Memory-map a .npy file; anything that would have to be unpickled, or is no .npy file, is a UserError."""
     try:
-        return np.load(file, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        pickled = "allow_pickle" in str(error) or "Python objects" in str(error)
+        return np.lib.format.open_memmap(file, mode="r")  # numpy.load would also open .npz archives
+    except (ValueError, OSError, EOFError, OverflowError, tokenize.TokenError) as error:  # the last: a damaged header
+        pickled = "Python objects" in str(error)
         reason = "it holds Python objects, which are never unpickled" if pickled else str(error)
         raise UserError(
             f"{file} cannot be read as a .npy array: {reason}. Expected a file written by numpy.save from a 1-D array of "
-            "strings (paths) or integers (labels), e.g. numpy.save(file, numpy.array(list_of_paths, dtype=str))."
+            "strings (paths) or integers (labels), e.g. numpy.save(file, numpy.array(list_of_paths, dtype=str)); write it "
+            f"again, or point {setting} to another file."
         ) from None
 
 

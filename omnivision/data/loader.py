@@ -6,6 +6,7 @@ samples of a step depend neither on the number of workers nor, as a set, on the 
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ class EpochPlan:
                 raise UserError(
                     f"Source {name} has {size} samples and a repeat factor of {repeats.get(name, 1)}, fewer than one batch "
                     f"of {batch}: an epoch would not see it. Lower batch_size, or raise trainer.data.repeats.{name} to at "
-                    f"least {batch / size:.3g}."
+                    f"least {math.ceil(1000 * batch / size) / 1000}."  # rounded up, so that it is enough
                 )
         self._ends = np.cumsum(counts)
         self.total_steps = int(self._ends[-1])

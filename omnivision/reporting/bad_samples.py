@@ -9,6 +9,7 @@ from pathlib import Path
 
 from omnivision.data.batch import BadSample
 from omnivision.errors import UserError
+from omnivision.reporting.metrics_log import read_lines
 
 
 class BadSampleLedger:
@@ -17,9 +18,10 @@ class BadSampleLedger:
     def __init__(self, path: Path, files: int, budget: float) -> None:
         self.path, self.files, self.budget = path, files, budget
         self._known: dict[tuple[str, str], str] = {}
+        self._cut = False  # a crash cut the last line
         if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                entry = json.loads(line)
+            self._cut = not path.read_bytes().endswith(b"\n")
+            for entry in read_lines(path):
                 self._known[entry["source"], entry["path"]] = entry["reason"]
 
     def __len__(self) -> int:
@@ -32,7 +34,8 @@ class BadSampleLedger:
                 self._known[sample.source, sample.path] = sample.reason
                 if write:
                     with open(self.path, "a", encoding="utf-8", errors="surrogateescape") as file:
-                        file.write(json.dumps(asdict(sample)) + "\n")
+                        file.write("\n" * self._cut + json.dumps(asdict(sample)) + "\n")
+                    self._cut = False
         if samples and len(self) > self.budget * self.files:
             listed = "\n".join(f"  {path}: {reason}" for (_, path), reason in list(self._known.items())[:20])
             raise UserError(
