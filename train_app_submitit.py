@@ -35,6 +35,12 @@ def main() -> None:
 
         print_error(str(error))
         code = error.exit_code
+    except Exception as error:
+        from omnivision.errors import EXIT_FAULT
+        from omnivision.launch import print_error
+
+        print_error(error)
+        code = EXIT_FAULT
     sys.exit(code)
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import importlib
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
@@ -35,10 +38,22 @@ def build(target: Target, where: str, **more: Any) -> Any:
         cause = error.__cause__
         if isinstance(cause, UserError):
             raise cause from None
+        if near := nearest(target["_target_"]):
+            raise UserError(
+                f"{where}._target_ is {target['_target_']!r}, which does not exist; did you mean {near}?"
+            ) from None
         raise UserError(
             f"{where} ({target['_target_']}) cannot be built: {cause or error}. Expected the arguments of that class. "
             f"Change {where}."
         ) from error
+
+
+def nearest(target: str) -> str | None:
+    """The name most like that of an object that does not exist, in the module that it was looked for in."""
+    module, _, name = target.rpartition(".")
+    known = vars(importlib.import_module(module))
+    near = [] if name in known else difflib.get_close_matches(name, known, 1, cutoff=0)
+    return f"{module}.{near[0]}" if near else None
 
 
 def processes(settings: Settings, place: Place) -> Processes:
@@ -106,15 +121,24 @@ def plan(settings: Settings, train: list[Split]) -> EpochPlan:
 def video_dataset(settings: Settings, found: list[Split], training: bool) -> VideoDataset:
     """Clips of splits as the settings want them for training or for evaluation."""
     trainer, data = settings.trainer, settings.trainer.data
-    trunk = trainer.model["trunk"]
     size = settings.image_size
+    grid = token_grid((data.num_frames, size, size), tuple(trainer.model["trunk"]["tubelet"]))
+    mask = None if data.mask is None else build(data.mask, "trainer.data.mask")
+    if mask is not None:
+        hidden, tokens = int(mask(grid, np.random.default_rng(0)).sum()), grid[0] * grid[1] * grid[2]
+        if not 0 < hidden < tokens:
+            raise UserError(
+                f"The mask hides {hidden} of the {tokens} tokens of a clip ({grid[0]} x {grid[1]} x {grid[2]}); expected some, "
+                "but not all: hidden ones are what is learnt, visible ones what it is learnt from. Change mask_ratio or "
+                "trainer.data.mask."
+            )
     return VideoDataset(
         found,
         view=build(
             data.view if training else data.val_view, "trainer.data.view" if training else "trainer.data.val_view"
         ),
-        mask=None if data.mask is None else build(data.mask, "trainer.data.mask"),
-        grid=token_grid((data.num_frames, size, size), tuple(trunk["tubelet"])),
+        mask=mask,
+        grid=grid,
         num_frames=data.num_frames,
         clip_duration=data.clip_duration,
         views_per_clip=data.views_per_clip if training else 1,

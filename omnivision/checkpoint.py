@@ -22,6 +22,19 @@ from omnivision.files import sync_folder, write_atomically
 
 LATEST, PREVIOUS, BEST = "checkpoint.pt", "previous.pt", "best.pt"
 FORMAT = 1
+KEYS = {
+    "format",
+    "model",
+    "optimizer",
+    "scaler",
+    "epoch",
+    "step",
+    "steps_per_epoch",
+    "best",
+    "seconds",
+    "meter",
+    "last",
+}
 
 
 class BrokenCheckpoint(Exception):
@@ -56,10 +69,14 @@ def save(state: dict[str, Any], folder: Path, also: list[str]) -> None:
         entry = {"size": temporary.stat().st_size, "sha256": _sha256(temporary)}
         for name in also:
             _link(temporary, folder / name, [entry])
-        latest = folder / LATEST
+        latest, before = folder / LATEST, []
         if latest.exists():
-            _link(latest, folder / PREVIOUS, _entries(latest))
-        _write_manifest(latest, [entry, *_entries(latest)][:2])
+            try:
+                before = [verify(latest)]
+                _link(latest, folder / PREVIOUS, before)
+            except BrokenCheckpoint:
+                pass  # the run went on from `previous.pt`, which stays until there is something better
+        _write_manifest(latest, [entry, *before])
         os.replace(temporary, latest)
         sync_folder(folder)
     finally:
@@ -77,8 +94,11 @@ def load_newest(folder: Path) -> tuple[dict[str, Any], Path, list[str]] | None:
         if not path.exists():
             continue
         try:
-            verify(path)
-            return safe_load(path), path, problems
+            if _manifest(path).exists():
+                verify(path)
+            state = safe_load(path)
+            _check_structure(state, path)
+            return state, path, problems
         except BrokenCheckpoint as error:
             problems.append(str(error))
     if problems:
@@ -86,16 +106,23 @@ def load_newest(folder: Path) -> tuple[dict[str, Any], Path, list[str]] | None:
     return None
 
 
-def verify(path: Path) -> None:
-    """Compare a file with its manifest; a checkpoint without one (from elsewhere) passes. Raises BrokenCheckpoint."""
-    entries = _entries(path)
-    if not entries:
-        return
-    size, digest = path.stat().st_size, _sha256(path)
-    if not any(entry["size"] == size and entry["sha256"] == digest for entry in entries):
+def verify(path: Path) -> dict[str, Any]:
+    """The entry of the manifest that a file agrees with. Raises BrokenCheckpoint when there is none."""
+    entry: dict[str, Any] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+    if entry not in _entries(path):
         raise BrokenCheckpoint(
-            f"{path} ({size} bytes, SHA-256 {digest[:12]}...) is not the file that its manifest describes"
+            f"{path} ({entry['size']} bytes, SHA-256 {entry['sha256'][:12]}...) is not the file that its manifest describes"
         )
+    return entry
+
+
+def _check_structure(state: Any, path: Path) -> None:
+    """Raise BrokenCheckpoint for a file that loads but is no checkpoint of a run (weights from elsewhere, say)."""
+    lacking = sorted(KEYS - set(state)) if isinstance(state, dict) else sorted(KEYS)
+    if not lacking and not all(isinstance(value, torch.Tensor) for value in state["model"].values()):
+        lacking = ["tensors under model"]
+    if lacking:
+        raise BrokenCheckpoint(f"{path} is no checkpoint of a run: it lacks {', '.join(lacking)}")
 
 
 def load_model(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
@@ -123,11 +150,20 @@ def _link(source: Path, target: Path, entries: list[dict[str, Any]]) -> None:
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
     try:
-        os.link(source, temporary)
-    except OSError:
-        shutil.copyfile(source, temporary)
-    _write_manifest(target, [*entries, *_entries(target)][:3])
-    os.replace(temporary, target)
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+            with open(temporary, "rb") as copy:
+                os.fsync(copy.fileno())
+        try:
+            there = [verify(target)] if target.exists() else []
+        except BrokenCheckpoint:
+            there = []
+        _write_manifest(target, [*entries, *there])
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _manifest(path: Path) -> Path:

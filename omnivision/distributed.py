@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -124,13 +123,6 @@ class Processes:
     def close(self) -> None:
         if self.world > 1:
             dist.destroy_process_group()
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def parallel(model: nn.Module, processes: Processes, comms_dtype: str | None) -> nn.Module:

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from omnivision.reporting.run_folder import RunFolder
     from omnivision.trainer import Trainer
 
+LOG = logging.getLogger("omnivision")
+LOG.addHandler(logging.NullHandler())  # until there is a file, nothing goes to the console by itself
+
 GRACE_SECONDS = 15.0  # that the other processes have to leave after one has failed
 
 
@@ -149,7 +152,7 @@ def run_process(job: Job, place: Place | None) -> int:
     """
     from omnivision import build
     from omnivision.distributed import Place
-    from omnivision.files import write_atomically
+    from omnivision.files import remove_leftovers, write_atomically
     from omnivision.reporting.reporter import Reporter
 
     place = place or Place.from_torchrun()
@@ -160,17 +163,21 @@ def run_process(job: Job, place: Place | None) -> int:
         processes.together(folder.create, only_main=True)
         taken_over = processes.together(folder.lock, only_main=True)
         locked = processes.is_main
+        if locked:
+            for written in (folder.path, folder.logs, folder.checkpoints):
+                remove_leftovers(written)
         log_to_file(folder.logs / f"rank_{place.rank}.log")
         if taken_over:
-            logging.warning(taken_over)
+            LOG.warning(taken_over)
         reporter = Reporter(folder, enabled=processes.is_main)
         trainer = processes.together(lambda: ready_trainer(job, processes, folder, reporter))
         assert trainer is not None
         begun = processes.is_main
-        if begun:
+        validating = job.settings.trainer.mode == "val"
+        if begun and not (validating and (folder.path / "config.yaml").exists()):
             write_atomically(folder.path / "config.yaml", job.config_text)
         with contextlib.closing(reporter):
-            trainer.validate_only() if job.settings.trainer.mode == "val" else trainer.fit()
+            trainer.validate_only() if validating else trainer.fit()
         processes.close()
         return 0
     except (Exception, KeyboardInterrupt) as error:
@@ -187,7 +194,11 @@ def ready_trainer(job: Job, processes: Processes, folder: RunFolder, reporter: R
     from omnivision import build
 
     trainer = build.trainer(job.settings, processes, folder, reporter)
-    trainer.resume()
+    if not trainer.resume() and job.settings.trainer.mode == "val":
+        raise UserError(
+            f"There is no checkpoint in {folder.checkpoints} to validate (trainer.mode=val). Expected that of a run with the "
+            "same model. Change launcher.experiment_log_dir, or train first."
+        )
     return trainer
 
 
@@ -200,11 +211,14 @@ def explain(error: BaseException, folder: RunFolder | None, rank: int) -> int:
         code, reason, tell = EXIT_INTERRUPTED, "interrupted from the keyboard", rank == 0
     else:
         code, reason, tell = EXIT_FAULT, f"{type(error).__name__}: {error}", True
-    logging.error(reason, exc_info=error if code == EXIT_FAULT else None)
+    LOG.error(reason, exc_info=error if code == EXIT_FAULT else None)
     if tell:
         print_error(error if code == EXIT_FAULT else reason)
     if folder is not None:
-        folder.write_summary(status="interrupted" if code == EXIT_INTERRUPTED else "failed", exit_reason=reason)
+        try:
+            folder.write_summary(status="interrupted" if code == EXIT_INTERRUPTED else "failed", exit_reason=reason)
+        except OSError as failure:  # a full disk must not change the exit code
+            print(f"error: the reason could not be written to {folder.path}: {failure}", file=sys.stderr)
     return code
 
 

@@ -1,7 +1,7 @@
 """Compare a composed configuration with dataclasses: unknown keys, wrong types, values out of range, what is missing.
 
-`read` collects every problem before it gives up, each as one sentence that names the key. The dataclasses themselves, and
-what their fields mean, are in `settings.py`.
+`Reader` collects every problem before anybody gives up, each as one sentence that names the key. The dataclasses
+themselves are in `settings.py`.
 """
 
 from __future__ import annotations
@@ -57,8 +57,10 @@ _ABSENT = object()
 class Reader:
     """Reads a configuration into dataclasses, gathering `problems` and what is `missing`."""
 
-    def __init__(self, root: DictConfig) -> None:
+    def __init__(self, root: DictConfig, groups: tuple[str, ...] = ()) -> None:
+        """`groups` are names that are no settings, but may have been meant by an unknown key at the top."""
         self.root = root
+        self.groups = groups
         self.problems: list[str] = []
         self.missing: list[str] = []
         # What is wrong with a setting that only repeats another one (`${...}`), which is reported itself.
@@ -72,7 +74,7 @@ class Reader:
         before = len(self.problems) + len(self.missing)
         for key in node:
             if key not in hints:
-                self.problems.append(unknown_key(str(key), list(hints), where))
+                self.problems.append(unknown_key(str(key), list(hints), where, () if where else self.groups))
         values = {}
         for field in dataclasses.fields(cls):
             value = self._field(hints[field.name], node, field, f"{where}.{field.name}" if where else field.name)
@@ -97,7 +99,9 @@ class Reader:
         except InterpolationToMissingValueError:
             return None  # what it points to is reported as missing itself
         except OmegaConfBaseException as error:
-            self.problems.append(f"{where} cannot be resolved: {str(error).splitlines()[0]}.")
+            # A value where `${...}` leads through a group is wrong itself, and told as that.
+            problems = self.echoes if "is not a container" in str(error) else self.problems
+            problems.append(f"{where} cannot be resolved: {str(error).splitlines()[0]}.")
             return None
         before = len(self.problems)
         checked = self.value(hint, value, where)
@@ -174,10 +178,12 @@ class Reader:
         return tuple(items) if fixed else items
 
     def _target(self, value: Any, where: str) -> Any:
-        if not isinstance(value, DictConfig) or not isinstance(value.get("_target_"), str):
-            shown = OmegaConf.to_container(value) if isinstance(value, (DictConfig, ListConfig)) else value
-            return self._wrong(where, shown, "an object: a mapping with _target_, the full name of its class")
+        before = len(self.problems) + len(self.missing)
         plain = self._plain(value, where)
+        if len(self.problems) + len(self.missing) > before:
+            return None  # its arguments are not all known
+        if not isinstance(plain, dict) or not isinstance(plain.get("_target_"), str):
+            return self._wrong(where, plain, "an object: a mapping with _target_, the full name of its class")
         self.problems += target_problems(plain, where)
         return plain
 
@@ -192,7 +198,8 @@ class Reader:
     def _wrong(self, where: str, value: Any, expected: str, advice: str = "") -> None:
         if isinstance(value, (DictConfig, ListConfig)):
             value = OmegaConf.to_container(value)
-        self.problems.append(f"{where} is {value!r} ({type(value).__name__}); expected {expected}. {advice}".rstrip())
+        sentence = expected if expected.endswith("?") else f"{expected}."
+        self.problems.append(f"{where} is {value!r} ({type(value).__name__}); expected {sentence} {advice}".rstrip())
         return None
 
 
@@ -201,9 +208,9 @@ def looks_like_yaml_number(text: str) -> bool:
     return bool(text) and text.strip("+-").replace(":", "").replace("_", "").replace(".", "").isdigit()
 
 
-def unknown_key(key: str, known: list[str], where: str) -> str:
-    """One sentence about a key that the schema does not have, with the nearest that it has."""
-    near = difflib.get_close_matches(key, known, 1, cutoff=0.6)
+def unknown_key(key: str, known: list[str], where: str, groups: tuple[str, ...] = ()) -> str:
+    """One sentence about a key that the schema does not have, with the nearest that it has, or the nearest group."""
+    near = difflib.get_close_matches(key, [*known, *groups], 1, cutoff=0.6)
     place = f"{where}.{key}" if where else key
     if near:
         return f"{place} is not a setting; did you mean {f'{where}.' if where else ''}{near[0]}?"

@@ -12,9 +12,10 @@ from typing import Annotated, Any, Literal
 from omegaconf import DictConfig
 
 from omnivision.errors import UserError
-from omnivision.schema import Range, Reader, Target
+from omnivision.schema import Range, Reader, Target, unknown_key
 
 Count = Annotated[int, Range(low=0)]
+Seed = Annotated[int, Range(low=0, high=2**32 - 1)]
 Natural = Annotated[int, Range(low=1)]
 Positive = Annotated[float, Range(above=0)]
 Share = Annotated[float, Range(low=0, high=1)]
@@ -23,6 +24,12 @@ ScaleFactor = Annotated[
     Range(above=0),
     "It is nominal batch / global batch; a shell divides whole numbers and drops the rest: pass e.g. ++lr_scale_factor=0.5.",
 ]
+
+
+# Folders of choices, which a command line names beside settings.
+GROUPS = ("experiments", "trainer/model", "trainer/optim", "trainer/data", "trainer/task")
+# What a decoder is made of; the model fills in the rest.
+DECODER = ("width", "depth", "heads")
 
 
 @dataclass
@@ -112,7 +119,7 @@ class CheckpointSettings:
 class TrainerSettings:
     mode: Literal["train", "train_only", "val", "dry"]
     accelerator: Literal["auto", "cuda", "cpu"]
-    seed_value: Count
+    seed_value: Seed
     max_epochs: Natural
     val_epoch_freq: Natural | None
     limit_train_batches: Natural | None
@@ -146,8 +153,8 @@ class SubmititSettings:
 
 @dataclass
 class Settings:
-    num_frames: Natural
-    image_size: Natural
+    num_frames: Annotated[int, Range(low=1, high=4096)]
+    image_size: Annotated[int, Range(low=1, high=4096)]
     short_side: Natural
     clip_duration: Positive
     mask_ratio: Share
@@ -182,7 +189,7 @@ class Settings:
 
 def check(config: DictConfig) -> Settings:
     """Settings from a composed configuration. Raises UserError listing every problem, and all that is missing."""
-    reader = Reader(config)
+    reader = Reader(config, GROUPS)
     settings: Settings | None = reader.dataclass(Settings, config, "")
     problems = list(dict.fromkeys(reader.problems or reader.echoes))
     if reader.missing:
@@ -202,20 +209,33 @@ def contradictions(settings: Settings) -> list[str]:
     problems = []
     trainer, data = settings.trainer, settings.trainer.data
     model = trainer.model
-    trunk: dict[str, Any] = model.get("trunk") or {}
-    for name, part in (("trunk", trunk), ("decoder", model.get("decoder") or {})):
-        width, heads = part.get("width"), part.get("heads")
-        if isinstance(width, int) and isinstance(heads, int) and (heads < 1 or width % heads):
+    if not settings.launcher.experiment_log_dir.strip():
+        problems.append(
+            "launcher.experiment_log_dir is empty; expected the folder of the run. (Was it a shell variable that is not set?)"
+        )
+    trunk: dict[str, Any] = model.get("trunk", {})
+    decoder: dict[str, Any] = model.get("decoder", {})
+    problems += [unknown_key(key, list(DECODER), "trainer.model.decoder") for key in decoder if key not in DECODER]
+    for name, part in (("trunk", trunk), ("decoder", decoder)):
+        sizes = {key: part[key] for key in DECODER if key in part}
+        wrong = {key: value for key, value in sizes.items() if type(value) is not int or value < 1}
+        problems += [
+            f"trainer.model.{name}.{key} is {value!r}; expected a whole number of at least 1."
+            for key, value in wrong.items()
+        ]
+        width, heads = sizes.get("width", 1), sizes.get("heads", 1)
+        if "width" in sizes and not wrong and width % heads:
             problems.append(
                 f"trainer.model.{name}.heads is {heads}, which does not divide trainer.model.{name}.width {width}; every "
                 "head needs the same number of channels. Change one of them."
             )
     if "tubelet" in trunk:
         problems += _tubelet_problems(trunk)
-    if len(trunk.get("tubelet", ())) == 3 and data.num_frames != trunk.get("num_frames", data.num_frames):
+    problems += _disagreements(settings, trunk)
+    if "lr" not in trainer.optim.options and trainer.optim.lr_scale_factor != 1:
         problems.append(
-            f"trainer.data.num_frames is {data.num_frames}, trainer.model.trunk.num_frames {trunk['num_frames']}; expected "
-            "the same. Set num_frames, which both follow."
+            f"lr_scale_factor is {trainer.optim.lr_scale_factor:g}, but trainer.optim.options has no lr to divide. Give "
+            "the learning rate there, or leave lr_scale_factor at 1."
         )
     gpus, batch = settings.launcher.gpus_per_node, data.batch_size
     if batch % gpus:
@@ -235,6 +255,24 @@ def contradictions(settings: Settings) -> list[str]:
                 f"launcher.gpus_per_node {gpus}). Change {name} or batch_size."
             )
     return problems
+
+
+def _disagreements(settings: Settings, trunk: dict[str, Any]) -> list[str]:
+    """Settings that say the same thing twice and must not differ; by default they follow one another."""
+    data, task = settings.trainer.data, settings.trainer.task
+    pairs = [
+        ("trainer.data.num_frames", data.num_frames, "trainer.model.trunk.num_frames", trunk.get("num_frames")),
+        ("image_size", settings.image_size, "trainer.model.trunk.image_size", trunk.get("image_size")),
+        ("image_size", settings.image_size, "trainer.data.view.size", data.view.get("size")),
+        ("image_size", settings.image_size, "trainer.data.val_view.size", data.val_view.get("size")),
+        ("trainer.model.trunk.tubelet", trunk.get("tubelet"), "trainer.task.tubelet", task.get("tubelet")),
+    ]
+    return [
+        f"{one} is {first}, {other} is {second}; expected the same. Change one of them (num_frames and image_size are "
+        "what the others follow)."
+        for one, first, other, second in pairs
+        if first is not None and second is not None and first != second
+    ]
 
 
 def _tubelet_problems(trunk: dict[str, Any]) -> list[str]:

@@ -13,7 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ALLOWED = ("omnivision", "torch.optim", "torch.nn", "timm.optim", "fvcore.common.param_scheduler")
+# Any class inside these of our packages; of other packages only what they hold themselves, because from a module inside
+# one a name leads anywhere: torch.nn.modules.module.torch.load would unpickle.
+OWN = ("omnivision.data", "omnivision.models", "omnivision.optim", "omnivision.tasks")
+OTHERS = ("torch.optim", "torch.nn", "timm.optim", "fvcore.common.param_scheduler")
 PACKAGE = Path(__file__).parent
 
 
@@ -33,10 +36,10 @@ def target_problems(node: Any, where: str) -> list[str]:
     if "_target_" not in node:
         return problems
     target = node["_target_"]
-    if not isinstance(target, str) or not any(target.startswith(f"{package}.") for package in ALLOWED):
+    if not isinstance(target, str) or not is_allowed(target):
         return [
             *problems,
-            f"{where}._target_ is {target!r}; expected a class of {', '.join(ALLOWED)}: configurations come from others "
+            f"{where}._target_ is {target!r}; expected a class of {', '.join(OWN + OTHERS)}: configurations come from others "
             "too, and may not build just anything.",
         ]
     if not target.startswith("omnivision."):
@@ -57,6 +60,10 @@ def target_problems(node: Any, where: str) -> list[str]:
     if absent:
         problems.append(f"{where} lacks {', '.join(absent)}, needed by {target}({shown}).")
     return problems
+
+
+def is_allowed(target: str) -> bool:
+    return target.rpartition(".")[0] in OTHERS or any(target.startswith(f"{package}.") for package in OWN)
 
 
 @functools.cache
@@ -103,6 +110,13 @@ def _type_problem(value: Any, annotation: str, where: str) -> str | None:
         "str": ((str,), "a text"),
         "bool": ((bool,), "true or false"),
     }
+    if annotation.startswith("Literal["):
+        choices = ast.literal_eval(f"({annotation.removeprefix('Literal[').removesuffix(']')},)")
+        near = difflib.get_close_matches(str(value), choices, 1)
+        guess = f"; did you mean {near[0]}?" if near else ""
+        return None if value in choices else f"{where} is {value!r}; expected one of {', '.join(choices)}{guess}."
+    if not isinstance(value, dict) and (annotation.startswith("dict[") or annotation in own_classes()):
+        return f"{where} is {value!r}; expected a group of settings."
     if annotation not in kinds:
         return None
     accepted, expected = kinds[annotation]
@@ -112,11 +126,21 @@ def _type_problem(value: Any, annotation: str, where: str) -> str | None:
 
 
 def _near_target(target: str) -> str:
-    known = [
-        ".".join(("omnivision", *file.relative_to(PACKAGE).with_suffix("").parts, node.name))
-        for file in PACKAGE.rglob("*.py")
+    near = difflib.get_close_matches(target, own_definitions(), 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def own_classes() -> set[str]:
+    return {name.rpartition(".")[2] for name, kind in own_definitions().items() if kind is ast.ClassDef}
+
+
+@functools.cache
+def own_definitions() -> dict[str, type]:
+    """Full names of the classes and functions that a configuration may build, with what they are."""
+    return {
+        ".".join(("omnivision", *file.relative_to(PACKAGE).with_suffix("").parts, node.name)): type(node)
+        for package in OWN
+        for file in sorted((PACKAGE / package.rpartition(".")[2]).rglob("*.py"))
         for node in ast.parse(file.read_text()).body
         if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and not node.name.startswith("_")
-    ]
-    near = difflib.get_close_matches(target, known, 1)
-    return f"; did you mean {near[0]}?" if near else ""
+    }

@@ -125,6 +125,8 @@ class Trainer:
         self.reporter.start(self.global_step, self.total_steps)
         if self.state.epoch >= self.options.max_epochs:
             self.reporter.say(f"All {self.options.max_epochs} epochs are done; nothing is left to train.")
+            if self.folder.read_summary().get("status") != "finished":
+                self._summary(status="finished", exit_reason="all epochs done")
             return
         self._summary(status="running", exit_reason=None)
         batches = train_batches(
@@ -142,10 +144,10 @@ class Trainer:
         self._summary(status="finished", exit_reason="all epochs done")
 
     def validate_only(self) -> None:
-        """Evaluate the weights as they are (see `resume`) and note the figures."""
+        """Evaluate the run's newest checkpoint and note the figures, whatever the run's own end was."""
         self.reporter.start(self.global_step, self.total_steps)
         self.last |= {f"val_{name}": value for name, value in self.evaluate().items()}
-        self._summary(status="finished", exit_reason="validated")
+        self._summary(status=self.folder.read_summary().get("status", "finished"))
 
     def train_epoch(self, batches: Iterator[Batch]) -> None:
         """The steps that are left of the current epoch."""
@@ -161,7 +163,7 @@ class Trainer:
             interval.clips += len(batch) * self.processes.world
 
             last_of_epoch = self.state.step == self.plan.steps
-            if self.state.step == 1 and self._due(options.pictures_every_epochs, epoch):
+            if self.state.step == 1 and due(epoch, options.pictures_every_epochs):
                 self._pictures(batch, f"epoch_{epoch + 1:04d}")
             if last_of_epoch and epoch + 1 == options.max_epochs and options.pictures_every_epochs:
                 self._pictures(batch, "last")
@@ -176,7 +178,7 @@ class Trainer:
     def train_step(self, batch: Batch) -> tuple[float, float]:
         """One optimizer step on a batch, in `accumulation_steps` pieces. Returns its loss and gradient norm."""
         options = self.options
-        self._require_full(batch)
+        self._agree_on_batch(batch)
         self.optimizer.set_progress(self.global_step / self.total_steps)
         torch.manual_seed(int(draws(options.seed, MODEL_DRAW, self.global_step, self.processes.rank).integers(2**62)))
         pieces = batch.split(options.accumulation_steps)
@@ -222,16 +224,19 @@ class Trainer:
         totals = meter.totals(self.processes)
         figures = averages(totals) | {"videos": int(self.processes.sum(torch.tensor([videos]))[0])}
         by_source = {source: averages({source: total}) for source, total in totals.items()}
-        self.reporter.epoch("val", self.state.epoch, self.global_step, figures | {"per_source": by_source})
+        # A run that was resumed to be validated stands before the epoch after the one that it is about.
+        epoch = self.state.epoch if self.state.step else max(0, self.state.epoch - 1)
+        self.reporter.epoch("val", epoch, self.global_step, figures | {"per_source": by_source})
         return figures
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 
     def save(self, also: list[str]) -> None:
         """Write `checkpoint.pt` (and further names) from process 0; the others wait, so that nobody runs ahead."""
-        self.state.seconds = self._seconds()
+        self._count_seconds()
         meter = {s: {"count": n} | sums for s, (sums, n) in self.meter.totals(self.processes).items()}
         if self.processes.is_main:
+            self.folder.require_lock()
             state = {
                 "format": checkpoint.FORMAT,
                 "model": self.bare.state_dict(),
@@ -248,11 +253,17 @@ class Trainer:
             checkpoint.save(state, self.folder.checkpoints, also)
         self.processes.barrier()
 
-    def resume(self) -> None:
-        """Take up the newest whole checkpoint of the run folder, if there is one."""
-        found = checkpoint.load_newest(self.folder.checkpoints)
+    def resume(self) -> bool:
+        """Take up the newest whole checkpoint of the run folder; False when there is none."""
+        try:
+            found = checkpoint.load_newest(self.folder.checkpoints)
+        except checkpoint.BrokenCheckpoint as error:
+            raise UserError(
+                f"No checkpoint of this run is whole: {error}. Starting over would lose the run without a word. Put back a "
+                f"good file as {self.folder.checkpoints / checkpoint.LATEST}, or change launcher.experiment_log_dir."
+            ) from None
         if found is None:
-            return
+            return False
         state, path, problems = found
         for problem in problems:
             self.reporter.say(f"A checkpoint is broken and was passed over: {problem}")
@@ -270,6 +281,7 @@ class Trainer:
         if self.processes.is_main:
             self.meter.load(state["meter"])
         self.reporter.say(f"Resumed from {path}: {self.state.epoch} epochs and {self.state.step} steps are done.")
+        return True
 
     # ---- parts ----------------------------------------------------------------------------------------------------
 
@@ -286,32 +298,27 @@ class Trainer:
         self.reporter.epoch("train", epoch, step, averages(totals) | {"per_source": by_source})
         also = []
         last_epoch = epoch + 1 == self.options.max_epochs
-        if (
-            self.val is not None
-            and self.options.val_epoch_freq
-            and (self._due_after(self.options.val_epoch_freq) or last_epoch)
-        ):
+        every = self.options.val_epoch_freq
+        if self.val is not None and (due(epoch + 1, every) or (every and last_epoch)):
             figures = self.evaluate()
             self.last |= {f"val_{name}": value for name, value in figures.items()}
             if self._is_best(figures):
                 also.append(checkpoint.BEST)
-        if self.options.save_freq and self._due_after(self.options.save_freq):
+        if due(epoch + 1, self.options.save_freq):
             also.append(f"checkpoint_{epoch + 1}.pt")
         self.state.epoch, self.state.step, self.meter = epoch + 1, 0, Meter()
         self.save(also)
         self._summary(status="running")
 
     def _agree_to_go_on(self, batch: Batch, loss: Tensor, norm: Tensor) -> float:
-        """All processes learn whether one of them met a number that is not finite, or a bad file; before the step.
+        """All processes learn whether one of them met a number that is not finite, before it reaches the weights.
 
         Returns the loss averaged over them.
         """
         # With fp16 the gradient overflows now and then by design: the scaler then skips the step and scales down.
         finite = bool(loss.isfinite()) and (self.scaler.is_enabled() or bool(norm.isfinite()))
-        facts = torch.tensor([float(loss), not finite, len(batch.bad)], dtype=torch.float64)
-        total_loss, not_finite, bad = self.processes.sum(facts).tolist()
-        if bad:
-            self._record(batch.bad)
+        facts = torch.tensor([float(loss), not finite], dtype=torch.float64)
+        total_loss, not_finite = self.processes.sum(facts).tolist()
         if not_finite:
             found = self.processes.gather(None if finite else (float(loss), float(norm), sorted(set(batch.paths))))
             details = "; ".join(
@@ -326,16 +333,18 @@ class Trainer:
             )
         return total_loss / self.processes.world
 
-    def _require_full(self, batch: Batch) -> None:
-        """A batch is short when many files in a row did not decode: there is no point in going on."""
+    def _agree_on_batch(self, batch: Batch) -> None:
+        """Note bad files of all processes; a batch is short when many in a row did not decode, and then all stop."""
         views = self.train.dataset.views_per_clip
-        if len(batch) * self.processes.world < self.plan.videos * views:
-            self.ledger.add(batch.bad, write=True)
-            first, last = batch.bad[0], batch.bad[-1]
+        short = len(batch) * self.processes.world < self.plan.videos * views
+        anywhere_short, bad = self.processes.sum(torch.tensor([short, len(batch.bad)], dtype=torch.int64)).tolist()
+        if bad:
+            self._record(batch.bad)
+        if anywhere_short:
             raise UserError(
-                f"{len(batch.bad)} videos of {batch.source} in a row could not be decoded. First: {first.path} "
-                f"({first.reason}); last: {last.path} ({last.reason}). Check datasets.{batch.source}.prefix, and that the "
-                "data is mounted."
+                f"{bad} files of one batch could not be decoded, many of them replacements for one another; all are in "
+                f"{self.ledger.path}. Check datasets.NAME.prefix, and that the data is mounted.",
+                everywhere=True,
             )
 
     def _record(self, bad: list[BadSample]) -> None:
@@ -357,24 +366,20 @@ class Trainer:
 
     def _is_best(self, figures: dict[str, float]) -> bool:
         """Whether this validation beats the best so far: by top-1 where there is one, else by the loss."""
-        score = figures.get("top1", -figures.get("loss", math.inf))
-        if self.state.best is not None and score <= self.state.best:
+        name, sign = ("top1", 1) if "top1" in figures else ("loss", -1)
+        value = figures.get(name, math.nan)
+        if not math.isfinite(value) or (self.state.best is not None and sign * value <= sign * self.state.best):
             return False
-        self.state.best = score
+        self.state.best = value
         return True
 
-    def _due(self, every: int | None, epoch: int) -> bool:
-        return bool(every) and epoch % (every or 1) == 0
-
-    def _due_after(self, every: int) -> bool:
-        return (self.state.epoch + 1) % every == 0
-
-    def _seconds(self) -> float:
+    def _count_seconds(self) -> None:
+        """Add the time since the last count to the run's."""
         now = time.monotonic()
         self.state.seconds, self.began = self.state.seconds + now - self.began, now
-        return self.state.seconds
 
     def _summary(self, **facts: Any) -> None:
+        self._count_seconds()
         if self.processes.is_main:
             self.folder.write_summary(
                 epochs=self.state.epoch,
@@ -382,7 +387,12 @@ class Trainer:
                 best=self.state.best,
                 last=self.last,
                 clips_per_second=self.last.get("clips_per_second"),
-                wall_time=round(self._seconds(), 3),
+                wall_time=round(self.state.seconds, 3),
                 bad_samples=len(self.ledger),
                 **facts,
             )
+
+
+def due(epoch: int, every: int | None) -> bool:
+    """Whether something that happens every so many epochs (None: never) happens at this one."""
+    return every is not None and epoch % every == 0

@@ -28,6 +28,11 @@ class Canary:
         return open, (self.path, "w")
 
 
+def state(step: int, **more: object) -> dict:
+    """What a checkpoint of a run holds, by and large."""
+    return dict.fromkeys(checkpoint.KEYS) | {"step": step, "model": {}} | more
+
+
 class Folder(unittest.TestCase):
     def setUp(self):
         temporary = tempfile.TemporaryDirectory()
@@ -38,42 +43,44 @@ class Folder(unittest.TestCase):
 class Saving(Folder):
     def test_the_newest_comes_back_and_the_one_before_is_kept(self):
         for step in (1, 2, 3):
-            checkpoint.save({"step": step, "model": {"w": torch.full((5,), float(step))}}, self.folder, [])
-        state, path, problems = checkpoint.load_newest(self.folder)
-        self.assertEqual((state["step"], path.name, problems), (3, "checkpoint.pt", []))
+            checkpoint.save(state(step, model={"w": torch.full((5,), float(step))}), self.folder, [])
+        found, path, problems = checkpoint.load_newest(self.folder)
+        self.assertEqual((found["step"], path.name, problems), (3, "checkpoint.pt", []))
         self.assertEqual(checkpoint.safe_load(self.folder / "previous.pt")["step"], 2)
         for name in ("checkpoint.pt", "previous.pt"):
             checkpoint.verify(self.folder / name)
         self.assertEqual([p.name for p in self.folder.iterdir() if p.name.startswith(".")], [], "no temporary files")
 
     def test_further_names(self):
-        checkpoint.save({"step": 1}, self.folder, ["best.pt", "checkpoint_1.pt"])
-        checkpoint.save({"step": 2}, self.folder, [])
+        checkpoint.save(state(1), self.folder, ["best.pt", "checkpoint_1.pt"])
+        checkpoint.save(state(2), self.folder, [])
         self.assertEqual(checkpoint.safe_load(self.folder / "best.pt")["step"], 1)
         checkpoint.verify(self.folder / "checkpoint_1.pt")
 
     def test_without_hard_links(self):
         with mock.patch("os.link", side_effect=OSError):
-            checkpoint.save({"step": 1}, self.folder, ["best.pt"])
-            checkpoint.save({"step": 2}, self.folder, [])
+            checkpoint.save(state(1), self.folder, ["best.pt"])
+            checkpoint.save(state(2), self.folder, [])
         self.assertEqual(checkpoint.safe_load(self.folder / "best.pt")["step"], 1)
         self.assertEqual(checkpoint.safe_load(self.folder / "previous.pt")["step"], 1)
 
     def test_a_failed_save_leaves_what_was_there(self):
-        checkpoint.save({"step": 1}, self.folder, [])
+        checkpoint.save(state(1), self.folder, [])
         with mock.patch("torch.save", side_effect=OSError(28, "No space left on device")):
             with self.assertRaises(OSError):
-                checkpoint.save({"step": 2}, self.folder, [])
-        state, _, _ = checkpoint.load_newest(self.folder)
-        self.assertEqual(state["step"], 1)
+                checkpoint.save(state(2), self.folder, [])
+        found, _, _ = checkpoint.load_newest(self.folder)
+        self.assertEqual(found["step"], 1)
         self.assertEqual([p.name for p in self.folder.iterdir() if p.name.startswith(".")], [])
 
     def test_killed_while_saving(self):
         """SIGKILL at many moments of a loop of saves: the newest is always whole and never older than the last done."""
         program = (
             "import sys, torch\nfrom pathlib import Path\nfrom omnivision import checkpoint\n"
+            "from tests.test_checkpoint import state\n"
             "for step in range(1, 10**6):\n"
-            "    checkpoint.save({'step': step, 'w': torch.full((300_000,), float(step))}, Path(sys.argv[1]), ['best.pt'])\n"
+            "    weights = {'w': torch.full((300_000,), float(step))}\n"
+            "    checkpoint.save(state(step, model=weights), Path(sys.argv[1]), ['best.pt'])\n"
             "    print(step, flush=True)\n"
         )
         for attempt in range(4):
@@ -89,10 +96,10 @@ class Saving(Folder):
             done = [int(line) for line in process.stdout.read().split()] or [3]
             process.stdout.close()
             process.wait()
-            state, _, problems = checkpoint.load_newest(folder)
+            found, _, problems = checkpoint.load_newest(folder)
             self.assertEqual(problems, [])
-            self.assertGreaterEqual(state["step"], done[-1])
-            self.assertTrue(torch.equal(state["w"], torch.full((300_000,), float(state["step"]))))
+            self.assertGreaterEqual(found["step"], done[-1])
+            self.assertTrue(torch.equal(found["model"]["w"], torch.full((300_000,), float(found["step"]))))
             checkpoint.verify(folder / "best.pt")
 
 
@@ -110,21 +117,46 @@ class Loading(Folder):
         for name, damage in damages.items():
             with self.subTest(name):
                 folder = self.folder / name
-                checkpoint.save({"step": 1, "w": torch.rand(1000)}, folder, [])
-                checkpoint.save({"step": 2, "w": torch.rand(1000)}, folder, [])
+                checkpoint.save(state(1, model={"w": torch.rand(1000)}), folder, [])
+                checkpoint.save(state(2, model={"w": torch.rand(1000)}), folder, [])
                 latest = folder / "checkpoint.pt"
                 data = latest.read_bytes()
                 latest.unlink()
                 latest.write_bytes(damage(data))
-                state, path, problems = checkpoint.load_newest(folder)
-                self.assertEqual((state["step"], path.name), (1, "previous.pt"))
+                found, path, problems = checkpoint.load_newest(folder)
+                self.assertEqual((found["step"], path.name), (1, "previous.pt"))
                 self.assertIn("checkpoint.pt", problems[0])
 
     def test_when_all_are_broken_nothing_starts_over(self):
-        checkpoint.save({"step": 1}, self.folder, [])
+        checkpoint.save(state(1), self.folder, [])
         (self.folder / "checkpoint.pt").write_bytes(b"junk")
         with self.assertRaises(checkpoint.BrokenCheckpoint):
             checkpoint.load_newest(self.folder)
+
+    def test_going_on_after_a_broken_newest_keeps_the_good_one_until_there_is_a_better(self):
+        for broken in ("checkpoint.pt", "checkpoint.pt.json"):
+            with self.subTest(broken):
+                folder = self.folder / broken
+                checkpoint.save(state(1), folder, [])
+                checkpoint.save(state(2), folder, [])
+                (folder / broken).unlink()
+                (folder / broken).write_bytes(b"junk")
+                self.assertEqual(checkpoint.load_newest(folder)[0]["step"], 1)
+                # Killed at the last moment of the next save: the good one is still there.
+                with mock.patch("omnivision.checkpoint.os.replace", side_effect=[None, KeyboardInterrupt]):
+                    with self.assertRaises(KeyboardInterrupt):
+                        checkpoint.save(state(3), folder, [])
+                self.assertEqual(checkpoint.safe_load(folder / "previous.pt")["step"], 1)
+                checkpoint.save(state(3), folder, [])
+                self.assertEqual(checkpoint.load_newest(folder)[0]["step"], 3)
+                checkpoint.save(state(4), folder, [])
+                self.assertEqual(checkpoint.safe_load(folder / "previous.pt")["step"], 3)
+
+    def test_what_loads_but_is_no_checkpoint_of_a_run(self):
+        for content in ({"model": {}}, [1, 2], state(1, model={"w": 0})):
+            torch.save(content, self.folder / "checkpoint.pt")
+            with self.assertRaisesRegex(checkpoint.BrokenCheckpoint, "no checkpoint of a run: it lacks"):
+                checkpoint.load_newest(self.folder)
 
     def test_a_pickle_is_refused_and_not_run(self):
         canary = self.folder / "canary"
@@ -140,11 +172,11 @@ class Loading(Folder):
     def test_weights_of_another_model(self):
         model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
         before = {name: value.clone() for name, value in model.state_dict().items()}
-        state = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1)).state_dict() | {"extra": torch.zeros(1)}
+        other = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1)).state_dict() | {"extra": torch.zeros(1)}
         with self.assertRaisesRegex(
             UserError, r"not in this model: extra; .*of another shape: 0\.bias \(4,\) instead of \(2,\)"
         ):
-            checkpoint.load_model(model, state, Path("x.pt"))
+            checkpoint.load_model(model, other, Path("x.pt"))
         for name, value in model.state_dict().items():
             self.assertTrue(torch.equal(value, before[name]))
 

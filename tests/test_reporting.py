@@ -6,14 +6,17 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import unittest
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 from PIL import Image
 from rich.console import Console
 
 from omnivision.errors import UserError
+from omnivision.files import remove_leftovers
 from omnivision.reporting import pictures
 from omnivision.reporting.console import ProgressLine
 from omnivision.reporting.metrics_log import MetricsLog, read_lines
@@ -100,6 +103,44 @@ class Lock(Folder):
         (self.folder / ".lock").write_text(json.dumps({"token": "another's"}))
         folder.unlock()
         self.assertTrue((self.folder / ".lock").exists())
+
+    def test_only_one_of_many_takes_over_a_stale_lock(self):
+        for _ in range(20):
+            (self.folder / ".lock").write_text(json.dumps({"token": "x", "host": "elsewhere", "pid": 1}))
+            os.utime(self.folder / ".lock", (1, 1))
+            folders = [RunFolder(self.folder) for _ in range(4)]
+            outcomes: list[str] = []
+
+            def take(folder: RunFolder, outcomes: list[str] = outcomes) -> None:
+                try:
+                    folder.lock()
+                    outcomes.append("taken")
+                except UserError:
+                    outcomes.append("refused")
+
+            threads = [threading.Thread(target=take, args=(folder,)) for folder in folders]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            self.assertEqual(sorted(outcomes), ["refused"] * 3 + ["taken"])
+            for folder in folders:
+                folder.unlock()
+            self.assertFalse((self.folder / ".lock").exists())
+
+    def test_where_the_file_system_has_no_locks(self):
+        with mock.patch("fcntl.flock", side_effect=OSError):
+            first = RunFolder(self.folder)
+            first.lock()
+            with self.assertRaises(UserError):
+                RunFolder(self.folder).lock()
+            first.unlock()
+
+    def test_leftovers_of_a_killed_writer_are_removed(self):
+        (self.folder / ".checkpoint.pt.123.tmp").write_text("half")
+        (self.folder / "checkpoint.pt").write_text("whole")
+        remove_leftovers(self.folder)
+        self.assertEqual([path.name for path in self.folder.iterdir()], ["checkpoint.pt"])
 
     def test_summary_is_updated(self):
         folder = RunFolder(self.folder)

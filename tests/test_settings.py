@@ -68,6 +68,9 @@ class Values(unittest.TestCase):
             "trainer.data.bad_sample_budget=2": "bad_sample_budget is 2.*at most 1",
             "trainer.optim.options=3": "trainer.optim.options is 3 .*mapping",
             "trainer.model=vitbase": "trainer.model is 'vitbase'.*_target_",
+            "trainer.task.norm=chanel": "trainer.task.norm is 'chanel'; .*did you mean channel",
+            "trainer.seed_value=99999999999999999999999": "seed_value is 9+ .*at most",
+            "image_size=1000000000": "image_size is 1000000000 .*at most 4096",
             "data_root=3": "data_root is 3 .*expected a text",
             "trainer.model.trunk.depth=012": "trainer.model.trunk.depth is '012'.*expected a whole number",
         }
@@ -102,11 +105,18 @@ class Values(unittest.TestCase):
             ("image_size=230",): r"image_size is 230; expected a multiple of 16.*Try image_size=224",
             ("trainer.model.trunk.heads=7",): "heads is 7, which does not divide trainer.model.trunk.width 768",
             ("trainer.model.decoder.heads=7",): "trainer.model.decoder.heads is 7",
+            ("trainer.model.trunk.tubelet=16",): "tubelet is 16; expected three whole numbers",
+            ("trainer.model.trunk=5",): "trainer.model.trunk is 5; expected a group",
+            (
+                "trainer.task.tubelet=[4,8,16]",
+            ): r"tubelet is \[2, 16, 16\], trainer.task.tubelet is \[4, 8, 16\]; expected the same",
+            ("trainer.data.view.size=112",): "image_size is 224, trainer.data.view.size is 112",
+            ("~trainer.optim.options.lr", "lr_scale_factor=2"): "has no lr to divide",
             ("trainer.model.trunk.tubelet=[2,16]",): "expected three whole numbers",
             ("launcher.gpus_per_node=3",): "batch_size is 16 for the 3 processes of a node.*Try batch_size=15",
             ("launcher.gpus_per_node=8",): "views_per_clip is 4, which does not divide the 2 clips of a process",
             ("trainer.optim.accumulation_steps=3",): "accumulation_steps is 3, which does not divide the 16 clips",
-            ("trainer.data.num_frames=8",): "trainer.data.num_frames is 8, trainer.model.trunk.num_frames 16",
+            ("trainer.data.num_frames=8",): "trainer.data.num_frames is 8, trainer.model.trunk.num_frames is 16",
         }
         for overrides, saying in cases.items():
             with self.subTest(overrides):

@@ -152,7 +152,7 @@ class Loop(unittest.TestCase):
 
     def test_kept_checkpoints_and_the_best(self):
         made = trainer(self.folder / "kept", val=Noise(5), val_epoch_freq=1, save_freq=2, max_epochs=4)
-        losses = iter([3.0, 1.0, 2.0, 5.0])
+        losses = iter([float("nan"), 1.0, 2.0, 5.0])
         made.evaluate = lambda: {"loss": next(losses)}
         made.fit()
         folder = self.folder / "kept" / "checkpoints"
@@ -162,7 +162,7 @@ class Loop(unittest.TestCase):
         )
         self.assertEqual(checkpoint.safe_load(folder / "best.pt")["epoch"], 2)
         self.assertEqual(checkpoint.safe_load(folder / "checkpoint_4.pt")["epoch"], 4)
-        self.assertEqual(json.loads((self.folder / "kept/summary.json").read_text())["best"], -1.0)
+        self.assertEqual(json.loads((self.folder / "kept/summary.json").read_text())["best"], 1.0)
 
     def test_validation_counts_every_good_video_once(self):
         data = Noise(11, bad=(3, 9))
@@ -184,6 +184,28 @@ class Loop(unittest.TestCase):
         self.assert_same(before, made.bare.state_dict())
         self.assertIn("val_loss", json.loads((self.folder / "only/summary.json").read_text())["last"])
 
+    def test_a_run_that_was_taken_over_saves_nothing_more(self):
+        made = trainer(self.folder / "lost")
+        made.folder.lock()
+        (self.folder / "lost" / ".lock").write_text(json.dumps({"token": "another's", "host": "elsewhere", "pid": 1}))
+        with self.assertRaisesRegex(UserError, "Process 1 on elsewhere has taken over"):
+            made.fit()
+        self.assertIsNone(checkpoint.load_newest(made.folder.checkpoints))
+        made.folder.unlock()
+
+    def test_a_summary_that_was_cut_off_is_completed(self):
+        self.fit("cut")
+        RunFolder(self.folder / "cut").write_summary(status="running")
+        self.fit("cut")
+        self.assertEqual(RunFolder(self.folder / "cut").read_summary()["status"], "finished")
+
+    def test_when_no_checkpoint_is_whole_nothing_starts_over(self):
+        self.fit("all_broken")
+        for name in ("checkpoint.pt", "previous.pt"):
+            (self.folder / "all_broken/checkpoints" / name).write_bytes(b"junk")
+        with self.assertRaisesRegex(UserError, "No checkpoint of this run is whole"):
+            trainer(self.folder / "all_broken")
+
     def test_pictures_come_when_they_are_due(self):
         self.fit("seen", pictures_every_epochs=2, max_epochs=3)
         names = sorted(path.name for path in (self.folder / "seen/pictures").glob("*.png"))
@@ -202,7 +224,7 @@ class Loop(unittest.TestCase):
 
     def test_a_short_batch_stops_with_the_files(self):
         made = trainer(self.folder / "short", train=Noise(12, bad=tuple(range(12))))
-        with self.assertRaisesRegex(UserError, r"4 videos of noise in a row.*\d\.mp4 \(why not\)"):
+        with self.assertRaisesRegex(UserError, r"4 files of one batch .*bad_samples\.jsonl"):
             made.fit()
 
     def test_another_number_of_steps_is_another_run(self):

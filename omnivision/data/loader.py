@@ -6,6 +6,7 @@ samples of a step depend neither on the number of workers nor, as a set, on the 
 
 from __future__ import annotations
 
+import itertools
 import math
 import multiprocessing
 from collections.abc import Iterator, Mapping, Sequence
@@ -120,16 +121,17 @@ def evaluation_batches(
 ) -> DataLoader:
     """Every video of every source once, whatever the number of processes: process r takes videos r, r + world, ...
 
-    Batches never mix sources; `limit` bounds the batches of each process.
+    Batches never mix sources, which take turns; `limit` bounds the batches of each process.
     """
-    batches = [
+    by_source = [
         [
-            Request(source, int(i), epoch=0)
-            for i in range(first, min(first + videos_per_batch * world, len(split)), world)
+            [Request(source, int(i), epoch=0) for i in range(first, min(first + step, len(split)), world)]
+            for first in range(rank, len(split), step)
         ]
         for source, split in enumerate(dataset.splits)
-        for first in range(rank, len(split), videos_per_batch * world)
+        for step in [videos_per_batch * world]
     ]
+    batches = [batch for turn in itertools.zip_longest(*by_source) for batch in turn if batch is not None]
     return data_loader(dataset, batches[:limit], workers)
 
 

@@ -168,6 +168,10 @@ class VisionTransformer(nn.Module):
         self.grid = token_grid((num_frames, image_size, image_size), self.tubelet)
         self.num_tokens = self.grid[0] * self.grid[1] * self.grid[2]
         self.patch_embed = PatchEmbed(self.tubelet, width)
+        if not 0 <= drop_path < 1:
+            raise UserError(
+                f"drop_path is {drop_path}; expected at least 0 and less than 1. Change trainer.model.trunk."
+            )
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, rate) for rate in rates)
         self.norm = nn.LayerNorm(width, eps=1e-6)

@@ -30,6 +30,11 @@ class Rule:
     def is_default(self) -> bool:
         return self.param_names is None and self.module_cls_names is None
 
+    @property
+    def matches(self) -> str:
+        """Its patterns and classes, to be told."""
+        return ", ".join([*(self.param_names or ()), *(self.module_cls_names or ())])
+
 
 @dataclass
 class Group:
@@ -75,8 +80,8 @@ def _rules_by_parameter(model: nn.Module, names: list[str], option: str, rules: 
         for name in sorted(_named_by(model, names, f"{where}[{number}]", rule)):
             if name in chosen:
                 raise UserError(
-                    f"{where}: rules {chosen[name]} and {number} both match {name} (patterns {rules[chosen[name]].param_names} "
-                    f"and {rule.param_names}); expected at most one rule a parameter. Narrow one of the patterns."
+                    f"{where}: rules {chosen[name]} and {number} both match {name} ({rules[chosen[name]].matches} and "
+                    f"{rule.matches}); expected at most one rule a parameter. Narrow one of them."
                 )
             chosen[name] = number
     for number in defaults:
@@ -128,18 +133,21 @@ class ScheduledOptimizer:
     def __init__(self, model: nn.Module, groups: list[Group], make: Any) -> None:
         """`make(params)` builds the optimizer, e.g. a partial of torch.optim.AdamW.
 
-        Raises UserError for an option that this optimizer does not have.
+        Raises UserError for arguments that this optimizer does not take, and for an option that it does not have as a number.
         """
         parameters = dict(model.named_parameters())
         self.groups = groups
-        self.optimizer: torch.optim.Optimizer = make(
-            [{"params": [parameters[n] for n in group.names]} for group in groups]
-        )
-        known = set(self.optimizer.defaults)
+        try:
+            self.optimizer: torch.optim.Optimizer = make(
+                [{"params": [parameters[n] for n in group.names]} for group in groups]
+            )
+        except (TypeError, ValueError) as error:
+            raise UserError(f"trainer.optim.optimizer cannot be built: {error}. Correct its arguments.") from error
+        known = {name for name, value in self.optimizer.defaults.items() if type(value) in (int, float)}
         if unknown := {option for group in groups for option in group.schedules} - known:
             raise UserError(
                 f"trainer.optim.options has {', '.join(sorted(unknown))}, which {type(self.optimizer).__name__} does not "
-                f"know; its options are {', '.join(sorted(known))}. Rename or remove it."
+                f"know as a number; those are {', '.join(sorted(known))}. Rename or remove it."
             )
         self.set_progress(0.0)
 

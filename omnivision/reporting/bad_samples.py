@@ -13,16 +13,16 @@ from omnivision.reporting.metrics_log import read_lines
 
 
 class BadSampleLedger:
-    """Counts each bad file once. `files` are all that the run could meet; at most `budget` (a share) may be bad."""
+    """Counts each bad sample once. `files` are all that the run could meet; at most `budget` (a share) may be bad."""
 
     def __init__(self, path: Path, files: int, budget: float) -> None:
         self.path, self.files, self.budget = path, files, budget
-        self._known: dict[tuple[str, str], str] = {}
+        self._known: dict[tuple[str, int], tuple[str, str]] = {}  # (path, reason) by source and index
         self._cut = False  # a crash cut the last line
         if path.exists():
             self._cut = not path.read_bytes().endswith(b"\n")
             for entry in read_lines(path):
-                self._known[entry["source"], entry["path"]] = entry["reason"]
+                self._known[entry["source"], entry["index"]] = entry["path"], entry["reason"]
 
     def __len__(self) -> int:
         return len(self._known)
@@ -30,16 +30,16 @@ class BadSampleLedger:
     def add(self, samples: Sequence[BadSample], write: bool) -> None:
         """Note bad samples, of all processes, in every process; one writes. Raises UserError once the budget is passed."""
         for sample in samples:
-            if (sample.source, sample.path) not in self._known:
-                self._known[sample.source, sample.path] = sample.reason
+            if (sample.source, sample.index) not in self._known:
+                self._known[sample.source, sample.index] = sample.path, sample.reason
                 if write:
                     with open(self.path, "a", encoding="utf-8", errors="surrogateescape") as file:
                         file.write("\n" * self._cut + json.dumps(asdict(sample)) + "\n")
                     self._cut = False
         if samples and len(self) > self.budget * self.files:
-            listed = "\n".join(f"  {path}: {reason}" for (_, path), reason in list(self._known.items())[:20])
+            listed = "\n".join(f"  {path}: {reason}" for path, reason in list(self._known.values())[:20])
             raise UserError(
                 f"{len(self)} of {self.files} files could not be decoded, more than the budget of {self.budget:.2%} "
-                f"(trainer.data.bad_sample_budget). Mend or remove them, or raise the budget. See {self.path}:\n{listed}",
+                f"(trainer.data.bad_sample_budget). Mend them and remove the ledger, or raise it: {self.path}\n{listed}",
                 everywhere=True,
             )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import secrets
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,31 +51,34 @@ class RunFolder:
 
     def lock(self) -> str | None:
         """Become the run's only writer; a heartbeat tells others that we live. Returns a line about a lock taken over."""
-        taken_over = None
-        while True:
-            try:
-                with open(self._lock, "x", encoding="utf-8") as file:
-                    file.write(self._claim())
-                break
-            except FileExistsError:
-                holder, age = self._holder()
-                if holder is not None and self._alive(holder, age):
-                    raise UserError(
-                        f"The run folder {self.path.absolute()} is in use by process {holder.get('pid')} on "
-                        f"{holder.get('host')} (last sign of life {age:.0f} s ago). Two runs would overwrite each other. "
-                        "Wait for it, stop it, or change launcher.experiment_log_dir."
-                    ) from None
-                taken_over = f"took over the lock of {holder or 'an unknown process'}, silent for {age:.0f} s"
-                with contextlib.suppress(FileNotFoundError):
-                    self._lock.unlink()
+        with alone(self.path / ".lock.guard"):
+            holder, age = self._holder()
+            if holder is not None and self._alive(holder, age):
+                raise UserError(
+                    f"The run folder {self.path.absolute()} is in use by process {holder.get('pid')} on {holder.get('host')} "
+                    f"(last sign of life {age:.0f} s ago). Two runs would overwrite each other. Wait for it, stop it, or "
+                    "change launcher.experiment_log_dir."
+                )
+            stale = self._lock.exists()
+            write_atomically(self._lock, self._claim())
         threading.Thread(target=self._beat, daemon=True, name="run-folder-heartbeat").start()
-        return taken_over
+        return f"took over the lock of {holder or 'an unknown process'}, silent for {age:.0f} s" if stale else None
 
     def unlock(self) -> None:
         self._released.set()
         holder, _ = self._holder()
         if holder is not None and holder.get("token") == self._token:
             self._lock.unlink()
+
+    def require_lock(self) -> None:
+        """Raises UserError when another process has taken this folder over: what it writes must not be overwritten."""
+        holder, _ = self._holder()
+        if holder is not None and holder.get("token") != self._token:
+            raise UserError(
+                f"Process {holder.get('pid')} on {holder.get('host')} has taken over the run folder {self.path.absolute()}, "
+                "because this one gave no sign of life. This one stops. Look why it stood still (a suspended process, a "
+                "file system that did not answer)."
+            )
 
     def write_summary(self, **facts: Any) -> None:
         """Update `summary.json` with some of its facts; numbers that are not finite become null."""
@@ -100,11 +105,9 @@ class RunFolder:
         """Who holds the lock (None: unreadable or gone) and how many seconds ago it gave a sign of life."""
         try:
             age = time.time() - self._lock.stat().st_mtime
-            return dict(json.loads(self._lock.read_text())), age
         except FileNotFoundError:
             return None, STALE_SECONDS
-        except ValueError:
-            return None, age
+        return _read_claim(self._lock), age
 
     @staticmethod
     def _alive(holder: dict[str, Any], age: float) -> bool:
@@ -114,8 +117,31 @@ class RunFolder:
 
     def _beat(self) -> None:
         while not self._released.wait(HEARTBEAT_SECONDS):
-            with contextlib.suppress(FileNotFoundError):
-                os.utime(self._lock)
+            # A file system that does not answer for once must not end the heartbeat; `require_lock` has the last word.
+            with contextlib.suppress(OSError):
+                if (_read_claim(self._lock) or {}).get("token") == self._token:
+                    os.utime(self._lock)
+
+
+@contextlib.contextmanager
+def alone(guard: Path) -> Iterator[None]:
+    """Let one process at a time into this block; the kernel lets go of a dead one's guard.
+
+    On a file system without such locks two processes may both come in. Then `require_lock` finds out before one of them
+    overwrites anything.
+    """
+    with open(guard, "w", encoding="utf-8") as file:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _read_claim(path: Path) -> dict[str, Any] | None:
+    """What a lock file says; None if it is gone or unreadable."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
 
 
 def process_start(pid: int) -> int | None:

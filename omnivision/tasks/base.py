@@ -22,7 +22,7 @@ class StepOutput:
 
 @dataclass(frozen=True)
 class Pictures:
-    """Named rows of frames to look at: each uint8 (T, H, W, 3), and which frames a still picture shows."""
+    """Named columns of frames to look at: each uint8 (T, H, W, 3), and which frames a still picture shows."""
 
     columns: dict[str, np.ndarray]
     frames: list[int]

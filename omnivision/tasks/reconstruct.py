@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -9,7 +11,6 @@ from torch import Tensor, nn
 from omnivision.data.batch import Batch
 from omnivision.models.mae import (
     MaskedAutoencoder,
-    TargetNorm,
     patch_statistics,
     reconstruction_error,
     reconstruction_target,
@@ -28,7 +29,7 @@ class Reconstruct:
         norm: how targets are normalised: by "channel" (the recipe), by "patch", or "none".
     """
 
-    def __init__(self, tubelet: tuple[int, int, int], norm: TargetNorm = "channel") -> None:
+    def __init__(self, tubelet: tuple[int, int, int], norm: Literal["channel", "patch", "none"] = "channel") -> None:
         self.tubelet, self.norm = (tubelet[0], tubelet[1], tubelet[2]), norm
 
     def training_step(self, model: nn.Module, batch: Batch) -> StepOutput:
