@@ -38,6 +38,8 @@ setup(
         "submitit>=1.5.3",
         "rich>=13",
         "tensorboard>=2.16",
+        "matplotlib>=3.8",
+        "safetensors>=0.4",
     ],
     extras_require={
         "dev": [
@@ -50,7 +52,7 @@ setup(
         ],
         "wandb": ["wandb>=0.17"],
         "mlflow": ["mlflow>=2.14"],
-        "hf": ["transformers>=4.44", "safetensors>=0.4"],
+        "hf": ["transformers>=4.44"],
     },
     entry_points={"console_scripts": ["omnivision=omnivision.cli.main:main"]},
 )

@@ -21,7 +21,7 @@ CONFIG = HERE / "config" if (HERE / "config" / "config.yaml").is_file() else HER
 
 
 def main() -> None:
-    from omnivision.errors import UserError
+    from omnivision.errors import EXIT_INTERRUPTED, UserError
 
     if {"-h", "--help"} & set(sys.argv[1:]):
         from omnivision.usage import usage
@@ -29,7 +29,9 @@ def main() -> None:
         print(usage(CONFIG))
         return
     try:
-        code = max([run(config) for config in composed()], default=0)
+        code = max([run(config) for config in apart(composed())], default=0)
+    except KeyboardInterrupt:
+        code = EXIT_INTERRUPTED
     except UserError as error:
         from omnivision.launch import print_error
 
@@ -59,6 +61,21 @@ def composed() -> list[DictConfig]:
 
         raise UserError(explain(error, CONFIG)) from error
     return found
+
+
+def apart(configs: list[DictConfig]) -> list[DictConfig]:
+    """The configurations of a sweep; runs in one folder would take one another for their own beginning."""
+    from omnivision.errors import UserError
+
+    folders = [
+        str(OmegaConf.select(config, "launcher.experiment_log_dir", throw_on_missing=False)) for config in configs
+    ]
+    if len(set(folders)) < len(folders):
+        raise UserError(
+            f"A sweep of {len(folders)} runs in {len(set(folders))} folders; expected a folder for each. Put what is swept "
+            "into its name, e.g. 'launcher.experiment_log_dir=runs/lr_${lr_scale_factor}'."
+        )
+    return configs
 
 
 def run(config: DictConfig) -> int:

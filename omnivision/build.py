@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import fnmatch
 import importlib
+import json
+from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,26 +18,39 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from torch import nn
 
-from omnivision.data.catalog import Split
-from omnivision.data.dataset import VideoDataset
-from omnivision.data.loader import EpochPlan, Workers
+from omnivision.data.catalog import LabelSets, Split, label_sets
+from omnivision.data.dataset import ClipDataset, Cut
+from omnivision.data.loader import EpochPlan, SourcePlan, Workers
 from omnivision.distributed import Place, Processes
 from omnivision.errors import UserError
+from omnivision.files import write_atomically
+from omnivision.models.architecture import describe
+from omnivision.models.average import AveragedClassifier
+from omnivision.models.classifier import is_frozen
 from omnivision.models.patches import token_grid
 from omnivision.optim.groups import Group, Rule, ScheduledOptimizer, layer_decay_scales, parameter_groups
-from omnivision.preflight import open_splits
+from omnivision.optim.schedules import Scaled
+from omnivision.preflight import datasets_of, open_splits
 from omnivision.reporting.bad_samples import BadSampleLedger
 from omnivision.reporting.reporter import Reporter
 from omnivision.reporting.run_folder import RunFolder
 from omnivision.schema import Target
-from omnivision.settings import Settings
+from omnivision.settings import DataSettings, ImageSettings, Settings
+from omnivision.targets import signature_of
 from omnivision.trainer import Data, Options, Trainer
+from omnivision.weights import Choice, read_several
+from omnivision.weights import load as load_weights
+from omnivision.weights import read as read_weights
 
 
-def build(target: Target, where: str, **more: Any) -> Any:
-    """The object that a `_target_` describes. Raises UserError for arguments that it does not take."""
+def build(target: Target, where: str, partial: bool = False, **more: Any) -> Any:
+    """The object that a `_target_` describes, `more` being arguments from elsewhere; with `partial` a function that makes it.
+
+    Raises UserError for arguments that it does not take.
+    """
     try:
-        return instantiate(target, _convert_="all", **more)
+        make = instantiate(target, _convert_="all", _partial_=partial or bool(more))
+        return make(**more) if more else make
     except InstantiationException as error:
         cause = error.__cause__
         if isinstance(cause, UserError):
@@ -66,12 +83,94 @@ def run_folder(settings: Settings) -> RunFolder:
     return RunFolder(settings.launcher.experiment_log_dir, settings.trainer.checkpoint.save_dir)
 
 
+def labels(settings: Settings) -> LabelSets:
+    """Heads and their classes, from the catalog; `video_labels` fills in what it leaves open."""
+    datasets = [
+        dataclasses.replace(dataset, num_classes=dataset.num_classes or settings.video_labels)
+        for dataset in datasets_of(settings)
+    ]
+    return label_sets(datasets, settings.trainer.data.share_head)
+
+
+def build_with_labels(settings: Settings, target: Target, where: str) -> Any:
+    """`build`, given what the signature asks for beyond the configuration."""
+    wanted = (signature_of(target["_target_"]) or {}).keys()
+    more: dict[str, Any] = {}
+    if "classes" in wanted:
+        more["classes"] = labels(settings).classes
+    if "labels" in wanted:
+        more["labels"] = labels(settings)
+    return build(target, where, **more)
+
+
 def model(settings: Settings, device: str = "cpu") -> nn.Module:
-    """The model with its first weights, a function of the seed alone."""
+    """The model with its first weights, a function of the seed alone; what `trainer.freeze` names is not trained."""
     torch.manual_seed(settings.trainer.seed_value)
     with torch.device(device):
-        built = build(settings.trainer.model, "trainer.model")
+        built = build_with_labels(settings, settings.trainer.model, "trainer.model")
+    freeze(built, settings.trainer.freeze)
     return built
+
+
+def freeze(model: nn.Module, patterns: list[str]) -> None:
+    """Train nothing that a pattern matches. Raises UserError for a pattern without a match, and when nothing is left."""
+    parameters = dict(model.named_parameters())
+    for pattern in patterns:
+        matches = fnmatch.filter(parameters, pattern)
+        if not matches:
+            raise UserError(
+                f"trainer.freeze: the pattern {pattern!r} matches none of the {len(parameters)} parameters, named like "
+                f"{next(iter(parameters))}. Correct it, or remove it."
+            )
+        for name in matches:
+            parameters[name].requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in parameters.values()):
+        raise UserError(f"trainer.freeze is {patterns}, which leaves nothing to train. Narrow it.")
+
+
+def task(settings: Settings) -> Any:
+    return build_with_labels(settings, settings.trainer.task, "trainer.task")
+
+
+def pretrained(settings: Settings, model: nn.Module, folder: RunFolder, say: Callable[[str], None]) -> None:
+    """Start from the weights that `pretrained_checkpoint_path` names, as the choice `trainer.checkpoint` takes them.
+
+    What became of each entry is said and written to `logs/pretrained.json`.
+    """
+    source = settings.pretrained_checkpoint_path
+    if source is None or isinstance(model, AveragedClassifier):
+        return
+    if not isinstance(source, str):
+        raise UserError(
+            f"pretrained_checkpoint_path is a list of {len(source)}, and {type(model).__name__} starts from one checkpoint. "
+            "Give one, or choose a model that averages: trainer/model=vit*_average_ft."
+        )
+    fields = {field.name for field in dataclasses.fields(Choice)}
+    choice = Choice(**{k: v for k, v in vars(settings.trainer.checkpoint).items() if k in fields})
+    report = load_weights(model, read_weights(source), choice)
+    if settings.trainer.mode == "val" and (lacking := [name for name in report.missing if name.startswith("heads.")]):
+        raise UserError(
+            f"trainer.mode=val evaluates {report.path}, but its heads were not loaded ({lacking[0]}). Expected a checkpoint of "
+            "this model, taken whole: trainer/checkpoint=load_all."
+        )
+    for line in report.lines():
+        say(line)
+    if folder.logs.is_dir():
+        write_atomically(folder.logs / "pretrained.json", json.dumps(dataclasses.asdict(report), indent=1) + "\n")
+
+
+def sources_of_average(settings: Settings, model: nn.Module) -> list[dict[str, str]]:
+    """Give an average the checkpoints it is made of; returns the path and SHA-256 of each. Other models have none."""
+    if not isinstance(model, AveragedClassifier):
+        return []
+    if settings.pretrained_checkpoint_path is None:
+        raise UserError(
+            "pretrained_checkpoint_path is null, and the model is an average of checkpoints. Expected a list of run folders or "
+            "files, ++pretrained_checkpoint_path=[A,B], or one file with a list under ensemble_weights."
+        )
+    found = read_several(settings.pretrained_checkpoint_path)
+    model.load_sources([weights.state for weights in found], [str(weights.path) for weights in found])
+    return [{"path": str(weights.path), "sha256": weights.sha256} for weights in found]
 
 
 def groups(settings: Settings, model: nn.Module) -> list[Group]:
@@ -83,69 +182,78 @@ def groups(settings: Settings, model: nn.Module) -> list[Group]:
         for number, rule in enumerate(rules):
             schedule = build(rule.scheduler, f"trainer.optim.options.{option}[{number}].scheduler")
             if option == "lr":
-                schedule = Divided(schedule, optim.lr_scale_factor)
+                schedule = Scaled(schedule, 1 / optim.lr_scale_factor)
             options[option].append(Rule(schedule, rule.param_names, rule.module_cls_names))
     scales = layer_decay_scales(model, optim.layer_decay) if optim.layer_decay is not None else None
     return parameter_groups(model, options, scales)
 
 
-@dataclasses.dataclass(frozen=True)
-class Divided:
-    """A schedule divided by a number."""
-
-    schedule: Any
-    by: float
-
-    def __call__(self, progress: float) -> float:
-        return self.schedule(progress) / self.by
-
-
 def optimizer(settings: Settings, model: nn.Module) -> ScheduledOptimizer:
-    make = build(settings.trainer.optim.optimizer, "trainer.optim.optimizer", _partial_=True)
+    make = build(settings.trainer.optim.optimizer, "trainer.optim.optimizer", partial=True)
     return ScheduledOptimizer(model, groups(settings, model), make)
 
 
 def plan(settings: Settings, train: list[Split]) -> EpochPlan:
     trainer, data = settings.trainer, settings.trainer.data
-    sizes = {split.name: len(split) for split in train}
-    return EpochPlan(
-        sizes,
-        data.repeats,
-        settings.videos_per_step,
-        data.views_per_clip,
-        trainer.seed_value,
-        trainer.limit_train_batches,
-    )
+    names = [split.name for split in train]
+    if unknown := sorted(set(data.repeats) - set(names)):
+        raise UserError(
+            f"trainer.data.repeats names {', '.join(unknown)}; the sources are {', '.join(names)}. Change trainer.data.repeats."
+        )
+    sources = {}
+    for split in train:
+        batch, views, pieces = data.batch_size, data.views_per_clip, trainer.optim.accumulation_steps
+        if split.dataset.kind == "image" and data.image is not None:
+            batch, views, pieces = data.image.batch_size, data.image.views_per_clip, data.image.accumulation_steps
+        videos = batch * settings.launcher.num_nodes // views
+        sources[split.name] = SourcePlan(len(split), videos, views, data.repeats.get(split.name, 1), pieces)
+    return EpochPlan(sources, trainer.seed_value, trainer.limit_train_batches)
 
 
-def video_dataset(settings: Settings, found: list[Split], training: bool) -> VideoDataset:
+def clip_dataset(settings: Settings, found: list[Split], training: bool) -> ClipDataset:
     """Clips of splits as the settings want them for training or for evaluation."""
     trainer, data = settings.trainer, settings.trainer.data
-    size = settings.image_size
-    grid = token_grid((data.num_frames, size, size), tuple(trainer.model["trunk"]["tubelet"]))
-    mask = None if data.mask is None else build(data.mask, "trainer.data.mask")
+    cuts = {"video": cut(settings, data, "trainer.data", data.num_frames, training)}
+    if images := settings.images:
+        cuts["image"] = cut(settings, images, "trainer.data.image", 1, training)
+    return ClipDataset(found, cuts, data.clip_duration, trainer.seed_value, training, data.max_pixels, data.val_spacing)
+
+
+def cut(settings: Settings, data: DataSettings | ImageSettings, where: str, num_frames: int, training: bool) -> Cut:
+    """How samples of one kind of source are cut out of their files."""
+    size, tubelet = settings.image_size, tuple(settings.trainer.model["trunk"]["tubelet"])
+    grid = token_grid((max(num_frames, tubelet[0]), size, size), tubelet)
+    mask = None if data.mask is None else build(data.mask, f"{where}.mask")
     if mask is not None:
         hidden, tokens = int(mask(grid, np.random.default_rng(0)).sum()), grid[0] * grid[1] * grid[2]
         if not 0 < hidden < tokens:
             raise UserError(
                 f"The mask hides {hidden} of the {tokens} tokens of a clip ({grid[0]} x {grid[1]} x {grid[2]}); expected some, "
-                "but not all: hidden ones are what is learnt, visible ones what it is learnt from. Change mask_ratio or "
-                "trainer.data.mask."
+                f"but not all: hidden ones are what is learnt, visible ones what it is learnt from. Change mask_ratio "
+                f"or {where}.mask."
             )
-    return VideoDataset(
-        found,
-        view=build(
-            data.view if training else data.val_view, "trainer.data.view" if training else "trainer.data.val_view"
-        ),
-        mask=mask,
-        grid=grid,
-        num_frames=data.num_frames,
-        clip_duration=data.clip_duration,
-        views_per_clip=data.views_per_clip if training else 1,
-        seed=trainer.seed_value,
-        max_pixels=data.max_pixels,
-        replace_bad=training,
-    )
+    if training:
+        return Cut(build(data.view, f"{where}.view"), data.views_per_clip, num_frames, grid, mask)
+    view = build(data.val_view, f"{where}.val_view")
+    clips = data.val_clips if isinstance(data, DataSettings) else 1
+    return Cut(view, getattr(view, "crops", 1), num_frames, grid, mask, clips)
+
+
+def facts(settings: Settings, model: nn.Module) -> dict[str, Any]:
+    """What a run is, in a few words for `summary.json`: lists of runs show them."""
+    told = describe(model)
+    frozen = any(is_frozen(part) for name, part in model.named_children() if name == "trunk")
+    source = settings.pretrained_checkpoint_path
+    names = [Path(one).name for one in ([source] if isinstance(source, str) else source or [])]
+    return {
+        "model": told.get("kind", type(model).__name__),
+        "trunk": "averaged" if told.get("kind") == "average" else "frozen" if frozen else "trained",
+        "pretrained": " + ".join(names) or None,
+        "sources": list(settings.trainer.data.sources),
+        "classes": told.get("classes"),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+    }
 
 
 def amp_dtype(settings: Settings, device: torch.device) -> torch.dtype | None:
@@ -160,23 +268,32 @@ def amp_dtype(settings: Settings, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported() else None
 
 
+def comms_dtype(settings: Settings, device: torch.device) -> str | None:
+    """Gradients travel as autocast computes: in bf16 under bf16, in fp16 under fp16 (where they are scaled), else whole."""
+    wanted = settings.trainer.distributed.comms_dtype
+    if wanted != "auto":
+        return wanted
+    return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(amp_dtype(settings, device) or torch.float32)
+
+
 def trainer(settings: Settings, processes: Processes, folder: RunFolder, reporter: Reporter) -> Trainer:
     """Everything that a run needs. Raises UserError for whatever its user can mend."""
-    config, data = settings.trainer, settings.trainer.data
+    data = settings.trainer.data
     train_splits, val_splits = open_splits(settings)
     workers = Workers(data.num_workers, data.prefetch, pin_memory=processes.device.type == "cuda")
-    train = Data(video_dataset(settings, train_splits, training=True), workers, plan(settings, train_splits))
-    val = Data(
-        video_dataset(settings, val_splits, training=False), workers, videos_per_batch=settings.clips_per_process
-    )
+    train = Data(clip_dataset(settings, train_splits, training=True), workers, plan(settings, train_splits))
+    evaluated = clip_dataset(settings, val_splits, training=False)
+    clips = max(cut.clips * cut.views for cut in evaluated.cuts.values())
+    val = Data(evaluated, workers, videos_per_batch=max(1, settings.clips_per_process // clips))
     built = model(settings)
+    sources = sources_of_average(settings, built)
     ledger = BadSampleLedger(
         folder.logs / "bad_samples.jsonl",
         files=sum(map(len, train_splits + val_splits)),
         budget=data.bad_sample_budget,
     )
     return Trainer(
-        task=build(config.task, "trainer.task"),
+        task=task(settings),
         model=built,
         optimizer=optimizer(settings, built),
         train=train,
@@ -186,6 +303,7 @@ def trainer(settings: Settings, processes: Processes, folder: RunFolder, reporte
         reporter=reporter,
         ledger=ledger,
         options=options(settings, processes.device),
+        sources=sources,
     )
 
 
@@ -194,11 +312,11 @@ def options(settings: Settings, device: torch.device) -> Options:
     return Options(
         max_epochs=config.max_epochs,
         seed=config.seed_value,
-        accumulation_steps=config.optim.accumulation_steps,
         gradient_clip=config.optim.gradient_clip,
         amp_dtype=amp_dtype(settings, device),
-        comms_dtype=config.distributed.comms_dtype,
+        comms_dtype=comms_dtype(settings, device),
         compile=config.compile,
+        ema_decay=config.ema_decay,
         val_epoch_freq=config.val_epoch_freq,
         limit_val_batches=config.limit_val_batches,
         log_freq=config.logging.log_freq,

@@ -24,7 +24,10 @@ LATEST, PREVIOUS, BEST = "checkpoint.pt", "previous.pt", "best.pt"
 FORMAT = 1
 KEYS = {
     "format",
+    "architecture",
     "model",
+    "ema",
+    "sources",
     "optimizer",
     "scaler",
     "epoch",
@@ -66,7 +69,7 @@ def save(state: dict[str, Any], folder: Path, also: list[str]) -> None:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        entry = {"size": temporary.stat().st_size, "sha256": _sha256(temporary)}
+        entry = {"size": temporary.stat().st_size, "sha256": sha256(temporary)}
         for name in also:
             _link(temporary, folder / name, [entry])
         latest, before = folder / LATEST, []
@@ -108,7 +111,7 @@ def load_newest(folder: Path) -> tuple[dict[str, Any], Path, list[str]] | None:
 
 def verify(path: Path) -> dict[str, Any]:
     """The entry of the manifest that a file agrees with. Raises BrokenCheckpoint when there is none."""
-    entry: dict[str, Any] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+    entry: dict[str, Any] = {"size": path.stat().st_size, "sha256": sha256(path)}
     if entry not in _entries(path):
         raise BrokenCheckpoint(
             f"{path} ({entry['size']} bytes, SHA-256 {entry['sha256'][:12]}...) is not the file that its manifest describes"
@@ -119,7 +122,8 @@ def verify(path: Path) -> dict[str, Any]:
 def _check_structure(state: Any, path: Path) -> None:
     """Raise BrokenCheckpoint for a file that loads but is no checkpoint of a run (weights from elsewhere, say)."""
     lacking = sorted(KEYS - set(state)) if isinstance(state, dict) else sorted(KEYS)
-    if not lacking and not all(isinstance(value, torch.Tensor) for value in state["model"].values()):
+    model = state["model"] if not lacking else {}
+    if not isinstance(model, dict) or not all(isinstance(value, torch.Tensor) for value in model.values()):
         lacking = ["tensors under model"]
     if lacking:
         raise BrokenCheckpoint(f"{path} is no checkpoint of a run: it lacks {', '.join(lacking)}")
@@ -183,6 +187,7 @@ def _write_manifest(path: Path, entries: list[dict[str, Any]]) -> None:
     write_atomically(_manifest(path), json.dumps({"format": FORMAT, "files": entries}, indent=1) + "\n")
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

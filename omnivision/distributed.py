@@ -6,6 +6,7 @@ Device and backend are values: the same lines run on one CPU and on many GPUs.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -130,11 +131,14 @@ def parallel(model: nn.Module, processes: Processes, comms_dtype: str | None) ->
     ("fp16", "bf16") on the wire or as they are (None). One process: the model itself."""
     if processes.world == 1:
         return model
+    # Buffers are constants (position tables). torch 2.14 renamed the argument that says so.
+    known = inspect.signature(DistributedDataParallel).parameters
+    no_buffers = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
     on_gpu = processes.device.type == "cuda"
     wrapped = DistributedDataParallel(
         model,
         device_ids=[processes.device] if on_gpu else None,
-        broadcast_buffers=False,
+        **no_buffers,
         gradient_as_bucket_view=True,
     )
     hooks = {"fp16": default_hooks.fp16_compress_hook, "bf16": default_hooks.bf16_compress_hook}

@@ -18,12 +18,13 @@ def describe(settings: Settings) -> str:
     optimizer = build.optimizer(settings, model)
     parameters = {name: p.numel() for name, p in model.named_parameters()}
     trunk = sum(n for name, n in parameters.items() if name.startswith("trunk.") and ".decoder." not in name)
+    views = settings.trainer.data.views_per_clip
     lines = [
         f"model        {type(model).__name__}: {sum(parameters.values()) / 1e6:.2f} M parameters, "
         f"{trunk / 1e6:.2f} M of them in the trunk",
         f"operations   {gflops(settings, model):.2f} GFLOPs a clip, forward (about three times that with the backward pass)",
-        f"batch        {settings.clips_per_step} clips a step = {settings.videos_per_step} videos x "
-        f"{settings.trainer.data.views_per_clip} views, over {settings.processes} processes",
+        f"batch        {settings.clips_per_step} clips a step = {settings.clips_per_step // views} videos x {views} views, "
+        f"over {settings.processes} processes",
         f"epochs       {settings.trainer.max_epochs}",
         f"sources      {', '.join(settings.trainer.data.sources)}",
         f"groups       {len(optimizer.groups)}, of {type(optimizer.optimizer).__name__}:",
@@ -42,7 +43,7 @@ def describe(settings: Settings) -> str:
 def gflops(settings: Settings, model: torch.nn.Module) -> float:
     """Operations of the forward pass of one clip, in 10^9 (a multiply-add counts as two)."""
     data, size = settings.trainer.data, settings.image_size
-    task = build.build(settings.trainer.task, "trainer.task")
+    task = build.task(settings)
     mask, num_masked = None, 0
     if data.mask is not None:
         grid = token_grid((data.num_frames, size, size), tuple(settings.trainer.model["trunk"]["tubelet"]))

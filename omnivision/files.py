@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a text file so that a reader or a crash sees the old one or the new one, never a part."""
+@contextlib.contextmanager
+def replace_atomically(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write to, which takes the place of `path` when the block ends well; else `path` stays as it was."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a text file so that a reader or a crash sees the old one or the new one, never a part."""
+    with replace_atomically(path) as file:
+        file.write(text.encode("utf-8"))
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -22,6 +22,8 @@ from omnivision.errors import EXIT_FAULT, EXIT_INTERRUPTED, UserError
 from omnivision.settings import Settings
 
 if TYPE_CHECKING:
+    from multiprocessing.context import SpawnProcess
+
     from omegaconf import DictConfig
 
     from omnivision.distributed import Place, Processes
@@ -109,7 +111,8 @@ def run_slurm_task(job: Job) -> None:
     """What SLURM starts as each task: the environment of torchrun is filled from SLURM's, then the job runs."""
     import submitit
 
-    submitit.helpers.TorchDistributedEnvironment().export()
+    # Each process chooses its GPU by its local rank, so all of the node stay visible.
+    submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
     if code := run_process(job, None):
         raise SystemExit(code)
 
@@ -124,20 +127,27 @@ def run_local_processes(job: Job, count: int) -> int:
         processes = [context.Process(target=_local_process, args=(job, place)) for place in places]
         for process in processes:
             process.start()
-        failed: int | None = None
-        deadline = float("inf")
-        while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
+        try:
+            return _exit_code(processes)
+        finally:
             for process in processes:
-                process.join(timeout=0.1)
-                if process.exitcode and failed is None:
-                    failed = process.exitcode
-                    deadline = time.monotonic() + GRACE_SECONDS
+                if process.is_alive():
+                    process.kill()
+                process.join()
+
+
+def _exit_code(processes: list[SpawnProcess]) -> int:
+    """Wait for processes to end; when one fails, the others have a while to leave, and its exit code counts."""
+    failed: int | None = None
+    deadline = float("inf")
+    while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
         for process in processes:
-            if process.is_alive():
-                process.kill()
-            process.join()
-        if failed is None:
-            failed = next((process.exitcode for process in processes if process.exitcode), 0)
+            process.join(timeout=0.1)
+            if process.exitcode and failed is None:
+                failed = process.exitcode
+                deadline = time.monotonic() + GRACE_SECONDS
+    if failed is None:
+        failed = next((process.exitcode for process in processes if process.exitcode), 0)
     return failed if failed >= 0 else EXIT_FAULT
 
 
@@ -172,10 +182,14 @@ def run_process(job: Job, place: Place | None) -> int:
         reporter = Reporter(folder, enabled=processes.is_main)
         trainer = processes.together(lambda: ready_trainer(job, processes, folder, reporter))
         assert trainer is not None
+        trainer.agree_on_start()
         begun = processes.is_main
         validating = job.settings.trainer.mode == "val"
-        if begun and not (validating and (folder.path / "config.yaml").exists()):
+        kept = (validating or trainer.is_done) and (folder.path / "config.yaml").exists()
+        if begun and not kept:
             write_atomically(folder.path / "config.yaml", job.config_text)
+            started = folder.read_summary().get("run", {}).get("started", time.time())
+            folder.write_summary(run=build.facts(job.settings, trainer.bare) | {"started": started})
         with contextlib.closing(reporter):
             trainer.validate_only() if validating else trainer.fit()
         processes.close()
@@ -194,11 +208,16 @@ def ready_trainer(job: Job, processes: Processes, folder: RunFolder, reporter: R
     from omnivision import build
 
     trainer = build.trainer(job.settings, processes, folder, reporter)
-    if not trainer.resume() and job.settings.trainer.mode == "val":
+    if trainer.resume():
+        return trainer
+    if job.settings.trainer.mode == "val" and job.settings.pretrained_checkpoint_path is None:
         raise UserError(
             f"There is no checkpoint in {folder.checkpoints} to validate (trainer.mode=val). Expected that of a run with the "
-            "same model. Change launcher.experiment_log_dir, or train first."
+            "same model. Change launcher.experiment_log_dir, give pretrained_checkpoint_path, or train first."
         )
+    build.pretrained(job.settings, trainer.bare, folder, reporter.say)
+    if trainer.ema is not None:
+        trainer.ema.start()
     return trainer
 
 

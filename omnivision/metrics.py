@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,3 +50,29 @@ def averages(totals: Mapping[str, tuple[Mapping[str, float], int]]) -> dict[str,
     count = sum(n for _, n in totals.values())
     names = sorted({name for sums, _ in totals.values() for name in sums})
     return {name: sum(sums.get(name, 0.0) for sums, _ in totals.values()) / count for name in names} if count else {}
+
+
+def topk_accuracy(scores: Tensor, target: Tensor, k: int) -> Tensor:
+    """For each sample the largest weight that its target gives to one of the k best-scored classes: float (B,).
+
+    `target` is soft, (B, classes), or labels, int64 (B,): then that is 1 for a hit and 0 for a miss. A label of -1 never hits.
+    """
+    best = scores.topk(min(k, scores.shape[1]), dim=1).indices  # (B, k)
+    if target.ndim == 1:
+        return (best == target[:, None]).any(1).float()
+    return target.gather(1, best).amax(1)
+
+
+def confusion_matrix(label: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
+    """How often each label (row) was predicted as each class (column): int64 (classes, classes); labels of -1 are left out."""
+    known = label >= 0
+    pairs = label[known] * classes + predicted[known]
+    return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
+
+
+def mean_class_accuracy(confusion: np.ndarray) -> float:
+    """Mean over the classes that occur of the share of their samples that were recognised; NaN when none occurs."""
+    occurring = confusion.sum(1) > 0
+    if not occurring.any():
+        return float("nan")
+    return float((confusion.diagonal()[occurring] / confusion.sum(1)[occurring]).mean())

@@ -9,13 +9,19 @@ from omnivision.errors import UserError
 from omnivision.settings import Settings
 
 
+def datasets_of(settings: Settings) -> list[Dataset]:
+    """The catalog's entries of the run's sources."""
+    sources = settings.trainer.data.sources
+    return [Dataset.from_entry(name, dataclasses.asdict(source)) for name, source in sources.items()]
+
+
 def open_splits(settings: Settings) -> tuple[list[Split], list[Split]]:
     """The train splits of all sources, and the val splits of those that have one if the run is going to validate.
 
     Raises UserError for a file that is missing, has the wrong type or shape, or holds labels out of range.
     """
     config, sources = settings.trainer, settings.trainer.data.sources
-    datasets = [Dataset.from_entry(name, dataclasses.asdict(source)) for name, source in sources.items()]
+    datasets = datasets_of(settings)
     if not datasets:
         raise UserError(
             "trainer.data.sources is empty; expected at least one dataset. Choose a recipe with +trainer=..."

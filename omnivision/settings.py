@@ -27,7 +27,7 @@ ScaleFactor = Annotated[
 
 
 # Folders of choices, which a command line names beside settings.
-GROUPS = ("experiments", "trainer/model", "trainer/optim", "trainer/data", "trainer/task")
+GROUPS = ("experiments", "trainer/model", "trainer/checkpoint", "trainer/optim", "trainer/data", "trainer/task")
 # What a decoder is made of; the model fills in the rest.
 DECODER = ("width", "depth", "heads")
 
@@ -42,9 +42,10 @@ class SplitSettings:
 class DatasetSettings:
     """An entry of the catalog."""
 
-    kind: Literal["video"] = "video"
+    kind: Literal["video", "image"] = "video"
     num_classes: Natural | None = None
     class_names: str | None = None
+    label_set: str | None = None
     prefix: str = ""
     remove_prefix: str = ""
     suffix: str = ""
@@ -52,6 +53,18 @@ class DatasetSettings:
     fps: Positive = 25.0
     train: SplitSettings | None = None
     val: SplitSettings | None = None
+
+
+@dataclass
+class ImageSettings:
+    """What differs for sources of images."""
+
+    batch_size: Natural
+    accumulation_steps: Natural
+    views_per_clip: Natural
+    view: Target
+    val_view: Target
+    mask: Target | None
 
 
 @dataclass
@@ -66,7 +79,11 @@ class DataSettings:
     views_per_clip: Natural
     view: Target
     val_view: Target
+    val_clips: Natural
+    val_spacing: Literal["ends", "published"]
     mask: Target | None
+    image: ImageSettings | None
+    share_head: bool
     bad_sample_budget: Share
     max_pixels: Natural | None
 
@@ -98,7 +115,7 @@ class OptimSettings:
 @dataclass
 class DistributedSettings:
     backend: Literal["nccl", "gloo"] | None
-    comms_dtype: Literal["fp16", "bf16"] | None
+    comms_dtype: Literal["auto", "fp16", "bf16"] | None
     timeout_minutes: Positive
 
 
@@ -113,6 +130,13 @@ class CheckpointSettings:
     save_dir: str
     save_freq: Natural | None
     save_every_steps: Natural | None
+    keep: list[str] | None
+    drop: list[str]
+    drop_if_present: list[str]
+    rename: dict[str, str | list[str]]
+    prefix: str
+    strict: bool
+    trunk_coverage: Share
 
 
 @dataclass
@@ -125,6 +149,8 @@ class TrainerSettings:
     limit_train_batches: Natural | None
     limit_val_batches: Natural | None
     compile: bool
+    freeze: list[str]
+    ema_decay: Annotated[float, Range(above=0, high=1)] | None
     model: Target
     task: Target
     data: DataSettings
@@ -162,6 +188,10 @@ class Settings:
     num_workers: Count
     epochs: Natural
     lr_scale_factor: ScaleFactor
+    mixing_lr_factor: Positive
+    video_labels: Natural | None
+    pretrained_checkpoint_path: str | list[str] | None
+    ensemble_num_models: Natural
     data_root: str
     datasets: dict[str, DatasetSettings]
     trainer: TrainerSettings
@@ -183,8 +213,10 @@ class Settings:
         return self.trainer.data.batch_size * self.launcher.num_nodes
 
     @property
-    def videos_per_step(self) -> int:
-        return self.clips_per_step // self.trainer.data.views_per_clip
+    def images(self) -> ImageSettings | None:
+        """What differs for images, if there are any."""
+        kinds = {source.kind for source in self.trainer.data.sources.values()}
+        return self.trainer.data.image if "image" in kinds else None
 
 
 def check(config: DictConfig) -> Settings:
@@ -231,30 +263,54 @@ def contradictions(settings: Settings) -> list[str]:
             )
     if "tubelet" in trunk:
         problems += _tubelet_problems(trunk)
+    if "decoder" in model and (data.mask is None or (settings.images and settings.images.mask is None)):
+        problems.append(
+            "trainer.data.mask is null, and a masked autoencoder learns from what a mask hides. Choose one of "
+            "omnivision.data.masking, e.g. trainer/data=unlabelled_video."
+        )
     problems += _disagreements(settings, trunk)
+    problems += _label_problems(settings)
+    if trainer.optim.layer_decay is not None and any(
+        "trunk" in pattern or pattern == "*" for pattern in trainer.freeze
+    ):
+        problems.append(
+            f"trainer.freeze is {trainer.freeze} and trainer.optim.layer_decay is {trainer.optim.layer_decay:g}, which scales "
+            "the learning rates of a trunk that is trained. Set trainer.optim.layer_decay=null, or trainer.freeze=[]."
+        )
     if "lr" not in trainer.optim.options and trainer.optim.lr_scale_factor != 1:
         problems.append(
             f"lr_scale_factor is {trainer.optim.lr_scale_factor:g}, but trainer.optim.options has no lr to divide. Give "
             "the learning rate there, or leave lr_scale_factor at 1."
         )
-    gpus, batch = settings.launcher.gpus_per_node, data.batch_size
-    if batch % gpus:
-        problems.append(
-            f"batch_size is {batch} for the {gpus} processes of a node (launcher.gpus_per_node); expected a multiple of "
-            f"{gpus}. Try batch_size={max(1, batch // gpus) * gpus}."
+    problems += _batch_problems(settings, "", data.batch_size, data.views_per_clip, trainer.optim.accumulation_steps)
+    if images := settings.images:
+        where = "trainer.data.image."
+        problems += _batch_problems(
+            settings, where, images.batch_size, images.views_per_clip, images.accumulation_steps
         )
-        return problems
-    each = settings.clips_per_process
-    for name, parts in (
-        ("trainer.data.views_per_clip", data.views_per_clip),
-        ("trainer.optim.accumulation_steps", trainer.optim.accumulation_steps),
-    ):
-        if each % parts:
-            problems.append(
-                f"{name} is {parts}, which does not divide the {each} clips of a process (batch_size {batch} / "
-                f"launcher.gpus_per_node {gpus}). Change {name} or batch_size."
-            )
+    elif any(source.kind == "image" for source in data.sources.values()):
+        problems.append(
+            "There are sources of images, and trainer.data.image is not set. Choose a trainer/data that has it."
+        )
     return problems
+
+
+def _batch_problems(settings: Settings, where: str, batch: int, views: int, pieces: int) -> list[str]:
+    """A node's batch must come out even for its processes, its views and the pieces it is worked through in."""
+    gpus = settings.launcher.gpus_per_node
+    if batch % gpus:
+        return [
+            f"{where}batch_size is {batch} for the {gpus} processes of a node (launcher.gpus_per_node); expected a multiple of "
+            f"{gpus}. Try {where}batch_size={max(1, batch // gpus) * gpus}."
+        ]
+    each, names = batch // gpus, {f"{where or 'trainer.data.'}views_per_clip": views}
+    names[f"{where or 'trainer.optim.'}accumulation_steps"] = pieces
+    return [
+        f"{name} is {parts}, which does not divide the {each} clips of a process ({where}batch_size {batch} / "
+        f"launcher.gpus_per_node {gpus}). Change {name} or {where}batch_size."
+        for name, parts in names.items()
+        if each % parts
+    ]
 
 
 def _disagreements(settings: Settings, trunk: dict[str, Any]) -> list[str]:
@@ -272,6 +328,18 @@ def _disagreements(settings: Settings, trunk: dict[str, Any]) -> list[str]:
         "what the others follow)."
         for one, first, other, second in pairs
         if first is not None and second is not None and first != second
+    ]
+
+
+def _label_problems(settings: Settings) -> list[str]:
+    """`video_labels`, the published name for the number of classes, must not contradict the catalog."""
+    if settings.video_labels is None:
+        return []
+    return [
+        f"video_labels is {settings.video_labels}, datasets.{name}.num_classes is {source.num_classes}; expected the same. "
+        "Leave video_labels out: the catalog knows."
+        for name, source in settings.trainer.data.sources.items()
+        if source.num_classes not in (None, settings.video_labels)
     ]
 
 

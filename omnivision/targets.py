@@ -18,6 +18,8 @@ from typing import Any
 OWN = ("omnivision.data", "omnivision.models", "omnivision.optim", "omnivision.tasks")
 OTHERS = ("torch.optim", "torch.nn", "timm.optim", "fvcore.common.param_scheduler")
 PACKAGE = Path(__file__).parent
+# Arguments that `build` knows from elsewhere in the settings: the label sets of the sources.
+SUPPLIED = ("classes", "labels")
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,15 @@ def target_problems(node: Any, where: str) -> list[str]:
     given = {key: value for key, value in node.items() if not key.startswith("_")}
     shown = ", ".join(signature)
     for key in given:
-        if key not in signature:
+        if key in SUPPLIED and key in signature:
+            problems.append(f"{where}.{key} comes from the catalog (datasets.NAME.num_classes). Remove it.")
+        elif key not in signature:
             near = difflib.get_close_matches(key, signature, 1)
             guess = f"; did you mean {near[0]}?" if near else ""
             problems.append(f"{where}.{key} is not an argument of {target}({shown}){guess}.")
         elif sentence := _type_problem(given[key], signature[key].annotation, f"{where}.{key}"):
             problems.append(sentence)
-    absent = [name for name, parameter in signature.items() if parameter.required and name not in given]
+    absent = [n for n, parameter in signature.items() if parameter.required and n not in given and n not in SUPPLIED]
     if absent:
         problems.append(f"{where} lacks {', '.join(absent)}, needed by {target}({shown}).")
     return problems

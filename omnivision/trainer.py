@@ -1,16 +1,17 @@
 """The loop: epochs of steps, validation, checkpoints, and how a run picks itself up again.
 
 What a run starts from, first that applies:
-  1. its own newest checkpoint, in the middle of an epoch too (re-running the command resumes);
-  2. pretrained weights, already in the model when it comes here;
+  1. its own newest checkpoint, in the middle of an epoch too (`resume`: re-running the command);
+  2. pretrained weights, loaded into the model when `resume` has found nothing;
   3. nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,12 +21,16 @@ from torch import Tensor, nn
 
 from omnivision import checkpoint
 from omnivision.data.batch import BadSample, Batch
-from omnivision.data.dataset import VideoDataset
+from omnivision.data.dataset import ClipDataset
 from omnivision.data.loader import EpochPlan, Workers, evaluation_batches, train_batches
 from omnivision.data.order import draws
 from omnivision.distributed import Processes, parallel, without_sync
 from omnivision.errors import NonFiniteError, UserError
+from omnivision.evaluation import Evaluation, evaluate
 from omnivision.metrics import Meter, averages
+from omnivision.models.architecture import describe
+from omnivision.models.classifier import train_mode
+from omnivision.optim.ema import MovingAverage
 from omnivision.optim.groups import ScheduledOptimizer
 from omnivision.reporting.bad_samples import BadSampleLedger
 from omnivision.reporting.reporter import Reporter
@@ -41,11 +46,11 @@ class Options:
 
     max_epochs: int
     seed: int
-    accumulation_steps: int = 1
     gradient_clip: float | None = None
     amp_dtype: torch.dtype | None = None
     comms_dtype: str | None = None
     compile: bool = False
+    ema_decay: float | None = None
     val_epoch_freq: int | None = None
     limit_val_batches: int | None = None
     log_freq: int = 10
@@ -58,7 +63,7 @@ class Options:
 class Data:
     """A dataset with what is needed to walk through it; `plan` for training, `videos_per_batch` for evaluation."""
 
-    dataset: VideoDataset
+    dataset: ClipDataset
     workers: Workers
     plan: EpochPlan | None = None
     videos_per_batch: int = 1
@@ -103,14 +108,19 @@ class Trainer:
         reporter: Reporter,
         ledger: BadSampleLedger,
         options: Options,
+        sources: Sequence[Mapping[str, str]] = (),
     ) -> None:
+        """`sources` are the path and SHA-256 of what the model is an average of; they are kept in checkpoints and compared."""
         self.task, self.optimizer, self.options = task, optimizer, options
         self.train, self.val, self.ledger = train, val, ledger
         self.processes, self.folder, self.reporter = processes, folder, reporter
-        self.bare = model.to(processes.device)
+        self.bare, self.sources = model.to(processes.device), [dict(source) for source in sources]
         compiled = torch.compile(self.bare) if options.compile else self.bare
         self.model = parallel(compiled, processes, options.comms_dtype)  # type: ignore[arg-type]
-        self.scaler = torch.amp.GradScaler(processes.device.type, enabled=options.amp_dtype == torch.float16)
+        self.ema = MovingAverage(self.bare, options.ema_decay) if options.ema_decay is not None else None
+        # Small gradients vanish in half precision unless they are scaled up, in autocast as on the wire.
+        halves = options.amp_dtype == torch.float16 or (processes.world > 1 and options.comms_dtype == "fp16")
+        self.scaler = torch.amp.GradScaler(processes.device.type, enabled=halves)
         assert train.plan is not None
         self.plan = train.plan
         self.total_steps = options.max_epochs * self.plan.steps
@@ -123,7 +133,7 @@ class Trainer:
     def fit(self) -> None:
         """Train to `max_epochs` from where the state stands (see `resume`). Raises NonFiniteError, UserError."""
         self.reporter.start(self.global_step, self.total_steps)
-        if self.state.epoch >= self.options.max_epochs:
+        if self.is_done:
             self.reporter.say(f"All {self.options.max_epochs} epochs are done; nothing is left to train.")
             if self.folder.read_summary().get("status") != "finished":
                 self._summary(status="finished", exit_reason="all epochs done")
@@ -146,13 +156,13 @@ class Trainer:
     def validate_only(self) -> None:
         """Evaluate the run's newest checkpoint and note the figures, whatever the run's own end was."""
         self.reporter.start(self.global_step, self.total_steps)
-        self.last |= {f"val_{name}": value for name, value in self.evaluate().items()}
+        self.last |= {f"val_{name}": value for name, value in self.evaluate().figures.items()}
         self._summary(status=self.folder.read_summary().get("status", "finished"))
 
     def train_epoch(self, batches: Iterator[Batch]) -> None:
         """The steps that are left of the current epoch."""
         options, epoch = self.options, self.state.epoch
-        self.model.train()
+        train_mode(self.model)
         interval = Interval()
         while self.state.step < self.plan.steps:
             asked = time.monotonic()
@@ -176,12 +186,12 @@ class Trainer:
                 self.save([])
 
     def train_step(self, batch: Batch) -> tuple[float, float]:
-        """One optimizer step on a batch, in `accumulation_steps` pieces. Returns its loss and gradient norm."""
+        """One optimizer step on a batch, in the pieces that its source's plan says. Returns its loss and gradient norm."""
         options = self.options
         self._agree_on_batch(batch)
         self.optimizer.set_progress(self.global_step / self.total_steps)
         torch.manual_seed(int(draws(options.seed, MODEL_DRAW, self.global_step, self.processes.rank).integers(2**62)))
-        pieces = batch.split(options.accumulation_steps)
+        pieces = batch.split(self.plan.sources[batch.source].pieces)
         losses: list[Tensor] = []
         for number, piece in enumerate(pieces):
             with without_sync(self.model, skip=number < len(pieces) - 1):
@@ -197,15 +207,14 @@ class Trainer:
         self.scaler.step(self.optimizer.optimizer)
         self.scaler.update()
         self.optimizer.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update()
         return mean_loss, float(norm)
 
-    @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
-        """Averages over the validation videos of all processes, each counted once; logged as an epoch's figures."""
+    def evaluate(self) -> Evaluation:
+        """Evaluate on the validation videos (the moving average of the weights, if there is one) and log the figures."""
         assert self.val is not None
-        self.bare.eval()
-        meter, videos, bad = Meter(), 0, []
-        loader = evaluation_batches(
+        batches = evaluation_batches(
             self.val.dataset,
             self.val.videos_per_batch,
             self.processes.rank,
@@ -213,21 +222,16 @@ class Trainer:
             self.val.workers,
             self.options.limit_val_batches,
         )
-        for batch in loader:
-            bad += batch.bad
-            if len(batch):
-                with self._autocast():
-                    output = self.task.evaluation_step(self.bare, batch.to(self.processes.device))
-                meter.add(batch.source, output.sums, output.count)
-                videos += len(batch)
-        self._record(bad)
-        totals = meter.totals(self.processes)
-        figures = averages(totals) | {"videos": int(self.processes.sum(torch.tensor([videos]))[0])}
-        by_source = {source: averages({source: total}) for source, total in totals.items()}
+        with self.ema.in_place() if self.ema is not None else contextlib.nullcontext():
+            found = evaluate(self.task, self.bare, batches, self.processes, self._autocast)
+        self._record(found.bad)
         # A run that was resumed to be validated stands before the epoch after the one that it is about.
         epoch = self.state.epoch if self.state.step else max(0, self.state.epoch - 1)
-        self.reporter.epoch("val", epoch, self.global_step, figures | {"per_source": by_source})
-        return figures
+        self.reporter.epoch("val", epoch, self.global_step, found.figures | {"per_source": found.per_source})
+        names = {split.name: split.dataset.names() for split in self.val.dataset.splits}
+        for source, made in found.predictions.items():
+            self.reporter.predictions(source, made, names[source], self.global_step)
+        return found
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -239,7 +243,10 @@ class Trainer:
             self.folder.require_lock()
             state = {
                 "format": checkpoint.FORMAT,
+                "architecture": describe(self.bare),
                 "model": self.bare.state_dict(),
+                "ema": self.ema.average if self.ema is not None else None,
+                "sources": self.sources,
                 "optimizer": self.optimizer.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "epoch": self.state.epoch,
@@ -273,8 +280,24 @@ class Trainer:
                 "data, batch_size or trainer.limit_train_batches changed. Give the same again, or another "
                 "launcher.experiment_log_dir for a new run."
             )
+        if self.sources and [s["sha256"] for s in state["sources"]] != [s["sha256"] for s in self.sources]:
+            then, now = (
+                ", ".join(f"{s['path']} ({s['sha256'][:12]})" for s in x) for x in (state["sources"], self.sources)
+            )
+            raise UserError(
+                f"{path} is of a run that averages {then}; now pretrained_checkpoint_path gives {now}. Expected the same "
+                "files, in the same order. Give them again, or another launcher.experiment_log_dir for a new run."
+            )
         checkpoint.load_model(self.bare, state["model"], path)
-        self.optimizer.optimizer.load_state_dict(state["optimizer"])
+        if self.ema is not None and state["ema"] is not None:
+            self.ema.load(state["ema"])
+        try:
+            self.optimizer.optimizer.load_state_dict(state["optimizer"])
+        except (ValueError, KeyError) as error:
+            raise UserError(
+                f"{path} holds the state of another optimizer ({error}): trainer.optim.optimizer, its options, layer_decay or "
+                "trainer.freeze changed. Give the same again, or another launcher.experiment_log_dir for a new run."
+            ) from None
         self.scaler.load_state_dict(state["scaler"])
         self.state = State(state["epoch"], state["step"], state["best"], state["seconds"])
         self.last = state["last"]
@@ -283,7 +306,22 @@ class Trainer:
         self.reporter.say(f"Resumed from {path}: {self.state.epoch} epochs and {self.state.step} steps are done.")
         return True
 
+    def agree_on_start(self) -> None:
+        """Raises UserError, in all processes, when they did not resume from the same step."""
+        places = self.processes.gather((self.state.epoch, self.state.step))
+        if len(set(places)) > 1:
+            raise UserError(
+                f"The processes found different checkpoints in {self.folder.checkpoints}: by rank, (epoch, step) "
+                f"{', '.join(map(str, places))}. Expected one folder that all of them see. Change trainer.checkpoint.save_dir "
+                "or launcher.experiment_log_dir.",
+                everywhere=True,
+            )
+
     # ---- parts ----------------------------------------------------------------------------------------------------
+
+    @property
+    def is_done(self) -> bool:
+        return self.state.epoch >= self.options.max_epochs
 
     @property
     def global_step(self) -> int:
@@ -295,14 +333,15 @@ class Trainer:
         totals = self.meter.totals(self.processes)
         by_source = {source: averages({source: total}) for source, total in totals.items()}
         self.last |= averages(totals)
-        self.reporter.epoch("train", epoch, step, averages(totals) | {"per_source": by_source})
+        figures = averages(totals) | {"per_source": by_source} | self.task.epoch_figures(self.bare)
+        self.reporter.epoch("train", epoch, step, figures)
         also = []
         last_epoch = epoch + 1 == self.options.max_epochs
         every = self.options.val_epoch_freq
         if self.val is not None and (due(epoch + 1, every) or (every and last_epoch)):
-            figures = self.evaluate()
-            self.last |= {f"val_{name}": value for name, value in figures.items()}
-            if self._is_best(figures):
+            found = self.evaluate()
+            self.last |= {f"val_{name}": value for name, value in found.figures.items()}
+            if self._is_best(found.figures):
                 also.append(checkpoint.BEST)
         if due(epoch + 1, self.options.save_freq):
             also.append(f"checkpoint_{epoch + 1}.pt")
@@ -335,8 +374,7 @@ class Trainer:
 
     def _agree_on_batch(self, batch: Batch) -> None:
         """Note bad files of all processes; a batch is short when many in a row did not decode, and then all stop."""
-        views = self.train.dataset.views_per_clip
-        short = len(batch) * self.processes.world < self.plan.videos * views
+        short = len(batch) * self.processes.world < self.plan.sources[batch.source].clips
         anywhere_short, bad = self.processes.sum(torch.tensor([short, len(batch.bad)], dtype=torch.int64)).tolist()
         if bad:
             self._record(batch.bad)
@@ -356,7 +394,7 @@ class Trainer:
             self.bare.eval()
             with self._autocast():
                 made = self.task.pictures(self.bare, batch.to(self.processes.device))
-            self.bare.train()
+            train_mode(self.bare)
             if made is not None:
                 self.reporter.pictures(name, made, self.global_step)
 

@@ -13,6 +13,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from omnivision import build, dry
+from omnivision.errors import UserError
 from omnivision.settings import Settings, check
 from omnivision.settings_yaml import read_numbers_as_written
 from tests.runs import ROOT, STAGE_1
@@ -39,36 +40,116 @@ def script(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
 
 
+DATASETS = "k150 inpk150 sim150 ucf101 hmdb51 diving48 minissv2 ikea uav".split()
+WIDTHS = {"vitmicro": 96, "vittiny": 192, "vitsmall": 384, "vitbase": 768, "vitlarge": 1024, "vithuge": 1280}
+# Ending of a model's name -> experiment and recipe that it goes with.
+KINDS = {
+    "": ("omnimain_train_video", "mae_k150_config"),
+    "_ft": ("omnimain_train_video_ft", "mae_ft_ucf101_config"),
+    "_average_ft": ("omnimain_train_video_ensemble_ft", "mae_ft_ucf101_config"),
+}
+NOTHING = "pretrained_checkpoint_path=null"
+
+
 class Shipped(unittest.TestCase):
     def test_every_recipe_composes_and_checks(self):
-        self.assertEqual(len(RECIPES), 5)
+        wanted = [f"mae_{name}" for name in ("k150", "inpk150", "sim150", "inpk150_sim150")]
+        wanted += [f"mae_ft_{name}" for name in (*DATASETS, "inpk150_sim150")]
+        self.assertLessEqual({f"{name}_config" for name in wanted}, set(RECIPES))
         for recipe in RECIPES:
             with self.subTest(recipe):
-                experiment = "demo/mae" if "demo" in recipe else "omnimae/omnimain_train_video"
-                made = settings(f"+experiments={experiment}", f"+trainer={recipe}")
-                names = recipe.removeprefix("mae_").removesuffix("_config").split("_")
-                sources = ["nohuman", "synthetic"] if "demo" in recipe else names
-                self.assertEqual(list(made.trainer.data.sources), sources)
+                stage = "mae" if not recipe.startswith("mae_ft") else "finetune"
+                experiments = {"mae": "omnimain_train_video", "finetune": "omnimain_train_video_ft"}
+                experiment = f"demo/{stage}" if "demo" in recipe else f"omnimae/{experiments[stage]}"
+                made = settings(f"+experiments={experiment}", f"+trainer={recipe}", NOTHING)
+                names = recipe.removeprefix("mae_").removeprefix("ft_").removesuffix("_config").split("_")
+                if "demo" not in recipe:
+                    self.assertEqual(list(made.trainer.data.sources), names)
+                if stage == "finetune":
+                    self.assertEqual(
+                        build.labels(made).head, {name: i for i, name in enumerate(made.trainer.data.sources)}
+                    )
 
     def test_every_model_builds_with_its_optimizer_on_the_meta_device(self):
-        widths = {"vitmicro": 96, "vittiny": 192, "vitsmall": 384, "vitbase": 768, "vitlarge": 1024, "vithuge": 1280}
-        self.assertEqual(set(MODELS), set(widths))
+        self.assertEqual(set(MODELS), {width + kind for width in WIDTHS for kind in KINDS})
         for name in MODELS:
             with self.subTest(name):
+                size, _, kind = name.partition("_")
+                experiment, recipe = KINDS[f"_{kind}" if kind else ""]
                 made = settings(
-                    "+experiments=omnimae/omnimain_train_video", "+trainer=mae_k150_config", f"trainer/model={name}"
+                    f"+experiments=omnimae/{experiment}", f"+trainer={recipe}", f"trainer/model={name}", NOTHING
                 )
                 model = build.model(made, device="meta")
-                self.assertEqual(model.trunk.norm.weight.shape, (widths[name],))
+                trunk = model.model.trunk if kind == "average_ft" else model.trunk
+                self.assertEqual(trunk.norm.weight.shape, (WIDTHS[size],))
                 optimizer = build.optimizer(made, model)
                 self.assertEqual(sum(len(group.names) for group in optimizer.groups), len(list(model.parameters())))
+
+    def test_every_checkpoint_choice_composes(self):
+        choices = sorted(path.stem for path in (CONFIG / "trainer" / "checkpoint").glob("*.yaml"))
+        ensembles = ["default_ensemble", "no_heads_ensemble"]
+        self.assertEqual(choices, sorted(["default", "load_all", "no_heads", "no_heads_no_decoder", *ensembles]))
+        for choice in choices:
+            made = settings(
+                "+experiments=omnimae/omnimain_train_video_ft",
+                "+trainer=mae_ft_ucf101_config",
+                f"trainer/checkpoint={choice}",
+                NOTHING,
+            )
+            self.assertEqual(made.trainer.checkpoint.strict, choice == "load_all")
+
+    def test_the_later_stages_of_the_paper(self):
+        cases = {  # experiment: (models, learning rate at 0, .125 and 1 for the nominal batch)
+            "omnimain_train_video_ft": ("_ft", (1e-6, 4e-3, 1e-6)),
+            "omnimain_train_video_lp": ("_ft", (4e-6, 16e-3, 4e-6)),
+            "omnimain_train_video_ensemble_ft": ("_average_ft", (16e-3, None, 4e-6)),
+        }
+        for experiment, (kind, rates) in cases.items():
+            made = settings(
+                f"+experiments=omnimae/{experiment}",
+                "+trainer=mae_ft_hmdb51_config",
+                f"trainer/model=vitbase{kind}",
+                "lr_scale_factor=2",
+                NOTHING,
+            )
+            model = build.model(made, device="meta")
+            optimizer = build.optimizer(made, model)
+            for progress, rate in zip((0, 0.125, 1), rates, strict=True):
+                optimizer.set_progress(progress)
+                if rate is not None:
+                    self.assertAlmostEqual(optimizer.lr, rate / 2, places=12)
+            self.assertEqual((made.trainer.max_epochs, made.trainer.data.val_clips), (30, 2))
+            trained = {name.partition(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+            expected = {"_ft": {"trunk", "heads"}, "_average_ft": {"mixing_ratio", "model"}}[kind]
+            self.assertEqual(trained, {"heads"} if experiment.endswith("lp") else expected)
+            heads = model.model.heads if kind == "_average_ft" else model.heads
+            self.assertEqual(heads[0][0].weight.shape, (51, 768))
+
+    def test_two_label_sets_share_a_head_only_when_told(self):
+        recipe = ["+experiments=omnimae/omnimain_train_video_ft", "+trainer=mae_ft_inpk150_sim150_config", NOTHING]
+        for overrides, classes in (([], [150, 150]), (["trainer.data.share_head=true"], [150])):
+            made = settings(*recipe, *overrides)
+            self.assertEqual(build.labels(made).classes, classes)
+            self.assertEqual(len(build.model(made, device="meta").heads), len(classes))
+        both = ["++trainer.data.sources.k150=${datasets.k150}"]
+        self.assertEqual(build.labels(settings(*recipe, *both)).head, {"inpk150": 0, "sim150": 1, "k150": 0})
+
+    def test_video_labels_and_the_catalog(self):
+        recipe = ["+experiments=omnimae/omnimain_train_video_ft", "+trainer=mae_ft_ucf101_config", NOTHING]
+        self.assertEqual(build.labels(settings(*recipe, "++video_labels=101")).classes, [101])
+        unknown = "++datasets.ucf101.num_classes=null"
+        self.assertEqual(build.labels(settings(*recipe, unknown, "++video_labels=7")).classes, [7])
+        with self.assertRaisesRegex(UserError, r"video_labels is 51, datasets\.ucf101\.num_classes is 101"):
+            settings(*recipe, "++video_labels=51")
+        with self.assertRaisesRegex(UserError, r"number of classes of ucf101 is unknown"):
+            build.labels(settings(*recipe, unknown))
 
     def test_the_recipe_of_the_paper(self):
         made = settings(*STAGE_1, FOLDER)
         model = build.model(made, device="meta")
         self.assertEqual((model.trunk.grid, len(model.trunk.blocks)), ((8, 14, 14), 12))
         self.assertEqual(model.heads[0].projector.weight.shape, (1536, 384))
-        self.assertEqual((made.clips_per_step, made.videos_per_step, made.trainer.max_epochs), (128, 32, 200))
+        self.assertEqual((made.clips_per_step, made.trainer.max_epochs), (128, 200))
         optimizer = build.optimizer(made, model)
         rates = {}
         for progress in (0, 0.05, 1):
@@ -76,7 +157,7 @@ class Shipped(unittest.TestCase):
             rates[progress] = optimizer.lr
         self.assertEqual(rates, {0: 5e-7, 0.05: 8e-4, 1: 0})
         self.assertEqual(optimizer.optimizer.defaults["betas"], (0.9, 0.95))
-        self.assertEqual(made.trainer.distributed.comms_dtype, "fp16")
+        self.assertEqual(made.trainer.distributed.comms_dtype, "auto")
         self.assertEqual((made.trainer.checkpoint.save_freq, made.trainer.logging.pictures_every_epochs), (50, 10))
         self.assertEqual((made.trainer.seed_value, made.clip_duration, made.short_side), (123, 2.7, 256))
 

@@ -10,7 +10,8 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from omnivision.data.encode import write_film
+from omnivision.data.decode import open_video
+from omnivision.data.encode import write_film, write_timed_film
 
 
 def _frames(count: int = 20, height: int = 48, width: int = 64) -> NDArray[np.uint8]:
@@ -89,6 +90,43 @@ class WriteFilm(unittest.TestCase):
         self.assertEqual(self.path.read_bytes(), before)
         self.assertEqual([path.name for path in self.folder.iterdir()], ["film.mp4"])
 
+    def test_time_stamps_are_kept_to_the_tick(self) -> None:
+        ticks, time_base = [0, 40, 80, 200, 210, 333, 1000, 1033, 1066], Fraction(1, 1000)
+        for count in (9, 7, 2, 1):
+            with self.subTest(count):
+                frames = zip(ticks[:count], _frames(count), strict=True)
+                write_timed_film(self.path, frames, time_base, fps=9, end=1500)
+                with open_video(str(self.path)) as film:
+                    times = [tick * film.time_base for tick in film.times()]
+                    self.assertEqual(times, [tick * time_base for tick in ticks[:count]])
+                    self.assertEqual(film.duration, 1.5)
+        random = np.random.default_rng(0)
+        for count in range(1, 16):
+            steps = random.choice([10, 40, 40, 40, 100, 700], count)
+            ticks = [0, *np.cumsum(steps).tolist()]
+            write_timed_film(self.path, zip(ticks[:-1], _frames(count), strict=True), time_base, fps=9, end=ticks[-1])
+            with self.subTest(ticks), open_video(str(self.path)) as film:
+                self.assertEqual([tick * film.time_base for tick in film.times()], [t * time_base for t in ticks[:-1]])
+                self.assertAlmostEqual(film.duration, ticks[-1] / 1000)
+
+    def test_evenly_timed_frames_make_the_same_film_either_way(self) -> None:
+        rate = Fraction(30000, 1001)
+        write_film(self.path, _frames(), fps=rate)
+        other = self.folder / "other.mp4"
+        write_timed_film(other, enumerate(_frames()), 1 / rate, fps=rate, end=20)
+        self.assertEqual(other.read_bytes(), self.path.read_bytes())
+
+    def test_refuses_frames_that_do_not_belong_together(self) -> None:
+        frame = _frames(1)[0]
+        for name, frames in {
+            "size": [(0, frame), (1, frame[:24])],
+            "time": [(1, frame), (1, frame)],
+            "none": [],
+        }.items():
+            with self.subTest(name), self.assertRaisesRegex(ValueError, "expected"):
+                write_timed_film(self.path, frames, Fraction(1, 25), fps=25)
+        self.assertEqual(list(self.folder.iterdir()), [])
+
     def test_refuses_what_it_cannot_encode(self) -> None:
         good = _frames(2)
         bad = {
@@ -101,7 +139,10 @@ class WriteFilm(unittest.TestCase):
             with self.subTest(name), self.assertRaisesRegex(ValueError, "expected"):
                 write_film(self.path, frames, fps=25)  # type: ignore[arg-type]
         for fps, gop, crf in ((0, 12, 23), (25, 0, 23), (25, 12, 60)):
-            with self.subTest(fps=fps, gop=gop, crf=crf), self.assertRaisesRegex(ValueError, "expected fps > 0"):
+            with (
+                self.subTest(fps=fps, gop=gop, crf=crf),
+                self.assertRaisesRegex(ValueError, "expected (fps > 0|gop >= 1 and crf)"),
+            ):
                 write_film(self.path, good, fps=fps, gop=gop, crf=crf)
         self.assertEqual(list(self.folder.iterdir()), [])
 

@@ -16,12 +16,14 @@ from rich.console import Console
 
 from omnivision import checkpoint
 from omnivision.data.batch import BadSample, Sample
+from omnivision.data.catalog import Dataset
 from omnivision.data.dataset import Request
-from omnivision.data.loader import EpochPlan, Workers
+from omnivision.data.loader import EpochPlan, SourcePlan, Workers
 from omnivision.data.masking import RandomMask
 from omnivision.data.order import draws
 from omnivision.distributed import Place, Processes
 from omnivision.errors import NonFiniteError, UserError
+from omnivision.evaluation import Evaluation
 from omnivision.models.mae import MaskedAutoencoder
 from omnivision.models.vit import VisionTransformer
 from omnivision.optim.groups import Rule, ScheduledOptimizer, parameter_groups
@@ -35,11 +37,17 @@ from omnivision.trainer import Data, Options, Trainer
 TUBELET = (2, 8, 8)
 
 
+class Named(list):
+    """The samples of a split, with what a trainer asks of it."""
+
+    name, dataset = "noise", Dataset("noise", num_classes=2)
+
+
 class Noise:
     """A dataset of clips made from their index; `bad` ones have no views."""
 
     def __init__(self, size: int, bad: tuple[int, ...] = ()) -> None:
-        self.splits, self.bad, self.seen, self.views_per_clip = [range(size)], bad, [], 1
+        self.splits, self.bad, self.seen = [Named(range(size))], bad, []
 
     def __getitem__(self, request: Request) -> Sample:
         rng = draws(7, *request)
@@ -62,7 +70,8 @@ def trainer(folder: Path, train: Noise | None = None, val: Noise | None = None, 
     processes = Processes(Place(), "cpu", None, timedelta(minutes=1))
     run_folder = RunFolder(folder)
     run_folder.create()
-    plan = EpochPlan({"noise": 12}, {}, 4, 1, seed=3, limit=options.pop("limit", None))
+    source = SourcePlan(12, 4, pieces=options.pop("pieces", 1))
+    plan = EpochPlan({"noise": source}, seed=3, limit=options.pop("limit", None))
     made = Trainer(
         Reconstruct(TUBELET),
         model,
@@ -124,7 +133,7 @@ class Loop(unittest.TestCase):
         # Drop path draws by batch, so it is off here.
         results = []
         for pieces in (1, 2, 4):
-            made = trainer(self.folder / f"pieces_{pieces}", accumulation_steps=pieces)
+            made = trainer(self.folder / f"pieces_{pieces}", pieces=pieces)
             for block in made.bare.trunk.blocks:
                 block.drop_path.rate = 0.0
             made.fit()
@@ -153,7 +162,7 @@ class Loop(unittest.TestCase):
     def test_kept_checkpoints_and_the_best(self):
         made = trainer(self.folder / "kept", val=Noise(5), val_epoch_freq=1, save_freq=2, max_epochs=4)
         losses = iter([float("nan"), 1.0, 2.0, 5.0])
-        made.evaluate = lambda: {"loss": next(losses)}
+        made.evaluate = lambda: Evaluation({"loss": next(losses)}, {}, {}, [])
         made.fit()
         folder = self.folder / "kept" / "checkpoints"
         self.assertEqual(
@@ -168,18 +177,20 @@ class Loop(unittest.TestCase):
         data = Noise(11, bad=(3, 9))
         made = trainer(self.folder / "val", val=data)
         made.reporter.start(0, 1)
-        figures = made.evaluate()
+        self.addCleanup(made.reporter.close)
+        figures = made.evaluate().figures
         self.assertEqual(figures["videos"], 9)
         self.assertEqual(sorted(video for _, video in data.seen), list(range(11)))
         self.assertEqual(len((self.folder / "val/logs/bad_samples.jsonl").read_text().splitlines()), 2)
         logged = self.lines("val")[-1]
         self.assertEqual((logged["phase"], logged["videos"]), ("val", 9))
         self.assertAlmostEqual(logged["loss"], figures["loss"])
-        self.assertEqual(made.evaluate(), figures, "evaluating again gives the same")
+        self.assertEqual(made.evaluate().figures, figures, "evaluating again gives the same")
 
     def test_validate_only_leaves_the_weights_alone(self):
         before = self.fit("only", max_epochs=1)
         made = trainer(self.folder / "only", val=Noise(5), max_epochs=1)
+        self.addCleanup(made.reporter.close)
         made.validate_only()
         self.assert_same(before, made.bare.state_dict())
         self.assertIn("val_loss", json.loads((self.folder / "only/summary.json").read_text())["last"])

@@ -6,7 +6,7 @@ import unittest
 import numpy as np
 import torch
 
-from omnivision.data.views import CenterView, PretrainView, random_crop_box, resize, resize_short_side
+from omnivision.data.views import EvalView, PretrainView, random_crop_box, resize, resize_short_side
 from omnivision.errors import UserError
 from tests.parity_formula import error, record, tensor
 
@@ -97,16 +97,21 @@ class Views(unittest.TestCase):
         self.assertTrue(torch.equal(one, same))
         self.assertFalse(torch.equal(one, other))
 
-    def test_the_centre(self):
-        view = CenterView(224)
+    def test_evaluation_crops(self):
         for height, width, crops in RECORDED["spatial_crop_3"]["rows"]:
             clip = torch.arange(height * width, dtype=torch.int32).reshape(1, 1, height, width)
-            top, left, _, _ = crops[1]
-            got = view(clip, np.random.default_rng(0))
-            self.assertTrue(torch.equal(got, clip[..., top : top + 224, left : left + 224]), (height, width))
+            for number, (top, left, _, _) in enumerate(crops):
+                got = EvalView(224, crops=3)(clip, np.random.default_rng(0), number)
+                self.assertTrue(
+                    torch.equal(got, clip[..., top : top + 224, left : left + 224]), (height, width, number)
+                )
+            centre = EvalView(224)(clip, np.random.default_rng(0))
+            self.assertTrue(torch.equal(centre, EvalView(224, crops=3)(clip, np.random.default_rng(0), 1)))
+        with self.assertRaisesRegex(UserError, "crops is 2; expected 1 .* or 3"):
+            EvalView(224, crops=2)
 
     def test_a_small_film_is_enlarged(self):
-        self.assertEqual(tuple(CenterView(64).prepare(frames(20, 30)).shape), (2, 3, 64, math.floor(30 / 20 * 64)))
+        self.assertEqual(tuple(EvalView(64).prepare(frames(20, 30)).shape), (2, 3, 64, math.floor(30 / 20 * 64)))
 
     def test_wrong_ranges(self):
         for options in ({"scale": (0.5, 0.2)}, {"scale": (0.5, 2.0)}, {"ratio": (0.0, 1.0)}):

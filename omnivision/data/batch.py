@@ -25,7 +25,7 @@ class BadSample:
 class Sample:
     """What a dataset gives for one request: V views of one video."""
 
-    video: Tensor  # uint8 (V, C, T, H, W)
+    video: Tensor  # uint8 (V, C, T, H, W); of an image (V, C, H, W)
     mask: Tensor | None  # bool (V, T', H', W')
     label: int
     source: str
@@ -38,13 +38,14 @@ class Sample:
 class Batch:
     """B clips of one source; the views of a video stand next to each other."""
 
-    video: Tensor  # (B, C, T, H, W), uint8 from the workers
+    video: Tensor  # (B, C, T, H, W) or images (B, C, H, W); uint8 from the workers
     label: Tensor  # int64 (B,)
     index: Tensor  # int64 (B,), position in the source's split
     source: str
     paths: list[str]  # (B,)
     mask: Tensor | None = None  # bool (B, T', H', W'), True = hidden
     num_masked: int = 0  # tokens hidden in each sample
+    views: int = 1  # clips of each video
     bad: list[BadSample] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -90,5 +91,6 @@ def collate(samples: Sequence[Sample]) -> Batch:
         paths=[sample.path for sample in samples for _ in sample.video],
         mask=mask,
         num_masked=num_masked,
+        views=max(1, int(views.max())),
         bad=[bad for sample in samples for bad in sample.bad],
     )

@@ -29,9 +29,10 @@ class Dataset:
     """An entry of the catalog (`config/experiments/dataset_catalog.yaml`)."""
 
     name: str
-    kind: Literal["video", "image", "rgbd"] = "video"
+    kind: Literal["video", "image"] = "video"
     num_classes: int | None = None
     class_names: str | None = None
+    label_set: str | None = None
     prefix: str = ""
     remove_prefix: str = ""
     suffix: str = ""
@@ -44,6 +45,66 @@ class Dataset:
     def from_entry(cls, name: str, entry: Mapping[str, Any]) -> Dataset:
         splits = {key: SplitFiles(**entry[key]) for key in ("train", "val") if entry.get(key)}
         return cls(name=name, **{key: value for key, value in entry.items() if key not in ("train", "val")} | splits)
+
+    def names(self) -> list[str]:
+        """The names of the classes, by label; numbers where the catalog has no file of names.
+
+        Raises UserError when that file cannot be read or has another number of lines than there are classes.
+        """
+        if self.class_names is None:
+            return [str(label) for label in range(self.num_classes or 0)]
+        setting = f"datasets.{self.name}.class_names"
+        try:
+            names = Path(self.class_names).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"{setting} is {self.class_names!r}, which cannot be read: {error}. Expected a text file with one name a line. "
+                f"Set ++{setting}=FILE, or null for numbers."
+            ) from None
+        if self.num_classes is not None and len(names) != self.num_classes:
+            raise UserError(
+                f"{self.class_names} names {len(names)} classes, and datasets.{self.name}.num_classes is {self.num_classes}; "
+                f"expected a line for each class. Change {setting} or num_classes."
+            )
+        return names
+
+
+@dataclass(frozen=True)
+class LabelSets:
+    """Which head answers for which source, and how many classes each head has. Sources of one label set share a head."""
+
+    classes: list[int]
+    head: dict[str, int]  # by source
+
+
+def label_sets(datasets: Sequence[Dataset], share_head: bool = False) -> LabelSets:
+    """A head for each label set (`Dataset.label_set`, or the dataset itself), in the order of the sources; or one for all.
+
+    Raises UserError for a source whose number of classes is unknown, and for sources of one set that do not agree on it.
+    """
+    names: list[str] = []
+    classes: list[int] = []
+    head: dict[str, int] = {}
+    for dataset in datasets:
+        count = dataset.num_classes
+        if count is None:
+            raise UserError(
+                f"The number of classes of {dataset.name} is unknown. Set datasets.{dataset.name}.num_classes in the catalog, "
+                f"or ++datasets.{dataset.name}.num_classes=N on the command line."
+            )
+        name = "all" if share_head else dataset.label_set or dataset.name
+        if name not in names:
+            names.append(name)
+            classes.append(count)
+        position = head[dataset.name] = names.index(name)
+        if share_head:
+            classes[position] = max(classes[position], count)
+        elif classes[position] != count:
+            raise UserError(
+                f"{dataset.name} has {count} classes, other sources of its label set {name} have {classes[position]}; expected "
+                f"one number. Change datasets.{dataset.name}.num_classes or datasets.{dataset.name}.label_set."
+            )
+    return LabelSets(classes, head)
 
 
 class Split:

@@ -6,7 +6,8 @@ the sample, so that the trainer can keep a ledger.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -15,13 +16,15 @@ from torch import Tensor
 
 from omnivision.data.batch import BadSample, Sample
 from omnivision.data.catalog import Split
-from omnivision.data.clips import clip_window, random_clip_start
+from omnivision.data.clips import Spacing, clip_window, random_clip_start, uniform_clip_starts
 from omnivision.data.decode import BadVideo, open_video
+from omnivision.data.images import read_image
 from omnivision.data.masking import Grid, Mask
 from omnivision.data.order import draws
 from omnivision.data.views import View
 
 REPLACEMENTS = 20
+LONGEST_SIDE = 16  # of a frame, in short sides
 
 
 class Draw(IntEnum):
@@ -42,38 +45,54 @@ class Request(NamedTuple):
     occurrence: int = 0
 
 
-class VideoDataset:
-    """Clips of the videos of several splits.
+@dataclass(frozen=True)
+class Cut:
+    """How samples are cut out of the files of one kind.
+
+    Args:
+        view: crops one view out of decoded frames.
+        views: views of each clip: crops with masks of their own in training (repeated augmentation, Hoffer et al. 2020), the
+            crops of an evaluation.
+        clips: clips of each video at evaluation, spread over it; in training there is one, somewhere.
+        num_frames: frames of a clip; 1 for images.
+        mask: hides tokens of a view, or None for tasks without masks.
+        grid: token grid (T', H', W') that masks are made for.
+    """
+
+    view: View
+    views: int
+    num_frames: int
+    grid: Grid
+    mask: Mask | None = None
+    clips: int = 1
+
+
+class ClipDataset:
+    """Clips of the videos of several splits; an image is a clip of one frame.
 
     Args:
         splits: the sources; a request names one by position.
-        view: crops one view out of the decoded frames.
-        mask: hides tokens of a view, or None for tasks without masks.
-        grid: token grid (T', H', W') that masks are made for.
-        num_frames: frames of a clip, spread over `clip_duration` seconds.
-        views_per_clip: views cut from each decoded clip (repeated augmentation, Hoffer et al. 2020).
+        cuts: by kind of source ("video", "image").
+        clip_duration: seconds that the frames of a clip are spread over.
         seed: of all draws.
-        max_pixels: videos whose frames have more pixels than this are bad, found from their header.
-        replace_bad: give another sample for a bad one (training); otherwise, or when many in a row are bad, the sample has no
-            views.
+        training: clips start anywhere and a bad file is replaced by another sample. Otherwise clips are spread evenly, and the
+            sample of a bad file, as of many bad ones in a row, has no views.
+        max_pixels: files whose frames have more pixels than this are bad, found from their header.
+        spacing: of evaluation clips; see `clips.uniform_clip_starts`.
     """
 
     def __init__(
         self,
         splits: Sequence[Split],
-        view: View,
-        mask: Mask | None,
-        grid: Grid,
-        num_frames: int,
+        cuts: Mapping[str, Cut],
         clip_duration: float,
-        views_per_clip: int,
         seed: int,
+        training: bool,
         max_pixels: int | None = None,
-        replace_bad: bool = True,
+        spacing: Spacing = "ends",
     ) -> None:
-        self.splits, self.view, self.mask, self.grid = list(splits), view, mask, grid
-        self.num_frames, self.clip_duration, self.views_per_clip = num_frames, clip_duration, views_per_clip
-        self.seed, self.max_pixels, self.replace_bad = seed, max_pixels, replace_bad
+        self.splits, self.cuts, self.clip_duration = list(splits), dict(cuts), clip_duration
+        self.seed, self.training, self.max_pixels, self.spacing = seed, training, max_pixels, spacing
 
     def __getitem__(self, request: Request) -> Sample:
         request = Request(*request)
@@ -86,22 +105,24 @@ class VideoDataset:
                 return self._sample(split, request, path, bad)
             except BadVideo as error:
                 bad.append(BadSample(split.name, request.video, path, str(error)))
-                if not self.replace_bad:
+                if not self.training:
                     return self._empty(split, request, path, bad)
             request = request._replace(video=int(rng.integers(len(split))))
         return self._empty(split, request, path, bad)
 
     def _sample(self, split: Split, request: Request, path: str, bad: list[BadSample]) -> Sample:
-        frames = self.view.prepare(self._clip(split, request, path))
+        cut = self.cuts[split.dataset.kind]
         views, masks = [], []
-        for view in range(self.views_per_clip):
-            key = (*request, view)
-            cropped = self.view(frames, draws(self.seed, Draw.VIEW, *key))  # (T, C, H, W)
-            views.append(cropped.transpose(0, 1))
-            if self.mask is not None:
-                masks.append(torch.from_numpy(self.mask(self.grid, draws(self.seed, Draw.MASK, *key))))
+        for clip, frames in enumerate(self._clips(split, request, path, cut)):
+            frames = cut.view.prepare(_not_too_long(frames))
+            for number in range(cut.views):
+                key = (*request, clip * cut.views + number)
+                cropped = cut.view(frames, draws(self.seed, Draw.VIEW, *key), number)  # (T, C, H, W)
+                views.append(cropped.transpose(0, 1))
+                if cut.mask is not None:
+                    masks.append(torch.from_numpy(cut.mask(cut.grid, draws(self.seed, Draw.MASK, *key))))
         return Sample(
-            video=torch.stack(views).contiguous(),  # (V, C, T, H, W)
+            video=_as_stored(torch.stack(views), split),
             mask=torch.stack(masks) if masks else None,
             label=split.label(request.video),
             source=split.name,
@@ -110,14 +131,34 @@ class VideoDataset:
             bad=bad,
         )
 
-    def _clip(self, split: Split, request: Request, path: str) -> Tensor:
-        u = draws(self.seed, Draw.CLIP, *request).random()
+    def _clips(self, split: Split, request: Request, path: str, cut: Cut) -> list[Tensor]:
+        """The clips of a file, each uint8 (T, C, H, W)."""
+        if split.dataset.kind == "image":
+            return [read_image(path, self.max_pixels)]
         with open_video(path, fps=split.dataset.fps, max_pixels=self.max_pixels) as video:
-            start = random_clip_start(video.duration, self.clip_duration, float(u))
-            return video.read(*clip_window(start, self.clip_duration), self.num_frames)
+            if self.training:
+                u = draws(self.seed, Draw.CLIP, *request).random()
+                starts = [random_clip_start(video.duration, self.clip_duration, float(u))]
+            else:
+                starts = uniform_clip_starts(video.duration, self.clip_duration, cut.clips, self.spacing)
+            return [video.read(*clip_window(start, self.clip_duration), cut.num_frames) for start in starts]
 
     def _empty(self, split: Split, request: Request, path: str, bad: list[BadSample]) -> Sample:
         """No views: the video is not counted, only named."""
-        video = torch.empty(0, 3, self.num_frames, self.view.size, self.view.size, dtype=torch.uint8)
-        mask = None if self.mask is None else torch.empty(0, *self.grid, dtype=torch.bool)
-        return Sample(video, mask, split.label(request.video), split.name, request.video, path, bad)
+        cut = self.cuts[split.dataset.kind]
+        video = torch.empty(0, 3, cut.num_frames, cut.view.size, cut.view.size, dtype=torch.uint8)
+        mask = None if cut.mask is None else torch.empty(0, *cut.grid, dtype=torch.bool)
+        return Sample(_as_stored(video, split), mask, split.label(request.video), split.name, request.video, path, bad)
+
+
+def _not_too_long(frames: Tensor) -> Tensor:
+    """A strip a thousand times as long as wide would be enlarged to gigabytes when its short side is resized."""
+    height, width = frames.shape[-2:]
+    if max(height, width) > LONGEST_SIDE * min(height, width):
+        raise BadVideo(f"{width}x{height}: one side is more than {LONGEST_SIDE} times the other")
+    return frames
+
+
+def _as_stored(views: Tensor, split: Split) -> Tensor:
+    """(V, C, T, H, W), contiguous; of images (V, C, H, W), which the model tells apart from clips of one frame."""
+    return views[:, :, 0].contiguous() if split.dataset.kind == "image" else views.contiguous()

@@ -13,14 +13,10 @@ The frames are byte for byte those of a decoder that decodes the whole file. How
 """
 
 import os
-import re
-import stat
-import struct
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from fractions import Fraction
-from itertools import chain
+from itertools import chain, pairwise
 from math import ceil
 
 import av
@@ -32,11 +28,12 @@ from av.packet import Packet
 from av.stream import Discard, Disposition
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
-from PIL import Image, UnidentifiedImageError
 
-from omnivision.data.clips import subsample_indices
+from omnivision.data.film import FilmFacts, Seconds, check_sizes, choose, stack, ticks
+from omnivision.data.frame_folder import FrameFolder
+from omnivision.data.opening import BadVideo, check_pixels, open_plain, reason
 
-Seconds = float | Fraction
+__all__ = ["BadVideo", "FilmFacts", "FrameFolder", "VideoFile", "open_video"]
 
 # Containers that hold their pictures themselves. Playlists, concat scripts, image patterns, devices and network
 # descriptions are missing on purpose: a file in such a format can name other files.
@@ -53,19 +50,9 @@ _FRAME_PER_PACKET = frozenset(
 # Codecs whose decoder, told to, drops exactly the frames that no other frame refers to.
 _CAN_DROP_UNREFERENCED = frozenset("h264 hevc mpeg4 mpeg2video mpeg1video".split())
 
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".gif")
-_IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF", "GIF")  # none that runs another program, as EPS does
-
 # IndexError: PyAV's answer to a damaged transport stream that announces another stream midway.
 _FILE_ERRORS = (av.error.FFmpegError, OSError, MemoryError, IndexError)
-_IMAGE_ERRORS = (  # what PIL raises on damaged files
-    *(OSError, ValueError, SyntaxError, EOFError, TypeError, LookupError, MemoryError, OverflowError),
-    *(struct.error, zlib.error, Image.DecompressionBombError),
-)
-
-
-class BadVideo(Exception):
-    """This file cannot give the frames asked for. The message is one line: the reason, without the path."""
+_FOR_EVER = 2**60  # later than any time stamp
 
 
 @contextmanager
@@ -77,7 +64,7 @@ def open_video(path: str, *, fps: float = 25.0, max_pixels: int | None = None) -
     """
     if not 0 < fps < float("inf"):
         raise ValueError(f"fps: expected a positive number, got {fps}")
-    descriptor, is_folder = _open_plain(path)
+    descriptor, is_folder = open_plain(path)
     try:
         if is_folder:
             yield FrameFolder(descriptor, Fraction(fps), max_pixels)
@@ -108,8 +95,8 @@ class VideoFile:
     @property
     def duration(self) -> float:
         """Seconds; found by reading all packets when the header does not tell. Raises BadVideo."""
-        if (ticks := self._stream.duration or 0) > 0:
-            return float(ticks * self._time_base)
+        if (own := self._stream.duration or 0) > 0:
+            return float(own * self._time_base)
         if (microseconds := self._input().duration or 0) > 0:
             # Matroska's header counts from 0 to the last frame, wherever the first one is.
             late = max(self._origin, 0) * self._time_base if self._format == "matroska" else 0
@@ -127,16 +114,52 @@ class VideoFile:
         A window without a frame gives the one on screen at `start`. Rotation is applied, pixel aspect is not.
         Raises BadVideo when the file cannot give them, ValueError for an impossible request.
         """
-        low, high = (self._origin + tick for tick in _ticks(start, end, 1 / self._time_base))
+        low, high = (self._origin + tick for tick in ticks(start, end, 1 / self._time_base))
         with _as_bad_video():
             packets = self._packets_from_key_frame(low, high)
             if self._trustworthy(packets):
                 times = sorted(_pts(p) for p in packets if self._shows_a_frame(p))
-                wanted = [times[i] for i in _choose(times, low, high, num_frames)]
+                wanted = [times[i] for i in choose(times, low, high, num_frames)]
                 found = self._decode(packets, set(wanted))
                 if found.keys() == set(wanted):
-                    return _stack([found[t] for t in wanted])
+                    return stack([found[t] for t in wanted])
             return self._read_honestly(low, high, num_frames)
+
+    @property
+    def time_base(self) -> Fraction:
+        """Seconds of a tick, the unit of `times` and `frames`."""
+        return self._time_base
+
+    def facts(self) -> FilmFacts:
+        """Read all packets, but decode the first frame only. Raises BadVideo."""
+        with _as_bad_video():
+            self._open(probe=True)
+            keys = [p.is_keyframe for p in self._demux() if self._shows_a_frame(p)]
+            frame = next((frame for frame, _ in self._all_frames(self._origin)), None)
+        if frame is None:
+            raise BadVideo("no frame could be decoded")
+        starts = [0, *(i for i, is_key in enumerate(keys) if is_key), len(keys)]
+        gop = max(b - a for a, b in pairwise(starts))
+        turned = -round(frame.rotation / 90) % 4
+        width, height = (frame.width, frame.height) if turned % 2 == 0 else (frame.height, frame.width)
+        return FilmFacts(len(keys), width, height, 90 * turned, gop)
+
+    def times(self) -> list[int]:
+        """When each frame is on screen, in ticks, by decoding the whole film. BadVideo if not all of it can be read."""
+        found, sizes = [], set()
+        with _as_bad_video():
+            for frame, damaged in self._all_frames(_FOR_EVER):
+                self._check_frame(frame, damaged)
+                found.append((frame.pts or 0) - self._origin)
+                sizes.add((frame.width, frame.height))
+        check_sizes(sizes)
+        return found
+
+    def frames(self) -> Iterator[tuple[int, np.ndarray]]:
+        """The whole film: for each frame its ticks and its picture, upright, (H, W, 3) uint8. Raises BadVideo."""
+        with _as_bad_video():
+            for frame, damaged in self._all_frames(_FOR_EVER):
+                yield (frame.pts or 0) - self._origin, self._to_rgb(frame, damaged)
 
     def close(self) -> None:
         """Free FFmpeg's side; the descriptor belongs to open_video."""
@@ -166,7 +189,7 @@ class VideoFile:
         context = stream.codec_context
         if context is None or stream.time_base is None:
             raise BadVideo("no decoder for its codec")
-        _check_pixels(context.width, context.height, self._max_pixels)
+        check_pixels(context.width, context.height, self._max_pixels)
         if self._max_pixels is not None:
             padded = (context.width + 128) * (context.height + 128)
             context.options = {"max_pixels": str(max(self._max_pixels, padded))}
@@ -214,24 +237,28 @@ class VideoFile:
         )
 
     def _demux_until(self, high: int) -> list[Packet]:
-        """Packets until one is decoded at or after `high`. BadVideo if the file ends before its header says so."""
+        """Packets until one is decoded at or after `high`. Raises BadVideo, see _check_whole."""
         packets: list[Packet] = []
         for packet in self._demux():
             if packet.dts is not None and packet.dts >= high:
                 return packets
             packets.append(packet)
-        index, last = self._stream.index_entries, max((p.dts for p in packets if p.dts is not None), default=None)
+        self._check_whole([_extent(p) for p in packets], high)
+        return packets
+
+    def _check_whole(self, extents: list[tuple[int | None, int | None]], high: int) -> None:
+        """BadVideo if the file, which was read to its end, ends before its header says so (or before `high`)."""
+        index, last = self._stream.index_entries, max((dts for dts, _ in extents if dts is not None), default=None)
         if self._format in _INDEXED_FORMATS and len(index) > 0 and (last is None or index[-1].timestamp > last):
             raise BadVideo("truncated: its index lists frames after the last one")
         promised: Fraction | int | None = self._stream.duration
         if promised is None and len(self._input().streams) == 1 and self._input().duration:
             promised = Fraction(self._input().duration or 0, av.time_base) / self._time_base
-        ends = [p.pts + (p.duration or 0) for p in packets if p.pts is not None]
+        ends = [end for _, end in extents if end is not None]
         # Half a second of grace, because headers are rounded. In mov, edit lists may promise less or more.
         if self._format != "mov" and promised and ends:
             if max(ends) < min(min(self._origin, 0) + promised, high) - Fraction(1, 2) / self._time_base:
                 raise BadVideo("truncated: it ends before the duration in its header")
-        return packets
 
     def _shows_a_frame(self, packet: Packet) -> bool:
         """False for packets cut away by an edit list, and for VP8's hidden reference frames (bit 4 of the header)."""
@@ -269,16 +296,19 @@ class VideoFile:
     def _read_honestly(self, low: int, high: int, num_frames: int) -> torch.Tensor:
         """As `read`, by the time stamps of decoded frames. Decodes twice, to hold no more than the wanted frames."""
         times = [frame.pts or 0 for frame, _ in self._all_frames(high)]
-        wanted = _choose(times, low, high, num_frames)
+        wanted = choose(times, low, high, num_frames)
         found = {i: self._to_rgb(*pair) for i, pair in enumerate(self._all_frames(high)) if i in set(wanted)}
-        return _stack([found[i] for i in wanted])
+        return stack([found[i] for i in wanted])
 
     def _all_frames(self, high: int) -> Iterator[tuple[VideoFrame, bool]]:
         """The film from its first frame to beyond `high`; with each frame whether it is damaged."""
         self._open(probe=True)
         stop = high + ceil(1 / self._time_base)  # a second later: time stamps that cannot be trusted may not ascend
         damaged, is_first = False, True
+        extents = []
         for packet in chain(self._demux(), [None]):
+            if packet is not None:
+                extents.append(_extent(packet))
             for frame in self._context.decode(packet):
                 if frame.pts is None:
                     raise BadVideo("its frames have no time stamps")
@@ -286,70 +316,20 @@ class VideoFile:
                     return
                 damaged, is_first = frame.is_corrupt or (damaged and not frame.key_frame), False
                 yield frame, damaged
+        self._check_whole(extents, high)
 
     def _to_rgb(self, frame: VideoFrame, damaged: bool) -> np.ndarray:
         """(H, W, 3) uint8, upright: a view of FFmpeg's memory, which it keeps alive."""
-        if damaged:
-            raise BadVideo("damaged: the decoder marks a frame as corrupt")
-        _check_pixels(frame.width, frame.height, self._max_pixels)
+        self._check_frame(frame, damaged)
         rgb = self._reformatter.reformat(frame, format="rgb24", threads=1)
         plane, shape = rgb.planes[0], (rgb.height, rgb.width, 3)
         pixels: np.ndarray = np.ndarray(shape, np.uint8, buffer=memoryview(plane), strides=(plane.line_size, 3, 1))
         return np.rot90(pixels, round(frame.rotation / 90))  # both count anticlockwise
 
-
-class FrameFolder:
-    """A folder of images: the k-th in natural order of names is on screen from k / fps seconds on."""
-
-    def __init__(self, descriptor: int, fps: Fraction, max_pixels: int | None):
-        self._descriptor, self._fps, self._max_pixels = descriptor, fps, max_pixels
-        with _as_bad_video():
-            names = os.listdir(descriptor)
-        self._names = sorted(
-            (n for n in names if n.lower().endswith(_IMAGE_SUFFIXES) and not n.startswith(".")), key=_natural
-        )
-        if not self._names:
-            raise BadVideo("the folder holds no images")
-
-    @property
-    def duration(self) -> float:
-        """Seconds."""
-        return float(len(self._names) / self._fps)
-
-    def read(self, start: Seconds, end: Seconds, num_frames: int) -> torch.Tensor:
-        """As VideoFile.read; only the wanted images are opened. They must all have one size, else BadVideo."""
-        wanted = _choose(range(len(self._names)), *_ticks(start, end, self._fps), num_frames)
-        found = {i: self._image(self._names[i]) for i in set(wanted)}
-        return _stack([found[i] for i in wanted])
-
-    def _image(self, name: str) -> np.ndarray:
-        """(H, W, 3) uint8."""
-        try:
-            with open(_open_plain(name, self._descriptor)[0], "rb") as file:
-                with Image.open(file, formats=_IMAGE_FORMATS) as image:
-                    _check_pixels(image.width, image.height, self._max_pixels)
-                    if image.mode.startswith("I;16"):  # convert() would clip to 255 instead of scaling
-                        return np.stack([(np.asarray(image) >> 8).astype(np.uint8)] * 3, axis=2)
-                    return np.asarray(image.convert("RGB"))
-        except (*_IMAGE_ERRORS, BadVideo) as error:
-            raise BadVideo(f"frame {name!a}: {_reason(error)}") from error
-
-
-def _ticks(start: Seconds, end: Seconds, rate: Fraction) -> tuple[int, int]:
-    """[low, high): the ticks of a clock at `rate` a second that lie in start <= t < end, exactly."""
-    if not start < end:
-        raise ValueError(f"expected start < end, got {float(start)} and {float(end)}")
-    return ceil(Fraction(start) * rate), ceil(Fraction(end) * rate)
-
-
-def _choose(times: Sequence[int], low: int, high: int, num: int) -> list[int]:
-    """`num` indices spread over the times in [low, high); if there are none, of the last before, else 0."""
-    if not times:
-        raise BadVideo("no frame could be decoded")
-    inside = [i for i, t in enumerate(times) if low <= t < high]
-    if not inside:
-        inside = [i for i, t in enumerate(times) if t < low][-1:] or [0]
-    return [inside[i] for i in subsample_indices(len(inside), num)]
+    def _check_frame(self, frame: VideoFrame, damaged: bool) -> None:
+        if damaged:
+            raise BadVideo("damaged: the decoder marks a frame as corrupt")
+        check_pixels(frame.width, frame.height, self._max_pixels)
 
 
 def _runs(packets: list[Packet], wanted: set[int]) -> list[list[Packet]]:
@@ -372,6 +352,11 @@ def _runs(packets: list[Packet], wanted: set[int]) -> list[list[Packet]]:
     return runs[::-1]
 
 
+def _extent(packet: Packet) -> tuple[int | None, int | None]:
+    """When a packet is decoded, and when it has been shown."""
+    return packet.dts, None if packet.pts is None else packet.pts + (packet.duration or 0)
+
+
 def _pts(packet: Packet) -> int:
     assert packet.pts is not None, "only asked of packets that _trustworthy has seen"
     return packet.pts
@@ -383,60 +368,10 @@ def _single_layer(codec: str, extradata: bytes | None) -> bool:
     return codec != "hevc" or (known and extradata is not None and (extradata[21] >> 3) & 7 == 1)
 
 
-def _stack(frames: list[np.ndarray]) -> torch.Tensor:
-    """(H, W, 3) each -> (T, 3, H, W), channels-last in memory. BadVideo when sizes differ."""
-    if len(sizes := {f"{f.shape[1]}x{f.shape[0]}" for f in frames}) > 1:
-        raise BadVideo(f"frames of different sizes: {', '.join(sorted(sizes))}")
-    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
-
-
-def _check_pixels(width: int, height: int, max_pixels: int | None) -> None:
-    if max_pixels is not None and width * height > max_pixels:
-        raise BadVideo(f"{width}x{height} is more than max_pixels = {max_pixels}")
-
-
-def _natural(name: str) -> tuple[list[str | int], str]:
-    """Sort key in which 2.jpg comes before 10.jpg. Parts alternate: text is compared with text, number with number."""
-    return [int(part) if part.isdecimal() else part.lower() for part in re.split("([0-9]+)", name)], name
-
-
-def _open_plain(path: str, folder: int | None = None) -> tuple[int, bool]:
-    """Descriptor of a regular file or (not inside `folder`) a folder, and whether it is a folder. Raises BadVideo.
-
-    Pipes, sockets and devices are refused before they are opened: opening one can block or act.
-    """
-    descriptor = -1
-    try:
-        _check_plain(os.stat(path, dir_fd=folder), folder is None)
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
-        return descriptor, _check_plain(os.fstat(descriptor), folder is None)  # the name may mean another file now
-    except (OSError, ValueError, BadVideo) as error:  # ValueError: the name holds a null byte or half a surrogate pair
-        if descriptor >= 0:
-            os.close(descriptor)
-        raise BadVideo(_reason(error)) from error
-
-
-def _check_plain(status: os.stat_result, may_be_folder: bool) -> bool:
-    """True for a folder, False for a regular file that is not empty, else BadVideo."""
-    if may_be_folder and stat.S_ISDIR(status.st_mode):
-        return True
-    if not stat.S_ISREG(status.st_mode):
-        raise BadVideo("not a regular file")
-    if status.st_size == 0:
-        raise BadVideo("the file is empty")
-    return False
-
-
 @contextmanager
 def _as_bad_video() -> Iterator[None]:
     """Turn the errors of a damaged or vanished file into BadVideo."""
     try:
         yield
     except _FILE_ERRORS as error:
-        raise BadVideo(_reason(error)) from error
-
-
-def _reason(error: BaseException) -> str:
-    """One line without the path."""
-    text = "not an image" if isinstance(error, UnidentifiedImageError) else getattr(error, "strerror", None)
-    return " ".join((text or str(error)).split()) or type(error).__name__
+        raise BadVideo(reason(error)) from error

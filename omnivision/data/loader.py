@@ -9,6 +9,9 @@ from __future__ import annotations
 import itertools
 import math
 import multiprocessing
+import os
+import select
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +19,7 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from omnivision.data.batch import Batch, collate
-from omnivision.data.dataset import Request, VideoDataset
+from omnivision.data.dataset import ClipDataset, Request
 from omnivision.data.order import permuted
 from omnivision.errors import UserError
 
@@ -24,44 +27,53 @@ from omnivision.errors import UserError
 BATCH_ORDER, SAMPLE_ORDER = 100, 101
 
 
+@dataclass(frozen=True)
+class SourcePlan:
+    """How an epoch goes through one source.
+
+    Args:
+        size: samples of the source.
+        videos: decoded samples of a step, all processes together.
+        views: views of each sample; a source gives `repeat * size / (videos * views)` steps, so that an epoch holds as many
+            views as the source has samples.
+        repeat: how often an epoch goes through the source (may be a fraction).
+        pieces: pieces that a batch is worked through in.
+    """
+
+    size: int
+    videos: int
+    views: int = 1
+    repeat: float = 1
+    pieces: int = 1
+
+    @property
+    def clips(self) -> int:
+        """Clips of a step, all processes together."""
+        return self.videos * self.views
+
+
 class EpochPlan:
     """The steps of an epoch over several sources; each step takes its samples from one of them.
 
     Args:
-        sizes: samples of each source by name.
-        repeats: how often an epoch goes through a source (may be a fraction); 1 where not named.
-        videos_per_step: decoded videos of a step, all processes together.
-        views_per_clip: views of each; a source gives `repeat * size / (videos * views)` steps, so that an epoch holds
-            as many views as the source has videos.
+        sources: by name.
+        seed: of the order.
         limit: at most this many steps an epoch.
 
-    Raises UserError for a source that would give no step, or a repeat factor without a source.
+    Raises UserError for a source that would give no step.
     """
 
-    def __init__(
-        self,
-        sizes: Mapping[str, int],
-        repeats: Mapping[str, float],
-        videos_per_step: int,
-        views_per_clip: int,
-        seed: int,
-        limit: int | None = None,
-    ) -> None:
-        self.sizes, self.videos, self.seed = list(sizes.values()), videos_per_step, seed
-        batch = videos_per_step * views_per_clip
-        if unknown := sorted(set(repeats) - set(sizes)):
-            raise UserError(
-                f"trainer.data.repeats names {', '.join(unknown)}; the sources are {', '.join(sizes)}. Change "
-                "trainer.data.repeats."
-            )
-        counts = [int(repeats.get(name, 1) * size / batch + 1e-9) for name, size in sizes.items()]
-        for (name, size), count in zip(sizes.items(), counts, strict=True):
+    def __init__(self, sources: Mapping[str, SourcePlan], seed: int, limit: int | None = None) -> None:
+        self.sources, self.seed = dict(sources), seed
+        counts = [int(source.repeat * source.size / source.clips + 1e-9) for source in sources.values()]
+        for (name, source), count in zip(sources.items(), counts, strict=True):
             if count == 0:
                 raise UserError(
-                    f"Source {name} has {size} samples and a repeat factor of {repeats.get(name, 1)}, fewer than one batch "
-                    f"of {batch}: an epoch would not see it. Lower batch_size, or raise trainer.data.repeats.{name} to at "
-                    f"least {math.ceil(1000 * batch / size) / 1000}."  # rounded up, so that it is enough
+                    f"Source {name} has {source.size} samples and a repeat factor of {source.repeat}, fewer than one batch "
+                    f"of {source.clips}: an epoch would not see it. Lower batch_size, or raise trainer.data.repeats.{name} "
+                    f"to at least {math.ceil(1000 * source.clips / source.size) / 1000}."  # rounded up, so that it is enough
                 )
+        self._in_order = list(sources.values())
         self._ends = np.cumsum(counts)
         self.total_steps = int(self._ends[-1])
         self.steps = self.total_steps if limit is None else min(limit, self.total_steps)
@@ -70,14 +82,15 @@ class EpochPlan:
         """The videos that process `rank` of `world` decodes for a step; processes take equal, adjoining parts."""
         batch = int(permuted(np.array([step]), self.total_steps, self.seed, BATCH_ORDER, epoch)[0])
         source = int(np.searchsorted(self._ends, batch, side="right"))
-        first = (batch - (int(self._ends[source - 1]) if source else 0)) * self.videos
-        share = self.videos // world
+        size, videos = self._in_order[source].size, self._in_order[source].videos
+        first = (batch - (int(self._ends[source - 1]) if source else 0)) * videos
+        share = videos // world
         positions = np.arange(first + rank * share, first + (rank + 1) * share)
-        size, found = self.sizes[source], []
+        found = []
         for lap in np.unique(positions // size):  # a repeated source is shuffled anew on each lap
             places = positions[positions // size == lap] % size
-            videos = permuted(places, size, self.seed, SAMPLE_ORDER, epoch, source, int(lap))
-            found += [Request(source, int(video), epoch, int(lap)) for video in videos]
+            chosen = permuted(places, size, self.seed, SAMPLE_ORDER, epoch, source, int(lap))
+            found += [Request(source, int(video), epoch, int(lap)) for video in chosen]
         return found
 
 
@@ -104,7 +117,7 @@ class _Steps:
 
 
 def train_batches(
-    dataset: VideoDataset,
+    dataset: ClipDataset,
     plan: EpochPlan,
     start: tuple[int, int],
     epochs: int,
@@ -117,7 +130,7 @@ def train_batches(
 
 
 def evaluation_batches(
-    dataset: VideoDataset, videos_per_batch: int, rank: int, world: int, workers: Workers, limit: int | None = None
+    dataset: ClipDataset, videos_per_batch: int, rank: int, world: int, workers: Workers, limit: int | None = None
 ) -> DataLoader:
     """Every video of every source once, whatever the number of processes: process r takes videos r, r + world, ...
 
@@ -135,7 +148,23 @@ def evaluation_batches(
     return data_loader(dataset, batches[:limit], workers)
 
 
-def data_loader(dataset: VideoDataset, batches: _Steps | Sequence[list[Request]], workers: Workers) -> DataLoader:
+@dataclass(frozen=True)
+class LeaveWithTrainer:
+    """Ends a worker when the process that trains is gone. torch's own watch sees the fork server, which workers keep alive."""
+
+    pid: int
+
+    def __call__(self, worker: int) -> None:
+        trainer = os.pidfd_open(self.pid)  # readable once that process has ended
+
+        def watch() -> None:
+            select.select([trainer], [], [])
+            os._exit(1)
+
+        threading.Thread(target=watch, daemon=True, name="leave-with-trainer").start()
+
+
+def data_loader(dataset: ClipDataset, batches: _Steps | Sequence[list[Request]], workers: Workers) -> DataLoader:
     """Worker processes with one thread each, started from a clean server process: a forked worker would inherit sockets
     of the communication backend and delay the notice of a dead peer."""
     context = None
@@ -149,5 +178,6 @@ def data_loader(dataset: VideoDataset, batches: _Steps | Sequence[list[Request]]
         num_workers=workers.num_workers,
         prefetch_factor=workers.prefetch if workers.num_workers else None,
         multiprocessing_context=context,
+        worker_init_fn=LeaveWithTrainer(os.getpid()) if workers.num_workers and hasattr(os, "pidfd_open") else None,
         pin_memory=workers.pin_memory,
     )

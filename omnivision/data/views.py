@@ -12,6 +12,7 @@ import numpy as np
 from torch import Tensor
 from torch.nn import functional as F
 
+from omnivision.data.augment import RandAugment, RandomErasing
 from omnivision.errors import UserError
 
 Box = tuple[int, int, int, int]  # top, left, height, width
@@ -40,27 +41,57 @@ class PretrainView:
         """What all views of a clip share, done once."""
         return resize_short_side(frames, self.short_side)
 
-    def __call__(self, frames: Tensor, rng: np.random.Generator) -> Tensor:  # (T, C, H, W) -> (T, C, size, size)
+    # (T, C, H, W) -> (T, C, size, size); `number` tells several views of a clip apart where they are not random
+    def __call__(self, frames: Tensor, rng: np.random.Generator, number: int = 0) -> Tensor:
         top, left, height, width = random_crop_box(frames.shape[-2], frames.shape[-1], self.scale, self.ratio, rng)
         return resize(frames[..., top : top + height, left : left + width], self.size, self.size)
 
 
 @dataclass(frozen=True)
-class CenterView:
-    """Short side to `size`, centre crop: the same pixels at every evaluation."""
+class FinetuneView(PretrainView):
+    """As `PretrainView`, then RandAugment and random erasing, each one draw for all frames (Align, fine-tuning, probing)."""
+
+    rand_augment: RandAugment | None = None
+    erasing: RandomErasing | None = None
+
+    def __call__(self, frames: Tensor, rng: np.random.Generator, number: int = 0) -> Tensor:
+        frames = super().__call__(frames, rng)
+        for change in (self.rand_augment, self.erasing):
+            if change is not None:
+                frames = change(frames, rng)
+        return frames
+
+
+@dataclass(frozen=True)
+class EvalView:
+    """Short side to `size`, then crops along the long side: the centre (`crops` 1), or both ends and the centre (3)."""
 
     size: int
+    crops: int = 1
+
+    def __post_init__(self) -> None:
+        if self.crops not in (1, 3):
+            raise UserError(f"crops is {self.crops}; expected 1 (centre) or 3. Change trainer.data.val_view.crops.")
 
     def prepare(self, frames: Tensor) -> Tensor:
         return resize_short_side(frames, self.size)
 
-    def __call__(self, frames: Tensor, rng: np.random.Generator) -> Tensor:
-        top = math.ceil((frames.shape[-2] - self.size) / 2)
-        left = math.ceil((frames.shape[-1] - self.size) / 2)
+    def __call__(self, frames: Tensor, rng: np.random.Generator, number: int = 0) -> Tensor:
+        top, left = crop_offsets(frames.shape[-2], frames.shape[-1], self.size, self.crops)[number]
         return frames[..., top : top + self.size, left : left + self.size]
 
 
-View = PretrainView | CenterView
+View = PretrainView | FinetuneView | EvalView
+
+
+def crop_offsets(height: int, width: int, size: int, crops: int) -> list[tuple[int, int]]:
+    """(top, left) of 1 (centre) or 3 crops (left, centre, right; of a tall picture top, middle, bottom) of size x size."""
+    top, left = math.ceil((height - size) / 2), math.ceil((width - size) / 2)
+    if crops == 1:
+        return [(top, left)]
+    if height > width:
+        return [(0, left), (top, left), (height - size, left)]
+    return [(top, 0), (top, left), (top, width - size)]
 
 
 def resize(frames: Tensor, height: int, width: int) -> Tensor:

@@ -34,7 +34,8 @@ class Decoder(nn.Module):
         self, trunk_width: int, tokens: int, width: int, depth: int, heads: int, activation_checkpointing: bool
     ) -> None:
         super().__init__()
-        self.width, self.activation_checkpointing = width, activation_checkpointing
+        self.width, self.depth, self.heads = width, depth, heads
+        self.activation_checkpointing = activation_checkpointing
         self.decoder_embed = nn.Linear(trunk_width, width)
         self.decoder_blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)

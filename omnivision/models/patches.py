@@ -6,6 +6,8 @@ tubelet are in the order (t, h, w, c), channel fastest, wherever they are predic
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -105,15 +107,22 @@ def pixel_statistics(channel_dim: int, ndim: int, dtype: torch.dtype = torch.flo
     )
 
 
+@functools.cache
+def _statistics_on(device: torch.device, channel_dim: int, ndim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`pixel_statistics`, kept on a device: copied there at every step, they would make the host wait."""
+    mean, std = pixel_statistics(channel_dim, ndim, dtype)
+    return mean.to(device), std.to(device)
+
+
 def normalize_pixels(pixels: Tensor, channel_dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """uint8 RGB in 0..255 -> ImageNet-normalised floating point of `dtype`, any shape with RGB along `channel_dim`."""
-    mean, std = pixel_statistics(channel_dim, pixels.ndim, dtype)
-    return (pixels.to(dtype) / 255 - mean.to(pixels.device)) / std.to(pixels.device)
+    mean, std = _statistics_on(pixels.device, channel_dim, pixels.ndim, dtype)
+    return (pixels.to(dtype) / 255 - mean) / std
 
 
 def unnormalize_pixels(video: Tensor, channel_dim: int) -> Tensor:
     """Pixels in [0, 1] from uint8 in 0..255 or from ImageNet-normalised floating point."""
     if video.dtype == torch.uint8:
         return video.float() / 255
-    mean, std = pixel_statistics(channel_dim, video.ndim, video.dtype)
-    return video * std.to(video.device) + mean.to(video.device)
+    mean, std = _statistics_on(video.device, channel_dim, video.ndim, video.dtype)
+    return video * std + mean

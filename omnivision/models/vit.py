@@ -163,7 +163,9 @@ class VisionTransformer(nn.Module):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        self.width, self.activation_checkpointing = width, activation_checkpointing
+        self.width, self.depth, self.heads, self.mlp_ratio = width, depth, heads, mlp_ratio
+        self.num_frames, self.image_size = num_frames, image_size
+        self.activation_checkpointing = activation_checkpointing
         self.tubelet: Triple = (tubelet[0], tubelet[1], tubelet[2])
         self.grid = token_grid((num_frames, image_size, image_size), self.tubelet)
         self.num_tokens = self.grid[0] * self.grid[1] * self.grid[2]

@@ -45,6 +45,17 @@ class Cosine:
         return self.end + (self.start - self.end) * (1 + math.cos(math.pi * progress)) / 2
 
 
+@dataclass(frozen=True)
+class Scaled:
+    """A schedule times a number."""
+
+    schedule: Schedule
+    by: float
+
+    def __call__(self, progress: float) -> float:
+        return self.schedule(progress) * self.by
+
+
 class Phases:
     """Schedules one after the other, each stretched over its share of the run: `shares` sum to 1."""
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
-from omnivision.reporting import pictures
+from omnivision.evaluation import Predictions
+from omnivision.reporting import pictures, predictions
 from omnivision.reporting.console import ProgressLine
 from omnivision.reporting.metrics_log import MetricsLog
 from omnivision.reporting.run_folder import RunFolder
@@ -58,6 +61,18 @@ class Reporter:
         if self._board is not None:
             _add_gif(self._board, "pictures", animation, pictures.moving(what)[0].size, step)
         return self.folder.pictures / f"{name}.png"
+
+    def predictions(self, source: str, made: Predictions, class_names: Sequence[str], step: int) -> None:
+        """Write what was predicted for each video of a source, and its confusion matrix as a picture."""
+        if self.enabled:
+            predictions.write(
+                self.folder.predictions, source, made.index, made.label, made.scores, made.paths, class_names
+            )
+            picture = predictions.confusion_picture(made.confusion(), class_names, f"{source}, step {step}")
+            self.folder.pictures.mkdir(exist_ok=True)
+            picture.save(self.folder.pictures / f"confusion_{source}.png")
+            assert self._board is not None
+            self._board.add_image(f"confusion/{source}", np.asarray(picture), step, dataformats="HWC")
 
     def close(self) -> None:
         if self._progress is not None:

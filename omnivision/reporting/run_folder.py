@@ -30,11 +30,12 @@ class RunFolder:
     def __init__(self, path: str | Path, checkpoints: str | Path | None = None) -> None:
         self.path = Path(path)
         self.logs, self.pictures = self.path / "logs", self.path / "pictures"
-        self.tensorboard = self.path / "tensorboard"
+        self.tensorboard, self.predictions = self.path / "tensorboard", self.path / "predictions"
         self.checkpoints = Path(checkpoints) if checkpoints else self.path / "checkpoints"
         self._lock = self.path / ".lock"
         self._token = secrets.token_hex(8)
         self._released = threading.Event()
+        self._held = False
 
     def create(self) -> None:
         try:
@@ -61,6 +62,7 @@ class RunFolder:
                 )
             stale = self._lock.exists()
             write_atomically(self._lock, self._claim())
+            self._held = True
         threading.Thread(target=self._beat, daemon=True, name="run-folder-heartbeat").start()
         return f"took over the lock of {holder or 'an unknown process'}, silent for {age:.0f} s" if stale else None
 
@@ -73,11 +75,11 @@ class RunFolder:
     def require_lock(self) -> None:
         """Raises UserError when another process has taken this folder over: what it writes must not be overwritten."""
         holder, _ = self._holder()
-        if holder is not None and holder.get("token") != self._token:
+        if self._held and (holder is None or holder.get("token") != self._token):
+            who = "Another process" if holder is None else f"Process {holder.get('pid')} on {holder.get('host')}"
             raise UserError(
-                f"Process {holder.get('pid')} on {holder.get('host')} has taken over the run folder {self.path.absolute()}, "
-                "because this one gave no sign of life. This one stops. Look why it stood still (a suspended process, a "
-                "file system that did not answer)."
+                f"{who} has taken over the run folder {self.path.absolute()}, because this one gave no sign of life. This one "
+                "stops. Look why it stood still (a suspended process, a file system that did not answer)."
             )
 
     def write_summary(self, **facts: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor, nn
@@ -13,11 +13,15 @@ from omnivision.data.batch import Batch
 
 @dataclass(frozen=True)
 class StepOutput:
-    """Loss to differentiate (a mean over the batch) and, for the logs, sums over its `count` samples."""
+    """Loss to differentiate (a mean over the batch) and, for the logs, sums over its `count` samples.
+
+    `scores` (samples, classes), at evaluation of a classifier: float, one row a video, its views averaged.
+    """
 
     loss: Tensor
     count: int
     sums: dict[str, Tensor] = field(default_factory=dict)
+    scores: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,9 @@ class Task(Protocol):
     def training_step(self, model: nn.Module, batch: Batch) -> StepOutput: ...
 
     def evaluation_step(self, model: nn.Module, batch: Batch) -> StepOutput: ...
+
+    def epoch_figures(self, model: nn.Module) -> dict[str, Any]:
+        """What to log of the model after an epoch of training, beside averages: numbers, lists or mappings."""
 
     def pictures(self, model: nn.Module, batch: Batch) -> Pictures | None:
         """Something to look at, made from the first clip of a batch; None for tasks without pictures."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -39,6 +39,9 @@ class Reconstruct:
         return StepOutput(loss, len(batch), {"loss": loss.detach() * len(batch)})
 
     evaluation_step = training_step
+
+    def epoch_figures(self, model: nn.Module) -> dict[str, Any]:
+        return {}
 
     @torch.no_grad()
     def pictures(self, model: nn.Module, batch: Batch) -> Pictures:

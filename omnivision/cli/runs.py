@@ -1,0 +1,102 @@
+"""`omnivision runs DIR`: the runs below a folder, with how they ended and how good they are."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from omnivision.errors import UserError
+
+if TYPE_CHECKING:
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add `runs` to the command's parser; its namespace carries `run`, the function to call."""
+    parser = subparsers.add_parser(
+        "runs",
+        help="list runs with their status, accuracy and age",
+        description="List the run folders below DIR (those with a summary.json), oldest first.",
+    )
+    parser.add_argument("folder", metavar="DIR", type=Path, help="a run folder, or a folder of them")
+    parser.add_argument("--top1", action="store_true", help="only runs that were validated by accuracy, best last")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table; 0."""
+    if not args.folder.is_dir():
+        raise UserError(f"{args.folder} is no folder; expected one that holds run folders. Change DIR.")
+    found = summaries(args.folder)
+    if not found:
+        raise UserError(f"There is no run below {args.folder}: no summary.json was found. Change DIR.")
+    if args.top1:
+        found = sorted((s for s in found if "val_top1" in s["last"]), key=lambda s: s["last"]["val_top1"])
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    console.print(table(found))
+    return 0
+
+
+def summaries(folder: Path) -> list[dict[str, Any]]:
+    """The summary of each run below a folder, oldest first, with its `name` relative to that folder.
+
+    Raises UserError for a summary.json that is none.
+    """
+    found = []
+    for file in sorted(folder.rglob("summary.json")):
+        try:
+            summary = dict(json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{file} is no summary of a run: {error}. Remove it, or put the run's own back.") from None
+        name = file.parent.relative_to(folder).as_posix()
+        found.append({"last": {}, "run": {}, "changed": file.stat().st_mtime} | summary | {"name": name})
+    return sorted(found, key=lambda summary: summary["run"].get("started", 0))
+
+
+def table(found: list[dict[str, Any]]) -> Table:
+    """A row a run. Chance is what guessing one class for all would give on classes of equal size."""
+    made = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("run", "model", "trunk", "starts from", "data"):
+        made.add_column(heading)
+    for heading in ("epochs", "minutes", "loss", "top-1 %", "best %", "chance %"):
+        made.add_column(heading, justify="right")
+    for heading in ("status", "age"):
+        made.add_column(heading)
+    for summary in found:
+        facts, last = summary["run"], summary["last"]
+        classes = facts.get("classes") or []
+        made.add_row(
+            summary["name"],
+            facts.get("model", "?"),
+            facts.get("trunk", "?"),
+            facts.get("pretrained") or "nothing",
+            ", ".join(facts.get("sources", [])),
+            str(summary.get("epochs", "")),
+            f"{(summary.get('wall_time') or 0) / 60:.1f}",
+            _number(last.get("loss"), 3),
+            _number(last.get("val_top1"), 1),
+            _number(summary.get("best"), 1) if "val_top1" in last else "",
+            _number(100 / max(classes), 1) if classes else "",
+            str(summary.get("status", "?")),
+            _age(time.time() - summary["changed"]),
+        )
+    return made
+
+
+def _number(value: Any, digits: int) -> str:
+    return f"{value:.{digits}f}" if isinstance(value, (int, float)) else ""
+
+
+def _age(seconds: float) -> str:
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"

@@ -1,0 +1,111 @@
+"""One pass over the validation videos, each counted once whatever the number of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from omnivision.data.batch import BadSample, Batch
+from omnivision.distributed import Processes
+from omnivision.metrics import Meter, averages, confusion_matrix, mean_class_accuracy
+from omnivision.tasks.base import Task
+
+
+@dataclass
+class Predictions:
+    """Scores of the videos of one source, in the order of its split."""
+
+    index: np.ndarray  # int64 (V,), position in the split
+    label: np.ndarray  # int64 (V,), -1 where there is none
+    scores: np.ndarray  # float32 (V, classes)
+    paths: list[str]
+
+    def confusion(self) -> np.ndarray:
+        """int64 (classes, classes): rows are labels, columns what was predicted."""
+        return confusion_matrix(self.label, self.scores.argmax(1), self.scores.shape[1])
+
+
+@dataclass
+class Evaluation:
+    """`figures` over all sources, and by source; predictions by source where the task gives scores; files that were bad."""
+
+    figures: dict[str, Any]
+    per_source: dict[str, dict[str, Any]]
+    predictions: dict[str, Predictions]
+    bad: list[BadSample]
+
+
+@dataclass
+class _Part:
+    """What one process has seen of one source."""
+
+    index: list[torch.Tensor] = field(default_factory=list)
+    label: list[torch.Tensor] = field(default_factory=list)
+    scores: list[torch.Tensor] = field(default_factory=list)
+    paths: list[str] = field(default_factory=list)
+
+
+@torch.no_grad()
+def evaluate(
+    task: Task,
+    model: nn.Module,
+    batches: Iterable[Batch],
+    processes: Processes,
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> Evaluation:
+    """Evaluate `model` on this process's `batches`; the result is of all processes, and the same in each of them."""
+    model.eval()
+    meter, parts, bad, videos = Meter(), dict[str, _Part](), list[BadSample](), 0
+    for batch in batches:
+        bad += batch.bad
+        if not len(batch):
+            continue
+        with autocast():
+            output = task.evaluation_step(model, batch.to(processes.device))
+        meter.add(batch.source, output.sums, output.count)
+        videos += len(batch) // batch.views
+        if output.scores is not None:
+            part = parts.setdefault(batch.source, _Part())
+            part.index.append(batch.index[:: batch.views])
+            part.label.append(batch.label[:: batch.views])
+            part.scores.append(output.scores.float().cpu())
+            part.paths += batch.paths[:: batch.views]
+    totals = meter.totals(processes)
+    predictions = _together(processes.gather({source: _arrays(part) for source, part in parts.items()}))
+    per_source: dict[str, dict[str, Any]] = {source: averages({source: total}) for source, total in totals.items()}
+    for source, made in predictions.items():
+        per_source[source]["mean_class_accuracy"] = 100 * mean_class_accuracy(made.confusion())
+    figures: dict[str, Any] = averages(totals) | {"videos": int(processes.sum(torch.tensor([videos]))[0])}
+    if predictions:
+        figures["mean_class_accuracy"] = sum(per_source[s]["mean_class_accuracy"] for s in predictions) / len(
+            predictions
+        )
+    return Evaluation(figures, per_source, predictions, bad)
+
+
+def _arrays(part: _Part) -> Predictions:
+    index, label, scores = (torch.cat(values).numpy() for values in (part.index, part.label, part.scores))
+    return Predictions(index, label, scores, part.paths)
+
+
+def _together(parts: list[dict[str, Predictions]]) -> dict[str, Predictions]:
+    """The parts of all processes, in the order of the split."""
+    found: dict[str, Predictions] = {}
+    for source in sorted({source for part in parts for source in part}):
+        of_source = [part[source] for part in parts if source in part]
+        index = np.concatenate([part.index for part in of_source])
+        paths = [path for part in of_source for path in part.paths]
+        order = np.argsort(index)
+        found[source] = Predictions(
+            index[order],
+            np.concatenate([part.label for part in of_source])[order],
+            np.concatenate([part.scores for part in of_source])[order],
+            [paths[i] for i in order],
+        )
+    return found

@@ -1,0 +1,74 @@
+"""A model's architecture as plain numbers, which a checkpoint carries, and the model that such numbers describe.
+
+Weights alone do not tell the number of attention heads or the shape of the token grid. A checkpoint comes from anybody, so
+it describes the model in numbers and is never asked which class to build.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from omnivision.errors import UserError
+from omnivision.models.average import AveragedClassifier
+from omnivision.models.classifier import VideoClassifier
+from omnivision.models.mae import Decoder, MaskedAutoencoder
+from omnivision.models.vit import VisionTransformer
+
+TRUNK = ("width", "depth", "heads", "mlp_ratio", "num_frames", "image_size", "tubelet")
+DECODER = ("width", "depth", "heads")
+KINDS = ("autoencoder", "classifier", "average")
+
+Architecture = dict[str, Any]
+
+
+def describe(model: nn.Module) -> Architecture:
+    """`kind` and `trunk`, and `decoder`, `classes` or `num_models` and `combine_mode` where the kind has them."""
+    if isinstance(model, MaskedAutoencoder):
+        decoder = model.trunk.decoder
+        assert isinstance(decoder, Decoder)
+        return {
+            "kind": "autoencoder",
+            "trunk": _trunk(model.trunk),
+            "decoder": {key: getattr(decoder, key) for key in DECODER},
+        }
+    if isinstance(model, VideoClassifier):
+        classes = [head[0].out_features for head in model.heads]  # type: ignore[index]
+        return {"kind": "classifier", "trunk": _trunk(model.trunk), "classes": classes}
+    if isinstance(model, AveragedClassifier):
+        per_tensor = model.mixing_ratio.ndim == 2
+        return describe(model.model) | {
+            "kind": "average",
+            "num_models": model.num_models,
+            "combine_mode": "learned_average_layer_softmax" if per_tensor else "learned_average_softmax",
+        }
+    return {}
+
+
+def build(architecture: Architecture, where: str) -> nn.Module:
+    """The model, with first weights. Raises UserError naming `where` for a description that cannot be one."""
+    try:
+        trunk = VisionTransformer(**{key: architecture["trunk"][key] for key in TRUNK})
+        if architecture["kind"] == "autoencoder":
+            return MaskedAutoencoder(trunk, {key: architecture["decoder"][key] for key in DECODER})
+        if architecture["kind"] == "classifier":
+            return VideoClassifier(trunk, architecture["classes"])
+        if architecture["kind"] == "average":
+            return AveragedClassifier(
+                trunk, architecture["classes"], architecture["num_models"], architecture["combine_mode"]
+            )
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise UserError(
+            f"{where} does not describe a model ({type(error).__name__}: {error}); expected kind, trunk ({', '.join(TRUNK)}) "
+            "and what the kind needs. The file was not written by this project, or it is damaged."
+        ) from error
+    raise UserError(
+        f"{where} describes a model of kind {architecture['kind']!r}; expected one of {', '.join(KINDS)}. It was written by "
+        "a newer version, or it is damaged."
+    )
+
+
+def _trunk(trunk: VisionTransformer) -> Architecture:
+    numbers = {key: getattr(trunk, key) for key in TRUNK}
+    return numbers | {"tubelet": list(trunk.tubelet)}

@@ -1,0 +1,126 @@
+"""Adaptive average: a classifier whose trunk is a learned average of frozen checkpoints' trunks.
+
+Only the mixing weights and the heads are trained and saved. The sources are given anew at every start (`load_sources`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from omnivision.errors import UserError
+from omnivision.models.classifier import VideoClassifier
+from omnivision.models.vit import VisionTransformer
+
+CombineMode = Literal["learned_average_softmax", "learned_average_layer_softmax"]
+
+
+class AveragedClassifier(nn.Module):
+    """A `VideoClassifier` of the architecture of `trunk`, whose weights are `sum_k softmax(mixing_ratio)_k * source_k`.
+
+    Args:
+        trunk: the architecture of all sources; its own weights are not used.
+        classes: number of classes of each head.
+        num_models: K, how many sources are averaged.
+        combine_mode: one mixing weight for each source ("learned_average_softmax"), or one for each source and parameter
+            tensor ("learned_average_layer_softmax"). All start at 1, so the average starts uniform.
+
+    Raises UserError for fewer than two sources and for a trunk that makes its activations again in the backward pass.
+    """
+
+    mixing_ratio: nn.Parameter  # (K,) or (parameter tensors of the trunk, K)
+
+    def __init__(
+        self,
+        trunk: VisionTransformer,
+        classes: Sequence[int],
+        num_models: int = 2,
+        combine_mode: Literal["learned_average_softmax", "learned_average_layer_softmax"] = "learned_average_softmax",
+    ) -> None:
+        super().__init__()
+        if num_models < 2:
+            raise UserError(
+                f"ensemble_num_models is {num_models}; expected at least 2 checkpoints to average. Change ensemble_num_models."
+            )
+        if trunk.activation_checkpointing:
+            raise UserError(
+                "trainer.model.trunk.activation_checkpointing is true; an averaged trunk cannot make its activations again, "
+                "because its weights are gone by then. Set it to false."
+            )
+        self.names = [name for name, _ in trunk.named_parameters()]
+        self.num_models = num_models
+        self.mixing_ratio = nn.Parameter(
+            torch.ones(num_models)
+            if combine_mode == "learned_average_softmax"
+            else torch.ones(len(self.names), num_models)
+        )
+        self.sources = nn.Module()
+        for name, parameter in trunk.named_parameters():
+            empty = parameter.detach().new_zeros(num_models, *parameter.shape)
+            self.sources.register_buffer(_buffer(name), empty, persistent=False)
+        self.model = VideoClassifier(trunk, classes)
+        _parameters_become_buffers(trunk)
+
+    def load_sources(self, states: Sequence[Mapping[str, Tensor]], labels: Sequence[str] = ()) -> None:
+        """Take the trunks of K state dicts (`trunk.…`; other entries are left alone). `labels` name them in errors.
+
+        Raises UserError when there are not K of them, or when one lacks a tensor or has one of another shape.
+        """
+        if len(states) != self.num_models:
+            raise UserError(
+                f"There are {len(states)} checkpoints to average, and ensemble_num_models is {self.num_models}; expected as "
+                "many as that. Change pretrained_checkpoint_path or ensemble_num_models."
+            )
+        for number, state in enumerate(states):
+            source = labels[number] if labels else f"source {number}"
+            for name in self.names:
+                buffer = self.sources.get_buffer(_buffer(name))
+                tensor = state.get(f"trunk.{name}")
+                if tensor is None or tensor.shape != buffer.shape[1:]:
+                    found = "is missing" if tensor is None else f"has the shape {tuple(tensor.shape)}"
+                    raise UserError(
+                        f"{source} does not fit the model: trunk.{name} {found}; expected {tuple(buffer.shape[1:])}. All "
+                        "checkpoints of an average have one architecture. Change trainer/model or pretrained_checkpoint_path."
+                    )
+                buffer[number].copy_(tensor)
+
+    def mixing_weights(self) -> Tensor:
+        """What each source counts: (K,), or (parameter tensors, K); sums to 1 over the sources."""
+        return self.mixing_ratio.softmax(-1)
+
+    def averaged_trunk(self) -> dict[str, Tensor]:
+        """The averaged parameters by their name inside the trunk, in full precision under autocast, too."""
+        with torch.autocast(self.mixing_ratio.device.type, enabled=False):
+            weights = self.mixing_weights().expand(len(self.names), -1)
+            return {
+                name: torch.tensordot(weight, self.sources.get_buffer(_buffer(name)), dims=1)
+                for name, weight in zip(self.names, weights, strict=True)
+            }
+
+    def forward(self, video: Tensor, head: int = 0) -> Tensor:
+        """As `VideoClassifier.forward`."""
+        averaged = {f"trunk.{name}": weight for name, weight in self.averaged_trunk().items()}
+        return functional_call(self.model, averaged, (video, head))
+
+    @torch.no_grad()
+    def merged(self) -> dict[str, Tensor]:
+        """The state dict of the one `VideoClassifier` that this is now."""
+        averaged = {f"trunk.{name}": weight.clone() for name, weight in self.averaged_trunk().items()}
+        return {**self.model.state_dict(), **averaged}
+
+
+def _buffer(name: str) -> str:
+    """Names of buffers hold no dots."""
+    return name.replace(".", "/")
+
+
+def _parameters_become_buffers(module: nn.Module) -> None:
+    """Make every parameter a buffer that is neither trained nor saved; `functional_call` puts the average in its place."""
+    for part in module.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            delattr(part, name)
+            part.register_buffer(name, parameter.detach(), persistent=False)

@@ -1,0 +1,45 @@
+"""An exponential moving average of the trained weights (Polyak & Juditsky 1992), which may be evaluated in their place."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+class MovingAverage:
+    """After each step: `average = decay * average + (1 - decay) * weights`, over the parameters that are trained."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self._weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.average = {name: p.detach().clone() for name, p in self._weights.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        torch._foreach_lerp_(list(self.average.values()), list(self._weights.values()), 1 - self.decay)
+
+    def start(self) -> None:
+        """Begin anew at the weights as they are now, pretrained ones say."""
+        self.load({name: weight.detach() for name, weight in self._weights.items()})
+
+    def load(self, average: Mapping[str, Tensor]) -> None:
+        for name, tensor in self.average.items():
+            tensor.copy_(average[name])
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The model has the averaged weights inside this block, and its own again afterwards."""
+        own = {name: weight.detach().clone() for name, weight in self._weights.items()}
+        self._put(self.average)
+        try:
+            yield
+        finally:
+            self._put(own)
+
+    @torch.no_grad()
+    def _put(self, values: Mapping[str, Tensor]) -> None:
+        for name, weight in self._weights.items():
+            weight.copy_(values[name])

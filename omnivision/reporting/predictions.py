@@ -1,0 +1,84 @@
+"""What a classifier said of each video, as files: `<name>.npz` for programs, `<name>.csv` for people; and its confusions."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from omnivision.files import replace_atomically, write_atomically
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+NAMED_CLASSES = 40  # with more than these, names along the axes of a confusion matrix would be too small to read
+
+
+def write(
+    folder: Path,
+    name: str,
+    index: np.ndarray,
+    label: np.ndarray,
+    scores: np.ndarray,
+    paths: Sequence[str],
+    class_names: Sequence[str],
+) -> None:
+    """Write both files. `scores` are float (V, classes); the CSV holds the five best classes and their probabilities."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with replace_atomically(folder / f"{name}.npz") as file:
+        np.savez_compressed(
+            file,
+            index=index,
+            label=label,
+            scores=scores,
+            path=np.array(paths, dtype=str),
+            class_names=np.array(class_names),
+        )
+    shares = np.exp(scores - scores.max(1, keepdims=True))
+    shares /= shares.sum(1, keepdims=True)
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :5]
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    columns = [f"{what}_{k + 1}" for k in range(best.shape[1]) for what in ("predicted", "probability")]
+    lines.writerow(["path", "label", "correct", *columns])
+    for path, true, row, share in zip(paths, label, best, shares, strict=True):
+        guesses = [value for k in row for value in (class_names[k], f"{share[k]:.4f}")]
+        lines.writerow([path, class_names[true] if true >= 0 else "", int(true == row[0]), *guesses])
+    write_atomically(folder / f"{name}.csv", text.getvalue())
+
+
+def confusion_picture(confusion: np.ndarray, class_names: Sequence[str], title: str) -> Image.Image:
+    """A confusion matrix (rows: labels) as shares of each row, with the names of the classes where they can be read."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    classes = len(confusion)
+    shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    side = 4.5 + 0.28 * min(classes, NAMED_CLASSES)
+    figure = Figure(figsize=(side + 0.8, side), dpi=110, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    shown = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
+    axes.set(xlabel="predicted", ylabel="label", title=title)
+    if classes <= NAMED_CLASSES:
+        axes.set_xticks(range(classes), class_names, rotation=90, fontsize=9)
+        axes.set_yticks(range(classes), class_names, fontsize=9)
+        for row, column in np.argwhere(confusion > 0):
+            dark = shares[row, column] > 0.55
+            axes.text(
+                column,
+                row,
+                confusion[row, column],
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="white" if dark else "black",
+            )
+    figure.colorbar(shown, label="share of the label's videos", shrink=0.8)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())

@@ -1,0 +1,98 @@
+"""Action recognition as a task: cross-entropy, with mixup and CutMix in training; evaluation over several views of a video."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from omnivision.data.batch import Batch
+from omnivision.data.catalog import LabelSets
+from omnivision.data.mixing import Mixing, soft_targets
+from omnivision.metrics import topk_accuracy
+from omnivision.models.average import AveragedClassifier
+from omnivision.models.patches import normalize_pixels
+from omnivision.tasks.base import Pictures, StepOutput
+
+
+class Classify:
+    """Cross-entropy with soft targets; samples with label -1 count for nothing.
+
+    Args:
+        labels: which head answers for which source.
+        mixing: mixup and CutMix of a training batch; None trains on plain samples with hard labels.
+        average: what is averaged over the views of a video at evaluation: "logits" (as published) or "softmax".
+    """
+
+    def __init__(
+        self, labels: LabelSets, mixing: Mixing | None = None, average: Literal["logits", "softmax"] = "logits"
+    ) -> None:
+        self.labels, self.mixing, self.average = labels, mixing, average
+
+    def training_step(self, model: nn.Module, batch: Batch) -> StepOutput:
+        head = self.labels.head[batch.source]
+        classes = self.labels.classes[head]
+        if self.mixing is None:
+            video, target = batch.video, soft_targets(batch.label, classes, smoothing=0)
+        else:
+            # torch's generator, which the trainer seeds for each step, draws the seed of this one.
+            rng = np.random.default_rng(int(torch.randint(2**62, ())))
+            pixels = normalize_pixels(batch.video, channel_dim=1)
+            video, target = self.mixing(pixels, batch.label, classes, rng)
+        scores = model(video, head)
+        loss = soft_cross_entropy(scores, target)
+        sums = {"loss": loss.detach() * len(batch)} | _hits(scores.detach(), target)
+        return StepOutput(loss, len(batch), sums)
+
+    def evaluation_step(self, model: nn.Module, batch: Batch) -> StepOutput:
+        """Scores of each video: its views go through the model together and are averaged."""
+        scores = model(batch.video, self.labels.head[batch.source]).float()
+        scores, label = average_views(scores, batch, self.average), first_of_each(batch.label, batch)
+        known = label >= 0
+        logits = scores.log() if self.average == "softmax" else scores
+        loss = soft_cross_entropy(logits, soft_targets(label, scores.shape[1], smoothing=0))
+        count = int(known.sum())
+        return StepOutput(loss, count, {"loss": loss * count} | _hits(scores[known], label[known]), scores)
+
+    def epoch_figures(self, model: nn.Module) -> dict[str, Any]:
+        """Of an average: how much each source counts, and in each tensor where that is learned by tensor."""
+        if not isinstance(model, AveragedClassifier):
+            return {}
+        weights = model.mixing_weights().detach().cpu()
+        overall = weights.mean(0) if weights.ndim == 2 else weights
+        figures: dict[str, Any] = {f"mixing_{k}": float(weight) for k, weight in enumerate(overall)}
+        if weights.ndim == 2:
+            figures["mixing_by_tensor"] = dict(zip(model.names, weights.tolist(), strict=True))
+        return figures
+
+    def pictures(self, model: nn.Module, batch: Batch) -> Pictures | None:
+        return None
+
+
+def soft_cross_entropy(scores: Tensor, target: Tensor) -> Tensor:
+    """Mean over the samples of `-sum_c target_c log softmax(scores)_c`; (B, classes) twice -> scalar.
+
+    Samples without a label (a row of zeros) do not count; a batch without any label gives 0.
+    """
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    total = -(target * F.log_softmax(scores, dim=-1)).sum()
+    return total / target.any(1).sum().clamp(min=1)
+
+
+def average_views(scores: Tensor, batch: Batch, average: Literal["logits", "softmax"]) -> Tensor:
+    """(videos x views, classes), the views of a video next to each other -> (videos, classes)."""
+    scores = scores.softmax(-1) if average == "softmax" else scores
+    return scores.unflatten(0, (-1, batch.views)).mean(1)
+
+
+def first_of_each(values: Tensor, batch: Batch) -> Tensor:
+    """What the views of a video share, once: (videos x views,) -> (videos,)."""
+    return values[:: batch.views]
+
+
+def _hits(scores: Tensor, target: Tensor) -> dict[str, Tensor]:
+    """Sums of top-1 and top-5 accuracy, in percent."""
+    return {f"top{k}": 100 * topk_accuracy(scores, target, k).sum() for k in (1, 5)}

@@ -1,0 +1,305 @@
+"""Pretrained weights: where they come from, which of them a stage takes, and what became of each.
+
+A source is a run folder (its best checkpoint, else its newest), a checkpoint, a bare state dict, or a safetensors file. A
+*choice* (`trainer/checkpoint=...`) keeps, drops, renames or prefixes entries by shell pattern; what is left goes into the
+model. `load` tells what was loaded, dropped, missing and resized, and refuses to cover less of the trunk than declared.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from omnivision.checkpoint import BEST, LATEST, BrokenCheckpoint, safe_load, sha256
+from omnivision.errors import UserError
+from omnivision.models.patches import Triple, resized_positions
+
+SETTING = "pretrained_checkpoint_path"
+POSITIONS = ("trunk.pos_embed", "trunk.decoder.pos_embed")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A state dict and where it came from. `architecture` is what the file says of its model, empty if nothing."""
+
+    state: dict[str, Tensor]
+    path: Path
+    sha256: str
+    architecture: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which entries of a state dict a stage takes, by shell patterns over their names.
+
+    Args:
+        keep: take only these; None takes all. Each pattern must match something.
+        drop: leave these out; each pattern must match something.
+        drop_if_present: leave these out if they are there.
+        rename: names that become one or several others: {old: new} or {old: [new, new]}. A trailing `*` stands for the rest of
+            the name on both sides.
+        prefix: put before every name, last of all.
+        strict: every entry that is left must have a place in the model, and every entry of the model must be filled.
+        trunk_coverage: share of the trunk's encoder tensors that must be loaded.
+    """
+
+    keep: Sequence[str] | None = None
+    drop: Sequence[str] = ()
+    drop_if_present: Sequence[str] = ()
+    rename: Mapping[str, str | Sequence[str]] = field(default_factory=dict)
+    prefix: str = ""
+    strict: bool = False
+    trunk_coverage: float = 1.0
+
+
+@dataclass
+class LoadReport:
+    """What became of each entry: names, and for dropped ones why. `resized` says from which shape to which."""
+
+    path: str
+    sha256: str
+    loaded: list[str] = field(default_factory=list)
+    dropped: dict[str, str] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    resized: dict[str, str] = field(default_factory=dict)
+
+    def lines(self) -> list[str]:
+        """A table to print: a line for each fate, with how many and the first names."""
+        rows = [
+            ("loaded", self.loaded),
+            ("dropped", [f"{name} ({why})" for name, why in self.dropped.items()]),
+            ("missing", self.missing),
+            ("resized", [f"{name} ({how})" for name, how in self.resized.items()]),
+        ]
+        return [f"Weights from {self.path}", *(f"  {fate:8} {len(names):4}  {_some(names)}" for fate, names in rows)]
+
+
+def read(source: str | Path) -> Weights:
+    """Weights from a run folder, a checkpoint, a bare state dict or a safetensors file.
+
+    Raises UserError when there is nothing to read, or for a file that is no state dict, in one paragraph with the way out.
+    """
+    path = find(source)
+    try:
+        found = _load(path)
+    except BrokenCheckpoint as error:
+        raise UserError(
+            f"{SETTING}: {error}. Expected weights only: tensors in plain containers. A file that was pickled by older code "
+            "is not opened, because it may run anything; load it where it was made and save its state dict alone: "
+            "torch.save({'model': model.state_dict()}, FILE)."
+        ) from None
+    if isinstance(found, Mapping) and "ensemble_weights" in found:
+        raise UserError(
+            f"{SETTING} {path} holds several models (ensemble_weights); expected one. Choose one of them, or an average: "
+            "trainer/checkpoint=default_ensemble with a model vit*_average_ft."
+        )
+    architecture = found.get("architecture", {}) if isinstance(found, Mapping) else {}
+    return Weights(_state_dict(found, path), path, sha256(path), architecture if isinstance(architecture, dict) else {})
+
+
+def read_several(sources: str | Sequence[str]) -> list[Weights]:
+    """The models to average: from a list of sources, or from one file that holds a list under `ensemble_weights`."""
+    if not isinstance(sources, str):
+        return [read(source) for source in sources]
+    path = find(sources)
+    try:
+        found = _load(path)
+    except BrokenCheckpoint as error:
+        raise UserError(
+            f"{SETTING}: {error}. Expected a file with a list of state dicts under ensemble_weights."
+        ) from None
+    states = found.get("ensemble_weights") if isinstance(found, Mapping) else None
+    if not isinstance(states, (list, tuple)):
+        raise UserError(
+            f"{SETTING} is {sources!r}, which holds one model; expected several to average: a list, "
+            f"++{SETTING}=[A,B], or one file with a list of state dicts under ensemble_weights."
+        )
+    digest = sha256(path)
+    return [Weights(_state_dict(state, path), path, digest) for state in states]
+
+
+def find(source: str | Path) -> Path:
+    """The file to read: `source` itself, or inside a run folder `checkpoints/best.pt`, else `checkpoints/checkpoint.pt`."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        for folder in (path / "checkpoints", path):
+            for name in (BEST, LATEST):
+                if (folder / name).is_file():
+                    return folder / name
+        raise UserError(
+            f"{SETTING} is the folder {path}, which has no {BEST} or {LATEST}, itself or in checkpoints/. Expected the folder "
+            f"of a run that has saved something. Change {SETTING}, or let that run go on."
+        )
+    raise UserError(
+        f"{SETTING} is {str(source)!r}, and there is no such file or folder. Expected a run folder or a file of weights "
+        f"(relative paths start at {Path.cwd()}), or null to train from nothing. Change {SETTING}."
+    )
+
+
+def choose(state: Mapping[str, Tensor], choice: Choice, report: LoadReport) -> dict[str, Tensor]:
+    """What a choice leaves of a state dict, under the names that it gives; `report` learns what was dropped.
+
+    Raises UserError for a pattern that matches nothing and for a choice that keeps nothing.
+    """
+    left = dict(state)
+    if choice.keep is not None:
+        kept = {name for pattern in choice.keep for name in _matches(left, pattern, "keep", report.path)}
+        report.dropped |= {name: "not kept" for name in left if name not in kept}
+        left = {name: tensor for name, tensor in left.items() if name in kept}
+    for pattern in [*choice.drop, *choice.drop_if_present]:
+        optional = pattern in choice.drop_if_present
+        for name in _matches(left, pattern, "drop", report.path, optional):
+            report.dropped[name] = pattern
+    left = {name: tensor for name, tensor in left.items() if name not in report.dropped}
+    for old, new in choice.rename.items():
+        for name in _matches(left, old, "rename", report.path):
+            tensor = left.pop(name)
+            rest = name[len(old) - 1 :] if old.endswith("*") else ""
+            for target in [new] if isinstance(new, str) else new:
+                left[target.removesuffix("*") + rest] = tensor
+    if not left:
+        raise UserError(
+            f"The choice trainer.checkpoint keeps nothing of the {len(state)} entries of {report.path} ({_some(list(state))}). "
+            "Change trainer/checkpoint, or keep and drop in it."
+        )
+    return {choice.prefix + name: tensor for name, tensor in left.items()}
+
+
+def load(model: nn.Module, weights: Weights, choice: Choice) -> LoadReport:
+    """Put what a choice takes of `weights` into a model; position tables of another token grid are interpolated.
+
+    Raises UserError, with the model as it was, when a tensor does not fit, or when less of the trunk is covered than the
+    choice declares.
+    """
+    report = LoadReport(str(weights.path), weights.sha256)
+    chosen = choose(weights.state, choice, report)
+    wanted = model.state_dict()
+    for name in [name for name in chosen if name not in wanted]:
+        report.dropped[name] = "no place in this model"
+        del chosen[name]
+    for name in POSITIONS:
+        if name in chosen and name in wanted:
+            chosen[name] = _fitted_positions(name, chosen[name], model, weights, report)
+    wrong = [
+        f"{name} {tuple(chosen[name].shape)} instead of {tuple(wanted[name].shape)}"
+        for name in chosen
+        if chosen[name].shape != wanted[name].shape
+    ]
+    if wrong:
+        raise UserError(
+            f"{weights.path} does not fit this model: {_some(wrong)}{_heads_advice(wrong)}. Expected the same width, depth and "
+            f"tubelet. Change trainer/model, or {SETTING}."
+        )
+    report.loaded = sorted(chosen)
+    report.missing = sorted(set(wanted) - set(chosen))
+    _check_coverage(wanted, report, choice)
+    model.load_state_dict(chosen, strict=False)
+    return report
+
+
+def _check_coverage(wanted: Mapping[str, Tensor], report: LoadReport, choice: Choice) -> None:
+    trunk = [name for name in wanted if is_encoder(name) and name not in POSITIONS]
+    covered = [name for name in trunk if name in report.loaded]
+    if len(covered) < choice.trunk_coverage * len(trunk):
+        absent = [name for name in trunk if name not in report.loaded]
+        raise UserError(
+            f"{report.path} fills {len(covered)} of the {len(trunk)} tensors of the trunk, less than the declared share "
+            f"{choice.trunk_coverage:g} (trainer.checkpoint.trunk_coverage). Missing: {_some(absent)}; dropped or without a "
+            f"place: {_some(list(report.dropped))}. Names of other projects are brought into ours by `omnivision import`. "
+            f"Change {SETTING} or trainer/checkpoint."
+        )
+    if choice.strict and (report.missing or "no place in this model" in report.dropped.values()):
+        unplaced = [name for name, why in report.dropped.items() if why == "no place in this model"]
+        raise UserError(
+            f"{report.path} is not of this model: missing {_some(report.missing) or 'nothing'}; without a place "
+            f"{_some(unplaced) or 'nothing'}. The choice is strict (trainer.checkpoint.strict). Change trainer/model or "
+            "trainer/checkpoint."
+        )
+
+
+def is_encoder(name: str) -> bool:
+    """Whether an entry belongs to the trunk proper, not to the decoder that hangs on it while it is pretrained."""
+    return name.startswith("trunk.") and not name.startswith(("trunk.decoder.", "trunk.mask_token"))
+
+
+def _fitted_positions(name: str, table: Tensor, model: nn.Module, weights: Weights, report: LoadReport) -> Tensor:
+    """A position table for the grid of the model, interpolated if it is of another."""
+    trunk: Any = model.trunk
+    width = table.shape[-1] if table.ndim == 3 else 0
+    if table.ndim != 3 or width != model.state_dict()[name].shape[-1]:
+        return table  # told as a tensor of the wrong shape
+    old = _grid_of(weights, table.shape[1], trunk.grid)
+    if old == trunk.grid:
+        return table
+    report.resized[name] = f"{'x'.join(map(str, old))} -> {'x'.join(map(str, trunk.grid))}"
+    return resized_positions(table.float(), old, trunk.grid)
+
+
+def _grid_of(weights: Weights, tokens: int, grid: Triple) -> Triple:
+    """The token grid (T', H', W') of a file: as it says itself, else the one of that many tokens that is most like `grid`."""
+    said = weights.architecture.get("trunk", {})
+    if said:
+        t, h, w = said["tubelet"]
+        return said["num_frames"] // t, said["image_size"] // h, said["image_size"] // w
+    if tokens == grid[0] * grid[1] * grid[2]:
+        return grid
+    side = round((tokens / grid[0]) ** 0.5)
+    if grid[0] * side * side == tokens:  # the same number of frames, square
+        return grid[0], side, side
+    if tokens % (grid[1] * grid[2]) == 0:  # the same size, another number of frames
+        return tokens // (grid[1] * grid[2]), grid[1], grid[2]
+    raise UserError(
+        f"{weights.path} has positions for {tokens} tokens, which fit neither {grid[0]} time slots nor {grid[1]} x {grid[2]} "
+        "tokens a slot; expected the same number of frames or the same size as the model. Change num_frames or image_size."
+    )
+
+
+def _load(path: Path) -> Any:
+    if path.suffix != ".safetensors":
+        return safe_load(path)
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise BrokenCheckpoint(f"{path} does not load: {error}") from error
+
+
+def _state_dict(found: Any, path: Path) -> dict[str, Tensor]:
+    """The state dict inside a checkpoint (under `model`), or the whole if it is one itself."""
+    inner = found.get("model", found) if isinstance(found, Mapping) else found
+    named = isinstance(inner, Mapping) and all(isinstance(name, str) for name in inner)
+    if not named or not inner or not all(isinstance(tensor, torch.Tensor) for tensor in inner.values()):
+        raise UserError(
+            f"{SETTING} {path} holds no state dict; expected tensors by name, at the top or under 'model'. Change {SETTING}."
+        )
+    return dict(inner)
+
+
+def _matches(state: Mapping[str, Any], pattern: str, what: str, path: str, optional: bool = False) -> list[str]:
+    found = fnmatch.filter(state, pattern)
+    if not found and not optional:
+        raise UserError(
+            f"trainer.checkpoint.{what}: the pattern {pattern!r} matches none of the {len(state)} entries of {path} "
+            f"({_some(list(state))}). Correct it, or remove it."
+        )
+    return found
+
+
+def _heads_advice(wrong: Sequence[str]) -> str:
+    return (
+        " (heads of other classes are left out by trainer/checkpoint=no_heads)" if "heads." in " ".join(wrong) else ""
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f", ... ({len(names)})" if len(names) > 3 else "")

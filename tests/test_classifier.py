@@ -1,0 +1,299 @@
+"""The classifier and the average of classifiers: the published implementation's figures, freezing, sources, merging."""
+
+import unittest
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from omnivision.data.batch import Batch
+from omnivision.data.catalog import LabelSets
+from omnivision.data.mixing import Mixing, soft_targets
+from omnivision.errors import UserError
+from omnivision.models.average import AveragedClassifier
+from omnivision.models.classifier import VideoClassifier, train_mode
+from omnivision.models.vit import VisionTransformer
+from omnivision.tasks.classify import Classify, average_views, soft_cross_entropy
+from tests.parity_formula import error, record, stated, tensor, weights
+
+TUBELET = (2, 8, 8)
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
+GRADIENT_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+MODES = ("learned_average_softmax", "learned_average_layer_softmax")
+
+
+def trunk(**changes: Any) -> VisionTransformer:
+    return VisionTransformer(48, 2, 3, num_frames=4, image_size=32, tubelet=TUBELET, **changes)
+
+
+def published_model(dtype: torch.dtype) -> VideoClassifier:
+    model = VideoClassifier(trunk(), [7])
+    result = model.load_state_dict(weights(record("classifier")["state_dict"]), strict=False)
+    assert result.missing_keys == ["trunk.pos_embed"] and not result.unexpected_keys
+    return model.to(dtype).eval()
+
+
+def soft_labels(name: str, shape: list[int]) -> Tensor:
+    values = tensor(name, shape, 0.0, 1.0).double().abs()
+    return (values / values.sum(1, keepdim=True)).float()
+
+
+def batch_of(video: Tensor, label: list[int], views: int = 1, source: str = "a") -> Batch:
+    labels = torch.tensor(label).repeat_interleave(views)
+    index = torch.arange(len(label)).repeat_interleave(views)
+    return Batch(video, labels, index, source, ["x"] * len(video), views=views)
+
+
+class PublishedFigures(unittest.TestCase):
+    def test_logits_losses_and_gradients(self):
+        case = record("classifier")["video"]
+        for dtype, tolerance in TOLERANCE.items():
+            model, video = published_model(dtype), stated(case["input"]).to(dtype)
+            seen: dict[str, Tensor] = {}
+            model.trunk.blocks[0].register_forward_hook(
+                lambda m, a, out, seen=seen: seen.update(encoder_block_0_output=out)
+            )
+            model.trunk.norm.register_forward_hook(
+                lambda m, a, out, seen=seen: seen.update(pooled_tokens_before_norm=a[0], trunk_norm_output=out)
+            )
+            self.assertLess(error(model(video), case["expected"]["logits"]), tolerance)
+            self.assertEqual(set(seen), set(case["expected"]["intermediate"]))
+            for name, got in seen.items():
+                self.assertLess(error(got, case["expected"]["intermediate"][name]), tolerance, name)
+            for variant in case["losses"]:
+                model.zero_grad()
+                hard = variant["title"] == "hard labels"
+                target = (
+                    soft_targets(torch.tensor(variant["labels"]), 7, 0) if hard else soft_labels("soft_labels", [2, 7])
+                )
+                loss = soft_cross_entropy(model(video), target.to(dtype))
+                self.assertLess(abs(loss.item() / variant["loss"][1] - 1), tolerance)
+                loss.backward()
+                norms = {name: float(p.grad.norm()) for name, p in model.named_parameters()}
+                norms["<all parameters>"] = sum(norm**2 for norm in norms.values()) ** 0.5
+                for name, (_, recorded) in variant["grad_l2_norms"].items():
+                    self.assertLess(abs(norms[name] / recorded - 1), GRADIENT_TOLERANCE[dtype], name)
+
+    def test_several_views(self):
+        for case in record("classifier")["multi_view"]:
+            for dtype, tolerance in TOLERANCE.items():
+                model = published_model(dtype)
+                views = [tensor(name, case["input_shape"], 0.0, 2.0).to(dtype) for name in case["input_names"]]
+                scores = torch.stack([model(view) for view in views])  # (V, B, classes)
+                self.assertLess(error(scores.flatten(0, 1), case["concatenated_logits"]), tolerance)
+                # Ours lie video by video, and go through the model together.
+                together = torch.stack(views, dim=1).flatten(0, 1)
+                batch = batch_of(together, [0] * case["batch"], views=case["views"])
+                averaged = average_views(model(together), batch, "logits")
+                self.assertLess(error(averaged, case["averaged_logits"]), tolerance)
+                shares = average_views(model(together), batch, "softmax")
+                recorded = case["for_contrast_averaged_softmax_which_is_NOT_what_the_ancestor_ranks"]
+                self.assertLess(error(shares, recorded), tolerance)
+
+    def test_images(self):
+        for name, case in record("image")["classifier"].items():
+            if not name.endswith("resolution"):
+                continue
+            for dtype, tolerance in TOLERANCE.items():
+                got = published_model(dtype)(stated(case["input"]).to(dtype))
+                self.assertLess(error(got, case["logits"]), tolerance, name)
+
+    def test_averages(self):
+        recorded = record("average")
+        entries = record("classifier")["state_dict"]
+        states = [
+            {
+                name: tensor(f"model{k}:{name}", shape, *rest[1:])
+                for name, shape, *rest in entries
+                if rest[0] == "formula"
+            }
+            for k in range(2)
+        ]
+        for mode in recorded["modes"]:
+            for run in mode["runs"]:
+                for dtype, tolerance in TOLERANCE.items():
+                    with self.subTest(mode["combine_mode"], dtype=dtype, point=run["mixing_ratio"]["point"]):
+                        self.check_average(mode, run, states, dtype, tolerance)
+
+    def check_average(self, mode: dict, run: dict, states: list, dtype: torch.dtype, tolerance: float) -> None:
+        recorded = record("average")
+        model = AveragedClassifier(trunk(), [7], 2, mode["combine_mode"])
+        self.assertEqual([[n, list(t.shape)] for n, t in model.state_dict().items()], mode["state_dict"])
+        self.assertEqual([n for n, _ in model.named_parameters()], mode["trainable_parameters"])
+        if isinstance(mode["averaged_entries_in_row_order"], list):
+            self.assertEqual([f"trunk.{name}" for name in model.names], mode["averaged_entries_in_row_order"])
+        model.load_sources(states)
+        given = {name: tensor(name, shape, *rest[1:]) for name, shape, *rest in mode["head"]}
+        if run["mixing_ratio"]["point"] == "given":
+            given["mixing_ratio"] = stated(run["mixing_ratio"]["values"])
+        model.load_state_dict(given, strict=False)
+        model = model.to(dtype)
+        averaged = model.averaged_trunk()
+        for name, expected in run["averaged_weights"].items():
+            self.assertLess(error(averaged[name.removeprefix("trunk.")], expected), tolerance, name)
+        logits = model(stated(recorded["input"]).to(dtype))
+        self.assertLess(error(logits, run["logits"]), tolerance)
+        loss = soft_cross_entropy(logits, soft_targets(torch.tensor(recorded["labels"]), 7, 0).to(dtype))
+        self.assertLess(abs(loss.item() / run["loss"][1] - 1), tolerance)
+        loss.backward()
+        self.assertLess(error(model.mixing_ratio.grad, run["d_loss_d_mixing_ratio"]), GRADIENT_TOLERANCE[dtype])
+        if dtype == torch.float64:  # the gradient of a ratio is a difference of large numbers
+            for name, (_, norm) in run["grad_l2_norms"].items():
+                self.assertLess(abs(float(dict(model.named_parameters())[name].grad.norm()) / norm - 1), 1e-9, name)
+
+
+class Freezing(unittest.TestCase):
+    def test_a_frozen_trunk_records_nothing_and_stays_as_at_evaluation(self):
+        model = VideoClassifier(trunk(drop_path=0.9), [7])
+        model.trunk.requires_grad_(False)
+        train_mode(model)
+        self.assertTrue(model.training and model.heads.training)
+        self.assertFalse(any(module.training for module in model.trunk.modules()))
+        video = torch.rand(4, 3, 4, 32, 32)
+        scores = model(video)
+        self.assertTrue(torch.equal(scores, model(video)), "no drop path")
+        with torch.no_grad():
+            self.assertTrue(torch.equal(scores, model.heads[0](model.features(video))))
+        scores.sum().backward()
+        self.assertEqual(
+            [n for n, p in model.named_parameters() if p.grad is not None], ["heads.0.0.weight", "heads.0.0.bias"]
+        )
+        kept: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            model(video)
+        self.assertLess(
+            sum(t.numel() for t in kept), 4 * 48 + 7 * 48 + 1, "nothing of the trunk is kept for a backward pass"
+        )
+
+    def test_a_trained_trunk_trains(self):
+        model = VideoClassifier(trunk(drop_path=0.5), [7])
+        train_mode(model)
+        self.assertTrue(all(module.training for module in model.modules()))
+        model(torch.rand(2, 3, 4, 32, 32)).sum().backward()
+        self.assertTrue(all(p.grad is not None for p in model.parameters()))
+
+
+class Averages(unittest.TestCase):
+    def sources(self, count: int) -> list[dict[str, Tensor]]:
+        made = []
+        for seed in range(count):
+            torch.manual_seed(seed)
+            made.append(VideoClassifier(trunk(), [7]).state_dict())
+        return made
+
+    def test_merged_gives_the_same_logits(self):
+        for mode in MODES:
+            for count in (2, 3):
+                model = AveragedClassifier(trunk(), [7], count, mode)
+                model.load_sources(self.sources(count))
+                torch.nn.init.normal_(model.mixing_ratio)
+                merged = VideoClassifier(trunk(), [7])
+                merged.load_state_dict(model.merged())
+                video = torch.rand(2, 3, 4, 32, 32)
+                self.assertTrue(torch.equal(model(video), merged(video)))
+
+    def test_weights_far_apart_choose_one_source(self):
+        model = AveragedClassifier(trunk(), [7], 2)
+        states = self.sources(2)
+        model.load_sources(states)
+        with torch.no_grad():
+            model.mixing_ratio.copy_(torch.tensor([0.0, 200.0]))
+        for name, weight in model.averaged_trunk().items():
+            self.assertTrue(torch.equal(weight, states[1][f"trunk.{name}"]), name)
+
+    def test_the_average_is_exact_under_autocast(self):
+        model = AveragedClassifier(trunk(), [7], 2)
+        model.load_sources(self.sources(2))
+        with torch.autocast("cpu", torch.bfloat16):
+            averaged = model.averaged_trunk()
+            self.assertEqual(model(torch.rand(2, 3, 4, 32, 32)).shape, (2, 7))
+        for name, weight in model.averaged_trunk().items():
+            self.assertTrue(torch.equal(weight, averaged[name]), name)
+
+    def test_only_mixing_weights_and_heads_learn(self):
+        model = AveragedClassifier(trunk(), [7], 2)
+        model.load_sources(self.sources(2))
+        before = {name: value.clone() for name, value in model.sources.named_buffers()}
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        model(torch.rand(2, 3, 4, 32, 32)).square().sum().backward()
+        optimizer.step()
+        self.assertNotEqual(model.mixing_weights().tolist(), [0.5, 0.5])
+        for name, value in model.sources.named_buffers():
+            self.assertTrue(torch.equal(value, before[name]))
+
+    def test_mistakes(self):
+        states = self.sources(3)
+        with self.assertRaisesRegex(UserError, "3 checkpoints to average, and ensemble_num_models is 2"):
+            AveragedClassifier(trunk(), [7], 2).load_sources(states)
+        del states[1]["trunk.norm.bias"]
+        with self.assertRaisesRegex(UserError, r"B\.pt does not fit the model: trunk\.norm\.bias is missing"):
+            AveragedClassifier(trunk(), [7], 2).load_sources(states[:2], ["A.pt", "B.pt"])
+        states[1]["trunk.norm.bias"] = torch.zeros(3)
+        with self.assertRaisesRegex(UserError, r"trunk\.norm\.bias has the shape \(3,\); expected \(48,\)"):
+            AveragedClassifier(trunk(), [7], 2).load_sources(states[:2])
+        with self.assertRaisesRegex(UserError, "ensemble_num_models is 1; expected at least 2"):
+            AveragedClassifier(trunk(), [7], 1)
+        with self.assertRaisesRegex(UserError, "activation_checkpointing"):
+            AveragedClassifier(trunk(activation_checkpointing=True), [7])
+
+
+class Task(unittest.TestCase):
+    labels = LabelSets([7, 5], {"a": 0, "b": 1})
+
+    def test_each_source_has_its_head(self):
+        model = VideoClassifier(trunk(), [7, 5])
+        task = Classify(self.labels, Mixing())
+        for source, unused in (("a", 1), ("b", 0)):
+            model.zero_grad()
+            video = torch.randint(0, 256, (2, 3, 4, 32, 32), dtype=torch.uint8)
+            task.training_step(model, batch_of(video, [1, 4], source=source)).loss.backward()
+            self.assertIsNone(model.heads[unused][0].weight.grad)
+            self.assertGreater(float(model.heads[1 - unused][0].weight.grad.abs().sum()), 0)
+
+    def test_ignored_samples_do_not_count(self):
+        model, task = VideoClassifier(trunk(), [7, 5]).eval(), Classify(self.labels)
+        video = torch.randint(0, 256, (3, 3, 4, 32, 32), dtype=torch.uint8)
+        for step in (task.training_step, task.evaluation_step):
+            all_three, two = step(model, batch_of(video, [1, -1, 4])), step(model, batch_of(video[[0, 2]], [1, 4]))
+            self.assertAlmostEqual(float(all_three.loss), float(two.loss), places=5)
+            self.assertEqual(float(all_three.sums["top1"]), float(two.sums["top1"]))
+            none = step(model, batch_of(video, [-1, -1, -1]))
+            self.assertEqual(float(none.loss), 0)
+
+    def test_mixing_is_drawn_from_the_step(self):
+        model, task = VideoClassifier(trunk(), [7, 5]), Classify(self.labels, Mixing())
+        batch = batch_of(torch.randint(0, 256, (4, 3, 4, 32, 32), dtype=torch.uint8), [0, 1, 2, 3])
+        losses = []
+        for seed in (1, 1, 2):
+            torch.manual_seed(seed)
+            losses.append(float(task.training_step(model, batch).loss))
+        self.assertEqual(losses[0], losses[1])
+        self.assertNotEqual(losses[0], losses[2])
+
+    def test_recorded_cross_entropies(self):
+        recorded = record("metrics")
+        scores = stated(recorded["predictions"])[:6]
+        label = torch.tensor(recorded["labels"])
+        cases = recorded["cross_entropy"]
+        second_ignored = label.where(torch.arange(6) != 1, torch.tensor(-1))
+        for dtype, tolerance in TOLERANCE.items():
+            found = {
+                "hard": soft_cross_entropy(scores.to(dtype), soft_targets(label, 9, 0).to(dtype)),
+                "second_label_set_to_-1": soft_cross_entropy(
+                    scores.to(dtype), soft_targets(second_ignored, 9, 0).to(dtype)
+                ),
+                "soft": soft_cross_entropy(scores.to(dtype), soft_labels("metric.soft", [6, 9]).to(dtype)),
+            }
+            for name, loss in found.items():
+                self.assertLess(abs(loss.item() / cases[name][1] - 1), tolerance, name)
+
+    def test_mixing_weights_are_told(self):
+        task = Classify(LabelSets([7], {"a": 0}))
+        self.assertEqual(task.epoch_figures(VideoClassifier(trunk(), [7])), {})
+        self.assertEqual(task.epoch_figures(AveragedClassifier(trunk(), [7], 2)), {"mixing_0": 0.5, "mixing_1": 0.5})
+        by_tensor = task.epoch_figures(AveragedClassifier(trunk(), [7], 2, MODES[1]))
+        self.assertEqual(by_tensor["mixing_by_tensor"]["norm.weight"], [0.5, 0.5])
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,235 @@
+"""Mixup and CutMix: the published figures, timm's arithmetic, what is drawn how often, odd batches and missing labels."""
+
+import unittest
+from unittest import mock
+
+import numpy as np
+import timm.data.mixup
+import torch
+from torch import Tensor
+
+from omnivision.data.mixing import Mixing, cutmix_box, kept_share, mix, mixed_targets, soft_targets
+from omnivision.errors import UserError
+from tests.parity_formula import error, record, stated, tensor
+
+RECORDED = record("augmentation")
+CLASSES, SMOOTHING = RECORDED["settings"]["num_classes"], RECORDED["settings"]["label_smoothing"]
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def batch(size: int) -> tuple[Tensor, Tensor]:
+    return tensor("mixing.video", [size, 3, 2, 9, 12], 0.0, 2.0), torch.arange(size) % CLASSES
+
+
+class Published(unittest.TestCase):
+    def test_the_recorded_cases(self):
+        self.assertEqual(len(RECORDED["cases"]), 6)
+        for case in RECORDED["cases"]:
+            video, share, box = stated(case["input"]), case["lambda_drawn"], None
+            if "box_centre_row_col" in case:
+                (top, bottom), (left, right) = case["box_rows_cols"]
+                box = cutmix_box(*video.shape[-2:], share, *case["box_centre_row_col"])
+                self.assertEqual(box, (top, left, bottom - top, right - left), case["title"])
+                share = kept_share(*video.shape[-2:], box)
+                self.assertAlmostEqual(share, case["lambda_after_correction"], 12, case["title"])
+            before = video.clone()
+            self.assertLess(error(mix(video, share, box), case["video"]), 1e-6, case["title"])
+            self.assertTrue(torch.equal(video, before), "the input is not changed")
+            targets = mixed_targets(torch.tensor(case["labels"]), CLASSES, SMOOTHING, share)
+            self.assertLess(float((targets - torch.tensor(case["targets"])).abs().max()), 1e-6, case["title"])
+
+    def test_settings(self):
+        for name in ("mixup_alpha", "cutmix_alpha", "prob", "switch_prob", "label_smoothing"):
+            self.assertEqual(getattr(Mixing(), name), RECORDED["settings"][name])
+
+
+class AsTimm(unittest.TestCase):
+    def test_pixels_and_targets_are_timms_for_the_same_share_and_box(self):
+        video, label = batch(6)
+        for share, centre in ((0.3, None), (0.77, None), (1.0, None), (0.6, (4, 5)), (0.4, (0, 11)), (0.99, (2, 2))):
+            box, theirs_box = None, (0, 0, 0, 0)
+            if centre is not None:
+                box = cutmix_box(9, 12, share, *centre)
+                share = kept_share(9, 12, box)
+                top, left, height, width = box
+                theirs_box = (top, top + height, left, left + width)
+            mixup = timm.data.mixup.Mixup(num_classes=CLASSES, label_smoothing=SMOOTHING)
+            with (
+                mock.patch.object(mixup, "_params_per_batch", return_value=(share, box is not None)),
+                mock.patch.object(timm.data.mixup, "cutmix_bbox_and_lam", return_value=(theirs_box, share)),
+            ):
+                # Time folded into channels: on five axes timm would cut time x height.
+                pixels, targets = mixup(video.clone().flatten(1, 2), label)
+            self.assertTrue(torch.equal(mix(video, share, box), pixels.view(video.shape)), (share, box))
+            self.assertTrue(torch.equal(mixed_targets(label, CLASSES, SMOOTHING, share), targets), (share, box))
+
+
+class Boxes(unittest.TestCase):
+    def test_boxes_are_inside_and_leave_their_share(self):
+        dice = rng()
+        for _ in range(500):
+            height, width = (int(side) for side in dice.integers(1, 60, 2))
+            row, column, share = int(dice.integers(height)), int(dice.integers(width)), float(dice.random())
+            top, left, h, w = box = cutmix_box(height, width, share, row, column)
+            self.assertTrue(0 <= top <= top + h <= height and 0 <= left <= left + w <= width)
+            outside = torch.ones(height, width)
+            outside[top : top + h, left : left + w] = 0
+            self.assertAlmostEqual(kept_share(height, width, box), float(outside.mean()), 5)
+            # A box is clipped, and odd sides lose one: it never takes more than was drawn.
+            self.assertGreaterEqual(kept_share(height, width, box), share - 1e-12)
+
+    def test_a_box_in_the_middle_of_a_large_frame_is_not_clipped(self):
+        for share in (0.3, 0.5, 0.9):
+            self.assertAlmostEqual(kept_share(2000, 3000, cutmix_box(2000, 3000, share, 1000, 1500)), share, delta=2e-3)
+
+
+class Pixels(unittest.TestCase):
+    def test_mixup_is_a_weighted_sum_with_the_flipped_batch(self):
+        video, _ = batch(4)
+        expected = 0.3 * video.double() + 0.7 * video.double().flip(0)
+        self.assertLess(float((mix(video, 0.3, None) - expected).abs().max()), 1e-6)
+
+    def test_cutmix_takes_pixels_and_changes_none(self):
+        video, _ = batch(4)
+        mixed = mix(video, 0.9, (2, 3, 4, 5))
+        inside = torch.zeros(9, 12, dtype=torch.bool)
+        inside[2:6, 3:8] = True
+        self.assertTrue(torch.equal(mixed, torch.where(inside, video.flip(0), video)))
+
+    def test_the_odd_one_out_stays(self):
+        video, label = batch(5)
+        for share, box in ((0.3, None), (0.8, (1, 2, 3, 4))):
+            mixed, targets = mix(video, share, box), mixed_targets(label, CLASSES, 0.1, share)
+            self.assertTrue(torch.equal(mixed[4], video[4]))
+            self.assertEqual(targets[4].tolist(), [0, 0, 0, 0, 1], "not smoothed")
+            self.assertTrue(torch.equal(mixed[:4], mix(video[:4], share, box)))
+            self.assertTrue(torch.equal(targets[:4], mixed_targets(label[:4], CLASSES, 0.1, share)))
+        alone = Mixing()(video[:1], label[:1], CLASSES, rng())
+        self.assertTrue(torch.equal(alone[0], video[:1]))
+        self.assertEqual(alone[1].tolist(), [[1, 0, 0, 0, 0]])
+
+    def test_images_are_mixed_as_clips_of_one_frame(self):
+        video, label = batch(4)
+        for seed in range(6):
+            pixels, targets = Mixing()(video[:, :, :1], label, CLASSES, rng(seed))
+            image = Mixing()(video[:, :, 0], label, CLASSES, rng(seed))
+            self.assertTrue(torch.equal(image[0], pixels[:, :, 0]))
+            self.assertTrue(torch.equal(image[1], targets))
+
+    def test_half_precision_stays_half(self):
+        video, label = batch(4)
+        for seed in range(6):
+            pixels, targets = Mixing()(video.bfloat16(), label, CLASSES, rng(seed))
+            self.assertEqual((pixels.dtype, targets.dtype), (torch.bfloat16, torch.float32))
+            full, _ = Mixing()(video, label, CLASSES, rng(seed))
+            self.assertLess(float((pixels.float() - full).abs().max()), 0.03)
+
+
+class Targets(unittest.TestCase):
+    def test_smoothed_targets_sum_to_one(self):
+        label = torch.tensor([0, 3, 2])
+        hard = soft_targets(label, 4, 0.0)
+        self.assertEqual(hard.tolist(), [[1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0]])
+        self.assertEqual(hard.dtype, torch.float32)
+        smooth = soft_targets(label, 4, 0.1)
+        self.assertLess(float((smooth - (0.9 * hard + 0.1 / 4)).abs().max()), 1e-7)
+        self.assertLess(float((smooth.sum(1) - 1).abs().max()), 1e-6)
+
+    def test_the_loss_is_torchs_with_smoothing(self):
+        scores, label = tensor("scores", [6, 4], 0.0, 3.0), torch.tensor([0, 3, -1, 1, -1, 2])
+        ours = torch.nn.functional.cross_entropy(scores, soft_targets(label, 4, 0.1), reduction="sum")
+        theirs = torch.nn.functional.cross_entropy(scores, label, ignore_index=-1, label_smoothing=0.1, reduction="sum")
+        self.assertAlmostEqual(float(ours), float(theirs), 5)
+
+    def test_a_sample_without_a_label_gives_nothing(self):
+        self.assertEqual(soft_targets(torch.tensor([-1, 1]), 3, 0.1)[0].tolist(), [0, 0, 0])
+        mixed = mixed_targets(torch.tensor([-1, 0, 1, 2, -1]), 3, 0.1, 0.3)
+        expected = torch.tensor([0.7, 1.0, 1.0, 0.3, 0.0])  # what the partner, or the sample itself, brings
+        self.assertLess(float((mixed.sum(1) - expected).abs().max()), 1e-6)
+        self.assertLess(float((mixed[0] - 0.7 * soft_targets(torch.tensor([2]), 3, 0.1)[0]).abs().max()), 1e-7)
+
+
+class Drawing(unittest.TestCase):
+    def draws(self, mixing: Mixing, count: int = 3000) -> tuple[np.ndarray, np.ndarray]:
+        """Shares and whether there was a box."""
+        drawn = [mixing.draw(224, 224, rng(seed)) for seed in range(count)]
+        return np.array([share for share, _ in drawn]), np.array([box is not None for _, box in drawn])
+
+    def test_either_kind_half_of_the_time(self):
+        shares, boxes = self.draws(Mixing())
+        self.assertAlmostEqual(float(boxes.mean()), 0.5, delta=0.03)
+        self.assertTrue((shares < 1).mean() > 0.99, "always one of them")
+        mixup = shares[~boxes]
+        self.assertAlmostEqual(float(mixup.mean()), 0.5, delta=0.02)
+        self.assertAlmostEqual(float(mixup.var()), 1 / (4 * (2 * 0.8 + 1)), delta=0.006)
+        # A uniform share whose box is clipped at the border: the mean was worked out by the integral below.
+        self.assertAlmostEqual(float(shares[boxes].mean()), self.mean_kept_share(), delta=0.02)
+
+    @staticmethod
+    def mean_kept_share() -> float:
+        """1 - E[(s - s^2 / 4)^2] for s = sqrt(1 - share): of a side s at a uniform centre, s - s^2 / 4 lies inside."""
+        s = np.sqrt((np.arange(100000) + 0.5) / 100000)
+        return float(1 - ((s - s**2 / 4) ** 2).mean())
+
+    def test_one_kind_alone(self):
+        for wanted, other in ((0.8, 0.0), (1.0, 0.0)):
+            self.assertFalse(self.draws(Mixing(mixup_alpha=wanted, cutmix_alpha=other), 300)[1].any())
+            self.assertTrue(self.draws(Mixing(mixup_alpha=other, cutmix_alpha=wanted), 300)[1].all())
+        self.assertFalse(self.draws(Mixing(switch_prob=0.0), 300)[1].any())
+        self.assertTrue(self.draws(Mixing(switch_prob=1.0), 300)[1].all())
+
+    def test_a_share_of_the_batches(self):
+        shares, boxes = self.draws(Mixing(prob=0.3))
+        self.assertAlmostEqual(float((shares < 1).mean()), 0.3, delta=0.03)
+        self.assertFalse(boxes[shares == 1].all())
+        video, label = batch(4)
+        same, targets = Mixing(prob=0.0)(video, label, CLASSES, rng())
+        self.assertTrue(torch.equal(same, video))
+        self.assertTrue(torch.equal(targets, soft_targets(label, CLASSES, 0.1)), "smoothed all the same")
+
+    def test_centres_are_uniform(self):
+        boxes = [Mixing(mixup_alpha=0).draw(40, 60, rng(seed))[1] for seed in range(3000)]
+        inside = np.zeros((40, 60))
+        for top, left, height, width in boxes:
+            inside[top : top + height, left : left + width] += 1 / len(boxes)
+        self.assertLess(np.abs(inside - inside[::-1, ::-1]).max(), 0.06)
+
+    def test_a_batch_is_a_function_of_its_generator(self):
+        video, label = batch(4)
+        before = video.clone()
+        one, same, other = (Mixing()(video, label, CLASSES, rng(seed)) for seed in (1, 1, 2))
+        self.assertTrue(torch.equal(one[0], same[0]) and torch.equal(one[1], same[1]))
+        self.assertFalse(torch.equal(one[0], other[0]) or torch.equal(one[1], other[1]))
+        self.assertTrue(torch.equal(video, before))
+
+    def test_the_batch_is_the_draw_carried_out(self):
+        video, label = batch(4)
+        for seed in range(8):
+            share, box = Mixing().draw(9, 12, rng(seed))
+            pixels, targets = Mixing()(video, label, CLASSES, rng(seed))
+            self.assertTrue(torch.equal(pixels, mix(video, share, box)))
+            self.assertTrue(torch.equal(targets, mixed_targets(label, CLASSES, 0.1, share)))
+
+    def test_nothing_waits_for_a_device(self):
+        """On the meta device there are no values: whatever would ask for one raises."""
+        for seed in range(8):
+            video, label = torch.empty(5, 3, 2, 8, 8, device="meta"), torch.empty(5, dtype=torch.int64, device="meta")
+            pixels, targets = Mixing()(video, label, CLASSES, rng(seed))
+            self.assertEqual((pixels.shape, targets.shape), (video.shape, (5, CLASSES)))
+            self.assertEqual((pixels.device.type, targets.device.type), ("meta", "meta"))
+
+    def test_impossible_settings(self):
+        for wrong in ({"prob": 1.1}, {"switch_prob": -0.1}, {"label_smoothing": float("nan")}):
+            ((name, value),) = wrong.items()
+            with self.assertRaisesRegex(UserError, f"^{name} is {value}; expected .*trainer.task.mixing.{name}"):
+                Mixing(**wrong)
+        for alphas in ((-1, 1), (0, 0), (0.8, float("nan")), (float("inf"), 1)):
+            with self.assertRaisesRegex(UserError, "mixup_alpha is .*cutmix_alpha .*expected .*trainer.task.mixing"):
+                Mixing(*alphas)
+
+
+if __name__ == "__main__":
+    unittest.main()

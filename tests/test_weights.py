@@ -1,0 +1,220 @@
+"""Weights handed from stage to stage: what is read, chosen, loaded, resized and refused."""
+
+import tempfile
+import unittest
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from omnivision.errors import UserError
+from omnivision.models.architecture import build, describe
+from omnivision.models.average import AveragedClassifier
+from omnivision.models.classifier import VideoClassifier
+from omnivision.models.mae import MaskedAutoencoder
+from omnivision.models.patches import resized_positions
+from omnivision.models.vit import VisionTransformer
+from omnivision.weights import Choice, LoadReport, Weights, choose, find, load, read, read_several
+from tests.test_checkpoint import Canary
+
+TRUNK_ALONE = Choice(drop_if_present=["heads.*", "trunk.decoder.*", "trunk.mask_token"])
+
+
+def trunk(**changes: Any) -> VisionTransformer:
+    return VisionTransformer(24, 2, 2, **({"num_frames": 4, "image_size": 32, "tubelet": (2, 8, 8)} | changes))
+
+
+def autoencoder() -> MaskedAutoencoder:
+    torch.manual_seed(1)
+    return MaskedAutoencoder(trunk(), {"width": 16, "depth": 1, "heads": 2})
+
+
+def classifier(classes: int = 7, **changes: Any) -> VideoClassifier:
+    torch.manual_seed(2)
+    return VideoClassifier(trunk(**changes), [classes])
+
+
+def weights_of(model: torch.nn.Module, told: bool = True) -> Weights:
+    return Weights(model.state_dict(), Path("there.pt"), "0" * 64, describe(model) if told else {})
+
+
+class HandOver(unittest.TestCase):
+    def test_from_stage_to_stage(self):
+        """Autoencoder -> alignment -> another set of classes: the trunk arrives whole, its final norm too."""
+        first, second, third = autoencoder(), classifier(), classifier(5)
+        torch.nn.init.normal_(first.trunk.norm.weight)
+        report = load(second, weights_of(first), TRUNK_ALONE)
+        self.assertEqual(report.missing, ["heads.0.0.bias", "heads.0.0.weight"])
+        self.assertIn("heads.0.projector.weight", report.dropped)
+        self.assertEqual(report.dropped["trunk.mask_token"], "trunk.mask_token")
+        again = load(third, weights_of(second), TRUNK_ALONE)
+        self.assertEqual(set(again.dropped), {"heads.0.0.weight", "heads.0.0.bias"})
+        for name, tensor in third.trunk.state_dict().items():
+            self.assertTrue(torch.equal(tensor, first.trunk.state_dict()[name]), name)
+        self.assertRegex("\n".join(again.lines()), r"loaded +\d+ .*\n  dropped +2 .*heads")
+
+    def test_what_has_no_place_is_left_out_and_told(self):
+        report = load(autoencoder(), weights_of(classifier()), Choice())
+        self.assertEqual(
+            report.dropped, dict.fromkeys(("heads.0.0.weight", "heads.0.0.bias"), "no place in this model")
+        )
+        self.assertIn("trunk.decoder.norm.weight", report.missing)
+
+    def test_strict(self):
+        whole = classifier()
+        self.assertEqual(load(classifier(), weights_of(whole), Choice(strict=True)).missing, [])
+        with self.assertRaisesRegex(UserError, "is not of this model: missing .*heads.0.0.bias.*strict"):
+            load(whole, weights_of(autoencoder()), Choice(strict=True))
+
+    def test_positions_of_other_frames_and_sizes_are_interpolated(self):
+        old = classifier()
+        torch.nn.init.normal_(old.trunk.pos_embed)
+        for changes, grid in (({"num_frames": 8}, (4, 4, 4)), ({"image_size": 48}, (2, 6, 6))):
+            for told in (True, False):
+                new = classifier(**changes)
+                report = load(new, weights_of(old, told), TRUNK_ALONE)
+                expected = resized_positions(old.trunk.pos_embed, (2, 4, 4), grid)
+                self.assertTrue(torch.equal(new.trunk.pos_embed, expected))
+                self.assertEqual(report.resized, {"trunk.pos_embed": f"2x4x4 -> {'x'.join(map(str, grid))}"})
+        # The same number of tokens, laid out otherwise: only the file can tell.
+        new = classifier(num_frames=8, image_size=32, tubelet=(1, 8, 16))
+        with self.assertRaisesRegex(UserError, "does not fit this model: trunk.patch_embed"):
+            load(new, weights_of(old), TRUNK_ALONE)
+        with self.assertRaisesRegex(UserError, "positions for 33 tokens, which fit neither"):
+            state = old.state_dict() | {"trunk.pos_embed": torch.zeros(1, 33, 24)}
+            load(classifier(), Weights(state, Path("x.pt"), ""), TRUNK_ALONE)
+
+    def test_another_trunk_is_refused_and_nothing_is_changed(self):
+        new = classifier()
+        before = {name: tensor.clone() for name, tensor in new.state_dict().items()}
+        wide = VideoClassifier(VisionTransformer(48, 2, 2, num_frames=4, image_size=32, tubelet=(2, 8, 8)), [7])
+        deep = VideoClassifier(VisionTransformer(24, 1, 2, num_frames=4, image_size=32, tubelet=(2, 8, 8)), [7])
+        with self.assertRaisesRegex(UserError, r"there\.pt does not fit this model: .*\(48,\) instead of \(24,\)"):
+            load(new, weights_of(wide), TRUNK_ALONE)
+        with self.assertRaisesRegex(
+            UserError, r"fills 16 of the 28 tensors of the trunk, .*share 1 .*trunk\.blocks\.1"
+        ):
+            load(new, weights_of(deep), TRUNK_ALONE)
+        with self.assertRaisesRegex(UserError, r"heads of other classes are left out by trainer/checkpoint=no_heads"):
+            load(new, weights_of(classifier(5)), Choice())
+        for name, tensor in new.state_dict().items():
+            self.assertTrue(torch.equal(tensor, before[name]), name)
+        load(new, weights_of(deep), Choice(drop_if_present=["heads.*"], trunk_coverage=0.5))
+        self.assertTrue(torch.equal(new.trunk.blocks[0].norm1.weight, deep.trunk.blocks[0].norm1.weight))
+
+
+class Choosing(unittest.TestCase):
+    def chosen(self, choice: Choice) -> list[str]:
+        state = {name: torch.zeros(1) for name in ("trunk.a", "trunk.b", "heads.0.w", "x")}
+        return sorted(choose(state, choice, LoadReport("there.pt", "")))
+
+    def test_keeping_dropping_renaming_and_prefixing(self):
+        self.assertEqual(self.chosen(Choice(keep=["trunk.*", "x"])), ["trunk.a", "trunk.b", "x"])
+        self.assertEqual(self.chosen(Choice(drop=["trunk.*"])), ["heads.0.w", "x"])
+        self.assertEqual(self.chosen(Choice(keep=["trunk.*"], drop=["*.b"], drop_if_present=["none*"])), ["trunk.a"])
+        self.assertEqual(self.chosen(Choice(keep=["x"], rename={"x": ["y", "z"]})), ["y", "z"])
+        renamed = Choice(keep=["trunk.*"], rename={"trunk.*": ["one.*", "two.*"]})
+        self.assertEqual(self.chosen(renamed), ["one.a", "one.b", "two.a", "two.b"])
+        self.assertEqual(self.chosen(Choice(keep=["x"], prefix="model.")), ["model.x"])
+
+    def test_patterns_without_a_match_and_nothing_kept(self):
+        for what in ("keep", "drop"):
+            saying = rf"trainer\.checkpoint\.{what}: the pattern 'tronk\.\*' matches none of the 4"
+            with self.assertRaisesRegex(UserError, saying):
+                self.chosen(Choice(**{what: ["tronk.*"]}))
+        with self.assertRaisesRegex(UserError, r"rename: the pattern 'q' matches none"):
+            self.chosen(Choice(rename={"q": "r"}))
+        with self.assertRaisesRegex(UserError, "keeps nothing of the 4 entries"):
+            self.chosen(Choice(drop=["*"]))
+
+
+class Reading(unittest.TestCase):
+    def setUp(self):
+        temporary = tempfile.TemporaryDirectory()
+        self.addCleanup(temporary.cleanup)
+        self.folder = Path(temporary.name)
+        self.state = classifier().state_dict()
+
+    def assert_read(self, source: Path, architecture: bool = False) -> None:
+        found = read(source)
+        self.assertEqual(set(found.state), set(self.state))
+        for name, tensor in found.state.items():
+            self.assertTrue(torch.equal(tensor, self.state[name]), name)
+        self.assertEqual(bool(found.architecture), architecture)
+        self.assertEqual(len(found.sha256), 64)
+
+    def test_every_container(self):
+        torch.save(self.state, self.folder / "bare.pt")
+        torch.save({"model": self.state, "architecture": describe(classifier()), "epoch": 3}, self.folder / "run.pt")
+        save_file(self.state, self.folder / "weights.safetensors")
+        self.assert_read(self.folder / "bare.pt")
+        self.assert_read(self.folder / "run.pt", architecture=True)
+        self.assert_read(self.folder / "weights.safetensors")
+
+    def test_a_run_folder_gives_its_best_else_its_newest(self):
+        (self.folder / "checkpoints").mkdir()
+        with self.assertRaisesRegex(UserError, "which has no best.pt or checkpoint.pt"):
+            find(self.folder)
+        torch.save({"model": self.state}, self.folder / "checkpoints" / "checkpoint.pt")
+        self.assertEqual(find(self.folder).name, "checkpoint.pt")
+        torch.save({"model": self.state}, self.folder / "checkpoints" / "best.pt")
+        self.assertEqual(find(self.folder).name, "best.pt")
+        self.assert_read(self.folder)
+
+    def test_several(self):
+        for name in ("a.pt", "b.pt"):
+            torch.save({"model": self.state}, self.folder / name)
+        torch.save({"ensemble_weights": [self.state, self.state]}, self.folder / "both.pt")
+        two = read_several([str(self.folder / "a.pt"), str(self.folder / "b.pt")])
+        self.assertEqual([weights.path.name for weights in two], ["a.pt", "b.pt"])
+        self.assertEqual(len(read_several(str(self.folder / "both.pt"))), 2)
+        with self.assertRaisesRegex(UserError, "holds one model; expected several"):
+            read_several(str(self.folder / "a.pt"))
+        with self.assertRaisesRegex(UserError, "holds several models .*default_ensemble"):
+            read(self.folder / "both.pt")
+
+    def test_what_is_refused(self):
+        canary = self.folder / "canary"
+        torch.save({"model": Canary(str(canary))}, self.folder / "evil.pt")
+        with self.assertRaisesRegex(UserError, r"(?s)evil\.pt does not load.*save its state dict alone"):
+            read(self.folder / "evil.pt")
+        self.assertFalse(canary.exists())
+        for content in ([1, 2], {"model": {}}, {"model": {"a": 3}}, {3: torch.zeros(1)}, torch.zeros(2)):
+            torch.save(content, self.folder / "odd.pt")
+            with self.assertRaisesRegex(UserError, "holds no state dict"):
+                read(self.folder / "odd.pt")
+        (self.folder / "junk.safetensors").write_bytes(b"\xff" * 40)
+        with self.assertRaisesRegex(UserError, r"junk\.safetensors does not load"):
+            read(self.folder / "junk.safetensors")
+        with self.assertRaisesRegex(UserError, "no such file or folder.*null to train from nothing"):
+            read(self.folder / "nowhere")
+
+
+class Architectures(unittest.TestCase):
+    def test_what_is_described_is_built(self):
+        average = AveragedClassifier(trunk(), [7, 5], 3, "learned_average_layer_softmax")
+        for model in (autoencoder(), classifier(), average):
+            told = describe(model)
+            again = build(told, "here")
+            self.assertIs(type(again), type(model))
+            self.assertEqual(describe(again), told)
+            shapes = {name: t.shape for name, t in model.state_dict().items()}
+            self.assertEqual({name: t.shape for name, t in again.state_dict().items()}, shapes)
+        torch.save(told, Path(self.enterContext(tempfile.TemporaryDirectory())) / "plain.pt")  # loads with weights only
+
+    def test_nonsense(self):
+        good = describe(classifier())
+        for bad in (
+            {},
+            good | {"kind": "os.system"},
+            good | {"trunk": {}},
+            good | {"trunk": good["trunk"] | {"heads": 5}},
+            good | {"classes": "many"},
+        ):
+            with self.assertRaisesRegex(UserError, "here"):
+                build(bad, "here")
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,37 @@
+# Read by the scripts beside it: what they share. Settings come from environment variables, each with its default in the
+# script; further arguments are Hydra overrides and win.
+
+# need NAME MEANING: stop when a variable is unset.
+need() {
+    eval "value=\${$1:-}"
+    if [ -z "$value" ]; then
+        echo "error: $1 is not set: $2. Set it before the command, e.g. $1=... sh $0" >&2
+        exit 1
+    fi
+}
+
+# number NAME: stop when a variable is not a whole number of at least 1.
+number() {
+    eval "value=\${$1}"
+    case $value in
+        '' | *[!0-9]* | 0*)
+            echo "error: $1 is '$value'; expected a whole number of at least 1, in plain decimal." >&2
+            exit 1
+            ;;
+    esac
+}
+
+# train EXPERIMENT RECIPE [overrides]: one run, on the cluster unless told otherwise.
+train() {
+    for name in BATCH_SIZE NUM_NODES GPUS_PER_NODE NOMINAL_BATCH EPOCHS NUM_WORKERS; do
+        [ "$name" = NUM_WORKERS ] && [ "$NUM_WORKERS" = 0 ] || number "$name"
+    done
+    # The shell only divides whole numbers; the learning rate wants the exact ratio.
+    factor=$(awk "BEGIN { printf \"%.17g\", $NOMINAL_BATCH / ($BATCH_SIZE * $NUM_NODES) }")
+    experiment=$1 recipe=$2
+    shift 2
+    exec python "$HERE/../../train_app_submitit.py" "+experiments=$experiment" "+trainer=$recipe" "trainer/model=$MODEL" \
+        submitit.use_cluster=true "launcher.gpus_per_node=$GPUS_PER_NODE" "launcher.num_nodes=$NUM_NODES" \
+        "batch_size=$BATCH_SIZE" "lr_scale_factor=$factor" "epochs=$EPOCHS" "num_workers=$NUM_WORKERS" \
+        "launcher.experiment_log_dir=$EXP_DIR" "$@"
+}
