@@ -19,6 +19,7 @@ from torch import nn
 
 from omnivision.errors import UserError
 from omnivision.files import sync_folder, write_atomically
+from omnivision.safe import BrokenCheckpoint, safe_load
 
 LATEST, PREVIOUS, BEST = "checkpoint.pt", "previous.pt", "best.pt"
 FORMAT = 1
@@ -38,23 +39,6 @@ KEYS = {
     "meter",
     "last",
 }
-
-
-class BrokenCheckpoint(Exception):
-    """A checkpoint file that is not what was once written; the message says how it differs."""
-
-
-def safe_load(path: Path, map_location: str = "cpu") -> Any:
-    """The one door through which files from strangers come in: tensors and plain containers, never a pickled object.
-
-    Raises BrokenCheckpoint for a file that does not load, whatever the reason.
-    """
-    try:
-        return torch.load(path, map_location=map_location, weights_only=True, mmap=True)
-    except Exception as error:  # torch raises many kinds for a damaged or hostile file; all mean the same to the caller
-        raise BrokenCheckpoint(
-            f"{path} does not load: {str(error).splitlines()[0] if str(error) else error!r}"
-        ) from error
 
 
 def save(state: dict[str, Any], folder: Path, also: list[str]) -> None:

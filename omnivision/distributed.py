@@ -133,7 +133,9 @@ def parallel(model: nn.Module, processes: Processes, comms_dtype: str | None) ->
         return model
     # Buffers are constants (position tables). torch 2.14 renamed the argument that says so.
     known = inspect.signature(DistributedDataParallel).parameters
-    no_buffers = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+    no_buffers: dict[str, Any] = {
+        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False
+    }
     on_gpu = processes.device.type == "cuda"
     wrapped = DistributedDataParallel(
         model,

@@ -36,13 +36,14 @@ DECODER = ("width", "depth", "heads")
 class SplitSettings:
     paths: str | list[str]
     labels: str | list[str] | None = None
+    depth: str | list[str] | None = None
 
 
 @dataclass
 class DatasetSettings:
     """An entry of the catalog."""
 
-    kind: Literal["video", "image"] = "video"
+    kind: Literal["video", "image", "rgbd"] = "video"
     num_classes: Natural | None = None
     class_names: str | None = None
     label_set: str | None = None
@@ -51,6 +52,8 @@ class DatasetSettings:
     suffix: str = ""
     remove_suffix: str = ""
     fps: Positive = 25.0
+    depth_scale: Positive = 1.0
+    depth_max: Positive = 75.0
     train: SplitSettings | None = None
     val: SplitSettings | None = None
 
@@ -216,7 +219,7 @@ class Settings:
     def images(self) -> ImageSettings | None:
         """What differs for images, if there are any."""
         kinds = {source.kind for source in self.trainer.data.sources.values()}
-        return self.trainer.data.image if "image" in kinds else None
+        return self.trainer.data.image if kinds & {"image", "rgbd"} else None
 
 
 def check(config: DictConfig) -> Settings:
@@ -270,6 +273,12 @@ def contradictions(settings: Settings) -> list[str]:
         )
     problems += _disagreements(settings, trunk)
     problems += _label_problems(settings)
+    problems += [
+        f"datasets.{name}.kind is rgbd, and trainer.model.trunk.rgbd is not true: the model has no place for depth. Set "
+        f"++trainer.model.trunk.rgbd=true, or datasets.{name}.kind=image."
+        for name, source in data.sources.items()
+        if source.kind == "rgbd" and not trunk.get("rgbd")
+    ]
     if trainer.optim.layer_decay is not None and any(
         "trunk" in pattern or pattern == "*" for pattern in trainer.freeze
     ):
@@ -288,7 +297,7 @@ def contradictions(settings: Settings) -> list[str]:
         problems += _batch_problems(
             settings, where, images.batch_size, images.views_per_clip, images.accumulation_steps
         )
-    elif any(source.kind == "image" for source in data.sources.values()):
+    elif any(source.kind != "video" for source in data.sources.values()):
         problems.append(
             "There are sources of images, and trainer.data.image is not set. Choose a trainer/data that has it."
         )

@@ -16,11 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from omnivision.checkpoint import BEST, LATEST, BrokenCheckpoint, safe_load, sha256
+from omnivision.checkpoint import BEST, LATEST, sha256
 from omnivision.errors import UserError
 from omnivision.models.patches import Triple, resized_positions
+from omnivision.safe import BrokenCheckpoint, safe_load
 
 SETTING = "pretrained_checkpoint_path"
+# What hangs on the trunk and is not the encoder of pixels: the decoder of its pretraining, and the embedding of depth.
+BESIDE_THE_ENCODER = ("trunk.decoder.", "trunk.mask_token", "trunk.depth_patch_embed.")
 POSITIONS = ("trunk.pos_embed", "trunk.decoder.pos_embed")
 
 
@@ -226,8 +229,8 @@ def _check_coverage(wanted: Mapping[str, Tensor], report: LoadReport, choice: Ch
 
 
 def is_encoder(name: str) -> bool:
-    """Whether an entry belongs to the trunk proper, not to the decoder that hangs on it while it is pretrained."""
-    return name.startswith("trunk.") and not name.startswith(("trunk.decoder.", "trunk.mask_token"))
+    """Whether an entry belongs to the trunk proper, not to what hangs on it."""
+    return name.startswith("trunk.") and not name.startswith(BESIDE_THE_ENCODER)
 
 
 def _fitted_positions(name: str, table: Tensor, model: nn.Module, weights: Weights, report: LoadReport) -> Tensor:

@@ -116,6 +116,17 @@ class WriteFilm(unittest.TestCase):
         write_timed_film(other, enumerate(_frames()), 1 / rate, fps=rate, end=20)
         self.assertEqual(other.read_bytes(), self.path.read_bytes())
 
+    def test_what_is_quick_to_read_can_mostly_be_dropped(self) -> None:
+        counts = {}
+        for quick in (True, False):
+            write_timed_film(self.path, enumerate(_frames(48)), Fraction(1, 25), fps=25, gop=12, quick_to_read=quick)
+            with av.open(str(self.path)) as container:
+                container.streams.video[0].codec_context.skip_frame = "NONREF"
+                counts[quick] = len(list(container.decode(video=0)))
+            self.assertEqual([t for t, is_key in enumerate(_decode(self.path)[1]) if is_key], list(range(0, 48, 12)))
+        self.assertLess(counts[True], 20)
+        self.assertLess(counts[True], counts[False])
+
     def test_refuses_frames_that_do_not_belong_together(self) -> None:
         frame = _frames(1)[0]
         for name, frames in {

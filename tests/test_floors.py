@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.runs import ROOT
 
 FLOORS = {
-    0: ["errors", "files"],
+    0: ["errors", "files", "safe"],
     1: ["distributed", "metrics", "optim.schedules", "models.patches"],
     2: ["data", "models", "optim", "demo"],
     3: ["tasks", "evaluation"],
@@ -118,7 +118,7 @@ class Floors(unittest.TestCase):
                 where = f"{name}:{node.lineno} calls {called}"
                 self.assertNotIn(called, {"eval", "exec", "yaml.load", "yaml.unsafe_load", "pickle.loads"}, where)
                 if called == "torch.load":
-                    self.assertEqual(name, "omnivision.checkpoint", where)
+                    self.assertEqual(name, "omnivision.safe", where)
                 for keyword in node.keywords:
                     if keyword.arg in ("allow_pickle", "weights_only"):
                         expected = {"allow_pickle": False, "weights_only": True}[keyword.arg]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from omnivision.cli import demo_data
+from omnivision.cli import demo_data, runs
 from omnivision.errors import UserError
 
 
@@ -15,7 +15,8 @@ def main(arguments: list[str] | None = None) -> int:
         description="Tools around the training of video models. Training itself: python train_app_submitit.py --help",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    demo_data.add_parser(commands)
+    for command in (demo_data, runs):
+        command.add_parser(commands)
     options = parser.parse_args(arguments)
     try:
         return int(options.run(options))

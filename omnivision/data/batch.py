@@ -31,6 +31,7 @@ class Sample:
     source: str
     index: int  # in its split; of the file that was decoded, should it have replaced another
     path: str
+    depth: Tensor | None = None  # float32 (V, 1, H, W) in [0, 1], of an RGB-D image
     bad: list[BadSample] = field(default_factory=list)
 
 
@@ -46,6 +47,7 @@ class Batch:
     mask: Tensor | None = None  # bool (B, T', H', W'), True = hidden
     num_masked: int = 0  # tokens hidden in each sample
     views: int = 1  # clips of each video
+    depth: Tensor | None = None  # float32 (B, 1, H, W) in [0, 1], of RGB-D images
     bad: list[BadSample] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -67,7 +69,9 @@ class Batch:
 
     def _tensors(self, change: Callable[[Tensor], Tensor]) -> Batch:
         mask = None if self.mask is None else change(self.mask)
-        return replace(self, video=change(self.video), label=change(self.label), index=change(self.index), mask=mask)
+        depth = None if self.depth is None else change(self.depth)
+        label, index = change(self.label), change(self.index)
+        return replace(self, video=change(self.video), label=label, index=index, mask=mask, depth=depth)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -83,6 +87,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
                 f"The masks of a batch hide {sorted(set(counts.tolist()))} tokens; expected the same number in every "
                 "sample, because visible tokens are stacked. Change trainer.data.mask."
             )
+    depths = [sample.depth for sample in samples if sample.depth is not None]
     return Batch(
         video=torch.cat([sample.video for sample in samples]),
         label=torch.tensor([sample.label for sample in samples]).repeat_interleave(views),
@@ -92,5 +97,6 @@ def collate(samples: Sequence[Sample]) -> Batch:
         mask=mask,
         num_masked=num_masked,
         views=max(1, int(views.max())),
+        depth=torch.cat(depths) if depths else None,
         bad=[bad for sample in samples for bad in sample.bad],
     )

@@ -22,6 +22,7 @@ class SplitFiles:
 
     paths: Files
     labels: Files | None = None
+    depth: Files | None = None
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Dataset:
     """An entry of the catalog (`config/experiments/dataset_catalog.yaml`)."""
 
     name: str
-    kind: Literal["video", "image"] = "video"
+    kind: Literal["video", "image", "rgbd"] = "video"
     num_classes: int | None = None
     class_names: str | None = None
     label_set: str | None = None
@@ -37,7 +38,9 @@ class Dataset:
     remove_prefix: str = ""
     suffix: str = ""
     remove_suffix: str = ""
-    fps: float = 25.0
+    fps: float = 25.0  # of folders of frames
+    depth_scale: float = 1.0  # stored depth x this = depth
+    depth_max: float = 75.0  # what is farther counts as that far
     train: SplitFiles | None = None
     val: SplitFiles | None = None
 
@@ -125,7 +128,17 @@ class Split:
         self._where = where = f"datasets.{dataset.name}.{which}"
         self._paths_file = first_existing(files.paths, f"{where}.paths")
         self._labels_file = first_existing(files.labels, f"{where}.labels") if files.labels else None
+        self._depth_file = None
+        if dataset.kind == "rgbd":
+            self._depth_file = first_existing(files.depth or [], f"{where}.depth")
         self._open()
+        if self._depth is not None:
+            _check_paths(self._depth, str(self._depth_file), f"{where}.depth")
+            if len(self._depth) != len(self._paths):
+                raise UserError(
+                    f"{self._depth_file} holds {len(self._depth)} paths of depth files for {len(self._paths)} images; expected "
+                    f"one an image. Write both files from the same list, or point {where}.depth to another."
+                )
         _check_paths(self._paths, self._paths_file, f"{where}.paths")
         if self._labels is not None:
             _check_labels(self._labels, self._labels_file, f"{where}.labels", len(self._paths), dataset.num_classes)
@@ -133,9 +146,10 @@ class Split:
     def _open(self) -> None:
         self._paths = load_array(self._paths_file, f"{self._where}.paths")
         self._labels = load_array(self._labels_file, f"{self._where}.labels") if self._labels_file else None
+        self._depth = load_array(self._depth_file, f"{self._where}.depth") if self._depth_file else None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key not in ("_paths", "_labels")}
+        return {key: value for key, value in vars(self).items() if key not in ("_paths", "_labels", "_depth")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -145,8 +159,15 @@ class Split:
         return len(self._paths)
 
     def path(self, index: int) -> str:
+        return self._rewritten(str(self._paths[index]))
+
+    def depth_path(self, index: int) -> str | None:
+        """The file of depth that belongs to an image; None for a source without."""
+        return None if self._depth is None else self._rewritten(str(self._depth[index]))
+
+    def _rewritten(self, path: str) -> str:
         rules = self.dataset
-        path = str(self._paths[index]).removeprefix(rules.remove_prefix).removesuffix(rules.remove_suffix)
+        path = path.removeprefix(rules.remove_prefix).removesuffix(rules.remove_suffix)
         return f"{rules.prefix}{path}{rules.suffix}"
 
     def label(self, index: int) -> int:

@@ -18,7 +18,7 @@ from omnivision.data.batch import BadSample, Sample
 from omnivision.data.catalog import Split
 from omnivision.data.clips import Spacing, clip_window, random_clip_start, uniform_clip_starts
 from omnivision.data.decode import BadVideo, open_video
-from omnivision.data.images import read_image
+from omnivision.data.images import read_depth, read_image
 from omnivision.data.masking import Grid, Mask
 from omnivision.data.order import draws
 from omnivision.data.views import View
@@ -72,7 +72,7 @@ class ClipDataset:
 
     Args:
         splits: the sources; a request names one by position.
-        cuts: by kind of source ("video", "image").
+        cuts: by kind of source ("video", "image", "rgbd").
         clip_duration: seconds that the frames of a clip are spread over.
         seed: of all draws.
         training: clips start anywhere and a bad file is replaced by another sample. Otherwise clips are spread evenly, and the
@@ -112,13 +112,16 @@ class ClipDataset:
 
     def _sample(self, split: Split, request: Request, path: str, bad: list[BadSample]) -> Sample:
         cut = self.cuts[split.dataset.kind]
-        views, masks = [], []
+        depth = self._depth(split, request, cut)
+        views, masks, depths = [], [], []
         for clip, frames in enumerate(self._clips(split, request, path, cut)):
             frames = cut.view.prepare(_not_too_long(frames))
             for number in range(cut.views):
                 key = (*request, clip * cut.views + number)
                 cropped = cut.view(frames, draws(self.seed, Draw.VIEW, *key), number)  # (T, C, H, W)
                 views.append(cropped.transpose(0, 1))
+                if depth is not None:
+                    depths.append(cut.view.crop(depth, draws(self.seed, Draw.VIEW, *key), number)[0])
                 if cut.mask is not None:
                     masks.append(torch.from_numpy(cut.mask(cut.grid, draws(self.seed, Draw.MASK, *key))))
         return Sample(
@@ -128,12 +131,21 @@ class ClipDataset:
             source=split.name,
             index=request.video,
             path=path,
+            depth=torch.stack(depths).contiguous() if depths else None,
             bad=bad,
         )
 
+    def _depth(self, split: Split, request: Request, cut: Cut) -> Tensor | None:
+        """Depth of an RGB-D image as the view wants it: float32 (1, 1, H, W) in [0, 1], where 1 is `depth_max` or more."""
+        path = split.depth_path(request.video)
+        if path is None:
+            return None
+        stored = read_depth(path, self.max_pixels) * split.dataset.depth_scale
+        return cut.view.prepare(_not_too_long(stored.clamp(0, split.dataset.depth_max) / split.dataset.depth_max))
+
     def _clips(self, split: Split, request: Request, path: str, cut: Cut) -> list[Tensor]:
         """The clips of a file, each uint8 (T, C, H, W)."""
-        if split.dataset.kind == "image":
+        if split.dataset.kind != "video":
             return [read_image(path, self.max_pixels)]
         with open_video(path, fps=split.dataset.fps, max_pixels=self.max_pixels) as video:
             if self.training:
@@ -148,7 +160,9 @@ class ClipDataset:
         cut = self.cuts[split.dataset.kind]
         video = torch.empty(0, 3, cut.num_frames, cut.view.size, cut.view.size, dtype=torch.uint8)
         mask = None if cut.mask is None else torch.empty(0, *cut.grid, dtype=torch.bool)
-        return Sample(_as_stored(video, split), mask, split.label(request.video), split.name, request.video, path, bad)
+        depth = None if split.dataset.kind != "rgbd" else torch.empty(0, 1, cut.view.size, cut.view.size)
+        label = split.label(request.video)
+        return Sample(_as_stored(video, split), mask, label, split.name, request.video, path, depth, bad)
 
 
 def _not_too_long(frames: Tensor) -> Tensor:
@@ -161,4 +175,4 @@ def _not_too_long(frames: Tensor) -> Tensor:
 
 def _as_stored(views: Tensor, split: Split) -> Tensor:
     """(V, C, T, H, W), contiguous; of images (V, C, H, W), which the model tells apart from clips of one frame."""
-    return views[:, :, 0].contiguous() if split.dataset.kind == "image" else views.contiguous()
+    return views[:, :, 0].contiguous() if split.dataset.kind != "video" else views.contiguous()

@@ -3,12 +3,14 @@
 import os
 import struct
 import zlib
+from typing import IO
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
 from omnivision.data.opening import BadVideo, check_pixels, open_plain, reason
+from omnivision.safe import BrokenCheckpoint, safe_load
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".gif")
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF", "GIF")  # none that runs another program, as EPS does
@@ -26,17 +28,39 @@ def read_image(path: str, max_pixels: int | None = None) -> torch.Tensor:
     return torch.from_numpy(read_rgb(path, max_pixels)).permute(2, 0, 1)[None]
 
 
+def read_depth(path: str, max_pixels: int | None = None) -> torch.Tensor:
+    """A depth map as float32 (1, 1, H, W), as stored: a 16-bit PNG, a 2-D array of numbers (.npy), or a tensor (.pt).
+
+    Raises BadVideo for anything else. Arrays are never unpickled, and tensors are loaded with weights only.
+    """
+    try:
+        with _open_file(path) as file:
+            if path.endswith(".npy"):
+                depth = torch.from_numpy(
+                    np.asarray(np.lib.format.read_array(file, allow_pickle=False), dtype=np.float32)
+                )
+            elif path.endswith(".pt"):
+                depth = torch.as_tensor(safe_load(file))
+            else:
+                with Image.open(file, formats=_FORMATS) as image:
+                    check_pixels(image.width, image.height, max_pixels)
+                    depth = torch.from_numpy(np.asarray(image, dtype=np.float32))
+    except (*_ERRORS, BrokenCheckpoint, RuntimeError) as error:
+        raise BadVideo(reason(error)) from error
+    depth = depth.float().squeeze()
+    if depth.ndim != 2:
+        raise BadVideo(f"a depth map of shape {tuple(depth.shape)}; expected height x width")
+    check_pixels(depth.shape[1], depth.shape[0], max_pixels)
+    return depth[None, None]
+
+
 def read_rgb(path: str, max_pixels: int | None, folder: int | None = None) -> np.ndarray:
     """(H, W, 3) uint8, upright as its EXIF orientation says. `folder` is a descriptor that `path` starts at.
 
     Raises BadVideo.
     """
     try:
-        descriptor, is_folder = open_plain(path, folder)
-        if is_folder:
-            os.close(descriptor)
-            raise BadVideo("a folder, not an image")
-        with open(descriptor, "rb") as file:
+        with _open_file(path, folder) as file:
             with Image.open(file, formats=_FORMATS) as image:
                 check_pixels(image.width, image.height, max_pixels)
                 upright = ImageOps.exif_transpose(image)
@@ -45,3 +69,11 @@ def read_rgb(path: str, max_pixels: int | None, folder: int | None = None) -> np
                 return np.array(upright.convert("RGB"))
     except _ERRORS as error:
         raise BadVideo(reason(error)) from error
+
+
+def _open_file(path: str, folder: int | None = None) -> IO[bytes]:
+    descriptor, is_folder = open_plain(path, folder)
+    if is_folder:
+        os.close(descriptor)
+        raise BadVideo("a folder, not an image")
+    return open(descriptor, "rb")

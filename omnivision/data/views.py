@@ -43,6 +43,10 @@ class PretrainView:
 
     # (T, C, H, W) -> (T, C, size, size); `number` tells several views of a clip apart where they are not random
     def __call__(self, frames: Tensor, rng: np.random.Generator, number: int = 0) -> Tensor:
+        return self.crop(frames, rng, number)
+
+    def crop(self, frames: Tensor, rng: np.random.Generator, number: int = 0) -> Tensor:
+        """The place of the view alone: what goes with the frames (depth) is cut with a generator of the same key."""
         top, left, height, width = random_crop_box(frames.shape[-2], frames.shape[-1], self.scale, self.ratio, rng)
         return resize(frames[..., top : top + height, left : left + width], self.size, self.size)
 
@@ -55,7 +59,7 @@ class FinetuneView(PretrainView):
     erasing: RandomErasing | None = None
 
     def __call__(self, frames: Tensor, rng: np.random.Generator, number: int = 0) -> Tensor:
-        frames = super().__call__(frames, rng)
+        frames = self.crop(frames, rng, number)
         for change in (self.rand_augment, self.erasing):
             if change is not None:
                 frames = change(frames, rng)
@@ -77,6 +81,9 @@ class EvalView:
         return resize_short_side(frames, self.size)
 
     def __call__(self, frames: Tensor, rng: np.random.Generator, number: int = 0) -> Tensor:
+        return self.crop(frames, rng, number)
+
+    def crop(self, frames: Tensor, rng: np.random.Generator, number: int = 0) -> Tensor:
         top, left = crop_offsets(frames.shape[-2], frames.shape[-1], self.size, self.crops)[number]
         return frames[..., top : top + self.size, left : left + self.size]
 

@@ -16,7 +16,7 @@ from omnivision.models.classifier import VideoClassifier
 from omnivision.models.mae import Decoder, MaskedAutoencoder
 from omnivision.models.vit import VisionTransformer
 
-TRUNK = ("width", "depth", "heads", "mlp_ratio", "num_frames", "image_size", "tubelet")
+TRUNK = ("width", "depth", "heads", "mlp_ratio", "num_frames", "image_size", "tubelet", "rgbd")
 DECODER = ("width", "depth", "heads")
 KINDS = ("autoencoder", "classifier", "average")
 
@@ -49,7 +49,8 @@ def describe(model: nn.Module) -> Architecture:
 def build(architecture: Architecture, where: str) -> nn.Module:
     """The model, with first weights. Raises UserError naming `where` for a description that cannot be one."""
     try:
-        trunk = VisionTransformer(**{key: architecture["trunk"][key] for key in TRUNK})
+        numbers = {"rgbd": False} | architecture["trunk"]
+        trunk = VisionTransformer(**{key: numbers[key] for key in TRUNK})
         if architecture["kind"] == "autoencoder":
             return MaskedAutoencoder(trunk, {key: architecture["decoder"][key] for key in DECODER})
         if architecture["kind"] == "classifier":

@@ -101,10 +101,10 @@ class AveragedClassifier(nn.Module):
                 for name, weight in zip(self.names, weights, strict=True)
             }
 
-    def forward(self, video: Tensor, head: int = 0) -> Tensor:
+    def forward(self, video: Tensor, head: int = 0, depth: Tensor | None = None) -> Tensor:
         """As `VideoClassifier.forward`."""
         averaged = {f"trunk.{name}": weight for name, weight in self.averaged_trunk().items()}
-        return functional_call(self.model, averaged, (video, head))
+        return functional_call(self.model, averaged, (video, head, depth))
 
     @torch.no_grad()
     def merged(self) -> dict[str, Tensor]:

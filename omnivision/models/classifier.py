@@ -31,15 +31,18 @@ class VideoClassifier(nn.Module):
         self.trunk = trunk
         self.heads = nn.ModuleList(linear_head(trunk.width, count) for count in classes)
 
-    def forward(self, video: Tensor, head: int = 0) -> Tensor:
-        """(B, C, T, H, W) or images (B, C, H, W), uint8 or normalised -> scores (B, classes of that head)."""
+    def forward(self, video: Tensor, head: int = 0, depth: Tensor | None = None) -> Tensor:
+        """(B, C, T, H, W) or images (B, C, H, W), uint8 or normalised -> scores (B, classes of that head).
+
+        `depth`, of RGB-D images, is (B, 1, H, W) in [0, 1].
+        """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen(self.trunk)):
-            features = self.features(video)
+            features = self.features(video, depth)
         return self.heads[head](features)
 
-    def features(self, video: Tensor) -> Tensor:
+    def features(self, video: Tensor, depth: Tensor | None = None) -> Tensor:
         """(B, D): the mean over the tokens of the last block, then the trunk's LayerNorm."""
-        return self.trunk.norm(self.trunk(video).mean(1))
+        return self.trunk.norm(self.trunk(video, depth=depth).mean(1))
 
 
 def is_frozen(module: nn.Module) -> bool:

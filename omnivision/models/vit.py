@@ -6,6 +6,7 @@ embedding on. Parameter names are the published ones, so that PPMA checkpoints l
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -15,15 +16,19 @@ from torch.utils.checkpoint import checkpoint
 
 from omnivision.errors import UserError
 from omnivision.models.patches import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
     Triple,
     image_positions,
     pick_tubelets,
-    pixel_statistics,
     resized_positions,
     sinusoid_positions,
     split_tubelets,
     token_grid,
 )
+
+IMAGENET = (IMAGENET_MEAN, IMAGENET_STD)
+DEPTH_STATISTICS = ([0.0418], [0.0295])  # Omnivore's, of depth divided by its largest value
 
 
 class Attention(nn.Module):
@@ -112,18 +117,20 @@ class PatchEmbed(nn.Module):
     pixel_mean: Tensor
     pixel_std: Tensor
 
-    def __init__(self, tubelet: Triple, width: int, channels: int = 3) -> None:
+    def __init__(
+        self, tubelet: Triple, width: int, statistics: tuple[Sequence[float], Sequence[float]] = IMAGENET
+    ) -> None:
+        """`statistics`: mean and deviation of each channel of raw input (bytes, or depth in [0, 1])."""
         super().__init__()
         self.tubelet = tubelet
         # `proj.1`, because the published module first pads images to videos (`proj.0`) inside a Sequential.
-        conv = nn.Conv3d(channels, width, tubelet, stride=tubelet)
+        conv = nn.Conv3d(len(statistics[0]), width, tubelet, stride=tubelet)
         self.proj = nn.Sequential(nn.Identity(), conv)
         nn.init.xavier_uniform_(conv.weight.data.flatten(1))
         nn.init.zeros_(conv.bias.data)  # type: ignore[union-attr]
         # Buffers, because a constant made in `forward` would be copied to an accelerator at every step.
-        mean, std = pixel_statistics(channel_dim=2, ndim=6)
-        self.register_buffer("pixel_mean", mean, persistent=False)
-        self.register_buffer("pixel_std", std, persistent=False)
+        for name, values in zip(("pixel_mean", "pixel_std"), statistics, strict=True):
+            self.register_buffer(name, torch.tensor(values)[:, None, None, None], persistent=False)
 
     def forward(self, video: Tensor, visible: Tensor | None = None) -> Tensor:
         """(B, C, T, H, W), uint8 or normalised, and indices (B, K) or None for all tokens -> (B, K, D)."""
@@ -134,6 +141,8 @@ class PatchEmbed(nn.Module):
         conv = cast(nn.Conv3d, self.proj[1])
         if pixels.dtype == torch.uint8:
             pixels = (pixels.to(self.pixel_mean.dtype) / 255 - self.pixel_mean) / self.pixel_std
+        elif video.shape[1] == 1:  # depth comes as it is
+            pixels = (pixels.to(self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std
         return F.linear(pixels.flatten(2), conv.weight.flatten(1), conv.bias)
 
 
@@ -144,6 +153,7 @@ class VisionTransformer(nn.Module):
         tubelet: frames, height and width of the box of pixels that makes one token.
         drop_path: stochastic depth, rising linearly over the blocks from 0 to this value.
         activation_checkpointing: keep no activations inside blocks but make them again in the backward pass.
+        rgbd: a second patch embedding, for depth, is added to that of the pixels; input without depth passes as before.
 
     Raises UserError if the tubelet does not divide the video, or the heads the width.
     """
@@ -161,15 +171,17 @@ class VisionTransformer(nn.Module):
         tubelet: Triple = (2, 16, 16),
         drop_path: float = 0,
         activation_checkpointing: bool = False,
+        rgbd: bool = False,
     ) -> None:
         super().__init__()
         self.width, self.depth, self.heads, self.mlp_ratio = width, depth, heads, mlp_ratio
         self.num_frames, self.image_size = num_frames, image_size
-        self.activation_checkpointing = activation_checkpointing
+        self.activation_checkpointing, self.rgbd = activation_checkpointing, rgbd
         self.tubelet: Triple = (tubelet[0], tubelet[1], tubelet[2])
         self.grid = token_grid((num_frames, image_size, image_size), self.tubelet)
         self.num_tokens = self.grid[0] * self.grid[1] * self.grid[2]
         self.patch_embed = PatchEmbed(self.tubelet, width)
+        self.depth_patch_embed = PatchEmbed(self.tubelet, width, DEPTH_STATISTICS) if rgbd else None
         if not 0 <= drop_path < 1:
             raise UserError(
                 f"drop_path is {drop_path}; expected at least 0 and less than 1. Change trainer.model.trunk."
@@ -180,18 +192,22 @@ class VisionTransformer(nn.Module):
         self.blocks.apply(init_linear)
         self.register_buffer("pos_embed", sinusoid_positions(self.num_tokens, width))
 
-    def forward(self, video: Tensor, visible: Tensor | None = None) -> Tensor:
+    def forward(self, video: Tensor, visible: Tensor | None = None, depth: Tensor | None = None) -> Tensor:
         """Tokens after the last block, before the final LayerNorm.
 
         Args:
             video: (B, C, T, H, W), uint8 in 0..255 or normalised; or an image (B, C, H, W), repeated to fill a tubelet.
             visible: indices (B, K) of the tokens to look at, in raster order; None means all N.
+            depth: (B, 1, H, W) in [0, 1], of images; only a trunk with `rgbd` has a place for it.
 
         Returns: (B, K or N, D).
         """
         positions = self.positions_for(video, self.pos_embed)
         video = as_video(video, self.tubelet)
         x = self.patch_embed(video, visible)
+        if depth is not None:
+            assert self.depth_patch_embed is not None, "a model without `rgbd` was given depth"
+            x = x + self.depth_patch_embed(as_video(depth, self.tubelet), visible)
         x = x + (positions if visible is None else positions[0, visible])
         return run_blocks(self.blocks, x, self.activation_checkpointing)
 

@@ -34,22 +34,26 @@ class Classify:
 
     def training_step(self, model: nn.Module, batch: Batch) -> StepOutput:
         head = self.labels.head[batch.source]
-        classes = self.labels.classes[head]
+        classes, depth = self.labels.classes[head], batch.depth
         if self.mixing is None:
             video, target = batch.video, soft_targets(batch.label, classes, smoothing=0)
         else:
             # torch's generator, which the trainer seeds for each step, draws the seed of this one.
             rng = np.random.default_rng(int(torch.randint(2**62, ())))
             pixels = normalize_pixels(batch.video, channel_dim=1)
+            if depth is not None:  # mixed as the pixels are
+                pixels = torch.cat([pixels, depth], dim=1)
             video, target = self.mixing(pixels, batch.label, classes, rng)
-        scores = model(video, head)
+            if depth is not None:
+                video, depth = video[:, :3], video[:, 3:]
+        scores = model(video, head, depth)
         loss = soft_cross_entropy(scores, target)
         sums = {"loss": loss.detach() * len(batch)} | _hits(scores.detach(), target)
         return StepOutput(loss, len(batch), sums)
 
     def evaluation_step(self, model: nn.Module, batch: Batch) -> StepOutput:
         """Scores of each video: its views go through the model together and are averaged."""
-        scores = model(batch.video, self.labels.head[batch.source]).float()
+        scores = model(batch.video, self.labels.head[batch.source], batch.depth).float()
         scores, label = average_views(scores, batch, self.average), first_of_each(batch.label, batch)
         known = label >= 0
         logits = scores.log() if self.average == "softmax" else scores

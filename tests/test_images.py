@@ -1,0 +1,175 @@
+"""Images and depth among the samples: what is read, joint steps with clips, and the depth embedding."""
+
+import tempfile
+import unittest
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from omnivision.data.batch import collate
+from omnivision.data.catalog import Dataset, LabelSets, Split, SplitFiles
+from omnivision.data.dataset import ClipDataset, Cut, Request
+from omnivision.data.encode import write_film
+from omnivision.data.images import read_depth, read_image
+from omnivision.data.loader import EpochPlan, SourcePlan, Workers, train_batches
+from omnivision.data.masking import RandomMask
+from omnivision.data.mixing import Mixing
+from omnivision.data.opening import BadVideo
+from omnivision.data.views import EvalView, PretrainView
+from omnivision.errors import UserError
+from omnivision.models.classifier import VideoClassifier
+from omnivision.models.mae import MaskedAutoencoder
+from omnivision.models.vit import VisionTransformer
+from omnivision.tasks.classify import Classify
+from omnivision.tasks.reconstruct import Reconstruct
+from tests.test_checkpoint import Canary
+
+TUBELET = (2, 8, 8)
+
+
+def trunk(**changes) -> VisionTransformer:
+    return VisionTransformer(24, 2, 2, num_frames=4, image_size=32, tubelet=TUBELET, **changes)
+
+
+class Folder(unittest.TestCase):
+    def setUp(self):
+        temporary = tempfile.TemporaryDirectory()
+        self.addCleanup(temporary.cleanup)
+        self.folder = Path(temporary.name)
+
+
+class Reading(Folder):
+    def test_images(self):
+        pixels = np.arange(48 * 64 * 3, dtype=np.uint32).reshape(48, 64, 3).astype(np.uint8)
+        Image.fromarray(pixels).save(self.folder / "a.png")
+        got = read_image(str(self.folder / "a.png"))
+        self.assertEqual((tuple(got.shape), got.dtype), ((1, 3, 48, 64), torch.uint8))
+        self.assertTrue(np.array_equal(got[0].permute(1, 2, 0).numpy(), pixels))
+        turned = Image.fromarray(pixels)
+        exif = turned.getexif()
+        exif[0x0112] = 6  # to be turned clockwise by 90 degrees
+        turned.save(self.folder / "turned.png", exif=exif)
+        upright = read_image(str(self.folder / "turned.png"))[0].permute(1, 2, 0).numpy()
+        self.assertTrue(np.array_equal(upright, np.rot90(pixels, -1)))
+        for bad in (self.folder, self.folder / "none.png"):
+            with self.assertRaises(BadVideo):
+                read_image(str(bad))
+        (self.folder / "text.png").write_text("no image")
+        with self.assertRaisesRegex(BadVideo, "not an image"):
+            read_image(str(self.folder / "text.png"))
+        with self.assertRaisesRegex(BadVideo, "more than max_pixels"):
+            read_image(str(self.folder / "a.png"), max_pixels=48 * 64 - 1)
+
+    def test_depth(self):
+        depth = (np.arange(48 * 64) * 20).reshape(48, 64).astype(np.uint16)
+        Image.fromarray(depth).save(self.folder / "d.png")
+        np.save(self.folder / "d.npy", depth.astype(np.float64))
+        torch.save(torch.from_numpy(depth.astype(np.float32))[None], self.folder / "d.pt")
+        for name in ("d.png", "d.npy", "d.pt"):
+            got = read_depth(str(self.folder / name))
+            self.assertEqual((tuple(got.shape), got.dtype), ((1, 1, 48, 64), torch.float32), name)
+            self.assertTrue(np.array_equal(got[0, 0].numpy(), depth), name)
+        canary = self.folder / "canary"
+        torch.save(Canary(str(canary)), self.folder / "evil.pt")
+        np.save(self.folder / "objects.npy", np.array([{}], dtype=object))
+        np.save(self.folder / "flat.npy", np.zeros(7))
+        for name in ("evil.pt", "objects.npy", "flat.npy", "none.npy"):
+            with self.assertRaises(BadVideo, msg=name):
+                read_depth(str(self.folder / name))
+        self.assertFalse(canary.exists())
+
+
+class Joint(Folder):
+    """Clips and images in one run: a step is of one or the other."""
+
+    def setUp(self):
+        super().setUp()
+        rng = np.random.default_rng(0)
+        for number in range(4):
+            write_film(self.folder / f"{number}.mp4", rng.integers(0, 256, (8, 48, 64, 3), dtype=np.uint8), fps=8)
+        for number in range(12):
+            Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(self.folder / f"{number}.jpg")
+            Image.fromarray(rng.integers(0, 5000, (40, 50), dtype=np.uint16)).save(self.folder / f"{number}.png")
+        for name, count, ending in (("films", 4, "mp4"), ("images", 12, "jpg"), ("depth", 12, "png")):
+            np.save(
+                self.folder / f"{name}.npy", np.array([f"{self.folder}/{number}.{ending}" for number in range(count)])
+            )
+            np.save(self.folder / f"{name}_labels.npy", np.arange(count) % 3)
+
+    def split(self, name: str, kind: str = "video") -> Split:
+        files = SplitFiles(
+            str(self.folder / f"{name}.npy"), str(self.folder / f"{name}_labels.npy"), str(self.folder / "depth.npy")
+        )
+        return Split(Dataset(name, kind=kind, num_classes=3, depth_scale=0.001, depth_max=5, train=files), "train")
+
+    def test_steps_of_clips_and_of_images(self):
+        view = PretrainView(32, short_side=40)
+        cuts = {
+            "video": Cut(view, views=2, num_frames=4, grid=(2, 4, 4), mask=RandomMask(0.9)),
+            "image": Cut(view, views=1, num_frames=1, grid=(1, 4, 4), mask=RandomMask(0.75)),
+        }
+        dataset = ClipDataset([self.split("films"), self.split("images", "image")], cuts, 0.7, 5, training=True)
+        plan = EpochPlan({"films": SourcePlan(4, 2, views=2), "images": SourcePlan(12, 6)}, seed=1)
+        self.assertEqual(plan.steps, 3)
+        model = MaskedAutoencoder(trunk(), {"width": 16, "depth": 1, "heads": 2})
+        task = Reconstruct(TUBELET)
+        seen = []
+        for batch in train_batches(dataset, plan, (0, 0), 1, 0, 1, Workers()):
+            seen.append((batch.source, tuple(batch.video.shape), batch.num_masked))
+            task.training_step(model, batch).loss.backward()
+        self.assertEqual(
+            sorted(seen),
+            [("films", (4, 3, 4, 32, 32), 28), ("images", (6, 3, 32, 32), 12), ("images", (6, 3, 32, 32), 12)],
+        )
+
+    def test_depth_is_cut_as_the_pixels_are(self):
+        gradient = np.broadcast_to(np.arange(50, dtype=np.uint16) * 100, (40, 50))
+        for number in range(12):
+            Image.fromarray(gradient.copy()).save(self.folder / f"{number}.png")
+            colours = np.repeat((gradient / 100 * 5).astype(np.uint8)[..., None], 3, axis=2)
+            Image.fromarray(colours).save(self.folder / f"{number}.bmp")
+        np.save(self.folder / "images.npy", np.array([f"{self.folder}/{number}.bmp" for number in range(12)]))
+        split = self.split("images", "rgbd")
+        for training, view in ((True, PretrainView(32, short_side=40)), (False, EvalView(32, crops=3))):
+            cut = Cut(view, views=3, num_frames=1, grid=(1, 4, 4))
+            sample = ClipDataset([split], {"rgbd": cut}, 1.0, 5, training)[Request(0, 1, 0)]
+            self.assertEqual((tuple(sample.video.shape), tuple(sample.depth.shape)), ((3, 3, 32, 32), (3, 1, 32, 32)))
+            self.assertGreater(float(sample.depth.max()), 0.3)
+            # A byte of grey stands for 0.1 m / 5 of depth 20 units each: both show the same places.
+            self.assertLess(float((sample.video[:, :1] / 255 * 51 / 50 - sample.depth).abs().max()), 0.02)
+
+    def test_rgbd_batches_train(self):
+        cut = Cut(EvalView(32), views=1, num_frames=1, grid=(1, 4, 4))
+        dataset = ClipDataset([self.split("images", "rgbd")], {"rgbd": cut}, 1.0, 5, training=True)
+        batch = collate([dataset[Request(0, i, 0)] for i in range(4)])
+        self.assertEqual(tuple(batch.depth.shape), (4, 1, 32, 32))
+        model = VideoClassifier(trunk(rgbd=True), [3])
+        for mixing in (None, Mixing()):
+            model.zero_grad()
+            Classify(LabelSets([3], {"images": 0}), mixing).training_step(model, batch).loss.backward()
+            self.assertGreater(float(model.trunk.depth_patch_embed.proj[1].weight.grad.abs().sum()), 0)
+        with self.assertRaisesRegex(UserError, r"depth: no such file"):
+            Split(Dataset("images", kind="rgbd", train=SplitFiles(str(self.folder / "images.npy"))), "train")
+        np.save(self.folder / "depth.npy", np.array(["one.png"]))
+        with self.assertRaisesRegex(UserError, "1 paths of depth files for 12 images"):
+            self.split("images", "rgbd")
+
+
+class DepthEmbedding(unittest.TestCase):
+    def test_pixels_alone_pass_as_before(self):
+        torch.manual_seed(0)
+        plain = VideoClassifier(trunk(), [3]).eval()
+        with_depth = VideoClassifier(trunk(rgbd=True), [3]).eval()
+        with_depth.load_state_dict(plain.state_dict(), strict=False)
+        image = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+        depth = torch.rand(2, 1, 32, 32)
+        self.assertTrue(torch.equal(plain(image), with_depth(image)))
+        self.assertFalse(torch.equal(plain(image), with_depth(image, 0, depth)))
+        embedded = with_depth.trunk.depth_patch_embed
+        self.assertEqual(tuple(embedded.proj[1].weight.shape), (24, 1, *TUBELET))
+
+
+if __name__ == "__main__":
+    unittest.main()
