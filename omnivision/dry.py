@@ -24,7 +24,7 @@ def describe(settings: Settings) -> str:
         f"{trunk / 1e6:.2f} M of them in the trunk",
         f"operations   {gflops(settings, model):.2f} GFLOPs a clip, forward (about three times that with the backward pass)",
         f"batch        {settings.clips_per_step} clips a step = {settings.clips_per_step // views} videos x {views} views, "
-        f"over {settings.processes} processes",
+        f"over {settings.processes} process{'es' * (settings.processes > 1)}",
         f"epochs       {settings.trainer.max_epochs}",
         f"sources      {', '.join(settings.trainer.data.sources)}",
         f"groups       {len(optimizer.groups)}, of {type(optimizer.optimizer).__name__}:",
@@ -32,12 +32,19 @@ def describe(settings: Settings) -> str:
     for number, group in enumerate(optimizer.groups):
         count = sum(parameters[name] for name in group.names)
         curves = "; ".join(
-            f"{option} {curve(0) * s:.4g} -> peak {max(curve(i / 200) for i in range(201)) * s:.4g} -> {curve(1) * s:.4g}"
+            f"{option} {told_curve([curve(i / 200) * s for i in range(201)])}"
             for option, curve in group.schedules.items()
             for s in [group.scale if option == "lr" else 1.0]
         )
         lines.append(f"  {number}: {len(group.names)} tensors, {count / 1e6:.2f} M parameters; {curves}")
     return "\n".join(lines)
+
+
+def told_curve(values: list[float]) -> str:
+    """A schedule in a few numbers: first, highest, last; or the one that it always has."""
+    if min(values) == max(values):
+        return f"{values[0]:.4g}"
+    return f"{values[0]:.4g} -> peak {max(values):.4g} -> {values[-1]:.4g}"
 
 
 def gflops(settings: Settings, model: torch.nn.Module) -> float:

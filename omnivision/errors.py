@@ -4,6 +4,7 @@ EXIT_USER = 1
 EXIT_FAULT = 70
 EXIT_NON_FINITE = 71
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
 
 
 class UserError(ValueError):
@@ -23,3 +24,7 @@ class NonFiniteError(UserError):
     """The loss or the gradient stopped being a number; every process leaves with the same exit code."""
 
     exit_code = EXIT_NON_FINITE
+
+
+class Terminated(BaseException):
+    """SIGTERM has come: the run is to end now."""

@@ -10,15 +10,17 @@ import logging
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from omnivision.errors import EXIT_FAULT, EXIT_INTERRUPTED, UserError
+from omnivision.errors import EXIT_FAULT, EXIT_INTERRUPTED, EXIT_TERMINATED, Terminated, UserError
 from omnivision.settings import Settings
 
 if TYPE_CHECKING:
@@ -128,6 +130,11 @@ def run_local_processes(job: Job, count: int) -> int:
         for process in processes:
             process.start()
         try:
+            with ending_on_sigterm():
+                return _exit_code(processes)
+        except Terminated:
+            for process in processes:
+                process.terminate()
             return _exit_code(processes)
         finally:
             for process in processes:
@@ -177,9 +184,9 @@ def run_process(job: Job, place: Place | None) -> int:
             for written in (folder.path, folder.logs, folder.checkpoints):
                 remove_leftovers(written)
         log_to_file(folder.logs / f"rank_{place.rank}.log")
-        if taken_over:
-            LOG.warning(taken_over)
         reporter = Reporter(folder, enabled=processes.is_main)
+        if taken_over:
+            reporter.say(taken_over)
         trainer = processes.together(lambda: ready_trainer(job, processes, folder, reporter))
         assert trainer is not None
         trainer.agree_on_start()
@@ -190,11 +197,11 @@ def run_process(job: Job, place: Place | None) -> int:
             write_atomically(folder.path / "config.yaml", job.config_text)
             started = folder.read_summary().get("run", {}).get("started", time.time())
             folder.write_summary(run=build.facts(job.settings, trainer.bare) | {"started": started})
-        with contextlib.closing(reporter):
+        with ending_on_sigterm(), contextlib.closing(reporter):
             trainer.validate_only() if validating else trainer.fit()
         processes.close()
         return 0
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt, Terminated) as error:
         # A refusal before anything has begun leaves what an earlier run wrote as it is.
         tells = begun or (locked and not folder.read_summary())
         return explain(error, folder if tells else None, place.rank)
@@ -228,6 +235,8 @@ def explain(error: BaseException, folder: RunFolder | None, rank: int) -> int:
         tell = rank == 0 or not error.everywhere
     elif isinstance(error, KeyboardInterrupt):
         code, reason, tell = EXIT_INTERRUPTED, "interrupted from the keyboard", rank == 0
+    elif isinstance(error, Terminated):
+        code, reason, tell = EXIT_TERMINATED, "ended by SIGTERM", rank == 0
     else:
         code, reason, tell = EXIT_FAULT, f"{type(error).__name__}: {error}", True
     LOG.error(reason, exc_info=error if code == EXIT_FAULT else None)
@@ -235,10 +244,25 @@ def explain(error: BaseException, folder: RunFolder | None, rank: int) -> int:
         print_error(error if code == EXIT_FAULT else reason)
     if folder is not None:
         try:
-            folder.write_summary(status="interrupted" if code == EXIT_INTERRUPTED else "failed", exit_reason=reason)
+            interrupted = code in (EXIT_INTERRUPTED, EXIT_TERMINATED)
+            folder.write_summary(status="interrupted" if interrupted else "failed", exit_reason=reason)
         except OSError as failure:  # a full disk must not change the exit code
             print(f"error: the reason could not be written to {folder.path}: {failure}", file=sys.stderr)
     return code
+
+
+@contextlib.contextmanager
+def ending_on_sigterm() -> Iterator[None]:
+    """Inside this block SIGTERM raises Terminated, so that the reason is written down and nothing is left running."""
+
+    def end(number: int, frame: Any) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def print_error(problem: BaseException | str) -> None:

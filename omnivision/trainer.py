@@ -174,7 +174,7 @@ class Trainer:
 
             last_of_epoch = self.state.step == self.plan.steps
             if self.state.step == 1 and due(epoch, options.pictures_every_epochs):
-                self._pictures(batch, f"epoch_{epoch + 1:04d}")
+                self._pictures(batch, f"epoch_{epoch:04d}")  # so many epochs are done
             if last_of_epoch and epoch + 1 == options.max_epochs and options.pictures_every_epochs:
                 self._pictures(batch, "last")
             if self.global_step % options.log_freq == 0 or last_of_epoch:
@@ -292,8 +292,8 @@ class Trainer:
         if self.ema is not None and state["ema"] is not None:
             self.ema.load(state["ema"])
         try:
-            self.optimizer.optimizer.load_state_dict(state["optimizer"])
-        except (ValueError, KeyError) as error:
+            self.optimizer.load(state["optimizer"])
+        except ValueError as error:
             raise UserError(
                 f"{path} holds the state of another optimizer ({error}): trainer.optim.optimizer, its options, layer_decay or "
                 "trainer.freeze changed. Give the same again, or another launcher.experiment_log_dir for a new run."
@@ -387,7 +387,11 @@ class Trainer:
 
     def _record(self, bad: list[BadSample]) -> None:
         everywhere = [sample for part in self.processes.gather(bad) for sample in part]
-        self.ledger.add(everywhere, write=self.processes.is_main)
+        try:
+            self.ledger.add(everywhere, write=self.processes.is_main)
+        finally:
+            if everywhere and self.processes.is_main:
+                self.folder.write_summary(bad_samples=len(self.ledger))
 
     def _pictures(self, batch: Batch, name: str) -> None:
         if self.processes.is_main:

@@ -2,9 +2,9 @@
 
 import itertools
 import os
+import resource
 import subprocess
 import sys
-import time
 import unittest
 from pathlib import Path
 
@@ -188,14 +188,13 @@ class Shipped(unittest.TestCase):
 class Script(unittest.TestCase):
     def test_answers_at_once_and_without_torch(self):
         for arguments in (["--help"], ["--cfg", "job"]):
-            times = []
-            for _ in range(3):
-                began = time.perf_counter()
-                result = script(*arguments)
-                times.append(time.perf_counter() - began)
-                self.assertEqual(result.returncode, 0, result.stderr)
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            result = script(*arguments)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            self.assertEqual(result.returncode, 0, result.stderr)
             self.assertIn("lr_scale_factor: 1", result.stdout)
-            self.assertLess(min(times), 1.5, arguments)
+            # Of the processor, which does not depend on who else works on this machine.
+            self.assertLess(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1.5, arguments)
         traced = subprocess.run(
             [sys.executable, "-X", "importtime", str(ROOT / "train_app_submitit.py"), "--cfg", "job"],
             capture_output=True,

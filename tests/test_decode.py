@@ -22,6 +22,8 @@ import torch
 from av.stream import Disposition
 from PIL import Image
 
+os.environ.setdefault("SVT_LOG", "1")  # the AV1 encoder tells its settings otherwise
+
 from omnivision.data import decode
 from omnivision.data.clips import clip_window, subsample_indices
 from omnivision.data.decode import BadVideo, VideoFile, open_video

@@ -36,7 +36,7 @@ class Stage1(unittest.TestCase):
         )
         found = {str(path.relative_to(self.whole)) for path in self.whole.rglob("*")}
         expected = {"config.yaml", "summary.json", "logs/metrics.jsonl", "logs/rank_0.log", "checkpoints/checkpoint.pt"}
-        expected |= {"pictures/epoch_0001.png", "pictures/epoch_0002.gif", "pictures/last.png"}
+        expected |= {"pictures/epoch_0000.png", "pictures/epoch_0001.gif", "pictures/last.png"}
         self.assertLessEqual(expected, found)
         self.assertFalse(any("outputs" in name for name in found), "Hydra left files of its own")
         self.assertEqual(sorted(p.name for p in self.folder.iterdir() if p.is_dir() and p.name == "outputs"), [])

@@ -13,7 +13,7 @@ FLOORS = {
     0: ["errors", "files", "safe"],
     1: ["distributed", "metrics", "optim.schedules", "models.patches"],
     2: ["data", "models", "optim", "demo"],
-    3: ["tasks", "evaluation"],
+    3: ["tasks", "evaluation", "prepare"],
     4: ["checkpoint", "reporting", "weights", "interop"],
     5: ["trainer"],
     6: ["settings_yaml", "targets", "schema", "settings", "composition", "preflight", "build", "dry", "usage"],
@@ -38,7 +38,7 @@ ALLOWED = {
     "omegaconf": {"train_app_submitit", "omnivision.settings", "omnivision.schema", "omnivision.launch"},
     "submitit": {"omnivision.launch"},
     "av": {"omnivision.data.decode", "omnivision.data.encode"},
-    "yaml": {"train_app_submitit", "omnivision.settings_yaml"},
+    "yaml": {"train_app_submitit", "omnivision.settings_yaml", "omnivision.prepare.catalog_file"},
 }
 NEVER = {"pytorchvideo", "decord", "cv2", "pickle", "cloudpickle", "dill", "joblib"}
 

@@ -33,22 +33,54 @@ class Torchrun(unittest.TestCase):
             self.assertEqual(*losses)
             self.assertEqual(result.stdout.count("step 2/2"), 1, "one process speaks")
 
+    def started(self, folder: Path, *settings: str, step: int) -> subprocess.Popen:
+        """A run that has done some steps and would go on for long."""
+        process = subprocess.Popen(
+            runs.command(folder / "run", *settings, "epochs=1000"),
+            cwd=folder,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        log = folder / "run/logs/metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not (log.exists() and f'"step": {step},' in log.read_text()):
+            self.assertLess(time.monotonic(), deadline)
+            self.assertIsNone(process.poll())
+            time.sleep(0.05)
+        return process
+
+    def test_sigterm_ends_all_processes_and_is_written_down(self):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            data = runs.write_split(folder, runs.real_films() * 4)
+            process = self.started(folder, *data, "launcher.gpus_per_node=2", step=2)
+            workers = children(process.pid)
+            process.terminate()
+            self.assertEqual(process.wait(timeout=30), 143)
+            for worker in workers:
+                self.assertFalse(Path(f"/proc/{worker}").exists())
+            told = runs.summary(folder / "run")
+            self.assertEqual((told["status"], told["exit_reason"]), ("interrupted", "ended by SIGTERM"))
+
+    def test_data_workers_leave_with_a_killed_run(self):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            process = self.started(folder, *runs.write_split(folder, runs.real_films() * 4), "num_workers=2", step=2)
+            servers = children(process.pid, "forkserver")
+            workers = [worker for server in servers for worker in children(server, "forkserver")]
+            self.assertEqual((len(servers), len(workers)), (1, 2))
+            process.kill()
+            process.wait()
+            deadline = time.monotonic() + 10
+            while left := [pid for pid in servers + workers if Path(f"/proc/{pid}").exists()]:
+                self.assertLess(time.monotonic(), deadline, left)
+                time.sleep(0.05)
+
     def test_a_killed_process_takes_the_others_with_it(self):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            settings = [*runs.write_split(folder, runs.real_films() * 4), "num_workers=0", "launcher.gpus_per_node=2"]
-            process = subprocess.Popen(
-                runs.command(folder / "run", *settings, "epochs=1000"),
-                cwd=folder,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
-            log = folder / "run/logs/metrics.jsonl"
-            deadline = time.monotonic() + 120
-            while not (log.exists() and '"step": 3,' in log.read_text()):
-                self.assertLess(time.monotonic(), deadline)
-                self.assertIsNone(process.poll())
-                time.sleep(0.05)
+            data = runs.write_split(folder, runs.real_films() * 4)
+            process = self.started(folder, *data, "launcher.gpus_per_node=2", step=3)
             workers = children(process.pid)
             self.assertEqual(len(workers), 2)
             os.kill(workers[1], 9)
@@ -57,8 +89,8 @@ class Torchrun(unittest.TestCase):
                 self.assertFalse(Path(f"/proc/{worker}").exists())
 
 
-def children(pid: int) -> list[int]:
-    """The training processes that a launcher has started, in order of their start."""
+def children(pid: int, kind: str = "spawn_main") -> list[int]:
+    """The processes of one kind that a process has started (a launcher its training processes), in order of their start."""
     found = []
     for entry in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -66,7 +98,7 @@ def children(pid: int) -> list[int]:
             command = (entry.parent / "cmdline").read_text()
         except (FileNotFoundError, ProcessLookupError):
             continue  # it ended while we looked
-        if int(fields[1]) == pid and "spawn_main" in command:
+        if int(fields[1]) == pid and kind in command:
             found.append(int(entry.parent.name))
     return sorted(found)
 

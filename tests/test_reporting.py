@@ -71,7 +71,7 @@ class Lock(Folder):
         holder = {"token": "x", "host": os.uname().nodename, "pid": int(dead.stdout), "started": 1}
         (self.folder / ".lock").write_text(json.dumps(holder))
         folder = RunFolder(self.folder)
-        self.assertIn("took over the lock", folder.lock())
+        self.assertIn("Took over the lock", folder.lock())
         folder.unlock()
 
     def test_a_reused_process_id_is_not_the_holder(self):

@@ -195,6 +195,38 @@ class Loop(unittest.TestCase):
         self.assert_same(before, made.bare.state_dict())
         self.assertIn("val_loss", json.loads((self.folder / "only/summary.json").read_text())["last"])
 
+    def test_processes_that_found_different_checkpoints_stop(self):
+        made = trainer(self.folder / "apart")
+        with mock.patch.object(made.processes, "gather", lambda place: [place, (1, 0)]):
+            with self.assertRaisesRegex(UserError, r"found different checkpoints .*\(0, 0\), \(1, 0\)"):
+                made.agree_on_start()
+        made.agree_on_start()
+
+    def test_another_optimizer_is_told(self):
+        self.fit("optimizer", max_epochs=1)
+        with (
+            mock.patch("torch.optim.AdamW", torch.optim.SGD),
+            self.assertRaisesRegex(UserError, "of another optimizer"),
+        ):
+            trainer(self.folder / "optimizer")
+
+    def test_a_moving_average_is_evaluated_kept_and_resumed(self):
+        whole = trainer(self.folder / "ema", val=Noise(5), ema_decay=0.5, val_epoch_freq=1)
+        whole.fit()
+        whole.reporter.close()
+        again = trainer(self.folder / "ema", val=Noise(5), ema_decay=0.5, val_epoch_freq=1)
+        self.addCleanup(again.reporter.close)
+        again.reporter.start(6, 6)
+        self.assert_same(whole.ema.average, again.ema.average)
+        own = {name: value.clone() for name, value in again.bare.state_dict().items()}
+        averaged = again.evaluate().figures["loss"]
+        self.assertEqual(averaged, whole.last["val_loss"])
+        self.assert_same(own, again.bare.state_dict())
+        with again.ema.in_place():
+            self.assertFalse(torch.equal(again.bare.trunk.norm.weight, own["trunk.norm.weight"]))
+        again.ema = None
+        self.assertNotEqual(again.evaluate().figures["loss"], averaged)
+
     def test_a_run_that_was_taken_over_saves_nothing_more(self):
         made = trainer(self.folder / "lost")
         made.folder.lock()
@@ -220,7 +252,7 @@ class Loop(unittest.TestCase):
     def test_pictures_come_when_they_are_due(self):
         self.fit("seen", pictures_every_epochs=2, max_epochs=3)
         names = sorted(path.name for path in (self.folder / "seen/pictures").glob("*.png"))
-        self.assertEqual(names, ["epoch_0001.png", "epoch_0003.png", "last.png"])
+        self.assertEqual(names, ["epoch_0000.png", "epoch_0002.png", "last.png"])
 
     def test_a_loss_that_is_not_finite_stops_before_the_weights_change(self):
         made = trainer(self.folder / "nan")

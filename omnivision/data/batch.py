@@ -31,8 +31,8 @@ class Sample:
     source: str
     index: int  # in its split; of the file that was decoded, should it have replaced another
     path: str
-    depth: Tensor | None = None  # float32 (V, 1, H, W) in [0, 1], of an RGB-D image
     bad: list[BadSample] = field(default_factory=list)
+    depth: Tensor | None = None  # float32 (V, 1, H, W) in [0, 1], of an RGB-D image
 
 
 @dataclass

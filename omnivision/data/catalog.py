@@ -176,13 +176,14 @@ class Split:
 
 def first_existing(files: Files, setting: str) -> str:
     """The first of the candidate files that exists; UserError naming `setting` and all of them when none does."""
+    alternative = f"; ++{setting}=null for videos without labels" if setting.endswith(".labels") else ""
     candidates = [files] if isinstance(files, str) else list(files)
     for candidate in candidates:
         if Path(candidate).is_file():
             return candidate
     raise UserError(
         f"{setting}: no such file: {', '.join(candidates) or '(none given)'}. Expected a .npy file; relative paths start "
-        f"at {Path.cwd()}. Set ++{setting}=FILE.npy, or the folder of all datasets with ++data_root=FOLDER."
+        f"at {Path.cwd()}. Set ++{setting}=FILE.npy, or the folder of all datasets with ++data_root=FOLDER{alternative}."
     )
 
 

@@ -162,7 +162,7 @@ class ClipDataset:
         mask = None if cut.mask is None else torch.empty(0, *cut.grid, dtype=torch.bool)
         depth = None if split.dataset.kind != "rgbd" else torch.empty(0, 1, cut.view.size, cut.view.size)
         label = split.label(request.video)
-        return Sample(_as_stored(video, split), mask, label, split.name, request.video, path, depth, bad)
+        return Sample(_as_stored(video, split), mask, label, split.name, request.video, path, bad, depth)
 
 
 def _not_too_long(frames: Tensor) -> Tensor:

@@ -95,10 +95,8 @@ def write_timed_film(
                 last = packet
             assert last is not None and last.dts is not None and begin is not None, "a frame gives a packet with times"
             if end is not None:
-                # A reader counts from the first decoding time to the end of what is decoded last, be it shown last or not.
-                decoded = end - (last.dts - begin)
-                shown_last = last.pts is not None and last.pts + (last.duration or 0) >= end
-                last.duration = max(decoded, 1, (last.duration or 0) if shown_last else 0)
+                # Readers count from the first decoding time to the end of what is decoded last.
+                last.duration = max(end - (last.dts - begin), last.duration or 0, 1)
             container.mux(last)
         size = temporary.stat().st_size
         os.replace(temporary, path)

@@ -156,6 +156,13 @@ class ScheduledOptimizer:
             for option, schedule in group.schedules.items():
                 target[option] = schedule(progress) * (group.scale if option == "lr" else 1)
 
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Put a state of `optimizer.state_dict()` back. Raises ValueError when it is of another optimizer or other groups."""
+        theirs, ours = (set(s["param_groups"][0]) for s in (state, self.optimizer.state_dict()))
+        if theirs != ours:
+            raise ValueError(f"options {', '.join(sorted(theirs ^ ours))} are only in one of the two")
+        self.optimizer.load_state_dict(dict(state))
+
     @property
     def lr(self) -> float:
         """The learning rate of the group with the largest scale: the base rate."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from omnivision.reporting.console import ProgressLine
 from omnivision.reporting.metrics_log import MetricsLog
 from omnivision.reporting.run_folder import RunFolder
 from omnivision.tasks.base import Pictures
+
+LOG = logging.getLogger("omnivision")
 
 
 class Reporter:
@@ -37,6 +40,7 @@ class Reporter:
 
     def say(self, text: str) -> None:
         if self.enabled:
+            LOG.info(text)
             self.console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     def step(self, epoch: int, epochs: int, step: int, figures: dict[str, float]) -> None:

@@ -64,7 +64,8 @@ class RunFolder:
             write_atomically(self._lock, self._claim())
             self._held = True
         threading.Thread(target=self._beat, daemon=True, name="run-folder-heartbeat").start()
-        return f"took over the lock of {holder or 'an unknown process'}, silent for {age:.0f} s" if stale else None
+        who = f"process {holder.get('pid')} on {holder.get('host')}" if holder else "an unknown process"
+        return f"Took over the lock of {who}, which has ended or was silent for {age:.0f} s." if stale else None
 
     def unlock(self) -> None:
         self._released.set()

@@ -1,0 +1,217 @@
+"""`omnivision check-data PATHS.npy [LABELS.npy]`: reads every sample of a split and tells what is wrong with it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from omnivision.data.catalog import IGNORED_LABEL
+from omnivision.errors import EXIT_INTERRUPTED, EXIT_USER, UserError
+from omnivision.files import write_atomically
+from omnivision.prepare.arrays import read_labels, read_paths
+from omnivision.prepare.duplicates import same_films
+from omnivision.prepare.film_check import CheckJob, FilmCheck, check_film
+from omnivision.prepare.listing import printable
+from omnivision.prepare.progress import told
+from omnivision.prepare.workers import Died, default_workers, in_processes
+
+if TYPE_CHECKING:
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+_SHOWN = 20
+_LONG_GOP, _LARGE_SIDE = 24, 320  # beyond these, smaller films with more key frames are read much quicker
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add `check-data` to the command's parser; its namespace carries `run`, the function to call."""
+    parser = subparsers.add_parser(
+        "check-data",
+        help="read every sample of a split, and tell which are bad and what the films are like",
+        description="Decode every sample of a split from its first to its last frame. Tells which cannot be read and why, how "
+        "long and large the films are, which labels are missing, and which films are there twice. Exit code 0 when all "
+        "samples are good, 1 otherwise.",
+    )
+    parser.add_argument("paths", metavar="PATHS.npy", help="1-D array of paths of films or folders of frames")
+    parser.add_argument("labels", metavar="LABELS.npy", nargs="?", help="1-D array of integers, one a path")
+    parser.add_argument("--against", metavar="OTHER_PATHS.npy", help="another split, to find films that are in both")
+    parser.add_argument("--num-classes", type=int, metavar="N", help="labels must be below it (-1: ignored)")
+    parser.add_argument("--prefix", default="", metavar="P", help="put before each path, as in the catalog")
+    parser.add_argument("--fps", type=float, default=25.0, metavar="X", help="of folders of frames (default 25)")
+    parser.add_argument("--quick", action="store_true", help="read the first, middle and last clip only")
+    workers = default_workers()
+    text = f"processes to read with; 0: in this one (default {workers})"
+    parser.add_argument("--workers", type=int, default=workers, metavar="N", help=text)
+    parser.add_argument("--json", metavar="FILE", help="write what was found of every sample")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check the split and tell; 0 when all samples are good."""
+    _check_arguments(args)
+    paths = read_paths(args.paths)
+    labels = read_labels(args.labels, len(paths)) if args.labels else None
+    others = read_paths(args.against) if args.against else None
+    prefix = args.prefix + ("/" if os.path.isdir(args.prefix) and not args.prefix.endswith("/") else "")
+    full = [prefix + path for path in paths]
+    jobs = [CheckJob(path, args.fps, args.quick) for path in full]
+    checks = [FilmCheck(ok=False, reason="not read")] * len(jobs)
+    try:
+        for position, result in told(in_processes(check_film, jobs, args.workers), len(jobs), "check-data"):
+            checks[position] = FilmCheck(ok=False, reason=result.reason) if isinstance(result, Died) else result
+    except KeyboardInterrupt:
+        print("check-data: interrupted; nothing was written.", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    summary = _summary(checks, labels, args.num_classes)
+    summary["duplicates"] = same_films(full)
+    if others is not None:
+        summary["overlap"] = same_films(full, [prefix + path for path in others])
+    if args.json:
+        samples = [{"path": path, **dataclasses.asdict(check)} for path, check in zip(paths, checks, strict=True)]
+        _write_json(Path(args.json), {"summary": {"prefix": prefix, **summary}, "samples": samples})
+    _tell(paths, checks, summary)
+    return 0 if summary["bad"] == 0 and not summary.get("labels", {}).get("out_of_range") else EXIT_USER
+
+
+def _check_arguments(args: argparse.Namespace) -> None:
+    if args.workers < 0 or not 0 < args.fps < float("inf"):
+        raise UserError(
+            f"--workers is {args.workers}, --fps {args.fps}; expected 0 or more workers, and a positive fps."
+        )
+    if args.num_classes is not None and (args.num_classes < 1 or args.labels is None):
+        raise UserError(f"--num-classes is {args.num_classes}; expected 1 or more, and LABELS.npy after PATHS.npy.")
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        raise UserError(f"--json {args.json}: there is no such folder. Make it, or give another file.")
+
+
+def _summary(checks: list[FilmCheck], labels: np.ndarray | None, num_classes: int | None) -> dict[str, Any]:
+    good = [check for check in checks if check.ok]
+    sizes = Counter(f"{check.width}x{check.height}" for check in good)
+    summary: dict[str, Any] = {
+        "samples": len(checks),
+        "bad": len(checks) - len(good),
+        "seconds": round(sum(check.duration or 0 for check in good), 3),
+        "rotated": sum(check.rotation != 0 for check in good),
+        "sizes": dict(sizes.most_common()),
+        "distributions": {
+            name: found
+            for name in ("frames", "duration", "fps", "gop")
+            if (found := _distribution([getattr(check, name) for check in good]))
+        },
+    }
+    if labels is not None:
+        summary["labels"] = _label_summary(labels, num_classes)
+    return summary
+
+
+def _distribution(values: list[float | None]) -> dict[str, float]:
+    known = [value for value in values if value is not None]
+    points = {"least": 0, "5%": 5, "median": 50, "95%": 95, "most": 100}
+    return {name: round(float(np.percentile(known, q)), 3) for name, q in points.items()} if known else {}
+
+
+def _label_summary(labels: np.ndarray, num_classes: int | None) -> dict[str, Any]:
+    used, counts = np.unique(labels[labels >= 0], return_counts=True)
+    classes = num_classes or (int(used[-1]) + 1 if len(used) else 0)
+    present = set(used.tolist())
+    return {
+        "classes": classes,
+        "histogram": dict(zip(map(str, used.tolist()), counts.tolist(), strict=True)),
+        # All of them would fill the memory if one label is wrong by a billion.
+        "absent": [label for label in range(min(classes, 10_000)) if label not in present],
+        "ignored": int((labels == IGNORED_LABEL).sum()),
+        "out_of_range": int(((labels < IGNORED_LABEL) | (labels >= classes)).sum()),
+    }
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    try:
+        write_atomically(file, json.dumps(content, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"--json {file} cannot be written: {error.strerror}. Give another file.") from error
+
+
+def _tell(paths: list[str], checks: list[FilmCheck], summary: dict[str, Any]) -> None:
+    console = Console()
+    bad = [(path, check.reason) for path, check in zip(paths, checks, strict=True) if not check.ok]
+    _say(
+        console,
+        f"{summary['samples'] - len(bad)} of {summary['samples']} samples are good, {summary['seconds']:.1f} s in all.",
+    )
+    for path, reason in bad[:_SHOWN]:
+        _say(console, f"bad: {path}: {reason}")
+    if len(bad) > _SHOWN:
+        _say(console, f"... and {len(bad) - _SHOWN} more bad ones (--json FILE lists all)")
+    _tell_distributions(console, summary["distributions"])
+    if sizes := summary["sizes"]:
+        common = ", ".join(f"{size} ({count})" for size, count in list(sizes.items())[:5])
+        _say(console, f"sizes: {common}{f', and {len(sizes) - 5} more' if len(sizes) > 5 else ''}")
+    if summary["rotated"]:
+        _say(console, f"rotated by their headers: {summary['rotated']} (training sees them upright)")
+    if "labels" in summary:
+        _tell_labels(console, summary["labels"])
+    for what, sets in (("duplicates", summary["duplicates"]), ("in both splits", summary.get("overlap"))):
+        if sets is not None:
+            _say(console, f"{what}: {len(sets)} films")
+            for found in sets[:_SHOWN]:
+                _say(console, f"  {' = '.join(dict.fromkeys(found))}")
+    _advise(console, summary)
+
+
+def _tell_distributions(console: Console, distributions: dict[str, dict[str, float]]) -> None:
+    titles = {
+        "frames": "frames",
+        "duration": "seconds",
+        "fps": "frames a second",
+        "gop": "most frames between key frames",
+    }
+    table = Table("", "least", "5%", "median", "95%", "most")
+    for name, found in distributions.items():
+        figures = [f"{value:g}" for value in found.values()]
+        if console.is_terminal:
+            table.add_row(titles[name], *figures)
+        else:
+            row = ", ".join(f"{key} {value}" for key, value in zip(found, figures, strict=True))
+            _say(console, f"{titles[name]}: {row}")
+    if console.is_terminal and distributions:
+        console.print(table)
+
+
+def _tell_labels(console: Console, labels: dict[str, Any]) -> None:
+    counts = list(labels["histogram"].values())
+    spread = f", {min(counts)} to {max(counts)} samples each (median {np.median(counts):g})" if counts else ""
+    _say(
+        console,
+        f"labels: {len(counts)} of {labels['classes']} classes occur{spread}; {labels['ignored']} samples are ignored",
+    )
+    if absent := labels["absent"]:
+        shown = ", ".join(map(str, absent[:_SHOWN])) + (", ..." if len(absent) > _SHOWN else "")
+        _say(console, f"labels that never occur: {shown}")
+    if labels["out_of_range"]:
+        _say(console, f"bad: {labels['out_of_range']} labels are not from -1 to {labels['classes'] - 1}")
+
+
+def _advise(console: Console, summary: dict[str, Any]) -> None:
+    """Say when `prepare` would make reading clips quicker."""
+    gop = summary["distributions"].get("gop", {}).get("median", 0)
+    sides = [min(map(int, size.split("x"))) for size, count in summary["sizes"].items() for _ in range(count)]
+    side = float(np.median(sides)) if sides else 0
+    if gop > _LONG_GOP or side > _LARGE_SIDE:
+        _say(
+            console,
+            f"Half of the films have {gop:g} frames or more between key frames, or a short side of {side:g} pixels or more: "
+            "`omnivision prepare ... --short-side 256 --gop 12` would make clips quicker to read.",
+        )
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(printable(line), highlight=False, soft_wrap=True, markup=False)

@@ -1,0 +1,168 @@
+"""`omnivision prepare SOURCE OUT --name NAME`: the arrays and the catalog entry of a dataset, from how it is published."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omnivision.errors import EXIT_INTERRUPTED, UserError
+from omnivision.prepare import dataset
+from omnivision.prepare.catalog_file import entry_lines, updated_catalog, write_catalog
+from omnivision.prepare.listing import label_arrays, label_warnings, path_warnings
+from omnivision.prepare.progress import told
+from omnivision.prepare.sources import FORMATS, check_out, find_films, read_source
+from omnivision.prepare.transcode import Recipe
+from omnivision.prepare.workers import default_workers
+
+if TYPE_CHECKING:
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add `prepare` to the command's parser; its namespace carries `run`, the function to call."""
+    parser = subparsers.add_parser(
+        "prepare",
+        help="make a dataset ready for training: arrays of paths and labels, and quicker films",
+        description="Write the arrays of paths and labels that training reads, and print the dataset's entry for the catalog. "
+        "With --short-side, --gop or --frames, films are also made smaller and quicker to read; what is there already is "
+        "kept, so an interrupted run is completed by the same command.",
+    )
+    parser.add_argument("source", metavar="SOURCE", help="a CSV file, folders of classes, or a dataset's split files")
+    parser.add_argument("out", metavar="OUT", help="a new or empty folder, or one that this command has made")
+    parser.add_argument("--name", required=True, help="of the dataset in the catalog")
+    _add_source_options(parser.add_argument_group("what is read"))
+    _add_film_options(parser.add_argument_group("quicker films"))
+    text = "a YAML file to write the entry to; its other entries and comments stay"
+    parser.add_argument("--catalog", metavar="FILE.yaml", help=text)
+    parser.set_defaults(run=run)
+
+
+def _add_source_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--format", choices=FORMATS, help="what SOURCE is (default: told by the files that are there)")
+    group.add_argument("--train", metavar="A.csv", help="a list of the training split; SOURCE is where its paths start")
+    group.add_argument("--val", metavar="B.csv", help="the same for the validation split")
+    group.add_argument("--fold", type=int, default=1, metavar="N", help="which split of UCF101 or HMDB51 (default 1)")
+    group.add_argument("--class-names", metavar="FILE", help="names of the classes in the order of labels, one a line")
+    text = "the folder of the films; paths in the arrays are relative to it (default: SOURCE, or the folder of the CSV file)"
+    group.add_argument("--prefix", metavar="FOLDER", help=text)
+    text = "frames a second of sources that are folders of frames (default 25)"
+    group.add_argument("--fps", type=float, default=25.0, metavar="X", help=text)
+    group.add_argument("--no-check-files", action="store_true", help="do not look whether the films are there")
+
+
+def _add_film_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--short-side", type=int, metavar="N", help="scale films down to a short side of N pixels")
+    group.add_argument(
+        "--gop", type=int, metavar="N", help="at most N frames from one key frame to the next (default 12)"
+    )
+    group.add_argument("--crf", type=int, metavar="N", help="x264's quality, 0 (lossless) to 51 (default 20)")
+    group.add_argument("--frames", type=float, metavar="FPS", help="write folders of JPEGs instead, FPS a second")
+    workers = default_workers()
+    text = f"processes to work with; 0: this one (default {workers})"
+    group.add_argument("--workers", type=int, default=workers, metavar="N", help=text)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read, check, write, tell. Everything that can be wrong with the source is found before anything is written."""
+    recipe, out = _recipe(args), Path(args.out)
+    lists = {split: file for split, file in (("train", args.train), ("val", args.val)) if file}
+    listing = read_source(args.source, form=args.format, lists=lists, fold=args.fold)
+    classes, labels = label_arrays(listing, _class_names(args.class_names))
+    films = find_films(listing, prefix=args.prefix, check=not args.no_check_files)
+    made = [] if recipe is None else list(dataset.results(films, recipe, out).values())
+    check_out(args.out, args.source, films, made)
+    settings = dataset.stamp_of(args.source, films.prefix, recipe)
+    dataset.claim(out, settings)
+    prefix = films.prefix if recipe is None else str(out.absolute() / recipe.folder)
+    fps = args.fps if recipe is None or recipe.frames_fps is None else recipe.frames_fps
+    entry = entry_lines(
+        args.name,
+        out.absolute(),
+        splits=list(films.paths),
+        num_classes=len(classes),
+        prefix=prefix.rstrip("/") + "/",
+        fps=None if fps == 25 else fps,
+    )
+    catalog = updated_catalog(Path(args.catalog), args.name, entry) if args.catalog else None
+    for warning in [*path_warnings(films.paths), *label_warnings(classes, labels)]:
+        print(f"warning: {warning}", file=sys.stderr)
+    try:
+        written = dataset.write_dataset(
+            out, films, labels, classes, settings, recipe, args.workers, partial(told, what="prepare")
+        )
+    except KeyboardInterrupt:
+        print("prepare: interrupted. The same command goes on where it stopped.", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    _tell(args, written, len(classes))
+    if catalog is None:
+        print("For the catalog (or pass --catalog FILE.yaml):\n\ndatasets:")
+        print("\n".join(f"  {line}" for line in entry))
+    else:
+        write_catalog(Path(args.catalog), catalog)
+        print(f"{args.catalog}: the entry datasets.{args.name}")
+    return 0
+
+
+def _tell(args: argparse.Namespace, written: dataset.Prepared, classes: int) -> None:
+    for split, samples in written.samples.items():
+        print(f"{args.out}/{split}_paths.npy, {split}_labels.npy: {samples} samples of {classes} classes")
+    if written.kept:
+        print(f"{written.kept} films were there already.")
+    if written.failed:
+        print(
+            f"warning: {len(written.failed)} films could not be transcoded and are left out of the arrays; "
+            f"{args.out}/failed.csv says which and why.",
+            file=sys.stderr,
+        )
+
+
+def _recipe(args: argparse.Namespace) -> Recipe | None:
+    """What is made of each film, or None; UserError for options that cannot be, or not together."""
+    if re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", args.name) is None:
+        raise UserError(
+            f"--name is {args.name!r}; expected letters, digits and _, as it becomes a setting's name. Change it."
+        )
+    for name, least in (("short_side", 16), ("gop", 1), ("crf", 0), ("workers", 0), ("fold", 1)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; expected a whole number from {least} upwards.")
+    if args.crf is not None and args.crf > 51:
+        raise UserError(f"--crf is {args.crf}; expected 0 (lossless) to 51 (worst). Change --crf.")
+    for name in ("fps", "frames"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value <= 1000:
+            raise UserError(
+                f"--{name} is {value}; expected frames a second, more than 0 and at most 1000. Change --{name}."
+            )
+    if args.short_side is None and args.gop is None and args.crf is None and args.frames is None:
+        return None
+    if args.frames is not None and (args.gop is not None or args.crf is not None):
+        raise UserError("--frames writes JPEGs, --gop and --crf are for films. Leave out the one or the others.")
+    if args.no_check_files:
+        raise UserError("--no-check-files is for films that are elsewhere, which cannot be transcoded. Leave it out.")
+    defaults = Recipe(None)
+    return Recipe(
+        short_side=args.short_side,
+        gop=args.gop or defaults.gop,
+        crf=defaults.crf if args.crf is None else args.crf,
+        frames_fps=args.frames,
+        source_fps=args.fps,
+    )
+
+
+def _class_names(file: str | None) -> list[str] | None:
+    if file is None:
+        return None
+    try:
+        names = [line.strip() for line in Path(file).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"--class-names {file} cannot be read: {error}. Expected a text file, one name a line."
+        ) from error
+    if not names:
+        raise UserError(f"--class-names {file} is empty; expected one name a line.")
+    return names

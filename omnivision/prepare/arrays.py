@@ -1,0 +1,48 @@
+"""The two arrays of a split, read and written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from omnivision.data.catalog import load_array
+from omnivision.errors import UserError
+from omnivision.files import replace_atomically
+
+
+def read_paths(file: str) -> list[str]:
+    """The paths in PATHS.npy. Raises UserError for anything but a 1-D array of at least one string."""
+    array = _read(file, "PATHS")
+    if array.ndim != 1 or array.dtype.kind != "U" or len(array) == 0:
+        raise UserError(
+            f"{file} holds {array.shape} of {array.dtype}; expected a 1-D array of (unicode) strings, at least one. "
+            "Save it with numpy.save(file, numpy.array(list_of_paths, dtype=str)), or give another PATHS."
+        )
+    return [str(path) for path in array]
+
+
+def read_labels(file: str, samples: int) -> np.ndarray:
+    """The labels in LABELS.npy as int64. Raises UserError for anything but a 1-D array of so many integers."""
+    array = _read(file, "LABELS")
+    if array.shape != (samples,) or array.dtype.kind not in "iu":
+        raise UserError(
+            f"{file} holds {array.shape} of {array.dtype}; expected a 1-D array of {samples} integers, one a path. "
+            "Write both files from the same list, or give another LABELS."
+        )
+    return array.astype(np.int64)
+
+
+def write_split(folder: Path, split: str, paths: Sequence[str], labels: np.ndarray) -> None:
+    """Write <split>_paths.npy (1-D, unicode) and <split>_labels.npy (1-D, int64)."""
+    for name, array in (("paths", np.array(paths, dtype=str)), ("labels", labels.astype(np.int64))):
+        with replace_atomically(folder / f"{split}_{name}.npy") as file:
+            np.save(file, array, allow_pickle=False)
+
+
+def _read(file: str, argument: str) -> np.ndarray:
+    if not os.path.isfile(file):  # a pipe would block
+        raise UserError(f"{file}: no such file. Expected a .npy file; give another {argument}.")
+    return load_array(file, argument)

@@ -1,0 +1,64 @@
+"""Which samples are one and the same film: by name, by what the name leads to, and by content."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterable
+
+_CHUNK = 1 << 20
+
+
+def same_films(paths: list[str], others: list[str] | None = None) -> list[list[str]]:
+    """Sets of paths that are one film, each of two or more: within `paths`, or else across `paths` and `others`.
+
+    Files are compared by content, but only those of one size are read; folders by where they lie. A path that cannot be
+    read is compared by its name.
+    """
+    kinds = {path: _kind(path) for path in dict.fromkeys([*paths, *(others or [])])}
+    sizes = Counter(kinds.values())
+    inside: dict[str, list[str]] = {}
+    for path in dict.fromkeys(paths) if others is not None else paths:
+        inside.setdefault(_identity(path, kinds[path], sizes), []).append(path)
+    if others is None:
+        return [found for found in inside.values() if len(found) > 1]
+    across: dict[str, list[str]] = {}
+    for path in dict.fromkeys(others):
+        across.setdefault(_identity(path, kinds[path], sizes), []).append(path)
+    return [[*found, *across[key]] for key, found in inside.items() if key in across]
+
+
+def _kind(path: str) -> int | str:
+    """The size of a regular file, else where the path leads."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return os.path.abspath(path)
+    return status.st_size if stat.S_ISREG(status.st_mode) else os.path.realpath(path)
+
+
+def _identity(path: str, kind: int | str, sizes: Counter[int | str]) -> str:
+    """Equal for paths of one film."""
+    if isinstance(kind, str) or kind == 0:
+        return f"at {os.path.abspath(path) if kind == 0 else kind}"
+    if sizes[kind] == 1:
+        return f"of {kind} bytes"
+    return _digest(path)
+
+
+def _digest(path: str) -> str:
+    digest = hashlib.sha256()
+    try:
+        for chunk in _chunks(path):
+            digest.update(chunk)
+    except OSError:
+        return f"at {os.path.abspath(path)}"
+    return digest.hexdigest()
+
+
+def _chunks(path: str) -> Iterable[bytes]:
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            yield chunk

@@ -1,0 +1,28 @@
+"""How far a command is: a bar on a terminal, a line at every tenth elsewhere. On standard error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+Item = TypeVar("Item")
+
+
+def told(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
+    """The items, telling how many of `total` have passed."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console) as bar:
+            task = bar.add_task(what, total=total)
+            for item in items:
+                yield item
+                bar.advance(task)
+        return
+    for done, item in enumerate(items, start=1):
+        yield item
+        if 10 * done // total > 10 * (done - 1) // total:
+            console.print(f"{what}: {done} of {total}", highlight=False, soft_wrap=True)

@@ -1,0 +1,571 @@
+"""`omnivision prepare`: from how datasets are published to arrays, catalog and quicker films; and what it refuses."""
+
+import argparse
+import contextlib
+import csv
+import io
+import json
+import operator
+import os
+import shutil
+import tempfile
+import unittest
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+from unittest import mock
+
+import av
+import numpy as np
+from PIL import Image
+
+from omnivision.cli import prepare
+from omnivision.data import encode
+from omnivision.data.catalog import Dataset, Split
+from omnivision.data.decode import BadVideo, open_video
+from omnivision.data.encode import write_film, write_timed_film
+from omnivision.errors import EXIT_INTERRUPTED, UserError
+from omnivision.prepare import transcode as transcoding
+from omnivision.prepare import workers
+from omnivision.prepare.catalog_file import entry_lines, updated_catalog
+from omnivision.prepare.transcode import Job, Outcome, Recipe, destinations, target_size, transcode
+from omnivision.prepare.workers import Died, in_processes
+from omnivision.settings_yaml import yaml
+from tests.runs import real_films
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    """Exit code, standard output, standard error of `omnivision prepare ...`."""
+    parser = argparse.ArgumentParser()
+    prepare.add_parser(parser.add_subparsers())
+    options = parser.parse_args(["prepare", *map(str, arguments)])
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as errors:
+        code = options.run(options)
+    return code, out.getvalue(), errors.getvalue()
+
+
+def moving(count: int = 12, height: int = 48, width: int = 64) -> np.ndarray:
+    """A bright square on its way to the right: uint8 (T, H, W, 3)."""
+    frames = np.full((count, height, width, 3), 40, dtype=np.uint8)
+    for k in range(count):
+        frames[k, 8:24, 2 * k : 2 * k + 16] = (220, 180, 60)
+    return frames
+
+
+class Folder(unittest.TestCase):
+    def setUp(self):
+        temporary = tempfile.TemporaryDirectory()
+        self.addCleanup(temporary.cleanup)
+        self.folder = Path(temporary.name)
+        self.out = self.folder / "out"
+
+    def write(self, name: str, text: str = "x") -> Path:
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    def films(self, *names: str) -> None:
+        for name in names:
+            self.write(name)
+
+    def prepared(self, source: object, *arguments: object, name: str = "mine") -> dict[str, list[tuple[str, int]]]:
+        """Prepare, and read back through the catalog: (path, label) by split."""
+        catalog = self.folder / "catalog.yaml"
+        code, _, self.errors = run(source, self.out, "--name", name, "--catalog", catalog, *arguments)
+        self.assertEqual(code, 0)
+        entry = yaml.safe_load(catalog.read_text())["datasets"][name]
+        dataset = Dataset.from_entry(name, entry)
+        self.classes = Path(dataset.class_names).read_text(encoding="utf-8").splitlines()
+        self.assertEqual(len(self.classes), dataset.num_classes)
+        splits = {which: Split(dataset, which) for which in ("train", "val") if which in entry}
+        for which in splits:
+            self.assertEqual(np.load(self.out / f"{which}_labels.npy").dtype, np.int64)
+        return {w: [(split.path(i), split.label(i)) for i in range(len(split))] for w, split in splits.items()}
+
+    def relative(self, found: list[tuple[str, int]], base: str = "") -> list[tuple[str, int]]:
+        return [(os.path.relpath(path, self.folder / base), label) for path, label in found]
+
+    def assert_refused(self, *arguments: object, saying: str) -> None:
+        with self.assertRaisesRegex(UserError, saying) as caught:
+            run(*arguments, "--name", "mine")
+        self.assertNotIn("\n", str(caught.exception), "one paragraph")
+        self.assertFalse(self.out.exists(), "nothing is written")
+
+
+class CsvLists(Folder):
+    def test_every_way_to_write_the_same_list(self):
+        self.films("v/a b.mp4", "v/c;d.mp4", "v/e.mp4")
+        rows = [("v/a b.mp4", "run"), ("v/c;d.mp4", "jump, high"), ("v/e.mp4", "run")]
+        expected = [("v/a b.mp4", 1), ("v/c;d.mp4", 0), ("v/e.mp4", 1)]
+        for delimiter in ";,\t":
+            for header in ([], [("path", "label")], [("Video", "Class")]):
+                for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL):
+                    with self.subTest(delimiter=delimiter, header=header, quoting=quoting):
+                        text = io.StringIO()
+                        csv.writer(text, delimiter=delimiter, quoting=quoting).writerows([*header, *rows])
+                        found = self.prepared(self.write("list.csv", "\ufeff" + text.getvalue()))
+                        self.assertEqual(self.relative(found["train"]), expected)
+                        self.assertEqual(self.classes, ["jump, high", "run"])
+
+    def test_columns_by_the_names_in_the_header(self):
+        self.films("a.mp4", "b.mp4")
+        file = self.write("list.csv", "label,seconds,path\n1,2.5,a.mp4\n0,3.5,b.mp4\n")
+        self.assertEqual(self.relative(self.prepared(file)["train"]), [("a.mp4", 1), ("b.mp4", 0)])
+
+    def test_train_and_val_share_their_classes(self):
+        self.films("films/a.mp4", "films/b.mp4", "films/c.mp4")
+        train = self.write("train.csv", "a.mp4;class 2\nb.mp4;class 10\n")
+        val = self.write("val.csv", "c.mp4;class 10\na.mp4;class 2\n")
+        found = self.prepared(self.folder / "films", "--train", train, "--val", val)
+        self.assertEqual(self.relative(found["train"], "films"), [("a.mp4", 0), ("b.mp4", 1)])
+        self.assertEqual(self.relative(found["val"], "films"), [("c.mp4", 1), ("a.mp4", 0)])
+        self.assertEqual(self.classes, ["class 2", "class 10"], "in natural order")
+        self.assertIn("share 1 files: a.mp4", self.errors)
+
+    def test_paths_are_relative_to_the_prefix(self):
+        self.films("data/films/a.mp4", "other/b.mp4")
+        file = self.write("list.csv", "films/a.mp4,0\n")
+        self.assertEqual(
+            self.relative(self.prepared(file, "--prefix", self.folder / "data")["train"]), [("data/films/a.mp4", 0)]
+        )
+        self.assertEqual(np.load(self.out / "train_paths.npy").tolist(), ["films/a.mp4"])
+        shutil.rmtree(self.out)
+        absolute = [self.folder / "data/films/a.mp4", self.folder / "other/b.mp4"]
+        lists = self.write("lists/list.csv", "".join(f"{path},{k}\n" for k, path in enumerate(absolute)))
+        self.assertEqual([path for path, _ in self.prepared(lists)["train"]], list(map(str, absolute)))
+        shutil.rmtree(self.out)
+        self.assert_refused(
+            lists, self.out, "--prefix", self.folder / "data", saying="1 of 2 films are not below --prefix"
+        )
+
+    def test_integers_keep_their_gaps(self):
+        self.films("a.mp4", "b.mp4")
+        found = self.prepared(self.write("list.csv", "a.mp4,0\nb.mp4,3\n"))
+        self.assertEqual([label for _, label in found["train"]], [0, 3])
+        self.assertIn("2 of 4 classes never occur: 1, 2.", self.errors)
+
+    def test_names_of_classes_in_the_order_that_is_wanted(self):
+        self.films("a.mp4", "b.mp4")
+        names = self.write("names.txt", "walk\nrun\njump\n")
+        found = self.prepared(self.write("list.csv", "a.mp4,run\nb.mp4,walk\n"), "--class-names", names)
+        self.assertEqual(([label for _, label in found["train"]], self.classes), ([1, 0], ["walk", "run", "jump"]))
+        self.assertIn("1 of 3 classes never occur: jump.", self.errors)
+        shutil.rmtree(self.out)
+        self.assert_refused(
+            self.write("list.csv", "a.mp4,swim\n"),
+            self.out,
+            "--class-names",
+            names,
+            saying="row 1: swim.*walk, run, jump",
+        )
+
+    def test_mistakes_are_named_by_row_and_nothing_is_written(self):
+        self.films("a.mp4", "b.mp4", "c.mp4")
+        cases = {
+            "a.mp4,run\nb.mp4\nc.mp4,run,fast\n": "row 2 has 1 of 2 fields; row 3 has 3 of 2 fields",
+            "a.mp4,run\n,run\nb.mp4,\n": "row 2 has no path; row 3 has no label",
+            "path,label\na.mp4,run\nnone.mp4,run\n": r"1 of 2 films are not there: list\.csv, row 3: .*none\.mp4.*--prefix",
+            "".join(f"no{k}.mp4,run\n" for k in range(9)): "9 of 9 films .* row 5: .*; and 4 more",
+            "a.mp4,Run\nb.mp4,run\n": "'Run' = 'run'.*spelled one way",
+            "a.mp4,brush hair\nb.mp4,brush  hair\n": "differ only in case or spaces",
+            "a.mp4,0\nb.mp4,run\nc.mp4,2\n": r"2 labels are integers and 1 are names.*row 2: run",
+            "a.mp4,0\nb.mp4,-1\n": r"not from 0 to .*row 2: -1",
+            "a.mp4,0\nb.mp4,1.0\n": r"not whole numbers: .*row 2: 1\.0",
+            "a.mp4,0\nb.mp4,99999999999999999999\n": "row 2: 9999",
+            "path,label\n": "a header and no rows",
+            "\n \n": "has no rows",
+            'a.mp4,"run\nb.mp4,run\n': "row 2: unexpected end of data",
+            "a.mp4\nb.mp4\n": "row 1 has 1 of 2 fields",
+        }
+        for text, saying in cases.items():
+            with self.subTest(text):
+                self.assert_refused(self.write("list.csv", text), self.out, saying=saying)
+        (self.folder / "list.csv").write_bytes(b"a.mp4,\xff\xfe\n")
+        self.assert_refused(self.folder / "list.csv", self.out, saying="not a text in UTF-8")
+        self.assert_refused(self.folder / "none.csv", self.out, saying="no such file or folder")
+        self.assert_refused(self.folder, self.out, "--val", self.folder / "none.csv", saying=r"none\.csv: no such file")
+        self.assert_refused(
+            self.write("list.csv", "a.mp4,0\n"), self.out, "--val", "x.csv", saying="SOURCE is the file"
+        )
+
+    def test_films_that_are_elsewhere(self):
+        found = self.prepared(self.write("list.csv", "a.mp4,0\n"), "--no-check-files", "--prefix", "/cluster/films")
+        self.assertEqual(found["train"], [("/cluster/films/a.mp4", 0)])
+
+
+class ClassFolders(Folder):
+    def test_films_and_folders_of_frames(self):
+        self.films("s/class 10/x.mp4", "s/class 2/b.AVI", "s/class 2/deep/a.webm", "s/class 2/notes.txt")
+        self.films("s/class 2/clip/1.jpg", "s/class 2/clip/2.jpg", "s/class 2/.hidden/x.mp4")
+        found = self.relative(self.prepared(self.folder / "s")["train"], "s")
+        two, ten = [path for path, label in found if label == 0], [path for path, label in found if label == 1]
+        self.assertEqual(sorted(two), ["class 2/b.AVI", "class 2/clip", "class 2/deep/a.webm"])
+        self.assertEqual((ten, self.classes), (["class 10/x.mp4"], ["class 2", "class 10"]))
+
+    def test_train_and_val(self):
+        self.films("s/train/b/1.mp4", "s/train/a/2.mp4", "s/val/c/3.mp4")
+        found = self.prepared(self.folder / "s")
+        self.assertEqual(self.relative(found["train"], "s"), [("train/a/2.mp4", 0), ("train/b/1.mp4", 1)])
+        self.assertEqual(self.relative(found["val"], "s"), [("val/c/3.mp4", 2)])
+        self.assertIn("1 classes occur in val and not in train: c.", self.errors)
+
+    def test_a_class_may_be_called_train(self):
+        self.films("s/train/1.mp4", "s/bus/2.mp4")
+        self.prepared(self.folder / "s")
+        self.assertEqual(self.classes, ["bus", "train"])
+
+    def test_prefix_above_the_source(self):
+        self.films("s/a/1.mp4")
+        self.prepared(self.folder / "s", "--prefix", self.folder)
+        self.assertEqual(np.load(self.out / "train_paths.npy").tolist(), ["s/a/1.mp4"])
+
+    def test_refused(self):
+        self.films("twice/Run/1.mp4", "twice/run/2.mp4", "empty/a/notes.txt", "images/a/1.jpg", "ok/a/1.mp4")
+        os.symlink("nowhere.mp4", self.write("link/a/1.mp4").parent / "2.mp4")
+        os.symlink("..", self.write("loop/a/1.mp4").parent / "up")
+        os.mkfifo(self.write("pipe/a/1.mp4").parent / "2.mp4")
+        (self.folder / "nothing").mkdir()
+        cases = {
+            "twice": "'Run' = 'run'",
+            "empty": "holds no films",
+            "images": "a holds images itself",
+            "link": r"2\.mp4 is not a file, or a link",
+            "pipe": r"2\.mp4 is not a file",
+            "loop": "up.* is a link to a folder that it lies in",
+            "nothing": "neither folders .* nor the split files",
+        }
+        for name, saying in cases.items():
+            with self.subTest(name):
+                self.assert_refused(self.folder / name, self.out, saying=saying)
+        with self.assertRaisesRegex(UserError, "lies in .*ok, which is the source"):
+            run(self.folder / "ok", self.folder / "ok/a/out", "--name", "mine")
+        self.assertFalse((self.folder / "ok/a/out").exists())
+        self.out.mkdir()
+        self.write("out/precious.txt")
+        with self.assertRaisesRegex(UserError, r"holds something else already \(precious\.txt\)"):
+            run(self.folder / "ok", self.out, "--name", "mine")
+        self.assertEqual(os.listdir(self.out), ["precious.txt"])
+
+
+class Published(Folder):
+    def test_ucf101(self):
+        self.write("s/classInd.txt", "1 ApplyEyeMakeup\r\n2 Archery\r\n")
+        self.write("s/trainlist01.txt", "Archery/v_Archery_g08_c01.avi 2\nApplyEyeMakeup/v_A_g08_c01.avi 1\n")
+        self.write("s/testlist01.txt", "Archery/v_Archery_g01_c01.avi\n")
+        self.films("f/Archery/v_Archery_g08_c01.avi", "f/ApplyEyeMakeup/v_A_g08_c01.mp4")
+        self.films("f/Archery/v_Archery_g01_c01/1.jpg")
+        found = self.prepared(self.folder / "s", "--prefix", self.folder / "f")
+        # Another suffix than the list says, and frames, are found, too.
+        expected = [("Archery/v_Archery_g08_c01.avi", 1), ("ApplyEyeMakeup/v_A_g08_c01.mp4", 0)]
+        self.assertEqual(self.relative(found["train"], "f"), expected)
+        self.assertEqual(self.relative(found["val"], "f"), [("Archery/v_Archery_g01_c01", 1)])
+        shutil.rmtree(self.out)
+        self.assert_refused(self.folder / "s", self.out, "--fold", 2, saying=r"trainlist02\.txt: no such file")
+        self.write("s/trainlist01.txt", "Archery/v_Archery_g08_c01.avi 1\n")
+        self.assert_refused(self.folder / "s", self.out, saying=r"trainlist01\.txt, row 1: Archery/")
+
+    def test_hmdb51(self):
+        self.write("s/brush_hair_test_split1.txt", "a_brush_hair_u.avi 1 \nb.avi 2 \nunused.avi 0 \n")
+        self.write("s/cartwheel_test_split1.txt", "c.avi 1\n")
+        self.write("s/cartwheel_test_split2.txt", "c.avi 2\n")
+        self.films("s/brush_hair/a_brush_hair_u.avi", "s/brush_hair/b.avi", "s/cartwheel/c.avi")
+        found = self.prepared(self.folder / "s")
+        expected = [("brush_hair/a_brush_hair_u.avi", 0), ("cartwheel/c.avi", 1)]
+        self.assertEqual(self.relative(found["train"], "s"), expected)
+        self.assertEqual(self.relative(found["val"], "s"), [("brush_hair/b.avi", 0)])
+
+    def test_something_something(self):
+        self.write("s/labels.json", json.dumps({"Pushing something": "1", "Holding something next to something": "0"}))
+        entry = {"id": "7", "label": "holding a cup", "template": "Holding [something] next to [something]"}
+        self.write("s/train.json", json.dumps([entry]))
+        self.write("s/validation.json", json.dumps([{"id": "8", "template": "Pushing [something]"}]))
+        self.films("s/7.webm", "s/8.mp4")
+        found = self.prepared(self.folder / "s")
+        self.assertEqual(self.relative(found["train"], "s"), [("7.webm", 0)])
+        self.assertEqual(self.relative(found["val"], "s"), [("8.mp4", 1)])
+        shutil.rmtree(self.out)
+        self.write("s/train.json", json.dumps([{"id": "7", "template": "Unknown"}]))
+        self.assert_refused(self.folder / "s", self.out, saying="entry 1: .*Unknown")
+        self.write("s/train.json", "[")
+        self.assert_refused(self.folder / "s", self.out, saying="is no JSON")
+
+    def test_diving48(self):
+        entries = [{"vid_name": f"v_{label}", "label": label, "start_frame": 0, "end_frame": 9} for label in (0, 3)]
+        self.write("s/Diving48_V2_train.json", json.dumps(entries))
+        self.write("s/Diving48_V2_test.json", json.dumps(entries[:1]))
+        self.films("s/v_0.mp4", "s/v_3.mp4")
+        found = self.prepared(self.folder / "s")
+        self.assertEqual(self.relative(found["train"], "s"), [("v_0.mp4", 0), ("v_3.mp4", 3)])
+        self.assertIn("2 of 4 classes never occur", self.errors)
+        self.assertIn("share 1 files", self.errors)
+        self.write(
+            "s/Diving48_vocab.json", json.dumps([["Back", "15som", "NoTwis", "FREE"]] + [str(k) for k in range(3)])
+        )
+        self.prepared(self.folder / "s")
+        self.assertEqual(self.classes[0], "Back_15som_NoTwis_FREE")
+
+
+class CatalogFile(Folder):
+    def text(self, name: str, old: str) -> str:
+        lines = entry_lines(name, Path("/out"), splits=["train"], num_classes=3, prefix='/a "b"/', fps=12.5)
+        return updated_catalog(self.write("catalog.yaml", old), name, lines)
+
+    def test_a_new_entry_and_a_changed_one_leave_the_rest_as_it_is(self):
+        head = "# @package _global_\n# Ours.\ndata_root: data # here\n\ndatasets:\n"
+        one, other = "  one: # first\n    kind: image\n\n", "  # about the other\n  other: {kind: video}\n"
+        tail = "\ntrainer: {epochs: 3}\n"
+        for old in (head + one + other + tail, head + other + tail, head + tail, head.replace("datasets:\n", "")):
+            for name in ("one", "other", "third"):
+                with self.subTest(old=old, name=name):
+                    new = self.text(name, old)
+                    before, after = yaml.safe_load(old), yaml.safe_load(new)
+                    entry = after["datasets"].pop(name)
+                    self.assertEqual((entry["num_classes"], entry["fps"], entry["prefix"]), (3, 12.5, '/a "b"/'))
+                    rest = {key: value for key, value in (before.get("datasets") or {}).items() if key != name}
+                    self.assertEqual(after, {**before, "datasets": rest})
+                    for comment in ("# Ours.", "# here", "# about the other"):
+                        self.assertEqual(comment in new, comment in old)
+                    self.assertEqual(self.text(name, new), new, "the second time changes nothing")
+
+    def test_a_new_file_is_one_that_hydra_puts_at_the_top(self):
+        self.assertTrue(self.text("one", "").startswith("# @package _global_\ndatasets:\n  one:\n"))
+
+    def test_refused(self):
+        head = "# @package _global_\n"
+        cases = {
+            head + "datasets: {one: {kind: video}}\n": "line by line",
+            "datasets:\n  one: {}\n": "does not begin with",
+            head + "- a\n": "no catalog",
+            head + "a: [\n": "cannot be read as YAML",
+        }
+        for old, saying in cases.items():
+            with self.subTest(old), self.assertRaisesRegex(UserError, saying):
+                self.text("one", old)
+        with self.assertRaisesRegex(UserError, r"\$\{"):
+            entry_lines("one", Path("/a/${b}"), splits=[], num_classes=1, prefix="", fps=None)
+
+
+class Transcoding(Folder):
+    def made(self, source: Path | str, **recipe: object) -> Path:
+        path = self.folder / "made.mp4"
+        self.assertEqual(transcode(Job(str(source), str(path), Recipe(**{"short_side": None, **recipe}))), Outcome())
+        return path
+
+    def pictures(self, path: object, **options: float) -> tuple[list[Fraction], np.ndarray]:
+        with open_video(str(path), **options) as film:
+            frames = [(tick * film.time_base, picture.astype(float)) for tick, picture in film.frames()]
+        return [time for time, _ in frames], np.stack([picture for _, picture in frames])
+
+    def test_real_films_keep_time_and_look_and_get_their_key_frames(self):
+        for source in real_films()[:2]:
+            made = self.made(source, gop=12, crf=10)
+            with open_video(source) as old, open_video(str(made)) as new:
+                for (tick, before), (other, after) in zip(old.frames(), new.frames(), strict=True):
+                    self.assertEqual(tick * old.time_base, other * new.time_base)
+                    if tick % 5 == 0:
+                        self.assertLess(np.abs(before[::4, ::4].astype(float) - after[::4, ::4]).mean(), 4)
+                self.assertAlmostEqual(old.duration, new.duration, delta=1e-4)
+                self.assertEqual((new.facts().gop, old.facts().gop > 50), (12, True))
+        with av.open(str(self.made(real_films()[0]))) as container:
+            self.assertEqual([stream.type for stream in container.streams], ["video"], "sound is dropped")
+
+    def test_uneven_timing_is_kept(self):
+        ticks = [0, 40, 80, 200, 210, 333, 1000]
+        write_timed_film(self.folder / "v.mp4", zip(ticks, moving(7), strict=True), Fraction(1, 1000), fps=7, end=1500)
+        made = self.made(self.folder / "v.mp4")
+        self.assertEqual(self.pictures(made)[0], [Fraction(tick, 1000) for tick in ticks])
+        with open_video(str(made)) as film:
+            self.assertEqual(film.duration, 1.5)
+
+    def test_a_film_is_read_back_before_it_gets_its_name(self):
+        write_film(self.folder / "v.mp4", moving(), fps=25)
+        with mock.patch.object(
+            transcoding,
+            "write_timed_film",
+            lambda path, frames, tick, **options: encode.write_timed_film(
+                path, [(2 * time, picture) for time, picture in frames], tick, **options
+            ),
+        ):
+            outcome = transcode(Job(str(self.folder / "v.mp4"), str(self.folder / "made.mp4"), Recipe(None)))
+        self.assertEqual(outcome.reason, "the times of its frames cannot be kept in an mp4")
+        self.assertEqual(os.listdir(self.folder), ["v.mp4"])
+
+    def test_short_side(self):
+        write_film(self.folder / "v.mp4", moving(), fps=25)
+        self.assertEqual(self.pictures(self.made(self.folder / "v.mp4", short_side=24))[1].shape, (12, 24, 32, 3))
+        self.assertEqual(self.pictures(self.made(self.folder / "v.mp4", short_side=480))[1].shape, (12, 48, 64, 3))
+        self.assertEqual(target_size(1280, 720, 256, even=True), (456, 256))
+        self.assertEqual(target_size(720, 1280, 256, even=False), (256, 455))
+        self.assertEqual(target_size(321, 1, None, even=True), (320, 2))
+
+    def test_rotation_is_applied(self):
+        write_film(self.folder / "v.mp4", moving(), fps=25, crf=4)
+        data = (self.folder / "v.mp4").read_bytes()
+        at = data.index(b"tkhd") + 44  # the matrix of a track header of version 0: turn by 90 degrees
+        turn = b"".join(value.to_bytes(4, "big", signed=True) for value in (0, 65536, 0, -65536, 0, 0, 0, 0, 1 << 30))
+        (self.folder / "turned.mp4").write_bytes(data[:at] + turn + data[at + 36 :])
+        with open_video(str(self.folder / "turned.mp4")) as film:
+            self.assertEqual((film.facts().rotation, film.facts().width), (90, 48))
+        made = self.made(self.folder / "turned.mp4", crf=4)
+        with open_video(str(made)) as film:
+            self.assertEqual((film.facts().rotation, film.facts().width), (0, 48))
+        upright = np.rot90(moving().astype(float), -1, axes=(1, 2))
+        self.assertLess(np.abs(self.pictures(made)[1] - upright).mean(), 8)
+
+    def test_folders_of_frames_become_films_and_back(self):
+        (self.folder / "clip").mkdir()
+        for k, picture in enumerate(moving()):
+            Image.fromarray(picture).save(self.folder / "clip" / f"{k + 1:05}.png")
+        made = self.made(self.folder / "clip", source_fps=29.97, crf=4)
+        times, pictures = self.pictures(made)
+        self.assertLess(max(abs(time - k / Fraction("29.97")) for k, time in enumerate(times)), Fraction(1, 90_000))
+        self.assertLess(np.abs(pictures - moving()).mean(), 6)
+        back = self.folder / "back"
+        recipe = Recipe(None, frames_fps=12.5)
+        write_film(self.folder / "v.mp4", moving(), fps=25, crf=4)
+        self.assertEqual(transcode(Job(str(self.folder / "v.mp4"), str(back), recipe)), Outcome())
+        self.assertEqual(sorted(os.listdir(back)), [f"{k:05}.jpg" for k in range(1, 7)])
+        self.assertLess(np.abs(self.pictures(back)[1] - moving()[::2]).mean(), 6)
+
+    def test_frames_at_a_higher_rate_repeat(self):
+        write_film(self.folder / "v.mp4", moving(3), fps=10)
+        transcode(Job(str(self.folder / "v.mp4"), str(self.folder / "back"), Recipe(None, frames_fps=25)))
+        pictures = self.pictures(self.folder / "back")[1]
+        # On screen at 0, 40, 80 | 120, 160 | 200, 240, 280 ms.
+        same = [bool(np.array_equal(a, b)) for a, b in pairwise(pictures)]
+        self.assertEqual(same, [True, True, False, True, False, True, True])
+
+    def test_time_stamps_that_repeat_or_go_back(self):
+        frames = [(0, "a"), (2, "b"), (1, "c"), (1, "d"), (9, "e")]
+        tick, fixed = transcoding._ascending(iter(frames), Fraction(1, 25))
+        self.assertEqual((tick, list(fixed)), (Fraction(1, 25), [(0, "a"), (2, "b"), (3, "c"), (4, "d"), (9, "e")]))
+        with self.assertRaisesRegex(BadVideo, "go back"):
+            list(transcoding._ascending(iter([(0, "a"), (50, "b"), (3, "c")]), Fraction(1, 25))[1])
+
+    def test_destinations_are_all_different(self):
+        paths = ["a/x.avi", "a/x.mp4", "a/y.v1.mov", "b/x.mp4", "c", "c/z.mp4", "clip.1", "clip.2"]
+        for recipe in (Recipe(None), Recipe(None, frames_fps=5)):
+            made = destinations(paths, recipe)
+            self.assertEqual(len(set(made.values())), len(paths))
+            for path in made.values():
+                self.assertFalse(any(other.startswith(f"{path}/") for other in made.values()), path)
+        self.assertEqual(destinations(paths, Recipe(None))["a/y.v1.mov"], "a/y.v1.mp4")
+
+
+class PreparedFilms(Folder):
+    """The whole command with --gop."""
+
+    def setUp(self):
+        super().setUp()
+        for number, name in enumerate(("a/1", "a/2", "b/3", "b/4")):
+            (self.folder / "s" / name).parent.mkdir(parents=True, exist_ok=True)
+            write_film(self.folder / "s" / f"{name}.mp4", moving(6 + number), fps=25, gop=48)
+        film = self.folder / "s/b/4.mp4"
+        film.write_bytes(film.read_bytes()[:400])
+
+    def test_a_bad_film_is_left_out_and_named(self):
+        found = self.prepared(self.folder / "s", "--gop", 2, "--workers", 0)
+        self.assertEqual(self.relative(found["train"], "out/films"), [("a/1.mp4", 0), ("a/2.mp4", 0), ("b/3.mp4", 1)])
+        rows = list(csv.DictReader(io.StringIO((self.out / "failed.csv").read_text())))
+        self.assertEqual([row["path"] for row in rows], [str(self.folder / "s/b/4.mp4")])
+        self.assertTrue(rows[0]["reason"])
+        self.assertIn("1 films could not be transcoded", self.errors)
+        for path, _ in found["train"]:
+            with open_video(path) as film:
+                self.assertEqual(film.facts().gop, 2)
+        # Mended, the same command takes it in and keeps the others.
+        times = {path: os.stat(path).st_mtime_ns for path, _ in found["train"]}
+        write_film(self.folder / "s/b/4.mp4", moving(), fps=25)
+        again = self.prepared(self.folder / "s", "--gop", 2, "--workers", 0)
+        self.assertEqual(len(again["train"]), 4)
+        self.assertFalse((self.out / "failed.csv").exists())
+        self.assertEqual({path: os.stat(path).st_mtime_ns for path in times}, times)
+        with self.assertRaisesRegex(UserError, r"made with other settings \(transcoded"):
+            run(self.folder / "s", self.out, "--name", "mine", "--gop", 3)
+
+    def test_interrupted_and_completed(self):
+        made = []
+
+        def interrupt(*arguments: object, **options: object) -> int:
+            made.append(1)
+            if len(made) == 3:
+                raise KeyboardInterrupt
+            return encode.write_timed_film(*arguments, **options)
+
+        with mock.patch.object(transcoding, "write_timed_film", interrupt):
+            code, _, errors = run(self.folder / "s", self.out, "--name", "mine", "--gop", 2, "--workers", 0)
+        self.assertEqual((code, "goes on where it stopped" in errors), (EXIT_INTERRUPTED, True))
+        self.assertFalse((self.out / "train_paths.npy").exists())
+        self.assertEqual(sorted(path.name for path in (self.out / "films").rglob("*.*")), ["1.mp4", "2.mp4"])
+        self.write("out/films/b/.3.mp4.123.part", "left by a killed process")
+        _, told, _ = run(self.folder / "s", self.out, "--name", "mine", "--gop", 2, "--workers", 0)
+        self.assertIn("2 films were there already", told)
+        self.assertEqual(sorted(path.name for path in (self.out / "films").rglob("*.*")), ["1.mp4", "2.mp4", "3.mp4"])
+
+    def test_a_full_disk_ends_it_and_is_not_the_films_fault(self):
+        with mock.patch.object(transcoding, "write_timed_film", side_effect=OSError(28, "No space left on device")):
+            with self.assertRaisesRegex(UserError, "cannot be written to: .*No space left.*goes on where it stopped"):
+                run(self.folder / "s", self.out, "--name", "mine", "--gop", 2, "--workers", 0)
+        self.assertFalse((self.out / "failed.csv").exists())
+
+    def test_no_film_at_all(self):
+        shutil.rmtree(self.folder / "s/a")
+        (self.folder / "s/b/3.mp4").write_bytes(b"nothing")
+        with self.assertRaisesRegex(UserError, "No film of train could be transcoded"):
+            run(self.folder / "s", self.out, "--name", "mine", "--gop", 2, "--workers", 0)
+        self.assertFalse((self.out / "train_paths.npy").exists())
+
+    def test_options_that_cannot_be(self):
+        cases = [
+            ("--frames 5 --gop 3", "--frames writes JPEGs"),
+            ("--gop 0", "--gop is 0"),
+            ("--crf 52", "--crf is 52"),
+            ("--short-side 3", "--short-side is 3"),
+            ("--frames 0", "--frames is 0"),
+            ("--gop 3 --no-check-files", "--no-check-files is for"),
+            ("--workers -1", "--workers is -1"),
+        ]
+        for options, saying in cases:
+            with self.subTest(options):
+                self.assert_refused(self.folder / "s", self.out, *options.split(), saying=saying)
+        with self.assertRaisesRegex(UserError, "--name is 'a-b'"):
+            run(self.folder / "s", self.out, "--name", "a-b")
+
+    def test_a_film_is_never_made_over_one_of_the_source(self):
+        self.films("out/films/a/1.mp4")
+        lists = self.write("list.csv", "a/1.mp4,0\n")
+        with self.assertRaisesRegex(UserError, "are films of the source"):
+            run(lists, self.out, "--name", "mine", "--gop", 2, "--prefix", self.out / "films")
+
+
+class Processes(unittest.TestCase):
+    """With functions that need no torch: a process starts in no time."""
+
+    def test_results_of_all(self):
+        items = ["a", "bb", "ccc", "dddd", "eeeee"]
+        for count in (0, 2, 9):
+            with self.subTest(count):
+                self.assertEqual(sorted(in_processes(len, items, count)), [(k, k + 1) for k in range(5)])
+        self.assertEqual(list(in_processes(len, [], 2)), [])
+
+    def test_a_process_that_dies_costs_its_item_only(self):
+        found = dict(in_processes(os._exit, [3, 4, 5], 2))
+        self.assertEqual(
+            {position: died.reason[-12:] for position, died in found.items()},
+            {0: "exit code 3)", 1: "exit code 4)", 2: "exit code 5)"},
+        )
+
+    def test_processes_that_cannot_start_are_no_fault_of_the_items(self):
+        with mock.patch.object(workers, "_work", operator.is_):
+            with self.assertRaisesRegex(RuntimeError, "died before it began"):
+                list(in_processes(len, ["a"], 1))
+
+    def test_what_it_raises_is_told(self):
+        with self.assertRaisesRegex(RuntimeError, "TypeError: object of type 'int' has no len"):
+            list(in_processes(len, ["a", 3], 1))
+        self.assertIsInstance(Died("x"), Died)
+
+
+if __name__ == "__main__":
+    unittest.main()
