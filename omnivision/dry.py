@@ -27,6 +27,7 @@ def describe(settings: Settings) -> str:
         f"over {settings.processes} process{'es' * (settings.processes > 1)}",
         f"epochs       {settings.trainer.max_epochs}",
         f"sources      {', '.join(settings.trainer.data.sources)}",
+        *frozen_lines(model),
         f"groups       {len(optimizer.groups)}, of {type(optimizer.optimizer).__name__}:",
     ]
     for number, group in enumerate(optimizer.groups):
@@ -38,6 +39,16 @@ def describe(settings: Settings) -> str:
         )
         lines.append(f"  {number}: {len(group.names)} tensors, {count / 1e6:.2f} M parameters; {curves}")
     return "\n".join(lines)
+
+
+def frozen_lines(model: torch.nn.Module) -> list[str]:
+    """A line about what is not trained, if there is anything."""
+    count = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    if not count:
+        return []
+    return [
+        f"frozen       {count / 1e6:.2f} M parameters: a forward pass alone, about a third of the work of training them"
+    ]
 
 
 def told_curve(values: list[float]) -> str:

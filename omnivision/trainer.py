@@ -138,6 +138,11 @@ class Trainer:
             if self.folder.read_summary().get("status") != "finished":
                 self._summary(status="finished", exit_reason="all epochs done")
             return
+        if frozen := sum(p.numel() for p in self.bare.parameters() if not p.requires_grad):
+            self.reporter.say(
+                f"{frozen / 1e6:.2f} M parameters are frozen: they take a forward pass alone, about a third of the work of "
+                "training them."
+            )
         self._summary(status="running", exit_reason=None)
         batches = train_batches(
             self.train.dataset,

@@ -93,13 +93,13 @@ class AveragedClassifier(nn.Module):
         return self.mixing_ratio.softmax(-1)
 
     def averaged_trunk(self) -> dict[str, Tensor]:
-        """The averaged parameters by their name inside the trunk, in full precision under autocast, too."""
-        with torch.autocast(self.mixing_ratio.device.type, enabled=False):
-            weights = self.mixing_weights().expand(len(self.names), -1)
-            return {
-                name: torch.tensordot(weight, self.sources.get_buffer(_buffer(name)), dims=1)
-                for name, weight in zip(self.names, weights, strict=True)
-            }
+        """The averaged parameters by their name inside the trunk."""
+        averaged = {}
+        for name, weights in zip(self.names, self.mixing_weights().expand(len(self.names), -1), strict=True):
+            sources = self.sources.get_buffer(_buffer(name))  # (K, ...)
+            # Element by element: autocast would round a matrix product.
+            averaged[name] = (sources * weights.view(-1, *[1] * (sources.ndim - 1))).sum(0)
+        return averaged
 
     def forward(self, video: Tensor, head: int = 0, depth: Tensor | None = None) -> Tensor:
         """As `VideoClassifier.forward`."""
