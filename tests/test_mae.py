@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from omnivision.data.batch import Batch
 from omnivision.data.masking import RandomMask
 from omnivision.errors import UserError
 from omnivision.models.mae import (
@@ -16,7 +17,8 @@ from omnivision.models.mae import (
     split_tokens,
 )
 from omnivision.models.patches import pick_tubelets, unnormalize_pixels
-from omnivision.models.vit import VisionTransformer, as_video
+from omnivision.models.vit import DropPath, VisionTransformer, as_video
+from omnivision.tasks.reconstruct import Reconstruct
 from tests.parity_formula import error, record, stated, tensor, token_mask, weights
 
 TUBELET = (2, 8, 8)
@@ -194,6 +196,51 @@ class Model(unittest.TestCase):
         self.assertFalse(torch.equal(trunk(video), trunk(video)))
         trunk.eval()
         self.assertTrue(torch.equal(trunk(video), trunk(video)))
+
+    def test_drop_path_keeps_the_mean_and_grows_with_depth(self):
+        torch.manual_seed(0)
+        drop = DropPath(0.25).train()
+        x = drop(torch.ones(4000, 2, 3))
+        self.assertEqual(sorted({round(float(value), 4) for value in x.flatten()}), [0, round(1 / 0.75, 4)])
+        self.assertTrue(torch.equal(x.amax((1, 2)), x.amin((1, 2))), "a sample is dropped whole")
+        self.assertAlmostEqual(float(x.mean()), 1, delta=0.05)
+        trunk = VisionTransformer(48, 5, 3, num_frames=4, image_size=32, tubelet=TUBELET, drop_path=0.1)
+        rates = [block.drop_path.rate for block in trunk.blocks]
+        for rate, expected in zip(rates, (0, 0.025, 0.05, 0.075, 0.1), strict=True):
+            self.assertAlmostEqual(rate, expected)
+
+    def test_activation_checkpointing_makes_activations_again(self):
+        for on, times in ((False, 1), (True, 2)):
+            trunk = VisionTransformer(
+                48, 2, 3, num_frames=4, image_size=32, tubelet=TUBELET, activation_checkpointing=on
+            )
+            calls: list[int] = []
+            trunk.blocks[1].mlp.fc1.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+            trunk(torch.rand(1, 3, 4, 32, 32)).sum().backward()
+            self.assertEqual(len(calls), times)
+
+    def test_the_pictures_show_what_they_say(self):
+        model, mask, video = small_model(), some_masks(1), torch.randint(0, 256, (1, 3, 4, 32, 32), dtype=torch.uint8)
+        batch = Batch(video, torch.zeros(1), torch.zeros(1), "a", ["x"], mask, 24)
+        hidden = mask[0].repeat_interleave(2, 0).repeat_interleave(8, 1).repeat_interleave(8, 2).numpy()  # (T, H, W)
+        shown = Reconstruct(TUBELET).pictures(model, batch).columns
+        original = video[0].permute(1, 2, 3, 0).numpy()
+        self.assertTrue((shown["original"] == original).all())
+        self.assertTrue((shown["visible"][~hidden] == original[~hidden]).all())
+        self.assertTrue((shown["visible"][hidden] == 128).all())
+        self.assertTrue((shown["mask"][hidden] == 255).all() and (shown["mask"][~hidden] == 0).all())
+        # The first model predicts nearly nothing: with true statistics a hidden tubelet has its mean, with those of visible
+        # ones all hidden tubelets look alike.
+        true = shown["reconstruction (true patch statistics)"]
+        honest = shown["reconstruction (statistics of visible patches)"]
+        for picture in (true, honest):
+            self.assertTrue((picture[~hidden] == original[~hidden]).all())
+            self.assertFalse((picture[hidden] == original[hidden]).all())
+        mean = original[~hidden].mean(0)
+        self.assertLess(abs(honest[hidden].mean(0) - mean).max(), 30)
+        t, h, w = (int(i[0]) for i in mask[0].nonzero(as_tuple=True))
+        box = (slice(2 * t, 2 * t + 2), slice(8 * h, 8 * h + 8), slice(8 * w, 8 * w + 8))
+        self.assertLess(abs(true[box].mean((0, 1, 2)) - original[box].mean((0, 1, 2))).max(), 30)
 
     def test_starting_weights(self):
         model = small_model()

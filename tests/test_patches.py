@@ -77,6 +77,22 @@ class Pixels(unittest.TestCase):
             float(normalised[0, 1, 0, 0, 0]), (int(video[0, 1, 0, 0, 0]) / 255 - 0.456) / 0.224, places=12
         )
 
+    def test_positions_of_another_grid_keep_their_places(self):
+        """A code that is linear in (t, h, w) is the same at the same place of a finer grid, and nothing is mixed up."""
+        grid = (2, 4, 6)
+        t, h, w = torch.meshgrid(*(torch.arange(n, dtype=torch.float32) + 0.5 for n in grid), indexing="ij")
+        table = torch.stack([t / 2, h / 4, w / 6], dim=-1).reshape(1, -1, 3)
+        for new in ((4, 4, 6), (2, 8, 6), (2, 4, 3), (4, 8, 12)):
+            got = patches.resized_positions(table, grid, new).reshape(*new, 3)
+            places = torch.meshgrid(*((torch.arange(n) + 0.5) / n for n in new), indexing="ij")
+            for axis in range(3):
+                inside = [slice(1, -1) if n > 2 else slice(None) for n in new]
+                wanted, found = places[axis][tuple(inside)], got[..., axis][tuple(inside)]
+                if new[axis] != grid[axis] or new[axis] > 2:
+                    # At the border of an axis the code is held, not continued.
+                    low, high = 0.5 / grid[axis], 1 - 0.5 / grid[axis]
+                    self.assertLess(float((found - wanted.clamp(low, high)).abs().max()), 1e-6, (new, axis))
+
 
 if __name__ == "__main__":
     unittest.main()

@@ -195,6 +195,42 @@ class Loop(unittest.TestCase):
         self.assert_same(before, made.bare.state_dict())
         self.assertIn("val_loss", json.loads((self.folder / "only/summary.json").read_text())["last"])
 
+    def test_steps_run_in_the_precision_asked_for(self):
+        for dtype in (None, torch.bfloat16):
+            made = trainer(self.folder / f"amp_{dtype}", limit=1, max_epochs=1, amp_dtype=dtype)
+            seen: list[torch.dtype] = []
+            made.bare.trunk.blocks[0].mlp.fc1.register_forward_hook(lambda m, a, out, seen=seen: seen.append(out.dtype))
+            made.fit()
+            made.reporter.close()
+            self.assertEqual(set(seen), {dtype or torch.float32})
+
+    def test_compile_compiles(self):
+        with mock.patch("torch.compile", side_effect=lambda model: model) as compiled:
+            for on in (False, True):
+                trainer(self.folder / "compiled", compile=on)
+        self.assertEqual(compiled.call_count, 1)
+
+    def test_the_best_and_the_scale_are_resumed(self):
+        losses, scale = iter([3.0, 2.0]), 1024.0
+        for epochs, best in ((1, None), (2, 3.0)):
+            made = trainer(
+                self.folder / "best", val=Noise(3), max_epochs=epochs, val_epoch_freq=1, amp_dtype=torch.float16
+            )
+            if best is None:
+                made.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+            self.assertEqual((made.state.best, made.scaler.get_scale()), (best, scale))
+            made.evaluate = lambda: Evaluation({"loss": next(losses)}, {}, {}, [])
+            made.fit()
+            made.reporter.close()
+            scale = made.scaler.get_scale()
+        self.assertEqual(made.state.best, 2.0)
+
+    def test_limit_of_validation(self):
+        made = trainer(self.folder / "limited_val", val=Noise(11), limit_val_batches=2)
+        made.reporter.start(0, 1)
+        self.addCleanup(made.reporter.close)
+        self.assertEqual(made.evaluate().figures["videos"], 8)
+
     def test_processes_that_found_different_checkpoints_stop(self):
         made = trainer(self.folder / "apart")
         with mock.patch.object(made.processes, "gather", lambda place: [place, (1, 0)]):

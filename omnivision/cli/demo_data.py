@@ -10,8 +10,8 @@ from omnivision.demo.films import ACTIONS, DOMAINS, Written, write_demo_data
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
-_QUICK = {"train": 2, "val": 1}
-_FULL = {"train": 40, "val": 10}
+_QUICK = {"train": 2, "val": 1, "synthetic": 2}
+_FULL = {"train": 40, "val": 20, "synthetic": 160}
 
 
 def add_parser(subparsers: "Subparsers") -> None:
@@ -27,6 +27,12 @@ def add_parser(subparsers: "Subparsers") -> None:
     for split, note in (("train", "training"), ("val", "validation")):
         text = f"{note} films of each action in each domain (default {_FULL[split]}, with --quick {_QUICK[split]})"
         parser.add_argument(f"--{split}", type=int, metavar="N", help=text)
+    parser.add_argument(
+        "--synthetic",
+        type=int,
+        metavar="N",
+        help=f"training films of each action in the synthetic domain (default {_FULL['synthetic']}, with --train as many)",
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="another seed, other films (default 0)")
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes to work with (default 2)")
     parser.add_argument("--quick", action="store_true", help="a tiny set, for tests")
@@ -38,11 +44,20 @@ def run(args: argparse.Namespace) -> int:
     counts = _QUICK if args.quick else _FULL
     train = counts["train"] if args.train is None else args.train
     val = counts["val"] if args.val is None else args.val
+    synthetic = args.synthetic
+    if synthetic is None:
+        synthetic = counts["synthetic"] if args.train is None else train
     began = time.monotonic()
     written = write_demo_data(
-        args.folder, train=train, val=val, seed=args.seed, workers=args.workers, progress=_Progress()
+        args.folder,
+        train=train,
+        val=val,
+        synthetic=synthetic,
+        seed=args.seed,
+        workers=args.workers,
+        progress=_Progress(),
     )
-    _tell(args.folder, train, val, written, time.monotonic() - began)
+    _tell(args.folder, {"synthetic": synthetic}, train, val, written, time.monotonic() - began)
     return 0
 
 
@@ -59,13 +74,13 @@ class _Progress:
             print(f"demo-data: {done} of {total} films", file=sys.stderr, flush=True)
 
 
-def _tell(folder: str, train: int, val: int, written: Written, seconds: float) -> None:
+def _tell(folder: str, other: dict[str, int], train: int, val: int, written: Written, seconds: float) -> None:
     if written.made == 0:
         print(f"{folder}: complete already, {written.films} films, {written.size / 1e6:.1f} MB. Nothing to do.")
         return
     rest = "" if written.made == written.films else f" ({written.films - written.made} were there already)"
     print(f"Made {written.made} films{rest}, {written.size / 1e6:.1f} MB in all, in {seconds:.0f} s.")
     for domain in DOMAINS:
-        films = f"{len(ACTIONS) * train} training and {len(ACTIONS) * val} validation films"
+        films = f"{len(ACTIONS) * other.get(domain, train)} training and {len(ACTIONS) * val} validation films"
         print(f"  {folder}/{domain}: {films} of {len(ACTIONS)} actions")
     print(f"  {folder}/class_names.txt: the actions, in the order of the labels")

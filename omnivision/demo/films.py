@@ -31,7 +31,7 @@ from omnivision.errors import UserError
 __all__ = ["ACTIONS", "DOMAINS", "SPLITS", "FilmSpec", "Written", "channels", "film_spec", "render", "write_demo_data"]
 
 _STAMP = "demo-data.json"
-_VERSION = 1  # raise it when the same settings give other films
+_VERSION = 2  # raise it when the same settings give other films
 _COLUMNS = ("path", "label", "action", "body", "place", "camera", "fps", "frames", "gop", "seed", "place_type")
 
 Progress = Callable[[int, int], None]  # (films done, films in all)
@@ -51,6 +51,7 @@ def write_demo_data(
     *,
     train: int = 40,
     val: int = 10,
+    synthetic: int | None = None,
     seed: int = 0,
     workers: int = 2,
     domains: Sequence[str] = DOMAINS,
@@ -58,18 +59,24 @@ def write_demo_data(
 ) -> Written:
     """Make the demo data in `folder`, or what of it is missing there.
 
-    train, val: films of each action in each domain. workers: processes; 1 works in this one.
+    train, val: films of each action in each domain. synthetic: training films of each action in the synthetic domain, where
+    films are cheap; as many as elsewhere if None. workers: processes; 1 works in this one.
     Raises UserError when a setting cannot be, or the folder cannot be written or holds something else.
     """
-    _check(train, val, seed, workers, domains)
+    drawn = train if synthetic is None else synthetic
+    _check(train, val, drawn, seed, workers, domains)
     folder = Path(folder)
-    settings = {"version": _VERSION, "seed": seed, "train": train, "val": val, "domains": list(domains)}
-    counts = {"train": train * len(ACTIONS), "val": val * len(ACTIONS)}
+    settings = {"version": _VERSION, "seed": seed, "train": train, "val": val, "synthetic": drawn, "domains": list(domains)}
+
+    def count(domain: str, split: str) -> int:
+        of_each = val if split == "val" else drawn if domain == "synthetic" else train
+        return of_each * len(ACTIONS)
+
     specs = [
         film_spec(seed, domain, split, index)
         for domain in domains
         for split in SPLITS
-        for index in range(counts[split])
+        for index in range(count(domain, split))
     ]
     try:
         complete = _claim(folder, settings)
@@ -96,8 +103,10 @@ def write_demo_data(
     return Written(films=len(specs), made=len(missing), size=size)
 
 
-def _check(train: int, val: int, seed: int, workers: int, domains: Sequence[str]) -> None:
-    for name, value, least in (("train", train, 1), ("val", val, 1), ("seed", seed, 0), ("workers", workers, 1)):
+def _check(train: int, val: int, synthetic: int, seed: int, workers: int, domains: Sequence[str]) -> None:
+    numbers = {"train": train, "val": val, "synthetic": synthetic, "workers": workers, "seed": seed}
+    for name, value in numbers.items():
+        least = 0 if name == "seed" else 1
         if value < least:
             raise UserError(f"--{name} is {value}; expected a whole number from {least} upwards. Change --{name}.")
     for domain in domains:

@@ -17,9 +17,9 @@ KEY_FRAME_DISTANCES = (1, 4, 8, 12, 24, 48)
 SHORTEST_SECONDS, LONGEST_SECONDS = 1.2, 4.0
 
 _POOL = 1000  # ids from one pool's first to the next pool's first
-_BODIES = {"train": 60, "val": 24}
-_CAMERAS = {"train": 48, "val": 24}
-_PLACES_PER_TYPE = {"train": 12, "val": 5}
+_BODIES = {"train": 240, "val": 60}
+_CAMERAS = {"train": 120, "val": 40}
+_PLACES_PER_TYPE = {"train": 24, "val": 8}
 
 
 @dataclass(frozen=True)
