@@ -81,7 +81,7 @@ def apart(configs: list[DictConfig]) -> list[DictConfig]:
 def run(config: DictConfig) -> int:
     """Check one configuration and launch it; returns the exit code."""
     from omnivision.launch import Job, adopt_torchrun, launch
-    from omnivision.preflight import open_splits
+    from omnivision.preflight import check_pretrained, label_warnings, open_splits
     from omnivision.settings import check
 
     adopt_torchrun(config)
@@ -91,7 +91,11 @@ def run(config: DictConfig) -> int:
 
         print(describe(settings))
         return 0
-    open_splits(settings)
+    train, _ = open_splits(settings)
+    check_pretrained(settings)
+    if "decoder" not in settings.trainer.model:
+        for warning in label_warnings(train):
+            print(f"warning: {warning}", file=sys.stderr)
     return launch(Job(settings, OmegaConf.to_yaml(config, resolve=False)))
 
 

@@ -6,8 +6,6 @@ import dataclasses
 import difflib
 import fnmatch
 import importlib
-import json
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,6 @@ from omnivision.data.dataset import ClipDataset, Cut
 from omnivision.data.loader import EpochPlan, SourcePlan, Workers
 from omnivision.distributed import Place, Processes
 from omnivision.errors import UserError
-from omnivision.files import write_atomically
 from omnivision.models.architecture import describe
 from omnivision.models.average import AveragedClassifier
 from omnivision.models.classifier import is_frozen
@@ -38,7 +35,7 @@ from omnivision.schema import Target
 from omnivision.settings import DataSettings, ImageSettings, Settings
 from omnivision.targets import signature_of
 from omnivision.trainer import Data, Options, Trainer
-from omnivision.weights import Choice, read_several
+from omnivision.weights import Choice, LoadReport, choose, read_several
 from omnivision.weights import load as load_weights
 from omnivision.weights import read as read_weights
 
@@ -132,31 +129,29 @@ def task(settings: Settings) -> Any:
     return build_with_labels(settings, settings.trainer.task, "trainer.task")
 
 
-def pretrained(settings: Settings, model: nn.Module, folder: RunFolder, say: Callable[[str], None]) -> None:
-    """Start from the weights that `pretrained_checkpoint_path` names, as the choice `trainer.checkpoint` takes them.
+def choice(settings: Settings) -> Choice:
+    """What is taken of pretrained weights, from `trainer.checkpoint`."""
+    fields = {field.name for field in dataclasses.fields(Choice)}
+    return Choice(**{key: value for key, value in vars(settings.trainer.checkpoint).items() if key in fields})
 
-    What became of each entry is said and written to `logs/pretrained.json`.
-    """
+
+def pretrained(settings: Settings, model: nn.Module) -> LoadReport | None:
+    """Start from the weights that `pretrained_checkpoint_path` names; tells what became of each entry. None without any."""
     source = settings.pretrained_checkpoint_path
     if source is None or isinstance(model, AveragedClassifier):
-        return
+        return None
     if not isinstance(source, str):
         raise UserError(
             f"pretrained_checkpoint_path is a list of {len(source)}, and {type(model).__name__} starts from one checkpoint. "
             "Give one, or choose a model that averages: trainer/model=vit*_average_ft."
         )
-    fields = {field.name for field in dataclasses.fields(Choice)}
-    choice = Choice(**{k: v for k, v in vars(settings.trainer.checkpoint).items() if k in fields})
-    report = load_weights(model, read_weights(source), choice)
+    report = load_weights(model, read_weights(source), choice(settings))
     if settings.trainer.mode == "val" and (lacking := [name for name in report.missing if name.startswith("heads.")]):
         raise UserError(
             f"trainer.mode=val evaluates {report.path}, but its heads were not loaded ({lacking[0]}). Expected a checkpoint of "
             "this model, taken whole: trainer/checkpoint=load_all."
         )
-    for line in report.lines():
-        say(line)
-    if folder.logs.is_dir():
-        write_atomically(folder.logs / "pretrained.json", json.dumps(dataclasses.asdict(report), indent=1) + "\n")
+    return report
 
 
 def sources_of_average(settings: Settings, model: nn.Module) -> list[dict[str, str]]:
@@ -169,7 +164,8 @@ def sources_of_average(settings: Settings, model: nn.Module) -> list[dict[str, s
             "files, ++pretrained_checkpoint_path=[A,B], or one file with a list under ensemble_weights."
         )
     found = read_several(settings.pretrained_checkpoint_path)
-    model.load_sources([weights.state for weights in found], [str(weights.path) for weights in found])
+    states = [choose(w.state, choice(settings), LoadReport(str(w.path), w.sha256)) for w in found]
+    model.load_sources(states, [str(weights.path) for weights in found])
     return [{"path": str(weights.path), "sha256": weights.sha256} for weights in found]
 
 

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files that are there: whole or not at all."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
+
+from omnivision.errors import UserError
 
 
 @contextlib.contextmanager
@@ -42,3 +44,15 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def require_weights(source: str | Path) -> Path:
+    """The path of weights to start from. Raises UserError when there is neither a file nor a folder."""
+    path = Path(source)
+    if not path.exists():
+        raise UserError(
+            f"pretrained_checkpoint_path is {str(source)!r}, and there is no such file or folder. Expected a run folder or a "
+            f"file of weights (relative paths start at {Path.cwd()}), or null to train from nothing. Change "
+            "pretrained_checkpoint_path."
+        )
+    return path

@@ -6,6 +6,7 @@ torch is imported by the process that trains, not by the one that launches.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import multiprocessing
 import os
@@ -16,7 +17,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -211,8 +212,9 @@ def run_process(job: Job, place: Place | None) -> int:
 
 
 def ready_trainer(job: Job, processes: Processes, folder: RunFolder, reporter: Reporter) -> Trainer:
-    """The trainer with everything built and, if the run folder has a checkpoint, resumed."""
+    """The trainer with everything built and, if the run folder has a checkpoint, resumed; else with pretrained weights."""
     from omnivision import build
+    from omnivision.files import write_atomically
 
     trainer = build.trainer(job.settings, processes, folder, reporter)
     if trainer.resume():
@@ -222,7 +224,11 @@ def ready_trainer(job: Job, processes: Processes, folder: RunFolder, reporter: R
             f"There is no checkpoint in {folder.checkpoints} to validate (trainer.mode=val). Expected that of a run with the "
             "same model. Change launcher.experiment_log_dir, give pretrained_checkpoint_path, or train first."
         )
-    build.pretrained(job.settings, trainer.bare, folder, reporter.say)
+    if report := build.pretrained(job.settings, trainer.bare):
+        for line in report.lines():
+            reporter.say(line)
+        if processes.is_main:
+            write_atomically(folder.logs / "pretrained.json", json.dumps(asdict(report), indent=1) + "\n")
     if trainer.ema is not None:
         trainer.ema.start()
     return trainer

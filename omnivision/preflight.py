@@ -6,6 +6,7 @@ import dataclasses
 
 from omnivision.data.catalog import Dataset, Split
 from omnivision.errors import UserError
+from omnivision.files import require_weights
 from omnivision.settings import Settings
 
 
@@ -36,3 +37,24 @@ def open_splits(settings: Settings) -> tuple[list[Split], list[Split]]:
             "split. Give datasets.NAME.val.paths and .labels, or set trainer.mode=train_only."
         )
     return train, val
+
+
+def check_pretrained(settings: Settings) -> None:
+    """Raises UserError when the weights to start from are not there; what is in them is checked when they are read."""
+    wanted = settings.pretrained_checkpoint_path
+    for source in [wanted] if isinstance(wanted, str) else wanted or []:
+        require_weights(source)
+
+
+def label_warnings(train: list[Split]) -> list[str]:
+    """Sentences about labels that are allowed and may be a mistake: classes that no sample has, sources without labels."""
+    found = []
+    for split in train:
+        missing = [label for label, count in enumerate(split.label_counts()) if count == 0]
+        if missing:
+            shown = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
+            found.append(
+                f"{split.name}: {len(missing)} of {split.dataset.num_classes} classes have no training sample ({shown}); the "
+                "head has a place for each."
+            )
+    return found

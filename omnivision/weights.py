@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from omnivision.checkpoint import BEST, LATEST, sha256
 from omnivision.errors import UserError
+from omnivision.files import require_weights
 from omnivision.models.patches import Triple, resized_positions
 from omnivision.safe import BrokenCheckpoint, safe_load
 
@@ -129,21 +130,16 @@ def read_several(sources: str | Sequence[str]) -> list[Weights]:
 
 def find(source: str | Path) -> Path:
     """The file to read: `source` itself, or inside a run folder `checkpoints/best.pt`, else `checkpoints/checkpoint.pt`."""
-    path = Path(source)
-    if path.is_file():
+    path = require_weights(source)
+    if not path.is_dir():
         return path
-    if path.is_dir():
-        for folder in (path / "checkpoints", path):
-            for name in (BEST, LATEST):
-                if (folder / name).is_file():
-                    return folder / name
-        raise UserError(
-            f"{SETTING} is the folder {path}, which has no {BEST} or {LATEST}, itself or in checkpoints/. Expected the folder "
-            f"of a run that has saved something. Change {SETTING}, or let that run go on."
-        )
+    for folder in (path / "checkpoints", path):
+        for name in (BEST, LATEST):
+            if (folder / name).is_file():
+                return folder / name
     raise UserError(
-        f"{SETTING} is {str(source)!r}, and there is no such file or folder. Expected a run folder or a file of weights "
-        f"(relative paths start at {Path.cwd()}), or null to train from nothing. Change {SETTING}."
+        f"{SETTING} is the folder {path}, which has no {BEST} or {LATEST}, itself or in checkpoints/. Expected the folder of a "
+        f"run that has saved something. Change {SETTING}, or let that run go on."
     )
 
 

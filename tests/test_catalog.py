@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from omnivision.data.catalog import Dataset, Split, SplitFiles
+from omnivision.data.catalog import Dataset, LabelSets, Split, SplitFiles, label_sets
 from omnivision.errors import UserError
+from omnivision.preflight import label_warnings
 
 
 class Canary:
@@ -63,6 +64,39 @@ class Reading(Folder):
         packed = pickle.dumps(split)
         self.assertLess(len(packed), 2000)
         self.assertEqual(pickle.loads(packed).path(4999), split.path(4999))  # noqa: S301
+
+
+class Labels(Folder):
+    def test_sources_of_one_set_share_a_head(self):
+        sources = [Dataset("a", num_classes=3), Dataset("b", num_classes=5), Dataset("c", num_classes=3, label_set="a")]
+        self.assertEqual(label_sets(sources), LabelSets([3, 5], {"a": 0, "b": 1, "c": 0}))
+        self.assertEqual(label_sets(sources, share_head=True), LabelSets([5], {"a": 0, "b": 0, "c": 0}))
+        with self.assertRaisesRegex(UserError, "The number of classes of d is unknown"):
+            label_sets([*sources, Dataset("d")])
+        with self.assertRaisesRegex(UserError, "e has 4 classes, other sources of its label set a have 3"):
+            label_sets([*sources, Dataset("e", num_classes=4, label_set="a")])
+
+    def test_names_of_classes(self):
+        self.assertEqual(Dataset("a", num_classes=2).names(), ["0", "1"])
+        file = self.folder / "names.txt"
+        file.write_text("jump\nrun\n")
+        self.assertEqual(Dataset("a", num_classes=2, class_names=str(file)).names(), ["jump", "run"])
+        with self.assertRaisesRegex(UserError, r"names 2 classes, and datasets\.a\.num_classes is 3"):
+            Dataset("a", num_classes=3, class_names=str(file)).names()
+        with self.assertRaisesRegex(UserError, r"datasets\.a\.class_names is .*cannot be read"):
+            Dataset("a", num_classes=3, class_names=str(self.folder / "none.txt")).names()
+
+    def test_classes_that_never_occur_are_a_warning(self):
+        np.save(self.folder / "p.npy", np.array(["a", "b", "c"]))
+        np.save(self.folder / "l.npy", np.array([0, 3, -1]))
+        files = SplitFiles(str(self.folder / "p.npy"), str(self.folder / "l.npy"))
+        split = Split(Dataset("d", num_classes=4, train=files), "train")
+        self.assertEqual(split.label_counts(), [1, 0, 0, 1])
+        (warning,) = label_warnings([split])
+        self.assertRegex(warning, r"d: 2 of 4 classes have no training sample \(1, 2\)")
+        self.assertEqual(
+            label_warnings([Split(Dataset("d", train=SplitFiles(str(self.folder / "p.npy"))), "train")]), []
+        )
 
 
 class Refused(Folder):

@@ -170,6 +170,13 @@ class Split:
         path = path.removeprefix(rules.remove_prefix).removesuffix(rules.remove_suffix)
         return f"{rules.prefix}{path}{rules.suffix}"
 
+    def label_counts(self) -> list[int]:
+        """How many samples each class has; empty where the number of classes or the labels are unknown."""
+        if self._labels is None or self.dataset.num_classes is None:
+            return []
+        labels = np.asarray(self._labels)
+        return np.bincount(labels[labels >= 0], minlength=self.dataset.num_classes).tolist()
+
     def label(self, index: int) -> int:
         return IGNORED_LABEL if self._labels is None else int(self._labels[index])
 

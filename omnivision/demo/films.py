@@ -66,7 +66,14 @@ def write_demo_data(
     drawn = train if synthetic is None else synthetic
     _check(train, val, drawn, seed, workers, domains)
     folder = Path(folder)
-    settings = {"version": _VERSION, "seed": seed, "train": train, "val": val, "synthetic": drawn, "domains": list(domains)}
+    settings = {
+        "version": _VERSION,
+        "seed": seed,
+        "train": train,
+        "val": val,
+        "synthetic": drawn,
+        "domains": list(domains),
+    }
 
     def count(domain: str, split: str) -> int:
         of_each = val if split == "val" else drawn if domain == "synthetic" else train
