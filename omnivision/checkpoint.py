@@ -18,10 +18,9 @@ import torch
 from torch import nn
 
 from omnivision.errors import UserError
-from omnivision.files import sync_folder, write_atomically
+from omnivision.files import LATEST, PREVIOUS, sync_folder, write_atomically
 from omnivision.safe import BrokenCheckpoint, safe_load
 
-LATEST, PREVIOUS, BEST = "checkpoint.pt", "previous.pt", "best.pt"
 FORMAT = 1
 KEYS = {
     "format",

@@ -10,6 +10,9 @@ from typing import IO
 
 from omnivision.errors import UserError
 
+# Checkpoints of a run: the newest, the one before it, the best by validation.
+LATEST, PREVIOUS, BEST = "checkpoint.pt", "previous.pt", "best.pt"
+
 
 @contextlib.contextmanager
 def replace_atomically(path: Path) -> Iterator[IO[bytes]]:

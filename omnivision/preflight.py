@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 from omnivision.data.catalog import Dataset, Split
 from omnivision.errors import UserError
-from omnivision.files import require_weights
+from omnivision.files import LATEST, require_weights
 from omnivision.settings import Settings
 
 
@@ -40,7 +41,12 @@ def open_splits(settings: Settings) -> tuple[list[Split], list[Split]]:
 
 
 def check_pretrained(settings: Settings) -> None:
-    """Raises UserError when the weights to start from are not there; what is in them is checked when they are read."""
+    """Raises UserError when the weights to start from are not there; what is in them is checked when they are read.
+
+    A run that has a checkpoint goes on from that.
+    """
+    if Path(settings.trainer.checkpoint.save_dir, LATEST).exists():
+        return
     wanted = settings.pretrained_checkpoint_path
     for source in [wanted] if isinstance(wanted, str) else wanted or []:
         require_weights(source)

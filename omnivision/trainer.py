@@ -27,6 +27,7 @@ from omnivision.data.order import draws
 from omnivision.distributed import Processes, parallel, without_sync
 from omnivision.errors import NonFiniteError, UserError
 from omnivision.evaluation import Evaluation, evaluate
+from omnivision.files import BEST, LATEST
 from omnivision.metrics import Meter, averages
 from omnivision.models.architecture import describe
 from omnivision.models.classifier import train_mode
@@ -272,7 +273,7 @@ class Trainer:
         except checkpoint.BrokenCheckpoint as error:
             raise UserError(
                 f"No checkpoint of this run is whole: {error}. Starting over would lose the run without a word. Put back a "
-                f"good file as {self.folder.checkpoints / checkpoint.LATEST}, or change launcher.experiment_log_dir."
+                f"good file as {self.folder.checkpoints / LATEST}, or change launcher.experiment_log_dir."
             ) from None
         if found is None:
             return False
@@ -347,7 +348,7 @@ class Trainer:
             found = self.evaluate()
             self.last |= {f"val_{name}": value for name, value in found.figures.items()}
             if self._is_best(found.figures):
-                also.append(checkpoint.BEST)
+                also.append(BEST)
         if due(epoch + 1, self.options.save_freq):
             also.append(f"checkpoint_{epoch + 1}.pt")
         self.state.epoch, self.state.step, self.meter = epoch + 1, 0, Meter()

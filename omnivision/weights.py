@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from omnivision.checkpoint import BEST, LATEST, sha256
+from omnivision.checkpoint import sha256
 from omnivision.errors import UserError
-from omnivision.files import require_weights
+from omnivision.files import BEST, LATEST, require_weights
 from omnivision.models.patches import Triple, resized_positions
 from omnivision.safe import BrokenCheckpoint, safe_load
 
