@@ -181,7 +181,13 @@ def groups(settings: Settings, model: nn.Module) -> list[Group]:
                 schedule = Scaled(schedule, 1 / optim.lr_scale_factor)
             options[option].append(Rule(schedule, rule.param_names, rule.module_cls_names))
     scales = layer_decay_scales(model, optim.layer_decay) if optim.layer_decay is not None else None
-    return parameter_groups(model, options, scales)
+    made = parameter_groups(model, options, scales)
+    if without := [name for group in made if "lr" not in group.schedules for name in group.names]:
+        raise UserError(
+            f"trainer.optim.options.lr has no rule for {len(without)} parameters, {without[0]} for one. Expected a learning "
+            "rate for each: add a rule without param_names and module_cls_names, the default."
+        )
+    return made
 
 
 def optimizer(settings: Settings, model: nn.Module) -> ScheduledOptimizer:

@@ -77,7 +77,9 @@ def load_newest(folder: Path) -> tuple[dict[str, Any], Path, list[str]] | None:
     problems: list[str] = []
     for name in (LATEST, PREVIOUS):
         path = folder / name
-        if not path.exists():
+        if not path.is_file():
+            if _manifest(path).exists() or path.is_symlink() or path.exists():
+                problems.append(f"{path} is gone or no file, and there was one")
             continue
         try:
             if _manifest(path).exists():
@@ -108,6 +110,11 @@ def _check_structure(state: Any, path: Path) -> None:
     model = state["model"] if not lacking else {}
     if not isinstance(model, dict) or not all(isinstance(value, torch.Tensor) for value in model.values()):
         lacking = ["tensors under model"]
+    if not lacking:
+        kinds = {"optimizer": dict, "scaler": dict, "meter": dict, "last": dict, "sources": list, "architecture": dict}
+        lacking = [f"a {kind.__name__} under {key}" for key, kind in kinds.items() if not isinstance(state[key], kind)]
+        counts = ("epoch", "step", "steps_per_epoch")
+        lacking += [f"a count under {key}" for key in counts if type(state[key]) is not int or state[key] < 0]
     if lacking:
         raise BrokenCheckpoint(f"{path} is no checkpoint of a run: it lacks {', '.join(lacking)}")
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
+import select
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -77,6 +79,11 @@ class Processes:
         self.control: Any = None
         if place.world > 1:
             backend = backend or {"cuda": "nccl"}.get(self.device.type, "gloo")
+            if backend == "nccl" and self.device.type != "cuda":
+                raise UserError(
+                    f"trainer.distributed.backend is nccl, and this run is on the {self.device.type}; expected gloo. Leave "
+                    "trainer.distributed.backend at null, which follows the device."
+                )
             if place.local_world == place.world:  # all on this machine: its host name need not resolve
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
             dist.init_process_group(
@@ -126,9 +133,25 @@ class Processes:
             dist.destroy_process_group()
 
 
-def parallel(model: nn.Module, processes: Processes, comms_dtype: str | None) -> nn.Module:
+def leave_with(pid: int) -> None:
+    """End this process, in a thread of its own, as soon as another one is gone; where the system can tell (Linux)."""
+    if not hasattr(os, "pidfd_open"):
+        return
+    other = os.pidfd_open(pid)  # readable once that process has ended
+
+    def watch() -> None:
+        select.select([other], [], [])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="leave-with").start()
+
+
+def parallel(model: nn.Module, processes: Processes, comms_dtype: str | None, find_unused: bool = False) -> nn.Module:
     """The model as all processes train it: gradients are averaged while the backward pass runs, as `comms_dtype`
-    ("fp16", "bf16") on the wire or as they are (None). One process: the model itself."""
+    ("fp16", "bf16") on the wire or as they are (None). One process: the model itself.
+
+    `find_unused` is for models of which a step may leave parameters out, in all processes alike; it costs a look at the graph.
+    """
     if processes.world == 1:
         return model
     # Buffers are constants (position tables). torch 2.14 renamed the argument that says so.
@@ -142,6 +165,7 @@ def parallel(model: nn.Module, processes: Processes, comms_dtype: str | None) ->
         device_ids=[processes.device] if on_gpu else None,
         **no_buffers,
         gradient_as_bucket_view=True,
+        find_unused_parameters=find_unused,
     )
     hooks = {"fp16": default_hooks.fp16_compress_hook, "bf16": default_hooks.bf16_compress_hook}
     if comms_dtype is not None:

@@ -133,10 +133,11 @@ def run_local_processes(job: Job, count: int) -> int:
         try:
             with ending_on_sigterm():
                 return _exit_code(processes)
-        except Terminated:
+        except (Terminated, KeyboardInterrupt) as error:
             for process in processes:
                 process.terminate()
-            return _exit_code(processes)
+            _exit_code(processes)
+            return EXIT_TERMINATED if isinstance(error, Terminated) else EXIT_INTERRUPTED
         finally:
             for process in processes:
                 if process.is_alive():
@@ -160,6 +161,9 @@ def _exit_code(processes: list[SpawnProcess]) -> int:
 
 
 def _local_process(job: Job, place: Place) -> None:
+    from omnivision.distributed import leave_with
+
+    leave_with(os.getppid())
     sys.exit(run_process(job, place))
 
 
@@ -217,9 +221,12 @@ def ready_trainer(job: Job, processes: Processes, folder: RunFolder, reporter: R
     from omnivision.files import write_atomically
 
     trainer = build.trainer(job.settings, processes, folder, reporter)
+    for source in trainer.sources:
+        reporter.say(f"Averages {source['path']} (SHA-256 {source['sha256'][:12]}...)")
     if trainer.resume():
         return trainer
-    if job.settings.trainer.mode == "val" and job.settings.pretrained_checkpoint_path is None:
+    no_weights = job.settings.pretrained_checkpoint_path is None or trainer.sources  # sources are no heads
+    if job.settings.trainer.mode == "val" and no_weights:
         raise UserError(
             f"There is no checkpoint in {folder.checkpoints} to validate (trainer.mode=val). Expected that of a run with the "
             "same model. Change launcher.experiment_log_dir, give pretrained_checkpoint_path, or train first."

@@ -73,7 +73,7 @@ class ImageSettings:
 @dataclass
 class DataSettings:
     sources: dict[str, DatasetSettings]
-    repeats: dict[str, Positive]
+    repeats: dict[str, Annotated[float, Range(above=0, high=1_000_000)]]
     num_frames: Natural
     clip_duration: Positive
     batch_size: Natural
@@ -119,7 +119,7 @@ class OptimSettings:
 class DistributedSettings:
     backend: Literal["nccl", "gloo"] | None
     comms_dtype: Literal["auto", "fp16", "bf16"] | None
-    timeout_minutes: Positive
+    timeout_minutes: Annotated[float, Range(above=0, high=100_000)]
 
 
 @dataclass
@@ -184,7 +184,7 @@ class SubmititSettings:
 class Settings:
     num_frames: Annotated[int, Range(low=1, high=4096)]
     image_size: Annotated[int, Range(low=1, high=4096)]
-    short_side: Natural
+    short_side: Annotated[int, Range(low=1, high=4096)]
     clip_duration: Positive
     mask_ratio: Share
     batch_size: Natural
@@ -244,6 +244,7 @@ def contradictions(settings: Settings) -> list[str]:
     problems = []
     trainer, data = settings.trainer, settings.trainer.data
     model = trainer.model
+    problems += _wrong_kinds(settings)
     if not settings.launcher.experiment_log_dir.strip():
         problems.append(
             "launcher.experiment_log_dir is empty; expected the folder of the run. (Was it a shell variable that is not set?)"
@@ -319,6 +320,29 @@ def _batch_problems(settings: Settings, where: str, batch: int, views: int, piec
         f"launcher.gpus_per_node {gpus}). Change {name} or {where}batch_size."
         for name, parts in names.items()
         if each % parts
+    ]
+
+
+def _wrong_kinds(settings: Settings) -> list[str]:
+    """Objects that may be built, but not here: a view where a mask is meant."""
+    trainer = settings.trainer
+    data: dict[str, DataSettings | ImageSettings | None] = {
+        "trainer.data": trainer.data,
+        "trainer.data.image": settings.images,
+    }
+    wanted: dict[str, tuple[Any, str]] = {
+        "trainer.model": (trainer.model, "omnivision.models"),
+        "trainer.task": (trainer.task, "omnivision.tasks"),
+    }
+    for where, part in data.items():
+        if part is not None:
+            wanted[f"{where}.view"] = (part.view, "omnivision.data.views")
+            wanted[f"{where}.val_view"] = (part.val_view, "omnivision.data.views")
+            wanted[f"{where}.mask"] = (part.mask, "omnivision.data.masking")
+    return [
+        f"{where}._target_ is {target['_target_']}; expected something of {package}."
+        for where, (target, package) in wanted.items()
+        if target is not None and not target["_target_"].startswith(f"{package}.")
     ]
 
 

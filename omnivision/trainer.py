@@ -29,7 +29,7 @@ from omnivision.errors import NonFiniteError, UserError
 from omnivision.evaluation import Evaluation, evaluate
 from omnivision.files import BEST, LATEST
 from omnivision.metrics import Meter, averages
-from omnivision.models.architecture import describe
+from omnivision.models.architecture import describe, leaves_parameters_out
 from omnivision.models.classifier import train_mode
 from omnivision.optim.ema import MovingAverage
 from omnivision.optim.groups import ScheduledOptimizer
@@ -117,7 +117,8 @@ class Trainer:
         self.processes, self.folder, self.reporter = processes, folder, reporter
         self.bare, self.sources = model.to(processes.device), [dict(source) for source in sources]
         compiled = torch.compile(self.bare) if options.compile else self.bare
-        self.model = parallel(compiled, processes, options.comms_dtype)  # type: ignore[arg-type]
+        find_unused = leaves_parameters_out(self.bare)
+        self.model = parallel(compiled, processes, options.comms_dtype, find_unused)  # type: ignore[arg-type]
         self.ema = MovingAverage(self.bare, options.ema_decay) if options.ema_decay is not None else None
         # Small gradients vanish in half precision unless they are scaled up, in autocast as on the wire.
         halves = options.amp_dtype == torch.float16 or (processes.world > 1 and options.comms_dtype == "fp16")
@@ -236,7 +237,9 @@ class Trainer:
         self.reporter.epoch("val", epoch, self.global_step, found.figures | {"per_source": found.per_source})
         names = {split.name: split.dataset.names() for split in self.val.dataset.splits}
         for source, made in found.predictions.items():
-            self.reporter.predictions(source, made, names[source], self.global_step)
+            known = names[source]  # fewer than the head has classes, when label sets share it
+            known += [str(label) for label in range(len(known), made.scores.shape[1])]
+            self.reporter.predictions(source, made, known, self.global_step)
         return found
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------
@@ -304,7 +307,8 @@ class Trainer:
                 f"{path} holds the state of another optimizer ({error}): trainer.optim.optimizer, its options, layer_decay or "
                 "trainer.freeze changed. Give the same again, or another launcher.experiment_log_dir for a new run."
             ) from None
-        self.scaler.load_state_dict(state["scaler"])
+        if self.scaler.is_enabled() and state["scaler"]:  # empty after steps without one
+            self.scaler.load_state_dict(state["scaler"])
         self.state = State(state["epoch"], state["step"], state["best"], state["seconds"])
         self.last = state["last"]
         if self.processes.is_main:

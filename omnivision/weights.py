@@ -84,8 +84,10 @@ class LoadReport:
         return [f"Weights from {self.path}", *(f"  {fate:8} {len(names):4}  {_some(names)}" for fate, names in rows)]
 
 
-def read(source: str | Path) -> Weights:
+def read(source: str | Path, averaged: bool = True) -> Weights:
     """Weights from a run folder, a checkpoint, a bare state dict or a safetensors file.
+
+    With `averaged`, those of a run that kept a moving average are the averaged ones: it was evaluated, and chosen as the best.
 
     Raises UserError when there is nothing to read, or for a file that is no state dict, in one paragraph with the way out.
     """
@@ -104,7 +106,10 @@ def read(source: str | Path) -> Weights:
             "trainer/checkpoint=default_ensemble with a model vit*_average_ft."
         )
     architecture = found.get("architecture", {}) if isinstance(found, Mapping) else {}
-    return Weights(_state_dict(found, path), path, sha256(path), architecture if isinstance(architecture, dict) else {})
+    state = _state_dict(found, path)
+    if averaged and isinstance(found, Mapping) and found.get("ema") is not None:
+        state |= _state_dict(found["ema"], path)
+    return Weights(state, path, sha256(path), architecture if isinstance(architecture, dict) else {})
 
 
 def read_several(sources: str | Sequence[str]) -> list[Weights]:

@@ -30,7 +30,9 @@ class Canary:
 
 def state(step: int, **more: object) -> dict:
     """What a checkpoint of a run holds, by and large."""
-    return dict.fromkeys(checkpoint.KEYS) | {"step": step, "model": {}} | more
+    kinds: dict = {key: {} for key in ("model", "optimizer", "scaler", "meter", "last", "architecture")}
+    counts = {"epoch": 0, "step": step, "steps_per_epoch": 9}
+    return dict.fromkeys(checkpoint.KEYS) | kinds | counts | {"sources": []} | more
 
 
 class Folder(unittest.TestCase):

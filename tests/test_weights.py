@@ -152,6 +152,14 @@ class Reading(unittest.TestCase):
         self.assert_read(self.folder / "run.pt", architecture=True)
         self.assert_read(self.folder / "weights.safetensors")
 
+    def test_a_moving_average_takes_the_place_of_the_weights(self):
+        ema = {"trunk.norm.weight": torch.full((24,), 7.0)}
+        torch.save({"model": self.state, "ema": ema}, self.folder / "run.pt")
+        averaged, own = read(self.folder / "run.pt").state, read(self.folder / "run.pt", averaged=False).state
+        self.assertTrue(torch.equal(averaged["trunk.norm.weight"], ema["trunk.norm.weight"]))
+        self.assertTrue(torch.equal(own["trunk.norm.weight"], self.state["trunk.norm.weight"]))
+        self.assertEqual(set(averaged), set(self.state))
+
     def test_a_run_folder_gives_its_best_else_its_newest(self):
         (self.folder / "checkpoints").mkdir()
         with self.assertRaisesRegex(UserError, "which has no best.pt or checkpoint.pt"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tokenize
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -186,7 +187,7 @@ def first_existing(files: Files, setting: str) -> str:
     alternative = f"; ++{setting}=null for videos without labels" if setting.endswith(".labels") else ""
     candidates = [files] if isinstance(files, str) else list(files)
     for candidate in candidates:
-        if Path(candidate).is_file():
+        if os.path.isfile(candidate):
             return candidate
     raise UserError(
         f"{setting}: no such file: {', '.join(candidates) or '(none given)'}. Expected a .npy file; relative paths start "

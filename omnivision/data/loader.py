@@ -10,8 +10,6 @@ import itertools
 import math
 import multiprocessing
 import os
-import select
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +19,7 @@ from torch.utils.data import DataLoader
 from omnivision.data.batch import Batch, collate
 from omnivision.data.dataset import ClipDataset, Request
 from omnivision.data.order import permuted
+from omnivision.distributed import leave_with
 from omnivision.errors import UserError
 
 # Purposes of a shuffle; see dataset.Draw.
@@ -155,13 +154,7 @@ class LeaveWithTrainer:
     pid: int
 
     def __call__(self, worker: int) -> None:
-        trainer = os.pidfd_open(self.pid)  # readable once that process has ended
-
-        def watch() -> None:
-            select.select([trainer], [], [])
-            os._exit(1)
-
-        threading.Thread(target=watch, daemon=True, name="leave-with-trainer").start()
+        leave_with(self.pid)
 
 
 def data_loader(dataset: ClipDataset, batches: _Steps | Sequence[list[Request]], workers: Workers) -> DataLoader:
@@ -178,6 +171,6 @@ def data_loader(dataset: ClipDataset, batches: _Steps | Sequence[list[Request]],
         num_workers=workers.num_workers,
         prefetch_factor=workers.prefetch if workers.num_workers else None,
         multiprocessing_context=context,
-        worker_init_fn=LeaveWithTrainer(os.getpid()) if workers.num_workers and hasattr(os, "pidfd_open") else None,
+        worker_init_fn=LeaveWithTrainer(os.getpid()) if workers.num_workers else None,
         pin_memory=workers.pin_memory,
     )

@@ -15,6 +15,8 @@ from torch.nn import functional as F
 from omnivision.data.augment import RandAugment, RandomErasing
 from omnivision.errors import UserError
 
+LARGEST_SIDE = 4096  # pixels of a view or of the short side that it is cut from
+
 Box = tuple[int, int, int, int]  # top, left, height, width
 
 
@@ -31,10 +33,20 @@ class PretrainView:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
 
     def __post_init__(self) -> None:
-        if not 0 < self.scale[0] <= self.scale[1] <= 1 or not 0 < self.ratio[0] <= self.ratio[1]:
+        for name, side in (("size", self.size), ("short_side", self.short_side)):
+            if not 0 < side <= LARGEST_SIDE:
+                raise UserError(
+                    f"{name} of a view is {side}; expected 1 to {LARGEST_SIDE} pixels. Change image_size or short_side, or "
+                    f"trainer.data.view.{name}."
+                )
+        if not (
+            all(_is_range(values) for values in (self.scale, self.ratio))
+            and 0 < self.scale[0] <= self.scale[1] <= 1
+            and 1 / 16 <= self.ratio[0] <= self.ratio[1] <= 16
+        ):
             raise UserError(
-                f"crop scale is {tuple(self.scale)} and ratio {tuple(self.ratio)}; expected 0 < low <= high, and scales "
-                "up to 1. Change trainer.data.view.scale or trainer.data.view.ratio."
+                f"crop scale is {self.scale} and ratio {self.ratio}; expected two numbers low <= high each, scales above 0 up "
+                "to 1, ratios from 1/16 to 16. Change trainer.data.view.scale or trainer.data.view.ratio."
             )
 
     def prepare(self, frames: Tensor) -> Tensor:
@@ -99,6 +111,11 @@ def crop_offsets(height: int, width: int, size: int, crops: int) -> list[tuple[i
     if height > width:
         return [(0, left), (top, left), (height - size, left)]
     return [(top, 0), (top, left), (top, width - size)]
+
+
+def _is_range(values: object) -> bool:
+    numbers = values if isinstance(values, (list, tuple)) else ()
+    return len(numbers) == 2 and all(isinstance(v, (int, float)) and math.isfinite(v) for v in numbers)
 
 
 def resize(frames: Tensor, height: int, width: int) -> Tensor:

@@ -46,6 +46,12 @@ def describe(model: nn.Module) -> Architecture:
     return {}
 
 
+def leaves_parameters_out(model: nn.Module) -> bool:
+    """Whether a step may pass by some parameters: the head of another label set, or the embedding of depth."""
+    told = describe(model)
+    return len(told.get("classes", ())) > 1 or bool(told.get("trunk", {}).get("rgbd"))
+
+
 def build(architecture: Architecture, where: str) -> nn.Module:
     """The model, with first weights. Raises UserError naming `where` for a description that cannot be one."""
     try:

@@ -141,7 +141,7 @@ class ScheduledOptimizer:
             self.optimizer: torch.optim.Optimizer = make(
                 [{"params": [parameters[n] for n in group.names]} for group in groups]
             )
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, IndexError, RuntimeError) as error:
             raise UserError(f"trainer.optim.optimizer cannot be built: {error}. Correct its arguments.") from error
         known = {name for name, value in self.optimizer.defaults.items() if type(value) in (int, float)}
         if unknown := {option for group in groups for option in group.schedules} - known:

@@ -22,7 +22,8 @@ class BadSampleLedger:
         if path.exists():
             self._cut = not path.read_bytes().endswith(b"\n")
             for entry in read_lines(path):
-                self._known[entry["source"], entry["index"]] = entry["path"], entry["reason"]
+                if {"source", "index", "path", "reason"} <= entry.keys():
+                    self._known[entry["source"], entry["index"]] = entry["path"], entry["reason"]
 
     def __len__(self) -> int:
         return len(self._known)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,11 @@ class MetricsLog:
     def rewind(self, step: int) -> None:
         """Forget what was logged after `step`: the run goes on from there. A last line cut by a crash goes as well."""
         if self.path.exists():
-            kept = [json.dumps(line, allow_nan=False) + "\n" for line in read_lines(self.path) if line["step"] <= step]
+            kept = [
+                json.dumps(finite(line), allow_nan=False) + "\n"
+                for line in read_lines(self.path)
+                if _step(line) <= step
+            ]
             write_atomically(self.path, "".join(kept))
 
     def write(self, event: str, phase: str, epoch: int, step: int, **values: Any) -> None:
@@ -27,12 +32,19 @@ class MetricsLog:
             file.write(json.dumps(finite(line), allow_nan=False) + "\n")
 
 
+def _step(line: dict[str, Any]) -> float:
+    step = line.get("step")
+    return step if isinstance(step, int) else math.inf
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics log; an unfinished last line is left out."""
+    """The JSON objects of a log, one a line; a line that a crash cut, or that is none of ours, is left out."""
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except ValueError:
             continue
+        if isinstance(line, dict):
+            lines.append(line)
     return lines

@@ -47,7 +47,7 @@ class RunFolder:
         except OSError as error:
             raise UserError(
                 f"The run folder {self.path.absolute()} cannot be written: {error.strerror} ({error.filename}). Expected a "
-                "folder that can be created and written. Change launcher.experiment_log_dir."
+                "folder that can be created and written. Change launcher.experiment_log_dir (or trainer.checkpoint.save_dir)."
             ) from None
 
     def lock(self) -> str | None:
@@ -91,7 +91,7 @@ class RunFolder:
     def read_summary(self) -> dict[str, Any]:
         try:
             return dict(json.loads((self.path / "summary.json").read_text()))
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError, TypeError):  # the next one to write replaces what is no summary
             return {}
 
     def _claim(self) -> str:
@@ -142,9 +142,10 @@ def alone(guard: Path) -> Iterator[None]:
 def _read_claim(path: Path) -> dict[str, Any] | None:
     """What a lock file says; None if it is gone or unreadable."""
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        claim = dict(json.loads(path.read_text(encoding="utf-8")))
     except (FileNotFoundError, ValueError, TypeError):
         return None
+    return claim if isinstance(claim.get("pid"), int) else None
 
 
 def process_start(pid: int) -> int | None:

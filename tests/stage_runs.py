@@ -1,0 +1,175 @@
+"""Runs of the later stages on small films made here: in this process where that is faithful, else in one of their own."""
+
+import contextlib
+import io
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+import train_app_submitit
+from omnivision.data.encode import write_film
+from omnivision.settings_yaml import read_numbers_as_written
+from tests.runs import ROOT
+
+CLASSES = 3
+# Stage -> experiment, beginning of the recipe's name, model.
+STAGES = {
+    "mae": ("omnimain_train_video", "mae", "vitmicro"),
+    "ft": ("omnimain_train_video_ft", "mae_ft", "vitmicro_ft"),  # alignment, too
+    "lp": ("omnimain_train_video_lp", "mae_ft", "vitmicro_ft"),
+    "average": ("omnimain_train_video_ensemble_ft", "mae_ft", "vitmicro_average_ft"),
+}
+# Clips and batches small enough for a test; full precision, so that figures compare across processes.
+SMALL = (
+    "image_size=32 short_side=40 num_frames=4 clip_duration=0.7 batch_size=4 epochs=1 num_workers=0 "
+    "trainer.optim.amp.enabled=false trainer.logging.log_freq=1 trainer.logging.pictures_every_epochs=null "
+    "trainer.accelerator=cpu submitit.use_cluster=false"
+).split()
+
+# Threads that wait for each other cost more than such clips are worth; sums come out the same in every process.
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+
+
+@dataclass
+class Result:
+    """How a run ended, and what it said."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@dataclass
+class Steps:
+    """Weights by step: `at[n]` are those that a run had after n optimizer steps."""
+
+    at: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
+
+
+def write_films(folder: Path, count: int) -> list[str]:
+    """Films of 20 frames, 48 x 64, 25 a second: a bar moves over noise of the film's own, brighter for each class."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [str(folder / f"{number}.mp4") for number in range(count)]
+    for number, path in enumerate(paths):
+        rng = np.random.default_rng(number)
+        frames = rng.integers(0, 60, (20, 48, 64, 3), dtype=np.uint8)
+        for time, frame in enumerate(frames):
+            place = (2 * time + 5 * number) % 56
+            frame[:, place : place + 8, number % CLASSES] = 200
+        write_film(path, frames, fps=25)
+    return paths
+
+
+def write_split(
+    folder: Path, dataset: str, which: str, paths: Sequence[str], classes: int = CLASSES, labels: Any = None
+) -> list[str]:
+    """Write the arrays of a split, film i with label i modulo `classes`; returns the overrides that make them the split."""
+    files = {what: folder / f"{dataset}_{which}_{what}.npy" for what in ("paths", "labels")}
+    np.save(files["paths"], np.array(paths))
+    np.save(files["labels"], np.arange(len(paths)) % classes if labels is None else np.array(labels))
+    overrides = [f"++datasets.{dataset}.{which}.{what}={file}" for what, file in files.items()]
+    return [*overrides, f"++datasets.{dataset}.num_classes={classes}"]
+
+
+def command(stage: str, run_folder: Path, *overrides: str, dataset: str = "ucf101") -> list[str]:
+    """The arguments of a run of a stage on a dataset."""
+    experiment, recipe, model = STAGES[stage]
+    chosen = [f"+experiments=omnimae/{experiment}", f"+trainer={recipe}_{dataset}_config", f"trainer/model={model}"]
+    return [*chosen, f"launcher.experiment_log_dir={run_folder}", *SMALL, *overrides]
+
+
+def here(arguments: Sequence[str]) -> Result:
+    """The command with these arguments, in this process: without the seconds that Hydra's program and torch take to start."""
+    out, err = io.StringIO(), io.StringIO()
+    code: Any = 0
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with (
+        mock.patch.object(train_app_submitit, "composed", lambda: [composed(*arguments)]),
+        mock.patch.object(sys, "argv", ["train_app_submitit.py", *arguments]),
+        mock.patch.dict(os.environ, ONE_THREAD),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            train_app_submitit.main()
+        except SystemExit as end:
+            code = end.code
+        finally:
+            torch.set_num_threads(threads)
+            logging.basicConfig(handlers=[logging.NullHandler()], force=True)  # closes the log of the run
+    return Result(code or 0, out.getvalue(), err.getvalue())
+
+
+def composed(*overrides: str) -> DictConfig:
+    """What a command line composes, YAML numbers read as the script reads them."""
+    read_numbers_as_written()
+    with initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
+        return compose("config", list(overrides))
+
+
+def apart(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """The command with these arguments in a process of its own, from a folder that is not the project's."""
+    script = str(ROOT / "train_app_submitit.py")
+    with tempfile.TemporaryDirectory() as elsewhere:
+        return subprocess.run(
+            [sys.executable, script, *arguments],
+            cwd=elsewhere,
+            env=os.environ | ONE_THREAD,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+
+def state(run_folder: Path, name: str = "checkpoint.pt") -> dict[str, Any]:
+    """A checkpoint of a run, with weights only."""
+    return torch.load(run_folder / "checkpoints" / name, weights_only=True)
+
+
+def trunk(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The encoder among weights: the trunk without what its pretraining hung on it."""
+    beside = ("trunk.decoder.", "trunk.mask_token")
+    return {
+        name: tensor for name, tensor in weights.items() if name.startswith("trunk.") and not name.startswith(beside)
+    }
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """Every file of a folder but logs, which may grow."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix != ".log"}
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[Steps]:
+    """Notes the weights before the first step of a run in this block, and after each step."""
+    from omnivision.trainer import Trainer
+
+    steps, fit, step = Steps(), Trainer.fit, Trainer.train_step
+
+    def note(trainer: Trainer, done: int) -> None:
+        steps.at[done] = {name: tensor.detach().clone() for name, tensor in trainer.bare.state_dict().items()}
+
+    def noting_fit(trainer: Trainer) -> None:
+        note(trainer, trainer.global_step)
+        fit(trainer)
+
+    def noting_step(trainer: Trainer, batch: Any) -> tuple[float, float]:
+        made = step(trainer, batch)
+        note(trainer, trainer.global_step + 1)
+        return made
+
+    with mock.patch.object(Trainer, "fit", noting_fit), mock.patch.object(Trainer, "train_step", noting_step):
+        yield steps

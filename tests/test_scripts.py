@@ -1,0 +1,262 @@
+"""The scripts of the stages, `utils/run_scripts/run_*.sh`: what command they make of their variables, and that it runs."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import unittest
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from omnivision.settings import Settings, check
+from tests import runs
+from tests import stage_runs as stages
+
+SCRIPTS = runs.ROOT / "utils" / "run_scripts"
+VARIABLES = (
+    "EXP_DIR PRETRAINED_CHECKPOINT DATASET MODEL BATCH_SIZE NUM_NODES GPUS_PER_NODE NOMINAL_BATCH EPOCHS NUM_WORKERS"
+).split()
+# Script -> nodes, clips on each, lr_scale_factor, epochs, data, model: as README and the paper say.
+PUBLISHED = {
+    "run_mae.sh": (8, 16, 2, 200, "k150", "MaskedAutoencoder"),
+    "run_align.sh": (8, 16, 2, 50, "inpk150", "VideoClassifier"),
+    "run_downstream_ft.sh": (4, 8, 2, 30, "ucf101", "VideoClassifier"),
+    "run_downstream_lp.sh": (4, 8, 1, 30, "ucf101", "VideoClassifier"),
+    "run_downstream_average_lp.sh": (4, 8, 1, 30, "ucf101", "AveragedClassifier"),
+}
+PRETRAINING = "k150 inpk150 sim150 inpk150_sim150".split()
+LABELLED = "ucf101 hmdb51 diving48 minissv2 ikea uav".split() + PRETRAINING
+SHELLS = [shell for shell in ("sh", "dash", "bash") if shutil.which(shell)]
+TINY = "image_size=32 short_side=40 num_frames=4 clip_duration=0.7 trainer.accelerator=cpu".split()
+
+
+def environment(first_on_path: Path, variables: dict[str, str]) -> dict[str, str]:
+    """This process's environment with none of the scripts' variables but these, and a folder first on PATH."""
+    rest = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    return rest | {"PATH": f"{first_on_path}{os.pathsep}{rest['PATH']}"} | stages.ONE_THREAD | variables
+
+
+class OnPath(unittest.TestCase):
+    """`self.call` runs a script in an empty folder of its own."""
+
+    def setUp(self):
+        temporary = tempfile.TemporaryDirectory()
+        self.addCleanup(temporary.cleanup)
+        self.folder = Path(temporary.name)
+        self.python_folder = Path(sys.executable).parent
+
+    def call(
+        self, script: str, *overrides: str, shell: str = "sh", at: Path = SCRIPTS, **variables: str
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [shell, str(at / script), *overrides],
+            cwd=self.folder,
+            env=environment(self.python_folder, variables),
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+
+class Commands(OnPath):
+    """With a `python` on PATH that only writes its arguments down."""
+
+    def setUp(self):
+        super().setUp()
+        self.python_folder = self.folder / "bin"
+        self.python_folder.mkdir()
+        self.noted = self.folder / "arguments"
+        python = self.python_folder / "python"
+        python.write_text(f'#!/bin/sh\nfor argument; do printf "%s\\n" "$argument"; done >"{self.noted}"\nexit 7\n')
+        python.chmod(0o755)
+
+    def arguments(self, script: str, *overrides: str, **more: str) -> list[str]:
+        """What a script that is told everything it needs calls python with."""
+        self.noted.unlink(missing_ok=True)
+        result = self.call(script, *overrides, **{"EXP_DIR": "runs/x", "PRETRAINED_CHECKPOINT": "null"} | more)
+        self.assertEqual(result.returncode, 7, f"that of python; {result.stderr}")
+        self.assertEqual(result.stderr, "")
+        return self.noted.read_text().splitlines()
+
+    def settings(self, script: str, *overrides: str, **more: str) -> Settings:
+        return check(stages.composed(*self.arguments(script, *overrides, **more)[1:]))
+
+    def test_every_shell_reads_every_script(self):
+        scripts = sorted(SCRIPTS.glob("*.sh"))
+        self.assertLessEqual({"common.sh", *PUBLISHED}, {script.name for script in scripts})
+        for shell in SHELLS:
+            for script in scripts:
+                result = subprocess.run([shell, "-n", str(script)], capture_output=True, text=True)
+                self.assertEqual((result.returncode, result.stderr), (0, ""), f"{shell} -n {script.name}")
+
+    def test_every_shell_gives_the_same_command(self):
+        variables = {"NOMINAL_BATCH": "256", "BATCH_SIZE": "96", "NUM_NODES": "1"}
+        for script in PUBLISHED:
+            found = [self.arguments(script, "a=b c", shell=shell, **variables) for shell in SHELLS]
+            self.assertTrue(all(one == found[0] for one in found))
+            self.assertEqual(found[0][-1], "a=b c")
+
+    def test_the_defaults_are_the_published_settings(self):
+        for script, (nodes, clips, factor, epochs, dataset, model) in PUBLISHED.items():
+            with self.subTest(script):
+                found = self.settings(script)
+                self.assertEqual(
+                    (found.launcher.num_nodes, found.launcher.gpus_per_node, found.batch_size), (nodes, 1, clips)
+                )
+                self.assertEqual((found.trainer.optim.lr_scale_factor, found.trainer.max_epochs), (factor, epochs))
+                self.assertEqual(list(found.trainer.data.sources), [dataset])
+                self.assertEqual(found.trainer.model["_target_"].rpartition(".")[2], model)
+                self.assertEqual(found.trainer.model["trunk"]["width"], 768)
+                self.assertEqual((found.submitit.use_cluster, found.num_workers), (True, 6))
+                self.assertEqual(bool(found.trainer.freeze), script == "run_downstream_lp.sh")
+
+    def test_variables_and_then_overrides_win(self):
+        for script in PUBLISHED:
+            with self.subTest(script):
+                mae, average = script == "run_mae.sh", "average" in script
+                variables = {
+                    "EXP_DIR": "a folder/run",
+                    "PRETRAINED_CHECKPOINT": "[one,two]" if average else "null" if mae else "some/run",
+                    "DATASET": "sim150",
+                    "MODEL": "vittiny" + ("" if mae else "_average_ft" if average else "_ft"),
+                    "BATCH_SIZE": "24",
+                    "NUM_NODES": "3",
+                    "GPUS_PER_NODE": "2",
+                    "NOMINAL_BATCH": "100",
+                    "EPOCHS": "9",
+                    "NUM_WORKERS": "0",
+                }
+                found = self.settings(script, "epochs=5", "trainer.seed_value=9", **variables)
+                self.assertEqual(found.launcher.experiment_log_dir, "a folder/run")
+                wanted = {"[one,two]": ["one", "two"], "null": None}
+                source = variables["PRETRAINED_CHECKPOINT"]
+                self.assertEqual(found.pretrained_checkpoint_path, wanted.get(source, source))
+                self.assertEqual(list(found.trainer.data.sources), ["sim150"])
+                self.assertEqual(found.trainer.model["trunk"]["width"], 192)
+                self.assertEqual((found.batch_size, found.num_workers, found.epochs), (24, 0, 5))
+                self.assertEqual((found.launcher.num_nodes, found.launcher.gpus_per_node), (3, 2))
+                self.assertEqual((found.lr_scale_factor, found.trainer.seed_value), (100 / 72, 9))
+
+    def test_the_factor_of_the_learning_rate_is_exact(self):
+        for nominal, clips, nodes in [(256, 96, 1), (64, 8, 3), (32, 48, 7), (1, 3, 1), (100003, 17, 3), (256, 16, 8)]:
+            variables = {"NOMINAL_BATCH": str(nominal), "BATCH_SIZE": str(clips), "NUM_NODES": str(nodes)}
+            for script in PUBLISHED:
+                [factor] = [one for one in self.arguments(script, **variables) if one.startswith("lr_scale_factor=")]
+                self.assertEqual(float(factor.partition("=")[2]), nominal / (clips * nodes), f"{script} {variables}")
+            composed = self.settings("run_downstream_ft.sh", **variables)
+            self.assertEqual(composed.trainer.optim.lr_scale_factor, nominal / (clips * nodes))
+
+    def test_every_dataset_that_they_name_has_a_recipe(self):
+        for script in PUBLISHED:
+            beginning, names = ("mae", PRETRAINING) if script == "run_mae.sh" else ("mae_ft", LABELLED)
+            comment = next(line for line in (SCRIPTS / script).read_text().splitlines() if line.startswith("DATASET="))
+            self.assertEqual(set(comment.partition("# ")[2].replace(" or ", ", ").split(", ")), set(names))
+            for name in names:
+                self.assertTrue((runs.ROOT / "config" / "trainer" / f"{beginning}_{name}_config.yaml").is_file(), name)
+
+    def test_a_checkout_in_a_folder_with_a_space(self):
+        elsewhere = self.folder / "my checkout" / "utils" / "run_scripts"
+        shutil.copytree(SCRIPTS, elsewhere)
+        for script in PUBLISHED:
+            found = self.arguments(script, at=elsewhere)[0]
+            self.assertEqual(Path(found).resolve(), (self.folder / "my checkout" / "train_app_submitit.py").resolve())
+
+    def assert_refused(self, script: str, saying: str, **variables: str) -> None:
+        for shell in SHELLS:
+            with self.subTest(f"{shell} {script} {saying}"):
+                result = self.call(script, shell=shell, **variables)
+                self.assertEqual((result.returncode, result.stdout), (1, ""), result.stderr)
+                self.assertRegex(result.stderr, f"^error: {saying}.*\n$")
+                self.assertFalse(self.noted.exists(), "python was called")
+
+    def test_what_must_be_set(self):
+        for script in PUBLISHED:
+            self.assert_refused(script, "EXP_DIR is not set", PRETRAINED_CHECKPOINT="null")
+            self.assert_refused(script, "EXP_DIR is not set", PRETRAINED_CHECKPOINT="null", EXP_DIR="")
+            if script != "run_mae.sh":
+                self.assert_refused(script, "PRETRAINED_CHECKPOINT is not set", EXP_DIR="x")
+
+    def test_what_must_be_a_number(self):
+        given = {"EXP_DIR": "x", "PRETRAINED_CHECKPOINT": "null"}
+        for value in ("many", "0", "-8", "1.5", "8 8", "0x10", "08", '1); system("touch made"); (1'):
+            self.assert_refused(
+                "run_downstream_ft.sh", "BATCH_SIZE is '.*'; expected a whole", BATCH_SIZE=value, **given
+            )
+        for script in PUBLISHED:
+            for name in ("BATCH_SIZE", "NUM_NODES", "GPUS_PER_NODE", "NOMINAL_BATCH", "EPOCHS", "NUM_WORKERS"):
+                self.assert_refused(script, f"{name} is 'x'; expected a whole number", **{name: "x"}, **given)
+        self.assertFalse((self.folder / "made").exists())
+
+
+class Runs(OnPath):
+    """With the real python."""
+
+    def test_dry(self):
+        def dry(script: str) -> subprocess.CompletedProcess[str]:
+            model = "vittiny" + ("" if script == "run_mae.sh" else "_average_ft" if "average" in script else "_ft")
+            variables = {"EXP_DIR": "run", "PRETRAINED_CHECKPOINT": "null", "MODEL": model, "BATCH_SIZE": "12"}
+            return self.call(script, "trainer.mode=dry", *TINY, **variables)
+
+        with ThreadPoolExecutor(2) as two_at_a_time:
+            results = dict(zip(PUBLISHED, two_at_a_time.map(dry, PUBLISHED), strict=True))
+        for script, (nodes, *_, dataset, model) in PUBLISHED.items():
+            with self.subTest(script):
+                self.assertEqual((results[script].returncode, results[script].stderr), (0, ""))
+                said = results[script].stdout
+                self.assertIn(model, said)
+                self.assertRegex(said, rf"batch +{12 * nodes} clips a step.* over {nodes} processes")
+                self.assertRegex(said, rf"sources +{dataset}\n")
+        self.assertEqual(list(self.folder.iterdir()), [])
+
+    def test_all_stages_in_a_row(self):
+        films = stages.write_films(self.folder / "films", 9)
+        data = []
+        for dataset in ("k150", "inpk150", "ucf101"):
+            for which, paths in (("train", films), ("val", films[:3])):
+                data += stages.write_split(self.folder, dataset, which, paths)
+        once = ["trainer.limit_train_batches=2", "trainer.data.val_clips=1", "trainer.data.val_view.crops=1"]
+        rates = {}
+        for script, source, kind in [
+            ("run_mae.sh", None, ""),
+            ("run_align.sh", "run_mae.sh", "_ft"),
+            ("run_downstream_ft.sh", "run_align.sh", "_ft"),
+            ("run_downstream_lp.sh", "run_downstream_ft.sh", "_ft"),
+            ("run_downstream_average_lp.sh", "[run_align.sh,run_downstream_ft.sh]", "_average_ft"),
+        ]:
+            result = self.call(
+                script,
+                "submitit.use_cluster=false",
+                "trainer.logging.log_freq=1",
+                *TINY,
+                *data,
+                *(once if source else once[:1]),
+                EXP_DIR=script,
+                MODEL=f"vittiny{kind}",
+                BATCH_SIZE="4",
+                NUM_NODES="1",
+                NUM_WORKERS="0",
+                EPOCHS="1",
+                NOMINAL_BATCH="250",
+                **({"PRETRAINED_CHECKPOINT": source} if source else {}),
+            )
+            self.assertEqual(result.returncode, 0, f"{script}: {result.stderr}")
+            told = runs.summary(self.folder / script)
+            self.assertEqual((told["status"], told["epochs"], told["steps"]), ("finished", 1, 2))
+            self.assertEqual(told["run"]["pretrained"], source and source.strip("[]").replace(",", " + "))
+            rates[script] = runs.lines(self.folder / script)[-1]["lr"]
+        # Of the second of two steps: half way for the average's cosine.
+        self.assertAlmostEqual(rates["run_downstream_average_lp.sh"], (16e-3 + 4e-6) / 2 / (250 / 4), places=9)
+        trunks = [runs.summary(self.folder / script)["run"]["trunk"] for script in PUBLISHED]
+        self.assertEqual(trunks, ["trained", "trained", "trained", "frozen", "averaged"])
+        given, kept = (
+            stages.trunk(stages.state(self.folder / f"run_downstream_{name}.sh", file)["model"])
+            for name, file in (("ft", "best.pt"), ("lp", "checkpoint.pt"))
+        )
+        self.assertEqual(set(given), set(kept))
+        for name in given:
+            self.assertEqual((given[name] - kept[name]).abs().max().item(), 0, name)
+
+
+if __name__ == "__main__":
+    unittest.main()
