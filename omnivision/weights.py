@@ -8,6 +8,7 @@ model. `load` tells what was loaded, dropped, missing and resized, and refuses t
 from __future__ import annotations
 
 import fnmatch
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -269,13 +270,15 @@ def _grid_of(weights: Weights, tokens: int, grid: Triple) -> Triple:
 def _load(path: Path) -> Any:
     if path.suffix != ".safetensors":
         return safe_load(path)
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError, safe_open
 
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
+        with safe_open(path, framework="pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}
+            told = json.loads((file.metadata() or {}).get("omnivision", "{}"))
+    except (SafetensorError, OSError, ValueError) as error:
         raise BrokenCheckpoint(f"{path} does not load: {error}") from error
+    return {"model": state, "architecture": told.get("architecture") if isinstance(told, dict) else None}
 
 
 def _state_dict(found: Any, path: Path) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ FLOORS = {
 }
 # Within a floor, these are above the others.
 RAISED = {
+    "files": 0.5,
     "metrics": 1.5,
     "demo": 2.5,
     "evaluation": 3.5,

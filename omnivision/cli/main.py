@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from omnivision.cli import check_data, demo_data, prepare, runs, val_split
+from omnivision.cli import check_data, demo_data, export, import_weights, prepare, runs, val_split
 from omnivision.errors import UserError
 
 
@@ -15,7 +15,7 @@ def main(arguments: list[str] | None = None) -> int:
         description="Tools around the training of video models. Training itself: python train_app_submitit.py --help",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (demo_data, prepare, val_split, check_data, runs):
+    for command in (demo_data, prepare, val_split, check_data, runs, import_weights, export):
         command.add_parser(commands)
     options = parser.parse_args(arguments)
     try:

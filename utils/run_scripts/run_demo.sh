@@ -13,8 +13,8 @@ cat <<END
 
 The masked autoencoder has learnt to fill in three quarters of a clip from the rest. Look at
   $DEMO/mae/pictures/last.png      original, what it saw, and what it made of it (last.gif moves; epoch_*.png: earlier)
-  $DEMO/mae/logs/metrics.jsonl     every step's loss, learning rate, gradient norm, clips/s
+  $DEMO/mae/logs/metrics.jsonl     loss, learning rate, gradient norm, clips/s, every 20 steps
   $DEMO/mae/summary.json           how the run ended
   tensorboard --logdir $DEMO/mae/tensorboard
-Run it again to see it resume; a new folder starts anew: make demo DEMO=another_folder
+Stop it with Ctrl-C and run it again to see it resume; a new folder starts anew: make demo DEMO=another_folder
 END

@@ -1,0 +1,33 @@
+"""Weights of any known format, in our names."""
+
+from __future__ import annotations
+
+from omnivision.errors import UserError
+from omnivision.interop.files import Source
+from omnivision.interop.geometry import Given
+from omnivision.interop.huggingface import from_hf
+from omnivision.interop.intake import Imported
+from omnivision.interop.published import from_omnimae, from_ours, from_videomae
+from omnivision.interop.recognise import recognise
+
+
+def convert(source: Source, format: str = "auto", given: Given | None = None) -> tuple[Imported, str]:
+    """The model of a file, and the format that it was found to have.
+
+    Args:
+        format: one of CHOICES.
+        given: what the user says of the model where the file does not.
+
+    Raises UserError, beginning with the file, for what is not understood as a whole.
+    """
+    try:
+        found = recognise(source.state, format)
+        if found == "omnimae":
+            return from_omnimae(source.state, given), found
+        if found == "videomae":
+            return from_videomae(source.state, given), found
+        if found == "hf":
+            return from_hf(source.state, source.config, given), found
+        return from_ours(source.state, source.architecture, given), found if source.architecture else "ppma"
+    except UserError as error:
+        raise UserError(f"{source.path}: {error}") from None

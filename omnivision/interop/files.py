@@ -1,0 +1,190 @@
+"""What is in a file or folder of weights, ours or another project's: tensors by name, and what the file says of its model."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from omnivision.checkpoint import sha256
+from omnivision.errors import UserError
+from omnivision.files import BEST, LATEST
+from omnivision.safe import BrokenCheckpoint, safe_load
+
+CONFIG = "config.json"  # of a folder of Hugging Face's `save_pretrained`
+METADATA = "omnivision"  # the key of a safetensors file that holds what a checkpoint says beside `model`, as JSON
+# The files of weights that such a folder may hold, the one to prefer first.
+FOLDER_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Tensors by name and where they came from; `said` is what a checkpoint holds beside them (`architecture`, ...)."""
+
+    path: Path
+    sha256: str
+    state: dict[str, Tensor]
+    said: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def architecture(self) -> Mapping[str, Any]:
+        """What the file says of its model (`omnivision.models.architecture`), empty if nothing."""
+        architecture = self.said.get("architecture")
+        return architecture if isinstance(architecture, Mapping) else {}
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The `config.json` beside Hugging Face weights, empty if there is none. Raises UserError for one that is nonsense."""
+        file = self.path.parent / CONFIG
+        return _json_object(file) if file.is_file() else {}
+
+
+def read(source: str | Path) -> Source:
+    """Weights of a run folder, a `save_pretrained` folder, or a file (.safetensors, or anything that torch.save wrote).
+
+    Nothing is executed. Raises UserError, in one paragraph with the way out, when there is nothing to read, for pickled
+    objects, and for what holds no state dict.
+    """
+    path = find(source)
+    try:
+        if path.name.endswith(".index.json"):
+            state, digest = _read_shards(path)
+            return Source(path, digest, _plain(state, path))
+        if path.suffix == ".safetensors":
+            state, said = _read_safetensors(path)
+        else:
+            state, said = _read_torch(path)
+    except BrokenCheckpoint as error:
+        raise UserError(
+            f"{error}. Expected weights only: tensors in plain containers. A file that was pickled by older code is not "
+            "opened, because it may run anything; load it where it was made and save its state dict alone: "
+            "torch.save({'model': model.state_dict()}, FILE)."
+        ) from None
+    return Source(path, sha256(path), _plain(state, path), said)
+
+
+def find(source: str | Path) -> Path:
+    """The file to read: `source` itself, the weights of a `save_pretrained` folder, or the best or newest of a run."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise UserError(
+            f"There is no file or folder {str(source)!r} (relative paths start at {Path.cwd()}). Expected a file of weights, a "
+            "run folder, or a folder with config.json and weights. Change the path."
+        )
+    candidates = [folder / name for folder in (path / "checkpoints", path) for name in (BEST, LATEST)]
+    if (path / CONFIG).is_file():
+        candidates = [path / name for name in FOLDER_WEIGHTS]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    raise UserError(
+        f"The folder {path} holds no weights: none of {', '.join(file.name for file in dict.fromkeys(candidates))} is there. "
+        "Expected a run folder, or a folder with config.json and weights. Change the path."
+    )
+
+
+def _read_torch(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+    # Checkpoints of VideoMAE's own repository hold the command line beside the weights. It is a plain bag of values.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        found = safe_load(path)
+    if isinstance(found, Mapping) and "ensemble_weights" in found:
+        raise UserError(f"{path} holds several models (ensemble_weights); expected one. Save one of them to a file.")
+    if isinstance(found, Mapping):
+        for key in ("model", "module"):
+            if isinstance(found.get(key), Mapping):
+                return dict(found[key]), {name: value for name, value in found.items() if name != key}
+        return dict(found), {}
+    raise UserError(f"{path} holds a {type(found).__name__}; expected tensors by name, at the top or under 'model'.")
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise BrokenCheckpoint(f"{path} does not load: {error}") from error
+    return state, _json_text(metadata[METADATA], f"The metadata of {path}") if METADATA in metadata else {}
+
+
+def _read_shards(index: Path) -> tuple[dict[str, Tensor], str]:
+    """The tensors of all files that an index names, and one SHA-256 over theirs."""
+    where = _json_object(index).get("weight_map")
+    if not isinstance(where, dict) or not where or not all(isinstance(file, str) for file in where.values()):
+        raise UserError(f"{index} has no weight_map; expected an object of tensor names and the files that hold them.")
+    state: dict[str, Tensor] = {}
+    digests = []
+    for file in sorted(set(where.values())):
+        if Path(file).name != file or "\\" in file or not file.endswith((".safetensors", ".bin")):
+            raise UserError(
+                f"{index} sends to the file {file!r}; expected names of .safetensors or .bin files beside it, without "
+                "a folder. The index was tampered with, or it is not of save_pretrained."
+            )
+        if not (index.parent / file).is_file():
+            raise UserError(f"{index} names {file}, which is not there. Fetch all files of the folder.")
+        read_part = _read_safetensors if file.endswith(".safetensors") else _read_torch
+        state |= read_part(index.parent / file)[0]
+        digests.append(sha256(index.parent / file))
+    if differing := sorted(set(where) ^ set(state)):
+        raise UserError(
+            f"{index} and the files that it names do not hold the same tensors: {differing[0]} is only in one of them "
+            f"({len(differing)} such). Fetch all files of the folder again."
+        )
+    return state, hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _plain(found: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
+    """A state dict, without the `module.` that a wrapper for several processes puts before every name.
+
+    Raises UserError for entries that are no ordinary floating-point tensors (sparse, without values, larger than what is
+    in the file).
+    """
+    for name, tensor in found.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise UserError(
+                f"{path} holds no state dict: its entry {name!r} is a {type(tensor).__name__}. Expected tensors by name, at "
+                "the top or under 'model'."
+            )
+        ordinary = tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.is_floating_point()
+        if not ordinary or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+            raise UserError(
+                f"{path}: {name} is no ordinary tensor ({tensor.dtype}, {tensor.layout}, shape {tuple(tensor.shape)}); "
+                "expected floating-point values, all of them in the file."
+            )
+    if not found:
+        raise UserError(f"{path} is empty; expected tensors by name.")
+    wrapped = all(name.startswith("module.") for name in found)
+    return {name.removeprefix("module.") if wrapped else name: tensor for name, tensor in found.items()}
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}. Expected a JSON object.") from None
+    return _json_text(text, str(path))
+
+
+def _json_text(text: str, where: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not JSON: {error}. Expected a JSON object.") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{where} holds a {type(found).__name__}; expected a JSON object.")
+    return found

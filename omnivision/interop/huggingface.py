@@ -1,0 +1,235 @@
+"""VideoMAE of Hugging Face's `transformers`, from its names to ours and back.
+
+Only the encoder and a classifier over the mean of its tokens have counterparts: the decoders differ. What is not the same:
+that model has no bias for keys (it adds the same to all scores of a query, so softmax takes it away), and its `fc_norm` has
+epsilon 1e-5 whatever its configuration says (ours: 1e-6).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from omnivision.errors import UserError
+from omnivision.interop.geometry import Given, position_tables
+from omnivision.interop.intake import Imported, Intake
+from omnivision.interop.published import FIRST_TOKEN, NO_COUNTERPART
+from omnivision.models.architecture import Architecture
+from omnivision.models.patches import IMAGENET_MEAN, IMAGENET_STD
+
+EPSILON = 1e-6  # of every LayerNorm here
+FC_NORM_EPSILON = 1e-5  # of theirs before the classifier
+_THEIR_EPSILON = 1e-12  # of the others, where a configuration does not say it
+# Ours and theirs, in each block.
+_LAYER = {
+    "norm1": "layernorm_before",
+    "norm2": "layernorm_after",
+    "attn.proj": "attention.output.dense",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
+_QKV = ("query", "key", "value")
+# Their numbers and ours, as far as they are the same.
+_NUMBERS = {
+    "hidden_size": "width",
+    "num_hidden_layers": "depth",
+    "num_attention_heads": "heads",
+    "num_frames": "num_frames",
+    "image_size": "image_size",
+}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A state dict under the names of files of `transformers`, its `config.json`, and what could not be carried, by name."""
+
+    state: dict[str, Tensor]
+    config: dict[str, Any]
+    dropped: dict[str, str]
+
+
+def from_hf(state: Mapping[str, Tensor], config: Mapping[str, Any], given: Given | None = None) -> Imported:
+    """VideoMAEModel, VideoMAEForVideoClassification or VideoMAEForPreTraining, under its names in memory or in files.
+
+    Args:
+        config: the content of `config.json`, or nothing: then `given` or usual numbers take its place.
+
+    Raises UserError for a configuration that is nonsense, of another kind of model, or not of these weights.
+    """
+    said = _said(config)
+    intake = Intake(dict(state))
+    for name in ("decoder.", "encoder_to_decoder.", "mask_token"):
+        intake.drop(name, NO_COUNTERPART)
+    base = "videomae." if any(name.startswith("videomae.") for name in state) else ""
+    for number in intake.numbers(f"{base}encoder.layer."):
+        old, new = f"{base}encoder.layer.{number}.", f"trunk.blocks.{number}."
+        for ours, theirs in _LAYER.items():
+            intake.rename(f"{old}{theirs}.", f"{new}{ours}.")
+        attention = f"{old}attention.attention."
+        intake.join([f"{attention}{part}.weight" for part in _QKV], f"{new}attn.qkv.weight")
+        in_file = f"{attention}q_bias" in state or f"{attention}v_bias" in state
+        biases = [f"{attention}{part[0]}_bias" if in_file else f"{attention}{part}.bias" for part in _QKV]
+        if any(name in state for name in biases):
+            intake.join(biases, f"{new}attn.qkv.bias", zeros_where_missing=True)
+        elif f"{new}attn.qkv.weight" in intake.state:
+            intake.fill(f"{new}attn.qkv.bias", 0, intake.state[f"{new}attn.qkv.weight"], "not in the file")
+    intake.rename(f"{base}embeddings.patch_embeddings.projection.", "trunk.patch_embed.proj.1.")
+    if "fc_norm.weight" in state:
+        intake.rename("fc_norm.", "trunk.norm.")
+        intake.rename("classifier.", "heads.0.0.")
+    else:
+        intake.rename(f"{base}layernorm.", "trunk.norm.")
+        intake.drop("classifier.", FIRST_TOKEN)
+    if "trunk.norm.weight" not in intake.state and "trunk.patch_embed.proj.1.bias" in intake.state:
+        # The bare encoder of a model with `use_mean_pooling` ends before the norm, which its classifier held.
+        like = intake.state["trunk.patch_embed.proj.1.bias"]
+        intake.fill("trunk.norm.weight", 1, like, "this encoder ends before it")
+        intake.fill("trunk.norm.bias", 0, like, "this encoder ends before it")
+    imported = intake.done(said, given or Given())
+    return dataclasses.replace(imported, assumed=[*imported.assumed, *_epsilons(config, "fc_norm.weight" in state)])
+
+
+def to_hf(
+    state: Mapping[str, Tensor], architecture: Architecture, head: int = 0, class_names: Sequence[str] | None = None
+) -> Exported:
+    """A classifier as VideoMAEForVideoClassification; an autoencoder, or a classifier without heads, as VideoMAEModel.
+
+    Args:
+        state: whole, in our names (`published.from_ours` checks it).
+        head: which of several heads.
+        class_names: by label; numbers if not given.
+
+    Raises UserError for positions that are not the fixed table, which that model always has, and for a head or names that
+    do not fit.
+    """
+    _check_positions(state, architecture)
+    out: dict[str, Tensor] = {}
+    dropped: dict[str, str] = {}
+    classes = architecture.get("classes", [])
+    if classes and not 0 <= head < len(classes):
+        raise UserError(f"--head is {head}; the model has {len(classes)} heads, counted from 0. Change --head.")
+    base = "videomae." if classes else ""
+    norm = "fc_norm" if classes else "layernorm"
+    for leaf in ("weight", "bias"):
+        out[f"{base}embeddings.patch_embeddings.projection.{leaf}"] = state[f"trunk.patch_embed.proj.1.{leaf}"]
+        out[f"{norm}.{leaf}"] = state[f"trunk.norm.{leaf}"]
+        if classes:
+            out[f"classifier.{leaf}"] = state[f"heads.{head}.0.{leaf}"]
+    for number in range(architecture["trunk"]["depth"]):
+        old, new = f"trunk.blocks.{number}.", f"{base}encoder.layer.{number}."
+        for leaf in ("weight", "bias"):
+            out |= {f"{new}{theirs}.{leaf}": state[f"{old}{ours}.{leaf}"] for ours, theirs in _LAYER.items()}
+        attention = f"{new}attention.attention."
+        parts = zip(_QKV, state[f"{old}attn.qkv.weight"].chunk(3), strict=True)
+        out |= {f"{attention}{part}.weight": weight for part, weight in parts}
+        out[f"{attention}q_bias"], _, out[f"{attention}v_bias"] = state[f"{old}attn.qkv.bias"].chunk(3)
+        dropped[f"{old}attn.qkv.bias[k]"] = "no place there; softmax takes it away, so nothing changes"
+    for name in state:
+        if name.startswith(("trunk.decoder.", "trunk.mask_token", "heads.0.projector.")):
+            dropped[name] = NO_COUNTERPART
+        elif name.startswith("trunk.depth_patch_embed."):
+            dropped[name] = "no place there: colours alone"
+        elif name.startswith("heads.") and not name.startswith(f"heads.{head}."):
+            dropped[name] = "another head; choose it with --head"
+    # Contiguous, and no part of another tensor: safetensors takes nothing else.
+    out = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in out.items()}
+    return Exported(out, _config(architecture, out, class_names), dropped)
+
+
+def preprocessor_config(architecture: Architecture) -> dict[str, Any]:
+    """`preprocessor_config.json`: the pixels that our models expect. Without it `transformers` normalises to -1 .. 1."""
+    size = architecture["trunk"]["image_size"]
+    return {
+        "image_processor_type": "VideoMAEImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": size},
+        "resample": 2,
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(IMAGENET_MEAN),
+        "image_std": list(IMAGENET_STD),
+    }
+
+
+def _config(
+    architecture: Architecture, state: Mapping[str, Tensor], class_names: Sequence[str] | None
+) -> dict[str, Any]:
+    trunk = architecture["trunk"]
+    (frames, *patch), classified = trunk["tubelet"], "classifier.weight" in state
+    config: dict[str, Any] = {
+        "architectures": ["VideoMAEForVideoClassification" if classified else "VideoMAEModel"],
+        "model_type": "videomae",
+        **{theirs: trunk[ours] for theirs, ours in _NUMBERS.items()},
+        "num_channels": 3,
+        "patch_size": patch[0] if patch[0] == patch[1] else patch,
+        "tubelet_size": frames,
+        "intermediate_size": int(trunk["width"] * trunk["mlp_ratio"]),
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "layer_norm_eps": EPSILON,
+        "qkv_bias": True,
+        "use_mean_pooling": classified,
+        "torch_dtype": str(state["classifier.weight" if classified else "layernorm.weight"].dtype).removeprefix(
+            "torch."
+        ),
+    }
+    if classified:
+        count = len(state["classifier.weight"])
+        names = [f"LABEL_{label}" for label in range(count)] if class_names is None else list(class_names)
+        if len(names) != count or len(set(names)) != count:
+            raise UserError(
+                f"--class-names has {len(names)} names, {len(set(names))} of them different, and the head has {count} classes; "
+                "expected one name a class, in the order of the labels. Change --class-names, or choose another --head."
+            )
+        config["id2label"] = {str(label): name for label, name in enumerate(names)}
+        config["label2id"] = {name: label for label, name in enumerate(names)}
+    elif class_names is not None:
+        raise UserError("--class-names was given, and the model has no classes. Leave it out.")
+    return config
+
+
+def _said(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a configuration says of the model, in our words. Raises UserError for one that our trunk cannot follow."""
+    if not config:
+        return {}
+    wanted = {"model_type": ("videomae",), "num_channels": (3,), "hidden_act": ("gelu",)}
+    for key, values in wanted.items():
+        if key in config and config[key] not in values:
+            raise UserError(
+                f"config.json has {key} {str(config[key])[:60]!r}; expected {values[0]!r}. The folder holds another "
+                "kind of model."
+            )
+    trunk = {ours: config[theirs] for theirs, ours in _NUMBERS.items() if theirs in config}
+    if isinstance(trunk.get("image_size"), list) and len(set(map(str, trunk["image_size"]))) == 1:
+        trunk["image_size"] = trunk["image_size"][0]
+    if "tubelet_size" in config and "patch_size" in config:
+        patch = config["patch_size"]
+        trunk["tubelet"] = [config["tubelet_size"], *(patch if isinstance(patch, list) else [patch, patch])]
+    return {"trunk": trunk}
+
+
+def _epsilons(config: Mapping[str, Any], classified: bool) -> list[str]:
+    """Which LayerNorms of the file have another epsilon than ours: the result differs by what that makes."""
+    stated = config.get("layer_norm_eps", _THEIR_EPSILON if config else EPSILON)
+    others = [] if stated == EPSILON else [f"LayerNorm epsilon {EPSILON:g} (theirs: {str(stated)[:20]})"]
+    return others + ([f"epsilon {EPSILON:g} of the last norm (theirs: {FC_NORM_EPSILON:g})"] if classified else [])
+
+
+def _check_positions(state: Mapping[str, Tensor], architecture: Architecture) -> None:
+    table, fixed = state["trunk.pos_embed"], position_tables(architecture)["trunk.pos_embed"]
+    difference = float((table.float() - fixed).abs().max())
+    if difference > max(1e-6, torch.finfo(table.dtype).eps):
+        raise UserError(
+            f"The position table of this model differs from the fixed sinusoid by up to {difference:.3g}: it was interpolated "
+            "from another clip size, or learned. That model of transformers always has the fixed one, and would compute "
+            "something else. Export with --to pt or --to safetensors."
+        )

@@ -1,0 +1,73 @@
+"""Proofs that what was written computes what it was made from: the same random clip through both models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from omnivision.errors import UserError
+from omnivision.interop.huggingface import EPSILON
+from omnivision.models.architecture import Architecture, build
+from omnivision.models.classifier import VideoClassifier
+from omnivision.models.mae import MaskedAutoencoder
+
+# In double precision what is the same differs by 1e-13; a wrong tensor by far more than this.
+SAME = 1e-5
+# What the other epsilon of the last norm usually makes of scores. More is possible where features hardly vary.
+USUAL = 5e-5
+
+
+class Difference(NamedTuple):
+    """Largest differences of outputs: of the tensors as they are, and once the norms have one epsilon."""
+
+    as_is: float
+    same_epsilon: float
+
+
+def random_clip(architecture: Architecture) -> Tensor:
+    """Normalised noise of the model's own clip size, (1, 3, T, S, S), always the same."""
+    trunk = architecture["trunk"]
+    size = (1, 3, trunk["num_frames"], trunk["image_size"], trunk["image_size"])
+    return torch.randn(size, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def against_transformers(
+    folder: Path, state: Mapping[str, Tensor], architecture: Architecture, head: int
+) -> Difference | None:
+    """Compare a folder, as `transformers` loads it, with the model that it was made from; None without `transformers`.
+
+    Both run in double precision, so that rounding does not hide a wrong tensor. Raises UserError when they differ by more
+    than SAME once the epsilon of the last norm, which that model does not let a configuration set, is ours.
+    """
+    try:
+        from transformers import VideoMAEForVideoClassification, VideoMAEModel
+    except ImportError:
+        return None
+    model, clip = build(architecture, "The model"), random_clip(architecture).double()
+    model.load_state_dict(state)
+    assert isinstance(model, (VideoClassifier, MaskedAutoencoder))
+    model.double().eval()
+    pixels = clip.transpose(1, 2)  # (B, T, C, H, W)
+    if architecture.get("classes"):
+        assert isinstance(model, VideoClassifier)
+        ours = model(clip, head)
+        theirs = VideoMAEForVideoClassification.from_pretrained(folder, local_files_only=True).double().eval()
+        as_is = float((theirs(pixels).logits - ours).abs().max())
+        theirs.fc_norm.eps = EPSILON
+        same_epsilon = float((theirs(pixels).logits - ours).abs().max())
+    else:
+        ours = model.trunk.norm(model.trunk(clip))
+        theirs = VideoMAEModel.from_pretrained(folder, local_files_only=True).double().eval()
+        as_is = same_epsilon = float((theirs(pixels).last_hidden_state - ours).abs().max())
+    if not same_epsilon <= SAME:
+        raise UserError(
+            f"transformers computes something else from the exported files: outputs differ by up to {same_epsilon:.3g}, "
+            f"expected at most {SAME:g}. Nothing was written. This version of transformers may read names in another way: "
+            "report it with the output of `pip show transformers`, or export with --to pt."
+        )
+    return Difference(as_is, same_epsilon)

@@ -1,0 +1,101 @@
+"""Files of one model: written whole or not at all, and nothing overwritten unasked."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from omnivision.errors import UserError
+from omnivision.files import replace_atomically, sync_folder
+from omnivision.interop.files import CONFIG, METADATA, Source
+from omnivision.models.architecture import Architecture
+
+FORMAT = 1
+
+
+def origin(source: Source, format: str) -> dict[str, str]:
+    """Where a model came from, as its file will say: the name of the file alone, its SHA-256, and its format."""
+    return {"name": source.path.name, "sha256": source.sha256, "format": format}
+
+
+def check_target(out: Path, source: Source, force: bool, folder: bool = False) -> None:
+    """Raise UserError when `out` is there already (an empty folder may be), is the source, or cannot be a file or a folder."""
+    if out.exists() and out.resolve() in (source.path.resolve(), source.path.resolve().parent):
+        raise UserError(f"OUT ({out}) is what is read. Give another path.")
+    if out.exists() and out.is_dir() != folder:
+        kind = "a folder" if out.is_dir() else "a file"
+        raise UserError(f"OUT ({out}) is {kind}; expected {'a folder' if folder else 'a file'}. Give another path.")
+    if out.exists() and not force and not (folder and not any(out.iterdir())):
+        raise UserError(
+            f"OUT ({out}) is there already. Nothing was changed. Give another path, or --force to replace it."
+        )
+
+
+def write_pt(out: Path, state: Mapping[str, Tensor], architecture: Architecture, said: Mapping[str, Any]) -> None:
+    """A file that `safe_load` reads: {"format", "model", "architecture", "origin"}."""
+    _check_suffix(out, out.suffix in (".pt", ".pth"), ".pt")
+    with _writing(out), replace_atomically(out) as file:
+        torch.save({"format": FORMAT, "model": dict(state), "architecture": architecture, "origin": said}, file)
+
+
+def write_safetensors(
+    out: Path, state: Mapping[str, Tensor], architecture: Architecture, said: Mapping[str, Any]
+) -> None:
+    """The same as a safetensors file; what stands beside the tensors is JSON in its metadata."""
+    _check_suffix(out, out.suffix == ".safetensors", ".safetensors")
+    beside = json.dumps({"format": FORMAT, "architecture": architecture, "origin": said})
+    with _writing(out), replace_atomically(out) as file:
+        file.write(save(dict(state), {"format": "pt", METADATA: beside}))
+
+
+@contextlib.contextmanager
+def hf_folder(out: Path, state: Mapping[str, Tensor], configs: Mapping[str, Mapping[str, Any]]) -> Iterator[Path]:
+    """A `save_pretrained` folder, at first under another name, to look at; it becomes `out` when the block ends well.
+
+    Args:
+        configs: JSON files by name, `config.json` among them.
+    """
+    assert CONFIG in configs
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    with _writing(out):
+        temporary.mkdir()
+        try:
+            with replace_atomically(temporary / "model.safetensors") as file:
+                file.write(save(dict(state), {"format": "pt"}))
+            for name, config in configs.items():
+                with replace_atomically(temporary / name) as file:
+                    file.write((json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
+            yield temporary
+            out.mkdir(exist_ok=True)
+            for file_ in sorted(temporary.iterdir()):
+                os.replace(file_, out / file_.name)
+            sync_folder(out)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_suffix(out: Path, right: bool, expected: str) -> None:
+    if not right:
+        raise UserError(
+            f"OUT is {out}; expected a name that ends in {expected}, because files are read by it. Change OUT."
+        )
+
+
+@contextlib.contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """Make the folder to write to; errors of the disk become the user's."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        yield
+        sync_folder(out.parent)
+    except OSError as error:
+        raise UserError(f"OUT ({out}) cannot be written: {error.strerror or error}. Give another path.") from error

@@ -1,0 +1,367 @@
+"""`omnivision export`: what is written computes what it was made from, comes back the same, and replaces nothing unasked."""
+
+import argparse
+import builtins
+import contextlib
+import copy
+import hashlib
+import io
+import json
+import re
+import tempfile
+import unittest
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import VideoMAEForVideoClassification, VideoMAEImageProcessor, VideoMAEModel
+
+from omnivision.cli import export, import_weights
+from omnivision.errors import UserError
+from omnivision.interop.files import read
+from omnivision.models.architecture import build, describe
+from omnivision.models.average import AveragedClassifier
+from omnivision.models.classifier import VideoClassifier
+from omnivision.models.mae import MaskedAutoencoder
+from omnivision.models.vit import VisionTransformer
+from omnivision.safe import safe_load
+
+
+def trunk() -> VisionTransformer:
+    return VisionTransformer(48, 2, 3, num_frames=4, image_size=32, tubelet=(2, 8, 8))
+
+
+def scrambled(model: nn.Module, seed: int = 3) -> Any:
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def classifier(*classes: int, seed: int = 3) -> VideoClassifier:
+    return scrambled(VideoClassifier(trunk(), classes or [7]), seed)
+
+
+def autoencoder() -> MaskedAutoencoder:
+    return scrambled(MaskedAutoencoder(trunk(), {"width": 24, "depth": 2, "heads": 4}))
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+class Case(unittest.TestCase):
+    def setUp(self):
+        temporary = tempfile.TemporaryDirectory()
+        self.addCleanup(temporary.cleanup)
+        self.folder = Path(temporary.name)
+
+    def save(self, model: nn.Module, name: str = "checkpoint.pt", /, **more: Any) -> Path:
+        """A checkpoint as a run writes it, as far as it matters here."""
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        said = {"format": 1, "architecture": describe(model), "ema": None, "sources": [], "optimizer": {"state": {}}}
+        torch.save(said | {"model": model.state_dict()} | more, path)
+        return path
+
+    def run_command(self, name: str, *arguments: object) -> str:
+        parser = argparse.ArgumentParser()
+        commands = parser.add_subparsers()
+        export.add_parser(commands)
+        import_weights.add_parser(commands)
+        options = parser.parse_args([name, *map(str, arguments)])
+        # The library draws a bar of progress.
+        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()):
+            self.assertEqual(options.run(options), 0)
+        return out.getvalue()
+
+    def assert_equal_states(self, one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+        self.assertEqual(set(one), set(other))
+        for name, tensor in one.items():
+            self.assertTrue(torch.equal(tensor, other[name]), name)
+
+
+class OurNames(Case):
+    def test_out_and_in_again_is_the_same(self):
+        for model in (classifier(), classifier(4, 9), autoencoder()):
+            source = self.save(model)
+            for to in ("pt", "safetensors"):
+                out, back = self.folder / f"out.{to}", self.folder / "back.pt"
+                told = self.run_command("export", source, out, "--to", to, "--force")
+                self.assertIn("of width 48, depth 2, 3 heads", told)
+                self.assertIn("format omnivision", self.run_command("import", out, back, "--force"))
+                found = safe_load(back)
+                self.assert_equal_states(found["model"], model.state_dict())
+                self.assertEqual(found["architecture"], describe(model))
+                self.assertEqual(read(out).said["origin"]["sha256"], sha256(source))
+                self.assertLess(out.stat().st_size, 1.2 * source.stat().st_size)
+
+    def test_a_run_folder_gives_its_best(self):
+        best = self.save(classifier(seed=5), "run/checkpoints/best.pt")
+        self.save(classifier(seed=6), "run/checkpoints/checkpoint.pt")
+        self.run_command("export", self.folder / "run", self.folder / "out.safetensors", "--to", "safetensors")
+        self.assert_equal_states(load_file(self.folder / "out.safetensors"), safe_load(best)["model"])
+
+    def test_the_moving_average(self):
+        model, average = classifier(), dict(classifier(seed=9).named_parameters())
+        ema = {name: tensor.detach() for name, tensor in average.items() if "heads" in name}
+        source, out = self.save(model, ema=ema), self.folder / "out.pt"
+        for options, averaged in (((), True), (("--weights", "ema"), True), (("--weights", "model"), False)):
+            told = self.run_command("export", source, out, "--to", "pt", "--force", *options)
+            self.assertEqual("moving average" in told, averaged)
+            self.assert_equal_states(safe_load(out)["model"], model.state_dict() | (ema if averaged else {}))
+        with self.assertRaisesRegex(UserError, "has no moving average"):
+            self.run_command("export", self.save(model), out, "--to", "pt", "--force", "--weights", "ema")
+        with self.assertRaisesRegex(UserError, "'x', which its model has not"):
+            self.run_command("export", self.save(model, ema={"x": torch.zeros(1)}), out, "--to", "pt", "--force")
+
+    def test_nothing_is_replaced_unasked(self):
+        source, taken = self.save(classifier()), self.folder / "taken"
+        for to in ("pt", "safetensors", "hf"):
+            out = self.folder / f"taken.{to}"
+            out.mkdir() if to == "hf" else out.touch()
+            precious = out / "config.json" if to == "hf" else out
+            precious.write_text("precious")
+            with self.assertRaisesRegex(UserError, "is there already. Nothing was changed"):
+                self.run_command("export", source, out, "--to", to)
+            self.assertEqual(precious.read_text(), "precious")
+            self.run_command("export", source, out, "--to", to, "--force")
+            self.assertNotEqual(precious.read_bytes(), b"precious")
+        for out, to, message in (
+            (self.folder, "hf", "is what is read"),
+            (source, "pt", "is what is read"),
+            (self.folder / "taken.pt", "hf", "is a file; expected a folder"),
+            (self.folder / "taken.hf", "pt", "is a folder; expected a file"),
+            (taken, "pt", r"ends in \.pt"),
+            (taken, "safetensors", r"ends in \.safetensors"),
+        ):
+            with self.assertRaisesRegex(UserError, message):
+                self.run_command("export", source, out, "--to", to, "--force")
+        self.assertEqual([path.name for path in self.folder.glob(".*")], [], "no temporary files")
+
+    def test_what_makes_no_sense_is_refused(self):
+        source, out = self.save(classifier()), self.folder / "out.pt"
+        torch.save(classifier().state_dict(), self.folder / "bare.pt")
+        for arguments, message in (
+            ((self.folder / "bare.pt", out, "--to", "pt"), "does not say its architecture.*omnivision import"),
+            ((source, out, "--to", "pt", "--merge"), "is of kind 'classifier'. Leave --merge out"),
+            ((source, out, "--to", "pt", "--sources", "a"), "--sources is for --merge"),
+            ((source, out, "--to", "pt", "--class-names", "a"), "--class-names is for --to hf"),
+            ((source, out, "--to", "pt", "--head", "1"), "--head is for --to hf"),
+            ((self.save(classifier(), "b.pt", model={}), out, "--to", "pt"), "is empty"),
+        ):
+            with self.assertRaisesRegex(UserError, message):
+                self.run_command("export", *arguments)
+        self.assertFalse(out.exists())
+
+
+class HuggingFace(Case):
+    def test_classifier(self):
+        model, out, names = classifier(), self.folder / "out", self.folder / "names.txt"
+        names.write_text("\n".join("äbcdefg") + "\n", encoding="utf-8")
+        told = self.run_command("export", self.save(model), out, "--to", "hf", "--class-names", names)
+        same, as_is = map(float, re.search(r"Proved: .* by (\S+) \(.* by (\S+) with", told).groups())
+        self.assertLess(same, 1e-9)
+        self.assertLess(as_is, 5e-5)
+        self.assertRegex(told, r"not carried +2  trunk\.blocks\.0\.attn\.qkv\.bias\[k\], .*softmax")
+        theirs = VideoMAEForVideoClassification.from_pretrained(out, local_files_only=True)
+        self.assertEqual(theirs.config.id2label[0], "ä")
+        self.assertEqual(theirs.config.label2id["g"], 6)
+        clip = torch.randn(2, 3, 4, 32, 32)
+        with torch.no_grad():
+            self.assertLess((theirs(clip.transpose(1, 2)).logits - model(clip)).abs().max(), 5e-5)
+        self.assertEqual({path.name for path in out.iterdir()}, {
+            "config.json", "model.safetensors", "preprocessor_config.json"
+        })  # fmt: skip
+        pixels = VideoMAEImageProcessor.from_pretrained(out, local_files_only=True)
+        frame = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
+        seen = torch.as_tensor(pixels([[frame.permute(1, 2, 0).numpy()]], return_tensors="pt")["pixel_values"])[0, 0]
+        mean, std = torch.tensor(pixels.image_mean)[:, None, None], torch.tensor(pixels.image_std)[:, None, None]
+        self.assertLess((seen - (frame / 255 - mean) / std).abs().max(), 1e-5)
+
+    def test_encoder_and_back(self):
+        model, out, back = autoencoder(), self.folder / "out", self.folder / "back.pt"
+        told = self.run_command("export", self.save(model), out, "--to", "hf")
+        self.assertLess(float(re.search(r"Proved: .* tokens .* by (\S+) ", told)[1]), 1e-9)
+        self.assertRegex(told, r"trunk\.mask_token, .*a decoder of another kind")
+        theirs = VideoMAEModel.from_pretrained(out, local_files_only=True).double()
+        clip = torch.randn(2, 3, 4, 32, 32).double()
+        model.double()
+        ours = model.trunk.norm(model.trunk(clip))
+        self.assertLess((theirs(clip.transpose(1, 2)).last_hidden_state - ours).abs().max(), 1e-9)
+        self.run_command("import", out, back)
+        found, wanted = safe_load(back)["model"], model.float().trunk.state_dict()
+        for number in range(2):
+            wanted[f"blocks.{number}.attn.qkv.bias"][48:96] = 0
+        self.assert_equal_states(found, {f"trunk.{n}": t for n, t in wanted.items() if f"trunk.{n}" in found})
+
+    def test_one_of_several_heads(self):
+        model, out = classifier(4, 9), self.folder / "out"
+        told = self.run_command("export", self.save(model), out, "--to", "hf", "--head", "1")
+        self.assertRegex(told, r"not carried +2  heads\.0\.0\.weight, heads\.0\.0\.bias \(another head")
+        self.assertEqual(json.loads((out / "config.json").read_text())["id2label"]["8"], "LABEL_8")
+        self.assertTrue(
+            torch.equal(load_file(out / "model.safetensors")["classifier.weight"], model.heads[1][0].weight)
+        )
+
+    def test_a_tubelet_that_is_not_square(self):
+        model = scrambled(VideoClassifier(VisionTransformer(48, 1, 3, 4, 4, 32, (2, 8, 16)), [3]))
+        self.assertIn("Proved", self.run_command("export", self.save(model), self.folder / "out", "--to", "hf"))
+        self.run_command("import", self.folder / "out", self.folder / "back.pt")
+        self.assertEqual(safe_load(self.folder / "back.pt")["architecture"], describe(model) | {"classes": [3]})
+
+    def test_features_that_vary_little_are_told(self):
+        model = classifier()
+        with torch.no_grad():
+            for block in model.trunk.blocks:
+                block.attn.proj.weight.zero_()
+                block.mlp.fc2.weight.zero_()
+                block.attn.proj.bias.zero_()
+                block.mlp.fc2.bias.zero_()
+            model.trunk.patch_embed.proj[1].weight.mul_(1e-3)
+            model.trunk.patch_embed.proj[1].bias.copy_(-model.trunk.pos_embed.mean((0, 1)))
+        told = self.run_command("export", self.save(model), self.folder / "out", "--to", "hf")
+        self.assertIn("warning: that is more than the usual 5e-05", told)
+
+    def test_a_wrong_tensor_is_found_and_nothing_is_written(self):
+        source, out = self.save(classifier()), self.folder / "out"
+        right = export.to_hf
+
+        def wrong(*arguments: Any) -> Any:
+            made = right(*arguments)
+            attention = "videomae.encoder.layer.1.attention.attention."
+            made.state[f"{attention}q_bias"] = made.state[f"{attention}v_bias"].clone()
+            return made
+
+        with mock.patch.object(export, "to_hf", wrong), self.assertRaisesRegex(UserError, "computes something else"):
+            self.run_command("export", source, out, "--to", "hf")
+        self.assertEqual([path.name for path in self.folder.iterdir()], ["checkpoint.pt"])
+
+    def test_without_the_library_it_says_that_nothing_was_proved(self):
+        original = builtins.__import__
+
+        def missing(name: str, *arguments: Any, **more: Any) -> Any:
+            if name.partition(".")[0] == "transformers":
+                raise ModuleNotFoundError(name)
+            return original(name, *arguments, **more)
+
+        with mock.patch("builtins.__import__", missing):
+            told = self.run_command("export", self.save(classifier()), self.folder / "out", "--to", "hf")
+        self.assertIn("Not proved: transformers is not installed. `pip install 'omnivision[hf]'`", told)
+        VideoMAEForVideoClassification.from_pretrained(self.folder / "out", local_files_only=True)
+
+    def test_class_names_must_fit(self):
+        source, names = self.save(classifier()), self.folder / "names.txt"
+        for model, text, message in (
+            (source, "a\nb\n", "has 2 names, 2 of them different, and the head has 7 classes"),
+            (source, "a\n" * 7, "has 7 names, 1 of them different"),
+            (self.save(autoencoder(), "mae.pt"), "a\n", "the model has no classes"),
+        ):
+            names.write_text(text)
+            with self.assertRaisesRegex(UserError, message):
+                self.run_command("export", model, self.folder / "out", "--to", "hf", "--class-names", names)
+        names.write_bytes(b"\xff")
+        with self.assertRaisesRegex(UserError, "cannot be read"):
+            self.run_command("export", source, self.folder / "out", "--to", "hf", "--class-names", names)
+
+
+class Merging(Case):
+    def average(self, mode: str, name: str = "average.pt", **more: Any) -> tuple[AveragedClassifier, Path, list[Path]]:
+        """An average of an autoencoder and a classifier, with mixing weights that are not equal, and its checkpoint."""
+        files = [self.save(autoencoder(), "a.pt"), self.save(classifier(5, seed=8), "b.pt")]
+        model = AveragedClassifier(trunk(), [7, 3], 2, mode)
+        scrambled(model, 11)
+        model.load_sources([safe_load(file)["model"] for file in files])
+        noted = [{"path": str(file), "sha256": sha256(file)} for file in files]
+        return model, self.save(model, name, **{"sources": noted} | more), files
+
+    def test_one_model_computes_what_the_average_does(self):
+        clip = torch.randn(2, 3, 4, 32, 32)
+        for mode in ("learned_average_softmax", "learned_average_layer_softmax"):
+            average, source, _ = self.average(mode)
+            out = self.folder / "one.pt"
+            told = self.run_command("export", source, out, "--to", "pt", "--merge", "--force")
+            difference = float(re.search(r"Merged 2 checkpoints; .* differ by (\S+) from", told)[1])
+            self.assertLessEqual(difference, 1e-6)
+            found = safe_load(out)
+            self.assertEqual(found["architecture"], describe(classifier(7, 3)))
+            one = build(found["architecture"], "here").eval()
+            one.load_state_dict(found["model"])
+            with torch.no_grad():
+                for head in (0, 1):
+                    self.assertLessEqual((one(clip, head) - average(clip, head)).abs().max(), 1e-6)
+                    self.assertGreater((one(clip, head) - classifier(7, 3)(clip, head)).abs().max(), 0.1)
+        told = self.run_command("export", source, self.folder / "hf", "--to", "hf", "--merge")
+        self.assertIn("Proved", told)
+
+    def test_the_moving_average_of_an_average(self):
+        _, source, _ = self.average("learned_average_softmax")
+        ema = {"mixing_ratio": torch.tensor([30.0, -30.0])}
+        torch.save(safe_load(source) | {"ema": ema}, self.folder / "ema.pt")
+        out = self.folder / "one.pt"
+        self.run_command("export", self.folder / "ema.pt", out, "--to", "pt", "--merge")
+        wanted = autoencoder().trunk.blocks[1].mlp.fc1.weight
+        self.assertLess((safe_load(out)["model"]["trunk.blocks.1.mlp.fc1.weight"] - wanted).abs().max(), 1e-6)
+
+    def test_sources_that_moved_are_given_again(self):
+        _, source, files = self.average("learned_average_softmax")
+        moved = [file.rename(file.with_name(f"moved_{file.name}")) for file in files]
+        out = self.folder / "one.pt"
+        command = ("export", source, out, "--to", "pt", "--merge")
+        with self.assertRaisesRegex(UserError, "a.pt, which the average is made of, is not there.*--sources FILE FILE"):
+            self.run_command(*command)
+        with self.assertRaisesRegex(UserError, "moved_b.pt is not what the average was trained on"):
+            self.run_command(*command, "--sources", *reversed(moved))
+        with self.assertRaisesRegex(UserError, "There are 3 checkpoints, and the average is made of 2"):
+            self.run_command(*command, "--sources", *moved, moved[0])
+        right = moved[1].read_bytes()
+        moved[1].write_bytes(self.save(classifier(5, seed=1), "c.pt").read_bytes())
+        with self.assertRaisesRegex(UserError, "SHA-256"):
+            self.run_command(*command, "--sources", *moved)
+        moved[1].write_bytes(right)
+        self.run_command(*command, "--sources", *moved)
+        self.assertTrue(out.exists())
+
+    def test_one_file_that_holds_all_sources(self):
+        average, _, files = self.average("learned_average_softmax")
+        both = self.folder / "both.pt"
+        torch.save({"ensemble_weights": [safe_load(file)["model"] for file in files]}, both)
+        noted = [{"path": str(both), "sha256": sha256(both)}] * 2
+        source, out = self.save(average, "average.pt", sources=noted), self.folder / "one.pt"
+        self.run_command("export", source, out, "--to", "pt", "--merge")
+        self.assert_equal_states(safe_load(out)["model"], average.merged())
+
+    def test_what_is_no_average_is_refused(self):
+        average, source, _ = self.average("learned_average_softmax")
+        command = ("export", source, self.folder / "one.pt", "--to", "pt")
+        with self.assertRaisesRegex(UserError, "holds a learned average.*Add --merge"):
+            self.run_command(*command)
+        with self.assertRaisesRegex(UserError, "omnivision export CHECKPOINT OUT.pt --to pt --merge"):
+            self.run_command("import", source, self.folder / "one.pt")
+        good = copy.deepcopy(safe_load(source))  # it is mapped from the file that is written to below
+        huge = good["architecture"] | {"num_models": 10**9, "trunk": good["architecture"]["trunk"] | {"depth": 10**9}}
+        for changes, message in (
+            ({"sources": []}, "does not note what it is an average of"),
+            ({"sources": [{"path": "x"}]}, "does not note what it is an average of"),
+            ({"model": {**good["model"], "mixing_ratio": torch.ones(3)}}, r"mixing_ratio of the shape \(3,\)"),
+            ({"model": {n: t for n, t in good["model"].items() if n != "mixing_ratio"}}, "mixing_ratio of none"),
+            ({"model": {**good["model"], "mixing_ratio": torch.ones(4, 2)}}, r"mixing_ratio has the shape \(4, 2\)"),
+            ({"model": {**good["model"], "more": torch.ones(4)}}, "1 left over: more"),
+            ({"architecture": huge}, "trunk depth, and its weights say 2"),
+        ):
+            torch.save(good | changes, source)
+            with self.assertRaisesRegex(UserError, message):
+                self.run_command(*command, "--merge")
+        torch.save(good, source)
+        merged = {name: tensor + 1e-3 for name, tensor in average.merged().items()}
+        with mock.patch.object(AveragedClassifier, "merged", lambda self: merged):
+            with self.assertRaisesRegex(UserError, "does not compute what the average does"):
+                self.run_command(*command, "--merge")
+        self.assertFalse((self.folder / "one.pt").exists())
+
+
+if __name__ == "__main__":
+    unittest.main()
