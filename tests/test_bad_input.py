@@ -103,7 +103,7 @@ class Mistakes(unittest.TestCase):
         result = runs.run(self.folder / "other", *self.data, "epochs=1")
         self.assertEqual(result.returncode, 0, result.stderr)
         self.assert_refused(
-            *self.data, "trainer.model.trunk.depth=2", saying="checkpoint of another model", folder="other"
+            *self.data, "trainer.model.trunk.depth=3", saying="checkpoint of another model", folder="other"
         )
         self.assert_refused(*self.data, "batch_size=4", saying="steps an epoch", folder="other")
 

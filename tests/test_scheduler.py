@@ -6,12 +6,11 @@ import torch
 from fvcore.common.param_scheduler import CosineParamScheduler
 from torch import nn
 
-from omnivision import build
 from omnivision.errors import UserError
 from omnivision.models.mae import MaskedAutoencoder
 from omnivision.models.vit import VisionTransformer
 from omnivision.optim.groups import Rule, ScheduledOptimizer, layer_decay_scales, parameter_groups
-from omnivision.optim.schedules import Constant, Cosine, Linear, Phases, WarmupCosine
+from omnivision.optim.schedules import Constant, Cosine, Linear, Phases, Scaled, WarmupCosine
 from tests.parity_formula import record
 
 
@@ -29,7 +28,7 @@ class Schedules(unittest.TestCase):
         for name, arguments in recipes.items():
             for case in recorded["recipes"][name]["schedules"]:
                 if case["variant"] == "one division, every phase rescaled to its own interval (continuous)":
-                    curve = build.Divided(WarmupCosine(*arguments), case["lr_scale_factor"])
+                    curve = Scaled(WarmupCosine(*arguments), 1 / case["lr_scale_factor"])
                     for where, expected in zip(recorded["where"], case["lr"], strict=True):
                         self.assertAlmostEqual(curve(where) / expected, 1, delta=1e-9, msg=f"{name} at {where}")
                         compared += 1
