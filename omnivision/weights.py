@@ -93,14 +93,7 @@ def read(source: str | Path, averaged: bool = True) -> Weights:
     Raises UserError when there is nothing to read, or for a file that is no state dict, in one paragraph with the way out.
     """
     path = find(source)
-    try:
-        found = _load(path)
-    except BrokenCheckpoint as error:
-        raise UserError(
-            f"{SETTING}: {error}. Expected weights only: tensors in plain containers. A file that was pickled by older code "
-            "is not opened, because it may run anything; load it where it was made and save its state dict alone: "
-            "torch.save({'model': model.state_dict()}, FILE)."
-        ) from None
+    found = _load(path)
     if isinstance(found, Mapping) and "ensemble_weights" in found:
         raise UserError(
             f"{SETTING} {path} holds several models (ensemble_weights); expected one. Choose one of them, or an average: "
@@ -118,12 +111,7 @@ def read_several(sources: str | Sequence[str]) -> list[Weights]:
     if not isinstance(sources, str):
         return [read(source) for source in sources]
     path = find(sources)
-    try:
-        found = _load(path)
-    except BrokenCheckpoint as error:
-        raise UserError(
-            f"{SETTING}: {error}. Expected a file with a list of state dicts under ensemble_weights."
-        ) from None
+    found = _load(path)
     states = found.get("ensemble_weights") if isinstance(found, Mapping) else None
     if not isinstance(states, (list, tuple)):
         raise UserError(
@@ -268,8 +256,18 @@ def _grid_of(weights: Weights, tokens: int, grid: Triple) -> Triple:
 
 
 def _load(path: Path) -> Any:
-    if path.suffix != ".safetensors":
-        return safe_load(path)
+    """What a file holds. Raises UserError, with the way out, for one that does not load with weights only."""
+    try:
+        return _load_safetensors(path) if path.suffix == ".safetensors" else safe_load(path)
+    except BrokenCheckpoint as error:
+        raise UserError(
+            f"{SETTING}: {error}. Expected weights only: tensors in plain containers. A file that was pickled by older code "
+            "is not opened, because it may run anything; load it where it was made and save its state dict alone: "
+            "torch.save({'model': model.state_dict()}, FILE)."
+        ) from None
+
+
+def _load_safetensors(path: Path) -> dict[str, Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
