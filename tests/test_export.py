@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import VideoMAEForVideoClassification, VideoMAEImageProcessor, VideoMAEModel
+from transformers.utils.logging import disable_progress_bar
 
 from omnivision.cli import export, import_weights
 from omnivision.errors import UserError
@@ -28,6 +29,8 @@ from omnivision.models.classifier import VideoClassifier
 from omnivision.models.mae import MaskedAutoencoder
 from omnivision.models.vit import VisionTransformer
 from omnivision.safe import safe_load
+
+disable_progress_bar()
 
 
 def trunk() -> VisionTransformer:
@@ -145,6 +148,12 @@ class OurNames(Case):
     def test_what_makes_no_sense_is_refused(self):
         source, out = self.save(classifier()), self.folder / "out.pt"
         torch.save(classifier().state_dict(), self.folder / "bare.pt")
+        said = describe(autoencoder())
+        for part in ("trunk", "decoder"):  # an export assumes nothing
+            silent = said | {part: {key: value for key, value in said[part].items() if key != "heads"}}
+            with self.assertRaisesRegex(UserError, rf"its architecture \({part} heads\).*omnivision import"):
+                file = self.save(autoencoder(), "silent.pt", architecture=silent)
+                self.run_command("export", file, out, "--to", "pt")
         for arguments, message in (
             ((self.folder / "bare.pt", out, "--to", "pt"), "does not say its architecture.*omnivision import"),
             ((source, out, "--to", "pt", "--merge"), "is of kind 'classifier'. Leave --merge out"),
@@ -207,8 +216,24 @@ class HuggingFace(Case):
             torch.equal(load_file(out / "model.safetensors")["classifier.weight"], model.heads[1][0].weight)
         )
 
-    def test_a_tubelet_that_is_not_square(self):
-        model = scrambled(VideoClassifier(VisionTransformer(48, 1, 3, 4, 4, 32, (2, 8, 16)), [3]))
+    def test_16_bits(self):
+        for dtype in (torch.float16, torch.bfloat16):
+            model, out = classifier().to(dtype), self.folder / "out"
+            told = self.run_command("export", self.save(model), out, "--to", "hf", "--force")
+            self.assertRegex(told, r"not carried +1  trunk\.pos_embed \(rounded to 16 bits")
+            self.assertLess(float(re.search(r"Proved: .* by (\S+) \(", told)[1]), 1e-9)
+            stored = load_file(out / "model.safetensors")["classifier.weight"]
+            self.assertTrue(torch.equal(stored, model.heads[0][0].weight))
+
+    def test_a_model_that_diverged_is_not_blamed_on_the_library(self):
+        for model in (classifier(), autoencoder()):
+            model.trunk.norm.weight.data[0] = float("nan")
+            with self.assertRaisesRegex(UserError, "computes infinite values or NaN.*diverged"):
+                self.run_command("export", self.save(model), self.folder / "out", "--to", "hf")
+            self.assertEqual([path.name for path in self.folder.iterdir()], ["checkpoint.pt"])
+
+    def test_other_tubelets_and_ratios(self):
+        model = scrambled(VideoClassifier(VisionTransformer(48, 1, 3, 2.5, 4, 32, (4, 8, 16)), [3]))
         self.assertIn("Proved", self.run_command("export", self.save(model), self.folder / "out", "--to", "hf"))
         self.run_command("import", self.folder / "out", self.folder / "back.pt")
         self.assertEqual(safe_load(self.folder / "back.pt")["architecture"], describe(model) | {"classes": [3]})
@@ -297,6 +322,20 @@ class Merging(Case):
         told = self.run_command("export", source, self.folder / "hf", "--to", "hf", "--merge")
         self.assertIn("Proved", told)
 
+    def test_sources_may_have_more_than_the_average_takes(self):
+        """Positions of another clip size, and an embedding of depth: training leaves both in the sources, too."""
+        for clip, depth in ((8, False), (4, True)):
+            source_trunks = [VisionTransformer(48, 2, 3, 4, 4, 32, (2, 8, 8), rgbd=depth) for _ in range(2)]
+            models = [scrambled(VideoClassifier(trunk, [5]), seed) for seed, trunk in enumerate(source_trunks)]
+            files = [self.save(model, f"source_{number}.pt") for number, model in enumerate(models)]
+            average = AveragedClassifier(VisionTransformer(48, 2, 3, 4, clip, 32, (2, 8, 8)), [7])
+            average.load_sources([model.state_dict() for model in models])
+            noted = [{"path": str(file), "sha256": sha256(file)} for file in files]
+            source, out = self.save(average, "average.pt", sources=noted), self.folder / "one.pt"
+            self.run_command("export", source, out, "--to", "pt", "--merge", "--force")
+            self.assert_equal_states(safe_load(out)["model"], average.merged())
+            self.assertEqual(safe_load(out)["architecture"]["trunk"]["num_frames"], clip)
+
     def test_the_moving_average_of_an_average(self):
         _, source, _ = self.average("learned_average_softmax")
         ema = {"mixing_ratio": torch.tensor([30.0, -30.0])}
@@ -356,10 +395,17 @@ class Merging(Case):
             with self.assertRaisesRegex(UserError, message):
                 self.run_command(*command, "--merge")
         torch.save(good, source)
-        merged = {name: tensor + 1e-3 for name, tensor in average.merged().items()}
+        merged = {n: tensor + 1e-3 * (n == "heads.1.0.bias") for n, tensor in average.merged().items()}
         with mock.patch.object(AveragedClassifier, "merged", lambda self: merged):
             with self.assertRaisesRegex(UserError, "does not compute what the average does"):
                 self.run_command(*command, "--merge")
+            merged["heads.1.0.bias"] = merged["heads.1.0.bias"] * float("nan")
+            with self.assertRaisesRegex(UserError, "differ by up to nan"):
+                self.run_command(*command, "--merge")
+        diverged = {**good["model"], "model.heads.1.0.bias": torch.full((3,), float("inf"))}
+        torch.save(good | {"model": diverged}, source)
+        with self.assertRaisesRegex(UserError, "computes infinite values or NaN"):
+            self.run_command(*command, "--merge")
         self.assertFalse((self.folder / "one.pt").exists())
 
 

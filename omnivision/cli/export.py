@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,9 @@ from omnivision.interop.store import check_target, hf_folder, origin, write_pt, 
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+# What weights do not tell of a model.
+_UNTOLD = {"trunk": ("heads", "num_frames", "image_size"), "decoder": ("heads",)}
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -75,10 +79,10 @@ def _check_arguments(args: argparse.Namespace) -> None:
 
 def _model(source: Source, args: argparse.Namespace) -> Imported:
     """The one model to write, whole and checked."""
-    if not source.architecture:
+    if lacking := _lacking(source):
         raise UserError(
-            f"{source.path} does not say its architecture, so it is not from a run of this project. Bring it in first: "
-            f"omnivision import {args.checkpoint} OUT.pt"
+            f"{source.path} does not say its architecture ({', '.join(lacking)}), so it is not from a run of this project. "
+            f"Bring it in first: omnivision import {args.checkpoint} OUT.pt"
         )
     state, kind = _weights(source, args.weights), source.architecture.get("kind")
     if args.merge != (kind == "average"):
@@ -98,6 +102,16 @@ def _model(source: Source, args: argparse.Namespace) -> Imported:
         f"Merged {len(found)} checkpoints; scores of a random clip differ by {merged.difference:.1g} from the average's"
     )
     return from_ours(merged.state, merged.architecture)
+
+
+def _lacking(source: Source) -> list[str]:
+    """What a file would have to say of its model because weights do not tell it; an import asks for it, or assumes it."""
+    architecture = source.architecture
+    lacking = [] if "kind" in architecture else ["kind"]
+    for part in ("trunk", "decoder") if architecture.get("kind") == "autoencoder" else ("trunk",):
+        said = architecture.get(part)
+        lacking += [f"{part} {key}" for key in _UNTOLD[part] if not isinstance(said, Mapping) or said.get(key) is None]
+    return lacking
 
 
 def _weights(source: Source, wanted: str | None) -> dict[str, Tensor]:

@@ -32,7 +32,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "are by their names, and write one file that every stage takes as pretrained_checkpoint_path. Tells what became of "
         "each entry. Weights only: pickled objects are refused.",
     )
-    parser.add_argument("source", metavar="SOURCE", help=".pt, .pth, .bin, .safetensors, or a folder with config.json")
+    parser.add_argument("source", metavar="SOURCE", help=".pt, .pth, .bin, .torch, .safetensors, or a folder")
     parser.add_argument("out", metavar="OUT.pt", type=Path, help="the file to write")
     parser.add_argument(
         "--format", choices=CHOICES, default="auto", help="whose weights they are (default: by their names)"

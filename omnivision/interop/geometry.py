@@ -204,8 +204,11 @@ def _part(said: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 def _ratio(said: Any, hidden: int, width: int) -> float:
     """The MLP ratio: as the file says it, which may be truncated to a width, else what the weights have."""
-    fits = isinstance(said, (int, float)) and 0 <= said * width - hidden < 1
-    return said if fits else hidden / width
+    if isinstance(said, (int, float)) and 0 <= said * width - hidden < 1:
+        return said
+    ratio = hidden / width
+    # Times the width it may come out a rounding below `hidden`, and be truncated to one less.
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
 def _blocks(state: Mapping[str, Tensor], prefix: str) -> int:

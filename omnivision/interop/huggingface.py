@@ -107,9 +107,10 @@ def to_hf(
     Raises UserError for positions that are not the fixed table, which that model always has, and for a head or names that
     do not fit.
     """
-    _check_positions(state, architecture)
     out: dict[str, Tensor] = {}
     dropped: dict[str, str] = {}
+    if _rounded_positions(state, architecture):
+        dropped["trunk.pos_embed"] = "rounded to 16 bits; the table there is not"
     classes = architecture.get("classes", [])
     if classes and not 0 <= head < len(classes):
         raise UserError(f"--head is {head}; the model has {len(classes)} heads, counted from 0. Change --head.")
@@ -224,7 +225,8 @@ def _epsilons(config: Mapping[str, Any], classified: bool) -> list[str]:
     return others + ([f"epsilon {EPSILON:g} of the last norm (theirs: {FC_NORM_EPSILON:g})"] if classified else [])
 
 
-def _check_positions(state: Mapping[str, Tensor], architecture: Architecture) -> None:
+def _rounded_positions(state: Mapping[str, Tensor], architecture: Architecture) -> bool:
+    """Whether the table is the fixed one rounded to 16 bits. Raises UserError when it is another one."""
     table, fixed = state["trunk.pos_embed"], position_tables(architecture)["trunk.pos_embed"]
     difference = float((table.float() - fixed).abs().max())
     if difference > max(1e-6, torch.finfo(table.dtype).eps):
@@ -233,3 +235,4 @@ def _check_positions(state: Mapping[str, Tensor], architecture: Architecture) ->
             "from another clip size, or learned. That model of transformers always has the fixed one, and would compute "
             "something else. Export with --to pt or --to safetensors."
         )
+    return difference > 1e-6

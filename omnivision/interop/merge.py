@@ -11,7 +11,7 @@ from torch import Tensor
 
 from omnivision.errors import UserError
 from omnivision.interop.geometry import check_fit
-from omnivision.interop.proof import random_clip
+from omnivision.interop.proof import check_finite, random_clip
 from omnivision.interop.published import from_ours
 from omnivision.models.architecture import Architecture, build, describe
 from omnivision.models.average import AveragedClassifier
@@ -80,12 +80,15 @@ def merge(state: Mapping[str, Tensor], architecture: Mapping[str, Any], sources:
             f"The checkpoint has mixing_ratio of {found}; expected weights of {len(sources)} sources. Give a checkpoint of an "
             "average, and as many --sources as it was made of."
         )
-    # The first source has all that tells the architecture; only then is anything of that size made.
+    # The first source has all that tells the architecture; only then is anything of that size made. An average takes no
+    # more than its own parameters of a source, which may have a decoder, depth, and positions of another clip size beside.
+    said = architecture.get("trunk", {})
+    depth = isinstance(said, Mapping) and bool(said.get("rgbd"))
+    drop = ("trunk.decoder.", "trunk.mask_token") + (() if depth else ("trunk.depth_patch_embed.",))
     trunk = {name: tensor for name, tensor in sources[0].state.items() if name.startswith("trunk.")}
-    heads = {name.removeprefix("model."): t for name, t in state.items() if name.startswith("model.heads.")}
-    drop = ("trunk.decoder.", "trunk.mask_token")
     first = {name: tensor for name, tensor in trunk.items() if not name.startswith(drop)}
-    single = from_ours(first | heads, {"trunk": architecture.get("trunk", {})}).architecture
+    own = {name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")}
+    single = from_ours(first | own, {"trunk": said}).architecture
     mode = "learned_average_softmax" if ratio.ndim == 1 else "learned_average_layer_softmax"
     average = build(single | {"kind": "average", "num_models": len(sources), "combine_mode": mode}, "The checkpoint")
     assert isinstance(average, AveragedClassifier)
@@ -94,8 +97,10 @@ def merge(state: Mapping[str, Tensor], architecture: Mapping[str, Any], sources:
     average.load_sources([source.state for source in sources], [str(source.path) for source in sources])
     one = build(single, "The checkpoint")
     one.load_state_dict(average.merged())
-    clip, heads_count = random_clip(single), len(single["classes"])
-    differences = [(one.eval()(clip, i) - average.eval()(clip, i)).abs().max() for i in range(heads_count)]
+    clip, heads = random_clip(single), range(len(single["classes"]))
+    wanted = [average.eval()(clip, head) for head in heads]
+    check_finite(*wanted)
+    differences = [(one.eval()(clip, head) - wanted[head]).abs().max() for head in heads]
     difference = float(torch.stack(differences).max())
     if not difference <= SAME:
         raise UserError(

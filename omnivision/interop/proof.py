@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from omnivision.errors import UserError
+from omnivision.interop.geometry import position_tables
 from omnivision.interop.huggingface import EPSILON
 from omnivision.models.architecture import Architecture, build
 from omnivision.models.classifier import VideoClassifier
@@ -35,33 +36,45 @@ def random_clip(architecture: Architecture) -> Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(0))
 
 
+def check_finite(*outputs: Tensor) -> None:
+    """Raise UserError for a model that does not compute numbers, which is no fault of what it is compared with."""
+    if not all(output.isfinite().all() for output in outputs):
+        raise UserError(
+            "The model computes infinite values or NaN for a random clip: its training diverged, or its weights are damaged. "
+            "Nothing was written. Give an earlier checkpoint."
+        )
+
+
 @torch.no_grad()
 def against_transformers(
     folder: Path, state: Mapping[str, Tensor], architecture: Architecture, head: int
 ) -> Difference | None:
     """Compare a folder, as `transformers` loads it, with the model that it was made from; None without `transformers`.
 
-    Both run in double precision, so that rounding does not hide a wrong tensor. Raises UserError when they differ by more
-    than SAME once the epsilon of the last norm, which that model does not let a configuration set, is ours.
+    Both run in double precision, so that rounding does not hide a wrong tensor, and with the fixed position table as it is
+    (in `state` it may be rounded to 16 bits). Raises UserError when they differ by more than SAME once the epsilon of the last
+    norm, which that model does not let a configuration set, is ours.
     """
     try:
         from transformers import VideoMAEForVideoClassification, VideoMAEModel
     except ImportError:
         return None
     model, clip = build(architecture, "The model"), random_clip(architecture).double()
-    model.load_state_dict(state)
+    model.load_state_dict({**state, **position_tables(architecture)})
     assert isinstance(model, (VideoClassifier, MaskedAutoencoder))
     model.double().eval()
     pixels = clip.transpose(1, 2)  # (B, T, C, H, W)
     if architecture.get("classes"):
         assert isinstance(model, VideoClassifier)
         ours = model(clip, head)
+        check_finite(ours)
         theirs = VideoMAEForVideoClassification.from_pretrained(folder, local_files_only=True).double().eval()
         as_is = float((theirs(pixels).logits - ours).abs().max())
         theirs.fc_norm.eps = EPSILON
         same_epsilon = float((theirs(pixels).logits - ours).abs().max())
     else:
         ours = model.trunk.norm(model.trunk(clip))
+        check_finite(ours)
         theirs = VideoMAEModel.from_pretrained(folder, local_files_only=True).double().eval()
         as_is = same_epsilon = float((theirs(pixels).last_hidden_state - ours).abs().max())
     if not same_epsilon <= SAME:
