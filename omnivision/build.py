@@ -76,10 +76,6 @@ def processes(settings: Settings, place: Place) -> Processes:
     return Processes(place, settings.trainer.accelerator, distributed.backend, timeout)
 
 
-def run_folder(settings: Settings) -> RunFolder:
-    return RunFolder(settings.launcher.experiment_log_dir, settings.trainer.checkpoint.save_dir)
-
-
 def labels(settings: Settings) -> LabelSets:
     """Heads and their classes, from the catalog; `video_labels` fills in what it leaves open."""
     datasets = [

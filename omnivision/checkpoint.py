@@ -49,7 +49,11 @@ def save(state: dict[str, Any], folder: Path, also: list[str]) -> None:
     temporary = folder / f".{LATEST}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
-            torch.save(state, file)
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:
+                # The archive complains that it was not finished. What interrupted it is why: a full disk, Ctrl-C, SIGTERM.
+                raise error.__context__ or error from None
             file.flush()
             os.fsync(file.fileno())
         entry = {"size": temporary.stat().st_size, "sha256": sha256(temporary)}

@@ -30,6 +30,8 @@ def explain(error: BaseException, config: Path) -> str:
     if text.startswith("force-add of config groups"):
         choice = text.split("'")[1].lstrip("+")
         return f"++ is for settings, and {choice} is a choice among files. Write {choice}, or +{choice} where none was made."
+    if text.startswith("Config group override must be"):
+        return "A choice among files was given nothing, a number or a mapping; expected its name, e.g. trainer/model=vitbase."
     if "No match in the defaults list" in text:
         group = text.split("'")[1]
         return (

@@ -1,6 +1,6 @@
 """How a checked run is started: in this process, as several local processes, under torchrun, or on SLURM.
 
-torch is imported by the process that trains, not by the one that launches.
+torch is imported when a run starts, so that a refusal or a submission does not wait for it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omnivision.errors import EXIT_FAULT, EXIT_INTERRUPTED, EXIT_TERMINATED, Terminated, UserError
+from omnivision.errors import EXIT_FAULT, EXIT_INTERRUPTED, EXIT_TERMINATED, EXIT_USER, Terminated, UserError
+from omnivision.reporting.run_folder import RunFolder
 from omnivision.settings import Settings
 
 if TYPE_CHECKING:
@@ -31,12 +32,12 @@ if TYPE_CHECKING:
 
     from omnivision.distributed import Place, Processes
     from omnivision.reporting.reporter import Reporter
-    from omnivision.reporting.run_folder import RunFolder
     from omnivision.trainer import Trainer
 
 LOG = logging.getLogger("omnivision")
 LOG.addHandler(logging.NullHandler())  # until there is a file, nothing goes to the console by itself
 
+INTERRUPTED = (EXIT_INTERRUPTED, EXIT_TERMINATED)  # exit codes of runs that somebody ended
 GRACE_SECONDS = 15.0  # that the other processes have to leave after one has failed
 
 
@@ -121,7 +122,10 @@ def run_slurm_task(job: Job) -> None:
 
 
 def run_local_processes(job: Job, count: int) -> int:
-    """Start `count` processes here and wait. When one fails, the others leave too; its exit code is returned."""
+    """Start `count` processes here and wait. When one fails, the others leave too; its exit code is returned.
+
+    What killed a process is told by `summary.json` too, when that process could not say so itself.
+    """
     from omnivision.distributed import Place
 
     context = multiprocessing.get_context("spawn")
@@ -132,32 +136,45 @@ def run_local_processes(job: Job, count: int) -> int:
             process.start()
         try:
             with ending_on_sigterm():
-                return _exit_code(processes)
+                code, reason = _first_failure(processes)
         except (Terminated, KeyboardInterrupt) as error:
-            for process in processes:
-                process.terminate()
-            _exit_code(processes)
-            return EXIT_TERMINATED if isinstance(error, Terminated) else EXIT_INTERRUPTED
+            number = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
+            with undisturbed():
+                for process in processes:
+                    if process.is_alive() and process.pid is not None:
+                        os.kill(process.pid, number)
+                _first_failure(processes)
+            code, reason = _how_it_ended(error)
         finally:
             for process in processes:
                 if process.is_alive():
                     process.kill()
                 process.join()
+    if code not in (0, EXIT_USER):
+        run_folder(job).note_silent_end(reason, interrupted=code in INTERRUPTED)
+    return code
 
 
-def _exit_code(processes: list[SpawnProcess]) -> int:
-    """Wait for processes to end; when one fails, the others have a while to leave, and its exit code counts."""
+def _first_failure(processes: list[SpawnProcess]) -> tuple[int, str]:
+    """Wait for processes to end; when one fails, the others have a while to leave. Its exit code counts.
+
+    The second value says what happened, for a run that could not say it: which process was killed, or ended how.
+    """
     failed: int | None = None
     deadline = float("inf")
     while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
         for process in processes:
             process.join(timeout=0.1)
             if process.exitcode and failed is None:
-                failed = process.exitcode
-                deadline = time.monotonic() + GRACE_SECONDS
-    if failed is None:
-        failed = next((process.exitcode for process in processes if process.exitcode), 0)
-    return failed if failed >= 0 else EXIT_FAULT
+                failed, deadline = process.exitcode, time.monotonic() + GRACE_SECONDS
+    killed = [
+        f"process {rank} was killed by {signal.Signals(-process.exitcode).name}"
+        for rank, process in enumerate(processes)
+        if process.exitcode is not None and process.exitcode < 0
+    ]
+    reason = ", ".join(killed) or f"a process ended with exit code {failed}"
+    code = failed or 0
+    return code if code >= 0 else EXIT_FAULT, reason
 
 
 def _local_process(job: Job, place: Place) -> None:
@@ -178,7 +195,7 @@ def run_process(job: Job, place: Place | None) -> int:
     from omnivision.reporting.reporter import Reporter
 
     place = place or Place.from_torchrun()
-    folder = build.run_folder(job.settings)
+    folder = run_folder(job)
     locked = begun = False
     try:
         processes = build.processes(job.settings, place)
@@ -209,21 +226,27 @@ def run_process(job: Job, place: Place | None) -> int:
     except (Exception, KeyboardInterrupt, Terminated) as error:
         # A refusal before anything has begun leaves what an earlier run wrote as it is.
         tells = begun or (locked and not folder.read_summary())
-        return explain(error, folder if tells else None, place.rank)
+        with undisturbed():
+            return explain(error, folder if tells else None, place.rank)
     finally:
         if locked:
             folder.unlock()
+
+
+def run_folder(job: Job) -> RunFolder:
+    return RunFolder(job.settings.launcher.experiment_log_dir, job.settings.trainer.checkpoint.save_dir)
 
 
 def ready_trainer(job: Job, processes: Processes, folder: RunFolder, reporter: Reporter) -> Trainer:
     """The trainer with everything built and, if the run folder has a checkpoint, resumed; else with pretrained weights."""
     from omnivision import build
     from omnivision.files import write_atomically
+    from omnivision.resuming import take_up
 
     trainer = build.trainer(job.settings, processes, folder, reporter)
     for source in trainer.sources:
         reporter.say(f"Averages {source['path']} (SHA-256 {source['sha256'][:12]}...)")
-    if trainer.resume():
+    if take_up(trainer):
         return trainer
     no_weights = job.settings.pretrained_checkpoint_path is None or trainer.sources  # sources are no heads
     if job.settings.trainer.mode == "val" and no_weights:
@@ -243,25 +266,44 @@ def ready_trainer(job: Job, processes: Processes, folder: RunFolder, reporter: R
 
 def explain(error: BaseException, folder: RunFolder | None, rank: int) -> int:
     """Tell why a process ends, on the console, in its log and in `summary.json`; returns the exit code."""
-    if isinstance(error, UserError):
-        code, reason = error.exit_code, str(error)
-        tell = rank == 0 or not error.everywhere
-    elif isinstance(error, KeyboardInterrupt):
-        code, reason, tell = EXIT_INTERRUPTED, "interrupted from the keyboard", rank == 0
-    elif isinstance(error, Terminated):
-        code, reason, tell = EXIT_TERMINATED, "ended by SIGTERM", rank == 0
-    else:
-        code, reason, tell = EXIT_FAULT, f"{type(error).__name__}: {error}", True
+    code, reason = _how_it_ended(error)
+    # What all processes know is told by one; a fault is told by each that has one.
+    tell = rank == 0 or code == EXIT_FAULT or (isinstance(error, UserError) and not error.everywhere)
     LOG.error(reason, exc_info=error if code == EXIT_FAULT else None)
     if tell:
         print_error(error if code == EXIT_FAULT else reason)
     if folder is not None:
         try:
-            interrupted = code in (EXIT_INTERRUPTED, EXIT_TERMINATED)
-            folder.write_summary(status="interrupted" if interrupted else "failed", exit_reason=reason)
+            folder.write_summary(status="interrupted" if code in INTERRUPTED else "failed", exit_reason=reason)
         except OSError as failure:  # a full disk must not change the exit code
             print(f"error: the reason could not be written to {folder.path}: {failure}", file=sys.stderr)
     return code
+
+
+def _how_it_ended(error: BaseException) -> tuple[int, str]:
+    """Exit code and reason."""
+    match error:
+        case UserError():
+            return error.exit_code, str(error)
+        case KeyboardInterrupt():
+            return EXIT_INTERRUPTED, "interrupted from the keyboard"
+        case Terminated():
+            return EXIT_TERMINATED, "ended by SIGTERM"
+    return EXIT_FAULT, f"{type(error).__name__}: {error}"
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Inside this block neither Ctrl-C nor SIGTERM interrupts: a run that is ending already writes down why.
+
+    Ctrl-C reaches all processes of a terminal, and SLURM's SIGTERM all of a job; the launcher then sends one more.
+    """
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """The loop: epochs of steps, validation, checkpoints, and how a run picks itself up again.
 
 What a run starts from, first that applies:
-  1. its own newest checkpoint, in the middle of an epoch too (`resume`: re-running the command);
-  2. pretrained weights, loaded into the model when `resume` has found nothing;
+  1. its own newest checkpoint, in the middle of an epoch too (`resuming.take_up`: re-running the command);
+  2. pretrained weights, loaded into the model when there is no such checkpoint;
   3. nothing.
 """
 
@@ -27,7 +27,7 @@ from omnivision.data.order import draws
 from omnivision.distributed import Processes, parallel, without_sync
 from omnivision.errors import NonFiniteError, UserError
 from omnivision.evaluation import Evaluation, evaluate
-from omnivision.files import BEST, LATEST
+from omnivision.files import BEST
 from omnivision.metrics import Meter, averages
 from omnivision.models.architecture import describe, leaves_parameters_out
 from omnivision.models.classifier import train_mode
@@ -133,7 +133,7 @@ class Trainer:
     # ---- a whole run ----------------------------------------------------------------------------------------------
 
     def fit(self) -> None:
-        """Train to `max_epochs` from where the state stands (see `resume`). Raises NonFiniteError, UserError."""
+        """Train to `max_epochs` from where the state stands. Raises NonFiniteError, UserError."""
         self.reporter.start(self.global_step, self.total_steps)
         if self.is_done:
             self.reporter.say(f"All {self.options.max_epochs} epochs are done; nothing is left to train.")
@@ -250,7 +250,7 @@ class Trainer:
         meter = {s: {"count": n} | sums for s, (sums, n) in self.meter.totals(self.processes).items()}
         if self.processes.is_main:
             self.folder.require_lock()
-            state = {
+            state = {  # resuming.take_up puts it back
                 "format": checkpoint.FORMAT,
                 "architecture": describe(self.bare),
                 "model": self.bare.state_dict(),
@@ -268,53 +268,6 @@ class Trainer:
             }
             checkpoint.save(state, self.folder.checkpoints, also)
         self.processes.barrier()
-
-    def resume(self) -> bool:
-        """Take up the newest whole checkpoint of the run folder; False when there is none."""
-        try:
-            found = checkpoint.load_newest(self.folder.checkpoints)
-        except checkpoint.BrokenCheckpoint as error:
-            raise UserError(
-                f"No checkpoint of this run is whole: {error}. Starting over would lose the run without a word. Put back a "
-                f"good file as {self.folder.checkpoints / LATEST}, or change launcher.experiment_log_dir."
-            ) from None
-        if found is None:
-            return False
-        state, path, problems = found
-        for problem in problems:
-            self.reporter.say(f"A checkpoint is broken and was passed over: {problem}")
-        if state["steps_per_epoch"] != self.plan.steps:
-            raise UserError(
-                f"{path} belongs to a run with {state['steps_per_epoch']} steps an epoch, now there are {self.plan.steps}: "
-                "data, batch_size or trainer.limit_train_batches changed. Give the same again, or another "
-                "launcher.experiment_log_dir for a new run."
-            )
-        if self.sources and [s["sha256"] for s in state["sources"]] != [s["sha256"] for s in self.sources]:
-            then, now = (
-                ", ".join(f"{s['path']} ({s['sha256'][:12]})" for s in x) for x in (state["sources"], self.sources)
-            )
-            raise UserError(
-                f"{path} is of a run that averages {then}; now pretrained_checkpoint_path gives {now}. Expected the same "
-                "files, in the same order. Give them again, or another launcher.experiment_log_dir for a new run."
-            )
-        checkpoint.load_model(self.bare, state["model"], path)
-        if self.ema is not None and state["ema"] is not None:
-            self.ema.load(state["ema"])
-        try:
-            self.optimizer.load(state["optimizer"])
-        except ValueError as error:
-            raise UserError(
-                f"{path} holds the state of another optimizer ({error}): trainer.optim.optimizer, its options, layer_decay or "
-                "trainer.freeze changed. Give the same again, or another launcher.experiment_log_dir for a new run."
-            ) from None
-        if self.scaler.is_enabled() and state["scaler"]:  # empty after steps without one
-            self.scaler.load_state_dict(state["scaler"])
-        self.state = State(state["epoch"], state["step"], state["best"], state["seconds"])
-        self.last = state["last"]
-        if self.processes.is_main:
-            self.meter.load(state["meter"])
-        self.reporter.say(f"Resumed from {path}: {self.state.epoch} epochs and {self.state.step} steps are done.")
-        return True
 
     def agree_on_start(self) -> None:
         """Raises UserError, in all processes, when they did not resume from the same step."""

@@ -1,5 +1,6 @@
 """Checkpoints: atomic, verified, weights only; and what happens to broken ones."""
 
+import itertools
 import pickle
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from omnivision import checkpoint
-from omnivision.errors import UserError
+from omnivision.errors import Terminated, UserError
 from tests.runs import ROOT
 
 
@@ -74,6 +75,16 @@ class Saving(Folder):
         found, _, _ = checkpoint.load_newest(self.folder)
         self.assertEqual(found["step"], 1)
         self.assertEqual([p.name for p in self.folder.iterdir() if p.name.startswith(".")], [])
+
+    def test_what_interrupts_a_save_is_what_is_raised(self):
+        for reason in (OSError(28, "No space left on device"), KeyboardInterrupt(), Terminated()):
+            with self.subTest(type(reason)):
+                file = mock.Mock(write=mock.Mock(side_effect=itertools.chain([64], itertools.repeat(reason))))
+                opened = mock.MagicMock()
+                opened.__enter__.return_value, opened.__exit__.return_value = file, False
+                with mock.patch("omnivision.checkpoint.open", return_value=opened, create=True):
+                    with self.assertRaises(type(reason)):
+                        checkpoint.save(state(1, model={"w": torch.zeros(1_000_000)}), self.folder, [])
 
     def test_killed_while_saving(self):
         """SIGKILL at many moments of a loop of saves: the newest is always whole and never older than the last done."""
@@ -153,6 +164,25 @@ class Loading(Folder):
                 self.assertEqual(checkpoint.load_newest(folder)[0]["step"], 3)
                 checkpoint.save(state(4), folder, [])
                 self.assertEqual(checkpoint.safe_load(folder / "previous.pt")["step"], 3)
+
+    def test_a_lost_newest_is_told(self):
+        checkpoint.save(state(1), self.folder, [])
+        (self.folder / "checkpoint.pt").unlink()  # its manifest tells of it
+        with self.assertRaisesRegex(checkpoint.BrokenCheckpoint, "checkpoint.pt is gone or no file, and there was one"):
+            checkpoint.load_newest(self.folder)
+        checkpoint.save(state(2), self.folder, [])
+        checkpoint.save(state(3), self.folder, [])
+        (self.folder / "checkpoint.pt").unlink()
+        found, path, problems = checkpoint.load_newest(self.folder)
+        self.assertEqual((found["step"], path.name, len(problems)), (2, "previous.pt", 1))
+
+    def test_a_link_that_leads_nowhere_and_a_folder_in_its_place(self):
+        (self.folder / "link").mkdir()
+        (self.folder / "link/checkpoint.pt").symlink_to("/nowhere/checkpoint.pt")
+        (self.folder / "folder/checkpoint.pt").mkdir(parents=True)
+        for name in ("link", "folder"):
+            with self.subTest(name), self.assertRaisesRegex(checkpoint.BrokenCheckpoint, "is gone or no file"):
+                checkpoint.load_newest(self.folder / name)
 
     def test_what_loads_but_is_no_checkpoint_of_a_run(self):
         for content in ({"model": {}}, [1, 2], state(1, model={"w": 0})):

@@ -270,6 +270,16 @@ class Films(unittest.TestCase):
         self.assertRegex(bad.reason, "64x48 is more than max_pixels")
         self.assertEqual((bad.source, bad.index, bad.path), ("films", 0, f"{self.folder}/0.mp4"))
 
+    def test_a_strip_is_bad(self):
+        for size in ((16, 16 * 16), (16 * 16, 16)):
+            write_film(self.folder / "strip.mp4", np.zeros((4, *size, 3), np.uint8), fps=4)
+            np.save(self.folder / "strip.npy", np.array(["strip.mp4"] * 11))
+            self.assertEqual(self.dataset("strip.npy", training=False)[Request(0, 0, 0)].bad, [])
+        for size in ((16, 16 * 16 + 2), (16 * 16 + 2, 16)):
+            write_film(self.folder / "strip.mp4", np.zeros((4, *size, 3), np.uint8), fps=4)
+            (bad,) = self.dataset("strip.npy", training=False)[Request(0, 0, 0)].bad
+            self.assertRegex(bad.reason, "one side is more than 16 times the other")
+
     def test_when_everything_is_bad_the_sample_says_so(self):
         np.save(self.folder / "none.npy", np.array([f"none_{i}.mp4" for i in range(11)]))
         sample = self.dataset("none.npy")[Request(0, 2, 0)]
@@ -355,6 +365,17 @@ class Ledger(unittest.TestCase):
                     resumed.add([sample], write=True)
                 self.assertEqual(len(resumed), 3)
                 self.assertEqual(len(BadSampleLedger(path, files=100, budget=0.5)), 3, cut)
+
+    def test_what_is_no_ledger_line_is_passed_over(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "bad.jsonl"
+            wrong = b'{"source": [1], "index": {}, "path": "a", "reason": "b"}'
+            for damage in (b"\xff\xfe", b"[]", b"null", b'{"path": 3}', b"{}", b"7", wrong):
+                with self.subTest(damage):
+                    path.write_bytes(damage + b"\n")
+                    ledger = BadSampleLedger(path, files=4, budget=0.5)
+                    ledger.add([BadSample("films", 0, "a.mp4", "why")], write=True)
+                    self.assertEqual(len(BadSampleLedger(path, files=4, budget=0.5)), 1)
 
     def test_the_same_path_in_two_sources_is_two_files(self):
         with tempfile.TemporaryDirectory() as folder:

@@ -15,7 +15,7 @@ FLOORS = {
     2: ["data", "models", "optim", "demo"],
     3: ["tasks", "evaluation", "prepare"],
     4: ["checkpoint", "reporting", "weights", "interop"],
-    5: ["trainer"],
+    5: ["trainer", "resuming"],
     6: ["settings_yaml", "targets", "schema", "settings", "composition", "preflight", "build", "dry", "usage"],
     7: ["launch", "cli"],
 }
@@ -27,6 +27,7 @@ RAISED = {
     "evaluation": 3.5,
     "weights": 4.5,
     "interop": 4.6,
+    "resuming": 5.5,
     "schema": 6.1,
     "settings": 6.2,
     "composition": 6.3,

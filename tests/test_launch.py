@@ -1,6 +1,7 @@
 """Ways to start a run: torchrun, local processes, and what happens when one of them fails."""
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -9,6 +10,7 @@ import unittest
 from pathlib import Path
 
 from omnivision.distributed import Place
+from omnivision.errors import EXIT_FAULT, EXIT_INTERRUPTED
 from tests import runs
 
 
@@ -83,10 +85,24 @@ class Torchrun(unittest.TestCase):
             process = self.started(folder, *data, "launcher.gpus_per_node=2", step=3)
             workers = children(process.pid)
             self.assertEqual(len(workers), 2)
-            os.kill(workers[1], 9)
-            self.assertNotEqual(process.wait(timeout=30), 0)
+            os.kill(workers[0], 9)  # the one that writes the summary
+            self.assertEqual(process.wait(timeout=30), EXIT_FAULT)
             for worker in workers:
                 self.assertFalse(Path(f"/proc/{worker}").exists())
+            told = runs.summary(folder / "run")
+            self.assertEqual(told["status"], "failed")
+            self.assertIn("process 0 was killed by SIGKILL", told["exit_reason"])
+
+    def test_ctrl_c_on_two_processes_is_written_down(self):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            data = runs.write_split(folder, runs.real_films() * 4)
+            process = self.started(folder, *data, "launcher.gpus_per_node=2", step=2)
+            for pid in (*children(process.pid), process.pid):  # as a terminal does
+                os.kill(pid, signal.SIGINT)
+            self.assertEqual(process.wait(timeout=30), EXIT_INTERRUPTED)
+            told = runs.summary(folder / "run")
+            self.assertEqual((told["status"], told["exit_reason"]), ("interrupted", "interrupted from the keyboard"))
 
 
 def children(pid: int, kind: str = "spawn_main") -> list[int]:

@@ -51,8 +51,46 @@ class Log(Folder):
         log.write("step", "train", 0, 4)
         self.assertEqual([line["step"] for line in read_lines(log.path)], [1, 2, 3, 4])
 
+    def test_a_damaged_line_in_the_middle_is_left_out(self):
+        log = MetricsLog(self.folder / "m.jsonl")
+        for step in (1, 2, 3):
+            log.write("step", "train", 0, step)
+        first, _, last = log.path.read_bytes().splitlines(keepends=True)
+        for damage in (b"\xff\xfe{", b"[1, 2]", b'{"event": "step"}', b'{"step": "two"}', b"null", b""):
+            with self.subTest(damage):
+                log.path.write_bytes(first + damage + b"\n" + last)
+                log.rewind(3)
+                self.assertEqual([line["step"] for line in read_lines(log.path)], [1, 3])
+
     def test_finite(self):
         self.assertEqual(finite((1, float("nan"), {"x": float("inf")})), [1, None, {"x": None}])
+
+
+class Summary(Folder):
+    def test_what_is_no_summary_is_replaced(self):
+        folder = RunFolder(self.folder)
+        for damage in (b"", b"{", b"[]", b"[1]", b"null", b"\xff\xfe"):
+            with self.subTest(damage):
+                (self.folder / "summary.json").write_bytes(damage)
+                self.assertEqual(folder.read_summary(), {})
+                folder.write_summary(status="running")
+                self.assertEqual(folder.read_summary(), {"status": "running"})
+
+    def test_a_run_that_was_killed_is_told_by_its_launcher_but_a_live_or_ended_one_is_not(self):
+        folder = RunFolder(self.folder)
+        folder.write_summary(status="finished", exit_reason="all epochs done")
+        folder.note_silent_end("killed", interrupted=False)
+        self.assertEqual(folder.read_summary()["status"], "finished")
+        folder.write_summary(status="running", exit_reason=None)
+        folder.lock()
+        folder.note_silent_end("killed", interrupted=False)
+        self.assertEqual(folder.read_summary()["status"], "running")
+        folder.unlock()
+        folder.note_silent_end("killed", interrupted=False)
+        self.assertEqual(folder.read_summary(), {"status": "failed", "exit_reason": "killed"})
+        folder.write_summary(status="running", exit_reason=None)
+        folder.note_silent_end("ended by SIGTERM", interrupted=True)
+        self.assertEqual(folder.read_summary()["status"], "interrupted")
 
 
 class Lock(Folder):

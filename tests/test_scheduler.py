@@ -1,5 +1,6 @@
 """Schedules and parameter groups: the published figures, and a test for each sentence of the rules."""
 
+import functools
 import unittest
 
 import torch
@@ -139,6 +140,12 @@ class Groups(unittest.TestCase):
         groups = parameter_groups(model(), {"momentumm": [Rule(Constant(0))]})
         with self.assertRaisesRegex(UserError, "momentumm, which AdamW does not know"):
             ScheduledOptimizer(model(), groups, torch.optim.AdamW)
+
+    def test_arguments_that_the_optimizer_does_not_take(self):
+        groups = parameter_groups(model(), {"lr": [Rule(Constant(1.0))]})
+        for arguments in ({"betas": [0.9]}, {"beta": 1}, {"eps": -1.0}, {"fused": True, "foreach": True}):
+            with self.subTest(arguments), self.assertRaisesRegex(UserError, "trainer.optim.optimizer cannot be built"):
+                ScheduledOptimizer(model(), groups, functools.partial(torch.optim.AdamW, **arguments))
 
     def test_frozen_parameters_are_in_no_group(self):
         made = model()

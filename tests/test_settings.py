@@ -73,6 +73,10 @@ class Values(unittest.TestCase):
             "image_size=1000000000": "image_size is 1000000000 .*at most 4096",
             "data_root=3": "data_root is 3 .*expected a text",
             "trainer.model.trunk.depth=012": "trainer.model.trunk.depth is '012'.*expected a whole number",
+            "short_side=0": "short_side is 0 .*at least 1",
+            "trainer.data.views_per_clip=0": "views_per_clip is 0 .*at least 1",
+            "trainer.distributed.timeout_minutes=0": "timeout_minutes is 0.0 .*greater than 0",
+            "+trainer.data.repeats.k150=0": "trainer.data.repeats.k150 is 0.0 .*greater than 0",
         }
         for override, saying in cases.items():
             with self.subTest(override):
@@ -121,6 +125,24 @@ class Values(unittest.TestCase):
         for overrides, saying in cases.items():
             with self.subTest(overrides):
                 self.assert_refused(*overrides, saying=saying)
+
+    def test_objects_that_may_be_built_but_not_here(self):
+        mask, view = "omnivision.data.masking.TubeMask,ratio:0.5", "omnivision.data.views.EvalView,size:224"
+        cases = {
+            ("trainer.task", mask): "omnivision.tasks",
+            ("trainer.data.view", mask): "omnivision.data.views",
+            ("trainer.data.val_view", mask): "omnivision.data.views",
+            ("trainer.data.mask", view): "omnivision.data.masking",
+            ("trainer.model", mask): "omnivision.models",
+        }
+        for (setting, target), package in cases.items():
+            with self.subTest(setting):
+                self.assert_refused(
+                    *([] if setting == "trainer.task" else ["trainer.task.tubelet=[2,16,16]"]),
+                    f"~{setting}",
+                    f"++{setting}={{_target_:{target}}}",
+                    saying=rf"{setting}\._target_ is {target.split(',')[0]}; expected something of {package}",
+                )
 
     def test_lr_scale_factor_takes_any_ratio(self):
         for value in (0.5, 2, 1.3333, 1e-3):
@@ -194,6 +216,7 @@ class Script(unittest.TestCase):
                 (["trainer/model=vitbse"], "vitbase"),
                 (["batch_size=0"], "at least 1"),
                 (["a=b=c"], "Quote"),
+                (["trainer/model=null"], "expected its name, e.g. trainer/model=vitbase"),
             ):
                 with self.subTest(overrides):
                     result = script(*MAE, FOLDER, *overrides, cwd=Path(folder))

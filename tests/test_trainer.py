@@ -31,6 +31,7 @@ from omnivision.optim.schedules import WarmupCosine
 from omnivision.reporting.bad_samples import BadSampleLedger
 from omnivision.reporting.reporter import Reporter
 from omnivision.reporting.run_folder import RunFolder
+from omnivision.resuming import take_up
 from omnivision.tasks.reconstruct import Reconstruct
 from omnivision.trainer import Data, Options, Trainer
 
@@ -84,7 +85,7 @@ def trainer(folder: Path, train: Noise | None = None, val: Noise | None = None, 
         BadSampleLedger(run_folder.logs / "bad_samples.jsonl", 12, budget=0.5),
         Options(**{"max_epochs": 2, "seed": 3, "log_freq": 1} | options),
     )
-    made.resume()
+    take_up(made)
     return made
 
 
@@ -245,6 +246,34 @@ class Loop(unittest.TestCase):
             self.assertRaisesRegex(UserError, "of another optimizer"),
         ):
             trainer(self.folder / "optimizer")
+
+    def test_an_optimizers_state_that_does_not_fit_is_told(self):
+        self.fit("groups", max_epochs=1)
+        path = self.folder / "groups/checkpoints/checkpoint.pt"
+        damages = {
+            "no groups": lambda found: found["optimizer"].update(param_groups=[]),
+            "no state": lambda found: found["optimizer"].pop("state"),
+            "one parameter less": lambda found: found["optimizer"]["param_groups"][0]["params"].pop(),
+        }
+        whole = path.read_bytes()
+        for name, damage in damages.items():
+            with self.subTest(name):
+                path.write_bytes(whole)
+                found = checkpoint.safe_load(path)
+                damage(found)
+                path.unlink()
+                torch.save(found, path)
+                path.with_name("checkpoint.pt.json").unlink(missing_ok=True)
+                with self.assertRaisesRegex(UserError, "of another optimizer"):
+                    trainer(self.folder / "groups")
+
+    def test_steps_without_a_scaler_go_on_with_one(self):
+        self.fit("unscaled", max_epochs=1)
+        made = trainer(self.folder / "unscaled", amp_dtype=torch.float16)
+        self.assertEqual((made.state.epoch, made.scaler.is_enabled()), (1, True))
+        made.fit()
+        made.reporter.close()
+        self.assertTrue(made.is_done)
 
     def test_a_moving_average_is_evaluated_kept_and_resumed(self):
         whole = trainer(self.folder / "ema", val=Noise(5), ema_decay=0.5, val_epoch_freq=1)

@@ -158,9 +158,11 @@ class ScheduledOptimizer:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Put a state of `optimizer.state_dict()` back. Raises ValueError when it is of another optimizer or other groups."""
-        theirs, ours = (set(s["param_groups"][0]) for s in (state, self.optimizer.state_dict()))
-        if theirs != ours:
-            raise ValueError(f"options {', '.join(sorted(theirs ^ ours))} are only in one of the two")
+        theirs, ours = state.get("param_groups"), self.optimizer.state_dict()["param_groups"]
+        if not isinstance(theirs, list) or len(theirs) != len(ours) or not isinstance(state.get("state"), dict):
+            raise ValueError(f"it does not have the {len(ours)} groups of parameters that this one has")
+        if only := set(theirs[0]) ^ set(ours[0]):
+            raise ValueError(f"options {', '.join(sorted(only))} are only in one of the two")
         self.optimizer.load_state_dict(dict(state))
 
     @property

@@ -22,8 +22,9 @@ class BadSampleLedger:
         if path.exists():
             self._cut = not path.read_bytes().endswith(b"\n")
             for entry in read_lines(path):
-                if {"source", "index", "path", "reason"} <= entry.keys():
-                    self._known[entry["source"], entry["index"]] = entry["path"], entry["reason"]
+                source, index = entry.get("source"), entry.get("index")
+                if isinstance(source, str) and isinstance(index, int):
+                    self._known[source, index] = str(entry.get("path")), str(entry.get("reason"))
 
     def __len__(self) -> int:
         return len(self._known)

@@ -94,6 +94,14 @@ class RunFolder:
         except (FileNotFoundError, ValueError, TypeError):  # the next one to write replaces what is no summary
             return {}
 
+    def note_silent_end(self, reason: str, interrupted: bool) -> None:
+        """Write down, for a run that was killed before it could, how it ended; unless another one is running here now."""
+        with alone(self.path / ".lock.guard"):
+            holder, age = self._holder()
+            running = holder is not None and self._alive(holder, age)
+            if self.read_summary().get("status") == "running" and not running:
+                self.write_summary(status="interrupted" if interrupted else "failed", exit_reason=reason)
+
     def _claim(self) -> str:
         return json.dumps(
             {

@@ -1,0 +1,65 @@
+"""How a run is taken up from its own checkpoint (`Trainer.save` wrote it), in the middle of an epoch too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from omnivision import checkpoint
+from omnivision.errors import UserError
+from omnivision.files import LATEST
+from omnivision.trainer import State, Trainer
+
+
+def take_up(trainer: Trainer) -> bool:
+    """Put the newest whole checkpoint of the run folder into a trainer; False when there is none.
+
+    Raises UserError when none is whole, or when it is of another model, optimizer, data or number of steps.
+    """
+    try:
+        found = checkpoint.load_newest(trainer.folder.checkpoints)
+    except checkpoint.BrokenCheckpoint as error:
+        raise UserError(
+            f"No checkpoint of this run is whole: {error}. Starting over would lose the run without a word. Put back a "
+            f"good file as {trainer.folder.checkpoints / LATEST}, or change launcher.experiment_log_dir."
+        ) from None
+    if found is None:
+        return False
+    state, path, problems = found
+    for problem in problems:
+        trainer.reporter.say(f"A checkpoint is broken and was passed over: {problem}")
+    if state["steps_per_epoch"] != trainer.plan.steps:
+        raise UserError(
+            f"{path} belongs to a run with {state['steps_per_epoch']} steps an epoch, now there are {trainer.plan.steps}: "
+            "data, batch_size or trainer.limit_train_batches changed. Give the same again, or another "
+            "launcher.experiment_log_dir for a new run."
+        )
+    _require_sources(trainer.sources, state["sources"], path)
+    checkpoint.load_model(trainer.bare, state["model"], path)
+    if trainer.ema is not None and state["ema"] is not None:
+        trainer.ema.load(state["ema"])
+    try:
+        trainer.optimizer.load(state["optimizer"])
+    except ValueError as error:
+        raise UserError(
+            f"{path} holds the state of another optimizer ({error}): trainer.optim.optimizer, its options, layer_decay or "
+            "trainer.freeze changed. Give the same again, or another launcher.experiment_log_dir for a new run."
+        ) from None
+    if trainer.scaler.is_enabled() and state["scaler"]:  # empty after steps without one
+        trainer.scaler.load_state_dict(state["scaler"])
+    trainer.state = State(state["epoch"], state["step"], state["best"], state["seconds"])
+    trainer.last = state["last"]
+    if trainer.processes.is_main:
+        trainer.meter.load(state["meter"])
+    trainer.reporter.say(f"Resumed from {path}: {trainer.state.epoch} epochs and {trainer.state.step} steps are done.")
+    return True
+
+
+def _require_sources(now: Sequence[Mapping[str, str]], then: Sequence[Mapping[str, str]], path: Path) -> None:
+    """An average goes on only with the very files that it averages: they are not in its checkpoints."""
+    if now and [source["sha256"] for source in then] != [source["sha256"] for source in now]:
+        was, given = (", ".join(f"{s['path']} ({s['sha256'][:12]})" for s in sources) for sources in (then, now))
+        raise UserError(
+            f"{path} is of a run that averages {was}; now pretrained_checkpoint_path gives {given}. Expected the same "
+            "files, in the same order. Give them again, or another launcher.experiment_log_dir for a new run."
+        )
