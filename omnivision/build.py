@@ -245,7 +245,7 @@ def facts(settings: Settings, model: nn.Module) -> dict[str, Any]:
     names = [Path(one).name for one in ([source] if isinstance(source, str) else source or [])]
     return {
         "model": told.get("kind", type(model).__name__),
-        "trunk": "averaged" if told.get("kind") == "average" else "frozen" if frozen else "trained",
+        "trunk": "frozen average" if told.get("kind") == "average" else "frozen" if frozen else "trained",
         "pretrained": " + ".join(names) or None,
         "sources": list(settings.trainer.data.sources),
         "classes": told.get("classes"),

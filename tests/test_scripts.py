@@ -248,7 +248,7 @@ class Runs(OnPath):
         # Of the second of two steps: half way for the average's cosine.
         self.assertAlmostEqual(rates["run_downstream_average_lp.sh"], (16e-3 + 4e-6) / 2 / (250 / 4), places=9)
         trunks = [runs.summary(self.folder / script)["run"]["trunk"] for script in PUBLISHED]
-        self.assertEqual(trunks, ["trained", "trained", "trained", "frozen", "averaged"])
+        self.assertEqual(trunks, ["trained", "trained", "trained", "frozen", "frozen average"])
         given, kept = (
             stages.trunk(stages.state(self.folder / f"run_downstream_{name}.sh", file)["model"])
             for name, file in (("ft", "best.pt"), ("lp", "checkpoint.pt"))

@@ -232,7 +232,7 @@ class Averages(OnFilms):
                     torch.testing.assert_close(torch.tensor(list(by_tensor.values())), last)
                     last = last.mean(0)
                 torch.testing.assert_close(torch.tensor([epochs[1]["mixing_0"], epochs[1]["mixing_1"]]), last)
-                self.assertEqual(runs.summary(self.folder / mode)["run"]["trunk"], "averaged")
+                self.assertEqual(runs.summary(self.folder / mode)["run"]["trunk"], "frozen average")
 
                 self.stopped("average", f"{mode}_resumed", 3, *settings)
                 said = self.trained("average", f"{mode}_resumed", *settings).stdout

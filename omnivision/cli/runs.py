@@ -25,7 +25,9 @@ def add_parser(subparsers: Subparsers) -> None:
         description="List the run folders below DIR (those with a summary.json), oldest first.",
     )
     parser.add_argument("folder", metavar="DIR", type=Path, help="a run folder, or a folder of them")
-    parser.add_argument("--top1", action="store_true", help="only runs that were validated by accuracy, best last")
+    parser.add_argument(
+        "--top1", action="store_true", help="only runs that were validated by accuracy, best last, in fewer columns"
+    )
     parser.set_defaults(run=run)
 
 
@@ -41,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)
-    console.print(table(found))
+    console.print(table(found, short=args.top1))
     return 0
 
 
@@ -61,33 +63,34 @@ def summaries(folder: Path) -> list[dict[str, Any]]:
     return sorted(found, key=lambda summary: summary["run"].get("started", 0))
 
 
-def table(found: list[dict[str, Any]]) -> Table:
+def table(found: list[dict[str, Any]], short: bool = False) -> Table:
     """A row a run. Chance is what guessing one class for all would give on classes of equal size."""
     made = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("run", "model", "trunk", "starts from", "data"):
-        made.add_column(heading)
-    for heading in ("epochs", "minutes", "loss", "top-1 %", "best %", "chance %"):
-        made.add_column(heading, justify="right")
-    for heading in ("status", "age"):
-        made.add_column(heading)
+    texts = ("run", "trunk", "starts from", "data", "model", "status", "age")
+    headings = ["run", "trunk", "starts from", "data", "epochs", "minutes", "top-1 %", "chance %"]
+    if not short:
+        headings += ["best %", "loss", "model", "status", "age"]
+    for heading in headings:
+        made.add_column(heading, justify="left" if heading in texts else "right")
     for summary in found:
         facts, last = summary["run"], summary["last"]
         classes = facts.get("classes") or []
-        made.add_row(
-            summary["name"],
-            facts.get("model", "?"),
-            facts.get("trunk", "?"),
-            facts.get("pretrained") or "nothing",
-            ", ".join(facts.get("sources", [])),
-            str(summary.get("epochs", "")),
-            f"{(summary.get('wall_time') or 0) / 60:.1f}",
-            _number(last.get("loss"), 3),
-            _number(last.get("val_top1"), 1),
-            _number(summary.get("best"), 1) if "val_top1" in last else "",
-            _number(100 / max(classes), 1) if classes else "",
-            str(summary.get("status", "?")),
-            _age(time.time() - summary["changed"]),
-        )
+        cells = {
+            "run": summary["name"],
+            "trunk": facts.get("trunk", "?"),
+            "starts from": facts.get("pretrained") or "nothing",
+            "data": ", ".join(facts.get("sources", [])),
+            "epochs": str(summary.get("epochs", "")),
+            "minutes": f"{(summary.get('wall_time') or 0) / 60:.1f}",
+            "top-1 %": _number(last.get("val_top1"), 1),
+            "chance %": _number(100 / max(classes), 1) if classes else "",
+            "best %": _number(summary.get("best"), 1) if "val_top1" in last else "",
+            "loss": _number(last.get("loss"), 3),
+            "model": facts.get("model", "?"),
+            "status": str(summary.get("status", "?")),
+            "age": _age(time.time() - summary["changed"]),
+        }
+        made.add_row(*(cells[heading] for heading in headings))
     return made
 
 

@@ -1,0 +1,88 @@
+"""`omnivision runs`: the table of what lies below a folder."""
+
+import contextlib
+import io
+import json
+import tempfile
+import unittest
+from pathlib import Path
+
+from omnivision.cli.main import main
+
+
+class Runs(unittest.TestCase):
+    def setUp(self):
+        temporary = tempfile.TemporaryDirectory()
+        self.addCleanup(temporary.cleanup)
+        self.folder = Path(temporary.name)
+
+    def write(self, name: str, started: float, **facts: object) -> None:
+        (self.folder / name).mkdir(parents=True)
+        run = {"model": "classifier", "trunk": "frozen", "sources": ["ucf101"], "classes": [101, 4], "started": started}
+        summary = {"run": run, "status": "finished", "epochs": 30, "wall_time": 90.0} | facts
+        (self.folder / name / "summary.json").write_text(json.dumps(summary))
+
+    def told(self, *arguments: str) -> tuple[int, list[list[str]], str]:
+        """Exit code, the words of each line, and what went to the other stream."""
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = main(["runs", str(self.folder), *arguments])
+        return code, [line.split() for line in out.getvalue().splitlines()], err.getvalue()
+
+    def test_all_runs_oldest_first_with_what_is_known_of_them(self):
+        self.write("b/probe", 1, last={"loss": 1.23456, "val_top1": 45.67}, best=50.0)
+        self.write("a", 2, last={"loss": 0.5}, status="running")
+        (self.folder / "c").mkdir()
+        (self.folder / "c/summary.json").write_text('{"status": "failed"}')
+        code, lines, _ = self.told()
+        self.assertEqual(code, 0)
+        self.assertEqual([line[0] for line in lines], ["run", "c", "b/probe", "a"])
+        self.assertIn("failed", lines[1])
+        age = lines[2][-2:]
+        self.assertEqual(
+            lines[2][:-2],
+            [
+                "b/probe",
+                "frozen",
+                "nothing",
+                "ucf101",
+                "30",
+                "1.5",
+                "45.7",
+                "1.0",
+                "50.0",
+                "1.235",
+                "classifier",
+                "finished",
+            ],
+        )
+        self.assertEqual(age[1], "s")
+        self.assertIn("running", lines[3])
+
+    def test_accuracies_worst_first(self):
+        for name, top1 in (("one", 50.0), ("two", 20.0), ("three", 30.0)):
+            self.write(name, 1, last={"val_top1": top1})
+        self.write("mae", 0, last={"loss": 0.1})
+        code, lines, _ = self.told("--top1")
+        self.assertEqual(code, 0)
+        self.assertEqual([line[0] for line in lines], ["run", "two", "three", "one"])
+        self.assertEqual(lines[3], ["one", "frozen", "nothing", "ucf101", "30", "1.5", "50.0", "1.0"])
+
+    def test_what_is_no_folder_of_runs(self):
+        for place, saying in ((".", "no summary.json was found"), ("nowhere", "is no folder")):
+            with self.subTest(place):
+                out, err = io.StringIO(), io.StringIO()
+                with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                    code = main(["runs", str(self.folder / place)])
+                self.assertEqual((code, out.getvalue()), (1, ""))
+                self.assertIn(saying, err.getvalue())
+
+    def test_a_damaged_summary_is_named(self):
+        (self.folder / "summary.json").write_text("[1")
+        code, _, err = self.told()
+        self.assertEqual(code, 1)
+        self.assertRegex(err, r"summary.json is no summary of a run")
+
+
+if __name__ == "__main__":
+    unittest.main()
