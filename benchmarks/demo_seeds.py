@@ -28,9 +28,8 @@ def main(folder: Path, seeds: list[int]) -> None:
         )
         minutes.append((time.monotonic() - began) / 60)
     by_seed = [{run["name"]: run for run in summaries(folder / f"seed_{seed}")} for seed in seeds]
-    print(
-        f"\n| run | starts from | trunk | top-1 % by seed ({', '.join(map(str, seeds))}) | mean ± s.d. |\n|---|---|---|---|---|"
-    )
+    print(f"\n| run | starts from | trunk | top-1 % with seed {', '.join(map(str, seeds))} | mean ± s.d. |")
+    print("|---|---|---|---|---|")
     for name, run in by_seed[0].items():
         if "val_top1" in run["last"]:
             found = [runs[name]["last"]["val_top1"] for runs in by_seed]

@@ -131,11 +131,11 @@ def choice(settings: Settings) -> Choice:
     return Choice(**{key: value for key, value in vars(settings.trainer.checkpoint).items() if key in fields})
 
 
-def pretrained(settings: Settings, model: nn.Module) -> LoadReport | None:
-    """Start from the weights that `pretrained_checkpoint_path` names; tells what became of each entry. None without any."""
+def pretrained(settings: Settings, model: nn.Module) -> list[LoadReport]:
+    """Start from the weights that `pretrained_checkpoint_path` names; tells what became of each entry. Empty without any."""
     source = settings.pretrained_checkpoint_path
-    if source is None or isinstance(model, AveragedClassifier):
-        return None
+    if source is None:
+        return []
     if not isinstance(source, str):
         raise UserError(
             f"pretrained_checkpoint_path is a list of {len(source)}, and {type(model).__name__} starts from one checkpoint. "
@@ -147,11 +147,11 @@ def pretrained(settings: Settings, model: nn.Module) -> LoadReport | None:
             f"trainer.mode=val evaluates {report.path}, but its heads were not loaded ({lacking[0]}). Expected a checkpoint of "
             "this model, taken whole: trainer/checkpoint=load_all."
         )
-    return report
+    return [report]
 
 
-def sources_of_average(settings: Settings, model: nn.Module) -> list[dict[str, str]]:
-    """Give an average the checkpoints it is made of; returns the path and SHA-256 of each. Other models have none."""
+def sources_of_average(settings: Settings, model: nn.Module) -> list[LoadReport]:
+    """Give an average the checkpoints it is made of; tells what became of the entries of each. Other models have none."""
     if not isinstance(model, AveragedClassifier):
         return []
     if settings.pretrained_checkpoint_path is None:
@@ -160,9 +160,14 @@ def sources_of_average(settings: Settings, model: nn.Module) -> list[dict[str, s
             "files, ++pretrained_checkpoint_path=[A,B], or one file with a list under ensemble_weights."
         )
     found = read_several(settings.pretrained_checkpoint_path)
-    states = [choose(w.state, choice(settings), LoadReport(str(w.path), w.sha256)) for w in found]
-    model.load_sources(states, [str(weights.path) for weights in found])
-    return [{"path": str(weights.path), "sha256": weights.sha256} for weights in found]
+    reports = [LoadReport(str(weights.path), weights.sha256) for weights in found]
+    states = [choose(w.state, choice(settings), report) for w, report in zip(found, reports, strict=True)]
+    model.load_sources(states, [report.path for report in reports])
+    taken = {f"trunk.{name}" for name in model.names}
+    for state, report in zip(states, reports, strict=True):
+        report.loaded = sorted(taken)
+        report.dropped |= dict.fromkeys(sorted(state.keys() - taken), "an average takes trunks alone")
+    return reports
 
 
 def groups(settings: Settings, model: nn.Module) -> list[Group]:

@@ -245,7 +245,7 @@ def ready_trainer(job: Job, processes: Processes, folder: RunFolder, reporter: R
 
     trainer = build.trainer(job.settings, processes, folder, reporter)
     for source in trainer.sources:
-        reporter.say(f"Averages {source['path']} (SHA-256 {source['sha256'][:12]}...)")
+        reporter.say(f"Averages {source.path} (SHA-256 {source.sha256[:12]}...)")
     if take_up(trainer):
         return trainer
     no_weights = job.settings.pretrained_checkpoint_path is None or trainer.sources  # sources are no heads
@@ -254,11 +254,12 @@ def ready_trainer(job: Job, processes: Processes, folder: RunFolder, reporter: R
             f"There is no checkpoint in {folder.checkpoints} to validate (trainer.mode=val). Expected that of a run with the "
             "same model. Change launcher.experiment_log_dir, give pretrained_checkpoint_path, or train first."
         )
-    if report := build.pretrained(job.settings, trainer.bare):
-        for line in report.lines():
-            reporter.say(line)
-        if processes.is_main:
-            write_atomically(folder.logs / "pretrained.json", json.dumps(asdict(report), indent=1) + "\n")
+    reports = trainer.sources or build.pretrained(job.settings, trainer.bare)
+    for line in [line for report in reports for line in report.lines()]:
+        reporter.say(line)
+    if reports and processes.is_main:
+        told = [asdict(report) for report in reports]
+        write_atomically(folder.logs / "pretrained.json", json.dumps(told, indent=1) + "\n")
     if trainer.ema is not None:
         trainer.ema.start()
     return trainer

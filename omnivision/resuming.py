@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from omnivision import checkpoint
 from omnivision.errors import UserError
@@ -34,7 +35,7 @@ def take_up(trainer: Trainer) -> bool:
             "data, batch_size or trainer.limit_train_batches changed. Give the same again, or another "
             "launcher.experiment_log_dir for a new run."
         )
-    _require_sources(trainer.sources, state["sources"], path)
+    _require_sources([source.note() for source in trainer.sources], state["sources"], path)
     checkpoint.load_model(trainer.bare, state["model"], path)
     if trainer.ema is not None and state["ema"] is not None:
         trainer.ema.load(state["ema"])
@@ -55,11 +56,18 @@ def take_up(trainer: Trainer) -> bool:
     return True
 
 
-def _require_sources(now: Sequence[Mapping[str, str]], then: Sequence[Mapping[str, str]], path: Path) -> None:
-    """An average goes on only with the very files that it averages: they are not in its checkpoints."""
-    if now and [source["sha256"] for source in then] != [source["sha256"] for source in now]:
+def _require_sources(now: Sequence[Mapping[str, Any]], then: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """An average goes on only with the very weights that it averages: they are not in its checkpoints."""
+    if not now:
+        return
+    if [source["sha256"] for source in then] != [source["sha256"] for source in now]:
         was, given = (", ".join(f"{s['path']} ({s['sha256'][:12]})" for s in sources) for sources in (then, now))
         raise UserError(
             f"{path} is of a run that averages {was}; now pretrained_checkpoint_path gives {given}. Expected the same "
             "files, in the same order. Give them again, or another launcher.experiment_log_dir for a new run."
+        )
+    if [source["choice"] for source in then] != [source["choice"] for source in now]:
+        raise UserError(
+            f"{path} is of a run that took other entries of the checkpoints that it averages: {then[0]['choice']}, now "
+            f"{now[0]['choice']}. Choose the same trainer/checkpoint, or another launcher.experiment_log_dir for a new run."
         )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,6 +37,7 @@ from omnivision.reporting.bad_samples import BadSampleLedger
 from omnivision.reporting.reporter import Reporter
 from omnivision.reporting.run_folder import RunFolder
 from omnivision.tasks.base import Task
+from omnivision.weights import LoadReport
 
 MODEL_DRAW = 200  # purpose of the random numbers inside the model; see data.dataset.Draw
 
@@ -109,13 +110,13 @@ class Trainer:
         reporter: Reporter,
         ledger: BadSampleLedger,
         options: Options,
-        sources: Sequence[Mapping[str, str]] = (),
+        sources: Sequence[LoadReport] = (),
     ) -> None:
-        """`sources` are the path and SHA-256 of what the model is an average of; they are kept in checkpoints and compared."""
+        """`sources` are what the model is an average of; which they were is kept in checkpoints and compared."""
         self.task, self.optimizer, self.options = task, optimizer, options
         self.train, self.val, self.ledger = train, val, ledger
         self.processes, self.folder, self.reporter = processes, folder, reporter
-        self.bare, self.sources = model.to(processes.device), [dict(source) for source in sources]
+        self.bare, self.sources = model.to(processes.device), list(sources)
         compiled = torch.compile(self.bare) if options.compile else self.bare
         find_unused = leaves_parameters_out(self.bare)
         self.model = parallel(compiled, processes, options.comms_dtype, find_unused)  # type: ignore[arg-type]
@@ -255,7 +256,7 @@ class Trainer:
                 "architecture": describe(self.bare),
                 "model": self.bare.state_dict(),
                 "ema": self.ema.average if self.ema is not None else None,
-                "sources": self.sources,
+                "sources": [source.note() for source in self.sources],
                 "optimizer": self.optimizer.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "epoch": self.state.epoch,

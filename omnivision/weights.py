@@ -10,7 +10,7 @@ from __future__ import annotations
 import fnmatch
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +69,15 @@ class LoadReport:
 
     path: str
     sha256: str
+    choice: dict[str, Any] = field(default_factory=dict)  # the Choice that was made
     loaded: list[str] = field(default_factory=list)
     dropped: dict[str, str] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     resized: dict[str, str] = field(default_factory=dict)
+
+    def note(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the weights that its model is made of, to find the very same again."""
+        return {"path": self.path, "sha256": self.sha256, "choice": self.choice}
 
     def lines(self) -> list[str]:
         """A table to print: a line for each fate, with how many and the first names."""
@@ -142,6 +147,7 @@ def choose(state: Mapping[str, Tensor], choice: Choice, report: LoadReport) -> d
 
     Raises UserError for a pattern that matches nothing and for a choice that keeps nothing.
     """
+    report.choice = asdict(choice)
     left = dict(state)
     if choice.keep is not None:
         kept = {name for pattern in choice.keep for name in _matches(left, pattern, "keep", report.path)}

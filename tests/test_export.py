@@ -336,6 +336,23 @@ class Merging(Case):
             self.assert_equal_states(safe_load(out)["model"], average.merged())
             self.assertEqual(safe_load(out)["architecture"]["trunk"]["num_frames"], clip)
 
+    def test_what_the_average_took_of_its_sources_is_taken_again(self):
+        """A choice may give tensors of one shape each other's names."""
+        first, second = "trunk.blocks.0.norm1.weight", "trunk.blocks.0.norm2.weight"
+        choice = {"rename": {first: "held", second: first, "held": second}}
+        average, _, files = self.average("learned_average_softmax")
+        states = [safe_load(file)["model"] for file in files]
+        average.load_sources([state | {first: state[second], second: state[first]} for state in states])
+        noted = [{"path": str(file), "sha256": sha256(file), "choice": choice} for file in files]
+        source, out = self.save(average, "renamed.pt", sources=noted), self.folder / "one.pt"
+        self.run_command("export", source, out, "--to", "pt", "--merge")
+        self.assert_equal_states(safe_load(out)["model"], average.merged())
+        for damage in (3, [1], {"keep": 3}, {"nope": 1}, {"rename": [1]}):
+            with self.subTest(damage), self.assertRaisesRegex(UserError, "does not note properly what it took"):
+                damaged = [note | {"choice": damage} for note in noted]
+                source = self.save(average, "damaged.pt", sources=damaged)
+                self.run_command("export", source, self.folder / "two.pt", "--to", "pt", "--merge")
+
     def test_the_moving_average_of_an_average(self):
         _, source, _ = self.average("learned_average_softmax")
         ema = {"mixing_ratio": torch.tensor([30.0, -30.0])}

@@ -160,7 +160,7 @@ class HandOver(OnFilms):
         for source, file, name in [("mae", "checkpoint.pt", "align"), ("align", "best.pt", "ft")]:
             with self.subTest(name):
                 path = self.folder / source / "checkpoints" / file
-                report = json.loads((self.folder / name / "logs/pretrained.json").read_text())
+                (report,) = json.loads((self.folder / name / "logs/pretrained.json").read_text())
                 entries = set(stages.state(self.folder / source, file)["model"])
                 self.assertEqual((report["path"], report["sha256"]), (str(path), sha256(path)))
                 self.assertEqual(set(report["loaded"]), set(stages.trunk(self.start[name])))
@@ -223,7 +223,14 @@ class Averages(OnFilms):
                 state = stages.state(self.folder / mode)
                 trained = {"mixing_ratio", "model.heads.0.0.weight", "model.heads.0.0.bias"}
                 self.assertEqual(set(state["model"]) - {"model.trunk.pos_embed"}, trained)  # that one is a constant
-                self.assertEqual(state["sources"], [{"path": str(f), "sha256": sha256(f)} for f in self.files])
+                noted = [(str(file), sha256(file)) for file in self.files]
+                self.assertEqual([(source["path"], source["sha256"]) for source in state["sources"]], noted)
+                reports = json.loads((self.folder / mode / "logs/pretrained.json").read_text())
+                self.assertEqual([(report["path"], report["sha256"]) for report in reports], noted)
+                for report in reports:
+                    left = {"heads.0.0.bias", "heads.0.0.weight", "trunk.pos_embed"}  # the last is a constant
+                    self.assertEqual(set(report["dropped"]), left)
+                    self.assertEqual(set(report["loaded"]), set(stages.state(self.folder / "a")["model"]) - left)
                 last = state["model"]["mixing_ratio"].softmax(-1)
                 if names:
                     by_tensor = epochs[1]["mixing_by_tensor"]
@@ -246,8 +253,8 @@ class Averages(OnFilms):
             self.trained("average", name, *self.data, source, "epochs=1")
         one, other = (stages.state(self.folder / name) for name in ("list", "file"))
         self.assert_equal_tensors(one["model"], other["model"])
-        several = {"path": f"{self.folder}/several.pt", "sha256": sha256(self.folder / "several.pt")}
-        self.assertEqual(other["sources"], [several, several])
+        several = (f"{self.folder}/several.pt", sha256(self.folder / "several.pt"))
+        self.assertEqual([(source["path"], source["sha256"]) for source in other["sources"]], [several, several])
 
     def test_sources_that_changed_are_refused(self):
         torch.save({"model": stages.state(self.folder / "b")["model"]}, self.folder / "c.pt")
@@ -260,6 +267,11 @@ class Averages(OnFilms):
         changed["trunk.norm.bias"][0] += 1e-3
         torch.save({"model": changed}, self.folder / "c.pt")
         self.assert_refused([*again, sources], r"averages .*c\.pt .* now .* same files")
+
+    def test_another_choice_of_entries_is_refused(self):
+        self.trained("average", "choosing", *self.data, self.sources, "epochs=1")
+        other = stages.command("average", self.folder / "choosing", *self.data, self.sources)
+        self.assert_refused([*other, "trainer/checkpoint=no_heads_ensemble"], r"took other entries .*'heads\.\*'")
 
     def test_mistakes(self):
         narrow = stages.state(self.folder / "a")["model"]

@@ -25,9 +25,7 @@ def add_parser(subparsers: Subparsers) -> None:
         description="List the run folders below DIR (those with a summary.json), oldest first.",
     )
     parser.add_argument("folder", metavar="DIR", type=Path, help="a run folder, or a folder of them")
-    parser.add_argument(
-        "--top1", action="store_true", help="only runs that were validated by accuracy, best last, in fewer columns"
-    )
+    parser.add_argument("--top1", action="store_true", help="only accuracies, by data, best last")
     parser.set_defaults(run=run)
 
 
@@ -39,7 +37,8 @@ def run(args: argparse.Namespace) -> int:
     if not found:
         raise UserError(f"There is no run below {args.folder}: no summary.json was found. Change DIR.")
     if args.top1:
-        found = sorted((s for s in found if "val_top1" in s["last"]), key=lambda s: s["last"]["val_top1"])
+        validated = (summary for summary in found if "val_top1" in summary["last"])
+        found = sorted(validated, key=lambda s: (s["run"].get("sources", []), s["last"]["val_top1"]))
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from omnivision.interop.proof import check_finite, random_clip
 from omnivision.interop.published import from_ours
 from omnivision.models.architecture import Architecture, build, describe
 from omnivision.models.average import AveragedClassifier
-from omnivision.weights import Weights, read_several
+from omnivision.weights import Choice, LoadReport, Weights, choose, read_several
 
 SAME = 1e-6
 
@@ -32,7 +33,7 @@ def read_sources(noted: Any, given: Sequence[str] | None) -> list[Weights]:
     """The models that an average is made of: those that its checkpoint notes, or the same from the paths `given`.
 
     Args:
-        noted: `sources` of the checkpoint, a list of {"path", "sha256"}.
+        noted: `sources` of the checkpoint, a list of {"path", "sha256", "choice"}.
 
     Raises UserError when one is not there, or has another SHA-256 than is noted.
     """
@@ -60,7 +61,21 @@ def read_sources(noted: Any, given: Sequence[str] | None) -> list[Weights]:
         raise UserError(
             f"There are {len(found)} checkpoints, and the average is made of {len(noted)}. Give as many: --sources."
         )
-    return found
+    return [_chosen(weights, note.get("choice")) for weights, note in zip(found, noted, strict=True)]
+
+
+def _chosen(weights: Weights, choice: Any) -> Weights:
+    """What the average took of a checkpoint, under the names that it gave. Raises UserError for a note that is no choice."""
+    if choice is None:  # nothing is noted
+        return weights
+    try:
+        taken = choose(weights.state, Choice(**choice), LoadReport(str(weights.path), weights.sha256))
+    except (TypeError, AttributeError) as error:
+        raise UserError(
+            f"The checkpoint does not note properly what it took of {weights.path} (`choice` under `sources`: {error}). "
+            "Expected a checkpoint of a run with a model vit*_average_ft. Give that one."
+        ) from None
+    return replace(weights, state=taken)
 
 
 @torch.no_grad()

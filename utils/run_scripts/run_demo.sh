@@ -41,9 +41,9 @@ omnivision runs --top1 "$DEMO"
 cat <<END
 
 The demo took $((($(date +%s) - began) / 60)) min $((($(date +%s) - began) % 60)) s. Look at
-  $DEMO/mae/pictures/last.png                  original, what the autoencoder saw, what it made of it (last.gif moves)
-  $DEMO/finetune/pictures/confusion_target.png  which action is taken for which
-  $DEMO/*/summary.json, logs/metrics.jsonl     how each run went
+  $DEMO/mae/pictures/last.png: a film, what the autoencoder saw of it, and what it made of that (last.gif moves)
+  $DEMO/finetune/pictures/confusion_target.png: which action is taken for which
+  $DEMO/*/summary.json and logs/metrics.jsonl: how each run went
   tensorboard --logdir $DEMO
 Stop it with Ctrl-C and run it again to see it go on; a new folder starts anew: make demo DEMO=another_folder
 docs/demo.md tells what to expect, and how far it varies.
