@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from typing import IO, Any
 
@@ -13,12 +14,13 @@ class BrokenCheckpoint(Exception):
 
 
 def safe_load(source: Path | IO[bytes], map_location: str = "cpu") -> Any:
-    """What is in a file of `torch.save`; a path is memory-mapped.
+    """What is in a file of `torch.save`; a path is memory-mapped, but for files from before torch 1.6, which are no archives.
 
     Raises BrokenCheckpoint for a file that does not load with weights only, whatever the reason.
     """
     try:
-        return torch.load(source, map_location=map_location, weights_only=True, mmap=isinstance(source, Path))
+        mapped = isinstance(source, Path) and zipfile.is_zipfile(source)
+        return torch.load(source, map_location=map_location, weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises many kinds for a damaged or hostile file; all mean the same to the caller
         name = source if isinstance(source, Path) else "the file"
         raise BrokenCheckpoint(f"{name} does not load: {(str(error).splitlines() or [repr(error)])[0]}") from error

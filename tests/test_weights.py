@@ -152,6 +152,14 @@ class Reading(unittest.TestCase):
         self.assert_read(self.folder / "run.pt", architecture=True)
         self.assert_read(self.folder / "weights.safetensors")
 
+    def test_files_from_before_torch_1_6(self):
+        path = self.folder / "old.pt"
+        torch.save({"model": classifier().state_dict()}, path, _use_new_zipfile_serialization=False)
+        self.assertEqual(load(classifier(), read(path), Choice(strict=True)).missing, [])
+        path.write_bytes(path.read_bytes()[:-100])
+        with self.assertRaisesRegex(UserError, "old.pt"):
+            read(path)
+
     def test_a_moving_average_takes_the_place_of_the_weights(self):
         ema = {"trunk.norm.weight": torch.full((24,), 7.0)}
         torch.save({"model": self.state, "ema": ema}, self.folder / "run.pt")

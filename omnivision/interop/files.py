@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,7 +101,7 @@ def find(source: str | Path) -> Path:
 def _read_torch(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
     # Checkpoints of VideoMAE's own repository hold the command line beside the weights. It is a plain bag of values.
     with torch.serialization.safe_globals([argparse.Namespace]):
-        found = safe_load(path) if zipfile.is_zipfile(path) else _read_old(path)
+        found = safe_load(path)
     if isinstance(found, Mapping) and "ensemble_weights" in found:
         raise UserError(f"{path} holds several models (ensemble_weights); expected one. Save one of them to a file.")
     if isinstance(found, Mapping):
@@ -111,15 +110,6 @@ def _read_torch(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
                 return dict(found[key]), {name: value for name, value in found.items() if name != key}
         return dict(found), {}
     raise UserError(f"{path} holds a {type(found).__name__}; expected tensors by name, at the top or under 'model'.")
-
-
-def _read_old(path: Path) -> Any:
-    """What torch wrote before version 1.6: no zip archive. It cannot be mapped, and is not when given open; it is as safe."""
-    with open(path, "rb") as file:
-        try:
-            return safe_load(file)
-        except BrokenCheckpoint as error:
-            raise BrokenCheckpoint(f"{path}: {error}") from error
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
