@@ -34,6 +34,7 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.pretraining_step
+	$(BIN)/python -m benchmarks.probe_step
 
 clean:
 	rm -rf $(DEMO) .coverage .coverage.* .mypy_cache .ruff_cache build
