@@ -35,7 +35,7 @@ from omnivision.schema import Target
 from omnivision.settings import DataSettings, ImageSettings, Settings
 from omnivision.targets import signature_of
 from omnivision.trainer import Data, Options, Trainer
-from omnivision.weights import Choice, LoadReport, choose, read_several
+from omnivision.weights import Choice, LoadReport, check_values, choose, read_several
 from omnivision.weights import load as load_weights
 from omnivision.weights import read as read_weights
 
@@ -165,6 +165,7 @@ def sources_of_average(settings: Settings, model: nn.Module) -> list[LoadReport]
     model.load_sources(states, [report.path for report in reports])
     taken = {f"trunk.{name}" for name in model.names}
     for state, report in zip(states, reports, strict=True):
+        check_values({name: state[name] for name in taken}, report.path)
         report.loaded = sorted(taken)
         report.dropped |= dict.fromkeys(sorted(state.keys() - taken), "an average takes trunks alone")
     return reports
@@ -206,7 +207,7 @@ def plan(settings: Settings, train: list[Split]) -> EpochPlan:
     sources = {}
     for split in train:
         batch, views, pieces = data.batch_size, data.views_per_clip, trainer.optim.accumulation_steps
-        if split.dataset.kind == "image" and data.image is not None:
+        if split.dataset.kind != "video" and data.image is not None:
             batch, views, pieces = data.image.batch_size, data.image.views_per_clip, data.image.accumulation_steps
         videos = batch * settings.launcher.num_nodes // views
         sources[split.name] = SourcePlan(len(split), videos, views, data.repeats.get(split.name, 1), pieces)
@@ -218,7 +219,7 @@ def clip_dataset(settings: Settings, found: list[Split], training: bool) -> Clip
     trainer, data = settings.trainer, settings.trainer.data
     cuts = {"video": cut(settings, data, "trainer.data", data.num_frames, training)}
     if images := settings.images:
-        cuts["image"] = cut(settings, images, "trainer.data.image", 1, training)
+        cuts |= dict.fromkeys(("image", "rgbd"), cut(settings, images, "trainer.data.image", 1, training))
     return ClipDataset(found, cuts, data.clip_duration, trainer.seed_value, training, data.max_pixels, data.val_spacing)
 
 

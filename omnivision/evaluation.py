@@ -23,7 +23,7 @@ class Predictions:
 
     index: np.ndarray  # int64 (V,), position in the split
     label: np.ndarray  # int64 (V,), -1 where there is none
-    scores: np.ndarray  # float32 (V, classes)
+    scores: np.ndarray  # logits, float32 (V, classes)
     paths: list[str]
 
     def confusion(self) -> np.ndarray:

@@ -13,6 +13,12 @@ class BrokenCheckpoint(Exception):
     """A file of tensors that is not what was once written; the message says how it differs."""
 
 
+def is_ordinary(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is dense, on the CPU, and has all its values: a small file may claim a huge one."""
+    dense = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+    return dense and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
+
+
 def safe_load(source: Path | IO[bytes], map_location: str = "cpu") -> Any:
     """What is in a file of `torch.save`; a path is memory-mapped, but for files from before torch 1.6, which are no archives.
 

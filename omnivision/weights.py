@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from omnivision.checkpoint import sha256
 from omnivision.errors import UserError
 from omnivision.files import BEST, LATEST, require_weights
-from omnivision.models.patches import Triple, resized_positions
-from omnivision.safe import BrokenCheckpoint, safe_load
+from omnivision.models.patches import Triple, resized_positions, token_grid
+from omnivision.safe import BrokenCheckpoint, is_ordinary, safe_load
 
 SETTING = "pretrained_checkpoint_path"
 # What hangs on the trunk and is not the encoder of pixels: the decoder of its pretraining, and the embedding of depth.
@@ -107,7 +107,13 @@ def read(source: str | Path, averaged: bool = True) -> Weights:
     architecture = found.get("architecture", {}) if isinstance(found, Mapping) else {}
     state = _state_dict(found, path)
     if averaged and isinstance(found, Mapping) and found.get("ema") is not None:
-        state |= _state_dict(found["ema"], path)
+        average = _state_dict(found["ema"], path)
+        if unknown := sorted(set(average) - set(state)):
+            raise UserError(
+                f"{SETTING} {path} has a moving average under `ema` of tensors that are not under `model`: {_some(unknown)}. "
+                f"Expected the same names. The file is damaged, or of other code; change {SETTING}."
+            )
+        state |= average
     return Weights(state, path, sha256(path), architecture if isinstance(architecture, dict) else {})
 
 
@@ -197,11 +203,24 @@ def load(model: nn.Module, weights: Weights, choice: Choice) -> LoadReport:
             f"{weights.path} does not fit this model: {_some(wrong)}{_heads_advice(wrong)}. Expected the same width, depth and "
             f"tubelet. Change trainer/model, or {SETTING}."
         )
+    check_values(chosen, report.path)
     report.loaded = sorted(chosen)
     report.missing = sorted(set(wanted) - set(chosen))
     _check_coverage(wanted, report, choice)
     model.load_state_dict(chosen, strict=False)
     return report
+
+
+def check_values(tensors: Mapping[str, Tensor], path: str) -> None:
+    """Raise UserError for weights that are no floating-point numbers, or not finite."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            what = f"holds {tensor.dtype} values; expected floating-point numbers"
+        elif not tensor.isfinite().all():
+            what = "has values that are not finite; training from them would fail at the first step"
+        else:
+            continue
+        raise UserError(f"{path}: {name} {what}. Give other weights: change {SETTING}.")
 
 
 def _check_coverage(wanted: Mapping[str, Tensor], report: LoadReport, choice: Choice) -> None:
@@ -244,21 +263,34 @@ def _fitted_positions(name: str, table: Tensor, model: nn.Module, weights: Weigh
 
 def _grid_of(weights: Weights, tokens: int, grid: Triple) -> Triple:
     """The token grid (T', H', W') of a file: as it says itself, else the one of that many tokens that is most like `grid`."""
-    said = weights.architecture.get("trunk", {})
-    if said:
-        t, h, w = said["tubelet"]
-        return said["num_frames"] // t, said["image_size"] // h, said["image_size"] // w
+    if said := weights.architecture.get("trunk"):
+        told = _told_grid(said)
+        if told is None or told[0] * told[1] * told[2] != tokens:
+            raise UserError(
+                f"{weights.path} has positions for {tokens} tokens, and its trunk would be {said!r:.300}. Expected num_frames, "
+                f"image_size and tubelet that make so many. The file is damaged; change {SETTING}."
+            )
+        return told
     if tokens == grid[0] * grid[1] * grid[2]:
         return grid
     side = round((tokens / grid[0]) ** 0.5)
-    if grid[0] * side * side == tokens:  # the same number of frames, square
+    if grid[0] * side * side == tokens > 0:  # the same number of frames, square
         return grid[0], side, side
-    if tokens % (grid[1] * grid[2]) == 0:  # the same size, another number of frames
+    if tokens > 0 and tokens % (grid[1] * grid[2]) == 0:  # the same size, another number of frames
         return tokens // (grid[1] * grid[2]), grid[1], grid[2]
     raise UserError(
         f"{weights.path} has positions for {tokens} tokens, which fit neither {grid[0]} time slots nor {grid[1]} x {grid[2]} "
         "tokens a slot; expected the same number of frames or the same size as the model. Change num_frames or image_size."
     )
+
+
+def _told_grid(trunk: Any) -> Triple | None:
+    """The token grid that a file says its trunk has; None when it says nonsense."""
+    try:
+        side = trunk["image_size"]
+        return token_grid((trunk["num_frames"], side, side), tuple(trunk["tubelet"]))
+    except (KeyError, TypeError, ValueError):  # UserError is one
+        return None
 
 
 def _load(path: Path) -> Any:
@@ -293,6 +325,12 @@ def _state_dict(found: Any, path: Path) -> dict[str, Tensor]:
         raise UserError(
             f"{SETTING} {path} holds no state dict; expected tensors by name, at the top or under 'model'. Change {SETTING}."
         )
+    for name, tensor in inner.items():
+        if not is_ordinary(tensor):
+            raise UserError(
+                f"{SETTING} {path}: {name} is no ordinary tensor ({tensor.dtype}, {tensor.layout}, shape "
+                f"{tuple(tensor.shape)}); expected dense values, all of them in the file. Change {SETTING}."
+            )
     return dict(inner)
 
 

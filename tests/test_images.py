@@ -24,6 +24,8 @@ from omnivision.models.mae import MaskedAutoencoder
 from omnivision.models.vit import VisionTransformer
 from omnivision.tasks.classify import Classify
 from omnivision.tasks.reconstruct import Reconstruct
+from tests import runs
+from tests import stage_runs as stages
 from tests.test_checkpoint import Canary
 
 TUBELET = (2, 8, 8)
@@ -155,6 +157,57 @@ class Joint(Folder):
         np.save(self.folder / "depth.npy", np.array(["one.png"]))
         with self.assertRaisesRegex(UserError, "1 paths of depth files for 12 images"):
             self.split("images", "rgbd")
+
+
+class Recipes(Folder):
+    """The shipped recipes with images, from the command line to the last epoch."""
+
+    def setUp(self):
+        super().setUp()
+        files: dict[str, list[str]] = {"image": [], "depth": []}
+        for number in range(8):
+            for kind, shape in (("image", (40, 50, 3)), ("depth", (40, 50))):
+                files[kind].append(str(self.folder / f"{kind}{number}.png"))
+                pixels = np.random.default_rng(number).integers(0, 255, shape, dtype=np.uint8)
+                Image.fromarray(pixels if kind == "image" else pixels.astype(np.uint16) * 20).save(files[kind][-1])
+        self.files = files
+
+    def splits(self, dataset: str, which: tuple[str, ...], depth: bool = False) -> list[str]:
+        overrides = []
+        for split in which:
+            overrides += stages.write_split(self.folder, dataset, split, self.files["image"])
+            if depth:
+                np.save(self.folder / "depth.npy", np.array(self.files["depth"]))
+                overrides.append(f"++datasets.{dataset}.{split}.depth={self.folder}/depth.npy")
+        return overrides
+
+    def trained(self, stage: str, dataset: str, *overrides: str) -> Path:
+        folder = self.folder / "run"
+        result = stages.here(stages.command(stage, folder, *overrides, dataset=dataset))
+        self.assertEqual(result.returncode, 0, result.stderr)
+        return folder
+
+    def test_images_and_clips_with_pictures_of_either(self):
+        films = stages.write_split(self.folder, "k150", "train", stages.write_films(self.folder / "films", 4))
+        images = self.splits("in1k", ("train",))
+        folder = self.trained(
+            "mae", "in1k_k150", *films, *images, "epochs=3", "trainer.logging.pictures_every_epochs=1"
+        )
+        self.assertEqual(len(list((folder / "pictures").glob("*.png"))), 4)
+        (last,) = [line for line in runs.lines(folder, "epoch") if line["epoch"] == 2]
+        self.assertEqual(set(last["per_source"]), {"in1k", "k150"})
+
+    def test_classifying_images(self):
+        data = self.splits("in1k", ("train", "val"))
+        folder = self.trained("ft", "in1k", *data, "pretrained_checkpoint_path=null")
+        self.assertEqual(runs.lines(folder, "epoch", "val")[0]["videos"], 8)
+
+    def test_classifying_images_with_depth(self):
+        data = self.splits("sunrgbd", ("train", "val"), depth=True)
+        own = ["trainer.data.image.batch_size=2", "trainer.data.image.accumulation_steps=2"]
+        folder = self.trained("ft", "sunrgbd", *data, *own, "pretrained_checkpoint_path=null")
+        self.assertEqual(runs.lines(folder, "epoch", "val")[0]["videos"], 8)
+        self.assertEqual(len(runs.lines(folder)), 4, "steps of the batch that images have")
 
 
 class DepthEmbedding(unittest.TestCase):

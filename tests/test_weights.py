@@ -85,6 +85,37 @@ class HandOver(unittest.TestCase):
             state = old.state_dict() | {"trunk.pos_embed": torch.zeros(1, 33, 24)}
             load(classifier(), Weights(state, Path("x.pt"), ""), TRUNK_ALONE)
 
+    def test_values_that_are_no_weights_are_refused(self):
+        for value, saying in (
+            (torch.zeros(24, dtype=torch.int64), "holds torch.int64 values"),
+            (torch.zeros(24, dtype=torch.complex64), "holds torch.complex64 values"),
+            (torch.full((24,), float("nan")), "has values that are not finite"),
+            (torch.full((24,), float("-inf")), "has values that are not finite"),
+        ):
+            state = classifier().state_dict() | {"trunk.norm.weight": value}
+            with self.subTest(saying), self.assertRaisesRegex(UserError, f"trunk.norm.weight {saying}"):
+                load(classifier(), Weights(state, Path("x.pt"), ""), TRUNK_ALONE)
+
+    def test_a_file_that_tells_nonsense_of_its_trunk(self):
+        told = describe(classifier())["trunk"]
+        for changes in (
+            {"tubelet": "x"},
+            {"tubelet": [0, 0, 0]},
+            {"tubelet": [2, 8]},
+            {"image_size": 10**9},
+            {"image_size": -32},
+            {"num_frames": None},
+        ):
+            weights = Weights(classifier().state_dict(), Path("x.pt"), "", {"trunk": told | changes})
+            with self.subTest(changes), self.assertRaisesRegex(UserError, "has positions for 32 tokens, and its trunk"):
+                load(classifier(), weights, TRUNK_ALONE)
+        for said in ("trunk", [1], 7):
+            with self.subTest(said), self.assertRaisesRegex(UserError, "The file is damaged"):
+                load(classifier(), Weights(classifier().state_dict(), Path("x.pt"), "", {"trunk": said}), TRUNK_ALONE)
+        state = classifier().state_dict() | {"trunk.pos_embed": torch.zeros(1, 0, 24)}
+        with self.assertRaisesRegex(UserError, "positions for 0 tokens, which fit neither"):
+            load(classifier(), Weights(state, Path("x.pt"), ""), TRUNK_ALONE)
+
     def test_another_trunk_is_refused_and_nothing_is_changed(self):
         new = classifier()
         before = {name: tensor.clone() for name, tensor in new.state_dict().items()}
@@ -200,6 +231,16 @@ class Reading(unittest.TestCase):
             torch.save(content, self.folder / "odd.pt")
             with self.assertRaisesRegex(UserError, "holds no state dict"):
                 read(self.folder / "odd.pt")
+        claims = torch.zeros(1).expand(10**9)
+        for tensor in (torch.zeros(2).to_sparse(), torch.zeros(2, device="meta"), claims):
+            torch.save({"a": tensor}, self.folder / "odd.pt")
+            with self.assertRaisesRegex(UserError, "a is no ordinary tensor"):
+                read(self.folder / "odd.pt")
+        torch.save({"model": self.state, "ema": {"other": torch.zeros(1)}}, self.folder / "odd.pt")
+        with self.assertRaisesRegex(
+            UserError, "moving average under `ema` of tensors that are not under `model`: other"
+        ):
+            read(self.folder / "odd.pt")
         (self.folder / "junk.safetensors").write_bytes(b"\xff" * 40)
         with self.assertRaisesRegex(UserError, r"junk\.safetensors does not load"):
             read(self.folder / "junk.safetensors")

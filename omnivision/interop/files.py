@@ -17,7 +17,7 @@ from torch import Tensor
 from omnivision.checkpoint import sha256
 from omnivision.errors import UserError
 from omnivision.files import BEST, LATEST
-from omnivision.safe import BrokenCheckpoint, safe_load
+from omnivision.safe import BrokenCheckpoint, is_ordinary, safe_load
 
 CONFIG = "config.json"  # of a folder of Hugging Face's `save_pretrained`
 METADATA = "omnivision"  # the key of a safetensors file that holds what a checkpoint says beside `model`, as JSON
@@ -160,8 +160,7 @@ def _plain(found: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
                 f"{path} holds no state dict: its entry {name!r} is a {type(tensor).__name__}. Expected tensors by name, at "
                 "the top or under 'model'."
             )
-        ordinary = tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.is_floating_point()
-        if not ordinary or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+        if not tensor.is_floating_point() or not is_ordinary(tensor):
             raise UserError(
                 f"{path}: {name} is no ordinary tensor ({tensor.dtype}, {tensor.layout}, shape {tuple(tensor.shape)}); "
                 "expected floating-point values, all of them in the file."

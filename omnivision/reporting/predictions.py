@@ -27,7 +27,7 @@ def write(
     paths: Sequence[str],
     class_names: Sequence[str],
 ) -> None:
-    """Write both files. `scores` are float (V, classes); the CSV holds the five best classes and their probabilities."""
+    """Write both files. `scores` are logits, float (V, classes); the CSV has the five best classes with their shares."""
     folder.mkdir(parents=True, exist_ok=True)
     with replace_atomically(folder / f"{name}.npz") as file:
         np.savez_compressed(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import numpy as np
@@ -56,8 +57,7 @@ class Classify:
         scores = model(batch.video, self.labels.head[batch.source], batch.depth).float()
         scores, label = average_views(scores, batch, self.average), first_of_each(batch.label, batch)
         known = label >= 0
-        logits = scores.log() if self.average == "softmax" else scores
-        loss = soft_cross_entropy(logits, soft_targets(label, scores.shape[1], smoothing=0))
+        loss = soft_cross_entropy(scores, soft_targets(label, scores.shape[1], smoothing=0))
         count = int(known.sum())
         return StepOutput(loss, count, {"loss": loss * count} | _hits(scores[known], label[known]), scores)
 
@@ -87,9 +87,13 @@ def soft_cross_entropy(scores: Tensor, target: Tensor) -> Tensor:
 
 
 def average_views(scores: Tensor, batch: Batch, average: Literal["logits", "softmax"]) -> Tensor:
-    """(videos x views, classes), the views of a video next to each other -> (videos, classes)."""
-    scores = scores.softmax(-1) if average == "softmax" else scores
-    return scores.unflatten(0, (-1, batch.views)).mean(1)
+    """Logits (videos x views, classes), the views of a video next to each other -> logits (videos, classes).
+
+    The mean of softmaxed scores is given as its logarithm, so that a softmax of the result is that mean.
+    """
+    if average == "logits":
+        return scores.unflatten(0, (-1, batch.views)).mean(1)
+    return scores.log_softmax(-1).unflatten(0, (-1, batch.views)).logsumexp(1) - math.log(batch.views)
 
 
 def first_of_each(values: Tensor, batch: Batch) -> Tensor:

@@ -15,7 +15,8 @@ from omnivision.models.mae import (
     reconstruction_error,
     reconstruction_target,
 )
-from omnivision.models.patches import patchify, unnormalize_pixels, unpatchify
+from omnivision.models.patches import patchify, token_grid, unnormalize_pixels, unpatchify
+from omnivision.models.vit import as_video
 from omnivision.tasks.base import Pictures, StepOutput
 
 GREY = 0.5
@@ -51,8 +52,10 @@ class Reconstruct:
         hidden tubelet from the original and says so, another takes them from the visible tubelets alone.
         """
         assert isinstance(model, MaskedAutoencoder) and batch.mask is not None
-        video, mask = batch.video[:1], batch.mask[:1]
-        prediction = model(video, mask, batch.num_masked)
+        mask = batch.mask[:1]
+        prediction = model(batch.video[:1], mask, batch.num_masked)
+        video = as_video(batch.video[:1], self.tubelet)  # of an image, as many frames as a tubelet has
+        grid = token_grid((video.shape[2], video.shape[3], video.shape[4]), self.tubelet)
         original = patchify(unnormalize_pixels(video, channel_dim=1).float(), self.tubelet)  # (1, N, P, 3)
         hidden = mask.flatten(1)[0]
 
@@ -63,12 +66,12 @@ class Reconstruct:
         def filled(pixels: Tensor) -> np.ndarray:
             patches = original.clone()
             patches[:, hidden] = pixels
-            return self._frames(patches, model.trunk.grid)
+            return self._frames(patches, grid)
 
         columns = {
-            "original": self._frames(original, model.trunk.grid),
+            "original": self._frames(original, grid),
             "visible": filled(torch.full_like(predicted, GREY)),
-            "mask": self._frames(hidden[None, :, None, None].expand_as(original).float(), model.trunk.grid),
+            "mask": self._frames(hidden[None, :, None, None].expand_as(original).float(), grid),
             "reconstruction (true patch statistics)": filled(predicted * std + mean),
         }
         if self.norm != "none":
