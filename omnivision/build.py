@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from torch import nn
+from torch import Tensor, nn
 
 from omnivision.data.catalog import LabelSets, Split, label_sets
 from omnivision.data.dataset import ClipDataset, Cut
@@ -34,8 +34,8 @@ from omnivision.reporting.run_folder import RunFolder
 from omnivision.schema import Target
 from omnivision.settings import DataSettings, ImageSettings, Settings
 from omnivision.targets import signature_of
-from omnivision.trainer import Data, Options, Trainer
-from omnivision.weights import Choice, LoadReport, check_values, choose, read_several
+from omnivision.trainer import Options, TrainData, Trainer, ValData
+from omnivision.weights import Choice, LoadReport, Weights, check_values, choose, fitted_positions, read_several
 from omnivision.weights import load as load_weights
 from omnivision.weights import read as read_weights
 
@@ -163,12 +163,35 @@ def sources_of_average(settings: Settings, model: nn.Module) -> list[LoadReport]
     reports = [LoadReport(str(weights.path), weights.sha256) for weights in found]
     states = [choose(w.state, choice(settings), report) for w, report in zip(found, reports, strict=True)]
     model.load_sources(states, [report.path for report in reports])
-    taken = {f"trunk.{name}" for name in model.names}
+    taken = {f"trunk.{name}" for name in model.names} | _take_positions(model, found, states, reports)
     for state, report in zip(states, reports, strict=True):
         check_values({name: state[name] for name in taken}, report.path)
         report.loaded = sorted(taken)
         report.dropped |= dict.fromkeys(sorted(state.keys() - taken), "an average takes trunks alone")
     return reports
+
+
+def _take_positions(
+    model: AveragedClassifier, found: list[Weights], states: list[dict[str, Tensor]], reports: list[LoadReport]
+) -> set[str]:
+    """Give an average the position table of its sources, interpolated if need be; returns its name, if they have one.
+
+    Raises UserError when they have different ones: trunks that place their tokens differently have no sensible mean.
+    """
+    name = "trunk.pos_embed"
+    if not all(name in state for state in states):
+        return set()
+    tables = [
+        fitted_positions(name, state[name], model.model, weights, report)
+        for state, weights, report in zip(states, found, reports, strict=True)
+    ]
+    if not all(table.shape == tables[0].shape and torch.allclose(table, tables[0], atol=1e-3) for table in tables):
+        raise UserError(
+            f"The checkpoints to average have different positions ({name}): {', '.join(report.path for report in reports)}. "
+            "Expected trunks trained on clips of one size and number of frames. Change pretrained_checkpoint_path."
+        )
+    model.model.get_buffer(name).copy_(tables[0])
+    return {name}
 
 
 def groups(settings: Settings, model: nn.Module) -> list[Group]:
@@ -217,9 +240,12 @@ def plan(settings: Settings, train: list[Split]) -> EpochPlan:
 def clip_dataset(settings: Settings, found: list[Split], training: bool) -> ClipDataset:
     """Clips of splits as the settings want them for training or for evaluation."""
     trainer, data = settings.trainer, settings.trainer.data
-    cuts = {"video": cut(settings, data, "trainer.data", data.num_frames, training)}
-    if images := settings.images:
-        cuts |= dict.fromkeys(("image", "rgbd"), cut(settings, images, "trainer.data.image", 1, training))
+    cuts: dict[str, Cut] = {}
+    for kind in {split.dataset.kind for split in found}:
+        if kind == "video" or data.image is None:
+            cuts[kind] = cut(settings, data, "trainer.data", data.num_frames, training)
+        else:
+            cuts[kind] = cut(settings, data.image, "trainer.data.image", 1, training)
     return ClipDataset(found, cuts, data.clip_duration, trainer.seed_value, training, data.max_pixels, data.val_spacing)
 
 
@@ -285,10 +311,12 @@ def trainer(settings: Settings, processes: Processes, folder: RunFolder, reporte
     data = settings.trainer.data
     train_splits, val_splits = open_splits(settings)
     workers = Workers(data.num_workers, data.prefetch, pin_memory=processes.device.type == "cuda")
-    train = Data(clip_dataset(settings, train_splits, training=True), workers, plan(settings, train_splits))
+    train = None
+    if train_splits:
+        train = TrainData(clip_dataset(settings, train_splits, training=True), workers, plan(settings, train_splits))
     evaluated = clip_dataset(settings, val_splits, training=False)
-    clips = max(cut.clips * cut.views for cut in evaluated.cuts.values())
-    val = Data(evaluated, workers, videos_per_batch=max(1, settings.clips_per_process // clips))
+    clips = max((cut.clips * cut.views for cut in evaluated.cuts.values()), default=1)
+    val = ValData(evaluated, workers, max(1, settings.clips_per_process // clips))
     built = model(settings)
     sources = sources_of_average(settings, built)
     ledger = BadSampleLedger(

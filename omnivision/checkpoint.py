@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,24 @@ def verify(path: Path) -> dict[str, Any]:
             f"{path} ({entry['size']} bytes, SHA-256 {entry['sha256'][:12]}...) is not the file that its manifest describes"
         )
     return entry
+
+
+def verified_digest(path: Path) -> str:
+    """SHA-256 of a file of weights that is whole: by its manifest, if it has one, else by the checksums inside an archive.
+
+    Raises BrokenCheckpoint.
+    """
+    if _manifest(path).is_file():
+        return str(verify(path)["sha256"])
+    if zipfile.is_zipfile(path):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError) as error:
+            raise BrokenCheckpoint(f"{path} is a damaged archive: {error}") from error
+        if damaged is not None:
+            raise BrokenCheckpoint(f"{path} is damaged: {damaged} in it does not have the checksum that was noted")
+    return sha256(path)
 
 
 def _check_structure(state: Any, path: Path) -> None:

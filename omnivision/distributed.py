@@ -70,7 +70,7 @@ class Processes:
     """
 
     def __init__(self, place: Place, accelerator: str, backend: str | None, timeout: timedelta) -> None:
-        self.rank, self.world, self.local_rank = place.rank, place.world, place.local_rank
+        self.rank, self.world = place.rank, place.world
         self.device = choose_device(accelerator, place.local_rank)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)

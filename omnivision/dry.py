@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from omnivision import build
 from omnivision.data.batch import Batch
+from omnivision.models.average import AveragedClassifier
 from omnivision.models.patches import token_grid
 from omnivision.settings import Settings
 
@@ -17,11 +18,15 @@ def describe(settings: Settings) -> str:
     model = build.model(settings, device="meta")
     optimizer = build.optimizer(settings, model)
     parameters = {name: p.numel() for name, p in model.named_parameters()}
-    trunk = sum(n for name, n in parameters.items() if name.startswith("trunk.") and ".decoder." not in name)
+    if isinstance(model, AveragedClassifier):
+        size = sum(tensor.numel() for tensor in model.averaged_trunk().values())
+        trunk = f"beside a trunk of {size / 1e6:.2f} M, averaged over {model.num_models} checkpoints"
+    else:
+        size = sum(n for name, n in parameters.items() if name.startswith("trunk.") and ".decoder." not in name)
+        trunk = f"{size / 1e6:.2f} M of them in the trunk"
     views = settings.trainer.data.views_per_clip
     lines = [
-        f"model        {type(model).__name__}: {sum(parameters.values()) / 1e6:.2f} M parameters, "
-        f"{trunk / 1e6:.2f} M of them in the trunk",
+        f"model        {type(model).__name__}: {sum(parameters.values()) / 1e6:.2f} M parameters, {trunk}",
         f"operations   {gflops(settings, model):.2f} GFLOPs a clip, forward (about three times that with the backward pass)",
         f"batch        {settings.clips_per_step} clips a step = {settings.clips_per_step // views} videos x {views} views, "
         f"over {settings.processes} process{'es' * (settings.processes > 1)}",

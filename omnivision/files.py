@@ -52,7 +52,7 @@ def sync_folder(folder: Path) -> None:
 def require_weights(source: str | Path) -> Path:
     """The path of weights to start from. Raises UserError when there is neither a file nor a folder."""
     path = Path(source)
-    if not path.exists():
+    if str(source) == "" or not (path.is_file() or path.is_dir()):
         raise UserError(
             f"pretrained_checkpoint_path is {str(source)!r}, and there is no such file or folder. Expected a run folder or a "
             f"file of weights (relative paths start at {Path.cwd()}), or null to train from nothing. Change "

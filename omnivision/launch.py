@@ -99,7 +99,7 @@ def submit(job: Job) -> int:
     executor.update_parameters(
         job_name=wanted.name,
         partition=wanted.partition,
-        time=round(wanted.timeout_hour * 60),
+        time=max(1, round(wanted.timeout_hour * 60)),  # in minutes; SLURM takes 0 for no limit
         nodes=settings.launcher.num_nodes,
         ntasks_per_node=settings.launcher.gpus_per_node,
         cpus_per_task=wanted.cpus_per_task,
@@ -197,11 +197,13 @@ def run_process(job: Job, place: Place | None) -> int:
     place = place or Place.from_torchrun()
     folder = run_folder(job)
     locked = begun = False
+    validating = job.settings.trainer.mode == "val"
     try:
         processes = build.processes(job.settings, place)
         processes.together(folder.create, only_main=True)
         taken_over = processes.together(folder.lock, only_main=True)
         locked = processes.is_main
+        processes.together(folder.own_checkpoints, only_main=True)
         if locked:
             for written in (folder.path, folder.logs, folder.checkpoints):
                 remove_leftovers(written)
@@ -211,9 +213,8 @@ def run_process(job: Job, place: Place | None) -> int:
             reporter.say(taken_over)
         trainer = processes.together(lambda: ready_trainer(job, processes, folder, reporter))
         assert trainer is not None
-        trainer.agree_on_start()
+        trainer.join_processes()
         begun = processes.is_main
-        validating = job.settings.trainer.mode == "val"
         kept = (validating or trainer.is_done) and (folder.path / "config.yaml").exists()
         if begun and not kept:
             write_atomically(folder.path / "config.yaml", job.config_text)
@@ -224,8 +225,8 @@ def run_process(job: Job, place: Place | None) -> int:
         processes.close()
         return 0
     except (Exception, KeyboardInterrupt, Terminated) as error:
-        # A refusal before anything has begun leaves what an earlier run wrote as it is.
-        tells = begun or (locked and not folder.read_summary())
+        # A refusal before anything has begun leaves what an earlier run wrote as it is, and so does an evaluation.
+        tells = (begun and not validating) or (locked and "status" not in folder.read_summary())
         with undisturbed():
             return explain(error, folder if tells else None, place.rank)
     finally:

@@ -16,9 +16,9 @@ class Meter:
 
     def __init__(self) -> None:
         self._sums: dict[str, dict[str, Tensor]] = {}
-        self._counts: dict[str, int] = {}
+        self._counts: dict[str, int | Tensor] = {}
 
-    def add(self, source: str, sums: Mapping[str, Tensor], count: int) -> None:
+    def add(self, source: str, sums: Mapping[str, Tensor], count: int | Tensor) -> None:
         """`sums` are scalar tensors, each the sum over `count` samples."""
         self._counts[source] = self._counts.get(source, 0) + count
         held = self._sums.setdefault(source, {})
@@ -28,7 +28,7 @@ class Meter:
 
     def totals(self, processes: Processes) -> dict[str, tuple[dict[str, float], int]]:
         """By source: sums and count over all processes."""
-        mine = {s: ({n: float(v) for n, v in self._sums[s].items()}, c) for s, c in self._counts.items()}
+        mine = {s: ({n: float(v) for n, v in self._sums[s].items()}, int(c)) for s, c in self._counts.items()}
         merged: dict[str, tuple[dict[str, float], int]] = {}
         for part in processes.gather(mine):
             for source, (sums, count) in part.items():

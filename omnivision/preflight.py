@@ -18,9 +18,10 @@ def datasets_of(settings: Settings) -> list[Dataset]:
 
 
 def open_splits(settings: Settings) -> tuple[list[Split], list[Split]]:
-    """The train splits of all sources, and the val splits of those that have one if the run is going to validate.
+    """The train splits of all sources if the run trains, and the val splits of those that have one if it validates.
 
-    Raises UserError for a file that is missing, has the wrong type or shape, or holds labels out of range.
+    Raises UserError for a file that is missing, has the wrong type or shape, or holds labels out of range, and for names of
+    classes that are not as many as the classes.
     """
     config, sources = settings.trainer, settings.trainer.data.sources
     datasets = datasets_of(settings)
@@ -28,7 +29,10 @@ def open_splits(settings: Settings) -> tuple[list[Split], list[Split]]:
         raise UserError(
             "trainer.data.sources is empty; expected at least one dataset. Choose a recipe with +trainer=..."
         )
-    train = [Split(dataset, "train") for dataset in datasets]
+    if "decoder" not in config.model:  # a classifier's
+        for dataset in datasets:
+            dataset.names()
+    train = [Split(dataset, "train") for dataset in datasets] if config.mode != "val" else []
     if config.mode != "val" and (config.mode == "train_only" or config.val_epoch_freq is None):
         return train, []
     val = [Split(dataset, "val") for dataset in datasets if dataset.val is not None]

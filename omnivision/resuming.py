@@ -6,9 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from omnivision import checkpoint
 from omnivision.errors import UserError
 from omnivision.files import LATEST
+from omnivision.optim.ema import MovingAverage
 from omnivision.trainer import State, Trainer
 
 
@@ -29,23 +32,26 @@ def take_up(trainer: Trainer) -> bool:
     state, path, problems = found
     for problem in problems:
         trainer.reporter.say(f"A checkpoint is broken and was passed over: {problem}")
-    if state["steps_per_epoch"] != trainer.plan.steps:
+    if trainer.train is None:  # evaluation asks for nothing but the weights
+        trainer.steps_per_epoch = state["steps_per_epoch"]
+    elif state["steps_per_epoch"] != trainer.steps_per_epoch:
         raise UserError(
-            f"{path} belongs to a run with {state['steps_per_epoch']} steps an epoch, now there are {trainer.plan.steps}: "
+            f"{path} belongs to a run with {state['steps_per_epoch']} steps an epoch, now there are {trainer.steps_per_epoch}: "
             "data, batch_size or trainer.limit_train_batches changed. Give the same again, or another "
             "launcher.experiment_log_dir for a new run."
         )
     _require_sources([source.note() for source in trainer.sources], state["sources"], path)
     checkpoint.load_model(trainer.bare, state["model"], path)
-    if trainer.ema is not None and state["ema"] is not None:
-        trainer.ema.load(state["ema"])
     try:
-        trainer.optimizer.load(state["optimizer"])
+        if trainer.train is not None:
+            trainer.optimizer.load(state["optimizer"])
     except ValueError as error:
         raise UserError(
             f"{path} holds the state of another optimizer ({error}): trainer.optim.optimizer, its options, layer_decay or "
             "trainer.freeze changed. Give the same again, or another launcher.experiment_log_dir for a new run."
         ) from None
+    if trainer.ema is not None:
+        _take_up_average(trainer.ema, state["ema"], path)
     if trainer.scaler.is_enabled() and state["scaler"]:  # empty after steps without one
         trainer.scaler.load_state_dict(state["scaler"])
     trainer.state = State(state["epoch"], state["step"], state["best"], state["seconds"])
@@ -54,6 +60,19 @@ def take_up(trainer: Trainer) -> bool:
         trainer.meter.load(state["meter"])
     trainer.reporter.say(f"Resumed from {path}: {trainer.state.epoch} epochs and {trainer.state.step} steps are done.")
     return True
+
+
+def _take_up_average(ema: MovingAverage, average: Mapping[str, Tensor] | None, path: Path) -> None:
+    """Go on with a moving average; begin one at the weights of now where the run had none."""
+    if average is None:
+        ema.start()
+        return
+    if lacking := sorted(set(ema.average) ^ set(average)):
+        raise UserError(
+            f"{path} holds a moving average of other weights than are trained now ({lacking[0]} for one): trainer.freeze "
+            "changed. Give the same again, or another launcher.experiment_log_dir for a new run."
+        )
+    ema.load(average)
 
 
 def _require_sources(now: Sequence[Mapping[str, Any]], then: Sequence[Mapping[str, Any]], path: Path) -> None:

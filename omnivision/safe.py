@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 import zipfile
 from pathlib import Path
 from typing import IO, Any
@@ -26,7 +28,11 @@ def safe_load(source: Path | IO[bytes], map_location: str = "cpu") -> Any:
     """
     try:
         mapped = isinstance(source, Path) and zipfile.is_zipfile(source)
-        return torch.load(source, map_location=map_location, weights_only=True, mmap=mapped)
+        with warnings.catch_warnings(action="ignore"):  # of the version of a file that is about to be refused
+            return torch.load(source, map_location=map_location, weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises many kinds for a damaged or hostile file; all mean the same to the caller
-        name = source if isinstance(source, Path) else "the file"
-        raise BrokenCheckpoint(f"{name} does not load: {(str(error).splitlines() or [repr(error)])[0]}") from error
+        name, reason = source if isinstance(source, Path) else "the file", str(error)
+        if reason.startswith("Weights only load failed"):  # torch goes on with advice to load it all the same
+            what = re.search(r"GLOBAL (\S+)", reason)
+            reason = f"it holds a pickled object{f' ({what[1]})' if what else ''}, not weights alone"
+        raise BrokenCheckpoint(f"{name} does not load: {(reason.splitlines() or [repr(error)])[0]}") from error

@@ -44,7 +44,7 @@ class DatasetSettings:
     """An entry of the catalog."""
 
     kind: Literal["video", "image", "rgbd"] = "video"
-    num_classes: Natural | None = None
+    num_classes: Annotated[int, Range(low=1, high=1_000_000)] | None = None
     class_names: str | None = None
     label_set: str | None = None
     prefix: str = ""
@@ -82,7 +82,7 @@ class DataSettings:
     views_per_clip: Natural
     view: Target
     val_view: Target
-    val_clips: Natural
+    val_clips: Annotated[int, Range(low=1, high=10_000)]
     val_spacing: Literal["ends", "published"]
     mask: Target | None
     image: ImageSettings | None
@@ -153,7 +153,7 @@ class TrainerSettings:
     limit_val_batches: Natural | None
     compile: bool
     freeze: list[str]
-    ema_decay: Annotated[float, Range(above=0, high=1)] | None
+    ema_decay: Annotated[float, Range(above=0, high=0.9999999)] | None
     model: Target
     task: Target
     data: DataSettings

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from omnivision import checkpoint
 from omnivision.data.batch import BadSample, Batch
 from omnivision.data.dataset import ClipDataset
-from omnivision.data.loader import EpochPlan, Workers, evaluation_batches, train_batches
+from omnivision.data.loader import EpochPlan, SourcePlan, Workers, evaluation_batches, train_batches
 from omnivision.data.order import draws
 from omnivision.distributed import Processes, parallel, without_sync
 from omnivision.errors import NonFiniteError, UserError
@@ -62,13 +62,21 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Data:
-    """A dataset with what is needed to walk through it; `plan` for training, `videos_per_batch` for evaluation."""
+class TrainData:
+    """Clips to train on, and which of them make the batch of each step."""
 
     dataset: ClipDataset
     workers: Workers
-    plan: EpochPlan | None = None
-    videos_per_batch: int = 1
+    plan: EpochPlan
+
+
+@dataclass(frozen=True)
+class ValData:
+    """Videos to evaluate on, so many at a time on each process."""
+
+    dataset: ClipDataset
+    workers: Workers
+    videos_per_batch: int
 
 
 @dataclass
@@ -103,8 +111,8 @@ class Trainer:
         task: Task,
         model: nn.Module,
         optimizer: ScheduledOptimizer,
-        train: Data,
-        val: Data | None,
+        train: TrainData | None,
+        val: ValData | None,
         processes: Processes,
         folder: RunFolder,
         reporter: Reporter,
@@ -112,21 +120,20 @@ class Trainer:
         options: Options,
         sources: Sequence[LoadReport] = (),
     ) -> None:
-        """`sources` are what the model is an average of; which they were is kept in checkpoints and compared."""
+        """Without `train` it only evaluates.
+
+        `sources` are what the model is an average of; which they were is kept in checkpoints and compared.
+        """
         self.task, self.optimizer, self.options = task, optimizer, options
         self.train, self.val, self.ledger = train, val, ledger
         self.processes, self.folder, self.reporter = processes, folder, reporter
         self.bare, self.sources = model.to(processes.device), list(sources)
-        compiled = torch.compile(self.bare) if options.compile else self.bare
-        find_unused = leaves_parameters_out(self.bare)
-        self.model = parallel(compiled, processes, options.comms_dtype, find_unused)  # type: ignore[arg-type]
+        self.model: nn.Module = torch.compile(self.bare) if options.compile else self.bare  # type: ignore[assignment]
         self.ema = MovingAverage(self.bare, options.ema_decay) if options.ema_decay is not None else None
         # Small gradients vanish in half precision unless they are scaled up, in autocast as on the wire.
         halves = options.amp_dtype == torch.float16 or (processes.world > 1 and options.comms_dtype == "fp16")
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=halves)
-        assert train.plan is not None
-        self.plan = train.plan
-        self.total_steps = options.max_epochs * self.plan.steps
+        self.steps_per_epoch = 1 if train is None else train.plan.steps
         self.state, self.meter = State(), Meter()
         self.last: dict[str, Any] = {}
         self.began = time.monotonic()  # of the seconds that are not yet in the state
@@ -147,9 +154,10 @@ class Trainer:
                 "training them."
             )
         self._summary(status="running", exit_reason=None)
+        assert self.train is not None
         batches = train_batches(
             self.train.dataset,
-            self.plan,
+            self.train.plan,
             (self.state.epoch, self.state.step),
             self.options.max_epochs,
             self.processes.rank,
@@ -163,7 +171,7 @@ class Trainer:
 
     def validate_only(self) -> None:
         """Evaluate the run's newest checkpoint and note the figures, whatever the run's own end was."""
-        self.reporter.start(self.global_step, self.total_steps)
+        self.reporter.start(self.global_step, self.total_steps, again="val")
         self.last |= {f"val_{name}": value for name, value in self.evaluate().figures.items()}
         self._summary(status=self.folder.read_summary().get("status", "finished"))
 
@@ -172,7 +180,7 @@ class Trainer:
         options, epoch = self.options, self.state.epoch
         train_mode(self.model)
         interval = Interval()
-        while self.state.step < self.plan.steps:
+        while self.state.step < self.steps_per_epoch:
             asked = time.monotonic()
             batch = next(batches)
             interval.waited += time.monotonic() - asked
@@ -180,7 +188,7 @@ class Trainer:
             self.state.step += 1
             interval.clips += len(batch) * self.processes.world
 
-            last_of_epoch = self.state.step == self.plan.steps
+            last_of_epoch = self.state.step == self.steps_per_epoch
             if self.state.step == 1 and due(epoch, options.pictures_every_epochs):
                 self._pictures(batch, f"epoch_{epoch:04d}")  # so many epochs are done
             if last_of_epoch and epoch + 1 == options.max_epochs and options.pictures_every_epochs:
@@ -199,7 +207,7 @@ class Trainer:
         self._agree_on_batch(batch)
         self.optimizer.set_progress(self.global_step / self.total_steps)
         torch.manual_seed(int(draws(options.seed, MODEL_DRAW, self.global_step, self.processes.rank).integers(2**62)))
-        pieces = batch.split(self.plan.sources[batch.source].pieces)
+        pieces = batch.split(self.source_plan(batch).pieces)
         losses: list[Tensor] = []
         for number, piece in enumerate(pieces):
             with without_sync(self.model, skip=number < len(pieces) - 1):
@@ -236,9 +244,9 @@ class Trainer:
         # A run that was resumed to be validated stands before the epoch after the one that it is about.
         epoch = self.state.epoch if self.state.step else max(0, self.state.epoch - 1)
         self.reporter.epoch("val", epoch, self.global_step, found.figures | {"per_source": found.per_source})
-        names = {split.name: split.dataset.names() for split in self.val.dataset.splits}
+        datasets = {split.name: split.dataset for split in self.val.dataset.splits}
         for source, made in found.predictions.items():
-            known = names[source]  # fewer than the head has classes, when label sets share it
+            known = datasets[source].names()  # fewer than the head has classes, when label sets share it
             known += [str(label) for label in range(len(known), made.scores.shape[1])]
             self.reporter.predictions(source, made, known, self.global_step)
         return found
@@ -261,7 +269,7 @@ class Trainer:
                 "scaler": self.scaler.state_dict(),
                 "epoch": self.state.epoch,
                 "step": self.state.step,
-                "steps_per_epoch": self.plan.steps,
+                "steps_per_epoch": self.steps_per_epoch,
                 "best": self.state.best,
                 "seconds": self.state.seconds,
                 "meter": meter,
@@ -270,8 +278,11 @@ class Trainer:
             checkpoint.save(state, self.folder.checkpoints, also)
         self.processes.barrier()
 
-    def agree_on_start(self) -> None:
-        """Raises UserError, in all processes, when they did not resume from the same step."""
+    def join_processes(self) -> None:
+        """Train with the other processes from here on; all must have come this far, since it waits for them.
+
+        Raises UserError, in all processes, when they did not resume from the same step.
+        """
         places = self.processes.gather((self.state.epoch, self.state.step))
         if len(set(places)) > 1:
             raise UserError(
@@ -280,6 +291,8 @@ class Trainer:
                 "or launcher.experiment_log_dir.",
                 everywhere=True,
             )
+        find_unused = leaves_parameters_out(self.bare)
+        self.model = parallel(self.model, self.processes, self.options.comms_dtype, find_unused)
 
     # ---- parts ----------------------------------------------------------------------------------------------------
 
@@ -289,7 +302,16 @@ class Trainer:
 
     @property
     def global_step(self) -> int:
-        return self.state.epoch * self.plan.steps + self.state.step
+        return self.state.epoch * self.steps_per_epoch + self.state.step
+
+    @property
+    def total_steps(self) -> int:
+        return self.options.max_epochs * self.steps_per_epoch
+
+    def source_plan(self, batch: Batch) -> SourcePlan:
+        """How batches of its source are made."""
+        assert self.train is not None
+        return self.train.plan.sources[batch.source]
 
     def _finish_epoch(self) -> None:
         """Log the epoch's averages, validate if it is due, and save; afterwards the state stands before the next epoch."""
@@ -338,7 +360,7 @@ class Trainer:
 
     def _agree_on_batch(self, batch: Batch) -> None:
         """Note bad files of all processes; a batch is short when many in a row did not decode, and then all stop."""
-        short = len(batch) * self.processes.world < self.plan.sources[batch.source].clips
+        short = len(batch) * self.processes.world < self.source_plan(batch).clips
         anywhere_short, bad = self.processes.sum(torch.tensor([short, len(batch.bad)], dtype=torch.int64)).tolist()
         if bad:
             self._record(batch.bad)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from omnivision.checkpoint import sha256
+from omnivision.checkpoint import verified_digest
 from omnivision.errors import UserError
 from omnivision.files import BEST, LATEST, require_weights
 from omnivision.models.patches import Triple, resized_positions, token_grid
@@ -98,7 +98,7 @@ def read(source: str | Path, averaged: bool = True) -> Weights:
     Raises UserError when there is nothing to read, or for a file that is no state dict, in one paragraph with the way out.
     """
     path = find(source)
-    found = _load(path)
+    found, digest = _load(path)
     if isinstance(found, Mapping) and "ensemble_weights" in found:
         raise UserError(
             f"{SETTING} {path} holds several models (ensemble_weights); expected one. Choose one of them, or an average: "
@@ -114,7 +114,7 @@ def read(source: str | Path, averaged: bool = True) -> Weights:
                 f"Expected the same names. The file is damaged, or of other code; change {SETTING}."
             )
         state |= average
-    return Weights(state, path, sha256(path), architecture if isinstance(architecture, dict) else {})
+    return Weights(state, path, digest, architecture if isinstance(architecture, dict) else {})
 
 
 def read_several(sources: str | Sequence[str]) -> list[Weights]:
@@ -122,14 +122,13 @@ def read_several(sources: str | Sequence[str]) -> list[Weights]:
     if not isinstance(sources, str):
         return [read(source) for source in sources]
     path = find(sources)
-    found = _load(path)
+    found, digest = _load(path)
     states = found.get("ensemble_weights") if isinstance(found, Mapping) else None
     if not isinstance(states, (list, tuple)):
         raise UserError(
             f"{SETTING} is {sources!r}, which holds one model; expected several to average: a list, "
             f"++{SETTING}=[A,B], or one file with a list of state dicts under ensemble_weights."
         )
-    digest = sha256(path)
     return [Weights(_state_dict(state, path), path, digest) for state in states]
 
 
@@ -190,9 +189,15 @@ def load(model: nn.Module, weights: Weights, choice: Choice) -> LoadReport:
     for name in [name for name in chosen if name not in wanted]:
         report.dropped[name] = "no place in this model"
         del chosen[name]
+    if not chosen:
+        raise UserError(
+            f"None of the {len(report.dropped)} entries of {report.path} has a place in this model "
+            f"({_some(list(report.dropped))}), so nothing would be loaded. Change trainer/checkpoint (keep, rename, prefix) "
+            f"or {SETTING}; null trains from nothing."
+        )
     for name in POSITIONS:
         if name in chosen and name in wanted:
-            chosen[name] = _fitted_positions(name, chosen[name], model, weights, report)
+            chosen[name] = fitted_positions(name, chosen[name], model, weights, report)
     wrong = [
         f"{name} {tuple(chosen[name].shape)} instead of {tuple(wanted[name].shape)}"
         for name in chosen
@@ -248,7 +253,7 @@ def is_encoder(name: str) -> bool:
     return name.startswith("trunk.") and not name.startswith(BESIDE_THE_ENCODER)
 
 
-def _fitted_positions(name: str, table: Tensor, model: nn.Module, weights: Weights, report: LoadReport) -> Tensor:
+def fitted_positions(name: str, table: Tensor, model: nn.Module, weights: Weights, report: LoadReport) -> Tensor:
     """A position table for the grid of the model, interpolated if it is of another."""
     trunk: Any = model.trunk
     width = table.shape[-1] if table.ndim == 3 else 0
@@ -293,10 +298,11 @@ def _told_grid(trunk: Any) -> Triple | None:
         return None
 
 
-def _load(path: Path) -> Any:
-    """What a file holds. Raises UserError, with the way out, for one that does not load with weights only."""
+def _load(path: Path) -> tuple[Any, str]:
+    """What a file holds, and its SHA-256. Raises UserError, with the way out, for one that is damaged or more than weights."""
     try:
-        return _load_safetensors(path) if path.suffix == ".safetensors" else safe_load(path)
+        digest = verified_digest(path)
+        return _load_safetensors(path) if path.suffix == ".safetensors" else safe_load(path), digest
     except BrokenCheckpoint as error:
         raise UserError(
             f"{SETTING}: {error}. Expected weights only: tensors in plain containers. A file that was pickled by older code "

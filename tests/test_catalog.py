@@ -83,6 +83,9 @@ class Labels(Folder):
         self.assertEqual(Dataset("a", num_classes=2, class_names=str(file)).names(), ["jump", "run"])
         with self.assertRaisesRegex(UserError, r"names 2 classes, and datasets\.a\.num_classes is 3"):
             Dataset("a", num_classes=3, class_names=str(file)).names()
+        file.write_text("run\nrun\n")
+        with self.assertRaisesRegex(UserError, "names two classes 'run'"):
+            Dataset("a", num_classes=2, class_names=str(file)).names()
         with self.assertRaisesRegex(UserError, r"datasets\.a\.class_names is .*cannot be read"):
             Dataset("a", num_classes=3, class_names=str(self.folder / "none.txt")).names()
 

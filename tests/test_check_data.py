@@ -210,7 +210,10 @@ class Splits(Folder):
             ((paths, "--num-classes", 3), "and LABELS.npy after"),
             ((paths, "--workers", -1), "--workers is -1"),
             ((paths, "--fps", 0), "--fps 0"),
-            ((paths, "--json", "/nowhere/x.json"), "no such folder"),
+            ((paths, "--json", "/nowhere/x.json"), "in a folder that is there"),
+            ((paths, "--json", self.folder), "in a folder that is there"),
+            ((paths, "--json", paths), "is a file that is read here"),
+            ((paths, self.save("large.npy", [2**62])), "holds the label 4611686018427387904; expected"),
         ]
         for arguments, saying in cases:
             with self.subTest(saying), self.assertRaisesRegex(UserError, saying):

@@ -90,6 +90,14 @@ class PublishedFigures(unittest.TestCase):
                 recorded = case["for_contrast_averaged_softmax_which_is_NOT_what_the_ancestor_ranks"]
                 self.assertLess(error(shares.softmax(-1), recorded), tolerance)
 
+    def test_samples_without_a_label_count_for_nothing_in_training_figures(self):
+        model, task = published_model(torch.float32), Classify(LabelSets([7], {"a": 0}))
+        clips = torch.randint(0, 256, (4, *record("classifier")["multi_view"][0]["input_shape"][1:]), dtype=torch.uint8)
+        labels = model(clips).argmax(-1)
+        labels[2:] = -1
+        output = task.training_step(model, batch_of(clips, labels.tolist()))
+        self.assertEqual((int(output.count), float(output.sums["top1"])), (2, 200.0))
+
     def test_a_confident_model_has_a_finite_loss_with_softmaxed_scores_too(self):
         scores = torch.tensor([[150.0, 0.0], [0.0, -150.0]])  # two views of a video
         averaged = average_views(scores, batch_of(torch.zeros(2, 3, 2, 8, 8), [0], views=2), "softmax")

@@ -377,6 +377,13 @@ class Ledger(unittest.TestCase):
                     ledger.add([BadSample("films", 0, "a.mp4", "why")], write=True)
                     self.assertEqual(len(BadSampleLedger(path, files=4, budget=0.5)), 1)
 
+    def test_the_same_place_in_two_splits_is_two_files(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "bad.jsonl"
+            bad = [BadSample("films", 5, f"{split}/5.mp4", "why", split) for split in ("train", "val")]
+            BadSampleLedger(path, files=100, budget=0.5).add(bad, write=True)
+            self.assertEqual(len(BadSampleLedger(path, files=100, budget=0.5)), 2)
+
     def test_the_same_path_in_two_sources_is_two_files(self):
         with tempfile.TemporaryDirectory() as folder:
             ledger = BadSampleLedger(Path(folder) / "bad.jsonl", files=4, budget=0.5)

@@ -162,10 +162,14 @@ class CsvLists(Folder):
 
     def test_mistakes_are_named_by_row_and_nothing_is_written(self):
         self.films("a.mp4", "b.mp4", "c.mp4")
+        (self.folder / "empty").mkdir()
         cases = {
             "a.mp4,run\nb.mp4\nc.mp4,run,fast\n": "row 2 has 1 of 2 fields; row 3 has 3 of 2 fields",
             "a.mp4,run\n,run\nb.mp4,\n": "row 2 has no path; row 3 has no label",
-            "path,label\na.mp4,run\nnone.mp4,run\n": r"1 of 2 films are not there: list\.csv, row 3: .*none\.mp4.*--prefix",
+            "path,label\na.mp4,run\nnone.mp4,run\n": r"1 of 2 films are not there .*: list\.csv, row 3: .*none\.mp4.*--prefix",
+            "path,label\na.mp4,run\nempty,run\n": r"1 of 2 .*\(or are folders without images\): .*row 3: .*empty",
+            f"a.mp4,0\nb.mp4,{'9' * 5000}\n": "row 2: 9999",
+            f"a.mp4,run\nb.mp4,{'x' * 200_000}\n": "row 2: field larger than field limit",
             "".join(f"no{k}.mp4,run\n" for k in range(9)): "9 of 9 films .* row 5: .*; and 4 more",
             "a.mp4,Run\nb.mp4,run\n": "'Run' = 'run'.*spelled one way",
             "a.mp4,brush hair\nb.mp4,brush  hair\n": "differ only in case or spaces",
@@ -189,12 +193,27 @@ class CsvLists(Folder):
             self.write("list.csv", "a.mp4,0\n"), self.out, "--val", "x.csv", saying="SOURCE is the file"
         )
 
+    def test_a_film_with_two_labels_is_told(self):
+        self.films("a.mp4", "b.mp4")
+        self.prepared(self.write("list.csv", "a.mp4,run\na.mp4,walk\nb.mp4,run\nb.mp4,run\n"))
+        self.assertRegex(self.errors, r"2 files stand in train more than once: .*a\.mp4, .*b\.mp4")
+        self.assertRegex(self.errors, r"1 files have different labels in train: \S*a\.mp4\.")
+
     def test_films_that_are_elsewhere(self):
         found = self.prepared(self.write("list.csv", "a.mp4,0\n"), "--no-check-files", "--prefix", "/cluster/films")
         self.assertEqual(found["train"], [("/cluster/films/a.mp4", 0)])
 
 
 class ClassFolders(Folder):
+    def test_something_beside_train_and_val_is_asked_about(self):
+        self.films("s/train/run/a.mp4", "s/val/run/b.mp4", "s/test/run/c.mp4")
+        self.assert_refused(
+            self.folder / "s", self.out, saying="holds train and val, and test beside them: are these splits"
+        )
+        shutil.rmtree(self.folder / "s/val")
+        self.prepared(self.folder / "s")
+        self.assertEqual(self.classes, ["test", "train"])
+
     def test_films_and_folders_of_frames(self):
         self.films("s/class 10/x.mp4", "s/class 2/b.AVI", "s/class 2/deep/a.webm", "s/class 2/notes.txt")
         self.films("s/class 2/clip/1.jpg", "s/class 2/clip/2.jpg", "s/class 2/.hidden/x.mp4")

@@ -51,6 +51,14 @@ class Log(Folder):
         log.write("step", "train", 0, 4)
         self.assertEqual([line["step"] for line in read_lines(log.path)], [1, 2, 3, 4])
 
+    def test_a_phase_that_is_done_again_is_told_once(self):
+        log = MetricsLog(self.folder / "m.jsonl")
+        log.write("epoch", "val", 0, 1)
+        log.write("epoch", "train", 1, 2)
+        log.write("epoch", "val", 1, 2)
+        log.rewind(2, "val")
+        self.assertEqual([(line["phase"], line["step"]) for line in read_lines(log.path)], [("val", 1), ("train", 2)])
+
     def test_a_damaged_line_in_the_middle_is_left_out(self):
         log = MetricsLog(self.folder / "m.jsonl")
         for step in (1, 2, 3):
@@ -91,6 +99,22 @@ class Summary(Folder):
         folder.write_summary(status="running", exit_reason=None)
         folder.note_silent_end("ended by SIGTERM", interrupted=True)
         self.assertEqual(folder.read_summary()["status"], "interrupted")
+
+
+class Checkpoints(Folder):
+    def test_a_folder_of_checkpoints_elsewhere_is_of_one_run(self):
+        shared = self.folder / "shared"
+        one, two = (RunFolder(self.folder / name, shared) for name in ("one", "two"))
+        for folder in (one, two):
+            folder.create()
+        for _ in range(2):
+            one.own_checkpoints()
+        with self.assertRaisesRegex(UserError, r"are of the run in \S*/one, and this one is \S*/two\. .*save_dir"):
+            two.own_checkpoints()
+        inside = RunFolder(self.folder / "three")
+        inside.create()
+        inside.own_checkpoints()
+        self.assertEqual(list(inside.checkpoints.iterdir()), [])
 
 
 class Lock(Folder):

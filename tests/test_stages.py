@@ -228,7 +228,7 @@ class Averages(OnFilms):
                 reports = json.loads((self.folder / mode / "logs/pretrained.json").read_text())
                 self.assertEqual([(report["path"], report["sha256"]) for report in reports], noted)
                 for report in reports:
-                    left = {"heads.0.0.bias", "heads.0.0.weight", "trunk.pos_embed"}  # the last is a constant
+                    left = {"heads.0.0.bias", "heads.0.0.weight"}
                     self.assertEqual(set(report["dropped"]), left)
                     self.assertEqual(set(report["loaded"]), set(stages.state(self.folder / "a")["model"]) - left)
                 last = state["model"]["mixing_ratio"].softmax(-1)
@@ -267,6 +267,19 @@ class Averages(OnFilms):
         changed["trunk.norm.bias"][0] += 1e-3
         torch.save({"model": changed}, self.folder / "c.pt")
         self.assert_refused([*again, sources], r"averages .*c\.pt .* now .* same files")
+
+    def test_clips_of_another_length_have_the_positions_that_fine_tuning_has(self):
+        longer = [*self.data, "num_frames=8", "epochs=1"]
+        self.trained("average", "longer", *longer, self.sources)
+        self.trained("ft", "longer_ft", *longer, f"pretrained_checkpoint_path={self.folder}/a", UNVALIDATED)
+        table = stages.state(self.folder / "longer")["model"]["model.trunk.pos_embed"]
+        self.assertTrue(torch.equal(table, stages.state(self.folder / "longer_ft")["model"]["trunk.pos_embed"]))
+        reports = json.loads((self.folder / "longer/logs/pretrained.json").read_text())
+        self.assertEqual([report["resized"] for report in reports], [{"trunk.pos_embed": "1x4x4 -> 2x4x4"}] * 2)
+        self.trained("ft", "longer_new", *longer, FROM_NOTHING, UNVALIDATED)  # its positions are not interpolated ones
+        mixed = f"pretrained_checkpoint_path=[{self.folder}/a,{self.folder}/longer_new]"
+        command = stages.command("average", self.folder / "mixed", *longer, mixed)
+        self.assert_refused(command, "have different positions .*longer_new")
 
     def test_another_choice_of_entries_is_refused(self):
         self.trained("average", "choosing", *self.data, self.sources, "epochs=1")
@@ -387,6 +400,21 @@ class TwoLabelSets(OnFilms):
         self.trained("ft", "ema_again", *settings, dataset="inpk150_sim150")
         self.assertEqual(self.validation(self.folder / "ema_again"), self.validation(self.folder / "ema"))
 
+    def test_validation_asks_for_nothing_of_the_training(self):
+        self.trained("ft", "ended", *self.data, FROM_NOTHING, dataset="inpk150_sim150")
+        before = runs.summary(self.folder / "ended")
+        gone = [f"++datasets.{name}.train.paths=gone.npy" for name in ("inpk150", "sim150")]
+        again = [*self.data, FROM_NOTHING, *gone, "trainer.mode=val", "batch_size=2"]
+        for _ in range(2):
+            self.trained("ft", "ended", *again, dataset="inpk150_sim150")
+        after = runs.summary(self.folder / "ended")
+        self.assertEqual((after["status"], after["steps"]), ("finished", before["steps"]))
+        (line,) = runs.lines(self.folder / "ended", "epoch", "val")
+        self.assertEqual(line["step"], before["steps"])
+        with mock.patch("omnivision.trainer.Trainer.evaluate", side_effect=RuntimeError("broken")):
+            result = stages.here(stages.command("ft", self.folder / "ended", *again, dataset="inpk150_sim150"))
+        self.assertEqual((result.returncode, runs.summary(self.folder / "ended")["status"]), (70, "finished"))
+
     def test_validation_without_the_heads_is_refused(self):
         for choice in ("no_heads", "no_heads_no_decoder"):
             settings = [*self.data, self.whole[0], f"trainer/checkpoint={choice}", "trainer.mode=val"]
@@ -473,6 +501,15 @@ class Mistakes(OnFilms):
         self.assert_refused(arguments, saying)
         if folder == "wrong":
             self.assertNotIn("config.yaml", {path.name for path in (self.folder / folder).glob("*")})
+
+    def test_names_of_classes_that_are_not_as_many(self):
+        names = self.folder / "names.txt"
+        names.write_text("one\n")
+        self.assert_run_refused(
+            FROM_NOTHING,
+            f"++datasets.ucf101.class_names={names}",
+            saying="names 1 classes, and datasets.ucf101.num_classes is 3",
+        )
 
     def test_weights_that_do_not_fit(self):
         source = f"pretrained_checkpoint_path={self.folder}/run"

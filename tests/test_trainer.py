@@ -33,7 +33,7 @@ from omnivision.reporting.reporter import Reporter
 from omnivision.reporting.run_folder import RunFolder
 from omnivision.resuming import take_up
 from omnivision.tasks.reconstruct import Reconstruct
-from omnivision.trainer import Data, Options, Trainer
+from omnivision.trainer import Options, TrainData, Trainer, ValData
 
 TUBELET = (2, 8, 8)
 
@@ -77,8 +77,8 @@ def trainer(folder: Path, train: Noise | None = None, val: Noise | None = None, 
         Reconstruct(TUBELET),
         model,
         ScheduledOptimizer(model, groups, torch.optim.AdamW),
-        Data(train or Noise(12), Workers(), plan),
-        None if val is None else Data(val, Workers(), videos_per_batch=4),
+        TrainData(train or Noise(12), Workers(), plan),
+        None if val is None else ValData(val, Workers(), videos_per_batch=4),
         processes,
         run_folder,
         Reporter(run_folder, enabled=True, console=Console(file=io.StringIO())),
@@ -236,8 +236,8 @@ class Loop(unittest.TestCase):
         made = trainer(self.folder / "apart")
         with mock.patch.object(made.processes, "gather", lambda place: [place, (1, 0)]):
             with self.assertRaisesRegex(UserError, r"found different checkpoints .*\(0, 0\), \(1, 0\)"):
-                made.agree_on_start()
-        made.agree_on_start()
+                made.join_processes()
+        made.join_processes()
 
     def test_another_optimizer_is_told(self):
         self.fit("optimizer", max_epochs=1)
@@ -291,6 +291,29 @@ class Loop(unittest.TestCase):
             self.assertFalse(torch.equal(again.bare.trunk.norm.weight, own["trunk.norm.weight"]))
         again.ema = None
         self.assertNotEqual(again.evaluate().figures["loss"], averaged)
+
+    def test_a_moving_average_that_a_run_begins_late_begins_at_its_weights(self):
+        weights = self.fit("late", max_epochs=1)
+        made = trainer(self.folder / "late", ema_decay=0.5)
+        self.assert_same({name: weights[name] for name in made.ema.average}, made.ema.average)
+
+    def test_a_moving_average_of_other_weights_is_told(self):
+        self.fit("narrow", max_epochs=1, ema_decay=0.5)
+        path = self.folder / "narrow/checkpoints/checkpoint.pt"
+        found = checkpoint.safe_load(path)
+        del found["ema"]["trunk.norm.weight"]
+        path.unlink()
+        torch.save(found, path)
+        path.with_name("checkpoint.pt.json").unlink()
+        with self.assertRaisesRegex(UserError, r"moving average of other weights .*trunk\.norm\.weight"):
+            trainer(self.folder / "narrow", ema_decay=0.5)
+
+    def test_processes_meet_only_when_all_are_ready(self):
+        with mock.patch("omnivision.trainer.parallel", side_effect=lambda model, *_: model) as parallel:
+            made = trainer(self.folder / "meeting")
+            self.assertEqual(parallel.call_count, 0)
+            made.join_processes()
+            self.assertEqual(parallel.call_count, 1)
 
     def test_a_run_that_was_taken_over_saves_nothing_more(self):
         made = trainer(self.folder / "lost")

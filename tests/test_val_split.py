@@ -157,11 +157,15 @@ class Command(unittest.TestCase):
             with self.subTest(options), self.assertRaisesRegex(UserError, saying):
                 run(*self.files, out, "--dataset", "ikea", *options.split())
         np.save(self.folder / "short.npy", self.labels[:5])
+        np.save(self.folder / "wide.npy", np.full(len(self.labels), 2**64 - 1, np.uint64))
+        np.save(self.folder / "low.npy", np.array(self.labels) * 0 - 5)
         np.save(self.folder / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
         cases = {
             (self.files[0], self.folder / "short.npy"): r"holds \(5,\) of int64; expected a 1-D array of 120 integers",
             (self.files[1], self.files[1]): "expected a 1-D array of .* strings",
             (self.folder / "none.npy", self.files[1]): "no such file",
+            (self.files[0], self.folder / "wide.npy"): "holds the label 18446744073709551615; expected",
+            (self.files[0], self.folder / "low.npy"): "holds the label -5; expected",
             (self.folder / "objects.npy", self.files[1]): "never unpickled",
         }
         for files, saying in cases.items():

@@ -1,5 +1,6 @@
 """Weights handed from stage to stage: what is read, chosen, loaded, resized and refused."""
 
+import os
 import tempfile
 import unittest
 from pathlib import Path
@@ -8,7 +9,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from omnivision import checkpoint
 from omnivision.errors import UserError
+from omnivision.interop.files import read as read_for_import
 from omnivision.models.architecture import build, describe
 from omnivision.models.average import AveragedClassifier
 from omnivision.models.classifier import VideoClassifier
@@ -17,6 +20,7 @@ from omnivision.models.patches import resized_positions
 from omnivision.models.vit import VisionTransformer
 from omnivision.weights import Choice, LoadReport, Weights, choose, find, load, read, read_several
 from tests.test_checkpoint import Canary
+from tests.test_checkpoint import state as run_state
 
 TRUNK_ALONE = Choice(drop_if_present=["heads.*", "trunk.decoder.*", "trunk.mask_token"])
 
@@ -154,6 +158,9 @@ class Choosing(unittest.TestCase):
             saying = rf"trainer\.checkpoint\.{what}: the pattern 'tronk\.\*' matches none of the 4"
             with self.assertRaisesRegex(UserError, saying):
                 self.chosen(Choice(**{what: ["tronk.*"]}))
+        with self.assertRaisesRegex(UserError, "None of the 29 entries .* has a place in this model"):
+            weights = Weights(trunk().state_dict(), Path("there.pt"), "")
+            load(classifier(), weights, Choice(prefix="foo.", trunk_coverage=0))
         with self.assertRaisesRegex(UserError, r"rename: the pattern 'q' matches none"):
             self.chosen(Choice(rename={"q": "r"}))
         with self.assertRaisesRegex(UserError, "keeps nothing of the 4 entries"):
@@ -182,6 +189,28 @@ class Reading(unittest.TestCase):
         self.assert_read(self.folder / "bare.pt")
         self.assert_read(self.folder / "run.pt", architecture=True)
         self.assert_read(self.folder / "weights.safetensors")
+
+    def test_damaged_files_are_refused(self):
+        for manifest in (True, False):
+            with self.subTest(manifest=manifest):
+                folder = self.folder / f"run{manifest}" / "checkpoints"
+                checkpoint.save(run_state(1, model=self.state), folder, [])
+                path = folder / "checkpoint.pt"
+                data = path.read_bytes()
+                place = data.index(self.state["trunk.blocks.0.mlp.fc1.weight"].numpy().tobytes()) + 100
+                path.unlink()
+                path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+                if not manifest:
+                    path.with_name("checkpoint.pt.json").unlink()
+                for reader in (read, read_for_import):
+                    with self.assertRaisesRegex(UserError, "manifest describes" if manifest else "checksum"):
+                        reader(folder.parent)
+
+    def test_what_is_neither_file_nor_folder(self):
+        os.mkfifo(self.folder / "pipe")
+        for source in (self.folder / "pipe", "", self.folder / "none"):
+            with self.subTest(source), self.assertRaisesRegex(UserError, "no such file or folder"):
+                read(source)
 
     def test_files_from_before_torch_1_6(self):
         path = self.folder / "old.pt"
@@ -224,8 +253,11 @@ class Reading(unittest.TestCase):
     def test_what_is_refused(self):
         canary = self.folder / "canary"
         torch.save({"model": Canary(str(canary))}, self.folder / "evil.pt")
-        with self.assertRaisesRegex(UserError, r"(?s)evil\.pt does not load.*save its state dict alone"):
+        with self.assertRaisesRegex(
+            UserError, r"(?s)evil\.pt does not load: it holds a pickled object.*state dict alone"
+        ) as told:
             read(self.folder / "evil.pt")
+        self.assertNotIn("weights_only", str(told.exception))
         self.assertFalse(canary.exists())
         for content in ([1, 2], {"model": {}}, {"model": {"a": 3}}, {3: torch.zeros(1)}, torch.zeros(2)):
             torch.save(content, self.folder / "odd.pt")

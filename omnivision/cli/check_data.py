@@ -89,8 +89,13 @@ def _check_arguments(args: argparse.Namespace) -> None:
         )
     if args.num_classes is not None and (args.num_classes < 1 or args.labels is None):
         raise UserError(f"--num-classes is {args.num_classes}; expected 1 or more, and LABELS.npy after PATHS.npy.")
-    if args.json and not Path(args.json).absolute().parent.is_dir():
-        raise UserError(f"--json {args.json}: there is no such folder. Make it, or give another file.")
+    if args.json and (Path(args.json).is_dir() or not Path(args.json).absolute().parent.is_dir()):
+        raise UserError(
+            f"--json {args.json}: expected a file in a folder that is there. Make it, or give another file."
+        )
+    read = [file for file in (args.paths, args.labels, args.against) if file]
+    if args.json and os.path.realpath(args.json) in map(os.path.realpath, read):
+        raise UserError(f"--json {args.json} is a file that is read here, and would be replaced. Give another file.")
 
 
 def _summary(checks: list[FilmCheck], labels: np.ndarray | None, num_classes: int | None) -> dict[str, Any]:

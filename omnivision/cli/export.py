@@ -119,7 +119,7 @@ def _weights(source: Source, wanted: str | None) -> dict[str, Tensor]:
     average = source.said.get("ema")
     if wanted == "ema" and not isinstance(average, dict):
         raise UserError(
-            f"--weights is ema, and {source.path} has no moving average (trainer.optim.ema_decay was null). Use "
+            f"--weights is ema, and {source.path} has no moving average (trainer.ema_decay was null). Use "
             "--weights model."
         )
     if wanted == "model" or not isinstance(average, dict):

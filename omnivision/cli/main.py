@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import NoReturn
 
 from omnivision.cli import check_data, demo_data, export, import_weights, prepare, runs, val_split
-from omnivision.errors import UserError
+from omnivision.errors import EXIT_USER, UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """Wrong arguments are a mistake like any other: a paragraph, exit code 1."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USER, f"error: {message}. See {self.prog} --help.\n")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="omnivision",
         description="Tools around the training of video models. Training itself: python train_app_submitit.py --help",
     )

@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         fps=None if fps == 25 else fps,
     )
     catalog = updated_catalog(Path(args.catalog), args.name, entry) if args.catalog else None
-    for warning in [*path_warnings(films.paths), *label_warnings(classes, labels)]:
+    for warning in [*path_warnings(films.paths, labels), *label_warnings(classes, labels)]:
         print(f"warning: {warning}", file=sys.stderr)
     try:
         written = dataset.write_dataset(
@@ -158,11 +158,15 @@ def _class_names(file: str | None) -> list[str] | None:
     if file is None:
         return None
     try:
-        names = [line.strip() for line in Path(file).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        names = [line.strip() for line in Path(file).read_text(encoding="utf-8-sig").rstrip().splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"--class-names {file} cannot be read: {error}. Expected a text file, one name a line."
         ) from error
+    if blank := [number for number, name in enumerate(names, start=1) if not name]:
+        raise UserError(
+            f"--class-names {file} has nothing on line {blank[0]}; expected a name on each line, that of class 0 first."
+        )
     if not names:
         raise UserError(f"--class-names {file} is empty; expected one name a line.")
     return names

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,16 +48,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def summaries(folder: Path) -> list[dict[str, Any]]:
-    """The summary of each run below a folder, oldest first, with its `name` relative to that folder.
-
-    Raises UserError for a summary.json that is none.
-    """
+    """The summary of each run below a folder, oldest first, with its `name` relative to that folder; damaged ones are named."""
     found = []
     for file in sorted(folder.rglob("summary.json")):
         try:
             summary = dict(json.loads(file.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
-            raise UserError(f"{file} is no summary of a run: {error}. Remove it, or put the run's own back.") from None
+            print(f"warning: {file} is no summary of a run: {error}. It is left out.", file=sys.stderr)
+            continue
         name = file.parent.relative_to(folder).as_posix()
         found.append({"last": {}, "run": {}, "changed": file.stat().st_mtime} | summary | {"name": name})
     return sorted(found, key=lambda summary: summary["run"].get("started", 0))

@@ -47,6 +47,10 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--seed is {args.seed}; expected a whole number from 0 upwards. Change --seed.")
     paths = read_paths(args.paths)
     labels = read_labels(args.labels, len(paths))
+    if labels.min() < -1:
+        raise UserError(
+            f"{args.labels} holds the label {labels.min()}; expected class numbers, or -1 for ignored samples. Mend the labels."
+        )
     groups = groups_of(paths, GROUPINGS[args.dataset] if args.dataset else pattern_grouping(args.group_pattern))
     held = held_out(groups, labels, args.share, args.seed)
     sides = {"train": np.flatnonzero(~held), "val": np.flatnonzero(held)}

@@ -19,6 +19,7 @@ class BadSample:
     index: int
     path: str
     reason: str
+    split: str = "train"
 
 
 @dataclass

@@ -104,7 +104,7 @@ class ClipDataset:
             try:
                 return self._sample(split, request, path, bad)
             except BadVideo as error:
-                bad.append(BadSample(split.name, request.video, path, str(error)))
+                bad.append(BadSample(split.name, request.video, path, str(error), split.which))
                 if not self.training:
                     return self._empty(split, request, path, bad)
             request = request._replace(video=int(rng.integers(len(split))))

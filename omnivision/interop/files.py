@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from omnivision.checkpoint import sha256
+from omnivision.checkpoint import sha256, verified_digest
 from omnivision.errors import UserError
 from omnivision.files import BEST, LATEST
 from omnivision.safe import BrokenCheckpoint, is_ordinary, safe_load
@@ -67,13 +67,14 @@ def read(source: str | Path) -> Source:
             state, said = _read_safetensors(path)
         else:
             state, said = _read_torch(path)
+        digest = verified_digest(path)
     except BrokenCheckpoint as error:
         raise UserError(
             f"{error}. Expected weights only: tensors in plain containers. A file that was pickled by older code is not "
             "opened, because it may run anything; load it where it was made and save its state dict alone: "
             "torch.save({'model': model.state_dict()}, FILE)."
         ) from None
-    return Source(path, sha256(path), _plain(state, path), said)
+    return Source(path, digest, _plain(state, path), said)
 
 
 def find(source: str | Path) -> Path:

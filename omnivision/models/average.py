@@ -16,8 +16,6 @@ from omnivision.errors import UserError
 from omnivision.models.classifier import VideoClassifier
 from omnivision.models.vit import VisionTransformer
 
-CombineMode = Literal["learned_average_softmax", "learned_average_layer_softmax"]
-
 
 class AveragedClassifier(nn.Module):
     """A `VideoClassifier` of the architecture of `trunk`, whose weights are `sum_k softmax(mixing_ratio)_k * source_k`.

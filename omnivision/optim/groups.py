@@ -167,7 +167,7 @@ class ScheduledOptimizer:
 
     @property
     def lr(self) -> float:
-        """The learning rate of the group with the largest scale: the base rate."""
+        """The largest learning rate of all groups: the base rate, or that of mixing weights where it is multiplied."""
         return max(group["lr"] for group in self.optimizer.param_groups)
 
     def parameters(self) -> Iterable[torch.nn.Parameter]:

@@ -11,6 +11,7 @@ import numpy as np
 from omnivision.data.catalog import load_array
 from omnivision.errors import UserError
 from omnivision.files import replace_atomically
+from omnivision.prepare.listing import MOST_CLASSES
 
 
 def read_paths(file: str) -> list[str]:
@@ -31,6 +32,11 @@ def read_labels(file: str, samples: int) -> np.ndarray:
         raise UserError(
             f"{file} holds {array.shape} of {array.dtype}; expected a 1-D array of {samples} integers, one a path. "
             "Write both files from the same list, or give another LABELS."
+        )
+    if len(array) and array.max() >= MOST_CLASSES:
+        raise UserError(
+            f"{file} holds the label {array.max()}; expected class numbers below {MOST_CLASSES}, or -1 for ignored samples. "
+            "Mend the labels."
         )
     return array.astype(np.int64)
 

@@ -24,8 +24,11 @@ def entry_lines(
 ) -> list[str]:
     """The lines of the entry, indented as in a catalog. `folder` holds the arrays and class_names.txt.
 
-    Raises UserError for a path with "${", which would be read as a reference to another setting.
+    Raises UserError for a path with "${", which would be read as a reference to another setting, and for a name that YAML
+    reads as something else (on, null, 12).
     """
+    if yaml.safe_load(name) != name:
+        raise UserError(f"--name is {name!r}, which YAML does not read as a word. Give another name.")
     lines = [f"{name}:", "  kind: video", f"  num_classes: {num_classes}"]
     lines += [f"  class_names: {_text(folder / 'class_names.txt')}", f"  prefix: {_text(prefix)}"]
     if fps is not None:

@@ -22,6 +22,13 @@ def read_class_folders(source: str) -> Listing:
     folders = _folders(source)
     splits = [name for name in SPLITS if name in folders]
     if set(splits) != set(folders):
+        if set(splits) == set(SPLITS):
+            others = ", ".join(sorted(set(folders) - set(SPLITS))[:3])
+            raise UserError(
+                f"{source} holds train and val, and {others} beside them: are these splits or classes? Expected "
+                f"{source}/<class>/<clip>, or train and val alone, with classes inside. Move the others elsewhere, or give "
+                f"another SOURCE."
+            )
         splits = []  # a class may be called train
     parts = {split: os.path.join(source, split) for split in splits} or {"train": source}
     listed: dict[str, list[Row]] = {}

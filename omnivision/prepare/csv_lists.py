@@ -66,6 +66,8 @@ def _text(file: Path) -> str:
 def _delimiter(text: str) -> str:
     """The first delimiter that splits at least half of the rows; the comma if none does."""
     lines = [line for line in text.splitlines() if line.strip()]
+    if any(len(line) > csv.field_size_limit() for line in lines):
+        return ","  # reading the rows tells which one
     for delimiter in _DELIMITERS:
         if lines and 2 * sum(
             len(next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])) > 1 for line in lines

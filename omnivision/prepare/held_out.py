@@ -80,7 +80,7 @@ def held_out(groups: list[str], labels: np.ndarray, share: float, seed: int) -> 
     names, group, sizes = np.unique(np.array(groups), return_inverse=True, return_counts=True)
     if len(names) < 2:
         raise UserError(
-            f"All {len(groups)} videos are of one group ({names[0]!r}), which stays on one side. Expected at least two groups; "
+            f"All {len(groups)} videos are of one group ({str(names[0])!r}), which stays on one side. Expected at least two; "
             "choose another --dataset or --group-pattern."
         )
     order = _order(group, labels, len(names), seed)

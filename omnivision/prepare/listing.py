@@ -65,14 +65,16 @@ def numbered(rows: list[Row]) -> list[Row]:
     if not whole:
         return rows
     if len(whole) < len(rows):
-        fewer = whole if 2 * len(whole) <= len(rows) else [row for row in rows if row not in set(whole)]
+        named = set(rows) - set(whole)
+        fewer = whole if 2 * len(whole) <= len(rows) else [row for row in rows if row in named]
         problems = [f"{row.where}: {row.label}" for row in fewer]
         raise refuse(
             f"{len(whole)} labels are integers and {len(rows) - len(whole)} are names; expected one kind. The fewer are",
             problems,
             "Mend the list.",
         )
-    return [Row(row.path, int(row.label), row.where) for row in rows]
+    # Python refuses to read thousands of digits; so many are out of any range however they go on.
+    return [Row(row.path, int(str(row.label)[:40]), row.where) for row in rows]
 
 
 def label_arrays(listing: Listing, names: list[str] | None = None) -> tuple[list[str], dict[str, np.ndarray]]:
@@ -119,12 +121,15 @@ def label_warnings(classes: list[str], labels: Mapping[str, np.ndarray]) -> list
     return warnings
 
 
-def path_warnings(paths: Mapping[str, list[str]]) -> list[str]:
-    """Sentences about files that stand in a split twice, or in both splits."""
+def path_warnings(paths: Mapping[str, list[str]], labels: Mapping[str, np.ndarray]) -> list[str]:
+    """Sentences about files that stand in a split twice, with one label or several, or in both splits."""
     warnings = []
     for split, listed in paths.items():
         if twice := [path for path, count in Counter(listed).items() if count > 1]:
             warnings.append(f"{len(twice)} files stand in {split} more than once: {_some(twice)}.")
+        different = Counter(path for path, _ in set(zip(listed, labels[split].tolist(), strict=True)))
+        if contradicting := [path for path, count in different.items() if count > 1]:
+            warnings.append(f"{len(contradicting)} files have different labels in {split}: {_some(contradicting)}.")
     if shared := sorted(set(paths.get("train", [])) & set(paths.get("val", []))):
         warnings.append(f"train and val share {len(shared)} files: {_some(shared)}.")
     return warnings

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from omnivision.data.images import IMAGE_SUFFIXES
 from omnivision.errors import UserError
 from omnivision.prepare.class_folders import read_class_folders
 from omnivision.prepare.csv_lists import read_csv_lists
@@ -71,7 +72,7 @@ def find_films(listing: Listing, *, prefix: str | None, check: bool) -> Films:
         problems = [f"{row.where}: {path}" for row, path, there in zip(rows, full, found, strict=True) if there is None]
         if problems:
             raise refuse(
-                f"{len(problems)} of {len(rows)} films are not there",
+                f"{len(problems)} of {len(rows)} films are not there (or are folders without images)",
                 problems,
                 "Pass --prefix FOLDER for the folder that holds them, mend the list, or skip this check with --no-check-files.",
             )
@@ -132,9 +133,16 @@ def _on_disk(path: str) -> str | None:
     stem, suffix = os.path.splitext(path)
     others = [stem + other for other in VIDEO_SUFFIXES] if suffix.lower() in VIDEO_SUFFIXES else []
     for candidate in (path, *others):
-        if os.path.isfile(candidate) or (candidate == path and os.path.isdir(candidate)):
+        if os.path.isfile(candidate) or (candidate == path and _holds_images(candidate)):
             return candidate
-    return stem if others and os.path.isdir(stem) else None
+    return stem if others and _holds_images(stem) else None
+
+
+def _holds_images(folder: str) -> bool:
+    if not os.path.isdir(folder):
+        return False
+    with os.scandir(folder) as entries:
+        return any(entry.name.lower().endswith(IMAGE_SUFFIXES) for entry in entries)
 
 
 def _inside(path: str, folder: str) -> bool:

@@ -74,7 +74,8 @@ def in_processes(
                 position = worker.position
                 if following := next(todo, None):
                     worker.position = following[0]
-                    ready.send(following[1])
+                    with contextlib.suppress(BrokenPipeError):  # it was killed since: the next turn finds out
+                        ready.send(following[1])
                 else:
                     del team[ready]
                     ready.close()

@@ -17,14 +17,17 @@ class BadSampleLedger:
 
     def __init__(self, path: Path, files: int, budget: float) -> None:
         self.path, self.files, self.budget = path, files, budget
-        self._known: dict[tuple[str, int], tuple[str, str]] = {}  # (path, reason) by source and index
+        self._known: dict[tuple[str, str, int], tuple[str, str]] = {}  # (path, reason) by source, split and index
         self._cut = False  # a crash cut the last line
         if path.exists():
             self._cut = not path.read_bytes().endswith(b"\n")
             for entry in read_lines(path):
                 source, index = entry.get("source"), entry.get("index")
                 if isinstance(source, str) and isinstance(index, int):
-                    self._known[source, index] = str(entry.get("path")), str(entry.get("reason"))
+                    self._known[source, str(entry.get("split")), index] = (
+                        str(entry.get("path")),
+                        str(entry.get("reason")),
+                    )
 
     def __len__(self) -> int:
         return len(self._known)
@@ -32,8 +35,9 @@ class BadSampleLedger:
     def add(self, samples: Sequence[BadSample], write: bool) -> None:
         """Note bad samples, of all processes, in every process; one writes. Raises UserError once the budget is passed."""
         for sample in samples:
-            if (sample.source, sample.index) not in self._known:
-                self._known[sample.source, sample.index] = sample.path, sample.reason
+            key = sample.source, sample.split, sample.index
+            if key not in self._known:
+                self._known[key] = sample.path, sample.reason
                 if write:
                     with open(self.path, "a", encoding="utf-8", errors="surrogateescape") as file:
                         file.write("\n" * self._cut + json.dumps(asdict(sample)) + "\n")

@@ -16,13 +16,16 @@ class MetricsLog:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def rewind(self, step: int) -> None:
-        """Forget what was logged after `step`: the run goes on from there. A last line cut by a crash goes as well."""
+    def rewind(self, step: int, again: str | None = None) -> None:
+        """Forget what was logged after `step`, and of that step what the phase `again` told: the run goes on from there.
+
+        A last line cut by a crash goes as well.
+        """
         if self.path.exists():
             kept = [
                 json.dumps(finite(line), allow_nan=False) + "\n"
                 for line in read_lines(self.path)
-                if _step(line) <= step
+                if _step(line) <= step and not (line.get("phase") == again and _step(line) == step)
             ]
             write_atomically(self.path, "".join(kept))
 

@@ -22,7 +22,7 @@ LOG = logging.getLogger("omnivision")
 
 
 class Reporter:
-    """Tells of a run from process 0; with `enabled=False` (the other processes) every method does nothing."""
+    """Tells of a run from process 0; with `enabled=False` (the other processes) it is silent and writes nothing."""
 
     def __init__(self, folder: RunFolder, enabled: bool, console: Console | None = None) -> None:
         self.folder, self.enabled = folder, enabled
@@ -31,10 +31,10 @@ class Reporter:
         self._board: SummaryWriter | None = None
         self._progress: ProgressLine | None = None
 
-    def start(self, step: int, total_steps: int) -> None:
-        """Begin at a step; whatever was logged after it is forgotten."""
+    def start(self, step: int, total_steps: int, again: str | None = None) -> None:
+        """Begin at a step; whatever was logged after it is forgotten, and what a phase that is done `again` told of it."""
         if self.enabled:
-            self._metrics.rewind(step)
+            self._metrics.rewind(step, again)
             self._board = SummaryWriter(str(self.folder.tensorboard), purge_step=step + 1 if step else None)
             self._progress = ProgressLine(total_steps, step, self.console)
 
@@ -60,7 +60,7 @@ class Reporter:
             self.say(f"epoch {epoch + 1} {phase}: {shown}")
 
     def pictures(self, name: str, what: Pictures, step: int) -> Path:
-        """Write PNG and GIF to `pictures/`, and the GIF to TensorBoard, which moves it."""
+        """Write PNG and GIF to `pictures/`, and the GIF to TensorBoard, which moves it. Process 0 alone makes pictures."""
         animation = pictures.save(what, self.folder.pictures, name)
         if self._board is not None:
             _add_gif(self._board, "pictures", animation, pictures.moving(what)[0].size, step)

@@ -50,6 +50,22 @@ class RunFolder:
                 "folder that can be created and written. Change launcher.experiment_log_dir (or trainer.checkpoint.save_dir)."
             ) from None
 
+    def own_checkpoints(self) -> None:
+        """Claim a folder of checkpoints that lies elsewhere. Raises UserError when it is another run's: its checkpoints would
+        be taken for this one's.
+        """
+        here, claim = self.path.resolve(), self.checkpoints / ".run"
+        if self.checkpoints.resolve().is_relative_to(here):
+            return
+        owner = claim.read_text(encoding="utf-8").strip() if claim.is_file() else str(here)
+        if owner != str(here):
+            raise UserError(
+                f"The checkpoints in {self.checkpoints.absolute()} are of the run in {owner}, and this one is {here}. Expected "
+                "a folder of its own for each run: change trainer.checkpoint.save_dir (a sweep puts what is swept into its "
+                f"name). If the run folder was moved, remove {claim}."
+            )
+        write_atomically(claim, f"{here}\n")
+
     def lock(self) -> str | None:
         """Become the run's only writer; a heartbeat tells others that we live. Returns a line about a lock taken over."""
         with alone(self.path / ".lock.guard"):

@@ -13,13 +13,13 @@ from omnivision.data.batch import Batch
 
 @dataclass(frozen=True)
 class StepOutput:
-    """Loss to differentiate (a mean over the batch) and, for the logs, sums over its `count` samples.
+    """Loss to differentiate (a mean over the batch) and, for the logs, sums over the `count` samples that count.
 
     `scores` (samples, classes), at evaluation of a classifier: float, one row a video, its views averaged.
     """
 
     loss: Tensor
-    count: int
+    count: int | Tensor
     sums: dict[str, Tensor] = field(default_factory=dict)
     scores: Tensor | None = None
 

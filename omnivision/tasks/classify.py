@@ -49,8 +49,8 @@ class Classify:
                 video, depth = video[:, :3], video[:, 3:]
         scores = model(video, head, depth)
         loss = soft_cross_entropy(scores, target)
-        sums = {"loss": loss.detach() * len(batch)} | _hits(scores.detach(), target)
-        return StepOutput(loss, len(batch), sums)
+        count = (batch.label >= 0).sum()
+        return StepOutput(loss, count, {"loss": loss.detach() * count} | _hits(scores.detach(), target))
 
     def evaluation_step(self, model: nn.Module, batch: Batch) -> StepOutput:
         """Scores of each video: its views go through the model together and are averaged."""

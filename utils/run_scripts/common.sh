@@ -27,7 +27,7 @@ train() {
         [ "$name" = NUM_WORKERS ] && [ "$NUM_WORKERS" = 0 ] || number "$name"
     done
     # The shell only divides whole numbers; the learning rate wants the exact ratio.
-    factor=$(awk "BEGIN { printf \"%.17g\", $NOMINAL_BATCH / ($BATCH_SIZE * $NUM_NODES) }")
+    factor=$(LC_ALL=C awk "BEGIN { printf \"%.17g\", $NOMINAL_BATCH / ($BATCH_SIZE * $NUM_NODES) }")
     experiment=$1 recipe=$2
     shift 2
     exec python "$HERE/../../train_app_submitit.py" "+experiments=$experiment" "+trainer=$recipe" "trainer/model=$MODEL" \
