@@ -217,6 +217,8 @@ def run_process(job: Job, place: Place | None) -> int:
         begun = processes.is_main
         kept = (validating or trainer.is_done) and (folder.path / "config.yaml").exists()
         if begun and not kept:
+            if trainer.global_step and (changes := changed_settings(folder.path / "config.yaml", job.config_text)):
+                reporter.say(f"The run goes on with other settings than it had: {'; '.join(changes)}")
             write_atomically(folder.path / "config.yaml", job.config_text)
             started = folder.read_summary().get("run", {}).get("started", time.time())
             folder.write_summary(run=build.facts(job.settings, trainer.bare) | {"started": started})
@@ -264,6 +266,24 @@ def ready_trainer(job: Job, processes: Processes, folder: RunFolder, reporter: R
     if trainer.ema is not None:
         trainer.ema.start()
     return trainer
+
+
+def changed_settings(file: Path, text: str) -> list[str]:
+    """How a configuration differs from the one that a run had before: "name: then -> now" for each setting."""
+    import yaml
+
+    def flat(value: Any, name: str = "") -> dict[str, Any]:
+        if not isinstance(value, dict):
+            return {name: value}
+        return {key: v for k, part in value.items() for key, v in flat(part, f"{name}.{k}" if name else str(k)).items()}
+
+    try:
+        then = flat(yaml.safe_load(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, yaml.YAMLError):
+        return ["what it had cannot be read from its config.yaml"]
+    now = flat(yaml.safe_load(text))
+    names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+    return [f"{name}: {then.get(name)} -> {now.get(name)}" for name in names]
 
 
 def explain(error: BaseException, folder: RunFolder | None, rank: int) -> int:

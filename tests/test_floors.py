@@ -40,7 +40,12 @@ ALLOWED = {
     "omegaconf": {"train_app_submitit", "omnivision.settings", "omnivision.schema", "omnivision.launch"},
     "submitit": {"omnivision.launch"},
     "av": {"omnivision.data.decode", "omnivision.data.encode"},
-    "yaml": {"train_app_submitit", "omnivision.settings_yaml", "omnivision.prepare.catalog_file"},
+    "yaml": {
+        "train_app_submitit",
+        "omnivision.settings_yaml",
+        "omnivision.prepare.catalog_file",
+        "omnivision.launch",
+    },
 }
 NEVER = {"pytorchvideo", "decord", "cv2", "pickle", "cloudpickle", "dill", "joblib"}
 

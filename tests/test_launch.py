@@ -11,6 +11,7 @@ from pathlib import Path
 
 from omnivision.distributed import Place
 from omnivision.errors import EXIT_FAULT, EXIT_INTERRUPTED
+from omnivision.launch import changed_settings
 from tests import runs
 
 
@@ -117,6 +118,21 @@ def children(pid: int, kind: str = "spawn_main") -> list[int]:
         if int(fields[1]) == pid and kind in command:
             found.append(int(entry.parent.name))
     return sorted(found)
+
+
+class ChangedSettings(unittest.TestCase):
+    def test_each_is_told_with_what_it_was(self):
+        with tempfile.TemporaryDirectory() as name:
+            file = Path(name) / "config.yaml"
+            file.write_text("epochs: 3\ndata: {path: a, list: [1, 2]}\nother: ${epochs}\ngone: 1\n")
+            now = "epochs: 4\ndata: {path: a, list: [1, 3]}\nother: ${epochs}\n"
+            changes = changed_settings(file, now)
+            self.assertEqual(changes, ["epochs: 3 -> 4", "data.list: [1, 2] -> [1, 3]", "gone: 1 -> None"])
+            file.write_text(now)
+            self.assertEqual(changed_settings(file, now), [])
+            for damage in ("[", "\0"):
+                file.write_text(damage)
+                self.assertEqual(changed_settings(file, now), ["what it had cannot be read from its config.yaml"])
 
 
 class Places(unittest.TestCase):
