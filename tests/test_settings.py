@@ -208,6 +208,30 @@ class Composition(unittest.TestCase):
 
 
 class Script(unittest.TestCase):
+    def test_a_dataset_and_a_recipe_of_ones_own_as_documented(self):
+        with tempfile.TemporaryDirectory() as name:
+            site, page = Path(name), (ROOT / "docs/data.md").read_text()
+            for folder in ("experiments", "trainer"):
+                (site / folder).mkdir()
+            recipe = page.partition("```yaml\n")[2].partition("```")[0]
+            (site / "trainer/mae_ft_mine_config.yaml").write_text(recipe)
+            entry = "  mine: {kind: video, num_classes: 3, train: {paths: p.npy, labels: l.npy}}\n"
+            (site / "experiments/films.yaml").write_text(f"# @package _global_\ndatasets:\n{entry}")
+            stage = (
+                "+experiments=omnimae/omnimain_train_video_ft",
+                "+trainer=mae_ft_mine_config",
+                "trainer/model=vitmicro_ft",
+            )
+            result = script(
+                *stage,
+                f"hydra.searchpath=[file://{site}]",
+                FOLDER,
+                "pretrained_checkpoint_path=null",
+                "trainer.mode=dry",
+            )
+            self.assertEqual(result.returncode, 0, result.stderr)
+            self.assertRegex(result.stdout, r"sources +mine")
+
     def test_a_mistake_is_one_paragraph_and_leaves_nothing(self):
         with tempfile.TemporaryDirectory() as folder:
             for overrides, saying in (
