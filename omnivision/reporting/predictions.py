@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from omnivision.evaluation import Predictions
 from omnivision.files import replace_atomically, write_atomically
 
 if TYPE_CHECKING:
@@ -18,34 +19,26 @@ if TYPE_CHECKING:
 NAMED_CLASSES = 40  # with more than these, names along the axes of a confusion matrix would be too small to read
 
 
-def write(
-    folder: Path,
-    name: str,
-    index: np.ndarray,
-    label: np.ndarray,
-    scores: np.ndarray,
-    paths: Sequence[str],
-    class_names: Sequence[str],
-) -> None:
-    """Write both files. `scores` are logits, float (V, classes); the CSV has the five best classes with their shares."""
+def write(folder: Path, name: str, made: Predictions, class_names: Sequence[str]) -> None:
+    """Write both files; the CSV has the five best classes of each video with their probabilities."""
     folder.mkdir(parents=True, exist_ok=True)
     with replace_atomically(folder / f"{name}.npz") as file:
         np.savez_compressed(
             file,
-            index=index,
-            label=label,
-            scores=scores,
-            path=np.array(paths, dtype=str),
+            index=made.index,
+            label=made.label,
+            scores=made.scores,
+            path=np.array(made.paths, dtype=str),
             class_names=np.array(class_names),
         )
-    shares = np.exp(scores - scores.max(1, keepdims=True))
+    shares = np.exp(made.scores - made.scores.max(1, keepdims=True))
     shares /= shares.sum(1, keepdims=True)
-    best = np.argsort(-scores, axis=1, kind="stable")[:, :5]
+    best = np.argsort(-made.scores, axis=1, kind="stable")[:, :5]
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
     columns = [f"{what}_{k + 1}" for k in range(best.shape[1]) for what in ("predicted", "probability")]
     lines.writerow(["path", "label", "correct", *columns])
-    for path, true, row, share in zip(paths, label, best, shares, strict=True):
+    for path, true, row, share in zip(made.paths, made.label, best, shares, strict=True):
         guesses = [value for k in row for value in (class_names[k], f"{share[k]:.4f}")]
         lines.writerow([path, class_names[true] if true >= 0 else "", int(true == row[0]), *guesses])
     write_atomically(folder / f"{name}.csv", text.getvalue())

@@ -69,9 +69,7 @@ class Reporter:
     def predictions(self, source: str, made: Predictions, class_names: Sequence[str], step: int) -> None:
         """Write what was predicted for each video of a source, and its confusion matrix as a picture."""
         if self.enabled:
-            predictions.write(
-                self.folder.predictions, source, made.index, made.label, made.scores, made.paths, class_names
-            )
+            predictions.write(self.folder.predictions, source, made, class_names)
             picture = predictions.confusion_picture(made.confusion(), class_names, f"{source}, step {step}")
             self.folder.pictures.mkdir(exist_ok=True)
             picture.save(self.folder.pictures / f"confusion_{source}.png")
