@@ -93,7 +93,7 @@ def run(config: DictConfig) -> int:
         return 0
     train, _ = open_splits(settings)
     check_pretrained(settings)
-    if "decoder" not in settings.trainer.model:
+    if "decoder" not in settings.trainer.model and os.environ.get("RANK", "0") == "0":
         for warning in label_warnings(train):
             print(f"warning: {warning}", file=sys.stderr)
     return launch(Job(settings, OmegaConf.to_yaml(config, resolve=False)))

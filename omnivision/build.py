@@ -21,6 +21,7 @@ from omnivision.data.dataset import ClipDataset, Cut
 from omnivision.data.loader import EpochPlan, SourcePlan, Workers
 from omnivision.distributed import Place, Processes
 from omnivision.errors import UserError
+from omnivision.interop.merge import merge, read_sources
 from omnivision.models.architecture import describe
 from omnivision.models.average import AveragedClassifier
 from omnivision.models.classifier import is_frozen
@@ -141,7 +142,11 @@ def pretrained(settings: Settings, model: nn.Module) -> list[LoadReport]:
             f"pretrained_checkpoint_path is a list of {len(source)}, and {type(model).__name__} starts from one checkpoint. "
             "Give one, or choose a model that averages: trainer/model=vit*_average_ft."
         )
-    report = load_weights(model, read_weights(source), choice(settings))
+    weights = read_weights(source)
+    if weights.architecture.get("kind") == "average":  # as the one model that it is
+        merged = merge(weights.state, weights.architecture, read_sources(weights.sources, None))
+        weights = dataclasses.replace(weights, state=merged.state, architecture=merged.architecture)
+    report = load_weights(model, weights, choice(settings))
     if settings.trainer.mode == "val" and (lacking := [name for name in report.missing if name.startswith("heads.")]):
         raise UserError(
             f"trainer.mode=val evaluates {report.path}, but its heads were not loaded ({lacking[0]}). Expected a checkpoint of "

@@ -251,8 +251,14 @@ def ready_trainer(job: Job, processes: Processes, folder: RunFolder, reporter: R
         reporter.say(f"Averages {source.path} (SHA-256 {source.sha256[:12]}...)")
     if take_up(trainer):
         return trainer
-    no_weights = job.settings.pretrained_checkpoint_path is None or trainer.sources  # sources are no heads
-    if job.settings.trainer.mode == "val" and no_weights:
+    validating = job.settings.trainer.mode == "val"
+    if validating and trainer.sources:
+        raise UserError(
+            f"There is no checkpoint in {folder.checkpoints} to validate (trainer.mode=val), and the checkpoints that an "
+            "average is made of have no head of its own. Change launcher.experiment_log_dir to that of the average, or evaluate it as "
+            "one model: trainer/model=vit*_ft trainer/checkpoint=load_all pretrained_checkpoint_path=RUN_OF_THE_AVERAGE."
+        )
+    if validating and job.settings.pretrained_checkpoint_path is None:
         raise UserError(
             f"There is no checkpoint in {folder.checkpoints} to validate (trainer.mode=val). Expected that of a run with the "
             "same model. Change launcher.experiment_log_dir, give pretrained_checkpoint_path, or train first."

@@ -31,12 +31,16 @@ POSITIONS = ("trunk.pos_embed", "trunk.decoder.pos_embed")
 
 @dataclass(frozen=True)
 class Weights:
-    """A state dict and where it came from. `architecture` is what the file says of its model, empty if nothing."""
+    """A state dict and where it came from. `architecture` is what the file says of its model, empty if nothing.
+
+    `sources`, in the checkpoint of an average, say what it is an average of; the file does not hold them.
+    """
 
     state: dict[str, Tensor]
     path: Path
     sha256: str
     architecture: Mapping[str, Any] = field(default_factory=dict)
+    sources: Any = None
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,8 @@ def read(source: str | Path, averaged: bool = True) -> Weights:
                 f"Expected the same names. The file is damaged, or of other code; change {SETTING}."
             )
         state |= average
-    return Weights(state, path, digest, architecture if isinstance(architecture, dict) else {})
+    sources = found.get("sources") if isinstance(found, Mapping) else None
+    return Weights(state, path, digest, architecture if isinstance(architecture, dict) else {}, sources)
 
 
 def read_several(sources: str | Sequence[str]) -> list[Weights]:

@@ -281,6 +281,18 @@ class Averages(OnFilms):
         command = stages.command("average", self.folder / "mixed", *longer, mixed)
         self.assert_refused(command, "have different positions .*longer_new")
 
+    def test_its_checkpoint_is_one_model_to_other_stages(self):
+        validated = [setting for setting in self.data if setting != UNVALIDATED]
+        settings = [*validated, "trainer.val_epoch_freq=1", "epochs=1"]
+        self.trained("average", "one", *settings, self.sources)
+        source = f"pretrained_checkpoint_path={self.folder}/one"
+        said = self.trained("ft", "as_one", *settings, source, "trainer/checkpoint=load_all", "trainer.mode=val").stdout
+        self.assertIn("missing     0", said)
+        own, other = (runs.lines(self.folder / name, "epoch", "val")[-1] for name in ("one", "as_one"))
+        self.assertEqual(own["top1"], other["top1"])
+        self.assertAlmostEqual(own["loss"], other["loss"], places=5)
+        self.trained("ft", "tuned", *settings, source)
+
     def test_another_choice_of_entries_is_refused(self):
         self.trained("average", "choosing", *self.data, self.sources, "epochs=1")
         other = stages.command("average", self.folder / "choosing", *self.data, self.sources)
@@ -305,7 +317,7 @@ class Averages(OnFilms):
                 [self.sources, '++trainer.checkpoint.drop=["trunk.norm.*"]'],
                 r"a/\S+ does not fit .*trunk\.norm\.\S+ is missing",
             ),
-            ([self.sources, "trainer.mode=val"], "There is no checkpoint in .* to validate"),
+            ([self.sources, "trainer.mode=val"], "There is no checkpoint in .* to validate .*evaluate it as one model"),
         ]:
             with self.subTest(saying):
                 self.assert_refused(stages.command("average", self.folder / "wrong", *self.data, *overrides), saying)
