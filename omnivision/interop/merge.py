@@ -47,7 +47,8 @@ def read_sources(noted: Any, given: Sequence[str] | None) -> list[Weights]:
         if not Path(path).exists():
             raise UserError(
                 f"{path}, which the average is made of, is not there (relative paths start at {Path.cwd()}). Give the "
-                f"{len(noted)} checkpoints where they are now, in this order: omnivision export --merge --sources {' '.join(['FILE'] * len(noted))}."
+                f"{len(noted)} checkpoints where they are now, in this order: omnivision export --merge --sources "
+                f"{' '.join(['FILE'] * len(noted))}."
             )
     # One file may hold them all, as a list.
     found = read_several(paths[0] if len(set(paths)) == 1 else paths)
