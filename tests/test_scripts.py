@@ -147,6 +147,17 @@ class Commands(OnPath):
             composed = self.settings("run_downstream_ft.sh", **variables)
             self.assertEqual(composed.trainer.optim.lr_scale_factor, nominal / (clips * nodes))
 
+    def test_nodes_and_batch_of_overrides_count_for_the_learning_rate(self):
+        for overrides, factor in (
+            (["launcher.num_nodes=1"], 32 / 8),
+            (["++launcher.num_nodes=2", "++batch_size=4"], 32 / 8),
+            (["+batch_size=64"], 32 / 256),
+            (["launcher.num_nodes=1", "lr_scale_factor=5"], 5),
+        ):
+            with self.subTest(overrides):
+                given = [one for one in self.arguments("run_downstream_ft.sh", *overrides) if "lr_scale_factor=" in one]
+                self.assertEqual(float(given[-1].partition("=")[2]), factor)
+
     def test_every_dataset_that_they_name_has_a_recipe(self):
         for script in PUBLISHED:
             beginning, names = ("mae", PRETRAINING) if script == "run_mae.sh" else ("mae_ft", LABELLED)

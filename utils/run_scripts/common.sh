@@ -23,13 +23,19 @@ number() {
 
 # train EXPERIMENT RECIPE [overrides]: one run, on the cluster unless told otherwise.
 train() {
+    experiment=$1 recipe=$2
+    shift 2
+    for argument; do # what overrides say counts for the learning rate, too
+        case $argument in
+            launcher.num_nodes=* | +launcher.num_nodes=* | ++launcher.num_nodes=*) NUM_NODES=${argument#*=} ;;
+            batch_size=* | +batch_size=* | ++batch_size=*) BATCH_SIZE=${argument#*=} ;;
+        esac
+    done
     for name in BATCH_SIZE NUM_NODES GPUS_PER_NODE NOMINAL_BATCH EPOCHS NUM_WORKERS; do
         [ "$name" = NUM_WORKERS ] && [ "$NUM_WORKERS" = 0 ] || number "$name"
     done
     # The shell only divides whole numbers; the learning rate wants the exact ratio.
     factor=$(LC_ALL=C awk "BEGIN { printf \"%.17g\", $NOMINAL_BATCH / ($BATCH_SIZE * $NUM_NODES) }")
-    experiment=$1 recipe=$2
-    shift 2
     exec python "$HERE/../../train_app_submitit.py" "+experiments=$experiment" "+trainer=$recipe" "trainer/model=$MODEL" \
         submitit.use_cluster=true "launcher.gpus_per_node=$GPUS_PER_NODE" "launcher.num_nodes=$NUM_NODES" \
         "batch_size=$BATCH_SIZE" "lr_scale_factor=$factor" "epochs=$EPOCHS" "num_workers=$NUM_WORKERS" \

@@ -2,7 +2,7 @@
 # Stage 2: alignment, supervised training of a pretrained trunk on videos without real people.
 # As published; change with the environment variables below, and Hydra overrides as arguments:
 #   PRETRAINED_CHECKPOINT=RUN EXP_DIR=FOLDER sh utils/run_scripts/run_align.sh [overrides]
-# Here instead of on a cluster: submitit.use_cluster=false launcher.num_nodes=1 (NUM_NODES=1 also sets the learning rate).
+# Here instead of on a cluster: submitit.use_cluster=false launcher.num_nodes=1 launcher.gpus_per_node=1
 set -eu
 HERE=$(cd "$(dirname "$0")" && pwd)
 . "$HERE/common.sh"

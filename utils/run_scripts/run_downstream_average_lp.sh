@@ -2,7 +2,7 @@
 # Stage 3: linear probing of a learned average of several checkpoints.
 # As published; change with the environment variables below, and Hydra overrides as arguments:
 #   PRETRAINED_CHECKPOINT="[RUN,RUN]" EXP_DIR=FOLDER sh utils/run_scripts/run_downstream_average_lp.sh [overrides]
-# Here instead of on a cluster: submitit.use_cluster=false launcher.num_nodes=1 (NUM_NODES=1 also sets the learning rate).
+# Here instead of on a cluster: submitit.use_cluster=false launcher.num_nodes=1 launcher.gpus_per_node=1
 set -eu
 HERE=$(cd "$(dirname "$0")" && pwd)
 . "$HERE/common.sh"

@@ -2,7 +2,7 @@
 # Stage 1: masked-autoencoder pretraining of a trunk on videos without labels.
 # As published; change with the environment variables below, and Hydra overrides as arguments:
 #   EXP_DIR=FOLDER sh utils/run_scripts/run_mae.sh [overrides]
-# Here instead of on a cluster: submitit.use_cluster=false launcher.num_nodes=1 (NUM_NODES=1 also sets the learning rate).
+# Here instead of on a cluster: submitit.use_cluster=false launcher.num_nodes=1 launcher.gpus_per_node=1
 set -eu
 HERE=$(cd "$(dirname "$0")" && pwd)
 . "$HERE/common.sh"
