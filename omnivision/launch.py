@@ -256,7 +256,8 @@ def ready_trainer(job: Job, processes: Processes, folder: RunFolder, reporter: R
         raise UserError(
             f"There is no checkpoint in {folder.checkpoints} to validate (trainer.mode=val), and the checkpoints that an "
             "average is made of have no head of its own. Change launcher.experiment_log_dir to that of the average, or "
-            "evaluate it as one model: trainer/model=vit*_ft trainer/checkpoint=load_all pretrained_checkpoint_path=RUN_OF_THE_AVERAGE."
+            "evaluate it as one model: trainer/model=vit*_ft trainer/checkpoint=load_all and as pretrained_checkpoint_path "
+            "the folder of the average's run."
         )
     if validating and job.settings.pretrained_checkpoint_path is None:
         raise UserError(

@@ -149,9 +149,9 @@ class Commands(OnPath):
 
     def test_nodes_and_batch_of_overrides_count_for_the_learning_rate(self):
         for overrides, factor in (
-            (["launcher.num_nodes=1"], 32 / 8),
-            (["++launcher.num_nodes=2", "++batch_size=4"], 32 / 8),
-            (["+batch_size=64"], 32 / 256),
+            (["launcher.num_nodes=1"], 64 / 8),
+            (["++launcher.num_nodes=2", "++batch_size=4"], 64 / 8),
+            (["+batch_size=64"], 64 / 256),
             (["launcher.num_nodes=1", "lr_scale_factor=5"], 5),
         ):
             with self.subTest(overrides):

@@ -84,3 +84,4 @@ def _tell(folder: str, other: dict[str, int], train: int, val: int, written: Wri
         films = f"{len(ACTIONS) * other.get(domain, train)} training and {len(ACTIONS) * val} validation films"
         print(f"  {folder}/{domain}: {films} of {len(ACTIONS)} actions")
     print(f"  {folder}/class_names.txt: the actions, in the order of the labels")
+    print(f"Stages on them: +experiments=demo/mae, align, finetune, probe or average, with data_root={folder}")
