@@ -136,14 +136,14 @@ def run_local_processes(job: Job, count: int) -> int:
             process.start()
         try:
             with ending_on_sigterm():
-                code, reason = _first_failure(processes)
+                code, reason = first_failure(processes)
         except (Terminated, KeyboardInterrupt) as error:
             number = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
             with undisturbed():
                 for process in processes:
                     if process.is_alive() and process.pid is not None:
                         os.kill(process.pid, number)
-                _first_failure(processes)
+                first_failure(processes)
             code, reason = _how_it_ended(error)
         finally:
             for process in processes:
@@ -155,7 +155,7 @@ def run_local_processes(job: Job, count: int) -> int:
     return code
 
 
-def _first_failure(processes: list[SpawnProcess]) -> tuple[int, str]:
+def first_failure(processes: list[SpawnProcess]) -> tuple[int, str]:
     """Wait for processes to end; when one fails, the others have a while to leave. Its exit code counts.
 
     The second value says what happened, for a run that could not say it: which process was killed, or ended how.
@@ -167,14 +167,15 @@ def _first_failure(processes: list[SpawnProcess]) -> tuple[int, str]:
             process.join(timeout=0.1)
             if process.exitcode and failed is None:
                 failed, deadline = process.exitcode, time.monotonic() + GRACE_SECONDS
+    if failed is None:  # the last one may have ended between two looks
+        failed = next((process.exitcode for process in processes if process.exitcode), 0)
     killed = [
         f"process {rank} was killed by {signal.Signals(-process.exitcode).name}"
         for rank, process in enumerate(processes)
         if process.exitcode is not None and process.exitcode < 0
     ]
     reason = ", ".join(killed) or f"a process ended with exit code {failed}"
-    code = failed or 0
-    return code if code >= 0 else EXIT_FAULT, reason
+    return failed if failed >= 0 else EXIT_FAULT, reason
 
 
 def _local_process(job: Job, place: Place) -> None:

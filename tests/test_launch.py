@@ -8,10 +8,11 @@ import tempfile
 import time
 import unittest
 from pathlib import Path
+from unittest import mock
 
 from omnivision.distributed import Place
 from omnivision.errors import EXIT_FAULT, EXIT_INTERRUPTED
-from omnivision.launch import changed_settings
+from omnivision.launch import changed_settings, first_failure
 from tests import runs
 
 
@@ -118,6 +119,24 @@ def children(pid: int, kind: str = "spawn_main") -> list[int]:
         if int(fields[1]) == pid and kind in command:
             found.append(int(entry.parent.name))
     return sorted(found)
+
+
+class Ends(unittest.TestCase):
+    @staticmethod
+    def ended(*codes: int) -> list:
+        return [mock.Mock(exitcode=code, is_alive=lambda: False) for code in codes]
+
+    def test_of_processes_that_ended_between_two_looks(self):
+        for codes, code, saying in (
+            ((0, 0), 0, ""),
+            ((0, 70), 70, "a process ended with exit code 70"),
+            ((1, -9), 1, "process 1 was killed by SIGKILL"),
+            ((-15, 70), EXIT_FAULT, "process 0 was killed by SIGTERM"),
+        ):
+            with self.subTest(codes):
+                found, reason = first_failure(self.ended(*codes))
+                self.assertEqual(found, code)
+                self.assertIn(saying, reason)
 
 
 class ChangedSettings(unittest.TestCase):
