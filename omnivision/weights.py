@@ -81,7 +81,7 @@ class LoadReport:
 
     def note(self) -> dict[str, Any]:
         """What a checkpoint keeps of the weights that its model is made of, to find the very same again."""
-        return {"path": self.path, "sha256": self.sha256, "choice": self.choice}
+        return {"path": str(Path(self.path).absolute()), "sha256": self.sha256, "choice": self.choice}
 
     def lines(self) -> list[str]:
         """A table to print: a line for each fate, with how many and the first names."""
