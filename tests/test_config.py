@@ -86,6 +86,17 @@ class Shipped(unittest.TestCase):
                 optimizer = build.optimizer(made, model)
                 self.assertEqual(sum(len(group.names) for group in optimizer.groups), len(list(model.parameters())))
 
+    def test_parameters_without_a_learning_rate_are_told(self):
+        checked = settings(
+            "+experiments=omnimae/omnimain_train_video",
+            "+trainer=mae_k150_config",
+            "trainer/model=vitmicro",
+            "image_size=64",
+            '++trainer.optim.options.lr.0.param_names=["*.bias"]',
+        )
+        with self.assertRaisesRegex(UserError, r"options\.lr has no rule for \d+ parameters, \S+ for one"):
+            build.optimizer(checked, build.model(checked, device="meta"))
+
     def test_every_checkpoint_choice_composes(self):
         choices = sorted(path.stem for path in (CONFIG / "trainer" / "checkpoint").glob("*.yaml"))
         ensembles = ["default_ensemble", "no_heads_ensemble"]

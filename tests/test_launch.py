@@ -7,13 +7,17 @@ import sys
 import tempfile
 import time
 import unittest
+from datetime import timedelta
 from pathlib import Path
 from unittest import mock
 
-from omnivision.distributed import Place
-from omnivision.errors import EXIT_FAULT, EXIT_INTERRUPTED
+from omegaconf import OmegaConf
+
+from omnivision.distributed import Place, Processes
+from omnivision.errors import EXIT_FAULT, EXIT_INTERRUPTED, UserError
 from omnivision.launch import changed_settings, first_failure
 from tests import runs
+from train_app_submitit import apart
 
 
 class Torchrun(unittest.TestCase):
@@ -152,6 +156,22 @@ class ChangedSettings(unittest.TestCase):
             for damage in ("[", "\0"):
                 file.write_text(damage)
                 self.assertEqual(changed_settings(file, now), ["what it had cannot be read from its config.yaml"])
+
+
+class Sweeps(unittest.TestCase):
+    def test_each_run_of_a_sweep_needs_a_folder_of_its_own(self):
+        one, two = (OmegaConf.create({"launcher": {"experiment_log_dir": name}}) for name in ("runs/a", "runs/b"))
+        self.assertEqual(apart([one, two]), [one, two])
+        with self.assertRaisesRegex(UserError, "A sweep of 3 runs in 2 folders; expected a folder for each"):
+            apart([one, two, one])
+
+
+class Backends(unittest.TestCase):
+    def test_nccl_without_a_gpu(self):
+        with tempfile.TemporaryDirectory() as folder:
+            place = Place(0, 2, 0, 2, f"file://{folder}/store")
+            with self.assertRaisesRegex(UserError, "backend is nccl, and this run is on the cpu; expected gloo"):
+                Processes(place, "cpu", "nccl", timedelta(minutes=1))
 
 
 class Places(unittest.TestCase):
