@@ -102,6 +102,7 @@ class PublishedFigures(unittest.TestCase):
         scores = torch.tensor([[150.0, 0.0], [0.0, -150.0]])  # two views of a video
         averaged = average_views(scores, batch_of(torch.zeros(2, 3, 2, 8, 8), [0], views=2), "softmax")
         self.assertEqual(averaged.softmax(-1).tolist(), [[1.0, 0.0]])
+        self.assertEqual(averaged.exp().tolist(), [[1.0, 0.0]], "the logarithm of the mean itself")
         for label in ([1.0, 0.0], [0.0, 1.0]):
             self.assertTrue(soft_cross_entropy(averaged, torch.tensor([label])).isfinite())
 

@@ -193,6 +193,13 @@ class CsvLists(Folder):
             self.write("list.csv", "a.mp4,0\n"), self.out, "--val", "x.csv", saying="SOURCE is the file"
         )
 
+    def test_names_of_classes_with_an_empty_line_are_refused(self):
+        self.films("a.mp4")
+        names, listed = self.write("names.txt", "walk\n\nrun\n\n"), self.write("list.csv", "a.mp4,0\n")
+        self.assert_refused(
+            listed, self.out, "--class-names", names, saying="has nothing on line 2; expected a name on each"
+        )
+
     def test_a_film_with_two_labels_is_told(self):
         self.films("a.mp4", "b.mp4")
         self.prepared(self.write("list.csv", "a.mp4,run\na.mp4,walk\nb.mp4,run\nb.mp4,run\n"))
