@@ -40,6 +40,8 @@ from omnivision.weights import Choice, LoadReport, Weights, check_values, choose
 from omnivision.weights import load as load_weights
 from omnivision.weights import read as read_weights
 
+POSITIONS = "trunk.pos_embed"
+
 
 def build(target: Target, where: str, partial: bool = False, **more: Any) -> Any:
     """The object that a `_target_` describes, `more` being arguments from elsewhere; with `partial` a function that makes it.
@@ -167,10 +169,12 @@ def sources_of_average(settings: Settings, model: nn.Module) -> list[LoadReport]
     found = read_several(settings.pretrained_checkpoint_path)
     reports = [LoadReport(str(weights.path), weights.sha256) for weights in found]
     states = [choose(w.state, choice(settings), report) for w, report in zip(found, reports, strict=True)]
-    model.load_sources(states, [report.path for report in reports])
-    taken = {f"trunk.{name}" for name in model.names} | _take_positions(model, found, states, reports)
+    taken = {f"trunk.{name}" for name in model.names}
     for state, report in zip(states, reports, strict=True):
-        check_values({name: state[name] for name in taken}, report.path)
+        check_values({name: tensor for name, tensor in state.items() if name in taken | {POSITIONS}}, report.path)
+    model.load_sources(states, [report.path for report in reports])
+    taken |= _take_positions(model, found, states, reports)
+    for state, report in zip(states, reports, strict=True):
         report.loaded = sorted(taken)
         report.dropped |= dict.fromkeys(sorted(state.keys() - taken), "an average takes trunks alone")
     return reports
@@ -183,20 +187,22 @@ def _take_positions(
 
     Raises UserError when they have different ones: trunks that place their tokens differently have no sensible mean.
     """
-    name = "trunk.pos_embed"
-    if not all(name in state for state in states):
+    if not all(POSITIONS in state for state in states):
         return set()
+    own = model.model.get_buffer(POSITIONS)
     tables = [
-        fitted_positions(name, state[name], model.model, weights, report)
+        fitted_positions(POSITIONS, state[POSITIONS], model.model, weights, report)
         for state, weights, report in zip(states, found, reports, strict=True)
     ]
-    if not all(table.shape == tables[0].shape and torch.allclose(table, tables[0], atol=1e-3) for table in tables):
+    # Some of another width come back as they are.
+    if not all(t.shape == own.shape and torch.allclose(t.float(), tables[0].float(), atol=1e-3) for t in tables):
         raise UserError(
-            f"The checkpoints to average have different positions ({name}): {', '.join(report.path for report in reports)}. "
-            "Expected trunks trained on clips of one size and number of frames. Change pretrained_checkpoint_path."
+            f"The checkpoints to average have different positions ({POSITIONS}), or not the model's: "
+            f"{', '.join(report.path for report in reports)}. Expected trunks trained on clips of one size and "
+            "number of frames. Change pretrained_checkpoint_path."
         )
-    model.model.get_buffer(name).copy_(tables[0])
-    return {name}
+    own.copy_(tables[0])
+    return {POSITIONS}
 
 
 def groups(settings: Settings, model: nn.Module) -> list[Group]:

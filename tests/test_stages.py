@@ -281,6 +281,19 @@ class Averages(OnFilms):
         command = stages.command("average", self.folder / "mixed", *longer, mixed)
         self.assert_refused(command, "have different positions .*longer_new")
 
+    def test_position_tables_of_nonsense_are_refused(self):
+        for table, saying in (
+            (torch.zeros(1, 16, 5), "have different positions"),
+            (torch.zeros(3), "have different positions"),
+            (torch.zeros(1, 16, 96, dtype=torch.int64), "trunk.pos_embed holds torch.int64 values"),
+            (torch.full((1, 16, 96), float("nan")), "trunk.pos_embed has values that are not finite"),
+        ):
+            state = stages.state(self.folder / "a")["model"] | {"trunk.pos_embed": table}
+            torch.save({"model": state}, self.folder / "odd.pt")
+            odd = f"pretrained_checkpoint_path=[{self.folder}/odd.pt,{self.folder}/odd.pt]"
+            with self.subTest(saying):
+                self.assert_refused(stages.command("average", self.folder / "odd", *self.data, odd), saying)
+
     def test_its_checkpoint_is_one_model_to_other_stages(self):
         validated = [setting for setting in self.data if setting != UNVALIDATED]
         settings = [*validated, "trainer.val_epoch_freq=1", "epochs=1"]

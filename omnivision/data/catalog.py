@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tokenize
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,7 @@ class Dataset:
                 f"{self.class_names} names {len(names)} classes, and datasets.{self.name}.num_classes is {self.num_classes}; "
                 f"expected a line for each class. Change {setting} or num_classes."
             )
-        if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
             raise UserError(
                 f"{self.class_names} names two classes {twice[0]!r}; expected a name of its own for each. Change {setting}."
             )
