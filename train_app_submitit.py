@@ -9,12 +9,16 @@ Exit codes: 0 done; 1 a mistake of the user's, told in one paragraph; others: fa
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hydra
 import yaml
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+if TYPE_CHECKING:
+    from omnivision.process import Job
 
 HERE = Path(__file__).resolve().parent
 CONFIG = HERE / "config" if (HERE / "config" / "config.yaml").is_file() else HERE / "omnivision" / "config"
@@ -29,17 +33,17 @@ def main() -> None:
         print(usage(CONFIG))
         return
     try:
-        code = max([run(config) for config in apart(composed())], default=0)
+        code = run(apart(composed()))
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
     except UserError as error:
-        from omnivision.launch import print_error
+        from omnivision.process import print_error
 
         print_error(str(error))
         code = error.exit_code
     except Exception as error:
         from omnivision.errors import EXIT_FAULT
-        from omnivision.launch import print_error
+        from omnivision.process import print_error
 
         print_error(error)
         code = EXIT_FAULT
@@ -78,10 +82,18 @@ def apart(configs: list[DictConfig]) -> list[DictConfig]:
     return configs
 
 
-def run(config: DictConfig) -> int:
-    """Check one configuration and launch it; returns the exit code."""
-    from omnivision.launch import Job, adopt_torchrun, launch
-    from omnivision.preflight import check_pretrained, label_warnings, open_splits
+def run(configs: list[DictConfig]) -> int:
+    """Check configurations, all before the first is launched; returns the exit code."""
+    from omnivision.launch import launch
+
+    return launch([job for job in map(checked, configs) if job is not None])
+
+
+def checked(config: DictConfig) -> "Job | None":
+    """A configuration as a job, its settings and data checked; None when it was only to be described."""
+    from omnivision.launch import adopt_torchrun, check_way
+    from omnivision.preflight import check_pretrained, epoch_plan, label_warnings, open_splits
+    from omnivision.process import Job
     from omnivision.settings import check
 
     adopt_torchrun(config)
@@ -90,13 +102,16 @@ def run(config: DictConfig) -> int:
         from omnivision.dry import describe
 
         print(describe(settings))
-        return 0
+        return None
+    check_way(settings)
     train, _ = open_splits(settings)
+    if train:
+        epoch_plan(settings, train)
     check_pretrained(settings)
     if "decoder" not in settings.trainer.model and os.environ.get("RANK", "0") == "0":
         for warning in label_warnings(train):
             print(f"warning: {warning}", file=sys.stderr)
-    return launch(Job(settings, OmegaConf.to_yaml(config, resolve=False)))
+    return Job(settings, OmegaConf.to_yaml(config, resolve=False))
 
 
 if __name__ == "__main__":

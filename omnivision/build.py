@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from omnivision.data.catalog import LabelSets, Split, label_sets
 from omnivision.data.dataset import ClipDataset, Cut
-from omnivision.data.loader import EpochPlan, SourcePlan, Workers
+from omnivision.data.loader import Workers
 from omnivision.distributed import Place, Processes
 from omnivision.errors import UserError
 from omnivision.interop.merge import merge, read_sources
@@ -28,12 +28,13 @@ from omnivision.models.classifier import is_frozen
 from omnivision.models.patches import token_grid
 from omnivision.optim.groups import Group, Rule, ScheduledOptimizer, layer_decay_scales, parameter_groups
 from omnivision.optim.schedules import Scaled
-from omnivision.preflight import datasets_of, open_splits
+from omnivision.preflight import datasets_of, epoch_plan, open_splits
 from omnivision.reporting.bad_samples import BadSampleLedger
 from omnivision.reporting.reporter import Reporter
 from omnivision.reporting.run_folder import RunFolder
 from omnivision.schema import Target
 from omnivision.settings import DataSettings, ImageSettings, Settings
+from omnivision.stopping import Stop
 from omnivision.targets import signature_of
 from omnivision.trainer import Options, TrainData, Trainer, ValData
 from omnivision.weights import Choice, LoadReport, Weights, check_values, choose, fitted_positions, read_several
@@ -231,23 +232,6 @@ def optimizer(settings: Settings, model: nn.Module) -> ScheduledOptimizer:
     return ScheduledOptimizer(model, groups(settings, model), make)
 
 
-def plan(settings: Settings, train: list[Split]) -> EpochPlan:
-    trainer, data = settings.trainer, settings.trainer.data
-    names = [split.name for split in train]
-    if unknown := sorted(set(data.repeats) - set(names)):
-        raise UserError(
-            f"trainer.data.repeats names {', '.join(unknown)}; the sources are {', '.join(names)}. Change trainer.data.repeats."
-        )
-    sources = {}
-    for split in train:
-        batch, views, pieces = data.batch_size, data.views_per_clip, trainer.optim.accumulation_steps
-        if split.dataset.kind != "video" and data.image is not None:
-            batch, views, pieces = data.image.batch_size, data.image.views_per_clip, data.image.accumulation_steps
-        videos = batch * settings.launcher.num_nodes // views
-        sources[split.name] = SourcePlan(len(split), videos, views, data.repeats.get(split.name, 1), pieces)
-    return EpochPlan(sources, trainer.seed_value, trainer.limit_train_batches)
-
-
 def clip_dataset(settings: Settings, found: list[Split], training: bool) -> ClipDataset:
     """Clips of splits as the settings want them for training or for evaluation."""
     trainer, data = settings.trainer, settings.trainer.data
@@ -317,14 +301,16 @@ def comms_dtype(settings: Settings, device: torch.device) -> str | None:
     return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(amp_dtype(settings, device) or torch.float32)
 
 
-def trainer(settings: Settings, processes: Processes, folder: RunFolder, reporter: Reporter) -> Trainer:
+def trainer(settings: Settings, processes: Processes, folder: RunFolder, reporter: Reporter, stop: Stop) -> Trainer:
     """Everything that a run needs. Raises UserError for whatever its user can mend."""
     data = settings.trainer.data
     train_splits, val_splits = open_splits(settings)
     workers = Workers(data.num_workers, data.prefetch, pin_memory=processes.device.type == "cuda")
     train = None
     if train_splits:
-        train = TrainData(clip_dataset(settings, train_splits, training=True), workers, plan(settings, train_splits))
+        train = TrainData(
+            clip_dataset(settings, train_splits, training=True), workers, epoch_plan(settings, train_splits)
+        )
     evaluated = clip_dataset(settings, val_splits, training=False)
     clips = max((cut.clips * cut.views for cut in evaluated.cuts.values()), default=1)
     val = ValData(evaluated, workers, max(1, settings.clips_per_process // clips))
@@ -347,6 +333,7 @@ def trainer(settings: Settings, processes: Processes, folder: RunFolder, reporte
         ledger=ledger,
         options=options(settings, processes.device),
         sources=sources,
+        stop=stop,
     )
 
 

@@ -4,6 +4,7 @@ EXIT_USER = 1
 EXIT_FAULT = 70
 EXIT_NON_FINITE = 71
 EXIT_INTERRUPTED = 130
+EXIT_ANNOUNCED = 140
 EXIT_TERMINATED = 143
 
 
@@ -27,4 +28,11 @@ class NonFiniteError(UserError):
 
 
 class Terminated(BaseException):
-    """SIGTERM has come: the run is to end now."""
+    """A run was asked to stop. `cause` says by what (see `stopping.Stop`), `saved_step` which step is in its checkpoint when
+    it has saved and all its processes leave together.
+    """
+
+    def __init__(self, cause: str, saved_step: int | None = None) -> None:
+        super().__init__(cause)
+        self.cause, self.saved_step = cause, saved_step
+        self.exit_code = EXIT_TERMINATED if cause == "SIGTERM" else EXIT_ANNOUNCED

@@ -14,6 +14,7 @@ from torch import nn
 from omnivision.data.batch import BadSample, Batch
 from omnivision.distributed import Processes
 from omnivision.metrics import Meter, averages, confusion_matrix, mean_class_accuracy
+from omnivision.stopping import Stop
 from omnivision.tasks.base import Task
 
 
@@ -58,11 +59,18 @@ def evaluate(
     batches: Iterable[Batch],
     processes: Processes,
     autocast: Callable[[], AbstractContextManager[Any]],
-) -> Evaluation:
-    """Evaluate `model` on this process's `batches`; the result is of all processes, and the same in each of them."""
+    stop: Stop | None = None,
+) -> Evaluation | None:
+    """Evaluate `model` on this process's `batches`; the result is of all processes, and the same in each of them.
+
+    None, in all processes, when one of them was asked to stop before the end.
+    """
     model.eval()
     meter, parts, bad, videos = Meter(), dict[str, _Part](), list[BadSample](), 0
+    asked = False
     for batch in batches:
+        if asked := stop is not None and stop.cause is not None:
+            break
         bad += batch.bad
         if not len(batch):
             continue
@@ -76,6 +84,8 @@ def evaluate(
             part.label.append(batch.label[:: batch.views])
             part.scores.append(output.scores.float().cpu())
             part.paths += batch.paths[:: batch.views]
+    if any(processes.gather(asked)):
+        return None
     totals = meter.totals(processes)
     predictions = _together(processes.gather({source: _arrays(part) for source, part in parts.items()}))
     per_source: dict[str, dict[str, Any]] = {source: averages({source: total}) for source, total in totals.items()}

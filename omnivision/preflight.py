@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from omnivision.data.catalog import Dataset, Split
+from omnivision.data.epoch import EpochPlan, SourcePlan
 from omnivision.errors import UserError
 from omnivision.files import LATEST, require_weights
 from omnivision.settings import Settings
@@ -44,11 +45,31 @@ def open_splits(settings: Settings) -> tuple[list[Split], list[Split]]:
     return train, val
 
 
+def epoch_plan(settings: Settings, train: list[Split]) -> EpochPlan:
+    """How an epoch goes through the sources. Raises UserError when one would not be seen, and for repeats of unknown ones."""
+    trainer, data = settings.trainer, settings.trainer.data
+    names = [split.name for split in train]
+    if unknown := sorted(set(data.repeats) - set(names)):
+        raise UserError(
+            f"trainer.data.repeats names {', '.join(unknown)}; the sources are {', '.join(names)}. Change trainer.data.repeats."
+        )
+    sources = {}
+    for split in train:
+        batch, views, pieces = data.batch_size, data.views_per_clip, trainer.optim.accumulation_steps
+        if split.dataset.kind != "video" and data.image is not None:
+            batch, views, pieces = data.image.batch_size, data.image.views_per_clip, data.image.accumulation_steps
+        videos = batch * settings.launcher.num_nodes // views
+        sources[split.name] = SourcePlan(len(split), videos, views, data.repeats.get(split.name, 1), pieces)
+    return EpochPlan(sources, trainer.seed_value, trainer.limit_train_batches)
+
+
 def check_pretrained(settings: Settings) -> None:
     """Raises UserError when the weights to start from are not there; what is in them is checked when they are read.
 
-    A run that has a checkpoint goes on from that.
+    A run that has a checkpoint goes on from that. What a job of the cluster is to bring first need not be there yet.
     """
+    if settings.submitit.use_cluster and settings.submitit.dependency is not None:
+        return
     if Path(settings.trainer.checkpoint.save_dir, LATEST).exists():
         return
     wanted = settings.pretrained_checkpoint_path

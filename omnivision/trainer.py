@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from omnivision import checkpoint
 from omnivision.data.batch import BadSample, Batch
 from omnivision.data.dataset import ClipDataset
-from omnivision.data.loader import EpochPlan, SourcePlan, Workers, evaluation_batches, train_batches
+from omnivision.data.epoch import EpochPlan, SourcePlan
+from omnivision.data.loader import Workers, evaluation_batches, train_batches
 from omnivision.data.order import draws
 from omnivision.distributed import Processes, parallel, without_sync
-from omnivision.errors import NonFiniteError, UserError
+from omnivision.errors import NonFiniteError, Terminated, UserError
 from omnivision.evaluation import Evaluation, evaluate
 from omnivision.files import BEST
 from omnivision.metrics import Meter, averages
@@ -36,6 +37,7 @@ from omnivision.optim.groups import ScheduledOptimizer
 from omnivision.reporting.bad_samples import BadSampleLedger
 from omnivision.reporting.reporter import Reporter
 from omnivision.reporting.run_folder import RunFolder
+from omnivision.stopping import Stop
 from omnivision.tasks.base import Task
 from omnivision.weights import LoadReport
 
@@ -119,11 +121,14 @@ class Trainer:
         ledger: BadSampleLedger,
         options: Options,
         sources: Sequence[LoadReport] = (),
+        stop: Stop | None = None,
     ) -> None:
         """Without `train` it only evaluates.
 
-        `sources` are what the model is an average of; which they were is kept in checkpoints and compared.
+        `sources` are what the model is an average of; which they were is kept in checkpoints and compared. When one process
+        is asked to `stop`, all save after the step that they are in, and leave.
         """
+        self.stop, self.leaving = stop or Stop(), False  # a process was asked to stop, and all have agreed to leave
         self.task, self.optimizer, self.options = task, optimizer, options
         self.train, self.val, self.ledger = train, val, ledger
         self.processes, self.folder, self.reporter = processes, folder, reporter
@@ -141,8 +146,9 @@ class Trainer:
     # ---- a whole run ----------------------------------------------------------------------------------------------
 
     def fit(self) -> None:
-        """Train to `max_epochs` from where the state stands. Raises NonFiniteError, UserError."""
-        self.reporter.start(self.global_step, self.total_steps)
+        """Train to `max_epochs` from where the state stands. Raises NonFiniteError, UserError, and Terminated when asked to."""
+        ended = self.state.step == self.steps_per_epoch  # an epoch whose evaluation was not done yet
+        self.reporter.start(self.global_step, self.total_steps, again="epoch" if ended else "")
         if self.is_done:
             self.reporter.say(f"All {self.options.max_epochs} epochs are done; nothing is left to train.")
             if self.folder.read_summary().get("status") != "finished":
@@ -172,7 +178,10 @@ class Trainer:
     def validate_only(self) -> None:
         """Evaluate the run's newest checkpoint and note the figures, whatever the run's own end was."""
         self.reporter.start(self.global_step, self.total_steps, again="val")
-        self.last |= {f"val_{name}": value for name, value in self.evaluate().figures.items()}
+        found = self.evaluate()
+        if found is None:
+            raise Terminated(self._cause())
+        self.last |= {f"val_{name}": value for name, value in found.figures.items()}
         self._summary(status=self.folder.read_summary().get("status", "finished"))
 
     def train_epoch(self, batches: Iterator[Batch]) -> None:
@@ -185,6 +194,7 @@ class Trainer:
             batch = next(batches)
             interval.waited += time.monotonic() - asked
             loss, norm = self.train_step(batch.to(self.processes.device))
+            self.stop.note_step(time.monotonic() - asked)
             self.state.step += 1
             interval.clips += len(batch) * self.processes.world
 
@@ -198,6 +208,8 @@ class Trainer:
                 self.last |= figures
                 self.reporter.step(epoch, options.max_epochs, self.global_step, figures)
                 interval = Interval()
+            if self.leaving:
+                self._leave()
             if options.save_every_steps and self.global_step % options.save_every_steps == 0 and not last_of_epoch:
                 self.save([])
 
@@ -227,8 +239,11 @@ class Trainer:
             self.ema.update()
         return mean_loss, float(norm)
 
-    def evaluate(self) -> Evaluation:
-        """Evaluate on the validation videos (the moving average of the weights, if there is one) and log the figures."""
+    def evaluate(self) -> Evaluation | None:
+        """Evaluate on the validation videos (the moving average of the weights, if there is one) and log the figures.
+
+        None when a process was asked to stop before the end.
+        """
         assert self.val is not None
         batches = evaluation_batches(
             self.val.dataset,
@@ -239,7 +254,9 @@ class Trainer:
             self.options.limit_val_batches,
         )
         with self.ema.in_place() if self.ema is not None else contextlib.nullcontext():
-            found = evaluate(self.task, self.bare, batches, self.processes, self._autocast)
+            found = evaluate(self.task, self.bare, batches, self.processes, self._autocast, self.stop)
+        if found is None:
+            return None
         self._record(found.bad)
         # A run that was resumed to be validated stands before the epoch after the one that it is about.
         epoch = self.state.epoch if self.state.step else max(0, self.state.epoch - 1)
@@ -256,6 +273,7 @@ class Trainer:
     def save(self, also: list[str]) -> None:
         """Write `checkpoint.pt` (and further names) from process 0; the others wait, so that nobody runs ahead."""
         self._count_seconds()
+        began = time.monotonic()
         meter = {s: {"count": n} | sums for s, (sums, n) in self.meter.totals(self.processes).items()}
         if self.processes.is_main:
             self.folder.require_lock()
@@ -277,6 +295,7 @@ class Trainer:
             }
             checkpoint.save(state, self.folder.checkpoints, also)
         self.processes.barrier()
+        self.stop.save_seconds = time.monotonic() - began
 
     def join_processes(self) -> None:
         """Train with the other processes from here on; all must have come this far, since it waits for them.
@@ -326,6 +345,8 @@ class Trainer:
         every = self.options.val_epoch_freq
         if self.val is not None and (due(epoch + 1, every) or (every and last_epoch)):
             found = self.evaluate()
+            if found is None:
+                self._leave()
             self.last |= {f"val_{name}": value for name, value in found.figures.items()}
             if self._is_best(found.figures):
                 also.append(BEST)
@@ -335,15 +356,26 @@ class Trainer:
         self.save(also)
         self._summary(status="running")
 
-    def _agree_to_go_on(self, batch: Batch, loss: Tensor, norm: Tensor) -> float:
-        """All processes learn whether one of them met a number that is not finite, before it reaches the weights.
+    def _leave(self) -> NoReturn:
+        """Save and raise Terminated, in all processes together."""
+        cause = self._cause()
+        self.save([])
+        self._summary()
+        raise Terminated(cause, saved_step=self.global_step)
 
-        Returns the loss averaged over them.
+    def _cause(self) -> str:
+        """Why all stop when at least one was asked to."""
+        return next(cause for cause in self.processes.gather(self.stop.cause) if cause is not None)
+
+    def _agree_to_go_on(self, batch: Batch, loss: Tensor, norm: Tensor) -> float:
+        """All processes learn whether one of them met a number that is not finite, before it reaches the weights, and
+        whether one was asked to stop. Returns the loss averaged over them.
         """
         # With fp16 the gradient overflows now and then by design: the scaler then skips the step and scales down.
         finite = bool(loss.isfinite()) and (self.scaler.is_enabled() or bool(norm.isfinite()))
-        facts = torch.tensor([float(loss), not finite], dtype=torch.float64)
-        total_loss, not_finite = self.processes.sum(facts).tolist()
+        facts = torch.tensor([float(loss), not finite, self.stop.cause is not None], dtype=torch.float64)
+        total_loss, not_finite, asked = self.processes.sum(facts).tolist()
+        self.leaving = bool(asked)
         if not_finite:
             found = self.processes.gather(None if finite else (float(loss), float(norm), sorted(set(batch.paths))))
             details = "; ".join(
@@ -416,6 +448,8 @@ class Trainer:
                 last=self.last,
                 clips_per_second=self.last.get("clips_per_second"),
                 wall_time=round(self.state.seconds, 3),
+                step_seconds=round(self.stop.step_seconds, 3),
+                save_seconds=self.stop.save_seconds and round(self.stop.save_seconds, 3),
                 bad_samples=len(self.ledger),
                 **facts,
             )

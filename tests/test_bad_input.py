@@ -5,6 +5,7 @@ import os
 import tempfile
 import unittest
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 
@@ -44,6 +45,10 @@ class Mistakes(unittest.TestCase):
         np.save(file, array)
         return [*self.data, f"++datasets.k150.train.{which}={file}"]
 
+    def test_a_machine_without_slurm(self):
+        with mock.patch.dict(os.environ, PATH=str(self.folder)):
+            self.assert_refused("submitit.use_cluster=true", saying="no SLURM.*submitit.use_cluster=false")
+
     def test_arrays(self):
         labels = np.arange(12) % 3
         cases = [
@@ -73,7 +78,6 @@ class Mistakes(unittest.TestCase):
             (["batch_size=64"], "12 samples .* fewer than one batch of 64.*Lower batch_size"),
             (["++ephocs=3"], "ephocs is not a setting; did you mean epochs"),
             (["launcher.num_nodes=2"], "this machine is one node"),
-            (["submitit.use_cluster=true"], "no SLURM.*submitit.use_cluster=false"),
             (["trainer.mode=val", "++datasets.k150.val=null"], "none of its sources .* has a val split"),
             (["trainer.accelerator=cuda"], "found 0"),
             (["mask_ratio=1"], "The mask hides 16 of the 16 tokens"),

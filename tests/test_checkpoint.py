@@ -77,7 +77,7 @@ class Saving(Folder):
         self.assertEqual([p.name for p in self.folder.iterdir() if p.name.startswith(".")], [])
 
     def test_what_interrupts_a_save_is_what_is_raised(self):
-        for reason in (OSError(28, "No space left on device"), KeyboardInterrupt(), Terminated()):
+        for reason in (OSError(28, "No space left on device"), KeyboardInterrupt(), Terminated("SIGTERM")):
             with self.subTest(type(reason)):
                 file = mock.Mock(write=mock.Mock(side_effect=itertools.chain([64], itertools.repeat(reason))))
                 opened = mock.MagicMock()

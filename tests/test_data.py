@@ -11,9 +11,10 @@ from PIL import Image
 
 from omnivision.data.batch import BadSample, Batch, Sample, collate
 from omnivision.data.catalog import Dataset, Split, SplitFiles
-from omnivision.data.dataset import REPLACEMENTS, ClipDataset, Cut, Request
+from omnivision.data.dataset import REPLACEMENTS, ClipDataset, Cut
 from omnivision.data.encode import write_film
-from omnivision.data.loader import EpochPlan, SourcePlan, Workers, evaluation_batches, train_batches
+from omnivision.data.epoch import EpochPlan, Request, SourcePlan
+from omnivision.data.loader import Workers, evaluation_batches, train_batches
 from omnivision.data.masking import RandomMask
 from omnivision.data.views import EvalView, PretrainView
 from omnivision.errors import UserError

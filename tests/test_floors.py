@@ -11,13 +11,13 @@ from tests.runs import ROOT
 
 FLOORS = {
     0: ["errors", "files", "safe"],
-    1: ["distributed", "metrics", "optim.schedules", "models.patches"],
+    1: ["distributed", "stopping", "metrics", "optim.schedules", "models.patches"],
     2: ["data", "models", "optim", "demo"],
     3: ["tasks", "evaluation", "prepare"],
-    4: ["checkpoint", "reporting", "weights", "interop"],
+    4: ["checkpoint", "reporting", "weights", "interop", "slurm"],
     5: ["trainer", "resuming"],
     6: ["settings_yaml", "targets", "schema", "settings", "composition", "preflight", "build", "dry", "usage"],
-    7: ["launch", "cli"],
+    7: ["jobs", "process", "local", "submission", "launch", "cli"],
 }
 # Within a floor, these are above the others.
 RAISED = {
@@ -34,6 +34,12 @@ RAISED = {
     "preflight": 6.3,
     "build": 6.4,
     "dry": 6.5,
+    "process": 7.2,
+    "jobs": 7.1,
+    "local": 7.3,
+    "submission": 7.3,
+    "launch": 7.4,
+    "cli": 7.5,
 }
 ALLOWED = {
     "hydra": {"train_app_submitit", "omnivision.build"},
@@ -44,7 +50,7 @@ ALLOWED = {
         "train_app_submitit",
         "omnivision.settings_yaml",
         "omnivision.prepare.catalog_file",
-        "omnivision.launch",
+        "omnivision.process",
     },
 }
 NEVER = {"pytorchvideo", "decord", "cv2", "pickle", "cloudpickle", "dill", "joblib"}

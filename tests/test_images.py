@@ -10,10 +10,11 @@ from PIL import Image
 
 from omnivision.data.batch import collate
 from omnivision.data.catalog import Dataset, LabelSets, Split, SplitFiles
-from omnivision.data.dataset import ClipDataset, Cut, Request
+from omnivision.data.dataset import ClipDataset, Cut
 from omnivision.data.encode import write_film
+from omnivision.data.epoch import EpochPlan, Request, SourcePlan
 from omnivision.data.images import read_depth, read_image
-from omnivision.data.loader import EpochPlan, SourcePlan, Workers, train_batches
+from omnivision.data.loader import Workers, train_batches
 from omnivision.data.masking import RandomMask
 from omnivision.data.mixing import Mixing
 from omnivision.data.opening import BadVideo

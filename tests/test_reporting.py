@@ -95,7 +95,7 @@ class Summary(Folder):
         self.assertEqual(folder.read_summary()["status"], "running")
         folder.unlock()
         folder.note_silent_end("killed", interrupted=False)
-        self.assertEqual(folder.read_summary(), {"status": "failed", "exit_reason": "killed"})
+        self.assertEqual(folder.read_summary(), {"status": "failed", "exit_reason": "killed", "last_lines": []})
         folder.write_summary(status="running", exit_reason=None)
         folder.note_silent_end("ended by SIGTERM", interrupted=True)
         self.assertEqual(folder.read_summary()["status"], "interrupted")

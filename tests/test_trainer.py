@@ -17,8 +17,8 @@ from rich.console import Console
 from omnivision import checkpoint
 from omnivision.data.batch import BadSample, Sample
 from omnivision.data.catalog import Dataset
-from omnivision.data.dataset import Request
-from omnivision.data.loader import EpochPlan, SourcePlan, Workers
+from omnivision.data.epoch import EpochPlan, Request, SourcePlan
+from omnivision.data.loader import Workers
 from omnivision.data.masking import RandomMask
 from omnivision.data.order import draws
 from omnivision.distributed import Place, Processes

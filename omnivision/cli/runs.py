@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from omnivision.errors import UserError
+from omnivision.jobs import queue_or_none, settled
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -35,6 +36,9 @@ def run(args: argparse.Namespace) -> int:
     if not args.folder.is_dir():
         raise UserError(f"{args.folder} is no folder; expected one that holds run folders. Change DIR.")
     found = summaries(args.folder)
+    queue = queue_or_none()
+    for summary in found:
+        summary["status"], summary["exit_reason"] = settled(summary, queue)
     if not found:
         raise UserError(f"There is no run below {args.folder}: no summary.json was found. Change DIR.")
     if args.top1:
@@ -44,6 +48,10 @@ def run(args: argparse.Namespace) -> int:
     if not console.is_terminal:
         console = Console(width=160)
     console.print(table(found, short=args.top1))
+    for summary in found:
+        if summary["status"] not in ("finished", "running") and summary["exit_reason"]:
+            told = f"{summary['name']}: {summary['status']}: {summary['exit_reason']}"
+            console.print(told, highlight=False, markup=False, soft_wrap=True)
     return 0
 
 

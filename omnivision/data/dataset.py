@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from omnivision.data.batch import BadSample, Sample
 from omnivision.data.catalog import Split
 from omnivision.data.clips import Spacing, clip_window, random_clip_start, uniform_clip_starts
 from omnivision.data.decode import BadVideo, open_video
+from omnivision.data.epoch import Request
 from omnivision.data.images import read_depth, read_image
 from omnivision.data.masking import Grid, Mask
 from omnivision.data.order import draws
@@ -34,15 +34,6 @@ class Draw(IntEnum):
     VIEW = 1
     MASK = 2
     REPLACEMENT = 3
-
-
-class Request(NamedTuple):
-    """One video of one epoch. `occurrence` counts its appearances in an epoch when a source is repeated."""
-
-    source: int
-    video: int
-    epoch: int
-    occurrence: int = 0
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+LOG = logging.getLogger("omnivision")
 
 
 class ProgressLine:
@@ -35,13 +38,12 @@ class ProgressLine:
         figures = f"loss {loss:.4f}  {clips_per_second:.1f} clips/s  waiting for data {data_wait:.0%}"
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=step, description=f"epoch {epoch + 1}/{epochs}", figures=figures)
-        elif time.monotonic() - self.last_line >= self.between or step == self.total:
+        if time.monotonic() - self.last_line >= self.between or step == self.total:
             self.last_line = time.monotonic()
-            self.console.print(
-                f"epoch {epoch + 1}/{epochs}  step {step}/{self.total}  {figures}  ETA {self._eta(step)}",
-                highlight=False,
-                soft_wrap=True,
-            )
+            line = f"epoch {epoch + 1}/{epochs}  step {step}/{self.total}  {figures}  ETA {self._eta(step)}"
+            LOG.info(line)
+            if self._bar is None:
+                self.console.print(line, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -31,8 +31,8 @@ class Reporter:
         self._board: SummaryWriter | None = None
         self._progress: ProgressLine | None = None
 
-    def start(self, step: int, total_steps: int, again: str | None = None) -> None:
-        """Begin at a step; whatever was logged after it is forgotten, and what a phase that is done `again` told of it."""
+    def start(self, step: int, total_steps: int, again: str = "") -> None:
+        """Begin at a step; whatever was logged after it is forgotten, and of it the phase or event that comes `again`."""
         if self.enabled:
             self._metrics.rewind(step, again)
             self._board = SummaryWriter(str(self.folder.tensorboard), purge_step=step + 1 if step else None)

@@ -10,6 +10,7 @@ import secrets
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from omnivision.files import write_atomically
 
 HEARTBEAT_SECONDS = 5.0
 STALE_SECONDS = 60.0
+LAST_LINES = 20
+# Statuses of a run that is in the queue of a cluster.
+WAITING = ("queued", "requeued")
 
 
 class RunFolder:
@@ -66,19 +70,38 @@ class RunFolder:
             )
         write_atomically(claim, f"{here}\n")
 
-    def lock(self) -> str | None:
-        """Become the run's only writer; a heartbeat tells others that we live. Returns a line about a lock taken over."""
-        with alone(self.path / ".lock.guard"):
-            holder, age = self._holder()
-            if holder is not None and self._alive(holder, age):
-                raise UserError(
-                    f"The run folder {self.path.absolute()} is in use by process {holder.get('pid')} on {holder.get('host')} "
-                    f"(last sign of life {age:.0f} s ago). Two runs would overwrite each other. Wait for it, stop it, or "
-                    "change launcher.experiment_log_dir."
-                )
-            stale = self._lock.exists()
-            write_atomically(self._lock, self._claim())
-            self._held = True
+    def require_free(self) -> None:
+        """Raises UserError while another live process holds this folder."""
+        holder, age = self._holder()
+        if holder is not None and self._alive(holder, age):
+            raise UserError(
+                f"The run folder {self.path.absolute()} is in use by process {holder.get('pid')} on {holder.get('host')} "
+                f"(last sign of life {age:.0f} s ago). Two runs would overwrite each other. Wait for it, stop it, or "
+                "change launcher.experiment_log_dir."
+            )
+
+    def lock(self, patience: float = 0.0) -> str | None:
+        """Become the run's only writer; a heartbeat tells others that we live. Returns a line about a lock taken over.
+
+        Waits up to `patience` seconds for another holder to leave, or to turn out dead.
+        """
+        deadline = time.monotonic() + patience
+        while not self._held:
+            with alone(self.path / ".lock.guard"):
+                holder, age = self._holder()
+                try:
+                    self.require_free()
+                except UserError as error:
+                    if time.monotonic() >= deadline:
+                        raise
+                    waiting = str(error)
+                else:
+                    stale = self._lock.exists()
+                    write_atomically(self._lock, self._claim())
+                    self._held = True
+            if not self._held:
+                print(f"Waiting: {waiting}", flush=True)
+                time.sleep(min(5.0, patience / 4))
         threading.Thread(target=self._beat, daemon=True, name="run-folder-heartbeat").start()
         who = f"process {holder.get('pid')} on {holder.get('host')}" if holder else "an unknown process"
         return f"Took over the lock of {who}, which has ended or was silent for {age:.0f} s." if stale else None
@@ -104,6 +127,18 @@ class RunFolder:
         summary = self.read_summary() | facts
         write_atomically(self.path / "summary.json", json.dumps(finite(summary), indent=1, allow_nan=False) + "\n")
 
+    def write_end(self, status: str, reason: str) -> None:
+        """Write down how a run ended, and why, with the last lines of process 0's log."""
+        self.write_summary(status=status, exit_reason=reason, last_lines=self.last_lines())
+
+    def last_lines(self) -> list[str]:
+        """The last lines that process 0 wrote to its log."""
+        try:
+            with open(self.logs / "rank_0.log", encoding="utf-8", errors="replace") as file:
+                return [line.rstrip("\n") for line in deque(file, LAST_LINES)]
+        except FileNotFoundError:
+            return []
+
     def read_summary(self) -> dict[str, Any]:
         try:
             return dict(json.loads((self.path / "summary.json").read_text()))
@@ -116,7 +151,7 @@ class RunFolder:
             holder, age = self._holder()
             running = holder is not None and self._alive(holder, age)
             if self.read_summary().get("status") == "running" and not running:
-                self.write_summary(status="interrupted" if interrupted else "failed", exit_reason=reason)
+                self.write_end("interrupted" if interrupted else "failed", reason)
 
     def _claim(self) -> str:
         return json.dumps(
@@ -125,6 +160,8 @@ class RunFolder:
                 "host": socket.gethostname(),
                 "pid": os.getpid(),
                 "started": process_start(os.getpid()),
+                "job": os.environ.get("SLURM_JOB_ID"),
+                "restarts": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
             }
         )
 
@@ -138,6 +175,9 @@ class RunFolder:
 
     @staticmethod
     def _alive(holder: dict[str, Any], age: float) -> bool:
+        job, restarts = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        if job is not None and holder.get("job") == job and holder.get("restarts", 0) < restarts:
+            return False  # SLURM starts a job again only when its processes are gone, with their node if need be
         if holder.get("host") == socket.gethostname():
             return process_start(int(holder["pid"])) == holder.get("started") is not None
         return age < STALE_SECONDS

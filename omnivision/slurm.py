@@ -1,0 +1,165 @@
+"""Questions to SLURM, through its own commands, and what its refusals mean. Submitting is `launch`'s."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from subprocess import SubprocessError
+
+# Ends of a job; any other state is of one that is, or may yet be, at work.
+OVER = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "REVOKED", "TIMEOUT")
+SEPARATOR = "\x1f"
+ANSWER_SECONDS = 60.0
+
+# What SLURM says, and the settings to look at. The first that matches counts.
+REFUSALS = {
+    "partition": "submitit.partition",
+    "qos": "submitit.qos",
+    "account": "submitit.account",
+    "gres": "launcher.gpus_per_node (trainer.accelerator=cpu asks for no GPU)",
+    "feature": "submitit.constraints",
+    "node name": "submitit.nodelist or submitit.exclude",
+    "dependency": "submitit.dependency",
+    "time limit": "submitit.timeout_hour",
+    "memory": "submitit.mem or submitit.mem_gb",
+    "cpu count": "submitit.cpus_per_task or launcher.gpus_per_node",
+    "node count": "launcher.num_nodes",
+    "processors": "submitit.cpus_per_task or launcher.num_nodes",
+    "node configuration": "launcher.gpus_per_node, submitit.cpus_per_task, submitit.mem or submitit.mem_gb",
+    "reservation": "submitit.additional_parameters",
+}
+
+
+@dataclass(frozen=True)
+class JobState:
+    """A job as SLURM knows it. `command` is the path of its batch script when it was submitted."""
+
+    state: str
+    reason: str = ""
+    comment: str = ""
+    command: str = ""
+    dependency: str = ""
+
+    @property
+    def is_over(self) -> bool:
+        return self.state in OVER or self.never_starts
+
+    @property
+    def never_starts(self) -> bool:
+        """What it waits for has failed; SLURM takes such a job out of the queue by and by."""
+        return self.reason == "DependencyNeverSatisfied"
+
+
+@dataclass(frozen=True)
+class NodeKind:
+    """Nodes of a partition that are alike: how many, and what each has; None where SLURM sets no bound."""
+
+    count: int
+    cpus: int
+    memory_gb: float
+    gpus: int
+    minutes: float | None
+
+
+def available() -> bool:
+    return shutil.which("sbatch") is not None
+
+
+def ask(*command: str) -> str:
+    """What one of SLURM's commands answers. Raises OSError, SubprocessError."""
+    return subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS, check=True).stdout
+
+
+def queue() -> dict[str, JobState]:
+    """My jobs, waiting, at work, or ended within the time that SLURM remembers them (minutes), by id; arrays by element.
+
+    Raises OSError, SubprocessError when SLURM does not answer.
+    """
+    fields = SEPARATOR.join(("%i", "%T", "%r", "%k", "%o", "%E"))
+    found = {}
+    for line in ask("squeue", "--me", "--noheader", "--array", "--states=all", f"--format={fields}").splitlines():
+        job_id, *rest = line.split(SEPARATOR)
+        found[job_id] = JobState(*("" if text in ("(null)", "None") else text for text in rest))
+    return found
+
+
+def job_facts(job_id: str) -> dict[str, str]:
+    """What `scontrol show job` tells of a job, by name; empty when SLURM does not know it or does not answer."""
+    try:
+        answer = ask("scontrol", "show", "job", "--oneliner", job_id)
+    except (OSError, SubprocessError):
+        return {}
+    return dict(re.findall(r"(\w+)=(\S*)", answer.partition("\n")[0]))
+
+
+def moment(text: str | None) -> float | None:
+    """A time as SLURM writes it, in seconds since the epoch; None for one that is not set."""
+    try:
+        return datetime.fromisoformat(text or "").timestamp()
+    except ValueError:
+        return None
+
+
+def requeue(job_id: str, attempts: int = 3) -> str | None:
+    """Put a job back into the queue; what SLURM said if it would not.
+
+    SLURM ends the job's processes as soon as it has agreed, `scontrol` among them: a killed one has done its work.
+    """
+    said = ""
+    for attempt in range(attempts):
+        time.sleep(attempt)
+        try:
+            result = subprocess.run(
+                ["scontrol", "requeue", job_id], capture_output=True, text=True, timeout=ANSWER_SECONDS
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            said = str(error)
+            continue
+        if result.returncode <= 0:
+            return None
+        said = result.stderr.strip()
+    return said
+
+
+def partition(name: str | None) -> list[NodeKind]:
+    """The nodes of a partition (None: the default one); empty when SLURM does not tell."""
+    fields = SEPARATOR.join(("%P", "%D", "%c", "%m", "%G", "%l"))
+    try:
+        answer = ask("sinfo", "--noheader", "--exact", f"--format={fields}", *(["--partition", name] if name else []))
+    except (OSError, SubprocessError):
+        return []
+    kinds = []
+    for line in answer.splitlines():
+        label, count, cpus, memory, gres, limit = line.split(SEPARATOR)
+        if name is None and not label.endswith("*"):
+            continue
+        gpus = sum(int(number) for number in re.findall(r"\bgpu(?::[^:,(]+)?:(\d+)", gres))
+        kinds.append(NodeKind(int(count), int(cpus.rstrip("+")), int(memory.rstrip("+")) / 1024, gpus, minutes(limit)))
+    return kinds
+
+
+def minutes(limit: str) -> float | None:
+    """A time limit ("30", "1:30", "2:00:00", "3-12:00:00") in minutes; None for "infinite" and what is none."""
+    days, _, clock = limit.rpartition("-")
+    try:
+        parts, whole_days = [int(part) for part in clock.split(":")], int(days or 0)
+    except ValueError:
+        return None
+    if days or len(parts) == 3:  # hours first
+        hours, first, seconds = (*parts, 0, 0)[:3]
+    else:
+        hours, first, seconds = (0, *parts, 0)[:3]
+    return whole_days * 1440 + hours * 60 + first + seconds / 60
+
+
+def refusal(said: str) -> str:
+    """SLURM's refusal of a job as one sentence of its own and the setting to change."""
+    lines = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in said.splitlines()]
+    told = [line.removeprefix("Batch job submission failed: ").rstrip(".") for line in lines if line.strip()]
+    text = "; ".join(dict.fromkeys(told)) or "nothing"
+    setting = next((setting for word, setting in REFUSALS.items() if word in text.lower()), "the submitit settings")
+    return f"SLURM refused the job and said: {text}. Change {setting}."

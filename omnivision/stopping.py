@@ -1,0 +1,132 @@
+"""Being asked to stop: the signals, and the end of the time that a job has. A run then ends its step, saves, and leaves.
+
+SIGTERM ends a run (a scheduler that cancels or preempts, `kill`); SIGUSR2 announces an end (SLURM before the time limit). Both
+are only noted while a run is `patient`, because it looks after every step; at other times they end it where it stands.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from omnivision.errors import Terminated
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
+TIME_LIMIT = "time limit"
+UNKNOWN_SAVE_SECONDS = 30.0
+LEAVE_SECONDS = 10.0
+# One request may come in two signals: SLURM's to all processes, and the launcher's that hands it on.
+SECONDS_OF_ONE_REQUEST = 1.0
+
+
+class Stop:
+    """Whether this process was asked to stop, by what, and when its job ends anyway.
+
+    A run notes how long its steps and its saving take, and leaves before the deadline, early enough to end in order.
+    """
+
+    def __init__(self) -> None:
+        self.signals: list[int] = []
+        self.deadline: float | None = None  # seconds since the epoch
+        self._half = 0.0  # of the time there was when the deadline became known
+        self.step_seconds = 0.0
+        self.save_seconds: float | None = None  # until something was saved
+        self._late = self._patient = False
+        self._first_term = 0.0
+
+    @property
+    def cause(self) -> str | None:
+        """By what: "SIGTERM", "SIGUSR2" (also when SIGTERM followed), "time limit"; None if it was not."""
+        if self.signals:
+            return signal.Signals(self.signals[0]).name
+        if self.deadline is not None and time.time() + self.needed >= self.deadline:
+            self._late = True
+        return TIME_LIMIT if self._late else None
+
+    @property
+    def needed(self) -> float:
+        """Seconds to finish a step and to save, with room for both to take twice as long, and for leaving; at most half of
+        what there was, so that a run whose saving was not measured yet does something at all.
+        """
+        return min(seconds_to_leave(self.step_seconds, self.save_seconds), self._half)
+
+    def end_at(self, deadline: float | None) -> None:
+        """The job ends at this time, in seconds since the epoch (None: never)."""
+        self.deadline = deadline
+        self._half = 0.0 if deadline is None else (deadline - time.time()) / 2
+
+    def note_step(self, seconds: float) -> None:
+        """What a step took; the slowest counts, and is forgotten by and by."""
+        self.step_seconds = max(seconds, 0.99 * self.step_seconds)
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Inside this block the signals come here. For the main thread alone; elsewhere nothing is changed."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def patience(self) -> Iterator[None]:
+        """Inside this block a signal is noted, and whoever is here looks at `cause` often. A second SIGTERM leaves at once.
+
+        Raises Terminated when a signal has come already.
+        """
+        if self.cause is not None:
+            raise Terminated(self.cause)
+        self._patient = True
+        try:
+            yield
+        finally:
+            self._patient = False
+
+    def _receive(self, number: int, frame: Any) -> None:
+        again = signal.SIGTERM in self.signals and time.monotonic() - self._first_term > SECONDS_OF_ONE_REQUEST
+        if number == signal.SIGTERM and signal.SIGTERM not in self.signals:
+            self._first_term = time.monotonic()
+        self.signals.append(number)
+        if not self._patient or (again and number == signal.SIGTERM):
+            raise Terminated(signal.Signals(self.signals[0]).name)
+
+
+def seconds_to_leave(step_seconds: float, save_seconds: float | None) -> float:
+    """How long before its end a run should be told to leave."""
+    return 2 * (step_seconds + (UNKNOWN_SAVE_SECONDS if save_seconds is None else save_seconds)) + LEAVE_SECONDS
+
+
+@contextlib.contextmanager
+def unheard() -> Iterator[None]:
+    """Processes started inside this block never hear requests to stop, nor do theirs; this one hears them afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Inside this block neither Ctrl-C nor a request to stop interrupts: a run that is ending already writes down why.
+
+    Ctrl-C reaches all processes of a terminal, and SLURM's signals all of a job; the launcher then sends one more. What is
+    started inside this block does not hear them either.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, *SIGNALS)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

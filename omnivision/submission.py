@@ -1,0 +1,156 @@
+"""What is found out before a run goes to SLURM: whether it is done or in the queue already, and what SLURM would not take."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omnivision import slurm
+from omnivision.errors import UserError
+from omnivision.jobs import LOGS
+from omnivision.process import Job, changed_settings, run_folder
+from omnivision.reporting.run_folder import WAITING, RunFolder
+from omnivision.settings import Settings
+
+LOCAL_FILE_SYSTEMS = ("tmpfs", "ramfs", "devtmpfs")
+USUALLY_LOCAL = ("/tmp", "/var/tmp", "/scratch/local", "/dev/shm")
+
+
+def known_jobs() -> dict[str, slurm.JobState]:
+    """My jobs, as SLURM knows them. Raises UserError when it does not answer."""
+    try:
+        return slurm.queue()
+    except (OSError, slurm.SubprocessError) as error:
+        said = " ".join((getattr(error, "stderr", None) or str(error)).split())
+        raise UserError(
+            f"SLURM does not answer ({said}). Nothing was submitted; try again, or run here with "
+            "submitit.use_cluster=false launcher.num_nodes=1 launcher.gpus_per_node=1."
+        ) from None
+
+
+def is_settled(job: Job, queue: Mapping[str, slurm.JobState]) -> bool:
+    """Whether nothing is to be submitted: the run is finished, or its job is in the queue. Prints a line then.
+
+    Raises UserError when the job in the queue has other settings.
+    """
+    folder = run_folder(job)
+    if is_finished(job.settings, folder):
+        print(f"finished folder={folder.path}")
+        return True
+    job_id = str((folder.read_summary().get("job") or {}).get("job_id"))
+    state = queue.get(job_id)
+    if state is None or state.is_over or not belongs_to(state, folder):
+        return False
+    if state.state == "COMPLETING" and folder.read_summary().get("status") not in WAITING:
+        return False  # it has ended, and comes back only if it said so
+    if changes := changed_settings(folder.path / LOGS / f"{job_id}_config.yaml", job.config_text):
+        raise UserError(
+            f"Job {job_id} is in the queue ({state.state}) for {folder.path}, with other settings: {'; '.join(changes)}. Give "
+            f"the same again, end it with scancel {job_id}, or change launcher.experiment_log_dir."
+        )
+    print(f"queued job_id={job_id} state={state.state} folder={folder.path}")
+    return True
+
+
+def is_finished(settings: Settings, folder: RunFolder) -> bool:
+    """Whether a run has done all the epochs that it is asked for; an evaluation is always done again."""
+    summary = folder.read_summary()
+    done = summary.get("status") == "finished" and (summary.get("epochs") or 0) >= settings.trainer.max_epochs
+    return done and settings.trainer.mode != "val"
+
+
+def belongs_to(state: slurm.JobState, folder: RunFolder) -> bool:
+    """Whether a job was submitted for a run folder: after SLURM was set up anew its number may be another one's."""
+    logs = Path(state.command).parent
+    return logs.name == LOGS and folder.path.absolute().is_relative_to(logs.parent)
+
+
+def require_one_shape(points: Sequence[Settings]) -> None:
+    """Raises UserError unless all runs of a sweep ask SLURM for the same: an array has one batch script."""
+
+    def asked(settings: Settings) -> dict[str, Any]:
+        both = {"launcher": vars(settings.launcher), "submitit": vars(settings.submitit)}
+        found = {f"{name}.{key}": value for name, part in both.items() for key, value in part.items()}
+        del found["launcher.experiment_log_dir"]
+        return found | {"trainer.accelerator": settings.trainer.accelerator}
+
+    first = asked(points[0])
+    for point in points[1:]:
+        for name, value in asked(point).items():
+            if value != first[name]:
+                raise UserError(
+                    f"{name} is {first[name]} in one run of this sweep and {value} in another; a sweep is submitted as one "
+                    "array, whose elements ask SLURM for the same. Sweep over other settings, or submit twice."
+                )
+
+
+def check_partition(settings: Settings) -> None:
+    """Raises UserError when the partition has no nodes that are large enough, which SLURM may only say by never starting a
+    job. Silent when SLURM does not tell about its nodes.
+    """
+    wanted, launcher = settings.submitit, settings.launcher
+    kinds = slurm.partition(wanted.partition)
+    name = wanted.partition or "the default partition"
+    gpus = 0 if settings.trainer.accelerator == "cpu" else launcher.gpus_per_node
+    cpus = wanted.cpus_per_task * launcher.gpus_per_node
+    memory, minutes = wanted.mem_gb or 0.0, wanted.timeout_hour * 60
+    needs: list[tuple[str, float, str, Any]] = [
+        ("launcher.gpus_per_node", gpus, "GPUs (trainer.accelerator=cpu asks for none)", lambda kind: kind.gpus),
+        ("submitit.cpus_per_task x launcher.gpus_per_node", cpus, "CPUs", lambda kind: kind.cpus),
+        ("submitit.mem_gb", memory, "GB of memory", lambda kind: kind.memory_gb),
+    ]
+    for setting, number, what, has in needs:
+        if kinds and (most := max(has(kind) for kind in kinds)) < number:
+            raise UserError(
+                f"{setting} is {number:g}, and the nodes of {name} have at most {most:g} {what}. Change "
+                f"{setting.split()[0]}, or submitit.partition."
+            )
+        kinds = [kind for kind in kinds if has(kind) >= number]
+    if kinds and (count := sum(kind.count for kind in kinds)) < launcher.num_nodes:
+        raise UserError(
+            f"launcher.num_nodes is {launcher.num_nodes}, and {name} has {count} nodes that are large enough. Change "
+            "launcher.num_nodes, or submitit.partition."
+        )
+    limits = [kind.minutes for kind in kinds]
+    if kinds and all(limit is not None and limit < minutes for limit in limits):
+        longest = max(limit for limit in limits if limit is not None)
+        raise UserError(
+            f"submitit.timeout_hour is {wanted.timeout_hour:g}, and a job of {name} may take {longest / 60:g} hours. Change "
+            "submitit.timeout_hour, or submitit.partition. (A run that reaches its limit saves and goes back into the queue.)"
+        )
+
+
+def check_dependency(dependency: str | None, queue: Mapping[str, slurm.JobState]) -> None:
+    """Raises UserError for a job to wait for that SLURM does not know: it would take it for one that ended well."""
+    for job_id in re.findall(r"\d+(?:_\d+)?", dependency or ""):
+        known = any(job == job_id or job.startswith(f"{job_id}_") for job in queue)
+        if not known and not slurm.job_facts(job_id):
+            raise UserError(
+                f"submitit.dependency is {dependency}, and SLURM does not know job {job_id} (it forgets jobs some minutes "
+                "after their end). Expected the id of a job in the queue. Change submitit.dependency, or set it to null."
+            )
+
+
+def check_folder(folder: Path) -> None:
+    """Raises UserError for a run folder in the memory of this machine; warns of one on what is usually a disk of its own."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists()).resolve()
+    try:
+        mounts = [line.split() for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines()]
+    except OSError:
+        return
+    inside = [(len(where), kind) for _, where, kind, *_ in mounts if there.is_relative_to(where)]
+    kind = max(inside, default=(0, ""))[1]
+    if kind in LOCAL_FILE_SYSTEMS:
+        raise UserError(
+            f"launcher.experiment_log_dir is {folder}, which lies in this machine's memory ({kind}): compute nodes do not see "
+            "it. Expected a folder on a file system that they share. Change launcher.experiment_log_dir."
+        )
+    if any(there.is_relative_to(place) for place in USUALLY_LOCAL):
+        print(
+            f"warning: launcher.experiment_log_dir is {folder}; such a folder is usually another one on each node. A job whose "
+            "node does not see it says so in its comment (omnivision runs, squeue -o %k).",
+            file=sys.stderr,
+        )

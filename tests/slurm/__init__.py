@@ -1,0 +1,1 @@
+"""Tests on a real SLURM, started by the tests themselves; see cluster.py."""

@@ -1,0 +1,184 @@
+"""Jobs that are ended before their time: each comes back by itself, or ends as promised, and loses nothing."""
+
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+
+from tests import runs
+from tests.slurm.cluster import GRACE_SECONDS, wait
+from tests.slurm.on_cluster import OnCluster, history, told_time
+
+EPOCHS = 120  # of three steps
+STEPS = 3 * EPOCHS
+ALONE = "++submitit.additional_parameters.exclusive=true"  # on its node
+
+
+class Interrupted(OnCluster):
+    """The same run again and again, interrupted in different ways; its weights must be those of the uninterrupted one."""
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.data = runs.write_split(cls.folder, runs.real_films() * 8)  # 24 samples
+        cls.long = [*cls.data, f"epochs={EPOCHS}", "trainer.checkpoint.save_every_steps=20"]
+
+    def command(self, name: str, *settings: str) -> list[str]:
+        return runs.command(self.folder / name, *self.long, *settings)
+
+    def started(self, name: str, *settings: str, step: int = 10) -> tuple[str, Path]:
+        job = self.submit(*self.command(name, *settings))
+        self.wait_for_step(self.folder / name, step)
+        return job, self.folder / name
+
+    def assert_ended_as_if_never_interrupted(self, job: str, run: Path, restarts: int = 1) -> None:
+        self.wait_for_state(job, "COMPLETED", seconds=150)
+        told = runs.summary(run)
+        self.assertEqual((told["status"], told["steps"], told["job"]["restarts"]), ("finished", STEPS, restarts))
+        self.assert_steps_once(run, STEPS)
+        self.assert_same_weights(run, self.folder / "whole")
+
+    def assert_saved_and_requeued(self, run: Path, saying: str) -> None:
+        end, again = history(run, "end")[0], history(run, "resumed")[1]
+        self.assertRegex(end["reason"], saying)
+        self.assertIn(
+            f"step {again['step']} is saved", end["reason"], "it goes on from the very step that it ended with"
+        )
+        self.assertEqual(end["status"], "requeued")
+
+    def test_1_time_limit_and_requeue_and_a_dead_node(self):
+        began = time.time()
+        limits = ["submitit.timeout_hour=0.0167", "submitit.signal_delay_s=45"]
+        timed, timed_run = self.started("timed", *limits, ALONE, step=1)
+        requeued, requeued_run = self.started("requeued", ALONE)
+        dead, dead_run = self.started("dead", ALONE, step=45)
+        self.cluster.ask("scontrol", "requeue", requeued)
+        node, killed = self.cluster.fact(dead, "NodeList"), time.time()
+        self.cluster.kill_node(node)
+        self.here(*self.command("whole"))
+
+        self.assert_ended_as_if_never_interrupted(requeued, requeued_run)
+        self.assert_saved_and_requeued(requeued_run, "ended by SIGTERM; .*; SLURM has put job .* back into the queue")
+
+        self.assert_ended_as_if_never_interrupted(dead, dead_run)
+        self.assertGreaterEqual(history(dead_run, "resumed")[1]["step"], 40, "from the newest checkpoint")
+        self.assertNotIn(node, {line["nodes"] for line in history(dead_run, "start")[1:]})
+        told_time("a node's death, until its job went on", killed, history(dead_run, "resumed")[1]["time"])
+
+        self.assert_ended_as_if_never_interrupted(timed, timed_run)
+        self.assert_saved_and_requeued(
+            timed_run, r"ended by SIGUSR2; .* \(told to leave\); job .* goes back into the queue"
+        )
+        left, back = history(timed_run, "end")[0]["time"], history(timed_run, "resumed")[1]["time"]
+        told_time("time limit, from saved until it went on", left, back)
+        told_time("all three", began)
+        self.cluster.start_node(node)
+        self.cluster.wait_for_nodes()
+
+    def test_2_preempted_by_an_urgent_job(self):
+        job, run = self.started("preempted", "submitit.nodelist=node1", "submitit.partition=main", ALONE)
+        preempted = time.time()
+        self.cluster.ask(
+            "sbatch", "--partition=urgent", "--nodelist=node1", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"
+        )
+        wait("the job to leave", lambda: history(run, "end"), GRACE_SECONDS + 10)
+        told_time("preemption, until the job had saved and left", preempted)
+        self.assertLess(time.time() - preempted, GRACE_SECONDS, "within the grace time")
+        self.assert_ended_as_if_never_interrupted(job, run)
+        self.assert_saved_and_requeued(run, r"\(preempted\); job .* goes back into the queue")
+
+    def test_3_scancel_saves_and_ends(self):
+        job, run = self.started("cancelled")
+        cancelled = time.time()
+        self.cluster.ask("scancel", job)
+        self.wait_for_state(job, "CANCELLED")
+        told_time("scancel, until the job was gone", cancelled)
+        told = runs.summary(run)
+        self.assertEqual(told["status"], "interrupted")
+        self.assertRegex(
+            told["exit_reason"], rf"ended by SIGTERM; step {told['steps']} is saved; job {job} was cancelled"
+        )
+        self.assertIn("ended by SIGTERM", told["last_lines"][-1])
+        self.assertEqual(len(history(run, "start")), 1)
+        again = self.submit(*self.command("cancelled"))
+        self.assert_ended_as_if_never_interrupted(again, run, restarts=0)
+        self.assertEqual(history(run, "resumed")[1]["step"], told["steps"])
+        self.cluster.ask("scontrol", "requeue", again)  # by mistake
+        wait("it to be requeued", lambda: self.cluster.fact(again, "Restarts") == "1")
+        before = (run / "checkpoints/checkpoint.pt").stat().st_mtime_ns
+        self.wait_for_state(again, "COMPLETED")
+        self.assertEqual(len(history(run, "start")), 2, "a finished run ends at once")
+        self.assertEqual((run / "checkpoints/checkpoint.pt").stat().st_mtime_ns, before)
+
+    def test_4_limits(self):
+        """Of how often a job may come back, of coming back without a step, and of time, by the run's own clock."""
+        bounded, bounded_run = self.started("bounded", "submitit.max_requeues=0")
+        self.cluster.ask("scancel", "--signal=USR2", bounded)
+        many = self.folder / "many.npy"  # films enough for an epoch that is not over soon
+        np.save(many, np.array(runs.real_films() * 4000))
+        endless = [f"++datasets.k150.train.paths={many}", "++datasets.k150.train.labels=null"]
+        # SLURM's own signal is only the last resort, here it comes too late: the run knows how long it needs to leave.
+        late = ["submitit.timeout_hour=0.0167", "++submitit.additional_parameters.signal=CONT@1"]
+        clock, clock_run = self.started("clock", *endless, *late, step=1)
+        stuck, stuck_run = self.started("stuck", *endless, "trainer.checkpoint.save_every_steps=null", step=1)
+        for restarts in range(3):
+            for task in self.tasks_of(stuck):
+                os.kill(task, 6)  # as NCCL does when another process is gone
+            wait("it to come back", lambda n=restarts: len(history(stuck_run, "start")) == n + 2, 60)
+            if restarts < 2:
+                self.wait_for_start(stuck_run, restarts + 1)
+        self.wait_for_state(stuck, "FAILED")
+        told = runs.summary(stuck_run)
+        self.assertEqual(told["status"], "failed")
+        self.assertRegex(
+            told["exit_reason"], f"Job {stuck} was restarted 3 times without progress: it stands at step 0"
+        )
+        self.assertRegex(history(stuck_run, "end")[0]["reason"], "exit code 134, SIGABRT.*goes back into the queue")
+        wait("it to leave", lambda: history(clock_run, "end"), 70)
+        self.assertRegex(
+            history(clock_run, "end")[0]["reason"], r"by time limit; step \d+ is saved \(its time is over\)"
+        )
+        self.assertEqual(history(clock_run, "end")[0]["status"], "requeued")
+        self.cluster.ask("scancel", clock)
+        self.wait_for_state(bounded, "FAILED")
+        told = runs.summary(bounded_run)
+        self.assertEqual(told["status"], "interrupted")
+        self.assertRegex(
+            told["exit_reason"], f"step {told['steps']} is saved .*does not come back: submitit.max_requeues is 0"
+        )
+
+    def test_5_what_ends_a_job_for_good_is_written_down(self):
+        """A killed process; and a job that waits for it is cancelled, with the reason."""
+        killed, run = self.started("killed", "launcher.gpus_per_node=2", "launcher.num_nodes=1")
+        waiting = self.submit(*self.command("waiting", f"submitit.dependency=afterok:{killed}"))
+        later = self.submit(*self.command("later", f"submitit.dependency=afterok:{waiting}"))
+        began = time.time()
+        os.kill(self.tasks_of(killed)[0], 9)
+        self.wait_for_state(killed, "FAILED")
+        told_time("a killed process, until the job was over", began)
+        self.assertRegex(runs.summary(run)["exit_reason"], "exit code 137, SIGKILL: out of memory")
+        for job, name in ((waiting, "waiting"), (later, "later")):
+            self.wait_for_state(job, "CANCELLED")
+            told = runs.summary(self.folder / name)
+            self.assertEqual(told["status"], "cancelled")
+            self.assertRegex(told["exit_reason"], "because it waited for job .* did not end well: .*SIGKILL")
+        listed = self.shell("omnivision", "runs", ".").stdout
+        self.assertRegex(listed, "waiting: cancelled: cancelled, because it waited for")
+
+    # ---- parts ----------------------------------------------------------------------------------------------------
+
+    def tasks_of(self, job: str) -> list[int]:
+        """The processes that a job's tasks are, by rank."""
+        found = []
+        for pid in self.cluster.left():
+            env = dict(
+                pair.split("=", 1) for pair in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in pair
+            )
+            if env.get("SLURM_JOB_ID") == job and "submitit.core._submit" in Path(f"/proc/{pid}/cmdline").read_text():
+                if "SLURM_PROCID" in env and "forkserver" not in Path(f"/proc/{pid}/cmdline").read_text():
+                    found.append((int(env["SLURM_PROCID"]), pid))
+        return [pid for _, pid in sorted(found)]
+
+    def wait_for_start(self, run: Path, restarts: int) -> None:
+        wait("it to have resumed", lambda: any(line["restarts"] == restarts for line in history(run, "resumed")), 60)

@@ -1,0 +1,85 @@
+#!/bin/sh
+# The whole recipe from one command: MAE, alignment, then fine-tuning, linear probing and the adaptive average on each set.
+#   PPMA=FOLDER sh utils/run_scripts/run_ppma.sh [--dry] [overrides of every stage]
+# On a cluster each stage is a job that waits for those it starts from; the command returns when all are submitted. Run again, it
+# submits what is neither done nor in the queue. With submitit.use_cluster=false the stages run here, one after another.
+# --dry shows the stages, what each waits for, and how far it is.
+set -eu
+HERE=$(cd "$(dirname "$0")" && pwd)
+. "$HERE/common.sh"
+
+PPMA=${PPMA:-runs/ppma} # folder of the runs
+PRETRAIN=${PRETRAIN:-inpk150} # what the masked autoencoder learns from
+ALIGN=${ALIGN:-inpk150_sim150} # what the trunk is aligned with before it is fine-tuned and probed
+AVERAGE=${AVERAGE:-inpk150 sim150} # alignments whose trunks are averaged
+DOWNSTREAM=${DOWNSTREAM:-ucf101 hmdb51 diving48 minissv2 ikea uav}
+SIZE=${SIZE:-vitbase} # of the model; BATCH_SIZE, NUM_NODES, GPUS_PER_NODE, EPOCHS, NUM_WORKERS count for every stage
+
+dry= cluster=yes failed=
+for argument; do
+    shift
+    case $argument in
+        --dry) dry=yes && continue ;;
+        submitit.use_cluster=false | +submitit.use_cluster=false | ++submitit.use_cluster=false) cluster= ;;
+    esac
+    set -- "$@" "$argument"
+done
+
+# stage NAME SCRIPT DATASET MODEL START BEFORE [overrides]: a run that begins when the stages BEFORE (names) are done.
+# What became of it is kept in job_NAME: the id of its job, `done`, or `failed`.
+stage() {
+    name=$1 script=$2 dataset=$3 model=$4 start=$5 before=$6
+    shift 6
+    if [ "$dry" ]; then
+        printf '%-18s after %-30s %s\n' "$name" "${before:-nothing}" "$(python -m omnivision.jobs status "$PPMA/$name")"
+        return
+    fi
+    ids=
+    for one in $before; do
+        eval "became=\$job_$one"
+        case $became in
+            done) ;;
+            failed)
+                python -m omnivision.jobs cancelled "$PPMA/$name" "cancelled, because it starts from $PPMA/$one, which failed"
+                eval "job_$name=failed"
+                return
+                ;;
+            *) ids=$ids:$became ;;
+        esac
+    done
+    [ -z "$ids" ] || set -- "$@" "submitit.dependency=afterok$ids"
+    set -- "submitit.name=$name" "$@"
+    if [ -z "$cluster" ]; then
+        printf '\n== %s\n' "$name"
+        if call "$@"; then became=done; else became=failed failed="$failed $name"; fi
+    else
+        said=$(call "$@") || { echo "error: $name was not submitted; nor is what comes after it." >&2 && exit 1; }
+        printf '%-18s %s\n' "$name" "$said"
+        became=done
+        case $said in *job_id=*) became=${said#*job_id=} became=${became%% *} ;; esac
+    fi
+    eval "job_$name=\$became"
+}
+
+call() {
+    EXP_DIR=$PPMA/$name DATASET=$dataset MODEL=$model PRETRAINED_CHECKPOINT=$start sh "$HERE/$script" "$@"
+}
+
+stage mae run_mae.sh "$PRETRAIN" "$SIZE" null '' "$@"
+stage align run_align.sh "$ALIGN" "${SIZE}_ft" "$PPMA/mae" mae "$@"
+sources= before=
+for data in $AVERAGE; do
+    if [ "$data" = "$ALIGN" ]; then one=align; else one=align_$data; fi
+    [ "$one" = align ] || stage "$one" run_align.sh "$data" "${SIZE}_ft" "$PPMA/mae" mae "$@"
+    sources=${sources:+$sources,}$PPMA/$one aligned="${aligned:-} $one"
+done
+for data in $DOWNSTREAM; do
+    stage "ft_$data" run_downstream_ft.sh "$data" "${SIZE}_ft" "$PPMA/align" align "$@"
+    stage "lp_$data" run_downstream_lp.sh "$data" "${SIZE}_ft" "$PPMA/align" align "$@"
+    stage "average_$data" run_downstream_average_lp.sh "$data" "${SIZE}_average_ft" "[$sources]" "$aligned" "$@" \
+        "ensemble_num_models=$(echo $AVERAGE | wc -w)"
+done
+if [ -n "$failed" ]; then
+    echo "error: failed:$failed; what starts from them was not run. The same command goes on." >&2
+    exit 1
+fi
