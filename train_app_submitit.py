@@ -6,6 +6,7 @@
 Exit codes: 0 done; 1 a mistake of the user's, told in one paragraph; others: faults, with the reason in summary.json.
 """
 
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -21,6 +22,18 @@ if TYPE_CHECKING:
     from omnivision.process import Job
 
 HERE = Path(__file__).resolve().parent
+FLAGS_WITH_VALUE = (
+    "--config-dir",
+    "-cd",
+    "--config-name",
+    "-cn",
+    "--config-path",
+    "-cp",
+    "--cfg",
+    "-c",
+    "--package",
+    "-p",
+)
 CONFIG = HERE / "config" if (HERE / "config" / "config.yaml").is_file() else HERE / "omnivision" / "config"
 
 
@@ -55,6 +68,7 @@ def composed() -> list[DictConfig]:
     from omnivision.settings_yaml import read_numbers_as_written
 
     read_numbers_as_written()
+    sys.argv[1:] = flags_first(sys.argv[1:])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises to us instead of printing
     found: list[DictConfig] = []
     try:
@@ -63,8 +77,26 @@ def composed() -> list[DictConfig]:
         from omnivision.composition import explain
         from omnivision.errors import UserError
 
-        raise UserError(explain(error, CONFIG)) from error
+        raise UserError(explain(error, CONFIG, *site_folders(sys.argv[1:]))) from error
     return found
+
+
+def flags_first(arguments: list[str]) -> list[str]:
+    """The same command line with Hydra's flags before all settings: it takes them nowhere else, and scripts append them."""
+    flags, settings = [], []
+    left = iter(arguments)
+    for word in left:
+        if word.startswith("-"):
+            flags += [word, *([next(left, "")] if word in FLAGS_WITH_VALUE else [])]
+        else:
+            settings.append(word)
+    return [*flags, *settings]
+
+
+def site_folders(arguments: list[str]) -> list[Path]:
+    """The folders of further configuration that a command line names."""
+    after = [Path(value) for flag, value in itertools.pairwise(arguments) if flag in ("--config-dir", "-cd")]
+    return after + [Path(word.partition("=")[2]) for word in arguments if word.startswith("--config-dir=")]
 
 
 def apart(configs: list[DictConfig]) -> list[DictConfig]:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from omnivision.files import LATEST, PREVIOUS, sync_folder, write_atomically
 from omnivision.safe import BrokenCheckpoint, safe_load
 
 FORMAT = 1
+LAG_SECONDS = 60.0  # that a shared file system may take to show a checkpoint to other machines
 KEYS = {
     "format",
     "architecture",
@@ -72,6 +74,29 @@ def save(state: dict[str, Any], folder: Path, also: list[str]) -> None:
         sync_folder(folder)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def seen(folder: Path) -> tuple[str, int]:
+    """What this machine sees of the newest checkpoint: its manifest and its size; ("", 0) when there is none."""
+    latest = folder / LATEST
+    try:
+        return _manifest(latest).read_text(encoding="utf-8"), latest.stat().st_size
+    except OSError:
+        return "", 0
+
+
+def wait_to_see(what: tuple[str, int], folder: Path, seconds: float = LAG_SECONDS) -> bool:
+    """Wait until this machine sees what another one does (`seen`); whether it does by then.
+
+    Shared file systems show a change on other machines after some seconds.
+    """
+    deadline = time.monotonic() + seconds
+    while seen(folder) != what:
+        if time.monotonic() > deadline:
+            return False
+        os.listdir(folder)  # makes some file systems look again
+        time.sleep(0.2)
+    return True
 
 
 def load_newest(folder: Path) -> tuple[dict[str, Any], Path, list[str]] | None:

@@ -13,10 +13,10 @@ from omnivision.schema import Target
 from omnivision.settings import GROUPS, Settings
 
 
-def explain(error: BaseException, config: Path) -> str:
+def explain(error: BaseException, *folders: Path) -> str:
     """A paragraph about an error of Hydra or OmegaConf: unknown keys and choices get the nearest known ones.
 
-    `config` is the folder that the choices are files of.
+    `folders` are those that the choices are files of: the project's, and a site's own.
     """
     text = _first_sentences(error)
     chain = list(_causes(error))
@@ -47,7 +47,7 @@ def explain(error: BaseException, config: Path) -> str:
             return f"{text.removeprefix('Error merging override ')} does not fit: {reason}."
     for cause in chain:
         if missing := getattr(cause, "missing_cfg_file", None):
-            return _unknown_choice(str(missing), config)
+            return _unknown_choice(str(missing), folders)
     return text.replace("\\'", "'")
 
 
@@ -56,8 +56,9 @@ def setting_names() -> list[str]:
     return [name for name, _ in _hints(Settings, "")]
 
 
-def _unknown_choice(missing: str, config: Path) -> str:
-    known = [path.relative_to(config).with_suffix("").as_posix() for path in sorted(config.rglob("*.yaml"))]
+def _unknown_choice(missing: str, folders: Iterable[Path]) -> str:
+    files = [(path, folder) for folder in folders for path in sorted(folder.rglob("*.yaml"))]
+    known = [path.relative_to(folder).with_suffix("").as_posix() for path, folder in files]
     folder = missing.rpartition("/")[0]
     beside = [name for name in known if name.rpartition("/")[0] == folder]
     near = difflib.get_close_matches(missing.removesuffix(".yaml"), beside or known, 1, cutoff=0.4)

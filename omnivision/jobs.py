@@ -252,14 +252,11 @@ def cancel_dependents(raw_id: str, reason: str) -> None:
     """Write into the summaries of the jobs that wait for this one to end well, and of those that wait for them, that they are
     cancelled and why; SLURM itself takes them out of the queue.
     """
-    try:
-        waiting = {job: state for job, state in slurm.queue().items() if state.state == "PENDING" and state.dependency}
-    except (OSError, slurm.SubprocessError):
-        return
-    for job_id, state in waiting.items():
+    for job_id, state in (queue_or_none() or {}).items():
         if re.search(rf"\bafterok:(\S*[:,])?{raw_id}\b", state.dependency):
             folder = run_folder_of(Path(state.command).parent, job_id)
-            if folder is not None and folder.read_summary().get("status") in WAITING:
+            summary = {} if folder is None else folder.read_summary()
+            if folder is not None and summary.get("status") in WAITING and summary["job"]["job_id"] == job_id:
                 note(folder, "end", token="", job=job_id, status="cancelled", reason=reason)
                 folder.write_summary(status="cancelled", exit_reason=reason)
                 cancel_dependents(job_id, waited_for(job_id, folder, reason))

@@ -5,7 +5,9 @@ torch is imported when a run starts, so that a refusal or a submission does not 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 import math
 import os
@@ -151,9 +153,11 @@ def hand_over(jobs: Sequence[Job], logs: Path) -> list[str]:
     before = set(logs.iterdir())
     executor = slurm_executor(jobs[0].settings, logs, signal_delay(jobs[0].settings, run_folder(jobs[0])))
     try:
-        submitted = (
-            executor.map_array(run_slurm_task, jobs) if len(jobs) > 1 else [executor.submit(run_slurm_task, jobs[0])]
-        )
+        with contextlib.redirect_stderr(io.StringIO()):  # where submitit repeats what SLURM says
+            if len(jobs) > 1:
+                submitted = executor.map_array(run_slurm_task, jobs)
+            else:
+                submitted = [executor.submit(run_slurm_task, jobs[0])]
     except FailedJobError as error:
         for file in set(logs.iterdir()) - before:
             file.unlink()
@@ -208,7 +212,7 @@ def slurm_executor(settings: Settings, logs: Path, delay: int) -> SlurmExecutor:
         "nodelist": wanted.nodelist,
         "dependency": wanted.dependency,
         "signal_delay_s": delay,
-        "setup": [*wanted.setup, *setup_lines(logs)],
+        "setup": [*setup_lines(logs), *wanted.setup],
         # SLURM 22.05 and later do not hand the number of CPUs on to srun. One failed task ends the others.
         "srun_args": [f"--cpus-per-task={wanted.cpus_per_task}", "--kill-on-bad-exit=1"],
         "teardown": teardown_lines(logs),

@@ -53,7 +53,7 @@ def run_process(job: Job, place: Place | None, record: JobRecord | None = None) 
     processes: Processes | None = None
     with stop.listening():
         try:
-            from omnivision import build
+            from omnivision import build, checkpoint
             from omnivision.distributed import Place
             from omnivision.files import remove_leftovers
             from omnivision.reporting.reporter import Reporter
@@ -72,6 +72,8 @@ def run_process(job: Job, place: Place | None, record: JobRecord | None = None) 
             log_to_file(folder.logs / f"rank_{place.rank}.log")
             if record is not None:
                 processes.together(lambda: record.begin(stop), only_main=True)
+            newest = processes.gather(checkpoint.seen(folder.checkpoints))[0]
+            checkpoint.wait_to_see(newest, folder.checkpoints)
             reporter = Reporter(folder, enabled=processes.is_main)
             if taken_over:
                 reporter.say(taken_over)

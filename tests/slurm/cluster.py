@@ -121,6 +121,16 @@ class Cluster:
         first.kill()
         first.wait()
 
+    def hide(self, node: str, folder: Path) -> None:
+        """Let a node see an empty folder in place of this one, as if it were on a disk of the login node's own."""
+        subprocess.run(["nsenter", f"--target={self._inside(node)}", "--mount", "mount", "-t", "tmpfs", "none", str(folder)],
+                       check=True)  # fmt: skip
+
+    def _inside(self, node: str) -> int:
+        """A process of a node: slurmd, the grandchild of what was started."""
+        child = subprocess.run(["pgrep", "--parent", str(self.daemons[node].pid)], capture_output=True, text=True)
+        return int(child.stdout.split()[0])
+
     def start_node(self, node: str) -> None:
         # sh is the node's first process: it reaps orphans.
         inner = 'set -e; mount --bind "$0" /etc/hosts; hostname "$1"; slurmd -D -N "$1" & wait'

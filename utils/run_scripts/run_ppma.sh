@@ -26,7 +26,7 @@ for argument; do
 done
 
 # stage NAME SCRIPT DATASET MODEL START BEFORE [overrides]: a run that begins when the stages BEFORE (names) are done.
-# What became of it is kept in job_NAME: the id of its job, `done`, or `failed`.
+# What became of it is kept in job_NAME: the id of its job, `done`, `failed` or `cancelled`.
 stage() {
     name=$1 script=$2 dataset=$3 model=$4 start=$5 before=$6
     shift 6
@@ -35,13 +35,13 @@ stage() {
         return
     fi
     ids=
-    for one in $before; do
-        eval "became=\$job_$one"
+    for prior in $before; do
+        eval "became=\$job_$prior"
         case $became in
             done) ;;
-            failed)
-                python -m omnivision.jobs cancelled "$PPMA/$name" "cancelled, because it starts from $PPMA/$one, which failed"
-                eval "job_$name=failed"
+            failed | cancelled)
+                python -m omnivision.jobs cancelled "$PPMA/$name" "cancelled, because it starts from $PPMA/$prior ($became)"
+                eval "job_$name=cancelled"
                 return
                 ;;
             *) ids=$ids:$became ;;
@@ -67,11 +67,12 @@ call() {
 
 stage mae run_mae.sh "$PRETRAIN" "$SIZE" null '' "$@"
 stage align run_align.sh "$ALIGN" "${SIZE}_ft" "$PPMA/mae" mae "$@"
-sources= before=
+sources= aligned=
 for data in $AVERAGE; do
-    if [ "$data" = "$ALIGN" ]; then one=align; else one=align_$data; fi
-    [ "$one" = align ] || stage "$one" run_align.sh "$data" "${SIZE}_ft" "$PPMA/mae" mae "$@"
-    sources=${sources:+$sources,}$PPMA/$one aligned="${aligned:-} $one"
+    source=align_$data
+    [ "$data" != "$ALIGN" ] || source=align
+    [ "$source" = align ] || stage "$source" run_align.sh "$data" "${SIZE}_ft" "$PPMA/mae" mae "$@"
+    sources=${sources:+$sources,}$PPMA/$source aligned=${aligned:+$aligned }$source
 done
 for data in $DOWNSTREAM; do
     stage "ft_$data" run_downstream_ft.sh "$data" "${SIZE}_ft" "$PPMA/align" align "$@"

@@ -1,0 +1,129 @@
+"""`run_ppma.sh`: the whole recipe as jobs that wait for one another, on the cluster and here."""
+
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests import runs
+from tests.slurm.cluster import wait
+from tests.slurm.on_cluster import OnCluster, history, told_time
+
+SCRIPT = str(runs.ROOT / "utils" / "run_scripts" / "run_ppma.sh")
+STAGES = ["mae", "align", "align_demo_nohuman", "ft_demo", "lp_demo", "average_demo"]
+# The demo's data and a model small enough, as a site would say it.
+SITE = """\
+# @package _global_
+defaults: [/experiments/demo_datasets]
+data_root: {data}
+image_size: 32
+short_side: 40
+num_frames: 4
+trainer:
+  accelerator: cpu
+  optim: {{amp: {{enabled: false}}}}
+  logging: {{log_freq: 1, pictures_every_epochs: null}}
+submitit: {{cpus_per_task: 1}}
+"""
+RECIPE = {
+    "PRETRAIN": "demo", "ALIGN": "demo_synthetic", "AVERAGE": "demo_synthetic demo_nohuman", "DOWNSTREAM": "demo",
+    "SIZE": "vitmicro", "BATCH_SIZE": "8", "NUM_NODES": "1", "EPOCHS": "4", "NUM_WORKERS": "0", "PPMA": "ppma",
+}  # fmt: skip
+
+
+class Chain(OnCluster):
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        data = cls.folder / "data"
+        command = [Path(sys.executable).parent / "omnivision", "demo-data", str(data), "--train", "6", "--val", "1"]
+        subprocess.run(command, check=True, capture_output=True)
+        (cls.folder / "ours" / "site").mkdir(parents=True)
+        (cls.folder / "ours" / "site" / "lab.yaml").write_text(SITE.format(data=data))
+
+    def chain(self, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+        site = ["--config-dir", str(self.folder / "ours"), "+site=lab"]
+        return self.shell("sh", SCRIPT, *arguments, *site, **RECIPE | more)
+
+    def jobs(self, result: subprocess.CompletedProcess[str], word: str) -> dict[str, str]:
+        return dict(re.findall(rf"^(\S+) +{word} job_id=(\d+) ", result.stdout, re.MULTILINE))
+
+    def assert_all_finished(self, folder: Path) -> None:
+        for stage in STAGES:
+            told = runs.summary(folder / stage)
+            self.assertEqual((told["status"], told["epochs"]), ("finished", 4), stage)
+        begins = [runs.summary(folder / stage)["run"]["pretrained"] for stage in STAGES]
+        self.assertEqual(begins, [None, "mae", "mae", "align", "align", "align + align_demo_nohuman"])
+
+    def test_1_killed_in_the_middle_and_run_again(self):
+        shown = self.chain("--dry")
+        self.assertEqual(shown.returncode, 0, shown.stderr)
+        self.assertEqual([line.split()[0] for line in shown.stdout.splitlines()], STAGES)
+        self.assertRegex(shown.stdout, r"average_demo +after align align_demo_nohuman +not begun\n")
+        self.assertEqual(self.cluster.ask("squeue", "--noheader"), "")
+
+        began = time.time()
+        first = self.jobs(self.chain(), "submitted")
+        told_time("run_ppma.sh, until it returned", began)
+        self.assertEqual(list(first), STAGES)
+        self.assertEqual(self.cluster.fact(first["average_demo"], "JobState"), "PENDING")
+        self.wait_for_state(first["mae"], "COMPLETED")
+        again = self.chain()
+        self.assertEqual(
+            self.jobs(again, "queued"), {name: job for name, job in first.items() if name != "mae"}, again.stdout
+        )
+        wait("it to align", lambda: history(self.folder / "ppma/align", "start"))
+        self.cluster.ask("scancel", first["align"])
+        for name in ("ft_demo", "lp_demo", "average_demo"):
+            self.wait_for_state(first[name], "CANCELLED")
+        self.wait_for_state(first["align_demo_nohuman"], "COMPLETED")
+        wait("the summary to say so", lambda: runs.summary(self.folder / "ppma/ft_demo")["status"] == "cancelled")
+        reason = runs.summary(self.folder / "ppma/average_demo")["exit_reason"]
+        self.assertRegex(
+            reason, rf"because it waited for job {first['align']} .*/align\), which did not end well: .*SIGTERM"
+        )
+        self.assertIn("cancelled", self.chain("--dry").stdout)
+
+        again = self.chain()
+        self.assertRegex(again.stdout, r"mae +finished folder=ppma/mae\n")
+        second = self.jobs(again, "submitted")
+        self.assertEqual(list(second), ["align", "ft_demo", "lp_demo", "average_demo"])
+        for job in second.values():
+            self.wait_for_state(job, "COMPLETED")
+        told_time("the whole chain, killed once", began)
+        self.assert_all_finished(self.folder / "ppma")
+        self.assertEqual(self.chain().stdout.count("finished folder=ppma/"), 6)
+        shown = self.chain("--dry").stdout
+        self.assertEqual(len(re.findall("finished", shown)), 6, shown)
+
+    def test_2_a_stage_that_fails(self):
+        shutil.copytree(self.folder / "ppma/mae", self.folder / "broken/mae")
+        for name in ("checkpoint.pt", "previous.pt"):
+            damaged = self.folder / "broken/mae/checkpoints" / name
+            damaged.write_bytes(damaged.read_bytes()[:-1000])
+        made = self.chain(PPMA="broken")
+        jobs = self.jobs(made, "submitted")
+        self.wait_for_state(jobs["align"], "FAILED")
+        for name in ("ft_demo", "lp_demo", "average_demo"):
+            self.wait_for_state(jobs[name], "CANCELLED")
+            told = runs.summary(self.folder / "broken" / name)
+            self.assertEqual(told["status"], "cancelled")
+            self.assertRegex(told["exit_reason"], "broken/align.*did not end well: .*is not the file that its manifest")
+        listed = self.shell("omnivision", "runs", "broken").stdout
+        self.assertRegex(listed, r"(?m)^ft_demo: cancelled: .*waited for job")
+
+    def test_3_without_a_cluster(self):
+        here = "submitit.use_cluster=false"
+        made = self.chain(here, PPMA="here")
+        self.assertEqual(made.returncode, 0, made.stdout + made.stderr)
+        self.assert_all_finished(self.folder / "here")
+        for stage in ("align", "ft_demo", "average_demo"):
+            self.assert_same_weights(self.folder / "here" / stage, self.folder / "ppma" / stage)
+        failed = self.chain(here, PPMA="broken")
+        self.assertEqual(failed.returncode, 1)
+        self.assertRegex(failed.stderr.splitlines()[-1], "^error: failed: mae; what starts from them was not run")
+        for stage, why in (("align", "mae (failed)"), ("ft_demo", "align (cancelled)")):
+            told = runs.summary(self.folder / "broken" / stage)
+            self.assertEqual(told["exit_reason"], f"cancelled, because it starts from broken/{why}")

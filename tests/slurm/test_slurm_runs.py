@@ -1,0 +1,257 @@
+"""Submission to a real SLURM: what is told, refused, and left behind; and that a run is the same however it is started."""
+
+import difflib
+import json
+import re
+import shlex
+import subprocess
+import sys
+import time
+import unittest
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+
+from omnivision.launch import batch_script
+from omnivision.reporting.run_folder import RunFolder
+from omnivision.settings import check
+from tests import runs
+from tests.slurm.on_cluster import ONE_THREAD, SUBMITTED, OnCluster, history, told_time
+
+GOLDEN = Path(__file__).parent / "batch_script.sh"
+# Every setting of the submitit block.
+EVERYTHING = [
+    "submitit.use_cluster=true", "submitit.name=mae", "submitit.partition=gpu", "submitit.account=vision",
+    "submitit.qos=long", "submitit.timeout_hour=20", "submitit.cpus_per_task=10", "submitit.mem_gb=64.5",
+    'submitit.constraints="a100&80gb"', "submitit.comment='for the paper'", "submitit.exclude=node7",
+    'submitit.nodelist="node[1-4]"', "submitit.dependency='afterok:12:13'", "submitit.max_requeues=7",
+    "submitit.signal_delay_s=300", "submitit.setup=[module load cuda]",
+    "++submitit.additional_parameters.reservation=paper", "launcher.num_nodes=2", "launcher.gpus_per_node=4",
+    "batch_size=64", "trainer.accelerator=auto",
+]  # fmt: skip
+
+
+class Script(unittest.TestCase):
+    def test_the_batch_script_is_the_golden_one(self):
+        """Change tests/slurm/batch_script.sh when the script is meant to change; the difference is printed."""
+        with initialize_config_dir(str(runs.ROOT / "config"), version_base="1.3"):
+            config = compose("config", [*runs.STAGE_1[2:], *EVERYTHING, "launcher.experiment_log_dir=/runs/mae"])
+        said = self.script(check(config))
+        wanted = GOLDEN.read_text()
+        difference = "\n".join(
+            difflib.unified_diff(wanted.splitlines(), said.splitlines(), "golden", "now", lineterm="")
+        )
+        self.assertEqual(said, wanted, f"\n{difference}")
+
+    def script(self, settings) -> str:
+        made = batch_script(settings, RunFolder("/runs/mae")) + "\n"
+        return made.replace(sys.executable, "PYTHON").replace(str(runs.ROOT), "CHECKOUT")
+
+
+class Submitted(OnCluster):
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        data = cls.folder / "data"
+        cls.films = ["omnivision", "demo-data", str(data), "--train", "4", "--val", "1"]
+        assert (
+            subprocess.run([Path(sys.executable).parent / cls.films[0], *cls.films[1:]], capture_output=True).returncode
+            == 0
+        )
+        # Stage 1 on the demo's data.
+        cls.demo = [
+            sys.executable, str(runs.ROOT / "train_app_submitit.py"), "+experiments=demo/mae", "+trainer=mae_demo_config",
+            f"data_root={data}", "trainer.accelerator=cpu", "trainer.optim.amp.enabled=false", "epochs=2", "num_workers=0",
+            "trainer.logging.log_freq=1", "trainer.logging.pictures_every_epochs=null", "trainer.distributed.comms_dtype=null",
+        ]  # fmt: skip
+
+    def setUp(self):
+        if not hasattr(type(self), "hidden"):  # the node looks for the folder for a minute; test_8 asks what it said
+            type(self).hidden = self.folder / "hidden"
+            self.hidden.mkdir()
+            self.cluster.hide("node4", self.hidden)
+            settings = [f"launcher.experiment_log_dir={self.hidden / 'run'}", "submitit.nodelist=node4"]
+            type(self).unseen = self.submit(*self.demo, *settings)
+
+    def test_1_a_run_is_the_same_on_slurm_as_local_processes_torchrun_and_one_process(self):
+        def command(name: str, *settings: str) -> list[str]:
+            return [*self.demo, f"launcher.experiment_log_dir={self.folder / name}", *settings]
+
+        four = ["launcher.gpus_per_node=4", "batch_size=16"]
+        began = time.time()
+        job = self.submit(*command("on_slurm", "launcher.num_nodes=2", "launcher.gpus_per_node=2", "batch_size=8"))
+        told_time("submission", began)
+        self.assertLess(time.time() - began, 3)
+        self.here(*command("local", *four))
+        self.here(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=4", "--standalone",
+                  *command("torchrun", "batch_size=16")[1:])  # fmt: skip
+        self.here(*command("one", "batch_size=16"))
+        self.wait_for_state(job, "COMPLETED")
+        losses = {name: [line["loss"] for line in runs.lines(self.folder / name)]
+                  for name in ("on_slurm", "local", "torchrun", "one")}  # fmt: skip
+        self.assertGreater(len(losses["on_slurm"]), 10)
+        self.assertEqual(losses["on_slurm"], losses["local"])
+        self.assertEqual(losses["on_slurm"], losses["torchrun"])
+        for one, other in zip(losses["on_slurm"], losses["one"], strict=True):
+            self.assertAlmostEqual(one, other, delta=1e-4 * one)
+        self.assert_same_weights(self.folder / "on_slurm", self.folder / "local")
+        means = [runs.lines(self.folder / name, "epoch")[-1]["loss"] for name in ("on_slurm", "local")]
+        self.assertEqual(*means)
+
+        run = self.folder / "on_slurm"
+        told = runs.summary(run)
+        self.assertEqual((told["status"], told["job"]["job_id"], told["job"]["processes"]), ("finished", job, 4))
+        self.assertIn("ended well", told["last_lines"][-1])
+        logs = {path.name for path in (run / "submitit_logs").iterdir()}
+        wanted = {f"{job}_{rank}_log.{end}" for rank in range(4) for end in ("out", "err")}
+        wanted |= {f"{job}_{what}" for what in ("batch.log", "submission.sh", "environment.json", "config.yaml")}
+        self.assertLessEqual(wanted, logs)
+        self.assertEqual(
+            {f"rank_{rank}.log" for rank in range(4)}, {path.name for path in (run / "logs").glob("rank_*")}
+        )
+        environment = json.loads((run / "submitit_logs" / f"{job}_environment.json").read_text())
+        self.assertEqual(environment["SLURM_JOB_ID"], job)
+        self.assertIsNone(environment["OMNIVISION_SECRET_TOKEN"])
+        self.assertEqual(environment["PROXY"], "http://...@proxy:80")
+        for path in run.rglob("*"):
+            if path.is_file():
+                self.assertNotIn(b"hunter2", path.read_bytes(), path)
+        self.assertEqual([line["event"] for line in map(json.loads, (run / "submitit_logs/history.jsonl").open())],
+                         ["submitted", "start", "resumed", "end"])  # fmt: skip
+        again = self.shell(
+            *command("on_slurm", "launcher.num_nodes=2", "launcher.gpus_per_node=2", "batch_size=8"), *SUBMITTED
+        )
+        self.assertEqual((again.returncode, again.stdout), (0, f"finished folder={run}\n"), again.stderr)
+
+    def test_2_a_submission_imports_no_torch_and_is_told_in_one_line(self):
+        command = [
+            *self.demo,
+            f"launcher.experiment_log_dir={self.folder / 'quick'}",
+            *SUBMITTED,
+            "submitit.nodelist=node1",
+        ]
+        blocked = (
+            "import runpy, sys; sys.modules['torch'] = None; sys.argv = sys.argv[1:]; "
+            "runpy.run_path(sys.argv[0], run_name='__main__')"
+        )
+        made = self.shell(sys.executable, "-c", blocked, *command[1:])
+        self.assertRegex(made.stdout, rf"^submitted job_id=\d+ folder={self.folder}/quick\n$", made.stderr)
+        job = re.findall(r"job_id=(\d+)", made.stdout)[0]
+        again = self.shell(*command)
+        self.assertRegex(again.stdout, rf"^queued job_id={job} state=(PENDING|RUNNING|CONFIGURING) folder=\S+\n$")
+        self.assert_refused(
+            self.shell(*command, "epochs=9"), f"Job {job} is in the queue .* epochs: 2 -> 9.*scancel {job}"
+        )
+        self.cluster.ask("scancel", job)
+
+    def test_3_refusals(self):
+        def refused(saying: str, *settings: str, **more: str) -> None:
+            folder = f"launcher.experiment_log_dir={self.folder / 'refused'}"
+            with self.subTest(settings):
+                result = self.shell(*self.demo, folder, *SUBMITTED, *settings, **more)
+                self.assert_refused(result, saying)
+                self.assertEqual(list((self.folder / "refused").rglob("*.sh")), [])
+
+        refused("gpus_per_node is 3, and the nodes of the default partition have at most 2 GPUs",
+                "launcher.gpus_per_node=3", "batch_size=12", "trainer.accelerator=auto")  # fmt: skip
+        refused("num_nodes is 5, and the default partition has 4 nodes", "launcher.num_nodes=5")
+        refused("cpus_per_task x launcher.gpus_per_node is 9, .* at most 8 CPUs", "submitit.cpus_per_task=9")
+        refused("mem_gb is 99, .* at most 15.625 GB", "submitit.mem_gb=99")
+        refused(
+            "timeout_hour is 2, and a job of short may take 1 hours",
+            "submitit.partition=short",
+            "submitit.timeout_hour=2",
+        )
+        refused("said: invalid partition specified: nope; .*Change submitit.partition", "submitit.partition=nope")
+        refused("said: Invalid feature specification. Change submitit.constraints", "submitit.constraints=nope")
+        refused("said: Invalid node name specified. Change submitit.nodelist", "submitit.nodelist=nope")
+        refused(
+            "dependency is afterok:99999999, and SLURM does not know job 99999999",
+            "submitit.dependency='afterok:99999999'",
+        )
+        refused("dependency is 'after:x'; expected what SLURM takes", "submitit.dependency='after:x'")
+        refused("batch_size is 8 for the 3 processes of a node", "launcher.gpus_per_node=3")
+        refused("lies in this machine's memory", "launcher.experiment_log_dir=/dev/shm/run")
+        refused("cannot be written", "launcher.experiment_log_dir=/proc/run")
+        refused("mem is 4G and submitit.mem_gb is 4", "submitit.mem=4G", "submitit.mem_gb=4")
+        refused("SLURM does not answer", SLURM_CONF="/nowhere")
+        self.assertEqual(self.cluster.ask("squeue", "--noheader", "--name=omnivision", "--states=pending"), "")
+
+    def test_8_a_run_folder_that_the_node_does_not_see(self):
+        """Told in the job's comment, since nothing can be written; `omnivision runs` shows it."""
+        run, job = self.hidden / "run", self.unseen
+        self.wait_for_state(job, "FAILED", seconds=90)
+        listed = self.shell("omnivision", "runs", str(self.hidden)).stdout
+        told = f"node4 does not see the folder of the run: {run}/submitit_logs"
+        self.assertIn(f"run: failed: job {job} is FAILED ({told})", listed)
+
+    def test_5_an_array_of_four_points(self):
+        sweep = "launcher.experiment_log_dir='" + str(self.folder) + "/sweep/seed_${trainer.seed_value}'"
+        command = [*self.demo, "-m", "trainer.seed_value=1,2,3,4", sweep, *SUBMITTED, "epochs=1"]
+        made = self.shell(*command)
+        self.assertEqual(made.returncode, 0, made.stderr)
+        lines = re.findall(rf"submitted job_id=(\d+)_(\d) folder={self.folder}/sweep/seed_(\d)\n", made.stdout)
+        self.assertEqual([line[1:] for line in lines], [("0", "1"), ("1", "2"), ("2", "3"), ("3", "4")], made.stdout)
+        [array] = {line[0] for line in lines}
+        for point in range(4):
+            self.wait_for_state(f"{array}_{point}", "COMPLETED")
+        told = {seed: runs.summary(self.folder / f"sweep/seed_{seed}") for seed in range(1, 5)}
+        self.assertEqual({told[seed]["status"] for seed in told}, {"finished"})
+        self.assertEqual(len({told[seed]["last"]["loss"] for seed in told}), 4, "each point is a run of its own")
+        self.here(
+            *self.demo, f"launcher.experiment_log_dir={self.folder / 'alone'}", "trainer.seed_value=3", "epochs=1"
+        )
+        self.assert_same_weights(self.folder / "sweep/seed_3", self.folder / "alone")
+        self.assertEqual(history(self.folder / "sweep/seed_3", "start")[0]["job"], f"{array}_2")
+        again = self.shell(*[word.replace("1,2,3,4", "1,2,3,4,5") for word in command])
+        self.assertEqual(again.stdout.count("finished folder="), 4)
+        self.assertRegex(again.stdout, r"submitted job_id=\d+ folder=\S+seed_5\n")
+        different = self.shell(*command, "submitit.cpus_per_task=1,2")
+        self.assert_refused(
+            different, "cpus_per_task is 1 in one run of this sweep and 2|A sweep of 8 runs in 4 folders"
+        )
+
+    def test_6_settings_of_the_site_come_from_a_folder_of_ones_own(self):
+        site = self.folder / "ours" / "site"
+        site.mkdir(parents=True)
+        (site / "lab.yaml").write_text(
+            "# @package _global_\nsubmitit: {partition: short, timeout_hour: 1, cpus_per_task: 1, comment: from the lab}\n"
+            "datasets: {nohuman: {prefix: /films/}}\n"
+        )
+        made = self.shell(*self.demo, "--config-dir", str(site.parent), "+site=lab", "submitit.use_cluster=true",
+                          f"launcher.experiment_log_dir={self.folder / 'sited'}")  # fmt: skip
+        self.assertEqual(made.returncode, 0, made.stderr)
+        [job] = re.findall(r"job_id=(\d+)", made.stdout)
+        self.assertEqual(self.cluster.fact(job, "Partition"), "short")
+        self.cluster.ask("scancel", job)
+        self.assertIn("prefix: /films/", (self.folder / f"sited/submitit_logs/{job}_config.yaml").read_text())
+        wrong = self.shell(*self.demo, "--config-dir", str(site.parent), "+site=lap")
+        self.assert_refused(wrong, r"There is no configuration site/lap.* Did you mean lab\?")
+        (site / "lab.yaml").write_text("# @package _global_\nsubmitit: {partitoin: short}\n")
+        typo = self.shell(
+            *self.demo, "--config-dir", str(site.parent), "+site=lab", f"launcher.experiment_log_dir={self.folder}/x"
+        )
+        self.assert_refused(typo, "submitit.partitoin is not a setting; did you mean submitit.partition")
+
+    def test_7_a_number_that_comes_again(self):
+        """After SLURM was set up anew its ids start over: what an old job left is not taken for the new one's."""
+        run = self.folder / "reused"
+        command = [*self.demo, f"launcher.experiment_log_dir={run}", "epochs=1"]
+        first = self.submit(*command)
+        self.wait_for_state(first, "COMPLETED")
+        again = str(int(first) + 1)
+        logs = run / "submitit_logs"
+        for file in logs.glob(f"{first}_*"):
+            file.rename(logs / file.name.replace(first, again))
+        (logs / f"{again}_0_result.pkl").write_bytes(b"of an old job")
+        old = (logs / "history.jsonl").read_text()
+        (logs / "history.jsonl").write_text("".join(f"{line}\n" for line in old.replace(first, again).splitlines()))
+        summary = runs.summary(run)
+        summary["job"]["job_id"] = again
+        RunFolder(run).write_summary(**summary)
+        second = self.submit(*command, "trainer.max_epochs=2")
+        self.assertEqual(second, again, "the test needs it to come again")
+        self.wait_for_state(second, "COMPLETED")
+        self.assertEqual((runs.summary(run)["epochs"], runs.summary(run)["status"]), (2, "finished"))
+        for text in (shlex.join(command), ONE_THREAD["PROXY"]):
+            self.assertNotIn(text, (run / "summary.json").read_text())
