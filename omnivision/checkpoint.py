@@ -7,6 +7,7 @@ written before the file it describes is renamed into place, so that at every mom
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -94,7 +95,8 @@ def wait_to_see(what: tuple[str, int], folder: Path, seconds: float = LAG_SECOND
     while seen(folder) != what:
         if time.monotonic() > deadline:
             return False
-        os.listdir(folder)  # makes some file systems look again
+        with contextlib.suppress(OSError):
+            os.listdir(folder)  # makes some file systems look again
         time.sleep(0.2)
     return True
 

@@ -228,6 +228,7 @@ def print_error(problem: BaseException | str) -> None:
 
 def log_to_file(path: Path) -> None:
     """Send this process's log to a file of its own."""
+    path.parent.mkdir(parents=True, exist_ok=True)  # process 0 has made it, but another machine may not see it yet
     logging.basicConfig(
         filename=path, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
     )
