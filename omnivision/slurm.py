@@ -17,9 +17,9 @@ ANSWER_SECONDS = 60.0
 
 # What SLURM says, and the settings to look at. The first that matches counts.
 REFUSALS = {
-    "partition": "submitit.partition",
     "qos": "submitit.qos",
     "account": "submitit.account",
+    "partition": "submitit.partition",
     "gres": "launcher.gpus_per_node (trainer.accelerator=cpu asks for no GPU)",
     "feature": "submitit.constraints",
     "node name": "submitit.nodelist or submitit.exclude",

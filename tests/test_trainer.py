@@ -3,6 +3,7 @@
 import functools
 import io
 import json
+import signal
 import tempfile
 import unittest
 from datetime import timedelta
@@ -22,7 +23,7 @@ from omnivision.data.loader import Workers
 from omnivision.data.masking import RandomMask
 from omnivision.data.order import draws
 from omnivision.distributed import Place, Processes
-from omnivision.errors import NonFiniteError, UserError
+from omnivision.errors import NonFiniteError, Terminated, UserError
 from omnivision.evaluation import Evaluation
 from omnivision.models.mae import MaskedAutoencoder
 from omnivision.models.vit import VisionTransformer
@@ -225,6 +226,52 @@ class Loop(unittest.TestCase):
             made.reporter.close()
             scale = made.scaler.get_scale()
         self.assertEqual(made.state.best, 2.0)
+
+    def stopped(self, name: str, after: int, **options: Any) -> Trainer:
+        """A run that is asked to stop while its dataset gives the sample number `after` to it."""
+        made = trainer(self.folder / name, **options)
+        noise = made.val.dataset if options.get("val") else made.train.dataset
+        given = noise.__class__.__getitem__
+
+        def asking(dataset: Noise, request: Request) -> Sample:
+            if dataset is noise and len(noise.seen) == after:
+                made.stop.signals.append(signal.SIGUSR2)
+            return given(dataset, request)
+
+        with mock.patch.object(Noise, "__getitem__", asking), self.assertRaises(Terminated) as ended:
+            made.fit()
+        made.reporter.close()
+        self.assertEqual((ended.exception.cause, ended.exception.saved_step), ("SIGUSR2", made.global_step))
+        return made
+
+    def test_asked_to_stop_it_ends_the_step_saves_and_goes_on_later(self):
+        whole = self.fit("whole")
+        made = self.stopped("asked", after=17)  # of the second step of the second epoch
+        self.assertEqual((made.state.epoch, made.state.step), (1, 2))
+        self.assert_same(whole, self.fit("asked"))
+        self.assertEqual([line["step"] for line in self.lines("asked") if line["event"] == "step"], [1, 2, 3, 4, 5, 6])
+
+    def test_asked_to_stop_while_it_validates_it_saves_and_validates_later(self):
+        options = {"val_epoch_freq": 1, "val": Noise(11)}
+        whole = self.fit("whole", **options)
+        made = self.stopped("asked", after=16, **options | {"val": Noise(11)})  # in the second validation
+        self.assertEqual((made.state.epoch, made.state.step), (1, 3), "the epoch is not finished")
+        self.assert_same(whole, self.fit("asked", **options))
+        told, wanted = (
+            [(line["event"], line["phase"], line["step"]) for line in self.lines(n)] for n in ("asked", "whole")
+        )
+        self.assertEqual(told, wanted)
+        averages = [[line["loss"] for line in self.lines(n) if line["event"] == "epoch"] for n in ("asked", "whole")]
+        self.assertEqual(*averages)
+
+    def test_an_evaluation_alone_that_is_asked_to_stop_leaves(self):
+        self.fit("only", max_epochs=1)
+        made = trainer(self.folder / "only", val=Noise(5), max_epochs=1)
+        self.addCleanup(made.reporter.close)
+        made.stop.signals.append(signal.SIGTERM)
+        with self.assertRaises(Terminated) as ended:
+            made.validate_only()
+        self.assertIsNone(ended.exception.saved_step)
 
     def test_limit_of_validation(self):
         made = trainer(self.folder / "limited_val", val=Noise(11), limit_val_batches=2)

@@ -1,0 +1,234 @@
+"""What a run folder knows of its jobs, and what SLURM's answers mean; the cluster itself is in tests/slurm."""
+
+import os
+import tempfile
+import unittest
+from pathlib import Path
+from unittest import mock
+
+from omnivision import jobs, slurm
+from omnivision.errors import UserError
+from omnivision.jobs import JobRecord, Task, environment, history, lost_contact, note, settled
+from omnivision.launch import signal_delay
+from omnivision.process import Job
+from omnivision.reporting.run_folder import RunFolder
+from omnivision.settings import check
+from omnivision.slurm import JobState, minutes, moment, refusal
+from omnivision.submission import check_folder, is_finished, is_settled
+from tests import runs, stage_runs
+
+SLURM = {
+    "SLURM_JOB_ID": "123456", "SLURM_NTASKS": "8", "SLURM_JOB_NUM_NODES": "2", "SLURM_PROCID": "5", "SLURM_LOCALID": "1",
+    "SLURM_JOB_NODELIST": "node[3-4]",
+}  # fmt: skip
+
+
+class Folder(unittest.TestCase):
+    def setUp(self):
+        temporary = tempfile.TemporaryDirectory()
+        self.addCleanup(temporary.cleanup)
+        self.folder = RunFolder(Path(temporary.name) / "run")
+        (self.folder.path / jobs.LOGS).mkdir(parents=True)
+
+
+class Tasks(unittest.TestCase):
+    def test_rank_world_address_and_port_are_slurms(self):
+        with mock.patch.dict(os.environ, SLURM):
+            task = Task.from_environment()
+            self.assertEqual((task.job_id, task.restarts, task.nodes), ("123456", 0, "node[3-4]"))
+            place = task.place("node3")
+            self.assertEqual((place.rank, place.world, place.local_rank, place.local_world), (5, 8, 1, 4))
+            self.assertEqual(place.init_method, "tcp://node3:13456")
+        element = {"SLURM_ARRAY_JOB_ID": "123400", "SLURM_ARRAY_TASK_ID": "7", "SLURM_RESTART_COUNT": "2"}
+        with mock.patch.dict(os.environ, SLURM | element):
+            task = Task.from_environment()
+            self.assertEqual((task.job_id, task.raw_id, task.restarts), ("123400_7", "123456", 2))
+
+    def test_neighbouring_jobs_never_share_a_port_and_none_is_one_that_systems_hand_out(self):
+        with mock.patch.dict(os.environ, SLURM):
+            ports = set()
+            for job in range(20_000):
+                with mock.patch.dict(os.environ, SLURM_JOB_ID=str(987_654 + job)):
+                    ports.add(int(Task.from_environment().place("a").init_method.rpartition(":")[2]))
+        self.assertEqual((len(ports), min(ports), max(ports)), (20_000, 10_000, 29_999))
+
+    def test_one_process_needs_to_meet_nobody(self):
+        with mock.patch.dict(os.environ, SLURM | {"SLURM_NTASKS": "1", "SLURM_JOB_NUM_NODES": "1"}):
+            self.assertIsNone(Task.from_environment().place("node3").init_method)
+
+
+class Records(Folder):
+    def record(self, restarts: int, limit: int = 100, token: str = "a") -> JobRecord:
+        with mock.patch.dict(os.environ, SLURM | {"SLURM_RESTART_COUNT": str(restarts)}):
+            task = Task.from_environment()
+        return JobRecord(task, self.folder, token, limit, watch_the_clock=False)
+
+    def test_three_restarts_without_a_step_are_enough(self):
+        for restarts, step in ((0, 0), (1, 0), (2, 10), (3, 10), (4, 10)):
+            self.record(restarts).resumed(step)
+        with self.assertRaisesRegex(UserError, "restarted 3 times without progress: it stands at step 10 again"):
+            self.record(5).resumed(10)
+
+    def test_restarts_that_did_not_even_get_so_far_count(self):
+        self.record(0).resumed(4)
+        with self.assertRaisesRegex(UserError, "restarted 7 times without progress"):
+            self.record(7).resumed(4)
+
+    def test_an_older_job_of_the_same_number_does_not_count(self):
+        for restarts in range(3):
+            self.record(restarts, token="old").resumed(0)
+        self.record(3, token="new").resumed(0)
+
+    def test_a_job_comes_back_so_often(self):
+        with mock.patch.dict(os.environ, SLURM):
+            self.record(2, limit=2).begin(mock.Mock())
+            with self.assertRaisesRegex(UserError, r"requeued 3 times; expected at most 2 \(submitit.max_requeues\)"):
+                self.record(3, limit=2).begin(mock.Mock())
+        self.assertEqual([line["restarts"] for line in history(self.folder)], [2, 3])
+
+    def test_what_another_process_said_before_it_left(self):
+        gone = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3344")
+        record = self.record(1)
+        with mock.patch.object(jobs, "LAST_WORDS_SECONDS", 0), mock.patch.object(slurm, "job_facts", return_value={}):
+            self.assertTrue(record.verdict(gone, "gone").requeue)
+            self.assertFalse(self.record(1, limit=1).verdict(gone, "gone").requeue)
+            self.record(0).fault(ValueError("of an earlier start"), "ValueError: of an earlier start")
+            record.fault(gone, "gone")  # says nothing about the process that it comes from
+            self.assertTrue(record.verdict(gone, "gone").requeue)
+            record.fault(ValueError("no memory"), "ValueError: no memory")
+            verdict = record.verdict(gone, "gone")
+        self.assertEqual((verdict.status, verdict.reason), ("failed", "process 5 failed: ValueError: no memory"))
+
+    def test_which_errors_say_that_another_process_is_gone(self):
+        self.assertTrue(lost_contact(RuntimeError("NCCL error: remote process exited")))
+        self.assertFalse(lost_contact(RuntimeError("CUDA out of memory")))
+        self.assertFalse(lost_contact(ValueError("gloo")))
+
+
+class Environment(unittest.TestCase):
+    def test_of_secrets_the_name_alone(self):
+        given = {
+            "WANDB_API_KEY": "x", "GITHUB_TOKEN": "x", "MY_PASSWORD": "x", "DB_PASSWD": "x", "AWS_SECRET": "x",
+            "SSH_AUTH_SOCK": "x",
+            "SLURM_JOB_ID": "12", "URL": "https://me:word@host/path", "PATH": "/bin",
+        }  # fmt: skip
+        with mock.patch.dict(os.environ, given, clear=True):
+            told = environment()
+        secret = ["AWS_SECRET", "DB_PASSWD", "GITHUB_TOKEN", "MY_PASSWORD", "SSH_AUTH_SOCK", "WANDB_API_KEY"]
+        self.assertEqual([name for name in told if told[name] is None], secret)
+        self.assertEqual((told["SLURM_JOB_ID"], told["URL"], told["PATH"]), ("12", "https://...@host/path", "/bin"))
+
+
+class Answers(unittest.TestCase):
+    def test_time_limits(self):
+        given = {"30": 30, "1:30": 1.5, "2:00:00": 120, "3-12:00:00": 5040, "3-12": 5040, "infinite": None, "n/a": None}
+        self.assertEqual({text: minutes(text) for text in given}, given)
+
+    def test_moments(self):
+        self.assertEqual([moment(text) for text in ("Unknown", "None", "N/A", "", None)], [None] * 5)
+        self.assertEqual(moment("2026-11-24T16:39:49") - moment("2026-11-24T16:38:49"), 60)
+
+    def test_refusals_name_the_setting(self):
+        beginning = "sbatch: error: Batch job submission failed: "
+        for said, setting in (
+            ("Invalid account or account/partition combination specified", "submitit.account"),
+            ("Invalid qos specification", "submitit.qos"),
+            ("Job dependency problem", "submitit.dependency"),
+            ("Requested time limit is invalid (missing or exceeds some limit)", "submitit.timeout_hour"),
+            ("Invalid generic resource (gres) specification", "launcher.gpus_per_node"),
+            ("User's group not permitted to use this partition", "submitit.partition"),
+            ("Requested reservation is invalid", "submitit.additional_parameters"),
+            ("something new", "the submitit settings"),
+        ):
+            told = refusal(f"{beginning}{said}\n")
+            self.assertTrue(told.startswith(f"SLURM refused the job and said: {said}. Change {setting}"), told)
+
+    def test_what_became_of_a_job(self):
+        def told(status: str, *state: str) -> tuple[str, str]:
+            summary = {"status": status, "exit_reason": None, "job": {"job_id": "12"}}
+            return settled(summary, {"12": JobState(*state)} if state else {})
+
+        self.assertEqual(told("queued", "PENDING", "Resources"), ("queued", "job 12 waits (Resources)"))
+        self.assertEqual(told("running", "RUNNING"), ("running", "job 12 is RUNNING"))
+        self.assertEqual(told("running", "NODE_FAIL", "NodeDown"), ("failed", "job 12 is NODE_FAIL (NodeDown)"))
+        self.assertEqual(told("queued", "CANCELLED", "")[0], "cancelled")
+        self.assertEqual(told("queued", "PENDING", "DependencyNeverSatisfied")[0], "cancelled")
+        self.assertEqual(told("running"), ("lost", "SLURM does not know job 12 any more; it was running"))
+        self.assertEqual(told("finished", "RUNNING"), ("finished", ""))
+        self.assertEqual(settled({"status": "running"}, {}), ("running", ""), "not on a cluster")
+        self.assertEqual(settled({}, None), ("not begun", ""))
+
+
+class Submission(Folder):
+    def job(self, *overrides: str) -> Job:
+        where = f"launcher.experiment_log_dir={self.folder.path}"
+        config = stage_runs.composed(*runs.STAGE_1[2:], where, *overrides)
+        return Job(check(config), "epochs: 1\n")
+
+    def test_finished_is_as_many_epochs_as_are_asked_for(self):
+        self.folder.write_summary(status="finished", epochs=3)
+        for overrides, finished in (
+            (["epochs=3"], True),
+            (["epochs=4"], False),
+            (["epochs=3", "trainer.mode=val"], False),
+        ):
+            self.assertEqual(is_finished(self.job(*overrides).settings, self.folder), finished, overrides)
+        self.folder.write_summary(status="interrupted", epochs=3)
+        self.assertFalse(is_finished(self.job("epochs=3").settings, self.folder))
+
+    def test_a_job_in_the_queue_is_not_submitted_again_unless_it_is_another_ones(self):
+        self.folder.write_summary(status="queued", job={"job_id": "12"})
+        logs = self.folder.path.absolute() / jobs.LOGS
+        (logs / "12_config.yaml").write_text("epochs: 1\nsubmitit: {dependency: 'afterok:3'}\n")
+        ours, theirs = f"{logs}/a.sh", "/home/other/run/submitit_logs/a.sh"
+        with mock.patch("builtins.print"):
+            self.assertTrue(is_settled(self.job(), {"12": JobState("PENDING", command=ours)}))
+            self.assertFalse(is_settled(self.job(), {"12": JobState("PENDING", command=theirs)}))
+            self.assertFalse(is_settled(self.job(), {"12": JobState("FAILED", command=ours)}))
+            self.assertFalse(is_settled(self.job(), {}))
+            (logs / "12_config.yaml").write_text("epochs: 7\n")
+            with self.assertRaisesRegex(UserError, "Job 12 is in the queue .* epochs: 7 -> 1.*scancel 12"):
+                is_settled(self.job(), {"12": JobState("RUNNING", command=ours)})
+
+    def test_the_signal_comes_as_early_as_the_run_needs(self):
+        def delay(*overrides: str) -> int:
+            return signal_delay(self.job(*overrides).settings, self.folder)
+
+        self.assertEqual(delay(), 120, "nothing is known yet")
+        self.assertEqual(delay("submitit.timeout_hour=0.05"), 90, "half of it")
+        self.folder.write_summary(step_seconds=3.5, save_seconds=40.0)
+        self.assertEqual(delay(), 2 * (3.5 + 40) + 10)
+        self.assertEqual(delay("submitit.signal_delay_s=600"), 600)
+
+    def test_a_folder_in_memory_is_refused_before_it_is_made(self):
+        if not Path("/dev/shm").is_dir():
+            self.skipTest("this machine has no /dev/shm")
+        with self.assertRaisesRegex(UserError, "lies in this machine's memory"):
+            check_folder(Path("/dev/shm/omnivision/run"))
+
+    def test_dependencies(self):
+        for text in (
+            "afterok:12",
+            "afterok:12:13",
+            "afterok:12_3",
+            "afterany:1,afterok:2",
+            "after:5+10",
+            "singleton",
+            "afterok:1?afterok:2",
+        ):
+            self.assertEqual(self.job(f"submitit.dependency='{text}'").settings.submitit.dependency, text)
+        for text in ("afterok", "12", "afterok:x", "afterok:1;afterok:2", "later:3", "afterok:12; rm -r x"):
+            with self.assertRaisesRegex(UserError, r"expected what SLURM takes|\(int\); expected a text", msg=text):
+                self.job(f"submitit.dependency='{text}'")
+
+
+class Notes(Folder):
+    def test_a_line_that_a_crash_cut_is_left_out(self):
+        note(self.folder, "start", "a", job="1")
+        with open(self.folder.path / jobs.LOGS / "history.jsonl", "a") as file:
+            file.write('{"event": "en')
+        self.assertEqual([line["event"] for line in history(self.folder)], ["start"])
+
+
+if __name__ == "__main__":
+    unittest.main()

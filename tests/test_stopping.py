@@ -1,0 +1,104 @@
+"""Being asked to stop: by signals, and by the end of a job's time."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import unittest
+from unittest import mock
+
+from omnivision import stopping
+from omnivision.errors import Terminated
+from omnivision.stopping import TIME_LIMIT, Stop, undisturbed, unheard
+
+
+class Signals(unittest.TestCase):
+    def test_a_patient_run_notes_them_and_others_end_at_once(self):
+        for number, name, code in ((signal.SIGTERM, "SIGTERM", 143), (signal.SIGUSR2, "SIGUSR2", 140)):
+            stop = Stop()
+            with stop.listening():
+                with stop.patience():
+                    self.assertIsNone(stop.cause)
+                    os.kill(os.getpid(), number)
+                    self.assertEqual(stop.cause, name)
+                with self.assertRaises(Terminated) as ended:
+                    os.kill(os.getpid(), number)
+                self.assertEqual((ended.exception.cause, ended.exception.exit_code), (name, code))
+                with self.assertRaises(Terminated), stop.patience():
+                    self.fail("it was asked before")
+        self.assertEqual(signal.getsignal(signal.SIGTERM), signal.SIG_DFL)
+
+    def test_one_request_may_come_twice_but_a_second_one_leaves_at_once(self):
+        stop = Stop()
+        with stop.listening(), stop.patience(), mock.patch.object(stopping.time, "monotonic") as clock:
+            clock.return_value = 100.0
+            os.kill(os.getpid(), signal.SIGTERM)
+            clock.return_value = 100.9
+            os.kill(os.getpid(), signal.SIGTERM)
+            clock.return_value = 101.1
+            with self.assertRaises(Terminated):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    def test_sigterm_after_an_announcement_is_the_same_request(self):
+        stop = Stop()
+        with stop.listening(), stop.patience(), mock.patch.object(stopping.time, "monotonic") as clock:
+            for at, number in ((100.0, signal.SIGUSR2), (130.0, signal.SIGTERM), (130.5, signal.SIGUSR2)):
+                clock.return_value = at
+                os.kill(os.getpid(), number)
+            self.assertEqual(stop.cause, "SIGUSR2")
+
+    def test_nothing_disturbs_what_is_being_written_down_nor_what_is_started_then(self):
+        with undisturbed():
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+                os.kill(os.getpid(), number)
+            child = subprocess.run(["sh", "-c", "kill -TERM $$; echo survived"], capture_output=True, text=True)
+        self.assertEqual(child.stdout, "survived\n")
+
+    def test_children_that_do_not_hear(self):
+        code = (
+            "import os, signal; os.kill(os.getpid(), signal.SIGUSR2); os.kill(os.getpid(), signal.SIGTERM); "
+            "print('survived')"
+        )
+        stop = Stop()
+        with stop.listening(), stop.patience():
+            with unheard():
+                os.kill(os.getpid(), signal.SIGUSR2)
+                child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+            self.assertEqual(child.stdout, "survived\n", child.stderr)
+            self.assertEqual(stop.cause, "SIGUSR2", "this process hears afterwards")
+
+
+class Clock(unittest.TestCase):
+    def test_a_run_leaves_when_what_is_left_is_what_it_needs(self):
+        stop = Stop()
+        with mock.patch.object(stopping.time, "time") as now:
+            now.return_value = 1000.0
+            stop.end_at(5000.0)
+            stop.note_step(4.0)
+            stop.save_seconds = 11.0
+            self.assertEqual(stop.needed, 2 * (4 + 11) + 10)
+            now.return_value = 4959.0
+            self.assertIsNone(stop.cause)
+            now.return_value = 4961.0
+            self.assertEqual(stop.cause, TIME_LIMIT)
+            stop.save_seconds = 0.1
+            self.assertEqual(stop.cause, TIME_LIMIT, "all processes must find the same when they look again")
+
+    def test_a_short_job_does_something_at_all(self):
+        stop = Stop()
+        self.assertIsNone(stop.cause, "without a deadline it never comes")
+        stop.end_at(time.time() + 20)
+        self.assertIsNone(stop.cause)
+        self.assertLessEqual(stop.needed, 10)
+
+    def test_the_slowest_step_counts_and_is_forgotten(self):
+        stop = Stop()
+        for seconds in (1.0, 9.0, *[1.0] * 100):
+            stop.note_step(seconds)
+        self.assertLess(stop.step_seconds, 4)
+        self.assertGreater(stop.step_seconds, 1)
+
+
+if __name__ == "__main__":
+    unittest.main()
