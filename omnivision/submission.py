@@ -10,7 +10,7 @@ from typing import Any
 
 from omnivision import slurm
 from omnivision.errors import UserError
-from omnivision.jobs import LOGS
+from omnivision.jobs import LOGS, run_folder_of
 from omnivision.process import Job, changed_settings, run_folder
 from omnivision.reporting.run_folder import WAITING, RunFolder
 from omnivision.settings import Settings
@@ -126,8 +126,19 @@ def check_partition(settings: Settings) -> None:
 
 
 def check_dependency(dependency: str | None, queue: Mapping[str, slurm.JobState]) -> None:
-    """Raises UserError for a job to wait for that SLURM does not know: it would take it for one that ended well."""
+    """Raises UserError for a job to wait for that SLURM does not know, which it would take for one that ended well; and for one
+    that can no longer end well.
+    """
     for job_id in re.findall(r"\d+(?:_\d+)?", dependency or ""):
+        state = queue.get(job_id)
+        if state is not None and state.is_over and state.state != "COMPLETED" and "afterok" in str(dependency):
+            folder = run_folder_of(Path(state.command).parent, job_id)
+            told = {} if folder is None else folder.read_summary()
+            where, why = ("", "") if folder is None else (f" ({folder.path})", f": {told.get('exit_reason')}")
+            raise UserError(
+                f"submitit.dependency is {dependency}, and job {job_id}{where} is {state.state}{why}. Expected one that can "
+                "still end well. Submit that one again first, or change submitit.dependency."
+            )
         known = any(job == job_id or job.startswith(f"{job_id}_") for job in queue)
         if not known and not slurm.job_facts(job_id):
             raise UserError(

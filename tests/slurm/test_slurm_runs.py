@@ -61,7 +61,7 @@ class Submitted(OnCluster):
         # Stage 1 on the demo's data.
         cls.demo = [
             sys.executable, str(runs.ROOT / "train_app_submitit.py"), "+experiments=demo/mae", "+trainer=mae_demo_config",
-            f"data_root={data}", "trainer.accelerator=cpu", "trainer.optim.amp.enabled=false", "epochs=2", "num_workers=0",
+            f"data_root={data}", "trainer.accelerator=cpu", "trainer.optim.amp.enabled=false", "epochs=1", "num_workers=0",
             "trainer.logging.log_freq=1", "trainer.logging.pictures_every_epochs=null", "trainer.distributed.comms_dtype=null",
         ]  # fmt: skip
 
@@ -89,7 +89,7 @@ class Submitted(OnCluster):
         self.wait_for_state(job, "COMPLETED")
         losses = {name: [line["loss"] for line in runs.lines(self.folder / name)]
                   for name in ("on_slurm", "local", "torchrun", "one")}  # fmt: skip
-        self.assertGreater(len(losses["on_slurm"]), 10)
+        self.assertGreaterEqual(len(losses["on_slurm"]), 6)
         self.assertEqual(losses["on_slurm"], losses["local"])
         self.assertEqual(losses["on_slurm"], losses["torchrun"])
         for one, other in zip(losses["on_slurm"], losses["one"], strict=True):
@@ -116,8 +116,8 @@ class Submitted(OnCluster):
         for path in run.rglob("*"):
             if path.is_file():
                 self.assertNotIn(b"hunter2", path.read_bytes(), path)
-        self.assertEqual([line["event"] for line in map(json.loads, (run / "submitit_logs/history.jsonl").open())],
-                         ["submitted", "start", "resumed", "end"])  # fmt: skip
+        for event in ("submitted", "start", "resumed", "end"):
+            self.assertEqual(len(history(run, event)), 1)
         again = self.shell(
             *command("on_slurm", "launcher.num_nodes=2", "launcher.gpus_per_node=2", "batch_size=8"), *SUBMITTED
         )
@@ -140,7 +140,7 @@ class Submitted(OnCluster):
         again = self.shell(*command)
         self.assertRegex(again.stdout, rf"^queued job_id={job} state=(PENDING|RUNNING|CONFIGURING) folder=\S+\n$")
         self.assert_refused(
-            self.shell(*command, "epochs=9"), f"Job {job} is in the queue .* epochs: 2 -> 9.*scancel {job}"
+            self.shell(*command, "epochs=9"), f"Job {job} is in the queue .* epochs: 1 -> 9.*scancel {job}"
         )
         self.cluster.ask("scancel", job)
 
@@ -187,7 +187,7 @@ class Submitted(OnCluster):
 
     def test_5_an_array_of_four_points(self):
         sweep = "launcher.experiment_log_dir='" + str(self.folder) + "/sweep/seed_${trainer.seed_value}'"
-        command = [*self.demo, "-m", "trainer.seed_value=1,2,3,4", sweep, *SUBMITTED, "epochs=1"]
+        command = [*self.demo, "-m", "trainer.seed_value=1,2,3,4", sweep, *SUBMITTED]
         made = self.shell(*command)
         self.assertEqual(made.returncode, 0, made.stderr)
         lines = re.findall(rf"submitted job_id=(\d+)_(\d) folder={self.folder}/sweep/seed_(\d)\n", made.stdout)
@@ -236,7 +236,7 @@ class Submitted(OnCluster):
     def test_7_a_number_that_comes_again(self):
         """After SLURM was set up anew its ids start over: what an old job left is not taken for the new one's."""
         run = self.folder / "reused"
-        command = [*self.demo, f"launcher.experiment_log_dir={run}", "epochs=1"]
+        command = [*self.demo, f"launcher.experiment_log_dir={run}"]
         first = self.submit(*command)
         self.wait_for_state(first, "COMPLETED")
         again = str(int(first) + 1)

@@ -53,10 +53,14 @@ stage() {
         printf '\n== %s\n' "$name"
         if call "$@"; then became=done; else became=failed failed="$failed $name"; fi
     else
-        said=$(call "$@") || { echo "error: $name was not submitted; nor is what comes after it." >&2 && exit 1; }
-        printf '%-18s %s\n' "$name" "$said"
-        became=done
-        case $said in *job_id=*) became=${said#*job_id=} became=${became%% *} ;; esac
+        if said=$(call "$@" 2>&1); then
+            became=done
+            case $said in *job_id=*) became=${said#*job_id=} became=${became%% *} ;; esac
+        else
+            became=failed failed="$failed $name"
+            python -m omnivision.jobs cancelled "$PPMA/$name" "not submitted: ${said##*error: }" >/dev/null
+        fi
+        echo "$said" | grep -v '^warning: ' | while read -r line; do printf '%-18s %s\n' "$name" "$line"; done
     fi
     eval "job_$name=\$became"
 }
@@ -81,6 +85,6 @@ for data in $DOWNSTREAM; do
         "ensemble_num_models=$(echo $AVERAGE | wc -w)"
 done
 if [ -n "$failed" ]; then
-    echo "error: failed:$failed; what starts from them was not run. The same command goes on." >&2
+    echo "error: failed:$failed; what starts from them is left out. The same command goes on." >&2
     exit 1
 fi
