@@ -86,19 +86,16 @@ def seen(folder: Path) -> tuple[str, int]:
         return "", 0
 
 
-def wait_to_see(what: tuple[str, int], folder: Path, seconds: float = LAG_SECONDS) -> bool:
-    """Wait until this machine sees what another one does (`seen`); whether it does by then.
+def wait_to_see(what: tuple[str, int], folder: Path, seconds: float = LAG_SECONDS) -> None:
+    """Wait until this machine sees what another one does (`seen`), but not for ever.
 
     Shared file systems show a change on other machines after some seconds.
     """
     deadline = time.monotonic() + seconds
-    while seen(folder) != what:
-        if time.monotonic() > deadline:
-            return False
+    while seen(folder) != what and time.monotonic() < deadline:
         with contextlib.suppress(OSError):
             os.listdir(folder)  # makes some file systems look again
         time.sleep(0.2)
-    return True
 
 
 def load_newest(folder: Path) -> tuple[dict[str, Any], Path, list[str]] | None:

@@ -13,6 +13,7 @@ import math
 import os
 import secrets
 import shlex
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,18 +23,20 @@ import omnivision
 from omnivision import slurm
 from omnivision.errors import UserError
 from omnivision.files import write_atomically
-from omnivision.jobs import LOGS, JobRecord, Task, note
+from omnivision.job_record import JobRecord
+from omnivision.jobs import LOGS, Task, note
 from omnivision.process import Job, run_folder, run_process
 from omnivision.reporting.run_folder import RunFolder
-from omnivision.settings import Settings
-from omnivision.stopping import seconds_to_leave
+from omnivision.settings import Settings, check
+from omnivision.stopping import SIGNALS, seconds_to_leave
 from omnivision.submission import (
     check_dependency,
-    check_folder,
+    check_folders,
     check_partition,
     is_finished,
-    is_settled,
+    is_queued,
     known_jobs,
+    require_free,
     require_one_shape,
 )
 
@@ -112,18 +115,22 @@ def submit(jobs: Sequence[Job]) -> int:
 
     Prints a line for each run: `submitted`, `queued` or `finished`, with `job_id=` and `folder=`.
     """
-    queue = known_jobs()
-    wanted = [job for job in jobs if not is_settled(job, queue)]
+    unfinished = [job for job in jobs if not is_finished(job.settings, run_folder(job))]
+    for job in jobs:
+        if job not in unfinished:
+            print(f"finished folder={run_folder(job).path}")
+    queue = known_jobs() if unfinished else {}
+    wanted = [job for job in unfinished if not is_queued(job, queue)]
     if not wanted:
         return 0
     require_one_shape([job.settings for job in wanted])
     check_partition(wanted[0].settings)
     check_dependency(wanted[0].settings.submitit.dependency, queue)
+    check_folders([run_folder(job).path for job in wanted])
     for job in wanted:
         folder = run_folder(job)
-        check_folder(folder.path)
         folder.create()
-        folder.require_free()
+        require_free(folder, queue)
     logs = logs_of([run_folder(job).path for job in wanted])
     logs.mkdir(parents=True, exist_ok=True)
     remove_old_pickles(logs, queue)
@@ -134,8 +141,11 @@ def submit(jobs: Sequence[Job]) -> int:
 
 
 def logs_of(folders: Sequence[Path]) -> Path:
-    """Where submitit keeps a job's files: in the run folder, for an array in the one that all its run folders are in."""
-    return Path(os.path.commonpath([folder.absolute() for folder in folders])) / LOGS
+    """Where submitit keeps a job's files: in the run folder, for an array in the one that all its run folders are in, or, if
+    that may not be written, in the first.
+    """
+    common = Path(os.path.commonpath([folder.absolute() for folder in folders]))
+    return (common if common.parent != common and os.access(common, os.W_OK) else folders[0].absolute()) / LOGS
 
 
 def remove_old_pickles(logs: Path, queue: Mapping[str, slurm.JobState]) -> None:
@@ -150,32 +160,38 @@ def hand_over(jobs: Sequence[Job], logs: Path) -> list[str]:
     """Submit jobs, several as one array; returns their ids. Raises UserError with SLURM's refusal."""
     from submitit.core.utils import FailedJobError
 
-    before = set(logs.iterdir())
-    executor = slurm_executor(jobs[0].settings, logs, signal_delay(jobs[0].settings, run_folder(jobs[0])))
+    before, folders = set(logs.iterdir()), [run_folder(job) for job in jobs]
+    summaries = [folder.read_summary() for folder in folders]
+    for job, folder in zip(jobs, folders, strict=True):  # beforehand: the job may begin at once, and then writes itself
+        (folder.path / LOGS).mkdir(exist_ok=True)
+        waiting: dict[str, Any] = {"job": {"logs": str(logs), "dependency": job.settings.submitit.dependency}}
+        if job.settings.trainer.mode != "val":
+            waiting |= {"status": "queued", "exit_reason": None}
+        folder.write_summary(**waiting)
+    executor = slurm_executor(jobs[0].settings, logs, signal_delay(jobs[0].settings, folders[0]))
+    texts, tokens = [job.config_text for job in jobs], [job.token for job in jobs]
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # where submitit repeats what SLURM says
             if len(jobs) > 1:
-                submitted = executor.map_array(run_slurm_task, jobs)
+                submitted = executor.map_array(run_slurm_task, texts, tokens)
             else:
-                submitted = [executor.submit(run_slurm_task, jobs[0])]
+                submitted = [executor.submit(run_slurm_task, texts[0], tokens[0])]
     except FailedJobError as error:
         for file in set(logs.iterdir()) - before:
             file.unlink()
+        for folder, summary in zip(folders, summaries, strict=True):
+            folder.replace_summary(summary)
         raise UserError(slurm.refusal(str(error))) from None
     ids = [job.job_id for job in submitted]
     if len(jobs) > 1:
-        folders = [str(run_folder(job).path.absolute()) for job in jobs]
-        write_atomically(logs / f"{ids[0].partition('_')[0]}_folders.json", f"{json.dumps(folders)}\n")
-    for job, job_id in zip(jobs, ids, strict=True):
-        folder = run_folder(job)
-        (folder.path / LOGS).mkdir(exist_ok=True)
+        paths = [str(folder.path.absolute()) for folder in folders]
+        write_atomically(logs / f"{ids[0].partition('_')[0]}_folders.json", f"{json.dumps(paths)}\n")
+    for job, folder, job_id in zip(jobs, folders, ids, strict=True):
         write_atomically(folder.path / LOGS / f"{job_id}_config.yaml", job.config_text)
         note(folder, "submitted", job.token, job=job_id, restarts=0)
-        waits = job.settings.submitit.dependency
-        facts: dict[str, Any] = {"job": {"job_id": job_id, "logs": str(logs), "dependency": waits}}
-        if job.settings.trainer.mode != "val":
-            facts |= {"status": "queued", "exit_reason": None}
-        folder.write_summary(**facts)
+        known = folder.read_summary().get("job") or {}
+        if "job_id" not in known:
+            folder.write_summary(job=known | {"job_id": job_id})
     return ids
 
 
@@ -212,9 +228,10 @@ def slurm_executor(settings: Settings, logs: Path, delay: int) -> SlurmExecutor:
         "nodelist": wanted.nodelist,
         "dependency": wanted.dependency,
         "signal_delay_s": delay,
-        "setup": [*setup_lines(logs), *wanted.setup],
-        # SLURM 22.05 and later do not hand the number of CPUs on to srun. One failed task ends the others.
-        "srun_args": [f"--cpus-per-task={wanted.cpus_per_task}", "--kill-on-bad-exit=1"],
+        "setup": [*setup_lines(logs), *(f"{{ {line}\n}} || failed {shlex.quote(line)}" for line in wanted.setup)],
+        # SLURM 22.05 and later do not hand the number of CPUs on to srun. One failed task ends the others; so does one that
+        # left well long ago (it saw on a file system that lags that the run is finished, and they did not).
+        "srun_args": [f"--cpus-per-task={wanted.cpus_per_task}", "--kill-on-bad-exit=1", "--wait=300"],
         "teardown": teardown_lines(logs),
         "additional_parameters": options | wanted.additional_parameters,
     }
@@ -237,10 +254,12 @@ def setup_lines(logs: Path) -> list[str]:
         f"logs={here}",
         f'for _ in $(seq {FOLDER_SECONDS}); do [ -d "$logs" ] && break; sleep 1; done',
         'if ! [ -d "$logs" ]; then',
-        '  scontrol update JobId="$SLURM_JOB_ID" Comment="$(hostname) does not see the folder of the run: $logs"',
+        '  scontrol update JobId="$job" Comment="$(hostname) does not see the folder of the run: $logs"',
         "  exit 1",
         "fi",
         'exec >>"$logs/${job}_batch.log" 2>&1',
+        'failed() { code=$?; echo "submitit.setup failed: $1"; '
+        f'{shlex.quote(sys.executable)} -m omnivision.job_record ended "$logs" "$job" "$code"; exit "$code"; }}',
         f"export PYTHONPATH={shlex.quote(str(Path(omnivision.__file__).parents[1]))}${{PYTHONPATH:+:$PYTHONPATH}}",
     ]
 
@@ -250,7 +269,7 @@ def teardown_lines(logs: Path) -> list[str]:
     python = shlex.quote(sys.executable)
     return [
         "code=$?",
-        f'[ "$code" = 0 ] || {python} -m omnivision.jobs ended "$logs" "$job" "$code"',
+        f'[ "$code" = 0 ] || {python} -m omnivision.job_record ended "$logs" "$job" "$code"',
         'exit "$code"',
     ]
 
@@ -271,16 +290,27 @@ def signal_delay(settings: Settings, folder: RunFolder) -> int:
 # ---- SLURM: on a node ---------------------------------------------------------------------------------------------
 
 
-def run_slurm_task(job: Job) -> None:
-    """What SLURM starts as each task of a job: rank, world and address are SLURM's."""
+def run_slurm_task(config_text: str, token: str) -> None:
+    """What SLURM starts as each task of a job: rank, world and address are SLURM's. The configuration comes unresolved, so
+    that what it takes from the environment is in no file.
+    """
     import submitit
+    from omegaconf import DictConfig, OmegaConf
 
-    folder = run_folder(job)
+    from omnivision.settings_yaml import read_numbers_as_written
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until `run_process` listens; submitit would swallow them
+    read_numbers_as_written()
+    config = OmegaConf.create(config_text)
+    assert isinstance(config, DictConfig)
+    job = Job(check(config), config_text, token)
+    folder, wanted, task = run_folder(job), job.settings.submitit, Task.from_environment()
     if is_finished(job.settings, folder):
         print(f"finished folder={folder.path}")
         return
-    task, wanted = Task.from_environment(), job.settings.submitit
-    record = JobRecord(task, folder, job.token, wanted.max_requeues, watch_the_clock=wanted.signal_delay_s is None)
+    record = JobRecord(task, folder, token, wanted.max_requeues, watch_the_clock=wanted.signal_delay_s is None)
+    if task.rank == 0:
+        record.start()
     host = submitit.JobEnvironment().hostnames[0]
     if code := run_process(job, task.place(host), record):
         sys.exit(code)

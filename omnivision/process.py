@@ -20,7 +20,7 @@ from omnivision.stopping import Stop, undisturbed
 
 if TYPE_CHECKING:
     from omnivision.distributed import Place, Processes
-    from omnivision.jobs import JobRecord
+    from omnivision.job_record import JobRecord
     from omnivision.reporting.reporter import Reporter
     from omnivision.trainer import Trainer
 
@@ -71,7 +71,8 @@ def run_process(job: Job, place: Place | None, record: JobRecord | None = None) 
                     remove_leftovers(written)
             log_to_file(folder.logs / f"rank_{place.rank}.log")
             if record is not None:
-                processes.together(lambda: record.begin(stop), only_main=True)
+                processes.together(lambda: record.allow(stop), only_main=True)
+                stop.end_at(processes.gather(stop.deadline)[0])
             newest = processes.gather(checkpoint.seen(folder.checkpoints))[0]
             checkpoint.wait_to_see(newest, folder.checkpoints)
             reporter = Reporter(folder, enabled=processes.is_main)
@@ -85,26 +86,25 @@ def run_process(job: Job, place: Place | None, record: JobRecord | None = None) 
                 processes.together(lambda: record.resumed(trainer.global_step), only_main=True)
             if begun:
                 note_beginning(job, folder, trainer, reporter, on_cluster=record is not None)
-            with stop.patience():
-                with contextlib.closing(reporter):
-                    trainer.validate_only() if validating else trainer.fit()
-                processes.close()
-                if begun:
-                    LOG.info("ended well")
-                    folder.write_summary(last_lines=folder.last_lines())
-                if record is not None and begun:
-                    record.note("end", reason="done")
+            stop.patience()
+            with contextlib.closing(reporter):
+                trainer.validate_only() if validating else trainer.fit()
+            processes.close()
+            if begun:
+                LOG.info("ended well")
+                folder.write_summary(last_lines=folder.last_lines())
+            if record is not None and begun:
+                record.note("end", status="finished", reason="all is done")
             return 0
         except (Exception, KeyboardInterrupt, Terminated) as error:
-            # A refusal before anything has begun leaves what an earlier run wrote as it is, and so does an evaluation.
-            untouched = locked and folder.read_summary().get("status") in (None, *WAITING)
-            tells = folder if (begun and not validating) or untouched else None
-            rank = place.rank if place is not None else int(os.environ.get("RANK", "0"))
             with undisturbed():
-                code = explain(error, tells, rank, record)
-                if processes is not None and isinstance(error, Terminated) and error.saved_step is not None:
-                    processes.barrier()  # a job is requeued before any of its processes leaves
-                return code
+                # A refusal before anything has begun leaves what an earlier run wrote as it is; an evaluation always does.
+                untouched = locked and folder.read_summary().get("status") in (None, *WAITING)
+                tells = untouched or (begun and not validating)
+                if record is not None and not validating:
+                    tells = tells or locked or record.tells()
+                rank = place.rank if place is not None else int(os.environ.get("RANK", "0"))
+                return explain(error, folder, tells, rank, record)
         finally:
             with undisturbed():
                 if locked:
@@ -183,8 +183,10 @@ def changed_settings(file: Path, text: str) -> list[str]:
     return [f"{name}: {then.get(name)} -> {now.get(name)}" for name in names]
 
 
-def explain(error: BaseException, folder: RunFolder | None, rank: int, record: JobRecord | None = None) -> int:
-    """Tell why a process ends, on the console, in its log and in `summary.json`; returns the exit code."""
+def explain(error: BaseException, folder: RunFolder, tells: bool, rank: int, record: JobRecord | None = None) -> int:
+    """Say why a process ends, on the console, in its log and, if it `tells` of this run, in `summary.json`; returns the exit
+    code.
+    """
     code, reason = how_it_ended(error)
     # What all processes know is told by one; a fault is told by each that has one.
     tell = rank == 0 or code == EXIT_FAULT or (isinstance(error, UserError) and not error.everywhere)
@@ -193,10 +195,10 @@ def explain(error: BaseException, folder: RunFolder | None, rank: int, record: J
         print_error(error if code == EXIT_FAULT else reason)
     try:
         if record is not None and rank == 0:
-            record.end(error, reason, folder)
+            record.end(error, reason, tells)
         elif record is not None:
             record.fault(error, reason)
-        elif folder is not None:
+        elif tells:
             folder.write_end("failed" if isinstance(error, Exception) else "interrupted", reason)
     except OSError as failure:  # a full disk must not change the exit code
         print(f"error: the reason could not be written to the run folder: {failure}", file=sys.stderr)

@@ -210,7 +210,7 @@ class Settings:
     mixing_lr_factor: Positive
     video_labels: Natural | None
     pretrained_checkpoint_path: str | list[str] | None
-    ensemble_num_models: Natural
+    ensemble_num_models: Annotated[int, Range(low=2)]
     data_root: str
     datasets: dict[str, DatasetSettings]
     trainer: TrainerSettings
@@ -240,6 +240,8 @@ class Settings:
 
 def check(config: DictConfig) -> Settings:
     """Settings from a composed configuration. Raises UserError listing every problem, and all that is missing."""
+    if "site" in config:
+        raise UserError(_site_problem(config.site))
     reader = Reader(config, GROUPS)
     settings: Settings | None = reader.dataclass(Settings, config, "")
     problems = list(dict.fromkeys(reader.problems or reader.echoes))
@@ -253,6 +255,18 @@ def check(config: DictConfig) -> Settings:
         )
     assert settings is not None
     return settings
+
+
+def _site_problem(site: Any) -> str:
+    if isinstance(site, DictConfig):
+        return (
+            "The file that +site=... chooses does not begin with the line '# @package _global_', so its settings came under "
+            "site. Add that line."
+        )
+    return (
+        f"+site={site} chooses a file of a folder of your own, and there is none. Give the folder with --config-dir FOLDER; "
+        f"the file is FOLDER/site/{site}.yaml."
+    )
 
 
 def contradictions(settings: Settings) -> list[str]:

@@ -93,7 +93,8 @@ def job_facts(job_id: str) -> dict[str, str]:
         answer = ask("scontrol", "show", "job", "--oneliner", job_id)
     except (OSError, SubprocessError):
         return {}
-    return dict(re.findall(r"(\w+)=(\S*)", answer.partition("\n")[0]))
+    # A comment may hold anything: what comes first counts.
+    return dict(reversed(re.findall(r"(\w+)=(\S*)", answer.partition("\n")[0])))
 
 
 def moment(text: str | None) -> float | None:
@@ -102,6 +103,12 @@ def moment(text: str | None) -> float | None:
         return datetime.fromisoformat(text or "").timestamp()
     except ValueError:
         return None
+
+
+def planned_end(facts: dict[str, str]) -> float | None:
+    """When the time limit of a job ends it, in seconds since the epoch. (`EndTime` is also the moment of a `scancel`.)"""
+    start, limit = moment(facts.get("StartTime")), minutes(facts.get("TimeLimit", ""))
+    return None if start is None or limit is None else start + 60 * limit
 
 
 def requeue(job_id: str, attempts: int = 3) -> str | None:

@@ -59,6 +59,11 @@ class Stop:
         self.deadline = deadline
         self._half = 0.0 if deadline is None else (deadline - time.time()) / 2
 
+    def measured(self) -> dict[str, float]:
+        """What the slowest of the last steps and the last saving took, as far as they are known."""
+        found = {"step_seconds": self.step_seconds or None, "save_seconds": self.save_seconds}
+        return {name: round(seconds, 3) for name, seconds in found.items() if seconds is not None}
+
     def note_step(self, seconds: float) -> None:
         """What a step took; the slowest counts, and is forgotten by and by."""
         self.step_seconds = max(seconds, 0.99 * self.step_seconds)
@@ -71,24 +76,19 @@ class Stop:
             return
         before = {number: signal.signal(number, self._receive) for number in SIGNALS}
         try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    @contextlib.contextmanager
-    def patience(self) -> Iterator[None]:
-        """Inside this block a signal is noted, and whoever is here looks at `cause` often. A second SIGTERM leaves at once.
-
-        Raises Terminated when a signal has come already.
+    def patience(self) -> None:
+        """From now on a signal is only noted, since whoever calls this looks at `cause` often, and ends something afterwards. A
+        second SIGTERM still leaves at once. Raises Terminated when a signal has come already.
         """
         if self.cause is not None:
             raise Terminated(self.cause)
         self._patient = True
-        try:
-            yield
-        finally:
-            self._patient = False
 
     def _receive(self, number: int, frame: Any) -> None:
         again = signal.SIGTERM in self.signals and time.monotonic() - self._first_term > SECONDS_OF_ONE_REQUEST

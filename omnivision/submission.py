@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from omnivision import slurm
 from omnivision.errors import UserError
-from omnivision.jobs import LOGS, run_folder_of
+from omnivision.jobs import LOGS, run_folder_of, waits
 from omnivision.process import Job, changed_settings, run_folder
 from omnivision.reporting.run_folder import WAITING, RunFolder
 from omnivision.settings import Settings
@@ -31,32 +30,6 @@ def known_jobs() -> dict[str, slurm.JobState]:
         ) from None
 
 
-def is_settled(job: Job, queue: Mapping[str, slurm.JobState]) -> bool:
-    """Whether nothing is to be submitted: the run is finished, or its job is in the queue. Prints a line then.
-
-    Raises UserError when the job in the queue has other settings.
-    """
-    folder = run_folder(job)
-    if is_finished(job.settings, folder):
-        print(f"finished folder={folder.path}")
-        return True
-    job_id = str((folder.read_summary().get("job") or {}).get("job_id"))
-    state = queue.get(job_id)
-    if state is None or state.is_over or not belongs_to(state, folder):
-        return False
-    if state.state == "COMPLETING" and folder.read_summary().get("status") not in WAITING:
-        return False  # it has ended, and comes back only if it said so
-    changes = changed_settings(folder.path / LOGS / f"{job_id}_config.yaml", job.config_text)
-    # What it waits for may have ended since, and the command then has nothing to wait for.
-    if changes := [change for change in changes if not change.startswith("submitit.dependency:")]:
-        raise UserError(
-            f"Job {job_id} is in the queue ({state.state}) for {folder.path}, with other settings: {'; '.join(changes)}. Give "
-            f"the same again, end it with scancel {job_id}, or change launcher.experiment_log_dir."
-        )
-    print(f"queued job_id={job_id} state={state.state} folder={folder.path}")
-    return True
-
-
 def is_finished(settings: Settings, folder: RunFolder) -> bool:
     """Whether a run has done all the epochs that it is asked for; an evaluation is always done again."""
     summary = folder.read_summary()
@@ -64,10 +37,41 @@ def is_finished(settings: Settings, folder: RunFolder) -> bool:
     return done and settings.trainer.mode != "val"
 
 
-def belongs_to(state: slurm.JobState, folder: RunFolder) -> bool:
-    """Whether a job was submitted for a run folder: after SLURM was set up anew its number may be another one's."""
-    logs = Path(state.command).parent
-    return logs.name == LOGS and folder.path.absolute().is_relative_to(logs.parent)
+def is_queued(job: Job, queue: Mapping[str, slurm.JobState]) -> bool:
+    """Whether a job for this run is in the queue; prints a line then. Raises UserError when it has other settings."""
+    folder = run_folder(job)
+    job_id = next((job_id for job_id, state in queue.items() if _works_in(folder, job_id, state)), None)
+    if job_id is None:
+        return False
+    state = queue[job_id].state
+    if state == "COMPLETING" and folder.read_summary().get("status") not in WAITING:
+        return False  # it has ended, and comes back only if it said so
+    changes = changed_settings(folder.path / LOGS / f"{job_id}_config.yaml", job.config_text)
+    # What it waits for may have ended since, and the command then has nothing to wait for.
+    if changes := [change for change in changes if not change.startswith("submitit.dependency:")]:
+        raise UserError(
+            f"Job {job_id} is in the queue ({state}) for {folder.path}, with other settings: {'; '.join(changes)}. Give "
+            f"the same again, end it with scancel {job_id}, or change launcher.experiment_log_dir."
+        )
+    print(f"queued job_id={job_id} state={state} folder={folder.path}")
+    return True
+
+
+def _works_in(folder: RunFolder, job_id: str, state: slurm.JobState) -> bool:
+    """Whether a job is in the queue and was submitted for a run folder. Its number alone does not tell: after SLURM was set up
+    anew it may be another one's.
+    """
+    if state.is_over:
+        return False
+    found = run_folder_of(Path(state.command).parent, job_id)
+    return found is not None and found.path.absolute() == folder.path.absolute()
+
+
+def require_free(folder: RunFolder, queue: Mapping[str, slurm.JobState]) -> None:
+    """Raises UserError while a live process holds a run folder; one of a job that is over is none, whatever it left."""
+    holder = str((folder.holder() or {}).get("job"))
+    if holder == "None" or (holder in queue and not queue[holder].is_over):
+        folder.require_free()
 
 
 def require_one_shape(points: Sequence[Settings]) -> None:
@@ -129,41 +133,51 @@ def check_dependency(dependency: str | None, queue: Mapping[str, slurm.JobState]
     """Raises UserError for a job to wait for that SLURM does not know, which it would take for one that ended well; and for one
     that can no longer end well.
     """
-    for job_id in re.findall(r"\d+(?:_\d+)?", dependency or ""):
-        state = queue.get(job_id)
-        if state is not None and state.is_over and state.state != "COMPLETED" and "afterok" in str(dependency):
-            folder = run_folder_of(Path(state.command).parent, job_id)
-            told = {} if folder is None else folder.read_summary()
-            where, why = ("", "") if folder is None else (f" ({folder.path})", f": {told.get('exit_reason')}")
-            raise UserError(
-                f"submitit.dependency is {dependency}, and job {job_id}{where} is {state.state}{why}. Expected one that can "
-                "still end well. Submit that one again first, or change submitit.dependency."
-            )
-        known = any(job == job_id or job.startswith(f"{job_id}_") for job in queue)
-        if not known and not slurm.job_facts(job_id):
+    for condition, job_id in waits(dependency or ""):
+        states = [
+            state for job, state in queue.items() if job == job_id or job.startswith(f"{job_id.removesuffix('_*')}_")
+        ]
+        for state in states:
+            if condition == "afterok" and state.is_over and state.state != "COMPLETED":
+                folder = run_folder_of(Path(state.command).parent, job_id)
+                told = "" if folder is None else f" ({folder.path}: {folder.read_summary().get('exit_reason')})"
+                raise UserError(
+                    f"submitit.dependency is {dependency}, and job {job_id} is {state.state}{told}. Expected one that can "
+                    "still end well. Submit that one again first, or change submitit.dependency."
+                )
+        if not states and not slurm.job_facts(job_id):
             raise UserError(
                 f"submitit.dependency is {dependency}, and SLURM does not know job {job_id} (it forgets jobs some minutes "
                 "after their end). Expected the id of a job in the queue. Change submitit.dependency, or set it to null."
             )
 
 
-def check_folder(folder: Path) -> None:
+def check_folders(folders: Sequence[Path]) -> None:
     """Raises UserError for a run folder in the memory of this machine; warns of one on what is usually a disk of its own."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists()).resolve()
     try:
         mounts = [line.split() for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines()]
     except OSError:
         return
-    inside = [(len(where), kind) for _, where, kind, *_ in mounts if there.is_relative_to(where)]
-    kind = max(inside, default=(0, ""))[1]
-    if kind in LOCAL_FILE_SYSTEMS:
-        raise UserError(
-            f"launcher.experiment_log_dir is {folder}, which lies in this machine's memory ({kind}): compute nodes do not see "
-            "it. Expected a folder on a file system that they share. Change launcher.experiment_log_dir."
-        )
-    if any(there.is_relative_to(place) for place in USUALLY_LOCAL):
+    local = None
+    for folder in folders:
+        if "%" in str(folder):
+            raise UserError(
+                f"launcher.experiment_log_dir is {folder}; SLURM puts numbers in the place of % in the names of files. "
+                "Expected a folder without it. Change launcher.experiment_log_dir."
+            )
+        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists()).resolve()
+        kind = max(
+            ((len(where), kind) for _, where, kind, *_ in mounts if there.is_relative_to(where)), default=(0, "")
+        )[1]
+        if kind in LOCAL_FILE_SYSTEMS:
+            raise UserError(
+                f"launcher.experiment_log_dir is {folder}, which lies in this machine's memory ({kind}): compute nodes do not "
+                "see it. Expected a folder on a file system that they share. Change launcher.experiment_log_dir."
+            )
+        local = local or next((place for place in USUALLY_LOCAL if there.is_relative_to(place)), None)
+    if local is not None:
         print(
-            f"warning: launcher.experiment_log_dir is {folder}; such a folder is usually another one on each node. A job whose "
-            "node does not see it says so in its comment (omnivision runs, squeue -o %k).",
+            f"warning: launcher.experiment_log_dir is {folders[0]}, under {local}, usually another disk on each node. A job "
+            "whose node does not see its folder says so in its comment (omnivision runs, squeue -o %k).",
             file=sys.stderr,
         )

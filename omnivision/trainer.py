@@ -448,9 +448,7 @@ class Trainer:
                 last=self.last,
                 clips_per_second=self.last.get("clips_per_second"),
                 wall_time=round(self.state.seconds, 3),
-                step_seconds=round(self.stop.step_seconds, 3),
-                save_seconds=self.stop.save_seconds and round(self.stop.save_seconds, 3),
-                bad_samples=len(self.ledger),
+                **self.stop.measured(),
                 **facts,
             )
 

@@ -17,7 +17,7 @@ FLOORS = {
     4: ["checkpoint", "reporting", "weights", "interop", "slurm"],
     5: ["trainer", "resuming"],
     6: ["settings_yaml", "targets", "schema", "settings", "composition", "preflight", "build", "dry", "usage"],
-    7: ["jobs", "process", "local", "submission", "launch", "cli"],
+    7: ["jobs", "job_record", "process", "local", "submission", "launch", "cli"],
 }
 # Within a floor, these are above the others.
 RAISED = {
@@ -35,7 +35,8 @@ RAISED = {
     "build": 6.4,
     "dry": 6.5,
     "process": 7.2,
-    "jobs": 7.1,
+    "jobs": 7.0,
+    "job_record": 7.1,
     "local": 7.3,
     "submission": 7.3,
     "launch": 7.4,

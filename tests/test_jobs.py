@@ -2,19 +2,24 @@
 
 import os
 import tempfile
+import threading
+import time
 import unittest
+from datetime import datetime, timedelta
 from pathlib import Path
 from unittest import mock
 
-from omnivision import jobs, slurm
-from omnivision.errors import UserError
-from omnivision.jobs import JobRecord, Task, environment, history, lost_contact, note, settled
+from omnivision import job_record, jobs, slurm
+from omnivision.errors import Terminated, UserError
+from omnivision.job_record import JobRecord, lost_contact
+from omnivision.jobs import Task, environment, fruitless_starts, history, note, settled, waits
 from omnivision.launch import signal_delay
 from omnivision.process import Job
 from omnivision.reporting.run_folder import RunFolder
 from omnivision.settings import check
 from omnivision.slurm import JobState, minutes, moment, refusal
-from omnivision.submission import check_folder, is_finished, is_settled
+from omnivision.stopping import TIME_LIMIT
+from omnivision.submission import check_dependency, check_folders, is_finished, is_queued, require_free
 from tests import runs, stage_runs
 
 SLURM = {
@@ -42,7 +47,7 @@ class Tasks(unittest.TestCase):
         element = {"SLURM_ARRAY_JOB_ID": "123400", "SLURM_ARRAY_TASK_ID": "7", "SLURM_RESTART_COUNT": "2"}
         with mock.patch.dict(os.environ, SLURM | element):
             task = Task.from_environment()
-            self.assertEqual((task.job_id, task.raw_id, task.restarts), ("123400_7", "123456", 2))
+            self.assertEqual((task.job_id, task.number, task.restarts), ("123400_7", 123456, 2))
 
     def test_neighbouring_jobs_never_share_a_port_and_none_is_one_that_systems_hand_out(self):
         with mock.patch.dict(os.environ, SLURM):
@@ -63,33 +68,89 @@ class Records(Folder):
             task = Task.from_environment()
         return JobRecord(task, self.folder, token, limit, watch_the_clock=False)
 
-    def test_three_restarts_without_a_step_are_enough(self):
-        for restarts, step in ((0, 0), (1, 0), (2, 10), (3, 10), (4, 10)):
-            self.record(restarts).resumed(step)
-        with self.assertRaisesRegex(UserError, "restarted 3 times without progress: it stands at step 10 again"):
-            self.record(5).resumed(10)
+    def starts(self, *steps: int | None, token: str = "a") -> None:
+        """Starts of a job that went on from these steps; None: it did not get so far."""
+        for restarts, step in enumerate(steps):
+            record = self.record(restarts, token=token)
+            record.start()
+            record.allow(mock.Mock())
+            if step is not None:
+                record.resumed(step)
 
-    def test_restarts_that_did_not_even_get_so_far_count(self):
-        self.record(0).resumed(4)
-        with self.assertRaisesRegex(UserError, "restarted 7 times without progress"):
-            self.record(7).resumed(4)
+    def test_three_restarts_without_a_step_are_enough(self):
+        self.starts(0, 0, 10, 10, 10)
+        with self.assertRaisesRegex(UserError, "restarted 3 times without progress: it stands at step 10 again"):
+            self.starts(0, 0, 10, 10, 10, 10, token="b")
+
+    def test_starts_that_did_not_even_get_so_far_count(self):
+        self.starts(4, None, None, None)
+        with self.assertRaisesRegex(UserError, "without progress: it did not get as far as its checkpoint"):
+            self.starts(4, None, None, None, 9, token="b")
+        gone = RuntimeError("gloo: Connection reset by peer")
+        with (
+            mock.patch.object(job_record, "LAST_WORDS_SECONDS", 0),
+            mock.patch.object(slurm, "job_facts", return_value={}),
+        ):
+            self.assertFalse(self.record(4, token="b").verdict(gone, "gone").requeue)
+
+    def test_what_was_won_in_between_is_progress(self):
+        self.starts(0, 0, 0, 5, 5, 5, 6, None, None, 7)
 
     def test_an_older_job_of_the_same_number_does_not_count(self):
-        for restarts in range(3):
-            self.record(restarts, token="old").resumed(0)
-        self.record(3, token="new").resumed(0)
+        self.starts(0, 0, 0, token="old")
+        self.starts(0, token="new")
+        self.assertEqual(fruitless_starts(history(self.folder, "new")), 0)
 
     def test_a_job_comes_back_so_often(self):
-        with mock.patch.dict(os.environ, SLURM):
-            self.record(2, limit=2).begin(mock.Mock())
-            with self.assertRaisesRegex(UserError, r"requeued 3 times; expected at most 2 \(submitit.max_requeues\)"):
-                self.record(3, limit=2).begin(mock.Mock())
-        self.assertEqual([line["restarts"] for line in history(self.folder)], [2, 3])
+        self.record(2, limit=2).allow(mock.Mock())
+        with self.assertRaisesRegex(UserError, r"requeued 3 times; expected at most 2 \(submitit.max_requeues\)"):
+            self.record(3, limit=2).allow(mock.Mock())
+
+    def test_what_a_request_to_stop_means(self):
+        record, now = self.record(1), datetime.now()
+        facts = {"JobState": "RUNNING", "Restarts": "1", "StartTime": (now - timedelta(hours=1)).isoformat()}
+
+        def verdict(cause: str, **more: str) -> tuple[str, bool]:
+            with mock.patch.object(slurm, "job_facts", return_value=facts | more):
+                made = record.verdict(Terminated(cause, saved_step=7), "ended")
+            return made.status, made.requeue
+
+        self.assertEqual(verdict("SIGTERM"), ("interrupted", False), "scancel")
+        self.assertEqual(verdict("SIGTERM", PreemptTime=now.isoformat()), ("requeued", True))
+        self.assertEqual(verdict("SIGTERM", PreemptTime=(now - timedelta(hours=2)).isoformat()), ("interrupted", False))
+        self.assertEqual(verdict("SIGTERM", Restarts="2"), ("requeued", False), "SLURM has done it")
+        self.assertEqual(verdict("SIGTERM", TimeLimit="01:00:00"), ("requeued", True), "its time is over")
+        self.assertEqual(verdict("SIGTERM", TimeLimit="02:00:00", EndTime=now.isoformat()), ("interrupted", False))
+        self.assertEqual(verdict(TIME_LIMIT, JobState="COMPLETING"), ("interrupted", False), "cancelled meanwhile")
+        self.assertEqual(verdict("SIGUSR2"), ("requeued", True))
+        self.assertEqual(verdict(TIME_LIMIT), ("requeued", True))
+
+    def test_a_cancelled_job_is_not_brought_back_because_its_processes_lost_one_another(self):
+        gone = RuntimeError("gloo: Connection reset by peer")
+        with (
+            mock.patch.object(job_record, "LAST_WORDS_SECONDS", 0),
+            mock.patch.object(slurm, "job_facts", return_value={"JobState": "COMPLETING"}),
+        ):
+            self.assertEqual(self.record(0).verdict(gone, "gone").status, "interrupted")
+
+    def test_the_others_wait_until_process_0_has_decided(self):
+        record, began = self.record(2), time.monotonic()
+        decide = threading.Timer(0.5, lambda: record.note("decided"))
+        self.record(1).note("decided")  # of an earlier start
+        decide.start()
+        record.fault(Terminated("SIGUSR2"), "asked")
+        self.assertGreaterEqual(time.monotonic() - began, 0.5)
+        decide.join()
+        with mock.patch.object(job_record, "DECISION_SECONDS", 0.3):
+            self.record(3).fault(Terminated("SIGUSR2"), "not for ever")
 
     def test_what_another_process_said_before_it_left(self):
         gone = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3344")
         record = self.record(1)
-        with mock.patch.object(jobs, "LAST_WORDS_SECONDS", 0), mock.patch.object(slurm, "job_facts", return_value={}):
+        with (
+            mock.patch.object(job_record, "LAST_WORDS_SECONDS", 0),
+            mock.patch.object(slurm, "job_facts", return_value={}),
+        ):
             self.assertTrue(record.verdict(gone, "gone").requeue)
             self.assertFalse(self.record(1, limit=1).verdict(gone, "gone").requeue)
             self.record(0).fault(ValueError("of an earlier start"), "ValueError: of an earlier start")
@@ -182,13 +243,13 @@ class Submission(Folder):
         (logs / "12_config.yaml").write_text("epochs: 1\nsubmitit: {dependency: 'afterok:3'}\n")
         ours, theirs = f"{logs}/a.sh", "/home/other/run/submitit_logs/a.sh"
         with mock.patch("builtins.print"):
-            self.assertTrue(is_settled(self.job(), {"12": JobState("PENDING", command=ours)}))
-            self.assertFalse(is_settled(self.job(), {"12": JobState("PENDING", command=theirs)}))
-            self.assertFalse(is_settled(self.job(), {"12": JobState("FAILED", command=ours)}))
-            self.assertFalse(is_settled(self.job(), {}))
+            self.assertTrue(is_queued(self.job(), {"12": JobState("PENDING", command=ours)}))
+            self.assertFalse(is_queued(self.job(), {"12": JobState("PENDING", command=theirs)}))
+            self.assertFalse(is_queued(self.job(), {"12": JobState("FAILED", command=ours)}))
+            self.assertFalse(is_queued(self.job(), {}))
             (logs / "12_config.yaml").write_text("epochs: 7\n")
             with self.assertRaisesRegex(UserError, "Job 12 is in the queue .* epochs: 7 -> 1.*scancel 12"):
-                is_settled(self.job(), {"12": JobState("RUNNING", command=ours)})
+                is_queued(self.job(), {"12": JobState("RUNNING", command=ours)})
 
     def test_the_signal_comes_as_early_as_the_run_needs(self):
         def delay(*overrides: str) -> int:
@@ -204,7 +265,7 @@ class Submission(Folder):
         if not Path("/dev/shm").is_dir():
             self.skipTest("this machine has no /dev/shm")
         with self.assertRaisesRegex(UserError, "lies in this machine's memory"):
-            check_folder(Path("/dev/shm/omnivision/run"))
+            check_folders([Path("/dev/shm/omnivision/run")])
 
     def test_dependencies(self):
         for text in (
@@ -220,6 +281,47 @@ class Submission(Folder):
         for text in ("afterok", "12", "afterok:x", "afterok:1;afterok:2", "later:3", "afterok:12; rm -r x"):
             with self.assertRaisesRegex(UserError, r"expected what SLURM takes|\(int\); expected a text", msg=text):
                 self.job(f"submitit.dependency='{text}'")
+
+    def test_jobs_to_wait_for_must_be_known_and_able_to_end_well(self):
+        queue = {
+            "12": JobState("RUNNING"),
+            "13": JobState("FAILED"),
+            "14_0": JobState("COMPLETED"),
+            "14_1": JobState("FAILED"),
+        }
+        with mock.patch.object(slurm, "job_facts", return_value={}):
+            for fine in (
+                None,
+                "afterok:12",
+                "afterany:13",
+                "afterany:13,afterok:12",
+                "afterok:13?afterok:12",
+                "after:12+10",
+            ):
+                check_dependency(fine, queue)
+            check_dependency("afterok:14_0", queue)
+            for refused, saying in (
+                ("afterok:13", "job 13 is FAILED"), ("afterok:12:13", "job 13 is FAILED"), ("afterok:14", "job 14 is FAILED"),
+                ("afterok:14_1", "job 14_1 is FAILED"), ("afterany:99", "does not know job 99"),
+            ):  # fmt: skip
+                with self.assertRaisesRegex(UserError, saying, msg=refused):
+                    check_dependency(refused, queue)
+
+    def test_what_a_job_waits_for_as_slurm_tells_it(self):
+        told = "afterok:12(unfulfilled),afterany:3(failed),afterok:14_*(unfulfilled)"
+        self.assertEqual(list(waits(told)), [("afterok", "12"), ("afterany", "3"), ("afterok", "14_*")])
+        self.assertEqual(list(waits("")), [])
+        self.assertEqual(list(waits("singleton")), [])
+
+    def test_the_lock_of_a_job_that_is_over_holds_nobody_up(self):
+        self.folder.create()
+        with mock.patch.dict(os.environ, SLURM_JOB_ID="77"):
+            self.folder.lock()
+        self.addCleanup(self.folder.unlock)
+        require_free(self.folder, {"77": JobState("FAILED")})
+        require_free(self.folder, {})
+        with self.assertRaisesRegex(UserError, "is in use by process"):
+            require_free(self.folder, {"77": JobState("RUNNING")})
 
 
 class Notes(Folder):

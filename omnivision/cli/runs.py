@@ -14,6 +14,7 @@ from rich.table import Table
 
 from omnivision.errors import UserError
 from omnivision.jobs import queue_or_none, settled
+from omnivision.reporting.run_folder import sound
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -60,11 +61,11 @@ def summaries(folder: Path) -> list[dict[str, Any]]:
     found = []
     for file in sorted(folder.rglob("summary.json")):
         try:
-            summary = dict(json.loads(file.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
+            summary = sound(dict(json.loads(file.read_text(encoding="utf-8"))))
+        except (OSError, ValueError, TypeError) as error:
             print(f"warning: {file} is no summary of a run: {error}. It is left out.", file=sys.stderr)
             continue
-        name = file.parent.relative_to(folder).as_posix()
+        name = file.parent.relative_to(folder).as_posix() if file.parent != folder else folder.resolve().name
         found.append({"last": {}, "run": {}, "changed": file.stat().st_mtime} | summary | {"name": name})
     return sorted(found, key=lambda summary: summary["run"].get("started", 0))
 

@@ -80,6 +80,10 @@ class RunFolder:
                 "change launcher.experiment_log_dir."
             )
 
+    def holder(self) -> dict[str, Any] | None:
+        """What the process that holds this folder said of itself: host, pid, job; None when none does."""
+        return self._holder()[0]
+
     def lock(self, patience: float = 0.0) -> str | None:
         """Become the run's only writer; a heartbeat tells others that we live. Returns a line about a lock taken over.
 
@@ -124,8 +128,14 @@ class RunFolder:
 
     def write_summary(self, **facts: Any) -> None:
         """Update `summary.json` with some of its facts; numbers that are not finite become null."""
-        summary = self.read_summary() | facts
-        write_atomically(self.path / "summary.json", json.dumps(finite(summary), indent=1, allow_nan=False) + "\n")
+        self.replace_summary(self.read_summary() | facts)
+
+    def replace_summary(self, summary: dict[str, Any]) -> None:
+        """Put back what `summary.json` held before; no file for an empty one."""
+        if summary:
+            write_atomically(self.path / "summary.json", json.dumps(finite(summary), indent=1, allow_nan=False) + "\n")
+        else:
+            (self.path / "summary.json").unlink(missing_ok=True)
 
     def write_end(self, status: str, reason: str) -> None:
         """Write down how a run ended, and why, with the last lines of process 0's log."""
@@ -141,12 +151,14 @@ class RunFolder:
 
     def read_summary(self) -> dict[str, Any]:
         try:
-            return dict(json.loads((self.path / "summary.json").read_text()))
-        except (FileNotFoundError, ValueError, TypeError):  # the next one to write replaces what is no summary
+            return sound(dict(json.loads((self.path / "summary.json").read_text(encoding="utf-8"))))
+        except (OSError, ValueError, TypeError):  # the next one to write replaces what is no summary
             return {}
 
     def note_silent_end(self, reason: str, interrupted: bool) -> None:
         """Write down, for a run that was killed before it could, how it ended; unless another one is running here now."""
+        if not self.path.is_dir():
+            return  # it was killed before there was a run to tell of
         with alone(self.path / ".lock.guard"):
             holder, age = self._holder()
             running = holder is not None and self._alive(holder, age)
@@ -219,6 +231,17 @@ def process_start(pid: int) -> int | None:
     except (FileNotFoundError, ProcessLookupError):
         return None
     return None if fields[0] == "Z" else int(fields[19])
+
+
+def sound(summary: dict[str, Any]) -> dict[str, Any]:
+    """A summary without the entries that are not what a run writes: somebody else did."""
+    number = (int, float)
+    kinds: dict[str, Any] = {"status": str, "job": dict, "run": dict, "last": dict, "epochs": int, "steps": int}
+    kinds |= dict.fromkeys(("step_seconds", "save_seconds", "wall_time", "best"), number)
+    found = {k: v for k, v in summary.items() if v is None or isinstance(v, kinds.get(k, object))}
+    if not isinstance((found.get("job") or {}).get("job_id", ""), str):
+        del found["job"]
+    return found
 
 
 def finite(value: Any) -> Any:

@@ -30,19 +30,21 @@ job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TAS
 logs=/runs/mae/submitit_logs
 for _ in $(seq 60); do [ -d "$logs" ] && break; sleep 1; done
 if ! [ -d "$logs" ]; then
-  scontrol update JobId="$SLURM_JOB_ID" Comment="$(hostname) does not see the folder of the run: $logs"
+  scontrol update JobId="$job" Comment="$(hostname) does not see the folder of the run: $logs"
   exit 1
 fi
 exec >>"$logs/${job}_batch.log" 2>&1
+failed() { code=$?; echo "submitit.setup failed: $1"; PYTHON -m omnivision.job_record ended "$logs" "$job" "$code"; exit "$code"; }
 export PYTHONPATH=CHECKOUT${PYTHONPATH:+:$PYTHONPATH}
-module load cuda
+{ module load cuda
+} || failed 'module load cuda'
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --output /runs/mae/submitit_logs/%j_%t_log.out --error /runs/mae/submitit_logs/%j_%t_log.err --cpus-per-task=10 --kill-on-bad-exit=1 PYTHON -u -m submitit.core._submit /runs/mae/submitit_logs
+srun --unbuffered --output /runs/mae/submitit_logs/%j_%t_log.out --error /runs/mae/submitit_logs/%j_%t_log.err --cpus-per-task=10 --kill-on-bad-exit=1 --wait=300 PYTHON -u -m submitit.core._submit /runs/mae/submitit_logs
 
 
 # teardown
 code=$?
-[ "$code" = 0 ] || PYTHON -m omnivision.jobs ended "$logs" "$job" "$code"
+[ "$code" = 0 ] || PYTHON -m omnivision.job_record ended "$logs" "$job" "$code"
 exit "$code"

@@ -2,7 +2,8 @@
 
     with Cluster(folder) as cluster: cluster.environment is what commands need to reach it
 
-Everything lies in `folder`, all ports are on loopback, and `stop` ends what `start` started, by process id. As root on Debian:
+Everything lies in `folder`, all ports are on loopback, and `stop` ends what `start` started, by process id, with what has the
+cluster's SLURM_CONF in its environment (the processes of jobs, but also a shell that was given it). As root on Debian:
 apt-get install --no-install-recommends slurm-wlm munge.
 """
 

@@ -1,6 +1,7 @@
 """Jobs that are ended before their time: each comes back by itself, or ends as promised, and loses nothing."""
 
 import os
+import re
 import time
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import numpy as np
 
 from tests import runs
 from tests.slurm.cluster import GRACE_SECONDS, wait
-from tests.slurm.on_cluster import OnCluster, history, told_time
+from tests.slurm.on_cluster import SUBMITTED, OnCluster, history, told_time
 
 EPOCHS = 120  # of three steps
 STEPS = 3 * EPOCHS
@@ -93,6 +94,7 @@ class Interrupted(OnCluster):
         self.cluster.wait_for_nodes()
 
     def test_3_scancel_saves_and_ends(self):
+        self.clock()  # test_4 asks for it; it takes a minute
         short = "epochs=40"
         job, run = self.started("cancelled", short)
         cancelled = time.time()
@@ -121,13 +123,8 @@ class Interrupted(OnCluster):
         """Of how often a job may come back, of coming back without a step, and of time, by the run's own clock."""
         bounded, bounded_run = self.started("bounded", "submitit.max_requeues=0")
         self.cluster.ask("scancel", "--signal=USR2", bounded)
-        many = self.folder / "many.npy"  # films enough for an epoch that is not over soon
-        np.save(many, np.array(runs.real_films() * 4000))
-        endless = [f"++datasets.k150.train.paths={many}", "++datasets.k150.train.labels=null"]
-        # SLURM's own signal is only the last resort, here it comes too late: the run knows how long it needs to leave.
-        late = ["submitit.timeout_hour=0.0167", "++submitit.additional_parameters.signal=CONT@1"]
-        clock, clock_run = self.started("clock", *endless, *late, step=1)
-        stuck, stuck_run = self.started("stuck", *endless, "trainer.checkpoint.save_every_steps=null", step=1)
+        clock, clock_run = self.clock()
+        stuck, stuck_run = self.started("stuck", *self.endless(), "trainer.checkpoint.save_every_steps=null", step=1)
         for restarts in range(3):
             for task in self.tasks_of(stuck):
                 os.kill(task, 6)  # as NCCL does when another process is gone
@@ -168,11 +165,52 @@ class Interrupted(OnCluster):
             self.wait_for_state(job, "CANCELLED")
             told = runs.summary(self.folder / name)
             self.assertEqual(told["status"], "cancelled")
-            self.assertRegex(told["exit_reason"], "because it waited for job .* did not end well: .*SIGKILL")
+            self.assertRegex(told["exit_reason"], "^it waited for job .* did not end well: .*SIGKILL")
         listed = self.shell("omnivision", "runs", ".").stdout
-        self.assertRegex(listed, "waiting: cancelled: cancelled, because it waited for")
+        self.assertRegex(listed, "waiting: cancelled: it waited for")
+
+    def test_6_several_processes_and_elements_of_arrays(self):
+        two = self.submit(*self.command("two", "launcher.num_nodes=2", "epochs=40"))
+        points = "launcher.experiment_log_dir='" + str(self.folder) + "/point_${trainer.seed_value}'"
+        sweep = [*self.command("point"), points, "-m", "trainer.seed_value=1,2", "epochs=40", *SUBMITTED]
+        made = self.shell(*sweep)
+        [array] = set(re.findall(r"job_id=(\d+)_", made.stdout))
+        for name in ("two", "point_1", "point_2"):
+            self.wait_for_step(self.folder / name, 5)
+        self.cluster.ask("scancel", "--signal=USR2", f"{array}_1")  # the last one's own number is that of the array
+        self.cluster.ask("scancel", "--signal=USR2", two)
+        early = self.submit(*self.command("early"))
+        self.wait_for_state(early, "RUNNING")
+        time.sleep(0.5)
+        self.cluster.ask("scancel", early)
+        self.wait_for_state(early, "CANCELLED")
+        for job in (f"{array}_0", f"{array}_1", two):
+            self.wait_for_state(job, "COMPLETED")
+        starts = {name: len(history(self.folder / name, "start")) for name in ("point_1", "point_2", "two")}
+        self.assertEqual(starts, {"point_1": 1, "point_2": 2, "two": 2})
+        for name in starts:
+            self.assert_steps_once(
+                self.folder / name, 40 if name == "two" else 120
+            )  # two nodes: twice as many at a time
+            self.assertEqual(runs.summary(self.folder / name)["status"], "finished")
+        self.assertEqual(self.cluster.fact(early, "Restarts"), "0", "it was cancelled")
+        self.assertNotEqual(runs.summary(self.folder / "early")["status"], "requeued")
 
     # ---- parts ----------------------------------------------------------------------------------------------------
+
+    def endless(self) -> list[str]:
+        """Films enough for an epoch that is not over soon."""
+        many = self.folder / "many.npy"
+        np.save(many, np.array(runs.real_films() * 4000))
+        return [f"++datasets.k150.train.paths={many}", "++datasets.k150.train.labels=null"]
+
+    def clock(self) -> tuple[str, Path]:
+        """A job that SLURM's own signal reaches too late: the run knows how long it needs to leave."""
+        run = self.folder / "clock"
+        if not run.exists():
+            late = ["submitit.timeout_hour=0.0167", "++submitit.additional_parameters.signal=CONT@1"]
+            type(self)._clock = self.submit(*self.command("clock", *self.endless(), *late))
+        return self._clock, run
 
     def tasks_of(self, job: str) -> list[int]:
         """The processes that a job's tasks are, by rank."""

@@ -3,7 +3,7 @@
 #   PPMA=FOLDER sh utils/run_scripts/run_ppma.sh [--dry] [overrides of every stage]
 # On a cluster each stage is a job that waits for those it starts from; the command returns when all are submitted. Run again, it
 # submits what is neither done nor in the queue. With submitit.use_cluster=false the stages run here, one after another.
-# --dry shows the stages, what each waits for, and how far it is.
+# --dry shows the stages, what each waits for, and how far it is; it checks nothing.
 set -eu
 HERE=$(cd "$(dirname "$0")" && pwd)
 . "$HERE/common.sh"
@@ -12,7 +12,7 @@ PPMA=${PPMA:-runs/ppma} # folder of the runs
 PRETRAIN=${PRETRAIN:-inpk150} # what the masked autoencoder learns from
 ALIGN=${ALIGN:-inpk150_sim150} # what the trunk is aligned with before it is fine-tuned and probed
 AVERAGE=${AVERAGE:-inpk150 sim150} # alignments whose trunks are averaged
-DOWNSTREAM=${DOWNSTREAM:-ucf101 hmdb51 diving48 minissv2 ikea uav}
+DOWNSTREAM=${DOWNSTREAM-ucf101 hmdb51 diving48 minissv2 ikea uav}
 SIZE=${SIZE:-vitbase} # of the model; BATCH_SIZE, NUM_NODES, GPUS_PER_NODE, EPOCHS, NUM_WORKERS count for every stage
 
 dry= cluster=yes failed=
@@ -20,6 +20,7 @@ for argument; do
     shift
     case $argument in
         --dry) dry=yes && continue ;;
+        -m | --multirun) echo "error: $argument sweeps one stage; run_ppma.sh runs all. Sweep with a stage's own script." >&2 && exit 1 ;;
         submitit.use_cluster=false | +submitit.use_cluster=false | ++submitit.use_cluster=false) cluster= ;;
     esac
     set -- "$@" "$argument"
@@ -31,7 +32,7 @@ stage() {
     name=$1 script=$2 dataset=$3 model=$4 start=$5 before=$6
     shift 6
     if [ "$dry" ]; then
-        printf '%-18s after %-30s %s\n' "$name" "${before:-nothing}" "$(python -m omnivision.jobs status "$PPMA/$name")"
+        printf '%-18s after %-30s %s\n' "$name" "${before:-nothing}" "$(python -m omnivision.job_record status "$PPMA/$name")"
         return
     fi
     ids=
@@ -40,7 +41,7 @@ stage() {
         case $became in
             done) ;;
             failed | cancelled)
-                python -m omnivision.jobs cancelled "$PPMA/$name" "cancelled, because it starts from $PPMA/$prior ($became)"
+                python -m omnivision.job_record cancelled "$PPMA/$name" "it starts from $PPMA/$prior ($became)"
                 eval "job_$name=cancelled"
                 return
                 ;;
@@ -58,9 +59,10 @@ stage() {
             case $said in *job_id=*) became=${said#*job_id=} became=${became%% *} ;; esac
         else
             became=failed failed="$failed $name"
-            python -m omnivision.jobs cancelled "$PPMA/$name" "not submitted: ${said##*error: }" >/dev/null
+            python -m omnivision.job_record cancelled "$PPMA/$name" "not submitted: ${said##*error: }" >/dev/null
         fi
-        echo "$said" | grep -v '^warning: ' | while read -r line; do printf '%-18s %s\n' "$name" "$line"; done
+        [ "$name" = mae ] || said=$(echo "$said" | grep -v '^warning: ') # of the folder: once is enough
+        echo "$said" | while read -r line; do printf '%-18s %s\n' "$name" "$line"; done
     fi
     eval "job_$name=\$became"
 }

@@ -1,0 +1,252 @@
+"""Looks after a run on behalf of its SLURM job: what it is allowed, what becomes of it, and that it comes back.
+
+`python -m omnivision.job_record ended ...` is the last line of every batch script: it writes down the end of a run that could
+not do so itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omnivision import slurm
+from omnivision.errors import Terminated, UserError
+from omnivision.files import write_atomically
+from omnivision.jobs import (
+    LOGS,
+    Task,
+    cancel_dependents,
+    environment,
+    fruitless_starts,
+    history,
+    last_words,
+    note,
+    queue_or_none,
+    run_folder_of,
+    settled,
+    waited_for,
+)
+from omnivision.reporting.run_folder import WAITING, RunFolder
+from omnivision.stopping import TIME_LIMIT, Stop
+
+NO_PROGRESS = 3  # restarts without a new step that end a job
+LAST_WORDS_SECONDS = 2.0  # for a process that fails to say so before process 0 decides
+DECISION_SECONDS = 60.0  # that the others wait for process 0 to have its job requeued
+NEAR_THE_END_SECONDS = 5.0  # of a job's time: SIGTERM is then SLURM's, because the time is over
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a run is left, why, and whether to ask SLURM to start its job again."""
+
+    status: str
+    reason: str
+    requeue: bool = False
+
+
+class JobRecord:
+    """What each process of a job has; process 0's alone decides and writes, but for `fault` and `wait_for_decision`."""
+
+    def __init__(self, task: Task, folder: RunFolder, token: str, max_requeues: int, watch_the_clock: bool) -> None:
+        """With `watch_the_clock` the run leaves by itself before the time limit; else SLURM's signal tells it to."""
+        self.task, self.folder, self.token = task, folder, token
+        self.max_requeues, self.watch_the_clock = max_requeues, watch_the_clock
+
+    def note(self, event: str, **facts: Any) -> None:
+        """Add a line to the history of the run folder's jobs."""
+        note(self.folder, event, self.token, job=self.task.job_id, restarts=self.task.restarts, **facts)
+
+    def start(self) -> None:
+        """Write down where the job runs and in which environment."""
+        logs = self.folder.path / LOGS
+        logs.mkdir(parents=True, exist_ok=True)
+        write_atomically(logs / f"{self.task.job_id}_environment.json", json.dumps(environment(), indent=1) + "\n")
+        before = history(self.folder, self.token)
+        if self.task.restarts and before and before[-1]["event"] not in ("end", "decided", "submitted"):
+            reason = "it ended without a word, with its node perhaps; SLURM started it again"
+            note(self.folder, "end", self.token, job=self.task.job_id, status="requeued", reason=reason)
+        self.note("start", nodes=self.task.nodes)
+        told = {"restarts": self.task.restarts, "processes": self.task.world, "nodes": self.task.nodes}
+        known = self.folder.read_summary().get("job") or {}
+        self.folder.write_summary(job=known | {"job_id": self.task.job_id} | told)
+
+    def allow(self, stop: Stop) -> None:
+        """Raises UserError when the job came back too often; else tells `stop` when its time is over."""
+        if self.task.restarts > self.max_requeues:
+            raise UserError(
+                f"Job {self.task.job_id} was requeued {self.task.restarts} times; expected at most {self.max_requeues} "
+                "(submitit.max_requeues). Look in submitit_logs/history.jsonl why. The same command submits it again."
+            )
+        if fruitless_starts(history(self.folder, self.token)) > NO_PROGRESS:
+            raise UserError(self._no_progress("did not get as far as its checkpoint"))
+        if self.watch_the_clock:
+            stop.end_at(slurm.planned_end(slurm.job_facts(self.task.job_id)))
+
+    def resumed(self, step: int) -> None:
+        """The run goes on from `step`. Raises UserError when three restarts have brought nothing."""
+        self.note("resumed", step=step)
+        if fruitless_starts(history(self.folder, self.token)) >= NO_PROGRESS:
+            raise UserError(self._no_progress(f"stands at step {step} again"))
+
+    def end(self, error: BaseException, reason: str, tells: bool) -> None:
+        """Write down how the run ended, in its summary if that `tells` of it, and put the job back into the queue if it is to
+        come back. Jobs that wait for one that does not are told why they will not start.
+        """
+        verdict = self.verdict(error, reason)
+        carry_out(verdict, self.task, self.folder if tells else None, self.folder, self.token)
+        self.note("decided")
+
+    def verdict(self, error: BaseException, reason: str) -> Verdict:
+        """What becomes of a job after an error or a request to stop."""
+        job, lost = f"job {self.task.job_id}", lost_contact(error)
+        if lost:
+            time.sleep(LAST_WORDS_SECONDS)
+        facts = slurm.job_facts(self.task.job_id)
+        if int(facts.get("Restarts", "0")) > self.task.restarts:
+            return Verdict("requeued", f"{reason}; SLURM has put {job} back into the queue")
+        preempted = (slurm.moment(facts.get("PreemptTime")) or 0) >= (slurm.moment(facts.get("StartTime")) or 1)
+        late = time.time() >= (slurm.planned_end(facts) or float("inf")) - NEAR_THE_END_SECONDS
+        ended = facts.get("JobState", "RUNNING") != "RUNNING"
+        cancelled = Verdict("interrupted", f"{reason}; {job} was cancelled")
+        if isinstance(error, Terminated):
+            if (error.cause == "SIGTERM" or ended) and not preempted and not late:
+                return cancelled
+            over = late or error.cause == TIME_LIMIT
+            why = "preempted" if preempted else "its time is over" if over else "told to leave"
+        elif lost:
+            if told := last_words(history(self.folder, self.token), self.task.restarts):
+                return Verdict("failed", told)
+            if ended and not preempted and not late:
+                return cancelled
+            reason, why = "another process is gone without a word, with its node perhaps", reason
+        else:
+            return Verdict("failed" if isinstance(error, Exception) else "interrupted", reason)
+        if self.task.restarts >= self.max_requeues:
+            limit = f"submitit.max_requeues is {self.max_requeues}"
+            return Verdict("interrupted", f"{reason} ({why}); {job} does not come back: {limit}")
+        if fruitless_starts(history(self.folder, self.token)) > NO_PROGRESS:
+            return Verdict("failed", f"{reason} ({why}); {self._no_progress('does not get as far as its checkpoint')}")
+        return Verdict("requeued", f"{reason} ({why}); {job} goes back into the queue", requeue=True)
+
+    def fault(self, error: BaseException, reason: str) -> None:
+        """Say in the history, as another process than 0, what failed here: process 0 only sees that it is gone. After a
+        request to stop, or when others are gone, wait until process 0 has decided: SLURM ends all when one has left.
+        """
+        if isinstance(error, Terminated) or lost_contact(error):
+            deadline = time.monotonic() + DECISION_SECONDS
+            while not self._decided() and time.monotonic() < deadline:
+                time.sleep(0.2)
+        elif not isinstance(error, (KeyboardInterrupt, UserError)):
+            self.note("fault", rank=self.task.rank, reason=reason)
+
+    def tells(self) -> bool:
+        """Whether the summary is about this job, and no other process is at work in the run folder."""
+        try:
+            self.folder.require_free()
+        except UserError:
+            return False
+        return (self.folder.read_summary().get("job") or {}).get("job_id") == self.task.job_id
+
+    def _decided(self) -> bool:
+        lines = history(self.folder, self.token)
+        return any(line["event"] == "decided" and line.get("restarts") == self.task.restarts for line in lines)
+
+    def _no_progress(self, what: str) -> str:
+        return (
+            f"Job {self.task.job_id} was restarted {NO_PROGRESS} times without progress: it {what}. Each start must get as far "
+            "as a new checkpoint: lower trainer.checkpoint.save_every_steps or raise submitit.timeout_hour, look into "
+            "submitit_logs/ for what ended the starts, and give the same command again."
+        )
+
+
+def lost_contact(error: BaseException) -> bool:
+    """Whether an error says that another process is gone, and nothing about this one."""
+    import torch.distributed as dist
+
+    texts = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL")
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    )
+
+
+def carry_out(verdict: Verdict, task: Task, tells: RunFolder | None, folder: RunFolder, token: str) -> None:
+    """Write a verdict down, in the summary of `tells` too, and requeue the job or tell those that wait for it.
+
+    It is written before SLURM is asked, which ends this process as soon as it agrees.
+    """
+
+    def write(verdict: Verdict) -> None:
+        facts = {"status": verdict.status, "reason": verdict.reason}
+        note(folder, "end", token, job=task.job_id, restarts=task.restarts, **facts)
+        if tells is not None:
+            tells.write_end(verdict.status, verdict.reason)
+
+    write(verdict)
+    if verdict.requeue and (refused := slurm.requeue(task.job_id)):
+        verdict = Verdict("failed", f"{verdict.reason}, but SLURM refused: {refused}")
+        write(verdict)
+    if verdict.status not in WAITING:
+        cancel_dependents(task.job_id, waited_for(task.job_id, folder, verdict.reason))
+
+
+# ---- the end of a batch script ------------------------------------------------------------------------------------
+
+
+def ended(logs: Path, job_id: str, code: int) -> None:
+    """Write down the end of a job whose processes left with `code`, if process 0 could not. Start it again if they ran before
+    and could not be started this time (a node that SLURM does not know to be dead), and if the library under them ended them
+    (SIGABRT: NCCL does so when another process is gone).
+    """
+    folder = run_folder_of(logs, job_id)
+    if folder is None:
+        return
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    task = Task(job_id, number=0, rank=0, world=0, local_rank=0, local_world=0, restarts=restarts, nodes="")
+    token = next((line["token"] for line in reversed(history(folder)) if line.get("job") == job_id), "")
+    lines = history(folder, token)
+    if any(line["event"] == "end" and line.get("restarts") == restarts for line in lines):
+        return
+    starts = [line["restarts"] for line in lines if line["event"] == "start"]
+    never_ran, aborted = restarts not in starts, code == 128 + signal.SIGABRT
+    what = "its processes could not be started" if never_ran else "its processes ended"
+    killed = {137: ", SIGKILL: out of memory, perhaps", 134: ", SIGABRT", 139: ", SIGSEGV"}.get(code, "")
+    reason = (
+        f"job {job_id}: {what} (exit code {code}{killed}); see {logs}/{job_id}_batch.log and its tasks' logs beside it"
+    )
+    if told := last_words(lines, restarts):
+        verdict = Verdict("failed", told)
+    elif not ((never_ran and starts) or aborted):
+        verdict = Verdict("failed", reason)
+    elif fruitless_starts(lines) > NO_PROGRESS or restarts - max(starts, default=0) >= NO_PROGRESS:
+        verdict = Verdict("failed", f"{reason}; it was restarted {NO_PROGRESS} times without progress")
+    else:
+        verdict = Verdict("requeued", f"{reason}; it goes back into the queue", requeue=True)
+    carry_out(verdict, task, folder, folder, token)
+
+
+def main(arguments: list[str]) -> None:
+    match arguments:
+        case ["ended", logs, job_id, code]:
+            ended(Path(logs), job_id, int(code))
+        case ["status", folder]:
+            print(": ".join(filter(None, settled(RunFolder(folder).read_summary(), queue_or_none()))))
+        case ["cancelled", folder, reason]:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            status, _ = settled(RunFolder(folder).read_summary(), queue_or_none())
+            if status not in ("finished", "running", *WAITING):
+                RunFolder(folder).write_summary(status="cancelled", exit_reason=reason)
+            print(f"{folder}: {reason}")
+        case _:
+            sys.exit(
+                "usage: python -m omnivision.job_record ended LOGS JOB CODE | status FOLDER | cancelled FOLDER REASON"
+            )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
