@@ -2,10 +2,12 @@
 
 import itertools
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import unittest
 from pathlib import Path
@@ -211,6 +213,23 @@ class Loading(Folder):
             checkpoint.load_model(model, other, Path("x.pt"))
         for name, value in model.state_dict().items():
             self.assertTrue(torch.equal(value, before[name]))
+
+
+class Lag(unittest.TestCase):
+    def test_another_machine_waits_until_it_sees_the_same_checkpoint(self):
+        with tempfile.TemporaryDirectory() as name:
+            there, here = Path(name) / "there", Path(name) / "here"  # two machines' views of one folder
+            there.mkdir()
+            (there / "checkpoint.pt").write_bytes(b"weights")
+            (there / "checkpoint.pt.json").write_text("a manifest")
+            shows = threading.Timer(0.5, lambda: shutil.copytree(there, here))
+            shows.start()
+            began = time.monotonic()
+            checkpoint.wait_to_see(checkpoint.seen(there), here, seconds=20)
+            self.assertGreaterEqual(time.monotonic() - began, 0.4)
+            self.assertEqual(checkpoint.seen(here), checkpoint.seen(there))
+            shows.join()
+            checkpoint.wait_to_see(("another one", 7), here, seconds=0.3)  # not for ever
 
 
 if __name__ == "__main__":

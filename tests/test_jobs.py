@@ -237,6 +237,22 @@ class Submission(Folder):
         self.folder.write_summary(status="interrupted", epochs=3)
         self.assertFalse(is_finished(self.job("epochs=3").settings, self.folder))
 
+    def test_summaries_that_somebody_else_wrote(self):
+        file = self.folder.path / "summary.json"
+        for text in (
+            "", "[", "[1]", "7", '{"job": [1]}', '{"job": "x", "status": "queued"}', '{"status": "finished", "epochs": "9"}',
+            '{"status": ["queued"]}', '{"step_seconds": "a"}', '{"job": {"job_id": [1]}, "status": "running"}', '{"last": 3}',
+        ):  # fmt: skip
+            file.write_text(text)
+            with self.subTest(text):
+                self.assertFalse(is_finished(self.job("epochs=3").settings, self.folder))
+                self.assertFalse(is_queued(self.job(), {"12": JobState("PENDING")}))
+                self.assertEqual(signal_delay(self.job().settings, self.folder), 120)
+                settled(self.folder.read_summary(), {"12": JobState("PENDING")})
+        file.unlink()
+        file.mkdir()
+        self.assertEqual(self.folder.read_summary(), {})
+
     def test_a_job_in_the_queue_is_not_submitted_again_unless_it_is_another_ones(self):
         self.folder.write_summary(status="queued", job={"job_id": "12"})
         logs = self.folder.path.absolute() / jobs.LOGS
@@ -322,6 +338,33 @@ class Submission(Folder):
         require_free(self.folder, {})
         with self.assertRaisesRegex(UserError, "is in use by process"):
             require_free(self.folder, {"77": JobState("RUNNING")})
+
+    def test_a_job_waits_for_a_lock_that_may_be_a_dead_ones(self):
+        self.folder.create()
+        self.folder.lock()
+        release = threading.Timer(0.4, self.folder.unlock)
+        release.start()
+        again = RunFolder(self.folder.path)
+        with mock.patch("builtins.print"):
+            again.lock(patience=20)
+        again.unlock()
+        release.join()
+
+    def test_the_lock_of_an_earlier_start_of_the_same_job_counts_for_nothing(self):
+        self.folder.create()
+        with mock.patch.dict(os.environ, SLURM_JOB_ID="77"):
+            self.folder.lock()
+        for job, restarts, free in (("77", "1", True), ("77", "0", False), ("78", "1", False)):
+            with mock.patch.dict(os.environ, SLURM_JOB_ID=job, SLURM_RESTART_COUNT=restarts):
+                if free:
+                    self.folder.require_free()
+                else:
+                    self.assertRaises(UserError, self.folder.require_free)
+        self.folder.unlock()
+
+    def test_a_run_that_was_killed_before_it_had_a_folder_leaves_none(self):
+        RunFolder(self.folder.path / "never").note_silent_end("killed", interrupted=True)
+        self.assertFalse((self.folder.path / "never").exists())
 
 
 class Notes(Folder):

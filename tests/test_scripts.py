@@ -200,6 +200,81 @@ class Commands(OnPath):
         self.assertFalse((self.folder / "made").exists())
 
 
+class Recipe(OnPath):
+    """run_ppma.sh, with a `python` on PATH that says what a cluster's would: each call submits another job."""
+
+    def setUp(self):
+        super().setUp()
+        self.python_folder = self.folder / "bin"
+        self.python_folder.mkdir()
+        python = self.python_folder / "python"
+        python.write_text(
+            f"""#!/bin/sh
+            [ "$1" != -m ] || {{ echo "$@" >>"{self.folder}/told"; exit; }}
+            for word; do case $word in launcher.experiment_log_dir=*) run=${{word#*=}} ;; esac; done
+            case $run in *"$FAILS") echo "error: it is refused" >&2; exit 1 ;; esac
+            for word; do printf '%s\\n' "$word"; done >"{self.folder}/$(basename "$run")"
+            number=$(ls "{self.folder}" | wc -l)
+            echo "submitted job_id=$number folder=$run"
+            """
+        )
+        python.chmod(0o755)
+
+    def recipe(self, *arguments: str, shell: str = "sh", **variables: str) -> subprocess.CompletedProcess[str]:
+        return self.call("run_ppma.sh", *arguments, shell=shell, **{"PPMA": "a folder", "FAILS": "nothing"} | variables)
+
+    def submitted(self, stage: str) -> list[str]:
+        return (self.folder / stage).read_text().splitlines()
+
+    def test_stages_wait_for_those_that_they_start_from(self):
+        for shell in SHELLS:
+            made = self.recipe("a=b c", shell=shell)
+            self.assertEqual((made.returncode, made.stderr), (0, ""))
+            jobs = dict(line.split(None, 1) for line in made.stdout.splitlines())
+            ids = {stage: said.split("job_id=")[1].split()[0] for stage, said in jobs.items()}
+            self.assertEqual(len(ids), 4 + 3 * 6)
+            waits = {
+                "mae": None, "align": ["mae"], "align_inpk150": ["mae"], "align_sim150": ["mae"], "ft_uav": ["align"],
+                "lp_ikea": ["align"], "average_hmdb51": ["align_inpk150", "align_sim150"],
+            }  # fmt: skip
+            for stage, others in waits.items():
+                dependency = others and f"submitit.dependency=afterok:{':'.join(ids[other] for other in others)}"
+                given = [word for word in self.submitted(stage) if word.startswith("submitit.dependency")]
+                self.assertEqual(given, [dependency] if dependency else [], stage)
+                self.assertIn("a=b c", self.submitted(stage))
+                self.assertIn(f"submitit.name={stage}", self.submitted(stage))
+            average = self.submitted("average_diving48")
+            self.assertIn("pretrained_checkpoint_path=[a folder/align_inpk150,a folder/align_sim150]", average)
+            self.assertIn("trainer/model=vitbase_average_ft", average)
+            self.assertIn("ensemble_num_models=2", average)
+            for stage in ids:
+                (self.folder / stage).unlink()
+
+    def test_an_alignment_that_serves_both_is_done_once_and_no_set_is_none(self):
+        made = self.recipe(ALIGN="sim150", AVERAGE="sim150 inpk150", DOWNSTREAM="")
+        self.assertEqual([line.split()[0] for line in made.stdout.splitlines()], ["mae", "align", "align_inpk150"])
+
+    def test_what_starts_from_a_stage_that_was_refused_is_left_out(self):
+        made = self.recipe(FAILS="/align", DOWNSTREAM="ucf101")
+        self.assertEqual(made.returncode, 1)
+        self.assertIn("error: failed: align; what starts from them is left out", made.stderr)
+        told = (self.folder / "told").read_text()
+        self.assertIn("cancelled a folder/align not submitted: it is refused", told)
+        for stage in ("ft_ucf101", "lp_ucf101"):
+            self.assertIn(f"cancelled a folder/{stage} it starts from a folder/align (failed)", told)
+            self.assertFalse((self.folder / stage).exists())
+        self.assertTrue((self.folder / "average_ucf101").exists(), "it starts from others")
+
+    def test_dry_submits_nothing_and_a_sweep_is_refused(self):
+        for shell in SHELLS:
+            shown = self.recipe("--dry", "-x", shell=shell, DOWNSTREAM="ucf101")
+            self.assertEqual((shown.returncode, len(shown.stdout.splitlines())), (0, 7), shown.stderr)
+            refused = self.recipe("-m", "trainer.seed_value=1,2", shell=shell)
+            self.assertEqual((refused.returncode, refused.stdout), (1, ""))
+            self.assertRegex(refused.stderr, "^error: -m sweeps one stage")
+        self.assertFalse((self.folder / "mae").exists())
+
+
 class Runs(OnPath):
     """With the real python."""
 
