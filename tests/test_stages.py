@@ -87,12 +87,12 @@ class OnFilms(unittest.TestCase):
             self.assertEqual(figures(self.folder / one, "epoch", phase), figures(self.folder / other, "epoch", phase))
 
     def stopped(self, stage: str, name: str, step: int, *overrides: str) -> None:
-        """A run that SIGTERM ends as soon as its checkpoint of `step` is written."""
+        """A run that is asked to stop when the checkpoint before `step` is written: it still does that step."""
         save = Trainer.save
 
         def save_and_end(trainer: Trainer, also: list[str]) -> None:
             save(trainer, also)
-            if trainer.global_step == step:
+            if trainer.global_step == step - 1:
                 os.kill(os.getpid(), signal.SIGTERM)
 
         with mock.patch.object(Trainer, "save", save_and_end):
