@@ -25,7 +25,7 @@ from omnivision.errors import UserError
 from omnivision.files import write_atomically
 from omnivision.job_record import JobRecord
 from omnivision.jobs import LOGS, Task, note
-from omnivision.process import Job, leave, run_folder, run_process
+from omnivision.process import Job, run_folder, run_process
 from omnivision.reporting.run_folder import RunFolder
 from omnivision.settings import Settings, check
 from omnivision.stopping import SIGNALS, seconds_to_leave
@@ -84,9 +84,7 @@ def run(job: Job) -> int:
     """Run a job here; returns its exit code."""
     launcher = job.settings.launcher
     if under_torchrun():
-        if code := run_process(job, None):
-            leave(code)
-        return 0
+        return run_process(job, None)
     if launcher.gpus_per_node == 1:
         from omnivision.distributed import Place
 
@@ -315,4 +313,4 @@ def run_slurm_task(config_text: str, token: str) -> None:
         record.start()
     host = submitit.JobEnvironment().hostnames[0]
     if code := run_process(job, task.place(host), record):
-        leave(code)
+        sys.exit(code)

@@ -6,13 +6,14 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from omnivision.errors import EXIT_ANNOUNCED, EXIT_FAULT, EXIT_INTERRUPTED, EXIT_TERMINATED, EXIT_USER, Terminated
-from omnivision.process import Job, how_it_ended, leave, run_folder, run_process
+from omnivision.process import Job, how_it_ended, run_folder, run_process
 from omnivision.stopping import SIGNALS, undisturbed
 
 if TYPE_CHECKING:
@@ -109,5 +110,4 @@ def _local_process(job: Job, place: Place) -> None:
     from omnivision.distributed import leave_with
 
     leave_with(os.getppid())
-    if code := run_process(job, place):
-        leave(code)
+    sys.exit(run_process(job, place))

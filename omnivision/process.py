@@ -11,7 +11,7 @@ import time
 import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from omnivision.errors import EXIT_FAULT, EXIT_INTERRUPTED, Terminated, UserError
 from omnivision.reporting.run_folder import STALE_SECONDS, WAITING, RunFolder
@@ -109,16 +109,6 @@ def run_process(job: Job, place: Place | None, record: JobRecord | None = None) 
             with undisturbed():
                 if locked:
                     folder.unlock()
-
-
-def leave(code: int) -> NoReturn:
-    """End this process of several now. An orderly end waits, for as long as communication may take, for what was sent to
-    processes that have left in the middle of something else.
-    """
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def note_beginning(job: Job, folder: RunFolder, trainer: Trainer, reporter: Reporter, on_cluster: bool) -> None:
