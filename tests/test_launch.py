@@ -103,6 +103,8 @@ class Torchrun(unittest.TestCase):
             self.assertIn("process 0 was killed by SIGKILL", told["exit_reason"])
 
     def test_ctrl_c_on_two_processes_is_written_down(self):
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+        self.addCleanup(signal.signal, signal.SIGINT, before)
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             data = runs.write_split(folder, runs.real_films() * 4)
