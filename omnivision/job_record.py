@@ -51,7 +51,7 @@ class Verdict:
 
 
 class JobRecord:
-    """What each process of a job has; process 0's alone decides and writes, but for `fault` and `wait_for_decision`."""
+    """What each process of a job has; process 0's alone decides and writes, but for `fault`."""
 
     def __init__(self, task: Task, folder: RunFolder, token: str, max_requeues: int, watch_the_clock: bool) -> None:
         """With `watch_the_clock` the run leaves by itself before the time limit; else SLURM's signal tells it to."""

@@ -115,10 +115,12 @@ def submit(jobs: Sequence[Job]) -> int:
 
     Prints a line for each run: `submitted`, `queued` or `finished`, with `job_id=` and `folder=`.
     """
-    unfinished = [job for job in jobs if not is_finished(job.settings, run_folder(job))]
+    unfinished = []
     for job in jobs:
-        if job not in unfinished:
+        if is_finished(job.settings, run_folder(job)):
             print(f"finished folder={run_folder(job).path}")
+        else:
+            unfinished.append(job)
     queue = known_jobs() if unfinished else {}
     wanted = [job for job in unfinished if not is_queued(job, queue)]
     if not wanted:

@@ -101,9 +101,9 @@ def run_process(job: Job, place: Place | None, record: JobRecord | None = None) 
                 # A refusal before anything has begun leaves what an earlier run wrote as it is; an evaluation always does.
                 untouched = locked and folder.read_summary().get("status") in (None, *WAITING)
                 tells = untouched or (begun and not validating)
-                if record is not None and not validating:
-                    tells = tells or locked or record.tells()
                 rank = place.rank if place is not None else int(os.environ.get("RANK", "0"))
+                if record is not None and rank == 0 and not validating:
+                    tells = tells or locked or record.tells()
                 return explain(error, folder, tells, rank, record)
         finally:
             with undisturbed():
