@@ -167,12 +167,14 @@ class JobRecord:
 
 def lost_contact(error: BaseException) -> bool:
     """Whether an error says that another process is gone, and nothing about this one."""
+    if not isinstance(error, RuntimeError):
+        return (
+            False  # torch may not be imported yet, and there may be no time for that: SLURM kills what does not leave
+        )
     import torch.distributed as dist
 
     texts = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL")
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
-    )
+    return isinstance(error, dist.DistError) or any(text in str(error) for text in texts)
 
 
 def carry_out(verdict: Verdict, task: Task, tells: RunFolder | None, folder: RunFolder, token: str) -> None:
@@ -219,7 +221,12 @@ def ended(logs: Path, job_id: str, code: int) -> None:
     reason = (
         f"job {job_id}: {what} (exit code {code}{killed}); see {logs}/{job_id}_batch.log and its tasks' logs beside it"
     )
-    if told := last_words(lines, restarts):
+    facts = slurm.job_facts(job_id)
+    if int(facts.get("Restarts", "0")) > restarts:
+        verdict = Verdict("requeued", f"{reason}; SLURM has put it back into the queue")
+    elif facts.get("JobState") == "CANCELLED":
+        verdict = Verdict("interrupted", f"job {job_id} was cancelled before its processes could save anything more")
+    elif told := last_words(lines, restarts):
         verdict = Verdict("failed", told)
     elif not ((never_ran and starts) or aborted):
         verdict = Verdict("failed", reason)

@@ -230,7 +230,11 @@ def slurm_executor(settings: Settings, logs: Path, delay: int) -> SlurmExecutor:
         "nodelist": wanted.nodelist,
         "dependency": wanted.dependency,
         "signal_delay_s": delay,
-        "setup": [*setup_lines(logs), *(f"{{ {line}\n}} || failed {shlex.quote(line)}" for line in wanted.setup)],
+        "setup": [
+            *setup_lines(logs),
+            *(f"{{ {line}\n}} || failed {shlex.quote(line)}" for line in wanted.setup),
+            "trap : TERM  # a cancelled job, too, comes to its last lines",
+        ],
         # SLURM 22.05 and later do not hand the number of CPUs on to srun. One failed task ends the others; so does one that
         # left well long ago (it saw on a file system that lags that the run is finished, and they did not).
         "srun_args": [f"--cpus-per-task={wanted.cpus_per_task}", "--kill-on-bad-exit=1", "--wait=300"],

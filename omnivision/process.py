@@ -53,6 +53,7 @@ def run_process(job: Job, place: Place | None, record: JobRecord | None = None) 
     processes: Processes | None = None
     with stop.listening():
         try:
+            stop.hear()
             from omnivision import build, checkpoint
             from omnivision.distributed import Place
             from omnivision.files import remove_leftovers

@@ -35,7 +35,7 @@ class Stop:
         self._half = 0.0  # of the time there was when the deadline became known
         self.step_seconds = 0.0
         self.save_seconds: float | None = None  # until something was saved
-        self._late = self._patient = False
+        self._late = self._patient = self._told = False
         self._first_term = 0.0
 
     @property
@@ -70,17 +70,23 @@ class Stop:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Inside this block the signals come here. For the main thread alone; elsewhere nothing is changed."""
+        """Inside this block the signals come here, once they are not blocked (`hear`). For the main thread alone; elsewhere
+        nothing is changed.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         before = {number: signal.signal(number, self._receive) for number in SIGNALS}
         try:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def hear(self) -> None:
+        """Let signals through that were blocked. Raises Terminated when one has come: call it where that is caught."""
+        if threading.current_thread() is threading.main_thread():
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def patience(self) -> None:
         """From now on a signal is only noted, since whoever calls this looks at `cause` often, and ends something afterwards. A
@@ -95,7 +101,8 @@ class Stop:
         if number == signal.SIGTERM and signal.SIGTERM not in self.signals:
             self._first_term = time.monotonic()
         self.signals.append(number)
-        if not self._patient or (again and number == signal.SIGTERM):
+        if not self._told and (not self._patient or (again and number == signal.SIGTERM)):
+            self._told = True  # what the process does about it is not to be interrupted by another one
             raise Terminated(signal.Signals(self.signals[0]).name)
 
 

@@ -42,6 +42,21 @@ class Signals(unittest.TestCase):
             with self.assertRaises(Terminated):
                 os.kill(os.getpid(), signal.SIGTERM)
 
+    def test_what_a_process_does_about_a_signal_is_not_interrupted_by_another(self):
+        stop = Stop()
+        with stop.listening():
+            with self.assertRaises(Terminated):
+                os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGUSR2)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def test_a_signal_that_came_while_it_was_blocked_is_told_where_it_is_caught(self):
+        stop = Stop()
+        with unheard():
+            os.kill(os.getpid(), signal.SIGTERM)
+            with stop.listening():
+                self.assertRaises(Terminated, stop.hear)
+
     def test_sigterm_after_an_announcement_is_the_same_request(self):
         stop = Stop()
         with stop.listening(), mock.patch.object(stopping.time, "monotonic") as clock:

@@ -180,7 +180,7 @@ class Interrupted(OnCluster):
         self.cluster.ask("scancel", "--signal=USR2", f"{array}_1")  # the last one's own number is that of the array
         self.cluster.ask("scancel", "--signal=USR2", two)
         early = self.submit(*self.command("early"))
-        self.wait_for_state(early, "RUNNING")
+        wait("it to start", (self.folder / f"early/submitit_logs/{early}_batch.log").exists)
         time.sleep(0.5)
         self.cluster.ask("scancel", early)
         self.wait_for_state(early, "CANCELLED")
@@ -194,7 +194,10 @@ class Interrupted(OnCluster):
             )  # two nodes: twice as many at a time
             self.assertEqual(runs.summary(self.folder / name)["status"], "finished")
         self.assertEqual(self.cluster.fact(early, "Restarts"), "0", "it was cancelled")
-        self.assertNotEqual(runs.summary(self.folder / "early")["status"], "requeued")
+        wait("it to say so", lambda: history(self.folder / "early", "end"))
+        told = runs.summary(self.folder / "early")
+        self.assertEqual(told["status"], "interrupted")
+        self.assertRegex(told["exit_reason"], f"job {early} was cancelled")
 
     # ---- parts ----------------------------------------------------------------------------------------------------
 
