@@ -50,6 +50,31 @@ class Verdict:
     requeue: bool = False
 
 
+@dataclass(frozen=True)
+class Standing:
+    """What SLURM has in mind with a job."""
+
+    requeued: bool  # it has put the job back into the queue since
+    preempted: bool
+    late: bool  # the time is over, or nearly
+    ended: bool  # from outside, as by a cancellation
+
+    @classmethod
+    def of(cls, job_id: str, restarts: int) -> Standing:
+        """Of a job that was restarted so often; nothing at all when SLURM does not answer."""
+        facts = slurm.job_facts(job_id)
+        return cls(
+            requeued=int(facts.get("Restarts", "0")) > restarts,
+            preempted=(slurm.moment(facts.get("PreemptTime")) or 0) >= (slurm.moment(facts.get("StartTime")) or 1),
+            late=time.time() >= (slurm.planned_end(facts) or float("inf")) - NEAR_THE_END_SECONDS,
+            ended=facts.get("JobState", "RUNNING") != "RUNNING",
+        )
+
+    @property
+    def cancelled(self) -> bool:
+        return self.ended and not self.preempted and not self.late
+
+
 class JobRecord:
     """What each process of a job has; process 0's alone decides and writes, but for `fault`."""
 
@@ -107,22 +132,19 @@ class JobRecord:
         job, lost = f"job {self.task.job_id}", lost_contact(error)
         if lost:
             time.sleep(LAST_WORDS_SECONDS)
-        facts = slurm.job_facts(self.task.job_id)
-        if int(facts.get("Restarts", "0")) > self.task.restarts:
+        now = Standing.of(self.task.job_id, self.task.restarts)
+        if now.requeued:
             return Verdict("requeued", f"{reason}; SLURM has put {job} back into the queue")
-        preempted = (slurm.moment(facts.get("PreemptTime")) or 0) >= (slurm.moment(facts.get("StartTime")) or 1)
-        late = time.time() >= (slurm.planned_end(facts) or float("inf")) - NEAR_THE_END_SECONDS
-        ended = facts.get("JobState", "RUNNING") != "RUNNING"
         cancelled = Verdict("interrupted", f"{reason}; {job} was cancelled")
         if isinstance(error, Terminated):
-            if (error.cause == "SIGTERM" or ended) and not preempted and not late:
+            if now.cancelled or (error.cause == "SIGTERM" and not now.preempted and not now.late):
                 return cancelled
-            over = late or error.cause == TIME_LIMIT
-            why = "preempted" if preempted else "its time is over" if over else "told to leave"
+            over = now.late or error.cause == TIME_LIMIT
+            why = "preempted" if now.preempted else "its time is over" if over else "told to leave"
         elif lost:
             if told := last_words(history(self.folder, self.token), self.task.restarts):
                 return Verdict("failed", told)
-            if ended and not preempted and not late:
+            if now.cancelled:
                 return cancelled
             reason, why = "another process is gone without a word, with its node perhaps", reason
         else:
@@ -202,8 +224,8 @@ def carry_out(verdict: Verdict, task: Task, tells: RunFolder | None, folder: Run
 
 def ended(logs: Path, job_id: str, code: int) -> None:
     """Write down the end of a job whose processes left with `code`, if process 0 could not. Start it again if they ran before
-    and could not be started this time (a node that SLURM does not know to be dead), and if the library under them ended them
-    (SIGABRT: NCCL does so when another process is gone).
+    and could not be started this time (a node that SLURM does not know to be dead), if the library under them ended them
+    (SIGABRT: NCCL does so when another process is gone), and if they were told to leave before they could listen.
     """
     folder = run_folder_of(logs, job_id)
     if folder is None:
@@ -215,20 +237,21 @@ def ended(logs: Path, job_id: str, code: int) -> None:
     if any(line["event"] == "end" and line.get("restarts") == restarts for line in lines):
         return
     starts = [line["restarts"] for line in lines if line["event"] == "start"]
-    never_ran, aborted = restarts not in starts, code == 128 + signal.SIGABRT
+    now = Standing.of(job_id, restarts)
+    never_ran = restarts not in starts
+    told_to_leave = code in (128 + signal.SIGABRT, 128 + signal.SIGUSR2) or now.preempted or now.late
     what = "its processes could not be started" if never_ran else "its processes ended"
     killed = {137: ", SIGKILL: out of memory, perhaps", 134: ", SIGABRT", 139: ", SIGSEGV"}.get(code, "")
     reason = (
         f"job {job_id}: {what} (exit code {code}{killed}); see {logs}/{job_id}_batch.log and its tasks' logs beside it"
     )
-    facts = slurm.job_facts(job_id)
-    if int(facts.get("Restarts", "0")) > restarts:
+    if now.requeued:
         verdict = Verdict("requeued", f"{reason}; SLURM has put it back into the queue")
-    elif facts.get("JobState") == "CANCELLED":
+    elif now.cancelled:
         verdict = Verdict("interrupted", f"job {job_id} was cancelled before its processes could save anything more")
     elif told := last_words(lines, restarts):
         verdict = Verdict("failed", told)
-    elif not ((never_ran and starts) or aborted):
+    elif not (told_to_leave or (never_ran and starts)):
         verdict = Verdict("failed", reason)
     elif fruitless_starts(lines) > NO_PROGRESS or restarts - max(starts, default=0) >= NO_PROGRESS:
         verdict = Verdict("failed", f"{reason}; it was restarted {NO_PROGRESS} times without progress")

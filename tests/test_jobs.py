@@ -166,6 +166,54 @@ class Records(Folder):
         self.assertFalse(lost_contact(ValueError("gloo")))
 
 
+class Ended(Folder):
+    """What the batch script's last line makes of processes that could not say themselves why they ended."""
+
+    def end(self, code: int, started: tuple[int, ...] = (), restarts: int = 0, **facts: str) -> tuple[str, str, bool]:
+        for start in started:
+            note(self.folder, "start", "a", job="12", restarts=start, nodes="node1")
+        note(self.folder, "submitted", "a", job="12", restarts=0)
+        now = datetime.now()
+        known = {
+            "JobState": "RUNNING",
+            "Restarts": str(restarts),
+            "StartTime": (now - timedelta(minutes=9)).isoformat(),
+        }
+        with (
+            mock.patch.dict(os.environ, {"SLURM_RESTART_COUNT": str(restarts)}),
+            mock.patch.object(slurm, "job_facts", return_value=known | facts),
+            mock.patch.object(slurm, "requeue", return_value=None) as requeue,
+            mock.patch.object(job_record, "cancel_dependents"),
+        ):
+            job_record.ended(self.folder.path / jobs.LOGS, "12", code)
+        told = self.folder.read_summary()
+        (self.folder.path / jobs.LOGS / "history.jsonl").unlink()
+        return told["status"], told["exit_reason"], requeue.called
+
+    def test_told_to_leave_before_they_could_listen(self):
+        for state in ("CANCELLED", "COMPLETING"):  # SLURM says the one or the other of a job that scancel ends
+            self.assertEqual(
+                self.end(143, JobState=state),
+                ("interrupted", "job 12 was cancelled before its processes could save anything more", False),
+            )
+        for code, facts in (
+            (143, {"PreemptTime": datetime.now().isoformat(), "JobState": "COMPLETING"}),
+            (143, {"TimeLimit": "00:09:00", "JobState": "COMPLETING"}),
+            (140, {}),  # SIGUSR2
+        ):
+            status, reason, requeued = self.end(code, **facts)
+            self.assertEqual((status, requeued), ("requeued", True), facts)
+            self.assertRegex(reason, "could not be started .*it goes back into the queue")
+        self.assertEqual(self.end(143, Restarts="1")[::2], ("requeued", False), "SLURM has done it")
+
+    def test_other_ends(self):
+        self.assertRegex(" ".join(map(str, self.end(1))), "failed .*could not be started .exit code 1.; see .* False")
+        self.assertRegex(" ".join(map(str, self.end(137, (0,)))), "failed .*SIGKILL: out of memory, perhaps.* False")
+        self.assertEqual(self.end(134, (0,))[::2], ("requeued", True))
+        self.assertEqual(self.end(1, (0,), restarts=1)[::2], ("requeued", True), "its node is gone")
+        self.assertEqual(self.end(1, (0,), restarts=3)[::2], ("failed", False), "for the third time")
+
+
 class Environment(unittest.TestCase):
     def test_of_secrets_the_name_alone(self):
         given = {
