@@ -11,7 +11,7 @@ from tests import runs
 from tests.slurm.cluster import GRACE_SECONDS, wait
 from tests.slurm.on_cluster import SUBMITTED, OnCluster, history, told_time
 
-EPOCHS = 120  # of three steps
+EPOCHS = 50  # of three steps
 STEPS = 3 * EPOCHS
 
 
@@ -51,25 +51,27 @@ class Interrupted(OnCluster):
     def test_1_time_limit_and_requeue_and_preemption_and_a_dead_node(self):
         """Four runs at once, on a node each; the dead node's goes on beside another one."""
         began = time.time()
-        dead = self.submit(*self.command("dead"))
-        wait("its node", lambda: self.cluster.fact(dead, "NodeList").startswith("node"))
+        dead, dead_run = self.started("dead", step=45)
         node = self.cluster.fact(dead, "NodeList")
-        others = [f"submitit.nodelist={name}" for name in self.cluster.nodes if name != node]
-        limits = ["submitit.timeout_hour=0.0167", "submitit.signal_delay_s=45"]
-        timed, timed_run = self.started("timed", *limits, others[0], step=1)
-        preempted, preempted_run = self.started("preempted", others[2])
-        urgent = ["--partition=urgent", others[2].replace("submitit.", "--"), "--exclusive", "--output=/dev/null"]
+        killed = time.time()
+        self.cluster.kill_node(node)
+
+        others = [name for name in self.cluster.nodes if name != node]
+        timed = self.submit(*self.command("timed", f"submitit.nodelist={others[0]}", "submitit.signal_delay_s=45"))
+        preempted = self.submit(*self.command("preempted", f"submitit.nodelist={others[1]}"))
+        requeued = self.submit(*self.command("requeued", f"submitit.nodelist={others[2]}"))
+        timed_run, preempted_run, requeued_run = (self.folder / name for name in ("timed", "preempted", "requeued"))
+        self.wait_for_step(timed_run, 10)
+        self.cluster.ask("scontrol", "update", f"JobId={timed}", "TimeLimit=1")  # a minute: SLURM knows no shorter time
+        self.wait_for_step(preempted_run, 10)
         came = time.time()
+        urgent = ["--partition=urgent", f"--nodelist={others[1]}", "--exclusive", "--output=/dev/null"]
         self.cluster.ask("sbatch", *urgent, "--wrap=sleep 1")
         wait("the job to leave", lambda: history(preempted_run, "end"), GRACE_SECONDS + 10)
         told_time("preemption, until the job had saved and left", came)
         self.assertLess(time.time() - came, GRACE_SECONDS, "within the grace time")
-        requeued, requeued_run = self.started("requeued", others[1])
+        self.wait_for_step(requeued_run, 10)
         self.cluster.ask("scontrol", "requeue", requeued)
-        dead_run = self.folder / "dead"
-        self.wait_for_step(dead_run, 45)
-        killed = time.time()
-        self.cluster.kill_node(node)
         self.here(*self.command("whole"))
 
         self.assert_ended_as_if_never_interrupted(requeued, requeued_run)

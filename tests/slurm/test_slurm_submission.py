@@ -176,7 +176,10 @@ class Submitted(OnCluster):
         refused("lies in this machine's memory", "launcher.experiment_log_dir=/dev/shm/run")
         refused("cannot be written", "launcher.experiment_log_dir=/proc/run")
         refused("mem is 4G and submitit.mem_gb is 4", "submitit.mem=4G", "submitit.mem_gb=4")
-        refused("SLURM does not answer", SLURM_CONF="/nowhere")
+        unreachable = self.folder / "unreachable.conf"
+        known = (self.folder / "slurm/slurm.conf").read_text()
+        unreachable.write_text(re.sub("(?m)^SlurmctldPort=.*", "SlurmctldPort=9", known))
+        refused("SLURM does not answer", SLURM_CONF=str(unreachable))
         self.assertEqual(self.cluster.ask("squeue", "--noheader", "--name=omnivision", "--states=pending"), "")
 
     def test_8_a_run_folder_that_the_node_does_not_see(self):
