@@ -11,8 +11,8 @@ from tests import runs
 from tests.slurm.cluster import GRACE_SECONDS, wait
 from tests.slurm.on_cluster import SUBMITTED, OnCluster, history, told_time
 
-EPOCHS = 50  # of three steps
-STEPS = 3 * EPOCHS
+EPOCHS = 10
+STEPS = 15 * EPOCHS
 
 
 class Interrupted(OnCluster):
@@ -21,7 +21,7 @@ class Interrupted(OnCluster):
     @classmethod
     def setUpClass(cls):
         super().setUpClass()
-        cls.data = runs.write_split(cls.folder, runs.real_films() * 8)  # 24 samples
+        cls.data = runs.write_split(cls.folder, runs.real_films() * 40)  # 120 samples
         cls.long = [*cls.data, f"epochs={EPOCHS}", "trainer.checkpoint.save_every_steps=20"]
 
     def command(self, name: str, *settings: str) -> list[str]:
@@ -99,7 +99,7 @@ class Interrupted(OnCluster):
 
     def test_3_scancel_saves_and_ends(self):
         self.clock()  # test_4 asks for it; it takes a minute
-        short = "epochs=40"
+        short = "epochs=8"
         job, run = self.started("cancelled", short)
         cancelled = time.time()
         self.cluster.ask("scancel", job)
@@ -174,9 +174,9 @@ class Interrupted(OnCluster):
         self.assertRegex(listed, "waiting: cancelled: it waited for")
 
     def test_6_several_processes_and_elements_of_arrays(self):
-        two = self.submit(*self.command("two", "launcher.num_nodes=2", "epochs=40"))
+        two = self.submit(*self.command("two", "launcher.num_nodes=2", "epochs=8"))
         points = "launcher.experiment_log_dir='" + str(self.folder) + "/point_${trainer.seed_value}'"
-        sweep = [*self.command("point"), points, "-m", "trainer.seed_value=1,2", "epochs=40", *SUBMITTED]
+        sweep = [*self.command("point"), points, "-m", "trainer.seed_value=1,2", "epochs=8", *SUBMITTED]
         made = self.shell(*sweep)
         [array] = set(re.findall(r"job_id=(\d+)_", made.stdout))
         for name in ("two", "point_1", "point_2"):
@@ -193,9 +193,8 @@ class Interrupted(OnCluster):
         starts = {name: len(history(self.folder / name, "start")) for name in ("point_1", "point_2", "two")}
         self.assertEqual(starts, {"point_1": 1, "point_2": 2, "two": 2})
         for name in starts:
-            self.assert_steps_once(
-                self.folder / name, 40 if name == "two" else 120
-            )  # two nodes: twice as many at a time
+            # On two nodes a step takes twice as many.
+            self.assert_steps_once(self.folder / name, 7 * 8 if name == "two" else 15 * 8)
             self.assertEqual(runs.summary(self.folder / name)["status"], "finished")
         self.assertEqual(self.cluster.fact(early, "Restarts"), "0", "it was cancelled")
         wait("it to say so", lambda: history(self.folder / "early", "end"))
