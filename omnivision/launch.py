@@ -233,7 +233,7 @@ def slurm_executor(settings: Settings, logs: Path, delay: int) -> SlurmExecutor:
         "setup": [
             *setup_lines(logs),
             *(f"{{ {line}\n}} || failed {shlex.quote(line)}" for line in wanted.setup),
-            "trap : TERM  # a cancelled job, too, comes to its last lines",
+            "trap : TERM USR2  # a job that is ended, too, comes to its last lines",
         ],
         # SLURM 22.05 and later do not hand the number of CPUs on to srun. One failed task ends the others; so does one that
         # left well long ago (it saw on a file system that lags that the run is finished, and they did not).

@@ -38,7 +38,7 @@ failed() { code=$?; echo "submitit.setup failed: $1"; PYTHON -m omnivision.job_r
 export PYTHONPATH=CHECKOUT${PYTHONPATH:+:$PYTHONPATH}
 { module load cuda
 } || failed 'module load cuda'
-trap : TERM  # a cancelled job, too, comes to its last lines
+trap : TERM USR2  # a job that is ended, too, comes to its last lines
 
 # command
 export SUBMITIT_EXECUTOR=slurm
