@@ -45,13 +45,13 @@ def run_process(job: Job, place: Place | None, record: JobRecord | None = None) 
     """One process of a run, from start to end; `place` is None under torchrun. Returns the exit code.
 
     A mistake of the user's is told in one paragraph; why a run ended, however it did, is in `summary.json`. `record` is what
-    a cluster's job is looked after by; process 0 alone calls it.
+    a cluster's job is looked after by; process 0 alone calls it. With one, requests to stop are ignored afterwards.
     """
     stop, folder = Stop(), run_folder(job)
     locked = begun = False
     validating = job.settings.trainer.mode == "val"
     processes: Processes | None = None
-    with stop.listening():
+    with stop.listening(deaf_afterwards=record is not None):
         try:
             stop.hear()
             from omnivision import build, checkpoint
@@ -92,10 +92,11 @@ def run_process(job: Job, place: Place | None, record: JobRecord | None = None) 
                 trainer.validate_only() if validating else trainer.fit()
             processes.close()
             if begun:
-                LOG.info("ended well")
-                folder.write_summary(last_lines=folder.last_lines())
-            if record is not None and begun:
-                record.note("end", status="finished", reason="all is done")
+                with undisturbed():
+                    LOG.info("ended well")
+                    folder.write_summary(last_lines=folder.last_lines())
+                    if record is not None:
+                        record.note("end", status="finished", reason="all is done")
             return 0
         except (Exception, KeyboardInterrupt, Terminated) as error:
             with undisturbed():

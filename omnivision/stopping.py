@@ -69,9 +69,10 @@ class Stop:
         self.step_seconds = max(seconds, 0.99 * self.step_seconds)
 
     @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        """Inside this block the signals come here, once they are not blocked (`hear`). For the main thread alone; elsewhere
-        nothing is changed.
+    def listening(self, deaf_afterwards: bool = False) -> Iterator[None]:
+        """Inside this block the signals come here, once they are not blocked (`hear`). Afterwards they do what they did before,
+        or nothing: a process that is about to exit then keeps its exit code. For the main thread alone; elsewhere nothing is
+        changed.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -81,7 +82,7 @@ class Stop:
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                signal.signal(number, signal.SIG_IGN if deaf_afterwards else handler)
 
     def hear(self) -> None:
         """Let signals through that were blocked. Raises Terminated when one has come: call it where that is caught."""

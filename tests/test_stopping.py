@@ -58,6 +58,14 @@ class Signals(unittest.TestCase):
             with stop.listening():
                 self.assertRaises(Terminated, stop.hear)
 
+    def test_what_comes_after_the_end_changes_nothing(self):
+        code = (
+            "import os, signal; from omnivision.stopping import Stop\n"
+            "with Stop().listening(deaf_afterwards=True): pass\n"
+            "for number in (signal.SIGTERM, signal.SIGUSR2): os.kill(os.getpid(), number)"
+        )
+        self.assertEqual(subprocess.run([sys.executable, "-c", code]).returncode, 0)
+
     def test_sigterm_after_an_announcement_is_the_same_request(self):
         stop = Stop()
         with stop.listening(), mock.patch.object(stopping.time, "monotonic") as clock:
