@@ -9,6 +9,7 @@ Exit codes: 0 done; 1 a mistake of the user's, told in one paragraph; others: fa
 import itertools
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,11 +69,12 @@ def composed() -> list[DictConfig]:
     from omnivision.settings_yaml import read_numbers_as_written
 
     read_numbers_as_written()
-    sys.argv[1:] = flags_first(sys.argv[1:])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises to us instead of printing
     found: list[DictConfig] = []
     try:
-        hydra.main(version_base="1.3", config_path=str(CONFIG), config_name="config")(found.append)()
+        with tempfile.TemporaryDirectory() as left_by_sweeps:
+            sys.argv[1:] = [*flags_first(sys.argv[1:]), f"hydra.sweep.dir={left_by_sweeps}"]
+            hydra.main(version_base="1.3", config_path=str(CONFIG), config_name="config")(found.append)()
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError) as error:
         from omnivision.composition import explain
         from omnivision.errors import UserError
@@ -124,7 +126,7 @@ def run(configs: list[DictConfig]) -> int:
 def checked(config: DictConfig) -> "Job | None":
     """A configuration as a job, its settings and data checked; None when it was only to be described."""
     from omnivision.launch import adopt_torchrun, check_way
-    from omnivision.preflight import check_pretrained, epoch_plan, label_warnings, open_splits
+    from omnivision.preflight import check_pretrained, epoch_plan, file_warnings, label_warnings, open_splits
     from omnivision.process import Job
     from omnivision.settings import check
 
@@ -136,12 +138,15 @@ def checked(config: DictConfig) -> "Job | None":
         print(describe(settings))
         return None
     check_way(settings)
-    train, _ = open_splits(settings)
+    train, val = open_splits(settings)
     if train:
         epoch_plan(settings, train)
     check_pretrained(settings)
-    if "decoder" not in settings.trainer.model and os.environ.get("RANK", "0") == "0":
-        for warning in label_warnings(train):
+    if os.environ.get("RANK", "0") == "0":
+        warnings = file_warnings(train + val)
+        if "decoder" not in settings.trainer.model:
+            warnings += label_warnings(train)
+        for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
     return Job(settings, OmegaConf.to_yaml(config, resolve=False))
 

@@ -222,10 +222,12 @@ def carry_out(verdict: Verdict, task: Task, tells: RunFolder | None, folder: Run
 # ---- the end of a batch script ------------------------------------------------------------------------------------
 
 
-def ended(logs: Path, job_id: str, code: int) -> None:
-    """Write down the end of a job whose processes left with `code`, if process 0 could not. Start it again if they ran before
-    and could not be started this time (a node that SLURM does not know to be dead), if the library under them ended them
-    (SIGABRT: NCCL does so when another process is gone), and if they were told to leave before they could listen.
+def ended(logs: Path, job_id: str, code: int, why: str = "its processes could not be started") -> None:
+    """Write down the end of a job whose processes left with `code`, if process 0 could not; `why` they never ran.
+
+    It starts again if they ran before and could not be started this time (a node that SLURM does not know to be dead), if the
+    library under them ended them (SIGABRT: NCCL does so when another process is gone), and if they were told to leave before
+    they could listen.
     """
     folder = run_folder_of(logs, job_id)
     if folder is None:
@@ -240,7 +242,7 @@ def ended(logs: Path, job_id: str, code: int) -> None:
     now = Standing.of(job_id, restarts)
     never_ran = restarts not in starts
     told_to_leave = code in (128 + signal.SIGABRT, 128 + signal.SIGUSR2) or now.preempted or now.late
-    what = "its processes could not be started" if never_ran else "its processes ended"
+    what = why if never_ran else "its processes ended"
     killed = {137: ", SIGKILL: out of memory, perhaps", 134: ", SIGABRT", 139: ", SIGSEGV"}.get(code, "")
     reason = (
         f"job {job_id}: {what} (exit code {code}{killed}); see {logs}/{job_id}_batch.log and its tasks' logs beside it"
@@ -262,8 +264,8 @@ def ended(logs: Path, job_id: str, code: int) -> None:
 
 def main(arguments: list[str]) -> None:
     match arguments:
-        case ["ended", logs, job_id, code]:
-            ended(Path(logs), job_id, int(code))
+        case ["ended", logs, job_id, code, *why]:
+            ended(Path(logs), job_id, int(code), *why)
         case ["status", folder]:
             print(": ".join(filter(None, settled(RunFolder(folder).read_summary(), queue_or_none()))))
         case ["cancelled", folder, reason]:
@@ -274,7 +276,7 @@ def main(arguments: list[str]) -> None:
             print(f"{folder}: {reason}")
         case _:
             sys.exit(
-                "usage: python -m omnivision.job_record ended LOGS JOB CODE | status FOLDER | cancelled FOLDER REASON"
+                "usage: python -m omnivision.job_record ended LOGS JOB CODE [WHY] | status FOLDER | cancelled FOLDER REASON"
             )
 
 

@@ -141,6 +141,8 @@ def settled(summary: Mapping[str, Any], queue: Mapping[str, slurm.JobState] | No
         return ("cancelled" if state.state == "CANCELLED" else "failed"), f"job {job_id} is {state.state} ({told})"
     if state.state == "PENDING":
         return status, f"job {job_id} waits ({state.reason})"
+    if status in WAITING and state.state == "RUNNING":
+        return status, f"job {job_id} is starting"
     return status, reason or f"job {job_id} is {state.state}"
 
 

@@ -38,6 +38,7 @@ from omnivision.submission import (
     known_jobs,
     require_free,
     require_one_shape,
+    warn_of_other_settings,
 )
 
 if TYPE_CHECKING:
@@ -119,6 +120,7 @@ def submit(jobs: Sequence[Job]) -> int:
     for job in jobs:
         if is_finished(job.settings, run_folder(job)):
             print(f"finished folder={run_folder(job).path}")
+            warn_of_other_settings(job)
         else:
             unfinished.append(job)
     queue = known_jobs() if unfinished else {}
@@ -264,8 +266,8 @@ def setup_lines(logs: Path) -> list[str]:
         "  exit 1",
         "fi",
         'exec >>"$logs/${job}_batch.log" 2>&1',
-        'failed() { code=$?; echo "submitit.setup failed: $1"; '
-        f'{shlex.quote(sys.executable)} -m omnivision.job_record ended "$logs" "$job" "$code"; exit "$code"; }}',
+        'failed() { code=$?; why="submitit.setup failed: $1"; echo "$why"; '
+        f'{shlex.quote(sys.executable)} -m omnivision.job_record ended "$logs" "$job" "$code" "$why"; exit "$code"; }}',
         f"export PYTHONPATH={shlex.quote(str(Path(omnivision.__file__).parents[1]))}${{PYTHONPATH:+:$PYTHONPATH}}",
     ]
 

@@ -11,6 +11,8 @@ from omnivision.errors import UserError
 from omnivision.files import LATEST, require_weights
 from omnivision.settings import Settings
 
+LOOKED_FOR = 16  # files of a split, before a run
+
 
 def datasets_of(settings: Settings) -> list[Dataset]:
     """The catalog's entries of the run's sources."""
@@ -75,6 +77,19 @@ def check_pretrained(settings: Settings) -> None:
     wanted = settings.pretrained_checkpoint_path
     for source in [wanted] if isinstance(wanted, str) else wanted or []:
         require_weights(source)
+
+
+def file_warnings(splits: list[Split]) -> list[str]:
+    """Sentences about splits of which none of some files, spread over them, is there."""
+    found = []
+    for split in splits:
+        paths = [split.path(number) for number in {len(split) * part // LOOKED_FOR for part in range(LOOKED_FOR)}]
+        if not any(Path(path).exists() for path in paths):
+            found.append(
+                f"none of {len(paths)} files that were looked for of {split.name}'s {split.which} split is there, e.g. "
+                f"{paths[0]}. Unless the processes of the run see them, change datasets.{split.name}.prefix."
+            )
+    return found
 
 
 def label_warnings(train: list[Split]) -> list[str]:

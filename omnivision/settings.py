@@ -264,8 +264,8 @@ def _site_problem(site: Any) -> str:
             "site. Add that line."
         )
     return (
-        f"+site={site} chooses a file of a folder of your own, and there is none. Give the folder with --config-dir FOLDER; "
-        f"the file is FOLDER/site/{site}.yaml."
+        f"+site={site} chooses the file site/{site}.yaml of a folder of your own, and no folder that holds site/ was given. "
+        f"Give it with --config-dir FOLDER, so that the file is FOLDER/site/{site}.yaml."
     )
 
 

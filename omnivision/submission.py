@@ -37,6 +37,17 @@ def is_finished(settings: Settings, folder: RunFolder) -> bool:
     return done and settings.trainer.mode != "val"
 
 
+def warn_of_other_settings(job: Job) -> None:
+    """Say how a finished run's settings differ from those of the command, but for where and how it runs."""
+    changes = changed_settings(run_folder(job).path / "config.yaml", job.config_text)
+    if changes := [change for change in changes if not change.startswith(("submitit.", "launcher."))]:
+        print(
+            f"warning: the finished run in {run_folder(job).path} had other settings: {'; '.join(changes)}. For a run with "
+            "these, change launcher.experiment_log_dir.",
+            file=sys.stderr,
+        )
+
+
 def is_queued(job: Job, queue: Mapping[str, slurm.JobState]) -> bool:
     """Whether a job for this run is in the queue; prints a line then. Raises UserError when it has other settings."""
     folder = run_folder(job)

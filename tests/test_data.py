@@ -1,6 +1,10 @@
 """Requests to batches, on small films: what a step holds, whatever the workers and processes; and bad files."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import tempfile
 import unittest
 from pathlib import Path
@@ -19,6 +23,7 @@ from omnivision.data.masking import RandomMask
 from omnivision.data.views import EvalView, PretrainView
 from omnivision.errors import UserError
 from omnivision.reporting.bad_samples import BadSampleLedger
+from tests import runs
 
 
 def videos(plan: EpochPlan, epoch: int, rank: int = 0, world: int = 1) -> list[list[Request]]:
@@ -110,6 +115,15 @@ class Threads(ClipDataset):
     def __getitem__(self, request: Request) -> Sample:
         sample = super().__getitem__(request)
         sample.label = torch.get_num_threads()
+        return sample
+
+
+class Told(ClipDataset):
+    """Tells in its labels which process makes samples."""
+
+    def __getitem__(self, request: Request) -> Sample:
+        sample = super().__getitem__(request)
+        sample.label = os.getpid()
         return sample
 
 
@@ -294,6 +308,23 @@ class Films(unittest.TestCase):
         self.assertEqual(batch.label.tolist(), [1] * 8)
         self.assertEqual(batch.video.dtype, torch.uint8)
         self.assertTrue(batch.video.is_shared())
+
+    def test_a_worker_goes_on_when_all_processes_of_a_job_are_signalled(self):
+        """The one that trains still needs its workers to save."""
+        code = "from tests.test_data import Films; Films.setUpClass(); Films().in_a_process_of_its_own()"
+        made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=runs.ROOT, timeout=60)
+        self.assertEqual((made.returncode, made.stdout), (0, "4\n"), made.stderr)
+
+    def in_a_process_of_its_own(self) -> None:
+        dataset = self.dataset()
+        dataset.__class__ = Told
+        plan = EpochPlan({"films": SourcePlan(11, 2, views=4, repeat=4)}, seed=5)
+        batches = train_batches(dataset, plan, (0, 0), 4, 0, 1, Workers(1, prefetch=1))
+        workers = [int(next(batches).label[0]) for _ in range(2)]
+        for number in (signal.SIGTERM, signal.SIGUSR2):
+            os.kill(workers[0], number)
+        workers += [int(next(batches).label[0]) for _ in range(2)]
+        print(workers.count(workers[0]))
 
 
 class Batches(unittest.TestCase):

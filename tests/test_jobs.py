@@ -259,6 +259,7 @@ class Answers(unittest.TestCase):
 
         self.assertEqual(told("queued", "PENDING", "Resources"), ("queued", "job 12 waits (Resources)"))
         self.assertEqual(told("running", "RUNNING"), ("running", "job 12 is RUNNING"))
+        self.assertEqual(told("queued", "RUNNING"), ("queued", "job 12 is starting"))
         self.assertEqual(told("running", "NODE_FAIL", "NodeDown"), ("failed", "job 12 is NODE_FAIL (NodeDown)"))
         self.assertEqual(told("queued", "CANCELLED", "")[0], "cancelled")
         self.assertEqual(told("queued", "PENDING", "DependencyNeverSatisfied")[0], "cancelled")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -89,7 +90,9 @@ def data_loader(dataset: ClipDataset, batches: _Steps | Sequence[list[Request]],
     if workers.num_workers:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["omnivision.data.dataset"])
-        # SLURM signals every process of a job. A worker that ended then would end the run, which still has to save.
+        # SLURM signals every process of a job. A worker that ended then would end the run, which still has to save. (Python's
+        # resource tracker comes first, since starting it unblocks SIGTERM.)
+        multiprocessing.resource_tracker.ensure_running()
         with unheard():
             multiprocessing.forkserver.ensure_running()
     return DataLoader(

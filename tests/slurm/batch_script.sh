@@ -34,7 +34,7 @@ if ! [ -d "$logs" ]; then
   exit 1
 fi
 exec >>"$logs/${job}_batch.log" 2>&1
-failed() { code=$?; echo "submitit.setup failed: $1"; PYTHON -m omnivision.job_record ended "$logs" "$job" "$code"; exit "$code"; }
+failed() { code=$?; why="submitit.setup failed: $1"; echo "$why"; PYTHON -m omnivision.job_record ended "$logs" "$job" "$code" "$why"; exit "$code"; }
 export PYTHONPATH=CHECKOUT${PYTHONPATH:+:$PYTHONPATH}
 { module load cuda
 } || failed 'module load cuda'

@@ -99,8 +99,8 @@ class Interrupted(OnCluster):
 
     def test_3_scancel_saves_and_ends(self):
         self.clock()  # test_4 asks for it; it takes a minute
-        short = "epochs=8"
-        job, run = self.started("cancelled", short)
+        short = ["epochs=8", "num_workers=1"]
+        job, run = self.started("cancelled", *short)
         cancelled = time.time()
         self.cluster.ask("scancel", job)
         self.wait_for_state(job, "CANCELLED")
@@ -112,7 +112,7 @@ class Interrupted(OnCluster):
         )
         self.assertIn("ended by SIGTERM", told["last_lines"][-1])
         self.assertEqual(len(history(run, "start")), 1)
-        again = self.submit(*self.command("cancelled", short))
+        again = self.submit(*self.command("cancelled", *short))
         self.wait_for_state(again, "COMPLETED")
         self.assert_steps_once(run, 120)
         self.assertEqual(history(run, "resumed")[1]["step"], told["steps"])

@@ -179,7 +179,7 @@ class Submitted(OnCluster):
         refused("batch_size is 8 for the 3 processes of a node", "launcher.gpus_per_node=3")
         refused("SLURM puts numbers in the place of %", f"launcher.experiment_log_dir={self.folder}/a%j")
         refused("cannot be written", f"launcher.experiment_log_dir={self.folder / 'slurm' / 'slurm.conf'}")
-        refused("site=lab chooses a file of a folder of your own, and there is none. .*--config-dir", "+site=lab")
+        refused("site=lab chooses the file site/lab.yaml of a folder of your own, .*--config-dir", "+site=lab")
         refused("lies in this machine's memory", "launcher.experiment_log_dir=/dev/shm/run")
         refused("cannot be written", "launcher.experiment_log_dir=/proc/run")
         refused("mem is 4G and submitit.mem_gb is 4", "submitit.mem=4G", "submitit.mem_gb=4")

@@ -19,6 +19,7 @@ dry= cluster=yes failed=
 for argument; do
     shift
     case $argument in
+        -h | --help) sed -n '2,/^set -eu/{/^#/s/^# \{0,1\}//p}' "$0" && exit ;;
         --dry) dry=yes && continue ;;
         -m | --multirun) echo "error: $argument sweeps one stage; run_ppma.sh runs all. Sweep with a stage's own script." >&2 && exit 1 ;;
         submitit.use_cluster=false | +submitit.use_cluster=false | ++submitit.use_cluster=false) cluster= ;;
