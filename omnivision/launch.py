@@ -232,15 +232,11 @@ def slurm_executor(settings: Settings, logs: Path, delay: int) -> SlurmExecutor:
         "nodelist": wanted.nodelist,
         "dependency": wanted.dependency,
         "signal_delay_s": delay,
-        "setup": [
-            *setup_lines(logs),
-            *(f"{{ {line}\n}} || failed {shlex.quote(line)}" for line in wanted.setup),
-            "trap : TERM USR2  # a job that is ended, too, comes to its last lines",
-        ],
+        "setup": setup_lines(logs, wanted.setup),
         # SLURM 22.05 and later do not hand the number of CPUs on to srun. One failed task ends the others; so does one that
         # left well long ago (it saw on a file system that lags that the run is finished, and they did not).
-        "srun_args": [f"--cpus-per-task={wanted.cpus_per_task}", "--kill-on-bad-exit=1", "--wait=300"],
-        "teardown": teardown_lines(logs),
+        # Tasks get the script's environment, whatever SBATCH_EXPORT says.
+        "srun_args": [f"--cpus-per-task={wanted.cpus_per_task}", "--kill-on-bad-exit=1", "--wait=300", "--export=ALL"],
         "additional_parameters": options | wanted.additional_parameters,
     }
     executor = submitit.SlurmExecutor(folder=logs)
@@ -254,31 +250,39 @@ def batch_script(settings: Settings, folder: RunFolder) -> str:
     return str(executor._make_submission_file_text(executor._submitit_command_str, "NUMBER"))
 
 
-def setup_lines(logs: Path) -> list[str]:
-    """Shell lines before the tasks: the node must see the run folder, where the script then logs; the code is this code."""
-    here = shlex.quote(str(logs))
+def setup_lines(logs: Path, setup: Sequence[str]) -> list[str]:
+    """Shell lines before the tasks: the node must see the run folder, where the script then logs; the user's own lines; the
+    code is this code. However the script is left, an end that the tasks could not write down is written down.
+    """
+    python, here = shlex.quote(sys.executable), shlex.quote(str(Path(omnivision.__file__).parents[1]))
     return [
-        "job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}",
-        f"logs={here}",
-        f'for _ in $(seq {FOLDER_SECONDS}); do [ -d "$logs" ] && break; sleep 1; done',
-        'if ! [ -d "$logs" ]; then',
-        '  scontrol update JobId="$job" Comment="$(hostname) does not see the folder of the run: $logs"',
+        "readonly omnivision_job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}",
+        f"readonly omnivision_logs={shlex.quote(str(logs))}",
+        f'for _ in $(seq {FOLDER_SECONDS}); do [ -d "$omnivision_logs" ] && break; sleep 1; done',
+        'if ! [ -d "$omnivision_logs" ]; then',
+        '  scontrol update JobId="$omnivision_job" Comment="$(hostname) does not see the folder of the run: $omnivision_logs"',
         "  exit 1",
         "fi",
-        'exec >>"$logs/${job}_batch.log" 2>&1',
-        'failed() { code=$?; why="submitit.setup failed: $1"; echo "$why"; '
-        f'{shlex.quote(sys.executable)} -m omnivision.job_record ended "$logs" "$job" "$code" "$why"; exit "$code"; }}',
-        f"export PYTHONPATH={shlex.quote(str(Path(omnivision.__file__).parents[1]))}${{PYTHONPATH:+:$PYTHONPATH}}",
-    ]
-
-
-def teardown_lines(logs: Path) -> list[str]:
-    """Shell lines after the tasks: what they could not say of their end is written down."""
-    python = shlex.quote(sys.executable)
-    return [
-        "code=$?",
-        f'[ "$code" = 0 ] || {python} -m omnivision.job_record ended "$logs" "$job" "$code"',
-        'exit "$code"',
+        'exec >>"$omnivision_logs/${omnivision_job}_batch.log" 2>&1',
+        f"omnivision_code() {{ export PYTHONPATH={here}${{PYTHONPATH:+:$PYTHONPATH}}; }}",
+        "omnivision_ended() {",
+        "  code=$? why=",
+        "  trap - EXIT",
+        "  set +eu",
+        '  [ -z "$omnivision_setup" ] || why="submitit.setup ended the job: $omnivision_setup"',
+        '  [ "$code" != 0 ] || [ -z "$why" ] || code=1  # nothing was trained',
+        '  [ -z "$why" ] || echo "$why"',
+        "  omnivision_code",
+        '  set -- "$omnivision_logs" "$omnivision_job" "$code" ${why:+"$why"}',
+        f'  [ "$code" = 0 ] || {python} -m omnivision.job_record ended "$@"',
+        '  exit "$code"',
+        "}",
+        "trap omnivision_ended EXIT",
+        "trap : TERM USR2  # a job that is ended, too, comes to its last lines",
+        *(f"omnivision_setup={shlex.quote(line)}\n{{ {line}\n}} || exit" for line in setup),
+        "omnivision_setup=",
+        "set +eu",
+        "omnivision_code",
     ]
 
 

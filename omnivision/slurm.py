@@ -12,7 +12,7 @@ from subprocess import SubprocessError
 
 # Ends of a job; any other state is of one that is, or may yet be, at work.
 OVER = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "REVOKED", "TIMEOUT")
-SEPARATOR = "\x1f"
+SEPARATOR, END = "\x1f", "\x1e"  # of fields, and of jobs: comments may hold line ends
 ANSWER_SECONDS = 60.0
 
 # What SLURM says, and the settings to look at. The first that matches counts.
@@ -71,7 +71,9 @@ def available() -> bool:
 
 def ask(*command: str) -> str:
     """What one of SLURM's commands answers. Raises OSError, SubprocessError."""
-    return subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS, check=True).stdout
+    return subprocess.run(
+        command, capture_output=True, text=True, errors="replace", timeout=ANSWER_SECONDS, check=True
+    ).stdout
 
 
 def queue() -> dict[str, JobState]:
@@ -81,9 +83,10 @@ def queue() -> dict[str, JobState]:
     """
     fields = SEPARATOR.join(("%i", "%T", "%r", "%k", "%o", "%E"))
     found = {}
-    for line in ask("squeue", "--me", "--noheader", "--array", "--states=all", f"--format={fields}").splitlines():
-        job_id, *rest = line.split(SEPARATOR)
-        found[job_id] = JobState(*("" if text in ("(null)", "None") else text for text in rest))
+    for entry in ask("squeue", "--me", "--noheader", "--array", "--states=all", f"--format={fields}{END}").split(END):
+        job_id, *rest = entry.lstrip("\n").split(SEPARATOR)
+        if len(rest) == 5:
+            found[job_id] = JobState(*("" if text in ("(null)", "None") else text for text in rest))
     return found
 
 
@@ -121,7 +124,11 @@ def requeue(job_id: str, attempts: int = 3) -> str | None:
         time.sleep(attempt)
         try:
             result = subprocess.run(
-                ["scontrol", "requeue", job_id], capture_output=True, text=True, timeout=ANSWER_SECONDS
+                ["scontrol", "requeue", job_id],
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=ANSWER_SECONDS,
             )
         except (OSError, subprocess.TimeoutExpired) as error:
             said = str(error)
@@ -141,6 +148,8 @@ def partition(name: str | None) -> list[NodeKind]:
         return []
     kinds = []
     for line in answer.splitlines():
+        if line.count(SEPARATOR) != 5:
+            continue
         label, count, cpus, memory, gres, limit = line.split(SEPARATOR)
         if name is None and not label.endswith("*"):
             continue

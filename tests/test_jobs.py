@@ -1,6 +1,7 @@
 """What a run folder knows of its jobs, and what SLURM's answers mean; the cluster itself is in tests/slurm."""
 
 import os
+import subprocess
 import tempfile
 import threading
 import time
@@ -13,7 +14,7 @@ from omnivision import job_record, jobs, slurm
 from omnivision.errors import Terminated, UserError
 from omnivision.job_record import JobRecord, lost_contact
 from omnivision.jobs import Task, environment, fruitless_starts, history, note, settled, waits
-from omnivision.launch import signal_delay
+from omnivision.launch import setup_lines, signal_delay
 from omnivision.process import Job
 from omnivision.reporting.run_folder import RunFolder
 from omnivision.settings import check
@@ -212,6 +213,38 @@ class Ended(Folder):
         self.assertEqual(self.end(134, (0,))[::2], ("requeued", True))
         self.assertEqual(self.end(1, (0,), restarts=1)[::2], ("requeued", True), "its node is gone")
         self.assertEqual(self.end(1, (0,), restarts=3)[::2], ("failed", False), "for the third time")
+
+
+class BatchScript(Folder):
+    """What its shell does around the tasks, which a command stands for here. (tests/slurm has the whole script, and SLURM.)"""
+
+    def leave(self, tasks: str, *setup: str) -> tuple[int, str]:
+        """The exit code, and what the summary says."""
+        note(self.folder, "submitted", "a", job="12", restarts=0)
+        script = "\n".join(["#!/bin/bash", *setup_lines(self.folder.path / jobs.LOGS, setup), tasks])
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+        made = subprocess.run(
+            ["bash", "-c", script], env=environment | {"SLURM_JOB_ID": "12"}, capture_output=True, text=True, timeout=60
+        )
+        told = self.folder.read_summary()
+        (self.folder.path / jobs.LOGS / "history.jsonl").unlink()
+        self.folder.replace_summary({})
+        return made.returncode, f"{told.get('status')}: {told.get('exit_reason')}"
+
+    def test_nothing_is_told_of_a_good_end(self):
+        self.assertEqual(self.leave("true", "export A=1", "set -e"), (0, "None: None"))
+
+    def test_what_the_users_lines_can_do(self):
+        for setup, code in ((["false"], 1), (["exit 0"], 1), (["true", "exit 3"], 3), (["module load cuda"], 127)):
+            left, told = self.leave("true", *setup)
+            self.assertEqual(left, code)
+            self.assertRegex(told, rf"^failed: job 12: submitit.setup ended the job: {setup[-1]} .exit code {code}.")
+
+    def test_the_end_of_the_tasks_is_told_whatever_the_users_lines_have_set(self):
+        for setup in ([], ["set -e"], ["set -u"], ["job=x", "logs=/nowhere", "code=0"], ["cd /"]):
+            left, told = self.leave("(exit 137)", *setup)
+            self.assertEqual(left, 137, setup)
+            self.assertRegex(told, "^failed: job 12: .*SIGKILL")
 
 
 class Environment(unittest.TestCase):

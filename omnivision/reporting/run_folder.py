@@ -152,7 +152,7 @@ class RunFolder:
     def read_summary(self) -> dict[str, Any]:
         try:
             return sound(dict(json.loads((self.path / "summary.json").read_text(encoding="utf-8"))))
-        except (OSError, ValueError, TypeError):  # the next one to write replaces what is no summary
+        except (OSError, ValueError, TypeError, RecursionError):  # the next one to write replaces what is no summary
             return {}
 
     def note_silent_end(self, reason: str, interrupted: bool) -> None:

@@ -26,26 +26,37 @@
 #SBATCH --wckey=submitit
 
 # setup
-job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
-logs=/runs/mae/submitit_logs
-for _ in $(seq 60); do [ -d "$logs" ] && break; sleep 1; done
-if ! [ -d "$logs" ]; then
-  scontrol update JobId="$job" Comment="$(hostname) does not see the folder of the run: $logs"
+readonly omnivision_job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
+readonly omnivision_logs=/runs/mae/submitit_logs
+for _ in $(seq 60); do [ -d "$omnivision_logs" ] && break; sleep 1; done
+if ! [ -d "$omnivision_logs" ]; then
+  scontrol update JobId="$omnivision_job" Comment="$(hostname) does not see the folder of the run: $omnivision_logs"
   exit 1
 fi
-exec >>"$logs/${job}_batch.log" 2>&1
-failed() { code=$?; why="submitit.setup failed: $1"; echo "$why"; PYTHON -m omnivision.job_record ended "$logs" "$job" "$code" "$why"; exit "$code"; }
-export PYTHONPATH=CHECKOUT${PYTHONPATH:+:$PYTHONPATH}
-{ module load cuda
-} || failed 'module load cuda'
+exec >>"$omnivision_logs/${omnivision_job}_batch.log" 2>&1
+omnivision_code() { export PYTHONPATH=CHECKOUT${PYTHONPATH:+:$PYTHONPATH}; }
+omnivision_ended() {
+  code=$? why=
+  trap - EXIT
+  set +eu
+  [ -z "$omnivision_setup" ] || why="submitit.setup ended the job: $omnivision_setup"
+  [ "$code" != 0 ] || [ -z "$why" ] || code=1  # nothing was trained
+  [ -z "$why" ] || echo "$why"
+  omnivision_code
+  set -- "$omnivision_logs" "$omnivision_job" "$code" ${why:+"$why"}
+  [ "$code" = 0 ] || PYTHON -m omnivision.job_record ended "$@"
+  exit "$code"
+}
+trap omnivision_ended EXIT
 trap : TERM USR2  # a job that is ended, too, comes to its last lines
+omnivision_setup='module load cuda'
+{ module load cuda
+} || exit
+omnivision_setup=
+set +eu
+omnivision_code
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --output /runs/mae/submitit_logs/%j_%t_log.out --error /runs/mae/submitit_logs/%j_%t_log.err --cpus-per-task=10 --kill-on-bad-exit=1 --wait=300 PYTHON -u -m submitit.core._submit /runs/mae/submitit_logs
+srun --unbuffered --output /runs/mae/submitit_logs/%j_%t_log.out --error /runs/mae/submitit_logs/%j_%t_log.err --cpus-per-task=10 --kill-on-bad-exit=1 --wait=300 --export=ALL PYTHON -u -m submitit.core._submit /runs/mae/submitit_logs
 
-
-# teardown
-code=$?
-[ "$code" = 0 ] || PYTHON -m omnivision.job_record ended "$logs" "$job" "$code"
-exit "$code"
