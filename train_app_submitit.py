@@ -106,7 +106,8 @@ def apart(configs: list[DictConfig]) -> list[DictConfig]:
     from omnivision.errors import UserError
 
     folders = [
-        str(OmegaConf.select(config, "launcher.experiment_log_dir", throw_on_missing=False)) for config in configs
+        os.path.realpath(str(OmegaConf.select(config, "launcher.experiment_log_dir", throw_on_missing=False)))
+        for config in configs
     ]
     if len(set(folders)) < len(folders):
         raise UserError(

@@ -26,13 +26,15 @@ from omnivision.files import write_atomically
 from omnivision.job_record import JobRecord
 from omnivision.jobs import LOGS, Task, note
 from omnivision.process import Job, run_folder, run_process
-from omnivision.reporting.run_folder import RunFolder
+from omnivision.reporting.run_folder import RunFolder, alone
 from omnivision.settings import Settings, check
 from omnivision.stopping import SIGNALS, seconds_to_leave
 from omnivision.submission import (
+    check_array,
     check_dependency,
     check_folders,
     check_partition,
+    check_setup,
     is_finished,
     is_queued,
     known_jobs,
@@ -128,19 +130,26 @@ def submit(jobs: Sequence[Job]) -> int:
     if not wanted:
         return 0
     require_one_shape([job.settings for job in wanted])
+    check_array(len(wanted))
     check_partition(wanted[0].settings)
     check_dependency(wanted[0].settings.submitit.dependency, queue)
     check_folders([run_folder(job).path for job in wanted])
+    check_setup(wanted[0].settings.submitit.setup)
     for job in wanted:
         folder = run_folder(job)
-        folder.create()
+        folder.create(LOGS)
         require_free(folder, queue)
     logs = logs_of([run_folder(job).path for job in wanted])
     logs.mkdir(parents=True, exist_ok=True)
-    remove_old_pickles(logs, queue)
-    ids = hand_over([dataclasses.replace(job, token=secrets.token_hex(8)) for job in wanted], logs)
-    for job, job_id in zip(wanted, ids, strict=True):
-        print(f"submitted job_id={job_id} folder={run_folder(job).path}")
+    with contextlib.ExitStack() as guards:
+        # The same command given twice at once: the second waits here, and then finds the first one's job.
+        for guarded in sorted({logs, *(run_folder(job).path.resolve() / LOGS for job in wanted)}):
+            guards.enter_context(alone(guarded / ".submission"))
+        queue = known_jobs()
+        wanted = [job for job in wanted if not is_queued(job, queue)]
+        remove_old_pickles(logs, queue)
+        if wanted:
+            hand_over([dataclasses.replace(job, token=secrets.token_hex(8)) for job in wanted], logs)
     return 0
 
 
@@ -160,33 +169,53 @@ def remove_old_pickles(logs: Path, queue: Mapping[str, slurm.JobState]) -> None:
             file.unlink(missing_ok=True)
 
 
-def hand_over(jobs: Sequence[Job], logs: Path) -> list[str]:
-    """Submit jobs, several as one array; returns their ids. Raises UserError with SLURM's refusal."""
+def hand_over(jobs: Sequence[Job], logs: Path) -> None:
+    """Submit jobs, several as one array, and print a line for each.
+
+    Raises UserError with SLURM's refusal, or why the job could not be written; everything is then as it was before.
+    """
     from submitit.core.utils import FailedJobError
 
     before, folders = set(logs.iterdir()), [run_folder(job) for job in jobs]
     summaries = [folder.read_summary() for folder in folders]
-    for job, folder in zip(jobs, folders, strict=True):  # beforehand: the job may begin at once, and then writes itself
-        (folder.path / LOGS).mkdir(exist_ok=True)
-        waiting: dict[str, Any] = {"job": {"logs": str(logs), "dependency": job.settings.submitit.dependency}}
-        if job.settings.trainer.mode != "val":
-            waiting |= {"status": "queued", "exit_reason": None}
-        folder.write_summary(**waiting)
-    executor = slurm_executor(jobs[0].settings, logs, signal_delay(jobs[0].settings, folders[0]))
     texts, tokens = [job.config_text for job in jobs], [job.token for job in jobs]
     try:
+        for job, folder in zip(
+            jobs, folders, strict=True
+        ):  # beforehand: the job may begin at once, and then writes itself
+            waiting: dict[str, Any] = {"job": {"logs": str(logs), "dependency": job.settings.submitit.dependency}}
+            if job.settings.trainer.mode != "val":
+                waiting |= {"status": "queued", "exit_reason": None}
+            folder.write_summary(**waiting)
+        executor = slurm_executor(jobs[0].settings, logs, signal_delay(jobs[0].settings, folders[0]))
         with contextlib.redirect_stderr(io.StringIO()):  # where submitit repeats what SLURM says
             if len(jobs) > 1:
                 submitted = executor.map_array(run_slurm_task, texts, tokens)
             else:
                 submitted = [executor.submit(run_slurm_task, texts[0], tokens[0])]
-    except FailedJobError as error:
+    except (FailedJobError, OSError) as error:
         for file in set(logs.iterdir()) - before:
             file.unlink()
         for folder, summary in zip(folders, summaries, strict=True):
             folder.replace_summary(summary)
-        raise UserError(slurm.refusal(str(error))) from None
+        if isinstance(error, FailedJobError):
+            raise UserError(slurm.refusal(str(error))) from None
+        raise UserError(
+            f"The job could not be written to {logs}: {error}. Make room there, or change launcher.experiment_log_dir; squeue "
+            "shows whether SLURM has a job of it all the same."
+        ) from None
     ids = [job.job_id for job in submitted]
+    for job_id, folder in zip(ids, folders, strict=True):
+        print(f"submitted job_id={job_id} folder={folder.path}", flush=True)
+    try:
+        note_submission(jobs, ids, logs)
+    except OSError as error:
+        print(f"warning: what was submitted could not be noted in {logs}: {error}.", file=sys.stderr)
+
+
+def note_submission(jobs: Sequence[Job], ids: Sequence[str], logs: Path) -> None:
+    """Write down in each run folder which job works for it, and with which configuration."""
+    folders = [run_folder(job) for job in jobs]
     if len(jobs) > 1:
         paths = [str(folder.path.absolute()) for folder in folders]
         write_atomically(logs / f"{ids[0].partition('_')[0]}_folders.json", f"{json.dumps(paths)}\n")
@@ -196,7 +225,6 @@ def hand_over(jobs: Sequence[Job], logs: Path) -> list[str]:
         known = folder.read_summary().get("job") or {}
         if "job_id" not in known:
             folder.write_summary(job=known | {"job_id": job_id})
-    return ids
 
 
 # ---- SLURM: the batch script --------------------------------------------------------------------------------------

@@ -47,6 +47,11 @@ class Range:
         )
 
 
+Count = Annotated[int, Range(low=0)]
+Natural = Annotated[int, Range(low=1)]
+Positive = Annotated[float, Range(above=0)]
+
+
 class Target(dict[str, Any]):
     """An object to build: `_target_` and its arguments. Not a type to instantiate; it marks fields of a schema."""
 

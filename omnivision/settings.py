@@ -6,19 +6,16 @@ into `Settings`, or raises one UserError that lists all problems; it imports not
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig
 
 from omnivision.errors import UserError
-from omnivision.schema import Range, Reader, Target, unknown_key
+from omnivision.schema import Count, Natural, Positive, Range, Reader, Target, unknown_key
+from omnivision.settings_submitit import SubmititSettings
 
-Count = Annotated[int, Range(low=0)]
 Seed = Annotated[int, Range(low=0, high=2**32 - 1)]
-Natural = Annotated[int, Range(low=1)]
-Positive = Annotated[float, Range(above=0)]
 Share = Annotated[float, Range(low=0, high=1)]
 ScaleFactor = Annotated[
     float,
@@ -29,9 +26,6 @@ ScaleFactor = Annotated[
 
 # Folders of choices, which a command line names beside settings.
 GROUPS = ("experiments", "trainer/model", "trainer/checkpoint", "trainer/optim", "trainer/data", "trainer/task")
-# Of submitit.dependency: one or several of these, joined by commas or question marks
-_ONE = r"((after|afterany|afterburstbuffer|aftercorr|afternotok|afterok)(:\d+(_(\d+|\*))?(\+\d+)?)+|singleton)"
-DEPENDENCY = rf"{_ONE}([,?]{_ONE})*"
 # What a decoder is made of; the model fills in the rest.
 DECODER = ("width", "depth", "heads")
 
@@ -175,28 +169,6 @@ class LauncherSettings:
 
 
 @dataclass
-class SubmititSettings:
-    use_cluster: bool
-    name: str
-    partition: str | None
-    account: str | None
-    qos: str | None
-    timeout_hour: Positive
-    cpus_per_task: Natural
-    mem: str | None
-    mem_gb: Positive | None
-    constraints: str | None
-    comment: str | None
-    exclude: str | None
-    nodelist: str | None
-    dependency: str | None
-    max_requeues: Count
-    signal_delay_s: Annotated[int, Range(low=1, high=65_535)] | None
-    setup: list[str]
-    additional_parameters: dict[str, Any]
-
-
-@dataclass
 class Settings:
     num_frames: Annotated[int, Range(low=1, high=4096)]
     image_size: Annotated[int, Range(low=1, high=4096)]
@@ -322,7 +294,7 @@ def contradictions(settings: Settings) -> list[str]:
             f"lr_scale_factor is {trainer.optim.lr_scale_factor:g}, but trainer.optim.options has no lr to divide. Give "
             "the learning rate there, or leave lr_scale_factor at 1."
         )
-    problems += _submission_problems(settings.submitit)
+    problems += settings.submitit.contradictions()
     problems += _batch_problems(settings, "", data.batch_size, data.views_per_clip, trainer.optim.accumulation_steps)
     if images := settings.images:
         where = "trainer.data.image."
@@ -352,21 +324,6 @@ def _batch_problems(settings: Settings, where: str, batch: int, views: int, piec
         for name, parts in names.items()
         if each % parts
     ]
-
-
-def _submission_problems(submitit: SubmititSettings) -> list[str]:
-    problems = []
-    if submitit.mem is not None and submitit.mem_gb is not None:
-        problems.append(
-            f"submitit.mem is {submitit.mem} and submitit.mem_gb is {submitit.mem_gb:g}; expected one of them. Set the other "
-            "to null."
-        )
-    if submitit.dependency is not None and not re.fullmatch(DEPENDENCY, submitit.dependency):
-        problems.append(
-            f"submitit.dependency is {submitit.dependency!r}; expected what SLURM takes, e.g. afterok:12, or afterok:12:13 to "
-            "wait for both."
-        )
-    return problems
 
 
 def _wrong_kinds(settings: Settings) -> list[str]:

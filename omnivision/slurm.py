@@ -139,6 +139,15 @@ def requeue(job_id: str, attempts: int = 3) -> str | None:
     return said
 
 
+def longest_array() -> int | None:
+    """How many elements an array may have; None when SLURM does not tell."""
+    try:
+        found = re.search(r"MaxArraySize\s*=\s*(\d+)", ask("scontrol", "show", "config"))
+    except (OSError, SubprocessError):
+        return None
+    return int(found[1]) if found else None
+
+
 def partition(name: str | None) -> list[NodeKind]:
     """The nodes of a partition (None: the default one); empty when SLURM does not tell."""
     fields = SEPARATOR.join(("%P", "%D", "%c", "%m", "%G", "%l"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -75,7 +76,7 @@ def _works_in(folder: RunFolder, job_id: str, state: slurm.JobState) -> bool:
     if state.is_over:
         return False
     found = run_folder_of(Path(state.command).parent, job_id)
-    return found is not None and found.path.absolute() == folder.path.absolute()
+    return found is not None and found.path.resolve() == folder.path.resolve()
 
 
 def require_free(folder: RunFolder, queue: Mapping[str, slurm.JobState]) -> None:
@@ -104,6 +105,28 @@ def require_one_shape(points: Sequence[Settings]) -> None:
                 )
 
 
+def check_array(runs: int) -> None:
+    """Raises UserError for a sweep of more runs than an array of this SLURM may have elements."""
+    limit = slurm.longest_array()
+    if runs > 1 and limit is not None and runs > limit:
+        raise UserError(
+            f"This sweep has {runs} runs, and an array of this SLURM at most {limit} elements (MaxArraySize). Sweep over fewer "
+            "at a time; what is finished or queued is left out."
+        )
+
+
+def check_setup(lines: Sequence[str]) -> None:
+    """Raises UserError for shell commands that bash cannot read: the job would end before its first line was done."""
+    for number, line in enumerate(lines):
+        made = subprocess.run(["bash", "-n"], input=f"{{ {line}\n}}", capture_output=True, text=True)
+        if made.returncode:
+            said = made.stderr.splitlines()[0].partition(": line ")[2].partition(": ")[2] or made.stderr.strip()
+            raise UserError(
+                f"submitit.setup[{number}] is {line!r}, and bash says: {said}. Expected a shell command that is "
+                "complete in one entry. Change submitit.setup."
+            )
+
+
 def check_partition(settings: Settings) -> None:
     """Raises UserError when the partition has no nodes that are large enough, which SLURM may only say by never starting a
     job. Silent when SLURM does not tell about its nodes.
@@ -113,11 +136,11 @@ def check_partition(settings: Settings) -> None:
     name = wanted.partition or "the default partition"
     gpus = 0 if settings.trainer.accelerator == "cpu" else launcher.gpus_per_node
     cpus = wanted.cpus_per_task * launcher.gpus_per_node
-    memory, minutes = wanted.mem_gb or 0.0, wanted.timeout_hour * 60
+    memory, minutes = wanted.memory_gb or 0.0, wanted.timeout_hour * 60
     needs: list[tuple[str, float, str, Any]] = [
         ("launcher.gpus_per_node", gpus, "GPUs (trainer.accelerator=cpu asks for none)", lambda kind: kind.gpus),
         ("submitit.cpus_per_task x launcher.gpus_per_node", cpus, "CPUs", lambda kind: kind.cpus),
-        ("submitit.mem_gb", memory, "GB of memory", lambda kind: kind.memory_gb),
+        ("submitit.mem" if wanted.mem else "submitit.mem_gb", memory, "GB of memory", lambda kind: kind.memory_gb),
     ]
     for setting, number, what, has in needs:
         if kinds and (most := max(has(kind) for kind in kinds)) < number:
@@ -171,9 +194,9 @@ def check_folders(folders: Sequence[Path]) -> None:
         return
     local = None
     for folder in folders:
-        if "%" in str(folder):
+        if wrong := [sign for sign in "%\\\n\r" if sign in str(folder)]:
             raise UserError(
-                f"launcher.experiment_log_dir is {folder}; SLURM puts numbers in the place of % in the names of files. "
+                f"launcher.experiment_log_dir is {str(folder)!r}, and SLURM cannot have {wrong[0]!r} in the names of files. "
                 "Expected a folder without it. Change launcher.experiment_log_dir."
             )
         there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists()).resolve()

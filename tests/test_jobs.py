@@ -17,10 +17,18 @@ from omnivision.jobs import Task, environment, fruitless_starts, history, note, 
 from omnivision.launch import setup_lines, signal_delay
 from omnivision.process import Job
 from omnivision.reporting.run_folder import RunFolder
-from omnivision.settings import check
+from omnivision.settings import Settings, check
 from omnivision.slurm import JobState, minutes, moment, refusal
 from omnivision.stopping import TIME_LIMIT
-from omnivision.submission import check_dependency, check_folders, is_finished, is_queued, require_free
+from omnivision.submission import (
+    check_array,
+    check_dependency,
+    check_folders,
+    check_setup,
+    is_finished,
+    is_queued,
+    require_free,
+)
 from tests import runs, stage_runs
 
 SLURM = {
@@ -245,6 +253,56 @@ class BatchScript(Folder):
             left, told = self.leave("(exit 137)", *setup)
             self.assertEqual(left, 137, setup)
             self.assertRegex(told, "^failed: job 12: .*SIGKILL")
+
+
+def settings_of(*overrides: str) -> Settings:
+    return check(stage_runs.composed(*runs.STAGE_1[2:], "launcher.experiment_log_dir=/runs/mae", *overrides))
+
+
+class WhatSlurmWouldNotTake(unittest.TestCase):
+    def problems(self, *overrides: str) -> str:
+        with self.assertRaises(UserError) as refused:
+            settings_of(*overrides)
+        return str(refused.exception)
+
+    def test_what_slurm_would_misunderstand(self):
+        for override, saying in (
+            ('submitit.name="a\nb"', r"submitit.name is 'a\\nb'; expected one line"),
+            (
+                "++submitit.additional_parameters.time=1",
+                "additional_parameters.time .* use submitit.timeout_hour instead",
+            ),
+            ("++submitit.additional_parameters.test_only=true", "additional_parameters.test_only .* leave it out"),
+            ("submitit.timeout_hour=1e9", "submitit.timeout_hour is 1.*at most 100000"),
+            ("submitit.dependency='afterok:1,afterok:2?singleton'", "submitit.dependency is"),
+        ):
+            self.assertRegex(self.problems(override), saying)
+
+    def test_memory(self):
+        given = {"4G": 4, "2048": 2, "1T": 1024, "524288K": 0.5, "64GB": 64, "0": None, "4g": 4, "much": None}
+        for text, gigabytes in given.items():
+            self.assertEqual(settings_of(f"submitit.mem='{text}'").submitit.memory_gb, gigabytes, text)
+        self.assertEqual(settings_of("submitit.mem_gb=1.5").submitit.memory_gb, 1.5)
+
+    def test_a_shell_command_that_bash_cannot_read(self):
+        check_setup(["module load cuda", "if true; then\n  echo yes\nfi", "cat <<E\nx\nE"])
+        for line in ("}", "echo 'open", "if true; then"):
+            with self.assertRaisesRegex(UserError, r"submitit.setup\[1\] is .* bash says: (syntax error|unexpected)"):
+                check_setup(["true", line])
+
+    def test_jobs_of_other_kinds_in_the_queue(self):
+        mine = ["12", "RUNNING", "None", "two\nlines \ufffd", "/x/submitit_logs/y.sh", "(null)"]
+        answer = "".join(f"{slurm.SEPARATOR.join(fields)}{slurm.END}\n" for fields in (mine, ["13", "odd"]))
+        with mock.patch.object(slurm, "ask", return_value=answer):
+            self.assertEqual(
+                slurm.queue(), {"12": JobState("RUNNING", "", "two\nlines \ufffd", "/x/submitit_logs/y.sh")}
+            )
+
+    def test_an_array_that_is_too_long(self):
+        with mock.patch.object(slurm, "ask", return_value="Other = 1\nMaxArraySize            = 101\n"):
+            check_array(101)
+            with self.assertRaisesRegex(UserError, "150 runs, and an array of this SLURM at most 101"):
+                check_array(150)
 
 
 class Environment(unittest.TestCase):

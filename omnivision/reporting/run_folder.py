@@ -41,13 +41,14 @@ class RunFolder:
         self._released = threading.Event()
         self._held = False
 
-    def create(self) -> None:
+    def create(self, *more: str) -> None:
+        """Make the folder, with `more` folders in it. Raises UserError when one cannot be made and written."""
         try:
-            for folder in (self.logs, self.checkpoints):
+            for folder in (self.path, self.logs, self.checkpoints, *(self.path / name for name in more)):
                 folder.mkdir(parents=True, exist_ok=True)
-            probe = self.path / f".writable.{os.getpid()}"
-            probe.touch()
-            probe.unlink()
+                probe = folder / f".writable.{os.getpid()}"
+                probe.touch()
+                probe.unlink()
         except OSError as error:
             raise UserError(
                 f"The run folder {self.path.absolute()} cannot be written: {error.strerror} ({error.filename}). Expected a "

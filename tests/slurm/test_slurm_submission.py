@@ -177,7 +177,7 @@ class Submitted(OnCluster):
         )
         refused("dependency is 'after:x'; expected what SLURM takes", "submitit.dependency='after:x'")
         refused("batch_size is 8 for the 3 processes of a node", "launcher.gpus_per_node=3")
-        refused("SLURM puts numbers in the place of %", f"launcher.experiment_log_dir={self.folder}/a%j")
+        refused("SLURM cannot have '%'", f"launcher.experiment_log_dir={self.folder}/a%j")
         refused("cannot be written", f"launcher.experiment_log_dir={self.folder / 'slurm' / 'slurm.conf'}")
         refused("site=lab chooses the file site/lab.yaml of a folder of your own, .*--config-dir", "+site=lab")
         refused("lies in this machine's memory", "launcher.experiment_log_dir=/dev/shm/run")
