@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import unittest
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -145,6 +146,15 @@ class Submitted(OnCluster):
         job = re.findall(r"job_id=(\d+)", made.stdout)[0]
         again = self.shell(*command)
         self.assertRegex(again.stdout, rf"^queued job_id={job} state=(PENDING|RUNNING|CONFIGURING) folder=\S+\n$")
+        link = self.folder / "link"
+        link.symlink_to(self.folder)
+        twice = [*self.demo, *SUBMITTED, "++submitit.additional_parameters.hold=true"]
+        with ThreadPoolExecutor() as at_once:
+            folders = [f"launcher.experiment_log_dir={base / 'twice'}" for base in (self.folder, link)]
+            made_twice = list(at_once.map(lambda folder: self.shell(*twice, folder).stdout, folders))
+        self.assertEqual(sorted(said.partition(" ")[0] for said in made_twice), ["queued", "submitted"], made_twice)
+        [held] = {found for said in made_twice for found in re.findall(r"job_id=(\d+)", said)}
+        self.cluster.ask("scancel", held)
         self.assert_refused(
             self.shell(*command, "epochs=9"), f"Job {job} is in the queue .* epochs: 1 -> 9.*scancel {job}"
         )
