@@ -143,7 +143,9 @@ def submit(jobs: Sequence[Job]) -> int:
     logs.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as guards:
         # The same command given twice at once: the second waits here, and then finds the first one's job.
-        for guarded in sorted({logs, *(run_folder(job).path.resolve() / LOGS for job in wanted)}):
+        for guarded in sorted(
+            {folder.resolve() for folder in (logs, *(run_folder(job).path / LOGS for job in wanted))}
+        ):
             guards.enter_context(alone(guarded / ".submission"))
         queue = known_jobs()
         wanted = [job for job in wanted if not is_queued(job, queue)]
