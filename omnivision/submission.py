@@ -59,8 +59,9 @@ def is_queued(job: Job, queue: Mapping[str, slurm.JobState]) -> bool:
     if state == "COMPLETING" and folder.read_summary().get("status") not in WAITING:
         return False  # it has ended, and comes back only if it said so
     changes = changed_settings(folder.path / LOGS / f"{job_id}_config.yaml", job.config_text)
-    # What it waits for may have ended since, and the command then has nothing to wait for.
-    if changes := [change for change in changes if not change.startswith("submitit.dependency:")]:
+    # What it waits for may have ended since, and the command then has nothing to wait for. A folder may have two names.
+    same = ("submitit.dependency:", "launcher.experiment_log_dir:")
+    if changes := [change for change in changes if not change.startswith(same)]:
         raise UserError(
             f"Job {job_id} is in the queue ({state}) for {folder.path}, with other settings: {'; '.join(changes)}. Give "
             f"the same again, end it with scancel {job_id}, or change launcher.experiment_log_dir."
