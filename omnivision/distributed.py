@@ -102,6 +102,11 @@ class Processes:
             dist.all_reduce(values, group=self.control)
         return values
 
+    def sum_in_place(self, values: Tensor) -> None:
+        """Sum over all processes where `values` lie, on the training device; nobody waits for the result."""
+        if self.world > 1:
+            dist.all_reduce(values)
+
     def gather(self, value: Any) -> list[Any]:
         """The values of all processes, in the order of their ranks, in every process."""
         if self.world == 1:

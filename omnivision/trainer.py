@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from omnivision import checkpoint
+from omnivision.agreement import Agreement
 from omnivision.data.batch import BadSample, Batch
 from omnivision.data.dataset import ClipDataset
 from omnivision.data.epoch import EpochPlan, SourcePlan
@@ -91,6 +92,18 @@ class State:
     seconds: float = 0.0
 
 
+@dataclass(frozen=True)
+class Posted:
+    """A step whose facts are on their way; scalars on the device."""
+
+    number: int
+    loss: Tensor
+    norm: Tensor
+    finite: Tensor
+    paths: list[str]
+    bad: list[BadSample]
+
+
 @dataclass
 class Interval:
     """What happened between two lines of the log."""
@@ -140,6 +153,8 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=halves)
         self.steps_per_epoch = 1 if train is None else train.plan.steps
         self.state, self.meter = State(), Meter()
+        self.agreement: Agreement[Posted] = Agreement(processes)
+        self.loss = self.norm = math.nan  # of the last step that was heard of
         self.last: dict[str, Any] = {}
         self.began = time.monotonic()  # of the seconds that are not yet in the state
 
@@ -193,30 +208,39 @@ class Trainer:
             asked = time.monotonic()
             batch = next(batches)
             interval.waited += time.monotonic() - asked
-            loss, norm = self.train_step(batch.to(self.processes.device))
+            self.train_step(batch)
             self.stop.note_step(time.monotonic() - asked)
             self.state.step += 1
             interval.clips += len(batch) * self.processes.world
 
             last_of_epoch = self.state.step == self.steps_per_epoch
+            log = self.global_step % options.log_freq == 0 or last_of_epoch
+            save = self.leaving or due(self.global_step, options.save_every_steps)
+            # Only what is written somewhere must be known at once.
+            self._hear(but=0 if log or save else 1)
             if self.state.step == 1 and due(epoch, options.pictures_every_epochs):
                 self._pictures(batch, f"epoch_{epoch:04d}")  # so many epochs are done
             if last_of_epoch and epoch + 1 == options.max_epochs and options.pictures_every_epochs:
                 self._pictures(batch, "last")
-            if self.global_step % options.log_freq == 0 or last_of_epoch:
-                figures = {"loss": loss, "lr": self.optimizer.lr, "grad_norm": norm} | interval.figures()
+            if log:
+                figures = {"loss": self.loss, "lr": self.optimizer.lr, "grad_norm": self.norm} | interval.figures()
                 self.last |= figures
                 self.reporter.step(epoch, options.max_epochs, self.global_step, figures)
                 interval = Interval()
             if self.leaving:
+                self._hear()
                 self._leave()
-            if options.save_every_steps and self.global_step % options.save_every_steps == 0 and not last_of_epoch:
+            if save and not last_of_epoch:
                 self.save([])
 
-    def train_step(self, batch: Batch) -> tuple[float, float]:
-        """One optimizer step on a batch, in the pieces that its source's plan says. Returns its loss and gradient norm."""
-        options = self.options
-        self._agree_on_batch(batch)
+    def train_step(self, batch: Batch) -> None:
+        """One optimizer step on a batch, in the pieces that its source's plan says. What came of it, `_hear` tells.
+
+        Nothing here waits for the device.
+        """
+        options, clips = self.options, self.source_plan(batch).clips // self.processes.world
+        short = len(batch) < clips
+        batch = (batch.filled(clips) if short else batch).to(self.processes.device)
         self.optimizer.set_progress(self.global_step / self.total_steps)
         torch.manual_seed(int(draws(options.seed, MODEL_DRAW, self.global_step, self.processes.rank).integers(2**62)))
         pieces = batch.split(self.source_plan(batch).pieces)
@@ -225,19 +249,28 @@ class Trainer:
             with without_sync(self.model, skip=number < len(pieces) - 1):
                 with self._autocast():
                     output = self.task.training_step(self.model, piece)
-                self.scaler.scale(output.loss / len(pieces)).backward()
+                # A batch that is not whole must not change the weights of any process: its gradients become NaN.
+                share = math.nan if short else 1 / len(pieces)
+                self.scaler.scale(output.loss * share).backward()
             self.meter.add(piece.source, output.sums, output.count)
             losses.append(output.loss.detach())
         loss = torch.stack(losses).mean()
         self.scaler.unscale_(self.optimizer.optimizer)
         norm = nn.utils.clip_grad_norm_(self.optimizer.parameters(), options.gradient_clip or math.inf)
-        mean_loss = self._agree_to_go_on(batch, loss, norm)
-        self.scaler.step(self.optimizer.optimizer)
-        self.scaler.update()
+        spoiled = ~norm.isfinite()  # in all processes alike: they have averaged the gradients
+        # With fp16 the gradient overflows now and then by design: the scaler then skips the step and scales down.
+        finite = loss.isfinite() & (norm.isfinite() | self.scaler.is_enabled())
+        step = Posted(self.global_step + 1, loss, norm, finite, batch.paths, batch.bad)
+        facts = (loss, norm, ~finite, short, len(batch.bad), self.stop.cause is not None)
+        self.agreement.post(step, facts)
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer.optimizer)
+            self.scaler.update()
+        else:
+            self.optimizer.step(spoiled)
         self.optimizer.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
             self.ema.update()
-        return mean_loss, float(norm)
 
     def evaluate(self) -> Evaluation | None:
         """Evaluate on the validation videos (the moving average of the weights, if there is one) and log the figures.
@@ -367,41 +400,38 @@ class Trainer:
         """Why all stop when at least one was asked to."""
         return next(cause for cause in self.processes.gather(self.stop.cause) if cause is not None)
 
-    def _agree_to_go_on(self, batch: Batch, loss: Tensor, norm: Tensor) -> float:
-        """All processes learn whether one of them met a number that is not finite, before it reaches the weights, and
-        whether one was asked to stop. Returns the loss averaged over them.
+    def _hear(self, but: int = 0) -> None:
+        """All processes learn of the steps so far, but for the newest `but`: their loss, bad files and batches, numbers that
+        are not finite, and whether one was asked to stop. Raises NonFiniteError and UserError, in all of them.
         """
-        # With fp16 the gradient overflows now and then by design: the scaler then skips the step and scales down.
-        finite = bool(loss.isfinite()) and (self.scaler.is_enabled() or bool(norm.isfinite()))
-        facts = torch.tensor([float(loss), not finite, self.stop.cause is not None], dtype=torch.float64)
-        total_loss, not_finite, asked = self.processes.sum(facts).tolist()
-        self.leaving = bool(asked)
-        if not_finite:
-            found = self.processes.gather(None if finite else (float(loss), float(norm), sorted(set(batch.paths))))
-            details = "; ".join(
-                f"process {rank}: loss {entry[0]}, gradient norm {entry[1]}, samples {', '.join(entry[2])}"
-                for rank, entry in enumerate(found)
-                if entry is not None
-            )
-            raise NonFiniteError(
-                f"Step {self.global_step + 1} gave a loss or gradient that is not finite ({details}). The weights were not "
-                "changed by this step. Lower the learning rate, set trainer.optim.gradient_clip, or look at these samples.",
-                everywhere=True,
-            )
-        return total_loss / self.processes.world
+        for step, (loss, norm, not_finite, short, bad, asked) in self.agreement.read(but):
+            self.loss, self.norm = loss / self.processes.world, norm / self.processes.world
+            self.leaving = self.leaving or bool(asked)
+            if bad:
+                self._record(step.bad)
+            if short:
+                raise UserError(
+                    f"{int(bad)} files of one batch could not be decoded, many of them replacements for one another; all are "
+                    f"in {self.ledger.path}. Check datasets.NAME.prefix, and that the data is mounted.",
+                    everywhere=True,
+                )
+            if not_finite:
+                self._tell_what_is_not_finite(step)
 
-    def _agree_on_batch(self, batch: Batch) -> None:
-        """Note bad files of all processes; a batch is short when many in a row did not decode, and then all stop."""
-        short = len(batch) * self.processes.world < self.source_plan(batch).clips
-        anywhere_short, bad = self.processes.sum(torch.tensor([short, len(batch.bad)], dtype=torch.int64)).tolist()
-        if bad:
-            self._record(batch.bad)
-        if anywhere_short:
-            raise UserError(
-                f"{bad} files of one batch could not be decoded, many of them replacements for one another; all are in "
-                f"{self.ledger.path}. Check datasets.NAME.prefix, and that the data is mounted.",
-                everywhere=True,
-            )
+    def _tell_what_is_not_finite(self, step: Posted) -> NoReturn:
+        found = self.processes.gather(
+            None if step.finite else (float(step.loss), float(step.norm), sorted(set(step.paths)))
+        )
+        details = "; ".join(
+            f"process {rank}: loss {entry[0]}, gradient norm {entry[1]}, samples {', '.join(entry[2])}"
+            for rank, entry in enumerate(found)
+            if entry is not None
+        )
+        raise NonFiniteError(
+            f"Step {step.number} gave a loss or gradient that is not finite ({details}). The weights were not changed by this "
+            "step. Lower the learning rate, set trainer.optim.gradient_clip, or look at these samples.",
+            everywhere=True,
+        )
 
     def _record(self, bad: list[BadSample]) -> None:
         everywhere = [sample for part in self.processes.gather(bad) for sample in part]
@@ -412,7 +442,7 @@ class Trainer:
                 self.folder.write_summary(bad_samples=len(self.ledger))
 
     def _pictures(self, batch: Batch, name: str) -> None:
-        if self.processes.is_main:
+        if self.processes.is_main and len(batch):
             self.bare.eval()
             with self._autocast():
                 made = self.task.pictures(self.bare, batch.to(self.processes.device))

@@ -11,7 +11,7 @@ from tests.runs import ROOT
 
 FLOORS = {
     0: ["errors", "files", "safe"],
-    1: ["distributed", "stopping", "metrics", "optim.schedules", "models.patches"],
+    1: ["distributed", "agreement", "stopping", "metrics", "optim.schedules", "models.patches"],
     2: ["data", "models", "optim", "demo"],
     3: ["tasks", "evaluation", "prepare"],
     4: ["checkpoint", "reporting", "weights", "interop", "slurm"],
@@ -22,6 +22,7 @@ FLOORS = {
 # Within a floor, these are above the others.
 RAISED = {
     "files": 0.5,
+    "agreement": 1.5,
     "metrics": 1.5,
     "demo": 2.5,
     "evaluation": 3.5,

@@ -1,5 +1,6 @@
 """The loop, on made-up clips in this process: equivalences, checkpoints, validation, and what stops it."""
 
+import dataclasses
 import functools
 import io
 import json
@@ -14,12 +15,13 @@ from unittest import mock
 import numpy as np
 import torch
 from rich.console import Console
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from omnivision import checkpoint
-from omnivision.data.batch import BadSample, Sample
+from omnivision.data.batch import BadSample, Batch, Sample
 from omnivision.data.catalog import Dataset
 from omnivision.data.epoch import EpochPlan, Request, SourcePlan
-from omnivision.data.loader import Workers
+from omnivision.data.loader import Workers, train_batches
 from omnivision.data.masking import RandomMask
 from omnivision.data.order import draws
 from omnivision.distributed import Place, Processes
@@ -33,6 +35,7 @@ from omnivision.reporting.bad_samples import BadSampleLedger
 from omnivision.reporting.reporter import Reporter
 from omnivision.reporting.run_folder import RunFolder
 from omnivision.resuming import take_up
+from omnivision.tasks.base import StepOutput
 from omnivision.tasks.reconstruct import Reconstruct
 from omnivision.trainer import Options, TrainData, Trainer, ValData
 
@@ -88,6 +91,20 @@ def trainer(folder: Path, train: Noise | None = None, val: Noise | None = None, 
     )
     take_up(made)
     return made
+
+
+class Waits(TorchDispatchMode):
+    """Notes the operations whose result the host needs before it can go on: an accelerator would stand still."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function.overloadpacket)
+        if name in ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.equal", "aten.unique_dim"):
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
 
 
 class Loop(unittest.TestCase):
@@ -400,10 +417,70 @@ class Loop(unittest.TestCase):
             self.assertTrue(torch.equal(value, before[name]) or name == "heads.0.projector.bias", name)
         self.assertIsNone(checkpoint.load_newest(made.folder.checkpoints))
 
+    def test_a_step_that_is_heard_of_late_has_not_changed_the_weights_either(self):
+        for name, make in (("fused", functools.partial(torch.optim.AdamW, fused=True)), ("sgd", torch.optim.SGD)):
+            made = trainer(self.folder / name, log_freq=100)
+            made.optimizer = ScheduledOptimizer(made.bare, made.optimizer.groups, make)
+            self.spoil(made, step=2)
+            seen = self.watch(made)
+            with self.assertRaisesRegex(NonFiniteError, r"Step 2 .*loss nan.*\.mp4"):
+                made.fit()
+            self.assertEqual(sorted(seen), [1, 2, 3], "told after the next step")
+            self.assert_same(seen[1], seen[2])
+            with self.assertRaises(AssertionError):
+                self.assert_same(seen[2], seen[3])
+            for state in made.optimizer.optimizer.state.values():
+                self.assertTrue(all(bool(value.isfinite().all()) for value in state.values() if value is not None))
+
+    def spoil(self, made: Trainer, step: int) -> None:
+        training_step = made.task.training_step
+
+        def spoilt(model: torch.nn.Module, batch: Batch) -> StepOutput:
+            output = training_step(model, batch)
+            return (
+                dataclasses.replace(output, loss=output.loss * float("nan")) if made.global_step + 1 == step else output
+            )
+
+        made.task.training_step = spoilt  # type: ignore[method-assign]
+
+    def watch(self, made: Trainer) -> dict[int, dict[str, torch.Tensor]]:
+        """The weights after each step, by number."""
+        seen, train_step = {}, made.train_step
+
+        def watched(batch: Batch) -> None:
+            train_step(batch)
+            seen[made.global_step + 1] = {name: value.clone() for name, value in made.bare.state_dict().items()}
+
+        made.train_step = watched  # type: ignore[method-assign]
+        return seen
+
     def test_a_short_batch_stops_with_the_files(self):
-        made = trainer(self.folder / "short", train=Noise(12, bad=tuple(range(12))))
-        with self.assertRaisesRegex(UserError, r"4 files of one batch .*bad_samples\.jsonl"):
-            made.fit()
+        for count, bad in ((1, (0,)), (4, tuple(range(12)))):
+            made = trainer(self.folder / f"short_{count}", train=Noise(12, bad=bad), log_freq=100)
+            before = {name: value.clone() for name, value in made.bare.state_dict().items()}
+            with self.assertRaisesRegex(UserError, rf"{count} files of one batch .*bad_samples\.jsonl"):
+                made.fit()
+        self.assert_same(before, made.bare.state_dict())  # the first batch was the short one
+
+    def test_a_step_never_waits_for_the_device(self):
+        for name, options in (
+            ("plain", {}),
+            ("clipped", {"gradient_clip": 1.0, "ema_decay": 0.9}),
+            ("pieces", {"pieces": 2}),
+        ):
+            made = trainer(self.folder / name, **options)
+            made.optimizer = ScheduledOptimizer(
+                made.bare, made.optimizer.groups, functools.partial(torch.optim.AdamW, fused=True)
+            )
+            batch = next(
+                train_batches(made.train.dataset, made.train.plan, (0, 0), 1, rank=0, world=1, workers=Workers())
+            )
+            with Waits() as waits:
+                made.train_step(batch)
+            self.assertEqual(waits.found, [])
+        with Waits() as waits:
+            float(made.agreement.read().__next__()[0].loss)
+        self.assertEqual(waits.found, ["aten._local_scalar_dense"], "it would be found")
 
     def test_another_number_of_steps_is_another_run(self):
         self.fit("run")

@@ -57,6 +57,14 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         return self._tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
+    def filled(self, clips: int) -> Batch:
+        """As many clips as there should be: those that there are again and again, or black ones if there are none."""
+        if not len(self):
+            whole = self._tensors(lambda tensor: tensor.new_zeros((clips, *tensor.shape[1:])))
+            return replace(whole, paths=[""] * clips, num_masked=max(1, self.num_masked))
+        again = torch.arange(clips) % len(self)
+        return replace(self._tensors(lambda tensor: tensor[again]), paths=[self.paths[i] for i in again.tolist()])
+
     def pin_memory(self) -> Batch:
         return self._tensors(Tensor.pin_memory)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from omnivision.errors import UserError
 from omnivision.optim.schedules import Schedule
@@ -155,6 +155,21 @@ class ScheduledOptimizer:
         for group, target in zip(self.groups, self.optimizer.param_groups, strict=True):
             for option, schedule in group.schedules.items():
                 target[option] = schedule(progress) * (group.scale if option == "lr" else 1)
+
+    def step(self, spoiled: Tensor) -> None:
+        """One step, unless the gradients are `spoiled` (bool, a scalar): then nothing changes.
+
+        Fused optimizers are told on the device, by the names that torch's own GradScaler uses; others make the host wait.
+        """
+        optimizer: Any = self.optimizer
+        if getattr(optimizer, "_step_supports_amp_scaling", False):
+            optimizer.grad_scale, optimizer.found_inf = None, spoiled.float()
+            try:
+                optimizer.step()
+            finally:
+                del optimizer.grad_scale, optimizer.found_inf
+        elif not spoiled:
+            optimizer.step()
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Put a state of `optimizer.state_dict()` back. Raises ValueError when it is of another optimizer or other groups."""
