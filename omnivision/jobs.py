@@ -32,7 +32,7 @@ class Task:
 
     job_id: str
     number: (
-        int  # of its own; the last element of an array has that of the array, which SLURM's commands take for all of it
+        int  # its own; the last element of an array has that of the array, which SLURM's commands take for all of it
     )
     rank: int
     world: int
@@ -91,7 +91,7 @@ def note(folder: RunFolder, event: str, token: str, **facts: Any) -> None:
 def history(folder: RunFolder, token: str | None = None) -> list[dict[str, Any]]:
     """What happened to the jobs of a run folder, or to those of one submission, oldest first."""
     file = folder.path / LOGS / "history.jsonl"
-    lines = [line for line in read_lines(file) if isinstance(line.get("event"), str)] if file.exists() else []
+    lines = [line for line in read_lines(file) if isinstance(line.get("event"), str)] if file.is_file() else []
     return [line for line in lines if token is None or line.get("token") == token]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -119,6 +120,11 @@ def check_array(runs: int) -> None:
 def check_setup(lines: Sequence[str]) -> None:
     """Raises UserError for shell commands that bash cannot read: the job would end before its first line was done."""
     for number, line in enumerate(lines):
+        if re.match(r"\s*exec\s+[^\s\d<>&{]", line):
+            raise UserError(
+                f"submitit.setup[{number}] is {line!r}: exec ends the batch script, and nothing is trained. Give the command "
+                "without exec. Change submitit.setup."
+            )
         made = subprocess.run(["bash", "-n"], input=f"{{ {line}\n}}", capture_output=True, text=True)
         if made.returncode:
             said = made.stderr.splitlines()[0].partition(": line ")[2].partition(": ")[2] or made.stderr.strip()

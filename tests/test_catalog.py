@@ -10,7 +10,7 @@ import numpy as np
 
 from omnivision.data.catalog import Dataset, LabelSets, Split, SplitFiles, label_sets
 from omnivision.errors import UserError
-from omnivision.preflight import label_warnings
+from omnivision.preflight import file_warnings, label_warnings
 
 
 class Canary:
@@ -88,6 +88,17 @@ class Labels(Folder):
             Dataset("a", num_classes=2, class_names=str(file)).names()
         with self.assertRaisesRegex(UserError, r"datasets\.a\.class_names is .*cannot be read"):
             Dataset("a", num_classes=3, class_names=str(self.folder / "none.txt")).names()
+
+    def test_films_of_which_none_is_there_are_a_warning(self):
+        np.save(self.folder / "p.npy", np.array([f"{number}.mp4" for number in range(100)]))
+        split = Split(
+            Dataset("d", prefix=f"{self.folder}/", train=SplitFiles(str(self.folder / "p.npy"))),
+            "train",
+        )
+        (warning,) = file_warnings([split])
+        self.assertRegex(warning, r"^none of 16 files .* of d's train split is there, .*Unless .* datasets\.d\.prefix")
+        (self.folder / "0.mp4").touch()
+        self.assertEqual(file_warnings([split]), [])
 
     def test_classes_that_never_occur_are_a_warning(self):
         np.save(self.folder / "p.npy", np.array(["a", "b", "c"]))

@@ -1,5 +1,7 @@
 """What a run folder knows of its jobs, and what SLURM's answers mean; the cluster itself is in tests/slurm."""
 
+import contextlib
+import io
 import os
 import subprocess
 import tempfile
@@ -10,7 +12,9 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from unittest import mock
 
-from omnivision import job_record, jobs, slurm
+from submitit.core.utils import FailedJobError
+
+from omnivision import job_record, jobs, launch, slurm
 from omnivision.errors import Terminated, UserError
 from omnivision.job_record import JobRecord, lost_contact
 from omnivision.jobs import Task, environment, fruitless_starts, history, note, settled, waits
@@ -28,6 +32,7 @@ from omnivision.submission import (
     is_finished,
     is_queued,
     require_free,
+    warn_of_other_settings,
 )
 from tests import runs, stage_runs
 
@@ -248,6 +253,13 @@ class BatchScript(Folder):
             self.assertEqual(left, code)
             self.assertRegex(told, rf"^failed: job 12: submitit.setup ended the job: {setup[-1]} .exit code {code}.")
 
+    def test_a_signal_to_the_whole_job_does_not_end_the_script_before_its_last_lines(self):
+        for signal in ("USR2", "TERM"):
+            self.assertEqual(self.leave(f"kill -{signal} $$; true"), (0, "None: None"))
+            left, told = self.leave(f"kill -{signal} $$; (exit 7)")
+            self.assertEqual(left, 7, signal)
+            self.assertRegex(told, "^failed: job 12: .*exit code 7")
+
     def test_the_end_of_the_tasks_is_told_whatever_the_users_lines_have_set(self):
         for setup in ([], ["set -e"], ["set -u"], ["job=x", "logs=/nowhere", "code=0"], ["cd /"]):
             left, told = self.leave("(exit 137)", *setup)
@@ -285,9 +297,13 @@ class WhatSlurmWouldNotTake(unittest.TestCase):
         self.assertEqual(settings_of("submitit.mem_gb=1.5").submitit.memory_gb, 1.5)
 
     def test_a_shell_command_that_bash_cannot_read(self):
-        check_setup(["module load cuda", "if true; then\n  echo yes\nfi", "cat <<E\nx\nE"])
-        for line in ("}", "echo 'open", "if true; then"):
-            with self.assertRaisesRegex(UserError, r"submitit.setup\[1\] is .* bash says: (syntax error|unexpected)"):
+        check_setup(["module load cuda", "if true; then\n  echo yes\nfi", "cat <<E\nx\nE", "exec 2>log"])
+        unreadable = "bash says: (syntax error|unexpected)"
+        for line, saying in (
+            ("}", unreadable), ("echo 'open", unreadable), ("if true; then", unreadable),
+            ("exec srun python", "exec ends the batch script"), (" exec /bin/true", "exec ends the batch script"),
+        ):  # fmt: skip
+            with self.assertRaisesRegex(UserError, rf"submitit.setup\[1\] is .* ?{saying}", msg=line):
                 check_setup(["true", line])
 
     def test_jobs_of_other_kinds_in_the_queue(self):
@@ -376,6 +392,38 @@ class Submission(Folder):
             self.assertEqual(is_finished(self.job(*overrides).settings, self.folder), finished, overrides)
         self.folder.write_summary(status="interrupted", epochs=3)
         self.assertFalse(is_finished(self.job("epochs=3").settings, self.folder))
+
+    def test_a_finished_run_of_other_settings_is_told(self):
+        config = self.folder.path / "config.yaml"
+        for before, told in (
+            ("epochs: 1\nlauncher: {num_nodes: 8}\nsubmitit: {mem_gb: 9}\n", None),
+            ("epochs: 2\n", "had other settings: epochs: 2 -> 1. For a run with these"),
+        ):
+            config.write_text(before)
+            with contextlib.redirect_stderr(io.StringIO()) as said:
+                warn_of_other_settings(self.job())
+            if told is None:
+                self.assertEqual(said.getvalue(), "")
+            else:
+                self.assertRegex(said.getvalue(), f"^warning: .*{told}")
+
+    def test_what_cannot_be_submitted_leaves_everything_as_it_was(self):
+        logs = self.folder.path / jobs.LOGS
+        self.folder.write_summary(status="interrupted", exit_reason="before", job={"job_id": "3"})
+        before = self.folder.read_summary()
+
+        def refused(*_: str) -> None:
+            (logs / "new_submitted.pkl").touch()
+            raise errors.pop()
+
+        errors = [OSError(28, "No space left on device"), FailedJobError("sbatch: error: Invalid qos specification\n")]
+        for saying in ("SLURM refused .* Change submitit.qos", "not be written to .*No space left .*Make room there"):
+            executor = mock.Mock(submit=mock.Mock(side_effect=refused))
+            with mock.patch.object(launch, "slurm_executor", return_value=executor):
+                with self.assertRaisesRegex(UserError, saying):
+                    launch.hand_over([self.job()], logs)
+            self.assertEqual(list(logs.iterdir()), [])
+            self.assertEqual(self.folder.read_summary(), before)
 
     def test_summaries_that_somebody_else_wrote(self):
         file = self.folder.path / "summary.json"

@@ -265,6 +265,13 @@ class Recipe(OnPath):
             self.assertFalse((self.folder / stage).exists())
         self.assertTrue((self.folder / "average_ucf101").exists(), "it starts from others")
 
+    def test_help_is_the_head_of_the_script(self):
+        for asked in ("--help", "-h"):
+            made = self.recipe(asked)
+            self.assertEqual((made.returncode, made.stderr), (0, ""))
+            self.assertRegex(made.stdout, "^The whole recipe from one command")
+            self.assertRegex(made.stdout, r"--dry shows the stages.*\n$")
+
     def test_dry_submits_nothing_and_a_sweep_is_refused(self):
         for shell in SHELLS:
             shown = self.recipe("--dry", "-x", shell=shell, DOWNSTREAM="ucf101")

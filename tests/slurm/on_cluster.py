@@ -51,9 +51,9 @@ class OnCluster(unittest.TestCase):
             timeout=120,
         )
 
-    def submit(self, *command: str) -> str:
+    def submit(self, *command: str, **more: str) -> str:
         """Submit what a command line describes; returns the id of its job."""
-        result = self.shell(*command, *SUBMITTED)
+        result = self.shell(*command, *SUBMITTED, **more)
         self.assertEqual(result.returncode, 0, result.stderr)
         found = re.fullmatch(r"submitted job_id=(\S+) folder=\S+\n", result.stdout)
         assert found is not None, result.stdout

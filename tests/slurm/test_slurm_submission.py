@@ -225,6 +225,7 @@ class Submitted(OnCluster):
         )
         self.assert_same_weights(self.folder / "sweep/seed_3", self.folder / "alone")
         self.assertEqual(history(self.folder / "sweep/seed_3", "start")[0]["job"], f"{array}_2")
+        self.assertFalse((self.folder / "multirun").exists(), "which Hydra makes for a sweep")
         again = self.shell(*[word.replace("1,2,3,4", "1,2,3,4,5") for word in command])
         self.assertEqual(again.stdout.count("finished folder="), 4)
         [fifth] = re.findall(r"submitted job_id=(\d+) folder=\S+seed_5\n", again.stdout)
@@ -263,7 +264,7 @@ class Submitted(OnCluster):
         """After SLURM was set up anew its ids start over: what an old job left is not taken for the new one's."""
         run = self.folder / "reused"
         command = [*self.demo, f"launcher.experiment_log_dir={run}"]
-        first = self.submit(*command)
+        first = self.submit(*command, SBATCH_EXPORT="NONE")  # of a site, say; the tasks get the script's environment
         self.wait_for_state(first, "COMPLETED")
         again = str(int(first) + 1)
         logs = run / "submitit_logs"
