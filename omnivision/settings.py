@@ -253,7 +253,16 @@ def contradictions(settings: Settings) -> list[str]:
         )
     trunk: dict[str, Any] = model.get("trunk", {})
     decoder: dict[str, Any] = model.get("decoder", {})
-    problems += [unknown_key(key, list(DECODER), "trainer.model.decoder") for key in decoder if key not in DECODER]
+    known = [*DECODER, "attention", "share"]
+    problems += [unknown_key(key, known, "trainer.model.decoder") for key in decoder if key not in known]
+    if (attention := decoder.get("attention", "self")) not in ("self", "cross"):
+        problems.append(f"trainer.model.decoder.attention is {attention!r}; expected self (the recipe) or cross.")
+    share = decoder.get("share", 1)
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
+        problems.append(
+            f"trainer.model.decoder.share is {share!r}; expected the share of the masked tokens that a step decodes, more than "
+            "0 and at most 1."
+        )
     for name, part in (("trunk", trunk), ("decoder", decoder)):
         sizes = {key: part[key] for key in DECODER if key in part}
         wrong = {key: value for key, value in sizes.items() if type(value) is not int or value < 1}

@@ -56,19 +56,29 @@ class PublishedFigures(unittest.TestCase):
         visible, masked = split_tokens(mask)
         self.assertEqual(masked.sum(1).tolist(), case["mask"]["sum_of_masked_indices"])
         everything = torch.arange(mask.shape[1]).expand(len(mask), -1)
+        places = torch.cat([visible, masked], 1).argsort(1)  # where our decoder has the tokens
         tolerance, seen = TOLERANCE[dtype], case["expected"]["intermediate"]
 
         captured: dict[str, Tensor] = {}
         decoder = model.trunk.decoder
+
+        def raster(tokens: Tensor) -> Tensor:
+            return tokens.gather(1, places[..., None].expand_as(tokens))
+
         decoder.decoder_embed.register_forward_hook(
-            lambda module, args, out: captured.update(decoder_embed_input=args[0], decoder_embed_output=out)
+            lambda module, args, out: captured.update(
+                decoder_embed_input=raster(args[0]), decoder_embed_output=raster(out)
+            )
+        )
+        decoder.decoder_blocks[-1].register_forward_hook(
+            lambda module, args, out: captured.update(decoder_norm_output=raster(decoder.norm(out)))
         )
         model.trunk.blocks[0].register_forward_hook(
             lambda module, args, out: captured.update(encoder_input_visible_tokens=args[0], encoder_block_0_output=out)
         )
         captured["patch_embed_output_all_tokens"] = model.trunk.patch_embed(as_video(video, TUBELET))
         captured["encoder_norm_output"] = model.encode(video, visible)
-        captured["decoder_norm_output"] = model.decode(video, captured["encoder_norm_output"], visible, everything)
+        model.decode(video, captured["encoder_norm_output"], visible, masked)
         self.assertEqual(set(captured), set(seen))
         for name, got in captured.items():
             self.assertLess(error(got, seen[name]), tolerance, name)

@@ -101,7 +101,9 @@ def architecture_of(
         heads = numbers.settle("--decoder-heads", decoder_said.get("heads"), given.decoder_heads, usual)
         _check_heads("--decoder-heads", heads, decoder_width)
         depth = _blocks(state, "trunk.decoder.decoder_blocks.")
-        found |= {"kind": "autoencoder", "decoder": {"width": decoder_width, "depth": depth, "heads": heads}}
+        attention = "cross" if any(name.endswith(".norm_memory.weight") for name in state) else "self"
+        decoder = {"width": decoder_width, "depth": depth, "heads": heads, "attention": attention}
+        found |= {"kind": "autoencoder", "decoder": decoder}
     else:
         count = len([name for name in state if re.fullmatch(r"heads\.\d+\.0\.weight", name)])
         found["classes"] = [_tensor(state, f"heads.{i}.0.weight", 2).shape[0] for i in range(count)]

@@ -9,9 +9,10 @@ from omnivision.errors import UserError
 
 _LEAF = r"(weight|bias)"
 _BLOCK = rf"\d+\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12])\.{_LEAF}"
+_CROSS_BLOCK = rf"\d+\.(norm[12]|norm_memory|attn\.(q|kv|proj)|mlp\.fc[12])\.{_LEAF}"
 _TRUNK = (
     rf"trunk\.(pos_embed|mask_token|norm\.{_LEAF}|(depth_)?patch_embed\.proj\.1\.{_LEAF}|blocks\.{_BLOCK}"
-    rf"|decoder\.(pos_embed|(decoder_embed|norm)\.{_LEAF}|decoder_blocks\.{_BLOCK}))"
+    rf"|decoder\.(pos_embed|(decoder_embed|norm)\.{_LEAF}|decoder_blocks\.({_BLOCK}|{_CROSS_BLOCK})))"
 )
 _HF_LAYER = (
     rf"\d+\.(layernorm_(before|after)\.{_LEAF}|(intermediate|output|attention\.output)\.dense\.{_LEAF}"

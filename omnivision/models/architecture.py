@@ -17,7 +17,7 @@ from omnivision.models.mae import Decoder, MaskedAutoencoder
 from omnivision.models.vit import VisionTransformer
 
 TRUNK = ("width", "depth", "heads", "mlp_ratio", "num_frames", "image_size", "tubelet", "rgbd")
-DECODER = ("width", "depth", "heads")
+DECODER = ("width", "depth", "heads", "attention")
 KINDS = ("autoencoder", "classifier", "average")
 
 Architecture = dict[str, Any]
@@ -58,7 +58,8 @@ def build(architecture: Architecture, where: str) -> nn.Module:
         numbers = {"rgbd": False} | architecture["trunk"]
         trunk = VisionTransformer(**{key: numbers[key] for key in TRUNK})
         if architecture["kind"] == "autoencoder":
-            return MaskedAutoencoder(trunk, {key: architecture["decoder"][key] for key in DECODER})
+            numbers = {"attention": "self"} | architecture["decoder"]
+            return MaskedAutoencoder(trunk, {key: numbers[key] for key in DECODER})
         if architecture["kind"] == "classifier":
             return VideoClassifier(trunk, architecture["classes"])
         if architecture["kind"] == "average":

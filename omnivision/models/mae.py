@@ -2,18 +2,23 @@
 
 Only visible patches are embedded and encoded; all tokens pass through the decoder; only masked ones are projected to
 pixels and compared (He et al. 2022; Tong et al. 2022, VideoMAE; Girdhar et al. 2023, OmniMAE).
+
+Two options make the decoder cheaper than the paper's recipe: it may train on a share of the masked tokens (Wang et al. 2023,
+VideoMAE V2, "dual masking"), and its tokens may look at the visible ones alone instead of at each other (Fu et al. 2024,
+CrossMAE).
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from omnivision.errors import UserError
 from omnivision.models.patches import pick_tubelets, sinusoid_positions, unnormalize_pixels
-from omnivision.models.vit import Block, VisionTransformer, as_video, init_linear, run_blocks
+from omnivision.models.vit import Block, Mlp, VisionTransformer, as_video, init_linear, run_blocks
 
 TargetNorm = Literal["channel", "patch", "none"]
 
@@ -22,29 +27,95 @@ class Prediction(NamedTuple):
     """What the model says of the masked tokens."""
 
     pixels: Tensor  # (B, M, pt * ph * pw * 3), values of a tubelet in the order (t, h, w, c)
-    masked: Tensor  # (B, M) indices of those tokens in raster order
+    masked: (
+        Tensor  # (B, M) indices of those tokens in raster order; while training, perhaps a share of all that are hidden
+    )
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of tokens to a memory; one matrix holds the rows of k and v."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:  # (B, M, D), (B, K, D) -> (B, M, D)
+        (batch, tokens, width), kept = x.shape, memory.shape[1]
+        q = self.q(x).view(batch, tokens, self.heads, width // self.heads).transpose(1, 2)
+        k, v = self.kv(memory).view(batch, kept, 2, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).reshape(batch, tokens, width))
+
+
+class CrossBlock(nn.Module):
+    """Pre-norm transformer block whose tokens look at a memory instead of at each other."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.norm_memory = nn.LayerNorm(width, eps=1e-6)
+        self.attn = CrossAttention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = Mlp(width, ratio=4)
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x), self.norm_memory(memory))
+        return x + self.mlp(self.norm2(x))
 
 
 class Decoder(nn.Module):
-    """Transformer over all tokens. Positions are added at the trunk's width, before the projection to its own."""
+    """Transformer that makes masked tokens of visible ones. Positions are added at the trunk's width.
+
+    Args:
+        attention: "self": all tokens attend to each other (the recipe); "cross": masked ones to the visible ones alone.
+        share: of the masked tokens that a training step decodes; 1 in the recipe.
+    """
 
     pos_embed: Tensor
 
     def __init__(
-        self, trunk_width: int, tokens: int, width: int, depth: int, heads: int, activation_checkpointing: bool
+        self,
+        trunk_width: int,
+        tokens: int,
+        width: int,
+        depth: int,
+        heads: int,
+        attention: Literal["self", "cross"] = "self",
+        share: float = 1,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        self.width, self.depth, self.heads = width, depth, heads
+        if not 0 < share <= 1:
+            raise UserError(
+                f"share is {share}; expected more than 0 and at most 1. Change trainer.model.decoder.share."
+            )
+        self.width, self.depth, self.heads, self.attention, self.share = width, depth, heads, attention, share
         self.activation_checkpointing = activation_checkpointing
         self.decoder_embed = nn.Linear(trunk_width, width)
-        self.decoder_blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        block = {"self": Block, "cross": CrossBlock}[attention]
+        self.decoder_blocks = nn.ModuleList(block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.apply(init_linear)
         self.register_buffer("pos_embed", sinusoid_positions(tokens, trunk_width))
 
-    def forward(self, x: Tensor, positions: Tensor) -> Tensor:  # (B, N, trunk width) -> (B, N, width)
-        x = self.decoder_embed(x + positions)
-        return self.norm(run_blocks(self.decoder_blocks, x, self.activation_checkpointing))
+    def forward(self, visible: Tensor, masked: Tensor) -> Tensor:
+        """Tokens with their positions, (B, K, trunk width) and (B, M, trunk width) -> those of `masked`, (B, M, width)."""
+        if self.attention == "cross":
+            memory, x = self.decoder_embed(visible), self.decoder_embed(masked)
+            return self.norm(run_blocks(self.decoder_blocks, x, self.activation_checkpointing, memory))
+        x = self.decoder_embed(torch.cat([visible, masked], 1))
+        return self.norm(run_blocks(self.decoder_blocks, x, self.activation_checkpointing)[:, visible.shape[1] :])
+
+    def some(self, masked: Tensor) -> Tensor:
+        """Indices (B, M) -> the share of them to train on, drawn at random, in their order; all in evaluation."""
+        if self.share == 1 or not self.training:
+            return masked
+        count = max(1, int(self.share * masked.shape[1]))
+        drawn = torch.rand(masked.shape, device=masked.device).argsort(1)[:, :count]
+        return masked.gather(1, drawn.sort(1).values)
 
 
 class PixelHead(nn.Module):
@@ -65,10 +136,10 @@ class MaskedAutoencoder(nn.Module):
 
     Args:
         trunk: the encoder that later stages keep.
-        decoder: `width`, `depth`, `heads` of the decoder.
+        decoder: `width`, `depth`, `heads` of the decoder, and its `attention` and `share`; see Decoder.
     """
 
-    def __init__(self, trunk: VisionTransformer, decoder: dict[str, int]) -> None:
+    def __init__(self, trunk: VisionTransformer, decoder: dict[str, Any]) -> None:
         super().__init__()
         self.trunk = trunk
         # Mask token and decoder are held by the trunk because the published checkpoints name them so.
@@ -88,20 +159,19 @@ class MaskedAutoencoder(nn.Module):
             num_masked: how many that is. Reading it from `mask` would make an accelerator wait, so loaders pass it.
         """
         visible, masked = split_tokens(mask, num_masked)
+        wanted = cast(Decoder, self.trunk.decoder).some(masked)
         x = self.encode(video, visible)
-        return Prediction(self.heads[0](self.decode(video, x, visible, masked)), masked)
+        return Prediction(self.heads[0](self.decode(video, x, visible, wanted)), wanted)
 
     def encode(self, video: Tensor, visible: Tensor) -> Tensor:  # (B, K) -> (B, K, D)
         return self.trunk.norm(self.trunk(video, visible))
 
     def decode(self, video: Tensor, x: Tensor, visible: Tensor, wanted: Tensor) -> Tensor:
-        """Encoded visible tokens (B, K, D) -> decoded tokens at the indices `wanted` (B, M): (B, M, decoder width)."""
+        """Encoded visible tokens (B, K, D) -> decoded tokens at the masked indices `wanted` (B, M): (B, M, decoder width)."""
         decoder = cast(Decoder, self.trunk.decoder)
-        positions = self.trunk.positions_for(video, decoder.pos_embed)
-        tokens = cast(Tensor, self.trunk.mask_token).to(x.dtype).expand(len(x), positions.shape[1], -1)
-        tokens = tokens.scatter(1, visible[..., None].expand_as(x), x)
-        decoded = decoder(tokens, positions)
-        return decoded.gather(1, wanted[..., None].expand(-1, -1, decoded.shape[-1]))
+        positions = self.trunk.positions_for(video, decoder.pos_embed)[0]
+        hidden = cast(Tensor, self.trunk.mask_token).to(x.dtype) + positions[wanted]
+        return decoder(x + positions[visible], hidden)
 
 
 def split_tokens(mask: Tensor, num_masked: int | None = None) -> tuple[Tensor, Tensor]:

@@ -93,14 +93,14 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-def run_blocks(blocks: nn.ModuleList, x: Tensor, activation_checkpointing: bool) -> Tensor:
-    """The blocks in turn; with checkpointing their activations are made again in the backward pass, not kept."""
+def run_blocks(blocks: nn.ModuleList, x: Tensor, activation_checkpointing: bool, *memory: Tensor) -> Tensor:
+    """The blocks in turn; with checkpointing their activations are made again in the backward pass, not kept.
+
+    `memory` is what each block looks at besides `x`, if its kind looks at anything.
+    """
+    again = activation_checkpointing and torch.is_grad_enabled()
     for block in blocks:
-        x = (
-            checkpoint(block, x, use_reentrant=False)
-            if activation_checkpointing and torch.is_grad_enabled()
-            else block(x)
-        )
+        x = checkpoint(block, x, *memory, use_reentrant=False) if again else block(x, *memory)
     return x
 
 
