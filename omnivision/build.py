@@ -344,6 +344,7 @@ def options(settings: Settings, device: torch.device) -> Options:
         seed=config.seed_value,
         gradient_clip=config.optim.gradient_clip,
         amp_dtype=amp_dtype(settings, device),
+        strategy=config.distributed.strategy,
         comms_dtype=comms_dtype(settings, device),
         compile=config.compile,
         ema_decay=config.ema_decay,

@@ -8,7 +8,6 @@ written before the file it describes is renamed into place, so that at every mom
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -20,8 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from omnivision import checkpoint_shards
 from omnivision.errors import UserError
-from omnivision.files import LATEST, PREVIOUS, sync_folder, write_atomically
+from omnivision.files import LATEST, PREVIOUS, sha256, sync_folder, write_atomically
 from omnivision.safe import BrokenCheckpoint, safe_load
 
 FORMAT = 1
@@ -73,8 +73,17 @@ def save(state: dict[str, Any], folder: Path, also: list[str]) -> None:
         _write_manifest(latest, [entry, *before])
         os.replace(temporary, latest)
         sync_folder(folder)
+        checkpoint_shards.remove_unused(folder)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read(path: Path) -> Any:
+    """What is in a checkpoint or another file of `torch.save`, with its parts if it is split. Raises BrokenCheckpoint."""
+    state = safe_load(path)
+    if isinstance(state, dict):
+        checkpoint_shards.attach(state, path.parent)
+    return state
 
 
 def seen(folder: Path) -> tuple[str, int]:
@@ -113,7 +122,7 @@ def load_newest(folder: Path) -> tuple[dict[str, Any], Path, list[str]] | None:
         try:
             if _manifest(path).exists():
                 verify(path)
-            state = safe_load(path)
+            state = read(path)
             _check_structure(state, path)
             return state, path, problems
         except BrokenCheckpoint as error:
@@ -222,9 +231,3 @@ def _entries(path: Path) -> list[dict[str, Any]]:
 
 def _write_manifest(path: Path, entries: list[dict[str, Any]]) -> None:
     write_atomically(_manifest(path), json.dumps({"format": FORMAT, "files": entries}, indent=1) + "\n")
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

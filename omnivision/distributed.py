@@ -5,7 +5,6 @@ Device and backend are values: the same lines run on one CPU and on many GPUs.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import os
 import select
@@ -24,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from omnivision.errors import UserError
 
 Result = TypeVar("Result")
+WIRE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}  # of gradients between processes
 
 
 @dataclass(frozen=True)
@@ -176,10 +176,3 @@ def parallel(model: nn.Module, processes: Processes, comms_dtype: str | None, fi
     if comms_dtype is not None:
         wrapped.register_comm_hook(None, hooks[comms_dtype])
     return wrapped
-
-
-def without_sync(model: nn.Module, skip: bool) -> contextlib.AbstractContextManager[Any]:
-    """Keep gradients at home in this backward pass, when `skip` and when there is anybody to send them to."""
-    if skip and isinstance(model, DistributedDataParallel):
-        return model.no_sync()
-    return contextlib.nullcontext()

@@ -116,6 +116,7 @@ class OptimSettings:
 @dataclass
 class DistributedSettings:
     backend: Literal["nccl", "gloo"] | None
+    strategy: Literal["ddp", "fsdp"]
     comms_dtype: Literal["auto", "fp16", "bf16"] | None
     timeout_minutes: Annotated[float, Range(above=0, high=100_000)]
 
@@ -276,6 +277,11 @@ def contradictions(settings: Settings) -> list[str]:
                 f"trainer.model.{name}.heads is {heads}, which does not divide trainer.model.{name}.width {width}; every "
                 "head needs the same number of channels. Change one of them."
             )
+    if trainer.distributed.strategy == "fsdp" and "num_models" in model:
+        problems.append(
+            "trainer.distributed.strategy is fsdp, which splits what is trained among the processes; of an average that is "
+            "next to nothing, and its sources are held whole. Set trainer.distributed.strategy=ddp."
+        )
     if "tubelet" in trunk:
         problems += _tubelet_problems(trunk)
     if "decoder" in model and (data.mask is None or (settings.images and settings.images.mask is None)):

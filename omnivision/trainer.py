@@ -14,30 +14,33 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from omnivision import checkpoint
-from omnivision.agreement import Agreement
-from omnivision.data.batch import BadSample, Batch
+from omnivision import checkpoint, checkpoint_shards
+from omnivision.data.batch import Batch
 from omnivision.data.dataset import ClipDataset
 from omnivision.data.epoch import EpochPlan, SourcePlan
 from omnivision.data.loader import Workers, evaluation_batches, train_batches
 from omnivision.data.order import draws
-from omnivision.distributed import Processes, parallel, without_sync
-from omnivision.errors import NonFiniteError, Terminated, UserError
+from omnivision.distributed import Processes, parallel
+from omnivision.errors import Terminated, UserError
 from omnivision.evaluation import Evaluation, evaluate
 from omnivision.files import BEST
 from omnivision.metrics import Meter, averages
 from omnivision.models.architecture import describe, leaves_parameters_out
 from omnivision.models.classifier import train_mode
+from omnivision.models.mae import CrossBlock
+from omnivision.models.vit import Block
 from omnivision.optim.ema import MovingAverage
 from omnivision.optim.groups import ScheduledOptimizer
 from omnivision.reporting.bad_samples import BadSampleLedger
 from omnivision.reporting.reporter import Reporter
 from omnivision.reporting.run_folder import RunFolder
+from omnivision.sharding import gathered, shard, whole, without_sync
+from omnivision.steps import StepWatch, posted
 from omnivision.stopping import Stop
 from omnivision.tasks.base import Task
 from omnivision.weights import LoadReport
@@ -53,6 +56,7 @@ class Options:
     seed: int
     gradient_clip: float | None = None
     amp_dtype: torch.dtype | None = None
+    strategy: Literal["ddp", "fsdp"] = "ddp"
     comms_dtype: str | None = None
     compile: bool = False
     ema_decay: float | None = None
@@ -92,18 +96,6 @@ class State:
     seconds: float = 0.0
 
 
-@dataclass(frozen=True)
-class Posted:
-    """A step whose facts are on their way; scalars on the device."""
-
-    number: int
-    loss: Tensor
-    norm: Tensor
-    finite: Tensor
-    paths: list[str]
-    bad: list[BadSample]
-
-
 @dataclass
 class Interval:
     """What happened between two lines of the log."""
@@ -141,10 +133,11 @@ class Trainer:
         `sources` are what the model is an average of; which they were is kept in checkpoints and compared. When one process
         is asked to `stop`, all save after the step that they are in, and leave.
         """
-        self.stop, self.leaving = stop or Stop(), False  # a process was asked to stop, and all have agreed to leave
+        self.stop = stop or Stop()
         self.task, self.optimizer, self.options = task, optimizer, options
-        self.train, self.val, self.ledger = train, val, ledger
+        self.train, self.val = train, val
         self.processes, self.folder, self.reporter = processes, folder, reporter
+        self.watch = StepWatch(processes, ledger, folder)
         self.bare, self.sources = model.to(processes.device), list(sources)
         self.model: nn.Module = torch.compile(self.bare) if options.compile else self.bare  # type: ignore[assignment]
         self.ema = MovingAverage(self.bare, options.ema_decay) if options.ema_decay is not None else None
@@ -153,8 +146,6 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=halves)
         self.steps_per_epoch = 1 if train is None else train.plan.steps
         self.state, self.meter = State(), Meter()
-        self.agreement: Agreement[Posted] = Agreement(processes)
-        self.loss = self.norm = math.nan  # of the last step that was heard of
         self.last: dict[str, Any] = {}
         self.began = time.monotonic()  # of the seconds that are not yet in the state
 
@@ -215,26 +206,29 @@ class Trainer:
 
             last_of_epoch = self.state.step == self.steps_per_epoch
             log = self.global_step % options.log_freq == 0 or last_of_epoch
-            save = self.leaving or due(self.global_step, options.save_every_steps)
+            save = self.watch.leaving or due(self.global_step, options.save_every_steps)
             # Only what is written somewhere must be known at once.
-            self._hear(but=0 if log or save else 1)
-            if self.state.step == 1 and due(epoch, options.pictures_every_epochs):
-                self._pictures(batch, f"epoch_{epoch:04d}")  # so many epochs are done
-            if last_of_epoch and epoch + 1 == options.max_epochs and options.pictures_every_epochs:
-                self._pictures(batch, "last")
+            pictures = self._pictures_due(last_of_epoch)
+            self.watch.hear(but=0 if log or save or pictures else 1)
+            for name in pictures:
+                self._pictures(batch, name)
             if log:
-                figures = {"loss": self.loss, "lr": self.optimizer.lr, "grad_norm": self.norm} | interval.figures()
+                figures = {
+                    "loss": self.watch.loss,
+                    "lr": self.optimizer.lr,
+                    "grad_norm": self.watch.norm,
+                } | interval.figures()
                 self.last |= figures
                 self.reporter.step(epoch, options.max_epochs, self.global_step, figures)
                 interval = Interval()
-            if self.leaving:
-                self._hear()
+            if self.watch.leaving:
+                self.watch.hear()
                 self._leave()
             if save and not last_of_epoch:
                 self.save([])
 
     def train_step(self, batch: Batch) -> None:
-        """One optimizer step on a batch, in the pieces that its source's plan says. What came of it, `_hear` tells.
+        """One optimizer step on a batch, in the pieces that its source's plan says. What came of it, `watch` hears.
 
         Nothing here waits for the device.
         """
@@ -256,13 +250,10 @@ class Trainer:
             losses.append(output.loss.detach())
         loss = torch.stack(losses).mean()
         self.scaler.unscale_(self.optimizer.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.optimizer.parameters(), options.gradient_clip or math.inf)
+        norm = whole(nn.utils.clip_grad_norm_(self.optimizer.parameters(), options.gradient_clip or math.inf))
         spoiled = ~norm.isfinite()  # in all processes alike: they have averaged the gradients
-        # With fp16 the gradient overflows now and then by design: the scaler then skips the step and scales down.
-        finite = loss.isfinite() & (norm.isfinite() | self.scaler.is_enabled())
-        step = Posted(self.global_step + 1, loss, norm, finite, batch.paths, batch.bad)
-        facts = (loss, norm, ~finite, short, len(batch.bad), self.stop.cause is not None)
-        self.agreement.post(step, facts)
+        step = posted(self.global_step + 1, batch, loss, norm, scaled=self.scaler.is_enabled())
+        self.watch.post(step, short, asked=self.stop.cause is not None)
         if self.scaler.is_enabled():
             self.scaler.step(self.optimizer.optimizer)
             self.scaler.update()
@@ -286,11 +277,11 @@ class Trainer:
             self.val.workers,
             self.options.limit_val_batches,
         )
-        with self.ema.in_place() if self.ema is not None else contextlib.nullcontext():
+        with self.ema.in_place() if self.ema is not None else contextlib.nullcontext(), gathered(self.bare):
             found = evaluate(self.task, self.bare, batches, self.processes, self._autocast, self.stop)
         if found is None:
             return None
-        self._record(found.bad)
+        self.watch.record(found.bad)
         # A run that was resumed to be validated stands before the epoch after the one that it is about.
         epoch = self.state.epoch if self.state.step else max(0, self.state.epoch - 1)
         self.reporter.epoch("val", epoch, self.global_step, found.figures | {"per_source": found.per_source})
@@ -304,28 +295,32 @@ class Trainer:
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 
     def save(self, also: list[str]) -> None:
-        """Write `checkpoint.pt` (and further names) from process 0; the others wait, so that nobody runs ahead."""
+        """Write `checkpoint.pt` (and further names) from process 0; the others wait, so that nobody runs ahead.
+
+        What is split among the processes each writes by itself, beside it.
+        """
         self._count_seconds()
         began = time.monotonic()
         meter = {s: {"count": n} | sums for s, (sums, n) in self.meter.totals(self.processes).items()}
+        self.processes.together(self.folder.require_lock, only_main=True)
+        state = {  # resuming.take_up puts it back
+            "format": checkpoint.FORMAT,
+            "architecture": describe(self.bare),
+            "model": self.bare.state_dict(),
+            "ema": self.ema.average if self.ema is not None else None,
+            "sources": [source.note() for source in self.sources],
+            "optimizer": self.optimizer.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "epoch": self.state.epoch,
+            "step": self.state.step,
+            "steps_per_epoch": self.steps_per_epoch,
+            "best": self.state.best,
+            "seconds": self.state.seconds,
+            "meter": meter,
+            "last": self.last,
+        }
+        state = checkpoint_shards.save_split(state, self.folder.checkpoints, self.global_step, self.processes)
         if self.processes.is_main:
-            self.folder.require_lock()
-            state = {  # resuming.take_up puts it back
-                "format": checkpoint.FORMAT,
-                "architecture": describe(self.bare),
-                "model": self.bare.state_dict(),
-                "ema": self.ema.average if self.ema is not None else None,
-                "sources": [source.note() for source in self.sources],
-                "optimizer": self.optimizer.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "epoch": self.state.epoch,
-                "step": self.state.step,
-                "steps_per_epoch": self.steps_per_epoch,
-                "best": self.state.best,
-                "seconds": self.state.seconds,
-                "meter": meter,
-                "last": self.last,
-            }
             checkpoint.save(state, self.folder.checkpoints, also)
         self.processes.barrier()
         self.stop.save_seconds = time.monotonic() - began
@@ -343,8 +338,15 @@ class Trainer:
                 "or launcher.experiment_log_dir.",
                 everywhere=True,
             )
-        find_unused = leaves_parameters_out(self.bare)
-        self.model = parallel(self.model, self.processes, self.options.comms_dtype, find_unused)
+        if self.options.strategy == "ddp":
+            find_unused = leaves_parameters_out(self.bare)
+            self.model = parallel(self.model, self.processes, self.options.comms_dtype, find_unused)
+        elif self.processes.world > 1:
+            blocks = [part for part in self.bare.modules() if isinstance(part, (Block, CrossBlock))]
+            shard(self.bare, blocks, self.processes, self.options.comms_dtype)
+            self.optimizer.take_parameters(self.bare)
+            if self.ema is not None:
+                self.ema.take_parameters(self.bare)
 
     # ---- parts ----------------------------------------------------------------------------------------------------
 
@@ -400,55 +402,21 @@ class Trainer:
         """Why all stop when at least one was asked to."""
         return next(cause for cause in self.processes.gather(self.stop.cause) if cause is not None)
 
-    def _hear(self, but: int = 0) -> None:
-        """All processes learn of the steps so far, but for the newest `but`: their loss, bad files and batches, numbers that
-        are not finite, and whether one was asked to stop. Raises NonFiniteError and UserError, in all of them.
-        """
-        for step, (loss, norm, not_finite, short, bad, asked) in self.agreement.read(but):
-            self.loss, self.norm = loss / self.processes.world, norm / self.processes.world
-            self.leaving = self.leaving or bool(asked)
-            if bad:
-                self._record(step.bad)
-            if short:
-                raise UserError(
-                    f"{int(bad)} files of one batch could not be decoded, many of them replacements for one another; all are "
-                    f"in {self.ledger.path}. Check datasets.NAME.prefix, and that the data is mounted.",
-                    everywhere=True,
-                )
-            if not_finite:
-                self._tell_what_is_not_finite(step)
-
-    def _tell_what_is_not_finite(self, step: Posted) -> NoReturn:
-        found = self.processes.gather(
-            None if step.finite else (float(step.loss), float(step.norm), sorted(set(step.paths)))
-        )
-        details = "; ".join(
-            f"process {rank}: loss {entry[0]}, gradient norm {entry[1]}, samples {', '.join(entry[2])}"
-            for rank, entry in enumerate(found)
-            if entry is not None
-        )
-        raise NonFiniteError(
-            f"Step {step.number} gave a loss or gradient that is not finite ({details}). The weights were not changed by this "
-            "step. Lower the learning rate, set trainer.optim.gradient_clip, or look at these samples.",
-            everywhere=True,
-        )
-
-    def _record(self, bad: list[BadSample]) -> None:
-        everywhere = [sample for part in self.processes.gather(bad) for sample in part]
-        try:
-            self.ledger.add(everywhere, write=self.processes.is_main)
-        finally:
-            if everywhere and self.processes.is_main:
-                self.folder.write_summary(bad_samples=len(self.ledger))
+    def _pictures_due(self, last_of_epoch: bool) -> list[str]:
+        """Names of the pictures to make after this step."""
+        epoch, every = self.state.epoch, self.options.pictures_every_epochs
+        names = [f"epoch_{epoch:04d}"] if self.state.step == 1 and due(epoch, every) else []  # so many epochs are done
+        return names + (["last"] if last_of_epoch and epoch + 1 == self.options.max_epochs and every else [])
 
     def _pictures(self, batch: Batch, name: str) -> None:
-        if self.processes.is_main and len(batch):
-            self.bare.eval()
-            with self._autocast():
-                made = self.task.pictures(self.bare, batch.to(self.processes.device))
-            train_mode(self.bare)
-            if made is not None:
-                self.reporter.pictures(name, made, self.global_step)
+        with gathered(self.bare):
+            if self.processes.is_main:
+                self.bare.eval()
+                with self._autocast():
+                    made = self.task.pictures(self.bare, batch.to(self.processes.device))
+                train_mode(self.bare)
+                if made is not None:
+                    self.reporter.pictures(name, made, self.global_step)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         dtype = self.options.amp_dtype

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from omnivision.checkpoint import read as read_checkpoint
 from omnivision.checkpoint import verified_digest
 from omnivision.errors import UserError
 from omnivision.files import BEST, LATEST, require_weights
 from omnivision.models.patches import Triple, resized_positions, token_grid
-from omnivision.safe import BrokenCheckpoint, is_ordinary, safe_load
+from omnivision.safe import BrokenCheckpoint, is_ordinary
 
 SETTING = "pretrained_checkpoint_path"
 # What hangs on the trunk and is not the encoder of pixels: the decoder of its pretraining, and the embedding of depth.
@@ -307,7 +308,7 @@ def _load(path: Path) -> tuple[Any, str]:
     """What a file holds, and its SHA-256. Raises UserError, with the way out, for one that is damaged or more than weights."""
     try:
         digest = verified_digest(path)
-        return _load_safetensors(path) if path.suffix == ".safetensors" else safe_load(path), digest
+        return _load_safetensors(path) if path.suffix == ".safetensors" else read_checkpoint(path), digest
     except BrokenCheckpoint as error:
         raise UserError(
             f"{SETTING}: {error}. Expected weights only: tensors in plain containers. A file that was pickled by older code "

@@ -11,11 +11,11 @@ from tests.runs import ROOT
 
 FLOORS = {
     0: ["errors", "files", "safe"],
-    1: ["distributed", "agreement", "stopping", "metrics", "optim.schedules", "models.patches"],
+    1: ["distributed", "sharding", "agreement", "stopping", "metrics", "optim.schedules", "models.patches"],
     2: ["data", "models", "optim", "demo"],
     3: ["tasks", "evaluation", "prepare"],
-    4: ["checkpoint", "reporting", "weights", "interop", "slurm"],
-    5: ["trainer", "resuming"],
+    4: ["checkpoint_shards", "checkpoint", "reporting", "weights", "interop", "slurm"],
+    5: ["steps", "trainer", "resuming"],
     6: "settings_yaml targets schema settings settings_submitit composition preflight build dry usage".split(),
     7: ["jobs", "job_record", "process", "local", "submission", "launch", "cli"],
 }
@@ -23,11 +23,14 @@ FLOORS = {
 RAISED = {
     "files": 0.5,
     "agreement": 1.5,
+    "sharding": 1.5,
     "metrics": 1.5,
     "demo": 2.5,
     "evaluation": 3.5,
     "weights": 4.5,
     "interop": 4.6,
+    "checkpoint": 4.1,
+    "trainer": 5.1,
     "resuming": 5.5,
     "schema": 6.1,
     "settings_submitit": 6.15,

@@ -14,10 +14,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from omnivision.checkpoint import sha256, verified_digest
+from omnivision.checkpoint import read as read_checkpoint
+from omnivision.checkpoint import verified_digest
 from omnivision.errors import UserError
-from omnivision.files import BEST, LATEST
-from omnivision.safe import BrokenCheckpoint, is_ordinary, safe_load
+from omnivision.files import BEST, LATEST, sha256
+from omnivision.safe import BrokenCheckpoint, is_ordinary
 
 CONFIG = "config.json"  # of a folder of Hugging Face's `save_pretrained`
 METADATA = "omnivision"  # the key of a safetensors file that holds what a checkpoint says beside `model`, as JSON
@@ -102,7 +103,7 @@ def find(source: str | Path) -> Path:
 def _read_torch(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
     # Checkpoints of VideoMAE's own repository hold the command line beside the weights. It is a plain bag of values.
     with torch.serialization.safe_globals([argparse.Namespace]):
-        found = safe_load(path)
+        found = read_checkpoint(path)
     if isinstance(found, Mapping) and "ensemble_weights" in found:
         raise UserError(f"{path} holds several models (ensemble_weights); expected one. Save one of them to a file.")
     if isinstance(found, Mapping):

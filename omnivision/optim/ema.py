@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from omnivision.sharding import split_like
+
 
 class MovingAverage:
     """After each step: `average = decay * average + (1 - decay) * weights`, over the parameters that are trained."""
@@ -20,6 +22,11 @@ class MovingAverage:
     @torch.no_grad()
     def update(self) -> None:
         torch._foreach_lerp_(list(self.average.values()), list(self._weights.values()), 1 - self.decay)
+
+    def take_parameters(self, model: nn.Module) -> None:
+        """Go on with the parameters that a model has now under the same names; the average is split as they are."""
+        self._weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.average = {name: split_like(self.average[name], p).detach() for name, p in self._weights.items()}
 
     def start(self) -> None:
         """Begin anew at the weights as they are now, pretrained ones say."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from omnivision.errors import UserError
 from omnivision.optim.schedules import Schedule
+from omnivision.sharding import split_like
 
 
 @dataclass
@@ -170,6 +171,16 @@ class ScheduledOptimizer:
                 del optimizer.grad_scale, optimizer.found_inf
         elif not spoiled:
             optimizer.step()
+
+    def take_parameters(self, model: nn.Module) -> None:
+        """Go on with the parameters that a model has now under the same names; the state is split as they are."""
+        parameters, state = dict(model.named_parameters()), self.optimizer.state
+        for group, target in zip(self.groups, self.optimizer.param_groups, strict=True):
+            now = [parameters[name] for name in group.names]
+            for before, after in zip(target["params"], now, strict=True):
+                if before in state and after is not before:
+                    state[after] = {key: split_like(value, after) for key, value in state.pop(before).items()}
+            target["params"] = now
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Put a state of `optimizer.state_dict()` back. Raises ValueError when it is of another optimizer or other groups."""

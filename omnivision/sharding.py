@@ -1,0 +1,78 @@
+"""Parameters, gradients and optimizer state split among the processes: `trainer.distributed.strategy=fsdp`.
+
+By torch's `fully_shard` (Zhao et al. 2023, "PyTorch FSDP"): each process keeps a part of every tensor; those of a block are
+brought together just before the block computes, and its gradients are summed and split again just after.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from omnivision.distributed import WIRE_DTYPES, Processes
+
+
+def shard(model: nn.Module, units: Sequence[nn.Module], processes: Processes, comms_dtype: str | None) -> None:
+    """Split the parameters of a model, in place; every process must hold the same ones. Parameter objects are new ones then.
+
+    Args:
+        units: parts of the model (its blocks) whose parameters are brought together one part at a time.
+        comms_dtype: of gradients on the wire ("fp16", "bf16", None: as they are). Parameters travel as they are.
+    """
+    mesh = init_device_mesh(processes.device.type, (processes.world,))
+    policy = MixedPrecisionPolicy(reduce_dtype=None if comms_dtype is None else WIRE_DTYPES[comms_dtype])
+    # Nobody changes the output of a model in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    for unit in [*units, model]:
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
+
+
+@contextlib.contextmanager
+def without_sync(model: nn.Module, skip: bool) -> Iterator[None]:
+    """Keep gradients at home in this backward pass, when `skip` and when there is anybody to send them to."""
+    if skip and isinstance(model, DistributedDataParallel):
+        with model.no_sync():
+            yield
+    elif skip and isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            model.set_requires_gradient_sync(True)
+    else:
+        yield
+
+
+@contextlib.contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Every process holds the whole model inside this block, and may run it alone; all processes enter and leave together."""
+    parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.reshard()
+            if part is not model:
+                part.set_reshard_after_forward(True, recurse=False)
+
+
+def split_like(value: Tensor, parameter: Tensor) -> Tensor:
+    """A tensor that every process holds whole, split as a parameter of the same shape is; others stay as they are."""
+    if not isinstance(parameter, DTensor) or isinstance(value, DTensor) or value.shape != parameter.shape:
+        return value
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def whole(value: Tensor) -> Tensor:
+    """A tensor with what all processes hold of it."""
+    return value.full_tensor() if isinstance(value, DTensor) else value

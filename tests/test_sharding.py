@@ -1,0 +1,162 @@
+"""`trainer.distributed.strategy=fsdp`: what is split gives the numbers of what is not, and is saved in parts."""
+
+import json
+import shutil
+import tempfile
+import unittest
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from omnivision import checkpoint_shards, weights
+from omnivision.cli.main import main as omnivision
+from omnivision.errors import UserError
+from omnivision.files import sha256
+from omnivision.safe import BrokenCheckpoint
+from omnivision.settings import check
+from tests import runs
+from tests import stage_runs as stages
+
+EPOCHS, STEPS = 3, 9
+FSDP = "trainer.distributed.strategy=fsdp"
+
+
+class Runs(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        temporary = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(temporary.cleanup)
+        cls.folder = Path(temporary.name)
+        cls.data = [
+            *runs.write_split(cls.folder, runs.real_films() * 16),  # 48 samples
+            f"epochs={EPOCHS}", "batch_size=16", "trainer.ema_decay=0.9", "trainer.optim.gradient_clip=0.05",
+            "trainer.optim.accumulation_steps=2", "trainer.logging.pictures_every_epochs=1",
+        ]  # fmt: skip
+
+    def run_here(self, name: str, processes: int, *settings: str) -> Path:
+        made = runs.run(self.folder / name, *self.data, f"launcher.gpus_per_node={processes}", *settings)
+        self.assertEqual(made.returncode, 0, made.stderr)
+        self.assertNotIn("Warning", made.stderr)
+        return self.folder / name
+
+    def test_two_four_and_one_process_go_on_with_one_another_and_equal_ddp(self):
+        ddp = runs.lines(self.run_here("ddp", 2))
+        split = self.folder / "split"
+        runs.run_until(split, 3, *self.data, "launcher.gpus_per_node=2", FSDP, "trainer.checkpoint.save_every_steps=2")
+        saved = runs.lines(split)[-1]["step"]
+        found = list((split / "checkpoints").glob("shards_*/shard-*.safetensors"))
+        self.assertGreaterEqual(len(found), 2)
+        small = (split / "checkpoints/checkpoint.pt").stat().st_size
+        self.assertLess(small, sum(file.stat().st_size for file in found), "the tensors are in the parts")
+        state = torch.load(split / "checkpoints/checkpoint.pt", weights_only=True)
+        self.assertNotIn("trunk.norm.weight", state["model"])
+
+        runs.run_until(split, 6, *self.data, "launcher.gpus_per_node=4", FSDP, "trainer.checkpoint.save_every_steps=2")
+        self.assertEqual(runs.lines(split)[saved - 1]["step"], saved)
+        folders = {file.name for file in (split / "checkpoints").glob("shards_*")}
+        used = {
+            torch.load(file, weights_only=True)["shards"]["folder"] for file in (split / "checkpoints").glob("*.pt")
+        }
+        self.assertLessEqual(used, folders)
+        self.assertLessEqual(len(folders - used), 1, "that of a save that was killed, at most")
+        copied = self.folder / "copied"
+        shutil.copytree(split, copied)
+
+        self.run_here("split", 2, FSDP)
+        self.run_here("copied", 1)  # the parts come together in one process
+        for name in ("split", "copied"):
+            lines = runs.lines(self.folder / name)
+            self.assertEqual([line["step"] for line in lines], list(range(1, STEPS + 1)))
+            for one, other in zip(ddp, lines, strict=True):
+                self.assertAlmostEqual(one["loss"], other["loss"], delta=1e-5 * one["loss"], msg=f"{name} {one}")
+                self.assertAlmostEqual(one["grad_norm"], other["grad_norm"], delta=1e-4 * one["grad_norm"])
+        self.assertTrue((split / "pictures/last.png").exists())
+
+        whole = weights.read(self.folder / "ddp")
+        for name in ("split", "copied"):
+            again = weights.read(self.folder / name)
+            self.assertEqual(set(again.state), set(whole.state))
+            for tensor in whole.state:
+                difference = (whole.state[tensor] - again.state[tensor]).abs().max()
+                self.assertLess(difference, 2e-5, f"{name} {tensor}")
+        exported = self.folder / "exported.safetensors"
+        self.assertEqual(omnivision(["export", str(split), str(exported), "--to", "safetensors"]), 0)
+        trunk = weights.read(exported).state["trunk.blocks.0.mlp.fc1.weight"]
+        self.assertTrue(torch.equal(trunk, weights.read(split).state["trunk.blocks.0.mlp.fc1.weight"]))
+
+    def test_an_average_is_not_split(self):
+        with self.assertRaisesRegex(
+            UserError, "strategy is fsdp, .* of an average .* Set trainer.distributed.strategy=ddp"
+        ):
+            check(stages.composed(*stages.command("average", self.folder / "x", FSDP)))
+
+
+class Parts(unittest.TestCase):
+    """What a stranger's parts may not do."""
+
+    def setUp(self):
+        temporary = tempfile.TemporaryDirectory()
+        self.addCleanup(temporary.cleanup)
+        self.folder = Path(temporary.name)
+        self.source = self.folder / "shards_3_ab"
+        self.source.mkdir()
+        self.part = self.source / "shard-00001-model-00001-of-00001.safetensors"
+        save_file({"model/a": torch.ones(3), "optimizer/state/0/exp_avg": torch.ones(2)}, self.part)
+
+    def state(self, **said: object) -> dict:
+        entry = {"size": self.part.stat().st_size, "sha256": sha256(self.part)}
+        return {"model": {"b": torch.zeros(1)}, "optimizer": {"state": {}},
+                "shards": {"folder": self.source.name, "files": {self.part.name: entry}} | said}  # fmt: skip
+
+    def test_they_come_back_to_where_they_were(self):
+        state = self.state()
+        checkpoint_shards.attach(state, self.folder)
+        self.assertEqual(sorted(state), ["model", "optimizer"])
+        self.assertEqual(state["model"]["a"].tolist(), [1, 1, 1])
+        self.assertEqual(state["optimizer"]["state"][0]["exp_avg"].tolist(), [1, 1])
+
+    def refused(self, saying: str, **said: object) -> None:
+        with self.assertRaisesRegex(BrokenCheckpoint, saying):
+            checkpoint_shards.attach(self.state(**said), self.folder)
+
+    def test_refused(self):
+        for name in ("../x", "shards_3/../..", "/etc", "shards_", 3, None):
+            self.refused("as the folder of its parts; expected shards_", folder=name)
+        self.refused("is not there or not the file that was written", folder="shards_4")
+        entry = {"size": 1, "sha256": "0"}
+        for file in (self.part.name, "../a", "gone.safetensors"):
+            self.refused("is not there or not the file that was written", files={file: entry})
+        self.refused("holds other files than the parts", files={})
+        state = self.state()
+        data = bytearray(self.part.read_bytes())
+        data[-1] ^= 1
+        self.part.write_bytes(data)
+        with self.assertRaisesRegex(BrokenCheckpoint, "not the file that was written"):
+            checkpoint_shards.attach(state, self.folder)
+
+    def test_a_file_that_claims_more_than_it_has(self):
+        offsets = {"model/a": {"saved_offsets": [2**40]}}
+        save_file({"model/a": torch.ones(3)}, self.part, metadata={"DCP_SHARDING_INFO": json.dumps(offsets)})
+        self.refused("cannot be read: its tensors would have .* bytes")
+        self.part.write_bytes(b"nonsense")
+        self.refused("cannot be read")
+
+    def test_a_state_with_a_key_of_that_name_is_left_alone(self):
+        state = {"shards": torch.ones(3), "model": {}}
+        checkpoint_shards.attach(state, self.folder)
+        self.assertIn("shards", state)
+
+    def test_folders_that_nobody_refers_to_go(self):
+        (self.folder / "shards_1_cd").mkdir()
+        torch.save(self.state(), self.folder / "best.pt")
+        (self.folder / "broken.pt").write_bytes(b"x")
+        checkpoint_shards.remove_unused(self.folder)
+        self.assertTrue((self.folder / "shards_1_cd").exists(), "while one cannot be read")
+        (self.folder / "broken.pt").unlink()
+        checkpoint_shards.remove_unused(self.folder)
+        self.assertEqual([path.name for path in self.folder.glob("shards_*")], [self.source.name])
+
+
+if __name__ == "__main__":
+    unittest.main()
