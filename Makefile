@@ -37,8 +37,8 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed
-	$(BIN)/python -m benchmarks.pretraining_step
-	$(BIN)/python -m benchmarks.probe_step
+	$(BIN)/pip install --quiet -e ".[dev,bench]"
+	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 clean:
 	rm -rf $(DEMO) .coverage .coverage.* .mypy_cache .ruff_cache build

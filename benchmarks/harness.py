@@ -113,23 +113,29 @@ class Report:
 
 
 def interleaved(
-    sides: Mapping[str, Side], rounds: int, warm_up: int = 1, per: float = 1, prepare: Side | None = None
+    sides: Mapping[str, Side],
+    rounds: int,
+    warm_up: int = 1,
+    per: float = 1,
+    prepare: Side | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of each side, one number a round; in each round all sides take their turn.
 
     Args:
         per: clips (or other units) that a call works on: seconds are divided by it.
         prepare: called before each call, untimed.
+        clock: `time.process_time` for seconds of one core, whatever threads a side has.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(warm_up + rounds):
         for name, side in sides.items():
             if prepare is not None:
                 prepare()
-            began = time.perf_counter()
+            began = clock()
             side()
             if number >= warm_up:
-                seconds[name].append((time.perf_counter() - began) / per)
+                seconds[name].append((clock() - began) / per)
     return seconds
 
 
@@ -149,8 +155,13 @@ def machine() -> dict[str, Any]:
     }
 
 
-def main(run: Callable[[bool], Report], description: str | None, arguments: Sequence[str] | None = None) -> None:
-    """The command line of one benchmark."""
+def main(
+    run: Callable[[bool], Report],
+    description: str | None,
+    arguments: Sequence[str] | None = None,
+    draw: Callable[[Report, Path], None] | None = None,
+) -> None:
+    """The command line of one benchmark; `draw` makes a picture of its own instead of the bars."""
     parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
     parser.add_argument(
         "--quick", action="store_true", help="small sizes, few rounds: that it works, not how fast it is"
@@ -159,6 +170,8 @@ def main(run: Callable[[bool], Report], description: str | None, arguments: Sequ
     options = parser.parse_args(arguments)
     report = run(options.quick)
     report.write(options.out)
+    if draw is not None:
+        draw(report, options.out / f"{report.name}.png")
     print(report.text())
 
 

@@ -27,6 +27,7 @@ SIZES: dict[str, tuple[tuple[int, int, int], dict[str, int]]] = {
     "vittiny": ((192, 12, 3), {"width": 192, "depth": 4, "heads": 8}),
     "vitsmall": ((384, 12, 6), {"width": 192, "depth": 4, "heads": 8}),
     "vitbase": ((768, 12, 12), {"width": 384, "depth": 4, "heads": 16}),
+    "vitlarge": ((1024, 24, 16), {"width": 512, "depth": 4, "heads": 16}),
 }
 TUBELET = (2, 16, 16)
 HIDDEN = 0.9
@@ -46,10 +47,12 @@ class Geometry:
         self.video = torch.randint(0, 256, (batch, 3, frames, image, image), dtype=torch.uint8, generator=generator)
         self.mask = torch.rand(batch, self.tokens, generator=generator).argsort(1) < self.masked
 
-    def ours(self, **decoder: Any) -> MaskedAutoencoder:
+    def ours(self, checkpointing: bool = False, **decoder: Any) -> MaskedAutoencoder:
         torch.manual_seed(0)
         (width, depth, heads), numbers = SIZES[self.size]
-        trunk = VisionTransformer(width, depth, heads, num_frames=self.frames, image_size=self.image)
+        trunk = VisionTransformer(
+            width, depth, heads, num_frames=self.frames, image_size=self.image, activation_checkpointing=checkpointing
+        )
         return MaskedAutoencoder(trunk, numbers | decoder)
 
     def huggingface(self) -> nn.Module:

@@ -10,6 +10,7 @@ import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -19,15 +20,27 @@ from torch.nn.parallel import DistributedDataParallel
 from omnivision.distributed import WIRE_DTYPES, Processes
 
 
-def shard(model: nn.Module, units: Sequence[nn.Module], processes: Processes, comms_dtype: str | None) -> None:
+def shard(
+    model: nn.Module,
+    units: Sequence[nn.Module],
+    processes: Processes,
+    comms_dtype: str | None,
+    compute_dtype: torch.dtype | None = None,
+) -> None:
     """Split the parameters of a model, in place; every process must hold the same ones. Parameter objects are new ones then.
 
     Args:
         units: parts of the model (its blocks) whose parameters are brought together one part at a time.
-        comms_dtype: of gradients on the wire ("fp16", "bf16", None: as they are). Parameters travel as they are.
+        comms_dtype: of gradients on the wire ("fp16", "bf16", None: as they are).
+        compute_dtype: what parameters are rounded to before they travel, when products are computed in it anyway (autocast);
+            None: as they are. The optimizer keeps and changes them as they are.
     """
     mesh = init_device_mesh(processes.device.type, (processes.world,))
-    policy = MixedPrecisionPolicy(reduce_dtype=None if comms_dtype is None else WIRE_DTYPES[comms_dtype])
+    policy = MixedPrecisionPolicy(
+        param_dtype=compute_dtype,
+        reduce_dtype=torch.float32 if comms_dtype is None else WIRE_DTYPES[comms_dtype],
+        cast_forward_inputs=False,
+    )
     # Nobody changes the output of a model in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for unit in [*units, model]:

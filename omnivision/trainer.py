@@ -343,7 +343,7 @@ class Trainer:
             self.model = parallel(self.model, self.processes, self.options.comms_dtype, find_unused)
         elif self.processes.world > 1:
             blocks = [part for part in self.bare.modules() if isinstance(part, (Block, CrossBlock))]
-            shard(self.bare, blocks, self.processes, self.options.comms_dtype)
+            shard(self.bare, blocks, self.processes, self.options.comms_dtype, self.options.amp_dtype)
             self.optimizer.take_parameters(self.bare)
             if self.ema is not None:
                 self.ema.take_parameters(self.bare)

@@ -41,6 +41,23 @@ class _Steps:
                 yield self.plan.requests(epoch, step, self.rank, self.world)
 
 
+class _Videos:
+    """Batch sampler over all videos of sources of these sizes, those of one process; made as it is asked for."""
+
+    def __init__(self, sizes: Sequence[int], per_batch: int, rank: int, world: int, limit: int | None) -> None:
+        self.sizes, self.per_batch, self.rank, self.world, self.limit = sizes, per_batch, rank, world, limit
+
+    def __iter__(self) -> Iterator[list[Request]]:
+        by_source = [self._of(source, size) for source, size in enumerate(self.sizes)]
+        in_turn = (batch for turn in itertools.zip_longest(*by_source) for batch in turn if batch is not None)
+        return itertools.islice(in_turn, self.limit)
+
+    def _of(self, source: int, size: int) -> Iterator[list[Request]]:
+        step = self.per_batch * self.world
+        for first in range(self.rank, size, step):
+            yield [Request(source, video, epoch=0) for video in range(first, min(first + step, size), self.world)]
+
+
 def train_batches(
     dataset: ClipDataset,
     plan: EpochPlan,
@@ -61,16 +78,8 @@ def evaluation_batches(
 
     Batches never mix sources, which take turns; `limit` bounds the batches of each process.
     """
-    by_source = [
-        [
-            [Request(source, int(i), epoch=0) for i in range(first, min(first + step, len(split)), world)]
-            for first in range(rank, len(split), step)
-        ]
-        for source, split in enumerate(dataset.splits)
-        for step in [videos_per_batch * world]
-    ]
-    batches = [batch for turn in itertools.zip_longest(*by_source) for batch in turn if batch is not None]
-    return data_loader(dataset, batches[:limit], workers)
+    sizes = [len(split) for split in dataset.splits]
+    return data_loader(dataset, _Videos(sizes, videos_per_batch, rank, world, limit), workers)
 
 
 @dataclass(frozen=True)
@@ -83,7 +92,7 @@ class LeaveWithTrainer:
         leave_with(self.pid)
 
 
-def data_loader(dataset: ClipDataset, batches: _Steps | Sequence[list[Request]], workers: Workers) -> DataLoader:
+def data_loader(dataset: ClipDataset, batches: _Steps | _Videos, workers: Workers) -> DataLoader:
     """Worker processes with one thread each, started from a clean server process: a forked worker would inherit sockets
     of the communication backend and delay the notice of a dead peer."""
     context = None

@@ -1,0 +1,63 @@
+"""Every benchmark in turn, each in a process of its own, and one table of what was to be reached and what was.
+
+    python -m benchmarks [--quick] [--out bench] [NAME ...]
+
+Writes NAME.json and NAME.png into the folder, and the table as table.md. Exit code 1 when a benchmark fails; a goal that is
+missed is told, and is no failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.harness import Ratio
+
+NAMES = (
+    "pretraining_step step_shapes step_parts decoders memory cost_growth decoding loading data_wait splits evaluation "
+    "probe_step start"
+).split()
+
+
+def table(folder: Path, names: list[str]) -> list[str]:
+    lines = ["| what | measured: median (least to most) | goal | |", "|---|---|---|---|"]
+    for name in names:
+        if (file := folder / f"{name}.json").exists():
+            for found in json.loads(file.read_text())["ratios"]:
+                known = {key: found[key] for key in ("what", "rounds", "goal", "unit", "at_most")}
+                lines.append(Ratio(**known).row())
+    return lines
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("names", nargs="*", choices=[*NAMES, []], metavar="NAME", help=f"one of {', '.join(NAMES)}")
+    parser.add_argument(
+        "--quick", action="store_true", help="small sizes, few rounds: that it works, not how fast it is"
+    )
+    parser.add_argument("--out", type=Path, default=Path("bench"), help="folder of the results")
+    options = parser.parse_args()
+    names, failed = options.names or NAMES, []
+    for number, name in enumerate(names):
+        began = time.monotonic()
+        print(f"== {number + 1} of {len(names)}: {name}", flush=True)
+        command = [sys.executable, "-m", f"benchmarks.{name}", "--out", str(options.out)]
+        if subprocess.run([*command, *(["--quick"] if options.quick else [])]).returncode:
+            failed.append(name)
+        print(f"   {time.monotonic() - began:.0f} s\n", flush=True)
+    lines = table(options.out, names)
+    (options.out / "table.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+    if options.quick:
+        print("\nSmall sizes: the ratios say nothing.")
+    if failed:
+        print(f"error: failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

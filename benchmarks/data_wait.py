@@ -1,0 +1,58 @@
+"""The share of the demo's training time that is spent waiting for data.
+
+    python -m benchmarks.data_wait [--quick]
+
+The demo's stage 1 with its own settings, on two cores: one data worker beside the process that trains. The same again with a
+model large enough to hide the decoding: then nothing is left to wait for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.harness import Ratio, Report, main
+from benchmarks.start import DEMO, SCRIPT
+
+RUNS = {"the demo's model": [], "a model that hides it": ["trainer/model=vitsmall", "num_frames=8"]}
+
+
+def shares(folder: Path, data: Path, overrides: list[str], steps: int) -> list[float]:
+    """Percent of the time of each step but the first ten."""
+    run = folder / f"run_{len(list(folder.iterdir()))}"
+    command = [sys.executable, str(SCRIPT), *DEMO, f"data_root={data}", f"launcher.experiment_log_dir={run}",
+               f"trainer.limit_train_batches={steps}", "epochs=1", "trainer.logging.pictures_every_epochs=null"]  # fmt: skip
+    subprocess.run([*command, *overrides], check=True, stdout=subprocess.DEVNULL)
+    lines = [json.loads(line) for line in (run / "logs" / "metrics.jsonl").read_text().splitlines()]
+    return [100 * line["data_wait"] for line in lines if line["event"] == "step"][min(10, steps // 2) :]
+
+
+def run(quick: bool) -> Report:
+    report = Report("data_wait", "Waiting for data, by step of the demo", unit="% of a step")
+    with tempfile.TemporaryDirectory() as name:
+        folder, data = Path(name), Path(name) / "data"
+        counts = ("--train", "8", "--val", "1") if quick else ("--train", "40", "--val", "1", "--synthetic", "40")
+        subprocess.run([sys.executable, "-m", "omnivision.cli.main", "demo-data", str(data), *counts], check=True,
+                       stdout=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(SCRIPT.parent)})  # fmt: skip
+        for what, overrides in RUNS.items():
+            report.seconds[what] = shares(folder, data, overrides, 4 if quick else 60)
+    report.ratios += [
+        Ratio("waiting for data, the demo", [statistics.mean(report.seconds["the demo's model"])], None, "%"),
+        Ratio(
+            "waiting for data, decoding hidden",
+            [statistics.mean(report.seconds["a model that hides it"])],
+            5,
+            "%",
+            True,
+        ),
+    ]
+    return report
+
+
+if __name__ == "__main__":
+    main(run, __doc__)

@@ -1,0 +1,49 @@
+"""The two cheaper decoders, alone and together, against the recipe's and against Hugging Face's VideoMAE.
+
+    python -m benchmarks.decoders [--quick]
+
+Whole steps (forward, backward, AdamW) at the recipe's geometry, batch 8, each at its best precision here. What they cost in
+quality on the demo is in docs/performance.md (`python -m benchmarks.decoder_quality`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from benchmarks.harness import Report, interleaved, main
+from benchmarks.pretraining_step import DTYPES, Geometry, loss_of_huggingface, loss_of_ours, step
+
+KINDS: dict[str, dict[str, Any]] = {
+    "ours, the recipe": {},
+    "ours, half of the masked tokens": {"share": 0.5},
+    "ours, cross-attention": {"attention": "cross"},
+    "ours, cross-attention to half": {"attention": "cross", "share": 0.5},
+}
+
+
+def run(quick: bool) -> Report:
+    shape = Geometry("vittiny", batch=2, frames=4, image=64) if quick else Geometry("vitbase", batch=8)
+    dtype = list(DTYPES.values())[-1]
+    report = Report("decoders", f"A pretraining step with other decoders, {shape.size}, {dtype}", unit="s a clip")
+    theirs = shape.huggingface()
+    peer = f"Hugging Face {str(dtype).removeprefix('torch.')}"
+    sides = {peer: step(theirs, loss_of_huggingface(theirs, shape), dtype)}
+    for name, decoder in KINDS.items():
+        model = shape.ours(**decoder)
+        prediction = model(shape.video, shape.mask, shape.masked)
+        wanted = int(shape.masked * decoder.get("share", 1))
+        if prediction.pixels.shape[1] != wanted or not prediction.pixels.isfinite().all():
+            raise ValueError(f"{name} predicts {prediction.pixels.shape[1]} tokens; expected {wanted}")
+        sides[name] = step(model, loss_of_ours(model, shape), dtype)
+    report.seconds = interleaved(sides, rounds=2 if quick else 5, per=shape.batch)
+    report.facts["threads"] = torch.get_num_threads()
+    goals = {"ours, half of the masked tokens": 1.8, "ours, cross-attention": 3.0}
+    for name in KINDS:
+        report.times_as_fast(f"{name.removeprefix('ours, ')}, against Hugging Face", name, peer, goals.get(name))
+    return report
+
+
+if __name__ == "__main__":
+    main(run, __doc__)

@@ -1,0 +1,81 @@
+"""Sixteen frames of a clip of 2.7 s, decoded: ours, decord, PyAV by hand, and the published way; seconds of one core.
+
+    python -m benchmarks.decoding [--quick]
+
+H.264 with key frames 250 frames apart, 340 x 256 and 1280 x 720, clips that start all over the film. Before anything is timed
+our frames have to be those of a full decode, byte for byte; decord's differ from them by rounding (it converts otherwise).
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks import films
+from benchmarks.harness import Report, interleaved, main
+from benchmarks.peers import loaders
+from omnivision.data.clips import clip_window, subsample_indices
+from omnivision.data.decode import open_video
+
+
+def ours(path: Path, start: float) -> Tensor:
+    """(16, H, W, 3) uint8."""
+    with open_video(str(path)) as video:
+        return video.read(*clip_window(start, loaders.SECONDS), loaders.FRAMES).permute(0, 2, 3, 1)
+
+
+def at_each(call: Callable[[Path, float], object], path: Path, starts: list[float]) -> Callable[[], None]:
+    def run() -> None:
+        for start in starts:
+            call(path, start)
+
+    return run
+
+
+def check_frames(path: Path, starts: list[float]) -> dict[str, float]:
+    """Largest and mean differences of grey levels; ValueError when ours are not those of a full decode."""
+    worst, mean = 0.0, 0.0
+    for start in starts:
+        frames = loaders.all_frames_of(path, start)
+        wanted = torch.from_numpy(np.stack([frames[i] for i in subsample_indices(len(frames), loaders.FRAMES)]))
+        if not torch.equal(ours(path, start), wanted):
+            raise ValueError(f"{path} at {start} s: our frames are not those of a full decode")
+        difference = (loaders.decord_frames(path, start).int() - wanted.int()).abs().float()
+        worst, mean = max(worst, float(difference.max())), max(mean, float(difference.mean()))
+    if mean > 3:
+        raise ValueError(f"{path}: decord's frames are other ones: they differ by {mean} on average")
+    return {"decord differs at most by": worst, "on average by": round(mean, 3)}
+
+
+def run(quick: bool) -> Report:
+    torch.set_num_threads(1)
+    report = Report("decoding", "Sixteen frames of a clip of 2.7 s", unit="s of one core")
+    with tempfile.TemporaryDirectory() as folder:
+        for width, height in ((340, 256),) if quick else ((340, 256), (1280, 720)):
+            (path,) = films.make(Path(folder), width, height, seconds=4 if quick else 10)
+            starts = [0.0, 0.9] if quick else [0.0, 1.7, 3.1, 4.4, 5.2, 6.6, 7.3]
+            name = f"{width}x{height}"
+            report.facts[name] = check_frames(path, starts)
+            ways = {
+                "ours": ours,
+                "decord": loaders.decord_frames,
+                "PyAV, all decoded": loaders.wanted_frames_of,
+                "the published way": loaders.all_frames_of,
+            }
+            sides = {f"{way}, {name}": at_each(call, path, starts) for way, call in ways.items()}
+            report.seconds |= interleaved(sides, rounds=2 if quick else 5, per=len(starts), clock=time.process_time)
+            report.times_as_fast(f"decoding {name} against decord", f"ours, {name}", f"decord, {name}", 1.2)
+            report.times_as_fast(
+                f"decoding {name} against the published way", f"ours, {name}", f"the published way, {name}"
+            )
+    return report
+
+
+if __name__ == "__main__":
+    main(run, __doc__)

@@ -1,0 +1,115 @@
+"""A split evaluated with six views a video (2 clips, 3 crops): ours, and the published loop of one view at a time.
+
+    python -m benchmarks.evaluation [--quick]
+
+The published loop decodes and converts every frame of each clip, makes each crop in floating point, and runs the model, with
+its attention spelt out, on one view after another. Both sides work in this process; the scores of every video have to agree.
+ViT-Ti shows what the loop and its loading cost; ViT-B is bound by its matrix products.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks import films
+from benchmarks.harness import Report, interleaved, main
+from benchmarks.peers import loaders
+from benchmarks.peers.published_mae import normalised, published_block
+from benchmarks.pretraining_step import HAS_BF16, SIZES
+from omnivision.data.catalog import Dataset, LabelSets, Split, SplitFiles
+from omnivision.data.clips import subsample_indices, uniform_clip_starts
+from omnivision.data.dataset import ClipDataset, Cut
+from omnivision.data.decode import open_video
+from omnivision.data.loader import Workers, evaluation_batches
+from omnivision.data.views import EvalView, crop_offsets, resize_short_side
+from omnivision.distributed import Place, Processes
+from omnivision.evaluation import evaluate
+from omnivision.models.classifier import VideoClassifier
+from omnivision.models.vit import VisionTransformer
+from omnivision.tasks.classify import Classify
+
+CLASSES, CLIPS, CROPS = 101, 2, 3
+
+
+@torch.no_grad()
+def published_scores(model: VideoClassifier, paths: list[Path], size: int) -> Tensor:
+    """(videos, classes): the mean over six views of each, one view at a time."""
+    found = []
+    for path in paths:
+        with open_video(str(path)) as video:
+            duration = video.duration
+        scores = []
+        for start in uniform_clip_starts(duration, loaders.SECONDS, CLIPS):
+            frames = loaders.all_frames_of(path, start)
+            wanted = torch.from_numpy(np.stack([frames[i] for i in subsample_indices(len(frames), loaders.FRAMES)]))
+            clip = resize_short_side(normalised(wanted.permute(3, 0, 1, 2)[None])[0], size)  # (C, T, H, W), float
+            for top, left in crop_offsets(clip.shape[-2], clip.shape[-1], size, CROPS):
+                view = clip[None, ..., top : top + size, left : left + size]
+                x = model.trunk.patch_embed(view) + model.trunk.pos_embed
+                for block in model.trunk.blocks:
+                    x = published_block(block, x)
+                scores.append(model.heads[0](model.trunk.norm(x.mean(1)))[0])
+        found.append(torch.stack(scores).mean(0))
+    return torch.stack(found)
+
+
+def our_scores(model: nn.Module, data: ClipDataset, dtype: torch.dtype | None, videos_per_batch: int) -> Tensor:
+    """The same by `omnivision.evaluation`."""
+    processes = Processes(Place(), "cpu", None, timedelta(minutes=1))
+    task = Classify(LabelSets([CLASSES], {"films": 0}))
+
+    def autocast() -> contextlib.AbstractContextManager[object]:
+        return torch.autocast("cpu", dtype, enabled=dtype is not None)
+
+    batches = evaluation_batches(data, videos_per_batch, 0, 1, Workers())
+    made = evaluate(task, model, batches, processes, autocast)
+    assert made is not None
+    return torch.from_numpy(made.predictions["films"].scores)
+
+
+def run(quick: bool) -> Report:
+    report = Report("evaluation", "Evaluation with six views a video", unit="s a video")
+    sizes, image, count = (["vittiny"], 64, 2) if quick else (["vittiny", "vitbase"], 224, 4)
+    dtype = torch.bfloat16 if HAS_BF16 else None
+    report.facts["ours computes in"] = "bf16" if HAS_BF16 else "fp32: this processor has no bf16"
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        paths = films.make(folder, 340, 256, seconds=4 if quick else 10, copies=count)
+        np.save(folder / "paths.npy", np.array([str(path) for path in paths]))
+        np.save(folder / "labels.npy", np.arange(count))
+        files = SplitFiles(str(folder / "paths.npy"), str(folder / "labels.npy"))
+        split = Split(Dataset("films", num_classes=CLASSES, val=files), "val")
+        cut = Cut(EvalView(image, CROPS), CROPS, loaders.FRAMES, (8, image // 16, image // 16), clips=CLIPS)
+        data = ClipDataset([split], {"video": cut}, loaders.SECONDS, seed=0, training=False)
+        for size in sizes:
+            torch.manual_seed(0)
+            model = VideoClassifier(VisionTransformer(*SIZES[size][0], image_size=image), [CLASSES]).eval()
+            nn.init.normal_(model.heads[0][0].weight, std=0.5)  # type: ignore[index] # scores that tell videos apart
+            theirs, mine = published_scores(model, paths, image), our_scores(model, data, None, 2)
+            # Theirs are made of pixels that were never rounded.
+            difference = float((theirs - mine).abs().max() / theirs.std())
+            report.facts[f"{size}: largest difference of scores, in deviations"] = round(difference, 5)
+            if difference > 0.05 or not torch.equal(theirs.argmax(1), mine.argmax(1)):
+                raise ValueError(f"{size}: the scores differ by {difference} deviations")
+            ours, peer = f"ours, {size}", f"the published loop, {size}"
+            report.seconds |= interleaved(
+                {
+                    ours: lambda model=model: our_scores(model, data, dtype, 2),  # type: ignore[misc]
+                    peer: lambda model=model: published_scores(model, paths, image),  # type: ignore[misc]
+                },
+                rounds=2 if quick else 3,
+                per=count,
+            )
+            report.times_as_fast(f"six-view evaluation, {size}, against the published loop", ours, peer, 3.0)
+    return report
+
+
+if __name__ == "__main__":
+    main(run, __doc__)

@@ -1,0 +1,120 @@
+"""A pretraining sample (16 frames of 2.7 s, four views): ours, decord with torchvision, and the published way.
+
+    python -m benchmarks.loading [--quick]
+
+Seconds of one core on 340 x 256 H.264 with key frames 250 frames apart; the same films prepared by `omnivision prepare`; and
+how much faster two worker processes are than one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks import films
+from benchmarks.harness import Ratio, Report, interleaved, main
+from benchmarks.peers import loaders
+from omnivision.data.catalog import Dataset, Split, SplitFiles
+from omnivision.data.dataset import ClipDataset, Cut
+from omnivision.data.epoch import EpochPlan, Request, SourcePlan
+from omnivision.data.loader import Workers, train_batches
+from omnivision.data.masking import RandomMask
+from omnivision.data.views import PretrainView
+from omnivision.prepare.transcode import Job, Recipe, transcode
+
+CLIPS = 8  # of a batch: two videos, four views each
+
+
+def dataset(folder: Path, name: str, paths: list[Path]) -> ClipDataset:
+    """The recipe's samples of some films."""
+    file = folder / f"{name}.npy"
+    np.save(file, np.array([str(path) for path in paths]))
+    split = Split(Dataset(name, train=SplitFiles(str(file))), "train")
+    view = PretrainView(loaders.SIZE, loaders.SHORT_SIDE)
+    cut = Cut(view, loaders.VIEWS, loaders.FRAMES, grid=(8, 14, 14), mask=RandomMask(0.9))
+    return ClipDataset([split], {"video": cut}, loaders.SECONDS, seed=0, training=True)
+
+
+def samples(data: ClipDataset, count: int) -> Callable[[], None]:
+    """`count` samples in this process, new ones at each call."""
+    epochs = itertools.count()
+
+    def run() -> None:
+        epoch = next(epochs)
+        for number in range(count):
+            sample = data[Request(0, number % len(data.splits[0]), epoch)]
+            assert sample.video.shape == (4, 3, 16, 224, 224) and not sample.bad
+
+    return run
+
+
+def by_peer(
+    way: Callable[[Path, float], torch.Tensor], paths: list[Path], count: int, last: float
+) -> Callable[[], None]:
+    """The same number of samples another way, of clips that start as randomly."""
+    rng = np.random.default_rng(0)
+
+    def run() -> None:
+        for number in range(count):
+            views = way(paths[number % len(paths)], float(rng.uniform(0, last)))
+            assert views.shape == (4, 3, 16, 224, 224)
+
+    return run
+
+
+def batches_a_second(data: ClipDataset, workers: int, count: int) -> float:
+    """How fast batches come from worker processes, once they have started."""
+    plan = EpochPlan({"films": SourcePlan(len(data.splits[0]), CLIPS // loaders.VIEWS, loaders.VIEWS)}, seed=0)
+    stream = train_batches(data, plan, (0, 0), 10_000, 0, 1, Workers(workers, prefetch=2))
+    for _ in range(2 * workers + 2):
+        next(stream)
+    began = time.perf_counter()
+    for _ in range(count):
+        next(stream)
+    return count / (time.perf_counter() - began)
+
+
+def prepared(folder: Path, paths: list[Path]) -> list[Path]:
+    """What `omnivision prepare --gop 12` makes of the films."""
+    found = []
+    for path in paths:
+        found.append(folder / "prepared" / path.name)
+        outcome = transcode(Job(str(path), str(found[-1]), Recipe(short_side=None)))
+        assert outcome.reason is None and outcome.fault is None, outcome
+    return found
+
+
+def run(quick: bool) -> Report:
+    torch.set_num_threads(1)
+    seconds, count, rounds = (4, 4, 2) if quick else (10, 16, 5)
+    report = Report("loading", "A pretraining sample: 16 frames of 2.7 s, four views", unit="s of one core")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        paths = films.make(folder, 340, 256, seconds, copies=count)
+        raw = dataset(folder, "raw", paths)
+        quick_to_read = dataset(folder, "prepared", prepared(folder, paths))
+        sides = {
+            "ours": samples(raw, count),
+            "ours, prepared": samples(quick_to_read, count),
+            "decord and torchvision": by_peer(loaders.by_decord, paths, count, seconds - loaders.SECONDS),
+            "the published way": by_peer(loaders.published, paths, count, seconds - loaders.SECONDS),
+        }
+        report.seconds = interleaved(sides, rounds, per=count, clock=time.process_time)
+        report.times_as_fast("samples against the published way", "ours", "the published way", 4.5)
+        report.times_as_fast("samples against decord and torchvision", "ours", "decord and torchvision", 1.3)
+        report.times_as_fast("prepared films against the same unprepared", "ours, prepared", "ours", 2.0)
+
+        rates = [[batches_a_second(raw, n, 8 if quick else 40) for n in (1, 2)] for _ in range(1 if quick else 3)]
+        report.facts["batches of 8 clips a second, 1 and 2 workers"] = [[round(r, 2) for r in pair] for pair in rates]
+        report.ratios.append(Ratio("two workers against one", [two / one for one, two in rates], 1.8))
+    return report
+
+
+if __name__ == "__main__":
+    main(run, __doc__)

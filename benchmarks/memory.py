@@ -1,0 +1,118 @@
+"""Peak memory of a pretraining step: ours, with activations made again, and Hugging Face's; and what a data worker holds.
+
+    python -m benchmarks.memory [--quick]
+
+Each side of a step runs in a process of its own, which says how much more memory it has had at most than before the model was
+made. A worker's memory is that of a process that makes one sample after another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from benchmarks.harness import Ratio, Report, main
+
+SIDES = ("ours", "ours, activations made again", "Hugging Face", "the published way")
+
+
+def peak_kb() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def measure(side: str, quick: bool) -> float:
+    """MB of two steps of one side, in this process."""
+    from benchmarks.peers.published_mae import PublishedMAE
+    from benchmarks.pretraining_step import (
+        Geometry,
+        loss_of_huggingface,
+        loss_of_ours,
+        loss_of_published,
+        step,
+    )
+
+    shape = Geometry("vittiny", 2, 4, 64) if quick else Geometry("vitbase", 8)
+    if side == "Hugging Face":
+        import transformers  # noqa: F401  # its code is not memory of the step
+
+        before = peak_kb()
+        model = shape.huggingface()
+        loss = loss_of_huggingface(model, shape)
+    elif side == "the published way":
+        before = peak_kb()
+        model = PublishedMAE(shape.ours(), checkpointing=True)
+        loss = loss_of_published(model, shape)
+    else:
+        before = peak_kb()
+        model = shape.ours(checkpointing="again" in side)
+        loss = loss_of_ours(model, shape)
+    run = step(model, loss, torch.float32)
+    run()
+    run()
+    return (peak_kb() - before) / 1024
+
+
+def of_worker(quick: bool) -> list[float]:
+    """MB of a process that makes samples: after the first tenth of them, and at the end."""
+    from benchmarks import films
+    from benchmarks.loading import dataset
+    from omnivision.data.epoch import Request
+
+    def resident() -> float:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS:"))
+
+    torch.set_num_threads(1)
+    count, found = 60 if quick else 3000, []
+    with tempfile.TemporaryDirectory() as folder:
+        data = dataset(Path(folder), "films", films.make(Path(folder), 340, 256, seconds=4, copies=4))
+        for number in range(count):
+            data[Request(0, number % 4, number)]
+            if number + 1 in (count // 10, count):
+                found.append(resident())
+    return found
+
+
+def apart(what: str, quick: bool) -> str:
+    command = [sys.executable, "-m", "benchmarks.memory", "--measure", what, *(["--quick"] if quick else [])]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def run(quick: bool) -> Report:
+    report = Report("memory", "Most memory of a pretraining step, fp32", unit="MB")
+    rounds = 1 if quick else 2
+    for _ in range(rounds):
+        for side in SIDES:
+            report.seconds.setdefault(side, []).append(float(apart(side, quick)))
+    began, ended = json.loads(apart("worker", quick))
+    report.facts |= {"a data worker after a tenth of its samples, MB": round(began, 1), "after all": round(ended, 1)}
+
+    def share(side: str, other: str) -> list[float]:
+        return [one / two for one, two in zip(report.seconds[side], report.seconds[other], strict=True)]
+
+    report.ratios += [
+        Ratio("memory of a step against Hugging Face", share("ours", "Hugging Face"), 1.0, at_most=True),
+        Ratio("memory with activations made again against without", share("ours, activations made again", "ours")),
+        Ratio("growth of a data worker's memory", [ended - began], 20, "MB", at_most=True),
+    ]
+    return report
+
+
+if __name__ == "__main__":
+    if "--measure" in sys.argv:
+        parser = argparse.ArgumentParser()
+        parser.add_argument("--measure")
+        parser.add_argument("--quick", action="store_true")
+        chosen = parser.parse_args()
+        print(
+            json.dumps(of_worker(chosen.quick) if chosen.measure == "worker" else measure(chosen.measure, chosen.quick))
+        )
+    else:
+        main(run, __doc__)

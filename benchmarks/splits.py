@@ -1,0 +1,94 @@
+"""A split of ten million paths: opening it, memory, the shuffled order, resuming in the middle, and what workers are sent.
+
+python -m benchmarks.splits [--quick]
+"""
+
+from __future__ import annotations
+
+import pickle
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.harness import Ratio, Report, main
+from omnivision.data.catalog import Dataset, Split, SplitFiles
+from omnivision.data.dataset import ClipDataset, Cut
+from omnivision.data.epoch import EpochPlan, SourcePlan
+from omnivision.data.loader import _Steps, _Videos
+from omnivision.data.masking import RandomMask
+from omnivision.data.views import PretrainView
+
+CLASSES = 400
+
+
+def write(folder: Path, count: int) -> SplitFiles:
+    """The two arrays, as training reads them."""
+    paths = np.lib.format.open_memmap(folder / "paths.npy", "w+", "<U20", (count,))
+    for first in range(0, count, 1_000_000):
+        numbers = np.arange(first, min(first + 1_000_000, count))
+        paths[first : first + len(numbers)] = np.char.add("train/", np.char.add(numbers.astype("<U10"), ".mp4"))
+    paths.flush()
+    del paths
+    np.save(folder / "labels.npy", np.arange(count) % CLASSES)
+    return SplitFiles(str(folder / "paths.npy"), str(folder / "labels.npy"))
+
+
+def private_bytes() -> int:
+    """Memory of this process alone; pages of a mapped file are the system's, which may drop them."""
+    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
+        if line.startswith("Private_Dirty:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("this system does not tell how much memory a process has")
+
+
+def timed(call: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def run(quick: bool) -> Report:
+    count = 200_000 if quick else 10_000_000
+    report = Report("splits", f"A split of {count:,} videos")
+    with tempfile.TemporaryDirectory() as folder:
+        files = write(Path(folder), count)
+        before = private_bytes()
+        began = time.perf_counter()
+        split = Split(Dataset("many", num_classes=CLASSES, train=files, val=files), "train")
+        opened = time.perf_counter() - began
+        view, grid = PretrainView(224), (8, 14, 14)
+        data = ClipDataset([split], {"video": Cut(view, 4, 16, grid, RandomMask(0.9))}, 2.7, 0, training=True)
+        plan = EpochPlan({"many": SourcePlan(count, 8, 4)}, seed=0)
+        steps = _Steps(plan, (0, 0), 2, 0, 1)
+        at_first, middle = iter(steps), plan.steps // 2
+        late = iter(_Steps(plan, (1, middle), 2, 0, 1))
+        plan.requests(0, 1, 0, 1)  # numpy's first use
+        first_seconds, late_seconds = timed(lambda: next(at_first)), timed(lambda: next(late))
+        for requests in (plan.requests(0, step, 0, 1) for step in range(0, plan.steps, max(1, plan.steps // 500))):
+            for request in requests:
+                split.path(request.video), split.label(request.video)
+        evaluated = next(iter(_Videos([count], 4, 0, 1, None)))
+        grown = private_bytes() - before
+        sent = len(pickle.dumps((data, plan)))
+        report.facts |= {
+            "seconds to open": round(opened, 4),
+            "private MB that it adds": round(grown / 1e6, 2),
+            "bytes sent to each worker": sent,
+            "ms to the first batch of step 0": round(1000 * first_seconds, 3),
+            f"ms to the first batch of step {middle} of epoch 1": round(1000 * late_seconds, 3),
+            "videos of the first evaluation batch": len(evaluated),
+        }
+    report.ratios += [
+        Ratio("opening ten million paths", [opened], 1.0, "s", at_most=True),
+        Ratio("private memory of ten million paths", [grown / 1e6], 100, "MB", at_most=True),
+        Ratio("sent to a worker", [sent / 1e3], 100, "kB", at_most=True),
+        Ratio("first batch after resuming in mid-epoch", [1000 * late_seconds], 10, "ms", at_most=True),
+    ]
+    return report
+
+
+if __name__ == "__main__":
+    main(run, __doc__)

@@ -1,0 +1,98 @@
+"""How long a command takes to say something: --help, --cfg job, the first step of the demo's model, and a resume of ViT-B.
+
+    python -m benchmarks.start [--quick]
+
+(Submission to a cluster is timed by tests/slurm.)
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.harness import Ratio, Report, main
+from omnivision.models.mae import MaskedAutoencoder
+from omnivision.models.vit import VisionTransformer
+from omnivision.safe import safe_load
+
+SCRIPT = Path(__file__).resolve().parent.parent / "train_app_submitit.py"
+DEMO = ["+experiments=demo/mae", "+trainer=mae_demo_config", "trainer.logging.log_freq=1"]
+
+
+def seconds_of(*arguments: str) -> float:
+    began = time.perf_counter()
+    subprocess.run([sys.executable, str(SCRIPT), *arguments], check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - began
+
+
+def seconds_to_first_step(folder: Path, data: Path) -> float:
+    """From the command until its log holds a step."""
+    run = folder / f"run_{time.monotonic_ns()}"
+    command = [sys.executable, str(SCRIPT), *DEMO, f"data_root={data}", f"launcher.experiment_log_dir={run}"]
+    began, log = time.perf_counter(), run / "logs" / "metrics.jsonl"
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        while not (log.exists() and '"step"' in log.read_text()):
+            if process.poll() is not None:
+                raise RuntimeError(f"the demo ended with {process.returncode}")
+            time.sleep(0.01)
+        seconds = time.perf_counter() - began
+        process.terminate()
+    return seconds
+
+
+def mapped(folder: Path) -> dict[str, float]:
+    """Reading a checkpoint of ViT-B with its optimizer's state: seconds, and MB that are not the file's own pages."""
+    model = MaskedAutoencoder(VisionTransformer(), {"width": 384, "depth": 4, "heads": 16})
+    weights = model.state_dict()
+    file = folder / "checkpoint.pt"
+    torch.save(
+        {"model": weights, "moments": [{n: torch.zeros_like(t) for n, t in weights.items()} for _ in range(2)]}, file
+    )
+
+    def anonymous() -> int:
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("Anonymous:"))
+
+    del model, weights
+    before, began = anonymous(), time.perf_counter()
+    state = safe_load(file)
+    seconds = time.perf_counter() - began
+    assert state["model"]
+    return {"file, MB": round(file.stat().st_size / 1e6), "s to open": round(seconds, 3),
+            "private MB": round((anonymous() - before) / 1e3, 1)}  # fmt: skip
+
+
+def run(quick: bool) -> Report:
+    report, rounds = Report("start", "How long a command takes to say something"), 2 if quick else 5
+    with tempfile.TemporaryDirectory() as name:
+        folder, data = Path(name), Path(name) / "data"
+        subprocess.run(
+            [sys.executable, "-m", "omnivision.cli.main", "demo-data", str(data), "--train", "4", "--val", "1"],
+            check=True, stdout=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(SCRIPT.parent)},
+        )  # fmt: skip
+        sides = {
+            "--help": lambda: seconds_of("--help"),
+            "--cfg job": lambda: seconds_of("--cfg", "job", *DEMO),
+            "first step of the demo": lambda: seconds_to_first_step(folder, data),
+        }
+        report.seconds = {name: [side() for _ in range(rounds + 1)][1:] for name, side in sides.items()}
+        report.facts["a checkpoint of ViT-B"] = mapped(folder)
+    for what, goal in (("--help", 1.5), ("--cfg job", 1.5), ("first step of the demo", 12.0)):
+        report.ratios.append(Ratio(what, report.seconds[what], goal, "s", at_most=True))
+    private = report.facts["a checkpoint of ViT-B"]
+    report.ratios.append(
+        Ratio(
+            "opening a checkpoint of ViT-B", [100 * private["private MB"] / private["file, MB"]], 5, "% in memory", True
+        )
+    )
+    return report
+
+
+if __name__ == "__main__":
+    main(run, __doc__)
