@@ -92,7 +92,7 @@ def prepared(folder: Path, paths: list[Path]) -> list[Path]:
 
 def run(quick: bool) -> Report:
     torch.set_num_threads(1)
-    seconds, count, rounds = (4, 4, 2) if quick else (10, 16, 5)
+    seconds, count, rounds = (4, 8, 2) if quick else (10, 16, 5)
     report = Report("loading", "A pretraining sample: 16 frames of 2.7 s, four views", unit="s of one core")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -54,9 +54,7 @@ def row(name: str, gpus: int, machine: Machine) -> str:
     compute = CLIPS_PER_GPU * gflop / machine.tflops  # ms
     bytes_moved = 2 * (gpus - 1) / gpus * parameters * 2  # ring all-reduce in bf16
     ddp = bytes_moved / machine.link / 1e6  # ms
-    fsdp = (
-        (2 * 4 + 2) * (gpus - 1) / gpus * parameters / machine.link / 1e6
-    )  # parameters in fp32 twice, gradients in bf16
+    fsdp = 3 * 2 * (gpus - 1) / gpus * parameters / machine.link / 1e6  # ms; bf16: parameters twice, gradients once
     hidden = 2 / 3 * compute  # the backward pass, beside which gradients travel
     films = gpus * CLIPS_PER_GPU / VIEWS / compute * 1000
     saved = 12 * parameters / 1e9

@@ -27,6 +27,7 @@ def run(quick: bool) -> Report:
     with tempfile.TemporaryDirectory() as name:
         trainer = recipe.trainer(Path(name), "batch_size=8", "trainer.optim.gradient_clip=1", *small)
         data = recipe.batch(trainer, 8, frames, image)
+        trainer.reporter.start(0, 1)
         trainer.bare.train()
 
         def forward_and_backward() -> None:

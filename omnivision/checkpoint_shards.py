@@ -17,11 +17,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from omnivision.distributed import Processes
 from omnivision.files import sha256
 from omnivision.safe import BrokenCheckpoint, safe_load
+from omnivision.sharding import is_split
 
 KEY = "shards"  # of what a checkpoint says of its folder
 PREFIX = "shards_"
@@ -39,7 +39,7 @@ def parted(state: dict[Any, Any], where: str = "") -> tuple[dict[Any, Any], dict
     rest: dict[Any, Any] = {}
     taken: dict[str, Tensor] = {}
     for key, value in state.items():
-        if isinstance(value, DTensor):
+        if is_split(value):
             taken[f"{where}{key}"] = value
         elif isinstance(value, dict):
             rest[key], inner = parted(value, f"{where}{key}{SEPARATOR}")

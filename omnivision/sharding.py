@@ -9,15 +9,15 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from omnivision.distributed import WIRE_DTYPES, Processes
+
+# torch's own modules for this are imported when a model is split: they take most of a second, and few runs need them.
 
 
 def shard(
@@ -35,6 +35,9 @@ def shard(
         compute_dtype: what parameters are rounded to before they travel, when products are computed in it anyway (autocast);
             None: as they are. The optimizer keeps and changes them as they are.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     mesh = init_device_mesh(processes.device.type, (processes.world,))
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype,
@@ -48,12 +51,12 @@ def shard(
 
 
 @contextlib.contextmanager
-def without_sync(model: nn.Module, skip: bool) -> Iterator[None]:
+def without_sync(model: Any, skip: bool) -> Iterator[None]:
     """Keep gradients at home in this backward pass, when `skip` and when there is anybody to send them to."""
     if skip and isinstance(model, DistributedDataParallel):
         with model.no_sync():
             yield
-    elif skip and isinstance(model, FSDPModule):
+    elif skip and hasattr(model, "set_requires_gradient_sync"):  # an FSDPModule
         model.set_requires_gradient_sync(False)
         try:
             yield
@@ -66,7 +69,7 @@ def without_sync(model: nn.Module, skip: bool) -> Iterator[None]:
 @contextlib.contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
     """Every process holds the whole model inside this block, and may run it alone; all processes enter and leave together."""
-    parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
+    parts: list[Any] = [part for part in model.modules() if hasattr(part, "unshard")]  # FSDPModules
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
@@ -81,11 +84,20 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 def split_like(value: Tensor, parameter: Tensor) -> Tensor:
     """A tensor that every process holds whole, split as a parameter of the same shape is; others stay as they are."""
-    if not isinstance(parameter, DTensor) or isinstance(value, DTensor) or value.shape != parameter.shape:
+    if not is_split(parameter) or is_split(value) or value.shape != parameter.shape:
         return value
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(parameter, DTensor)
     return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
-def whole(value: Tensor) -> Tensor:
+def whole(value: Any) -> Tensor:
     """A tensor with what all processes hold of it."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
+    found: Tensor = value.full_tensor() if is_split(value) else value
+    return found
+
+
+def is_split(value: object) -> bool:
+    """Whether this is a tensor of which each process holds a part, a DTensor."""
+    return hasattr(value, "full_tensor")

@@ -1,6 +1,7 @@
 """What a run folder knows of its jobs, and what SLURM's answers mean; the cluster itself is in tests/slurm."""
 
 import contextlib
+import dataclasses
 import io
 import os
 import subprocess
@@ -65,10 +66,9 @@ class Tasks(unittest.TestCase):
 
     def test_neighbouring_jobs_never_share_a_port_and_none_is_one_that_systems_hand_out(self):
         with mock.patch.dict(os.environ, SLURM):
-            ports = set()
-            for job in range(20_000):
-                with mock.patch.dict(os.environ, SLURM_JOB_ID=str(987_654 + job)):
-                    ports.add(int(Task.from_environment().place("a").init_method.rpartition(":")[2]))
+            task = Task.from_environment()
+        jobs_in_a_row = (dataclasses.replace(task, number=987_654 + job) for job in range(20_000))
+        ports = {int(job.place("a").init_method.rpartition(":")[2]) for job in jobs_in_a_row}
         self.assertEqual((len(ports), min(ports), max(ports)), (20_000, 10_000, 29_999))
 
     def test_one_process_needs_to_meet_nobody(self):
@@ -163,6 +163,7 @@ class Records(Folder):
         record = self.record(1)
         with (
             mock.patch.object(job_record, "LAST_WORDS_SECONDS", 0),
+            mock.patch.object(job_record, "DECISION_SECONDS", 0.1),
             mock.patch.object(slurm, "job_facts", return_value={}),
         ):
             self.assertTrue(record.verdict(gone, "gone").requeue)
@@ -426,16 +427,16 @@ class Submission(Folder):
             self.assertEqual(self.folder.read_summary(), before)
 
     def test_summaries_that_somebody_else_wrote(self):
-        file = self.folder.path / "summary.json"
+        file, job = self.folder.path / "summary.json", self.job("epochs=3")
         for text in (
             "", "[", "[1]", "7", '{"job": [1]}', '{"job": "x", "status": "queued"}', '{"status": "finished", "epochs": "9"}',
             '{"status": ["queued"]}', '{"step_seconds": "a"}', '{"job": {"job_id": [1]}, "status": "running"}', '{"last": 3}',
         ):  # fmt: skip
             file.write_text(text)
             with self.subTest(text):
-                self.assertFalse(is_finished(self.job("epochs=3").settings, self.folder))
-                self.assertFalse(is_queued(self.job(), {"12": JobState("PENDING")}))
-                self.assertEqual(signal_delay(self.job().settings, self.folder), 120)
+                self.assertFalse(is_finished(job.settings, self.folder))
+                self.assertFalse(is_queued(job, {"12": JobState("PENDING")}))
+                self.assertEqual(signal_delay(job.settings, self.folder), 120)
                 settled(self.folder.read_summary(), {"12": JobState("PENDING")})
         file.unlink()
         file.mkdir()

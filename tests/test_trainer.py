@@ -479,7 +479,7 @@ class Loop(unittest.TestCase):
                 made.train_step(batch)
             self.assertEqual(waits.found, [])
         with Waits() as waits:
-            float(made.agreement.read().__next__()[0].loss)
+            float(made.watch.agreement.read().__next__()[0].loss)
         self.assertEqual(waits.found, ["aten._local_scalar_dense"], "it would be found")
 
     def test_another_number_of_steps_is_another_run(self):

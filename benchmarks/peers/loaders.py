@@ -8,6 +8,8 @@ torchvision's transforms on uint8, the short side resized once.
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from omnivision.data.clips import subsample_indices
+from omnivision.data.clips import clip_window, subsample_indices
 from omnivision.models.patches import IMAGENET_MEAN, IMAGENET_STD
 
 FRAMES, SECONDS, VIEWS, SHORT_SIDE, SIZE = 16, 2.7, 4, 256, 224
@@ -28,11 +30,12 @@ def all_frames_of(path: Path, start: float) -> list[np.ndarray]:
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_type, stream.codec_context.thread_count = "NONE", 1
-        container.seek(int(start / stream.time_base), stream=stream)
+        first, last = (bound / stream.time_base for bound in clip_window(start, SECONDS))
+        container.seek(int(first), stream=stream)
         for frame in container.decode(stream):
-            if frame.time >= start + SECONDS:
+            if frame.pts >= last:
                 break
-            if frame.time >= start:
+            if frame.pts >= first:
                 found.append(frame.to_ndarray(format="rgb24"))
     return found
 
@@ -43,11 +46,12 @@ def wanted_frames_of(path: Path, start: float) -> Tensor:
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_type, stream.codec_context.thread_count = "NONE", 1
-        container.seek(int(start / stream.time_base), stream=stream)
+        first, last = (bound / stream.time_base for bound in clip_window(start, SECONDS))
+        container.seek(int(first), stream=stream)
         for frame in container.decode(stream):
-            if frame.time >= start + SECONDS:
+            if frame.pts >= last:
                 break
-            if frame.time >= start:
+            if frame.pts >= first:
                 found.append(frame)
     return torch.from_numpy(
         np.stack([found[i].to_ndarray(format="rgb24") for i in subsample_indices(len(found), FRAMES)])
@@ -75,7 +79,7 @@ def decord_frames(path: Path, start: float) -> Tensor:
 
     reader = decord.VideoReader(str(path), num_threads=1)
     fps = reader.get_avg_fps()
-    first, last = int(np.ceil(start * fps)), int(np.ceil((start + SECONDS) * fps))
+    first, last = (math.ceil(bound * Fraction(fps)) for bound in clip_window(start, SECONDS))
     wanted = [first + i for i in subsample_indices(min(last, len(reader)) - first, FRAMES)]
     return torch.from_numpy(reader.get_batch(wanted).asnumpy())
 

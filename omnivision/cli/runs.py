@@ -85,7 +85,7 @@ def table(found: list[dict[str, Any]], short: bool = False) -> Table:
         cells = {
             "run": summary["name"],
             "trunk": facts.get("trunk", "?"),
-            "starts from": facts.get("pretrained", "?") or "nothing",
+            "starts from": (facts.get("pretrained") or "nothing") if facts else "?",
             "data": ", ".join(facts.get("sources", [])),
             "epochs": str(summary.get("epochs", "")),
             "minutes": f"{(summary.get('wall_time') or 0) / 60:.1f}",
