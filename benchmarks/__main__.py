@@ -18,8 +18,8 @@ from pathlib import Path
 from benchmarks.harness import Ratio
 
 NAMES = (
-    "pretraining_step step_shapes step_parts decoders memory cost_growth decoding loading data_wait splits evaluation "
-    "probe_step start"
+    "pretraining_step step_shapes step_parts what_helped decoders memory cost_growth decoding loading data_wait splits "
+    "evaluation probe_step start"
 ).split()
 
 

@@ -37,7 +37,7 @@ def run(quick: bool) -> Report:
         if prediction.pixels.shape[1] != wanted or not prediction.pixels.isfinite().all():
             raise ValueError(f"{name} predicts {prediction.pixels.shape[1]} tokens; expected {wanted}")
         sides[name] = step(model, loss_of_ours(model, shape), dtype)
-    report.seconds = interleaved(sides, rounds=2 if quick else 5, per=shape.batch)
+    report.seconds = interleaved(sides, rounds=2 if quick else 3, per=shape.batch)
     report.facts["threads"] = torch.get_num_threads()
     goals = {"ours, half of the masked tokens": 1.8, "ours, cross-attention": 3.0}
     for name in KINDS:

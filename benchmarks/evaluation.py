@@ -76,7 +76,7 @@ def our_scores(model: nn.Module, data: ClipDataset, dtype: torch.dtype | None, v
 
 def run(quick: bool) -> Report:
     report = Report("evaluation", "Evaluation with six views a video", unit="s a video")
-    sizes, image, count = (["vittiny"], 64, 2) if quick else (["vittiny", "vitbase"], 224, 4)
+    sizes, image, count = (["vittiny"], 64, 2) if quick else (["vittiny", "vitbase"], 224, 2)
     dtype = torch.bfloat16 if HAS_BF16 else None
     report.facts["ours computes in"] = "bf16" if HAS_BF16 else "fp32: this processor has no bf16"
     with tempfile.TemporaryDirectory() as name:
@@ -104,7 +104,7 @@ def run(quick: bool) -> Report:
                     ours: lambda model=model: our_scores(model, data, dtype, 2),  # type: ignore[misc]
                     peer: lambda model=model: published_scores(model, paths, image),  # type: ignore[misc]
                 },
-                rounds=2 if quick else 3,
+                rounds=2,
                 per=count,
             )
             report.times_as_fast(f"six-view evaluation, {size}, against the published loop", ours, peer, 3.0)

@@ -87,7 +87,7 @@ def apart(what: str, quick: bool) -> str:
 
 def run(quick: bool) -> Report:
     report = Report("memory", "Most memory of a pretraining step, fp32", unit="MB")
-    rounds = 1 if quick else 2
+    rounds = 1  # memory does not vary as time does
     for _ in range(rounds):
         for side in SIDES:
             report.seconds.setdefault(side, []).append(float(apart(side, quick)))

@@ -158,7 +158,7 @@ def run(quick: bool) -> Report:
     for name, dtype in DTYPES.items():
         sides[f"ours {name}"] = step(ours, loss_of_ours(ours, shape), dtype)
         sides[f"Hugging Face {name}"] = step(theirs, loss_of_huggingface(theirs, shape), dtype)
-    report.seconds = interleaved(sides, rounds=2 if quick else 5, per=shape.batch)
+    report.seconds = interleaved(sides, rounds=2 if quick else 3, per=shape.batch)
 
     with FlopCounterMode(display=False) as counter:
         sides["ours fp32"]()

@@ -42,7 +42,7 @@ def run(quick: bool) -> Report:
             trainer.watch.hear(but=1)
 
         sides = {"whole step": whole_step, "forward and backward": forward_and_backward}
-        report.seconds = interleaved(sides, rounds=3 if quick else 7)
+        report.seconds = interleaved(sides, rounds=3)
         logged, saved = [], []
         figures = dict.fromkeys(("loss", "lr", "grad_norm", "clips_per_second", "data_wait"), 1.0)
         for _ in range(3):

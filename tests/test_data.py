@@ -237,6 +237,18 @@ class Films(unittest.TestCase):
         for batch, one, other in zip(whole, *halves, strict=True):
             self.assertTrue(torch.equal(batch.video, torch.cat([one.video, other.video])))
 
+    def test_the_memory_of_a_worker_does_not_grow(self):
+        def resident() -> int:
+            lines = Path("/proc/self/status").read_text().splitlines()
+            return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:"))
+
+        dataset, found = self.dataset(training=True), []
+        for number in range(300):
+            dataset[Request(0, number % len(dataset.splits[0]), number)]
+            if number in (100, 299):
+                found.append(resident())
+        self.assertLess(found[1] - found[0], 8 * 1024, f"kB after 100 and 300 samples: {found}")
+
     def test_evaluation_takes_every_video_once(self):
         for world in (1, 2, 3):
             seen = []

@@ -121,6 +121,17 @@ class Cross(unittest.TestCase):
             self.assertRegex(made.stderr, saying)
 
 
+class Compiled(unittest.TestCase):
+    def test_no_graph_breaks_in_trunk_and_decoders(self):
+        """Each break would leave the device to Python again."""
+        mask = some_masks(2)
+        for decoder in ({}, {"attention": "cross"}, {"share": 0.5}):
+            made = model(**decoder)
+            torch._dynamo.reset()
+            found = torch._dynamo.explain(made)(VIDEO, mask, HIDDEN)
+            self.assertEqual((found.graph_break_count, found.graph_count), (0, 1), found.break_reasons)
+
+
 class InARun(unittest.TestCase):
     def test_a_trunk_pretrained_with_them_is_aligned(self):
         with tempfile.TemporaryDirectory() as temporary:
