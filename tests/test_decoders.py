@@ -91,8 +91,10 @@ class Cross(unittest.TestCase):
     def test_activation_checkpointing_changes_nothing(self):
         mask, gradients = some_masks(2), []
         for on in (False, True):
-            made = model(on, attention="cross")
+            made, calls = model(on, attention="cross"), []
+            made.trunk.decoder.decoder_blocks[0].register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
             made(VIDEO, mask).pixels.square().mean().backward()
+            self.assertEqual(len(calls), 2 if on else 1, "made again in the backward pass")
             gradients.append([p.grad for p in made.parameters()])
         for plain, again in zip(*gradients, strict=True):
             self.assertTrue(torch.equal(plain, again))

@@ -128,6 +128,10 @@ class Parts(unittest.TestCase):
         for file in (self.part.name, "../a", "gone.safetensors"):
             self.refused("is not there or not the file that was written", files={file: entry})
         self.refused("holds other files than the parts", files={})
+        outside = self.folder / "outside.safetensors"
+        outside.write_bytes(self.part.read_bytes())
+        entry = {"size": outside.stat().st_size, "sha256": sha256(outside)}
+        self.refused("is not there or not the file", files={f"../{outside.name}": entry})
         state = self.state()
         data = bytearray(self.part.read_bytes())
         data[-1] ^= 1
