@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import Report, interleaved, main
+from benchmarks.harness import Report, command_line, interleaved
 from benchmarks.pretraining_step import SIZES, Geometry, loss_of_ours, step
 
 
@@ -100,5 +100,9 @@ def draw(report: Report, file: Path) -> None:
     pyplot.close(figure)
 
 
+def main(arguments: list[str] | None = None) -> None:
+    command_line(run, __doc__, arguments, draw=draw)
+
+
 if __name__ == "__main__":
-    main(run, __doc__, draw=draw)
+    main()

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.harness import Ratio, Report, main
+from benchmarks.harness import Ratio, Report, command_line
 from benchmarks.start import DEMO, SCRIPT
 
 RUNS = {"the demo's model": [], "a model that hides it": ["trainer/model=vitsmall", "num_frames=8"]}
@@ -36,7 +36,7 @@ def run(quick: bool) -> Report:
     report = Report("data_wait", "Waiting for data, by step of the demo", unit="% of a step")
     with tempfile.TemporaryDirectory() as name:
         folder, data = Path(name), Path(name) / "data"
-        counts = ("--train", "8", "--val", "1") if quick else ("--train", "40", "--val", "1", "--synthetic", "40")
+        counts = ("--train", "4", "--val", "1") if quick else ("--train", "40", "--val", "1", "--synthetic", "40")
         subprocess.run([sys.executable, "-m", "omnivision.cli.main", "demo-data", str(data), *counts], check=True,
                        stdout=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(SCRIPT.parent)})  # fmt: skip
         for what, overrides in RUNS.items():
@@ -54,5 +54,9 @@ def run(quick: bool) -> Report:
     return report
 
 
+def main(arguments: list[str] | None = None) -> None:
+    command_line(run, __doc__, arguments)
+
+
 if __name__ == "__main__":
-    main(run, __doc__)
+    main()

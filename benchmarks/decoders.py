@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import Report, interleaved, main
+from benchmarks.harness import Report, command_line, interleaved
 from benchmarks.pretraining_step import DTYPES, Geometry, loss_of_huggingface, loss_of_ours, step
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -45,5 +45,9 @@ def run(quick: bool) -> Report:
     return report
 
 
+def main(arguments: list[str] | None = None) -> None:
+    command_line(run, __doc__, arguments)
+
+
 if __name__ == "__main__":
-    main(run, __doc__)
+    main()

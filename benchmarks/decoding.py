@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import films
-from benchmarks.harness import Report, interleaved, main
+from benchmarks.harness import Report, command_line, interleaved
 from benchmarks.peers import loaders
 from omnivision.data.clips import clip_window, subsample_indices
 from omnivision.data.decode import open_video
@@ -77,5 +77,9 @@ def run(quick: bool) -> Report:
     return report
 
 
+def main(arguments: list[str] | None = None) -> None:
+    command_line(run, __doc__, arguments)
+
+
 if __name__ == "__main__":
-    main(run, __doc__)
+    main()

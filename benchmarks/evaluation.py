@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import films
-from benchmarks.harness import Report, interleaved, main
+from benchmarks.harness import Report, command_line, interleaved
 from benchmarks.peers import loaders
 from benchmarks.peers.published_mae import normalised, published_block
 from benchmarks.pretraining_step import HAS_BF16, SIZES
@@ -111,5 +111,9 @@ def run(quick: bool) -> Report:
     return report
 
 
+def main(arguments: list[str] | None = None) -> None:
+    command_line(run, __doc__, arguments)
+
+
 if __name__ == "__main__":
-    main(run, __doc__)
+    main()

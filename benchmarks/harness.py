@@ -1,6 +1,6 @@
 """Sides of a comparison timed in turn: what they took is printed, written as JSON and drawn, beside what was to be reached.
 
-A benchmark is a module with `run(quick) -> Report`; `main` gives it a command line, `python -m benchmarks` runs them all.
+A benchmark is a module with `run(quick) -> Report`; `command_line` gives it one, `python -m benchmarks` runs them all.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def main(
+def command_line(
     run: Callable[[bool], Report],
     description: str | None,
     arguments: Sequence[str] | None = None,

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from benchmarks import films
-from benchmarks.harness import Ratio, Report, interleaved, main
+from benchmarks.harness import Ratio, Report, command_line, interleaved
 from benchmarks.peers import loaders
 from omnivision.data.catalog import Dataset, Split, SplitFiles
 from omnivision.data.dataset import ClipDataset, Cut
@@ -116,5 +116,9 @@ def run(quick: bool) -> Report:
     return report
 
 
+def main(arguments: list[str] | None = None) -> None:
+    command_line(run, __doc__, arguments)
+
+
 if __name__ == "__main__":
-    main(run, __doc__)
+    main()

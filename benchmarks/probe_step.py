@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from benchmarks.harness import Report, interleaved, main
+from benchmarks.harness import Report, command_line, interleaved
 from benchmarks.pretraining_step import SIZES
 from omnivision.models.classifier import VideoClassifier, train_mode
 from omnivision.models.vit import VisionTransformer
@@ -50,5 +50,9 @@ def run(quick: bool) -> Report:
     return report
 
 
+def main(arguments: list[str] | None = None) -> None:
+    command_line(run, __doc__, arguments)
+
+
 if __name__ == "__main__":
-    main(run, __doc__)
+    main()

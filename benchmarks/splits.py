@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.harness import Ratio, Report, main
+from benchmarks.harness import Ratio, Report, command_line
 from omnivision.data.catalog import Dataset, Split, SplitFiles
 from omnivision.data.dataset import ClipDataset, Cut
 from omnivision.data.epoch import EpochPlan, SourcePlan
@@ -90,5 +90,9 @@ def run(quick: bool) -> Report:
     return report
 
 
+def main(arguments: list[str] | None = None) -> None:
+    command_line(run, __doc__, arguments)
+
+
 if __name__ == "__main__":
-    main(run, __doc__)
+    main()

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import recipe
-from benchmarks.harness import Ratio, Report, interleaved, main
+from benchmarks.harness import Ratio, Report, command_line, interleaved
 
 LOG_FREQ, SAVE_EVERY = 10, 100
 
@@ -62,5 +62,9 @@ def run(quick: bool) -> Report:
     return report
 
 
+def main(arguments: list[str] | None = None) -> None:
+    command_line(run, __doc__, arguments)
+
+
 if __name__ == "__main__":
-    main(run, __doc__)
+    main()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.harness import Report, interleaved, main
+from benchmarks.harness import Report, command_line, interleaved
 from benchmarks.pretraining_step import Geometry, loss_of_huggingface, loss_of_ours, step
 
 SHAPES = [("vittiny", 8), ("vittiny", 16), ("vittiny", 32), ("vitsmall", 8), ("vitsmall", 16), ("vitsmall", 32),
@@ -35,5 +35,9 @@ def run(quick: bool) -> Report:
     return report
 
 
+def main(arguments: list[str] | None = None) -> None:
+    command_line(run, __doc__, arguments)
+
+
 if __name__ == "__main__":
-    main(run, __doc__)
+    main()

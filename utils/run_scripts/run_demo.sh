@@ -1,6 +1,7 @@
 #!/bin/sh
 # The recipe in miniature, on films that it draws: MAE and alignment without real people, then "real" ones, with and without.
 #   sh utils/run_scripts/run_demo.sh [overrides of every stage]        DEMO=folder (default: demo), DATA=folder of the films
+# DEMO_DATA_ARGS=--quick draws a few films only: enough to see that everything runs, not to learn from.
 set -eu
 cd "$(dirname "$0")/../.."
 DEMO=${DEMO:-demo}
@@ -16,7 +17,7 @@ stage() {
         "pretrained_checkpoint_path=$start" "launcher.experiment_log_dir=$DEMO/$name" "$@"
 }
 
-omnivision demo-data "$DATA"
+omnivision demo-data "$DATA" ${DEMO_DATA_ARGS:-}
 
 stage mae mae mae_demo_config null \
     "a masked autoencoder learns from films without real people, without labels" "$@"
