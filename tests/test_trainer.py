@@ -5,6 +5,8 @@ import functools
 import io
 import json
 import signal
+import subprocess
+import sys
 import tempfile
 import unittest
 from datetime import timedelta
@@ -38,6 +40,7 @@ from omnivision.resuming import take_up
 from omnivision.tasks.base import StepOutput
 from omnivision.tasks.reconstruct import Reconstruct
 from omnivision.trainer import Options, TrainData, Trainer, ValData
+from tests.runs import ROOT
 
 TUBELET = (2, 8, 8)
 
@@ -169,14 +172,23 @@ class Loop(unittest.TestCase):
     def test_gradients_are_clipped_and_their_norm_is_logged_unclipped(self):
         made = trainer(self.folder / "clipped", gradient_clip=1e-3, limit=1, max_epochs=1)
         norms = []
-        step = made.optimizer.optimizer.step
-        made.optimizer.optimizer.step = lambda *a, **k: (
+        step = made.optimizer.step
+        made.optimizer.step = lambda *a, **k: (
             norms.append(torch.stack([p.grad.norm() for p in made.optimizer.parameters()]).norm().item()),
             step(*a, **k),
         )[1]
         made.fit()
         self.assertAlmostEqual(norms[0], 1e-3, places=6)
         self.assertGreater(self.lines("clipped")[0]["grad_norm"], 1e-2)
+
+    def test_a_run_does_not_wait_for_torchs_compiler(self):
+        """Its import takes a second or two, at every start."""
+        program = (
+            "import sys, pathlib; from tests import test_trainer as t; t.trainer(pathlib.Path(sys.argv[1])).fit(); "
+            "sys.exit('torch._dynamo' in sys.modules)"
+        )
+        made = subprocess.run([sys.executable, "-c", program, str(self.folder / "run")], cwd=ROOT, capture_output=True)
+        self.assertEqual(made.returncode, 0, made.stderr)
 
     def test_kept_checkpoints_and_the_best(self):
         made = trainer(self.folder / "kept", val=Noise(5), val_epoch_freq=1, save_freq=2, max_epochs=4)
