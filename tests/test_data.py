@@ -190,7 +190,7 @@ class Films(unittest.TestCase):
     def test_a_batch(self):
         batch = self.batches(0)[0]
         self.assertEqual((tuple(batch.video.shape), batch.video.dtype), ((8, 3, 4, 32, 32), torch.uint8))
-        self.assertTrue(batch.video.is_contiguous())
+        self.assertTrue(batch.video.is_contiguous(memory_format=torch.channels_last_3d), "as it was decoded")
         self.assertEqual((tuple(batch.mask.shape), batch.num_masked), ((8, 2, 4, 4), 24))
         self.assertEqual(batch.index.tolist(), [batch.index[0].item()] * 4 + [batch.index[4].item()] * 4)
         self.assertEqual(batch.label.tolist(), [i % 3 for i in batch.index.tolist()])

@@ -1,9 +1,8 @@
 """One pretraining sample (a clip of 16 frames, four views of it) by other ways than ours, to be measured against.
 
-`published` does the work of the published pipeline: every frame of the clip is decoded and converted to RGB, the wanted ones
-become floating point, and each view is resized, cropped, resized and normalised by itself. (It also makes floating point of
-the frames that it then drops; this does not.) `decord` is what people build by hand today: decord for the wanted frames,
-torchvision's transforms on uint8, the short side resized once.
+`published` does the work of the published pipeline: every frame of the clip is decoded, converted to RGB and made floating
+point, then the wanted ones are taken, and each view is resized, cropped, resized and normalised by itself. `decord` is what
+people build by hand today: decord for the wanted frames, torchvision's transforms on uint8, the short side resized once.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ def all_frames_of(path: Path, start: float) -> list[np.ndarray]:
             if frame.pts >= last:
                 break
             if frame.pts >= first:
-                found.append(frame.to_ndarray(format="rgb24"))
+                found.append(frame.to_rgb().to_ndarray())
     return found
 
 
@@ -61,8 +60,8 @@ def wanted_frames_of(path: Path, start: float) -> Tensor:
 def published(path: Path, start: float) -> Tensor:
     """Four views as the published pipeline makes them: float32 (4, 3, 16, 224, 224), normalised."""
     frames = all_frames_of(path, start)
-    clip = torch.from_numpy(np.stack([frames[i] for i in subsample_indices(len(frames), FRAMES)]))
-    clip = clip.permute(0, 3, 1, 2).float() / 255  # (T, C, H, W)
+    everything = torch.stack([torch.from_numpy(frame) for frame in frames]).permute(3, 0, 1, 2).float()  # (C, T, H, W)
+    clip = everything[:, subsample_indices(len(frames), FRAMES)].transpose(0, 1) / 255  # (T, C, H, W)
     view = v2.Compose(
         [
             v2.Resize(SHORT_SIDE, antialias=False),

@@ -110,13 +110,13 @@ class ClipDataset:
             for number in range(cut.views):
                 key = (*request, clip * cut.views + number)
                 cropped = cut.view(frames, draws(self.seed, Draw.VIEW, *key), number)  # (T, C, H, W)
-                views.append(cropped.transpose(0, 1))
+                views.append(cropped)
                 if depth is not None:
                     depths.append(cut.view.crop(depth, draws(self.seed, Draw.VIEW, *key), number)[0])
                 if cut.mask is not None:
                     masks.append(torch.from_numpy(cut.mask(cut.grid, draws(self.seed, Draw.MASK, *key))))
         return Sample(
-            video=_as_stored(torch.stack(views), split),
+            video=_as_stored(_stacked(views), split),
             mask=torch.stack(masks) if masks else None,
             label=split.label(request.video),
             source=split.name,
@@ -164,6 +164,13 @@ def _not_too_long(frames: Tensor) -> Tensor:
     return frames
 
 
+def _stacked(views: list[Tensor]) -> Tensor:
+    """V of (T, C, H, W) -> (V, C, T, H, W), colours of a pixel next to each other in memory as decoders and resizing have
+    them: to sort them by colour takes as long as to crop.
+    """
+    return torch.stack([view.permute(0, 2, 3, 1) for view in views]).permute(0, 4, 1, 2, 3)
+
+
 def _as_stored(views: Tensor, split: Split) -> Tensor:
-    """(V, C, T, H, W), contiguous; of images (V, C, H, W), which the model tells apart from clips of one frame."""
-    return views[:, :, 0].contiguous() if split.dataset.kind != "video" else views.contiguous()
+    """(V, C, T, H, W); of images (V, C, H, W), which the model tells apart from clips of one frame."""
+    return views[:, :, 0] if split.dataset.kind != "video" else views
