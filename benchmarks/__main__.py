@@ -46,6 +46,7 @@ def main() -> int:
     for number, name in enumerate(names):
         began = time.monotonic()
         print(f"== {number + 1} of {len(names)}: {name}", flush=True)
+        (options.out / f"{name}.json").unlink(missing_ok=True)  # what an earlier run found is not of this one
         if options.quick:
             importlib.import_module(f"benchmarks.{name}").main(["--quick", "--out", str(options.out)])
         elif subprocess.run([sys.executable, "-m", f"benchmarks.{name}", "--out", str(options.out)]).returncode:
