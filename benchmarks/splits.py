@@ -39,7 +39,7 @@ def write(folder: Path, count: int) -> SplitFiles:
 def private_bytes() -> int:
     """Memory of this process alone; pages of a mapped file are the system's, which may drop them."""
     for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
-        if line.startswith("Private_Dirty:"):
+        if line.startswith("Anonymous:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError("this system does not tell how much memory a process has")
 
