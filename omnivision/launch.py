@@ -38,6 +38,7 @@ from omnivision.submission import (
     is_finished,
     is_queued,
     known_jobs,
+    lost_meanwhile,
     require_free,
     require_one_shape,
     warn_of_other_settings,
@@ -211,6 +212,10 @@ def hand_over(jobs: Sequence[Job], logs: Path) -> None:
         print(f"submitted job_id={job_id} folder={folder.path}", flush=True)
     try:
         note_submission(jobs, ids, logs)
+        if reason := lost_meanwhile(jobs[0].settings.submitit.dependency):
+            for job_id, folder in zip(ids, folders, strict=True):
+                note(folder, "end", token="", job=job_id, status="cancelled", reason=reason)
+                folder.write_summary(status="cancelled", exit_reason=reason)
     except OSError as error:
         print(f"warning: what was submitted could not be noted in {logs}: {error}.", file=sys.stderr)
 

@@ -11,12 +11,13 @@ from typing import Any
 
 from omnivision import slurm
 from omnivision.errors import UserError
-from omnivision.jobs import LOGS, run_folder_of, waits
+from omnivision.jobs import LOGS, queue_or_none, run_folder_of, waited_for, waits
 from omnivision.process import Job, changed_settings, run_folder
 from omnivision.reporting.run_folder import WAITING, RunFolder
 from omnivision.settings import Settings
 
 LOCAL_FILE_SYSTEMS = ("tmpfs", "ramfs", "devtmpfs")
+ENDED_BADLY = ("failed", "interrupted", "cancelled")
 USUALLY_LOCAL = ("/tmp", "/var/tmp", "/scratch/local", "/dev/shm")
 
 
@@ -191,6 +192,24 @@ def check_dependency(dependency: str | None, queue: Mapping[str, slurm.JobState]
                 f"submitit.dependency is {dependency}, and SLURM does not know job {job_id} (it forgets jobs some minutes "
                 "after their end). Expected the id of a job in the queue. Change submitit.dependency, or set it to null."
             )
+
+
+def lost_meanwhile(dependency: str | None) -> str | None:
+    """Why a job that has just been submitted will never start: what it waits for has not ended well, and its end may have told
+    the jobs in the queue before this one was there. None while it may.
+    """
+    needed = [job_id for condition, job_id in waits(dependency or "") if condition == "afterok"]
+    queue = queue_or_none() if needed else None
+    for job_id in needed:
+        state = (queue or {}).get(job_id)
+        folder = None if state is None else run_folder_of(Path(state.command).parent, job_id)
+        if state is None or folder is None:
+            continue
+        summary = folder.read_summary()
+        told = (summary.get("job") or {}).get("job_id") == job_id and summary.get("status") in ENDED_BADLY
+        if told or (state.is_over and state.state != "COMPLETED"):
+            return waited_for(job_id, folder, str(summary.get("exit_reason")))
+    return None
 
 
 def check_folders(folders: Sequence[Path]) -> None:

@@ -15,7 +15,7 @@ from unittest import mock
 
 from submitit.core.utils import FailedJobError
 
-from omnivision import job_record, jobs, launch, slurm
+from omnivision import job_record, jobs, launch, slurm, submission
 from omnivision.errors import Terminated, UserError
 from omnivision.job_record import JobRecord, lost_contact
 from omnivision.jobs import Task, environment, fruitless_starts, history, note, settled, waits
@@ -32,6 +32,7 @@ from omnivision.submission import (
     check_setup,
     is_finished,
     is_queued,
+    lost_meanwhile,
     require_free,
     warn_of_other_settings,
 )
@@ -511,6 +512,24 @@ class Submission(Folder):
             ):  # fmt: skip
                 with self.assertRaisesRegex(UserError, saying, msg=refused):
                     check_dependency(refused, queue)
+
+    def test_what_it_waits_for_fails_while_it_is_submitted(self):
+        before = RunFolder(self.folder.path.parent / "align")
+        before.create(jobs.LOGS)
+        command = f"{before.path.absolute()}/{jobs.LOGS}/a.sh"
+
+        def lost(state: str, status: str, job: str = "12", dependency: str = "afterok:12") -> str | None:
+            before.write_summary(status=status, exit_reason="no memory", job={"job_id": job})
+            with mock.patch.object(submission, "queue_or_none", return_value={"12": JobState(state, command=command)}):
+                return lost_meanwhile(dependency)
+
+        self.assertIsNone(lost("RUNNING", "running"))
+        self.assertIsNone(lost("COMPLETED", "finished"))
+        self.assertIsNone(lost("RUNNING", "requeued"))
+        self.assertIsNone(lost("RUNNING", "failed", job="3"), "of an earlier job")
+        self.assertIsNone(lost("FAILED", "failed", dependency="afterany:12"))
+        for state, status in (("RUNNING", "failed"), ("COMPLETING", "interrupted"), ("FAILED", "running")):
+            self.assertRegex(lost(state, status), "^it waited for job 12 .*align.* did not end well: no memory", state)
 
     def test_what_a_job_waits_for_as_slurm_tells_it(self):
         told = "afterok:12(unfulfilled),afterany:3(failed),afterok:14_*(unfulfilled)"
