@@ -1,4 +1,4 @@
-"""What all processes learn of each step: summed on their devices, read a step later, so that no host waits for its device."""
+"""Sums over the processes that are made on their devices and read later, so that no host waits for its device."""
 
 from __future__ import annotations
 

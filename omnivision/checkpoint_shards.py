@@ -75,9 +75,11 @@ def attach(state: dict[str, Any], folder: Path) -> None:
     if name is None:
         return
     source, files = folder / name, state.pop(KEY)["files"]
+    if not source.is_dir():
+        raise BrokenCheckpoint(f"{source}, the folder with the parts of the checkpoint, is not there")
     for file, entry in files.items():
-        path = source / file
-        if Path(file).name != file or not path.is_file() or _entry(path) != entry:
+        path = source / str(file)
+        if Path(str(file)).name != file or not path.is_file() or _entry(path) != entry:
             raise BrokenCheckpoint(f"{path}, a part of the checkpoint, is not there or not the file that was written")
     if {file.name for file in source.iterdir()} != set(files):
         raise BrokenCheckpoint(f"{source} holds other files than the parts of the checkpoint")
@@ -86,6 +88,8 @@ def attach(state: dict[str, Any], folder: Path) -> None:
         node: Any = state
         for key in keys:
             node = node.setdefault(int(key) if key.isdecimal() else key, {})
+            if not isinstance(node, dict):
+                raise BrokenCheckpoint(f"a part of the checkpoint belongs to {where!r}, where it has no place")
         node[last] = tensor
 
 

@@ -123,7 +123,8 @@ class Parts(unittest.TestCase):
     def test_refused(self):
         for name in ("../x", "shards_3/../..", "/etc", "shards_", 3, None):
             self.refused("as the folder of its parts; expected shards_", folder=name)
-        self.refused("is not there or not the file that was written", folder="shards_4")
+        self.refused("the folder with the parts of the checkpoint, is not there", folder="shards_4")
+        self.refused("is not there or not the file that was written", files={7: {}})
         entry = {"size": 1, "sha256": "0"}
         for file in (self.part.name, "../a", "gone.safetensors"):
             self.refused("is not there or not the file that was written", files={file: entry})
@@ -145,6 +146,11 @@ class Parts(unittest.TestCase):
         self.refused("cannot be read: its tensors would have .* bytes")
         self.part.write_bytes(b"nonsense")
         self.refused("cannot be read")
+
+    def test_a_tensor_that_would_go_where_none_is(self):
+        save_file({"format/a": torch.ones(3)}, self.part)
+        with self.assertRaisesRegex(BrokenCheckpoint, "belongs to 'format/a', where it has no place"):
+            checkpoint_shards.attach(self.state() | {"format": 1}, self.folder)
 
     def test_a_state_with_a_key_of_that_name_is_left_alone(self):
         state = {"shards": torch.ones(3), "model": {}}
