@@ -9,7 +9,6 @@ model large enough to hide the decoding: then nothing is left to wait for.
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.harness import Ratio, Report, command_line
-from benchmarks.start import DEMO, SCRIPT
+from benchmarks.start import DEMO, SCRIPT, demo_data
 
 RUNS = {"the demo's model": [], "a model that hides it": ["trainer/model=vitsmall", "num_frames=8"]}
 
@@ -37,8 +36,7 @@ def run(quick: bool) -> Report:
     with tempfile.TemporaryDirectory() as name:
         folder, data = Path(name), Path(name) / "data"
         counts = ("--train", "4", "--val", "1") if quick else ("--train", "40", "--val", "1", "--synthetic", "40")
-        subprocess.run([sys.executable, "-m", "omnivision.cli.main", "demo-data", str(data), *counts], check=True,
-                       stdout=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(SCRIPT.parent)})  # fmt: skip
+        demo_data(data, *counts)
         for what, overrides in RUNS.items():
             report.seconds[what] = shares(folder, data, overrides, 4 if quick else 60)
     report.ratios += [

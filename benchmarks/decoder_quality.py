@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.start import SCRIPT
+from benchmarks.start import SCRIPT, demo_data
 
 KINDS = {
     "the recipe": [],
@@ -37,7 +37,7 @@ def stage(
 
 def main(folder: Path, seeds: list[int]) -> None:
     data = folder / "data"
-    subprocess.run([sys.executable, "-m", "omnivision.cli.main", "demo-data", str(data)], check=True, cwd=SCRIPT.parent)
+    demo_data(data)
     print("| decoder of stage 1 | seed | s of stage 1 | its validation loss | fine-tuned, top-1 % | probed, top-1 % |")
     print("|---|---|---|---|---|---|")
     for seed in seeds:

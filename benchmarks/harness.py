@@ -139,6 +139,13 @@ def interleaved(
     return seconds
 
 
+def own_memory(what: str) -> float:
+    """MB of this process: "VmRSS", "VmHWM" (the most so far), or "Anonymous" (what is no page of a mapped file)."""
+    file = "smaps_rollup" if what == "Anonymous" else "status"
+    lines = Path(f"/proc/self/{file}").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{what}:"))
+
+
 def machine() -> dict[str, Any]:
     """What the figures were taken on."""
     import torch

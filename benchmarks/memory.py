@@ -17,15 +17,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.harness import Ratio, Report, command_line
+from benchmarks.harness import Ratio, Report, command_line, own_memory
 
 SIDES = ("ours", "ours, activations made again", "Hugging Face", "the published way")
-
-
-def peak_kb() -> int:
-    """Most memory that this process has had. (`ru_maxrss` begins with that of the process that started it.)"""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
 
 
 def measure(side: str, quick: bool) -> float:
@@ -43,21 +37,21 @@ def measure(side: str, quick: bool) -> float:
     if side == "Hugging Face":
         import transformers  # noqa: F401  # its code is not memory of the step
 
-        before = peak_kb()
+        before = own_memory("VmHWM")
         model = shape.huggingface()
         loss = loss_of_huggingface(model, shape)
     elif side == "the published way":
-        before = peak_kb()
+        before = own_memory("VmHWM")
         model = PublishedMAE(shape.ours(), checkpointing=True)
         loss = loss_of_published(model, shape)
     else:
-        before = peak_kb()
+        before = own_memory("VmHWM")
         model = shape.ours(checkpointing="again" in side)
         loss = loss_of_ours(model, shape)
     run = step(model, loss, torch.float32)
     run()
     run()
-    return (peak_kb() - before) / 1024
+    return own_memory("VmHWM") - before
 
 
 def of_worker(quick: bool) -> list[float]:
@@ -66,10 +60,6 @@ def of_worker(quick: bool) -> list[float]:
     from benchmarks.loading import dataset
     from omnivision.data.epoch import Request
 
-    def resident() -> float:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS:"))
-
     torch.set_num_threads(1)
     count, found = 60 if quick else 3000, []
     with tempfile.TemporaryDirectory() as folder:
@@ -77,7 +67,7 @@ def of_worker(quick: bool) -> list[float]:
         for number in range(count):
             data[Request(0, number % 4, number)]
             if number + 1 in (count // 10, count):
-                found.append(resident())
+                found.append(own_memory("VmRSS"))
     return found
 
 

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import tempfile
@@ -16,13 +15,19 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.harness import Ratio, Report, command_line
+from benchmarks.harness import Ratio, Report, command_line, own_memory
 from omnivision.models.mae import MaskedAutoencoder
 from omnivision.models.vit import VisionTransformer
 from omnivision.safe import safe_load
 
 SCRIPT = Path(__file__).resolve().parent.parent / "train_app_submitit.py"
 DEMO = ["+experiments=demo/mae", "+trainer=mae_demo_config", "trainer.logging.log_freq=1"]
+
+
+def demo_data(folder: Path, *counts: str) -> None:
+    """Draw the demo's films."""
+    command = [sys.executable, "-m", "omnivision.cli.main", "demo-data", str(folder), *counts]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=SCRIPT.parent)
 
 
 def seconds_of(*arguments: str) -> float:
@@ -55,27 +60,20 @@ def mapped(folder: Path) -> dict[str, float]:
         {"model": weights, "moments": [{n: torch.zeros_like(t) for n, t in weights.items()} for _ in range(2)]}, file
     )
 
-    def anonymous() -> int:
-        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("Anonymous:"))
-
     del model, weights
-    before, began = anonymous(), time.perf_counter()
+    before, began = own_memory("Anonymous"), time.perf_counter()
     state = safe_load(file)
     seconds = time.perf_counter() - began
     assert state["model"]
     return {"file, MB": round(file.stat().st_size / 1e6), "s to open": round(seconds, 3),
-            "private MB": round((anonymous() - before) / 1e3, 1)}  # fmt: skip
+            "private MB": round(own_memory("Anonymous") - before, 1)}  # fmt: skip
 
 
 def run(quick: bool) -> Report:
     report, rounds = Report("start", "How long a command takes to say something"), 1 if quick else 6
     with tempfile.TemporaryDirectory() as name:
         folder, data = Path(name), Path(name) / "data"
-        subprocess.run(
-            [sys.executable, "-m", "omnivision.cli.main", "demo-data", str(data), "--train", "4", "--val", "1"],
-            check=True, stdout=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(SCRIPT.parent)},
-        )  # fmt: skip
+        demo_data(data, "--train", "4", "--val", "1")
         sides = {
             "--help": lambda: seconds_of("--help"),
             "--cfg job": lambda: seconds_of("--cfg", "job", *DEMO),

@@ -8,6 +8,7 @@ people build by hand today: decord for the wanted frames, torchvision's transfor
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -23,9 +24,8 @@ from omnivision.models.patches import IMAGENET_MEAN, IMAGENET_STD
 FRAMES, SECONDS, VIEWS, SHORT_SIDE, SIZE = 16, 2.7, 4, 256, 224
 
 
-def all_frames_of(path: Path, start: float) -> list[np.ndarray]:
-    """Every frame of the clip, converted."""
-    found = []
+def decoded(path: Path, start: float) -> Iterator[av.VideoFrame]:
+    """Every frame of the clip, decoded in one thread."""
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_type, stream.codec_context.thread_count = "NONE", 1
@@ -33,25 +33,19 @@ def all_frames_of(path: Path, start: float) -> list[np.ndarray]:
         container.seek(int(first), stream=stream)
         for frame in container.decode(stream):
             if frame.pts >= last:
-                break
+                return
             if frame.pts >= first:
-                found.append(frame.to_rgb().to_ndarray())
-    return found
+                yield frame
+
+
+def all_frames_of(path: Path, start: float) -> list[np.ndarray]:
+    """Every frame of the clip, converted: (H, W, 3) uint8 each."""
+    return [frame.to_rgb().to_ndarray() for frame in decoded(path, start)]
 
 
 def wanted_frames_of(path: Path, start: float) -> Tensor:
     """Every frame of the clip decoded, the wanted ones converted: uint8 (16, H, W, 3)."""
-    found = []
-    with av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        stream.codec_context.thread_type, stream.codec_context.thread_count = "NONE", 1
-        first, last = (bound / stream.time_base for bound in clip_window(start, SECONDS))
-        container.seek(int(first), stream=stream)
-        for frame in container.decode(stream):
-            if frame.pts >= last:
-                break
-            if frame.pts >= first:
-                found.append(frame)
+    found = list(decoded(path, start))
     return torch.from_numpy(
         np.stack([found[i].to_ndarray(format="rgb24") for i in subsample_indices(len(found), FRAMES)])
     )
