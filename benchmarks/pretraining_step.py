@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import Report, command_line, interleaved
 from benchmarks.peers.published_mae import PublishedMAE, normalised
-from omnivision.models.mae import MaskedAutoencoder, reconstruction_error, reconstruction_target
+from omnivision.models.mae import MaskedAutoencoder, reconstruction_loss, reconstruction_target
 from omnivision.models.vit import VisionTransformer
 
 # Trunk (width, depth, heads) and decoder of each size of the recipe's configurations.
@@ -73,7 +73,7 @@ def loss_of_ours(model: nn.Module, shape: Geometry) -> Callable[[], Tensor]:
     def loss() -> Tensor:
         prediction = model(shape.video, shape.mask, shape.masked)
         target = reconstruction_target(shape.video, TUBELET, prediction.masked, "channel")
-        return reconstruction_error(prediction.pixels, target).mean()
+        return reconstruction_loss(prediction.pixels, target)
 
     return loss
 

@@ -222,8 +222,10 @@ def carry_out(verdict: Verdict, task: Task, tells: RunFolder | None, folder: Run
 # ---- the end of a batch script ------------------------------------------------------------------------------------
 
 
-def ended(logs: Path, job_id: str, code: int, why: str = "its processes could not be started") -> None:
-    """Write down the end of a job whose processes left with `code`, if process 0 could not; `why` they never ran.
+def ended(logs: Path, job_id: str, code: int, why: str = "its processes could not be started") -> bool:
+    """Write down the end of a job whose processes left with `code`, if process 0 could not; `why` they never ran. Returns
+    whether the run was finished before (a process that is killed while it leaves, a library that fails then): the job has then
+    ended well, and those that wait for it may start.
 
     It starts again if they ran before and could not be started this time (a node that SLURM does not know to be dead), if the
     library under them ended them (SIGABRT: NCCL does so when another process is gone), and if they were told to leave before
@@ -231,13 +233,14 @@ def ended(logs: Path, job_id: str, code: int, why: str = "its processes could no
     """
     folder = run_folder_of(logs, job_id)
     if folder is None:
-        return
+        return False
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     task = Task(job_id, number=0, rank=0, world=0, local_rank=0, local_world=0, restarts=restarts, nodes="")
     token = next((line["token"] for line in reversed(history(folder)) if line.get("job") == job_id), "")
     lines = history(folder, token)
-    if any(line["event"] == "end" and line.get("restarts") == restarts for line in lines):
-        return
+    ends = [line for line in lines if line["event"] == "end" and line.get("restarts") == restarts]
+    if ends:
+        return bool(ends[-1].get("status") == "finished")
     starts = [line["restarts"] for line in lines if line["event"] == "start"]
     now = Standing.of(job_id, restarts)
     never_ran = restarts not in starts
@@ -260,12 +263,13 @@ def ended(logs: Path, job_id: str, code: int, why: str = "its processes could no
     else:
         verdict = Verdict("requeued", f"{reason}; it goes back into the queue", requeue=True)
     carry_out(verdict, task, folder, folder, token)
+    return False
 
 
 def main(arguments: list[str]) -> None:
     match arguments:
         case ["ended", logs, job_id, code, *why]:
-            ended(Path(logs), job_id, int(code), *why)
+            sys.exit(0 if ended(Path(logs), job_id, int(code), *why) else 1)
         case ["status", folder]:
             print(": ".join(filter(None, settled(RunFolder(folder).read_summary(), queue_or_none()))))
         case ["cancelled", folder, reason]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from omnivision import slurm
 from omnivision.reporting.metrics_log import read_lines
-from omnivision.reporting.run_folder import WAITING, RunFolder
+from omnivision.reporting.run_folder import WAITING, RunFolder, own_job
 
 if TYPE_CHECKING:
     from omnivision.distributed import Place
@@ -44,9 +44,8 @@ class Task:
     @classmethod
     def from_environment(cls) -> Task:
         env = os.environ
-        job_id = env["SLURM_JOB_ID"]
-        if "SLURM_ARRAY_JOB_ID" in env:
-            job_id = f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
+        job_id = own_job()
+        assert job_id is not None, "not in a SLURM job"
         world = int(env["SLURM_NTASKS"])
         return cls(
             job_id,
@@ -132,12 +131,17 @@ def settled(summary: Mapping[str, Any], queue: Mapping[str, slurm.JobState] | No
     if queue is None or job_id is None or status not in (*WAITING, "running"):
         return status, reason
     state = queue.get(job_id)
+    logs = (summary.get("job") or {}).get("logs")
+    if state is not None and logs is not None and Path(state.command).parent != Path(logs):
+        state = None  # SLURM was set up anew, and the number is another job's
     if state is None:
         return "lost", f"SLURM does not know job {job_id} any more; it was {status}"
     if state.never_starts:
         return "cancelled", f"job {job_id} waited for one that did not end well ({state.dependency or state.reason})"
     if state.is_over:
-        told = state.comment or state.reason or "no reason given"
+        # A cancelled job keeps the reason for which it waited.
+        unsaid = "ended from outside" if state.state == "CANCELLED" else state.reason or "no reason given"
+        told = state.comment or unsaid
         return ("cancelled" if state.state == "CANCELLED" else "failed"), f"job {job_id} is {state.state} ({told})"
     if state.state == "PENDING":
         return status, f"job {job_id} waits ({state.reason})"

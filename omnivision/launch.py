@@ -15,7 +15,7 @@ import secrets
 import shlex
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,7 @@ from omnivision.submission import (
     check_folders,
     check_partition,
     check_setup,
+    is_command,
     is_finished,
     is_queued,
     known_jobs,
@@ -73,7 +74,7 @@ def check_way(settings: Settings) -> None:
     """Raises UserError when a run cannot be started the way that its settings say."""
     if settings.submitit.use_cluster and not slurm.available():
         raise UserError(
-            "submitit.use_cluster is true, but this machine has no SLURM (sbatch is not found). To run here, append "
+            "submitit.use_cluster is true, but this machine has no SLURM (no sbatch, srun or squeue). To run here, append "
             "submitit.use_cluster=false launcher.num_nodes=1 launcher.gpus_per_node=1 to the command."
         )
     nodes = settings.launcher.num_nodes
@@ -175,10 +176,9 @@ def remove_old_pickles(logs: Path, queue: Mapping[str, slurm.JobState]) -> None:
 def hand_over(jobs: Sequence[Job], logs: Path) -> None:
     """Submit jobs, several as one array, and print a line for each.
 
-    Raises UserError with SLURM's refusal, or why the job could not be written; everything is then as it was before.
+    Raises UserError with SLURM's refusal, or why the job could not be written; everything is then as it was before, and so it
+    is after Ctrl-C: no job is left of which nobody knows.
     """
-    from submitit.core.utils import FailedJobError
-
     before, folders = set(logs.iterdir()), [run_folder(job) for job in jobs]
     summaries = [folder.read_summary() for folder in folders]
     texts, tokens = [job.config_text for job in jobs], [job.token for job in jobs]
@@ -191,21 +191,25 @@ def hand_over(jobs: Sequence[Job], logs: Path) -> None:
                 waiting |= {"status": "queued", "exit_reason": None}
             folder.write_summary(**waiting)
         executor = slurm_executor(jobs[0].settings, logs, signal_delay(jobs[0].settings, folders[0]))
-        with contextlib.redirect_stderr(io.StringIO()):  # where submitit repeats what SLURM says
+        # submitit repeats there what SLURM says
+        with slurm.settings_first(jobs[0].settings.submitit), contextlib.redirect_stderr(io.StringIO()):
             if len(jobs) > 1:
                 submitted = executor.map_array(run_slurm_task, texts, tokens)
             else:
                 submitted = [executor.submit(run_slurm_task, texts[0], tokens[0])]
-    except (FailedJobError, OSError) as error:
-        for file in set(logs.iterdir()) - before:
+    except BaseException as error:
+        made = set(logs.iterdir()) - before
+        left = end_what_was_taken(made)
+        for file in made:
             file.unlink()
         for folder, summary in zip(folders, summaries, strict=True):
             folder.replace_summary(summary)
-        if isinstance(error, FailedJobError):
-            raise UserError(slurm.refusal(str(error))) from None
+        if isinstance(error, RuntimeError):  # submitit's, of what sbatch said
+            raise UserError(slurm.refusal(str(error)) + left) from None
+        if not isinstance(error, OSError):
+            raise
         raise UserError(
-            f"The job could not be written to {logs}: {error}. Make room there, or change launcher.experiment_log_dir; squeue "
-            "shows whether SLURM has a job of it all the same."
+            f"The job could not be written to {logs}: {error}. Make room there, or change launcher.experiment_log_dir.{left}"
         ) from None
     ids = [job.job_id for job in submitted]
     for job_id, folder in zip(ids, folders, strict=True):
@@ -218,6 +222,15 @@ def hand_over(jobs: Sequence[Job], logs: Path) -> None:
                 folder.write_summary(status="cancelled", exit_reason=reason)
     except OSError as error:
         print(f"warning: what was submitted could not be noted in {logs}: {error}.", file=sys.stderr)
+
+
+def end_what_was_taken(made: Collection[Path]) -> str:
+    """Cancel what SLURM may have taken of a submission that broke off, which left these files; a sentence about it."""
+    try:
+        cancelled = slurm.cancel_jobs_of(made)
+    except (OSError, slurm.SubprocessError):
+        return " Whether SLURM has a job of it all the same cannot be found out now: look with squeue, and end it with scancel."
+    return f" It had taken job {', '.join(cancelled)} all the same, which was cancelled." if cancelled else ""
 
 
 def note_submission(jobs: Sequence[Job], ids: Sequence[str], logs: Path) -> None:
@@ -287,7 +300,8 @@ def batch_script(settings: Settings, folder: RunFolder) -> str:
 
 def setup_lines(logs: Path, setup: Sequence[str]) -> list[str]:
     """Shell lines before the tasks: the node must see the run folder, where the script then logs; the user's own lines; the
-    code is this code. However the script is left, an end that the tasks could not write down is written down.
+    code is this code. The script runs itself in a second shell, which the user's lines may leave as they like: the first one
+    writes down an end that the tasks could not write down.
     """
     python, here = shlex.quote(sys.executable), shlex.quote(str(Path(omnivision.__file__).parents[1]))
     return [
@@ -300,22 +314,28 @@ def setup_lines(logs: Path, setup: Sequence[str]) -> list[str]:
         "fi",
         'exec >>"$omnivision_logs/${omnivision_job}_batch.log" 2>&1',
         f"omnivision_code() {{ export PYTHONPATH={here}${{PYTHONPATH:+:$PYTHONPATH}}; }}",
-        "omnivision_ended() {",
-        "  code=$? why=",
-        "  trap - EXIT",
-        "  set +eu",
-        '  [ -z "$omnivision_setup" ] || why="submitit.setup ended the job: $omnivision_setup"',
-        '  [ "$code" != 0 ] || [ -z "$why" ] || code=1  # nothing was trained',
+        'readonly omnivision_reached="$omnivision_logs/${omnivision_job}_setup"  # the line of submitit.setup that is run',
+        "trap : TERM USR2  # a job that is ended, too, comes to its last lines",
+        'if [ -z "$omnivision_within" ]; then',
+        '  : >"$omnivision_reached"',
+        '  omnivision_within=1 "$BASH" "$0"',
+        "  code=$?",
+        '  why=$(cat "$omnivision_reached"; rm -f "$omnivision_reached")',
+        "  why=${why:+submitit.setup ended the job: $why}",
         '  [ -z "$why" ] || echo "$why"',
+        '  [ "$code" != 0 ] || [ -z "$why" ] || code=1  # nothing was trained',
         "  omnivision_code",
         '  set -- "$omnivision_logs" "$omnivision_job" "$code" ${why:+"$why"}',
-        f'  [ "$code" = 0 ] || {python} -m omnivision.job_record ended "$@"',
+        f'  [ "$code" = 0 ] || ! {python} -m omnivision.job_record ended "$@" || code=0',
         '  exit "$code"',
-        "}",
-        "trap omnivision_ended EXIT",
-        "trap : TERM USR2  # a job that is ended, too, comes to its last lines",
-        *(f"omnivision_setup={shlex.quote(line)}\n{{ {line}\n}} || exit" for line in setup),
-        "omnivision_setup=",
+        "fi",
+        "unset omnivision_within",
+        *(
+            f'echo {shlex.quote(line)} >"$omnivision_reached"\n{{ {line}\n}} || exit'
+            for line in setup
+            if is_command(line)
+        ),
+        ': >"$omnivision_reached"',
         "set +eu",
         "omnivision_code",
     ]
@@ -329,8 +349,11 @@ def signal_delay(settings: Settings, folder: RunFolder) -> int:
     if settings.submitit.signal_delay_s is not None:
         return settings.submitit.signal_delay_s
     summary, limit = folder.read_summary(), settings.submitit.timeout_hour * 3600
-    step = summary.get("step_seconds")
-    delay = UNMEASURED_DELAY if not step else math.ceil(seconds_to_leave(step, summary.get("save_seconds")))
+    step, save = (
+        value if isinstance(value, (int, float)) and 0 < value < limit else None
+        for value in (summary.get("step_seconds"), summary.get("save_seconds"))
+    )
+    delay = UNMEASURED_DELAY if step is None else math.ceil(seconds_to_leave(step, save))
     return max(1, min(delay, int(limit / 2)))
 
 

@@ -6,7 +6,9 @@ into `Settings`, or raises one UserError that lists all problems; it imports not
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig
@@ -248,6 +250,12 @@ def contradictions(settings: Settings) -> list[str]:
     trainer, data = settings.trainer, settings.trainer.data
     model = trainer.model
     problems += _wrong_kinds(settings)
+    folder = Path(settings.launcher.experiment_log_dir)
+    if len(os.fsencode(folder)) > 3000 or max((len(os.fsencode(part)) for part in folder.parts), default=0) > 255:
+        problems.append(
+            f"launcher.experiment_log_dir is {str(folder)[:60]}... ({len(str(folder))} characters); expected a name that file "
+            "systems take. Change launcher.experiment_log_dir."
+        )
     if not settings.launcher.experiment_log_dir.strip():
         problems.append(
             "launcher.experiment_log_dir is empty; expected the folder of the run. (Was it a shell variable that is not set?)"

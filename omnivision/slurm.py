@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import shutil
 import subprocess
+import sys
 import time
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from subprocess import SubprocessError
 
 # Ends of a job; any other state is of one that is, or may yet be, at work.
@@ -17,6 +22,8 @@ ANSWER_SECONDS = 60.0
 
 # What SLURM says, and the settings to look at. The first that matches counts.
 REFUSALS = {
+    "--mem": "submitit.mem",
+    "--comment": "submitit.comment",
     "qos": "submitit.qos",
     "account": "submitit.account",
     "partition": "submitit.partition",
@@ -29,8 +36,29 @@ REFUSALS = {
     "cpu count": "submitit.cpus_per_task or launcher.gpus_per_node",
     "node count": "launcher.num_nodes",
     "processors": "submitit.cpus_per_task or launcher.num_nodes",
-    "node configuration": "launcher.gpus_per_node, submitit.cpus_per_task, submitit.mem or submitit.mem_gb",
+    "node configuration": (
+        "launcher.gpus_per_node, submitit.cpus_per_task, submitit.mem or submitit.mem_gb, submitit.nodelist or submitit.exclude"
+    ),
     "reservation": "submitit.additional_parameters",
+    "option": "submitit.additional_parameters",
+    "license": "submitit.additional_parameters",
+}
+# What it says where no setting is to blame.
+PASSING = {
+    "submit limit": "Give the same command again when jobs of yours have ended, or change submitit.qos.",
+    "submitjob": "Give the same command again when jobs of yours have ended, or change submitit.qos.",
+    "contact": "Try again when it answers.",
+    "timed out": "Try again when it answers.",
+}
+# Variables that sbatch would take before what a batch script says, and the settings that leave them a say while they are unset.
+OF_A_SITE = {
+    "SBATCH_ACCOUNT": "account",
+    "SBATCH_PARTITION": "partition",
+    "SBATCH_QOS": "qos",
+    "SBATCH_CONSTRAINT": "constraints",
+    "SBATCH_RESERVATION": "",
+    "SBATCH_CLUSTERS": "",
+    "SBATCH_EXPORT": "",
 }
 
 
@@ -66,7 +94,31 @@ class NodeKind:
 
 
 def available() -> bool:
-    return shutil.which("sbatch") is not None
+    return all(shutil.which(command) for command in ("sbatch", "srun", "squeue"))
+
+
+@contextlib.contextmanager
+def settings_first(settings: object) -> Iterator[None]:
+    """Within, no variable of the environment changes what `settings` (those of submitit) ask sbatch for; those that would are
+    named in a warning.
+    """
+    before = dict(os.environ)
+    unheard = [
+        name
+        for name in sorted(before)
+        if name.startswith("SBATCH_") and (name not in OF_A_SITE or getattr(settings, OF_A_SITE[name], None))
+    ]
+    if unheard:
+        print(
+            f"warning: {', '.join(unheard)} in the environment do not count: jobs ask for what the submitit settings say.",
+            file=sys.stderr,
+        )
+    for name in unheard:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update({name: before[name] for name in unheard})
 
 
 def ask(*command: str) -> str:
@@ -87,6 +139,17 @@ def queue() -> dict[str, JobState]:
         job_id, *rest = entry.lstrip("\n").split(SEPARATOR)
         if len(rest) == 5:
             found[job_id] = JobState(*("" if text in ("(null)", "None") else text for text in rest))
+    return found
+
+
+def cancel_jobs_of(scripts: Collection[Path]) -> list[str]:
+    """Cancel my jobs that were submitted with one of these batch scripts; their ids.
+
+    Raises OSError, SubprocessError when SLURM does not answer.
+    """
+    mine = [job for job, state in queue().items() if not state.is_over and Path(state.command) in scripts]
+    if found := sorted({job.partition("_")[0] for job in mine}):
+        ask("scancel", *found)
     return found
 
 
@@ -150,6 +213,7 @@ def longest_array() -> int | None:
 
 def partition(name: str | None) -> list[NodeKind]:
     """The nodes of a partition (None: the default one); empty when SLURM does not tell."""
+    name = name or os.environ.get("SBATCH_PARTITION") or None
     fields = SEPARATOR.join(("%P", "%D", "%c", "%m", "%G", "%l"))
     try:
         answer = ask("sinfo", "--noheader", "--exact", f"--format={fields}", *(["--partition", name] if name else []))
@@ -163,7 +227,10 @@ def partition(name: str | None) -> list[NodeKind]:
         if name is None and not label.endswith("*"):
             continue
         gpus = sum(int(number) for number in re.findall(r"\bgpu(?::[^:,(]+)?:(\d+)", gres))
-        kinds.append(NodeKind(int(count), int(cpus.rstrip("+")), int(memory.rstrip("+")) / 1024, gpus, minutes(limit)))
+        sizes = [number.rstrip("+") for number in (count, cpus, memory)]
+        if all(number.isdecimal() for number in sizes):
+            nodes, each, megabytes = map(int, sizes)
+            kinds.append(NodeKind(nodes, each, megabytes / 1024, gpus, minutes(limit)))
     return kinds
 
 
@@ -186,5 +253,7 @@ def refusal(said: str) -> str:
     lines = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in said.splitlines()]
     told = [line.removeprefix("Batch job submission failed: ").rstrip(".") for line in lines if line.strip()]
     text = "; ".join(dict.fromkeys(told)) or "nothing"
+    if advice := next((advice for word, advice in PASSING.items() if word in text.lower()), None):
+        return f"SLURM did not take the job and said: {text}. {advice}"
     setting = next((setting for word, setting in REFUSALS.items() if word in text.lower()), "the submitit settings")
     return f"SLURM refused the job and said: {text}. Change {setting}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -118,15 +119,24 @@ def check_array(runs: int) -> None:
         )
 
 
+def is_command(line: str) -> bool:
+    """Whether a line of shell does anything."""
+    return bool(line.strip()) and not line.lstrip().startswith("#")
+
+
 def check_setup(lines: Sequence[str]) -> None:
     """Raises UserError for shell commands that bash cannot read: the job would end before its first line was done."""
+    if (bash := shutil.which("bash")) is None:
+        return  # compute nodes may have it all the same
     for number, line in enumerate(lines):
+        if not is_command(line):
+            continue
         if re.match(r"\s*exec\s+[^\s\d<>&{]", line):
             raise UserError(
                 f"submitit.setup[{number}] is {line!r}: exec ends the batch script, and nothing is trained. Give the command "
                 "without exec. Change submitit.setup."
             )
-        made = subprocess.run(["bash", "-n"], input=f"{{ {line}\n}}", capture_output=True, text=True)
+        made = subprocess.run([bash, "-n"], input=f"{{ {line}\n}}", capture_output=True, text=True)
         if made.returncode:
             said = made.stderr.splitlines()[0].partition(": line ")[2].partition(": ")[2] or made.stderr.strip()
             raise UserError(
@@ -180,7 +190,10 @@ def check_dependency(dependency: str | None, queue: Mapping[str, slurm.JobState]
             state for job, state in queue.items() if job == job_id or job.startswith(f"{job_id.removesuffix('_*')}_")
         ]
         for state in states:
-            if condition == "afterok" and state.is_over and state.state != "COMPLETED":
+            well = state.state == "COMPLETED"
+            if (condition in ("afterok", "aftercorr") and state.is_over and not well) or (
+                condition == "afternotok" and well
+            ):
                 folder = run_folder_of(Path(state.command).parent, job_id)
                 told = "" if folder is None else f" ({folder.path}: {folder.read_summary().get('exit_reason')})"
                 raise UserError(

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import json
 import os
 import subprocess
 import tempfile
@@ -13,7 +14,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from unittest import mock
 
-from submitit.core.utils import FailedJobError
+from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from omnivision import job_record, jobs, launch, slurm, submission
 from omnivision.errors import Terminated, UserError
@@ -237,9 +238,10 @@ class BatchScript(Folder):
         """The exit code, and what the summary says."""
         note(self.folder, "submitted", "a", job="12", restarts=0)
         script = "\n".join(["#!/bin/bash", *setup_lines(self.folder.path / jobs.LOGS, setup), tasks])
+        (self.folder.path / "slurm_script").write_text(script)
         environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
         made = subprocess.run(
-            ["bash", "-c", script], env=environment | {"SLURM_JOB_ID": "12"}, capture_output=True, text=True, timeout=60
+            ["bash", self.folder.path / "slurm_script"], env=environment | {"SLURM_JOB_ID": "12"}, timeout=60
         )
         told = self.folder.read_summary()
         (self.folder.path / jobs.LOGS / "history.jsonl").unlink()
@@ -250,10 +252,24 @@ class BatchScript(Folder):
         self.assertEqual(self.leave("true", "export A=1", "set -e"), (0, "None: None"))
 
     def test_what_the_users_lines_can_do(self):
-        for setup, code in ((["false"], 1), (["exit 0"], 1), (["true", "exit 3"], 3), (["module load cuda"], 127)):
+        for *setup, code in (
+            ("false", 1), ("exit 0", 1), ("true", "exit 3", 3), ("module load cuda", 127), ("cd / && exec /bin/true", 1),
+            ("trap 'exit 0' EXIT", "false", 1), ("kill -9 $$", 137), ("export PYTHONHOME=/opt/python", "false", 1),
+        ):  # fmt: skip
             left, told = self.leave("true", *setup)
-            self.assertEqual(left, code)
-            self.assertRegex(told, rf"^failed: job 12: submitit.setup ended the job: {setup[-1]} .exit code {code}.")
+            self.assertEqual(left, code, setup)
+            self.assertIn(f"failed: job 12: submitit.setup ended the job: {setup[-1]} (exit code {code}", told)
+        self.assertEqual(self.leave("true", "# a comment", "", "PATH=/nowhere"), (0, "None: None"))
+
+    def test_a_trap_of_the_users_is_kept(self):
+        left, told = self.leave("(exit 7)", f"trap 'touch {self.folder.path}/cleaned' EXIT")
+        self.assertEqual((left, (self.folder.path / "cleaned").exists()), (7, True))
+        self.assertRegex(told, "^failed: job 12: .*exit code 7")
+
+    def test_a_finished_run_whose_processes_fail_while_they_leave_has_ended_well(self):
+        end = json.dumps({"event": "end", "status": "finished", "restarts": 0, "job": "12", "token": "a"})
+        history = self.folder.path / jobs.LOGS / "history.jsonl"
+        self.assertEqual(self.leave(f"echo '{end}' >>{history}; (exit 134)"), (0, "None: None"))
 
     def test_a_signal_to_the_whole_job_does_not_end_the_script_before_its_last_lines(self):
         for signal in ("USR2", "TERM"):
@@ -287,16 +303,25 @@ class WhatSlurmWouldNotTake(unittest.TestCase):
                 "additional_parameters.time .* use submitit.timeout_hour instead",
             ),
             ("++submitit.additional_parameters.test_only=true", "additional_parameters.test_only .* leave it out"),
+            ("++submitit.additional_parameters.test_onl=true", "additional_parameters.test_onl .* leave it out"),
+            (
+                f"launcher.experiment_log_dir=/runs/{'x' * 300}",
+                "experiment_log_dir is /runs/x.*306 characters.; expected",
+            ),
             ("submitit.timeout_hour=1e9", "submitit.timeout_hour is 1.*at most 100000"),
             ("submitit.dependency='afterok:1,afterok:2?singleton'", "submitit.dependency is"),
         ):
             self.assertRegex(self.problems(override), saying)
+        early = self.problems("submitit.signal_delay_s=3600", "submitit.timeout_hour=1")
+        self.assertRegex(early, "signal_delay_s is 3600 and submitit.timeout_hour is 1: .*as soon as it starts")
 
     def test_memory(self):
-        given = {"4G": 4, "2048": 2, "1T": 1024, "524288K": 0.5, "64GB": 64, "0": None, "4g": 4, "much": None}
+        given = {"4G": 4, "2048": 2, "1T": 1024, "524288K": 0.5, "64GB": 64, "0": None, "4g": 4}
         for text, gigabytes in given.items():
             self.assertEqual(settings_of(f"submitit.mem='{text}'").submitit.memory_gb, gigabytes, text)
         self.assertEqual(settings_of("submitit.mem_gb=1.5").submitit.memory_gb, 1.5)
+        for text in ("much", "1.5G", "-4G", ""):
+            self.assertRegex(self.problems(f"submitit.mem='{text}'"), "submitit.mem is .*; expected what SLURM takes")
 
     def test_a_shell_command_that_bash_cannot_read(self):
         check_setup(["module load cuda", "if true; then\n  echo yes\nfi", "cat <<E\nx\nE", "exec 2>log"])
@@ -356,10 +381,13 @@ class Answers(unittest.TestCase):
             ("Invalid generic resource (gres) specification", "launcher.gpus_per_node"),
             ("User's group not permitted to use this partition", "submitit.partition"),
             ("Requested reservation is invalid", "submitit.additional_parameters"),
+            ("Invalid --mem specification", "submitit.mem"),
             ("something new", "the submitit settings"),
         ):
             told = refusal(f"{beginning}{said}\n")
             self.assertTrue(told.startswith(f"SLURM refused the job and said: {said}. Change {setting}"), told)
+        limit = "QOSMaxSubmitJobPerUserLimit; Job violates accounting/QOS policy (job submit limit, user's size)"
+        self.assertIn("same command again when jobs of yours have ended", refusal(f"{beginning}{limit}\n"))
 
     def test_what_became_of_a_job(self):
         def told(status: str, *state: str) -> tuple[str, str]:
@@ -372,6 +400,11 @@ class Answers(unittest.TestCase):
         self.assertEqual(told("running", "NODE_FAIL", "NodeDown"), ("failed", "job 12 is NODE_FAIL (NodeDown)"))
         self.assertEqual(told("queued", "CANCELLED", "")[0], "cancelled")
         self.assertEqual(told("queued", "PENDING", "DependencyNeverSatisfied")[0], "cancelled")
+        after_waiting = told("queued", "CANCELLED", "BeginTime")
+        self.assertEqual(after_waiting, ("cancelled", "job 12 is CANCELLED (ended from outside)"))
+        ours = {"status": "running", "job": {"job_id": "12", "logs": "/runs/a/submitit_logs"}}
+        for command, status in (("/runs/a/submitit_logs/x.sh", "running"), ("", "lost"), ("/runs/b/x.sh", "lost")):
+            self.assertEqual(settled(ours, {"12": JobState("RUNNING", command=command)})[0], status)
         self.assertEqual(told("running"), ("lost", "SLURM does not know job 12 any more; it was running"))
         self.assertEqual(told("finished", "RUNNING"), ("finished", ""))
         self.assertEqual(settled({"status": "running"}, {}), ("running", ""), "not on a cluster")
@@ -418,14 +451,48 @@ class Submission(Folder):
             (logs / "new_submitted.pkl").touch()
             raise errors.pop()
 
-        errors = [OSError(28, "No space left on device"), FailedJobError("sbatch: error: Invalid qos specification\n")]
-        for saying in ("SLURM refused .* Change submitit.qos", "not be written to .*No space left .*Make room there"):
+        taken = "It had taken job 71 all the same, which was cancelled"
+        queue = {
+            "71": JobState("PENDING", command=str(logs / "new_submitted.pkl")),
+            "72": JobState("PENDING", command=str(logs / "old.sh")),
+            "73": JobState("RUNNING", command="/elsewhere/new_submitted.pkl"),
+        }
+        for error, kind, saying in (
+            (
+                FailedJobError("sbatch: error: Invalid qos specification\n"),
+                UserError,
+                "SLURM refused .* Change submitit.qos",
+            ),
+            (FailedJobError("sbatch: error: Socket timed out\n"), UserError, f"did not take .*Try again.*{taken}"),
+            (FailedSubmissionError("Could not make sense of sbatch output"), UserError, taken),
+            (
+                OSError(28, "No space left on device"),
+                UserError,
+                f"not be written to .*No space left .*Make room .*{taken}",
+            ),
+            (KeyboardInterrupt(), KeyboardInterrupt, ""),
+        ):
+            errors = [error]
             executor = mock.Mock(submit=mock.Mock(side_effect=refused))
-            with mock.patch.object(launch, "slurm_executor", return_value=executor):
-                with self.assertRaisesRegex(UserError, saying):
+            with (
+                mock.patch.object(launch, "slurm_executor", return_value=executor),
+                mock.patch.object(slurm, "queue", return_value=queue),
+                mock.patch.object(slurm, "ask") as asked,
+            ):
+                with self.assertRaisesRegex(kind, saying):
                     launch.hand_over([self.job()], logs)
+            asked.assert_called_once_with("scancel", "71")
             self.assertEqual(list(logs.iterdir()), [])
             self.assertEqual(self.folder.read_summary(), before)
+
+    def test_what_the_environment_says_to_sbatch_does_not_count_before_the_settings(self):
+        given = {"SBATCH_TIMELIMIT": "5", "SBATCH_ARRAY_INX": "0-1", "SBATCH_ACCOUNT": "a", "SBATCH_PARTITION": "b"}
+        asked = self.job("submitit.partition=gpu").settings.submitit
+        with mock.patch.dict(os.environ, given), contextlib.redirect_stderr(io.StringIO()) as said:
+            with slurm.settings_first(asked):
+                self.assertEqual([name for name in given if name in os.environ], ["SBATCH_ACCOUNT"])
+            self.assertLessEqual(given.items(), os.environ.items())
+        self.assertRegex(said.getvalue(), "^warning: SBATCH_ARRAY_INX, SBATCH_PARTITION, SBATCH_TIMELIMIT in the")
 
     def test_summaries_that_somebody_else_wrote(self):
         file, job = self.folder.path / "summary.json", self.job("epochs=3")
@@ -490,6 +557,7 @@ class Submission(Folder):
 
     def test_jobs_to_wait_for_must_be_known_and_able_to_end_well(self):
         queue = {
+            "11": JobState("COMPLETED"),
             "12": JobState("RUNNING"),
             "13": JobState("FAILED"),
             "14_0": JobState("COMPLETED"),
@@ -499,6 +567,8 @@ class Submission(Folder):
             for fine in (
                 None,
                 "afterok:12",
+                "afterok:11",
+                "afternotok:13",
                 "afterany:13",
                 "afterany:13,afterok:12",
                 "afterok:13?afterok:12",
@@ -508,7 +578,8 @@ class Submission(Folder):
             check_dependency("afterok:14_0", queue)
             for refused, saying in (
                 ("afterok:13", "job 13 is FAILED"), ("afterok:12:13", "job 13 is FAILED"), ("afterok:14", "job 14 is FAILED"),
-                ("afterok:14_1", "job 14_1 is FAILED"), ("afterany:99", "does not know job 99"),
+                ("afterok:14_1", "job 14_1 is FAILED"), ("aftercorr:13", "job 13 is FAILED"),
+                ("afternotok:11", "job 11 is COMPLETED"), ("afterany:99", "does not know job 99"),
             ):  # fmt: skip
                 with self.assertRaisesRegex(UserError, saying, msg=refused):
                     check_dependency(refused, queue)

@@ -152,16 +152,18 @@ class Loop(unittest.TestCase):
         self.assertEqual(*epochs)
 
     def test_accumulated_equals_whole_batch(self):
-        # Drop path draws by batch, so it is off here.
+        # Drop path draws by batch, so it is off here. In double precision, because the gradient of the keys' bias is zero but
+        # for rounding, and AdamW makes steps of rounding that it can see.
         results = []
         for pieces in (1, 2, 4):
             made = trainer(self.folder / f"pieces_{pieces}", pieces=pieces)
+            made.bare.double()
             for block in made.bare.trunk.blocks:
                 block.drop_path.rate = 0.0
             made.fit()
             results.append(made.bare.state_dict())
-        self.assert_same(results[0], results[1], delta=1e-4)
-        self.assert_same(results[0], results[2], delta=1e-4)
+        self.assert_same(results[0], results[1], delta=1e-6)
+        self.assert_same(results[0], results[2], delta=1e-6)
 
     def test_limit_means_that_many_steps(self):
         data = Noise(12)

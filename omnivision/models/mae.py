@@ -201,9 +201,13 @@ def reconstruction_target(video: Tensor, tubelet: tuple[int, int, int], masked: 
     sqrt(unbiased variance + 1e-6), channel by channel; with "patch" over all its values; with "none" not at all.
     """
     pixels = unnormalize_pixels(pick_tubelets(as_video(video, tubelet), tubelet, masked), channel_dim=2)
-    pixels = pixels.flatten(3).transpose(2, 3)  # (B, M, pt * ph * pw, 3)
-    mean, std = patch_statistics(pixels, norm)
-    return ((pixels - mean) / std).flatten(2)
+    pixels = pixels.flatten(3)  # (B, M, 3, pt * ph * pw)
+    if norm != "none":
+        # One pass of layer norm, whose variance is divided by the number of values where this one is by one less.
+        values = pixels.shape[3:] if norm == "channel" else pixels.shape[2:]
+        less = 1 - 1 / values.numel()
+        pixels = F.layer_norm(pixels, values, pixels.new_full(values, less**0.5), eps=1e-6 * less)
+    return pixels.transpose(2, 3).flatten(2)
 
 
 def patch_statistics(pixels: Tensor, norm: TargetNorm) -> tuple[Tensor, Tensor]:
@@ -215,6 +219,6 @@ def patch_statistics(pixels: Tensor, norm: TargetNorm) -> tuple[Tensor, Tensor]:
     return mean, (var + 1e-6).sqrt()
 
 
-def reconstruction_error(prediction: Tensor, target: Tensor) -> Tensor:
-    """Squared error of each masked token, averaged over its values: two (B, M, P) -> float (B, M)."""
-    return (prediction.to(target.dtype) - target).square().mean(-1)
+def reconstruction_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """Squared error, averaged over all values of all masked tokens: two (B, M, P) -> a scalar of the target's dtype."""
+    return F.mse_loss(prediction.to(target.dtype), target)

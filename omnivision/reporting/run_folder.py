@@ -25,6 +25,13 @@ LAST_LINES = 20
 WAITING = ("queued", "requeued")
 
 
+def own_job() -> str | None:
+    """The id of the SLURM job that this process is of, 12, or 12_3 for an element of an array; None for none."""
+    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
+        return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ.get("SLURM_JOB_ID")
+
+
 class RunFolder:
     """Paths of a run, and its lock.
 
@@ -173,7 +180,7 @@ class RunFolder:
                 "host": socket.gethostname(),
                 "pid": os.getpid(),
                 "started": process_start(os.getpid()),
-                "job": os.environ.get("SLURM_JOB_ID"),
+                "job": own_job(),
                 "restarts": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
             }
         )
@@ -188,7 +195,7 @@ class RunFolder:
 
     @staticmethod
     def _alive(holder: dict[str, Any], age: float) -> bool:
-        job, restarts = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        job, restarts = own_job(), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         if job is not None and holder.get("job") == job and holder.get("restarts", 0) < restarts:
             return False  # SLURM starts a job again only when its processes are gone, with their node if need be
         if holder.get("host") == socket.gethostname():

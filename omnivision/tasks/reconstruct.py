@@ -12,7 +12,7 @@ from omnivision.data.batch import Batch
 from omnivision.models.mae import (
     MaskedAutoencoder,
     patch_statistics,
-    reconstruction_error,
+    reconstruction_loss,
     reconstruction_target,
 )
 from omnivision.models.patches import patchify, token_grid, unnormalize_pixels, unpatchify
@@ -36,7 +36,7 @@ class Reconstruct:
     def training_step(self, model: nn.Module, batch: Batch) -> StepOutput:
         prediction = model(batch.video, batch.mask, batch.num_masked)
         target = reconstruction_target(batch.video, self.tubelet, prediction.masked, self.norm)
-        loss = reconstruction_error(prediction.pixels, target).mean()  # every sample masks equally many tokens
+        loss = reconstruction_loss(prediction.pixels, target)  # every sample masks equally many tokens
         return StepOutput(loss, len(batch), {"loss": loss.detach() * len(batch)})
 
     evaluation_step = training_step

@@ -35,24 +35,26 @@ if ! [ -d "$omnivision_logs" ]; then
 fi
 exec >>"$omnivision_logs/${omnivision_job}_batch.log" 2>&1
 omnivision_code() { export PYTHONPATH=CHECKOUT${PYTHONPATH:+:$PYTHONPATH}; }
-omnivision_ended() {
-  code=$? why=
-  trap - EXIT
-  set +eu
-  [ -z "$omnivision_setup" ] || why="submitit.setup ended the job: $omnivision_setup"
-  [ "$code" != 0 ] || [ -z "$why" ] || code=1  # nothing was trained
+readonly omnivision_reached="$omnivision_logs/${omnivision_job}_setup"  # the line of submitit.setup that is run
+trap : TERM USR2  # a job that is ended, too, comes to its last lines
+if [ -z "$omnivision_within" ]; then
+  : >"$omnivision_reached"
+  omnivision_within=1 "$BASH" "$0"
+  code=$?
+  why=$(cat "$omnivision_reached"; rm -f "$omnivision_reached")
+  why=${why:+submitit.setup ended the job: $why}
   [ -z "$why" ] || echo "$why"
+  [ "$code" != 0 ] || [ -z "$why" ] || code=1  # nothing was trained
   omnivision_code
   set -- "$omnivision_logs" "$omnivision_job" "$code" ${why:+"$why"}
-  [ "$code" = 0 ] || PYTHON -m omnivision.job_record ended "$@"
+  [ "$code" = 0 ] || ! PYTHON -m omnivision.job_record ended "$@" || code=0
   exit "$code"
-}
-trap omnivision_ended EXIT
-trap : TERM USR2  # a job that is ended, too, comes to its last lines
-omnivision_setup='module load cuda'
+fi
+unset omnivision_within
+echo 'module load cuda' >"$omnivision_reached"
 { module load cuda
 } || exit
-omnivision_setup=
+: >"$omnivision_reached"
 set +eu
 omnivision_code
 
