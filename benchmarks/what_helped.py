@@ -25,11 +25,14 @@ from benchmarks import films
 from benchmarks.harness import Report, command_line, interleaved
 from benchmarks.loading import dataset, samples
 from benchmarks.peers import loaders
-from benchmarks.pretraining_step import Geometry, loss_of_ours, step
+from benchmarks.pretraining_step import CAN_COMPILE, DTYPES, Geometry, loss_of_ours, step
 from omnivision.data import dataset as dataset_module
 from omnivision.data.views import PretrainView, random_crop_box, resize, resize_short_side
+from omnivision.models import vit as vit_module
 from omnivision.models.mae import Decoder, MaskedAutoencoder, Prediction, split_tokens
+from omnivision.models.patches import pick_tubelets, unnormalize_pixels
 from omnivision.models.vit import Attention, PatchEmbed, run_blocks
+from omnivision.tasks import reconstruct as reconstruct_module
 
 Side = Callable[[], object]
 
@@ -96,8 +99,21 @@ def last_block_for_masked(self: Decoder, visible: Tensor, masked: Tensor) -> Ten
     return self.norm(x + last.mlp(last.norm2(x)))
 
 
+def slow_target(video: Tensor, tubelet: Any, masked: Tensor, norm: str) -> Tensor:
+    """The target by its formula: mean, variance, difference and quotient, each over all pixels."""
+    pixels = unnormalize_pixels(pick_tubelets(video, tubelet, masked), channel_dim=2).flatten(3).transpose(2, 3)
+    var, mean = torch.var_mean(pixels, dim=2, keepdim=True, correction=1)
+    return ((pixels - mean) / (var + 1e-6).sqrt()).flatten(2)
+
+
 EMBED = PatchEmbed.forward
-CHANGES: dict[str, tuple[type, str, Any]] = {
+CHANGES: dict[str, tuple[Any, str, Any]] = {
+    "without: the way back of attention in fp32 (if the step is in bf16)": (
+        vit_module,
+        "attention",
+        F.scaled_dot_product_attention,
+    ),
+    "without: the target in one pass": (reconstruct_module, "reconstruction_target", slow_target),
     "without: one kernel for attention": (Attention, "forward", spelt_out),
     "without: only visible patches are embedded": (PatchEmbed, "forward", embed_all),
     "without: only masked tokens are projected": (MaskedAutoencoder, "forward", project_all),
@@ -107,7 +123,7 @@ CHANGES: dict[str, tuple[type, str, Any]] = {
 }
 
 
-def changed(run: Side, where: tuple[type, str, Any]) -> Side:
+def changed(run: Side, where: tuple[Any, str, Any]) -> Side:
     def side() -> None:
         with mock.patch.object(*where):
             run()
@@ -118,7 +134,8 @@ def changed(run: Side, where: tuple[type, str, Any]) -> Side:
 def steps(report: Report, quick: bool) -> None:
     shape = Geometry("vittiny", 2, 4, 64) if quick else Geometry("vitbase", 4)
     model = shape.ours()
-    run, loss = step(model, loss_of_ours(model, shape), torch.float32), loss_of_ours(model, shape)
+    dtype = list(DTYPES.values())[-1]
+    run, loss = step(model, loss_of_ours(model, shape), dtype), loss_of_ours(model, shape)
     with torch.no_grad():
         known = loss()
         for name, where in CHANGES.items():
@@ -127,22 +144,15 @@ def steps(report: Report, quick: bool) -> None:
                     raise ValueError(f"{name}: another loss")
     sides = {"step as it is": run} | {f"step {name}": changed(run, where) for name, where in CHANGES.items()}
     again = shape.ours(checkpointing=True)
-    sides["step with: activations made again"] = step(again, loss_of_ours(again, shape), torch.float32)
+    sides["step with: activations made again"] = step(again, loss_of_ours(again, shape), dtype)
     slow = shape.ours()
     optimizer = torch.optim.AdamW(slow.parameters(), foreach=False, fused=False)
-    sides["step without: fused AdamW"] = _step_with(optimizer, loss_of_ours(slow, shape))
+    sides["step without: fused AdamW"] = step(slow, loss_of_ours(slow, shape), dtype, optimizer)
+    if CAN_COMPILE and not quick:
+        sides["step with: torch.compile"] = step(model, loss_of_ours(model, shape, compiled=True), dtype)
     report.seconds |= interleaved(sides, rounds=2 if quick else 3, per=shape.batch)
     for name in list(sides)[1:]:
         report.times_as_fast(f"{name}, against as it is: times as slow", "step as it is", name)
-
-
-def _step_with(optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> Side:
-    def run() -> None:
-        loss().backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return run
 
 
 # ---- the sample ---------------------------------------------------------------------------------------------------

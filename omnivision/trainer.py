@@ -139,7 +139,10 @@ class Trainer:
         self.processes, self.folder, self.reporter = processes, folder, reporter
         self.watch = StepWatch(processes, ledger, folder)
         self.bare, self.sources = model.to(processes.device), list(sources)
-        self.model: nn.Module = torch.compile(self.bare) if options.compile else self.bare  # type: ignore[assignment]
+        self.model: nn.Module = self.bare
+        if options.compile:
+            self.model = torch.compile(self.bare)  # type: ignore[assignment]
+            task.compile()
         self.ema = MovingAverage(self.bare, options.ema_decay) if options.ema_decay is not None else None
         # Small gradients vanish in half precision unless they are scaled up, in autocast as on the wire.
         halves = options.amp_dtype == torch.float16 or (processes.world > 1 and options.comms_dtype == "fp16")

@@ -12,6 +12,7 @@ from omnivision.interop.published import from_ours
 from omnivision.models.architecture import build, describe
 from omnivision.models.mae import CrossAttention, MaskedAutoencoder, split_tokens
 from omnivision.models.vit import VisionTransformer
+from omnivision.tasks.reconstruct import Reconstruct
 from tests import stage_runs as stages
 from tests.test_mae import TUBELET, some_masks
 
@@ -132,6 +133,15 @@ class Compiled(unittest.TestCase):
             torch._dynamo.reset()
             found = torch._dynamo.explain(made)(VIDEO, mask, HIDDEN)
             self.assertEqual((found.graph_break_count, found.graph_count), (0, 1), found.break_reasons)
+
+    def test_nor_in_bf16_and_in_the_loss(self):
+        mask, made = some_masks(2), model()
+        task = Reconstruct(TUBELET)
+        with torch.autocast("cpu", torch.bfloat16):
+            for what, given in ((made, (VIDEO, mask, HIDDEN)), (task.loss, (made(VIDEO, mask, HIDDEN), VIDEO))):
+                torch._dynamo.reset()
+                found = torch._dynamo.explain(what)(*given)
+                self.assertEqual((found.graph_break_count, found.graph_count), (0, 1), found.break_reasons)
 
 
 class InARun(unittest.TestCase):

@@ -11,7 +11,16 @@ from tests.runs import ROOT
 
 FLOORS = {
     0: ["errors", "files", "safe"],
-    1: ["distributed", "sharding", "agreement", "stopping", "metrics", "optim.schedules", "models.patches"],
+    1: [
+        "distributed",
+        "sharding",
+        "agreement",
+        "stopping",
+        "metrics",
+        "optim.schedules",
+        "models.patches",
+        "models.attention",
+    ],
     2: ["data", "models", "optim", "demo"],
     3: ["tasks", "evaluation", "prepare"],
     4: ["checkpoint_shards", "checkpoint", "reporting", "weights", "interop", "slurm"],

@@ -241,7 +241,7 @@ class Loop(unittest.TestCase):
         with mock.patch("torch.compile", side_effect=lambda model: model) as compiled:
             for on in (False, True):
                 trainer(self.folder / "compiled", compile=on)
-        self.assertEqual(compiled.call_count, 1)
+        self.assertEqual(compiled.call_count, 2, "the model, and the loss")
 
     def test_the_best_and_the_scale_are_resumed(self):
         losses, scale = iter([3.0, 2.0]), 1024.0

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from omnivision.errors import UserError
+from omnivision.models.attention import attention
 from omnivision.models.patches import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -48,7 +49,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (B, N, D) -> (B, N, D)
         batch, tokens, width = x.shape
         q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, D / heads)
+        x = attention(q, k, v)  # (B, heads, N, D / heads)
         return self.proj(x.transpose(1, 2).reshape(batch, tokens, width))
 
 

@@ -33,6 +33,9 @@ class Pictures:
 
 
 class Task(Protocol):
+    def compile(self) -> None:
+        """Have torch compile what a step computes beside the model, where that is worth it."""
+
     def training_step(self, model: nn.Module, batch: Batch) -> StepOutput: ...
 
     def evaluation_step(self, model: nn.Module, batch: Batch) -> StepOutput: ...

@@ -33,6 +33,9 @@ class Classify:
     ) -> None:
         self.labels, self.mixing, self.average = labels, mixing, average
 
+    def compile(self) -> None:
+        """A loss and hits of a few scores are not worth it."""
+
     def training_step(self, model: nn.Module, batch: Batch) -> StepOutput:
         head = self.labels.head[batch.source]
         classes, depth = self.labels.classes[head], batch.depth

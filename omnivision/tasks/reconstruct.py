@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from omnivision.data.batch import Batch
 from omnivision.models.mae import (
     MaskedAutoencoder,
+    Prediction,
     patch_statistics,
     reconstruction_loss,
     reconstruction_target,
@@ -32,14 +33,21 @@ class Reconstruct:
 
     def __init__(self, tubelet: tuple[int, int, int], norm: Literal["channel", "patch", "none"] = "channel") -> None:
         self.tubelet, self.norm = (tubelet[0], tubelet[1], tubelet[2]), norm
+        self.loss = self._loss
+
+    def compile(self) -> None:
+        self.loss = torch.compile(self._loss)
 
     def training_step(self, model: nn.Module, batch: Batch) -> StepOutput:
         prediction = model(batch.video, batch.mask, batch.num_masked)
-        target = reconstruction_target(batch.video, self.tubelet, prediction.masked, self.norm)
-        loss = reconstruction_loss(prediction.pixels, target)  # every sample masks equally many tokens
+        loss = self.loss(prediction, batch.video)
         return StepOutput(loss, len(batch), {"loss": loss.detach() * len(batch)})
 
     evaluation_step = training_step
+
+    def _loss(self, prediction: Prediction, video: Tensor) -> Tensor:
+        target = reconstruction_target(video, self.tubelet, prediction.masked, self.norm)
+        return reconstruction_loss(prediction.pixels, target)  # a mean: every sample masks equally many tokens
 
     def epoch_figures(self, model: nn.Module) -> dict[str, Any]:
         return {}
