@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
+from omnivision.allocator import keep_freed_memory
 from omnivision.errors import UserError
 
 Result = TypeVar("Result")
@@ -70,6 +71,7 @@ class Processes:
     """
 
     def __init__(self, place: Place, accelerator: str, backend: str | None, timeout: timedelta) -> None:
+        keep_freed_memory()
         self.rank, self.world = place.rank, place.world
         self.device = choose_device(accelerator, place.local_rank)
         if self.device.type == "cuda":

@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.runs import ROOT
 
 FLOORS = {
-    0: ["errors", "files", "safe"],
+    0: ["allocator", "errors", "files", "safe"],
     1: [
         "distributed",
         "sharding",

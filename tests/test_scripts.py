@@ -257,11 +257,11 @@ class Recipe(OnPath):
     def test_what_starts_from_a_stage_that_was_refused_is_left_out(self):
         made = self.recipe(FAILS="/align", DOWNSTREAM="ucf101")
         self.assertEqual(made.returncode, 1)
-        self.assertIn("error: failed: align; what starts from them is left out", made.stderr)
+        self.assertIn("error: not submitted: align; what starts from them is left out", made.stderr)
         told = (self.folder / "told").read_text()
         self.assertIn("cancelled a folder/align not submitted: it is refused", told)
         for stage in ("ft_ucf101", "lp_ucf101"):
-            self.assertIn(f"cancelled a folder/{stage} it starts from a folder/align (failed)", told)
+            self.assertIn(f"cancelled a folder/{stage} it starts from a folder/align (not submitted)", told)
             self.assertFalse((self.folder / stage).exists())
         self.assertTrue((self.folder / "average_ucf101").exists(), "it starts from others")
 

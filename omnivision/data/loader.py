@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from torch.utils.data import DataLoader
 
+from omnivision.allocator import keep_freed_memory
 from omnivision.data.batch import Batch, collate
 from omnivision.data.dataset import ClipDataset
 from omnivision.data.epoch import EpochPlan, Request
@@ -83,12 +84,15 @@ def evaluation_batches(
 
 
 @dataclass(frozen=True)
-class LeaveWithTrainer:
-    """Ends a worker when the process that trains is gone. torch's own watch sees the fork server, which workers keep alive."""
+class Begin:
+    """What a worker does first. It ends when the process that trains is gone: torch's own watch sees the fork server, which
+    workers keep alive.
+    """
 
     pid: int
 
     def __call__(self, worker: int) -> None:
+        keep_freed_memory()
         leave_with(self.pid)
 
 
@@ -111,6 +115,6 @@ def data_loader(dataset: ClipDataset, batches: _Steps | _Videos, workers: Worker
         num_workers=workers.num_workers,
         prefetch_factor=workers.prefetch if workers.num_workers else None,
         multiprocessing_context=context,
-        worker_init_fn=LeaveWithTrainer(os.getpid()) if workers.num_workers else None,
+        worker_init_fn=Begin(os.getpid()) if workers.num_workers else None,
         pin_memory=workers.pin_memory,
     )

@@ -28,7 +28,7 @@ for argument; do
 done
 
 # stage NAME SCRIPT DATASET MODEL START BEFORE [overrides]: a run that begins when the stages BEFORE (names) are done.
-# What became of it is kept in job_NAME: the id of its job, `done`, `failed` or `cancelled`.
+# What became of it is kept in job_NAME: the id of its job, `done`, `failed`, `cancelled` or `not submitted`.
 stage() {
     name=$1 script=$2 dataset=$3 model=$4 start=$5 before=$6
     shift 6
@@ -41,7 +41,7 @@ stage() {
         eval "became=\$job_$prior"
         case $became in
             done) ;;
-            failed | cancelled)
+            failed | cancelled | 'not submitted')
                 python -m omnivision.job_record cancelled "$PPMA/$name" "it starts from $PPMA/$prior ($became)"
                 eval "job_$name=cancelled"
                 return
@@ -59,7 +59,7 @@ stage() {
             became=done
             case $said in *job_id=*) became=${said#*job_id=} became=${became%% *} ;; esac
         else
-            became=failed failed="$failed $name"
+            became='not submitted' failed="$failed $name"
             python -m omnivision.job_record cancelled "$PPMA/$name" "not submitted: ${said##*error: }" >/dev/null
         fi
         [ "$name" = mae ] || said=$(echo "$said" | grep -v '^warning: ') # of the folder: once is enough
@@ -88,6 +88,8 @@ for data in $DOWNSTREAM; do
         "ensemble_num_models=$(echo $AVERAGE | wc -w)"
 done
 if [ -n "$failed" ]; then
-    echo "error: failed:$failed; what starts from them is left out. The same command goes on." >&2
+    how=failed
+    [ -z "$cluster" ] || how='not submitted'
+    echo "error: $how:$failed; what starts from them is left out. The same command goes on." >&2
     exit 1
 fi
