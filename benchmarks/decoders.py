@@ -8,12 +8,16 @@ quality on the demo is in docs/performance.md (`python -m benchmarks.decoder_qua
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from benchmarks.harness import Report, command_line, interleaved
-from benchmarks.pretraining_step import DTYPES, Geometry, loss_of_huggingface, loss_of_ours, step
+from benchmarks.pretraining_step import DTYPES, geometry, loss_of_ours, step
+from benchmarks.turns import in_turn
+from omnivision.allocator import keep_freed_memory
 
 KINDS: dict[str, dict[str, Any]] = {
     "ours, the recipe": {},
@@ -24,25 +28,34 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def run(quick: bool) -> Report:
-    shape = Geometry("vittiny", batch=2, frames=4, image=64) if quick else Geometry("vitbase", batch=8)
-    dtype = list(DTYPES.values())[-1]
-    report = Report("decoders", f"A pretraining step with other decoders, {shape.size}, {dtype}", unit="s a clip")
-    theirs = shape.huggingface()
-    peer = f"Hugging Face {str(dtype).removeprefix('torch.')}"
-    sides = {peer: step(theirs, loss_of_huggingface(theirs, shape), dtype)}
+    shape, precision = geometry(quick), list(DTYPES)[-1]
+    report = Report("decoders", f"A pretraining step with other decoders, {shape.size}, {precision}", unit="s a clip")
+    peer = f"Hugging Face {precision}"
+    kinds = {"benchmarks.pretraining_step": {"Hugging Face": [peer]}, "benchmarks.decoders": {"ours": list(KINDS)}}
+    with contextlib.ExitStack() as running:
+        turns: dict[str, Any] = {}
+        for module, kind in kinds.items():
+            turns |= running.enter_context(in_turn(module, kind, quick))
+        report.seconds = interleaved(turns, rounds=2 if quick else 3, per=shape.batch)
+    report.facts["threads"] = torch.get_num_threads()
+    goals = {"ours, half of the masked tokens": 1.8, "ours, cross-attention": 3.0}
+    for name in KINDS:
+        report.times_as_fast(f"{name.removeprefix('ours, ')}, against Hugging Face", name, peer, goals.get(name))
+    return report
+
+
+def sides(kind: str, quick: bool) -> dict[str, Callable[[], None]]:
+    """As a run does them."""
+    keep_freed_memory()
+    shape, found = geometry(quick), {}
     for name, decoder in KINDS.items():
         model = shape.ours(**decoder)
         prediction = model(shape.video, shape.mask, shape.masked)
         wanted = int(shape.masked * decoder.get("share", 1))
         if prediction.pixels.shape[1] != wanted or not prediction.pixels.isfinite().all():
             raise ValueError(f"{name} predicts {prediction.pixels.shape[1]} tokens; expected {wanted}")
-        sides[name] = step(model, loss_of_ours(model, shape), dtype)
-    report.seconds = interleaved(sides, rounds=2 if quick else 3, per=shape.batch)
-    report.facts["threads"] = torch.get_num_threads()
-    goals = {"ours, half of the masked tokens": 1.8, "ours, cross-attention": 3.0}
-    for name in KINDS:
-        report.times_as_fast(f"{name.removeprefix('ours, ')}, against Hugging Face", name, peer, goals.get(name))
-    return report
+        found[name] = step(model, loss_of_ours(model, shape), list(DTYPES.values())[-1])
+    return found
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -17,8 +17,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omnivision.allocator import keep_freed_memory
-
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 Side = Callable[[], object]
@@ -177,7 +175,6 @@ def command_line(
     )
     parser.add_argument("--out", type=Path, default=Path("bench"), help="folder of the JSON file and the plot")
     options = parser.parse_args(arguments)
-    keep_freed_memory()  # as in a run: no side pays for pages that another one has given back
     report = run(options.quick)
     report.write(options.out)
     if draw is not None:
