@@ -36,7 +36,7 @@ def run(quick: bool) -> Report:
         turns: dict[str, Any] = {}
         for module, kind in kinds.items():
             turns |= running.enter_context(in_turn(module, kind, quick))
-        report.seconds = interleaved(turns, rounds=2 if quick else 3, per=shape.batch)
+        report.seconds = interleaved(turns, rounds=2 if quick else 3, warm_up=int(quick), per=shape.batch)
     report.facts["threads"] = torch.get_num_threads()
     goals = {"ours, half of the masked tokens": 1.8, "ours, cross-attention": 3.0}
     for name in KINDS:

@@ -124,6 +124,7 @@ def interleaved(
 
     Args:
         per: clips (or other units) that a call works on: seconds are divided by it.
+        sides: one that returns a float has timed itself.
         prepare: called before each call, untimed.
         clock: `time.process_time` for seconds of one core, whatever threads a side has.
     """
@@ -133,9 +134,9 @@ def interleaved(
             if prepare is not None:
                 prepare()
             began = clock()
-            side()
+            took = side()
             if number >= warm_up:
-                seconds[name].append((clock() - began) / per)
+                seconds[name].append((took if isinstance(took, float) else clock() - began) / per)
     return seconds
 
 

@@ -198,7 +198,7 @@ def run(quick: bool) -> Report:
     if quick:  # compiling takes longer than all else
         kinds["ours"] = [name for name in kinds["ours"] if "compiled" not in name]
     with in_turn("benchmarks.pretraining_step", kinds, quick) as turns:
-        report.seconds = interleaved(turns, rounds=2 if quick else 5, per=shape.batch)
+        report.seconds = interleaved(turns, rounds=2 if quick else 3, warm_up=int(quick), per=shape.batch)
 
     operations = operations_of(shape) / shape.batch
     report.facts["GFLOP a clip"] = round(operations / 1e9, 1)

@@ -1,7 +1,7 @@
 """Sides of a comparison in processes of their own, which take turns: what one does with its memory is no other's business.
 
 `python -m benchmarks.turns MODULE KIND` calls `MODULE.sides(KIND, False)` and then runs the side that each line of its input
-names.
+names, twice, and prints the seconds of the second time: while it waited the system may have taken its memory away.
 """
 
 from __future__ import annotations
@@ -10,11 +10,14 @@ import contextlib
 import importlib
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+
+from benchmarks.harness import Side
 
 
 @contextlib.contextmanager
-def in_turn(module: str, kinds: Mapping[str, Sequence[str]], quick: bool) -> Iterator[dict[str, Callable[[], None]]]:
+def in_turn(module: str, kinds: Mapping[str, Sequence[str]], quick: bool) -> Iterator[dict[str, Side]]:
     """The sides that `module` has of each kind, one process for each kind; when quick, all in this process."""
     if quick:
         sides = importlib.import_module(module).sides
@@ -35,13 +38,14 @@ def in_turn(module: str, kinds: Mapping[str, Sequence[str]], quick: bool) -> Ite
         yield found
 
 
-def _turn(process: subprocess.Popen[str], name: str) -> Callable[[], None]:
-    def run() -> None:
+def _turn(process: subprocess.Popen[str], name: str) -> Side:
+    def run() -> float:
         assert process.stdin is not None and process.stdout is not None
         process.stdin.write(f"{name}\n")
         process.stdin.flush()
-        if process.stdout.readline() != "done\n":
+        if not (answer := process.stdout.readline()):
             raise RuntimeError(f"the process of {name} has ended")
+        return float(answer)
 
     return run
 
@@ -50,8 +54,11 @@ def main() -> None:
     module, kind, *_ = sys.argv[1:]
     made = importlib.import_module(module).sides(kind, False)
     for line in sys.stdin:
-        made[line.rstrip("\n")]()
-        print("done", flush=True)
+        side = made[line.rstrip("\n")]
+        side()
+        began = time.perf_counter()
+        side()
+        print(time.perf_counter() - began, flush=True)
 
 
 if __name__ == "__main__":
