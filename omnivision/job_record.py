@@ -246,7 +246,12 @@ def ended(logs: Path, job_id: str, code: int, why: str = "its processes could no
     never_ran = restarts not in starts
     told_to_leave = code in (128 + signal.SIGABRT, 128 + signal.SIGUSR2) or now.preempted or now.late
     what = why if never_ran else "its processes ended"
-    killed = {137: ", SIGKILL: out of memory, perhaps", 134: ", SIGABRT", 139: ", SIGSEGV"}.get(code, "")
+    killed = {
+        137: ", SIGKILL: out of memory, perhaps",
+        135: ", SIGBUS: a .npy file of a split was written anew in place, or /dev/shm is full, perhaps",
+        134: ", SIGABRT",
+        139: ", SIGSEGV",
+    }.get(code, "")
     reason = (
         f"job {job_id}: {what} (exit code {code}{killed}); see {logs}/{job_id}_batch.log and its tasks' logs beside it"
     )

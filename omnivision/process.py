@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import logging
 import os
@@ -47,6 +48,7 @@ def run_process(job: Job, place: Place | None, record: JobRecord | None = None) 
     A mistake of the user's is told in one paragraph; why a run ended, however it did, is in `summary.json`. `record` is what
     a cluster's job is looked after by; process 0 alone calls it. With one, requests to stop are ignored afterwards.
     """
+    faulthandler.enable(sys.__stderr__ or 2)  # a signal that no Python code sees (SIGSEGV, SIGBUS) still says where
     stop, folder = Stop(), run_folder(job)
     locked = begun = False
     validating = job.settings.trainer.mode == "val"

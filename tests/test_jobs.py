@@ -226,6 +226,7 @@ class Ended(Folder):
     def test_other_ends(self):
         self.assertRegex(" ".join(map(str, self.end(1))), "failed .*could not be started .exit code 1.; see .* False")
         self.assertRegex(" ".join(map(str, self.end(137, (0,)))), "failed .*SIGKILL: out of memory, perhaps.* False")
+        self.assertRegex(" ".join(map(str, self.end(135, (0,)))), "failed .*SIGBUS: a .npy file .* in place, .* False")
         self.assertEqual(self.end(134, (0,))[::2], ("requeued", True))
         self.assertEqual(self.end(1, (0,), restarts=1)[::2], ("requeued", True), "its node is gone")
         self.assertEqual(self.end(1, (0,), restarts=3)[::2], ("failed", False), "for the third time")

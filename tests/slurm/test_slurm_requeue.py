@@ -142,6 +142,7 @@ class Interrupted(OnCluster):
             told["exit_reason"], f"Job {stuck} was restarted 3 times without progress: it stands at step 0"
         )
         self.assertRegex(history(stuck_run, "end")[0]["reason"], "exit code 134, SIGABRT.*goes back into the queue")
+        self.assertIn("Fatal Python error: Aborted", (stuck_run / f"submitit_logs/{stuck}_0_log.err").read_text())
         wait("it to leave", lambda: history(clock_run, "end"), 70)
         self.assertRegex(
             history(clock_run, "end")[0]["reason"], r"by time limit; step \d+ is saved \(its time is over\)"
@@ -205,9 +206,10 @@ class Interrupted(OnCluster):
     # ---- parts ----------------------------------------------------------------------------------------------------
 
     def endless(self) -> list[str]:
-        """Films enough for an epoch that is not over soon."""
+        """Films enough for an epoch that is not over soon; written once, since a run that has them mapped may be under way."""
         many = self.folder / "many.npy"
-        np.save(many, np.array(runs.real_films() * 4000))
+        if not many.exists():
+            np.save(many, np.array(runs.real_films() * 4000))
         return [f"++datasets.k150.train.paths={many}", "++datasets.k150.train.labels=null"]
 
     def clock(self) -> tuple[str, Path]:
