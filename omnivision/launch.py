@@ -198,7 +198,8 @@ def hand_over(jobs: Sequence[Job], logs: Path) -> None:
             else:
                 submitted = [executor.submit(run_slurm_task, texts[0], tokens[0])]
     except BaseException as error:
-        made = set(logs.iterdir()) - before
+        # Another job of a sweep's folder may have made a log there meanwhile.
+        made = {file for file in set(logs.iterdir()) - before if {".sh", ".pkl"} & set(file.suffixes)}
         left = end_what_was_taken(made)
         for file in made:
             file.unlink()

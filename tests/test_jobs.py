@@ -450,6 +450,8 @@ class Submission(Folder):
 
         def refused(*_: str) -> None:
             (logs / "new_submitted.pkl").touch()
+            (logs / "new_submitted.pkl.save_tmp").touch()
+            (logs / "70_1_0_log.out").touch()  # of a job that began meanwhile
             raise errors.pop()
 
         taken = "It had taken job 71 all the same, which was cancelled"
@@ -483,7 +485,8 @@ class Submission(Folder):
                 with self.assertRaisesRegex(kind, saying):
                     launch.hand_over([self.job()], logs)
             asked.assert_called_once_with("scancel", "71")
-            self.assertEqual(list(logs.iterdir()), [])
+            self.assertEqual([file.name for file in logs.iterdir()], ["70_1_0_log.out"])
+            (logs / "70_1_0_log.out").unlink()
             self.assertEqual(self.folder.read_summary(), before)
 
     def test_what_the_environment_says_to_sbatch_does_not_count_before_the_settings(self):

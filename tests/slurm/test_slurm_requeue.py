@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import time
 from pathlib import Path
 
@@ -63,6 +64,8 @@ class Interrupted(OnCluster):
         timed_run, preempted_run, requeued_run = (self.folder / name for name in ("timed", "preempted", "requeued"))
         self.wait_for_step(timed_run, 10)
         self.cluster.ask("scontrol", "update", f"JobId={timed}", "TimeLimit=1")  # a minute: SLURM knows no shorter time
+        [slow] = self.tasks_of(timed)
+        os.kill(slow, signal.SIGSTOP)  # on a fast machine it would be done before its time is over
         self.wait_for_step(preempted_run, 10)
         came = time.time()
         urgent = ["--partition=urgent", f"--nodelist={others[1]}", "--exclusive", "--output=/dev/null"]
@@ -72,7 +75,9 @@ class Interrupted(OnCluster):
         self.assertLess(time.time() - came, GRACE_SECONDS, "within the grace time")
         self.wait_for_step(requeued_run, 10)
         self.cluster.ask("scontrol", "requeue", requeued)
-        wait("the end of its time", lambda: history(timed_run, "end"), 60)
+        wait(
+            "the end of its time", lambda: history(timed_run, "end"), 60
+        )  # before it signals, SLURM wakes what has stopped
         self.cluster.ask("scontrol", "update", f"JobId={timed}", "TimeLimit=60")
         self.here(*self.command("whole"))
 
@@ -224,12 +229,12 @@ class Interrupted(OnCluster):
         """The processes that a job's tasks are, by rank."""
         found = []
         for pid in self.cluster.left():
-            env = dict(
-                pair.split("=", 1) for pair in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in pair
-            )
-            if env.get("SLURM_JOB_ID") == job and "submitit.core._submit" in Path(f"/proc/{pid}/cmdline").read_text():
-                if "SLURM_PROCID" in env and "forkserver" not in Path(f"/proc/{pid}/cmdline").read_text():
-                    found.append((int(env["SLURM_PROCID"]), pid))
+            pairs = Path(f"/proc/{pid}/environ").read_text().split("\0")
+            env = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+            program, *arguments = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+            is_task = "submitit.core._submit" in arguments and Path(program).name != "srun"
+            if env.get("SLURM_JOB_ID") == job and is_task:
+                found.append((int(env["SLURM_PROCID"]), pid))
         return [pid for _, pid in sorted(found)]
 
     def wait_for_start(self, run: Path, restarts: int) -> None:
