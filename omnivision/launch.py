@@ -337,7 +337,6 @@ def setup_lines(logs: Path, setup: Sequence[str]) -> list[str]:
             if is_command(line)
         ),
         ': >"$omnivision_reached"',
-        "set +eu",
         "omnivision_code",
     ]
 
@@ -350,11 +349,8 @@ def signal_delay(settings: Settings, folder: RunFolder) -> int:
     if settings.submitit.signal_delay_s is not None:
         return settings.submitit.signal_delay_s
     summary, limit = folder.read_summary(), settings.submitit.timeout_hour * 3600
-    step, save = (
-        value if isinstance(value, (int, float)) and 0 < value < limit else None
-        for value in (summary.get("step_seconds"), summary.get("save_seconds"))
-    )
-    delay = UNMEASURED_DELAY if step is None else math.ceil(seconds_to_leave(step, save))
+    step = summary.get("step_seconds")
+    delay = UNMEASURED_DELAY if step is None else math.ceil(seconds_to_leave(step, summary.get("save_seconds")))
     return max(1, min(delay, int(limit / 2)))
 
 

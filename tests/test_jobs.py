@@ -249,6 +249,10 @@ class BatchScript(Folder):
         self.folder.replace_summary({})
         return made.returncode, f"{told.get('status')}: {told.get('exit_reason')}"
 
+    def test_tasks_that_never_began(self):
+        told = self.leave("no_such_command 2>/dev/null")
+        self.assertRegex(told[1], "^failed: job 12: its processes could not be started .exit code 127")
+
     def test_nothing_is_told_of_a_good_end(self):
         self.assertEqual(self.leave("true", "export A=1", "set -e"), (0, "None: None"))
 
@@ -271,6 +275,8 @@ class BatchScript(Folder):
         end = json.dumps({"event": "end", "status": "finished", "restarts": 0, "job": "12", "token": "a"})
         history = self.folder.path / jobs.LOGS / "history.jsonl"
         self.assertEqual(self.leave(f"echo '{end}' >>{history}; (exit 134)"), (0, "None: None"))
+        failed = end.replace("finished", "failed")
+        self.assertEqual(self.leave(f"echo '{failed}' >>{history}; (exit 1)"), (1, "None: None"), "it told so itself")
 
     def test_a_signal_to_the_whole_job_does_not_end_the_script_before_its_last_lines(self):
         for signal in ("USR2", "TERM"):
@@ -308,6 +314,10 @@ class WhatSlurmWouldNotTake(unittest.TestCase):
             (
                 f"launcher.experiment_log_dir=/runs/{'x' * 300}",
                 "experiment_log_dir is /runs/x.*306 characters.; expected",
+            ),
+            (
+                f"launcher.experiment_log_dir=/runs{'/xxx' * 800}",
+                "experiment_log_dir is /runs/x.*3205 characters.; expected",
             ),
             ("submitit.timeout_hour=1e9", "submitit.timeout_hour is 1.*at most 100000"),
             ("submitit.dependency='afterok:1,afterok:2?singleton'", "submitit.dependency is"),
@@ -488,6 +498,11 @@ class Submission(Folder):
             self.assertEqual([file.name for file in logs.iterdir()], ["70_1_0_log.out"])
             (logs / "70_1_0_log.out").unlink()
             self.assertEqual(self.folder.read_summary(), before)
+        silent = mock.patch.object(slurm, "queue", side_effect=slurm.SubprocessError("no answer"))
+        with mock.patch.object(launch, "slurm_executor", return_value=executor), silent:
+            errors = [OSError(28, "No space left on device")]
+            with self.assertRaisesRegex(UserError, "cannot be found out now: look with squeue"):
+                launch.hand_over([self.job()], logs)
 
     def test_what_the_environment_says_to_sbatch_does_not_count_before_the_settings(self):
         given = {"SBATCH_TIMELIMIT": "5", "SBATCH_ARRAY_INX": "0-1", "SBATCH_ACCOUNT": "a", "SBATCH_PARTITION": "b"}
@@ -503,6 +518,7 @@ class Submission(Folder):
         for text in (
             "", "[", "[1]", "7", '{"job": [1]}', '{"job": "x", "status": "queued"}', '{"status": "finished", "epochs": "9"}',
             '{"status": ["queued"]}', '{"step_seconds": "a"}', '{"job": {"job_id": [1]}, "status": "running"}', '{"last": 3}',
+            '{"step_seconds": 1e999}',
         ):  # fmt: skip
             file.write_text(text)
             with self.subTest(text):
@@ -621,6 +637,18 @@ class Submission(Folder):
         require_free(self.folder, {})
         with self.assertRaisesRegex(UserError, "is in use by process"):
             require_free(self.folder, {"77": JobState("RUNNING")})
+
+    def test_the_lock_of_an_element_of_an_array(self):
+        self.folder.create()
+        element = {"SLURM_ARRAY_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "1"}
+        with mock.patch.dict(os.environ, element, SLURM_JOB_ID="78"):
+            self.folder.lock()
+        self.addCleanup(self.folder.unlock)
+        with mock.patch.dict(os.environ, element, SLURM_JOB_ID="78", SLURM_RESTART_COUNT="1"):
+            self.folder.require_free()
+        require_free(self.folder, {"77_1": JobState("FAILED"), "78": JobState("RUNNING")})
+        with self.assertRaisesRegex(UserError, "is in use by process"):
+            require_free(self.folder, {"77_1": JobState("RUNNING")})
 
     def test_a_job_waits_for_a_lock_that_may_be_a_dead_ones(self):
         self.folder.create()

@@ -246,7 +246,7 @@ def sound(summary: dict[str, Any]) -> dict[str, Any]:
     number = (int, float)
     kinds: dict[str, Any] = {"status": str, "job": dict, "run": dict, "last": dict, "epochs": int, "steps": int}
     kinds |= dict.fromkeys(("step_seconds", "save_seconds", "wall_time", "best"), number)
-    found = {k: v for k, v in summary.items() if v is None or isinstance(v, kinds.get(k, object))}
+    found = {k: v for k, v in finite(summary).items() if v is None or isinstance(v, kinds.get(k, object))}
     if not isinstance((found.get("job") or {}).get("job_id", ""), str):
         del found["job"]
     return found

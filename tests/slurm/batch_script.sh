@@ -55,7 +55,6 @@ echo 'module load cuda' >"$omnivision_reached"
 { module load cuda
 } || exit
 : >"$omnivision_reached"
-set +eu
 omnivision_code
 
 # command
