@@ -344,6 +344,24 @@ class WhatSlurmWouldNotTake(unittest.TestCase):
             with self.assertRaisesRegex(UserError, rf"submitit.setup\[1\] is .* ?{saying}", msg=line):
                 check_setup(["true", line])
 
+    def test_a_login_node_without_bash_cannot_tell(self):
+        with mock.patch.object(submission.shutil, "which", return_value=None):
+            check_setup(["}"])
+
+    def test_the_nodes_of_a_partition(self):
+        nodes = (
+            ["gpu*", "4", "64+", "515000", "gpu:a100:8(S:0-1)", "2-00:00:00"],
+            ["gpu*", "n/a", "N/A", "0", "", "x"],
+        )
+        answer = "\n".join(
+            slurm.SEPARATOR.join(fields) for fields in (*nodes, ["cpu", "9", "8", "16384", "(null)", "1:00"])
+        )
+        with mock.patch.object(slurm, "ask", return_value=answer), mock.patch.dict(os.environ):
+            os.environ.pop("SBATCH_PARTITION", None)
+            self.assertEqual(slurm.partition(None), [slurm.NodeKind(4, 64, 515000 / 1024, 8, 2880)])
+            os.environ["SBATCH_PARTITION"] = "cpu"
+            self.assertEqual(slurm.partition(None)[-1], slurm.NodeKind(9, 8, 16, 0, 1))
+
     def test_jobs_of_other_kinds_in_the_queue(self):
         mine = ["12", "RUNNING", "None", "two\nlines \ufffd", "/x/submitit_logs/y.sh", "(null)"]
         answer = "".join(f"{slurm.SEPARATOR.join(fields)}{slurm.END}\n" for fields in (mine, ["13", "odd"]))
