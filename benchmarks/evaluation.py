@@ -104,7 +104,7 @@ def run(quick: bool) -> Report:
                     ours: lambda model=model: our_scores(model, data, dtype, 2),  # type: ignore[misc]
                     peer: lambda model=model: published_scores(model, paths, image),  # type: ignore[misc]
                 },
-                rounds=2,
+                rounds=2 if quick else 5,
                 per=count,
             )
             report.times_as_fast(f"six-view evaluation, {size}, against the published loop", ours, peer, 3.0)

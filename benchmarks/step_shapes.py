@@ -12,7 +12,7 @@ from benchmarks.pretraining_step import DTYPES, Geometry, loss_of_huggingface, l
 from omnivision.allocator import keep_freed_memory
 
 SHAPES = [("vittiny", 8), ("vittiny", 16), ("vittiny", 32), ("vitsmall", 8), ("vitsmall", 16), ("vitsmall", 32),
-          ("vitbase", 8), ("vitbase", 16), ("vitbase", 32), ("vitlarge", 8), ("vitlarge", 16)]  # fmt: skip
+          ("vitbase", 8), ("vitbase", 16), ("vitbase", 32), ("vitlarge", 8), ("vitlarge", 16), ("vitlarge", 32)]  # fmt: skip
 QUICK = [("vittiny", 4), ("vitsmall", 4)]
 
 

@@ -32,22 +32,25 @@ def shard(
     Args:
         units: parts of the model (its blocks) whose parameters are brought together one part at a time.
         comms_dtype: of gradients on the wire ("fp16", "bf16", None: as they are).
-        compute_dtype: what parameters are rounded to before they travel, when products are computed in it anyway (autocast);
-            None: as they are. The optimizer keeps and changes them as they are.
+        compute_dtype: what the parameters of units are rounded to before they travel, when products are computed in it anyway
+            (autocast); None: as they are. Those of norms, which autocast does not round, and those outside of units travel as
+            they are. The optimizer keeps and changes all as they are.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(processes.device.type, (processes.world,))
-    policy = MixedPrecisionPolicy(
-        param_dtype=compute_dtype,
-        reduce_dtype=torch.float32 if comms_dtype is None else WIRE_DTYPES[comms_dtype],
-        cast_forward_inputs=False,
-    )
+    on_wire = torch.float32 if comms_dtype is None else WIRE_DTYPES[comms_dtype]
+    exact = MixedPrecisionPolicy(reduce_dtype=on_wire, cast_forward_inputs=False)
+    rounded = MixedPrecisionPolicy(compute_dtype, reduce_dtype=on_wire, cast_forward_inputs=False)
     # Nobody changes the output of a model in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    for unit in [*units, model]:
-        fully_shard(unit, mesh=mesh, mp_policy=policy)
+    for unit in units:
+        norms: list[nn.Module] = [part for part in unit.modules() if isinstance(part, nn.LayerNorm)]
+        if norms and compute_dtype is not None:
+            fully_shard(norms, mesh=mesh, mp_policy=exact)
+        fully_shard(unit, mesh=mesh, mp_policy=rounded)
+    fully_shard(model, mesh=mesh, mp_policy=exact)
 
 
 @contextlib.contextmanager

@@ -85,6 +85,27 @@ class Runs(unittest.TestCase):
         trunk = weights.read(exported).state["trunk.blocks.0.mlp.fc1.weight"]
         self.assertTrue(torch.equal(trunk, weights.read(split).state["trunk.blocks.0.mlp.fc1.weight"]))
 
+    def test_what_computes_and_travels_in_half_precision_equals_ddp(self):
+        """Norms are not rounded, as autocast does not round them; products are, and so is what goes over the wire."""
+
+        def norms(name: str, *settings: str) -> list[float]:
+            run = self.run_here(name, 2, "epochs=1", "trainer.optim.amp.enabled=true", *settings)
+            self.losses[name] = [line["loss"] for line in runs.lines(run)]
+            return [line["grad_norm"] for line in runs.lines(run)]
+
+        self.losses: dict[str, list[float]] = {}
+        for dtype in ("bfloat16", "float16"):
+            amp, ddp, fsdp = f"trainer.optim.amp.amp_dtype={dtype}", f"{dtype}_ddp", f"{dtype}_fsdp"
+            for one, other in zip(norms(ddp, amp), norms(fsdp, amp, FSDP), strict=True):
+                self.assertAlmostEqual(one, other, delta=1e-4 * one, msg=dtype)
+            for one, other in zip(self.losses[ddp], self.losses[fsdp], strict=True):
+                self.assertAlmostEqual(one, other, delta=1e-5 * one, msg=dtype)
+        whole = norms("whole_wire", "trainer.optim.amp.amp_dtype=bfloat16", "trainer.distributed.comms_dtype=null")
+        rounded = [line["grad_norm"] for line in runs.lines(self.folder / "bfloat16_ddp")]
+        self.assertNotEqual(whole, rounded)
+        for one, other in zip(whole, rounded, strict=True):
+            self.assertAlmostEqual(one, other, delta=1e-3 * one)
+
     def test_an_average_is_not_split(self):
         with self.assertRaisesRegex(
             UserError, "strategy is fsdp, .* of an average .* Set trainer.distributed.strategy=ddp"
