@@ -56,9 +56,12 @@ def choose_device(accelerator: str, local_rank: int) -> torch.device:
         accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     if accelerator == "cuda":
         if (count := torch.cuda.device_count()) <= local_rank:
+            advice = (
+                f"Set launcher.gpus_per_node={count}" if count else "Look what nvidia-smi says and torch is built for"
+            )
             raise UserError(
-                f"trainer.accelerator=cuda, and process {local_rank} of this node needs its own GPU; found {count}. Set "
-                f"launcher.gpus_per_node={max(count, 1)}, or trainer.accelerator=cpu."
+                f"trainer.accelerator=cuda, and process {local_rank} of this node needs its own GPU; found {count}. {advice}, "
+                "or set trainer.accelerator=cpu."
             )
         return torch.device("cuda", local_rank)
     return torch.device(accelerator)

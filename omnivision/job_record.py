@@ -38,6 +38,7 @@ from omnivision.stopping import TIME_LIMIT, Stop
 NO_PROGRESS = 3  # restarts without a new step that end a job
 LAST_WORDS_SECONDS = 2.0  # for a process that fails to say so before process 0 decides
 DECISION_SECONDS = 60.0  # that the others wait for process 0 to have its job requeued
+TOLD_TO_LEAVE = "told to leave, by SLURM before the time limit or by hand"
 NEAR_THE_END_SECONDS = 5.0  # of a job's time: SIGTERM is then SLURM's, because the time is over
 
 
@@ -140,7 +141,7 @@ class JobRecord:
             if now.cancelled or (error.cause == "SIGTERM" and not now.preempted and not now.late):
                 return cancelled
             over = now.late or error.cause == TIME_LIMIT
-            why = "preempted" if now.preempted else "its time is over" if over else "told to leave"
+            why = "preempted" if now.preempted else "its time is over" if over else TOLD_TO_LEAVE
         elif lost:
             if told := last_words(history(self.folder, self.token), self.task.restarts):
                 return Verdict("failed", told)
@@ -280,7 +281,7 @@ def main(arguments: list[str]) -> None:
         case ["cancelled", folder, reason]:
             Path(folder).mkdir(parents=True, exist_ok=True)
             status, _ = settled(RunFolder(folder).read_summary(), queue_or_none())
-            if status not in ("finished", "running", *WAITING):
+            if status not in ("finished", "running", "failed", "interrupted", *WAITING):  # what it says is worth more
                 RunFolder(folder).write_summary(status="cancelled", exit_reason=reason)
             print(f"{folder}: {reason}")
         case _:

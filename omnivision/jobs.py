@@ -137,7 +137,9 @@ def settled(summary: Mapping[str, Any], queue: Mapping[str, slurm.JobState] | No
     if state is None:
         return "lost", f"SLURM does not know job {job_id} any more; it was {status}"
     if state.never_starts:
-        return "cancelled", f"job {job_id} waited for one that did not end well ({state.dependency or state.reason})"
+        failed = [prior for prior in re.findall(r"(\d+)(?:_\S+?)?\(failed\)", state.dependency) if prior in queue]
+        folders = ", ".join(f"job {prior} of {Path(queue[prior].command).parents[1]}" for prior in failed)
+        return "cancelled", f"it waited for what did not end well: {folders or state.dependency or state.reason}"
     if state.is_over:
         # A cancelled job keeps the reason for which it waited.
         unsaid = "ended from outside" if state.state == "CANCELLED" else state.reason or "no reason given"

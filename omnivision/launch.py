@@ -206,7 +206,7 @@ def hand_over(jobs: Sequence[Job], logs: Path) -> None:
         for folder, summary in zip(folders, summaries, strict=True):
             folder.replace_summary(summary)
         if isinstance(error, RuntimeError):  # submitit's, of what sbatch said
-            raise UserError(slurm.refusal(str(error)) + left) from None
+            raise UserError(slurm.refusal(str(error), jobs[0].settings.submitit) + left) from None
         if not isinstance(error, OSError):
             raise
         raise UserError(
@@ -253,6 +253,7 @@ def note_submission(jobs: Sequence[Job], ids: Sequence[str], logs: Path) -> None
 
 def slurm_executor(settings: Settings, logs: Path, delay: int) -> SlurmExecutor:
     """submitit's executor with everything that the settings say about the job. Its batch script is `batch_script`'s."""
+    os.environ.pop("SUBMITIT_PREEMPT_SIGNAL", None)  # of other users of submitit; ours listen to SIGUSR2
     import submitit
 
     wanted, launcher = settings.submitit, settings.launcher
@@ -269,7 +270,7 @@ def slurm_executor(settings: Settings, logs: Path, delay: int) -> SlurmExecutor:
         "partition": wanted.partition,
         "account": wanted.account,
         "qos": wanted.qos,
-        "time": max(1, round(wanted.timeout_hour * 60)),  # in minutes; SLURM takes 0 for no limit
+        "time": max(1, math.ceil(wanted.timeout_hour * 60 - 1e-6)),  # in minutes; SLURM takes 0 for no limit
         "nodes": launcher.num_nodes,
         "ntasks_per_node": launcher.gpus_per_node,
         "gpus_per_node": None if settings.trainer.accelerator == "cpu" else launcher.gpus_per_node,
@@ -322,7 +323,7 @@ def setup_lines(logs: Path, setup: Sequence[str]) -> list[str]:
         '  omnivision_within=1 "$BASH" "$0"',
         "  code=$?",
         '  why=$(cat "$omnivision_reached"; rm -f "$omnivision_reached")',
-        "  why=${why:+submitit.setup ended the job: $why}",
+        "  why=${why:+submitit.setup ended the job, and nothing was trained: $why}",
         '  [ -z "$why" ] || echo "$why"',
         '  [ "$code" != 0 ] || [ -z "$why" ] || code=1  # nothing was trained',
         "  omnivision_code",
@@ -361,12 +362,15 @@ def run_slurm_task(config_text: str, token: str) -> None:
     """What SLURM starts as each task of a job: rank, world and address are SLURM's. The configuration comes unresolved, so
     that what it takes from the environment is in no file.
     """
+    # submitit's handlers would swallow them, in whichever thread they come. Until `run_process` listens they end this process,
+    # and the batch script writes that down.
+    for number in (*SIGNALS, signal.SIGCONT):
+        signal.signal(number, signal.SIG_DFL)
     import submitit
     from omegaconf import DictConfig, OmegaConf
 
     from omnivision.settings_yaml import read_numbers_as_written
 
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until `run_process` listens; submitit would swallow them
     read_numbers_as_written()
     config = OmegaConf.create(config_text)
     assert isinstance(config, DictConfig)

@@ -194,7 +194,8 @@ def explain(error: BaseException, folder: RunFolder, tells: bool, rank: int, rec
     code, reason = how_it_ended(error)
     # What all processes know is told by one; a fault is told by each that has one.
     tell = rank == 0 or code == EXIT_FAULT or (isinstance(error, UserError) and not error.everywhere)
-    LOG.error(reason, exc_info=error if code == EXIT_FAULT else None)
+    as_asked = isinstance(error, (KeyboardInterrupt, Terminated))
+    LOG.log(logging.WARNING if as_asked else logging.ERROR, reason, exc_info=error if code == EXIT_FAULT else None)
     if tell:
         print_error(error if code == EXIT_FAULT else reason)
     try:

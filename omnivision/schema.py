@@ -57,6 +57,7 @@ class Target(dict[str, Any]):
 
 
 _ABSENT = object()
+MEANT = {"gpu": "cuda"}  # what letters do not tell
 
 
 class Reader:
@@ -126,7 +127,11 @@ class Reader:
             if value in arguments and not isinstance(value, bool):
                 return value
             names: list[str] = [str(argument) for argument in arguments]
-            near = difflib.get_close_matches(str(value), names, 1)
+            near = (
+                [MEANT[str(value)]]
+                if MEANT.get(str(value)) in names
+                else difflib.get_close_matches(str(value), names, 1)
+            )
             hint_text = f"; did you mean {near[0]}?" if near else ""
             return self._wrong(where, value, f"one of {', '.join(names)}{hint_text}")
         if hint is Any:
@@ -152,6 +157,8 @@ class Reader:
         advice = ""
         if hint in (int, float) and isinstance(value, str) and looks_like_yaml_number(value):
             advice = " (YAML reads such a number in base 8 or 60; write it in plain decimal)"
+        if hint is str and isinstance(value, (bool, int, float)):
+            advice = " (in quotes it is one; on the command line in two kinds of them, the outer ones for the shell)"
         return self._wrong(where, value, names[hint] + advice)
 
     def _annotated(self, arguments: tuple, value: Any, where: str) -> Any:
@@ -175,7 +182,7 @@ class Reader:
 
     def _list(self, arguments: tuple, value: Any, where: str, fixed: bool) -> Any:
         if not isinstance(value, ListConfig):
-            return self._wrong(where, value, "a list")
+            return self._wrong(where, value, "a list, as in [a, b]")
         if fixed and len(value) != len(arguments):
             return self._wrong(where, list(value), f"a list of {len(arguments)}")
         hints = arguments if fixed else arguments * len(value)

@@ -6,6 +6,7 @@ into `Settings`, or raises one UserError that lists all problems; it imports not
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -334,16 +335,18 @@ def contradictions(settings: Settings) -> list[str]:
 def _batch_problems(settings: Settings, where: str, batch: int, views: int, pieces: int) -> list[str]:
     """A node's batch must come out even for its processes, its views and the pieces it is worked through in."""
     gpus = settings.launcher.gpus_per_node
+    unit = gpus * math.lcm(views, pieces)
+    even = max(1, batch // unit) * unit
     if batch % gpus:
         return [
             f"{where}batch_size is {batch} for the {gpus} processes of a node (launcher.gpus_per_node); expected a multiple of "
-            f"{gpus}. Try {where}batch_size={max(1, batch // gpus) * gpus}."
+            f"{gpus}. Try {where}batch_size={even}."
         ]
     each, names = batch // gpus, {f"{where or 'trainer.data.'}views_per_clip": views}
     names[f"{where or 'trainer.optim.'}accumulation_steps"] = pieces
     return [
         f"{name} is {parts}, which does not divide the {each} clips of a process ({where}batch_size {batch} / "
-        f"launcher.gpus_per_node {gpus}). Change {name} or {where}batch_size."
+        f"launcher.gpus_per_node {gpus}). Change {name}, or try {where}batch_size={even}."
         for name, parts in names.items()
         if each % parts
     ]

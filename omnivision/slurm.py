@@ -97,20 +97,21 @@ def available() -> bool:
     return all(shutil.which(command) for command in ("sbatch", "srun", "squeue"))
 
 
+def heard(settings: object) -> list[str]:
+    """Variables of the environment that count for sbatch, because `settings` (those of submitit) say nothing instead."""
+    return [name for name, field in OF_A_SITE.items() if name in os.environ and not getattr(settings, field, None)]
+
+
 @contextlib.contextmanager
 def settings_first(settings: object) -> Iterator[None]:
     """Within, no variable of the environment changes what `settings` (those of submitit) ask sbatch for; those that would are
     named in a warning.
     """
     before = dict(os.environ)
-    unheard = [
-        name
-        for name in sorted(before)
-        if name.startswith("SBATCH_") and (name not in OF_A_SITE or getattr(settings, OF_A_SITE[name], None))
-    ]
+    unheard = sorted({name for name in before if name.startswith("SBATCH_")} - set(heard(settings)))
     if unheard:
         print(
-            f"warning: {', '.join(unheard)} in the environment do not count: jobs ask for what the submitit settings say.",
+            f"warning: not heeded in the environment: {', '.join(unheard)}. Jobs ask for what the submitit settings say.",
             file=sys.stderr,
         )
     for name in unheard:
@@ -248,12 +249,14 @@ def minutes(limit: str) -> float | None:
     return whole_days * 1440 + hours * 60 + first + seconds / 60
 
 
-def refusal(said: str) -> str:
-    """SLURM's refusal of a job as one sentence of its own and the setting to change."""
+def refusal(said: str, settings: object = None) -> str:
+    """SLURM's refusal of a job as one sentence of its own and the setting to change; `settings` are those of submitit."""
     lines = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in said.splitlines()]
     told = [line.removeprefix("Batch job submission failed: ").rstrip(".") for line in lines if line.strip()]
     text = "; ".join(dict.fromkeys(told)) or "nothing"
     if advice := next((advice for word, advice in PASSING.items() if word in text.lower()), None):
         return f"SLURM did not take the job and said: {text}. {advice}"
     setting = next((setting for word, setting in REFUSALS.items() if word in text.lower()), "the submitit settings")
-    return f"SLURM refused the job and said: {text}. Change {setting}."
+    named = ", ".join(heard(settings))
+    also = f" (Of the environment counts, too: {named}.)" if named else ""
+    return f"SLURM refused the job and said: {text}. Change {setting}.{also}"

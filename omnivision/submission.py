@@ -136,7 +136,10 @@ def check_setup(lines: Sequence[str]) -> None:
                 f"submitit.setup[{number}] is {line!r}: exec ends the batch script, and nothing is trained. Give the command "
                 "without exec. Change submitit.setup."
             )
-        made = subprocess.run([bash, "-n"], input=f"{{ {line}\n}}", capture_output=True, text=True)
+        for text in (line, f"{{ {line}\n}}"):  # as it is in the batch script, but the braces are not the user's
+            made = subprocess.run([bash, "-n"], input=text, capture_output=True, text=True)
+            if made.returncode:
+                break
         if made.returncode:
             said = made.stderr.splitlines()[0].partition(": line ")[2].partition(": ")[2] or made.stderr.strip()
             raise UserError(
@@ -195,10 +198,16 @@ def check_dependency(dependency: str | None, queue: Mapping[str, slurm.JobState]
                 condition == "afternotok" and well
             ):
                 folder = run_folder_of(Path(state.command).parent, job_id)
-                told = "" if folder is None else f" ({folder.path}: {folder.read_summary().get('exit_reason')})"
+                summary = {} if folder is None else folder.read_summary()
+                told = "" if folder is None else f" ({folder.path}: {summary.get('exit_reason')})"
+                advice = "Submit that one again first, or change submitit.dependency."
+                if summary.get("status") == "finished":
+                    advice = (
+                        "Its run is finished by now, and nothing needs to wait for it: leave submitit.dependency out."
+                    )
                 raise UserError(
                     f"submitit.dependency is {dependency}, and job {job_id} is {state.state}{told}. Expected one that can "
-                    "still end well. Submit that one again first, or change submitit.dependency."
+                    f"still end well. {advice}"
                 )
         if not states and not slurm.job_facts(job_id):
             raise UserError(

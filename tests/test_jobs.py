@@ -232,6 +232,21 @@ class Ended(Folder):
         self.assertEqual(self.end(1, (0,), restarts=3)[::2], ("failed", False), "for the third time")
 
 
+class NotSubmitted(Folder):
+    def test_what_a_run_said_itself_is_kept(self):
+        for status, told in (
+            ("failed", "no memory"),
+            ("interrupted", "no memory"),
+            ("finished", "no memory"),
+            ("cancelled", "b"),
+        ):
+            self.folder.write_summary(status=status, exit_reason="no memory")
+            with contextlib.redirect_stdout(io.StringIO()):
+                job_record.main(["cancelled", str(self.folder.path), "b"])
+            found = self.folder.read_summary()
+            self.assertEqual((found["status"], found["exit_reason"]), (status, told))
+
+
 class BatchScript(Folder):
     """What its shell does around the tasks, which a command stands for here. (tests/slurm has the whole script, and SLURM.)"""
 
@@ -263,7 +278,10 @@ class BatchScript(Folder):
         ):  # fmt: skip
             left, told = self.leave("true", *setup)
             self.assertEqual(left, code, setup)
-            self.assertIn(f"failed: job 12: submitit.setup ended the job: {setup[-1]} (exit code {code}", told)
+            self.assertIn(
+                f"failed: job 12: submitit.setup ended the job, and nothing was trained: {setup[-1]} (exit code {code}",
+                told,
+            )
         self.assertEqual(self.leave("true", "# a comment", "", "PATH=/nowhere"), (0, "None: None"))
 
     def test_a_trap_of_the_users_is_kept(self):
@@ -338,7 +356,8 @@ class WhatSlurmWouldNotTake(unittest.TestCase):
         check_setup(["module load cuda", "if true; then\n  echo yes\nfi", "cat <<E\nx\nE", "exec 2>log"])
         unreadable = "bash says: (syntax error|unexpected)"
         for line, saying in (
-            ("}", unreadable), ("echo 'open", unreadable), ("if true; then", unreadable),
+            ("}", unreadable), ("echo 'open", unreadable), ("true\n} && {", unreadable),
+            ("if true; then", "bash says: syntax error: unexpected end of file"),
             ("exec srun python", "exec ends the batch script"), (" exec /bin/true", "exec ends the batch script"),
         ):  # fmt: skip
             with self.assertRaisesRegex(UserError, rf"submitit.setup\[1\] is .* ?{saying}", msg=line):
@@ -428,7 +447,16 @@ class Answers(unittest.TestCase):
         self.assertEqual(told("queued", "RUNNING"), ("queued", "job 12 is starting"))
         self.assertEqual(told("running", "NODE_FAIL", "NodeDown"), ("failed", "job 12 is NODE_FAIL (NodeDown)"))
         self.assertEqual(told("queued", "CANCELLED", "")[0], "cancelled")
-        self.assertEqual(told("queued", "PENDING", "DependencyNeverSatisfied")[0], "cancelled")
+        never = JobState("PENDING", "DependencyNeverSatisfied", dependency="afterok:9(failed),afterok:8(unfulfilled)")
+        align = JobState("FAILED", command="/runs/align/submitit_logs/x.sh")
+        waiting = {"status": "queued", "job": {"job_id": "12"}}
+        self.assertEqual(
+            settled(
+                waiting, {"12": never, "9": align, "8": JobState("RUNNING", command="/runs/mae/submitit_logs/x.sh")}
+            ),
+            ("cancelled", "it waited for what did not end well: job 9 of /runs/align"),
+        )
+        self.assertRegex(settled(waiting, {"12": never})[1], "afterok:9.failed.,afterok:8")
         after_waiting = told("queued", "CANCELLED", "BeginTime")
         self.assertEqual(after_waiting, ("cancelled", "job 12 is CANCELLED (ended from outside)"))
         ours = {"status": "running", "job": {"job_id": "12", "logs": "/runs/a/submitit_logs"}}
@@ -528,8 +556,11 @@ class Submission(Folder):
         with mock.patch.dict(os.environ, given), contextlib.redirect_stderr(io.StringIO()) as said:
             with slurm.settings_first(asked):
                 self.assertEqual([name for name in given if name in os.environ], ["SBATCH_ACCOUNT"])
+                self.assertRegex(
+                    refusal("Invalid account", asked), "Change submitit.account. .Of .*, too: SBATCH_ACCOUNT"
+                )
             self.assertLessEqual(given.items(), os.environ.items())
-        self.assertRegex(said.getvalue(), "^warning: SBATCH_ARRAY_INX, SBATCH_PARTITION, SBATCH_TIMELIMIT in the")
+        self.assertRegex(said.getvalue(), "environment: SBATCH_ARRAY_INX, SBATCH_PARTITION, SBATCH_TIMELIMIT. Jobs")
 
     def test_summaries_that_somebody_else_wrote(self):
         file, job = self.folder.path / "summary.json", self.job("epochs=3")
@@ -571,6 +602,11 @@ class Submission(Folder):
         self.folder.write_summary(step_seconds=3.5, save_seconds=40.0)
         self.assertEqual(delay(), 2 * (3.5 + 40) + 10)
         self.assertEqual(delay("submitit.signal_delay_s=600"), 600)
+
+    def test_no_less_time_than_is_asked_for(self):
+        for hours, minutes_asked in (("20", 1200), ("0.1", 6), ("0.02", 2), ("1e-9", 1)):
+            executor = launch.slurm_executor(self.job(f"submitit.timeout_hour={hours}").settings, self.folder.path, 1)
+            self.assertEqual(executor.parameters["time"], minutes_asked, hours)
 
     def test_a_folder_in_memory_is_refused_before_it_is_made(self):
         if not Path("/dev/shm").is_dir():
@@ -621,6 +657,13 @@ class Submission(Folder):
             ):  # fmt: skip
                 with self.assertRaisesRegex(UserError, saying, msg=refused):
                     check_dependency(refused, queue)
+            self.folder.write_summary(status="finished", job={"job_id": "20"})  # by a later job
+            note(self.folder, "submitted", "a", job="13", restarts=0)
+            queue["13"] = JobState("FAILED", command=f"{self.folder.path.absolute()}/{jobs.LOGS}/x.sh")
+            with self.assertRaisesRegex(
+                UserError, "13 is FAILED .* is finished by now, .* leave submitit.dependency out"
+            ):
+                check_dependency("afterok:13", queue)
 
     def test_what_it_waits_for_fails_while_it_is_submitted(self):
         before = RunFolder(self.folder.path.parent / "align")

@@ -197,6 +197,7 @@ class Commands(OnPath):
         for script in PUBLISHED:
             for name in ("BATCH_SIZE", "NUM_NODES", "GPUS_PER_NODE", "NOMINAL_BATCH", "EPOCHS", "NUM_WORKERS"):
                 self.assert_refused(script, f"{name} is 'x'; expected a whole number", **{name: "x"}, **given)
+                self.assert_refused(script, f"{name} is '4,8'; expected one value", **{name: "4,8"}, **given)
         self.assertFalse((self.folder / "made").exists())
 
 

@@ -42,7 +42,7 @@ if [ -z "$omnivision_within" ]; then
   omnivision_within=1 "$BASH" "$0"
   code=$?
   why=$(cat "$omnivision_reached"; rm -f "$omnivision_reached")
-  why=${why:+submitit.setup ended the job: $why}
+  why=${why:+submitit.setup ended the job, and nothing was trained: $why}
   [ -z "$why" ] || echo "$why"
   [ "$code" != 0 ] || [ -z "$why" ] || code=1  # nothing was trained
   omnivision_code

@@ -13,7 +13,12 @@ from pathlib import Path
 from tests import runs
 from tests.slurm.cluster import Cluster, missing, wait
 
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMNIVISION_SECRET_TOKEN": "hunter2", "PROXY": "http://me:hunter2@proxy:80"}
+ONE_THREAD = {
+    "OMP_NUM_THREADS": "1",
+    "SUBMITIT_PREEMPT_SIGNAL": "USR1",
+    "OMNIVISION_SECRET_TOKEN": "hunter2",
+    "PROXY": "http://me:hunter2@proxy:80",
+}
 SUBMITTED = ["submitit.use_cluster=true", "submitit.cpus_per_task=1"]
 
 

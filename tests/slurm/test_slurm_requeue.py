@@ -89,7 +89,7 @@ class Interrupted(OnCluster):
 
         self.assert_ended_as_if_never_interrupted(timed, timed_run)
         self.assert_saved_and_requeued(
-            timed_run, r"ended by SIGUSR2; .* \(told to leave\); job .* goes back into the queue"
+            timed_run, r"ended by SIGUSR2; .* \(told to leave, .*\); job .* goes back into the queue"
         )
         left, back = history(timed_run, "end")[0]["time"], history(timed_run, "resumed")[1]["time"]
         told_time("time limit, from saved until it went on", left, back)
@@ -189,11 +189,14 @@ class Interrupted(OnCluster):
             self.wait_for_step(self.folder / name, 5)
         self.cluster.ask("scancel", "--signal=USR2", f"{array}_1")  # the last one's own number is that of the array
         self.cluster.ask("scancel", "--signal=USR2", two)
-        early = self.submit(*self.command("early"))
-        wait("it to start", (self.folder / f"early/submitit_logs/{early}_batch.log").exists)
-        time.sleep(0.5)
+        # As soon as it is on its node, before it listens; with threads of libraries, which could take signals to themselves.
+        early = self.submit(*self.command("early"), OMP_NUM_THREADS="2")
+        wait("it to start", (self.folder / f"early/submitit_logs/{early}_environment.json").exists)
+        began = time.time()
         self.cluster.ask("scancel", early)
         self.wait_for_state(early, "CANCELLED")
+        wait("its processes to be gone", lambda: not self.tasks_of(early), 10)
+        told_time("scancel before it listens, until the job was gone", began)
         for job in (f"{array}_0", f"{array}_1", two):
             self.wait_for_state(job, "COMPLETED")
         starts = {name: len(history(self.folder / name, "start")) for name in ("point_1", "point_2", "two")}

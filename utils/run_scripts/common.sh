@@ -14,6 +14,10 @@ need() {
 number() {
     eval "value=\${$1}"
     case $value in
+        *,*)
+            echo "error: $1 is '$value'; expected one value, since the learning rate is computed for it. Give a command for each." >&2
+            exit 1
+            ;;
         '' | *[!0-9]* | 0*)
             echo "error: $1 is '$value'; expected a whole number of at least 1, in plain decimal." >&2
             exit 1
