@@ -278,15 +278,17 @@ def main(arguments: list[str]) -> None:
             sys.exit(0 if ended(Path(logs), job_id, int(code), *why) else 1)
         case ["status", folder]:
             print(": ".join(filter(None, settled(RunFolder(folder).read_summary(), queue_or_none()))))
-        case ["cancelled", folder, reason]:
+        case ["cancelled" | "unsubmitted" as how, folder, reason]:
             Path(folder).mkdir(parents=True, exist_ok=True)
             status, _ = settled(RunFolder(folder).read_summary(), queue_or_none())
-            if status not in ("finished", "running", "failed", "interrupted", *WAITING):  # what it says is worth more
+            worth_more = ("failed", "interrupted") if how == "unsubmitted" else ()
+            if status not in ("finished", "running", *worth_more, *WAITING):
                 RunFolder(folder).write_summary(status="cancelled", exit_reason=reason)
             print(f"{folder}: {reason}")
         case _:
             sys.exit(
-                "usage: python -m omnivision.job_record ended LOGS JOB CODE [WHY] | status FOLDER | cancelled FOLDER REASON"
+                "usage: python -m omnivision.job_record ended LOGS JOB CODE [WHY] | status FOLDER | cancelled FOLDER REASON | unsubmitted "
+                "FOLDER REASON"
             )
 
 

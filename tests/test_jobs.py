@@ -242,9 +242,19 @@ class NotSubmitted(Folder):
         ):
             self.folder.write_summary(status=status, exit_reason="no memory")
             with contextlib.redirect_stdout(io.StringIO()):
-                job_record.main(["cancelled", str(self.folder.path), "b"])
+                job_record.main(["unsubmitted", str(self.folder.path), "b"])
             found = self.folder.read_summary()
             self.assertEqual((found["status"], found["exit_reason"]), (status, told))
+        for status, told in (
+            ("failed", "b"),
+            ("interrupted", "b"),
+            ("finished", "no memory"),
+            ("running", "no memory"),
+        ):
+            self.folder.write_summary(status=status, exit_reason="no memory")
+            with contextlib.redirect_stdout(io.StringIO()):
+                job_record.main(["cancelled", str(self.folder.path), "b"])
+            self.assertEqual(self.folder.read_summary()["exit_reason"], told, status)
 
 
 class BatchScript(Folder):

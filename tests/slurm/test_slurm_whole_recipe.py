@@ -100,7 +100,9 @@ class Chain(OnCluster):
         self.wait_for_state(first["align_demo_nohuman"], "COMPLETED")
         wait("the summary to say so", lambda: runs.summary(self.folder / "ppma/ft_demo")["status"] == "cancelled")
         reason = runs.summary(self.folder / "ppma/average_demo")["exit_reason"]
-        self.assertRegex(reason, rf"^it waited for job {first['align']} .*/align\), which did not end well: .* was cancelled")
+        self.assertRegex(
+            reason, rf"^it waited for job {first['align']} .*/align\), which did not end well: .* was cancelled"
+        )
         self.assertIn("cancelled", self.chain("--dry").stdout)
 
         again = self.chain()
