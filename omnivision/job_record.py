@@ -287,8 +287,8 @@ def main(arguments: list[str]) -> None:
             print(f"{folder}: {reason}")
         case _:
             sys.exit(
-                "usage: python -m omnivision.job_record ended LOGS JOB CODE [WHY] | status FOLDER | cancelled FOLDER REASON | unsubmitted "
-                "FOLDER REASON"
+                "usage: python -m omnivision.job_record ended LOGS JOB CODE [WHY] | status FOLDER | cancelled FOLDER REASON | "
+                "unsubmitted FOLDER REASON"
             )
 
 

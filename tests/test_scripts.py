@@ -260,9 +260,9 @@ class Recipe(OnPath):
         self.assertEqual(made.returncode, 1)
         self.assertIn("error: not submitted: align; what starts from them is left out", made.stderr)
         told = (self.folder / "told").read_text()
-        self.assertIn("cancelled a folder/align not submitted: it is refused", told)
+        self.assertIn("unsubmitted a folder/align not submitted: it is refused", told)
         for stage in ("ft_ucf101", "lp_ucf101"):
-            self.assertIn(f"cancelled a folder/{stage} it starts from a folder/align (not submitted)", told)
+            self.assertIn(f"unsubmitted a folder/{stage} it starts from a folder/align (not submitted)", told)
             self.assertFalse((self.folder / stage).exists())
         self.assertTrue((self.folder / "average_ucf101").exists(), "it starts from others")
 
