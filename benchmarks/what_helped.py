@@ -29,6 +29,7 @@ from benchmarks.pretraining_step import CAN_COMPILE, DTYPES, Geometry, loss_of_o
 from omnivision.allocator import keep_freed_memory
 from omnivision.data import dataset as dataset_module
 from omnivision.data.views import PretrainView, random_crop_box, resize, resize_short_side
+from omnivision.models import attention as attention_module
 from omnivision.models import vit as vit_module
 from omnivision.models.mae import Decoder, MaskedAutoencoder, Prediction, patch_statistics, split_tokens
 from omnivision.models.patches import pick_tubelets, unnormalize_pixels
@@ -114,6 +115,7 @@ CHANGES: dict[str, tuple[Any, str, Any]] = {
         "attention",
         F.scaled_dot_product_attention,
     ),
+    "without: rows of a narrow head next to one another": (attention_module, "MANY_TOKENS", 2**30),
     "without: the target in one pass": (reconstruct_module, "reconstruction_target", slow_target),
     "without: one kernel for attention": (Attention, "forward", spelt_out),
     "without: only visible patches are embedded": (PatchEmbed, "forward", embed_all),
@@ -154,6 +156,12 @@ def steps(report: Report, quick: bool) -> None:
     report.seconds |= interleaved(sides, rounds=2 if quick else 3, per=shape.batch)
     for name in list(sides)[1:]:
         report.times_as_fast(f"{name}, against as it is: times as slow", "step as it is", name)
+
+    rows = "without: rows of a narrow head next to one another"
+    exact = step(model, loss_of_ours(model, shape), torch.float32)
+    sides = {"step in fp32 as it is": exact, f"step in fp32 {rows}": changed(exact, CHANGES[rows])}
+    report.seconds |= interleaved(sides, rounds=2 if quick else 3, per=shape.batch)
+    report.times_as_fast(f"step in fp32 {rows}, against as it is: times as slow", *sides)
 
 
 # ---- the sample ---------------------------------------------------------------------------------------------------

@@ -77,6 +77,26 @@ def decord_frames(path: Path, start: float) -> Tensor:
     return torch.from_numpy(reader.get_batch(wanted).asnumpy())
 
 
+def torchcodec_frames(path: Path, start: float) -> Tensor:
+    """The wanted frames by torchcodec: uint8 (16, H, W, 3)."""
+    from torchcodec.decoders import VideoDecoder
+
+    reader = VideoDecoder(str(path), dimension_order="NHWC", num_ffmpeg_threads=1)
+    fps = Fraction(reader.metadata.average_fps)
+    first, last = (math.ceil(bound * fps) for bound in clip_window(start, SECONDS))
+    wanted = [first + i for i in subsample_indices(min(last, len(reader)) - first, FRAMES)]
+    return reader.get_frames_at(wanted).data
+
+
+def torchcodec_does_not_load() -> str | None:
+    """Why; None when it does. It needs FFmpeg's shared libraries, which no package of Python brings."""
+    try:
+        import torchcodec.decoders  # noqa: F401
+    except (ImportError, OSError, RuntimeError) as error:
+        return str(error).strip().splitlines()[0]
+    return None
+
+
 def by_decord(path: Path, start: float) -> Tensor:
     """Four views with decord and torchvision on uint8: (4, 3, 16, 224, 224)."""
     clip = v2.functional.resize(decord_frames(path, start).permute(0, 3, 1, 2), [SHORT_SIDE], antialias=False)

@@ -1,8 +1,9 @@
-"""Scaled dot-product attention: torch's, with one change for processors.
+"""Scaled dot-product attention: torch's, with two changes for processors.
 
 Their kernel takes longer to go back through narrow heads (the recipe's decoder has 16 of 24), and through few tokens (which the
-trunk sees), in bfloat16 than in float32. There the backward pass is taken in float32, which is more exact, too;
-`python -m benchmarks.what_helped` measures it.
+trunk sees), in bfloat16 than in float32. There the backward pass is taken in float32, which is more exact, too. And it is slow
+where the rows of a narrow head lie far from one another, as those of a common projection of queries, keys and values do: with
+many tokens they are copied first. `python -m benchmarks.what_helped` measures both.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ _KERNEL_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_ba
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(D)) v: queries (B, heads, M, D), keys and values (B, heads, N, D) -> (B, heads, M, D)."""
-    small = q.shape[-1] < WIDE_HEAD or k.shape[-2] < MANY_TOKENS
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and small:
+    narrow, few = q.shape[-1] < WIDE_HEAD, k.shape[-2] < MANY_TOKENS
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and (narrow or few):
         return _BackwardInFloat32.apply(q, k, v)
+    if q.device.type == "cpu" and narrow and not few:
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     return F.scaled_dot_product_attention(q, k, v)
 
 
@@ -39,5 +42,8 @@ class _BackwardInFloat32(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
         *given, logsumexp = ctx.saved_tensors
-        gradients = _KERNEL_BACKWARD(*(each.float() for each in (gradient, *given)), logsumexp, 0.0, False)
+        few = given[1].shape[-2] < MANY_TOKENS
+        layout = torch.preserve_format if few else torch.contiguous_format
+        exact = [each.to(torch.float32, memory_format=layout) for each in (gradient, *given)]
+        gradients = _KERNEL_BACKWARD(*exact, logsumexp, 0.0, False)
         return tuple(each.to(gradient.dtype) for each in gradients)
