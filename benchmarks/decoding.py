@@ -3,8 +3,8 @@
     python -m benchmarks.decoding [--quick]
 
 H.264 with key frames 250 frames apart, 340 x 256 and 1280 x 720, clips that start all over the film. Before anything is timed
-our frames have to be those of a full decode, byte for byte; those of decord and torchcodec differ from them by rounding (they
-convert otherwise). Where torchcodec does not load, the facts say why.
+our frames have to be those of a full decode, byte for byte; how far those of decord and torchcodec are from them, the facts
+say, and why, where torchcodec does not load.
 """
 
 from __future__ import annotations

@@ -3,16 +3,19 @@
     python -m benchmarks.loading [--quick]
 
 Seconds of one core on 340 x 256 H.264 with key frames 250 frames apart; the same films prepared by `omnivision prepare`; and
-how much faster two worker processes are than one.
+how much faster two worker processes are than one, and two processes that do nothing together.
 """
 
 from __future__ import annotations
 
 import itertools
+import multiprocessing
+import os
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +23,7 @@ import torch
 from benchmarks import films
 from benchmarks.harness import Ratio, Report, command_line, interleaved
 from benchmarks.peers import loaders
+from omnivision.allocator import keep_freed_memory
 from omnivision.data.catalog import Dataset, Split, SplitFiles
 from omnivision.data.dataset import ClipDataset, Cut
 from omnivision.data.epoch import EpochPlan, Request, SourcePlan
@@ -80,6 +84,31 @@ def batches_a_second(data: ClipDataset, workers: int, count: int) -> float:
     return count / (time.perf_counter() - began)
 
 
+def alone(folder: Path, paths: list[Path], count: int, together: Any, seconds: Any) -> None:
+    """Samples in a process that hands them to nobody, from the moment that all such processes are ready."""
+    torch.set_num_threads(1)
+    keep_freed_memory()  # as workers do
+    run = samples(dataset(folder, f"alone_{os.getpid()}", paths), count)
+    run()
+    together.wait()
+    began = time.perf_counter()
+    run()
+    seconds.put(time.perf_counter() - began)
+
+
+def samples_a_second(folder: Path, paths: list[Path], processes: int, count: int) -> float:
+    """Of so many processes that share nothing: what the machine itself gives for another one."""
+    context = multiprocessing.get_context("spawn")
+    together, seconds = context.Barrier(processes), context.Queue()
+    started = [context.Process(target=alone, args=(folder, paths, count, together, seconds)) for _ in range(processes)]
+    for process in started:
+        process.start()
+    slowest = max(seconds.get(timeout=300) for _ in started)
+    for process in started:
+        process.join()
+    return processes * count / slowest
+
+
 def prepared(folder: Path, paths: list[Path], short_side: int | None = None) -> list[Path]:
     """What `omnivision prepare --gop 12` makes of the films, with or without `--short-side`."""
     found = []
@@ -119,6 +148,11 @@ def run(quick: bool) -> Report:
         rates = [[batches_a_second(raw, n, 8 if quick else 40) for n in (1, 2)] for _ in range(1 if quick else 3)]
         report.facts["batches of 8 clips a second, 1 and 2 workers"] = [[round(r, 2) for r in pair] for pair in rates]
         report.ratios.append(Ratio("two workers against one", [two / one for one, two in rates], 1.8))
+        apart = [
+            [samples_a_second(folder, paths, n, 8 if quick else 160) for n in (1, 2)] for _ in range(1 if quick else 3)
+        ]
+        what = "two processes that share nothing and hand nothing on, against one"
+        report.ratios.append(Ratio(what, [two / one for one, two in apart]))
     return report
 
 

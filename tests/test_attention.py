@@ -1,6 +1,7 @@
 """Attention on processors: what it computes, and that its own way back is no less exact than torch's."""
 
 import unittest
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -15,6 +16,19 @@ def both_ways(function, given: list[Tensor], out: Tensor) -> list[Tensor]:
     made = function(*given)
     made.backward(out.to(made.dtype))
     return [each.double() for each in (made.detach(), *(each.grad for each in given))]
+
+
+class OfACommonProjection(unittest.TestCase):
+    def test_copied_or_not_it_is_the_same(self):
+        torch.manual_seed(0)
+        for width, tokens, copied in ((24, 300, True), (24, 50, False), (64, 300, False)):
+            projected = torch.randn(2, tokens, 3, 2, width).permute(2, 0, 3, 1, 4)
+            out = torch.randn(2, 2, tokens, width)
+            exact = both_ways(F.scaled_dot_product_attention, [each.double() for each in projected], out)
+            for one, other in zip(both_ways(attention, list(projected), out), exact, strict=True):
+                self.assertLess(float((one - other).norm() / other.norm()), 1e-6)
+            with mock.patch.object(F, "scaled_dot_product_attention", side_effect=lambda q, k, v: k):
+                self.assertEqual(attention(*projected).is_contiguous(), copied, (width, tokens))
 
 
 class InHalfPrecision(unittest.TestCase):

@@ -1,9 +1,9 @@
 """Scaled dot-product attention: torch's, with two changes for processors.
 
 Their kernel takes longer to go back through narrow heads (the recipe's decoder has 16 of 24), and through few tokens (which the
-trunk sees), in bfloat16 than in float32. There the backward pass is taken in float32, which is more exact, too. And it is slow
-where the rows of a narrow head lie far from one another, as those of a common projection of queries, keys and values do: with
-many tokens they are copied first. `python -m benchmarks.what_helped` measures both.
+trunk sees), in bfloat16 than in float32. There the backward pass is taken in float32, which is more exact, too. And in float32
+it is slow where the rows of a narrow head lie far from one another, as those of a common projection of queries, keys and values
+do: with many tokens they are copied first. `python -m benchmarks.what_helped` measures both.
 """
 
 from __future__ import annotations
@@ -42,8 +42,5 @@ class _BackwardInFloat32(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
         *given, logsumexp = ctx.saved_tensors
-        few = given[1].shape[-2] < MANY_TOKENS
-        layout = torch.preserve_format if few else torch.contiguous_format
-        exact = [each.to(torch.float32, memory_format=layout) for each in (gradient, *given)]
-        gradients = _KERNEL_BACKWARD(*exact, logsumexp, 0.0, False)
+        gradients = _KERNEL_BACKWARD(*(each.float() for each in (gradient, *given)), logsumexp, 0.0, False)
         return tuple(each.to(gradient.dtype) for each in gradients)
