@@ -138,6 +138,9 @@ class JobRecord:
             return Verdict("requeued", f"{reason}; SLURM has put {job} back into the queue")
         cancelled = Verdict("interrupted", f"{reason}; {job} was cancelled")
         if isinstance(error, Terminated):
+            # When a process fails, SLURM ends the others, with the same signal as when the job is cancelled.
+            if error.cause == "SIGTERM" and (told := last_words(history(self.folder, self.token), self.task.restarts)):
+                return Verdict("failed", told)
             if now.cancelled or (error.cause == "SIGTERM" and not now.preempted and not now.late):
                 return cancelled
             over = now.late or error.cause == TIME_LIMIT
@@ -242,8 +245,13 @@ def ended(logs: Path, job_id: str, code: int, why: str = "its processes could no
     ends = [line for line in lines if line["event"] == "end" and line.get("restarts") == restarts]
     if ends:
         return bool(ends[-1].get("status") == "finished")
+    asked = next((line for line in lines if line["event"] == "submitted"), {})
+    summary = folder.read_summary()
+    of_this_job = (summary.get("job") or {}).get("job_id") == job_id
+    if of_this_job and summary.get("status") == "finished" and asked.get("mode") != "val":
+        return True  # all was done, whatever became of its processes then
     starts = [line["restarts"] for line in lines if line["event"] == "start"]
-    now = Standing.of(job_id, restarts)
+    limit, now = asked.get("max_requeues"), Standing.of(job_id, restarts)
     never_ran = restarts not in starts
     told_to_leave = code in (128 + signal.SIGABRT, 128 + signal.SIGUSR2) or now.preempted or now.late
     what = why if never_ran else "its processes ended"
@@ -264,6 +272,8 @@ def ended(logs: Path, job_id: str, code: int, why: str = "its processes could no
         verdict = Verdict("failed", told)
     elif not (told_to_leave or (never_ran and starts)):
         verdict = Verdict("failed", reason)
+    elif limit is not None and restarts >= limit:
+        verdict = Verdict("interrupted", f"{reason}; it does not come back: submitit.max_requeues is {limit}")
     elif fruitless_starts(lines) > NO_PROGRESS or restarts - max(starts, default=0) >= NO_PROGRESS:
         verdict = Verdict("failed", f"{reason}; it was restarted {NO_PROGRESS} times without progress")
     else:

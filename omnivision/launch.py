@@ -11,6 +11,7 @@ import io
 import json
 import math
 import os
+import re
 import secrets
 import shlex
 import signal
@@ -28,7 +29,7 @@ from omnivision.jobs import LOGS, Task, note
 from omnivision.process import Job, run_folder, run_process
 from omnivision.reporting.run_folder import RunFolder, alone
 from omnivision.settings import Settings, check
-from omnivision.stopping import SIGNALS, seconds_to_leave
+from omnivision.stopping import SIGNALS, seconds_to_leave, undisturbed
 from omnivision.submission import (
     check_array,
     check_dependency,
@@ -50,6 +51,10 @@ if TYPE_CHECKING:
     from submitit import SlurmExecutor
 
 FOLDER_SECONDS = 60  # that a node waits for the run folder to appear on a shared file system that lags
+# What submitit makes in a folder of logs when it submits.
+SUBMITTED = re.compile(
+    r"(\.submission_file_\w+\.sh|\w+_submission\.sh|\w+_submitted\.pkl|[0-9a-f]{32}\.pkl)(\.save_tmp)?"
+)
 UNMEASURED_DELAY = 120  # seconds before the time limit that SLURM signals a run of which nothing is known
 
 
@@ -199,10 +204,10 @@ def hand_over(jobs: Sequence[Job], logs: Path) -> None:
                 submitted = [executor.submit(run_slurm_task, texts[0], tokens[0])]
     except BaseException as error:
         # Another job of a sweep's folder may have made a log there meanwhile.
-        made = {file for file in set(logs.iterdir()) - before if {".sh", ".pkl"} & set(file.suffixes)}
+        made = {file for file in set(logs.iterdir()) - before if SUBMITTED.fullmatch(file.name)}
         left = end_what_was_taken(made)
         for file in made:
-            file.unlink()
+            file.unlink(missing_ok=True)
         for folder, summary in zip(folders, summaries, strict=True):
             folder.replace_summary(summary)
         if isinstance(error, RuntimeError):  # submitit's, of what sbatch said
@@ -216,11 +221,12 @@ def hand_over(jobs: Sequence[Job], logs: Path) -> None:
     for job_id, folder in zip(ids, folders, strict=True):
         print(f"submitted job_id={job_id} folder={folder.path}", flush=True)
     try:
-        note_submission(jobs, ids, logs)
-        if reason := lost_meanwhile(jobs[0].settings.submitit.dependency):
-            for job_id, folder in zip(ids, folders, strict=True):
-                note(folder, "end", token="", job=job_id, status="cancelled", reason=reason)
-                folder.write_summary(status="cancelled", exit_reason=reason)
+        with undisturbed():  # SLURM has the job: what it is must be known
+            note_submission(jobs, ids, logs)
+            if reason := lost_meanwhile(jobs[0].settings.submitit.dependency):
+                for job_id, folder in zip(ids, folders, strict=True):
+                    note(folder, "end", token="", job=job_id, status="cancelled", reason=reason)
+                    folder.write_summary(status="cancelled", exit_reason=reason)
     except OSError as error:
         print(f"warning: what was submitted could not be noted in {logs}: {error}.", file=sys.stderr)
 
@@ -242,7 +248,8 @@ def note_submission(jobs: Sequence[Job], ids: Sequence[str], logs: Path) -> None
         write_atomically(logs / f"{ids[0].partition('_')[0]}_folders.json", f"{json.dumps(paths)}\n")
     for job, folder, job_id in zip(jobs, folders, ids, strict=True):
         write_atomically(folder.path / LOGS / f"{job_id}_config.yaml", job.config_text)
-        note(folder, "submitted", job.token, job=job_id, restarts=0)
+        told = {"mode": job.settings.trainer.mode, "max_requeues": job.settings.submitit.max_requeues}
+        note(folder, "submitted", job.token, job=job_id, restarts=0, **told)
         known = folder.read_summary().get("job") or {}
         if "job_id" not in known:
             folder.write_summary(job=known | {"job_id": job_id})
@@ -318,10 +325,12 @@ def setup_lines(logs: Path, setup: Sequence[str]) -> list[str]:
         f"omnivision_code() {{ export PYTHONPATH={here}${{PYTHONPATH:+:$PYTHONPATH}}; }}",
         'readonly omnivision_reached="$omnivision_logs/${omnivision_job}_setup"  # the line of submitit.setup that is run',
         "trap : TERM USR2  # a job that is ended, too, comes to its last lines",
+        "readonly omnivision_from=$PWD  # what a relative name of a run folder starts from",
         'if [ -z "$omnivision_within" ]; then',
         '  : >"$omnivision_reached"',
         '  omnivision_within=1 "$BASH" "$0"',
         "  code=$?",
+        "  trap '' TERM USR2  # what writes the end down is not to be ended",
         '  why=$(cat "$omnivision_reached"; rm -f "$omnivision_reached")',
         "  why=${why:+submitit.setup ended the job, and nothing was trained: $why}",
         '  [ -z "$why" ] || echo "$why"',
@@ -338,6 +347,7 @@ def setup_lines(logs: Path, setup: Sequence[str]) -> list[str]:
             if is_command(line)
         ),
         ': >"$omnivision_reached"',
+        'cd "$omnivision_from" || exit',
         "omnivision_code",
     ]
 

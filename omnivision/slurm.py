@@ -57,7 +57,6 @@ OF_A_SITE = {
     "SBATCH_QOS": "qos",
     "SBATCH_CONSTRAINT": "constraints",
     "SBATCH_RESERVATION": "",
-    "SBATCH_CLUSTERS": "",
     "SBATCH_EXPORT": "",
 }
 

@@ -35,7 +35,7 @@ class Stop:
         self._half = 0.0  # of the time there was when the deadline became known
         self.step_seconds = 0.0
         self.save_seconds: float | None = None  # until something was saved
-        self._late = self._patient = self._told = False
+        self._late = self._hears = self._patient = self._told = False
         self._first_term = 0.0
 
     @property
@@ -70,8 +70,8 @@ class Stop:
 
     @contextlib.contextmanager
     def listening(self, deaf_afterwards: bool = False) -> Iterator[None]:
-        """Inside this block the signals come here, once they are not blocked (`hear`). Afterwards they do what they did before,
-        or nothing: a process that is about to exit then keeps its exit code. For the main thread alone; elsewhere nothing is
+        """Inside this block the signals come here, and are only noted until `hear`. Afterwards they do what they did before, or
+        nothing: a process that is about to exit then keeps its exit code. For the main thread alone; elsewhere nothing is
         changed.
         """
         if threading.current_thread() is not threading.main_thread():
@@ -85,9 +85,11 @@ class Stop:
                 signal.signal(number, signal.SIG_IGN if deaf_afterwards else handler)
 
     def hear(self) -> None:
-        """Let signals through that were blocked. Raises Terminated when one has come: call it where that is caught."""
-        if threading.current_thread() is threading.main_thread():
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        """From now on a signal raises Terminated, as one does here that has come before: call it where that is caught."""
+        self._hears = True
+        if self.signals and not self._told:
+            self._told = True
+            raise Terminated(signal.Signals(self.signals[0]).name)
 
     def patience(self) -> None:
         """From now on a signal is only noted, since whoever calls this looks at `cause` often, and ends something afterwards. A
@@ -102,7 +104,7 @@ class Stop:
         if number == signal.SIGTERM and signal.SIGTERM not in self.signals:
             self._first_term = time.monotonic()
         self.signals.append(number)
-        if not self._told and (not self._patient or (again and number == signal.SIGTERM)):
+        if self._hears and not self._told and (not self._patient or (again and number == signal.SIGTERM)):
             self._told = True  # what the process does about it is not to be interrupted by another one
             raise Terminated(signal.Signals(self.signals[0]).name)
 

@@ -55,9 +55,10 @@ def warn_of_other_settings(job: Job) -> None:
 def is_queued(job: Job, queue: Mapping[str, slurm.JobState]) -> bool:
     """Whether a job for this run is in the queue; prints a line then. Raises UserError when it has other settings."""
     folder = run_folder(job)
-    job_id = next((job_id for job_id, state in queue.items() if _works_in(folder, job_id, state)), None)
-    if job_id is None:
+    found = [job_id for job_id, state in queue.items() if _works_in(folder, job_id, state)]
+    if not found:
         return False
+    job_id = min(found, key=lambda job_id: queue[job_id].state == "COMPLETING")  # its successor may be there already
     state = queue[job_id].state
     if state == "COMPLETING" and folder.read_summary().get("status") not in WAITING:
         return False  # it has ended, and comes back only if it said so

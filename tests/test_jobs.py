@@ -176,6 +176,9 @@ class Records(Folder):
             record.fault(ValueError("no memory"), "ValueError: no memory")
             verdict = record.verdict(gone, "gone")
         self.assertEqual((verdict.status, verdict.reason), ("failed", "process 5 failed: ValueError: no memory"))
+        with mock.patch.object(slurm, "job_facts", return_value={"JobState": "RUNNING"}):
+            ended = self.record(1).verdict(Terminated("SIGTERM"), "ended by SIGTERM")  # by SLURM, because of process 5
+        self.assertEqual((ended.status, ended.reason), ("failed", "process 5 failed: ValueError: no memory"))
 
     def test_which_errors_say_that_another_process_is_gone(self):
         self.assertTrue(lost_contact(RuntimeError("NCCL error: remote process exited")))
@@ -230,6 +233,16 @@ class Ended(Folder):
         self.assertEqual(self.end(134, (0,))[::2], ("requeued", True))
         self.assertEqual(self.end(1, (0,), restarts=1)[::2], ("requeued", True), "its node is gone")
         self.assertEqual(self.end(1, (0,), restarts=3)[::2], ("failed", False), "for the third time")
+        note(self.folder, "submitted", "a", job="12", restarts=0, max_requeues=0)
+        status, reason, requeued = self.end(134, (0,))
+        self.assertEqual((status, requeued), ("interrupted", False))
+        self.assertRegex(reason, "does not come back: submitit.max_requeues is 0")
+
+    def test_after_all_is_done(self):
+        for mode, status in (("train", "finished"), ("val", "failed")):
+            self.folder.write_summary(status="finished", exit_reason="all epochs done", job={"job_id": "12"})
+            note(self.folder, "submitted", "a", job="12", restarts=0, mode=mode)
+            self.assertEqual(self.end(137, (0,))[0], status, mode)
 
 
 class NotSubmitted(Folder):
@@ -293,6 +306,9 @@ class BatchScript(Folder):
                 told,
             )
         self.assertEqual(self.leave("true", "# a comment", "", "PATH=/nowhere"), (0, "None: None"))
+
+    def test_the_tasks_start_where_the_job_was_submitted(self):
+        self.assertEqual(self.leave(f"[ $PWD = {os.getcwd()} ]", "cd /"), (0, "None: None"))
 
     def test_a_trap_of_the_users_is_kept(self):
         left, told = self.leave("(exit 7)", f"trap 'touch {self.folder.path}/cleaned' EXIT")
@@ -599,6 +615,11 @@ class Submission(Folder):
             self.assertFalse(is_queued(self.job(), {"12": JobState("PENDING", command=theirs)}))
             self.assertFalse(is_queued(self.job(), {"12": JobState("FAILED", command=ours)}))
             self.assertFalse(is_queued(self.job(), {}))
+            (logs / "13_config.yaml").write_text("epochs: 1\n")
+            both = {"12": JobState("COMPLETING", command=ours), "13": JobState("PENDING", command=ours)}
+            with mock.patch("builtins.print") as said:
+                self.assertTrue(is_queued(self.job(), both))
+            self.assertIn("job_id=13", said.call_args[0][0])
             (logs / "12_config.yaml").write_text("epochs: 7\n")
             with self.assertRaisesRegex(UserError, "Job 12 is in the queue .* epochs: 7 -> 1.*scancel 12"):
                 is_queued(self.job(), {"12": JobState("RUNNING", command=ours)})

@@ -37,10 +37,12 @@ exec >>"$omnivision_logs/${omnivision_job}_batch.log" 2>&1
 omnivision_code() { export PYTHONPATH=CHECKOUT${PYTHONPATH:+:$PYTHONPATH}; }
 readonly omnivision_reached="$omnivision_logs/${omnivision_job}_setup"  # the line of submitit.setup that is run
 trap : TERM USR2  # a job that is ended, too, comes to its last lines
+readonly omnivision_from=$PWD  # what a relative name of a run folder starts from
 if [ -z "$omnivision_within" ]; then
   : >"$omnivision_reached"
   omnivision_within=1 "$BASH" "$0"
   code=$?
+  trap '' TERM USR2  # what writes the end down is not to be ended
   why=$(cat "$omnivision_reached"; rm -f "$omnivision_reached")
   why=${why:+submitit.setup ended the job, and nothing was trained: $why}
   [ -z "$why" ] || echo "$why"
@@ -55,6 +57,7 @@ echo 'module load cuda' >"$omnivision_reached"
 { module load cuda
 } || exit
 : >"$omnivision_reached"
+cd "$omnivision_from" || exit
 omnivision_code
 
 # command

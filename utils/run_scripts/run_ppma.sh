@@ -44,7 +44,7 @@ stage() {
             failed | cancelled | 'not submitted')
                 how=cancelled
                 [ "$became" != 'not submitted' ] || how=unsubmitted # what it said of itself before is kept
-                python -m omnivision.job_record $how "$PPMA/$name" "it starts from $PPMA/$prior ($became)"
+                python -m omnivision.job_record $how "$PPMA/$name" "it starts from $PPMA/$prior ($became)" || :
                 [ "$became" = 'not submitted' ] || became=cancelled
                 eval "job_$name=\$became"
                 return
@@ -63,7 +63,7 @@ stage() {
             case $said in *job_id=*) became=${said#*job_id=} became=${became%% *} ;; esac
         else
             became='not submitted' failed="$failed $name"
-            python -m omnivision.job_record unsubmitted "$PPMA/$name" "not submitted: ${said##*error: }" >/dev/null
+            python -m omnivision.job_record unsubmitted "$PPMA/$name" "not submitted: ${said##*error: }" >/dev/null || :
         fi
         [ "$name" = mae ] || said=$(echo "$said" | grep -v '^warning: ') # of the folder: once is enough
         echo "$said" | while read -r line; do printf '%-18s %s\n' "$name" "$line"; done
