@@ -22,12 +22,16 @@ _KERNEL_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_ba
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(D)) v: queries (B, heads, M, D), keys and values (B, heads, N, D) -> (B, heads, M, D)."""
-    narrow, few = q.shape[-1] < WIDE_HEAD, k.shape[-2] < MANY_TOKENS
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and (narrow or few):
+    small = q.shape[-1] < WIDE_HEAD or k.shape[-2] < MANY_TOKENS
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and small:
         return _BackwardInFloat32.apply(q, k, v)
-    if q.device.type == "cpu" and narrow and not few:
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     return F.scaled_dot_product_attention(q, k, v)
+
+
+def rows_together(projected: Tensor) -> Tensor:
+    """Queries, keys and values of a common projection, (3, B, heads, N, D), as `attention` is quickest with them."""
+    slow = projected.shape[-1] < WIDE_HEAD and projected.shape[-2] >= MANY_TOKENS and projected.dtype != torch.bfloat16
+    return projected.contiguous() if slow and projected.device.type == "cpu" else projected
 
 
 class _BackwardInFloat32(torch.autograd.Function):

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from omnivision.errors import UserError
-from omnivision.models.attention import attention
+from omnivision.models.attention import attention, rows_together
 from omnivision.models.patches import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -48,8 +48,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, N, D) -> (B, N, D)
         batch, tokens, width = x.shape
-        q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        x = attention(q, k, v)  # (B, heads, N, D / heads)
+        projected = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        x = attention(*rows_together(projected))  # (B, heads, N, D / heads)
         return self.proj(x.transpose(1, 2).reshape(batch, tokens, width))
 
 
