@@ -248,7 +248,7 @@ def ended(logs: Path, job_id: str, code: int, why: str = "its processes could no
     asked = next((line for line in lines if line["event"] == "submitted"), {})
     summary = folder.read_summary()
     of_this_job = (summary.get("job") or {}).get("job_id") == job_id
-    if of_this_job and summary.get("status") == "finished" and asked.get("mode") != "val":
+    if of_this_job and summary.get("status") == "finished" and asked.get("mode") in ("train", "train_only"):
         return True  # all was done, whatever became of its processes then
     starts = [line["restarts"] for line in lines if line["event"] == "start"]
     limit, now = asked.get("max_requeues"), Standing.of(job_id, restarts)

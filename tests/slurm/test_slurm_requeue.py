@@ -75,9 +75,8 @@ class Interrupted(OnCluster):
         self.assertLess(time.time() - came, GRACE_SECONDS, "within the grace time")
         self.wait_for_step(requeued_run, 10)
         self.cluster.ask("scontrol", "requeue", requeued)
-        wait(
-            "the end of its time", lambda: history(timed_run, "end"), 60
-        )  # before it signals, SLURM wakes what has stopped
+        # Before it signals, SLURM wakes what has stopped.
+        wait("the end of its time", lambda: history(timed_run, "end"), 60)
         self.cluster.ask("scontrol", "update", f"JobId={timed}", "TimeLimit=60")
         self.here(*self.command("whole"))
 
