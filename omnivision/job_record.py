@@ -110,7 +110,7 @@ class JobRecord:
                 "(submitit.max_requeues). Look in submitit_logs/history.jsonl why. The same command submits it again."
             )
         if fruitless_starts(history(self.folder, self.token)) > NO_PROGRESS:
-            raise UserError(self._no_progress("did not get as far as its checkpoint"))
+            raise UserError(no_progress(self.task.job_id, "did not get as far as its checkpoint"))
         if self.watch_the_clock:
             stop.end_at(slurm.planned_end(slurm.job_facts(self.task.job_id)))
 
@@ -118,7 +118,7 @@ class JobRecord:
         """The run goes on from `step`. Raises UserError when three restarts have brought nothing."""
         self.note("resumed", step=step)
         if fruitless_starts(history(self.folder, self.token)) >= NO_PROGRESS:
-            raise UserError(self._no_progress(f"stands at step {step} again"))
+            raise UserError(no_progress(self.task.job_id, f"stands at step {step} again"))
 
     def end(self, error: BaseException, reason: str, tells: bool) -> None:
         """Write down how the run ended, in its summary if that `tells` of it, and put the job back into the queue if it is to
@@ -153,12 +153,7 @@ class JobRecord:
             reason, why = "another process is gone without a word, with its node perhaps", reason
         else:
             return Verdict("failed" if isinstance(error, Exception) else "interrupted", reason)
-        if self.task.restarts >= self.max_requeues:
-            limit = f"submitit.max_requeues is {self.max_requeues}"
-            return Verdict("interrupted", f"{reason} ({why}); {job} does not come back: {limit}")
-        if fruitless_starts(history(self.folder, self.token)) > NO_PROGRESS:
-            return Verdict("failed", f"{reason} ({why}); {self._no_progress('does not get as far as its checkpoint')}")
-        return Verdict("requeued", f"{reason} ({why}); {job} goes back into the queue", requeue=True)
+        return coming_back(f"{reason} ({why})", self.task, self.max_requeues, history(self.folder, self.token))
 
     def fault(self, error: BaseException, reason: str) -> None:
         """Say in the history, as another process than 0, what failed here: process 0 only sees that it is gone. After a
@@ -183,12 +178,24 @@ class JobRecord:
         lines = history(self.folder, self.token)
         return any(line["event"] == "decided" and line.get("restarts") == self.task.restarts for line in lines)
 
-    def _no_progress(self, what: str) -> str:
-        return (
-            f"Job {self.task.job_id} was restarted {NO_PROGRESS} times without progress: it {what}. Each start must get as far "
-            "as a new checkpoint: lower trainer.checkpoint.save_every_steps or raise submitit.timeout_hour, look into "
-            "submitit_logs/ for what ended the starts, and give the same command again."
-        )
+
+def no_progress(job_id: str, what: str) -> str:
+    return (
+        f"Job {job_id} was restarted {NO_PROGRESS} times without progress: it {what}. Each start must get as far as a new "
+        "checkpoint: lower trainer.checkpoint.save_every_steps or raise submitit.timeout_hour, look into submitit_logs/ for "
+        "what ended the starts, and give the same command again."
+    )
+
+
+def coming_back(reason: str, task: Task, limit: int | None, lines: list[dict[str, Any]]) -> Verdict:
+    """A job is to start again, unless it did so as often as it may, or for nothing; `lines` are its history."""
+    if limit is not None and task.restarts >= limit:
+        told = f"job {task.job_id} does not come back: submitit.max_requeues is {limit}"
+        return Verdict("interrupted", f"{reason}; {told}")
+    last_start = max((line["restarts"] for line in lines if line["event"] == "start"), default=0)
+    if fruitless_starts(lines) > NO_PROGRESS or task.restarts - last_start >= NO_PROGRESS:
+        return Verdict("failed", f"{reason}; {no_progress(task.job_id, 'does not get as far as its checkpoint')}")
+    return Verdict("requeued", f"{reason}; job {task.job_id} goes back into the queue", requeue=True)
 
 
 def lost_contact(error: BaseException) -> bool:
@@ -251,7 +258,7 @@ def ended(logs: Path, job_id: str, code: int, why: str = "its processes could no
     if of_this_job and summary.get("status") == "finished" and asked.get("mode") in ("train", "train_only"):
         return True  # all was done, whatever became of its processes then
     starts = [line["restarts"] for line in lines if line["event"] == "start"]
-    limit, now = asked.get("max_requeues"), Standing.of(job_id, restarts)
+    now = Standing.of(job_id, restarts)
     never_ran = restarts not in starts
     told_to_leave = code in (128 + signal.SIGABRT, 128 + signal.SIGUSR2) or now.preempted or now.late
     what = why if never_ran else "its processes ended"
@@ -272,12 +279,8 @@ def ended(logs: Path, job_id: str, code: int, why: str = "its processes could no
         verdict = Verdict("failed", told)
     elif not (told_to_leave or (never_ran and starts)):
         verdict = Verdict("failed", reason)
-    elif limit is not None and restarts >= limit:
-        verdict = Verdict("interrupted", f"{reason}; it does not come back: submitit.max_requeues is {limit}")
-    elif fruitless_starts(lines) > NO_PROGRESS or restarts - max(starts, default=0) >= NO_PROGRESS:
-        verdict = Verdict("failed", f"{reason}; it was restarted {NO_PROGRESS} times without progress")
     else:
-        verdict = Verdict("requeued", f"{reason}; it goes back into the queue", requeue=True)
+        verdict = coming_back(reason, task, asked.get("max_requeues"), lines)
     carry_out(verdict, task, folder, folder, token)
     return False
 

@@ -5,7 +5,9 @@ import dataclasses
 import io
 import json
 import os
+import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -17,11 +19,12 @@ from unittest import mock
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from omnivision import job_record, jobs, launch, slurm, submission
+from omnivision.distributed import Place
 from omnivision.errors import Terminated, UserError
 from omnivision.job_record import JobRecord, lost_contact
 from omnivision.jobs import Task, environment, fruitless_starts, history, note, settled, waits
 from omnivision.launch import setup_lines, signal_delay
-from omnivision.process import Job
+from omnivision.process import Job, run_process
 from omnivision.reporting.run_folder import RunFolder
 from omnivision.settings import Settings, check
 from omnivision.slurm import JobState, minutes, moment, refusal
@@ -140,6 +143,8 @@ class Records(Folder):
         self.assertEqual(verdict(TIME_LIMIT, JobState="COMPLETING"), ("interrupted", False), "cancelled meanwhile")
         self.assertEqual(verdict("SIGUSR2"), ("requeued", True))
         self.assertEqual(verdict(TIME_LIMIT), ("requeued", True))
+        note(self.folder, "fault", "a", job="123456", restarts=1, rank=3, reason="its workers were ended first")
+        self.assertEqual(verdict("SIGUSR2"), ("requeued", True), "all of the job was asked, whatever fails meanwhile")
 
     def test_a_cancelled_job_is_not_brought_back_because_its_processes_lost_one_another(self):
         gone = RuntimeError("gloo: Connection reset by peer")
@@ -223,7 +228,7 @@ class Ended(Folder):
         ):
             status, reason, requeued = self.end(code, **facts)
             self.assertEqual((status, requeued), ("requeued", True), facts)
-            self.assertRegex(reason, "could not be started .*it goes back into the queue")
+            self.assertRegex(reason, "could not be started .*job 12 goes back into the queue")
         self.assertEqual(self.end(143, Restarts="1")[::2], ("requeued", False), "SLURM has done it")
 
     def test_other_ends(self):
@@ -237,12 +242,19 @@ class Ended(Folder):
         status, reason, requeued = self.end(134, (0,))
         self.assertEqual((status, requeued), ("interrupted", False))
         self.assertRegex(reason, "does not come back: submitit.max_requeues is 0")
+        note(self.folder, "fault", "a", job="12", restarts=0, rank=3, reason="OSError: no such device")
+        self.assertEqual(self.end(134, (0,)), ("failed", "process 3 failed: OSError: no such device", False))
 
     def test_after_all_is_done(self):
-        for mode, status in (("train", "finished"), ("val", "failed")):
-            self.folder.write_summary(status="finished", exit_reason="all epochs done", job={"job_id": "12"})
+        for mode, told, job, status in (
+            ("train", "finished", "12", "finished"),
+            ("val", "finished", "12", "failed"),
+            ("train", "running", "12", "failed"),
+            ("train", "finished", "11", "failed"),
+        ):
+            self.folder.write_summary(status=told, exit_reason="all epochs done", job={"job_id": job})
             note(self.folder, "submitted", "a", job="12", restarts=0, mode=mode)
-            self.assertEqual(self.end(137, (0,))[0], status, mode)
+            self.assertEqual(self.end(137, (0,))[0], status, (mode, told, job))
 
 
 class NotSubmitted(Folder):
@@ -311,11 +323,23 @@ class BatchScript(Folder):
         self.assertEqual(self.leave(f"echo '{failed}' >>{history}; (exit 1)"), (1, "None: None"), "it told so itself")
 
     def test_a_signal_to_the_whole_job_does_not_end_the_script_before_its_last_lines(self):
-        for signal in ("USR2", "TERM"):
-            self.assertEqual(self.leave(f"kill -{signal} $$; true"), (0, "None: None"))
-            left, told = self.leave(f"kill -{signal} $$; (exit 7)")
-            self.assertEqual(left, 7, signal)
+        for name in ("USR2", "TERM"):
+            self.assertEqual(self.leave(f"kill -{name} $$; true"), (0, "None: None"))
+            left, told = self.leave(f"kill -{name} $$; (exit 7)")
+            self.assertEqual(left, 7, name)
             self.assertRegex(told, "^failed: job 12: .*exit code 7")
+
+    def test_what_writes_the_end_down_is_not_ended_by_a_signal_to_the_whole_job(self):
+        python = self.folder.path / "python"
+        python.write_text(f'#!/bin/sh\nkill -TERM $$\nkill -USR2 $$\nexec {sys.executable} "$@"\n')
+        python.chmod(0o755)
+        with mock.patch.object(sys, "executable", str(python)):
+            left, told = self.leave("(exit 7)")
+        self.assertEqual(left, 7)
+        self.assertRegex(told, "^failed: job 12: .*exit code 7")
+
+    def test_a_job_that_is_submitted_by_a_job_has_both_shells(self):
+        self.assertEqual(self.leave('[ -z "$omnivision_within" ]'), (0, "None: None"))
 
     def test_the_end_of_the_tasks_is_told_whatever_the_users_lines_have_set(self):
         for setup in ([], ["set -e"], ["set -u"], ["job=x", "logs=/nowhere", "code=0"], ["cd /"]):
@@ -564,6 +588,30 @@ class Submission(Folder):
             with self.assertRaisesRegex(UserError, "cannot be found out now: look with squeue"):
                 launch.hand_over([self.job()], logs)
 
+    def test_ctrl_c_after_slurm_has_the_job_does_not_hide_it(self):
+        def disturbed(*given: object) -> None:
+            signal.raise_signal(signal.SIGINT)
+            launch_note(*given)
+
+        launch_note = launch.note_submission
+        executor = mock.Mock(submit=mock.Mock(return_value=mock.Mock(job_id="71")))
+        with (
+            mock.patch.object(launch, "slurm_executor", return_value=executor),
+            mock.patch.object(launch, "note_submission", disturbed),
+            mock.patch("builtins.print"),
+        ):
+            launch.hand_over([self.job()], self.folder.path / jobs.LOGS)
+        self.assertEqual(self.folder.read_summary()["job"]["job_id"], "71")
+
+    def test_a_signal_while_a_run_is_built_ends_it_there(self):
+        def asked(*_: object) -> None:
+            signal.raise_signal(signal.SIGTERM)
+            raise AssertionError("went on")
+
+        with mock.patch("omnivision.build.processes", asked):
+            code = run_process(self.job(), Place(0, 1, 0, 1, None))
+        self.assertEqual(code, 128 + signal.SIGTERM)
+
     def test_what_the_environment_says_to_sbatch_does_not_count_before_the_settings(self):
         given = {"SBATCH_TIMELIMIT": "5", "SBATCH_ARRAY_INX": "0-1", "SBATCH_ACCOUNT": "a", "SBATCH_PARTITION": "b"}
         asked = self.job("submitit.partition=gpu").settings.submitit
@@ -605,9 +653,15 @@ class Submission(Folder):
             self.assertFalse(is_queued(self.job(), {}))
             (logs / "13_config.yaml").write_text("epochs: 1\n")
             both = {"12": JobState("COMPLETING", command=ours), "13": JobState("PENDING", command=ours)}
-            with mock.patch("builtins.print") as said:
-                self.assertTrue(is_queued(self.job(), both))
-            self.assertIn("job_id=13", said.call_args[0][0])
+            for queue in (both, dict(reversed(both.items()))):
+                with mock.patch("builtins.print") as said:
+                    self.assertTrue(is_queued(self.job(), queue))
+                self.assertIn("job_id=13", said.call_args[0][0])
+            for status, queued in (("interrupted", False), ("requeued", True)):  # what it comes back as
+                self.folder.write_summary(status=status)
+                self.assertEqual(is_queued(self.job(), {"12": JobState("COMPLETING", command=ours)}), queued, status)
+            self.folder.write_summary(status="failed")
+            self.assertTrue(is_queued(self.job(), {"12": JobState("RUNNING", command=ours)}), "of an earlier job")
             (logs / "12_config.yaml").write_text("epochs: 7\n")
             with self.assertRaisesRegex(UserError, "Job 12 is in the queue .* epochs: 7 -> 1.*scancel 12"):
                 is_queued(self.job(), {"12": JobState("RUNNING", command=ours)})
