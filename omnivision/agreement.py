@@ -29,8 +29,11 @@ class Agreement(Generic[Note]):
         self.processes = processes
         self._posted: deque[_Posted[Note]] = deque()
 
-    def post(self, note: Note, facts: Sequence[Tensor | float]) -> None:
-        """Sum these facts over the processes, without waiting for the result. `note` stays here, and comes back with it."""
+    def post(self, note: Note, facts: Sequence[Tensor | float]) -> Tensor:
+        """Sum these facts over the processes, without waiting for the result. `note` stays here, and comes back with it.
+
+        Returns the sums on the device: float64, one for each fact.
+        """
         device = self.processes.device
         # `full` fills on the device; a tensor made on the host would be copied there, and waited for.
         values = torch.stack(
@@ -47,6 +50,7 @@ class Agreement(Generic[Note]):
             arrived = torch.Event(device)
             arrived.record()
         self._posted.append(_Posted(note, sums, arrived))
+        return values
 
     def read(self, but: int = 0) -> Iterator[tuple[Note, list[float]]]:
         """The notes and the sums of all steps posted and not yet read, but for the `but` newest; waits for them."""

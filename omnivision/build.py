@@ -354,4 +354,5 @@ def options(settings: Settings, device: torch.device) -> Options:
         pictures_every_epochs=config.logging.pictures_every_epochs,
         save_freq=config.checkpoint.save_freq,
         save_every_steps=config.checkpoint.save_every_steps,
+        max_skipped_steps=config.max_skipped_steps,
     )

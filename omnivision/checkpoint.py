@@ -39,6 +39,7 @@ KEYS = {
     "steps_per_epoch",
     "best",
     "seconds",
+    "skipped",
     "meter",
     "last",
 }
@@ -169,7 +170,7 @@ def _check_structure(state: Any, path: Path) -> None:
     if not lacking:
         kinds = {"optimizer": dict, "scaler": dict, "meter": dict, "last": dict, "sources": list, "architecture": dict}
         lacking = [f"a {kind.__name__} under {key}" for key, kind in kinds.items() if not isinstance(state[key], kind)]
-        counts = ("epoch", "step", "steps_per_epoch")
+        counts = ("epoch", "step", "steps_per_epoch", "skipped")
         lacking += [f"a count under {key}" for key in counts if type(state[key]) is not int or state[key] < 0]
     if lacking:
         raise BrokenCheckpoint(f"{path} is no checkpoint of a run: it lacks {', '.join(lacking)}")

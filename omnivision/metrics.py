@@ -18,12 +18,16 @@ class Meter:
         self._sums: dict[str, dict[str, Tensor]] = {}
         self._counts: dict[str, int | Tensor] = {}
 
-    def add(self, source: str, sums: Mapping[str, Tensor], count: int | Tensor) -> None:
-        """`sums` are scalar tensors, each the sum over `count` samples."""
-        self._counts[source] = self._counts.get(source, 0) + count
+    def add(self, source: str, sums: Mapping[str, Tensor], count: int | Tensor, unless: Tensor | None = None) -> None:
+        """`sums` are scalar tensors, each the sum over `count` samples; all counts as nothing if `unless` (bool) is true."""
+        self._counts[source] = self._counts.get(source, 0) + (
+            count if unless is None else torch.where(unless, 0, count)
+        )
         held = self._sums.setdefault(source, {})
         for name, value in sums.items():
             value = value.detach().double()
+            if unless is not None:
+                value = torch.where(unless, 0.0, value)
             held[name] = held[name] + value if name in held else value
 
     def totals(self, processes: Processes) -> dict[str, tuple[dict[str, float], int]]:

@@ -55,7 +55,7 @@ def take_up(trainer: Trainer) -> bool:
     if trainer.scaler.is_enabled() and state["scaler"]:  # empty after steps without one
         trainer.scaler.load_state_dict(state["scaler"])
     trainer.state = State(state["epoch"], state["step"], state["best"], state["seconds"])
-    trainer.last = state["last"]
+    trainer.last, trainer.watch.skipped = state["last"], state["skipped"]
     if trainer.processes.is_main:
         trainer.meter.load(state["meter"])
     trainer.reporter.say(f"Resumed from {path}: {trainer.state.epoch} epochs and {trainer.state.step} steps are done.")

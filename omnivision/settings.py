@@ -156,6 +156,7 @@ class TrainerSettings:
     compile: bool
     freeze: list[str]
     ema_decay: Annotated[float, Range(above=0, high=0.9999999)] | None
+    max_skipped_steps: Count
     model: Target
     task: Target
     data: DataSettings

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NoReturn
 
 from torch import Tensor
 
@@ -13,6 +13,7 @@ from omnivision.data.batch import BadSample, Batch
 from omnivision.distributed import Processes
 from omnivision.errors import NonFiniteError, UserError
 from omnivision.reporting.bad_samples import BadSampleLedger
+from omnivision.reporting.metrics_log import MetricsLog
 from omnivision.reporting.run_folder import RunFolder
 
 
@@ -20,6 +21,7 @@ from omnivision.reporting.run_folder import RunFolder
 class Posted:
     """A step whose facts are on their way; scalars on the device."""
 
+    epoch: int
     number: int
     loss: Tensor
     norm: Tensor
@@ -31,15 +33,36 @@ class Posted:
 class StepWatch:
     """`post` after each step, `hear` later; both by all processes. Posting waits for nothing."""
 
-    def __init__(self, processes: Processes, ledger: BadSampleLedger, folder: RunFolder) -> None:
-        self.processes, self.ledger, self.folder = processes, ledger, folder
+    def __init__(
+        self,
+        processes: Processes,
+        ledger: BadSampleLedger,
+        folder: RunFolder,
+        say: Callable[[str], None],
+        max_skipped: int,
+    ) -> None:
+        """A run may skip `max_skipped` steps whose numbers are not finite; each is told with `say`."""
+        self.processes, self.ledger, self.folder, self.say = processes, ledger, folder, say
+        self.max_skipped = max_skipped
+        self.skipped = 0  # in the whole run
+        self._not_finite = MetricsLog(folder.logs / "nonfinite.jsonl")
         self.agreement: Agreement[Posted] = Agreement(processes)
         self.loss = self.norm = math.nan  # of the last step that was heard of, averaged over the processes
         self.leaving = False  # one process was asked to stop, and all know it
 
-    def post(self, step: Posted, short: bool, asked: bool) -> None:
-        """Send the facts of a step on their way: `short` if its batch was not whole, `asked` if this process is to stop."""
-        self.agreement.post(step, (step.loss, step.norm, ~step.finite, short, len(step.bad), asked))
+    def start(self, step: int) -> None:
+        """Begin after a step; what was written of later ones is forgotten."""
+        if self.processes.is_main:
+            self._not_finite.rewind(step)
+
+    def post(self, step: Posted, short: bool, asked: bool) -> Tensor:
+        """Send the facts of a step on their way: `short` if its batch was not whole, `asked` if this process is to stop.
+
+        Returns whether the step must change nothing, because of numbers that are not finite in any process: bool, a scalar on
+        the device, the same in all.
+        """
+        sums = self.agreement.post(step, (step.loss, step.norm, ~step.finite, short, len(step.bad), asked))
+        return sums[2] > 0
 
     def hear(self, but: int = 0) -> None:
         """Learn of the steps so far, but for the `but` newest. Raises NonFiniteError and UserError, in all processes."""
@@ -55,7 +78,7 @@ class StepWatch:
                     everywhere=True,
                 )
             if not_finite:
-                self._tell_what_is_not_finite(step)
+                self._skipped(step)
 
     def record(self, bad: list[BadSample]) -> None:
         """Enter the bad files of all processes into the ledger. Raises UserError when its budget is spent."""
@@ -66,22 +89,30 @@ class StepWatch:
             if everywhere and self.processes.is_main:
                 self.folder.write_summary(bad_samples=len(self.ledger))
 
-    def _tell_what_is_not_finite(self, step: Posted) -> NoReturn:
-        found = self.processes.gather(
-            None if step.finite else (float(step.loss), float(step.norm), sorted(set(step.paths)))
-        )
+    def _skipped(self, step: Posted) -> None:
+        """Tell of a step that changed nothing. Raises NonFiniteError, in all processes, when it is one too many."""
+        found = list(enumerate(self.processes.gather((float(step.loss), float(step.norm), sorted(set(step.paths))))))
+        # The gradients of all are one; of the losses those that began it are told.
+        culprits = [entry for entry in found if not math.isfinite(entry[1][0])] or found
+        self.skipped += 1
+        for rank, (loss, norm, samples) in culprits:
+            if self.processes.is_main:
+                facts = {"rank": rank, "loss": loss, "grad_norm": norm, "samples": samples}
+                self._not_finite.write("nonfinite", "train", step.epoch, step.number, **facts)
         details = "; ".join(
-            f"process {rank}: loss {entry[0]}, gradient norm {entry[1]}, samples {', '.join(entry[2])}"
-            for rank, entry in enumerate(found)
-            if entry is not None
+            f"process {rank}: loss {loss}, gradient norm {norm}, samples {', '.join(samples)}"
+            for rank, (loss, norm, samples) in culprits
         )
-        raise NonFiniteError(
-            f"Step {step.number} gave a loss or gradient that is not finite ({details}). The weights were not changed by this "
-            "step. Lower the learning rate, set trainer.optim.gradient_clip, or look at these samples.",
-            everywhere=True,
-        )
+        told = f"Step {step.number} gave a loss or gradient that is not finite ({details}). It changed no weights"
+        if self.skipped > self.max_skipped:
+            raise NonFiniteError(
+                f"{told}; {self.skipped} such steps, and trainer.max_skipped_steps is {self.max_skipped}. Lower the learning "
+                f"rate, set trainer.optim.gradient_clip, or look at these samples, which are in {self._not_finite.path}.",
+                everywhere=True,
+            )
+        self.say(f"{told} ({self.skipped} of at most {self.max_skipped} such steps; {self._not_finite.path}).")
 
 
-def posted(number: int, batch: Batch, loss: Tensor, norm: Tensor, scaled: bool) -> Posted:
+def posted(epoch: int, number: int, batch: Batch, loss: Tensor, norm: Tensor, scaled: bool) -> Posted:
     """A step to post. With fp16 (`scaled`) the gradient overflows now and then by design: the step is skipped then."""
-    return Posted(number, loss, norm, loss.isfinite() & (norm.isfinite() | scaled), batch.paths, batch.bad)
+    return Posted(epoch, number, loss, norm, loss.isfinite() & (norm.isfinite() | scaled), batch.paths, batch.bad)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from omnivision import checkpoint, checkpoint_shards
 from omnivision.data.batch import Batch
@@ -26,7 +26,7 @@ from omnivision.data.epoch import EpochPlan, SourcePlan
 from omnivision.data.loader import Workers, evaluation_batches, train_batches
 from omnivision.data.order import draws
 from omnivision.distributed import Processes, parallel
-from omnivision.errors import Terminated, UserError
+from omnivision.errors import NonFiniteError, Terminated, UserError
 from omnivision.evaluation import Evaluation, evaluate
 from omnivision.files import BEST
 from omnivision.metrics import Meter, averages
@@ -42,9 +42,10 @@ from omnivision.reporting.run_folder import RunFolder
 from omnivision.sharding import gathered, shard, whole, without_sync
 from omnivision.steps import StepWatch, posted
 from omnivision.stopping import Stop
-from omnivision.tasks.base import Task
+from omnivision.tasks.base import StepOutput, Task
 from omnivision.weights import LoadReport
 
+SMALLEST_SCALE = 1e-4  # of the loss in fp16; it begins at 65536 and is halved after each overflow
 MODEL_DRAW = 200  # purpose of the random numbers inside the model; see data.dataset.Draw
 
 
@@ -66,6 +67,7 @@ class Options:
     pictures_every_epochs: int | None = None
     save_freq: int | None = None
     save_every_steps: int | None = None
+    max_skipped_steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ class Trainer:
         self.task, self.optimizer, self.options = task, optimizer, options
         self.train, self.val = train, val
         self.processes, self.folder, self.reporter = processes, folder, reporter
-        self.watch = StepWatch(processes, ledger, folder)
+        self.watch = StepWatch(processes, ledger, folder, reporter.say, options.max_skipped_steps)
         self.bare, self.sources = model.to(processes.device), list(sources)
         self.model: nn.Module = self.bare
         if options.compile:
@@ -158,6 +160,7 @@ class Trainer:
         """Train to `max_epochs` from where the state stands. Raises NonFiniteError, UserError, and Terminated when asked to."""
         ended = self.state.step == self.steps_per_epoch  # an epoch whose evaluation was not done yet
         self.reporter.start(self.global_step, self.total_steps, again="epoch" if ended else "")
+        self.watch.start(self.global_step)
         if self.is_done:
             self.reporter.say(f"All {self.options.max_epochs} epochs are done; nothing is left to train.")
             if self.folder.read_summary().get("status") != "finished":
@@ -216,6 +219,7 @@ class Trainer:
             for name in pictures:
                 self._pictures(batch, name)
             if log:
+                self._require_scale()
                 figures = {
                     "loss": self.watch.loss,
                     "lr": self.optimizer.lr,
@@ -241,7 +245,7 @@ class Trainer:
         self.optimizer.set_progress(self.global_step / self.total_steps)
         torch.manual_seed(int(draws(options.seed, MODEL_DRAW, self.global_step, self.processes.rank).integers(2**62)))
         pieces = batch.split(self.source_plan(batch).pieces)
-        losses: list[Tensor] = []
+        outputs: list[StepOutput] = []
         for number, piece in enumerate(pieces):
             with without_sync(self.model, skip=number < len(pieces) - 1):
                 with self._autocast():
@@ -249,19 +253,17 @@ class Trainer:
                 # A batch that is not whole must not change the weights of any process: its gradients become NaN.
                 share = math.nan if short else 1 / len(pieces)
                 self.scaler.scale(output.loss * share).backward()
-            self.meter.add(piece.source, output.sums, output.count)
-            losses.append(output.loss.detach())
-        loss = torch.stack(losses).mean()
+            outputs.append(output)
+        loss = torch.stack([output.loss.detach() for output in outputs]).mean()
         self.scaler.unscale_(self.optimizer.optimizer)
         norm = whole(nn.utils.clip_grad_norm_(self.optimizer.parameters(), options.gradient_clip or math.inf))
-        spoiled = ~norm.isfinite()  # in all processes alike: they have averaged the gradients
-        step = posted(self.global_step + 1, batch, loss, norm, scaled=self.scaler.is_enabled())
-        self.watch.post(step, short, asked=self.stop.cause is not None)
+        step = posted(self.state.epoch, self.global_step + 1, batch, loss, norm, scaled=self.scaler.is_enabled())
+        spoiled = self.watch.post(step, short, asked=self.stop.cause is not None) | ~norm.isfinite()
+        self.optimizer.step(spoiled)
         if self.scaler.is_enabled():
-            self.scaler.step(self.optimizer.optimizer)
             self.scaler.update()
-        else:
-            self.optimizer.step(spoiled)
+        for output in outputs:
+            self.meter.add(batch.source, output.sums, output.count, unless=spoiled)
         self.optimizer.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
             self.ema.update()
@@ -302,6 +304,7 @@ class Trainer:
 
         What is split among the processes each writes by itself, beside it.
         """
+        self._require_finite_weights()
         self._count_seconds()
         began = time.monotonic()
         meter = {s: {"count": n} | sums for s, (sums, n) in self.meter.totals(self.processes).items()}
@@ -319,6 +322,7 @@ class Trainer:
             "steps_per_epoch": self.steps_per_epoch,
             "best": self.state.best,
             "seconds": self.state.seconds,
+            "skipped": self.watch.skipped,
             "meter": meter,
             "last": self.last,
         }
@@ -433,6 +437,27 @@ class Trainer:
             return False
         self.state.best = value
         return True
+
+    def _require_scale(self) -> None:
+        """Raises NonFiniteError when gradients overflow in fp16 however little they are scaled up: then no step counts."""
+        if self.scaler.is_enabled() and self.scaler.get_scale() < SMALLEST_SCALE:
+            raise NonFiniteError(
+                f"Step {self.global_step}: the gradient is not finite in fp16 even when the loss is scaled by "
+                f"{self.scaler.get_scale():.1g}, so that no step changes the weights any more. Lower the learning rate, set "
+                "trainer.optim.gradient_clip, or set trainer.optim.amp.amp_dtype=bfloat16 or trainer.optim.amp.enabled=false.",
+                everywhere=True,
+            )
+
+    def _require_finite_weights(self) -> None:
+        """Raises NonFiniteError, in all processes, for weights that must not take the place of good ones."""
+        parts = [getattr(p, "to_local", lambda p=p: p)() for p in self.bare.parameters()]
+        spoilt = torch.stack([~part.isfinite().all() for part in parts])
+        if count := int((self.processes.sum(spoilt.long()) > 0).sum()):
+            raise NonFiniteError(
+                f"{count} of the {len(parts)} parameters are not finite after step {self.global_step}; the last checkpoint "
+                "stays as it is. Lower the learning rate, or set trainer.optim.gradient_clip.",
+                everywhere=True,
+            )
 
     def _count_seconds(self) -> None:
         """Add the time since the last count to the run's."""

@@ -34,7 +34,7 @@ class Canary:
 def state(step: int, **more: object) -> dict:
     """What a checkpoint of a run holds, by and large."""
     kinds: dict = {key: {} for key in ("model", "optimizer", "scaler", "meter", "last", "architecture")}
-    counts = {"epoch": 0, "step": step, "steps_per_epoch": 9}
+    counts = {"epoch": 0, "step": step, "steps_per_epoch": 9, "skipped": 0}
     return dict.fromkeys(checkpoint.KEYS) | kinds | counts | {"sources": []} | more
 
 

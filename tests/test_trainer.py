@@ -1,5 +1,6 @@
 """The loop, on made-up clips in this process: equivalences, checkpoints, validation, and what stops it."""
 
+import contextlib
 import dataclasses
 import functools
 import io
@@ -37,6 +38,7 @@ from omnivision.reporting.bad_samples import BadSampleLedger
 from omnivision.reporting.reporter import Reporter
 from omnivision.reporting.run_folder import RunFolder
 from omnivision.resuming import take_up
+from omnivision.steps import posted
 from omnivision.tasks.base import StepOutput
 from omnivision.tasks.reconstruct import Reconstruct
 from omnivision.trainer import Options, TrainData, Trainer, ValData
@@ -446,16 +448,117 @@ class Loop(unittest.TestCase):
             for state in made.optimizer.optimizer.state.values():
                 self.assertTrue(all(bool(value.isfinite().all()) for value in state.values() if value is not None))
 
-    def spoil(self, made: Trainer, step: int) -> None:
+    def test_so_many_steps_may_be_skipped_and_resumed_equals_uninterrupted(self):
+        watched: list[dict[int, dict[str, torch.Tensor]]] = []
+
+        def train(name: str, limit: int, steps: int | None = None) -> Trainer:
+            made = trainer(self.folder / name, max_skipped_steps=limit)
+            self.spoil(made, 2)
+            self.spoil(made, 5, by=float("inf"))  # its gradient is finite
+            if name == "whole":
+                watched.append(self.watch(made))
+            if steps is not None:
+                self.stop_after(made, steps)
+            with contextlib.suppress(KeyboardInterrupt):
+                made.fit()
+            made.reporter.close()
+            return made
+
+        whole = train("whole", 2)
+        [seen] = watched
+        for one, other, same in ((1, 2, True), (2, 3, False), (4, 5, True), (5, 6, False)):
+            changed = [name for name in seen[one] if not torch.equal(seen[one][name], seen[other][name])]
+            self.assertEqual(not changed, same, (one, other))
+        entries = [json.loads(line) for line in (self.folder / "whole/logs/nonfinite.jsonl").read_text().splitlines()]
+        self.assertEqual([(entry["step"], entry["epoch"], entry["rank"]) for entry in entries], [(2, 0, 0), (5, 1, 0)])
+        self.assertEqual(len(set(entries[0]["samples"])), 4)
+        epochs = [line for line in self.lines("whole") if line["event"] == "epoch"]
+        for line in epochs:
+            losses = [step["loss"] for step in self.lines("whole") if step["event"] == "step"]
+            losses = [loss for loss in losses[3 * line["epoch"] : 3 * line["epoch"] + 3] if loss is not None]
+            self.assertAlmostEqual(line["loss"], sum(losses) / 2, delta=1e-6, msg="the average of the others")
+        self.assertIn("Step 5 gave", whole.reporter.console.file.getvalue())
+        self.assertIn("2 of at most 2 such steps", whole.reporter.console.file.getvalue())
+
+        for steps in (1, 2, 4, 5):
+            train(f"cut_{steps}", 2, steps)
+            made = train(f"cut_{steps}", 2)
+            self.assert_same(whole.bare.state_dict(), made.bare.state_dict())
+            self.assertEqual(made.watch.skipped, 2)
+            again = (self.folder / f"cut_{steps}/logs/nonfinite.jsonl").read_text().splitlines()
+            self.assertEqual([json.loads(line)["step"] for line in again], [2, 5], steps)
+        with self.assertRaisesRegex(NonFiniteError, "Step 5 .*; 2 such steps, and trainer.max_skipped_steps is 1"):
+            train("one", 1)
+        self.assertEqual(checkpoint.load_newest(self.folder / "one/checkpoints")[0]["epoch"], 1)
+
+    def test_of_several_processes_those_are_named_that_began_it(self):
+        made, nan = trainer(self.folder / "two"), float("nan")
+        batch = Batch(torch.zeros(0), torch.zeros(0), torch.zeros(0), "noise", ["a.mp4"])
+        step = posted(0, 1, batch, torch.tensor(2.0), torch.tensor(nan), scaled=False)
+        for losses, named in (((2.0, nan, 3.0), [1]), ((2.0, 3.0), [0, 1])):
+            found = [(loss, nan, [f"{rank}.mp4"]) for rank, loss in enumerate(losses)]
+            with mock.patch.object(made.processes, "gather", return_value=found):
+                made.watch.post(step, short=False, asked=False)
+                with self.assertRaisesRegex(NonFiniteError, "Step 1 ") as raised:
+                    made.watch.hear()
+            self.assertEqual([rank for rank in range(3) if f"{rank}.mp4" in str(raised.exception)], named)
+
+    def test_weights_that_are_not_finite_are_not_saved(self):
+        made = trainer(self.folder / "inf", save_every_steps=1)
+        step = made.optimizer.step
+
+        def overflow(spoiled: torch.Tensor) -> None:
+            step(spoiled)
+            if made.global_step == 1:
+                with torch.no_grad():
+                    made.bare.heads[0].projector.bias[0] = float("inf")
+
+        made.optimizer.step = overflow
+        with self.assertRaisesRegex(NonFiniteError, "1 of the .* parameters are not finite after step 2; the last"):
+            made.fit()
+        self.assertEqual(checkpoint.load_newest(made.folder.checkpoints)[0]["step"], 1)
+
+    def test_fp16_that_overflows_however_it_is_scaled(self):
+        made = trainer(self.folder / "half", amp_dtype=torch.float16, max_epochs=40)
+        training_step = made.task.training_step
+
+        def overflowing(model: torch.nn.Module, batch: Batch) -> StepOutput:
+            output = training_step(model, batch)
+            steep = torch.autograd.graph.saved_tensors_hooks  # the loss is fine, its gradient is not
+            with steep(lambda tensor: tensor, lambda tensor: tensor * float("inf")):
+                return dataclasses.replace(output, loss=output.loss * model.heads[0].projector.bias[0].exp())
+
+        made.task.training_step = overflowing
+        before = {name: value.clone() for name, value in made.bare.state_dict().items()}
+        with self.assertRaisesRegex(NonFiniteError, "not finite in fp16 even when .*amp_dtype=bfloat16"):
+            made.fit()
+        self.assert_same(before, made.bare.state_dict())
+
+    def spoil(self, made: Trainer, step: int, by: float = float("nan")) -> None:
         training_step = made.task.training_step
 
         def spoilt(model: torch.nn.Module, batch: Batch) -> StepOutput:
             output = training_step(model, batch)
-            return (
-                dataclasses.replace(output, loss=output.loss * float("nan")) if made.global_step + 1 == step else output
+            if made.global_step + 1 != step:
+                return output
+            # Of an infinite loss the gradient may well be finite.
+            loss = output.loss * by if by != by else output.loss + by
+            return dataclasses.replace(
+                output, loss=loss, sums={name: value * by for name, value in output.sums.items()}
             )
 
         made.task.training_step = spoilt  # type: ignore[method-assign]
+
+    def stop_after(self, made: Trainer, step: int) -> None:
+        """Ctrl-C in the step after this one."""
+        train_step = made.train_step
+
+        def stopping(batch: Batch) -> None:
+            if made.global_step == step:
+                raise KeyboardInterrupt
+            train_step(batch)
+
+        made.train_step = stopping  # type: ignore[method-assign]
 
     def watch(self, made: Trainer) -> dict[int, dict[str, torch.Tensor]]:
         """The weights after each step, by number."""
