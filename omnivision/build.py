@@ -355,4 +355,5 @@ def options(settings: Settings, device: torch.device) -> Options:
         save_freq=config.checkpoint.save_freq,
         save_every_steps=config.checkpoint.save_every_steps,
         max_skipped_steps=config.max_skipped_steps,
+        allow_changes=config.checkpoint.allow_changes,
     )

@@ -24,10 +24,11 @@ from omnivision.errors import UserError
 from omnivision.files import LATEST, PREVIOUS, sha256, sync_folder, write_atomically
 from omnivision.safe import BrokenCheckpoint, safe_load
 
-FORMAT = 1
+FORMAT = 2
 LAG_SECONDS = 60.0  # that a shared file system may take to show a checkpoint to other machines
 KEYS = {
     "format",
+    "experiment",
     "architecture",
     "model",
     "ema",
@@ -169,9 +170,14 @@ def _check_structure(state: Any, path: Path) -> None:
         lacking = ["tensors under model"]
     if not lacking:
         kinds = {"optimizer": dict, "scaler": dict, "meter": dict, "last": dict, "sources": list, "architecture": dict}
+        kinds["experiment"] = str
         lacking = [f"a {kind.__name__} under {key}" for key, kind in kinds.items() if not isinstance(state[key], kind)]
         counts = ("epoch", "step", "steps_per_epoch", "skipped")
         lacking += [f"a count under {key}" for key in counts if type(state[key]) is not int or state[key] < 0]
+    if not lacking and state["format"] != FORMAT:
+        raise BrokenCheckpoint(
+            f"{path} has format {state['format']!r}, of another version of omnivision; expected {FORMAT}"
+        )
     if lacking:
         raise BrokenCheckpoint(f"{path} is no checkpoint of a run: it lacks {', '.join(lacking)}")
 

@@ -123,8 +123,6 @@ def note_beginning(job: Job, folder: RunFolder, trainer: Trainer, reporter: Repo
     config = folder.path / "config.yaml"
     if (job.settings.trainer.mode == "val" or trainer.is_done) and config.exists():
         return
-    if trainer.global_step and (changes := changed_settings(config, job.config_text)):
-        reporter.say(f"The run goes on with other settings than it had: {'; '.join(changes)}")
     write_atomically(config, job.config_text)
     summary = folder.read_summary()
     started = summary.get("run", {}).get("started", time.time())
@@ -137,10 +135,15 @@ def note_beginning(job: Job, folder: RunFolder, trainer: Trainer, reporter: Repo
 def ready_trainer(job: Job, processes: Processes, folder: RunFolder, reporter: Reporter, stop: Stop) -> Trainer:
     """The trainer with everything built and, if the run folder has a checkpoint, resumed; else with pretrained weights."""
     from omnivision import build
+    from omnivision.experiment import facts
     from omnivision.files import write_atomically
     from omnivision.resuming import take_up
 
     trainer = build.trainer(job.settings, processes, folder, reporter, stop)
+    if processes.is_main:
+        used = [data for data in (trainer.train, trainer.val) if data is not None]
+        splits = [split for data in used for split in data.dataset.splits]
+        trainer.experiment = facts(job.config_text, splits, None if trainer.train is None else trainer.train.plan)
     for source in trainer.sources:
         reporter.say(f"Averages {source.path} (SHA-256 {source.sha256[:12]}...)")
     if take_up(trainer):
@@ -167,24 +170,6 @@ def ready_trainer(job: Job, processes: Processes, folder: RunFolder, reporter: R
     if trainer.ema is not None:
         trainer.ema.start()
     return trainer
-
-
-def changed_settings(file: Path, text: str) -> list[str]:
-    """How a configuration differs from the one that a run had before: "name: then -> now" for each setting."""
-    import yaml
-
-    def flat(value: Any, name: str = "") -> dict[str, Any]:
-        if not isinstance(value, dict):
-            return {name: value}
-        return {key: v for k, part in value.items() for key, v in flat(part, f"{name}.{k}" if name else str(k)).items()}
-
-    try:
-        then = flat(yaml.safe_load(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, yaml.YAMLError):
-        return ["what it had cannot be read from its config.yaml"]
-    now = flat(yaml.safe_load(text))
-    names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
-    return [f"{name}: {then.get(name)} -> {now.get(name)}" for name in names]
 
 
 def explain(error: BaseException, folder: RunFolder, tells: bool, rank: int, record: JobRecord | None = None) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from omnivision import checkpoint
+from omnivision import checkpoint, experiment
 from omnivision.errors import UserError
 from omnivision.files import LATEST
 from omnivision.optim.ema import MovingAverage
@@ -32,6 +32,8 @@ def take_up(trainer: Trainer) -> bool:
     state, path, problems = found
     for problem in problems:
         trainer.reporter.say(f"A checkpoint is broken and was passed over: {problem}")
+    if trainer.train is not None and trainer.experiment:
+        _require_experiment(trainer, state["experiment"], path)
     if trainer.train is None:  # evaluation asks for nothing but the weights
         trainer.steps_per_epoch = state["steps_per_epoch"]
     elif state["steps_per_epoch"] != trainer.steps_per_epoch:
@@ -60,6 +62,23 @@ def take_up(trainer: Trainer) -> bool:
         trainer.meter.load(state["meter"])
     trainer.reporter.say(f"Resumed from {path}: {trainer.state.epoch} epochs and {trainer.state.step} steps are done.")
     return True
+
+
+def _require_experiment(trainer: Trainer, text: str, path: Path) -> None:
+    """Tell what differs from the experiment that a checkpoint is of. Raises UserError when that makes it another one."""
+    then = experiment.read(text)
+    if then is None:
+        trainer.reporter.say(f"{path} does not say of which experiment it is; its settings cannot be compared.")
+        return
+    altering, others = experiment.differences(then, trainer.experiment)
+    if altering and not trainer.options.allow_changes:
+        raise UserError(
+            f"{path} is of another experiment than this command asks for: {'; '.join(altering)}. Going on would mix the two. "
+            "Give the same again, another launcher.experiment_log_dir for a new run, or "
+            "trainer.checkpoint.allow_changes=true to go on all the same."
+        )
+    if altering or others:
+        trainer.reporter.say(f"The run goes on otherwise than it was: {'; '.join(altering + others)}")
 
 
 def _take_up_average(ema: MovingAverage, average: Mapping[str, Tensor] | None, path: Path) -> None:

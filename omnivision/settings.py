@@ -135,6 +135,7 @@ class CheckpointSettings:
     save_dir: str
     save_freq: Natural | None
     save_every_steps: Natural | None
+    allow_changes: bool
     keep: list[str] | None
     drop: list[str]
     drop_if_present: list[str]

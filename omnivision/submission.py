@@ -12,8 +12,9 @@ from typing import Any
 
 from omnivision import slurm
 from omnivision.errors import UserError
+from omnivision.experiment import changed_settings
 from omnivision.jobs import LOGS, queue_or_none, run_folder_of, waited_for, waits
-from omnivision.process import Job, changed_settings, run_folder
+from omnivision.process import Job, run_folder
 from omnivision.reporting.run_folder import WAITING, RunFolder
 from omnivision.settings import Settings
 

@@ -19,7 +19,7 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import nn
 
-from omnivision import checkpoint, checkpoint_shards
+from omnivision import checkpoint, checkpoint_shards, experiment
 from omnivision.data.batch import Batch
 from omnivision.data.dataset import ClipDataset
 from omnivision.data.epoch import EpochPlan, SourcePlan
@@ -68,6 +68,7 @@ class Options:
     save_freq: int | None = None
     save_every_steps: int | None = None
     max_skipped_steps: int = 0
+    allow_changes: bool = False
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,7 @@ class Trainer:
         self.processes, self.folder, self.reporter = processes, folder, reporter
         self.watch = StepWatch(processes, ledger, folder, reporter.say, options.max_skipped_steps)
         self.bare, self.sources = model.to(processes.device), list(sources)
+        self.experiment: dict[str, Any] = {}  # what checkpoints say of it (`experiment.facts`); process 0 knows
         self.model: nn.Module = self.bare
         if options.compile:
             self.model = torch.compile(self.bare)  # type: ignore[assignment]
@@ -311,6 +313,7 @@ class Trainer:
         self.processes.together(self.folder.require_lock, only_main=True)
         state = {  # resuming.take_up puts it back
             "format": checkpoint.FORMAT,
+            "experiment": experiment.written(self.experiment),
             "architecture": describe(self.bare),
             "model": self.bare.state_dict(),
             "ema": self.ema.average if self.ema is not None else None,

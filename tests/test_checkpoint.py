@@ -34,8 +34,8 @@ class Canary:
 def state(step: int, **more: object) -> dict:
     """What a checkpoint of a run holds, by and large."""
     kinds: dict = {key: {} for key in ("model", "optimizer", "scaler", "meter", "last", "architecture")}
-    counts = {"epoch": 0, "step": step, "steps_per_epoch": 9, "skipped": 0}
-    return dict.fromkeys(checkpoint.KEYS) | kinds | counts | {"sources": []} | more
+    counts = {"format": checkpoint.FORMAT, "epoch": 0, "step": step, "steps_per_epoch": 9, "skipped": 0}
+    return dict.fromkeys(checkpoint.KEYS) | kinds | counts | {"sources": [], "experiment": "{}"} | more
 
 
 class Folder(unittest.TestCase):
@@ -191,6 +191,11 @@ class Loading(Folder):
             torch.save(content, self.folder / "checkpoint.pt")
             with self.assertRaisesRegex(checkpoint.BrokenCheckpoint, "no checkpoint of a run: it lacks"):
                 checkpoint.load_newest(self.folder)
+
+    def test_one_of_another_version(self):
+        checkpoint.save(state(1, format=checkpoint.FORMAT + 1), self.folder, [])
+        with self.assertRaisesRegex(checkpoint.BrokenCheckpoint, "has format 3, of another version .* expected 2"):
+            checkpoint.load_newest(self.folder)
 
     def test_a_pickle_is_refused_and_not_run(self):
         canary = self.folder / "canary"

@@ -23,7 +23,7 @@ FLOORS = {
     ],
     2: ["data", "models", "optim", "demo"],
     3: ["tasks", "evaluation", "prepare"],
-    4: ["checkpoint_shards", "checkpoint", "reporting", "weights", "interop", "slurm"],
+    4: ["experiment", "checkpoint_shards", "checkpoint", "reporting", "weights", "interop", "slurm"],
     5: ["steps", "trainer", "resuming"],
     6: "settings_yaml targets schema settings settings_submitit composition preflight build dry usage".split(),
     7: ["jobs", "job_record", "process", "local", "submission", "launch", "cli"],
@@ -65,7 +65,7 @@ ALLOWED = {
         "train_app_submitit",
         "omnivision.settings_yaml",
         "omnivision.prepare.catalog_file",
-        "omnivision.process",
+        "omnivision.experiment",
     },
 }
 NEVER = {"pytorchvideo", "decord", "cv2", "pickle", "cloudpickle", "dill", "joblib"}

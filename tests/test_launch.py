@@ -16,7 +16,6 @@ from omegaconf import OmegaConf
 from omnivision.distributed import Place, Processes
 from omnivision.errors import EXIT_FAULT, EXIT_INTERRUPTED, UserError
 from omnivision.local import first_failure
-from omnivision.process import changed_settings
 from tests import runs
 from train_app_submitit import apart
 
@@ -146,21 +145,6 @@ class Ends(unittest.TestCase):
                 found, reason = first_failure(self.ended(*codes))
                 self.assertEqual(found, code)
                 self.assertIn(saying, reason)
-
-
-class ChangedSettings(unittest.TestCase):
-    def test_each_is_told_with_what_it_was(self):
-        with tempfile.TemporaryDirectory() as name:
-            file = Path(name) / "config.yaml"
-            file.write_text("epochs: 3\ndata: {path: a, list: [1, 2]}\nother: ${epochs}\ngone: 1\n")
-            now = "epochs: 4\ndata: {path: a, list: [1, 3]}\nother: ${epochs}\n"
-            changes = changed_settings(file, now)
-            self.assertEqual(changes, ["epochs: 3 -> 4", "data.list: [1, 2] -> [1, 3]", "gone: 1 -> None"])
-            file.write_text(now)
-            self.assertEqual(changed_settings(file, now), [])
-            for damage in ("[", "\0"):
-                file.write_text(damage)
-                self.assertEqual(changed_settings(file, now), ["what it had cannot be read from its config.yaml"])
 
 
 class Sweeps(unittest.TestCase):

@@ -164,6 +164,11 @@ class Split:
     def __len__(self) -> int:
         return len(self._paths)
 
+    def files(self) -> dict[str, str]:
+        """The arrays that it is read from, by what they hold."""
+        found = {"paths": self._paths_file, "labels": self._labels_file, "depth": self._depth_file}
+        return {what: file for what, file in found.items() if file is not None}
+
     def path(self, index: int) -> str:
         return self._rewritten(str(self._paths[index]))
 

@@ -1,0 +1,152 @@
+"""What an experiment is: its settings, its data, the code. It is kept in checkpoints, as text, and a run goes on from one only
+as the same experiment.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from omnivision.data.catalog import Split
+from omnivision.data.epoch import EpochPlan
+
+# Settings that say where, how fast and with what files a run is computed, by shell patterns. The clips of a step follow from
+# several of them, and arrays may lie elsewhere: those are compared themselves.
+WITHOUT_EFFECT = (
+    "launcher.*",
+    "submitit.*",
+    "data_root",
+    "datasets.*.prefix",
+    "datasets.*.remove_prefix",
+    "datasets.*.suffix",
+    "datasets.*.remove_suffix",
+    "datasets.*.train.*",
+    "datasets.*.val.*",
+    "batch_size",
+    "num_workers",
+    "trainer.mode",
+    "trainer.accelerator",
+    "trainer.compile",
+    "trainer.val_epoch_freq",
+    "trainer.max_skipped_steps",
+    "trainer.data.batch_size",
+    "trainer.data.image.batch_size",
+    "trainer.data.num_workers",
+    "trainer.data.prefetch",
+    "trainer.data.bad_sample_budget",
+    "trainer.optim.accumulation_steps",
+    "trainer.data.image.accumulation_steps",
+    "trainer.distributed.*",
+    "trainer.logging.*",
+    "trainer.checkpoint.save_*",
+    "trainer.checkpoint.allow_changes",
+)
+LIBRARIES = ("torch", "torchvision", "timm", "av", "numpy")
+WHOLE_BYTES = 64 << 20  # up to this size a file is read as a whole; of a larger one, as much in pieces spread over it
+PIECE_BYTES = 1 << 20
+
+
+def facts(config_text: str, splits: Iterable[Split], plan: EpochPlan | None) -> dict[str, Any]:
+    """What identifies an experiment, of values that JSON has. `config_text` is the configuration, interpolations unresolved."""
+    return {
+        "settings": flat(yaml.safe_load(config_text)),
+        "clips of a step": {} if plan is None else {name: source.clips for name, source in plan.sources.items()},
+        "data": {
+            f"datasets.{split.name}.{split.which}.{what}": fingerprint(Path(file))
+            for split in splits
+            for what, file in split.files().items()
+        },
+        "versions": versions(),
+    }
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Sentences of the kind "name: then -> now": what makes another experiment, and what else has changed.
+
+    `then` and `now` are `facts`.
+    """
+    known = now["settings"]
+    sources = {name.split(".")[3] for name in known if name.startswith("trainer.data.sources.")}
+    altering: list[str] = []
+    others: list[str] = []
+    for change, name in changes(then.get("settings", {}), known):
+        unused = name.startswith("datasets.") and name.split(".")[1] not in sources
+        harmless = any(fnmatch.fnmatchcase(name, pattern) for pattern in WITHOUT_EFFECT)
+        (others if harmless or unused else altering).append(change)
+    for part, prefix in (("clips of a step", "clips of a step of "), ("data", "")):
+        # What only one of them has goes with a setting: a source, or whether the run validates.
+        both = then.get(part, {}).keys() & now[part].keys()
+        found = changes(*({name: facts[part][name] for name in sorted(both)} for facts in (then, now)))
+        altering += [f"{prefix}{change}" for change, _ in found]
+    others += [change for change, _ in changes(then.get("versions", {}), now["versions"])]
+    return altering, others
+
+
+def changed_settings(file: Path, text: str) -> list[str]:
+    """How a configuration differs from the one in `file`: "name: then -> now" for each setting."""
+    try:
+        then = flat(yaml.safe_load(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, yaml.YAMLError):
+        return ["what it had cannot be read from its config.yaml"]
+    return [change for change, _ in changes(then, flat(yaml.safe_load(text)))]
+
+
+def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Sentences about entries that differ, each with its name."""
+    names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+    return [(f"{name}: {then.get(name)} -> {now.get(name)}", name) for name in names]
+
+
+def flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with names like trainer.optim.gradient_clip."""
+    if not isinstance(value, dict):
+        return {name: value}
+    return {key: v for k, part in value.items() for key, v in flat(part, f"{name}.{k}" if name else str(k)).items()}
+
+
+def fingerprint(file: Path) -> str:
+    """Size and SHA-256 of a file; of a large one, of pieces spread over it, so that ten million paths cost no more."""
+    size, digest = file.stat().st_size, hashlib.sha256()
+    count = WHOLE_BYTES // PIECE_BYTES
+    with open(file, "rb") as opened:
+        if size <= WHOLE_BYTES:
+            digest.update(opened.read())
+        else:
+            for piece in range(count):
+                opened.seek((size - PIECE_BYTES) * piece // (count - 1))
+                digest.update(opened.read(PIECE_BYTES))
+    return f"{size} bytes, SHA-256 {digest.hexdigest()}"
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, of the libraries that compute, and of this code: a digest of its files."""
+    digest, package = hashlib.sha256(), Path(__file__).parent
+    for file in sorted(package.rglob("*.py")):
+        digest.update(os.fsencode(file.relative_to(package)) + file.read_bytes())
+    installed = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    return {"omnivision": digest.hexdigest()[:12], "python": platform.python_version()} | installed
+
+
+def written(experiment: Mapping[str, Any]) -> str:
+    """As text, for a checkpoint."""
+    return json.dumps(experiment, default=str)
+
+
+def read(text: Any) -> dict[str, Any] | None:
+    """`facts` from the text in a checkpoint, which may come from anywhere; None when it is none."""
+    try:
+        found = json.loads(text)
+    except (TypeError, ValueError, RecursionError):
+        return None
+    parts = ("settings", "clips of a step", "data", "versions")
+    whole = isinstance(found, dict) and all(isinstance(found.get(part), dict) for part in parts)
+    return found if whole else None

@@ -1,0 +1,162 @@
+"""What makes a run another experiment, and that nobody goes on with one by mistake."""
+
+import contextlib
+import dataclasses
+import fnmatch
+import io
+import json
+import tempfile
+import unittest
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import yaml
+from omegaconf import OmegaConf
+
+from omnivision import experiment
+from omnivision.experiment import changed_settings, differences, fingerprint, flat
+from omnivision.settings import DatasetSettings
+from tests import runs
+from tests import stage_runs as stages
+
+SETTINGS = {
+    "epochs": 3,
+    "batch_size": 8,
+    "datasets": {"ucf101": {"fps": 25, "prefix": "/a"}, "hmdb51": {"fps": 25}},
+    "trainer": {"data": {"sources": {"ucf101": "${datasets.ucf101}"}}, "logging": {"log_freq": 1}},
+}
+
+
+def facts(**more: object) -> dict:
+    made = {
+        "settings": flat(SETTINGS),
+        "clips of a step": {"ucf101": 16},
+        "data": {"datasets.ucf101.train.paths": "9 bytes, SHA-256 a"},
+        "versions": {"torch": "2.10"},
+    }
+    return made | more
+
+
+class Comparison(unittest.TestCase):
+    def test_what_changes_the_numbers_and_what_does_not(self):
+        for name, value, alters in (
+            ("epochs", 4, True),
+            ("datasets.ucf101.fps", 30, True),
+            ("datasets.hmdb51.fps", 30, False),  # no source of this run
+            ("datasets.ucf101.prefix", "/b", False),
+            ("trainer.logging.log_freq", 7, False),
+            ("batch_size", 4, False),  # on twice as many nodes a step has the same clips
+            ("trainer.something_new", 1, True),
+        ):
+            altering, others = differences(facts(), facts(settings=flat(SETTINGS) | {name: value}))
+            told = [f"{name}: {flat(SETTINGS).get(name)} -> {value}"]
+            self.assertEqual((altering, others), (told, []) if alters else ([], told), name)
+        self.assertEqual(differences(facts(), facts()), ([], []))
+
+    def test_data_batches_and_versions(self):
+        data = {"datasets.ucf101.train.paths": "9 bytes, SHA-256 b", "datasets.ucf101.val.paths": "1 bytes, SHA-256 c"}
+        self.assertEqual(
+            differences(facts(), facts(data=data))[0],
+            ["datasets.ucf101.train.paths: 9 bytes, SHA-256 a -> 9 bytes, SHA-256 b"],
+        )
+        self.assertEqual(
+            differences(facts(), facts(**{"clips of a step": {"ucf101": 8}}))[0],
+            ["clips of a step of ucf101: 16 -> 8"],
+        )
+        self.assertEqual(differences(facts(), facts(versions={"torch": "3"})), ([], ["torch: 2.10 -> 3"]))
+
+    def test_every_setting_that_is_said_to_have_no_effect_exists(self):
+        text = OmegaConf.to_yaml(stages.composed(*runs.STAGE_1[2:], "launcher.experiment_log_dir=/a"))
+        shipped = flat(yaml.safe_load(text))
+        shipped |= {f"datasets.ucf101.{field.name}": None for field in dataclasses.fields(DatasetSettings)}
+        images = {"trainer.data.image.batch_size", "trainer.data.image.accumulation_steps"}
+        for pattern in experiment.WITHOUT_EFFECT:
+            found = [name for name in [*shipped, *images] if fnmatch.fnmatchcase(name, pattern)]
+            self.assertTrue(found, pattern)
+
+    def test_text_from_elsewhere(self):
+        self.assertEqual(experiment.read(experiment.written(facts())), facts())
+        for text in ("", "[", "[]", "{}", None, "[" * 100_000, json.dumps(facts(settings=[]))):
+            self.assertIsNone(experiment.read(text))
+
+
+class Fingerprints(unittest.TestCase):
+    def test_a_changed_byte_is_seen_and_a_large_file_is_read_in_pieces(self):
+        with tempfile.TemporaryDirectory() as name:
+            file = Path(name) / "paths.npy"
+            file.write_bytes(b"a" * 5000)
+            before = fingerprint(file)
+            self.assertRegex(before, "^5000 bytes, SHA-256 [0-9a-f]{64}$")
+            file.write_bytes(b"a" * 4999 + b"b")
+            self.assertNotEqual(fingerprint(file), before)
+            with mock.patch.multiple(experiment, WHOLE_BYTES=1000, PIECE_BYTES=100):
+                whole, seen = fingerprint(file), 0
+                for place in range(0, 5000, 10):
+                    with open(file, "r+b") as opened:
+                        opened.seek(place)
+                        held = opened.read(1)
+                        opened.seek(place)
+                        opened.write(b"x")
+                    seen += fingerprint(file) != whole
+                    with open(file, "r+b") as opened:
+                        opened.seek(place)
+                        opened.write(held)
+                self.assertEqual(seen, 1000 // 10)
+                file.write_bytes(b"a" * 4998 + b"b")
+                self.assertNotEqual(fingerprint(file), whole)
+
+
+class Files(unittest.TestCase):
+    def test_each_change_is_told_with_what_it_was(self):
+        with tempfile.TemporaryDirectory() as name:
+            file = Path(name) / "config.yaml"
+            file.write_text("epochs: 3\ndata: {path: a, list: [1, 2]}\nother: ${epochs}\ngone: 1\n")
+            now = "epochs: 4\ndata: {path: a, list: [1, 3]}\nother: ${epochs}\n"
+            changes = changed_settings(file, now)
+            self.assertEqual(changes, ["epochs: 3 -> 4", "data.list: [1, 2] -> [1, 3]", "gone: 1 -> None"])
+            file.write_text(now)
+            self.assertEqual(changed_settings(file, now), [])
+            for damage in ("[", "\0"):
+                file.write_text(damage)
+                self.assertEqual(changed_settings(file, now), ["what it had cannot be read from its config.yaml"])
+
+
+class Resuming(unittest.TestCase):
+    def test_a_run_goes_on_as_the_same_experiment_or_not_at_all(self):
+        with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(io.StringIO()):
+            folder, run = Path(name), Path(name) / "run"
+            films = runs.real_films() * 8
+            data = runs.write_split(folder, films)
+
+            def again(*overrides: str) -> stages.Result:
+                return stages.here(runs.command(run, *data, "epochs=1", *overrides)[2:])
+
+            self.assertEqual(again().returncode, 0)
+            before = (run / "checkpoints/checkpoint.pt").read_bytes()
+            for overrides, saying in (
+                (["epochs=2"], "epochs: 1 -> 2"),
+                (["lr_scale_factor=3"], "lr_scale_factor: 2 -> 3"),
+                (["batch_size=4"], "clips of a step of k150: 8 -> 4"),
+                (["trainer.seed_value=5", "mask_ratio=0.5"], "mask_ratio: 0.9 -> 0.5; trainer.seed_value: 123 -> 5"),
+            ):
+                refused = again(*overrides)
+                self.assertEqual(refused.returncode, 1, refused.stderr)
+                self.assertRegex(refused.stderr, f"another experiment .*{saying}.*allow_changes=true")
+            np.save(folder / "paths.npy.new.npy", np.array(films[:-1] + films[:1]))
+            (folder / "paths.npy.new.npy").replace(folder / "paths.npy")
+            refused = again()
+            self.assertRegex(refused.stderr, r"datasets.k150.train.paths: \d+ bytes, SHA-256 .* -> \d+ bytes")
+            self.assertEqual((run / "checkpoints/checkpoint.pt").read_bytes(), before)
+
+            harmless = again("num_workers=1", "trainer.logging.log_freq=3", "trainer.checkpoint.allow_changes=true")
+            self.assertEqual(harmless.returncode, 0, harmless.stderr)
+            self.assertRegex(harmless.stdout, "goes on otherwise than it was: .*log_freq: 1 -> 3")
+            on = again("epochs=2", "trainer.checkpoint.allow_changes=true")
+            self.assertEqual(on.returncode, 0, on.stderr)
+            self.assertRegex(on.stdout, "goes on otherwise than it was: epochs: 1 -> 2; datasets.k150.train.paths: ")
+            self.assertEqual(again("epochs=2").returncode, 0, "it is what its checkpoint says now")
+
+
+if __name__ == "__main__":
+    unittest.main()
