@@ -51,13 +51,13 @@ def main() -> None:
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
     except UserError as error:
-        from omnivision.process import print_error
+        from omnivision.ending import print_error
 
         print_error(str(error))
         code = error.exit_code
     except Exception as error:
+        from omnivision.ending import print_error
         from omnivision.errors import EXIT_FAULT
-        from omnivision.process import print_error
 
         print_error(error)
         code = EXIT_FAULT

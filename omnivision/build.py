@@ -305,7 +305,8 @@ def trainer(settings: Settings, processes: Processes, folder: RunFolder, reporte
     """Everything that a run needs. Raises UserError for whatever its user can mend."""
     data = settings.trainer.data
     train_splits, val_splits = open_splits(settings)
-    workers = Workers(data.num_workers, data.prefetch, pin_memory=processes.device.type == "cuda")
+    pinned = processes.device.type == "cuda"
+    workers = Workers(data.num_workers, data.prefetch, pinned, timeout=60 * data.timeout_minutes)
     train = None
     if train_splits:
         train = TrainData(

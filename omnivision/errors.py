@@ -27,6 +27,16 @@ class NonFiniteError(UserError):
     exit_code = EXIT_NON_FINITE
 
 
+class LostContact(RuntimeError):
+    """Another process of the run is gone or silent; the message names it."""
+
+
+class DataWorkerError(UserError):
+    """A data worker was killed, or gives nothing any more. The run goes on from its checkpoint when it is started again."""
+
+    exit_code = EXIT_FAULT
+
+
 class Terminated(BaseException):
     """A run was asked to stop. `cause` says by what (see `stopping.Stop`), `saved_step` which step is in its checkpoint when
     it has saved and all its processes leave together.

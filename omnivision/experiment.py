@@ -42,6 +42,7 @@ WITHOUT_EFFECT = (
     "trainer.data.image.batch_size",
     "trainer.data.num_workers",
     "trainer.data.prefetch",
+    "trainer.data.timeout_minutes",
     "trainer.data.bad_sample_budget",
     "trainer.optim.accumulation_steps",
     "trainer.data.image.accumulation_steps",

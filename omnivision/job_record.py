@@ -34,6 +34,7 @@ from omnivision.jobs import (
 )
 from omnivision.reporting.run_folder import WAITING, RunFolder
 from omnivision.stopping import TIME_LIMIT, Stop
+from omnivision.watchdog import lost_contact
 
 NO_PROGRESS = 3  # restarts without a new step that end a job
 LAST_WORDS_SECONDS = 2.0  # for a process that fails to say so before process 0 decides
@@ -196,18 +197,6 @@ def coming_back(reason: str, task: Task, limit: int | None, lines: list[dict[str
     if fruitless_starts(lines) > NO_PROGRESS or task.restarts - last_start >= NO_PROGRESS:
         return Verdict("failed", f"{reason}; {no_progress(task.job_id, 'does not get as far as its checkpoint')}")
     return Verdict("requeued", f"{reason}; job {task.job_id} goes back into the queue", requeue=True)
-
-
-def lost_contact(error: BaseException) -> bool:
-    """Whether an error says that another process is gone, and nothing about this one."""
-    if not isinstance(error, RuntimeError):
-        return (
-            False  # torch may not be imported yet, and there may be no time for that: SLURM kills what does not leave
-        )
-    import torch.distributed as dist
-
-    texts = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL")
-    return isinstance(error, dist.DistError) or any(text in str(error) for text in texts)
 
 
 def carry_out(verdict: Verdict, task: Task, tells: RunFolder | None, folder: RunFolder, token: str) -> None:

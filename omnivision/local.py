@@ -12,8 +12,9 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from omnivision.ending import how_it_ended
 from omnivision.errors import EXIT_ANNOUNCED, EXIT_FAULT, EXIT_INTERRUPTED, EXIT_TERMINATED, EXIT_USER, Terminated
-from omnivision.process import Job, how_it_ended, run_folder, run_process
+from omnivision.process import Job, run_folder, run_process
 from omnivision.stopping import SIGNALS, undisturbed
 
 if TYPE_CHECKING:

@@ -9,15 +9,16 @@ import logging
 import os
 import sys
 import time
-import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omnivision.errors import EXIT_FAULT, EXIT_INTERRUPTED, Terminated, UserError
-from omnivision.reporting.run_folder import STALE_SECONDS, WAITING, RunFolder
+from omnivision.ending import Ending
+from omnivision.errors import Terminated, UserError
+from omnivision.reporting.run_folder import STALE_SECONDS, RunFolder
 from omnivision.settings import Settings
-from omnivision.stopping import Stop, undisturbed
+from omnivision.stopping import Stop, end_workers, undisturbed
+from omnivision.watchdog import GRACE_SECONDS, Peers
 
 if TYPE_CHECKING:
     from omnivision.distributed import Place, Processes
@@ -50,10 +51,11 @@ def run_process(job: Job, place: Place | None, record: JobRecord | None = None) 
     """
     faulthandler.enable(sys.__stderr__ or 2)  # a signal that no Python code sees (SIGSEGV, SIGBUS) still says where
     stop, folder = Stop(), run_folder(job)
-    locked = begun = False
     validating = job.settings.trainer.mode == "val"
-    processes: Processes | None = None
-    with stop.listening(deaf_afterwards=record is not None):
+    rank = place.rank if place is not None else int(os.environ.get("RANK", "0"))
+    ending = Ending(folder, rank, validating, record)
+    grace = max(GRACE_SECONDS, job.settings.submitit.signal_delay_s or 0)
+    with stop.listening(deaf_afterwards=record is not None), ending.watched(stop, grace):
         try:
             stop.hear()
             from omnivision import build, checkpoint
@@ -67,12 +69,14 @@ def run_process(job: Job, place: Place | None, record: JobRecord | None = None) 
             # What a dead node has left behind looks alive for a while; a job of a cluster can wait.
             patience = STALE_SECONDS + 10 if record is not None else 0.0
             taken_over = processes.together(lambda: folder.lock(patience), only_main=True)
-            locked = processes.is_main
+            ending.locked = processes.is_main
             processes.together(folder.own_checkpoints, only_main=True)
-            if locked:
+            if ending.locked:
                 for written in (folder.path, folder.logs, folder.checkpoints):
                     remove_leftovers(written)
             log_to_file(folder.logs / f"rank_{place.rank}.log")
+            timeout = 60 * job.settings.trainer.distributed.timeout_minutes
+            ending.peers = Peers(folder.logs, place.rank, place.world, stop, timeout, ending.leave)
             if record is not None:
                 processes.together(lambda: record.allow(stop), only_main=True)
                 stop.end_at(processes.gather(stop.deadline)[0])
@@ -84,16 +88,18 @@ def run_process(job: Job, place: Place | None, record: JobRecord | None = None) 
             trainer = processes.together(lambda: ready_trainer(job, processes, folder, reporter, stop))
             assert trainer is not None
             trainer.join_processes()
-            begun = processes.is_main
+            ending.peers.start()
+            ending.begun = processes.is_main
             if record is not None:
                 processes.together(lambda: record.resumed(trainer.global_step), only_main=True)
-            if begun:
+            if ending.begun:
                 note_beginning(job, folder, trainer, reporter, on_cluster=record is not None)
             stop.patience()
             with contextlib.closing(reporter):
                 trainer.validate_only() if validating else trainer.fit()
+            ending.peers.end()
             processes.close()
-            if begun:
+            if ending.begun:
                 with undisturbed():
                     LOG.info("ended well")
                     folder.write_summary(last_lines=folder.last_lines())
@@ -102,17 +108,11 @@ def run_process(job: Job, place: Place | None, record: JobRecord | None = None) 
             return 0
         except (Exception, KeyboardInterrupt, Terminated) as error:
             with undisturbed():
-                # A refusal before anything has begun leaves what an earlier run wrote as it is; an evaluation always does.
-                untouched = locked and folder.read_summary().get("status") in (None, *WAITING)
-                tells = untouched or (begun and not validating)
-                rank = place.rank if place is not None else int(os.environ.get("RANK", "0"))
-                if record is not None and rank == 0 and not validating:
-                    tells = tells or locked or record.tells()
-                return explain(error, folder, tells, rank, record)
+                return ending.told(error)
         finally:
             with undisturbed():
-                if locked:
-                    folder.unlock()
+                end_workers()
+                ending.unlock()
 
 
 def note_beginning(job: Job, folder: RunFolder, trainer: Trainer, reporter: Reporter, on_cluster: bool) -> None:
@@ -170,52 +170,6 @@ def ready_trainer(job: Job, processes: Processes, folder: RunFolder, reporter: R
     if trainer.ema is not None:
         trainer.ema.start()
     return trainer
-
-
-def explain(error: BaseException, folder: RunFolder, tells: bool, rank: int, record: JobRecord | None = None) -> int:
-    """Say why a process ends, on the console, in its log and, if it `tells` of this run, in `summary.json`; returns the exit
-    code.
-    """
-    code, reason = how_it_ended(error)
-    # What all processes know is told by one; a fault is told by each that has one.
-    tell = rank == 0 or code == EXIT_FAULT or (isinstance(error, UserError) and not error.everywhere)
-    as_asked = isinstance(error, (KeyboardInterrupt, Terminated))
-    LOG.log(logging.WARNING if as_asked else logging.ERROR, reason, exc_info=error if code == EXIT_FAULT else None)
-    if tell:
-        print_error(error if code == EXIT_FAULT else reason)
-    try:
-        if record is not None and rank == 0:
-            record.end(error, reason, tells)
-        elif record is not None:
-            record.fault(error, reason)
-        elif tells:
-            folder.write_end("failed" if isinstance(error, Exception) else "interrupted", reason)
-    except OSError as failure:  # a full disk must not change the exit code
-        print(f"error: the reason could not be written to the run folder: {failure}", file=sys.stderr)
-    return code
-
-
-def how_it_ended(error: BaseException) -> tuple[int, str]:
-    """Exit code and reason."""
-    match error:
-        case UserError():
-            return error.exit_code, str(error)
-        case KeyboardInterrupt():
-            return EXIT_INTERRUPTED, "interrupted from the keyboard"
-        case Terminated():
-            saved = "" if error.saved_step is None else f"; step {error.saved_step} is saved"
-            return error.exit_code, f"ended by {error.cause}{saved}"
-    return EXIT_FAULT, f"{type(error).__name__}: {error}"
-
-
-def print_error(problem: BaseException | str) -> None:
-    """A paragraph for a user's mistake, a traceback for a fault (or for everything, with OMNIVISION_TRACEBACK=1)."""
-    if isinstance(problem, str):
-        print(f"error: {problem}", file=sys.stderr, flush=True)
-        if os.environ.get("OMNIVISION_TRACEBACK") == "1":
-            traceback.print_exc()
-    else:
-        traceback.print_exception(problem)
 
 
 def log_to_file(path: Path) -> None:

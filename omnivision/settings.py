@@ -80,6 +80,7 @@ class DataSettings:
     batch_size: Natural
     num_workers: Count
     prefetch: Natural
+    timeout_minutes: Annotated[float, Range(above=0, high=100_000)]
     views_per_clip: Natural
     view: Target
     val_view: Target

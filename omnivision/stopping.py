@@ -7,6 +7,7 @@ are only noted while a run is `patient`, because it looks after every step; at o
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import signal
 import threading
 import time
@@ -35,6 +36,10 @@ class Stop:
         self._half = 0.0  # of the time there was when the deadline became known
         self.step_seconds = 0.0
         self.save_seconds: float | None = None  # until something was saved
+        self.doing, self.step = (
+            "starting",
+            0,
+        )  # what the main thread is in, for those who ask when it does not come back
         self._late = self._hears = self._patient = self._told = False
         self._first_term = 0.0
 
@@ -52,7 +57,12 @@ class Stop:
         """Seconds to finish a step and to save, with room for both to take twice as long, and for leaving; at most half of
         what there was, so that a run whose saving was not measured yet does something at all.
         """
-        return min(seconds_to_leave(self.step_seconds, self.save_seconds), self._half)
+        return min(self.time_to_leave, self._half)
+
+    @property
+    def time_to_leave(self) -> float:
+        """Seconds that it takes to end the step, to save and to leave, generously."""
+        return seconds_to_leave(self.step_seconds, self.save_seconds)
 
     def end_at(self, deadline: float | None) -> None:
         """The job ends at this time, in seconds since the epoch (None: never)."""
@@ -63,6 +73,10 @@ class Stop:
         """What the slowest of the last steps and the last saving took, as far as they are known."""
         found = {"step_seconds": self.step_seconds or None, "save_seconds": self.save_seconds}
         return {name: round(seconds, 3) for name, seconds in found.items() if seconds is not None}
+
+    def now(self, doing: str, step: int) -> None:
+        """Note what the run does from here on, and how many steps are done."""
+        self.doing, self.step = doing, step
 
     def note_step(self, seconds: float) -> None:
         """What a step took; the slowest counts, and is forgotten by and by."""
@@ -122,6 +136,12 @@ def unheard() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def end_workers() -> None:
+    """End this process's data workers: they hear no request to stop, and one that hangs would be waited for without end."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 @contextlib.contextmanager

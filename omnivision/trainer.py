@@ -205,7 +205,9 @@ class Trainer:
         interval = Interval()
         while self.state.step < self.steps_per_epoch:
             asked = time.monotonic()
+            self.stop.now("waiting for data", self.global_step)
             batch = next(batches)
+            self.stop.now("in a step", self.global_step)
             interval.waited += time.monotonic() - asked
             self.train_step(batch)
             self.stop.note_step(time.monotonic() - asked)
@@ -276,6 +278,7 @@ class Trainer:
         None when a process was asked to stop before the end.
         """
         assert self.val is not None
+        self.stop.now("validating", self.global_step)
         batches = evaluation_batches(
             self.val.dataset,
             self.val.videos_per_batch,
@@ -306,6 +309,7 @@ class Trainer:
 
         What is split among the processes each writes by itself, beside it.
         """
+        self.stop.now("saving", self.global_step)
         self._require_finite_weights()
         self._count_seconds()
         began = time.monotonic()

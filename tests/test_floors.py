@@ -16,6 +16,7 @@ FLOORS = {
         "sharding",
         "agreement",
         "stopping",
+        "watchdog",
         "metrics",
         "optim.schedules",
         "models.patches",
@@ -26,12 +27,13 @@ FLOORS = {
     4: ["experiment", "checkpoint_shards", "checkpoint", "reporting", "weights", "interop", "slurm"],
     5: ["steps", "trainer", "resuming"],
     6: "settings_yaml targets schema settings settings_submitit composition preflight build dry usage".split(),
-    7: ["jobs", "job_record", "process", "local", "submission", "launch", "cli"],
+    7: ["jobs", "job_record", "ending", "process", "local", "submission", "launch", "cli"],
 }
 # Within a floor, these are above the others.
 RAISED = {
     "files": 0.5,
     "agreement": 1.5,
+    "watchdog": 1.5,
     "sharding": 1.5,
     "metrics": 1.5,
     "demo": 2.5,
@@ -51,6 +53,7 @@ RAISED = {
     "process": 7.2,
     "jobs": 7.0,
     "job_record": 7.1,
+    "ending": 7.15,
     "local": 7.3,
     "submission": 7.3,
     "launch": 7.4,

@@ -21,7 +21,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 from omnivision import job_record, jobs, launch, slurm, submission
 from omnivision.distributed import Place
 from omnivision.errors import Terminated, UserError
-from omnivision.job_record import JobRecord, lost_contact
+from omnivision.job_record import JobRecord
 from omnivision.jobs import Task, environment, fruitless_starts, history, note, settled, waits
 from omnivision.launch import setup_lines, signal_delay
 from omnivision.process import Job, run_process
@@ -40,6 +40,7 @@ from omnivision.submission import (
     require_free,
     warn_of_other_settings,
 )
+from omnivision.watchdog import lost_contact
 from tests import runs, stage_runs
 
 SLURM = {

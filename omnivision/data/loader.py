@@ -7,6 +7,8 @@ import multiprocessing
 import multiprocessing.forkserver
 import multiprocessing.resource_tracker
 import os
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,16 +19,22 @@ from omnivision.data.batch import Batch, collate
 from omnivision.data.dataset import ClipDataset
 from omnivision.data.epoch import EpochPlan, Request
 from omnivision.distributed import leave_with
-from omnivision.stopping import unheard
+from omnivision.errors import DataWorkerError
+from omnivision.stopping import end_workers, unheard
+
+FILES_TOLD = 8
 
 
 @dataclass(frozen=True)
 class Workers:
-    """How batches are fetched: worker processes, batches each prepares ahead, page-locked memory for an accelerator."""
+    """How batches are fetched: worker processes, batches each prepares ahead, page-locked memory for an accelerator, and
+    seconds after which a batch that does not come is an error.
+    """
 
     num_workers: int = 0
     prefetch: int = 2
     pin_memory: bool = False
+    timeout: float = 600.0
 
 
 class _Steps:
@@ -68,19 +76,89 @@ def train_batches(
     world: int,
     workers: Workers,
 ) -> Iterator[Batch]:
-    """Batches from the step `start` = (epoch, step) to the end of epoch `epochs` - 1, without a pause between epochs."""
-    return iter(data_loader(dataset, _Steps(plan, start, epochs, rank, world), workers))
+    """Batches from the step `start` = (epoch, step) to the end of epoch `epochs` - 1, without a pause between epochs.
+
+    Raises DataWorkerError.
+    """
+    return _fetched(dataset, _Steps(plan, start, epochs, rank, world), workers)
 
 
 def evaluation_batches(
     dataset: ClipDataset, videos_per_batch: int, rank: int, world: int, workers: Workers, limit: int | None = None
-) -> DataLoader:
+) -> Iterator[Batch]:
     """Every video of every source once, whatever the number of processes: process r takes videos r, r + world, ...
 
-    Batches never mix sources, which take turns; `limit` bounds the batches of each process.
+    Batches never mix sources, which take turns; `limit` bounds the batches of each process. Raises DataWorkerError.
     """
     sizes = [len(split) for split in dataset.splits]
-    return data_loader(dataset, _Videos(sizes, videos_per_batch, rank, world, limit), workers)
+    return _fetched(dataset, _Videos(sizes, videos_per_batch, rank, world, limit), workers)
+
+
+def _fetched(dataset: ClipDataset, batches: _Steps | _Videos, workers: Workers) -> Iterator[Batch]:
+    """Batches from workers; one that was killed or does not answer is told with the files that it had to read."""
+    loader = data_loader(dataset, batches, workers)
+    if not workers.num_workers:
+        yield from loader
+        return
+    patience, asked = _Patience(workers.timeout), iter(batches)
+    try:
+        fetched = iter(loader)
+        while True:
+            with patience:
+                batch = next(fetched, None)
+            if batch is None:
+                return
+            next(asked)
+            yield batch
+    except (RuntimeError, OSError, EOFError) as error:
+        # What a worker sent may have to be fetched from it, and it is gone.
+        gone = isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker" in str(error)
+        if not (gone or patience.over):
+            raise
+        splits, requests = dataset.splits, next(asked, [])
+        files = ", ".join(splits[request.source].path(request.video) for request in requests[:FILES_TOLD])
+        what = (
+            f"The data workers have given nothing for {workers.timeout / 60:.3g} minutes (trainer.data.timeout_minutes; a file "
+            "system that does not answer, perhaps)"
+            if patience.over
+            else "A data worker was killed (by the system for want of memory, perhaps: lower num_workers or "
+            "trainer.data.prefetch)"
+        )
+        raise DataWorkerError(
+            f"{what} while this batch was read: {files}{', ...' * (len(requests) > FILES_TOLD)}. The same command goes on "
+            f"from the last checkpoint. ({error})"
+        ) from error
+    finally:
+        patience.end()
+
+
+class _Patience:
+    """Ends the workers when a batch does not come for so long (seconds); torch then tells that they are gone. By itself it
+    either waits for ever, or does not look whether they live.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.over = seconds, False
+        self._since: float | None = None
+        self._ended = threading.Event()
+        threading.Thread(target=self._watch, daemon=True, name="data-workers").start()
+
+    def __enter__(self) -> None:
+        self._since = time.monotonic()
+
+    def __exit__(self, *error: object) -> None:
+        self._since = None
+
+    def end(self) -> None:
+        self._ended.set()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(min(1.0, self.seconds / 10)):
+            since = self._since
+            if since is not None and time.monotonic() - since > self.seconds:
+                self.over = True
+                end_workers()
+                return
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from typing import Any
 
 from omnivision.errors import UserError
 from omnivision.files import write_atomically
+from omnivision.watchdog import process_start
 
 HEARTBEAT_SECONDS = 5.0
 STALE_SECONDS = 60.0
@@ -170,8 +171,13 @@ class RunFolder:
         with alone(self.path / ".lock.guard"):
             holder, age = self._holder()
             running = holder is not None and self._alive(holder, age)
-            if self.read_summary().get("status") == "running" and not running:
+            summary = self.read_summary()
+            if running:
+                return
+            if summary.get("status") == "running":
                 self.write_end("interrupted" if interrupted else "failed", reason)
+            elif summary.get("status") == "failed" and "killed" in reason:  # the others saw only that it is gone
+                self.write_summary(exit_reason=f"{reason}; {summary.get('exit_reason')}")
 
     def _claim(self) -> str:
         return json.dumps(
@@ -230,15 +236,6 @@ def _read_claim(path: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, ValueError, TypeError):
         return None
     return claim if isinstance(claim.get("pid"), int) else None
-
-
-def process_start(pid: int) -> int | None:
-    """When a process of this machine began, in clock ticks since boot; None if there is none. Tells reused ids apart."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return None if fields[0] == "Z" else int(fields[19])
 
 
 def sound(summary: dict[str, Any]) -> dict[str, Any]:

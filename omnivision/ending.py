@@ -1,0 +1,125 @@
+"""How a process of a run ends: what it says, what it writes down, and with which exit code."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import traceback
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
+
+from omnivision.errors import EXIT_FAULT, EXIT_INTERRUPTED, LostContact, Terminated, UserError
+from omnivision.reporting.run_folder import WAITING, RunFolder
+from omnivision.stopping import Stop
+from omnivision.watchdog import Peers, Watchdog, lost_contact, write_stacks
+
+if TYPE_CHECKING:
+    from omnivision.job_record import JobRecord
+
+LOG = logging.getLogger("omnivision")
+
+
+class Ending:
+    """What a process knows of how it may end. The main thread tells why it ends, or one that watches it does."""
+
+    def __init__(self, folder: RunFolder, rank: int, validating: bool, record: JobRecord | None) -> None:
+        self.folder, self.rank, self.validating, self.record = folder, rank, validating, record
+        self.locked = False  # the run folder is this process's
+        self.begun = False  # what the summary tells is about this process's training
+        self.peers: Peers | None = None
+        self._watchdog: Watchdog | None = None
+        self._one = threading.Lock()
+
+    def watched(self, stop: Stop, grace: float) -> AbstractContextManager[None]:
+        """Inside this block a process that was asked to stop has left when its grace, in seconds, is over."""
+        self._watchdog = Watchdog(stop, self.leave, grace)
+        return self._watchdog.watching()
+
+    def told(self, error: BaseException) -> int:
+        """In the main thread: say why the process ends; returns the exit code."""
+        if self._watchdog is not None:
+            self._watchdog.answered = True
+        if not self._one.acquire(blocking=False):
+            threading.Event().wait()  # a thread that watches is about to end this process
+        if self.peers is not None:
+            self.peers.end()
+            if lost_contact(error) and (silent := self.peers.silent()):
+                error = LostContact(silent).with_traceback(error.__traceback__)
+        # A refusal before anything has begun leaves what an earlier run wrote as it is; an evaluation always does.
+        untouched = self.locked and self.folder.read_summary().get("status") in (None, *WAITING)
+        tells = untouched or (self.begun and not self.validating)
+        if self.record is not None and self.rank == 0 and not self.validating:
+            tells = tells or self.locked or self.record.tells()
+        return explain(error, self.folder, tells, self.rank, self.record)
+
+    def leave(self, error: BaseException, at_once: bool) -> None:
+        """In a thread that watches: end the process, wherever its main thread stands, and write down where that is.
+
+        `at_once` there is no time to ask a scheduler for anything.
+        """
+        if not self._one.acquire(blocking=False):
+            return  # it is ending already
+        stacks = self.folder.logs / f"rank_{self.rank}_stacks.txt"
+        write_stacks(stacks)
+        error.add_note(f"what each thread was doing is in {stacks}")
+        # Process 0 tells how a run ended, or, when that one is silent, whoever notices.
+        tells = not self.validating and (self.locked or isinstance(error, LostContact))
+        code = explain(error, self.folder, tells, self.rank, None if at_once else self.record)
+        self.unlock()
+        os._exit(code)
+
+    def unlock(self) -> None:
+        if self.locked:
+            self.folder.unlock()
+
+
+def explain(error: BaseException, folder: RunFolder, tells: bool, rank: int, record: JobRecord | None = None) -> int:
+    """Say why a process ends, on the console, in its log and, if it `tells` of this run, in `summary.json`; returns the exit
+    code.
+    """
+    code, reason = how_it_ended(error)
+    # What all processes know is told by one; a fault is told by each that has one.
+    fault = code == EXIT_FAULT and not isinstance(error, UserError)
+    tell = rank == 0 or fault or (isinstance(error, UserError) and not error.everywhere)
+    as_asked = isinstance(error, (KeyboardInterrupt, Terminated))
+    LOG.log(logging.WARNING if as_asked else logging.ERROR, reason, exc_info=error if fault else None)
+    if tell:
+        print_error(error if fault else reason)
+    try:
+        if record is not None and rank == 0:
+            record.end(error, reason, tells)
+        elif record is not None:
+            record.fault(error, reason)
+        elif tells:
+            folder.write_end("failed" if isinstance(error, Exception) else "interrupted", reason)
+    except OSError as failure:  # a full disk must not change the exit code
+        print(f"error: the reason could not be written to the run folder: {failure}", file=sys.stderr)
+    return code
+
+
+def how_it_ended(error: BaseException) -> tuple[int, str]:
+    """Exit code and reason."""
+    notes = "".join(f"; {note}" for note in getattr(error, "__notes__", []))
+    match error:
+        case UserError():
+            return error.exit_code, str(error)
+        case KeyboardInterrupt():
+            return EXIT_INTERRUPTED, "interrupted from the keyboard"
+        case Terminated():
+            saved = "" if error.saved_step is None else f"; step {error.saved_step} is saved"
+            return error.exit_code, f"ended by {error.cause}{saved}{notes}"
+        case LostContact():
+            return EXIT_FAULT, f"{error}{notes}"
+    return EXIT_FAULT, f"{type(error).__name__}: {error}{notes}"
+
+
+def print_error(problem: BaseException | str) -> None:
+    """A paragraph for a user's mistake, a traceback for a fault (or for everything, with OMNIVISION_TRACEBACK=1)."""
+    if isinstance(problem, str):
+        print(f"error: {problem}", file=sys.stderr, flush=True)
+        if os.environ.get("OMNIVISION_TRACEBACK") == "1":
+            traceback.print_exc()
+    else:
+        traceback.print_exception(problem)
