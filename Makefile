@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
 
-.PHONY: demo test lint bench nightly clean
+.PHONY: demo test lint bench faults nightly clean
 
 $(VENV)/.installed: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -42,9 +42,15 @@ bench: $(VENV)/.installed
 	$(BIN)/pip install --quiet -e ".[dev,bench]"
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
-# What takes too long for every change: the demo's claim, trained.
+# Every fault that docs/reliability.md promises something about, injected; FAULTS_ARGS=kills_1 for one kind.
+faults: $(VENV)/.installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.faults $(FAULTS_ARGS)
+
+# What takes too long for every change: the demo's claim, trained; faults by the thousand; a run for an hour.
 nightly: $(VENV)/.installed
 	$(BIN)/python -m unittest -v tests.nightly_demo
+	$(BIN)/python -m tests.faults --nightly
+	$(BIN)/python -m unittest -v tests.nightly_soak
 
 clean:
 	rm -rf $(DEMO) .coverage .coverage.* .mypy_cache .ruff_cache build

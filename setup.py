@@ -44,6 +44,7 @@ setup(
     extras_require={
         "dev": [
             "coverage>=7.10",
+            "hypothesis>=6.100",
             "mypy>=1.10",
             "pre-commit>=3.7",
             "ruff>=0.6",

@@ -6,6 +6,8 @@
 Exit codes: 0 done; 1 a mistake of the user's, told in one paragraph; others: faults, with the reason in summary.json.
 """
 
+import contextlib
+import io
 import itertools
 import os
 import sys
@@ -74,7 +76,18 @@ def composed() -> list[DictConfig]:
     try:
         with tempfile.TemporaryDirectory() as left_by_sweeps:
             sys.argv[1:] = [*flags_first(sys.argv[1:]), f"hydra.sweep.dir={left_by_sweeps}"]
-            hydra.main(version_base="1.3", config_path=str(CONFIG), config_name="config")(found.append)()
+            with contextlib.redirect_stderr(io.StringIO()) as said:
+                hydra.main(version_base="1.3", config_path=str(CONFIG), config_name="config")(found.append)()
+            sys.stderr.write(said.getvalue())
+    except SystemExit as error:
+        if error.code != 2:
+            raise
+        from omnivision.errors import UserError
+
+        raise UserError(
+            f"{said.getvalue().rpartition('error: ')[2].strip()}. Settings are written NAME=VALUE, and --help lists them; "
+            "--hydra-help lists the options."
+        ) from None
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError) as error:
         from omnivision.composition import explain
         from omnivision.errors import UserError
@@ -127,9 +140,9 @@ def run(configs: list[DictConfig]) -> int:
 def checked(config: DictConfig) -> "Job | None":
     """A configuration as a job, its settings and data checked; None when it was only to be described."""
     from omnivision.launch import adopt_torchrun, check_way
-    from omnivision.preflight import check_pretrained, epoch_plan, file_warnings, label_warnings, open_splits
+    from omnivision.preflight import check_run, file_warnings, label_warnings
     from omnivision.process import Job
-    from omnivision.settings import check
+    from omnivision.settings_check import check
 
     adopt_torchrun(config)
     settings = check(config)
@@ -138,11 +151,7 @@ def checked(config: DictConfig) -> "Job | None":
 
         print(describe(settings))
         return None
-    check_way(settings)
-    train, val = open_splits(settings)
-    if train:
-        epoch_plan(settings, train)
-    check_pretrained(settings)
+    train, val = check_run(settings, check_way)
     if os.environ.get("RANK", "0") == "0":
         warnings = file_warnings(train + val)
         if "decoder" not in settings.trainer.model:

@@ -15,7 +15,7 @@ from omnivision.data.batch import Batch
 from omnivision.distributed import Place, Processes
 from omnivision.reporting.reporter import Reporter
 from omnivision.reporting.run_folder import RunFolder
-from omnivision.settings import check
+from omnivision.settings_check import check
 from omnivision.settings_yaml import read_numbers_as_written
 from omnivision.stopping import Stop
 from omnivision.trainer import Trainer

@@ -49,7 +49,8 @@ KEYS = {
 def save(state: dict[str, Any], folder: Path, also: list[str]) -> None:
     """Write a checkpoint as `checkpoint.pt`; the one it replaces becomes `previous.pt`. `also` are further names for it.
 
-    Raises OSError (disk full, no permission) with everything that was there before still in place.
+    Raises OSError (disk full, no permission), and BrokenCheckpoint when what was written is not what is there, with everything
+    that was there before still in place.
     """
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{LATEST}.{os.getpid()}.tmp"
@@ -62,7 +63,10 @@ def save(state: dict[str, Any], folder: Path, also: list[str]) -> None:
                 raise error.__context__ or error from None
             file.flush()
             os.fsync(file.fileno())
-        entry = {"size": temporary.stat().st_size, "sha256": sha256(temporary)}
+        # What is there, not what was meant: nothing older goes before it was read once.
+        if not zipfile.is_zipfile(temporary):
+            raise BrokenCheckpoint(f"{temporary} was not written whole")
+        entry = {"size": temporary.stat().st_size, "sha256": verified_digest(temporary)}
         for name in also:
             _link(temporary, folder / name, [entry])
         latest, before = folder / LATEST, []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import typing
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -24,6 +25,8 @@ def explain(error: BaseException, *folders: Path) -> str:
         if "missing EQUAL" in text:
             return f"{override!r} is no setting of a value; expected KEY=VALUE."
         return f"{override!r} cannot be read. Quote values that hold =, commas, brackets or spaces: 'KEY=\"a=b\"'."
+    if found := re.match(r"Additional config directory '(.*)' not found", text):
+        return f"--config-dir is {found[1]}, and there is no such folder. Expected one that holds site/. Change --config-dir."
     if text.startswith("Multiple values for"):
         group = text.split()[3].rstrip(".")
         return f"{group} is chosen twice; expected one choice. Keep one of the {group}=... of the command line."

@@ -10,6 +10,7 @@ from omnivision import build
 from omnivision.data.batch import Batch
 from omnivision.models.average import AveragedClassifier
 from omnivision.models.patches import token_grid
+from omnivision.preflight import checkpoint_bytes, shared_memory_bytes
 from omnivision.settings import Settings
 
 
@@ -30,6 +31,7 @@ def describe(settings: Settings) -> str:
         f"operations   {gflops(settings, model):.2f} GFLOPs a clip, forward (about three times that with the backward pass)",
         f"batch        {settings.clips_per_step} clips a step = {settings.clips_per_step // views} videos x {views} views, "
         f"over {settings.processes} process{'es' * (settings.processes > 1)}",
+        memory_line(settings, model),
         f"epochs       {settings.trainer.max_epochs}",
         f"sources      {', '.join(settings.trainer.data.sources)}",
         *frozen_lines(model),
@@ -44,6 +46,20 @@ def describe(settings: Settings) -> str:
         )
         lines.append(f"  {number}: {len(group.names)} tensors, {count / 1e6:.2f} M parameters; {curves}")
     return "\n".join(lines)
+
+
+def memory_line(settings: Settings, model: torch.nn.Module) -> str:
+    """What a process holds all the time; activations come on top, and `trainer.model.trunk.activation_checkpointing` trades
+    those for time.
+    """
+    held = 4 * sum(p.numel() * (4 if p.requires_grad else 1) for p in model.parameters())  # gradient and two moments
+    if settings.trainer.distributed.strategy == "fsdp":
+        held //= settings.processes
+    shared = shared_memory_bytes(settings) if settings.trainer.data.num_workers else 0
+    return (
+        f"memory       {held / 1e9:.2f} GB a process for weights, gradients and AdamW, without activations; "
+        f"{shared / 1e9:.2f} GB of /dev/shm for its data workers; a checkpoint takes {checkpoint_bytes(settings) / 1e9:.2f} GB"
+    )
 
 
 def frozen_lines(model: torch.nn.Module) -> list[str]:

@@ -19,6 +19,7 @@ class UserError(ValueError):
     def __init__(self, message: str, everywhere: bool = False) -> None:
         super().__init__(message)
         self.everywhere = everywhere
+        self.problems = [message]  # one by one, when it tells of several
 
 
 class NonFiniteError(UserError):

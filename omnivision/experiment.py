@@ -10,7 +10,7 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import yaml
 
 from omnivision.data.catalog import Split
 from omnivision.data.epoch import EpochPlan
+from omnivision.errors import UserError
 
 # Settings that say where, how fast and with what files a run is computed, by shell patterns. The clips of a step follow from
 # several of them, and arrays may lie elsewhere: those are compared themselves.
@@ -52,6 +53,7 @@ WITHOUT_EFFECT = (
     "trainer.checkpoint.allow_changes",
 )
 LIBRARIES = ("torch", "torchvision", "timm", "av", "numpy")
+CHANGES_TOLD = 6
 WHOLE_BYTES = 64 << 20  # up to this size a file is read as a whole; of a larger one, as much in pieces spread over it
 PIECE_BYTES = 1 << 20
 
@@ -70,35 +72,74 @@ def facts(config_text: str, splits: Iterable[Split], plan: EpochPlan | None) -> 
     }
 
 
+def altering_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """What differs between two flat configurations: what makes another experiment, and the rest."""
+    sources = {name.split(".")[3] for name in now if name.startswith("trainer.data.sources.")}
+    altering: list[str] = []
+    others: list[str] = []
+    for change, name in changes(then, now):
+        unused = name.startswith("datasets.") and name.split(".")[1] not in sources
+        harmless = any(fnmatch.fnmatchcase(name, pattern) for pattern in WITHOUT_EFFECT)
+        (others if harmless or unused else altering).append(change)
+    return altering, others
+
+
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """Sentences of the kind "name: then -> now": what makes another experiment, and what else has changed.
 
     `then` and `now` are `facts`.
     """
-    known = now["settings"]
-    sources = {name.split(".")[3] for name in known if name.startswith("trainer.data.sources.")}
-    altering: list[str] = []
-    others: list[str] = []
-    for change, name in changes(then.get("settings", {}), known):
-        unused = name.startswith("datasets.") and name.split(".")[1] not in sources
-        harmless = any(fnmatch.fnmatchcase(name, pattern) for pattern in WITHOUT_EFFECT)
-        (others if harmless or unused else altering).append(change)
+    altering, others = altering_settings(then["settings"], now["settings"])
     for part, prefix in (("clips of a step", "clips of a step of "), ("data", "")):
         # What only one of them has goes with a setting: a source, or whether the run validates.
-        both = then.get(part, {}).keys() & now[part].keys()
+        both = then[part].keys() & now[part].keys()
         found = changes(*({name: facts[part][name] for name in sorted(both)} for facts in (then, now)))
         altering += [f"{prefix}{change}" for change, _ in found]
-    others += [change for change, _ in changes(then.get("versions", {}), now["versions"])]
+    others += [change for change, _ in changes(then["versions"], now["versions"])]
     return altering, others
 
 
 def changed_settings(file: Path, text: str) -> list[str]:
     """How a configuration differs from the one in `file`: "name: then -> now" for each setting."""
-    try:
-        then = flat(yaml.safe_load(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, yaml.YAMLError):
+    then = flat_file(file)
+    if then is None:
         return ["what it had cannot be read from its config.yaml"]
     return [change for change, _ in changes(then, flat(yaml.safe_load(text)))]
+
+
+def require_same_settings(file: Path, text: str) -> None:
+    """Raises UserError when a configuration makes another experiment than the one in `file`, of a run that is to go on.
+
+    Of a file that cannot be read nothing is said: the run's checkpoint has the last word.
+    """
+    then = flat_file(file)
+    altering, _ = altering_settings(then, flat(yaml.safe_load(text))) if then is not None else ([], [])
+    if altering:
+        raise UserError(refusal(str(file.parent), altering))
+
+
+def refusal(what: str, altering: Sequence[str]) -> str:
+    """Why a run does not go on: it is of another experiment."""
+    return (
+        f"{what} is of another experiment than this command asks for: {listed(altering)}. Going on would mix the two. Give the "
+        "same again, another launcher.experiment_log_dir for a new run, or trainer.checkpoint.allow_changes=true to go on all "
+        "the same."
+    )
+
+
+def listed(changes: Sequence[str]) -> str:
+    """Changes in a sentence: the first ones, each cut where it gets long."""
+    shown = [change if len(change) <= 200 else f"{change[:200]}..." for change in changes[:CHANGES_TOLD]]
+    more = len(changes) - len(shown)
+    return "; ".join(shown) + (f"; and {more} more" if more else "")
+
+
+def flat_file(file: Path) -> dict[str, Any] | None:
+    """The flat configuration in a file; None if it cannot be read."""
+    try:
+        return flat(yaml.safe_load(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
 
 
 def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, str]]:

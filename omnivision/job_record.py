@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from omnivision import slurm
-from omnivision.errors import Terminated, UserError
+from omnivision.errors import LostContact, Terminated, UserError
 from omnivision.files import write_atomically
 from omnivision.jobs import (
     LOGS,
@@ -151,7 +151,12 @@ class JobRecord:
                 return Verdict("failed", told)
             if now.cancelled:
                 return cancelled
-            reason, why = "another process is gone without a word, with its node perhaps", reason
+            if "EADDRINUSE" in str(error):
+                reason, why = "the port that the processes meet at is taken on this node", reason
+            elif isinstance(error, LostContact):
+                why = "with its node perhaps"
+            else:
+                reason, why = "another process is gone without a word, with its node perhaps", reason
         else:
             return Verdict("failed" if isinstance(error, Exception) else "interrupted", reason)
         return coming_back(f"{reason} ({why})", self.task, self.max_requeues, history(self.folder, self.token))

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from omnivision.distributed import Place
 
 LOGS = "submitit_logs"
+PORTS_OF_A_JOB = 13  # a start after another does not find the port taken by what is left of the one before
 SECRET = re.compile(r"key|token|secret|pass|_pwd|dsn|cred|auth|cookie|private|signature|session", re.IGNORECASE)
 IN_ADDRESS = re.compile(r"(?<=://)[^/@\s]+(?=@)")  # user:password@
 
@@ -59,12 +60,13 @@ class Task:
         )
 
     def place(self, host: str) -> Place:
-        """Its place among the processes of the run; process 0 is on `host`, and listens on a port that is the job's own, below
-        those that systems hand out by themselves.
+        """Its place among the processes of the run; process 0 is on `host`, and listens on a port that is the job's own: the
+        next 1500 jobs have others, whichever start they are at, and systems hand out none of those by themselves.
         """
         from omnivision.distributed import Place
 
-        port = int(os.environ.get("MASTER_PORT") or 10_000 + (self.number + self.restarts) % 20_000)
+        own = (PORTS_OF_A_JOB * self.number + self.restarts % PORTS_OF_A_JOB) % (PORTS_OF_A_JOB * 1500)
+        port = int(os.environ.get("MASTER_PORT") or 10_000 + own)
         meeting = f"tcp://{host}:{port}" if self.world > 1 else None
         return Place(self.rank, self.world, self.local_rank, self.local_world, meeting)
 

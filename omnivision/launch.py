@@ -28,7 +28,8 @@ from omnivision.job_record import JobRecord
 from omnivision.jobs import LOGS, Task, note
 from omnivision.process import Job, run_folder, run_process
 from omnivision.reporting.run_folder import RunFolder, alone
-from omnivision.settings import Settings, check
+from omnivision.settings import Settings
+from omnivision.settings_check import check
 from omnivision.stopping import SIGNALS, seconds_to_leave, undisturbed
 from omnivision.submission import (
     check_array,
@@ -43,6 +44,7 @@ from omnivision.submission import (
     lost_meanwhile,
     require_free,
     require_one_shape,
+    require_same_experiment,
     warn_of_other_settings,
 )
 
@@ -136,6 +138,8 @@ def submit(jobs: Sequence[Job]) -> int:
     wanted = [job for job in unfinished if not is_queued(job, queue)]
     if not wanted:
         return 0
+    for job in wanted:
+        require_same_experiment(job)
     require_one_shape([job.settings for job in wanted])
     check_array(len(wanted))
     check_partition(wanted[0].settings)
@@ -308,10 +312,12 @@ def batch_script(settings: Settings, folder: RunFolder) -> str:
 
 
 def setup_lines(logs: Path, setup: Sequence[str]) -> list[str]:
-    """Shell lines before the tasks: the node must see the run folder, where the script then logs; the user's own lines; the
+    """Shell lines before the tasks: the nodes must see the run folder, where the script then logs; the user's own lines; the
     code is this code. The script runs itself in a second shell, which the user's lines may leave as they like: the first one
     writes down an end that the tasks could not write down.
     """
+    wait = f'for _ in $(seq {FOLDER_SECONDS}); do [ -d "$1" ] && exit; sleep 1; done; hostname'
+    look = f'{shlex.quote(wait)} - "$omnivision_logs")'
     python, here = shlex.quote(sys.executable), shlex.quote(str(Path(omnivision.__file__).parents[1]))
     return [
         "readonly omnivision_job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}",
@@ -332,7 +338,6 @@ def setup_lines(logs: Path, setup: Sequence[str]) -> list[str]:
         "  code=$?",
         "  trap '' TERM USR2  # what writes the end down is not to be ended",
         '  why=$(cat "$omnivision_reached"; rm -f "$omnivision_reached")',
-        "  why=${why:+submitit.setup ended the job, and nothing was trained: $why}",
         '  [ -z "$why" ] || echo "$why"',
         '  [ "$code" != 0 ] || [ -z "$why" ] || code=1  # nothing was trained',
         "  omnivision_code",
@@ -341,8 +346,17 @@ def setup_lines(logs: Path, setup: Sequence[str]) -> list[str]:
         '  exit "$code"',
         "fi",
         "unset omnivision_within",
+        'if [ "${SLURM_JOB_NUM_NODES:-1}" -gt 1 ]; then',
+        '  omnivision_blind=$(srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 bash -c ' + look,
+        '  if [ -n "$omnivision_blind" ]; then',
+        '    echo $omnivision_blind: the folder of the run is not to be seen there: "$omnivision_logs" >"$omnivision_reached"',
+        '    scontrol update JobId="$omnivision_job" Comment="$(cat "$omnivision_reached")"',
+        "    exit 1",
+        "  fi",
+        "fi",
         *(
-            f'echo {shlex.quote(line)} >"$omnivision_reached"\n{{ {line}\n}} || exit'
+            f'echo {shlex.quote(f"submitit.setup ended the job, and nothing was trained: {line}")} >"$omnivision_reached"\n'
+            f"{{ {line}\n}} || exit"
             for line in setup
             if is_command(line)
         ),

@@ -3,15 +3,58 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import os
+import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeVar
 
 from omnivision.data.catalog import Dataset, Split
 from omnivision.data.epoch import EpochPlan, SourcePlan
 from omnivision.errors import UserError
-from omnivision.files import LATEST, require_weights
+from omnivision.files import LATEST, PREVIOUS, require_weights
 from omnivision.settings import Settings
 
 LOOKED_FOR = 16  # files of a split, before a run
+CHECKPOINTS = 3  # there are so many at once while one is saved: the newest, the one before, the one that is written
+Made = TypeVar("Made")
+
+
+def all_of(actions: Iterable[Callable[[], Made]]) -> list[Made]:
+    """What several checks give. Raises one UserError with the problems of all."""
+    made: list[Made] = []
+    problems: list[str] = []
+    for action in actions:
+        try:
+            made.append(action())
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        count = len(problems)
+        told = UserError(problems[0] if count == 1 else "\n- ".join([f"{count} problems:", *problems]))
+        told.problems = problems
+        raise told
+    return made
+
+
+def check_run(settings: Settings, *more: Callable[[Settings], None]) -> tuple[list[Split], list[Split]]:
+    """Everything that can be known before a run starts, and `more`; the run's train and val splits.
+
+    Raises one UserError with all problems.
+    """
+    opened: list[tuple[list[Split], list[Split]]] = []
+
+    def splits() -> None:
+        train, val = open_splits(settings)
+        if train:
+            epoch_plan(settings, train)
+        opened.append((train, val))
+
+    checks: list[Callable[[], None]] = [splits]
+    checks += [functools.partial(check, settings) for check in (*more, check_pretrained, check_room)]
+    all_of(checks)
+    return opened[0]
 
 
 def datasets_of(settings: Settings) -> list[Dataset]:
@@ -33,13 +76,15 @@ def open_splits(settings: Settings) -> tuple[list[Split], list[Split]]:
             "trainer.data.sources is empty; expected at least one dataset. Choose a recipe with +trainer=..."
         )
     if "decoder" not in config.model:  # a classifier's
-        for dataset in datasets:
-            dataset.names()
-    train = [Split(dataset, "train") for dataset in datasets] if config.mode != "val" else []
-    if config.mode != "val" and (config.mode == "train_only" or config.val_epoch_freq is None):
-        return train, []
-    val = [Split(dataset, "val") for dataset in datasets if dataset.val is not None]
-    if not val:
+        all_of(dataset.names for dataset in datasets)
+    validates = config.mode == "val" or (config.mode != "train_only" and config.val_epoch_freq is not None)
+    wanted = [functools.partial(Split, dataset, "train") for dataset in datasets if config.mode != "val"]
+    wanted += [
+        functools.partial(Split, dataset, "val") for dataset in datasets if validates and dataset.val is not None
+    ]
+    opened = all_of(wanted)
+    train, val = ([split for split in opened if split.which == which] for which in ("train", "val"))
+    if validates and not val:
         raise UserError(
             f"The run is to validate (trainer.mode={config.mode}), but none of its sources ({', '.join(sources)}) has a val "
             "split. Give datasets.NAME.val.paths and .labels, or set trainer.mode=train_only."
@@ -77,6 +122,78 @@ def check_pretrained(settings: Settings) -> None:
     wanted = settings.pretrained_checkpoint_path
     for source in [wanted] if isinstance(wanted, str) else wanted or []:
         require_weights(source)
+
+
+def check_room(settings: Settings) -> None:
+    """Raises UserError for a run folder that cannot be written, or has no room for its checkpoints, and for shared memory that
+    the data workers would fill. What is there of the run already counts as room.
+    """
+    if settings.trainer.mode != "val":
+        all_of([lambda: _check_folder(settings), lambda: _check_shared_memory(settings)])
+
+
+def _check_folder(settings: Settings) -> None:
+    folder = Path(settings.trainer.checkpoint.save_dir).absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not os.access(there, os.W_OK):
+        raise UserError(
+            f"The checkpoints are to go to {folder}, and {there} cannot be written. Expected a folder that can be made and "
+            "written. Change launcher.experiment_log_dir (or trainer.checkpoint.save_dir)."
+        )
+    needed = CHECKPOINTS * checkpoint_bytes(settings)
+    own = sum((folder / name).stat().st_size for name in (LATEST, PREVIOUS) if (folder / name).is_file())
+    free = shutil.disk_usage(there).free + own
+    if free < needed:
+        raise UserError(
+            f"The disk of {folder} has room for {free / 1e9:.2g} GB; expected {needed / 1e9:.2g} GB for {CHECKPOINTS} "
+            f"checkpoints of about {needed / CHECKPOINTS / 1e9:.2g} GB: there are so many while one is saved. Make room, or "
+            "change launcher.experiment_log_dir (or trainer.checkpoint.save_dir)."
+        )
+
+
+def _check_shared_memory(settings: Settings) -> None:
+    """On a cluster the node's counts, which nobody can ask beforehand."""
+    data, shared = settings.trainer.data, Path("/dev/shm")
+    if settings.submitit.use_cluster or not data.num_workers or not shared.is_dir():
+        return
+    needed = settings.launcher.gpus_per_node * shared_memory_bytes(settings)
+    if (free := shutil.disk_usage(shared).free) < needed:
+        raise UserError(
+            f"/dev/shm, through which data workers hand on their batches, has {free / 1e9:.2g} GB free; expected "
+            f"{needed / 1e9:.2g} GB for {settings.launcher.gpus_per_node} x {data.num_workers} workers with {data.prefetch} "
+            "batches each. Lower num_workers, trainer.data.prefetch or batch_size, or enlarge it (docker run --shm-size)."
+        )
+
+
+def shared_memory_bytes(settings: Settings) -> int:
+    """What the batches that a process's workers prepare ahead take, and the one in use; pixels are uint8."""
+    data, size = settings.trainer.data, settings.image_size
+    batch = settings.clips_per_process * 3 * data.num_frames * size * size
+    return (data.num_workers * data.prefetch + 1) * batch
+
+
+def checkpoint_bytes(settings: Settings) -> int:
+    """About what a checkpoint takes: weights, two moments of each that is trained, and the moving average, in float32. The
+    weights are counted from the sizes of trunk and decoder, since no model is built on a login node.
+    """
+    trainer = settings.trainer
+    trunk, decoder = trainer.model.get("trunk", {}), trainer.model.get("decoder")
+    tubelet = trunk.get("tubelet", (2, 16, 16))
+    pixels, width = 3 * tubelet[0] * tubelet[1] * tubelet[2], trunk.get("width", 768)
+    count = transformer(width, trunk.get("depth", 12)) + (pixels + 1) * width
+    trained = 0 if "trunk.*" in trainer.freeze or "num_models" in trainer.model else count
+    if decoder is not None:
+        inner = decoder.get("width", 384)
+        added = transformer(inner, decoder.get("depth", 4)) + (width + pixels) * (inner + 1)
+        count, trained = count + added, trained + added
+    if "num_models" in trainer.model:
+        count = 0  # what is averaged is not in it
+    return 4 * (count + 2 * trained + (count if trainer.ema_decay is not None else 0))
+
+
+def transformer(width: int, depth: int) -> int:
+    """Parameters of so many blocks: projections, a perceptron of four times the width, norms, biases."""
+    return depth * (12 * width * width + 13 * width)
 
 
 def file_warnings(splits: list[Split]) -> list[str]:

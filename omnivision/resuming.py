@@ -72,13 +72,9 @@ def _require_experiment(trainer: Trainer, text: str, path: Path) -> None:
         return
     altering, others = experiment.differences(then, trainer.experiment)
     if altering and not trainer.options.allow_changes:
-        raise UserError(
-            f"{path} is of another experiment than this command asks for: {'; '.join(altering)}. Going on would mix the two. "
-            "Give the same again, another launcher.experiment_log_dir for a new run, or "
-            "trainer.checkpoint.allow_changes=true to go on all the same."
-        )
+        raise UserError(experiment.refusal(str(path), altering))
     if altering or others:
-        trainer.reporter.say(f"The run goes on otherwise than it was: {'; '.join(altering + others)}")
+        trainer.reporter.say(f"The run goes on otherwise than it was: {experiment.listed(altering + others)}")
 
 
 def _take_up_average(ema: MovingAverage, average: Mapping[str, Tensor] | None, path: Path) -> None:

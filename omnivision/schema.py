@@ -67,6 +67,8 @@ class Reader:
         """`groups` are names that are no settings, but may have been meant by an unknown key at the top."""
         self.root = root
         self.groups = groups
+        trusted = OmegaConf.select(root, "trainer.trust_targets", default=None)
+        self.trusted = [package for package in trusted or () if isinstance(package, str) and package]
         self.problems: list[str] = []
         self.missing: list[str] = []
         # What is wrong with a setting that only repeats another one (`${...}`), which is reported itself.
@@ -196,7 +198,7 @@ class Reader:
             return None  # its arguments are not all known
         if not isinstance(plain, dict) or not isinstance(plain.get("_target_"), str):
             return self._wrong(where, plain, "an object: a mapping with _target_, the full name of its class")
-        self.problems += target_problems(plain, where)
+        self.problems += target_problems(plain, where, self.trusted)
         return plain
 
     def _plain(self, value: Any, where: str) -> Any:

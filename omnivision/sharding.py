@@ -101,6 +101,12 @@ def whole(value: Any) -> Tensor:
     return found
 
 
+def local(value: Any) -> Tensor:
+    """What this process holds of a tensor."""
+    found: Tensor = value.to_local() if is_split(value) else value
+    return found
+
+
 def is_split(value: object) -> bool:
     """Whether this is a tensor of which each process holds a part, a DTensor."""
     return hasattr(value, "full_tensor")

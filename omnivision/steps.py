@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NoReturn
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from omnivision.agreement import Agreement
 from omnivision.data.batch import BadSample, Batch
@@ -15,6 +17,9 @@ from omnivision.errors import NonFiniteError, UserError
 from omnivision.reporting.bad_samples import BadSampleLedger
 from omnivision.reporting.metrics_log import MetricsLog
 from omnivision.reporting.run_folder import RunFolder
+from omnivision.sharding import local
+
+SMALLEST_SCALE = 1e-4  # of the loss in fp16; it begins at 65536 and is halved after each overflow
 
 
 @dataclass(frozen=True)
@@ -61,14 +66,17 @@ class StepWatch:
         Returns whether the step must change nothing, because of numbers that are not finite in any process: bool, a scalar on
         the device, the same in all.
         """
-        sums = self.agreement.post(step, (step.loss, step.norm, ~step.finite, short, len(step.bad), asked))
+        missing = sum(sample.missing for sample in step.bad)
+        sums = self.agreement.post(step, (step.loss, step.norm, ~step.finite, short, len(step.bad), missing, asked))
         return sums[2] > 0
 
     def hear(self, but: int = 0) -> None:
         """Learn of the steps so far, but for the `but` newest. Raises NonFiniteError and UserError, in all processes."""
-        for step, (loss, norm, not_finite, short, bad, asked) in self.agreement.read(but):
+        for step, (loss, norm, not_finite, short, bad, missing, asked) in self.agreement.read(but):
             self.loss, self.norm = loss / self.processes.world, norm / self.processes.world
             self.leaving = self.leaving or bool(asked)
+            if short and missing == bad:  # nothing is wrong with these files, and the ledger is not to say so
+                self._require_files(step.bad)
             if bad:
                 self.record(step.bad)
             if short:
@@ -79,6 +87,15 @@ class StepWatch:
                 )
             if not_finite:
                 self._skipped(step)
+
+    def _require_files(self, bad: list[BadSample]) -> NoReturn:
+        """Raises UserError, in all processes, about files that are all gone at once."""
+        paths = [sample.path for part in self.processes.gather(bad) for sample in part]
+        raise UserError(
+            f"None of {len(paths)} files that one batch was to be made of is there, e.g. {paths[0]}. Is the data mounted? Then "
+            "the same command goes on from the last checkpoint. If the files never were there, change datasets.NAME.prefix.",
+            everywhere=True,
+        )
 
     def record(self, bad: list[BadSample]) -> None:
         """Enter the bad files of all processes into the ledger. Raises UserError when its budget is spent."""
@@ -116,3 +133,26 @@ class StepWatch:
 def posted(epoch: int, number: int, batch: Batch, loss: Tensor, norm: Tensor, scaled: bool) -> Posted:
     """A step to post. With fp16 (`scaled`) the gradient overflows now and then by design: the step is skipped then."""
     return Posted(epoch, number, loss, norm, loss.isfinite() & (norm.isfinite() | scaled), batch.paths, batch.bad)
+
+
+def require_scale(scaler: torch.amp.GradScaler, step: int) -> None:
+    """Raises NonFiniteError when gradients overflow in fp16 however little they are scaled up: then no step counts."""
+    if scaler.is_enabled() and (scale := scaler.get_scale()) < SMALLEST_SCALE:
+        raise NonFiniteError(
+            f"Step {step}: the gradient is not finite in fp16 even when the loss is scaled by {scale:.1g}, so that no step "
+            "changes the weights any more. Lower the learning rate, set trainer.optim.gradient_clip, or set "
+            "trainer.optim.amp.amp_dtype=bfloat16 or trainer.optim.amp.enabled=false.",
+            everywhere=True,
+        )
+
+
+def require_finite(model: nn.Module, processes: Processes, step: int) -> None:
+    """Raises NonFiniteError, in all processes, for weights that must not take the place of good ones."""
+    parts = [local(parameter) for parameter in model.parameters()]
+    spoilt = torch.stack([~part.isfinite().all() for part in parts])
+    if count := int((processes.sum(spoilt.long()) > 0).sum()):
+        raise NonFiniteError(
+            f"{count} of the {len(parts)} parameters are not finite after step {step}; the last checkpoint stays as it is. "
+            "Lower the learning rate, or set trainer.optim.gradient_clip.",
+            everywhere=True,
+        )

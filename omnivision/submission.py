@@ -12,7 +12,8 @@ from typing import Any
 
 from omnivision import slurm
 from omnivision.errors import UserError
-from omnivision.experiment import changed_settings
+from omnivision.experiment import changed_settings, listed, require_same_settings
+from omnivision.files import LATEST
 from omnivision.jobs import LOGS, queue_or_none, run_folder_of, waited_for, waits
 from omnivision.process import Job, run_folder
 from omnivision.reporting.run_folder import WAITING, RunFolder
@@ -47,10 +48,18 @@ def warn_of_other_settings(job: Job) -> None:
     changes = changed_settings(run_folder(job).path / "config.yaml", job.config_text)
     if changes := [change for change in changes if not change.startswith(("submitit.", "launcher."))]:
         print(
-            f"warning: the finished run in {run_folder(job).path} had other settings: {'; '.join(changes)}. For a run with "
+            f"warning: the finished run in {run_folder(job).path} had other settings: {listed(changes)}. For a run with "
             "these, change launcher.experiment_log_dir.",
             file=sys.stderr,
         )
+
+
+def require_same_experiment(job: Job) -> None:
+    """Raises UserError when a run that has a checkpoint would go on as another experiment."""
+    folder, trainer = run_folder(job), job.settings.trainer
+    if trainer.mode == "val" or trainer.checkpoint.allow_changes or not (folder.checkpoints / LATEST).exists():
+        return
+    require_same_settings(folder.path / "config.yaml", job.config_text)
 
 
 def is_queued(job: Job, queue: Mapping[str, slurm.JobState]) -> bool:
@@ -68,7 +77,7 @@ def is_queued(job: Job, queue: Mapping[str, slurm.JobState]) -> bool:
     same = ("submitit.dependency:", "launcher.experiment_log_dir:")
     if changes := [change for change in changes if not change.startswith(same)]:
         raise UserError(
-            f"Job {job_id} is in the queue ({state}) for {folder.path}, with other settings: {'; '.join(changes)}. Give "
+            f"Job {job_id} is in the queue ({state}) for {folder.path}, with other settings: {listed(changes)}. Give "
             f"the same again, end it with scancel {job_id}, or change launcher.experiment_log_dir."
         )
     print(f"queued job_id={job_id} state={state} folder={folder.path}")
@@ -181,7 +190,7 @@ def check_partition(settings: Settings) -> None:
     if kinds and all(limit is not None and limit < minutes for limit in limits):
         longest = max(limit for limit in limits if limit is not None)
         raise UserError(
-            f"submitit.timeout_hour is {wanted.timeout_hour:g}, and a job of {name} may take {longest / 60:g} hours. Change "
+            f"submitit.timeout_hour is {wanted.timeout_hour:g}, and a job of {name} may take {longest / 60:g} h. Change "
             "submitit.timeout_hour, or submitit.partition. (A run that reaches its limit saves and goes back into the queue.)"
         )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import difflib
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,21 +29,24 @@ class Parameter:
     required: bool
 
 
-def target_problems(node: Any, where: str) -> list[str]:
-    """Sentences about what is wrong with an object to build and with the objects inside it."""
+def target_problems(node: Any, where: str, trusted: Sequence[str] = ()) -> list[str]:
+    """Sentences about what is wrong with an object to build and with the objects inside it. `trusted` are further packages
+    whose classes may be built.
+    """
     if isinstance(node, list):
-        return [problem for i, item in enumerate(node) for problem in target_problems(item, f"{where}[{i}]")]
+        return [problem for i, item in enumerate(node) for problem in target_problems(item, f"{where}[{i}]", trusted)]
     if not isinstance(node, dict):
         return []
-    problems = [problem for key, item in node.items() for problem in target_problems(item, f"{where}.{key}")]
+    problems = [p for key, item in node.items() for p in target_problems(item, f"{where}.{key}", trusted)]
     if "_target_" not in node:
         return problems
     target = node["_target_"]
-    if not isinstance(target, str) or not is_allowed(target):
+    if not isinstance(target, str) or not is_allowed(target, trusted):
         return [
             *problems,
-            f"{where}._target_ is {target!r}; expected a class of {', '.join(OWN + OTHERS)}: configurations come from others "
-            "too, and may not build just anything.",
+            f"{where}._target_ is {target!r}; expected a class of {', '.join((*OWN, *OTHERS, *trusted))}: configurations come "
+            "from others too, and may not build just anything. For classes of your own set "
+            "'++trainer.trust_targets=[PACKAGE]'; building one runs its code.",
         ]
     if not target.startswith("omnivision."):
         return problems
@@ -66,8 +70,9 @@ def target_problems(node: Any, where: str) -> list[str]:
     return problems
 
 
-def is_allowed(target: str) -> bool:
-    return target.rpartition(".")[0] in OTHERS or any(target.startswith(f"{package}.") for package in OWN)
+def is_allowed(target: str, trusted: Sequence[str] = ()) -> bool:
+    known = target.rpartition(".")[0] in OTHERS
+    return known or any(target.startswith(f"{package}.") for package in (*OWN, *trusted))
 
 
 @functools.cache

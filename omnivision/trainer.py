@@ -26,7 +26,7 @@ from omnivision.data.epoch import EpochPlan, SourcePlan
 from omnivision.data.loader import Workers, evaluation_batches, train_batches
 from omnivision.data.order import draws
 from omnivision.distributed import Processes, parallel
-from omnivision.errors import NonFiniteError, Terminated, UserError
+from omnivision.errors import Terminated, UserError
 from omnivision.evaluation import Evaluation, evaluate
 from omnivision.files import BEST
 from omnivision.metrics import Meter, averages
@@ -40,12 +40,11 @@ from omnivision.reporting.bad_samples import BadSampleLedger
 from omnivision.reporting.reporter import Reporter
 from omnivision.reporting.run_folder import RunFolder
 from omnivision.sharding import gathered, shard, whole, without_sync
-from omnivision.steps import StepWatch, posted
+from omnivision.steps import StepWatch, posted, require_finite, require_scale
 from omnivision.stopping import Stop
 from omnivision.tasks.base import StepOutput, Task
 from omnivision.weights import LoadReport
 
-SMALLEST_SCALE = 1e-4  # of the loss in fp16; it begins at 65536 and is halved after each overflow
 MODEL_DRAW = 200  # purpose of the random numbers inside the model; see data.dataset.Draw
 
 
@@ -223,7 +222,7 @@ class Trainer:
             for name in pictures:
                 self._pictures(batch, name)
             if log:
-                self._require_scale()
+                require_scale(self.scaler, self.global_step)
                 figures = {
                     "loss": self.watch.loss,
                     "lr": self.optimizer.lr,
@@ -310,7 +309,7 @@ class Trainer:
         What is split among the processes each writes by itself, beside it.
         """
         self.stop.now("saving", self.global_step)
-        self._require_finite_weights()
+        require_finite(self.bare, self.processes, self.global_step)
         self._count_seconds()
         began = time.monotonic()
         meter = {s: {"count": n} | sums for s, (sums, n) in self.meter.totals(self.processes).items()}
@@ -444,27 +443,6 @@ class Trainer:
             return False
         self.state.best = value
         return True
-
-    def _require_scale(self) -> None:
-        """Raises NonFiniteError when gradients overflow in fp16 however little they are scaled up: then no step counts."""
-        if self.scaler.is_enabled() and self.scaler.get_scale() < SMALLEST_SCALE:
-            raise NonFiniteError(
-                f"Step {self.global_step}: the gradient is not finite in fp16 even when the loss is scaled by "
-                f"{self.scaler.get_scale():.1g}, so that no step changes the weights any more. Lower the learning rate, set "
-                "trainer.optim.gradient_clip, or set trainer.optim.amp.amp_dtype=bfloat16 or trainer.optim.amp.enabled=false.",
-                everywhere=True,
-            )
-
-    def _require_finite_weights(self) -> None:
-        """Raises NonFiniteError, in all processes, for weights that must not take the place of good ones."""
-        parts = [getattr(p, "to_local", lambda p=p: p)() for p in self.bare.parameters()]
-        spoilt = torch.stack([~part.isfinite().all() for part in parts])
-        if count := int((self.processes.sum(spoilt.long()) > 0).sum()):
-            raise NonFiniteError(
-                f"{count} of the {len(parts)} parameters are not finite after step {self.global_step}; the last checkpoint "
-                "stays as it is. Lower the learning rate, or set trainer.optim.gradient_clip.",
-                everywhere=True,
-            )
 
     def _count_seconds(self) -> None:
         """Add the time since the last count to the run's."""

@@ -110,16 +110,22 @@ class Peers:
             threading.Thread(target=self._watch, daemon=True, name="peers").start()
 
     def end(self) -> None:
-        """From here on silence means nothing any more."""
+        """This process leaves: silence means nothing any more."""
         self._over.set()
+        self._file(self.rank).unlink(missing_ok=True)
 
     def silent(self, seconds: float | None = None) -> str | None:
         """A sentence about those that are watched and gave no sign of life for so long, by default a few beats, or whose
         process is gone; None if all live.
         """
         seconds = SILENT_BEATS * self.seconds if seconds is None else seconds
-        own = self._file(self.rank).stat().st_mtime  # by the clock of the file system, which may be another machine's
         found = []
+        try:
+            own = (
+                self._file(self.rank).stat().st_mtime
+            )  # by the clock of the file system, which may be another machine's
+        except OSError:
+            return None
         for rank in self.watched:
             try:
                 said = json.loads(self._file(rank).read_text(encoding="utf-8"))
@@ -146,8 +152,11 @@ class Peers:
     def _watch(self) -> None:
         while not self._over.wait(self.seconds):
             self._beat()
-            if told := self.silent(self.timeout):
-                self.leave(LostContact(told), False)
+            # When all were suspended together, the others get the time to give a sign, too.
+            if self.silent(self.timeout) and not self._over.wait(self.seconds):
+                self._beat()
+                if told := self.silent(self.timeout):
+                    self.leave(LostContact(told), False)
 
 
 def process_start(pid: int) -> int | None:

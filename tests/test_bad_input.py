@@ -2,7 +2,10 @@
 
 import json
 import os
+import shutil
+import subprocess
 import tempfile
+import time
 import unittest
 from pathlib import Path
 from unittest import mock
@@ -112,10 +115,14 @@ class Mistakes(unittest.TestCase):
     def test_a_checkpoint_of_another_model(self):
         result = here(self.folder / "other", *self.data, "epochs=1")
         self.assertEqual(result.returncode, 0, result.stderr)
-        self.assert_refused(
-            *self.data, "trainer.model.trunk.depth=3", saying="checkpoint of another model", folder="other"
-        )
-        self.assert_refused(*self.data, "batch_size=4", saying="steps an epoch", folder="other")
+        for overrides, experiment, checkpoint in (
+            (["trainer.model.trunk.depth=3"], "trainer.model.trunk.depth: 2 -> 3", "checkpoint of another model"),
+            (["batch_size=4"], "clips of a step of k150: 8 -> 4", "steps an epoch"),
+        ):
+            again = [*self.data, "epochs=1", *overrides]
+            self.assert_refused(*again, saying=f"another experiment .*: {experiment}. Going on", folder="other")
+            told = [*again, "trainer.checkpoint.allow_changes=true"]
+            self.assert_refused(*told, saying=checkpoint, folder="other")
 
     def test_bad_files_within_the_budget_are_replaced_and_beyond_it_stop_the_run(self):
         broken = self.folder / "broken.mp4"
@@ -141,6 +148,45 @@ class Mistakes(unittest.TestCase):
                 self.assertIn("bad_sample_budget", stopped.stderr)
                 self.assertNotIn("Traceback", stopped.stderr)
                 self.assertIn("could not be decoded", runs.summary(self.folder / f"stopped{count}")["exit_reason"])
+
+    def test_a_data_root_that_vanishes_stops_the_run_and_condemns_no_file(self):
+        root, gone = self.folder / "root", self.folder / "unmounted"
+        root.mkdir()
+        films = [shutil.copy(film, root / f"{n}_{Path(film).name}") for n in range(40) for film in runs.real_films()]
+        split = self.folder / "vanishing"
+        split.mkdir()
+        data = [
+            *runs.write_split(split, [str(film) for film in films]),
+            "trainer.data.bad_sample_budget=1",
+            "epochs=30",
+        ]
+        run = self.folder / "vanishing/run"
+        process = subprocess.Popen(
+            runs.command(run, *data, "num_workers=1", "trainer.checkpoint.save_every_steps=1"),
+            cwd=split, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        log, deadline = run / "logs/metrics.jsonl", time.monotonic() + 60
+        while not (log.exists() and '"step": 3,' in log.read_text()):
+            self.assertLess(time.monotonic(), deadline)
+            time.sleep(0.05)
+        root.rename(gone)
+        _, said = process.communicate(timeout=60)
+        self.assertEqual(process.returncode, 1, said)
+        self.assertRegex(
+            said, "^error: None of .* files that one batch was to be made of is there, e.g. .*Is the data mounted"
+        )
+        gone.rename(root)
+        steps = runs.summary(run)["steps"]
+        process = subprocess.Popen(
+            runs.command(run, *data), cwd=split, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        deadline = time.monotonic() + 60
+        while f'"step": {steps + 5},' not in log.read_text():
+            self.assertIsNone(process.poll())
+            self.assertLess(time.monotonic(), deadline)
+            time.sleep(0.05)
+        process.kill()
+        process.wait()
 
     def test_a_loss_that_is_not_finite_stops_all_processes_with_one_code_and_names_the_samples(self):
         for count in ("1", "2"):

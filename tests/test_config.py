@@ -14,7 +14,8 @@ from omegaconf import DictConfig
 
 from omnivision import build, dry
 from omnivision.errors import UserError
-from omnivision.settings import Settings, check
+from omnivision.settings import Settings
+from omnivision.settings_check import check
 from omnivision.settings_yaml import read_numbers_as_written
 from tests.runs import ROOT, STAGE_1
 

@@ -100,6 +100,18 @@ class Stage1(unittest.TestCase):
         self.assertEqual(result.returncode, 0, result.stderr)
         self.assert_same_weights(straight, resumed)
 
+    def test_begun_by_two_processes_and_ended_by_one(self):
+        """The samples of each step are the same for any number of processes."""
+        changed = self.folder / "changed"
+        settings = [*self.data, "trainer.distributed.comms_dtype=null", "trainer.checkpoint.save_every_steps=1"]
+        runs.run_until(changed, 3, *settings, "launcher.gpus_per_node=2")
+        result = runs.run(changed, *settings)
+        self.assertEqual(result.returncode, 0, result.stderr)
+        self.assertRegex(result.stdout, "goes on otherwise than it was: launcher.gpus_per_node: 2 -> 1")
+        for one, other in zip(runs.lines(self.whole), runs.lines(changed), strict=True):
+            self.assertEqual(one["step"], other["step"])
+            self.assertAlmostEqual(one["loss"], other["loss"], delta=1e-4)
+
     def test_validation_of_a_checkpoint_counts_every_video_once_for_any_number_of_processes(self):
         films = runs.real_films() * 2 + runs.real_films()[:1]  # 7: divides neither by 2 nor into batches
         runs.np.save(self.folder / "val.npy", runs.np.array(films))

@@ -75,6 +75,11 @@ class Comparison(unittest.TestCase):
             found = [name for name in [*shipped, *images] if fnmatch.fnmatchcase(name, pattern)]
             self.assertTrue(found, pattern)
 
+    def test_long_lists_are_cut(self):
+        self.assertEqual(experiment.listed(["a", "b"]), "a; b")
+        self.assertEqual(experiment.listed(["a"] * 9), "a; a; a; a; a; a; and 3 more")
+        self.assertEqual(len(experiment.listed(["a" * 900])), 203)
+
     def test_text_from_elsewhere(self):
         self.assertEqual(experiment.read(experiment.written(facts())), facts())
         for text in ("", "[", "[]", "{}", None, "[" * 100_000, json.dumps(facts(settings=[]))):

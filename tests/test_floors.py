@@ -26,7 +26,7 @@ FLOORS = {
     3: ["tasks", "evaluation", "prepare"],
     4: ["experiment", "checkpoint_shards", "checkpoint", "reporting", "weights", "interop", "slurm"],
     5: ["steps", "trainer", "resuming"],
-    6: "settings_yaml targets schema settings settings_submitit composition preflight build dry usage".split(),
+    6: "settings_yaml targets schema settings settings_check settings_submitit composition preflight build dry usage".split(),
     7: ["jobs", "job_record", "ending", "process", "local", "submission", "launch", "cli"],
 }
 # Within a floor, these are above the others.
@@ -46,6 +46,7 @@ RAISED = {
     "schema": 6.1,
     "settings_submitit": 6.15,
     "settings": 6.2,
+    "settings_check": 6.25,
     "composition": 6.3,
     "preflight": 6.3,
     "build": 6.4,
@@ -61,7 +62,7 @@ RAISED = {
 }
 ALLOWED = {
     "hydra": {"train_app_submitit", "omnivision.build"},
-    "omegaconf": {"train_app_submitit", "omnivision.settings", "omnivision.schema", "omnivision.launch"},
+    "omegaconf": {"train_app_submitit", "omnivision.settings_check", "omnivision.schema", "omnivision.launch"},
     "submitit": {"omnivision.launch"},
     "av": {"omnivision.data.decode", "omnivision.data.encode"},
     "yaml": {

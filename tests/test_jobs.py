@@ -16,17 +16,19 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from unittest import mock
 
+import torch.distributed as dist
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from omnivision import job_record, jobs, launch, slurm, submission
 from omnivision.distributed import Place
-from omnivision.errors import Terminated, UserError
+from omnivision.errors import LostContact, Terminated, UserError
 from omnivision.job_record import JobRecord
 from omnivision.jobs import Task, environment, fruitless_starts, history, note, settled, waits
 from omnivision.launch import setup_lines, signal_delay
 from omnivision.process import Job, run_process
 from omnivision.reporting.run_folder import RunFolder
-from omnivision.settings import Settings, check
+from omnivision.settings import Settings
+from omnivision.settings_check import check
 from omnivision.slurm import JobState, minutes, moment, refusal
 from omnivision.stopping import TIME_LIMIT
 from omnivision.submission import (
@@ -64,7 +66,7 @@ class Tasks(unittest.TestCase):
             self.assertEqual((task.job_id, task.restarts, task.nodes), ("123456", 0, "node[3-4]"))
             place = task.place("node3")
             self.assertEqual((place.rank, place.world, place.local_rank, place.local_world), (5, 8, 1, 4))
-            self.assertEqual(place.init_method, "tcp://node3:13456")
+            self.assertEqual(place.init_method, "tcp://node3:15928")
         element = {"SLURM_ARRAY_JOB_ID": "123400", "SLURM_ARRAY_TASK_ID": "7", "SLURM_RESTART_COUNT": "2"}
         with mock.patch.dict(os.environ, SLURM | element):
             task = Task.from_environment()
@@ -73,9 +75,10 @@ class Tasks(unittest.TestCase):
     def test_neighbouring_jobs_never_share_a_port_and_none_is_one_that_systems_hand_out(self):
         with mock.patch.dict(os.environ, SLURM):
             task = Task.from_environment()
-        jobs_in_a_row = (dataclasses.replace(task, number=987_654 + job) for job in range(20_000))
-        ports = {int(job.place("a").init_method.rpartition(":")[2]) for job in jobs_in_a_row}
-        self.assertEqual((len(ports), min(ports), max(ports)), (20_000, 10_000, 29_999))
+        starts = ((number, restarts) for number in range(987_654, 989_154) for restarts in range(13))
+        tasks = (dataclasses.replace(task, number=number, restarts=restarts) for number, restarts in starts)
+        ports = [int(each.place("a").init_method.rpartition(":")[2]) for each in tasks]
+        self.assertEqual((len(set(ports)), min(ports), max(ports)), (13 * 1500, 10_000, 29_499))
 
     def test_one_process_needs_to_meet_nobody(self):
         with mock.patch.dict(os.environ, SLURM | {"SLURM_NTASKS": "1", "SLURM_JOB_NUM_NODES": "1"}):
@@ -146,6 +149,20 @@ class Records(Folder):
         self.assertEqual(verdict(TIME_LIMIT), ("requeued", True))
         note(self.folder, "fault", "a", job="123456", restarts=1, rank=3, reason="its workers were ended first")
         self.assertEqual(verdict("SIGUSR2"), ("requeued", True), "all of the job was asked, whatever fails meanwhile")
+
+    def test_which_process_is_gone_or_that_none_is(self):
+        for error, saying in (
+            (LostContact("process 3 is gone; last seen in a step, after step 9"), "process 3 is gone; .*after step 9 "),
+            (RuntimeError("NCCL error"), "another process is gone without a word, with its node perhaps "),
+            (dist.DistNetworkError("port: 28745 EADDRINUSE"), "the port that the processes meet at is taken "),
+        ):
+            with (
+                mock.patch.object(job_record, "LAST_WORDS_SECONDS", 0),
+                mock.patch.object(slurm, "job_facts", return_value={}),
+            ):
+                verdict = self.record(1).verdict(error, str(error))
+            self.assertTrue(verdict.requeue)
+            self.assertRegex(verdict.reason, f"^{saying}")
 
     def test_a_cancelled_job_is_not_brought_back_because_its_processes_lost_one_another(self):
         gone = RuntimeError("gloo: Connection reset by peer")
@@ -537,6 +554,18 @@ class Submission(Folder):
                 self.assertEqual(said.getvalue(), "")
             else:
                 self.assertRegex(said.getvalue(), f"^warning: .*{told}")
+
+    def test_a_run_that_would_go_on_as_another_experiment_is_not_submitted(self):
+        (self.folder.path / "config.yaml").write_text("epochs: 2\n")
+        submission.require_same_experiment(self.job())  # it has no checkpoint to go on from
+        (self.folder.path / "checkpoints").mkdir()
+        (self.folder.path / "checkpoints/checkpoint.pt").touch()
+        with self.assertRaisesRegex(UserError, "another experiment .* epochs: 2 -> 1. .*allow_changes=true"):
+            submission.require_same_experiment(self.job())
+        for override in ("trainer.mode=val", "trainer.checkpoint.allow_changes=true"):
+            submission.require_same_experiment(self.job(override))
+        (self.folder.path / "config.yaml").write_text("epochs: 1\nnum_workers: 9\n")
+        submission.require_same_experiment(self.job())
 
     def test_what_cannot_be_submitted_leaves_everything_as_it_was(self):
         logs = self.folder.path / jobs.LOGS

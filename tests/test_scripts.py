@@ -9,7 +9,8 @@ import unittest
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from omnivision.settings import Settings, check
+from omnivision.settings import Settings
+from omnivision.settings_check import check
 from tests import runs
 from tests import stage_runs as stages
 
@@ -275,11 +276,16 @@ class Recipe(OnPath):
 
     def test_dry_submits_nothing_and_a_sweep_is_refused(self):
         for shell in SHELLS:
-            shown = self.recipe("--dry", "-x", shell=shell, DOWNSTREAM="ucf101")
+            shown = self.recipe("--dry", "epochs=3", shell=shell, DOWNSTREAM="ucf101")
             self.assertEqual((shown.returncode, len(shown.stdout.splitlines())), (0, 7), shown.stderr)
             refused = self.recipe("-m", "trainer.seed_value=1,2", shell=shell)
             self.assertEqual((refused.returncode, refused.stdout), (1, ""))
             self.assertRegex(refused.stderr, "^error: -m sweeps one stage")
+            unknown = self.recipe("--dyr", shell=shell)
+            self.assertEqual((unknown.returncode, unknown.stdout), (1, ""))
+            self.assertRegex(unknown.stderr, "^error: run_ppma.sh has no option --dyr; .*Nothing was done.$")
+            site = self.recipe("--dry", "--config-dir", "site", "+site=lab", shell=shell, DOWNSTREAM="ucf101")
+            self.assertEqual(site.returncode, 0, site.stderr)
         self.assertFalse((self.folder / "mae").exists())
 
 

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from omnivision.composition import explain, setting_names
 from omnivision.errors import UserError
-from omnivision.settings import check
+from omnivision.settings_check import check
 from omnivision.targets import signature_of, target_problems
 from tests.runs import ROOT
 from tests.test_config import CONFIG, FOLDER, composed, script, settings
@@ -122,11 +122,27 @@ class Values(unittest.TestCase):
             ("launcher.gpus_per_node=3",): "batch_size is 16 for the 3 processes of a node.*Try batch_size=12",
             ("launcher.gpus_per_node=8",): "views_per_clip is 4, .* the 2 clips of a process .*, or try batch_size=32",
             ("trainer.optim.accumulation_steps=3",): "accumulation_steps is 3, which does not divide the 16 clips",
+            ("trainer/model=vitbase_ft",): "trainer.model has no decoder, .*NAME, without _ft",
             ("trainer.data.num_frames=8",): "trainer.data.num_frames is 8, trainer.model.trunk.num_frames is 16",
         }
         for overrides, saying in cases.items():
             with self.subTest(overrides):
                 self.assert_refused(*overrides, saying=saying)
+
+    def test_models_of_another_stage(self):
+        data = "+trainer=mae_ft_ucf101_config"
+        for stage, model, saying in (
+            ("_ft", "vitbase", "it has a decoder., and this stage learns from labels.*NAME_ft"),
+            ("_ensemble_ft", "vitbase_ft", r"mixing_ratio., and trainer.model is none. .*NAME_average_ft"),
+            ("_ensemble_ft", "vitbase_average_ft", "There are 3 checkpoints .* ensemble_num_models is 2"),
+        ):
+            with self.assertRaisesRegex(UserError, saying):
+                settings(
+                    f"+experiments=omnimae/omnimain_train_video{stage}",
+                    data,
+                    f"trainer/model={model}",
+                    "pretrained_checkpoint_path=[a.pt,b.pt,c.pt]",
+                )
 
     def test_objects_that_may_be_built_but_not_here(self):
         mask, view = "omnivision.data.masking.TubeMask,ratio:0.5", "omnivision.data.views.EvalView,size:224"
@@ -242,6 +258,8 @@ class Script(unittest.TestCase):
                 (["trainer/model=vitbse"], "vitbase"),
                 (["batch_size=0"], "at least 1"),
                 (["a=b=c"], "Quote"),
+                (["--dry"], "unrecognized arguments: --dry. Settings are written NAME=VALUE"),
+                (["--config-dir", "/no/such"], "--config-dir is /no/such, and there is no such folder"),
                 (["trainer/model=null"], "expected its name, e.g. trainer/model=vitbase"),
             ):
                 with self.subTest(overrides):

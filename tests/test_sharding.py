@@ -14,7 +14,7 @@ from omnivision.cli.main import main as omnivision
 from omnivision.errors import UserError
 from omnivision.files import sha256
 from omnivision.safe import BrokenCheckpoint
-from omnivision.settings import check
+from omnivision.settings_check import check
 from tests import runs
 from tests import stage_runs as stages
 

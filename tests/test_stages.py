@@ -20,6 +20,7 @@ from omnivision.trainer import Trainer
 from tests import runs
 from tests import stage_runs as stages
 
+ALLOW = "trainer.checkpoint.allow_changes=true"
 FROM_NOTHING = "pretrained_checkpoint_path=null"
 UNVALIDATED = "trainer.mode=train_only"
 TIMES = {"time", "clips_per_second", "data_wait"}  # what differs between two runs that are the same
@@ -80,7 +81,7 @@ class OnFilms(unittest.TestCase):
         states = [stages.state(self.folder / name) for name in (one, other)]
         for state in states:
             state["last"] = {name: value for name, value in state["last"].items() if name not in TIMES}
-            del state["seconds"]
+            del state["seconds"], state["experiment"]  # which names the folder
         self.assert_equal_tensors(*states)
         self.assertEqual(figures(self.folder / one), figures(self.folder / other))
         for phase in ("train", "val"):
@@ -192,7 +193,8 @@ class HandOver(OnFilms):
 
     def test_a_run_goes_on_from_its_own_checkpoint_when_what_it_started_from_is_gone(self):
         before = (self.folder / "ft/logs/pretrained.json").read_bytes()
-        said = self.trained("ft", "ft", *self.data, "pretrained_checkpoint_path=gone", UNVALIDATED).stdout
+        told = ["pretrained_checkpoint_path=gone", ALLOW]
+        said = self.trained("ft", "ft", *self.data, *told, UNVALIDATED).stdout
         self.assertIn("nothing is left to train", said)
         self.assertEqual((self.folder / "ft/logs/pretrained.json").read_bytes(), before)
 
@@ -261,7 +263,7 @@ class Averages(OnFilms):
         sources = f"pretrained_checkpoint_path=[{self.folder}/a,{self.folder}/c.pt]"
         self.trained("average", "changing", *self.data, sources, "epochs=1")
         swapped = f"pretrained_checkpoint_path=[{self.folder}/c.pt,{self.folder}/a]"
-        again = stages.command("average", self.folder / "changing", *self.data)
+        again = stages.command("average", self.folder / "changing", *self.data, ALLOW)
         self.assert_refused([*again, swapped], r"averages .*c\.pt .* now .* same files, in the same order")
         changed = stages.state(self.folder / "b")["model"]
         changed["trunk.norm.bias"][0] += 1e-3
@@ -308,7 +310,7 @@ class Averages(OnFilms):
 
     def test_another_choice_of_entries_is_refused(self):
         self.trained("average", "choosing", *self.data, self.sources, "epochs=1")
-        other = stages.command("average", self.folder / "choosing", *self.data, self.sources)
+        other = stages.command("average", self.folder / "choosing", *self.data, self.sources, ALLOW)
         self.assert_refused([*other, "trainer/checkpoint=no_heads_ensemble"], r"took other entries .*'heads\.\*'")
 
     def test_mistakes(self):
@@ -317,7 +319,7 @@ class Averages(OnFilms):
         torch.save({"model": narrow}, self.folder / "narrow.pt")
         path = "pretrained_checkpoint_path"
         for overrides, saying in [
-            ([self.sources, "ensemble_num_models=3"], "2 checkpoints to average, and ensemble_num_models is 3"),
+            ([self.sources, "ensemble_num_models=3"], "2 checkpoints to average .* ensemble_num_models is 3"),
             ([f"{path}={self.folder}/a"], "holds one model; expected several"),
             (
                 [f"{path}=[{self.folder}/a,{self.folder}/narrow.pt]"],
@@ -586,6 +588,10 @@ class Mistakes(OnFilms):
             ([f"++datasets.ucf101.train.labels={files['low']}"], "labels from -2 to -2"),
             (
                 ["++datasets.ucf101.num_classes=4"],
+                r"another experiment .*datasets\.ucf101\.num_classes: 3 -> 4; epochs: 1 -> 2",
+            ),
+            (
+                ["++datasets.ucf101.num_classes=4", ALLOW],
                 r"another model .*heads\.0\.0\.weight \(3, 96\) instead of \(4, 96\)",
             ),
         ]:

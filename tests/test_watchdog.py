@@ -99,6 +99,21 @@ class Silence(unittest.TestCase):
         self.assertIsInstance(left[1], LostContact)
         self.assertIn("process 1 ", str(left[1]))
 
+    def test_all_that_were_suspended_together_go_on(self):
+        left: list = [None]
+        other = self.peers(1)
+        main = self.peers(0, world=2, timeout=0.8, left=left)
+        old = time.time() - 99
+        os.utime(self.folder / "rank_1.alive", (old, old))
+        main.start()
+        time.sleep(0.3)  # it has looked once
+        for _ in range(12):
+            other._beat()
+            time.sleep(0.1)
+        main.end()
+        self.assertEqual(left, [None])
+        self.assertIsNone(main.silent(), "it has left itself")
+
     def test_one_process_writes_nothing(self):
         self.peers(0, world=1).start()
         self.assertEqual(list(self.folder.iterdir()), [])

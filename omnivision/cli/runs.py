@@ -67,7 +67,7 @@ def summaries(folder: Path) -> list[dict[str, Any]]:
             continue
         name = file.parent.relative_to(folder).as_posix() if file.parent != folder else folder.resolve().name
         found.append({"last": {}, "run": {}, "changed": file.stat().st_mtime} | summary | {"name": name})
-    return sorted(found, key=lambda summary: summary["run"].get("started", 0))
+    return sorted(found, key=lambda summary: summary["run"].get("started", summary["changed"]))
 
 
 def table(found: list[dict[str, Any]], short: bool = False) -> Table:

@@ -20,6 +20,7 @@ class BadSample:
     path: str
     reason: str
     split: str = "train"
+    missing: bool = False  # there is no such file (any more)
 
 
 @dataclass

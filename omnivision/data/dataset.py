@@ -95,7 +95,8 @@ class ClipDataset:
             try:
                 return self._sample(split, request, path, bad)
             except BadVideo as error:
-                bad.append(BadSample(split.name, request.video, path, str(error), split.which))
+                missing = isinstance(error.__cause__, FileNotFoundError)
+                bad.append(BadSample(split.name, request.video, path, str(error), split.which, missing))
                 if not self.training:
                     return self._empty(split, request, path, bad)
             request = request._replace(video=int(rng.integers(len(split))))

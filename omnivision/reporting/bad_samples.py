@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +24,8 @@ class BadSampleLedger:
             self._cut = not path.read_bytes().endswith(b"\n")
             for entry in read_lines(path):
                 source, index = entry.get("source"), entry.get("index")
+                if entry.get("missing") and os.path.exists(str(entry.get("path"))):
+                    continue  # it is back, with the disk that it lies on perhaps
                 if isinstance(source, str) and isinstance(index, int):
                     self._known[source, str(entry.get("split")), index] = (
                         str(entry.get("path")),

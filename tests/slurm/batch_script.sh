@@ -44,7 +44,6 @@ if [ -z "$omnivision_within" ]; then
   code=$?
   trap '' TERM USR2  # what writes the end down is not to be ended
   why=$(cat "$omnivision_reached"; rm -f "$omnivision_reached")
-  why=${why:+submitit.setup ended the job, and nothing was trained: $why}
   [ -z "$why" ] || echo "$why"
   [ "$code" != 0 ] || [ -z "$why" ] || code=1  # nothing was trained
   omnivision_code
@@ -53,7 +52,15 @@ if [ -z "$omnivision_within" ]; then
   exit "$code"
 fi
 unset omnivision_within
-echo 'module load cuda' >"$omnivision_reached"
+if [ "${SLURM_JOB_NUM_NODES:-1}" -gt 1 ]; then
+  omnivision_blind=$(srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 bash -c 'for _ in $(seq 60); do [ -d "$1" ] && exit; sleep 1; done; hostname' - "$omnivision_logs")
+  if [ -n "$omnivision_blind" ]; then
+    echo $omnivision_blind: the folder of the run is not to be seen there: "$omnivision_logs" >"$omnivision_reached"
+    scontrol update JobId="$omnivision_job" Comment="$(cat "$omnivision_reached")"
+    exit 1
+  fi
+fi
+echo 'submitit.setup ended the job, and nothing was trained: module load cuda' >"$omnivision_reached"
 { module load cuda
 } || exit
 : >"$omnivision_reached"

@@ -15,7 +15,7 @@ from hydra import compose, initialize_config_dir
 
 from omnivision.launch import batch_script
 from omnivision.reporting.run_folder import RunFolder
-from omnivision.settings import check
+from omnivision.settings_check import check
 from tests import runs
 from tests.slurm.on_cluster import SUBMITTED, OnCluster, history, told_time
 
@@ -79,6 +79,8 @@ class Submitted(OnCluster):
             self.cluster.hide("node4", self.hidden)
             settings = [f"launcher.experiment_log_dir={self.hidden / 'run'}", "submitit.nodelist=node4"]
             type(self).unseen = self.submit(*self.demo, *settings)
+            two = ["launcher.num_nodes=2", 'submitit.nodelist="node[3-4]"']
+            type(self).half_seen = self.submit(*self.demo, f"launcher.experiment_log_dir={self.hidden / 'two'}", *two)
 
     def test_1_a_run_is_the_same_on_slurm_as_local_processes_torchrun_and_one_process(self):
         def command(name: str, *settings: str) -> list[str]:
@@ -206,6 +208,11 @@ class Submitted(OnCluster):
         listed = self.shell("omnivision", "runs", str(self.hidden)).stdout
         told = f"node4 does not see the folder of the run: {run}/submitit_logs"
         self.assertIn(f"run: failed: job {job} is FAILED ({told})", listed)
+        self.wait_for_state(self.half_seen, "FAILED", seconds=90)
+        self.assertRegex(
+            runs.summary(self.hidden / "two")["exit_reason"],
+            f"job {self.half_seen}: node4: the folder of the run is not to be seen there: {self.hidden}/two/submitit_logs ",
+        )
 
     def test_5_an_array_of_four_points(self):
         sweep = "launcher.experiment_log_dir='" + str(self.folder) + "/sweep/seed_${trainer.seed_value}'"
@@ -276,7 +283,7 @@ class Submitted(OnCluster):
         summary = runs.summary(run)
         summary["job"]["job_id"] = again
         RunFolder(run).write_summary(**summary)
-        second = self.submit(*command, "trainer.max_epochs=2")
+        second = self.submit(*command, "trainer.max_epochs=2", "trainer.checkpoint.allow_changes=true")
         self.assertEqual(second, again, "the test needs it to come again")
         self.wait_for_state(second, "COMPLETED")
         self.assertEqual((runs.summary(run)["epochs"], runs.summary(run)["status"]), (2, "finished"))

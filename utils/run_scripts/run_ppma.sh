@@ -22,6 +22,8 @@ for argument; do
         -h | --help) sed -n '2,/^set -eu/{/^#/s/^# \{0,1\}//p}' "$0" && exit ;;
         --dry) dry=yes && continue ;;
         -m | --multirun) echo "error: $argument sweeps one stage; run_ppma.sh runs all. Sweep with a stage's own script." >&2 && exit 1 ;;
+        --config-dir | -cd | --config-dir=*) ;;
+        -*) echo "error: run_ppma.sh has no option $argument; --help shows what it has. Nothing was done." >&2 && exit 1 ;;
         submitit.use_cluster=false | +submitit.use_cluster=false | ++submitit.use_cluster=false) cluster= ;;
     esac
     set -- "$@" "$argument"

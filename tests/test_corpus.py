@@ -1,0 +1,187 @@
+"""Odd and hostile files as a run meets them: through the dataset, in a data worker. Good ones give what a full decode gives,
+bad ones are named with a reason, and none hangs, crashes or opens anything else.
+"""
+
+import os
+import struct
+import tempfile
+import time
+import unittest
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from omnivision.data.catalog import Dataset, Split, SplitFiles
+from omnivision.data.clips import clip_window, uniform_clip_starts
+from omnivision.data.dataset import ClipDataset, Cut
+from omnivision.data.decode import open_video
+from omnivision.data.images import read_image
+from omnivision.data.loader import Workers, evaluation_batches
+from omnivision.data.opening import BadVideo
+from tests.test_decode import Truth, make_film
+
+CLIP = 0.5  # seconds
+FRAMES = 4
+
+
+class AsDecoded:
+    """A view: the corner that all films have, as it was decoded."""
+
+    size = 2
+
+    def prepare(self, frames: torch.Tensor) -> torch.Tensor:
+        return frames
+
+    def __call__(self, frames: torch.Tensor, rng: np.random.Generator, number: int) -> torch.Tensor:
+        return frames[:, :, :2, :2]
+
+
+def turned(path: Path) -> Path:
+    """The same film with the display matrix of a phone that was held upright."""
+    data, one = path.read_bytes(), 1 << 16
+    matrix = data.index(b"tkhd") + 4 + 40
+    matrix_90 = struct.pack(">9i", 0, one, 0, -one, 0, 0, 0, 0, 1 << 30)
+    path.write_bytes(data[:matrix] + matrix_90 + data[matrix + 36 :])
+    return path
+
+
+def good_films(folder: Path) -> list[Path]:
+    def film(name: str, *arguments: object, **settings: object) -> Path:
+        return make_film(folder / name, *arguments, **settings)
+
+    x265 = {"x265-params": "log-level=none"}
+    whole = film("whole.mp4")
+    (folder / "wrong.txt").write_bytes(whole.read_bytes())
+    long, line = folder / f"{'n' * 200}.mp4", folder / "two\nlines.mp4"
+    for copy in (long, line):
+        copy.write_bytes(whole.read_bytes())
+    odd = os.fsdecode(os.fsencode(folder) + b"/caf\xe9.mp4")
+    Path(odd).write_bytes(whole.read_bytes())
+    return [
+        *(film(f"{count}_frames.mp4", frames=count) for count in (1, 2, 3)),
+        film("2x2.mkv", "ffv1", size=(2, 2)),
+        film("odd.mkv", "libx264", size=(63, 47), pix_fmt="yuv444p"),
+        film("10_bit.mp4", pix_fmt="yuv420p10le"),
+        film("10_bit_hevc.mp4", "libx265", pix_fmt="yuv420p10le", options=x265),
+        film("444.mp4", pix_fmt="yuv444p"),
+        film("grey.mp4", pix_fmt="gray"),
+        film("alpha.mov", "prores_ks", pix_fmt="yuva444p10le"),
+        film("alpha.webm", "libvpx-vp9", pix_fmt="yuva420p", options={"cpu-used": "8"}),
+        film("lossless_alpha.mov", "png", pix_fmt="rgba"),
+        film("1_fps.mp4", fps=1, frames=5),
+        film("120_fps.mp4", fps=120, frames=200),
+        film("late.ts", pts=range(10**6, 10**6 + 75)),
+        film("negative.mkv", pts=range(-30, 45)),
+        film("variable.mkv", frames=30, pts=[k * k for k in range(30)]),
+        film("moving.gif", "gif", pix_fmt="rgb8"),
+        film("motion.avi", "mjpeg", pix_fmt="yuvj420p"),
+        film("mpeg4.avi", "mpeg4"),
+        film("av1.mp4", "libsvtav1", options={"preset": "12"}),
+        whole, folder / "wrong.txt", long, line, Path(odd),
+    ]  # fmt: skip
+
+
+def bad_files(folder: Path) -> list[Path]:
+    whole = make_film(folder / "source.mp4").read_bytes()  # its index is at the end
+    cut_off = whole.index(b"moov") - 4
+    files = {
+        "empty.mp4": b"",
+        "text.mp4": b"a film, honestly\n" * 100,
+        "no_moov.mp4": whole[:cut_off],
+        "truncated.mp4": whole[: cut_off + 200],
+        "header.mp4": bytes(64) + whole[64:],
+        "playlist.mp4": f"#EXTM3U\n#EXTINF:3.0,\n{folder}/source.mp4\n".encode(),
+        "list.mp4": f"ffconcat version 1.0\nfile '{folder}/source.mp4'\n".encode(),
+        "url.mp4": b"http://127.0.0.1:1/film.mp4\n",
+        "bits.yuv": bytes(1000),
+    }
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    os.mkfifo(folder / "pipe.mp4")
+    (folder / "loop.mp4").symlink_to(folder / "loop.mp4")
+    (folder / "nothing").mkdir()
+    (folder / "sizes").mkdir()
+    for number, size in enumerate(((6, 4), (4, 6))):
+        Image.new("RGB", size).save(folder / "sizes" / f"{number}.png")
+    large = make_film(folder / "8k.mp4", frames=2, size=(7680, 4320), options={"preset": "ultrafast", "crf": "51"})
+    assert large.stat().st_size < 2_000_000
+    special = ["pipe.mp4", "loop.mp4", "nothing", "sizes", "8k.mp4", "gone.mp4"]
+    return [folder / name for name in (*files, *special)]
+
+
+class Corpus(unittest.TestCase):
+    def setUp(self) -> None:
+        temporary = tempfile.TemporaryDirectory()
+        self.addCleanup(temporary.cleanup)
+        self.folder = Path(temporary.name)
+
+    def read(self, paths: list[Path]) -> dict[str, np.ndarray | str]:
+        """What a data worker makes of each file: its clip (T, 2, 2, 3), or the reason why it has none."""
+        np.save(self.folder / "paths.npy", np.array([str(path) for path in paths]))
+        dataset = Dataset("corpus", num_classes=2, val=SplitFiles(str(self.folder / "paths.npy")))
+        cut = Cut(AsDecoded(), 1, FRAMES, (1, 1, 1))
+        clips = ClipDataset([Split(dataset, "val")], {"video": cut}, CLIP, 0, training=False, max_pixels=10**6)
+        found: dict[str, np.ndarray | str] = {}
+        for batch in evaluation_batches(clips, 1, 0, 1, Workers(1, timeout=60)):
+            path = batch.bad[0].path if batch.bad else batch.paths[0]
+            found[path] = batch.bad[0].reason if batch.bad else batch.video[0].permute(1, 2, 3, 0).numpy()
+        return found
+
+    def test_good_ones_are_what_a_full_decode_gives(self) -> None:
+        films = good_films(self.folder)
+        found = self.read(films)
+        self.assertEqual(len(found), len(films))
+        for path in films:
+            got = found[str(path)]
+            self.assertIsInstance(got, np.ndarray, f"{path.name}: {got}")
+            with open_video(str(path)) as video:
+                [start] = uniform_clip_starts(video.duration, CLIP, 1)
+            truth = Truth(path).read(*clip_window(start, CLIP), FRAMES)[:, :2, :2]
+            self.assertTrue(np.array_equal(got, truth), path.name)
+        upright = turned(make_film(self.folder / "upright.mp4"))
+        got = self.read([upright])[str(upright)]
+        truth = [np.rot90(frame, -1)[:2, :2] for frame in Truth(upright).frames]
+        self.assertTrue(any(np.array_equal(got[0], frame) for frame in truth), "turned as the matrix says")
+
+    def test_bad_ones_are_named_with_a_reason_and_none_is_waited_for(self) -> None:
+        files, began = bad_files(self.folder), time.monotonic()
+        found = self.read(files)
+        self.assertLess(time.monotonic() - began, 30)
+        self.assertEqual(len(found), len(files))
+        for path in files:
+            reason = found[str(path)]
+            self.assertIsInstance(reason, str, path.name)
+            self.assertTrue(reason and "\n" not in reason and str(self.folder) not in reason, f"{path.name}: {reason}")
+        self.assertIn("max_pixels", found[str(self.folder / "8k.mp4")])
+
+    def test_images(self) -> None:
+        grey = np.full((20, 30), 200, np.uint8)
+        made = {
+            "cmyk.jpg": Image.fromarray(grey).convert("RGB").convert("CMYK"),
+            "deep.png": Image.fromarray(grey.astype(np.uint16) << 8),
+            "palette.png": Image.fromarray(grey).convert("RGB").convert("P", palette=Image.Palette.ADAPTIVE),
+            "grey.png": Image.fromarray(grey),
+            "bits.png": Image.fromarray(grey).convert("1", dither=Image.Dither.NONE),
+            "alpha.png": Image.fromarray(np.dstack([grey] * 3 + [grey // 2]), "RGBA"),
+        }
+        for name, image in made.items():
+            image.save(self.folder / name)
+            got = read_image(str(self.folder / name))
+            self.assertEqual(tuple(got.shape), (1, 3, 20, 30), name)
+            wanted = 255 if name == "bits.png" else 200
+            self.assertLessEqual((got.int() - wanted).abs().max(), 2, name)
+        frames = [Image.new("RGB", (30, 20), (shade, shade, shade)) for shade in (10, 90, 250)]
+        frames[0].save(self.folder / "moving.gif", save_all=True, append_images=frames[1:])
+        self.assertLessEqual((read_image(str(self.folder / "moving.gif")).int() - 10).abs().max(), 2, "its first frame")
+        whole = (self.folder / "grey.png").read_bytes()
+        (self.folder / "cut.png").write_bytes(whole[: len(whole) // 2])
+        (self.folder / "flipped.png").write_bytes(whole[:40] + bytes([whole[40] ^ 255]) + whole[41:])
+        for name in ("cut.png", "flipped.png"):
+            with self.assertRaises(BadVideo, msg=name):
+                read_image(str(self.folder / name))
+
+
+if __name__ == "__main__":
+    unittest.main()

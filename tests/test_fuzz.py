@@ -1,0 +1,127 @@
+"""Settings, catalogs and schedules that nobody would write: each is accepted or refused in a paragraph, and nothing else."""
+
+import io
+import math
+import os
+import tempfile
+import unittest
+from pathlib import Path
+
+import numpy as np
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from omnivision.composition import setting_names
+from omnivision.data.catalog import Dataset, Split, SplitFiles
+from omnivision.data.epoch import EpochPlan, SourcePlan
+from omnivision.errors import UserError
+from omnivision.optim.schedules import Constant, WarmupCosine
+from omnivision.settings_check import check
+from tests.test_config import FOLDER, composed
+from tests.test_settings import MAE
+
+CASES = int(os.environ.get("FUZZ_CASES", "100"))
+FUZZ = settings(max_examples=CASES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+NAMES = st.sampled_from(setting_names())
+PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
+VALUES = st.recursive(
+    PLAIN,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8) | st.just("_target_"), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+class Fuzz(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.config = composed(*MAE, FOLDER)
+
+    @FUZZ
+    @given(st.dictionaries(NAMES, VALUES, min_size=1, max_size=3))
+    def test_settings(self, changes: dict) -> None:
+        config = self.config.copy()
+        OmegaConf.set_struct(config, False)
+        for name, value in changes.items():
+            try:
+                OmegaConf.update(config, name, value, merge=False)
+            except Exception:  # OmegaConf has no such value, so that none can come from a file
+                return
+        try:
+            check(config)
+        except UserError as error:
+            self.assertTrue(str(error).strip())
+
+    @FUZZ
+    @given(
+        st.sampled_from(["<U5", "S5", "int64", "uint8", "float32", "bool", "datetime64[s]", "complex64"]),
+        st.lists(st.integers(0, 4), max_size=3),
+        st.sampled_from(["int64", "int8", "uint16", "float64", "<U2", "bool"]),
+        st.lists(st.integers(-3, 9), max_size=6),
+        st.none() | st.integers(1, 6),
+    )
+    def test_catalogs(self, kind: str, shape: list, label_kind: str, labels: list, classes: int | None) -> None:
+        with tempfile.TemporaryDirectory() as name:
+            files = SplitFiles(f"{name}/paths.npy", f"{name}/labels.npy")
+            np.save(files.paths, np.zeros(shape, kind))
+            np.save(files.labels, np.array(labels, float).astype(label_kind))
+            try:
+                split = Split(Dataset("fuzz", num_classes=classes, train=files), "train")
+            except UserError:
+                return
+            self.assertGreater(len(split), 0)
+            for index in range(len(split)):
+                self.assertIsInstance(split.path(index), str)
+                self.assertTrue(classes is None or -1 <= split.label(index) < classes)
+
+    @FUZZ
+    @given(st.binary(max_size=300))
+    def test_files_that_are_no_arrays(self, data: bytes) -> None:
+        whole = io.BytesIO()
+        np.save(whole, np.array(["a.mp4", "b.mp4"]))
+        with tempfile.TemporaryDirectory() as name:
+            for content in (data, whole.getvalue()[: len(data)] + data, data + whole.getvalue()[len(data) :]):
+                file = Path(name) / "paths.npy"
+                file.write_bytes(content)
+                try:
+                    split = Split(Dataset("fuzz", train=SplitFiles(str(file))), "train")
+                    self.assertIsInstance(split.path(0), str)
+                except UserError:
+                    pass
+
+    @FUZZ
+    @given(*[st.floats(1e-8, 10)] * 3, st.floats(0, 0.999), st.lists(st.floats(0, 1), min_size=2, max_size=20))
+    def test_schedules(self, start: float, peak: float, end: float, warmup: float, places: list) -> None:
+        curve = WarmupCosine(start, peak, end, warmup)
+        low, high = min(start, peak, end), max(start, peak, end)
+        for place in places:
+            self.assertTrue(low - 1e-12 * high <= curve(place) <= high * (1 + 1e-12), place)
+            self.assertTrue(math.isfinite(curve(place)))
+        self.assertEqual(Constant(peak)(places[0]), peak)
+
+    @FUZZ
+    @given(
+        st.lists(st.tuples(st.integers(1, 60), st.integers(1, 9)), min_size=1, max_size=3),
+        st.integers(0, 2**32 - 1),
+        st.sampled_from([1, 2, 4]),
+    )
+    def test_epochs_see_each_sample_once(self, sources: list, seed: int, world: int) -> None:
+        try:
+            plans = {str(n): SourcePlan(size, videos * world) for n, (size, videos) in enumerate(sources)}
+            plan = EpochPlan(plans, seed)
+        except UserError:
+            return
+        seen = [
+            (request.source, request.video)
+            for step in range(plan.steps)
+            for rank in range(world)
+            for request in plan.requests(0, step, rank, world)
+        ]
+        self.assertEqual(len(seen), len(set(seen)), "none twice")
+
+
+if __name__ == "__main__":
+    unittest.main()

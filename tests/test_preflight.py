@@ -1,0 +1,145 @@
+"""What is found out before a run starts: all problems at once, room on disk and in shared memory, classes of one's own."""
+
+import collections
+import os
+import shutil
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+from unittest import mock
+
+from omnivision import build, preflight
+from omnivision.errors import UserError
+from omnivision.settings import Settings
+from omnivision.settings_check import check
+from tests import runs
+from tests import stage_runs as stages
+
+Usage = collections.namedtuple("Usage", "total used free")
+
+
+def settings_of(stage: str, model: str, *overrides: str) -> Settings:
+    experiment, recipe, _ = stages.STAGES[stage]
+    data = "k150" if stage == "mae" else "ucf101"
+    return check(
+        stages.composed(
+            f"+experiments=omnimae/{experiment}",
+            f"+trainer={recipe}_{data}_config",
+            f"trainer/model={model}",
+            "submitit.use_cluster=false",
+            "launcher.experiment_log_dir=run",
+            "pretrained_checkpoint_path=null",
+            *overrides,
+        )
+    )
+
+
+class Room(unittest.TestCase):
+    def test_the_size_of_a_checkpoint_is_known_without_building_the_model(self):
+        for stage, model, *overrides in (
+            ("mae", "vitbase"),
+            ("mae", "vitmicro", "trainer.model.decoder.attention=cross"),
+            ("mae", "vithuge", "trainer.ema_decay=0.9"),
+            ("ft", "vitlarge_ft"),
+            ("lp", "vitbase_ft"),
+        ):
+            settings = settings_of(stage, model, *overrides)
+            built = build.model(settings, device="meta")
+            count = sum(p.numel() for p in built.parameters())
+            trained = sum(p.numel() for p in built.parameters() if p.requires_grad)
+            exact = 4 * (count + 2 * trained + (count if overrides and "ema" in overrides[0] else 0))
+            self.assertAlmostEqual(preflight.checkpoint_bytes(settings) / exact, 1, delta=0.03, msg=(stage, model))
+
+    def test_no_room(self):
+        settings = settings_of("mae", "vitbase", "num_workers=6", "launcher.gpus_per_node=2")
+        needed = 3 * preflight.checkpoint_bytes(settings)
+        for shared, disk, saying in (
+            (9e12, 9e12, None),
+            (
+                9e12,
+                needed - 1e6,
+                r"^The disk of .*/run/checkpoints has room for .* GB; expected .* GB for 3 checkpoints",
+            ),
+            (
+                1e8,
+                9e12,
+                r"^/dev/shm, .* has 0.1 GB free; expected .* 2 x 6 workers with 2 batches each. Lower num_workers",
+            ),
+            (1e8, 1e6, r"^2 problems:\n- The disk of (.|\n)*\n- /dev/shm"),
+        ):
+            free = {Path("/dev/shm"): shared}
+            usage = lambda path, free=free, disk=disk: Usage(0, 0, free.get(path, disk))  # noqa: E731
+            with mock.patch.object(shutil, "disk_usage", usage):
+                if saying is None:
+                    preflight.check_room(settings)
+                else:
+                    self.assertRaisesRegex(UserError, saying, preflight.check_room, settings)
+
+    def test_what_the_run_has_saved_already_counts_as_room(self):
+        with tempfile.TemporaryDirectory() as name, mock.patch.object(shutil, "disk_usage", lambda _: Usage(0, 0, 0)):
+            settings = settings_of("mae", "vitmicro", f"launcher.experiment_log_dir={name}")
+            self.assertRaisesRegex(UserError, "has room for 0 GB", preflight.check_room, settings)
+            (Path(name) / "checkpoints").mkdir()
+            with open(Path(name) / "checkpoints/checkpoint.pt", "wb") as file:
+                file.truncate(3 * preflight.checkpoint_bytes(settings))
+            preflight._check_folder(settings)
+
+    def test_a_folder_that_cannot_be_written(self):
+        with mock.patch.object(os, "access", return_value=False):
+            self.assertRaisesRegex(UserError, "cannot be written", preflight.check_room, settings_of("mae", "vitmicro"))
+
+    def test_shared_memory_of_another_machine_is_not_looked_at(self):
+        with mock.patch.object(shutil, "disk_usage", lambda path: Usage(0, 0, 0 if path == Path("/dev/shm") else 9e12)):
+            for override in ("submitit.use_cluster=true", "num_workers=0", "trainer.mode=val"):
+                preflight.check_room(settings_of("mae", "vitmicro", override))
+
+
+class AllAtOnce(unittest.TestCase):
+    def test_missing_files_of_several_kinds(self):
+        with tempfile.TemporaryDirectory() as name:
+            data = runs.write_split(Path(name), runs.real_films())
+            settings = settings_of(
+                "ft",
+                "vitmicro_ft",
+                *[each.replace("k150", "ucf101") for each in data[:1]],
+                "++datasets.ucf101.train.labels=gone.npy",
+                "++datasets.ucf101.val.paths=gone_too.npy",
+                "pretrained_checkpoint_path=nowhere",
+            )
+
+            def impossible(_: Settings) -> None:
+                raise UserError("no SLURM")
+
+            with self.assertRaises(UserError) as raised:
+                preflight.check_run(settings, impossible)
+            self.assertRegex(
+                str(raised.exception),
+                r"^4 problems:\n- datasets.ucf101.train.labels: no such file(.|\n)*\n- datasets.ucf101.val.paths: no such file"
+                r"(.|\n)*\n- no SLURM\n- pretrained_checkpoint_path is 'nowhere'",
+            )
+
+
+class ClassesOfOnesOwn(unittest.TestCase):
+    def test_they_are_built_when_their_package_is_trusted_and_not_before(self):
+        with tempfile.TemporaryDirectory() as name:
+            (Path(name) / "my_lab.py").write_text(
+                "import pathlib\nimport numpy as np\npathlib.Path(__file__ + '.ran').touch()\n"
+                "class Left:\n    def __call__(self, grid, rng):\n        hidden = np.zeros(grid, bool)\n"
+                "        hidden[..., : grid[2] // 2] = True\n        return hidden\n"
+            )
+            mask = ["~trainer.data.mask", "++trainer.data.mask={_target_:my_lab.Left}"]
+            with mock.patch.object(sys, "path", [name, *sys.path]):
+                with self.assertRaisesRegex(UserError, r"may not build just anything\..*trust_targets=\[PACKAGE\]"):
+                    settings_of("mae", "vitmicro", *mask)
+                for other in ("my", "my_lab.Left.x", "''"):
+                    with self.assertRaisesRegex(UserError, "may not build just anything"):
+                        settings_of("mae", "vitmicro", *mask, f"trainer.trust_targets=[{other}]")
+                self.assertFalse((Path(name) / "my_lab.py.ran").exists(), "its code ran")
+                settings = settings_of("mae", "vitmicro", *mask, "trainer.trust_targets=[my_lab]")
+                built = build.build(settings.trainer.data.mask, "trainer.data.mask")
+                self.assertEqual(built((2, 4, 4), None).sum(), 16)
+
+
+if __name__ == "__main__":
+    unittest.main()
