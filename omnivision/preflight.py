@@ -142,8 +142,9 @@ def _check_folder(settings: Settings) -> None:
         )
     needed = CHECKPOINTS * checkpoint_bytes(settings)
     own = sum((folder / name).stat().st_size for name in (LATEST, PREVIOUS) if (folder / name).is_file())
-    free = shutil.disk_usage(there).free + own
-    if free < needed:
+    disk = shutil.disk_usage(there)
+    free = disk.free + own
+    if disk.total and free < needed:  # some file systems do not know
         raise UserError(
             f"The disk of {folder} has room for {free / 1e9:.2g} GB; expected {needed / 1e9:.2g} GB for {CHECKPOINTS} "
             f"checkpoints of about {needed / CHECKPOINTS / 1e9:.2g} GB: there are so many while one is saved. Make room, or "

@@ -69,7 +69,7 @@ class Room(unittest.TestCase):
             (1e8, 1e6, r"^2 problems:\n- The disk of (.|\n)*\n- /dev/shm"),
         ):
             free = {Path("/dev/shm"): shared}
-            usage = lambda path, free=free, disk=disk: Usage(0, 0, free.get(path, disk))  # noqa: E731
+            usage = lambda path, free=free, disk=disk: Usage(1, 0, free.get(path, disk))  # noqa: E731
             with mock.patch.object(shutil, "disk_usage", usage):
                 if saying is None:
                     preflight.check_room(settings)
@@ -77,7 +77,7 @@ class Room(unittest.TestCase):
                     self.assertRaisesRegex(UserError, saying, preflight.check_room, settings)
 
     def test_what_the_run_has_saved_already_counts_as_room(self):
-        with tempfile.TemporaryDirectory() as name, mock.patch.object(shutil, "disk_usage", lambda _: Usage(0, 0, 0)):
+        with tempfile.TemporaryDirectory() as name, mock.patch.object(shutil, "disk_usage", lambda _: Usage(1, 0, 0)):
             settings = settings_of("mae", "vitmicro", f"launcher.experiment_log_dir={name}")
             self.assertRaisesRegex(UserError, "has room for 0 GB", preflight.check_room, settings)
             (Path(name) / "checkpoints").mkdir()
@@ -90,7 +90,7 @@ class Room(unittest.TestCase):
             self.assertRaisesRegex(UserError, "cannot be written", preflight.check_room, settings_of("mae", "vitmicro"))
 
     def test_shared_memory_of_another_machine_is_not_looked_at(self):
-        with mock.patch.object(shutil, "disk_usage", lambda path: Usage(0, 0, 0 if path == Path("/dev/shm") else 9e12)):
+        with mock.patch.object(shutil, "disk_usage", lambda path: Usage(1, 0, 0 if path == Path("/dev/shm") else 9e12)):
             for override in ("submitit.use_cluster=true", "num_workers=0", "trainer.mode=val"):
                 preflight.check_room(settings_of("mae", "vitmicro", override))
 

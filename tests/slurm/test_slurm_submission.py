@@ -176,7 +176,7 @@ class Submitted(OnCluster):
         refused("cpus_per_task x launcher.gpus_per_node is 9, .* at most 8 CPUs", "submitit.cpus_per_task=9")
         refused("mem_gb is 99, .* at most 15.625 GB", "submitit.mem_gb=99")
         refused(
-            "timeout_hour is 2, and a job of short may take 1 hours",
+            "timeout_hour is 2, and a job of short may take 1 h",
             "submitit.partition=short",
             "submitit.timeout_hour=2",
         )
