@@ -12,6 +12,7 @@ from unittest import mock
 
 import numpy as np
 
+from omnivision.reporting.bad_samples import BadSampleLedger
 from tests import runs
 from tests import stage_runs as stages
 
@@ -148,6 +149,14 @@ class Mistakes(unittest.TestCase):
                 self.assertIn("bad_sample_budget", stopped.stderr)
                 self.assertNotIn("Traceback", stopped.stderr)
                 self.assertIn("could not be decoded", runs.summary(self.folder / f"stopped{count}")["exit_reason"])
+
+    def test_a_file_that_is_back_is_no_bad_one(self):
+        ledger, film = self.folder / "back.jsonl", self.folder / "back.mp4"
+        lines = [dict(source="k150", index=n, path=str(film), reason="No such file", missing=n == 0) for n in (0, 1)]
+        ledger.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        self.assertEqual(len(BadSampleLedger(ledger, 10, 0.5)), 2)
+        film.touch()
+        self.assertEqual(len(BadSampleLedger(ledger, 10, 0.5)), 1, "the other one was there, and bad")
 
     def test_a_data_root_that_vanishes_stops_the_run_and_condemns_no_file(self):
         root, gone = self.folder / "root", self.folder / "unmounted"

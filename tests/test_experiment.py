@@ -148,6 +148,8 @@ class Resuming(unittest.TestCase):
                 refused = again(*overrides)
                 self.assertEqual(refused.returncode, 1, refused.stderr)
                 self.assertRegex(refused.stderr, f"another experiment .*{saying}.*allow_changes=true")
+            val = [f"++datasets.k150.val.paths={folder}/paths.npy", f"++datasets.k150.val.labels={folder}/labels.npy"]
+            self.assertEqual(again("trainer.mode=val", "batch_size=4", "mask_ratio=0.5", *val).returncode, 0)
             np.save(folder / "paths.npy.new.npy", np.array(films[:-1] + films[:1]))
             (folder / "paths.npy.new.npy").replace(folder / "paths.npy")
             refused = again()

@@ -49,6 +49,7 @@ class Asked(unittest.TestCase):
             (error, at_once), *_ = self.leaves(signal.SIGTERM, signal.SIGTERM, seconds=0.5, answered=True)
             self.assertEqual((error.cause, at_once), ("SIGTERM", True))
             self.assertEqual(self.leaves(signal.SIGUSR2, signal.SIGTERM, seconds=0.5), [], "SLURM's, of one request")
+            self.assertEqual(self.leaves(signal.SIGUSR2, signal.SIGUSR2, seconds=0.5), [], "announced again")
 
     def test_outside_of_the_main_thread_nothing_is_watched(self):
         thread = threading.Thread(target=lambda: Watchdog(Stop(), self.fail, 1).watching().__enter__())
@@ -113,6 +114,7 @@ class Silence(unittest.TestCase):
         main.end()
         self.assertEqual(left, [None])
         self.assertIsNone(main.silent(), "it has left itself")
+        self.assertFalse((self.folder / "rank_0.alive").exists())
 
     def test_one_process_writes_nothing(self):
         self.peers(0, world=1).start()
