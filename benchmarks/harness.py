@@ -102,12 +102,13 @@ class Report:
             middle = statistics.median(each)
             axes.barh(place, middle, color="#4477aa" if side.startswith("ours") else "#bbbbbb")
             axes.plot([min(each), max(each)], [place, place], color="black", linewidth=1)
-            axes.annotate(f"{middle:.3g}", (max(each), place), (4, -3), textcoords="offset points", fontsize=8)
+            told = f"{middle:.3g}" if middle < 1000 else f"{middle:.0f}"
+            axes.annotate(told, (max(each), place), (4, -3), textcoords="offset points", fontsize=8)
         axes.set_yticks(range(len(self.seconds)), list(self.seconds))
         axes.invert_yaxis()
-        axes.margins(x=0.12)
-        axes.set_xlabel(f"{self.unit} (median; line: from least to most)")
-        axes.set_title(self.title, fontsize=10)
+        axes.margins(x=0.16, y=0.3 / len(self.seconds))
+        figure.supxlabel(f"{self.unit} (median; line: from least to most)", fontsize=10)
+        figure.suptitle(self.title, fontsize=10)
         figure.savefig(file, dpi=110)
         pyplot.close(figure)
 
