@@ -50,6 +50,7 @@ faults: $(VENV)/.installed
 nightly: $(VENV)/.installed
 	$(BIN)/python -m unittest -v tests.nightly_demo
 	$(BIN)/python -m tests.faults --nightly
+	FUZZ_CASES=2000 $(BIN)/python -m unittest tests.test_fuzz
 	$(BIN)/python -m unittest -v tests.nightly_soak
 
 clean:
