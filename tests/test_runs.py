@@ -36,11 +36,12 @@ class Runs(unittest.TestCase):
         (self.folder / "c/summary.json").write_text('{"status": "failed"}')
         code, lines, _ = self.told()
         self.assertEqual(code, 0)
-        self.assertEqual([line[0] for line in lines], ["run", "c", "b/probe", "a"])
-        self.assertIn("failed", lines[1])
-        age = lines[2][-2:]
+        # Of one that never started the time of its summary counts.
+        self.assertEqual([line[0] for line in lines], ["run", "b/probe", "a", "c"])
+        self.assertIn("failed", lines[3])
+        age = lines[1][-2:]
         self.assertEqual(
-            lines[2][:-2],
+            lines[1][:-2],
             [
                 "b/probe",
                 "frozen",
@@ -57,7 +58,7 @@ class Runs(unittest.TestCase):
             ],
         )
         self.assertEqual(age[1], "s")
-        self.assertIn("running", lines[3])
+        self.assertIn("running", lines[2])
 
     def test_accuracies_worst_first(self):
         for name, top1 in (("one", 50.0), ("two", 20.0), ("three", 30.0)):
