@@ -22,7 +22,7 @@ from torch import nn
 from omnivision import checkpoint_shards
 from omnivision.errors import UserError
 from omnivision.files import LATEST, PREVIOUS, sha256, sync_folder, write_atomically
-from omnivision.safe import BrokenCheckpoint, safe_load
+from omnivision.safe import BrokenCheckpoint, is_archive, safe_load
 
 FORMAT = 2
 LAG_SECONDS = 60.0  # that a shared file system may take to show a checkpoint to other machines
@@ -64,7 +64,7 @@ def save(state: dict[str, Any], folder: Path, also: list[str]) -> None:
             file.flush()
             os.fsync(file.fileno())
         # What is there, not what was meant: nothing older goes before it was read once.
-        if not zipfile.is_zipfile(temporary):
+        if not is_archive(temporary):
             raise BrokenCheckpoint(f"{temporary} was not written whole")
         entry = {"size": temporary.stat().st_size, "sha256": verified_digest(temporary)}
         for name in also:
@@ -155,7 +155,7 @@ def verified_digest(path: Path) -> str:
     """
     if _manifest(path).is_file():
         return str(verify(path)["sha256"])
-    if zipfile.is_zipfile(path):
+    if is_archive(path):
         try:
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()

@@ -21,13 +21,21 @@ def is_ordinary(tensor: torch.Tensor) -> bool:
     return dense and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
 
 
+def is_archive(path: Path) -> bool:
+    """Whether a file is what torch writes today, a zip archive; a damaged one may say that it is and not be."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:
+        return False
+
+
 def safe_load(source: Path | IO[bytes], map_location: str = "cpu") -> Any:
     """What is in a file of `torch.save`; a path is memory-mapped, but for files from before torch 1.6, which are no archives.
 
     Raises BrokenCheckpoint for a file that does not load with weights only, whatever the reason.
     """
     try:
-        mapped = isinstance(source, Path) and zipfile.is_zipfile(source)
+        mapped = isinstance(source, Path) and is_archive(source)
         with warnings.catch_warnings(action="ignore"):  # of the version of a file that is about to be refused
             return torch.load(source, map_location=map_location, weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises many kinds for a damaged or hostile file; all mean the same to the caller

@@ -67,8 +67,9 @@ class Reader:
         """`groups` are names that are no settings, but may have been meant by an unknown key at the top."""
         self.root = root
         self.groups = groups
-        trusted = OmegaConf.select(root, "trainer.trust_targets", default=None)
-        self.trusted = [package for package in trusted or () if isinstance(package, str) and package]
+        trusted = OmegaConf.select(root, "trainer.trust_targets", throw_on_resolution_failure=False)
+        given = list(trusted) if isinstance(trusted, ListConfig) else []
+        self.trusted = [package for package in given if isinstance(package, str) and package]
         self.problems: list[str] = []
         self.missing: list[str] = []
         # What is wrong with a setting that only repeats another one (`${...}`), which is reported itself.

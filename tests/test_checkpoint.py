@@ -8,6 +8,7 @@ import tempfile
 import threading
 import time
 import unittest
+import zipfile
 from pathlib import Path
 from unittest import mock
 
@@ -176,6 +177,21 @@ class Loading(Folder):
             torch.save(content, self.folder / "checkpoint.pt")
             with self.assertRaisesRegex(checkpoint.BrokenCheckpoint, "no checkpoint of a run: it lacks"):
                 checkpoint.load_newest(self.folder)
+
+    def test_an_archive_that_says_it_goes_on_elsewhere(self):
+        """Found by random damage: the zip library does not answer whether it is an archive, it raises."""
+        file = self.folder / "several_disks.pt"
+        torch.save({"w": torch.zeros(9)}, file)
+        data = bytearray(file.read_bytes())
+        disks = data.index(b"PK\x06\x07") + 16
+        self.assertEqual(data[disks], 1)
+        data[disks] = 2
+        file.write_bytes(data)
+        with self.assertRaises(zipfile.BadZipFile):
+            zipfile.is_zipfile(file)
+        with self.assertRaises(checkpoint.BrokenCheckpoint):
+            checkpoint.read(file)
+        checkpoint.verified_digest(file)  # it is no archive, so that nothing in it can be verified
 
     def test_one_of_another_version(self):
         checkpoint.save(state(1, format=checkpoint.FORMAT + 1), self.folder, [])

@@ -135,6 +135,9 @@ class ClassesOfOnesOwn(unittest.TestCase):
                 for other in ("my", "my_lab.Left.x", "''"):
                     with self.assertRaisesRegex(UserError, "may not build just anything"):
                         settings_of("mae", "vitmicro", *mask, f"trainer.trust_targets=[{other}]")
+                for wrong in ("true", "3", "my_lab", "'${gone}'"):
+                    with self.assertRaisesRegex(UserError, "trainer.trust_targets"):
+                        settings_of("mae", "vitmicro", f"trainer.trust_targets={wrong}")
                 self.assertFalse((Path(name) / "my_lab.py.ran").exists(), "its code ran")
                 settings = settings_of("mae", "vitmicro", *mask, "trainer.trust_targets=[my_lab]")
                 built = build.build(settings.trainer.data.mask, "trainer.data.mask")
