@@ -96,12 +96,6 @@ def contradictions(settings: Settings) -> list[str]:
     if "tubelet" in trunk:
         problems += _tubelet_problems(trunk)
     problems += _stage_problems(settings)
-    reconstructs = trainer.task["_target_"].endswith(".Reconstruct")
-    if reconstructs and (data.mask is None or (settings.images and settings.images.mask is None)):
-        problems.append(
-            "trainer.data.mask is null, and a masked autoencoder learns from what a mask hides. Choose one of "
-            "omnivision.data.masking, e.g. trainer/data=unlabelled_video."
-        )
     problems += _disagreements(settings, trunk)
     problems += _label_problems(settings)
     problems += [
@@ -149,6 +143,12 @@ def _stage_problems(settings: Settings) -> list[str]:
     if reconstructs and "decoder" not in model:
         found.append(
             "trainer.model has no decoder, and stage 1 trains a masked autoencoder. Choose trainer/model=NAME, without _ft."
+        )
+    data = trainer.data
+    if reconstructs and (data.mask is None or (settings.images and settings.images.mask is None)):
+        found.append(
+            "trainer.data.mask is null, and a masked autoencoder learns from what a mask hides. Choose one of "
+            "omnivision.data.masking, e.g. trainer/data=unlabelled_video."
         )
     patterns = [name for rules in trainer.optim.options.values() for rule in rules for name in rule.param_names or []]
     if "mixing_ratio" in patterns and "num_models" not in model:

@@ -80,6 +80,16 @@ class Tasks(unittest.TestCase):
         ports = [int(each.place("a").init_method.rpartition(":")[2]) for each in tasks]
         self.assertEqual((len(set(ports)), min(ports), max(ports)), (13 * 1500, 10_000, 29_499))
 
+    def test_a_job_that_comes_back_often_keeps_to_its_own_ports(self):
+        with mock.patch.dict(os.environ, SLURM):
+            task = Task.from_environment()
+        ports = [
+            {dataclasses.replace(task, number=number, restarts=n).place("a").init_method for n in range(100)}
+            for number in (77, 78)
+        ]
+        self.assertEqual([len(own) for own in ports], [13, 13])
+        self.assertEqual(ports[0] & ports[1], set())
+
     def test_one_process_needs_to_meet_nobody(self):
         with mock.patch.dict(os.environ, SLURM | {"SLURM_NTASKS": "1", "SLURM_JOB_NUM_NODES": "1"}):
             self.assertIsNone(Task.from_environment().place("node3").init_method)
