@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import os
 import pickle
 import shutil
 import tempfile
@@ -53,6 +54,25 @@ class Saving(Folder):
         for name in ("checkpoint.pt", "previous.pt"):
             checkpoint.verify(self.folder / name)
         self.assertEqual([p.name for p in self.folder.iterdir() if p.name.startswith(".")], [], "no temporary files")
+
+    def test_at_every_moment_what_is_there_is_what_a_manifest_says(self):
+        checked = []
+
+        def replace(source: Path, target: Path, real: object = os.replace) -> None:
+            real(source, target)
+            for file in self.folder.glob("*.pt"):
+                checkpoint.verify(file)
+                checked.append(file.name)
+
+        with mock.patch("os.replace", replace):
+            for step in (1, 2, 3):
+                checkpoint.save(state(step), self.folder, ["best.pt"])
+        self.assertEqual(set(checked), {"best.pt", "checkpoint.pt", "previous.pt"})
+
+    def test_parts_that_no_checkpoint_refers_to_go_with_a_save(self):
+        (self.folder / "shards_1_ab").mkdir()
+        checkpoint.save(state(1), self.folder, [])
+        self.assertFalse((self.folder / "shards_1_ab").exists())
 
     def test_further_names(self):
         checkpoint.save(state(1), self.folder, ["best.pt", "checkpoint_1.pt"])

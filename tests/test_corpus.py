@@ -2,6 +2,8 @@
 bad ones are named with a reason, and none hangs, crashes or opens anything else.
 """
 
+import base64
+import io
 import os
 import struct
 import tempfile
@@ -85,6 +87,8 @@ def good_films(folder: Path) -> list[Path]:
 
 def bad_files(folder: Path) -> list[Path]:
     whole = make_film(folder / "source.mp4").read_bytes()  # its index is at the end
+    picture = io.BytesIO()
+    Image.new("RGB", (64, 48)).save(picture, "PNG")
     cut_off = whole.index(b"moov") - 4
     files = {
         "empty.mp4": b"",
@@ -95,7 +99,12 @@ def bad_files(folder: Path) -> list[Path]:
         "playlist.mp4": f"#EXTM3U\n#EXTINF:3.0,\n{folder}/source.mp4\n".encode(),
         "list.mp4": f"ffconcat version 1.0\nfile '{folder}/source.mp4'\n".encode(),
         "url.mp4": b"http://127.0.0.1:1/film.mp4\n",
+        # Needs no second file: the film is in the name of its one segment.
+        "inside.mp4": b"#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:3.0,\ndata:video/mp2t;base64,"
+        + base64.b64encode(make_film(folder / "source.ts").read_bytes())
+        + b"\n#EXT-X-ENDLIST\n",
         "bits.yuv": bytes(1000),
+        "picture.mp4": picture.getvalue(),
     }
     for name, data in files.items():
         (folder / name).write_bytes(data)
