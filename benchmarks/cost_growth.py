@@ -11,13 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from benchmarks.harness import Report, command_line, interleaved
+from benchmarks.command import command_line
+from benchmarks.harness import Report, interleaved
 from benchmarks.pretraining_step import SIZES, Geometry, loss_of_ours, step
 
 
 class Saved:
-    """Bytes that autograd keeps for the backward pass of what runs inside; storages are counted once."""
+    """Bytes that autograd keeps for the backward pass of what runs inside, but for the weights; storages are counted once."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
     def __enter__(self) -> Saved:
         self.storages: dict[int, int] = {}
@@ -27,7 +32,8 @@ class Saved:
 
     def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        self.storages[storage.data_ptr()] = storage.nbytes()
+        if storage.data_ptr() not in self.weights:
+            self.storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     def __exit__(self, *error: Any) -> None:
@@ -61,7 +67,7 @@ def run(quick: bool) -> Report:
         for number, shape in found.items():
             model = shape.ours()
             loss = loss_of_ours(model, shape)
-            with Saved() as saved:
+            with Saved(model) as saved:
                 loss()
             kept.append(saved.megabytes)
             sides[f"{what} {number}"] = step(model, loss, torch.float32)

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.harness import Ratio, Report, command_line
+from benchmarks.command import command_line, run_quietly
+from benchmarks.harness import Ratio, Report
 from benchmarks.start import DEMO, SCRIPT, demo_data
 
 RUNS = {"the demo's model": [], "a model that hides it": ["trainer/model=vitsmall", "num_frames=8"]}
@@ -26,7 +26,7 @@ def shares(folder: Path, data: Path, overrides: list[str], steps: int) -> list[f
     run = folder / f"run_{len(list(folder.iterdir()))}"
     command = [sys.executable, str(SCRIPT), *DEMO, f"data_root={data}", f"launcher.experiment_log_dir={run}",
                f"trainer.limit_train_batches={steps}", "epochs=1", "trainer.logging.pictures_every_epochs=null"]  # fmt: skip
-    subprocess.run([*command, *overrides], check=True, stdout=subprocess.DEVNULL)
+    run_quietly([*command, *overrides])
     lines = [json.loads(line) for line in (run / "logs" / "metrics.jsonl").read_text().splitlines()]
     return [100 * line["data_wait"] for line in lines if line["event"] == "step"][min(10, steps // 2) :]
 

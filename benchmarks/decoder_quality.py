@@ -1,6 +1,6 @@
 """What the cheaper decoders cost in quality, on the demo: stage 1 with each, then alignment, fine-tuning and probing.
 
-    python -m benchmarks.decoder_quality FOLDER [SEED ...]       seed 1 if none is given; some twenty minutes each on two cores
+    python -m benchmarks.decoder_quality FOLDER [SEED ...]       some twenty minutes each on two cores
 
 All see the same films and the same masks; only the decoder of stage 1 differs. Its validation loss is over all masked tokens.
 """
@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command import folder_and_seeds
 from benchmarks.start import SCRIPT, demo_data
 
 KINDS = {
@@ -54,4 +55,4 @@ def main(folder: Path, seeds: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]).absolute(), [int(seed) for seed in sys.argv[2:]] or [1])
+    main(*folder_and_seeds(__doc__, [1]))

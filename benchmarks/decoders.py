@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import Report, command_line, interleaved
+from benchmarks.command import command_line
+from benchmarks.harness import Report, interleaved
 from benchmarks.pretraining_step import DTYPES, geometry, loss_of_ours, step
 from benchmarks.turns import in_turn
 from omnivision.allocator import keep_freed_memory

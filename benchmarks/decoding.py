@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import films
-from benchmarks.harness import Report, command_line, interleaved
+from benchmarks.command import command_line
+from benchmarks.harness import Report, interleaved, one_thread
 from benchmarks.peers import loaders
 from omnivision.data.clips import clip_window, subsample_indices
 from omnivision.data.decode import open_video
@@ -59,8 +60,8 @@ def check_frames(path: Path, starts: list[float], peers: Ways) -> dict[str, dict
     return found
 
 
+@one_thread()
 def run(quick: bool) -> Report:
-    torch.set_num_threads(1)
     peers: Ways = {"decord": loaders.decord_frames}
     reason = loaders.torchcodec_does_not_load()
     if reason is None:

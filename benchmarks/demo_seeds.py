@@ -1,6 +1,6 @@
 """The demo with several seeds: how good each way of starting is on the target, and how far that varies (docs/demo.md).
 
-    python -m benchmarks.demo_seeds FOLDER [SEED ...]       seeds 1 2 3 if none are given; about 6 minutes each on two cores
+    python -m benchmarks.demo_seeds FOLDER [SEED ...]       about 6 minutes each on two cores
 
 The films are the same; first weights, the order of samples, crops and masks differ.
 """
@@ -8,10 +8,10 @@ The films are the same; first weights, the order of samples, crops and masks dif
 import os
 import statistics
 import subprocess
-import sys
 import time
 from pathlib import Path
 
+from benchmarks.command import folder_and_seeds
 from omnivision.cli.runs import summaries
 
 SCRIPT = Path(__file__).resolve().parent.parent / "utils" / "run_scripts" / "run_demo.sh"
@@ -42,4 +42,4 @@ def main(folder: Path, seeds: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), [int(seed) for seed in sys.argv[2:]] or [1, 2, 3])
+    main(*folder_and_seeds(__doc__, [1, 2, 3]))

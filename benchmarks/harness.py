@@ -1,23 +1,29 @@
 """Sides of a comparison timed in turn: what they took is printed, written as JSON and drawn, beside what was to be reached.
 
-A benchmark is a module with `run(quick) -> Report`; `command_line` gives it one, `python -m benchmarks` runs them all.
+A benchmark is a module with `run(quick) -> Report`; `command.command_line` makes a program of it.
 """
 
 from __future__ import annotations
 
-import argparse
+import contextlib
+import datetime
 import importlib.metadata
 import json
 import os
 import platform
 import statistics
+import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is there
+
+import torch
+
+from omnivision.files import write_atomically
 
 Side = Callable[[], object]
 
@@ -48,7 +54,9 @@ class Ratio:
     def row(self) -> str:
         goal = "" if self.goal is None else f"{'at most' if self.at_most else 'at least'} {self.goal:g} {self.unit}"
         verdict = {None: "", True: "reached", False: "missed"}[self.reached]
-        spread = f"{self.value:.2f} {self.unit} ({min(self.rounds):.2f} to {max(self.rounds):.2f})"
+        spread = f"{self.value:.2f} {self.unit}"
+        if len(self.rounds) > 1:
+            spread += f" ({min(self.rounds):.2f} to {max(self.rounds):.2f})"
         return f"| {self.what} | {spread} | {goal} | {verdict} |"
 
 
@@ -62,6 +70,7 @@ class Report:
     seconds: dict[str, list[float]] = field(default_factory=dict)
     ratios: list[Ratio] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=lambda: machine())  # as it was before anything was measured
 
     def times_as_fast(self, what: str, ours: str, theirs: str, goal: float | None = None) -> Ratio:
         """Add how many times as fast `ours` is as `theirs`, round by round."""
@@ -74,11 +83,11 @@ class Report:
 
     def write(self, folder: Path) -> None:
         """`NAME.json`, and `NAME.png` where there is something to draw."""
-        folder.mkdir(parents=True, exist_ok=True)
         table = {side: _spread(each) | {"all": each} for side, each in self.seconds.items()}
-        content = {"name": self.name, "title": self.title, "unit": self.unit, "machine": machine(), "seconds": table}
+        content = {"name": self.name, "title": self.title, "unit": self.unit}
+        content |= {"machine": self.machine, "sides": table}
         content["ratios"] = [asdict(ratio) | {"value": ratio.value, "reached": ratio.reached} for ratio in self.ratios]
-        (folder / f"{self.name}.json").write_text(json.dumps(content | {"facts": self.facts}, indent=1) + "\n")
+        write_atomically(folder / f"{self.name}.json", json.dumps(content | {"facts": self.facts}, indent=1) + "\n")
         if self.seconds:
             self._draw(folder / f"{self.name}.png")
 
@@ -141,6 +150,17 @@ def interleaved(
     return seconds
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch computes with one thread inside, as in a data worker."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def own_memory(what: str) -> float:
     """MB of this process: "VmRSS", "VmHWM" (the most so far), or "Anonymous" (what is no page of a mapped file)."""
     file = "smaps_rollup" if what == "Anonymous" else "status"
@@ -150,38 +170,19 @@ def own_memory(what: str) -> float:
 
 def machine() -> dict[str, Any]:
     """What the figures were taken on."""
-    import torch
-
     packages = ("torch", "torchvision", "av", "numpy", "transformers", "decord", "torchcodec")
     return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
         "processor": _processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "bf16_matrix_unit": bool(torch.cpu._is_amx_tile_supported()),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],
         "python": platform.python_version(),
         "packages": {name: version for name in packages if (version := _version(name))},
     }
-
-
-def command_line(
-    run: Callable[[bool], Report],
-    description: str | None,
-    arguments: Sequence[str] | None = None,
-    draw: Callable[[Report, Path], None] | None = None,
-) -> None:
-    """The command line of one benchmark; `draw` makes a picture of its own instead of the bars."""
-    parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
-    parser.add_argument(
-        "--quick", action="store_true", help="small sizes, few rounds: that it works, not how fast it is"
-    )
-    parser.add_argument("--out", type=Path, default=Path("bench"), help="folder of the JSON file and the plot")
-    options = parser.parse_args(arguments)
-    report = run(options.quick)
-    report.write(options.out)
-    if draw is not None:
-        draw(report, options.out / f"{report.name}.png")
-    print(report.text())
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
@@ -194,6 +195,14 @@ def _processor() -> str:
     except OSError:
         return platform.processor() or platform.machine()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _commit() -> str | None:
+    """Of the checkout, with a + when files differ from it."""
+    said = subprocess.run(
+        ["git", "describe", "--always", "--dirty=+"], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    return said.stdout.strip() or None
 
 
 def _version(package: str) -> str | None:

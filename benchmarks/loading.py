@@ -21,7 +21,8 @@ import numpy as np
 import torch
 
 from benchmarks import films
-from benchmarks.harness import Ratio, Report, command_line, interleaved
+from benchmarks.command import command_line
+from benchmarks.harness import Ratio, Report, interleaved, one_thread
 from benchmarks.peers import loaders
 from omnivision.allocator import keep_freed_memory
 from omnivision.data.catalog import Dataset, Split, SplitFiles
@@ -119,22 +120,22 @@ def prepared(folder: Path, paths: list[Path], short_side: int | None = None) -> 
     return found
 
 
+@one_thread()
 def run(quick: bool) -> Report:
-    torch.set_num_threads(1)
-    seconds, count, rounds = (4, 8, 2) if quick else (10, 16, 5)
+    seconds, copies, count, rounds = (4, 8, 2, 2) if quick else (10, 16, 16, 5)
     report = Report("loading", "A pretraining sample: 16 frames of 2.7 s, four views", unit="s of one core")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        paths = films.make(folder, 340, 256, seconds, copies=count)
+        paths = films.make(folder, 340, 256, seconds, copies=copies)
         raw = dataset(folder, "raw", paths)
-        quick_to_read = dataset(folder, "prepared", prepared(folder, paths))
+        quick_to_read = dataset(folder, "prepared", prepared(folder, paths[:count]))
         sides = {
             "ours": samples(raw, count),
             "ours, prepared": samples(quick_to_read, count),
             "decord and torchvision": by_peer(loaders.by_decord, paths, count, seconds - loaders.SECONDS),
             "the published way": by_peer(loaders.published, paths, count, seconds - loaders.SECONDS),
         }
-        large = films.make(folder, 1280, 720, seconds=4, copies=2)
+        large = films.make(folder, 1280, 720, seconds=4, copies=1 if quick else 2)
         small = prepared(folder, large, loaders.SHORT_SIDE)
         sides["ours, 1280 x 720"] = samples(dataset(folder, "large", large), count)
         sides["ours, 1280 x 720, prepared"] = samples(dataset(folder, "small", small), count)
@@ -145,7 +146,7 @@ def run(quick: bool) -> Report:
         what = "films of 1280 x 720, prepared with a short side of 256, against unprepared"
         report.times_as_fast(what, "ours, 1280 x 720, prepared", "ours, 1280 x 720")
 
-        rates = [[batches_a_second(raw, n, 8 if quick else 40) for n in (1, 2)] for _ in range(1 if quick else 3)]
+        rates = [[batches_a_second(raw, n, 4 if quick else 40) for n in (1, 2)] for _ in range(1 if quick else 3)]
         report.facts["batches of 8 clips a second, 1 and 2 workers"] = [[round(r, 2) for r in pair] for pair in rates]
         report.ratios.append(Ratio("two workers against one", [two / one for one, two in rates], 1.8))
         apart = [

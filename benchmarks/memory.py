@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.harness import Ratio, Report, command_line, own_memory
+from benchmarks.command import command_line
+from benchmarks.harness import Ratio, Report, own_memory
 from omnivision.allocator import keep_freed_memory
 
 SIDES = (
@@ -122,7 +123,7 @@ def main(arguments: list[str] | None = None) -> None:
 if __name__ == "__main__":
     if "--measure" in sys.argv:
         parser = argparse.ArgumentParser()
-        parser.add_argument("--measure")
+        parser.add_argument("--measure", choices=[*SIDES, "worker"])
         parser.add_argument("--quick", action="store_true")
         chosen = parser.parse_args()
         print(

@@ -12,7 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from benchmarks.harness import Report, command_line, interleaved
+from benchmarks.command import command_line
+from benchmarks.harness import Report, interleaved
 from benchmarks.pretraining_step import SIZES
 from omnivision.models.classifier import VideoClassifier, train_mode
 from omnivision.models.vit import VisionTransformer

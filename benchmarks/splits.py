@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.harness import Ratio, Report, command_line, own_memory
+from benchmarks.command import command_line
+from benchmarks.harness import Ratio, Report, own_memory
 from omnivision.data.catalog import Dataset, Split, SplitFiles
 from omnivision.data.dataset import ClipDataset, Cut
 from omnivision.data.epoch import EpochPlan, SourcePlan

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.harness import Ratio, Report, command_line, own_memory
+from benchmarks.command import command_line, run_quietly
+from benchmarks.harness import Ratio, Report, own_memory
 from omnivision.models.mae import MaskedAutoencoder
 from omnivision.models.vit import VisionTransformer
 from omnivision.safe import safe_load
@@ -27,12 +28,12 @@ DEMO = ["+experiments=demo/mae", "+trainer=mae_demo_config", "trainer.logging.lo
 def demo_data(folder: Path, *counts: str) -> None:
     """Draw the demo's films."""
     command = [sys.executable, "-m", "omnivision.cli.main", "demo-data", str(folder), *counts]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=SCRIPT.parent)
+    run_quietly(command, SCRIPT.parent)
 
 
 def seconds_of(*arguments: str) -> float:
     began = time.perf_counter()
-    subprocess.run([sys.executable, str(SCRIPT), *arguments], check=True, stdout=subprocess.DEVNULL)
+    run_quietly([sys.executable, str(SCRIPT), *arguments])
     return time.perf_counter() - began
 
 
@@ -41,10 +42,10 @@ def seconds_to_first_step(folder: Path, data: Path) -> float:
     run = folder / f"run_{time.monotonic_ns()}"
     command = [sys.executable, str(SCRIPT), *DEMO, f"data_root={data}", f"launcher.experiment_log_dir={run}"]
     began, log = time.perf_counter(), run / "logs" / "metrics.jsonl"
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+    with open(folder / "said", "w+") as said, subprocess.Popen(command, stdout=said, stderr=said) as process:
         while not (log.exists() and '"step"' in log.read_text()):
             if process.poll() is not None:
-                raise RuntimeError(f"the demo ended with {process.returncode}")
+                raise RuntimeError(f"the demo ended with {process.returncode}: {(folder / 'said').read_text()}")
             time.sleep(0.01)
         seconds = time.perf_counter() - began
         process.terminate()

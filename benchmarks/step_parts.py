@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from benchmarks import recipe
-from benchmarks.harness import Ratio, Report, command_line, interleaved
+from benchmarks.command import command_line
+from benchmarks.harness import Ratio, Report, interleaved
 
 LOG_FREQ, SAVE_EVERY = 10, 100
 

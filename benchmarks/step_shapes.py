@@ -7,7 +7,8 @@ In fp32 and, where there are instructions for it, bf16; neither side compiled. B
 
 from __future__ import annotations
 
-from benchmarks.harness import Report, command_line, interleaved
+from benchmarks.command import command_line
+from benchmarks.harness import Report, interleaved
 from benchmarks.pretraining_step import DTYPES, Geometry, loss_of_huggingface, loss_of_ours, step
 from omnivision.allocator import keep_freed_memory
 

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks import films
-from benchmarks.harness import Report, command_line, interleaved
+from benchmarks.command import command_line
+from benchmarks.harness import Report, interleaved, one_thread
 from benchmarks.loading import dataset, samples
 from benchmarks.peers import loaders
 from benchmarks.pretraining_step import CAN_COMPILE, DTYPES, Geometry, loss_of_ours, step
@@ -201,7 +202,6 @@ dataset_module_open = dataset_module.open_video
 
 
 def sample_sides(report: Report, quick: bool) -> None:
-    torch.set_num_threads(1)
     count = 4 if quick else 8
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -225,12 +225,33 @@ def run(quick: bool) -> Report:
     report = Report("what_helped", "What each way of saving work saves", unit="s a clip, or of one core a sample")
     keep_freed_memory()  # as in a run
     steps(report, quick)
-    sample_sides(report, quick)
+    with one_thread():
+        sample_sides(report, quick)
     return report
 
 
+def draw(report: Report, file: Path) -> None:
+    """How many times as slow each change makes a step or a sample."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 0.9 + 0.3 * len(report.ratios)), layout="constrained")
+    for place, ratio in enumerate(report.ratios):
+        axes.barh(place, ratio.value - 1, left=1, color="#4477aa" if ratio.value > 1 else "#bbbbbb")
+        axes.plot([min(ratio.rounds), max(ratio.rounds)], [place, place], color="black", linewidth=1)
+    axes.set_yticks(range(len(report.ratios)), [ratio.what.partition(", against")[0] for ratio in report.ratios])
+    axes.invert_yaxis()
+    axes.axvline(1, color="black", linewidth=0.8)
+    figure.supxlabel("times as slow as it is (median; line: from least to most)", fontsize=10)
+    figure.suptitle(report.title, fontsize=10)
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)
+
+
 def main(arguments: list[str] | None = None) -> None:
-    command_line(run, __doc__, arguments)
+    command_line(run, __doc__, arguments, draw=draw)
 
 
 if __name__ == "__main__":
