@@ -46,9 +46,9 @@ class Looks:
 
 
 def proportional_memory(pid: int) -> float:
-    """MB; a page that n processes share counts as one n-th."""
+    """MB that are no page of a file (its share depends on what else runs); a page of n processes counts as one n-th."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1000
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:"))) / 1000
 
 
 class Soak(unittest.TestCase):
