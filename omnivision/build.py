@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from omnivision.data.catalog import LabelSets, Split, label_sets
 from omnivision.data.dataset import ClipDataset, Cut
-from omnivision.data.loader import Workers
+from omnivision.data.loader import TrainData, ValData, Workers
 from omnivision.distributed import Place, Processes
 from omnivision.errors import UserError
 from omnivision.interop.merge import merge, read_sources
@@ -36,7 +36,7 @@ from omnivision.schema import Target
 from omnivision.settings import DataSettings, ImageSettings, Settings
 from omnivision.stopping import Stop
 from omnivision.targets import signature_of
-from omnivision.trainer import Options, TrainData, Trainer, ValData
+from omnivision.trainer import Options, Trainer
 from omnivision.weights import Choice, LoadReport, Weights, check_values, choose, fitted_positions, read_several
 from omnivision.weights import load as load_weights
 from omnivision.weights import read as read_weights

@@ -2,7 +2,7 @@
 
 `checkpoint.pt` is the newest, `previous.pt` the one before it, `checkpoint_<epoch>.pt` are kept, `best.pt` is the best by
 validation. Beside each lies `<name>.json`, a manifest with sizes and SHA-256 sums. A manifest may list two sums: it is
-written before the file it describes is renamed into place, so that at every moment a file that is there is listed.
+written before the file that it describes replaces another, so that at every moment a file that is there is listed.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import shutil
 import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import nn
 
 from omnivision import checkpoint_shards
 from omnivision.errors import UserError
-from omnivision.files import LATEST, PREVIOUS, sha256, sync_folder, write_atomically
+from omnivision.files import LATEST, PREVIOUS, sha256, sync_folder, temporary_beside, write_atomically
 from omnivision.safe import BrokenCheckpoint, is_archive, safe_load
 
 FORMAT = 2
@@ -53,7 +54,7 @@ def save(state: dict[str, Any], folder: Path, also: list[str]) -> None:
     that was there before still in place.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{LATEST}.{os.getpid()}.tmp"
+    temporary = temporary_beside(folder / LATEST)
     try:
         with open(temporary, "wb") as file:
             try:
@@ -76,12 +77,31 @@ def save(state: dict[str, Any], folder: Path, also: list[str]) -> None:
                 _link(latest, folder / PREVIOUS, before)
             except BrokenCheckpoint:
                 pass  # the run went on from `previous.pt`, which stays until there is something better
-        _write_manifest(latest, [entry, *before])
-        os.replace(temporary, latest)
+        if not _manifest(latest).exists():  # of the first one: a manifest without its file means that this was lost
+            os.replace(temporary, latest)
+            _write_manifest(latest, [entry])
+        else:
+            _write_manifest(latest, [entry, *before])
+            os.replace(temporary, latest)
         sync_folder(folder)
         checkpoint_shards.remove_unused(folder)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def told(folder: Path) -> Iterator[None]:
+    """Inside this block what keeps a checkpoint from being written to `folder` is a UserError."""
+    try:
+        yield
+    except (OSError, BrokenCheckpoint) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        with contextlib.suppress(OSError):
+            reason += f" ({shutil.disk_usage(folder).free / 1e9:.2g} GB are free)"
+        raise UserError(
+            f"A checkpoint could not be written to {folder}: {reason}. Those before it are as they were. Make room, or change "
+            "trainer.checkpoint.save_dir; the same command goes on from the newest."
+        ) from error
 
 
 def read(path: Path) -> Any:
@@ -126,12 +146,11 @@ def load_newest(folder: Path) -> tuple[dict[str, Any], Path, list[str]] | None:
                 problems.append(f"{path} is gone or no file, and there was one")
             continue
         try:
-            if _manifest(path).exists():
-                verify(path)
+            verified_digest(path)
             state = read(path)
             _check_structure(state, path)
             return state, path, problems
-        except BrokenCheckpoint as error:
+        except (BrokenCheckpoint, OSError) as error:  # of a disk that cannot read it
             problems.append(str(error))
     if problems:
         raise BrokenCheckpoint("; ".join(problems))
@@ -153,7 +172,7 @@ def verified_digest(path: Path) -> str:
 
     Raises BrokenCheckpoint.
     """
-    if _manifest(path).is_file():
+    if _manifest(path).exists():
         return str(verify(path)["sha256"])
     if is_archive(path):
         try:
@@ -208,8 +227,7 @@ def load_model(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -> 
 
 def _link(source: Path, target: Path, entries: list[dict[str, Any]]) -> None:
     """Give a file a second name, replacing what had it; a copy where the file system has no hard links."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
+    temporary = temporary_beside(target)
     try:
         try:
             os.link(source, temporary)
@@ -232,11 +250,14 @@ def _manifest(path: Path) -> Path:
 
 
 def _entries(path: Path) -> list[dict[str, Any]]:
-    try:
-        return list(json.loads(_manifest(path).read_text())["files"])
-    except FileNotFoundError:
+    manifest = _manifest(path)
+    if not manifest.exists():
         return []
-    except (ValueError, KeyError, TypeError):
+    if not manifest.is_file():  # reading a pipe would wait for ever
+        raise BrokenCheckpoint(f"{manifest} is no file")
+    try:
+        return list(json.loads(manifest.read_text())["files"])
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise BrokenCheckpoint(f"{_manifest(path)} is not a manifest") from None
 
 

@@ -6,6 +6,7 @@ index as a pickle; this one does not.
 
 from __future__ import annotations
 
+import errno
 import math
 import re
 import secrets
@@ -13,18 +14,20 @@ import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from omnivision.distributed import Processes
-from omnivision.files import sha256
+from omnivision.files import PARTS, sha256
 from omnivision.safe import BrokenCheckpoint, safe_load
 from omnivision.sharding import is_split
 
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.api import CheckpointException
+
 KEY = "shards"  # of what a checkpoint says of its folder
-PREFIX = "shards_"
 SEPARATOR = "/"  # between the keys that lead to a tensor
 
 
@@ -52,14 +55,22 @@ def parted(state: dict[Any, Any], where: str = "") -> tuple[dict[Any, Any], dict
 def write(tensors: dict[str, Tensor], folder: Path, step: int, processes: Processes) -> dict[str, Any]:
     """Write split tensors into a new folder inside `folder`, all processes together; what is to be kept of it to read it again.
 
-    Raises OSError or torch's CheckpointException when one process could not write.
+    Raises OSError, in all processes, when one could not write.
     """
     import torch.distributed.checkpoint as dcp  # a third of a second, and few runs need it
+    from torch.distributed.checkpoint.api import CheckpointException
 
-    name = processes.gather(f"{PREFIX}{step}_{secrets.token_hex(4)}")[0]
+    if processes.is_main:
+        remove_unused(folder)  # what a save that failed has left
+    name = processes.gather(f"{PARTS}{step}_{secrets.token_hex(4)}")[0]
     target = folder / name
     target.mkdir(parents=True, exist_ok=True)
-    dcp.save(dict(tensors), storage_writer=dcp.HuggingFaceStorageWriter(str(target), save_distributed=True))
+    try:
+        dcp.save(dict(tensors), storage_writer=dcp.HuggingFaceStorageWriter(str(target), save_distributed=True))
+    except CheckpointException as error:  # which is no Exception, and would pass by all who catch those
+        rank, cause = _cause(error)
+        code = cause.errno if isinstance(cause, OSError) else None
+        raise OSError(code or errno.EIO, f"process {rank} could not write its part: {cause}", str(target)) from error
     # Each process sums up what it has written itself: reading all of it in one place takes as long as all wrote together.
     mine = {file.name: _entry(file) for file in target.glob(f"shard-{processes.rank + 1:05d}-*")}
     files = {file: entry for part in processes.gather(mine) for file, entry in part.items()}
@@ -99,22 +110,20 @@ def folder_of(state: Mapping[str, Any]) -> str | None:
     if not isinstance(said, dict) or set(said) != {"folder", "files"} or not isinstance(said["files"], dict):
         return None
     name = said["folder"]
-    if not isinstance(name, str) or not re.fullmatch(rf"{PREFIX}\w+", name):
-        raise BrokenCheckpoint(
-            f"a checkpoint names {str(name)[:60]!r} as the folder of its parts; expected {PREFIX}..."
-        )
+    if not isinstance(name, str) or not re.fullmatch(rf"{PARTS}\w+", name):
+        raise BrokenCheckpoint(f"a checkpoint names {str(name)[:60]!r} as the folder of its parts; expected {PARTS}...")
     return name
 
 
 def remove_unused(folder: Path) -> None:
     """Remove the folders of parts that no checkpoint in `folder` refers to; none while a checkpoint cannot be read."""
-    if not any(folder.glob(f"{PREFIX}*")):
+    if not any(folder.glob(f"{PARTS}*")):
         return
     try:
         used = {folder_of(safe_load(file)) for file in folder.glob("*.pt")}
     except BrokenCheckpoint:
         return
-    for old in folder.glob(f"{PREFIX}*"):
+    for old in folder.glob(f"{PARTS}*"):
         if old.name not in used and old.is_dir() and not old.is_symlink():
             shutil.rmtree(old)
 
@@ -123,8 +132,15 @@ def _entry(file: Path) -> dict[str, Any]:
     return {"size": file.stat().st_size, "sha256": sha256(file)}
 
 
+def _cause(error: CheckpointException) -> tuple[int, BaseException]:
+    """The first process of which torch tells that it failed, and with what."""
+    rank, (cause, _) = next(iter(error.failures.items()))
+    return rank, cause
+
+
 def _read(source: Path) -> dict[str, Tensor]:
     import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     reader = dcp.HuggingFaceStorageReader(str(source))
@@ -136,6 +152,8 @@ def _read(source: Path) -> dict[str, Tensor]:
         tensors = {name: torch.empty(said.size, dtype=said.properties.dtype) for name, said in known.items()}
         with warnings.catch_warnings(action="ignore"):  # of reading in one process
             dcp.load(tensors, storage_reader=reader, no_dist=True)
+    except CheckpointException as error:
+        raise BrokenCheckpoint(f"{source} cannot be read: {_cause(error)[1]}") from error
     except Exception as error:  # whatever torch and safetensors make of a damaged file
         raise BrokenCheckpoint(f"{source} cannot be read: {error}") from error
     return tensors

@@ -61,14 +61,17 @@ class Ending:
         """
         if not self._one.acquire(blocking=False):
             return  # it is ending already
-        stacks = self.folder.logs / f"rank_{self.rank}_stacks.txt"
-        write_stacks(stacks)
-        error.add_note(f"what each thread was doing is in {stacks}")
-        # Process 0 tells how a run ended, or, when that one is silent, whoever notices.
-        tells = not self.validating and (self.locked or isinstance(error, LostContact))
-        code = explain(error, self.folder, tells, self.rank, None if at_once else self.record)
-        self.unlock()
-        os._exit(code)
+        code = how_it_ended(error)[0]
+        try:
+            stacks = self.folder.logs / f"rank_{self.rank}_stacks.txt"
+            write_stacks(stacks)
+            error.add_note(f"what each thread was doing is in {stacks}")
+            # Process 0 tells how a run ended, or, when that one is silent, whoever notices.
+            tells = not self.validating and (self.locked or isinstance(error, LostContact))
+            explain(error, self.folder, tells, self.rank, None if at_once else self.record)
+            self.unlock()
+        finally:  # whatever a file system that does not answer makes of that
+            os._exit(code)
 
     def unlock(self) -> None:
         if self.locked:

@@ -3,6 +3,7 @@
 EXIT_USER = 1
 EXIT_FAULT = 70
 EXIT_NON_FINITE = 71
+EXIT_HUNG_UP = 129
 EXIT_INTERRUPTED = 130
 EXIT_ANNOUNCED = 140
 EXIT_TERMINATED = 143
@@ -20,6 +21,14 @@ class UserError(ValueError):
         super().__init__(message)
         self.everywhere = everywhere
         self.problems = [message]  # one by one, when it tells of several
+
+    @classmethod
+    def of(cls, problems: list[str]) -> "UserError":
+        """One that tells of one problem or of several."""
+        several = len(problems) > 1
+        error = cls("\n- ".join([f"{len(problems)} problems:", *problems]) if several else problems[0])
+        error.problems = problems
+        return error
 
 
 class NonFiniteError(UserError):
@@ -46,4 +55,4 @@ class Terminated(BaseException):
     def __init__(self, cause: str, saved_step: int | None = None) -> None:
         super().__init__(cause)
         self.cause, self.saved_step = cause, saved_step
-        self.exit_code = EXIT_TERMINATED if cause == "SIGTERM" else EXIT_ANNOUNCED
+        self.exit_code = {"SIGTERM": EXIT_TERMINATED, "SIGHUP": EXIT_HUNG_UP}.get(cause, EXIT_ANNOUNCED)

@@ -11,11 +11,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from omnivision.data.batch import BadSample, Batch
+from omnivision.data.batch import BadSample, Batch, vanished_files
 from omnivision.distributed import Processes
+from omnivision.errors import UserError
 from omnivision.metrics import Meter, averages, confusion_matrix, mean_class_accuracy
 from omnivision.stopping import Stop
 from omnivision.tasks.base import Task
+
+GONE = 16  # files in a row that are not there: their disk is gone, and none of them is bad
 
 
 @dataclass
@@ -52,6 +55,11 @@ class _Part:
     paths: list[str] = field(default_factory=list)
 
 
+def all_missing(batch: Batch) -> bool:
+    """Whether all files of a batch are not there, as when the disk that they lie on is gone."""
+    return not len(batch) and bool(batch.bad) and all(each.missing for each in batch.bad)
+
+
 @torch.no_grad()
 def evaluate(
     task: Task,
@@ -63,15 +71,20 @@ def evaluate(
 ) -> Evaluation | None:
     """Evaluate `model` on this process's `batches`; the result is of all processes, and the same in each of them.
 
-    None, in all processes, when one of them was asked to stop before the end.
+    None, in all processes, when one of them was asked to stop before the end. Raises UserError, in all, when one finds none of
+    the files any more.
     """
     model.eval()
     meter, parts, bad, videos = Meter(), dict[str, _Part](), list[BadSample](), 0
     asked = False
+    gone: list[str] = []  # files in a row that are not there
     for batch in batches:
         if asked := stop is not None and stop.cause is not None:
             break
         bad += batch.bad
+        gone = gone + [each.path for each in batch.bad] if all_missing(batch) else []
+        if len(gone) >= GONE:
+            break
         if not len(batch):
             continue
         with autocast():
@@ -84,6 +97,8 @@ def evaluate(
             part.label.append(batch.label[:: batch.views])
             part.scores.append(output.scores.float().cpu())
             part.paths += batch.paths[:: batch.views]
+    if vanished := [path for paths in processes.gather(gone) if len(paths) >= GONE for path in paths]:
+        raise UserError(vanished_files(vanished, "in a row that were to be evaluated"), everywhere=True)
     if any(processes.gather(asked)):
         return None
     totals = meter.totals(processes)

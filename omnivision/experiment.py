@@ -58,10 +58,14 @@ WHOLE_BYTES = 64 << 20  # up to this size a file is read as a whole; of a larger
 PIECE_BYTES = 1 << 20
 
 
-def facts(config_text: str, splits: Iterable[Split], plan: EpochPlan | None) -> dict[str, Any]:
-    """What identifies an experiment, of values that JSON has. `config_text` is the configuration, interpolations unresolved."""
+def facts(
+    config_text: str, values: Mapping[str, Any], splits: Iterable[Split], plan: EpochPlan | None
+) -> dict[str, Any]:
+    """What identifies an experiment, of values that JSON has. `config_text` is the configuration, interpolations unresolved;
+    `values` are the settings that it gave, flat.
+    """
     return {
-        "settings": flat(yaml.safe_load(config_text)),
+        "settings": {name: _told(raw, values.get(name)) for name, raw in flat(yaml.safe_load(config_text)).items()},
         "clips of a step": {} if plan is None else {name: source.clips for name, source in plan.sources.items()},
         "data": {
             f"datasets.{split.name}.{split.which}.{what}": fingerprint(Path(file))
@@ -70,6 +74,13 @@ def facts(config_text: str, splits: Iterable[Split], plan: EpochPlan | None) -> 
         },
         "versions": versions(),
     }
+
+
+def _told(raw: Any, value: Any) -> Any:
+    """A setting as it was written; one from the environment with a digest of its value, which may be a secret."""
+    if "oc.env" in str(raw):
+        return f"{raw} (SHA-256 {hashlib.sha256(repr(value).encode()).hexdigest()[:12]})"
+    return raw
 
 
 def altering_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:

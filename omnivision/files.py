@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -13,12 +15,24 @@ from omnivision.errors import UserError
 
 # Checkpoints of a run: the newest, the one before it, the best by validation.
 LATEST, PREVIOUS, BEST = "checkpoint.pt", "previous.pt", "best.pt"
+PARTS = "shards_"  # with what else a folder beside them, with the parts of one, is called
+
+
+def temporary_beside(path: Path) -> Path:
+    """A name in the same folder that no other process or thread takes; `remove_leftovers` knows it."""
+    return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
 
 
 @contextlib.contextmanager
 def replace_atomically(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write to, which takes the place of `path` when the block ends well; else `path` stays as it was."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """A file to write to, which takes the place of `path` when the block ends well; else `path` stays as it was.
+
+    A link is followed. Raises OSError for a device, a pipe or a folder, which a file must not take the place of.
+    """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is there and no file", str(path))
+    temporary = temporary_beside(path)
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -32,13 +46,21 @@ def replace_atomically(path: Path) -> Iterator[IO[bytes]]:
 def write_atomically(path: Path, text: str) -> None:
     """Replace a text file so that a reader or a crash sees the old one or the new one, never a part."""
     with replace_atomically(path) as file:
-        file.write(text.encode("utf-8"))
+        file.write(text.encode("utf-8", errors="backslashreplace"))  # names of files need not be text
 
 
 def remove_leftovers(folder: Path) -> None:
     """Remove temporary files that a process left when it was killed while writing. Only for the folder's one writer."""
     for leftover in folder.glob(".*.tmp"):
         leftover.unlink(missing_ok=True)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a text file, which several processes may do; one that a crash has cut is ended first."""
+    with open(path, "ab+") as file:
+        if file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+            line = f"\n{line}"
+        file.write(f"{line}\n".encode("utf-8", errors="surrogateescape"))
 
 
 def sync_folder(folder: Path) -> None:

@@ -7,7 +7,6 @@ not do so itself.
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 import time
@@ -32,7 +31,7 @@ from omnivision.jobs import (
     settled,
     waited_for,
 )
-from omnivision.reporting.run_folder import WAITING, RunFolder
+from omnivision.reporting.run_folder import WAITING, RunFolder, own_restarts
 from omnivision.stopping import TIME_LIMIT, Stop
 from omnivision.watchdog import lost_contact
 
@@ -163,9 +162,12 @@ class JobRecord:
 
     def fault(self, error: BaseException, reason: str) -> None:
         """Say in the history, as another process than 0, what failed here: process 0 only sees that it is gone. After a
-        request to stop, or when others are gone, wait until process 0 has decided: SLURM ends all when one has left.
+        request to stop, or when others are gone, wait until process 0 has decided: SLURM ends all when one has left. When it is
+        process 0 that is silent, nobody is left to wait for.
         """
-        if isinstance(error, Terminated) or lost_contact(error):
+        if isinstance(error, LostContact):
+            self.note("lost", rank=self.task.rank, reason=reason)
+        elif isinstance(error, Terminated) or lost_contact(error):
             deadline = time.monotonic() + DECISION_SECONDS
             while not self._decided() and time.monotonic() < deadline:
                 time.sleep(0.2)
@@ -239,7 +241,7 @@ def ended(logs: Path, job_id: str, code: int, why: str = "its processes could no
     folder = run_folder_of(logs, job_id)
     if folder is None:
         return False
-    restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    restarts = own_restarts()
     task = Task(job_id, number=0, rank=0, world=0, local_rank=0, local_world=0, restarts=restarts, nodes="")
     token = next((line["token"] for line in reversed(history(folder)) if line.get("job") == job_id), "")
     lines = history(folder, token)
@@ -271,6 +273,8 @@ def ended(logs: Path, job_id: str, code: int, why: str = "its processes could no
         verdict = Verdict("interrupted", f"job {job_id} was cancelled before its processes could save anything more")
     elif told := last_words(lines, restarts):
         verdict = Verdict("failed", told)
+    elif silent := [line["reason"] for line in lines if line["event"] == "lost" and line.get("restarts") == restarts]:
+        verdict = coming_back(f"{silent[0]} (with its node perhaps)", task, asked.get("max_requeues"), lines)
     elif not (told_to_leave or (never_ran and starts)):
         verdict = Verdict("failed", reason)
     else:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omnivision import slurm
+from omnivision.files import append_line
 from omnivision.reporting.metrics_log import read_lines
 from omnivision.reporting.run_folder import WAITING, RunFolder, own_job
 
@@ -85,8 +86,7 @@ def environment() -> dict[str, str | None]:
 def note(folder: RunFolder, event: str, token: str, **facts: Any) -> None:
     """Add a line to the history of a run folder's jobs. `token` is of the submission: numbers of jobs may come again."""
     line = {"time": time.time(), "event": event, "token": token, **facts}
-    with open(folder.path / LOGS / "history.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    append_line(folder.path / LOGS / "history.jsonl", json.dumps(line))
 
 
 def history(folder: RunFolder, token: str | None = None) -> list[dict[str, Any]]:

@@ -13,7 +13,15 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from omnivision.ending import how_it_ended
-from omnivision.errors import EXIT_ANNOUNCED, EXIT_FAULT, EXIT_INTERRUPTED, EXIT_TERMINATED, EXIT_USER, Terminated
+from omnivision.errors import (
+    EXIT_ANNOUNCED,
+    EXIT_FAULT,
+    EXIT_HUNG_UP,
+    EXIT_INTERRUPTED,
+    EXIT_TERMINATED,
+    EXIT_USER,
+    Terminated,
+)
 from omnivision.process import Job, run_folder, run_process
 from omnivision.stopping import SIGNALS, undisturbed
 
@@ -22,7 +30,8 @@ if TYPE_CHECKING:
 
     from omnivision.distributed import Place
 
-INTERRUPTED = (EXIT_INTERRUPTED, EXIT_TERMINATED, EXIT_ANNOUNCED)  # exit codes of runs that somebody ended
+# Exit codes of runs that somebody ended.
+INTERRUPTED = (EXIT_INTERRUPTED, EXIT_TERMINATED, EXIT_ANNOUNCED, EXIT_HUNG_UP)
 GRACE_SECONDS = 15.0  # that the other processes have to leave after one has failed
 
 
@@ -43,7 +52,7 @@ def run_local_processes(job: Job, count: int) -> int:
         try:
             with handing_on(processes) as heard:
                 code, reason = first_failure(processes)
-            if heard and code:
+            if heard and (code in INTERRUPTED or any(process.exitcode == -heard[0] for process in processes)):
                 code, reason = how_it_ended(Terminated(signal.Signals(heard[0]).name))
         except KeyboardInterrupt as error:
             with undisturbed():

@@ -13,7 +13,7 @@ from typing import TypeVar
 from omnivision.data.catalog import Dataset, Split
 from omnivision.data.epoch import EpochPlan, SourcePlan
 from omnivision.errors import UserError
-from omnivision.files import LATEST, PREVIOUS, require_weights
+from omnivision.files import BEST, LATEST, PARTS, PREVIOUS, require_weights
 from omnivision.settings import Settings
 
 LOOKED_FOR = 16  # files of a split, before a run
@@ -31,10 +31,7 @@ def all_of(actions: Iterable[Callable[[], Made]]) -> list[Made]:
         except UserError as error:
             problems += error.problems
     if problems:
-        count = len(problems)
-        told = UserError(problems[0] if count == 1 else "\n- ".join([f"{count} problems:", *problems]))
-        told.problems = problems
-        raise told
+        raise UserError.of(problems)
     return made
 
 
@@ -84,12 +81,24 @@ def open_splits(settings: Settings) -> tuple[list[Split], list[Split]]:
     ]
     opened = all_of(wanted)
     train, val = ([split for split in opened if split.which == which] for which in ("train", "val"))
+    if "decoder" not in config.model:
+        all_of(functools.partial(_require_labels, split) for split in opened)
     if validates and not val:
         raise UserError(
             f"The run is to validate (trainer.mode={config.mode}), but none of its sources ({', '.join(sources)}) has a val "
             "split. Give datasets.NAME.val.paths and .labels, or set trainer.mode=train_only."
         )
     return train, val
+
+
+def _require_labels(split: Split) -> None:
+    """Raises UserError for a split of which no sample has a label: nothing would be learnt, and nothing measured."""
+    if not split.has_labels():
+        where = f"datasets.{split.name}.{split.which}.labels"
+        raise UserError(
+            f"No sample of the {split.which} split of {split.name} has a label, and this stage learns from labels. Set "
+            f"++{where}=FILE.npy, with numbers from 0 (-1 is ignored)."
+        )
 
 
 def epoch_plan(settings: Settings, train: list[Split]) -> EpochPlan:
@@ -140,16 +149,24 @@ def _check_folder(settings: Settings) -> None:
             f"The checkpoints are to go to {folder}, and {there} cannot be written. Expected a folder that can be made and "
             "written. Change launcher.experiment_log_dir (or trainer.checkpoint.save_dir)."
         )
-    needed = CHECKPOINTS * checkpoint_bytes(settings)
-    own = sum((folder / name).stat().st_size for name in (LATEST, PREVIOUS) if (folder / name).is_file())
+    validates = settings.trainer.mode == "train" and settings.trainer.val_epoch_freq is not None
+    count = CHECKPOINTS + validates
+    needed = count * checkpoint_bytes(settings)
+    own = _taken_by([folder / LATEST, folder / PREVIOUS, folder / BEST, *folder.glob(f"{PARTS}*/*")])
     disk = shutil.disk_usage(there)
     free = disk.free + own
     if disk.total and free < needed:  # some file systems do not know
         raise UserError(
-            f"The disk of {folder} has room for {free / 1e9:.2g} GB; expected {needed / 1e9:.2g} GB for {CHECKPOINTS} "
-            f"checkpoints of about {needed / CHECKPOINTS / 1e9:.2g} GB: there are so many while one is saved. Make room, or "
+            f"The disk of {folder} has room for {free / 1e9:.2g} GB; expected {needed / 1e9:.2g} GB for {count} "
+            f"checkpoints of about {needed / count / 1e9:.2g} GB: there are so many while one is saved. Make room, or "
             "change launcher.experiment_log_dir (or trainer.checkpoint.save_dir)."
         )
+
+
+def _taken_by(files: Iterable[Path]) -> int:
+    """Bytes of files, several names of one counted once."""
+    found = [file.stat() for file in files if file.is_file()]
+    return sum({status.st_ino: status.st_size for status in found}.values())
 
 
 def _check_shared_memory(settings: Settings) -> None:

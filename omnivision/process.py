@@ -18,6 +18,7 @@ from omnivision.errors import Terminated, UserError
 from omnivision.reporting.run_folder import STALE_SECONDS, RunFolder
 from omnivision.settings import Settings
 from omnivision.stopping import Stop, end_workers, undisturbed
+from omnivision.streams import be_patient
 from omnivision.watchdog import GRACE_SECONDS, Peers
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def run_process(job: Job, place: Place | None, record: JobRecord | None = None) 
     A mistake of the user's is told in one paragraph; why a run ended, however it did, is in `summary.json`. `record` is what
     a cluster's job is looked after by; process 0 alone calls it. With one, requests to stop are ignored afterwards.
     """
+    be_patient()
     faulthandler.enable(sys.__stderr__ or 2)  # a signal that no Python code sees (SIGSEGV, SIGBUS) still says where
     stop, folder = Stop(), run_folder(job)
     validating = job.settings.trainer.mode == "val"
@@ -135,7 +137,7 @@ def note_beginning(job: Job, folder: RunFolder, trainer: Trainer, reporter: Repo
 def ready_trainer(job: Job, processes: Processes, folder: RunFolder, reporter: Reporter, stop: Stop) -> Trainer:
     """The trainer with everything built and, if the run folder has a checkpoint, resumed; else with pretrained weights."""
     from omnivision import build
-    from omnivision.experiment import facts
+    from omnivision.experiment import facts, flat
     from omnivision.files import write_atomically
     from omnivision.resuming import take_up
 
@@ -143,7 +145,8 @@ def ready_trainer(job: Job, processes: Processes, folder: RunFolder, reporter: R
     if processes.is_main:
         used = [data for data in (trainer.train, trainer.val) if data is not None]
         splits = [split for data in used for split in data.dataset.splits]
-        trainer.experiment = facts(job.config_text, splits, None if trainer.train is None else trainer.train.plan)
+        plan = None if trainer.train is None else trainer.train.plan
+        trainer.experiment = facts(job.config_text, flat(asdict(job.settings)), splits, plan)
     for source in trainer.sources:
         reporter.say(f"Averages {source.path} (SHA-256 {source.sha256[:12]}...)")
     if take_up(trainer):
@@ -176,5 +179,10 @@ def log_to_file(path: Path) -> None:
     """Send this process's log to a file of its own."""
     path.parent.mkdir(parents=True, exist_ok=True)  # process 0 has made it, but another machine may not see it yet
     logging.basicConfig(
-        filename=path, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
+        filename=path,
+        encoding="utf-8",
+        errors="backslashreplace",
+        level=logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        force=True,
     )

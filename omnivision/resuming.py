@@ -12,7 +12,8 @@ from omnivision import checkpoint, experiment
 from omnivision.errors import UserError
 from omnivision.files import LATEST
 from omnivision.optim.ema import MovingAverage
-from omnivision.trainer import State, Trainer
+from omnivision.run_state import State
+from omnivision.trainer import Trainer
 
 
 def take_up(trainer: Trainer) -> bool:

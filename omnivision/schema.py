@@ -47,8 +47,8 @@ class Range:
         )
 
 
-Count = Annotated[int, Range(low=0)]
-Natural = Annotated[int, Range(low=1)]
+Count = Annotated[int, Range(low=0, high=10**12)]  # beyond that sums would overflow
+Natural = Annotated[int, Range(low=1, high=10**12)]
 Positive = Annotated[float, Range(above=0)]
 
 

@@ -12,6 +12,7 @@ from omnivision.schema import Count, Natural, Positive, Range, Target
 from omnivision.settings_submitit import SubmititSettings
 
 Seed = Annotated[int, Range(low=0, high=2**32 - 1)]
+Workers = Annotated[int, Range(low=0, high=1024)]
 Share = Annotated[float, Range(low=0, high=1)]
 ScaleFactor = Annotated[
     float,
@@ -71,8 +72,8 @@ class DataSettings:
     num_frames: Natural
     clip_duration: Positive
     batch_size: Natural
-    num_workers: Count
-    prefetch: Natural
+    num_workers: Workers
+    prefetch: Annotated[int, Range(low=1, high=1000)]
     timeout_minutes: Annotated[float, Range(above=0, high=100_000)]
     views_per_clip: Natural
     view: Target
@@ -177,7 +178,7 @@ class Settings:
     clip_duration: Positive
     mask_ratio: Share
     batch_size: Natural
-    num_workers: Count
+    num_workers: Workers
     epochs: Natural
     lr_scale_factor: ScaleFactor
     mixing_lr_factor: Positive

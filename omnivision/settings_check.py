@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,7 @@ def check(config: DictConfig) -> Settings:
     if settings is not None and not problems:
         problems += contradictions(settings)
     if problems:
-        raise UserError(
-            "\n".join(problems) if len(problems) == 1 else "\n- ".join([f"{len(problems)} problems:", *problems])
-        )
+        raise UserError.of(problems)
     assert settings is not None
     return settings
 
@@ -111,6 +110,7 @@ def contradictions(settings: Settings) -> list[str]:
             f"trainer.freeze is {trainer.freeze} and trainer.optim.layer_decay is {trainer.optim.layer_decay:g}, which scales "
             "the learning rates of a trunk that is trained. Set trainer.optim.layer_decay=null, or trainer.freeze=[]."
         )
+    problems += _schedule_problems(settings)
     if "lr" not in trainer.optim.options and trainer.optim.lr_scale_factor != 1:
         problems.append(
             f"lr_scale_factor is {trainer.optim.lr_scale_factor:g}, but trainer.optim.options has no lr to divide. Give "
@@ -165,6 +165,29 @@ def _stage_problems(settings: Settings) -> list[str]:
                 f"{given}; expected as many. Change one of them."
             )
     return found
+
+
+def _schedule_problems(settings: Settings) -> list[str]:
+    """Learning rates and weight decays that are negative, or no numbers."""
+    return [
+        f"{where} is {value!r}; expected a number of at least 0. Change it."
+        for option, rules in settings.trainer.optim.options.items()
+        for number, rule in enumerate(rules)
+        for where, value in _numbers(rule.scheduler, f"trainer.optim.options.{option}[{number}].scheduler")
+        if not (math.isfinite(value) and value >= 0)
+    ]
+
+
+def _numbers(value: Any, where: str) -> Iterator[tuple[str, float]]:
+    """Every number in an object to build, with its name."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _numbers(item, f"{where}.{key}")
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            yield from _numbers(item, f"{where}[{number}]")
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield where, value
 
 
 def _batch_problems(settings: Settings, where: str, batch: int, views: int, pieces: int) -> list[str]:

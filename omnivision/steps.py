@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from omnivision.agreement import Agreement
-from omnivision.data.batch import BadSample, Batch
+from omnivision.data.batch import BadSample, Batch, vanished_files
 from omnivision.distributed import Processes
 from omnivision.errors import NonFiniteError, UserError
 from omnivision.reporting.bad_samples import BadSampleLedger
@@ -91,11 +92,7 @@ class StepWatch:
     def _require_files(self, bad: list[BadSample]) -> NoReturn:
         """Raises UserError, in all processes, about files that are all gone at once."""
         paths = [sample.path for part in self.processes.gather(bad) for sample in part]
-        raise UserError(
-            f"None of {len(paths)} files that one batch was to be made of is there, e.g. {paths[0]}. Is the data mounted? Then "
-            "the same command goes on from the last checkpoint. If the files never were there, change datasets.NAME.prefix.",
-            everywhere=True,
-        )
+        raise UserError(vanished_files(paths, "that one batch was to be made of"), everywhere=True)
 
     def record(self, bad: list[BadSample]) -> None:
         """Enter the bad files of all processes into the ledger. Raises UserError when its budget is spent."""
@@ -142,6 +139,17 @@ def require_scale(scaler: torch.amp.GradScaler, step: int) -> None:
             f"Step {step}: the gradient is not finite in fp16 even when the loss is scaled by {scale:.1g}, so that no step "
             "changes the weights any more. Lower the learning rate, set trainer.optim.gradient_clip, or set "
             "trainer.optim.amp.amp_dtype=bfloat16 or trainer.optim.amp.enabled=false.",
+            everywhere=True,
+        )
+
+
+def require_same_place(processes: Processes, place: tuple[int, int], folder: Path) -> None:
+    """Raises UserError, in all processes, when they did not resume from the same (epoch, step)."""
+    places = processes.gather(place)
+    if len(set(places)) > 1:
+        raise UserError(
+            f"The processes found different checkpoints in {folder}: by rank, (epoch, step) {', '.join(map(str, places))}. "
+            "Expected one folder that all of them see. Change trainer.checkpoint.save_dir or launcher.experiment_log_dir.",
             everywhere=True,
         )
 

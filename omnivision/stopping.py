@@ -1,7 +1,8 @@
 """Being asked to stop: the signals, and the end of the time that a job has. A run then ends its step, saves, and leaves.
 
-SIGTERM ends a run (a scheduler that cancels or preempts, `kill`); SIGUSR2 announces an end (SLURM before the time limit). Both
-are only noted while a run is `patient`, because it looks after every step; at other times they end it where it stands.
+SIGTERM ends a run (a scheduler that cancels or preempts, `kill`), and so does SIGHUP (a terminal that is gone) unless nohup has
+it ignored; SIGUSR2 announces an end (SLURM before the time limit). They are only noted while a run is `patient`, because it
+looks after every step; at other times they end it where it stands.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from typing import Any
 
 from omnivision.errors import Terminated
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
+SIGNALS: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGUSR2)
+if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+    SIGNALS = (*SIGNALS, signal.SIGHUP)
 TIME_LIMIT = "time limit"
 UNKNOWN_SAVE_SECONDS = 30.0
 LEAVE_SECONDS = 10.0

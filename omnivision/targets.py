@@ -126,6 +126,8 @@ def _type_problem(value: Any, annotation: str, where: str) -> str | None:
         return None if value in choices else f"{where} is {value!r}; expected one of {', '.join(choices)}{guess}."
     if not isinstance(value, dict) and (annotation.startswith("dict[") or annotation in own_classes()):
         return f"{where} is {value!r}; expected a group of settings."
+    if annotation in own_classes() and "_target_" not in value:
+        return f"{where} has no _target_; expected an object: a mapping with _target_, the full name of its class."
     if annotation not in kinds:
         return None
     accepted, expected = kinds[annotation]

@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -21,12 +21,11 @@ from torch import nn
 
 from omnivision import checkpoint, checkpoint_shards, experiment
 from omnivision.data.batch import Batch
-from omnivision.data.dataset import ClipDataset
-from omnivision.data.epoch import EpochPlan, SourcePlan
-from omnivision.data.loader import Workers, evaluation_batches, train_batches
+from omnivision.data.epoch import SourcePlan
+from omnivision.data.loader import TrainData, ValData
 from omnivision.data.order import draws
 from omnivision.distributed import Processes, parallel
-from omnivision.errors import Terminated, UserError
+from omnivision.errors import Terminated
 from omnivision.evaluation import Evaluation, evaluate
 from omnivision.files import BEST
 from omnivision.metrics import Meter, averages
@@ -39,8 +38,9 @@ from omnivision.optim.groups import ScheduledOptimizer
 from omnivision.reporting.bad_samples import BadSampleLedger
 from omnivision.reporting.reporter import Reporter
 from omnivision.reporting.run_folder import RunFolder
+from omnivision.run_state import Interval, State, due
 from omnivision.sharding import gathered, shard, whole, without_sync
-from omnivision.steps import StepWatch, posted, require_finite, require_scale
+from omnivision.steps import StepWatch, posted, require_finite, require_same_place, require_scale
 from omnivision.stopping import Stop
 from omnivision.tasks.base import StepOutput, Task
 from omnivision.weights import LoadReport
@@ -68,48 +68,6 @@ class Options:
     save_every_steps: int | None = None
     max_skipped_steps: int = 0
     allow_changes: bool = False
-
-
-@dataclass(frozen=True)
-class TrainData:
-    """Clips to train on, and which of them make the batch of each step."""
-
-    dataset: ClipDataset
-    workers: Workers
-    plan: EpochPlan
-
-
-@dataclass(frozen=True)
-class ValData:
-    """Videos to evaluate on, so many at a time on each process."""
-
-    dataset: ClipDataset
-    workers: Workers
-    videos_per_batch: int
-
-
-@dataclass
-class State:
-    """Where a run is: `step` steps of epoch `epoch` are done."""
-
-    epoch: int = 0
-    step: int = 0
-    best: float | None = None
-    seconds: float = 0.0
-
-
-@dataclass
-class Interval:
-    """What happened between two lines of the log."""
-
-    began: float = field(default_factory=time.monotonic)
-    clips: int = 0
-    waited: float = 0.0
-
-    def figures(self) -> dict[str, float]:
-        """Clips per second of all processes together, and the share of the time spent waiting for data."""
-        seconds = max(time.monotonic() - self.began, 1e-9)
-        return {"clips_per_second": self.clips / seconds, "data_wait": self.waited / seconds}
 
 
 class Trainer:
@@ -174,15 +132,8 @@ class Trainer:
             )
         self._summary(status="running", exit_reason=None)
         assert self.train is not None
-        batches = train_batches(
-            self.train.dataset,
-            self.train.plan,
-            (self.state.epoch, self.state.step),
-            self.options.max_epochs,
-            self.processes.rank,
-            self.processes.world,
-            self.train.workers,
-        )
+        start = self.state.epoch, self.state.step
+        batches = self.train.batches(start, self.options.max_epochs, self.processes)
         while self.state.epoch < self.options.max_epochs:
             self.train_epoch(batches)
             self._finish_epoch()
@@ -215,7 +166,7 @@ class Trainer:
 
             last_of_epoch = self.state.step == self.steps_per_epoch
             log = self.global_step % options.log_freq == 0 or last_of_epoch
-            save = self.watch.leaving or due(self.global_step, options.save_every_steps)
+            save = due(self.global_step, options.save_every_steps)
             # Only what is written somewhere must be known at once.
             pictures = self._pictures_due(last_of_epoch)
             self.watch.hear(but=0 if log or save or pictures else 1)
@@ -269,7 +220,7 @@ class Trainer:
             self.meter.add(batch.source, output.sums, output.count, unless=spoiled)
         self.optimizer.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
-            self.ema.update()
+            self.ema.update(unless=spoiled)
 
     def evaluate(self) -> Evaluation | None:
         """Evaluate on the validation videos (the moving average of the weights, if there is one) and log the figures.
@@ -278,14 +229,7 @@ class Trainer:
         """
         assert self.val is not None
         self.stop.now("validating", self.global_step)
-        batches = evaluation_batches(
-            self.val.dataset,
-            self.val.videos_per_batch,
-            self.processes.rank,
-            self.processes.world,
-            self.val.workers,
-            self.options.limit_val_batches,
-        )
+        batches = self.val.batches(self.processes, self.options.limit_val_batches)
         with self.ema.in_place() if self.ema is not None else contextlib.nullcontext(), gathered(self.bare):
             found = evaluate(self.task, self.bare, batches, self.processes, self._autocast, self.stop)
         if found is None:
@@ -304,9 +248,9 @@ class Trainer:
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 
     def save(self, also: list[str]) -> None:
-        """Write `checkpoint.pt` (and further names) from process 0; the others wait, so that nobody runs ahead.
+        """Write `checkpoint.pt` (and further names) from process 0; what is split among the processes each writes by itself.
 
-        What is split among the processes each writes by itself, beside it.
+        Raises UserError, in all processes, when it cannot be written, and NonFiniteError for weights that must not be.
         """
         self.stop.now("saving", self.global_step)
         require_finite(self.bare, self.processes, self.global_step)
@@ -332,10 +276,15 @@ class Trainer:
             "meter": meter,
             "last": self.last,
         }
-        state = checkpoint_shards.save_split(state, self.folder.checkpoints, self.global_step, self.processes)
-        if self.processes.is_main:
-            checkpoint.save(state, self.folder.checkpoints, also)
-        self.processes.barrier()
+        folder = self.folder.checkpoints
+        with checkpoint.told(folder):
+            state = checkpoint_shards.save_split(state, folder, self.global_step, self.processes)
+
+        def write() -> None:
+            with checkpoint.told(folder):
+                checkpoint.save(state, folder, also)
+
+        self.processes.together(write, only_main=True)  # the others wait, so that nobody runs ahead
         self.stop.save_seconds = time.monotonic() - began
 
     def join_processes(self) -> None:
@@ -343,14 +292,7 @@ class Trainer:
 
         Raises UserError, in all processes, when they did not resume from the same step.
         """
-        places = self.processes.gather((self.state.epoch, self.state.step))
-        if len(set(places)) > 1:
-            raise UserError(
-                f"The processes found different checkpoints in {self.folder.checkpoints}: by rank, (epoch, step) "
-                f"{', '.join(map(str, places))}. Expected one folder that all of them see. Change trainer.checkpoint.save_dir "
-                "or launcher.experiment_log_dir.",
-                everywhere=True,
-            )
+        require_same_place(self.processes, (self.state.epoch, self.state.step), self.folder.checkpoints)
         if self.options.strategy == "ddp":
             find_unused = leaves_parameters_out(self.bare)
             self.model = parallel(self.model, self.processes, self.options.comms_dtype, find_unused)
@@ -462,8 +404,3 @@ class Trainer:
                 **self.stop.measured(),
                 **facts,
             )
-
-
-def due(epoch: int, every: int | None) -> bool:
-    """Whether something that happens every so many epochs (None: never) happens at this one."""
-    return every is not None and epoch % every == 0

@@ -70,8 +70,8 @@ class Watchdog:
             now = time.monotonic()
             for number in SIGNALS:
                 if number in numbers:
-                    again = number == signal.SIGTERM and now - came.setdefault(number, now) > SECONDS_OF_ONE_REQUEST
-                    came.setdefault(number, now)
+                    first = came.setdefault(number, now)
+                    again = number == signal.SIGTERM and now - first > SECONDS_OF_ONE_REQUEST
                     last = min(last, now + SECOND_REQUEST_SECONDS) if again else last
             waited = now - min(came.values(), default=now)
             if now > last or (not self.answered and waited > max(self.grace, self.stop.time_to_leave)):
@@ -134,7 +134,7 @@ class Peers:
                 continue
             if not isinstance(said, dict):
                 continue
-            gone = said.get("host") == socket.gethostname() and process_start(said.get("pid", 0)) is None
+            gone = said.get("machine") == machine() and process_start(said.get("pid", 0)) is None
             if gone or age >= seconds:
                 what = "is gone" if gone else f"has given no sign of life for {age:.0f} s"
                 place = at(said.get("doing"), said.get("step"))
@@ -145,7 +145,8 @@ class Peers:
         return self.logs / f"rank_{rank}.alive"
 
     def _beat(self) -> None:
-        sign = {"step": self.stop.step, "doing": self.stop.doing, "pid": os.getpid(), "host": socket.gethostname()}
+        sign = {"step": self.stop.step, "doing": self.stop.doing, "pid": os.getpid()}
+        sign |= {"host": socket.gethostname(), "machine": machine()}
         with contextlib.suppress(OSError):  # a file system that does not answer for once ends nothing
             self._file(self.rank).write_text(json.dumps(sign) + "\n", encoding="utf-8")
 
@@ -157,6 +158,15 @@ class Peers:
                 self._beat()
                 if told := self.silent(self.timeout):
                     self.leave(LostContact(told), False)
+
+
+def machine() -> str:
+    """What ids of processes are of: a machine since it was started and, in a container, its own numbers."""
+    found = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        found.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        found.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(found)
 
 
 def process_start(pid: int) -> int | None:
@@ -187,8 +197,8 @@ def at(doing: object, step: object) -> str:
 
 
 def write_stacks(file: Path) -> None:
-    """What every thread of this process is doing, as a file and on the console."""
-    with contextlib.suppress(OSError), open(file, "w", encoding="utf-8") as opened:
-        faulthandler.dump_traceback(opened, all_threads=True)
+    """What every thread of this process is doing, on the console and as a file."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         faulthandler.dump_traceback(all_threads=True)
+    with contextlib.suppress(OSError), open(file, "w", encoding="utf-8") as opened:
+        faulthandler.dump_traceback(opened, all_threads=True)

@@ -17,7 +17,7 @@ from tests.test_launch import children
 MINUTES = float(os.environ.get("SOAK_MINUTES", "60"))
 LOOK_SECONDS = 2.0
 GROWTH = 1.05  # of the median of the last quarter over that of the second one
-ENDS = ("SIGTERM", "SIGKILL", "a killed data worker", "SIGUSR2")
+ENDS = {"SIGTERM": 143, "SIGKILL": -9, "a killed data worker": 70, "SIGUSR2": 140}  # and the exit code of each
 
 
 @dataclass
@@ -89,6 +89,7 @@ class Soak(unittest.TestCase):
         looks, began = Looks(), time.monotonic()
         with open(folder / "said", "w") as said:
             process = subprocess.Popen(command, cwd=folder, stdout=said, stderr=said)
+            self.addCleanup(process.kill)
             while time.monotonic() - began < seconds:
                 self.assertIsNone(process.poll(), (folder / "said").read_text()[-2000:])
                 looks.look(process.pid)
@@ -98,7 +99,7 @@ class Soak(unittest.TestCase):
                 os.kill(children(server, "forkserver")[0], signal.SIGKILL)
             else:
                 process.send_signal(getattr(signal, end))
-            process.wait(timeout=60)
+            self.assertEqual(process.wait(timeout=60), ENDS[end], (folder / "said").read_text()[-2000:])
         return looks
 
 

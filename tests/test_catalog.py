@@ -1,6 +1,7 @@
 """Dataset splits: what is read from the two arrays, and what is refused."""
 
 import pickle
+import struct
 import tempfile
 import unittest
 import warnings
@@ -171,6 +172,23 @@ class Refused(Folder):
                 self.assert_unreadable(str(file))
         with self.assertRaisesRegex(UserError, "no such file"):
             Split(Dataset("films", train=SplitFiles(str(self.folder))), "train")
+
+    def test_headers_that_are_no_description(self):
+        for header in ("{[]: 1}", "{{}: 1}", "{1: 2, 'a': 3}", "-" * 9000 + "1", "[" * 9000, "{'shape': (True,)}",
+                       "{'descr': '<U5', 'fortran_order': False, 'shape': (True,)}"):  # fmt: skip
+            file = self.folder / "header.npy"
+            text = header.encode()
+            file.write_bytes(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text)
+            with self.subTest(header[:20]):
+                self.assert_unreadable(str(file))
+
+    def test_numbers_that_are_no_characters(self):
+        file = self.save("paths.npy", np.array(["a.mp4", "b.mp4"]))
+        data = Path(file).read_bytes()
+        Path(file).write_bytes(data[:-20] + b"\xff\xff\xff\x7f" * 5)
+        split = Split(Dataset("films", train=SplitFiles(file)), "train")
+        self.assertEqual(split.path(0), "a.mp4")
+        self.assertRegex(split.path(1), "^entry 1 of .*paths.npy, which is no text$")
 
     def test_a_damaged_header_is_never_more_than_a_mistake(self):
         whole, rng, refused = (

@@ -213,6 +213,8 @@ class Splits(Folder):
             ((paths, "--json", "/nowhere/x.json"), "in a folder that is there"),
             ((paths, "--json", self.folder), "in a folder that is there"),
             ((paths, "--json", paths), "is a file that is read here"),
+            ((paths, "--json", "/dev/full"), "expected a file"),
+            ((paths, "--json", self.folder / "pipe.npy"), "expected a file"),
             ((paths, self.save("large.npy", [2**62])), "holds the label 4611686018427387904; expected"),
         ]
         for arguments, saying in cases:

@@ -11,6 +11,7 @@ import time
 import unittest
 import zipfile
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -61,13 +62,48 @@ class Saving(Folder):
         def replace(source: Path, target: Path, real: object = os.replace) -> None:
             real(source, target)
             for file in self.folder.glob("*.pt"):
-                checkpoint.verify(file)
-                checked.append(file.name)
+                if file.with_name(f"{file.name}.json").exists():  # the very first one gets its own afterwards
+                    checkpoint.verify(file)
+                    checked.append(file.name)
 
         with mock.patch("os.replace", replace):
             for step in (1, 2, 3):
                 checkpoint.save(state(step), self.folder, ["best.pt"])
         self.assertEqual(set(checked), {"best.pt", "checkpoint.pt", "previous.pt"})
+
+    def test_at_no_moment_can_a_kill_cost_what_there_was(self):
+        seen = []
+
+        def killed_here() -> None:
+            found = checkpoint.load_newest(self.folder)
+            seen.append((None, []) if found is None else (found[0]["step"], found[2]))
+
+        def stopped_at(real: Any) -> Any:
+            def stopping(*given: Any) -> Any:
+                killed_here()
+                made = real(*given)
+                killed_here()
+                return made
+
+            return stopping
+
+        for name in ("os.replace", "os.link"):
+            patch = mock.patch(name, stopped_at(getattr(os, name.partition(".")[2])))
+            patch.start()
+            self.addCleanup(patch.stop)
+        for step in (1, 2, 3):
+            seen.clear()
+            checkpoint.save(state(step), self.folder, ["best.pt"])
+            before = None if step == 1 else step - 1
+            self.assertEqual([problems for _, problems in seen if problems], [])
+            self.assertLessEqual({found for found, _ in seen}, {before, step})
+            self.assertEqual(checkpoint.load_newest(self.folder)[0]["step"], step)
+
+    def test_why_it_could_not_be_written_is_told(self):
+        for error in (OSError(28, "No space left on device"), checkpoint.BrokenCheckpoint("x was not written whole")):
+            with self.assertRaisesRegex(UserError, rf"written to {self.folder}: .* GB are free\).*Make room"):
+                with checkpoint.told(self.folder):
+                    raise error
 
     def test_parts_that_no_checkpoint_refers_to_go_with_a_save(self):
         (self.folder / "shards_1_ab").mkdir()
@@ -147,6 +183,37 @@ class Loading(Folder):
                 found, path, problems = checkpoint.load_newest(folder)
                 self.assertEqual((found["step"], path.name), (1, "previous.pt"))
                 self.assertIn("checkpoint.pt", problems[0])
+
+    def test_a_newest_that_cannot_be_read_or_has_no_proper_manifest(self):
+        def unreadable(path: Path, real: Any = checkpoint.sha256) -> str:
+            if path.name == "checkpoint.pt":
+                raise OSError(5, "Input/output error", str(path))
+            return real(path)
+
+        def flipped() -> None:  # and nobody says what it was
+            manifest.unlink()
+            data = bytearray((self.folder / "checkpoint.pt").read_bytes())
+            place = data.index(b"\x00\x00\x80?" * 9)
+            data[place] ^= 1
+            (self.folder / "checkpoint.pt").unlink()  # whose other name previous.pt may be
+            (self.folder / "checkpoint.pt").write_bytes(data)
+
+        manifest = self.folder / "checkpoint.pt.json"
+        for spoil in (
+            lambda: manifest.write_text("[" * 100_000),
+            lambda: (manifest.unlink(), manifest.mkdir()),
+            lambda: (manifest.unlink(), os.mkfifo(manifest)),
+            lambda: None,
+            flipped,
+        ):
+            for file in self.folder.iterdir():
+                file.rmdir() if file.is_dir() else file.unlink()
+            for step in (1, 2):
+                checkpoint.save(state(step, model={"w": torch.ones(100)}), self.folder, [])
+            spoil()
+            with mock.patch.object(checkpoint, "sha256", unreadable if manifest.is_file() else checkpoint.sha256):
+                found, path, problems = checkpoint.load_newest(self.folder)
+            self.assertEqual((found["step"], path.name, len(problems)), (1, "previous.pt", 1))
 
     def test_when_all_are_broken_nothing_starts_over(self):
         checkpoint.save(state(1), self.folder, [])

@@ -1,13 +1,16 @@
 """Requests to batches, on small films: what a step holds, whatever the workers and processes; and bad files."""
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 import unittest
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -21,7 +24,7 @@ from omnivision.data.epoch import EpochPlan, Request, SourcePlan
 from omnivision.data.loader import Workers, evaluation_batches, train_batches
 from omnivision.data.masking import RandomMask
 from omnivision.data.views import EvalView, PretrainView
-from omnivision.errors import UserError
+from omnivision.errors import DataWorkerError, UserError
 from omnivision.reporting.bad_samples import BadSampleLedger
 from tests import runs
 
@@ -115,6 +118,21 @@ class Threads(ClipDataset):
     def __getitem__(self, request: Request) -> Sample:
         sample = super().__getitem__(request)
         sample.label = torch.get_num_threads()
+        return sample
+
+
+class Failing(ClipDataset):
+    def __getitem__(self, request: Request) -> Sample:
+        raise RuntimeError("no worker was killed")
+
+
+class Uneven(ClipDataset):
+    """Hides more and more of its samples."""
+
+    def __getitem__(self, request: Request) -> Sample:
+        sample = super().__getitem__(request)
+        assert sample.mask is not None
+        sample.mask[request.video % 4].fill_(True)
         return sample
 
 
@@ -312,6 +330,31 @@ class Films(unittest.TestCase):
         sample = self.dataset("none.npy")[Request(0, 2, 0)]
         self.assertEqual((len(sample.video), len(sample.bad)), (0, 1 + REPLACEMENTS))
 
+    def test_what_is_gone_with_its_disk_is_missing_and_what_is_damaged_is_not(self):
+        dataset = self.dataset(training=False)
+        for code, missing in (
+            (errno.ENOTCONN, True),
+            (errno.ESTALE, True),
+            (errno.ENOENT, True),
+            (errno.EINVAL, False),
+        ):
+            with mock.patch("os.open", side_effect=OSError(code, "x")):
+                (bad,) = dataset[Request(0, 0, 0)].bad
+            self.assertEqual(bad.missing, missing, errno.errorcode[code])
+
+    def test_an_error_in_a_worker_is_what_it_is(self):
+        plan = EpochPlan({"films": SourcePlan(11, 2, views=4)}, seed=5)
+        for kind, expected, saying in (
+            (Failing, RuntimeError, "no worker was killed"),
+            (Uneven, UserError, "^The masks of a batch hide"),
+        ):
+            for workers in (0, 1):
+                dataset = self.dataset()
+                dataset.__class__ = kind
+                with self.assertRaisesRegex(expected, saying) as told:
+                    next(train_batches(dataset, plan, (0, 0), 1, 0, 1, Workers(workers)))
+                self.assertNotIsInstance(told.exception, DataWorkerError)
+
     def test_workers_run_one_thread_and_carry_bytes_through_shared_memory(self):
         plan = EpochPlan({"films": SourcePlan(11, 2, views=4)}, seed=5)
         dataset = self.dataset()
@@ -395,6 +438,16 @@ class Ledger(unittest.TestCase):
                 resumed.add(bad, write=False)
             self.assertTrue(caught.exception.everywhere)
             self.assertEqual(len(path.read_text().splitlines()), 2)
+
+    def test_a_file_that_was_mended_is_forgotten(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path, film = Path(folder) / "bad.jsonl", Path(folder) / "a.mp4"
+            film.write_bytes(b"")
+            BadSampleLedger(path, 100, 1).add([BadSample("s", 0, str(film), "the file is empty")], write=True)
+            self.assertEqual(len(BadSampleLedger(path, 100, 1)), 1)
+            time.sleep(0.02)
+            film.write_bytes(b"whole")
+            self.assertEqual(len(BadSampleLedger(path, 100, 1)), 0)
 
     def test_a_crash_in_the_middle_of_a_line_costs_that_line_only(self):
         bad = [BadSample("films", i, f"{i}.mp4", "why") for i in range(3)]

@@ -75,6 +75,18 @@ class Comparison(unittest.TestCase):
             found = [name for name in [*shipped, *images] if fnmatch.fnmatchcase(name, pattern)]
             self.assertTrue(found, pattern)
 
+    def test_what_comes_from_the_environment_is_compared_by_its_value_and_not_written(self):
+        text = "epochs: 3\nlr: ${oc.decode:${oc.env:LR}}\nparts: ['${oc.env:A}']"
+        one, same, other = (
+            experiment.facts(text, {"epochs": 3, "lr": lr, "parts": ["secret"]}, [], None)
+            for lr in (0.125, 0.125, 0.25)
+        )
+        self.assertEqual(differences(one, same), ([], []))
+        [change] = differences(one, other)[0]
+        self.assertRegex(change, r"^lr: \$\{oc.decode:\$\{oc.env:LR\}\} \(SHA-256 \w{12}\) -> ")
+        for value in ("0.125", "secret"):
+            self.assertNotIn(value, experiment.written(one))
+
     def test_long_lists_are_cut(self):
         self.assertEqual(experiment.listed(["a", "b"]), "a; b")
         self.assertEqual(experiment.listed(["a"] * 9), "a; a; a; a; a; a; and 3 more")

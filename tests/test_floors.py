@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.runs import ROOT
 
 FLOORS = {
-    0: ["allocator", "errors", "files", "safe"],
+    0: ["allocator", "errors", "files", "safe", "streams"],
     1: [
         "distributed",
         "sharding",
@@ -25,7 +25,7 @@ FLOORS = {
     2: ["data", "models", "optim", "demo"],
     3: ["tasks", "evaluation", "prepare"],
     4: ["experiment", "checkpoint_shards", "checkpoint", "reporting", "weights", "interop", "slurm"],
-    5: ["steps", "trainer", "resuming"],
+    5: ["run_state", "steps", "trainer", "resuming"],
     6: "settings_yaml targets schema settings settings_check settings_submitit composition preflight build dry usage".split(),
     7: ["jobs", "job_record", "ending", "process", "local", "submission", "launch", "cli"],
 }

@@ -44,6 +44,37 @@ class Folder(unittest.TestCase):
 
 
 class Reading(Folder):
+    def test_depth_that_is_none(self):
+        """What a small file may claim is refused before it takes room."""
+        huge = torch.zeros(1, dtype=torch.float16).expand(300_000, 300_000)
+        tensors = {
+            "huge": huge,
+            "sparse": torch.ones(4, 4).to_sparse(),
+            "nested": torch.nested.nested_tensor([torch.ones(2, 2)]),
+            "complex": torch.ones(4, 4, dtype=torch.complex64),
+            "meta": torch.ones(4, 4, device="meta"),
+            "nan": torch.full((4, 4), float("nan")),
+            "empty": torch.ones(0, 4),
+            "list": [1, 2],
+        }
+        for name, tensor in tensors.items():
+            torch.save(tensor, self.folder / f"{name}.pt")
+            with self.assertRaises(BadVideo, msg=name):
+                read_depth(str(self.folder / f"{name}.pt"), max_pixels=10**6)
+        np.save(self.folder / "days.npy", np.zeros((4, 4), "datetime64[D]"))
+        self.assertRaises(BadVideo, read_depth, str(self.folder / "days.npy"))
+        torch.save(torch.nn.Parameter(torch.ones(4, 4)), self.folder / "weights.pt")
+        self.assertFalse(read_depth(str(self.folder / "weights.pt")).requires_grad)
+
+    def test_deep_pixels(self):
+        wide = np.array([[0, 128], [40_000, 65_535]], np.uint16)
+        (self.folder / "wide.pgm").write_bytes(b"P5 2 2 65535\n" + wide.astype(">u2").tobytes())
+        self.assertEqual(read_image(str(self.folder / "wide.pgm"))[0, 0].tolist(), [[0, 0], [156, 255]])
+        for name, dtype in (("whole.tif", np.int32), ("share.tif", np.float32)):
+            Image.fromarray(wide.astype(dtype)).save(self.folder / name)
+            with self.assertRaisesRegex(BadVideo, "32 bits"):
+                read_image(str(self.folder / name))
+
     def test_images(self):
         pixels = np.arange(48 * 64 * 3, dtype=np.uint32).reshape(48, 64, 3).astype(np.uint8)
         Image.fromarray(pixels).save(self.folder / "a.png")

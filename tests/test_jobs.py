@@ -213,6 +213,13 @@ class Records(Folder):
             ended = self.record(1).verdict(Terminated("SIGTERM"), "ended by SIGTERM")  # by SLURM, because of process 5
         self.assertEqual((ended.status, ended.reason), ("failed", "process 5 failed: ValueError: no memory"))
 
+    def test_nobody_waits_for_a_process_0_that_is_silent(self):
+        began = time.monotonic()
+        self.record(1).fault(LostContact("process 0 has given no sign of life"), "LostContact: process 0 is silent")
+        self.assertLess(time.monotonic() - began, 5)
+        [line] = [line for line in jobs.history(self.folder, "a") if line["event"] == "lost"]
+        self.assertEqual((line["restarts"], line["rank"]), (1, 5))
+
     def test_which_errors_say_that_another_process_is_gone(self):
         self.assertTrue(lost_contact(RuntimeError("NCCL error: remote process exited")))
         self.assertFalse(lost_contact(RuntimeError("CUDA out of memory")))
@@ -272,6 +279,13 @@ class Ended(Folder):
         self.assertRegex(reason, "does not come back: submitit.max_requeues is 0")
         note(self.folder, "fault", "a", job="12", restarts=0, rank=3, reason="OSError: no such device")
         self.assertEqual(self.end(134, (0,)), ("failed", "process 3 failed: OSError: no such device", False))
+
+    def test_when_process_0_was_silent_the_job_comes_back(self):
+        for restarts, expected in ((1, "requeued"), (0, "failed")):  # of an earlier start it says nothing
+            note(self.folder, "lost", "a", job="12", restarts=1, rank=5, reason="process 0 is silent")
+            status, reason, requeued = self.end(137, started=(0, 1), restarts=restarts)
+            self.assertEqual((status, requeued), (expected, expected == "requeued"), reason)
+        self.assertIn("SIGKILL", reason)
 
     def test_after_all_is_done(self):
         for mode, told, job, status in (

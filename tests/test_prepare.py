@@ -181,6 +181,7 @@ class CsvLists(Folder):
             "\n \n": "has no rows",
             'a.mp4,"run\nb.mp4,run\n': "row 2: unexpected end of data",
             "a.mp4\nb.mp4\n": "row 1 has 1 of 2 fields",
+            "a.mp4,\u0661\nb.mp4,\u00b2\nnone.mp4,1a\n": "1 of 3 films are not there",
         }
         for text, saying in cases.items():
             with self.subTest(text):
@@ -250,6 +251,7 @@ class ClassFolders(Folder):
         self.films("twice/Run/1.mp4", "twice/run/2.mp4", "empty/a/notes.txt", "images/a/1.jpg", "ok/a/1.mp4")
         os.symlink("nowhere.mp4", self.write("link/a/1.mp4").parent / "2.mp4")
         os.symlink("..", self.write("loop/a/1.mp4").parent / "up")
+        os.symlink("ring.mp4", self.write("ring/a/1.mp4").parent / "ring.mp4")
         os.mkfifo(self.write("pipe/a/1.mp4").parent / "2.mp4")
         (self.folder / "nothing").mkdir()
         cases = {
@@ -260,6 +262,8 @@ class ClassFolders(Folder):
             "pipe": r"2\.mp4 is not a file",
             "loop": "up.* is a link to a folder that it lies in",
             "nothing": "neither folders .* nor the split files",
+            "ring": r"ring.mp4 is not a file, or a link",
+            "pipe/a/2.mp4": "neither a file nor a folder",
         }
         for name, saying in cases.items():
             with self.subTest(name):

@@ -21,7 +21,7 @@ from omnivision.reporting import pictures
 from omnivision.reporting.console import ProgressLine
 from omnivision.reporting.metrics_log import MetricsLog, read_lines
 from omnivision.reporting.reporter import Reporter
-from omnivision.reporting.run_folder import RunFolder, finite, process_start
+from omnivision.reporting.run_folder import RunFolder, finite, machine, process_start
 from omnivision.tasks.base import Pictures
 
 
@@ -130,7 +130,7 @@ class Lock(Folder):
 
     def test_the_lock_of_a_dead_process_is_taken_over(self):
         dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
-        holder = {"token": "x", "host": os.uname().nodename, "pid": int(dead.stdout), "started": 1}
+        holder = {"token": "x", "host": "here", "machine": machine(), "pid": int(dead.stdout), "started": 1}
         (self.folder / ".lock").write_text(json.dumps(holder))
         folder = RunFolder(self.folder)
         self.assertIn("Took over the lock", folder.lock())
@@ -139,7 +139,7 @@ class Lock(Folder):
     def test_a_reused_process_id_is_not_the_holder(self):
         holder = {
             "token": "x",
-            "host": os.uname().nodename,
+            "machine": machine(),
             "pid": os.getpid(),
             "started": process_start(os.getpid()) - 1,
         }
@@ -149,13 +149,49 @@ class Lock(Folder):
         folder.unlock()
 
     def test_another_machines_heartbeat_decides(self):
+        """Another container of this machine counts as one: what has our number there is another process."""
         lock = self.folder / ".lock"
-        lock.write_text(json.dumps({"token": "x", "host": "elsewhere", "pid": 1, "started": 1}))
+        for elsewhere in ({"host": "elsewhere"}, {"host": os.uname().nodename, "machine": "another container"}):
+            lock.write_text(json.dumps({"token": "x", "pid": 1, "started": 1} | elsewhere))
+            folder = RunFolder(self.folder)
+            with self.assertRaises(UserError):
+                folder.lock()
+            os.utime(lock, (1, 1))
+            self.assertIsNotNone(folder.lock())
+            folder.unlock()
+
+    def test_one_that_has_lost_the_folder_writes_nothing_more(self):
         folder = RunFolder(self.folder)
-        with self.assertRaises(UserError):
-            folder.lock()
-        os.utime(lock, (1, 1))
-        self.assertIsNotNone(folder.lock())
+        folder.create()
+        folder.lock()
+        folder.write_summary(status="running")
+        reporter = Reporter(folder, enabled=True, console=Console(file=io.StringIO()))
+        reporter.start(0, 9)
+        self.addCleanup(reporter.close)
+        (self.folder / ".lock").write_text(json.dumps({"token": "another's", "host": "elsewhere", "pid": 1}))
+        reporter.step(0, 1, 1, {"loss": 1.0, "clips_per_second": 1.0, "data_wait": 0.0})
+        reporter.epoch("train", 0, 1, {"loss": 1.0})
+        folder.write_end("failed", "lost")
+        self.assertFalse((folder.logs / "metrics.jsonl").exists())
+        self.assertEqual(folder.read_summary(), {"status": "running"})
+        folder.unlock()
+        self.assertTrue((self.folder / ".lock").exists())
+
+    def test_what_is_no_file_where_a_run_writes_one(self):
+        for name in ("summary.json", ".lock", "logs/metrics.jsonl"):
+            for make in (Path.mkdir, os.mkfifo):
+                folder = self.folder / f"{name.replace('/', '_')}_{make.__name__}"
+                (folder / name).parent.mkdir(parents=True)
+                make(folder / name)
+                with self.assertRaisesRegex(UserError, f"{name} is no file"):
+                    RunFolder(folder).create()
+        (self.folder / "tensorboard").write_text("")
+        self.assertRaisesRegex(UserError, "cannot be written", RunFolder(self.folder).create)
+
+    def test_a_lock_that_is_nothing_but_brackets(self):
+        (self.folder / ".lock").write_text("[" * 100_000)
+        folder = RunFolder(self.folder)
+        self.assertIn("an unknown process", folder.lock())
         folder.unlock()
 
     def test_an_unreadable_lock_is_taken_over_and_a_stolen_one_is_not_removed(self):

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import tempfile
 import unittest
 from pathlib import Path
@@ -59,6 +60,30 @@ class Runs(unittest.TestCase):
         )
         self.assertEqual(age[1], "s")
         self.assertIn("running", lines[2])
+
+    def test_whatever_a_summary_says(self):
+        odd = {
+            "classes": ["abc", [0], 5, [], None], "sources": [[1], "x", None], "started": ["x", None], "trunk": [5, None],
+            "pretrained": [["a"], None], "model": [{}, None],
+        }  # fmt: skip
+        for key, values in odd.items():
+            for number, value in enumerate(values):
+                self.write(f"{key}_{number}", 1, run={key: value})
+        for number, facts in enumerate(({"run": None}, {"last": None}, {"changed": "x"}, {"last": {"val_top1": "x"}})):
+            self.write(f"odd_{number}", 1, **facts)
+        self.write("lr[/x]", 1)
+        self.write("lr[red]q", 1)
+        os.mkfifo(self.folder / "lr[/x]" / "below.json")
+        (self.folder / "deep").mkdir()
+        (self.folder / "deep/summary.json").write_text("[" * 100_000)
+        (self.folder / "pipe").mkdir()
+        os.mkfifo(self.folder / "pipe/summary.json")
+        for arguments in ((), ("--top1",)):
+            code, _, error = self.told(*arguments)
+            self.assertEqual(code, 0)
+        names = {line[0] for line in self.told()[1]}
+        self.assertLessEqual({"lr[/x]", "lr[red]q", "classes_1", "odd_2"}, names)
+        self.assertIn("deep/summary.json is no summary", error)
 
     def test_accuracies_worst_first(self):
         for name, top1 in (("one", 50.0), ("two", 20.0), ("three", 30.0)):

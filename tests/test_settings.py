@@ -129,6 +129,25 @@ class Values(unittest.TestCase):
             with self.subTest(overrides):
                 self.assert_refused(*overrides, saying=saying)
 
+    def test_numbers_that_no_run_can_have(self):
+        for override, saying in (
+            (
+                "trainer.optim.options.lr.0.scheduler.peak=-1",
+                r"lr\[0\].scheduler.peak is -1; expected a number of at least 0",
+            ),
+            ("trainer.optim.options.lr.0.scheduler.peak=nan", "peak is nan; expected"),
+            ("trainer.optim.options.weight_decay.0.scheduler.value=inf", "value is inf; expected"),
+            ("epochs=1000000000000000000000", "epochs is 1000000000000000000000 .* at most 1e.12"),
+            ("num_workers=5000", "num_workers is 5000 .* at most 1024"),
+            ("trainer.data.max_pixels=1000000000000000000000000", "max_pixels is .* at most 1e.12"),
+        ):
+            with self.subTest(override):
+                self.assert_refused(override, saying=saying)
+
+    def test_a_part_of_a_model_that_is_no_object(self):
+        model = {"_target_": "omnivision.models.mae.MaskedAutoencoder", "trunk": {"a": 1}, "decoder": {}}
+        self.assertIn("m.trunk has no _target_; expected an object", target_problems(model, "m")[0])
+
     def test_models_of_another_stage(self):
         data = "+trainer=mae_ft_ucf101_config"
         for stage, model, saying in (

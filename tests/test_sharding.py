@@ -4,13 +4,17 @@ import json
 import shutil
 import tempfile
 import unittest
+from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 import torch
 from safetensors.torch import save_file
+from torch.distributed.checkpoint.api import CheckpointException
 
 from omnivision import checkpoint_shards, weights
 from omnivision.cli.main import main as omnivision
+from omnivision.distributed import Place, Processes
 from omnivision.errors import UserError
 from omnivision.files import sha256
 from omnivision.safe import BrokenCheckpoint
@@ -160,6 +164,21 @@ class Parts(unittest.TestCase):
         self.part.write_bytes(data)
         with self.assertRaisesRegex(BrokenCheckpoint, "not the file that was written"):
             checkpoint_shards.attach(state, self.folder)
+
+    def test_a_part_that_lies_nowhere(self):
+        offsets = {"model/a": {"saved_offsets": [0]}}
+        save_file({"model/a": torch.ones(3, 3)}, self.part, metadata={"DCP_SHARDING_INFO": json.dumps(offsets)})
+        self.refused("cannot be read: [^\n]*$")
+
+    def test_a_full_disk_is_told_and_what_it_left_goes_before_the_next(self):
+        here = Processes(Place(), "cpu", None, timedelta(minutes=1))
+        failed = CheckpointException("x", {1: (OSError(28, "No space left on device"), None)})
+        for made in ("a", "b"):
+            with mock.patch("torch.distributed.checkpoint.save", side_effect=failed):
+                with self.assertRaisesRegex(OSError, "process 1 could not write its part: .*No space left") as told:
+                    checkpoint_shards.write({"model/a": torch.ones(3)}, self.folder, 1, here)
+            self.assertEqual(told.exception.errno, 28)
+            self.assertEqual(len(list(self.folder.glob("shards_*"))), 1, made)
 
     def test_a_file_that_claims_more_than_it_has(self):
         offsets = {"model/a": {"saved_offsets": [2**40]}}

@@ -11,6 +11,7 @@ from unittest import mock
 from omnivision import stopping
 from omnivision.errors import Terminated
 from omnivision.stopping import TIME_LIMIT, Stop, undisturbed, unheard
+from tests import runs
 
 
 class Signals(unittest.TestCase):
@@ -101,6 +102,21 @@ class Signals(unittest.TestCase):
                 child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
             self.assertEqual(child.stdout, "survived\n", child.stderr)
             self.assertEqual(stop.cause, "SIGUSR2", "this process hears afterwards")
+
+    def test_a_terminal_that_is_gone_unless_nohup_has_said_that_it_does_not_matter(self):
+        code = (
+            "import os, signal, sys\n"
+            "from omnivision.errors import Terminated\n"
+            "from omnivision.stopping import Stop\n"
+            "stop = Stop()\n"
+            "with stop.listening():\n"
+            "    stop.patience()\n"
+            "    os.kill(os.getpid(), signal.SIGHUP)\n"
+            "    print(stop.cause, stop.cause and Terminated(stop.cause).exit_code)"
+        )
+        for prefix, told in (([], "SIGHUP 129"), (["nohup"], "None None")):
+            made = subprocess.run([*prefix, sys.executable, "-c", code], capture_output=True, text=True, cwd=runs.ROOT)
+            self.assertEqual(made.stdout.strip(), told, made.stderr)
 
 
 class Clock(unittest.TestCase):

@@ -24,7 +24,7 @@ from omnivision import checkpoint
 from omnivision.data.batch import BadSample, Batch, Sample
 from omnivision.data.catalog import Dataset
 from omnivision.data.epoch import EpochPlan, Request, SourcePlan
-from omnivision.data.loader import Workers, train_batches
+from omnivision.data.loader import TrainData, ValData, Workers, train_batches
 from omnivision.data.masking import RandomMask
 from omnivision.data.order import draws
 from omnivision.distributed import Place, Processes
@@ -41,7 +41,7 @@ from omnivision.resuming import take_up
 from omnivision.steps import posted
 from omnivision.tasks.base import StepOutput
 from omnivision.tasks.reconstruct import Reconstruct
-from omnivision.trainer import Options, TrainData, Trainer, ValData
+from omnivision.trainer import Options, Trainer
 from tests.runs import ROOT
 
 TUBELET = (2, 8, 8)
@@ -229,6 +229,36 @@ class Loop(unittest.TestCase):
         made.validate_only()
         self.assert_same(before, made.bare.state_dict())
         self.assertIn("val_loss", json.loads((self.folder / "only/summary.json").read_text())["last"])
+
+    def test_a_disk_that_fills_up_is_told(self):
+        made = trainer(self.folder / "full", max_epochs=1)
+        self.addCleanup(made.reporter.close)
+        with mock.patch("torch.save", side_effect=OSError(28, "No space left on device")):
+            with self.assertRaisesRegex(
+                UserError, "could not be written to .*: No space left on device .*GB.*save_dir"
+            ):
+                made.fit()
+
+    def test_films_that_vanish_while_they_are_evaluated_are_none_that_are_bad(self):
+        class Gone(Noise):
+            def __getitem__(self, request: Request) -> Sample:
+                sample = super().__getitem__(request)
+                gone = request.video >= after
+                bad = [BadSample("noise", request.video, f"{request.video}.mp4", "gone", "val", True)] if gone else []
+                return dataclasses.replace(
+                    sample, video=sample.video[: 1 - gone], mask=sample.mask[: 1 - gone], bad=bad
+                )
+
+        for after, size, stops in ((4, 24, True), (4, 16, False), (0, 16, True)):
+            made = trainer(self.folder / f"gone_{after}_{size}", val=Gone(size), max_epochs=1)
+            self.addCleanup(made.reporter.close)
+            made.reporter.start(0, 1)
+            if stops:
+                self.assertRaisesRegex(UserError, "None of .* files in a row .* is there, e.g.", made.evaluate)
+                self.assertEqual(len(made.watch.ledger), 0)
+            else:
+                with self.assertRaisesRegex(UserError, "budget"):
+                    made.evaluate()
 
     def test_steps_run_in_the_precision_asked_for(self):
         for dtype in (None, torch.bfloat16):
@@ -463,6 +493,21 @@ class Loop(unittest.TestCase):
                 made.fit()
             made.reporter.close()
             return made
+
+        averaged = trainer(self.folder / "averaged", max_skipped_steps=1, max_epochs=1, ema_decay=0.5)
+        self.spoil(averaged, 2)
+        averages = []
+        update = averaged.ema.update
+
+        def noted(unless: torch.Tensor) -> None:
+            update(unless)
+            averages.append({name: tensor.clone() for name, tensor in averaged.ema.average.items()})
+
+        averaged.ema.update = noted
+        averaged.fit()
+        averaged.reporter.close()
+        self.assert_same(averages[0], averages[1])
+        self.assertFalse(all(torch.equal(averages[1][name], averages[2][name]) for name in averages[1]))
 
         whole = train("whole", 2)
         [seen] = watched

@@ -1,5 +1,7 @@
 """Processes that stand still: blocked ones that were asked to stop, stopped ones, and data workers that are killed or hang."""
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -12,7 +14,9 @@ import unittest
 from pathlib import Path
 from unittest import mock
 
+from omnivision.ending import Ending
 from omnivision.errors import LostContact, Terminated
+from omnivision.reporting.run_folder import RunFolder
 from omnivision.stopping import Stop
 from omnivision.watchdog import Peers, Watchdog
 from tests import runs
@@ -55,6 +59,26 @@ class Asked(unittest.TestCase):
         thread = threading.Thread(target=lambda: Watchdog(Stop(), self.fail, 1).watching().__enter__())
         thread.start()
         thread.join()
+
+
+class Leaving(unittest.TestCase):
+    def test_it_leaves_whatever_the_file_system_says(self):
+        with tempfile.TemporaryDirectory() as name:
+            folder = RunFolder(name)
+            folder.create()
+            folder.lock()
+            ending = Ending(folder, 0, validating=False, record=None)
+            ending.locked = True
+            stale = OSError(116, "Stale file handle")
+            with (
+                mock.patch("os._exit") as left,
+                mock.patch.object(RunFolder, "lost", side_effect=stale),
+                contextlib.redirect_stderr(io.StringIO()),
+                contextlib.suppress(OSError),  # `os._exit` would not have come back
+            ):
+                ending.leave(Terminated("SIGTERM"), at_once=True)
+            left.assert_called_once_with(143)
+            folder.unlock()
 
 
 class Silence(unittest.TestCase):

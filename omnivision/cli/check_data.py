@@ -89,7 +89,8 @@ def _check_arguments(args: argparse.Namespace) -> None:
         )
     if args.num_classes is not None and (args.num_classes < 1 or args.labels is None):
         raise UserError(f"--num-classes is {args.num_classes}; expected 1 or more, and LABELS.npy after PATHS.npy.")
-    if args.json and (Path(args.json).is_dir() or not Path(args.json).absolute().parent.is_dir()):
+    file = Path(args.json or "")
+    if args.json and ((file.exists() and not file.is_file()) or not file.absolute().parent.is_dir()):
         raise UserError(
             f"--json {args.json}: expected a file in a folder that is there. Make it, or give another file."
         )

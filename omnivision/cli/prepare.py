@@ -130,6 +130,10 @@ def _recipe(args: argparse.Namespace) -> Recipe | None:
         value = getattr(args, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} is {value}; expected a whole number from {least} upwards.")
+    if args.gop is not None and args.gop > 100_000:
+        raise UserError(
+            f"--gop is {args.gop}; expected at most 100000 frames from one key frame to the next. Change --gop."
+        )
     if args.crf is not None and args.crf > 51:
         raise UserError(f"--crf is {args.crf}; expected 0 (lossless) to 51 (worst). Change --crf.")
     for name in ("fps", "frames"):

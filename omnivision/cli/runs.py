@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from omnivision.errors import UserError
 from omnivision.jobs import queue_or_none, settled
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"There is no run below {args.folder}: no summary.json was found. Change DIR.")
     if args.top1:
         validated = (summary for summary in found if "val_top1" in summary["last"])
-        found = sorted(validated, key=lambda s: (s["run"].get("sources", []), s["last"]["val_top1"]))
+        found = sorted(validated, key=lambda s: (s["run"].get("sources") or [], s["last"]["val_top1"]))
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)
@@ -59,15 +60,16 @@ def run(args: argparse.Namespace) -> int:
 def summaries(folder: Path) -> list[dict[str, Any]]:
     """The summary of each run below a folder, oldest first, with its `name` relative to that folder; damaged ones are named."""
     found = []
-    for file in sorted(folder.rglob("summary.json")):
+    for file in sorted(each for each in folder.rglob("summary.json") if each.is_file()):
         try:
             summary = sound(dict(json.loads(file.read_text(encoding="utf-8"))))
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             print(f"warning: {file} is no summary of a run: {error}. It is left out.", file=sys.stderr)
             continue
         name = file.parent.relative_to(folder).as_posix() if file.parent != folder else folder.resolve().name
-        found.append({"last": {}, "run": {}, "changed": file.stat().st_mtime} | summary | {"name": name})
-    return sorted(found, key=lambda summary: summary["run"].get("started", summary["changed"]))
+        there = {key: value for key, value in summary.items() if value is not None}
+        found.append({"last": {}, "run": {}} | there | {"name": name, "changed": file.stat().st_mtime})
+    return sorted(found, key=lambda summary: summary["run"].get("started") or summary["changed"])
 
 
 def table(found: list[dict[str, Any]], short: bool = False) -> Table:
@@ -84,20 +86,20 @@ def table(found: list[dict[str, Any]], short: bool = False) -> Table:
         classes = facts.get("classes") or []
         cells = {
             "run": summary["name"],
-            "trunk": facts.get("trunk", "?"),
+            "trunk": facts.get("trunk") or "?",
             "starts from": (facts.get("pretrained") or "nothing") if facts else "?",
-            "data": ", ".join(facts.get("sources", [])),
+            "data": ", ".join(facts.get("sources") or []),
             "epochs": str(summary.get("epochs", "")),
             "minutes": f"{(summary.get('wall_time') or 0) / 60:.1f}",
             "top-1 %": _number(last.get("val_top1"), 1),
             "chance %": _number(100 / max(classes), 1) if classes else "",
             "best %": _number(summary.get("best"), 1) if "val_top1" in last else "",
             "loss": _number(last.get("loss"), 3),
-            "model": facts.get("model", "?"),
+            "model": facts.get("model") or "?",
             "status": str(summary.get("status", "?")),
             "age": _age(time.time() - summary["changed"]),
         }
-        made.add_row(*(cells[heading] for heading in headings))
+        made.add_row(*(Text(cells[heading]) for heading in headings))  # no markup in what others have named
     return made
 
 

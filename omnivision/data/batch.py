@@ -20,7 +20,15 @@ class BadSample:
     path: str
     reason: str
     split: str = "train"
-    missing: bool = False  # there is no such file (any more)
+    missing: bool = False  # it is not there (any more), or the file system that it lies on does not answer
+
+
+def vanished_files(paths: Sequence[str], which: str) -> str:
+    """What is told of files that are all not there at once."""
+    return (
+        f"None of {len(paths)} files {which} is there, e.g. {paths[0]}. Is the data mounted? Then the same command goes on "
+        "from the last checkpoint. If the files never were there, change datasets.NAME.prefix."
+    )
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tokenize
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,8 @@ import numpy as np
 from omnivision.errors import UserError
 
 IGNORED_LABEL = -1
+# What numpy makes of a damaged header.
+_DAMAGED = (ValueError, TypeError, MemoryError, RecursionError, SyntaxError)
 Files = str | Sequence[str]
 
 
@@ -61,7 +64,7 @@ class Dataset:
         setting = f"datasets.{self.name}.class_names"
         try:
             names = Path(self.class_names).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:  # ValueError: no text, or a name that no file can have
             raise UserError(
                 f"{setting} is {self.class_names!r}, which cannot be read: {error}. Expected a text file with one name a line. "
                 f"Set ++{setting}=FILE, or null for numbers."
@@ -170,7 +173,10 @@ class Split:
         return {what: file for what, file in found.items() if file is not None}
 
     def path(self, index: int) -> str:
-        return self._rewritten(str(self._paths[index]))
+        path = str(self._paths[index])
+        if any(ord(character) > sys.maxunicode for character in path):  # a damaged array; what Python does then varies
+            return f"entry {index} of {self._paths_file}, which is no text"
+        return self._rewritten(path)
 
     def depth_path(self, index: int) -> str | None:
         """The file of depth that belongs to an image; None for a source without."""
@@ -187,6 +193,10 @@ class Split:
             return []
         labels = np.asarray(self._labels)
         return np.bincount(labels[labels >= 0], minlength=self.dataset.num_classes).tolist()
+
+    def has_labels(self) -> bool:
+        """Whether any sample has one."""
+        return self._labels is not None and int(self._labels.max()) > IGNORED_LABEL
 
     def label(self, index: int) -> int:
         return IGNORED_LABEL if self._labels is None else int(self._labels[index])
@@ -209,7 +219,7 @@ def load_array(file: str, setting: str) -> np.ndarray:
     """Memory-map a .npy file; anything that would have to be unpickled, or is no .npy file, is a UserError."""
     try:
         return np.lib.format.open_memmap(file, mode="r")  # numpy.load would also open .npz archives
-    except (ValueError, OSError, EOFError, OverflowError, tokenize.TokenError) as error:  # the last: a damaged header
+    except (*_DAMAGED, OSError, EOFError, OverflowError, tokenize.TokenError) as error:  # the last: a damaged header
         pickled = "Python objects" in str(error)
         reason = "it holds Python objects, which are never unpickled" if pickled else str(error)
         raise UserError(

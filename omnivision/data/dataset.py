@@ -6,6 +6,7 @@ the sample, so that the trainer can keep a ledger.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -25,6 +26,9 @@ from omnivision.data.views import View
 
 REPLACEMENTS = 20
 LONGEST_SIDE = 16  # of a frame, in short sides
+# What reading a file gives when it, or the file system that it lies on, is not there.
+_NAMES = "ENOENT EACCES EIO ENODEV ENOTCONN ESTALE ETIMEDOUT EHOSTDOWN"
+UNREACHABLE = {getattr(errno, name) for name in _NAMES.split()}
 
 
 class Draw(IntEnum):
@@ -95,7 +99,7 @@ class ClipDataset:
             try:
                 return self._sample(split, request, path, bad)
             except BadVideo as error:
-                missing = isinstance(error.__cause__, FileNotFoundError)
+                missing = getattr(error.__cause__, "errno", None) in UNREACHABLE
                 bad.append(BadSample(split.name, request.video, path, str(error), split.which, missing))
                 if not self.training:
                     return self._empty(split, request, path, bad)

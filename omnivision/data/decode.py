@@ -210,11 +210,11 @@ class VideoFile:
 
         Many containers seek by decoding time and may land on a key frame that is shown later: then from further back.
         """
-        target = min(low, self._origin + (self._stream.duration or 2**60))
+        target = min(low, self._origin + (self._stream.duration or _FOR_EVER))
         for seconds_back in (0, 2, 20):
             try:
                 back = ceil(seconds_back / self._time_base)
-                self._input().seek(max(target - back, -(2**60)), stream=self._stream)
+                self._input().seek(max(target - back, -_FOR_EVER), stream=self._stream)
             except av.error.FFmpegError:
                 break  # this container cannot seek
             packets = self._demux_until(high)

@@ -67,4 +67,6 @@ class FrameFolder:
 
 def natural(name: str) -> tuple[list[str | int], str]:
     """Sort key in which 2.jpg comes before 10.jpg. Parts alternate: text is compared with text, number with number."""
-    return [int(part) if part.isdecimal() else part.lower() for part in re.split("([0-9]+)", name)], name
+    return [
+        int(part) if part.isascii() and part.isdecimal() else part.lower() for part in re.split("([0-9]+)", name)
+    ], name

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageOps
 
 from omnivision.data.opening import BadVideo, check_pixels, open_plain, reason
-from omnivision.safe import BrokenCheckpoint, safe_load
+from omnivision.safe import BrokenCheckpoint, is_ordinary, safe_load
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".gif")
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF", "GIF")  # none that runs another program, as EPS does
@@ -36,21 +36,32 @@ def read_depth(path: str, max_pixels: int | None = None) -> torch.Tensor:
     try:
         with _open_file(path) as file:
             if path.endswith(".npy"):
-                depth = torch.from_numpy(
-                    np.asarray(np.lib.format.read_array(file, allow_pickle=False), dtype=np.float32)
-                )
+                array = np.lib.format.read_array(file, allow_pickle=False)
+                if array.dtype.kind not in "biuf":
+                    raise BadVideo(f"a depth map of {array.dtype}; expected numbers")
+                depth = torch.from_numpy(np.asarray(array, dtype=np.float32))
             elif path.endswith(".pt"):
-                depth = torch.as_tensor(safe_load(file))
+                depth = safe_load(file)
+                if (
+                    not isinstance(depth, torch.Tensor)
+                    or depth.is_complex()
+                    or depth.is_nested
+                    or not is_ordinary(depth)
+                ):
+                    raise BadVideo("no dense tensor of real numbers")
             else:
                 with Image.open(file, formats=_FORMATS) as image:
                     check_pixels(image.width, image.height, max_pixels)
                     depth = torch.from_numpy(np.asarray(image, dtype=np.float32))
     except (*_ERRORS, BrokenCheckpoint, RuntimeError) as error:
         raise BadVideo(reason(error)) from error
-    depth = depth.float().squeeze()
-    if depth.ndim != 2:
+    depth = depth.detach().squeeze()
+    if depth.ndim != 2 or not depth.numel():
         raise BadVideo(f"a depth map of shape {tuple(depth.shape)}; expected height x width")
     check_pixels(depth.shape[1], depth.shape[0], max_pixels)
+    depth = depth.float()
+    if bool(depth.isnan().any()):
+        raise BadVideo("a depth map with values that are no numbers")
     return depth[None, None]
 
 
@@ -64,8 +75,11 @@ def read_rgb(path: str, max_pixels: int | None, folder: int | None = None) -> np
             with Image.open(file, formats=_FORMATS) as image:
                 check_pixels(image.width, image.height, max_pixels)
                 upright = ImageOps.exif_transpose(image)
-                if upright.mode.startswith("I;16"):  # convert() would clip to 255 instead of scaling
+                deep = upright.mode.startswith("I;16") or (upright.mode == "I" and image.format == "PPM")
+                if deep:  # convert() would clip to 255 instead of scaling
                     return np.stack([(np.asarray(upright) >> 8).astype(np.uint8)] * 3, axis=2)
+                if upright.mode in ("I", "F"):
+                    raise BadVideo("pixels of 32 bits, of which nobody says what is white")
                 return np.array(upright.convert("RGB"))
     except _ERRORS as error:
         raise BadVideo(reason(error)) from error

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from torch.utils.data import DataLoader
 
 from omnivision.allocator import keep_freed_memory
-from omnivision.data.batch import Batch, collate
+from omnivision.data.batch import Batch, Sample, collate
 from omnivision.data.dataset import ClipDataset
 from omnivision.data.epoch import EpochPlan, Request
-from omnivision.distributed import leave_with
-from omnivision.errors import DataWorkerError
+from omnivision.distributed import Processes, leave_with
+from omnivision.errors import DataWorkerError, UserError
 from omnivision.stopping import end_workers, unheard
 
 FILES_TOLD = 8
@@ -35,6 +35,33 @@ class Workers:
     prefetch: int = 2
     pin_memory: bool = False
     timeout: float = 600.0
+
+
+@dataclass(frozen=True)
+class TrainData:
+    """Clips to train on, and which of them make the batch of each step."""
+
+    dataset: ClipDataset
+    workers: Workers
+    plan: EpochPlan
+
+    def batches(self, start: tuple[int, int], epochs: int, processes: Processes) -> Iterator[Batch]:
+        """Of this process; see `train_batches`."""
+        return train_batches(self.dataset, self.plan, start, epochs, processes.rank, processes.world, self.workers)
+
+
+@dataclass(frozen=True)
+class ValData:
+    """Videos to evaluate on, so many at a time on each process."""
+
+    dataset: ClipDataset
+    workers: Workers
+    videos_per_batch: int
+
+    def batches(self, processes: Processes, limit: int | None) -> Iterator[Batch]:
+        """Of this process; see `evaluation_batches`."""
+        rank, world = processes.rank, processes.world
+        return evaluation_batches(self.dataset, self.videos_per_batch, rank, world, self.workers, limit)
 
 
 class _Steps:
@@ -98,7 +125,7 @@ def _fetched(dataset: ClipDataset, batches: _Steps | _Videos, workers: Workers) 
     """Batches from workers; one that was killed or does not answer is told with the files that it had to read."""
     loader = data_loader(dataset, batches, workers)
     if not workers.num_workers:
-        yield from loader
+        yield from map(_raised, loader)
         return
     patience, asked = _Patience(workers.timeout), iter(batches)
     try:
@@ -109,10 +136,10 @@ def _fetched(dataset: ClipDataset, batches: _Steps | _Videos, workers: Workers) 
             if batch is None:
                 return
             next(asked)
-            yield batch
+            yield _raised(batch)
     except (RuntimeError, OSError, EOFError) as error:
         # What a worker sent may have to be fetched from it, and it is gone.
-        gone = isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker" in str(error)
+        gone = isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker (pid" in str(error)
         if not (gone or patience.over):
             raise
         splits, requests = dataset.splits, next(asked, [])
@@ -130,6 +157,20 @@ def _fetched(dataset: ClipDataset, batches: _Steps | _Videos, workers: Workers) 
         ) from error
     finally:
         patience.end()
+
+
+def _collated(samples: Sequence[Sample]) -> Batch | UserError:
+    """A batch, or what is wrong with it: torch would add a worker's traceback to what a worker raises."""
+    try:
+        return collate(samples)
+    except UserError as error:
+        return error
+
+
+def _raised(batch: Batch | UserError) -> Batch:
+    if isinstance(batch, UserError):
+        raise batch
+    return batch
 
 
 class _Patience:
@@ -189,7 +230,7 @@ def data_loader(dataset: ClipDataset, batches: _Steps | _Videos, workers: Worker
     return DataLoader(
         dataset,  # type: ignore[arg-type]
         batch_sampler=batches,
-        collate_fn=collate,
+        collate_fn=_collated,
         num_workers=workers.num_workers,
         prefetch_factor=workers.prefetch if workers.num_workers else None,
         multiprocessing_context=context,

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from omnivision.sharding import split_like
+from omnivision.sharding import local, split_like
 
 
 class MovingAverage:
@@ -20,8 +20,11 @@ class MovingAverage:
         self.average = {name: p.detach().clone() for name, p in self._weights.items()}
 
     @torch.no_grad()
-    def update(self) -> None:
-        torch._foreach_lerp_(list(self.average.values()), list(self._weights.values()), 1 - self.decay)
+    def update(self, unless: Tensor) -> None:
+        """After a step, `unless` (bool, a scalar on the device) it was skipped."""
+        share = torch.where(unless, 0.0, 1 - self.decay)
+        averages, weights = ([local(each) for each in part.values()] for part in (self.average, self._weights))
+        torch._foreach_lerp_(averages, weights, [share] * len(averages))
 
     def take_parameters(self, model: nn.Module) -> None:
         """Go on with the parameters that a model has now under the same names; the average is split as they are."""

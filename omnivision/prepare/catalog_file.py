@@ -94,7 +94,7 @@ def _text_of(file: Path) -> str:
 def _parsed(text: str, file: Path) -> dict[str, Any]:
     try:
         found = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--catalog {file} cannot be read as YAML: {reason}. Mend it, or give a new file.") from error
     if not isinstance(found, dict) or not isinstance(found.get("datasets") or {}, dict):

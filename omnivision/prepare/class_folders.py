@@ -72,17 +72,21 @@ def _walk(folder: str, ancestors: tuple[tuple[int, int], ...]) -> Iterator[tuple
         return
     with os.scandir(folder) as found:
         entries = sorted((e for e in found if not e.name.startswith(".")), key=lambda entry: natural(entry.name))
-    below = [entry for entry in entries if entry.is_dir()]
-    films = [entry for entry in entries if entry.name.lower().endswith(VIDEO_SUFFIXES) and not entry.is_dir()]
+    below = [entry for entry in entries if _is_dir(entry)]
+    films = [entry for entry in entries if entry.name.lower().endswith(VIDEO_SUFFIXES) and entry not in below]
     images = any(entry.name.lower().endswith(IMAGE_SUFFIXES) for entry in entries)
     if images and not below and not films:
         yield folder, "" if ancestors else "holds images itself, not a folder of frames for each clip"
     for entry in films:
-        yield entry.path, "" if entry.is_file() else "is not a file, or a link that leads nowhere"
+        yield entry.path, "" if os.path.isfile(entry.path) else "is not a file, or a link that leads nowhere"
     for entry in below:
         yield from _walk(entry.path, (*ancestors, identity))
 
 
 def _folders(folder: str) -> list[str]:
     with os.scandir(folder) as entries:
-        return [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+        return [entry.name for entry in entries if _is_dir(entry) and not entry.name.startswith(".")]
+
+
+def _is_dir(entry: os.DirEntry[str]) -> bool:
+    return os.path.isdir(entry.path)  # False for a link to itself, where `entry.is_dir` raises

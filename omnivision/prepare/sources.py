@@ -37,6 +37,10 @@ def read_source(source: str, *, form: str | None, lists: Mapping[str, str], fold
     path = Path(source)
     if not path.exists():
         raise UserError(f"{source}: no such file or folder. Expected a CSV file, or a folder; give another SOURCE.")
+    if not (path.is_file() or path.is_dir()):
+        raise UserError(
+            f"{source} is neither a file nor a folder. Expected a CSV file, or a folder; give another SOURCE."
+        )
     form = form or _look(path, lists)
     if form == "csv":
         if lists and not path.is_dir():

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from omnivision.data.batch import BadSample
 from omnivision.errors import UserError
+from omnivision.files import append_line
 from omnivision.reporting.metrics_log import read_lines
 
 
@@ -19,13 +22,11 @@ class BadSampleLedger:
     def __init__(self, path: Path, files: int, budget: float) -> None:
         self.path, self.files, self.budget = path, files, budget
         self._known: dict[tuple[str, str, int], tuple[str, str]] = {}  # (path, reason) by source, split and index
-        self._cut = False  # a crash cut the last line
         if path.exists():
-            self._cut = not path.read_bytes().endswith(b"\n")
             for entry in read_lines(path):
                 source, index = entry.get("source"), entry.get("index")
-                if entry.get("missing") and os.path.exists(str(entry.get("path"))):
-                    continue  # it is back, with the disk that it lies on perhaps
+                if _is_mended(entry):
+                    continue
                 if isinstance(source, str) and isinstance(index, int):
                     self._known[source, str(entry.get("split")), index] = (
                         str(entry.get("path")),
@@ -42,9 +43,7 @@ class BadSampleLedger:
             if key not in self._known:
                 self._known[key] = sample.path, sample.reason
                 if write:
-                    with open(self.path, "a", encoding="utf-8", errors="surrogateescape") as file:
-                        file.write("\n" * self._cut + json.dumps(asdict(sample)) + "\n")
-                    self._cut = False
+                    append_line(self.path, json.dumps(asdict(sample) | {"time": time.time()}))
         if samples and len(self) > self.budget * self.files:
             listed = "\n".join(f"  {path}: {reason}" for path, reason in list(self._known.values())[:20])
             raise UserError(
@@ -53,3 +52,13 @@ class BadSampleLedger:
                 f"change datasets.NAME.prefix. All are in {self.path}:\n{listed}",
                 everywhere=True,
             )
+
+
+def _is_mended(entry: Mapping[str, Any]) -> bool:
+    """Whether a file was changed after it was found bad, or is back, with the disk that it lies on perhaps."""
+    try:
+        changed = os.stat(str(entry.get("path"))).st_ctime
+    except (OSError, ValueError):
+        return False
+    found = entry.get("time")
+    return bool(entry.get("missing")) or (isinstance(found, (int, float)) and changed > found)

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from omnivision.files import write_atomically
+from omnivision.files import append_line, write_atomically
 from omnivision.reporting.run_folder import finite
 
 
@@ -31,8 +31,7 @@ class MetricsLog:
 
     def write(self, event: str, phase: str, epoch: int, step: int, **values: Any) -> None:
         line = {"event": event, "phase": phase, "epoch": epoch, "step": step, "time": time.time(), **values}
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(finite(line), allow_nan=False) + "\n")
+        append_line(self.path, json.dumps(finite(line), allow_nan=False))
 
 
 def _step(line: dict[str, Any]) -> float:

@@ -18,7 +18,7 @@ def still(pictures: Pictures) -> Image.Image:
     """Columns side by side, one row a frame, captions above; small frames are enlarged without smoothing."""
     scale = _scale(pictures)
     rows = [[_frame(frames[i], scale) for frames in pictures.columns.values()] for i in pictures.frames]
-    return _grid(rows, _captions(pictures), [f"frame {i}" for i in pictures.frames])
+    return _grid(rows, list(pictures.columns), [f"frame {i}" for i in pictures.frames])
 
 
 def moving(pictures: Pictures) -> list[Image.Image]:
@@ -26,7 +26,7 @@ def moving(pictures: Pictures) -> list[Image.Image]:
     scale = _scale(pictures)
     length = len(next(iter(pictures.columns.values())))
     return [
-        _grid([[_frame(frames[i], scale) for frames in pictures.columns.values()]], _captions(pictures), [""])
+        _grid([[_frame(frames[i], scale) for frames in pictures.columns.values()]], list(pictures.columns), [""])
         for i in range(length)
     ]
 
@@ -55,10 +55,6 @@ def _scale(pictures: Pictures) -> int:
 def _frame(pixels: np.ndarray, scale: int) -> Image.Image:
     image = Image.fromarray(pixels)
     return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
-
-
-def _captions(pictures: Pictures) -> list[str]:
-    return list(pictures.columns)
 
 
 def _grid(rows: list[list[Image.Image]], captions: list[str], row_names: list[str]) -> Image.Image:

@@ -6,7 +6,7 @@ import csv
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -57,10 +57,12 @@ def confusion_picture(confusion: np.ndarray, class_names: Sequence[str], title: 
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots()
     shown = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
-    axes.set(xlabel="predicted", ylabel="label", title=title)
+    axes.set(xlabel="predicted", ylabel="label")
+    plain: dict[str, Any] = {"parse_math": False}  # a $ in a name is no formula
+    axes.set_title(title, **plain)
     if classes <= NAMED_CLASSES:
-        axes.set_xticks(range(classes), class_names, rotation=90, fontsize=9)
-        axes.set_yticks(range(classes), class_names, fontsize=9)
+        axes.set_xticks(range(classes), class_names, rotation=90, fontsize=9, **plain)
+        axes.set_yticks(range(classes), class_names, fontsize=9, **plain)
         for row, column in np.argwhere(confusion > 0):
             dark = shares[row, column] > 0.55
             axes.text(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
@@ -45,30 +46,29 @@ class Reporter:
 
     def step(self, epoch: int, epochs: int, step: int, figures: dict[str, float]) -> None:
         """The figures of a training step; those of `metrics.jsonl` are named in the documentation of the run folder."""
-        if self.enabled:
+        if self.enabled and not self.folder.lost():
             self._metrics.write("step", "train", epoch, step, **figures)
             self._scalars("train", figures, step)
             assert self._progress is not None
             self._progress.step(epoch, epochs, step, figures["loss"], figures["clips_per_second"], figures["data_wait"])
 
     def epoch(self, phase: str, epoch: int, step: int, figures: dict[str, Any]) -> None:
-        if self.enabled:
+        if self.enabled and not self.folder.lost():
             self._metrics.write("epoch", phase, epoch, step, **figures)
             flat = {name: value for name, value in figures.items() if isinstance(value, (int, float))}
             self._scalars(f"{phase}_epoch", flat, step)
             shown = "  ".join(f"{name} {value:.4g}" for name, value in flat.items())
             self.say(f"epoch {epoch + 1} {phase}: {shown}")
 
-    def pictures(self, name: str, what: Pictures, step: int) -> Path:
+    def pictures(self, name: str, what: Pictures, step: int) -> None:
         """Write PNG and GIF to `pictures/`, and the GIF to TensorBoard, which moves it. Process 0 alone makes pictures."""
         animation = pictures.save(what, self.folder.pictures, name)
         if self._board is not None:
-            _add_gif(self._board, "pictures", animation, pictures.moving(what)[0].size, step)
-        return self.folder.pictures / f"{name}.png"
+            _add_gif(self._board, "pictures", animation, step)
 
     def predictions(self, source: str, made: Predictions, class_names: Sequence[str], step: int) -> None:
         """Write what was predicted for each video of a source, and its confusion matrix as a picture."""
-        if self.enabled:
+        if self.enabled and not self.folder.lost():
             predictions.write(self.folder.predictions, source, made, class_names)
             picture = predictions.confusion_picture(made.confusion(), class_names, f"{source}, step {step}")
             self.folder.pictures.mkdir(exist_ok=True)
@@ -88,10 +88,12 @@ class Reporter:
             self._board.add_scalar(f"{prefix}/{name}", value, step)
 
 
-def _add_gif(board: SummaryWriter, tag: str, data: bytes, size: tuple[int, int], step: int) -> None:
+def _add_gif(board: SummaryWriter, tag: str, data: bytes, step: int) -> None:
     """TensorBoard shows GIF bytes moving; its own `add_video` would need another package to encode them."""
     from tensorboard.compat.proto.summary_pb2 import Summary
 
-    image = Summary.Image(height=size[1], width=size[0], colorspace=3, encoded_image_string=data)
+    with Image.open(io.BytesIO(data)) as opened:
+        width, height = opened.size
+    image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=data)
     writer = board._get_file_writer()
     writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)

@@ -17,11 +17,18 @@ from typing import Any
 
 from omnivision.errors import UserError
 from omnivision.files import write_atomically
-from omnivision.watchdog import process_start
+from omnivision.watchdog import machine, process_start
 
 HEARTBEAT_SECONDS = 5.0
 STALE_SECONDS = 60.0
 LAST_LINES = 20
+FILES = (
+    *("summary.json", "config.yaml", ".lock", ".lock.guard"),
+    *(
+        f"logs/{name}"
+        for name in ("metrics.jsonl", "bad_samples.jsonl", "nonfinite.jsonl", "pretrained.json", "rank_0.log")
+    ),
+)
 # Statuses of a run that is in the queue of a cluster.
 WAITING = ("queued", "requeued")
 
@@ -31,6 +38,11 @@ def own_job() -> str | None:
     if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
         return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     return os.environ.get("SLURM_JOB_ID")
+
+
+def own_restarts() -> int:
+    """How often SLURM has started that job again."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
 class RunFolder:
@@ -50,9 +62,18 @@ class RunFolder:
         self._held = False
 
     def create(self, *more: str) -> None:
-        """Make the folder, with `more` folders in it. Raises UserError when one cannot be made and written."""
+        """Make the folder, with `more` folders in it. Raises UserError when one cannot be made and written, and when something
+        that a run writes is there and no file.
+        """
+        for name in FILES:
+            if (self.path / name).exists() and not (self.path / name).is_file():
+                raise UserError(
+                    f"{(self.path / name).absolute()} is no file, and a run writes one of that name. Remove it, or change "
+                    "launcher.experiment_log_dir."
+                )
         try:
-            for folder in (self.path, self.logs, self.checkpoints, *(self.path / name for name in more)):
+            made = (self.path, self.logs, self.checkpoints, self.tensorboard, self.pictures, self.predictions)
+            for folder in (*made, *(self.path / name for name in more)):
                 folder.mkdir(parents=True, exist_ok=True)
                 probe = folder / f".writable.{os.getpid()}"
                 probe.touch()
@@ -121,14 +142,18 @@ class RunFolder:
 
     def unlock(self) -> None:
         self._released.set()
-        holder, _ = self._holder()
-        if holder is not None and holder.get("token") == self._token:
-            self._lock.unlink()
+        if not self.lost():
+            self._held = False
+            self._lock.unlink(missing_ok=True)
+
+    def lost(self) -> bool:
+        """Whether this process held the folder, and another one has taken it over."""
+        return self._held and (_read_claim(self._lock) or {}).get("token") != self._token
 
     def require_lock(self) -> None:
         """Raises UserError when another process has taken this folder over: what it writes must not be overwritten."""
-        holder, _ = self._holder()
-        if self._held and (holder is None or holder.get("token") != self._token):
+        if self.lost():
+            holder = self.holder()
             who = "Another process" if holder is None else f"Process {holder.get('pid')} on {holder.get('host')}"
             raise UserError(
                 f"{who} has taken over the run folder {self.path.absolute()}, because this one gave no sign of life. This one "
@@ -136,8 +161,11 @@ class RunFolder:
             )
 
     def write_summary(self, **facts: Any) -> None:
-        """Update `summary.json` with some of its facts; numbers that are not finite become null."""
-        self.replace_summary(self.read_summary() | facts)
+        """Update `summary.json` with some of its facts; numbers that are not finite become null. What a process writes that
+        has lost the folder to another one would be about the other's run, and is left out.
+        """
+        if not self.lost():
+            self.replace_summary(self.read_summary() | facts)
 
     def replace_summary(self, summary: dict[str, Any]) -> None:
         """Put back what `summary.json` held before; no file for an empty one."""
@@ -184,10 +212,11 @@ class RunFolder:
             {
                 "token": self._token,
                 "host": socket.gethostname(),
+                "machine": machine(),
                 "pid": os.getpid(),
                 "started": process_start(os.getpid()),
                 "job": own_job(),
-                "restarts": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+                "restarts": own_restarts(),
             }
         )
 
@@ -201,10 +230,10 @@ class RunFolder:
 
     @staticmethod
     def _alive(holder: dict[str, Any], age: float) -> bool:
-        job, restarts = own_job(), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        if job is not None and holder.get("job") == job and holder.get("restarts", 0) < restarts:
+        job = own_job()
+        if job is not None and holder.get("job") == job and holder.get("restarts", 0) < own_restarts():
             return False  # SLURM starts a job again only when its processes are gone, with their node if need be
-        if holder.get("host") == socket.gethostname():
+        if holder.get("machine") == machine():
             return process_start(int(holder["pid"])) == holder.get("started") is not None
         return age < STALE_SECONDS
 
@@ -233,7 +262,7 @@ def _read_claim(path: Path) -> dict[str, Any] | None:
     """What a lock file says; None if it is gone or unreadable."""
     try:
         claim = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (FileNotFoundError, ValueError, TypeError):
+    except (FileNotFoundError, ValueError, TypeError, RecursionError):
         return None
     return claim if isinstance(claim.get("pid"), int) else None
 
@@ -243,10 +272,20 @@ def sound(summary: dict[str, Any]) -> dict[str, Any]:
     number = (int, float)
     kinds: dict[str, Any] = {"status": str, "job": dict, "run": dict, "last": dict, "epochs": int, "steps": int}
     kinds |= dict.fromkeys(("step_seconds", "save_seconds", "wall_time", "best"), number)
-    found = {k: v for k, v in finite(summary).items() if v is None or isinstance(v, kinds.get(k, object))}
+    found = _of_kinds(summary, kinds)
+    of_run = {"classes": list, "sources": list, "started": number, "trunk": str, "pretrained": str, "model": str}
+    found["run"] = run = _of_kinds(found.get("run") or {}, of_run)
+    for name, kind in (("classes", int), ("sources", str)):
+        if not all(isinstance(each, kind) and each for each in run.get(name) or []):
+            del run[name]
     if not isinstance((found.get("job") or {}).get("job_id", ""), str):
         del found["job"]
-    return found
+    return {name: value for name, value in found.items() if name in summary}
+
+
+def _of_kinds(found: dict[str, Any], kinds: dict[str, Any]) -> dict[str, Any]:
+    """The entries that are of their kind, or null; of others nothing is asked."""
+    return {k: v for k, v in finite(found).items() if v is None or isinstance(v, kinds.get(k, object))}
 
 
 def finite(value: Any) -> Any:

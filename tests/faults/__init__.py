@@ -5,14 +5,16 @@ from dataclasses import dataclass
 
 @dataclass
 class Outcome:
-    """Of one promise. `lost`, `crashed` and `accepted` (wrongly) must be nothing; `details` names those that are not."""
+    """Of one promise. `lost`, `crashed` and `accepted` (wrongly; None where nothing could be) must be nothing; `details` names
+    those that are not.
+    """
 
     promise: str
     tried: int
     what: str
     lost: int = 0
     crashed: int = 0
-    accepted: int = 0
+    accepted: int | None = None
     seconds: float = 0.0
     details: str = ""
 

@@ -45,7 +45,8 @@ def main() -> None:
     for name in asked.names or FAULTS:
         made = inject(name, asked.amount)
         outcomes.append(made)
-        cells = (f"{made.tried} {made.what}", made.lost, made.crashed, made.accepted, f"{made.seconds:.0f}")
+        accepted = "–" if made.accepted is None else made.accepted
+        cells = (f"{made.tried} {made.what}", made.lost, made.crashed, accepted, f"{made.seconds:.0f}")
         print(f"| {made.promise} | {' | '.join(map(str, cells))} |", flush=True)
     for made in outcomes:
         if not made.kept:

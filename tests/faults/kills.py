@@ -17,9 +17,7 @@ from tests.faults import Outcome
 
 def killed_runs(folder: Path, kills: int, processes: int, seed: int = 0) -> Outcome:
     """A run that is killed so often, and one that is not."""
-    outcome = Outcome(
-        f"resumed equals uninterrupted, {processes} process{'es' * (processes > 1)}", kills, "kills at random moments"
-    )
+    outcome = Outcome(f"resumed equals uninterrupted, {processes} process{'es' * (processes > 1)}", kills, "kills")
     rng = random.Random(seed)
     folder.mkdir(parents=True)
     data = runs.write_split(folder, runs.real_films() * 16)
@@ -31,13 +29,13 @@ def killed_runs(folder: Path, kills: int, processes: int, seed: int = 0) -> Outc
     ]
     straight, killed = folder / "straight", folder / "killed"
     assert (made := runs.run(straight, *settings)).returncode == 0, made.stderr
-    done = 0
+    done = hits = 0
     while done < kills:
         process = subprocess.Popen(
             runs.command(killed, *settings), cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             start_new_session=True,
         )  # fmt: skip
-        moment(process, killed, rng, while_saving=done % 2 == 1)
+        hits += moment(process, killed, rng, while_saving=done % 2 == 1)
         if process.poll() is not None:
             if process.returncode != 0:
                 outcome.crashed += 1
@@ -52,13 +50,13 @@ def killed_runs(folder: Path, kills: int, processes: int, seed: int = 0) -> Outc
             outcome.lost += 1
             outcome.details += f"step {logged} was done, and the checkpoint is of step {found}; "
     result = runs.run(killed, *settings)
-    outcome.tried = done
+    outcome.tried, outcome.what = done, f"kills at random moments, {hits} of them while saving"
     if result.returncode != 0:
         outcome.crashed += 1
         outcome.details += result.stderr[-300:]
         return outcome
-    one, other = runs.weights(straight), runs.weights(killed)
-    different = [name for name in one if not torch.equal(one[name], other[name])]
+    one, other = tensors_of(straight), tensors_of(killed)
+    different = [name for name in {**one, **other} if not torch.equal(one[name], other[name])]
     lines = [[(line["step"], line["loss"]) for line in runs.lines(each)] for each in (straight, killed)]
     if different or lines[0] != lines[1]:
         outcome.lost += 1
@@ -66,20 +64,32 @@ def killed_runs(folder: Path, kills: int, processes: int, seed: int = 0) -> Outc
     return outcome
 
 
-def moment(process: subprocess.Popen[bytes], run: Path, rng: random.Random, while_saving: bool) -> None:
-    """Wait for a random moment after a step that this start has made; half of the moments are while a checkpoint is written."""
+def tensors_of(run: Path) -> dict[str, torch.Tensor]:
+    """Weights, and what the optimizer knows of each, in the newest checkpoint of a run."""
+    state = checkpoint.read(run / "checkpoints/checkpoint.pt")
+    known = {
+        f"{number} {name}": torch.as_tensor(value)
+        for number, of in state["optimizer"]["state"].items()
+        for name, value in of.items()
+    }
+    return state["model"] | known
+
+
+def moment(process: subprocess.Popen[bytes], run: Path, rng: random.Random, while_saving: bool) -> bool:
+    """Wait for a random moment after a step that this start has made, or for one while a checkpoint is written: True then."""
     before, deadline = last_logged(run), time.monotonic() + 120
     while process.poll() is None and last_logged(run) <= before:
         assert time.monotonic() < deadline, "no step in two minutes"
         time.sleep(0.01)
     if not while_saving:
         time.sleep(rng.random() * 0.3)
-        return
+        return False
     until = time.monotonic() + 5
     while process.poll() is None and time.monotonic() < until:
         if any((run / "checkpoints").glob(".*.tmp")):
             time.sleep(rng.random() * 0.01)
-            return
+            return True
+    return False
 
 
 def last_logged(run: Path) -> int:

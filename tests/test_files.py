@@ -1,0 +1,82 @@
+"""Files that are written whole or not at all, lines that are added, and the streams of a run that nobody reads."""
+
+import io
+import os
+import subprocess
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+
+from omnivision.files import append_line, replace_atomically, temporary_beside, write_atomically
+from omnivision.streams import PatientStream
+from tests import runs
+
+
+class Files(unittest.TestCase):
+    def setUp(self):
+        temporary = tempfile.TemporaryDirectory()
+        self.addCleanup(temporary.cleanup)
+        self.folder = Path(temporary.name)
+
+    def test_a_line_after_one_that_a_crash_has_cut(self):
+        log = self.folder / "log"
+        append_line(log, "first")
+        with open(log, "a") as file:
+            file.write("half of")
+        append_line(log, "second")
+        append_line(log, "caf\udce9")
+        self.assertEqual(log.read_bytes(), b"first\nhalf of\nsecond\ncaf\xe9\n")
+
+    def test_what_is_no_file_stays_what_it_is(self):
+        os.mkfifo(self.folder / "pipe")
+        (self.folder / "folder").mkdir()
+        for name in ("pipe", "folder"):
+            with self.assertRaisesRegex(OSError, "no file"):
+                write_atomically(self.folder / name, "text")
+        self.assertTrue((self.folder / "pipe").is_fifo())
+        (self.folder / "link").symlink_to(self.folder / "real")
+        write_atomically(self.folder / "link", "text")
+        self.assertEqual(((self.folder / "real").read_text(), (self.folder / "link").is_symlink()), ("text", True))
+
+    def test_two_writers_of_one_process_do_not_meet(self):
+        self.assertNotEqual(temporary_beside(self.folder / "a"), temporary_beside(self.folder / "a"))
+        with replace_atomically(self.folder / "a") as first:
+            write_atomically(self.folder / "a", "second")
+            first.write(b"first")
+        self.assertEqual((self.folder / "a").read_text(), "first")
+
+    def test_names_that_are_no_text(self):
+        write_atomically(self.folder / "a", "caf\udce9")
+        self.assertEqual((self.folder / "a").read_text(), "caf\\udce9")
+
+
+class Streams(unittest.TestCase):
+    def test_what_cannot_be_encoded(self):
+        raw = io.BytesIO()
+        stream = PatientStream(io.TextIOWrapper(raw, "ascii"))
+        stream.write("caf\xe9 \udce9")
+        stream.flush()
+        self.assertEqual(raw.getvalue(), b"caf\\xe9 \\udce9")
+
+    def test_a_program_whose_output_nobody_takes_ends_as_it_would(self):
+        code = (
+            "from omnivision.streams import be_patient; be_patient()\n"
+            "import sys\n"
+            "for _ in range(3): print('x' * 100_000, flush=True); print('y' * 100_000, file=sys.stderr)\n"
+            "sys.exit(7)"
+        )
+        command = f'{sys.executable} -c "$CODE"'
+        for redirected in (f"{command} 2>/dev/full | true", f"{command} >/dev/full 2>&1", f"{command} >&- 2>&-"):
+            made = subprocess.run(
+                ["bash", "-c", f"{redirected}; echo code ${{PIPESTATUS[0]}}"],
+                env=os.environ | {"CODE": code},
+                capture_output=True,
+                text=True,
+                cwd=runs.ROOT,
+            )
+            self.assertEqual((made.stdout, made.stderr), ("code 7\n", ""), redirected)
+
+
+if __name__ == "__main__":
+    unittest.main()
