@@ -42,7 +42,9 @@ CONFIG = HERE / "config" if (HERE / "config" / "config.yaml").is_file() else HER
 
 def main() -> None:
     from omnivision.errors import EXIT_INTERRUPTED, UserError
+    from omnivision.streams import be_patient
 
+    be_patient()
     if {"-h", "--help"} & set(sys.argv[1:]):
         from omnivision.usage import usage
 

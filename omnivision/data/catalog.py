@@ -174,7 +174,7 @@ class Split:
 
     def path(self, index: int) -> str:
         path = str(self._paths[index])
-        if any(ord(character) > sys.maxunicode for character in path):  # a damaged array; what Python does then varies
+        if not _is_text(path):
             return f"entry {index} of {self._paths_file}, which is no text"
         return self._rewritten(path)
 
@@ -200,6 +200,14 @@ class Split:
 
     def label(self, index: int) -> int:
         return IGNORED_LABEL if self._labels is None else int(self._labels[index])
+
+
+def _is_text(text: str) -> bool:
+    """Whether the numbers of a text are characters; in a damaged array they may be any, and Python does not always say so."""
+    try:
+        return all(ord(character) <= sys.maxunicode for character in text)
+    except SystemError:
+        return False
 
 
 def first_existing(files: Files, setting: str) -> str:
