@@ -98,7 +98,7 @@ def draw(report: Report, file: Path) -> None:
             place = axes[row][column]
             place.loglog(found["sizes"], found[key], "o-", color="#4477aa", base=2)
             place.set_xticks(found["sizes"], found["sizes"])
-            place.set_yticks(found[key], [f"{value:.3g}" for value in found[key]])
+            place.set_yticks(found[key], [f"{value:.3g}" if value < 1000 else f"{value:.0f}" for value in found[key]])
             place.minorticks_off()
             place.set_title(f"{what}: exponent {found[slope]:.2f}", fontsize=10)
             place.set_ylabel(label if column == 0 else "")
