@@ -44,8 +44,8 @@ class Ending:
         if not self._one.acquire(blocking=False):
             threading.Event().wait()  # a thread that watches is about to end this process
         if self.peers is not None:
-            if lost_contact(error) and (silent := self.peers.silent()):
-                error = LostContact(silent).with_traceback(error.__traceback__)
+            if lost_contact(error) and (lost := self.peers.silent()):
+                error = lost.with_traceback(error.__traceback__)
             self.peers.end()
         # A refusal before anything has begun leaves what an earlier run wrote as it is; an evaluation always does.
         untouched = self.locked and self.folder.read_summary().get("status") in (None, *WAITING)

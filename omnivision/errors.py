@@ -38,7 +38,11 @@ class NonFiniteError(UserError):
 
 
 class LostContact(RuntimeError):
-    """Another process of the run is gone or silent; the message names it."""
+    """Another process of the run is silent, or `gone` (killed, and its system knows with what); the message names it."""
+
+    def __init__(self, message: str, gone: bool = False) -> None:
+        super().__init__(message)
+        self.gone = gone
 
 
 class DataWorkerError(UserError):

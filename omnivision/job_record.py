@@ -165,7 +165,7 @@ class JobRecord:
         request to stop, or when others are gone, wait until process 0 has decided: SLURM ends all when one has left. When it is
         process 0 that is silent, nobody is left to wait for.
         """
-        if isinstance(error, LostContact):
+        if isinstance(error, LostContact) and not error.gone:  # SLURM tells what killed one that is gone
             self.note("lost", rank=self.task.rank, reason=reason)
         elif isinstance(error, Terminated) or lost_contact(error):
             deadline = time.monotonic() + DECISION_SECONDS

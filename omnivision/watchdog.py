@@ -114,12 +114,12 @@ class Peers:
         self._over.set()
         self._file(self.rank).unlink(missing_ok=True)
 
-    def silent(self, seconds: float | None = None) -> str | None:
-        """A sentence about those that are watched and gave no sign of life for so long, by default a few beats, or whose
+    def silent(self, seconds: float | None = None) -> LostContact | None:
+        """An error that names those that are watched and gave no sign of life for so long, by default a few beats, or whose
         process is gone; None if all live.
         """
         seconds = SILENT_BEATS * self.seconds if seconds is None else seconds
-        found = []
+        found, one_is_gone = [], False
         try:
             own = (
                 self._file(self.rank).stat().st_mtime
@@ -135,11 +135,12 @@ class Peers:
             if not isinstance(said, dict):
                 continue
             gone = said.get("machine") == machine() and process_start(said.get("pid", 0)) is None
+            one_is_gone = one_is_gone or gone
             if gone or age >= seconds:
                 what = "is gone" if gone else f"has given no sign of life for {age:.0f} s"
                 place = at(said.get("doing"), said.get("step"))
                 found.append(f"process {rank} (pid {said.get('pid')} on {said.get('host')}) {what}; last seen {place}")
-        return "; ".join(found) or None
+        return LostContact("; ".join(found), one_is_gone) if found else None
 
     def _file(self, rank: int) -> Path:
         return self.logs / f"rank_{rank}.alive"
@@ -156,8 +157,8 @@ class Peers:
             # When all were suspended together, the others get the time to give a sign, too.
             if self.silent(self.timeout) and not self._over.wait(self.seconds):
                 self._beat()
-                if told := self.silent(self.timeout):
-                    self.leave(LostContact(told), False)
+                if lost := self.silent(self.timeout):
+                    self.leave(lost, False)
 
 
 def machine() -> str:

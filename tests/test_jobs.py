@@ -217,6 +217,8 @@ class Records(Folder):
         began = time.monotonic()
         self.record(1).fault(LostContact("process 0 has given no sign of life"), "LostContact: process 0 is silent")
         self.assertLess(time.monotonic() - began, 5)
+        with mock.patch.object(job_record, "DECISION_SECONDS", 0.1):  # what killed it is SLURM's to tell
+            self.record(1).fault(LostContact("process 0 is gone", gone=True), "LostContact: process 0 is gone")
         [line] = [line for line in jobs.history(self.folder, "a") if line["event"] == "lost"]
         self.assertEqual((line["restarts"], line["rank"]), (1, 5))
 

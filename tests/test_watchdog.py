@@ -99,7 +99,7 @@ class Silence(unittest.TestCase):
         file = self.folder / "rank_2.alive"
         os.utime(file, (time.time() - 50, time.time() - 50))
         self.assertRegex(
-            main.silent(),
+            str(main.silent()),
             r"^process 2 \(pid \d+ on .*\) has given no sign of life for 5\d s; last seen in a step, after step 12$",
         )
         self.assertIsNone(others[0].silent(), "it watches process 0 alone")
@@ -107,10 +107,10 @@ class Silence(unittest.TestCase):
         dead.wait()
         said = json.loads((self.folder / "rank_1.alive").read_text())
         (self.folder / "rank_1.alive").write_text(json.dumps(said | {"pid": dead.pid}))
-        self.assertRegex(main.silent(), rf"process 1 \(pid {dead.pid} on .*\) is gone; .*; process 2 ")
+        self.assertRegex(str(main.silent()), rf"process 1 \(pid {dead.pid} on .*\) is gone; .*; process 2 ")
         for damage in ("", "[]", "{"):
             (self.folder / "rank_1.alive").write_text(damage)
-            self.assertRegex(main.silent(), "^process 2 ")
+            self.assertRegex(str(main.silent()), "^process 2 ")
 
     def test_one_that_is_silent_for_too_long_is_told(self):
         left: list = [None]
