@@ -70,7 +70,9 @@ class Ending:
             tells = not self.validating and (self.locked or isinstance(error, LostContact))
             explain(error, self.folder, tells, self.rank, None if at_once else self.record)
             self.unlock()
-        finally:  # whatever a file system that does not answer makes of that
+        except BaseException:  # a file system that does not answer, say: told, and no reason to stay
+            traceback.print_exc()
+        finally:
             os._exit(code)
 
     def unlock(self) -> None:

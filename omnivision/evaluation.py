@@ -97,9 +97,10 @@ def evaluate(
             part.label.append(batch.label[:: batch.views])
             part.scores.append(output.scores.float().cpu())
             part.paths += batch.paths[:: batch.views]
-    if vanished := [path for paths in processes.gather(gone) if len(paths) >= GONE for path in paths]:
+    ends = processes.gather((asked, gone))
+    if vanished := [path for _, paths in ends if len(paths) >= GONE for path in paths]:
         raise UserError(vanished_files(vanished, "in a row that were to be evaluated"), everywhere=True)
-    if any(processes.gather(asked)):
+    if any(asked for asked, _ in ends):
         return None
     totals = meter.totals(processes)
     predictions = _together(processes.gather({source: _arrays(part) for source, part in parts.items()}))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from omnivision import slurm
 from omnivision.files import append_line
 from omnivision.reporting.metrics_log import read_lines
-from omnivision.reporting.run_folder import WAITING, RunFolder, own_job
+from omnivision.reporting.run_folder import WAITING, RunFolder, own_job, own_restarts
 
 if TYPE_CHECKING:
     from omnivision.distributed import Place
@@ -56,7 +56,7 @@ class Task:
             world=world,
             local_rank=int(env["SLURM_LOCALID"]),
             local_world=world // int(env["SLURM_JOB_NUM_NODES"]),
-            restarts=int(env.get("SLURM_RESTART_COUNT", "0")),
+            restarts=own_restarts(),
             nodes=env["SLURM_JOB_NODELIST"],
         )
 

@@ -4,21 +4,15 @@ import io
 import os
 import subprocess
 import sys
-import tempfile
 import unittest
-from pathlib import Path
 
 from omnivision.files import append_line, replace_atomically, temporary_beside, write_atomically
 from omnivision.streams import PatientStream
 from tests import runs
+from tests.test_checkpoint import Folder
 
 
-class Files(unittest.TestCase):
-    def setUp(self):
-        temporary = tempfile.TemporaryDirectory()
-        self.addCleanup(temporary.cleanup)
-        self.folder = Path(temporary.name)
-
+class Files(Folder):
     def test_a_line_after_one_that_a_crash_has_cut(self):
         log = self.folder / "log"
         append_line(log, "first")

@@ -46,14 +46,14 @@ class Reporter:
 
     def step(self, epoch: int, epochs: int, step: int, figures: dict[str, float]) -> None:
         """The figures of a training step; those of `metrics.jsonl` are named in the documentation of the run folder."""
-        if self.enabled and not self.folder.lost():
+        if self._may_write():
             self._metrics.write("step", "train", epoch, step, **figures)
             self._scalars("train", figures, step)
             assert self._progress is not None
             self._progress.step(epoch, epochs, step, figures["loss"], figures["clips_per_second"], figures["data_wait"])
 
     def epoch(self, phase: str, epoch: int, step: int, figures: dict[str, Any]) -> None:
-        if self.enabled and not self.folder.lost():
+        if self._may_write():
             self._metrics.write("epoch", phase, epoch, step, **figures)
             flat = {name: value for name, value in figures.items() if isinstance(value, (int, float))}
             self._scalars(f"{phase}_epoch", flat, step)
@@ -68,13 +68,17 @@ class Reporter:
 
     def predictions(self, source: str, made: Predictions, class_names: Sequence[str], step: int) -> None:
         """Write what was predicted for each video of a source, and its confusion matrix as a picture."""
-        if self.enabled and not self.folder.lost():
+        if self._may_write():
             predictions.write(self.folder.predictions, source, made, class_names)
             picture = predictions.confusion_picture(made.confusion(), class_names, f"{source}, step {step}")
             self.folder.pictures.mkdir(exist_ok=True)
             picture.save(self.folder.pictures / f"confusion_{source}.png")
             assert self._board is not None
             self._board.add_image(f"confusion/{source}", np.asarray(picture), step, dataformats="HWC")
+
+    def _may_write(self) -> bool:
+        """Whether this is the process that tells, and the run folder is still its own."""
+        return self.enabled and not self.folder.lost()
 
     def close(self) -> None:
         if self._progress is not None:
