@@ -199,19 +199,19 @@ class Loading(Folder):
             (self.folder / "checkpoint.pt").write_bytes(data)
 
         manifest = self.folder / "checkpoint.pt.json"
-        for spoil in (
-            lambda: manifest.write_text("[" * 100_000),
-            lambda: (manifest.unlink(), manifest.mkdir()),
-            lambda: (manifest.unlink(), os.mkfifo(manifest)),
-            lambda: None,
-            flipped,
+        for spoil, read in (
+            (lambda: manifest.write_text("[" * 100_000), checkpoint.sha256),
+            (lambda: (manifest.unlink(), manifest.mkdir()), checkpoint.sha256),
+            (lambda: (manifest.unlink(), os.mkfifo(manifest)), checkpoint.sha256),
+            (lambda: None, unreadable),
+            (flipped, checkpoint.sha256),
         ):
             for file in self.folder.iterdir():
                 file.rmdir() if file.is_dir() else file.unlink()
             for step in (1, 2):
                 checkpoint.save(state(step, model={"w": torch.ones(100)}), self.folder, [])
             spoil()
-            with mock.patch.object(checkpoint, "sha256", unreadable if manifest.is_file() else checkpoint.sha256):
+            with mock.patch.object(checkpoint, "sha256", read):
                 found, path, problems = checkpoint.load_newest(self.folder)
             self.assertEqual((found["step"], path.name, len(problems)), (1, "previous.pt", 1))
 
