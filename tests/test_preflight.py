@@ -9,8 +9,11 @@ import unittest
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
+
 from omnivision import build, preflight
 from omnivision.errors import UserError
+from omnivision.files import PARTS
 from omnivision.settings import Settings
 from omnivision.settings_check import check
 from tests import runs
@@ -85,6 +88,18 @@ class Room(unittest.TestCase):
                 file.truncate(3 * preflight.checkpoint_bytes(settings))
             preflight._check_folder(settings)
 
+    def test_what_is_kept_besides(self):
+        """A run that validates keeps its best, too; parts that several processes wrote are room as well."""
+        with tempfile.TemporaryDirectory() as name, mock.patch.object(shutil, "disk_usage", lambda _: Usage(1, 0, 0)):
+            settings = settings_of("ft", "vitmicro_ft", f"launcher.experiment_log_dir={name}")
+            self.assertRaisesRegex(UserError, "for 4 checkpoints", preflight.check_room, settings)
+            parts = Path(name) / "checkpoints" / f"{PARTS}12"
+            parts.mkdir(parents=True)
+            for number in range(2):
+                with open(parts / f"{number}.safetensors", "wb") as file:
+                    file.truncate(2 * preflight.checkpoint_bytes(settings))
+            preflight._check_folder(settings)
+
     def test_a_folder_that_cannot_be_written(self):
         with mock.patch.object(os, "access", return_value=False):
             self.assertRaisesRegex(UserError, "cannot be written", preflight.check_room, settings_of("mae", "vitmicro"))
@@ -118,6 +133,22 @@ class AllAtOnce(unittest.TestCase):
                 r"^4 problems:\n- datasets.ucf101.train.labels: no such file(.|\n)*\n- datasets.ucf101.val.paths: no such file"
                 r"(.|\n)*\n- no SLURM\n- pretrained_checkpoint_path is 'nowhere'",
             )
+
+    def test_splits_without_a_label(self):
+        with tempfile.TemporaryDirectory() as name:
+            paths = np.array(runs.real_films())
+            for which in ("train", "val"):
+                np.save(Path(name) / f"{which}.npy", paths)
+                np.save(Path(name) / f"{which}_labels.npy", np.full(len(paths), -1))
+            split = [
+                f"++datasets.ucf101.{which}.{what}={name}/{which}{end}.npy"
+                for which in ("train", "val")
+                for what, end in (("paths", ""), ("labels", "_labels"))
+            ]
+            with self.assertRaisesRegex(
+                UserError, "No sample of the train split of ucf101 has a label(.|\n)*of the val split"
+            ):
+                preflight.check_run(settings_of("ft", "vitmicro_ft", *split))
 
 
 class ClassesOfOnesOwn(unittest.TestCase):
