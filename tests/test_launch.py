@@ -1,5 +1,6 @@
 """Ways to start a run: torchrun, local processes, and what happens when one of them fails."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from unittest import mock
 
 from omegaconf import OmegaConf
 
+from omnivision import local
 from omnivision.distributed import Place, Processes
 from omnivision.errors import EXIT_FAULT, EXIT_INTERRUPTED, UserError
 from omnivision.local import first_failure
@@ -145,6 +147,21 @@ class Ends(unittest.TestCase):
                 found, reason = first_failure(self.ended(*codes))
                 self.assertEqual(found, code)
                 self.assertIn(saying, reason)
+
+    def test_a_request_to_stop_hides_no_other_end(self):
+        for codes, expected in (((71, 71), 71), ((143, 143), 143), ((-15, 143), 143), ((0, 0), 0), ((1, 1), 1)):
+            processes = iter([mock.Mock(exitcode=code, is_alive=lambda: False, pid=None) for code in codes])
+            context = mock.Mock(Process=lambda processes=processes, **_: next(processes))
+            folder = mock.Mock()
+            with (
+                self.subTest(codes),
+                mock.patch("multiprocessing.get_context", return_value=context),
+                mock.patch.object(local, "handing_on", lambda _: contextlib.nullcontext([signal.SIGTERM])),
+                mock.patch.object(local, "run_folder", return_value=folder),
+            ):
+                self.assertEqual(local.run_local_processes(mock.Mock(), 2), expected)
+                interrupted = [call.kwargs["interrupted"] for call in folder.note_silent_end.call_args_list]
+                self.assertEqual(interrupted, [expected == 143] if expected > 1 else [])
 
 
 class Sweeps(unittest.TestCase):

@@ -20,6 +20,7 @@ from omnivision.files import remove_leftovers
 from omnivision.reporting import pictures
 from omnivision.reporting.console import ProgressLine
 from omnivision.reporting.metrics_log import MetricsLog, read_lines
+from omnivision.reporting.predictions import confusion_picture
 from omnivision.reporting.reporter import Reporter
 from omnivision.reporting.run_folder import RunFolder, finite, machine, process_start
 from omnivision.tasks.base import Pictures
@@ -296,6 +297,13 @@ class Seen(Folder):
         reporter.epoch("train", 0, 1, {"loss": 2.0})
         reporter.close()
         self.assertEqual((out.getvalue(), list(self.folder.iterdir())), ("", []))
+
+
+class Confused(unittest.TestCase):
+    def test_a_dollar_in_a_name_is_no_formula(self):
+        names = ["$\\frac$", "100 $ a_b $"]
+        picture = confusion_picture(np.array([[2, 1], [0, 3]]), names, "$x_$, step 3")
+        self.assertGreater(min(picture.size), 300)
 
 
 class Progress(unittest.TestCase):
