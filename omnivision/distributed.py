@@ -147,7 +147,10 @@ def leave_with(pid: int) -> None:
     """End this process, in a thread of its own, as soon as another one is gone; where the system can tell (Linux)."""
     if not hasattr(os, "pidfd_open"):
         return
-    other = os.pidfd_open(pid)  # readable once that process has ended
+    try:
+        other = os.pidfd_open(pid)  # readable once that process has ended
+    except ProcessLookupError:  # it ended while this one began
+        os._exit(1)
 
     def watch() -> None:
         select.select([other], [], [])

@@ -86,12 +86,16 @@ def explain(error: BaseException, folder: RunFolder, tells: bool, rank: int, rec
     """
     code, reason = how_it_ended(error)
     # What all processes know is told by one; a fault is told by each that has one.
+    lost = isinstance(error, LostContact)
     fault = code == EXIT_FAULT and not isinstance(error, UserError)
     tell = rank == 0 or fault or (isinstance(error, UserError) and not error.everywhere)
     as_asked = isinstance(error, (KeyboardInterrupt, Terminated))
     LOG.log(logging.WARNING if as_asked else logging.ERROR, reason, exc_info=error if fault else None)
     if tell:
-        print_error(error if fault else reason)
+        # Where this process stood when another one went is in its log.
+        print_error(
+            f"{reason}. The same command goes on from the last checkpoint." if lost else error if fault else reason
+        )
     try:
         if record is not None and rank == 0:
             record.end(error, reason, tells)
@@ -111,7 +115,7 @@ def how_it_ended(error: BaseException) -> tuple[int, str]:
         case UserError():
             return error.exit_code, str(error)
         case KeyboardInterrupt():
-            return EXIT_INTERRUPTED, "interrupted from the keyboard"
+            return EXIT_INTERRUPTED, "interrupted from the keyboard, without saving"
         case Terminated():
             saved = "" if error.saved_step is None else f"; step {error.saved_step} is saved"
             return error.exit_code, f"ended by {error.cause}{saved}{notes}"

@@ -32,6 +32,7 @@ class Posted:
     loss: Tensor
     norm: Tensor
     finite: Tensor
+    lr: float
     paths: list[str]
     bad: list[BadSample]
 
@@ -117,7 +118,10 @@ class StepWatch:
             f"process {rank}: loss {loss}, gradient norm {norm}, samples {', '.join(samples)}"
             for rank, (loss, norm, samples) in culprits
         )
-        told = f"Step {step.number} gave a loss or gradient that is not finite ({details}). It changed no weights"
+        told = (
+            f"Step {step.number}, at a learning rate of {step.lr:.3g}, gave a loss or gradient that is not finite ({details}). "
+            "It changed no weights"
+        )
         if self.skipped > self.max_skipped:
             raise NonFiniteError(
                 f"{told}; {self.skipped} such steps, and trainer.max_skipped_steps is {self.max_skipped}. Lower the learning "
@@ -127,9 +131,9 @@ class StepWatch:
         self.say(f"{told} ({self.skipped} of at most {self.max_skipped} such steps; {self._not_finite.path}).")
 
 
-def posted(epoch: int, number: int, batch: Batch, loss: Tensor, norm: Tensor, scaled: bool) -> Posted:
+def posted(epoch: int, number: int, batch: Batch, loss: Tensor, norm: Tensor, lr: float, scaled: bool) -> Posted:
     """A step to post. With fp16 (`scaled`) the gradient overflows now and then by design: the step is skipped then."""
-    return Posted(epoch, number, loss, norm, loss.isfinite() & (norm.isfinite() | scaled), batch.paths, batch.bad)
+    return Posted(epoch, number, loss, norm, loss.isfinite() & (norm.isfinite() | scaled), lr, batch.paths, batch.bad)
 
 
 def require_scale(scaler: torch.amp.GradScaler, step: int) -> None:

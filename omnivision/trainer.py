@@ -211,7 +211,15 @@ class Trainer:
         loss = torch.stack([output.loss.detach() for output in outputs]).mean()
         self.scaler.unscale_(self.optimizer.optimizer)
         norm = whole(nn.utils.clip_grad_norm_(self.optimizer.parameters(), options.gradient_clip or math.inf))
-        step = posted(self.state.epoch, self.global_step + 1, batch, loss, norm, scaled=self.scaler.is_enabled())
+        step = posted(
+            self.state.epoch,
+            self.global_step + 1,
+            batch,
+            loss,
+            norm,
+            self.optimizer.lr,
+            scaled=self.scaler.is_enabled(),
+        )
         spoiled = self.watch.post(step, short, asked=self.stop.cause is not None) | ~norm.isfinite()
         self.optimizer.step(spoiled)
         if self.scaler.is_enabled():

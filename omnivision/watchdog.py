@@ -119,6 +119,8 @@ class Peers:
         process is gone; None if all live.
         """
         seconds = SILENT_BEATS * self.seconds if seconds is None else seconds
+        if not self._over.is_set():
+            self._beat()
         found, one_is_gone = [], False
         try:
             own = (
@@ -139,8 +141,12 @@ class Peers:
             if gone or age >= seconds:
                 what = "is gone" if gone else f"has given no sign of life for {age:.0f} s"
                 place = at(said.get("doing"), said.get("step"))
-                found.append(f"process {rank} (pid {said.get('pid')} on {said.get('host')}) {what}; last seen {place}")
-        return LostContact("; ".join(found), one_is_gone) if found else None
+                who = f"process {rank} (pid {said.get('pid')} on {said.get('host')})"
+                found.append(f"{who} {what}; last seen {place}, {age:.0f} s before")
+        if not found:
+            return None
+        own_place = f"process {self.rank} was {at(self.stop.doing, self.stop.step)}"
+        return LostContact("; ".join([*found, own_place]), one_is_gone)
 
     def _file(self, rank: int) -> Path:
         return self.logs / f"rank_{rank}.alive"
@@ -155,10 +161,8 @@ class Peers:
         while not self._over.wait(self.seconds):
             self._beat()
             # When all were suspended together, the others get the time to give a sign, too.
-            if self.silent(self.timeout) and not self._over.wait(self.seconds):
-                self._beat()
-                if lost := self.silent(self.timeout):
-                    self.leave(lost, False)
+            if self.silent(self.timeout) and not self._over.wait(self.seconds) and (lost := self.silent(self.timeout)):
+                self.leave(lost, False)
 
 
 def machine() -> str:

@@ -114,7 +114,9 @@ class Torchrun(unittest.TestCase):
                 os.kill(pid, signal.SIGINT)
             self.assertEqual(process.wait(timeout=30), EXIT_INTERRUPTED)
             told = runs.summary(folder / "run")
-            self.assertEqual((told["status"], told["exit_reason"]), ("interrupted", "interrupted from the keyboard"))
+            self.assertEqual(
+                (told["status"], told["exit_reason"]), ("interrupted", "interrupted from the keyboard, without saving")
+            )
 
 
 def children(pid: int, kind: str = "spawn_main") -> list[int]:
@@ -162,6 +164,16 @@ class Ends(unittest.TestCase):
                 self.assertEqual(local.run_local_processes(mock.Mock(), 2), expected)
                 interrupted = [call.kwargs["interrupted"] for call in folder.note_silent_end.call_args_list]
                 self.assertEqual(interrupted, [expected == 143] if expected > 1 else [])
+
+    def test_a_data_worker_whose_run_was_killed_while_it_began_ends(self):
+        gone = subprocess.Popen(["true"])
+        gone.wait()
+        # torch keeps what a worker raises here for a process that is not there any more.
+        program = (
+            "import contextlib, time\nfrom omnivision.data.loader import Begin\n"
+            f"with contextlib.suppress(Exception):\n    Begin({gone.pid})(0)\ntime.sleep(20)"
+        )
+        self.assertEqual(subprocess.run([sys.executable, "-c", program], cwd=runs.ROOT, timeout=60).returncode, 1)
 
 
 class Sweeps(unittest.TestCase):

@@ -468,7 +468,7 @@ class Loop(unittest.TestCase):
         with torch.no_grad():
             made.bare.heads[0].projector.bias.fill_(float("nan"))
         before = {name: value.clone() for name, value in made.bare.state_dict().items()}
-        with self.assertRaisesRegex(NonFiniteError, r"Step 1 .*loss nan.*\.mp4"):
+        with self.assertRaisesRegex(NonFiniteError, r"Step 1, .*loss nan.*\.mp4"):
             made.fit()
         for name, value in made.bare.state_dict().items():
             self.assertTrue(torch.equal(value, before[name]) or name == "heads.0.projector.bias", name)
@@ -480,7 +480,7 @@ class Loop(unittest.TestCase):
             made.optimizer = ScheduledOptimizer(made.bare, made.optimizer.groups, make)
             self.spoil(made, step=2)
             seen = self.watch(made)
-            with self.assertRaisesRegex(NonFiniteError, r"Step 2 .*loss nan.*\.mp4"):
+            with self.assertRaisesRegex(NonFiniteError, r"Step 2, .*loss nan.*\.mp4"):
                 made.fit()
             self.assertEqual(sorted(seen), [1, 2, 3], "told after the next step")
             self.assert_same(seen[1], seen[2])
@@ -535,7 +535,7 @@ class Loop(unittest.TestCase):
             losses = [step["loss"] for step in self.lines("whole") if step["event"] == "step"]
             losses = [loss for loss in losses[3 * line["epoch"] : 3 * line["epoch"] + 3] if loss is not None]
             self.assertAlmostEqual(line["loss"], sum(losses) / 2, delta=1e-6, msg="the average of the others")
-        self.assertIn("Step 5 gave", whole.reporter.console.file.getvalue())
+        self.assertRegex(whole.reporter.console.file.getvalue(), r"Step 5, at a learning rate of \S+, gave a loss")
         self.assertIn("2 of at most 2 such steps", whole.reporter.console.file.getvalue())
 
         for steps in (1, 2, 4, 5):
@@ -545,19 +545,19 @@ class Loop(unittest.TestCase):
             self.assertEqual(made.watch.skipped, 2)
             again = (self.folder / f"cut_{steps}/logs/nonfinite.jsonl").read_text().splitlines()
             self.assertEqual([json.loads(line)["step"] for line in again], [2, 5], steps)
-        with self.assertRaisesRegex(NonFiniteError, "Step 5 .*; 2 such steps, and trainer.max_skipped_steps is 1"):
+        with self.assertRaisesRegex(NonFiniteError, "Step 5, .*; 2 such steps, and trainer.max_skipped_steps is 1"):
             train("one", 1)
         self.assertEqual(checkpoint.load_newest(self.folder / "one/checkpoints")[0]["epoch"], 1)
 
     def test_of_several_processes_those_are_named_that_began_it(self):
         made, nan = trainer(self.folder / "two"), float("nan")
         batch = Batch(torch.zeros(0), torch.zeros(0), torch.zeros(0), "noise", ["a.mp4"])
-        step = posted(0, 1, batch, torch.tensor(2.0), torch.tensor(nan), scaled=False)
+        step = posted(0, 1, batch, torch.tensor(2.0), torch.tensor(nan), 0.1, scaled=False)
         for losses, named in (((2.0, nan, 3.0), [1]), ((2.0, 3.0), [0, 1])):
             found = [(loss, nan, [f"{rank}.mp4"]) for rank, loss in enumerate(losses)]
             with mock.patch.object(made.processes, "gather", return_value=found):
                 made.watch.post(step, short=False, asked=False)
-                with self.assertRaisesRegex(NonFiniteError, "Step 1 ") as raised:
+                with self.assertRaisesRegex(NonFiniteError, "Step 1, ") as raised:
                     made.watch.hear()
             self.assertEqual([rank for rank in range(3) if f"{rank}.mp4" in str(raised.exception)], named)
 

@@ -100,7 +100,8 @@ class Silence(unittest.TestCase):
         os.utime(file, (time.time() - 50, time.time() - 50))
         self.assertRegex(
             str(main.silent()),
-            r"^process 2 \(pid \d+ on .*\) has given no sign of life for 5\d s; last seen in a step, after step 12$",
+            r"^process 2 \(pid \d+ on .*\) has given no sign of life for 5\d s; last seen in a step, after step 12, 5\d s"
+            r" before; process 0 was in a step, after step 12$",
         )
         self.assertIsNone(others[0].silent(), "it watches process 0 alone")
         dead = subprocess.Popen(["true"])
