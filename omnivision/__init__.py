@@ -1,1 +1,16 @@
-"""Video models by the PPMA recipe. Importing this package imports nothing heavy."""
+"""Video models by the PPMA recipe. Importing this package imports nothing heavy.
+
+`omnivision.load(RUN_OR_FILE)` gives a trained model with its preprocessing; see `omnivision.inference`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def __getattr__(name: str) -> Any:
+    if name == "load":  # torch comes with it, which is why it comes when it is asked for
+        from omnivision.inference import load
+
+        return load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

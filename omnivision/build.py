@@ -16,6 +16,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
+from omnivision import utilisation
 from omnivision.data.catalog import LabelSets, Split, label_sets
 from omnivision.data.dataset import ClipDataset, Cut
 from omnivision.data.loader import TrainData, ValData, Workers
@@ -89,6 +90,29 @@ def labels(settings: Settings) -> LabelSets:
     return label_sets(datasets, settings.trainer.data.share_head)
 
 
+def class_names(settings: Settings) -> list[list[str]]:
+    """The names of the classes of each head, from the first source that names them all; none for a model without heads."""
+    if "classes" not in (signature_of(settings.trainer.model["_target_"]) or {}):
+        return []
+    sets = labels(settings)
+    names: list[list[str]] = [[str(label) for label in range(count)] for count in sets.classes]
+    for dataset in reversed(datasets_of(settings)):
+        head, found = sets.head[dataset.name], dataset.names()
+        if dataset.class_names is not None and len(found) == len(names[head]):
+            names[head] = found
+    return names
+
+
+def shown(settings: Settings) -> dict[str, Any]:
+    """How the run shows films to its model at evaluation, for `omnivision.load`."""
+    average = settings.trainer.task.get("average", "logits")
+    return {
+        "clip_duration": settings.trainer.data.clip_duration,
+        "class_names": class_names(settings),
+        "average": average,
+    }
+
+
 def build_with_labels(settings: Settings, target: Target, where: str) -> Any:
     """`build`, given what the signature asks for beyond the configuration."""
     wanted = (signature_of(target["_target_"]) or {}).keys()
@@ -127,6 +151,33 @@ def freeze(model: nn.Module, patterns: list[str]) -> None:
 
 def task(settings: Settings) -> Any:
     return build_with_labels(settings, settings.trainer.task, "trainer.task")
+
+
+def clip_cost(settings: Settings, model: nn.Module) -> utilisation.Cost | None:
+    """What a training step costs for one clip; `model` is on the meta device. None for classes of one's own that cannot work
+    there, where tensors have no values.
+    """
+    data, size = settings.trainer.data, settings.image_size
+    mask = None
+    if data.mask is not None:
+        grid = token_grid((data.num_frames, size, size), tuple(settings.trainer.model["trunk"]["tubelet"]))
+        mask = build(data.mask, "trainer.data.mask")(grid, np.random.default_rng(0))
+    shape = data.num_frames, size, size
+    try:
+        return utilisation.clip_cost(task(settings), model, shape, mask, next(iter(data.sources)))
+    except Exception:
+        if settings.trainer.trust_targets:
+            return None
+        raise
+
+
+def full_speed(settings: Settings, device: torch.device) -> float | None:
+    """Clips a second that a device would do at its peak; None where that is not known, or clips are not all alike."""
+    peak = utilisation.peak_flops(device, amp_dtype(settings, device), settings.trainer.logging.peak_tflops)
+    if peak is None or settings.images is not None:
+        return None
+    cost = clip_cost(settings, model(settings, device="meta"))
+    return None if cost is None else peak / cost.step_flops
 
 
 def choice(settings: Settings) -> Choice:
@@ -269,7 +320,7 @@ def facts(settings: Settings, model: nn.Module) -> dict[str, Any]:
     told = describe(model)
     frozen = any(is_frozen(part) for name, part in model.named_children() if name == "trunk")
     source = settings.pretrained_checkpoint_path
-    names = [Path(one).name for one in ([source] if isinstance(source, str) else source or [])]
+    names = [run_name(Path(one)) for one in ([source] if isinstance(source, str) else source or [])]
     return {
         "model": told.get("kind", type(model).__name__),
         "trunk": "frozen average" if told.get("kind") == "average" else "frozen" if frozen else "trained",
@@ -279,6 +330,11 @@ def facts(settings: Settings, model: nn.Module) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in model.parameters()),
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
+
+
+def run_name(path: Path) -> str:
+    """Of a run folder, or of the run whose checkpoint a file is."""
+    return path.parent.parent.name if path.parent.name == "checkpoints" and path.parent.parent.name else path.name
 
 
 def amp_dtype(settings: Settings, device: torch.device) -> torch.dtype | None:
@@ -357,4 +413,5 @@ def options(settings: Settings, device: torch.device) -> Options:
         save_every_steps=config.checkpoint.save_every_steps,
         max_skipped_steps=config.max_skipped_steps,
         allow_changes=config.checkpoint.allow_changes,
+        full_speed=full_speed(settings, device),
     )

@@ -4,27 +4,57 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import re
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from omnivision.schema import Target
+from omegaconf import DictConfig, OmegaConf
+
+from omnivision.origins import origin_of
+from omnivision.schema import Target, told
 from omnivision.settings import GROUPS, Settings
+from omnivision.targets import shown, signature_of
+
+# What other trainers call a setting, where no letter tells.
+ELSEWHERE = {
+    "lr": "the learning rate is a schedule, trainer.optim.options.lr, divided by lr_scale_factor",
+    "learning_rate": "the learning rate is a schedule, trainer.optim.options.lr, divided by lr_scale_factor",
+    "weight_decay": "weight decay is a schedule, trainer.optim.options.weight_decay",
+    "wd": "weight decay is a schedule, trainer.optim.options.weight_decay",
+    "fp16": "precision is trainer.optim.amp.amp_dtype, one of auto, bfloat16, float16",
+    "bf16": "precision is trainer.optim.amp.amp_dtype, one of auto, bfloat16, float16",
+    "resume": "a run resumes when the same command is given again",
+    "output_dir": "the folder of the run is launcher.experiment_log_dir",
+    "device": "the device is trainer.accelerator, one of auto, cuda, cpu",
+    "workers": "the number of data workers is num_workers",
+    "mask": "masks are mask_ratio and trainer.data.mask",
+}
 
 
-def explain(error: BaseException, *folders: Path) -> str:
+def explain(error: BaseException, folders: Sequence[Path], arguments: Sequence[str] = ()) -> str:
     """A paragraph about an error of Hydra or OmegaConf: unknown keys and choices get the nearest known ones.
 
-    `folders` are those that the choices are files of: the project's, and a site's own.
+    `folders` are those that the choices are files of, the project's and a site's own; `arguments` the command line.
     """
     text = _first_sentences(error)
     chain = list(_causes(error))
+    if any(not each.strip() for each in arguments):
+        return "An argument is empty. Was it a shell variable that is not set?"
+    if nameless := next((each for each in arguments if each.startswith("=") and len(each) > 1), None):
+        return (
+            f"{nameless!r} has no name of a setting before =; expected KEY=VALUE without spaces around the equals sign."
+        )
     if override := getattr(error, "override", None):
-        if "missing EQUAL" in text:
-            return f"{override!r} is no setting of a value; expected KEY=VALUE."
-        return f"{override!r} cannot be read. Quote values that hold =, commas, brackets or spaces: 'KEY=\"a=b\"'."
+        return _unreadable(str(override), "missing EQUAL" in text, arguments)
+    if found := re.match(r"Ambiguous value for argument '([^=]*)=(.*?)' 1\. ", text):
+        name, value = found.groups()
+        return (
+            f"{name}={value} holds a comma, which means several values. For a run with each of them append -m; for a list "
+            f"write '{name}=[{value}]'; for a text that holds a comma '{name}=\"{value}\"'."
+        )
     if found := re.match(r"Additional config directory '(.*)' not found", text):
         return f"--config-dir is {found[1]}, and there is no such folder. Expected one that holds site/. Change --config-dir."
     if text.startswith("Multiple values for"):
@@ -33,66 +63,158 @@ def explain(error: BaseException, *folders: Path) -> str:
     if text.startswith("force-add of config groups"):
         choice = text.split("'")[1].lstrip("+")
         return f"++ is for settings, and {choice} is a choice among files. Write {choice}, or +{choice} where none was made."
-    if text.startswith("Config group override must be"):
+    if text.startswith("Config group override must be") or any(
+        "/" in each and each.endswith("=") for each in arguments
+    ):
         return "A choice among files was given nothing, a number or a mapping; expected its name, e.g. trainer/model=vitbase."
+    if found := re.match(r"Could not delete from config\. '(.*?)' does not exist", text):
+        return f"~{found[1]} removes what is not there.{_nearest_sentence(found[1])} Leave it out."
     if "No match in the defaults list" in text:
-        group = text.split("'")[1]
-        return (
-            f"{group}=... changes a choice that nothing has made yet. Choose a stage first, e.g. "
-            "+experiments=omnimae/omnimain_train_video.yaml, which brings a model and an optimizer."
-        )
+        return _choice_of_nothing(text.split("'")[1], arguments)
     for cause in chain:
         key = getattr(cause, "full_key", None) or getattr(cause, "key", None)
         if isinstance(key, str) and "Could not override" in text:
-            return _unknown_setting(key, getattr(cause, "parent_node", None) or {})
+            return _unknown_setting(key, getattr(cause, "parent_node", None), origin_of(arguments, ())(key))
         if isinstance(key, str) and "Error merging override" in text:
             reason = _first_sentences(cause).partition(" full_key")[0]
             return f"{text.removeprefix('Error merging override ')} does not fit: {reason}."
     for cause in chain:
         if missing := getattr(cause, "missing_cfg_file", None):
-            return _unknown_choice(str(missing), folders)
+            return _unknown_choice(str(missing), folders, arguments)
+    if isinstance(error, UnicodeDecodeError):
+        files = (path for folder in folders for path in sorted(folder.rglob("*.yaml")) if path.is_file())
+        wrong = next((path for path in files if not _is_text(path)), "A configuration file")
+        return f"{wrong} is no text in UTF-8: {error}. Write it anew, or take it out."
+    if not text:
+        said = " ".join(str(chain[-1]).split()) or "no more is known"
+        return f"A configuration cannot be read ({type(chain[-1]).__name__}: {said}). Mend it."
     return text.replace("\\'", "'")
+
+
+def _is_text(path: Path) -> bool:
+    try:
+        path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
+    return True
+
+
+def _unreadable(override: str, lacks_equals: bool, arguments: Sequence[str]) -> str:
+    """About an argument that Hydra cannot read."""
+    name, equals, value = override.partition("=")
+    if equals and not re.fullmatch(r"[+~]{0,2}[A-Za-z_$][\w$/@:-]*(\.[\w$/@:-]+)*", name, re.ASCII):
+        return f"{override!r} has no name of a setting before =; expected letters, digits, _ and dots between them."
+    if lacks_equals or not equals:
+        if {"=", ""} & set(arguments) or any(each.startswith("=") or each.endswith("=") for each in arguments):
+            return f"{override!r} stands alone; expected KEY=VALUE without spaces around the equals sign."
+        if ":" in override:
+            name, _, value = (part.strip() for part in override.partition(":"))
+            return f"{override!r} is written as in a file; expected KEY=VALUE: {name}={value}."
+        return f"{override!r} is no setting of a value; expected KEY=VALUE."
+    if (opening := sum(map(value.count, "[{("))) != (closing := sum(map(value.count, "]})"))):
+        return f"{override!r} opens {opening} bracket{'s' * (opening != 1)} and closes {closing}; expected as many."
+    if value.count('"') % 2 or value.count("'") % 2:
+        return f"{override!r} opens a quotation mark that it does not close. A shell takes one kind away: '{name}=\"a b\"'."
+    return (
+        f"{override!r} cannot be read: a value that holds =, commas, brackets, colons or spaces stands in quotes, and those in "
+        f"others that the shell takes away. Write '{name}=\"{value}\"'."
+    )
+
+
+def _choice_of_nothing(group: str, arguments: Sequence[str]) -> str:
+    """About `group=choice` where no file has made that choice yet."""
+    given = next((each for each in arguments if each.startswith(f"{group}=")), f"{group}=NAME")
+    if group in ("experiments", "trainer", "site"):
+        return f"{given} would change a choice that nothing has made yet. Write +{given} to make it."
+    if near := difflib.get_close_matches(group, GROUPS, 1):
+        if near[0] != group:
+            return f"{group} is no group of choices (argument {given}); did you mean {near[0]}?"
+    stage = "_ft" if any("mae_ft" in each or ("vit" in each and "_ft" in each) for each in arguments) else ""
+    return (
+        f"{given} changes a choice that nothing has made yet. Choose a stage first, e.g. "
+        f"+experiments=omnimae/omnimain_train_video{stage}.yaml, which brings a model and an optimizer."
+    )
+
+
+def explain_flags(said: str, arguments: Sequence[str]) -> str:
+    """A paragraph about what argparse said of the flags of a command line: settings are often meant."""
+    if found := re.match(r"unrecognized arguments: (-\S+)", said):
+        name, equals, value = found[1].lstrip("-").replace("-", "_").partition("=")
+        if near := difflib.get_close_matches(name, setting_names(), 1):
+            follows = [after for flag, after in itertools.pairwise(arguments) if flag == found[1]]
+            value = value if equals else next((each for each in follows if "=" not in each), "VALUE")
+            return f"{found[1]} is no option; settings are written without dashes: did you mean {near[0]}={value}?"
+    return f"{said}. Settings are written NAME=VALUE, and --help lists them; --hydra-help lists the options."
 
 
 def setting_names() -> list[str]:
     """The full name of every setting that the schema has."""
-    return [name for name, _ in _hints(Settings, "")]
+    return list(setting_hints())
 
 
-def _unknown_choice(missing: str, folders: Iterable[Path]) -> str:
-    files = [(path, folder) for folder in folders for path in sorted(folder.rglob("*.yaml"))]
+def setting_hints() -> dict[str, Any]:
+    """The type of every setting of the schema, by its full name."""
+    return dict(_hints(Settings, ""))
+
+
+def _unknown_choice(missing: str, folders: Iterable[Path], arguments: Sequence[str]) -> str:
+    files = [(path, folder) for folder in folders for path in sorted(folder.rglob("*.yaml")) if path.is_file()]
     known = [path.relative_to(folder).with_suffix("").as_posix() for path, folder in files]
-    folder = missing.rpartition("/")[0]
-    beside = [name for name in known if name.rpartition("/")[0] == folder]
+    folder, _, name = missing.rpartition("/")
+    given = next((each for each in arguments if each.rpartition("=")[2].removesuffix(".yaml").endswith(name)), None)
+    naming = re.compile(rf"\b{re.escape(name)}\b")
+    read = ((path, path.read_text(encoding="utf-8", errors="replace")) for path, _ in files)
+    told = f" (argument {given})" if given else next((f" ({path})" for path, text in read if naming.search(text)), "")
+    beside = [each for each in known if each.rpartition("/")[0] == folder]
     near = difflib.get_close_matches(missing.removesuffix(".yaml"), beside or known, 1, cutoff=0.4)
     guess = f" Did you mean {near[0].rpartition('/')[2]}?" if near else ""
     if not beside:
-        return (
-            f"There is no configuration {missing}, and no folder {folder}.{f' Did you mean {near[0]}?' if near else ''}"
-        )
-    choices = ", ".join(name.rpartition("/")[2] for name in beside)
-    return f"There is no configuration {missing}.{guess} {folder} has: {choices}."
+        nearest = f" Did you mean {near[0]}?" if near else ""
+        return f"There is no configuration {missing}{told}, and no folder {folder}.{nearest}"
+    choices = ", ".join(each.rpartition("/")[2] for each in beside)
+    return f"There is no configuration {missing}{told}.{guess} {folder or 'Its folder'} has: {choices}."
 
 
-def _unknown_setting(key: str, beside: Iterable[Any]) -> str:
-    """`beside` are the keys that stand where `key` was looked for."""
-    folder = key.rpartition(".")[0]
-    names = setting_names()
-    known = [*GROUPS] if "/" in key else [*names, *(f"{folder}.{name}" for name in beside if folder)]
-    near = difflib.get_close_matches(key, known, 1) or [
-        name for name in names if name.rpartition(".")[2] == key.rpartition(".")[2]
+def _unknown_setting(key: str, parent: Any, where: str) -> str:
+    """`parent` is what was composed so far where the key was looked for; `where` says where it was written."""
+    folder, _, last = key.rpartition(".")
+    hints = setting_hints()
+    if isinstance(parent, DictConfig) and isinstance(target := parent.get("_target_"), str):
+        signature = signature_of(target)
+        if signature and last in signature:
+            return f"{key}{where} is not set by this run's files, but is an argument of {target}. Add it with ++{key}=VALUE."
+        if not signature:
+            return f"{key}{where} is not set by this run's files. If {target} takes it, add it with ++{key}=VALUE."
+        near = difflib.get_close_matches(last, signature, 1)
+        guess = f"; did you mean {near[0]}?" if near else "."
+        return f"{key}{where} is not an argument of {target}({shown(signature)}){guess}"
+    names = [*hints, *(f"{folder}.{name}" for name in (parent or ()) if folder)]
+    near = difflib.get_close_matches(key, [*GROUPS] if "/" in key else names, 1) or [
+        name for name in names if name.rpartition(".")[2] == last
     ]
     # Names below these are the user's own, or arguments of the object that is described there.
-    free = [name for name, hint in _hints(Settings, "") if typing.get_origin(hint) is dict or Target in _flat(hint)]
-    if key in names or (not near and any(key.startswith(f"{name}.") for name in free)):
-        return f"{key} is not set by the files of this run. If it is meant, add it with ++{key}=VALUE."
-    return f"{key} is not a setting; {f'did you mean {near[0]}?' if near else '--help lists them.'}"
+    free = [name for name, hint in hints.items() if typing.get_origin(hint) is dict or Target in _flat(hint)]
+    if key in hints or (not near and any(key.startswith(f"{name}.") for name in free)):
+        return f"{key}{where} is not set by the files of this run. If it is meant, add it with ++{key}=VALUE."
+    if last in ELSEWHERE:
+        return f"{key}{where} is not a setting; {ELSEWHERE[last]}."
+    if not near:
+        return f"{key}{where} is not a setting; --help lists them."
+    root = parent._get_root() if isinstance(parent, DictConfig) else None
+    above, _, name = near[0].rpartition(".")
+    node = OmegaConf.select(root, above, throw_on_resolution_failure=False) if root is not None and above else root
+    return f"{key}{where} is not a setting; did you mean {near[0]}{told(hints.get(near[0]), node, name)}?"
+
+
+def _nearest_sentence(key: str) -> str:
+    near = difflib.get_close_matches(key, setting_names(), 1)
+    return f" Did you mean ~{near[0]}?" if near else ""
 
 
 def _hints(cls: type, where: str) -> Iterator[tuple[str, Any]]:
-    for name, hint in typing.get_type_hints(cls).items():
+    for name, hint in typing.get_type_hints(cls, include_extras=True).items():
         yield f"{where}{name}", hint
-        if dataclasses.is_dataclass(hint) and hint is not Target:
+        if dataclasses.is_dataclass(hint):
             yield from _hints(typing.cast(type, hint), f"{where}{name}.")
 
 

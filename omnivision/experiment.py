@@ -59,13 +59,18 @@ PIECE_BYTES = 1 << 20
 
 
 def facts(
-    config_text: str, values: Mapping[str, Any], splits: Iterable[Split], plan: EpochPlan | None
+    config_text: str,
+    values: Mapping[str, Any],
+    splits: Iterable[Split],
+    plan: EpochPlan | None,
+    inference: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What identifies an experiment, of values that JSON has. `config_text` is the configuration, interpolations unresolved;
-    `values` are the settings that it gave, flat.
+    `values` are the settings that it gave, flat. `inference` is for those who show its model other films (`omnivision.load`).
     """
     return {
-        "settings": {name: _told(raw, values.get(name)) for name, raw in flat(yaml.safe_load(config_text)).items()},
+        "inference": dict(inference or {}),
+        "settings": {name: _told(raw, values.get(name)) for name, raw in flat_text(config_text).items()},
         "clips of a step": {} if plan is None else {name: source.clips for name, source in plan.sources.items()},
         "data": {
             f"datasets.{split.name}.{split.which}.{what}": fingerprint(Path(file))
@@ -115,7 +120,7 @@ def changed_settings(file: Path, text: str) -> list[str]:
     then = flat_file(file)
     if then is None:
         return ["what it had cannot be read from its config.yaml"]
-    return [change for change, _ in changes(then, flat(yaml.safe_load(text)))]
+    return [change for change, _ in changes(then, flat_text(text))]
 
 
 def require_same_settings(file: Path, text: str) -> None:
@@ -124,7 +129,7 @@ def require_same_settings(file: Path, text: str) -> None:
     Of a file that cannot be read nothing is said: the run's checkpoint has the last word.
     """
     then = flat_file(file)
-    altering, _ = altering_settings(then, flat(yaml.safe_load(text))) if then is not None else ([], [])
+    altering, _ = altering_settings(then, flat_text(text)) if then is not None else ([], [])
     if altering:
         raise UserError(refusal(str(file.parent), altering))
 
@@ -145,11 +150,21 @@ def listed(changes: Sequence[str]) -> str:
     return "; ".join(shown) + (f"; and {more} more" if more else "")
 
 
+def flat_text(text: str) -> dict[str, Any]:
+    """The flat configuration of a text, interpolations as they are written."""
+    return flat(yaml.safe_load(text))
+
+
 def flat_file(file: Path) -> dict[str, Any] | None:
-    """The flat configuration in a file; None if it cannot be read."""
+    """The flat configuration in a file, which may come from anywhere; None if it cannot be read."""
     try:
-        return flat(yaml.safe_load(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, yaml.YAMLError):
+        text = file.read_text(encoding="utf-8") if file.is_file() else ""
+        if "*" in text and any(
+            isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)
+        ):
+            return None  # no run writes such, and a few of them can stand for billions
+        return flat_text(text)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError, RecursionError):
         return None
 
 
@@ -192,6 +207,14 @@ def versions() -> dict[str, str]:
 def written(experiment: Mapping[str, Any]) -> str:
     """As text, for a checkpoint."""
     return json.dumps(experiment, default=str)
+
+
+def inference(said: Any) -> Mapping[str, Any]:
+    """What a file of weights says of how films are shown to its model; nothing else is believed of it than plain values."""
+    if not isinstance(said, Mapping):
+        return {}
+    found = said.get("inference", (read(said.get("experiment")) or {}).get("inference"))
+    return found if isinstance(found, Mapping) else {}
 
 
 def read(text: Any) -> dict[str, Any] | None:

@@ -214,11 +214,25 @@ def transformer(width: int, depth: int) -> int:
     return depth * (12 * width * width + 13 * width)
 
 
+def looked_for(split: Split) -> list[str]:
+    """Some files of a split, spread over it."""
+    return [split.path(number) for number in sorted({len(split) * part // LOOKED_FOR for part in range(LOOKED_FOR)})]
+
+
+def worker_warnings(settings: Settings) -> list[str]:
+    """A sentence when more data workers are asked for than this machine has cores; of a cluster's nodes nobody knows."""
+    workers = settings.launcher.gpus_per_node * settings.trainer.data.num_workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if settings.submitit.use_cluster or workers <= cores:
+        return []
+    return [f"{workers} data workers share {cores} cores, and get in one another's way. Set num_workers lower."]
+
+
 def file_warnings(splits: list[Split]) -> list[str]:
     """Sentences about splits of which none of some files, spread over them, is there."""
     found = []
     for split in splits:
-        paths = [split.path(number) for number in {len(split) * part // LOOKED_FOR for part in range(LOOKED_FOR)}]
+        paths = looked_for(split)
         if not any(Path(path).exists() for path in paths):
             found.append(
                 f"none of {len(paths)} files that were looked for of {split.name}'s {split.which} split is there, e.g. "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
 import json
 import logging
@@ -62,6 +61,7 @@ def run_process(job: Job, place: Place | None, record: JobRecord | None = None) 
             stop.hear()
             from omnivision import build, checkpoint
             from omnivision.distributed import Place
+            from omnivision.experiment import flat_text
             from omnivision.files import remove_leftovers
             from omnivision.reporting.reporter import Reporter
 
@@ -84,11 +84,13 @@ def run_process(job: Job, place: Place | None, record: JobRecord | None = None) 
                 stop.end_at(processes.gather(stop.deadline)[0])
             newest = processes.gather(checkpoint.seen(folder.checkpoints))[0]
             checkpoint.wait_to_see(newest, folder.checkpoints)
-            reporter = Reporter(folder, enabled=processes.is_main)
+            told = flat_text(job.config_text)  # unresolved: nothing of the environment
+            reporter = Reporter(folder, processes.is_main, also=job.settings.trainer.logging.also, settings=told)
             if taken_over:
                 reporter.say(taken_over)
             trainer = processes.together(lambda: ready_trainer(job, processes, folder, reporter, stop))
             assert trainer is not None
+            processes.together(lambda: reporter.connect(trainer.global_step), only_main=True)
             trainer.join_processes()
             ending.peers.start()
             ending.begun = processes.is_main
@@ -97,7 +99,7 @@ def run_process(job: Job, place: Place | None, record: JobRecord | None = None) 
             if ending.begun:
                 note_beginning(job, folder, trainer, reporter, on_cluster=record is not None)
             stop.patience()
-            with contextlib.closing(reporter):
+            with reporter:
                 trainer.validate_only() if validating else trainer.fit()
             ending.peers.end()
             processes.close()
@@ -146,7 +148,8 @@ def ready_trainer(job: Job, processes: Processes, folder: RunFolder, reporter: R
         used = [data for data in (trainer.train, trainer.val) if data is not None]
         splits = [split for data in used for split in data.dataset.splits]
         plan = None if trainer.train is None else trainer.train.plan
-        trainer.experiment = facts(job.config_text, flat(asdict(job.settings)), splits, plan)
+        values = flat(asdict(job.settings))
+        trainer.experiment = facts(job.config_text, values, splits, plan, build.shown(job.settings))
     for source in trainer.sources:
         reporter.say(f"Averages {source.path} (SHA-256 {source.sha256[:12]}...)")
     if take_up(trainer):

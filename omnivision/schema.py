@@ -9,8 +9,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -56,6 +58,7 @@ class Target(dict[str, Any]):
     """An object to build: `_target_` and its arguments. Not a type to instantiate; it marks fields of a schema."""
 
 
+NAMES: dict[Any, str] = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 _ABSENT = object()
 MEANT = {"gpu": "cuda"}  # what letters do not tell
 
@@ -83,7 +86,7 @@ class Reader:
         before = len(self.problems) + len(self.missing)
         for key in node:
             if key not in hints:
-                self.problems.append(unknown_key(str(key), list(hints), where, () if where else self.groups))
+                self.problems.append(unknown_key(str(key), hints, where, node, () if where else self.groups))
         values = {}
         for field in dataclasses.fields(cls):
             value = self._field(hints[field.name], node, field, f"{where}.{field.name}" if where else field.name)
@@ -109,7 +112,8 @@ class Reader:
             return None  # what it points to is reported as missing itself
         except OmegaConfBaseException as error:
             # A value where `${...}` leads through a group is wrong itself, and told as that.
-            problems = self.echoes if "is not a container" in str(error) else self.problems
+            echo = "is not a container" in str(error) or self._repeats_a_setting(node, key)
+            problems = self.echoes if echo else self.problems
             problems.append(f"{where} cannot be resolved: {str(error).splitlines()[0]}.")
             return None
         before = len(self.problems)
@@ -118,6 +122,15 @@ class Reader:
             self.echoes += self.problems[before:]
             del self.problems[before:]
         return checked
+
+    def _repeats_a_setting(self, node: DictConfig | ListConfig, key: Any) -> bool:
+        """Whether an item is `${name}` of a setting that is there, and reported itself."""
+        raw = OmegaConf.to_container(node, resolve=False)[key]  # type: ignore[index]
+        name = re.fullmatch(r"\$\{([\w.]+)\}", raw) if isinstance(raw, str) else None
+        there: Any = self.root if name is not None else None
+        for part in name[1].split(".") if name is not None else ():
+            there = there._get_node(part, validate_access=False) if isinstance(there, DictConfig) else None
+        return there is not None
 
     def value(self, hint: Any, value: Any, where: str) -> Any:
         """A value checked against a type: a plain Python object; None after a problem."""
@@ -156,13 +169,20 @@ class Reader:
             return float(value)
         if isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
             return value
-        names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
         advice = ""
-        if hint in (int, float) and isinstance(value, str) and looks_like_yaml_number(value):
+        if (
+            hint in (int, float)
+            and isinstance(value, str)
+            and value.isascii()
+            and value.isdigit()
+            and str(int(value)) == value
+        ):
+            advice = " (in quotes it is a text; leave them out)"
+        elif hint in (int, float) and isinstance(value, str) and looks_like_yaml_number(value):
             advice = " (YAML reads such a number in base 8 or 60; write it in plain decimal)"
         if hint is str and isinstance(value, (bool, int, float)):
             advice = " (in quotes it is one; on the command line in two kinds of them, the outer ones for the shell)"
-        return self._wrong(where, value, names[hint] + advice)
+        return self._wrong(where, value, NAMES[hint] + advice)
 
     def _annotated(self, arguments: tuple, value: Any, where: str) -> Any:
         hint, *notes = arguments
@@ -223,10 +243,44 @@ def looks_like_yaml_number(text: str) -> bool:
     return bool(text) and text.strip("+-").replace(":", "").replace("_", "").replace(".", "").isdigit()
 
 
-def unknown_key(key: str, known: list[str], where: str, groups: tuple[str, ...] = ()) -> str:
-    """One sentence about a key that the schema does not have, with the nearest that it has, or the nearest group."""
-    near = difflib.get_close_matches(key, [*known, *groups], 1, cutoff=0.6)
-    place = f"{where}.{key}" if where else key
-    if near:
-        return f"{place} is not a setting; did you mean {f'{where}.' if where else ''}{near[0]}?"
-    return f"{place} is not a setting; {where or 'the top level'} has {', '.join(sorted(known))}."
+def unknown_key(key: str, hints: Mapping[str, Any], where: str, node: Any = None, groups: tuple[str, ...] = ()) -> str:
+    """One sentence about a key that the schema does not have, with the nearest that it has, or the nearest group.
+
+    `hints` are the keys that stand there, with their types; `node` holds their values.
+    """
+    near = difflib.get_close_matches(key, [*hints, *groups], 1, cutoff=0.6)
+    before = f"{where}." if where else ""
+    if not near:
+        return f"{before}{key} is not a setting; {where or 'the top level'} has {', '.join(sorted(hints))}."
+    return f"{before}{key} is not a setting; did you mean {before}{near[0]}{told(hints.get(near[0]), node, near[0])}?"
+
+
+def told(hint: Any, node: Any, key: str) -> str:
+    """A setting's type and present value, to follow its name: ", a whole number at least 1 (200 here)"."""
+    if hint is None:
+        return ""
+    try:
+        value = node[key] if isinstance(node, DictConfig) and key in node else None
+    except OmegaConfBaseException:  # it cannot be resolved, or is missing
+        value = None
+    here = f" ({value} here)" if isinstance(value, (bool, int, float, str)) and value != "" else ""
+    return f", {described(hint)}{here}"
+
+
+def described(hint: Any) -> str:
+    """What values of a type are, in words."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        notes = [note for note in arguments[1:] if isinstance(note, Range)]
+        # Bounds that only keep sums from overflowing are told when they are passed.
+        notes = [dataclasses.replace(note, high=None if (note.high or 0) >= 1e9 else note.high) for note in notes]
+        return " ".join([described(arguments[0]), *map(str, notes)]).strip()
+    if origin in (Union, types.UnionType):
+        return " or ".join("null" if each is type(None) else described(each) for each in arguments)
+    if origin is Literal:
+        return f"one of {', '.join(map(str, arguments))}"
+    if origin in (list, tuple):
+        return "a list"
+    if hint is Target:
+        return "an object (_target_ and its arguments)"
+    return NAMES.get(hint, "a group of settings")

@@ -122,7 +122,9 @@ class DistributedSettings:
 @dataclass
 class LoggingSettings:
     log_freq: Natural
+    also: list[Literal["wandb", "mlflow"]]
     pictures_every_epochs: Natural | None
+    peak_tflops: Positive | None
 
 
 @dataclass

@@ -6,19 +6,22 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from omegaconf import DictConfig
 
 from omnivision.errors import UserError
-from omnivision.schema import Reader, unknown_key
-from omnivision.settings import DECODER, GROUPS, DataSettings, ImageSettings, Settings
+from omnivision.schema import Natural, Reader, unknown_key
+from omnivision.settings import DECODER, GROUPS, DataSettings, ImageSettings, Settings, Share
 
 
-def check(config: DictConfig) -> Settings:
-    """Settings from a composed configuration. Raises UserError listing every problem, and all that is missing."""
+def check(config: DictConfig, origin: Callable[[str], str] = lambda key: "") -> Settings:
+    """Settings from a composed configuration. Raises UserError listing every problem, and all that is missing.
+
+    `origin` tells where a setting was written (`origins.origin_of`).
+    """
     if "site" in config:
         raise UserError(_site_problem(config.site))
     reader = Reader(config, GROUPS)
@@ -28,10 +31,20 @@ def check(config: DictConfig) -> Settings:
         problems.append(f"Missing: {', '.join(dict.fromkeys(reader.missing))}.{_advice(reader.missing)}")
     if settings is not None and not problems:
         problems += contradictions(settings)
+    problems = [_located(problem, origin) for problem in problems]
     if problems:
         raise UserError.of(problems)
     assert settings is not None
     return settings
+
+
+def _located(problem: str, origin: Callable[[str], str]) -> str:
+    """A sentence that begins with the name of a setting, with where it was written behind the name."""
+    name = problem.partition(" ")[0].partition("[")[0]
+    where = origin(name)
+    if where.startswith(" (argument") and " is not a" not in problem:
+        return problem  # the value, which it tells, is what was typed
+    return f"{name}{where}{problem.removeprefix(name)}"
 
 
 def _site_problem(site: Any) -> str:
@@ -64,8 +77,8 @@ def contradictions(settings: Settings) -> list[str]:
         )
     trunk: dict[str, Any] = model.get("trunk", {})
     decoder: dict[str, Any] = model.get("decoder", {})
-    known = [*DECODER, "attention", "share"]
-    problems += [unknown_key(key, known, "trainer.model.decoder") for key in decoder if key not in known]
+    known = dict.fromkeys(DECODER, Natural) | {"attention": Literal["self", "cross"], "share": Share}
+    problems += [unknown_key(key, known, "trainer.model.decoder", decoder) for key in decoder if key not in known]
     if (attention := decoder.get("attention", "self")) not in ("self", "cross"):
         problems.append(f"trainer.model.decoder.attention is {attention!r}; expected self (the recipe) or cross.")
     share = decoder.get("share", 1)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import ast
 import difflib
 import functools
-from collections.abc import Sequence
+import importlib.util
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,26 +50,33 @@ def target_problems(node: Any, where: str, trusted: Sequence[str] = ()) -> list[
             "from others too, and may not build just anything. For classes of your own set "
             "'++trainer.trust_targets=[PACKAGE]'; building one runs its code.",
         ]
-    if not target.startswith("omnivision."):
-        return problems
-    signature = signature_of(target)
+    own, signature = target.startswith("omnivision."), signature_of(target)
     if signature is None:
-        return [*problems, f"{where}._target_ is {target!r}, which does not exist{_near_target(target)}."]
+        return (
+            problems
+            if not own
+            else [*problems, f"{where}._target_ is {target!r}, which does not exist{_near_target(target)}"]
+        )
     given = {key: value for key, value in node.items() if not key.startswith("_")}
-    shown = ", ".join(signature)
     for key in given:
         if key in SUPPLIED and key in signature:
             problems.append(f"{where}.{key} comes from the catalog (datasets.NAME.num_classes). Remove it.")
-        elif key not in signature:
+        elif key not in signature and "**" not in signature:
             near = difflib.get_close_matches(key, signature, 1)
-            guess = f"; did you mean {near[0]}?" if near else ""
-            problems.append(f"{where}.{key} is not an argument of {target}({shown}){guess}.")
-        elif sentence := _type_problem(given[key], signature[key].annotation, f"{where}.{key}"):
+            guess = f"; did you mean {near[0]}?" if near else "."
+            problems.append(f"{where}.{key} is not an argument of {target}({shown(signature)}){guess}")
+        elif key in signature and (sentence := _type_problem(given[key], signature[key].annotation, f"{where}.{key}")):
             problems.append(sentence)
     absent = [n for n, parameter in signature.items() if parameter.required and n not in given and n not in SUPPLIED]
-    if absent:
-        problems.append(f"{where} lacks {', '.join(absent)}, needed by {target}({shown}).")
+    if own and absent:  # what others lack, a model's parameters say, `build` gives them
+        problems.append(f"{where} lacks {', '.join(absent)}, needed by {target}({shown(signature)}).")
     return problems
+
+
+def shown(signature: Mapping[str, Parameter]) -> str:
+    """The parameters of a signature with their types, those that may be left out in brackets."""
+    each = [(f"{name}: {parameter.annotation}", parameter.required) for name, parameter in signature.items()]
+    return ", ".join(text if required else f"[{text}]" for text, required in each)
 
 
 def is_allowed(target: str, trusted: Sequence[str] = ()) -> bool:
@@ -75,9 +84,15 @@ def is_allowed(target: str, trusted: Sequence[str] = ()) -> bool:
     return known or any(target.startswith(f"{package}.") for package in (*OWN, *trusted))
 
 
-@functools.cache
 def signature_of(target: str) -> dict[str, Parameter] | None:
-    """Parameters of a class or function of this project by name; None if there is no such thing."""
+    """Parameters of what a name leads to, read off the source without importing it. None if there is no such thing here, or
+    if the source of another package does not say.
+    """
+    return _signature_here(target) if target.startswith("omnivision.") else _signature_elsewhere(target)
+
+
+@functools.cache
+def _signature_here(target: str) -> dict[str, Parameter] | None:
     *modules, name = target.split(".")[1:]
     file = PACKAGE.joinpath(*modules).with_suffix(".py") if modules else PACKAGE / "__init__.py"
     if not file.is_file():
@@ -87,6 +102,33 @@ def signature_of(target: str) -> dict[str, Parameter] | None:
     if isinstance(found, ast.FunctionDef):
         return _of_function(found, skip=0)
     return _of_class(found, definitions) if isinstance(found, ast.ClassDef) else None
+
+
+@functools.cache
+def _signature_elsewhere(target: str) -> dict[str, Parameter] | None:
+    package, *inner, name = target.split(".")
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        return None
+    if spec.submodule_search_locations:
+        place = Path(spec.submodule_search_locations[0], *inner)
+        files = sorted(place.glob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
+    else:
+        files = [Path(spec.origin)]
+    for file in files:
+        try:
+            text = file.read_text(encoding="utf-8")
+            body = ast.parse(text).body if f"class {name}" in text else []
+        except (OSError, ValueError, SyntaxError):  # it says what is wrong when it is imported
+            return None
+        definitions = {node.name: node for node in body if isinstance(node, ast.ClassDef)}
+        found = definitions.get(name)
+        if found is None:
+            continue
+        says = any(isinstance(item, ast.FunctionDef) and item.name == "__init__" for item in found.body)
+        if says or not found.bases:  # else what it inherits may say
+            return _of_class(found, definitions)
+    return None
 
 
 def _of_class(cls: ast.ClassDef, definitions: dict[str, Any]) -> dict[str, Parameter]:
@@ -106,10 +148,13 @@ def _of_class(cls: ast.ClassDef, definitions: dict[str, Any]) -> dict[str, Param
 def _of_function(function: ast.FunctionDef, skip: int) -> dict[str, Parameter]:
     arguments = function.args.args[skip:]
     required = len(arguments) - len(function.args.defaults)
-    return {
+    found = {
         argument.arg: Parameter(ast.unparse(argument.annotation) if argument.annotation else "Any", i < required)
         for i, argument in enumerate(arguments)
     }
+    for argument in function.args.kwonlyargs:
+        found[argument.arg] = Parameter(ast.unparse(argument.annotation) if argument.annotation else "Any", False)
+    return found | ({"**": Parameter("Any", False)} if function.args.kwarg else {})
 
 
 def _type_problem(value: Any, annotation: str, where: str) -> str | None:
@@ -119,15 +164,20 @@ def _type_problem(value: Any, annotation: str, where: str) -> str | None:
         "str": ((str,), "a text"),
         "bool": ((bool,), "true or false"),
     }
-    if annotation.startswith("Literal["):
+    if re.fullmatch(r"Literal\[[^][]*\]", annotation):
         choices = ast.literal_eval(f"({annotation.removeprefix('Literal[').removesuffix(']')},)")
-        near = difflib.get_close_matches(str(value), choices, 1)
+        texts = list(map(str, choices))
+        near = difflib.get_close_matches(str(value), texts, 1)
         guess = f"; did you mean {near[0]}?" if near else ""
-        return None if value in choices else f"{where} is {value!r}; expected one of {', '.join(choices)}{guess}."
+        return None if value in choices else f"{where} is {value!r}; expected one of {', '.join(texts)}{guess}."
     if not isinstance(value, dict) and (annotation.startswith("dict[") or annotation in own_classes()):
         return f"{where} is {value!r}; expected a group of settings."
     if annotation in own_classes() and "_target_" not in value:
         return f"{where} has no _target_; expected an object: a mapping with _target_, the full name of its class."
+    if annotation.startswith("Optional[") or annotation.endswith(" | None"):
+        if value is None:
+            return None
+        annotation = annotation.removeprefix("Optional[").removesuffix("]").removesuffix(" | None")
     if annotation not in kinds:
         return None
     accepted, expected = kinds[annotation]
@@ -138,7 +188,7 @@ def _type_problem(value: Any, annotation: str, where: str) -> str | None:
 
 def _near_target(target: str) -> str:
     near = difflib.get_close_matches(target, own_definitions(), 1)
-    return f"; did you mean {near[0]}?" if near else ""
+    return f"; did you mean {near[0]}?" if near else "."
 
 
 def own_classes() -> set[str]:

@@ -68,6 +68,7 @@ class Options:
     save_every_steps: int | None = None
     max_skipped_steps: int = 0
     allow_changes: bool = False
+    full_speed: float | None = None  # clips a second of one device at its peak
 
 
 class Trainer:
@@ -178,7 +179,9 @@ class Trainer:
                     "loss": self.watch.loss,
                     "lr": self.optimizer.lr,
                     "grad_norm": self.watch.norm,
-                } | interval.figures()
+                } | interval.figures(self.processes.device)
+                if options.full_speed is not None:
+                    figures["mfu"] = figures["clips_per_second"] / self.processes.world / options.full_speed
                 self.last |= figures
                 self.reporter.step(epoch, options.max_epochs, self.global_step, figures)
                 interval = Interval()

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from omnivision import experiment
 from omnivision.checkpoint import read as read_checkpoint
 from omnivision.checkpoint import verified_digest
 from omnivision.errors import UserError
@@ -42,6 +43,7 @@ class Weights:
     sha256: str
     architecture: Mapping[str, Any] = field(default_factory=dict)
     sources: Any = None
+    inference: Mapping[str, Any] = field(default_factory=dict)  # how films were shown to it (`experiment.facts`)
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,8 @@ def read(source: str | Path, averaged: bool = True) -> Weights:
             )
         state |= average
     sources = found.get("sources") if isinstance(found, Mapping) else None
-    return Weights(state, path, digest, architecture if isinstance(architecture, dict) else {}, sources)
+    described = architecture if isinstance(architecture, dict) else {}
+    return Weights(state, path, digest, described, sources, experiment.inference(found))
 
 
 def read_several(sources: str | Sequence[str]) -> list[Weights]:
@@ -326,7 +329,8 @@ def _load_safetensors(path: Path) -> dict[str, Any]:
             told = json.loads((file.metadata() or {}).get("omnivision", "{}"))
     except (SafetensorError, OSError, ValueError) as error:
         raise BrokenCheckpoint(f"{path} does not load: {error}") from error
-    return {"model": state, "architecture": told.get("architecture") if isinstance(told, dict) else None}
+    said = told if isinstance(told, dict) else {}
+    return {"model": state, "architecture": said.get("architecture"), "inference": said.get("inference")}
 
 
 def _state_dict(found: Any, path: Path) -> dict[str, Tensor]:

@@ -5,18 +5,21 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 import unittest
 from pathlib import Path
 
 import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
+from PIL import Image
 
 from omnivision import build, dry
 from omnivision.errors import UserError
 from omnivision.settings import Settings
 from omnivision.settings_check import check
 from omnivision.settings_yaml import read_numbers_as_written
+from tests import runs
 from tests.runs import ROOT, STAGE_1
 
 CONFIG = ROOT / "config"
@@ -223,22 +226,42 @@ class Script(unittest.TestCase):
 
     def test_dry_tells_what_the_run_would_be_and_touches_nothing(self):
         made = settings(*STAGE_1, FOLDER)
-        text = dry.describe(made)
+        text = dry.describe(made, *dry.built(made))
         self.assertRegex(text, r"94\.\d+ M parameters")
         self.assertRegex(text, r"128 clips a step = 32 videos x 4 views, over 8 processes")
         self.assertIn("lr 5e-07 -> peak 0.0008 -> 0", text)
         self.assertRegex(text, r"\d+\.\d+ GFLOPs")
         self.assertEqual(text.count("tensors, "), 2)
+        self.assertRegex(text, r"What would stop this run here:\n- datasets.k150.train.paths: no such file: ")
         self.assertFalse(os.path.exists("/nowhere"))
+        [line] = [line for line in text.splitlines() if line.startswith("lr ")]
+        curve = line.split()[1]
+        self.assertEqual((len(curve), curve[0], curve[-1]), (dry.WIDTH, dry.BLOCKS[0], dry.BLOCKS[0]))
+        self.assertEqual(curve.index(dry.BLOCKS[-1]), curve.find(dry.BLOCKS[-1]))
+        peak = curve.index(dry.BLOCKS[-1]) / dry.WIDTH
+        self.assertLess(abs(peak - 0.05), 0.05, "warm-up takes a twentieth")
+
+    def test_dry_counts_samples_files_and_steps_and_draws(self):
+        with tempfile.TemporaryDirectory() as name:
+            data = runs.write_split(Path(name), runs.real_films() * 16 + ["/gone.mp4"] * 16)
+            script_made = script(*STAGE_1, *data, f"launcher.experiment_log_dir={name}/run", "submitit.use_cluster=true",
+                                 "batch_size=8", "epochs=3", "trainer.mode=dry")  # fmt: skip
+            self.assertEqual(script_made.returncode, 0, script_made.stderr)
+            self.assertRegex(script_made.stdout, r"k150, train: 64 samples; of 16 of their files 12 are there")
+            self.assertRegex(script_made.stdout, r"steps +1 an epoch x 3 epochs = 3")
+            self.assertIn("#SBATCH --nodes=8", script_made.stdout)
+            self.assertEqual(os.listdir(f"{name}/run"), ["dry.png"])
+            with Image.open(f"{name}/run/dry.png") as picture:
+                self.assertGreater(picture.width, 500)
 
     def test_dry_of_every_stage(self):
         for kind, (experiment, recipe) in KINDS.items():
             made = settings(
                 f"+experiments=omnimae/{experiment}", f"+trainer={recipe}", f"trainer/model=vittiny{kind}", NOTHING
             )
-            self.assertRegex(dry.describe(made), r"GFLOPs a clip")
+            self.assertRegex(dry.describe(made, *dry.built(made)), r"GFLOPs a clip")
         probe = settings("+experiments=omnimae/omnimain_train_video_lp", "+trainer=mae_ft_ucf101_config", NOTHING)
-        self.assertRegex(dry.describe(probe), r"frozen +86\.\d+ M parameters: a forward pass alone")
+        self.assertRegex(dry.describe(probe, *dry.built(probe)), r"frozen +86\.\d+ M parameters: a forward pass alone")
 
     def test_flops_are_those_of_the_layers(self):
         made = settings(*STAGE_1, FOLDER)
@@ -249,7 +272,9 @@ class Script(unittest.TestCase):
 
         expected = 12 * block(visible, width) + 4 * block(tokens, small)
         expected += 2 * visible * 1536 * width + 2 * tokens * width * small + 2 * 1411 * small * 1536
-        self.assertAlmostEqual(dry.gflops(made, build.model(made, "meta")), expected / 1e9, delta=0.01)
+        self.assertAlmostEqual(
+            build.clip_cost(made, build.model(made, "meta")).forward_flops / 1e9, expected / 1e9, delta=0.01
+        )
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ class Cross(unittest.TestCase):
             ("attention=both", "decoder.attention is 'both'; expected self .the recipe. or cross"),
             ("share=0", "decoder.share is 0; expected the share"),
             ("share=half", "decoder.share is 'half'"),
-            ("shrae=1", "decoder.shrae is not a setting; did you mean trainer.model.decoder.share"),
+            ("shrae=1", "decoder.shrae .argument .* is not a setting; did you mean trainer.model.decoder.share"),
         ):
             with tempfile.TemporaryDirectory() as folder:
                 made = stages.here(

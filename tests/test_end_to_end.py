@@ -32,7 +32,8 @@ class Stage1(unittest.TestCase):
     def test_what_a_run_leaves(self):
         self.assertEqual(self.result.returncode, 0, self.result.stderr)
         self.assertRegex(
-            self.result.stdout, r"step 6/6  loss \d\.\d+  [\d.]+ clips/s  waiting for data \d+%  ETA 0:00:00"
+            self.result.stdout,
+            r"step 6/6  loss \d\.\d+  [\d.]+ clips/s  waiting for data \d+%  \d+\.\d GB  ETA 0:00:00",
         )
         found = {str(path.relative_to(self.whole)) for path in self.whole.rglob("*")}
         expected = {"config.yaml", "summary.json", "logs/metrics.jsonl", "logs/rank_0.log", "checkpoints/checkpoint.pt"}

@@ -183,7 +183,7 @@ class HuggingFace(Case):
         with torch.no_grad():
             self.assertLess((theirs(clip.transpose(1, 2)).logits - model(clip)).abs().max(), 5e-5)
         self.assertEqual({path.name for path in out.iterdir()}, {
-            "config.json", "model.safetensors", "preprocessor_config.json"
+            "README.md", "config.json", "model.safetensors", "preprocessor_config.json"
         })  # fmt: skip
         pixels = VideoMAEImageProcessor.from_pretrained(out, local_files_only=True)
         frame = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)

@@ -24,9 +24,10 @@ FLOORS = {
     ],
     2: ["data", "models", "optim", "demo"],
     3: ["tasks", "evaluation", "prepare"],
-    4: ["experiment", "checkpoint_shards", "checkpoint", "reporting", "weights", "interop", "slurm"],
-    5: ["run_state", "steps", "trainer", "resuming"],
-    6: "settings_yaml targets schema settings settings_check settings_submitit composition preflight build dry usage".split(),
+    4: ["experiment", "checkpoint_shards", "checkpoint", "reporting", "weights", "interop", "slurm", "utilisation"],
+    5: ["run_state", "steps", "trainer", "resuming", "inference", "report"],
+    6: "settings_yaml targets schema settings settings_check settings_submitit origins composition preflight build dry "
+    "usage".split(),
     7: ["jobs", "job_record", "ending", "process", "local", "submission", "launch", "cli"],
 }
 # Within a floor, these are above the others.
@@ -62,7 +63,8 @@ RAISED = {
 }
 ALLOWED = {
     "hydra": {"train_app_submitit", "omnivision.build"},
-    "omegaconf": {"train_app_submitit", "omnivision.settings_check", "omnivision.schema", "omnivision.launch"},
+    "omegaconf": {"train_app_submitit"}
+    | {f"omnivision.{name}" for name in ("settings_check", "schema", "composition", "launch")},
     "submitit": {"omnivision.launch"},
     "av": {"omnivision.data.decode", "omnivision.data.encode"},
     "yaml": {
@@ -70,7 +72,12 @@ ALLOWED = {
         "omnivision.settings_yaml",
         "omnivision.prepare.catalog_file",
         "omnivision.experiment",
+        "omnivision.origins",
     },
+    "jinja2": {"omnivision.report.page"},
+    "plotly": {"omnivision.report.figures"},
+    "wandb": {"omnivision.reporting.loggers"},
+    "mlflow": {"omnivision.reporting.loggers"},
 }
 NEVER = {"pytorchvideo", "decord", "cv2", "pickle", "cloudpickle", "dill", "joblib"}
 
@@ -84,7 +91,7 @@ def modules() -> dict[str, ast.Module]:
     return found
 
 
-def imports(tree: ast.Module) -> Iterator[str]:
+def imports(tree: ast.AST) -> Iterator[str]:
     """Full names of what a file imports, inside functions too; `from a import b` gives a.b."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -119,7 +126,10 @@ class Floors(unittest.TestCase):
         compared = 0
         for name, tree in known.items():
             if name == "omnivision":
-                self.assertEqual(list(imports(tree)), [], "importing the package must cost nothing")
+                at_once = [
+                    name for node in tree.body if not isinstance(node, ast.FunctionDef) for name in imports(node)
+                ]
+                self.assertLessEqual(set(at_once), {"__future__.annotations", "typing.Any"}, "it must cost nothing")
                 continue
             for imported in imports(tree):
                 target = next((t for t in (imported, imported.rpartition(".")[0]) if t in known), None)

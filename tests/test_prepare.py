@@ -237,6 +237,31 @@ class ClassFolders(Folder):
         self.assertEqual(self.relative(found["val"], "s"), [("val/c/3.mp4", 2)])
         self.assertIn("1 classes occur in val and not in train: c.", self.errors)
 
+    def test_a_part_held_out(self):
+        """Every class has its share; films of one source stay together, and another share is another dataset."""
+        self.films(
+            *(f"s/{label}/{source}_{part}.mp4" for label in ("jump", "run") for source in "abcd" for part in (1, 2))
+        )
+        found = self.prepared(self.folder / "s", "--hold-out", 0.25)
+        self.assertEqual([len(found["train"]), len(found["val"])], [12, 4])
+        self.assertEqual(sorted(label for _, label in found["val"]), [0, 0, 1, 1])
+        self.assertFalse({path for path, _ in found["train"]} & {path for path, _ in found["val"]})
+        with self.assertRaisesRegex(UserError, "made with other settings .held out"):
+            self.prepared(self.folder / "s", "--hold-out", 0.5)
+        shutil.rmtree(self.out)
+        found = self.prepared(self.folder / "s", "--hold-out", 0.25, "--group-pattern", "(.)_")
+        held = [Path(path).name[0] for path, _ in found["val"]]
+        self.assertEqual((len(held), len(set(held))), (4, 1))
+        shutil.rmtree(self.out)
+        for arguments, saying in (
+            (("--hold-out", 1), "--hold-out is 1.0; expected a share"),
+            (("--group-pattern", "(.)"), "--group-pattern is for --hold-out"),
+            (("--hold-out", 0.2, "--group-pattern", "("), "no regular expression"),
+        ):
+            self.assert_refused(self.folder / "s", self.out, *arguments, saying=saying)
+        self.films("t/train/run/a.mp4", "t/val/run/b.mp4")
+        self.assert_refused(self.folder / "t", self.out, "--hold-out", 0.2, saying="has one. Leave it out")
+
     def test_a_class_may_be_called_train(self):
         self.films("s/train/1.mp4", "s/bus/2.mp4")
         self.prepared(self.folder / "s")

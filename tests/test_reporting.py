@@ -18,7 +18,7 @@ from rich.console import Console
 from omnivision.errors import UserError
 from omnivision.files import remove_leftovers
 from omnivision.reporting import pictures
-from omnivision.reporting.console import ProgressLine
+from omnivision.reporting.console import ProgressLine, Starvation
 from omnivision.reporting.metrics_log import MetricsLog, read_lines
 from omnivision.reporting.predictions import confusion_picture
 from omnivision.reporting.reporter import Reporter
@@ -260,7 +260,7 @@ def some_pictures() -> Pictures:
 
 class Seen(Folder):
     def test_stills_and_moving_pictures(self):
-        animation = pictures.save(some_pictures(), self.folder, "x")
+        pictures.save(some_pictures(), self.folder, "x")
         still = np.asarray(Image.open(self.folder / "x.png"))
         scale = round(pictures.MIN_SIDE / 16)
         self.assertEqual(still.shape[1], 62 + 2 * (24 * scale + pictures.GAP))
@@ -270,7 +270,7 @@ class Seen(Folder):
         self.assertTrue(
             (still[-scale * 16 - pictures.GAP, 62] == some_pictures().columns["original"][3, 0, 0]).all(), first
         )
-        moving = Image.open(io.BytesIO(animation))
+        moving = Image.open(self.folder / "x.gif")
         self.assertEqual((moving.format, moving.n_frames), ("GIF", 4))
 
     def test_tensorboard_gets_scalars_and_the_moving_picture(self):
@@ -310,9 +310,9 @@ class Progress(unittest.TestCase):
     def test_plain_lines_where_there_is_no_terminal(self):
         out = io.StringIO()
         line = ProgressLine(10, 0, Console(file=out, width=40), seconds_between_lines=0)
-        line.step(0, 2, 5, loss=0.5, clips_per_second=12.0, data_wait=0.25)
+        line.step(0, 2, 5, {"loss": 0.5, "clips_per_second": 12.0, "data_wait": 0.25, "memory_gb": 1.5, "mfu": 0.4})
         line.close()
-        text = "epoch 1/2  step 5/10  loss 0.5000  12.0 clips/s  waiting for data 25%  ETA "
+        text = "epoch 1/2  step 5/10  loss 0.5000  12.0 clips/s  waiting for data 25%  1.5 GB  40% of the peak  ETA "
         self.assertTrue(out.getvalue().startswith(text), out.getvalue())
         self.assertEqual(out.getvalue().count("\n"), 1, "one line however narrow the window")
 
@@ -320,13 +320,26 @@ class Progress(unittest.TestCase):
         out = io.StringIO()
         line = ProgressLine(5, 0, Console(file=out, width=200), seconds_between_lines=1000)
         for step in range(1, 6):
-            line.step(0, 1, step, 0.5, 1.0, 0.0)
+            line.step(0, 1, step, {"loss": 0.5, "clips_per_second": 1.0, "data_wait": 0.0})
         self.assertEqual([text.split("step ")[1][:3] for text in out.getvalue().splitlines()], ["1/5", "5/5"])
+
+    def test_a_verdict_when_data_starves_the_step(self):
+        starvation = Starvation()
+        self.assertEqual(
+            [starvation.hear(share) for share in (0.9, 0.8, 0.2, 0.1, 0.0)][:4], [None] * 4, "the first are late"
+        )
+        self.assertEqual([Starvation().hear(0.9) for _ in range(4)], [None] * 4)
+        starvation = Starvation()
+        said = [starvation.hear(0.61) for _ in range(20)]
+        self.assertEqual([text is not None for text in said], [place == 4 for place in range(20)], "once")
+        self.assertRegex(said[4], "^61% of the time .* raise num_workers .* or .* omnivision prepare")
+        starvation = Starvation()
+        self.assertEqual([starvation.hear(0.1) for _ in range(20)], [None] * 20)
 
     def test_a_bar_on_a_terminal(self):
         out = io.StringIO()
         line = ProgressLine(10, 2, Console(file=out, width=150, force_terminal=True))
-        line.step(0, 2, 5, loss=0.5, clips_per_second=12.0, data_wait=0.25)
+        line.step(0, 2, 5, {"loss": 0.5, "clips_per_second": 12.0, "data_wait": 0.25, "memory_gb": 1.5, "mfu": 0.4})
         line.close()
         self.assertIn("5/10", out.getvalue())
         self.assertIn("waiting for data 25%", out.getvalue())

@@ -307,7 +307,7 @@ class Runs(OnPath):
                 self.assertIn(model, said)
                 self.assertRegex(said, rf"batch +{12 * nodes} clips a step.* over {nodes} processes")
                 self.assertRegex(said, rf"sources +{dataset}\n")
-        self.assertEqual(list(self.folder.iterdir()), [])
+        self.assertEqual([path.name for path in self.folder.rglob("*") if path.is_file()], ["dry.png"])
 
     def test_all_stages_in_a_row(self):
         films = stages.write_films(self.folder / "films", 9)

@@ -604,7 +604,7 @@ class Mistakes(OnFilms):
             f"pretrained_checkpoint_path={self.folder}/run",
             "trainer.optim.layer_decay=0.5",
             stage="lp",
-            saying=r"trainer\.freeze is \['trunk\.\*'\] and trainer\.optim\.layer_decay is 0\.5",
+            saying=r"trainer\.freeze .*is \['trunk\.\*'\] and trainer\.optim\.layer_decay is 0\.5",
         )
 
 

@@ -7,16 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
 from omnivision.errors import UserError
+from omnivision.inference import Shown
+from omnivision.interop.card import card
 from omnivision.interop.files import CONFIG, Source, read
 from omnivision.interop.huggingface import preprocessor_config, to_hf
 from omnivision.interop.intake import Imported, by_reason, some
 from omnivision.interop.merge import merge, read_sources
 from omnivision.interop.proof import USUAL, Difference, against_transformers
 from omnivision.interop.published import from_ours
-from omnivision.interop.store import check_target, hf_folder, origin, write_pt, write_safetensors
+from omnivision.interop.store import card_of, check_target, hf_folder, origin, write_card, write_pt, write_safetensors
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -47,7 +47,9 @@ def add_parser(subparsers: Subparsers) -> None:
         "--head", type=int, default=0, metavar="N", help="with --to hf: which of several heads (default 0)"
     )
     parser.add_argument(
-        "--class-names", metavar="FILE", help="with --to hf: one name a line, in the order of the labels"
+        "--class-names",
+        metavar="FILE",
+        help="with --to hf: one name a line, in the order of the labels (default: those of the run)",
     )
     parser.add_argument("--force", action="store_true", help="replace OUT if it is there")
     parser.set_defaults(run=run)
@@ -57,15 +59,26 @@ def run(args: argparse.Namespace) -> int:
     """Write the model, prove it where it can be proved, and say what was written and what was left out; 0."""
     _check_arguments(args)
     source = read(args.checkpoint)
-    check_target(args.out, source, args.force, folder=args.to == "hf")
+    card_file = args.out / "README.md" if args.to == "hf" else card_of(args.out)
+    check_target(args.out, source, args.force, folder=args.to == "hf", card=card_file)
     model = _model(source, args)
     print(f"{source.path}: {model.summary()}")
+    judged = not source.average or args.weights != "model"  # by the run, whose figures are told
     if args.to == "hf":
-        _export_hf(args, model)
+        _export_hf(args, source, model, judged)
     else:
         write = write_pt if args.to == "pt" else write_safetensors
-        write(args.out, model.state, model.architecture, origin(source, "omnivision"))
-        print(f"Wrote {args.out}: {len(model.state)} tensors")
+        shown = Shown.of(model.architecture, source.inference)
+        write(
+            args.out,
+            model.state,
+            model.architecture,
+            {"origin": origin(source, "omnivision"), "inference": shown.written()},
+        )
+        write_card(
+            args.out, card(source, model, args.out.name, judged, [shown.named(n) for n in range(len(shown.names))])
+        )
+        print(f"Wrote {args.out}: {len(model.state)} tensors; and {card_of(args.out)}, what people read of it")
     return 0
 
 
@@ -74,7 +87,9 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise UserError("--sources is for --merge. Add --merge, or leave --sources out.")
     for option, value in (("--class-names", args.class_names), ("--head", args.head)):
         if value and args.to != "hf":
-            raise UserError(f"{option} is for --to hf: other files keep all heads, and no names. Leave {option} out.")
+            raise UserError(
+                f"{option} is for --to hf: other files keep all heads, and the run's names. Leave {option} out."
+            )
 
 
 def _model(source: Source, args: argparse.Namespace) -> Imported:
@@ -84,7 +99,9 @@ def _model(source: Source, args: argparse.Namespace) -> Imported:
             f"{source.path} does not say its architecture ({', '.join(lacking)}), so it is not from a run of this project. "
             f"Bring it in first: omnivision import {args.checkpoint} OUT.pt"
         )
-    state, kind = _weights(source, args.weights), source.architecture.get("kind")
+    state, kind = source.weights(args.weights), source.architecture.get("kind")
+    if source.average and args.weights != "model":
+        print(f"Taking the moving average (--weights ema) of {len(source.average)} tensors")
     if args.merge != (kind == "average"):
         raise UserError(
             f"{source.path} holds a learned average of checkpoints, which is no model without them. Add --merge."
@@ -114,29 +131,13 @@ def _lacking(source: Source) -> list[str]:
     return lacking
 
 
-def _weights(source: Source, wanted: str | None) -> dict[str, Tensor]:
-    """The weights as trained, or with the moving average in the place of those that it is of."""
-    average = source.said.get("ema")
-    if wanted == "ema" and not isinstance(average, dict):
-        raise UserError(
-            f"--weights is ema, and {source.path} has no moving average (trainer.ema_decay was null). Use "
-            "--weights model."
-        )
-    if wanted == "model" or not isinstance(average, dict):
-        return source.state
-    unknown = [name for name, t in average.items() if name not in source.state or not isinstance(t, Tensor)]
-    if unknown:
-        raise UserError(
-            f"{source.path}: its moving average has {unknown[0]!r}, which its model has not. It is damaged."
-        )
-    print(f"Taking the moving average (--weights ema) of {len(average)} tensors")
-    return source.state | average
-
-
-def _export_hf(args: argparse.Namespace, model: Imported) -> None:
-    exported = to_hf(model.state, model.architecture, args.head, _class_names(args.class_names))
+def _export_hf(args: argparse.Namespace, source: Source, model: Imported, judged: bool) -> None:
+    names = _class_names(args.class_names) or Shown.of(model.architecture, source.inference).named(args.head)
+    exported = to_hf(model.state, model.architecture, args.head, names)
     configs = {CONFIG: exported.config, "preprocessor_config.json": preprocessor_config(model.architecture)}
-    with hf_folder(args.out, exported.state, configs) as folder:
+    with hf_folder(
+        args.out, exported.state, configs, card(source, model, args.out.name, judged, [names], hf=True)
+    ) as folder:
         difference = against_transformers(folder, model.state, model.architecture, args.head)
     print(f"Wrote {args.out}: {exported.config['architectures'][0]}, {len(exported.state)} tensors")
     for why, names in by_reason(exported.dropped).items():

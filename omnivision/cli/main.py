@@ -3,29 +3,75 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from omnivision.cli import check_data, demo_data, export, import_weights, prepare, runs, val_split
+from omnivision.cli import (
+    check_data,
+    demo_data,
+    export,
+    import_weights,
+    predict,
+    prepare,
+    reconstruct,
+    report,
+    runs,
+    val_split,
+)
 from omnivision.errors import EXIT_USER, UserError
+from omnivision.streams import be_patient
 
 
 class Parser(argparse.ArgumentParser):
     """Wrong arguments are a mistake like any other: a paragraph, exit code 1."""
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
     def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_USER, f"error: {message}. See {self.prog} --help.\n")
+        self.exit(
+            EXIT_USER, f"error: {message.rstrip('?')}{'?' if message.endswith('?') else '.'} See {self.prog} --help.\n"
+        )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = Parser(
+def parser() -> Parser:
+    """The command and all its subcommands."""
+    made = Parser(
         prog="omnivision",
         description="Tools around the training of video models. Training itself: python train_app_submitit.py --help",
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (demo_data, prepare, val_split, check_data, runs, import_weights, export):
+    commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in (
+        demo_data,
+        prepare,
+        val_split,
+        check_data,
+        runs,
+        report,
+        predict,
+        reconstruct,
+        import_weights,
+        export,
+    ):
         command.add_parser(commands)
-    options = parser.parse_args(arguments)
+    return made
+
+
+def commands(made: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """The parser of each subcommand."""
+    return next(action.choices for action in made._actions if isinstance(action, argparse._SubParsersAction))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    made = parser()
+    options, extra = made.parse_known_args(arguments)
+    if extra:
+        command = commands(made)[options.command]
+        known = [option for action in command._actions for option in action.option_strings]
+        near = difflib.get_close_matches(extra[0].partition("=")[0], known, 1)
+        command.error(f"unrecognized arguments: {' '.join(extra)}" + (f". Did you mean {near[0]}?" if near else ""))
+    be_patient()
     try:
         return int(options.run(options))
     except UserError as error:

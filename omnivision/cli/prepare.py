@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from omnivision.errors import EXIT_INTERRUPTED, UserError
 from omnivision.prepare import dataset
 from omnivision.prepare.catalog_file import entry_lines, updated_catalog, write_catalog
-from omnivision.prepare.listing import label_arrays, label_warnings, path_warnings
+from omnivision.prepare.held_out import groups_of, held_out, pattern_grouping
+from omnivision.prepare.listing import Listing, label_arrays, label_warnings, path_warnings
 from omnivision.prepare.progress import told
 from omnivision.prepare.sources import FORMATS, check_out, find_films, read_source
 from omnivision.prepare.transcode import Recipe
 from omnivision.prepare.workers import default_workers
+
+SEED = 42  # of what is held out; `omnivision val-split` takes another
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -51,6 +57,12 @@ def _add_source_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--prefix", metavar="FOLDER", help=text)
     text = "frames a second of sources that are folders of frames (default 25)"
     group.add_argument("--fps", type=float, default=25.0, metavar="X", help=text)
+    text = "hold this share of the films out as the validation split, where the source has none, e.g. 0.2"
+    group.add_argument("--hold-out", type=float, metavar="X", help=text)
+    text = (
+        "with --hold-out: its first parentheses match the part of a name that tells the source, which stays on one side"
+    )
+    group.add_argument("--group-pattern", metavar="REGEX", help=f"{text} (default: each film is its own)")
     group.add_argument("--no-check-files", action="store_true", help="do not look whether the films are there")
 
 
@@ -72,10 +84,14 @@ def run(args: argparse.Namespace) -> int:
     lists = {split: file for split, file in (("train", args.train), ("val", args.val)) if file}
     listing = read_source(args.source, form=args.format, lists=lists, fold=args.fold)
     classes, labels = label_arrays(listing, _class_names(args.class_names))
+    if args.hold_out is not None:
+        listing, labels = _hold_out(listing, labels, args)
     films = find_films(listing, prefix=args.prefix, check=not args.no_check_files)
     made = [] if recipe is None else list(dataset.results(films, recipe, out).values())
     check_out(args.out, args.source, films, made)
     settings = dataset.stamp_of(args.source, films.prefix, recipe)
+    if args.hold_out is not None:
+        settings["held out"] = [args.hold_out, args.group_pattern]
     dataset.claim(out, settings)
     prefix = films.prefix if recipe is None else str(out.absolute() / recipe.folder)
     fps = args.fps if recipe is None or recipe.frames_fps is None else recipe.frames_fps
@@ -105,6 +121,23 @@ def run(args: argparse.Namespace) -> int:
         write_catalog(Path(args.catalog), catalog)
         print(f"{args.catalog}: the entry datasets.{args.name}")
     return 0
+
+
+def _hold_out(
+    listing: Listing, labels: dict[str, np.ndarray], args: argparse.Namespace
+) -> tuple[Listing, dict[str, np.ndarray]]:
+    """The same with a part of the training split as validation split."""
+    if "val" in listing.splits:
+        raise UserError(
+            f"--hold-out is for sources without a validation split, and {args.source} has one. Leave it out."
+        )
+    rows = listing.splits["train"]
+    paths = [row.path for row in rows]
+    groups = paths if args.group_pattern is None else groups_of(paths, pattern_grouping(args.group_pattern))
+    held = held_out(groups, labels["train"], args.hold_out, SEED)
+    sides = {"train": np.flatnonzero(~held), "val": np.flatnonzero(held)}
+    listing = dataclasses.replace(listing, splits={side: [rows[i] for i in indices] for side, indices in sides.items()})
+    return listing, {side: labels["train"][indices] for side, indices in sides.items()}
 
 
 def _tell(args: argparse.Namespace, written: dataset.Prepared, classes: int) -> None:
@@ -142,6 +175,10 @@ def _recipe(args: argparse.Namespace) -> Recipe | None:
             raise UserError(
                 f"--{name} is {value}; expected frames a second, more than 0 and at most 1000. Change --{name}."
             )
+    if args.hold_out is not None and not 0 < args.hold_out < 1:
+        raise UserError(f"--hold-out is {args.hold_out}; expected a share between 0 and 1. Change --hold-out.")
+    if args.group_pattern is not None and args.hold_out is None:
+        raise UserError("--group-pattern is for --hold-out. Add --hold-out SHARE, or leave --group-pattern out.")
     if args.short_side is None and args.gop is None and args.crf is None and args.frames is None:
         return None
     if args.frames is not None and (args.gop is not None or args.crf is not None):

@@ -9,6 +9,7 @@ import multiprocessing.resource_tracker
 import os
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -220,6 +221,7 @@ def data_loader(dataset: ClipDataset, batches: _Steps | _Videos, workers: Worker
     of the communication backend and delay the notice of a dead peer."""
     context = None
     if workers.num_workers:
+        warnings.filterwarnings("ignore", "This DataLoader will create")  # said once, before the run
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["omnivision.data.dataset"])
         # SLURM signals every process of a job. A worker that ended then would end the run, which still has to save. (Python's

@@ -17,6 +17,7 @@ from torch import Tensor
 from omnivision.checkpoint import read as read_checkpoint
 from omnivision.checkpoint import verified_digest
 from omnivision.errors import UserError
+from omnivision.experiment import inference
 from omnivision.files import BEST, LATEST, sha256
 from omnivision.safe import BrokenCheckpoint, is_ordinary
 
@@ -45,6 +46,34 @@ class Source:
         """What the file says of its model (`omnivision.models.architecture`), empty if nothing."""
         architecture = self.said.get("architecture")
         return architecture if isinstance(architecture, Mapping) else {}
+
+    @property
+    def inference(self) -> Mapping[str, Any]:
+        """How films were shown to its model, as far as the file says."""
+        return inference(self.said)
+
+    @property
+    def average(self) -> dict[str, Tensor]:
+        """The moving average of the weights that a run kept; empty if none."""
+        found = self.said.get("ema")
+        return dict(found) if isinstance(found, dict) else {}
+
+    def weights(self, wanted: str | None = None) -> dict[str, Tensor]:
+        """The weights as trained ("model"), or with the moving average in the place of those that it is of ("ema"; by default
+        where there is one). Raises UserError where there is none, and for one of other tensors.
+        """
+        if wanted == "ema" and not self.average:
+            raise UserError(
+                f"--weights is ema, and {self.path} has no moving average (trainer.ema_decay was null). Use --weights model."
+            )
+        if wanted == "model" or not self.average:
+            return self.state
+        unknown = [name for name, t in self.average.items() if name not in self.state or not isinstance(t, Tensor)]
+        if unknown:
+            raise UserError(
+                f"{self.path}: its moving average has {unknown[0]!r}, which its model has not. It is damaged."
+            )
+        return self.state | self.average
 
     @property
     def config(self) -> Mapping[str, Any]:

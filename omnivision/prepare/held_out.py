@@ -81,7 +81,7 @@ def held_out(groups: list[str], labels: np.ndarray, share: float, seed: int) -> 
     if len(names) < 2:
         raise UserError(
             f"All {len(groups)} videos are of one group ({str(names[0])!r}), which stays on one side. Expected at least two; "
-            "choose another --dataset or --group-pattern."
+            "group them in another way (--group-pattern)."
         )
     order = _order(group, labels, len(names), seed)
     target = min(max(round(share * len(groups)), 1), len(groups) - 1)

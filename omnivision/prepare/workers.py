@@ -83,7 +83,7 @@ def in_processes(
                 yield position, value
     finally:
         for worker in team.values():
-            worker.process.terminate()
+            worker.process.kill()  # SIGTERM may be blocked where a fork server of training workers is shared
         for worker in team.values():
             worker.process.join()
 

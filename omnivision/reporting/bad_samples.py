@@ -48,8 +48,8 @@ class BadSampleLedger:
             listed = "\n".join(f"  {path}: {reason}" for path, reason in list(self._known.values())[:20])
             raise UserError(
                 f"{len(self)} of {self.files} files could not be decoded, more than the budget of {self.budget:.2%} "
-                "(trainer.data.bad_sample_budget). Mend them or take them out of the split, or raise it; if none is found, "
-                f"change datasets.NAME.prefix. All are in {self.path}:\n{listed}",
+                "(trainer.data.bad_sample_budget). omnivision check-data finds all of them. Mend them or take them out of "
+                f"the split, or raise it; if none is found, change datasets.NAME.prefix. All are in {self.path}:\n{listed}",
                 everywhere=True,
             )
 

@@ -4,12 +4,39 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
+from collections.abc import Mapping
 from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 LOG = logging.getLogger("omnivision")
+
+
+STARVED = 0.3  # share of the time spent waiting for data from which on it is worth a word
+LOOKS = 5  # lines of the log before a verdict: the first batches always come late
+AGAIN_SECONDS = 1800.0
+
+
+class Starvation:
+    """Says so when a run waits for data more than it computes should let it; again after half an hour at the earliest."""
+
+    def __init__(self) -> None:
+        self._waits: deque[float] = deque(maxlen=LOOKS)
+        self._said = float("-inf")
+
+    def hear(self, data_wait: float) -> str | None:
+        """The share of the time since the last line; a verdict when there is one to give."""
+        self._waits.append(data_wait)
+        share = sum(self._waits) / LOOKS
+        if len(self._waits) < LOOKS or share < STARVED or time.monotonic() - self._said < AGAIN_SECONDS:
+            return None
+        self._said = time.monotonic()
+        return (
+            f"{share:.0%} of the time is spent waiting for data: raise num_workers (a core each), or make the films quicker to "
+            "read with omnivision prepare --short-side 256 --gop 12."
+        )
 
 
 class ProgressLine:
@@ -34,8 +61,13 @@ class ProgressLine:
             self._task = self._bar.add_task("train", total=total_steps, completed=done, figures="")
             self._bar.start()
 
-    def step(self, epoch: int, epochs: int, step: int, loss: float, clips_per_second: float, data_wait: float) -> None:
-        figures = f"loss {loss:.4f}  {clips_per_second:.1f} clips/s  waiting for data {data_wait:.0%}"
+    def step(self, epoch: int, epochs: int, step: int, told: Mapping[str, float]) -> None:
+        """`told` are the figures of a step: loss, clips_per_second, data_wait, and memory_gb and mfu where they are known."""
+        figures = (
+            f"loss {told['loss']:.4f}  {told['clips_per_second']:.1f} clips/s  waiting for data {told['data_wait']:.0%}"
+        )
+        figures += f"  {told['memory_gb']:.1f} GB" if "memory_gb" in told else ""
+        figures += f"  {told['mfu']:.0%} of the peak" if "mfu" in told else ""
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=step, description=f"epoch {epoch + 1}/{epochs}", figures=figures)
         if time.monotonic() - self.last_line >= self.between or step == self.total:

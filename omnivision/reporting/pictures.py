@@ -38,13 +38,11 @@ def gif_bytes(images: list[Image.Image], milliseconds: int = 150) -> bytes:
     return buffer.getvalue()
 
 
-def save(pictures: Pictures, folder: Path, name: str) -> bytes:
-    """Write `<name>.png` and `<name>.gif`; returns the bytes of the GIF."""
+def save(pictures: Pictures, folder: Path, name: str) -> None:
+    """Write `<name>.png` and `<name>.gif`."""
     folder.mkdir(parents=True, exist_ok=True)
     still(pictures).save(folder / f"{name}.png")
-    animation = gif_bytes(moving(pictures))
-    (folder / f"{name}.gif").write_bytes(animation)
-    return animation
+    (folder / f"{name}.gif").write_bytes(gif_bytes(moving(pictures)))
 
 
 def _scale(pictures: Pictures) -> int:

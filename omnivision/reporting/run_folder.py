@@ -296,4 +296,6 @@ def finite(value: Any) -> Any:
         return [finite(item) for item in value]
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
         return None
+    if isinstance(value, int) and abs(value) > 10**300:  # no number of ours, and none that can be computed with
+        return None
     return value

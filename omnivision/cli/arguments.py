@@ -1,0 +1,46 @@
+"""Arguments that several subcommands share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+
+def at_least(low: int, high: int = 10**9) -> Callable[[str], int]:
+    """A whole number from `low` to `high`, for `type=`."""
+
+    def number(text: str) -> int:
+        if not text.lstrip("+-").isdecimal() or len(text) > 20 or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text[:40]!r}; expected a whole number from {low} to {high}")
+        return int(text)
+
+    return number
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", type=device, default="cpu", help="cpu (default), cuda, or cuda:N")
+
+
+def add_fps(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--fps", type=rate, default=25.0, metavar="X", help="of folders of frames (default 25)")
+
+
+def rate(text: str) -> float:
+    """Frames a second, for `type=`."""
+    try:
+        if 0 < (value := float(text)) <= 1000:
+            return value
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r}; expected frames a second, above 0 and at most 1000")
+
+
+def device(text: str) -> str:
+    """A device that torch has here, for `type=`."""
+    import torch
+
+    kind, _, number = text.partition(":")
+    there = kind == "cuda" and torch.cuda.is_available() and (number or "0").isdecimal()
+    if text != "cpu" and not (there and int(number or 0) < torch.cuda.device_count()):
+        raise argparse.ArgumentTypeError(f"{text!r}; expected cpu, or cuda where there is a GPU")
+    return text

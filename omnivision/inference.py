@@ -1,0 +1,195 @@
+"""A trained model with its preprocessing, for films that are nobody's data set: `omnivision.load` gives one.
+
+model = omnivision.load("runs/ft_ucf101")
+model.predict("film.mp4")                # [Guess(name="archery", label=2, probability=0.93), ...]
+omnivision.load("runs/mae").reconstruct("film.mp4")
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from omnivision.data.batch import Batch
+from omnivision.data.clips import clip_window, uniform_clip_starts
+from omnivision.data.decode import BadVideo, open_video
+from omnivision.data.masking import RandomMask
+from omnivision.data.views import EvalView
+from omnivision.errors import UserError
+from omnivision.interop.files import read
+from omnivision.interop.merge import merge, read_sources
+from omnivision.interop.published import from_ours
+from omnivision.models import architecture
+from omnivision.models.classifier import VideoClassifier
+from omnivision.models.mae import MaskedAutoencoder
+from omnivision.models.patches import token_grid
+from omnivision.tasks.base import Pictures
+from omnivision.tasks.reconstruct import Reconstruct
+
+CLIP_SECONDS = 2.7  # of the recipe, where a file does not say
+MAX_PIXELS = 7680 * 4320
+MASK_RATIO = 0.9
+
+
+@dataclass(frozen=True)
+class Guess:
+    """A class with the probability that a model gives it."""
+
+    name: str
+    label: int
+    probability: float
+
+
+@dataclass(frozen=True)
+class Shown:
+    """How films are shown to a model: names of the classes of each head, seconds of a clip, and what is averaged over views."""
+
+    names: list[list[str]]
+    clip_duration: float = CLIP_SECONDS
+    average: str = "logits"
+
+    @classmethod
+    def of(cls, described: Mapping[str, Any], said: Mapping[str, Any]) -> Shown:
+        """From an architecture and what a file says (`experiment.inference`); nothing of that is believed unseen."""
+        seconds, told = said.get("clip_duration"), said.get("class_names")
+        if not isinstance(seconds, (int, float)) or isinstance(seconds, bool) or not 0 < seconds < 3600:
+            seconds = CLIP_SECONDS
+        heads = told if isinstance(told, list) else []
+        names = []
+        for number, count in enumerate(described.get("classes", [])):
+            given = heads[number] if number < len(heads) and isinstance(heads[number], list) else []
+            given = given if len(given) == count else range(count)  # numbers where nobody has said names
+            names.append([str(name) for name in given])
+        average = "softmax" if said.get("average") == "softmax" else "logits"
+        return cls(names, float(seconds), average)
+
+    def written(self) -> dict[str, Any]:
+        """For a file, to be read by `of`."""
+        return {"class_names": self.names, "clip_duration": self.clip_duration, "average": self.average}
+
+    def named(self, head: int) -> list[str] | None:
+        """The names of the classes of a head, all different; None if nobody has named them."""
+        names = self.names[head] if head < len(self.names) else []
+        unnamed = names == [str(label) for label in range(len(names))]
+        return None if unnamed or len(set(names)) < len(names) else names
+
+
+class VideoModel:
+    """A model on a device, in evaluation mode, and what it takes to show it a film."""
+
+    def __init__(self, model: nn.Module, path: Path, shown: Shown, device: str) -> None:
+        self.model = model.eval().to(device)
+        self.path, self.shown, self.device = path, shown, torch.device(device)
+        trunk: Any = model.trunk
+        self.num_frames, self.image_size, self.tubelet = trunk.num_frames, trunk.image_size, trunk.tubelet
+
+    @torch.inference_mode()
+    def scores(self, film: str | Path, clips: int = 2, crops: int = 3, head: int = 0, fps: float = 25.0) -> np.ndarray:
+        """Logits of a film, float32 (classes,): averaged over `clips` x `crops` views of it as evaluations of its run did.
+
+        Raises UserError for a film that cannot be read, and for a model without classes.
+        """
+        if not isinstance(self.model, VideoClassifier):
+            raise UserError(
+                f"{self.path} holds a masked autoencoder, which knows no classes. Give a model of a later stage (alignment, "
+                "fine-tuning, probing), or use reconstruct."
+            )
+        if not 0 <= head < len(self.model.heads):
+            raise UserError(f"head is {head}; {self.path} has {len(self.model.heads)}, counted from 0. Change head.")
+        scores = self.model(self.views(film, clips, crops, fps=fps), head).float()
+        if not scores.isfinite().all():
+            raise UserError(
+                f"{self.path} gives scores that are not finite: its run went wrong, or it is damaged. Use another."
+            )
+        if self.shown.average == "softmax":
+            return (scores.log_softmax(-1).logsumexp(0) - math.log(len(scores))).cpu().numpy()
+        return scores.mean(0).cpu().numpy()
+
+    def predict(
+        self, film: str | Path, top: int = 5, clips: int = 2, crops: int = 3, head: int = 0, fps: float = 25.0
+    ) -> list[Guess]:
+        """The `top` likeliest classes of a film, best first; `fps` is for folders of frames. Raises UserError, as `scores`."""
+        shares = torch.from_numpy(self.scores(film, clips, crops, head, fps)).softmax(0).numpy()
+        best = np.argsort(-shares, kind="stable")[:top]
+        return [Guess(self.shown.names[head][label], int(label), float(shares[label])) for label in best]
+
+    @torch.inference_mode()
+    def reconstruct(
+        self,
+        film: str | Path,
+        start: float | None = None,
+        mask_ratio: float = MASK_RATIO,
+        seed: int = 0,
+        fps: float = 25.0,
+    ) -> Pictures:
+        """What an autoencoder makes of a clip, from `start` (s; None: the middle of the film) on, of which it sees
+        1 - `mask_ratio`: columns of frames, see `tasks.reconstruct`. Raises UserError.
+        """
+        if not isinstance(self.model, MaskedAutoencoder):
+            raise UserError(
+                f"{self.path} holds a classifier, which has no decoder. Give a model of stage 1 (masked autoencoding)."
+            )
+        video = self.views(film, clips=1, crops=1, start=start, fps=fps)
+        grid = token_grid((self.num_frames, self.image_size, self.image_size), self.tubelet)
+        mask = torch.from_numpy(RandomMask(mask_ratio)(grid, np.random.default_rng(seed)))[None]
+        nothing = torch.zeros(1, dtype=torch.int64)
+        batch = Batch(video.cpu(), nothing, nothing, "film", [str(film)], mask=mask, num_masked=int(mask.sum()))
+        return Reconstruct(self.tubelet).pictures(self.model, batch.to(self.device))
+
+    def views(self, film: str | Path, clips: int, crops: int, start: float | None = None, fps: float = 25.0) -> Tensor:
+        """Views of a film as the model takes them: uint8 (clips x crops, 3, T, H, W). Raises UserError."""
+        view = EvalView(self.image_size, crops)
+        rng = np.random.default_rng(0)  # no view of an evaluation is random
+        found = []
+        try:
+            with open_video(str(film), fps=fps, max_pixels=MAX_PIXELS) as video:
+                for begin in self._starts(video.duration, clips, start, film):
+                    frames = view.prepare(video.read(*clip_window(begin, self.shown.clip_duration), self.num_frames))
+                    found += [view(frames, rng, number) for number in range(crops)]
+        except BadVideo as error:
+            raise UserError(f"{film} cannot be read: {error}. Expected a film, or a folder of its frames.") from None
+        return torch.stack(found).transpose(1, 2).to(self.device)
+
+    def _starts(self, duration: float, clips: int, start: float | None, film: str | Path) -> list[float]:
+        if start is None:
+            last = max(0.0, duration - self.shown.clip_duration)
+            return uniform_clip_starts(duration, self.shown.clip_duration, clips) if clips > 1 else [last / 2]
+        if not 0 <= start < duration:
+            raise UserError(f"start is {start:g} s, and {film} has {duration:.2f} s. Change start.")
+        return [start]
+
+
+def load(source: str | Path, device: str = "cpu") -> VideoModel:
+    """The model of a run folder (its best checkpoint, else its newest) or of a file, with its preprocessing.
+
+    Nothing in the file is executed; its architecture is read as numbers. A moving average that the run kept is taken, as its
+    evaluations did. A learned average becomes the one model that it is, while its sources are where they were. Raises UserError
+    for what is no such file, and for weights that do not say their architecture (`omnivision import` gives them one).
+    """
+    found = read(source)
+    if not found.architecture:
+        raise UserError(
+            f"{found.path} does not say the architecture of its model, so it is not from a run of this project. Bring it in "
+            f"first: omnivision import {source} OUT.pt"
+        )
+    state, described = found.weights(), dict(found.architecture)
+    try:
+        if described.get("kind") == "average":
+            merged = merge(state, described, read_sources(found.said.get("sources"), None))
+            state, described = merged.state, dict(merged.architecture)
+        whole = from_ours(state, described)  # before anything is built as large as a description says
+    except UserError as error:
+        raise UserError(f"{found.path}: {error}") from None
+    model = architecture.build(dict(whole.architecture), str(found.path))
+    model.load_state_dict(whole.state)
+    try:
+        return VideoModel(model, found.path, Shown.of(whole.architecture, found.inference), device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device is {device!r}, which torch does not have here: {str(error).splitlines()[0]}") from None

@@ -1,0 +1,1 @@
+"""`omnivision report`: runs as one HTML page that needs no network."""

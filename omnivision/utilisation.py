@@ -1,0 +1,118 @@
+"""How much of what a device can do a run makes use of: model FLOPs utilisation (MFU; Chowdhery et al., PaLM, 2022, appendix B).
+
+Operations of a clip are counted on the model that is trained, once forward and once backward, a multiply-add as two. What
+is done twice (activation checkpointing) or for nobody (padding) does not count.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from omnivision.data.batch import Batch
+from omnivision.tasks.base import Task
+
+# Dense matmuls of one device, in 10^12 operations a second, from the makers' data sheets: in half precision, in fp32.
+# A name is looked for in that of the device; the first that is found counts.
+PEAKS: tuple[tuple[str, float, float], ...] = (
+    ("B200", 2250, 75),
+    ("GH200", 989, 67),
+    ("H200", 989, 67),
+    ("H100 NVL", 835, 60),
+    ("H100 PCIe", 756, 51),
+    ("H100", 989, 67),
+    ("A100", 312, 19.5),
+    ("A40", 149.7, 37.4),
+    ("RTX A6000", 154.8, 38.7),
+    ("A10G", 70, 31.5),
+    ("A10", 125, 31.2),
+    ("L40S", 362, 91.6),
+    ("L40", 181, 90.5),
+    ("L4", 121, 30.3),
+    ("V100", 125, 15.7),
+    ("T4", 65, 8.1),
+    ("RTX 4090", 165.2, 82.6),
+    ("RTX 3090", 71, 35.6),
+    ("MI300X", 1307.4, 163.4),
+    ("MI250X", 191.5, 47.9),  # torch counts each of its two dies as a device
+)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype | None, told: float | None) -> float | None:
+    """Operations a second of a device at its best; None where nobody knows. `told` is in 10^12, and wins."""
+    if told is not None:
+        return told * 1e12
+    if device.type != "cuda":
+        return None
+    return peak_of(torch.cuda.get_device_name(device), dtype)
+
+
+def peak_of(name: str, dtype: torch.dtype | None) -> float | None:
+    """The same by the name of a device, like "NVIDIA A100-SXM4-80GB"."""
+    for known, half, full in PEAKS:
+        if re.search(rf"\b{re.escape(known)}\b", name, re.IGNORECASE):
+            return 1e12 * (half if dtype in (torch.float16, torch.bfloat16) else full)
+    return None
+
+
+class FusedAttention(TorchFunctionMode):
+    """On the meta device attention is what a fused kernel does, which keeps no matrix of scores; torch would take it apart."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is F.scaled_dot_product_attention:
+            return torch.ops.aten._scaled_dot_product_flash_attention(*args[:3])[0]
+        return function(*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one clip: operations of a forward pass, and of a training step; bytes kept for the way back, in full precision."""
+
+    forward_flops: float
+    step_flops: float
+    kept_bytes: int
+
+
+def clip_cost(task: Task, model: nn.Module, shape: tuple[int, int, int], mask: np.ndarray | None, source: str) -> Cost:
+    """What a training step costs for one clip; what is frozen has no way back.
+
+    Args:
+        model: on the meta device, so that nothing is computed.
+        shape: frames, height and width of a clip.
+        mask: bool (tokens of the clip), for an autoencoder.
+        source: one that the task knows.
+    """
+    batch = Batch(
+        video=torch.empty(1, 3, *shape, dtype=torch.uint8, device="meta"),
+        label=torch.empty(1, dtype=torch.int64, device="meta"),
+        index=torch.empty(1, dtype=torch.int64, device="meta"),
+        source=source,
+        paths=[""],
+        mask=None if mask is None else torch.empty((1, *mask.shape), dtype=torch.bool, device="meta"),
+        num_masked=0 if mask is None else int(mask.sum()),
+    )
+    known = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, Tensor] = {}  # by storage, which two saved tensors may share
+
+    def keep(tensor: Tensor) -> Tensor:
+        if (storage := tensor.untyped_storage()._cdata) not in known:
+            kept[storage] = tensor
+        return tensor
+
+    with FusedAttention(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        task.training_step(model, batch)
+    with FlopCounterMode(display=False) as counter:
+        loss = task.training_step(model, batch).loss
+        forward = counter.get_total_flops()
+        loss.backward()
+    return Cost(
+        float(forward), float(counter.get_total_flops()), sum(t.untyped_storage().nbytes() for t in kept.values())
+    )

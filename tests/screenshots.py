@@ -1,0 +1,38 @@
+"""The pictures of a report in docs/images, taken in a real browser.
+
+make demo && python -m tests.screenshots demo
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+from PIL import Image
+
+from omnivision.cli.main import main
+from tests.browser import screenshot
+from tests.runs import ROOT
+
+IMAGES = ROOT / "docs" / "images"
+# Name, run of the demo ("." for all), anchor, width, height, dark.
+SHOTS = (
+    ("report_light", ".", "", 1100, 1500, False),
+    ("report_reconstructions", ".", "#reconstructions", 1100, 620, False),
+    ("report_dark", "finetune", "#evaluation-0", 1100, 1500, True),
+    ("report_phone", "finetune", "", 390, 844, False),
+)
+
+
+def take(demo: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        for name, run, anchor, width, height, dark in SHOTS:
+            page, out = Path(folder) / f"{name}.html", IMAGES / f"{name}.png"
+            assert main(["report", str(demo / run), "--out", str(page), "--title", "The demo"]) == 0
+            screenshot(page, anchor, out, width, height, dark)
+            with Image.open(out) as picture:
+                picture.convert("RGB").crop((0, 0, width, height)).quantize(128).save(out, optimize=True)
+            print(out)
+
+
+if __name__ == "__main__":
+    take(Path(sys.argv[1]))

@@ -1,0 +1,94 @@
+"""An export carries how films are shown to its model, and a card for people that nobody's names break out of."""
+
+import contextlib
+import io
+import json
+import re
+import tempfile
+import unittest
+from pathlib import Path
+
+import torch
+
+import omnivision
+from omnivision.cli.main import main
+from omnivision.interop.card import plain
+from tests import runs
+from tests import stage_runs as stages
+
+NAMES = ["run", "jump | <b>high</b>", "turn"]
+
+
+class Exported(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        temporary = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(temporary.cleanup)
+        cls.folder = Path(temporary.name)
+        (cls.folder / "names.txt").write_text("".join(f"{name}\n" for name in NAMES))
+        films = stages.write_films(cls.folder / "films", 6)
+        data = [
+            *stages.write_split(cls.folder, "ucf101", "train", films),
+            *stages.write_split(cls.folder, "ucf101", "val", films[:3]),
+            f"++datasets.ucf101.class_names={cls.folder}/names.txt",
+        ]
+        made = stages.here(stages.command("ft", cls.folder / "ft", *data, "pretrained_checkpoint_path=null"))
+        assert made.returncode == 0, made.stderr
+        cls.film = films[0]
+
+    def export(self, out: str, to: str, *more: str) -> str:
+        with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(io.StringIO()) as errors:
+            code = main(["export", str(self.folder / "ft"), str(self.folder / out), "--to", to, *more])
+        self.assertEqual(code, 0, errors.getvalue())
+        return said.getvalue()
+
+    def test_a_file_predicts_what_its_run_predicts(self):
+        wanted = omnivision.load(self.folder / "ft").predict(self.film)
+        for out, to in (("model.pt", "pt"), ("other.safetensors", "safetensors")):
+            self.export(out, to)
+            model = omnivision.load(self.folder / out)
+            self.assertEqual(model.shown.clip_duration, 0.7)
+            self.assertEqual(model.predict(self.film), wanted)
+        self.assertEqual({guess.name for guess in wanted}, set(NAMES))
+
+    def test_card_of_a_file(self):
+        said = self.export("carded.pt", "pt")
+        self.assertIn(f"and {self.folder}/carded.pt.md", said)
+        card = (self.folder / "carded.pt.md").read_text()
+        self.assertTrue(card.startswith("---\nlibrary_name: omnivision\npipeline_tag: video-classification\n"))
+        summary = runs.summary(self.folder / "ft")
+        best = torch.load(self.folder / "ft/checkpoints/best.pt", weights_only=True)
+        for expected in (
+            "# carded.pt",
+            f"| top1 | {summary['last']['val_top1']:.4g} |",
+            r"run, jump \| \<b\>high\</b\>, turn",
+            r"| clip\_duration | 0.7 |",
+            f"| step | {best['step']} |",
+            'omnivision.load("carded.pt").predict("film.mp4")',
+            "SHA-256",
+            "| parameters | ",
+        ):
+            self.assertIn(expected, card)
+        self.assertNotIn("<b>", card)
+        (self.folder / "other.pt.md").write_text("mine")
+        with contextlib.redirect_stderr(io.StringIO()) as errors:  # what somebody has written is not replaced
+            code = main(["export", str(self.folder / "ft"), str(self.folder / "other.pt"), "--to", "pt", "--force"])
+        self.assertEqual(code, 1)
+        self.assertIn("other.pt.md, where the model card goes, is a text of somebody", errors.getvalue())
+        self.assertFalse((self.folder / "other.pt").exists())
+
+    def test_card_and_names_of_a_folder_for_transformers(self):
+        self.export("hf", "hf")
+        card = (self.folder / "hf/README.md").read_text()
+        self.assertIn("library_name: transformers", card)
+        self.assertIn('VideoMAEForVideoClassification.from_pretrained("hf")', card)
+        config = json.loads((self.folder / "hf/config.json").read_text())
+        self.assertEqual(list(config["id2label"].values()), NAMES)
+
+    def test_text_stays_text(self):
+        self.assertEqual(plain("a\n# b `c` [d](e)"), r"a \# b \`c\` \[d\](e)")
+        self.assertIsNone(re.search(r"(?<!\\)<", plain("<script>")))
+
+
+if __name__ == "__main__":
+    unittest.main()

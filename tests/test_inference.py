@@ -1,0 +1,122 @@
+"""`omnivision.load`, `predict` and `reconstruct`: a film that is nobody's data set gets what an evaluation would say of it."""
+
+import contextlib
+import io
+import json
+import tempfile
+import unittest
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import omnivision
+from omnivision.cli.main import main
+from omnivision.cli.predict import BAR, bar
+from omnivision.errors import UserError
+from tests import runs
+from tests import stage_runs as stages
+
+
+class Trained(unittest.TestCase):
+    """A tiny classifier and a tiny autoencoder, trained for a step or two."""
+
+    @classmethod
+    def setUpClass(cls):
+        temporary = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(temporary.cleanup)
+        cls.folder = Path(temporary.name)
+        (cls.folder / "names.txt").write_text("run\njump\n<turn & stand>\n")
+        films = stages.write_films(cls.folder / "films", 6)
+        data = [
+            *stages.write_split(cls.folder, "ucf101", "train", films),
+            *stages.write_split(cls.folder, "ucf101", "val", films[:3]),
+            f"++datasets.ucf101.class_names={cls.folder}/names.txt",
+        ]
+        command = stages.command("ft", cls.folder / "ft", *data, "pretrained_checkpoint_path=null")
+        ft = stages.here([*command, "launcher.num_nodes=1"])
+        assert ft.returncode == 0, ft.stderr
+        split = runs.write_split(cls.folder, runs.real_films() * 6)
+        mae = runs.run(cls.folder / "mae", *split, "epochs=1", "clip_duration=0.9")
+        assert mae.returncode == 0, mae.stderr
+
+    def command(self, *arguments: object) -> tuple[int, str, str]:
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = main([str(argument) for argument in arguments])
+        return code, out.getvalue(), err.getvalue()
+
+    def test_scores_are_those_of_the_evaluation(self):
+        with np.load(self.folder / "ft/predictions/ucf101.npz") as said:
+            paths, scores = said["path"], said["scores"]
+        model = omnivision.load(self.folder / "ft")
+        self.assertEqual(model.shown.clip_duration, 0.7)
+        for path, wanted in zip(paths[:3], scores, strict=False):
+            self.assertTrue(np.allclose(model.scores(str(path)), wanted, atol=1e-5))
+        best = model.predict(str(paths[0]), top=2)
+        shares = torch.from_numpy(scores[0]).softmax(0)
+        self.assertEqual([guess.label for guess in best], shares.argsort(descending=True)[:2].tolist())
+        self.assertAlmostEqual(best[0].probability, float(shares.max()), places=5)
+        self.assertEqual({guess.name for guess in model.predict(str(paths[0]))}, {"run", "jump", "<turn & stand>"})
+
+    def test_predict(self):
+        film = runs.real_films()[0]
+        code, out, err = self.command("predict", self.folder / "ft", film, "/gone.mp4", "--top", 2)
+        self.assertEqual((code, out.splitlines()[0]), (1, film))
+        self.assertEqual(len(out.splitlines()), 3)
+        self.assertRegex(err, "^error: /gone.mp4 cannot be read: No such file")
+        code, out, err = self.command("predict", self.folder / "ft", film, "--json")
+        guesses = json.loads(out)[film]
+        self.assertEqual((code, err, len(guesses)), (0, "", 3))
+        self.assertAlmostEqual(sum(guess["probability"] for guess in guesses), 1, places=5)
+        for share, length in ((0, 0), (1, BAR), (0.5, BAR / 2)):
+            self.assertEqual((len(bar(share)), bar(share).count("█")), (BAR, length))
+
+    def test_reconstruct(self):
+        film = runs.real_films()[0]
+        for name, frames in (("x.gif", 4), ("x.png", 1)):
+            code, out, _ = self.command("reconstruct", self.folder / "mae", film, self.folder / name, "--start", 1)
+            self.assertEqual((code, out), (0, f"Wrote {self.folder / name}\n"))
+            with Image.open(self.folder / name) as picture:
+                self.assertEqual(getattr(picture, "n_frames", 1), frames)
+        model = omnivision.load(self.folder / "mae")
+        one, same, other = (model.reconstruct(film, seed=seed).columns["visible"] for seed in (1, 1, 2))
+        self.assertTrue(np.array_equal(one, same))
+        self.assertFalse(np.array_equal(one, other))
+        self.assertEqual(model.shown.clip_duration, 0.9)
+
+    def test_refused(self):
+        film, ft, mae = runs.real_films()[0], self.folder / "ft", self.folder / "mae"
+        found = torch.load(ft / "checkpoints/checkpoint.pt", weights_only=True)
+        found["model"]["heads.0.0.bias"][:] = float("nan")
+        torch.save(found, self.folder / "nan.pt")
+        for name in ("in.gif", "kept.gif"):
+            (self.folder / name).write_bytes(b"GIF8")
+        torch.save({"trunk.norm.weight": torch.ones(3)}, self.folder / "bare.pt")
+        for arguments, saying in (
+            (("predict", mae, film), "a masked autoencoder, which knows no classes"),
+            (("reconstruct", ft, film, "x.gif"), "a classifier, which has no decoder"),
+            (("reconstruct", mae, film, "x.jpg"), "ends in .gif or .png"),
+            (("reconstruct", mae, film, "/nowhere/x.gif"), "/nowhere/x.gif cannot be written"),
+            (("reconstruct", mae, film, "x.gif", "--start", 99), "start is 99 s, and .* has 10"),
+            (("reconstruct", mae, film, "x.gif", "--mask-ratio", 1), "--mask-ratio is 1"),
+            (("predict", self.folder / "nan.pt", film), "scores that are not finite"),
+            (("reconstruct", mae, film, film, "--force"), "ends in .gif"),
+            (("reconstruct", mae, self.folder / "in.gif", self.folder / "in.gif"), "the film that is read"),
+            (("reconstruct", mae, film, self.folder / "kept.gif"), "is there already"),
+            (("predict", ft, film, "--head", 1), "head is 1; .* has 1"),
+            (("predict", self.folder / "bare.pt", film), "does not say the architecture"),
+            (("predict", self.folder / "none", film), "There is no file or folder"),
+        ):
+            with self.subTest(saying):
+                code, _, err = self.command(*arguments)
+                self.assertEqual((code, err.count("\n")), (1, 1))
+                self.assertRegex(err, saying)
+        self.assertRaises(SystemExit, self.command, "predict", ft, film, "--top", 0)
+        with self.assertRaises(UserError):
+            omnivision.load(ft).predict("/gone.mp4")
+
+
+if __name__ == "__main__":
+    unittest.main()

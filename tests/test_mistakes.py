@@ -1,0 +1,176 @@
+"""Mistakes that people make on the command line and in files of their own: each is one paragraph with the way out."""
+
+import contextlib
+import io
+import os
+import subprocess
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+from unittest import mock
+
+import train_app_submitit
+from tests.runs import ROOT
+
+STAGE_1 = ("+experiments=omnimae/omnimain_train_video", "+trainer=mae_k150_config")
+HERE = ("submitit.use_cluster=false", "launcher.num_nodes=1", "launcher.gpus_per_node=1", "trainer.mode=dry")
+
+# What is typed after a good command, and what is said about it.
+AFTER_STAGE_1: list[tuple[list[str], str]] = [
+    # Names of settings, however they come in.
+    (
+        ["epoch=3"],
+        r"^epoch \(argument epoch=3\) is not a setting; did you mean epochs, a whole number at least 1 .*\(200 here\)\?$",
+    ),
+    (["+epoch=3"], r"^epoch \(argument \+epoch=3\) is not .* mean epochs, a whole number"),
+    (["++epoch=3"], r"^epoch \(argument \+\+epoch=3\) is not .* mean epochs, a whole number"),
+    (["trainer.optim.gradient_clp=1"], r"mean trainer.optim.gradient_clip, a number greater than 0 or null\?"),
+    (["++trainer.distributed.strateg=fsdp"], r"mean trainer.distributed.strategy, one of ddp, fsdp \(ddp here\)\?"),
+    (
+        ["lr=3e-4"],
+        r"^lr \(argument lr=3e-4\) is not a setting; the learning rate is a schedule, trainer.optim.options.lr",
+    ),
+    (["trainer.optim.lr=3e-4"], r"the learning rate is a schedule, trainer.optim.options.lr"),
+    (["weight_decay=0.1"], r"weight decay is a schedule, trainer.optim.options.weight_decay"),
+    (["trainer.seed=3"], r"mean trainer.seed_value, a whole number at least 0"),
+    (["datasets.k15.train.paths=/x"], r"mean datasets.k150\?"),
+    (["++datasets.k150.train.path=/x"], r"mean datasets.k150.train.paths, a text or a list"),
+    (["++trainer.callbacks=[]"], r"^trainer.callbacks .* is not a setting; trainer has accelerator, "),
+    (["~trainer.modes"], r"^~trainer.modes removes what is not there. Did you mean ~trainer.mode\?"),
+    # Choices among files.
+    (
+        ["trainer/model=vitbas"],
+        r"no configuration trainer/model/vitbas \(argument trainer/model=vitbas\). Did you mean vitbase\?",
+    ),
+    (["trainer/model=vitbase.yml"], r"Did you mean vitbase\?"),
+    (["trainer/modl=vitbase"], r"^trainer/modl .*did you mean trainer/model\?"),
+    (["++trainer/model=vitbase"], r"^\+\+ is for settings, and trainer/model=vitbase is a choice among files"),
+    (["trainer/model="], "A choice among files was given nothing"),
+    (["trainer/model=vitbase_ft"], "stage 1 trains a masked autoencoder"),
+    # Objects that are built.
+    (
+        ["trainer.model._target_=omnivision.models.mae.MaskedAutoencodr"],
+        r"which does not exist; did you mean omnivision.models.mae.MaskedAutoencoder\?$",
+    ),
+    (["trainer.optim.optimizer._target_=torch.optim.AdamWW"], r"does not exist; did you mean torch.optim.AdamW\?$"),
+    (["trainer.optim.optimizer._target_=os.system"], r"expected a class of omnivision.data, .*trust_targets"),
+    (
+        ["+trainer.model.foo=1"],
+        r"^trainer.model.foo \(argument .*\) is not an argument of .*MaskedAutoencoder\(trunk: VisionTransformer, dec",
+    ),
+    (
+        ["trainer.data.view.scale=[0.2,1]"],
+        r"scale .*is an argument of omnivision.data.views.PretrainView. Add it with \+\+trainer.data.view.scale=VALUE",
+    ),
+    (
+        ["++trainer.data.view.sclae=[0.2,1]"],
+        r"not an argument of omnivision.data.views.PretrainView\(size: int, .*did you mean scale\?",
+    ),
+    (["++trainer.optim.optimizer.lrr=1"], r"trainer.optim.optimizer.lrr .*AdamW\(.*betas.*; did you mean lr\?"),
+    (["trainer.optim.optimizer.fused=maybe"], r"trainer.optim.optimizer.fused is 'maybe'.*expected true or false"),
+    # Values.
+    (["batch_size=abc"], "^batch_size is 'abc' .*expected a whole number"),
+    (["batch_size='8'"], "in quotes it is a text; leave them out"),
+    (["batch_size="], "^batch_size is '' .*expected a whole number"),
+    (["epochs=0"], "^epochs is 0 .*expected a number at least 1"),
+    (["trainer.mode=tran"], "one of train, train_only, val, dry; did you mean train"),
+    (["trainer.accelerator=gpu"], "did you mean cuda"),
+    (["trainer.compile=yes"], "expected true or false"),
+    (["num_frames=15"], "Try num_frames=14"),
+    (["lr_scale_factor=0"], "a shell divides whole numbers"),
+    (["epochs=${foo}"], r"^epochs cannot be resolved: Interpolation key 'foo' not found.$"),
+    (["launcher.experiment_log_dir="], "Was it a shell variable that is not set"),
+    # What the shell and Hydra make of signs.
+    (["pretrained_checkpoint_path=runs/lr=3/x"], r"""Write 'pretrained_checkpoint_path="runs/lr=3/x"'."""),
+    (["batch_size=8,16"], r"holds a comma.*append -m; for a list write 'batch_size=\[8,16\]'"),
+    (["batch_size", "=", "8"], "without spaces around the equals sign"),
+    (["batch_size", "8"], "'batch_size' is no setting of a value; expected KEY=VALUE"),
+    (["batch_size: 8"], "is written as in a file; expected KEY=VALUE: batch_size=8"),
+    (["--batch_size", "8"], "did you mean batch_size=8"),
+    (["--batch-size=8"], "did you mean batch_size=8"),
+    ([""], "^An argument is empty"),
+    (["=4"], "^'=4' has no name of a setting before ="),
+    (["épochs=3"], "no name of a setting before =; expected letters"),
+    (["trainer..mode=dry"], "no name of a setting before ="),
+    (["+hydra.callbacks.x._target_=os.getcwd"], "hydra.callbacks would run what a configuration names"),
+    (["--config-dir"], "^--config-dir has no value"),
+    (["trainer.freeze=[trunk"], "opens 1 bracket and closes 0"),
+    (['trainer.mode="dry'], "opens a quotation mark that it does not close"),
+    (["--cfg", "jbo"], "invalid choice: 'jbo'"),
+    (["--config-dir", "/nowhere"], "there is no such folder"),
+]
+ALONE: list[tuple[list[str], str]] = [
+    ([], r"^Missing: epochs, .*\+experiments=.* chooses a stage.*\+trainer=.* chooses data"),
+    (["+experiments=omnimae/omnimain_train_video"], r"\+trainer=mae_k150_config.yaml chooses data and task"),
+    (["+experiments=omnimae/omnimain_train_vide", "+trainer=mae_k150_config"], r"Did you mean omnimain_train_video\?"),
+    (["experiments=omnimae/omnimain_train_video"], r"Write \+experiments=omnimae/omnimain_train_video to make it"),
+    ([STAGE_1[0], "trainer=mae_k150_config"], r"Write \+trainer=mae_k150_config to make it"),
+    ([STAGE_1[0], "+trainer=mae_k15_config"], r"\(argument \+trainer=mae_k15_config\). Did you mean mae_k150_config\?"),
+    (["trainer/model=vitbase"], "Choose a stage first"),
+]  # fmt: skip
+FILES = {  # of a site: what it holds, and what is said about it
+    "epoch: 3\n": r"^epoch \(.*/site/lab.yaml, line 2\) is not a setting; did you mean epochs",
+    "submitit:\n  partitoin: gpu\n": r"submitit.partitoin \(.*lab.yaml, line 3\) .* mean submitit.partition, a text or null\?",
+    "trainer:\n  model: {_target_: omnivision.models.mae.Autoencoder}\n": r"_target_ \(.*lab.yaml, line 3\) is .*did you mean",
+    "defaults: [/trainer/model: vitbas]\n": r"trainer/model/vitbas \(.*lab.yaml\). Did you mean vitbase\?",
+    "epochs: [3\n": r"lab.yaml",
+    "hydra: {callbacks: {x: {_target_: logging.FileHandler, filename: /tmp/never}}}\n": "hydra.callbacks would run",
+    "trainer: &a\n  x: *a\n": r"lab.yaml holds an anchor .*that refers to itself",
+    "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n"
+    + "".join(
+        f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in zip("abcde", "bcdef", strict=True)
+    ): "more than 100000",
+    "defaults: [lab]\n": "A configuration file includes itself",
+    "epochs: ${\n": r"^A configuration cannot be read \(",
+    "batch_size: 010\n": r"^batch_size \(.*lab.yaml, line 2\) is '010'.*plain decimal",
+}
+
+
+class Mistakes(unittest.TestCase):
+    def told(self, *arguments: str) -> str:
+        """What the script says about a command, which must be one paragraph, exit code 1 and no traceback."""
+        out, err = io.StringIO(), io.StringIO()
+        with (
+            mock.patch.object(sys, "argv", ["train_app_submitit.py", *arguments]),
+            mock.patch.dict(os.environ),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            self.assertRaises(SystemExit) as ended,
+        ):
+            train_app_submitit.main()
+        text = err.getvalue()
+        self.assertEqual((ended.exception.code, out.getvalue()), (1, ""), text)
+        self.assertTrue(text.startswith("error: ") and text.count("\n") == 1, text)
+        return text.removeprefix("error: ").strip()
+
+    def test_on_the_command_line(self):
+        self.assertGreaterEqual(len(AFTER_STAGE_1) + len(ALONE) + len(FILES), 30)
+        with tempfile.TemporaryDirectory() as folder:
+            run = f"launcher.experiment_log_dir={folder}/run"
+            for arguments, saying in AFTER_STAGE_1:
+                with self.subTest(arguments):
+                    self.assertRegex(self.told(*STAGE_1, run, *HERE, *arguments), saying)
+            for arguments, saying in ALONE:
+                with self.subTest(arguments):
+                    self.assertRegex(self.told(*arguments), saying)
+            self.assertEqual(os.listdir(folder), [], "nothing is left")
+
+    def test_in_a_file_of_ones_own(self):
+        for text, saying in FILES.items():
+            with tempfile.TemporaryDirectory() as folder, self.subTest(text):
+                (Path(folder) / "site").mkdir()
+                (Path(folder) / "site/lab.yaml").write_text(f"# @package _global_\n{text}")
+                run = f"launcher.experiment_log_dir={folder}/run"
+                self.assertRegex(self.told("--config-dir", folder, *STAGE_1, "+site=lab", run, *HERE), saying)
+
+    def test_a_traceback_for_those_who_want_one(self):
+        command = [sys.executable, "train_app_submitit.py", *STAGE_1, "epoch=3"]
+        for wanted in ("0", "1"):
+            environment = os.environ | {"OMNIVISION_TRACEBACK": wanted}
+            made = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+            self.assertEqual((made.returncode, "Traceback" in made.stderr), (1, wanted == "1"), made.stderr)
+
+
+if __name__ == "__main__":
+    unittest.main()
