@@ -223,7 +223,9 @@ def _flat(hint: Any) -> tuple[Any, ...]:
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:  # a chain of causes may come back to where it began
+        seen.add(id(error))
         yield error
         error = error.__cause__ or error.__context__
 

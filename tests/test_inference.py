@@ -97,6 +97,7 @@ class Trained(unittest.TestCase):
         for arguments, saying in (
             (("predict", mae, film), "a masked autoencoder, which knows no classes"),
             (("reconstruct", ft, film, "x.gif"), "a classifier, which has no decoder"),
+            (("export", ft, "a" * 300 + ".pt", "--to", "pt"), "cannot be used: File name too long"),
             (("reconstruct", mae, film, "x.jpg"), "ends in .gif or .png"),
             (("reconstruct", mae, film, "/nowhere/x.gif"), "/nowhere/x.gif cannot be written"),
             (("reconstruct", mae, film, "x.gif", "--start", 99), "start is 99 s, and .* has 10"),

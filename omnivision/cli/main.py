@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import sys
 from typing import Any, NoReturn
 
@@ -77,6 +78,14 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        if error.filename is None or os.environ.get("OMNIVISION_TRACEBACK") == "1":
+            raise
+        print(
+            f"error: {str(error.filename)[:200]!r} cannot be used: {error.strerror}. Give another path.",
+            file=sys.stderr,
+        )
+        return EXIT_USER
 
 
 if __name__ == "__main__":
