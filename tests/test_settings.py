@@ -237,6 +237,11 @@ class Composition(unittest.TestCase):
         self.assertIn("mae_k150_config", self.explained("+trainer=mae_k150_confg"))
         self.assertIn("omnimain_train_video", self.explained("+experiments=omnimae/omnimain_train_vide"))
 
+    def test_causes_that_come_back_to_their_beginning(self):
+        first, second = HydraException(""), ValueError("at the bottom")
+        first.__context__, second.__context__ = second, first
+        self.assertIn("at the bottom", explain(first, [CONFIG]))
+
     def test_a_model_without_an_experiment(self):
         text = self.explained("trainer/model=vitbase")
         self.assertIn("+experiments=", text)
