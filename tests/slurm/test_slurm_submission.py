@@ -188,7 +188,7 @@ class Submitted(OnCluster):
             "submitit.dependency='afterok:99999999'",
         )
         refused("dependency is 'after:x'; expected what SLURM takes", "submitit.dependency='after:x'")
-        refused("batch_size is 8 for the 3 processes of a node", "launcher.gpus_per_node=3")
+        refused("batch_size .*is 8 for the 3 processes of a node", "launcher.gpus_per_node=3")
         refused("SLURM cannot have '%'", f"launcher.experiment_log_dir={self.folder}/a%j")
         refused("cannot be written", f"launcher.experiment_log_dir={self.folder / 'slurm' / 'slurm.conf'}")
         refused("site=lab chooses the file site/lab.yaml of a folder of your own, .*--config-dir", "+site=lab")
@@ -265,7 +265,9 @@ class Submitted(OnCluster):
         typo = self.shell(
             *self.demo, "--config-dir", str(site.parent), "+site=lab", f"launcher.experiment_log_dir={self.folder}/x"
         )
-        self.assert_refused(typo, "submitit.partitoin is not a setting; did you mean submitit.partition")
+        self.assert_refused(
+            typo, r"submitit.partitoin \(.*lab.yaml, line \d\) is not a setting; did you mean submitit.partition"
+        )
 
     def test_7_a_number_that_comes_again(self):
         """After SLURM was set up anew its ids start over: what an old job left is not taken for the new one's."""
