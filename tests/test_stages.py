@@ -23,7 +23,7 @@ from tests import stage_runs as stages
 ALLOW = "trainer.checkpoint.allow_changes=true"
 FROM_NOTHING = "pretrained_checkpoint_path=null"
 UNVALIDATED = "trainer.mode=train_only"
-TIMES = {"time", "clips_per_second", "data_wait"}  # what differs between two runs that are the same
+TIMES = {"time", "clips_per_second", "data_wait", "memory_gb"}  # what differs between two runs that are the same
 
 
 def sha256(path: Path) -> str:
