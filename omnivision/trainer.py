@@ -182,7 +182,8 @@ class Trainer:
                 } | interval.figures(self.processes.device)
                 if options.full_speed is not None:
                     figures["mfu"] = figures["clips_per_second"] / self.processes.world / options.full_speed
-                self.last |= figures
+                # What it took is of this start alone, and no part of where the run stands.
+                self.last |= {name: value for name, value in figures.items() if name not in ("memory_gb", "mfu")}
                 self.reporter.step(epoch, options.max_epochs, self.global_step, figures)
                 interval = Interval()
             if self.watch.leaving:
