@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from omnivision import experiment
 from omnivision.checkpoint import read as read_checkpoint
 from omnivision.checkpoint import verified_digest
 from omnivision.errors import UserError
@@ -43,7 +42,6 @@ class Weights:
     sha256: str
     architecture: Mapping[str, Any] = field(default_factory=dict)
     sources: Any = None
-    inference: Mapping[str, Any] = field(default_factory=dict)  # how films were shown to it (`experiment.facts`)
 
 
 @dataclass(frozen=True)
@@ -123,7 +121,7 @@ def read(source: str | Path, averaged: bool = True) -> Weights:
         state |= average
     sources = found.get("sources") if isinstance(found, Mapping) else None
     described = architecture if isinstance(architecture, dict) else {}
-    return Weights(state, path, digest, described, sources, experiment.inference(found))
+    return Weights(state, path, digest, described, sources)
 
 
 def read_several(sources: str | Sequence[str]) -> list[Weights]:
@@ -329,8 +327,7 @@ def _load_safetensors(path: Path) -> dict[str, Any]:
             told = json.loads((file.metadata() or {}).get("omnivision", "{}"))
     except (SafetensorError, OSError, ValueError) as error:
         raise BrokenCheckpoint(f"{path} does not load: {error}") from error
-    said = told if isinstance(told, dict) else {}
-    return {"model": state, "architecture": said.get("architecture"), "inference": said.get("inference")}
+    return {"model": state, "architecture": told.get("architecture") if isinstance(told, dict) else None}
 
 
 def _state_dict(found: Any, path: Path) -> dict[str, Tensor]:

@@ -19,7 +19,6 @@ from omnivision.report.collect import Predicted
 
 SHORT_SIDE, FRAMES, SECONDS, MILLISECONDS = 96, 12, 2.7, 180
 MAX_PIXELS = 7680 * 4320
-IMAGES = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".webp", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
@@ -62,14 +61,15 @@ def _mistakes(predicted: Predicted, score: np.ndarray, count: int, fps: Any) -> 
 def moving(path: str, fps: float) -> str:
     """The middle of a film as an animated WebP, or an image, as a data URL; "" for what cannot be read here."""
     try:
-        if path.lower().endswith(IMAGES):
-            frames = resize_short_side(read_image(path, MAX_PIXELS), SHORT_SIDE)
-        else:
-            with open_video(path, fps=fps, max_pixels=MAX_PIXELS) as film:
-                start = uniform_clip_starts(film.duration, SECONDS, 3)[1]
-                frames = resize_short_side(film.read(*clip_window(start, SECONDS), FRAMES), SHORT_SIDE)
+        with open_video(path, fps=fps, max_pixels=MAX_PIXELS) as film:
+            start = uniform_clip_starts(film.duration, SECONDS, 3)[1]
+            frames = film.read(*clip_window(start, SECONDS), FRAMES)
     except BadVideo:
-        return ""
+        try:
+            frames = read_image(path, MAX_PIXELS)
+        except BadVideo:
+            return ""
+    frames = resize_short_side(frames, SHORT_SIDE)
     images = [Image.fromarray(frame) for frame in frames.permute(0, 2, 3, 1).contiguous().numpy()]
     data = io.BytesIO()
     images[0].save(data, "WEBP", save_all=True, append_images=images[1:], duration=MILLISECONDS, loop=0, quality=60)
