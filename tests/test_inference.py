@@ -61,7 +61,8 @@ class Trained(unittest.TestCase):
         self.assertEqual({guess.name for guess in model.predict(str(paths[0]))}, {"run", "jump", "<turn & stand>"})
 
     def test_predict(self):
-        film = runs.real_films()[0]
+        film = str(self.folder / f"a path of more than a line {'-' * 80}.mp4")
+        Path(film).symlink_to(runs.real_films()[0])
         code, out, err = self.command("predict", self.folder / "ft", film, "/gone.mp4", "--top", 2)
         self.assertEqual((code, out.splitlines()[0]), (1, film))
         self.assertEqual(len(out.splitlines()), 3)

@@ -59,7 +59,10 @@ def run(args: argparse.Namespace) -> int:
             print(f"error: {error}", file=sys.stderr)
             continue
         if not args.json:
-            Console(highlight=False).print(Text(film, "bold"), told(found[film]), sep="\n")
+            # A long path stays a line, for whoever looks for it.
+            console = Console(highlight=False)
+            console.print(Text(film, "bold"), soft_wrap=True)
+            console.print(told(found[film]))
     if args.json:
         told_all = {film: [asdict(guess) for guess in guesses] for film, guesses in found.items()}
         print(json.dumps(told_all, indent=1, ensure_ascii=False))
