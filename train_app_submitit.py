@@ -40,6 +40,7 @@ FLAGS_WITH_VALUE = (
     "-p",
     "--experimental-rerun",
 )
+INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 CONFIG = HERE / "config" if (HERE / "config" / "config.yaml").is_file() else HERE / "omnivision" / "config"
 
 
@@ -77,6 +78,7 @@ def composed() -> list[DictConfig]:
 
     read_numbers_as_written()
     Callbacks.__init__ = no_callbacks  # type: ignore[method-assign]
+    sys.modules["hydra.main"]._get_rerun_conf = no_rerun  # type: ignore[attr-defined]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises to us instead of printing
     found: list[DictConfig] = []
     given = sys.argv[1:]
@@ -87,12 +89,12 @@ def composed() -> list[DictConfig]:
                 hydra.main(version_base="1.3", config_path=str(CONFIG), config_name="config")(found.append)()
             sys.stderr.write(said.getvalue())
     except SystemExit as error:
-        if error.code != 2:
+        if not error.code:
             raise
         from omnivision.composition import explain_flags
         from omnivision.errors import UserError
 
-        raise UserError(explain_flags(said.getvalue().rpartition("error: ")[2].strip(), given)) from None
+        raise UserError(explain_flags(" ".join(said.getvalue().rpartition("error: ")[2].split()), given)) from None
     except RecursionError:
         from omnivision.errors import UserError
 
@@ -116,13 +118,24 @@ def no_callbacks(callbacks: Callbacks, config: DictConfig | None = None) -> None
         raise UserError("hydra.callbacks would run what a configuration names, whoever wrote it. Take it out.")
 
 
+def no_rerun(*_: object) -> None:
+    """In place of Hydra's --experimental-rerun, which unpickles a file, and so runs what the file says."""
+    from omnivision.errors import UserError
+
+    raise UserError("--experimental-rerun would run what a pickled file says. Give the command of that run again.")
+
+
 def flags_first(arguments: list[str]) -> list[str]:
     """The same command line with Hydra's flags before all settings: it takes them nowhere else, and scripts append them."""
-    flags, settings = [], []
-    left = iter(arguments)
-    for word in left:
-        if word.startswith("-"):
-            flags += [word, *([value_of(word, next(left, ""))] if word in FLAGS_WITH_VALUE else [])]
+    flags, settings, left = [], [], [*arguments]
+    while left:
+        word = left.pop(0)
+        if word in ("--info", "-i"):  # its value may be left out, and a setting would be taken for it
+            flags.append(f"--info={left.pop(0) if left[:1] and left[0] in INFO else 'all'}")
+        elif word in FLAGS_WITH_VALUE:
+            flags += [word, value_of(word, left.pop(0) if left else "")]
+        elif word.startswith("-"):
+            flags.append(word)
         else:
             settings.append(word)
     return [*flags, *settings]
@@ -198,12 +211,12 @@ def tell_dry(settings: "Settings") -> None:
     from omnivision.process import RunFolder
 
     model, optimizer = dry.built(settings)
-    print(dry.describe(settings, model, optimizer))
     picture = Path(settings.launcher.experiment_log_dir) / "dry.png"
     try:
         dry.draw(settings, optimizer, picture)
     except OSError as error:
         raise UserError(f"{picture} cannot be written: {error.strerror}. Change launcher.experiment_log_dir.") from None
+    print(dry.describe(settings, model, optimizer))
     print(f"curves       {picture}")
     if settings.submitit.use_cluster:
         print("\nThe batch script:\n")

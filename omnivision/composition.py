@@ -11,10 +11,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from omnivision.origins import origin_of
-from omnivision.schema import Target, told
+from omnivision.schema import Target, described, near_group, told
 from omnivision.settings import GROUPS, Settings
 from omnivision.targets import shown, signature_of
 
@@ -40,7 +41,16 @@ def explain(error: BaseException, folders: Sequence[Path], arguments: Sequence[s
     `folders` are those that the choices are files of, the project's and a site's own; `arguments` the command line.
     """
     text = _first_sentences(error)
-    chain = list(_causes(error))
+    return (
+        _of_command_line(error, text, arguments)
+        or _of_what_is_not_there(error, text, folders, arguments)
+        or _of_files(error, text, folders, arguments)
+        or text.replace("\\'", "'")
+    )
+
+
+def _of_command_line(error: BaseException, text: str, arguments: Sequence[str]) -> str | None:
+    """About what cannot be read, or does not go together, of what was typed."""
     if any(not each.strip() for each in arguments):
         return "An argument is empty. Was it a shell variable that is not set?"
     if nameless := next((each for each in arguments if each.startswith("=") and len(each) > 1), None):
@@ -49,6 +59,8 @@ def explain(error: BaseException, folders: Sequence[Path], arguments: Sequence[s
         )
     if override := getattr(error, "override", None):
         return _unreadable(str(override), "missing EQUAL" in text, arguments)
+    if found := re.match(r"Sweep parameters '(.*)' requires --multirun", text):
+        return f"{found[1]} means several values. For a run with each of them append -m; else give one."
     if found := re.match(r"Ambiguous value for argument '([^=]*)=(.*?)' 1\. ", text):
         name, value = found.groups()
         return (
@@ -57,38 +69,70 @@ def explain(error: BaseException, folders: Sequence[Path], arguments: Sequence[s
         )
     if found := re.match(r"Additional config directory '(.*)' not found", text):
         return f"--config-dir is {found[1]}, and there is no such folder. Expected one that holds site/. Change --config-dir."
-    if text.startswith("Multiple values for"):
-        group = text.split()[3].rstrip(".")
-        return f"{group} is chosen twice; expected one choice. Keep one of the {group}=... of the command line."
     if text.startswith("force-add of config groups"):
         choice = text.split("'")[1].lstrip("+")
         return f"++ is for settings, and {choice} is a choice among files. Write {choice}, or +{choice} where none was made."
-    if text.startswith("Config group override must be") or any(
-        "/" in each and each.endswith("=") for each in arguments
-    ):
-        return "A choice among files was given nothing, a number or a mapping; expected its name, e.g. trainer/model=vitbase."
+    if no_choice := next(filter(_no_choice, arguments), None):
+        return f"{no_choice} is a choice among files; expected the name of one, e.g. trainer/model=vitbase."
+    if found := re.match(r"Multiple values for (\S+)\. |(\S+) appears more than once in the final defaults list", text):
+        group, names = found[1] or found[2], [each.partition("=")[0] for each in arguments]
+        twice = ", ".join(each for each, name in zip(arguments, names, strict=True) if names.count(name) > 1)
+        advice = f"Keep one of {twice}." if twice else f"In a file's defaults write 'override /{group}: NAME'."
+        return f"{group} is chosen twice; expected one choice. {advice}"
+    if text.startswith("Primary config directory not found"):
+        return (
+            "--config-path takes the place of the project's files. For your own, beside them, give --config-dir FOLDER."
+        )
+    return None
+
+
+def _of_what_is_not_there(
+    error: BaseException, text: str, folders: Sequence[Path], arguments: Sequence[str]
+) -> str | None:
+    """About settings, groups and choices that there are none of, or that take no such value."""
     if found := re.match(r"Could not delete from config\. '(.*?)' does not exist", text):
         return f"~{found[1]} removes what is not there.{_nearest_sentence(found[1])} Leave it out."
-    if "No match in the defaults list" in text:
-        return _choice_of_nothing(text.split("'")[1], arguments)
-    for cause in chain:
+    if (found := re.search(r"Could not override '([^']*)'", text)) and "No match in the defaults list" in text:
+        file = re.match(r"In '([^']*)'", text)
+        return _choice_of_nothing(found[1], arguments, f"{file[1]}.yaml" if file else "")
+    for cause in _causes(error):
+        if missing := getattr(cause, "missing_cfg_file", None):
+            return _unknown_choice(str(missing), folders, arguments)
         key = getattr(cause, "full_key", None) or getattr(cause, "key", None)
         if isinstance(key, str) and "Could not override" in text:
             return _unknown_setting(key, getattr(cause, "parent_node", None), origin_of(arguments, ())(key))
         if isinstance(key, str) and "Error merging override" in text:
+            given = text.removeprefix("Error merging override ")
             reason = _first_sentences(cause).partition(" full_key")[0]
-            return f"{text.removeprefix('Error merging override ')} does not fit: {reason}."
-    for cause in chain:
-        if missing := getattr(cause, "missing_cfg_file", None):
-            return _unknown_choice(str(missing), folders, arguments)
+            if reason.startswith("Cannot merge"):
+                hint = setting_hints().get(given.partition("=")[0].lstrip("+"))
+                return f"{given} does not fit; expected {described(hint) if hint else 'what the files have there'}."
+            return f"{given} does not fit: {reason}."
+    return None
+
+
+def _of_files(error: BaseException, text: str, folders: Sequence[Path], arguments: Sequence[str]) -> str | None:
+    """About files of settings that cannot be read."""
+    if found := re.match(
+        r"In '(.*?)': \w+ raised while composing config: Cannot merge .*? full_key: ?(\S*) *object", text
+    ):
+        what = f"{found[2]} ({found[1]}.yaml)" if found[2] else f"{found[1]}.yaml"
+        return f"{what} is a list where names with values are expected, or the other way round. Mend the file."
     if isinstance(error, UnicodeDecodeError):
         files = (path for folder in folders for path in sorted(folder.rglob("*.yaml")) if path.is_file())
         wrong = next((path for path in files if not _is_text(path)), "A configuration file")
         return f"{wrong} is no text in UTF-8: {error}. Write it anew, or take it out."
+    if isinstance(error, yaml.MarkedYAMLError) and (mark := error.problem_mark):
+        advice = " YAML indents with spaces." if "\\t" in (error.problem or "") else ""
+        return f"{mark.name}, line {mark.line + 1}, column {mark.column + 1}: {error.problem}.{advice} Mend the file."
+    if isinstance(error, OSError) and error.filename:
+        where = next((f" (argument {each})" for each in arguments if each.endswith(f"={error.filename}")), "")
+        return f"{error.filename}{where} cannot be used: {error.strerror}. Choose another."
     if not text:
-        said = " ".join(str(chain[-1]).split()) or "no more is known"
-        return f"A configuration cannot be read ({type(chain[-1]).__name__}: {said}). Mend it."
-    return text.replace("\\'", "'")
+        *_, first = _causes(error)
+        said = " ".join(str(first).split()) or "no more is known"
+        return f"A configuration cannot be read ({type(first).__name__}: {said}). Mend it."
+    return None
 
 
 def _is_text(path: Path) -> bool:
@@ -121,14 +165,20 @@ def _unreadable(override: str, lacks_equals: bool, arguments: Sequence[str]) -> 
     )
 
 
-def _choice_of_nothing(group: str, arguments: Sequence[str]) -> str:
-    """About `group=choice` where no file has made that choice yet."""
-    given = next((each for each in arguments if each.startswith(f"{group}=")), f"{group}=NAME")
+def _no_choice(argument: str) -> bool:
+    """Whether an argument gives a group of choices nothing, a number or a mapping."""
+    name, equals, value = argument.partition("=")
+    nameless = re.fullmatch(r"|null|true|false|[\d.]+|\{.*\}", value)
+    return bool(equals and nameless) and ("/" in name or name.lstrip("+") in GROUPS)
+
+
+def _choice_of_nothing(group: str, arguments: Sequence[str], file: str) -> str:
+    """About `group=choice`, of the command line or a file's defaults, where no file has made that choice yet."""
+    given = next((each for each in arguments if each.startswith(f"{group}=")), f"override /{group} in {file}")
     if group in ("experiments", "trainer", "site"):
         return f"{given} would change a choice that nothing has made yet. Write +{given} to make it."
-    if near := difflib.get_close_matches(group, GROUPS, 1):
-        if near[0] != group:
-            return f"{group} is no group of choices (argument {given}); did you mean {near[0]}?"
+    if group not in GROUPS:
+        return f"{group} is not a group of choices ({given}){near_group(group, GROUPS)}"
     stage = "_ft" if any("mae_ft" in each or ("vit" in each and "_ft" in each) for each in arguments) else ""
     return (
         f"{given} changes a choice that nothing has made yet. Choose a stage first, e.g. "
@@ -161,18 +211,28 @@ def _unknown_choice(missing: str, folders: Iterable[Path], arguments: Sequence[s
     files = [(path, folder) for folder in folders for path in sorted(folder.rglob("*.yaml")) if path.is_file()]
     known = [path.relative_to(folder).with_suffix("").as_posix() for path, folder in files]
     folder, _, name = missing.rpartition("/")
+    if folder.partition("/")[0] == "hydra":
+        return f"There is no {missing}. How runs are launched is said by launcher.* and submitit.*; -m sweeps. Leave it out."
+    for place in (each / f"{missing}{ending}" for each in folders for ending in ("", ".yml", ".yaml")):
+        if place.is_dir() and place.suffix == ".yaml":
+            return f"{place} is a folder; expected a file of settings."
+        if place.is_file() and place.suffix == ".yml":
+            return f"{place} ends in .yml, and only files that end in .yaml are read. Rename it."
     given = next((each for each in arguments if each.rpartition("=")[2].removesuffix(".yaml").endswith(name)), None)
     naming = re.compile(rf"\b{re.escape(name)}\b")
     read = ((path, path.read_text(encoding="utf-8", errors="replace")) for path, _ in files)
     told = f" (argument {given})" if given else next((f" ({path})" for path, text in read if naming.search(text)), "")
     beside = [each for each in known if each.rpartition("/")[0] == folder]
-    near = difflib.get_close_matches(missing.removesuffix(".yaml"), beside or known, 1, cutoff=0.4)
-    guess = f" Did you mean {near[0].rpartition('/')[2]}?" if near else ""
+    choices = [each.rpartition("/")[2] for each in beside]
+    last = name.removesuffix(".yaml").removesuffix(".yml")
+    # The nearest, or the shortest of those that hold all that was typed: base, ucf101.
+    near = difflib.get_close_matches(last, choices, 1) or sorted((each for each in choices if last in each), key=len)
+    guess = f" Did you mean {near[0]}?" if near else ""
     if not beside:
+        near = difflib.get_close_matches(missing.removesuffix(".yaml"), known, 1)
         nearest = f" Did you mean {near[0]}?" if near else ""
         return f"There is no configuration {missing}{told}, and no folder {folder}.{nearest}"
-    choices = ", ".join(each.rpartition("/")[2] for each in beside)
-    return f"There is no configuration {missing}{told}.{guess} {folder or 'Its folder'} has: {choices}."
+    return f"There is no configuration {missing}{told}.{guess} {folder or 'Its folder'} has: {', '.join(choices)}."
 
 
 def _unknown_setting(key: str, parent: Any, where: str) -> str:
@@ -188,10 +248,10 @@ def _unknown_setting(key: str, parent: Any, where: str) -> str:
         near = difflib.get_close_matches(last, signature, 1)
         guess = f"; did you mean {near[0]}?" if near else "."
         return f"{key}{where} is not an argument of {target}({shown(signature)}){guess}"
+    if "/" in key:
+        return f"{key}{where} is not a group of choices{near_group(key, GROUPS)}"
     names = [*hints, *(f"{folder}.{name}" for name in (parent or ()) if folder)]
-    near = difflib.get_close_matches(key, [*GROUPS] if "/" in key else names, 1) or [
-        name for name in names if name.rpartition(".")[2] == last
-    ]
+    near = difflib.get_close_matches(key, names, 1) or [name for name in names if name.rpartition(".")[2] == last]
     # Names below these are the user's own, or arguments of the object that is described there.
     free = [name for name, hint in hints.items() if typing.get_origin(hint) is dict or Target in _flat(hint)]
     if key in hints or (not near and any(key.startswith(f"{name}.") for name in free)):

@@ -21,7 +21,7 @@ def origin_of(arguments: Sequence[str], folders: Iterable[Path], composed: Any =
     def find(key: str) -> str:
         for argument in reversed(arguments):
             name = argument.partition("=")[0].lstrip("+~").partition("@")[0].replace("/", ".")
-            if name == key or name.startswith(f"{key}."):
+            if name == key.replace("/", ".") or name.startswith(f"{key}."):
                 return f" (argument {argument})"
         found = [
             (file, *place)
@@ -53,7 +53,9 @@ def _line(file: Path, folder: Path, keys: list[str]) -> tuple[int, Any] | None:
     above = [] if place == "_global_" else place.removeprefix("_global_.").split(".")
     if above != keys[: len(above)]:
         return None
-    line = None
+    line = text[: package.start()].count("\n") + 1 if package else None
+    if isinstance(node, yaml.ScalarNode) and [node.value] == keys:  # a file of one word
+        return node.start_mark.line + 1, None
     for key in keys[len(above) :]:
         pairs = node.value if isinstance(node, yaml.MappingNode) else []
         found = next(((name, value) for name, value in pairs if name.value == key), None)

@@ -12,7 +12,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -114,7 +114,8 @@ class Reader:
             # A value where `${...}` leads through a group is wrong itself, and told as that.
             echo = "is not a container" in str(error) or self._repeats_a_setting(node, key)
             problems = self.echoes if echo else self.problems
-            problems.append(f"{where} cannot be resolved: {str(error).splitlines()[0]}.")
+            said = str(error).splitlines()[0]
+            problems.append(f"{where} cannot be resolved: {said}.{self._near_interpolation(said)}")
             return None
         before = len(self.problems)
         checked = self.value(hint, value, where)
@@ -122,6 +123,16 @@ class Reader:
             self.echoes += self.problems[before:]
             del self.problems[before:]
         return checked
+
+    def _near_interpolation(self, said: str) -> str:
+        """The nearest name to that of an interpolation that leads nowhere, as a sentence with a space before."""
+        name = re.search(r"Interpolation key '([\w.]+)' not found", said)
+        node: Any = self.root
+        *above, last = name[1].split(".") if name else [""]
+        for part in above:
+            node = node._get_node(part, validate_access=False) if isinstance(node, DictConfig) else None
+        near = difflib.get_close_matches(last, map(str, node), 1) if isinstance(node, DictConfig) else []
+        return f" Did you mean ${{{'.'.join([*above, *near])}}}?" if near else ""
 
     def _repeats_a_setting(self, node: DictConfig | ListConfig, key: Any) -> bool:
         """Whether an item is `${name}` of a setting that is there, and reported itself."""
@@ -180,6 +191,8 @@ class Reader:
             advice = " (in quotes it is a text; leave them out)"
         elif hint in (int, float) and isinstance(value, str) and looks_like_yaml_number(value):
             advice = " (YAML reads such a number in base 8 or 60; write it in plain decimal)"
+        elif hint is int and isinstance(value, float) and value.is_integer() and abs(value) < 1e12:
+            advice = f" (write {value:.0f})"
         if hint is str and isinstance(value, (bool, int, float)):
             advice = " (in quotes it is one; on the command line in two kinds of them, the outer ones for the shell)"
         return self._wrong(where, value, NAMES[hint] + advice)
@@ -217,7 +230,9 @@ class Reader:
         plain = self._plain(value, where)
         if len(self.problems) + len(self.missing) > before:
             return None  # its arguments are not all known
-        if not isinstance(plain, dict) or not isinstance(plain.get("_target_"), str):
+        if isinstance(plain, dict) and not isinstance(target := plain.get("_target_", ""), str):
+            return self._wrong(f"{where}._target_", target, "a text, the full name of a class")
+        if not isinstance(plain, dict) or "_target_" not in plain:
             return self._wrong(where, plain, "an object: a mapping with _target_, the full name of its class")
         self.problems += target_problems(plain, where, self.trusted)
         return plain
@@ -248,11 +263,23 @@ def unknown_key(key: str, hints: Mapping[str, Any], where: str, node: Any = None
 
     `hints` are the keys that stand there, with their types; `node` holds their values.
     """
+    if "/" in key:
+        return f"{key} is not a group of choices{near_group(key, groups)}"
     near = difflib.get_close_matches(key, [*hints, *groups], 1, cutoff=0.6)
     before = f"{where}." if where else ""
     if not near:
         return f"{before}{key} is not a setting; {where or 'the top level'} has {', '.join(sorted(hints))}."
     return f"{before}{key} is not a setting; did you mean {before}{near[0]}{told(hints.get(near[0]), node, near[0])}?"
+
+
+def near_group(group: str, groups: Sequence[str]) -> str:
+    """The end of a sentence about a group of choices that there is none of: the nearest of those there are, or all."""
+    above, _, last = group.rpartition("/")
+    beside = {each.rpartition("/")[2]: each for each in groups if each.rpartition("/")[0] == above}
+    near = [beside[name] for name in difflib.get_close_matches(last, beside, 1)]
+    if not near and not (above and beside):
+        near = difflib.get_close_matches(group, groups, 1)
+    return f"; did you mean {near[0]}?" if near else f"; the groups are {', '.join(groups)}."
 
 
 def told(hint: Any, node: Any, key: str) -> str:

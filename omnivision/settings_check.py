@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,10 @@ def check(config: DictConfig, origin: Callable[[str], str] = lambda key: "") -> 
     """
     if "site" in config:
         raise UserError(_site_problem(config.site))
+    if header := next((str(key) for key in config if re.fullmatch(r"_.+_", str(key))), None):
+        raise UserError(
+            _located(f"{header} is not a place for settings; expected the line '# @package _global_'.", origin)
+        )
     reader = Reader(config, GROUPS)
     settings: Settings | None = reader.dataclass(Settings, config, "")
     problems = list(dict.fromkeys(reader.problems or reader.echoes))
@@ -40,7 +45,7 @@ def check(config: DictConfig, origin: Callable[[str], str] = lambda key: "") -> 
 
 def _located(problem: str, origin: Callable[[str], str]) -> str:
     """A sentence that begins with the name of a setting, with where it was written behind the name."""
-    name = problem.partition(" ")[0].partition("[")[0]
+    name = re.split(r" (?:is|lacks|cannot|comes|has) |\[", problem)[0]
     where = origin(name)
     if where.startswith(" (argument") and " is not a" not in problem:
         return problem  # the value, which it tells, is what was typed
@@ -50,8 +55,8 @@ def _located(problem: str, origin: Callable[[str], str]) -> str:
 def _site_problem(site: Any) -> str:
     if isinstance(site, DictConfig):
         return (
-            "The file that +site=... chooses does not begin with the line '# @package _global_', so its settings came under "
-            "site. Add that line."
+            "The file that +site=... chooses does not begin with the line '# @package _global_' (nothing may stand before "
+            "it, no byte order mark either), so its settings came under site. Add that line."
         )
     return (
         f"+site={site} chooses the file site/{site}.yaml of a folder of your own, and no folder that holds site/ was given. "

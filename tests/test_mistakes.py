@@ -46,7 +46,20 @@ AFTER_STAGE_1: list[tuple[list[str], str]] = [
     (["trainer/model=vitbase.yml"], r"Did you mean vitbase\?"),
     (["trainer/modl=vitbase"], r"^trainer/modl .*did you mean trainer/model\?"),
     (["++trainer/model=vitbase"], r"^\+\+ is for settings, and trainer/model=vitbase is a choice among files"),
-    (["trainer/model="], "A choice among files was given nothing"),
+    (["trainer/model="], r"^trainer/model= is a choice among files; expected the name of one"),
+    (["trainer/model={a:1}"], r"^trainer/model=\{a:1\} is a choice among files"),
+    (
+        ["trainer/nosuch=a"],
+        r"trainer/nosuch \(argument trainer/nosuch=a\) is not a group of choices; the groups are exp",
+    ),
+    (
+        ["+trainer/nosuch=a"],
+        r"trainer/nosuch \(argument \+trainer/nosuch=a\) is not a group of choices; the groups are",
+    ),
+    (["trainer=abc"], r"no configuration trainer/abc \(argument trainer=abc\). trainer has"),  # nothing is near
+    (["trainer=ucf101"], r"Did you mean mae_ft_ucf101_config\?"),
+    (["+trainer=mae_in1k_k150_config"], r"Keep one of \+trainer=mae_k150_config, \+trainer=mae_in1k_k150_config\."),
+    (["hydra/launcher=nope"], r"no hydra/launcher/nope. How runs are launched is said by launcher.\* and submitit.\*"),
     (["trainer/model=vitbase_ft"], "stage 1 trains a masked autoencoder"),
     # Objects that are built.
     (
@@ -79,11 +92,20 @@ AFTER_STAGE_1: list[tuple[list[str], str]] = [
     (["trainer.compile=yes"], "expected true or false"),
     (["num_frames=15"], "Try num_frames=14"),
     (["lr_scale_factor=0"], "a shell divides whole numbers"),
+    (["epochs=2e2"], r"^epochs is 200.0 \(float\); expected a whole number \(write 200\)\.$"),
+    (["trainer.model=[]"], r"^trainer.model=\[\] does not fit; expected an object"),
+    (["trainer.logging.also={a:1}"], r"does not fit; expected a list\.$"),
+    (
+        ["++trainer.model._target_=5"],
+        r"^trainer.model._target_ is 5 \(int\); expected a text, the full name of a class\.$",
+    ),
+    (["epochs=${mask_ration}"], r"Interpolation key 'mask_ration' not found. Did you mean \$\{mask_ratio\}\?$"),
     (["epochs=${foo}"], r"^epochs cannot be resolved: Interpolation key 'foo' not found.$"),
     (["launcher.experiment_log_dir="], "Was it a shell variable that is not set"),
     # What the shell and Hydra make of signs.
     (["pretrained_checkpoint_path=runs/lr=3/x"], r"""Write 'pretrained_checkpoint_path="runs/lr=3/x"'."""),
     (["batch_size=8,16"], r"holds a comma.*append -m; for a list write 'batch_size=\[8,16\]'"),
+    (["batch_size=choice(8,16)"], r"^batch_size=choice\(8,16\) means several values.*append -m"),
     (["batch_size", "=", "8"], "without spaces around the equals sign"),
     (["batch_size", "8"], "'batch_size' is no setting of a value; expected KEY=VALUE"),
     (["batch_size: 8"], "is written as in a file; expected KEY=VALUE: batch_size=8"),
@@ -99,6 +121,14 @@ AFTER_STAGE_1: list[tuple[list[str], str]] = [
     (['trainer.mode="dry'], "opens a quotation mark that it does not close"),
     (["--cfg", "jbo"], "invalid choice: 'jbo'"),
     (["--config-dir", "/nowhere"], "there is no such folder"),
+    (["--config-path", "/nowhere"], r"For your own, beside them, give --config-dir"),
+    (["--cfg", "job", "--package", "nope"], "package 'nope' not found"),
+    (["--experimental-rerun", __file__], "would run what a pickled file says"),
+    (
+        ["hydra.run.dir=/dev/null/x"],
+        r"^/dev/null/x \(argument hydra.run.dir=/dev/null/x\) cannot be used: Not a directory",
+    ),
+    (["launcher.experiment_log_dir=/dev/null"], r"Change launcher.experiment_log_dir"),
 ]
 ALONE: list[tuple[list[str], str]] = [
     ([], r"^Missing: epochs, .*\+experiments=.* chooses a stage.*\+trainer=.* chooses data"),
@@ -123,6 +153,11 @@ FILES = {  # of a site: what it holds, and what is said about it
     ): "more than 100000",
     "defaults: [lab]\n": "A configuration file includes itself",
     "epochs: ${\n": r"^A configuration cannot be read \(",
+    "- a\n- b\n": r"^site/lab.yaml is a list where names with values are expected",
+    "epochs 3\n": r"^epochs 3 \(.*lab.yaml, line 2\) is not a setting; did you mean epochs",
+    "submitit:\n\tpartition: x\n": r"lab.yaml, line 3, column 1: found .* YAML indents with spaces",
+    "defaults: [{override /trainer/modl: vitbase}]\n": r"^trainer/modl is not a group of choices \(override .* did you mean",
+    "trainer:\n  data: {sources: {k150: '${datasets.k15}'}}\n": r"line 3\) cannot be .*Did you mean \$\{datasets.k150\}\?",
     "batch_size: 010\n": r"^batch_size \(.*lab.yaml, line 2\) is '010'.*plain decimal",
 }
 
@@ -163,6 +198,41 @@ class Mistakes(unittest.TestCase):
                 (Path(folder) / "site/lab.yaml").write_text(f"# @package _global_\n{text}")
                 run = f"launcher.experiment_log_dir={folder}/run"
                 self.assertRegex(self.told("--config-dir", folder, *STAGE_1, "+site=lab", run, *HERE), saying)
+
+    def test_files_that_are_not_read_as_they_were_meant(self):
+        for name, text, saying in (
+            (
+                "lab.yml",
+                "# @package _global_\n",
+                r"lab.yml ends in .yml, and only files that end in .yaml are read. Rename",
+            ),
+            ("lab.yaml/x", "", r"lab.yaml is a folder; expected a file"),
+            (
+                "lab.yaml",
+                "\ufeff# @package _global_\nepochs: 3\n",
+                r"does not begin with the line .* no byte order mark",
+            ),
+            (
+                "lab.yaml",
+                "# @package _globl_\nepochs: 3\n",
+                r"^_globl_ \(.*lab.yaml, line 1\) is not a place for settings",
+            ),
+            ("lab.yaml", "epochs: 3\n", r"does not begin with the line '# @package _global_'"),
+            ("lab.yaml", "", r"does not begin with the line '# @package _global_'"),
+        ):
+            with tempfile.TemporaryDirectory() as folder, self.subTest(name + text):
+                (Path(folder) / "site" / name).parent.mkdir(parents=True)
+                (Path(folder) / "site" / name).write_text(text)
+                run = f"launcher.experiment_log_dir={folder}/run"
+                self.assertRegex(self.told("--config-dir", folder, *STAGE_1, "+site=lab", run, *HERE), saying)
+
+    def test_flags_may_stand_anywhere(self):
+        for given, wanted in (
+            (["a=1", "--info"], ["--info=all", "a=1"]),
+            (["--info", "config", "a=1"], ["--info=config", "a=1"]),
+            (["a=1", "-m", "--config-dir", "x"], ["-m", "--config-dir", "x", "a=1"]),
+        ):
+            self.assertEqual(train_app_submitit.flags_first(given), wanted)
 
     def test_a_traceback_for_those_who_want_one(self):
         command = [sys.executable, "train_app_submitit.py", *STAGE_1, "epoch=3"]

@@ -248,7 +248,7 @@ class Composition(unittest.TestCase):
 
     def test_a_list_for_a_mapping(self):
         self.assertRegex(
-            self.explained(*MAE, "trainer.data.sources=[k150]"), r"sources=\[k150\] does not fit: Cannot merge"
+            self.explained(*MAE, "trainer.data.sources=[k150]"), r"sources=\[k150\] does not fit; expected a group"
         )
 
     def test_an_unquoted_equals_sign(self):
@@ -297,7 +297,7 @@ class Script(unittest.TestCase):
                 (["a=b=c"], "stands in quotes"),
                 (["--dry"], "unrecognized arguments: --dry. Settings are written NAME=VALUE"),
                 (["--config-dir", "/no/such"], "--config-dir is /no/such, and there is no such folder"),
-                (["trainer/model=null"], "expected its name, e.g. trainer/model=vitbase"),
+                (["trainer/model=null"], "expected the name of one, e.g. trainer/model=vitbase"),
             ):
                 with self.subTest(overrides):
                     result = script(*MAE, FOLDER, *overrides, cwd=Path(folder))
