@@ -38,7 +38,8 @@ from omnivision.settings import DataSettings, ImageSettings, Settings
 from omnivision.stopping import Stop
 from omnivision.targets import signature_of
 from omnivision.trainer import Options, Trainer
-from omnivision.weights import Choice, LoadReport, Weights, check_values, choose, fitted_positions, read_several
+from omnivision.weight_files import Source
+from omnivision.weights import Choice, LoadReport, check_values, choose, fitted_positions, read_several
 from omnivision.weights import load as load_weights
 from omnivision.weights import read as read_weights
 
@@ -199,7 +200,7 @@ def pretrained(settings: Settings, model: nn.Module) -> list[LoadReport]:
     weights = read_weights(source)
     if weights.architecture.get("kind") == "average":  # as the one model that it is
         merged = merge(weights.state, weights.architecture, read_sources(weights.sources, None))
-        weights = dataclasses.replace(weights, state=merged.state, architecture=merged.architecture)
+        weights = dataclasses.replace(weights, state=merged.state, said={"architecture": merged.architecture})
     report = load_weights(model, weights, choice(settings))
     if settings.trainer.mode == "val" and (lacking := [name for name in report.missing if name.startswith("heads.")]):
         raise UserError(
@@ -233,7 +234,7 @@ def sources_of_average(settings: Settings, model: nn.Module) -> list[LoadReport]
 
 
 def _take_positions(
-    model: AveragedClassifier, found: list[Weights], states: list[dict[str, Tensor]], reports: list[LoadReport]
+    model: AveragedClassifier, found: list[Source], states: list[dict[str, Tensor]], reports: list[LoadReport]
 ) -> set[str]:
     """Give an average the position table of its sources, interpolated if need be; returns its name, if they have one.
 

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from omnivision.origins import origin_of
@@ -122,9 +121,10 @@ def _of_files(error: BaseException, text: str, folders: Sequence[Path], argument
         files = (path for folder in folders for path in sorted(folder.rglob("*.yaml")) if path.is_file())
         wrong = next((path for path in files if not _is_text(path)), "A configuration file")
         return f"{wrong} is no text in UTF-8: {error}. Write it anew, or take it out."
-    if isinstance(error, yaml.MarkedYAMLError) and (mark := error.problem_mark):
-        advice = " YAML indents with spaces." if "\\t" in (error.problem or "") else ""
-        return f"{mark.name}, line {mark.line + 1}, column {mark.column + 1}: {error.problem}.{advice} Mend the file."
+    if mark := getattr(error, "problem_mark", None):  # of YAML
+        problem = getattr(error, "problem", None) or "what stands there cannot be read"
+        advice = " YAML indents with spaces." if "\\t" in problem else ""
+        return f"{mark.name}, line {mark.line + 1}, column {mark.column + 1}: {problem}.{advice} Mend the file."
     if isinstance(error, OSError) and error.filename:
         where = next((f" (argument {each})" for each in arguments if each.endswith(f"={error.filename}")), "")
         return f"{error.filename}{where} cannot be used: {error.strerror}. Choose another."

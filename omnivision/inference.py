@@ -23,7 +23,6 @@ from omnivision.data.decode import BadVideo, open_video
 from omnivision.data.masking import RandomMask
 from omnivision.data.views import EvalView
 from omnivision.errors import UserError
-from omnivision.interop.files import read
 from omnivision.interop.merge import merge, read_sources
 from omnivision.interop.published import from_ours
 from omnivision.models import architecture
@@ -32,6 +31,7 @@ from omnivision.models.mae import MaskedAutoencoder
 from omnivision.models.patches import token_grid
 from omnivision.tasks.base import Pictures
 from omnivision.tasks.reconstruct import Reconstruct
+from omnivision.weight_files import read
 
 CLIP_SECONDS = 2.7  # of the recipe, where a file does not say
 MAX_PIXELS = 7680 * 4320
@@ -182,7 +182,7 @@ def load(source: str | Path, device: str = "cpu") -> VideoModel:
     state, described = found.weights(), dict(found.architecture)
     try:
         if described.get("kind") == "average":
-            merged = merge(state, described, read_sources(found.said.get("sources"), None))
+            merged = merge(state, described, read_sources(found.sources, None))
             state, described = merged.state, dict(merged.architecture)
         whole = from_ours(state, described)  # before anything is built as large as a description says
     except UserError as error:

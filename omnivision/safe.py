@@ -15,6 +15,10 @@ class BrokenCheckpoint(Exception):
     """A file of tensors that is not what was once written; the message says how it differs."""
 
 
+class PickledObjects(BrokenCheckpoint):
+    """A file that holds more than weights, in a way that opening it would run code."""
+
+
 def is_ordinary(tensor: torch.Tensor) -> bool:
     """Whether a tensor is dense, on the CPU, and has all its values: a small file may claim a huge one."""
     dense = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
@@ -40,7 +44,13 @@ def safe_load(source: Path | IO[bytes], map_location: str = "cpu") -> Any:
             return torch.load(source, map_location=map_location, weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises many kinds for a damaged or hostile file; all mean the same to the caller
         name, reason = source if isinstance(source, Path) else "the file", str(error)
-        if reason.startswith("Weights only load failed"):  # torch goes on with advice to load it all the same
-            what = re.search(r"GLOBAL (\S+)", reason)
-            reason = f"it holds a pickled object{f' ({what[1]})' if what else ''}, not weights alone"
-        raise BrokenCheckpoint(f"{name} does not load: {(reason.splitlines() or [repr(error)])[0]}") from error
+        if what := re.search(r"GLOBAL (\S+)|operand 149", reason):  # 149 frames a pickle that never was torch's
+            told = f"it holds a pickled object{f' ({what[1]})' if what[1] else ''}, not weights alone"
+            raise PickledObjects(f"{name} does not load: {told}") from error
+        # What torch says of others is about itself, or advice to load the file all the same.
+        said = (
+            reason.splitlines()[0]
+            if isinstance(error, (RuntimeError, OSError)) and reason
+            else "it is no file of weights"
+        )
+        raise BrokenCheckpoint(f"{name} does not load: {said}") from error

@@ -7,41 +7,25 @@ model. `load` tells what was loaded, dropped, missing and resized, and refuses t
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from omnivision.checkpoint import read as read_checkpoint
-from omnivision.checkpoint import verified_digest
+from omnivision import weight_files
 from omnivision.errors import UserError
-from omnivision.files import BEST, LATEST, require_weights
+from omnivision.files import require_weights
 from omnivision.models.patches import Triple, resized_positions, token_grid
-from omnivision.safe import BrokenCheckpoint, is_ordinary
+from omnivision.weight_files import Source, check_numbers
 
 SETTING = "pretrained_checkpoint_path"
 # What hangs on the trunk and is not the encoder of pixels: the decoder of its pretraining, and the embedding of depth.
 BESIDE_THE_ENCODER = ("trunk.decoder.", "trunk.mask_token", "trunk.depth_patch_embed.")
 POSITIONS = ("trunk.pos_embed", "trunk.decoder.pos_embed")
-
-
-@dataclass(frozen=True)
-class Weights:
-    """A state dict and where it came from. `architecture` is what the file says of its model, empty if nothing.
-
-    `sources`, in the checkpoint of an average, say what it is an average of; the file does not hold them.
-    """
-
-    state: dict[str, Tensor]
-    path: Path
-    sha256: str
-    architecture: Mapping[str, Any] = field(default_factory=dict)
-    sources: Any = None
 
 
 @dataclass(frozen=True)
@@ -95,63 +79,34 @@ class LoadReport:
         return [f"Weights from {self.path}", *(f"  {fate:8} {len(names):4}  {_some(names)}" for fate, names in rows)]
 
 
-def read(source: str | Path, averaged: bool = True) -> Weights:
-    """Weights from a run folder, a checkpoint, a bare state dict or a safetensors file.
+def read(source: str | Path, averaged: bool = True) -> Source:
+    """Weights of a run folder, a checkpoint, a bare state dict or a safetensors file, for `pretrained_checkpoint_path`.
 
     With `averaged`, those of a run that kept a moving average are the averaged ones: it was evaluated, and chosen as the best.
 
     Raises UserError when there is nothing to read, or for a file that is no state dict, in one paragraph with the way out.
     """
-    path = find(source)
-    found, digest = _load(path)
-    if isinstance(found, Mapping) and "ensemble_weights" in found:
-        raise UserError(
-            f"{SETTING} {path} holds several models (ensemble_weights); expected one. Choose one of them, or an average: "
-            "trainer/checkpoint=default_ensemble with a model vit*_average_ft."
-        )
-    architecture = found.get("architecture", {}) if isinstance(found, Mapping) else {}
-    state = _state_dict(found, path)
-    if averaged and isinstance(found, Mapping) and found.get("ema") is not None:
-        average = _state_dict(found["ema"], path)
-        if unknown := sorted(set(average) - set(state)):
-            raise UserError(
-                f"{SETTING} {path} has a moving average under `ema` of tensors that are not under `model`: {_some(unknown)}. "
-                f"Expected the same names. The file is damaged, or of other code; change {SETTING}."
-            )
-        state |= average
-    sources = found.get("sources") if isinstance(found, Mapping) else None
-    described = architecture if isinstance(architecture, dict) else {}
-    return Weights(state, path, digest, described, sources)
+    require_weights(source)
+    with _told_of_the_setting():
+        found = weight_files.read(source)
+        return found.averaged() if averaged else found
 
 
-def read_several(sources: str | Sequence[str]) -> list[Weights]:
+def read_several(sources: str | Sequence[str]) -> list[Source]:
     """The models to average: from a list of sources, or from one file that holds a list under `ensemble_weights`."""
-    if not isinstance(sources, str):
-        return [read(source) for source in sources]
-    path = find(sources)
-    found, digest = _load(path)
-    states = found.get("ensemble_weights") if isinstance(found, Mapping) else None
-    if not isinstance(states, (list, tuple)):
-        raise UserError(
-            f"{SETTING} is {sources!r}, which holds one model; expected several to average: a list, "
-            f"++{SETTING}=[A,B], or one file with a list of state dicts under ensemble_weights."
-        )
-    return [Weights(_state_dict(state, path), path, digest) for state in states]
+    for source in [sources] if isinstance(sources, str) else sources:
+        require_weights(source)
+    with _told_of_the_setting():
+        return weight_files.read_several(sources)
 
 
-def find(source: str | Path) -> Path:
-    """The file to read: `source` itself, or inside a run folder `checkpoints/best.pt`, else `checkpoints/checkpoint.pt`."""
-    path = require_weights(source)
-    if not path.is_dir():
-        return path
-    for folder in (path / "checkpoints", path):
-        for name in (BEST, LATEST):
-            if (folder / name).is_file():
-                return folder / name
-    raise UserError(
-        f"{SETTING} is the folder {path}, which has no {BEST} or {LATEST}, itself or in checkpoints/. Expected the folder of a "
-        f"run that has saved something. Change {SETTING}, or let that run go on."
-    )
+@contextlib.contextmanager
+def _told_of_the_setting(path: str = "") -> Iterator[None]:
+    """A refusal of what a file holds names the setting that gave the file."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{SETTING}: {path and f'{path}: '}{error} Change {SETTING}.") from None
 
 
 def choose(state: Mapping[str, Tensor], choice: Choice, report: LoadReport) -> dict[str, Tensor]:
@@ -184,7 +139,7 @@ def choose(state: Mapping[str, Tensor], choice: Choice, report: LoadReport) -> d
     return {choice.prefix + name: tensor for name, tensor in left.items()}
 
 
-def load(model: nn.Module, weights: Weights, choice: Choice) -> LoadReport:
+def load(model: nn.Module, weights: Source, choice: Choice) -> LoadReport:
     """Put what a choice takes of `weights` into a model; position tables of another token grid are interpolated.
 
     Raises UserError, with the model as it was, when a tensor does not fit, or when less of the trunk is covered than the
@@ -224,15 +179,9 @@ def load(model: nn.Module, weights: Weights, choice: Choice) -> LoadReport:
 
 
 def check_values(tensors: Mapping[str, Tensor], path: str) -> None:
-    """Raise UserError for weights that are no floating-point numbers, or not finite."""
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            what = f"holds {tensor.dtype} values; expected floating-point numbers"
-        elif not tensor.isfinite().all():
-            what = "has values that are not finite; training from them would fail at the first step"
-        else:
-            continue
-        raise UserError(f"{path}: {name} {what}. Give other weights: change {SETTING}.")
+    """Raise UserError for weights that are no floating-point numbers, or not finite: training would fail at the first step."""
+    with _told_of_the_setting(path):
+        check_numbers(tensors)
 
 
 def _check_coverage(wanted: Mapping[str, Tensor], report: LoadReport, choice: Choice) -> None:
@@ -260,7 +209,7 @@ def is_encoder(name: str) -> bool:
     return name.startswith("trunk.") and not name.startswith(BESIDE_THE_ENCODER)
 
 
-def fitted_positions(name: str, table: Tensor, model: nn.Module, weights: Weights, report: LoadReport) -> Tensor:
+def fitted_positions(name: str, table: Tensor, model: nn.Module, weights: Source, report: LoadReport) -> Tensor:
     """A position table for the grid of the model, interpolated if it is of another."""
     trunk: Any = model.trunk
     width = table.shape[-1] if table.ndim == 3 else 0
@@ -273,7 +222,7 @@ def fitted_positions(name: str, table: Tensor, model: nn.Module, weights: Weight
     return resized_positions(table.float(), old, trunk.grid)
 
 
-def _grid_of(weights: Weights, tokens: int, grid: Triple) -> Triple:
+def _grid_of(weights: Source, tokens: int, grid: Triple) -> Triple:
     """The token grid (T', H', W') of a file: as it says itself, else the one of that many tokens that is most like `grid`."""
     if said := weights.architecture.get("trunk"):
         told = _told_grid(said)
@@ -303,48 +252,6 @@ def _told_grid(trunk: Any) -> Triple | None:
         return token_grid((trunk["num_frames"], side, side), tuple(trunk["tubelet"]))
     except (KeyError, TypeError, ValueError):  # UserError is one
         return None
-
-
-def _load(path: Path) -> tuple[Any, str]:
-    """What a file holds, and its SHA-256. Raises UserError, with the way out, for one that is damaged or more than weights."""
-    try:
-        digest = verified_digest(path)
-        return _load_safetensors(path) if path.suffix == ".safetensors" else read_checkpoint(path), digest
-    except BrokenCheckpoint as error:
-        raise UserError(
-            f"{SETTING}: {error}. Expected weights only: tensors in plain containers. A file that was pickled by older code "
-            "is not opened, because it may run anything; load it where it was made and save its state dict alone: "
-            "torch.save({'model': model.state_dict()}, FILE)."
-        ) from None
-
-
-def _load_safetensors(path: Path) -> dict[str, Any]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}
-            told = json.loads((file.metadata() or {}).get("omnivision", "{}"))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise BrokenCheckpoint(f"{path} does not load: {error}") from error
-    return {"model": state, "architecture": told.get("architecture") if isinstance(told, dict) else None}
-
-
-def _state_dict(found: Any, path: Path) -> dict[str, Tensor]:
-    """The state dict inside a checkpoint (under `model`), or the whole if it is one itself."""
-    inner = found.get("model", found) if isinstance(found, Mapping) else found
-    named = isinstance(inner, Mapping) and all(isinstance(name, str) for name in inner)
-    if not named or not inner or not all(isinstance(tensor, torch.Tensor) for tensor in inner.values()):
-        raise UserError(
-            f"{SETTING} {path} holds no state dict; expected tensors by name, at the top or under 'model'. Change {SETTING}."
-        )
-    for name, tensor in inner.items():
-        if not is_ordinary(tensor):
-            raise UserError(
-                f"{SETTING} {path}: {name} is no ordinary tensor ({tensor.dtype}, {tensor.layout}, shape "
-                f"{tuple(tensor.shape)}); expected dense values, all of them in the file. Change {SETTING}."
-            )
-    return dict(inner)
 
 
 def _matches(state: Mapping[str, Any], pattern: str, what: str, path: str, optional: bool = False) -> list[str]:

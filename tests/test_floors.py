@@ -24,7 +24,7 @@ FLOORS = {
     ],
     2: ["data", "models", "optim", "demo"],
     3: ["tasks", "evaluation", "prepare"],
-    4: ["experiment", "checkpoint_shards", "checkpoint", "reporting", "weights", "interop", "slurm", "utilisation"],
+    4: "experiment checkpoint_shards checkpoint reporting weight_files weights interop slurm utilisation".split(),
     5: ["run_state", "steps", "trainer", "resuming", "inference", "report"],
     6: "settings_yaml targets schema settings settings_check settings_submitit origins composition preflight build dry "
     "usage".split(),
@@ -39,6 +39,7 @@ RAISED = {
     "metrics": 1.5,
     "demo": 2.5,
     "evaluation": 3.5,
+    "weight_files": 4.4,
     "weights": 4.5,
     "interop": 4.6,
     "checkpoint": 4.1,

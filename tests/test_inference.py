@@ -90,8 +90,9 @@ class Trained(unittest.TestCase):
     def test_refused(self):
         film, ft, mae = runs.real_films()[0], self.folder / "ft", self.folder / "mae"
         found = torch.load(ft / "checkpoints/checkpoint.pt", weights_only=True)
-        found["model"]["heads.0.0.bias"][:] = float("nan")
-        torch.save(found, self.folder / "nan.pt")
+        for name, value in (("nan.pt", float("nan")), ("huge.pt", 3e38)):
+            found["model"]["heads.0.0.weight"][:] = value
+            torch.save(found, self.folder / name)
         for name in ("in.gif", "kept.gif"):
             (self.folder / name).write_bytes(b"GIF8")
         torch.save({"trunk.norm.weight": torch.ones(3)}, self.folder / "bare.pt")
@@ -103,7 +104,8 @@ class Trained(unittest.TestCase):
             (("reconstruct", mae, film, "/nowhere/x.gif"), "/nowhere/x.gif cannot be written"),
             (("reconstruct", mae, film, "x.gif", "--start", 99), "start is 99 s, and .* has 10"),
             (("reconstruct", mae, film, "x.gif", "--mask-ratio", 1), "--mask-ratio is 1"),
-            (("predict", self.folder / "nan.pt", film), "scores that are not finite"),
+            (("predict", self.folder / "nan.pt", film), "heads.0.0.weight has values that are not finite"),
+            (("predict", self.folder / "huge.pt", film), "scores that are not finite"),
             (("reconstruct", mae, film, film, "--force"), "ends in .gif"),
             (("reconstruct", mae, self.folder / "in.gif", self.folder / "in.gif"), "the film that is read"),
             (("reconstruct", mae, film, self.folder / "kept.gif"), "is there already"),

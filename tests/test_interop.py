@@ -24,7 +24,6 @@ from transformers.utils.logging import disable_progress_bar
 from omnivision.cli import import_weights
 from omnivision.errors import UserError
 from omnivision.interop.convert import convert
-from omnivision.interop.files import Source, find, read
 from omnivision.interop.geometry import Given
 from omnivision.interop.huggingface import from_hf, preprocessor_config, to_hf
 from omnivision.interop.intake import Imported
@@ -35,7 +34,8 @@ from omnivision.models.classifier import VideoClassifier
 from omnivision.models.mae import MaskedAutoencoder, split_tokens
 from omnivision.models.vit import VisionTransformer
 from omnivision.safe import safe_load
-from omnivision.weights import Choice, Weights, load
+from omnivision.weight_files import Source, find, read
+from omnivision.weights import Choice, load
 from tests.parity_formula import error, record, stated, token_mask, weights
 from tests.test_checkpoint import Canary
 
@@ -345,7 +345,9 @@ class Formats(Case):
     def test_what_was_imported_is_taken_by_a_stage(self):
         imported = from_hf(recorded("pretraining"), CONFIG)
         report = load(
-            classifier(5), Weights(imported.state, Path("x.pt"), "0", imported.architecture), Choice(trunk_coverage=1)
+            classifier(5),
+            Source(Path("x.pt"), "0", imported.state, {"architecture": imported.architecture}),
+            Choice(trunk_coverage=1),
         )
         self.assertEqual(report.missing, ["heads.0.0.bias", "heads.0.0.weight"])
         self.assertEqual(report.dropped, {})
@@ -502,7 +504,6 @@ class BadFiles(Case):
             ({"model": {"a": 3}}, "its entry 'a' is a int"),
             ({3: torch.zeros(2)}, "its entry 3 is a Tensor"),
             ({"ensemble_weights": []}, "several models"),
-            ({"a": torch.zeros(2, dtype=torch.int8)}, "a is no ordinary tensor"),
             ({"a": torch.zeros(2, device="meta")}, "a is no ordinary tensor"),
             ({"a": torch.eye(2).to_sparse()}, "a is no ordinary tensor"),
             ({"a": torch.zeros(1).expand(2**40)}, "a is no ordinary tensor.*all of them in the file"),

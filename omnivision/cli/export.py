@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 from omnivision.errors import UserError
 from omnivision.inference import Shown
 from omnivision.interop.card import card
-from omnivision.interop.files import CONFIG, Source, read
 from omnivision.interop.huggingface import preprocessor_config, to_hf
 from omnivision.interop.intake import Imported, by_reason, some
 from omnivision.interop.merge import merge, read_sources
 from omnivision.interop.proof import USUAL, Difference, against_transformers
 from omnivision.interop.published import from_ours
 from omnivision.interop.store import card_of, check_target, hf_folder, origin, write_card, write_pt, write_safetensors
+from omnivision.weight_files import CONFIG, Source, read
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -111,7 +111,7 @@ def _model(source: Source, args: argparse.Namespace) -> Imported:
     try:
         if not args.merge:
             return from_ours(state, source.architecture)
-        found = read_sources(source.said.get("sources"), args.sources)
+        found = read_sources(source.sources, args.sources)
         merged = merge(state, source.architecture, found)
     except UserError as error:
         raise UserError(f"{source.path}: {error}") from None

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omnivision.interop.convert import convert
-from omnivision.interop.files import read
 from omnivision.interop.geometry import Given
 from omnivision.interop.recognise import CHOICES
 from omnivision.interop.store import check_target, origin, write_pt
+from omnivision.weight_files import read
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from omnivision import experiment
-from omnivision.interop.files import Source
 from omnivision.interop.intake import Imported
 from omnivision.models.architecture import Architecture
+from omnivision.weight_files import Source
 
 PAPER = "https://arxiv.org/abs/2311.06231"
 # What of a run's settings says how its model came to be.

@@ -12,6 +12,7 @@ from torch import Tensor
 from omnivision.errors import UserError
 from omnivision.interop.geometry import Given, architecture_of, position_tables
 from omnivision.models.architecture import Architecture
+from omnivision.weight_files import check_numbers
 
 
 @dataclass(frozen=True)
@@ -112,13 +113,14 @@ class Intake:
     def done(self, said: Mapping[str, Any], given: Given) -> Imported:
         """Check that the tensors make one whole model, and add its position tables.
 
-        Raises UserError for an entry that was not placed, and as `architecture_of`.
+        Raises UserError for an entry that was not placed or is no finite numbers, and as `architecture_of`.
         """
         if self.left:
             raise UserError(
                 f"{len(self.left)} entries have no place beside the others: {some(list(self.left))}. The weights are not of "
                 "one model, or not all of one."
             )
+        check_numbers(self.state)
         architecture, assumed = architecture_of(self.state, said, given)
         for name, table in position_tables(architecture).items():
             if name not in self.state:

@@ -16,7 +16,8 @@ from omnivision.interop.proof import check_finite, random_clip
 from omnivision.interop.published import from_ours
 from omnivision.models.architecture import Architecture, build, describe
 from omnivision.models.average import AveragedClassifier
-from omnivision.weights import Choice, LoadReport, Weights, choose, read_several
+from omnivision.weight_files import Source, read_several
+from omnivision.weights import Choice, LoadReport, choose
 
 SAME = 1e-6
 
@@ -29,7 +30,7 @@ class Merged(NamedTuple):
     difference: float
 
 
-def read_sources(noted: Any, given: Sequence[str] | None) -> list[Weights]:
+def read_sources(noted: Any, given: Sequence[str] | None) -> list[Source]:
     """The models that an average is made of: those that its checkpoint notes, or the same from the paths `given`.
 
     Args:
@@ -65,7 +66,7 @@ def read_sources(noted: Any, given: Sequence[str] | None) -> list[Weights]:
     return [_chosen(weights, note.get("choice")) for weights, note in zip(found, noted, strict=True)]
 
 
-def _chosen(weights: Weights, choice: Any) -> Weights:
+def _chosen(weights: Source, choice: Any) -> Source:
     """What the average took of a checkpoint, under the names that it gave. Raises UserError for a note that is no choice."""
     if choice is None:  # nothing is noted
         return weights
@@ -80,7 +81,7 @@ def _chosen(weights: Weights, choice: Any) -> Weights:
 
 
 @torch.no_grad()
-def merge(state: Mapping[str, Tensor], architecture: Mapping[str, Any], sources: Sequence[Weights]) -> Merged:
+def merge(state: Mapping[str, Tensor], architecture: Mapping[str, Any], sources: Sequence[Source]) -> Merged:
     """Put the averaged trunk in the place of the average, and compare scores.
 
     Args:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from omnivision.errors import UserError
 from omnivision.files import replace_atomically, sync_folder, write_atomically
-from omnivision.interop.files import CONFIG, METADATA, Source
 from omnivision.models.architecture import Architecture
+from omnivision.weight_files import CONFIG, METADATA, Source
 
 FORMAT = 1
 CARD = b"---\nlibrary_name: "  # how a model card begins

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from omnivision.checkpoint import verified_digest
 from omnivision.errors import UserError
 from omnivision.experiment import inference
 from omnivision.files import BEST, LATEST, sha256
-from omnivision.safe import BrokenCheckpoint, is_ordinary
+from omnivision.safe import BrokenCheckpoint, PickledObjects, is_ordinary
 
 CONFIG = "config.json"  # of a folder of Hugging Face's `save_pretrained`
 METADATA = "omnivision"  # the key of a safetensors file that holds what a checkpoint says beside `model`, as JSON
@@ -53,6 +54,11 @@ class Source:
         return inference(self.said)
 
     @property
+    def sources(self) -> Any:
+        """What a checkpoint of an average says that it is an average of; the file does not hold them."""
+        return self.said.get("sources")
+
+    @property
     def average(self) -> dict[str, Tensor]:
         """The moving average of the weights that a run kept; empty if none."""
         found = self.said.get("ema")
@@ -75,6 +81,10 @@ class Source:
             )
         return self.state | self.average
 
+    def averaged(self) -> Source:
+        """The same with the moving average in the place of the weights that it is of, where there is one."""
+        return replace(self, state=self.weights())
+
     @property
     def config(self) -> Mapping[str, Any]:
         """The `config.json` beside Hugging Face weights, empty if there is none. Raises UserError for one that is nonsense."""
@@ -89,22 +99,47 @@ def read(source: str | Path) -> Source:
     objects, and for what holds no state dict.
     """
     path = find(source)
-    try:
+    with _refusing_what_is_broken():
         if path.name.endswith(".index.json"):
             state, digest = _read_shards(path)
             return Source(path, digest, _plain(state, path))
-        if path.suffix == ".safetensors":
-            state, said = _read_safetensors(path)
-        else:
-            state, said = _read_torch(path)
         digest = verified_digest(path)
-    except BrokenCheckpoint as error:
+        state, said = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    return Source(path, digest, _plain(state, path), said)
+
+
+def read_several(sources: str | Sequence[str]) -> list[Source]:
+    """The models to average: of a list of sources, each with the moving average in its place where it kept one, or of one file
+    that holds a list of state dicts under `ensemble_weights`. Raises UserError as `read`.
+    """
+    if not isinstance(sources, str):
+        return [found.averaged() for found in map(read, sources)]
+    path = find(sources)
+    with _refusing_what_is_broken():
+        digest = verified_digest(path)
+        found = read_checkpoint(path)
+    states = found.get("ensemble_weights") if isinstance(found, Mapping) else None
+    if not isinstance(states, (list, tuple)) or not all(isinstance(state, Mapping) for state in states):
+        raise UserError(
+            f"{path} holds one model; expected several to average: a list of files, or one with a list of state dicts under "
+            "ensemble_weights."
+        )
+    return [Source(path, digest, _plain(state, path)) for state in states]
+
+
+@contextlib.contextmanager
+def _refusing_what_is_broken() -> Iterator[None]:
+    """BrokenCheckpoint becomes UserError, with the way out."""
+    try:
+        yield
+    except PickledObjects as error:
         raise UserError(
             f"{error}. Expected weights only: tensors in plain containers. A file that was pickled by older code is not "
             "opened, because it may run anything; load it where it was made and save its state dict alone: "
             "torch.save({'model': model.state_dict()}, FILE)."
         ) from None
-    return Source(path, digest, _plain(state, path), said)
+    except BrokenCheckpoint as error:
+        raise UserError(f"{error}. Expected a file of weights, whole. Copy it again, or give another.") from None
 
 
 def find(source: str | Path) -> Path:
@@ -129,12 +164,24 @@ def find(source: str | Path) -> Path:
     )
 
 
+def check_numbers(tensors: Mapping[str, Tensor]) -> None:
+    """Raise UserError for weights that are no floating-point numbers, or not finite."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise UserError(f"{name} holds {tensor.dtype} values; expected floating-point numbers.")
+        if not tensor.isfinite().all():
+            raise UserError(f"{name} has values that are not finite; expected weights that a model can be made of.")
+
+
 def _read_torch(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
     # Checkpoints of VideoMAE's own repository hold the command line beside the weights. It is a plain bag of values.
     with torch.serialization.safe_globals([argparse.Namespace]):
         found = read_checkpoint(path)
     if isinstance(found, Mapping) and "ensemble_weights" in found:
-        raise UserError(f"{path} holds several models (ensemble_weights); expected one. Save one of them to a file.")
+        raise UserError(
+            f"{path} holds several models (ensemble_weights); expected one. Save one of them to a file, or "
+            "average them: trainer/checkpoint=default_ensemble with a model vit*_average_ft."
+        )
     if isinstance(found, Mapping):
         for key in ("model", "module"):
             if isinstance(found.get(key), Mapping):
@@ -182,8 +229,7 @@ def _read_shards(index: Path) -> tuple[dict[str, Tensor], str]:
 def _plain(found: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
     """A state dict, without the `module.` that a wrapper for several processes puts before every name.
 
-    Raises UserError for entries that are no ordinary floating-point tensors (sparse, without values, larger than what is
-    in the file).
+    Raises UserError for entries that are no ordinary tensors (sparse, without values, larger than what is in the file).
     """
     for name, tensor in found.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
@@ -191,10 +237,10 @@ def _plain(found: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
                 f"{path} holds no state dict: its entry {name!r} is a {type(tensor).__name__}. Expected tensors by name, at "
                 "the top or under 'model'."
             )
-        if not tensor.is_floating_point() or not is_ordinary(tensor):
+        if not is_ordinary(tensor):
             raise UserError(
                 f"{path}: {name} is no ordinary tensor ({tensor.dtype}, {tensor.layout}, shape {tuple(tensor.shape)}); "
-                "expected floating-point values, all of them in the file."
+                "expected dense values, all of them in the file."
             )
     if not found:
         raise UserError(f"{path} is empty; expected tensors by name.")
