@@ -31,7 +31,7 @@ class Runs(unittest.TestCase):
         return code, [line.split() for line in out.getvalue().splitlines()], err.getvalue()
 
     def test_all_runs_oldest_first_with_what_is_known_of_them(self):
-        self.write("b/probe", 1, last={"loss": 1.23456, "val_top1": 45.67}, best=50.0)
+        self.write("b/probe", 1, last={"loss": 9, "val_loss": 1.23456, "val_top1": 45.67}, best=50.0)
         self.write("a", 2, last={"loss": 0.5}, status="running")
         (self.folder / "c").mkdir()
         (self.folder / "c/summary.json").write_text('{"status": "failed"}')

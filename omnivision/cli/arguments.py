@@ -17,6 +17,14 @@ def at_least(low: int, high: int = 10**9) -> Callable[[str], int]:
     return number
 
 
+def number(text: str) -> float:
+    """A number with or without a fraction, for `type=`."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r}; expected a number, such as 0.2") from None
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", type=device, default="cpu", help="cpu (default), cuda, or cuda:N")
 

@@ -15,6 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from omnivision.cli.arguments import number
 from omnivision.data.catalog import IGNORED_LABEL
 from omnivision.errors import EXIT_INTERRUPTED, EXIT_USER, UserError
 from omnivision.files import write_atomically
@@ -46,7 +47,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--against", metavar="OTHER_PATHS.npy", help="another split, to find films that are in both")
     parser.add_argument("--num-classes", type=int, metavar="N", help="labels must be below it (-1: ignored)")
     parser.add_argument("--prefix", default="", metavar="P", help="put before each path, as in the catalog")
-    parser.add_argument("--fps", type=float, default=25.0, metavar="X", help="of folders of frames (default 25)")
+    parser.add_argument("--fps", type=number, default=25.0, metavar="X", help="of folders of frames (default 25)")
     parser.add_argument("--quick", action="store_true", help="read the first, middle and last clip only")
     workers = default_workers()
     text = f"processes to read with; 0: in this one (default {workers})"

@@ -69,15 +69,15 @@ def run(args: argparse.Namespace) -> int:
     else:
         write = write_pt if args.to == "pt" else write_safetensors
         shown = Shown.of(model.architecture, source.inference)
+        names = [shown.named(number) for number in range(len(shown.names))]
+        told = card(source, model, args.out.name, judged, names)  # before anything is written
         write(
             args.out,
             model.state,
             model.architecture,
             {"origin": origin(source, "omnivision"), "inference": shown.written()},
         )
-        write_card(
-            args.out, card(source, model, args.out.name, judged, [shown.named(n) for n in range(len(shown.names))])
-        )
+        write_card(args.out, told)
         print(f"Wrote {args.out}: {len(model.state)} tensors; and {card_of(args.out)}, what people read of it")
     return 0
 

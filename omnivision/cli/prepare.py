@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from omnivision.cli.arguments import number
 from omnivision.errors import EXIT_INTERRUPTED, UserError
 from omnivision.prepare import dataset
 from omnivision.prepare.catalog_file import entry_lines, updated_catalog, write_catalog
@@ -56,9 +57,9 @@ def _add_source_options(group: argparse._ArgumentGroup) -> None:
     text = "the folder of the films; paths in the arrays are relative to it (default: SOURCE, or the folder of the CSV file)"
     group.add_argument("--prefix", metavar="FOLDER", help=text)
     text = "frames a second of sources that are folders of frames (default 25)"
-    group.add_argument("--fps", type=float, default=25.0, metavar="X", help=text)
+    group.add_argument("--fps", type=number, default=25.0, metavar="X", help=text)
     text = "hold this share of the films out as the validation split, where the source has none, e.g. 0.2"
-    group.add_argument("--hold-out", type=float, metavar="X", help=text)
+    group.add_argument("--hold-out", type=number, metavar="X", help=text)
     text = (
         "with --hold-out: its first parentheses match the part of a name that tells the source, which stays on one side"
     )
@@ -72,7 +73,7 @@ def _add_film_options(group: argparse._ArgumentGroup) -> None:
         "--gop", type=int, metavar="N", help="at most N frames from one key frame to the next (default 12)"
     )
     group.add_argument("--crf", type=int, metavar="N", help="x264's quality, 0 (lossless) to 51 (default 20)")
-    group.add_argument("--frames", type=float, metavar="FPS", help="write folders of JPEGs instead, FPS a second")
+    group.add_argument("--frames", type=number, metavar="FPS", help="write folders of JPEGs instead, FPS a second")
     workers = default_workers()
     text = f"processes to work with; 0: this one (default {workers})"
     group.add_argument("--workers", type=int, default=workers, metavar="N", help=text)

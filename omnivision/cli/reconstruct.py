@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from omnivision.cli.arguments import add_device, add_fps, at_least
+from omnivision.cli.arguments import add_device, add_fps, at_least, number
 from omnivision.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,8 +25,10 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run folder of stage 1, or a file")
     parser.add_argument("film", metavar="VIDEO", help="a film, or a folder of its frames")
     parser.add_argument("out", metavar="OUT", type=Path, help="a .gif, which moves, or a .png of some frames")
-    parser.add_argument("--start", type=float, metavar="SECONDS", help="where the clip begins (default: in the middle)")
-    parser.add_argument("--mask-ratio", type=float, default=0.9, metavar="SHARE", help="what is hidden (default 0.9)")
+    parser.add_argument(
+        "--start", type=number, metavar="SECONDS", help="where the clip begins (default: in the middle)"
+    )
+    parser.add_argument("--mask-ratio", type=number, default=0.9, metavar="SHARE", help="what is hidden (default 0.9)")
     parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of the mask (default 0)")
     parser.add_argument("--force", action="store_true", help="replace OUT if it is there")
     add_device(parser)

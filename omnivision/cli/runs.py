@@ -26,7 +26,8 @@ def add_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "runs",
         help="list runs with their status, accuracy and age",
-        description="List the run folders below DIR (those with a summary.json), oldest first.",
+        description="List the run folders below DIR (those with a summary.json), oldest first. The loss is that of validation, "
+        "or of training where nothing is validated.",
     )
     parser.add_argument("folder", metavar="DIR", type=Path, help="a run folder, or a folder of them")
     parser.add_argument("--top1", action="store_true", help="only accuracies, by data, best last")
@@ -94,7 +95,7 @@ def table(found: list[dict[str, Any]], short: bool = False) -> Table:
             "top-1 %": _number(last.get("val_top1"), 1),
             "chance %": _number(100 / max(classes), 1) if classes else "",
             "best %": _number(summary.get("best"), 1) if "val_top1" in last else "",
-            "loss": _number(last.get("loss"), 3),
+            "loss": _number(last.get("val_loss", last.get("loss")), 3),
             "model": facts.get("model") or "?",
             "status": str(summary.get("status", "?")),
             "age": _age(time.time() - summary["changed"]),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from omnivision.cli.arguments import number
 from omnivision.data.catalog import load_array
 from omnivision.errors import UserError
 from omnivision.prepare.arrays import read_labels, read_paths, write_split
@@ -34,7 +35,9 @@ def add_parser(subparsers: Subparsers) -> None:
     how.add_argument("--dataset", choices=GROUPINGS, help="how names of videos tell their source")
     text = "the same for other data: a regular expression; its first parentheses match what names of one source share"
     how.add_argument("--group-pattern", metavar="REGEX", help=text)
-    parser.add_argument("--share", type=float, default=0.2, metavar="X", help="of the videos to hold out (default 0.2)")
+    parser.add_argument(
+        "--share", type=number, default=0.2, metavar="X", help="of the videos to hold out (default 0.2)"
+    )
     parser.add_argument("--seed", type=int, default=42, metavar="N", help="another seed, another split (default 42)")
     parser.set_defaults(run=run)
 

@@ -57,8 +57,10 @@ def against_transformers(
     """
     try:
         from transformers import VideoMAEForVideoClassification, VideoMAEModel
+        from transformers.utils import logging
     except ImportError:
         return None
+    logging.disable_progress_bar()  # of reading a file that was just written
     model, clip = build(architecture, "The model"), random_clip(architecture).double()
     model.load_state_dict({**state, **position_tables(architecture)})
     assert isinstance(model, (VideoClassifier, MaskedAutoencoder))
