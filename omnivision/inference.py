@@ -21,6 +21,7 @@ from omnivision.data.batch import Batch
 from omnivision.data.clips import clip_window, uniform_clip_starts
 from omnivision.data.decode import BadVideo, open_video
 from omnivision.data.masking import RandomMask
+from omnivision.data.opening import EIGHT_K
 from omnivision.data.views import EvalView
 from omnivision.errors import UserError
 from omnivision.interop.merge import merge, read_sources
@@ -34,7 +35,6 @@ from omnivision.tasks.reconstruct import Reconstruct
 from omnivision.weight_files import read
 
 CLIP_SECONDS = 2.7  # of the recipe, where a file does not say
-MAX_PIXELS = 7680 * 4320
 MASK_RATIO = 0.9
 
 
@@ -149,7 +149,7 @@ class VideoModel:
         rng = np.random.default_rng(0)  # no view of an evaluation is random
         found = []
         try:
-            with open_video(str(film), fps=fps, max_pixels=MAX_PIXELS) as video:
+            with open_video(str(film), fps=fps, max_pixels=EIGHT_K) as video:
                 for begin in self._starts(video.duration, clips, start, film):
                     frames = view.prepare(video.read(*clip_window(begin, self.shown.clip_duration), self.num_frames))
                     found += [view(frames, rng, number) for number in range(crops)]

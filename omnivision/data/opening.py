@@ -10,6 +10,9 @@ class BadVideo(Exception):
     """This file cannot give the frames asked for. The message is one line: the reason, without the path."""
 
 
+EIGHT_K = 7680 * 4320  # the largest frames that are shown to people
+
+
 def check_pixels(width: int, height: int, max_pixels: int | None) -> None:
     """Raises BadVideo when a picture has more than `max_pixels`."""
     if max_pixels is not None and width * height > max_pixels:

@@ -158,7 +158,10 @@ def _predicted(file: Path) -> Predicted | None:
                 MOST_BYTES, 2 * file.stat().st_size
             ):
                 return None
-        with np.load(file, allow_pickle=False) as found:
+        with (
+            np.load(file, allow_pickle=False) as found,
+            np.errstate(over="ignore"),
+        ):  # too large for float32: told below
             scores, labels = np.asarray(found["scores"], np.float32), np.asarray(found["label"], np.int64)
             paths, names = [str(path) for path in found["path"]], [str(name) for name in found["class_names"]]
     except (
@@ -179,7 +182,8 @@ def _predicted(file: Path) -> Predicted | None:
         return None
     if not np.isfinite(scores).all():
         return None
-    shares = np.exp(scores - scores.max(1, keepdims=True))
+    with np.errstate(over="ignore"):
+        shares = np.exp(scores - scores.max(1, keepdims=True))
     return Predicted(labels, shares / shares.sum(1, keepdims=True), paths, names)
 
 

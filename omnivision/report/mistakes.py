@@ -14,11 +14,11 @@ from PIL import Image
 from omnivision.data.clips import clip_window, uniform_clip_starts
 from omnivision.data.decode import BadVideo, open_video
 from omnivision.data.images import read_image
+from omnivision.data.opening import EIGHT_K
 from omnivision.data.views import resize_short_side
 from omnivision.report.collect import Predicted
 
 SHORT_SIDE, FRAMES, SECONDS, MILLISECONDS = 96, 12, 2.7, 180
-MAX_PIXELS = 7680 * 4320
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,12 @@ def _mistakes(predicted: Predicted, score: np.ndarray, count: int, fps: Any) -> 
 def moving(path: str, fps: float) -> str:
     """The middle of a film as an animated WebP, or an image, as a data URL; "" for what cannot be read here."""
     try:
-        with open_video(path, fps=fps, max_pixels=MAX_PIXELS) as film:
+        with open_video(path, fps=fps, max_pixels=EIGHT_K) as film:
             start = uniform_clip_starts(film.duration, SECONDS, 3)[1]
             frames = film.read(*clip_window(start, SECONDS), FRAMES)
     except BadVideo:
         try:
-            frames = read_image(path, MAX_PIXELS)
+            frames = read_image(path, EIGHT_K)
         except BadVideo:
             return ""
     frames = resize_short_side(frames, SHORT_SIDE)
