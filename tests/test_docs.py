@@ -82,7 +82,11 @@ class Typed(unittest.TestCase):
         """The way that README shows, from a folder of clips to predictions."""
         way = next(text for language, text in blocks(ROOT / "README.md") if "omnivision prepare clips" in text)
         self.assertIn(("sh", way), blocks(DOCS / "index.md"), "both show the same way")
-        said = self.type(way).stdout
+        install, _, rest = way.partition("\n")
+        self.assertTrue(
+            install.startswith("python3 -m venv .venv && . .venv/bin/activate && pip install -e ."), "done here"
+        )
+        said = self.type(rest).stdout
         self.assertIn("out/val_paths.npy, val_labels.npy: 2 samples of 2 classes", said)
         self.assertRegex(said, r"lr +[▁▂▃▄▅▆▇█]{60}  epoch 0 to 2")
         self.assertRegex(said, r"data +mine, train: 10 samples; of \d+ of their files \d+ are there")
