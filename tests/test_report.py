@@ -15,6 +15,7 @@ import numpy as np
 
 from omnivision.cli.main import main
 from omnivision.errors import UserError
+from omnivision.report import figures
 from omnivision.report.collect import Predicted, Run, differing, find_runs, lineage
 from omnivision.report.mistakes import most_confident, worst
 from omnivision.report.paper import table
@@ -183,7 +184,16 @@ class Parts(unittest.TestCase):
         self.assertEqual([each.path for each in worst(predicted, 9)], ["d", "a", "b"])
         self.assertEqual((most_confident(predicted, 1)[0].label, most_confident(predicted, 1)[0].picture), ("x", ""))
         self.assertEqual(predicted.confusion().tolist(), [[0, 1], [2, 1]])
-        self.assertEqual([(name, count) for name, count, _ in predicted.by_class()], [("x", 1), ("y", 3)])
+        (x, none, zero), (y, three, third) = predicted.by_class()
+        self.assertEqual((x, none, zero, y, three), ("x", 1, 0.0, "y", 3))
+        self.assertAlmostEqual(third, 100 / 3)
+
+    def test_a_run_has_one_colour(self):
+        runs = [self.run_of(name, None, "a", "trained", 1.0) for name in "abc"]
+        for run in runs:
+            run.lines += [{"event": "step", "step": step, "loss": 1.0} for step in (1, 2)]
+        drawn = figures.curves(runs[1:2], "loss", "loss", Run.steps, runs)
+        self.assertEqual([colour in drawn for colour in figures.COLOURS[:3]], [False, True, False])
 
     def run_of(self, name: str, start: str | None, task: str, trunk: str, top1: float, **settings: object) -> Run:
         facts = {"pretrained": start, "sources": [task], "trunk": trunk}

@@ -58,7 +58,7 @@ class Predicted:
         return sorted(rows, key=lambda row: (row[2], row[0]))
 
 
-@dataclass
+@dataclass(eq=False)
 class Run:
     """One run. `settings` are flat and as they were written; `lines` are those of `metrics.jsonl`."""
 

@@ -36,10 +36,15 @@ def script() -> str:
     return str(get_plotlyjs())
 
 
-def curves(runs: Sequence[Run], what: str, label: str, lines: Callable[[Run], list[dict[str, Any]]]) -> str:
-    """A figure over the steps, a line for each run that has it; "" when none has two points of one."""
+def curves(
+    runs: Sequence[Run], what: str, label: str, lines: Callable[[Run], list[dict[str, Any]]], among: Sequence[Run]
+) -> str:
+    """A figure over the steps, a line for each run that has it; "" when none has two points of one.
+
+    `among` are all runs of the page: each has the colour of its place there, in every figure.
+    """
     figure = graph.Figure()
-    for number, run in enumerate(runs):
+    for number, run in ((number, run) for number, run in enumerate(among) if run in runs):
         points = [(line["step"], line[what]) for line in lines(run) if isinstance(line.get(what), (int, float))]
         points = points[:: -(-len(points) // MOST_POINTS) or 1]
         if points:

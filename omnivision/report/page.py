@@ -109,7 +109,7 @@ def _curves(runs: Sequence[Run]) -> list[tuple[str, Markup]]:
         lines = Run.steps if where == "step" else functools.partial(Run.epochs, phase="val")
         # The losses of an autoencoder and of a classifier have nothing to do with each other.
         for kind, members in kinds.items() if what == "loss" and len(kinds) > 1 else [("", runs)]:
-            found.append((f"{heading}: {kind}" if kind else heading, figures.curves(members, what, label, lines)))
+            found.append((f"{heading}: {kind}" if kind else heading, figures.curves(members, what, label, lines, runs)))
     found += [(f"{run.name}: how much each source of the average counts", figures.mixing(run)) for run in runs]
     return [(heading, Markup(drawn)) for heading, drawn in found if drawn]
 
