@@ -65,15 +65,15 @@ def describe(settings: Settings, model: nn.Module, optimizer: ScheduledOptimizer
     for number, group in enumerate(optimizer.groups):
         count = sum(parameters[name] for name in group.names)
         curves = "; ".join(
-            f"{option} {told_curve([curve(i / 200) * s for i in range(201)])}"
+            f"{option}{f' x {s:.4g}:' if s != 1 else ''} {told_curve([curve(i / 200) * s for i in range(201)])}"
             for option, curve in group.schedules.items()
             for s in [group.scale if option == "lr" else 1.0]
         )
         lines.append(f"  {number}: {len(group.names)} tensors, {count / 1e6:.2f} M parameters; {curves}")
     for curve in curves_of(optimizer):
-        if min(curve.values) < max(curve.values):
-            of = "" if len(curve.groups) == len(optimizer.groups) else f" (groups {', '.join(map(str, curve.groups))})"
-            lines.append(f"{curve.option:12} {line_of(curve.values)}  epoch 0 to {settings.trainer.max_epochs}{of}")
+        of = "" if len(curve.groups) == len(optimizer.groups) else f" (groups {', '.join(map(str, curve.groups))})"
+        told = f"epoch 0 to {settings.trainer.max_epochs}: {told_curve(curve.values)}{of}"
+        lines.append(f"{curve.option:12} {line_of(curve.values)}  {told}")
     return "\n".join([*lines, *hindrances(settings)])
 
 
@@ -88,8 +88,10 @@ def curves_of(optimizer: ScheduledOptimizer) -> list[Curve]:
 
 
 def line_of(values: list[float]) -> str:
-    """A curve in one line of blocks, from the least to the most of its values."""
+    """A curve in one line of blocks, from the least to the most of its values; one that never changes is halfway up, or 0."""
     low, high = min(values), max(values)
+    if low == high:
+        return BLOCKS[len(BLOCKS) // 2 if high else 0] * WIDTH
     picked = [values[round(i * (len(values) - 1) / (WIDTH - 1))] for i in range(WIDTH)]
     return "".join(BLOCKS[round((value - low) / (high - low) * (len(BLOCKS) - 1))] for value in picked)
 

@@ -240,6 +240,18 @@ class Script(unittest.TestCase):
         self.assertEqual(curve.index(dry.BLOCKS[-1]), curve.find(dry.BLOCKS[-1]))
         peak = curve.index(dry.BLOCKS[-1]) / dry.WIDTH
         self.assertLess(abs(peak - 0.05), 0.05, "warm-up takes a twentieth")
+        self.assertRegex(text, r"weight_decay ▅{60}  epoch 0 to 200: 0.05 \(groups 0\)")
+        self.assertRegex(text, r"weight_decay ▁{60}  epoch 0 to 200: 0 \(groups 1\)")
+
+    def test_dry_tells_the_scale_of_each_group(self):
+        made = settings(
+            "+experiments=omnimae/omnimain_train_video_ft", "+trainer=mae_ft_ucf101_config", FOLDER, NOTHING
+        )
+        text = dry.describe(made, *dry.built(made))
+        self.assertRegex(
+            text,
+            r"4 tensors, 7\.08 M parameters; lr x 0\.75: 7\.5e-07 -> peak 0\.003 -> 7\.5e-07; weight_decay 0\.0001",
+        )
 
     def test_dry_counts_samples_files_and_steps_and_draws(self):
         with tempfile.TemporaryDirectory() as name:

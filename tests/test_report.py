@@ -103,6 +103,7 @@ class Page(unittest.TestCase):
             ("array", lambda file: np.save(file.with_suffix(".npy"), 3) or os.replace(file.with_suffix(".npy"), file)),
             ("far", lambda file: np.savez(file, scores=np.ones((1, 2)), label=[5], path=["x"], class_names=["a", "b"])),
             ("none", lambda file: np.savez(file, scores=np.ones((1, 0)), label=[0], path=["x"], class_names=[])),
+            ("few", lambda file: np.savez(file, scores=np.ones((1, 2)), label=[0], path=["x"], class_names=["a"])),
             ("nan", lambda file: np.savez(file, scores=[[np.nan]], label=[0], path=["x"], class_names=["a"])),
         ):
             folder = write_run(self.folder / name)
@@ -217,7 +218,10 @@ class Parts(unittest.TestCase):
         self.assertIsNone(table(runs[:1]))
 
     def test_what_differs(self):
-        runs = [self.run_of(name, None, "a", "trained", 1.0, lr=lr, same=1) for name, lr in (("a", 1), ("b", 2))]
+        runs = [
+            self.run_of(name, None, "a", "trained", 1.0, **{"lr": lr, "same": 1, "launcher.experiment_log_dir": name})
+            for name, lr in (("a", 1), ("b", 2))
+        ]
         self.assertEqual(differing(runs), {"lr": ["1", "2"]})
 
     def test_a_lineage_that_bites_its_tail(self):
