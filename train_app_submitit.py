@@ -136,6 +136,8 @@ def flags_first(arguments: list[str]) -> list[str]:
             flags += [word, value_of(word, left.pop(0) if left else "")]
         elif word.startswith("-"):
             flags.append(word)
+            if word.endswith("="):
+                value_of(word[:-1], "")
         else:
             settings.append(word)
     return [*flags, *settings]

@@ -22,6 +22,7 @@ from omnivision.data.dataset import ClipDataset, Cut
 from omnivision.data.loader import TrainData, ValData, Workers
 from omnivision.distributed import Place, Processes
 from omnivision.errors import UserError
+from omnivision.files import run_name
 from omnivision.interop.merge import merge, read_sources
 from omnivision.models.architecture import describe
 from omnivision.models.average import AveragedClassifier
@@ -331,11 +332,6 @@ def facts(settings: Settings, model: nn.Module) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in model.parameters()),
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
-
-
-def run_name(path: Path) -> str:
-    """Of a run folder, or of the run whose checkpoint a file is."""
-    return path.parent.parent.name if path.parent.name == "checkpoints" and path.parent.parent.name else path.name
 
 
 def amp_dtype(settings: Settings, device: torch.device) -> torch.dtype | None:

@@ -251,7 +251,8 @@ def _unknown_setting(key: str, parent: Any, where: str) -> str:
     if "/" in key:
         return f"{key}{where} is not a group of choices{near_group(key, GROUPS)}"
     names = [*hints, *(f"{folder}.{name}" for name in (parent or ()) if folder)]
-    near = difflib.get_close_matches(key, names, 1) or [name for name in names if name.rpartition(".")[2] == last]
+    alike = difflib.get_close_matches(key, names, 3) or [name for name in names if name.rpartition(".")[2] == last]
+    near = [name for name in alike if not key.startswith(f"{name}.")]
     # Names below these are the user's own, or arguments of the object that is described there.
     free = [name for name, hint in hints.items() if typing.get_origin(hint) is dict or Target in _flat(hint)]
     if key in hints or (not near and any(key.startswith(f"{name}.") for name in free)):

@@ -134,10 +134,6 @@ class Processes:
             raise UserError(messages[0], everywhere=True)
         return result
 
-    def barrier(self) -> None:
-        """Wait until all processes have come here."""
-        self.sum(torch.zeros(1))
-
     def close(self) -> None:
         if self.world > 1:
             dist.destroy_process_group()

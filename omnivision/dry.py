@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from omnivision import build
+from omnivision import build, weight_files
 from omnivision.errors import UserError
 from omnivision.files import replace_atomically, require_weights
 from omnivision.models.average import AveragedClassifier
@@ -151,7 +151,7 @@ def weights_lines(settings: Settings) -> list[str]:
     found = []
     for each in [source] if isinstance(source, str) else source:
         with contextlib.suppress(UserError):
-            file = require_weights(each)
+            file = weight_files.find(require_weights(each))
             found.append(f"weights      from {file}, {file.stat().st_size / 1e6:.1f} MB")
     return found
 

@@ -18,6 +18,11 @@ LATEST, PREVIOUS, BEST = "checkpoint.pt", "previous.pt", "best.pt"
 PARTS = "shards_"  # with what else a folder beside them, with the parts of one, is called
 
 
+def run_name(path: Path) -> str:
+    """Of a run folder, or of the run whose checkpoint a file is; of any other file its own."""
+    return path.parent.parent.name if path.parent.name == "checkpoints" and path.parent.parent.name else path.name
+
+
 def temporary_beside(path: Path) -> Path:
     """A name in the same folder that no other process or thread takes; `remove_leftovers` knows it."""
     return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")

@@ -101,6 +101,10 @@ class VideoModel:
                 f"{self.path} holds a masked autoencoder, which knows no classes. Give a model of a later stage (alignment, "
                 "fine-tuning, probing), or use reconstruct."
             )
+        if clips < 1 or crops not in (1, 3):
+            raise UserError(
+                f"clips is {clips}, crops {crops}; expected clips of at least 1, and 1 or 3 crops. Change them."
+            )
         if not 0 <= head < len(self.model.heads):
             raise UserError(f"head is {head}; {self.path} has {len(self.model.heads)}, counted from 0. Change head.")
         scores = self.model(self.views(film, clips, crops, fps=fps), head).float()
@@ -116,6 +120,8 @@ class VideoModel:
         self, film: str | Path, top: int = 5, clips: int = 2, crops: int = 3, head: int = 0, fps: float = 25.0
     ) -> list[Guess]:
         """The `top` likeliest classes of a film, best first; `fps` is for folders of frames. Raises UserError, as `scores`."""
+        if top < 1:
+            raise UserError(f"top is {top}; expected a number of classes of at least 1. Change top.")
         shares = torch.from_numpy(self.scores(film, clips, crops, head, fps)).softmax(0).numpy()
         best = np.argsort(-shares, kind="stable")[:top]
         return [Guess(self.shown.names[head][label], int(label), float(shares[label])) for label in best]
@@ -136,6 +142,8 @@ class VideoModel:
             raise UserError(
                 f"{self.path} holds a classifier, which has no decoder. Give a model of stage 1 (masked autoencoding)."
             )
+        if not 0 < mask_ratio < 1:
+            raise UserError(f"mask_ratio is {mask_ratio:g}; expected a share above 0 and below 1. Change mask_ratio.")
         video = self.views(film, clips=1, crops=1, start=start, fps=fps)
         grid = token_grid((self.num_frames, self.image_size, self.image_size), self.tubelet)
         mask = torch.from_numpy(RandomMask(mask_ratio)(grid, np.random.default_rng(seed)))[None]

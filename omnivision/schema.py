@@ -42,7 +42,7 @@ class Range:
 
     def holds(self, value: float) -> bool:
         return (
-            math.isfinite(value)
+            (isinstance(value, int) or math.isfinite(value))
             and (self.above is None or value > self.above)
             and (self.low is None or value >= self.low)
             and (self.high is None or value <= self.high)
@@ -177,17 +177,14 @@ class Reader:
 
     def _scalar(self, hint: type, value: Any, where: str) -> Any:
         if hint is float and isinstance(value, int) and not isinstance(value, bool):
-            return float(value)
+            try:
+                return float(value)
+            except OverflowError:
+                return self._wrong(where, value, "a number that a computer holds")
         if isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
             return value
         advice = ""
-        if (
-            hint in (int, float)
-            and isinstance(value, str)
-            and value.isascii()
-            and value.isdigit()
-            and str(int(value)) == value
-        ):
+        if hint in (int, float) and isinstance(value, str) and re.fullmatch(r"0|[1-9][0-9]*", value):
             advice = " (in quotes it is a text; leave them out)"
         elif hint in (int, float) and isinstance(value, str) and looks_like_yaml_number(value):
             advice = " (YAML reads such a number in base 8 or 60; write it in plain decimal)"

@@ -45,8 +45,8 @@ def check(config: DictConfig, origin: Callable[[str], str] = lambda key: "") -> 
 
 def _located(problem: str, origin: Callable[[str], str]) -> str:
     """A sentence that begins with the name of a setting, with where it was written behind the name."""
-    name = re.split(r" (?:is|lacks|cannot|comes|has) |\[", problem)[0]
-    where = origin(name)
+    name = re.split(r" (?:is|lacks|cannot|comes|has) ", problem)[0]
+    where = origin(name.partition("[")[0])
     if where.startswith(" (argument") and " is not a" not in problem:
         return problem  # the value, which it tells, is what was typed
     return f"{name}{where}{problem.removeprefix(name)}"
@@ -284,7 +284,7 @@ def _label_problems(settings: Settings) -> list[str]:
 
 def _tubelet_problems(trunk: dict[str, Any]) -> list[str]:
     tubelet, frames, size = trunk["tubelet"], trunk.get("num_frames"), trunk.get("image_size")
-    if not (isinstance(tubelet, list) and len(tubelet) == 3 and all(isinstance(n, int) and n > 0 for n in tubelet)):
+    if not (isinstance(tubelet, list) and len(tubelet) == 3 and all(type(n) is int and n > 0 for n in tubelet)):
         return [f"trainer.model.trunk.tubelet is {tubelet!r}; expected three whole numbers: frames, height, width."]
     problems = []
     for setting, value, parts in (("num_frames", frames, tubelet[:1]), ("image_size", size, tubelet[1:])):

@@ -107,7 +107,10 @@ def _signature_here(target: str) -> dict[str, Parameter] | None:
 @functools.cache
 def _signature_elsewhere(target: str) -> dict[str, Parameter] | None:
     package, *inner, name = target.split(".")
-    spec = importlib.util.find_spec(package)
+    try:
+        spec = importlib.util.find_spec(package)
+    except ValueError:  # __main__, and what else has no spec
+        return None
     if spec is None or spec.origin is None:
         return None
     if spec.submodule_search_locations:
@@ -152,8 +155,9 @@ def _of_function(function: ast.FunctionDef, skip: int) -> dict[str, Parameter]:
         argument.arg: Parameter(ast.unparse(argument.annotation) if argument.annotation else "Any", i < required)
         for i, argument in enumerate(arguments)
     }
-    for argument in function.args.kwonlyargs:
-        found[argument.arg] = Parameter(ast.unparse(argument.annotation) if argument.annotation else "Any", False)
+    for argument, default in zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True):
+        annotation = ast.unparse(argument.annotation) if argument.annotation else "Any"
+        found[argument.arg] = Parameter(annotation, default is None)
     return found | ({"**": Parameter("Any", False)} if function.args.kwarg else {})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 
 
@@ -20,9 +21,11 @@ def at_least(low: int, high: int = 10**9) -> Callable[[str], int]:
 def number(text: str) -> float:
     """A number with or without a fraction, for `type=`."""
     try:
-        return float(text)
+        if math.isfinite(value := float(text)):
+            return value
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r}; expected a number, such as 0.2") from None
+        pass
+    raise argparse.ArgumentTypeError(f"{text[:40]!r}; expected a number, such as 0.2")
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from omnivision.data.catalog import read_class_names
 from omnivision.errors import UserError
 from omnivision.inference import Shown
 from omnivision.interop.card import card
@@ -132,7 +133,8 @@ def _lacking(source: Source) -> list[str]:
 
 
 def _export_hf(args: argparse.Namespace, source: Source, model: Imported, judged: bool) -> None:
-    names = _class_names(args.class_names) or Shown.of(model.architecture, source.inference).named(args.head)
+    told = Shown.of(model.architecture, source.inference).named(args.head)
+    names = read_class_names(args.class_names, "--class-names") if args.class_names else told
     exported = to_hf(model.state, model.architecture, args.head, names)
     configs = {CONFIG: exported.config, "preprocessor_config.json": preprocessor_config(model.architecture)}
     with hf_folder(
@@ -162,14 +164,3 @@ def _proof(difference: Difference | None, classifier: bool) -> list[str]:
             "model.fc_norm.eps = 1e-6 after loading."
         )
     return lines
-
-
-def _class_names(file: str | None) -> list[str] | None:
-    if file is None:
-        return None
-    try:
-        return Path(file).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"--class-names {file} cannot be read: {error}. Expected a text file, one name a line."
-        ) from None

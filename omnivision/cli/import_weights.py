@@ -49,7 +49,8 @@ def run(args: argparse.Namespace) -> int:
     source = read(args.source)
     check_target(args.out, source, args.force)
     imported, format = convert(source, args.format, Given(**{name: getattr(args, name) for name in _GEOMETRY}))
-    write_pt(args.out, imported.state, imported.architecture, {"origin": origin(source, format)})
+    said = {"origin": origin(source, format)} | ({"inference": dict(source.inference)} if source.inference else {})
+    write_pt(args.out, imported.state, imported.architecture, said)
     print(f"{source.path}: {len(source.state)} tensors of format {format}")
     for line in imported.lines():
         print(line)

@@ -20,7 +20,7 @@ from omnivision.cli import (
     runs,
     val_split,
 )
-from omnivision.errors import EXIT_USER, UserError
+from omnivision.errors import EXIT_INTERRUPTED, EXIT_USER, UserError
 from omnivision.streams import be_patient
 
 
@@ -31,9 +31,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(
-            EXIT_USER, f"error: {message.rstrip('?')}{'?' if message.endswith('?') else '.'} See {self.prog} --help.\n"
-        )
+        end = "" if message.endswith("?") else "."
+        self.exit(EXIT_USER, f"error: {message}{end} See {self.prog} --help.\n")
 
 
 def parser() -> Parser:
@@ -78,6 +77,9 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print(f"{options.command}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
     except OSError as error:
         if error.filename is None or os.environ.get("OMNIVISION_TRACEBACK") == "1":
             raise

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from omnivision.cli.arguments import number
+from omnivision.data.catalog import read_class_names
 from omnivision.errors import EXIT_INTERRUPTED, UserError
 from omnivision.prepare import dataset
 from omnivision.prepare.catalog_file import entry_lines, updated_catalog, write_catalog
@@ -84,7 +85,8 @@ def run(args: argparse.Namespace) -> int:
     recipe, out = _recipe(args), Path(args.out)
     lists = {split: file for split, file in (("train", args.train), ("val", args.val)) if file}
     listing = read_source(args.source, form=args.format, lists=lists, fold=args.fold)
-    classes, labels = label_arrays(listing, _class_names(args.class_names))
+    names = read_class_names(args.class_names, "--class-names") if args.class_names else None
+    classes, labels = label_arrays(listing, names)
     if args.hold_out is not None:
         listing, labels = _hold_out(listing, labels, args)
     films = find_films(listing, prefix=args.prefix, check=not args.no_check_files)
@@ -194,21 +196,3 @@ def _recipe(args: argparse.Namespace) -> Recipe | None:
         frames_fps=args.frames,
         source_fps=args.fps,
     )
-
-
-def _class_names(file: str | None) -> list[str] | None:
-    if file is None:
-        return None
-    try:
-        names = [line.strip() for line in Path(file).read_text(encoding="utf-8-sig").rstrip().splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"--class-names {file} cannot be read: {error}. Expected a text file, one name a line."
-        ) from error
-    if blank := [number for number, name in enumerate(names, start=1) if not name]:
-        raise UserError(
-            f"--class-names {file} has nothing on line {blank[0]}; expected a name on each line, that of class 0 first."
-        )
-    if not names:
-        raise UserError(f"--class-names {file} is empty; expected one name a line.")
-    return names

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,8 +45,6 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"OUT is {args.out}, which is there already. Give another OUT, or --force to replace it.")
     if not 0 < args.mask_ratio < 1:
         raise UserError(f"--mask-ratio is {args.mask_ratio:g}; expected a share above 0 and below 1.")
-    if args.start is not None and not math.isfinite(args.start):
-        raise UserError(f"--start is {args.start}; expected seconds.")
     from omnivision.files import replace_atomically
     from omnivision.inference import load
     from omnivision.reporting.pictures import gif_bytes, moving, still

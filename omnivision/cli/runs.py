@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     if not found:
         raise UserError(f"There is no run below {args.folder}: no summary.json was found. Change DIR.")
     if args.top1:
-        validated = (summary for summary in found if "val_top1" in summary["last"])
+        validated = (summary for summary in found if isinstance(summary["last"].get("val_top1"), (int, float)))
         found = sorted(validated, key=lambda s: (s["run"].get("sources") or [], s["last"]["val_top1"]))
     console = Console()
     if not console.is_terminal:

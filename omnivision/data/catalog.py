@@ -62,13 +62,7 @@ class Dataset:
         if self.class_names is None:
             return [str(label) for label in range(self.num_classes or 0)]
         setting = f"datasets.{self.name}.class_names"
-        try:
-            names = Path(self.class_names).read_text(encoding="utf-8").splitlines()
-        except (OSError, ValueError) as error:  # ValueError: no text, or a name that no file can have
-            raise UserError(
-                f"{setting} is {self.class_names!r}, which cannot be read: {error}. Expected a text file with one name a line. "
-                f"Set ++{setting}=FILE, or null for numbers."
-            ) from None
+        names = read_class_names(self.class_names, setting)
         if self.num_classes is not None and len(names) != self.num_classes:
             raise UserError(
                 f"{self.class_names} names {len(names)} classes, and datasets.{self.name}.num_classes is {self.num_classes}; "
@@ -79,6 +73,24 @@ class Dataset:
                 f"{self.class_names} names two classes {twice[0]!r}; expected a name of its own for each. Change {setting}."
             )
         return names
+
+
+def read_class_names(file: str, setting: str) -> list[str]:
+    """The names of classes, one a line, in the order of their labels. `setting` is what named the file.
+
+    Raises UserError for a file that cannot be read, that is empty, or that has a line without a name.
+    """
+    try:
+        names = [line.strip() for line in Path(file).read_text(encoding="utf-8-sig").rstrip().splitlines()]
+    except (OSError, ValueError) as error:  # ValueError: no text, or a name that no file can have
+        raise UserError(
+            f"{setting} is {file!r}, which cannot be read: {error}. Expected a text file with one name a line. Give "
+            "another, or none for numbers."
+        ) from None
+    if not names or "" in names:
+        where = f"nothing on line {names.index('') + 1}" if names else "no names"
+        raise UserError(f"{setting} {file} has {where}; expected a name on each line, that of class 0 first. Mend it.")
+    return names
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from omnivision import experiment
+from omnivision.files import run_name
 from omnivision.interop.intake import Imported
 from omnivision.models.architecture import Architecture
 from omnivision.weight_files import Source
@@ -98,13 +99,14 @@ def history(source: Source) -> str:
         if isinstance(origin, Mapping):
             text += f" That was made of {plain(origin.get('name'))} (SHA-256 {plain(origin.get('sha256'))})."
         return f"{text} It says nothing of how it was trained."
-    done = {name: source.said.get(name) for name in ("epoch", "step") if isinstance(source.said.get(name), int)}
-    done["steps of an epoch"] = source.said.get("steps_per_epoch")
+    counted = {"epoch": "epoch", "step": "step", "steps of an epoch": "steps_per_epoch"}
+    done = {name: source.said.get(key) for name, key in counted.items() if isinstance(source.said.get(key), int)}
     settings = {name: told["settings"][name] for name in SETTINGS if told["settings"].get(name) is not None}
     if "mask_ratio" in settings and not any("decoder" in name for name in told["settings"]):
         del settings["mask_ratio"]
-    settings |= {name: Path(str(value)).name for name, value in settings.items() if name.endswith("_path")}
-    settings.setdefault("pretrained_checkpoint_path", "nothing")
+    start = settings.get("pretrained_checkpoint_path") or "nothing"
+    starts = start if isinstance(start, list) else [start]
+    settings["pretrained_checkpoint_path"] = " + ".join(run_name(Path(str(each))) for each in starts)
     data = {name: value for name, value in told["data"].items() if isinstance(value, str)}
     return "\n\n".join(
         [text, rows(done | settings), "Its data, by size and SHA-256:\n\n" + rows(data), rows(told["versions"])]

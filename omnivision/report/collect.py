@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from omnivision.errors import UserError
 from omnivision.experiment import flat_file
+from omnivision.metrics import confusion_matrix
 from omnivision.reporting.metrics_log import read_lines
 from omnivision.reporting.run_folder import RunFolder
 
@@ -42,9 +44,7 @@ class Predicted:
 
     def confusion(self) -> np.ndarray:
         """int64 (classes, classes): rows are labels, columns what was predicted."""
-        classes = self.shares.shape[1]
-        places = self.labels[self.known] * classes + self.guesses[self.known]
-        return np.bincount(places, minlength=classes * classes).reshape(classes, classes)
+        return confusion_matrix(self.labels, self.guesses, self.shares.shape[1])
 
     def by_class(self) -> list[tuple[str, int, float]]:
         """Name, number of videos and accuracy (%) of each class that has a video, worst first."""
@@ -119,6 +119,13 @@ def is_folder(path: Path) -> bool:
         return False
 
 
+def is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # not ours to look at, or a name too long
+        return False
+
+
 def told_apart(folders: dict[Path, str]) -> dict[Path, str]:
     """Names of runs by folder; those that several have get the folder above in front."""
     counts = Counter(folders.values())
@@ -154,14 +161,9 @@ def _predicted(file: Path) -> Predicted | None:
     """The predictions in a file; None for one that is damaged, or claims to be more than it can be."""
     try:
         with zipfile.ZipFile(file) as archive:  # arrays are stored as they are
-            if not file.is_file() or sum(part.file_size for part in archive.infolist()) > max(
-                MOST_BYTES, 2 * file.stat().st_size
-            ):
+            if sum(part.file_size for part in archive.infolist()) > max(MOST_BYTES, 2 * file.stat().st_size):
                 return None
-        with (
-            np.load(file, allow_pickle=False) as found,
-            np.errstate(over="ignore"),
-        ):  # too large for float32: told below
+        with np.load(file, allow_pickle=False) as found, np.errstate(over="ignore"):
             scores, labels = np.asarray(found["scores"], np.float32), np.asarray(found["label"], np.int64)
             paths, names = [str(path) for path in found["path"]], [str(name) for name in found["class_names"]]
     except (
@@ -182,9 +184,7 @@ def _predicted(file: Path) -> Predicted | None:
         return None
     if not np.isfinite(scores).all():
         return None
-    with np.errstate(over="ignore"):
-        shares = np.exp(scores - scores.max(1, keepdims=True))
-    return Predicted(labels, shares / shares.sum(1, keepdims=True), paths, names)
+    return Predicted(labels, torch.from_numpy(scores).softmax(1).numpy(), paths, names)
 
 
 def _pretrained(file: Path) -> list[dict[str, Any]]:
@@ -237,7 +237,7 @@ def lineage(run: Run, known: Sequence[Run]) -> list[str]:
         found.append(" + ".join(f"{path} (SHA-256 {digest})" for path, digest in zip(paths, digests, strict=True)))
         folder = paths[0].parent.parent.resolve()
         current = by_folder.get(folder)
-        if current is None and folder not in seen and (folder / "summary.json").is_file():
+        if current is None and folder not in seen and is_file(folder / "summary.json"):
             current = read_run(folder, folder.name)
         if folder in seen:
             break

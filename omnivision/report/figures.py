@@ -6,6 +6,7 @@ plotly takes some tags in names for markup, links among them: names are escaped 
 from __future__ import annotations
 
 import html
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -46,7 +47,7 @@ def curves(
     figure = graph.Figure()
     for number, run in ((number, run) for number, run in enumerate(among) if run in runs):
         points = [(line["step"], line[what]) for line in lines(run) if isinstance(line.get(what), (int, float))]
-        points = points[:: -(-len(points) // MOST_POINTS) or 1]
+        points = points[:: -(-len(points) // MOST_POINTS) or 1] + points[-1:]  # the last as the table has it
         if points:
             x, y = zip(*points, strict=True)
             line = {"color": COLOURS[number % len(COLOURS)], "dash": DASHES[number // len(COLOURS) % len(DASHES)]}
@@ -99,7 +100,7 @@ def mixing(run: Run) -> str:
     lines = run.epochs("train")
     names = [name for name in (lines[-1] if lines else {}) if name.startswith("mixing_") and name[7:].isdecimal()]
     figure = graph.Figure()
-    for name, colour in zip(names, COLOURS * (1 + len(names) // len(COLOURS)), strict=False):
+    for name, colour in zip(names, itertools.cycle(COLOURS), strict=False):
         figure.add_scatter(
             x=[line["step"] for line in lines], y=[line.get(name) for line in lines], name=f"source {name[7:]}",
             line={"color": colour},

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from omnivision.files import run_name
 from omnivision.report.collect import Run, differing
 
 WAYS = ("FT", "LP")
@@ -23,7 +24,7 @@ def table(runs: Sequence[Run]) -> Table | None:
     """Of the downstream runs among `runs`, over those with the same start, task and way the mean if only seeds
     differ, else the best; None for fewer than two."""
     # By name, since a report may be made of copies.
-    starts = {Path(str(each.get("path"))).parent.parent.name for run in runs for each in run.pretrained}
+    starts = {run_name(Path(str(each.get("path")))) for run in runs for each in run.pretrained}
     found: dict[tuple[str, str, str], list[float]] = {}
     made_by: dict[tuple[str, str, str], list[Run]] = {}
     named: dict[str, str] = {}  # name of a start -> the weights that it stands for

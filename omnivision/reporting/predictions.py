@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from omnivision.evaluation import Predictions
 from omnivision.files import replace_atomically, write_atomically
@@ -31,8 +32,7 @@ def write(folder: Path, name: str, made: Predictions, class_names: Sequence[str]
             path=np.array(made.paths, dtype=str),
             class_names=np.array(class_names),
         )
-    shares = np.exp(made.scores - made.scores.max(1, keepdims=True))
-    shares /= shares.sum(1, keepdims=True)
+    shares = torch.from_numpy(made.scores).softmax(1).numpy()
     best = np.argsort(-made.scores, axis=1, kind="stable")[:, :5]
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")

@@ -78,8 +78,9 @@ class Reporter:
 
     def pictures(self, name: str, what: Pictures, step: int) -> None:
         """Write PNG and GIF to `pictures/`, and hand the GIF on. Process 0 alone makes pictures."""
-        pictures.save(what, self.folder.pictures, name)
-        self._tell(lambda logger: logger.picture("pictures", self.folder.pictures / f"{name}.gif", step))
+        if self._may_write():
+            pictures.save(what, self.folder.pictures, name)
+            self._tell(lambda logger: logger.picture("pictures", self.folder.pictures / f"{name}.gif", step))
 
     def predictions(self, source: str, made: Predictions, class_names: Sequence[str], step: int) -> None:
         """Write what was predicted for each video of a source, and its confusion matrix as a picture."""
