@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from omnivision.cli.main import commands, parser
-from omnivision.composition import setting_hints
 from omnivision.schema import described
+from omnivision.suggestions import setting_hints
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = ROOT / "config" / "experiments" / "base.yaml"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import itertools
 import re
@@ -11,27 +10,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from omnivision.origins import origin_of
-from omnivision.schema import Target, described, near_group, told
-from omnivision.settings import GROUPS, Settings
+from omnivision.schema import Target, described, near_group
+from omnivision.settings import GROUPS
+from omnivision.suggestions import CALLED, ELSEWHERE, setting_hints, setting_names, suggestion
 from omnivision.targets import shown, signature_of
-
-# What other trainers call a setting, where no letter tells.
-ELSEWHERE = {
-    "lr": "the learning rate is a schedule, trainer.optim.options.lr, divided by lr_scale_factor",
-    "learning_rate": "the learning rate is a schedule, trainer.optim.options.lr, divided by lr_scale_factor",
-    "weight_decay": "weight decay is a schedule, trainer.optim.options.weight_decay",
-    "wd": "weight decay is a schedule, trainer.optim.options.weight_decay",
-    "fp16": "precision is trainer.optim.amp.amp_dtype, one of auto, bfloat16, float16",
-    "bf16": "precision is trainer.optim.amp.amp_dtype, one of auto, bfloat16, float16",
-    "resume": "a run resumes when the same command is given again",
-    "output_dir": "the folder of the run is launcher.experiment_log_dir",
-    "device": "the device is trainer.accelerator, one of auto, cuda, cpu",
-    "workers": "the number of data workers is num_workers",
-    "mask": "masks are mask_ratio and trainer.data.mask",
-}
 
 
 def explain(error: BaseException, folders: Sequence[Path], arguments: Sequence[str] = ()) -> str:
@@ -65,6 +50,7 @@ def _of_command_line(error: BaseException, text: str, arguments: Sequence[str]) 
         return (
             f"{name}={value} holds a comma, which means several values. For a run with each of them append -m; for a list "
             f"write '{name}=[{value}]'; for a text that holds a comma '{name}=\"{value}\"'."
+            + (f" A fraction has a point: {name}={value.replace(',', '.')}." if re.fullmatch(r"\d+,\d+", value) else "")
         )
     if found := re.match(r"Additional config directory '(.*)' not found", text):
         return f"--config-dir is {found[1]}, and there is no such folder. Expected one that holds site/. Change --config-dir."
@@ -76,7 +62,9 @@ def _of_command_line(error: BaseException, text: str, arguments: Sequence[str]) 
     if found := re.match(r"Multiple values for (\S+)\. |(\S+) appears more than once in the final defaults list", text):
         group, names = found[1] or found[2], [each.partition("=")[0] for each in arguments]
         twice = ", ".join(each for each, name in zip(arguments, names, strict=True) if names.count(name) > 1)
+        added = next((each for each in arguments if each.startswith(f"+{group}=")), None)
         advice = f"Keep one of {twice}." if twice else f"In a file's defaults write 'override /{group}: NAME'."
+        advice = f"Write {added[1:]}, without +." if added and not twice else advice
         return f"{group} is chosen twice; expected one choice. {advice}"
     if text.startswith("Primary config directory not found"):
         return (
@@ -99,7 +87,7 @@ def _of_what_is_not_there(
             return _unknown_choice(str(missing), folders, arguments)
         key = getattr(cause, "full_key", None) or getattr(cause, "key", None)
         if isinstance(key, str) and "Could not override" in text:
-            return _unknown_setting(key, getattr(cause, "parent_node", None), origin_of(arguments, ())(key))
+            return _unknown_setting(key, getattr(cause, "parent_node", None), arguments)
         if isinstance(key, str) and "Error merging override" in text:
             given = text.removeprefix("Error merging override ")
             reason = _first_sentences(cause).partition(" full_key")[0]
@@ -179,6 +167,8 @@ def _choice_of_nothing(group: str, arguments: Sequence[str], file: str) -> str:
         return f"{given} would change a choice that nothing has made yet. Write +{given} to make it."
     if group not in GROUPS:
         return f"{group} is not a group of choices ({given}){near_group(group, GROUPS)}"
+    if any(each.lstrip("+").startswith("experiments=") for each in arguments):
+        return f"{given} changes a choice that this stage does not make. Write +{given} to make it."
     stage = "_ft" if any("mae_ft" in each or ("vit" in each and "_ft" in each) for each in arguments) else ""
     return (
         f"{given} changes a choice that nothing has made yet. Choose a stage first, e.g. "
@@ -190,21 +180,13 @@ def explain_flags(said: str, arguments: Sequence[str]) -> str:
     """A paragraph about what argparse said of the flags of a command line: settings are often meant."""
     if found := re.match(r"unrecognized arguments: (-\S+)", said):
         name, equals, value = found[1].lstrip("-").replace("-", "_").partition("=")
-        if near := difflib.get_close_matches(name, setting_names(), 1):
+        if name in ELSEWHERE:
+            return f"{found[1]} is no option; {ELSEWHERE[name]}. Settings are written NAME=VALUE, without dashes."
+        if near := [CALLED[name]] if name in CALLED else difflib.get_close_matches(name, setting_names(), 1):
             follows = [after for flag, after in itertools.pairwise(arguments) if flag == found[1]]
             value = value if equals else next((each for each in follows if "=" not in each), "VALUE")
             return f"{found[1]} is no option; settings are written without dashes: did you mean {near[0]}={value}?"
     return f"{said}. Settings are written NAME=VALUE, and --help lists them; --hydra-help lists the options."
-
-
-def setting_names() -> list[str]:
-    """The full name of every setting that the schema has."""
-    return list(setting_hints())
-
-
-def setting_hints() -> dict[str, Any]:
-    """The type of every setting of the schema, by its full name."""
-    return dict(_hints(Settings, ""))
 
 
 def _unknown_choice(missing: str, folders: Iterable[Path], arguments: Sequence[str]) -> str:
@@ -226,7 +208,9 @@ def _unknown_choice(missing: str, folders: Iterable[Path], arguments: Sequence[s
     choices = [each.rpartition("/")[2] for each in beside]
     last = name.removesuffix(".yaml").removesuffix(".yml")
     # The nearest, or the shortest of those that hold all that was typed: base, ucf101.
-    near = difflib.get_close_matches(last, choices, 1) or sorted((each for each in choices if last in each), key=len)
+    near = difflib.get_close_matches(last.lower(), choices, 1) or sorted(
+        filter(lambda each: last in each, choices), key=len
+    )
     guess = f" Did you mean {near[0]}?" if near else ""
     if not beside:
         near = difflib.get_close_matches(missing.removesuffix(".yaml"), known, 1)
@@ -235,12 +219,17 @@ def _unknown_choice(missing: str, folders: Iterable[Path], arguments: Sequence[s
     return f"There is no configuration {missing}{told}.{guess} {folder or 'Its folder'} has: {', '.join(choices)}."
 
 
-def _unknown_setting(key: str, parent: Any, where: str) -> str:
-    """`parent` is what was composed so far where the key was looked for; `where` says where it was written."""
+def _unknown_setting(key: str, parent: Any, arguments: Sequence[str]) -> str:
+    """`parent` is what was composed so far where the key was looked for, which is a part of what was typed."""
     folder, _, last = key.rpartition(".")
+    where = origin_of(arguments, ())(key)
+    typed = [each.partition("=")[0].lstrip("+~") for each in reversed(arguments)]
+    whole = next((name for name in typed if name.startswith(f"{key}.")), key)
     hints = setting_hints()
     if isinstance(parent, DictConfig) and isinstance(target := parent.get("_target_"), str):
         signature = signature_of(target)
+        if key.startswith("trainer.optim.optimizer.") and last in ELSEWHERE:
+            return f"{key}{where} is not set here; {ELSEWHERE[last]}."
         if signature and last in signature:
             return f"{key}{where} is not set by this run's files, but is an argument of {target}. Add it with ++{key}=VALUE."
         if not signature:
@@ -250,33 +239,20 @@ def _unknown_setting(key: str, parent: Any, where: str) -> str:
         return f"{key}{where} is not an argument of {target}({shown(signature)}){guess}"
     if "/" in key:
         return f"{key}{where} is not a group of choices{near_group(key, GROUPS)}"
-    names = [*hints, *(f"{folder}.{name}" for name in (parent or ()) if folder)]
-    alike = difflib.get_close_matches(key, names, 3) or [name for name in names if name.rpartition(".")[2] == last]
-    near = [name for name in alike if not key.startswith(f"{name}.")]
     # Names below these are the user's own, or arguments of the object that is described there.
     free = [name for name, hint in hints.items() if typing.get_origin(hint) is dict or Target in _flat(hint)]
-    if key in hints or (not near and any(key.startswith(f"{name}.") for name in free)):
-        return f"{key}{where} is not set by the files of this run. If it is meant, add it with ++{key}=VALUE."
-    if last in ELSEWHERE:
-        return f"{key}{where} is not a setting; {ELSEWHERE[last]}."
-    if not near:
-        return f"{key}{where} is not a setting; --help lists them."
+    if key in hints or any(key.startswith(f"{name}.") for name in free):
+        near = difflib.get_close_matches(last, map(str, parent), 1) if isinstance(parent, DictConfig) else []
+        guess = f"; did you mean {whole.replace(key, f'{folder}.{near[0]}', 1)}?" if near else "."
+        return f"{key}{where} is not set by the files of this run{guess} A new one is added with ++{whole}=VALUE."
     root = parent._get_root() if isinstance(parent, DictConfig) else None
-    above, _, name = near[0].rpartition(".")
-    node = OmegaConf.select(root, above, throw_on_resolution_failure=False) if root is not None and above else root
-    return f"{key}{where} is not a setting; did you mean {near[0]}{told(hints.get(near[0]), node, name)}?"
+    assert root is None or isinstance(root, DictConfig)
+    return f"{key}{where} is not a setting{suggestion(whole, root) or suggestion(key, root) or '; --help lists them.'}"
 
 
 def _nearest_sentence(key: str) -> str:
     near = difflib.get_close_matches(key, setting_names(), 1)
     return f" Did you mean ~{near[0]}?" if near else ""
-
-
-def _hints(cls: type, where: str) -> Iterator[tuple[str, Any]]:
-    for name, hint in typing.get_type_hints(cls, include_extras=True).items():
-        yield f"{where}{name}", hint
-        if dataclasses.is_dataclass(hint):
-            yield from _hints(typing.cast(type, hint), f"{where}{name}.")
 
 
 def _flat(hint: Any) -> tuple[Any, ...]:

@@ -12,7 +12,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -24,20 +24,23 @@ from omnivision.targets import target_problems
 
 @dataclass(frozen=True)
 class Range:
-    """Bounds of a number, for `Annotated` fields: at least, at most, greater than. A text beside it is advice."""
+    """Bounds of a number, for `Annotated` fields: at least, at most, greater than, below. A text beside it is advice."""
 
     low: float | None = None
     high: float | None = None
     above: float | None = None
+    below: float | None = None
 
     def __str__(self) -> str:
         parts = []
         if self.above is not None:
-            parts.append(f"greater than {self.above:g}")
+            parts.append(f"greater than {self.above:.10g}")
         if self.low is not None:
-            parts.append(f"at least {self.low:g}")
+            parts.append(f"at least {self.low:.10g}")
         if self.high is not None:
-            parts.append(f"at most {self.high:g}")
+            parts.append(f"at most {self.high:.10g}")
+        if self.below is not None:
+            parts.append(f"below {self.below:.10g}")
         return " and ".join(parts)
 
     def holds(self, value: float) -> bool:
@@ -46,6 +49,7 @@ class Range:
             and (self.above is None or value > self.above)
             and (self.low is None or value >= self.low)
             and (self.high is None or value <= self.high)
+            and (self.below is None or value < self.below)
         )
 
 
@@ -66,10 +70,16 @@ MEANT = {"gpu": "cuda"}  # what letters do not tell
 class Reader:
     """Reads a configuration into dataclasses, gathering `problems` and what is `missing`."""
 
-    def __init__(self, root: DictConfig, groups: tuple[str, ...] = ()) -> None:
-        """`groups` are names that are no settings, but may have been meant by an unknown key at the top."""
-        self.root = root
-        self.groups = groups
+    def __init__(
+        self,
+        root: DictConfig,
+        groups: tuple[str, ...] = (),
+        suggestion: Callable[[str, DictConfig], str | None] = lambda key, root: None,
+    ) -> None:
+        """`groups` are names that are no settings, but may have been meant by an unknown key at the top; `suggestion` gives the
+        end of a sentence about an unknown key that nothing beside it is like.
+        """
+        self.root, self.groups, self.suggestion = root, groups, suggestion
         trusted = OmegaConf.select(root, "trainer.trust_targets", throw_on_resolution_failure=False)
         given = list(trusted) if isinstance(trusted, ListConfig) else []
         self.trusted = [package for package in given if isinstance(package, str) and package]
@@ -86,13 +96,23 @@ class Reader:
         before = len(self.problems) + len(self.missing)
         for key in node:
             if key not in hints:
-                self.problems.append(unknown_key(str(key), hints, where, node, () if where else self.groups))
+                self.problems.append(self._unknown(str(key), hints, where, node))
         values = {}
         for field in dataclasses.fields(cls):
             value = self._field(hints[field.name], node, field, f"{where}.{field.name}" if where else field.name)
             if value is not _ABSENT:
                 values[field.name] = value
         return cls(**values) if len(self.problems) + len(self.missing) == before else None
+
+    def _unknown(self, key: str, hints: Mapping[str, Any], where: str, node: DictConfig) -> str:
+        full = f"{where}.{key}" if where else key
+        if not where and "." in key:
+            above, _, last = key.rpartition(".")
+            return f"'{key}' has a dot, and levels of a file are indented. Write {above}: {{{last}: ...}}."
+        beside = difflib.get_close_matches(key, hints, 1)
+        if "/" not in key and not beside and (rest := self.suggestion(full, self.root)):
+            return f"{full} is not a setting{rest}"
+        return unknown_key(key, hints, where, node, () if where else self.groups)
 
     def _field(self, hint: Any, node: DictConfig, field: dataclasses.Field, where: str) -> Any:
         if field.name not in node:
@@ -157,7 +177,7 @@ class Reader:
             near = (
                 [MEANT[str(value)]]
                 if MEANT.get(str(value)) in names
-                else difflib.get_close_matches(str(value), names, 1)
+                else difflib.get_close_matches(str(value).lower(), names, 1)
             )
             hint_text = f"; did you mean {near[0]}?" if near else ""
             return self._wrong(where, value, f"one of {', '.join(names)}{hint_text}")
@@ -201,7 +221,8 @@ class Reader:
         for note in notes:
             if isinstance(note, Range) and len(self.problems) == known and value is not None and not note.holds(value):
                 advice = " ".join(text for text in notes if isinstance(text, str))
-                return self._wrong(where, value, f"a number {note}", advice)
+                finite = "a number" if isinstance(value, int) or math.isfinite(value) else "a finite number"
+                return self._wrong(where, value, f"{finite} {note}", advice)
         return value
 
     def _union(self, arguments: tuple, value: Any, where: str) -> Any:
@@ -230,9 +251,18 @@ class Reader:
         if isinstance(plain, dict) and not isinstance(target := plain.get("_target_", ""), str):
             return self._wrong(f"{where}._target_", target, "a text, the full name of a class")
         if not isinstance(plain, dict) or "_target_" not in plain:
-            return self._wrong(where, plain, "an object: a mapping with _target_, the full name of its class")
-        self.problems += target_problems(plain, where, self.trusted)
+            group = where.replace(".", "/")
+            advice = f"A file of choices is named with a slash: {group}=NAME." if group in self.groups else ""
+            return self._wrong(where, plain, "an object: a mapping with _target_, the full name of its class", advice)
+        for problem in target_problems(plain, where, self.trusted):
+            # An argument that repeats a setting is not wrong itself.
+            (self.echoes if self._is_repeated(problem.partition(" ")[0]) else self.problems).append(problem)
         return plain
+
+    def _is_repeated(self, name: str) -> bool:
+        above, _, last = name.rpartition(".")
+        node = OmegaConf.select(self.root, above, throw_on_resolution_failure=False) if above else None
+        return isinstance(node, DictConfig) and last in node and OmegaConf.is_interpolation(node, last)
 
     def _plain(self, value: Any, where: str) -> Any:
         """An open part of the configuration as plain Python, every interpolation resolved."""
@@ -246,7 +276,8 @@ class Reader:
         if isinstance(value, (DictConfig, ListConfig)):
             value = OmegaConf.to_container(value)
         sentence = expected if expected.endswith("?") else f"{expected}."
-        self.problems.append(f"{where} is {value!r} ({type(value).__name__}); expected {sentence} {advice}".rstrip())
+        shown = repr(value) if len(repr(value)) <= 200 else f"{repr(value)[:200]}..."
+        self.problems.append(f"{where} is {shown} ({type(value).__name__}); expected {sentence} {advice}".rstrip())
         return None
 
 
@@ -271,6 +302,8 @@ def unknown_key(key: str, hints: Mapping[str, Any], where: str, node: Any = None
 
 def near_group(group: str, groups: Sequence[str]) -> str:
     """The end of a sentence about a group of choices that there is none of: the nearest of those there are, or all."""
+    if group in groups:
+        return f" here; in a file it belongs into defaults: [/{group}: NAME]."
     above, _, last = group.rpartition("/")
     beside = {each.rpartition("/")[2]: each for each in groups if each.rpartition("/")[0] == above}
     near = [beside[name] for name in difflib.get_close_matches(last, beside, 1)]
@@ -289,6 +322,14 @@ def told(hint: Any, node: Any, key: str) -> str:
         value = None
     here = f" ({value} here)" if isinstance(value, (bool, int, float, str)) and value != "" else ""
     return f", {described(hint)}{here}"
+
+
+def all_hints(cls: type, where: str = "") -> Iterator[tuple[str, Any]]:
+    """Name and type of every field of a dataclass and of those inside it."""
+    for name, hint in get_type_hints(cls, include_extras=True).items():
+        yield f"{where}{name}", hint
+        if dataclasses.is_dataclass(hint):
+            yield from all_hints(typing.cast(type, hint), f"{where}{name}.")
 
 
 def described(hint: Any) -> str:

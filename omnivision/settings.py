@@ -16,7 +16,7 @@ Workers = Annotated[int, Range(low=0, high=1024)]
 Share = Annotated[float, Range(low=0, high=1)]
 ScaleFactor = Annotated[
     float,
-    Range(above=0),
+    Range(above=0, high=1e9),
     "It is nominal batch / global batch; a shell divides whole numbers and drops the rest: pass e.g. ++lr_scale_factor=0.5.",
 ]
 
@@ -153,7 +153,7 @@ class TrainerSettings:
     limit_val_batches: Natural | None
     compile: bool
     freeze: list[str]
-    ema_decay: Annotated[float, Range(above=0, high=0.9999999)] | None
+    ema_decay: Annotated[float, Range(above=0, below=1)] | None
     max_skipped_steps: Count
     trust_targets: list[str]
     model: Target
@@ -178,7 +178,7 @@ class Settings:
     image_size: Annotated[int, Range(low=1, high=4096)]
     short_side: Annotated[int, Range(low=1, high=4096)]
     clip_duration: Positive
-    mask_ratio: Share
+    mask_ratio: Annotated[float, Range(above=0, below=1)]
     batch_size: Natural
     num_workers: Workers
     epochs: Natural

@@ -4,10 +4,11 @@ and values, settings that do not go together. It imports nothing heavy, so that 
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,14 @@ from omegaconf import DictConfig
 from omnivision.errors import UserError
 from omnivision.schema import Natural, Reader, unknown_key
 from omnivision.settings import DECODER, GROUPS, DataSettings, ImageSettings, Settings, Share
+from omnivision.suggestions import suggestion
+from omnivision.targets import signature_of
+
+MOST = {
+    "width": 65_536,
+    "depth": 1000,
+    "heads": 1024,
+}  # of a trunk or a decoder; beyond that only a slip of the hand goes
 
 
 def check(config: DictConfig, origin: Callable[[str], str] = lambda key: "") -> Settings:
@@ -25,11 +34,16 @@ def check(config: DictConfig, origin: Callable[[str], str] = lambda key: "") -> 
     """
     if "site" in config:
         raise UserError(_site_problem(config.site))
+    if isinstance(config.get("experiments"), DictConfig):
+        raise UserError(
+            "The file that +experiments=... chooses does not begin with the line '# @package _global_', so its settings came "
+            "under experiments. Add that line."
+        )
     if header := next((str(key) for key in config if re.fullmatch(r"_.+_", str(key))), None):
         raise UserError(
             _located(f"{header} is not a place for settings; expected the line '# @package _global_'.", origin)
         )
-    reader = Reader(config, GROUPS)
+    reader = Reader(config, GROUPS, suggestion)
     settings: Settings | None = reader.dataclass(Settings, config, "")
     problems = list(dict.fromkeys(reader.problems or reader.echoes))
     if reader.missing:
@@ -94,9 +108,9 @@ def contradictions(settings: Settings) -> list[str]:
         )
     for name, part in (("trunk", trunk), ("decoder", decoder)):
         sizes = {key: part[key] for key in DECODER if key in part}
-        wrong = {key: value for key, value in sizes.items() if type(value) is not int or value < 1}
+        wrong = {key: value for key, value in sizes.items() if type(value) is not int or not 1 <= value <= MOST[key]}
         problems += [
-            f"trainer.model.{name}.{key} is {value!r}; expected a whole number of at least 1."
+            f"trainer.model.{name}.{key} is {value!r}; expected a whole number from 1 to {MOST[key]}."
             for key, value in wrong.items()
         ]
         width, heads = sizes.get("width", 1), sizes.get("heads", 1)
@@ -129,6 +143,13 @@ def contradictions(settings: Settings) -> list[str]:
             "the learning rates of a trunk that is trained. Set trainer.optim.layer_decay=null, or trainer.freeze=[]."
         )
     problems += _schedule_problems(settings)
+    accepted = signature_of(trainer.optim.optimizer["_target_"]) or dict.fromkeys(trainer.optim.options)
+    problems += [
+        f"trainer.optim.options.{option} is a schedule for what {trainer.optim.optimizer['_target_']} does not take"
+        f"{nearest(option, accepted)}"
+        for option in trainer.optim.options
+        if option not in accepted and "**" not in accepted
+    ]
     if "lr" not in trainer.optim.options and trainer.optim.lr_scale_factor != 1:
         problems.append(
             f"lr_scale_factor is {trainer.optim.lr_scale_factor:g}, but trainer.optim.options has no lr to divide. Give "
@@ -185,14 +206,19 @@ def _stage_problems(settings: Settings) -> list[str]:
     return found
 
 
+def nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {near[0]}?" if near else f"; expected one of {', '.join(known)}."
+
+
 def _schedule_problems(settings: Settings) -> list[str]:
     """Learning rates and weight decays that are negative, or no numbers."""
     return [
-        f"{where} is {value!r}; expected a number of at least 0. Change it."
+        f"{where} is {value!r}; expected a number of at least 0 that training can go on with. Change it."
         for option, rules in settings.trainer.optim.options.items()
         for number, rule in enumerate(rules)
         for where, value in _numbers(rule.scheduler, f"trainer.optim.options.{option}[{number}].scheduler")
-        if not (math.isfinite(value) and value >= 0)
+        if not 0 <= value < 1e30
     ]
 
 

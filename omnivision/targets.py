@@ -57,11 +57,11 @@ def target_problems(node: Any, where: str, trusted: Sequence[str] = ()) -> list[
             if not own
             else [*problems, f"{where}._target_ is {target!r}, which does not exist{_near_target(target)}"]
         )
-    given = {key: value for key, value in node.items() if not key.startswith("_")}
+    given = {key: value for key, value in node.items() if key != "_target_"}
     for key in given:
         if key in SUPPLIED and key in signature:
             problems.append(f"{where}.{key} comes from the catalog (datasets.NAME.num_classes). Remove it.")
-        elif key not in signature and "**" not in signature:
+        elif key not in signature and ("**" not in signature or key.startswith("_")):
             near = difflib.get_close_matches(key, signature, 1)
             guess = f"; did you mean {near[0]}?" if near else "."
             problems.append(f"{where}.{key} is not an argument of {target}({shown(signature)}){guess}")
@@ -174,14 +174,14 @@ def _type_problem(value: Any, annotation: str, where: str) -> str | None:
         near = difflib.get_close_matches(str(value), texts, 1)
         guess = f"; did you mean {near[0]}?" if near else ""
         return None if value in choices else f"{where} is {value!r}; expected one of {', '.join(texts)}{guess}."
+    if annotation.endswith(" | None"):
+        if value is None:
+            return None
+        annotation = annotation.removesuffix(" | None")
     if not isinstance(value, dict) and (annotation.startswith("dict[") or annotation in own_classes()):
         return f"{where} is {value!r}; expected a group of settings."
     if annotation in own_classes() and "_target_" not in value:
         return f"{where} has no _target_; expected an object: a mapping with _target_, the full name of its class."
-    if annotation.startswith("Optional[") or annotation.endswith(" | None"):
-        if value is None:
-            return None
-        annotation = annotation.removeprefix("Optional[").removesuffix("]").removesuffix(" | None")
     if annotation not in kinds:
         return None
     accepted, expected = kinds[annotation]

@@ -13,7 +13,7 @@ import nbformat
 import numpy as np
 from nbclient import NotebookClient
 
-from omnivision.composition import setting_names
+from omnivision.suggestions import setting_names
 from tests import runs
 from tests import stage_runs as stages
 from tests.runs import ROOT

@@ -26,8 +26,8 @@ FLOORS = {
     3: ["tasks", "evaluation", "prepare"],
     4: "experiment checkpoint_shards checkpoint reporting weight_files weights interop slurm utilisation".split(),
     5: ["run_state", "steps", "trainer", "resuming", "inference", "report"],
-    6: "settings_yaml targets schema settings settings_check settings_submitit origins composition preflight build dry "
-    "usage".split(),
+    6: "settings_yaml targets schema settings suggestions settings_check settings_submitit origins composition preflight build "
+    "dry usage".split(),
     7: ["jobs", "job_record", "ending", "process", "local", "submission", "launch", "cli"],
 }
 # Within a floor, these are above the others.
@@ -48,6 +48,7 @@ RAISED = {
     "schema": 6.1,
     "settings_submitit": 6.15,
     "settings": 6.2,
+    "suggestions": 6.22,
     "settings_check": 6.25,
     "composition": 6.3,
     "preflight": 6.3,
@@ -65,7 +66,7 @@ RAISED = {
 ALLOWED = {
     "hydra": {"train_app_submitit", "omnivision.build"},
     "omegaconf": {"train_app_submitit"}
-    | {f"omnivision.{name}" for name in ("settings_check", "schema", "composition", "launch")},
+    | {f"omnivision.{name}" for name in ("settings_check", "schema", "composition", "suggestions", "launch")},
     "submitit": {"omnivision.launch"},
     "av": {"omnivision.data.decode", "omnivision.data.encode"},
     "yaml": {

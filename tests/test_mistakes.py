@@ -34,10 +34,43 @@ AFTER_STAGE_1: list[tuple[list[str], str]] = [
     (["trainer.optim.lr=3e-4"], r"the learning rate is a schedule, trainer.optim.options.lr"),
     (["weight_decay=0.1"], r"weight decay is a schedule, trainer.optim.options.weight_decay"),
     (["trainer.seed=3"], r"mean trainer.seed_value, a whole number at least 0"),
-    (["datasets.k15.train.paths=/x"], r"mean datasets.k150\?"),
+    (
+        ["datasets.k15.train.paths=/x"],
+        r"mean datasets.k150.train.paths\? A new one is added with \+\+datasets.k15.train.paths=",
+    ),
     (["++datasets.k150.train.path=/x"], r"mean datasets.k150.train.paths, a text or a list"),
     (["++trainer.callbacks=[]"], r"^trainer.callbacks .* is not a setting; trainer has accelerator, "),
     (["~trainer.modes"], r"^~trainer.modes removes what is not there. Did you mean ~trainer.mode\?"),
+    # As other trainers call them, in other places, and names below which everything is free.
+    (["num_nodes=2"], r"did you mean launcher.num_nodes, a whole number at least 1 \(1 here\)\?$"),
+    (["pretrained=x"], r"did you mean pretrained_checkpoint_path, a text or a list or null\?$"),
+    (["seed=1"], r"did you mean trainer.seed_value, a whole number"),
+    (["--seed", "1"], r"did you mean trainer.seed_value=1\?$"),
+    (["--lr", "1e-3"], r"^--lr is no option; the learning rate is a schedule"),
+    (["--resume", "runs/x"], r"a run resumes when the same command is given again"),
+    (["warmup_epochs=5"], r"warm-up is the first part of the schedule trainer.optim.options.lr"),
+    (["optim.gradient_clip=1"], r"mean trainer.optim.gradient_clip, a number greater than 0 or null\?"),
+    (
+        ["model.depth=3"],
+        r"mean trainer.model.(trunk|decoder).depth \(\d+ here\)\?|mean trainer.model.(trunk|decoder).depth\?",
+    ),
+    (["data.num_workers=2"], r"mean trainer.data.num_workers, a whole number"),
+    (["launcher.partition=x"], r"mean submitit.partition, a text or null\?"),
+    (
+        ["trainer.data.repeats.k150=2"],
+        r"not set by .* A new one is added with \+\+trainer.data.repeats.k150=",
+    ),
+    (["trainer.optim.optimizer.lr=1"], r"the learning rate is a schedule, trainer.optim.options.lr"),
+    (
+        ["++trainer.optim.options.lrr=[]"],
+        r"lrr is a schedule for what torch.optim.AdamW does not take; did you mean lr\?",
+    ),
+    (
+        ["++trainer.data.view._partial_=true"],
+        r"_partial_ \(.*\) is not an argument of omnivision.data.views.PretrainView",
+    ),
+    (["trainer.model=vitbase"], r"A file of choices is named with a slash: trainer/model=NAME\."),
+    (["trainer.mode=DRY"], r"did you mean dry\?"),
     # Choices among files.
     (
         ["trainer/model=vitbas"],
@@ -60,6 +93,8 @@ AFTER_STAGE_1: list[tuple[list[str], str]] = [
     (["trainer=ucf101"], r"Did you mean mae_ft_ucf101_config\?"),
     (["+trainer=mae_in1k_k150_config"], r"Keep one of \+trainer=mae_k150_config, \+trainer=mae_in1k_k150_config\."),
     (["hydra/launcher=nope"], r"no hydra/launcher/nope. How runs are launched is said by launcher.\* and submitit.\*"),
+    (["trainer/model=VITBASE"], r"Did you mean vitbase\?"),
+    (["trainer/checkpoint=no_heads"], r"that this stage does not make. Write \+trainer/checkpoint=no_heads"),
     (["trainer/model=vitbase_ft"], "stage 1 trains a masked autoencoder"),
     # Objects that are built.
     (
@@ -84,6 +119,14 @@ AFTER_STAGE_1: list[tuple[list[str], str]] = [
     (["trainer.optim.optimizer.fused=maybe"], r"trainer.optim.optimizer.fused is 'maybe'.*expected true or false"),
     # Values.
     (["batch_size=abc"], "^batch_size is 'abc' .*expected a whole number"),
+    (["epochs=" + "9" * 400], "^epochs is 9+\\.\\.\\. .*expected a number at least 1"),
+    (["mask_ratio=1" + "0" * 400], "expected a number that a computer holds"),
+    (["mask_ratio=0"], "expected a number greater than 0 and below 1"),
+    (["mask_ratio=90%"], r"^mask_ratio is '90%' \(str\); expected a number\.$"),
+    (["mask_ratio=0,9"], r"A fraction has a point: mask_ratio=0.9\.$"),
+    (["clip_duration=inf"], "expected a finite number greater than 0"),
+    (["trainer.ema_decay=1"], "greater than 0 and below 1"),
+    (["trainer.model.trunk.depth=1000000"], "depth is 1000000; expected a whole number from 1 to 1000"),
     (["batch_size='8'"], "in quotes it is a text; leave them out"),
     (["batch_size="], "^batch_size is '' .*expected a whole number"),
     (["epochs=0"], "^epochs is 0 .*expected a number at least 1"),
@@ -158,6 +201,8 @@ FILES = {  # of a site: what it holds, and what is said about it
     "submitit:\n\tpartition: x\n": r"lab.yaml, line 3, column 1: found .* YAML indents with spaces",
     "defaults: [{override /trainer/modl: vitbase}]\n": r"^trainer/modl is not a group of choices \(override .* did you mean",
     "trainer:\n  data: {sources: {k150: '${datasets.k15}'}}\n": r"line 3\) cannot be .*Did you mean \$\{datasets.k150\}\?",
+    "trainer.mode: dry\n": r"^'trainer.mode' has a dot, and levels of a file are indented. Write trainer: \{mode: ...\}",
+    "trainer/model: vitbase\n": r"it belongs into defaults: \[/trainer/model: NAME\]",
     "batch_size: 010\n": r"^batch_size \(.*lab.yaml, line 2\) is '010'.*plain decimal",
 }
 

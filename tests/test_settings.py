@@ -7,9 +7,10 @@ from pathlib import Path
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from omnivision.composition import explain, setting_names
+from omnivision.composition import explain
 from omnivision.errors import UserError
 from omnivision.settings_check import check
+from omnivision.suggestions import setting_names
 from omnivision.targets import signature_of, target_problems
 from tests.runs import ROOT
 from tests.test_config import CONFIG, FOLDER, composed, script, settings
@@ -63,11 +64,11 @@ class Values(unittest.TestCase):
             "epochs=1.5": "epochs is 1.5 .*expected a whole number",
             "epochs=true": "epochs is True .*expected a whole number",
             "trainer.compile=1": "trainer.compile is 1 .*expected true or false",
-            "mask_ratio=1.5": "mask_ratio is 1.5 .*at most 1",
+            "mask_ratio=1.5": "mask_ratio is 1.5 .*below 1",
             "clip_duration=nan": "clip_duration is nan",
             "clip_duration=inf": "clip_duration is inf",
             "trainer.seed_value=-1": "trainer.seed_value is -1 .*at least 0",
-            "lr_scale_factor=0": r"lr_scale_factor is 0.* greater than 0\. .*\+\+lr_scale_factor=0\.5",
+            "lr_scale_factor=0": r"lr_scale_factor is 0.* greater than 0 .*\+\+lr_scale_factor=0\.5",
             "trainer.mode=trian": "trainer.mode is 'trian'.*did you mean train",
             "trainer.data.bad_sample_budget=2": "bad_sample_budget is 2.*at most 1",
             "trainer.optim.options=3": "trainer.optim.options is 3 .*mapping",
@@ -295,7 +296,10 @@ class Script(unittest.TestCase):
                 (["trainer/model=vitbse"], "vitbase"),
                 (["batch_size=0"], "at least 1"),
                 (["a=b=c"], "stands in quotes"),
-                (["--dry"], "unrecognized arguments: --dry. Settings are written NAME=VALUE"),
+                (
+                    ["--dry"],
+                    "--dry is no option; trainer.mode=dry says what a run would be. Settings are written NAME=VALUE",
+                ),
                 (["--config-dir", "/no/such"], "--config-dir is /no/such, and there is no such folder"),
                 (["trainer/model=null"], "expected the name of one, e.g. trainer/model=vitbase"),
             ):
