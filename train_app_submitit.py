@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 
 import hydra
 import yaml
-from hydra._internal.callbacks import Callbacks
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -74,14 +73,15 @@ def main() -> None:
 
 def composed() -> list[DictConfig]:
     """What the command line describes: one configuration, several for a sweep, none for --cfg and the like."""
+    from omnivision.hydra_guard import check_sweep, keep_hydra_to_composing
     from omnivision.settings_yaml import read_numbers_as_written
 
     read_numbers_as_written()
-    Callbacks.__init__ = no_callbacks  # type: ignore[method-assign]
-    sys.modules["hydra.main"]._get_rerun_conf = no_rerun  # type: ignore[attr-defined]
+    keep_hydra_to_composing()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises to us instead of printing
     found: list[DictConfig] = []
     given = sys.argv[1:]
+    check_sweep(given)
     try:
         with tempfile.TemporaryDirectory() as left_by_sweeps:
             sys.argv[1:] = [*flags_first(sys.argv[1:]), f"hydra.sweep.dir={left_by_sweeps}"]
@@ -107,22 +107,6 @@ def composed() -> list[DictConfig]:
 
         raise UserError(explain(error, [*site_folders(given), CONFIG], given)) from error
     return found
-
-
-def no_callbacks(callbacks: Callbacks, config: DictConfig | None = None) -> None:
-    """In place of Hydra's: it would build what a configuration names under hydra.callbacks, and that may come from others."""
-    callbacks.callbacks = []
-    if config is not None and OmegaConf.select(config, "hydra.callbacks"):
-        from omnivision.errors import UserError
-
-        raise UserError("hydra.callbacks would run what a configuration names, whoever wrote it. Take it out.")
-
-
-def no_rerun(*_: object) -> None:
-    """In place of Hydra's --experimental-rerun, which unpickles a file, and so runs what the file says."""
-    from omnivision.errors import UserError
-
-    raise UserError("--experimental-rerun would run what a pickled file says. Give the command of that run again.")
 
 
 def flags_first(arguments: list[str]) -> list[str]:
@@ -176,8 +160,11 @@ def apart(configs: list[DictConfig]) -> list[DictConfig]:
 
 def run(configs: list[DictConfig]) -> int:
     """Check configurations, all before the first is launched; returns the exit code."""
+    from omnivision.errors import UserError
     from omnivision.launch import launch
 
+    if not configs and {"-m", "--multirun"} & set(sys.argv[1:]):
+        raise UserError("The sweep has no runs: a range or a choice among them is empty. Change it.")
     return launch([job for job in map(checked, configs) if job is not None])
 
 
@@ -189,6 +176,7 @@ def checked(config: DictConfig) -> "Job | None":
     from omnivision.process import Job
     from omnivision.settings_check import check
 
+    trust_by_hand(config)
     adopt_torchrun(config)
     written = OmegaConf.to_container(config, resolve=False)
     settings = check(config, origin_of(sys.argv[1:], [*site_folders(sys.argv[1:]), CONFIG], written))
@@ -203,6 +191,18 @@ def checked(config: DictConfig) -> "Job | None":
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
     return Job(settings, OmegaConf.to_yaml(config, resolve=False))
+
+
+def trust_by_hand(config: DictConfig) -> None:
+    """Raise UserError for a file that trusts packages: it may come from others, as what it would have built."""
+    from omnivision.errors import UserError
+
+    trusted = OmegaConf.select(config, "trainer.trust_targets", throw_on_resolution_failure=False)
+    if trusted and not any(word.lstrip("+").startswith("trainer.trust_targets=") for word in sys.argv[1:]):
+        raise UserError(
+            f"trainer.trust_targets is {str(trusted)[:200]} in a file; expected it on the command line alone: to build classes "
+            "runs their code, and files come from others, too. Take it out, and type '++trainer.trust_targets=[PACKAGE]'."
+        )
 
 
 def tell_dry(settings: "Settings") -> None:

@@ -26,8 +26,8 @@ FLOORS = {
     3: ["tasks", "evaluation", "prepare"],
     4: "experiment checkpoint_shards checkpoint reporting weight_files weights interop slurm utilisation".split(),
     5: ["run_state", "steps", "trainer", "resuming", "inference", "report"],
-    6: "settings_yaml targets schema settings suggestions settings_check settings_submitit origins composition preflight build "
-    "dry usage".split(),
+    6: "hydra_guard settings_yaml targets schema settings suggestions settings_check settings_submitit origins composition "
+    "preflight build dry usage".split(),
     7: ["jobs", "job_record", "ending", "process", "local", "submission", "launch", "cli"],
 }
 # Within a floor, these are above the others.
@@ -64,9 +64,12 @@ RAISED = {
     "cli": 7.5,
 }
 ALLOWED = {
-    "hydra": {"train_app_submitit", "omnivision.build"},
+    "hydra": {"train_app_submitit", "omnivision.build", "omnivision.hydra_guard"},
     "omegaconf": {"train_app_submitit"}
-    | {f"omnivision.{name}" for name in ("settings_check", "schema", "composition", "suggestions", "launch")},
+    | {
+        f"omnivision.{name}"
+        for name in ("settings_check", "schema", "composition", "suggestions", "hydra_guard", "launch")
+    },
     "submitit": {"omnivision.launch"},
     "av": {"omnivision.data.decode", "omnivision.data.encode"},
     "yaml": {

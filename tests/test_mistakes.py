@@ -148,6 +148,8 @@ AFTER_STAGE_1: list[tuple[list[str], str]] = [
     # What the shell and Hydra make of signs.
     (["pretrained_checkpoint_path=runs/lr=3/x"], r"""Write 'pretrained_checkpoint_path="runs/lr=3/x"'."""),
     (["batch_size=8,16"], r"holds a comma.*append -m; for a list write 'batch_size=\[8,16\]'"),
+    (["-m", "epochs=range(1,100000000)"], "means 99999999 runs; expected at most 10000"),
+    (["-m", "epochs=range(0)"], "The sweep has no runs"),
     (["batch_size=choice(8,16)"], r"^batch_size=choice\(8,16\) means several values.*append -m"),
     (["batch_size", "=", "8"], "without spaces around the equals sign"),
     (["batch_size", "8"], "'batch_size' is no setting of a value; expected KEY=VALUE"),
@@ -189,6 +191,12 @@ FILES = {  # of a site: what it holds, and what is said about it
     "defaults: [/trainer/model: vitbas]\n": r"trainer/model/vitbas \(.*lab.yaml\). Did you mean vitbase\?",
     "epochs: [3\n": r"lab.yaml",
     "hydra: {callbacks: {x: {_target_: logging.FileHandler, filename: /tmp/never}}}\n": "hydra.callbacks would run",
+    "hydra: {run: {dir: /tmp/never}}\n": r"^hydra.run.dir is '/tmp/never' in a file; expected '.'.*Take it out",
+    "hydra: {output_subdir: x}\n": "hydra.output_subdir is 'x' in a file",
+    "hydra: {job: {env_set: {PATH: x}}}\n": "hydra.job.env_set is",
+    "hydra: {launcher: {_target_: logging.FileHandler}}\n": "hydra.launcher is",
+    "hydra: {job_logging: {handlers: {h: {class: logging.FileHandler, filename: /tmp/never}}}}\nepoch: 3\n": "mean epochs",
+    "trainer: {trust_targets: [logging]}\n": r"^trainer.trust_targets is \['logging'\] in a file; expected it on the command",
     "trainer: &a\n  x: *a\n": r"lab.yaml holds an anchor .*that refers to itself",
     "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n"
     + "".join(
@@ -243,6 +251,7 @@ class Mistakes(unittest.TestCase):
                 (Path(folder) / "site/lab.yaml").write_text(f"# @package _global_\n{text}")
                 run = f"launcher.experiment_log_dir={folder}/run"
                 self.assertRegex(self.told("--config-dir", folder, *STAGE_1, "+site=lab", run, *HERE), saying)
+                self.assertFalse(Path("/tmp/never").exists())
 
     def test_files_that_are_not_read_as_they_were_meant(self):
         for name, text, saying in (
