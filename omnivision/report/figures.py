@@ -26,6 +26,8 @@ COLOURS = (
     "#aa3377",
     "#999999",
 )  # told apart by the colour-blind, too
+SHADES = [[0, "rgba(68, 119, 170, 0)"], [1, "rgba(68, 119, 170, 1)"]]  # on a light page and on a dark one
+MOST_COUNTS = 20  # classes of a matrix with numbers in its cells
 MOST_ROWS = 400  # of classes, in bars
 DASHES = ("solid", "dash", "dot", "dashdot")
 MOST_POINTS = 2000  # of a curve
@@ -66,14 +68,15 @@ def confusion(predicted: Predicted) -> str:
     names = [html.escape(name) for name in predicted.names]
     figure = graph.Figure(
         graph.Heatmap(
-            z=shares, x=names, y=names, customdata=counts, colorscale="Blues", zmin=0, zmax=1,
-            hovertemplate="%{y}, taken for %{x}: %{customdata} (%{z:.0%})<extra></extra>",
+            z=shares, x=names, y=names, text=counts, zmin=0, zmax=1, xgap=1, ygap=1, colorscale=SHADES,
+            texttemplate="%{text}" if len(names) <= MOST_COUNTS else None, colorbar={"title": "share of the label"},
+            hovertemplate="%{y}, taken for %{x}: %{text} (%{z:.0%})<extra></extra>",
         )
     )  # fmt: skip
     side = min(900, 260 + 14 * len(predicted.names))
     figure.update_layout(xaxis_title="predicted", yaxis_title="label", height=side)
-    figure.update_xaxes(type="category")  # names that are numbers, too
-    figure.update_yaxes(type="category", autorange="reversed")
+    figure.update_xaxes(type="category", showgrid=False)  # names that are numbers, too
+    figure.update_yaxes(type="category", showgrid=False, autorange="reversed", ticksuffix=" ")
     return _html(figure)
 
 
@@ -86,12 +89,13 @@ def by_class(predicted: Predicted) -> str:
     figure = graph.Figure(
         graph.Bar(
             x=values, y=[html.escape(name) for name in names], customdata=counts, orientation="h", marker={"color": COLOURS[0]},
+            text=[f"{round(v * n / 100)} of {n}" for v, n in zip(values, counts, strict=True)], textposition="outside",
             hovertemplate="%{y}: %{x:.1f} % of %{customdata} videos<extra></extra>",
         )
     )  # fmt: skip
     figure.update_layout(xaxis_title="accuracy, %", height=120 + 18 * len(rows))
-    figure.update_xaxes(range=[0, 100])
-    figure.update_yaxes(type="category", autorange="reversed")
+    figure.update_xaxes(range=[0, 108], tickvals=list(range(0, 101, 20)))
+    figure.update_yaxes(type="category", autorange="reversed", ticksuffix=" ")
     return _html(figure)
 
 
@@ -142,5 +146,6 @@ def _html(figure: graph.Figure) -> str:
         margin={"l": 60, "r": 16, "t": 16, "b": 50}, paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",
         font={"size": 12}, legend={"orientation": "h", "y": 1.12},
     )  # fmt: skip
+    figure.update_yaxes(exponentformat="power")
     config = {"responsive": True, "displaylogo": False, "displayModeBar": False}
     return str(figure.to_html(full_html=False, include_plotlyjs=False, config=config))

@@ -33,18 +33,20 @@ class Mistake:
     picture: str
 
 
-def most_confident(predicted: Predicted, count: int, fps: Any = None) -> list[Mistake]:
-    """The wrong guesses that the model was surest of. `fps` is that of folders of frames, as the catalog has it."""
-    return _mistakes(predicted, predicted.shares.max(1), count, fps)
+def most_confident(predicted: Predicted, count: int, fps: Any = None, prefix: Any = None) -> list[Mistake]:
+    """The wrong guesses that the model was surest of. `fps` (of folders of frames) and `prefix` (of paths, which is left out)
+    are the catalog's.
+    """
+    return _mistakes(predicted, predicted.shares.max(1), count, fps, prefix)
 
 
-def worst(predicted: Predicted, count: int, fps: Any = None) -> list[Mistake]:
+def worst(predicted: Predicted, count: int, fps: Any = None, prefix: Any = None) -> list[Mistake]:
     """The videos for whose true class the model left the least."""
     of_label = np.take_along_axis(predicted.shares, np.maximum(predicted.labels, 0)[:, None], 1)[:, 0]
-    return _mistakes(predicted, -of_label, count, fps)
+    return _mistakes(predicted, -of_label, count, fps, prefix)
 
 
-def _mistakes(predicted: Predicted, score: np.ndarray, count: int, fps: Any) -> list[Mistake]:
+def _mistakes(predicted: Predicted, score: np.ndarray, count: int, fps: Any, prefix: Any) -> list[Mistake]:
     fps = float(fps) if isinstance(fps, (int, float)) and 0 < fps <= 1000 else 25.0
     wrong = np.flatnonzero(predicted.known & (predicted.guesses != predicted.labels))
     found = []
@@ -52,7 +54,8 @@ def _mistakes(predicted: Predicted, score: np.ndarray, count: int, fps: Any) -> 
         label, guess = int(predicted.labels[video]), int(predicted.guesses[video])
         shares = 100 * predicted.shares[video]
         names = predicted.names
-        found.append(Mistake(predicted.paths[video], names[label], names[guess], float(shares[guess]), float(shares[label]),
+        shown = predicted.paths[video].removeprefix(prefix if isinstance(prefix, str) else "")
+        found.append(Mistake(shown, names[label], names[guess], float(shares[guess]), float(shares[label]),
                              moving(predicted.paths[video], fps)))  # fmt: skip
     return found
 

@@ -32,8 +32,8 @@ CURVES = (
 )
 
 
-def render(runs: Sequence[Run], title: str) -> str:
-    """The page of some runs, as HTML; whatever they call themselves is escaped."""
+def render(runs: Sequence[Run], title: str, clips: bool = True) -> str:
+    """The page of some runs, as HTML; whatever they call themselves is escaped. `clips`: with films of their mistakes."""
     environment = jinja2.Environment(loader=jinja2.PackageLoader("omnivision.report", "."), autoescape=True)
     evaluated = [(run, source, found) for run in runs for source, found in run.predicted.items()]
     shown = sorted({run.name: run for run, _, _ in evaluated}.values(), key=_quality, reverse=True)[:WITH_CLIPS]
@@ -55,24 +55,30 @@ def render(runs: Sequence[Run], title: str) -> str:
         "curves": _curves(runs),
         "pictures": _pictures(runs),
         "evaluations": [
-            _evaluation(run, source, found, number, clips=run in shown)
+            _evaluation(run, source, found, number, clips=clips and run in shown)
             for number, (run, source, found) in enumerate(evaluated)
         ],
         "with_clips": WITH_CLIPS,
-        "unshown": len({run.name for run, _, _ in evaluated}) - len(shown),
+        "unshown": clips and len({run.name for run, _, _ in evaluated}) - len(shown),
         "lineages": [(run.name, found) for run in runs if (found := lineage(run, runs))],
         "differences": list(different.items()),
         "results": [f"{judged[1]:.4g}" if (judged := result(run)) else "" for run in runs],
+        "judged_by": " or ".join(dict.fromkeys(judged[0] for run in runs if (judged := result(run)))),
+        "sweep": bool(swept),
         "swept": [(name, Markup(drawn)) for name, values in swept.items() if (drawn := figures.against(runs, values))],
         "all_settings": [(run.name, sorted(run.settings.items())) for run in runs],
     }
     sections = [("Runs", "runs")]
-    named = {"paper": ("Downstream", "table"), "curves": ("Curves", "curves"),
-             "pictures": ("Reconstructions", "reconstructions")}  # fmt: skip
+    named = {
+        "sweep": ("What differs", "differs"),
+        "swept": ("What was swept", "swept"),
+        "paper": ("Downstream", "table"),
+        "curves": ("Curves", "curves"),
+        "pictures": ("Reconstructions", "reconstructions"),
+    }
     sections += [where for key, where in named.items() if content[key]]
     sections += [(f"{each['run']}: {each['source']}", each["anchor"]) for each in content["evaluations"]]
     sections += [("Lineage", "lineage")] if content["lineages"] else []
-    sections += [("What was swept", "swept")] if content["swept"] else []
     return environment.get_template("page.html.j2").render(content, sections=[*sections, ("Settings", "settings")])
 
 
@@ -85,15 +91,18 @@ def _row(run: Run) -> list[tuple[str, str]]:
     started = facts.get("pretrained") or "nothing"
     last = run.last
     numbers = (
-        str(run.summary.get("epochs", "")),
-        _number((run.summary.get("wall_time") or 0) / 3600, 2),
-        _number(last.get("loss"), 4),
-        _number(last.get("val_loss"), 4),
         _number(last.get("val_top1"), 1),
         _number(run.summary.get("best"), 1) if "val_top1" in last else "",
+        _number(last.get("val_loss"), 4),
+        _number(last.get("loss"), 4),
+        str(run.summary.get("epochs", "")),
+        _number((run.summary.get("wall_time") or 0) / 60, 1),
     )
-    texts = (run.name, str(run.summary.get("status", "?")), str(started), ", ".join(facts.get("sources") or []))
-    return [(text, "") for text in texts] + [(number, "number") for number in numbers]
+    before, behind = (
+        (run.name, str(run.summary.get("status", "?"))),
+        (str(started), ", ".join(facts.get("sources") or [])),
+    )
+    return [(t, "") for t in before] + [(n, "number") for n in numbers] + [(t, "") for t in behind]
 
 
 def _number(value: Any, digits: int) -> str:
@@ -145,10 +154,14 @@ def _evaluation(run: Run, source: str, predicted: Predicted, number: int, clips:
         f"{100 / len(predicted.names):.1f} %.",
         "by_class": Markup(figures.by_class(predicted)) if known.any() else "",
         "confusion": Markup(figures.confusion(predicted)) if len(predicted.names) <= MOST_CLASSES else "",
-        "mistakes": [
-            ("The most confident mistakes", mistakes.most_confident(predicted, CLIPS, fps)),
-            ("The worst: where the true class was left the least", mistakes.worst(predicted, CLIPS, fps)),
-        ]
-        if clips
-        else [],
+        "mistakes": _mistakes(predicted, fps, run.settings.get(f"datasets.{source}.prefix")) if clips else [],
     }
+
+
+def _mistakes(predicted: Predicted, fps: Any, prefix: Any) -> list[tuple[str, list[mistakes.Mistake]]]:
+    """Both kinds with their headings; one, where they are the same videos."""
+    confident = mistakes.most_confident(predicted, CLIPS, fps, prefix)
+    worst = mistakes.worst(predicted, CLIPS, fps, prefix)
+    if {each.path for each in confident} == {each.path for each in worst}:
+        return [("The mistakes, the most confident first", confident)]
+    return [("The most confident mistakes", confident), ("The worst: where the true class was left the least", worst)]

@@ -14,9 +14,11 @@ WAYS = ("FT", "LP")
 
 @dataclass(frozen=True)
 class Table:
-    """`rows` are (pretraining, cells); a cell is (text, whether it is the best of its column), FT and LP of each task."""
+    """`columns` are (task, FT or LP), those that a run is in; `rows` are (pretraining, cells); a cell is (text, whether it is
+    the best of its column).
+    """
 
-    tasks: list[str]
+    columns: list[tuple[str, str]]
     rows: list[tuple[str, list[tuple[str, bool]]]]
 
 
@@ -48,19 +50,19 @@ def table(runs: Sequence[Run]) -> Table | None:
     seeds = {key for key, made in made_by.items() if set(differing(made)) <= {"trainer.seed_value"}}
     means = {key: sum(values) / len(values) if key in seeds else max(values) for key, values in found.items()}
     tasks = list(dict.fromkeys(task for _, task, _ in found))
+    columns = [(task, way) for task in tasks for way in WAYS if any(key[1:] == (task, way) for key in found)]
     best = {(task, way): max(v for (_, t, w), v in means.items() if (t, w) == (task, way)) for _, task, way in means}
     rows = []
     for start in dict.fromkeys(start for start, _, _ in found):
         cells = []
-        for task in tasks:
-            for way in WAYS:
-                value = means.get((start, task, way))
-                count = len(found.get((start, task, way), []))
-                told = f" ({'mean' if (start, task, way) in seeds else 'best'} of {count})" if count > 1 else ""
-                text = "" if value is None else f"{value:.1f}{told}"
-                cells.append((text, value is not None and value == best[task, way]))
+        for task, way in columns:
+            value = means.get((start, task, way))
+            count = len(found.get((start, task, way), []))
+            told = f" ({'mean' if (start, task, way) in seeds else 'best'} of {count})" if count > 1 else ""
+            text = "" if value is None else f"{value:.1f}{told}"
+            cells.append((text, value is not None and value == best[task, way]))
         rows.append((start, cells))
-    return Table(tasks, rows)
+    return Table(columns, rows)
 
 
 def _start(pretrained: object, trunk: str) -> str:
