@@ -63,11 +63,11 @@ def main() -> None:
         print_error(str(error))
         code = error.exit_code
     except Exception as error:
-        from omnivision.ending import print_error
-        from omnivision.errors import EXIT_FAULT
+        from omnivision.ending import how_it_ended, interruption, print_error
 
-        print_error(error)
-        code = EXIT_FAULT
+        code, _ = how_it_ended(interruption(error))
+        if code != EXIT_INTERRUPTED:
+            print_error(error)
     sys.exit(code)
 
 
@@ -146,14 +146,15 @@ def apart(configs: list[DictConfig]) -> list[DictConfig]:
     """The configurations of a sweep; runs in one folder would take one another for their own beginning."""
     from omnivision.errors import UserError
 
-    folders = [
-        os.path.realpath(str(OmegaConf.select(config, "launcher.experiment_log_dir", throw_on_missing=False)))
-        for config in configs
-    ]
-    if len(set(folders)) < len(folders):
+    name = "launcher.experiment_log_dir"
+    given = [OmegaConf.select(config, name, throw_on_resolution_failure=False) for config in configs]
+    if None in given:
+        return configs  # the check of the settings says what is wrong
+    folders = [os.path.realpath(str(folder)) for folder in given]
+    if (different := len(set(folders))) < len(folders):
         raise UserError(
-            f"A sweep of {len(folders)} runs in {len(set(folders))} folders; expected a folder for each. Put what is swept "
-            "into its name, e.g. 'launcher.experiment_log_dir=runs/lr_${lr_scale_factor}'."
+            f"A sweep of {len(folders)} runs in {different} folder{'s' * (different > 1)}; expected a folder for each. Put "
+            "what is swept into its name, e.g. 'launcher.experiment_log_dir=runs/lr_${lr_scale_factor}'."
         )
     return configs
 

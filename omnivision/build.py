@@ -297,6 +297,15 @@ def clip_dataset(settings: Settings, found: list[Split], training: bool) -> Clip
     return ClipDataset(found, cuts, data.clip_duration, trainer.seed_value, training, data.max_pixels, data.val_spacing)
 
 
+def check_cuts(settings: Settings) -> None:
+    """Raise UserError for views and masks that cannot be, before any folder is made."""
+    data = settings.trainer.data
+    for training in (True, False):
+        cut(settings, data, "trainer.data", data.num_frames, training)
+        if data.image is not None:
+            cut(settings, data.image, "trainer.data.image", 1, training)
+
+
 def cut(settings: Settings, data: DataSettings | ImageSettings, where: str, num_frames: int, training: bool) -> Cut:
     """How samples of one kind of source are cut out of their files."""
     size, tubelet = settings.image_size, tuple(settings.trainer.model["trunk"]["tubelet"])

@@ -36,6 +36,7 @@ class Curve:
 
 def built(settings: Settings) -> tuple[nn.Module, ScheduledOptimizer]:
     """The model, without memory, and its optimizer."""
+    build.check_cuts(settings)
     model = build.model(settings, device="meta")
     return model, build.optimizer(settings, model)
 

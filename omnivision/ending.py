@@ -108,6 +108,14 @@ def explain(error: BaseException, folder: RunFolder, tells: bool, rank: int, rec
     return code
 
 
+def interruption(error: BaseException) -> BaseException:
+    """The Ctrl-C behind an exception, which a library may have made one of its own of; else the exception itself."""
+    each: BaseException | None = error
+    while each is not None and not isinstance(each, KeyboardInterrupt):
+        each = each.__cause__ or each.__context__
+    return each or error
+
+
 def how_it_ended(error: BaseException) -> tuple[int, str]:
     """Exit code and reason."""
     notes = "".join(f"; {note}" for note in getattr(error, "__notes__", []))

@@ -163,9 +163,15 @@ def flat_file(file: Path) -> dict[str, Any] | None:
             isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)
         ):
             return None  # no run writes such, and a few of them can stand for billions
-        return flat_text(text)
+        return {
+            name: value if _is_shown(value) else "a number beyond all bounds" for name, value in flat_text(text).items()
+        }
     except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError, RecursionError):
         return None
+
+
+def _is_shown(value: Any) -> bool:
+    return not isinstance(value, int) or abs(value) < 10**100  # Python refuses to write down longer ones
 
 
 def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -74,7 +74,14 @@ def launch(jobs: Sequence[Job]) -> int:
             "Some runs of this sweep are for the cluster and some are not; expected one or the other. Give "
             "submitit.use_cluster once."
         )
-    return submit(for_cluster) if for_cluster else max((run(job) for job in jobs), default=0)
+    if for_cluster:
+        return submit(for_cluster)
+    codes = [0]
+    for number, job in enumerate(jobs, start=1):
+        if len(jobs) > 1:
+            print(f"\n== Run {number} of {len(jobs)}: {job.settings.launcher.experiment_log_dir}", flush=True)
+        codes.append(run(job))
+    return max(codes)
 
 
 def check_way(settings: Settings) -> None:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omnivision.ending import Ending
+from omnivision.ending import Ending, interruption
 from omnivision.errors import Terminated, UserError
 from omnivision.reporting.run_folder import STALE_SECONDS, RunFolder
 from omnivision.settings import Settings
@@ -112,7 +112,7 @@ def run_process(job: Job, place: Place | None, record: JobRecord | None = None) 
             return 0
         except (Exception, KeyboardInterrupt, Terminated) as error:
             with undisturbed():
-                return ending.told(error)
+                return ending.told(interruption(error))
         finally:
             with undisturbed():
                 end_workers()

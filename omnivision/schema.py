@@ -155,11 +155,14 @@ class Reader:
         return f" Did you mean ${{{'.'.join([*above, *near])}}}?" if near else ""
 
     def _repeats_a_setting(self, node: DictConfig | ListConfig, key: Any) -> bool:
-        """Whether an item is `${name}` of a setting that is there, and reported itself."""
+        """Whether an item is made of settings, `${name}`, that are all there, and reported themselves."""
         raw = OmegaConf.to_container(node, resolve=False)[key]  # type: ignore[index]
-        name = re.fullmatch(r"\$\{([\w.]+)\}", raw) if isinstance(raw, str) else None
-        there: Any = self.root if name is not None else None
-        for part in name[1].split(".") if name is not None else ():
+        names = re.findall(r"\$\{([\w.]+)\}", raw) if isinstance(raw, str) else []
+        return bool(names) and all(self._is_there(name) for name in names)
+
+    def _is_there(self, name: str) -> bool:
+        there: Any = self.root
+        for part in name.split("."):
             there = there._get_node(part, validate_access=False) if isinstance(there, DictConfig) else None
         return there is not None
 

@@ -147,7 +147,7 @@ def find(source: str | Path) -> Path:
     path = Path(source)
     if path.is_file():
         return path
-    if not path.is_dir():
+    if not path.is_dir() or not str(source):
         raise UserError(
             f"There is no file or folder {str(source)!r} (relative paths start at {Path.cwd()}). Expected a file of weights, a "
             "run folder, or a folder with config.json and weights. Change the path."
@@ -158,9 +158,10 @@ def find(source: str | Path) -> Path:
     for candidate in candidates:
         if candidate.is_file():
             return candidate
+    names = ", ".join(file.relative_to(path).as_posix() for file in candidates)
     raise UserError(
-        f"The folder {path} holds no weights: none of {', '.join(file.name for file in dict.fromkeys(candidates))} is there. "
-        "Expected a run folder, or a folder with config.json and weights. Change the path."
+        f"The folder {path} holds no weights: none of {names} is there. Expected a run folder, or a folder with "
+        "config.json and weights. Change the path."
     )
 
 

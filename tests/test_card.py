@@ -63,7 +63,7 @@ class Exported(unittest.TestCase):
             f"| top1 | {summary['last']['val_top1']:.4g} |",
             r"run, jump \| \<b\>high\</b\>, turn",
             r"| clip\_duration | 0.7 |",
-            f"| step | {best['step']} |",
+            f"| steps of the next | {best['step']} |",
             'omnivision.load("carded.pt").predict("film.mp4")',
             "SHA-256",
             "| parameters | ",

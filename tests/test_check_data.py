@@ -61,7 +61,7 @@ class Samples(Folder):
         for options in ([], ["--quick"]):
             code, out = run(self.save("paths.npy", real_films()), "--json", report, *options)
             self.assertEqual(code, 0)
-            self.assertIn("3 of 3 samples are good, 18.0 s in all.", out)
+            self.assertIn("3 of 3 samples are good, 18.0 s of film.", out)
             self.assertIn("most frames between key frames: least 61, 5% 66.9, median 120", out)
             self.assertIn("`omnivision prepare ... --short-side 256 --gop 12` would make", out)
             expected = {

@@ -13,6 +13,8 @@ import nbformat
 import numpy as np
 from nbclient import NotebookClient
 
+from omnivision.cli.main import commands as subcommands
+from omnivision.cli.main import parser
 from omnivision.suggestions import setting_names
 from tests import runs
 from tests import stage_runs as stages
@@ -118,21 +120,15 @@ class Site(unittest.TestCase):
             made = subprocess.run(command, cwd=ROOT, env=quiet, capture_output=True, text=True, timeout=300)
             self.assertEqual(made.returncode, 0, made.stderr)
             self.assertNotIn("WARNING", made.stderr)
-            settings = (Path(folder) / "settings/index.html").read_text()
+            settings = (Path(folder) / "settings.html").read_text()
             free = ("datasets", "submitit.additional_parameters")  # names below are the user's own
+            groups = {name.rpartition(".")[0] for name in setting_names()}
             for name in setting_names():
-                if (
-                    not name.startswith(free)
-                    and "." in name
-                    and not any(n.startswith(f"{name}.") for n in setting_names())
-                ):
-                    if f"{name.partition('.')[2]}" and not name.startswith("trainer.data.image."):
-                        self.assertIn(f"<code>{name}</code>", settings)
-            commands = (Path(folder) / "commands/index.html").read_text()
-            for (
-                command_name
-            ) in "demo-data prepare val-split check-data runs report predict reconstruct import export".split():
-                self.assertIn(f"omnivision {command_name}", commands)
+                if "." in name and name not in groups and not name.startswith((*free, "trainer.data.image.")):
+                    self.assertIn(f"<code>{name}</code>", settings)
+            commands = (Path(folder) / "commands.html").read_text()
+            for name in subcommands(parser()):
+                self.assertIn(f"omnivision {name}", commands)
             self.assertNotRegex(settings + commands, r'(src|href)="https?://(?!squidfunk|www.mkdocs)')
 
     def test_pages_are_all_in_the_index(self):

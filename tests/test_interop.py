@@ -513,7 +513,7 @@ class BadFiles(Case):
         (self.folder / "junk.safetensors").write_bytes(b"\xff" * 40)
         self.refused(self.folder / "junk.safetensors", "does not load")
         self.refused(self.folder / "none.pt", "There is no file or folder")
-        self.refused(self.folder, "holds no weights: none of best.pt, checkpoint.pt")
+        self.refused(self.folder, "holds no weights: none of checkpoints/best.pt, checkpoints/checkpoint.pt, best.pt")
 
     def test_names_that_nobody_has(self):
         state = classifier().state_dict()

@@ -149,6 +149,10 @@ AFTER_STAGE_1: list[tuple[list[str], str]] = [
     (["pretrained_checkpoint_path=runs/lr=3/x"], r"""Write 'pretrained_checkpoint_path="runs/lr=3/x"'."""),
     (["batch_size=8,16"], r"holds a comma.*append -m; for a list write 'batch_size=\[8,16\]'"),
     (["-m", "epochs=range(1,100000000)"], "means 99999999 runs; expected at most 10000"),
+    (
+        ["-m", "batch_size=8,16", "launcher.experiment_log_dir=/tmp/never${batchsize}"],
+        r"not found. Did you mean \$\{batch_size\}",
+    ),
     (["-m", "epochs=range(0)"], "The sweep has no runs"),
     (["batch_size=choice(8,16)"], r"^batch_size=choice\(8,16\) means several values.*append -m"),
     (["batch_size", "=", "8"], "without spaces around the equals sign"),

@@ -235,7 +235,7 @@ class Reading(unittest.TestCase):
 
     def test_a_run_folder_gives_its_best_else_its_newest(self):
         (self.folder / "checkpoints").mkdir()
-        with self.assertRaisesRegex(UserError, "holds no weights: none of best.pt, checkpoint.pt"):
+        with self.assertRaisesRegex(UserError, "holds no weights: none of checkpoints/best.pt, checkpoints/check"):
             find(self.folder)
         torch.save({"model": self.state}, self.folder / "checkpoints" / "checkpoint.pt")
         self.assertEqual(find(self.folder).name, "checkpoint.pt")

@@ -152,7 +152,7 @@ def _tell(paths: list[str], checks: list[FilmCheck], summary: dict[str, Any]) ->
     bad = [(path, check.reason) for path, check in zip(paths, checks, strict=True) if not check.ok]
     _say(
         console,
-        f"{summary['samples'] - len(bad)} of {summary['samples']} samples are good, {summary['seconds']:.1f} s in all.",
+        f"{summary['samples'] - len(bad)} of {summary['samples']} samples are good, {summary['seconds']:.1f} s of film.",
     )
     for path, reason in bad[:_SHOWN]:
         _say(console, f"bad: {path}: {reason}")

@@ -81,12 +81,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{options.command}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except OSError as error:
-        if error.filename is None or os.environ.get("OMNIVISION_TRACEBACK") == "1":
+        if os.environ.get("OMNIVISION_TRACEBACK") == "1":
             raise
-        print(
-            f"error: {str(error.filename)[:200]!r} cannot be used: {error.strerror}. Give another path.",
-            file=sys.stderr,
-        )
+        what = "a file" if error.filename is None else repr(str(error.filename)[:200])
+        print(f"error: {what} cannot be used: {error.strerror or error}. Give another path.", file=sys.stderr)
         return EXIT_USER
 
 

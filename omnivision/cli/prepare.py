@@ -180,6 +180,10 @@ def _recipe(args: argparse.Namespace) -> Recipe | None:
             )
     if args.hold_out is not None and not 0 < args.hold_out < 1:
         raise UserError(f"--hold-out is {args.hold_out}; expected a share between 0 and 1. Change --hold-out.")
+    if args.catalog and (not args.catalog.endswith(".yaml") or not Path(args.catalog).absolute().parent.is_dir()):
+        raise UserError(
+            f"--catalog is {args.catalog!r}; expected a name that ends in .yaml, in a folder that is there."
+        )
     if args.group_pattern is not None and args.hold_out is None:
         raise UserError("--group-pattern is for --hold-out. Add --hold-out SHARE, or leave --group-pattern out.")
     if args.short_side is None and args.gop is None and args.crf is None and args.frames is None:

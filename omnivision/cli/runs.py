@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     console.print(table(found, short=args.top1))
     for summary in found:
         if summary["status"] not in ("finished", "running") and summary["exit_reason"]:
-            told = f"{summary['name']}: {summary['status']}: {summary['exit_reason']}"
+            told = plain(f"{summary['name']}: {summary['status']}: {summary['exit_reason']}")
             console.print(told, highlight=False, markup=False, soft_wrap=True)
     return 0
 
@@ -93,15 +94,20 @@ def table(found: list[dict[str, Any]], short: bool = False) -> Table:
             "epochs": str(summary.get("epochs", "")),
             "minutes": f"{(summary.get('wall_time') or 0) / 60:.1f}",
             "top-1 %": _number(last.get("val_top1"), 1),
-            "chance %": _number(100 / max(classes), 1) if classes else "",
+            "chance %": _number(100 / max(classes), 1) if max(classes, default=0) > 0 else "",
             "best %": _number(summary.get("best"), 1) if "val_top1" in last else "",
             "loss": _number(last.get("val_loss", last.get("loss")), 3),
             "model": facts.get("model") or "?",
             "status": str(summary.get("status", "?")),
             "age": _age(time.time() - summary["changed"]),
         }
-        made.add_row(*(Text(cells[heading]) for heading in headings))  # no markup in what others have named
+        made.add_row(*(Text(plain(cells[heading])) for heading in headings))  # no markup in what others have named
     return made
+
+
+def plain(text: str) -> str:
+    """What others have written, without what a terminal would obey, and not longer than anybody reads."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", text)[:2000]
 
 
 def _number(value: Any, digits: int) -> str:

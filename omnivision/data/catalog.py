@@ -75,13 +75,19 @@ class Dataset:
         return names
 
 
+MOST_CHARACTERS = 50_000_000  # of a file of names
+
+
 def read_class_names(file: str, setting: str) -> list[str]:
     """The names of classes, one a line, in the order of their labels. `setting` is what named the file.
 
     Raises UserError for a file that cannot be read, that is empty, or that has a line without a name.
     """
     try:
-        names = [line.strip() for line in Path(file).read_text(encoding="utf-8-sig").rstrip().splitlines()]
+        if not Path(file).is_file():
+            raise OSError("no such file")
+        with open(file, encoding="utf-8-sig") as opened:
+            names = [line.strip() for line in opened.read(MOST_CHARACTERS).rstrip().splitlines()]
     except (OSError, ValueError) as error:  # ValueError: no text, or a name that no file can have
         raise UserError(
             f"{setting} is {file!r}, which cannot be read: {error}. Expected a text file with one name a line. Give "

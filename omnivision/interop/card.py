@@ -92,14 +92,15 @@ def facts_of(architecture: Architecture, count: int) -> dict[str, Any]:
 
 def history(source: Source) -> str:
     """Where the weights come from, and the settings and data of the run that made them, as far as the file says."""
-    text = f"From the file {plain(source.path.name)} (SHA-256 {source.sha256})."
+    of_run = f" of the run {plain(run_name(source.path))}" if source.path.parent.name == "checkpoints" else ""
+    text = f"From the file {plain(source.path.name)}{of_run} (SHA-256 {source.sha256})."
     told = experiment.read(source.said.get("experiment"))
     if told is None:
         origin = source.said.get("origin")
         if isinstance(origin, Mapping):
             text += f" That was made of {plain(origin.get('name'))} (SHA-256 {plain(origin.get('sha256'))})."
         return f"{text} It says nothing of how it was trained."
-    counted = {"epoch": "epoch", "step": "step", "steps of an epoch": "steps_per_epoch"}
+    counted = {"epochs done": "epoch", "steps of the next": "step", "steps of an epoch": "steps_per_epoch"}
     done = {name: source.said.get(key) for name, key in counted.items() if isinstance(source.said.get(key), int)}
     settings = {name: told["settings"][name] for name in SETTINGS if told["settings"].get(name) is not None}
     if "mask_ratio" in settings and not any("decoder" in name for name in told["settings"]):
@@ -108,9 +109,8 @@ def history(source: Source) -> str:
     starts = start if isinstance(start, list) else [start]
     settings["pretrained_checkpoint_path"] = " + ".join(run_name(Path(str(each))) for each in starts)
     data = {name: value for name, value in told["data"].items() if isinstance(value, str)}
-    return "\n\n".join(
-        [text, rows(done | settings), "Its data, by size and SHA-256:\n\n" + rows(data), rows(told["versions"])]
-    )
+    versions = {"source of omnivision (digest)" if n == "omnivision" else n: v for n, v in told["versions"].items()}
+    return "\n\n".join([text, rows(done | settings), "Its data, by size and SHA-256:\n\n" + rows(data), rows(versions)])
 
 
 def last_figures(said: Mapping[str, Any]) -> dict[str, str]:

@@ -37,6 +37,10 @@ def check_target(out: Path, source: Source, force: bool, folder: bool = False, c
     if out.exists() and out.is_dir() != folder:
         kind = "a folder" if out.is_dir() else "a file"
         raise UserError(f"OUT ({out}) is {kind}; expected {'a folder' if folder else 'a file'}. Give another path.")
+    if folder and out.is_dir() and any(out.iterdir()) and not (out / CONFIG).is_file():
+        raise UserError(
+            f"OUT ({out}) is a folder of something else: no {CONFIG} is in it. Nothing was changed. Give another path."
+        )
     if card is not None and card.exists() and not (card.is_file() and card.read_bytes().startswith(CARD)):
         raise UserError(f"{card}, where the model card goes, is a text of somebody. Move it, or give another OUT.")
     there = out if out.exists() or card is None or folder else card

@@ -49,7 +49,8 @@ class BadSampleLedger:
             raise UserError(
                 f"{len(self)} of {self.files} files could not be decoded, more than the budget of {self.budget:.2%} "
                 "(trainer.data.bad_sample_budget). omnivision check-data finds all of them. Mend them or take them out of "
-                f"the split, or raise it; if none is found, change datasets.NAME.prefix. All are in {self.path}:\n{listed}",
+                "the split (delete them, and run the same omnivision prepare again), or raise it; if none is found, change "
+                f"datasets.NAME.prefix. All are in {self.path}:\n{listed}",
                 everywhere=True,
             )
 
