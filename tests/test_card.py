@@ -12,7 +12,8 @@ import torch
 
 import omnivision
 from omnivision.cli.main import main
-from omnivision.interop.card import plain
+from omnivision.interop.card import history, plain
+from omnivision.weight_files import Source
 from tests import runs
 from tests import stage_runs as stages
 
@@ -84,6 +85,34 @@ class Exported(unittest.TestCase):
         self.assertIn('VideoMAEForVideoClassification.from_pretrained("hf")', card)
         config = json.loads((self.folder / "hf/config.json").read_text())
         self.assertEqual(list(config["id2label"].values()), NAMES)
+
+    def test_weights_that_nobody_evaluated_have_no_figures(self):
+        found = torch.load(self.folder / "ft/checkpoints/best.pt", weights_only=True)
+        name = "trunk.norm.weight"
+        torch.save(found | {"ema": {name: found["model"][name]}}, self.folder / "averaged.pt")
+        for weights, told in (("ema", True), ("model", False)):
+            with contextlib.redirect_stdout(io.StringIO()):
+                out = self.folder / f"of_{weights}.pt"
+                main(["export", str(self.folder / "averaged.pt"), str(out), "--to", "pt", "--weights", weights])
+            self.assertEqual("What was measured" in out.with_name(f"{out.name}.md").read_text(), told)
+
+    def test_starts_are_told_by_the_names_of_their_runs(self):
+        experiment = json.loads(torch.load(self.folder / "ft/checkpoints/best.pt", weights_only=True)["experiment"])
+        for start, told in (
+            (["runs/align", "runs/other/checkpoints/best.pt"], r"align + other"),
+            ("a/vit.pt", "vit.pt"),
+            (None, "nothing"),
+        ):
+            experiment["settings"]["pretrained_checkpoint_path"] = start
+            source = Source(Path("x/best.pt"), "0", {}, {"experiment": json.dumps(experiment)})
+            self.assertIn(rf"| pretrained\_checkpoint\_path | {told} |", history(source))
+
+    def test_an_import_keeps_names_and_seconds(self):
+        self.export("again.pt", "pt")
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.assertEqual(main(["import", str(self.folder / "again.pt"), str(self.folder / "back.pt")]), 0)
+        model = omnivision.load(self.folder / "back.pt")
+        self.assertEqual((model.shown.clip_duration, model.shown.names), (0.7, [NAMES]))
 
     def test_text_stays_text(self):
         self.assertEqual(plain("a\n# b `c` [d](e)"), r"a \# b \`c\` \[d\](e)")

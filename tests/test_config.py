@@ -243,6 +243,21 @@ class Script(unittest.TestCase):
         self.assertRegex(text, r"weight_decay ▅{60}  epoch 0 to 200: 0.05 \(groups 0\)")
         self.assertRegex(text, r"weight_decay ▁{60}  epoch 0 to 200: 0 \(groups 1\)")
 
+    def test_dry_tells_the_size_of_weights_in_a_run_folder(self):
+        with tempfile.TemporaryDirectory() as name:
+            (Path(name) / "checkpoints").mkdir()
+            (Path(name) / "checkpoints/best.pt").write_bytes(bytes(5_000_000))
+            made = settings(*STAGE_1, FOLDER, f"pretrained_checkpoint_path={name}")
+            self.assertEqual(dry.weights_lines(made), [f"weights      from {name}/checkpoints/best.pt, 5.0 MB"])
+
+    def test_dry_refuses_views_and_masks_that_cannot_be(self):
+        for wrong, saying in (
+            ("++trainer.data.view.scale=[1,0.2]", "crop scale"),
+            ("trainer.data.mask.ratio=2", "mask ratio is 2"),
+        ):
+            with self.assertRaisesRegex(UserError, saying):
+                dry.built(settings(*STAGE_1, FOLDER, wrong))
+
     def test_dry_tells_the_scale_of_each_group(self):
         made = settings(
             "+experiments=omnimae/omnimain_train_video_ft", "+trainer=mae_ft_ucf101_config", FOLDER, NOTHING

@@ -225,6 +225,19 @@ class HuggingFace(Case):
             stored = load_file(out / "model.safetensors")["classifier.weight"]
             self.assertTrue(torch.equal(stored, model.heads[0][0].weight))
 
+    def test_names_and_folders_that_cannot_be(self):
+        source, out, names = self.save(classifier()), self.folder / "out", self.folder / "names.txt"
+        (self.folder / "films").mkdir()
+        (self.folder / "films/a.mp4").touch()
+        with self.assertRaisesRegex(UserError, "is a folder of something else: no config.json is in it"):
+            self.run_command("export", source, self.folder / "films", "--to", "hf", "--force")
+        for text, saying in (("", "has no names"), ("a\n\nb\nc\nd\ne\nf\n", "has nothing on line 2")):
+            names.write_text(text)
+            with self.assertRaisesRegex(UserError, saying):
+                self.run_command("export", source, out, "--to", "hf", "--class-names", names)
+        with self.assertRaisesRegex(UserError, "--class-names is '/dev/zero', which cannot be read"):
+            self.run_command("export", source, out, "--to", "hf", "--class-names", "/dev/zero")
+
     def test_a_model_that_diverged_is_not_blamed_on_the_library(self):
         for model in (classifier(), autoencoder()):
             model.trunk.norm.weight.data[0] = float("nan")

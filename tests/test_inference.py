@@ -110,6 +110,7 @@ class Trained(unittest.TestCase):
             (("reconstruct", mae, self.folder / "in.gif", self.folder / "in.gif"), "the film that is read"),
             (("reconstruct", mae, film, self.folder / "kept.gif"), "is there already"),
             (("predict", ft, film, "--head", 1), "head is 1; .* has 1"),
+            (("predict", "", film), "There is no file or folder ''"),
             (("predict", self.folder / "bare.pt", film), "does not say the architecture"),
             (("predict", self.folder / "none", film), "There is no file or folder"),
         ):
@@ -120,6 +121,15 @@ class Trained(unittest.TestCase):
         self.assertRaises(SystemExit, self.command, "predict", ft, film, "--top", 0)
         with self.assertRaises(UserError):
             omnivision.load(ft).predict("/gone.mp4")
+        for asked, saying in (
+            ({"top": 0}, "top is 0"),
+            ({"clips": 0}, "clips is 0"),
+            ({"crops": 2}, "crops 2; expected .* 1 or 3"),
+        ):
+            with self.assertRaisesRegex(UserError, saying):
+                omnivision.load(ft).predict(film, **asked)
+        with self.assertRaisesRegex(UserError, "mask_ratio is 0"):
+            omnivision.load(mae).reconstruct(film, mask_ratio=0)
 
 
 if __name__ == "__main__":

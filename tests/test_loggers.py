@@ -19,7 +19,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from omnivision.errors import UserError
-from omnivision.reporting.loggers import loggers
+from omnivision.reporting.loggers import MLflow, TensorBoard, WeightsAndBiases, loggers
 from omnivision.reporting.reporter import Reporter
 from omnivision.reporting.run_folder import RunFolder
 from tests import runs
@@ -152,6 +152,53 @@ class Failing(unittest.TestCase):
             board = EventAccumulator(f"{name}/tensorboard")
             board.Reload()
             self.assertEqual([event.step for event in board.Scalars("train/loss")], [1, 2])
+
+
+class Ends(unittest.TestCase):
+    """What a run that failed, has many settings, or goes on leaves in each logger."""
+
+    def test_mlflow(self):
+        from mlflow import MlflowClient
+
+        with tempfile.TemporaryDirectory() as name:
+            folder, began = RunFolder(name), time.time()
+            folder.create()
+            logger = MLflow(folder, {f"setting_{n}": n for n in range(250)})
+            logger.scalars({"train/loss": 1.0}, 1)
+            logger.close(failed=True)
+            client = MlflowClient(tracking_uri=f"sqlite:///{name}/mlflow.db")
+            run = client.get_run((folder.path / "mlflow_id").read_text().strip())
+            self.assertEqual((run.info.status, len(run.data.params)), ("FAILED", 250))
+            [metric] = client.get_metric_history(run.info.run_id, "train/loss")
+            self.assertLess(abs(metric.timestamp / 1000 - began), 600)
+
+    def test_wandb(self):
+        import wandb
+        from wandb.proto import wandb_internal_pb2
+
+        quiet = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+        with tempfile.TemporaryDirectory() as name, mock.patch.dict(os.environ, quiet | {"HOME": name}):
+            RunFolder(name).create()
+            WeightsAndBiases(RunFolder(name), {}).close(failed=True)
+            wandb.teardown()  # its service, which would have the exit code of these tests
+            [file] = Path(name).glob("wandb/offline-run-*/run-*.wandb")
+            codes = []
+            for data in wandb_records(file.read_bytes()):
+                record = wandb_internal_pb2.Record()
+                record.ParseFromString(data)
+                codes += [record.exit.exit_code] if record.HasField("exit") else []
+        self.assertEqual(codes, [1])
+
+    def test_tensorboard_forgets_what_comes_after_a_checkpoint(self):
+        with tempfile.TemporaryDirectory() as name:
+            for step, logged in ((0, (1, 2, 3)), (1, (2,))):
+                board = TensorBoard(RunFolder(name), step)
+                for each in logged:
+                    board.scalars({"train/loss": float(step)}, each)
+                board.close(failed=False)
+            found = EventAccumulator(f"{name}/tensorboard")
+            found.Reload()
+            self.assertEqual([(event.step, event.value) for event in found.Scalars("train/loss")], [(1, 0.0), (2, 1.0)])
 
 
 class Refused(unittest.TestCase):

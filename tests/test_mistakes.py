@@ -11,6 +11,8 @@ from pathlib import Path
 from unittest import mock
 
 import train_app_submitit
+from omnivision.ending import how_it_ended, interruption
+from omnivision.errors import EXIT_FAULT, EXIT_INTERRUPTED
 from tests.runs import ROOT
 
 STAGE_1 = ("+experiments=omnimae/omnimain_train_video", "+trainer=mae_k150_config")
@@ -283,6 +285,20 @@ class Mistakes(unittest.TestCase):
                 (Path(folder) / "site" / name).write_text(text)
                 run = f"launcher.experiment_log_dir={folder}/run"
                 self.assertRegex(self.told("--config-dir", folder, *STAGE_1, "+site=lab", run, *HERE), saying)
+
+    def test_of_two_arguments_the_last_is_named(self):
+        said = self.told(*STAGE_1, "launcher.experiment_log_dir=/x", *HERE, "++epoch=3", "++epoch=4")
+        self.assertIn("epoch (argument ++epoch=4) is not a setting", said)
+
+    def test_an_interruption_that_a_library_made_an_error_of(self):
+        try:
+            try:
+                raise KeyboardInterrupt
+            except KeyboardInterrupt as stroke:
+                raise RuntimeError("of a library") from stroke
+        except RuntimeError as error:
+            self.assertEqual(how_it_ended(interruption(error))[0], EXIT_INTERRUPTED)
+        self.assertEqual(how_it_ended(interruption(RuntimeError("x")))[0], EXIT_FAULT)
 
     def test_flags_may_stand_anywhere(self):
         for given, wanted in (

@@ -578,6 +578,8 @@ class PreparedFilms(Folder):
             ("--crf 52", "--crf is 52"),
             ("--short-side 3", "--short-side is 3"),
             ("--frames 0", "--frames is 0"),
+            ("--catalog /nowhere/x.yaml", "--catalog is '/nowhere/x.yaml'; expected a name that ends in .yaml"),
+            ("--catalog x.txt", "--catalog is 'x.txt'; expected"),
             ("--gop 3 --no-check-files", "--no-check-files is for"),
             ("--workers -1", "--workers is -1"),
         ]

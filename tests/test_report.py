@@ -190,6 +190,25 @@ class Parts(unittest.TestCase):
         self.assertEqual((x, none, zero, y, three), ("x", 1, 0.0, "y", 3))
         self.assertAlmostEqual(third, 100 / 3)
 
+    def test_starts_that_are_files(self):
+        """Of two runs that start from one file the one that is called as a folder above it is no stage before."""
+        made = [self.run_of(name, "vit.pt", "ucf101", "trained", 80.0) for name in ("ucf101", "other")]
+        for run in made:
+            run.pretrained.append({"path": "/data/ucf101/weights/vit.pt", "sha256": "0"})
+        self.assertEqual(len(table(made).rows), 1)
+
+    def test_weights_of_somebody_elses(self):
+        run = self.run_of("a", "x", "ucf101", "trained", 80.0)
+        run.pretrained.append({"path": f"/{'x' * 300}/checkpoints/best.pt", "sha256": "0"})
+        self.assertEqual(len(lineage(run, [run])), 1)
+
+    def test_a_long_curve_ends_with_its_last_value(self):
+        run = self.run_of("a", None, "a", "trained", 1.0)
+        run.lines += [
+            {"event": "step", "step": step, "loss": float(step)} for step in range(2 * figures.MOST_POINTS + 1)
+        ]
+        self.assertIn(f"{2 * figures.MOST_POINTS}", figures.curves([run], "loss", "loss", Run.steps, [run]))
+
     def test_a_run_has_one_colour(self):
         runs = [self.run_of(name, None, "a", "trained", 1.0) for name in "abc"]
         for run in runs:

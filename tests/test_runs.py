@@ -85,6 +85,16 @@ class Runs(unittest.TestCase):
         self.assertLessEqual({"lr[/x]", "lr[red]q", "classes_1", "odd_2"}, names)
         self.assertIn("deep/summary.json is no summary", error)
 
+    def test_what_a_terminal_would_obey_is_left_out(self):
+        self.write("a", 1, status="failed\x1b[31m", exit_reason="x\n\x1b[2Jerror: fake" + "y" * 5000)
+        _, lines, _ = self.told()
+        said = "\n".join(" ".join(line) for line in lines)
+        self.assertNotRegex(said, r"\x1b")
+        self.assertIn("failed [31m: x [2Jerror: fakeyyy", said)
+        self.assertLess(len(said), 3000)
+        self.write("b", 1, last={"val_top1": None})
+        self.assertEqual(self.told("--top1")[0], 0)
+
     def test_accuracies_worst_first(self):
         for name, top1 in (("one", 50.0), ("two", 20.0), ("three", 30.0)):
             self.write(name, 1, last={"val_top1": top1})
