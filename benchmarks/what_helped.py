@@ -111,7 +111,7 @@ def slow_target(video: Tensor, tubelet: Any, masked: Tensor, norm: str) -> Tenso
 
 EMBED = PatchEmbed.forward
 CHANGES: dict[str, tuple[Any, str, Any]] = {
-    "without: the way back of attention in fp32 (if the step is in bf16)": (
+    "without: the backward pass of attention in fp32 (if the step is in bf16)": (
         vit_module,
         "attention",
         F.scaled_dot_product_attention,

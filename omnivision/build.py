@@ -127,7 +127,7 @@ def build_with_labels(settings: Settings, target: Target, where: str) -> Any:
 
 
 def model(settings: Settings, device: str = "cpu") -> nn.Module:
-    """The model with its first weights, a function of the seed alone; what `trainer.freeze` names is not trained."""
+    """The model, randomly initialised as a function of the seed alone; what `trainer.freeze` names is not trained."""
     torch.manual_seed(settings.trainer.seed_value)
     with torch.device(device):
         built = build_with_labels(settings, settings.trainer.model, "trainer.model")

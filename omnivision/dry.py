@@ -174,11 +174,11 @@ def hindrances(settings: Settings) -> list[str]:
 def operations_line(cost: Cost | None) -> str:
     if cost is None:
         return "operations   not known: this model or task of your own does not work without values"
-    return f"operations   {cost.forward_flops / 1e9:.2f} GFLOPs a clip forward, {cost.step_flops / 1e9:.2f} with the way back"
+    return f"operations   {cost.forward_flops / 1e9:.2f} GFLOPs a clip forward, {cost.step_flops / 1e9:.2f} forward and backward"
 
 
 def memory_line(settings: Settings, model: torch.nn.Module, kept_bytes: int) -> str:
-    """What a process holds all the time, and what it keeps of a batch for the way back (`kept_bytes` of a clip in full
+    """What a process holds all the time, and what it keeps of a batch for the backward pass (`kept_bytes` of a clip in full
     precision; half precision halves most of it). `trainer.model.trunk.activation_checkpointing` trades that for time.
     """
     held = 4 * sum(p.numel() * (4 if p.requires_grad else 1) for p in model.parameters())  # gradient and two moments

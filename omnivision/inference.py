@@ -1,4 +1,4 @@
-"""A trained model with its preprocessing, for films that are nobody's data set: `omnivision.load` gives one.
+"""A trained model with its preprocessing, for films outside any dataset: `omnivision.load` gives one.
 
 model = omnivision.load("runs/ft_ucf101")
 model.predict("film.mp4")                # [Guess(name="archery", label=2, probability=0.93), ...]

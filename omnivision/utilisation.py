@@ -74,7 +74,7 @@ class FusedAttention(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one clip: operations of a forward pass, and of a training step; bytes kept for the way back, in full precision."""
+    """Of one clip: operations of a forward pass, and of a training step; bytes kept for the backward pass, in full precision."""
 
     forward_flops: float
     step_flops: float
@@ -82,7 +82,7 @@ class Cost:
 
 
 def clip_cost(task: Task, model: nn.Module, shape: tuple[int, int, int], mask: np.ndarray | None, source: str) -> Cost:
-    """What a training step costs for one clip; what is frozen has no way back.
+    """What a training step costs for one clip; what is frozen has no backward pass.
 
     Args:
         model: on the meta device, so that nothing is computed.

@@ -61,7 +61,7 @@ class Story(unittest.TestCase):
             scratch = top1("scratch", "finetune", "mae_ft_demo_config", "null")
             aligned = top1("finetune", "finetune", "mae_ft_demo_config", f"{folder}/align")
             probed = top1("probe", "probe", "mae_ft_demo_config", f"{folder}/align")
-            # Chance is 25. With three seeds: from first weights 26 to 28, aligned 43 to 50, probed 45 to 50.
+            # Chance is 25. With three seeds: from random initialisation 26 to 28, aligned 43 to 50, probed 45 to 50.
             self.assertGreater(aligned, scratch + 10)
             self.assertGreater(probed, scratch + 10)
 

@@ -1,4 +1,4 @@
-"""Attention on processors: what it computes, and that its own way back is no less exact than torch's."""
+"""Attention on CPUs: what it computes, and that its own backward pass is no less exact than torch's."""
 
 import unittest
 
@@ -50,7 +50,7 @@ class InHalfPrecision(unittest.TestCase):
                 self.assertLess(mine, 0.01)
                 self.assertLess(mine, 1.1 * other)
 
-    def test_where_the_way_back_is_in_single_precision(self):
+    def test_where_the_backward_pass_is_in_single_precision(self):
         """Narrow heads, or few tokens; on processors, in bfloat16."""
         for width, tokens, dtype, own in (
             (24, 300, torch.bfloat16, True), (64, 50, torch.bfloat16, True),

@@ -32,14 +32,14 @@ class Operations(unittest.TestCase):
             both / forward, 3, delta=0.35
         )  # pixels need no gradient; attention recomputes its scores
 
-    def test_a_frozen_trunk_has_no_way_back(self):
+    def test_a_frozen_trunk_has_no_backward_pass(self):
         settings = settings_of("lp", "pretrained_checkpoint_path=null", "++datasets.ucf101.num_classes=3")
         model = build.model(settings, device="meta")
         cost = build.clip_cost(settings, model)
         forward, both = cost.forward_flops, cost.step_flops
         self.assertLess(both, 1.01 * forward)
 
-    def test_what_is_kept_for_the_way_back(self):
+    def test_what_is_kept_for_the_backward_pass(self):
         """As much as a real step keeps, each tensor once; checkpointed blocks keep less, a frozen trunk next to nothing."""
         bytes_of = {}
         for stage, more in (("ft", ()), ("ft", ("++trainer.model.trunk.activation_checkpointing=true",)), ("lp", ())):

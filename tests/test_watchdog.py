@@ -221,7 +221,7 @@ class Runs(unittest.TestCase):
             runs.summary(self.folder / "run")["exit_reason"],
             r"ended by SIGTERM; it had not left . s later, (in a step|saving), after step \d+; what each thread",
         )
-        # Gradients are reduced within the way back.
+        # Gradients are reduced within the backward pass.
         stacks = (self.folder / "run/logs/rank_0_stacks.txt").read_text()
         self.assertRegex(stacks, "all_(reduce|gather)|in _engine_run_backward")
         process.kill()

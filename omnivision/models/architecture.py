@@ -53,7 +53,7 @@ def leaves_parameters_out(model: nn.Module) -> bool:
 
 
 def build(architecture: Architecture, where: str) -> nn.Module:
-    """The model, with first weights. Raises UserError naming `where` for a description that cannot be one."""
+    """The model, randomly initialised. Raises UserError naming `where` for a description that cannot be one."""
     try:
         numbers = {"rgbd": False} | architecture["trunk"]
         trunk = VisionTransformer(**{key: numbers[key] for key in TRUNK})

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention: torch's, with two changes for processors.
+"""Scaled dot-product attention: torch's, with two changes for CPUs.
 
 Their kernel takes longer to go back through narrow heads (the recipe's decoder has 16 of 24), and through few tokens (which the
 trunk sees), in bfloat16 than in float32. There the backward pass is taken in float32, which is more exact, too. And in float32
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# From here on bfloat16 is as fast on the way back: channels of a head, and tokens.
+# From here on bfloat16 is as fast in the backward pass: channels of a head, and tokens.
 WIDE_HEAD, MANY_TOKENS = 64, 256
 _KERNEL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _KERNEL_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

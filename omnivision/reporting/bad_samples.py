@@ -56,7 +56,7 @@ class BadSampleLedger:
 
 
 def _is_mended(entry: Mapping[str, Any]) -> bool:
-    """Whether a file was changed after it was found bad, or is back, with the disk that it lies on perhaps."""
+    """Whether a file was changed after it was found bad, or is there again, because its disk was mounted, say."""
     try:
         changed = os.stat(str(entry.get("path"))).st_ctime
     except (OSError, ValueError):

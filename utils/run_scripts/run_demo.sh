@@ -27,7 +27,7 @@ stage align_nohuman align mae_ft_demo_nohuman_config "$DEMO/mae" \
     "another copy of it, with those of scenes without a person" epochs=4 "$@"
 
 stage scratch finetune mae_ft_demo_config null \
-    "the target, which stands for real people: a trunk of first weights is fine-tuned" "$@"
+    "the target, which stands for real people: a randomly initialised trunk is fine-tuned" "$@"
 stage finetune_mae finetune mae_ft_demo_config "$DEMO/mae" \
     "the masked autoencoder's trunk is fine-tuned" "$@"
 stage finetune finetune mae_ft_demo_config "$DEMO/align_synthetic" \

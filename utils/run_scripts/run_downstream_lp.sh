@@ -16,6 +16,6 @@ NOMINAL_BATCH=${NOMINAL_BATCH:-32} # global batch that the learning rate of the 
 EPOCHS=${EPOCHS:-30}
 NUM_WORKERS=${NUM_WORKERS:-6} # of each process
 need EXP_DIR 'the folder of the run'
-need PRETRAINED_CHECKPOINT 'the run folder or checkpoint of stage 1 or 2, or null to probe a trunk of first weights'
+need PRETRAINED_CHECKPOINT 'the run folder or checkpoint of stage 1 or 2, or null to probe a randomly initialised trunk'
 
 train omnimae/omnimain_train_video_lp "mae_ft_${DATASET}_config" "pretrained_checkpoint_path=$PRETRAINED_CHECKPOINT" "$@"
