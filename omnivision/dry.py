@@ -174,7 +174,8 @@ def hindrances(settings: Settings) -> list[str]:
 def operations_line(cost: Cost | None) -> str:
     if cost is None:
         return "operations   not known: this model or task of your own does not work without values"
-    return f"operations   {cost.forward_flops / 1e9:.2f} GFLOPs a clip forward, {cost.step_flops / 1e9:.2f} forward and backward"
+    forward, step = cost.forward_flops / 1e9, cost.step_flops / 1e9
+    return f"operations   {forward:.2f} GFLOPs a clip forward, {step:.2f} forward and backward"
 
 
 def memory_line(settings: Settings, model: torch.nn.Module, kept_bytes: int) -> str:

@@ -74,7 +74,7 @@ class FusedAttention(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one clip: operations of a forward pass, and of a training step; bytes kept for the backward pass, in full precision."""
+    """Of one clip: operations of a forward pass, and of a training step; bytes kept for the backward pass, in fp32."""
 
     forward_flops: float
     step_flops: float

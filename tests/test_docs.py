@@ -101,6 +101,7 @@ class Typed(unittest.TestCase):
     def test_a_dataset(self):
         self.follow("add_a_dataset.md")
         self.assertEqual(runs.summary(self.folder / "runs/mine")["run"]["sources"], ["mine"])
+        self.assertEqual(runs.summary(self.folder / "runs/mae_mine")["run"]["model"], "autoencoder")
 
     def test_a_model(self):
         said = self.follow("add_a_model.md")
