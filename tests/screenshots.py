@@ -30,7 +30,7 @@ def take(demo: Path) -> None:
             assert main(["report", str(demo / run), "--out", str(page), "--title", "The demo"]) == 0
             screenshot(page, anchor, out, width, height, dark)
             with Image.open(out) as picture:
-                picture.convert("RGB").crop((0, 0, width, height)).quantize(128).save(out, optimize=True)
+                picture.convert("RGB").crop((0, 0, width, height)).save(out, optimize=True)
             print(out)
 
 
