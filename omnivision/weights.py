@@ -106,7 +106,9 @@ def _told_of_the_setting(path: str = "") -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(f"{SETTING}: {path and f'{path}: '}{error} Change {SETTING}.") from None
+        raise UserError(
+            f"{SETTING}: {path and f'{path}: '}{str(error).removesuffix(' Change the path.')} Change {SETTING}."
+        ) from None
 
 
 def choose(state: Mapping[str, Tensor], choice: Choice, report: LoadReport) -> dict[str, Tensor]:

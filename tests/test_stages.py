@@ -567,7 +567,7 @@ class Mistakes(OnFilms):
             ("plain.pkl", r"plain\.pkl .*Expected weights only"),
             ("wrapped.pt", r"wrapped\.pt .*Expected weights only"),
             ("numbers.pt", "holds no state dict"),
-            ("empty", r"The folder .*empty holds no weights: none of best\.pt, checkpoint\.pt"),
+            ("empty", r"The folder .*empty holds no weights: none of checkpoints/best\.pt, checkpoints/checkpoint\.pt"),
             ("gone", "there is no such file or folder"),
         ]:
             with self.subTest(name):
