@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import itertools
 import re
@@ -239,6 +240,8 @@ def _unknown_setting(key: str, parent: Any, arguments: Sequence[str]) -> str:
         return f"{key}{where} is not an argument of {target}({shown(signature)}){guess}"
     if "/" in key:
         return f"{key}{where} is not a group of choices{near_group(key, GROUPS)}"
+    if not parent and dataclasses.is_dataclass(hints.get(folder)):
+        return f"{folder} is empty, or no group of settings, in a file of this run: {key}{where} has no place. Mend that file."
     # Names below these are the user's own, or arguments of the object that is described there.
     free = [name for name, hint in hints.items() if typing.get_origin(hint) is dict or Target in _flat(hint)]
     if key in hints or any(key.startswith(f"{name}.") for name in free):

@@ -280,7 +280,8 @@ class Reader:
             value = OmegaConf.to_container(value)
         sentence = expected if expected.endswith("?") else f"{expected}."
         shown = repr(value) if len(repr(value)) <= 200 else f"{repr(value)[:200]}..."
-        self.problems.append(f"{where} is {shown} ({type(value).__name__}); expected {sentence} {advice}".rstrip())
+        shown = "null" if value is None else f"{shown} ({type(value).__name__})"
+        self.problems.append(f"{where} is {shown}; expected {sentence} {advice}".rstrip())
         return None
 
 

@@ -218,7 +218,7 @@ def _schedule_problems(settings: Settings) -> list[str]:
         for option, rules in settings.trainer.optim.options.items()
         for number, rule in enumerate(rules)
         for where, value in _numbers(rule.scheduler, f"trainer.optim.options.{option}[{number}].scheduler")
-        if not 0 <= value < 1e30
+        if not 0 <= value < 1e100
     ]
 
 

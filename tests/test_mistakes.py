@@ -215,6 +215,8 @@ FILES = {  # of a site: what it holds, and what is said about it
     "submitit:\n\tpartition: x\n": r"lab.yaml, line 3, column 1: found .* YAML indents with spaces",
     "defaults: [{override /trainer/modl: vitbase}]\n": r"^trainer/modl is not a group of choices \(override .* did you mean",
     "trainer:\n  data: {sources: {k150: '${datasets.k15}'}}\n": r"line 3\) cannot be .*Did you mean \$\{datasets.k150\}\?",
+    "trainer: null\n": r"^trainer is empty, or no group of settings, in a file of this run: trainer.mode .* has no place",
+    "batch_size: null\n": r"^batch_size \(.*lab.yaml, line 2\) is null; expected a whole number",
     "trainer.mode: dry\n": r"^'trainer.mode' has a dot, and levels of a file are indented. Write trainer: \{mode: ...\}",
     "trainer/model: vitbase\n": r"it belongs into defaults: \[/trainer/model: NAME\]",
     "batch_size: 010\n": r"^batch_size \(.*lab.yaml, line 2\) is '010'.*plain decimal",

@@ -163,7 +163,7 @@ def _predicted(file: Path) -> Predicted | None:
         with zipfile.ZipFile(file) as archive:  # arrays are stored as they are
             if sum(part.file_size for part in archive.infolist()) > max(MOST_BYTES, 2 * file.stat().st_size):
                 return None
-        with np.load(file, allow_pickle=False) as found, np.errstate(over="ignore"):
+        with np.load(file, allow_pickle=False) as found, np.errstate(over="ignore", invalid="ignore"):
             scores, labels = np.asarray(found["scores"], np.float32), np.asarray(found["label"], np.int64)
             paths, names = [str(path) for path in found["path"]], [str(name) for name in found["class_names"]]
     except (
