@@ -74,7 +74,9 @@ def _length_of_range(word: str) -> float:
     """How many values KEY=range(START,STOP,STEP) stands for; 0 for what Hydra will refuse, and for other words."""
     found = re.search(r"=range\(([^()]*)\)", word)
     try:
-        first, last, step = [*map(float, found[1].split(",")), None, None][:3] if found else (0, 0, 1)
-        return (last - first) / (step or 1) if last is not None else first  # type: ignore[operator, return-value]
-    except (ValueError, TypeError):
+        numbers = [float(each) for each in found[1].split(",")] if found else [0.0]
+    except ValueError:
         return 0
+    if len(numbers) == 1:
+        return numbers[0]
+    return (numbers[1] - numbers[0]) / ((numbers[2] if len(numbers) > 2 else 0) or 1)

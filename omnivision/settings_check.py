@@ -20,11 +20,8 @@ from omnivision.settings import DECODER, GROUPS, DataSettings, ImageSettings, Se
 from omnivision.suggestions import suggestion
 from omnivision.targets import signature_of
 
-MOST = {
-    "width": 65_536,
-    "depth": 1000,
-    "heads": 1024,
-}  # of a trunk or a decoder; beyond that only a slip of the hand goes
+# Of a trunk or a decoder; beyond that only a slip of the hand goes.
+MOST = {"width": 65_536, "depth": 1000, "heads": 1024}
 
 
 def check(config: DictConfig, origin: Callable[[str], str] = lambda key: "") -> Settings:
