@@ -232,6 +232,8 @@ class Reading(unittest.TestCase):
         self.assertTrue(torch.equal(averaged["trunk.norm.weight"], ema["trunk.norm.weight"]))
         self.assertTrue(torch.equal(own["trunk.norm.weight"], self.state["trunk.norm.weight"]))
         self.assertEqual(set(averaged), set(self.state))
+        for each in read_several([str(self.folder / "run.pt")] * 2):
+            self.assertTrue(torch.equal(each.state["trunk.norm.weight"], ema["trunk.norm.weight"]))
 
     def test_a_run_folder_gives_its_best_else_its_newest(self):
         (self.folder / "checkpoints").mkdir()
