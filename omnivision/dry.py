@@ -45,11 +45,11 @@ def describe(settings: Settings, model: nn.Module, optimizer: ScheduledOptimizer
     """Model, parameter groups, effective batch, learning rate, operations, and data, as lines to print."""
     parameters = {name: p.numel() for name, p in model.named_parameters()}
     if isinstance(model, AveragedClassifier):
-        size = sum(tensor.numel() for tensor in model.averaged_trunk().values())
-        trunk = f"beside a trunk of {size / 1e6:.2f} M, averaged over {model.num_models} checkpoints"
+        held = sum(tensor.numel() for tensor in model.averaged_trunk().values())
+        trunk = f"beside a trunk of {held / 1e6:.2f} M, averaged over {model.num_models} checkpoints"
     else:
-        size = sum(n for name, n in parameters.items() if name.startswith("trunk.") and ".decoder." not in name)
-        trunk = f"{size / 1e6:.2f} M of them in the trunk"
+        held = sum(n for name, n in parameters.items() if name.startswith("trunk.") and ".decoder." not in name)
+        trunk = f"{held / 1e6:.2f} M of them in the trunk"
     views, cost = settings.trainer.data.views_per_clip, build.clip_cost(settings, model)
     lines = [
         f"model        {type(model).__name__}: {sum(parameters.values()) / 1e6:.2f} M parameters, {trunk}",
@@ -70,7 +70,8 @@ def describe(settings: Settings, model: nn.Module, optimizer: ScheduledOptimizer
             for option, curve in group.schedules.items()
             for s in [group.scale if option == "lr" else 1.0]
         )
-        lines.append(f"  {number}: {len(group.names)} tensors, {count / 1e6:.2f} M parameters; {curves}")
+        digits = 2 if count >= 1e5 else 4
+        lines.append(f"  {number}: {len(group.names)} tensors, {count / 1e6:.{digits}f} M parameters; {curves}")
     for curve in curves_of(optimizer):
         of = "" if len(curve.groups) == len(optimizer.groups) else f" (groups {', '.join(map(str, curve.groups))})"
         told = f"epoch 0 to {settings.trainer.max_epochs}: {told_curve(curve.values)}{of}"
@@ -136,8 +137,8 @@ def data_lines(settings: Settings) -> list[str]:
     for split in train + val:
         paths = looked_for(split)
         there = sum(Path(path).exists() for path in paths)
-        size = f"{len(split)} samples; of {len(paths)} of their files {there} are there"
-        lines.append(f"data         {split.name}, {split.which}: {size}")
+        told = f"{len(split)} samples; {there} of {len(paths)} files that were looked for are there"
+        lines.append(f"data         {split.name}, {split.which}: {told}")
     if plan is not None:
         epochs = settings.trainer.max_epochs
         lines.append(f"steps        {plan.steps} an epoch x {epochs} epochs = {plan.steps * epochs}")
@@ -189,10 +190,14 @@ def memory_line(settings: Settings, model: torch.nn.Module, kept_bytes: int) -> 
     kept = kept_bytes * clips * (0.5 if settings.trainer.optim.amp.enabled else 1)
     shared = shared_memory_bytes(settings) if settings.trainer.data.num_workers else 0
     return (
-        f"memory       {held / 1e9:.2f} GB a process for weights, gradients and AdamW, about {kept / 1e9:.2f} GB for "
-        f"activations; {shared / 1e9:.2f} GB of /dev/shm for its data workers; a checkpoint takes "
-        f"{checkpoint_bytes(settings) / 1e9:.2f} GB"
+        f"memory       {size(held)} a process for weights, gradients and AdamW, about {size(kept)} for activations; "
+        f"{size(shared)} of /dev/shm for its data workers; a checkpoint takes {size(checkpoint_bytes(settings))}"
     )
+
+
+def size(count: float) -> str:
+    """Bytes in the unit that people say them in."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
 def frozen_lines(model: torch.nn.Module) -> list[str]:

@@ -274,7 +274,9 @@ class Script(unittest.TestCase):
             script_made = script(*STAGE_1, *data, f"launcher.experiment_log_dir={name}/run", "submitit.use_cluster=true",
                                  "batch_size=8", "epochs=3", "trainer.mode=dry")  # fmt: skip
             self.assertEqual(script_made.returncode, 0, script_made.stderr)
-            self.assertRegex(script_made.stdout, r"k150, train: 64 samples; of 16 of their files 12 are there")
+            self.assertRegex(
+                script_made.stdout, r"k150, train: 64 samples; 12 of 16 files that were looked for are there"
+            )
             self.assertRegex(script_made.stdout, r"steps +1 an epoch x 3 epochs = 3")
             self.assertIn("#SBATCH --nodes=8", script_made.stdout)
             self.assertEqual(os.listdir(f"{name}/run"), ["dry.png"])
