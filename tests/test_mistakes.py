@@ -201,8 +201,8 @@ FILES = {  # of a site: what it holds, and what is said about it
     "hydra: {output_subdir: x}\n": "hydra.output_subdir is 'x' in a file",
     "hydra: {job: {env_set: {PATH: x}}}\n": "hydra.job.env_set is",
     "hydra: {launcher: {_target_: logging.FileHandler}}\n": "hydra.launcher is",
-    "hydra:\n  job_logging: {version: 1, handlers: {h: {class: logging.FileHandler, filename: /tmp/never}}, root: {handlers: [h]}}\n"
-    "epoch: 3\n": "mean epochs",
+    "hydra:\n  job_logging: {version: 1, handlers: {h: {class: logging.FileHandler, filename: /tmp/never}}, "
+    "root: {handlers: [h]}}\nepoch: 3\n": "mean epochs",
     "trainer: {trust_targets: [logging]}\n": r"^trainer.trust_targets is \['logging'\] in a file; expected it on the command",
     "trainer: &a\n  x: *a\n": r"lab.yaml holds an anchor .*that refers to itself",
     "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n"
