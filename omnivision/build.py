@@ -366,6 +366,8 @@ def comms_dtype(settings: Settings, device: torch.device) -> str | None:
 def trainer(settings: Settings, processes: Processes, folder: RunFolder, reporter: Reporter, stop: Stop) -> Trainer:
     """Everything that a run needs. Raises UserError for whatever its user can mend."""
     data = settings.trainer.data
+    if settings.trainer.compile:
+        check_compiler(processes.device)
     train_splits, val_splits = open_splits(settings)
     pinned = processes.device.type == "cuda"
     workers = Workers(data.num_workers, data.prefetch, pinned, timeout=60 * data.timeout_minutes)
@@ -398,6 +400,21 @@ def trainer(settings: Settings, processes: Processes, folder: RunFolder, reporte
         sources=sources,
         stop=stop,
     )
+
+
+def check_compiler(device: torch.device) -> None:
+    """Compile one small function. Raise UserError where torch.compile lacks what it needs."""
+    from torch._dynamo.exc import TorchDynamoException  # not above: every start would wait for this import
+
+    try:
+        torch.compile(torch.sin)(torch.ones(8, device=device))
+    except TorchDynamoException as error:
+        lines = str(error).splitlines()
+        reason = next((line for line in lines if "fatal error" in line), lines[0])
+        raise UserError(
+            f"trainer.compile is true, but torch.compile does not work here: {reason}. It needs a C++ compiler and the headers "
+            "of Python (Debian: apt-get install g++ python3-dev), on GPUs Triton. Install them, or set trainer.compile=false."
+        ) from None
 
 
 def options(settings: Settings, device: torch.device) -> Options:

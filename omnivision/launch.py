@@ -206,7 +206,7 @@ def hand_over(jobs: Sequence[Job], logs: Path) -> None:
             if job.settings.trainer.mode != "val":
                 waiting |= {"status": "queued", "exit_reason": None}
             folder.write_summary(**waiting)
-        executor = slurm_executor(jobs[0].settings, logs, signal_delay(jobs[0].settings, folders[0]))
+        executor = slurm_executor(jobs[0].settings, folders[0], logs)
         # submitit repeats there what SLURM says
         with slurm.settings_first(jobs[0].settings.submitit), contextlib.redirect_stderr(io.StringIO()):
             if len(jobs) > 1:
@@ -269,11 +269,27 @@ def note_submission(jobs: Sequence[Job], ids: Sequence[str], logs: Path) -> None
 # ---- SLURM: the batch script --------------------------------------------------------------------------------------
 
 
-def slurm_executor(settings: Settings, logs: Path, delay: int) -> SlurmExecutor:
-    """submitit's executor with everything that the settings say about the job. Its batch script is `batch_script`'s."""
-    os.environ.pop("SUBMITIT_PREEMPT_SIGNAL", None)  # of other users of submitit; ours listen to SIGUSR2
+def slurm_executor(settings: Settings, folder: RunFolder, logs: Path) -> SlurmExecutor:
+    """Return submitit's executor for a run. Its batch script is that of `batch_script`."""
     import submitit
 
+    executor = submitit.SlurmExecutor(folder=logs)
+    executor.update_parameters(**sbatch_parameters(settings, folder, logs))
+    return executor
+
+
+def batch_script(settings: Settings, folder: RunFolder) -> str:
+    """Return the script that SLURM would get for a run, also where SLURM is not installed."""
+    from submitit.slurm.slurm import _make_sbatch_string
+
+    logs = folder.path.absolute() / LOGS
+    command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(logs))}"
+    return str(_make_sbatch_string(command=command, folder=logs, **sbatch_parameters(settings, folder, logs)))
+
+
+def sbatch_parameters(settings: Settings, folder: RunFolder, logs: Path) -> dict[str, Any]:
+    """Return what the settings say about the job, by submitit's names."""
+    os.environ.pop("SUBMITIT_PREEMPT_SIGNAL", None)  # of other users of submitit; ours listen to SIGUSR2
     wanted, launcher = settings.submitit, settings.launcher
     memory = wanted.mem if wanted.mem_gb is None else f"{math.ceil(wanted.mem_gb * 1024)}M"
     options: dict[str, Any] = {
@@ -299,7 +315,7 @@ def slurm_executor(settings: Settings, logs: Path, delay: int) -> SlurmExecutor:
         "exclude": wanted.exclude,
         "nodelist": wanted.nodelist,
         "dependency": wanted.dependency,
-        "signal_delay_s": delay,
+        "signal_delay_s": signal_delay(settings, folder),
         "setup": setup_lines(logs, wanted.setup),
         # SLURM 22.05 and later do not hand the number of CPUs on to srun. One failed task ends the others; so does one that
         # left well long ago (it saw on a file system that lags that the run is finished, and they did not).
@@ -307,15 +323,7 @@ def slurm_executor(settings: Settings, logs: Path, delay: int) -> SlurmExecutor:
         "srun_args": [f"--cpus-per-task={wanted.cpus_per_task}", "--kill-on-bad-exit=1", "--wait=300", "--export=ALL"],
         "additional_parameters": options | wanted.additional_parameters,
     }
-    executor = submitit.SlurmExecutor(folder=logs)
-    executor.update_parameters(**{name: value for name, value in parameters.items() if value is not None})
-    return executor
-
-
-def batch_script(settings: Settings, folder: RunFolder) -> str:
-    """The script that SLURM would be given for a run."""
-    executor = slurm_executor(settings, folder.path.absolute() / LOGS, signal_delay(settings, folder))
-    return str(executor._make_submission_file_text(executor._submitit_command_str, "NUMBER"))
+    return {name: value for name, value in parameters.items() if value is not None}
 
 
 def setup_lines(logs: Path, setup: Sequence[str]) -> list[str]:

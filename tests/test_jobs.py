@@ -734,8 +734,31 @@ class Submission(Folder):
 
     def test_no_less_time_than_is_asked_for(self):
         for hours, minutes_asked in (("20", 1200), ("0.1", 6), ("0.02", 2), ("1e-9", 1)):
-            executor = launch.slurm_executor(self.job(f"submitit.timeout_hour={hours}").settings, self.folder.path, 1)
-            self.assertEqual(executor.parameters["time"], minutes_asked, hours)
+            script = launch.batch_script(self.job(f"submitit.timeout_hour={hours}").settings, self.folder)
+            self.assertIn(f"#SBATCH --time={minutes_asked}\n", script, hours)
+
+    def test_the_script_is_shown_where_slurm_is_not_installed(self):
+        """It is the one that submitit would submit, for a single job and with every kind of setting."""
+        with tempfile.TemporaryDirectory() as programs, mock.patch.dict(os.environ, PATH=programs):
+            shown = [
+                (settings, launch.batch_script(settings, self.folder))
+                for settings in (
+                    self.job().settings,
+                    self.job("trainer.accelerator=cpu", "launcher.gpus_per_node=2", "submitit.mem_gb=1.5").settings,
+                    self.job("submitit.setup=[module load cuda]", "submitit.partition=gpu").settings,
+                    self.job(
+                        "submitit.dependency=afterok:7", "++submitit.additional_parameters.reservation=x"
+                    ).settings,
+                )
+            ]
+            with self.assertRaisesRegex(UserError, "submitit.use_cluster"):
+                launch.check_way(shown[0][0])
+            srun = Path(programs, "srun")
+            srun.touch(0o755)  # submitit looks for it, and does not call it
+            for settings, script in shown:
+                executor = launch.slurm_executor(settings, self.folder, self.folder.path.absolute() / jobs.LOGS)
+                wanted = executor._make_submission_file_text(executor._submitit_command_str, "NUMBER")
+                self.assertEqual(script, wanted)
 
     def test_a_folder_in_memory_is_refused_before_it_is_made(self):
         if not Path("/dev/shm").is_dir():

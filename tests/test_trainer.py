@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import torch
 from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from omnivision import checkpoint
+from omnivision import build, checkpoint
 from omnivision.data.batch import BadSample, Batch, Sample
 from omnivision.data.catalog import Dataset
 from omnivision.data.epoch import EpochPlan, Request, SourcePlan
@@ -677,6 +678,29 @@ class Loop(unittest.TestCase):
         with mock.patch("torch.compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True)):
             compiled = self.fit("compiled", max_epochs=1, compile=True)
         self.assert_same(eager, compiled, delta=1e-5)
+
+    def test_compiling_without_a_compiler_is_refused(self):
+        from torch._dynamo.exc import TorchDynamoException
+        from torch._inductor import config, cpp_builder
+
+        self.addCleanup(cpp_builder.cpp_compiler_search.cache_clear)
+        for compiler in ("no-such-compiler", "false"):
+            cpp_builder.cpp_compiler_search.cache_clear()
+            with (
+                mock.patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=str(self.folder / compiler)),
+                config.patch({"cpp.cxx": (None, compiler)}),
+                self.assertRaisesRegex(UserError, f"trainer.compile(.|\n)*{compiler}"),
+            ):
+                build.check_compiler(torch.device("cpu"))
+        for said in (
+            "CppCompileError: see below\nx.cpp:27:10: fatal error: Python.h: No such file",
+            "Python.h: TritonMissing",
+        ):
+            with (
+                mock.patch("torch.compile", return_value=mock.Mock(side_effect=TorchDynamoException(said))),
+                self.assertRaisesRegex(UserError, "trainer.compile.*Python.h"),
+            ):
+                build.check_compiler(torch.device("cpu"))
 
     def test_reduced_precision(self):
         for options in ({"amp_dtype": torch.bfloat16}, {"amp_dtype": torch.float16}):
