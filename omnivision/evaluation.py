@@ -29,6 +29,7 @@ class Predictions:
     label: np.ndarray  # int64 (V,), -1 where there is none
     scores: np.ndarray  # logits, float32 (V, classes)
     paths: list[str]
+    segments: np.ndarray | None = None  # float64 (V, 2), seconds; None for whole videos
 
     def confusion(self) -> np.ndarray:
         """int64 (classes, classes): rows are labels, columns what was predicted."""

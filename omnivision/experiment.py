@@ -107,9 +107,12 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[s
     """
     altering, others = altering_settings(then["settings"], now["settings"])
     for part, prefix in (("clips of a step", "clips of a step of "), ("data", "")):
-        # What only one of them has goes with a setting: a source, or whether the run validates.
+        # What only one of them has goes with a setting: a source, or whether the run validates. Of a split that both have,
+        # all arrays count: one may have got segments.
         both = then[part].keys() & now[part].keys()
-        found = changes(*({name: facts[part][name] for name in sorted(both)} for facts in (then, now)))
+        splits = {name.rpartition(".")[0] for name in both if part == "data"}
+        both |= {name for name in then[part].keys() | now[part].keys() if name.rpartition(".")[0] in splits}
+        found = changes(*({name: facts[part].get(name) for name in sorted(both)} for facts in (then, now)))
         altering += [f"{prefix}{change}" for change, _ in found]
     others += [change for change, _ in changes(then["versions"], now["versions"])]
     return altering, others

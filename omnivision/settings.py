@@ -31,6 +31,7 @@ DECODER = ("width", "depth", "heads")
 class SplitSettings:
     paths: str | list[str]
     labels: str | list[str] | None = None
+    segments: str | list[str] | None = None
     depth: str | list[str] | None = None
 
 

@@ -250,9 +250,10 @@ class Trainer:
         # A run that was resumed to be validated stands before the epoch after the one that it is about.
         epoch = self.state.epoch if self.state.step else max(0, self.state.epoch - 1)
         self.reporter.epoch("val", epoch, self.global_step, found.figures | {"per_source": found.per_source})
-        datasets = {split.name: split.dataset for split in self.val.dataset.splits}
+        splits = {split.name: split for split in self.val.dataset.splits}
         for source, made in found.predictions.items():
-            known = datasets[source].names()  # fewer than the head has classes, when label sets share it
+            made.segments = splits[source].segments(made.index)
+            known = splits[source].dataset.names()  # fewer than the head has classes, when label sets share it
             known += [str(label) for label in range(len(known), made.scores.shape[1])]
             self.reporter.predictions(source, made, known, self.global_step)
         return found

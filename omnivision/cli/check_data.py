@@ -19,7 +19,7 @@ from omnivision.cli.arguments import number
 from omnivision.data.catalog import IGNORED_LABEL
 from omnivision.errors import EXIT_INTERRUPTED, EXIT_USER, UserError
 from omnivision.files import write_atomically
-from omnivision.prepare.arrays import read_labels, read_paths
+from omnivision.prepare.arrays import read_labels, read_paths, read_segments
 from omnivision.prepare.duplicates import same_films
 from omnivision.prepare.film_check import CheckJob, FilmCheck, check_film
 from omnivision.prepare.listing import printable
@@ -44,6 +44,8 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument("paths", metavar="PATHS.npy", help="1-D array of paths of films or folders of frames")
     parser.add_argument("labels", metavar="LABELS.npy", nargs="?", help="1-D array of integers, one a path")
+    text = "(N, 2) start and end (s) of each sample in its film; without it, samples are whole films"
+    parser.add_argument("--segments", metavar="SEGMENTS.npy", help=text)
     parser.add_argument("--against", metavar="OTHER_PATHS.npy", help="another split, to find films that are in both")
     parser.add_argument("--num-classes", type=int, metavar="N", help="labels must be below it (-1: ignored)")
     parser.add_argument("--prefix", default="", metavar="P", help="put before each path, as in the catalog")
@@ -61,24 +63,37 @@ def run(args: argparse.Namespace) -> int:
     _check_arguments(args)
     paths = read_paths(args.paths)
     labels = read_labels(args.labels, len(paths)) if args.labels else None
+    segments = read_segments(args.segments, len(paths)) if args.segments else None
     others = read_paths(args.against) if args.against else None
     prefix = args.prefix + ("/" if os.path.isdir(args.prefix) and not args.prefix.endswith("/") else "")
     full = [prefix + path for path in paths]
-    jobs = [CheckJob(path, args.fps, args.quick) for path in full]
-    checks = [FilmCheck(ok=False, reason="not read")] * len(jobs)
+    samples: dict[str, list[int]] = {}  # of each film
+    for position, path in enumerate(full):
+        samples.setdefault(path, []).append(position)
+    jobs = [
+        CheckJob(path, args.fps, args.quick, tuple(segments[i] if segments else None for i in positions))
+        for path, positions in samples.items()
+    ]
+    checks = [FilmCheck(ok=False, reason="not read")] * len(full)
     try:
-        for position, result in told(in_processes(check_film, jobs, args.workers), len(jobs), "check-data"):
-            checks[position] = FilmCheck(ok=False, reason=result.reason) if isinstance(result, Died) else result
+        for number, result in told(in_processes(check_film, jobs, args.workers), len(jobs), "check-data"):
+            positions = samples[jobs[number].path]
+            if isinstance(result, Died):
+                result = [FilmCheck(ok=False, reason=result.reason)] * len(positions)
+            for position, check in zip(positions, result, strict=True):
+                checks[position] = check
     except KeyboardInterrupt:
         print("check-data: interrupted; nothing was written.", file=sys.stderr)
         return EXIT_INTERRUPTED
     summary = _summary(checks, labels, args.num_classes)
-    summary["duplicates"] = same_films(full)
+    summary["duplicates"] = same_films(full, segments=segments)
     if others is not None:
         summary["overlap"] = same_films(full, [prefix + path for path in others])
     if args.json:
-        samples = [{"path": path, **dataclasses.asdict(check)} for path, check in zip(paths, checks, strict=True)]
-        _write_json(Path(args.json), {"summary": {"prefix": prefix, **summary}, "samples": samples})
+        listed = [{"path": path, **dataclasses.asdict(check)} for path, check in zip(paths, checks, strict=True)]
+        for sample, (start, end) in zip(listed, segments or [], strict=False):
+            sample.update(start=start, end=end)
+        _write_json(Path(args.json), {"summary": {"prefix": prefix, **summary}, "samples": listed})
     _tell(paths, checks, summary)
     return 0 if summary["bad"] == 0 and not summary.get("labels", {}).get("out_of_range") else EXIT_USER
 
@@ -95,7 +110,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise UserError(
             f"--json {args.json}: expected a file in a folder that is there. Make it, or give another file."
         )
-    read = [file for file in (args.paths, args.labels, args.against) if file]
+    read = [file for file in (args.paths, args.labels, args.segments, args.against) if file]
     if args.json and os.path.realpath(args.json) in map(os.path.realpath, read):
         raise UserError(f"--json {args.json} is a file that is read here, and would be replaced. Give another file.")
 

@@ -1,4 +1,4 @@
-"""A dataset split: two .npy files, 1-D paths and 1-D integer labels, memory-mapped and never unpickled."""
+"""A dataset split: .npy files of paths, labels and perhaps segments, memory-mapped and never unpickled."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from omnivision.data.clips import Segment
 from omnivision.errors import UserError
 
 IGNORED_LABEL = -1
@@ -27,6 +28,7 @@ class SplitFiles:
 
     paths: Files
     labels: Files | None = None
+    segments: Files | None = None
     depth: Files | None = None
 
 
@@ -141,7 +143,8 @@ class Split:
     """The samples of one split: `path(i)` and `label(i)`. Workers receive file names, not arrays.
 
     Raises UserError when a file is missing or is not what it should be: object arrays, floats, bytes, 2-D arrays,
-    lengths that differ, no sample at all, labels outside -1 .. num_classes - 1 (-1 is ignored by losses).
+    lengths that differ, no sample at all, labels outside -1 .. num_classes - 1 (-1 is ignored by losses), segments that are
+    not 0 <= start < end.
     """
 
     def __init__(self, dataset: Dataset, which: Literal["train", "val"]) -> None:
@@ -155,6 +158,7 @@ class Split:
         self._where = where = f"datasets.{dataset.name}.{which}"
         self._paths_file = first_existing(files.paths, f"{where}.paths")
         self._labels_file = first_existing(files.labels, f"{where}.labels") if files.labels else None
+        self._segments_file = first_existing(files.segments, f"{where}.segments") if files.segments else None
         self._depth_file = None
         if dataset.kind == "rgbd":
             self._depth_file = first_existing(files.depth or [], f"{where}.depth")
@@ -169,14 +173,24 @@ class Split:
         _check_paths(self._paths, self._paths_file, f"{where}.paths")
         if self._labels is not None:
             _check_labels(self._labels, self._labels_file, f"{where}.labels", len(self._paths), dataset.num_classes)
+        if self._segments is not None:
+            if dataset.kind != "video":
+                raise UserError(
+                    f"{where}.segments is {self._segments_file}, and {dataset.name} holds samples of kind {dataset.kind}; only "
+                    f"videos have segments. Set ++{where}.segments=null."
+                )
+            check_segments(self._segments, str(self._segments_file), f"{where}.segments", len(self._paths))
 
     def _open(self) -> None:
         self._paths = load_array(self._paths_file, f"{self._where}.paths")
         self._labels = load_array(self._labels_file, f"{self._where}.labels") if self._labels_file else None
+        self._segments = load_array(self._segments_file, f"{self._where}.segments") if self._segments_file else None
         self._depth = load_array(self._depth_file, f"{self._where}.depth") if self._depth_file else None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key not in ("_paths", "_labels", "_depth")}
+        return {
+            key: value for key, value in vars(self).items() if key not in ("_paths", "_labels", "_segments", "_depth")
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -187,7 +201,12 @@ class Split:
 
     def files(self) -> dict[str, str]:
         """The arrays that it is read from, by what they hold."""
-        found = {"paths": self._paths_file, "labels": self._labels_file, "depth": self._depth_file}
+        found = {
+            "paths": self._paths_file,
+            "labels": self._labels_file,
+            "segments": self._segments_file,
+            "depth": self._depth_file,
+        }
         return {what: file for what, file in found.items() if file is not None}
 
     def path(self, index: int) -> str:
@@ -219,6 +238,17 @@ class Split:
     def label(self, index: int) -> int:
         return IGNORED_LABEL if self._labels is None else int(self._labels[index])
 
+    def segment(self, index: int) -> Segment | None:
+        """Return the seconds [start, end) of the video that are the sample; None for the whole video."""
+        if self._segments is None:
+            return None
+        start, end = self._segments[index]
+        return float(start), float(end)
+
+    def segments(self, indices: np.ndarray) -> np.ndarray | None:
+        """Return the segments of several samples, float64 (N, 2); None for whole videos."""
+        return None if self._segments is None else self._segments[indices].astype(np.float64)
+
 
 def _is_text(text: str) -> bool:
     """Whether the numbers of a text are characters; in a damaged array they may be any, and Python does not always say so."""
@@ -230,7 +260,8 @@ def _is_text(text: str) -> bool:
 
 def first_existing(files: Files, setting: str) -> str:
     """The first of the candidate files that exists; UserError naming `setting` and all of them when none does."""
-    alternative = f"; ++{setting}=null for videos without labels" if setting.endswith(".labels") else ""
+    without = {"labels": "videos without labels", "segments": "whole videos"}.get(setting.rpartition(".")[2])
+    alternative = f"; ++{setting}=null for {without}" if without else ""
     candidates = [files] if isinstance(files, str) else list(files)
     for candidate in candidates:
         if os.path.isfile(candidate):
@@ -285,6 +316,32 @@ def _check_labels(labels: np.ndarray, file: str | None, setting: str, samples: i
             f"{file} holds labels from {low} to {high}; expected {allowed}. Mend the labels, or set "
             f"{setting.split('.')[0]}.{setting.split('.')[1]}.num_classes to the number of classes."
         )
+
+
+def check_segments(segments: np.ndarray, file: str, setting: str, samples: int) -> None:
+    """Raise UserError for anything but floats (samples, 2), finite, with 0 <= start < end (seconds)."""
+    if segments.shape != (samples, 2) or segments.dtype.kind != "f":
+        raise UserError(
+            f"{file} holds {_describe(segments)}; expected floating-point numbers of shape ({samples}, 2), start and end (s) "
+            f"of each sample. Write it from the same list as the paths, or point {setting} to another file."
+        )
+    start, end = segments.T
+    if len(wrong := np.flatnonzero(~_are_ordered(segments))):
+        shown = ", ".join(f"sample {i}: {start[i]:g} to {end[i]:g}" for i in wrong[:5])
+        raise UserError(
+            f"{file} holds {len(wrong)} segments that are not 0 <= start < end ({shown}); expected seconds. Correct them, or "
+            f"point {setting} to another file."
+        )
+
+
+def are_segments(segments: np.ndarray, samples: int) -> bool:
+    """Return whether an array is one of `samples` segments, as `check_segments` demands."""
+    return segments.shape == (samples, 2) and segments.dtype.kind == "f" and bool(_are_ordered(segments).all())
+
+
+def _are_ordered(segments: np.ndarray) -> np.ndarray:
+    start, end = segments.T
+    return (0 <= start) & (start < end) & np.isfinite(end)
 
 
 def _describe(array: np.ndarray) -> str:

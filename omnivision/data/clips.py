@@ -1,13 +1,17 @@
 """Which seconds of a video become a clip, and which of its frames are kept.
 
 Plain arithmetic on seconds and counts; nothing here opens a file. A clip is the half-open window
-`start <= t < start + clip_duration`, where t = 0 is the first frame of the video.
+`start <= t < start + clip_duration`, where t = 0 is the first frame of the video (or the start of its segment).
 """
 
 from fractions import Fraction
 from typing import Literal
 
+from omnivision.data.opening import BadVideo
+
 Spacing = Literal["ends", "published"]
+Segment = tuple[float, float]  # [start, end) of a sample in its video, seconds
+ROUNDING = 1.0  # seconds by which the end of a segment may exceed the video: ends are often rounded up
 
 
 def random_clip_start(duration: float, clip_duration: float, u: float) -> float:
@@ -38,13 +42,31 @@ def uniform_clip_starts(
     raise ValueError(f"expected spacing 'ends' or 'published', got {spacing!r}")
 
 
-def clip_window(start: float, clip_duration: float) -> tuple[Fraction, Fraction]:
+def sample_duration(duration: float, segment: Segment | None) -> float:
+    """Return the seconds of a video that clips are drawn from: all, or those of `segment`.
+
+    Raises BadVideo for a segment beyond the end of the video.
+    """
+    if segment is None:
+        return duration
+    start, end = segment
+    if start >= duration or end > duration + ROUNDING:
+        raise BadVideo(f"its segment from {start:g} to {end:g} s is beyond the end of the video at {duration:.3f} s")
+    return min(end, duration) - start
+
+
+def clip_window(start: float, clip_duration: float, segment: Segment | None = None) -> tuple[Fraction, Fraction]:
     """The window [start, start + clip_duration) of the two floats, without rounding their sum.
+
+    In a `segment`, `start` counts from the segment's start, and the window ends with the segment at the latest.
 
     As doubles 8.0 + 2.7 is a little below 10.7, so a 30 fps clip would lose the frame at 10.7 s that a clip starting
     at 1.0 keeps. With the exact sum every whole-frame start holds 82 frames.
     """
-    return Fraction(start), Fraction(start) + Fraction(clip_duration)
+    if segment is None:
+        return Fraction(start), Fraction(start) + Fraction(clip_duration)
+    first, last = map(Fraction, segment)
+    return first + Fraction(start), min(first + Fraction(start) + Fraction(clip_duration), last)
 
 
 def subsample_indices(total: int, num: int) -> list[int]:

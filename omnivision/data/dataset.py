@@ -16,7 +16,7 @@ from torch import Tensor
 
 from omnivision.data.batch import BadSample, Sample
 from omnivision.data.catalog import Split
-from omnivision.data.clips import Spacing, clip_window, random_clip_start, uniform_clip_starts
+from omnivision.data.clips import Spacing, clip_window, random_clip_start, sample_duration, uniform_clip_starts
 from omnivision.data.decode import BadVideo, open_video
 from omnivision.data.epoch import Request
 from omnivision.data.images import read_depth, read_image
@@ -143,13 +143,15 @@ class ClipDataset:
         """The clips of a file, each uint8 (T, C, H, W)."""
         if split.dataset.kind != "video":
             return [read_image(path, self.max_pixels)]
+        segment = split.segment(request.video)
         with open_video(path, fps=split.dataset.fps, max_pixels=self.max_pixels) as video:
+            duration = sample_duration(video.duration, segment)
             if self.training:
                 u = draws(self.seed, Draw.CLIP, *request).random()
-                starts = [random_clip_start(video.duration, self.clip_duration, float(u))]
+                starts = [random_clip_start(duration, self.clip_duration, float(u))]
             else:
-                starts = uniform_clip_starts(video.duration, self.clip_duration, cut.clips, self.spacing)
-            return [video.read(*clip_window(start, self.clip_duration), cut.num_frames) for start in starts]
+                starts = uniform_clip_starts(duration, self.clip_duration, cut.clips, self.spacing)
+            return [video.read(*clip_window(start, self.clip_duration, segment), cut.num_frames) for start in starts]
 
     def _empty(self, split: Split, request: Request, path: str, bad: list[BadSample]) -> Sample:
         """No views: the video is not counted, only named."""

@@ -1,8 +1,11 @@
 """VideoMAE of Hugging Face's `transformers`, from its names to ours and back.
 
-Only the encoder and a classifier over the mean of its tokens have counterparts: the decoders differ. What is not the same:
-that model has no bias for keys (it adds the same to all scores of a query, so softmax takes it away), and its `fc_norm` has
-epsilon 1e-5 whatever its configuration says (ours: 1e-6).
+Encoder, classifier over the mean of its tokens, and, on the way in, the decoder of its pretraining. What is not the same:
+its `fc_norm` and the last norm of its decoder have epsilon 1e-5 whatever the configuration says (ours: 1e-6).
+
+Versions name the biases of queries, keys and values differently: 4.57 to 5.4 and 5.18 onwards read `q_bias` and `v_bias` (they
+have no bias for keys, which softmax cancels), 5.5 to 5.17 read `query.bias`, `key.bias` and `value.bias`. Each takes the
+other names for unexpected ones and leaves its own at zero, so an export holds both.
 """
 
 from __future__ import annotations
@@ -72,9 +75,11 @@ def from_hf(state: Mapping[str, Tensor], config: Mapping[str, Any], given: Given
             intake.rename(f"{old}{theirs}.", f"{new}{ours}.")
         attention = f"{old}attention.attention."
         intake.join([f"{attention}{part}.weight" for part in _QKV], f"{new}attn.qkv.weight")
-        in_file = f"{attention}q_bias" in state or f"{attention}v_bias" in state
-        biases = [f"{attention}{part[0]}_bias" if in_file else f"{attention}{part}.bias" for part in _QKV]
-        if any(name in state for name in biases):
+        biases = [f"{attention}{part}.bias" for part in _QKV]
+        _drop_duplicates(intake, {f"{attention}{part[0]}_bias": f"{attention}{part}.bias" for part in _QKV})
+        if not any(name in intake.left for name in biases):
+            biases = [f"{attention}{part[0]}_bias" for part in _QKV]
+        if any(name in intake.left for name in biases):
             intake.join(biases, f"{new}attn.qkv.bias", zeros_where_missing=True)
         elif f"{new}attn.qkv.weight" in intake.state:
             intake.fill(f"{new}attn.qkv.bias", 0, intake.state[f"{new}attn.qkv.weight"], "not in the file")
@@ -92,6 +97,18 @@ def from_hf(state: Mapping[str, Tensor], config: Mapping[str, Any], given: Given
         intake.fill("trunk.norm.bias", 0, like, "this encoder ends before it")
     imported = intake.done(said, given or Given())
     return dataclasses.replace(imported, assumed=[*imported.assumed, *_epsilons(config, "fc_norm.weight" in state)])
+
+
+def _drop_duplicates(intake: Intake, names: Mapping[str, str]) -> None:
+    """Leave out entries that a file also holds under another name, {name: other}. Raises UserError where the two differ."""
+    for name, other in names.items():
+        if name in intake.left and other in intake.left:
+            if not torch.equal(intake.left[name], intake.left[other]):
+                raise UserError(
+                    f"{name} and {other} are the same bias under the names of two versions of transformers, but their values "
+                    "differ. Expected equal values. Save the model again with one version of transformers."
+                )
+            intake.drop(name, "the same values under another name")
 
 
 def to_hf(
@@ -126,10 +143,10 @@ def to_hf(
         for leaf in ("weight", "bias"):
             out |= {f"{new}{theirs}.{leaf}": state[f"{old}{ours}.{leaf}"] for ours, theirs in _LAYER.items()}
         attention = f"{new}attention.attention."
-        parts = zip(_QKV, state[f"{old}attn.qkv.weight"].chunk(3), strict=True)
-        out |= {f"{attention}{part}.weight": weight for part, weight in parts}
-        out[f"{attention}q_bias"], _, out[f"{attention}v_bias"] = state[f"{old}attn.qkv.bias"].chunk(3)
-        dropped[f"{old}attn.qkv.bias[k]"] = "no place there; softmax takes it away, so nothing changes"
+        for leaf in ("weight", "bias"):
+            parts = zip(_QKV, state[f"{old}attn.qkv.{leaf}"].chunk(3), strict=True)
+            out |= {f"{attention}{part}.{leaf}": tensor for part, tensor in parts}
+        out |= {f"{attention}{part[0]}_bias": out[f"{attention}{part}.bias"] for part in ("query", "value")}
     for name in state:
         if name.startswith(("trunk.decoder.", "trunk.mask_token", "heads.0.projector.")):
             dropped[name] = NO_COUNTERPART

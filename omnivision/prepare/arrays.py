@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from omnivision.data.catalog import load_array
+from omnivision.data.catalog import check_segments, load_array
+from omnivision.data.clips import Segment
 from omnivision.errors import UserError
 from omnivision.files import replace_atomically
 from omnivision.prepare.listing import MOST_CLASSES
@@ -39,6 +40,13 @@ def read_labels(file: str, samples: int) -> np.ndarray:
             "Mend the labels."
         )
     return array.astype(np.int64)
+
+
+def read_segments(file: str, samples: int) -> list[Segment]:
+    """Read the segments in SEGMENTS.npy, (start, end) in seconds. Raises UserError for anything else."""
+    array = _read(file, "--segments")
+    check_segments(array, file, "--segments", samples)
+    return [(float(start), float(end)) for start, end in array]
 
 
 def write_split(folder: Path, split: str, paths: Sequence[str], labels: np.ndarray) -> None:

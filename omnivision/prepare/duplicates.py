@@ -6,24 +6,29 @@ import hashlib
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 _CHUNK = 1 << 20
 
 
-def same_films(paths: list[str], others: list[str] | None = None) -> list[list[str]]:
+def same_films(
+    paths: list[str], others: list[str] | None = None, segments: Sequence[object] | None = None
+) -> list[list[str]]:
     """Sets of paths that are one film, each of two or more: within `paths`, or else across `paths` and `others`.
 
     Files are compared by content, but only those of one size are read; folders by where they lie. A path that cannot be
-    read is compared by its name.
+    read is compared by its name. Within `paths`, other `segments` (one a path) of a film are other samples.
     """
     kinds = {path: _kind(path) for path in dict.fromkeys([*paths, *(others or [])])}
     sizes = Counter(kinds.values())
-    inside: dict[str, list[str]] = {}
-    for path in dict.fromkeys(paths) if others is not None else paths:
-        inside.setdefault(_identity(path, kinds[path], sizes), []).append(path)
     if others is None:
-        return [found for found in inside.values() if len(found) > 1]
+        samples: dict[object, list[str]] = {}
+        for path, segment in zip(paths, segments or [None] * len(paths), strict=True):
+            samples.setdefault((_identity(path, kinds[path], sizes), segment), []).append(path)
+        return [found for found in samples.values() if len(found) > 1]
+    inside: dict[str, list[str]] = {}
+    for path in dict.fromkeys(paths):
+        inside.setdefault(_identity(path, kinds[path], sizes), []).append(path)
     across: dict[str, list[str]] = {}
     for path in dict.fromkeys(others):
         across.setdefault(_identity(path, kinds[path], sizes), []).append(path)

@@ -1,12 +1,12 @@
-"""One sample of a split, read as training reads it and to its end: whether that works, and what the film is like."""
+"""One film of a split, read as training reads its samples and to its end: whether that works, and what the film is like."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
 
-from omnivision.data.clips import clip_window, uniform_clip_starts
-from omnivision.data.decode import BadVideo, open_video
+from omnivision.data.clips import Segment, clip_window, sample_duration, uniform_clip_starts
+from omnivision.data.decode import BadVideo, FrameFolder, VideoFile, open_video
 from omnivision.prepare.transcode import MAX_PIXELS
 
 _CLIP_SECONDS, _CLIP_FRAMES = 2.7, 16
@@ -17,6 +17,7 @@ class CheckJob:
     path: str
     fps: float  # of a folder of frames
     quick: bool  # the first, middle and last clip instead of every frame
+    segments: tuple[Segment | None, ...] = (None,)  # a sample each; None: the whole film
 
 
 @dataclass(frozen=True)
@@ -34,18 +35,17 @@ class FilmCheck:
     gop: int | None = None  # frames from one key frame to the next, the most there are
 
 
-def check_film(job: CheckJob) -> FilmCheck:
-    """Read one film; never raises for what is wrong with it."""
+def check_film(job: CheckJob) -> list[FilmCheck]:
+    """Read one film and check each of its samples; never raises for what is wrong with it."""
     try:
         with open_video(job.path, fps=job.fps, max_pixels=MAX_PIXELS) as film:
             facts, duration = film.facts(), film.duration
-            for start in uniform_clip_starts(duration, _CLIP_SECONDS, 3):
-                film.read(*clip_window(start, _CLIP_SECONDS), _CLIP_FRAMES)
+            reasons = [_read_clips(film, duration, segment) for segment in job.segments]
             frames = facts.frames if job.quick else len(film.times())
     except BadVideo as error:
-        return FilmCheck(ok=False, reason=str(error))
+        return [FilmCheck(ok=False, reason=str(error))] * len(job.segments)
     rate = float(frames / Fraction(duration)) if duration > 0 else None
-    return FilmCheck(
+    good = FilmCheck(
         ok=True,
         frames=frames,
         duration=duration,
@@ -55,3 +55,18 @@ def check_film(job: CheckJob) -> FilmCheck:
         rotation=facts.rotation,
         gop=facts.gop,
     )
+    return [good if reason is None else FilmCheck(ok=False, reason=reason) for reason in reasons]
+
+
+def _read_clips(film: VideoFile | FrameFolder, duration: float, segment: Segment | None) -> str | None:
+    """Read the first, middle and last clip of a sample. Returns why its segment is bad, None for a good one.
+
+    Raises BadVideo for a film that cannot be read.
+    """
+    try:
+        seconds = sample_duration(duration, segment)
+    except BadVideo as error:
+        return str(error)
+    for start in uniform_clip_starts(seconds, _CLIP_SECONDS, 3):
+        film.read(*clip_window(start, _CLIP_SECONDS, segment), _CLIP_FRAMES)
+    return None

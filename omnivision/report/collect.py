@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from omnivision.data.catalog import are_segments
 from omnivision.errors import UserError
 from omnivision.experiment import flat_file
 from omnivision.metrics import confusion_matrix
@@ -32,6 +33,7 @@ class Predicted:
     shares: np.ndarray  # probabilities, float32 (V, classes)
     paths: list[str]
     names: list[str]  # of the classes
+    segments: np.ndarray | None = None  # float64 (V, 2), seconds; None for whole videos
 
     @property
     def known(self) -> np.ndarray:
@@ -166,6 +168,7 @@ def _predicted(file: Path) -> Predicted | None:
         with np.load(file, allow_pickle=False) as found, np.errstate(over="ignore", invalid="ignore"):
             scores, labels = np.asarray(found["scores"], np.float32), np.asarray(found["label"], np.int64)
             paths, names = [str(path) for path in found["path"]], [str(name) for name in found["class_names"]]
+            segments = np.asarray(found["segment"], np.float64) if "segment" in found else None
     except (
         OSError,
         ValueError,
@@ -182,9 +185,9 @@ def _predicted(file: Path) -> Predicted | None:
         return None
     if not 0 < len(names) == scores.shape[1] or not -1 <= labels.min(initial=-1) <= labels.max(initial=-1) < len(names):
         return None
-    if not np.isfinite(scores).all():
+    if not np.isfinite(scores).all() or (segments is not None and not are_segments(segments, len(paths))):
         return None
-    return Predicted(labels, torch.from_numpy(scores).softmax(1).numpy(), paths, names)
+    return Predicted(labels, torch.from_numpy(scores).softmax(1).numpy(), paths, names, segments)
 
 
 def _pretrained(file: Path) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from omnivision.data.clips import clip_window, uniform_clip_starts
+from omnivision.data.clips import Segment, clip_window, sample_duration, uniform_clip_starts
 from omnivision.data.decode import BadVideo, open_video
 from omnivision.data.images import read_image
 from omnivision.data.opening import EIGHT_K
@@ -55,18 +55,22 @@ def _mistakes(predicted: Predicted, score: np.ndarray, count: int, fps: Any, pre
         shares = 100 * predicted.shares[video]
         names = predicted.names
         shown = predicted.paths[video].removeprefix(prefix if isinstance(prefix, str) else "")
+        segment = None
+        if predicted.segments is not None:
+            segment = start, end = tuple(predicted.segments[video].tolist())
+            shown += f" ({start:g} to {end:g} s)"
         found.append(Mistake(shown, names[label], names[guess], float(shares[guess]), float(shares[label]),
-                             moving(predicted.paths[video], fps)))  # fmt: skip
+                             moving(predicted.paths[video], fps, segment)))  # fmt: skip
     return found
 
 
 @functools.cache
-def moving(path: str, fps: float) -> str:
-    """The middle of a film as an animated WebP, or an image, as a data URL; "" for what cannot be read here."""
+def moving(path: str, fps: float, segment: Segment | None = None) -> str:
+    """The middle of a film (or segment) as an animated WebP, or an image, as a data URL; "" for what cannot be read here."""
     try:
         with open_video(path, fps=fps, max_pixels=EIGHT_K) as film:
-            start = uniform_clip_starts(film.duration, SECONDS, 3)[1]
-            frames = film.read(*clip_window(start, SECONDS), FRAMES)
+            start = uniform_clip_starts(sample_duration(film.duration, segment), SECONDS, 3)[1]
+            frames = film.read(*clip_window(start, SECONDS, segment), FRAMES)
     except BadVideo:
         try:
             frames = read_image(path, EIGHT_K)

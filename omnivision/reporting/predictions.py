@@ -23,24 +23,29 @@ NAMED_CLASSES = 40  # with more than these, names along the axes of a confusion 
 def write(folder: Path, name: str, made: Predictions, class_names: Sequence[str]) -> None:
     """Write both files; the CSV has the five best classes of each video with their probabilities."""
     folder.mkdir(parents=True, exist_ok=True)
+    arrays: dict[str, Any] = {
+        "index": made.index,
+        "label": made.label,
+        "scores": made.scores,
+        "path": np.array(made.paths, dtype=str),
+        "class_names": np.array(class_names),
+    }
+    if made.segments is not None:
+        arrays["segment"] = made.segments
     with replace_atomically(folder / f"{name}.npz") as file:
-        np.savez_compressed(
-            file,
-            index=made.index,
-            label=made.label,
-            scores=made.scores,
-            path=np.array(made.paths, dtype=str),
-            class_names=np.array(class_names),
-        )
+        np.savez_compressed(file, **arrays)
     shares = torch.from_numpy(made.scores).softmax(1).numpy()
     best = np.argsort(-made.scores, axis=1, kind="stable")[:, :5]
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
     columns = [f"{what}_{k + 1}" for k in range(best.shape[1]) for what in ("predicted", "probability")]
-    lines.writerow(["path", "label", "correct", *columns])
-    for path, true, row, share in zip(made.paths, made.label, best, shares, strict=True):
+    times = [] if made.segments is None else ["start", "end"]
+    segments = np.empty((len(made.paths), 0)) if made.segments is None else made.segments
+    lines.writerow(["path", *times, "label", "correct", *columns])
+    for path, segment, true, row, share in zip(made.paths, segments, made.label, best, shares, strict=True):
         guesses = [value for k in row for value in (class_names[k], f"{share[k]:.4f}")]
-        lines.writerow([path, class_names[true] if true >= 0 else "", int(true == row[0]), *guesses])
+        label = class_names[true] if true >= 0 else ""
+        lines.writerow([path, *segment.tolist(), label, int(true == row[0]), *guesses])
     write_atomically(folder / f"{name}.csv", text.getvalue())
 
 
