@@ -28,6 +28,7 @@ from omnivision.errors import EXIT_INTERRUPTED, UserError
 from omnivision.prepare import transcode as transcoding
 from omnivision.prepare import workers
 from omnivision.prepare.catalog_file import entry_lines, updated_catalog
+from omnivision.prepare.listing import SPLITS, video_key
 from omnivision.prepare.transcode import Job, Outcome, Recipe, destinations, target_size, transcode
 from omnivision.prepare.workers import Died, in_processes
 from omnivision.settings_yaml import yaml
@@ -213,14 +214,144 @@ class CsvLists(Folder):
 
 
 class ClassFolders(Folder):
-    def test_something_beside_train_and_val_is_asked_about(self):
-        self.films("s/train/run/a.mp4", "s/val/run/b.mp4", "s/test/run/c.mp4")
-        self.assert_refused(
-            self.folder / "s", self.out, saying="holds train and val, and test beside them: are these splits"
+    def split_sizes(self, *arguments: object) -> dict[str, int]:
+        """Prepare the folder s; the samples of each split, and the classes' names in self.classes."""
+        shutil.rmtree(self.out, ignore_errors=True)
+        _, self.said, self.errors = run(self.folder / "s", self.out, "--name", "mine", *arguments)
+        self.classes = (self.out / "class_names.txt").read_text().splitlines()
+        return {which: len(np.load(self.out / f"{which}_labels.npy")) for which in SPLITS if self.has(which)}
+
+    def has(self, which: str) -> bool:
+        return (self.out / f"{which}_paths.npy").exists()
+
+    def test_folders_of_splits(self):
+        cases = {
+            ("train", "val", "test"): ("train", "val", "test"),
+            ("Train", "Test"): ("train", "test"),
+            ("training", "dev"): ("train", "val"),
+            ("TRAIN", "validation", "testing"): ("train", "val", "test"),
+            ("valid", "train"): ("train", "val"),
+        }
+        for names, splits in cases.items():
+            for nested in (False, True):
+                with self.subTest(names, nested=nested):
+                    shutil.rmtree(self.folder / "s", ignore_errors=True)
+                    for k, name in enumerate(names):
+                        for label in ("jump", "run"):
+                            folder = f"{label}/{name}" if nested else f"{name}/{label}"
+                            self.films(*(f"s/{folder}/{number}.mp4" for number in range(k + 1)))
+                    sizes = self.split_sizes()
+                    self.assertEqual((tuple(sizes), self.classes), (splits, ["jump", "run"]))
+                    self.assertEqual(sorted(sizes.values()), [2 * (k + 1) for k in range(len(names))])
+                    for name in names:
+                        self.assertIn(f"{name} is the ", self.said)
+
+    def test_a_test_split_has_arrays_and_is_not_held_out_from(self):
+        self.films(*(f"s/{split}/{label}/{k}.mp4" for split in ("train", "test") for label in "ab" for k in range(4)))
+        self.assertEqual(self.split_sizes(), {"train": 8, "test": 8})
+        self.assertIn(f"++datasets.mine.val.paths={self.out}/test_paths.npy", self.said)
+        self.assertIn("--hold-out", self.said)
+        found = self.prepared(self.folder / "s")
+        self.assertEqual(set(found), {"train"}, "no run trains or validates on it")
+        self.assertEqual(self.split_sizes("--hold-out", 0.25), {"train": 6, "val": 2, "test": 8})
+        paths = np.load(self.out / "test_paths.npy").tolist()
+        self.assertTrue(all(path.startswith("test/") for path in paths), paths)
+        self.assertEqual(np.load(self.out / "test_labels.npy").tolist(), [0] * 4 + [1] * 4)
+
+    def test_what_may_be_splits_or_classes_is_asked_about(self):
+        cases = {
+            "val and dev": ["train/a/1.mp4", "val/a/2.mp4", "dev/a/3.mp4"],
+            "one of two spellings": ["train/a/1.mp4", "Train/a/2.mp4"],
+            "a class beside splits": ["train/a/1.mp4", "test/a/2.mp4", "bus/3.mp4"],
+            "videos in a split": ["train/a/1.mp4", "test/2.mp4"],
+            "splits without classes": ["train/1.mp4", "test/2.mp4"],
+            "one folder of frames": ["train/a/1.mp4", "test/1/1.jpg"],
+            "one class with splits": ["run/train/1.mp4", "run/test/2.mp4", "jump/3.mp4"],
+            "a class with other folders": ["run/train/1.mp4", "run/test/2.mp4", "jump/train/3.mp4", "jump/extra/4.mp4"],
+        }
+        for what, files in cases.items():
+            with self.subTest(what):
+                shutil.rmtree(self.folder / "s", ignore_errors=True)
+                self.films(*(f"s/{file}" for file in files))
+                self.assert_refused(self.folder / "s", self.out, saying="--splits .*=.*--splits none")
+                if what == "one of two spellings":  # as classes, too, these are refused
+                    continue
+                self.split_sizes("--splits", "none")
+                self.assertEqual(self.classes, sorted({file.split("/")[0] for file in files}))
+                shutil.rmtree(self.out)
+
+    def test_chosen_folders_are_splits(self):
+        self.films("s/train/a/1.mp4", "s/val/a/2.mp4", "s/dev/a/3.mp4", "s/fold2/b/4.mp4", "s/train/loose.mp4")
+        self.assertEqual(self.split_sizes("--splits", "train=train,val=val,val=dev"), {"train": 1, "val": 2})
+        self.assertIn("1 clips in folders that are no split (fold2/b/4.mp4)", self.said)
+        self.assertIn("1 videos outside of the folder of a class (train/loose.mp4)", self.said)
+        self.assertEqual(self.split_sizes("--splits", "train=train,test=fold2"), {"train": 1, "test": 1})
+        self.assertEqual(self.classes, ["a", "b"])
+        self.assertIn("1 classes occur in test and not in train: b.", self.errors)
+        shutil.rmtree(self.out)
+        for value in ("train", "train=", "fit=train", "train=nothing"):
+            self.assert_refused(self.folder / "s", self.out, "--splits", value, saying="--splits")
+
+    def test_folders_that_hold_no_videos_leave_splits_alone(self):
+        self.films("s/train/a/1.mp4", "s/test/a/2.mp4", "s/annotations/labels.txt", "s/.git/x.mp4", "s/readme.md")
+        self.assertEqual(self.split_sizes(), {"train": 1, "test": 1})
+        self.assertIn(
+            "1 hidden files or folders (.git), 2 files of other kinds (readme.md, annotations/labels.txt)", self.said
         )
-        shutil.rmtree(self.folder / "s/val")
-        self.prepared(self.folder / "s")
-        self.assertEqual(self.classes, ["test", "train"])
+
+    def test_a_level_too_high_or_low(self):
+        self.films(*(f"top/s/{label}/{split}/{k}.mp4" for label in ("jump", "run") for split in "xy" for k in "12"))
+        for source, saying in (
+            ("top", "one level too high.*top/s has the folders jump, run.*All samples are of one class, s"),
+            ("top/s", "The folders jump, run all hold the folders x, y"),
+        ):
+            with self.subTest(source):
+                shutil.rmtree(self.out, ignore_errors=True)
+                _, _, errors = run(self.folder / source, self.out, "--name", "mine")
+                self.assertRegex(" ".join(errors.split()), saying)
+        shutil.rmtree(self.out)
+        self.films("flat/run/1.mp4", "flat/jump/1.mp4", "data/train/run/1.mp4", "data/test/run/1.mp4")
+        self.films("frames/run/001/1.jpg", "frames/run/002/1.jpg")
+        self.assert_refused(
+            self.folder / "flat/run", self.out, saying=f"{self.folder}/flat, if this is the folder of one"
+        )
+        self.assert_refused(
+            self.folder / "frames/run", self.out, saying=f"folder of one class, give {self.folder}/frames"
+        )
+        _, _, errors = run(self.folder / "data/train", self.out, "--name", "mine")
+        self.assertIn(f"Give {self.folder}/data as SOURCE to use these splits, too", errors)
+        self.assertIn("All samples are of one class, run", errors)
+        shutil.rmtree(self.out)
+        self.films(*(f"clips/{k}/{k}.mp4" for k in range(3)))
+        _, _, errors = run(self.folder / "clips", self.out, "--name", "mine")
+        self.assertIn("Each sample has a class of its own", errors)
+
+    def test_a_video_and_its_frames_are_one_group(self):
+        """Also a video in two formats, and frames in a folder that is called so."""
+        names = [f"s/{label}/{k}" for label in "ab" for k in range(6)]
+        ways = {
+            "frames beside": [[f"{name}.mp4", f"{name}/1.jpg", f"{name}/2.jpg"] for name in names],
+            "two formats": [[f"{name}.mp4", f"{name}.AVI"] for name in names],
+            "a folder of frames": [[f"{name}.mp4", f"{name[:4]}frames/{name[4:]}/1.jpg"] for name in names],
+            "frames within": [[f"{name}.mp4", f"{name}/rgb/1.jpg"] for name in names],
+        }
+        for way, groups in ways.items():
+            with self.subTest(way):
+                shutil.rmtree(self.folder / "s", ignore_errors=True)
+                self.films(*(file for group in groups for file in group))
+                self.assertEqual(self.split_sizes(), {"train": 24})
+                self.assertIn("12 videos seem to be in train in two forms", self.errors)
+                self.assertNotIn("level", self.errors)
+                self.assertEqual(self.split_sizes("--hold-out", 0.5), {"train": 12, "val": 12})
+                self.assertNotIn("share", self.errors)
+                sides = [
+                    {video_key(path) for path in np.load(self.out / f"{side}_paths.npy")} for side in ("train", "val")
+                ]
+                self.assertEqual((len(sides[0] & sides[1]), len(sides[0])), (0, 6))
+        shutil.rmtree(self.folder / "s")
+        self.films("s/a/clip.1/1.jpg", "s/a/clip.2/1.jpg", "s/a/1.mp4", "s/a/1_1.mp4")
+        self.split_sizes()
+        self.assertNotIn("two forms", self.errors)
 
     def test_films_and_folders_of_frames(self):
         self.films("s/class 10/x.mp4", "s/class 2/b.AVI", "s/class 2/deep/a.webm", "s/class 2/notes.txt")
@@ -281,7 +412,7 @@ class ClassFolders(Folder):
         (self.folder / "nothing").mkdir()
         cases = {
             "twice": "'Run' = 'run'",
-            "empty": "holds no films",
+            "empty": "holds no videos",
             "images": "a holds images itself",
             "link": r"2\.mp4 is not a file, or a link",
             "pipe": r"2\.mp4 is not a file",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import re
 import sys
 from functools import partial
@@ -18,7 +19,15 @@ from omnivision.errors import EXIT_INTERRUPTED, UserError
 from omnivision.prepare import dataset
 from omnivision.prepare.catalog_file import entry_lines, updated_catalog, write_catalog
 from omnivision.prepare.held_out import groups_of, held_out, pattern_grouping
-from omnivision.prepare.listing import Listing, label_arrays, label_warnings, path_warnings
+from omnivision.prepare.listing import (
+    SPLITS,
+    Listing,
+    label_arrays,
+    label_warnings,
+    parse_splits,
+    path_warnings,
+    video_key,
+)
 from omnivision.prepare.progress import told
 from omnivision.prepare.sources import FORMATS, check_out, find_films, read_source
 from omnivision.prepare.transcode import Recipe
@@ -53,6 +62,12 @@ def _add_source_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--format", choices=FORMATS, help="what SOURCE is (default: told by the files that are there)")
     group.add_argument("--train", metavar="A.csv", help="a list of the training split; SOURCE is where its paths start")
     group.add_argument("--val", metavar="B.csv", help="the same for the validation split")
+    group.add_argument("--test", metavar="C.csv", help="the same for a test split, which gets arrays of its own")
+    text = (
+        "SPLIT=NAME,...: which folders (or values in the column of a list) are the train, val and test split, such as "
+        "train=a,train=b,val=c; none: none of them is (default: by their names)"
+    )
+    group.add_argument("--splits", metavar="S", help=text)
     group.add_argument("--fold", type=int, default=1, metavar="N", help="which split of UCF101 or HMDB51 (default 1)")
     group.add_argument("--class-names", metavar="FILE", help="names of the classes in the order of labels, one a line")
     text = "the folder of the films; paths in the arrays are relative to it (default: SOURCE, or the folder of the CSV file)"
@@ -83,35 +98,39 @@ def _add_film_options(group: argparse._ArgumentGroup) -> None:
 def run(args: argparse.Namespace) -> int:
     """Read, check, write, tell. Everything that can be wrong with the source is found before anything is written."""
     recipe, out = _recipe(args), Path(args.out)
-    lists = {split: file for split, file in (("train", args.train), ("val", args.val)) if file}
-    listing = read_source(args.source, form=args.format, lists=lists, fold=args.fold)
+    lists = {split: file for split in SPLITS if (file := getattr(args, split))}
+    splits = None if args.splits is None else parse_splits(args.splits)
+    listing = read_source(args.source, form=args.format, lists=lists, fold=args.fold, splits=splits)
     names = read_class_names(args.class_names, "--class-names") if args.class_names else None
     classes, labels = label_arrays(listing, names)
+    listing = find_films(listing, prefix=args.prefix, check=not args.no_check_files)
     if args.hold_out is not None:
         listing, labels = _hold_out(listing, labels, args)
-    films = find_films(listing, prefix=args.prefix, check=not args.no_check_files)
-    made = [] if recipe is None else list(dataset.results(films, recipe, out).values())
-    check_out(args.out, args.source, films, made)
-    settings = dataset.stamp_of(args.source, films.prefix, recipe)
+    made = [] if recipe is None else list(dataset.results(listing, recipe, out).values())
+    check_out(args.out, args.source, listing, made)
+    settings = dataset.stamp_of(args.source, listing.root, recipe)
     if args.hold_out is not None:
         settings["held out"] = [args.hold_out, args.group_pattern]
     dataset.claim(out, settings)
-    prefix = films.prefix if recipe is None else str(out.absolute() / recipe.folder)
+    prefix = listing.root if recipe is None else str(out.absolute() / recipe.folder)
     fps = args.fps if recipe is None or recipe.frames_fps is None else recipe.frames_fps
     entry = entry_lines(
         args.name,
         out.absolute(),
-        splits=list(films.paths),
+        splits=[split for split in listing.splits if split != "test"],
         num_classes=len(classes),
         prefix=prefix.rstrip("/") + "/",
         fps=None if fps == 25 else fps,
     )
     catalog = updated_catalog(Path(args.catalog), args.name, entry) if args.catalog else None
-    for warning in [*path_warnings(films.paths, labels), *label_warnings(classes, labels)]:
+    for note in listing.notes:
+        print(note)
+    warnings = [*listing.warnings, *path_warnings(listing.splits, labels), *label_warnings(classes, labels)]
+    for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     try:
         written = dataset.write_dataset(
-            out, films, labels, classes, settings, recipe, args.workers, partial(told, what="prepare")
+            out, listing, labels, classes, settings, recipe, args.workers, partial(told, what="prepare")
         )
     except KeyboardInterrupt:
         print("prepare: interrupted. The same command goes on where it stopped.", file=sys.stderr)
@@ -130,22 +149,36 @@ def _hold_out(
     listing: Listing, labels: dict[str, np.ndarray], args: argparse.Namespace
 ) -> tuple[Listing, dict[str, np.ndarray]]:
     """The same with a part of the training split as validation split."""
+    if "train" not in listing.splits:
+        raise UserError(f"--hold-out is for sources with a training split, and {args.source} has none. Leave it out.")
     if "val" in listing.splits:
         raise UserError(
             f"--hold-out is for sources without a validation split, and {args.source} has one. Leave it out."
         )
     rows = listing.splits["train"]
     paths = [row.path for row in rows]
-    groups = paths if args.group_pattern is None else groups_of(paths, pattern_grouping(args.group_pattern))
+    groups = list(map(video_key, paths))
+    if args.group_pattern is not None:
+        groups = groups_of(paths, pattern_grouping(args.group_pattern))
     held = held_out(groups, labels["train"], args.hold_out, SEED)
     sides = {"train": np.flatnonzero(~held), "val": np.flatnonzero(held)}
-    listing = dataclasses.replace(listing, splits={side: [rows[i] for i in indices] for side, indices in sides.items()})
-    return listing, {side: labels["train"][indices] for side, indices in sides.items()}
+    splits = {**listing.splits, **{side: [rows[i] for i in indices] for side, indices in sides.items()}}
+    labels = {**labels, **{side: labels["train"][indices] for side, indices in sides.items()}}
+    return dataclasses.replace(listing, splits={split: splits[split] for split in SPLITS if split in splits}), labels
 
 
 def _tell(args: argparse.Namespace, written: dataset.Prepared, classes: int) -> None:
     for split, samples in written.samples.items():
         print(f"{args.out}/{split}_paths.npy, {split}_labels.npy: {samples} samples of {classes} classes")
+    out = os.path.abspath(args.out)
+    if "test" in written.samples:
+        print(
+            "The test split is in no run. To evaluate RUN on it: pretrained_checkpoint_path=RUN trainer/checkpoint=load_all "
+            f"trainer.mode=val ++datasets.{args.name}.val.paths={out}/test_paths.npy "
+            f"++datasets.{args.name}.val.labels={out}/test_labels.npy"
+        )
+    if "train" in written.samples and "val" not in written.samples:
+        print("There is no validation split. --hold-out 0.2 makes one of a fifth of the training split.")
     if written.kept:
         print(f"{written.kept} films were there already.")
     if written.failed:

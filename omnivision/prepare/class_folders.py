@@ -1,92 +1,206 @@
-"""Folders as classes: SOURCE/<class>/<clip>, or SOURCE/{train,val}/<class>/<clip>; a clip is a film or a folder of frames."""
+"""Folders as classes: SOURCE/<class>/<clip>, SOURCE/<split>/<class>/<clip> or SOURCE/<class>/<split>/<clip>.
+
+A clip is a video or a folder of frames.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from omnivision.data.frame_folder import natural
 from omnivision.data.images import IMAGE_SUFFIXES
 from omnivision.errors import UserError
-from omnivision.prepare.listing import VIDEO_SUFFIXES, Listing, Row, printable, refuse
+from omnivision.prepare.listing import (
+    SPLITS,
+    VIDEO_SUFFIXES,
+    Listing,
+    Row,
+    check_unambiguous,
+    drop_format_folders,
+    joined,
+    printable,
+    refuse,
+    some,
+    split_of,
+)
 
-SPLITS = ("train", "val")
+Path = tuple[str, ...]  # names of folders and file, below SOURCE
 
 
-def read_class_folders(source: str) -> Listing:
-    """Films are found by their suffix, at any depth below a class; a folder that holds images and no folders is one, too.
+@dataclass
+class _Tree:
+    """What lies below SOURCE, in natural order."""
 
-    Classes are in natural order of their names. Raises UserError for a folder without films, links that lead nowhere,
-    and images that lie in the folder of a class without one of their own.
+    clips: dict[Path, str] = field(default_factory=dict)  # -> what is wrong with it, or ""
+    frames: set[Path] = field(default_factory=set)  # the clips that are folders of images
+    folders: list[Path] = field(default_factory=list)
+    skipped: dict[str, list[str]] = field(default_factory=dict)  # what it is -> paths
+
+    def skip(self, kind: str, path: Path) -> None:
+        self.skipped.setdefault(kind, []).append("/".join(path))
+
+
+def read_class_folders(source: str, chosen: Mapping[str, str] | None = None) -> Listing:
+    """Find videos by suffix, at any depth below a class; a folder that holds images and no folders is a clip, too.
+
+    chosen: name of a folder -> split; empty: no folder is a split; None: decide by the names, if these are unambiguous.
+    Classes are in natural order of their names. Raises UserError for a split without videos, links that lead nowhere,
+    images that lie in the folder of a class without one of their own, and folders that may be splits or classes.
     """
-    folders = _folders(source)
-    splits = [name for name in SPLITS if name in folders]
-    if set(splits) != set(folders):
-        if set(splits) == set(SPLITS):
-            others = ", ".join(sorted(set(folders) - set(SPLITS))[:3])
-            raise UserError(
-                f"{source} holds train and val, and {others} beside them: are these splits or classes? Expected "
-                f"{source}/<class>/<clip>, or train and val alone, with classes inside. Move the others elsewhere, or give "
-                f"another SOURCE."
-            )
-        splits = []  # a class may be called train
-    parts = {split: os.path.join(source, split) for split in splits} or {"train": source}
-    listed: dict[str, list[Row]] = {}
-    classes: set[str] = set()
-    for split, part in parts.items():
-        names = sorted(_folders(part), key=natural)
-        classes |= set(names)
-        listed[split] = [row for name in names for row in _clips(source, part, name)]
-        if not listed[split]:
-            raise UserError(
-                f"{part} holds no films. Expected {part}/<class>/<clip>, where a clip is a file "
-                f"({', '.join(VIDEO_SUFFIXES[:5])}, ...) or a folder of images ({', '.join(IMAGE_SUFFIXES[:3])}, ...); give "
-                "another SOURCE."
-            )
-    return Listing(listed, source, sorted(classes, key=natural), seen=True)
-
-
-def _clips(source: str, part: str, name: str) -> list[Row]:
-    rows, problems = [], []
-    for path, problem in _walk(os.path.join(part, name), ancestors=()):
-        inside = os.path.relpath(path, source)
-        if problem:
-            problems.append(printable(f"{inside} {problem}"))
+    tree = _Tree()
+    _scan(tree, source, (), ())
+    level, splits = _find_splits(tree, source) if chosen is None else _locate_splits(tree, source, chosen)
+    notes = [f"{source}: {some([f'{name} is the {split} split' for name, split in splits.items()])}."] if splits else []
+    rows: dict[str, list[Row]] = {split: [] for split in SPLITS if split in (splits.values() or ["train"])}
+    depth = 2 if splits else 1  # of the folders above a clip
+    problems = []
+    for path, problem in tree.clips.items():
+        split = splits.get(path[level] if len(path) > level else "") if splits else "train"
+        if split is None and len(path) > level + 1:
+            tree.skip("clips in folders that are no split", path)
+        elif problem or (len(path) <= depth and path in tree.frames):
+            problem = problem or "holds images itself, not a folder of frames for each clip"
+            problems.append(printable(f"{'/'.join(path)} {problem}"))
+        elif split is None or len(path) <= depth:
+            tree.skip("videos outside of the folder of a class", path)
         else:
-            rows.append(Row(inside, name, inside))
+            rows[split].append(Row("/".join(path), path[depth - 1 - level], "/".join(path)))
     if problems:
         raise refuse(
-            f"The folder of class {printable(name)} holds what cannot be used",
+            f"The folders of classes in {source} hold what cannot be used",
             problems,
-            "Expected films, or a folder of frames for each clip; mend or remove these.",
+            "Expected videos, or a folder of frames for each clip; fix or remove these. If SOURCE is the folder of one class, "
+            f"give {os.path.dirname(os.path.abspath(source))}.",
         )
-    return rows
+    for split, found in rows.items():
+        if not found:
+            raise UserError(
+                f"{source} holds no videos of the {split} split. Expected {source}/{f'<{split}>/' if splits else ''}<class>/"
+                f"<clip>, where a clip is a file ({', '.join(VIDEO_SUFFIXES[:5])}, ...) or a folder of images "
+                f"({', '.join(IMAGE_SUFFIXES[:3])}, ...). Give another SOURCE, or choose folders with --splits."
+            )
+    names = {
+        path[depth - 1 - level] for path in tree.folders if len(path) >= depth and (not splits or path[level] in splits)
+    }
+    classes = sorted(names, key=natural)
+    skipped = [f"{len(paths)} {kind} ({some(paths, 3)})" for kind, paths in tree.skipped.items()]
+    notes += [f"{source}: passed over {', '.join(skipped)}."] if skipped else []
+    return Listing(
+        rows,
+        source,
+        classes,
+        seen=True,
+        notes=notes,
+        warnings=_level_warnings(tree, source, classes if not splits else []),
+    )
 
 
-def _walk(folder: str, ancestors: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, str]]:
-    """(path, "") of the clips in the folder of a class in natural order, and (path, problem) of what should be one."""
+def _scan(tree: _Tree, folder: str, path: Path, ancestors: tuple[tuple[int, int], ...]) -> None:
     status = os.stat(folder)
     identity = (status.st_dev, status.st_ino)
     if identity in ancestors:
-        yield folder, "is a link to a folder that it lies in"
+        tree.clips[path] = "is a link to a folder that it lies in"
         return
     with os.scandir(folder) as found:
-        entries = sorted((e for e in found if not e.name.startswith(".")), key=lambda entry: natural(entry.name))
-    below = [entry for entry in entries if _is_dir(entry)]
-    films = [entry for entry in entries if entry.name.lower().endswith(VIDEO_SUFFIXES) and entry not in below]
-    images = any(entry.name.lower().endswith(IMAGE_SUFFIXES) for entry in entries)
-    if images and not below and not films:
-        yield folder, "" if ancestors else "holds images itself, not a folder of frames for each clip"
-    for entry in films:
-        yield entry.path, "" if os.path.isfile(entry.path) else "is not a file, or a link that leads nowhere"
+        entries = sorted(found, key=lambda entry: natural(entry.name))
+    below, images, videos = [], [], []
+    for entry in entries:
+        name = entry.name.lower()
+        if name.startswith("."):
+            tree.skip("hidden files or folders", (*path, entry.name))
+        elif os.path.isdir(entry.path):  # False for a link to itself, where `entry.is_dir` raises
+            below.append(entry)
+        elif name.endswith(VIDEO_SUFFIXES):
+            videos.append(entry)
+        elif name.endswith(IMAGE_SUFFIXES):
+            images.append(entry)
+        else:
+            tree.skip("files of other kinds", (*path, entry.name))
+    if images and not below and not videos and path:
+        tree.clips[path] = ""
+        tree.frames.add(path)
+    else:
+        for entry in images:
+            tree.skip("images beside videos or folders", (*path, entry.name))
+    for entry in videos:
+        tree.clips[(*path, entry.name)] = (
+            "" if os.path.isfile(entry.path) else "is not a file, or a link that leads nowhere"
+        )
     for entry in below:
-        yield from _walk(entry.path, (*ancestors, identity))
+        tree.folders.append((*path, entry.name))
+        _scan(tree, entry.path, (*path, entry.name), (*ancestors, identity))
 
 
-def _folders(folder: str) -> list[str]:
-    with os.scandir(folder) as entries:
-        return [entry.name for entry in entries if _is_dir(entry) and not entry.name.startswith(".")]
+def _find_splits(tree: _Tree, source: str) -> tuple[int, dict[str, str]]:
+    """(level, name -> split) of the folders that are splits; level 0: directly in SOURCE, 1: in the folders of classes.
+
+    Raises UserError where they could as well be classes, or clips.
+    """
+    tops = {path[0]: split_of(path[0]) for path in tree.folders}
+    named = {name: split for name, split in tops.items() if split}
+    if named:
+        inside = {name: [path for path in tree.clips if path[0] == name] for name in tops}
+        others = [name for name in tops if inside[name] and name not in named]
+        direct = [name for name in named if any(len(path) < 3 for path in inside[name])]
+        if not others and not direct:
+            check_unambiguous(named, source)
+            return 0, named
+        if others and all(len(path) < 3 for name in named for path in inside[name]):
+            return 0, {}  # a class may be called train
+        reason = f"{some(others)} beside them" if others else f"videos directly in {some(direct)}"
+        raise _ask(source, named, reason, list(tops))
+    inner = {path[1]: split_of(path[1]) for path in tree.clips if len(path) > 2}
+    named = {name: split for name, split in inner.items() if split}
+    if not named:
+        return 0, {}
+    if len(named) == len(inner) and all(len(path) != 2 for path in tree.clips):
+        check_unambiguous(named, f"The folders of classes in {source}")
+        return 1, named
+    beside = [f"{path[0]}/{path[1]}" for path in tree.clips if len(path) > 1 and path[1] not in named]
+    raise _ask(f"The folders of classes in {source}", named, f"{some(beside, 3)} beside them", list(tops))
 
 
-def _is_dir(entry: os.DirEntry[str]) -> bool:
-    return os.path.isdir(entry.path)  # False for a link to itself, where `entry.is_dir` raises
+def _ask(where: str, splits: Mapping[str, str], reason: str, classes: list[str]) -> UserError:
+    return UserError(
+        f"{where} can be read in two ways: with the splits {some(list(splits))}, or with the classes {some(classes)} (there "
+        f"are {reason}). Pass --splits {joined(splits)} for the first, which passes over the rest, or --splits none for the "
+        "second."
+    )
+
+
+def _locate_splits(tree: _Tree, source: str, chosen: Mapping[str, str]) -> tuple[int, dict[str, str]]:
+    for level in (0, 1):
+        there = {path[level] for path in tree.folders if len(path) > level}
+        if set(chosen) <= there:
+            return level, dict(chosen)
+    raise UserError(
+        f"--splits names folders ({some(list(chosen))}) that {source} does not hold side by side. It holds "
+        f"{some(sorted({path[0] for path in tree.folders}))}. Change --splits."
+    )
+
+
+def _level_warnings(tree: _Tree, source: str, classes: list[str]) -> list[str]:
+    """Warnings that SOURCE may be one level too high or low. classes: empty where the source has splits."""
+    parent, own = os.path.split(os.path.abspath(source))
+    siblings = [] if parent == os.path.abspath(source) else [e.name for e in os.scandir(parent) if e.is_dir()]
+    warnings = []
+    if split_of(own) and (others := sorted(name for name in siblings if name != own and split_of(name))):
+        warnings.append(f"{parent} also holds {some(others)}. Give {parent} as SOURCE to use these splits, too.")
+    deep = [path for path in tree.clips if "/" in drop_format_folders("/".join(path[1:]))]
+    inner = {name: sorted({path[1] for path in deep if path[0] == name}) for name in classes}
+    if len(classes) == 1:
+        below = f"{source}/{classes[0]} has the folders {some(inner[classes[0]])}" if inner[classes[0]] else ""
+        above = f"{parent} has the folders {some(sorted(siblings, key=natural))}" if len(siblings) > 1 else ""
+        if below or above:
+            warnings.append(
+                f"SOURCE may be one level too high or too low: {' and '.join(filter(None, (below, above)))}. Give the folder "
+                "whose folders are the classes."
+            )
+    elif classes and len(inner[classes[0]]) > 1 and all(names == inner[classes[0]] for names in inner.values()):
+        warnings.append(
+            f"The folders {some(classes)} all hold the folders {some(inner[classes[0]])}. If these are the classes, SOURCE is "
+            "one level too high."
+        )
+    return warnings

@@ -1,6 +1,6 @@
 """A source of films -> OUT: arrays, names of classes, and perhaps films that are quicker to read.
 
-    OUT/train_paths.npy, train_labels.npy, val_paths.npy, val_labels.npy, class_names.txt
+    OUT/{train,val,test}_paths.npy, {train,val,test}_labels.npy, class_names.txt
     OUT/films/... or frames/...       when films are transcoded
     OUT/failed.csv                    films that could not be, with the reason; they are not in the arrays
     OUT/prepare.json                  from what and how it was made
@@ -23,8 +23,7 @@ import numpy as np
 from omnivision.errors import UserError
 from omnivision.files import write_atomically
 from omnivision.prepare.arrays import write_split
-from omnivision.prepare.listing import printable
-from omnivision.prepare.sources import Films
+from omnivision.prepare.listing import Listing, printable
 from omnivision.prepare.transcode import Job, Outcome, Recipe, destinations, remove_leftovers, transcode
 from omnivision.prepare.workers import Died, in_processes
 
@@ -41,9 +40,9 @@ class Prepared:
     kept: int  # films that were there already
 
 
-def results(films: Films, recipe: Recipe, out: Path) -> dict[str, str]:
+def results(listing: Listing, recipe: Recipe, out: Path) -> dict[str, str]:
     """For each path of the source the file or folder in OUT that is made of it."""
-    paths = sorted({path for listed in films.paths.values() for path in listed})
+    paths = sorted({row.path for row in listing.rows()})
     return {path: str(out.absolute() / recipe.folder / made) for path, made in destinations(paths, recipe).items()}
 
 
@@ -77,7 +76,7 @@ def claim(out: Path, settings: dict[str, object]) -> None:
 
 def write_dataset(
     out: Path,
-    films: Films,
+    listing: Listing,
     labels: dict[str, np.ndarray],
     classes: list[str],
     settings: dict[str, object],
@@ -93,21 +92,23 @@ def write_dataset(
         failed: dict[str, str] = {}
         kept = 0
         if recipe is None:
-            made, prefix = None, films.prefix
+            made, prefix = None, listing.root
         else:
-            made = results(films, recipe, out)
-            failed, kept = _transcode_all(out / recipe.folder, films, made, recipe, workers, progress)
+            made = results(listing, recipe, out)
+            failed, kept = _transcode_all(out / recipe.folder, listing, made, recipe, workers, progress)
             prefix = str(out.absolute() / recipe.folder)
-            _write_failed(out / _FAILED, films, failed)
-        keep = {split: [i for i, path in enumerate(all_) if path not in failed] for split, all_ in films.paths.items()}
+            _write_failed(out / _FAILED, listing, failed)
+        keep = {
+            split: [i for i, row in enumerate(rows) if row.path not in failed] for split, rows in listing.splits.items()
+        }
         if empty := [split for split, indices in keep.items() if not indices]:
             raise UserError(
                 f"No film of {' and '.join(empty)} could be transcoded; {out / _FAILED} says why. No arrays were written. Mend "
                 "the films, or prepare without --short-side, --gop, --crf and --frames."
             )
         for split, indices in keep.items():
-            listed = [films.paths[split][i] for i in indices]
-            paths = listed if made is None else [str(Path(made[path]).relative_to(prefix)) for path in listed]
+            rows = [listing.splits[split][i] for i in indices]
+            paths = [row.path if made is None else str(Path(made[row.path]).relative_to(prefix)) for row in rows]
             write_split(out, split, paths, labels[split][indices])
     except OSError as error:
         raise _cannot_write(out, error.strerror or str(error)) from error
@@ -122,11 +123,11 @@ def _cannot_write(folder: Path, reason: str) -> UserError:
 
 
 def _transcode_all(
-    folder: Path, films: Films, made: dict[str, str], recipe: Recipe, workers: int, progress: Progress
+    folder: Path, listing: Listing, made: dict[str, str], recipe: Recipe, workers: int, progress: Progress
 ) -> tuple[dict[str, str], int]:
     """Make what is missing; returns the reasons of what could not be made, and how many were there already."""
     missing = [path for path, destination in made.items() if not Path(destination).exists()]
-    jobs = [Job(films.full(path), made[path], recipe) for path in missing]
+    jobs = [Job(listing.full(path), made[path], recipe) for path in missing]
     failed = {}
     work = in_processes(transcode, jobs, workers)
     try:
@@ -141,7 +142,7 @@ def _transcode_all(
     return failed, len(made) - len(missing)
 
 
-def _write_failed(file: Path, films: Films, failed: dict[str, str]) -> None:
+def _write_failed(file: Path, listing: Listing, failed: dict[str, str]) -> None:
     """One row a film that is left out, or no file when there is none."""
     if not failed:
         file.unlink(missing_ok=True)
@@ -149,7 +150,7 @@ def _write_failed(file: Path, films: Films, failed: dict[str, str]) -> None:
     table = io.StringIO()
     rows = csv.writer(table, lineterminator="\n")
     rows.writerow(("path", "reason"))
-    rows.writerows((printable(films.full(path)), printable(reason)) for path, reason in sorted(failed.items()))
+    rows.writerows((printable(listing.full(path)), printable(reason)) for path, reason in sorted(failed.items()))
     write_atomically(file, table.getvalue())
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from omnivision.data.order import draws
 from omnivision.errors import UserError
+from omnivision.prepare.listing import drop_format_folders
 
 
 def _before_last_part(name: str) -> str:
@@ -41,7 +42,7 @@ GROUPINGS: dict[str, Callable[[str], str]] = {
 
 def groups_of(paths: list[str], grouping: Callable[[str], str]) -> list[str]:
     """The group of each path."""
-    return [grouping(os.path.splitext(os.path.basename(path.rstrip("/")))[0]) for path in paths]
+    return [grouping(os.path.splitext(os.path.basename(drop_format_folders(path)))[0]) for path in paths]
 
 
 def pattern_grouping(pattern: str) -> Callable[[str], str]:

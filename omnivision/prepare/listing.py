@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 
@@ -16,6 +18,12 @@ VIDEO_SUFFIXES = tuple(
     ".mp4 .avi .webm .mkv .mov .m4v .mpg .mpeg .wmv .flv .ogv .ts .m2ts .mts .3gp .asf .vob .y4m".split()
 )
 MOST_CLASSES = 1_000_000
+SPLITS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "validate", "dev"),
+    "test": ("test", "testing"),
+}
+_FORMAT_FOLDERS = {"frames", "images", "img", "jpg", "jpeg", "png", "rgb", "flow", "video", "videos"}
 _SHOWN = 5
 
 
@@ -26,19 +34,58 @@ class Row:
     path: str
     label: str | int
     where: str
+    segment: tuple[float, float] | None = None  # [start, end) in seconds; None: the whole video
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The rows of each split ("train", "val"); relative paths start at `root`, or at the user's prefix."""
+    """The rows of each split of SPLITS; relative paths start at `root`, or at the user's prefix."""
 
     splits: Mapping[str, list[Row]]
     root: str
     classes: list[str] | None = None  # names in the order of labels, if the source says so
     seen: bool = False  # the rows are what was found on disk, below `root`
+    notes: Sequence[str] = ()  # sentences on how the source was read
+    warnings: Sequence[str] = ()
 
     def rows(self) -> Iterable[Row]:
         return (row for rows in self.splits.values() for row in rows)
+
+    def full(self, path: str) -> str:
+        return os.path.join(self.root, path)
+
+
+def split_of(name: str) -> str | None:
+    """The split that a folder or a value of a list names, in any case."""
+    return next((split for split, names in SPLITS.items() if name.strip().lower() in names), None)
+
+
+def check_unambiguous(splits: Mapping[str, str], where: str) -> None:
+    """UserError unless each split has one name. splits: name -> split."""
+    for split, count in Counter(splits.values()).items():
+        if count > 1:
+            names = [name for name, other in splits.items() if other == split]
+            raise UserError(
+                f"{where} has {' and '.join(names)}, which both name the {split} split. Pass --splits {joined(splits)} to use "
+                "both, the same without one of them to ignore it, or --splits none if these are not splits."
+            )
+
+
+def joined(splits: Mapping[str, str]) -> str:
+    """What `parse_splits` reads."""
+    return ",".join(f"{split}={name}" for name, split in splits.items())
+
+
+def parse_splits(text: str) -> dict[str, str]:
+    """name -> split from "train=NAME,val=NAME,..."; empty for "none"."""
+    if text == "none":
+        return {}
+    pairs = [item.partition("=")[::2] for item in text.split(",")]
+    if not all(split in SPLITS and name for split, name in pairs):
+        raise UserError(
+            f"--splits is {text!r}; expected SPLIT=NAME,... with the splits train, val and test, or none. Change --splits."
+        )
+    return {name: split for split, name in pairs}
 
 
 def refuse(what: str, problems: list[str], advice: str) -> UserError:
@@ -50,6 +97,11 @@ def refuse(what: str, problems: list[str], advice: str) -> UserError:
 def printable(text: str) -> str:
     """`text` without what cannot be written as UTF-8 (bytes of file names in another encoding)."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def some(names: Sequence[str], shown: int = _SHOWN) -> str:
+    """The first few names."""
+    return printable(", ".join(names[:shown]) + (", ..." if len(names) > shown else ""))
 
 
 def numbered(rows: list[Row]) -> list[Row]:
@@ -109,30 +161,59 @@ def label_arrays(listing: Listing, names: list[str] | None = None) -> tuple[list
 
 
 def label_warnings(classes: list[str], labels: Mapping[str, np.ndarray]) -> list[str]:
-    """Sentences about classes that never occur, or occur in val only."""
+    """Sentences about classes that never occur, or not in train, and about labels that hardly are classes."""
     seen = {split: set(array.tolist()) for split, array in labels.items()}
     everywhere = set().union(*seen.values())
     warnings = []
     if never := [name for number, name in enumerate(classes) if number not in everywhere]:
-        warnings.append(f"{len(never)} of {len(classes)} classes never occur: {_some(never)}.")
-    if "train" in seen and "val" in seen:
-        if only := [classes[number] for number in sorted(seen["val"] - seen["train"])]:
-            warnings.append(f"{len(only)} classes occur in val and not in train: {_some(only)}.")
+        warnings.append(f"{len(never)} of {len(classes)} classes never occur: {some(never)}.")
+    for split in ("val", "test"):
+        if "train" in seen and (only := [classes[n] for n in sorted(seen.get(split, set()) - seen["train"])]):
+            warnings.append(f"{len(only)} classes occur in {split} and not in train: {some(only)}.")
+    if len(everywhere) == 1:
+        warnings.append(f"All samples are of one class, {classes[everywhere.pop()]}: there is nothing to tell apart.")
+    elif len(everywhere) == sum(map(len, labels.values())):
+        warnings.append(
+            "Each sample has a class of its own. Check that the labels are classes, and not names of videos."
+        )
     return warnings
 
 
-def path_warnings(paths: Mapping[str, list[str]], labels: Mapping[str, np.ndarray]) -> list[str]:
-    """Sentences about files that stand in a split twice, with one label or several, or in both splits."""
+def path_warnings(splits: Mapping[str, list[Row]], labels: Mapping[str, np.ndarray]) -> list[str]:
+    """Sentences about samples that occur twice, with one label or several, and videos in two forms or in two splits."""
     warnings = []
-    for split, listed in paths.items():
-        if twice := [path for path, count in Counter(listed).items() if count > 1]:
-            warnings.append(f"{len(twice)} files stand in {split} more than once: {_some(twice)}.")
-        different = Counter(path for path, _ in set(zip(listed, labels[split].tolist(), strict=True)))
-        if contradicting := [path for path, count in different.items() if count > 1]:
-            warnings.append(f"{len(contradicting)} files have different labels in {split}: {_some(contradicting)}.")
-    if shared := sorted(set(paths.get("train", [])) & set(paths.get("val", []))):
-        warnings.append(f"train and val share {len(shared)} files: {_some(shared)}.")
+    keys: dict[str, dict[str, list[str]]] = {}  # split -> video_key -> paths
+    for split, rows in splits.items():
+        samples = [(row.path, row.segment) for row in rows]
+        if twice := [path for (path, _), count in Counter(samples).items() if count > 1]:
+            warnings.append(f"{len(twice)} files stand in {split} more than once: {some(twice)}.")
+        different = Counter(sample for sample, _ in set(zip(samples, labels[split].tolist(), strict=True)))
+        if contradicting := [path for (path, _), count in different.items() if count > 1]:
+            warnings.append(f"{len(contradicting)} files have different labels in {split}: {some(contradicting)}.")
+        found = keys[split] = {}
+        for path in dict.fromkeys(row.path for row in rows):
+            found.setdefault(video_key(path), []).append(path)
+        if forms := [" = ".join(paths) for paths in found.values() if len(paths) > 1]:
+            warnings.append(
+                f"{len(forms)} videos seem to be in {split} in two forms (a file and its frames, or two formats), each a "
+                f"sample: {some(forms)}. Remove one of them."
+            )
+    for one, other in combinations(keys, 2):
+        if shared := sorted(keys[one].keys() & keys[other].keys()):
+            warnings.append(
+                f"{one} and {other} share {len(shared)} files: {some([keys[one][key][0] for key in shared])}."
+            )
     return warnings
+
+
+def video_key(path: str) -> str:
+    """The path without suffix and without folders such as frames/: the same for a video and for the folder of its frames."""
+    return re.sub(rf"({'|'.join(map(re.escape, VIDEO_SUFFIXES))})$", "", drop_format_folders(path), flags=re.IGNORECASE)
+
+
+def drop_format_folders(path: str) -> str:
+    """The path without its folders that name a format: "a/frames/1" -> "a/1", "a/1/frames" -> "a/1"."""
+    return "/".join(name for name in path.rstrip("/").split("/") if name.lower() not in _FORMAT_FOLDERS)
 
 
 def _check_numbers(listing: Listing, classes: int, advice: str) -> None:
@@ -157,7 +238,3 @@ def _check_names(classes: list[str]) -> None:
     odd = [repr(name) for name in classes if not name.strip() or not name.isprintable()]
     if odd:
         raise refuse("Some names of classes cannot be printed on a line", odd, "Expected plain text; rename them.")
-
-
-def _some(names: list[str]) -> str:
-    return printable(", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else ""))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 from omnivision.data.images import IMAGE_SUFFIXES
@@ -18,19 +18,12 @@ from omnivision.prepare.published import read_diving48, read_hmdb51, read_someth
 FORMATS = ("csv", "folders", "ucf101", "hmdb51", "ssv2", "diving48")
 
 
-@dataclass(frozen=True)
-class Films:
-    """Where the films of each split lie: `prefix` (a folder, without its slash), and below it the paths."""
-
-    prefix: str
-    paths: Mapping[str, list[str]]
-
-    def full(self, path: str) -> str:
-        return os.path.join(self.prefix, path)
-
-
-def read_source(source: str, *, form: str | None, lists: Mapping[str, str], fold: int) -> Listing:
+def read_source(
+    source: str, *, form: str | None, lists: Mapping[str, str], fold: int, splits: Mapping[str, str] | None = None
+) -> Listing:
     """The rows of a source. form: one of FORMATS, None to look. lists: split -> CSV file, given beside the source.
+
+    splits: name of a folder -> split, None to look.
 
     Raises UserError when nothing is there that can be read, or it holds mistakes.
     """
@@ -42,26 +35,28 @@ def read_source(source: str, *, form: str | None, lists: Mapping[str, str], fold
             f"{source} is neither a file nor a folder. Expected a CSV file, or a folder; give another SOURCE."
         )
     form = form or _look(path, lists)
+    if splits is not None and form not in ("csv", "folders"):
+        raise UserError(f"--splits is for lists and folders of classes; {source} is {form}. Leave it out.")
     if form == "csv":
         if lists and not path.is_dir():
             raise UserError(
-                f"SOURCE is the file {source}, and --train or --val name lists, too. With them, SOURCE is the folder that "
-                "their paths start at."
+                f"SOURCE is the file {source}, and --train, --val or --test name lists, too. With them, SOURCE is the folder "
+                "that their paths start at."
             )
         return read_csv_lists(dict(lists) or {"train": source}, source if path.is_dir() else str(path.parent))
     if lists or not path.is_dir():
         raise UserError(
-            f"--format {form} reads a folder, and no lists; got {source}. Give a folder without --train, --val."
+            f"--format {form} reads a folder, and no lists; got {source}. Give a folder without --train, --val, --test."
         )
     if form == "folders":
-        return read_class_folders(source)
+        return read_class_folders(source, splits)
     if form in ("ucf101", "hmdb51"):
         return read_ucf101(path, fold) if form == "ucf101" else read_hmdb51(path, fold)
     return read_something(path) if form == "ssv2" else read_diving48(path)
 
 
-def find_films(listing: Listing, *, prefix: str | None, check: bool) -> Films:
-    """The listed films below `prefix`, without one below the root of the listing, or else the folder common to all.
+def find_films(listing: Listing, *, prefix: str | None, check: bool) -> Listing:
+    """The listing with paths below its root: `prefix`, without one the root of the listing, or else what is common to all.
 
     With `check`, each must be a file or a folder; a film may have another suffix than the list says, or be a folder of
     frames. Raises UserError naming the first rows without a film.
@@ -89,16 +84,18 @@ def find_films(listing: Listing, *, prefix: str | None, check: bool) -> Films:
     if outside:
         root = os.path.commonpath([os.path.dirname(path) for path in full])
     parts = iter(full)
-    return Films(
-        root, {split: [os.path.relpath(next(parts), root) for _ in rows] for split, rows in listing.splits.items()}
-    )
+    splits = {
+        split: [replace(row, path=os.path.relpath(next(parts), root)) for row in rows]
+        for split, rows in listing.splits.items()
+    }
+    return replace(listing, splits=splits, root=root)
 
 
-def check_out(out: str, source: str, films: Films, made: list[str]) -> None:
+def check_out(out: str, source: str, listing: Listing, made: list[str]) -> None:
     """UserError when OUT lies where it would be read as part of the source, or a film made would replace one of it."""
     real = os.path.realpath(out)
     folders = [source] if os.path.isdir(source) else []
-    paths = [films.full(path) for listed in films.paths.values() for path in listed]
+    paths = [listing.full(row.path) for row in listing.rows()]
     folders += [path for path in paths if os.path.isdir(path)]
     for folder in folders:
         if _inside(real, os.path.realpath(folder)):
@@ -128,7 +125,8 @@ def _look(path: Path, lists: Mapping[str, str]) -> str:
         return "folders"
     raise UserError(
         f"{path} holds neither folders (SOURCE/<class>/<clip>) nor the split files of a data set that is known here "
-        f"({', '.join(FORMATS[2:])}). Give a CSV file or another folder, or --train and --val with lists of films in this one."
+        f"({', '.join(FORMATS[2:])}). Give a CSV file or another folder ({path.absolute().parent}, if this is the folder of "
+        "one class), or --train and --val with lists of films in this one."
     )
 
 
