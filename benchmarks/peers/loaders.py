@@ -78,7 +78,7 @@ def decord_frames(path: Path, start: float) -> Tensor:
 
 
 def torchcodec_frames(path: Path, start: float) -> Tensor:
-    """The wanted frames by torchcodec: uint8 (16, H, W, 3)."""
+    """The wanted frames by torchcodec: uint8 (16, H, W, 3). It needs FFmpeg's shared libraries, which no Python package has."""
     from torchcodec.decoders import VideoDecoder
 
     reader = VideoDecoder(str(path), dimension_order="NHWC", num_ffmpeg_threads=1)
@@ -86,15 +86,6 @@ def torchcodec_frames(path: Path, start: float) -> Tensor:
     first, last = (math.ceil(bound * fps) for bound in clip_window(start, SECONDS))
     wanted = [first + i for i in subsample_indices(min(last, len(reader)) - first, FRAMES)]
     return reader.get_frames_at(wanted).data
-
-
-def torchcodec_does_not_load() -> str | None:
-    """Why; None when it does. It needs FFmpeg's shared libraries, which no package of Python brings."""
-    try:
-        import torchcodec.decoders  # noqa: F401
-    except (ImportError, OSError, RuntimeError) as error:
-        return str(error).strip().splitlines()[0]
-    return None
 
 
 def by_decord(path: Path, start: float) -> Tensor:
