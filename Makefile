@@ -14,22 +14,11 @@ $(VENV)/.installed: setup.py
 demo: $(VENV)/.installed
 	@DEMO="$(DEMO)" PATH="$(CURDIR)/$(BIN):$$PATH" sh utils/run_scripts/run_demo.sh $(DEMO_ARGS)
 
-# Two halves at a time: most of the time goes to programs that the tests start and wait for. Those on SLURM clusters
-# (test_slurm_*, which [!l] leaves out of the second half) come afterwards, unmeasured: they kill and wait.
-DISCOVER = unittest discover -s tests -t . -p
-MEASURED = COVERAGE_FILE="$(CURDIR)/.coverage" $(BIN)/python -m coverage run -m $(DISCOVER)
-UNMEASURED = $(BIN)/python -m $(DISCOVER)
-# $(call halves,PROGRAM,PATTERN,PATTERN): the first one's output comes after that of the second.
-halves = @export PATH="$(CURDIR)/$(BIN):$$PATH"; $(1) '$(2)' > .first_half.log 2>&1 & first=$$!; \
-	$(1) '$(3)'; second=$$?; wait $$first; first=$$?; \
-	cat .first_half.log; rm .first_half.log; test $$first = 0 && test $$second = 0
-
-# One thread each: halves that share two cores wait for each other's threads longer than those would save.
-test: export OMP_NUM_THREADS = 1
+# Test modules run side by side (tests/parallel.py); so they do by `python -m unittest discover -s tests -t .`.
 test: $(VENV)/.installed
 	rm -f .coverage .coverage.*
-	$(call halves,$(MEASURED),test_[a-fi-l]*.py,test_[ghm-z][!l]*.py)
-	$(call halves,$(UNMEASURED),test_slurm_[a-r]*.py,test_slurm_[s-z]*.py)
+	PATH="$(CURDIR)/$(BIN):$$PATH" COVERAGE_FILE="$(CURDIR)/.coverage" \
+		$(BIN)/python -m coverage run -m unittest discover -s tests -t .
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report
 

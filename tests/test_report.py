@@ -161,7 +161,7 @@ class Page(unittest.TestCase):
             self.assertEqual(main(["report", str(self.folder / "a"), "--out", "/nowhere/x.html"]), 1)
         self.assertIn("a file in a folder that is there", said.getvalue())
 
-    @unittest.skipIf(CHROMIUM is None, "no chromium; .ci/run installs it")
+    @unittest.skipIf(CHROMIUM is None, "no browser: apt-get install chromium")
     def test_in_a_browser(self):
         """Light and dark, wide and narrow: every figure is drawn, nothing is wider than the page, and the console is silent."""
         self.report(write_run(self.folder / "a"))
