@@ -83,6 +83,7 @@ def open_splits(settings: Settings) -> tuple[list[Split], list[Split]]:
     train, val = ([split for split in opened if split.which == which] for which in ("train", "val"))
     if "decoder" not in config.model:
         all_of(functools.partial(_require_labels, split) for split in opened)
+    all_of(functools.partial(_require_one_series, split) for split in opened)
     if validates and not val:
         raise UserError(
             f"The run is to validate (trainer.mode={config.mode}), but none of its sources ({', '.join(sources)}) has a val "
@@ -99,6 +100,24 @@ def _require_labels(split: Split) -> None:
             f"No sample of the {split.which} split of {split.name} has a label, and this stage learns from labels. Set "
             f"++{where}=FILE.npy, with numbers from 0 (-1 is ignored)."
         )
+
+
+def _require_one_series(split: Split) -> None:
+    """Raises UserError for a folder of frames that holds several series, of which the catalog chooses none."""
+    folders = [path for path in looked_for(split) if os.path.isdir(path)] if split.dataset.kind == "video" else []
+    if not folders:
+        return
+    from omnivision.data.decode import BadVideo, open_video  # which takes torch
+    from omnivision.data.frame_folder import SeveralSeriesError
+
+    for path in folders:
+        try:
+            with open_video(path, frame_pattern=split.dataset.frame_pattern):
+                pass
+        except SeveralSeriesError as error:
+            raise UserError(f"{path}: {error}. Set ++datasets.{split.name}.frame_pattern.") from None
+        except BadVideo:
+            pass  # one bad sample; the run says so when it reads it
 
 
 def epoch_plan(settings: Settings, train: list[Split]) -> EpochPlan:

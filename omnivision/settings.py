@@ -48,6 +48,7 @@ class DatasetSettings:
     suffix: str = ""
     remove_suffix: str = ""
     fps: Positive = 25.0
+    frame_pattern: str | None = None
     depth_scale: Positive = 1.0
     depth_max: Positive = 75.0
     train: SplitSettings | None = None

@@ -50,6 +50,8 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--num-classes", type=int, metavar="N", help="labels must be below it (-1: ignored)")
     parser.add_argument("--prefix", default="", metavar="P", help="put before each path, as in the catalog")
     parser.add_argument("--fps", type=number, default=25.0, metavar="X", help="of folders of frames (default 25)")
+    text = "the frames among the images of a folder, e.g. 'img_*.jpg', where it holds several series"
+    parser.add_argument("--frame-pattern", metavar="PATTERN", help=text)
     parser.add_argument("--quick", action="store_true", help="read the first, middle and last clip only")
     workers = default_workers()
     text = f"processes to read with; 0: in this one (default {workers})"
@@ -71,7 +73,9 @@ def run(args: argparse.Namespace) -> int:
     for position, path in enumerate(full):
         samples.setdefault(path, []).append(position)
     jobs = [
-        CheckJob(path, args.fps, args.quick, tuple(segments[i] if segments else None for i in positions))
+        CheckJob(
+            path, args.fps, args.frame_pattern, args.quick, tuple(segments[i] if segments else None for i in positions)
+        )
         for path, positions in samples.items()
     ]
     checks = [FilmCheck(ok=False, reason="not read")] * len(full)

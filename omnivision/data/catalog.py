@@ -46,6 +46,7 @@ class Dataset:
     suffix: str = ""
     remove_suffix: str = ""
     fps: float = 25.0  # of folders of frames
+    frame_pattern: str | None = None  # which images of a folder are its frames, e.g. img_*.jpg
     depth_scale: float = 1.0  # stored depth x this = depth
     depth_max: float = 75.0  # what is farther counts as that far
     train: SplitFiles | None = None

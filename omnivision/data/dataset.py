@@ -144,7 +144,8 @@ class ClipDataset:
         if split.dataset.kind != "video":
             return [read_image(path, self.max_pixels)]
         segment = split.segment(request.video)
-        with open_video(path, fps=split.dataset.fps, max_pixels=self.max_pixels) as video:
+        rules = split.dataset
+        with open_video(path, fps=rules.fps, max_pixels=self.max_pixels, frame_pattern=rules.frame_pattern) as video:
             duration = sample_duration(video.duration, segment)
             if self.training:
                 u = draws(self.seed, Draw.CLIP, *request).random()

@@ -56,8 +56,10 @@ _FOR_EVER = 2**60  # later than any time stamp
 
 
 @contextmanager
-def open_video(path: str, *, fps: float = 25.0, max_pixels: int | None = None) -> "Iterator[VideoFile | FrameFolder]":
-    """Open a video file, or a folder whose images are its frames at `fps` frames a second.
+def open_video(
+    path: str, *, fps: float = 25.0, max_pixels: int | None = None, frame_pattern: str | None = None
+) -> "Iterator[VideoFile | FrameFolder]":
+    """Open a video file, or a folder whose images (those of `frame_pattern`) are its frames at `fps` frames a second.
 
     `max_pixels` bounds width x height, by the header and again while decoding.
     Raises BadVideo when there is no readable video at `path`; ValueError when `fps` is not a positive number.
@@ -67,7 +69,7 @@ def open_video(path: str, *, fps: float = 25.0, max_pixels: int | None = None) -
     descriptor, is_folder = open_plain(path)
     try:
         if is_folder:
-            yield FrameFolder(descriptor, Fraction(fps), max_pixels)
+            yield FrameFolder(descriptor, Fraction(fps), max_pixels, frame_pattern)
         else:
             with closing(VideoFile(descriptor, max_pixels)) as video:
                 yield video

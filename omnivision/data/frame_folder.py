@@ -1,9 +1,11 @@
 """A folder of images as a film."""
 
+import fnmatch
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
+from itertools import chain, zip_longest
 
 import numpy as np
 import torch
@@ -12,21 +14,41 @@ from omnivision.data.film import FilmFacts, Seconds, check_sizes, choose, stack,
 from omnivision.data.images import IMAGE_SUFFIXES, read_rgb
 from omnivision.data.opening import BadVideo, reason
 
+# The number of a frame, or a time as one number: 12, 12.345, 12-30-01.250; but cam1.0001 has two.
+_NUMBER = re.compile(r"((?<![A-Za-z])[0-9]+(?:\.[0-9]+|(?:[-:.][0-9]+){2,})|[0-9]+)")
+
+
+class SeveralSeriesError(BadVideo):
+    """A folder holds more than one series of frames, and nobody has chosen one."""
+
 
 class FrameFolder:
-    """A folder of images: the k-th in natural order of names is on screen from k / fps seconds on."""
+    """A folder of images: the k-th in natural order of names is on screen from k / fps seconds on.
 
-    def __init__(self, descriptor: int, fps: Fraction, max_pixels: int | None):
+    `pattern` is one of its series, as `group_series` names them, or any shell pattern; without it there must be one series.
+    """
+
+    def __init__(self, descriptor: int, fps: Fraction, max_pixels: int | None, pattern: str | None = None):
         self._descriptor, self._fps, self._max_pixels = descriptor, fps, max_pixels
         try:
             names = os.listdir(descriptor)
         except OSError as error:
             raise BadVideo(reason(error)) from error
-        self._names = sorted(
-            (n for n in names if n.lower().endswith(IMAGE_SUFFIXES) and not n.startswith(".")), key=natural
-        )
-        if not self._names:
+        images = [n for n in names if n.lower().endswith(IMAGE_SUFFIXES) and not n.startswith(".")]
+        images.sort(key=natural)
+        if not images:
             raise BadVideo("the folder holds no images")
+        series = group_series(images)
+        if pattern is not None:
+            images = series.get(pattern) or fnmatch.filter(images, pattern)
+        if len(series) > 1 and (pattern is None or not images):
+            shown = ", ".join(list(series)[:5]) + (", ..." if len(series) > 5 else "")
+            raise SeveralSeriesError(
+                f"the folder holds {len(series)} series of frames ({shown}); choose one with frame_pattern"
+            )
+        if not images:
+            raise BadVideo(f"no image in the folder matches the frame_pattern {pattern!r}")
+        self._names = images
 
     @property
     def duration(self) -> float:
@@ -63,6 +85,36 @@ class FrameFolder:
             return read_rgb(name, self._max_pixels, folder=self._descriptor)
         except BadVideo as error:
             raise BadVideo(f"frame {name!a}: {error}") from error
+
+
+def group_series(names: Sequence[str]) -> dict[str, list[str]]:
+    """Group names of images into series of frames: a shell pattern such as img_*.jpg -> the names, in their order.
+
+    Names are of one series if they differ in the frame number alone, or in numbers that all go with it (a time stamp). Cameras
+    (cam1_0001.jpg, cam2_0001.jpg) share frame numbers and are two. Where no name has a number, each suffix is one.
+    """
+    shapes: dict[tuple[str, ...], dict[str, list[str]]] = {}  # suffix and text between numbers -> name -> numbers
+    for name in names:
+        stem, suffix = os.path.splitext(name)
+        parts = _NUMBER.split(stem)
+        shapes.setdefault((suffix, *parts[::2]), {})[name] = parts[1::2]
+    if all(len(shape) == 2 for shape in shapes):  # no name has a number
+        shapes = {}
+        for name in names:
+            shapes.setdefault((os.path.splitext(name)[1], "", ""), {})[name] = [name]
+    series: dict[str, list[str]] = {}
+    for (suffix, *texts), numbers in shapes.items():
+        columns = [set(column) for column in zip(*numbers.values(), strict=True)]
+        # The frame number is the last of those that vary most. What else varies tells series apart, unless no two names share
+        # a frame number: then it goes with that.
+        frame = max(range(len(columns)), key=lambda i: (len(columns[i]), i), default=0)
+        one = not columns or len(columns[frame]) == len(numbers)
+        hidden = {i for i, column in enumerate(columns) if i == frame or (one and len(column) > 1)}
+        for name, own in [next(iter(numbers.items()))] if one else numbers.items():
+            shown = ["*" if i in hidden else number for i, number in enumerate(own)]
+            pattern = "".join(chain.from_iterable(zip_longest(texts, shown, fillvalue=""))) + suffix
+            series.setdefault(pattern, []).extend(numbers if one else [name])
+    return series
 
 
 def natural(name: str) -> tuple[list[str | int], str]:

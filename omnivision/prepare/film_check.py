@@ -16,6 +16,7 @@ _CLIP_SECONDS, _CLIP_FRAMES = 2.7, 16
 class CheckJob:
     path: str
     fps: float  # of a folder of frames
+    frame_pattern: str | None  # of a folder that holds several series of frames
     quick: bool  # the first, middle and last clip instead of every frame
     segments: tuple[Segment | None, ...] = (None,)  # a sample each; None: the whole film
 
@@ -38,7 +39,7 @@ class FilmCheck:
 def check_film(job: CheckJob) -> list[FilmCheck]:
     """Read one film and check each of its samples; never raises for what is wrong with it."""
     try:
-        with open_video(job.path, fps=job.fps, max_pixels=MAX_PIXELS) as film:
+        with open_video(job.path, fps=job.fps, max_pixels=MAX_PIXELS, frame_pattern=job.frame_pattern) as film:
             facts, duration = film.facts(), film.duration
             reasons = [_read_clips(film, duration, segment) for segment in job.segments]
             frames = facts.frames if job.quick else len(film.times())

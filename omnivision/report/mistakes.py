@@ -33,21 +33,26 @@ class Mistake:
     picture: str
 
 
-def most_confident(predicted: Predicted, count: int, fps: Any = None, prefix: Any = None) -> list[Mistake]:
-    """The wrong guesses that the model was surest of. `fps` (of folders of frames) and `prefix` (of paths, which is left out)
-    are the catalog's.
+def most_confident(
+    predicted: Predicted, count: int, fps: Any = None, prefix: Any = None, pattern: Any = None
+) -> list[Mistake]:
+    """The wrong guesses that the model was surest of. `fps` and `pattern` (of folders of frames) and `prefix` (of paths,
+    which is left out) are the catalog's.
     """
-    return _mistakes(predicted, predicted.shares.max(1), count, fps, prefix)
+    return _mistakes(predicted, predicted.shares.max(1), count, fps, prefix, pattern)
 
 
-def worst(predicted: Predicted, count: int, fps: Any = None, prefix: Any = None) -> list[Mistake]:
+def worst(predicted: Predicted, count: int, fps: Any = None, prefix: Any = None, pattern: Any = None) -> list[Mistake]:
     """The videos for whose true class the model left the least."""
     of_label = np.take_along_axis(predicted.shares, np.maximum(predicted.labels, 0)[:, None], 1)[:, 0]
-    return _mistakes(predicted, -of_label, count, fps, prefix)
+    return _mistakes(predicted, -of_label, count, fps, prefix, pattern)
 
 
-def _mistakes(predicted: Predicted, score: np.ndarray, count: int, fps: Any, prefix: Any) -> list[Mistake]:
+def _mistakes(
+    predicted: Predicted, score: np.ndarray, count: int, fps: Any, prefix: Any, pattern: Any
+) -> list[Mistake]:
     fps = float(fps) if isinstance(fps, (int, float)) and 0 < fps <= 1000 else 25.0
+    pattern = pattern if isinstance(pattern, str) else None
     wrong = np.flatnonzero(predicted.known & (predicted.guesses != predicted.labels))
     found = []
     for video in wrong[np.argsort(-score[wrong], kind="stable")][:count]:
@@ -60,15 +65,15 @@ def _mistakes(predicted: Predicted, score: np.ndarray, count: int, fps: Any, pre
             segment = start, end = tuple(predicted.segments[video].tolist())
             shown += f" ({start:g} to {end:g} s)"
         found.append(Mistake(shown, names[label], names[guess], float(shares[guess]), float(shares[label]),
-                             moving(predicted.paths[video], fps, segment)))  # fmt: skip
+                             moving(predicted.paths[video], fps, pattern, segment)))  # fmt: skip
     return found
 
 
 @functools.cache
-def moving(path: str, fps: float, segment: Segment | None = None) -> str:
+def moving(path: str, fps: float, pattern: str | None = None, segment: Segment | None = None) -> str:
     """The middle of a film (or segment) as an animated WebP, or an image, as a data URL; "" for what cannot be read here."""
     try:
-        with open_video(path, fps=fps, max_pixels=EIGHT_K) as film:
+        with open_video(path, fps=fps, max_pixels=EIGHT_K, frame_pattern=pattern) as film:
             start = uniform_clip_starts(sample_duration(film.duration, segment), SECONDS, 3)[1]
             frames = film.read(*clip_window(start, SECONDS, segment), FRAMES)
     except BadVideo:

@@ -142,7 +142,7 @@ def _quality(run: Run) -> float:
 
 
 def _evaluation(run: Run, source: str, predicted: Predicted, number: int, clips: bool) -> dict[str, Any]:
-    fps = run.settings.get(f"datasets.{source}.fps")
+    entry = [run.settings.get(f"datasets.{source}.{key}") for key in ("fps", "prefix", "frame_pattern")]
     known = predicted.known
     right = int((predicted.guesses[known] == predicted.labels[known]).sum())
     share = 100 * right / max(1, int(known.sum()))
@@ -154,14 +154,14 @@ def _evaluation(run: Run, source: str, predicted: Predicted, number: int, clips:
         f"{100 / len(predicted.names):.1f} %.",
         "by_class": Markup(figures.by_class(predicted)) if known.any() else "",
         "confusion": Markup(figures.confusion(predicted)) if len(predicted.names) <= MOST_CLASSES else "",
-        "mistakes": _mistakes(predicted, fps, run.settings.get(f"datasets.{source}.prefix")) if clips else [],
+        "mistakes": _mistakes(predicted, *entry) if clips else [],
     }
 
 
-def _mistakes(predicted: Predicted, fps: Any, prefix: Any) -> list[tuple[str, list[mistakes.Mistake]]]:
+def _mistakes(predicted: Predicted, *entry: Any) -> list[tuple[str, list[mistakes.Mistake]]]:
     """Both kinds with their headings; one, where they are the same videos."""
-    confident = mistakes.most_confident(predicted, CLIPS, fps, prefix)
-    worst = mistakes.worst(predicted, CLIPS, fps, prefix)
+    confident = mistakes.most_confident(predicted, CLIPS, *entry)
+    worst = mistakes.worst(predicted, CLIPS, *entry)
     if {each.path for each in confident} == {each.path for each in worst}:
         return [("The mistakes, the most confident first", confident)]
     return [("The most confident mistakes", confident), ("The worst: where the true class was left the least", worst)]
