@@ -23,7 +23,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 if TYPE_CHECKING:
     from omnivision.process import Job
-    from omnivision.settings import Settings
 
 HERE = Path(__file__).resolve().parent
 FLAGS_WITH_VALUE = (
@@ -166,14 +165,19 @@ def run(configs: list[DictConfig]) -> int:
 
     if not configs and {"-m", "--multirun"} & set(sys.argv[1:]):
         raise UserError("The sweep has no runs: a range or a choice among them is empty. Change it.")
-    return launch([job for job in map(checked, configs) if job is not None])
+    jobs = [checked(config) for config in configs]
+    if any(job.settings.trainer.mode == "dry" for job in jobs):
+        from omnivision.dry import dry_run
+
+        return max(dry_run(job) for job in jobs)
+    return launch(jobs)
 
 
-def checked(config: DictConfig) -> "Job | None":
-    """A configuration as a job, its settings and data checked; None when it was only to be described."""
+def checked(config: DictConfig) -> "Job":
+    """A configuration as a job, its settings and data checked; those of trainer.mode=dry are checked by `dry_run`."""
     from omnivision.launch import adopt_torchrun, check_way
     from omnivision.origins import origin_of
-    from omnivision.preflight import check_run, file_warnings, label_warnings, worker_warnings
+    from omnivision.preflight import check_run, run_warnings
     from omnivision.process import Job
     from omnivision.settings_check import check
 
@@ -181,16 +185,11 @@ def checked(config: DictConfig) -> "Job | None":
     adopt_torchrun(config)
     written = OmegaConf.to_container(config, resolve=False)
     settings = check(config, origin_of(sys.argv[1:], [*site_folders(sys.argv[1:]), CONFIG], written))
-    if settings.trainer.mode == "dry":
-        tell_dry(settings)
-        return None
-    train, val = check_run(settings, check_way)
-    if os.environ.get("RANK", "0") == "0":
-        warnings = file_warnings(train + val) + worker_warnings(settings)
-        if "decoder" not in settings.trainer.model:
-            warnings += label_warnings(train)
-        for warning in warnings:
-            print(f"warning: {warning}", file=sys.stderr)
+    if settings.trainer.mode != "dry":
+        splits = check_run(settings, check_way)
+        if os.environ.get("RANK", "0") == "0":
+            for warning in run_warnings(settings, *splits):
+                print(f"warning: {warning}", file=sys.stderr)
     return Job(settings, OmegaConf.to_yaml(config, resolve=False))
 
 
@@ -204,26 +203,6 @@ def trust_by_hand(config: DictConfig) -> None:
             f"trainer.trust_targets is {str(trusted)[:200]} in a file; expected it on the command line alone: to build classes "
             "runs their code, and files come from others, too. Take it out, and type '++trainer.trust_targets=[PACKAGE]'."
         )
-
-
-def tell_dry(settings: "Settings") -> None:
-    """What a run would be: told, drawn, and as the job that SLURM would get."""
-    from omnivision import dry
-    from omnivision.errors import UserError
-    from omnivision.launch import batch_script
-    from omnivision.process import RunFolder
-
-    model, optimizer = dry.built(settings)
-    picture = Path(settings.launcher.experiment_log_dir) / "dry.png"
-    try:
-        dry.draw(settings, optimizer, picture)
-    except OSError as error:
-        raise UserError(f"{picture} cannot be written: {error.strerror}. Change launcher.experiment_log_dir.") from None
-    print(dry.describe(settings, model, optimizer))
-    print(f"curves       {picture}")
-    if settings.submitit.use_cluster:
-        print("\nThe batch script:\n")
-        print(batch_script(settings, RunFolder(settings.launcher.experiment_log_dir)))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import fnmatch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from omnivision import utilisation
 from omnivision.data.catalog import LabelSets, Split, label_sets
 from omnivision.data.dataset import ClipDataset, Cut
+from omnivision.data.decode import BadVideo, open_video
 from omnivision.data.loader import TrainData, ValData, Workers
 from omnivision.distributed import Place, Processes
 from omnivision.errors import UserError
@@ -30,7 +32,7 @@ from omnivision.models.classifier import is_frozen
 from omnivision.models.patches import token_grid
 from omnivision.optim.groups import Group, Rule, ScheduledOptimizer, layer_decay_scales, parameter_groups
 from omnivision.optim.schedules import Scaled
-from omnivision.preflight import datasets_of, epoch_plan, open_splits
+from omnivision.preflight import datasets_of, epoch_plan, held_bytes, host_memory, open_splits, sample_paths
 from omnivision.reporting.bad_samples import BadSampleLedger
 from omnivision.reporting.reporter import Reporter
 from omnivision.reporting.run_folder import RunFolder
@@ -45,6 +47,7 @@ from omnivision.weights import load as load_weights
 from omnivision.weights import read as read_weights
 
 POSITIONS = "trunk.pos_embed"
+NUM_OPENED_FILES = 4  # of each split, to find clips that are too short
 
 
 def build(target: Target, where: str, partial: bool = False, **more: Any) -> Any:
@@ -326,6 +329,47 @@ def cut(settings: Settings, data: DataSettings | ImageSettings, where: str, num_
     return Cut(view, getattr(view, "crops", 1), num_frames, grid, mask, clips)
 
 
+def check_device(settings: Settings, device: torch.device) -> None:
+    """Raise UserError for a device that cannot compile the model, or whose memory weights, gradients and optimizer exceed."""
+    if settings.trainer.compile:
+        check_compiler(device)
+    if device.type == "cuda":
+        total, what = torch.cuda.get_device_properties(device).total_memory, f"device {device}"
+    else:
+        total, what = host_memory() // settings.launcher.gpus_per_node, "a process's share of this machine"
+    needed = held_bytes(settings)
+    if needed > total:
+        raise UserError(
+            f"The model needs {needed / 1e9:.1f} GB for weights, gradients and optimizer state; {what} has "
+            f"{total / 1e9:.1f} GB. Choose a smaller trainer/model, or split it with trainer.distributed.strategy=fsdp."
+        )
+
+
+def short_clip_warnings(settings: Settings, splits: list[Split]) -> list[str]:
+    """Warn about videos whose clips have fewer frames than num_frames. Reads the packets of a few files of each split."""
+    data, warnings = settings.trainer.data, []
+    for split in splits:
+        short, opened = [], 0
+        for path in sample_paths(split, NUM_OPENED_FILES) if split.dataset.kind == "video" else []:
+            with (
+                contextlib.suppress(BadVideo),
+                open_video(path, fps=split.dataset.fps, max_pixels=data.max_pixels) as video,
+            ):
+                share = min(1.0, data.clip_duration / max(video.duration, 1e-9))
+                frames = round(video.facts().frames * share)
+                opened += 1
+                if frames < data.num_frames:
+                    short.append((frames, path))
+        if short:
+            frames, path = min(short)
+            warnings.append(
+                f"{len(short)} of {opened} sampled videos of {split.name} ({split.which}) have fewer than num_frames="
+                f"{data.num_frames} frames in {data.clip_duration:g} s, so that frames repeat: {frames} in {path}. Lower "
+                "num_frames or raise clip_duration."
+            )
+    return warnings
+
+
 def facts(settings: Settings, model: nn.Module) -> dict[str, Any]:
     """What a run is, in a few words for `summary.json`: lists of runs show them."""
     told = describe(model)
@@ -363,12 +407,22 @@ def comms_dtype(settings: Settings, device: torch.device) -> str | None:
     return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(amp_dtype(settings, device) or torch.float32)
 
 
-def trainer(settings: Settings, processes: Processes, folder: RunFolder, reporter: Reporter, stop: Stop) -> Trainer:
-    """Everything that a run needs. Raises UserError for whatever its user can mend."""
+def trainer(
+    settings: Settings,
+    processes: Processes,
+    folder: RunFolder,
+    reporter: Reporter,
+    stop: Stop,
+    splits: tuple[list[Split], list[Split]] | None = None,
+) -> Trainer:
+    """Build everything that a run needs. Raises UserError for whatever its user can fix."""
     data = settings.trainer.data
-    if settings.trainer.compile:
-        check_compiler(processes.device)
-    train_splits, val_splits = open_splits(settings)
+    if processes.device.type != "meta":
+        check_device(settings, processes.device)
+    train_splits, val_splits = open_splits(settings) if splits is None else splits
+    if train_splits and processes.is_main:
+        for warning in short_clip_warnings(settings, train_splits):
+            reporter.say(f"warning: {warning}")
     pinned = processes.device.type == "cuda"
     workers = Workers(data.num_workers, data.prefetch, pinned, timeout=60 * data.timeout_minutes)
     train = None
@@ -379,7 +433,7 @@ def trainer(settings: Settings, processes: Processes, folder: RunFolder, reporte
     evaluated = clip_dataset(settings, val_splits, training=False)
     clips = max((cut.clips * cut.views for cut in evaluated.cuts.values()), default=1)
     val = ValData(evaluated, workers, max(1, settings.clips_per_process // clips))
-    built = model(settings)
+    built = model(settings, "meta" if processes.device.type == "meta" else "cpu")
     sources = sources_of_average(settings, built)
     ledger = BadSampleLedger(
         folder.logs / "bad_samples.jsonl",

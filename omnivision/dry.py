@@ -1,24 +1,46 @@
-"""`trainer.mode=dry`: what a run would be. Builds the model on the meta device and opens no film."""
+"""`trainer.mode=dry`: what would stop a run, and what it would be.
+
+The checks are those of a run: `preflight.check_run`, and `process.ready_trainer` with a model on the meta device, which
+compares weights and checkpoints by name and shape. A few videos of each split are opened, to find clips that are too short.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import functools
+import io
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from rich.console import Console
 from torch import nn
 
 from omnivision import build, weight_files
-from omnivision.errors import UserError
-from omnivision.files import replace_atomically, require_weights
+from omnivision.data.catalog import Split
+from omnivision.distributed import Place, choose_device
+from omnivision.errors import EXIT_USER, UserError
+from omnivision.files import replace_atomically
+from omnivision.launch import batch_script, check_way
 from omnivision.models.average import AveragedClassifier
 from omnivision.optim.groups import ScheduledOptimizer
-from omnivision.preflight import all_of, checkpoint_bytes, epoch_plan, looked_for, open_splits, shared_memory_bytes
+from omnivision.preflight import (
+    all_of,
+    awaits_dependency,
+    check_run,
+    check_splits,
+    checkpoint_bytes,
+    epoch_plan,
+    run_warnings,
+    sample_paths,
+    shared_memory_bytes,
+)
+from omnivision.process import Job, ready_trainer, run_folder
+from omnivision.reporting.reporter import Reporter
 from omnivision.settings import Settings
+from omnivision.stopping import Stop
 from omnivision.utilisation import Cost
 
 WIDTH = 60  # characters of a curve in the terminal
@@ -34,6 +56,61 @@ class Curve:
     values: list[float]
 
 
+def dry_run(job: Job) -> int:
+    """Print what would stop the run, first, then what it would be; returns the exit code, 1 when something would stop it."""
+    settings = replace(job.settings, trainer=replace(job.settings.trainer, mode="train"))
+    job = replace(job, settings=settings)
+    problems, lines = [], []
+    splits: tuple[list[Split], list[Split]] = [], []
+    try:
+        splits = check_run(settings, check_way)
+    except UserError as error:
+        problems += error.problems
+        with contextlib.suppress(UserError):
+            splits = check_splits(settings)
+    model = optimizer = None
+    try:
+        model, optimizer = built(settings)
+        lines = check_start(job, splits)
+    except UserError as error:
+        problems += error.problems
+    if problems:
+        print("\n- ".join(["This run would stop before its first step:", *problems]), end="\n\n")
+    for warning in run_warnings(settings, *splits):
+        print(f"warning: {warning}")
+    if model is not None and optimizer is not None:
+        image = Path(settings.launcher.experiment_log_dir) / "dry.png"
+        try:
+            draw(settings, optimizer, image)
+        except OSError as error:
+            raise UserError(
+                f"{image} cannot be written: {error.strerror}. Change launcher.experiment_log_dir."
+            ) from None
+        print("\n".join([describe(settings, model, optimizer, *splits), f"curves       {image}", *lines]))
+    if settings.submitit.use_cluster:
+        print("\nThe batch script:\n")
+        print(batch_script(settings, run_folder(job)))
+    return EXIT_USER if problems else 0
+
+
+def check_start(job: Job, splits: tuple[list[Split], list[Split]]) -> list[str]:
+    """Check what a process of the run checks before its first step; returns what it would print. Raises UserError."""
+    settings, folder, output = job.settings, run_folder(job), io.StringIO()
+    processes = build.processes(replace(settings, trainer=replace(settings.trainer, accelerator="cpu")), Place())
+    processes.device = torch.device("meta")
+    reporter = Reporter(folder, enabled=True, console=Console(file=output))
+    checks: list[Callable[[], object]] = []
+    if not awaits_dependency(settings):
+        checks.append(lambda: ready_trainer(job, processes, folder, reporter, Stop(), splits))
+    if not settings.submitit.use_cluster:
+        last = settings.launcher.gpus_per_node - 1
+        checks.append(lambda: build.check_device(settings, choose_device(settings.trainer.accelerator, last)))
+        checks.append(folder.require_free)
+    with warnings.catch_warnings(action="ignore"):  # torch says that the meta device takes no values
+        all_of(checks)
+    return output.getvalue().splitlines()
+
+
 def built(settings: Settings) -> tuple[nn.Module, ScheduledOptimizer]:
     """The model, without memory, and its optimizer."""
     build.check_cuts(settings)
@@ -41,7 +118,13 @@ def built(settings: Settings) -> tuple[nn.Module, ScheduledOptimizer]:
     return model, build.optimizer(settings, model)
 
 
-def describe(settings: Settings, model: nn.Module, optimizer: ScheduledOptimizer) -> str:
+def describe(
+    settings: Settings,
+    model: nn.Module,
+    optimizer: ScheduledOptimizer,
+    train: list[Split],
+    val: list[Split],
+) -> str:
     """Model, parameter groups, effective batch, learning rate, operations, and data, as lines to print."""
     parameters = {name: p.numel() for name, p in model.named_parameters()}
     if isinstance(model, AveragedClassifier):
@@ -58,7 +141,7 @@ def describe(settings: Settings, model: nn.Module, optimizer: ScheduledOptimizer
         f"over {settings.processes} process{'es' * (settings.processes > 1)}",
         memory_line(settings, model, cost.kept_bytes if cost else 0),
         f"sources      {', '.join(settings.trainer.data.sources)}",
-        *data_lines(settings),
+        *data_lines(settings, train, val),
         *weights_lines(settings),
         *frozen_lines(model),
         f"groups       {len(optimizer.groups)}, of {type(optimizer.optimizer).__name__}:",
@@ -76,7 +159,7 @@ def describe(settings: Settings, model: nn.Module, optimizer: ScheduledOptimizer
         of = "" if len(curve.groups) == len(optimizer.groups) else f" (groups {', '.join(map(str, curve.groups))})"
         told = f"epoch 0 to {settings.trainer.max_epochs}: {told_curve(curve.values)}{of}"
         lines.append(f"{curve.option:12} {line_of(curve.values)}  {told}")
-    return "\n".join([*lines, *hindrances(settings)])
+    return "\n".join(lines)
 
 
 def curves_of(optimizer: ScheduledOptimizer) -> list[Curve]:
@@ -126,50 +209,32 @@ def draw(settings: Settings, optimizer: ScheduledOptimizer, file: Path) -> None:
         figure.savefig(opened, format="png")
 
 
-def data_lines(settings: Settings) -> list[str]:
-    """The splits with their sizes and how many of some files are there, the weights, and the steps that follow."""
-    try:
-        train, val = open_splits(settings)
-        plan = epoch_plan(settings, train) if train else None
-    except UserError:
-        return []
+def data_lines(settings: Settings, train: list[Split], val: list[Split]) -> list[str]:
+    """The splits with their sizes and how many sampled files exist, and the steps that follow."""
     lines = []
     for split in train + val:
-        paths = looked_for(split)
+        paths = sample_paths(split)
         there = sum(Path(path).exists() for path in paths)
-        told = f"{len(split)} samples; {there} of {len(paths)} files that were looked for are there"
-        lines.append(f"data         {split.name}, {split.which}: {told}")
-    if plan is not None:
-        epochs = settings.trainer.max_epochs
-        lines.append(f"steps        {plan.steps} an epoch x {epochs} epochs = {plan.steps * epochs}")
+        lines.append(
+            f"data         {split.name}, {split.which}: {len(split)} samples; {there} of {len(paths)} sampled files exist"
+        )
+    if train:
+        steps, epochs = epoch_plan(settings, train).steps, settings.trainer.max_epochs
+        lines.append(f"steps        {steps} an epoch x {epochs} epochs = {steps * epochs}")
     return lines
 
 
 def weights_lines(settings: Settings) -> list[str]:
-    """What the run starts from, as far as it is there."""
+    """The files that the run starts from, if they exist."""
     source = settings.pretrained_checkpoint_path
     if source is None:
         return ["weights      none: it starts from nothing"]
-    found = []
+    lines = []
     for each in [source] if isinstance(source, str) else source:
         with contextlib.suppress(UserError):
-            file = weight_files.find(require_weights(each))
-            found.append(f"weights      from {file}, {file.stat().st_size / 1e6:.1f} MB")
-    return found
-
-
-def hindrances(settings: Settings) -> list[str]:
-    """Why the run would not start here."""
-    source = settings.pretrained_checkpoint_path
-    sources = [source] if isinstance(source, str) else source or []
-    checks: list[Callable[[], object]] = [lambda: open_splits(settings)]
-    checks += [functools.partial(require_weights, each) for each in sources]
-    try:
-        all_of(checks)
-        epoch_plan(settings, open_splits(settings)[0])
-    except UserError as error:
-        return ["", "What would stop this run here:", *(f"- {problem}" for problem in error.problems)]
-    return []
+            file = weight_files.find(each)
+            lines.append(f"weights      from {file}, {file.stat().st_size / 1e6:.1f} MB")
+    return lines
 
 
 def operations_line(cost: Cost | None) -> str:

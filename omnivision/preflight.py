@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from omnivision.data.catalog import Dataset, Split
 from omnivision.data.epoch import EpochPlan, SourcePlan
@@ -16,7 +16,7 @@ from omnivision.errors import UserError
 from omnivision.files import BEST, LATEST, PARTS, PREVIOUS, require_weights
 from omnivision.settings import Settings
 
-LOOKED_FOR = 16  # files of a split, before a run
+NUM_PROBED_FILES = 16  # of each split, before a run
 CHECKPOINTS = 3  # there are so many at once while one is saved: the newest, the one before, the one that is written
 Made = TypeVar("Made")
 
@@ -40,18 +40,21 @@ def check_run(settings: Settings, *more: Callable[[Settings], None]) -> tuple[li
 
     Raises one UserError with all problems.
     """
-    opened: list[tuple[list[Split], list[Split]]] = []
-
-    def splits() -> None:
-        train, val = open_splits(settings)
-        if train:
-            epoch_plan(settings, train)
-        opened.append((train, val))
-
-    checks: list[Callable[[], None]] = [splits]
+    checks: list[Callable[[], Any]] = [functools.partial(check_splits, settings)]
     checks += [functools.partial(check, settings) for check in (*more, check_pretrained, check_room)]
-    all_of(checks)
-    return opened[0]
+    splits: tuple[list[Split], list[Split]] = all_of(checks)[0]
+    return splits
+
+
+def check_splits(settings: Settings) -> tuple[list[Split], list[Split]]:
+    """Open the run's train and val splits. Raises UserError as `open_splits` and `epoch_plan`, and where no file exists."""
+    train, val = open_splits(settings)
+    if train:
+        epoch_plan(settings, train)
+    missing = file_warnings(train + val)
+    if missing and not settings.submitit.use_cluster:  # whose nodes may see the files: `run_warnings` then warns
+        raise UserError.of(missing)
+    return train, val
 
 
 def datasets_of(settings: Settings) -> list[Dataset]:
@@ -143,13 +146,18 @@ def check_pretrained(settings: Settings) -> None:
 
     A run that has a checkpoint goes on from that. What a job of the cluster is to bring first need not be there yet.
     """
-    if settings.submitit.use_cluster and settings.submitit.dependency is not None:
+    if awaits_dependency(settings):
         return
     if Path(settings.trainer.checkpoint.save_dir, LATEST).exists():
         return
     wanted = settings.pretrained_checkpoint_path
     for source in [wanted] if isinstance(wanted, str) else wanted or []:
         require_weights(source)
+
+
+def awaits_dependency(settings: Settings) -> bool:
+    """Whether a job of the cluster has to end first, which may bring the weights that the run starts from."""
+    return settings.submitit.use_cluster and settings.submitit.dependency is not None
 
 
 def check_room(settings: Settings) -> None:
@@ -210,8 +218,29 @@ def shared_memory_bytes(settings: Settings) -> int:
 
 
 def checkpoint_bytes(settings: Settings) -> int:
-    """About what a checkpoint takes: weights, two moments of each that is trained, and the moving average, in float32. The
-    weights are counted from the sizes of trunk and decoder, since no model is built on a login node.
+    """About what a checkpoint takes: weights, two moments of each that is trained, and the moving average, in float32."""
+    count, trained = parameter_counts(settings)
+    return 4 * (count + 2 * trained + (count if settings.trainer.ema_decay is not None else 0))
+
+
+def held_bytes(settings: Settings) -> int:
+    """About what a process holds all the time: what its checkpoint has, and the gradients."""
+    held = checkpoint_bytes(settings) + 4 * parameter_counts(settings)[1]
+    return held // (settings.processes if settings.trainer.distributed.strategy == "fsdp" else 1)
+
+
+def host_memory() -> int:
+    """Bytes of memory of this machine, or of the container that this process is in."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # "max", or no such file
+        return total
+
+
+def parameter_counts(settings: Settings) -> tuple[int, int]:
+    """About how many parameters a checkpoint has, and how many of them are trained: counted from the sizes of trunk and
+    decoder, since no model is built on a login node.
     """
     trainer = settings.trainer
     trunk, decoder = trainer.model.get("trunk", {}), trainer.model.get("decoder")
@@ -225,7 +254,7 @@ def checkpoint_bytes(settings: Settings) -> int:
         count, trained = count + added, trained + added
     if "num_models" in trainer.model:
         count = 0  # what is averaged is not in it
-    return 4 * (count + 2 * trained + (count if trainer.ema_decay is not None else 0))
+    return count, trained
 
 
 def transformer(width: int, depth: int) -> int:
@@ -233,9 +262,18 @@ def transformer(width: int, depth: int) -> int:
     return depth * (12 * width * width + 13 * width)
 
 
-def looked_for(split: Split) -> list[str]:
-    """Some files of a split, spread over it."""
-    return [split.path(number) for number in sorted({len(split) * part // LOOKED_FOR for part in range(LOOKED_FOR)})]
+def sample_paths(split: Split, count: int = NUM_PROBED_FILES) -> list[str]:
+    """Paths of at most `count` files of a split, spread over it."""
+    return [split.path(number) for number in sorted({len(split) * part // count for part in range(count)})]
+
+
+def run_warnings(settings: Settings, train: list[Split], val: list[Split]) -> list[str]:
+    """What a run and trainer.mode=dry warn about before the start: settings that are allowed, and may be a mistake."""
+    warnings = file_warnings(train + val) if settings.submitit.use_cluster else []
+    warnings += worker_warnings(settings)
+    if "decoder" not in settings.trainer.model:
+        warnings += label_warnings(train)
+    return warnings
 
 
 def worker_warnings(settings: Settings) -> list[str]:
@@ -251,11 +289,11 @@ def file_warnings(splits: list[Split]) -> list[str]:
     """Sentences about splits of which none of some files, spread over them, is there."""
     found = []
     for split in splits:
-        paths = looked_for(split)
+        paths = sample_paths(split)
         if not any(Path(path).exists() for path in paths):
             found.append(
-                f"none of {len(paths)} files that were looked for of {split.name}'s {split.which} split is there, e.g. "
-                f"{paths[0]}. Unless the processes of the run see them, change datasets.{split.name}.prefix."
+                f"None of the {len(paths)} sampled files of {split.name} ({split.which}) exists, e.g. {paths[0]}. Change "
+                f"datasets.{split.name}.prefix, unless only the nodes of a cluster see the files."
             )
     return found
 

@@ -21,10 +21,12 @@ from omnivision.streams import be_patient
 from omnivision.watchdog import GRACE_SECONDS, Peers
 
 if TYPE_CHECKING:
+    from omnivision.data.catalog import Split
     from omnivision.distributed import Place, Processes
     from omnivision.job_record import JobRecord
     from omnivision.reporting.reporter import Reporter
     from omnivision.trainer import Trainer
+    from omnivision.weights import LoadReport
 
 LOG = logging.getLogger("omnivision")
 LOG.addHandler(logging.NullHandler())  # until there is a file, nothing goes to the console by itself
@@ -62,7 +64,7 @@ def run_process(job: Job, place: Place | None, record: JobRecord | None = None) 
             from omnivision import build, checkpoint
             from omnivision.distributed import Place
             from omnivision.experiment import flat_text
-            from omnivision.files import remove_leftovers
+            from omnivision.files import remove_leftovers, write_atomically
             from omnivision.reporting.reporter import Reporter
 
             place = place or Place.from_torchrun()
@@ -88,8 +90,12 @@ def run_process(job: Job, place: Place | None, record: JobRecord | None = None) 
             reporter = Reporter(folder, processes.is_main, also=job.settings.trainer.logging.also, settings=told)
             if taken_over:
                 reporter.say(taken_over)
-            trainer = processes.together(lambda: ready_trainer(job, processes, folder, reporter, stop))
-            assert trainer is not None
+            ready = processes.together(lambda: ready_trainer(job, processes, folder, reporter, stop))
+            assert ready is not None
+            trainer, reports = ready
+            if reports and processes.is_main:
+                loaded = [asdict(report) for report in reports]
+                write_atomically(folder.logs / "pretrained.json", json.dumps(loaded, indent=1) + "\n")
             processes.together(lambda: reporter.connect(trainer.global_step), only_main=True)
             trainer.join_processes()
             ending.peers.start()
@@ -136,24 +142,34 @@ def note_beginning(job: Job, folder: RunFolder, trainer: Trainer, reporter: Repo
     folder.write_summary(**facts)
 
 
-def ready_trainer(job: Job, processes: Processes, folder: RunFolder, reporter: Reporter, stop: Stop) -> Trainer:
-    """The trainer with everything built and, if the run folder has a checkpoint, resumed; else with pretrained weights."""
+def ready_trainer(
+    job: Job,
+    processes: Processes,
+    folder: RunFolder,
+    reporter: Reporter,
+    stop: Stop,
+    splits: tuple[list[Split], list[Split]] | None = None,
+) -> tuple[Trainer, list[LoadReport]]:
+    """Build the trainer and resume it if the run directory has a checkpoint, else load pretrained weights.
+
+    Returns the trainer, and a report for each file of pretrained weights. On the meta device (`trainer.mode=dry`) names and
+    shapes are checked and nothing is computed. `splits` are the train and val splits, if they are open already.
+    """
     from omnivision import build
     from omnivision.experiment import facts, flat
-    from omnivision.files import write_atomically
     from omnivision.resuming import take_up
 
-    trainer = build.trainer(job.settings, processes, folder, reporter, stop)
+    trainer = build.trainer(job.settings, processes, folder, reporter, stop, splits)
     if processes.is_main:
         used = [data for data in (trainer.train, trainer.val) if data is not None]
-        splits = [split for data in used for split in data.dataset.splits]
+        used_splits = [split for data in used for split in data.dataset.splits]
         plan = None if trainer.train is None else trainer.train.plan
         values = flat(asdict(job.settings))
-        trainer.experiment = facts(job.config_text, values, splits, plan, build.shown(job.settings))
+        trainer.experiment = facts(job.config_text, values, used_splits, plan, build.shown(job.settings))
     for source in trainer.sources:
         reporter.say(f"Averages {source.path} (SHA-256 {source.sha256[:12]}...)")
     if take_up(trainer):
-        return trainer
+        return trainer, []
     validating = job.settings.trainer.mode == "val"
     if validating and trainer.sources:
         raise UserError(
@@ -170,12 +186,9 @@ def ready_trainer(job: Job, processes: Processes, folder: RunFolder, reporter: R
     reports = trainer.sources or build.pretrained(job.settings, trainer.bare)
     for line in [line for report in reports for line in report.lines()]:
         reporter.say(line)
-    if reports and processes.is_main:
-        told = [asdict(report) for report in reports]
-        write_atomically(folder.logs / "pretrained.json", json.dumps(told, indent=1) + "\n")
     if trainer.ema is not None:
         trainer.ema.start()
-    return trainer
+    return trainer, reports
 
 
 def log_to_file(path: Path) -> None:

@@ -90,14 +90,14 @@ class Labels(Folder):
         with self.assertRaisesRegex(UserError, r"datasets\.a\.class_names is .*cannot be read"):
             Dataset("a", num_classes=3, class_names=str(self.folder / "none.txt")).names()
 
-    def test_films_of_which_none_is_there_are_a_warning(self):
+    def test_no_sampled_file_exists(self):
         np.save(self.folder / "p.npy", np.array([f"{number}.mp4" for number in range(100)]))
         split = Split(
             Dataset("d", prefix=f"{self.folder}/", train=SplitFiles(str(self.folder / "p.npy"))),
             "train",
         )
         (warning,) = file_warnings([split])
-        self.assertRegex(warning, r"^none of 16 files .* of d's train split is there, .*Unless .* datasets\.d\.prefix")
+        self.assertRegex(warning, r"^None of the 16 sampled files of d \(train\) exists, .* datasets\.d\.prefix")
         (self.folder / "0.mp4").touch()
         self.assertEqual(file_warnings([split]), [])
 

@@ -91,7 +91,7 @@ class Typed(unittest.TestCase):
         said = self.type(rest).stdout
         self.assertIn("out/val_paths.npy, val_labels.npy: 2 samples of 2 classes", said)
         self.assertRegex(said, r"lr +[▁▂▃▄▅▆▇█]{60}  epoch 0 to 2")
-        self.assertRegex(said, r"data +mine, train: 10 samples; \d+ of \d+ files that were looked for are there")
+        self.assertRegex(said, r"data +mine, train: 10 samples; \d+ of \d+ sampled files exist")
         self.assertRegex(said, r"jump +█* .* %")
         self.assertIn("Wrote report.html", said)
         self.assertIn("<h1>mine</h1>", (self.folder / "report.html").read_text())

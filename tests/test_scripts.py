@@ -302,8 +302,11 @@ class Runs(OnPath):
             results = dict(zip(PUBLISHED, two_at_a_time.map(dry, PUBLISHED), strict=True))
         for script, (nodes, *_, dataset, model) in PUBLISHED.items():
             with self.subTest(script):
-                self.assertEqual((results[script].returncode, results[script].stderr), (0, ""))
+                self.assertEqual((results[script].returncode, results[script].stderr), (1, ""))
                 said = results[script].stdout
+                self.assertRegex(
+                    said, rf"^This run would stop .*\n- .*(.|\n)*datasets.{dataset.split()[0]}.train.paths"
+                )
                 self.assertIn(model, said)
                 self.assertRegex(said, rf"batch +{12 * nodes} clips a step.* over {nodes} processes")
                 self.assertRegex(said, rf"sources +{dataset}\n")

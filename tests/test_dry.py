@@ -1,0 +1,141 @@
+"""trainer.mode=dry: what would stop a run comes first, with exit code 1, and stops the run itself, too."""
+
+import copy
+import os
+import shutil
+import tempfile
+import unittest
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+
+from omnivision import build, dry
+from omnivision.data.encode import write_film
+from omnivision.reporting.run_folder import RunFolder
+from omnivision.settings_check import check
+from omnivision.trainer import Trainer
+from tests import stage_runs as stages
+
+STOPS = "This run would stop before its first step:\n- "
+
+
+class Dry(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        temporary = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(temporary.cleanup)
+        cls.folder = Path(temporary.name)
+        videos = stages.write_films(cls.folder / "videos", 6)
+        splits = [stages.write_split(cls.folder, "ucf101", which, videos) for which in ("train", "val")]
+        cls.data = [override for split in splits for override in split]
+        nothing = "pretrained_checkpoint_path=null"
+        cls.config = stages.composed(*stages.command("ft", cls.folder, *cls.data, nothing))
+        cls.config.datasets = {"ucf101": cls.config.datasets.ucf101}  # the others would only take time
+        torch.save({"model": build.model(check(cls.config)).state_dict()}, cls.folder / "fits.pt")
+        finished = cls.start("finished", "train", {"trainer.limit_train_batches": 1})
+        assert finished.returncode == 0, finished.stderr
+
+    @classmethod
+    def start(cls, run: str, mode: str, changes: dict) -> stages.Result:
+        """The command of a run, in this process; `changes` are settings by name."""
+        config = copy.deepcopy(cls.config)
+        where = {"launcher.experiment_log_dir": str(cls.folder / run), "trainer.mode": mode}
+        for name, value in (where | changes).items():
+            OmegaConf.update(config, name, value, force_add=True)
+        with mock.patch.object(stages, "composed", lambda *_: config):
+            return stages.here([])
+
+    def dry(self, run: str, changes: dict) -> stages.Result:
+        with mock.patch.object(dry, "draw"), mock.patch.object(build, "clip_cost", return_value=None):  # are slow
+            return self.start(run, "dry", changes)
+
+    def assert_stops(self, key: str, run: str, changes: dict) -> None:
+        """The dry run names `key` first, with exit code 1, and the run refuses to start, naming it too."""
+        shown = self.dry(run, changes)
+        self.assertEqual((shown.returncode, shown.stderr), (1, ""))
+        self.assertTrue(shown.stdout.startswith(STOPS), shown.stdout)
+        self.assertIn(key, shown.stdout.partition("\n\n")[0])
+        self.assertIn("\nmodel  ", shown.stdout)
+        refused = self.start(run, "train", changes)
+        self.assertEqual(refused.returncode, 1, refused.stdout)
+        self.assertIn(key, refused.stderr)
+        self.assertNotIn("step 1", refused.stdout)
+
+    def test_nothing_stops_it(self):
+        shown = self.start("new", "dry", {"pretrained_checkpoint_path": f"{self.folder}/fits.pt"})
+        self.assertEqual((shown.returncode, shown.stderr), (0, ""))
+        self.assertTrue(shown.stdout.startswith("model "), shown.stdout)
+        self.assertRegex(shown.stdout, r"Weights from .*fits.pt\n  loaded +29 ")
+        self.assertEqual(os.listdir(self.folder / "new"), ["dry.png"])
+
+    def test_no_file_of_the_data(self):
+        nowhere = {"datasets.ucf101.prefix": "/nowhere"}
+        self.assert_stops("datasets.ucf101.prefix", "none", nowhere)
+        shown = self.dry("none", nowhere | {"pretrained_checkpoint_path": "/nowhere"})
+        self.assertRegex(
+            shown.stdout, r"datasets.ucf101.prefix(.|\n)*\n- (.|\n)*pretrained_checkpoint_path(.|\n)*\nmodel  "
+        )
+        shown = self.dry("none", nowhere | {"submitit.use_cluster": True})
+        self.assertRegex(shown.stdout, "\nwarning: .*datasets.ucf101.prefix", "compute nodes may see them")
+
+    def test_labels(self):
+        np.save(self.folder / "labels.npy", [0, 1, 2, 3, 0, 1])
+        self.assert_stops("datasets.ucf101", "labels", {"datasets.ucf101.train.labels": f"{self.folder}/labels.npy"})
+
+    def test_weights_that_do_not_fit(self):
+        weights = {"pretrained_checkpoint_path": f"{self.folder}/fits.pt"}
+        self.assert_stops("trainer/model", "misfit", weights | {"trainer.model.trunk.width": 48})
+        self.assert_stops("trunk_coverage", "misfit", weights | {"trainer.model.trunk.depth": 3})
+        four = {"datasets.ucf101.num_classes": 4, "trainer.checkpoint.drop_if_present": []}
+        self.assert_stops("heads", "misfit", weights | four)
+        (self.folder / "broken.pt").write_bytes((self.folder / "fits.pt").read_bytes()[:-100])
+        self.assert_stops("broken.pt", "misfit", {"pretrained_checkpoint_path": f"{self.folder}/broken.pt"})
+
+    def test_the_sources_of_an_average(self):
+        sources = f"pretrained_checkpoint_path=[{self.folder}/fits.pt,{self.folder}/fits.pt]"
+        average = stages.command("average", self.folder / "average", *self.data, sources, "trainer.mode=dry")
+        with mock.patch.object(dry, "draw"):
+            self.assertEqual(stages.here(average).returncode, 0)
+            shown = stages.here([*average, "trainer.model.trunk.width=48"])
+        self.assertEqual(shown.returncode, 1)
+        self.assertRegex(shown.stdout, rf"^{STOPS}.*trunk\..*\(96.*pretrained_checkpoint_path")
+
+    def test_a_run_directory_with_other_settings(self):
+        limit = {"trainer.limit_train_batches": 1}
+        self.assertEqual(self.dry("finished", limit).returncode, 0)
+        self.assert_stops("allow_changes", "finished", limit | {"trainer.optim.gradient_clip": 1.0})
+        allowed = limit | {"trainer.checkpoint.allow_changes": True}
+        self.assertEqual(self.dry("finished", allowed | {"epochs": 2}).returncode, 0)
+        self.assert_stops("trainer/model", "finished", allowed | {"trainer.model.trunk.width": 48})
+        shutil.copytree(self.folder / "finished/checkpoints", self.folder / "broken/checkpoints")
+        (self.folder / "broken/checkpoints/checkpoint.pt").write_bytes(b"x")
+        self.assert_stops("launcher.experiment_log_dir", "broken", limit)
+
+    def test_a_run_directory_in_use(self):
+        holder = RunFolder(self.folder / "held")
+        holder.create()
+        holder.lock()
+        self.addCleanup(holder.unlock)
+        self.assert_stops("launcher.experiment_log_dir", "held", {})
+
+    def test_too_little_memory(self):
+        with mock.patch.object(build, "host_memory", lambda: 10**6):
+            self.assert_stops("trainer/model", "memory", {})
+
+    def test_warnings_are_those_of_the_run(self):
+        write_film(str(self.folder / "short.mp4"), np.zeros((3, 48, 64, 3), np.uint8), fps=25)
+        np.save(self.folder / "short.npy", [str(self.folder / "short.mp4")] * 6)
+        changes = {"datasets.ucf101.train.paths": f"{self.folder}/short.npy", "trainer.data.num_workers": 9}
+        with mock.patch.object(Trainer, "fit"):
+            for mode in ("dry", "train"):
+                shown = self.start("warned", mode, changes)
+                said = shown.stdout + shown.stderr
+                self.assertRegex(said, r"warning: 9 data workers share")
+                self.assertRegex(said, r"warning: 4 of 4 sampled videos of ucf101 .*num_frames=4 .*: 3 in .*short.mp4")
+
+
+if __name__ == "__main__":
+    unittest.main()
