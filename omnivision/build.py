@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from omnivision import utilisation
 from omnivision.data.catalog import LabelSets, Split, label_sets
+from omnivision.data.clips import sample_duration
 from omnivision.data.dataset import ClipDataset, Cut
 from omnivision.data.decode import BadVideo, open_video
 from omnivision.data.loader import TrainData, ValData, Workers
@@ -32,7 +33,7 @@ from omnivision.models.classifier import is_frozen
 from omnivision.models.patches import token_grid
 from omnivision.optim.groups import Group, Rule, ScheduledOptimizer, layer_decay_scales, parameter_groups
 from omnivision.optim.schedules import Scaled
-from omnivision.preflight import datasets_of, epoch_plan, held_bytes, host_memory, open_splits, sample_paths
+from omnivision.preflight import datasets_of, epoch_plan, held_bytes, host_memory, open_splits, spread_indices
 from omnivision.reporting.bad_samples import BadSampleLedger
 from omnivision.reporting.reporter import Reporter
 from omnivision.reporting.run_folder import RunFolder
@@ -350,13 +351,14 @@ def short_clip_warnings(settings: Settings, splits: list[Split]) -> list[str]:
     data, warnings = settings.trainer.data, []
     for split in splits:
         short, opened = [], 0
-        for path in sample_paths(split, NUM_OPENED_FILES) if split.dataset.kind == "video" else []:
+        for index in spread_indices(split, NUM_OPENED_FILES) if split.dataset.kind == "video" else []:
+            path = split.path(index)
             with (
                 contextlib.suppress(BadVideo),
                 open_video(path, fps=split.dataset.fps, max_pixels=data.max_pixels) as video,
             ):
-                share = min(1.0, data.clip_duration / max(video.duration, 1e-9))
-                frames = round(video.facts().frames * share)
+                seconds = min(data.clip_duration, sample_duration(video.duration, split.segment(index)))
+                frames = round(video.facts().frames * seconds / max(video.duration, 1e-9))
                 opened += 1
                 if frames < data.num_frames:
                     short.append((frames, path))

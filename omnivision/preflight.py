@@ -262,9 +262,14 @@ def transformer(width: int, depth: int) -> int:
     return depth * (12 * width * width + 13 * width)
 
 
-def sample_paths(split: Split, count: int = NUM_PROBED_FILES) -> list[str]:
-    """Paths of at most `count` files of a split, spread over it."""
-    return [split.path(number) for number in sorted({len(split) * part // count for part in range(count)})]
+def spread_indices(split: Split, count: int) -> list[int]:
+    """At most `count` samples of a split, spread over it."""
+    return sorted({len(split) * part // count for part in range(count)})
+
+
+def sample_paths(split: Split) -> list[str]:
+    """Paths of some files of a split."""
+    return [split.path(index) for index in spread_indices(split, NUM_PROBED_FILES)]
 
 
 def run_warnings(settings: Settings, train: list[Split], val: list[Split]) -> list[str]:
