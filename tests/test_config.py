@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from PIL import Image
 
-from omnivision import build, dry
+from omnivision import build, dry, slurm
 from omnivision.errors import UserError
 from omnivision.settings import Settings
 from omnivision.settings_check import check
