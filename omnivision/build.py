@@ -350,12 +350,12 @@ def short_clip_warnings(settings: Settings, splits: list[Split]) -> list[str]:
     """Warn about videos whose clips have fewer frames than num_frames. Reads the packets of a few files of each split."""
     data, warnings = settings.trainer.data, []
     for split in splits:
-        short, opened = [], 0
-        for index in spread_indices(split, NUM_OPENED_FILES) if split.dataset.kind == "video" else []:
+        short, opened, rules = [], 0, split.dataset
+        for index in spread_indices(split, NUM_OPENED_FILES) if rules.kind == "video" else []:
             path = split.path(index)
             with (
                 contextlib.suppress(BadVideo),
-                open_video(path, fps=split.dataset.fps, max_pixels=data.max_pixels) as video,
+                open_video(path, fps=rules.fps, max_pixels=data.max_pixels, frame_pattern=rules.frame_pattern) as video,
             ):
                 seconds = min(data.clip_duration, sample_duration(video.duration, split.segment(index)))
                 frames = round(video.facts().frames * seconds / max(video.duration, 1e-9))

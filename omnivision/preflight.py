@@ -107,7 +107,7 @@ def _require_labels(split: Split) -> None:
 
 def _require_one_series(split: Split) -> None:
     """Raises UserError for a folder of frames that holds several series, of which the catalog chooses none."""
-    folders = [path for path in looked_for(split) if os.path.isdir(path)] if split.dataset.kind == "video" else []
+    folders = [path for path in sample_paths(split) if os.path.isdir(path)] if split.dataset.kind == "video" else []
     if not folders:
         return
     from omnivision.data.decode import BadVideo, open_video  # which takes torch
