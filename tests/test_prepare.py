@@ -87,6 +87,14 @@ class Folder(unittest.TestCase):
     def relative(self, found: list[tuple[str, int]], base: str = "") -> list[tuple[str, int]]:
         return [(os.path.relpath(path, self.folder / base), label) for path, label in found]
 
+    def split_sizes(self, *arguments: object, source: str = "s") -> dict[str, int]:
+        """Prepare `source`; the samples of each split, and the classes' names in self.classes."""
+        shutil.rmtree(self.out, ignore_errors=True)
+        _, self.said, self.errors = run(self.folder / source, self.out, "--name", "mine", *arguments)
+        self.classes = (self.out / "class_names.txt").read_text().splitlines()
+        there = [which for which in SPLITS if (self.out / f"{which}_paths.npy").exists()]
+        return {which: len(np.load(self.out / f"{which}_labels.npy")) for which in there}
+
     def assert_refused(self, *arguments: object, saying: str) -> None:
         with self.assertRaisesRegex(UserError, saying) as caught:
             run(*arguments, "--name", "mine")
@@ -213,17 +221,230 @@ class CsvLists(Folder):
         self.assertEqual(found["train"], [("/cluster/films/a.mp4", 0)])
 
 
+class Columns(Folder):
+    """Lists with more columns than path and label."""
+
+    def samples(self, which: str = "train") -> list[tuple[str, int, tuple[float, float] | None]]:
+        paths, labels = (np.load(self.out / f"{which}_{what}.npy").tolist() for what in ("paths", "labels"))
+        file = self.out / f"{which}_segments.npy"
+        segments = list(map(tuple, np.load(file).tolist())) if file.exists() else [None] * len(paths)
+        return list(zip(paths, labels, segments, strict=True))
+
+    def list_sizes(self, text: str, *arguments: object) -> dict[str, int]:
+        self.write("list.csv", text)
+        return self.split_sizes(*arguments, source="list.csv")
+
+    def test_a_column_of_splits(self):
+        self.films(*(f"{k}.mp4" for k in range(6)))
+        values = ["train", "Validation", "TEST", "training", "validation", "testing"]
+        for name in ("split", "Subset", "phase", "set", "partition", "usage", "Data Split", "split_1", "what"):
+            with self.subTest(name):
+                values[5] = "test"
+                values[3] = "train"
+                rows = "".join(f"{k}.mp4,{value},{'ab'[k % 2]}\n" for k, value in enumerate(values))
+                sizes = self.list_sizes(f"path,{name},label\n{rows}")
+                self.assertEqual(sizes, {"train": 2, "val": 2, "test": 2})
+                self.assertEqual(self.samples("test"), [("2.mp4", 0, None), ("5.mp4", 1, None)])
+                self.assertIn(f"path from column path, label from column label, split from column {name}", self.said)
+
+    def test_columns_of_splits_that_are_asked_about(self):
+        self.films(*(f"{k}.mp4" for k in range(3)))
+        cases = {
+            "path,label,split\n0.mp4,a,1\n1.mp4,b,2\n2.mp4,a,3\n": "has 1, 2, 3 as splits",
+            "path,label,fold\n0.mp4,a,1\n1.mp4,b,2\n2.mp4,a,2\n": "has 1, 2 as splits",
+            "path,label,split\n0.mp4,a,train\n1.mp4,b,\n2.mp4,a,test\n": r"has \(nothing\) as splits",
+            "path,label,split\n0.mp4,a,train\n1.mp4,b,val\n2.mp4,a,dev\n": "dev and val, which both name the val",
+            "path,label,split,subset\n0.mp4,a,train,val\n1.mp4,b,val,val\n2.mp4,a,val,train\n": "--columns .*split=NAME",
+            "path,label,is_test\n0.mp4,a,0\n1.mp4,b,1\n2.mp4,a,0\n": "is_test.*--columns",
+        }
+        for text, saying in cases.items():
+            with self.subTest(text):
+                self.assert_refused(self.write("list.csv", text), self.out, saying=saying)
+        text = "path,label,fold\n0.mp4,a,1\n1.mp4,b,2\n2.mp4,a,3\n"
+        self.assertEqual(self.list_sizes(text, "--splits", "train=1,val=2"), {"train": 1, "val": 1})
+        self.assertIn("1 rows of other splits are passed over", self.said)
+        self.assertEqual(self.list_sizes(text, "--splits", "none"), {"train": 3})
+        self.assertIn("Not used: fold", self.said)
+        self.assertEqual(self.list_sizes(text, "--columns", "path=path,label=label"), {"train": 3})
+        shutil.rmtree(self.out)
+        for value in ("train=4", "train=1,val=x"):
+            self.assert_refused(self.folder / "list.csv", self.out, "--splits", value, saying="--splits has")
+
+    def test_lists_of_three_splits(self):
+        self.films("s/a.mp4", "s/b.mp4", "s/c.mp4")
+        names = {
+            split: self.write(f"{split}.csv", f"{path}.mp4,run\n") for split, path in zip(SPLITS, "abc", strict=True)
+        }
+        options = [option for split, file in names.items() for option in (f"--{split}", file)]
+        self.assertEqual(self.split_sizes(*options), {"train": 1, "val": 1, "test": 1})
+        self.write("test.csv", "path,label,split\nc.mp4,run,test\nb.mp4,run,train\n")
+        shutil.rmtree(self.out)
+        self.assert_refused(
+            self.folder / "s", self.out, *options, saying="row 3 is of the train split in the list --test"
+        )
+
+    def test_times_are_segments(self):
+        self.films("a.mp4", "b.mp4")
+        for start, end in (
+            ("start", "end"),
+            ("time_start", "time_end"),
+            ("start_time", "end_time"),
+            ("t_start", "t_end"),
+            ("begin", "stop"),
+            ("start_sec", "end_sec"),
+            ("Start Time (s)", "End Time (s)"),
+            ("startSeconds", "endSeconds"),
+            ("start_timestamp", "stop_timestamp"),
+            ("from", "to"),
+        ):
+            with self.subTest(start):
+                self.list_sizes(
+                    f"path,{start},{end},label\na.mp4,0,1.5,run\na.mp4,00:01:30.25,1:31,run\nb.mp4,5,7,jump\n"
+                )
+                expected = [("a.mp4", 1, (0, 1.5)), ("a.mp4", 1, (90.25, 91)), ("b.mp4", 0, (5, 7))]
+                self.assertEqual(self.samples(), expected)
+                self.assertEqual(np.load(self.out / "train_segments.npy").dtype, np.float64)
+                self.assertIn(f'segments: "{self.out}/train_segments.npy"', self.said)
+                self.assertNotIn("more than once", self.errors)
+        self.list_sizes("path,start,duration,label\na.mp4,3,1.5,run\n")
+        self.assertEqual(self.samples(), [("a.mp4", 0, (3, 4.5))])
+        self.list_sizes("path,start,end,label\na.mp4,3,4,run\na.mp4,3,4,jump\n")
+        self.assertIn("1 files stand in train more than once", self.errors)
+        self.assertIn("different labels", self.errors)
+        self.list_sizes("path,start,end,label\na.mp4,3,4,run\n", "--columns", "path=path,label=label")
+        self.assertEqual(self.samples(), [("a.mp4", 0, None)])
+        self.assertIn("Not used: start, end", self.said)
+        self.list_sizes("a.mp4,x,3,4,run\n", "--columns", "path=1,label=5,start=3,end=4")
+        self.assertEqual(self.samples(), [("a.mp4", 0, (3, 4))])
+
+    def test_times_that_are_none(self):
+        self.films("a.mp4")
+        for start, end in (
+            ("5", "5"),
+            ("-1", "3"),
+            ("nan", "3"),
+            ("0", "inf"),
+            ("", "3"),
+            ("1:2:3:4", "9999"),
+            ("1,5", "x"),
+        ):
+            with self.subTest((start, end)):
+                text = f'path,label,start,end\na.mp4,run,0,1\na.mp4,run,"{start}",{end}\n'
+                self.assert_refused(self.write("list.csv", text), self.out, saying="row 3 has the times")
+
+    def test_columns_that_choose_a_part_in_another_way_are_refused_by_name(self):
+        self.films("a.mp4")
+        for columns in (
+            "start_frame,end_frame",
+            "frame_start,frame_end",
+            "x,duration",
+            "start_ms,end_ms",
+            "start,x",
+            "x,timestamp",
+        ):
+            with self.subTest(columns):
+                file = self.write("list.csv", f"path,{columns},label\na.mp4,0,9,run\n")
+                named = ", ".join(name for name in columns.split(",") if name != "x")
+                self.assert_refused(file, self.out, saying=f"followed: {named}.*--columns path=path,label=label")
+                self.assertEqual(
+                    self.split_sizes("--columns", "path=path,label=label", source="list.csv"), {"train": 1}
+                )
+                shutil.rmtree(self.out)
+
+    def test_which_column_is_the_label(self):
+        self.films(*(f"{k}.mp4" for k in range(6)))
+        rows = range(6)
+        cases = {
+            "id,path,label": [f"{100 + k},{k}.mp4,{'ab'[k % 2]}" for k in rows],
+            "path,id,class": [f"{k}.mp4,{k},{'ab'[k % 2]}" for k in rows],
+            "id,label": [f"{k},{'ab'[k % 2]}" for k in rows],
+            "video_id,activity,fps": [f"{k},{'ab'[k % 2]},25" for k in rows],
+            "path,id": [f"{k}.mp4,{k % 2}" for k in rows],
+        }
+        for header, lines in cases.items():
+            with self.subTest(header):
+                self.list_sizes("\n".join([header, *lines, ""]))
+                self.assertEqual(self.samples(), [(f"{k}.mp4", k % 2, None) for k in rows])
+                for name in header.split(","):
+                    self.assertIn(name, self.said.split("\n")[0])
+        shutil.rmtree(self.out)
+        file = self.write("list.csv", "\n".join(["path,id,klass", *(f"{k}.mp4,{100 + k},a" for k in rows), ""]))
+        self.assert_refused(
+            file, self.out, saying="no column of labels: id has 6 values.*klass.*--columns path=path,label=NAME"
+        )
+        self.split_sizes("--columns", "path=path,label=klass", source="list.csv")
+        self.assertEqual(self.classes, ["a"])
+        shutil.rmtree(self.out)
+        for value in ("path=path", "path=path,label=x", "path=path,label=klass,start=id", "path=1,label=4", "path"):
+            self.assert_refused(file, self.out, "--columns", value, saying="--columns")
+        self.assert_refused(
+            self.write("rows.csv", "a.mp4,120,1\nb.mp4,90,0\n"), self.out, saying="3 columns.*--columns"
+        )
+
+    def test_kinetics(self):
+        """Its files are cut or whole, in a folder or in those of classes; some are not there any more."""
+        rows = ["play chess,aa-_1,10,20,train", "ski,bb,3,13,train", "ski,aa-_1,0,10,val", ""]
+        text = "\n".join(["label,youtube_id,time_start,time_end,split", *rows])
+        cut = ["aa-_1_000010_000020.mp4", "bb_000003_000013.webm", "aa-_1_000000_000010.mp4"]
+        folders = ["play_chess", "ski", "ski"]
+        ways = {
+            "cut": cut,
+            "in classes": [f"train/{folder}/{name}" for folder, name in zip(folders, cut, strict=True)],
+            "whole": ["aa-_1.mp4", "bb.mkv"],
+            "whole, in folders": ["x/aa-_1.mp4", "y/bb.mkv"],
+        }
+        for way, files in ways.items():
+            with self.subTest(way):
+                shutil.rmtree(self.folder / "v", ignore_errors=True)
+                self.films(*(f"v/{file}" for file in files))
+                sizes = self.list_sizes(text, "--prefix", self.folder / "v")
+                self.assertEqual((sizes, self.classes), ({"train": 2, "val": 1}, ["play chess", "ski"]))
+                segments = [(10, 20), (3, 13)] if "whole" in way else [None, None]
+                self.assertEqual(self.samples(), [(file, k, segments[k]) for k, file in enumerate(files[:2])])
+                self.assertEqual("are the segments themselves" in self.said, "whole" not in way)
+        os.remove(self.folder / "v/y/bb.mkv")
+        shutil.rmtree(self.out)
+        options = "--prefix", self.folder / "v"
+        self.assert_refused(
+            self.folder / "list.csv", self.out, *options, saying="1 of 3 films are not there.*--skip-missing"
+        )
+        self.assertEqual(self.list_sizes(text, *options, "--skip-missing"), {"train": 1, "val": 1})
+        self.assertEqual(self.samples("val"), [("x/aa-_1.mp4", 1, (0, 10))], "classes keep their numbers")
+        self.assertIn("1 of 3 videos are not there and left out: list.csv, row 3", self.errors)
+        self.films("v/bb_000003_000013.mp4")
+        shutil.rmtree(self.out)
+        self.assert_refused(
+            self.folder / "list.csv", self.out, *options, saying="1 files are the segments themselves and 2"
+        )
+
+    def test_segments_of_a_video_stay_on_one_side(self):
+        self.films(*(f"{k}.mp4" for k in range(8)))
+        rows = "".join(f"{k}.mp4,{'ab'[part % 2]},{part},{part + 1}\n" for part in range(3) for k in range(8))
+        self.assertEqual(self.list_sizes(f"path,label,start,end\n{rows}", "--hold-out", 0.25), {"train": 18, "val": 6})
+        sides = [{path for path, _, _ in self.samples(which)} for which in ("train", "val")]
+        self.assertEqual(([len(side) for side in sides], sides[0] & sides[1]), ([6, 2], set()))
+        self.assertEqual([part for _, _, part in self.samples("val")], [(k, k + 1) for k in (0, 0, 1, 1, 2, 2)])
+
+    def test_a_segment_is_the_same_in_a_transcoded_video(self):
+        write_film(self.folder / "a.mp4", moving(12), fps=12, crf=4)
+        self.write("list.csv", "path,label,start,end\na.mp4,run,0.5,1\na.mp4,jump,0,0.25\n")
+        for options, folder, fps in ((("--gop", 2, "--crf", 4), "films", {}), (("--frames", 6), "frames", {"fps": 6})):
+            with self.subTest(options):
+                self.assertEqual(self.split_sizes(*options, "--workers", 0, source="list.csv"), {"train": 2})
+                self.assertEqual(len(os.listdir(self.out / folder)), 1, "one video, made once")
+                made = self.samples()
+                self.assertEqual([segment for _, _, segment in made], [(0.5, 1), (0, 0.25)])
+                for path, _, (start, end) in made:
+                    with (
+                        open_video(str(self.out / folder / path), **fps) as new,
+                        open_video(str(self.folder / "a.mp4")) as old,
+                    ):
+                        difference = new.read(start, end, 3).float() - old.read(start, end, 3)
+                        self.assertAlmostEqual(new.duration, old.duration, delta=0.01)
+                    self.assertLess(difference.abs().mean(), 4)
+
+
 class ClassFolders(Folder):
-    def split_sizes(self, *arguments: object) -> dict[str, int]:
-        """Prepare the folder s; the samples of each split, and the classes' names in self.classes."""
-        shutil.rmtree(self.out, ignore_errors=True)
-        _, self.said, self.errors = run(self.folder / "s", self.out, "--name", "mine", *arguments)
-        self.classes = (self.out / "class_names.txt").read_text().splitlines()
-        return {which: len(np.load(self.out / f"{which}_labels.npy")) for which in SPLITS if self.has(which)}
-
-    def has(self, which: str) -> bool:
-        return (self.out / f"{which}_paths.npy").exists()
-
     def test_folders_of_splits(self):
         cases = {
             ("train", "val", "test"): ("train", "val", "test"),
@@ -494,7 +715,9 @@ class Published(Folder):
 
 class CatalogFile(Folder):
     def text(self, name: str, old: str) -> str:
-        lines = entry_lines(name, Path("/out"), splits=["train"], num_classes=3, prefix='/a "b"/', fps=12.5)
+        lines = entry_lines(
+            name, Path("/out"), splits={"train": ["paths", "labels"]}, num_classes=3, prefix='/a "b"/', fps=12.5
+        )
         return updated_catalog(self.write("catalog.yaml", old), name, lines)
 
     def test_a_new_entry_and_a_changed_one_leave_the_rest_as_it_is(self):
@@ -529,7 +752,7 @@ class CatalogFile(Folder):
             with self.subTest(old), self.assertRaisesRegex(UserError, saying):
                 self.text("one", old)
         with self.assertRaisesRegex(UserError, r"\$\{"):
-            entry_lines("one", Path("/a/${b}"), splits=[], num_classes=1, prefix="", fps=None)
+            entry_lines("one", Path("/a/${b}"), splits={}, num_classes=1, prefix="", fps=None)
 
 
 class Transcoding(Folder):

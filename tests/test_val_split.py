@@ -135,6 +135,24 @@ class Command(unittest.TestCase):
         code, again, _ = run(*self.files, self.folder / "out", "--dataset", "ucf101")
         self.assertEqual((code, again), (0, out), "the same command again changes nothing")
 
+    def test_segments_go_with_their_samples(self):
+        """Also where a video is there as a file and as a folder of frames: both are on one side."""
+        paths = [path for k in range(10) for path in (f"{k}.mp4", f"{k}.mp4", f"{k}/frames")]
+        np.save(self.folder / "p.npy", np.array(paths))
+        np.save(self.folder / "train_labels.npy", np.arange(30) % 2)
+        np.save(self.folder / "train_segments.npy", np.stack([np.arange(30.0), np.arange(30.0) + 1], axis=1))
+        files = self.folder / "p.npy", self.folder / "train_labels.npy", self.folder / "out"
+        with self.assertRaisesRegex(UserError, "Pass --segments"):
+            run(*files, "--group-pattern", "(.*)")
+        for _ in range(2):
+            run(*files, "--group-pattern", "(.*)", "--segments", self.folder / "train_segments.npy")
+            groups = []
+            for side in ("train", "val"):
+                split, segments = (np.load(self.folder / f"out/{side}_{what}.npy") for what in ("paths", "segments"))
+                self.assertEqual([paths[int(start)] for start, _ in segments], split.tolist())
+                groups.append({path.partition(".")[0].partition("/")[0] for path in split})
+            self.assertEqual(([len(group) for group in groups], groups[0] & groups[1]), ([8, 2], set()))
+
     def test_what_is_there_is_not_replaced(self):
         run(*self.files, self.folder / "out", "--dataset", "ucf101")
         before = self.read("val")

@@ -18,6 +18,7 @@ from omnivision.data.catalog import read_class_names
 from omnivision.errors import EXIT_INTERRUPTED, UserError
 from omnivision.prepare import dataset
 from omnivision.prepare.catalog_file import entry_lines, updated_catalog, write_catalog
+from omnivision.prepare.csv_lists import parse_columns
 from omnivision.prepare.held_out import groups_of, held_out, pattern_grouping
 from omnivision.prepare.listing import (
     SPLITS,
@@ -68,6 +69,11 @@ def _add_source_options(group: argparse._ArgumentGroup) -> None:
         "train=a,train=b,val=c; none: none of them is (default: by their names)"
     )
     group.add_argument("--splits", metavar="S", help=text)
+    text = (
+        "path=NAME,label=NAME[,split=NAME][,start=NAME,end=NAME]: the columns of lists to use, by name or number, and no "
+        "others (default: by their names); start and end are seconds"
+    )
+    group.add_argument("--columns", metavar="C", help=text)
     group.add_argument("--fold", type=int, default=1, metavar="N", help="which split of UCF101 or HMDB51 (default 1)")
     group.add_argument("--class-names", metavar="FILE", help="names of the classes in the order of labels, one a line")
     text = "the folder of the films; paths in the arrays are relative to it (default: SOURCE, or the folder of the CSV file)"
@@ -80,6 +86,7 @@ def _add_source_options(group: argparse._ArgumentGroup) -> None:
         "with --hold-out: its first parentheses match the part of a name that tells the source, which stays on one side"
     )
     group.add_argument("--group-pattern", metavar="REGEX", help=f"{text} (default: each film is its own)")
+    group.add_argument("--skip-missing", action="store_true", help="leave out rows of lists whose video is not there")
     group.add_argument("--no-check-files", action="store_true", help="do not look whether the films are there")
 
 
@@ -100,10 +107,13 @@ def run(args: argparse.Namespace) -> int:
     recipe, out = _recipe(args), Path(args.out)
     lists = {split: file for split in SPLITS if (file := getattr(args, split))}
     splits = None if args.splits is None else parse_splits(args.splits)
-    listing = read_source(args.source, form=args.format, lists=lists, fold=args.fold, splits=splits)
+    columns = None if args.columns is None else parse_columns(args.columns)
+    listing = read_source(args.source, form=args.format, lists=lists, fold=args.fold, columns=columns, splits=splits)
     names = read_class_names(args.class_names, "--class-names") if args.class_names else None
-    classes, labels = label_arrays(listing, names)
-    listing = find_films(listing, prefix=args.prefix, check=not args.no_check_files)
+    classes, _ = label_arrays(listing, names)
+    check = not args.no_check_files
+    listing = find_films(listing, prefix=args.prefix, check=check, skip_missing=args.skip_missing)
+    _, labels = label_arrays(listing, classes)
     if args.hold_out is not None:
         listing, labels = _hold_out(listing, labels, args)
     made = [] if recipe is None else list(dataset.results(listing, recipe, out).values())
@@ -114,10 +124,14 @@ def run(args: argparse.Namespace) -> int:
     dataset.claim(out, settings)
     prefix = listing.root if recipe is None else str(out.absolute() / recipe.folder)
     fps = args.fps if recipe is None or recipe.frames_fps is None else recipe.frames_fps
+    arrays = {
+        split: ["paths", "labels", *(["segments"] if any(row.segment for row in rows) else [])]
+        for split, rows in listing.splits.items()
+    }
     entry = entry_lines(
         args.name,
         out.absolute(),
-        splits=[split for split in listing.splits if split != "test"],
+        splits={split: arrays[split] for split in arrays if split != "test"},
         num_classes=len(classes),
         prefix=prefix.rstrip("/") + "/",
         fps=None if fps == 25 else fps,
@@ -135,7 +149,7 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("prepare: interrupted. The same command goes on where it stopped.", file=sys.stderr)
         return EXIT_INTERRUPTED
-    _tell(args, written, len(classes))
+    _tell(args, written, arrays, len(classes))
     if catalog is None:
         print("For the catalog (or pass --catalog FILE.yaml):\n\ndatasets:")
         print("\n".join(f"  {line}" for line in entry))
@@ -167,15 +181,18 @@ def _hold_out(
     return dataclasses.replace(listing, splits={split: splits[split] for split in SPLITS if split in splits}), labels
 
 
-def _tell(args: argparse.Namespace, written: dataset.Prepared, classes: int) -> None:
+def _tell(args: argparse.Namespace, written: dataset.Prepared, arrays: dict[str, list[str]], classes: int) -> None:
     for split, samples in written.samples.items():
-        print(f"{args.out}/{split}_paths.npy, {split}_labels.npy: {samples} samples of {classes} classes")
+        files = ", ".join(f"{split}_{what}.npy" for what in arrays[split])
+        print(f"{args.out}/{files}: {samples} samples of {classes} classes")
     out = os.path.abspath(args.out)
     if "test" in written.samples:
+        settings = [f"{what}={out}/test_{what}.npy" for what in arrays["test"]]
+        if "segments" in arrays.get("val", []) and "segments" not in arrays["test"]:
+            settings.append("segments=null")
         print(
             "The test split is in no run. To evaluate RUN on it: pretrained_checkpoint_path=RUN trainer/checkpoint=load_all "
-            f"trainer.mode=val ++datasets.{args.name}.val.paths={out}/test_paths.npy "
-            f"++datasets.{args.name}.val.labels={out}/test_labels.npy"
+            f"trainer.mode=val {' '.join(f'++datasets.{args.name}.val.{setting}' for setting in settings)}"
         )
     if "train" in written.samples and "val" not in written.samples:
         print("There is no validation split. --hold-out 0.2 makes one of a fifth of the training split.")

@@ -11,8 +11,9 @@ import numpy as np
 
 from omnivision.cli.arguments import number
 from omnivision.data.catalog import load_array
+from omnivision.data.clips import Segment
 from omnivision.errors import UserError
-from omnivision.prepare.arrays import read_labels, read_paths, write_split
+from omnivision.prepare.arrays import read_labels, read_paths, read_segments, write_split
 from omnivision.prepare.held_out import GROUPINGS, groups_of, held_out, pattern_grouping
 
 if TYPE_CHECKING:
@@ -26,10 +27,12 @@ def add_parser(subparsers: Subparsers) -> None:
         help="hold out a part of a training split, all videos of one source on the same side",
         description="Hold out a part of a training split, to choose settings on without looking at the validation split. All "
         "videos of one source (film, subject, upload) are on the same side. Writes train_paths.npy, train_labels.npy, "
-        "val_paths.npy and val_labels.npy. The same seed gives the same split.",
+        "val_paths.npy and val_labels.npy (with --segments, train_segments.npy and val_segments.npy, too). The same seed gives "
+        "the same split.",
     )
     parser.add_argument("paths", metavar="PATHS.npy", help="the paths of the training split")
     parser.add_argument("labels", metavar="LABELS.npy", help="its labels")
+    parser.add_argument("--segments", metavar="SEGMENTS.npy", help="its segments, where samples are parts of videos")
     parser.add_argument("out", metavar="OUT", help="the folder to write to")
     how = parser.add_mutually_exclusive_group(required=True)
     how.add_argument("--dataset", choices=GROUPINGS, help="how names of videos tell their source")
@@ -54,10 +57,17 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(
             f"{args.labels} holds the label {labels.min()}; expected class numbers, or -1 for ignored samples. Mend the labels."
         )
+    beside = Path(args.labels).with_name(Path(args.labels).name.replace("labels", "segments"))
+    if args.segments is None and beside != Path(args.labels) and beside.exists():
+        raise UserError(f"{beside} lies beside the labels. Pass --segments {beside}, or move it away for whole videos.")
+    segments = read_segments(args.segments, len(paths)) if args.segments else [None] * len(paths)
     groups = groups_of(paths, GROUPINGS[args.dataset] if args.dataset else pattern_grouping(args.group_pattern))
     held = held_out(groups, labels, args.share, args.seed)
     sides = {"train": np.flatnonzero(~held), "val": np.flatnonzero(held)}
-    splits = {side: ([paths[i] for i in indices], labels[indices]) for side, indices in sides.items()}
+    splits = {
+        side: ([paths[i] for i in indices], labels[indices], [segments[i] for i in indices])
+        for side, indices in sides.items()
+    }
     _write(Path(args.out), splits)
     for side, indices in sides.items():
         share = len(indices) / len(paths)
@@ -72,10 +82,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _write(out: Path, splits: dict[str, tuple[list[str], np.ndarray]]) -> None:
-    """Write all four files, unless one is there that holds anything else."""
-    for side, (paths, labels) in splits.items():
-        for what, array in (("paths", np.array(paths)), ("labels", labels)):
+def _write(out: Path, splits: dict[str, tuple[list[str], np.ndarray, list[Segment | None]]]) -> None:
+    """Write all files, unless one is there that holds anything else."""
+    for side, (paths, labels, segments) in splits.items():
+        for what, array in (("paths", np.array(paths)), ("labels", labels), ("segments", np.array(segments))):
             file = out / f"{side}_{what}.npy"
             if file.exists() and not np.array_equal(load_array(str(file), "OUT"), array):
                 raise UserError(
@@ -83,7 +93,7 @@ def _write(out: Path, splits: dict[str, tuple[list[str], np.ndarray]]) -> None:
                 )
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for side, (paths, labels) in splits.items():
-            write_split(out, side, paths, labels)
+        for side, (paths, labels, segments) in splits.items():
+            write_split(out, side, paths, labels, segments)
     except OSError as error:
         raise UserError(f"OUT ({out}) cannot be written to: {error.strerror}. Give another folder.") from error

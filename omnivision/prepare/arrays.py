@@ -1,4 +1,4 @@
-"""The two arrays of a split, read and written."""
+"""The arrays of a split, read and written."""
 
 from __future__ import annotations
 
@@ -49,9 +49,19 @@ def read_segments(file: str, samples: int) -> list[Segment]:
     return [(float(start), float(end)) for start, end in array]
 
 
-def write_split(folder: Path, split: str, paths: Sequence[str], labels: np.ndarray) -> None:
-    """Write <split>_paths.npy (1-D, unicode) and <split>_labels.npy (1-D, int64)."""
-    for name, array in (("paths", np.array(paths, dtype=str)), ("labels", labels.astype(np.int64))):
+def write_split(
+    folder: Path, split: str, paths: Sequence[str], labels: np.ndarray, segments: Sequence[Segment | None] = ()
+) -> None:
+    """Write <split>_paths.npy (N, unicode), <split>_labels.npy (N, int64) and <split>_segments.npy (N, 2, float64).
+
+    Without segments (none at all, or None each), samples are whole videos, and there is no file of segments.
+    """
+    arrays = {"paths": np.array(paths, dtype=str), "labels": labels.astype(np.int64)}
+    if any(segments):
+        arrays["segments"] = np.array(segments, dtype=np.float64)
+    else:
+        (folder / f"{split}_segments.npy").unlink(missing_ok=True)
+    for name, array in arrays.items():
         with replace_atomically(folder / f"{split}_{name}.npy") as file:
             np.save(file, array, allow_pickle=False)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,11 @@ _HEADER = "# @package _global_"
 
 
 def entry_lines(
-    name: str, folder: Path, *, splits: Sequence[str], num_classes: int, prefix: str, fps: float | None
+    name: str, folder: Path, *, splits: Mapping[str, Sequence[str]], num_classes: int, prefix: str, fps: float | None
 ) -> list[str]:
     """The lines of the entry, indented as in a catalog. `folder` holds the arrays and class_names.txt.
+
+    splits: split -> its arrays ("paths", "labels", "segments").
 
     Raises UserError for a path with "${", which would be read as a reference to another setting, and for a name that YAML
     reads as something else (on, null, 12).
@@ -33,9 +35,9 @@ def entry_lines(
     lines += [f"  class_names: {_text(folder / 'class_names.txt')}", f"  prefix: {_text(prefix)}"]
     if fps is not None:
         lines.append(f"  fps: {fps}")
-    for split in splits:
-        paths, labels = (_text(folder / f"{split}_{what}.npy") for what in ("paths", "labels"))
-        lines.append(f"  {split}: {{paths: {paths}, labels: {labels}}}")
+    for split, arrays in splits.items():
+        files = ", ".join(f"{what}: {_text(folder / f'{split}_{what}.npy')}" for what in arrays)
+        lines.append(f"  {split}: {{{files}}}")
     return lines
 
 

@@ -1,54 +1,274 @@
-"""A list of samples as text: `path;label` or `path,label`, with or without a header, labels as names or integers."""
+"""A list of samples as text, e.g. `path;label` or `path,label`, with or without a header, labels as names or integers.
+
+Columns are found by their names: path, label, split, start and end (seconds). Those that are not used are named.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from omnivision.data.clips import Segment
 from omnivision.errors import UserError
-from omnivision.prepare.listing import Listing, Row, numbered, refuse
+from omnivision.prepare.listing import (
+    SPLITS,
+    Listing,
+    Row,
+    check_unambiguous,
+    numbered,
+    refuse,
+    some,
+    split_of,
+)
 
 _DELIMITERS = {";": "semicolon", "\t": "tab", ",": "comma", " ": "space"}  # the first that splits the rows is taken
 _PATHS = ("path", "video_path", "file_path", "filepath", "filename", "file_name", "file", "video", "video_name", "clip")
-_LABELS = ("label", "class", "category", "action", "target", "class_name", "label_name", "class_id", "label_id", "id")
+_NAMES = ("youtube_id", "yt_id", "video_id", "vid", "clip_id", "clip_name", "name", "id")  # of videos, where no path is
+_LABELS = (
+    *("label", "class", "category", "action", "activity", "target", "class_name", "label_name", "action_name"),
+    *("class_id", "label_id", "action_id", "class_index", "label_index"),
+)
+_SPLIT = re.compile(r"(.*_)?(split|subset|phase|partition|usage|fold)(_?(name|\d+))?|set|data_?set_(type|part)")
+_WHOSE = r"((t|time|timestamp|clip|segment|seg|action|event|temporal|label)_?)?"
+_SECONDS = r"(_?(t|time|timestamp|at|s|sec|secs|second|seconds))*"
+_TIMES = {
+    "start": re.compile(rf"{_WHOSE}(start|begin|from|onset){_SECONDS}"),
+    "end": re.compile(rf"{_WHOSE}(end|stop|finish|to|until){_SECONDS}"),
+    "duration": re.compile(rf"{_WHOSE}(duration|length){_SECONDS}"),
+}
+# Names of columns that choose a part of a video or of the rows, in a way that cannot be followed.
+_PARTS = re.compile(
+    r"(.*_)?(start|begin|end|stop|onset|offset)(_.*)?|(first|last|key)_frame|frame(_?(id|number|index|idx))?|time_?stamps?|"
+    r"times?|intervals?|segments?|(is|in)_(train|val|valid|test|dev)\w*"
+)
+_ROLES = ("path", "label", "split", "start", "end")
 
 
-def read_csv_lists(files: dict[str, str], root: str) -> Listing:
-    """files: split -> CSV file. Raises UserError naming the file and the number of every row that is not right."""
-    splits = {split: _read(Path(file)) for split, file in files.items()}
-    rows = numbered([row for part in splits.values() for row in part])
-    parts = iter(rows)
-    return Listing({split: [next(parts) for _ in part] for split, part in splits.items()}, root)
+@dataclass(frozen=True)
+class _Table:
+    """A file's rows (row number, fields), the names of its columns, and which column (0, 1, ...) has which role."""
+
+    file: Path
+    delimiter: str
+    rows: list[tuple[int, list[str]]]
+    names: list[str]
+    roles: dict[str, int]
+
+    def values(self, column: int) -> list[str]:
+        return [cells[column] for _, cells in self.rows if column < len(cells)]
 
 
-def _read(file: Path) -> list[Row]:
+def parse_columns(text: str) -> dict[str, str]:
+    """role -> column from "path=NAME,label=NAME,..."."""
+    pairs = dict(item.partition("=")[::2] for item in text.split(","))
+    if not {"path", "label"} <= set(pairs) <= set(_ROLES) or ("start" in pairs) != ("end" in pairs):
+        raise UserError(
+            f"--columns is {text!r}; expected path=NAME,label=NAME and perhaps split=NAME or start=NAME,end=NAME (seconds), "
+            "where NAME is that of a column, or its number. Change --columns."
+        )
+    return pairs
+
+
+def read_csv_lists(
+    files: Mapping[Any, str],
+    root: str,
+    columns: Mapping[str, str] | None = None,
+    splits: Mapping[str, str] | None = None,
+) -> Listing:
+    """Read CSV files. files: split -> file; one of the split None is divided by its column of splits, or else is train.
+
+    columns: role -> name or number of its column, None: by their names. splits: value in the column of splits -> split,
+    empty: there is none, None: by their names. Raises UserError naming the file and the number of every row that is not
+    right, and for columns that choose a part of a video or of the rows in a way that cannot be followed.
+    """
+    rows: list[tuple[str, Row]] = []
+    notes: list[str] = []
+    for split, file in files.items():
+        table = _read(Path(file), columns)
+        found, note = _split_rows(table, split, splits)
+        rows += found
+        notes.append(note)
+    whole = numbered([row for _, row in rows])
+    listed: dict[str, list[Row]] = {split: [] for split in SPLITS}
+    for (split, _), row in zip(rows, whole, strict=True):
+        listed[split].append(row)
+    return Listing({split: found for split, found in listed.items() if found}, root, notes=notes)
+
+
+def _read(file: Path, columns: Mapping[str, str] | None) -> _Table:
     text = _text(file)
     delimiter = _delimiter(text)
     table = _table(text, delimiter, file)
     if not table:
         raise UserError(f"{file} has no rows; expected one a sample: path{delimiter}label.")
-    path, label, columns = 0, 1, 2
-    if (header := _header([cells for _, cells in table])) is not None:
-        path, label, columns = header
-        table = table[1:]
-    rows, problems = [], []
-    for number, cells in table:
-        if len(cells) != columns:
-            problems.append(f"row {number} has {len(cells)} of {columns} fields")
-        elif not cells[path] or not cells[label] or "\0" in cells[path]:
-            problems.append(f"row {number} has no {'label' if cells[path] else 'path'}")
-        else:
-            rows.append(Row(cells[path], cells[label], f"{file.name}, row {number}"))
-    if problems:
-        advice = (
-            f"Expected path{delimiter}label in each ({_DELIMITERS[delimiter]} was taken for the delimiter), with quotes "
-            "around a field that holds it; mend the rows."
-        )
-        raise refuse(f"{file} has rows that cannot be read", problems, advice)
+    first = table[0][1]
+    named = _is_header([cells for _, cells in table]) or bool(columns and set(columns.values()) <= set(first))
+    names = first if named else [str(number) for number in range(1, len(first) + 1)]
+    rows = table[1:] if named else table
     if not rows:
         raise UserError(f"{file} has a header and no rows; expected one row a sample.")
-    return rows
+    if columns:
+        missing = [name for name in columns.values() if name not in names and not name.isdecimal()]
+        missing += [
+            name for name in columns.values() if name.isdecimal() and name not in names and int(name) > len(names)
+        ]
+        if missing:
+            raise UserError(
+                f"--columns names {some(missing)}, and {file} has the columns {some(names, 20)}. Change --columns."
+            )
+        roles = {role: names.index(name) if name in names else int(name) - 1 for role, name in columns.items()}
+        return _Table(file, delimiter, rows, names, roles)
+    if not named and len(first) > 2:
+        raise UserError(
+            f"{file} has {len(first)} columns ({_DELIMITERS[delimiter]} was taken for the delimiter) and no header that names "
+            f"path and label; its first row is {some(first)}. Add a header, or say which columns to use: --columns "
+            "path=1,label=2."
+        )
+    return _Table(file, delimiter, rows, names, _find_roles(file, names, rows) if named else {"path": 0, "label": 1})
+
+
+def _find_roles(file: Path, names: list[str], rows: list[tuple[int, list[str]]]) -> dict[str, int]:
+    """The column of each role, by the names of the columns and what they hold."""
+    plain = [_plain(name) for name in names]
+    path, name, label = (
+        next((plain.index(name) for name in group if name in plain), None) for group in (_PATHS, _NAMES, _LABELS)
+    )
+    path = name if path is None else path
+    if label is None and path is not None and "id" in plain and plain.index("id") != path:
+        label = plain.index("id")
+        ids = [cells[label] for _, cells in rows if label < len(cells)]
+        if not all(value.isdecimal() for value in ids) or 2 * len(set(ids)) > len(ids):
+            raise UserError(
+                f"{file} has no column of labels: {names[label]} has {len(set(ids))} values in {len(ids)} rows, as names of "
+                f"samples have. Name one of {some(names, 20)}: --columns path={names[path]},label=NAME."
+            )
+    if path is None or label is None:  # two words over a column of numbers
+        return {"path": 0, "label": 1}
+    roles = {"path": path, "label": label}
+    free = [column for column in range(len(names)) if column not in (path, label)]
+    values = {column: {cells[column] for _, cells in rows if column < len(cells)} for column in free}
+    divided = [column for column in free if all(map(split_of, values[column]))]
+    if len(divided) > 1 and any(len(set(map(split_of, values[column]))) > 1 for column in divided):
+        raise UserError(
+            f"{file} has several columns of splits: {some([names[column] for column in divided])}. Choose one: --columns "
+            f"path={names[path]},label={names[label]},split=NAME."
+        )
+    divided += [column for column in free if _SPLIT.fullmatch(plain[column])]
+    if divided:
+        roles["split"] = divided[0]
+    times = {
+        role: next((column for column in free if pattern.fullmatch(plain[column])), None)
+        for role, pattern in _TIMES.items()
+    }
+    if times["start"] is not None and times["end"] is None:
+        times["end"] = times["duration"]  # _segment adds it to the start
+    if times["start"] is not None and times["end"] is not None:
+        roles |= {"start": times["start"], "end": times["end"]}
+    parts = [
+        names[column]
+        for column in free
+        if column not in roles.values() and (_PARTS.fullmatch(plain[column]) or column == times["duration"])
+    ]
+    if parts and "start" not in roles:
+        raise UserError(
+            f"{file} has columns that may choose a part of each video or of the rows and cannot be followed: {some(parts)}. "
+            "Expected start and end in seconds, and splits in one column. Change the list, or leave them out by naming the "
+            f"columns to use: --columns path={names[path]},label={names[label]}."
+        )
+    return roles
+
+
+def _split_rows(table: _Table, own: str | None, chosen: Mapping[str, str] | None) -> tuple[list[tuple[str, Row]], str]:
+    """(split, row) of the rows, and a sentence on how they were read."""
+    file, roles = table.file, dict(table.roles)
+    if chosen is not None and not chosen:
+        roles.pop("split", None)
+    if chosen and "split" not in roles:
+        raise UserError(f"--splits is for lists with a column of splits, and {file} has none. Leave it out.")
+    splits = _splits_of_values(table, chosen) if "split" in roles else {}
+    width = max(len(table.names), max(roles.values()) + 1)
+    rows, problems, passed = [], [], 0
+    for number, cells in table.rows:
+        fields = {role: cells[column] for role, column in roles.items() if column < len(cells)}
+        split = splits.get(fields.get("split", "").lower()) if splits else own or "train"
+        if len(cells) != width:
+            problems.append(f"row {number} has {len(cells)} of {width} fields")
+        elif not fields["path"] or not fields["label"] or "\0" in fields["path"]:
+            problems.append(f"row {number} has no {'label' if fields['path'] else 'path'}")
+        elif split is None:
+            passed += 1
+        elif own and split != own:
+            problems.append(f"row {number} is of the {split} split in the list --{own}")
+        elif "start" not in fields:
+            rows.append((split, Row(fields["path"], fields["label"], f"{file.name}, row {number}")))
+        elif (segment := _segment(table, fields)) is None:
+            problems.append(
+                f"row {number} has the times {fields['start']!r}, {fields['end']!r}, not 0 <= start < end in seconds"
+            )
+        else:
+            rows.append((split, Row(fields["path"], fields["label"], f"{file.name}, row {number}", segment)))
+    if problems:
+        advice = (
+            f"Expected {table.delimiter.join(role for role in _ROLES if role in roles)} in each "
+            f"({_DELIMITERS[table.delimiter]} was taken for the delimiter), with quotes around a field that holds it; fix the "
+            "rows, or choose other columns with --columns."
+        )
+        raise refuse(f"{file} has rows that cannot be read", problems, advice)
+    used = [f"{role} from column {table.names[column]}" for role, column in roles.items()]
+    unused = [name for column, name in enumerate(table.names) if column not in roles.values()]
+    note = f"{file}: {', '.join(used)}{' (seconds)' if 'start' in roles else ''}."
+    note += f" Not used: {', '.join(unused)}." if unused else ""
+    return rows, note + (f" {passed} rows of other splits are passed over." if passed else "")
+
+
+def _splits_of_values(table: _Table, chosen: Mapping[str, str] | None) -> dict[str, str]:
+    """The split that each value in the column of splits names, by the value in small letters."""
+    column = table.roles["split"]
+    values = sorted({value.lower() for value in table.values(column)})
+    if chosen is not None:
+        splits = {value.lower(): split for value, split in chosen.items()}
+        unknown = [value for value in splits if value not in values]
+    else:
+        splits = {value: split for value in values if (split := split_of(value))}
+        unknown = [value or "(nothing)" for value in values if value not in splits]
+    if unknown:
+        raise UserError(
+            f"{'--splits' if chosen else table.file} has {some(unknown)} as splits; the column {table.names[column]} holds "
+            f"{some(values, 20)}. Expected train, val and test, or --splits train=NAME,val=NAME, which passes over other rows, "
+            "or --splits none to leave the column out."
+        )
+    if chosen is None:
+        check_unambiguous(splits, f"The column {table.names[column]} of {table.file}")
+    return splits
+
+
+def _segment(table: _Table, fields: Mapping[str, str]) -> Segment | None:
+    """[start, end) in seconds; None for what is none."""
+    start, end = _seconds(fields["start"]), _seconds(fields["end"])
+    if _TIMES["duration"].fullmatch(_plain(table.names[table.roles["end"]])):
+        end += start
+    return (start, end) if 0 <= start < end < math.inf else None
+
+
+def _seconds(text: str) -> float:
+    """Seconds from "90.5", "1:30.5" or "0:01:30.5"; NaN for other text."""
+    seconds = 0.0
+    for part in text.split(":") if text.count(":") < 3 else ["none"]:
+        if not re.fullmatch(r"[0-9]+(\.[0-9]*)?|\.[0-9]+", part.strip()):
+            return math.nan
+        seconds = 60 * seconds + float(part)
+    return seconds
+
+
+def _plain(name: str) -> str:
+    """A column's name in small letters with _ between words: "Start Time (s)", "startTime" -> "start_time_s", "start_time"."""
+    return re.sub(r"[\W_]+", "_", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name)).strip("_").lower()
 
 
 def _text(file: Path) -> str:
@@ -92,13 +312,10 @@ def _table(text: str, delimiter: str, file: Path) -> list[tuple[int, list[str]]]
     return table
 
 
-def _header(table: list[list[str]]) -> tuple[int, int, int] | None:
-    """Columns of path and label and number of columns, if the first row is a header."""
-    names = [cell.lower() for cell in table[0]]
-    paths, labels = [n for n in _PATHS if n in names], [n for n in _LABELS if n in names]
-    if paths and labels:
-        return names.index(paths[0]), names.index(labels[0]), len(names)
+def _is_header(table: list[list[str]]) -> bool:
+    """Whether the first row names columns: a path and a label, or two words over a column of numbers."""
+    names = [_plain(cell) for cell in table[0]]
+    if any(name in (*_PATHS, *_NAMES) for name in names) and any(name in (*_LABELS, "id") for name in names):
+        return len(names) > 1
     others = [cells[1] for cells in table[1:] if len(cells) == 2]
-    if len(names) == 2 and others and all(label.isdecimal() for label in others) and names[1].isalpha():
-        return 0, 1, 2
-    return None
+    return len(names) == 2 and bool(others) and all(label.isdecimal() for label in others) and table[0][1].isalpha()

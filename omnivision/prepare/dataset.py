@@ -1,6 +1,7 @@
 """A source of films -> OUT: arrays, names of classes, and perhaps films that are quicker to read.
 
     OUT/{train,val,test}_paths.npy, {train,val,test}_labels.npy, class_names.txt
+    OUT/{train,val,test}_segments.npy when samples are parts of videos
     OUT/films/... or frames/...       when films are transcoded
     OUT/failed.csv                    films that could not be, with the reason; they are not in the arrays
     OUT/prepare.json                  from what and how it was made
@@ -109,7 +110,7 @@ def write_dataset(
         for split, indices in keep.items():
             rows = [listing.splits[split][i] for i in indices]
             paths = [row.path if made is None else str(Path(made[row.path]).relative_to(prefix)) for row in rows]
-            write_split(out, split, paths, labels[split][indices])
+            write_split(out, split, paths, labels[split][indices], [row.segment for row in rows])
     except OSError as error:
         raise _cannot_write(out, error.strerror or str(error)) from error
     return Prepared({split: len(indices) for split, indices in keep.items()}, failed, kept)

@@ -6,11 +6,12 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
 
+from omnivision.data.clips import Segment
 from omnivision.data.frame_folder import natural
 from omnivision.errors import UserError
 
@@ -34,7 +35,7 @@ class Row:
     path: str
     label: str | int
     where: str
-    segment: tuple[float, float] | None = None  # [start, end) in seconds; None: the whole video
+    segment: Segment | None = None  # [start, end) in seconds; None: the whole video
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def numbered(rows: list[Row]) -> list[Row]:
             "Mend the list.",
         )
     # Python refuses to read thousands of digits; so many are out of any range however they go on.
-    return [Row(row.path, int(str(row.label)[:40]), row.where) for row in rows]
+    return [replace(row, label=int(str(row.label)[:40])) for row in rows]
 
 
 def label_arrays(listing: Listing, names: list[str] | None = None) -> tuple[list[str], dict[str, np.ndarray]]:
@@ -208,7 +209,13 @@ def path_warnings(splits: Mapping[str, list[Row]], labels: Mapping[str, np.ndarr
 
 def video_key(path: str) -> str:
     """The path without suffix and without folders such as frames/: the same for a video and for the folder of its frames."""
-    return re.sub(rf"({'|'.join(map(re.escape, VIDEO_SUFFIXES))})$", "", drop_format_folders(path), flags=re.IGNORECASE)
+    return drop_suffix(drop_format_folders(path))
+
+
+def drop_suffix(path: str) -> str:
+    """The path without the suffix of a video."""
+    stem, suffix = os.path.splitext(path)
+    return stem if suffix.lower() in VIDEO_SUFFIXES else path
 
 
 def drop_format_folders(path: str) -> str:

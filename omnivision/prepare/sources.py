@@ -12,18 +12,24 @@ from omnivision.data.images import IMAGE_SUFFIXES
 from omnivision.errors import UserError
 from omnivision.prepare.class_folders import read_class_folders
 from omnivision.prepare.csv_lists import read_csv_lists
-from omnivision.prepare.listing import VIDEO_SUFFIXES, Listing, refuse
+from omnivision.prepare.listing import VIDEO_SUFFIXES, Listing, Row, drop_suffix, refuse, some
 from omnivision.prepare.published import read_diving48, read_hmdb51, read_something, read_ucf101
 
 FORMATS = ("csv", "folders", "ucf101", "hmdb51", "ssv2", "diving48")
 
 
 def read_source(
-    source: str, *, form: str | None, lists: Mapping[str, str], fold: int, splits: Mapping[str, str] | None = None
+    source: str,
+    *,
+    form: str | None,
+    lists: Mapping[str, str],
+    fold: int,
+    columns: Mapping[str, str] | None = None,
+    splits: Mapping[str, str] | None = None,
 ) -> Listing:
     """The rows of a source. form: one of FORMATS, None to look. lists: split -> CSV file, given beside the source.
 
-    splits: name of a folder -> split, None to look.
+    columns: as for `read_csv_lists`. splits: name of a folder, or value in a list -> split; None to look.
 
     Raises UserError when nothing is there that can be read, or it holds mistakes.
     """
@@ -43,7 +49,10 @@ def read_source(
                 f"SOURCE is the file {source}, and --train, --val or --test name lists, too. With them, SOURCE is the folder "
                 "that their paths start at."
             )
-        return read_csv_lists(dict(lists) or {"train": source}, source if path.is_dir() else str(path.parent))
+        root = source if path.is_dir() else str(path.parent)
+        return read_csv_lists(lists or {None: source}, root, columns, splits)
+    if columns is not None:
+        raise UserError(f"--columns is for lists; {source} is read as {form}. Leave it out.")
     if lists or not path.is_dir():
         raise UserError(
             f"--format {form} reads a folder, and no lists; got {source}. Give a folder without --train, --val, --test."
@@ -55,27 +64,46 @@ def read_source(
     return read_something(path) if form == "ssv2" else read_diving48(path)
 
 
-def find_films(listing: Listing, *, prefix: str | None, check: bool) -> Listing:
+def find_films(listing: Listing, *, prefix: str | None, check: bool, skip_missing: bool = False) -> Listing:
     """The listing with paths below its root: `prefix`, without one the root of the listing, or else what is common to all.
 
-    With `check`, each must be a file or a folder; a film may have another suffix than the list says, or be a folder of
-    frames. Raises UserError naming the first rows without a film.
+    With `check`, each must be a file or a folder; a video may have another suffix than the list says, or be a folder of
+    frames. Rows without a video raise a UserError that names the first of them, or are left out (`skip_missing`).
     """
     root = os.path.abspath(prefix if prefix is not None else listing.root)
     relative_to = os.path.abspath(listing.root) if listing.seen else root
+    splits = [split for split, rows in listing.splits.items() for _ in rows]
     rows = list(listing.rows())
-    full = [os.path.normpath(os.path.join(relative_to, row.path)) for row in rows]
+    notes, warnings = list(listing.notes), list(listing.warnings)
     if check and not listing.seen:
-        with ThreadPoolExecutor(16) as pool:  # of threads that wait for a file server
-            found = list(pool.map(_on_disk, full))
-        problems = [f"{row.where}: {path}" for row, path, there in zip(rows, full, found, strict=True) if there is None]
-        if problems:
+        found = _locate(rows, relative_to)
+        problems = [
+            f"{row.where}: {os.path.normpath(os.path.join(relative_to, row.path))}"
+            for row, there in zip(rows, found, strict=True)
+            if there is None
+        ]
+        if problems and (not skip_missing or len(problems) == len(rows)):
             raise refuse(
                 f"{len(problems)} of {len(rows)} films are not there (or are folders without images)",
                 problems,
-                "Pass --prefix FOLDER for the folder that holds them, mend the list, or skip this check with --no-check-files.",
+                "Pass --prefix FOLDER for the folder that holds them, fix the list, leave these rows out with --skip-missing, "
+                "or skip this check with --no-check-files.",
             )
-        full = [path for path in found if path is not None]
+        if problems:
+            warnings.append(f"{len(problems)} of {len(rows)} videos are not there and left out: {some(problems)}.")
+        cut = [there.path for row, there in zip(rows, found, strict=True) if there and there.segment != row.segment]
+        if cut:
+            notes.append(f"{len(cut)} files are the segments themselves, so their times are not used: {some(cut, 1)}.")
+        splits = [split for split, there in zip(splits, found, strict=True) if there]
+        rows = [there for there in found if there]
+        whole = [row.path for row in rows if row.segment]
+        if cut and whole:
+            raise refuse(
+                f"{len(cut)} files are the segments themselves and {len(whole)} are whole videos",
+                [cut[0], whole[0]],
+                "Expected one kind; move the others elsewhere.",
+            )
+    full = [os.path.normpath(os.path.join(relative_to, row.path)) for row in rows]
     outside = [path for path in full if not _inside(path, root)]
     if outside and prefix is not None:
         raise refuse(
@@ -83,12 +111,42 @@ def find_films(listing: Listing, *, prefix: str | None, check: bool) -> Listing:
         )
     if outside:
         root = os.path.commonpath([os.path.dirname(path) for path in full])
-    parts = iter(full)
-    splits = {
-        split: [replace(row, path=os.path.relpath(next(parts), root)) for row in rows]
-        for split, rows in listing.splits.items()
-    }
-    return replace(listing, splits=splits, root=root)
+    listed: dict[str, list[Row]] = {}
+    for split, row, path in zip(splits, rows, full, strict=True):
+        listed.setdefault(split, []).append(replace(row, path=os.path.relpath(path, root)))
+    return replace(listing, splits=listed, root=root, notes=notes, warnings=warnings)
+
+
+def _locate(rows: list[Row], folder: str) -> list[Row | None]:
+    """Each row with the path that is on disk, absolute; None where there is none.
+
+    The file of a row with a segment may be that segment alone, NAME_000010_000020 as Kinetics is cut: then it is the whole
+    video. It may also lie in any folder below, if the row names none.
+    """
+
+    names: dict[str, list[str]] = {}  # -> paths of the videos of that name
+    if any(row.segment and "/" not in row.path for row in rows):
+        for parent, _, files in os.walk(folder):
+            for file in files:
+                if drop_suffix(file) != file:
+                    names.setdefault(drop_suffix(file), []).append(os.path.join(parent, file))
+
+    def find(path: str, row: Row) -> str | None:
+        if (there := _on_disk(os.path.normpath(os.path.join(folder, path)))) or row.segment is None or "/" in path:
+            return there
+        paths = names.get(drop_suffix(path), [])
+        if len(paths) > 1:  # the same name in several classes
+            label = str(row.label).replace(" ", "_")
+            paths = [path for path in paths if label in path.replace(" ", "_").split("/")]
+        return paths[0] if len(paths) == 1 else None
+
+    def locate(row: Row) -> Row | None:
+        if row.segment and (there := find("{}_{:06.0f}_{:06.0f}".format(drop_suffix(row.path), *row.segment), row)):
+            return replace(row, path=there, segment=None)
+        return replace(row, path=there) if (there := find(row.path, row)) else None
+
+    with ThreadPoolExecutor(16) as pool:  # of threads that wait for a file server
+        return list(pool.map(locate, rows))
 
 
 def check_out(out: str, source: str, listing: Listing, made: list[str]) -> None:
@@ -131,13 +189,14 @@ def _look(path: Path, lists: Mapping[str, str]) -> str:
 
 
 def _on_disk(path: str) -> str | None:
-    """`path` or, if it is not there, the same name with the suffix of another kind of film, or without one: frames."""
+    """`path` or, if it is not there, the same name with the suffix of another kind of video, or without one: frames."""
     stem, suffix = os.path.splitext(path)
-    others = [stem + other for other in VIDEO_SUFFIXES] if suffix.lower() in VIDEO_SUFFIXES else []
-    for candidate in (path, *others):
+    if suffix.lower() not in VIDEO_SUFFIXES:
+        stem = path
+    for candidate in (path, *(stem + other for other in VIDEO_SUFFIXES)):
         if os.path.isfile(candidate) or (candidate == path and _holds_images(candidate)):
             return candidate
-    return stem if others and _holds_images(stem) else None
+    return stem if stem != path and _holds_images(stem) else None
 
 
 def _holds_images(folder: str) -> bool:
