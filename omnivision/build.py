@@ -205,7 +205,9 @@ def pretrained(settings: Settings, model: nn.Module) -> list[LoadReport]:
     weights = read_weights(source)
     if weights.architecture.get("kind") == "average":  # as the one model that it is
         merged = merge(weights.state, weights.architecture, read_sources(weights.sources, None))
-        weights = dataclasses.replace(weights, state=merged.state, said={"architecture": merged.architecture})
+        weights = dataclasses.replace(
+            weights, state=merged.state, said={**weights.said, "architecture": merged.architecture}
+        )
     report = load_weights(model, weights, choice(settings))
     if settings.trainer.mode == "val" and (lacking := [name for name in report.missing if name.startswith("heads.")]):
         raise UserError(
@@ -225,7 +227,7 @@ def sources_of_average(settings: Settings, model: nn.Module) -> list[LoadReport]
             "files, ++pretrained_checkpoint_path=[A,B], or one file with a list under ensemble_weights."
         )
     found = read_several(settings.pretrained_checkpoint_path)
-    reports = [LoadReport(str(weights.path), weights.sha256) for weights in found]
+    reports = [LoadReport(str(w.path), w.sha256, w.checkpoint) for w in found]
     states = [choose(w.state, choice(settings), report) for w, report in zip(found, reports, strict=True)]
     taken = {f"trunk.{name}" for name in model.names}
     for state, report in zip(states, reports, strict=True):

@@ -8,6 +8,7 @@ omnivision.load("runs/mae").reconstruct("film.mp4")
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,6 +183,7 @@ def load(source: str | Path, device: str = "cpu") -> VideoModel:
     for what is no such file, and for weights that do not say their architecture (`omnivision import` gives them one).
     """
     found = read(source)
+    print(f"Model from {found}", file=sys.stderr)  # which checkpoint of the run it is
     if not found.architecture:
         raise UserError(
             f"{found.path} does not say the architecture of its model, so it is not from a run of this project. Bring it in "

@@ -14,6 +14,7 @@ from omnivision.files import LATEST
 from omnivision.optim.ema import MovingAverage
 from omnivision.run_state import State
 from omnivision.trainer import Trainer
+from omnivision.weight_files import describe_checkpoint
 
 
 def take_up(trainer: Trainer) -> bool:
@@ -57,11 +58,12 @@ def take_up(trainer: Trainer) -> bool:
         _take_up_average(trainer.ema, state["ema"], path)
     if trainer.scaler.is_enabled() and state["scaler"]:  # empty after steps without one
         trainer.scaler.load_state_dict(state["scaler"])
-    trainer.state = State(state["epoch"], state["step"], state["best"], state["seconds"])
+    best = state["best"], state.get("best_loss"), state.get("best_epoch")  # older checkpoints lack the last two
+    trainer.state = State(state["epoch"], state["step"], *best, state["seconds"])
     trainer.last, trainer.watch.skipped = state["last"], state["skipped"]
     if trainer.processes.is_main:
         trainer.meter.load(state["meter"])
-    trainer.reporter.say(f"Resumed from {path}: {trainer.state.epoch} epochs and {trainer.state.step} steps are done.")
+    trainer.reporter.say(f"Resumed from {path} ({describe_checkpoint(state)})")
     return True
 
 

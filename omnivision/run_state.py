@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -15,8 +17,27 @@ class State:
 
     epoch: int = 0
     step: int = 0
-    best: float | None = None
+    best: float | None = None  # top-1 (%) or loss of the evaluation that best.pt holds
+    best_loss: float | None = None
+    best_epoch: int | None = None  # counted from 1
     seconds: float = 0.0
+
+    def update_best(self, metrics: Mapping[str, float]) -> bool:
+        """Keep an evaluation of the current epoch unless an earlier one is better; return whether it was kept.
+
+        Higher top-1 is better (lower loss where there is no top-1), then lower loss, then the later epoch.
+        """
+        top1, loss = metrics.get("top1"), metrics.get("loss", math.nan)
+        value = loss if top1 is None else top1
+        if not math.isfinite(value):
+            return False
+        sign = -1 if top1 is None else 1
+        known = loss if math.isfinite(loss) else math.inf
+        before = math.inf if self.best_loss is None else self.best_loss  # checkpoints of older versions lack it
+        if self.best is not None and (sign * value, -known) < (sign * self.best, -before):
+            return False
+        self.best, self.best_loss, self.best_epoch = value, known, self.epoch + 1
+        return True
 
 
 @dataclass

@@ -146,7 +146,7 @@ class Trainer:
         found = self.evaluate()
         if found is None:
             raise Terminated(self._cause())
-        self.last |= {f"val_{name}": value for name, value in found.figures.items()}
+        self._note_evaluation(found)
         self._summary(status=self.folder.read_summary().get("status", "finished"))
 
     def train_epoch(self, batches: Iterator[Batch]) -> None:
@@ -247,9 +247,8 @@ class Trainer:
         if found is None:
             return None
         self.watch.record(found.bad)
-        # A run that was resumed to be validated stands before the epoch after the one that it is about.
-        epoch = self.state.epoch if self.state.step else max(0, self.state.epoch - 1)
-        self.reporter.epoch("val", epoch, self.global_step, found.figures | {"per_source": found.per_source})
+        metrics = found.figures | {"per_source": found.per_source}
+        self.reporter.epoch("val", self._epoch_of_weights, self.global_step, metrics)
         splits = {split.name: split for split in self.val.dataset.splits}
         for source, made in found.predictions.items():
             made.segments = splits[source].segments(made.index)
@@ -284,6 +283,8 @@ class Trainer:
             "step": self.state.step,
             "steps_per_epoch": self.steps_per_epoch,
             "best": self.state.best,
+            "best_loss": self.state.best_loss,
+            "best_epoch": self.state.best_epoch,
             "seconds": self.state.seconds,
             "skipped": self.watch.skipped,
             "meter": meter,
@@ -330,6 +331,11 @@ class Trainer:
     def total_steps(self) -> int:
         return self.options.max_epochs * self.steps_per_epoch
 
+    @property
+    def _epoch_of_weights(self) -> int:
+        """The last epoch, counted from 0, that the weights have seen steps of; between epochs, `state` is at the next one."""
+        return self.state.epoch if self.state.step else max(0, self.state.epoch - 1)
+
     def source_plan(self, batch: Batch) -> SourcePlan:
         """How batches of its source are made."""
         assert self.train is not None
@@ -350,8 +356,8 @@ class Trainer:
             found = self.evaluate()
             if found is None:
                 self._leave()
-            self.last |= {f"val_{name}": value for name, value in found.figures.items()}
-            if self._is_best(found.figures):
+            self._note_evaluation(found)
+            if self.state.update_best(found.figures):
                 also.append(BEST)
         if due(epoch + 1, self.options.save_freq):
             also.append(f"checkpoint_{epoch + 1}.pt")
@@ -390,14 +396,11 @@ class Trainer:
         dtype = self.options.amp_dtype
         return torch.autocast(self.processes.device.type, dtype=dtype, enabled=dtype is not None)
 
-    def _is_best(self, figures: dict[str, float]) -> bool:
-        """Whether this validation beats the best so far: by top-1 where there is one, else by the loss."""
-        name, sign = ("top1", 1) if "top1" in figures else ("loss", -1)
-        value = figures.get(name, math.nan)
-        if not math.isfinite(value) or (self.state.best is not None and sign * value <= sign * self.state.best):
-            return False
-        self.state.best = value
-        return True
+    def _note_evaluation(self, found: Evaluation) -> None:
+        """Keep metrics with the epoch, counted from 1, of the weights that they are of; other runs' weights have none here."""
+        self.last |= {f"val_{name}": value for name, value in found.figures.items()}
+        if self.global_step:
+            self.last["val_epoch"] = self._epoch_of_weights + 1
 
     def _count_seconds(self) -> None:
         """Add the time since the last count to the run's."""
@@ -411,6 +414,7 @@ class Trainer:
                 epochs=self.state.epoch,
                 steps=self.global_step,
                 best=self.state.best,
+                best_epoch=self.state.best_epoch,
                 last=self.last,
                 clips_per_second=self.last.get("clips_per_second"),
                 wall_time=round(self.state.seconds, 3),

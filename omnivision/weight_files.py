@@ -86,6 +86,22 @@ class Source:
         return replace(self, state=self.weights())
 
     @property
+    def progress(self) -> dict[str, Any]:
+        """What tells the epoch and the metrics of a run's checkpoint, for another file of the same weights."""
+        if not self.checkpoint:
+            return {}
+        last = {str(name): value for name, value in self.said["last"].items() if isinstance(value, (int, float))}
+        return {"last": last} | {name: self.said.get(name) for name in ("epoch", "step", "steps_per_epoch")}
+
+    @property
+    def checkpoint(self) -> str:
+        """The epoch and the metrics of a run's checkpoint, in a few words; "" for other files."""
+        return describe_checkpoint(self.said)
+
+    def __str__(self) -> str:
+        return f"{self.path} ({self.checkpoint})" if self.checkpoint else str(self.path)
+
+    @property
     def config(self) -> Mapping[str, Any]:
         """The `config.json` beside Hugging Face weights, empty if there is none. Raises UserError for one that is nonsense."""
         file = self.path.parent / CONFIG
@@ -163,6 +179,27 @@ def find(source: str | Path) -> Path:
         f"The folder {path} holds no weights: none of {names} is there. Expected a run folder, or a folder with "
         "config.json and weights. Change the path."
     )
+
+
+def describe_checkpoint(said: Mapping[str, Any]) -> str:
+    """The epoch of a run's checkpoint and its metrics, "epoch 12, top-1 85.7 %, validation loss 0.41"; "" for other files."""
+    epoch, step, last = said.get("epoch"), said.get("step"), said.get("last")
+    if type(epoch) is not int or type(step) is not int or not isinstance(last, Mapping):
+        return ""
+    number = epoch + 1 if step else epoch
+    middle = f", step {step} of {said.get('steps_per_epoch')}" if step else ""
+    found = describe_metrics(last)
+    evaluated = last.get("val_epoch", number)  # older checkpoints lack it
+    earlier = f" (validated after epoch {evaluated})" if evaluated != number and "val_loss" in last else ""
+    return f"epoch {number}{middle}" + (f", {found}{earlier}" if found else "")
+
+
+def describe_metrics(last: Mapping[str, Any]) -> str:
+    """Top-1 and loss of a run's last evaluation, or its training loss where it never validates."""
+    shown = (("val_top1", "top-1 {:.1f} %"), ("val_loss", "validation loss {:.4g}"))
+    if not any(name in last for name, _ in shown):
+        shown = (("loss", "training loss {:.4g}"),)
+    return ", ".join(text.format(last[name]) for name, text in shown if isinstance(last.get(name), (int, float)))
 
 
 def check_numbers(tensors: Mapping[str, Tensor]) -> None:

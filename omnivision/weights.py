@@ -58,6 +58,7 @@ class LoadReport:
 
     path: str
     sha256: str
+    checkpoint: str = ""  # its epoch and metrics, for people
     choice: dict[str, Any] = field(default_factory=dict)  # the Choice that was made
     loaded: list[str] = field(default_factory=list)
     dropped: dict[str, str] = field(default_factory=dict)
@@ -76,7 +77,11 @@ class LoadReport:
             ("missing", self.missing),
             ("resized", [f"{name} ({how})" for name, how in self.resized.items()]),
         ]
-        return [f"Weights from {self.path}", *(f"  {fate:8} {len(names):4}  {_some(names)}" for fate, names in rows)]
+        checkpoint = f" ({self.checkpoint})" if self.checkpoint else ""
+        return [
+            f"Weights from {self.path}{checkpoint}",
+            *(f"  {fate:8} {len(names):4}  {_some(names)}" for fate, names in rows),
+        ]
 
 
 def read(source: str | Path, averaged: bool = True) -> Source:
@@ -147,7 +152,7 @@ def load(model: nn.Module, weights: Source, choice: Choice) -> LoadReport:
     Raises UserError, with the model as it was, when a tensor does not fit, or when less of the trunk is covered than the
     choice declares.
     """
-    report = LoadReport(str(weights.path), weights.sha256)
+    report = LoadReport(str(weights.path), weights.sha256, weights.checkpoint)
     chosen = choose(weights.state, choice, report)
     wanted = model.state_dict()
     for name in [name for name in chosen if name not in wanted]:

@@ -13,7 +13,7 @@ import torch
 import omnivision
 from omnivision.cli.main import main
 from omnivision.interop.card import history, plain
-from omnivision.weight_files import Source
+from omnivision.weight_files import Source, read
 from tests import runs
 from tests import stage_runs as stages
 
@@ -50,6 +50,7 @@ class Exported(unittest.TestCase):
             model = omnivision.load(self.folder / out)
             self.assertEqual(model.shown.clip_duration, 0.7)
             self.assertEqual(model.predict(self.film), wanted)
+            self.assertRegex(str(read(self.folder / out)), "epoch 1, top-1")
         self.assertEqual({guess.name for guess in wanted}, set(NAMES))
 
     def test_card_of_a_file(self):

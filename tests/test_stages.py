@@ -168,7 +168,9 @@ class HandOver(OnFilms):
                 self.assertEqual(set(report["dropped"]), entries - set(report["loaded"]))
                 self.assertEqual(report["missing"], ["heads.0.0.bias", "heads.0.0.weight"])
                 self.assertEqual(report["resized"], {})
-                self.assertRegex(self.said[name], rf"Weights from {path}\n  loaded +{len(report['loaded'])}  ")
+                self.assertRegex(
+                    self.said[name], rf"Weights from {path} \(epoch .*\)\n  loaded +{len(report['loaded'])}  "
+                )
 
     def test_each_stage_trains_its_trunk_but_the_probe(self):
         for name in ("align", "ft"):
@@ -245,7 +247,7 @@ class Averages(OnFilms):
 
                 self.stopped("average", f"{mode}_resumed", 3, *settings)
                 said = self.trained("average", f"{mode}_resumed", *settings).stdout
-                self.assertIn("1 epochs and 1 steps are done", said)
+                self.assertIn("epoch 2, step 1 of", said)
                 self.assert_same_run(mode, f"{mode}_resumed")
 
     def test_one_file_of_several_models_is_as_good_as_a_list(self):

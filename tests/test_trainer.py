@@ -209,6 +209,50 @@ class Loop(unittest.TestCase):
         self.assertEqual(checkpoint.safe_load(folder / "checkpoint_4.pt")["epoch"], 4)
         self.assertEqual(json.loads((self.folder / "kept/summary.json").read_text())["best"], 1.0)
 
+    def best_of(self, name: str, *figures: dict[str, float], **old: None) -> tuple[int, dict]:
+        """The epoch of best.pt, and the summary, of a run that is stopped and resumed after each of these evaluations.
+
+        `old` replaces entries of each checkpoint; None removes them.
+        """
+        for number in range(1, len(figures) + 1):
+            made = trainer(self.folder / name, val=Noise(1), val_epoch_freq=1, max_epochs=number, limit=1)
+            made.evaluate = lambda number=number: Evaluation(figures[number - 1], {}, {}, [])
+            made.fit()
+            made.reporter.close()
+            if old:
+                latest = made.folder.checkpoints / "checkpoint.pt"
+                kept = {key: value for key, value in checkpoint.safe_load(latest).items() if key not in old}
+                checkpoint.save(kept, made.folder.checkpoints, [])
+        best = checkpoint.safe_load(made.folder.checkpoints / "best.pt")
+        return best["epoch"], json.loads((made.folder.path / "summary.json").read_text())
+
+    def test_ties_of_the_best_go_to_the_lower_loss_then_to_the_later_epoch(self):
+        nan = float("nan")
+        for name, epoch, figures in (
+            ("loss", 2, [(50.0, 1.0), (50.0, 0.5), (50.0, 0.7)]),
+            ("later", 3, [(50.0, 0.5), (40.0, 0.1), (50.0, 0.5)]),
+            ("higher", 2, [(50.0, 0.5), (60.0, 0.9), (50.0, 0.1)]),
+            ("nan", 1, [(50.0, 0.5), (50.0, nan), (nan, 0.1)]),
+            ("all", 2, [(50.0, nan), (50.0, nan), (40.0, 0.1)]),
+        ):
+            with self.subTest(name):
+                best, summary = self.best_of(name, *({"top1": top1, "loss": loss} for top1, loss in figures))
+                self.assertEqual(
+                    (best, summary["best_epoch"], summary["best"]),
+                    (epoch, epoch, max(f[0] for f in figures if f[0] == f[0])),
+                )
+                self.assertEqual(summary["last"]["val_epoch"], 3)
+
+    def test_ties_of_losses_alone(self):
+        best, summary = self.best_of("mae", {"loss": 1.0}, {"loss": 1.0}, {"loss": 2.0})
+        self.assertEqual((best, summary["best_epoch"], summary["best"]), (2, 2, 1.0))
+
+    def test_a_checkpoint_from_before_ties_were_broken_resumes(self):
+        best, summary = self.best_of(
+            "old", {"top1": 50.0, "loss": 0.5}, {"top1": 50.0, "loss": 0.9}, best_loss=None, best_epoch=None
+        )
+        self.assertEqual((best, summary["best_epoch"]), (2, 2))
+
     def test_validation_counts_every_good_video_once(self):
         data = Noise(11, bad=(3, 9))
         made = trainer(self.folder / "val", val=data)

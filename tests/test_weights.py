@@ -245,6 +245,24 @@ class Reading(unittest.TestCase):
         self.assertEqual(find(self.folder).name, "best.pt")
         self.assert_read(self.folder)
 
+    def test_a_checkpoint_says_its_epoch_and_metrics(self):
+        last = {"loss": 0.3, "val_loss": 0.41, "val_top1": 85.714, "val_epoch": 12}
+        for said, text in (
+            ({"epoch": 12, "step": 0, "last": last}, "epoch 12, top-1 85.7 %, validation loss 0.41"),
+            (
+                {"epoch": 14, "step": 3, "steps_per_epoch": 9, "last": last},
+                "epoch 15, step 3 of 9, top-1 85.7 %, validation loss 0.41 (validated after epoch 12)",
+            ),
+            ({"epoch": 2, "step": 0, "last": {"loss": 0.3, "lr": 1}}, "epoch 2, training loss 0.3"),
+            ({"epoch": 2, "step": 0, "last": {"val_top1": "85"}}, "epoch 2"),
+            ({"epoch": True, "step": 0, "last": {}}, ""),
+            ({}, ""),
+        ):
+            torch.save({"model": self.state, **said}, self.folder / "said.pt")
+            source = read(self.folder / "said.pt")
+            self.assertEqual(source.checkpoint, text)
+            self.assertEqual(str(source), f"{self.folder}/said.pt" + (f" ({text})" if text else ""))
+
     def test_several(self):
         for name in ("a.pt", "b.pt"):
             torch.save({"model": self.state}, self.folder / name)

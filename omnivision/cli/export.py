@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     card_file = args.out / "README.md" if args.to == "hf" else card_of(args.out)
     check_target(args.out, source, args.force, folder=args.to == "hf", card=card_file)
     model = _model(source, args)
-    print(f"{source.path}: {model.summary()}")
+    print(f"{source}: {model.summary()}")
     judged = not source.average or args.weights != "model"  # by the run, whose figures are told
     if args.to == "hf":
         _export_hf(args, source, model, judged)
@@ -76,7 +76,8 @@ def run(args: argparse.Namespace) -> int:
             args.out,
             model.state,
             model.architecture,
-            {"origin": origin(source, "omnivision"), "inference": shown.written()},
+            {"origin": origin(source, "omnivision"), "inference": shown.written()}
+            | (source.progress if judged else {}),
         )
         write_card(args.out, told)
         print(f"Wrote {args.out}: {len(model.state)} tensors; and {card_of(args.out)}, what people read of it")
@@ -116,6 +117,8 @@ def _model(source: Source, args: argparse.Namespace) -> Imported:
         merged = merge(state, source.architecture, found)
     except UserError as error:
         raise UserError(f"{source.path}: {error}") from None
+    for each in found:
+        print(f"Averages {each}")
     print(
         f"Merged {len(found)} checkpoints; scores of a random clip differ by {merged.difference:.1g} from the average's"
     )

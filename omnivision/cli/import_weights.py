@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from omnivision.interop.convert import convert
 from omnivision.interop.geometry import Given
@@ -49,9 +49,10 @@ def run(args: argparse.Namespace) -> int:
     source = read(args.source)
     check_target(args.out, source, args.force)
     imported, format = convert(source, args.format, Given(**{name: getattr(args, name) for name in _GEOMETRY}))
-    said = {"origin": origin(source, format)} | ({"inference": dict(source.inference)} if source.inference else {})
+    said: dict[str, Any] = {"origin": origin(source, format)} | source.progress
+    said |= {"inference": dict(source.inference)} if source.inference else {}
     write_pt(args.out, imported.state, imported.architecture, said)
-    print(f"{source.path}: {len(source.state)} tensors of format {format}")
+    print(f"{source}: {len(source.state)} tensors of format {format}")
     for line in imported.lines():
         print(line)
     print(f"Wrote {args.out}: {len(imported.state)} tensors, {imported.summary()}")

@@ -271,7 +271,7 @@ def sound(summary: dict[str, Any]) -> dict[str, Any]:
     """A summary without the entries that are not what a run writes: somebody else did."""
     number = (int, float)
     kinds: dict[str, Any] = {"status": str, "job": dict, "run": dict, "last": dict, "epochs": int, "steps": int}
-    kinds |= dict.fromkeys(("step_seconds", "save_seconds", "wall_time", "best"), number)
+    kinds |= dict.fromkeys(("step_seconds", "save_seconds", "wall_time", "best"), number) | {"best_epoch": int}
     found = _of_kinds(summary, kinds)
     of_run = {"classes": list, "sources": list, "started": number, "trunk": str, "pretrained": str, "model": str}
     found["run"] = run = _of_kinds(found.get("run") or {}, of_run)
