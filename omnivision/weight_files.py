@@ -196,7 +196,7 @@ def describe_checkpoint(said: Mapping[str, Any]) -> str:
 
 def describe_metrics(last: Mapping[str, Any]) -> str:
     """Top-1 and loss of a run's last evaluation, or its training loss where it never validates."""
-    shown = (("val_top1", "top-1 {:.1f} %"), ("val_loss", "validation loss {:.4g}"))
+    shown: tuple[tuple[str, str], ...] = (("val_top1", "top-1 {:.1f} %"), ("val_loss", "validation loss {:.4g}"))
     if not any(name in last for name, _ in shown):
         shown = (("loss", "training loss {:.4g}"),)
     return ", ".join(text.format(last[name]) for name, text in shown if isinstance(last.get(name), (int, float)))

@@ -40,8 +40,8 @@ def write_run(folder: Path, **facts: object) -> Path:
     (folder / "logs").mkdir(parents=True)
     (folder / "pictures").mkdir()
     (folder / "predictions").mkdir()
-    summary = {"run": run | facts, "status": "finished", "epochs": 2, "wall_time": 7200.0, "best": top1,
-               "last": {"loss": 1.0, "val_top1": top1, "val_loss": 2.0}}  # fmt: skip
+    summary = {"run": run | facts, "status": "finished", "epochs": 2, "wall_time": 7200.0, "best": top1 + 1, "best_epoch": 1,
+               "last": {"loss": 1.0, "val_top1": top1, "val_loss": 2.0, "val_epoch": 2}}  # fmt: skip
     (folder / "summary.json").write_text(json.dumps(summary))
     (folder / "config.yaml").write_text(f"epochs: 2\nlr_scale_factor: {top1}\nname: '{HOSTILE}'\n")
     lines = [{"event": "step", "phase": "train", "epoch": 0, "step": step, "loss": 3 - step / 9, "lr": 0.1, "grad_norm": 1.0,
@@ -83,7 +83,8 @@ class Page(unittest.TestCase):
         self.assertNotRegex(body, r'(src|href)="http')
         for expected in ("2 of 3 videos are right: 66.7 %", "Guessing would give 33.3 %", "lr_scale_factor", "started from",
                          HOSTILE, "The mistakes, the most confident first",
-                         "data:image/webp;base64,", "mae", "50.0", "60.0"):  # fmt: skip
+                         "data:image/webp;base64,", "mae", "50.0 (epoch 2)", "51.0 (epoch 1)", "60.0 (epoch 2)",
+                         "after epoch 2; best.pt is of epoch 1"):  # fmt: skip
             self.assertIn(expected, body)
         self.assertEqual(text.count("plotly-graph-div"), 1 + 8 + 2 * 2)
 
@@ -190,12 +191,28 @@ class Parts(unittest.TestCase):
         self.assertEqual((x, none, zero, y, three), ("x", 1, 0.0, "y", 3))
         self.assertAlmostEqual(third, 100 / 3)
 
+    def test_every_finished_run_counts(self):
+        """Runs that others start from, too, and those on several sources; none that has not trained to its end."""
+        start = self.run_of("start", None, "ucf101", "trained", 85.7)
+        later = self.run_of("later", "runs/start", "ucf101", "trained", 42.9)
+        later.pretrained.append({"path": "/nowhere/start/checkpoints/best.pt", "sha256": "0"})
+        both = self.run_of("both", None, "ucf101+hmdb51", "trained", 30.0)
+        self.assertEqual(
+            table([start, later, both]).rows,
+            [("nothing", [("85.7", True), ("30.0", True)]), ("start", [("42.9", False), ("", False)])],
+        )
+        self.assertEqual(table([start, later, both]).columns, [("ucf101", "FT"), ("ucf101 + hmdb51", "FT")])
+        for facts in ({"status": "running"}, {"status": "interrupted"}, {"status": "failed"}, {"epochs": 0}):
+            better = self.run_of("better", None, "ucf101", "trained", 99.0)
+            better.summary |= facts
+            made = table([start, later, better])
+            self.assertEqual((made.rows[0][1][0], made.left_out), (("85.7", True), ["better"]), facts)
+
     def test_starts_that_are_files(self):
-        """Of two runs that start from one file the one that is called as a folder above it is no stage before."""
         made = [self.run_of(name, "vit.pt", "ucf101", "trained", 80.0) for name in ("ucf101", "other")]
         for run in made:
             run.pretrained.append({"path": "/data/ucf101/weights/vit.pt", "sha256": "0"})
-        self.assertEqual(len(table(made).rows), 1)
+        self.assertEqual(table(made).rows[0][1], [("80.0 (mean of 2)", True)])
 
     def test_weights_of_somebody_elses(self):
         run = self.run_of("a", "x", "ucf101", "trained", 80.0)
@@ -217,8 +234,9 @@ class Parts(unittest.TestCase):
         self.assertEqual([colour in drawn for colour in figures.COLOURS[:3]], [False, True, False])
 
     def run_of(self, name: str, start: str | None, task: str, trunk: str, top1: float, **settings: object) -> Run:
-        facts = {"pretrained": start, "sources": [task], "trunk": trunk}
-        return Run(name, RunFolder(f"/nowhere/{name}"), {"run": facts, "last": {"val_top1": top1}}, settings, [])
+        facts = {"pretrained": start, "sources": task.split("+"), "trunk": trunk}
+        summary = {"run": facts, "last": {"val_top1": top1}, "status": "finished", "epochs": 3}
+        return Run(name, RunFolder(f"/nowhere/{name}"), summary, settings, [])
 
     def test_the_papers_table(self):
         runs = [

@@ -221,6 +221,11 @@ def differing(runs: Sequence[Run]) -> dict[str, list[str]]:
     return found
 
 
+def is_result(run: Run) -> bool:
+    """Whether a run has trained to its end: one that goes on, broke off, or only evaluated other weights, has no result yet."""
+    return run.summary.get("status") == "finished" and bool(run.summary.get("epochs"))
+
+
 def result(run: Run) -> tuple[str, float] | None:
     """The figure that a run is judged by, with its name: top-1 (%) where there is one, else a loss; None for none yet."""
     for name, label in (("val_top1", "top-1, %"), ("val_loss", "loss, validation"), ("loss", "loss, training")):

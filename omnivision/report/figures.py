@@ -15,7 +15,7 @@ import numpy as np
 import plotly.graph_objects as graph
 from plotly.offline import get_plotlyjs
 
-from omnivision.report.collect import Predicted, Run, result
+from omnivision.report.collect import Predicted, Run, is_result, result
 
 COLOURS = (
     "#4477aa",
@@ -124,7 +124,8 @@ def against(runs: Sequence[Run], values: Sequence[str]) -> str:
         if (found := result(run)) is not None and re.fullmatch(
             r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", value, re.IGNORECASE
         ):
-            points.append((float(value), *found[::-1], html.escape(run.name)))
+            name = html.escape(run.name) + ("" if is_result(run) else " (not finished)")
+            points.append((float(value), *found[::-1], name))
     if len(points) < 3 or len({label for _, _, label, _ in points}) > 1:
         return ""
     x, y, labels, names = zip(*sorted(points), strict=True)

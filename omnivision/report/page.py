@@ -91,8 +91,8 @@ def _row(run: Run) -> list[tuple[str, str]]:
     started = facts.get("pretrained") or "nothing"
     last = run.last
     numbers = (
-        _number(last.get("val_top1"), 1),
-        _number(run.summary.get("best"), 1) if "val_top1" in last else "",
+        _evaluated(last.get("val_top1"), last.get("val_epoch")),
+        _evaluated(run.summary.get("best"), run.summary.get("best_epoch")) if "val_top1" in last else "",
         _number(last.get("val_loss"), 4),
         _number(last.get("loss"), 4),
         str(run.summary.get("epochs", "")),
@@ -103,6 +103,11 @@ def _row(run: Run) -> list[tuple[str, str]]:
         (str(started), ", ".join(facts.get("sources") or [])),
     )
     return [(t, "") for t in before] + [(n, "number") for n in numbers] + [(t, "") for t in behind]
+
+
+def _evaluated(top1: Any, epoch: Any) -> str:
+    """A top-1 with the epoch that it is of, as far as it is known."""
+    return _number(top1, 1) + (f" (epoch {epoch})" if top1 is not None and isinstance(epoch, int) else "")
 
 
 def _number(value: Any, digits: int) -> str:
@@ -150,12 +155,22 @@ def _evaluation(run: Run, source: str, predicted: Predicted, number: int, clips:
         "anchor": f"evaluation-{number}",
         "run": run.name,
         "source": source,
+        "of_epoch": _of_epoch(run),
         "told": f"{right} of {int(known.sum())} videos are right: {share:.1f} %. Guessing would give "
         f"{100 / len(predicted.names):.1f} %.",
         "by_class": Markup(figures.by_class(predicted)) if known.any() else "",
         "confusion": Markup(figures.confusion(predicted)) if len(predicted.names) <= MOST_CLASSES else "",
         "mistakes": _mistakes(predicted, *entry) if clips else [],
     }
+
+
+def _of_epoch(run: Run) -> str:
+    """Which weights the predictions of a run are of: the last evaluation writes them, and best.pt may be of an earlier one."""
+    last, best = run.last.get("val_epoch"), run.summary.get("best_epoch")
+    if not isinstance(last, int):
+        return "As the last evaluation of the run had it."
+    other = f"; best.pt is of epoch {best}" if isinstance(best, int) and best != last else ", which best.pt holds, too"
+    return f"By the last evaluation, after epoch {last}{other if isinstance(best, int) else ''}."
 
 
 def _mistakes(predicted: Predicted, *entry: Any) -> list[tuple[str, list[mistakes.Mistake]]]:

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from omnivision.files import run_name
-from omnivision.report.collect import Run, differing
+from omnivision.report.collect import Run, differing, is_result
 
 WAYS = ("FT", "LP")
 
@@ -15,27 +14,29 @@ WAYS = ("FT", "LP")
 @dataclass(frozen=True)
 class Table:
     """`columns` are (task, FT or LP), those that a run is in; `rows` are (pretraining, cells); a cell is (text, whether it is
-    the best of its column).
+    the best of its column). `left_out` are runs with a top-1 that is no result yet.
     """
 
     columns: list[tuple[str, str]]
     rows: list[tuple[str, list[tuple[str, bool]]]]
+    left_out: list[str]
 
 
 def table(runs: Sequence[Run]) -> Table | None:
-    """Of the downstream runs among `runs`, over those with the same start, task and way the mean if only seeds
-    differ, else the best; None for fewer than two."""
-    # By name, since a report may be made of copies.
-    starts = {run_name(Path(str(each.get("path")))) for run in runs for each in run.pretrained}
+    """The finished runs with a top-1, of the last evaluation; of several with the same start, task and way the mean if only
+    their seeds differ, else the best. None for fewer than two runs."""
     found: dict[tuple[str, str, str], list[float]] = {}
     made_by: dict[tuple[str, str, str], list[Run]] = {}
+    left_out: list[str] = []
     named: dict[str, str] = {}  # name of a start -> the weights that it stands for
     for run in runs:
         facts = run.summary.get("run") or {}
-        top1, trunk, sources = run.last.get("val_top1"), facts.get("trunk"), facts.get("sources") or []
-        if run.folder.path.resolve().name in starts:
-            continue  # a stage before
-        if isinstance(top1, (int, float)) and isinstance(trunk, str) and len(sources) == 1:
+        top1, trunk, task = run.last.get("val_top1"), facts.get("trunk"), " + ".join(facts.get("sources") or [])
+        if not isinstance(top1, (int, float)) or not isinstance(trunk, str):
+            continue
+        if not is_result(run):
+            left_out.append(run.name)
+        else:
             way, weights = (
                 "FT" if trunk == "trained" else "LP",
                 "+".join(str(each.get("sha256")) for each in run.pretrained),
@@ -43,8 +44,8 @@ def table(runs: Sequence[Run]) -> Table | None:
             start = _start(facts.get("pretrained"), trunk)
             if named.setdefault(start, weights) != weights:
                 start = f"{start} ({weights[:12]})"
-            found.setdefault((start, sources[0], way), []).append(float(top1))
-            made_by.setdefault((start, sources[0], way), []).append(run)
+            found.setdefault((start, task, way), []).append(float(top1))
+            made_by.setdefault((start, task, way), []).append(run)
     if sum(map(len, found.values())) < 2:
         return None
     seeds = {key for key, made in made_by.items() if set(differing(made)) <= {"trainer.seed_value"}}
@@ -62,7 +63,7 @@ def table(runs: Sequence[Run]) -> Table | None:
             text = "" if value is None else f"{value:.1f}{told}"
             cells.append((text, value is not None and value == best[task, way]))
         rows.append((start, cells))
-    return Table(columns, rows)
+    return Table(columns, rows, left_out)
 
 
 def _start(pretrained: object, trunk: str) -> str:
