@@ -78,12 +78,12 @@ def evaluate(
     model.eval()
     meter, parts, bad, videos = Meter(), dict[str, _Part](), list[BadSample](), 0
     asked = False
-    gone: list[str] = []  # files in a row that are not there
+    gone: dict[str, None] = {}  # files in a row that are not there
     for batch in batches:
         if asked := stop is not None and stop.cause is not None:
             break
         bad += batch.bad
-        gone = gone + [each.path for each in batch.bad] if all_missing(batch) else []
+        gone = gone | dict.fromkeys(each.path for each in batch.bad) if all_missing(batch) else {}
         if len(gone) >= GONE:
             break
         if not len(batch):

@@ -313,5 +313,6 @@ def label_warnings(train: list[Split]) -> list[str]:
             found.append(
                 f"{split.name}: {len(missing)} of {split.dataset.num_classes} classes have no training sample ({shown}); the "
                 "head has a place for each."
+                + (" Do the labels start at 1? They must start at 0." if missing == [0] else "")
             )
     return found

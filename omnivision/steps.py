@@ -79,11 +79,10 @@ class StepWatch:
             self.leaving = self.leaving or bool(asked)
             if short and missing == bad:  # nothing is wrong with these files, and the ledger is not to say so
                 self._require_files(step.bad)
-            if bad:
-                self.record(step.bad)
+            files = self.record(step.bad) if bad else 0
             if short:
                 raise UserError(
-                    f"{int(bad)} files of one batch could not be decoded, many of them replacements for one another; all are "
+                    f"{files} files of one batch could not be decoded, many of them replacements for one another; all are "
                     f"in {self.ledger.path}. Check datasets.NAME.prefix, and that the data is mounted.",
                     everywhere=True,
                 )
@@ -95,14 +94,18 @@ class StepWatch:
         paths = [sample.path for part in self.processes.gather(bad) for sample in part]
         raise UserError(vanished_files(paths, "that one batch was to be made of"), everywhere=True)
 
-    def record(self, bad: list[BadSample]) -> None:
-        """Enter the bad files of all processes into the ledger. Raises UserError when its budget is spent."""
+    def record(self, bad: list[BadSample]) -> int:
+        """Enter the bad files of all processes into the ledger; return how many they are, each counted once.
+
+        Raises UserError when its budget is spent.
+        """
         everywhere = [sample for part in self.processes.gather(bad) for sample in part]
         try:
             self.ledger.add(everywhere, write=self.processes.is_main)
         finally:
             if everywhere and self.processes.is_main:
                 self.folder.write_summary(bad_samples=len(self.ledger))
+        return len({sample.path for sample in everywhere})
 
     def _skipped(self, step: Posted) -> None:
         """Tell of a step that changed nothing. Raises NonFiniteError, in all processes, when it is one too many."""

@@ -2,6 +2,7 @@
 
 import pickle
 import struct
+import subprocess
 import tempfile
 import unittest
 import warnings
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from omnivision.data.catalog import Dataset, LabelSets, Split, SplitFiles, label_sets
+from omnivision.data.catalog import Dataset, LabelSets, Split, SplitFiles, label_sets, shift_command
 from omnivision.errors import UserError
 from omnivision.preflight import file_warnings, label_warnings
 
@@ -44,6 +45,21 @@ class Reading(Folder):
         )
         self.assertEqual([split.path(0), split.path(1)], ["/new/x.mp4", "/new/y.mp4"])
         self.assertEqual((len(split), split.label(1)), (2, 1))
+
+    def test_a_prefix_that_is_a_folder_needs_no_slash(self):
+        (self.folder / "clips").mkdir()
+        (self.folder / "clips_1.mp4").touch()
+        for prefix, path, expected in (
+            ("clips", "1.mp4", "clips/1.mp4"),
+            ("clips/", "1.mp4", "clips/1.mp4"),
+            ("clips_", "1.mp4", "clips_1.mp4"),  # no folder, but how names begin
+            ("clips", "_1.mp4", "clips/_1.mp4"),  # a folder, though files beside it begin so
+            ("nowhere", "1.mp4", "nowhere1.mp4"),
+        ):
+            split = self.split([path], [0], prefix=f"{self.folder}/{prefix}")
+            self.assertEqual(split.path(0), f"{self.folder}/{expected}")
+            self.assertEqual(pickle.loads(pickle.dumps(split)).path(0), split.path(0))  # noqa: S301
+        self.assertEqual(self.split(["/x.mp4"], [0]).path(0), "/x.mp4")
 
     def test_the_first_candidate_that_exists(self):
         here = self.save("here.npy", np.array(["a"]))
@@ -112,6 +128,24 @@ class Labels(Folder):
         self.assertEqual(
             label_warnings([Split(Dataset("d", train=SplitFiles(str(self.folder / "p.npy"))), "train")]), []
         )
+
+
+class LabelsFromOne(Folder):
+    def test_they_are_told_with_the_command_that_shifts_them(self):
+        for labels in ([1, 2, 3], [3, -1, 1, 2], np.array([1, 3, 3, 2], np.uint8)):
+            with self.assertRaisesRegex(UserError, r"start at 1.*python -c") as caught:
+                self.split([str(i) for i in range(len(labels))], labels, num_classes=3)
+            self.assertNotIn("num_classes", str(caught.exception))
+            subprocess.run(shift_command(str(self.folder / "labels.npy")), shell=True, check=True)
+            shifted = np.load(self.folder / "labels.npy")
+            self.assertEqual(shifted.tolist(), [label - (label > 0) for label in np.asarray(labels).tolist()])
+
+    def test_those_that_may_start_at_one_are_a_warning_and_others_are_not(self):
+        for labels, classes, told in (([1, 2, 3], 4, True), ([0, 2, 3], 4, False), ([1, 2, 5], 6, False)):
+            warnings = label_warnings([self.split(["a", "b", "c"], labels, num_classes=classes)])
+            self.assertEqual("start at 1" in warnings[0], told)
+        with self.assertRaisesRegex(UserError, "num_classes"):
+            self.split(["a", "b"], [1, 7], num_classes=3)
 
 
 class Refused(Folder):

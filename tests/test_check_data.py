@@ -164,6 +164,21 @@ class Splits(Folder):
         self.assertIn("bad: 2 labels are not from -1 to 2", out)
         self.assertEqual(self.check(paths, labels, "--num-classes", 6)[2]["summary"]["labels"]["absent"], [1, 2, 4, 5])
 
+    def test_labels_that_start_at_one(self):
+        paths = [self.film("a.mp4"), self.film("bb.mp4")]
+        for labels, options, told in (
+            ([1, 2], ["--num-classes", 2], 1),
+            ([1, 2], [], 1),
+            ([0, 2], [], 0),
+            ([1, 2], ["--num-classes", 4], 0),
+        ):
+            out = self.check(paths, self.save("labels.npy", labels), *options)[1]
+            self.assertEqual(out.count("start at 1"), told, (labels, options))
+
+    def test_a_folder_as_prefix_needs_no_slash(self):
+        paths = self.save("paths.npy", [self.film("a.mp4")])
+        self.assertEqual(run(paths, "--prefix", self.folder)[0], 0)
+
     def test_duplicates_and_overlap(self):
         paths = [self.film("a.mp4"), self.film("bb.mp4"), self.film("ccc.mp4")]
         shutil.copy(self.folder / "a.mp4", self.folder / "copy.mp4")

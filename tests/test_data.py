@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from omnivision.data.batch import BadSample, Batch, Sample, collate
+from omnivision.data.batch import BadSample, Batch, Sample, collate, vanished_files
 from omnivision.data.catalog import Dataset, Split, SplitFiles
 from omnivision.data.dataset import REPLACEMENTS, ClipDataset, Cut
 from omnivision.data.encode import write_film
@@ -329,6 +329,9 @@ class Films(unittest.TestCase):
         np.save(self.folder / "none.npy", np.array([f"none_{i}.mp4" for i in range(11)]))
         sample = self.dataset("none.npy")[Request(0, 2, 0)]
         self.assertEqual((len(sample.video), len(sample.bad)), (0, 1 + REPLACEMENTS))
+        tried = [bad.path for bad in sample.bad]
+        self.assertLess(len(set(tried)), len(tried))
+        self.assertIn(f"None of {len(set(tried))} files", vanished_files(tried, "of a batch"), "files, not tries")
 
     def test_what_is_gone_with_its_disk_is_missing_and_what_is_damaged_is_not(self):
         dataset = self.dataset(training=False)
@@ -433,7 +436,7 @@ class Ledger(unittest.TestCase):
             resumed = BadSampleLedger(path, files=100, budget=0.02)
             self.assertEqual(len(resumed), 2)
             with self.assertRaisesRegex(
-                UserError, r"(?s)3 of 100 files .*budget of 2\.00%.*2\.mp4: reason 2"
+                UserError, r"(?s)3 of 100 samples .*budget of 2\.00%.*2\.mp4: reason 2"
             ) as caught:
                 resumed.add(bad, write=False)
             self.assertTrue(caught.exception.everywhere)

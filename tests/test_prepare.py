@@ -148,6 +148,14 @@ class CsvLists(Folder):
             lists, self.out, "--prefix", self.folder / "data", saying="1 of 2 films are not below --prefix"
         )
 
+    def test_integers_from_one(self):
+        self.films("a.mp4", "b.mp4")
+        file, names = self.write("list.csv", "a.mp4,1\nb.mp4,2\n"), self.write("names.txt", "walk\nrun\n")
+        self.prepared(file)
+        self.assertIn("start at 1", self.errors)
+        shutil.rmtree(self.out)
+        self.assert_refused(file, self.out, "--class-names", names, saying="start at 1.*--class-names")
+
     def test_integers_keep_their_gaps(self):
         self.films("a.mp4", "b.mp4")
         found = self.prepared(self.write("list.csv", "a.mp4,0\nb.mp4,3\n"))

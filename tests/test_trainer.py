@@ -290,18 +290,20 @@ class Loop(unittest.TestCase):
                 sample = super().__getitem__(request)
                 asked.append(request.video)
                 gone = request.video >= after and request.video not in there
-                bad = [BadSample("noise", request.video, f"{request.video}.mp4", "gone", "val", True)] if gone else []
+                path = f"{request.video % files}.mp4"
+                bad = [BadSample("noise", request.video, path, "gone", "val", True)] if gone else []
                 return dataclasses.replace(
                     sample, video=sample.video[: 1 - gone], mask=sample.mask[: 1 - gone], bad=bad
                 )
 
         asked: list[int] = []
         few = (12, 13, 14, 15, 16)  # a batch of them at least: those before and after are not in a row
-        for after, size, kept, stops in (
-            (4, 24, (), True),
-            (4, 16, (), False),
-            (0, 400, (), True),
-            (0, 26, few, False),
+        for after, size, kept, stops, files in (
+            (4, 24, (), True, 99),
+            (4, 16, (), False, 99),
+            (0, 400, (), True, 99),
+            (0, 26, few, False, 99),
+            (0, 40, (), False, 2),  # many segments of few files
         ):
             there = kept
             asked.clear()

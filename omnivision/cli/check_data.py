@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from omnivision.cli.arguments import number
-from omnivision.data.catalog import IGNORED_LABEL
+from omnivision.data.catalog import IGNORED_LABEL, resolve_prefix, shift_command, start_at_one
 from omnivision.errors import EXIT_INTERRUPTED, EXIT_USER, UserError
 from omnivision.files import write_atomically
 from omnivision.prepare.arrays import read_labels, read_paths, read_segments
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     labels = read_labels(args.labels, len(paths)) if args.labels else None
     segments = read_segments(args.segments, len(paths)) if args.segments else None
     others = read_paths(args.against) if args.against else None
-    prefix = args.prefix + ("/" if os.path.isdir(args.prefix) and not args.prefix.endswith("/") else "")
+    prefix = resolve_prefix(args.prefix)
     full = [prefix + path for path in paths]
     samples: dict[str, list[int]] = {}  # of each film
     for position, path in enumerate(full):
@@ -99,6 +99,11 @@ def run(args: argparse.Namespace) -> int:
             sample.update(start=start, end=end)
         _write_json(Path(args.json), {"summary": {"prefix": prefix, **summary}, "samples": listed})
     _tell(paths, checks, summary)
+    if labels is not None and start_at_one(labels, args.num_classes):
+        _say(
+            Console(),
+            f"labels start at 1, and class 0 has no sample. Shift those of all splits: {shift_command(args.labels)}",
+        )
     return 0 if summary["bad"] == 0 and not summary.get("labels", {}).get("out_of_range") else EXIT_USER
 
 

@@ -24,10 +24,10 @@ class BadSample:
 
 
 def vanished_files(paths: Sequence[str], which: str) -> str:
-    """What is told of files that are all not there at once."""
+    """What is told of files that are all not there at once; each counts once, however often it was tried."""
     return (
-        f"None of {len(paths)} files {which} is there, e.g. {paths[0]}. Is the data mounted? Then the same command goes on "
-        "from the last checkpoint. If the files never were there, change datasets.NAME.prefix."
+        f"None of {len(set(paths))} files {which} is there, e.g. {paths[0]}. Is the data mounted? Then the same command goes "
+        "on from the last checkpoint. If the files never were there, change datasets.NAME.prefix."
     )
 
 

@@ -157,6 +157,7 @@ class Split:
             )
         self.dataset, self.name, self.which = dataset, dataset.name, which
         self._where = where = f"datasets.{dataset.name}.{which}"
+        self._prefix = resolve_prefix(dataset.prefix)
         self._paths_file = first_existing(files.paths, f"{where}.paths")
         self._labels_file = first_existing(files.labels, f"{where}.labels") if files.labels else None
         self._segments_file = first_existing(files.segments, f"{where}.segments") if files.segments else None
@@ -223,7 +224,7 @@ class Split:
     def _rewritten(self, path: str) -> str:
         rules = self.dataset
         path = path.removeprefix(rules.remove_prefix).removesuffix(rules.remove_suffix)
-        return f"{rules.prefix}{path}{rules.suffix}"
+        return f"{self._prefix}{path}{rules.suffix}"
 
     def label_counts(self) -> list[int]:
         """How many samples each class has; empty where the number of classes or the labels are unknown."""
@@ -249,6 +250,11 @@ class Split:
     def segments(self, indices: np.ndarray) -> np.ndarray | None:
         """Return the segments of several samples, float64 (N, 2); None for whole videos."""
         return None if self._segments is None else self._segments[indices].astype(np.float64)
+
+
+def resolve_prefix(prefix: str) -> str:
+    """Return the text to put before each path: a folder gets its slash, anything else (/data/clip_) stays as it is."""
+    return f"{prefix}/" if os.path.isdir(prefix) and not prefix.endswith("/") else prefix
 
 
 def _is_text(text: str) -> bool:
@@ -309,6 +315,11 @@ def _check_labels(labels: np.ndarray, file: str | None, setting: str, samples: i
             f"same list, or point {setting} to the file that belongs to the paths."
         )
     low, high = int(labels.min()), int(labels.max())
+    if start_at_one(labels, num_classes):
+        raise UserError(
+            f"{file} holds labels from 1 to {high}; expected 0 to {high - 1} for {num_classes} classes. They start at 1. Shift "
+            f"those of all splits: {shift_command(file)}"
+        )
     if low < IGNORED_LABEL or (num_classes is not None and high >= num_classes):
         allowed = (
             f"{IGNORED_LABEL} (ignored) to {num_classes - 1}" if num_classes is not None else "-1 (ignored) or more"
@@ -317,6 +328,17 @@ def _check_labels(labels: np.ndarray, file: str | None, setting: str, samples: i
             f"{file} holds labels from {low} to {high}; expected {allowed}. Mend the labels, or set "
             f"{setting.split('.')[0]}.{setting.split('.')[1]}.num_classes to the number of classes."
         )
+
+
+def start_at_one(labels: np.ndarray, num_classes: int | None) -> bool:
+    """Return whether labels are 1 .. num_classes, not 0 .. num_classes - 1; of an unknown number, whether the least is 1."""
+    used = labels[labels > IGNORED_LABEL]
+    return bool(used.size) and used.min() == 1 and num_classes in (None, used.max())
+
+
+def shift_command(file: str | None) -> str:
+    """Return a command that makes labels which start at 1 start at 0."""
+    return f'python -c "import numpy as np; f = {file!r}; a = np.load(f); np.save(f, np.where(a > 0, a - 1, a))"'
 
 
 def check_segments(segments: np.ndarray, file: str, setting: str, samples: int) -> None:

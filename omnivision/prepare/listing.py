@@ -11,6 +11,7 @@ from itertools import combinations
 
 import numpy as np
 
+from omnivision.data.catalog import start_at_one
 from omnivision.data.clips import Segment
 from omnivision.data.frame_folder import natural
 from omnivision.errors import UserError
@@ -147,7 +148,10 @@ def label_arrays(listing: Listing, names: list[str] | None = None) -> tuple[list
         classes = sorted((str(label) for label in found), key=natural)
     _check_names(classes)
     if numbers:
-        _check_numbers(listing, len(classes), "Mend the list, or the names of the classes (--class-names).")
+        shift = ""
+        if start_at_one(np.array(sorted(numbers)), len(classes)):
+            shift = "They start at 1: subtract 1 from each. "
+        _check_numbers(listing, len(classes), f"{shift}Correct the list, or the names of the classes (--class-names).")
         return classes, {split: np.array([r.label for r in rows], np.int64) for split, rows in listing.splits.items()}
     index = {name: number for number, name in enumerate(classes)}
     problems = [f"{row.where}: {row.label}" for row in listing.rows() if row.label not in index]
@@ -166,7 +170,9 @@ def label_warnings(classes: list[str], labels: Mapping[str, np.ndarray]) -> list
     seen = {split: set(array.tolist()) for split, array in labels.items()}
     everywhere = set().union(*seen.values())
     warnings = []
-    if never := [name for number, name in enumerate(classes) if number not in everywhere]:
+    if classes[0] == "0" and start_at_one(np.concatenate(list(labels.values())), None):
+        warnings.append("Labels start at 1, so class 0 never occurs: subtract 1 from each in the list.")
+    elif never := [name for number, name in enumerate(classes) if number not in everywhere]:
         warnings.append(f"{len(never)} of {len(classes)} classes never occur: {some(never)}.")
     for split in ("val", "test"):
         if "train" in seen and (only := [classes[n] for n in sorted(seen.get(split, set()) - seen["train"])]):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from omnivision.data.catalog import resolve_prefix
 from omnivision.data.clips import Segment, clip_window, sample_duration, uniform_clip_starts
 from omnivision.data.decode import BadVideo, open_video
 from omnivision.data.images import read_image
@@ -59,7 +60,7 @@ def _mistakes(
         label, guess = int(predicted.labels[video]), int(predicted.guesses[video])
         shares = 100 * predicted.shares[video]
         names = predicted.names
-        shown = predicted.paths[video].removeprefix(prefix if isinstance(prefix, str) else "")
+        shown = predicted.paths[video].removeprefix(resolve_prefix(prefix) if isinstance(prefix, str) else "")
         segment = None
         if predicted.segments is not None:
             segment = start, end = tuple(predicted.segments[video].tolist())

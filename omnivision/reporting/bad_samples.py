@@ -47,7 +47,7 @@ class BadSampleLedger:
         if samples and len(self) > self.budget * self.files:
             listed = "\n".join(f"  {path}: {reason}" for path, reason in list(self._known.values())[:20])
             raise UserError(
-                f"{len(self)} of {self.files} files could not be decoded, more than the budget of {self.budget:.2%} "
+                f"{len(self)} of {self.files} samples could not be decoded, more than the budget of {self.budget:.2%} "
                 "(trainer.data.bad_sample_budget). omnivision check-data finds all of them. Mend them or take them out of "
                 "the split (delete them, and run the same omnivision prepare again), or raise it; if none is found, change "
                 f"datasets.NAME.prefix. All are in {self.path}:\n{listed}",
