@@ -290,7 +290,7 @@ class Loop(unittest.TestCase):
                 sample = super().__getitem__(request)
                 asked.append(request.video)
                 gone = request.video >= after and request.video not in there
-                path = f"{request.video % files}.mp4"
+                path = f"{request.video % distinct}.mp4"
                 bad = [BadSample("noise", request.video, path, "gone", "val", True)] if gone else []
                 return dataclasses.replace(
                     sample, video=sample.video[: 1 - gone], mask=sample.mask[: 1 - gone], bad=bad
@@ -305,7 +305,7 @@ class Loop(unittest.TestCase):
             (0, 26, few, False, 99),
             (0, 40, (), False, 2),  # many segments of few files
         ):
-            there = kept
+            there, distinct = kept, files
             asked.clear()
             made = trainer(self.folder / f"gone_{after}_{size}", val=Gone(size), max_epochs=1)
             self.addCleanup(made.reporter.close)
