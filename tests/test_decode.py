@@ -27,6 +27,7 @@ os.environ.setdefault("SVT_LOG", "1")  # the AV1 encoder tells its settings othe
 from omnivision.data import decode
 from omnivision.data.clips import clip_window, subsample_indices
 from omnivision.data.decode import BadVideo, VideoFile, open_video
+from omnivision.prepare.transcode import Job, Recipe, transcode
 
 
 def make_film(
@@ -330,21 +331,47 @@ class Exactness(InFolder):
 
 class Rotation(InFolder):
     def test_display_matrix(self) -> None:
-        """Phones store the sensor's picture and a matrix in the track header, here written by hand."""
+        """Phones store the sensor's picture and a matrix in the track header, here written by hand.
+
+        Front cameras and editors mirror by it, too. The expected pictures were compared with those of FFmpeg's own tool.
+        """
         path = make_film(self.folder / "a.mp4", frames=10)
         plain, data = Truth(path), path.read_bytes()
         one = 1 << 16
         matrix = data.index(b"tkhd") + 4 + 40  # version 0: 40 bytes of fields precede the matrix
         self.assertEqual(struct.unpack(">9i", data[matrix : matrix + 36]), (one, 0, 0, 0, one, 0, 0, 0, 1 << 30))
-        for clockwise, (a, b, c, d) in {90: (0, one, -one, 0), 180: (-one, 0, 0, -one), 270: (0, -one, one, 0)}.items():
-            turned = self.folder / f"{clockwise}.mp4"
-            turned.write_bytes(
-                data[:matrix] + struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30) + data[matrix + 36 :]
-            )
+        for clockwise, mirrored, (a, b, c, d) in (
+            (0, False, (2, 0, 0, 2)),  # the scale is that of a screen
+            (90, False, (0, 1, -1, 0)),
+            (180, False, (-1, 0, 0, -1)),
+            (270, False, (0, -1, 1, 0)),
+            (0, True, (-1, 0, 0, 1)),
+            (90, True, (0, 1, 1, 0)),
+            (180, True, (1, 0, 0, -1)),
+            (270, True, (0, -1, -1, 0)),
+            (90, False, (0.01, 1, -1, 0.01)),
+        ):
+            turned = self.folder / "turned.mp4"
+            values = (int(a * one), int(b * one), 0, int(c * one), int(d * one), 0, 0, 0, 1 << 30)
+            turned.write_bytes(data[:matrix] + struct.pack(">9i", *values) + data[matrix + 36 :])
+            expected = np.stack([np.rot90(f, -clockwise // 90) for f in plain.frames])
+            expected = expected[:, :, ::-1] if mirrored else expected
             with open_video(str(turned)) as video:
                 got = pixels(video.read(0.0, 0.4, 10))
-            expected = np.stack([np.rot90(f, -clockwise // 90) for f in plain.frames])
-            self.assertTrue(np.array_equal(got, expected), f"{clockwise} degrees clockwise")
+                whole = np.stack([picture for _, picture in video.frames()])
+                facts = video.facts()
+            self.assertEqual((facts.rotation, facts.mirrored), (clockwise, mirrored))
+            self.assertEqual((facts.height, facts.width), expected.shape[1:3])
+            self.assertTrue(np.array_equal(got, expected), f"{clockwise} degrees clockwise, {mirrored}")
+            self.assertTrue(np.array_equal(whole, expected))
+            transcode(Job(str(turned), str(self.folder / "made.mp4"), Recipe(None, crf=0)))
+            with open_video(str(self.folder / "made.mp4")) as video:
+                made = pixels(video.read(0.0, 0.4, 10))
+            self.assertLess(float(np.abs(made.astype(int) - expected).mean()), 3, "looks the same")
+        for a, b, c, d in ((0.7, 0.7, -0.7, 0.7), (1, 0.5, 0, 1), (1, 1, 1, 1)):
+            values = (int(a * one), int(b * one), 0, int(c * one), int(d * one), 0, 0, 0, 1 << 30)
+            turned.write_bytes(data[:matrix] + struct.pack(">9i", *values) + data[matrix + 36 :])
+            self.assert_bad(turned, "display matrix", read=True)
 
 
 class Folders(InFolder):

@@ -132,6 +132,7 @@ def _summary(checks: list[FilmCheck], labels: np.ndarray | None, num_classes: in
         "bad": len(checks) - len(good),
         "seconds": round(sum(check.duration or 0 for check in good), 3),
         "rotated": sum(check.rotation != 0 for check in good),
+        "mirrored": sum(bool(check.mirrored) for check in good),
         "sizes": dict(sizes.most_common()),
         "distributions": {
             name: found
@@ -186,8 +187,9 @@ def _tell(paths: list[str], checks: list[FilmCheck], summary: dict[str, Any]) ->
     if sizes := summary["sizes"]:
         common = ", ".join(f"{size} ({count})" for size, count in list(sizes.items())[:5])
         _say(console, f"sizes: {common}{f', and {len(sizes) - 5} more' if len(sizes) > 5 else ''}")
-    if summary["rotated"]:
-        _say(console, f"rotated by their headers: {summary['rotated']} (training sees them upright)")
+    for how in ("rotated", "mirrored"):
+        if summary[how]:
+            _say(console, f"{how} by their headers: {summary[how]} (training sees them as players show them)")
     if "labels" in summary:
         _tell_labels(console, summary["labels"])
     for what, sets in (("duplicates", summary["duplicates"]), ("in both splits", summary.get("overlap"))):

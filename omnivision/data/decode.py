@@ -17,7 +17,8 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from fractions import Fraction
 from itertools import chain, pairwise
-from math import ceil
+from math import ceil, pi, tan
+from typing import Any
 
 import av
 import av.error
@@ -53,6 +54,9 @@ _CAN_DROP_UNREFERENCED = frozenset("h264 hevc mpeg4 mpeg2video mpeg1video".split
 # IndexError: PyAV's answer to a damaged transport stream that announces another stream midway.
 _FILE_ERRORS = (av.error.FFmpegError, OSError, MemoryError, IndexError)
 _FOR_EVER = 2**60  # later than any time stamp
+_DEGREE = tan(pi / 180)
+# Clockwise, by what makes a frame upright (see _orientation) where that does not mirror it.
+_ROTATIONS = {(False, False, False): 0, (True, True, False): 90, (False, True, True): 180, (True, False, True): 270}
 
 
 @contextmanager
@@ -142,9 +146,11 @@ class VideoFile:
             raise BadVideo("no frame could be decoded")
         starts = [0, *(i for i, is_key in enumerate(keys) if is_key), len(keys)]
         gop = max(b - a for a, b in pairwise(starts))
-        turned = -round(frame.rotation / 90) % 4
-        width, height = (frame.width, frame.height) if turned % 2 == 0 else (frame.height, frame.width)
-        return FilmFacts(len(keys), width, height, 90 * turned, gop)
+        transposed, left_right, up_down = _orientation(frame)
+        mirrored = (transposed + left_right + up_down) % 2 == 1
+        rotation = _ROTATIONS[transposed, left_right ^ mirrored, up_down]
+        width, height = (frame.height, frame.width) if transposed else (frame.width, frame.height)
+        return FilmFacts(len(keys), width, height, rotation, gop, mirrored)
 
     def times(self) -> list[int]:
         """When each frame is on screen, in ticks, by decoding the whole film. BadVideo if not all of it can be read."""
@@ -326,12 +332,31 @@ class VideoFile:
         rgb = self._reformatter.reformat(frame, format="rgb24", threads=1)
         plane, shape = rgb.planes[0], (rgb.height, rgb.width, 3)
         pixels: np.ndarray = np.ndarray(shape, np.uint8, buffer=memoryview(plane), strides=(plane.line_size, 3, 1))
-        return np.rot90(pixels, round(frame.rotation / 90))  # both count anticlockwise
+        transposed, left_right, up_down = _orientation(frame)
+        pixels = pixels.transpose(1, 0, 2) if transposed else pixels
+        return pixels[:: -1 if up_down else 1, :: -1 if left_right else 1]
 
     def _check_frame(self, frame: VideoFrame, damaged: bool) -> None:
         if damaged:
             raise BadVideo("damaged: the decoder marks a frame as corrupt")
         check_pixels(frame.width, frame.height, self._max_pixels)
+
+
+def _orientation(frame: VideoFrame) -> tuple[bool, bool, bool]:
+    """Return what makes a frame upright, as FFmpeg's own tool does: transpose, then exchange left and right, up and down.
+
+    Raises BadVideo for a display matrix that turns by an angle other than a multiple of 90 degrees (to a degree), or shears.
+    """
+    matrix: Any = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return False, False, False
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()  # x' = a x + c y, y' = b x + d y
+    straight, crossed = (abs(a), abs(d)), (abs(b), abs(c))
+    if max(crossed) <= _DEGREE * min(straight):
+        return False, a < 0, d < 0
+    if max(straight) <= _DEGREE * min(crossed):
+        return True, c < 0, b < 0
+    raise BadVideo("its display matrix turns it by an angle that is no multiple of 90 degrees, or shears it")
 
 
 def _runs(packets: list[Packet], wanted: set[int]) -> list[list[Packet]]:

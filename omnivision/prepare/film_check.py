@@ -33,6 +33,7 @@ class FilmCheck:
     width: int | None = None
     height: int | None = None
     rotation: int | None = None  # degrees clockwise
+    mirrored: bool | None = None  # after turning
     gop: int | None = None  # frames from one key frame to the next, the most there are
 
 
@@ -54,6 +55,7 @@ def check_film(job: CheckJob) -> list[FilmCheck]:
         width=facts.width,
         height=facts.height,
         rotation=facts.rotation,
+        mirrored=facts.mirrored,
         gop=facts.gop,
     )
     return [good if reason is None else FilmCheck(ok=False, reason=reason) for reason in reasons]
