@@ -30,6 +30,7 @@ class Posted:
     epoch: int
     number: int
     loss: Tensor
+    count: Tensor | float  # samples that the loss is a mean of
     norm: Tensor
     finite: Tensor
     lr: float
@@ -54,7 +55,7 @@ class StepWatch:
         self.skipped = 0  # in the whole run
         self._not_finite = MetricsLog(folder.logs / "nonfinite.jsonl")
         self.agreement: Agreement[Posted] = Agreement(processes)
-        self.loss = self.norm = math.nan  # of the last step that was heard of, averaged over the processes
+        self.loss = self.norm = math.nan  # of the last step that was heard of, of all processes together
         self.leaving = False  # one process was asked to stop, and all know it
 
     def start(self, step: int) -> None:
@@ -69,13 +70,13 @@ class StepWatch:
         the device, the same in all.
         """
         missing = sum(sample.missing for sample in step.bad)
-        sums = self.agreement.post(step, (step.loss, step.norm, ~step.finite, short, len(step.bad), missing, asked))
-        return sums[2] > 0
+        facts = (step.loss * step.count, step.count, step.norm, ~step.finite, short, len(step.bad), missing, asked)
+        return self.agreement.post(step, facts)[3] > 0
 
     def hear(self, but: int = 0) -> None:
         """Learn of the steps so far, but for the `but` newest. Raises NonFiniteError and UserError, in all processes."""
-        for step, (loss, norm, not_finite, short, bad, missing, asked) in self.agreement.read(but):
-            self.loss, self.norm = loss / self.processes.world, norm / self.processes.world
+        for step, (loss, count, norm, not_finite, short, bad, missing, asked) in self.agreement.read(but):
+            self.loss, self.norm = loss / max(count, 1), norm / self.processes.world
             self.leaving = self.leaving or bool(asked)
             if short and missing == bad:  # nothing is wrong with these files, and the ledger is not to say so
                 self._require_files(step.bad)
@@ -134,9 +135,22 @@ class StepWatch:
         self.say(f"{told} ({self.skipped} of at most {self.max_skipped} such steps; {self._not_finite.path}).")
 
 
-def posted(epoch: int, number: int, batch: Batch, loss: Tensor, norm: Tensor, lr: float, scaled: bool) -> Posted:
-    """A step to post. With fp16 (`scaled`) the gradient overflows now and then by design: the step is skipped then."""
-    return Posted(epoch, number, loss, norm, loss.isfinite() & (norm.isfinite() | scaled), lr, batch.paths, batch.bad)
+def posted(
+    epoch: int,
+    number: int,
+    batch: Batch,
+    loss: Tensor,
+    norm: Tensor,
+    lr: float,
+    scaled: bool,
+    count: Tensor | float = 1,
+) -> Posted:
+    """A step to post. With fp16 (`scaled`) the gradient overflows now and then by design: the step is skipped then.
+
+    `count`: how many samples the loss is a mean of.
+    """
+    finite = loss.isfinite() & (norm.isfinite() | scaled)
+    return Posted(epoch, number, loss, count, norm, finite, lr, batch.paths, batch.bad)
 
 
 def require_scale(scaler: torch.amp.GradScaler, step: int) -> None:

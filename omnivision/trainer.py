@@ -195,7 +195,8 @@ class Trainer:
     def train_step(self, batch: Batch) -> None:
         """One optimizer step on a batch, in the pieces that its source's plan says. What came of it, `watch` hears.
 
-        Nothing here waits for the device.
+        Its gradient is that of the mean over the samples that count, of all pieces and processes together. A step without such
+        samples changes nothing. Nothing here waits for the device.
         """
         options, clips = self.options, self.source_plan(batch).clips // self.processes.world
         short = len(batch) < clips
@@ -204,27 +205,35 @@ class Trainer:
         torch.manual_seed(int(draws(options.seed, MODEL_DRAW, self.global_step, self.processes.rank).integers(2**62)))
         pieces = batch.split(self.source_plan(batch).pieces)
         outputs: list[StepOutput] = []
+        loss = torch.zeros((), dtype=torch.float64, device=self.processes.device)
+        count = torch.zeros_like(loss)
         for number, piece in enumerate(pieces):
             with without_sync(self.model, skip=number < len(pieces) - 1):
                 with self._autocast():
                     output = self.task.training_step(self.model, piece)
                 # A batch that is not whole must not change the weights of any process: its gradients become NaN.
-                share = math.nan if short else 1 / len(pieces)
+                share = math.nan if short else output.count / clips
                 self.scaler.scale(output.loss * share).backward()
             outputs.append(output)
-        loss = torch.stack([output.loss.detach() for output in outputs]).mean()
+            loss += output.loss.detach().double() * output.count
+            count += output.count
+        total = count.clone()
+        self.processes.sum_in_place(total)
         self.scaler.unscale_(self.optimizer.optimizer)
+        # The processes' gradients were averaged: what they sum to is divided by `world * clips`, and is to be by `total`.
+        self.optimizer.scale_gradients(self.processes.world * clips / total.clamp(min=1))
         norm = whole(nn.utils.clip_grad_norm_(self.optimizer.parameters(), options.gradient_clip or math.inf))
         step = posted(
             self.state.epoch,
             self.global_step + 1,
             batch,
-            loss,
+            loss / count.clamp(min=1),
             norm,
             self.optimizer.lr,
             scaled=self.scaler.is_enabled(),
+            count=count,
         )
-        spoiled = self.watch.post(step, short, asked=self.stop.cause is not None) | ~norm.isfinite()
+        spoiled = self.watch.post(step, short, asked=self.stop.cause is not None) | ~norm.isfinite() | (total == 0)
         self.optimizer.step(spoiled)
         if self.scaler.is_enabled():
             self.scaler.update()

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import unittest
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from omnivision import build, checkpoint
 from omnivision.data.batch import BadSample, Batch, Sample
-from omnivision.data.catalog import Dataset
+from omnivision.data.catalog import Dataset, LabelSets
 from omnivision.data.epoch import EpochPlan, Request, SourcePlan
 from omnivision.data.loader import TrainData, ValData, Workers, train_batches
 from omnivision.data.masking import RandomMask
+from omnivision.data.mixing import Mixing
 from omnivision.data.order import draws
 from omnivision.distributed import Place, Processes
 from omnivision.errors import NonFiniteError, Terminated, UserError
 from omnivision.evaluation import Evaluation
+from omnivision.models.classifier import VideoClassifier
 from omnivision.models.mae import MaskedAutoencoder
 from omnivision.models.vit import VisionTransformer
 from omnivision.optim.groups import Rule, ScheduledOptimizer, parameter_groups
@@ -40,7 +43,8 @@ from omnivision.reporting.reporter import Reporter
 from omnivision.reporting.run_folder import RunFolder
 from omnivision.resuming import take_up
 from omnivision.steps import posted
-from omnivision.tasks.base import StepOutput
+from omnivision.tasks.base import StepOutput, Task
+from omnivision.tasks.classify import Classify
 from omnivision.tasks.reconstruct import Reconstruct
 from omnivision.trainer import Options, Trainer
 from tests.runs import ROOT
@@ -55,10 +59,11 @@ class Named(list):
 
 
 class Noise:
-    """A dataset of clips made from their index; `bad` ones have no views."""
+    """A dataset of clips made from their index, all of class 0 unless there are `labels`; `bad` ones have no views."""
 
-    def __init__(self, size: int, bad: tuple[int, ...] = ()) -> None:
+    def __init__(self, size: int, bad: tuple[int, ...] = (), labels: Sequence[int] | None = None) -> None:
         self.splits, self.bad, self.seen = [Named(range(size))], bad, []
+        self.labels = labels or [0] * size
 
     def __getitem__(self, request: Request) -> Sample:
         rng = draws(7, *request)
@@ -69,14 +74,34 @@ class Noise:
         views = 0 if bad else 1
         video = torch.from_numpy(rng.integers(0, 256, (1, 3, 4, 16, 16), dtype=np.uint8))
         mask = torch.from_numpy(RandomMask(0.5)((2, 2, 2), rng))[None]
-        return Sample(video[:views], mask[:views], 0, "noise", request.video, f"{request.video}.mp4", bad)
+        return Sample(
+            video[:views], mask[:views], self.labels[request.video], "noise", request.video, f"{request.video}.mp4", bad
+        )
 
 
-def trainer(folder: Path, train: Noise | None = None, val: Noise | None = None, **options: Any) -> Trainer:
-    """A trainer of a tiny autoencoder, batches of 4 of 12 clips, on one process."""
+def classifier(folder: Path, labels: Sequence[int], mixing: Mixing | None, **options: Any) -> Trainer:
+    """A trainer of a tiny classifier in double precision, without drop path."""
     torch.manual_seed(0)
-    trunk = VisionTransformer(24, 2, 2, num_frames=4, image_size=16, tubelet=TUBELET, drop_path=0.2)
-    model = MaskedAutoencoder(trunk, {"width": 16, "depth": 1, "heads": 2})
+    model = VideoClassifier(VisionTransformer(24, 2, 2, num_frames=4, image_size=16, tubelet=TUBELET), [2]).double()
+    if mixing is not None:  # in single precision
+        model.register_forward_pre_hook(lambda module, inputs: (inputs[0].double(), *inputs[1:]))
+    task = Classify(LabelSets([2], {"noise": 0}), mixing)
+    return trainer(folder, Noise(12, labels=labels), model=model, task=task, **options)
+
+
+def trainer(
+    folder: Path,
+    train: Noise | None = None,
+    val: Noise | None = None,
+    model: torch.nn.Module | None = None,
+    task: Task | None = None,
+    **options: Any,
+) -> Trainer:
+    """A trainer of a tiny autoencoder, batches of 4 of 12 clips, on one process."""
+    if model is None:
+        torch.manual_seed(0)
+        trunk = VisionTransformer(24, 2, 2, num_frames=4, image_size=16, tubelet=TUBELET, drop_path=0.2)
+        model = MaskedAutoencoder(trunk, {"width": 16, "depth": 1, "heads": 2})
     groups = parameter_groups(model, {"lr": [Rule(WarmupCosine(0.0, 1e-2, 0.0, 0.2))]})
     processes = Processes(Place(), "cpu", None, timedelta(minutes=1))
     run_folder = RunFolder(folder)
@@ -84,7 +109,7 @@ def trainer(folder: Path, train: Noise | None = None, val: Noise | None = None, 
     source = SourcePlan(12, 4, pieces=options.pop("pieces", 1))
     plan = EpochPlan({"noise": source}, seed=3, limit=options.pop("limit", None))
     made = Trainer(
-        Reconstruct(TUBELET),
+        task or Reconstruct(TUBELET),
         model,
         ScheduledOptimizer(model, groups, torch.optim.AdamW),
         TrainData(train or Noise(12), Workers(), plan),
@@ -167,6 +192,36 @@ class Loop(unittest.TestCase):
             results.append(made.bare.state_dict())
         self.assert_same(results[0], results[1], delta=1e-6)
         self.assert_same(results[0], results[2], delta=1e-6)
+
+    def test_accumulated_labels_equal_whole_batch(self):
+        """Where micro-batches hold unequal numbers of labelled samples, or none; with mixup and CutMix as well."""
+        for name, mixing, labels in (
+            ("plain", None, (0, -1, -1, 1, -1, -1, -1, 1, 0, 1, -1, -1)),
+            ("mixed", Mixing(), (0, -1, -1, 1, -1, -1, -1, 1, 0, 1, -1, -1)),
+            ("one", None, (-1, -1, -1, -1, 1, -1, -1, -1, -1, -1, -1, -1)),
+            ("all", Mixing(), (0, 1) * 6),
+        ):
+            results = []
+            for pieces in (1, 2, 4):
+                made = classifier(self.folder / f"{name}_{pieces}", labels, mixing, pieces=pieces)
+                made.fit()
+                made.reporter.close()
+                logged = [(line["loss"], line.get("top1", 0.0)) for line in self.lines(f"{name}_{pieces}")]
+                results.append((made.bare.state_dict(), logged))
+            for weights, logged in results[1:]:
+                self.assert_same(results[0][0], weights, delta=1e-6)
+                for wanted, got in zip(results[0][1], logged, strict=True):
+                    for one, other in zip(wanted, got, strict=True):
+                        self.assertAlmostEqual(one, other, places=5)
+
+    def test_a_step_without_labels_changes_nothing(self):
+        made = classifier(self.folder / "none", [-1] * 12, None, ema_decay=0.5)
+        before = {name: value.clone() for name, value in made.bare.state_dict().items()}
+        made.fit()
+        made.reporter.close()
+        self.assert_same(before, made.bare.state_dict())
+        self.assertEqual([line["loss"] for line in self.lines("none") if line["event"] == "step"], [0.0] * 6)
+        self.assertEqual(made.watch.skipped, 0)
 
     def test_limit_means_that_many_steps(self):
         data = Noise(12)

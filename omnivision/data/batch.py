@@ -59,6 +59,8 @@ class Batch:
     views: int = 1  # clips of each video
     depth: Tensor | None = None  # float32 (B, 1, H, W) in [0, 1], of RGB-D images
     bad: list[BadSample] = field(default_factory=list)
+    whole: Batch | None = None  # of a micro-batch: the batch that it was split from
+    first: int = 0  # of a micro-batch: the position of its first sample there
 
     def __len__(self) -> int:
         return len(self.video)
@@ -78,12 +80,21 @@ class Batch:
         return self._tensors(Tensor.pin_memory)
 
     def split(self, parts: int) -> list[Batch]:
-        """`parts` equal pieces, in order; `parts` divides B."""
+        """`parts` equal micro-batches, in order; `parts` divides B."""
         size = len(self) // parts
         return [
-            replace(self._tensors(lambda t, i=i: t[i : i + size]), paths=self.paths[i : i + size])  # type: ignore[misc]
+            replace(
+                self._tensors(lambda t, i=i: t[i : i + size]),  # type: ignore[misc]
+                paths=self.paths[i : i + size],
+                whole=self,
+                first=i,
+            )
             for i in range(0, len(self), size)
         ]
+
+    def select(self, index: Tensor) -> Batch:
+        """The samples at these positions, int64 (N,) on the device of the batch; without their paths."""
+        return replace(self._tensors(lambda tensor: tensor[index]), paths=[])
 
     def _tensors(self, change: Callable[[Tensor], Tensor]) -> Batch:
         mask = None if self.mask is None else change(self.mask)

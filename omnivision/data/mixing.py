@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from omnivision.data.batch import Batch
 from omnivision.errors import UserError
 
 Box = tuple[int, int, int, int]  # top, left, height, width
@@ -21,8 +22,7 @@ Box = tuple[int, int, int, int]  # top, left, height, width
 class Mixing:
     """Mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019), one draw for the whole batch and all its frames.
 
-    The partner of sample i is sample B-1-i. In a batch of odd size the last sample stays as it is and its target is not
-    smoothed.
+    `partner_index` says which samples are mixed. A batch of one sample is not mixed.
 
     Args:
         mixup_alpha, cutmix_alpha: the share of a sample is drawn from Beta(alpha, alpha); 0 leaves that kind out.
@@ -53,14 +53,22 @@ class Mixing:
                 )
 
     def __call__(
-        self, video: Tensor, label: Tensor, num_classes: int, rng: np.random.Generator
+        self,
+        video: Tensor,
+        label: Tensor,
+        num_classes: int,
+        rng: np.random.Generator,
+        partner: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Floating point (B, C, T, H, W), or images (B, C, H, W), and int64 (B,) -> mixed, and float32 (B, num_classes).
 
-        The input is not changed. Everything is drawn on the host, so a device does not have to wait.
+        `partner`: pixels and labels to mix these with, of the same shapes; None takes them from this batch. The input is not
+        changed. Everything is drawn on the host, so a device does not have to wait.
         """
+        pixels, labels = partner or (None, None)
         share, box = self.draw(video.shape[-2], video.shape[-1], rng)
-        return mix(video, share, box), mixed_targets(label, num_classes, self.label_smoothing, share)
+        targets = mixed_targets(label, num_classes, self.label_smoothing, share, labels)
+        return mix(video, share, box, pixels), targets
 
     def draw(self, height: int, width: int, rng: np.random.Generator) -> tuple[float, Box | None]:
         """A sample's own share of its mixture, and the box that CutMix replaces (None for mixup and for no mixing)."""
@@ -86,29 +94,48 @@ def kept_share(height: int, width: int, box: Box) -> float:
     return 1 - box[2] * box[3] / (height * width)
 
 
-def mix(video: Tensor, share: float, box: Box | None) -> Tensor:
+def partner_index(size: int, device: torch.device | str = "cpu") -> Tensor:
+    """The position of each sample's partner, int64 (size,): the last for the first, the last but one for the second, ...
+
+    A batch of odd size is paired so without its last sample, whose partner is the first one.
+    """
+    even = size // 2 * 2
+    return torch.arange(size - 1, -1, -1, device=device).sub(size - even).clamp(min=0)
+
+
+def partners(batch: Batch) -> Batch:
+    """The samples to mix a batch with. Those of a micro-batch come from the batch that it was split from."""
+    whole = batch.whole or batch
+    return whole.select(partner_index(len(whole), whole.label.device)[batch.first : batch.first + len(batch)])
+
+
+def mix(video: Tensor, share: float, box: Box | None, partner: Tensor | None = None) -> Tensor:
     """Samples and their partners: a weighted sum, or with a box the partner's pixels inside it. (B, C, ..., H, W) -> same."""
     assert video.is_floating_point(), video.dtype
-    if share == 1:
+    if share == 1 or (partner is None and len(video) == 1):
         return video
-    mixed, even = video.clone(), len(video) // 2 * 2  # of an odd batch the last sample has no partner
+    if partner is None:
+        partner = video[partner_index(len(video), video.device)]
     if box is None:
-        mixed[:even].mul_(share).add_(video[:even].flip(0).mul_(1 - share))
-    else:
-        top, left, height, width = box
-        inside = (..., slice(top, top + height), slice(left, left + width))
-        mixed[:even][inside] = video[:even][inside].flip(0)
+        return video.mul(share).add_(partner.mul(1 - share))
+    top, left, height, width = box
+    inside = (..., slice(top, top + height), slice(left, left + width))
+    mixed = video.clone()
+    mixed[inside] = partner[inside]
     return mixed
 
 
-def mixed_targets(label: Tensor, num_classes: int, smoothing: float, share: float) -> Tensor:
-    """float32 (B, num_classes): smoothed targets, mixed as `mix` mixes pixels; the odd one out is not smoothed.
+def mixed_targets(
+    label: Tensor, num_classes: int, smoothing: float, share: float, partner: Tensor | None = None
+) -> Tensor:
+    """float32 (B, num_classes): smoothed targets, mixed as `mix` mixes pixels; `partner` are the labels of the partners.
 
     A sample without a label (-1) gives nothing to a mixture, which then sums to its partner's share.
     """
-    even = len(label) // 2 * 2
-    targets = soft_targets(label[:even], num_classes, smoothing)
-    return torch.cat([targets * share + targets.flip(0) * (1 - share), soft_targets(label[even:], num_classes, 0.0)])
+    if partner is None:
+        partner = label[partner_index(len(label), label.device)]
+    own, other = (soft_targets(each, num_classes, smoothing) for each in (label, partner))
+    return own * share + other * (1 - share)
 
 
 def soft_targets(label: Tensor, num_classes: int, smoothing: float) -> Tensor:

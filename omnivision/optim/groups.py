@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from omnivision.errors import UserError
 from omnivision.optim.schedules import Schedule
-from omnivision.sharding import split_like
+from omnivision.sharding import local, split_like
 
 
 @dataclass
@@ -171,6 +171,11 @@ class ScheduledOptimizer:
         for group, target in zip(self.groups, self.optimizer.param_groups, strict=True):
             for option, schedule in group.schedules.items():
                 target[option] = schedule(progress) * (group.scale if option == "lr" else 1)
+
+    def scale_gradients(self, factor: Tensor) -> None:
+        """Multiply all gradients by a scalar on their device."""
+        gradients = [local(p.grad) for p in self.parameters() if p.grad is not None]
+        torch._foreach_mul_(gradients, factor.float())
 
     @torch.no_grad()
     def step(self, spoiled: Tensor) -> None:

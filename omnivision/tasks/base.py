@@ -13,8 +13,9 @@ from omnivision.data.batch import Batch
 
 @dataclass(frozen=True)
 class StepOutput:
-    """Loss to differentiate (a mean over the batch) and, for the logs, sums over the `count` samples that count.
+    """Loss to differentiate (a mean over the `count` samples that count) and, for the logs, sums over these samples.
 
+    Micro-batches and processes are weighted by their `count`, so that a step follows the mean over all samples that count.
     `scores` (samples, classes), at evaluation of a classifier: float, one row a video, its views averaged.
     """
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from omnivision.data.batch import Batch
 from omnivision.data.catalog import LabelSets
-from omnivision.data.mixing import Mixing, soft_targets
+from omnivision.data.mixing import Mixing, partners, soft_targets
 from omnivision.metrics import topk_accuracy
 from omnivision.models.average import AveragedClassifier
 from omnivision.models.patches import normalize_pixels
@@ -24,7 +24,8 @@ class Classify:
 
     Args:
         labels: which head answers for which source.
-        mixing: mixup and CutMix of a training batch; None trains on plain samples with hard labels.
+        mixing: mixup and CutMix of a training batch; None trains on plain samples with hard labels. All micro-batches of a
+            step get the same draw, and partners from the whole batch.
         average: what is averaged over the views of a video at evaluation: "logits" (as published) or "softmax".
     """
 
@@ -42,17 +43,14 @@ class Classify:
         if self.mixing is None:
             video, target = batch.video, soft_targets(batch.label, classes, smoothing=0)
         else:
-            # torch's generator, which the trainer seeds for each step, draws the seed of this one.
-            rng = np.random.default_rng(int(torch.randint(2**62, ())))
-            pixels = normalize_pixels(batch.video, channel_dim=1)
-            if depth is not None:  # mixed as the pixels are
-                pixels = torch.cat([pixels, depth], dim=1)
-            video, target = self.mixing(pixels, batch.label, classes, rng)
+            rng = np.random.default_rng(torch.initial_seed())  # the trainer seeds torch anew for each step
+            partner = partners(batch)
+            video, target = self.mixing(_pixels(batch), batch.label, classes, rng, (_pixels(partner), partner.label))
             if depth is not None:
                 video, depth = video[:, :3], video[:, 3:]
         scores = model(video, head, depth)
         loss = soft_cross_entropy(scores, target)
-        count = (batch.label >= 0).sum()
+        count = target.any(1).sum()  # a mixture counts if one of its two samples has a label
         return StepOutput(loss, count, {"loss": loss.detach() * count} | _hits(scores.detach(), target))
 
     def evaluation_step(self, model: nn.Module, batch: Batch) -> StepOutput:
@@ -102,6 +100,12 @@ def average_views(scores: Tensor, batch: Batch, average: Literal["logits", "soft
 def first_of_each(values: Tensor, batch: Batch) -> Tensor:
     """What the views of a video share, once: (videos x views,) -> (videos,)."""
     return values[:: batch.views]
+
+
+def _pixels(batch: Batch) -> Tensor:
+    """What is mixed: normalised pixels, with depth as a fourth channel if there is any."""
+    pixels = normalize_pixels(batch.video, channel_dim=1)
+    return pixels if batch.depth is None else torch.cat([pixels, batch.depth], dim=1)
 
 
 def _hits(scores: Tensor, target: Tensor) -> dict[str, Tensor]:
