@@ -55,7 +55,7 @@ def take_up(trainer: Trainer) -> bool:
             "trainer.freeze changed. Give the same again, or another launcher.experiment_log_dir for a new run."
         ) from None
     if trainer.ema is not None:
-        _take_up_average(trainer.ema, state["ema"], path)
+        _take_up_average(trainer.ema, state, path)
     if trainer.scaler.is_enabled() and state["scaler"]:  # empty after steps without one
         trainer.scaler.load_state_dict(state["scaler"])
     best = state["best"], state.get("best_loss"), state.get("best_epoch")  # older checkpoints lack the last two
@@ -80,8 +80,9 @@ def _require_experiment(trainer: Trainer, text: str, path: Path) -> None:
         trainer.reporter.say(f"The run goes on otherwise than it was: {experiment.listed(altering + others)}")
 
 
-def _take_up_average(ema: MovingAverage, average: Mapping[str, Tensor] | None, path: Path) -> None:
+def _take_up_average(ema: MovingAverage, state: Mapping[str, Any], path: Path) -> None:
     """Go on with a moving average; begin one at the weights of now where the run had none."""
+    average: Mapping[str, Tensor] | None = state["ema"]
     if average is None:
         ema.start()
         return
@@ -90,7 +91,8 @@ def _take_up_average(ema: MovingAverage, average: Mapping[str, Tensor] | None, p
             f"{path} holds a moving average of other weights than are trained now ({lacking[0]} for one): trainer.freeze "
             "changed. Give the same again, or another launcher.experiment_log_dir for a new run."
         )
-    ema.load(average)
+    steps = state["epoch"] * state["steps_per_epoch"] + state["step"] - state["skipped"]
+    ema.load(average, state.get("ema_steps", steps))  # older checkpoints do not hold the number
 
 
 def _require_sources(now: Sequence[Mapping[str, Any]], then: Sequence[Mapping[str, Any]], path: Path) -> None:

@@ -285,6 +285,7 @@ class Trainer:
             "architecture": describe(self.bare),
             "model": self.bare.state_dict(),
             "ema": self.ema.average if self.ema is not None else None,
+            "ema_steps": int(self.ema.steps) if self.ema is not None else 0,
             "sources": [source.note() for source in self.sources],
             "optimizer": self.optimizer.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),

@@ -515,6 +515,42 @@ class Loop(unittest.TestCase):
         again.ema = None
         self.assertNotEqual(again.evaluate().figures["loss"], averaged)
 
+    def test_the_decay_of_a_moving_average_warms_up(self):
+        """With the steps that were taken, also after an interruption and from checkpoints that do not hold their number."""
+
+        def train(name: str, until: int, forget: bool = False, decay: float = 0.9999) -> Trainer:
+            file = self.folder / name / "checkpoints/checkpoint.pt"
+            if forget:
+                found = checkpoint.safe_load(file)
+                del found["ema_steps"]
+                file.unlink()
+                torch.save(found, file)
+                file.with_name("checkpoint.pt.json").unlink()
+            made = trainer(self.folder / name, ema_decay=decay, max_skipped_steps=1, save_every_steps=1)
+            self.spoil(made, 2)
+            self.stop_after(made, until)
+            averages.append(({n: p.clone() for n, p in made.ema.average.items()}, self.watch(made)))
+            with contextlib.suppress(KeyboardInterrupt):
+                made.fit()
+            made.reporter.close()
+            return made
+
+        averages: list[tuple[dict, dict]] = []
+        for decay in (0.9999, 0.3):
+            whole = train(f"whole_{decay}", 6, decay=decay)
+            expected, seen = averages.pop()
+            for step, weights in sorted(seen.items()):
+                if step != 2:
+                    taken = step - (step > 2)
+                    kept = min(decay, (1 + taken) / (10 + taken))
+                    expected = {n: kept * average + (1 - kept) * weights[n] for n, average in expected.items()}
+            self.assert_same(expected, whole.ema.average, delta=1e-6)
+        for forget in (False, True):
+            train(f"cut_{forget}", 3)
+            made = train(f"cut_{forget}", 6, forget)
+            self.assertEqual(int(made.ema.steps), 5)
+            self.assert_same(train("whole_0.9999", 6).ema.average, made.ema.average)
+
     def test_a_moving_average_that_a_run_begins_late_begins_at_its_weights(self):
         weights = self.fit("late", max_epochs=1)
         made = trainer(self.folder / "late", ema_decay=0.5)

@@ -12,17 +12,24 @@ from omnivision.sharding import local, split_like
 
 
 class MovingAverage:
-    """After each step: `average = decay * average + (1 - decay) * weights`, over the parameters that are trained."""
+    """After each step: `average = decay * average + (1 - decay) * weights`, over the parameters that are trained.
+
+    The decay warms up: after `t` steps it is `min(decay, (1 + t) / (10 + t))`, so that the initial weights do not stay in the
+    average of a short run. Steps that were skipped do not count.
+    """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
+        device = next(model.parameters()).device
+        self.steps = torch.zeros((), dtype=torch.int64, device=device)  # on the device, which knows what was skipped
         self._weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.average = {name: p.detach().clone() for name, p in self._weights.items()}
 
     @torch.no_grad()
     def update(self, unless: Tensor) -> None:
         """After a step, `unless` (bool, a scalar on the device) it was skipped."""
-        share = torch.where(unless, 0.0, 1 - self.decay)
+        self.steps += ~unless
+        share = torch.where(unless, 0.0, (9 / (10 + self.steps)).clamp(min=1 - self.decay))
         averages, weights = ([local(each) for each in part.values()] for part in (self.average, self._weights))
         torch._foreach_lerp_(averages, weights, [share] * len(averages))
 
@@ -33,9 +40,11 @@ class MovingAverage:
 
     def start(self) -> None:
         """Begin anew at the weights as they are now, pretrained ones say."""
-        self.load({name: weight.detach() for name, weight in self._weights.items()})
+        self.load({name: weight.detach() for name, weight in self._weights.items()}, steps=0)
 
-    def load(self, average: Mapping[str, Tensor]) -> None:
+    def load(self, average: Mapping[str, Tensor], steps: int) -> None:
+        """Go on with an average that `steps` steps were taken into."""
+        self.steps.fill_(steps)
         for name, tensor in self.average.items():
             tensor.copy_(average[name])
 
