@@ -208,7 +208,7 @@ def pretrained(settings: Settings, model: nn.Module) -> list[LoadReport]:
         weights = dataclasses.replace(
             weights, state=merged.state, said={**weights.said, "architecture": merged.architecture}
         )
-    report = load_weights(model, weights, choice(settings))
+    report = load_weights(model, weights, choice(settings), class_names(settings))
     if settings.trainer.mode == "val" and (lacking := [name for name in report.missing if name.startswith("heads.")]):
         raise UserError(
             f"trainer.mode=val evaluates {report.path}, but its heads were not loaded ({lacking[0]}). Expected a checkpoint of "

@@ -114,8 +114,22 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[s
         both |= {name for name in then[part].keys() | now[part].keys() if name.rpartition(".")[0] in splits}
         found = changes(*({name: facts[part].get(name) for name in sorted(both)} for facts in (then, now)))
         altering += [f"{prefix}{change}" for change, _ in found]
+    names = [_names(facts) for facts in (then, now)]
+    both = names[0].keys() & names[1].keys()
+    altering += [change for change, _ in changes(*({name: of[name] for name in sorted(both)} for of in names))]
     others += [change for change, _ in changes(then["versions"], now["versions"])]
     return altering, others
+
+
+def _names(facts: Mapping[str, Any]) -> dict[str, str]:
+    """The class names of an experiment, by head and label; of heads without names, nothing."""
+    said = facts.get("inference")
+    heads = class_names(said) if isinstance(said, Mapping) else []
+    return {
+        f"class {label} of head {head}": name
+        for head, names in enumerate(heads)
+        for label, name in enumerate(names or [])
+    }
 
 
 def changed_settings(file: Path, text: str) -> list[str]:
@@ -224,6 +238,19 @@ def inference(said: Any) -> Mapping[str, Any]:
         return {}
     found = said.get("inference", (read(said.get("experiment")) or {}).get("inference"))
     return found if isinstance(found, Mapping) else {}
+
+
+def class_names(inference: Mapping[str, Any]) -> list[list[str] | None]:
+    """The class names of each head in what a file says of its model (`inference`), see `named`."""
+    heads = inference.get("class_names")
+    return [named(names) for names in heads] if isinstance(heads, list) else []
+
+
+def named(names: Any) -> list[str] | None:
+    """Names of classes, all different; None for anything else, and for the numbers that stand in for names."""
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return None
+    return None if len(set(names)) < len(names) or names == [str(label) for label in range(len(names))] else names
 
 
 def read(text: Any) -> dict[str, Any] | None:

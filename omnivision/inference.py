@@ -25,6 +25,7 @@ from omnivision.data.masking import RandomMask
 from omnivision.data.opening import EIGHT_K
 from omnivision.data.views import EvalView
 from omnivision.errors import UserError
+from omnivision.experiment import named
 from omnivision.interop.merge import merge, read_sources
 from omnivision.interop.published import from_ours
 from omnivision.models import architecture
@@ -77,9 +78,7 @@ class Shown:
 
     def named(self, head: int) -> list[str] | None:
         """The names of the classes of a head, all different; None if nobody has named them."""
-        names = self.names[head] if head < len(self.names) else []
-        unnamed = names == [str(label) for label in range(len(names))]
-        return None if unnamed or len(set(names)) < len(names) else names
+        return named(self.names[head] if head < len(self.names) else [])
 
 
 class VideoModel:

@@ -168,7 +168,7 @@ def ready_trainer(
         trainer.experiment = facts(job.config_text, values, used_splits, plan, build.shown(job.settings))
     for source in trainer.sources:
         reporter.say(f"Averages {source.path} (SHA-256 {source.sha256[:12]}...)")
-    if take_up(trainer):
+    if take_up(trainer, build.class_names(job.settings)):
         return trainer, []
     validating = job.settings.trainer.mode == "val"
     if validating and trainer.sources:

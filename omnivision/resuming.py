@@ -15,10 +15,13 @@ from omnivision.optim.ema import MovingAverage
 from omnivision.run_state import State
 from omnivision.trainer import Trainer
 from omnivision.weight_files import describe_checkpoint
+from omnivision.weights import LoadReport, match_heads
 
 
-def take_up(trainer: Trainer) -> bool:
+def take_up(trainer: Trainer, class_names: Sequence[Sequence[str]] = ()) -> bool:
     """Put the newest whole checkpoint of the run folder into a trainer; False when there is none.
+
+    `class_names`: of each head. For an evaluation the heads are matched to them; a run that trains must have the same.
 
     Raises UserError when none is whole, or when it is of another model, optimizer, data or number of steps.
     """
@@ -38,6 +41,7 @@ def take_up(trainer: Trainer) -> bool:
         _require_experiment(trainer, state["experiment"], path)
     if trainer.train is None:  # evaluation asks for nothing but the weights
         trainer.steps_per_epoch = state["steps_per_epoch"]
+        _match_heads(trainer, state, class_names, path)
     elif state["steps_per_epoch"] != trainer.steps_per_epoch:
         raise UserError(
             f"{path} belongs to a run with {state['steps_per_epoch']} steps an epoch, now there are {trainer.steps_per_epoch}: "
@@ -65,6 +69,17 @@ def take_up(trainer: Trainer) -> bool:
         trainer.meter.load(state["meter"])
     trainer.reporter.say(f"Resumed from {path} ({describe_checkpoint(state)})")
     return True
+
+
+def _match_heads(trainer: Trainer, state: dict[str, Any], class_names: Sequence[Sequence[str]], path: Path) -> None:
+    """Bring the heads of a checkpoint, and of its moving average, to the class names of the data. Raises UserError."""
+    theirs = dict(enumerate(experiment.class_names(experiment.inference(state))))
+    for part in ("model", "ema"):
+        if state[part] is not None:
+            report = LoadReport(str(path), "")
+            state[part], _ = match_heads(state[part], theirs, class_names, report)
+    for line in report.classes:
+        trainer.reporter.say(f"Classes: {line}.")
 
 
 def _require_experiment(trainer: Trainer, text: str, path: Path) -> None:

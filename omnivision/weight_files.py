@@ -15,10 +15,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from omnivision import experiment
 from omnivision.checkpoint import read as read_checkpoint
 from omnivision.checkpoint import verified_digest
 from omnivision.errors import UserError
-from omnivision.experiment import inference
 from omnivision.files import BEST, LATEST, sha256
 from omnivision.safe import BrokenCheckpoint, PickledObjects, is_ordinary
 
@@ -51,7 +51,12 @@ class Source:
     @property
     def inference(self) -> Mapping[str, Any]:
         """How films were shown to its model, as far as the file says."""
-        return inference(self.said)
+        return experiment.inference(self.said)
+
+    @property
+    def class_names(self) -> list[list[str] | None]:
+        """The names of the classes of each head; None for a head whose classes the file does not name."""
+        return experiment.class_names(self.inference)
 
     @property
     def sources(self) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from omnivision import weight_files
 from omnivision.errors import UserError
+from omnivision.experiment import named
 from omnivision.files import require_weights
 from omnivision.models.patches import Triple, resized_positions, token_grid
 from omnivision.weight_files import Source, check_numbers
@@ -25,6 +27,7 @@ from omnivision.weight_files import Source, check_numbers
 SETTING = "pretrained_checkpoint_path"
 # What hangs on the trunk and is not the encoder of pixels: the decoder of its pretraining, and the embedding of depth.
 BESIDE_THE_ENCODER = ("trunk.decoder.", "trunk.mask_token", "trunk.depth_patch_embed.")
+HEAD = re.compile(r"heads\.(\d+)\.")
 POSITIONS = ("trunk.pos_embed", "trunk.decoder.pos_embed")
 
 
@@ -63,6 +66,7 @@ class LoadReport:
     loaded: list[str] = field(default_factory=list)
     dropped: dict[str, str] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
+    classes: list[str] = field(default_factory=list)  # what was done about the class names of heads
     resized: dict[str, str] = field(default_factory=dict)
 
     def note(self) -> dict[str, Any]:
@@ -81,6 +85,7 @@ class LoadReport:
         return [
             f"Weights from {self.path}{checkpoint}",
             *(f"  {fate:8} {len(names):4}  {_some(names)}" for fate, names in rows),
+            *(f"  classes: {line}" for line in self.classes),
         ]
 
 
@@ -146,15 +151,25 @@ def choose(state: Mapping[str, Tensor], choice: Choice, report: LoadReport) -> d
     return {choice.prefix + name: tensor for name, tensor in left.items()}
 
 
-def load(model: nn.Module, weights: Source, choice: Choice) -> LoadReport:
+def load(model: nn.Module, weights: Source, choice: Choice, class_names: Sequence[Sequence[str]] = ()) -> LoadReport:
     """Put what a choice takes of `weights` into a model; position tables of another token grid are interpolated.
 
-    Raises UserError, with the model as it was, when a tensor does not fit, or when less of the trunk is covered than the
-    choice declares.
+    `class_names`: of each head of the model, numbers where there are none; heads are matched to them (`match_heads`).
+
+    Raises UserError, with the model as it was, when a tensor does not fit, when a head is of other classes, or when less of the
+    trunk is covered than the choice declares.
     """
     report = LoadReport(str(weights.path), weights.sha256, weights.checkpoint)
     chosen = choose(weights.state, choice, report)
     wanted = model.state_dict()
+    names_before = {id(tensor): name for name, tensor in weights.state.items()}  # a choice may have renamed heads
+    theirs: dict[int, list[str] | None] = {}
+    for name, tensor in chosen.items():
+        if HEAD.sub("heads.0.", name) in wanted:
+            known = dict(enumerate(weights.class_names)).get(head_of(names_before[id(tensor)])) or []
+            theirs[head_of(name)] = known if tensor.shape[:1] == (len(known),) else None
+    chosen, unused = match_heads(chosen, theirs, class_names, report)
+    report.dropped |= dict.fromkeys(unused, "no place in this model")
     for name in [name for name in chosen if name not in wanted]:
         report.dropped[name] = "no place in this model"
         del chosen[name]
@@ -183,6 +198,64 @@ def load(model: nn.Module, weights: Source, choice: Choice) -> LoadReport:
     _check_coverage(wanted, report, choice)
     model.load_state_dict(chosen, strict=False)
     return report
+
+
+def head_of(name: str) -> int:
+    """The number of the head that an entry belongs to; -1 for one of no head."""
+    found = HEAD.match(name.removeprefix("model."))  # which an average has before the names of its classifier
+    return int(found[1]) if found else -1
+
+
+def match_heads(
+    state: Mapping[str, Tensor],
+    theirs: Mapping[int, list[str] | None],
+    ours: Sequence[Sequence[str]],
+    report: LoadReport,
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Give each head of the model the head that was trained on the same class names, with its rows in the model's order.
+
+    Args:
+        state: entries of heads (`heads.0.0.weight`, or `model.heads.…` of an average) and others, which stay as they are.
+        theirs: class names by head of the state, None where they are unknown. Other heads stay as they are.
+        ours: class names by head of the model. Where one side has no names, the head is taken by its number.
+
+    Returns the state, and the names of heads' entries that no head of the model takes in spite of their number. Raises
+    UserError for a head of as many classes with other names.
+    """
+    heads = {head: {n: t for n, t in state.items() if head_of(n) == head} for head in theirs if head >= 0}
+    matched = {n: t for n, t in state.items() if head_of(n) not in heads or head_of(n) >= len(ours)}
+    used = set()
+    for head, names in enumerate(ours):
+        wanted, given = named(list(names)), theirs.get(head)
+        same = [k for k in (head, *heads) if wanted and set(theirs.get(k) or []) == set(wanted)]
+        source = same[0] if same else head
+        if source not in heads:
+            continue
+        used.add(source)
+        order = None
+        if same:
+            found = theirs[source]
+            assert wanted is not None and found is not None
+            if source != head:
+                report.classes.append(f"head {head} takes head {source} of {report.path}, which has the same classes")
+            if found != wanted:
+                order = [found.index(name) for name in wanted]
+                report.classes.append(f"the rows of head {head} are sorted by the class names of this run")
+        elif wanted is None or given is None:
+            report.classes.append(
+                f"{'this run' if given else 'the file'} does not name the classes of head {head}; their order is not checked"
+            )
+        elif len(wanted) == len(given):
+            raise UserError(
+                f"{report.path} was trained on other classes than this run has: head {head} knows "
+                f"{_some([name for name in given if name not in wanted])}; here it would have "
+                f"{_some([name for name in wanted if name not in given])}. Expected the same names, in any order. Change "
+                "datasets.NAME.class_names, or train a new head: trainer/checkpoint=no_heads."
+            )
+        for name, tensor in heads[source].items():
+            target = name.replace(f"heads.{source}.", f"heads.{head}.", 1)
+            matched[target] = tensor if order is None else tensor[order]
+    return matched, [name for head in heads if head not in used and head < len(ours) for name in heads[head]]
 
 
 def check_values(tensors: Mapping[str, Tensor], path: str) -> None:

@@ -54,6 +54,15 @@ class Comparison(unittest.TestCase):
             self.assertEqual((altering, others), (told, []) if alters else ([], told), name)
         self.assertEqual(differences(facts(), facts()), ([], []))
 
+    def test_class_names_in_another_order_are_another_experiment(self):
+        def named(*names: str) -> dict:
+            return facts(inference={"class_names": [list(names)]})
+
+        self.assertEqual(differences(named("a", "b"), named("a", "b"))[0], [])
+        self.assertEqual(len(differences(named("a", "b", "c"), named("b", "a", "c"))[0]), 2)
+        self.assertEqual(len(differences(named("a", "b"), named("a", "z"))[0]), 1)
+        self.assertEqual(differences(facts(), named("a", "b"))[0], [], "a checkpoint without names")
+
     def test_data_batches_and_versions(self):
         data = {"datasets.ucf101.train.paths": "9 bytes, SHA-256 b", "datasets.ucf101.val.paths": "1 bytes, SHA-256 c"}
         self.assertEqual(

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 import signal
 import tempfile
 import unittest
@@ -497,6 +498,68 @@ class TwoLabelSets(OnFilms):
             for one, other in zip(first, second, strict=True):
                 for name in one.keys() & {"loss", "grad_norm", "top1", "top5"}:
                     self.assertAlmostEqual(one[name], other[name], delta=1e-4 * max(1, one[name]), msg=name)
+
+
+class ClassNames(OnFilms):
+    """A run whose classes have names, and data that names them in another order, or otherwise."""
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.here = [*cls.data, *cls.names("red", "green", "blue")]
+        cls.trained("ft", "run", *cls.here, FROM_NOTHING, "trainer.ema_decay=0.5")
+        # Class 0 is blue now, and the labels say so.
+        paths = cls.films[:7]
+        cls.reordered = stages.write_split(
+            cls.folder, "ucf101", "other", paths, labels=[(1, 2, 0)[i % 3] for i in range(7)]
+        )
+        cls.reordered = [override.replace(".other.", ".val.") for override in cls.reordered]
+        cls.reordered += cls.names("blue", "red", "green")
+
+    @classmethod
+    def names(cls, *names: str) -> list[str]:
+        file = cls.folder / f"{'_'.join(names)}.txt"
+        file.write_text("\n".join(names))
+        return [f"++datasets.ucf101.class_names={file}"]
+
+    def validation(self, name: str) -> dict:
+        line = figures(self.folder / name, "epoch", "val")[-1]
+        return {name: line[name] for name in ("loss", "top1", "mean_class_accuracy")}
+
+    def test_validation_gives_the_same_figures(self):
+        wanted = self.validation("run")
+        shutil.copytree(self.folder / "run", self.folder / "own")
+        file = [
+            f"pretrained_checkpoint_path={self.folder}/run/checkpoints/checkpoint.pt",
+            "trainer/checkpoint=load_all",
+        ]
+        for name, more in (("own", ["trainer.ema_decay=0.5"]), ("file", file)):
+            result = stages.here(
+                stages.command("ft", self.folder / name, *self.data, *self.reordered, "trainer.mode=val", *more)
+            )
+            self.assertEqual(result.returncode, 0, result.stderr)
+            for figure, value in self.validation(name).items():
+                self.assertAlmostEqual(value, wanted[figure], places=5, msg=f"{name} {figure}")
+            one, other = (np.load(self.folder / n / "predictions/ucf101.npz") for n in ("run", name))
+            np.testing.assert_allclose(one["scores"][:, [2, 0, 1]], other["scores"], atol=1e-6)
+
+    def test_other_names_are_refused(self):
+        other = [*self.data, *self.names("red", "green", "yellow")]
+        file = f"pretrained_checkpoint_path={self.folder}/run"
+        for more in (["trainer.mode=val", "trainer/checkpoint=load_all"], ["trainer/checkpoint=default"]):
+            self.assert_refused(stages.command("ft", self.folder / "new", *other, file, *more), "class_names")
+        self.assert_refused(stages.command("ft", self.folder / "run", *other, "trainer.mode=val"), "class_names")
+
+    def test_training_does_not_go_on_with_another_order(self):
+        # The file of names is the same, what it says is not.
+        shutil.copytree(self.folder / "run", self.folder / "cut")
+        summary = self.folder / "cut/summary.json"
+        summary.write_text(json.dumps(json.loads(summary.read_text()) | {"status": "running"}))
+        file = self.folder / "red_green_blue.txt"
+        self.addCleanup(file.write_text, file.read_text())
+        file.write_text("green\nred\nblue")
+        arguments = stages.command("ft", self.folder / "cut", *self.here, FROM_NOTHING, "trainer.ema_decay=0.5")
+        self.assert_refused(arguments, "another experiment .*class 0 of head 0: red -> green")
 
 
 class Resuming(OnFilms):

@@ -144,6 +144,82 @@ class HandOver(unittest.TestCase):
         self.assertTrue(torch.equal(new.trunk.blocks[0].norm1.weight, deep.trunk.blocks[0].norm1.weight))
 
 
+class ClassNames(unittest.TestCase):
+    """Heads are matched by the names of their classes."""
+
+    AB, LETTERS = ["jump", "run"], ["a", "b", "c"]
+
+    def source(self, *heads: Any) -> Source:
+        torch.manual_seed(3)
+        model = VideoClassifier(trunk(), [len(names) for names in heads])
+        for head in model.heads:
+            torch.nn.init.normal_(head[0].bias)
+        return Source(Path("there.pt"), "0" * 64, model.state_dict(), {"inference": {"class_names": list(heads)}})
+
+    def rows(self, state: dict[str, torch.Tensor], head: int, names: list[str]) -> dict[str, tuple]:
+        weight, bias = state[f"heads.{head}.0.weight"], state[f"heads.{head}.0.bias"]
+        return {name: (*weight[row].tolist(), float(bias[row])) for row, name in enumerate(names)}
+
+    def assert_taken(self, given: list[Any], ours: list[list[str]], heads: dict[int, int], choice: Choice = Choice()):  # noqa: B008
+        """Each head of the model has the rows of that head of the file (model's: file's), by name."""
+        source, model = self.source(*given), VideoClassifier(trunk(), [len(names) for names in ours])
+        report = load(model, source, choice, ours)
+        for head, theirs in heads.items():
+            wanted = self.rows(source.state, theirs, given[theirs])
+            self.assertEqual(self.rows(model.state_dict(), head, ours[head]), wanted, (given, ours))
+        return report
+
+    def test_the_same_names_in_another_order(self):
+        for ours in (["b", "a", "c"], ["c", "a", "b"]):
+            report = self.assert_taken([self.LETTERS], [ours], {0: 0})
+            self.assertEqual(len(report.classes), 1)
+            self.assertIn(report.classes[0], "\n".join(report.lines()))
+        self.assertEqual(self.assert_taken([self.LETTERS], [self.LETTERS], {0: 0}, Choice(strict=True)).classes, [])
+
+    def test_several_heads(self):
+        self.assert_taken(
+            [self.AB, self.LETTERS], [["c", "b", "a"], ["run", "jump"]], {0: 1, 1: 0}, Choice(strict=True)
+        )
+        report = self.assert_taken([self.AB, ["x", "y"]], [["y", "x"]], {0: 1})
+        self.assertEqual(report.dropped["heads.0.0.weight"], "no place in this model")
+        self.assert_taken([self.AB, self.AB], [self.AB, ["run", "jump"]], {0: 0, 1: 1})
+        renamed = Choice(drop=["heads.0.*"], rename={"heads.1.*": "heads.0.*"})
+        self.assert_taken([["q", "r", "s"], self.LETTERS], [["c", "a", "b"]], {0: 1}, renamed)
+
+    def test_other_names_are_refused(self):
+        for given, ours in (
+            ([self.LETTERS], [["a", "b", "d"]]),
+            ([["A", "b", "c"]], [self.LETTERS]),
+            ([self.AB, self.LETTERS], [self.AB, ["c", "b", "z"]]),
+        ):
+            model = VideoClassifier(trunk(), [len(names) for names in ours])
+            before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+            with self.assertRaisesRegex(UserError, r"class_names.*trainer/checkpoint=no_heads"):
+                load(model, self.source(*given), Choice(), ours)
+            for name, tensor in model.state_dict().items():
+                self.assertTrue(torch.equal(tensor, before[name]))
+            load(model, self.source(*given), TRUNK_ALONE, ours)
+
+    def test_where_a_side_has_no_names_only_counts_are_compared(self):
+        numbers = ["0", "1", "2"]
+        for given, ours in ((self.LETTERS, numbers), (numbers, self.LETTERS), (["a", "a", "b"], self.LETTERS)):
+            source, model = self.source(given), VideoClassifier(trunk(), [3])
+            report = load(model, source, Choice(), [ours])
+            self.assertTrue(torch.equal(model.heads[0][0].weight, source.state["heads.0.0.weight"]))
+            self.assertEqual(len(report.classes), 1)
+        with self.assertRaisesRegex(UserError, "no_heads"):
+            load(VideoClassifier(trunk(), [2]), self.source(self.LETTERS), Choice(), [self.AB])
+        self.assertEqual(load(classifier(), weights_of(autoencoder()), Choice(), [list("abcdefg")]).classes, [])
+
+    def test_names_of_nonsense(self):
+        for names in (5, [5], [[1, 2, 3]], [["a", "b"]], [[["a"], "b", "c"]], {"0": "a"}):
+            source = self.source(self.LETTERS)
+            source = Source(source.path, source.sha256, source.state, {"inference": {"class_names": names}})
+            model = VideoClassifier(trunk(), [3])
+            load(model, source, Choice(), [["c", "b", "a"]])
+            self.assertTrue(torch.equal(model.heads[0][0].weight, source.state["heads.0.0.weight"]))
+
+
 class Choosing(unittest.TestCase):
     def chosen(self, choice: Choice) -> list[str]:
         state = {name: torch.zeros(1) for name in ("trunk.a", "trunk.b", "heads.0.w", "x")}
