@@ -28,8 +28,8 @@ class SplitFiles:
 
     paths: Files
     labels: Files | None = None
-    segments: Files | None = None
     depth: Files | None = None
+    segments: Files | None = None
 
 
 @dataclass(frozen=True)
