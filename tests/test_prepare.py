@@ -7,6 +7,7 @@ import io
 import json
 import operator
 import os
+import re
 import shutil
 import tempfile
 import unittest
@@ -271,6 +272,8 @@ class Columns(Folder):
         text = "path,label,fold\n0.mp4,a,1\n1.mp4,b,2\n2.mp4,a,3\n"
         self.assertEqual(self.list_sizes(text, "--splits", "train=1,val=2"), {"train": 1, "val": 1})
         self.assertIn("1 rows of other splits are passed over", self.said)
+        with self.assertRaisesRegex(UserError, "made with other settings .splits"):
+            run(self.folder / "list.csv", self.out, "--name", "mine", "--splits", "none")
         self.assertEqual(self.list_sizes(text, "--splits", "none"), {"train": 3})
         self.assertIn("Not used: fold", self.said)
         self.assertEqual(self.list_sizes(text, "--columns", "path=path,label=label"), {"train": 3})
@@ -622,6 +625,57 @@ class ClassFolders(Folder):
         self.films("t/train/run/a.mp4", "t/val/run/b.mp4")
         self.assert_refused(self.folder / "t", self.out, "--hold-out", 0.2, saying="has one. Leave it out")
 
+    def entry(self) -> dict:
+        return yaml.safe_load(self.said.split("datasets:\n")[1])["mine"]
+
+    def test_frames_have_a_rate(self):
+        self.films("s/a/1.mp4", "s/a/2/1.jpg", "s/b/3/1.jpg")
+        for options, rate in ((), 25), (("--fps", 30), 30), (("--fps", 12.5), 12.5):
+            with self.subTest(options):
+                self.split_sizes(*options)
+                self.assertEqual(self.entry()["fps"], rate)
+                self.assertEqual("2 samples are folders of frames, taken for 25" in self.said, not options)
+        shutil.rmtree(self.folder / "s/b/3")
+        shutil.rmtree(self.folder / "s/a/2")
+        self.split_sizes()
+        self.assertNotIn("fps", self.entry())
+        self.assertNotIn("folders of frames", self.said)
+        for name, rate in (("far/1", 25), ("far/1.mp4", None)):
+            self.split_sizes("--no-check-files", source=self.write("list.csv", f"{name},a\n"))
+            self.assertEqual(self.entry().get("fps"), rate)
+
+    def test_transcoded_frames_have_a_rate(self):
+        for k, picture in enumerate(moving(4)):
+            (self.folder / f"s/a/{k % 2}").mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).save(self.folder / f"s/a/{k % 2}/img_{k}.jpg")
+            Image.fromarray(picture[::2, ::2]).save(self.folder / f"s/a/{k % 2}/flow_{k}.jpg")
+        for options, rate in (("--frames", 25), 25), (("--gop", 2), None):
+            with self.subTest(options):
+                self.assertEqual(
+                    self.split_sizes(*options, "--workers", 0, "--frame-pattern", "img_*.jpg"), {"train": 2}
+                )
+                self.assertEqual((self.entry().get("fps"), "frame_pattern" in self.entry()), (rate, False))
+                self.assertIn("taken for 25 a second;", self.said)
+
+    def test_several_series_of_frames(self):
+        series = {
+            "img_*.jpg": ["img_1.jpg", "img_2.jpg", "flow_x_1.jpg", "flow_x_2.jpg"],
+            "*.jpg": ["1.jpg", "2.jpg", "1.png", "2.png"],
+            "cam1_*.jpg": ["cam1_01.jpg", "cam1_02.jpg", "cam2_01.jpg", "cam2_02.jpg"],
+            "frame*.jpg": ["frame1.jpg", "frame2.jpg", "thumb.jpg"],
+        }
+        for pattern, names in series.items():
+            with self.subTest(pattern):
+                shutil.rmtree(self.folder / "s", ignore_errors=True)
+                self.films(*(f"s/a/1/{name}" for name in names), "s/a/2.mp4")
+                saying = f"1 of 1 folders .*2 series.*{re.escape(pattern)}.*--frame-pattern"
+                self.assert_refused(self.folder / "s", self.out, saying=saying)
+                self.split_sizes("--frame-pattern", pattern)
+                self.assertEqual((self.entry()["frame_pattern"], self.entry()["fps"]), (pattern, 25))
+                shutil.rmtree(self.out)
+                options = "--frame-pattern", "none_*.bmp"
+                self.assert_refused(self.folder / "s", self.out, *options, saying="--frame-pattern")
+
     def test_a_class_may_be_called_train(self):
         self.films("s/train/1.mp4", "s/bus/2.mp4")
         self.prepared(self.folder / "s")
@@ -689,6 +743,13 @@ class Published(Folder):
         expected = [("brush_hair/a_brush_hair_u.avi", 0), ("cartwheel/c.avi", 1)]
         self.assertEqual(self.relative(found["train"], "s"), expected)
         self.assertEqual(self.relative(found["val"], "s"), [("brush_hair/b.avi", 0)])
+
+    def test_what_is_passed_over_is_said(self):
+        self.write("s/run_test_split1.txt", "a.avi 1\nb.avi 2\nunused.avi 0 \n")
+        self.films("s/run/a.avi", "s/run/b.avi")
+        self.split_sizes()
+        self.assertIn("1 videos are in neither split", self.said)
+        self.assertIn("test split is val", self.said)
 
     def test_something_something(self):
         self.write("s/labels.json", json.dumps({"Pushing something": "1", "Holding something next to something": "0"}))

@@ -30,7 +30,7 @@ from omnivision.prepare.listing import (
     video_key,
 )
 from omnivision.prepare.progress import told
-from omnivision.prepare.sources import FORMATS, check_out, find_films, read_source
+from omnivision.prepare.sources import FORMATS, check_out, check_series, find_films, find_frame_folders, read_source
 from omnivision.prepare.transcode import Recipe
 from omnivision.prepare.workers import default_workers
 
@@ -79,7 +79,9 @@ def _add_source_options(group: argparse._ArgumentGroup) -> None:
     text = "the folder of the films; paths in the arrays are relative to it (default: SOURCE, or the folder of the CSV file)"
     group.add_argument("--prefix", metavar="FOLDER", help=text)
     text = "frames a second of sources that are folders of frames (default 25)"
-    group.add_argument("--fps", type=number, default=25.0, metavar="X", help=text)
+    group.add_argument("--fps", type=number, metavar="X", help=text)
+    text = "the frames among the images of a folder, e.g. 'img_*.jpg', where it holds several series"
+    group.add_argument("--frame-pattern", metavar="PATTERN", help=text)
     text = "hold this share of the films out as the validation split, where the source has none, e.g. 0.2"
     group.add_argument("--hold-out", type=number, metavar="X", help=text)
     text = (
@@ -117,13 +119,19 @@ def run(args: argparse.Namespace) -> int:
     if args.hold_out is not None:
         listing, labels = _hold_out(listing, labels, args)
     made = [] if recipe is None else list(dataset.results(listing, recipe, out).values())
-    check_out(args.out, args.source, listing, made)
+    frame_folders = find_frame_folders(listing, check)
+    if check:
+        check_series(frame_folders, args.frame_pattern)
+    check_out(args.out, args.source, listing, frame_folders, made)
     settings = dataset.stamp_of(args.source, listing.root, recipe)
     if args.hold_out is not None:
         settings["held out"] = [args.hold_out, args.group_pattern]
+    settings |= {option: value for option in ("splits", "columns") if (value := getattr(args, option)) is not None}
     dataset.claim(out, settings)
     prefix = listing.root if recipe is None else str(out.absolute() / recipe.folder)
-    fps = args.fps if recipe is None or recipe.frames_fps is None else recipe.frames_fps
+    rate, pattern = args.fps or (25.0 if frame_folders else None), args.frame_pattern
+    if recipe is not None:
+        rate, pattern = recipe.frames_fps, None
     arrays = {
         split: ["paths", "labels", *(["segments"] if any(row.segment for row in rows) else [])]
         for split, rows in listing.splits.items()
@@ -134,11 +142,15 @@ def run(args: argparse.Namespace) -> int:
         splits={split: arrays[split] for split in arrays if split != "test"},
         num_classes=len(classes),
         prefix=prefix.rstrip("/") + "/",
-        fps=None if fps == 25 else fps,
+        fps=rate,
+        frame_pattern=pattern,
     )
     catalog = updated_catalog(Path(args.catalog), args.name, entry) if args.catalog else None
     for note in listing.notes:
         print(note)
+    if frame_folders and args.fps is None:
+        count, entered = len(frame_folders), "" if recipe else " (fps: 25 in the entry)"
+        print(f"{count} samples are folders of frames, taken for 25 a second{entered}; --fps X gives another rate.")
     warnings = [*listing.warnings, *path_warnings(listing.splits, labels), *label_warnings(classes, labels)]
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
@@ -248,5 +260,6 @@ def _recipe(args: argparse.Namespace) -> Recipe | None:
         gop=args.gop or defaults.gop,
         crf=defaults.crf if args.crf is None else args.crf,
         frames_fps=args.frames,
-        source_fps=args.fps,
+        source_fps=args.fps or defaults.source_fps,
+        frame_pattern=args.frame_pattern,
     )

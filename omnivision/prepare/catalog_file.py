@@ -20,7 +20,14 @@ _HEADER = "# @package _global_"
 
 
 def entry_lines(
-    name: str, folder: Path, *, splits: Mapping[str, Sequence[str]], num_classes: int, prefix: str, fps: float | None
+    name: str,
+    folder: Path,
+    *,
+    splits: Mapping[str, Sequence[str]],
+    num_classes: int,
+    prefix: str,
+    fps: float | None,
+    frame_pattern: str | None = None,
 ) -> list[str]:
     """The lines of the entry, indented as in a catalog. `folder` holds the arrays and class_names.txt.
 
@@ -34,7 +41,9 @@ def entry_lines(
     lines = [f"{name}:", "  kind: video", f"  num_classes: {num_classes}"]
     lines += [f"  class_names: {_text(folder / 'class_names.txt')}", f"  prefix: {_text(prefix)}"]
     if fps is not None:
-        lines.append(f"  fps: {fps}")
+        lines.append(f"  fps: {int(fps) if fps == int(fps) else fps}")
+    if frame_pattern is not None:
+        lines.append(f"  frame_pattern: {_text(frame_pattern)}")
     for split, arrays in splits.items():
         files = ", ".join(f"{what}: {_text(folder / f'{split}_{what}.npy')}" for what in arrays)
         lines.append(f"  {split}: {{{files}}}")

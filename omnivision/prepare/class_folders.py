@@ -184,15 +184,18 @@ def _locate_splits(tree: _Tree, source: str, chosen: Mapping[str, str]) -> tuple
 def _level_warnings(tree: _Tree, source: str, classes: list[str]) -> list[str]:
     """Warnings that SOURCE may be one level too high or low. classes: empty where the source has splits."""
     parent, own = os.path.split(os.path.abspath(source))
-    siblings = [] if parent == os.path.abspath(source) else [e.name for e in os.scandir(parent) if e.is_dir()]
+    try:
+        siblings = sorted((entry.name for entry in os.scandir(parent) if entry.is_dir()), key=natural)
+    except OSError:
+        siblings = []
     warnings = []
-    if split_of(own) and (others := sorted(name for name in siblings if name != own and split_of(name))):
+    if split_of(own) and (others := [name for name in siblings if name != own and split_of(name)]):
         warnings.append(f"{parent} also holds {some(others)}. Give {parent} as SOURCE to use these splits, too.")
     deep = [path for path in tree.clips if "/" in drop_format_folders("/".join(path[1:]))]
     inner = {name: sorted({path[1] for path in deep if path[0] == name}) for name in classes}
     if len(classes) == 1:
         below = f"{source}/{classes[0]} has the folders {some(inner[classes[0]])}" if inner[classes[0]] else ""
-        above = f"{parent} has the folders {some(sorted(siblings, key=natural))}" if len(siblings) > 1 else ""
+        above = f"{parent} has the folders {some(siblings)}" if len(siblings) > 1 else ""
         if below or above:
             warnings.append(
                 f"SOURCE may be one level too high or too low: {' and '.join(filter(None, (below, above)))}. Give the folder "

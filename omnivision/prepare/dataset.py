@@ -158,4 +158,6 @@ def _write_failed(file: Path, listing: Listing, failed: dict[str, str]) -> None:
 def stamp_of(source: str, prefix: str, recipe: Recipe | None) -> dict[str, object]:
     """The settings that OUT must have been made with, to be completed or written again."""
     how = None if recipe is None else dataclasses.asdict(recipe)
+    if how and how["frame_pattern"] is None:
+        del how["frame_pattern"]  # as earlier versions wrote it
     return {"source": printable(str(Path(source).absolute())), "prefix": printable(prefix), "transcoded": how}

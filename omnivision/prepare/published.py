@@ -11,6 +11,8 @@ from omnivision.data.frame_folder import natural
 from omnivision.errors import UserError
 from omnivision.prepare.listing import Listing, Row, refuse
 
+_TEST_IS_VAL = "The published test split is val here, as results on this dataset are reported."
+
 
 def read_ucf101(folder: Path, fold: int) -> Listing:
     """classInd.txt: "1 ApplyEyeMakeup"; trainlist01.txt: "Class/v_x.avi 1"; testlist01.txt: "Class/v_x.avi", which is val."""
@@ -39,13 +41,13 @@ def read_ucf101(folder: Path, fold: int) -> Listing:
         raise refuse(
             f"The lists in {folder} do not agree with classInd.txt", problems, "Expected Class/film.avi and its number."
         )
-    return Listing(splits, str(folder), sorted(numbers, key=lambda name: numbers[name]))
+    return Listing(splits, str(folder), sorted(numbers, key=lambda name: numbers[name]), notes=[_TEST_IS_VAL])
 
 
 def read_hmdb51(folder: Path, fold: int) -> Listing:
     """<class>_test_split1.txt: "name.avi 1" (train), 2 (test, here val) or 0 (unused); films lie in a folder a class."""
     splits: dict[str, list[Row]] = {"train": [], "val": []}
-    problems, classes = [], []
+    problems, classes, unused = [], [], 0
     ending = f"_test_split{fold}.txt"
     for file in sorted(folder.glob(f"*{ending}"), key=lambda file: natural(file.name)):
         named = file.name.removesuffix(ending)
@@ -54,7 +56,9 @@ def read_hmdb51(folder: Path, fold: int) -> Listing:
             match = re.fullmatch(r"(.+?)\s+([012])", line)
             if match is None:
                 problems.append(f"{where}: {line}")
-            elif match[2] != "0":
+            elif match[2] == "0":
+                unused += 1
+            else:
                 splits["train" if match[2] == "1" else "val"].append(Row(f"{named}/{match[1]}", named, where))
     if not classes:
         raise UserError(
@@ -62,7 +66,8 @@ def read_hmdb51(folder: Path, fold: int) -> Listing:
         )
     if problems:
         raise refuse(f"Lists in {folder} have rows that cannot be read", problems, "Expected a name and 0, 1 or 2.")
-    return Listing(splits, str(folder), classes)
+    notes = [_TEST_IS_VAL, f"{unused} videos are in neither split of fold {fold}."]
+    return Listing(splits, str(folder), classes, notes=notes)
 
 
 def read_something(folder: Path) -> Listing:
@@ -92,7 +97,8 @@ def read_something(folder: Path) -> Listing:
             advice = f"Expected an id, and a template that is in {file.name}."
             raise refuse(f"{pattern} in {folder} has entries that cannot be read", problems, advice)
         splits[split] = rows
-    return Listing(splits, str(folder), sorted(numbers, key=lambda name: numbers[name]))
+    notes = [f"{file.name} is passed over; it holds no labels." for file in folder.glob("*test.json")]
+    return Listing(splits, str(folder), sorted(numbers, key=lambda name: numbers[name]), notes=notes)
 
 
 def read_diving48(folder: Path) -> Listing:
@@ -121,7 +127,7 @@ def read_diving48(folder: Path) -> Listing:
         if not isinstance(vocabulary, list):
             raise UserError(f"{file} is no list; expected one of the classes' names. Mend it, or move it away.")
         classes = ["_".join(map(str, name)) if isinstance(name, list) else str(name) for name in vocabulary]
-    return Listing(splits, str(folder), classes)
+    return Listing(splits, str(folder), classes, notes=[_TEST_IS_VAL])
 
 
 def _lines(file: Path) -> list[tuple[str, str]]:

@@ -8,11 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+from omnivision.data.decode import BadVideo, open_video
+from omnivision.data.frame_folder import SeveralSeriesError
 from omnivision.data.images import IMAGE_SUFFIXES
 from omnivision.errors import UserError
 from omnivision.prepare.class_folders import read_class_folders
 from omnivision.prepare.csv_lists import read_csv_lists
-from omnivision.prepare.listing import VIDEO_SUFFIXES, Listing, Row, drop_suffix, refuse, some
+from omnivision.prepare.listing import VIDEO_SUFFIXES, Listing, Row, drop_suffix, printable, refuse, some
 from omnivision.prepare.published import read_diving48, read_hmdb51, read_something, read_ucf101
 
 FORMATS = ("csv", "folders", "ucf101", "hmdb51", "ssv2", "diving48")
@@ -149,18 +151,37 @@ def _locate(rows: list[Row], folder: str) -> list[Row | None]:
         return list(pool.map(locate, rows))
 
 
-def check_out(out: str, source: str, listing: Listing, made: list[str]) -> None:
+def find_frame_folders(listing: Listing, check: bool) -> list[str]:
+    """The samples that are folders of frames; without `check`, those that are no video by their names."""
+    paths = dict.fromkeys(listing.full(row.path) for row in listing.rows())
+    return [path for path in paths if (os.path.isdir(path) if check else drop_suffix(path) == path)]
+
+
+def check_series(folders: list[str], pattern: str | None) -> None:
+    """UserError for folders that hold several series of frames, or with a pattern, none of it."""
+    problems = []
+    for folder in folders:
+        try:
+            with open_video(folder, frame_pattern=pattern):
+                pass
+        except BadVideo as error:
+            if pattern is not None or isinstance(error, SeveralSeriesError):
+                problems.append(printable(f"{folder}: {error}"))
+    if problems:
+        advice = "Choose the series to use with --frame-pattern, such as --frame-pattern 'img_*.jpg'."
+        raise refuse(f"{len(problems)} of {len(folders)} folders of frames cannot be used", problems, advice)
+
+
+def check_out(out: str, source: str, listing: Listing, frame_folders: list[str], made: list[str]) -> None:
     """UserError when OUT lies where it would be read as part of the source, or a film made would replace one of it."""
     real = os.path.realpath(out)
-    folders = [source] if os.path.isdir(source) else []
-    paths = [listing.full(row.path) for row in listing.rows()]
-    folders += [path for path in paths if os.path.isdir(path)]
-    for folder in folders:
+    for folder in [source] * os.path.isdir(source) + frame_folders:
         if _inside(real, os.path.realpath(folder)):
             raise UserError(
                 f"OUT ({out}) lies in {folder}, which is the source; what is written there could be taken for films of it the "
                 "next time. Give a folder elsewhere."
             )
+    paths = [listing.full(row.path) for row in listing.rows()]
     if overwritten := set(map(os.path.realpath, made)) & set(map(os.path.realpath, paths)):
         raise UserError(
             f"Films in OUT ({out}) are films of the source, e.g. {min(overwritten)}. Give a folder elsewhere."

@@ -31,6 +31,7 @@ class Recipe:
     crf: int = 20
     frames_fps: float | None = None
     source_fps: float = 25.0  # of sources that are folders of frames
+    frame_pattern: str | None = None  # of sources that are folders of several series of frames
 
     @property
     def folder(self) -> str:
@@ -73,7 +74,9 @@ def transcode(job: Job) -> Outcome:
     recipe, path = job.recipe, Path(job.destination)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open_video(job.source, fps=recipe.source_fps, max_pixels=MAX_PIXELS) as film:
+        with open_video(
+            job.source, max_pixels=MAX_PIXELS, fps=recipe.source_fps, frame_pattern=recipe.frame_pattern
+        ) as film:
             duration, frames = Fraction(film.duration), film.facts().frames
             tick, timed = _ascending(film.frames(), film.time_base)
             scaled = _scaled(timed, recipe.short_side, even=recipe.frames_fps is None)
