@@ -141,15 +141,14 @@ def _find_splits(tree: _Tree, source: str) -> tuple[int, dict[str, str]]:
     tops = {path[0]: split_of(path[0]) for path in tree.folders}
     named = {name: split for name, split in tops.items() if split}
     if named:
-        inside = {name: [path for path in tree.clips if path[0] == name] for name in tops}
-        others = [name for name in tops if inside[name] and name not in named]
-        direct = [name for name in named if any(len(path) < 3 for path in inside[name])]
+        others = sorted(
+            {path[0] for path in tree.clips if (len(path) > 1 or path in tree.frames) and path[0] not in named}
+        )
+        direct = sorted({path[0] for path in tree.clips if path[0] in named and len(path) < 3})
         if not others and not direct:
             check_unambiguous(named, source)
             return 0, named
-        if others and all(len(path) < 3 for name in named for path in inside[name]):
-            return 0, {}  # a class may be called train
-        reason = f"{some(others)} beside them" if others else f"videos directly in {some(direct)}"
+        reason = f"{some(others)} beside them" if others else f"clips directly in {some(direct)}"
         raise _ask(source, named, reason, list(tops))
     inner = {path[1]: split_of(path[1]) for path in tree.clips if len(path) > 2}
     named = {name: split for name, split in inner.items() if split}
@@ -166,7 +165,7 @@ def _ask(where: str, splits: Mapping[str, str], reason: str, classes: list[str])
     return UserError(
         f"{where} can be read in two ways: with the splits {some(list(splits))}, or with the classes {some(classes)} (there "
         f"are {reason}). Pass --splits {joined(splits)} for the first, which passes over the rest, or --splits none for the "
-        "second."
+        "second. If a list holds the labels, pass it with --train, --val or --test."
     )
 
 

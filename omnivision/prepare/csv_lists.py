@@ -28,7 +28,10 @@ from omnivision.prepare.listing import (
 )
 
 _DELIMITERS = {";": "semicolon", "\t": "tab", ",": "comma", " ": "space"}  # the first that splits the rows is taken
-_PATHS = ("path", "video_path", "file_path", "filepath", "filename", "file_name", "file", "video", "video_name", "clip")
+_PATHS = (
+    *("path", "video_path", "clip_path", "file_path", "filepath", "filename", "file_name", "file"),
+    *("video", "video_name", "clip"),
+)
 _NAMES = ("youtube_id", "yt_id", "video_id", "vid", "clip_id", "clip_name", "name", "id")  # of videos, where no path is
 _LABELS = (
     *("label", "class", "category", "action", "activity", "target", "class_name", "label_name", "action_name"),
