@@ -38,12 +38,18 @@ bench: $(VENV)/.bench
 faults: $(VENV)/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.faults $(FAULTS_ARGS)
 
-# What takes too long for every change: the demo's claim, trained; faults by the thousand; a run for an hour.
+# What takes too long for every change: the demo's claim, trained; exports in five versions of transformers; faults
+# by the thousand; a run for an hour.
 nightly: $(VENV)/.installed
 	$(BIN)/python -m unittest -v tests.nightly_demo
+	$(BIN)/python -m unittest -v tests.nightly_transformers
 	$(BIN)/python -m tests.faults --nightly
 	FUZZ_CASES=2000 $(BIN)/python -m unittest tests.test_fuzz
 	$(BIN)/python -m unittest -v tests.nightly_soak
+
+# Another version of transformers in a folder of its own, for a test of exports that is skipped without it.
+build/transformers/%: $(VENV)/.installed
+	$(BIN)/python -m tests.other_transformers $*
 
 # The site of docs/, with the settings and the commands read off the code.
 docs: $(VENV)/.installed

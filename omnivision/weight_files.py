@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,6 +32,9 @@ FOLDER_WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+
+
+_WRAPPERS = re.compile(r"(?<![^.])_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.")
 
 
 @dataclass(frozen=True)
@@ -226,7 +230,7 @@ def _read_torch(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
             "average them: trainer/checkpoint=default_ensemble with a model vit*_average_ft."
         )
     if isinstance(found, Mapping):
-        for key in ("model", "module"):
+        for key in ("model", "module", "state_dict"):
             if isinstance(found.get(key), Mapping):
                 return dict(found[key]), {name: value for name, value in found.items() if name != key}
         return dict(found), {}
@@ -270,9 +274,10 @@ def _read_shards(index: Path) -> tuple[dict[str, Tensor], str]:
 
 
 def _plain(found: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
-    """A state dict, without the `module.` that a wrapper for several processes puts before every name.
+    """A state dict, without what wrappers of modules add to its names (see `strip_wrappers`).
 
-    Raises UserError for entries that are no ordinary tensors (sparse, without values, larger than what is in the file).
+    Raises UserError for entries that are no ordinary tensors (sparse, without values, larger than what is in the file), and
+    for two entries that are one without their wrappers.
     """
     for name, tensor in found.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
@@ -287,8 +292,23 @@ def _plain(found: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
             )
     if not found:
         raise UserError(f"{path} is empty; expected tensors by name.")
-    wrapped = all(name.startswith("module.") for name in found)
-    return {name.removeprefix("module.") if wrapped else name: tensor for name, tensor in found.items()}
+    state = strip_wrappers(found)
+    if len(state) < len(found):
+        raise UserError(
+            f"{path} holds {len(found)} entries, and {len(state)} without prefixes such as `module.` and `_orig_mod.`. "
+            "Expected each tensor once. Save the state dict of the unwrapped model."
+        )
+    return state
+
+
+def strip_wrappers(state: Mapping[str, Tensor], prefix: str = "module.") -> dict[str, Tensor]:
+    """Remove from names what wrappers add: `_orig_mod.` (torch.compile), `_fsdp_wrapped_module.` and
+    `_checkpoint_wrapped_module.` anywhere, as any submodule may be wrapped; `prefix` (DDP's) where all names begin with it.
+    """
+    state = {_WRAPPERS.sub("", name): tensor for name, tensor in state.items()}
+    while state and all(name.startswith(prefix) for name in state):
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return state
 
 
 def _json_object(path: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from omnivision import weight_files
 from omnivision.errors import UserError
 from omnivision.experiment import named
 from omnivision.files import require_weights
+from omnivision.models.architecture import describe
 from omnivision.models.patches import Triple, resized_positions, token_grid
 from omnivision.weight_files import Source, check_numbers
 
@@ -192,6 +193,7 @@ def load(model: nn.Module, weights: Source, choice: Choice, class_names: Sequenc
             f"{weights.path} does not fit this model: {_some(wrong)}{_heads_advice(wrong)}. Expected the same width, depth and "
             f"tubelet. Change trainer/model, or {SETTING}."
         )
+    _check_heads(model, weights, chosen)
     check_values(chosen, report.path)
     report.loaded = sorted(chosen)
     report.missing = sorted(set(wanted) - set(chosen))
@@ -284,6 +286,20 @@ def _check_coverage(wanted: Mapping[str, Tensor], report: LoadReport, choice: Ch
         )
 
 
+def _check_heads(model: nn.Module, weights: Source, chosen: Mapping[str, Tensor]) -> None:
+    """Raise UserError for another number of attention heads than the file says: shapes are the same, and numbers are not."""
+    ours = describe(model)
+    for part, blocks in (("trunk", "trunk.blocks."), ("decoder", "trunk.decoder.")):
+        said = weights.architecture.get(part)
+        theirs = said.get("heads") if isinstance(said, Mapping) else None
+        loaded = part in ours and any(name.startswith(blocks) for name in chosen)
+        if loaded and theirs is not None and theirs != ours[part]["heads"]:
+            raise UserError(
+                f"The {part} of {weights.path} has {theirs} attention heads, and that of this model {ours[part]['heads']}. "
+                f"Set trainer.model.{part}.heads={theirs}, or change {SETTING}."
+            )
+
+
 def is_encoder(name: str) -> bool:
     """Whether an entry belongs to the trunk proper, not to what hangs on it."""
     return name.startswith("trunk.") and not name.startswith(BESIDE_THE_ENCODER)
@@ -345,6 +361,8 @@ def _matches(state: Mapping[str, Any], pattern: str, what: str, path: str, optio
 
 
 def _heads_advice(wrong: Sequence[str]) -> str:
+    if "trunk.decoder." in " ".join(wrong):
+        return " (a decoder of another shape is left out by trainer/checkpoint=no_heads_no_decoder)"
     return (
         " (heads of other classes are left out by trainer/checkpoint=no_heads)" if "heads." in " ".join(wrong) else ""
     )

@@ -126,7 +126,11 @@ def last_figures(said: Mapping[str, Any]) -> dict[str, str]:
 def usage(architecture: Architecture, out: str, hf: bool) -> str:
     if hf:
         name = "VideoMAEForVideoClassification" if architecture.get("classes") else "VideoMAEModel"
-        return f'```python\nfrom transformers import {name}\n\nmodel = {name}.from_pretrained("{out}")\n```'
+        return (
+            f'```python\nfrom transformers import {name}\n\nmodel = {name}.from_pretrained("{out}")\n```\n\n'
+            "For transformers 4.57 and later. The biases of queries, keys and values are stored under the names of all these "
+            "versions; each version reports those of the others as unexpected, which changes nothing."
+        )
     call = 'reconstruct("film.mp4")' if architecture["kind"] == "autoencoder" else 'predict("film.mp4")'
     return f'```python\nimport omnivision\n\nomnivision.load("{out}").{call}\n```'
 

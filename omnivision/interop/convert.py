@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from omnivision.errors import UserError
 from omnivision.interop.geometry import Given
 from omnivision.interop.huggingface import from_hf
 from omnivision.interop.intake import Imported
 from omnivision.interop.published import from_omnimae, from_ours, from_videomae
 from omnivision.interop.recognise import recognise
-from omnivision.weight_files import Source
+from omnivision.weight_files import Source, strip_wrappers
 
 
 def convert(source: Source, format: str = "auto", given: Given | None = None) -> tuple[Imported, str]:
@@ -21,6 +23,7 @@ def convert(source: Source, format: str = "auto", given: Given | None = None) ->
     Raises UserError, beginning with the file, for what is not understood as a whole.
     """
     try:
+        source = replace(source, state=strip_wrappers(source.state, "model."))  # of a training module around the model
         found = recognise(source.state, format)
         if found == "omnimae":
             return from_omnimae(source.state, given), found

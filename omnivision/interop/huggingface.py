@@ -21,7 +21,7 @@ from torch import Tensor
 from omnivision.errors import UserError
 from omnivision.interop.geometry import Given, position_tables
 from omnivision.interop.intake import Imported, Intake
-from omnivision.interop.published import FIRST_TOKEN, NO_COUNTERPART
+from omnivision.interop.published import FIRST_TOKEN, NO_COUNTERPART, finish_videomae, take_decoder
 from omnivision.models.architecture import Architecture
 from omnivision.models.patches import IMAGENET_MEAN, IMAGENET_STD
 
@@ -45,6 +45,11 @@ _NUMBERS = {
     "num_frames": "num_frames",
     "image_size": "image_size",
 }
+_DECODER_NUMBERS = {
+    "decoder_hidden_size": "width",
+    "decoder_num_hidden_layers": "depth",
+    "decoder_num_attention_heads": "heads",
+}
 
 
 @dataclass(frozen=True)
@@ -66,11 +71,11 @@ def from_hf(state: Mapping[str, Tensor], config: Mapping[str, Any], given: Given
     """
     said = _said(config)
     intake = Intake(dict(state))
-    for name in ("decoder.", "encoder_to_decoder.", "mask_token"):
-        intake.drop(name, NO_COUNTERPART)
     base = "videomae." if any(name.startswith("videomae.") for name in state) else ""
-    for number in intake.numbers(f"{base}encoder.layer."):
-        old, new = f"{base}encoder.layer.{number}.", f"trunk.blocks.{number}."
+    intake.rename(f"{base}embeddings.patch_embeddings.projection.", "trunk.patch_embed.proj.1.")
+    take_decoder(intake, "decoder.decoder_layers.0.intermediate.dense.weight")
+    pairs = [(f"{base}encoder.layer.", "trunk.blocks."), ("decoder.decoder_layers.", "trunk.decoder.decoder_blocks.")]
+    for old, new in [(f"{theirs}{n}.", f"{ours}{n}.") for theirs, ours in pairs for n in intake.numbers(theirs)]:
         for ours, theirs in _LAYER.items():
             intake.rename(f"{old}{theirs}.", f"{new}{ours}.")
         attention = f"{old}attention.attention."
@@ -83,7 +88,6 @@ def from_hf(state: Mapping[str, Tensor], config: Mapping[str, Any], given: Given
             intake.join(biases, f"{new}attn.qkv.bias", zeros_where_missing=True)
         elif f"{new}attn.qkv.weight" in intake.state:
             intake.fill(f"{new}attn.qkv.bias", 0, intake.state[f"{new}attn.qkv.weight"], "not in the file")
-    intake.rename(f"{base}embeddings.patch_embeddings.projection.", "trunk.patch_embed.proj.1.")
     if "fc_norm.weight" in state:
         intake.rename("fc_norm.", "trunk.norm.")
         intake.rename("classifier.", "heads.0.0.")
@@ -95,8 +99,24 @@ def from_hf(state: Mapping[str, Tensor], config: Mapping[str, Any], given: Given
         like = intake.state["trunk.patch_embed.proj.1.bias"]
         intake.fill("trunk.norm.weight", 1, like, "this encoder ends before it")
         intake.fill("trunk.norm.bias", 0, like, "this encoder ends before it")
-    imported = intake.done(said, given or Given())
-    return dataclasses.replace(imported, assumed=[*imported.assumed, *_epsilons(config, "fc_norm.weight" in state)])
+    decoder = "trunk.decoder.norm.weight" in intake.state
+    if config and decoder:
+        said["decoder"] = {ours: config[theirs] for theirs, ours in _DECODER_NUMBERS.items() if theirs in config}
+    imported = finish_videomae(intake, said, given or Given())
+    assumed = [*imported.assumed, *_epsilons(config, decoder or "fc_norm.weight" in state)]
+    return dataclasses.replace(imported, assumed=assumed)
+
+
+def _drop_duplicates(intake: Intake, names: Mapping[str, str]) -> None:
+    """Leave out entries that a file also holds under another name, {name: other}. Raises UserError where the two differ."""
+    for name, other in names.items():
+        if name in intake.left and other in intake.left:
+            if not torch.equal(intake.left[name], intake.left[other]):
+                raise UserError(
+                    f"{name} and {other} are the same bias under the names of two versions of transformers, but their values "
+                    "differ. Expected equal values. Save the model again with one version of transformers."
+                )
+            intake.drop(name, "the same values under another name")
 
 
 def _drop_duplicates(intake: Intake, names: Mapping[str, str]) -> None:
@@ -235,11 +255,11 @@ def _said(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"trunk": trunk}
 
 
-def _epsilons(config: Mapping[str, Any], classified: bool) -> list[str]:
+def _epsilons(config: Mapping[str, Any], with_last: bool) -> list[str]:
     """Which LayerNorms of the file have another epsilon than ours: the result differs by what that makes."""
     stated = config.get("layer_norm_eps", _THEIR_EPSILON if config else EPSILON)
     others = [] if stated == EPSILON else [f"LayerNorm epsilon {EPSILON:g} (theirs: {str(stated)[:20]})"]
-    return others + ([f"epsilon {EPSILON:g} of the last norm (theirs: {FC_NORM_EPSILON:g})"] if classified else [])
+    return others + ([f"epsilon {EPSILON:g} of the last norm (theirs: {FC_NORM_EPSILON:g})"] if with_last else [])
 
 
 def _rounded_positions(state: Mapping[str, Tensor], architecture: Architecture) -> bool:
