@@ -6,7 +6,8 @@ import contextlib
 import dataclasses
 import difflib
 import fnmatch
-import importlib
+import sys
+import traceback
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from omnivision.data.dataset import ClipDataset, Cut
 from omnivision.data.decode import BadVideo, open_video
 from omnivision.data.loader import TrainData, ValData, Workers
 from omnivision.distributed import Place, Processes
-from omnivision.errors import UserError
+from omnivision.errors import UserError, is_out_of_memory
 from omnivision.files import run_name
 from omnivision.interop.merge import merge, read_sources
 from omnivision.models.architecture import describe
@@ -40,7 +41,7 @@ from omnivision.reporting.run_folder import RunFolder
 from omnivision.schema import Target
 from omnivision.settings import DataSettings, ImageSettings, Settings
 from omnivision.stopping import Stop
-from omnivision.targets import signature_of
+from omnivision.targets import PACKAGE, signature_of
 from omnivision.trainer import Options, Trainer
 from omnivision.weight_files import Source
 from omnivision.weights import Choice, LoadReport, check_values, choose, fitted_positions, read_several
@@ -54,31 +55,43 @@ NUM_OPENED_FILES = 4  # of each split, to find clips that are too short
 def build(target: Target, where: str, partial: bool = False, **more: Any) -> Any:
     """The object that a `_target_` describes, `more` being arguments from elsewhere; with `partial` a function that makes it.
 
-    Raises UserError for arguments that it does not take.
+    Raises UserError for a class that cannot be imported or built, whatever its code raises.
     """
     try:
         make = instantiate(target, _convert_="all", _partial_=partial or bool(more))
         return make(**more) if more else make
-    except InstantiationException as error:
-        cause = error.__cause__
+    except Exception as error:
+        cause: BaseException = error
+        while isinstance(cause, (InstantiationException, ImportError)) and cause.__cause__ is not None:
+            cause = cause.__cause__
         if isinstance(cause, UserError):
             raise cause from None
-        if near := nearest(target["_target_"]):
-            raise UserError(
-                f"{where}._target_ is {target['_target_']!r}, which does not exist; did you mean {near}?"
-            ) from None
-        raise UserError(
-            f"{where} ({target['_target_']}) cannot be built: {cause or error}. Expected the arguments of that class. "
-            f"Change {where}."
-        ) from error
+        if is_out_of_memory(cause):
+            raise cause from None
+        raise UserError(build_problem(cause, target["_target_"], where)) from error
 
 
-def nearest(target: str) -> str | None:
-    """The name most like that of an object that does not exist, in the module that it was looked for in."""
+def build_problem(cause: BaseException, target: str, where: str) -> str:
+    """Why an object cannot be built, with the line of a package of the user's that raised it."""
     module, _, name = target.rpartition(".")
-    known = vars(importlib.import_module(module))
-    near = [] if name in known else difflib.get_close_matches(name, known, 1, cutoff=0)
-    return f"{module}.{near[0]}" if near else None
+    if module in sys.modules and name not in (known := vars(sys.modules[module])):
+        near = difflib.get_close_matches(name, known, 1, cutoff=0)
+        guess = f"; did you mean {module}.{near[0]}?" if near else "."
+        return f"{where}._target_ is {target!r}, which does not exist{guess}"
+    if isinstance(cause, ModuleNotFoundError) and f"{module}.".startswith(f"{cause.name}."):
+        return (
+            f"{where}._target_ is {target!r}, and Python finds no module {cause.name!r}. Put the folder that holds it on "
+            f"PYTHONPATH, or correct {where}._target_."
+        )
+    frames = traceback.extract_tb(cause.__traceback__)
+    theirs = [
+        frame for frame in frames if not frame.filename.startswith((sys.prefix, sys.base_prefix, "<", str(PACKAGE)))
+    ]
+    place = f" ({theirs[-1].filename}, line {theirs[-1].lineno})" if theirs else ""
+    return (
+        f"{where} ({target}) cannot be built: {type(cause).__name__}: {cause}{place}. Expected a class that can be "
+        f"imported, and its arguments. Change {where}" + (", or the class." if place else ".")
+    )
 
 
 def processes(settings: Settings, place: Place) -> Processes:

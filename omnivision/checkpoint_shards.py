@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from omnivision.distributed import Processes
+from omnivision.errors import is_out_of_memory
 from omnivision.files import PARTS, sha256
 from omnivision.safe import BrokenCheckpoint, safe_load
 from omnivision.sharding import is_split
@@ -155,5 +156,7 @@ def _read(source: Path) -> dict[str, Tensor]:
     except CheckpointException as error:
         raise BrokenCheckpoint(f"{source} cannot be read: {_cause(error)[1]}") from error
     except Exception as error:  # whatever torch and safetensors make of a damaged file
+        if is_out_of_memory(error):
+            raise
         raise BrokenCheckpoint(f"{source} cannot be read: {error}") from error
     return tensors

@@ -10,7 +10,15 @@ import traceback
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
-from omnivision.errors import EXIT_FAULT, EXIT_INTERRUPTED, LostContact, Terminated, UserError
+from omnivision.errors import (
+    EXIT_FAULT,
+    EXIT_INTERRUPTED,
+    LostContact,
+    Terminated,
+    UserError,
+    is_out_of_memory,
+    out_of_memory,
+)
 from omnivision.reporting.run_folder import WAITING, RunFolder
 from omnivision.stopping import Stop
 from omnivision.watchdog import Peers, Watchdog, lost_contact, write_stacks
@@ -19,6 +27,11 @@ if TYPE_CHECKING:
     from omnivision.job_record import JobRecord
 
 LOG = logging.getLogger("omnivision")
+LESS_MEMORY = (
+    "Raise trainer.optim.accumulation_steps (the same batch in smaller micro-batches), set "
+    "trainer.model.trunk.activation_checkpointing=true, or lower batch_size; num_workers and trainer.data.prefetch take memory "
+    "of the machine. The same command goes on from the last checkpoint."
+)
 
 
 class Ending:
@@ -129,11 +142,17 @@ def how_it_ended(error: BaseException) -> tuple[int, str]:
             return error.exit_code, f"ended by {error.cause}{saved}{notes}"
         case LostContact():
             return EXIT_FAULT, f"{error}{notes}"
+    if is_out_of_memory(error):
+        return EXIT_FAULT, f"{out_of_memory(error, LESS_MEMORY)}{notes}"
     return EXIT_FAULT, f"{type(error).__name__}: {error}{notes}"
 
 
 def print_error(problem: BaseException | str) -> None:
-    """A paragraph for a user's mistake, a traceback for a fault (or for everything, with OMNIVISION_TRACEBACK=1)."""
+    """A paragraph for a user's mistake and where memory is out, a traceback for another fault (or for everything, with
+    OMNIVISION_TRACEBACK=1).
+    """
+    if isinstance(problem, BaseException) and is_out_of_memory(problem):
+        problem = how_it_ended(problem)[1]
     if isinstance(problem, str):
         print(f"error: {problem}", file=sys.stderr, flush=True)
         if os.environ.get("OMNIVISION_TRACEBACK") == "1":

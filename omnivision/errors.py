@@ -1,5 +1,8 @@
 """What can end a run, and with which exit code. The only module that every other one may import."""
 
+import errno
+import re
+
 EXIT_USER = 1
 EXIT_FAULT = 70
 EXIT_NON_FINITE = 71
@@ -29,6 +32,23 @@ class UserError(ValueError):
         error = cls("\n- ".join([f"{len(problems)} problems:", *problems]) if several else problems[0])
         error.problems = problems
         return error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device or this machine has no memory left; torch has several kinds and wordings."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    wording = r"out of memory|(can't|cannot) allocate memory|not enough memory|_ALLOC_FAILED"
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and re.search(wording, str(error), re.IGNORECASE) is not None
+    )
+
+
+def out_of_memory(error: BaseException, advice: str) -> str:
+    """One paragraph about an error of `is_out_of_memory`."""
+    text = " ".join(str(error).split())
+    where = "GPU" if re.search(r"cuda|cublas|cudnn|hip\b|gpu", text, re.IGNORECASE) else "This machine"
+    return f"{where} out of memory: {text[:300] or type(error).__name__}. {advice}"
 
 
 class NonFiniteError(UserError):

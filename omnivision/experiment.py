@@ -37,6 +37,7 @@ WITHOUT_EFFECT = (
     "trainer.mode",
     "trainer.accelerator",
     "trainer.compile",
+    "trainer.model.*.activation_checkpointing",
     "trainer.val_epoch_freq",
     "trainer.max_skipped_steps",
     "trainer.data.batch_size",

@@ -9,22 +9,24 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from omnivision.checkpoint import load_model
 from omnivision.data.batch import Batch
 from omnivision.data.clips import clip_window, uniform_clip_starts
 from omnivision.data.decode import BadVideo, open_video
 from omnivision.data.masking import RandomMask
 from omnivision.data.opening import EIGHT_K
 from omnivision.data.views import EvalView
-from omnivision.errors import UserError
+from omnivision.errors import UserError, is_out_of_memory
 from omnivision.experiment import named
 from omnivision.interop.merge import merge, read_sources
 from omnivision.interop.published import from_ours
@@ -32,9 +34,10 @@ from omnivision.models import architecture
 from omnivision.models.classifier import VideoClassifier
 from omnivision.models.mae import MaskedAutoencoder
 from omnivision.models.patches import token_grid
+from omnivision.targets import is_allowed
 from omnivision.tasks.base import Pictures
 from omnivision.tasks.reconstruct import Reconstruct
-from omnivision.weight_files import read
+from omnivision.weight_files import Source, read
 
 CLIP_SECONDS = 2.7  # of the recipe, where a file does not say
 MASK_RATIO = 0.9
@@ -84,10 +87,17 @@ class Shown:
 class VideoModel:
     """A model on a device, in evaluation mode, and what it takes to show it a film."""
 
-    def __init__(self, model: nn.Module, path: Path, shown: Shown, device: str) -> None:
-        self.model = model.eval().to(device)
+    def __init__(self, model: nn.Module, path: Path, shown: Shown, device: str, trunk: Any = None) -> None:
+        """`trunk` says `num_frames`, `image_size` and `tubelet`, by default the model's own."""
+        try:
+            self.model = model.eval().to(device)
+        except (RuntimeError, AssertionError) as error:
+            if is_out_of_memory(error):
+                raise
+            reason = str(error).splitlines()[0]
+            raise UserError(f"device is {device!r}, which torch does not have here: {reason}") from None
         self.path, self.shown, self.device = path, shown, torch.device(device)
-        trunk: Any = model.trunk
+        trunk = trunk or model.trunk
         self.num_frames, self.image_size, self.tubelet = trunk.num_frames, trunk.image_size, trunk.tubelet
 
     @torch.inference_mode()
@@ -96,17 +106,17 @@ class VideoModel:
 
         Raises UserError for a film that cannot be read, and for a model without classes.
         """
-        if not isinstance(self.model, VideoClassifier):
+        if not self.shown.names:
             raise UserError(
-                f"{self.path} holds a masked autoencoder, which knows no classes. Give a model of a later stage (alignment, "
+                f"{self.path} holds {self._kind}, which knows no classes. Give a model of a later stage (alignment, "
                 "fine-tuning, probing), or use reconstruct."
             )
         if clips < 1 or crops not in (1, 3):
             raise UserError(
                 f"clips is {clips}, crops {crops}; expected clips of at least 1, and 1 or 3 crops. Change them."
             )
-        if not 0 <= head < len(self.model.heads):
-            raise UserError(f"head is {head}; {self.path} has {len(self.model.heads)}, counted from 0. Change head.")
+        if not 0 <= head < len(self.shown.names):
+            raise UserError(f"head is {head}; {self.path} has {len(self.shown.names)}, counted from 0. Change head.")
         scores = self.model(self.views(film, clips, crops, fps=fps), head).float()
         if not scores.isfinite().all():
             raise UserError(
@@ -140,7 +150,7 @@ class VideoModel:
         """
         if not isinstance(self.model, MaskedAutoencoder):
             raise UserError(
-                f"{self.path} holds a classifier, which has no decoder. Give a model of stage 1 (masked autoencoding)."
+                f"{self.path} holds {self._kind}, which has no decoder. Give a model of stage 1 (masked autoencoding)."
             )
         if not 0 < mask_ratio < 1:
             raise UserError(f"mask_ratio is {mask_ratio:g}; expected a share above 0 and below 1. Change mask_ratio.")
@@ -150,6 +160,11 @@ class VideoModel:
         nothing = torch.zeros(1, dtype=torch.int64)
         batch = Batch(video.cpu(), nothing, nothing, "film", [str(film)], mask=mask, num_masked=int(mask.sum()))
         return Reconstruct(self.tubelet).pictures(self.model, batch.to(self.device))
+
+    @property
+    def _kind(self) -> str:
+        kinds = {MaskedAutoencoder: "a masked autoencoder", VideoClassifier: "a classifier"}
+        return kinds.get(type(self.model), f"a {type(self.model).__name__}")
 
     def views(self, film: str | Path, clips: int, crops: int, start: float | None = None, fps: float = 25.0) -> Tensor:
         """Views of a film as the model takes them: uint8 (clips x crops, 3, T, H, W). Raises UserError."""
@@ -174,15 +189,19 @@ class VideoModel:
         return [start]
 
 
-def load(source: str | Path, device: str = "cpu") -> VideoModel:
+def load(source: str | Path, device: str = "cpu", trust_targets: Sequence[str] = ()) -> VideoModel:
     """The model of a run folder (its best checkpoint, else its newest) or of a file, with its preprocessing.
 
     Nothing in the file is executed; its architecture is read as numbers. A moving average that the run kept is taken, as its
     evaluations did. A learned average becomes the one model that it is, while its sources are where they were. Raises UserError
     for what is no such file, and for weights that do not say their architecture (`omnivision import` gives them one).
+
+    A run with a model class of your own is built from its settings, which runs the code of the packages in `trust_targets`.
     """
     found = read(source)
     print(f"Model from {found}", file=sys.stderr)  # which checkpoint of the run it is
+    if found.own_class is not None:
+        return _load_own_class(found, found.own_class, trust_targets, device)
     if not found.architecture:
         raise UserError(
             f"{found.path} does not say the architecture of its model, so it is not from a run of this project. Bring it in "
@@ -198,7 +217,29 @@ def load(source: str | Path, device: str = "cpu") -> VideoModel:
         raise UserError(f"{found.path}: {error}") from None
     model = architecture.build(dict(whole.architecture), str(found.path))
     model.load_state_dict(whole.state)
-    try:
-        return VideoModel(model, found.path, Shown.of(whole.architecture, found.inference), device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device is {device!r}, which torch does not have here: {str(error).splitlines()[0]}") from None
+    return VideoModel(model, found.path, Shown.of(whole.architecture, found.inference), device)
+
+
+def _load_own_class(found: Source, target: str, trusted: Sequence[str], device: str) -> VideoModel:
+    """A model of a class outside this project, from the settings beside its checkpoint."""
+    from omnivision import build  # Hydra comes with it
+    from omnivision.settings_check import read_run_config
+
+    config = found.path.parent.parent / "config.yaml"
+    if not is_allowed(target, trusted):
+        raise UserError(
+            f"{found.path} holds a model of a class of your own, {target}, and to build it runs its code. Put the folder that "
+            f"holds it on PYTHONPATH and add --trust-targets {target.partition('.')[0]} (in Python: trust_targets=[...])."
+        )
+    if not config.is_file():
+        raise UserError(
+            f"{found.path} holds a model of a class of your own, {target}, and its settings are not at {config}. "
+            "Give the run directory, or leave the checkpoint in it."
+        )
+    settings = read_run_config(config, trusted)
+    model = build.model(settings)
+    load_model(model, found.weights(), found.path)
+    trunk = SimpleNamespace(num_frames=settings.trainer.data.num_frames, image_size=settings.image_size)
+    trunk.tubelet = tuple(settings.trainer.model["trunk"]["tubelet"])
+    classes = build.labels(settings).classes if "decoder" not in settings.trainer.model else []
+    return VideoModel(model, found.path, Shown.of({"classes": classes}, found.inference), device, trunk)

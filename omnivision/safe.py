@@ -10,6 +10,8 @@ from typing import IO, Any
 
 import torch
 
+from omnivision.errors import is_out_of_memory
+
 
 class BrokenCheckpoint(Exception):
     """A file of tensors that is not what was once written; the message says how it differs."""
@@ -43,6 +45,8 @@ def safe_load(source: Path | IO[bytes], map_location: str = "cpu") -> Any:
         with warnings.catch_warnings(action="ignore"):  # of the version of a file that is about to be refused
             return torch.load(source, map_location=map_location, weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises many kinds for a damaged or hostile file; all mean the same to the caller
+        if is_out_of_memory(error):
+            raise
         name, reason = source if isinstance(source, Path) else "the file", str(error)
         if what := re.search(r"GLOBAL (\S+)|operand 149", reason):  # 149 frames a pickle that never was torch's
             told = f"it holds a pickled object{f' ({what[1]})' if what[1] else ''}, not weights alone"

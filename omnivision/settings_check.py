@@ -8,15 +8,18 @@ import difflib
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from omegaconf import DictConfig
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from omnivision.errors import UserError
 from omnivision.schema import Natural, Reader, unknown_key
 from omnivision.settings import DECODER, GROUPS, DataSettings, ImageSettings, Settings, Share
+from omnivision.settings_yaml import read_numbers_as_written
 from omnivision.suggestions import suggestion
 from omnivision.targets import signature_of
 
@@ -52,6 +55,21 @@ def check(config: DictConfig, origin: Callable[[str], str] = lambda key: "") -> 
         raise UserError.of(problems)
     assert settings is not None
     return settings
+
+
+def read_run_config(file: Path, trusted: Sequence[str] = ()) -> Settings:
+    """Settings of a run from its `config.yaml`, with the packages that may be built replaced by `trusted`.
+
+    Raises UserError for a file that cannot be read, and for settings that are not right here.
+    """
+    try:
+        read_numbers_as_written()
+        config = OmegaConf.create(file.read_text(encoding="utf-8"))
+        assert isinstance(config, DictConfig)
+        OmegaConf.update(config, "trainer.trust_targets", list(trusted), force_add=True)
+        return check(config)
+    except (OSError, ValueError, AssertionError, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise UserError(f"{file}, the settings of the run, cannot be used: {error}") from error
 
 
 def _located(problem: str, origin: Callable[[str], str]) -> str:

@@ -11,6 +11,7 @@ import difflib
 import functools
 import importlib.util
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,13 @@ def target_problems(node: Any, where: str, trusted: Sequence[str] = ()) -> list[
             "'++trainer.trust_targets=[PACKAGE]'; building one runs its code.",
         ]
     own, signature = target.startswith("omnivision."), signature_of(target)
+    package = target.partition(".")[0]
+    if not own and package not in sys.modules and importlib.util.find_spec(package) is None:
+        return [
+            *problems,
+            f"{where}._target_ is {target!r}, and Python finds no package {package!r}. Put the folder that holds it on "
+            "PYTHONPATH, or correct the name.",
+        ]
     if signature is None:
         return (
             problems

@@ -63,6 +63,21 @@ class Source:
         return experiment.class_names(self.inference)
 
     @property
+    def own_class(self) -> str | None:
+        """The full name of the model's class where it is not one of this project, as far as the file says."""
+        target = (experiment.read(self.said.get("experiment")) or {}).get("settings", {}).get("trainer.model._target_")
+        return target if isinstance(target, str) and not target.startswith("omnivision.") else None
+
+    def refuse_own_class(self) -> None:
+        """Raise UserError where the model's class is not one of this project: its tensors have no names that others know."""
+        if self.own_class is not None:
+            raise UserError(
+                f"{self.path} holds a model of a class of your own, {self.own_class}; expected one of this project, whose "
+                "layout is known. `omnivision predict RUN VIDEO --trust-targets PACKAGE` uses it; its tensors are under "
+                "'model' of torch.load(FILE, weights_only=True)."
+            )
+
+    @property
     def sources(self) -> Any:
         """What a checkpoint of an average says that it is an average of; the file does not hold them."""
         return self.said.get("sources")

@@ -25,14 +25,15 @@ FLOORS = {
     2: ["data", "models", "optim", "demo"],
     3: ["tasks", "evaluation", "prepare"],
     4: "experiment checkpoint_shards checkpoint reporting weight_files weights interop slurm utilisation".split(),
-    5: ["run_state", "steps", "trainer", "resuming", "inference", "report"],
+    5: ["run_state", "steps", "trainer", "resuming", "report"],
     6: "hydra_guard settings_yaml targets schema settings suggestions settings_check settings_submitit origins composition "
-    "preflight build usage".split(),
+    "preflight build inference usage".split(),
     7: ["jobs", "job_record", "ending", "process", "local", "submission", "launch", "dry", "cli"],
 }
 # Within a floor, these are above the others.
 RAISED = {
     "files": 0.5,
+    "safe": 0.5,
     "agreement": 1.5,
     "watchdog": 1.5,
     "sharding": 1.5,
@@ -53,6 +54,7 @@ RAISED = {
     "composition": 6.3,
     "preflight": 6.3,
     "build": 6.4,
+    "inference": 6.45,
     "process": 7.2,
     "jobs": 7.0,
     "job_record": 7.1,
@@ -75,6 +77,7 @@ ALLOWED = {
     "yaml": {
         "train_app_submitit",
         "omnivision.settings_yaml",
+        "omnivision.settings_check",
         "omnivision.prepare.catalog_file",
         "omnivision.experiment",
         "omnivision.origins",

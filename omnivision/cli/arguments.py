@@ -32,6 +32,11 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", type=device, default="cpu", help="cpu (default), cuda, or cuda:N")
 
 
+def add_trust_targets(parser: argparse.ArgumentParser) -> None:
+    text = "build a model of your own class from this package, which runs its code; may be given several times"
+    parser.add_argument("--trust-targets", action="append", default=[], metavar="PACKAGE", help=text)
+
+
 def add_fps(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fps", type=rate, default=25.0, metavar="X", help="of folders of frames (default 25)")
 

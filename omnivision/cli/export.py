@@ -96,6 +96,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
 
 def _model(source: Source, args: argparse.Namespace) -> Imported:
     """The one model to write, whole and checked."""
+    source.refuse_own_class()
     if lacking := _lacking(source):
         raise UserError(
             f"{source.path} does not say its architecture ({', '.join(lacking)}), so it is not from a run of this project. "

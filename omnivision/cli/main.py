@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import itertools
 import os
+import re
 import sys
 from typing import Any, NoReturn
 
@@ -20,8 +22,20 @@ from omnivision.cli import (
     runs,
     val_split,
 )
-from omnivision.errors import EXIT_INTERRUPTED, EXIT_USER, UserError
+from omnivision.errors import (
+    EXIT_FAULT,
+    EXIT_INTERRUPTED,
+    EXIT_USER,
+    UserError,
+    is_out_of_memory,
+    out_of_memory,
+)
 from omnivision.streams import be_patient
+
+LESS_MEMORY = (
+    "Free memory, use a machine or --device that has more, or lower what the command takes at once, where it has such an "
+    "option (--clips, --workers)."
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -63,8 +77,26 @@ def commands(made: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser
     return next(action.choices for action in made._actions if isinstance(action, argparse._SubParsersAction))
 
 
+def refuse_leading_dashes(made: argparse.ArgumentParser, words: list[str]) -> None:
+    """Explain a file name that would be read as an option: `-x.mp4` is to be `./-x.mp4`."""
+    command = commands(made).get(words[0]) if words else None
+    if command is None:
+        return
+    known = [option for action in command._actions for option in action.option_strings]
+    for word in itertools.takewhile(lambda word: word != "--", words[1:]):
+        name = word.partition("=")[0]
+        if not word.startswith("-") or word == "-" or name in known or re.fullmatch(r"-[\d.e+-]+", word):
+            continue
+        # An option that does not exist looks like one: two dashes, and no file has that name.
+        if not word.startswith("--") or re.search(r"[./]", name) or os.path.lexists(word):
+            near = difflib.get_close_matches(f"--{name.lstrip('-')}", known, 1)
+            guess = f"; did you mean {near[0]}?" if near else "."
+            command.error(f"{word!r} begins with a dash and is no option{guess} For a file of that name write ./{word}")
+
+
 def main(arguments: list[str] | None = None) -> int:
     made = parser()
+    refuse_leading_dashes(made, sys.argv[1:] if arguments is None else arguments)
     options, extra = made.parse_known_args(arguments)
     if extra:
         command = commands(made)[options.command]
@@ -80,7 +112,12 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{options.command}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except OSError as error:
+    except (MemoryError, RuntimeError, OSError) as error:
+        if is_out_of_memory(error):
+            print(f"error: {out_of_memory(error, LESS_MEMORY)}", file=sys.stderr)
+            return EXIT_FAULT
+        if not isinstance(error, OSError):
+            raise
         if os.environ.get("OMNIVISION_TRACEBACK") == "1":
             raise
         what = "a file" if error.filename is None else repr(str(error.filename)[:200])

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from omnivision.cli.arguments import add_device, add_fps, at_least
+from omnivision.cli.arguments import add_device, add_fps, add_trust_targets, at_least
 from omnivision.errors import EXIT_USER, UserError
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--head", type=at_least(0), default=0, metavar="N", help="which of several heads (default 0)")
     parser.add_argument("--json", action="store_true", help="a JSON object with a list of guesses for each film")
     add_device(parser)
+    add_trust_targets(parser)
     add_fps(parser)
     parser.set_defaults(run=run)
 
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the guesses; 0, or 1 when a film could not be read (the others are told all the same)."""
     from omnivision.inference import load
 
-    model, found, failed = load(args.checkpoint, args.device), {}, False
+    model, found, failed = load(args.checkpoint, args.device, args.trust_targets), {}, False
     for film in args.films:
         try:
             found[film] = model.predict(film, args.top, args.clips, args.crops, args.head, args.fps)

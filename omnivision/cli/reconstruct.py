@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from omnivision.cli.arguments import add_device, add_fps, at_least, number
+from omnivision.cli.arguments import add_device, add_fps, add_trust_targets, at_least, number
 from omnivision.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of the mask (default 0)")
     parser.add_argument("--force", action="store_true", help="replace OUT if it is there")
     add_device(parser)
+    add_trust_targets(parser)
     add_fps(parser)
     parser.set_defaults(run=run)
 
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     from omnivision.inference import load
     from omnivision.reporting.pictures import gif_bytes, moving, still
 
-    pictures = load(args.checkpoint, args.device).reconstruct(
+    pictures = load(args.checkpoint, args.device, args.trust_targets).reconstruct(
         args.film, args.start, args.mask_ratio, args.seed, args.fps
     )
     try:

@@ -22,6 +22,7 @@ def convert(source: Source, format: str = "auto", given: Given | None = None) ->
 
     Raises UserError, beginning with the file, for what is not understood as a whole.
     """
+    source.refuse_own_class()
     try:
         source = replace(source, state=strip_wrappers(source.state, "model."))  # of a training module around the model
         found = recognise(source.state, format)

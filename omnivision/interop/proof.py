@@ -61,6 +61,7 @@ def against_transformers(
     except ImportError:
         return None
     logging.disable_progress_bar()  # of reading a file that was just written
+    logging.set_verbosity_error()  # it reports the names that other versions read
     model, clip = build(architecture, "The model"), random_clip(architecture).double()
     model.load_state_dict({**state, **position_tables(architecture)})
     assert isinstance(model, (VideoClassifier, MaskedAutoencoder))

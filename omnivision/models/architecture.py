@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from omnivision.errors import UserError
+from omnivision.errors import UserError, is_out_of_memory
 from omnivision.models.average import AveragedClassifier
 from omnivision.models.classifier import VideoClassifier
 from omnivision.models.mae import Decoder, MaskedAutoencoder
@@ -67,6 +67,8 @@ def build(architecture: Architecture, where: str) -> nn.Module:
                 trunk, architecture["classes"], architecture["num_models"], architecture["combine_mode"]
             )
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(
             f"{where} does not describe a model ({type(error).__name__}: {error}); expected kind, trunk ({', '.join(TRUNK)}) "
             "and what the kind needs. The file was not written by this project, or it is damaged."

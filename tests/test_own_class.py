@@ -1,0 +1,256 @@
+"""Classes of one's own, and memory that is not enough: one paragraph with the way out, and predictions once trusted."""
+
+import contextlib
+import io
+import json
+import os
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+
+import omnivision
+from omnivision import build
+from omnivision.cli import main, predict
+from omnivision.ending import how_it_ended, print_error
+from omnivision.errors import EXIT_FAULT, UserError, is_out_of_memory
+from omnivision.models import architecture
+from omnivision.models.classifier import VideoClassifier
+from omnivision.models.vit import VisionTransformer
+from omnivision.safe import safe_load
+from omnivision.targets import target_problems
+from tests import stage_runs as stages
+
+MODULES = {
+    "ownmodels": """
+import torch
+from torch import nn
+from omnivision.models.patches import normalize_pixels
+
+class Tiny(nn.Module):
+    def __init__(self, classes, trunk=None):
+        super().__init__()
+        self.norm = nn.LayerNorm(3)
+        self.heads = nn.ModuleList(nn.Linear(3, count) for count in classes)
+
+    def forward(self, video, head=0, depth=None):
+        return self.heads[head](self.norm(normalize_pixels(video, channel_dim=1).mean((2, 3, 4))))
+
+class Greedy(Tiny):
+    def __init__(self, classes, trunk=None):
+        super().__init__(classes)
+
+    def forward(self, video, head=0, depth=None):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+class Raises(nn.Module):
+    def __init__(self, size=3):
+        raise KeyError("no such size")
+
+class RaisesLater(nn.Module):
+    def __init__(self, classes):
+        raise RuntimeError("boom")
+""",
+    "ownimport": "import nothing_of_that_name\n",
+    "ownsyntax": "def f(:\n",
+    "ownfault": "1 / 0\n",
+}
+
+
+class Case(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        temporary = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(temporary.cleanup)
+        cls.folder = Path(temporary.name)
+        for name, text in MODULES.items():
+            (cls.folder / f"{name}.py").write_text(text)
+            cls.addClassCleanup(sys.modules.pop, name, None)
+        path = mock.patch.object(sys, "path", [str(cls.folder), *sys.path])
+        cls.enterClassContext(path)
+
+    def command(self, *arguments: object) -> tuple[int, str, str]:
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                code = main.main([str(argument) for argument in arguments])
+            except SystemExit as end:
+                code = int(end.code)
+        return code, out.getvalue(), err.getvalue()
+
+
+class Runs(Case):
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        films = cls.films = stages.write_films(cls.folder / "films", 6)
+        cls.data = [
+            *stages.write_split(cls.folder, "ucf101", "train", films),
+            *stages.write_split(cls.folder, "ucf101", "val", films[:3]),
+            "pretrained_checkpoint_path=null",
+            "launcher.num_nodes=1",
+            "trainer.optim.layer_decay=null",
+            "++trainer.trust_targets=[ownmodels]",
+        ]
+        result = cls.train("run", "ownmodels.Tiny")
+        assert result.returncode == 0, result.stderr
+
+    @classmethod
+    def train(cls, name: str, target: str) -> stages.Result:
+        return stages.here(stages.command("ft", cls.folder / name, *cls.data, f"trainer.model._target_={target}"))
+
+    def test_predictions_are_those_of_the_evaluation(self):
+        with np.load(self.folder / "run/predictions/ucf101.npz") as said:
+            path, wanted = str(said["path"][0]), said["scores"][0]
+        model = omnivision.load(self.folder / "run", trust_targets=["ownmodels"])
+        self.assertTrue(np.allclose(model.scores(path), wanted, atol=1e-5))
+        code, out, err = self.command("predict", self.folder / "run", path, "--trust-targets", "ownmodels", "--json")
+        self.assertEqual((code, "error" in err, len(json.loads(out)[path])), (0, False, 3))
+
+    def test_what_cannot_be_done_with_it_is_one_paragraph(self):
+        run, film = self.folder / "run", self.films[0]
+        alone = self.folder / "alone.pt"
+        alone.write_bytes((run / "checkpoints/checkpoint.pt").read_bytes())
+        trust = ("--trust-targets", "ownmodels")
+        for arguments, saying in (
+            (("predict", run, film), "--trust-targets ownmodels"),
+            (("predict", run, film, "--trust-targets", "others"), "--trust-targets ownmodels"),
+            (("predict", alone, film, *trust), "config.yaml"),
+            (("reconstruct", run, film, "x.gif"), "--trust-targets ownmodels"),
+            (("reconstruct", run, film, "x.gif", *trust), "Tiny, which has no decoder"),
+            (("export", run, self.folder / "out.pt", "--to", "pt"), "ownmodels.Tiny"),
+            (("export", alone, self.folder / "out", "--to", "hf"), "ownmodels.Tiny"),
+            (("import", run, self.folder / "out.pt"), "ownmodels.Tiny"),
+        ):
+            with self.subTest(arguments):
+                code, _, err = self.command(*arguments)
+                self.assertEqual((code, err.count("error: "), "Traceback" in err), (1, 1, False), err)
+                self.assertIn(saying, err)
+        for arguments in (("runs", self.folder), ("report", self.folder, "--out", self.folder / "report")):
+            code, _, err = self.command(*arguments)
+            self.assertEqual((code, "Traceback" in err), (0, False), err)
+
+    def test_a_step_that_is_out_of_memory(self):
+        result = self.train("greedy", "ownmodels.Greedy")
+        self.assertEqual(result.returncode, EXIT_FAULT, result.stderr)
+        self.assertNotIn("Traceback", result.stderr)
+        error = result.stderr[result.stderr.index("error: ") :]
+        self.assertEqual(error.count("\n"), 1)
+        self.assertIn("trainer.optim.accumulation_steps", error)
+        summary = json.loads((self.folder / "greedy/summary.json").read_text())
+        self.assertEqual(summary["status"], "failed")
+        self.assertIn("20.00 GiB", summary["exit_reason"])
+        self.assertIn("Traceback", (self.folder / "greedy/logs/rank_0.log").read_text())
+
+
+class Building(Case):
+    def test_classes_that_cannot_be_built(self):
+        for target, more, parts in (
+            ("nopackage.Model", {}, ["'nopackage'", "PYTHONPATH"]),
+            ("ownmodels.Tine", {}, ["ownmodels.Tiny?"]),
+            ("ownmodels.sub.Tiny", {}, ["'ownmodels.sub'"]),
+            ("ownimport.Model", {}, ["nothing_of_that_name", "ownimport.py, line 1"]),
+            ("ownimport.Model", {"classes": [3]}, ["nothing_of_that_name"]),
+            ("ownsyntax.Model", {}, ["SyntaxError", "ownsyntax.py"]),
+            ("ownfault.Model", {}, ["ZeroDivisionError", "ownfault.py, line 1"]),
+            ("ownmodels.Raises", {}, ["KeyError", "no such size", "ownmodels.py, line 24"]),
+            ("ownmodels.RaisesLater", {"classes": [3]}, ["boom", "ownmodels.py, line 28"]),
+            ("ownmodels.Tiny", {"classes": [3], "depth": 2}, ["'depth'"]),
+        ):
+            with self.subTest(target), self.assertRaises(UserError) as caught:
+                build.build({"_target_": target}, "trainer.model", **more)
+            for part in ["trainer.model", *parts]:
+                self.assertIn(part, str(caught.exception))
+
+    def test_a_package_that_is_not_there_is_found_before_the_start(self):
+        (problem,) = target_problems({"_target_": "nopackage.Model"}, "trainer.model", ["nopackage"])
+        self.assertIn("trainer.model._target_", problem)
+        self.assertEqual(target_problems({"_target_": "ownmodels.Tiny"}, "trainer.model", ["ownmodels"]), [])
+
+
+class Memory(Case):
+    ERRORS = (
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
+        ),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        OSError(12, "Cannot allocate memory"),
+    )
+
+    def test_every_kind_is_a_paragraph_with_the_same_exit_code(self):
+        for error in self.ERRORS:
+            code, reason = how_it_ended(error)
+            self.assertEqual(code, EXIT_FAULT)
+            self.assertIn("batch_size", reason)
+            with contextlib.redirect_stderr(io.StringIO()) as told:
+                print_error(error)
+            self.assertEqual(told.getvalue().count("\n"), 1)
+            with mock.patch.object(predict, "run", side_effect=error):
+                code, _, err = self.command("predict", "x", "y")
+            self.assertEqual((code, err.count("\n")), (EXIT_FAULT, 1))
+        for other in (RuntimeError("shapes do not match"), OSError(2, "No such file"), ValueError("out of memory")):
+            self.assertFalse(is_out_of_memory(other))
+
+    def test_it_is_not_taken_for_a_damaged_file_or_a_wrong_description(self):
+        file = self.folder / "x.pt"
+        torch.save({}, file)
+        trunk = VisionTransformer(48, 1, 3, num_frames=2, image_size=16)
+        described = architecture.describe(VideoClassifier(trunk, [2]))
+        for error in (self.ERRORS[0], self.ERRORS[2]):
+            with mock.patch("torch.load", side_effect=error), self.assertRaises(type(error)) as caught:
+                safe_load(file)
+            self.assertNotIsInstance(caught.exception, UserError)
+        with mock.patch.object(architecture, "VisionTransformer", side_effect=self.ERRORS[2]):
+            with self.assertRaises(RuntimeError):
+                architecture.build(described, "x")
+
+
+class Dashes(Case):
+    def test_names_that_begin_with_a_dash_are_explained(self):
+        (self.folder / "--json.mp4").touch()
+        (self.folder / "-hidden").mkdir(exist_ok=True)
+        (self.folder / "--bare").touch()
+        here = os.getcwd()
+        self.addCleanup(os.chdir, here)
+        os.chdir(self.folder)
+        for arguments, name in (
+            (("predict", "RUN", "-x.mp4"), "-x.mp4"),
+            (("predict", "RUN", "a.mp4", "-hello.mp4"), "-hello.mp4"),
+            (("predict", "RUN", "--json.mp4", "--json"), "--json.mp4"),
+            (("predict", "RUN", "-hidden"), "-hidden"),
+            (("reconstruct", "RUN", "a.mp4", "-out.gif"), "-out.gif"),
+            (("export", "RUN", "-out", "--to", "hf"), "-out"),
+            (("export", "RUN", "out", "--to", "hf", "--class-names", "-names.txt"), "-names.txt"),
+            (("import", "--bare", "out.pt"), "--bare"),
+            (("prepare", "-films", "out"), "-films"),
+            (("runs", "-runs"), "-runs"),
+            (("report", "-runs"), "-runs"),
+        ):
+            with self.subTest(arguments):
+                code, _, err = self.command(*arguments)
+                self.assertEqual(code, 1)
+                self.assertIn(f"./{name}", err)
+
+    def test_options_and_numbers_are_left_alone(self):
+        for arguments, part in (
+            (("predict", "RUN", "x.mp4", "--tops", "3"), "did you mean --top?"),
+            (("predict", "RUN", "x.mp4", "-top", "3"), "did you mean --top?"),
+            (("reconstruct", "RUN", "x.mp4", "x.gif", "--start", "-1"), "RUN"),
+            (("predict", "RUN", "--", "-x.mp4"), "RUN"),
+            (("predict", "RUN", "./-x.mp4", "--fps=30"), "RUN"),
+        ):
+            with self.subTest(arguments):
+                code, _, err = self.command(*arguments)
+                self.assertEqual(code, 1)
+                self.assertIn(part.lower(), err.lower())
+        self.assertEqual(self.command("predict", "-h")[0], 0)
+
+
+if __name__ == "__main__":
+    unittest.main()
