@@ -119,18 +119,6 @@ def _drop_duplicates(intake: Intake, names: Mapping[str, str]) -> None:
             intake.drop(name, "the same values under another name")
 
 
-def _drop_duplicates(intake: Intake, names: Mapping[str, str]) -> None:
-    """Leave out entries that a file also holds under another name, {name: other}. Raises UserError where the two differ."""
-    for name, other in names.items():
-        if name in intake.left and other in intake.left:
-            if not torch.equal(intake.left[name], intake.left[other]):
-                raise UserError(
-                    f"{name} and {other} are the same bias under the names of two versions of transformers, but their values "
-                    "differ. Expected equal values. Save the model again with one version of transformers."
-                )
-            intake.drop(name, "the same values under another name")
-
-
 def to_hf(
     state: Mapping[str, Tensor], architecture: Architecture, head: int = 0, class_names: Sequence[str] | None = None
 ) -> Exported:
