@@ -278,6 +278,9 @@ def run_warnings(settings: Settings, train: list[Split], val: list[Split]) -> li
     warnings += worker_warnings(settings)
     if "decoder" not in settings.trainer.model:
         warnings += label_warnings(train)
+    if train:
+        plan = epoch_plan(settings, train)
+        warnings += mixing_warnings(settings, plan) + ema_warnings(settings, plan)
     return warnings
 
 
@@ -288,6 +291,30 @@ def worker_warnings(settings: Settings) -> list[str]:
     if settings.submitit.use_cluster or workers <= cores:
         return []
     return [f"{workers} data workers share {cores} cores, and get in one another's way. Set num_workers lower."]
+
+
+def mixing_warnings(settings: Settings, plan: EpochPlan) -> list[str]:
+    """Warn about sources of which a process gets one video a step: mixup and CutMix find no other to mix it with."""
+    if settings.trainer.task.get("mixing") is None:
+        return []
+    alone = [name for name, source in plan.sources.items() if source.videos == settings.processes]
+    return [
+        f"Each process gets one video of {name} a step, so that mixup and CutMix (trainer.task.mixing) have no other to mix it "
+        "with and are lost. Raise batch_size, or lower launcher.gpus_per_node."
+        for name in alone
+    ]
+
+
+def ema_warnings(settings: Settings, plan: EpochPlan) -> list[str]:
+    """Warn about an EMA decay that the warm-up (`optim/ema.py`) does not reach before the run ends."""
+    decay, steps = settings.trainer.ema_decay, plan.steps * settings.trainer.max_epochs
+    if decay is None or 9 / (10 + steps) <= 1 - decay:
+        return []
+    fitting = 1 - float(f"{10 / (10 + steps):.2g}")
+    return [
+        f"trainer.ema_decay is {decay:g}, which the warm-up of the decay does not reach in the {steps} steps of this run: it "
+        f"ends at {(1 + steps) / (10 + steps):.4g}. Set trainer.ema_decay={fitting:.6g} or less, or train longer."
+    ]
 
 
 def file_warnings(splits: list[Split]) -> list[str]:

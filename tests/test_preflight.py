@@ -2,6 +2,7 @@
 
 import collections
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -12,6 +13,7 @@ from unittest import mock
 import numpy as np
 
 from omnivision import build, preflight
+from omnivision.data.epoch import EpochPlan, SourcePlan
 from omnivision.errors import UserError
 from omnivision.files import PARTS
 from omnivision.settings import Settings
@@ -149,6 +151,41 @@ class AllAtOnce(unittest.TestCase):
                 UserError, "No sample of the train split of ucf101 has a label(.|\n)*of the val split"
             ):
                 preflight.check_run(settings_of("ft", "vitmicro_ft", *split))
+
+
+class Numbers(unittest.TestCase):
+    """Settings that would take mixup or the moving average away without a word."""
+
+    def test_mixup_without_a_partner(self):
+        for overrides, videos, views, named in (
+            (["launcher.gpus_per_node=2"], 2, 1, ["ucf101"]),
+            (["launcher.gpus_per_node=2"], 2, 4, ["ucf101"]),  # partners would be views of the same video
+            (["launcher.gpus_per_node=2"], 4, 1, []),
+            (["launcher.gpus_per_node=2", "trainer.task.mixing=null"], 2, 1, []),
+            (["launcher.gpus_per_node=1", "trainer.optim.accumulation_steps=8"], 8, 1, []),
+        ):
+            plan = EpochPlan({"ucf101": SourcePlan(100, videos, views)}, 0)
+            warnings = preflight.mixing_warnings(settings_of("ft", "vitmicro_ft", *overrides), plan)
+            self.assertEqual(len(warnings), len(named), overrides)
+            for warning, name in zip(warnings, named, strict=True):
+                self.assertRegex(warning, f"{name}.*trainer.task.mixing.*batch_size")
+
+    def test_a_decay_that_is_not_reached(self):
+        for decay, steps, epochs in ((0.9999, 8, 3), (0.9999, 1000, 80), (0.5, 1, 2), (0.999, 80, 100)):
+            plan = EpochPlan({"ucf101": SourcePlan(steps, 1)}, 0)
+            [warning] = preflight.ema_warnings(settings_of("ft", "vitmicro_ft", *self.ema(decay, epochs)), plan)
+            fitting = float(re.search(r"Set trainer\.ema_decay=(0\.\d+) ", warning)[1])
+            self.assertLess(fitting, decay)
+            self.assertEqual(
+                preflight.ema_warnings(settings_of("ft", "vitmicro_ft", *self.ema(fitting, epochs)), plan), []
+            )
+        for decay, steps, epochs in ((0.9999, 1000, 100), (0.5, 8, 1), (0.9, 100, 1), ("null", 1, 1)):
+            plan = EpochPlan({"ucf101": SourcePlan(steps, 1)}, 0)
+            settings = settings_of("ft", "vitmicro_ft", *self.ema(decay, epochs))
+            self.assertEqual(preflight.ema_warnings(settings, plan), [], decay)
+
+    def ema(self, decay: float | str, epochs: int) -> list[str]:
+        return [f"trainer.ema_decay={decay}", f"epochs={epochs}"]
 
 
 class ClassesOfOnesOwn(unittest.TestCase):
