@@ -180,11 +180,13 @@ def checked(config: DictConfig) -> "Job":
     from omnivision.preflight import check_run, run_warnings
     from omnivision.process import Job
     from omnivision.settings_check import check
+    from omnivision.stages import typed_choices
 
     trust_by_hand(config)
     adopt_torchrun(config)
     written = OmegaConf.to_container(config, resolve=False)
-    settings = check(config, origin_of(sys.argv[1:], [*site_folders(sys.argv[1:]), CONFIG], written))
+    folders = [*site_folders(sys.argv[1:]), CONFIG]
+    settings = check(config, origin_of(sys.argv[1:], folders, written), typed_choices(sys.argv[1:]), folders)
     if settings.trainer.mode != "dry":
         splits = check_run(settings, check_way)
         if os.environ.get("RANK", "0") == "0":

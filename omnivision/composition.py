@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from omnivision.origins import origin_of
 from omnivision.schema import Target, described, near_group
 from omnivision.settings import GROUPS
+from omnivision.stages import EXPERIMENTS, guess_stage, typed_choices
 from omnivision.suggestions import CALLED, ELSEWHERE, setting_hints, setting_names, suggestion
 from omnivision.targets import shown, signature_of
 
@@ -170,10 +171,9 @@ def _choice_of_nothing(group: str, arguments: Sequence[str], file: str) -> str:
         return f"{group} is not a group of choices ({given}){near_group(group, GROUPS)}"
     if any(each.lstrip("+").startswith("experiments=") for each in arguments):
         return f"{given} changes a choice that this stage does not make. Write +{given} to make it."
-    stage = "_ft" if any("mae_ft" in each or ("vit" in each and "_ft" in each) for each in arguments) else ""
     return (
         f"{given} changes a choice that nothing has made yet. Choose a stage first, e.g. "
-        f"+experiments=omnimae/omnimain_train_video{stage}.yaml, which brings a model and an optimizer."
+        f"+experiments={EXPERIMENTS[guess_stage(typed_choices(arguments))]}, which brings a model and an optimizer."
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -44,6 +45,7 @@ from omnivision.stopping import Stop
 from omnivision.utilisation import Cost
 
 WIDTH = 60  # characters of a curve in the terminal
+MAX_LEGEND = 8  # entries for curves of one schedule
 BLOCKS = "▁▂▃▄▅▆▇█"
 
 
@@ -156,7 +158,7 @@ def describe(
         digits = 2 if count >= 1e5 else 4
         lines.append(f"  {number}: {len(group.names)} tensors, {count / 1e6:.{digits}f} M parameters; {curves}")
     for curve in curves_of(optimizer):
-        of = "" if len(curve.groups) == len(optimizer.groups) else f" (groups {', '.join(map(str, curve.groups))})"
+        of = "" if len(curve.groups) == len(optimizer.groups) else f" ({listed_groups(curve.groups)})"
         told = f"epoch 0 to {settings.trainer.max_epochs}: {told_curve(curve.values)}{of}"
         lines.append(f"{curve.option:12} {line_of(curve.values)}  {told}")
     return "\n".join(lines)
@@ -172,6 +174,12 @@ def curves_of(optimizer: ScheduledOptimizer) -> list[Curve]:
     return [Curve(option, groups, list(values)) for (option, values), groups in found.items()]
 
 
+def listed_groups(groups: list[int]) -> str:
+    """The numbers of groups, those of many cut short."""
+    shown = ", ".join(map(str, groups[:4]))
+    return f"group{'s' * (len(groups) > 1)} {shown}" + (f", ... ({len(groups)})" if len(groups) > 4 else "")
+
+
 def line_of(values: list[float]) -> str:
     """A curve in one line of blocks, from the least to the most of its values; one that never changes is halfway up, or 0."""
     low, high = min(values), max(values)
@@ -183,24 +191,28 @@ def line_of(values: list[float]) -> str:
 
 def draw(settings: Settings, optimizer: ScheduledOptimizer, file: Path) -> None:
     """The curves as a picture; of the learning rate with the scale of each group (layer decay)."""
+    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     curves = curves_of(optimizer)
     options = list(dict.fromkeys(curve.option for curve in curves))
-    figure = Figure(figsize=(6.4, 1.2 + 2.2 * len(options)), dpi=110, layout="constrained")
+    figure = Figure(figsize=(7.6, 1.2 + 2.2 * len(options)), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     for axes, option in zip(np.atleast_1d(figure.subplots(len(options), 1, sharex=True)), options, strict=True):
         for curve in (each for each in curves if each.option == option):
             scales = {optimizer.groups[number].scale if option == "lr" else 1.0 for number in curve.groups}
             epochs = np.linspace(0, settings.trainer.max_epochs, len(curve.values))
-            for scale in sorted(scales, reverse=True):
-                label = f"group {', '.join(map(str, curve.groups))}" if len(scales) == 1 else f"x {scale:.3g}"
-                axes.plot(epochs, np.array(curve.values) * scale, label=label)
+            for rank, scale in enumerate(sorted(scales, reverse=True)):
+                label = listed_groups(curve.groups) if len(scales) == 1 else f"x {scale:.3g}"
+                # Of many scales the first, the last and a few between are in the legend.
+                shown = rank % math.ceil(len(scales) / MAX_LEGEND) == 0 or rank == len(scales) - 1
+                color = None if len(scales) == 1 else colormaps["viridis"](rank / len(scales))
+                axes.plot(epochs, np.array(curve.values) * scale, label=label if shown else None, color=color)
         axes.set_ylabel(option)
         axes.grid(alpha=0.3)
         if len(axes.lines) > 1:
-            axes.legend(fontsize=7, ncols=2)
+            axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))  # beside the axes
     axes.set_xlabel("epoch")
     told = f"Effective batch {settings.clips_per_step} clips, learning rates / {settings.lr_scale_factor:g}"
     figure.suptitle(told, fontsize=10)

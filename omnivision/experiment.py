@@ -23,6 +23,7 @@ from omnivision.errors import UserError
 # Settings that say where, how fast and with what files a run is computed, by shell patterns. The clips of a step follow from
 # several of them, and arrays may lie elsewhere: those are compared themselves.
 WITHOUT_EFFECT = (
+    "stage",
     "launcher.*",
     "submitit.*",
     "data_root",

@@ -194,6 +194,7 @@ class Settings:
     trainer: TrainerSettings
     launcher: LauncherSettings
     submitit: SubmititSettings
+    stage: Literal["mae", "finetune", "probe", "average"] | None = None
 
     @property
     def processes(self) -> int:

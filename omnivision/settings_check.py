@@ -8,7 +8,7 @@ import difflib
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from omnivision.errors import UserError
 from omnivision.schema import Natural, Reader, unknown_key
 from omnivision.settings import DECODER, GROUPS, DataSettings, ImageSettings, Settings, Share
 from omnivision.settings_yaml import read_numbers_as_written
+from omnivision.stages import EXAMPLE_RECIPES, EXPERIMENTS, guess_stage, reconstructs, stage_problems
 from omnivision.suggestions import suggestion
 from omnivision.targets import signature_of
 
@@ -27,11 +28,18 @@ from omnivision.targets import signature_of
 MOST = {"width": 65_536, "depth": 1000, "heads": 1024}
 
 
-def check(config: DictConfig, origin: Callable[[str], str] = lambda key: "") -> Settings:
+def check(
+    config: DictConfig,
+    origin: Callable[[str], str] = lambda key: "",
+    choices: Mapping[str, str] | None = None,
+    folders: Sequence[Path] = (),
+) -> Settings:
     """Settings from a composed configuration. Raises UserError listing every problem, and all that is missing.
 
-    `origin` tells where a setting was written (`origins.origin_of`).
+    `origin` tells where a setting was written (`origins.origin_of`), `choices` are those of the command line
+    (`stages.typed_choices`), `folders` hold the config files.
     """
+    choices = choices or {}
     if "site" in config:
         raise UserError(_site_problem(config.site))
     if isinstance(config.get("experiments"), DictConfig):
@@ -47,9 +55,11 @@ def check(config: DictConfig, origin: Callable[[str], str] = lambda key: "") -> 
     settings: Settings | None = reader.dataclass(Settings, config, "")
     problems = list(dict.fromkeys(reader.problems or reader.echoes))
     if reader.missing:
-        problems.append(f"Missing: {', '.join(dict.fromkeys(reader.missing))}.{_advice(reader.missing)}")
+        problems.append(
+            f"Missing: {', '.join(dict.fromkeys(reader.missing))}.{_advice(reader.missing, config, choices)}"
+        )
     if settings is not None and not problems:
-        problems += contradictions(settings)
+        problems += stage_problems(settings, choices, folders) or contradictions(settings)
     problems = [_located(problem, origin) for problem in problems]
     if problems:
         raise UserError.of(problems)
@@ -141,7 +151,7 @@ def contradictions(settings: Settings) -> list[str]:
         )
     if "tubelet" in trunk:
         problems += _tubelet_problems(trunk)
-    problems += _stage_problems(settings)
+    problems += _task_problems(settings)
     problems += _disagreements(settings, trunk)
     problems += _label_problems(settings)
     problems += [
@@ -184,33 +194,32 @@ def contradictions(settings: Settings) -> list[str]:
     return problems
 
 
-def _stage_problems(settings: Settings) -> list[str]:
-    """Models, tasks and optimizers that are of different stages."""
-    trainer, model = settings.trainer, settings.trainer.model
-    found = []
-    reconstructs = trainer.task["_target_"].endswith(".Reconstruct")
-    if "decoder" in model and not reconstructs:
-        found.append(
-            "trainer.model is a masked autoencoder (it has a decoder), and this stage learns from labels. Choose a model with "
-            "heads: trainer/model=NAME_ft."
-        )
-    if reconstructs and "decoder" not in model:
-        found.append(
-            "trainer.model has no decoder, and stage 1 trains a masked autoencoder. Choose trainer/model=NAME, without _ft."
-        )
+def _task_problems(settings: Settings) -> list[str]:
+    """Masks, learning rates and weights that do not go with the task or the model."""
+    trainer, model, found = settings.trainer, settings.trainer.model, []
+    masked = reconstructs(trainer.task["_target_"])
     data = trainer.data
-    if reconstructs and (data.mask is None or (settings.images and settings.images.mask is None)):
+    if masked and (data.mask is None or (settings.images and settings.images.mask is None)):
         found.append(
             "trainer.data.mask is null, and a masked autoencoder learns from what a mask hides. Choose one of "
             "omnivision.data.masking, e.g. trainer/data=unlabelled_video."
+        )
+    if masked is False and data.mask is not None:
+        found.append(
+            "trainer.data.mask is set, and trainer.task learns from labels of whole videos. Choose trainer/data=labelled_video."
         )
     patterns = [name for rules in trainer.optim.options.values() for rule in rules for name in rule.param_names or []]
     if "mixing_ratio" in patterns and "num_models" not in model:
         found.append(
             "trainer.optim has a learning rate for the mixing weights of an average (mixing_ratio), and trainer.model is none. "
-            "Choose trainer/model=NAME_average_ft, or another stage."
+            f"Choose trainer/optim={settings.stage or 'finetune'}, or the experiment {EXPERIMENTS['average']}."
         )
     wanted, given = settings.pretrained_checkpoint_path, model.get("num_models")
+    if isinstance(wanted, list) and given is None:
+        found.append(
+            f"pretrained_checkpoint_path is a list of {len(wanted)}, and trainer.model starts from one. Give one, or "
+            f"choose an average: +experiments={EXPERIMENTS['average']} trainer/model=NAME_average_ft."
+        )
     if isinstance(wanted, list) and given is not None and len(wanted) != given:
         one_file = len(wanted) == 1 and not Path(wanted[0]).is_dir()  # which may hold several models
         if not one_file:
@@ -338,12 +347,17 @@ def _tubelet_problems(trunk: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _advice(missing: list[str]) -> str:
+def _advice(missing: list[str], config: DictConfig, choices: Mapping[str, str]) -> str:
+    """Which experiment and recipe bring what is missing; both are of one stage."""
+    task = OmegaConf.select(config, "trainer.task._target_", throw_on_missing=False, throw_on_resolution_failure=False)
+    stage = config.get("stage") or guess_stage(choices, task)
     advice = []
     if any(name.startswith(("epochs", "trainer.model", "trainer.optim")) for name in missing):
-        advice.append("+experiments=omnimae/omnimain_train_video.yaml chooses a stage, its model and optimizer")
+        advice.append(f"+experiments={EXPERIMENTS[stage]} chooses a stage, its model and optimizer")
     if any(name.startswith(("trainer.data", "trainer.task")) for name in missing):
-        advice.append("+trainer=mae_k150_config.yaml chooses data and task")
+        advice.append(f"+trainer={EXAMPLE_RECIPES[stage]} chooses data and task")
+    if "pretrained_checkpoint_path" in missing:
+        advice.append("pretrained_checkpoint_path=RUN starts from the weights of a run, null from random ones")
     if "launcher.experiment_log_dir" in missing:
-        advice.append("++launcher.experiment_log_dir=FOLDER says where the run goes")
+        advice.append("launcher.experiment_log_dir=FOLDER says where the run goes")
     return " " + "; ".join(advice) + "." if advice else ""

@@ -30,6 +30,7 @@ SUPPLIED = ("classes", "labels")
 class Parameter:
     annotation: str
     required: bool
+    default: str = ""
 
 
 def target_problems(node: Any, where: str, trusted: Sequence[str] = ()) -> list[str]:
@@ -152,21 +153,32 @@ def _of_class(cls: ast.ClassDef, definitions: dict[str, Any]) -> dict[str, Param
             fields |= _of_class(definitions[base.id], definitions)
     for item in cls.body:
         if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
-            fields[item.target.id] = Parameter(ast.unparse(item.annotation), item.value is None)
+            default = "" if item.value is None else ast.unparse(item.value)
+            fields[item.target.id] = Parameter(ast.unparse(item.annotation), item.value is None, default)
     return fields
 
 
 def _of_function(function: ast.FunctionDef, skip: int) -> dict[str, Parameter]:
     arguments = function.args.args[skip:]
     required = len(arguments) - len(function.args.defaults)
-    found = {
-        argument.arg: Parameter(ast.unparse(argument.annotation) if argument.annotation else "Any", i < required)
-        for i, argument in enumerate(arguments)
-    }
-    for argument, default in zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True):
+    defaults = [*[None] * required, *function.args.defaults, *function.args.kw_defaults]
+    found = {}
+    for argument, default in zip([*arguments, *function.args.kwonlyargs], defaults, strict=True):
         annotation = ast.unparse(argument.annotation) if argument.annotation else "Any"
-        found[argument.arg] = Parameter(annotation, default is None)
+        found[argument.arg] = Parameter(annotation, default is None, ast.unparse(default) if default else "")
     return found | ({"**": Parameter("Any", False)} if function.args.kwarg else {})
+
+
+def described_arguments(target: str) -> dict[str, str]:
+    """What the docstring of a class of ours says of its arguments, by name."""
+    *modules, name = target.split(".")[1:]
+    file = PACKAGE.joinpath(*modules).with_suffix(".py")
+    body = ast.parse(file.read_text()).body if target.startswith("omnivision.") else []
+    text = next((ast.get_docstring(node) for node in body if isinstance(node, ast.ClassDef) and node.name == name), "")
+    block = (text or "").partition("\nArgs:\n")[2].partition("\n\n")[0]
+    entries = re.split(r"^    (?=\w)", block, flags=re.MULTILINE)[1:]
+    pairs = (" ".join(entry.split()).partition(": ") for entry in entries)
+    return {each: meaning for names, _, meaning in pairs for each in names.split(", ")}
 
 
 def _type_problem(value: Any, annotation: str, where: str) -> str | None:

@@ -1,7 +1,9 @@
 """The shipped configuration: every file composes, checks and builds; the command of the paper works word for word."""
 
+import dataclasses
 import itertools
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -11,14 +13,18 @@ from pathlib import Path
 
 import yaml
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from omnivision import build, dry, slurm
 from omnivision.errors import UserError
+from omnivision.experiment import flat
 from omnivision.settings import Settings
 from omnivision.settings_check import check
 from omnivision.settings_yaml import read_numbers_as_written
+from omnivision.stages import ENDINGS, EXAMPLE_RECIPES, EXPERIMENTS, stage_problems
+from omnivision.stages import MODELS as MODELS_OF
+from omnivision.usage import usage
 from tests import runs
 from tests.runs import ROOT, STAGE_1
 
@@ -201,6 +207,91 @@ class Shipped(unittest.TestCase):
             self.assertIsInstance(yaml.safe_load(file.read_text()), dict, file)
 
 
+class Stages(unittest.TestCase):
+    """Experiments, recipes, models and checkpoint choices: what does not go together is refused with advice that works."""
+
+    @classmethod
+    def setUpClass(cls):
+        path = "pretrained_checkpoint_path=null"
+        cls.whole = {stage: settings(f"+experiments={experiment}", f"+trainer={EXAMPLE_RECIPES[stage]}", path)
+                     for stage, experiment in EXPERIMENTS.items()}  # fmt: skip
+        whole = {MODELS_OF[stage]: made.trainer.model for stage, made in cls.whole.items()}
+        cls.kind = {name: next(kind for kind, end in ENDINGS.items() if name.endswith(end)) for name in MODELS}
+        cls.models = {name: whole[kind] for name, kind in cls.kind.items()}
+        cls.task = {recipe: cls.whole["finetune" if "_ft_" in recipe else "mae"].trainer.task for recipe in RECIPES}
+
+    def refusal(self, choices: dict[str, str]) -> str:
+        """What is said about these choices; settings are put together from those that were composed, to save time."""
+        stage = next(stage for stage, experiment in EXPERIMENTS.items() if experiment == choices["experiments"])
+        made = self.whole[stage]
+        model = self.models[choices["trainer/model"]] if "trainer/model" in choices else made.trainer.model
+        trainer = dataclasses.replace(made.trainer, model=model, task=self.task[choices["trainer"]])
+        weights = choices.get("pretrained_checkpoint_path", "[a,b]" if stage == "average" else "run")
+        source = weights.strip("[]").split(",") if "[" in weights else weights
+        changed = dataclasses.replace(made, trainer=trainer, pretrained_checkpoint_path=source)
+        return "".join(stage_problems(changed, choices, [CONFIG]))
+
+    def of_kind(self, wanted: str) -> list[str]:
+        return [name for name, kind in self.kind.items() if kind == wanted]
+
+    def test_advice_for_every_combination(self):
+        wrong, followed = 0, set()
+        for (stage, experiment), recipe, model in itertools.product(EXPERIMENTS.items(), RECIPES, [None, *MODELS]):
+            choices = {"experiments": experiment, "trainer": recipe} | ({"trainer/model": model} if model else {})
+            said = self.refusal(choices)
+            right = (stage == "mae") != ("_ft_" in recipe) and model in (None, *self.of_kind(MODELS_OF[stage]))
+            self.assertEqual(said == "", right, (choices, said))
+            if right:
+                continue
+            wrong += 1
+            for advice in said.rpartition("Choose ")[2].removesuffix(".").split(", or "):
+                changes = dict(change.split("=", 1) for change in advice.split())
+                changes = {name.lstrip("+"): value.replace("RUN", "run") for name, value in changes.items()}
+                self.assertEqual(self.refusal(choices | changes), "", (choices, advice))
+                followed.add(tuple((choices | changes).items()))
+        self.assertGreater(wrong, 500)
+        # Of what the advice leads to, one of each kind is composed and checked as a whole.
+        kinds = {(each["experiments"], "trainer/model" in each): each for each in map(dict, sorted(followed))}
+        for each in kinds.values():
+            names = [f"{'' if '/' in name or '_path' in name else '+'}{name}={value}" for name, value in each.items()]
+            if "pretrained_checkpoint_path" not in each:
+                names.append(f"pretrained_checkpoint_path={'[a,b]' if 'ensemble' in each['experiments'] else 'run'}")
+            settings(*names)
+
+    def test_samples(self):
+        for choices, advice in (
+            (("omnimain_train_video_ft", "mae_k150_config"),
+             "+trainer=mae_ft_k150_config, or +experiments=omnimae/omnimain_train_video"),
+            (("omnimain_train_video_ft", "mae_k150_config", "vitbase"), "+experiments=omnimae/omnimain_train_video"),
+            (("omnimain_train_video_ft", "mae_in1k_k150_config"), "+experiments=omnimae/omnimain_train_video"),
+            (("omnimain_train_video_lp", "mae_ft_ucf101_config", "vittiny"), "trainer/model=vittiny_ft"),
+            (("omnimain_train_video", "mae_ft_ucf101_config", "vitbase_average_ft"),
+             "+experiments=omnimae/omnimain_train_video_ensemble_ft pretrained_checkpoint_path=[RUN,RUN]"),
+            (("omnimain_train_video_ensemble_ft", "mae_sim150_config"),
+             "+trainer=mae_ft_sim150_config, or +experiments=omnimae/omnimain_train_video pretrained_checkpoint_path=RUN"),
+        ):  # fmt: skip
+            names = ("experiments", "trainer", "trainer/model")
+            said = self.refusal(dict(zip(names, (f"omnimae/{choices[0]}", *choices[1:]), strict=False)))
+            self.assertTrue(said.endswith(f" Choose {advice}."), said)
+
+    def test_every_experiment_says_its_stage(self):
+        for file in CONFIG.glob("experiments/*/*.yaml"):
+            if file.stem != "base":
+                stage = composed(f"+experiments={file.parent.name}/{file.stem}").stage
+                self.assertIn(stage, EXPERIMENTS, file)
+                if file.parent.name == "demo" and file.stem != "align":
+                    self.assertEqual(stage, file.stem)
+
+    def test_masks_and_weights_of_another_stage(self):
+        stage = ("+experiments=omnimae/omnimain_train_video_ft", "+trainer=mae_ft_ucf101_config", NOTHING)
+        for overrides, key in (
+            (["trainer/data=unlabelled_video"], "trainer/data=labelled_video"),
+            (["pretrained_checkpoint_path=[a,b]"], "omnimain_train_video_ensemble_ft"),
+            (["trainer/optim=average"], "trainer/optim=finetune"),
+        ):
+            self.assertRaisesRegex(UserError, key, settings, *stage, *overrides)
+
+
 class Script(unittest.TestCase):
     def test_answers_at_once_and_without_torch(self):
         for arguments in (["--help"], ["--cfg", "job"]):
@@ -224,6 +315,26 @@ class Script(unittest.TestCase):
         for name in [*MODELS, *RECIPES, "omnimae/omnimain_train_video"]:
             self.assertIn(name, text)
 
+    def test_help_names_every_setting(self):
+        """Also the arguments of the objects that a run builds, with their values and meanings."""
+        text = usage(CONFIG)
+        for line in (
+            "trainer.task.mixing.mixup_alpha: 0.8 # float; the share",
+            "trainer.model.trunk.drop_path: 0",
+            "trainer.optim.options.lr.0.scheduler.warmup: 0.125 # float",
+            "trainer.data.view.rand_augment.magnitude: 7 # float; mean strength",
+            "trainer.data.view.scale: [0.08, 1.0] # tuple",
+        ):
+            self.assertIn(line, text)
+        data = ["+trainer=mae_ft_ucf101_config", "+trainer=mae_in1k_k150_config"]
+        for experiment, recipe in (("_ft", data[0]), ("_ensemble_ft", data[0]), ("", data[1])):
+            made = composed(f"+experiments=omnimae/omnimain_train_video{experiment}", recipe, NOTHING, FOLDER)
+            made.datasets = made.trainer.data.sources = {}
+            for name in flat(OmegaConf.to_container(made, resolve=False)):
+                last = name.rpartition(".")[2]
+                if last != "_target_" and ".options." not in name and not name.startswith("trainer.optim.optimizer."):
+                    self.assertRegex(text, rf"\b({re.escape(name)}|{last}):", name)
+
     def test_dry_tells_what_the_run_would_be_and_touches_nothing(self):
         made = settings(*STAGE_1, FOLDER)
         text = dry.describe(made, *dry.built(made), [], [])
@@ -239,8 +350,8 @@ class Script(unittest.TestCase):
         self.assertEqual(curve.index(dry.BLOCKS[-1]), curve.find(dry.BLOCKS[-1]))
         peak = curve.index(dry.BLOCKS[-1]) / dry.WIDTH
         self.assertLess(abs(peak - 0.05), 0.05, "warm-up takes a twentieth")
-        self.assertRegex(text, r"weight_decay ▅{60}  epoch 0 to 200: 0.05 \(groups 0\)")
-        self.assertRegex(text, r"weight_decay ▁{60}  epoch 0 to 200: 0 \(groups 1\)")
+        self.assertRegex(text, r"weight_decay ▅{60}  epoch 0 to 200: 0.05 \(group 0\)")
+        self.assertRegex(text, r"weight_decay ▁{60}  epoch 0 to 200: 0 \(group 1\)")
 
     def test_dry_tells_the_size_of_weights_in_a_run_folder(self):
         with tempfile.TemporaryDirectory() as name:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -108,6 +109,11 @@ class Typed(unittest.TestCase):
         self.assertRegex(said, r"VideoClassifier: 1\d\d\.\d+ M parameters")
         self.assertEqual(runs.summary(self.folder / "runs/tiny")["status"], "finished")
 
+    def test_a_mask(self):
+        said = self.follow("add_a_mask.md")
+        self.assertRegex(said, r"hides 48 of 64 tokens")
+        self.assertEqual(runs.summary(self.folder / "runs/checkerboard")["status"], "finished")
+
     def test_a_task(self):
         self.follow("add_a_task.md")
         self.assertEqual(runs.summary(self.folder / "runs/bright")["status"], "finished")
@@ -131,6 +137,10 @@ class Site(unittest.TestCase):
             for name in subcommands(parser()):
                 self.assertIn(f"omnivision {name}", commands)
             self.assertNotRegex(settings + commands, r'(src|href)="https?://(?!squidfunk|www.mkdocs)')
+
+    def test_pages_written_from_the_code_are_current(self):
+        for page, text in runpy.run_path(str(DOCS / "generate.py"))["pages"]().items():
+            self.assertEqual(page.read_text(encoding="utf-8"), text, "run: python docs/generate.py")
 
     def test_pages_are_all_in_the_index(self):
         listed = (ROOT / "mkdocs.yml").read_text()

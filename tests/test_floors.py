@@ -27,7 +27,7 @@ FLOORS = {
     4: "experiment checkpoint_shards checkpoint reporting weight_files weights interop slurm utilisation".split(),
     5: ["run_state", "steps", "trainer", "resuming", "report"],
     6: "hydra_guard settings_yaml targets schema settings suggestions settings_check settings_submitit origins composition "
-    "preflight build inference usage".split(),
+    "preflight build inference usage stages".split(),
     7: ["jobs", "job_record", "ending", "process", "local", "submission", "launch", "dry", "cli"],
 }
 # Within a floor, these are above the others.
@@ -46,9 +46,11 @@ RAISED = {
     "checkpoint": 4.1,
     "trainer": 5.1,
     "resuming": 5.5,
+    "usage": 6.1,
     "schema": 6.1,
     "settings_submitit": 6.15,
     "settings": 6.2,
+    "stages": 6.22,
     "suggestions": 6.22,
     "settings_check": 6.25,
     "composition": 6.3,
@@ -81,6 +83,7 @@ ALLOWED = {
         "omnivision.prepare.catalog_file",
         "omnivision.experiment",
         "omnivision.origins",
+        "omnivision.usage",
     },
     "jinja2": {"omnivision.report.page"},
     "plotly": {"omnivision.report.figures"},

@@ -97,7 +97,7 @@ AFTER_STAGE_1: list[tuple[list[str], str]] = [
     (["hydra/launcher=nope"], r"no hydra/launcher/nope. How runs are launched is said by launcher.\* and submitit.\*"),
     (["trainer/model=VITBASE"], r"Did you mean vitbase\?"),
     (["trainer/checkpoint=no_heads"], r"that this stage does not make. Write \+trainer/checkpoint=no_heads"),
-    (["trainer/model=vitbase_ft"], "stage 1 trains a masked autoencoder"),
+    (["trainer/model=vitbase_ft"], r"Choose trainer/model=vitbase\.$"),
     # Objects that are built.
     (
         ["trainer.model._target_=omnivision.models.mae.MaskedAutoencodr"],
@@ -181,9 +181,22 @@ AFTER_STAGE_1: list[tuple[list[str], str]] = [
     ),
     (["launcher.experiment_log_dir=/dev/null"], r"Change launcher.experiment_log_dir"),
 ]
+RUN = "launcher.experiment_log_dir=run"
 ALONE: list[tuple[list[str], str]] = [
+    (
+        ["+experiments=omnimae/omnimain_train_video_ft"],
+        r"\+trainer=mae_ft_ucf101_config .*pretrained_checkpoint_path=RUN .*launcher.experiment_log_dir",
+    ),
+    (["+trainer=mae_ft_k150_config"], r"\+experiments=omnimae/omnimain_train_video_ft chooses a stage"),
+    (["+trainer=mae_k150_config"], r"\+experiments=omnimae/omnimain_train_video chooses a stage"),
+    (["trainer/model=vitbase_average_ft"], r"\+experiments=omnimae/omnimain_train_video_ensemble_ft, which"),
+    (["trainer/optim=probe"], r"\+experiments=omnimae/omnimain_train_video_lp, which"),
+    (
+        ["+experiments=omnimae/omnimain_train_video_ft", "+trainer=mae_k150_config", "pretrained_checkpoint_path=null", RUN],
+        r"Choose \+trainer=mae_ft_k150_config, or \+experiments=omnimae/omnimain_train_video\.$",
+    ),
     ([], r"^Missing: epochs, .*\+experiments=.* chooses a stage.*\+trainer=.* chooses data"),
-    (["+experiments=omnimae/omnimain_train_video"], r"\+trainer=mae_k150_config.yaml chooses data and task"),
+    (["+experiments=omnimae/omnimain_train_video"], r"\+trainer=mae_k150_config chooses data and task"),
     (["+experiments=omnimae/omnimain_train_vide", "+trainer=mae_k150_config"], r"Did you mean omnimain_train_video\?"),
     (["experiments=omnimae/omnimain_train_video"], r"Write \+experiments=omnimae/omnimain_train_video to make it"),
     ([STAGE_1[0], "trainer=mae_k150_config"], r"Write \+trainer=mae_k150_config to make it"),
