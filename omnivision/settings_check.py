@@ -356,8 +356,6 @@ def _advice(missing: list[str], config: DictConfig, choices: Mapping[str, str]) 
         advice.append(f"+experiments={EXPERIMENTS[stage]} chooses a stage, its model and optimizer")
     if any(name.startswith(("trainer.data", "trainer.task")) for name in missing):
         advice.append(f"+trainer={EXAMPLE_RECIPES[stage]} chooses data and task")
-    if "pretrained_checkpoint_path" in missing:
-        advice.append("pretrained_checkpoint_path=RUN starts from the weights of a run, null from random ones")
     if "launcher.experiment_log_dir" in missing:
         advice.append("launcher.experiment_log_dir=FOLDER says where the run goes")
     return " " + "; ".join(advice) + "." if advice else ""
