@@ -329,11 +329,11 @@ class Script(unittest.TestCase):
         data = ["+trainer=mae_ft_ucf101_config", "+trainer=mae_in1k_k150_config"]
         for experiment, recipe in (("_ft", data[0]), ("_ensemble_ft", data[0]), ("", data[1])):
             made = composed(f"+experiments=omnimae/omnimain_train_video{experiment}", recipe, NOTHING, FOLDER)
-            made.datasets = made.trainer.data.sources = {}
+            del made.datasets, made.trainer.data.sources
             for name in flat(OmegaConf.to_container(made, resolve=False)):
                 last = name.rpartition(".")[2]
                 if last != "_target_" and ".options." not in name and not name.startswith("trainer.optim.optimizer."):
-                    self.assertRegex(text, rf"\b({re.escape(name)}|{last}):", name)
+                    self.assertTrue(re.search(rf"\b({re.escape(name)}|{last}):", text), name)
 
     def test_dry_tells_what_the_run_would_be_and_touches_nothing(self):
         made = settings(*STAGE_1, FOLDER)
