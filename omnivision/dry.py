@@ -19,12 +19,12 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from omnivision import build, weight_files
+from omnivision import build, slurm, weight_files
 from omnivision.data.catalog import Split
 from omnivision.distributed import Place, choose_device
 from omnivision.errors import EXIT_USER, UserError
 from omnivision.files import replace_atomically
-from omnivision.launch import batch_script, check_way
+from omnivision.launch import batch_script, check_submission, check_way
 from omnivision.models.average import AveragedClassifier
 from omnivision.optim.groups import ScheduledOptimizer
 from omnivision.preflight import (
@@ -42,6 +42,7 @@ from omnivision.process import Job, ready_trainer, run_folder
 from omnivision.reporting.reporter import Reporter
 from omnivision.settings import Settings
 from omnivision.stopping import Stop
+from omnivision.submission import known_jobs
 from omnivision.utilisation import Cost
 
 WIDTH = 60  # characters of a curve in the terminal
@@ -108,6 +109,8 @@ def check_start(job: Job, splits: tuple[list[Split], list[Split]]) -> list[str]:
         last = settings.launcher.gpus_per_node - 1
         checks.append(lambda: build.check_device(settings, choose_device(settings.trainer.accelerator, last)))
         checks.append(folder.require_free)
+    elif slurm.available():
+        checks.append(lambda: check_submission([job], known_jobs()))
     with warnings.catch_warnings(action="ignore"):  # torch says that the meta device takes no values
         all_of(checks)
     return output.getvalue().splitlines()

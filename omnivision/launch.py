@@ -145,14 +145,7 @@ def submit(jobs: Sequence[Job]) -> int:
     wanted = [job for job in unfinished if not is_queued(job, queue)]
     if not wanted:
         return 0
-    for job in wanted:
-        require_same_experiment(job)
-    require_one_shape([job.settings for job in wanted])
-    check_array(len(wanted))
-    check_partition(wanted[0].settings)
-    check_dependency(wanted[0].settings.submitit.dependency, queue)
-    check_folders([run_folder(job).path for job in wanted])
-    check_setup(wanted[0].settings.submitit.setup)
+    check_submission(wanted, queue)
     for job in wanted:
         folder = run_folder(job)
         folder.create(LOGS)
@@ -171,6 +164,19 @@ def submit(jobs: Sequence[Job]) -> int:
         if wanted:
             hand_over([dataclasses.replace(job, token=secrets.token_hex(8)) for job in wanted], logs)
     return 0
+
+
+def check_submission(jobs: Sequence[Job], queue: Mapping[str, slurm.JobState]) -> None:
+    """Raise UserError for jobs that SLURM would not take, or that could not run; one array is made of several."""
+    for job in jobs:
+        require_same_experiment(job)
+    first = jobs[0].settings
+    require_one_shape([job.settings for job in jobs])
+    check_array(len(jobs))
+    check_partition(first)
+    check_dependency(first.submitit.dependency, queue)
+    check_folders([run_folder(job).path for job in jobs])
+    check_setup(first.submitit.setup)
 
 
 def logs_of(folders: Sequence[Path]) -> Path:

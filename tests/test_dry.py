@@ -1,5 +1,6 @@
 """trainer.mode=dry: what would stop a run comes first, with exit code 1, and stops the run itself, too."""
 
+import contextlib
 import copy
 import os
 import shutil
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
-from omnivision import build, dry
+from omnivision import build, dry, slurm, submission
 from omnivision.data.encode import write_film
 from omnivision.reporting.run_folder import RunFolder
 from omnivision.settings_check import check
@@ -120,6 +121,15 @@ class Dry(unittest.TestCase):
         holder.lock()
         self.addCleanup(holder.unlock)
         self.assert_stops("launcher.experiment_log_dir", "held", {})
+
+    def test_what_slurm_would_not_take(self):
+        wrong = {"submitit.use_cluster": True, "submitit.setup": ["exec true"]}
+        answers = {"available": True, "queue": {}, "partition": [], "longest_array": None}
+        with contextlib.ExitStack() as stack:
+            for name, answer in answers.items():
+                stack.enter_context(mock.patch.object(slurm, name, return_value=answer))
+            stack.enter_context(mock.patch.object(submission, "LOCAL_FILE_SYSTEMS", ()))
+            self.assert_stops("submitit.setup", "cluster", wrong)
 
     def test_too_little_memory(self):
         with mock.patch.object(build, "host_memory", lambda: 10**6):
