@@ -64,6 +64,9 @@ def usage(config: Path) -> str:
     settings = (config / "experiments" / "base.yaml").read_text(encoding="utf-8").splitlines()
     lines.append("\nSettings (KEY=VALUE; ++KEY=VALUE also sets what is not there yet)\n")
     lines += [f"  {line}" for line in settings[6:]]
+    catalog = (config / "experiments" / "dataset_catalog.yaml").read_text(encoding="utf-8")
+    lines.append("\nThe catalog\n")
+    lines += [f"  {line}" for line in catalog.partition("\n\n")[0].splitlines()[1:]]
     lines.append(
         "\nSettings of the objects that a run builds, as the choice in brackets has them (a run's own: --cfg job)\n"
     )

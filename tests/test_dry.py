@@ -128,7 +128,8 @@ class Dry(unittest.TestCase):
         with contextlib.ExitStack() as stack:
             for name, answer in answers.items():
                 stack.enter_context(mock.patch.object(slurm, name, return_value=answer))
-            stack.enter_context(mock.patch.object(submission, "LOCAL_FILE_SYSTEMS", ()))
+            for name in ("LOCAL_FILE_SYSTEMS", "USUALLY_LOCAL"):  # a run directory in /tmp
+                stack.enter_context(mock.patch.object(submission, name, ()))
             self.assert_stops("submitit.setup", "cluster", wrong)
 
     def test_too_little_memory(self):
