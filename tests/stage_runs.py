@@ -3,11 +3,13 @@
 import contextlib
 import io
 import logging
+import multiprocessing
+import multiprocessing.forkserver
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 import train_app_submitit
+from omnivision import local
 from omnivision.data.encode import write_film
 from omnivision.settings_yaml import read_numbers_as_written
 from tests.runs import ROOT
@@ -90,13 +93,44 @@ def command(stage: str, run_folder: Path, *overrides: str, dataset: str = "ucf10
     return [*chosen, f"launcher.experiment_log_dir={run_folder}", *SMALL, *overrides]
 
 
+class Ranks:
+    """Stands in for the context of new interpreters: forks the processes of a run from a server that has imported torch."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder, self.context = folder, multiprocessing.get_context("forkserver")
+
+    def get_context(self, method: str) -> "Ranks":
+        self.context.set_forkserver_preload(["omnivision.trainer", "torch._dynamo", "torch.distributed.fsdp"])
+        multiprocessing.forkserver.ensure_running()
+        return self
+
+    def Process(self, target: Callable[..., None], args: tuple[Any, ...]) -> Any:
+        return self.context.Process(target=run_rank, args=(self.folder, dict(os.environ), target, args))
+
+    def read(self, stream: str) -> str:
+        return "".join(file.read_text() for file in sorted(Path(self.folder).glob(f"*.{stream}")))
+
+
+def run_rank(folder: str, environment: dict[str, str], target: Callable[..., None], args: tuple[Any, ...]) -> None:
+    os.environ.update(environment)
+    path = Path(folder, str(os.getpid()))
+    with open(f"{path}.out", "w") as out, open(f"{path}.err", "w") as err:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            target(*args)
+
+
 def here(arguments: Sequence[str]) -> Result:
-    """The command with these arguments, in this process: without the seconds that Hydra's program and torch take to start."""
+    """The command with these arguments, in this process: without the seconds that Hydra's program and torch take to start.
+
+    The processes of a run of several are forked from one that has imported torch.
+    """
     out, err = io.StringIO(), io.StringIO()
     code: Any = 0
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.object(local, "multiprocessing", Ranks(folder)) as ranks,
         mock.patch.object(train_app_submitit, "composed", lambda: [composed(*arguments)]),
         mock.patch.object(sys, "argv", ["train_app_submitit.py", *arguments]),
         mock.patch.dict(os.environ, ONE_THREAD),
@@ -110,7 +144,7 @@ def here(arguments: Sequence[str]) -> Result:
         finally:
             torch.set_num_threads(threads)
             logging.basicConfig(handlers=[logging.NullHandler()], force=True)  # closes the log of the run
-    return Result(code or 0, out.getvalue(), err.getvalue())
+        return Result(code or 0, out.getvalue() + ranks.read("out"), err.getvalue() + ranks.read("err"))
 
 
 def composed(*overrides: str) -> DictConfig:

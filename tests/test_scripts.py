@@ -6,8 +6,8 @@ import subprocess
 import sys
 import tempfile
 import unittest
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from omnivision.settings import Settings
 from omnivision.settings_check import check
@@ -60,7 +60,7 @@ class OnPath(unittest.TestCase):
         )
 
 
-class Commands(OnPath):
+class Noted(OnPath):
     """With a `python` on PATH that only writes its arguments down."""
 
     def setUp(self):
@@ -83,6 +83,8 @@ class Commands(OnPath):
     def settings(self, script: str, *overrides: str, **more: str) -> Settings:
         return check(stages.composed(*self.arguments(script, *overrides, **more)[1:]))
 
+
+class Commands(Noted):
     def test_every_shell_reads_every_script(self):
         scripts = sorted(SCRIPTS.glob("*.sh"))
         self.assertLessEqual({"common.sh", *PUBLISHED}, {script.name for script in scripts})
@@ -289,17 +291,18 @@ class Recipe(OnPath):
         self.assertFalse((self.folder / "mae").exists())
 
 
-class Runs(OnPath):
-    """With the real python."""
+class Runs(Noted):
+    """The command of the first stage, run by its script; those of the others, run in this process."""
+
+    def run_script(self, script: str, *overrides: str, **variables: str) -> stages.Result:
+        return stages.here(self.arguments(script, *overrides, **variables)[1:])
 
     def test_dry(self):
-        def dry(script: str) -> subprocess.CompletedProcess[str]:
+        run, results = self.folder / "run", {}
+        for script in PUBLISHED:
             model = "vittiny" + ("" if script == "run_mae.sh" else "_average_ft" if "average" in script else "_ft")
-            variables = {"EXP_DIR": "run", "PRETRAINED_CHECKPOINT": "null", "MODEL": model, "BATCH_SIZE": "12"}
-            return self.call(script, "trainer.mode=dry", *TINY, **variables)
-
-        with ThreadPoolExecutor(2) as two_at_a_time:
-            results = dict(zip(PUBLISHED, two_at_a_time.map(dry, PUBLISHED), strict=True))
+            variables = {"EXP_DIR": str(run), "PRETRAINED_CHECKPOINT": "null", "MODEL": model, "BATCH_SIZE": "12"}
+            results[script] = self.run_script(script, "trainer.mode=dry", *TINY, **variables)
         for script, (nodes, *_, dataset, model) in PUBLISHED.items():
             with self.subTest(script):
                 self.assertEqual((results[script].returncode, results[script].stderr), (1, ""))
@@ -310,7 +313,7 @@ class Runs(OnPath):
                 self.assertIn(model, said)
                 self.assertRegex(said, rf"batch +{12 * nodes} clips a step.* over {nodes} processes")
                 self.assertRegex(said, rf"sources +{dataset}\n")
-        self.assertEqual([path.name for path in self.folder.rglob("*") if path.is_file()], ["dry.png"])
+        self.assertEqual([path.name for path in run.rglob("*") if path.is_file()], ["dry.png"])
 
     def test_all_stages_in_a_row(self):
         films = stages.write_films(self.folder / "films", 9)
@@ -320,33 +323,35 @@ class Runs(OnPath):
                 data += stages.write_split(self.folder, dataset, which, paths)
         once = ["trainer.limit_train_batches=2", "trainer.data.val_clips=1", "trainer.data.val_view.crops=1"]
         rates = {}
-        for script, source, kind in [
-            ("run_mae.sh", None, ""),
-            ("run_align.sh", "run_mae.sh", "_ft"),
-            ("run_downstream_ft.sh", "run_align.sh", "_ft"),
-            ("run_downstream_lp.sh", "run_downstream_ft.sh", "_ft"),
-            ("run_downstream_average_lp.sh", "[run_align.sh,run_downstream_ft.sh]", "_average_ft"),
+        for script, sources, kind in [
+            ("run_mae.sh", [], ""),
+            ("run_align.sh", ["run_mae.sh"], "_ft"),
+            ("run_downstream_ft.sh", ["run_align.sh"], "_ft"),
+            ("run_downstream_lp.sh", ["run_downstream_ft.sh"], "_ft"),
+            ("run_downstream_average_lp.sh", ["run_align.sh", "run_downstream_ft.sh"], "_average_ft"),
         ]:
-            result = self.call(
-                script,
-                "submitit.use_cluster=false",
-                "trainer.logging.log_freq=1",
-                *TINY,
-                *data,
-                *(once if source else once[:1]),
-                EXP_DIR=script,
-                MODEL=f"vittiny{kind}",
-                BATCH_SIZE="4",
-                NUM_NODES="1",
-                NUM_WORKERS="0",
-                EPOCHS="1",
-                NOMINAL_BATCH="250",
-                **({"PRETRAINED_CHECKPOINT": source} if source else {}),
-            )
+            overrides = ["submitit.use_cluster=false", "trainer.logging.log_freq=1", *TINY, *data, *once]
+            folders = ",".join(str(self.folder / source) for source in sources)
+            variables = {
+                "EXP_DIR": str(self.folder / script),
+                "MODEL": f"vitmicro{kind}",
+                "BATCH_SIZE": "4",
+                "NUM_NODES": "1",
+                "NUM_WORKERS": "0",
+                "EPOCHS": "1",
+                "NOMINAL_BATCH": "250",
+            }
+            if not sources:
+                self.python_folder, noting = Path(sys.executable).parent, self.python_folder
+                result: Any = self.call(script, *overrides[:-2], **variables)
+                self.python_folder = noting
+            else:
+                start = f"[{folders}]" if len(sources) > 1 else folders
+                result = self.run_script(script, *overrides, PRETRAINED_CHECKPOINT=start, **variables)
             self.assertEqual(result.returncode, 0, f"{script}: {result.stderr}")
             told = runs.summary(self.folder / script)
             self.assertEqual((told["status"], told["epochs"], told["steps"]), ("finished", 1, 2))
-            self.assertEqual(told["run"]["pretrained"], source and source.strip("[]").replace(",", " + "))
+            self.assertEqual(told["run"]["pretrained"], " + ".join(sources) or None)
             rates[script] = runs.lines(self.folder / script)[-1]["lr"]
         # Of the second of two steps: half way for the average's cosine.
         self.assertAlmostEqual(rates["run_downstream_average_lp.sh"], (16e-3 + 4e-6) / 2 / (250 / 4), places=9)

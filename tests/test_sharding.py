@@ -39,7 +39,8 @@ class Runs(unittest.TestCase):
         ]  # fmt: skip
 
     def run_here(self, name: str, processes: int, *settings: str) -> Path:
-        made = runs.run(self.folder / name, *self.data, f"launcher.gpus_per_node={processes}", *settings)
+        command = runs.command(self.folder / name, *self.data, f"launcher.gpus_per_node={processes}", *settings)
+        made = stages.here(command[2:])
         self.assertEqual(made.returncode, 0, made.stderr)
         self.assertNotIn("Warning", made.stderr)
         return self.folder / name

@@ -453,7 +453,7 @@ class TwoLabelSets(OnFilms):
 
     def test_two_processes_validate_as_one(self):
         settings = [*self.data, *self.whole, "trainer.mode=val", "launcher.gpus_per_node=2"]
-        result = stages.apart(stages.command("ft", self.folder / "two", *settings, dataset="inpk150_sim150"))
+        result = stages.here(stages.command("ft", self.folder / "two", *settings, dataset="inpk150_sim150"))
         self.assertEqual(result.returncode, 0, result.stderr)
         one, two = self.validation(self.run_folder), self.validation(self.folder / "two")
         for name in ("top1", "top5", "videos", "mean_class_accuracy"):
@@ -489,7 +489,7 @@ class TwoLabelSets(OnFilms):
         ]
         self.trained("ft", "one", *settings, dataset="inpk150_sim150")
         two = ["launcher.gpus_per_node=2", "trainer.distributed.comms_dtype=null", "trainer.optim.accumulation_steps=2"]
-        result = stages.apart(stages.command("ft", self.folder / "both", *settings, *two, dataset="inpk150_sim150"))
+        result = stages.here(stages.command("ft", self.folder / "both", *settings, *two, dataset="inpk150_sim150"))
         self.assertEqual(result.returncode, 0, result.stderr[-2000:])
         for event in ("step", "epoch"):
             first, second = (runs.lines(self.folder / name, event) for name in ("one", "both"))
