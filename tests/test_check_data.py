@@ -74,7 +74,9 @@ class Samples(Folder):
                 "height": 272,
             }
             sample = json.loads(report.read_text())["samples"][0]
-            self.assertEqual(sample, {"path": real_films()[0], **expected, "rotation": 0, "mirrored": False, "gop": 61})
+            self.assertEqual(
+                sample, {"path": real_films()[0], **expected, "rate": 25.0, "rotation": 0, "mirrored": False, "gop": 61}
+            )
 
     def test_every_bad_file_is_named_and_none_hangs(self):
         self.film("good.mp4")

@@ -35,6 +35,7 @@ class Names(unittest.TestCase):
             "2021-03-04_*.jpg": [f"2021-03-04_12-30-{i // 20:02d}.{i % 20:03d}.jpg" for i in range(60)],
             "*.bmp": ["begin.bmp", "middle.bmp", "end.bmp"],
             "only_*.jpg": ["only_1.jpg"],
+            "shot_*.*": ["shot_1.jpg", "shot_2.JPG", "shot_3.png"],
         }.items():
             self.assertEqual(group_series(names), {pattern: names})
 

@@ -93,12 +93,15 @@ def run(args: argparse.Namespace) -> int:
     summary["duplicates"] = same_films(full, segments=segments)
     if others is not None:
         summary["overlap"] = same_films(full, [prefix + path for path in others])
+    gaps = {path: check for path, check in zip(paths, checks, strict=True) if check.has_gaps()}
+    summary["differing_durations"] = list(gaps)
     if args.json:
         listed = [{"path": path, **dataclasses.asdict(check)} for path, check in zip(paths, checks, strict=True)]
         for sample, (start, end) in zip(listed, segments or [], strict=False):
             sample.update(start=start, end=end)
         _write_json(Path(args.json), {"summary": {"prefix": prefix, **summary}, "samples": listed})
     _tell(paths, checks, summary)
+    _tell_gaps(gaps)
     if labels is not None and start_at_one(labels, args.num_classes):
         _say(
             Console(),
@@ -217,6 +220,20 @@ def _tell_distributions(console: Console, distributions: dict[str, dict[str, flo
             _say(console, f"{titles[name]}: {row}")
     if console.is_terminal and distributions:
         console.print(table)
+
+
+def _tell_gaps(gaps: dict[str, FilmCheck]) -> None:
+    console = Console()
+    if gaps:
+        _say(
+            console,
+            f"frames / rate differs from the duration in {len(gaps)} films (still pictures, or a variable rate):",
+        )
+    for path, check in list(gaps.items())[:_SHOWN]:
+        assert check.frames is not None and check.rate is not None
+        seconds = check.frames / check.rate
+        frames = f"{check.frames} frames at {check.rate:g} a second are {seconds:.1f} s"
+        _say(console, f"  {path}: {frames}, its duration is {check.duration:.1f} s")
 
 
 def _tell_labels(console: Console, labels: dict[str, Any]) -> None:

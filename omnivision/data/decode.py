@@ -14,10 +14,11 @@ The frames are byte for byte those of a decoder that decodes the whole file. How
 
 import os
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from fractions import Fraction
 from itertools import chain, pairwise
 from math import ceil, pi, tan
+from statistics import median
 from typing import Any
 
 import av
@@ -43,6 +44,8 @@ _FORMATS = (
 )
 # Those whose packets carry time stamps. In others (MPEG program streams) they are guessed, wrongly after a seek.
 _TIMED_FORMATS = frozenset("mov matroska avi mpegts flv gif nut ivf".split())
+# Those whose header gives a duration, of the whole file, and in which the end can be found from there.
+_SEEKABLE_FORMATS = frozenset("matroska flv asf".split())
 _INDEXED_FORMATS = frozenset({"mov", "avi"})  # every packet, by decoding time
 # Codecs in which each packet is one frame, less the exceptions in `_shows_a_frame` and `_trustworthy`.
 _FRAME_PER_PACKET = frozenset(
@@ -88,6 +91,7 @@ class VideoFile:
         self._descriptor = descriptor
         self._max_pixels = max_pixels
         self._container: InputContainer | None = None
+        self._measured: int | None = None  # see _measure
         self._reformatter = VideoReformatter()  # reused: setting one up costs half a conversion
         try:
             # ISO files (mp4, mov) tell all in their header: no need to decode frames first, which takes up to 20 ms.
@@ -100,19 +104,54 @@ class VideoFile:
 
     @property
     def duration(self) -> float:
-        """Seconds; found by reading all packets when the header does not tell. Raises BadVideo."""
-        if (own := self._stream.duration or 0) > 0:
-            return float(own * self._time_base)
-        if (microseconds := self._input().duration or 0) > 0:
+        """Seconds of the pictures, whatever else the file holds: from its header or, where that is of the file, from packets.
+
+        Raises BadVideo.
+        """
+        if self._promised is not None:
             # Matroska's header counts from 0 to the last frame, wherever the first one is.
-            late = max(self._origin, 0) * self._time_base if self._format == "matroska" else 0
-            return float(Fraction(microseconds, av.time_base) - late)
-        with _as_bad_video():
+            late = max(self._origin, 0) if self._format == "matroska" else 0
+            return float((self._promised - late) * self._time_base)
+        if self._measured is None:
+            with _as_bad_video():
+                self._measured = self._measure()
+        return float(self._measured * self._time_base)
+
+    def _measure(self) -> int:
+        """Return when the last picture ends (ticks), from the packets at the end of the file or, if there is none, from all.
+
+        Raises BadVideo for a file that ends before its header says so.
+        """
+        own, whole = self._stream.duration, self._input().duration
+        header = own if own else Fraction(whole or 0, av.time_base) / self._time_base
+        packets: list[Packet] = []
+        if header and self._format in _SEEKABLE_FORMATS:
+            with suppress(av.error.FFmpegError):
+                self._discard_others(Discard.default)
+                self._input().seek(int(header), stream=self._stream)
+                packets = [p for p in self._input().demux() if p.size and p.pts is not None]
+        if not any(p.stream_index == self._stream.index for p in packets):
             self._open(probe=True)
-            ends = [p.pts + (p.duration or 0) for p in self._demux() if p.pts is not None]
-        if not ends:
+            self._discard_others(Discard.default)
+            packets = [p for p in self._input().demux() if p.size and p.pts is not None]
+        self._discard_others(Discard.all)
+        shown = sorted((_pts(p), p.duration or 0) for p in packets if p.stream_index == self._stream.index)
+        if not shown:
             raise BadVideo("its frames have no time stamps")
-        return float((max(ends) - self._origin) * self._time_base)
+        ends = [(_pts(p) + (p.duration or 0)) * p.time_base / self._time_base for p in packets if p.time_base]
+        if self._format in _SEEKABLE_FORMATS and max(ends) < min(self._origin, 0) + header - self._grace:
+            raise BadVideo("truncated: it ends before the duration in its header")
+        last = max(pts + length for pts, length in shown)
+        if (
+            shown[-1][1] == 0 and len(shown) > 1
+        ):  # packets do not say how long they are shown: as long as the one before
+            last += shown[-1][0] - shown[-2][0]
+        return last - self._origin
+
+    def _discard_others(self, how: Discard) -> None:
+        for other in self._input().streams:
+            if other.index != self._stream.index:
+                other.discard = how
 
     def read(self, start: Seconds, end: Seconds, num_frames: int) -> torch.Tensor:
         """`num_frames` frames spread over those with start <= t < end: (T, 3, H, W) uint8, channels-last in memory.
@@ -121,6 +160,7 @@ class VideoFile:
         Raises BadVideo when the file cannot give them, ValueError for an impossible request.
         """
         low, high = (self._origin + tick for tick in ticks(start, end, 1 / self._time_base))
+        self._require_whole()
         with _as_bad_video():
             packets = self._packets_from_key_frame(low, high)
             if self._trustworthy(packets):
@@ -140,17 +180,20 @@ class VideoFile:
         """Read all packets, but decode the first frame only. Raises BadVideo."""
         with _as_bad_video():
             self._open(probe=True)
-            keys = [p.is_keyframe for p in self._demux() if self._shows_a_frame(p)]
+            packets = [(p.is_keyframe, p.pts) for p in self._demux() if self._shows_a_frame(p)]
             frame = next((frame for frame, _ in self._all_frames(self._origin)), None)
         if frame is None:
             raise BadVideo("no frame could be decoded")
-        starts = [0, *(i for i, is_key in enumerate(keys) if is_key), len(keys)]
+        starts = [0, *(i for i, (is_key, _) in enumerate(packets) if is_key), len(packets)]
+        times = sorted(pts for _, pts in packets if pts is not None)
+        ticks = median(b - a for a, b in pairwise(times)) if len(times) > 1 else 0
+        rate = float(1 / (Fraction(ticks) * self._time_base)) if ticks > 0 else None
         gop = max(b - a for a, b in pairwise(starts))
         transposed, left_right, up_down = _orientation(frame)
         mirrored = (transposed + left_right + up_down) % 2 == 1
         rotation = _ROTATIONS[transposed, left_right ^ mirrored, up_down]
         width, height = (frame.height, frame.width) if transposed else (frame.width, frame.height)
-        return FilmFacts(len(keys), width, height, rotation, gop, mirrored)
+        return FilmFacts(len(packets), width, height, rotation, gop, rate, mirrored)
 
     def times(self) -> list[int]:
         """When each frame is on screen, in ticks, by decoding the whole film. BadVideo if not all of it can be read."""
@@ -202,13 +245,25 @@ class VideoFile:
             padded = (context.width + 128) * (context.height + 128)
             context.options = {"max_pixels": str(max(self._max_pixels, padded))}
         context.thread_type, context.thread_count = "NONE", 1  # the workers are the parallelism
-        for other in container.streams:
-            if other.index != stream.index:
-                other.discard = Discard.all
         self._stream, self._context, self._time_base = stream, context, stream.time_base
+        self._discard_others(Discard.all)
         self._origin = stream.start_time or 0
         self._format, self._codec = container.format.name.split(",")[0], context.name
+        self._grace = Fraction(1, 2) / self._time_base  # half a second, because headers are rounded
+        self._promised = self._header_duration()
         self._may_drop = self._codec in _CAN_DROP_UNREFERENCED and _single_layer(self._codec, context.extradata)
+
+    def _header_duration(self) -> int | Fraction | None:
+        """Return the duration of the pictures in the header (ticks); None where it gives that of the whole file."""
+        if (own := self._stream.duration or 0) > 0 and self._format != "asf":
+            return own
+        alone = all(
+            s.index == self._stream.index or s.type == "attachment" or s.disposition & Disposition.attached_pic
+            for s in self._input().streams
+        )
+        if self._format == "matroska" and alone and (microseconds := self._input().duration or 0) > 0:
+            return Fraction(microseconds, av.time_base) / self._time_base
+        return None
 
     def _demux(self) -> Iterator[Packet]:
         return (packet for packet in self._input().demux(self._stream) if packet.size)
@@ -259,14 +314,14 @@ class VideoFile:
         index, last = self._stream.index_entries, max((dts for dts, _ in extents if dts is not None), default=None)
         if self._format in _INDEXED_FORMATS and len(index) > 0 and (last is None or index[-1].timestamp > last):
             raise BadVideo("truncated: its index lists frames after the last one")
-        promised: Fraction | int | None = self._stream.duration
-        if promised is None and len(self._input().streams) == 1 and self._input().duration:
-            promised = Fraction(self._input().duration or 0, av.time_base) / self._time_base
         ends = [end for _, end in extents if end is not None]
-        # Half a second of grace, because headers are rounded. In mov, edit lists may promise less or more.
-        if self._format != "mov" and promised and ends:
-            if max(ends) < min(min(self._origin, 0) + promised, high) - Fraction(1, 2) / self._time_base:
+        if self._format != "mov" and self._promised and ends:  # in mov, edit lists may promise less or more
+            if max(ends) < min(min(self._origin, 0) + self._promised, high) - self._grace:
                 raise BadVideo("truncated: it ends before the duration in its header")
+
+    def _require_whole(self) -> None:
+        """BadVideo for a truncated file whose header cannot tell when it is read to its end (see _check_whole)."""
+        _ = self.duration
 
     def _shows_a_frame(self, packet: Packet) -> bool:
         """False for packets cut away by an edit list, and for VP8's hidden reference frames (bit 4 of the header)."""
@@ -310,6 +365,7 @@ class VideoFile:
 
     def _all_frames(self, high: int) -> Iterator[tuple[VideoFrame, bool]]:
         """The film from its first frame to beyond `high`; with each frame whether it is damaged."""
+        self._require_whole()
         self._open(probe=True)
         stop = high + ceil(1 / self._time_base)  # a second later: time stamps that cannot be trusted may not ascend
         damaged, is_first = False, True

@@ -23,6 +23,7 @@ class FilmFacts:
     height: int
     rotation: int  # how far the picture was turned clockwise to stand upright: 0, 90, 180 or 270
     gop: int  # frames from one key frame to the next, the most there are
+    rate: float | None  # frames a second between most frames; None for a single one
     mirrored: bool = False  # left and right were exchanged, after turning
 
 

@@ -63,7 +63,7 @@ class FrameFolder:
     def facts(self) -> FilmFacts:
         """As VideoFile.facts; every frame is a key frame."""
         height, width, _ = self._frame(self._names[0]).shape
-        return FilmFacts(len(self._names), width, height, rotation=0, gop=1)
+        return FilmFacts(len(self._names), width, height, rotation=0, gop=1, rate=float(self._fps))
 
     def times(self) -> list[int]:
         """As VideoFile.times: opens every image."""
@@ -91,17 +91,22 @@ def group_series(names: Sequence[str]) -> dict[str, list[str]]:
     """Group names of images into series of frames: a shell pattern such as img_*.jpg -> the names, in their order.
 
     Names are of one series if they differ in the frame number alone, or in numbers that all go with it (a time stamp). Cameras
-    (cam1_0001.jpg, cam2_0001.jpg) share frame numbers and are two. Where no name has a number, each suffix is one.
+    (cam1_0001.jpg, cam2_0001.jpg) share frame numbers and are two. Suffixes tell series apart only if a frame is there with
+    two of them. Where no name has a number, all are one series.
     """
+    stems = {name: os.path.splitext(name) for name in names}
+    if len({stem for stem, _ in stems.values()}) == len(names):  # no frame is there in two formats
+        suffixes = {suffix for _, suffix in stems.values()}
+        common = suffixes.pop() if len(suffixes) == 1 else ".*"
+        stems = {name: (stem, common) for name, (stem, _) in stems.items()}
     shapes: dict[tuple[str, ...], dict[str, list[str]]] = {}  # suffix and text between numbers -> name -> numbers
-    for name in names:
-        stem, suffix = os.path.splitext(name)
+    for name, (stem, suffix) in stems.items():
         parts = _NUMBER.split(stem)
         shapes.setdefault((suffix, *parts[::2]), {})[name] = parts[1::2]
     if all(len(shape) == 2 for shape in shapes):  # no name has a number
         shapes = {}
-        for name in names:
-            shapes.setdefault((os.path.splitext(name)[1], "", ""), {})[name] = [name]
+        for name, (_, suffix) in stems.items():
+            shapes.setdefault((suffix, "", ""), {})[name] = [name]
     series: dict[str, list[str]] = {}
     for (suffix, *texts), numbers in shapes.items():
         columns = [set(column) for column in zip(*numbers.values(), strict=True)]

@@ -10,6 +10,7 @@ from omnivision.data.decode import BadVideo, FrameFolder, VideoFile, open_video
 from omnivision.prepare.transcode import MAX_PIXELS
 
 _CLIP_SECONDS, _CLIP_FRAMES = 2.7, 16
+_GAP_SECONDS, _GAP_SHARE = 0.5, 0.1
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,20 @@ class FilmCheck:
     reason: str | None = None
     frames: int | None = None
     duration: float | None = None
-    fps: float | None = None
+    fps: float | None = None  # on average
+    rate: float | None = None  # frames a second between most frames
     width: int | None = None
     height: int | None = None
     rotation: int | None = None  # degrees clockwise
     mirrored: bool | None = None  # after turning
     gop: int | None = None  # frames from one key frame to the next, the most there are
+
+    def has_gaps(self) -> bool:
+        """Return whether the frames, at their usual rate, last for another time than the film does."""
+        if not self.ok or not self.rate or self.frames is None or self.duration is None:
+            return False
+        difference = abs(self.frames / self.rate - self.duration)
+        return difference > max(_GAP_SECONDS, _GAP_SHARE * self.duration)
 
 
 def check_film(job: CheckJob) -> list[FilmCheck]:
@@ -52,6 +61,7 @@ def check_film(job: CheckJob) -> list[FilmCheck]:
         frames=frames,
         duration=duration,
         fps=None if rate is None else round(rate, 3),
+        rate=None if facts.rate is None else round(facts.rate, 3),
         width=facts.width,
         height=facts.height,
         rotation=facts.rotation,
