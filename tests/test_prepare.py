@@ -425,7 +425,10 @@ class Columns(Folder):
         self.films("v/bb_000003_000013.mp4")
         shutil.rmtree(self.out)
         self.assert_refused(
-            self.folder / "list.csv", self.out, *options, saying="1 files are the segments themselves and 2"
+            self.folder / "list.csv",
+            self.out,
+            *options,
+            saying="1 files of the train split are the segments themselves",
         )
 
     def test_segments_of_a_video_stay_on_one_side(self):

@@ -98,13 +98,6 @@ def find_films(listing: Listing, *, prefix: str | None, check: bool, skip_missin
             notes.append(f"{len(cut)} files are the segments themselves, so their times are not used: {some(cut, 1)}.")
         splits = [split for split, there in zip(splits, found, strict=True) if there]
         rows = [there for there in found if there]
-        whole = [row.path for row in rows if row.segment]
-        if cut and whole:
-            raise refuse(
-                f"{len(cut)} files are the segments themselves and {len(whole)} are whole videos",
-                [cut[0], whole[0]],
-                "Expected one kind; move the others elsewhere.",
-            )
     full = [os.path.normpath(os.path.join(relative_to, row.path)) for row in rows]
     outside = [path for path in full if not _inside(path, root)]
     if outside and prefix is not None:
@@ -116,6 +109,14 @@ def find_films(listing: Listing, *, prefix: str | None, check: bool, skip_missin
     listed: dict[str, list[Row]] = {}
     for split, row, path in zip(splits, rows, full, strict=True):
         listed.setdefault(split, []).append(replace(row, path=os.path.relpath(path, root)))
+    for split, rows in listed.items():
+        whole = [row.path for row in rows if row.segment]
+        if 0 < len(whole) < len(rows):
+            raise refuse(
+                f"{len(rows) - len(whole)} files of the {split} split are the segments themselves, and {len(whole)} are not",
+                whole,
+                "Expected one kind in a split; move the others elsewhere.",
+            )
     return replace(listing, splits=listed, root=root, notes=notes, warnings=warnings)
 
 
