@@ -210,11 +210,7 @@ def pretrained(settings: Settings, model: nn.Module) -> list[LoadReport]:
     source = settings.pretrained_checkpoint_path
     if source is None:
         return []
-    if not isinstance(source, str):
-        raise UserError(
-            f"pretrained_checkpoint_path is a list of {len(source)}, and {type(model).__name__} starts from one checkpoint. "
-            "Give one, or choose a model that averages: trainer/model=vit*_average_ft."
-        )
+    assert isinstance(source, str)  # a list is for an average
     weights = read_weights(source)
     if weights.architecture.get("kind") == "average":  # as the one model that it is
         merged = merge(weights.state, weights.architecture, read_sources(weights.sources, None))

@@ -21,7 +21,7 @@ A run is an experiment (a stage of the recipe), a recipe for a dataset, and sett
     trainer/model=vitbase ++batch_size=16 ++launcher.experiment_log_dir=FOLDER submitit.use_cluster=false
 
   --cfg job           print the composed settings
-  trainer.mode=dry    check them and tell what the run would be
+  trainer.mode=dry    say what would stop the run (exit code 1), and what it would be
   --hydra-help        Hydra's own flags (-m for sweeps, --config-dir for settings of a site, ...)
 
 Running the same command again resumes the run in its folder.

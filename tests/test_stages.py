@@ -340,7 +340,7 @@ class Averages(OnFilms):
             with self.subTest(saying):
                 self.assert_refused(stages.command("average", self.folder / "wrong", *self.data, *overrides), saying)
         one_model = stages.command("ft", self.folder / "wrong", *self.data, self.sources)
-        self.assert_refused(one_model, "is a list of 2, and VideoClassifier starts from one checkpoint")
+        self.assert_refused(one_model, "is a list of 2, and trainer.model starts from one")
 
 
 class TwoLabelSets(OnFilms):
