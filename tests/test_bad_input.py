@@ -142,9 +142,7 @@ class Mistakes(unittest.TestCase):
         self.assertEqual(runs.summary(self.folder / "few")["bad_samples"], 1)
         for count in ("1", "2"):
             with self.subTest(processes=count):
-                stopped = (here if count == "1" else runs.run)(
-                    self.folder / f"stopped{count}", *data, "epochs=9", f"launcher.gpus_per_node={count}"
-                )
+                stopped = here(self.folder / f"stopped{count}", *data, "epochs=9", f"launcher.gpus_per_node={count}")
                 self.assertEqual(stopped.returncode, 1, stopped.stderr)
                 self.assertIn(str(broken), stopped.stderr)
                 self.assertIn("bad_sample_budget", stopped.stderr)
@@ -202,7 +200,7 @@ class Mistakes(unittest.TestCase):
         for count in ("1", "2"):
             with self.subTest(processes=count):
                 folder = self.folder / f"nan{count}"
-                result = (here if count == "1" else runs.run)(
+                result = here(
                     folder,
                     *self.data,
                     f"launcher.gpus_per_node={count}",

@@ -8,6 +8,11 @@ from pathlib import Path
 import torch
 
 from tests import runs
+from tests import stage_runs as stages
+
+
+def here(run_folder: Path, *overrides: str) -> stages.Result:
+    return stages.here(runs.command(run_folder, *overrides)[2:])
 
 
 class Stage1(unittest.TestCase):
@@ -75,14 +80,14 @@ class Stage1(unittest.TestCase):
 
     def test_a_finished_run_ends_at_once(self):
         before = (self.whole / "logs" / "metrics.jsonl").read_text()
-        result = runs.run(self.whole, *self.data)
+        result = here(self.whole, *self.data)
         self.assertEqual(result.returncode, 0, result.stderr)
         self.assertIn("nothing is left to train", result.stdout)
         self.assertEqual((self.whole / "logs" / "metrics.jsonl").read_text(), before)
 
     def test_two_processes_equal_one(self):
         two = self.folder / "two"
-        result = runs.run(two, *self.data, "launcher.gpus_per_node=2", "trainer.distributed.comms_dtype=null")
+        result = here(two, *self.data, "launcher.gpus_per_node=2", "trainer.distributed.comms_dtype=null")
         self.assertEqual(result.returncode, 0, result.stderr)
         for one, other in zip(runs.lines(self.whole), runs.lines(two), strict=True):
             self.assertAlmostEqual(one["loss"], other["loss"], delta=1e-4)
@@ -95,9 +100,9 @@ class Stage1(unittest.TestCase):
     def test_two_processes_killed_and_resumed(self):
         straight, resumed = self.folder / "two_straight", self.folder / "two_resumed"
         settings = [*self.data, "launcher.gpus_per_node=2", "trainer.checkpoint.save_every_steps=2"]
-        self.assertEqual(runs.run(straight, *settings).returncode, 0)
+        self.assertEqual(here(straight, *settings).returncode, 0)
         runs.run_until(resumed, 5, *settings)
-        result = runs.run(resumed, *settings)
+        result = here(resumed, *settings)
         self.assertEqual(result.returncode, 0, result.stderr)
         self.assert_same_weights(straight, resumed)
 
@@ -106,7 +111,7 @@ class Stage1(unittest.TestCase):
         changed = self.folder / "changed"
         settings = [*self.data, "trainer.distributed.comms_dtype=null", "trainer.checkpoint.save_every_steps=1"]
         runs.run_until(changed, 3, *settings, "launcher.gpus_per_node=2")
-        result = runs.run(changed, *settings)
+        result = here(changed, *settings)
         self.assertEqual(result.returncode, 0, result.stderr)
         self.assertRegex(result.stdout, "goes on otherwise than it was: launcher.gpus_per_node: 2 -> 1")
         for one, other in zip(runs.lines(self.whole), runs.lines(changed), strict=True):
@@ -126,7 +131,7 @@ class Stage1(unittest.TestCase):
         for count in (1, 2):
             folder = self.folder / f"val_{count}"
             shutil.copytree(self.whole / "checkpoints", folder / "checkpoints")
-            result = runs.run(folder, *settings, f"launcher.gpus_per_node={count}")
+            result = here(folder, *settings, f"launcher.gpus_per_node={count}")
             self.assertEqual(result.returncode, 0, result.stderr)
             figures.append(runs.lines(folder, "epoch", "val")[-1])
         self.assertEqual([line["videos"] for line in figures], [7, 7])
