@@ -269,6 +269,20 @@ class HuggingFace(Case):
         with self.assertRaisesRegex(UserError, "--class-names is '/dev/zero', which cannot be read"):
             self.run_command("export", source, out, "--to", "hf", "--class-names", "/dev/zero")
 
+    def test_an_import_keeps_class_names(self):
+        source, names, out = self.save(classifier()), self.folder / "names.txt", self.folder / "out"
+        wanted = [f"class {label}" for label in range(classifier().heads[0][0].out_features)]
+        names.write_text("\n".join(wanted))
+        self.run_command("export", source, out, "--to", "hf", "--class-names", names)
+        self.run_command("import", out, self.folder / "back.pt")
+        self.assertEqual(read(self.folder / "back.pt").class_names, [wanted])
+        config = json.loads((out / "config.json").read_text())
+        placeholders = {str(label): f"LABEL_{label}" for label in range(len(wanted))}
+        for labels in (placeholders, {"0": "a"}, {"a": "b"}, [1], {str(label): label for label in range(len(wanted))}):
+            (out / "config.json").write_text(json.dumps(config | {"id2label": labels}))
+            self.run_command("import", out, self.folder / "back.pt", "--force")
+            self.assertEqual(read(self.folder / "back.pt").class_names, [], labels)
+
     def test_a_model_that_diverged_is_not_blamed_on_the_library(self):
         for model in (classifier(), autoencoder()):
             model.trunk.norm.weight.data[0] = float("nan")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from omnivision.interop.convert import convert
 from omnivision.interop.geometry import Given
+from omnivision.interop.huggingface import class_names
 from omnivision.interop.recognise import CHOICES
 from omnivision.interop.store import check_target, origin, write_pt
 from omnivision.weight_files import read
@@ -50,7 +51,14 @@ def run(args: argparse.Namespace) -> int:
     check_target(args.out, source, args.force)
     imported, format = convert(source, args.format, Given(**{name: getattr(args, name) for name in _GEOMETRY}))
     said: dict[str, Any] = {"origin": origin(source, format)} | source.progress
-    said |= {"inference": dict(source.inference)} if source.inference else {}
+    inference = dict(source.inference)
+    if (
+        format == "hf"
+        and (names := class_names(source.config))
+        and imported.architecture.get("classes") == [len(names)]
+    ):
+        inference = {"class_names": [names]} | inference
+    said |= {"inference": inference} if inference else {}
     write_pt(args.out, imported.state, imported.architecture, said)
     print(f"{source}: {len(source.state)} tensors of format {format}")
     for line in imported.lines():

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from omnivision.errors import UserError
+from omnivision.experiment import named
 from omnivision.interop.geometry import Given, position_tables
 from omnivision.interop.intake import Imported, Intake
 from omnivision.interop.published import FIRST_TOKEN, NO_COUNTERPART, finish_videomae, take_decoder
@@ -183,6 +184,13 @@ def preprocessor_config(architecture: Architecture) -> dict[str, Any]:
         "image_mean": list(IMAGENET_MEAN),
         "image_std": list(IMAGENET_STD),
     }
+
+
+def class_names(config: Mapping[str, Any]) -> list[str] | None:
+    """The class names in a `config.json`, by label; None where there are none but transformers' placeholders."""
+    said = config.get("id2label")
+    names = [said.get(str(label)) for label in range(len(said))] if isinstance(said, Mapping) else []
+    return None if names == [f"LABEL_{label}" for label in range(len(names))] else named(names)
 
 
 def _config(
