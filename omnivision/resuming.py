@@ -77,7 +77,9 @@ def _match_heads(trainer: Trainer, state: dict[str, Any], class_names: Sequence[
     for part in ("model", "ema"):
         if state[part] is not None:
             report = LoadReport(str(path), "")
-            state[part], _ = match_heads(state[part], theirs, class_names, report)
+            matched, unused = match_heads(state[part], theirs, class_names, report)
+            # Heads that this model lacks make it another model, which is refused where the weights are loaded.
+            state[part] = {name: state[part][name] for name in unused} | matched
     for line in report.classes:
         trainer.reporter.say(f"Classes: {line}.")
 

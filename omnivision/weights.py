@@ -221,11 +221,13 @@ def match_heads(
         theirs: class names by head of the state, None where they are unknown. Other heads stay as they are.
         ours: class names by head of the model. Where one side has no names, the head is taken by its number.
 
-    Returns the state, and the names of heads' entries that no head of the model takes in spite of their number. Raises
-    UserError for a head of as many classes with other names.
+    Returns the state without heads that the model does not take, and the names of their entries. Raises UserError for a head of
+    as many classes with other names.
     """
     heads = {head: {n: t for n, t in state.items() if head_of(n) == head} for head in theirs if head >= 0}
-    matched = {n: t for n, t in state.items() if head_of(n) not in heads or head_of(n) >= len(ours)}
+    if not ours:
+        return dict(state), []
+    matched = {name: tensor for name, tensor in state.items() if head_of(name) not in heads}
     used = set()
     for head, names in enumerate(ours):
         wanted, given = named(list(names)), theirs.get(head)
@@ -257,7 +259,7 @@ def match_heads(
         for name, tensor in heads[source].items():
             target = name.replace(f"heads.{source}.", f"heads.{head}.", 1)
             matched[target] = tensor if order is None else tensor[order]
-    return matched, [name for head in heads if head not in used and head < len(ours) for name in heads[head]]
+    return matched, [name for head in heads if head not in used for name in heads[head]]
 
 
 def check_values(tensors: Mapping[str, Tensor], path: str) -> None:

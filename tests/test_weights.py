@@ -182,6 +182,10 @@ class ClassNames(unittest.TestCase):
         )
         report = self.assert_taken([self.AB, ["x", "y"]], [["y", "x"]], {0: 1})
         self.assertEqual(report.dropped["heads.0.0.weight"], "no place in this model")
+        report = self.assert_taken([self.AB, ["x", "y"]], [["run", "jump"]], {0: 0})
+        self.assertEqual(report.dropped["heads.1.0.weight"], "no place in this model")
+        with self.assertRaisesRegex(UserError, "heads.1.*strict"):
+            self.assert_taken([self.AB, ["x", "y"]], [["run", "jump"]], {0: 0}, Choice(strict=True))
         self.assert_taken([self.AB, self.AB], [self.AB, ["run", "jump"]], {0: 0, 1: 1})
         renamed = Choice(drop=["heads.0.*"], rename={"heads.1.*": "heads.0.*"})
         self.assert_taken([["q", "r", "s"], self.LETTERS], [["c", "a", "b"]], {0: 1}, renamed)
