@@ -190,8 +190,9 @@ def _level_warnings(tree: _Tree, source: str, classes: list[str]) -> list[str]:
     warnings = []
     if split_of(own) and (others := [name for name in siblings if name != own and split_of(name)]):
         warnings.append(f"{parent} also holds {some(others)}. Give {parent} as SOURCE to use these splits, too.")
-    deep = [path for path in tree.clips if "/" in drop_format_folders("/".join(path[1:]))]
-    inner = {name: sorted({path[1] for path in deep if path[0] == name}) for name in classes}
+    inner: dict[str, list[str]] = {name: [] for name in classes}  # folders in those of classes
+    for name, below in dict.fromkeys(p[:2] for p in tree.clips if "/" in drop_format_folders("/".join(p[1:]))):
+        inner.get(name, []).append(below)
     if len(classes) == 1:
         below = f"{source}/{classes[0]} has the folders {some(inner[classes[0]])}" if inner[classes[0]] else ""
         above = f"{parent} has the folders {some(siblings)}" if len(siblings) > 1 else ""
