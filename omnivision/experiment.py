@@ -5,11 +5,13 @@ as the same experiment.
 from __future__ import annotations
 
 import fnmatch
+import functools
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -220,13 +222,29 @@ def fingerprint(file: Path) -> str:
     return f"{size} bytes, SHA-256 {digest.hexdigest()}"
 
 
+@functools.cache
+def git_commit() -> str | None:
+    """The commit of this checkout, with "-dirty" where tracked files were changed; None outside a checkout and without git."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():  # not that of a repository whose virtual environment this is installed in
+        return None
+    command = "git --no-optional-locks describe --always --dirty --abbrev=12 --exclude=*".split()
+    environment = {name: value for name, value in os.environ.items() if name not in ("GIT_DIR", "GIT_WORK_TREE")}
+    try:
+        found = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip() or None
+
+
 def versions() -> dict[str, str]:
-    """Versions of Python, of the libraries that compute, and of this code: a digest of its files."""
+    """Versions of Python, of the libraries that compute, and of this code: a digest of its files, and its commit."""
     digest, package = hashlib.sha256(), Path(__file__).parent
     for file in sorted(package.rglob("*.py")):
         digest.update(os.fsencode(file.relative_to(package)) + file.read_bytes())
     installed = {name: importlib.metadata.version(name) for name in LIBRARIES}
-    return {"omnivision": digest.hexdigest()[:12], "python": platform.python_version()} | installed
+    commit = {} if (known := git_commit()) is None else {"git commit": known}
+    return {"omnivision": digest.hexdigest()[:12], "python": platform.python_version()} | installed | commit
 
 
 def written(experiment: Mapping[str, Any]) -> str:

@@ -128,6 +128,7 @@ def run_process(job: Job, place: Place | None, record: JobRecord | None = None) 
 def note_beginning(job: Job, folder: RunFolder, trainer: Trainer, reporter: Reporter, on_cluster: bool) -> None:
     """Write the configuration and the facts of a run that is about to train; what a finished one has stays as it is."""
     from omnivision import build
+    from omnivision.experiment import git_commit
     from omnivision.files import write_atomically
 
     config = folder.path / "config.yaml"
@@ -135,8 +136,12 @@ def note_beginning(job: Job, folder: RunFolder, trainer: Trainer, reporter: Repo
         return
     write_atomically(config, job.config_text)
     summary = folder.read_summary()
-    started = summary.get("run", {}).get("started", time.time())
-    facts: dict[str, Any] = {"run": build.facts(job.settings, trainer.bare) | {"started": started}}
+    before = summary.get("run", {})
+    commits = before.get("commits") or []  # of the code, the newest last
+    if (commit := git_commit()) is not None and commits[-1:] != [commit]:
+        commits = [*commits, commit]
+    history = {"started": before.get("started", time.time()), "commits": commits}
+    facts: dict[str, Any] = {"run": build.facts(job.settings, trainer.bare) | history}
     if not on_cluster:
         facts["job"] = None
     folder.write_summary(**facts)

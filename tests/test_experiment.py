@@ -5,9 +5,13 @@ import dataclasses
 import fnmatch
 import io
 import json
+import os
+import shutil
+import subprocess
 import tempfile
 import unittest
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -16,6 +20,8 @@ from omegaconf import OmegaConf
 
 from omnivision import experiment
 from omnivision.experiment import changed_settings, differences, fingerprint, flat
+from omnivision.process import Job, note_beginning
+from omnivision.reporting.run_folder import RunFolder
 from omnivision.settings import DatasetSettings
 from tests import runs
 from tests import stage_runs as stages
@@ -36,6 +42,61 @@ def facts(**more: object) -> dict:
         "versions": {"torch": "2.10"},
     }
     return made | more
+
+
+class Commit(unittest.TestCase):
+    def setUp(self):
+        temporary = tempfile.TemporaryDirectory()
+        self.addCleanup(temporary.cleanup)
+        self.folder = Path(temporary.name)
+        self.file = self.folder / "omnivision/experiment.py"
+        self.file.parent.mkdir()
+        self.file.write_text("one\n")
+
+    def commit(self, **environment: str) -> str | None:
+        with mock.patch.object(experiment, "__file__", str(self.file)), mock.patch.dict(os.environ, environment):
+            return experiment.git_commit.__wrapped__()
+
+    def git(self, *arguments: str) -> None:
+        identity = ["-c", "user.name=x", "-c", "user.email=x@x"]
+        subprocess.run(["git", *identity, *arguments], cwd=self.folder, check=True, capture_output=True)
+
+    @unittest.skipIf(shutil.which("git") is None, "no git; apt-get install git")
+    def test_the_commit_of_a_checkout(self):
+        self.git("init", "-q")
+        self.assertIsNone(self.commit(), "nothing is committed")
+        self.git("add", ".")
+        self.git("commit", "-qm", "one")
+        self.git("tag", "-a", "v1", "-m", "a tag is no commit")
+        clean = self.commit()
+        self.assertRegex(clean, "^[0-9a-f]{12}$")
+        (self.folder / "notes.txt").write_text("not tracked")
+        self.assertEqual(self.commit(GIT_DIR="/nowhere", GIT_WORK_TREE="/"), clean)
+        self.file.write_text("two\n")
+        self.assertEqual(self.commit(), f"{clean}-dirty")
+        self.assertIsNone(self.commit(PATH="/nowhere"), "without git")
+
+    def test_none_outside_a_checkout(self):
+        self.assertIsNone(self.commit())
+        (self.folder / ".git").write_text("gitdir: /nowhere")
+        self.assertIsNone(self.commit(), "a broken one")
+
+    def test_a_run_keeps_each_commit_that_it_went_on_with(self):
+        folder = RunFolder(self.folder / "run")
+        folder.create()
+        job = Job(SimpleNamespace(trainer=SimpleNamespace(mode="train")), "epochs: 1\n")
+        trainer = SimpleNamespace(bare=None, is_done=False)
+        for commit in (None, "a", "a", "b-dirty", None):
+            with (
+                mock.patch("omnivision.experiment.git_commit", return_value=commit),
+                mock.patch("omnivision.build.facts", return_value={}),
+            ):
+                note_beginning(job, folder, trainer, None, on_cluster=False)
+        self.assertEqual(folder.read_summary()["run"]["commits"], ["a", "b-dirty"])
+
+    def test_going_on_with_another_commit_is_said_and_not_refused(self):
+        then, now = (facts(versions={"git commit": commit}) for commit in ("a", "b-dirty"))
+        self.assertEqual(differences(then, now), ([], ["git commit: a -> b-dirty"]))
 
 
 class Comparison(unittest.TestCase):

@@ -38,6 +38,7 @@ def render(runs: Sequence[Run], title: str, clips: bool = True) -> str:
     evaluated = [(run, source, found) for run in runs for source, found in run.predicted.items()]
     shown = sorted({run.name: run for run, _, _ in evaluated}.values(), key=_quality, reverse=True)[:WITH_CLIPS]
     different = differing(runs) if len(runs) > 1 else {}
+    commits = [" -> ".join(_facts(run).get("commits") or []) for run in runs]
     # Runs of one kind, on the same data from the same start, differ by what was swept.
     swept = different if len({str([_facts(run).get(each) for each in KIND]) for run in runs}) == 1 else {}
     content: dict[str, Any] = {
@@ -61,12 +62,15 @@ def render(runs: Sequence[Run], title: str, clips: bool = True) -> str:
         "with_clips": WITH_CLIPS,
         "unshown": clips and len({run.name for run, _, _ in evaluated}) - len(shown),
         "lineages": [(run.name, found) for run in runs if (found := lineage(run, runs))],
-        "differences": list(different.items()),
+        "differences": [*different.items(), *([("git commit", commits)] if len(set(commits)) > 1 else [])],
         "results": [f"{judged[1]:.4g}" if (judged := result(run)) else "" for run in runs],
         "judged_by": " or ".join(dict.fromkeys(judged[0] for run in runs if (judged := result(run)))),
         "sweep": bool(swept),
         "swept": [(name, Markup(drawn)) for name, values in swept.items() if (drawn := figures.against(runs, values))],
-        "all_settings": [(run.name, sorted(run.settings.items())) for run in runs],
+        "all_settings": [
+            (run.name, [("git commit", commit), *sorted(run.settings.items())])
+            for run, commit in zip(runs, commits, strict=True)
+        ],
     }
     sections = [("Runs", "runs")]
     named = {

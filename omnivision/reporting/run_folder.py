@@ -273,9 +273,17 @@ def sound(summary: dict[str, Any]) -> dict[str, Any]:
     kinds: dict[str, Any] = {"status": str, "job": dict, "run": dict, "last": dict, "epochs": int, "steps": int}
     kinds |= dict.fromkeys(("step_seconds", "save_seconds", "wall_time", "best"), number) | {"best_epoch": int}
     found = _of_kinds(summary, kinds)
-    of_run = {"classes": list, "sources": list, "started": number, "trunk": str, "pretrained": str, "model": str}
+    of_run = {
+        "classes": list,
+        "sources": list,
+        "commits": list,
+        "started": number,
+        "trunk": str,
+        "pretrained": str,
+        "model": str,
+    }
     found["run"] = run = _of_kinds(found.get("run") or {}, of_run)
-    for name, kind in (("classes", int), ("sources", str)):
+    for name, kind in (("classes", int), ("sources", str), ("commits", str)):
         if not all(isinstance(each, kind) and each for each in run.get(name) or []):
             del run[name]
     if not isinstance((found.get("job") or {}).get("job_id", ""), str):
