@@ -44,7 +44,7 @@ CONFIG = HERE / "config" if (HERE / "config" / "config.yaml").is_file() else HER
 
 def main() -> None:
     from omnivision.errors import EXIT_INTERRUPTED, UserError
-    from omnivision.streams import be_patient
+    from omnivision.streams import announce, be_patient
 
     be_patient()
     if {"-h", "--help"} & set(sys.argv[1:]):
@@ -52,9 +52,12 @@ def main() -> None:
 
         print(usage(CONFIG))
         return
+    if os.environ.get("RANK", "0") == "0":
+        announce("Composing and checking the configuration and the data")
     try:
         code = run(apart(composed()))
     except KeyboardInterrupt:
+        print("error: interrupted before a run began; nothing was started", file=sys.stderr)
         code = EXIT_INTERRUPTED
     except UserError as error:
         from omnivision.ending import print_error

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -42,6 +43,7 @@ from omnivision.process import Job, ready_trainer, run_folder
 from omnivision.reporting.reporter import Reporter
 from omnivision.settings import Settings
 from omnivision.stopping import Stop
+from omnivision.streams import fit
 from omnivision.submission import known_jobs
 from omnivision.utilisation import Cost
 
@@ -89,7 +91,8 @@ def dry_run(job: Job) -> int:
             raise UserError(
                 f"{image} cannot be written: {error.strerror}. Change launcher.experiment_log_dir."
             ) from None
-        print("\n".join([describe(settings, model, optimizer, *splits), f"curves       {image}", *lines]))
+        lines = [describe(settings, model, optimizer, *splits), f"curves       {image}", *lines]
+        print(fit("\n".join(lines), sys.stdout))
     if settings.submitit.use_cluster:
         print("\nThe batch script:\n")
         print(batch_script(settings, run_folder(job)))

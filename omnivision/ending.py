@@ -136,7 +136,7 @@ def how_it_ended(error: BaseException) -> tuple[int, str]:
         case UserError():
             return error.exit_code, str(error)
         case KeyboardInterrupt():
-            return EXIT_INTERRUPTED, "interrupted from the keyboard, without saving"
+            return EXIT_INTERRUPTED, f"interrupted from the keyboard, without saving{notes}"
         case Terminated():
             saved = "" if error.saved_step is None else f"; step {error.saved_step} is saved"
             return error.exit_code, f"ended by {error.cause}{saved}{notes}"

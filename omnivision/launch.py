@@ -76,11 +76,16 @@ def launch(jobs: Sequence[Job]) -> int:
         )
     if for_cluster:
         return submit(for_cluster)
+    from omnivision.local import INTERRUPTED
+
     codes = [0]
     for number, job in enumerate(jobs, start=1):
         if len(jobs) > 1:
             print(f"\n== Run {number} of {len(jobs)}: {job.settings.launcher.experiment_log_dir}", flush=True)
         codes.append(run(job))
+        if codes[-1] in INTERRUPTED and number < len(jobs):
+            print(f"error: {len(jobs) - number} runs of the sweep were not started.", file=sys.stderr)
+            break
     return max(codes)
 
 

@@ -17,7 +17,7 @@ from omnivision.errors import Terminated, UserError
 from omnivision.reporting.run_folder import STALE_SECONDS, RunFolder
 from omnivision.settings import Settings
 from omnivision.stopping import Stop, end_workers, undisturbed
-from omnivision.streams import be_patient
+from omnivision.streams import announce, be_patient
 from omnivision.watchdog import GRACE_SECONDS, Peers
 
 if TYPE_CHECKING:
@@ -61,11 +61,14 @@ def run_process(job: Job, place: Place | None, record: JobRecord | None = None) 
     with stop.listening(deaf_afterwards=record is not None), ending.watched(stop, grace):
         try:
             stop.hear()
+            if rank == 0:
+                announce("Loading torch, then building the model")
             from omnivision import build, checkpoint
             from omnivision.distributed import Place
             from omnivision.experiment import flat_text
             from omnivision.files import remove_leftovers, write_atomically
             from omnivision.reporting.reporter import Reporter
+            from omnivision.run_messages import end_lines, start_lines
 
             place = place or Place.from_torchrun()
             processes = build.processes(job.settings, place)
@@ -104,9 +107,13 @@ def run_process(job: Job, place: Place | None, record: JobRecord | None = None) 
                 processes.together(lambda: record.resumed(trainer.global_step), only_main=True)
             if ending.begun:
                 note_beginning(job, folder, trainer, reporter, on_cluster=record is not None)
+            if validating or not trainer.is_done:
+                reporter.say("\n".join(start_lines(job.settings, trainer, reports)))
             stop.patience()
             with reporter:
                 trainer.validate_only() if validating else trainer.fit()
+            if not validating:
+                reporter.say("\n".join(end_lines(trainer)))
             ending.peers.end()
             processes.close()
             if ending.begun:
@@ -118,7 +125,10 @@ def run_process(job: Job, place: Place | None, record: JobRecord | None = None) 
             return 0
         except (Exception, KeyboardInterrupt, Terminated) as error:
             with undisturbed():
-                return ending.told(interruption(error))
+                cause = interruption(error)
+                if isinstance(cause, KeyboardInterrupt):
+                    cause.add_note(stop.describe_saved())
+                return ending.told(cause)
         finally:
             with undisturbed():
                 end_workers()

@@ -64,6 +64,7 @@ def take_up(trainer: Trainer, class_names: Sequence[Sequence[str]] = ()) -> bool
         trainer.scaler.load_state_dict(state["scaler"])
     best = state["best"], state.get("best_loss"), state.get("best_epoch")  # older checkpoints lack the last two
     trainer.state = State(state["epoch"], state["step"], *best, state["seconds"])
+    trainer.stop.saved_step = trainer.global_step
     trainer.last, trainer.watch.skipped = state["last"], state["skipped"]
     if trainer.processes.is_main:
         trainer.meter.load(state["meter"])

@@ -39,6 +39,7 @@ class Stop:
         self._half = 0.0  # of the time there was when the deadline became known
         self.step_seconds = 0.0
         self.save_seconds: float | None = None  # until something was saved
+        self.saved_step: int | None = None  # of the newest checkpoint
         self.doing, self.step = (
             "starting",
             0,
@@ -76,6 +77,12 @@ class Stop:
         """What the slowest of the last steps and the last saving took, as far as they are known."""
         found = {"step_seconds": self.step_seconds or None, "save_seconds": self.save_seconds}
         return {name: round(seconds, 3) for name, seconds in found.items() if seconds is not None}
+
+    def describe_saved(self) -> str:
+        """Up to where the run is saved, and how to continue."""
+        if self.saved_step is None:
+            return "nothing is saved yet, and the same command starts over"
+        return f"step {self.saved_step} is saved, and the same command continues from there"
 
     def now(self, doing: str, step: int) -> None:
         """Note what the run does from here on, and how many steps are done."""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import shutil
 import sys
+import textwrap
 from typing import Any, TextIO
 
 
@@ -39,6 +42,29 @@ class PatientStream:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+def announce(text: str) -> None:
+    """Print what a slow start is doing, where somebody watches."""
+    if sys.stderr.isatty():
+        print(f"{text} ...", file=sys.stderr, flush=True)
+
+
+def fit(text: str, stream: TextIO) -> str:
+    """Wrap a text for a stream that is a terminal; elsewhere lines stay whole, for `grep`."""
+    return wrap(text, shutil.get_terminal_size().columns) if stream.isatty() else text
+
+
+def wrap(text: str, width: int) -> str:
+    """Wrap lines at spaces: a terminal would break numbers and paths. What follows a label in a line stays in its column."""
+    lines = []
+    for line in text.splitlines():
+        label = re.match(r"\S[^:]{0,11} {2,}(?=\S)| +", line)
+        indent = " " * (len(label[0]) if label and len(label[0]) < width // 2 else 2)
+        if len(line) > width:
+            line = textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def be_patient() -> None:

@@ -309,7 +309,7 @@ class Trainer:
                 checkpoint.save(state, folder, also)
 
         self.processes.together(write, only_main=True)  # the others wait, so that nobody runs ahead
-        self.stop.save_seconds = time.monotonic() - began
+        self.stop.save_seconds, self.stop.saved_step = time.monotonic() - began, self.global_step
 
     def join_processes(self) -> None:
         """Train with the other processes from here on; all must have come this far, since it waits for them.

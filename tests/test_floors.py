@@ -27,7 +27,7 @@ FLOORS = {
     4: "experiment checkpoint_shards checkpoint reporting weight_files weights interop slurm utilisation".split(),
     5: ["run_state", "steps", "trainer", "resuming", "report"],
     6: "hydra_guard settings_yaml targets schema settings suggestions settings_check settings_submitit origins composition "
-    "preflight build inference usage stages".split(),
+    "preflight build inference usage stages run_messages".split(),
     7: ["jobs", "job_record", "ending", "process", "local", "submission", "launch", "dry", "cli"],
 }
 # Within a floor, these are above the others.
@@ -57,6 +57,7 @@ RAISED = {
     "preflight": 6.3,
     "build": 6.4,
     "inference": 6.45,
+    "run_messages": 6.5,
     "process": 7.2,
     "jobs": 7.0,
     "job_record": 7.1,

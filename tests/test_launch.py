@@ -114,9 +114,8 @@ class Torchrun(unittest.TestCase):
                 os.kill(pid, signal.SIGINT)
             self.assertEqual(process.wait(timeout=30), EXIT_INTERRUPTED)
             told = runs.summary(folder / "run")
-            self.assertEqual(
-                (told["status"], told["exit_reason"]), ("interrupted", "interrupted from the keyboard, without saving")
-            )
+            self.assertEqual(told["status"], "interrupted")
+            self.assertIn("interrupted from the keyboard", told["exit_reason"])
 
 
 def children(pid: int, kind: str = "spawn_main") -> list[int]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from omnivision.cli.arguments import number
 from omnivision.data.catalog import IGNORED_LABEL, resolve_prefix, shift_command, start_at_one
@@ -25,6 +25,7 @@ from omnivision.prepare.film_check import CheckJob, FilmCheck, check_film
 from omnivision.prepare.listing import printable
 from omnivision.prepare.progress import told
 from omnivision.prepare.workers import Died, default_workers, in_processes
+from omnivision.streams import wrap
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -87,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
             for position, check in zip(positions, result, strict=True):
                 checks[position] = check
     except KeyboardInterrupt:
-        print("check-data: interrupted; nothing was written.", file=sys.stderr)
+        print("check-data: interrupted; nothing was written. Run the same command again.", file=sys.stderr)
         return EXIT_INTERRUPTED
     summary = _summary(checks, labels, args.num_classes)
     summary["duplicates"] = same_films(full, segments=segments)
@@ -210,7 +211,9 @@ def _tell_distributions(console: Console, distributions: dict[str, dict[str, flo
         "fps": "frames a second",
         "gop": "most frames between key frames",
     }
-    table = Table("", "least", "5%", "median", "95%", "most")
+    table = Table(
+        "", *(Column(name, justify="right", no_wrap=True) for name in ("least", "5%", "median", "95%", "most"))
+    )
     for name, found in distributions.items():
         figures = [f"{value:g}" for value in found.values()]
         if console.is_terminal:
@@ -219,7 +222,7 @@ def _tell_distributions(console: Console, distributions: dict[str, dict[str, flo
             row = ", ".join(f"{key} {value}" for key, value in zip(found, figures, strict=True))
             _say(console, f"{titles[name]}: {row}")
     if console.is_terminal and distributions:
-        console.print(table)
+        console.print(table, crop=False)
 
 
 def _tell_gaps(gaps: dict[str, FilmCheck]) -> None:
@@ -264,4 +267,5 @@ def _advise(console: Console, summary: dict[str, Any]) -> None:
 
 
 def _say(console: Console, line: str) -> None:
-    console.print(printable(line), highlight=False, soft_wrap=True, markup=False)
+    text = wrap(printable(line), console.width) if console.is_terminal else printable(line)
+    console.print(text, highlight=False, soft_wrap=True, markup=False)

@@ -4,24 +4,13 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib
 import itertools
 import os
 import re
 import sys
 from typing import Any, NoReturn
 
-from omnivision.cli import (
-    check_data,
-    demo_data,
-    export,
-    import_weights,
-    predict,
-    prepare,
-    reconstruct,
-    report,
-    runs,
-    val_split,
-)
 from omnivision.errors import (
     EXIT_FAULT,
     EXIT_INTERRUPTED,
@@ -30,7 +19,22 @@ from omnivision.errors import (
     is_out_of_memory,
     out_of_memory,
 )
-from omnivision.streams import be_patient
+from omnivision.streams import announce, be_patient
+
+# The subcommands and their modules, which are imported when they are needed: most of them import torch.
+MODULES = {
+    "demo-data": "demo_data",
+    "prepare": "prepare",
+    "val-split": "val_split",
+    "check-data": "check_data",
+    "runs": "runs",
+    "report": "report",
+    "predict": "predict",
+    "reconstruct": "reconstruct",
+    "import": "import_weights",
+    "export": "export",
+}
+WITHOUT_TORCH = ("demo-data", "runs")
 
 LESS_MEMORY = (
     "Free memory, use a machine or --device that has more, or lower what the command takes at once, where it has such an "
@@ -49,26 +53,15 @@ class Parser(argparse.ArgumentParser):
         self.exit(EXIT_USER, f"error: {message}{end} See {self.prog} --help.\n")
 
 
-def parser() -> Parser:
-    """The command and all its subcommands."""
+def parser(only: str | None = None) -> Parser:
+    """The command with all its subcommands, or with one of them."""
     made = Parser(
         prog="omnivision",
         description="Tools around the training of video models. Training itself: python train_app_submitit.py --help",
     )
     commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (
-        demo_data,
-        prepare,
-        val_split,
-        check_data,
-        runs,
-        report,
-        predict,
-        reconstruct,
-        import_weights,
-        export,
-    ):
-        command.add_parser(commands)
+    for name in MODULES if only is None else [only]:
+        importlib.import_module(f"omnivision.cli.{MODULES[name]}").add_parser(commands)
     return made
 
 
@@ -95,8 +88,21 @@ def refuse_leading_dashes(made: argparse.ArgumentParser, words: list[str]) -> No
 
 
 def main(arguments: list[str] | None = None) -> int:
-    made = parser()
-    refuse_leading_dashes(made, sys.argv[1:] if arguments is None else arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    try:
+        return run_command(words)
+    except KeyboardInterrupt:
+        command = words[0] if words else "omnivision"
+        print(f"{command}: interrupted. Files are complete or not there; run the same command again.", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def run_command(arguments: list[str]) -> int:
+    name = arguments[0] if arguments and arguments[0] in MODULES else None
+    if name is not None and name not in WITHOUT_TORCH and "--help" not in arguments:
+        announce(f"{name}: loading")
+    made = parser(name)
+    refuse_leading_dashes(made, arguments)
     options, extra = made.parse_known_args(arguments)
     if extra:
         command = commands(made)[options.command]
@@ -109,9 +115,6 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print(f"{options.command}: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
     except (MemoryError, RuntimeError, OSError) as error:
         if is_out_of_memory(error):
             print(f"error: {out_of_memory(error, LESS_MEMORY)}", file=sys.stderr)

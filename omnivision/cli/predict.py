@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
+MAX_WIDTH = 10_000  # of a console in which nothing is broken
 BAR = 30  # characters of a probability of 1
 EIGHTHS = " ▏▎▍▌▋▊▉█"
 
@@ -60,27 +62,27 @@ def run(args: argparse.Namespace) -> int:
             print(f"error: {error}", file=sys.stderr)
             continue
         if not args.json:
-            # A long path stays a line, for whoever looks for it.
-            console = Console(highlight=False)
-            console.print(Text(film, "bold"), soft_wrap=True)
-            console.print(told(found[film]))
+            # A long path stays a line, for whoever looks for it, and so does a long name.
+            console = Console(highlight=False, width=MAX_WIDTH)
+            console.print(Text(film, "bold"))
+            console.print(told(found[film], shutil.get_terminal_size().columns if console.is_terminal else MAX_WIDTH))
     if args.json:
         told_all = {film: [asdict(guess) for guess in guesses] for film, guesses in found.items()}
         print(json.dumps(told_all, indent=1, ensure_ascii=False))
     return EXIT_USER if failed else 0
 
 
-def told(guesses: list[Guess]) -> Table:
-    """A row a class: its name, a bar, its probability in percent."""
+def told(guesses: list[Guess], width: int) -> Table:
+    """A row a class: its name, a bar as long as there is room for, its probability in percent."""
     table = Table(box=None, show_header=False, pad_edge=False)
+    room = min(BAR, width - max(Text(guess.name).cell_len for guess in guesses) - 12)
     for guess in guesses:
-        table.add_row(
-            Text(f"  {guess.name}"), Text(bar(guess.probability), "cyan"), f"{100 * guess.probability:5.1f} %"
-        )
+        shown = Text(bar(guess.probability, room), "cyan")
+        table.add_row(Text(f"  {guess.name}"), shown, f"{100 * guess.probability:5.1f} %")
     return table
 
 
-def bar(share: float) -> str:
+def bar(share: float, length: int = BAR) -> str:
     """A bar of a share in [0, 1], in eighths of a character."""
-    eighths = round(share * BAR * 8)
-    return ("█" * (eighths // 8) + EIGHTHS[eighths % 8].strip()).ljust(BAR)
+    eighths = round(share * length * 8) if length > 0 else 0
+    return ("█" * (eighths // 8) + EIGHTHS[eighths % 8].strip()).ljust(length)

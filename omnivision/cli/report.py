@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omnivision.errors import UserError
 from omnivision.jobs import queue_or_none, settled
+from omnivision.streams import fit
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -71,6 +73,6 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"{args.out} cannot be written: {error.strerror}. Change --out.") from error
     if clips and (folders := sorted({folder_of(each.paths) for run in found for each in run.predicted.values()})):
         told = ", ".join(folders[:3]) + (f" and {len(folders) - 3} more" if len(folders) > 3 else "")
-        print(f"Clips of mistakes are from films in {told}; --no-clips leaves them out.")
+        print(fit(f"Clips of mistakes are from films in {told}; --no-clips leaves them out.", sys.stdout))
     print(f"Wrote {args.out} ({args.out.stat().st_size / 1e6:.1f} MB, {len(found)} run{'s' * (len(found) > 1)})")
     return 0

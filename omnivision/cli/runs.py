@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -17,9 +18,15 @@ from rich.text import Text
 from omnivision.errors import UserError
 from omnivision.jobs import queue_or_none, settled
 from omnivision.reporting.run_folder import sound
+from omnivision.streams import fit
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+
+MAX_WIDTH = 10_000
+# Columns that a narrow window goes without, the first ones first.
+SPARE = ("age", "model", "chance %", "trunk", "minutes", "loss", "data", "starts from", "best %")
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -48,14 +55,21 @@ def run(args: argparse.Namespace) -> int:
     if args.top1:
         validated = (summary for summary in found if isinstance(summary["last"].get("val_top1"), (int, float)))
         found = sorted(validated, key=lambda s: (s["run"].get("sources") or [], s["last"]["val_top1"]))
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)
-    console.print(table(found, short=args.top1))
+    console = Console(width=MAX_WIDTH)  # rich would break numbers and names in narrower ones
+    left_out: list[str] = []
+    made = table(found, headings := headings_of(args.top1))
+    if console.is_terminal:
+        columns = shutil.get_terminal_size().columns
+        spare = [heading for heading in SPARE if heading in headings]
+        while spare and console.measure(made).maximum > columns:
+            left_out.append(spare.pop(0))
+            made = table(found, [heading for heading in headings if heading not in left_out])
+    console.print(made)
+    if left_out:
+        print(fit(f"No room for: {', '.join(left_out)}. A wider window or a pipe (| cat) shows them.", sys.stdout))
     for summary in found:
         if summary["status"] not in ("finished", "running") and summary["exit_reason"]:
-            told = plain(f"{summary['name']}: {summary['status']}: {summary['exit_reason']}")
-            console.print(told, highlight=False, markup=False, soft_wrap=True)
+            print(fit(plain(f"{summary['name']}: {summary['status']}: {summary['exit_reason']}"), sys.stdout))
     return 0
 
 
@@ -74,20 +88,23 @@ def summaries(folder: Path) -> list[dict[str, Any]]:
     return sorted(found, key=lambda summary: summary["run"].get("started") or summary["changed"])
 
 
-def table(found: list[dict[str, Any]], short: bool = False) -> Table:
+def headings_of(short: bool) -> list[str]:
+    """The columns; a `short` table has accuracies alone."""
+    headings = ["run", "trunk", "starts from", "data", "epochs", "minutes", "top-1 %", "chance %"]
+    return headings if short else [*headings, "best %", "loss", "model", "status", "age"]
+
+
+def table(found: list[dict[str, Any]], headings: list[str]) -> Table:
     """A row a run. Chance is what guessing one class for all would give on classes of equal size."""
     made = Table(box=None, pad_edge=False, header_style="bold")
     texts = ("run", "trunk", "starts from", "data", "model", "status", "age")
-    headings = ["run", "trunk", "starts from", "data", "epochs", "minutes", "top-1 %", "chance %"]
-    if not short:
-        headings += ["best %", "loss", "model", "status", "age"]
     for heading in headings:
-        made.add_column(heading, justify="left" if heading in texts else "right")
+        made.add_column(heading, justify="left" if heading in texts else "right", no_wrap=True)
     for summary in found:
         facts, last = summary["run"], summary["last"]
-        classes = facts.get("classes") or []
+        classes, status = facts.get("classes") or [], str(summary.get("status", "?"))
         cells = {
-            "run": summary["name"],
+            "run": summary["name"] + (f" ({status})" if "status" not in headings and status != "finished" else ""),
             "trunk": facts.get("trunk") or "?",
             "starts from": (facts.get("pretrained") or "nothing") if facts else "?",
             "data": ", ".join(facts.get("sources") or []),
@@ -98,7 +115,7 @@ def table(found: list[dict[str, Any]], short: bool = False) -> Table:
             "best %": _number(summary.get("best"), 1) if "val_top1" in last else "",
             "loss": _number(last.get("val_loss", last.get("loss")), 3),
             "model": facts.get("model") or "?",
-            "status": str(summary.get("status", "?")),
+            "status": status,
             "age": _age(time.time() - summary["changed"]),
         }
         made.add_row(*(Text(plain(cells[heading])) for heading in headings))  # no markup in what others have named

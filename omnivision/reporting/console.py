@@ -47,11 +47,12 @@ class ProgressLine:
         self.began, self.first = time.monotonic(), done
         self.last_line = float("-inf")
         self._bar: Progress | None = None
+        self._bar_width = max(8, min(40, console.width - 100))
         self._task: TaskID | None = None
         if console.is_terminal:
             self._bar = Progress(
                 TextColumn("[bold]{task.description}"),
-                BarColumn(),
+                BarColumn(self._bar_width),
                 MofNCompleteColumn(),
                 TextColumn("ETA"),
                 TimeRemainingColumn(),
@@ -63,16 +64,20 @@ class ProgressLine:
 
     def step(self, epoch: int, epochs: int, step: int, told: Mapping[str, float]) -> None:
         """`told` are the figures of a step: loss, clips_per_second, data_wait, and memory_gb and mfu where they are known."""
-        figures = (
-            f"loss {told['loss']:.4f}  {told['clips_per_second']:.1f} clips/s  waiting for data {told['data_wait']:.0%}"
-        )
-        figures += f"  {told['memory_gb']:.1f} GB" if "memory_gb" in told else ""
-        figures += f"  {told['mfu']:.0%} of the peak" if "mfu" in told else ""
+        parts = [f"loss {told['loss']:.4f}", f"{told['clips_per_second']:.1f} clips/s"]
+        parts.append(f"waiting for data {told['data_wait']:.0%}")
+        parts += [f"{told['memory_gb']:.1f} GB"] if "memory_gb" in told else []
+        parts += [f"{told['mfu']:.0%} of the peak"] if "mfu" in told else []
+        described = f"epoch {epoch + 1}/{epochs}"
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=step, description=f"epoch {epoch + 1}/{epochs}", figures=figures)
+            beside = len(f"{described} {self.total}/{self.total} ETA 00:00:00 ") + self._bar_width + 1
+            shown = parts.copy()
+            while len(shown) > 1 and len("  ".join(shown)) > self.console.width - beside:  # rich would cut a number
+                shown.pop()
+            self._bar.update(self._task, completed=step, description=described, figures="  ".join(shown))
         if time.monotonic() - self.last_line >= self.between or step == self.total:
             self.last_line = time.monotonic()
-            line = f"epoch {epoch + 1}/{epochs}  step {step}/{self.total}  {figures}  ETA {self._eta(step)}"
+            line = f"{described}  step {step}/{self.total}  {'  '.join(parts)}  ETA {self._eta(step)}"
             LOG.info(line)
             if self._bar is None:
                 self.console.print(line, highlight=False, soft_wrap=True)

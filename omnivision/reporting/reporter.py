@@ -14,9 +14,11 @@ from omnivision.reporting.console import ProgressLine, Starvation
 from omnivision.reporting.loggers import Logger, loggers
 from omnivision.reporting.metrics_log import MetricsLog
 from omnivision.reporting.run_folder import RunFolder
+from omnivision.streams import wrap
 from omnivision.tasks.base import Pictures
 
 LOG = logging.getLogger("omnivision")
+GLUE = "\0"  # a space at which no line is broken
 
 
 class Reporter:
@@ -55,8 +57,9 @@ class Reporter:
 
     def say(self, text: str) -> None:
         if self.enabled:
-            LOG.info(text)
-            self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+            LOG.info(text.replace(GLUE, " "))
+            wrapped = wrap(text, self.console.width) if self.console.is_terminal else text
+            self.console.print(wrapped.replace(GLUE, " "), highlight=False, soft_wrap=True, markup=False)
 
     def step(self, epoch: int, epochs: int, step: int, figures: dict[str, float]) -> None:
         """The figures of a training step; those of `metrics.jsonl` are named in the documentation of the run folder."""
@@ -73,7 +76,7 @@ class Reporter:
             self._metrics.write("epoch", phase, epoch, step, **figures)
             flat = {name: value for name, value in figures.items() if isinstance(value, (int, float))}
             self._scalars(f"{phase}_epoch", flat, step)
-            shown = "  ".join(f"{name} {value:.4g}" for name, value in flat.items())
+            shown = "  ".join(f"{name}{GLUE}{value:.4g}" for name, value in flat.items())
             self.say(f"epoch {epoch + 1} {phase}: {shown}")
 
     def pictures(self, name: str, what: Pictures, step: int) -> None:

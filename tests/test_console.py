@@ -1,0 +1,267 @@
+"""What people see of a run and of the commands: nothing is broken in a narrow window, starts and ends say what matters."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+from rich.console import Console
+
+from omnivision import launch
+from omnivision.cli import check_data, predict
+from omnivision.cli.main import main
+from omnivision.ending import how_it_ended
+from omnivision.errors import EXIT_INTERRUPTED
+from omnivision.evaluation import Evaluation
+from omnivision.inference import Guess
+from omnivision.reporting.console import ProgressLine
+from omnivision.reporting.reporter import Reporter
+from omnivision.reporting.run_folder import RunFolder
+from omnivision.run_messages import end_lines, start_lines
+from omnivision.stopping import Stop
+from omnivision.streams import announce, fit, wrap
+from omnivision.weights import LoadReport
+from tests.test_trainer import Noise, trainer
+
+WIDTHS = (60, 80, 120)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def plain(text: str) -> list[str]:
+    """Lines without what a terminal obeys."""
+    return [line.rstrip() for line in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text).splitlines() if line.strip()]
+
+
+def window(width: int) -> contextlib.AbstractContextManager:
+    return mock.patch.dict(os.environ, {"COLUMNS": str(width), "TERM": "xterm"})
+
+
+class Folder(unittest.TestCase):
+    def setUp(self):
+        temporary = tempfile.TemporaryDirectory()
+        self.addCleanup(temporary.cleanup)
+        self.folder = Path(temporary.name)
+
+
+class Wrapped(unittest.TestCase):
+    TEXT = (
+        "Weights from /data/a_path/that/is/longer/than/a/window/of/sixty/characters/best.pt (epoch 12, top-1 85.714 %)\n"
+        "device       cpu, float32, 2 processes, ddp, and more that does not fit beside it in a narrow window\n"
+        "  loaded   123  trunk.blocks.0.attn.qkv.weight, trunk.blocks.0.attn.qkv.bias, trunk.blocks.0.mlp.fc1.weight"
+    )
+
+    def test_words_stay_whole(self):
+        for width in (20, *WIDTHS, 200):
+            wrapped = wrap(self.TEXT, width)
+            self.assertEqual(wrapped.split(), self.TEXT.split())
+            for line in wrapped.splitlines():
+                self.assertTrue(len(line) <= width or len(line.split()) == 1, line)
+        self.assertEqual(wrap(self.TEXT, 200), self.TEXT)
+
+    def test_values_stay_in_the_column_after_their_label(self):
+        lines = wrap("device       cpu, float32, 2 processes, ddp", 30).splitlines()
+        self.assertEqual([line[:13] for line in lines], ["device       ", " " * 13])
+
+    def test_only_terminals_are_wrapped_for(self):
+        with window(60):
+            self.assertEqual(fit(self.TEXT, io.StringIO()), self.TEXT)
+            self.assertGreater(len(fit(self.TEXT, Terminal()).splitlines()), 3)
+
+
+class Windows(Folder):
+    """Tables and lines in windows of several widths, and in a pipe."""
+
+    def runs(self, *arguments: str, out: io.StringIO) -> list[str]:
+        for name, top1 in (("sweep/lr_0.000125_batch_128", 85.714), ("ft", 42.9)):
+            folder = self.folder / name
+            folder.mkdir(parents=True, exist_ok=True)
+            run = {
+                "model": "classifier",
+                "trunk": "trained",
+                "sources": ["ucf101"],
+                "classes": [101],
+                "pretrained": "mae",
+            }
+            summary = {"run": run, "status": "running", "epochs": 30, "wall_time": 5400.0, "best": top1}
+            (folder / "summary.json").write_text(
+                json.dumps(summary | {"last": {"val_top1": top1, "val_loss": 1.23456}})
+            )
+        with contextlib.redirect_stdout(out):
+            self.assertEqual(main(["runs", str(self.folder), *arguments]), 0)
+        return plain(out.getvalue())
+
+    def test_the_list_of_runs(self):
+        for width in (*WIDTHS, 160):
+            with window(width):
+                lines = self.runs(out=Terminal())
+            self.assertLessEqual(max(map(len, lines)), width)
+            for expected in ("sweep/lr_0.000125_batch_128", "85.7", "top-1 %", "running"):
+                self.assertIn(expected, "\n".join(lines))
+            self.assertEqual("No room for: age" in "\n".join(lines), width < 160, lines)
+        lines = self.runs(out=io.StringIO())
+        self.assertEqual(len(lines), 3)
+        self.assertIn("age", lines[0])
+        self.assertIn("ft (running)", "\n".join(self.runs("--top1", out=io.StringIO())))
+
+    def test_a_name_longer_than_the_window_stays_whole(self):
+        name = "x" * 70
+        guesses = [Guess(name, 0, 0.75), Guess("y", 1, 0.25)]
+        for width in (*WIDTHS, 10_000):
+            out = io.StringIO()
+            Console(file=out, width=10_000).print(predict.told(guesses, width))
+            lines = plain(out.getvalue())
+            self.assertEqual([line.split()[0] for line in lines], [name, "y"])
+            self.assertTrue(lines[0].endswith("75.0 %"))
+            if width >= 90:
+                self.assertLessEqual(len(lines[0]), width)
+                self.assertIn("█", lines[0])
+
+    def test_figures_of_a_split(self):
+        found = dict.fromkeys(("least", "5%", "median", "95%", "most"), 12345.678)
+        for width in WIDTHS:
+            out = io.StringIO()
+            console = Console(file=out, width=width, force_terminal=True)
+            check_data._tell_distributions(console, {"frames": found, "gop": found})
+            self.assertEqual(out.getvalue().count("12345.7"), 10, width)
+
+    def test_lines_of_an_epoch(self):
+        figures = {"loss": 0.41234, "mean_class_accuracy": 84.123, "top1": 85.714, "top5": 100.0, "videos": 1234}
+        for width in WIDTHS:
+            out = io.StringIO()
+            reporter = Reporter(RunFolder(self.folder), True, Console(file=out, width=width, force_terminal=True))
+            (self.folder / "logs").mkdir(exist_ok=True)
+            reporter.epoch("val", 29, 9, figures)
+            text = "\n".join(plain(out.getvalue()))
+            self.assertLessEqual(max(map(len, text.splitlines())), width)
+            for name, value in figures.items():
+                self.assertIn(f"{name} {value:.4g}", text)
+
+    def test_the_bar(self):
+        for width in WIDTHS:
+            out = io.StringIO()
+            bar = ProgressLine(1200, 0, Console(file=out, width=width, force_terminal=True, color_system=None))
+            bar.step(9, 30, 512, {"loss": 12.51234, "clips_per_second": 112.0, "data_wait": 0.25, "memory_gb": 1.5})
+            bar.close()
+            last = plain(out.getvalue().replace("\r", "\n"))[-1]
+            self.assertLessEqual(len(last), width)
+            self.assertIn("loss 12.5123", last)
+            self.assertEqual("112.0 clips/s" in last, width >= 80)
+            self.assertNotIn("…", last)
+
+    def test_a_slow_start_is_announced_where_somebody_watches(self):
+        for stream, text in ((Terminal(), "Loading ...\n"), (io.StringIO(), "")):
+            with mock.patch.object(sys, "stderr", stream):
+                announce("Loading")
+            self.assertEqual(stream.getvalue(), text)
+
+
+class StartAndEnd(Folder):
+    def test_the_header(self):
+        made = trainer(self.folder / "run", val=Noise(5), limit=2)
+        report = LoadReport("runs/mae/checkpoints/best.pt", "0", "epoch 20, training loss 0.43")
+        for split in (*made.train.dataset.splits, *made.val.dataset.splits):
+            split.which = "train"
+        text = "\n".join(start_lines(SimpleNamespace(clips_per_step=4), made, [report]))
+        for expected in (
+            r"MaskedAutoencoder, \d+ parameters, \d+ trained",
+            "cpu, float32",
+            "noise, train: 12 samples",
+            "noise, train: 5 samples",
+            "4 clips a step, 2 steps an epoch, 2 epochs",
+            r"peak lr +0\.0\d+",
+            "seed +3",
+            r"mae/checkpoints/best\.pt \(epoch 20, training loss 0\.43\)",
+            f"directory +{self.folder}/run",
+        ):
+            self.assertRegex(text, expected)
+        self.assertRegex("\n".join(start_lines(SimpleNamespace(clips_per_step=4), made, [])), "weights +random")
+        made.state.epoch = 1
+        self.assertRegex(
+            "\n".join(start_lines(SimpleNamespace(clips_per_step=4), made, [])), "resumed after 1 epochs\n"
+        )
+
+    def test_the_end(self):
+        made = trainer(self.folder / "run", val=Noise(1), val_epoch_freq=1, limit=1)
+        losses = iter([0.25, 0.5])
+        made.evaluate = lambda: Evaluation({"loss": next(losses)}, {}, {}, [])
+        made.fit()
+        made.reporter.close()
+        text = "\n".join(end_lines(made))
+        for expected in (
+            rf"best +epoch 1, validation loss 0\.25: {self.folder}/run/checkpoints/best\.pt",
+            rf"last +epoch 2, validation loss 0\.5: {self.folder}/run/checkpoints/checkpoint\.pt",
+            f"omnivision report {self.folder}/run",
+            f"omnivision reconstruct {self.folder}/run VIDEO",
+        ):
+            self.assertRegex(text, expected)
+        made.state.best, made.state.best_loss, made.last["val_top1"] = 50.0, 0.5, 25.0
+        self.assertRegex("\n".join(end_lines(made)), r"epoch 1, top-1 50\.0 %, validation loss 0\.5: ")
+
+    def test_without_a_validation(self):
+        made = trainer(self.folder / "run", limit=1, max_epochs=1)
+        made.fit()
+        made.reporter.close()
+        text = "\n".join(end_lines(made))
+        self.assertNotIn("best ", text)
+        self.assertRegex(text, "last +epoch 1, training loss")
+
+
+class Interrupted(Folder):
+    def test_what_is_saved_is_said(self):
+        made = trainer(self.folder / "run", save_every_steps=2, max_epochs=1)
+        texts = [made.stop.describe_saved()]
+        made.fit()
+        made.reporter.close()
+        resumed = trainer(self.folder / "run", max_epochs=2)
+        for stop in (made.stop, resumed.stop):
+            texts.append(stop.describe_saved())
+        for text, expected in zip(texts, ("nothing is saved", "step 3 is saved", "step 3 is saved"), strict=True):
+            self.assertIn(expected, text)
+        error = KeyboardInterrupt()
+        error.add_note(Stop().describe_saved())
+        self.assertEqual(how_it_ended(error)[0], EXIT_INTERRUPTED)
+        self.assertIn("nothing is saved", how_it_ended(error)[1])
+
+    def test_a_sweep_ends_with_the_run_that_is_interrupted(self):
+        jobs = []
+        for number in range(3):
+            launcher = SimpleNamespace(experiment_log_dir=f"run_{number}")
+            jobs.append(
+                SimpleNamespace(
+                    settings=SimpleNamespace(submitit=SimpleNamespace(use_cluster=False), launcher=launcher)
+                )
+            )
+        for codes, runs in (
+            ([0, EXIT_INTERRUPTED, 0], 2),
+            ([0, 143, 0], 2),
+            ([1, 0, 0], 3),
+            ([0, 0, EXIT_INTERRUPTED], 3),
+        ):
+            with (
+                mock.patch.object(launch, "run", side_effect=codes) as run,
+                contextlib.redirect_stdout(io.StringIO()),
+                contextlib.redirect_stderr(io.StringIO()),
+            ):
+                self.assertEqual(launch.launch(jobs), max(codes[:runs]))
+            self.assertEqual(run.call_count, runs)
+
+    def test_commands(self):
+        for where in ("omnivision.cli.runs.run", "omnivision.cli.runs.add_parser"):  # at work, and while it loads
+            with mock.patch(where, side_effect=KeyboardInterrupt), contextlib.redirect_stderr(io.StringIO()) as said:
+                self.assertEqual(main(["runs", str(self.folder)]), EXIT_INTERRUPTED)
+            self.assertRegex(said.getvalue(), "^runs: interrupted.*same command")
+
+
+if __name__ == "__main__":
+    unittest.main()
