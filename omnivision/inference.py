@@ -101,7 +101,15 @@ class VideoModel:
         self.num_frames, self.image_size, self.tubelet = trunk.num_frames, trunk.image_size, trunk.tubelet
 
     @torch.inference_mode()
-    def scores(self, film: str | Path, clips: int = 2, crops: int = 3, head: int = 0, fps: float = 25.0) -> np.ndarray:
+    def scores(
+        self,
+        film: str | Path,
+        clips: int = 2,
+        crops: int = 3,
+        head: int = 0,
+        fps: float = 25.0,
+        frame_pattern: str | None = None,
+    ) -> np.ndarray:
         """Logits of a film, float32 (classes,): averaged over `clips` x `crops` views of it as evaluations of its run did.
 
         Raises UserError for a film that cannot be read, and for a model without classes.
@@ -117,7 +125,7 @@ class VideoModel:
             )
         if not 0 <= head < len(self.shown.names):
             raise UserError(f"head is {head}; {self.path} has {len(self.shown.names)}, counted from 0. Change head.")
-        scores = self.model(self.views(film, clips, crops, fps=fps), head).float()
+        scores = self.model(self.views(film, clips, crops, fps=fps, frame_pattern=frame_pattern), head).float()
         if not scores.isfinite().all():
             raise UserError(
                 f"{self.path} gives scores that are not finite: its run went wrong, or it is damaged. Use another."
@@ -127,12 +135,22 @@ class VideoModel:
         return scores.mean(0).cpu().numpy()
 
     def predict(
-        self, film: str | Path, top: int = 5, clips: int = 2, crops: int = 3, head: int = 0, fps: float = 25.0
+        self,
+        film: str | Path,
+        top: int = 5,
+        clips: int = 2,
+        crops: int = 3,
+        head: int = 0,
+        fps: float = 25.0,
+        frame_pattern: str | None = None,
     ) -> list[Guess]:
-        """The `top` likeliest classes of a film, best first; `fps` is for folders of frames. Raises UserError, as `scores`."""
+        """The `top` likeliest classes of a film, best first; `fps` and `frame_pattern` are for folders of frames.
+
+        Raises UserError, as `scores`.
+        """
         if top < 1:
             raise UserError(f"top is {top}; expected a number of classes of at least 1. Change top.")
-        shares = torch.from_numpy(self.scores(film, clips, crops, head, fps)).softmax(0).numpy()
+        shares = torch.from_numpy(self.scores(film, clips, crops, head, fps, frame_pattern)).softmax(0).numpy()
         best = np.argsort(-shares, kind="stable")[:top]
         return [Guess(self.shown.names[head][label], int(label), float(shares[label])) for label in best]
 
@@ -144,6 +162,7 @@ class VideoModel:
         mask_ratio: float = MASK_RATIO,
         seed: int = 0,
         fps: float = 25.0,
+        frame_pattern: str | None = None,
     ) -> Pictures:
         """What an autoencoder makes of a clip, from `start` (s; None: the middle of the film) on, of which it sees
         1 - `mask_ratio`: columns of frames, see `tasks.reconstruct`. Raises UserError.
@@ -154,7 +173,7 @@ class VideoModel:
             )
         if not 0 < mask_ratio < 1:
             raise UserError(f"mask_ratio is {mask_ratio:g}; expected a share above 0 and below 1. Change mask_ratio.")
-        video = self.views(film, clips=1, crops=1, start=start, fps=fps)
+        video = self.views(film, clips=1, crops=1, start=start, fps=fps, frame_pattern=frame_pattern)
         grid = token_grid((self.num_frames, self.image_size, self.image_size), self.tubelet)
         mask = torch.from_numpy(RandomMask(mask_ratio)(grid, np.random.default_rng(seed)))[None]
         nothing = torch.zeros(1, dtype=torch.int64)
@@ -166,13 +185,21 @@ class VideoModel:
         kinds = {MaskedAutoencoder: "a masked autoencoder", VideoClassifier: "a classifier"}
         return kinds.get(type(self.model), f"a {type(self.model).__name__}")
 
-    def views(self, film: str | Path, clips: int, crops: int, start: float | None = None, fps: float = 25.0) -> Tensor:
+    def views(
+        self,
+        film: str | Path,
+        clips: int,
+        crops: int,
+        start: float | None = None,
+        fps: float = 25.0,
+        frame_pattern: str | None = None,
+    ) -> Tensor:
         """Views of a film as the model takes them: uint8 (clips x crops, 3, T, H, W). Raises UserError."""
         view = EvalView(self.image_size, crops)
         rng = np.random.default_rng(0)  # no view of an evaluation is random
         found = []
         try:
-            with open_video(str(film), fps=fps, max_pixels=EIGHT_K) as video:
+            with open_video(str(film), fps=fps, max_pixels=EIGHT_K, frame_pattern=frame_pattern) as video:
                 for begin in self._starts(video.duration, clips, start, film):
                     frames = view.prepare(video.read(*clip_window(begin, self.shown.clip_duration), self.num_frames))
                     found += [view(frames, rng, number) for number in range(crops)]

@@ -61,6 +61,15 @@ class Trained(unittest.TestCase):
         self.assertAlmostEqual(best[0].probability, float(shares.max()), places=5)
         self.assertEqual({guess.name for guess in model.predict(str(paths[0]))}, {"run", "jump", "<turn & stand>"})
 
+    def test_a_folder_of_several_series(self):
+        folder = self.folder / "series"
+        folder.mkdir()
+        for name in ("img_1", "img_2", "flow_1", "flow_2"):
+            Image.new("RGB", (64, 48)).save(folder / f"{name}.png")
+        code, _, err = self.command("predict", self.folder / "ft", folder)
+        self.assertEqual((code, "flow_*.png, img_*.png" in err), (1, True))
+        self.assertEqual(self.command("predict", self.folder / "ft", folder, "--frame-pattern", "img_*.png")[0], 0)
+
     def test_predict(self):
         film = str(self.folder / f"a path of more than a line {'-' * 80}.mp4")
         Path(film).symlink_to(runs.real_films()[0])

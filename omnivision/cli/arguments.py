@@ -39,6 +39,8 @@ def add_trust_targets(parser: argparse.ArgumentParser) -> None:
 
 def add_fps(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fps", type=rate, default=25.0, metavar="X", help="of folders of frames (default 25)")
+    text = "the frames among the images of a folder, e.g. 'img_*.jpg', where it holds several series"
+    parser.add_argument("--frame-pattern", metavar="PATTERN", help=text)
 
 
 def rate(text: str) -> float:

@@ -56,7 +56,8 @@ def run(args: argparse.Namespace) -> int:
     model, found, failed = load(args.checkpoint, args.device, args.trust_targets), {}, False
     for film in args.films:
         try:
-            found[film] = model.predict(film, args.top, args.clips, args.crops, args.head, args.fps)
+            shown = args.clips, args.crops, args.head, args.fps, args.frame_pattern
+            found[film] = model.predict(film, args.top, *shown)
         except UserError as error:
             failed = True
             print(f"error: {error}", file=sys.stderr)

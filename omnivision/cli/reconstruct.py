@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     from omnivision.reporting.pictures import gif_bytes, moving, still
 
     pictures = load(args.checkpoint, args.device, args.trust_targets).reconstruct(
-        args.film, args.start, args.mask_ratio, args.seed, args.fps
+        args.film, args.start, args.mask_ratio, args.seed, args.fps, args.frame_pattern
     )
     try:
         with replace_atomically(args.out) as file:
