@@ -25,7 +25,8 @@ DOCS = ROOT / "docs"
 # Smaller than what people type, so that a test need not wait.
 QUICKER = {
     "epochs=30": "epochs=2",
-    "launcher.experiment_log_dir=": "trainer.limit_train_batches=2 launcher.experiment_log_dir=",
+    "launcher.experiment_log_dir=": "num_workers=0 image_size=32 short_side=40 num_frames=4 "
+    "trainer.limit_train_batches=2 launcher.experiment_log_dir=",
 }
 
 
