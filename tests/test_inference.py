@@ -39,7 +39,7 @@ class Trained(unittest.TestCase):
         ft = stages.here([*command, "launcher.num_nodes=1"])
         assert ft.returncode == 0, ft.stderr
         split = runs.write_split(cls.folder, runs.real_films() * 6)
-        mae = runs.run(cls.folder / "mae", *split, "epochs=1", "clip_duration=0.9")
+        mae = stages.here(runs.command(cls.folder / "mae", *split, "epochs=1", "clip_duration=0.9")[2:])
         assert mae.returncode == 0, mae.stderr
 
     def command(self, *arguments: object) -> tuple[int, str, str]:
