@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 if TYPE_CHECKING:
     from omnivision.process import Job
+    from omnivision.settings import Settings
 
 HERE = Path(__file__).resolve().parent
 FLAGS_WITH_VALUE = (
@@ -190,6 +191,7 @@ def checked(config: DictConfig) -> "Job":
     written = OmegaConf.to_container(config, resolve=False)
     folders = [*site_folders(sys.argv[1:]), CONFIG]
     settings = check(config, origin_of(sys.argv[1:], folders, written), typed_choices(sys.argv[1:]), folders)
+    require_weights_by_hand(settings)
     if settings.trainer.mode != "dry":
         splits = check_run(settings, check_way)
         if os.environ.get("RANK", "0") == "0":
@@ -207,6 +209,23 @@ def trust_by_hand(config: DictConfig) -> None:
         raise UserError(
             f"trainer.trust_targets is {str(trusted)[:200]} in a file; expected it on the command line alone: to build classes "
             "runs their code, and files come from others, too. Take it out, and type '++trainer.trust_targets=[PACKAGE]'."
+        )
+
+
+def require_weights_by_hand(settings: "Settings") -> None:
+    """Raise UserError for frozen or averaged weights that come from nowhere, unless null was typed."""
+    from omnivision.errors import UserError
+    from omnivision.files import LATEST
+
+    frozen = settings.trainer.freeze or "num_models" in settings.trainer.model
+    if not frozen or settings.pretrained_checkpoint_path is not None or settings.trainer.mode == "val":
+        return
+    resumes = Path(settings.trainer.checkpoint.save_dir, LATEST).exists()
+    if not resumes and not any(word.lstrip("+").startswith("pretrained_checkpoint_path=") for word in sys.argv[1:]):
+        raise UserError(
+            "pretrained_checkpoint_path is not set, and the run freezes or averages pretrained weights; expected the run "
+            "directory or checkpoint of an earlier stage. Set pretrained_checkpoint_path=RUN, or type "
+            "pretrained_checkpoint_path=null for randomly initialized weights."
         )
 
 

@@ -33,7 +33,7 @@ from omnivision.models.average import AveragedClassifier
 from omnivision.models.classifier import is_frozen
 from omnivision.models.patches import token_grid
 from omnivision.optim.groups import Group, Rule, ScheduledOptimizer, layer_decay_scales, parameter_groups
-from omnivision.optim.schedules import Scaled
+from omnivision.optim.schedules import Scaled, peak
 from omnivision.preflight import datasets_of, epoch_plan, held_bytes, host_memory, open_splits, spread_indices
 from omnivision.reporting.bad_samples import BadSampleLedger
 from omnivision.reporting.reporter import Reporter
@@ -275,16 +275,18 @@ def _take_positions(
 
 
 def groups(settings: Settings, model: nn.Module) -> list[Group]:
-    """Parameter groups; learning rates are divided by lr_scale_factor, once, over the whole schedule."""
+    """Parameter groups; learning rates are scaled once, over the whole schedule: by lr_scale_factor, or to the peak `lr`."""
     optim = settings.trainer.optim
     options: dict[str, list[Rule]] = {}
     for option, rules in optim.options.items():
-        options[option] = []
-        for number, rule in enumerate(rules):
-            schedule = build(rule.scheduler, f"trainer.optim.options.{option}[{number}].scheduler")
-            if option == "lr":
-                schedule = Scaled(schedule, 1 / optim.lr_scale_factor)
-            options[option].append(Rule(schedule, rule.param_names, rule.module_cls_names))
+        where = f"trainer.optim.options.{option}"
+        schedules = [build(rule.scheduler, f"{where}[{number}].scheduler") for number, rule in enumerate(rules)]
+        names = [(rule.param_names, rule.module_cls_names) for rule in rules]
+        options[option] = [Rule(schedule, *each) for schedule, each in zip(schedules, names, strict=True)]
+    if rates := options.get("lr"):
+        by = 1 / optim.lr_scale_factor if settings.lr is None else settings.lr / _peak_rate(rates)
+        for rule in rates:
+            rule.scheduler = Scaled(rule.scheduler, by)
     scales = layer_decay_scales(model, optim.layer_decay) if optim.layer_decay is not None else None
     made = parameter_groups(model, options, scales)
     if without := [name for group in made if "lr" not in group.schedules for name in group.names]:
@@ -293,6 +295,17 @@ def groups(settings: Settings, model: nn.Module) -> list[Group]:
             "rate for each: add a rule without param_names and module_cls_names, the default."
         )
     return made
+
+
+def _peak_rate(rules: list[Rule]) -> float:
+    """The highest learning rate of a recipe: that of its default rule, else of its first."""
+    highest = peak(next((rule for rule in rules if rule.is_default), rules[0]).scheduler)
+    if highest <= 0:
+        raise UserError(
+            f"trainer.optim.options.lr is {highest:g} at its highest; expected a schedule above 0, which lr scales. Change "
+            "trainer.optim.options.lr, or leave out lr."
+        )
+    return highest
 
 
 def optimizer(settings: Settings, model: nn.Module) -> ScheduledOptimizer:

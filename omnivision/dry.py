@@ -220,7 +220,12 @@ def draw(settings: Settings, optimizer: ScheduledOptimizer, file: Path) -> None:
         if len(axes.lines) > 1:
             axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))  # beside the axes
     axes.set_xlabel("epoch")
-    told = f"Effective batch {settings.clips_per_step} clips, learning rates / {settings.lr_scale_factor:g}"
+    rate = (
+        f"learning rates / {settings.lr_scale_factor:g}"
+        if settings.lr is None
+        else f"peak learning rate {settings.lr:g}"
+    )
+    told = f"Effective batch {settings.clips_per_step} clips, {rate}"
     figure.suptitle(told, fontsize=10)
     file.parent.mkdir(parents=True, exist_ok=True)
     with replace_atomically(file) as opened:
@@ -246,7 +251,7 @@ def weights_lines(settings: Settings) -> list[str]:
     """The files that the run starts from, if they exist."""
     source = settings.pretrained_checkpoint_path
     if source is None:
-        return ["weights      none: it starts from nothing"]
+        return ["weights      random initialization" + ", of frozen parameters too" * bool(settings.trainer.freeze)]
     lines = []
     for each in [source] if isinstance(source, str) else source:
         with contextlib.suppress(UserError):

@@ -43,6 +43,7 @@ WITHOUT_EFFECT = (
     "trainer.model.*.activation_checkpointing",
     "trainer.val_epoch_freq",
     "trainer.max_skipped_steps",
+    "trainer.optim.nominal_batch",
     "trainer.data.batch_size",
     "trainer.data.image.batch_size",
     "trainer.data.num_workers",

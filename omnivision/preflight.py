@@ -17,6 +17,7 @@ from omnivision.files import BEST, LATEST, PARTS, PREVIOUS, require_weights
 from omnivision.settings import Settings
 
 NUM_PROBED_FILES = 16  # of each split, before a run
+FEW_CLIPS = 1000  # that the paper's fine-tuning does not learn from
 CHECKPOINTS = 3  # there are so many at once while one is saved: the newest, the one before, the one that is written
 Made = TypeVar("Made")
 
@@ -151,8 +152,8 @@ def check_pretrained(settings: Settings) -> None:
     if Path(settings.trainer.checkpoint.save_dir, LATEST).exists():
         return
     wanted = settings.pretrained_checkpoint_path
-    for source in [wanted] if isinstance(wanted, str) else wanted or []:
-        require_weights(source)
+    sources = [wanted] if isinstance(wanted, str) else wanted or []
+    all_of(functools.partial(require_weights, source) for source in sources)
 
 
 def awaits_dependency(settings: Settings) -> bool:
@@ -275,7 +276,7 @@ def sample_paths(split: Split) -> list[str]:
 def run_warnings(settings: Settings, train: list[Split], val: list[Split]) -> list[str]:
     """What a run and trainer.mode=dry warn about before the start: settings that are allowed, and may be a mistake."""
     warnings = file_warnings(train + val) if settings.submitit.use_cluster else []
-    warnings += worker_warnings(settings)
+    warnings += worker_warnings(settings) + recipe_warnings(settings, train)
     if "decoder" not in settings.trainer.model:
         warnings += label_warnings(train)
     if train:
@@ -343,3 +344,37 @@ def label_warnings(train: list[Split]) -> list[str]:
                 + (" Do the labels start at 1? They must start at 0." if missing == [0] else "")
             )
     return found
+
+
+def recipe_warnings(settings: Settings, train: list[Split]) -> list[str]:
+    """Sentences about learning rates for another batch, and about few clips for the paper's fine-tuning."""
+    if settings.trainer.mode == "val":
+        return []
+    return _rate_warnings(settings) + _few_clips_warnings(settings, sum(map(len, train)))
+
+
+def _rate_warnings(settings: Settings) -> list[str]:
+    optim, batch = settings.trainer.optim, settings.clips_per_step
+    if settings.lr is not None or optim.nominal_batch is None:
+        return []
+    fitting = optim.nominal_batch / batch
+    ratio = fitting / optim.lr_scale_factor
+    if 0.499 < ratio < 2.001:
+        return []
+    return [
+        f"the learning rates are for batches of {optim.nominal_batch} clips, and a batch has {batch}: with lr_scale_factor="
+        f"{optim.lr_scale_factor:g} they are {ratio:.3g} times the recipe's. Set lr_scale_factor={fitting:g}, or lr to the "
+        "peak for this batch."
+    ]
+
+
+def _few_clips_warnings(settings: Settings, clips: int) -> list[str]:
+    trainer = settings.trainer
+    mixing = trainer.task.get("mixing")
+    mixes = mixing is not None and mixing.get("prob") != 0
+    if not 0 < clips < FEW_CLIPS or not mixes or trainer.freeze or "num_models" in trainer.model:
+        return []
+    return [
+        f"{clips} training clips are few for the paper's fine-tuning, which mixes them (mixup and CutMix): "
+        "+experiments=omnimae/small_data_ft fits better."
+    ]

@@ -201,6 +201,8 @@ def ready_trainer(
     reports = trainer.sources or build.pretrained(job.settings, trainer.bare)
     for line in [line for report in reports for line in report.lines()]:
         reporter.say(line)
+    if not validating and any(name.startswith("heads.") for report in reports for name in report.loaded):
+        reporter.say("The heads of the checkpoint are loaded, too; trainer/checkpoint=no_heads leaves them out.")
     if trainer.ema is not None:
         trainer.ema.start()
     return trainer, reports

@@ -24,13 +24,13 @@ def start_lines(settings: Settings, trainer: Trainer, reports: Sequence[LoadRepo
     splits = [split for data in (trainer.train, trainer.val) if data is not None for split in data.dataset.splits]
     device = torch.cuda.get_device_name(processes.device) if processes.device.type == "cuda" else processes.device.type
     precision = str(trainer.options.amp_dtype or torch.float32).removeprefix("torch.")
+    total = sum(p.numel() for p in parameters)
     several = f", {processes.world} processes, {trainer.options.strategy}" if processes.world > 1 else ""
     starts = ", ".join(f"{each.path}" + (f" ({each.checkpoint})" if each.checkpoint else "") for each in reports)
     if trainer.global_step:
         starts = f"its own, resumed after {state.epoch} epochs" + (f" and {state.step} steps" if state.step else "")
     lines = [
-        f"model        {type(trainer.bare).__name__}, {count(sum(p.numel() for p in parameters))} parameters, "
-        f"{count(trained)} trained",
+        f"model        {type(trainer.bare).__name__}, {count(total)} parameters, {count(trained)} trained",
         f"device       {device}, {precision}{several}",
         *(f"data         {split.name}, {split.which}: {len(split)} samples" for split in splits),
     ]
@@ -45,7 +45,7 @@ def start_lines(settings: Settings, trainer: Trainer, reports: Sequence[LoadRepo
     return [
         *lines,
         f"seed         {trainer.options.seed}",
-        f"weights      {starts or 'random initialization'}",
+        f"weights      {starts or 'random initialization' + ', of frozen parameters too' * (trained < total)}",
         f"git commit   {git_commit() or 'unknown (no git checkout)'}",
         f"directory    {trainer.folder.path.absolute()}",
     ]

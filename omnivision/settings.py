@@ -107,6 +107,7 @@ class OptimSettings:
     optimizer: Target
     options: dict[str, list[RuleSettings]]
     lr_scale_factor: ScaleFactor
+    nominal_batch: Natural | None
     layer_decay: Annotated[float, Range(above=0, high=1)] | None
     accumulation_steps: Natural
     gradient_clip: Positive | None
@@ -181,10 +182,15 @@ class Settings:
     short_side: Annotated[int, Range(low=1, high=4096)]
     clip_duration: Positive
     mask_ratio: Annotated[float, Range(above=0, below=1)]
+    crop_scale: list[float]
+    rand_augment_prob: Share
+    erasing_prob: Share
+    mixing_prob: Share
     batch_size: Natural
     num_workers: Workers
     epochs: Natural
     lr_scale_factor: ScaleFactor
+    lr: Positive | None
     mixing_lr_factor: Positive
     video_labels: Natural | None
     pretrained_checkpoint_path: str | list[str] | None

@@ -175,10 +175,18 @@ def contradictions(settings: Settings) -> list[str]:
         for option in trainer.optim.options
         if option not in accepted and "**" not in accepted
     ]
-    if "lr" not in trainer.optim.options and trainer.optim.lr_scale_factor != 1:
+    scaled_by = {"lr_scale_factor": trainer.optim.lr_scale_factor} if trainer.optim.lr_scale_factor != 1 else {}
+    if settings.lr is not None:
+        scaled_by["lr"] = settings.lr
+    if len(scaled_by) > 1:
         problems.append(
-            f"lr_scale_factor is {trainer.optim.lr_scale_factor:g}, but trainer.optim.options has no lr to divide. Give "
-            "the learning rate there, or leave lr_scale_factor at 1."
+            f"lr is {settings.lr:g} and lr_scale_factor is {trainer.optim.lr_scale_factor:g}; expected one of them: lr is the "
+            "peak for the batch as it is, lr_scale_factor divides the recipe's. Leave one out."
+        )
+    elif scaled_by and "lr" not in trainer.optim.options:
+        problems.append(
+            f"{' '.join(scaled_by)} is {min(scaled_by.values()):g}, but trainer.optim.options has no lr to divide "
+            "or raise. Add a schedule there, or leave it out."
         )
     problems += settings.submitit.contradictions()
     problems += _batch_problems(settings, "", data.batch_size, data.views_per_clip, trainer.optim.accumulation_steps)

@@ -13,8 +13,6 @@ from omnivision.settings import Settings
 
 # What other trainers have a setting for and this one says in another way; by the last part of a name.
 ELSEWHERE = {
-    "lr": "the learning rate is a schedule, trainer.optim.options.lr, divided by lr_scale_factor",
-    "learning_rate": "the learning rate is a schedule, trainer.optim.options.lr, divided by lr_scale_factor",
     "warmup": "warm-up is the first part of the schedule trainer.optim.options.lr",
     "warmup_epochs": "warm-up is the first part of the schedule trainer.optim.options.lr",
     "weight_decay": "weight decay is a schedule, trainer.optim.options.weight_decay",
@@ -36,6 +34,7 @@ ELSEWHERE = {
 # The same where this one has such a setting, under another name.
 CALLED = {
     "bs": "batch_size",
+    "learning_rate": "lr",
     "num_epochs": "epochs",
     "num_train_epochs": "epochs",
     "workers": "num_workers",

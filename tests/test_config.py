@@ -147,6 +147,28 @@ class Shipped(unittest.TestCase):
             heads = model.model.heads if kind == "_average_ft" else model.heads
             self.assertEqual(heads[0][0].weight.shape, (51, 768))
 
+    def test_a_peak_of_the_learning_rate_in_every_stage(self):
+        def rates(*overrides: str) -> list[list[float]]:
+            made = settings(*overrides, NOTHING, "image_size=32", "num_frames=4", "mixing_lr_factor=3")
+            groups = build.optimizer(made, build.model(made, device="meta")).groups
+            return [[group.scale, *(group.schedules["lr"](i / 200) for i in range(201))] for group in groups]
+
+        for experiment, recipe, model, recipe_peak in (
+            ("omnimain_train_video", "mae_k150_config", "vitmicro", 1.6e-3),
+            ("omnimain_train_video_ft", "mae_ft_ucf101_config", "vitmicro_ft", 4e-3),
+            ("omnimain_train_video_lp", "mae_ft_ucf101_config", "vitmicro_ft", 16e-3),
+            ("omnimain_train_video_ensemble_ft", "mae_ft_ucf101_config", "vitmicro_average_ft", 16e-3),
+        ):
+            with self.subTest(experiment):
+                stage = [f"+experiments=omnimae/{experiment}", f"+trainer={recipe}", f"trainer/model={model}"]
+                recipes, given = rates(*stage), rates(*stage, "lr=1e-4")
+                self.assertAlmostEqual(min(max(each[1:]) for each in given), 1e-4, delta=1e-12)
+                self.assertEqual([each[0] for each in given], [each[0] for each in recipes], "layer decay")
+                for one, other in zip(recipes, given, strict=True):
+                    for then, now in zip(one[1:], other[1:], strict=True):
+                        self.assertAlmostEqual(now, then * 1e-4 / recipe_peak, delta=1e-12)
+                self.assertEqual(len({round(max(each[1:]), 9) for each in given}), 1 + ("ensemble" in experiment))
+
     def test_two_label_sets_share_a_head_only_when_told(self):
         recipe = ["+experiments=omnimae/omnimain_train_video_ft", "+trainer=mae_ft_inpk150_sim150_config", NOTHING]
         for overrides, classes in (([], [150, 150]), (["trainer.data.share_head=true"], [150])):

@@ -24,7 +24,7 @@ from tests.runs import ROOT
 DOCS = ROOT / "docs"
 # Smaller than what people type, so that a test need not wait.
 QUICKER = {
-    "epochs=30": "epochs=2",
+    "small_data_ft ": "small_data_ft epochs=2 ",
     "launcher.experiment_log_dir=": "num_workers=0 image_size=32 short_side=40 num_frames=4 "
     "trainer.limit_train_batches=2 launcher.experiment_log_dir=",
 }

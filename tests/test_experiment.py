@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 
 from omnivision import experiment
 from omnivision.experiment import changed_settings, differences, fingerprint, flat
+from omnivision.optim.schedules import Scaled, WarmupCosine
 from omnivision.process import Job, note_beginning
 from omnivision.reporting.run_folder import RunFolder
 from omnivision.settings import DatasetSettings
@@ -244,6 +245,9 @@ class Resuming(unittest.TestCase):
             on = again("epochs=2", "trainer.checkpoint.allow_changes=true")
             self.assertEqual(on.returncode, 0, on.stderr)
             self.assertRegex(on.stdout, "goes on otherwise than it was: epochs: 1 -> 2; datasets.k150.train.paths: ")
+            longer, steps = Scaled(WarmupCosine(1e-6, 1.6e-3, 0, 0.05), 1 / 2), runs.lines(run)
+            for line in steps[len(steps) // 2 :]:  # trained longer, on the curve of all epochs
+                self.assertAlmostEqual(line["lr"], longer((line["step"] - 1) / len(steps)), places=12)
             self.assertEqual(again("epochs=2").returncode, 0, "it is what its checkpoint says now")
 
 

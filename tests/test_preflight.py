@@ -112,6 +112,108 @@ class Room(unittest.TestCase):
                 preflight.check_room(settings_of("mae", "vitmicro", override))
 
 
+class LearningRate(unittest.TestCase):
+    def test_a_rate_for_another_batch_is_a_warning_with_the_factor_that_fits(self):
+        for stage, model, overrides, fitting in (
+            ("mae", "vitmicro", ("batch_size=16",), "16"),
+            ("ft", "vitmicro_ft", ("batch_size=8",), "8"),
+            ("ft", "vitmicro_ft", ("batch_size=8", "lr_scale_factor=20"), "8"),
+            ("ft", "vitmicro_ft", ("batch_size=256",), "0.25"),
+            ("lp", "vitmicro_ft", ("batch_size=8", "lr_scale_factor=0.5"), "4"),
+            ("ft", "vitmicro_ft", ("batch_size=32",), None),  # twice the rate
+            ("ft", "vitmicro_ft", ("batch_size=8", "lr_scale_factor=16"), None),  # half the rate
+            ("ft", "vitmicro_ft", ("batch_size=8", "lr=1e-3"), None),
+            ("mae", "vitmicro", ("batch_size=16", "launcher.num_nodes=8"), None),
+            ("ft", "vitmicro_ft", ("batch_size=8", "trainer.mode=val"), None),
+        ):
+            with self.subTest(stage=stage, overrides=overrides):
+                found = preflight.recipe_warnings(settings_of(stage, model, *overrides), [])
+                self.assertEqual(len(found), fitting is not None)
+                if fitting is not None:
+                    self.assertIn(f"lr_scale_factor={fitting},", found[0])
+
+    def test_published_commands_and_the_demo_fit(self):
+        commands = [[*runs.STAGE_1, "++launcher.experiment_log_dir=run"]]
+        for align in ("inpk150", "sim150", "inpk150_sim150", "k150"):
+            published = "++launcher.num_nodes=8 ++batch_size=16 ++lr_scale_factor=2".split()
+            commands.append(
+                ["+experiments=omnimae/omnimain_train_video_ft", f"+trainer=mae_ft_{align}_config", *published]
+            )
+        for stage, factor in (("ft", 2), ("lp", 1), ("ensemble_ft", 1)):
+            published = f"++launcher.num_nodes=4 ++batch_size=8 ++lr_scale_factor={factor}".split()
+            commands.append(
+                [f"+experiments=omnimae/omnimain_train_video_{stage}", "+trainer=mae_ft_ucf101_config", *published]
+            )
+        for stage, recipe in (
+            ("mae", "mae_demo"),
+            ("align", "mae_ft_demo_synthetic"),
+            ("finetune", "mae_ft_demo"),
+            ("probe", "mae_ft_demo"),
+            ("average", "mae_ft_demo"),
+        ):
+            commands.append([f"+experiments=demo/{stage}", f"+trainer={recipe}_config"])
+        for command in commands:
+            made = check(stages.composed("launcher.experiment_log_dir=run", *command))
+            self.assertEqual(preflight.recipe_warnings(made, []), [], command)
+
+
+class FewClips(unittest.TestCase):
+    def test_the_recipe_for_few_clips_is_named_where_it_fits(self):
+        for count, stage, overrides, told in (
+            (40, "ft", (), True),
+            (999, "ft", ("trainer.task.mixing.cutmix_alpha=0",), True),
+            (40, "lp", (), False),
+            (1000, "ft", (), False),
+            (40, "ft", ("mixing_prob=0",), False),
+            (40, "ft", ("trainer.task.mixing=null",), False),
+            (40, "ft", ("trainer.mode=val",), False),
+        ):
+            found = preflight.recipe_warnings(settings_of(stage, "vitmicro_ft", "lr=1", *overrides), [range(count)])
+            self.assertEqual([line for line in found if "small_data_ft" in line], found)
+            self.assertEqual(len(found), told, (count, stage, overrides))
+
+    def test_its_settings_win_whatever_the_recipe_of_the_data_and_their_order(self):
+        chosen = ["+experiments=omnimae/small_data_ft", "+trainer=mae_ft_ucf101_config"]
+        for order in (chosen, chosen[::-1]):
+            made = check(stages.composed(*order, "launcher.experiment_log_dir=run"))
+            view = made.trainer.data.view
+            shares = made.trainer.task["mixing"]["prob"], view["rand_augment"]["prob"], view["erasing"]["prob"]
+            self.assertEqual((shares, view["scale"]), ((0, 0, 0), [0.25, 1]))
+            self.assertEqual((made.trainer.optim.layer_decay, made.trainer.model["trunk"]["drop_path"]), (None, 0))
+            self.assertEqual(preflight.recipe_warnings(made, [range(36)]), [])
+
+
+class Weights(unittest.TestCase):
+    """Frozen or averaged weights that come from nowhere."""
+
+    def refusal(self, stage: str, *overrides: str) -> str:
+        with tempfile.TemporaryDirectory() as name:
+            return stages.here(stages.command(stage, Path(name) / "run", *overrides)).stderr
+
+    def test_they_are_refused_unless_null_is_typed(self):
+        given = "pretrained_checkpoint_path is not set"
+        for stage, *overrides in (
+            ("lp",),
+            ("average",),
+            ("ft", "trainer.freeze=[trunk.blocks.*]", "trainer.optim.layer_decay=null"),
+            ("lp", "trainer.mode=dry"),
+        ):
+            self.assertIn(given, self.refusal(stage, *overrides), (stage, overrides))
+        for stage, *overrides in (
+            ("lp", "pretrained_checkpoint_path=null"),
+            ("lp", "++pretrained_checkpoint_path=null"),
+            ("lp", "trainer.mode=val"),
+            ("ft",),
+        ):
+            self.assertNotIn(given, self.refusal(stage, *overrides), (stage, overrides))
+
+    def test_every_missing_checkpoint_of_an_average_is_named(self):
+        settings = settings_of("average", "vitmicro_average_ft", "pretrained_checkpoint_path=[gone,lost]")
+        with self.assertRaises(UserError) as raised:
+            preflight.check_pretrained(settings)
+        self.assertEqual(len(raised.exception.problems), 2)
+
+
 class AllAtOnce(unittest.TestCase):
     def test_missing_files_of_several_kinds(self):
         with tempfile.TemporaryDirectory() as name:

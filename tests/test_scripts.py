@@ -9,6 +9,7 @@ import unittest
 from pathlib import Path
 from typing import Any
 
+from omnivision.preflight import recipe_warnings
 from omnivision.settings import Settings
 from omnivision.settings_check import check
 from tests import runs
@@ -149,6 +150,21 @@ class Commands(Noted):
                 self.assertEqual(float(factor.partition("=")[2]), nominal / (clips * nodes), f"{script} {variables}")
             composed = self.settings("run_downstream_ft.sh", **variables)
             self.assertEqual(composed.trainer.optim.lr_scale_factor, nominal / (clips * nodes))
+
+    def test_the_recipes_know_the_same_nominal_batch_as_the_scripts(self):
+        for script in PUBLISHED:
+            arguments = self.arguments(script, "submitit.use_cluster=false")[1:]
+            bare = [one for one in arguments if not one.startswith("trainer.optim.nominal_batch=")]
+            self.assertEqual(len(bare), len(arguments) - 1)
+            batches = {check(stages.composed(*given)).trainer.optim.nominal_batch for given in (arguments, bare)}
+            self.assertEqual(len(batches), 1, script)
+            self.assertEqual(recipe_warnings(check(stages.composed(*bare)), []), [], script)
+
+    def test_a_peak_of_the_learning_rate_replaces_the_factor(self):
+        for peak in ("lr=1e-3", "++lr=1e-3", "+lr=1e-3"):
+            given = self.arguments("run_downstream_ft.sh", peak)
+            self.assertEqual([one for one in given if "lr_scale_factor=" in one], [])
+        self.assertEqual(self.settings("run_mae.sh", "lr=1e-3").lr, 1e-3)
 
     def test_nodes_and_batch_of_overrides_count_for_the_learning_rate(self):
         for overrides, factor in (

@@ -20,6 +20,7 @@ SETTINGS = (
     "batch_size",
     "launcher.num_nodes",
     "lr_scale_factor",
+    "lr",
     "num_frames",
     "image_size",
     "clip_duration",

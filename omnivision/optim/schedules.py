@@ -56,6 +56,11 @@ class Scaled:
         return self.schedule(progress) * self.by
 
 
+def peak(schedule: Schedule) -> float:
+    """Return the highest value of a schedule over a run."""
+    return max(schedule(i / 10_000) for i in range(10_001))
+
+
 class Phases:
     """Schedules one after the other, each stretched over its share of the run: `shares` sum to 1."""
 

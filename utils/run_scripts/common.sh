@@ -27,12 +27,13 @@ number() {
 
 # train EXPERIMENT RECIPE [overrides]: one run, on the cluster unless told otherwise.
 train() {
-    experiment=$1 recipe=$2
+    experiment=$1 recipe=$2 peak_given=
     shift 2
     for argument; do # what overrides say counts for the learning rate, too
         case $argument in
             launcher.num_nodes=* | +launcher.num_nodes=* | ++launcher.num_nodes=*) NUM_NODES=${argument#*=} ;;
             batch_size=* | +batch_size=* | ++batch_size=*) BATCH_SIZE=${argument#*=} ;;
+            lr=* | +lr=* | ++lr=*) peak_given=yes ;;
         esac
     done
     for name in BATCH_SIZE NUM_NODES GPUS_PER_NODE NOMINAL_BATCH EPOCHS NUM_WORKERS; do
@@ -40,8 +41,9 @@ train() {
     done
     # The shell only divides whole numbers; the learning rate wants the exact ratio.
     factor=$(LC_ALL=C awk "BEGIN { printf \"%.17g\", $NOMINAL_BATCH / ($BATCH_SIZE * $NUM_NODES) }")
+    [ "$peak_given" ] || set -- "lr_scale_factor=$factor" "$@"
     exec python "$HERE/../../train_app_submitit.py" "+experiments=$experiment" "+trainer=$recipe" "trainer/model=$MODEL" \
         submitit.use_cluster=true "launcher.gpus_per_node=$GPUS_PER_NODE" "launcher.num_nodes=$NUM_NODES" \
-        "batch_size=$BATCH_SIZE" "lr_scale_factor=$factor" "epochs=$EPOCHS" "num_workers=$NUM_WORKERS" \
+        "batch_size=$BATCH_SIZE" "trainer.optim.nominal_batch=$NOMINAL_BATCH" "epochs=$EPOCHS" "num_workers=$NUM_WORKERS" \
         "launcher.experiment_log_dir=$EXP_DIR" "$@"
 }
