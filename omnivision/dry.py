@@ -79,20 +79,19 @@ def dry_run(job: Job) -> int:
         lines = check_start(job, splits)
     except UserError as error:
         problems += error.problems
-    if problems:
-        print("\n- ".join(["This run would stop before its first step:", *problems]), end="\n\n")
-    for warning in run_warnings(settings, *splits):
-        print(f"warning: {warning}")
     if model is not None and optimizer is not None:
         image = Path(settings.launcher.experiment_log_dir) / "dry.png"
         try:
             draw(settings, optimizer, image)
         except OSError as error:
-            raise UserError(
-                f"{image} cannot be written: {error.strerror}. Change launcher.experiment_log_dir."
-            ) from None
+            if not problems:  # else one of them says why
+                problems.append(f"{image} cannot be written: {error.strerror}. Change launcher.experiment_log_dir.")
         lines = [describe(settings, model, optimizer, *splits), f"curves       {image}", *lines]
-        print(fit("\n".join(lines), sys.stdout))
+    if problems:
+        print("\n- ".join(["This run would stop before its first step:", *problems]), end="\n\n")
+    for warning in run_warnings(settings, *splits):
+        print(f"warning: {warning}")
+    print(fit("\n".join(lines), sys.stdout))
     if settings.submitit.use_cluster:
         print("\nThe batch script:\n")
         print(batch_script(settings, run_folder(job)))
@@ -111,7 +110,8 @@ def check_start(job: Job, splits: tuple[list[Split], list[Split]]) -> list[str]:
     if not settings.submitit.use_cluster:
         last = settings.launcher.gpus_per_node - 1
         checks.append(lambda: build.check_device(settings, choose_device(settings.trainer.accelerator, last)))
-        checks.append(folder.require_free)
+        if folder.path.is_dir():
+            checks.append(folder.require_free)
     elif slurm.available():
         checks.append(lambda: check_submission([job], known_jobs()))
     with warnings.catch_warnings(action="ignore"):  # torch says that the meta device takes no values

@@ -172,7 +172,7 @@ def check_room(settings: Settings) -> None:
 def _check_folder(settings: Settings) -> None:
     folder = Path(settings.trainer.checkpoint.save_dir).absolute()
     there = next(path for path in (folder, *folder.parents) if path.exists())
-    if not os.access(there, os.W_OK):
+    if not (there.is_dir() and os.access(there, os.W_OK)):
         raise UserError(
             f"The checkpoints are to go to {folder}, and {there} cannot be written. Expected a folder that can be made and "
             "written. Change launcher.experiment_log_dir (or trainer.checkpoint.save_dir)."

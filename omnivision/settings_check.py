@@ -59,7 +59,7 @@ def check(
             f"Missing: {', '.join(dict.fromkeys(reader.missing))}.{_advice(reader.missing, config, choices)}"
         )
     if settings is not None and not problems:
-        problems += stage_problems(settings, choices, folders) or contradictions(settings)
+        problems += _wrong_kinds(settings) or stage_problems(settings, choices, folders) or contradictions(settings)
     problems = [_located(problem, origin) for problem in problems]
     if problems:
         raise UserError.of(problems)
@@ -108,7 +108,6 @@ def contradictions(settings: Settings) -> list[str]:
     problems = []
     trainer, data = settings.trainer, settings.trainer.data
     model = trainer.model
-    problems += _wrong_kinds(settings)
     folder = Path(settings.launcher.experiment_log_dir)
     if len(os.fsencode(folder)) > 3000 or max((len(os.fsencode(part)) for part in folder.parts), default=0) > 255:
         problems.append(

@@ -249,7 +249,10 @@ class Mistakes(unittest.TestCase):
             self.assertRaises(SystemExit) as ended,
         ):
             train_app_submitit.main()
-        text = err.getvalue()
+        text, shown = err.getvalue(), out.getvalue().partition("\n\n")[0]
+        if shown.startswith("This run would stop"):  # what the settings alone do not show
+            self.assertEqual((ended.exception.code, text), (1, ""))
+            return shown
         self.assertEqual((ended.exception.code, out.getvalue()), (1, ""), text)
         self.assertTrue(text.startswith("error: ") and text.count("\n") == 1, text)
         return text.removeprefix("error: ").strip()
