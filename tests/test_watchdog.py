@@ -165,7 +165,7 @@ class Runs(unittest.TestCase):
         self.addCleanup(process.stderr.close)
         self.addCleanup(process.wait)
         self.addCleanup(process.kill)
-        log, deadline = self.folder / "run/logs/metrics.jsonl", time.monotonic() + 60
+        log, deadline = self.folder / "run/logs/metrics.jsonl", time.monotonic() + 200
         while not (log.exists() and '"step": 3,' in log.read_text()):
             self.assertIsNone(process.poll())
             self.assertLess(time.monotonic(), deadline)
