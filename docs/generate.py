@@ -36,10 +36,15 @@ def settings_table() -> str:
     for name, node in leaves(yaml.compose(text, Loader=yaml.SafeLoader), ""):
         line = lines[node.end_mark.line] if node.start_mark.line == node.end_mark.line else lines[node.start_mark.line]
         comment = re.search(r"(?<=\s)# (.*)$", line)
-        default = text[node.start_mark.index : node.end_mark.index].replace("|", "\\|")
-        takes = described(hints[name]).replace("|", "\\|") if name in hints else ""
+        default = escape(text[node.start_mark.index : node.end_mark.index])
+        takes = escape(described(hints[name])) if name in hints else ""
         rows.append(f"| `{name}` | {takes} | `{default}` | {plain(comment[1]) if comment else ''} |")
     return "\n".join(rows)
+
+
+def escape(cell: str) -> str:
+    """Escape the bars of a table's cell."""
+    return cell.replace("|", "\\|")
 
 
 def plain(comment: str) -> str:
@@ -67,9 +72,9 @@ def parts_tables() -> str:
     ]
     for part in parts(ROOT / "config"):
         rows = [
-            f"| `{name}` | `{kind}` | `{value}` | {plain(meaning)} |" for name, kind, value, meaning in part.settings
+            f"| `{name}` | `{escape(kind.replace(' | None', ' or null'))}` | `{escape(value)}` | {plain(meaning)} |"
+            for name, kind, value, meaning in part.settings
         ]
-        rows = [row.replace(" | None`", " or null`") for row in rows]
         found.append(f"### {part.name}: `{part.target}` (`{part.choice}`)")
         found.append("\n".join(["| setting | type | value | meaning |", "|---|---|---|---|", *rows]))
     return "\n\n".join(found)
@@ -102,7 +107,7 @@ def names(action: argparse.Action) -> str:
         else str(action.metavar or (action.choices and "|".join(map(str, action.choices))) or "")
     )
     value = (value or action.dest.upper()) if action.nargs != 0 else ""
-    return " ".join(filter(None, [", ".join(action.option_strings), value])).replace("|", "\\|")
+    return escape(" ".join(filter(None, [", ".join(action.option_strings), value])))
 
 
 def help_of(command: argparse.ArgumentParser, action: argparse.Action) -> str:

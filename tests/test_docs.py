@@ -9,11 +9,13 @@ import sys
 import tempfile
 import unittest
 from pathlib import Path
+from unittest import mock
 
 import nbformat
 import numpy as np
 from nbclient import NotebookClient
 
+from omnivision import targets
 from omnivision.cli.main import commands as subcommands
 from omnivision.cli.main import parser
 from omnivision.suggestions import setting_names
@@ -142,6 +144,22 @@ class Site(unittest.TestCase):
     def test_pages_written_from_the_code_are_current(self):
         for page, text in runpy.run_path(str(DOCS / "generate.py"))["pages"]().items():
             self.assertEqual(page.read_text(encoding="utf-8"), text, "run: python docs/generate.py")
+
+    def test_pages_do_not_depend_on_the_machine(self):
+        """Nor on versions: of other packages' objects they list what the config files give."""
+        pages = runpy.run_path(str(DOCS / "generate.py"))["pages"]
+        here = pages()
+        with (
+            mock.patch("os.sched_getaffinity", lambda _: set(range(7))),
+            mock.patch("os.cpu_count", lambda: 7),
+            mock.patch.object(targets, "_signature_elsewhere", lambda _: {"new": targets.Parameter("int", False, "3")}),
+        ):
+            self.assertEqual(pages(), here)
+
+    def test_tables_have_as_many_cells_in_each_row(self):
+        text = (DOCS / "settings.md").read_text(encoding="utf-8")
+        for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+            self.assertEqual(len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}), 1, table)
 
     def test_pages_are_all_in_the_index(self):
         listed = (ROOT / "mkdocs.yml").read_text()

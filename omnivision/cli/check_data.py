@@ -54,9 +54,8 @@ def add_parser(subparsers: Subparsers) -> None:
     text = "the frames among the images of a folder, e.g. 'img_*.jpg', where it holds several series"
     parser.add_argument("--frame-pattern", metavar="PATTERN", help=text)
     parser.add_argument("--quick", action="store_true", help="read the first, middle and last clip only")
-    workers = default_workers()
-    text = f"processes to read with; 0: in this one (default {workers})"
-    parser.add_argument("--workers", type=int, default=workers, metavar="N", help=text)
+    text = "processes to read with; 0: in this one (default: one for each core, at most 16)"
+    parser.add_argument("--workers", type=int, default=default_workers(), metavar="N", help=text)
     parser.add_argument("--json", metavar="FILE", help="write what was found of every sample")
     parser.set_defaults(run=run)
 

@@ -99,9 +99,8 @@ def _add_film_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--crf", type=int, metavar="N", help="x264's quality, 0 (lossless) to 51 (default 20)")
     group.add_argument("--frames", type=number, metavar="FPS", help="write folders of JPEGs instead, FPS a second")
-    workers = default_workers()
-    text = f"processes to work with; 0: this one (default {workers})"
-    group.add_argument("--workers", type=int, default=workers, metavar="N", help=text)
+    text = "processes to work with; 0: this one (default: one for each core, at most 16)"
+    group.add_argument("--workers", type=int, default=default_workers(), metavar="N", help=text)
 
 
 def run(args: argparse.Namespace) -> int:
