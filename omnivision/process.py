@@ -107,7 +107,7 @@ def run_process(job: Job, place: Place | None, record: JobRecord | None = None) 
                 processes.together(lambda: record.resumed(trainer.global_step), only_main=True)
             if ending.begun:
                 note_beginning(job, folder, trainer, reporter, on_cluster=record is not None)
-            if validating or not trainer.is_done:
+            if processes.is_main and (validating or not trainer.is_done):
                 reporter.say("\n".join(start_lines(job.settings, trainer, reports)))
             stop.patience()
             with reporter:
