@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "unshare")
+PATH = os.environ["PATH"] + ":/usr/local/sbin:/usr/sbin:/sbin"  # not all shells search where daemons are
 CPUS, MEMORY_MB, GPUS = 8, 16000, 2  # that a node claims to have
 GRACE_SECONDS = 20
 
@@ -74,7 +75,7 @@ PartitionName=urgent Nodes=ALL MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
 
 def missing() -> str | None:
     """Why there can be no cluster here; None when there can."""
-    if absent := [program for program in PROGRAMS if shutil.which(program) is None]:
+    if absent := [program for program in PROGRAMS if shutil.which(program, path=PATH) is None]:
         return f"{', '.join(absent)} missing: apt-get install --no-install-recommends slurm-wlm munge"
     return None if os.geteuid() == 0 else "nodes in namespaces of their own need root"
 
@@ -90,7 +91,7 @@ class Cluster:
             for name, value in os.environ.items()
             if not name.startswith(("SLURM_", "SBATCH_", "SRUN_", "SUBMITIT_"))
         }
-        self.environment |= {"SLURM_CONF": str(folder / "slurm.conf")}
+        self.environment |= {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": PATH}
 
     def __enter__(self) -> "Cluster":
         try:
