@@ -48,13 +48,18 @@ def check_run(settings: Settings, *more: Callable[[Settings], None]) -> tuple[li
 
 
 def check_splits(settings: Settings) -> tuple[list[Split], list[Split]]:
-    """Open the run's train and val splits. Raises UserError as `open_splits` and `epoch_plan`, and where no file exists."""
+    """Open the run's train and val splits and probe some of their files.
+
+    Raises UserError as `open_splits` and `epoch_plan`, where no file exists, and for folders with several series of frames.
+    """
     train, val = open_splits(settings)
     if train:
         epoch_plan(settings, train)
-    missing = file_warnings(train + val)
-    if missing and not settings.submitit.use_cluster:  # whose nodes may see the files: `run_warnings` then warns
-        raise UserError.of(missing)
+    # The nodes of a cluster may see the files: `run_warnings` then warns.
+    problems = [] if settings.submitit.use_cluster else file_warnings(train + val)
+    problems += series_problems(train + val)
+    if problems:
+        raise UserError.of(problems)
     return train, val
 
 
@@ -87,7 +92,6 @@ def open_splits(settings: Settings) -> tuple[list[Split], list[Split]]:
     train, val = ([split for split in opened if split.which == which] for which in ("train", "val"))
     if "decoder" not in config.model:
         all_of(functools.partial(_require_labels, split) for split in opened)
-    all_of(functools.partial(_require_one_series, split) for split in opened)
     if validates and not val:
         raise UserError(
             f"The run is to validate (trainer.mode={config.mode}), but none of its sources ({', '.join(sources)}) has a val "
@@ -106,22 +110,22 @@ def _require_labels(split: Split) -> None:
         )
 
 
-def _require_one_series(split: Split) -> None:
-    """Raises UserError for a folder of frames that holds several series, of which the catalog chooses none."""
-    folders = [path for path in sample_paths(split) if os.path.isdir(path)] if split.dataset.kind == "video" else []
-    if not folders:
-        return
-    from omnivision.data.decode import BadVideo, open_video  # which takes torch
-    from omnivision.data.frame_folder import SeveralSeriesError
+def series_problems(splits: list[Split]) -> list[str]:
+    """Sentences about splits in which a folder of frames holds several series, and the catalog chooses none."""
+    found: dict[str, str] = {}  # by dataset
+    for split in splits:
+        for path in filter(os.path.isdir, sample_paths(split) if split.dataset.kind == "video" else []):
+            from omnivision.data.decode import BadVideo, open_video  # not above: it imports torch
+            from omnivision.data.frame_folder import SeveralSeriesError
 
-    for path in folders:
-        try:
-            with open_video(path, frame_pattern=split.dataset.frame_pattern):
-                pass
-        except SeveralSeriesError as error:
-            raise UserError(f"{path}: {error}. Set ++datasets.{split.name}.frame_pattern.") from None
-        except BadVideo:
-            pass  # one bad sample; the run says so when it reads it
+            try:
+                with open_video(path, frame_pattern=split.dataset.frame_pattern):
+                    pass
+            except SeveralSeriesError as error:
+                found.setdefault(split.name, f"{path}: {error}. Set ++datasets.{split.name}.frame_pattern.")
+            except BadVideo:
+                pass  # one bad sample; the run says so when it reads it
+    return list(found.values())
 
 
 def epoch_plan(settings: Settings, train: list[Split]) -> EpochPlan:

@@ -47,6 +47,7 @@ class Names(unittest.TestCase):
             ("cam1_*.jpg", "cam2_*.jpg"): numbered("cam1_{:04d}.jpg") + numbered("cam2_{:04d}.jpg"),
             ("a1.*.jpg", "a2.*.jpg"): numbered("a1.{:04d}.jpg") + numbered("a2.{:04d}.jpg"),
             ("*.jpg", "thumb.jpg"): [*numbered("{}.jpg"), "thumb.jpg"],
+            ("clip.jpg", "clip*.jpg"): ["clip.jpg", "clip1.jpg", "clip2.jpg"],
             ("*.jpg", "1 (*).jpg"): ["1.jpg", "2.jpg", "1 (1).jpg"],
         }.items():
             found = group_series(names)
@@ -100,14 +101,16 @@ class Reading(unittest.TestCase):
         train = SplitFiles(str(self.folder / "paths.npy"))
         data = SimpleNamespace(sources={"d": None})
         trainer = SimpleNamespace(data=data, model={"decoder": {}}, mode="train", val_epoch_freq=None)
-        settings = SimpleNamespace(trainer=trainer)
+        settings = SimpleNamespace(trainer=trainer, submitit=SimpleNamespace(use_cluster=False))
         entry = Dataset("d", prefix=f"{self.folder}/", train=train)
+        self.enterContext(mock.patch.object(preflight, "epoch_plan"))
         with mock.patch.object(preflight, "datasets_of", lambda _: [entry]):
             with self.assertRaisesRegex(UserError, r"datasets\.d\.frame_pattern"):
-                preflight.open_splits(settings)
+                preflight.check_splits(settings)
+            self.assertEqual(len(preflight.open_splits(settings)[0]), 1)  # each process of a run opens them again
         chosen = dataclasses.replace(entry, frame_pattern="img_*.png")
         with mock.patch.object(preflight, "datasets_of", lambda _: [chosen]):
-            self.assertEqual(len(preflight.open_splits(settings)[0]), 1)
+            self.assertEqual(len(preflight.check_splits(settings)[0]), 1)
 
 
 if __name__ == "__main__":

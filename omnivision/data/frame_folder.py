@@ -60,6 +60,11 @@ class FrameFolder:
         """Seconds of a frame."""
         return 1 / self._fps
 
+    @property
+    def mean_rate(self) -> float:
+        """As VideoFile.mean_rate."""
+        return float(self._fps)
+
     def facts(self) -> FilmFacts:
         """As VideoFile.facts; every frame is a key frame."""
         height, width, _ = self._frame(self._names[0]).shape
@@ -94,6 +99,13 @@ def group_series(names: Sequence[str]) -> dict[str, list[str]]:
     (cam1_0001.jpg, cam2_0001.jpg) share frame numbers and are two. Suffixes tell series apart only if a frame is there with
     two of them. Where no name has a number, all are one series.
     """
+    # Usually names differ in their last digits alone. That is quick to see, and this function runs for every clip.
+    split = (name.rpartition(".") for name in names)
+    endings = {(text := stem.rstrip("0123456789"), suffix, text != stem) for stem, _, suffix in split}
+    if len(endings) == 1:
+        [(text, suffix, numbered)] = endings
+        if numbered:
+            return {f"{text}*.{suffix}": list(names)}
     stems = {name: os.path.splitext(name) for name in names}
     if len({stem for stem, _ in stems.values()}) == len(names):  # no frame is there in two formats
         suffixes = {suffix for _, suffix in stems.values()}
