@@ -26,7 +26,7 @@ from omnivision.data.decode import BadVideo, open_video
 from omnivision.data.loader import TrainData, ValData, Workers
 from omnivision.distributed import Place, Processes
 from omnivision.errors import UserError, is_out_of_memory
-from omnivision.files import run_name
+from omnivision.files import LATEST, run_name
 from omnivision.interop.merge import merge, read_sources
 from omnivision.models.architecture import describe
 from omnivision.models.average import AveragedClassifier
@@ -354,9 +354,9 @@ def cut(settings: Settings, data: DataSettings | ImageSettings, where: str, num_
     return Cut(view, getattr(view, "crops", 1), num_frames, grid, mask, clips)
 
 
-def check_device(settings: Settings, device: torch.device) -> None:
+def check_device(settings: Settings, device: torch.device, local_rank: int = 0) -> None:
     """Raise UserError for a device that cannot compile the model, or whose memory weights, gradients and optimizer exceed."""
-    if settings.trainer.compile:
+    if settings.trainer.compile and local_rank == 0:  # one for all processes of a node
         check_compiler(device)
     if device.type == "cuda":
         total, what = torch.cuda.get_device_properties(device).total_memory, f"device {device}"
@@ -371,7 +371,7 @@ def check_device(settings: Settings, device: torch.device) -> None:
 
 
 def short_clip_warnings(settings: Settings, splits: list[Split]) -> list[str]:
-    """Warn about videos whose clips have fewer frames than num_frames. Reads the packets of a few files of each split."""
+    """Warn about videos whose clips have fewer frames than num_frames. Opens a few files of each split."""
     data, warnings = settings.trainer.data, []
     for split in splits:
         short, opened, rules = [], 0, split.dataset
@@ -382,7 +382,8 @@ def short_clip_warnings(settings: Settings, splits: list[Split]) -> list[str]:
                 open_video(path, fps=rules.fps, max_pixels=data.max_pixels, frame_pattern=rules.frame_pattern) as video,
             ):
                 seconds = min(data.clip_duration, sample_duration(video.duration, split.segment(index)))
-                frames = round(video.facts().frames * seconds / max(video.duration, 1e-9))
+                rate = video.mean_rate or video.facts().frames / max(video.duration, 1e-9)
+                frames = round(rate * seconds)
                 opened += 1
                 if frames < data.num_frames:
                     short.append((frames, path))
@@ -444,9 +445,9 @@ def trainer(
     """Build everything that a run needs. Raises UserError for whatever its user can fix."""
     data = settings.trainer.data
     if processes.device.type != "meta":
-        check_device(settings, processes.device)
+        check_device(settings, processes.device, processes.local_rank)
     train_splits, val_splits = open_splits(settings) if splits is None else splits
-    if train_splits and processes.is_main:
+    if train_splits and processes.is_main and not (folder.checkpoints / LATEST).exists():
         for warning in short_clip_warnings(settings, train_splits):
             reporter.say(f"warning: {warning}")
     pinned = processes.device.type == "cuda"

@@ -75,7 +75,7 @@ class Processes:
 
     def __init__(self, place: Place, accelerator: str, backend: str | None, timeout: timedelta) -> None:
         keep_freed_memory()
-        self.rank, self.world = place.rank, place.world
+        self.rank, self.world, self.local_rank = place.rank, place.world, place.local_rank
         self.device = choose_device(accelerator, place.local_rank)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)

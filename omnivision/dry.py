@@ -88,6 +88,7 @@ def dry_run(job: Job) -> int:
                 problems.append(f"{image} cannot be written: {error.strerror}. Change launcher.experiment_log_dir.")
         lines = [describe(settings, model, optimizer, *splits), f"curves       {image}", *lines]
     if problems:
+        problems = list(dict.fromkeys(problems))  # the checks overlap
         print("\n- ".join(["This run would stop before its first step:", *problems]), end="\n\n")
     for warning in run_warnings(settings, *splits):
         print(f"warning: {warning}")

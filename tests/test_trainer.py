@@ -839,6 +839,14 @@ class Loop(unittest.TestCase):
             ):
                 build.check_compiler(torch.device("cpu"))
 
+    def test_one_process_of_a_node_tries_the_compiler(self):
+        settings = mock.Mock()
+        with mock.patch.object(build, "check_compiler") as tried, mock.patch.object(build, "held_bytes", lambda _: 0):
+            settings.launcher.gpus_per_node = 2
+            for local_rank in (0, 1, 2):
+                build.check_device(settings, torch.device("cpu"), local_rank)
+        tried.assert_called_once_with(torch.device("cpu"))
+
     def test_reduced_precision(self):
         for options in ({"amp_dtype": torch.bfloat16}, {"amp_dtype": torch.float16}):
             with self.subTest(options):

@@ -176,6 +176,11 @@ class VideoFile:
         """Seconds of a tick, the unit of `times` and `frames`."""
         return self._time_base
 
+    @property
+    def mean_rate(self) -> float | None:
+        """Frames a second, by the header; None where it does not say."""
+        return float(self._stream.average_rate or 0) or None
+
     def facts(self) -> FilmFacts:
         """Read all packets, but decode the first frame only. Raises BadVideo."""
         with _as_bad_video():
