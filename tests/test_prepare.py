@@ -504,6 +504,16 @@ class ClassFolders(Folder):
             "splits without classes": ["train/1.mp4", "test/2.mp4"],
             "one folder of frames": ["train/a/1.mp4", "test/1/1.jpg"],
             "one class with splits": ["run/train/1.mp4", "run/test/2.mp4", "jump/3.mp4"],
+            "parts of names": ["train_set/a/1.mp4", "test_set/a/2.mp4"],
+            "names of datasets": ["UCF101_train/a/1.mp4", "UCF101_train/b/1.mp4", "UCF101_test/a/2.mp4"],
+            "short names": ["trn/a/1.mp4", "tst/a/2.mp4"],
+            "sizes": ["train_256/a/1.mp4", "val_256/b/2.mp4"],
+            "parts of names before": ["split_train/a/1.mp4", "split_val/a/1.mp4"],
+            "plurals": ["trains/a/1.mp4", "tests/a/1.mp4"],
+            "camel case, without classes": ["TrainSet/1.mp4", "HoldOut/1.mp4"],
+            "one split": ["train-set/a/1.mp4"],
+            "one by its name and one by a part": ["train/a/1.mp4", "val_256/a/2.mp4"],
+            "parts of names in classes": ["run/set train/1.mp4", "run/set eval/2.mp4"],
             "a class with other folders": ["run/train/1.mp4", "run/test/2.mp4", "jump/train/3.mp4", "jump/extra/4.mp4"],
         }
         for what, files in cases.items():
@@ -515,6 +525,37 @@ class ClassFolders(Folder):
                     continue
                 self.split_sizes("--splits", "none")
                 self.assertEqual(self.classes, sorted({file.split("/")[0] for file in files}))
+                shutil.rmtree(self.out)
+
+    def test_classes_whose_names_hold_words_for_splits(self):
+        for names in (
+            ("train_station", "bus_stop"),
+            ("train_arrives", "train_leaves"),
+            ("test_tube", "bottle"),
+            ("contest", "training_ground"),
+        ):
+            with self.subTest(names):
+                shutil.rmtree(self.folder / "s", ignore_errors=True)
+                self.films(*(f"s/{name}/1.mp4" for name in names))
+                self.assertEqual(self.split_sizes(), {"train": 2})
+                self.assertEqual(self.classes, sorted(names))
+
+    def test_splits_below_a_folder_are_not_of_one_class(self):
+        cases = {
+            "data": ["data/train/a/1.mp4", "data/val/b/2.mp4", "annotations/x.txt"],
+            "data/UCF": ["data/UCF/train/a/1.mp4", "data/UCF/test/a/2/1.jpg"],
+            "videos": ["videos/train_set/a/1.mp4", "videos/test_set/a/2.mp4"],
+            "x": ["x/train/a/1.mp4", "x/train/b/1.mp4"],
+        }
+        for folder, files in cases.items():
+            with self.subTest(folder):
+                shutil.rmtree(self.folder / "s", ignore_errors=True)
+                self.films(*(f"s/{file}" for file in files))
+                self.assert_refused(
+                    self.folder / "s", self.out, saying=f"give {self.folder}/s/{folder} as SOURCE.*--splits"
+                )
+                self.split_sizes("--splits", "none")
+                self.assertEqual(self.classes, sorted({file.split("/")[0] for file in files}, key=str.lower))
                 shutil.rmtree(self.out)
 
     def test_chosen_folders_are_splits(self):
@@ -538,9 +579,11 @@ class ClassFolders(Folder):
 
     def test_a_level_too_high_or_low(self):
         self.films(*(f"top/s/{label}/{split}/{k}.mp4" for label in ("jump", "run") for split in "xy" for k in "12"))
+        self.films(*(f"lacking/{name}/1.mp4" for name in ("1/x", "1/y", "1/z", "2/x", "2/y")))
         for source, saying in (
             ("top", "one level too high.*top/s has the folders jump, run.*All samples are of one class, s"),
-            ("top/s", "The folders jump, run all hold the folders x, y"),
+            ("top/s", "The folders jump, run all hold the folders x, y.*--splits"),
+            ("lacking", "The folders 1, 2 all hold the folders x, y"),
         ):
             with self.subTest(source):
                 shutil.rmtree(self.out, ignore_errors=True)

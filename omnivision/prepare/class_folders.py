@@ -19,6 +19,7 @@ from omnivision.prepare.listing import (
     Row,
     check_unambiguous,
     drop_format_folders,
+    guess_split,
     joined,
     printable,
     refuse,
@@ -138,6 +139,7 @@ def _find_splits(tree: _Tree, source: str) -> tuple[int, dict[str, str]]:
 
     Raises UserError where they could as well be classes, or clips.
     """
+    _check_depth(tree, source)
     tops = {path[0]: split_of(path[0]) for path in tree.folders}
     named = {name: split for name, split in tops.items() if split}
     if named:
@@ -149,16 +151,45 @@ def _find_splits(tree: _Tree, source: str) -> tuple[int, dict[str, str]]:
             check_unambiguous(named, source)
             return 0, named
         reason = f"{some(others)} beside them" if others else f"clips directly in {some(direct)}"
-        raise _ask(source, named, reason, list(tops))
+        raise _ask(source, {**named, **_guess_splits(others)}, reason, list(tops))
+    holders = list(dict.fromkeys(path[0] for path in tree.clips if len(path) > 1 or path in tree.frames))
+    guessed = _guess_splits(holders)
+    deep = all(len(path) > 2 for path in tree.clips)
+    if guessed and (deep or len(set(guessed.values())) > 1):
+        raise _ask(source, guessed, f"words for splits in {some(holders)}", holders)
     inner = {path[1]: split_of(path[1]) for path in tree.clips if len(path) > 2}
     named = {name: split for name, split in inner.items() if split}
     if not named:
+        if len(set((guessed := _guess_splits(list(inner))).values())) > 1:
+            where = f"The folders of classes in {source}"
+            raise _ask(where, guessed, f"words for splits in {some(list(inner))}", holders)
         return 0, {}
     if len(named) == len(inner) and all(len(path) != 2 for path in tree.clips):
         check_unambiguous(named, f"The folders of classes in {source}")
         return 1, named
     beside = [f"{path[0]}/{path[1]}" for path in tree.clips if len(path) > 1 and path[1] not in named]
     raise _ask(f"The folders of classes in {source}", named, f"{some(beside, 3)} beside them", list(tops))
+
+
+def _guess_splits(names: list[str]) -> dict[str, str]:
+    """Map each name to the split that a part of it stands for; empty unless all of them have one."""
+    guessed = {name: split for name in names if (split := guess_split(name))}
+    return guessed if len(guessed) == len(names) else {}
+
+
+def _check_depth(tree: _Tree, source: str) -> None:
+    """Raise UserError where all clips lie in SOURCE/<folders>/<split>/<class>, so that SOURCE is too high."""
+    for level in range(1, min(map(len, tree.clips), default=0) - 2):
+        above = {path[:level] for path in tree.clips}
+        names = list(dict.fromkeys(path[level] for path in tree.clips))
+        if len(above) == 1 and (splits := _guess_splits(names)):
+            lower = "/".join((source.rstrip("/"), *above.pop()))
+            only = next(iter(tree.clips))[0]
+            raise UserError(
+                f"All clips of {source} lie in {lower}, which has the splits {some(names)}. Expected SOURCE/<split>/<class>/"
+                f"<clip>: give {lower} as SOURCE, or pass --splits {joined(splits) if level == 1 else 'none'} if {only} is "
+                "the only class."
+            )
 
 
 def _ask(where: str, splits: Mapping[str, str], reason: str, classes: list[str]) -> UserError:
@@ -188,7 +219,9 @@ def _level_warnings(tree: _Tree, source: str, classes: list[str]) -> list[str]:
     except OSError:
         siblings = []
     warnings = []
-    if split_of(own) and (others := [name for name in siblings if name != own and split_of(name)]):
+    if guess_split(own) and (
+        others := [name for name in siblings if guess_split(name) not in (None, guess_split(own))]
+    ):
         warnings.append(f"{parent} also holds {some(others)}. Give {parent} as SOURCE to use these splits, too.")
     inner: dict[str, list[str]] = {name: [] for name in classes}  # folders in those of classes
     for name, below in dict.fromkeys(p[:2] for p in tree.clips if "/" in drop_format_folders("/".join(p[1:]))):
@@ -201,9 +234,12 @@ def _level_warnings(tree: _Tree, source: str, classes: list[str]) -> list[str]:
                 f"SOURCE may be one level too high or too low: {' and '.join(filter(None, (below, above)))}. Give the folder "
                 "whose folders are the classes."
             )
-    elif classes and len(inner[classes[0]]) > 1 and all(names == inner[classes[0]] for names in inner.values()):
-        warnings.append(
-            f"The folders {some(classes)} all hold the folders {some(inner[classes[0]])}. If these are the classes, SOURCE is "
-            "one level too high."
-        )
+    elif classes:
+        every = set().union(*inner.values())
+        common = [name for name in inner[classes[0]] if all(name in names for names in inner.values())]
+        if len(every) > 1 and 2 * len(common) >= len(every):
+            warnings.append(
+                f"The folders {some(classes)} all hold the folders {some(common)}. If these are the classes, SOURCE is one "
+                f"level too high, or {some(classes)} are splits: choose them with --splits."
+            )
     return warnings

@@ -25,6 +25,11 @@ SPLITS = {
     "val": ("val", "valid", "validation", "validate", "dev"),
     "test": ("test", "testing"),
 }
+_ALMOST_SPLITS = {
+    "train": ("tr", "trn", "trains"),
+    "val": ("vals", "vld", "eval", "evaluation"),
+    "test": ("te", "tst", "tests", "holdout", "heldout"),
+}
 _FORMAT_FOLDERS = {"frames", "images", "img", "jpg", "jpeg", "png", "rgb", "flow", "video", "videos"}
 _SHOWN = 5
 
@@ -60,6 +65,16 @@ class Listing:
 def split_of(name: str) -> str | None:
     """The split that a folder or a value of a list names, in any case."""
     return next((split for split, names in SPLITS.items() if name.strip().lower() in names), None)
+
+
+def guess_split(name: str) -> str | None:
+    """Return the split that a part of a name stands for: "UCF101_train", "TestSet", "val-256", "held out"."""
+    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)
+    for word in [*words, "".join(words)]:
+        almost = (split for split, names in _ALMOST_SPLITS.items() if word.lower() in names)
+        if split := split_of(word) or next(almost, None):
+            return split
+    return None
 
 
 def check_unambiguous(splits: Mapping[str, str], where: str) -> None:
