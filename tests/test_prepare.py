@@ -265,6 +265,14 @@ class Columns(Folder):
             "path,label,split\n0.mp4,a,train\n1.mp4,b,val\n2.mp4,a,dev\n": "dev and val, which both name the val",
             "path,label,split,subset\n0.mp4,a,train,val\n1.mp4,b,val,val\n2.mp4,a,val,train\n": "--columns .*split=NAME",
             "path,label,is_test\n0.mp4,a,0\n1.mp4,b,1\n2.mp4,a,0\n": "is_test.*--columns",
+            "path,label,train\n0.mp4,a,1\n1.mp4,b,0\n2.mp4,a,1\n": "followed: train.*--columns",
+            "path,label,Test\n0.mp4,a,False\n1.mp4,b,True\n2.mp4,a,False\n": "followed: Test.*--columns",
+            "path,label,held_out\n0.mp4,a,yes\n1.mp4,b,no\n2.mp4,a,no\n": "followed: held_out.*--columns",
+            "path,label,for_val\n0.mp4,a,\n1.mp4,b,x\n2.mp4,a,\n": "followed: for_val.*--columns",
+            "path,label,what\n0.mp4,a,train\n1.mp4,b,eval\n2.mp4,a,train\n": "has eval as splits.*--splits",
+            "path,label,what\n0.mp4,a,train\n1.mp4,b,holdout\n2.mp4,a,train\n": "has holdout as splits.*--splits",
+            "path,label,what\n0.mp4,a,Train\n1.mp4,b,Evaluation\n2.mp4,a,\n": r"has \(nothing\), evaluation as splits",
+            "path,label,what\n0.mp4,a,ds_train\n1.mp4,b,ds_test\n2.mp4,a,ds_train\n": "has ds_test, ds_train as splits",
         }
         for text, saying in cases.items():
             with self.subTest(text):
@@ -278,8 +286,8 @@ class Columns(Folder):
         self.assertIn("Not used: fold", self.said)
         self.assertEqual(self.list_sizes(text, "--columns", "path=path,label=label"), {"train": 3})
         shutil.rmtree(self.out)
-        for value in ("train=4", "train=1,val=x"):
-            self.assert_refused(self.folder / "list.csv", self.out, "--splits", value, saying="--splits has")
+        for value in ("train=4", "train=1,val=x", "train=1,val=1", "train=1,train=1"):
+            self.assert_refused(self.folder / "list.csv", self.out, "--splits", value, saying="--splits")
 
     def test_lists_of_three_splits(self):
         self.films("s/a.mp4", "s/b.mp4", "s/c.mp4")
@@ -338,10 +346,11 @@ class Columns(Folder):
             ("", "3"),
             ("1:2:3:4", "9999"),
             ("1,5", "x"),
+            ("0s", "3s"),
         ):
             with self.subTest((start, end)):
                 text = f'path,label,start,end\na.mp4,run,0,1\na.mp4,run,"{start}",{end}\n'
-                self.assert_refused(self.write("list.csv", text), self.out, saying="row 3 has the times")
+                self.assert_refused(self.write("list.csv", text), self.out, saying="row 3 has the times.*1:30.5")
 
     def test_columns_that_choose_a_part_in_another_way_are_refused_by_name(self):
         self.films("a.mp4")
@@ -352,6 +361,11 @@ class Columns(Folder):
             "start_ms,end_ms",
             "start,x",
             "x,timestamp",
+            "t0,t1",
+            "in,out",
+            "in_point,outPoint",
+            "x,center",
+            "mark_in,mark_out",
         ):
             with self.subTest(columns):
                 file = self.write("list.csv", f"path,{columns},label\na.mp4,0,9,run\n")
@@ -386,11 +400,43 @@ class Columns(Folder):
         self.split_sizes("--columns", "path=path,label=klass", source="list.csv")
         self.assertEqual(self.classes, ["a"])
         shutil.rmtree(self.out)
-        for value in ("path=path", "path=path,label=x", "path=path,label=klass,start=id", "path=1,label=4", "path"):
+        for value in (
+            *("path=path", "path=path,label=x", "path=path,label=klass,start=id", "path=1,label=4", "path"),
+            *("path=1,label=0", "path=0,label=3", "path=1,label=1", "path=1,label=path", "path=1,label=2,label=3"),
+            *("path=path,label=klass,split=klass", "path=1,label=3,start=2,end=2"),
+        ):
             self.assert_refused(file, self.out, "--columns", value, saying="--columns")
         self.assert_refused(
             self.write("rows.csv", "a.mp4,120,1\nb.mp4,90,0\n"), self.out, saying="3 columns.*--columns"
         )
+
+    def test_columns_without_a_name_or_of_one_name(self):
+        self.films("0.mp4", "1.mp4")
+        self.list_sizes(",path,label\n0,0.mp4,a\n1,1.mp4,b\n")
+        self.assertIn("Not used: 1.", self.said)
+        shutil.rmtree(self.out)
+        file = self.write("list.csv", "path,label,label\n0.mp4,a,c\n1.mp4,b,d\n")
+        self.assert_refused(file, self.out, saying="several columns label")
+        self.assert_refused(file, self.out, "--columns", "path=path,label=label", saying="--columns")
+        self.split_sizes("--columns", "path=1,label=3", source="list.csv")
+        self.assertEqual(self.classes, ["c", "d"])
+        shutil.rmtree(self.out)
+        for header in ("path,label,Label", "path,path,label", "Video Path,video_path,label"):
+            with self.subTest(header):
+                file = self.write("list.csv", f"{header}\n0.mp4,1.mp4,c\n1.mp4,1.mp4,d\n")
+                self.assert_refused(file, self.out, saying="several columns")
+
+    def test_labels_that_stand_for_none(self):
+        self.films("0.mp4", "1.mp4")
+        for label in ("nan", "None", "NULL", ""):
+            with self.subTest(label):
+                file = self.write("list.csv", f"path,label\n0.mp4,a\n1.mp4,{label}\n")
+                self.assert_refused(file, self.out, saying="row 3 has")
+        self.assertEqual(self.list_sizes("path,label\n0.mp4,a\n1.mp4,none\n"), {"train": 2}, "a gesture")
+
+    def test_another_delimiter(self):
+        file = self.write("list.csv", "path|label\n0.mp4|a\n1.mp4|b\n")
+        self.assert_refused(file, self.out, saying="semicolon, tab, comma, space")
 
     def test_kinetics(self):
         """Its files are cut or whole, in a folder or in those of classes; some are not there any more."""

@@ -21,6 +21,7 @@ from omnivision.prepare.listing import (
     Listing,
     Row,
     check_unambiguous,
+    guess_split,
     numbered,
     refuse,
     some,
@@ -48,8 +49,11 @@ _TIMES = {
 # Names of columns that choose a part of a video or of the rows, in a way that cannot be followed.
 _PARTS = re.compile(
     r"(.*_)?(start|begin|end|stop|onset|offset)(_.*)?|(first|last|key)_frame|frame(_?(id|number|index|idx))?|time_?stamps?|"
-    r"times?|intervals?|segments?|(is|in)_(train|val|valid|test|dev)\w*"
+    r"times?|intervals?|segments?|(is|in)_(train|val|valid|test|dev)\w*|t_?[0-9]+|"
+    r"((mark|cut|trim)_)?(in|out|center|centre|middle|mid)(_?(point|frame|t|time|timestamp|s|sec|secs|seconds))*"
 )
+_YES_NO = {"0", "1", "true", "false", "yes", "no", "t", "f", "y", "n", "x", ""}
+_NO_LABELS = {"nan", "NaN", "None", "null", "NULL", "<NA>"}  # as programs write a value that is missing
 _ROLES = ("path", "label", "split", "start", "end")
 
 
@@ -69,11 +73,16 @@ class _Table:
 
 def parse_columns(text: str) -> dict[str, str]:
     """role -> column from "path=NAME,label=NAME,..."."""
-    pairs = dict(item.partition("=")[::2] for item in text.split(","))
-    if not {"path", "label"} <= set(pairs) <= set(_ROLES) or ("start" in pairs) != ("end" in pairs):
+    items = [item.partition("=")[::2] for item in text.split(",")]
+    pairs = dict(items)
+    if (
+        not {"path", "label"} <= set(pairs) <= set(_ROLES)
+        or ("start" in pairs) != ("end" in pairs)
+        or len(pairs) < len(items)
+    ):
         raise UserError(
             f"--columns is {text!r}; expected path=NAME,label=NAME and perhaps split=NAME or start=NAME,end=NAME (seconds), "
-            "where NAME is that of a column, or its number. Change --columns."
+            "each once, where NAME is that of a column, or its number. Change --columns."
         )
     return pairs
 
@@ -112,20 +121,23 @@ def _read(file: Path, columns: Mapping[str, str] | None) -> _Table:
         raise UserError(f"{file} has no rows; expected one a sample: path{delimiter}label.")
     first = table[0][1]
     named = _is_header([cells for _, cells in table]) or bool(columns and set(columns.values()) <= set(first))
-    names = first if named else [str(number) for number in range(1, len(first) + 1)]
+    names = [name if named and name else str(number) for number, name in enumerate(first, 1)]
     rows = table[1:] if named else table
     if not rows:
         raise UserError(f"{file} has a header and no rows; expected one row a sample.")
     if columns:
-        missing = [name for name in columns.values() if name not in names and not name.isdecimal()]
-        missing += [
-            name for name in columns.values() if name.isdecimal() and name not in names and int(name) > len(names)
-        ]
-        if missing:
+        numbers = {str(number) for number in range(1, len(names) + 1)}
+        if missing := [name for name in columns.values() if name not in numbers and names.count(name) != 1]:
             raise UserError(
-                f"--columns names {some(missing)}, and {file} has the columns {some(names, 20)}. Change --columns."
+                f"--columns names {some(missing)}, and {file} has the columns {some(names, 20)}. Change --columns; columns of "
+                "one name go by their numbers, 1, 2, ..."
             )
         roles = {role: names.index(name) if name in names else int(name) - 1 for role, name in columns.items()}
+        if len(set(roles.values())) < len(roles):
+            raise UserError(
+                f"--columns takes one column of {file} for several of {some(list(roles))}. Expected a column for each. Change "
+                "--columns."
+            )
         return _Table(file, delimiter, rows, names, roles)
     if not named and len(first) > 2:
         raise UserError(
@@ -153,10 +165,20 @@ def _find_roles(file: Path, names: list[str], rows: list[tuple[int, list[str]]])
             )
     if path is None or label is None:  # two words over a column of numbers
         return {"path": 0, "label": 1}
+    if twice := [names[column] for column in (path, label) if plain.count(plain[column]) > 1]:
+        raise UserError(
+            f"{file} has several columns {some(twice)}. Choose by number: --columns path={path + 1},label={label + 1} takes "
+            "the first ones."
+        )
     roles = {"path": path, "label": label}
     free = [column for column in range(len(names)) if column not in (path, label)]
-    values = {column: {cells[column] for _, cells in rows if column < len(cells)} for column in free}
-    divided = [column for column in free if all(map(split_of, values[column]))]
+    values = {column: {cells[column].lower() for _, cells in rows if column < len(cells)} for column in free}
+    guessed = {column: {guess_split(value) for value in values[column] if value} for column in free}
+    divided = [
+        column
+        for column in free
+        if all(map(split_of, values[column])) or (len(guessed[column]) > 1 and None not in guessed[column])
+    ]
     if len(divided) > 1 and any(len(set(map(split_of, values[column]))) > 1 for column in divided):
         raise UserError(
             f"{file} has several columns of splits: {some([names[column] for column in divided])}. Choose one: --columns "
@@ -176,7 +198,13 @@ def _find_roles(file: Path, names: list[str], rows: list[tuple[int, list[str]]])
     parts = [
         names[column]
         for column in free
-        if column not in roles.values() and (_PARTS.fullmatch(plain[column]) or column == times["duration"])
+        if column not in roles.values()
+        and (
+            _PARTS.fullmatch(plain[column])
+            or column == times["duration"]
+            or split_of(names[column])
+            or (guess_split(names[column]) and values[column] <= _YES_NO)
+        )
     ]
     if parts and "start" not in roles:
         raise UserError(
@@ -204,6 +232,8 @@ def _split_rows(table: _Table, own: str | None, chosen: Mapping[str, str] | None
             problems.append(f"row {number} has {len(cells)} of {width} fields")
         elif not fields["path"] or not fields["label"] or "\0" in fields["path"]:
             problems.append(f"row {number} has no {'label' if fields['path'] else 'path'}")
+        elif fields["label"] in _NO_LABELS:
+            problems.append(f"row {number} has the label {fields['label']}, which stands for none")
         elif split is None:
             passed += 1
         elif own and split != own:
@@ -212,15 +242,16 @@ def _split_rows(table: _Table, own: str | None, chosen: Mapping[str, str] | None
             rows.append((split, Row(fields["path"], fields["label"], f"{file.name}, row {number}")))
         elif (segment := _segment(table, fields)) is None:
             problems.append(
-                f"row {number} has the times {fields['start']!r}, {fields['end']!r}, not 0 <= start < end in seconds"
+                f"row {number} has the times {fields['start']!r}, {fields['end']!r}, not 0 <= start < end in seconds "
+                "(90.5) or minutes (1:30.5)"
             )
         else:
             rows.append((split, Row(fields["path"], fields["label"], f"{file.name}, row {number}", segment)))
     if problems:
         advice = (
             f"Expected {table.delimiter.join(role for role in _ROLES if role in roles)} in each "
-            f"({_DELIMITERS[table.delimiter]} was taken for the delimiter), with quotes around a field that holds it; fix the "
-            "rows, or choose other columns with --columns."
+            f"({_DELIMITERS[table.delimiter]} was taken for the delimiter, out of {some(list(_DELIMITERS.values()))}), with "
+            "quotes around a field that holds it; fix the rows, or choose other columns with --columns."
         )
         raise refuse(f"{file} has rows that cannot be read", problems, advice)
     used = [f"{role} from column {table.names[column]}" for role, column in roles.items()]

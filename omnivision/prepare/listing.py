@@ -98,9 +98,11 @@ def parse_splits(text: str) -> dict[str, str]:
     if text == "none":
         return {}
     pairs = [item.partition("=")[::2] for item in text.split(",")]
-    if not all(split in SPLITS and name for split, name in pairs):
+    names = [name for _, name in pairs]
+    if not all(split in SPLITS and name for split, name in pairs) or len(set(names)) < len(names):
         raise UserError(
-            f"--splits is {text!r}; expected SPLIT=NAME,... with the splits train, val and test, or none. Change --splits."
+            f"--splits is {text!r}; expected SPLIT=NAME,... with the splits train, val and test and each NAME once, or none. "
+            "Change --splits."
         )
     return {name: split for split, name in pairs}
 
