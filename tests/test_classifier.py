@@ -3,6 +3,7 @@
 import unittest
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -275,6 +276,21 @@ class Task(unittest.TestCase):
             self.assertEqual(float(all_three.sums["top1"]), float(two.sums["top1"]))
             none = step(model, batch_of(video, [-1, -1, -1]))
             self.assertEqual(float(none.loss), 0)
+
+    def test_hits_are_counted_without_label_smoothing(self):
+        task, label = Classify(self.labels, Mixing(prob=0)), [1, 4, -1, 0]
+        video = torch.randint(0, 256, (4, 3, 4, 32, 32), dtype=torch.uint8)
+        perfect = torch.nn.functional.one_hot(torch.tensor(label).clamp(min=0), 7).float()
+        output = task.training_step(lambda *_: perfect.requires_grad_(), batch_of(video, label))
+        self.assertEqual((int(output.count), float(output.sums["top1"])), (3, 300.0))
+        task.mixing = Mixing(cutmix_alpha=0)
+        for seed in range(4):
+            torch.manual_seed(seed)
+            share, _ = task.mixing.draw(32, 32, np.random.default_rng(seed))
+            output = task.training_step(lambda *_: perfect, batch_of(video[:2], [1, 4]))
+            self.assertAlmostEqual(float(output.sums["top1"]), 200 * share, places=3)
+            same = task.training_step(lambda *_: perfect[[0, 0]], batch_of(video[:2], [1, 1]))
+            self.assertAlmostEqual(float(same.sums["top1"]), 200, places=3)
 
     def test_mixing_is_drawn_from_the_step(self):
         model, task = VideoClassifier(trunk(), [7, 5]), Classify(self.labels, Mixing())

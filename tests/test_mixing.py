@@ -120,7 +120,7 @@ class Pixels(unittest.TestCase):
     def test_one_sample_is_smoothed_alone(self):
         video, label = batch(1)
         for seed in range(6):
-            pixels, targets = Mixing()(video, label, CLASSES, rng(seed))
+            pixels, targets, _ = Mixing()(video, label, CLASSES, rng(seed))
             self.assertTrue(torch.equal(pixels, video))
             self.assertLess(float((targets - soft_targets(label, CLASSES, 0.1)).abs().max()), 1e-6)
 
@@ -146,7 +146,7 @@ class Pixels(unittest.TestCase):
                 pixels = normalize_pixels(whole.video, channel_dim=1)
                 if depth is not None:
                     pixels = torch.cat([pixels, depth], 1)
-                mixed, targets = Mixing()(pixels, label, CLASSES, rng(seed))
+                mixed, targets, _ = Mixing()(pixels, label, CLASSES, rng(seed))
                 self.assertTrue(torch.equal(torch.cat([video for video, _ in seen]), mixed[:, :3]), (shape, parts))
                 if depth is not None:
                     self.assertTrue(torch.equal(torch.cat([part for _, part in seen]), mixed[:, 3:]))
@@ -158,7 +158,7 @@ class Pixels(unittest.TestCase):
     def test_images_are_mixed_as_clips_of_one_frame(self):
         video, label = batch(4)
         for seed in range(6):
-            pixels, targets = Mixing()(video[:, :, :1], label, CLASSES, rng(seed))
+            pixels, targets, _ = Mixing()(video[:, :, :1], label, CLASSES, rng(seed))
             image = Mixing()(video[:, :, 0], label, CLASSES, rng(seed))
             self.assertTrue(torch.equal(image[0], pixels[:, :, 0]))
             self.assertTrue(torch.equal(image[1], targets))
@@ -166,9 +166,9 @@ class Pixels(unittest.TestCase):
     def test_half_precision_stays_half(self):
         video, label = batch(4)
         for seed in range(6):
-            pixels, targets = Mixing()(video.bfloat16(), label, CLASSES, rng(seed))
+            pixels, targets, _ = Mixing()(video.bfloat16(), label, CLASSES, rng(seed))
             self.assertEqual((pixels.dtype, targets.dtype), (torch.bfloat16, torch.float32))
-            full, _ = Mixing()(video, label, CLASSES, rng(seed))
+            full, _, _ = Mixing()(video, label, CLASSES, rng(seed))
             self.assertLess(float((pixels.float() - full).abs().max()), 0.03)
 
 
@@ -230,7 +230,7 @@ class Drawing(unittest.TestCase):
         self.assertAlmostEqual(float((shares < 1).mean()), 0.3, delta=0.03)
         self.assertFalse(boxes[shares == 1].all())
         video, label = batch(4)
-        same, targets = Mixing(prob=0.0)(video, label, CLASSES, rng())
+        same, targets, _ = Mixing(prob=0.0)(video, label, CLASSES, rng())
         self.assertTrue(torch.equal(same, video))
         self.assertTrue(torch.equal(targets, soft_targets(label, CLASSES, 0.1)), "smoothed all the same")
 
@@ -253,7 +253,7 @@ class Drawing(unittest.TestCase):
         video, label = batch(4)
         for seed in range(8):
             share, box = Mixing().draw(9, 12, rng(seed))
-            pixels, targets = Mixing()(video, label, CLASSES, rng(seed))
+            pixels, targets, _ = Mixing()(video, label, CLASSES, rng(seed))
             self.assertTrue(torch.equal(pixels, mix(video, share, box)))
             self.assertTrue(torch.equal(targets, mixed_targets(label, CLASSES, 0.1, share)))
 
@@ -261,7 +261,7 @@ class Drawing(unittest.TestCase):
         """On the meta device there are no values: whatever would ask for one raises."""
         for seed in range(8):
             video, label = torch.empty(5, 3, 2, 8, 8, device="meta"), torch.empty(5, dtype=torch.int64, device="meta")
-            pixels, targets = Mixing()(video, label, CLASSES, rng(seed))
+            pixels, targets, _ = Mixing()(video, label, CLASSES, rng(seed))
             self.assertEqual((pixels.shape, targets.shape), (video.shape, (5, CLASSES)))
             self.assertEqual((pixels.device.type, targets.device.type), ("meta", "meta"))
 

@@ -59,16 +59,17 @@ class Mixing:
         num_classes: int,
         rng: np.random.Generator,
         partner: tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Floating point (B, C, T, H, W), or images (B, C, H, W), and int64 (B,) -> mixed, and float32 (B, num_classes).
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Floating point (B, C, T, H, W), or images (B, C, H, W), and int64 (B,) -> mixed, and float32 (B, num_classes) twice:
+        the targets, and without label smoothing the share of each class, to count hits.
 
         `partner`: pixels and labels to mix these with, of the same shapes; None takes them from this batch. The input is not
         changed. Everything is drawn on the host, so a device does not have to wait.
         """
         pixels, labels = partner or (None, None)
         share, box = self.draw(video.shape[-2], video.shape[-1], rng)
-        targets = mixed_targets(label, num_classes, self.label_smoothing, share, labels)
-        return mix(video, share, box, pixels), targets
+        targets, shares = (mixed_targets(label, num_classes, s, share, labels) for s in (self.label_smoothing, 0))
+        return mix(video, share, box, pixels), targets, shares
 
     def draw(self, height: int, width: int, rng: np.random.Generator) -> tuple[float, Box | None]:
         """A sample's own share of its mixture, and the box that CutMix replaces (None for mixup and for no mixing)."""

@@ -42,16 +42,18 @@ class Classify:
         classes, depth = self.labels.classes[head], batch.depth
         if self.mixing is None:
             video, target = batch.video, soft_targets(batch.label, classes, smoothing=0)
+            shares = target
         else:
             rng = np.random.default_rng(torch.initial_seed())  # the trainer seeds torch anew for each step
             partner = partners(batch)
-            video, target = self.mixing(_pixels(batch), batch.label, classes, rng, (_pixels(partner), partner.label))
+            others = _pixels(partner), partner.label
+            video, target, shares = self.mixing(_pixels(batch), batch.label, classes, rng, others)
             if depth is not None:
                 video, depth = video[:, :3], video[:, 3:]
         scores = model(video, head, depth)
         loss = soft_cross_entropy(scores, target)
         count = target.any(1).sum()  # a mixture counts if one of its two samples has a label
-        return StepOutput(loss, count, {"loss": loss.detach() * count} | _hits(scores.detach(), target))
+        return StepOutput(loss, count, {"loss": loss.detach() * count} | _hits(scores.detach(), shares))
 
     def evaluation_step(self, model: nn.Module, batch: Batch) -> StepOutput:
         """Scores of each video: its views go through the model together and are averaged."""
