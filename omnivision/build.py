@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
 import fnmatch
+import os
 import sys
 import traceback
 from datetime import timedelta
@@ -23,6 +23,7 @@ from omnivision.data.catalog import LabelSets, Split, label_sets
 from omnivision.data.clips import sample_duration
 from omnivision.data.dataset import ClipDataset, Cut
 from omnivision.data.decode import BadVideo, open_video
+from omnivision.data.images import read_image
 from omnivision.data.loader import TrainData, ValData, Workers
 from omnivision.distributed import Place, Processes
 from omnivision.errors import UserError, is_out_of_memory
@@ -34,7 +35,15 @@ from omnivision.models.classifier import is_frozen
 from omnivision.models.patches import token_grid
 from omnivision.optim.groups import Group, Rule, ScheduledOptimizer, layer_decay_scales, parameter_groups
 from omnivision.optim.schedules import Scaled, peak
-from omnivision.preflight import datasets_of, epoch_plan, held_bytes, host_memory, open_splits, spread_indices
+from omnivision.preflight import (
+    NUM_PROBED_FILES,
+    datasets_of,
+    epoch_plan,
+    held_bytes,
+    host_memory,
+    open_splits,
+    spread_indices,
+)
 from omnivision.reporting.bad_samples import BadSampleLedger
 from omnivision.reporting.reporter import Reporter
 from omnivision.reporting.run_folder import RunFolder
@@ -49,7 +58,7 @@ from omnivision.weights import load as load_weights
 from omnivision.weights import read as read_weights
 
 POSITIONS = "trunk.pos_embed"
-NUM_OPENED_FILES = 4  # of each split, to find clips that are too short
+NUM_OPENED_FILES = 4  # of each split, to find unreadable ones and clips that are too short
 
 
 def build(target: Target, where: str, partial: bool = False, **more: Any) -> Any:
@@ -370,23 +379,40 @@ def check_device(settings: Settings, device: torch.device, local_rank: int = 0) 
         )
 
 
-def short_clip_warnings(settings: Settings, splits: list[Split]) -> list[str]:
-    """Warn about videos whose clips have fewer frames than num_frames. Opens a few files of each split."""
-    data, warnings = settings.trainer.data, []
+def sample_warnings(settings: Settings, splits: list[Split]) -> list[str]:
+    """Open a few samples of each split; warn about unreadable ones and about clips with fewer frames than num_frames.
+
+    Raises UserError for splits none of whose samples is readable. Files that do not exist are left to `check_splits`.
+    """
+    data, warnings, problems = settings.trainer.data, [], []
     for split in splits:
-        short, opened, rules = [], 0, split.dataset
-        for index in spread_indices(split, NUM_OPENED_FILES) if rules.kind == "video" else []:
+        short, bad, opened = [], [], 0
+        few = spread_indices(split, NUM_OPENED_FILES)
+        for index in [*few, *(i for i in spread_indices(split, NUM_PROBED_FILES) if i not in few)]:
+            if opened and opened + len(bad) >= len(few):  # look further only while none is readable
+                break
             path = split.path(index)
-            with (
-                contextlib.suppress(BadVideo),
-                open_video(path, fps=rules.fps, max_pixels=data.max_pixels, frame_pattern=rules.frame_pattern) as video,
-            ):
-                seconds = min(data.clip_duration, sample_duration(video.duration, split.segment(index)))
-                rate = video.mean_rate or video.facts().frames / max(video.duration, 1e-9)
-                frames = round(rate * seconds)
-                opened += 1
-                if frames < data.num_frames:
-                    short.append((frames, path))
+            if not os.path.exists(path):
+                continue
+            try:
+                frames = _clip_frames(split, index, data)
+            except BadVideo as error:
+                bad.append(f"{path}: {error}")
+                continue
+            opened += 1
+            if frames is not None and frames < data.num_frames:
+                short.append((frames, path))
+        where = f"sampled files of {split.name} ({split.which})"
+        if bad and not opened:
+            problems.append(
+                f"None of the {len(bad)} {where} can be read, e.g. {bad[0]}. Check datasets.{split.name}.prefix, "
+                f"datasets.{split.name}.{split.which}.paths and .segments with omnivision check-data."
+            )
+        elif bad:
+            warnings.append(
+                f"{len(bad)} of {opened + len(bad)} {where} cannot be read: {'; '.join(bad[:3])}. A run replaces them, up to "
+                "trainer.data.bad_sample_budget; omnivision check-data lists all."
+            )
         if short:
             frames, path = min(short)
             warnings.append(
@@ -394,7 +420,20 @@ def short_clip_warnings(settings: Settings, splits: list[Split]) -> list[str]:
                 f"{data.num_frames} frames in {data.clip_duration:g} s, so that frames repeat: {frames} in {path}. Lower "
                 "num_frames or raise clip_duration."
             )
+    if problems:
+        raise UserError.of(problems)
     return warnings
+
+
+def _clip_frames(split: Split, index: int, data: DataSettings) -> int | None:
+    """About how many frames a clip of a video has; None for images. Raises BadVideo for an unreadable file."""
+    path, rules = split.path(index), split.dataset
+    if rules.kind != "video":
+        read_image(path, data.max_pixels)
+        return None
+    with open_video(path, fps=rules.fps, max_pixels=data.max_pixels, frame_pattern=rules.frame_pattern) as video:
+        seconds = min(data.clip_duration, sample_duration(video.duration, split.segment(index)))
+        return round((video.mean_rate or video.facts().frames / max(video.duration, 1e-9)) * seconds)
 
 
 def facts(settings: Settings, model: nn.Module) -> dict[str, Any]:
@@ -447,8 +486,8 @@ def trainer(
     if processes.device.type != "meta":
         check_device(settings, processes.device, processes.local_rank)
     train_splits, val_splits = open_splits(settings) if splits is None else splits
-    if train_splits and processes.is_main and not (folder.checkpoints / LATEST).exists():
-        for warning in short_clip_warnings(settings, train_splits):
+    if processes.is_main and not (folder.checkpoints / LATEST).exists():
+        for warning in sample_warnings(settings, train_splits + val_splits):
             reporter.say(f"warning: {warning}")
     pinned = processes.device.type == "cuda"
     workers = Workers(data.num_workers, data.prefetch, pinned, timeout=60 * data.timeout_minutes)

@@ -138,6 +138,24 @@ class Dry(unittest.TestCase):
         with mock.patch.object(build, "host_memory", lambda: 10**6):
             self.assert_stops("trainer/model", "memory", {})
 
+    def test_data_that_cannot_be_read(self):
+        garbage = [str(self.folder / f"garbage{number}.mp4") for number in range(6)]
+        for path in garbage:
+            Path(path).write_bytes(b"no video " * 500)
+        good = np.load(self.folder / "ucf101_train_paths.npy").tolist()
+        np.save(self.folder / "garbage.npy", garbage)
+        np.save(self.folder / "half.npy", garbage[:3] + good[3:])
+        np.save(self.folder / "one.npy", garbage[:5] + good[5:])
+        np.save(self.folder / "beyond.npy", [[100.0, 101.0]] * 6)
+        for which in ("train", "val"):
+            name = f"datasets.ucf101.{which}"
+            self.assert_stops(name, "unreadable", {f"{name}.paths": f"{self.folder}/garbage.npy"})
+            self.assert_stops(name, "unreadable", {f"{name}.segments": f"{self.folder}/beyond.npy"})
+        for file in ("half", "one"):
+            shown = self.dry("partly", {"datasets.ucf101.train.paths": f"{self.folder}/{file}.npy"})
+            self.assertEqual(shown.returncode, 0, shown.stdout)
+            self.assertRegex(shown.stdout, r"warning: .*ucf101 \(train\).*garbage0.mp4: .*bad_sample_budget")
+
     def test_warnings_are_those_of_the_run(self):
         write_film(str(self.folder / "short.mp4"), np.zeros((3, 48, 64, 3), np.uint8), fps=25)
         np.save(self.folder / "short.npy", [str(self.folder / "short.mp4")] * 6)
@@ -149,7 +167,7 @@ class Dry(unittest.TestCase):
                 said = shown.stdout + shown.stderr
                 self.assertRegex(said, r"warning: 9 data workers share")
                 self.assertRegex(said, r"warning: 4 of 4 sampled videos of ucf101 .*num_frames=4 .*: 3 in .*short.mp4")
-        with mock.patch.object(build, "short_clip_warnings") as opened:
+        with mock.patch.object(build, "sample_warnings") as opened:
             self.assertEqual(self.start("finished", "train", {"trainer.limit_train_batches": 1}).returncode, 0)
         opened.assert_not_called()  # a run that is resumed said it at its start
 
