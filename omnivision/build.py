@@ -386,7 +386,9 @@ def sample_warnings(settings: Settings, splits: list[Split]) -> list[str]:
     """
     data, warnings, problems = settings.trainer.data, [], []
     for split in splits:
-        short, bad, opened = [], [], 0
+        short: list[tuple[int, str]] = []
+        bad: list[str] = []
+        opened = 0
         few = spread_indices(split, NUM_OPENED_FILES)
         for index in [*few, *(i for i in spread_indices(split, NUM_PROBED_FILES) if i not in few)]:
             if opened and opened + len(bad) >= len(few):  # look further only while none is readable
