@@ -57,6 +57,7 @@ WITHOUT_EFFECT = (
     "trainer.checkpoint.save_*",
     "trainer.checkpoint.allow_changes",
 )
+OF_ONE_START = ("trainer.mode", "trainer.checkpoint.allow_changes")
 LIBRARIES = ("torch", "torchvision", "timm", "av", "numpy")
 CHANGES_TOLD = 6
 WHOLE_BYTES = 64 << 20  # up to this size a file is read as a whole; of a larger one, as much in pieces spread over it
@@ -94,15 +95,28 @@ def _told(raw: Any, value: Any) -> Any:
 
 
 def altering_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """What differs between two flat configurations: what makes another experiment, and the rest."""
-    sources = {name.split(".")[3] for name in now if name.startswith("trainer.data.sources.")}
+    """What differs between two flat configurations: what makes another experiment, and the rest.
+
+    Catalog entries that the run does not use are left out, and what is asked of this start alone.
+    """
+    used = {name: value for name, value in used_settings({**then, **now}).items() if name not in OF_ONE_START}
     altering: list[str] = []
     others: list[str] = []
     for change, name in changes(then, now):
-        unused = name.startswith("datasets.") and name.split(".")[1] not in sources
-        harmless = any(fnmatch.fnmatchcase(name, pattern) for pattern in WITHOUT_EFFECT)
-        (others if harmless or unused else altering).append(change)
+        if name in used:
+            harmless = any(fnmatch.fnmatchcase(name, pattern) for pattern in WITHOUT_EFFECT)
+            (others if harmless else altering).append(change)
     return altering, others
+
+
+def used_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Flat settings without the catalog entries of datasets that are no source of the run."""
+    sources = {name.split(".")[3] for name in settings if name.startswith("trainer.data.sources.")}
+    return {
+        name: value
+        for name, value in settings.items()
+        if not name.startswith("datasets.") or name.split(".")[1] in sources
+    }
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
@@ -119,11 +133,15 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[s
         both |= {name for name in then[part].keys() | now[part].keys() if name.rpartition(".")[0] in splits}
         found = changes(*({name: facts[part].get(name) for name in sorted(both)} for facts in (then, now)))
         altering += [f"{prefix}{change}" for change, _ in found]
-    names = [_names(facts) for facts in (then, now)]
-    both = names[0].keys() & names[1].keys()
-    altering += [change for change, _ in changes(*({name: of[name] for name in sorted(both)} for of in names))]
     others += [change for change, _ in changes(then["versions"], now["versions"])]
     return altering, others
+
+
+def class_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Sentences about classes whose names differ, of `facts`; a resumed head would predict the wrong ones."""
+    names = [_names(facts) for facts in (then, now)]
+    both = names[0].keys() & names[1].keys()
+    return [change for change, _ in changes(*({name: of[name] for name in sorted(both)} for of in names))]
 
 
 def _names(facts: Mapping[str, Any]) -> dict[str, str]:

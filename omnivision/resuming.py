@@ -91,6 +91,12 @@ def _require_experiment(trainer: Trainer, text: str, path: Path) -> None:
     if then is None:
         trainer.reporter.say(f"{path} does not say of which experiment it is; its settings cannot be compared.")
         return
+    if classes := experiment.class_changes(then, trainer.experiment):
+        raise UserError(
+            f"{path} was trained on other classes, or on the same in another order: {experiment.listed(classes)}. A resumed "
+            "head must keep its classes, also with allow_changes. Set datasets.NAME.class_names and its labels as "
+            "they were, or start a new run in another launcher.experiment_log_dir from pretrained_checkpoint_path."
+        )
     altering, others = experiment.differences(then, trainer.experiment)
     if altering and not trainer.options.allow_changes:
         raise UserError(experiment.refusal(str(path), altering))

@@ -557,9 +557,11 @@ class ClassNames(OnFilms):
         summary.write_text(json.dumps(json.loads(summary.read_text()) | {"status": "running"}))
         file = self.folder / "red_green_blue.txt"
         self.addCleanup(file.write_text, file.read_text())
-        file.write_text("green\nred\nblue")
         arguments = stages.command("ft", self.folder / "cut", *self.here, FROM_NOTHING, "trainer.ema_decay=0.5")
-        self.assert_refused(arguments, "another experiment .*class 0 of head 0: red -> green")
+        for names in ("green\nred\nblue", "red\ngreen\nyellow"):
+            file.write_text(names)
+            for more in ([], [ALLOW], [ALLOW, "epochs=3"]):
+                self.assert_refused([*arguments, *more], "datasets.NAME.class_names")
 
 
 class Resuming(OnFilms):

@@ -12,6 +12,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from omnivision.experiment import used_settings
 from omnivision.report import figures, mistakes
 from omnivision.report.collect import Predicted, Run, differing, lineage, result
 from omnivision.report.paper import table
@@ -68,7 +69,7 @@ def render(runs: Sequence[Run], title: str, clips: bool = True) -> str:
         "sweep": bool(swept),
         "swept": [(name, Markup(drawn)) for name, values in swept.items() if (drawn := figures.against(runs, values))],
         "all_settings": [
-            (run.name, [("git commit", commit), *sorted(run.settings.items())])
+            (run.name, [("git commit", commit), *sorted(used_settings(run.settings).items())])
             for run, commit in zip(runs, commits, strict=True)
         ],
     }
