@@ -63,7 +63,7 @@ class Samples(Folder):
             self.assertEqual(code, 0)
             self.assertIn("3 of 3 samples are good, 18.0 s of film.", out)
             self.assertIn("most frames between key frames: least 61, 5% 66.9, median 120", out)
-            self.assertIn("`omnivision prepare ... --short-side 256 --gop 12` would make", out)
+            self.assertIn("`omnivision prepare ... --gop 12` would make", out)
             expected = {
                 "ok": True,
                 "reason": None,
@@ -209,6 +209,13 @@ class Splits(Folder):
         self.assertNotIn("omnivision prepare", self.check([self.film("a.mp4", frames=30, gop=12)])[1])
         self.assertIn("30 frames or more between", self.check([self.film("a.mp4", frames=30, gop=99)])[1])
         self.assertIn("short side of 400 pixels", self.check([self.film("a.mp4", size=(400, 500))])[1])
+
+    def test_no_advice_on_the_size_of_small_films(self):
+        for side, advised in ((120, False), (256, False), (300, True)):
+            with self.subTest(side):
+                said = self.check([self.film("a.mp4", frames=30, size=(side, side + 20), gop=99)])[1]
+                self.assertIn("--gop 12", said)
+                self.assertEqual("short" in said, advised)
 
     def test_a_terminal_gets_a_table(self):
         console = Console(force_terminal=True, width=100, file=io.StringIO())

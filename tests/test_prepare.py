@@ -659,6 +659,8 @@ class ClassFolders(Folder):
             "frames beside": [[f"{name}.mp4", f"{name}/1.jpg", f"{name}/2.jpg"] for name in names],
             "two formats": [[f"{name}.mp4", f"{name}.AVI"] for name in names],
             "a folder of frames": [[f"{name}.mp4", f"{name[:4]}frames/{name[4:]}/1.jpg"] for name in names],
+            "frames by name": [[f"{name}.mp4", f"{name}_frames/1.jpg"] for name in names],
+            "frames by the name of the file": [[f"{name}.mp4", f"{name}.mp4.Frames/1.jpg"] for name in names],
             "frames within": [[f"{name}.mp4", f"{name}/rgb/1.jpg"] for name in names],
         }
         for way, groups in ways.items():
@@ -769,6 +771,32 @@ class ClassFolders(Folder):
                 shutil.rmtree(self.out)
                 options = "--frame-pattern", "none_*.bmp"
                 self.assert_refused(self.folder / "s", self.out, *options, saying="--frame-pattern")
+
+    def test_what_is_held_out_changes_with_the_videos(self):
+        self.films(*(f"s/{label}/{k}.mp4" for label in "ab" for k in range(20)))
+        for _ in range(2):
+            self.prepared(self.folder / "s", "--hold-out", 0.2)
+            self.assertNotIn("changed sides", self.errors)
+        before = {split: set(np.load(self.out / f"{split}_paths.npy")) for split in ("train", "val")}
+        (self.folder / "s/a/0.mp4").unlink()
+        self.prepared(self.folder / "s", "--hold-out", 0.2)
+        after = {split: set(np.load(self.out / f"{split}_paths.npy")) for split in ("train", "val")}
+        seen = before["train"] & after["val"]
+        self.assertTrue(seen)
+        self.assertIn(f"{len(before['val'] & after['train']) + len(seen)} videos changed sides", self.errors)
+
+    def test_links_across_splits(self):
+        self.films("s/train/a/1.mp4", "s/train/a/2.mp4", "s/train/b/f/1.jpg", "s/val/a/4.mp4", "s/val/b/5.mp4")
+        self.split_sizes()
+        self.assertNotIn("share", self.errors)
+        os.symlink("../../train/a/1.mp4", self.folder / "s/val/a/6.mp4")
+        os.link(self.folder / "s/train/a/2.mp4", self.folder / "s/val/b/7.mp4")
+        os.symlink("../../train/b/f", self.folder / "s/val/b/g")
+        self.split_sizes()
+        self.assertIn(
+            "train and val share 3 videos by links: train/a/1.mp4 = val/a/6.mp4, train/a/2.mp4 =", self.errors
+        )
+        self.assertIn("train/b/f = val/b/g", self.errors)
 
     def test_prefix_above_the_source(self):
         self.films("s/a/1.mp4")

@@ -113,6 +113,7 @@ class Honoured(Folder):
         self.assertEqual((code, [sample["ok"] for sample in found["samples"]]), (1, [True, False, True, True]))
         self.assertEqual([(sample["start"], sample["end"]) for sample in found["samples"]][1], (0, 9))
         self.assertIn("beyond the end", found["samples"][1]["reason"])
+        self.assertEqual(found["summary"]["seconds"], 4, "of the good segments, not of whole videos")
         self.assertEqual(found["summary"]["duplicates"], [[f"{self.folder}/whole"] * 2], "the same segment twice")
         with self.assertRaisesRegex(UserError, "--segments"):
             check_data(paths, "--segments", paths)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 _SHOWN = 20
+_SMALL_SIDE = 256  # what is advised
 _LONG_GOP, _LARGE_SIDE = 24, 320  # beyond these, smaller films with more key frames are read much quicker
 
 
@@ -90,6 +91,9 @@ def run(args: argparse.Namespace) -> int:
         print("check-data: interrupted; nothing was written. Run the same command again.", file=sys.stderr)
         return EXIT_INTERRUPTED
     summary = _summary(checks, labels, args.num_classes)
+    if segments:
+        good = [end - start for check, (start, end) in zip(checks, segments, strict=True) if check.ok]
+        summary["seconds"] = round(sum(good), 3)
     summary["duplicates"] = same_films(full, segments=segments)
     if others is not None:
         summary["overlap"] = same_films(full, [prefix + path for path in others])
@@ -258,10 +262,13 @@ def _advise(console: Console, summary: dict[str, Any]) -> None:
     sides = [min(map(int, size.split("x"))) for size, count in summary["sizes"].items() for _ in range(count)]
     side = float(np.median(sides)) if sides else 0
     if gop > _LONG_GOP or side > _LARGE_SIDE:
+        reasons = [f"{gop:g} frames or more between key frames"] if gop > _LONG_GOP else []
+        reasons += [f"a short side of {side:g} pixels or more"] if side > _SMALL_SIDE else []
+        size = f"--short-side {_SMALL_SIDE} " if side > _SMALL_SIDE else ""
         _say(
             console,
-            f"Half of the films have {gop:g} frames or more between key frames, or a short side of {side:g} pixels or more: "
-            "`omnivision prepare ... --short-side 256 --gop 12` would make clips quicker to read.",
+            f"Half of the films have {', or '.join(reasons)}: `omnivision prepare ... {size}--gop 12` would make clips "
+            "quicker to read.",
         )
 
 

@@ -17,6 +17,7 @@ from omnivision.cli.arguments import number
 from omnivision.data.catalog import read_class_names
 from omnivision.errors import EXIT_INTERRUPTED, UserError
 from omnivision.prepare import dataset
+from omnivision.prepare.arrays import read_paths
 from omnivision.prepare.catalog_file import entry_lines, updated_catalog, write_catalog
 from omnivision.prepare.csv_lists import parse_columns
 from omnivision.prepare.held_out import groups_of, held_out, pattern_grouping
@@ -30,7 +31,15 @@ from omnivision.prepare.listing import (
     video_key,
 )
 from omnivision.prepare.progress import told
-from omnivision.prepare.sources import FORMATS, check_out, check_series, find_films, find_frame_folders, read_source
+from omnivision.prepare.sources import (
+    FORMATS,
+    check_out,
+    check_series,
+    find_films,
+    find_frame_folders,
+    link_warnings,
+    read_source,
+)
 from omnivision.prepare.transcode import Recipe
 from omnivision.prepare.workers import default_workers
 
@@ -151,8 +160,11 @@ def run(args: argparse.Namespace) -> int:
         count, entered = len(frame_folders), "" if recipe else " (fps: 25 in the entry)"
         print(f"{count} samples are folders of frames, taken for 25 a second{entered}; --fps X gives another rate.")
     warnings = [*listing.warnings, *path_warnings(listing.splits, labels), *label_warnings(classes, labels)]
+    if check and len(listing.splits) > 1:
+        warnings += link_warnings(listing)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
+    held, kept = (set[str](), set[str]()) if args.hold_out is None else _validation_paths(out)
     try:
         written = dataset.write_dataset(
             out, listing, labels, classes, settings, recipe, args.workers, partial(told, what="prepare")
@@ -161,6 +173,15 @@ def run(args: argparse.Namespace) -> int:
         print("prepare: interrupted. The same command goes on where it stopped.", file=sys.stderr)
         return EXIT_INTERRUPTED
     _tell(args, written, arrays, len(classes))
+    if args.hold_out is not None:
+        held_now, kept_now = _validation_paths(out)
+        if moved := held & kept_now | kept & held_now:
+            print(
+                f"warning: {len(moved)} videos changed sides: {len(held & kept_now)} of validation are in train now, and "
+                f"{len(kept & held_now)} of train in validation. A run on the arrays before has trained on videos that would "
+                "validate it; train again, or keep the splits with lists (--train, --val).",
+                file=sys.stderr,
+            )
     if catalog is None:
         print("For the catalog (or pass --catalog FILE.yaml):\n\ndatasets:")
         print("\n".join(f"  {line}" for line in entry))
@@ -168,6 +189,13 @@ def run(args: argparse.Namespace) -> int:
         write_catalog(Path(args.catalog), catalog)
         print(f"{args.catalog}: the entry datasets.{args.name}")
     return 0
+
+
+def _validation_paths(out: Path) -> tuple[set[str], set[str]]:
+    """Return the paths of the validation and of the training split that are in OUT."""
+    files = [str(out / f"{split}_paths.npy") for split in ("val", "train")]
+    held, kept = (set(read_paths(file)) if os.path.isfile(file) else set() for file in files)
+    return held, kept
 
 
 def _hold_out(

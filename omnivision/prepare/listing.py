@@ -232,7 +232,9 @@ def path_warnings(splits: Mapping[str, list[Row]], labels: Mapping[str, np.ndarr
 
 def video_key(path: str) -> str:
     """The path without suffix and without folders such as frames/: the same for a video and for the folder of its frames."""
-    return drop_suffix(drop_format_folders(path))
+    path = drop_format_folders(path)
+    stem = re.sub(r"(?i)(?<=[^/])[_.-](frames|images|img|jpe?g|png|rgb|flow)$", "", path)
+    return drop_suffix(stem)  # also of the video that frames are called after: "001.mp4.frames"
 
 
 def drop_suffix(path: str) -> str:

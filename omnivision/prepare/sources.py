@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 from omnivision.data.decode import BadVideo, open_video
@@ -171,6 +172,21 @@ def check_series(folders: list[str], pattern: str | None) -> None:
     if problems:
         advice = "Choose the series to use with --frame-pattern, such as --frame-pattern 'img_*.jpg'."
         raise refuse(f"{len(problems)} of {len(folders)} folders of frames cannot be used", problems, advice)
+
+
+def link_warnings(listing: Listing) -> list[str]:
+    """Return sentences about videos that are in two splits by different paths, through links."""
+    found: dict[str, dict[tuple[int, int], str]] = {}  # split -> (device, inode) -> path
+    for split, rows in listing.splits.items():
+        for path in dict.fromkeys(row.path for row in rows):
+            status = os.stat(listing.full(path))
+            found.setdefault(split, {})[status.st_dev, status.st_ino] = path
+    warnings = []
+    for one, other in combinations(found, 2):
+        shared = [(found[one][key], found[other][key]) for key in found[one].keys() & found[other].keys()]
+        if pairs := sorted(f"{path} = {link}" for path, link in shared if path != link):
+            warnings.append(f"{one} and {other} share {len(pairs)} videos by links: {some(pairs)}. Remove one of each.")
+    return warnings
 
 
 def check_out(out: str, source: str, listing: Listing, frame_folders: list[str], made: list[str]) -> None:
