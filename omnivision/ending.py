@@ -106,9 +106,14 @@ def explain(error: BaseException, folder: RunFolder, tells: bool, rank: int, rec
     LOG.log(logging.WARNING if as_asked else logging.ERROR, reason, exc_info=error if fault else None)
     if tell:
         # Where this process stood when another one went is in its log.
-        print_error(
-            f"{reason}. The same command goes on from the last checkpoint." if lost else error if fault else reason
-        )
+        if as_asked:
+            goes_on = isinstance(error, Terminated) and error.saved_step is not None
+            again = ", and the same command continues from there" if goes_on else ""
+            print(f"{reason}{again}", file=sys.stderr, flush=True)
+        else:
+            print_error(
+                f"{reason}. The same command goes on from the last checkpoint." if lost else error if fault else reason
+            )
     try:
         if record is not None and rank == 0:
             record.end(error, reason, tells)

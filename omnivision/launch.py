@@ -84,7 +84,7 @@ def launch(jobs: Sequence[Job]) -> int:
             print(f"\n== Run {number} of {len(jobs)}: {job.settings.launcher.experiment_log_dir}", flush=True)
         codes.append(run(job))
         if codes[-1] in INTERRUPTED and number < len(jobs):
-            print(f"error: {len(jobs) - number} runs of the sweep were not started.", file=sys.stderr)
+            print(f"{len(jobs) - number} runs of the sweep were not started.", file=sys.stderr)
             break
     return max(codes)
 

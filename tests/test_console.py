@@ -17,8 +17,8 @@ from rich.console import Console
 from omnivision import launch
 from omnivision.cli import check_data, predict
 from omnivision.cli.main import main
-from omnivision.ending import how_it_ended
-from omnivision.errors import EXIT_INTERRUPTED
+from omnivision.ending import explain, how_it_ended
+from omnivision.errors import EXIT_INTERRUPTED, Terminated, UserError
 from omnivision.evaluation import Evaluation
 from omnivision.inference import Guess
 from omnivision.reporting.console import ProgressLine
@@ -52,6 +52,23 @@ class Folder(unittest.TestCase):
         temporary = tempfile.TemporaryDirectory()
         self.addCleanup(temporary.cleanup)
         self.folder = Path(temporary.name)
+
+
+class Stopped(Folder):
+    def test_a_run_that_was_stopped_as_asked_tells_of_no_error(self):
+        folder = RunFolder(self.folder)
+        for error, code, again in (
+            (Terminated("SIGTERM", saved_step=5), 143, "the same command"),
+            (Terminated("SIGTERM"), 143, ""),
+            (KeyboardInterrupt(), EXIT_INTERRUPTED, ""),
+        ):
+            with contextlib.redirect_stderr(io.StringIO()) as said:
+                self.assertEqual(explain(error, folder, False, 0), code)
+            self.assertNotIn("error", said.getvalue())
+            self.assertIn(again, said.getvalue())
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            explain(UserError("wrong"), folder, False, 0)
+        self.assertEqual(said.getvalue(), "error: wrong\n")
 
 
 class Wrapped(unittest.TestCase):
