@@ -58,7 +58,7 @@ def main() -> None:
     try:
         code = run(apart(composed()))
     except KeyboardInterrupt:
-        print("error: interrupted before a run began; nothing was started", file=sys.stderr)
+        print("interrupted before a run began; nothing was started", file=sys.stderr)
         code = EXIT_INTERRUPTED
     except UserError as error:
         from omnivision.ending import print_error
@@ -184,19 +184,21 @@ def checked(config: DictConfig) -> "Job":
     from omnivision.preflight import check_run, run_warnings
     from omnivision.process import Job
     from omnivision.settings_check import check
-    from omnivision.stages import typed_choices
+    from omnivision.stages import stage_warnings, typed_choices
 
     trust_by_hand(config)
     adopt_torchrun(config)
     written = OmegaConf.to_container(config, resolve=False)
     folders = [*site_folders(sys.argv[1:]), CONFIG]
-    settings = check(config, origin_of(sys.argv[1:], folders, written), typed_choices(sys.argv[1:]), folders)
+    choices = typed_choices(sys.argv[1:])
+    settings = check(config, origin_of(sys.argv[1:], folders, written), choices, folders)
     require_weights_by_hand(settings)
+    warnings = stage_warnings(settings, choices)
     if settings.trainer.mode != "dry":
-        splits = check_run(settings, check_way)
-        if os.environ.get("RANK", "0") == "0":
-            for warning in run_warnings(settings, *splits):
-                print(f"warning: {warning}", file=sys.stderr)
+        warnings += run_warnings(settings, *check_run(settings, check_way))
+    if os.environ.get("RANK", "0") == "0":
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr)
     return Job(settings, OmegaConf.to_yaml(config, resolve=False))
 
 

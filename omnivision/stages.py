@@ -70,6 +70,23 @@ def stage_problems(settings: Settings, choices: Mapping[str, str], folders: Sequ
     ]
 
 
+def stage_warnings(settings: Settings, choices: Mapping[str, str]) -> list[str]:
+    """Warn about typed choices (`typed_choices`) of another stage than the experiment's, which the model allows."""
+    stage, warnings = settings.stage, []
+    if "stage" in choices:
+        warnings.append(
+            "stage is set by the experiment, and typing it changes nothing else. Choose +experiments=... instead."
+        )
+    optimizer = choices.get("trainer/optim")
+    if "stage" not in choices and optimizer in EXPERIMENTS and stage in EXPERIMENTS and optimizer != stage:
+        warnings.append(f"trainer/optim={optimizer} is for another stage than {stage}. Set trainer/optim={stage}.")
+    weights = choices.get("trainer/checkpoint", "default")
+    if weights.endswith("_ensemble") != ("num_models" in settings.trainer.model) and "trainer/checkpoint" in choices:
+        kind = "an average of checkpoints" if weights.endswith("_ensemble") else "a single model"
+        warnings.append(f"trainer/checkpoint={weights} is for {kind}, which trainer.model is not. Choose another.")
+    return warnings
+
+
 def _changes(
     settings: Settings, stage: str, choices: Mapping[str, str], folders: Sequence[Path]
 ) -> tuple[int, str] | None:

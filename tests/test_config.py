@@ -22,7 +22,7 @@ from omnivision.experiment import flat
 from omnivision.settings import Settings
 from omnivision.settings_check import check
 from omnivision.settings_yaml import read_numbers_as_written
-from omnivision.stages import ENDINGS, EXAMPLE_RECIPES, EXPERIMENTS, stage_problems
+from omnivision.stages import ENDINGS, EXAMPLE_RECIPES, EXPERIMENTS, stage_problems, stage_warnings
 from omnivision.stages import MODELS as MODELS_OF
 from omnivision.usage import usage
 from tests import runs
@@ -279,6 +279,23 @@ class Stages(unittest.TestCase):
             if "pretrained_checkpoint_path" not in each:
                 names.append(f"pretrained_checkpoint_path={'[a,b]' if 'ensemble' in each['experiments'] else 'run'}")
             settings(*names)
+
+    def test_choices_of_another_stage_that_the_model_allows_are_warned_of(self):
+        for stage, choices, key in (
+            ("finetune", {"trainer/optim": "mae"}, "trainer/optim=finetune"),
+            ("finetune", {"trainer/optim": "probe"}, "trainer/optim=finetune"),
+            ("finetune", {"stage": "probe"}, r"\+experiments="),
+            ("finetune", {"trainer/checkpoint": "default_ensemble"}, "trainer/checkpoint="),
+            ("average", {"trainer/checkpoint": "no_heads"}, "trainer/checkpoint="),
+        ):
+            [warning] = stage_warnings(self.whole[stage], choices)
+            self.assertRegex(warning, key)
+        for stage, choices in (
+            ("finetune", {"trainer/optim": "finetune", "trainer/checkpoint": "load_all"}),
+            ("average", {"trainer/checkpoint": "no_heads_ensemble"}),
+            ("mae", {}),
+        ):
+            self.assertEqual(stage_warnings(self.whole[stage], choices), [])
 
     def test_samples(self):
         for choices, advice in (
