@@ -24,7 +24,7 @@ from omnivision import build, slurm, weight_files
 from omnivision.data.catalog import Split
 from omnivision.distributed import Place, choose_device
 from omnivision.errors import EXIT_USER, UserError
-from omnivision.files import replace_atomically
+from omnivision.files import LATEST, replace_atomically
 from omnivision.launch import batch_script, check_submission, check_way
 from omnivision.models.average import AveragedClassifier
 from omnivision.optim.groups import ScheduledOptimizer
@@ -41,10 +41,12 @@ from omnivision.preflight import (
 )
 from omnivision.process import Job, ready_trainer, run_folder
 from omnivision.reporting.reporter import Reporter
+from omnivision.run_messages import describe_resumed
 from omnivision.settings import Settings
 from omnivision.stopping import Stop
 from omnivision.streams import fit
 from omnivision.submission import known_jobs
+from omnivision.trainer import Trainer
 from omnivision.utilisation import Cost
 
 WIDTH = 60  # characters of a curve in the terminal
@@ -65,7 +67,8 @@ def dry_run(job: Job) -> int:
     """Print what would stop the run, first, then what it would be; returns the exit code, 1 when something would stop it."""
     settings = replace(job.settings, trainer=replace(job.settings.trainer, mode="train"))
     job = replace(job, settings=settings)
-    problems, lines = [], []
+    problems: list[str] = []
+    lines: list[str] = []
     splits: tuple[list[Split], list[Split]] = [], []
     try:
         splits = check_run(settings, check_way)
@@ -73,10 +76,10 @@ def dry_run(job: Job) -> int:
         problems += error.problems
         with contextlib.suppress(UserError):
             splits = check_splits(settings)
-    model = optimizer = None
+    model = optimizer = trainer = None
     try:
         model, optimizer = built(settings)
-        lines = check_start(job, splits)
+        trainer, lines = check_start(job, splits)
     except UserError as error:
         problems += error.problems
     if model is not None and optimizer is not None:
@@ -86,7 +89,7 @@ def dry_run(job: Job) -> int:
         except OSError as error:
             if not problems:  # else one of them says why
                 problems.append(f"{image} cannot be written: {error.strerror}. Change launcher.experiment_log_dir.")
-        lines = [describe(settings, model, optimizer, *splits), f"curves       {image}", *lines]
+        lines = [describe(job, model, optimizer, *splits, trainer), f"curves       {image}", *lines]
     if problems:
         problems = list(dict.fromkeys(problems))  # the checks overlap
         print("\n- ".join(["This run would stop before its first step:", *problems]), end="\n\n")
@@ -99,8 +102,11 @@ def dry_run(job: Job) -> int:
     return EXIT_USER if problems else 0
 
 
-def check_start(job: Job, splits: tuple[list[Split], list[Split]]) -> list[str]:
-    """Check what a process of the run checks before its first step; returns what it would print. Raises UserError."""
+def check_start(job: Job, splits: tuple[list[Split], list[Split]]) -> tuple[Trainer | None, list[str]]:
+    """Check what a process of the run checks before its first step. Raises UserError.
+
+    Returns its trainer, without values (None where the weights come from a job it waits for), and what it would print.
+    """
     settings, folder, output = job.settings, run_folder(job), io.StringIO()
     processes = build.processes(replace(settings, trainer=replace(settings.trainer, accelerator="cpu")), Place())
     processes.device = torch.device("meta")
@@ -116,8 +122,9 @@ def check_start(job: Job, splits: tuple[list[Split], list[Split]]) -> list[str]:
     elif slurm.available():
         checks.append(lambda: check_submission([job], known_jobs()))
     with warnings.catch_warnings(action="ignore"):  # torch says that the meta device takes no values
-        all_of(checks)
-    return output.getvalue().splitlines()
+        made = all_of(checks)
+    trainer = next((each[0] for each in made if isinstance(each, tuple)), None)
+    return trainer, output.getvalue().splitlines()
 
 
 def built(settings: Settings) -> tuple[nn.Module, ScheduledOptimizer]:
@@ -128,13 +135,15 @@ def built(settings: Settings) -> tuple[nn.Module, ScheduledOptimizer]:
 
 
 def describe(
-    settings: Settings,
+    job: Job,
     model: nn.Module,
     optimizer: ScheduledOptimizer,
     train: list[Split],
     val: list[Split],
+    trainer: Trainer | None,
 ) -> str:
     """Model, parameter groups, effective batch, learning rate, operations, and data, as lines to print."""
+    settings = job.settings
     parameters = {name: p.numel() for name, p in model.named_parameters()}
     if isinstance(model, AveragedClassifier):
         held = sum(tensor.numel() for tensor in model.averaged_trunk().values())
@@ -150,8 +159,8 @@ def describe(
         f"over {settings.processes} process{'es' * (settings.processes > 1)}",
         memory_line(settings, model, cost.kept_bytes if cost else 0),
         f"sources      {', '.join(settings.trainer.data.sources)}",
-        *data_lines(settings, train, val),
-        *weights_lines(settings),
+        *data_lines(settings, train, val, trainer.global_step if trainer else 0),
+        *weights_lines(job, trainer),
         *frozen_lines(model),
         f"groups       {len(optimizer.groups)}, of {type(optimizer.optimizer).__name__}:",
     ]
@@ -233,8 +242,8 @@ def draw(settings: Settings, optimizer: ScheduledOptimizer, file: Path) -> None:
         figure.savefig(opened, format="png")
 
 
-def data_lines(settings: Settings, train: list[Split], val: list[Split]) -> list[str]:
-    """The splits with their sizes and how many sampled files exist, and the steps that follow."""
+def data_lines(settings: Settings, train: list[Split], val: list[Split], done: int) -> list[str]:
+    """The splits with their sizes and how many sampled files exist, and the steps that follow; `done` are behind the run."""
     lines = []
     for split in train + val:
         paths = sample_paths(split)
@@ -244,12 +253,16 @@ def data_lines(settings: Settings, train: list[Split], val: list[Split]) -> list
         )
     if train:
         steps, epochs = epoch_plan(settings, train).steps, settings.trainer.max_epochs
-        lines.append(f"steps        {steps} an epoch x {epochs} epochs = {steps * epochs}")
+        left = f", {max(0, steps * epochs - done)} of them left" if done else ""
+        lines.append(f"steps        {steps} an epoch x {epochs} epochs = {steps * epochs}{left}")
     return lines
 
 
-def weights_lines(settings: Settings) -> list[str]:
-    """The files that the run starts from, if they exist."""
+def weights_lines(job: Job, trainer: Trainer | None) -> list[str]:
+    """What the run starts from: its own checkpoint, or the files that exist."""
+    settings, own = job.settings, run_folder(job).checkpoints / LATEST
+    if own.exists():
+        return [f"weights      {describe_resumed(trainer.state) if trainer else f'its own, {own}'}"]
     source = settings.pretrained_checkpoint_path
     if source is None:
         return ["weights      random initialization" + ", of frozen parameters too" * bool(settings.trainer.freeze)]

@@ -68,7 +68,7 @@ def run_process(job: Job, place: Place | None, record: JobRecord | None = None) 
             from omnivision.experiment import flat_text
             from omnivision.files import remove_leftovers, write_atomically
             from omnivision.reporting.reporter import Reporter
-            from omnivision.run_messages import end_lines, start_lines
+            from omnivision.run_messages import end_lines, start_lines, validation_lines
 
             place = place or Place.from_torchrun()
             processes = build.processes(job.settings, place)
@@ -112,8 +112,8 @@ def run_process(job: Job, place: Place | None, record: JobRecord | None = None) 
             stop.patience()
             with reporter:
                 trainer.validate_only() if validating else trainer.fit()
-            if not validating:
-                reporter.say("\n".join(end_lines(trainer)))
+            if last_lines := validation_lines(trainer) if validating else end_lines(trainer):
+                reporter.say("\n".join(last_lines))
             ending.peers.end()
             processes.close()
             if ending.begun:

@@ -11,6 +11,7 @@ import torch
 from omnivision.experiment import git_commit
 from omnivision.files import BEST, LATEST
 from omnivision.models.architecture import describe
+from omnivision.run_state import State
 from omnivision.settings import Settings
 from omnivision.trainer import Trainer
 from omnivision.weight_files import describe_metrics
@@ -28,9 +29,10 @@ def start_lines(settings: Settings, trainer: Trainer, reports: Sequence[LoadRepo
     several = f", {processes.world} processes, {trainer.options.strategy}" if processes.world > 1 else ""
     starts = ", ".join(f"{each.path}" + (f" ({each.checkpoint})" if each.checkpoint else "") for each in reports)
     if trainer.global_step:
-        starts = f"its own, resumed after {state.epoch} epochs" + (f" and {state.step} steps" if state.step else "")
+        starts = describe_resumed(state)
     lines = [
-        f"model        {type(trainer.bare).__name__}, {count(total)} parameters, {count(trained)} trained",
+        f"model        {type(trainer.bare).__name__}, {count(total)} parameters"
+        + (f", {count(trained)} trained" if trainer.train is not None else ""),
         f"device       {device}, {precision}{several}",
         *(f"data         {split.name}, {split.which}: {len(split)} samples" for split in splits),
     ]
@@ -49,6 +51,18 @@ def start_lines(settings: Settings, trainer: Trainer, reports: Sequence[LoadRepo
         f"git commit   {git_commit() or 'unknown (no git checkout)'}",
         f"directory    {trainer.folder.path.absolute()}",
     ]
+
+
+def validation_lines(trainer: Trainer) -> list[str]:
+    """Where an evaluation wrote its predictions and confusion matrices."""
+    folder, sources = trainer.folder, [split.name for split in trainer.val.dataset.splits] if trainer.val else []
+    files = [(folder.predictions / f"{name}.csv", folder.pictures / f"confusion_{name}.png") for name in sources]
+    return [f"predictions  {table}, confusion matrix {picture}" for table, picture in files if table.exists()]
+
+
+def describe_resumed(state: State) -> str:
+    """Tell where a run resumes."""
+    return f"its own, resumed after {state.epoch} epochs" + (f" and {state.step} steps" if state.step else "")
 
 
 def end_lines(trainer: Trainer) -> list[str]:

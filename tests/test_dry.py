@@ -108,6 +108,12 @@ class Dry(unittest.TestCase):
 
     def test_a_run_directory_with_other_settings(self):
         limit = {"trainer.limit_train_batches": 1}
+        shown = self.dry("finished", limit | {"epochs": 3, "trainer.checkpoint.allow_changes": True})
+        self.assertEqual(shown.returncode, 0)
+        self.assertRegex(shown.stdout, r"\nsteps .* = 3, 2 of them left\n")
+        self.assertRegex(shown.stdout, r"\nweights +its own, resumed after 1 epochs\n")
+        self.assertNotIn("trainer.mode", shown.stdout)
+        self.assertNotIn("weights      random", self.dry("finished", limit | {"epochs": 3}).stdout)
         self.assertEqual(self.dry("finished", limit).returncode, 0)
         self.assert_stops("allow_changes", "finished", limit | {"trainer.optim.gradient_clip": 1.0})
         allowed = limit | {"trainer.checkpoint.allow_changes": True}

@@ -538,6 +538,9 @@ class ClassNames(OnFilms):
                 stages.command("ft", self.folder / name, *self.data, *self.reordered, "trainer.mode=val", *more)
             )
             self.assertEqual(result.returncode, 0, result.stderr)
+            self.assertRegex(result.stdout, "\nepoch 1 val: " if name == "own" else "\nval: ", name)
+            self.assertNotRegex(result.stdout, r"\d trained\b")
+            self.assertRegex(result.stdout, r"\npredictions .*predictions/ucf101\.csv.*pictures/confusion_ucf101\.png")
             for figure, value in self.validation(name).items():
                 self.assertAlmostEqual(value, wanted[figure], places=5, msg=f"{name} {figure}")
             one, other = (np.load(self.folder / n / "predictions/ucf101.npz") for n in ("run", name))

@@ -77,7 +77,7 @@ class Reporter:
             flat = {name: value for name, value in figures.items() if isinstance(value, (int, float))}
             self._scalars(f"{phase}_epoch", flat, step)
             shown = "  ".join(f"{name}{GLUE}{value:.4g}" for name, value in flat.items())
-            self.say(f"epoch {epoch + 1} {phase}: {shown}")
+            self.say(f"{f'epoch {epoch + 1} ' if step else ''}{phase}: {shown}")  # at step 0 weights are of another run
 
     def pictures(self, name: str, what: Pictures, step: int) -> None:
         """Write PNG and GIF to `pictures/`, and hand the GIF on. Process 0 alone makes pictures."""
