@@ -172,8 +172,12 @@ def run(configs: list[DictConfig]) -> int:
     jobs = [checked(config) for config in configs]
     if any(job.settings.trainer.mode == "dry" for job in jobs):
         from omnivision.dry import dry_run
+        from omnivision.streams import output_problem
 
-        return max(dry_run(job) for job in jobs)
+        code = max(dry_run(job) for job in jobs)
+        if problem := output_problem():
+            raise UserError(problem)
+        return code
     return launch(jobs)
 
 

@@ -16,6 +16,7 @@ class PatientStream:
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self.failed: OSError | None = None
 
     def write(self, text: str) -> int:
         try:
@@ -25,23 +26,33 @@ class PatientStream:
                 return self._stream.write(
                     text.encode(self._stream.encoding, "backslashreplace").decode(self._stream.encoding)
                 )
-        except OSError:
-            self._lose()
+        except OSError as error:
+            self._lose(error)
             return len(text)
 
     def flush(self) -> None:
         try:
             self._stream.flush()
-        except OSError:
-            self._lose()
+        except OSError as error:
+            self._lose(error)
 
-    def _lose(self) -> None:
+    def _lose(self, error: OSError) -> None:
         """What is written from here on goes nowhere; Python's last flush would otherwise change the exit code."""
+        self.failed = error
         with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), self._stream.fileno())
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+def output_problem() -> str | None:
+    """Say why standard output, the result of a command, could not be written; None if it was. A closed pipe is no problem."""
+    sys.stdout.flush()
+    failed = getattr(sys.stdout, "failed", None)
+    if failed is None or isinstance(failed, BrokenPipeError):
+        return None
+    return f"Standard output cannot be written: {failed.strerror}. Send it to another file."
 
 
 def announce(text: str) -> None:

@@ -1,6 +1,7 @@
 """What people see of a run and of the commands: nothing is broken in a narrow window, starts and ends say what matters."""
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -26,7 +27,7 @@ from omnivision.reporting.reporter import Reporter
 from omnivision.reporting.run_folder import RunFolder
 from omnivision.run_messages import end_lines, start_lines
 from omnivision.stopping import Stop
-from omnivision.streams import announce, fit, wrap
+from omnivision.streams import PatientStream, announce, fit, wrap
 from omnivision.weights import LoadReport
 from tests.test_trainer import Noise, trainer
 
@@ -69,6 +70,21 @@ class Stopped(Folder):
         with contextlib.redirect_stderr(io.StringIO()) as said:
             explain(UserError("wrong"), folder, False, 0)
         self.assertEqual(said.getvalue(), "error: wrong\n")
+
+
+class Output(unittest.TestCase):
+    def test_a_result_that_cannot_be_written_is_an_error_but_a_closed_pipe_is_none(self):
+        for cause, code in ((OSError(errno.ENOSPC, "No space left on device"), 1), (BrokenPipeError(), 0), (None, 0)):
+            stream = PatientStream(mock.Mock(write=mock.Mock(side_effect=cause), fileno=mock.Mock(side_effect=OSError)))
+            made = mock.Mock(**{"parse_known_args.return_value": (mock.Mock(run=lambda _: print("result") or 0), [])})
+            with (
+                mock.patch.object(sys, "stdout", stream),
+                mock.patch("omnivision.cli.main.parser", return_value=made),
+                mock.patch("omnivision.cli.main.refuse_leading_dashes"),
+                contextlib.redirect_stderr(io.StringIO()) as said,
+            ):
+                self.assertEqual(main([]), code)
+            self.assertEqual(len(said.getvalue().splitlines()), code)
 
 
 class Wrapped(unittest.TestCase):

@@ -19,7 +19,7 @@ from omnivision.errors import (
     is_out_of_memory,
     out_of_memory,
 )
-from omnivision.streams import announce, be_patient
+from omnivision.streams import announce, be_patient, output_problem
 
 # The subcommands and their modules, which are imported when they are needed: most of them import torch.
 MODULES = {
@@ -111,7 +111,10 @@ def run_command(arguments: list[str]) -> int:
         command.error(f"unrecognized arguments: {' '.join(extra)}" + (f". Did you mean {near[0]}?" if near else ""))
     be_patient()
     try:
-        return int(options.run(options))
+        code = int(options.run(options))
+        if problem := output_problem():
+            raise UserError(problem)
+        return code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
