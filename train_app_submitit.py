@@ -58,7 +58,7 @@ def main() -> None:
     try:
         code = run(apart(composed()))
     except KeyboardInterrupt:
-        print("interrupted before a run began; nothing was started", file=sys.stderr)
+        print("interrupted before a run began", file=sys.stderr)
         code = EXIT_INTERRUPTED
     except UserError as error:
         from omnivision.ending import print_error

@@ -231,6 +231,8 @@ def _unknown_setting(key: str, parent: Any, arguments: Sequence[str]) -> str:
         signature = signature_of(target)
         if key.startswith("trainer.optim.optimizer.") and last in ELSEWHERE:
             return f"{key}{where} is not set here; {ELSEWHERE[last]}."
+        if key == "trainer.optim.optimizer.lr":
+            return f"{key}{where} would be replaced by the schedule; did you mean lr?"
         if signature and last in signature:
             return f"{key}{where} is not set by this run's files, but is an argument of {target}. Add it with ++{key}=VALUE."
         if not signature:

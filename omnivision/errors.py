@@ -47,7 +47,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def out_of_memory(error: BaseException, advice: str) -> str:
     """One paragraph about an error of `is_out_of_memory`."""
     text = " ".join(str(error).split())
-    where = "GPU" if re.search(r"cuda|cublas|cudnn|hip\b|gpu", text, re.IGNORECASE) else "This machine"
+    where = "GPU" if re.search(r"cuda|cublas|cudnn|\bhip\b|gpu", text, re.IGNORECASE) else "This machine"
     return f"{where} out of memory: {text[:300] or type(error).__name__}. {advice}"
 
 

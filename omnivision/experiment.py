@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -58,6 +59,15 @@ WITHOUT_EFFECT = (
     "trainer.checkpoint.allow_changes",
 )
 OF_ONE_START = ("trainer.mode", "trainer.checkpoint.allow_changes")
+# Settings that runs made before they existed have not, with the values that those runs had.
+ADDED = {
+    "crop_scale": [0.08, 1.0],
+    "rand_augment_prob": 0.5,
+    "erasing_prob": 0.25,
+    "mixing_prob": 1.0,
+    "trainer.data.view.scale": [0.08, 1.0],
+}
+REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 LIBRARIES = ("torch", "torchvision", "timm", "av", "numpy")
 CHANGES_TOLD = 6
 WHOLE_BYTES = 64 << 20  # up to this size a file is read as a whole; of a larger one, as much in pieces spread over it
@@ -102,8 +112,10 @@ def altering_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[
     used = {name: value for name, value in used_settings({**then, **now}).items() if name not in OF_ONE_START}
     altering: list[str] = []
     others: list[str] = []
+    then = {name: value for name, value in ADDED.items() if name in now} | dict(then)
     for change, name in changes(then, now):
-        if name in used:
+        # What is only written in another way: what a reference leads to is compared under its own name.
+        if name in used and _referred(then, name) != _referred(now, name):
             harmless = any(fnmatch.fnmatchcase(name, pattern) for pattern in WITHOUT_EFFECT)
             (others if harmless else altering).append(change)
     return altering, others
@@ -117,6 +129,17 @@ def used_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in settings.items()
         if not name.startswith("datasets.") or name.split(".")[1] in sources
     }
+
+
+def _referred(settings: Mapping[str, Any], name: str) -> Any:
+    """The value of a setting; of one that is a plain reference (`${epochs}`), that of the setting it leads to."""
+    value, seen = settings.get(name), {name}
+    while isinstance(value, str) and (reference := REFERENCE.fullmatch(value)) and reference[1] not in seen:
+        if reference[1] not in settings:  # a whole section, or one that does not exist
+            return value
+        seen.add(reference[1])
+        value = settings[reference[1]]
+    return value
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:

@@ -267,6 +267,6 @@ def _load_own_class(found: Source, target: str, trusted: Sequence[str], device: 
     model = build.model(settings)
     load_model(model, found.weights(), found.path)
     trunk = SimpleNamespace(num_frames=settings.trainer.data.num_frames, image_size=settings.image_size)
-    trunk.tubelet = tuple(settings.trainer.model["trunk"]["tubelet"])
+    trunk.tubelet = tuple(settings.trainer.model.get("trunk", {}).get("tubelet", (1, 1, 1)))
     classes = build.labels(settings).classes if "decoder" not in settings.trainer.model else []
     return VideoModel(model, found.path, Shown.of({"classes": classes}, found.inference), device, trunk)

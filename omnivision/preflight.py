@@ -300,7 +300,7 @@ def worker_warnings(settings: Settings) -> list[str]:
 
 def mixing_warnings(settings: Settings, plan: EpochPlan) -> list[str]:
     """Warn about sources of which a process gets one video a step: mixup and CutMix find no other to mix it with."""
-    if settings.trainer.task.get("mixing") is None:
+    if not _mixes(settings):
         return []
     alone = [name for name, source in plan.sources.items() if source.videos == settings.processes]
     return [
@@ -308,6 +308,11 @@ def mixing_warnings(settings: Settings, plan: EpochPlan) -> list[str]:
         "with and are lost. Raise batch_size, or lower launcher.gpus_per_node."
         for name in alone
     ]
+
+
+def _mixes(settings: Settings) -> bool:
+    mixing = settings.trainer.task.get("mixing")
+    return mixing is not None and mixing.get("prob") != 0
 
 
 def ema_warnings(settings: Settings, plan: EpochPlan) -> list[str]:
@@ -367,16 +372,14 @@ def _rate_warnings(settings: Settings) -> list[str]:
         return []
     return [
         f"the learning rates are for batches of {optim.nominal_batch} clips, and a batch has {batch}: with lr_scale_factor="
-        f"{optim.lr_scale_factor:g} they are {ratio:.3g} times the recipe's. Set lr_scale_factor={fitting:g}, or lr to the "
-        "peak for this batch."
+        f"{optim.lr_scale_factor:g} they are {ratio:.3g} times what fits this batch. Set lr_scale_factor={fitting:g}, or lr to "
+        "the peak for this batch."
     ]
 
 
 def _few_clips_warnings(settings: Settings, clips: int) -> list[str]:
     trainer = settings.trainer
-    mixing = trainer.task.get("mixing")
-    mixes = mixing is not None and mixing.get("prob") != 0
-    if not 0 < clips < FEW_CLIPS or not mixes or trainer.freeze or "num_models" in trainer.model:
+    if not 0 < clips < FEW_CLIPS or not _mixes(settings) or trainer.freeze or "num_models" in trainer.model:
         return []
     return [
         f"{clips} training clips are few for the paper's fine-tuning, which mixes them (mixup and CutMix): "

@@ -73,7 +73,9 @@ def end_lines(trainer: Trainer) -> list[str]:
     if state.best is not None:
         metrics = {"val_top1": state.best, "val_loss": state.best_loss}
         best = describe_metrics(metrics if "val_top1" in trainer.last else {"val_loss": state.best})
-        lines.append(f"best         epoch {state.best_epoch or '?'}, {best}: {folder.checkpoints / BEST}")
+        lines.append(
+            f"best         {f'epoch {state.best_epoch}, ' if state.best_epoch else ''}{best}: {folder.checkpoints / BEST}"
+        )
     lines.append(f"last         epoch {state.epoch}, {describe_metrics(trainer.last)}: {folder.checkpoints / LATEST}")
     path = os.fspath(folder.path)
     lines.append(f"next         omnivision report {path}")

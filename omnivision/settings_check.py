@@ -180,7 +180,7 @@ def contradictions(settings: Settings) -> list[str]:
     if len(scaled_by) > 1:
         problems.append(
             f"lr is {settings.lr:g} and lr_scale_factor is {trainer.optim.lr_scale_factor:g}; expected one of them: lr is the "
-            "peak for the batch as it is, lr_scale_factor divides the recipe's. Leave one out."
+            "peak for the batch as it is, lr_scale_factor divides the recipe's. Leave one out, or set lr=null."
         )
     elif scaled_by and "lr" not in trainer.optim.options:
         problems.append(

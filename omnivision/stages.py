@@ -27,8 +27,10 @@ def typed_choices(arguments: Sequence[str]) -> dict[str, str]:
     return {name.lstrip("+"): value.replace(".yaml", "") for name, _, value in pairs}
 
 
-def model_kind(model: Mapping[str, Any]) -> str:
-    """Tell an autoencoder, an average and a classifier apart by the arguments of trainer.model."""
+def model_kind(model: Mapping[str, Any]) -> str | None:
+    """Tell an autoencoder, an average and a classifier apart by the arguments of trainer.model; None for a user's own class."""
+    if not str(model.get("_target_", "")).startswith("omnivision."):
+        return None
     return "autoencoder" if "decoder" in model else "average" if "num_models" in model else "classifier"
 
 
@@ -56,7 +58,7 @@ def stage_problems(settings: Settings, choices: Mapping[str, str], folders: Sequ
     trainer = settings.trainer
     model, masked = model_kind(trainer.model), reconstructs(trainer.task["_target_"])
     stages = sorted(EXPERIMENTS, key=lambda stage: stage != settings.stage)  # the experiment's own first
-    fitting = [stage for stage in stages if MODELS[stage] == model and masked in (None, stage == "mae")]
+    fitting = [stage for stage in stages if model in (None, MODELS[stage]) and masked in (None, stage == "mae")]
     if fitting and settings.stage in (None, *fitting):
         return []
     options = [option for stage in stages if (option := _changes(settings, stage, choices, folders))]
@@ -66,7 +68,7 @@ def stage_problems(settings: Settings, choices: Mapping[str, str], folders: Sequ
     given = [name for group, name in choices.items() if group in ("experiments", "trainer", "trainer/model")]
     return [
         f"Stages are mixed ({', '.join(given)}): the experiment is of stage {settings.stage}, the task {task}, the model is of "
-        f"the kind {model}. Choose {advice or 'an experiment and a recipe of one stage'}."
+        f"the kind {model or 'your own'}. Choose {advice or 'an experiment and a recipe of one stage'}."
     ]
 
 
@@ -101,7 +103,7 @@ def _changes(
             return None
         changes["+trainer"] = recipe
     kind = model_kind(settings.trainer.model)
-    if kind != MODELS[stage] and ("trainer/model" in choices or "+experiments" not in changes):
+    if kind not in (None, MODELS[stage]) and ("trainer/model" in choices or "+experiments" not in changes):
         names = choices.get("trainer/model", f"NAME{ENDINGS[kind]}").split(",")
         changes["trainer/model"] = ",".join(f"{n.removesuffix(ENDINGS[kind])}{ENDINGS[MODELS[stage]]}" for n in names)
     count = len(changes)

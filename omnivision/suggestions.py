@@ -35,6 +35,7 @@ ELSEWHERE = {
 CALLED = {
     "bs": "batch_size",
     "learning_rate": "lr",
+    "lr": "lr",
     "num_epochs": "epochs",
     "num_train_epochs": "epochs",
     "workers": "num_workers",

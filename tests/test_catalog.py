@@ -140,6 +140,9 @@ class LabelsFromOne(Folder):
             shifted = np.load(self.folder / "labels.npy")
             self.assertEqual(shifted.tolist(), [label - (label > 0) for label in np.asarray(labels).tolist()])
 
+    def test_any_labels_are_taken_where_the_number_of_classes_is_unknown(self):
+        self.assertEqual(self.split(["a", "b"], [1, 5], num_classes=None).label(1), 5)
+
     def test_those_that_may_start_at_one_are_a_warning_and_others_are_not(self):
         for labels, classes, told in (([1, 2, 3], 4, True), ([0, 2, 3], 4, False), ([1, 2, 5], 6, False)):
             warnings = label_warnings([self.split(["a", "b", "c"], labels, num_classes=classes)])

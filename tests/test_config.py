@@ -253,6 +253,11 @@ class Stages(unittest.TestCase):
         changed = dataclasses.replace(made, trainer=trainer, pretrained_checkpoint_path=source)
         return "".join(stage_problems(changed, choices, [CONFIG]))
 
+    def test_a_model_of_a_class_of_the_users_own_fits_every_stage(self):
+        for stage, made in self.whole.items():
+            trainer = dataclasses.replace(made.trainer, model={"_target_": "mine.Model"})
+            self.assertEqual(stage_problems(dataclasses.replace(made, trainer=trainer), {}, [CONFIG]), [], stage)
+
     def of_kind(self, wanted: str) -> list[str]:
         return [name for name, kind in self.kind.items() if kind == wanted]
 

@@ -119,6 +119,21 @@ class Comparison(unittest.TestCase):
             self.assertEqual((altering, others), wanted[alters], name)
         self.assertEqual(differences(facts(), facts()), ([], []))
 
+    def test_settings_that_came_later_are_those_that_older_runs_had(self):
+        older = {"epochs": 3, "trainer.task.mixing.prob": 1.0, "trainer.max_epochs": "${epochs}"}
+        newer = {
+            "epochs": 3,
+            "mixing_prob": 1.0,
+            "crop_scale": [0.08, 1.0],
+            "trainer.task.mixing.prob": "${mixing_prob}",
+            "trainer.data.view.scale": "${crop_scale}",
+            "trainer.max_epochs": 3,
+        }
+        self.assertEqual(experiment.altering_settings(older, newer)[0], [])
+        for name, value in (("mixing_prob", 0.5), ("crop_scale", [0.5, 1]), ("trainer.max_epochs", 4)):
+            altering = " ".join(experiment.altering_settings(older, newer | {name: value})[0])
+            self.assertIn(name, altering)
+
     def test_class_names_in_another_order_are_another_experiment(self):
         def named(*names: str) -> dict:
             return facts(inference={"class_names": [list(names)]})

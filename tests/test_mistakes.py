@@ -29,11 +29,7 @@ AFTER_STAGE_1: list[tuple[list[str], str]] = [
     (["++epoch=3"], r"^epoch \(argument \+\+epoch=3\) is not .* mean epochs, a whole number"),
     (["trainer.optim.gradient_clp=1"], r"mean trainer.optim.gradient_clip, a number greater than 0 or null\?"),
     (["++trainer.distributed.strateg=fsdp"], r"mean trainer.distributed.strategy, one of ddp, fsdp \(ddp here\)\?"),
-    (
-        ["lr=3e-4"],
-        r"^lr \(argument lr=3e-4\) is not a setting; the learning rate is a schedule, trainer.optim.options.lr",
-    ),
-    (["trainer.optim.lr=3e-4"], r"the learning rate is a schedule, trainer.optim.options.lr"),
+    (["trainer.optim.lr=3e-4"], r"did you mean lr\b"),
     (["weight_decay=0.1"], r"weight decay is a schedule, trainer.optim.options.weight_decay"),
     (["trainer.seed=3"], r"mean trainer.seed_value, a whole number at least 0"),
     (
@@ -48,7 +44,7 @@ AFTER_STAGE_1: list[tuple[list[str], str]] = [
     (["pretrained=x"], r"did you mean pretrained_checkpoint_path, a text or a list or null\?$"),
     (["seed=1"], r"did you mean trainer.seed_value, a whole number"),
     (["--seed", "1"], r"did you mean trainer.seed_value=1\?$"),
-    (["--lr", "1e-3"], r"^--lr is no option; the learning rate is a schedule"),
+    (["--lr", "1e-3"], r"^--lr is no option; .*did you mean lr=1e-3\?"),
     (["--resume", "runs/x"], r"a run resumes when the same command is given again"),
     (["warmup_epochs=5"], r"warm-up is the first part of the schedule trainer.optim.options.lr"),
     (["optim.gradient_clip=1"], r"mean trainer.optim.gradient_clip, a number greater than 0 or null\?"),
@@ -62,7 +58,7 @@ AFTER_STAGE_1: list[tuple[list[str], str]] = [
         ["trainer.data.repeats.k150=2"],
         r"not set by .* A new one is added with \+\+trainer.data.repeats.k150=",
     ),
-    (["trainer.optim.optimizer.lr=1"], r"the learning rate is a schedule, trainer.optim.options.lr"),
+    (["trainer.optim.optimizer.lr=1"], r"did you mean lr\b"),
     (
         ["++trainer.optim.options.lrr=[]"],
         r"lrr is a schedule for what torch.optim.AdamW does not take; did you mean lr\?",

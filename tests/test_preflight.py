@@ -264,6 +264,7 @@ class Numbers(unittest.TestCase):
             (["launcher.gpus_per_node=2"], 2, 4, ["ucf101"]),  # partners would be views of the same video
             (["launcher.gpus_per_node=2"], 4, 1, []),
             (["launcher.gpus_per_node=2", "trainer.task.mixing=null"], 2, 1, []),
+            (["launcher.gpus_per_node=2", "mixing_prob=0"], 2, 1, []),
             (["launcher.gpus_per_node=1", "trainer.optim.accumulation_steps=8"], 8, 1, []),
         ):
             plan = EpochPlan({"ucf101": SourcePlan(100, videos, views)}, 0)

@@ -109,7 +109,8 @@ def run(args: argparse.Namespace) -> int:
     if labels is not None and start_at_one(labels, args.num_classes):
         _say(
             Console(),
-            f"labels start at 1, and class 0 has no sample. Shift those of all splits: {shift_command(args.labels)}",
+            "class 0 has no sample, and labels must start at 0. If they start at 1, shift those of all splits: "
+            f"{shift_command(args.labels)}",
         )
     return 0 if summary["bad"] == 0 and not summary.get("labels", {}).get("out_of_range") else EXIT_USER
 

@@ -81,6 +81,8 @@ class Batch:
 
     def split(self, parts: int) -> list[Batch]:
         """`parts` equal micro-batches, in order; `parts` divides B."""
+        if parts == 1:
+            return [self]
         size = len(self) // parts
         return [
             replace(

@@ -315,7 +315,7 @@ def _check_labels(labels: np.ndarray, file: str | None, setting: str, samples: i
             f"same list, or point {setting} to the file that belongs to the paths."
         )
     low, high = int(labels.min()), int(labels.max())
-    if start_at_one(labels, num_classes):
+    if num_classes is not None and start_at_one(labels, num_classes):
         raise UserError(
             f"{file} holds labels from 1 to {high}; expected 0 to {high - 1} for {num_classes} classes. They start at 1. Shift "
             f"those of all splits: {shift_command(file)}"

@@ -105,8 +105,9 @@ def partner_index(size: int, device: torch.device | str = "cpu") -> Tensor:
 
 
 def partners(batch: Batch) -> Batch:
-    """The samples to mix a batch with. Those of a micro-batch come from the batch that it was split from."""
-    whole = batch.whole or batch
+    """The samples to mix a micro-batch with, from the batch that it was split from."""
+    whole = batch.whole
+    assert whole is not None
     return whole.select(partner_index(len(whole), whole.label.device)[batch.first : batch.first + len(batch)])
 
 

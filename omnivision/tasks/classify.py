@@ -45,9 +45,11 @@ class Classify:
             shares = target
         else:
             rng = np.random.default_rng(torch.initial_seed())  # the trainer seeds torch anew for each step
-            partner = partners(batch)
-            others = _pixels(partner), partner.label
-            video, target, shares = self.mixing(_pixels(batch), batch.label, classes, rng, others)
+            partner = None
+            if batch.whole is not None:  # a micro-batch
+                others = partners(batch)
+                partner = _pixels(others), others.label
+            video, target, shares = self.mixing(_pixels(batch), batch.label, classes, rng, partner)
             if depth is not None:
                 video, depth = video[:, :3], video[:, 3:]
         scores = model(video, head, depth)
