@@ -58,6 +58,9 @@ def make_film(
             frame.pts, frame.time_base = (k if pts is None else pts[k]), 1 / Fraction(fps)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
+    if codec == "libsvtav1":
+        # Run by root, SVT-AV1 leaves its caller with real-time priority, and so all that it starts: others starve.
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     return Path(path)
 
 
