@@ -584,8 +584,9 @@ class Resuming(OnFilms):
                 self.assertIn("Resumed from", result.stdout)
                 self.assert_same_run("whole", name)
 
-        trainer = yaml.safe_load((self.folder / "whole/config.yaml").read_text())["trainer"]
-        self.assertEqual((trainer["task"]["mixing"]["prob"], trainer["optim"]["layer_decay"]), (1, 0.75))
+        config = yaml.safe_load((self.folder / "whole/config.yaml").read_text())
+        trainer = config["trainer"]
+        self.assertEqual((config["mixing_prob"], trainer["optim"]["layer_decay"]), (1, 0.75))
         self.assertGreater(trainer["model"]["trunk"]["drop_path"], 0)
         self.assertTrue(trainer["data"]["view"]["rand_augment"] and trainer["data"]["view"]["erasing"])
 
