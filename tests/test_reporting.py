@@ -332,6 +332,10 @@ class Progress(unittest.TestCase):
         )
         self.assertEqual([Starvation().hear(0.9) for _ in range(4)], [None] * 4)
         starvation = Starvation()
+        self.assertEqual(
+            [starvation.hear(share) for share in (0.99, 0.8, 0.2, 0.2, 0.2, 0.2)], [None] * 6, "a slow start"
+        )
+        starvation = Starvation()
         said = [starvation.hear(0.61) for _ in range(20)]
         self.assertEqual([text is not None for text in said], [place == 4 for place in range(20)], "once")
         self.assertRegex(said[4], "^61% of the time .* raise num_workers .* or .* omnivision prepare")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import statistics
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -29,7 +30,7 @@ class Starvation:
     def hear(self, data_wait: float) -> str | None:
         """The share of the time since the last line; a verdict when there is one to give."""
         self._waits.append(data_wait)
-        share = sum(self._waits) / LOOKS
+        share = statistics.median(self._waits)  # not the mean: the start of the workers is one long wait
         if len(self._waits) < LOOKS or share < STARVED or time.monotonic() - self._said < AGAIN_SECONDS:
             return None
         self._said = time.monotonic()
