@@ -282,20 +282,22 @@ def note_submission(jobs: Sequence[Job], ids: Sequence[str], logs: Path) -> None
 
 def slurm_executor(settings: Settings, folder: RunFolder, logs: Path) -> SlurmExecutor:
     """Return submitit's executor for a run. Its batch script is that of `batch_script`."""
+    parameters = sbatch_parameters(settings, folder, logs)  # before the import, which reads the environment
     import submitit
 
     executor = submitit.SlurmExecutor(folder=logs)
-    executor.update_parameters(**sbatch_parameters(settings, folder, logs))
+    executor.update_parameters(**parameters)
     return executor
 
 
 def batch_script(settings: Settings, folder: RunFolder) -> str:
     """Return the script that SLURM would get for a run, also where SLURM is not installed."""
+    logs = folder.path.absolute() / LOGS
+    parameters = sbatch_parameters(settings, folder, logs)  # before the import, which reads the environment
     from submitit.slurm.slurm import _make_sbatch_string
 
-    logs = folder.path.absolute() / LOGS
     command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(logs))}"
-    return str(_make_sbatch_string(command=command, folder=logs, **sbatch_parameters(settings, folder, logs)))
+    return str(_make_sbatch_string(command=command, folder=logs, **parameters))
 
 
 def sbatch_parameters(settings: Settings, folder: RunFolder, logs: Path) -> dict[str, Any]:
