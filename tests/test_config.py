@@ -19,6 +19,7 @@ from PIL import Image
 from omnivision import build, dry, slurm
 from omnivision.errors import UserError
 from omnivision.experiment import flat
+from omnivision.process import Job
 from omnivision.settings import Settings
 from omnivision.settings_check import check
 from omnivision.settings_yaml import read_numbers_as_written
@@ -43,6 +44,10 @@ def composed(*overrides: str) -> DictConfig:
 
 def settings(*overrides: str) -> Settings:
     return check(composed(*overrides, FOLDER))
+
+
+def described(made: Settings) -> str:
+    return dry.describe(Job(made, ""), *dry.built(made), [], [], None)
 
 
 def script(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -381,7 +386,7 @@ class Script(unittest.TestCase):
 
     def test_dry_tells_what_the_run_would_be_and_touches_nothing(self):
         made = settings(*STAGE_1, FOLDER)
-        text = dry.describe(made, *dry.built(made), [], [])
+        text = described(made)
         self.assertRegex(text, r"94\.\d+ M parameters")
         self.assertRegex(text, r"128 clips a step = 32 videos x 4 views, over 8 processes")
         self.assertIn("lr 5e-07 -> peak 0.0008 -> 0", text)
@@ -402,7 +407,9 @@ class Script(unittest.TestCase):
             (Path(name) / "checkpoints").mkdir()
             (Path(name) / "checkpoints/best.pt").write_bytes(bytes(5_000_000))
             made = settings(*STAGE_1, FOLDER, f"pretrained_checkpoint_path={name}")
-            self.assertEqual(dry.weights_lines(made), [f"weights      from {name}/checkpoints/best.pt, 5.0 MB"])
+            self.assertEqual(
+                dry.weights_lines(Job(made, ""), None), [f"weights      from {name}/checkpoints/best.pt, 5.0 MB"]
+            )
 
     def test_dry_refuses_views_and_masks_that_cannot_be(self):
         for wrong, saying in (
@@ -416,7 +423,7 @@ class Script(unittest.TestCase):
         made = settings(
             "+experiments=omnimae/omnimain_train_video_ft", "+trainer=mae_ft_ucf101_config", FOLDER, NOTHING
         )
-        text = dry.describe(made, *dry.built(made), [], [])
+        text = described(made)
         self.assertRegex(
             text,
             r"4 tensors, 7\.08 M parameters; lr x 0\.75: 7\.5e-07 -> peak 0\.003 -> 7\.5e-07; weight_decay 0\.0001",
@@ -440,11 +447,9 @@ class Script(unittest.TestCase):
             made = settings(
                 f"+experiments=omnimae/{experiment}", f"+trainer={recipe}", f"trainer/model=vittiny{kind}", NOTHING
             )
-            self.assertRegex(dry.describe(made, *dry.built(made), [], []), r"GFLOPs a clip")
+            self.assertRegex(described(made), r"GFLOPs a clip")
         probe = settings("+experiments=omnimae/omnimain_train_video_lp", "+trainer=mae_ft_ucf101_config", NOTHING)
-        self.assertRegex(
-            dry.describe(probe, *dry.built(probe), [], []), r"frozen +86\.\d+ M parameters: a forward pass alone"
-        )
+        self.assertRegex(described(probe), r"frozen +86\.\d+ M parameters: a forward pass alone")
 
     def test_flops_are_those_of_the_layers(self):
         made = settings(*STAGE_1, FOLDER)
