@@ -15,7 +15,7 @@ from omnivision.demo.actions import ACTIONS
 from omnivision.demo.films import film_spec, render
 from tests import runs
 from tests import stage_runs as stages
-from tests.test_small_data import camera, noisy_shape, shape, top1, write_set
+from tests import test_small_data as small_data
 
 KEPT = [ACTIONS.index(action) for action in ("curl_arms", "march", "jump", "sidestep")]
 FILMS = {("synthetic", "train"): 120, ("target", "train"): 15, ("target", "val"): 50}  # of each action
@@ -67,20 +67,40 @@ class Story(unittest.TestCase):
             self.assertGreater(aligned, scratch + 10)
             self.assertGreater(probed, scratch + 10)
 
+            # Few clips, from the trunk and from nothing, as README shows it.
+            data = [
+                f"++datasets.ucf101.{split}.{key}={folder}/data/target/{split}_{key}.npy"
+                for split in ("train", "val")
+                for key in ("paths", "labels")
+            ]
+            data += [f"++datasets.ucf101.prefix={folder}/data/target/", f"++datasets.ucf101.num_classes={len(KEPT)}"]
+            few = {
+                start: small_data.top1(folder / Path(start).name, *data, f"pretrained_checkpoint_path={start}")
+                for start in ("null", f"{folder}/align")
+            }
+            self.assertGreater(few[f"{folder}/align"], few["null"] + 5)
+
 
 class SmallData(unittest.TestCase):
     """README's way with clips of one's own: 36 clips, a fifth of them held out (here more, so that a clip is not 14 %)."""
 
     def test_three_motions(self):
-        for draw, least in ((shape, 95), (noisy_shape, 95), (camera, 90)):
+        for draw, least in ((small_data.shape, 95), (small_data.noisy_shape, 95), (small_data.camera, 90)):
             with tempfile.TemporaryDirectory() as name:
-                data = write_set(Path(name), draw, classes=3, train=10, val=20)
-                found = [top1(Path(name) / str(seed), *data, f"trainer.seed_value={seed}") for seed in (1, 2, 3)]
+                data = small_data.write_set(Path(name), draw, classes=3, train=10, val=20)
+                found = [
+                    small_data.top1(Path(name) / str(seed), *data, f"trainer.seed_value={seed}") for seed in (1, 2, 3)
+                ]
                 self.assertGreaterEqual(min(found), least, f"{draw.__name__}: {found}")
 
     def test_ten_motions(self):
         with tempfile.TemporaryDirectory() as name:
-            self.assertGreaterEqual(top1(Path(name), *write_set(Path(name), shape, classes=10, train=24, val=6)), 90)
+            self.assertGreaterEqual(
+                small_data.top1(
+                    Path(name), *small_data.write_set(Path(name), small_data.shape, classes=10, train=24, val=6)
+                ),
+                90,
+            )
 
 
 if __name__ == "__main__":
