@@ -119,15 +119,29 @@ def labels(settings: Settings) -> LabelSets:
 
 
 def class_names(settings: Settings) -> list[list[str]]:
-    """The names of the classes of each head, from the first source that names them all; none for a model without heads."""
+    """The names of the classes of each head, from the first source that names them all; none for a model without heads.
+
+    Raises UserError for sources of one head that name its classes differently: their labels would mean different classes.
+    """
     if "classes" not in (signature_of(settings.trainer.model["_target_"]) or {}):
         return []
     sets = labels(settings)
     names: list[list[str]] = [[str(label) for label in range(count)] for count in sets.classes]
-    for dataset in reversed(datasets_of(settings)):
+    sources = [dataset for dataset in datasets_of(settings) if dataset.class_names is not None]
+    for dataset in reversed(sources):
         head, found = sets.head[dataset.name], dataset.names()
-        if dataset.class_names is not None and len(found) == len(names[head]):
+        if len(found) == len(names[head]):
             names[head] = found
+    for dataset in sources:
+        found, wanted = dataset.names(), names[sets.head[dataset.name]]
+        # Sources of different label sets share a head where this is asked for, and then differ; but not in the order alone.
+        if found != wanted and (not settings.trainer.data.share_head or sorted(found) == sorted(wanted)):
+            label = next(label for label, name in enumerate(wanted) if found[label] != name)
+            raise UserError(
+                f"datasets.{dataset.name} shares a head with another source, and its class {label} is {found[label]!r}, there "
+                f"{wanted[label]!r}. Expected the same names in the same order. Change datasets.{dataset.name}.class_names and "
+                f"the labels (omnivision prepare --class-names), or datasets.{dataset.name}.label_set."
+            )
     return names
 
 

@@ -183,6 +183,25 @@ class Shipped(unittest.TestCase):
         both = ["++trainer.data.sources.k150=${datasets.k150}"]
         self.assertEqual(build.labels(settings(*recipe, *both)).head, {"inpk150": 0, "sim150": 1, "k150": 0})
 
+    def test_sources_of_one_head_name_its_classes_alike(self):
+        recipe = ["+experiments=omnimae/omnimain_train_video_ft", "+trainer=mae_ft_inpk150_sim150_config", NOTHING]
+        classes = [f"++datasets.{name}.num_classes=3" for name in ("inpk150", "sim150")]
+        one_set = [f"++datasets.{name}.label_set=mine" for name in ("inpk150", "sim150")]
+        with tempfile.TemporaryDirectory() as folder:
+            for other, refused in (("abc", ()), ("acb", ("set", "head")), ("abd", ("set",))):
+                files = []
+                for name, letters in (("inpk150", "abc"), ("sim150", other)):
+                    file = Path(folder, f"{name}.txt")
+                    file.write_text("\n".join(letters))
+                    files.append(f"++datasets.{name}.class_names={file}")
+                for way, more in (("none", []), ("set", one_set), ("head", ["trainer.data.share_head=true"])):
+                    made = settings(*recipe, *classes, *files, *more)
+                    if way in refused:
+                        with self.assertRaisesRegex(UserError, r"datasets\.sim150\.class_names"):
+                            build.class_names(made)
+                    else:
+                        self.assertEqual(build.class_names(made)[0], list("abc"))
+
     def test_video_labels_and_the_catalog(self):
         recipe = ["+experiments=omnimae/omnimain_train_video_ft", "+trainer=mae_ft_ucf101_config", NOTHING]
         self.assertEqual(build.labels(settings(*recipe, "++video_labels=101")).classes, [101])
