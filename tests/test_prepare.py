@@ -366,6 +366,8 @@ class Columns(Folder):
             "in_point,outPoint",
             "x,center",
             "mark_in,mark_out",
+            "first_sec,last_sec",
+            "t_min,t_max",
         ):
             with self.subTest(columns):
                 file = self.write("list.csv", f"path,{columns},label\na.mp4,0,9,run\n")
@@ -557,6 +559,11 @@ class ClassFolders(Folder):
             "parts of names before": ["split_train/a/1.mp4", "split_val/a/1.mp4"],
             "plurals": ["trains/a/1.mp4", "tests/a/1.mp4"],
             "camel case, without classes": ["TrainSet/1.mp4", "HoldOut/1.mp4"],
+            "one word": ["trainset/a/1.mp4", "testset/a/2.mp4"],
+            "one word in any case": ["TrainData/a/1.mp4", "Devdata/a/2.mp4"],
+            "longer words": ["train_x/a/1.mp4", "development/a/2.mp4"],
+            "a level deeper": ["run/deep/Train/1.mp4", "run/deep/Test/2.mp4"],
+            "two levels deeper": ["run/x/y/train/1/1.jpg", "run/x/y/val/2/1.jpg", "jump/1.mp4"],
             "one split": ["train-set/a/1.mp4"],
             "one by its name and one by a part": ["train/a/1.mp4", "val_256/a/2.mp4"],
             "parts of names in classes": ["run/set train/1.mp4", "run/set eval/2.mp4"],
@@ -566,7 +573,7 @@ class ClassFolders(Folder):
             with self.subTest(what):
                 shutil.rmtree(self.folder / "s", ignore_errors=True)
                 self.films(*(f"s/{file}" for file in files))
-                self.assert_refused(self.folder / "s", self.out, saying="--splits .*=.*--splits none")
+                self.assert_refused(self.folder / "s", self.out, saying="--splits none")
                 if what == "one of two spellings":  # as classes, too, these are refused
                     continue
                 self.split_sizes("--splits", "none")
@@ -652,6 +659,25 @@ class ClassFolders(Folder):
         _, _, errors = run(self.folder / "clips", self.out, "--name", "mine")
         self.assertIn("Each sample has a class of its own", errors)
 
+    def test_a_level_too_high_below_splits(self):
+        for source, folders in (("one", ["videos"]), ("several", ["cam1", "cam2"])):
+            self.films(
+                *(
+                    f"{source}/{split}/{f}/{label}/1.mp4"
+                    for split in ("train", "val")
+                    for f in folders
+                    for label in "ab"
+                )
+            )
+            self.split_sizes(source=source)
+            self.assertIn(f"The folders {', '.join(folders)} are taken for the classes", self.errors)
+            shutil.rmtree(self.out)
+        self.films(
+            *(f"right/{split}/{label}/frames/{k}/1.jpg" for split in ("train", "val") for label in "ab" for k in "12")
+        )
+        self.split_sizes(source="right")
+        self.assertNotIn("taken for", self.errors)
+
     def test_a_video_and_its_frames_are_one_group(self):
         """Also a video in two formats, and frames in a folder that is called so."""
         names = [f"s/{label}/{k}" for label in "ab" for k in range(6)]
@@ -661,6 +687,10 @@ class ClassFolders(Folder):
             "a folder of frames": [[f"{name}.mp4", f"{name[:4]}frames/{name[4:]}/1.jpg"] for name in names],
             "frames by name": [[f"{name}.mp4", f"{name}_frames/1.jpg"] for name in names],
             "frames by the name of the file": [[f"{name}.mp4", f"{name}.mp4.Frames/1.jpg"] for name in names],
+            "frames by another name": [[f"{name}.mp4", f"{name}_imgs/1.jpg"] for name in names],
+            "frames by the beginning of the name": [
+                [f"{name}.mp4", f"{name[:4]}rgb_{name[4:]}/1.jpg"] for name in names
+            ],
             "frames within": [[f"{name}.mp4", f"{name}/rgb/1.jpg"] for name in names],
         }
         for way, groups in ways.items():

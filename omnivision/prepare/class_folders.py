@@ -94,7 +94,9 @@ def read_class_folders(source: str, chosen: Mapping[str, str] | None = None) -> 
         classes,
         seen=True,
         notes=notes,
-        warnings=_level_warnings(tree, source, classes if not splits else []),
+        warnings=_level_warnings(tree, source, classes)
+        if not splits
+        else _split_level_warnings([row.path for found in rows.values() for row in found], level, classes),
     )
 
 
@@ -163,6 +165,7 @@ def _find_splits(tree: _Tree, source: str) -> tuple[int, dict[str, str]]:
         if len(set((guessed := _guess_splits(list(inner))).values())) > 1:
             where = f"The folders of classes in {source}"
             raise _ask(where, guessed, f"words for splits in {some(list(inner))}", holders)
+        _check_deeper(tree, source)
         return 0, {}
     if len(named) == len(inner) and all(len(path) != 2 for path in tree.clips):
         check_unambiguous(named, f"The folders of classes in {source}")
@@ -192,6 +195,18 @@ def _check_depth(tree: _Tree, source: str) -> None:
             )
 
 
+def _check_deeper(tree: _Tree, source: str) -> None:
+    """Raise UserError for folders of several splits that lie deeper than the folders in those of the classes."""
+    below = {path[:level] for path in tree.clips for level in range(3, len(path))}
+    found = sorted("/".join(path) for path in below if split_of(path[-1]))
+    if len({split_of(path[-1]) for path in below} - {None}) > 1:
+        raise UserError(
+            f"{source} holds folders of splits too deep to be used: {some(found)}. Expected SOURCE/<split>/<class>/<clip> or "
+            "SOURCE/<class>/<split>/<clip>. Move the folders, pass lists with --train, --val or --test, or pass --splits none "
+            "to use all clips for training."
+        )
+
+
 def _ask(where: str, splits: Mapping[str, str], reason: str, classes: list[str]) -> UserError:
     return UserError(
         f"{where} can be read in two ways: with the splits {some(list(splits))}, or with the classes {some(classes)} (there "
@@ -211,8 +226,24 @@ def _locate_splits(tree: _Tree, source: str, chosen: Mapping[str, str]) -> tuple
     )
 
 
+def _split_level_warnings(paths: list[str], level: int, classes: list[str]) -> list[str]:
+    """Warnings that the folders of classes in those of splits may be one level too high."""
+    inner: dict[str, set[str]] = {name: set() for name in classes}
+    for names in (path.split("/") for path in paths):
+        if "/" in drop_format_folders("/".join(names[2:])):
+            inner[names[1 - level]].add(names[2])
+    every = set().union(*inner.values())
+    common = set.intersection(*inner.values())
+    if len(every) < 2 or 2 * len(common) < len(every):
+        return []
+    return [
+        f"The folders {some(classes)} are taken for the classes, and hold the folders {some(sorted(every, key=natural))}. If "
+        "these are the classes, move them up, so that they lie in those of the splits, or pass lists with --train and --val."
+    ]
+
+
 def _level_warnings(tree: _Tree, source: str, classes: list[str]) -> list[str]:
-    """Warnings that SOURCE may be one level too high or low. classes: empty where the source has splits."""
+    """Warnings that SOURCE, which has no folders of splits, may be one level too high or low."""
     parent, own = os.path.split(os.path.abspath(source))
     try:
         siblings = sorted((entry.name for entry in os.scandir(parent) if entry.is_dir()), key=natural)

@@ -48,7 +48,9 @@ _TIMES = {
 }
 # Names of columns that choose a part of a video or of the rows, in a way that cannot be followed.
 _PARTS = re.compile(
-    r"(.*_)?(start|begin|end|stop|onset|offset)(_.*)?|(first|last|key)_frame|frame(_?(id|number|index|idx))?|time_?stamps?|"
+    r"(.*_)?(start|begin|end|stop|onset|offset)(_.*)?|(first|last|key)_frame|"
+    r"(first|last|min|max)_(t|time|s|secs?|seconds?)|t_?(first|last|min|max)|"
+    r"frame(_?(id|number|index|idx))?|time_?stamps?|"
     r"times?|intervals?|segments?|(is|in)_(train|val|valid|test|dev)\w*|t_?[0-9]+|"
     r"((mark|cut|trim)_)?(in|out|center|centre|middle|mid)(_?(point|frame|t|time|timestamp|s|sec|secs|seconds))*"
 )

@@ -27,10 +27,23 @@ SPLITS = {
 }
 _ALMOST_SPLITS = {
     "train": ("tr", "trn", "trains"),
-    "val": ("vals", "vld", "eval", "evaluation"),
+    "val": ("vals", "vld", "eval", "evaluation", "validations", "development"),
     "test": ("te", "tst", "tests", "holdout", "heldout"),
 }
-_FORMAT_FOLDERS = {"frames", "images", "img", "jpg", "jpeg", "png", "rgb", "flow", "video", "videos"}
+_FORMAT_FOLDERS = {
+    "frames",
+    "images",
+    "img",
+    "imgs",
+    "extracted",
+    "jpg",
+    "jpeg",
+    "png",
+    "rgb",
+    "flow",
+    "video",
+    "videos",
+}
 _SHOWN = 5
 
 
@@ -68,9 +81,10 @@ def split_of(name: str) -> str | None:
 
 
 def guess_split(name: str) -> str | None:
-    """Return the split that a part of a name stands for: "UCF101_train", "TestSet", "val-256", "held out"."""
+    """Return the split that a part of a name stands for: "UCF101_train", "TestSet", "trainset", "val-256", "held out"."""
     words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)
-    for word in [*words, "".join(words)]:
+    words.append("".join(words))
+    for word in words + [re.sub("(?i)_?(set|data|split|videos|clips)$", "", word) for word in words]:
         almost = (split for split, names in _ALMOST_SPLITS.items() if word.lower() in names)
         if split := split_of(word) or next(almost, None):
             return split
@@ -233,7 +247,8 @@ def path_warnings(splits: Mapping[str, list[Row]], labels: Mapping[str, np.ndarr
 def video_key(path: str) -> str:
     """The path without suffix and without folders such as frames/: the same for a video and for the folder of its frames."""
     path = drop_format_folders(path)
-    stem = re.sub(r"(?i)(?<=[^/])[_.-](frames|images|img|jpe?g|png|rgb|flow)$", "", path)
+    words = "frames?|images?|imgs?|extracted|jpe?g|png|rgb|flow"
+    stem = re.sub(rf"(?i)(?<=[^/])[_.-]({words})$|(?<![^/])({words})[_.-](?=[^/]+$)", "", path)
     return drop_suffix(stem)  # also of the video that frames are called after: "001.mp4.frames"
 
 
