@@ -34,6 +34,7 @@ from omnivision.preflight import (
     check_run,
     check_splits,
     checkpoint_bytes,
+    describe_split,
     epoch_plan,
     run_warnings,
     sample_paths,
@@ -248,9 +249,7 @@ def data_lines(settings: Settings, train: list[Split], val: list[Split], done: i
     for split in train + val:
         paths = sample_paths(split)
         there = sum(Path(path).exists() for path in paths)
-        lines.append(
-            f"data         {split.name}, {split.which}: {len(split)} samples; {there} of {len(paths)} sampled files exist"
-        )
+        lines.append(f"data         {describe_split(split)}; {there} of {len(paths)} sampled files exist")
     if train:
         steps, epochs = epoch_plan(settings, train).steps, settings.trainer.max_epochs
         left = f", {max(0, steps * epochs - done)} of them left" if done else ""

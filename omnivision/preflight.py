@@ -277,6 +277,13 @@ def sample_paths(split: Split) -> list[str]:
     return [split.path(index) for index in spread_indices(split, NUM_PROBED_FILES)]
 
 
+def describe_split(split: Split) -> str:
+    """Name, number of samples, and the rate at which sampled folders of frames are read; the catalog may leave it out."""
+    frames = any(map(os.path.isdir, sample_paths(split) if split.dataset.kind == "video" else []))
+    rate = f", folders of frames at {split.dataset.fps:g} a second (datasets.{split.name}.fps)" if frames else ""
+    return f"{split.name}, {split.which}: {len(split)} samples{rate}"
+
+
 def run_warnings(settings: Settings, train: list[Split], val: list[Split]) -> list[str]:
     """What a run and trainer.mode=dry warn about before the start: settings that are allowed, and may be a mistake."""
     warnings = file_warnings(train + val) if settings.submitit.use_cluster else []

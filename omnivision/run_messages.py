@@ -11,6 +11,7 @@ import torch
 from omnivision.experiment import git_commit
 from omnivision.files import BEST, LATEST
 from omnivision.models.architecture import describe
+from omnivision.preflight import describe_split
 from omnivision.run_state import State
 from omnivision.settings import Settings
 from omnivision.trainer import Trainer
@@ -34,7 +35,7 @@ def start_lines(settings: Settings, trainer: Trainer, reports: Sequence[LoadRepo
         f"model        {type(trainer.bare).__name__}, {count(total)} parameters"
         + (f", {count(trained)} trained" if trainer.train is not None else ""),
         f"device       {device}, {precision}{several}",
-        *(f"data         {split.name}, {split.which}: {len(split)} samples" for split in splits),
+        *(f"data         {describe_split(split)}" for split in splits),
     ]
     if trainer.train is not None:
         groups = trainer.optimizer.groups

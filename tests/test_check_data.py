@@ -16,6 +16,7 @@ from PIL import Image
 from rich.console import Console
 
 from omnivision.cli import check_data
+from omnivision.cli.main import main
 from omnivision.data.encode import write_film
 from omnivision.errors import EXIT_INTERRUPTED, UserError
 from omnivision.prepare.duplicates import same_films
@@ -136,6 +137,12 @@ class Samples(Folder):
             (code, sample["frames"], sample["duration"], sample["fps"], sample["width"]), (0, 5, 0.5, 10.0, 40)
         )
         self.assertNotIn("omnivision prepare", out)
+        paths = self.folder / "folders.npy"
+        np.save(paths, np.array(["clip"]))
+        for options, said in (([], True), (["--fps", 25], False)):
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as errors:
+                main(["check-data", *map(str, (paths, "--prefix", f"{self.folder}/", "--workers", 0, *options))])
+            self.assertEqual("taken for 25 a second" in errors.getvalue(), said)
         Image.new("RGB", (30, 40)).save(self.folder / "clip" / "3.png")
         self.assertIn("frames of different sizes: 30x40, 40x30", self.check(["clip"])[1])
 

@@ -204,7 +204,7 @@ class StartAndEnd(Folder):
         made = trainer(self.folder / "run", val=Noise(5), limit=2)
         report = LoadReport("runs/mae/checkpoints/best.pt", "0", "epoch 20, training loss 0.43")
         for split in (*made.train.dataset.splits, *made.val.dataset.splits):
-            split.which = "train"
+            split.which, split.dataset = "train", SimpleNamespace(kind="image")
         text = "\n".join(start_lines(SimpleNamespace(clips_per_step=4), made, [report]))
         for expected in (
             r"MaskedAutoencoder, \d+ parameters, \d+ trained",

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from omnivision import preflight
-from omnivision.data.catalog import Dataset, SplitFiles
+from omnivision.data.catalog import Dataset, Split, SplitFiles
 from omnivision.data.decode import BadVideo, open_video
 from omnivision.data.frame_folder import SeveralSeriesError, group_series
 from omnivision.errors import UserError
@@ -33,6 +33,7 @@ class Names(unittest.TestCase):
             "frame_*_pts_*.jpg": [f"frame_{i:03d}_pts_{512 * i}.jpg" for i in range(9)],
             "*.webp": [f"{i / 25:.2f}.webp" for i in range(60)],
             "2021-03-04_*.jpg": [f"2021-03-04_12-30-{i // 20:02d}.{i % 20:03d}.jpg" for i in range(60)],
+            "shot*_*.jpg": [f"shot{i // 5}_{i}.jpg" for i in range(20)],
             "*.bmp": ["begin.bmp", "middle.bmp", "end.bmp"],
             "only_*.jpg": ["only_1.jpg"],
             "shot_*.*": ["shot_1.jpg", "shot_2.JPG", "shot_3.png"],
@@ -46,6 +47,9 @@ class Names(unittest.TestCase):
             ("*.jpg", "*.png"): numbered("{}.jpg") + numbered("{}.png"),
             ("cam1_*.jpg", "cam2_*.jpg"): numbered("cam1_{:04d}.jpg") + numbered("cam2_{:04d}.jpg"),
             ("a1.*.jpg", "a2.*.jpg"): numbered("a1.{:04d}.jpg") + numbered("a2.{:04d}.jpg"),
+            ("cam1_*.jpg", "cam2_*.jpg", "cam3_*.jpg"): [
+                f"cam{camera}_{40 * i + 7 * camera}.jpg" for camera in (1, 2, 3) for i in range(12)
+            ],  # by time, which no two cameras share
             ("*.jpg", "thumb.jpg"): [*numbered("{}.jpg"), "thumb.jpg"],
             ("clip.jpg", "clip*.jpg"): ["clip.jpg", "clip1.jpg", "clip2.jpg"],
             ("*.jpg", "1 (*).jpg"): ["1.jpg", "2.jpg", "1 (1).jpg"],
@@ -94,6 +98,17 @@ class Reading(unittest.TestCase):
         code, out = check_data(*arguments)
         self.assertEqual((code, "img_flow_*.png" in out), (1, True))
         self.assertEqual(check_data(*arguments, "--frame-pattern", "img_*.png")[0], 0)
+
+    def test_their_rate_is_said(self):
+        (self.folder / "clip.mp4").touch()
+        for name, expected in (
+            ("clip", "d, train: 1 samples, folders of frames at 12.5 a s.*d.fps"),
+            ("clip.mp4", "s$"),
+        ):
+            np.save(self.folder / "paths.npy", np.array([name]))
+            files = SplitFiles(str(self.folder / "paths.npy"))
+            split = Split(Dataset("d", fps=12.5, prefix=f"{self.folder}/", train=files), "train")
+            self.assertRegex(preflight.describe_split(split), expected)
 
     def test_before_a_run(self):
         np.save(self.folder / "paths.npy", np.array(["clip", "nowhere"]))

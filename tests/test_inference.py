@@ -68,7 +68,9 @@ class Trained(unittest.TestCase):
             Image.new("RGB", (64, 48)).save(folder / f"{name}.png")
         code, _, err = self.command("predict", self.folder / "ft", folder)
         self.assertEqual((code, "flow_*.png, img_*.png" in err), (1, True))
-        self.assertEqual(self.command("predict", self.folder / "ft", folder, "--frame-pattern", "img_*.png")[0], 0)
+        for fps, said in (([], True), (["--fps", 12.5], False)):
+            code, _, err = self.command("predict", self.folder / "ft", folder, "--frame-pattern", "img_*.png", *fps)
+            self.assertEqual((code, "taken for 25 a second" in err), (0, said))
 
     def test_predict(self):
         film = str(self.folder / f"a path of more than a line {'-' * 80}.mp4")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterable
 
 
 def at_least(low: int, high: int = 10**9) -> Callable[[str], int]:
@@ -38,9 +40,16 @@ def add_trust_targets(parser: argparse.ArgumentParser) -> None:
 
 
 def add_fps(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--fps", type=rate, default=25.0, metavar="X", help="of folders of frames (default 25)")
+    parser.add_argument("--fps", type=rate, metavar="X", help="of folders of frames (default 25)")
     text = "the frames among the images of a folder, e.g. 'img_*.jpg', where it holds several series"
     parser.add_argument("--frame-pattern", metavar="PATTERN", help=text)
+
+
+def frame_rate(args: argparse.Namespace, paths: Iterable[str]) -> float:
+    """The rate of folders of frames, --fps or 25. Print that it is assumed where one of the paths is such a folder."""
+    if args.fps is None and any(map(os.path.isdir, paths)):
+        print("Folders of frames are taken for 25 a second; --fps X gives another rate.", file=sys.stderr)
+    return 25.0 if args.fps is None else args.fps
 
 
 def rate(text: str) -> float:

@@ -15,14 +15,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Column, Table
 
-from omnivision.cli.arguments import number
+from omnivision.cli.arguments import frame_rate, number
 from omnivision.data.catalog import IGNORED_LABEL, resolve_prefix, shift_command, start_at_one
 from omnivision.errors import EXIT_INTERRUPTED, EXIT_USER, UserError
 from omnivision.files import write_atomically
 from omnivision.prepare.arrays import read_labels, read_paths, read_segments
 from omnivision.prepare.duplicates import same_films
 from omnivision.prepare.film_check import CheckJob, FilmCheck, check_film
-from omnivision.prepare.listing import printable
+from omnivision.prepare.listing import drop_suffix, printable
 from omnivision.prepare.progress import told
 from omnivision.prepare.workers import Died, default_workers, in_processes
 from omnivision.streams import wrap
@@ -51,7 +51,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--against", metavar="OTHER_PATHS.npy", help="another split, to find films that are in both")
     parser.add_argument("--num-classes", type=int, metavar="N", help="labels must be below it (-1: ignored)")
     parser.add_argument("--prefix", default="", metavar="P", help="put before each path, as in the catalog")
-    parser.add_argument("--fps", type=number, default=25.0, metavar="X", help="of folders of frames (default 25)")
+    parser.add_argument("--fps", type=number, metavar="X", help="of folders of frames (default 25)")
     text = "the frames among the images of a folder, e.g. 'img_*.jpg', where it holds several series"
     parser.add_argument("--frame-pattern", metavar="PATTERN", help=text)
     parser.add_argument("--quick", action="store_true", help="read the first, middle and last clip only")
@@ -73,10 +73,9 @@ def run(args: argparse.Namespace) -> int:
     samples: dict[str, list[int]] = {}  # of each film
     for position, path in enumerate(full):
         samples.setdefault(path, []).append(position)
+    fps = frame_rate(args, (path for path in samples if drop_suffix(path) == path))
     jobs = [
-        CheckJob(
-            path, args.fps, args.frame_pattern, args.quick, tuple(segments[i] if segments else None for i in positions)
-        )
+        CheckJob(path, fps, args.frame_pattern, args.quick, tuple(segments[i] if segments else None for i in positions))
         for path, positions in samples.items()
     ]
     checks = [FilmCheck(ok=False, reason="not read")] * len(full)
@@ -116,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
-    if args.workers < 0 or not 0 < args.fps < float("inf"):
+    if args.workers < 0 or not (args.fps is None or 0 < args.fps < float("inf")):
         raise UserError(
             f"--workers is {args.workers}, --fps {args.fps}; expected 0 or more workers, and a positive fps."
         )

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from omnivision.cli.arguments import add_device, add_fps, add_trust_targets, at_least
+from omnivision.cli.arguments import add_device, add_fps, add_trust_targets, at_least, frame_rate
 from omnivision.errors import EXIT_USER, UserError
 
 if TYPE_CHECKING:
@@ -54,9 +54,10 @@ def run(args: argparse.Namespace) -> int:
     from omnivision.inference import load
 
     model, found, failed = load(args.checkpoint, args.device, args.trust_targets), {}, False
+    fps = frame_rate(args, args.films)
     for film in args.films:
         try:
-            shown = args.clips, args.crops, args.head, args.fps, args.frame_pattern
+            shown = args.clips, args.crops, args.head, fps, args.frame_pattern
             found[film] = model.predict(film, args.top, *shown)
         except UserError as error:
             failed = True

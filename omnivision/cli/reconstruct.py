@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from omnivision.cli.arguments import add_device, add_fps, add_trust_targets, at_least, number
+from omnivision.cli.arguments import add_device, add_fps, add_trust_targets, at_least, frame_rate, number
 from omnivision.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     from omnivision.reporting.pictures import gif_bytes, moving, still
 
     pictures = load(args.checkpoint, args.device, args.trust_targets).reconstruct(
-        args.film, args.start, args.mask_ratio, args.seed, args.fps, args.frame_pattern
+        args.film, args.start, args.mask_ratio, args.seed, frame_rate(args, [args.film]), args.frame_pattern
     )
     try:
         with replace_atomically(args.out) as file:

@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
-from itertools import chain, zip_longest
+from itertools import chain, pairwise, zip_longest
 
 import numpy as np
 import torch
@@ -123,15 +123,24 @@ def group_series(names: Sequence[str]) -> dict[str, list[str]]:
     for (suffix, *texts), numbers in shapes.items():
         columns = [set(column) for column in zip(*numbers.values(), strict=True)]
         # The frame number is the last of those that vary most. What else varies tells series apart, unless no two names share
-        # a frame number: then it goes with that.
+        # a frame number and they follow each other: then it goes with that.
         frame = max(range(len(columns)), key=lambda i: (len(columns[i]), i), default=0)
-        one = not columns or len(columns[frame]) == len(numbers)
+        one = not columns or (len(columns[frame]) == len(numbers) and not _overlap(list(numbers.values()), frame))
         hidden = {i for i, column in enumerate(columns) if i == frame or (one and len(column) > 1)}
         for name, own in [next(iter(numbers.items()))] if one else numbers.items():
             shown = ["*" if i in hidden else number for i, number in enumerate(own)]
             pattern = "".join(chain.from_iterable(zip_longest(texts, shown, fillvalue=""))) + suffix
             series.setdefault(pattern, []).extend(numbers if one else [name])
     return series
+
+
+def _overlap(names: list[list[str]], frame: int) -> bool:
+    """Whether frame numbers of names that differ in other numbers overlap, as those of cameras do. names: numbers of each."""
+    ranges: dict[tuple[str, ...], list[tuple[list[str | int], str]]] = {}
+    for numbers in names:
+        ranges.setdefault((*numbers[:frame], *numbers[frame + 1 :]), []).append(natural(numbers[frame]))
+    spans = sorted((min(found), max(found)) for found in ranges.values())
+    return any(last > first for (_, last), (first, _) in pairwise(spans))
 
 
 def natural(name: str) -> tuple[list[str | int], str]:
