@@ -262,7 +262,7 @@ def _entries(path: Path) -> list[dict[str, Any]]:
     if not manifest.is_file():  # reading a pipe would wait for ever
         raise BrokenCheckpoint(f"{manifest} is no file")
     try:
-        return list(json.loads(manifest.read_text())["files"])
+        return list(json.loads(manifest.read_text(encoding="utf-8"))["files"])
     except (ValueError, KeyError, TypeError, RecursionError):
         raise BrokenCheckpoint(f"{_manifest(path)} is not a manifest") from None
 

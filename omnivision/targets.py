@@ -106,7 +106,9 @@ def _signature_here(target: str) -> dict[str, Parameter] | None:
     file = PACKAGE.joinpath(*modules).with_suffix(".py") if modules else PACKAGE / "__init__.py"
     if not file.is_file():
         return None
-    definitions = {node.name: node for node in ast.parse(file.read_text()).body if hasattr(node, "name")}
+    definitions = {
+        node.name: node for node in ast.parse(file.read_text(encoding="utf-8")).body if hasattr(node, "name")
+    }
     found = definitions.get(name)
     if isinstance(found, ast.FunctionDef):
         return _of_function(found, skip=0)
@@ -173,7 +175,7 @@ def described_arguments(target: str) -> dict[str, str]:
     """What the docstring of a class of ours says of its arguments, by name."""
     *modules, name = target.split(".")[1:]
     file = PACKAGE.joinpath(*modules).with_suffix(".py")
-    body = ast.parse(file.read_text()).body if target.startswith("omnivision.") else []
+    body = ast.parse(file.read_text(encoding="utf-8")).body if target.startswith("omnivision.") else []
     text = next((ast.get_docstring(node) for node in body if isinstance(node, ast.ClassDef) and node.name == name), "")
     block = (text or "").partition("\nArgs:\n")[2].partition("\n\n")[0]
     entries = re.split(r"^    (?=\w)", block, flags=re.MULTILINE)[1:]
@@ -226,6 +228,6 @@ def own_definitions() -> dict[str, type]:
         ".".join(("omnivision", *file.relative_to(PACKAGE).with_suffix("").parts, node.name)): type(node)
         for package in OWN
         for file in sorted((PACKAGE / package.rpartition(".")[2]).rglob("*.py"))
-        for node in ast.parse(file.read_text()).body
+        for node in ast.parse(file.read_text(encoding="utf-8")).body
         if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and not node.name.startswith("_")
     }

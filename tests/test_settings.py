@@ -1,5 +1,8 @@
 """Settings: whatever is wrong is found at once, named, and told with its remedy, before anything heavy is imported."""
 
+import os
+import subprocess
+import sys
 import tempfile
 import unittest
 from pathlib import Path
@@ -198,6 +201,14 @@ class Values(unittest.TestCase):
 
 
 class Targets(unittest.TestCase):
+    def test_sources_are_read_in_any_locale(self):
+        code = "from omnivision.targets import own_definitions; print('Mixing' in str(own_definitions()))"
+        ascii_alone = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | ascii_alone, cwd=ROOT, capture_output=True, text=True
+        )
+        self.assertEqual((done.stdout, done.returncode), ("True\n", 0), done.stderr)
+
     def test_only_known_packages_are_built(self):
         for name in ("os.system", "pathlib.Path.unlink", "numpy.load", "torch.load", "omnivisionx.y", "builtins.open"):
             problems = target_problems({"_target_": name}, "trainer.task")
