@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from omnivision.data.catalog import Dataset, Split
+from omnivision.data.catalog import Dataset, Split, is_shifted
 from omnivision.data.epoch import EpochPlan, SourcePlan
 from omnivision.errors import UserError
 from omnivision.files import BEST, LATEST, PARTS, PREVIOUS, require_weights
@@ -289,7 +289,7 @@ def run_warnings(settings: Settings, train: list[Split], val: list[Split]) -> li
     warnings = file_warnings(train + val) if settings.submitit.use_cluster else []
     warnings += worker_warnings(settings) + recipe_warnings(settings, train)
     if "decoder" not in settings.trainer.model:
-        warnings += label_warnings(train)
+        warnings += label_warnings(train) + shift_warnings(train, val)
     if train:
         plan = epoch_plan(settings, train)
         warnings += mixing_warnings(settings, plan) + ema_warnings(settings, plan)
@@ -360,6 +360,18 @@ def label_warnings(train: list[Split]) -> list[str]:
                 + (" Do the labels start at 1? They must start at 0." if missing == [0] else "")
             )
     return found
+
+
+def shift_warnings(train: list[Split], val: list[Split]) -> list[str]:
+    """Warn about sources whose labels start at 0 in one split and at 1 in the other."""
+    used = {split: [label for label, count in enumerate(split.label_counts()) if count] for split in train + val}
+    return [
+        f"{split.name}: labels start at {min(used[split])} in train and at {min(used[other])} in val, so the same number may "
+        f"mean different classes. They must start at 0. Change datasets.{split.name}.train.labels or val.labels."
+        for split in train
+        for other in val
+        if split.name == other.name and is_shifted(used[split], used[other])
+    ]
 
 
 def recipe_warnings(settings: Settings, train: list[Split]) -> list[str]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from omnivision.data.catalog import Dataset, LabelSets, Split, SplitFiles, label_sets, shift_command
 from omnivision.errors import UserError
-from omnivision.preflight import file_warnings, label_warnings
+from omnivision.preflight import file_warnings, label_warnings, shift_warnings
 
 
 class Canary:
@@ -139,6 +139,22 @@ class LabelsFromOne(Folder):
             subprocess.run(shift_command(str(self.folder / "labels.npy")), shell=True, check=True)
             shifted = np.load(self.folder / "labels.npy")
             self.assertEqual(shifted.tolist(), [label - (label > 0) for label in np.asarray(labels).tolist()])
+
+    def test_in_one_split_alone(self):
+        for train, val, shifted in (
+            ([0, 1, 2], [1, 2, 3], True),
+            ([1, 2, 3], [-1, 0, 2], True),
+            ([0, 1, 2], [2, 0, 1], False),
+            ([0, 1, 3], [1, 2, 3], False),
+            ([0, 0, 0], [1, 1, 1], False),
+            ([0, 1, 2], [-1, -1, -1], False),
+        ):
+            paths, files = self.save("p.npy", np.array(["a", "b", "c"])), {}
+            for name, labels in (("train", train), ("val", val)):
+                files[name] = SplitFiles(paths, self.save(f"{name}.npy", np.array(labels)))
+            dataset = Dataset("d", num_classes=4, **files)
+            warnings = shift_warnings([Split(dataset, "train")], [Split(dataset, "val")])
+            self.assertEqual(["datasets.d.train.labels" in warning for warning in warnings], [True] * shifted)
 
     def test_any_labels_are_taken_where_the_number_of_classes_is_unknown(self):
         self.assertEqual(self.split(["a", "b"], [1, 5], num_classes=None).label(1), 5)

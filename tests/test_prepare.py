@@ -157,6 +157,16 @@ class CsvLists(Folder):
         shutil.rmtree(self.out)
         self.assert_refused(file, self.out, "--class-names", names, saying="start at 1.*--class-names")
 
+    def test_integers_from_one_in_one_list_alone(self):
+        self.films(*(f"s/{k}.mp4" for k in range(6)))
+        for first, other in ((0, 1), (1, 0)):
+            options = []
+            for split, start in (("train", first), ("val", other)):
+                rows = "".join(f"{3 * (split == 'val') + k}.mp4,{start + k}\n" for k in range(3))
+                options += [f"--{split}", self.write(f"{split}.csv", rows)]
+            self.split_sizes(*options)
+            self.assertIn("Labels of train and val do not both start at 0", self.errors)
+
     def test_integers_keep_their_gaps(self):
         self.films("a.mp4", "b.mp4")
         found = self.prepared(self.write("list.csv", "a.mp4,0\nb.mp4,3\n"))
@@ -401,6 +411,11 @@ class Columns(Folder):
         )
         self.split_sizes("--columns", "path=path,label=klass", source="list.csv")
         self.assertEqual(self.classes, ["a"])
+        shutil.rmtree(self.out)
+        other = self.write("other.csv", "id,subject,actions\n0,p1,a\n1,p2,b\n")
+        self.assert_refused(other, self.out, saying="no column of labels.*id, subject, actions.*--columns path=")
+        self.split_sizes("--columns", "path=id,label=actions", source="other.csv")
+        self.assertEqual(self.classes, ["a", "b"])
         shutil.rmtree(self.out)
         for value in (
             *("path=path", "path=path,label=x", "path=path,label=klass,start=id", "path=1,label=4", "path"),

@@ -6,7 +6,7 @@ import os
 import sys
 import tokenize
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -334,6 +334,14 @@ def start_at_one(labels: np.ndarray, num_classes: int | None) -> bool:
     """Return whether labels are 1 .. num_classes, not 0 .. num_classes - 1; of an unknown number, whether the least is 1."""
     used = labels[labels > IGNORED_LABEL]
     return bool(used.size) and used.min() == 1 and num_classes in (None, used.max())
+
+
+def is_shifted(labels: Iterable[int], others: Iterable[int]) -> bool:
+    """Return whether labels of one split start at 1 and those of another at 0, with as many values between least and most."""
+    one, other = ({label for label in split if label > IGNORED_LABEL} for split in (labels, others))
+    if not one or not other:
+        return False
+    return {min(one), min(other)} == {0, 1} and max(one) - min(one) == max(other) - min(other) > 0
 
 
 def shift_command(file: str | None) -> str:

@@ -165,8 +165,13 @@ def _find_roles(file: Path, names: list[str], rows: list[tuple[int, list[str]]])
                 f"{file} has no column of labels: {names[label]} has {len(set(ids))} values in {len(ids)} rows, as names of "
                 f"samples have. Name one of {some(names, 20)}: --columns path={names[path]},label=NAME."
             )
-    if path is None or label is None:  # two words over a column of numbers
-        return {"path": 0, "label": 1}
+    if path is None or label is None:
+        if len(names) > 2:
+            raise UserError(
+                f"{file} has no column of labels that is known by its name: {some(names, 20)}. Name one: --columns "
+                "path=NAME,label=NAME."
+            )
+        return {"path": 0, "label": 1}  # two words over a column of numbers
     if twice := [names[column] for column in (path, label) if plain.count(plain[column]) > 1]:
         raise UserError(
             f"{file} has several columns {some(twice)}. Choose by number: --columns path={path + 1},label={label + 1} takes "

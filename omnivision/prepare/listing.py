@@ -11,7 +11,7 @@ from itertools import combinations
 
 import numpy as np
 
-from omnivision.data.catalog import start_at_one
+from omnivision.data.catalog import is_shifted, start_at_one
 from omnivision.data.clips import Segment
 from omnivision.data.frame_folder import natural
 from omnivision.errors import UserError
@@ -203,6 +203,13 @@ def label_warnings(classes: list[str], labels: Mapping[str, np.ndarray]) -> list
     warnings = []
     if classes[0] == "0" and start_at_one(np.concatenate(list(labels.values())), None):
         warnings.append("Labels start at 1, so class 0 never occurs: subtract 1 from each in the list.")
+    elif classes[0] == "0" and (
+        shifted := [split for split in labels if split != "train" and is_shifted(seen.get("train", ()), seen[split])]
+    ):
+        warnings.append(
+            f"Labels of train and {' and '.join(shifted)} do not both start at 0: one starts at 1. Subtract 1 from each there, "
+            "or the same number means different classes."
+        )
     elif never := [name for number, name in enumerate(classes) if number not in everywhere]:
         warnings.append(f"{len(never)} of {len(classes)} classes never occur: {some(never)}.")
     for split in ("val", "test"):
