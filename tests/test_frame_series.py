@@ -13,7 +13,7 @@ from PIL import Image
 from omnivision import preflight
 from omnivision.data.catalog import Dataset, Split, SplitFiles
 from omnivision.data.decode import BadVideo, open_video
-from omnivision.data.frame_folder import SeveralSeriesError, group_series
+from omnivision.data.frame_folder import SeveralSeriesError, group_series, natural, sort_times
 from omnivision.errors import UserError
 from omnivision.report.mistakes import moving
 from tests.test_check_data import run as check_data
@@ -57,6 +57,18 @@ class Names(unittest.TestCase):
             found = group_series(names)
             self.assertEqual(tuple(found), patterns)
             self.assertEqual([name for series in found.values() for name in series], names)
+
+    def test_times_are_in_order(self):
+        for names in (
+            [f"{i / 25}.jpg" for i in range(60)],
+            [f"frame_{i / 8}.png" for i in range(30)],
+            [f"{i / 2:g}.jpg" for i in range(30)],
+            [f"{i / 25:.2f}.jpg" for i in range(60)],
+            [f"1.{i}.jpg" for i in range(1, 30)],
+            [f"take{i // 20}.{i % 20}.jpg" for i in range(60)],
+            [f"{i}.jpg" for i in range(30)],
+        ):
+            self.assertEqual(sort_times(sorted(names, key=natural)), names)
 
 
 class Reading(unittest.TestCase):

@@ -48,7 +48,7 @@ class FrameFolder:
             )
         if not images:
             raise BadVideo(f"no image in the folder matches the frame_pattern {pattern!r}")
-        self._names = images
+        self._names = sort_times(images)
 
     @property
     def duration(self) -> float:
@@ -132,6 +132,22 @@ def group_series(names: Sequence[str]) -> dict[str, list[str]]:
             pattern = "".join(chain.from_iterable(zip_longest(texts, shown, fillvalue=""))) + suffix
             series.setdefault(pattern, []).extend(numbers if one else [name])
     return series
+
+
+def sort_times(names: list[str]) -> list[str]:
+    """Sort names that differ in a time in seconds, as programs print it (0.04, 0.2, 1.0); others stay in their order.
+
+    Natural order takes .2 for less than .04. Frame numbers behind a dot (1.9, 1.10) are known by a zero at the end.
+    """
+    if all(name.count(".") < 2 for name in names):  # quick to see, and this function runs for every clip
+        return names
+    times = [re.fullmatch(r"(.*?)([0-9]+(?:\.([0-9]+))?)\.[A-Za-z]+", name) for name in names]
+    found = [(time[1], time[3] or "", float(time[2])) for time in times if time]
+    plain = all(len(fraction) < 2 or not fraction.endswith("0") for _, fraction, _ in found)
+    lengths = {len(fraction) for _, fraction, _ in found}
+    if len(found) < len(names) or len({text for text, _, _ in found}) > 1 or len(lengths) < 2 or not plain:
+        return names
+    return [names[i] for i in sorted(range(len(names)), key=lambda i: found[i][2])]
 
 
 def _overlap(names: list[list[str]], frame: int) -> bool:
