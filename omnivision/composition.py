@@ -7,12 +7,13 @@ import difflib
 import itertools
 import re
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
+from omnivision.errors import causes
 from omnivision.origins import origin_of
 from omnivision.schema import Target, described, near_group
 from omnivision.settings import GROUPS
@@ -84,7 +85,7 @@ def _of_what_is_not_there(
     if (found := re.search(r"Could not override '([^']*)'", text)) and "No match in the defaults list" in text:
         file = re.match(r"In '([^']*)'", text)
         return _choice_of_nothing(found[1], arguments, f"{file[1]}.yaml" if file else "")
-    for cause in _causes(error):
+    for cause in causes(error):
         if missing := getattr(cause, "missing_cfg_file", None):
             return _unknown_choice(str(missing), folders, arguments)
         key = getattr(cause, "full_key", None) or getattr(cause, "key", None)
@@ -119,7 +120,7 @@ def _of_files(error: BaseException, text: str, folders: Sequence[Path], argument
         where = next((f" (argument {each})" for each in arguments if each.endswith(f"={error.filename}")), "")
         return f"{error.filename}{where} cannot be used: {error.strerror}. Choose another."
     if not text:
-        *_, first = _causes(error)
+        *_, first = causes(error)
         said = " ".join(str(first).split()) or "no more is known"
         return f"A configuration cannot be read ({type(first).__name__}: {said}). Mend it."
     return None
@@ -262,14 +263,6 @@ def _nearest_sentence(key: str) -> str:
 
 def _flat(hint: Any) -> tuple[Any, ...]:
     return (hint, *typing.get_args(hint))
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:  # a chain of causes may come back to where it began
-        seen.add(id(error))
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _first_sentences(error: BaseException) -> str:

@@ -16,6 +16,7 @@ from omnivision.errors import (
     LostContact,
     Terminated,
     UserError,
+    causes,
     is_out_of_memory,
     out_of_memory,
 )
@@ -128,10 +129,7 @@ def explain(error: BaseException, folder: RunFolder, tells: bool, rank: int, rec
 
 def interruption(error: BaseException) -> BaseException:
     """The Ctrl-C behind an exception, which a library may have made one of its own of; else the exception itself."""
-    each: BaseException | None = error
-    while each is not None and not isinstance(each, KeyboardInterrupt):
-        each = each.__cause__ or each.__context__
-    return each or error
+    return next((each for each in causes(error) if isinstance(each, KeyboardInterrupt)), error)
 
 
 def how_it_ended(error: BaseException) -> tuple[int, str]:

@@ -2,6 +2,7 @@
 
 import errno
 import re
+from collections.abc import Iterator
 
 EXIT_USER = 1
 EXIT_FAULT = 70
@@ -32,6 +33,15 @@ class UserError(ValueError):
         error = cls("\n- ".join([f"{len(problems)} problems:", *problems]) if several else problems[0])
         error.problems = problems
         return error
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an exception, its cause, the cause of that, and so on."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:  # a chain of causes may come back to where it began
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -171,14 +171,15 @@ def load(model: nn.Module, weights: Source, choice: Choice, class_names: Sequenc
             theirs[head_of(name)] = known if tensor.shape[:1] == (len(known),) else None
     chosen, unused = match_heads(chosen, theirs, class_names, report)
     report.dropped |= dict.fromkeys(unused, "no place in this model")
+    _check_depth(wanted, chosen, report.path)
     for name in [name for name in chosen if name not in wanted]:
         report.dropped[name] = "no place in this model"
         del chosen[name]
     if not chosen:
         raise UserError(
             f"None of the {len(report.dropped)} entries of {report.path} has a place in this model "
-            f"({_some(list(report.dropped))}), so nothing would be loaded. Change trainer/checkpoint (keep, rename, prefix) "
-            f"or {SETTING}; null trains from nothing."
+            f"({_some(list(report.dropped))}), so nothing would be loaded. Names of other projects are brought into "
+            f"ours by omnivision import {report.path} OUT.pt. Change {SETTING} or trainer/checkpoint (keep, rename, prefix)."
         )
     for name in POSITIONS:
         if name in chosen and name in wanted:
@@ -286,6 +287,25 @@ def _check_coverage(wanted: Mapping[str, Tensor], report: LoadReport, choice: Ch
             f"{_some(unplaced) or 'nothing'}. The choice is strict (trainer.checkpoint.strict). Change trainer/model or "
             "trainer/checkpoint."
         )
+
+
+def _check_depth(wanted: Mapping[str, Tensor], chosen: Mapping[str, Tensor], path: str) -> None:
+    """Raise UserError where blocks of a deeper trunk or decoder would be left out, and where some of a decoder's would stay
+    random: the rest was not trained for that. A trunk's missing blocks are told by its coverage.
+    """
+    for part, blocks in (("trunk", "trunk.blocks."), ("decoder", "trunk.decoder.decoder_blocks.")):
+        ours, theirs = (
+            {name.removeprefix(blocks).partition(".")[0] for name in names if name.startswith(blocks)}
+            for names in (wanted, chosen)
+        )
+        if ours and (theirs - ours or (part == "decoder" and theirs and ours - theirs)):
+            leave_out = (
+                ", or leave the decoder out with trainer/checkpoint=no_heads_no_decoder" if part == "decoder" else ""
+            )
+            raise UserError(
+                f"The {part} of {path} has {len(theirs)} blocks, and that of this model {len(ours)}; expected as many. Set "
+                f"trainer.model.{part}.depth={len(theirs)}{leave_out}."
+            )
 
 
 def _check_heads(model: nn.Module, weights: Source, chosen: Mapping[str, Tensor]) -> None:

@@ -455,6 +455,23 @@ class Formats(Case):
         with self.assertRaisesRegex(UserError, "no_heads_no_decoder"):
             load(other_decoder, source, Choice())
 
+    def test_another_depth_is_refused_by_a_stage(self):
+        imported = from_hf(recorded("pretraining"), CONFIG)
+        source = Source(Path("x.pt"), "0", imported.state, {"architecture": imported.architecture})
+        for depth in (1, 3):
+            model = MaskedAutoencoder(trunk(), {"width": 24, "depth": depth, "heads": 4})
+            with self.assertRaisesRegex(UserError, "trainer.model.decoder.depth=2.*no_heads_no_decoder"):
+                load(model, source, Choice())
+            load(model, source, Choice(drop=["trunk.decoder.*", "trunk.mask_token", "heads.*"]))
+        shallow = VideoClassifier(VisionTransformer(48, 1, 3, **CLIP, tubelet=(2, 8, 8)), [7])
+        with self.assertRaisesRegex(UserError, "trainer.model.trunk.depth=2"):
+            load(shallow, source, Choice())
+        load(shallow, source, Choice(drop=["trunk.blocks.1.*"]))
+
+    def test_names_of_other_projects_are_to_be_imported(self):
+        with self.assertRaisesRegex(UserError, "omnivision import x.pt"):
+            load(classifier(5), Source(Path("x.pt"), "0", recorded("pretraining"), {}), Choice())
+
     def test_what_cannot_be_carried_is_refused_or_told(self):
         model = classifier(7, 3, rgbd=True)
         exported = to_hf(model.state_dict(), describe(model))

@@ -314,6 +314,9 @@ class Mistakes(unittest.TestCase):
         except RuntimeError as error:
             self.assertEqual(how_it_ended(interruption(error))[0], EXIT_INTERRUPTED)
         self.assertEqual(how_it_ended(interruption(RuntimeError("x")))[0], EXIT_FAULT)
+        one, other = MemoryError(), ValueError()
+        one.__cause__, other.__context__ = other, one  # as `raise one from other` makes it while one is handled
+        self.assertIs(interruption(one), one)
 
     def test_flags_may_stand_anywhere(self):
         for given, wanted in (

@@ -72,8 +72,8 @@ class EpochPlan:
             if count == 0:
                 raise UserError(
                     f"Source {name} has {source.size} samples and a repeat factor of {source.repeat}, fewer than one batch "
-                    f"of {source.clips}: an epoch would not see it. Lower batch_size, or raise trainer.data.repeats.{name} "
-                    f"to at least {math.ceil(1000 * source.clips / source.size) / 1000}."  # rounded up, so that it is enough
+                    f"of {source.clips}: an epoch would not see it. Lower batch_size, or see it more often: "
+                    f"++trainer.data.repeats.{name}={math.ceil(1000 * source.clips / source.size) / 1000}."  # rounded up
                 )
         self._in_order = list(sources.values())
         self._ends = np.cumsum(counts)
