@@ -1,4 +1,4 @@
-"""Packaging. The `config/` folder is installed as `omnivision/config`, so that runs also start outside a checkout."""
+"""Packaging. The `config/` folder is installed as `omnivision/config/yaml`, so that runs also start outside a checkout."""
 
 from pathlib import Path
 
@@ -7,8 +7,8 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = "0.1.0"
 
-CONFIG_PACKAGES = ["omnivision.config"] + [
-    "omnivision.config." + ".".join(folder.relative_to(HERE / "config").parts)
+CONFIG_PACKAGES = ["omnivision.config.yaml"] + [
+    "omnivision.config.yaml." + ".".join(folder.relative_to(HERE / "config").parts)
     for folder in sorted((HERE / "config").rglob("*"))
     if folder.is_dir()
 ]
@@ -25,8 +25,8 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["omnivision", "omnivision.*"]) + CONFIG_PACKAGES,
-    package_dir={"omnivision": "omnivision", "omnivision.config": "config"},
-    package_data={package: ["*.yaml"] for package in CONFIG_PACKAGES} | {"omnivision.report": ["*.j2"]},
+    package_dir={"omnivision": "omnivision", "omnivision.config.yaml": "config"},
+    package_data={package: ["*.yaml"] for package in CONFIG_PACKAGES} | {"omnivision.tools.report": ["*.j2"]},
     py_modules=["train_app_submitit"],
     install_requires=[
         "torch>=2.10",
@@ -73,5 +73,5 @@ setup(
         "mlflow": MLFLOW,
         "hf": ["transformers>=4.44"],
     },
-    entry_points={"console_scripts": ["omnivision=omnivision.cli.main:main"]},
+    entry_points={"console_scripts": ["omnivision=omnivision.tools.main:main"]},
 )

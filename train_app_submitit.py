@@ -22,8 +22,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 if TYPE_CHECKING:
-    from omnivision.process import Job
-    from omnivision.settings import Settings
+    from omnivision.config.schema import Settings
+    from omnivision.launch.run import Job
 
 HERE = Path(__file__).resolve().parent
 FLAGS_WITH_VALUE = (
@@ -40,16 +40,16 @@ FLAGS_WITH_VALUE = (
     "--experimental-rerun",
 )
 INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
-CONFIG = HERE / "config" if (HERE / "config" / "config.yaml").is_file() else HERE / "omnivision" / "config"
+CONFIG = HERE / "config" if (HERE / "config" / "config.yaml").is_file() else HERE / "omnivision" / "config" / "yaml"
 
 
 def main() -> None:
-    from omnivision.errors import EXIT_INTERRUPTED, UserError
-    from omnivision.streams import announce, be_patient
+    from omnivision.utils.errors import EXIT_INTERRUPTED, UserError
+    from omnivision.utils.streams import announce, be_patient
 
     be_patient()
     if {"-h", "--help"} & set(sys.argv[1:]):
-        from omnivision.usage import usage
+        from omnivision.config.usage import usage
 
         print(usage(CONFIG))
         return
@@ -61,12 +61,12 @@ def main() -> None:
         print("interrupted before a run began", file=sys.stderr)
         code = EXIT_INTERRUPTED
     except UserError as error:
-        from omnivision.ending import print_error
+        from omnivision.launch.exit import print_error
 
         print_error(str(error))
         code = error.exit_code
     except Exception as error:
-        from omnivision.ending import how_it_ended, interruption, print_error
+        from omnivision.launch.exit import how_it_ended, interruption, print_error
 
         code, _ = how_it_ended(interruption(error))
         if code != EXIT_INTERRUPTED:
@@ -76,8 +76,8 @@ def main() -> None:
 
 def composed() -> list[DictConfig]:
     """What the command line describes: one configuration, several for a sweep, none for --cfg and the like."""
-    from omnivision.hydra_guard import check_sweep, keep_hydra_to_composing
-    from omnivision.settings_yaml import read_numbers_as_written
+    from omnivision.config.hydra_guard import check_sweep, keep_hydra_to_composing
+    from omnivision.config.yaml_numbers import read_numbers_as_written
 
     read_numbers_as_written()
     keep_hydra_to_composing()
@@ -94,19 +94,19 @@ def composed() -> list[DictConfig]:
     except SystemExit as error:
         if not error.code:
             raise
-        from omnivision.composition import explain_flags
-        from omnivision.errors import UserError
+        from omnivision.config.compose_errors import explain_flags
+        from omnivision.utils.errors import UserError
 
         raise UserError(explain_flags(" ".join(said.getvalue().rpartition("error: ")[2].split()), given)) from None
     except RecursionError:
-        from omnivision.errors import UserError
+        from omnivision.utils.errors import UserError
 
         raise UserError(
             "A configuration file includes itself (defaults), or refers to itself. Mend the file."
         ) from None
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError) as error:
-        from omnivision.composition import explain
-        from omnivision.errors import UserError
+        from omnivision.config.compose_errors import explain
+        from omnivision.utils.errors import UserError
 
         raise UserError(explain(error, [*site_folders(given), CONFIG], given)) from error
     return found
@@ -133,7 +133,7 @@ def flags_first(arguments: list[str]) -> list[str]:
 def value_of(flag: str, value: str) -> str:
     """The value of a flag. Raises UserError where there is none: an empty folder would be passed over."""
     if not value:
-        from omnivision.errors import UserError
+        from omnivision.utils.errors import UserError
 
         raise UserError(f"{flag} has no value. Was it a shell variable that is not set?")
     return value
@@ -147,7 +147,7 @@ def site_folders(arguments: list[str]) -> list[Path]:
 
 def apart(configs: list[DictConfig]) -> list[DictConfig]:
     """The configurations of a sweep; runs in one folder would take one another for their own beginning."""
-    from omnivision.errors import UserError
+    from omnivision.utils.errors import UserError
 
     name = "launcher.experiment_log_dir"
     given = [OmegaConf.select(config, name, throw_on_resolution_failure=False) for config in configs]
@@ -164,15 +164,15 @@ def apart(configs: list[DictConfig]) -> list[DictConfig]:
 
 def run(configs: list[DictConfig]) -> int:
     """Check configurations, all before the first is launched; returns the exit code."""
-    from omnivision.errors import UserError
-    from omnivision.launch import launch
+    from omnivision.launch.launcher import launch
+    from omnivision.utils.errors import UserError
 
     if not configs and {"-m", "--multirun"} & set(sys.argv[1:]):
         raise UserError("The sweep has no runs: a range or a choice among them is empty. Change it.")
     jobs = [checked(config) for config in configs]
     if any(job.settings.trainer.mode == "dry" for job in jobs):
-        from omnivision.dry import dry_run
-        from omnivision.streams import output_problem
+        from omnivision.launch.dry_run import dry_run
+        from omnivision.utils.streams import output_problem
 
         code = max(dry_run(job) for job in jobs)
         if problem := output_problem():
@@ -183,12 +183,12 @@ def run(configs: list[DictConfig]) -> int:
 
 def checked(config: DictConfig) -> "Job":
     """A configuration as a job, its settings and data checked; those of trainer.mode=dry are checked by `dry_run`."""
-    from omnivision.launch import adopt_torchrun, check_way
-    from omnivision.origins import origin_of
-    from omnivision.preflight import check_run, run_warnings
-    from omnivision.process import Job
-    from omnivision.settings_check import check
-    from omnivision.stages import stage_warnings, typed_choices
+    from omnivision.config.origins import origin_of
+    from omnivision.config.stages import stage_warnings, typed_choices
+    from omnivision.config.validate import check
+    from omnivision.launch.launcher import adopt_torchrun, check_way
+    from omnivision.launch.run import Job
+    from omnivision.training.preflight import check_run, run_warnings
 
     trust_by_hand(config)
     adopt_torchrun(config)
@@ -208,7 +208,7 @@ def checked(config: DictConfig) -> "Job":
 
 def trust_by_hand(config: DictConfig) -> None:
     """Raise UserError for a file that trusts packages: it may come from others, as what it would have built."""
-    from omnivision.errors import UserError
+    from omnivision.utils.errors import UserError
 
     trusted = OmegaConf.select(config, "trainer.trust_targets", throw_on_resolution_failure=False)
     if trusted and not any(word.lstrip("+").startswith("trainer.trust_targets=") for word in sys.argv[1:]):
@@ -220,8 +220,8 @@ def trust_by_hand(config: DictConfig) -> None:
 
 def require_weights_by_hand(settings: "Settings") -> None:
     """Raise UserError for frozen or averaged weights that come from nowhere, unless null was typed."""
-    from omnivision.errors import UserError
-    from omnivision.files import LATEST
+    from omnivision.utils.errors import UserError
+    from omnivision.utils.io import LATEST
 
     frozen = settings.trainer.freeze or "num_models" in settings.trainer.model
     if not frozen or settings.pretrained_checkpoint_path is not None or settings.trainer.mode == "val":

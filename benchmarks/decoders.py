@@ -18,7 +18,7 @@ from benchmarks.command import command_line
 from benchmarks.harness import Report, interleaved
 from benchmarks.pretraining_step import DTYPES, geometry, loss_of_ours, step
 from benchmarks.turns import in_turn
-from omnivision.allocator import keep_freed_memory
+from omnivision.distributed.allocator import keep_freed_memory
 
 KINDS: dict[str, dict[str, Any]] = {
     "ours, the recipe": {},

@@ -24,7 +24,7 @@ from benchmarks.command import command_line
 from benchmarks.harness import Report, interleaved, one_thread
 from benchmarks.peers import loaders
 from omnivision.data.clips import clip_window, subsample_indices
-from omnivision.data.decode import open_video
+from omnivision.data.video import open_video
 
 Ways = dict[str, Callable[[Path, float], Any]]
 

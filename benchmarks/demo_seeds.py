@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from benchmarks.command import folder_and_seeds
-from omnivision.cli.runs import summaries
+from omnivision.tools.runs import summaries
 
 SCRIPT = Path(__file__).resolve().parent.parent / "utils" / "run_scripts" / "run_demo.sh"
 

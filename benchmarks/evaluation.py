@@ -27,14 +27,14 @@ from benchmarks.pretraining_step import HAS_BF16, SIZES
 from omnivision.data.catalog import Dataset, LabelSets, Split, SplitFiles
 from omnivision.data.clips import subsample_indices, uniform_clip_starts
 from omnivision.data.dataset import ClipDataset, Cut
-from omnivision.data.decode import open_video
 from omnivision.data.loader import Workers, evaluation_batches
+from omnivision.data.video import open_video
 from omnivision.data.views import EvalView, crop_offsets, resize_short_side
-from omnivision.distributed import Place, Processes
-from omnivision.evaluation import evaluate
+from omnivision.distributed.process_group import Place, Processes
 from omnivision.models.classifier import VideoClassifier
 from omnivision.models.vit import VisionTransformer
 from omnivision.tasks.classify import Classify
+from omnivision.training.evaluate import evaluate
 
 CLASSES, CLIPS, CROPS = 101, 2, 3
 
@@ -62,7 +62,7 @@ def published_scores(model: VideoClassifier, paths: list[Path], size: int) -> Te
 
 
 def our_scores(model: nn.Module, data: ClipDataset, dtype: torch.dtype | None, videos_per_batch: int) -> Tensor:
-    """The same by `omnivision.evaluation`."""
+    """The same by `omnivision.training.evaluate`."""
     processes = Processes(Place(), "cpu", None, timedelta(minutes=1))
     task = Classify(LabelSets([CLASSES], {"films": 0}))
 

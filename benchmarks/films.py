@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from omnivision.data.decode import open_video
 from omnivision.data.encode import write_film
+from omnivision.data.video import open_video
 from omnivision.data.views import resize
 
 FPS = 30

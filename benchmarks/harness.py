@@ -24,7 +24,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is there
 
 import torch
 
-from omnivision.files import write_atomically
+from omnivision.utils.io import write_atomically
 
 Side = Callable[[], object]
 

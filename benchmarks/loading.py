@@ -24,14 +24,14 @@ from benchmarks import films
 from benchmarks.command import command_line
 from benchmarks.harness import Ratio, Report, interleaved, one_thread
 from benchmarks.peers import loaders
-from omnivision.allocator import keep_freed_memory
 from omnivision.data.catalog import Dataset, Split, SplitFiles
 from omnivision.data.dataset import ClipDataset, Cut
 from omnivision.data.epoch import EpochPlan, Request, SourcePlan
 from omnivision.data.loader import Workers, train_batches
 from omnivision.data.masking import RandomMask
 from omnivision.data.views import PretrainView
-from omnivision.prepare.transcode import Job, Recipe, transcode
+from omnivision.distributed.allocator import keep_freed_memory
+from omnivision.tools.prepare.transcode import Job, Recipe, transcode
 
 CLIPS = 8  # of a batch: two videos, four views each
 

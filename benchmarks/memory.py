@@ -20,7 +20,7 @@ import torch
 from benchmarks.command import command_line
 from benchmarks.harness import Ratio, Report, own_memory
 from benchmarks.pretraining_step import Geometry
-from omnivision.allocator import keep_freed_memory
+from omnivision.distributed.allocator import keep_freed_memory
 
 SIDES = (
     "ours",

@@ -24,7 +24,7 @@ from benchmarks.command import command_line
 from benchmarks.harness import Report, interleaved
 from benchmarks.peers.published_mae import PublishedMAE, normalised
 from benchmarks.turns import in_turn
-from omnivision.allocator import keep_freed_memory
+from omnivision.distributed.allocator import keep_freed_memory
 from omnivision.models.mae import MaskedAutoencoder
 from omnivision.models.vit import VisionTransformer
 from omnivision.tasks.reconstruct import Reconstruct

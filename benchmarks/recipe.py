@@ -10,15 +10,15 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from benchmarks import films
-from omnivision import build
+from omnivision.config.validate import check
+from omnivision.config.yaml_numbers import read_numbers_as_written
 from omnivision.data.batch import Batch
-from omnivision.distributed import Place, Processes
+from omnivision.distributed.process_group import Place, Processes
 from omnivision.reporting.reporter import Reporter
-from omnivision.reporting.run_folder import RunFolder
-from omnivision.settings_check import check
-from omnivision.settings_yaml import read_numbers_as_written
-from omnivision.stopping import Stop
-from omnivision.trainer import Trainer
+from omnivision.reporting.run_directory import RunFolder
+from omnivision.training import build
+from omnivision.training.trainer import Trainer
+from omnivision.utils.signals import Stop
 
 CONFIG = Path(__file__).resolve().parent.parent / "config"
 HERE = ("trainer.accelerator=cpu", "submitit.use_cluster=false", "launcher.num_nodes=1", "launcher.gpus_per_node=1")

@@ -19,7 +19,7 @@ from benchmarks.command import command_line, run_quietly
 from benchmarks.harness import Ratio, Report, own_memory
 from omnivision.models.mae import MaskedAutoencoder
 from omnivision.models.vit import VisionTransformer
-from omnivision.safe import safe_load
+from omnivision.utils.safe import safe_load
 
 SCRIPT = Path(__file__).resolve().parent.parent / "train_app_submitit.py"
 DEMO = ["+experiments=demo/mae", "+trainer=mae_demo_config", "trainer.logging.log_freq=1"]
@@ -27,7 +27,7 @@ DEMO = ["+experiments=demo/mae", "+trainer=mae_demo_config", "trainer.logging.lo
 
 def demo_data(folder: Path, *counts: str) -> None:
     """Draw the demo's films."""
-    command = [sys.executable, "-m", "omnivision.cli.main", "demo-data", str(folder), *counts]
+    command = [sys.executable, "-m", "omnivision.tools.main", "demo-data", str(folder), *counts]
     run_quietly(command, SCRIPT.parent)
 
 

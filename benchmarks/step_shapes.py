@@ -10,7 +10,7 @@ from __future__ import annotations
 from benchmarks.command import command_line
 from benchmarks.harness import Report, interleaved
 from benchmarks.pretraining_step import DTYPES, Geometry, loss_of_huggingface, loss_of_ours, step
-from omnivision.allocator import keep_freed_memory
+from omnivision.distributed.allocator import keep_freed_memory
 
 SHAPES = [("vittiny", 8), ("vittiny", 16), ("vittiny", 32), ("vitsmall", 8), ("vitsmall", 16), ("vitsmall", 32),
           ("vitbase", 8), ("vitbase", 16), ("vitbase", 32), ("vitlarge", 8), ("vitlarge", 16), ("vitlarge", 32)]  # fmt: skip

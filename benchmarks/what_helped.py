@@ -27,9 +27,9 @@ from benchmarks.harness import Report, interleaved, one_thread
 from benchmarks.loading import dataset, samples
 from benchmarks.peers import loaders
 from benchmarks.pretraining_step import CAN_COMPILE, DTYPES, Geometry, loss_of_ours, step
-from omnivision.allocator import keep_freed_memory
 from omnivision.data import dataset as dataset_module
 from omnivision.data.views import PretrainView, random_crop_box, resize, resize_short_side
+from omnivision.distributed.allocator import keep_freed_memory
 from omnivision.models import attention as attention_module
 from omnivision.models import vit as vit_module
 from omnivision.models.mae import Decoder, MaskedAutoencoder, Prediction, patch_statistics, split_tokens

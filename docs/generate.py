@@ -9,10 +9,10 @@ from pathlib import Path
 
 import yaml
 
-from omnivision.cli.main import commands, parser
-from omnivision.schema import described
-from omnivision.suggestions import setting_hints
-from omnivision.usage import parts
+from omnivision.config.reader import described
+from omnivision.config.suggestions import setting_hints
+from omnivision.config.usage import parts
+from omnivision.tools.main import commands, parser
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = ROOT / "config" / "experiments" / "base.yaml"

@@ -1,6 +1,6 @@
 """Video models by the PPMA recipe. Importing this package imports nothing heavy.
 
-`omnivision.load(RUN_OR_FILE)` gives a trained model with its preprocessing; see `omnivision.inference`.
+`omnivision.load(RUN_OR_FILE)` gives a trained model with its preprocessing; see `omnivision.tools.inference`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 def __getattr__(name: str) -> Any:
     if name == "load":  # torch comes with it, which is why it comes when it is asked for
-        from omnivision.inference import load
+        from omnivision.tools.inference import load
 
         return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

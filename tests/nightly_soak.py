@@ -58,7 +58,7 @@ class Soak(unittest.TestCase):
             films = [
                 sys.executable,
                 "-m",
-                "omnivision.cli.main",
+                "omnivision.tools.main",
                 "demo-data",
                 str(folder / "data"),
                 "--train",

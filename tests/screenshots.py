@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from omnivision.cli.main import main
+from omnivision.tools.main import main
 from tests.browser import screenshot
 from tests.runs import ROOT
 

@@ -21,9 +21,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 import train_app_submitit
-from omnivision import local
+from omnivision.config.yaml_numbers import read_numbers_as_written
 from omnivision.data.encode import write_film
-from omnivision.settings_yaml import read_numbers_as_written
+from omnivision.launch import local
 from tests.runs import ROOT
 
 CLASSES = 3
@@ -100,7 +100,7 @@ class Ranks:
         self.folder, self.context = folder, multiprocessing.get_context("forkserver")
 
     def get_context(self, method: str) -> "Ranks":
-        self.context.set_forkserver_preload(["omnivision.trainer", "torch._dynamo", "torch.distributed.fsdp"])
+        self.context.set_forkserver_preload(["omnivision.training.trainer", "torch._dynamo", "torch.distributed.fsdp"])
         multiprocessing.forkserver.ensure_running()
         return self
 
@@ -189,7 +189,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
 @contextlib.contextmanager
 def watched() -> Iterator[Steps]:
     """Notes the weights before the first step of a run in this block, and after each step."""
-    from omnivision.trainer import Trainer
+    from omnivision.training.trainer import Trainer
 
     steps, fit, step = Steps(), Trainer.fit, Trainer.train_step
 

@@ -16,7 +16,7 @@ print(faults() - before)
 """
 PROCESS_OF_A_RUN = """
 from datetime import timedelta
-from omnivision.distributed import Place, Processes
+from omnivision.distributed.process_group import Place, Processes
 Processes(Place(), "cpu", None, timedelta(minutes=1))
 """
 DATA_WORKER = """

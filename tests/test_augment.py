@@ -19,8 +19,8 @@ from omnivision.data.augment import (
     erased_size,
     operation_argument,
 )
-from omnivision.errors import UserError
 from omnivision.models.patches import normalize_pixels
+from omnivision.utils.errors import UserError
 from tests.parity_formula import error, record, stated
 
 RECORDED = record("augmentation")

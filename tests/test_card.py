@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 import omnivision
-from omnivision.cli.main import main
+from omnivision.checkpoint.weight_files import Source, read
 from omnivision.interop.card import history, plain
-from omnivision.weight_files import Source, read
+from omnivision.tools.main import main
 from tests import runs
 from tests import stage_runs as stages
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from omnivision.data.catalog import Dataset, LabelSets, Split, SplitFiles, label_sets, shift_command
-from omnivision.errors import UserError
-from omnivision.preflight import file_warnings, label_warnings, shift_warnings
+from omnivision.training.preflight import file_warnings, label_warnings, shift_warnings
+from omnivision.utils.errors import UserError
 
 
 class Canary:

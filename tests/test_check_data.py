@@ -15,12 +15,12 @@ import numpy as np
 from PIL import Image
 from rich.console import Console
 
-from omnivision.cli import check_data
-from omnivision.cli.main import main
 from omnivision.data.encode import write_film
-from omnivision.errors import EXIT_INTERRUPTED, UserError
-from omnivision.prepare.duplicates import same_films
-from omnivision.prepare.workers import Died
+from omnivision.tools import check_data
+from omnivision.tools.main import main
+from omnivision.tools.prepare.duplicates import same_films
+from omnivision.tools.prepare.workers import Died
+from omnivision.utils.errors import EXIT_INTERRUPTED, UserError
 from tests.runs import real_films
 
 
@@ -208,7 +208,7 @@ class Splits(Folder):
         (self.folder / "c").write_bytes(b"1234")
         files = [str(self.folder / name) for name in "abc"]
         self.assertEqual(same_films(files), [[files[0], files[2]]])
-        with mock.patch("omnivision.prepare.duplicates._digest") as digest:
+        with mock.patch("omnivision.tools.prepare.duplicates._digest") as digest:
             self.assertEqual(same_films(files[:1]), [])
             digest.assert_not_called()
 

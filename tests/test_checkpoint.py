@@ -17,8 +17,8 @@ from unittest import mock
 import torch
 from torch import nn
 
-from omnivision import checkpoint
-from omnivision.errors import Terminated, UserError
+from omnivision.checkpoint import checkpointer as checkpoint
+from omnivision.utils.errors import Terminated, UserError
 
 
 class Canary:
@@ -155,7 +155,7 @@ class Saving(Folder):
                 file = mock.Mock(write=mock.Mock(side_effect=itertools.chain([64], itertools.repeat(reason))))
                 opened = mock.MagicMock()
                 opened.__enter__.return_value, opened.__exit__.return_value = file, False
-                with mock.patch("omnivision.checkpoint.open", return_value=opened, create=True):
+                with mock.patch("omnivision.checkpoint.checkpointer.open", return_value=opened, create=True):
                     with self.assertRaises(type(reason)):
                         checkpoint.save(state(1, model={"w": torch.zeros(1_000_000)}), self.folder, [])
 
@@ -231,7 +231,7 @@ class Loading(Folder):
                 (folder / broken).write_bytes(b"junk")
                 self.assertEqual(checkpoint.load_newest(folder)[0]["step"], 1)
                 # Killed at the last moment of the next save: the good one is still there.
-                with mock.patch("omnivision.checkpoint.os.replace", side_effect=[None, KeyboardInterrupt]):
+                with mock.patch("omnivision.checkpoint.checkpointer.os.replace", side_effect=[None, KeyboardInterrupt]):
                     with self.assertRaises(KeyboardInterrupt):
                         checkpoint.save(state(3), folder, [])
                 self.assertEqual(checkpoint.safe_load(folder / "previous.pt")["step"], 1)

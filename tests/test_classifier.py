@@ -10,11 +10,11 @@ from torch import Tensor
 from omnivision.data.batch import Batch
 from omnivision.data.catalog import LabelSets
 from omnivision.data.mixing import Mixing, soft_targets
-from omnivision.errors import UserError
 from omnivision.models.average import AveragedClassifier
 from omnivision.models.classifier import VideoClassifier, train_mode
 from omnivision.models.vit import VisionTransformer
 from omnivision.tasks.classify import Classify, average_views, soft_cross_entropy
+from omnivision.utils.errors import UserError
 from tests.parity_formula import error, record, stated, tensor, weights
 
 TUBELET = (2, 8, 8)

@@ -16,16 +16,17 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
-from omnivision import build, dry
-from omnivision.errors import UserError
-from omnivision.experiment import flat
-from omnivision.process import Job
-from omnivision.settings import Settings
-from omnivision.settings_check import check
-from omnivision.settings_yaml import read_numbers_as_written
-from omnivision.stages import ENDINGS, EXAMPLE_RECIPES, EXPERIMENTS, stage_problems, stage_warnings
-from omnivision.stages import MODELS as MODELS_OF
-from omnivision.usage import usage
+from omnivision.checkpoint.fingerprint import flat
+from omnivision.config.schema import Settings
+from omnivision.config.stages import ENDINGS, EXAMPLE_RECIPES, EXPERIMENTS, stage_problems, stage_warnings
+from omnivision.config.stages import MODELS as MODELS_OF
+from omnivision.config.usage import usage
+from omnivision.config.validate import check
+from omnivision.config.yaml_numbers import read_numbers_as_written
+from omnivision.launch import dry_run as dry
+from omnivision.launch.run import Job
+from omnivision.training import build
+from omnivision.utils.errors import UserError
 from tests import runs
 from tests.runs import ROOT, STAGE_1
 

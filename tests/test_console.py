@@ -15,20 +15,20 @@ from unittest import mock
 
 from rich.console import Console
 
-from omnivision import launch
-from omnivision.cli import check_data, predict
-from omnivision.cli.main import main
-from omnivision.ending import explain, how_it_ended
-from omnivision.errors import EXIT_INTERRUPTED, Terminated, UserError
-from omnivision.evaluation import Evaluation
-from omnivision.inference import Guess
+from omnivision.checkpoint.pretrained import LoadReport
+from omnivision.launch import launcher as launch
+from omnivision.launch.exit import explain, how_it_ended
 from omnivision.reporting.console import ProgressLine
 from omnivision.reporting.reporter import Reporter
-from omnivision.reporting.run_folder import RunFolder
-from omnivision.run_messages import end_lines, start_lines
-from omnivision.stopping import Stop
-from omnivision.streams import PatientStream, announce, fit, wrap
-from omnivision.weights import LoadReport
+from omnivision.reporting.run_directory import RunFolder
+from omnivision.tools import check_data, predict
+from omnivision.tools.inference import Guess
+from omnivision.tools.main import main
+from omnivision.training.evaluate import Evaluation
+from omnivision.training.run_messages import end_lines, start_lines
+from omnivision.utils.errors import EXIT_INTERRUPTED, Terminated, UserError
+from omnivision.utils.signals import Stop
+from omnivision.utils.streams import PatientStream, announce, fit, wrap
 from tests.test_trainer import Noise, trainer
 
 WIDTHS = (60, 80, 120)
@@ -79,8 +79,8 @@ class Output(unittest.TestCase):
             made = mock.Mock(**{"parse_known_args.return_value": (mock.Mock(run=lambda _: print("result") or 0), [])})
             with (
                 mock.patch.object(sys, "stdout", stream),
-                mock.patch("omnivision.cli.main.parser", return_value=made),
-                mock.patch("omnivision.cli.main.refuse_leading_dashes"),
+                mock.patch("omnivision.tools.main.parser", return_value=made),
+                mock.patch("omnivision.tools.main.refuse_leading_dashes"),
                 contextlib.redirect_stderr(io.StringIO()) as said,
             ):
                 self.assertEqual(main([]), code)
@@ -290,7 +290,7 @@ class Interrupted(Folder):
             self.assertEqual(run.call_count, runs)
 
     def test_commands(self):
-        for where in ("omnivision.cli.runs.run", "omnivision.cli.runs.add_parser"):  # at work, and while it loads
+        for where in ("omnivision.tools.runs.run", "omnivision.tools.runs.add_parser"):  # at work, and while it loads
             with mock.patch(where, side_effect=KeyboardInterrupt), contextlib.redirect_stderr(io.StringIO()) as said:
                 self.assertEqual(main(["runs", str(self.folder)]), EXIT_INTERRUPTED)
             self.assertRegex(said.getvalue(), "^runs: interrupted.*same command")

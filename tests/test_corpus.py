@@ -18,10 +18,10 @@ from PIL import Image
 from omnivision.data.catalog import Dataset, Split, SplitFiles
 from omnivision.data.clips import clip_window, uniform_clip_starts
 from omnivision.data.dataset import ClipDataset, Cut
-from omnivision.data.decode import open_video
 from omnivision.data.images import read_image
 from omnivision.data.loader import Workers, evaluation_batches
 from omnivision.data.opening import BadVideo
+from omnivision.data.video import open_video
 from tests.test_decode import Truth, make_film
 
 CLIP = 0.5  # seconds

@@ -24,8 +24,8 @@ from omnivision.data.epoch import EpochPlan, Request, SourcePlan
 from omnivision.data.loader import Workers, evaluation_batches, train_batches
 from omnivision.data.masking import RandomMask
 from omnivision.data.views import EvalView, PretrainView
-from omnivision.errors import DataWorkerError, UserError
 from omnivision.reporting.bad_samples import BadSampleLedger
+from omnivision.utils.errors import DataWorkerError, UserError
 from tests import runs
 
 

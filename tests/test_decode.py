@@ -24,10 +24,10 @@ from PIL import Image
 
 os.environ.setdefault("SVT_LOG", "1")  # the AV1 encoder tells its settings otherwise
 
-from omnivision.data import decode
+from omnivision.data import video as decode
 from omnivision.data.clips import clip_window, subsample_indices
-from omnivision.data.decode import BadVideo, VideoFile, open_video
-from omnivision.prepare.transcode import Job, Recipe, transcode
+from omnivision.data.video import BadVideo, VideoFile, open_video
+from omnivision.tools.prepare.transcode import Job, Recipe, transcode
 
 
 def make_film(

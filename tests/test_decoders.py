@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from omnivision.errors import UserError
 from omnivision.interop.published import from_ours
 from omnivision.models.architecture import build, describe
 from omnivision.models.mae import CrossAttention, MaskedAutoencoder, split_tokens
 from omnivision.models.vit import VisionTransformer
 from omnivision.tasks.reconstruct import Reconstruct
+from omnivision.utils.errors import UserError
 from tests import stage_runs as stages
 from tests.test_mae import TUBELET, some_masks
 

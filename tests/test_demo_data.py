@@ -22,14 +22,14 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from omnivision.cli import demo_data
 from omnivision.demo.actions import ACTIONS, motion
 from omnivision.demo.body import body
 from omnivision.demo.camera import camera
 from omnivision.demo.draws import stream
 from omnivision.demo.films import DOMAINS, SPLITS, FilmSpec, Written, channels, film_spec, render, write_demo_data
 from omnivision.demo.places import PLACE_TYPES, place
-from omnivision.errors import UserError
+from omnivision.tools import demo_data
+from omnivision.utils.errors import UserError
 
 Array = NDArray[np.float64]
 CLASSES = len(ACTIONS)

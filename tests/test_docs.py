@@ -15,10 +15,10 @@ import nbformat
 import numpy as np
 from nbclient import NotebookClient
 
-from omnivision import targets
-from omnivision.cli.main import commands as subcommands
-from omnivision.cli.main import parser
-from omnivision.suggestions import setting_names
+from omnivision.config import targets
+from omnivision.config.suggestions import setting_names
+from omnivision.tools.main import commands as subcommands
+from omnivision.tools.main import parser
 from tests import runs
 from tests import stage_runs as stages
 from tests.runs import ROOT

@@ -13,12 +13,14 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
-from omnivision import build, dry, slurm, submission
-from omnivision.data.decode import VideoFile
+from omnivision.config.validate import check
 from omnivision.data.encode import write_film
-from omnivision.reporting.run_folder import RunFolder
-from omnivision.settings_check import check
-from omnivision.trainer import Trainer
+from omnivision.data.video import VideoFile
+from omnivision.launch import dry_run as dry
+from omnivision.launch import slurm, submission
+from omnivision.reporting.run_directory import RunFolder
+from omnivision.training import build
+from omnivision.training.trainer import Trainer
 from tests import stage_runs as stages
 
 STOPS = "This run would stop before its first step:\n- "

@@ -11,7 +11,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from omnivision.data.decode import BadVideo, VideoFile, open_video
+from omnivision.data.video import BadVideo, VideoFile, open_video
 from tests.test_check_data import run as check_data
 from tests.test_decode import Truth, counted, make_film, pixels
 

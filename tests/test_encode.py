@@ -10,8 +10,8 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from omnivision.data.decode import open_video
 from omnivision.data.encode import write_film, write_timed_film
+from omnivision.data.video import open_video
 
 
 def _frames(count: int = 20, height: int = 48, width: int = 64) -> NDArray[np.uint8]:

@@ -18,12 +18,12 @@ import numpy as np
 import yaml
 from omegaconf import OmegaConf
 
-from omnivision import experiment
-from omnivision.experiment import changed_settings, class_changes, differences, fingerprint, flat
+from omnivision.checkpoint import fingerprint as experiment
+from omnivision.checkpoint.fingerprint import changed_settings, class_changes, differences, fingerprint, flat
+from omnivision.config.schema import DatasetSettings
+from omnivision.launch.run import Job, note_beginning
 from omnivision.optim.schedules import Scaled, WarmupCosine
-from omnivision.process import Job, note_beginning
-from omnivision.reporting.run_folder import RunFolder
-from omnivision.settings import DatasetSettings
+from omnivision.reporting.run_directory import RunFolder
 from tests import runs
 from tests import stage_runs as stages
 
@@ -50,8 +50,8 @@ class Commit(unittest.TestCase):
         temporary = tempfile.TemporaryDirectory()
         self.addCleanup(temporary.cleanup)
         self.folder = Path(temporary.name)
-        self.file = self.folder / "omnivision/experiment.py"
-        self.file.parent.mkdir()
+        self.file = self.folder / "omnivision/checkpoint/fingerprint.py"
+        self.file.parent.mkdir(parents=True)
         self.file.write_text("one\n")
 
     def commit(self, **environment: str) -> str | None:
@@ -89,8 +89,8 @@ class Commit(unittest.TestCase):
         trainer = SimpleNamespace(bare=None, is_done=False)
         for commit in (None, "a", "a", "b-dirty", None):
             with (
-                mock.patch("omnivision.experiment.git_commit", return_value=commit),
-                mock.patch("omnivision.build.facts", return_value={}),
+                mock.patch("omnivision.checkpoint.fingerprint.git_commit", return_value=commit),
+                mock.patch("omnivision.training.build.facts", return_value={}),
             ):
                 note_beginning(job, folder, trainer, None, on_cluster=False)
         self.assertEqual(folder.read_summary()["run"]["commits"], ["a", "b-dirty"])

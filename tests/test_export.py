@@ -20,15 +20,15 @@ from torch import Tensor, nn
 from transformers import VideoMAEForVideoClassification, VideoMAEImageProcessor, VideoMAEModel
 from transformers.utils.logging import disable_progress_bar
 
-from omnivision.cli import export, import_weights
-from omnivision.errors import UserError
+from omnivision.checkpoint.weight_files import read
 from omnivision.models.architecture import build, describe
 from omnivision.models.average import AveragedClassifier
 from omnivision.models.classifier import VideoClassifier
 from omnivision.models.mae import MaskedAutoencoder
 from omnivision.models.vit import VisionTransformer
-from omnivision.safe import safe_load
-from omnivision.weight_files import read
+from omnivision.tools import export, import_weights
+from omnivision.utils.errors import UserError
+from omnivision.utils.safe import safe_load
 from tests import other_transformers
 
 disable_progress_bar()

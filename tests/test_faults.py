@@ -6,7 +6,7 @@ import unittest
 from pathlib import Path
 from unittest import mock
 
-from omnivision import checkpoint
+from omnivision.checkpoint import checkpointer as checkpoint
 from tests.faults import saving
 from tests.faults.__main__ import FAULTS, inject
 

@@ -6,8 +6,8 @@ import subprocess
 import sys
 import unittest
 
-from omnivision.files import append_line, replace_atomically, temporary_beside, write_atomically
-from omnivision.streams import PatientStream
+from omnivision.utils.io import append_line, replace_atomically, temporary_beside, write_atomically
+from omnivision.utils.streams import PatientStream
 from tests import runs
 from tests.test_checkpoint import Folder
 
@@ -55,7 +55,7 @@ class Streams(unittest.TestCase):
 
     def test_a_program_whose_output_nobody_takes_ends_as_it_would(self):
         code = (
-            "from omnivision.streams import be_patient; be_patient()\n"
+            "from omnivision.utils.streams import be_patient; be_patient()\n"
             "import sys\n"
             "for _ in range(3): print('x' * 100_000, flush=True); print('y' * 100_000, file=sys.stderr)\n"
             "sys.exit(7)"

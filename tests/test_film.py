@@ -7,7 +7,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from omnivision.data.decode import BadVideo, open_video
+from omnivision.data.video import BadVideo, open_video
 from tests.runs import real_films
 from tests.test_decode import InFolder, Truth, edit_packets, make_film
 

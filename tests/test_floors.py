@@ -69,25 +69,25 @@ RAISED = {
     "cli": 7.5,
 }
 ALLOWED = {
-    "hydra": {"train_app_submitit", "omnivision.build", "omnivision.hydra_guard"},
+    "hydra": {"train_app_submitit", "omnivision.training.build", "omnivision.config.hydra_guard"},
     "omegaconf": {"train_app_submitit"}
     | {
         f"omnivision.{name}"
         for name in ("settings_check", "schema", "composition", "suggestions", "hydra_guard", "launch")
     },
-    "submitit": {"omnivision.launch"},
-    "av": {"omnivision.data.decode", "omnivision.data.encode"},
+    "submitit": {"omnivision.launch.launcher"},
+    "av": {"omnivision.data.video", "omnivision.data.encode"},
     "yaml": {
         "train_app_submitit",
-        "omnivision.settings_yaml",
-        "omnivision.settings_check",
-        "omnivision.prepare.catalog_file",
-        "omnivision.experiment",
-        "omnivision.origins",
-        "omnivision.usage",
+        "omnivision.config.yaml_numbers",
+        "omnivision.config.validate",
+        "omnivision.tools.prepare.catalog_file",
+        "omnivision.checkpoint.fingerprint",
+        "omnivision.config.origins",
+        "omnivision.config.usage",
     },
-    "jinja2": {"omnivision.report.page"},
-    "plotly": {"omnivision.report.figures"},
+    "jinja2": {"omnivision.tools.report.page"},
+    "plotly": {"omnivision.tools.report.figures"},
     "wandb": {"omnivision.reporting.loggers"},
     "mlflow": {"omnivision.reporting.loggers"},
 }
@@ -172,7 +172,7 @@ class Floors(unittest.TestCase):
                 where = f"{name}:{node.lineno} calls {called}"
                 self.assertNotIn(called, {"eval", "exec", "yaml.load", "yaml.unsafe_load", "pickle.loads"}, where)
                 if called == "torch.load":
-                    self.assertEqual(name, "omnivision.safe", where)
+                    self.assertEqual(name, "omnivision.utils.safe", where)
                 for keyword in node.keywords:
                     if keyword.arg in ("allow_pickle", "weights_only"):
                         expected = {"allow_pickle": False, "weights_only": True}[keyword.arg]

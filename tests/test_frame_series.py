@@ -10,12 +10,12 @@ from unittest import mock
 import numpy as np
 from PIL import Image
 
-from omnivision import preflight
 from omnivision.data.catalog import Dataset, Split, SplitFiles
-from omnivision.data.decode import BadVideo, open_video
 from omnivision.data.frame_folder import SeveralSeriesError, group_series, natural, sort_times
-from omnivision.errors import UserError
-from omnivision.report.mistakes import moving
+from omnivision.data.video import BadVideo, open_video
+from omnivision.tools.report.mistakes import moving
+from omnivision.training import preflight
+from omnivision.utils.errors import UserError
 from tests.test_check_data import run as check_data
 
 

@@ -12,12 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from omnivision.config.suggestions import setting_names
+from omnivision.config.validate import check
 from omnivision.data.catalog import Dataset, Split, SplitFiles
 from omnivision.data.epoch import EpochPlan, SourcePlan
-from omnivision.errors import UserError
 from omnivision.optim.schedules import Constant, WarmupCosine
-from omnivision.settings_check import check
-from omnivision.suggestions import setting_names
+from omnivision.utils.errors import UserError
 from tests.test_config import FOLDER, composed
 from tests.test_settings import MAE
 

@@ -19,12 +19,12 @@ from omnivision.data.masking import RandomMask
 from omnivision.data.mixing import Mixing
 from omnivision.data.opening import BadVideo
 from omnivision.data.views import EvalView, PretrainView
-from omnivision.errors import UserError
 from omnivision.models.classifier import VideoClassifier
 from omnivision.models.mae import MaskedAutoencoder
 from omnivision.models.vit import VisionTransformer
 from omnivision.tasks.classify import Classify
 from omnivision.tasks.reconstruct import Reconstruct
+from omnivision.utils.errors import UserError
 from tests import runs
 from tests import stage_runs as stages
 from tests.test_checkpoint import Canary

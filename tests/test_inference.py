@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 import omnivision
-from omnivision.cli.main import main
-from omnivision.cli.predict import BAR, bar
-from omnivision.errors import UserError
+from omnivision.tools.main import main
+from omnivision.tools.predict import BAR, bar
+from omnivision.utils.errors import UserError
 from tests import runs
 from tests import stage_runs as stages
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from transformers import VideoMAEConfig, VideoMAEForPreTraining, VideoMAEForVideoClassification, VideoMAEModel
 from transformers.utils.logging import disable_progress_bar
 
-from omnivision.cli import import_weights
-from omnivision.errors import UserError
+from omnivision.checkpoint.pretrained import Choice, load
+from omnivision.checkpoint.weight_files import Source, find, read
 from omnivision.interop.convert import convert
 from omnivision.interop.geometry import Given
 from omnivision.interop.huggingface import from_hf, preprocessor_config, to_hf
@@ -33,9 +33,9 @@ from omnivision.models.architecture import build, describe
 from omnivision.models.classifier import VideoClassifier
 from omnivision.models.mae import Decoder, MaskedAutoencoder, split_tokens
 from omnivision.models.vit import VisionTransformer
-from omnivision.safe import safe_load
-from omnivision.weight_files import Source, find, read
-from omnivision.weights import Choice, load
+from omnivision.tools import import_weights
+from omnivision.utils.errors import UserError
+from omnivision.utils.safe import safe_load
 from tests.parity_formula import error, record, stated, token_mask, weights
 from tests.test_checkpoint import Canary
 

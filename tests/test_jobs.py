@@ -19,19 +19,17 @@ from unittest import mock
 import torch.distributed as dist
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-from omnivision import job_record, jobs, launch, slurm, submission
-from omnivision.distributed import Place
-from omnivision.errors import LostContact, Terminated, UserError
-from omnivision.job_record import JobRecord
-from omnivision.jobs import Task, environment, fruitless_starts, history, note, settled, waits
-from omnivision.launch import setup_lines, signal_delay
-from omnivision.process import Job, run_process
-from omnivision.reporting.run_folder import RunFolder
-from omnivision.settings import Settings
-from omnivision.settings_check import check
-from omnivision.slurm import JobState, minutes, moment, refusal
-from omnivision.stopping import TIME_LIMIT
-from omnivision.submission import (
+from omnivision.config.schema import Settings
+from omnivision.config.validate import check
+from omnivision.distributed.process_group import Place
+from omnivision.launch import job_record, jobs, slurm, submission
+from omnivision.launch import launcher as launch
+from omnivision.launch.job_record import JobRecord
+from omnivision.launch.jobs import Task, environment, fruitless_starts, history, note, settled, waits
+from omnivision.launch.launcher import setup_lines, signal_delay
+from omnivision.launch.run import Job, run_process
+from omnivision.launch.slurm import JobState, minutes, moment, refusal
+from omnivision.launch.submission import (
     check_array,
     check_dependency,
     check_folders,
@@ -42,7 +40,10 @@ from omnivision.submission import (
     require_free,
     warn_of_other_settings,
 )
-from omnivision.watchdog import lost_contact
+from omnivision.launch.watchdog import lost_contact
+from omnivision.reporting.run_directory import RunFolder
+from omnivision.utils.errors import LostContact, Terminated, UserError
+from omnivision.utils.signals import TIME_LIMIT
 from tests import runs, stage_runs
 
 SLURM = {
@@ -664,7 +665,7 @@ class Submission(Folder):
             signal.raise_signal(signal.SIGTERM)
             raise AssertionError("went on")
 
-        with mock.patch("omnivision.build.processes", asked):
+        with mock.patch("omnivision.training.build.processes", asked):
             code = run_process(self.job(), Place(0, 1, 0, 1, None))
         self.assertEqual(code, 128 + signal.SIGTERM)
 

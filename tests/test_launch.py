@@ -14,10 +14,10 @@ from unittest import mock
 
 from omegaconf import OmegaConf
 
-from omnivision import local
-from omnivision.distributed import Place, Processes
-from omnivision.errors import EXIT_FAULT, EXIT_INTERRUPTED, UserError
-from omnivision.local import first_failure
+from omnivision.distributed.process_group import Place, Processes
+from omnivision.launch import local
+from omnivision.launch.local import first_failure
+from omnivision.utils.errors import EXIT_FAULT, EXIT_INTERRUPTED, UserError
 from tests import runs
 from train_app_submitit import apart
 

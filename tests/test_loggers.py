@@ -18,10 +18,10 @@ from unittest import mock
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from omnivision.errors import UserError
 from omnivision.reporting.loggers import MLflow, TensorBoard, WeightsAndBiases, loggers
 from omnivision.reporting.reporter import Reporter
-from omnivision.reporting.run_folder import RunFolder
+from omnivision.reporting.run_directory import RunFolder
+from omnivision.utils.errors import UserError
 from tests import runs
 
 FIGURES = {"train/loss", "train/lr", "train/grad_norm", "train/clips_per_second", "train/data_wait", "train/memory_gb"}

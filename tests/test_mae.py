@@ -8,7 +8,6 @@ from torch import Tensor
 
 from omnivision.data.batch import Batch
 from omnivision.data.masking import RandomMask
-from omnivision.errors import UserError
 from omnivision.models.mae import (
     MaskedAutoencoder,
     patch_statistics,
@@ -19,6 +18,7 @@ from omnivision.models.mae import (
 from omnivision.models.patches import pick_tubelets, unnormalize_pixels
 from omnivision.models.vit import DropPath, VisionTransformer, as_video
 from omnivision.tasks.reconstruct import Reconstruct
+from omnivision.utils.errors import UserError
 from tests.parity_formula import error, record, stated, tensor, token_mask, weights
 
 TUBELET = (2, 8, 8)

@@ -5,8 +5,8 @@ import unittest
 import numpy as np
 
 from omnivision.data.masking import BlockMask, CausalMask, FrameMask, RandomMask, TubeMask
-from omnivision.errors import UserError
 from omnivision.models.patches import token_grid
+from omnivision.utils.errors import UserError
 from tests.parity_formula import record
 
 GRIDS = [(8, 14, 14), (2, 4, 4), (1, 10, 10), (5, 1, 1), (3, 7, 2)]

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 
 from omnivision.data.batch import Batch
-from omnivision.distributed import Place, Processes
-from omnivision.metrics import Meter, averages, confusion_matrix, mean_class_accuracy, topk_accuracy
+from omnivision.distributed.process_group import Place, Processes
 from omnivision.tasks.classify import average_views
+from omnivision.tasks.metrics import Meter, averages, confusion_matrix, mean_class_accuracy, topk_accuracy
 from tests.parity_formula import record, stated, tensor
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from unittest import mock
 
 import train_app_submitit
-from omnivision.ending import how_it_ended, interruption
-from omnivision.errors import EXIT_FAULT, EXIT_INTERRUPTED
+from omnivision.launch.exit import how_it_ended, interruption
+from omnivision.utils.errors import EXIT_FAULT, EXIT_INTERRUPTED
 from tests.runs import ROOT
 
 STAGE_1 = ("+experiments=omnimae/omnimain_train_video", "+trainer=mae_k150_config")

@@ -12,9 +12,9 @@ from torch import Tensor
 from omnivision.data.batch import Batch
 from omnivision.data.catalog import LabelSets
 from omnivision.data.mixing import Mixing, cutmix_box, kept_share, mix, mixed_targets, soft_targets
-from omnivision.errors import UserError
 from omnivision.models.patches import normalize_pixels
 from omnivision.tasks.classify import Classify
+from omnivision.utils.errors import UserError
 from tests.parity_formula import error, record, stated, tensor
 
 RECORDED = record("augmentation")

@@ -14,15 +14,15 @@ import numpy as np
 import torch
 
 import omnivision
-from omnivision import build
-from omnivision.cli import main, predict
-from omnivision.ending import how_it_ended, print_error
-from omnivision.errors import EXIT_FAULT, UserError, is_out_of_memory
+from omnivision.config.targets import target_problems
+from omnivision.launch.exit import how_it_ended, print_error
 from omnivision.models import architecture
 from omnivision.models.classifier import VideoClassifier
 from omnivision.models.vit import VisionTransformer
-from omnivision.safe import safe_load
-from omnivision.targets import target_problems
+from omnivision.tools import main, predict
+from omnivision.training import build
+from omnivision.utils.errors import EXIT_FAULT, UserError, is_out_of_memory
+from omnivision.utils.safe import safe_load
 from tests import stage_runs as stages
 
 MODULES = {

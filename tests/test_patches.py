@@ -4,8 +4,8 @@ import unittest
 
 import torch
 
-from omnivision.errors import UserError
 from omnivision.models import patches
+from omnivision.utils.errors import UserError
 from tests.parity_formula import error, record, stated
 
 

@@ -12,12 +12,12 @@ from unittest import mock
 
 import numpy as np
 
-from omnivision import build, preflight
+from omnivision.config.schema import Settings
+from omnivision.config.validate import check
 from omnivision.data.epoch import EpochPlan, SourcePlan
-from omnivision.errors import UserError
-from omnivision.files import PARTS
-from omnivision.settings import Settings
-from omnivision.settings_check import check
+from omnivision.training import build, preflight
+from omnivision.utils.errors import UserError
+from omnivision.utils.io import PARTS
 from tests import runs
 from tests import stage_runs as stages
 

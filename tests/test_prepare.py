@@ -20,19 +20,19 @@ import av
 import numpy as np
 from PIL import Image
 
-from omnivision.cli import prepare
+from omnivision.config.yaml_numbers import yaml
 from omnivision.data import encode
 from omnivision.data.catalog import Dataset, Split
-from omnivision.data.decode import BadVideo, open_video
 from omnivision.data.encode import write_film, write_timed_film
-from omnivision.errors import EXIT_INTERRUPTED, UserError
-from omnivision.prepare import transcode as transcoding
-from omnivision.prepare import workers
-from omnivision.prepare.catalog_file import entry_lines, updated_catalog
-from omnivision.prepare.listing import SPLITS, video_key
-from omnivision.prepare.transcode import Job, Outcome, Recipe, destinations, target_size, transcode
-from omnivision.prepare.workers import Died, in_processes
-from omnivision.settings_yaml import yaml
+from omnivision.data.video import BadVideo, open_video
+from omnivision.tools.prepare import command as prepare
+from omnivision.tools.prepare import transcode as transcoding
+from omnivision.tools.prepare import workers
+from omnivision.tools.prepare.catalog_file import entry_lines, updated_catalog
+from omnivision.tools.prepare.listing import SPLITS, video_key
+from omnivision.tools.prepare.transcode import Job, Outcome, Recipe, destinations, target_size, transcode
+from omnivision.tools.prepare.workers import Died, in_processes
+from omnivision.utils.errors import EXIT_INTERRUPTED, UserError
 from tests.runs import real_films
 
 

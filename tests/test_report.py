@@ -13,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from omnivision.cli.main import main
-from omnivision.errors import UserError
-from omnivision.report import figures
-from omnivision.report.collect import Predicted, Run, differing, find_runs, lineage
-from omnivision.report.mistakes import most_confident, worst
-from omnivision.report.paper import table
-from omnivision.reporting.run_folder import RunFolder
+from omnivision.reporting.run_directory import RunFolder
+from omnivision.tools.main import main
+from omnivision.tools.report import figures
+from omnivision.tools.report.collect import Predicted, Run, differing, find_runs, lineage
+from omnivision.tools.report.mistakes import most_confident, worst
+from omnivision.tools.report.paper import table
+from omnivision.utils.errors import UserError
 from tests.browser import CHROMIUM, asked
 from tests.runs import real_films
 

@@ -15,15 +15,15 @@ import numpy as np
 from PIL import Image
 from rich.console import Console
 
-from omnivision.errors import UserError
-from omnivision.files import remove_leftovers
-from omnivision.reporting import pictures
+from omnivision.reporting import images as pictures
 from omnivision.reporting.console import ProgressLine, Starvation
 from omnivision.reporting.metrics_log import MetricsLog, read_lines
 from omnivision.reporting.predictions import confusion_picture
 from omnivision.reporting.reporter import Reporter
-from omnivision.reporting.run_folder import RunFolder, finite, machine, process_start
+from omnivision.reporting.run_directory import RunFolder, finite, machine, process_start
 from omnivision.tasks.base import Pictures
+from omnivision.utils.errors import UserError
+from omnivision.utils.io import remove_leftovers
 
 
 class Folder(unittest.TestCase):

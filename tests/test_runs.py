@@ -8,7 +8,7 @@ import tempfile
 import unittest
 from pathlib import Path
 
-from omnivision.cli.main import main
+from omnivision.tools.main import main
 
 
 class Runs(unittest.TestCase):

@@ -7,11 +7,11 @@ import torch
 from fvcore.common.param_scheduler import CosineParamScheduler
 from torch import nn
 
-from omnivision.errors import UserError
 from omnivision.models.mae import MaskedAutoencoder
 from omnivision.models.vit import VisionTransformer
 from omnivision.optim.groups import Rule, ScheduledOptimizer, layer_decay_scales, parameter_groups
 from omnivision.optim.schedules import Constant, Cosine, Linear, Phases, Scaled, WarmupCosine
+from omnivision.utils.errors import UserError
 from tests.parity_formula import record
 
 

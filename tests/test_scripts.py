@@ -9,9 +9,9 @@ import unittest
 from pathlib import Path
 from typing import Any
 
-from omnivision.preflight import recipe_warnings
-from omnivision.settings import Settings
-from omnivision.settings_check import check
+from omnivision.config.schema import Settings
+from omnivision.config.validate import check
+from omnivision.training.preflight import recipe_warnings
 from tests import runs
 from tests import stage_runs as stages
 

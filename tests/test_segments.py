@@ -10,16 +10,16 @@ import numpy as np
 import torch
 from PIL import Image
 
+from omnivision.checkpoint.fingerprint import differences
 from omnivision.data.catalog import Dataset, Split, SplitFiles
 from omnivision.data.dataset import ClipDataset, Cut
 from omnivision.data.encode import write_film
 from omnivision.data.epoch import Request
 from omnivision.data.views import EvalView, PretrainView
-from omnivision.errors import UserError
-from omnivision.experiment import differences
-from omnivision.prepare.duplicates import same_films
-from omnivision.report.collect import find_runs
-from omnivision.report.mistakes import most_confident
+from omnivision.tools.prepare.duplicates import same_films
+from omnivision.tools.report.collect import find_runs
+from omnivision.tools.report.mistakes import most_confident
+from omnivision.utils.errors import UserError
 from tests import stage_runs as stages
 from tests.test_check_data import run as check_data
 

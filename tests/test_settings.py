@@ -10,11 +10,11 @@ from pathlib import Path
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from omnivision.composition import explain
-from omnivision.errors import UserError
-from omnivision.settings_check import check
-from omnivision.suggestions import setting_names
-from omnivision.targets import signature_of, target_problems
+from omnivision.config.compose_errors import explain
+from omnivision.config.suggestions import setting_names
+from omnivision.config.targets import signature_of, target_problems
+from omnivision.config.validate import check
+from omnivision.utils.errors import UserError
 from tests.runs import ROOT
 from tests.test_config import CONFIG, FOLDER, composed, script, settings
 
@@ -202,7 +202,7 @@ class Values(unittest.TestCase):
 
 class Targets(unittest.TestCase):
     def test_sources_are_read_in_any_locale(self):
-        code = "from omnivision.targets import own_definitions; print('Mixing' in str(own_definitions()))"
+        code = "from omnivision.config.targets import own_definitions; print('Mixing' in str(own_definitions()))"
         ascii_alone = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
         done = subprocess.run(
             [sys.executable, "-c", code], env=os.environ | ascii_alone, cwd=ROOT, capture_output=True, text=True

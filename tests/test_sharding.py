@@ -12,13 +12,14 @@ import torch
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
-from omnivision import checkpoint_shards, weights
-from omnivision.cli.main import main as omnivision
-from omnivision.distributed import Place, Processes
-from omnivision.errors import UserError
-from omnivision.files import sha256
-from omnivision.safe import BrokenCheckpoint
-from omnivision.settings_check import check
+from omnivision.checkpoint import pretrained as weights
+from omnivision.checkpoint import sharded as checkpoint_shards
+from omnivision.config.validate import check
+from omnivision.distributed.process_group import Place, Processes
+from omnivision.tools.main import main as omnivision
+from omnivision.utils.errors import UserError
+from omnivision.utils.io import sha256
+from omnivision.utils.safe import BrokenCheckpoint
 from tests import runs
 from tests import stage_runs as stages
 

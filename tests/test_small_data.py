@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from omnivision.data.decode import open_video
 from omnivision.data.encode import write_film
+from omnivision.data.video import open_video
 from tests import runs
 from tests import stage_runs as stages
 

@@ -17,7 +17,7 @@ import torch
 import yaml
 from PIL import Image
 
-from omnivision.trainer import Trainer
+from omnivision.training.trainer import Trainer
 from tests import runs
 from tests import stage_runs as stages
 
@@ -441,7 +441,7 @@ class TwoLabelSets(OnFilms):
         self.assertEqual((after["status"], after["steps"]), ("finished", before["steps"]))
         (line,) = runs.lines(self.folder / "ended", "epoch", "val")
         self.assertEqual(line["step"], before["steps"])
-        with mock.patch("omnivision.trainer.Trainer.evaluate", side_effect=RuntimeError("broken")):
+        with mock.patch("omnivision.training.trainer.Trainer.evaluate", side_effect=RuntimeError("broken")):
             result = stages.here(stages.command("ft", self.folder / "ended", *again, dataset="inpk150_sim150"))
         self.assertEqual((result.returncode, runs.summary(self.folder / "ended")["status"]), (70, "finished"))
 

@@ -8,9 +8,9 @@ import time
 import unittest
 from unittest import mock
 
-from omnivision import stopping
-from omnivision.errors import Terminated
-from omnivision.stopping import TIME_LIMIT, Stop, undisturbed, unheard
+from omnivision.utils import signals as stopping
+from omnivision.utils.errors import Terminated
+from omnivision.utils.signals import TIME_LIMIT, Stop, undisturbed, unheard
 from tests import runs
 
 
@@ -65,7 +65,7 @@ class Signals(unittest.TestCase):
 
     def test_what_comes_after_the_end_changes_nothing(self):
         code = (
-            "import os, signal; from omnivision.stopping import Stop\n"
+            "import os, signal; from omnivision.utils.signals import Stop\n"
             "with Stop().listening(deaf_afterwards=True): pass\n"
             "for number in (signal.SIGTERM, signal.SIGUSR2): os.kill(os.getpid(), number)"
         )
@@ -107,8 +107,8 @@ class Signals(unittest.TestCase):
         code = (
             "import os, signal, sys\n"
             "signal.signal(signal.SIGHUP, getattr(signal, sys.argv[1]))\n"  # as nohup, which these tests may run under
-            "from omnivision.errors import Terminated\n"
-            "from omnivision.stopping import Stop\n"
+            "from omnivision.utils.errors import Terminated\n"
+            "from omnivision.utils.signals import Stop\n"
             "stop = Stop()\n"
             "with stop.listening():\n"
             "    stop.patience()\n"

@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from omnivision import build, checkpoint
+from omnivision.checkpoint import checkpointer as checkpoint
 from omnivision.data.batch import BadSample, Batch, Sample
 from omnivision.data.catalog import Dataset, LabelSets
 from omnivision.data.epoch import EpochPlan, Request, SourcePlan
@@ -30,9 +30,7 @@ from omnivision.data.loader import TrainData, ValData, Workers, train_batches
 from omnivision.data.masking import RandomMask
 from omnivision.data.mixing import Mixing
 from omnivision.data.order import draws
-from omnivision.distributed import Place, Processes
-from omnivision.errors import NonFiniteError, Terminated, UserError
-from omnivision.evaluation import Evaluation
+from omnivision.distributed.process_group import Place, Processes
 from omnivision.models.classifier import VideoClassifier
 from omnivision.models.mae import MaskedAutoencoder
 from omnivision.models.vit import VisionTransformer
@@ -40,13 +38,16 @@ from omnivision.optim.groups import Rule, ScheduledOptimizer, parameter_groups
 from omnivision.optim.schedules import WarmupCosine
 from omnivision.reporting.bad_samples import BadSampleLedger
 from omnivision.reporting.reporter import Reporter
-from omnivision.reporting.run_folder import RunFolder
-from omnivision.resuming import take_up
-from omnivision.steps import posted
+from omnivision.reporting.run_directory import RunFolder
 from omnivision.tasks.base import StepOutput, Task
 from omnivision.tasks.classify import Classify
 from omnivision.tasks.reconstruct import Reconstruct
-from omnivision.trainer import Options, Trainer
+from omnivision.training import build
+from omnivision.training.evaluate import Evaluation
+from omnivision.training.resuming import take_up
+from omnivision.training.steps import posted
+from omnivision.training.trainer import Options, Trainer
+from omnivision.utils.errors import NonFiniteError, Terminated, UserError
 from tests.runs import ROOT
 
 TUBELET = (2, 8, 8)
@@ -568,7 +569,7 @@ class Loop(unittest.TestCase):
             trainer(self.folder / "narrow", ema_decay=0.5)
 
     def test_processes_meet_only_when_all_are_ready(self):
-        with mock.patch("omnivision.trainer.parallel", side_effect=lambda model, *_: model) as parallel:
+        with mock.patch("omnivision.training.trainer.parallel", side_effect=lambda model, *_: model) as parallel:
             made = trainer(self.folder / "meeting")
             self.assertEqual(parallel.call_count, 0)
             made.join_processes()

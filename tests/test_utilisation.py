@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 
-from omnivision import build, utilisation
-from omnivision.settings_check import check
+from omnivision.config.validate import check
+from omnivision.training import build
+from omnivision.training import flops as utilisation
 from tests import stage_runs as stages
 
 WIDTH, DEPTH = 96, 2  # of vitmicro

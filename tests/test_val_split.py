@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from omnivision.cli import val_split
-from omnivision.errors import UserError
-from omnivision.prepare.held_out import GROUPINGS, _nearest_sum, groups_of, held_out, pattern_grouping
+from omnivision.tools import val_split
+from omnivision.tools.prepare.held_out import GROUPINGS, _nearest_sum, groups_of, held_out, pattern_grouping
+from omnivision.utils.errors import UserError
 
 
 def run(*arguments: object) -> tuple[int, str, str]:

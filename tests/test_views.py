@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from omnivision.data.views import EvalView, PretrainView, random_crop_box, resize, resize_short_side
-from omnivision.errors import UserError
+from omnivision.utils.errors import UserError
 from tests.parity_formula import error, record, tensor
 
 RECORDED = record("sampling")

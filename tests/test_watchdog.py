@@ -14,11 +14,11 @@ import unittest
 from pathlib import Path
 from unittest import mock
 
-from omnivision.ending import Ending
-from omnivision.errors import LostContact, Terminated
-from omnivision.reporting.run_folder import RunFolder
-from omnivision.stopping import Stop
-from omnivision.watchdog import Peers, Watchdog
+from omnivision.launch.exit import Ending
+from omnivision.launch.watchdog import Peers, Watchdog
+from omnivision.reporting.run_directory import RunFolder
+from omnivision.utils.errors import LostContact, Terminated
+from omnivision.utils.signals import Stop
 from tests import runs
 from tests.test_launch import children
 
@@ -40,7 +40,7 @@ class Asked(unittest.TestCase):
         return left
 
     def test_within_the_grace_nothing_happens_and_then_it_leaves(self):
-        with mock.patch("omnivision.stopping.LEAVE_SECONDS", 0.5):
+        with mock.patch("omnivision.utils.signals.LEAVE_SECONDS", 0.5):
             self.assertEqual(self.leaves(signal.SIGTERM, seconds=0, grace=3), [])
             self.assertEqual(self.leaves(signal.SIGTERM, seconds=2, grace=2, answered=True), [], "it is leaving")
             (error, at_once), *_ = self.leaves(signal.SIGUSR2, seconds=1, grace=1.5)
@@ -49,7 +49,7 @@ class Asked(unittest.TestCase):
         self.assertRegex(error.__notes__[0], "it had not left . s later, saving, after step 7")
 
     def test_a_second_sigterm_leaves_it_a_few_seconds(self):
-        with mock.patch("omnivision.watchdog.SECOND_REQUEST_SECONDS", 0.5):
+        with mock.patch("omnivision.launch.watchdog.SECOND_REQUEST_SECONDS", 0.5):
             (error, at_once), *_ = self.leaves(signal.SIGTERM, signal.SIGTERM, seconds=0.5, answered=True)
             self.assertEqual((error.cause, at_once), ("SIGTERM", True))
             self.assertEqual(self.leaves(signal.SIGUSR2, signal.SIGTERM, seconds=0.5), [], "SLURM's, of one request")

@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from omnivision import checkpoint
-from omnivision.errors import UserError
+from omnivision.checkpoint import checkpointer as checkpoint
+from omnivision.checkpoint.pretrained import Choice, LoadReport, choose, load, read, read_several
+from omnivision.checkpoint.weight_files import Source, find
+from omnivision.checkpoint.weight_files import read as read_for_import
 from omnivision.models.architecture import build, describe
 from omnivision.models.average import AveragedClassifier
 from omnivision.models.classifier import VideoClassifier
 from omnivision.models.mae import MaskedAutoencoder
 from omnivision.models.patches import resized_positions
 from omnivision.models.vit import VisionTransformer
-from omnivision.weight_files import Source, find
-from omnivision.weight_files import read as read_for_import
-from omnivision.weights import Choice, LoadReport, choose, load, read, read_several
+from omnivision.utils.errors import UserError
 from tests.test_checkpoint import Canary
 from tests.test_checkpoint import state as run_state
 

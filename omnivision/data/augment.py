@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from omnivision.errors import UserError
 from omnivision.models.patches import unnormalize_pixels
+from omnivision.utils.errors import UserError
 
 MAX_LEVEL = 10
 OPERATIONS = (

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from omnivision.errors import UserError
+from omnivision.utils.errors import UserError
 
 
 @dataclass(frozen=True)

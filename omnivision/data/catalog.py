@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from omnivision.data.clips import Segment
-from omnivision.errors import UserError
+from omnivision.utils.errors import UserError
 
 IGNORED_LABEL = -1
 # What numpy makes of a damaged header.

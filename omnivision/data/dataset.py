@@ -17,11 +17,11 @@ from torch import Tensor
 from omnivision.data.batch import BadSample, Sample
 from omnivision.data.catalog import Split
 from omnivision.data.clips import Spacing, clip_window, random_clip_start, sample_duration, uniform_clip_starts
-from omnivision.data.decode import BadVideo, open_video
 from omnivision.data.epoch import Request
 from omnivision.data.images import read_depth, read_image
 from omnivision.data.masking import Grid, Mask
 from omnivision.data.order import draws
+from omnivision.data.video import BadVideo, open_video
 from omnivision.data.views import View
 
 REPLACEMENTS = 20

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from omnivision.data.order import permuted
-from omnivision.errors import UserError
+from omnivision.utils.errors import UserError
 
 # Purposes of a shuffle; see dataset.Draw.
 BATCH_ORDER, SAMPLE_ORDER = 100, 101

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageOps
 
 from omnivision.data.opening import BadVideo, check_pixels, open_plain, reason
-from omnivision.safe import BrokenCheckpoint, is_ordinary, safe_load
+from omnivision.utils.safe import BrokenCheckpoint, is_ordinary, safe_load
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".gif")
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF", "GIF")  # none that runs another program, as EPS does

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 
 from torch.utils.data import DataLoader
 
-from omnivision.allocator import keep_freed_memory
 from omnivision.data.batch import Batch, Sample, collate
 from omnivision.data.dataset import ClipDataset
 from omnivision.data.epoch import EpochPlan, Request
-from omnivision.distributed import Processes, leave_with
-from omnivision.errors import DataWorkerError, UserError
-from omnivision.stopping import end_workers, unheard
+from omnivision.distributed.allocator import keep_freed_memory
+from omnivision.distributed.process_group import Processes, leave_with
+from omnivision.utils.errors import DataWorkerError, UserError
+from omnivision.utils.signals import end_workers, unheard
 
 FILES_TOLD = 8
 

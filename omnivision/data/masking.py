@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from omnivision.errors import UserError
+from omnivision.utils.errors import UserError
 
 Grid = tuple[int, int, int]
 

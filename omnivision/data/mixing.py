@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from omnivision.data.batch import Batch
-from omnivision.errors import UserError
+from omnivision.utils.errors import UserError
 
 Box = tuple[int, int, int, int]  # top, left, height, width
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from omnivision.data.augment import RandAugment, RandomErasing
-from omnivision.errors import UserError
+from omnivision.utils.errors import UserError
 
 LARGEST_SIDE = 4096  # pixels of a view or of the short side that it is cut from
 

@@ -26,7 +26,7 @@ from omnivision.data.encode import TEMPORARY_SUFFIX, write_film
 from omnivision.demo.actions import ACTIONS
 from omnivision.demo.render import channels, render
 from omnivision.demo.spec import DOMAINS, SPLITS, FilmSpec, film_spec
-from omnivision.errors import UserError
+from omnivision.utils.errors import UserError
 
 __all__ = ["ACTIONS", "DOMAINS", "SPLITS", "FilmSpec", "Written", "channels", "film_spec", "render", "write_demo_data"]
 

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omnivision import experiment
-from omnivision.files import run_name
+from omnivision.checkpoint import fingerprint as experiment
+from omnivision.checkpoint.weight_files import Source
 from omnivision.interop.intake import Imported
 from omnivision.models.architecture import Architecture
-from omnivision.weight_files import Source
+from omnivision.utils.io import run_name
 
 PAPER = "https://arxiv.org/abs/2311.06231"
 # What of a run's settings says how its model came to be.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from omnivision.errors import UserError
+from omnivision.checkpoint.weight_files import Source, strip_wrappers
 from omnivision.interop.geometry import Given
 from omnivision.interop.huggingface import from_hf
 from omnivision.interop.intake import Imported
 from omnivision.interop.published import from_omnimae, from_ours, from_videomae
 from omnivision.interop.recognise import recognise
-from omnivision.weight_files import Source, strip_wrappers
+from omnivision.utils.errors import UserError
 
 
 def convert(source: Source, format: str = "auto", given: Given | None = None) -> tuple[Imported, str]:

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from omnivision.errors import UserError
 from omnivision.models.architecture import Architecture, build, describe
 from omnivision.models.patches import sinusoid_positions
+from omnivision.utils.errors import UserError
 
 # What published models of a width have; used, and told, when nobody says otherwise.
 USUAL_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from omnivision.errors import UserError
-from omnivision.experiment import named
+from omnivision.checkpoint.fingerprint import named
 from omnivision.interop.geometry import Given, position_tables
 from omnivision.interop.intake import Imported, Intake
 from omnivision.interop.published import FIRST_TOKEN, NO_COUNTERPART, finish_videomae, take_decoder
 from omnivision.models.architecture import Architecture
 from omnivision.models.patches import IMAGENET_MEAN, IMAGENET_STD
+from omnivision.utils.errors import UserError
 
 EPSILON = 1e-6  # of every LayerNorm here
 FC_NORM_EPSILON = 1e-5  # of theirs before the classifier

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from omnivision.errors import UserError
+from omnivision.checkpoint.weight_files import check_numbers
 from omnivision.interop.geometry import Given, architecture_of, position_tables
 from omnivision.models.architecture import Architecture
-from omnivision.weight_files import check_numbers
+from omnivision.utils.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from omnivision.errors import UserError
+from omnivision.checkpoint.pretrained import Choice, LoadReport, choose
+from omnivision.checkpoint.weight_files import Source, read_several
 from omnivision.interop.geometry import check_fit
 from omnivision.interop.proof import check_finite, random_clip
 from omnivision.interop.published import from_ours
 from omnivision.models.architecture import Architecture, build, describe
 from omnivision.models.average import AveragedClassifier
-from omnivision.weight_files import Source, read_several
-from omnivision.weights import Choice, LoadReport, choose
+from omnivision.utils.errors import UserError
 
 SAME = 1e-6
 

@@ -9,12 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from omnivision.errors import UserError
 from omnivision.interop.geometry import position_tables
 from omnivision.interop.huggingface import EPSILON
 from omnivision.models.architecture import Architecture, build
 from omnivision.models.classifier import VideoClassifier
 from omnivision.models.mae import MaskedAutoencoder
+from omnivision.utils.errors import UserError
 
 # In double precision what is the same differs by 1e-13; a wrong tensor by far more than this.
 SAME = 1e-5

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from omnivision.checkpoint.weight_files import check_numbers
 from omnivision.interop.geometry import Given, tokens_of
 from omnivision.interop.intake import Imported, Intake
 from omnivision.models.patches import sinusoid_positions
-from omnivision.weight_files import check_numbers
 
 NO_COUNTERPART = "its decoder adds positions after its projection, ours before"  # on the way out
 # What published VideoMAE decoders of a width have (OmniMAE's of the same width have others).

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
-from omnivision.errors import UserError
+from omnivision.utils.errors import UserError
 
 _LEAF = r"(weight|bias)"
 _BLOCK = rf"\d+\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12])\.{_LEAF}"

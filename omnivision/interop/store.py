@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from omnivision.errors import UserError
-from omnivision.files import replace_atomically, sync_folder, write_atomically
+from omnivision.checkpoint.weight_files import CONFIG, METADATA, Source
 from omnivision.models.architecture import Architecture
-from omnivision.weight_files import CONFIG, METADATA, Source
+from omnivision.utils.errors import UserError
+from omnivision.utils.io import replace_atomically, sync_folder, write_atomically
 
 FORMAT = 1
 CARD = b"---\nlibrary_name: "  # how a model card begins

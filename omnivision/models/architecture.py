@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import nn
 
-from omnivision.errors import UserError, is_out_of_memory
 from omnivision.models.average import AveragedClassifier
 from omnivision.models.classifier import VideoClassifier
 from omnivision.models.mae import Decoder, MaskedAutoencoder
 from omnivision.models.vit import VisionTransformer
+from omnivision.utils.errors import UserError, is_out_of_memory
 
 TRUNK = ("width", "depth", "heads", "mlp_ratio", "num_frames", "image_size", "tubelet", "rgbd")
 DECODER = ("width", "depth", "heads", "attention")

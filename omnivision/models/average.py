@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from omnivision.errors import UserError
 from omnivision.models.classifier import VideoClassifier
 from omnivision.models.vit import VisionTransformer
+from omnivision.utils.errors import UserError
 
 
 class AveragedClassifier(nn.Module):

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from omnivision.errors import UserError
 from omnivision.models.attention import attention
 from omnivision.models.patches import pick_tubelets, sinusoid_positions, unnormalize_pixels
 from omnivision.models.vit import Block, Mlp, VisionTransformer, as_video, init_linear, run_blocks
+from omnivision.utils.errors import UserError
 
 TargetNorm = Literal["channel", "patch", "none"]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from omnivision.errors import UserError
+from omnivision.utils.errors import UserError
 
 Triple = tuple[int, int, int]
 

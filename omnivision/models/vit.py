@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from omnivision.errors import UserError
 from omnivision.models.attention import attention, rows_together
 from omnivision.models.patches import (
     IMAGENET_MEAN,
@@ -27,6 +26,7 @@ from omnivision.models.patches import (
     split_tubelets,
     token_grid,
 )
+from omnivision.utils.errors import UserError
 
 IMAGENET = (IMAGENET_MEAN, IMAGENET_STD)
 DEPTH_STATISTICS = ([0.0418], [0.0295])  # Omnivore's, of depth divided by its largest value

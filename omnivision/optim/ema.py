@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from omnivision.sharding import local, split_like
+from omnivision.distributed.fsdp import local, split_like
 
 
 class MovingAverage:

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from omnivision.errors import UserError
+from omnivision.distributed.fsdp import local, split_like
 from omnivision.optim.schedules import Schedule
-from omnivision.sharding import local, split_like
+from omnivision.utils.errors import UserError
 
 
 @dataclass

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from omnivision.errors import UserError
+from omnivision.utils.errors import UserError
 
 Schedule = Callable[[float], float]
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from omnivision.data.batch import BadSample
-from omnivision.errors import UserError
-from omnivision.files import append_line
 from omnivision.reporting.metrics_log import read_lines
+from omnivision.utils.errors import UserError
+from omnivision.utils.io import append_line
 
 
 class BadSampleLedger:

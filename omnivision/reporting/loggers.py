@@ -17,9 +17,9 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from omnivision.errors import UserError
-from omnivision.files import write_atomically
-from omnivision.reporting.run_folder import RunFolder
+from omnivision.reporting.run_directory import RunFolder
+from omnivision.utils.errors import UserError
+from omnivision.utils.io import write_atomically
 
 PROJECT = "omnivision"
 PARAMETERS = 100  # that MLflow takes at once

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from omnivision.files import append_line, write_atomically
-from omnivision.reporting.run_folder import finite
+from omnivision.reporting.run_directory import finite
+from omnivision.utils.io import append_line, write_atomically
 
 
 class MetricsLog:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from omnivision.evaluation import Predictions
-from omnivision.files import replace_atomically, write_atomically
+from omnivision.training.evaluate import Predictions
+from omnivision.utils.io import replace_atomically, write_atomically
 
 if TYPE_CHECKING:
     from PIL import Image

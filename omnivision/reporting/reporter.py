@@ -8,14 +8,15 @@ from typing import Any
 
 from rich.console import Console
 
-from omnivision.evaluation import Predictions
-from omnivision.reporting import pictures, predictions
+from omnivision.reporting import images as pictures
+from omnivision.reporting import predictions
 from omnivision.reporting.console import ProgressLine, Starvation
 from omnivision.reporting.loggers import Logger, loggers
 from omnivision.reporting.metrics_log import MetricsLog
-from omnivision.reporting.run_folder import RunFolder
-from omnivision.streams import wrap
+from omnivision.reporting.run_directory import RunFolder
 from omnivision.tasks.base import Pictures
+from omnivision.training.evaluate import Predictions
+from omnivision.utils.streams import wrap
 
 LOG = logging.getLogger("omnivision")
 GLUE = "\0"  # a space at which no line is broken

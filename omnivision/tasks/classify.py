@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from omnivision.data.batch import Batch
 from omnivision.data.catalog import LabelSets
 from omnivision.data.mixing import Mixing, partners, soft_targets
-from omnivision.metrics import topk_accuracy
 from omnivision.models.average import AveragedClassifier
 from omnivision.models.patches import normalize_pixels
 from omnivision.tasks.base import Pictures, StepOutput
+from omnivision.tasks.metrics import topk_accuracy
 
 
 class Classify:

@@ -71,9 +71,9 @@ def tried(promise: str, kind: str, sources: list[Path], cases: int, seed: int) -
 
 def main(kind: str, seed: int, count: int, sources: list[Path]) -> None:
     """Try `count` mutations; whatever is not a refusal ends this process."""
-    from omnivision.data.decode import BadVideo, open_video
-    from omnivision.errors import UserError
-    from omnivision.weights import read
+    from omnivision.checkpoint.pretrained import read
+    from omnivision.data.video import BadVideo, open_video
+    from omnivision.utils.errors import UserError
 
     for number in range(seed, seed + count):
         rng, source = random.Random(number), sources[number % len(sources)]

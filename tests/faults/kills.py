@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from omnivision import checkpoint
+from omnivision.checkpoint import checkpointer as checkpoint
 from omnivision.reporting.metrics_log import read_lines
 from tests import runs
 from tests.faults import Outcome

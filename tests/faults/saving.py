@@ -10,17 +10,17 @@ from pathlib import Path
 
 import torch
 
-from omnivision import checkpoint
-from omnivision.errors import UserError
-from omnivision.safe import BrokenCheckpoint
-from omnivision.weights import read
+from omnivision.checkpoint import checkpointer as checkpoint
+from omnivision.checkpoint.pretrained import read
+from omnivision.utils.errors import UserError
+from omnivision.utils.safe import BrokenCheckpoint
 from tests.faults import Outcome
 from tests.runs import ROOT
 
 PROGRAM = """
 import sys, torch
 from pathlib import Path
-from omnivision import checkpoint
+from omnivision.checkpoint import checkpointer as checkpoint
 from tests.test_checkpoint import state
 print(0, flush=True)
 for step in range(1, 10**6):

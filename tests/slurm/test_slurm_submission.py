@@ -13,9 +13,9 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 
-from omnivision.launch import batch_script
-from omnivision.reporting.run_folder import RunFolder
-from omnivision.settings_check import check
+from omnivision.config.validate import check
+from omnivision.launch.launcher import batch_script
+from omnivision.reporting.run_directory import RunFolder
 from tests import runs
 from tests.slurm.on_cluster import SUBMITTED, OnCluster, history, told_time
 

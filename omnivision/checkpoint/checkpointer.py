@@ -1,0 +1,271 @@
+"""Checkpoints: written whole or not at all, verified by their manifest, loaded with weights only.
+
+`checkpoint.pt` is the newest, `previous.pt` the one before it, `checkpoint_<epoch>.pt` are kept, `best.pt` is the best by
+validation. Beside each lies `<name>.json`, a manifest with sizes and SHA-256 sums. A manifest may list two sums: it is
+written before the file that it describes replaces another, so that at every moment a file that is there is listed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from omnivision.checkpoint import sharded as checkpoint_shards
+from omnivision.utils.errors import UserError
+from omnivision.utils.io import LATEST, PREVIOUS, sha256, sync_folder, temporary_beside, write_atomically
+from omnivision.utils.safe import BrokenCheckpoint, is_archive, safe_load
+
+FORMAT = 2
+LAG_SECONDS = 60.0  # that a shared file system may take to show a checkpoint to other machines
+KEYS = {
+    "format",
+    "experiment",
+    "architecture",
+    "model",
+    "ema",
+    "sources",
+    "optimizer",
+    "scaler",
+    "epoch",
+    "step",
+    "steps_per_epoch",
+    "best",
+    "seconds",
+    "skipped",
+    "meter",
+    "last",
+}
+
+
+def save(state: dict[str, Any], folder: Path, also: list[str]) -> None:
+    """Write a checkpoint as `checkpoint.pt`; the one it replaces becomes `previous.pt`. `also` are further names for it.
+
+    Raises OSError (disk full, no permission), and BrokenCheckpoint when what was written is not what is there, with everything
+    that was there before still in place.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_beside(folder / LATEST)
+    try:
+        with open(temporary, "wb") as file:
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:
+                # The archive complains that it was not finished. What interrupted it is why: a full disk, Ctrl-C, SIGTERM.
+                raise error.__context__ or error from None
+            file.flush()
+            os.fsync(file.fileno())
+        # What is there, not what was meant: nothing older goes before it was read once.
+        if not is_archive(temporary):
+            raise BrokenCheckpoint(f"{temporary} was not written whole")
+        entry = {"size": temporary.stat().st_size, "sha256": verified_digest(temporary)}
+        for name in also:
+            _link(temporary, folder / name, [entry])
+        latest, before = folder / LATEST, []
+        if latest.exists():
+            try:
+                before = [verify(latest)]
+                _link(latest, folder / PREVIOUS, before)
+            except BrokenCheckpoint:
+                pass  # the run went on from `previous.pt`, which stays until there is something better
+        if not _manifest(latest).exists():  # of the first one: a manifest without its file means that this was lost
+            os.replace(temporary, latest)
+            _write_manifest(latest, [entry])
+        else:
+            _write_manifest(latest, [entry, *before])
+            os.replace(temporary, latest)
+        sync_folder(folder)
+        checkpoint_shards.remove_unused(folder)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def told(folder: Path) -> Iterator[None]:
+    """Inside this block what keeps a checkpoint from being written to `folder` is a UserError."""
+    try:
+        yield
+    except (OSError, BrokenCheckpoint) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        with contextlib.suppress(OSError):
+            reason += f" ({shutil.disk_usage(folder).free / 1e9:.2g} GB are free)"
+        raise UserError(
+            f"A checkpoint could not be written to {folder}: {reason}. Those before it are as they were. Make room, or change "
+            "trainer.checkpoint.save_dir; the same command goes on from the newest."
+        ) from error
+
+
+def read(path: Path) -> Any:
+    """What is in a checkpoint or another file of `torch.save`, with its parts if it is split. Raises BrokenCheckpoint."""
+    state = safe_load(path)
+    if isinstance(state, dict):
+        checkpoint_shards.attach(state, path.parent)
+    return state
+
+
+def seen(folder: Path) -> tuple[str, int]:
+    """What this machine sees of the newest checkpoint: its manifest and its size; ("", 0) when there is none."""
+    latest = folder / LATEST
+    try:
+        return _manifest(latest).read_text(encoding="utf-8"), latest.stat().st_size
+    except OSError:
+        return "", 0
+
+
+def wait_to_see(what: tuple[str, int], folder: Path, seconds: float = LAG_SECONDS) -> None:
+    """Wait until this machine sees what another one does (`seen`), but not for ever.
+
+    Shared file systems show a change on other machines after some seconds.
+    """
+    deadline = time.monotonic() + seconds
+    while seen(folder) != what and time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            os.listdir(folder)  # makes some file systems look again
+        time.sleep(0.2)
+
+
+def load_newest(folder: Path) -> tuple[dict[str, Any], Path, list[str]] | None:
+    """The newest checkpoint that is whole, its path, and what was wrong with newer ones; None when there is none at all.
+
+    Raises BrokenCheckpoint when checkpoints are there but every one is broken: starting over would lose a run silently.
+    """
+    problems: list[str] = []
+    for name in (LATEST, PREVIOUS):
+        path = folder / name
+        if not path.is_file():
+            if _manifest(path).exists() or path.is_symlink() or path.exists():
+                problems.append(f"{path} is gone or no file, and there was one")
+            continue
+        try:
+            verify(path) if _manifest(path).exists() else _check_archive(path)
+            state = read(path)
+            _check_structure(state, path)
+            return state, path, problems
+        except (BrokenCheckpoint, OSError) as error:  # of a disk that cannot read it
+            problems.append(str(error))
+    if problems:
+        raise BrokenCheckpoint("; ".join(problems))
+    return None
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """The entry of the manifest that a file agrees with. Raises BrokenCheckpoint when there is none."""
+    entry: dict[str, Any] = {"size": path.stat().st_size, "sha256": sha256(path)}
+    if entry not in _entries(path):
+        raise BrokenCheckpoint(
+            f"{path} ({entry['size']} bytes, SHA-256 {entry['sha256'][:12]}...) is not the file that its manifest describes"
+        )
+    return entry
+
+
+def verified_digest(path: Path) -> str:
+    """SHA-256 of a file of weights that is whole: by its manifest, if it has one, else by the checksums inside an archive.
+
+    Raises BrokenCheckpoint.
+    """
+    if _manifest(path).exists():
+        return str(verify(path)["sha256"])
+    _check_archive(path)
+    return sha256(path)
+
+
+def _check_archive(path: Path) -> None:
+    """Raise BrokenCheckpoint when what is in an archive is not what its own checksums say; other files say nothing of it."""
+    if not is_archive(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError) as error:
+        raise BrokenCheckpoint(f"{path} is a damaged archive: {error}") from error
+    if damaged is not None:
+        raise BrokenCheckpoint(f"{path} is damaged: {damaged} in it does not have the checksum that was noted")
+
+
+def _check_structure(state: Any, path: Path) -> None:
+    """Raise BrokenCheckpoint for a file that loads but is no checkpoint of a run (weights from elsewhere, say)."""
+    lacking = sorted(KEYS - set(state)) if isinstance(state, dict) else sorted(KEYS)
+    model = state["model"] if not lacking else {}
+    if not isinstance(model, dict) or not all(isinstance(value, torch.Tensor) for value in model.values()):
+        lacking = ["tensors under model"]
+    if not lacking:
+        kinds = {"optimizer": dict, "scaler": dict, "meter": dict, "last": dict, "sources": list, "architecture": dict}
+        kinds["experiment"] = str
+        lacking = [f"a {kind.__name__} under {key}" for key, kind in kinds.items() if not isinstance(state[key], kind)]
+        counts = ("epoch", "step", "steps_per_epoch", "skipped")
+        lacking += [f"a count under {key}" for key in counts if type(state[key]) is not int or state[key] < 0]
+    if not lacking and state["format"] != FORMAT:
+        raise BrokenCheckpoint(
+            f"{path} has format {state['format']!r}, of another version of omnivision; expected {FORMAT}"
+        )
+    if lacking:
+        raise BrokenCheckpoint(f"{path} is no checkpoint of a run: it lacks {', '.join(lacking)}")
+
+
+def load_model(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
+    """Put a run's own weights back. Raises UserError when they belong to another model; nothing is changed then."""
+    wanted = model.state_dict()
+    missing, unexpected = sorted(set(wanted) - set(state)), sorted(set(state) - set(wanted))
+    shapes = [
+        f"{name} {tuple(state[name].shape)} instead of {tuple(wanted[name].shape)}"
+        for name in sorted(set(wanted) & set(state))
+        if state[name].shape != wanted[name].shape
+    ]
+    if missing or unexpected or shapes:
+        parts = [("missing", missing), ("not in this model", unexpected), ("of another shape", shapes)]
+        differences = "; ".join(f"{len(names)} {what}: {', '.join(names[:3])}" for what, names in parts if names)
+        raise UserError(
+            f"{path} holds a checkpoint of another model ({differences}). The run in this folder was started with other "
+            "settings: give the same trainer/model, num_frames and image_size again, or another "
+            "launcher.experiment_log_dir for a new run."
+        )
+    model.load_state_dict(state)
+
+
+def _link(source: Path, target: Path, entries: list[dict[str, Any]]) -> None:
+    """Give a file a second name, replacing what had it; a copy where the file system has no hard links."""
+    temporary = temporary_beside(target)
+    try:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+            with open(temporary, "rb") as copy:
+                os.fsync(copy.fileno())
+        try:
+            there = [verify(target)] if target.exists() else []
+        except BrokenCheckpoint:
+            there = []
+        _write_manifest(target, [*entries, *there])
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _manifest(path: Path) -> Path:
+    return path.with_name(path.name + ".json")
+
+
+def _entries(path: Path) -> list[dict[str, Any]]:
+    manifest = _manifest(path)
+    if not manifest.exists():
+        return []
+    if not manifest.is_file():  # reading a pipe would wait for ever
+        raise BrokenCheckpoint(f"{manifest} is no file")
+    try:
+        return list(json.loads(manifest.read_text(encoding="utf-8"))["files"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise BrokenCheckpoint(f"{_manifest(path)} is not a manifest") from None
+
+
+def _write_manifest(path: Path, entries: list[dict[str, Any]]) -> None:
+    write_atomically(_manifest(path), json.dumps({"format": FORMAT, "files": entries}, indent=1) + "\n")

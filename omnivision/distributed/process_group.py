@@ -1,0 +1,182 @@
+"""The processes of a run: who am I, on which device, and what do we agree on.
+
+Device and backend are values: the same lines run on one CPU and on many GPUs.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import select
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.nn.parallel import DistributedDataParallel
+
+from omnivision.distributed.allocator import keep_freed_memory
+from omnivision.utils.errors import UserError
+
+Result = TypeVar("Result")
+WIRE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}  # of gradients between processes
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a process stands among the others; `init_method` is how they find each other (None: there is only one)."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
+    init_method: str | None = None
+
+    @classmethod
+    def from_torchrun(cls) -> Place:
+        """The place that torchrun gave this process."""
+        env = os.environ
+        return cls(
+            rank=int(env["RANK"]),
+            world=int(env["WORLD_SIZE"]),
+            local_rank=int(env.get("LOCAL_RANK", "0")),
+            local_world=int(env.get("LOCAL_WORLD_SIZE", "1")),
+            init_method="env://",
+        )
+
+
+def choose_device(accelerator: str, local_rank: int) -> torch.device:
+    """`auto` takes CUDA where there is one, else the CPU. UserError when CUDA is asked for and absent or too small."""
+    if accelerator == "auto":
+        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    if accelerator == "cuda":
+        if (count := torch.cuda.device_count()) <= local_rank:
+            advice = (
+                f"Set launcher.gpus_per_node={count}" if count else "Look what nvidia-smi says and torch is built for"
+            )
+            raise UserError(
+                f"trainer.accelerator=cuda, and process {local_rank} of this node needs its own GPU; found {count}. {advice}, "
+                "or set trainer.accelerator=cpu."
+            )
+        return torch.device("cuda", local_rank)
+    return torch.device(accelerator)
+
+
+class Processes:
+    """The process group of a run; with one process every operation is the identity.
+
+    Small agreements between the processes go over the CPU (gloo), so that an accelerator need not wait for them.
+    """
+
+    def __init__(self, place: Place, accelerator: str, backend: str | None, timeout: timedelta) -> None:
+        keep_freed_memory()
+        self.rank, self.world, self.local_rank = place.rank, place.world, place.local_rank
+        self.device = choose_device(accelerator, place.local_rank)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        elif "OMP_NUM_THREADS" not in os.environ or place.world > 1:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.local_world))
+        self.control: Any = None
+        if place.world > 1:
+            backend = backend or {"cuda": "nccl"}.get(self.device.type, "gloo")
+            if backend == "nccl" and self.device.type != "cuda":
+                raise UserError(
+                    f"trainer.distributed.backend is nccl, and this run is on the {self.device.type}; expected gloo. Leave "
+                    "trainer.distributed.backend at null, which follows the device."
+                )
+            if place.local_world == place.world:  # all on this machine: its host name need not resolve
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+            dist.init_process_group(
+                backend, init_method=place.init_method, rank=place.rank, world_size=place.world, timeout=timeout
+            )
+            self.control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The element-wise sum over all processes, on the CPU."""
+        values = values.detach().cpu().clone()
+        if self.world > 1:
+            dist.all_reduce(values, group=self.control)
+        return values
+
+    def sum_in_place(self, values: Tensor) -> None:
+        """Sum over all processes where `values` lie, on the training device; nobody waits for the result."""
+        if self.world > 1:
+            dist.all_reduce(values)
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes, in the order of their ranks, in every process."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def together(self, action: Callable[[], Result], only_main: bool = False) -> Result | None:
+        """Do what may raise a UserError; if it fails in one process, it fails in all of them, with that error.
+
+        With `only_main` process 0 alone does it, and the others get None.
+        """
+        result, message = None, None
+        try:
+            result = action() if self.is_main or not only_main else None
+        except UserError as error:
+            message = str(error)
+        if messages := [text for text in self.gather(message) if text is not None]:
+            raise UserError(messages[0], everywhere=True)
+        return result
+
+    def close(self) -> None:
+        if self.world > 1:
+            dist.destroy_process_group()
+
+
+def leave_with(pid: int) -> None:
+    """End this process, in a thread of its own, as soon as another one is gone; where the system can tell (Linux)."""
+    if not hasattr(os, "pidfd_open"):
+        return
+    try:
+        other = os.pidfd_open(pid)  # readable once that process has ended
+    except ProcessLookupError:  # it ended while this one began
+        os._exit(1)
+
+    def watch() -> None:
+        select.select([other], [], [])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="leave-with").start()
+
+
+def parallel(model: nn.Module, processes: Processes, comms_dtype: str | None, find_unused: bool = False) -> nn.Module:
+    """The model as all processes train it: gradients are averaged while the backward pass runs, as `comms_dtype`
+    ("fp16", "bf16") on the wire or as they are (None). One process: the model itself.
+
+    `find_unused` is for models of which a step may leave parameters out, in all processes alike; it costs a look at the graph.
+    """
+    if processes.world == 1:
+        return model
+    # Buffers are constants (position tables). torch 2.14 renamed the argument that says so.
+    known = inspect.signature(DistributedDataParallel).parameters
+    no_buffers: dict[str, Any] = {
+        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False
+    }
+    on_gpu = processes.device.type == "cuda"
+    wrapped = DistributedDataParallel(
+        model,
+        device_ids=[processes.device] if on_gpu else None,
+        **no_buffers,
+        gradient_as_bucket_view=True,
+        find_unused_parameters=find_unused,
+    )
+    hooks = {"fp16": default_hooks.fp16_compress_hook, "bf16": default_hooks.bf16_compress_hook}
+    if comms_dtype is not None:
+        wrapped.register_comm_hook(None, hooks[comms_dtype])
+    return wrapped

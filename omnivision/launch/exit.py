@@ -1,0 +1,164 @@
+"""How a process of a run ends: what it says, what it writes down, and with which exit code."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import traceback
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
+
+from omnivision.launch.watchdog import Peers, Watchdog, lost_contact, write_stacks
+from omnivision.reporting.run_directory import WAITING, RunFolder
+from omnivision.utils.errors import (
+    EXIT_FAULT,
+    EXIT_INTERRUPTED,
+    LostContact,
+    Terminated,
+    UserError,
+    causes,
+    is_out_of_memory,
+    out_of_memory,
+)
+from omnivision.utils.signals import Stop
+
+if TYPE_CHECKING:
+    from omnivision.launch.job_record import JobRecord
+
+LOG = logging.getLogger("omnivision")
+LESS_MEMORY = (
+    "Raise trainer.optim.accumulation_steps (the same batch in smaller micro-batches), set "
+    "trainer.model.trunk.activation_checkpointing=true, or lower batch_size; num_workers and trainer.data.prefetch take memory "
+    "of the machine. The same command goes on from the last checkpoint."
+)
+
+
+class Ending:
+    """What a process knows of how it may end. The main thread tells why it ends, or one that watches it does."""
+
+    def __init__(self, folder: RunFolder, rank: int, validating: bool, record: JobRecord | None) -> None:
+        self.folder, self.rank, self.validating, self.record = folder, rank, validating, record
+        self.locked = False  # the run folder is this process's
+        self.begun = False  # what the summary tells is about this process's training
+        self.peers: Peers | None = None
+        self._watchdog: Watchdog | None = None
+        self._one = threading.Lock()
+
+    def watched(self, stop: Stop, grace: float) -> AbstractContextManager[None]:
+        """Inside this block a process that was asked to stop has left when its grace, in seconds, is over."""
+        self._watchdog = Watchdog(stop, self.leave, grace)
+        return self._watchdog.watching()
+
+    def told(self, error: BaseException) -> int:
+        """In the main thread: say why the process ends; returns the exit code."""
+        if self._watchdog is not None:
+            self._watchdog.answered = True
+        if not self._one.acquire(blocking=False):
+            threading.Event().wait()  # a thread that watches is about to end this process
+        if self.peers is not None:
+            if lost_contact(error) and (lost := self.peers.silent()):
+                error = lost.with_traceback(error.__traceback__)
+            self.peers.end()
+        # A refusal before anything has begun leaves what an earlier run wrote as it is; an evaluation always does.
+        untouched = self.locked and self.folder.read_summary().get("status") in (None, *WAITING)
+        tells = untouched or (self.begun and not self.validating)
+        if self.record is not None and self.rank == 0 and not self.validating:
+            tells = tells or self.locked or self.record.tells()
+        return explain(error, self.folder, tells, self.rank, self.record)
+
+    def leave(self, error: BaseException, at_once: bool) -> None:
+        """In a thread that watches: end the process, wherever its main thread stands, and write down where that is.
+
+        `at_once` there is no time to ask a scheduler for anything.
+        """
+        if not self._one.acquire(blocking=False):
+            return  # it is ending already
+        code = how_it_ended(error)[0]
+        try:
+            stacks = self.folder.logs / f"rank_{self.rank}_stacks.txt"
+            write_stacks(stacks)
+            error.add_note(f"what each thread was doing is in {stacks}")
+            # Process 0 tells how a run ended, or, when that one is silent, whoever notices.
+            tells = not self.validating and (self.locked or isinstance(error, LostContact))
+            explain(error, self.folder, tells, self.rank, None if at_once else self.record)
+            self.unlock()
+        except BaseException:  # a file system that does not answer, say: told, and no reason to stay
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+
+    def unlock(self) -> None:
+        if self.locked:
+            self.folder.unlock()
+
+
+def explain(error: BaseException, folder: RunFolder, tells: bool, rank: int, record: JobRecord | None = None) -> int:
+    """Say why a process ends, on the console, in its log and, if it `tells` of this run, in `summary.json`; returns the exit
+    code.
+    """
+    code, reason = how_it_ended(error)
+    # What all processes know is told by one; a fault is told by each that has one.
+    lost = isinstance(error, LostContact)
+    fault = code == EXIT_FAULT and not isinstance(error, UserError)
+    tell = rank == 0 or fault or (isinstance(error, UserError) and not error.everywhere)
+    as_asked = isinstance(error, (KeyboardInterrupt, Terminated))
+    LOG.log(logging.WARNING if as_asked else logging.ERROR, reason, exc_info=error if fault else None)
+    if tell:
+        # Where this process stood when another one went is in its log.
+        if as_asked:
+            goes_on = isinstance(error, Terminated) and error.saved_step is not None
+            again = ", and the same command continues from there" if goes_on else ""
+            print(f"{reason}{again}", file=sys.stderr, flush=True)
+        else:
+            print_error(
+                f"{reason}. The same command goes on from the last checkpoint." if lost else error if fault else reason
+            )
+    try:
+        if record is not None and rank == 0:
+            record.end(error, reason, tells)
+        elif record is not None:
+            record.fault(error, reason)
+        elif tells:
+            folder.write_end("failed" if isinstance(error, Exception) else "interrupted", reason)
+    except OSError as failure:  # a full disk must not change the exit code
+        print(f"error: the reason could not be written to the run folder: {failure}", file=sys.stderr)
+    return code
+
+
+def interruption(error: BaseException) -> BaseException:
+    """The Ctrl-C behind an exception, which a library may have made one of its own of; else the exception itself."""
+    return next((each for each in causes(error) if isinstance(each, KeyboardInterrupt)), error)
+
+
+def how_it_ended(error: BaseException) -> tuple[int, str]:
+    """Exit code and reason."""
+    notes = "".join(f"; {note}" for note in getattr(error, "__notes__", []))
+    match error:
+        case UserError():
+            return error.exit_code, str(error)
+        case KeyboardInterrupt():
+            return EXIT_INTERRUPTED, f"interrupted from the keyboard, without saving{notes}"
+        case Terminated():
+            saved = "" if error.saved_step is None else f"; step {error.saved_step} is saved"
+            return error.exit_code, f"ended by {error.cause}{saved}{notes}"
+        case LostContact():
+            return EXIT_FAULT, f"{error}{notes}"
+    if is_out_of_memory(error):
+        return EXIT_FAULT, f"{out_of_memory(error, LESS_MEMORY)}{notes}"
+    return EXIT_FAULT, f"{type(error).__name__}: {error}{notes}"
+
+
+def print_error(problem: BaseException | str) -> None:
+    """A paragraph for a user's mistake and where memory is out, a traceback for another fault (or for everything, with
+    OMNIVISION_TRACEBACK=1).
+    """
+    if isinstance(problem, BaseException) and is_out_of_memory(problem):
+        problem = how_it_ended(problem)[1]
+    if isinstance(problem, str):
+        print(f"error: {problem}", file=sys.stderr, flush=True)
+        if os.environ.get("OMNIVISION_TRACEBACK") == "1":
+            traceback.print_exc()
+    else:
+        traceback.print_exception(problem)

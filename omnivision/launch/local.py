@@ -1,0 +1,123 @@
+"""Several processes of a run on this machine: started together, watched, and ended together."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from omnivision.launch.exit import how_it_ended
+from omnivision.launch.run import Job, run_folder, run_process
+from omnivision.utils.errors import (
+    EXIT_ANNOUNCED,
+    EXIT_FAULT,
+    EXIT_HUNG_UP,
+    EXIT_INTERRUPTED,
+    EXIT_TERMINATED,
+    EXIT_USER,
+    Terminated,
+)
+from omnivision.utils.signals import SIGNALS, undisturbed
+
+if TYPE_CHECKING:
+    from multiprocessing.context import SpawnProcess
+
+    from omnivision.distributed.process_group import Place
+
+# Exit codes of runs that somebody ended.
+INTERRUPTED = (EXIT_INTERRUPTED, EXIT_TERMINATED, EXIT_ANNOUNCED, EXIT_HUNG_UP)
+GRACE_SECONDS = 15.0  # that the other processes have to leave after one has failed
+
+
+def run_local_processes(job: Job, count: int) -> int:
+    """Start `count` processes here and wait. When one fails, the others leave too; its exit code is returned.
+
+    A request to stop is handed on to them. What killed a process is told by `summary.json` too, when that process could not
+    say so itself.
+    """
+    from omnivision.distributed.process_group import Place
+
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory(prefix="omnivision-rendezvous-") as meeting:
+        places = [Place(rank, count, rank, count, f"file://{meeting}/store") for rank in range(count)]
+        processes = [context.Process(target=_local_process, args=(job, place)) for place in places]
+        for process in processes:
+            process.start()
+        try:
+            with handing_on(processes) as heard:
+                code, reason = first_failure(processes)
+            if heard and (code in INTERRUPTED or any(process.exitcode == -heard[0] for process in processes)):
+                code, reason = how_it_ended(Terminated(signal.Signals(heard[0]).name))
+        except KeyboardInterrupt as error:
+            with undisturbed():
+                send(processes, signal.SIGINT)
+                first_failure(processes)
+            code, reason = how_it_ended(error)
+        finally:
+            for process in processes:
+                if process.is_alive():
+                    process.kill()
+                process.join()
+    if code not in (0, EXIT_USER):
+        run_folder(job).note_silent_end(reason, interrupted=code in INTERRUPTED)
+    return code
+
+
+@contextlib.contextmanager
+def handing_on(processes: list[SpawnProcess]) -> Iterator[list[int]]:
+    """Inside this block requests to stop go to `processes` instead; the list has those that came."""
+    heard: list[int] = []
+
+    def hand_on(number: int, frame: Any) -> None:
+        heard.append(number)
+        send(processes, number)
+
+    before = {number: signal.signal(number, hand_on) for number in SIGNALS}
+    try:
+        yield heard
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def send(processes: list[SpawnProcess], number: int) -> None:
+    for process in processes:
+        if process.pid is not None and process.exitcode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, number)
+
+
+def first_failure(processes: list[SpawnProcess]) -> tuple[int, str]:
+    """Wait for processes to end; when one fails, the others have a while to leave. Its exit code counts.
+
+    The second value says what happened, for a run that could not say it: which process was killed, or ended how.
+    """
+    failed: int | None = None
+    deadline = float("inf")
+    while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
+        for process in processes:
+            process.join(timeout=0.1)
+            if process.exitcode and failed is None:
+                failed, deadline = process.exitcode, time.monotonic() + GRACE_SECONDS
+    if failed is None:  # the last one may have ended between two looks
+        failed = next((process.exitcode for process in processes if process.exitcode), 0)
+    killed = [
+        f"process {rank} was killed by {signal.Signals(-process.exitcode).name}"
+        for rank, process in enumerate(processes)
+        if process.exitcode is not None and process.exitcode < 0
+    ]
+    reason = ", ".join(killed) or f"a process ended with exit code {failed}"
+    return failed if failed >= 0 else EXIT_FAULT, reason
+
+
+def _local_process(job: Job, place: Place) -> None:
+    from omnivision.distributed.process_group import leave_with
+
+    leave_with(os.getppid())
+    sys.exit(run_process(job, place))

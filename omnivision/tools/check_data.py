@@ -1,0 +1,277 @@
+"""`omnivision check-data PATHS.npy [LABELS.npy]`: reads every sample of a split and tells what is wrong with it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Column, Table
+
+from omnivision.data.catalog import IGNORED_LABEL, resolve_prefix, shift_command, start_at_one
+from omnivision.tools.arguments import frame_rate, number
+from omnivision.tools.prepare.arrays import read_labels, read_paths, read_segments
+from omnivision.tools.prepare.duplicates import same_films
+from omnivision.tools.prepare.film_check import CheckJob, FilmCheck, check_film
+from omnivision.tools.prepare.listing import drop_suffix, printable
+from omnivision.tools.prepare.progress import told
+from omnivision.tools.prepare.workers import Died, default_workers, in_processes
+from omnivision.utils.errors import EXIT_INTERRUPTED, EXIT_USER, UserError
+from omnivision.utils.io import write_atomically
+from omnivision.utils.streams import wrap
+
+if TYPE_CHECKING:
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+_SHOWN = 20
+_SMALL_SIDE = 256  # what is advised
+_LONG_GOP, _LARGE_SIDE = 24, 320  # beyond these, smaller films with more key frames are read much quicker
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add `check-data` to the command's parser; its namespace carries `run`, the function to call."""
+    parser = subparsers.add_parser(
+        "check-data",
+        help="read every sample of a split, and tell which are bad and what the films are like",
+        description="Decode every sample of a split from its first to its last frame. Tells which cannot be read and why, how "
+        "long and large the films are, which labels are missing, and which films are there twice. Exit code 0 when all "
+        "samples are good, 1 otherwise.",
+    )
+    parser.add_argument("paths", metavar="PATHS.npy", help="1-D array of paths of films or folders of frames")
+    parser.add_argument("labels", metavar="LABELS.npy", nargs="?", help="1-D array of integers, one a path")
+    text = "(N, 2) start and end (s) of each sample in its film; without it, samples are whole films"
+    parser.add_argument("--segments", metavar="SEGMENTS.npy", help=text)
+    parser.add_argument("--against", metavar="OTHER_PATHS.npy", help="another split, to find films that are in both")
+    parser.add_argument("--num-classes", type=int, metavar="N", help="labels must be below it (-1: ignored)")
+    parser.add_argument("--prefix", default="", metavar="P", help="put before each path, as in the catalog")
+    parser.add_argument("--fps", type=number, metavar="X", help="of folders of frames (default 25)")
+    text = "the frames among the images of a folder, e.g. 'img_*.jpg', where it holds several series"
+    parser.add_argument("--frame-pattern", metavar="PATTERN", help=text)
+    parser.add_argument("--quick", action="store_true", help="read the first, middle and last clip only")
+    text = "processes to read with; 0: in this one (default: one for each core, at most 16)"
+    parser.add_argument("--workers", type=int, default=default_workers(), metavar="N", help=text)
+    parser.add_argument("--json", metavar="FILE", help="write what was found of every sample")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check the split and tell; 0 when all samples are good."""
+    _check_arguments(args)
+    paths = read_paths(args.paths)
+    labels = read_labels(args.labels, len(paths)) if args.labels else None
+    segments = read_segments(args.segments, len(paths)) if args.segments else None
+    others = read_paths(args.against) if args.against else None
+    prefix = resolve_prefix(args.prefix)
+    full = [prefix + path for path in paths]
+    samples: dict[str, list[int]] = {}  # of each film
+    for position, path in enumerate(full):
+        samples.setdefault(path, []).append(position)
+    fps = frame_rate(args, (path for path in samples if drop_suffix(path) == path))
+    jobs = [
+        CheckJob(path, fps, args.frame_pattern, args.quick, tuple(segments[i] if segments else None for i in positions))
+        for path, positions in samples.items()
+    ]
+    checks = [FilmCheck(ok=False, reason="not read")] * len(full)
+    try:
+        for number, result in told(in_processes(check_film, jobs, args.workers), len(jobs), "check-data"):
+            positions = samples[jobs[number].path]
+            if isinstance(result, Died):
+                result = [FilmCheck(ok=False, reason=result.reason)] * len(positions)
+            for position, check in zip(positions, result, strict=True):
+                checks[position] = check
+    except KeyboardInterrupt:
+        print("check-data: interrupted; nothing was written. Run the same command again.", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    summary = _summary(checks, labels, args.num_classes)
+    if segments:
+        good = [end - start for check, (start, end) in zip(checks, segments, strict=True) if check.ok]
+        summary["seconds"] = round(sum(good), 3)
+    summary["duplicates"] = same_films(full, segments=segments)
+    if others is not None:
+        summary["overlap"] = same_films(full, [prefix + path for path in others])
+    gaps = {path: check for path, check in zip(paths, checks, strict=True) if check.has_gaps()}
+    summary["differing_durations"] = list(gaps)
+    if args.json:
+        listed = [{"path": path, **dataclasses.asdict(check)} for path, check in zip(paths, checks, strict=True)]
+        for sample, (start, end) in zip(listed, segments or [], strict=False):
+            sample.update(start=start, end=end)
+        _write_json(Path(args.json), {"summary": {"prefix": prefix, **summary}, "samples": listed})
+    _tell(paths, checks, summary)
+    _tell_gaps(gaps)
+    if labels is not None and start_at_one(labels, args.num_classes):
+        _say(
+            Console(),
+            "class 0 has no sample, and labels must start at 0. If they start at 1, shift those of all splits: "
+            f"{shift_command(args.labels)}",
+        )
+    return 0 if summary["bad"] == 0 and not summary.get("labels", {}).get("out_of_range") else EXIT_USER
+
+
+def _check_arguments(args: argparse.Namespace) -> None:
+    if args.workers < 0 or not (args.fps is None or 0 < args.fps < float("inf")):
+        raise UserError(
+            f"--workers is {args.workers}, --fps {args.fps}; expected 0 or more workers, and a positive fps."
+        )
+    if args.num_classes is not None and (args.num_classes < 1 or args.labels is None):
+        raise UserError(f"--num-classes is {args.num_classes}; expected 1 or more, and LABELS.npy after PATHS.npy.")
+    file = Path(args.json or "")
+    if args.json and ((file.exists() and not file.is_file()) or not file.absolute().parent.is_dir()):
+        raise UserError(
+            f"--json {args.json}: expected a file in a folder that is there. Make it, or give another file."
+        )
+    read = [file for file in (args.paths, args.labels, args.segments, args.against) if file]
+    if args.json and os.path.realpath(args.json) in map(os.path.realpath, read):
+        raise UserError(f"--json {args.json} is a file that is read here, and would be replaced. Give another file.")
+
+
+def _summary(checks: list[FilmCheck], labels: np.ndarray | None, num_classes: int | None) -> dict[str, Any]:
+    good = [check for check in checks if check.ok]
+    sizes = Counter(f"{check.width}x{check.height}" for check in good)
+    summary: dict[str, Any] = {
+        "samples": len(checks),
+        "bad": len(checks) - len(good),
+        "seconds": round(sum(check.duration or 0 for check in good), 3),
+        "rotated": sum(check.rotation != 0 for check in good),
+        "mirrored": sum(bool(check.mirrored) for check in good),
+        "sizes": dict(sizes.most_common()),
+        "distributions": {
+            name: found
+            for name in ("frames", "duration", "fps", "gop")
+            if (found := _distribution([getattr(check, name) for check in good]))
+        },
+    }
+    if labels is not None:
+        summary["labels"] = _label_summary(labels, num_classes)
+    return summary
+
+
+def _distribution(values: list[float | None]) -> dict[str, float]:
+    known = [value for value in values if value is not None]
+    points = {"least": 0, "5%": 5, "median": 50, "95%": 95, "most": 100}
+    return {name: round(float(np.percentile(known, q)), 3) for name, q in points.items()} if known else {}
+
+
+def _label_summary(labels: np.ndarray, num_classes: int | None) -> dict[str, Any]:
+    used, counts = np.unique(labels[labels >= 0], return_counts=True)
+    classes = num_classes or (int(used[-1]) + 1 if len(used) else 0)
+    present = set(used.tolist())
+    return {
+        "classes": classes,
+        "histogram": dict(zip(map(str, used.tolist()), counts.tolist(), strict=True)),
+        # All of them would fill the memory if one label is wrong by a billion.
+        "absent": [label for label in range(min(classes, 10_000)) if label not in present],
+        "ignored": int((labels == IGNORED_LABEL).sum()),
+        "out_of_range": int(((labels < IGNORED_LABEL) | (labels >= classes)).sum()),
+    }
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    try:
+        write_atomically(file, json.dumps(content, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"--json {file} cannot be written: {error.strerror}. Give another file.") from error
+
+
+def _tell(paths: list[str], checks: list[FilmCheck], summary: dict[str, Any]) -> None:
+    console = Console()
+    bad = [(path, check.reason) for path, check in zip(paths, checks, strict=True) if not check.ok]
+    _say(
+        console,
+        f"{summary['samples'] - len(bad)} of {summary['samples']} samples are good, {summary['seconds']:.1f} s of film.",
+    )
+    for path, reason in bad[:_SHOWN]:
+        _say(console, f"bad: {path}: {reason}")
+    if len(bad) > _SHOWN:
+        _say(console, f"... and {len(bad) - _SHOWN} more bad ones (--json FILE lists all)")
+    _tell_distributions(console, summary["distributions"])
+    if sizes := summary["sizes"]:
+        common = ", ".join(f"{size} ({count})" for size, count in list(sizes.items())[:5])
+        _say(console, f"sizes: {common}{f', and {len(sizes) - 5} more' if len(sizes) > 5 else ''}")
+    for how in ("rotated", "mirrored"):
+        if summary[how]:
+            _say(console, f"{how} by their headers: {summary[how]} (training sees them as players show them)")
+    if "labels" in summary:
+        _tell_labels(console, summary["labels"])
+    for what, sets in (("duplicates", summary["duplicates"]), ("in both splits", summary.get("overlap"))):
+        if sets is not None:
+            _say(console, f"{what}: {len(sets)} films")
+            for found in sets[:_SHOWN]:
+                _say(console, f"  {' = '.join(dict.fromkeys(found))}")
+    _advise(console, summary)
+
+
+def _tell_distributions(console: Console, distributions: dict[str, dict[str, float]]) -> None:
+    titles = {
+        "frames": "frames",
+        "duration": "seconds",
+        "fps": "frames a second",
+        "gop": "most frames between key frames",
+    }
+    table = Table(
+        "", *(Column(name, justify="right", no_wrap=True) for name in ("least", "5%", "median", "95%", "most"))
+    )
+    for name, found in distributions.items():
+        figures = [f"{value:g}" for value in found.values()]
+        if console.is_terminal:
+            table.add_row(titles[name], *figures)
+        else:
+            row = ", ".join(f"{key} {value}" for key, value in zip(found, figures, strict=True))
+            _say(console, f"{titles[name]}: {row}")
+    if console.is_terminal and distributions:
+        console.print(table, crop=False)
+
+
+def _tell_gaps(gaps: dict[str, FilmCheck]) -> None:
+    console = Console()
+    if gaps:
+        _say(
+            console,
+            f"frames / rate differs from the duration in {len(gaps)} films (still pictures, or a variable rate):",
+        )
+    for path, check in list(gaps.items())[:_SHOWN]:
+        assert check.frames is not None and check.rate is not None
+        seconds = check.frames / check.rate
+        frames = f"{check.frames} frames at {check.rate:g} a second are {seconds:.1f} s"
+        _say(console, f"  {path}: {frames}, its duration is {check.duration:.1f} s")
+
+
+def _tell_labels(console: Console, labels: dict[str, Any]) -> None:
+    counts = list(labels["histogram"].values())
+    spread = f", {min(counts)} to {max(counts)} samples each (median {np.median(counts):g})" if counts else ""
+    _say(
+        console,
+        f"labels: {len(counts)} of {labels['classes']} classes occur{spread}; {labels['ignored']} samples are ignored",
+    )
+    if absent := labels["absent"]:
+        shown = ", ".join(map(str, absent[:_SHOWN])) + (", ..." if len(absent) > _SHOWN else "")
+        _say(console, f"labels that never occur: {shown}")
+    if labels["out_of_range"]:
+        _say(console, f"bad: {labels['out_of_range']} labels are not from -1 to {labels['classes'] - 1}")
+
+
+def _advise(console: Console, summary: dict[str, Any]) -> None:
+    """Say when `prepare` would make reading clips quicker."""
+    gop = summary["distributions"].get("gop", {}).get("median", 0)
+    sides = [min(map(int, size.split("x"))) for size, count in summary["sizes"].items() for _ in range(count)]
+    side = float(np.median(sides)) if sides else 0
+    if gop > _LONG_GOP or side > _LARGE_SIDE:
+        reasons = [f"{gop:g} frames or more between key frames"] if gop > _LONG_GOP else []
+        reasons += [f"a short side of {side:g} pixels or more"] if side > _SMALL_SIDE else []
+        size = f"--short-side {_SMALL_SIDE} " if side > _SMALL_SIDE else ""
+        _say(
+            console,
+            f"Half of the films have {', or '.join(reasons)}: `omnivision prepare ... {size}--gop 12` would make clips "
+            "quicker to read.",
+        )
+
+
+def _say(console: Console, line: str) -> None:
+    text = wrap(printable(line), console.width) if console.is_terminal else printable(line)
+    console.print(text, highlight=False, soft_wrap=True, markup=False)

@@ -1,0 +1,170 @@
+"""`omnivision export CHECKPOINT OUT --to ...`: one model out of a checkpoint, for this project or for others."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omnivision.checkpoint.weight_files import CONFIG, Source, read
+from omnivision.data.catalog import read_class_names
+from omnivision.interop.card import card
+from omnivision.interop.huggingface import preprocessor_config, to_hf
+from omnivision.interop.intake import Imported, by_reason, some
+from omnivision.interop.merge import merge, read_sources
+from omnivision.interop.proof import USUAL, Difference, against_transformers
+from omnivision.interop.published import from_ours
+from omnivision.interop.store import card_of, check_target, hf_folder, origin, write_card, write_pt, write_safetensors
+from omnivision.tools.inference import Shown
+from omnivision.utils.errors import UserError
+
+if TYPE_CHECKING:
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+# What weights do not tell of a model.
+_UNTOLD = {"trunk": ("heads", "num_frames", "image_size"), "decoder": ("heads",)}
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add `export` to the command's parser; its namespace carries `run`, the function to call."""
+    parser = subparsers.add_parser(
+        "export",
+        help="write a model as one file of weights, or as a folder for Hugging Face's transformers",
+        description="Write the model of a run folder, a checkpoint, or a file that `omnivision import` wrote. `pt` and "
+        "`safetensors` keep our names and say their architecture; `hf` is a save_pretrained folder of VideoMAE.",
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run folder (its best checkpoint) or a file")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the file to write; with --to hf a folder")
+    parser.add_argument("--to", required=True, choices=("pt", "safetensors", "hf"), help="what to write")
+    text = "weights as trained, or their moving average (default: the average if the run kept one, as validation did)"
+    parser.add_argument("--weights", choices=("model", "ema"), help=text)
+    parser.add_argument(
+        "--merge", action="store_true", help="make a learned average of checkpoints one ordinary classifier"
+    )
+    text = "with --merge: the checkpoints it is an average of, in order (default: where they were)"
+    parser.add_argument("--sources", nargs="+", metavar="FILE", help=text)
+    parser.add_argument(
+        "--head", type=int, default=0, metavar="N", help="with --to hf: which of several heads (default 0)"
+    )
+    parser.add_argument(
+        "--class-names",
+        metavar="FILE",
+        help="with --to hf: one name a line, in the order of the labels (default: those of the run)",
+    )
+    parser.add_argument("--force", action="store_true", help="replace OUT if it is there")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the model, prove it where it can be proved, and say what was written and what was left out; 0."""
+    _check_arguments(args)
+    source = read(args.checkpoint)
+    card_file = args.out / "README.md" if args.to == "hf" else card_of(args.out)
+    check_target(args.out, source, args.force, folder=args.to == "hf", card=card_file)
+    model = _model(source, args)
+    print(f"{source}: {model.summary()}")
+    judged = not source.average or args.weights != "model"  # by the run, whose figures are told
+    if args.to == "hf":
+        _export_hf(args, source, model, judged)
+    else:
+        write = write_pt if args.to == "pt" else write_safetensors
+        shown = Shown.of(model.architecture, source.inference)
+        names = [shown.named(number) for number in range(len(shown.names))]
+        told = card(source, model, args.out.name, judged, names)  # before anything is written
+        write(
+            args.out,
+            model.state,
+            model.architecture,
+            {"origin": origin(source, "omnivision"), "inference": shown.written()}
+            | (source.progress if judged else {}),
+        )
+        write_card(args.out, told)
+        print(f"Wrote {args.out}: {len(model.state)} tensors; and {card_of(args.out)}, what people read of it")
+    return 0
+
+
+def _check_arguments(args: argparse.Namespace) -> None:
+    if args.sources and not args.merge:
+        raise UserError("--sources is for --merge. Add --merge, or leave --sources out.")
+    for option, value in (("--class-names", args.class_names), ("--head", args.head)):
+        if value and args.to != "hf":
+            raise UserError(
+                f"{option} is for --to hf: other files keep all heads, and the run's names. Leave {option} out."
+            )
+
+
+def _model(source: Source, args: argparse.Namespace) -> Imported:
+    """The one model to write, whole and checked."""
+    source.refuse_own_class()
+    if lacking := _lacking(source):
+        raise UserError(
+            f"{source.path} does not say its architecture ({', '.join(lacking)}), so it is not from a run of this project. "
+            f"Bring it in first: omnivision import {args.checkpoint} OUT.pt"
+        )
+    state, kind = source.weights(args.weights), source.architecture.get("kind")
+    if source.average and args.weights != "model":
+        print(f"Taking the moving average (--weights ema) of {len(source.average)} tensors")
+    if args.merge != (kind == "average"):
+        raise UserError(
+            f"{source.path} holds a learned average of checkpoints, which is no model without them. Add --merge."
+            if kind == "average"
+            else f"--merge is for a learned average of checkpoints, and {source.path} is of kind {kind!r}. Leave --merge out."
+        )
+    try:
+        if not args.merge:
+            return from_ours(state, source.architecture)
+        found = read_sources(source.sources, args.sources)
+        merged = merge(state, source.architecture, found)
+    except UserError as error:
+        raise UserError(f"{source.path}: {error}") from None
+    for each in found:
+        print(f"Averages {each}")
+    print(
+        f"Merged {len(found)} checkpoints; scores of a random clip differ by {merged.difference:.1g} from the average's"
+    )
+    return from_ours(merged.state, merged.architecture)
+
+
+def _lacking(source: Source) -> list[str]:
+    """What a file would have to say of its model because weights do not tell it; an import asks for it, or assumes it."""
+    architecture = source.architecture
+    lacking = [] if "kind" in architecture else ["kind"]
+    for part in ("trunk", "decoder") if architecture.get("kind") == "autoencoder" else ("trunk",):
+        said = architecture.get(part)
+        lacking += [f"{part} {key}" for key in _UNTOLD[part] if not isinstance(said, Mapping) or said.get(key) is None]
+    return lacking
+
+
+def _export_hf(args: argparse.Namespace, source: Source, model: Imported, judged: bool) -> None:
+    told = Shown.of(model.architecture, source.inference).named(args.head)
+    names = read_class_names(args.class_names, "--class-names") if args.class_names else told
+    exported = to_hf(model.state, model.architecture, args.head, names)
+    configs = {CONFIG: exported.config, "preprocessor_config.json": preprocessor_config(model.architecture)}
+    with hf_folder(
+        args.out, exported.state, configs, card(source, model, args.out.name, judged, [names], hf=True)
+    ) as folder:
+        difference = against_transformers(folder, model.state, model.architecture, args.head)
+    print(f"Wrote {args.out}: {exported.config['architectures'][0]}, {len(exported.state)} tensors")
+    for why, names in by_reason(exported.dropped).items():
+        print(f"  not carried {len(names):4}  {some(names)} ({why})")
+    print("\n".join(_proof(difference, classifier="classifier.weight" in exported.state)))
+
+
+def _proof(difference: Difference | None, classifier: bool) -> list[str]:
+    if difference is None:
+        return [
+            "Not proved: transformers is not installed. `pip install 'omnivision[hf]'` and export again, to compare outputs."
+        ]
+    if not classifier:
+        return [f"Proved: transformers' tokens of a random clip differ by {difference.as_is:.1g} (double precision)"]
+    lines = [
+        f"Proved: transformers' scores of a random clip differ by {difference.same_epsilon:.1g} (double precision) with our "
+        f"epsilon of fc_norm, and by {difference.as_is:.1g} with the 1e-5 that it always has"
+    ]
+    if difference.as_is > USUAL:
+        lines.append(
+            f"warning: that is more than the usual {USUAL:g}: the features of this model vary little over their channels. Set "
+            "model.fc_norm.eps = 1e-6 after loading."
+        )
+    return lines

@@ -1,0 +1,163 @@
+"""A source of films -> OUT: arrays, names of classes, and perhaps films that are quicker to read.
+
+    OUT/{train,val,test}_paths.npy, {train,val,test}_labels.npy, class_names.txt
+    OUT/{train,val,test}_segments.npy when samples are parts of videos
+    OUT/films/... or frames/...       when films are transcoded
+    OUT/failed.csv                    films that could not be, with the reason; they are not in the arrays
+    OUT/prepare.json                  from what and how it was made
+
+A film that is there is whole, so an interrupted run is completed by the same command.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from omnivision.tools.prepare.arrays import write_split
+from omnivision.tools.prepare.listing import Listing, printable
+from omnivision.tools.prepare.transcode import Job, Outcome, Recipe, destinations, remove_leftovers, transcode
+from omnivision.tools.prepare.workers import Died, in_processes
+from omnivision.utils.errors import UserError
+from omnivision.utils.io import write_atomically
+
+_STAMP, _FAILED = "prepare.json", "failed.csv"
+Progress = Callable[[Iterator[tuple[int, Outcome | Died]], int], Iterator[tuple[int, Outcome | Died]]]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What was written: the samples of each split; and the films left out, with their reasons."""
+
+    samples: dict[str, int]
+    failed: dict[str, str]
+    kept: int  # films that were there already
+
+
+def results(listing: Listing, recipe: Recipe, out: Path) -> dict[str, str]:
+    """For each path of the source the file or folder in OUT that is made of it."""
+    paths = sorted({row.path for row in listing.rows()})
+    return {path: str(out.absolute() / recipe.folder / made) for path, made in destinations(paths, recipe).items()}
+
+
+def claim(out: Path, settings: dict[str, object]) -> None:
+    """UserError unless OUT is new or empty, or was made by the same command; nothing is written."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UserError(f"OUT ({out}) is a file; expected a folder, which may be new. Give another OUT.")
+    stamp = out / _STAMP
+    if not stamp.is_file():
+        if others := sorted(path.name for path in out.iterdir() if not path.name.startswith(".")):
+            raise UserError(
+                f"OUT ({out}) holds something else already ({', '.join(others[:3])}{', ...' if len(others) > 3 else ''}). "
+                "Expected a new or empty folder, or one that this command has made. Give another OUT."
+            )
+        return
+    try:
+        found = json.loads(stamp.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"{stamp} cannot be read ({error}). Delete OUT to make it anew, or give another one."
+        ) from error
+    if found != settings:
+        keys = sorted(key for key in settings if not isinstance(found, dict) or found.get(key) != settings[key])
+        raise UserError(
+            f"OUT ({out}) was made with other settings ({', '.join(keys) or 'more of them'}; see {stamp}). Nothing was "
+            "changed. Pass the same, give another OUT, or delete it first."
+        )
+
+
+def write_dataset(
+    out: Path,
+    listing: Listing,
+    labels: dict[str, np.ndarray],
+    classes: list[str],
+    settings: dict[str, object],
+    recipe: Recipe | None,
+    workers: int,
+    progress: Progress,
+) -> Prepared:
+    """Write everything into OUT, which `claim` has allowed. Raises UserError when it cannot be written to."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / _STAMP, json.dumps(settings, indent=1) + "\n")
+        write_atomically(out / "class_names.txt", "".join(f"{name}\n" for name in classes))
+        failed: dict[str, str] = {}
+        kept = 0
+        if recipe is None:
+            made, prefix = None, listing.root
+        else:
+            made = results(listing, recipe, out)
+            failed, kept = _transcode_all(out / recipe.folder, listing, made, recipe, workers, progress)
+            prefix = str(out.absolute() / recipe.folder)
+            _write_failed(out / _FAILED, listing, failed)
+        keep = {
+            split: [i for i, row in enumerate(rows) if row.path not in failed] for split, rows in listing.splits.items()
+        }
+        if empty := [split for split, indices in keep.items() if not indices]:
+            raise UserError(
+                f"No film of {' and '.join(empty)} could be transcoded; {out / _FAILED} says why. No arrays were written. Mend "
+                "the films, or prepare without --short-side, --gop, --crf and --frames."
+            )
+        for split, indices in keep.items():
+            rows = [listing.splits[split][i] for i in indices]
+            paths = [row.path if made is None else str(Path(made[row.path]).relative_to(prefix)) for row in rows]
+            write_split(out, split, paths, labels[split][indices], [row.segment for row in rows])
+    except OSError as error:
+        raise _cannot_write(out, error.strerror or str(error)) from error
+    return Prepared({split: len(indices) for split, indices in keep.items()}, failed, kept)
+
+
+def _cannot_write(folder: Path, reason: str) -> UserError:
+    return UserError(
+        f"{folder} cannot be written to: {reason}. Expected a folder that can be created or written to, with space enough. "
+        "Give another OUT, or mend this one and run the same command again: it goes on where it stopped."
+    )
+
+
+def _transcode_all(
+    folder: Path, listing: Listing, made: dict[str, str], recipe: Recipe, workers: int, progress: Progress
+) -> tuple[dict[str, str], int]:
+    """Make what is missing; returns the reasons of what could not be made, and how many were there already."""
+    missing = [path for path, destination in made.items() if not Path(destination).exists()]
+    jobs = [Job(listing.full(path), made[path], recipe) for path in missing]
+    failed = {}
+    work = in_processes(transcode, jobs, workers)
+    try:
+        for position, outcome in progress(work, len(jobs)):
+            if isinstance(outcome, Outcome) and outcome.fault:
+                raise _cannot_write(folder, outcome.fault)
+            if outcome.reason:
+                failed[missing[position]] = outcome.reason
+    finally:
+        work.close()  # ends its processes
+        remove_leftovers(folder)
+    return failed, len(made) - len(missing)
+
+
+def _write_failed(file: Path, listing: Listing, failed: dict[str, str]) -> None:
+    """One row a film that is left out, or no file when there is none."""
+    if not failed:
+        file.unlink(missing_ok=True)
+        return
+    table = io.StringIO()
+    rows = csv.writer(table, lineterminator="\n")
+    rows.writerow(("path", "reason"))
+    rows.writerows((printable(listing.full(path)), printable(reason)) for path, reason in sorted(failed.items()))
+    write_atomically(file, table.getvalue())
+
+
+def stamp_of(source: str, prefix: str, recipe: Recipe | None) -> dict[str, object]:
+    """The settings that OUT must have been made with, to be completed or written again."""
+    how = None if recipe is None else dataclasses.asdict(recipe)
+    if how and how["frame_pattern"] is None:
+        del how["frame_pattern"]  # as earlier versions wrote it
+    return {"source": printable(str(Path(source).absolute())), "prefix": printable(prefix), "transcoded": how}

@@ -1,0 +1,294 @@
+"""What a source of films lists: paths and labels by split, checked, with the classes numbered."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+
+import numpy as np
+
+from omnivision.data.catalog import is_shifted, start_at_one
+from omnivision.data.clips import Segment
+from omnivision.data.frame_folder import natural
+from omnivision.utils.errors import UserError
+
+VIDEO_SUFFIXES = tuple(
+    ".mp4 .avi .webm .mkv .mov .m4v .mpg .mpeg .wmv .flv .ogv .ts .m2ts .mts .3gp .asf .vob .y4m".split()
+)
+MOST_CLASSES = 1_000_000
+SPLITS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "validate", "dev"),
+    "test": ("test", "testing"),
+}
+_ALMOST_SPLITS = {
+    "train": ("tr", "trn", "trains"),
+    "val": ("vals", "vld", "eval", "evaluation", "validations", "development"),
+    "test": ("te", "tst", "tests", "holdout", "heldout"),
+}
+_FORMAT_FOLDERS = {
+    "frames",
+    "images",
+    "img",
+    "imgs",
+    "extracted",
+    "jpg",
+    "jpeg",
+    "png",
+    "rgb",
+    "flow",
+    "video",
+    "videos",
+}
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sample: its path as the source gives it, its class (a name, or a number), and where that stands."""
+
+    path: str
+    label: str | int
+    where: str
+    segment: Segment | None = None  # [start, end) in seconds; None: the whole video
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The rows of each split of SPLITS; relative paths start at `root`, or at the user's prefix."""
+
+    splits: Mapping[str, list[Row]]
+    root: str
+    classes: list[str] | None = None  # names in the order of labels, if the source says so
+    seen: bool = False  # the rows are what was found on disk, below `root`
+    notes: Sequence[str] = ()  # sentences on how the source was read
+    warnings: Sequence[str] = ()
+
+    def rows(self) -> Iterable[Row]:
+        return (row for rows in self.splits.values() for row in rows)
+
+    def full(self, path: str) -> str:
+        return os.path.join(self.root, path)
+
+
+def split_of(name: str) -> str | None:
+    """The split that a folder or a value of a list names, in any case."""
+    return next((split for split, names in SPLITS.items() if name.strip().lower() in names), None)
+
+
+def guess_split(name: str) -> str | None:
+    """Return the split that a part of a name stands for: "UCF101_train", "TestSet", "trainset", "val-256", "held out"."""
+    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)
+    words.append("".join(words))
+    for word in words + [re.sub("(?i)_?(set|data|split|videos|clips)$", "", word) for word in words]:
+        almost = (split for split, names in _ALMOST_SPLITS.items() if word.lower() in names)
+        if split := split_of(word) or next(almost, None):
+            return split
+    return None
+
+
+def check_unambiguous(splits: Mapping[str, str], where: str) -> None:
+    """UserError unless each split has one name. splits: name -> split."""
+    for split, count in Counter(splits.values()).items():
+        if count > 1:
+            names = [name for name, other in splits.items() if other == split]
+            raise UserError(
+                f"{where} has {' and '.join(names)}, which both name the {split} split. Pass --splits {joined(splits)} to use "
+                "both, the same without one of them to ignore it, or --splits none if these are not splits."
+            )
+
+
+def joined(splits: Mapping[str, str]) -> str:
+    """What `parse_splits` reads."""
+    return ",".join(f"{split}={name}" for name, split in splits.items())
+
+
+def parse_splits(text: str) -> dict[str, str]:
+    """name -> split from "train=NAME,val=NAME,..."; empty for "none"."""
+    if text == "none":
+        return {}
+    pairs = [item.partition("=")[::2] for item in text.split(",")]
+    names = [name for _, name in pairs]
+    if not all(split in SPLITS and name for split, name in pairs) or len(set(names)) < len(names):
+        raise UserError(
+            f"--splits is {text!r}; expected SPLIT=NAME,... with the splits train, val and test and each NAME once, or none. "
+            "Change --splits."
+        )
+    return {name: split for split, name in pairs}
+
+
+def refuse(what: str, problems: list[str], advice: str) -> UserError:
+    """An error that names the first few problems and counts the rest."""
+    more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+    return UserError(f"{what}: {'; '.join(problems[:_SHOWN])}{more}. {advice}")
+
+
+def printable(text: str) -> str:
+    """`text` without what cannot be written as UTF-8 (bytes of file names in another encoding)."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def some(names: Sequence[str], shown: int = _SHOWN) -> str:
+    """The first few names."""
+    return printable(", ".join(names[:shown]) + (", ..." if len(names) > shown else ""))
+
+
+def numbered(rows: list[Row]) -> list[Row]:
+    """The rows with labels as integers, if all of them are written as integers; else as they are, as names of classes.
+
+    Raises UserError when some are names and some are integers, and for numbers that are no whole numbers.
+    """
+    whole = [row for row in rows if re.fullmatch(r"[+-]?[0-9]+", str(row.label))]
+    broken = [row for row in rows if re.fullmatch(r"[+-]?([0-9]+\.[0-9]*|\.[0-9]+)", str(row.label))]
+    if broken:
+        problems = [f"{row.where}: {row.label}" for row in broken]
+        raise refuse("Some labels are not whole numbers", problems, "Expected names of classes, or integers from 0.")
+    if not whole:
+        return rows
+    if len(whole) < len(rows):
+        named = set(rows) - set(whole)
+        fewer = whole if 2 * len(whole) <= len(rows) else [row for row in rows if row in named]
+        problems = [f"{row.where}: {row.label}" for row in fewer]
+        raise refuse(
+            f"{len(whole)} labels are integers and {len(rows) - len(whole)} are names; expected one kind. The fewer are",
+            problems,
+            "Mend the list.",
+        )
+    # Python refuses to read thousands of digits; so many are out of any range however they go on.
+    return [replace(row, label=int(str(row.label)[:40])) for row in rows]
+
+
+def label_arrays(listing: Listing, names: list[str] | None = None) -> tuple[list[str], dict[str, np.ndarray]]:
+    """The names of the classes in the order of labels, and the int64 labels of each split.
+
+    names: the order that the user wants, which goes before that of the source; without either, classes are in natural
+    order of their names. Integer labels without names are named by their numbers.
+    Raises UserError for two classes of one name (also when only case or spaces differ), and labels without a class.
+    """
+    found = {row.label for row in listing.rows()}
+    numbers = {label for label in found if isinstance(label, int)}
+    classes = names or listing.classes
+    if classes is None and numbers:
+        _check_numbers(listing, MOST_CLASSES, "Class numbers start at 0; mend the list.")
+        classes = [str(number) for number in range(max(numbers) + 1)]
+    elif classes is None:
+        classes = sorted((str(label) for label in found), key=natural)
+    _check_names(classes)
+    if numbers:
+        shift = ""
+        if start_at_one(np.array(sorted(numbers)), len(classes)):
+            shift = "They start at 1: subtract 1 from each. "
+        _check_numbers(listing, len(classes), f"{shift}Correct the list, or the names of the classes (--class-names).")
+        return classes, {split: np.array([r.label for r in rows], np.int64) for split, rows in listing.splits.items()}
+    index = {name: number for number, name in enumerate(classes)}
+    problems = [f"{row.where}: {row.label}" for row in listing.rows() if row.label not in index]
+    if problems:
+        advice = (
+            f"The {len(classes)} classes are {', '.join(classes[:3])}, ... Mend the list, or the names of the classes."
+        )
+        raise refuse("Some rows are of a class that is not among the names of the classes", problems, advice)
+    return classes, {
+        split: np.array([index[str(row.label)] for row in rows], np.int64) for split, rows in listing.splits.items()
+    }
+
+
+def label_warnings(classes: list[str], labels: Mapping[str, np.ndarray]) -> list[str]:
+    """Sentences about classes that never occur, or not in train, and about labels that hardly are classes."""
+    seen = {split: set(array.tolist()) for split, array in labels.items()}
+    everywhere = set().union(*seen.values())
+    warnings = []
+    if classes[0] == "0" and start_at_one(np.concatenate(list(labels.values())), None):
+        warnings.append("Labels start at 1, so class 0 never occurs: subtract 1 from each in the list.")
+    elif classes[0] == "0" and (
+        shifted := [split for split in labels if split != "train" and is_shifted(seen.get("train", ()), seen[split])]
+    ):
+        warnings.append(
+            f"Labels of train and {' and '.join(shifted)} do not both start at 0: one starts at 1. Subtract 1 from each there, "
+            "or the same number means different classes."
+        )
+    elif never := [name for number, name in enumerate(classes) if number not in everywhere]:
+        warnings.append(f"{len(never)} of {len(classes)} classes never occur: {some(never)}.")
+    for split in ("val", "test"):
+        if "train" in seen and (only := [classes[n] for n in sorted(seen.get(split, set()) - seen["train"])]):
+            warnings.append(f"{len(only)} classes occur in {split} and not in train: {some(only)}.")
+    if len(everywhere) == 1:
+        warnings.append(f"All samples are of one class, {classes[everywhere.pop()]}: there is nothing to tell apart.")
+    elif len(everywhere) == sum(map(len, labels.values())):
+        warnings.append(
+            "Each sample has a class of its own. Check that the labels are classes, and not names of videos."
+        )
+    return warnings
+
+
+def path_warnings(splits: Mapping[str, list[Row]], labels: Mapping[str, np.ndarray]) -> list[str]:
+    """Sentences about samples that occur twice, with one label or several, and videos in two forms or in two splits."""
+    warnings = []
+    keys: dict[str, dict[str, list[str]]] = {}  # split -> video_key -> paths
+    for split, rows in splits.items():
+        samples = [(row.path, row.segment) for row in rows]
+        if twice := [path for (path, _), count in Counter(samples).items() if count > 1]:
+            warnings.append(f"{len(twice)} files stand in {split} more than once: {some(twice)}.")
+        different = Counter(sample for sample, _ in set(zip(samples, labels[split].tolist(), strict=True)))
+        if contradicting := [path for (path, _), count in different.items() if count > 1]:
+            warnings.append(f"{len(contradicting)} files have different labels in {split}: {some(contradicting)}.")
+        found = keys[split] = {}
+        for path in dict.fromkeys(row.path for row in rows):
+            found.setdefault(video_key(path), []).append(path)
+        if forms := [" = ".join(paths) for paths in found.values() if len(paths) > 1]:
+            warnings.append(
+                f"{len(forms)} videos seem to be in {split} in two forms (a file and its frames, or two formats), each a "
+                f"sample: {some(forms)}. Remove one of them."
+            )
+    for one, other in combinations(keys, 2):
+        if shared := sorted(keys[one].keys() & keys[other].keys()):
+            warnings.append(
+                f"{one} and {other} share {len(shared)} files: {some([keys[one][key][0] for key in shared])}."
+            )
+    return warnings
+
+
+def video_key(path: str) -> str:
+    """The path without suffix and without folders such as frames/: the same for a video and for the folder of its frames."""
+    path = drop_format_folders(path)
+    words = "frames?|images?|imgs?|extracted|jpe?g|png|rgb|flow"
+    stem = re.sub(rf"(?i)(?<=[^/])[_.-]({words})$|(?<![^/])({words})[_.-](?=[^/]+$)", "", path)
+    return drop_suffix(stem)  # also of the video that frames are called after: "001.mp4.frames"
+
+
+def drop_suffix(path: str) -> str:
+    """The path without the suffix of a video."""
+    stem, suffix = os.path.splitext(path)
+    return stem if suffix.lower() in VIDEO_SUFFIXES else path
+
+
+def drop_format_folders(path: str) -> str:
+    """The path without its folders that name a format: "a/frames/1" -> "a/1", "a/1/frames" -> "a/1"."""
+    return "/".join(name for name in path.rstrip("/").split("/") if name.lower() not in _FORMAT_FOLDERS)
+
+
+def _check_numbers(listing: Listing, classes: int, advice: str) -> None:
+    problems = [
+        f"{r.where}: {r.label}" for r in listing.rows() if isinstance(r.label, int) and not 0 <= r.label < classes
+    ]
+    if problems:
+        raise refuse(f"Some labels are not from 0 to {classes - 1}", problems, advice)
+
+
+def _check_names(classes: list[str]) -> None:
+    alike: dict[str, list[str]] = {}
+    for name in classes:
+        alike.setdefault("".join(name.split()).casefold(), []).append(name)
+    problems = [" = ".join(map(repr, names)) for names in alike.values() if len(names) > 1]
+    if problems:
+        raise refuse(
+            "Some classes have one name, or names that differ only in case or spaces",
+            problems,
+            "Expected a name of its own for each class; correct the labels (or folders) so that each class is spelled one way.",
+        )
+    odd = [repr(name) for name in classes if not name.strip() or not name.isprintable()]
+    if odd:
+        raise refuse("Some names of classes cannot be printed on a line", odd, "Expected plain text; rename them.")

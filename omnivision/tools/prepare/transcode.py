@@ -1,0 +1,190 @@
+"""Films made smaller and quicker to read: H.264 with a short side and key frames close together, or folders of JPEGs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from omnivision.data.encode import TEMPORARY_SUFFIX, write_timed_film
+from omnivision.data.film import check_sizes
+from omnivision.data.video import BadVideo, open_video
+
+MAX_PIXELS = 33_177_600  # as trainer.data.max_pixels: what training would not read need not be prepared
+_JPEG_QUALITY = 92
+Frames = Iterator[tuple[int, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is made of each film. frames_fps: a folder of JPEGs at so many a second instead of a film."""
+
+    short_side: int | None  # pixels; smaller films keep their size
+    gop: int = 12
+    crf: int = 20
+    frames_fps: float | None = None
+    source_fps: float = 25.0  # of sources that are folders of frames
+    frame_pattern: str | None = None  # of sources that are folders of several series of frames
+
+    @property
+    def folder(self) -> str:
+        """Where below OUT the result lies."""
+        return "films" if self.frames_fps is None else "frames"
+
+
+@dataclass(frozen=True)
+class Job:
+    source: str
+    destination: str
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """reason: why the film could not be read; fault: why its result could not be written, which ends all work."""
+
+    reason: str | None = None
+    fault: str | None = None
+
+
+def destinations(paths: list[str], recipe: Recipe) -> dict[str, str]:
+    """For each path of a source (relative) that of its result; what differs in its suffix only keeps it in the name."""
+    stems = Counter(os.path.splitext(path)[0] for path in set(paths))
+    folders = {str(folder) for path in paths for folder in Path(path).parents}
+    result = {}
+    for path in paths:
+        stem, suffix = os.path.splitext(path)
+        alone = stems[stem] == 1 and stem not in folders
+        result[path] = (stem if alone else f"{stem}_{suffix[1:]}") + (".mp4" if recipe.frames_fps is None else "")
+    return result
+
+
+def transcode(job: Job) -> Outcome:
+    """Make one film (or folder of frames); it appears under its name only when it is whole.
+
+    Rotation is applied, sound is dropped; a film keeps the time stamps of its frames to the tick.
+    """
+    recipe, path = job.recipe, Path(job.destination)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open_video(
+            job.source, max_pixels=MAX_PIXELS, fps=recipe.source_fps, frame_pattern=recipe.frame_pattern
+        ) as film:
+            duration, frames = Fraction(film.duration), film.facts().frames
+            tick, timed = _ascending(film.frames(), film.time_base)
+            scaled = _scaled(timed, recipe.short_side, even=recipe.frames_fps is None)
+            if recipe.frames_fps is not None:
+                _write_frames(path, scaled, tick, duration, Fraction(str(recipe.frames_fps)))
+                return Outcome()
+            fps = max(frames / max(duration, tick), Fraction(1)).limit_denominator(1001)
+            _write_film(path, scaled, tick, fps, round(duration / tick), recipe)
+    except BadVideo as error:
+        return Outcome(reason=str(error))
+    except OSError as error:  # of PyAV's too
+        return Outcome(fault=f"{path}: {error.strerror or error}")
+    return Outcome()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left half made, at any depth. Only for the folder's one writer."""
+    for leftover in list(folder.rglob(f".*{TEMPORARY_SUFFIX}")):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+def target_size(width: int, height: int, short_side: int | None, even: bool) -> tuple[int, int]:
+    """(width, height) with a short side of at most `short_side` and the same shape; H.264 needs `even` numbers."""
+    scale = min(1.0, short_side / min(width, height)) if short_side is not None else 1.0
+    if not even:
+        return max(round(width * scale), 1), max(round(height * scale), 1)
+    return max(2 * round(width * scale / 2), 2), max(2 * round(height * scale / 2), 2)
+
+
+def _ascending(frames: Frames, time_base: Fraction) -> tuple[Fraction, Frames]:
+    """The seconds of a tick that a film can be written with, and the frames at ascending ticks of it, from 0 on.
+
+    Containers without time stamps of their own (AVI) may repeat or swap some: such a frame comes one tick after the one
+    before it. BadVideo when they go back by more than a second.
+    """
+    tick = time_base if max(time_base.numerator, time_base.denominator) <= 1_000_000 else Fraction(1, 90_000)
+
+    def corrected() -> Frames:
+        last = -1
+        for time, picture in frames:
+            now = round(time * time_base / tick)
+            if (last - now) * tick > 1:
+                raise BadVideo("its time stamps go back by more than a second")
+            last = max(now, last + 1)
+            yield last, picture
+
+    return tick, corrected()
+
+
+def _scaled(frames: Frames, short_side: int | None, even: bool) -> Frames:
+    """The frames, scaled; BadVideo when they are of several sizes."""
+    sizes: set[tuple[int, int]] = set()
+    for tick, picture in frames:
+        height, width, _ = picture.shape
+        sizes.add((width, height))
+        check_sizes(sizes)
+        size = target_size(width, height, short_side, even)
+        if size != (width, height):
+            picture = np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC))
+        yield tick, picture
+
+
+def _write_film(path: Path, frames: Frames, tick: Fraction, fps: Fraction, end: int, recipe: Recipe) -> None:
+    """Write a film and read it back: BadVideo when the times of its frames are not those that were written.
+
+    So it is where frames of a thousandth of a second stand beside some of seconds: readers then miss the last ones.
+    """
+    times: list[Fraction] = []
+
+    def noted() -> Frames:
+        for time, picture in frames:
+            times.append(time * tick)
+            yield time, picture
+
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.film{TEMPORARY_SUFFIX}")
+    try:
+        write_timed_film(temporary, noted(), tick, fps=fps, end=end, gop=recipe.gop, crf=recipe.crf, quick_to_read=True)
+        with open_video(str(temporary)) as film:
+            if [time * film.time_base for time in film.times()] != times:
+                raise BadVideo("the times of its frames cannot be kept in an mp4")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_frames(path: Path, frames: Frames, tick: Fraction, duration: Fraction, fps: Fraction) -> None:
+    """For k = 0, 1, ... the frame on screen at k / fps seconds as 00001.jpg, ... in the folder `path`."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        count, shown = 0, None
+        for time, picture in frames:
+            while shown is not None and count / fps < time * tick:
+                count = _save(temporary, count, shown)
+            shown = Image.fromarray(picture)  # a copy: the decoder reuses its memory
+        while shown is not None and (count == 0 or count / fps < duration):
+            count = _save(temporary, count, shown)
+        if count == 0:
+            raise BadVideo("no frame could be decoded")
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _save(folder: Path, count: int, picture: Image.Image) -> int:
+    picture.save(folder / f"{count + 1:05}.jpg", quality=_JPEG_QUALITY)
+    return count + 1

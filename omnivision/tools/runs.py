@@ -1,0 +1,138 @@
+"""`omnivision runs DIR`: the runs below a folder, with how they ended and how good they are."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from omnivision.launch.jobs import queue_or_none, settled
+from omnivision.reporting.run_directory import sound
+from omnivision.utils.errors import UserError
+from omnivision.utils.streams import fit
+
+if TYPE_CHECKING:
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+
+MAX_WIDTH = 10_000
+# Columns that a narrow window goes without, the first ones first.
+SPARE = ("age", "model", "chance %", "trunk", "minutes", "loss", "data", "starts from", "best %")
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add `runs` to the command's parser; its namespace carries `run`, the function to call."""
+    parser = subparsers.add_parser(
+        "runs",
+        help="list runs with their status, accuracy and age",
+        description="List the run folders below DIR (those with a summary.json), oldest first. The loss is that of validation, "
+        "or of training where nothing is validated.",
+    )
+    parser.add_argument("folder", metavar="DIR", type=Path, help="a run folder, or a folder of them")
+    parser.add_argument("--top1", action="store_true", help="only accuracies, by data, best last")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table; 0."""
+    if not args.folder.is_dir():
+        raise UserError(f"{args.folder} is no folder; expected one that holds run folders. Change DIR.")
+    found = summaries(args.folder)
+    queue = queue_or_none()
+    for summary in found:
+        summary["status"], summary["exit_reason"] = settled(summary, queue)
+    if not found:
+        raise UserError(f"There is no run below {args.folder}: no summary.json was found. Change DIR.")
+    if args.top1:
+        validated = (summary for summary in found if isinstance(summary["last"].get("val_top1"), (int, float)))
+        found = sorted(validated, key=lambda s: (s["run"].get("sources") or [], s["last"]["val_top1"]))
+    console = Console(width=MAX_WIDTH)  # rich would break numbers and names in narrower ones
+    left_out: list[str] = []
+    made = table(found, headings := headings_of(args.top1))
+    if console.is_terminal:
+        columns = shutil.get_terminal_size().columns
+        spare = [heading for heading in SPARE if heading in headings]
+        while spare and console.measure(made).maximum > columns:
+            left_out.append(spare.pop(0))
+            made = table(found, [heading for heading in headings if heading not in left_out])
+    console.print(made)
+    if left_out:
+        print(fit(f"No room for: {', '.join(left_out)}. A wider window or a pipe (| cat) shows them.", sys.stdout))
+    for summary in found:
+        if summary["status"] not in ("finished", "running") and summary["exit_reason"]:
+            print(fit(plain(f"{summary['name']}: {summary['status']}: {summary['exit_reason']}"), sys.stdout))
+    return 0
+
+
+def summaries(folder: Path) -> list[dict[str, Any]]:
+    """The summary of each run below a folder, oldest first, with its `name` relative to that folder; damaged ones are named."""
+    found = []
+    for file in sorted(each for each in folder.rglob("summary.json") if each.is_file()):
+        try:
+            summary = sound(dict(json.loads(file.read_text(encoding="utf-8"))))
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            print(f"warning: {file} is no summary of a run: {error}. It is left out.", file=sys.stderr)
+            continue
+        name = file.parent.relative_to(folder).as_posix() if file.parent != folder else folder.resolve().name
+        there = {key: value for key, value in summary.items() if value is not None}
+        found.append({"last": {}, "run": {}} | there | {"name": name, "changed": file.stat().st_mtime})
+    return sorted(found, key=lambda summary: summary["run"].get("started") or summary["changed"])
+
+
+def headings_of(short: bool) -> list[str]:
+    """The columns; a `short` table has accuracies alone."""
+    headings = ["run", "trunk", "starts from", "data", "epochs", "minutes", "top-1 %", "chance %"]
+    return headings if short else [*headings, "best %", "loss", "model", "status", "age"]
+
+
+def table(found: list[dict[str, Any]], headings: list[str]) -> Table:
+    """A row a run. Chance is what guessing one class for all would give on classes of equal size."""
+    made = Table(box=None, pad_edge=False, header_style="bold")
+    texts = ("run", "trunk", "starts from", "data", "model", "status", "age")
+    for heading in headings:
+        made.add_column(heading, justify="left" if heading in texts else "right", no_wrap=True)
+    for summary in found:
+        facts, last = summary["run"], summary["last"]
+        classes, status = facts.get("classes") or [], str(summary.get("status", "?"))
+        cells = {
+            "run": summary["name"] + (f" ({status})" if "status" not in headings and status != "finished" else ""),
+            "trunk": facts.get("trunk") or "?",
+            "starts from": (facts.get("pretrained") or "nothing") if facts else "?",
+            "data": ", ".join(facts.get("sources") or []),
+            "epochs": str(summary.get("epochs", "")),
+            "minutes": f"{(summary.get('wall_time') or 0) / 60:.1f}",
+            "top-1 %": _number(last.get("val_top1"), 1),
+            "chance %": _number(100 / max(classes), 1) if max(classes, default=0) > 0 else "",
+            "best %": _number(summary.get("best"), 1) if "val_top1" in last else "",
+            "loss": _number(last.get("val_loss", last.get("loss")), 3),
+            "model": facts.get("model") or "?",
+            "status": status,
+            "age": _age(time.time() - summary["changed"]),
+        }
+        made.add_row(*(Text(plain(cells[heading])) for heading in headings))  # no markup in what others have named
+    return made
+
+
+def plain(text: str) -> str:
+    """What others have written, without what a terminal would obey, and not longer than anybody reads."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", text)[:2000]
+
+
+def _number(value: Any, digits: int) -> str:
+    return f"{value:.{digits}f}" if isinstance(value, (int, float)) else ""
+
+
+def _age(seconds: float) -> str:
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
