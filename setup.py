@@ -50,6 +50,7 @@ setup(
         "dev": [
             "coverage>=7.10",
             "hypothesis>=6.100",
+            "import-linter>=2.1",
             "mypy>=1.10",
             "pre-commit>=3.7",
             "ruff>=0.6",

@@ -12,8 +12,8 @@ from unittest import mock
 
 import numpy as np
 
-from omnivision.launch.watchdog import machine
 from omnivision.reporting.bad_samples import BadSampleLedger
+from omnivision.utils.host import machine
 from tests import runs
 from tests import stage_runs as stages
 

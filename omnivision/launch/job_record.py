@@ -1,7 +1,7 @@
 """Looks after a run on behalf of its SLURM job: what it is allowed, what becomes of it, and that it comes back.
 
-`python -m omnivision.launch.job_record ended ...` is the last line of every batch script: it writes down the end of a run that could
-not do so itself.
+`python -m omnivision.launch.job_record ended ...` is the last line of every batch script: it writes down the end of a run
+that could not do so itself.
 """
 
 from __future__ import annotations

@@ -20,7 +20,6 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import omnivision
 from omnivision.config.schema import Settings
 from omnivision.config.validate import check
 from omnivision.launch import slurm
@@ -346,7 +345,7 @@ def setup_lines(logs: Path, setup: Sequence[str]) -> list[str]:
     """
     wait = f'for _ in $(seq {FOLDER_SECONDS}); do [ -d "$1" ] && exit; sleep 1; done; hostname'
     look = f'{shlex.quote(wait)} - "$omnivision_logs")'
-    python, here = shlex.quote(sys.executable), shlex.quote(str(Path(omnivision.__file__).parents[1]))
+    python, here = shlex.quote(sys.executable), shlex.quote(str(Path(__file__).parents[2]))
     return [
         "readonly omnivision_job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}",
         f"readonly omnivision_logs={shlex.quote(str(logs))}",

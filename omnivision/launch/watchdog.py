@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from omnivision.utils.errors import LostContact, Terminated
+from omnivision.utils.host import machine, process_start
 from omnivision.utils.signals import SECONDS_OF_ONE_REQUEST, SIGNALS, Stop
 
 GRACE_SECONDS = 25.0  # SLURM kills 30 seconds after SIGTERM
@@ -163,24 +164,6 @@ class Peers:
             # When all were suspended together, the others get the time to give a sign, too.
             if self.silent(self.timeout) and not self._over.wait(self.seconds) and (lost := self.silent(self.timeout)):
                 self.leave(lost, False)
-
-
-def machine() -> str:
-    """What ids of processes are of: a machine since it was started and, in a container, its own numbers."""
-    found = [socket.gethostname()]
-    with contextlib.suppress(OSError):
-        found.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
-        found.append(os.readlink("/proc/self/ns/pid"))
-    return " ".join(found)
-
-
-def process_start(pid: int) -> int | None:
-    """When a process of this machine began, in clock ticks since boot; None if there is none. Tells reused ids apart."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return None if fields[0] == "Z" else int(fields[19])
 
 
 def lost_contact(error: BaseException) -> bool:

@@ -5,19 +5,35 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from omnivision.training.evaluate import Predictions
+from omnivision.tasks.metrics import confusion_matrix
 from omnivision.utils.io import replace_atomically, write_atomically
 
 if TYPE_CHECKING:
     from PIL import Image
 
 NAMED_CLASSES = 40  # with more than these, names along the axes of a confusion matrix would be too small to read
+
+
+@dataclass
+class Predictions:
+    """Scores of the videos of one source, in the order of its split."""
+
+    index: np.ndarray  # int64 (V,), position in the split
+    label: np.ndarray  # int64 (V,), -1 where there is none
+    scores: np.ndarray  # logits, float32 (V, classes)
+    paths: list[str]
+    segments: np.ndarray | None = None  # float64 (V, 2), seconds; None for whole videos
+
+    def confusion(self) -> np.ndarray:
+        """int64 (classes, classes): rows are labels, columns what was predicted."""
+        return confusion_matrix(self.label, self.scores.argmax(1), self.scores.shape[1])
 
 
 def write(folder: Path, name: str, made: Predictions, class_names: Sequence[str]) -> None:

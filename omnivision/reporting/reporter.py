@@ -13,9 +13,9 @@ from omnivision.reporting import predictions
 from omnivision.reporting.console import ProgressLine, Starvation
 from omnivision.reporting.loggers import Logger, loggers
 from omnivision.reporting.metrics_log import MetricsLog
+from omnivision.reporting.predictions import Predictions
 from omnivision.reporting.run_directory import RunFolder
 from omnivision.tasks.base import Pictures
-from omnivision.training.evaluate import Predictions
 from omnivision.utils.streams import wrap
 
 LOG = logging.getLogger("omnivision")

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from omnivision.launch.watchdog import machine, process_start
 from omnivision.utils.errors import UserError
+from omnivision.utils.host import machine, process_start
 from omnivision.utils.io import write_atomically
 
 HEARTBEAT_SECONDS = 5.0

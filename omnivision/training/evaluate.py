@@ -13,27 +13,13 @@ from torch import nn
 
 from omnivision.data.batch import BadSample, Batch, vanished_files
 from omnivision.distributed.process_group import Processes
+from omnivision.reporting.predictions import Predictions
 from omnivision.tasks.base import Task
-from omnivision.tasks.metrics import Meter, averages, confusion_matrix, mean_class_accuracy
+from omnivision.tasks.metrics import Meter, averages, mean_class_accuracy
 from omnivision.utils.errors import UserError
 from omnivision.utils.signals import Stop
 
 GONE = 16  # files in a row that are not there: their disk is gone, and none of them is bad
-
-
-@dataclass
-class Predictions:
-    """Scores of the videos of one source, in the order of its split."""
-
-    index: np.ndarray  # int64 (V,), position in the split
-    label: np.ndarray  # int64 (V,), -1 where there is none
-    scores: np.ndarray  # logits, float32 (V, classes)
-    paths: list[str]
-    segments: np.ndarray | None = None  # float64 (V, 2), seconds; None for whole videos
-
-    def confusion(self) -> np.ndarray:
-        """int64 (classes, classes): rows are labels, columns what was predicted."""
-        return confusion_matrix(self.label, self.scores.argmax(1), self.scores.shape[1])
 
 
 @dataclass
