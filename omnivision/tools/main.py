@@ -24,11 +24,11 @@ from omnivision.utils.streams import announce, be_patient, output_problem
 # The subcommands and their modules, which are imported when they are needed: most of them import torch.
 MODULES = {
     "demo-data": "demo_data",
-    "prepare": "prepare",
+    "prepare": "prepare.command",
     "val-split": "val_split",
     "check-data": "check_data",
     "runs": "runs",
-    "report": "report",
+    "report": "report.command",
     "predict": "predict",
     "reconstruct": "reconstruct",
     "import": "import_weights",
