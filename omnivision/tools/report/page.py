@@ -35,7 +35,7 @@ CURVES = (
 
 def render(runs: Sequence[Run], title: str, clips: bool = True) -> str:
     """The page of some runs, as HTML; whatever they call themselves is escaped. `clips`: with films of their mistakes."""
-    environment = jinja2.Environment(loader=jinja2.PackageLoader("omnivision.report", "."), autoescape=True)
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("omnivision.tools.report", "."), autoescape=True)
     evaluated = [(run, source, found) for run in runs for source, found in run.predicted.items()]
     shown = sorted({run.name: run for run, _, _ in evaluated}.values(), key=_quality, reverse=True)[:WITH_CLIPS]
     different = differing(runs) if len(runs) > 1 else {}
