@@ -1,0 +1,92 @@
+"""Runs and checkpoints of an earlier release (tests/old_runs, written at e208b18) resume and load, with the same numbers.
+
+Each run directory holds its last checkpoint and the one of a step before. A run resumed from the earlier one must reach the weights
+of the last.
+"""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+
+import torch
+
+import omnivision
+from omnivision.utils.safe import safe_load
+from tests.runs import ROOT
+
+OLD_RUNS = Path(__file__).parent / "old_runs"
+SMALL = (
+    "image_size=32 short_side=40 num_frames=4 clip_duration=0.7 num_workers=0 epochs=4 trainer.optim.amp.enabled=false "
+    "trainer.logging.log_freq=1 trainer.logging.pictures_every_epochs=null trainer.accelerator=cpu submitit.use_cluster=false "
+    "trainer.checkpoint.save_every_steps=1 trainer.model.trunk.width=12 trainer.model.trunk.depth=1 "
+    "trainer.model.trunk.heads=2 trainer.model.trunk.tubelet=[2,8,8]"
+).split()
+LABELLED = (
+    "+trainer=mae_ft_ucf101_config batch_size=2 lr_scale_factor=32 ++datasets.ucf101.train.paths=train.npy "
+    "++datasets.ucf101.train.labels=train_labels.npy ++datasets.ucf101.val.paths=val.npy "
+    "++datasets.ucf101.val.labels=val_labels.npy ++datasets.ucf101.num_classes=2"
+).split()
+COMMANDS = {
+    "mae": "+experiments=omnimae/omnimain_train_video +trainer=mae_k150_config trainer/model=vitmicro batch_size=4 "
+    "lr_scale_factor=64 ++datasets.k150.train.paths=train.npy ++datasets.k150.train.labels=null "
+    "trainer.model.decoder.width=12 trainer.model.decoder.depth=1 trainer.model.decoder.heads=2".split(),
+    "finetune": [
+        *"+experiments=omnimae/omnimain_train_video_ft trainer/model=vitmicro_ft".split(),
+        *LABELLED,
+        *"trainer.ema_decay=0.9 pretrained_checkpoint_path=mae".split(),
+    ],
+    "average": [
+        *"+experiments=omnimae/omnimain_train_video_ensemble_ft trainer/model=vitmicro_average_ft".split(),
+        *LABELLED,
+        "pretrained_checkpoint_path=[mae,finetune]",
+    ],
+}
+
+
+class OldRuns(unittest.TestCase):
+    def setUp(self):
+        temporary = tempfile.TemporaryDirectory()
+        self.addCleanup(temporary.cleanup)
+        self.folder = Path(temporary.name) / "old_runs"
+        shutil.copytree(OLD_RUNS, self.folder)
+
+    def resume(self, run: str) -> str:
+        """Resume a run from its checkpoint before the last; returns what it printed."""
+        checkpoints = self.folder / run / "checkpoints"
+        for suffix in (".pt", ".pt.json"):
+            (checkpoints / f"previous{suffix}").replace(checkpoints / f"checkpoint{suffix}")
+        command = [sys.executable, str(ROOT / "train_app_submitit.py"), *SMALL, *COMMANDS[run]]
+        command.append(f"launcher.experiment_log_dir={run}")
+        # Sums in another order round differently: one thread, as when the run was made.
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        made = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True)
+        self.assertEqual(made.returncode, 0, made.stdout + made.stderr)
+        return made.stdout + made.stderr
+
+    def test_resumed_runs_reach_the_weights_of_the_uninterrupted_ones(self):
+        for run in COMMANDS:
+            with self.subTest(run):
+                said = self.resume(run)
+                self.assertRegex(said, "resumed after 3 epochs")
+                expected = safe_load(OLD_RUNS / run / "checkpoints/checkpoint.pt")
+                found = safe_load(self.folder / run / "checkpoints/checkpoint.pt")
+                self.assertLessEqual(expected.keys(), found.keys())
+                self.assertEqual(list(found["model"]), list(expected["model"]))
+                torch.testing.assert_close(found["model"], expected["model"], rtol=1e-4, atol=1e-6)
+                shutil.rmtree(self.folder)
+                shutil.copytree(OLD_RUNS, self.folder)
+
+    def test_checkpoints_load(self):
+        with contextlib.chdir(OLD_RUNS):  # the average names its sources by relative paths
+            for run in ("finetune", "average"):
+                self.assertEqual(len(omnivision.load(run).predict("video_0.mp4")), 2, run)
+            omnivision.load("mae").reconstruct("video_0.mp4")
+
+
+if __name__ == "__main__":
+    unittest.main()
