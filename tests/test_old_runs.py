@@ -1,7 +1,7 @@
 """Runs and checkpoints of an earlier release (tests/old_runs, written at e208b18) resume and load, with the same numbers.
 
-Each run directory holds its last checkpoint and the one of a step before. A run resumed from the earlier one must reach the weights
-of the last.
+Each run directory holds its last checkpoint and the one of a step before. A run resumed from the earlier one must reach the
+weights of the last.
 """
 
 import contextlib
