@@ -24,8 +24,12 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
-    packages=find_packages(include=["omnivision", "omnivision.*"]) + CONFIG_PACKAGES,
-    package_dir={"omnivision": "omnivision", "omnivision.config.yaml": "config"},
+    packages=[*find_packages(include=["omnivision", "omnivision.*"]), *CONFIG_PACKAGES, "omnivision_demo"],
+    package_dir={
+        "omnivision": "omnivision",
+        "omnivision.config.yaml": "config",
+        "omnivision_demo": "examples/demo/omnivision_demo",
+    },
     package_data={package: ["*.yaml"] for package in CONFIG_PACKAGES} | {"omnivision.tools.report": ["*.j2"]},
     py_modules=["train_app_submitit"],
     install_requires=[

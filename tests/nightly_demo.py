@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from omnivision.data.encode import write_film
-from omnivision.demo.actions import ACTIONS
-from omnivision.demo.films import film_spec, render
+from omnivision_demo.actions import ACTIONS
+from omnivision_demo.films import film_spec, render
 from tests import runs
 from tests import stage_runs as stages
 from tests import test_small_data as small_data

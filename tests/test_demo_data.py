@@ -22,14 +22,14 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from omnivision.demo.actions import ACTIONS, motion
-from omnivision.demo.body import body
-from omnivision.demo.camera import camera
-from omnivision.demo.draws import stream
-from omnivision.demo.films import DOMAINS, SPLITS, FilmSpec, Written, channels, film_spec, render, write_demo_data
-from omnivision.demo.places import PLACE_TYPES, place
 from omnivision.tools import demo_data
 from omnivision.utils.errors import UserError
+from omnivision_demo.actions import ACTIONS, motion
+from omnivision_demo.body import body
+from omnivision_demo.camera import camera
+from omnivision_demo.draws import stream
+from omnivision_demo.films import DOMAINS, SPLITS, FilmSpec, Written, channels, film_spec, render, write_demo_data
+from omnivision_demo.places import PLACE_TYPES, place
 
 Array = NDArray[np.float64]
 CLASSES = len(ACTIONS)
@@ -127,7 +127,7 @@ class OnDisk(unittest.TestCase):
             self.assertEqual(_digest(copy), _digest(self.folder))
 
     def test_a_killed_run_leaves_no_process_and_can_be_completed(self) -> None:
-        code = "import sys; from omnivision.demo.films import write_demo_data as w; w(sys.argv[1], train=1, val=1)"
+        code = "import sys; from omnivision_demo.films import write_demo_data as w; w(sys.argv[1], train=1, val=1)"
         with tempfile.TemporaryDirectory() as folder:
             run = subprocess.Popen([sys.executable, "-c", code, folder], stdout=subprocess.PIPE, cwd=ROOT)
             until = time.monotonic() + 20

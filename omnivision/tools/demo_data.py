@@ -5,7 +5,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from omnivision.demo.films import ACTIONS, DOMAINS, Written, write_demo_data
+from omnivision_demo.films import ACTIONS, DOMAINS, Written, write_demo_data
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from omnivision.demo.draws import Colour, between, hsv, pick, scaled, stream, varied
+from omnivision_demo.draws import Colour, between, hsv, pick, scaled, stream, varied
 
 _SKINS: tuple[Colour, ...] = ((246, 208, 177), (233, 178, 139), (198, 134, 94), (150, 96, 62), (98, 62, 42))
 _HAIRS: tuple[Colour, ...] = ((28, 22, 20), (64, 40, 24), (120, 76, 36), (206, 164, 84), (150, 150, 152), (140, 52, 28))

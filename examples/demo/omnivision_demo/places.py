@@ -6,9 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from omnivision.demo import props
-from omnivision.demo.camera import MARGIN_X, MARGIN_Y, Camera, Pen
-from omnivision.demo.draws import Colour, between, pick, scaled, stream, varied
+from omnivision_demo import props
+from omnivision_demo.camera import MARGIN_X, MARGIN_Y, Camera, Pen
+from omnivision_demo.draws import Colour, between, pick, scaled, stream, varied
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from omnivision.demo.draws import Colour, between, pick, stream
+from omnivision_demo.draws import Colour, between, pick, stream
 
 # Everything is drawn this many times larger, then averaged down: smooth edges at little cost.
 OVERSAMPLING = 2

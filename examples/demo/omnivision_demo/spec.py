@@ -6,9 +6,9 @@ the motion can be learnt in one and used in another.
 
 from dataclasses import dataclass
 
-from omnivision.demo.actions import ACTIONS
-from omnivision.demo.draws import between, pick, stream
-from omnivision.demo.places import PLACE_TYPES, place_type
+from omnivision_demo.actions import ACTIONS
+from omnivision_demo.draws import between, pick, stream
+from omnivision_demo.places import PLACE_TYPES, place_type
 
 DOMAINS = ("synthetic", "nohuman", "target")
 SPLITS = ("train", "val")

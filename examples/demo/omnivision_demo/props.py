@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from omnivision.demo.camera import Pen
-from omnivision.demo.draws import Colour, between, hsv, pick, scaled, varied
+from omnivision_demo.camera import Pen
+from omnivision_demo.draws import Colour, between, hsv, pick, scaled, varied
 
 Prop = Callable[[Pen, np.random.Generator, float, float, Colour], None]
 Draws = np.random.Generator

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from omnivision.demo.actions import ACTIONS
-from omnivision.demo.body import Body
-from omnivision.demo.draws import between, stream
+from omnivision_demo.actions import ACTIONS
+from omnivision_demo.body import Body
+from omnivision_demo.draws import between, stream
 
 Array = NDArray[np.float64]
 

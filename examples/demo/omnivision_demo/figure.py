@@ -6,9 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ImageDraw
 
-from omnivision.demo.body import Body
-from omnivision.demo.draws import Colour, scaled
-from omnivision.demo.skeleton import JOINTS
+from omnivision_demo.body import Body
+from omnivision_demo.draws import Colour, scaled
+from omnivision_demo.skeleton import JOINTS
 
 Array = NDArray[np.float64]
 _ARC = np.linspace(-np.pi / 2, np.pi / 2, 7)  # directions of a limb's round end

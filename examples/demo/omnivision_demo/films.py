@@ -23,10 +23,10 @@ from pathlib import Path
 import numpy as np
 
 from omnivision.data.encode import TEMPORARY_SUFFIX, write_film
-from omnivision.demo.actions import ACTIONS
-from omnivision.demo.render import channels, render
-from omnivision.demo.spec import DOMAINS, SPLITS, FilmSpec, film_spec
 from omnivision.utils.errors import UserError
+from omnivision_demo.actions import ACTIONS
+from omnivision_demo.render import channels, render
+from omnivision_demo.spec import DOMAINS, SPLITS, FilmSpec, film_spec
 
 __all__ = ["ACTIONS", "DOMAINS", "SPLITS", "FilmSpec", "Written", "channels", "film_spec", "render", "write_demo_data"]
 

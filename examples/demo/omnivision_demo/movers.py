@@ -2,8 +2,8 @@
 
 import math
 
-from omnivision.demo.camera import Pen
-from omnivision.demo.draws import Colour, scaled
+from omnivision_demo.camera import Pen
+from omnivision_demo.draws import Colour, scaled
 
 _ROUND = 3.6  # world units after which what left on one side comes back on the other
 

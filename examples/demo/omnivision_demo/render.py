@@ -4,13 +4,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ImageDraw
 
-from omnivision.demo import actions, figure, skeleton
-from omnivision.demo.body import body
-from omnivision.demo.camera import MARGIN_X, MARGIN_Y, OVERSAMPLING, Pen, camera, develop, path
-from omnivision.demo.draws import between, hsv, stream
-from omnivision.demo.movers import draw_mover
-from omnivision.demo.places import paint, place
-from omnivision.demo.spec import FilmSpec
+from omnivision_demo import actions, figure, skeleton
+from omnivision_demo.body import body
+from omnivision_demo.camera import MARGIN_X, MARGIN_Y, OVERSAMPLING, Pen, camera, develop, path
+from omnivision_demo.draws import between, hsv, stream
+from omnivision_demo.movers import draw_mover
+from omnivision_demo.places import paint, place
+from omnivision_demo.spec import FilmSpec
 
 
 def channels(spec: FilmSpec) -> NDArray[np.float64]:
