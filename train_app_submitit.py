@@ -45,9 +45,9 @@ CONFIG = HERE / "config" if (HERE / "config" / "config.yaml").is_file() else HER
 
 def main() -> None:
     from omnivision.utils.errors import EXIT_INTERRUPTED, UserError
-    from omnivision.utils.streams import announce, be_patient
+    from omnivision.utils.streams import announce, ignore_broken_pipe
 
-    be_patient()
+    ignore_broken_pipe()
     if {"-h", "--help"} & set(sys.argv[1:]):
         from omnivision.config.usage import usage
 
@@ -66,9 +66,9 @@ def main() -> None:
         print_error(str(error))
         code = error.exit_code
     except Exception as error:
-        from omnivision.launch.exit import how_it_ended, interruption, print_error
+        from omnivision.launch.exit import exit_code_and_reason, print_error, unwrap_keyboard_interrupt
 
-        code, _ = how_it_ended(interruption(error))
+        code, _ = exit_code_and_reason(unwrap_keyboard_interrupt(error))
         if code != EXIT_INTERRUPTED:
             print_error(error)
     sys.exit(code)
@@ -186,12 +186,12 @@ def checked(config: DictConfig) -> "Job":
     from omnivision.config.origins import origin_of
     from omnivision.config.stages import stage_warnings, typed_choices
     from omnivision.config.validate import check
-    from omnivision.launch.launcher import adopt_torchrun, check_way
+    from omnivision.launch.launcher import apply_torchrun_env, validate_launch_mode
     from omnivision.launch.run import Job
     from omnivision.training.preflight import check_run, run_warnings
 
     trust_by_hand(config)
-    adopt_torchrun(config)
+    apply_torchrun_env(config)
     written = OmegaConf.to_container(config, resolve=False)
     folders = [*site_folders(sys.argv[1:]), CONFIG]
     choices = typed_choices(sys.argv[1:])
@@ -199,7 +199,7 @@ def checked(config: DictConfig) -> "Job":
     require_weights_by_hand(settings)
     warnings = stage_warnings(settings, choices)
     if settings.trainer.mode != "dry":
-        warnings += run_warnings(settings, *check_run(settings, check_way))
+        warnings += run_warnings(settings, *check_run(settings, validate_launch_mode))
     if os.environ.get("RANK", "0") == "0":
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)

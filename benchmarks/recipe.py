@@ -18,7 +18,7 @@ from omnivision.reporting.reporter import Reporter
 from omnivision.reporting.run_directory import RunFolder
 from omnivision.training import build
 from omnivision.training.trainer import Trainer
-from omnivision.utils.signals import Stop
+from omnivision.utils.signals import StopSignal
 
 CONFIG = Path(__file__).resolve().parent.parent / "config"
 HERE = ("trainer.accelerator=cpu", "submitit.use_cluster=false", "launcher.num_nodes=1", "launcher.gpus_per_node=1")
@@ -39,7 +39,7 @@ def trainer(folder: Path, *overrides: str) -> Trainer:
     run_folder = RunFolder(folder / "run")
     run_folder.create()
     run_folder.lock()
-    return build.trainer(settings, processes, run_folder, Reporter(run_folder, enabled=True), Stop())
+    return build.trainer(settings, processes, run_folder, Reporter(run_folder, enabled=True), StopSignal())
 
 
 def batch(trainer: Trainer, clips: int, frames: int = 16, image: int = 224, hidden: float = 0.9) -> Batch:

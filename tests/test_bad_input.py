@@ -13,7 +13,7 @@ from unittest import mock
 import numpy as np
 
 from omnivision.reporting.bad_samples import BadSampleLedger
-from omnivision.utils.host import machine
+from omnivision.utils.host import host_id
 from tests import runs
 from tests import stage_runs as stages
 
@@ -109,7 +109,7 @@ class Mistakes(unittest.TestCase):
         folder = self.folder / "held"
         folder.mkdir()
         started = Path(f"/proc/{os.getpid()}/stat").read_text().rpartition(")")[2].split()[19]
-        holder = {"token": "x", "machine": machine(), "pid": os.getpid(), "started": int(started)}
+        holder = {"token": "x", "machine": host_id(), "pid": os.getpid(), "started": int(started)}
         (folder / ".lock").write_text(json.dumps(holder))
         self.assert_refused(*self.data, saying=f"in use by process {os.getpid()}", folder="held")
         self.assertEqual(json.loads((folder / ".lock").read_text()), holder)

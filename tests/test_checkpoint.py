@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from omnivision.checkpoint import checkpointer as checkpoint
-from omnivision.utils.errors import Terminated, UserError
+from omnivision.utils.errors import StopRequested, UserError
 
 
 class Canary:
@@ -150,7 +150,7 @@ class Saving(Folder):
             self.assertEqual((found["step"], problems, (self.folder / "best.pt").exists()), (1, [], False))
 
     def test_what_interrupts_a_save_is_what_is_raised(self):
-        for reason in (OSError(28, "No space left on device"), KeyboardInterrupt(), Terminated("SIGTERM")):
+        for reason in (OSError(28, "No space left on device"), KeyboardInterrupt(), StopRequested("SIGTERM")):
             with self.subTest(type(reason)):
                 file = mock.Mock(write=mock.Mock(side_effect=itertools.chain([64], itertools.repeat(reason))))
                 opened = mock.MagicMock()

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from omnivision.checkpoint.pretrained import LoadReport
 from omnivision.launch import launcher as launch
-from omnivision.launch.exit import explain, how_it_ended
+from omnivision.launch.exit import exit_code_and_reason, explain
 from omnivision.reporting.console import ProgressLine
 from omnivision.reporting.reporter import Reporter
 from omnivision.reporting.run_directory import RunFolder
@@ -26,9 +26,9 @@ from omnivision.tools.inference import Guess
 from omnivision.tools.main import main
 from omnivision.training.evaluate import Evaluation
 from omnivision.training.run_messages import end_lines, start_lines
-from omnivision.utils.errors import EXIT_INTERRUPTED, Terminated, UserError
-from omnivision.utils.signals import Stop
-from omnivision.utils.streams import PatientStream, announce, fit, wrap
+from omnivision.utils.errors import EXIT_INTERRUPTED, StopRequested, UserError
+from omnivision.utils.signals import StopSignal
+from omnivision.utils.streams import SafeStream, announce, fit, wrap
 from tests.test_trainer import Noise, trainer
 
 WIDTHS = (60, 80, 120)
@@ -59,8 +59,8 @@ class Stopped(Folder):
     def test_a_run_that_was_stopped_as_asked_tells_of_no_error(self):
         folder = RunFolder(self.folder)
         for error, code, again in (
-            (Terminated("SIGTERM", saved_step=5), 143, "the same command"),
-            (Terminated("SIGTERM"), 143, ""),
+            (StopRequested("SIGTERM", saved_step=5), 143, "the same command"),
+            (StopRequested("SIGTERM"), 143, ""),
             (KeyboardInterrupt(), EXIT_INTERRUPTED, ""),
         ):
             with contextlib.redirect_stderr(io.StringIO()) as said:
@@ -75,7 +75,7 @@ class Stopped(Folder):
 class Output(unittest.TestCase):
     def test_a_result_that_cannot_be_written_is_an_error_but_a_closed_pipe_is_none(self):
         for cause, code in ((OSError(errno.ENOSPC, "No space left on device"), 1), (BrokenPipeError(), 0), (None, 0)):
-            stream = PatientStream(mock.Mock(write=mock.Mock(side_effect=cause), fileno=mock.Mock(side_effect=OSError)))
+            stream = SafeStream(mock.Mock(write=mock.Mock(side_effect=cause), fileno=mock.Mock(side_effect=OSError)))
             made = mock.Mock(**{"parse_known_args.return_value": (mock.Mock(run=lambda _: print("result") or 0), [])})
             with (
                 mock.patch.object(sys, "stdout", stream),
@@ -262,9 +262,9 @@ class Interrupted(Folder):
         for text, expected in zip(texts, ("nothing is saved", "step 3 is saved", "step 3 is saved"), strict=True):
             self.assertIn(expected, text)
         error = KeyboardInterrupt()
-        error.add_note(Stop().describe_saved())
-        self.assertEqual(how_it_ended(error)[0], EXIT_INTERRUPTED)
-        self.assertIn("nothing is saved", how_it_ended(error)[1])
+        error.add_note(StopSignal().describe_saved())
+        self.assertEqual(exit_code_and_reason(error)[0], EXIT_INTERRUPTED)
+        self.assertIn("nothing is saved", exit_code_and_reason(error)[1])
 
     def test_a_sweep_ends_with_the_run_that_is_interrupted(self):
         jobs = []

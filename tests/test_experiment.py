@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from omnivision.checkpoint import fingerprint as experiment
 from omnivision.checkpoint.fingerprint import changed_settings, class_changes, differences, fingerprint, flat
 from omnivision.config.schema import DatasetSettings
-from omnivision.launch.run import Job, note_beginning
+from omnivision.launch.run import Job, write_run_metadata
 from omnivision.optim.schedules import Scaled, WarmupCosine
 from omnivision.reporting.run_directory import RunFolder
 from tests import runs
@@ -92,7 +92,7 @@ class Commit(unittest.TestCase):
                 mock.patch("omnivision.checkpoint.fingerprint.git_commit", return_value=commit),
                 mock.patch("omnivision.training.build.facts", return_value={}),
             ):
-                note_beginning(job, folder, trainer, None, on_cluster=False)
+                write_run_metadata(job, folder, trainer, None, on_cluster=False)
         self.assertEqual(folder.read_summary()["run"]["commits"], ["a", "b-dirty"])
 
     def test_going_on_with_another_commit_is_said_and_not_refused(self):

@@ -7,7 +7,7 @@ import sys
 import unittest
 
 from omnivision.utils.io import append_line, replace_atomically, temporary_beside, write_atomically
-from omnivision.utils.streams import PatientStream
+from omnivision.utils.streams import SafeStream
 from tests import runs
 from tests.test_checkpoint import Folder
 
@@ -48,14 +48,14 @@ class Files(Folder):
 class Streams(unittest.TestCase):
     def test_what_cannot_be_encoded(self):
         raw = io.BytesIO()
-        stream = PatientStream(io.TextIOWrapper(raw, "ascii"))
+        stream = SafeStream(io.TextIOWrapper(raw, "ascii"))
         stream.write("caf\xe9 \udce9")
         stream.flush()
         self.assertEqual(raw.getvalue(), b"caf\\xe9 \\udce9")
 
     def test_a_program_whose_output_nobody_takes_ends_as_it_would(self):
         code = (
-            "from omnivision.utils.streams import be_patient; be_patient()\n"
+            "from omnivision.utils.streams import ignore_broken_pipe; ignore_broken_pipe()\n"
             "import sys\n"
             "for _ in range(3): print('x' * 100_000, flush=True); print('y' * 100_000, file=sys.stderr)\n"
             "sys.exit(7)"

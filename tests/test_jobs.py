@@ -40,9 +40,9 @@ from omnivision.launch.submission import (
     require_free,
     warn_of_other_settings,
 )
-from omnivision.launch.watchdog import lost_contact
+from omnivision.launch.watchdog import is_peer_lost
 from omnivision.reporting.run_directory import RunFolder
-from omnivision.utils.errors import LostContact, Terminated, UserError
+from omnivision.utils.errors import PeerLostError, StopRequested, UserError
 from omnivision.utils.signals import TIME_LIMIT
 from tests import runs, stage_runs
 
@@ -146,7 +146,7 @@ class Records(Folder):
 
         def verdict(cause: str, **more: str) -> tuple[str, bool]:
             with mock.patch.object(slurm, "job_facts", return_value=facts | more):
-                made = record.verdict(Terminated(cause, saved_step=7), "ended")
+                made = record.verdict(StopRequested(cause, saved_step=7), "ended")
             return made.status, made.requeue
 
         self.assertEqual(verdict("SIGTERM"), ("interrupted", False), "scancel")
@@ -163,7 +163,10 @@ class Records(Folder):
 
     def test_which_process_is_gone_or_that_none_is(self):
         for error, saying in (
-            (LostContact("process 3 is gone; last seen in a step, after step 9"), "process 3 is gone; .*after step 9 "),
+            (
+                PeerLostError("process 3 is gone; last seen in a step, after step 9"),
+                "process 3 is gone; .*after step 9 ",
+            ),
             (RuntimeError("NCCL error"), "another process is gone without a word, with its node perhaps "),
             (dist.DistNetworkError("port: 28745 EADDRINUSE"), "the port that the processes meet at is taken "),
         ):
@@ -188,11 +191,11 @@ class Records(Folder):
         decide = threading.Timer(0.5, lambda: record.note("decided"))
         self.record(1).note("decided")  # of an earlier start
         decide.start()
-        record.fault(Terminated("SIGUSR2"), "asked")
+        record.fault(StopRequested("SIGUSR2"), "asked")
         self.assertGreaterEqual(time.monotonic() - began, 0.5)
         decide.join()
         with mock.patch.object(job_record, "DECISION_SECONDS", 0.3):
-            self.record(3).fault(Terminated("SIGUSR2"), "not for ever")
+            self.record(3).fault(StopRequested("SIGUSR2"), "not for ever")
 
     def test_what_another_process_said_before_it_left(self):
         gone = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3344")
@@ -211,22 +214,24 @@ class Records(Folder):
             verdict = record.verdict(gone, "gone")
         self.assertEqual((verdict.status, verdict.reason), ("failed", "process 5 failed: ValueError: no memory"))
         with mock.patch.object(slurm, "job_facts", return_value={"JobState": "RUNNING"}):
-            ended = self.record(1).verdict(Terminated("SIGTERM"), "ended by SIGTERM")  # by SLURM, because of process 5
+            ended = self.record(1).verdict(
+                StopRequested("SIGTERM"), "ended by SIGTERM"
+            )  # by SLURM, because of process 5
         self.assertEqual((ended.status, ended.reason), ("failed", "process 5 failed: ValueError: no memory"))
 
     def test_nobody_waits_for_a_process_0_that_is_silent(self):
         began = time.monotonic()
-        self.record(1).fault(LostContact("process 0 has given no sign of life"), "LostContact: process 0 is silent")
+        self.record(1).fault(PeerLostError("process 0 has given no sign of life"), "PeerLostError: process 0 is silent")
         self.assertLess(time.monotonic() - began, 5)
         with mock.patch.object(job_record, "DECISION_SECONDS", 0.1):  # what killed it is SLURM's to tell
-            self.record(1).fault(LostContact("process 0 is gone", gone=True), "LostContact: process 0 is gone")
+            self.record(1).fault(PeerLostError("process 0 is gone", gone=True), "PeerLostError: process 0 is gone")
         [line] = [line for line in jobs.history(self.folder, "a") if line["event"] == "lost"]
         self.assertEqual((line["restarts"], line["rank"]), (1, 5))
 
     def test_which_errors_say_that_another_process_is_gone(self):
-        self.assertTrue(lost_contact(RuntimeError("NCCL error: remote process exited")))
-        self.assertFalse(lost_contact(RuntimeError("CUDA out of memory")))
-        self.assertFalse(lost_contact(ValueError("gloo")))
+        self.assertTrue(is_peer_lost(RuntimeError("NCCL error: remote process exited")))
+        self.assertFalse(is_peer_lost(RuntimeError("CUDA out of memory")))
+        self.assertFalse(is_peer_lost(ValueError("gloo")))
 
 
 class Ended(Folder):
@@ -753,7 +758,7 @@ class Submission(Folder):
                 )
             ]
             with self.assertRaisesRegex(UserError, "submitit.use_cluster"):
-                launch.check_way(shown[0][0])
+                launch.validate_launch_mode(shown[0][0])
             srun = Path(programs, "srun")
             srun.touch(0o755)  # submitit looks for it, and does not call it
             for settings, script in shown:

@@ -11,7 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 import train_app_submitit
-from omnivision.launch.exit import how_it_ended, interruption
+from omnivision.launch.exit import exit_code_and_reason, unwrap_keyboard_interrupt
 from omnivision.utils.errors import EXIT_FAULT, EXIT_INTERRUPTED
 from tests.runs import ROOT
 
@@ -312,11 +312,11 @@ class Mistakes(unittest.TestCase):
             except KeyboardInterrupt as stroke:
                 raise RuntimeError("of a library") from stroke
         except RuntimeError as error:
-            self.assertEqual(how_it_ended(interruption(error))[0], EXIT_INTERRUPTED)
-        self.assertEqual(how_it_ended(interruption(RuntimeError("x")))[0], EXIT_FAULT)
+            self.assertEqual(exit_code_and_reason(unwrap_keyboard_interrupt(error))[0], EXIT_INTERRUPTED)
+        self.assertEqual(exit_code_and_reason(unwrap_keyboard_interrupt(RuntimeError("x")))[0], EXIT_FAULT)
         one, other = MemoryError(), ValueError()
         one.__cause__, other.__context__ = other, one  # as `raise one from other` makes it while one is handled
-        self.assertIs(interruption(one), one)
+        self.assertIs(unwrap_keyboard_interrupt(one), one)
 
     def test_flags_may_stand_anywhere(self):
         for given, wanted in (

@@ -15,7 +15,7 @@ import torch
 
 import omnivision
 from omnivision.config.targets import target_problems
-from omnivision.launch.exit import how_it_ended, print_error
+from omnivision.launch.exit import exit_code_and_reason, print_error
 from omnivision.models import architecture
 from omnivision.models.classifier import VideoClassifier
 from omnivision.models.vit import VisionTransformer
@@ -185,7 +185,7 @@ class Memory(Case):
 
     def test_every_kind_is_a_paragraph_with_the_same_exit_code(self):
         for error in self.ERRORS:
-            code, reason = how_it_ended(error)
+            code, reason = exit_code_and_reason(error)
             self.assertEqual(code, EXIT_FAULT)
             self.assertIn("batch_size", reason)
             with contextlib.redirect_stderr(io.StringIO()) as told:

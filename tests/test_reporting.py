@@ -20,7 +20,7 @@ from omnivision.reporting.console import ProgressLine, Starvation
 from omnivision.reporting.metrics_log import MetricsLog, read_lines
 from omnivision.reporting.predictions import confusion_picture
 from omnivision.reporting.reporter import Reporter
-from omnivision.reporting.run_directory import RunFolder, finite, machine, process_start
+from omnivision.reporting.run_directory import RunFolder, finite, host_id, process_start
 from omnivision.tasks.base import Pictures
 from omnivision.utils.errors import UserError
 from omnivision.utils.io import remove_leftovers
@@ -131,7 +131,7 @@ class Lock(Folder):
 
     def test_the_lock_of_a_dead_process_is_taken_over(self):
         dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
-        holder = {"token": "x", "host": "here", "machine": machine(), "pid": int(dead.stdout), "started": 1}
+        holder = {"token": "x", "host": "here", "machine": host_id(), "pid": int(dead.stdout), "started": 1}
         (self.folder / ".lock").write_text(json.dumps(holder))
         folder = RunFolder(self.folder)
         self.assertIn("Took over the lock", folder.lock())
@@ -140,7 +140,7 @@ class Lock(Folder):
     def test_a_reused_process_id_is_not_the_holder(self):
         holder = {
             "token": "x",
-            "machine": machine(),
+            "machine": host_id(),
             "pid": os.getpid(),
             "started": process_start(os.getpid()) - 1,
         }

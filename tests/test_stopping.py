@@ -9,80 +9,80 @@ import unittest
 from unittest import mock
 
 from omnivision.utils import signals as stopping
-from omnivision.utils.errors import Terminated
-from omnivision.utils.signals import TIME_LIMIT, Stop, undisturbed, unheard
+from omnivision.utils.errors import StopRequested
+from omnivision.utils.signals import TIME_LIMIT, StopSignal, signals_blocked, signals_ignored
 from tests import runs
 
 
 class Signals(unittest.TestCase):
     def test_a_patient_run_notes_them_and_others_end_at_once(self):
         for number, name, code in ((signal.SIGTERM, "SIGTERM", 143), (signal.SIGUSR2, "SIGUSR2", 140)):
-            stop = Stop()
-            with stop.listening():
-                stop.hear()
-                with self.assertRaises(Terminated) as ended:
+            stop = StopSignal()
+            with stop.handle_signals():
+                stop.raise_if_requested()
+                with self.assertRaises(StopRequested) as ended:
                     os.kill(os.getpid(), number)
                 self.assertEqual((ended.exception.cause, ended.exception.exit_code), (name, code))
-                self.assertRaises(Terminated, stop.patience)
-            stop = Stop()
-            with stop.listening():
-                stop.hear()
-                stop.patience()
+                self.assertRaises(StopRequested, stop.defer)
+            stop = StopSignal()
+            with stop.handle_signals():
+                stop.raise_if_requested()
+                stop.defer()
                 self.assertIsNone(stop.cause)
                 os.kill(os.getpid(), number)
                 self.assertEqual(stop.cause, name)
         self.assertEqual(signal.getsignal(signal.SIGTERM), signal.SIG_DFL)
 
     def test_one_request_may_come_twice_but_a_second_one_leaves_at_once(self):
-        stop = Stop()
-        with stop.listening(), mock.patch.object(stopping.time, "monotonic") as clock:
-            stop.hear()
-            stop.patience()
+        stop = StopSignal()
+        with stop.handle_signals(), mock.patch.object(stopping.time, "monotonic") as clock:
+            stop.raise_if_requested()
+            stop.defer()
             clock.return_value = 100.0
             os.kill(os.getpid(), signal.SIGTERM)
             clock.return_value = 100.9
             os.kill(os.getpid(), signal.SIGTERM)
             clock.return_value = 101.1
-            with self.assertRaises(Terminated):
+            with self.assertRaises(StopRequested):
                 os.kill(os.getpid(), signal.SIGTERM)
 
     def test_what_a_process_does_about_a_signal_is_not_interrupted_by_another(self):
-        stop = Stop()
-        with stop.listening():
-            stop.hear()
-            with self.assertRaises(Terminated):
+        stop = StopSignal()
+        with stop.handle_signals():
+            stop.raise_if_requested()
+            with self.assertRaises(StopRequested):
                 os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGUSR2)
             os.kill(os.getpid(), signal.SIGTERM)
 
     def test_a_signal_that_came_before_is_told_where_it_is_caught(self):
-        stop = Stop()
-        with stop.listening():
+        stop = StopSignal()
+        with stop.handle_signals():
             os.kill(os.getpid(), signal.SIGTERM)
-            with self.assertRaisesRegex(Terminated, "SIGTERM"):
-                stop.hear()
-            stop.hear()  # once
+            with self.assertRaisesRegex(StopRequested, "SIGTERM"):
+                stop.raise_if_requested()
+            stop.raise_if_requested()  # once
 
     def test_what_comes_after_the_end_changes_nothing(self):
         code = (
-            "import os, signal; from omnivision.utils.signals import Stop\n"
-            "with Stop().listening(deaf_afterwards=True): pass\n"
+            "import os, signal; from omnivision.utils.signals import StopSignal\n"
+            "with StopSignal().handle_signals(ignore_after=True): pass\n"
             "for number in (signal.SIGTERM, signal.SIGUSR2): os.kill(os.getpid(), number)"
         )
         self.assertEqual(subprocess.run([sys.executable, "-c", code]).returncode, 0)
 
     def test_sigterm_after_an_announcement_is_the_same_request(self):
-        stop = Stop()
-        with stop.listening(), mock.patch.object(stopping.time, "monotonic") as clock:
-            stop.hear()
-            stop.patience()
+        stop = StopSignal()
+        with stop.handle_signals(), mock.patch.object(stopping.time, "monotonic") as clock:
+            stop.raise_if_requested()
+            stop.defer()
             for at, number in ((100.0, signal.SIGUSR2), (130.0, signal.SIGTERM), (130.5, signal.SIGUSR2)):
                 clock.return_value = at
                 os.kill(os.getpid(), number)
             self.assertEqual(stop.cause, "SIGUSR2")
 
     def test_nothing_disturbs_what_is_being_written_down_nor_what_is_started_then(self):
-        with undisturbed():
+        with signals_ignored():
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
                 os.kill(os.getpid(), number)
             child = subprocess.run(["sh", "-c", "kill -TERM $$; echo survived"], capture_output=True, text=True)
@@ -93,11 +93,11 @@ class Signals(unittest.TestCase):
             "import os, signal; os.kill(os.getpid(), signal.SIGUSR2); os.kill(os.getpid(), signal.SIGTERM); "
             "print('survived')"
         )
-        stop = Stop()
-        with stop.listening():
-            stop.hear()
-            stop.patience()
-            with unheard():
+        stop = StopSignal()
+        with stop.handle_signals():
+            stop.raise_if_requested()
+            stop.defer()
+            with signals_blocked():
                 os.kill(os.getpid(), signal.SIGUSR2)
                 child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
             self.assertEqual(child.stdout, "survived\n", child.stderr)
@@ -107,13 +107,13 @@ class Signals(unittest.TestCase):
         code = (
             "import os, signal, sys\n"
             "signal.signal(signal.SIGHUP, getattr(signal, sys.argv[1]))\n"  # as nohup, which these tests may run under
-            "from omnivision.utils.errors import Terminated\n"
-            "from omnivision.utils.signals import Stop\n"
-            "stop = Stop()\n"
-            "with stop.listening():\n"
-            "    stop.patience()\n"
+            "from omnivision.utils.errors import StopRequested\n"
+            "from omnivision.utils.signals import StopSignal\n"
+            "stop = StopSignal()\n"
+            "with stop.handle_signals():\n"
+            "    stop.defer()\n"
             "    os.kill(os.getpid(), signal.SIGHUP)\n"
-            "    print(stop.cause, stop.cause and Terminated(stop.cause).exit_code)"
+            "    print(stop.cause, stop.cause and StopRequested(stop.cause).exit_code)"
         )
         for before, told in (("SIG_DFL", "SIGHUP 129"), ("SIG_IGN", "None None")):
             made = subprocess.run([sys.executable, "-c", code, before], capture_output=True, text=True, cwd=runs.ROOT)
@@ -122,11 +122,11 @@ class Signals(unittest.TestCase):
 
 class Clock(unittest.TestCase):
     def test_a_run_leaves_when_what_is_left_is_what_it_needs(self):
-        stop = Stop()
+        stop = StopSignal()
         with mock.patch.object(stopping.time, "time") as now:
             now.return_value = 1000.0
             stop.end_at(5000.0)
-            stop.note_step(4.0)
+            stop.update_step_time(4.0)
             stop.save_seconds = 11.0
             self.assertEqual(stop.needed, 2 * (4 + 11) + 10)
             now.return_value = 4959.0
@@ -137,16 +137,16 @@ class Clock(unittest.TestCase):
             self.assertEqual(stop.cause, TIME_LIMIT, "all processes must find the same when they look again")
 
     def test_a_short_job_does_something_at_all(self):
-        stop = Stop()
+        stop = StopSignal()
         self.assertIsNone(stop.cause, "without a deadline it never comes")
         stop.end_at(time.time() + 20)
         self.assertIsNone(stop.cause)
         self.assertLessEqual(stop.needed, 10)
 
     def test_the_slowest_step_counts_and_is_forgotten(self):
-        stop = Stop()
+        stop = StopSignal()
         for seconds in (1.0, 9.0, *[1.0] * 100):
-            stop.note_step(seconds)
+            stop.update_step_time(seconds)
         self.assertLess(stop.step_seconds, 4)
         self.assertGreater(stop.step_seconds, 1)
 

@@ -47,7 +47,7 @@ from omnivision.training.evaluate import Evaluation
 from omnivision.training.resuming import take_up
 from omnivision.training.steps import posted
 from omnivision.training.trainer import Options, Trainer
-from omnivision.utils.errors import NonFiniteError, Terminated, UserError
+from omnivision.utils.errors import NonFiniteError, StopRequested, UserError
 from tests.runs import ROOT
 
 TUBELET = (2, 8, 8)
@@ -415,7 +415,7 @@ class Loop(unittest.TestCase):
                 made.stop.signals.append(signal.SIGUSR2)
             return given(dataset, request)
 
-        with mock.patch.object(Noise, "__getitem__", asking), self.assertRaises(Terminated) as ended:
+        with mock.patch.object(Noise, "__getitem__", asking), self.assertRaises(StopRequested) as ended:
             made.fit()
         made.reporter.close()
         self.assertEqual((ended.exception.cause, ended.exception.saved_step), ("SIGUSR2", made.global_step))
@@ -446,7 +446,7 @@ class Loop(unittest.TestCase):
         made = trainer(self.folder / "only", val=Noise(5), max_epochs=1)
         self.addCleanup(made.reporter.close)
         made.stop.signals.append(signal.SIGTERM)
-        with self.assertRaises(Terminated) as ended:
+        with self.assertRaises(StopRequested) as ended:
             made.validate_only()
         self.assertIsNone(ended.exception.saved_step)
 

@@ -14,11 +14,11 @@ import unittest
 from pathlib import Path
 from unittest import mock
 
-from omnivision.launch.exit import Ending
-from omnivision.launch.watchdog import Peers, Watchdog
+from omnivision.launch.exit import ExitHandler
+from omnivision.launch.watchdog import PeerMonitor, Watchdog
 from omnivision.reporting.run_directory import RunFolder
-from omnivision.utils.errors import LostContact, Terminated
-from omnivision.utils.signals import Stop
+from omnivision.utils.errors import PeerLostError, StopRequested
+from omnivision.utils.signals import StopSignal
 from tests import runs
 from tests.test_launch import children
 
@@ -27,9 +27,9 @@ class Asked(unittest.TestCase):
     """The thread alone; `leave` notes what it was called with."""
 
     def leaves(self, *signals: int, seconds: float, grace: float = 60.0, answered: bool = False) -> list:
-        stop, left = Stop(), []
+        stop, left = StopSignal(), []
         stop.save_seconds, stop.doing, stop.step = 0.0, "saving", 7
-        with stop.listening():
+        with stop.handle_signals():
             watchdog = Watchdog(stop, lambda *given: left.append(given), grace)
             with watchdog.watching():
                 for number in signals:
@@ -44,7 +44,7 @@ class Asked(unittest.TestCase):
             self.assertEqual(self.leaves(signal.SIGTERM, seconds=0, grace=3), [])
             self.assertEqual(self.leaves(signal.SIGTERM, seconds=2, grace=2, answered=True), [], "it is leaving")
             (error, at_once), *_ = self.leaves(signal.SIGUSR2, seconds=1, grace=1.5)
-        self.assertIsInstance(error, Terminated)
+        self.assertIsInstance(error, StopRequested)
         self.assertEqual((error.cause, at_once), ("SIGUSR2", False))
         self.assertRegex(error.__notes__[0], "it had not left . s later, saving, after step 7")
 
@@ -56,7 +56,7 @@ class Asked(unittest.TestCase):
             self.assertEqual(self.leaves(signal.SIGUSR2, signal.SIGUSR2, seconds=0.5), [], "announced again")
 
     def test_outside_of_the_main_thread_nothing_is_watched(self):
-        thread = threading.Thread(target=lambda: Watchdog(Stop(), self.fail, 1).watching().__enter__())
+        thread = threading.Thread(target=lambda: Watchdog(StopSignal(), self.fail, 1).watching().__enter__())
         thread.start()
         thread.join()
 
@@ -67,7 +67,7 @@ class Leaving(unittest.TestCase):
             folder = RunFolder(name)
             folder.create()
             folder.lock()
-            ending = Ending(folder, 0, validating=False, record=None)
+            ending = ExitHandler(folder, 0, validating=False, record=None)
             ending.locked = True
             stale = OSError(116, "Stale file handle")
             with (
@@ -76,7 +76,7 @@ class Leaving(unittest.TestCase):
                 contextlib.redirect_stderr(io.StringIO()),
                 contextlib.suppress(OSError),  # `os._exit` would not have come back
             ):
-                ending.leave(Terminated("SIGTERM"), at_once=True)
+                ending.leave(StopRequested("SIGTERM"), at_once=True)
             left.assert_called_once_with(143)
             folder.unlock()
 
@@ -87,31 +87,31 @@ class Silence(unittest.TestCase):
         self.addCleanup(temporary.cleanup)
         self.folder = Path(temporary.name)
 
-    def peers(self, rank: int, world: int = 3, timeout: float = 40.0, left: list | None = None) -> Peers:
-        stop = Stop()
-        stop.now("in a step", 12)
-        return Peers(self.folder, rank, world, stop, timeout, lambda error, _: (left or []).append(error))
+    def peers(self, rank: int, world: int = 3, timeout: float = 40.0, left: list | None = None) -> PeerMonitor:
+        stop = StopSignal()
+        stop.set_phase("in a step", 12)
+        return PeerMonitor(self.folder, rank, world, stop, timeout, lambda error, _: (left or []).append(error))
 
     def test_who_is_silent_and_who_is_gone(self):
         others = [self.peers(rank) for rank in (1, 2)]
         main = self.peers(0)
-        self.assertIsNone(main.silent())
+        self.assertIsNone(main.find_dead_peers())
         file = self.folder / "rank_2.alive"
         os.utime(file, (time.time() - 50, time.time() - 50))
         self.assertRegex(
-            str(main.silent()),
+            str(main.find_dead_peers()),
             r"^process 2 \(pid \d+ on .*\) has given no sign of life for 5\d s; last seen in a step, after step 12, 5\d s"
             r" before; process 0 was in a step, after step 12$",
         )
-        self.assertIsNone(others[0].silent(), "it watches process 0 alone")
+        self.assertIsNone(others[0].find_dead_peers(), "it watches process 0 alone")
         dead = subprocess.Popen(["true"])
         dead.wait()
         said = json.loads((self.folder / "rank_1.alive").read_text())
         (self.folder / "rank_1.alive").write_text(json.dumps(said | {"pid": dead.pid}))
-        self.assertRegex(str(main.silent()), rf"process 1 \(pid {dead.pid} on .*\) is gone; .*; process 2 ")
+        self.assertRegex(str(main.find_dead_peers()), rf"process 1 \(pid {dead.pid} on .*\) is gone; .*; process 2 ")
         for damage in ("", "[]", "{"):
             (self.folder / "rank_1.alive").write_text(damage)
-            self.assertRegex(str(main.silent()), "^process 2 ")
+            self.assertRegex(str(main.find_dead_peers()), "^process 2 ")
 
     def test_one_that_is_silent_for_too_long_is_told(self):
         left: list = [None]
@@ -122,7 +122,7 @@ class Silence(unittest.TestCase):
         while len(left) == 1 and time.monotonic() < deadline:
             time.sleep(0.05)
         main.end()
-        self.assertIsInstance(left[1], LostContact)
+        self.assertIsInstance(left[1], PeerLostError)
         self.assertIn("process 1 ", str(left[1]))
 
     def test_all_that_were_suspended_together_go_on(self):
@@ -138,7 +138,7 @@ class Silence(unittest.TestCase):
             time.sleep(0.1)
         main.end()
         self.assertEqual(left, [None])
-        self.assertIsNone(main.silent(), "it has left itself")
+        self.assertIsNone(main.find_dead_peers(), "it has left itself")
         self.assertFalse((self.folder / "rank_0.alive").exists())
 
     def test_one_process_writes_nothing(self):

@@ -21,7 +21,7 @@ from omnivision.data.epoch import EpochPlan, Request
 from omnivision.distributed.allocator import keep_freed_memory
 from omnivision.distributed.process_group import Processes, leave_with
 from omnivision.utils.errors import DataWorkerError, UserError
-from omnivision.utils.signals import end_workers, unheard
+from omnivision.utils.signals import end_workers, signals_blocked
 
 FILES_TOLD = 8
 
@@ -227,7 +227,7 @@ def data_loader(dataset: ClipDataset, batches: _Steps | _Videos, workers: Worker
         # SLURM signals every process of a job. A worker that ended then would end the run, which still has to save. (Python's
         # resource tracker comes first, since starting it unblocks SIGTERM.)
         multiprocessing.resource_tracker.ensure_running()
-        with unheard():
+        with signals_blocked():
             multiprocessing.forkserver.ensure_running()
     return DataLoader(
         dataset,  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
 """`trainer.mode=dry`: what would stop a run, and what it would be.
 
-The checks are those of a run: `preflight.check_run`, and `process.ready_trainer` with a model on the meta device, which
+The checks are those of a run: `preflight.check_run`, and `process.build_and_restore` with a model on the meta device, which
 compares weights and checkpoints by name and shape. A few videos of each split are opened, to find clips that are too short.
 """
 
@@ -25,8 +25,8 @@ from omnivision.config.schema import Settings
 from omnivision.data.catalog import Split
 from omnivision.distributed.process_group import Place, choose_device
 from omnivision.launch import slurm
-from omnivision.launch.launcher import batch_script, check_submission, check_way
-from omnivision.launch.run import Job, ready_trainer, run_folder
+from omnivision.launch.launcher import batch_script, check_submission, validate_launch_mode
+from omnivision.launch.run import Job, build_and_restore, run_folder
 from omnivision.launch.submission import known_jobs
 from omnivision.models.average import AveragedClassifier
 from omnivision.optim.groups import ScheduledOptimizer
@@ -49,7 +49,7 @@ from omnivision.training.run_messages import describe_resumed
 from omnivision.training.trainer import Trainer
 from omnivision.utils.errors import EXIT_USER, UserError
 from omnivision.utils.io import LATEST, replace_atomically
-from omnivision.utils.signals import Stop
+from omnivision.utils.signals import StopSignal
 from omnivision.utils.streams import fit
 
 WIDTH = 60  # characters of a curve in the terminal
@@ -74,7 +74,7 @@ def dry_run(job: Job) -> int:
     lines: list[str] = []
     splits: tuple[list[Split], list[Split]] = [], []
     try:
-        splits = check_run(settings, check_way)
+        splits = check_run(settings, validate_launch_mode)
     except UserError as error:
         problems += error.problems
         with contextlib.suppress(UserError):
@@ -116,7 +116,7 @@ def check_start(job: Job, splits: tuple[list[Split], list[Split]]) -> tuple[Trai
     reporter = Reporter(folder, enabled=True, console=Console(file=output))
     checks: list[Callable[[], object]] = []
     if not awaits_dependency(settings):
-        checks.append(lambda: ready_trainer(job, processes, folder, reporter, Stop(), splits))
+        checks.append(lambda: build_and_restore(job, processes, folder, reporter, StopSignal(), splits))
     if not settings.submitit.use_cluster:
         last = settings.launcher.gpus_per_node - 1
         checks.append(lambda: build.check_device(settings, choose_device(settings.trainer.accelerator, last)))

@@ -10,19 +10,19 @@ import traceback
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
-from omnivision.launch.watchdog import Peers, Watchdog, lost_contact, write_stacks
+from omnivision.launch.watchdog import PeerMonitor, Watchdog, is_peer_lost, write_stacks
 from omnivision.reporting.run_directory import WAITING, RunFolder
 from omnivision.utils.errors import (
     EXIT_FAULT,
     EXIT_INTERRUPTED,
-    LostContact,
-    Terminated,
+    PeerLostError,
+    StopRequested,
     UserError,
     causes,
     is_out_of_memory,
     out_of_memory,
 )
-from omnivision.utils.signals import Stop
+from omnivision.utils.signals import StopSignal
 
 if TYPE_CHECKING:
     from omnivision.launch.job_record import JobRecord
@@ -35,18 +35,18 @@ LESS_MEMORY = (
 )
 
 
-class Ending:
+class ExitHandler:
     """What a process knows of how it may end. The main thread tells why it ends, or one that watches it does."""
 
     def __init__(self, folder: RunFolder, rank: int, validating: bool, record: JobRecord | None) -> None:
         self.folder, self.rank, self.validating, self.record = folder, rank, validating, record
         self.locked = False  # the run folder is this process's
         self.begun = False  # what the summary tells is about this process's training
-        self.peers: Peers | None = None
+        self.peers: PeerMonitor | None = None
         self._watchdog: Watchdog | None = None
         self._one = threading.Lock()
 
-    def watched(self, stop: Stop, grace: float) -> AbstractContextManager[None]:
+    def watched(self, stop: StopSignal, grace: float) -> AbstractContextManager[None]:
         """Inside this block a process that was asked to stop has left when its grace, in seconds, is over."""
         self._watchdog = Watchdog(stop, self.leave, grace)
         return self._watchdog.watching()
@@ -58,7 +58,7 @@ class Ending:
         if not self._one.acquire(blocking=False):
             threading.Event().wait()  # a thread that watches is about to end this process
         if self.peers is not None:
-            if lost_contact(error) and (lost := self.peers.silent()):
+            if is_peer_lost(error) and (lost := self.peers.find_dead_peers()):
                 error = lost.with_traceback(error.__traceback__)
             self.peers.end()
         # A refusal before anything has begun leaves what an earlier run wrote as it is; an evaluation always does.
@@ -75,13 +75,13 @@ class Ending:
         """
         if not self._one.acquire(blocking=False):
             return  # it is ending already
-        code = how_it_ended(error)[0]
+        code = exit_code_and_reason(error)[0]
         try:
             stacks = self.folder.logs / f"rank_{self.rank}_stacks.txt"
             write_stacks(stacks)
             error.add_note(f"what each thread was doing is in {stacks}")
             # Process 0 tells how a run ended, or, when that one is silent, whoever notices.
-            tells = not self.validating and (self.locked or isinstance(error, LostContact))
+            tells = not self.validating and (self.locked or isinstance(error, PeerLostError))
             explain(error, self.folder, tells, self.rank, None if at_once else self.record)
             self.unlock()
         except BaseException:  # a file system that does not answer, say: told, and no reason to stay
@@ -98,17 +98,17 @@ def explain(error: BaseException, folder: RunFolder, tells: bool, rank: int, rec
     """Say why a process ends, on the console, in its log and, if it `tells` of this run, in `summary.json`; returns the exit
     code.
     """
-    code, reason = how_it_ended(error)
+    code, reason = exit_code_and_reason(error)
     # What all processes know is told by one; a fault is told by each that has one.
-    lost = isinstance(error, LostContact)
+    lost = isinstance(error, PeerLostError)
     fault = code == EXIT_FAULT and not isinstance(error, UserError)
     tell = rank == 0 or fault or (isinstance(error, UserError) and not error.everywhere)
-    as_asked = isinstance(error, (KeyboardInterrupt, Terminated))
+    as_asked = isinstance(error, (KeyboardInterrupt, StopRequested))
     LOG.log(logging.WARNING if as_asked else logging.ERROR, reason, exc_info=error if fault else None)
     if tell:
         # Where this process stood when another one went is in its log.
         if as_asked:
-            goes_on = isinstance(error, Terminated) and error.saved_step is not None
+            goes_on = isinstance(error, StopRequested) and error.saved_step is not None
             again = ", and the same command continues from there" if goes_on else ""
             print(f"{reason}{again}", file=sys.stderr, flush=True)
         else:
@@ -127,12 +127,12 @@ def explain(error: BaseException, folder: RunFolder, tells: bool, rank: int, rec
     return code
 
 
-def interruption(error: BaseException) -> BaseException:
+def unwrap_keyboard_interrupt(error: BaseException) -> BaseException:
     """The Ctrl-C behind an exception, which a library may have made one of its own of; else the exception itself."""
     return next((each for each in causes(error) if isinstance(each, KeyboardInterrupt)), error)
 
 
-def how_it_ended(error: BaseException) -> tuple[int, str]:
+def exit_code_and_reason(error: BaseException) -> tuple[int, str]:
     """Exit code and reason."""
     notes = "".join(f"; {note}" for note in getattr(error, "__notes__", []))
     match error:
@@ -140,10 +140,10 @@ def how_it_ended(error: BaseException) -> tuple[int, str]:
             return error.exit_code, str(error)
         case KeyboardInterrupt():
             return EXIT_INTERRUPTED, f"interrupted from the keyboard, without saving{notes}"
-        case Terminated():
+        case StopRequested():
             saved = "" if error.saved_step is None else f"; step {error.saved_step} is saved"
             return error.exit_code, f"ended by {error.cause}{saved}{notes}"
-        case LostContact():
+        case PeerLostError():
             return EXIT_FAULT, f"{error}{notes}"
     if is_out_of_memory(error):
         return EXIT_FAULT, f"{out_of_memory(error, LESS_MEMORY)}{notes}"
@@ -155,7 +155,7 @@ def print_error(problem: BaseException | str) -> None:
     OMNIVISION_TRACEBACK=1).
     """
     if isinstance(problem, BaseException) and is_out_of_memory(problem):
-        problem = how_it_ended(problem)[1]
+        problem = exit_code_and_reason(problem)[1]
     if isinstance(problem, str):
         print(f"error: {problem}", file=sys.stderr, flush=True)
         if os.environ.get("OMNIVISION_TRACEBACK") == "1":

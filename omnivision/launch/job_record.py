@@ -29,11 +29,11 @@ from omnivision.launch.jobs import (
     settled,
     waited_for,
 )
-from omnivision.launch.watchdog import lost_contact
+from omnivision.launch.watchdog import is_peer_lost
 from omnivision.reporting.run_directory import WAITING, RunFolder, own_restarts
-from omnivision.utils.errors import LostContact, Terminated, UserError
+from omnivision.utils.errors import PeerLostError, StopRequested, UserError
 from omnivision.utils.io import write_atomically
-from omnivision.utils.signals import TIME_LIMIT, Stop
+from omnivision.utils.signals import TIME_LIMIT, StopSignal
 
 NO_PROGRESS = 3  # restarts without a new step that end a job
 LAST_WORDS_SECONDS = 2.0  # for a process that fails to say so before process 0 decides
@@ -102,7 +102,7 @@ class JobRecord:
         known = self.folder.read_summary().get("job") or {}
         self.folder.write_summary(job=known | {"job_id": self.task.job_id} | told)
 
-    def allow(self, stop: Stop) -> None:
+    def allow(self, stop: StopSignal) -> None:
         """Raises UserError when the job came back too often; else tells `stop` when its time is over."""
         if self.task.restarts > self.max_requeues:
             raise UserError(
@@ -130,14 +130,14 @@ class JobRecord:
 
     def verdict(self, error: BaseException, reason: str) -> Verdict:
         """What becomes of a job after an error or a request to stop."""
-        job, lost = f"job {self.task.job_id}", lost_contact(error)
+        job, lost = f"job {self.task.job_id}", is_peer_lost(error)
         if lost:
             time.sleep(LAST_WORDS_SECONDS)
         now = Standing.of(self.task.job_id, self.task.restarts)
         if now.requeued:
             return Verdict("requeued", f"{reason}; SLURM has put {job} back into the queue")
         cancelled = Verdict("interrupted", f"{reason}; {job} was cancelled")
-        if isinstance(error, Terminated):
+        if isinstance(error, StopRequested):
             # When a process fails, SLURM ends the others, with the same signal as when the job is cancelled.
             if error.cause == "SIGTERM" and (told := last_words(history(self.folder, self.token), self.task.restarts)):
                 return Verdict("failed", told)
@@ -152,7 +152,7 @@ class JobRecord:
                 return cancelled
             if "EADDRINUSE" in str(error):
                 reason, why = "the port that the processes meet at is taken on this node", reason
-            elif isinstance(error, LostContact):
+            elif isinstance(error, PeerLostError):
                 why = "with its node perhaps"
             else:
                 reason, why = "another process is gone without a word, with its node perhaps", reason
@@ -165,9 +165,9 @@ class JobRecord:
         request to stop, or when others are gone, wait until process 0 has decided: SLURM ends all when one has left. When it is
         process 0 that is silent, nobody is left to wait for.
         """
-        if isinstance(error, LostContact) and not error.gone:  # SLURM tells what killed one that is gone
+        if isinstance(error, PeerLostError) and not error.gone:  # SLURM tells what killed one that is gone
             self.note("lost", rank=self.task.rank, reason=reason)
-        elif isinstance(error, Terminated) or lost_contact(error):
+        elif isinstance(error, StopRequested) or is_peer_lost(error):
             deadline = time.monotonic() + DECISION_SECONDS
             while not self._decided() and time.monotonic() < deadline:
                 time.sleep(0.2)

@@ -45,7 +45,7 @@ from omnivision.launch.submission import (
 from omnivision.reporting.run_directory import RunFolder, alone
 from omnivision.utils.errors import UserError
 from omnivision.utils.io import write_atomically
-from omnivision.utils.signals import SIGNALS, seconds_to_leave, undisturbed
+from omnivision.utils.signals import SIGNALS, seconds_to_leave, signals_ignored
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -88,7 +88,7 @@ def launch(jobs: Sequence[Job]) -> int:
     return max(codes)
 
 
-def check_way(settings: Settings) -> None:
+def validate_launch_mode(settings: Settings) -> None:
     """Raises UserError when a run cannot be started the way that its settings say."""
     if settings.submitit.use_cluster and not slurm.available():
         raise UserError(
@@ -121,7 +121,7 @@ def under_torchrun() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def adopt_torchrun(config: DictConfig) -> None:
+def apply_torchrun_env(config: DictConfig) -> None:
     """Under torchrun, its numbers of nodes and processes replace those of the configuration, and it runs where it is."""
     if under_torchrun():
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -242,7 +242,7 @@ def hand_over(jobs: Sequence[Job], logs: Path) -> None:
     for job_id, folder in zip(ids, folders, strict=True):
         print(f"submitted job_id={job_id} folder={folder.path}", flush=True)
     try:
-        with undisturbed():  # SLURM has the job: what it is must be known
+        with signals_ignored():  # SLURM has the job: what it is must be known
             note_submission(jobs, ids, logs)
             if reason := lost_meanwhile(jobs[0].settings.submitit.dependency):
                 for job_id, folder in zip(ids, folders, strict=True):

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from omnivision.launch.exit import how_it_ended
+from omnivision.launch.exit import exit_code_and_reason
 from omnivision.launch.run import Job, run_folder, run_process
 from omnivision.utils.errors import (
     EXIT_ANNOUNCED,
@@ -21,9 +21,9 @@ from omnivision.utils.errors import (
     EXIT_INTERRUPTED,
     EXIT_TERMINATED,
     EXIT_USER,
-    Terminated,
+    StopRequested,
 )
-from omnivision.utils.signals import SIGNALS, undisturbed
+from omnivision.utils.signals import SIGNALS, signals_ignored
 
 if TYPE_CHECKING:
     from multiprocessing.context import SpawnProcess
@@ -53,12 +53,12 @@ def run_local_processes(job: Job, count: int) -> int:
             with handing_on(processes) as heard:
                 code, reason = first_failure(processes)
             if heard and (code in INTERRUPTED or any(process.exitcode == -heard[0] for process in processes)):
-                code, reason = how_it_ended(Terminated(signal.Signals(heard[0]).name))
+                code, reason = exit_code_and_reason(StopRequested(signal.Signals(heard[0]).name))
         except KeyboardInterrupt as error:
-            with undisturbed():
+            with signals_ignored():
                 send(processes, signal.SIGINT)
                 first_failure(processes)
-            code, reason = how_it_ended(error)
+            code, reason = exit_code_and_reason(error)
         finally:
             for process in processes:
                 if process.is_alive():

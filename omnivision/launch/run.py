@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omnivision.config.schema import Settings
-from omnivision.launch.exit import Ending, interruption
-from omnivision.launch.watchdog import GRACE_SECONDS, Peers
+from omnivision.launch.exit import ExitHandler, unwrap_keyboard_interrupt
+from omnivision.launch.watchdog import GRACE_SECONDS, PeerMonitor
 from omnivision.reporting.run_directory import STALE_SECONDS, RunFolder
-from omnivision.utils.errors import Terminated, UserError
-from omnivision.utils.signals import Stop, end_workers, undisturbed
-from omnivision.utils.streams import announce, be_patient
+from omnivision.utils.errors import StopRequested, UserError
+from omnivision.utils.signals import StopSignal, end_workers, signals_ignored
+from omnivision.utils.streams import announce, ignore_broken_pipe
 
 if TYPE_CHECKING:
     from omnivision.checkpoint.pretrained import LoadReport
@@ -51,16 +51,16 @@ def run_process(job: Job, place: Place | None, record: JobRecord | None = None) 
     A mistake of the user's is told in one paragraph; why a run ended, however it did, is in `summary.json`. `record` is what
     a cluster's job is looked after by; process 0 alone calls it. With one, requests to stop are ignored afterwards.
     """
-    be_patient()
+    ignore_broken_pipe()
     faulthandler.enable(sys.__stderr__ or 2)  # a signal that no Python code sees (SIGSEGV, SIGBUS) still says where
-    stop, folder = Stop(), run_folder(job)
+    stop, folder = StopSignal(), run_folder(job)
     validating = job.settings.trainer.mode == "val"
     rank = place.rank if place is not None else int(os.environ.get("RANK", "0"))
-    ending = Ending(folder, rank, validating, record)
+    ending = ExitHandler(folder, rank, validating, record)
     grace = max(GRACE_SECONDS, job.settings.submitit.signal_delay_s or 0)
-    with stop.listening(deaf_afterwards=record is not None), ending.watched(stop, grace):
+    with stop.handle_signals(ignore_after=record is not None), ending.watched(stop, grace):
         try:
-            stop.hear()
+            stop.raise_if_requested()
             if rank == 0:
                 announce("Loading torch, then building the model")
             from omnivision.checkpoint import checkpointer as checkpoint
@@ -84,7 +84,7 @@ def run_process(job: Job, place: Place | None, record: JobRecord | None = None) 
                     remove_leftovers(written)
             log_to_file(folder.logs / f"rank_{place.rank}.log")
             timeout = 60 * job.settings.trainer.distributed.timeout_minutes
-            ending.peers = Peers(folder.logs, place.rank, place.world, stop, timeout, ending.leave)
+            ending.peers = PeerMonitor(folder.logs, place.rank, place.world, stop, timeout, ending.leave)
             if record is not None:
                 processes.together(lambda: record.allow(stop), only_main=True)
                 stop.end_at(processes.gather(stop.deadline)[0])
@@ -94,7 +94,7 @@ def run_process(job: Job, place: Place | None, record: JobRecord | None = None) 
             reporter = Reporter(folder, processes.is_main, also=job.settings.trainer.logging.also, settings=told)
             if taken_over:
                 reporter.say(taken_over)
-            ready = processes.together(lambda: ready_trainer(job, processes, folder, reporter, stop))
+            ready = processes.together(lambda: build_and_restore(job, processes, folder, reporter, stop))
             assert ready is not None
             trainer, reports = ready
             if reports and processes.is_main:
@@ -107,10 +107,10 @@ def run_process(job: Job, place: Place | None, record: JobRecord | None = None) 
             if record is not None:
                 processes.together(lambda: record.resumed(trainer.global_step), only_main=True)
             if ending.begun:
-                note_beginning(job, folder, trainer, reporter, on_cluster=record is not None)
+                write_run_metadata(job, folder, trainer, reporter, on_cluster=record is not None)
             if processes.is_main and (validating or not trainer.is_done):
                 reporter.say("\n".join(start_lines(job.settings, trainer, reports)))
-            stop.patience()
+            stop.defer()
             with reporter:
                 trainer.validate_only() if validating else trainer.fit()
             if last_lines := validation_lines(trainer) if validating else end_lines(trainer):
@@ -118,25 +118,25 @@ def run_process(job: Job, place: Place | None, record: JobRecord | None = None) 
             ending.peers.end()
             processes.close()
             if ending.begun:
-                with undisturbed():
+                with signals_ignored():
                     LOG.info("ended well")
                     folder.write_summary(last_lines=folder.last_lines())
                     if record is not None:
                         record.note("end", status="finished", reason="all is done")
             return 0
-        except (Exception, KeyboardInterrupt, Terminated) as error:
-            with undisturbed():
-                cause = interruption(error)
+        except (Exception, KeyboardInterrupt, StopRequested) as error:
+            with signals_ignored():
+                cause = unwrap_keyboard_interrupt(error)
                 if isinstance(cause, KeyboardInterrupt):
                     cause.add_note(stop.describe_saved())
                 return ending.told(cause)
         finally:
-            with undisturbed():
+            with signals_ignored():
                 end_workers()
                 ending.unlock()
 
 
-def note_beginning(job: Job, folder: RunFolder, trainer: Trainer, reporter: Reporter, on_cluster: bool) -> None:
+def write_run_metadata(job: Job, folder: RunFolder, trainer: Trainer, reporter: Reporter, on_cluster: bool) -> None:
     """Write the configuration and the facts of a run that is about to train; what a finished one has stays as it is."""
     from omnivision.checkpoint.fingerprint import git_commit
     from omnivision.training import build
@@ -158,12 +158,12 @@ def note_beginning(job: Job, folder: RunFolder, trainer: Trainer, reporter: Repo
     folder.write_summary(**facts)
 
 
-def ready_trainer(
+def build_and_restore(
     job: Job,
     processes: Processes,
     folder: RunFolder,
     reporter: Reporter,
-    stop: Stop,
+    stop: StopSignal,
     splits: tuple[list[Split], list[Split]] | None = None,
 ) -> tuple[Trainer, list[LoadReport]]:
     """Build the trainer and resume it if the run directory has a checkpoint, else load pretrained weights.

@@ -18,9 +18,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from omnivision.utils.errors import LostContact, Terminated
-from omnivision.utils.host import machine, process_start
-from omnivision.utils.signals import SECONDS_OF_ONE_REQUEST, SIGNALS, Stop
+from omnivision.utils.errors import PeerLostError, StopRequested
+from omnivision.utils.host import host_id, process_start
+from omnivision.utils.signals import SECONDS_OF_ONE_REQUEST, SIGNALS, StopSignal
 
 GRACE_SECONDS = 25.0  # SLURM kills 30 seconds after SIGTERM
 SECOND_REQUEST_SECONDS = 4.0
@@ -36,7 +36,9 @@ class Watchdog:
         grace: seconds that it has at least; longer if ending a step and saving have taken long.
     """
 
-    def __init__(self, stop: Stop, leave: Callable[[BaseException, bool], None], grace: float = GRACE_SECONDS) -> None:
+    def __init__(
+        self, stop: StopSignal, leave: Callable[[BaseException, bool], None], grace: float = GRACE_SECONDS
+    ) -> None:
         self.stop, self.leave, self.grace = stop, leave, grace
         self.answered = False  # the main thread has heard; from then on only a second request counts
 
@@ -76,15 +78,15 @@ class Watchdog:
                     last = min(last, now + SECOND_REQUEST_SECONDS) if again else last
             waited = now - min(came.values(), default=now)
             if now > last or (not self.answered and waited > max(self.grace, self.stop.time_to_leave)):
-                error = Terminated(signal.Signals(min(came, key=lambda number: came[number])).name)
+                error = StopRequested(signal.Signals(min(came, key=lambda number: came[number])).name)
                 error.add_note(f"it had not left {waited:.0f} s later, {at(self.stop.doing, self.stop.step)}")
                 self.leave(error, now > last)
 
 
-class Peers:
+class PeerMonitor:
     """The processes of a run tell one another that they live, each by a file of its own in `logs/`.
 
-    Process 0 watches all, the others watch it: `leave` is called with a LostContact that names one which is silent for as long
+    Process 0 watches all, the others watch process 0. `leave` is called with a PeerLostError that names one silent for as long
     as collective operations may take, and what it did last.
     """
 
@@ -93,7 +95,7 @@ class Peers:
         logs: Path,
         rank: int,
         world: int,
-        stop: Stop,
+        stop: StopSignal,
         timeout: float,
         leave: Callable[[BaseException, bool], None],
     ) -> None:
@@ -115,7 +117,7 @@ class Peers:
         self._over.set()
         self._file(self.rank).unlink(missing_ok=True)
 
-    def silent(self, seconds: float | None = None) -> LostContact | None:
+    def find_dead_peers(self, seconds: float | None = None) -> PeerLostError | None:
         """An error that names those that are watched and gave no sign of life for so long, by default a few beats, or whose
         process is gone; None if all live.
         """
@@ -137,7 +139,7 @@ class Peers:
                 continue
             if not isinstance(said, dict):
                 continue
-            gone = said.get("machine") == machine() and process_start(said.get("pid", 0)) is None
+            gone = said.get("machine") == host_id() and process_start(said.get("pid", 0)) is None
             one_is_gone = one_is_gone or gone
             if gone or age >= seconds:
                 what = "is gone" if gone else f"has given no sign of life for {age:.0f} s"
@@ -147,14 +149,14 @@ class Peers:
         if not found:
             return None
         own_place = f"process {self.rank} was {at(self.stop.doing, self.stop.step)}"
-        return LostContact("; ".join([*found, own_place]), one_is_gone)
+        return PeerLostError("; ".join([*found, own_place]), one_is_gone)
 
     def _file(self, rank: int) -> Path:
         return self.logs / f"rank_{rank}.alive"
 
     def _beat(self) -> None:
         sign = {"step": self.stop.step, "doing": self.stop.doing, "pid": os.getpid()}
-        sign |= {"host": socket.gethostname(), "machine": machine()}
+        sign |= {"host": socket.gethostname(), "machine": host_id()}
         with contextlib.suppress(OSError):  # a file system that does not answer for once ends nothing
             self._file(self.rank).write_text(json.dumps(sign) + "\n", encoding="utf-8")
 
@@ -162,13 +164,17 @@ class Peers:
         while not self._over.wait(self.seconds):
             self._beat()
             # When all were suspended together, the others get the time to give a sign, too.
-            if self.silent(self.timeout) and not self._over.wait(self.seconds) and (lost := self.silent(self.timeout)):
+            if (
+                self.find_dead_peers(self.timeout)
+                and not self._over.wait(self.seconds)
+                and (lost := self.find_dead_peers(self.timeout))
+            ):
                 self.leave(lost, False)
 
 
-def lost_contact(error: BaseException) -> bool:
+def is_peer_lost(error: BaseException) -> bool:
     """Whether an error says that another process is gone, and nothing about this one."""
-    if isinstance(error, LostContact):
+    if isinstance(error, PeerLostError):
         return True
     if not isinstance(error, RuntimeError):
         return (

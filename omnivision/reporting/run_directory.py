@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from omnivision.utils.errors import UserError
-from omnivision.utils.host import machine, process_start
+from omnivision.utils.host import host_id, process_start
 from omnivision.utils.io import write_atomically
 
 HEARTBEAT_SECONDS = 5.0
@@ -212,7 +212,7 @@ class RunFolder:
             {
                 "token": self._token,
                 "host": socket.gethostname(),
-                "machine": machine(),
+                "machine": host_id(),
                 "pid": os.getpid(),
                 "started": process_start(os.getpid()),
                 "job": own_job(),
@@ -233,7 +233,7 @@ class RunFolder:
         job = own_job()
         if job is not None and holder.get("job") == job and holder.get("restarts", 0) < own_restarts():
             return False  # SLURM starts a job again only when its processes are gone, with their node if need be
-        if holder.get("machine") == machine():
+        if holder.get("machine") == host_id():
             return process_start(int(holder["pid"])) == holder.get("started") is not None
         return age < STALE_SECONDS
 

@@ -19,7 +19,7 @@ from omnivision.utils.errors import (
     is_out_of_memory,
     out_of_memory,
 )
-from omnivision.utils.streams import announce, be_patient, output_problem
+from omnivision.utils.streams import announce, ignore_broken_pipe, output_problem
 
 # The subcommands and their modules, which are imported when they are needed: most of them import torch.
 MODULES = {
@@ -109,7 +109,7 @@ def run_command(arguments: list[str]) -> int:
         known = [option for action in command._actions for option in action.option_strings]
         near = difflib.get_close_matches(extra[0].partition("=")[0], known, 1)
         command.error(f"unrecognized arguments: {' '.join(extra)}" + (f". Did you mean {near[0]}?" if near else ""))
-    be_patient()
+    ignore_broken_pipe()
     try:
         code = int(options.run(options))
         if problem := output_problem():

@@ -55,7 +55,7 @@ from omnivision.training.preflight import (
 from omnivision.training.trainer import Options, Trainer
 from omnivision.utils.errors import UserError, is_out_of_memory
 from omnivision.utils.io import LATEST, run_name
-from omnivision.utils.signals import Stop
+from omnivision.utils.signals import StopSignal
 
 POSITIONS = "trunk.pos_embed"
 NUM_OPENED_FILES = 4  # of each split, to find unreadable ones and clips that are too short
@@ -494,7 +494,7 @@ def trainer(
     processes: Processes,
     folder: RunFolder,
     reporter: Reporter,
-    stop: Stop,
+    stop: StopSignal,
     splits: tuple[list[Split], list[Split]] | None = None,
 ) -> Trainer:
     """Build everything that a run needs. Raises UserError for whatever its user can fix."""

@@ -17,7 +17,7 @@ from omnivision.reporting.predictions import Predictions
 from omnivision.tasks.base import Task
 from omnivision.tasks.metrics import Meter, averages, mean_class_accuracy
 from omnivision.utils.errors import UserError
-from omnivision.utils.signals import Stop
+from omnivision.utils.signals import StopSignal
 
 GONE = 16  # files in a row that are not there: their disk is gone, and none of them is bad
 
@@ -54,7 +54,7 @@ def evaluate(
     batches: Iterable[Batch],
     processes: Processes,
     autocast: Callable[[], AbstractContextManager[Any]],
-    stop: Stop | None = None,
+    stop: StopSignal | None = None,
 ) -> Evaluation | None:
     """Evaluate `model` on this process's `batches`; the result is of all processes, and the same in each of them.
 

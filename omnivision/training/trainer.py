@@ -43,9 +43,9 @@ from omnivision.tasks.metrics import Meter, averages
 from omnivision.training.evaluate import Evaluation, evaluate
 from omnivision.training.run_state import Interval, State, due
 from omnivision.training.steps import StepWatch, posted, require_finite, require_same_place, require_scale
-from omnivision.utils.errors import Terminated
+from omnivision.utils.errors import StopRequested
 from omnivision.utils.io import BEST
-from omnivision.utils.signals import Stop
+from omnivision.utils.signals import StopSignal
 
 MODEL_DRAW = 200  # purpose of the random numbers inside the model; see data.dataset.Draw
 
@@ -89,14 +89,14 @@ class Trainer:
         ledger: BadSampleLedger,
         options: Options,
         sources: Sequence[LoadReport] = (),
-        stop: Stop | None = None,
+        stop: StopSignal | None = None,
     ) -> None:
         """Without `train` it only evaluates.
 
         `sources` are what the model is an average of; which they were is kept in checkpoints and compared. When one process
         is asked to `stop`, all save after the step that they are in, and leave.
         """
-        self.stop = stop or Stop()
+        self.stop = stop or StopSignal()
         self.task, self.optimizer, self.options = task, optimizer, options
         self.train, self.val = train, val
         self.processes, self.folder, self.reporter = processes, folder, reporter
@@ -119,7 +119,7 @@ class Trainer:
     # ---- a whole run ----------------------------------------------------------------------------------------------
 
     def fit(self) -> None:
-        """Train to `max_epochs` from where the state stands. Raises NonFiniteError, UserError, and Terminated when asked to."""
+        """Train to `max_epochs` from where the state stands. Raises NonFiniteError, UserError, StopRequested."""
         ended = self.state.step == self.steps_per_epoch  # an epoch whose evaluation was not done yet
         self.reporter.start(self.global_step, self.total_steps, again="epoch" if ended else "")
         self.watch.start(self.global_step)
@@ -147,7 +147,7 @@ class Trainer:
         self.reporter.start(self.global_step, self.total_steps, again="val")
         found = self.evaluate()
         if found is None:
-            raise Terminated(self._cause())
+            raise StopRequested(self._cause())
         self._note_evaluation(found)
         self._summary(status=self.folder.read_summary().get("status", "finished"))
 
@@ -158,12 +158,12 @@ class Trainer:
         interval = Interval()
         while self.state.step < self.steps_per_epoch:
             asked = time.monotonic()
-            self.stop.now("waiting for data", self.global_step)
+            self.stop.set_phase("waiting for data", self.global_step)
             batch = next(batches)
-            self.stop.now("in a step", self.global_step)
+            self.stop.set_phase("in a step", self.global_step)
             interval.waited += time.monotonic() - asked
             self.train_step(batch)
-            self.stop.note_step(time.monotonic() - asked)
+            self.stop.update_step_time(time.monotonic() - asked)
             self.state.step += 1
             interval.clips += len(batch) * self.processes.world
 
@@ -251,7 +251,7 @@ class Trainer:
         None when a process was asked to stop before the end.
         """
         assert self.val is not None
-        self.stop.now("validating", self.global_step)
+        self.stop.set_phase("validating", self.global_step)
         batches = self.val.batches(self.processes, self.options.limit_val_batches)
         with self.ema.in_place() if self.ema is not None else contextlib.nullcontext(), gathered(self.bare):
             found = evaluate(self.task, self.bare, batches, self.processes, self._autocast, self.stop)
@@ -275,7 +275,7 @@ class Trainer:
 
         Raises UserError, in all processes, when it cannot be written, and NonFiniteError for weights that must not be.
         """
-        self.stop.now("saving", self.global_step)
+        self.stop.set_phase("saving", self.global_step)
         require_finite(self.bare, self.processes, self.global_step)
         self._count_seconds()
         began = time.monotonic()
@@ -378,11 +378,11 @@ class Trainer:
         self._summary(status="running")
 
     def _leave(self) -> NoReturn:
-        """Save and raise Terminated, in all processes together."""
+        """Save and raise StopRequested, in all processes together."""
         cause = self._cause()
         self.save([])
         self._summary()
-        raise Terminated(cause, saved_step=self.global_step)
+        raise StopRequested(cause, saved_step=self.global_step)
 
     def _cause(self) -> str:
         """Why all stop when at least one was asked to."""
@@ -430,6 +430,6 @@ class Trainer:
                 last=self.last,
                 clips_per_second=self.last.get("clips_per_second"),
                 wall_time=round(self.state.seconds, 3),
-                **self.stop.measured(),
+                **self.stop.timings(),
                 **facts,
             )

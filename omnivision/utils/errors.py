@@ -67,7 +67,7 @@ class NonFiniteError(UserError):
     exit_code = EXIT_NON_FINITE
 
 
-class LostContact(RuntimeError):
+class PeerLostError(RuntimeError):
     """Another process of the run is silent, or `gone` (killed, and its system knows with what); the message names it."""
 
     def __init__(self, message: str, gone: bool = False) -> None:
@@ -81,8 +81,8 @@ class DataWorkerError(UserError):
     exit_code = EXIT_FAULT
 
 
-class Terminated(BaseException):
-    """A run was asked to stop. `cause` says by what (see `stopping.Stop`), `saved_step` which step is in its checkpoint when
+class StopRequested(BaseException):
+    """A run was asked to stop. `cause` says by what (see `StopSignal`), `saved_step` which step is in its checkpoint when
     it has saved and all its processes leave together.
     """
 

@@ -8,7 +8,7 @@ import socket
 from pathlib import Path
 
 
-def machine() -> str:
+def host_id() -> str:
     """What ids of processes are of: a machine since it was started and, in a container, its own numbers."""
     found = [socket.gethostname()]
     with contextlib.suppress(OSError):

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from omnivision.utils.errors import Terminated
+from omnivision.utils.errors import StopRequested
 
 SIGNALS: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGUSR2)
 if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
@@ -27,7 +27,7 @@ LEAVE_SECONDS = 10.0
 SECONDS_OF_ONE_REQUEST = 1.0
 
 
-class Stop:
+class StopSignal:
     """Whether this process was asked to stop, by what, and when its job ends anyway.
 
     A run notes how long its steps and its saving take, and leaves before the deadline, early enough to end in order.
@@ -73,7 +73,7 @@ class Stop:
         self.deadline = deadline
         self._half = 0.0 if deadline is None else (deadline - time.time()) / 2
 
-    def measured(self) -> dict[str, float]:
+    def timings(self) -> dict[str, float]:
         """What the slowest of the last steps and the last saving took, as far as they are known."""
         found = {"step_seconds": self.step_seconds or None, "save_seconds": self.save_seconds}
         return {name: round(seconds, 3) for name, seconds in found.items() if seconds is not None}
@@ -84,19 +84,20 @@ class Stop:
             return "nothing is saved yet, and the same command starts over"
         return f"step {self.saved_step} is saved, and the same command continues from there"
 
-    def now(self, doing: str, step: int) -> None:
+    def set_phase(self, doing: str, step: int) -> None:
         """Note what the run does from here on, and how many steps are done."""
         self.doing, self.step = doing, step
 
-    def note_step(self, seconds: float) -> None:
+    def update_step_time(self, seconds: float) -> None:
         """What a step took; the slowest counts, and is forgotten by and by."""
         self.step_seconds = max(seconds, 0.99 * self.step_seconds)
 
     @contextlib.contextmanager
-    def listening(self, deaf_afterwards: bool = False) -> Iterator[None]:
-        """Inside this block the signals come here, and are only noted until `hear`. Afterwards they do what they did before, or
-        nothing: a process that is about to exit then keeps its exit code. For the main thread alone; elsewhere nothing is
-        changed.
+    def handle_signals(self, ignore_after: bool = False) -> Iterator[None]:
+        """Receive the signals inside this block, and only note them until `raise_if_requested` is called.
+
+        Afterwards the earlier handlers are back, or with `ignore_after` the signals are ignored, so that a process that is
+        about to exit keeps its exit code. Works in the main thread alone; elsewhere nothing is changed.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -106,21 +107,21 @@ class Stop:
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, signal.SIG_IGN if deaf_afterwards else handler)
+                signal.signal(number, signal.SIG_IGN if ignore_after else handler)
 
-    def hear(self) -> None:
-        """From now on a signal raises Terminated, as one does here that has come before: call it where that is caught."""
+    def raise_if_requested(self) -> None:
+        """From now on a signal raises StopRequested, as one does here that has come before: call it where that is caught."""
         self._hears = True
         if self.signals and not self._told:
             self._told = True
-            raise Terminated(signal.Signals(self.signals[0]).name)
+            raise StopRequested(signal.Signals(self.signals[0]).name)
 
-    def patience(self) -> None:
+    def defer(self) -> None:
         """From now on a signal is only noted, since whoever calls this looks at `cause` often, and ends something afterwards. A
-        second SIGTERM still leaves at once. Raises Terminated when a signal has come already.
+        second SIGTERM still leaves at once. Raises StopRequested when a signal has come already.
         """
         if self.cause is not None:
-            raise Terminated(self.cause)
+            raise StopRequested(self.cause)
         self._patient = True
 
     def _receive(self, number: int, frame: Any) -> None:
@@ -130,7 +131,7 @@ class Stop:
         self.signals.append(number)
         if self._hears and not self._told and (not self._patient or (again and number == signal.SIGTERM)):
             self._told = True  # what the process does about it is not to be interrupted by another one
-            raise Terminated(signal.Signals(self.signals[0]).name)
+            raise StopRequested(signal.Signals(self.signals[0]).name)
 
 
 def seconds_to_leave(step_seconds: float, save_seconds: float | None) -> float:
@@ -139,7 +140,7 @@ def seconds_to_leave(step_seconds: float, save_seconds: float | None) -> float:
 
 
 @contextlib.contextmanager
-def unheard() -> Iterator[None]:
+def signals_blocked() -> Iterator[None]:
     """Processes started inside this block never hear requests to stop, nor do theirs; this one hears them afterwards."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, *SIGNALS))
     try:
@@ -155,7 +156,7 @@ def end_workers() -> None:
 
 
 @contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
+def signals_ignored() -> Iterator[None]:
     """Inside this block neither Ctrl-C nor a request to stop interrupts: a run that is ending already writes down why.
 
     Ctrl-C reaches all processes of a terminal, and SLURM's signals all of a job; the launcher then sends one more. What is

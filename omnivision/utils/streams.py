@@ -11,7 +11,7 @@ import textwrap
 from typing import Any, TextIO
 
 
-class PatientStream:
+class SafeStream:
     """A text stream that never raises: what cannot be written is lost, what cannot be encoded is written with backslashes."""
 
     def __init__(self, stream: TextIO) -> None:
@@ -78,9 +78,9 @@ def wrap(text: str, width: int) -> str:
     return "\n".join(lines)
 
 
-def be_patient() -> None:
+def ignore_broken_pipe() -> None:
     """Make both streams of this process patient; one that was closed leads nowhere."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if not isinstance(stream, PatientStream):
-            setattr(sys, name, PatientStream(stream or open(os.devnull, "w")))  # until the process ends
+        if not isinstance(stream, SafeStream):
+            setattr(sys, name, SafeStream(stream or open(os.devnull, "w")))  # until the process ends
