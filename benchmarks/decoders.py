@@ -18,7 +18,6 @@ from benchmarks.command import command_line
 from benchmarks.harness import Report, interleaved
 from benchmarks.pretraining_step import DTYPES, geometry, loss_of_ours, step
 from benchmarks.turns import in_turn
-from omnivision.distributed.allocator import keep_freed_memory
 
 KINDS: dict[str, dict[str, Any]] = {
     "ours, the recipe": {},
@@ -49,7 +48,6 @@ def run(quick: bool) -> Report:
 
 def sides(kind: str, quick: bool) -> dict[str, Callable[[], None]]:
     """As a run does them."""
-    keep_freed_memory()
     shape, found = geometry(quick), {}
     for name, decoder in KINDS.items():
         model = shape.ours(**decoder)

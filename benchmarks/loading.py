@@ -30,7 +30,6 @@ from omnivision.data.epoch import EpochPlan, Request, SourcePlan
 from omnivision.data.loader import Workers, train_batches
 from omnivision.data.masking import RandomMask
 from omnivision.data.views import PretrainView
-from omnivision.distributed.allocator import keep_freed_memory
 from omnivision.tools.prepare.transcode import Job, Recipe, transcode
 
 CLIPS = 8  # of a batch: two videos, four views each
@@ -88,7 +87,6 @@ def batches_a_second(data: ClipDataset, workers: int, count: int) -> float:
 def alone(folder: Path, paths: list[Path], count: int, together: Any, seconds: Any) -> None:
     """Samples in a process that hands them to nobody, from the moment that all such processes are ready."""
     torch.set_num_threads(1)
-    keep_freed_memory()  # as workers do
     run = samples(dataset(folder, f"alone_{os.getpid()}", paths), count)
     run()
     together.wait()

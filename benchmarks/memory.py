@@ -20,7 +20,6 @@ import torch
 from benchmarks.command import command_line
 from benchmarks.harness import Ratio, Report, own_memory
 from benchmarks.pretraining_step import Geometry
-from omnivision.distributed.allocator import keep_freed_memory
 
 SIDES = (
     "ours",
@@ -50,7 +49,6 @@ def measure(side: str, quick: bool) -> float:
         model = PublishedMAE(shape.ours(), checkpointing=True)
         loss = loss_of_published(model, shape)
     else:
-        keep_freed_memory()  # as runs do
         before = own_memory("VmHWM")
         model = shape.ours(checkpointing="again" in side)
         loss = loss_of_ours(model, shape)
@@ -67,7 +65,6 @@ def of_worker(quick: bool) -> list[float]:
     from omnivision.data.epoch import Request
 
     torch.set_num_threads(1)
-    keep_freed_memory()  # as workers do
     count, found = 60 if quick else 3000, []
     with tempfile.TemporaryDirectory() as folder:
         data = dataset(Path(folder), "films", films.make(Path(folder), 340, 256, seconds=4, copies=4))

@@ -24,7 +24,6 @@ from benchmarks.command import command_line
 from benchmarks.harness import Report, interleaved
 from benchmarks.peers.published_mae import PublishedMAE, normalised
 from benchmarks.turns import in_turn
-from omnivision.distributed.allocator import keep_freed_memory
 from omnivision.models.mae import MaskedAutoencoder
 from omnivision.models.vit import VisionTransformer
 from omnivision.tasks.reconstruct import Reconstruct
@@ -185,7 +184,6 @@ def sides(kind: str, quick: bool) -> dict[str, Callable[[], None]]:
         faster = loss_of_huggingface(torch.compile(theirs), shape)  # type: ignore[arg-type]
         found = {f"Hugging Face {name}": step(theirs, loss, dtype) for name, dtype in DTYPES.items()}
         return found | {f"Hugging Face {name}, compiled": step(theirs, faster, dtype) for name, dtype in DTYPES.items()}
-    keep_freed_memory()
     ours = shape.ours()
     eager, compiled = loss_of_ours(ours, shape), loss_of_ours(ours, shape, compiled=True)
     found = {f"ours {name}": step(ours, eager, dtype) for name, dtype in DTYPES.items()}

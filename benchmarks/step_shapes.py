@@ -10,7 +10,6 @@ from __future__ import annotations
 from benchmarks.command import command_line
 from benchmarks.harness import Report, interleaved
 from benchmarks.pretraining_step import DTYPES, Geometry, loss_of_huggingface, loss_of_ours, step
-from omnivision.distributed.allocator import keep_freed_memory
 
 SHAPES = [("vittiny", 8), ("vittiny", 16), ("vittiny", 32), ("vitsmall", 8), ("vitsmall", 16), ("vitsmall", 32),
           ("vitbase", 8), ("vitbase", 16), ("vitbase", 32), ("vitlarge", 8), ("vitlarge", 16), ("vitlarge", 32)]  # fmt: skip
@@ -19,7 +18,6 @@ QUICK = [("vittiny", 4), ("vitsmall", 4)]
 
 def run(quick: bool) -> Report:
     report = Report("step_shapes", "A pretraining step in other sizes", unit="s a clip")
-    keep_freed_memory()  # for both sides: neither pays for pages that the other has given back
     for size, frames in QUICK if quick else SHAPES:
         shape = Geometry(size, 1 if size == "vitlarge" else 2, frames, 64 if quick else 224)
         ours = shape.ours()

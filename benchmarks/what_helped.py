@@ -29,9 +29,6 @@ from benchmarks.peers import loaders
 from benchmarks.pretraining_step import CAN_COMPILE, DTYPES, Geometry, loss_of_ours, step
 from omnivision.data import dataset as dataset_module
 from omnivision.data.views import PretrainView, random_crop_box, resize, resize_short_side
-from omnivision.distributed.allocator import keep_freed_memory
-from omnivision.models import attention as attention_module
-from omnivision.models import vit as vit_module
 from omnivision.models.mae import Decoder, MaskedAutoencoder, Prediction, patch_statistics, split_tokens
 from omnivision.models.patches import pick_tubelets, unnormalize_pixels
 from omnivision.models.vit import Attention, PatchEmbed, run_blocks
@@ -111,11 +108,6 @@ def slow_target(video: Tensor, tubelet: Any, masked: Tensor, norm: str) -> Tenso
 
 EMBED = PatchEmbed.forward
 CHANGES: dict[str, tuple[Any, str, Any]] = {
-    "without: the backward pass of attention in fp32 (if the step is in bf16)": (
-        vit_module,
-        "attention",
-        F.scaled_dot_product_attention,
-    ),
     "without: the target in one pass": (reconstruct_module, "reconstruction_target", slow_target),
     "without: one kernel for attention": (Attention, "forward", spelt_out),
     "without: only visible patches are embedded": (PatchEmbed, "forward", embed_all),
@@ -156,15 +148,6 @@ def steps(report: Report, quick: bool) -> None:
     report.seconds |= interleaved(sides, rounds=2 if quick else 3, per=shape.batch)
     for name in list(sides)[1:]:
         report.times_as_fast(f"{name}, against as it is: times as slow", "step as it is", name)
-
-    exact = step(model, loss_of_ours(model, shape), torch.float32)
-    far_apart = changed(exact, (attention_module, "MANY_TOKENS", 2**30))
-    sides = {
-        "step in fp32 as it is": exact,
-        "step in fp32 without: rows of a narrow head next to one another": far_apart,
-    }
-    report.seconds |= interleaved(sides, rounds=2 if quick else 3, per=shape.batch)
-    report.times_as_fast(f"{list(sides)[1]}, against as it is: times as slow", *sides)
 
 
 # ---- the sample ---------------------------------------------------------------------------------------------------
@@ -223,7 +206,6 @@ def sample_sides(report: Report, quick: bool) -> None:
 
 def run(quick: bool) -> Report:
     report = Report("what_helped", "What each way of saving work saves", unit="s a clip, or of one core a sample")
-    keep_freed_memory()  # as in a run
     steps(report, quick)
     with one_thread():
         sample_sides(report, quick)

@@ -7,8 +7,6 @@ import io
 import json
 import os
 import signal
-import subprocess
-import sys
 import tempfile
 import unittest
 from collections.abc import Sequence
@@ -48,7 +46,6 @@ from omnivision.training.resuming import take_up
 from omnivision.training.steps import posted
 from omnivision.training.trainer import Options, Trainer
 from omnivision.utils.errors import NonFiniteError, StopRequested, UserError
-from tests.runs import ROOT
 
 TUBELET = (2, 8, 8)
 
@@ -241,15 +238,6 @@ class Loop(unittest.TestCase):
         made.fit()
         self.assertAlmostEqual(norms[0], 1e-3, places=6)
         self.assertGreater(self.lines("clipped")[0]["grad_norm"], 1e-2)
-
-    def test_a_run_does_not_wait_for_torchs_compiler(self):
-        """Its import takes a second or two, at every start."""
-        program = (
-            "import sys, pathlib; from tests import test_trainer as t; t.trainer(pathlib.Path(sys.argv[1])).fit(); "
-            "sys.exit('torch._dynamo' in sys.modules)"
-        )
-        made = subprocess.run([sys.executable, "-c", program, str(self.folder / "run")], cwd=ROOT, capture_output=True)
-        self.assertEqual(made.returncode, 0, made.stderr)
 
     def test_kept_checkpoints_and_the_best(self):
         made = trainer(self.folder / "kept", val=Noise(5), val_epoch_freq=1, save_freq=2, max_epochs=4)

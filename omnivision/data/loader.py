@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader
 from omnivision.data.batch import Batch, Sample, collate
 from omnivision.data.dataset import ClipDataset
 from omnivision.data.epoch import EpochPlan, Request
-from omnivision.distributed.allocator import keep_freed_memory
 from omnivision.distributed.process_group import Processes, leave_with
 from omnivision.utils.errors import DataWorkerError, UserError
 from omnivision.utils.signals import end_workers, signals_blocked
@@ -212,7 +211,6 @@ class Begin:
     pid: int
 
     def __call__(self, worker: int) -> None:
-        keep_freed_memory()
         leave_with(self.pid)
 
 

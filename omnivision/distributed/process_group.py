@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
-from omnivision.distributed.allocator import keep_freed_memory
 from omnivision.utils.errors import UserError
 
 Result = TypeVar("Result")
@@ -74,7 +73,6 @@ class Processes:
     """
 
     def __init__(self, place: Place, accelerator: str, backend: str | None, timeout: timedelta) -> None:
-        keep_freed_memory()
         self.rank, self.world, self.local_rank = place.rank, place.world, place.local_rank
         self.device = choose_device(accelerator, place.local_rank)
         if self.device.type == "cuda":

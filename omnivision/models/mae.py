@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from omnivision.models.attention import attention
 from omnivision.models.patches import pick_tubelets, sinusoid_positions, unnormalize_pixels
 from omnivision.models.vit import Block, Mlp, VisionTransformer, as_video, init_linear, run_blocks
 from omnivision.utils.errors import UserError
@@ -47,7 +46,7 @@ class CrossAttention(nn.Module):
         (batch, tokens, width), kept = x.shape, memory.shape[1]
         q = self.q(x).view(batch, tokens, self.heads, width // self.heads).transpose(1, 2)
         k, v = self.kv(memory).view(batch, kept, 2, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        x = attention(q, k, v)
+        x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).reshape(batch, tokens, width))
 
 

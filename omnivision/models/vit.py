@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from omnivision.models.attention import attention, rows_together
 from omnivision.models.patches import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -48,8 +47,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, N, D) -> (B, N, D)
         batch, tokens, width = x.shape
-        projected = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        x = attention(*rows_together(projected))  # (B, heads, N, D / heads)
+        q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, D / heads)
         return self.proj(x.transpose(1, 2).reshape(batch, tokens, width))
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import fnmatch
 import importlib
-import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -129,17 +128,6 @@ def _class_named(name: str, where: str) -> type:
     )
 
 
-def spare_the_compiler() -> None:
-    """Keep torch from importing its compiler, a second or two at every start, when it first meets an optimizer.
-
-    It would, to mark these functions as not to be compiled; nothing here compiles an optimizer, so they may as well be marked.
-    """
-    for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
-        inner = getattr(getattr(torch.optim.Optimizer, name), "__wrapped__", None)
-        if inner is not None:
-            inner.__dynamo_disable = inner
-
-
 class ScheduledOptimizer:
     """An optimizer over groups whose options are set from their schedules before every step."""
 
@@ -150,15 +138,12 @@ class ScheduledOptimizer:
         """
         parameters = dict(model.named_parameters())
         self.groups = groups
-        spare_the_compiler()
         try:
             self.optimizer: torch.optim.Optimizer = make(
                 [{"params": [parameters[n] for n in group.names]} for group in groups]
             )
         except (TypeError, ValueError, IndexError, RuntimeError) as error:
             raise UserError(f"trainer.optim.optimizer cannot be built: {error}. Correct its arguments.") from error
-        # Without its wrappers: they import the compiler, too, and call hooks and the profiler, which nobody registers here.
-        self._step = inspect.unwrap(type(self.optimizer).step)
         known = {name for name, value in self.optimizer.defaults.items() if type(value) in (int, float)}
         if unknown := {option for group in groups for option in group.schedules} - known:
             raise UserError(
@@ -187,11 +172,11 @@ class ScheduledOptimizer:
         if getattr(optimizer, "_step_supports_amp_scaling", False):
             optimizer.grad_scale, optimizer.found_inf = None, spoiled.float()
             try:
-                self._step(optimizer)
+                optimizer.step()
             finally:
                 del optimizer.grad_scale, optimizer.found_inf
         elif not spoiled:
-            self._step(optimizer)
+            optimizer.step()
 
     def take_parameters(self, model: nn.Module) -> None:
         """Go on with the parameters that a model has now under the same names; the state is split as they are."""
