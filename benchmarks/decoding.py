@@ -23,7 +23,8 @@ from benchmarks import films
 from benchmarks.command import command_line
 from benchmarks.harness import Report, interleaved, one_thread
 from benchmarks.peers import loaders
-from omnivision.data.clips import clip_window, subsample_indices
+from omnivision.data.frames import subsample_indices
+from omnivision.data.sampling import clip_window
 from omnivision.data.video import open_video
 
 Ways = dict[str, Callable[[Path, float], Any]]

@@ -25,9 +25,10 @@ from benchmarks.peers import loaders
 from benchmarks.peers.published_mae import normalised, published_block
 from benchmarks.pretraining_step import HAS_BF16, SIZES
 from omnivision.data.catalog import Dataset, LabelSets, Split, SplitFiles
-from omnivision.data.clips import subsample_indices, uniform_clip_starts
-from omnivision.data.dataset import ClipDataset, Cut
-from omnivision.data.loader import Workers, evaluation_batches
+from omnivision.data.dataset import ClipConfig, ClipDataset
+from omnivision.data.frames import subsample_indices
+from omnivision.data.loader import LoaderConfig, evaluation_batches
+from omnivision.data.sampling import uniform_clip_starts
 from omnivision.data.video import open_video
 from omnivision.data.views import EvalView, crop_offsets, resize_short_side
 from omnivision.distributed.process_group import Place, Processes
@@ -69,7 +70,7 @@ def our_scores(model: nn.Module, data: ClipDataset, dtype: torch.dtype | None, v
     def autocast() -> contextlib.AbstractContextManager[object]:
         return torch.autocast("cpu", dtype, enabled=dtype is not None)
 
-    batches = evaluation_batches(data, videos_per_batch, 0, 1, Workers())
+    batches = evaluation_batches(data, videos_per_batch, 0, 1, LoaderConfig())
     made = evaluate(task, model, batches, processes, autocast)
     assert made is not None
     return torch.from_numpy(made.predictions["films"].scores)
@@ -87,7 +88,7 @@ def run(quick: bool) -> Report:
         np.save(folder / "labels.npy", np.arange(count))
         files = SplitFiles(str(folder / "paths.npy"), str(folder / "labels.npy"))
         split = Split(Dataset("films", num_classes=CLASSES, val=files), "val")
-        cut = Cut(EvalView(image, CROPS), CROPS, loaders.FRAMES, (8, image // 16, image // 16), clips=CLIPS)
+        cut = ClipConfig(EvalView(image, CROPS), CROPS, loaders.FRAMES, (8, image // 16, image // 16), clips=CLIPS)
         data = ClipDataset([split], {"video": cut}, loaders.SECONDS, seed=0, training=False)
         for size in sizes:
             torch.manual_seed(0)

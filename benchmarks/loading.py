@@ -25,10 +25,10 @@ from benchmarks.command import command_line
 from benchmarks.harness import Ratio, Report, interleaved, one_thread
 from benchmarks.peers import loaders
 from omnivision.data.catalog import Dataset, Split, SplitFiles
-from omnivision.data.dataset import ClipDataset, Cut
-from omnivision.data.epoch import EpochPlan, Request, SourcePlan
-from omnivision.data.loader import Workers, train_batches
+from omnivision.data.dataset import ClipConfig, ClipDataset
+from omnivision.data.loader import LoaderConfig, train_batches
 from omnivision.data.masking import RandomMask
+from omnivision.data.sampling import EpochPlan, Request, SourcePlan
 from omnivision.data.views import PretrainView
 from omnivision.tools.prepare.transcode import Job, Recipe, transcode
 
@@ -41,7 +41,7 @@ def dataset(folder: Path, name: str, paths: list[Path]) -> ClipDataset:
     np.save(file, np.array([str(path) for path in paths]))
     split = Split(Dataset(name, train=SplitFiles(str(file))), "train")
     view = PretrainView(loaders.SIZE, loaders.SHORT_SIDE)
-    cut = Cut(view, loaders.VIEWS, loaders.FRAMES, grid=(8, 14, 14), mask=RandomMask(0.9))
+    cut = ClipConfig(view, loaders.VIEWS, loaders.FRAMES, grid=(8, 14, 14), mask=RandomMask(0.9))
     return ClipDataset([split], {"video": cut}, loaders.SECONDS, seed=0, training=True)
 
 
@@ -75,7 +75,7 @@ def by_peer(
 def batches_a_second(data: ClipDataset, workers: int, count: int) -> float:
     """How fast batches come from worker processes, once they have started."""
     plan = EpochPlan({"films": SourcePlan(len(data.splits[0]), CLIPS // loaders.VIEWS, loaders.VIEWS)}, seed=0)
-    stream = train_batches(data, plan, (0, 0), 10_000, 0, 1, Workers(workers, prefetch=2))
+    stream = train_batches(data, plan, (0, 0), 10_000, 0, 1, LoaderConfig(workers, prefetch=2))
     for _ in range(2 * workers + 2):
         next(stream)
     began = time.perf_counter()

@@ -62,7 +62,7 @@ def of_worker(quick: bool) -> list[float]:
     """MB of a process that makes samples: after the first tenth of them, and at the end."""
     from benchmarks import films
     from benchmarks.loading import dataset
-    from omnivision.data.epoch import Request
+    from omnivision.data.sampling import Request
 
     torch.set_num_threads(1)
     count, found = 60 if quick else 3000, []

@@ -16,10 +16,10 @@ import numpy as np
 from benchmarks.command import command_line
 from benchmarks.harness import Ratio, Report, own_memory
 from omnivision.data.catalog import Dataset, Split, SplitFiles
-from omnivision.data.dataset import ClipDataset, Cut
-from omnivision.data.epoch import EpochPlan, SourcePlan
+from omnivision.data.dataset import ClipConfig, ClipDataset
 from omnivision.data.loader import _Steps, _Videos
 from omnivision.data.masking import RandomMask
+from omnivision.data.sampling import EpochPlan, SourcePlan
 from omnivision.data.views import PretrainView
 
 CLASSES = 400
@@ -53,7 +53,7 @@ def run(quick: bool) -> Report:
         split = Split(Dataset("many", num_classes=CLASSES, train=files, val=files), "train")
         opened = time.perf_counter() - began
         view, grid = PretrainView(224), (8, 14, 14)
-        data = ClipDataset([split], {"video": Cut(view, 4, 16, grid, RandomMask(0.9))}, 2.7, 0, training=True)
+        data = ClipDataset([split], {"video": ClipConfig(view, 4, 16, grid, RandomMask(0.9))}, 2.7, 0, training=True)
         plan = EpochPlan({"many": SourcePlan(count, 8, 4)}, seed=0)
         steps = _Steps(plan, (0, 0), 2, 0, 1)
         at_first, middle = iter(steps), plan.steps // 2

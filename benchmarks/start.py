@@ -19,7 +19,7 @@ from benchmarks.command import command_line, run_quietly
 from benchmarks.harness import Ratio, Report, own_memory
 from omnivision.models.mae import MaskedAutoencoder
 from omnivision.models.vit import VisionTransformer
-from omnivision.utils.safe import safe_load
+from omnivision.utils.io import safe_load
 
 SCRIPT = Path(__file__).resolve().parent.parent / "train_app_submitit.py"
 DEMO = ["+experiments=demo/mae", "+trainer=mae_demo_config", "trainer.logging.log_freq=1"]

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import omnivision
-from omnivision.checkpoint.weight_files import Source, read
+from omnivision.checkpoint.weight_files import StateDictFile, read
 from omnivision.interop.card import history, plain
 from omnivision.tools.main import main
 from tests import runs
@@ -105,7 +105,7 @@ class Exported(unittest.TestCase):
             (None, "nothing"),
         ):
             experiment["settings"]["pretrained_checkpoint_path"] = start
-            source = Source(Path("x/best.pt"), "0", {}, {"experiment": json.dumps(experiment)})
+            source = StateDictFile(Path("x/best.pt"), "0", {}, {"experiment": json.dumps(experiment)})
             self.assertIn(rf"| pretrained\_checkpoint\_path | {told} |", history(source))
 
     def test_an_import_keeps_names_and_seconds(self):

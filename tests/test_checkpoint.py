@@ -100,7 +100,10 @@ class Saving(Folder):
             self.assertEqual(checkpoint.load_newest(self.folder)[0]["step"], step)
 
     def test_why_it_could_not_be_written_is_told(self):
-        for error in (OSError(28, "No space left on device"), checkpoint.BrokenCheckpoint("x was not written whole")):
+        for error in (
+            OSError(28, "No space left on device"),
+            checkpoint.CorruptCheckpointError("x was not written whole"),
+        ):
             with self.assertRaisesRegex(UserError, rf"written to {self.folder}: .* GB are free\).*Make room"):
                 with checkpoint.told(self.folder):
                     raise error
@@ -144,7 +147,7 @@ class Saving(Folder):
                 file.write(damage(whole.getvalue()))
 
             with mock.patch("torch.save", save):
-                with self.assertRaises(checkpoint.BrokenCheckpoint):
+                with self.assertRaises(checkpoint.CorruptCheckpointError):
                     checkpoint.save(state(2, model={"w": torch.ones(100)}), self.folder, ["best.pt"])
             found, _, problems = checkpoint.load_newest(self.folder)
             self.assertEqual((found["step"], problems, (self.folder / "best.pt").exists()), (1, [], False))
@@ -218,7 +221,7 @@ class Loading(Folder):
     def test_when_all_are_broken_nothing_starts_over(self):
         checkpoint.save(state(1), self.folder, [])
         (self.folder / "checkpoint.pt").write_bytes(b"junk")
-        with self.assertRaises(checkpoint.BrokenCheckpoint):
+        with self.assertRaises(checkpoint.CorruptCheckpointError):
             checkpoint.load_newest(self.folder)
 
     def test_going_on_after_a_broken_newest_keeps_the_good_one_until_there_is_a_better(self):
@@ -243,7 +246,9 @@ class Loading(Folder):
     def test_a_lost_newest_is_told(self):
         checkpoint.save(state(1), self.folder, [])
         (self.folder / "checkpoint.pt").unlink()  # its manifest tells of it
-        with self.assertRaisesRegex(checkpoint.BrokenCheckpoint, "checkpoint.pt is gone or no file, and there was one"):
+        with self.assertRaisesRegex(
+            checkpoint.CorruptCheckpointError, "checkpoint.pt is gone or no file, and there was one"
+        ):
             checkpoint.load_newest(self.folder)
         checkpoint.save(state(2), self.folder, [])
         checkpoint.save(state(3), self.folder, [])
@@ -256,13 +261,13 @@ class Loading(Folder):
         (self.folder / "link/checkpoint.pt").symlink_to("/nowhere/checkpoint.pt")
         (self.folder / "folder/checkpoint.pt").mkdir(parents=True)
         for name in ("link", "folder"):
-            with self.subTest(name), self.assertRaisesRegex(checkpoint.BrokenCheckpoint, "is gone or no file"):
+            with self.subTest(name), self.assertRaisesRegex(checkpoint.CorruptCheckpointError, "is gone or no file"):
                 checkpoint.load_newest(self.folder / name)
 
     def test_what_loads_but_is_no_checkpoint_of_a_run(self):
         for content in ({"model": {}}, [1, 2], state(1, model={"w": 0})):
             torch.save(content, self.folder / "checkpoint.pt")
-            with self.assertRaisesRegex(checkpoint.BrokenCheckpoint, "no checkpoint of a run: it lacks"):
+            with self.assertRaisesRegex(checkpoint.CorruptCheckpointError, "no checkpoint of a run: it lacks"):
                 checkpoint.load_newest(self.folder)
 
     def test_an_archive_that_says_it_goes_on_elsewhere(self):
@@ -276,23 +281,25 @@ class Loading(Folder):
         file.write_bytes(data)
         with self.assertRaises(zipfile.BadZipFile):
             zipfile.is_zipfile(file)
-        with self.assertRaises(checkpoint.BrokenCheckpoint):
+        with self.assertRaises(checkpoint.CorruptCheckpointError):
             checkpoint.read(file)
         checkpoint.verified_digest(file)  # it is no archive, so that nothing in it can be verified
 
     def test_one_of_another_version(self):
         checkpoint.save(state(1, format=checkpoint.FORMAT + 1), self.folder, [])
-        with self.assertRaisesRegex(checkpoint.BrokenCheckpoint, "has format 3, of another version .* expected 2"):
+        with self.assertRaisesRegex(
+            checkpoint.CorruptCheckpointError, "has format 3, of another version .* expected 2"
+        ):
             checkpoint.load_newest(self.folder)
 
     def test_a_pickle_is_refused_and_not_run(self):
         canary = self.folder / "canary"
         evil = self.folder / "evil.pt"
         torch.save({"model": Canary(str(canary))}, evil)
-        with self.assertRaises(checkpoint.BrokenCheckpoint):
+        with self.assertRaises(checkpoint.CorruptCheckpointError):
             checkpoint.safe_load(evil)
         evil.write_bytes(pickle.dumps(Canary(str(canary))))
-        with self.assertRaises(checkpoint.BrokenCheckpoint):
+        with self.assertRaises(checkpoint.CorruptCheckpointError):
             checkpoint.safe_load(evil)
         self.assertFalse(canary.exists())
 

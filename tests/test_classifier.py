@@ -9,7 +9,7 @@ from torch import Tensor
 
 from omnivision.data.batch import Batch
 from omnivision.data.catalog import LabelSets
-from omnivision.data.mixing import Mixing, soft_targets
+from omnivision.data.mixing import MixupCutmix, soft_targets
 from omnivision.models.average import AveragedClassifier
 from omnivision.models.classifier import VideoClassifier, train_mode
 from omnivision.models.vit import VisionTransformer
@@ -259,7 +259,7 @@ class Task(unittest.TestCase):
 
     def test_each_source_has_its_head(self):
         model = VideoClassifier(trunk(), [7, 5])
-        task = Classify(self.labels, Mixing())
+        task = Classify(self.labels, MixupCutmix())
         for source, unused in (("a", 1), ("b", 0)):
             model.zero_grad()
             video = torch.randint(0, 256, (2, 3, 4, 32, 32), dtype=torch.uint8)
@@ -278,12 +278,12 @@ class Task(unittest.TestCase):
             self.assertEqual(float(none.loss), 0)
 
     def test_hits_are_counted_without_label_smoothing(self):
-        task, label = Classify(self.labels, Mixing(prob=0)), [1, 4, -1, 0]
+        task, label = Classify(self.labels, MixupCutmix(prob=0)), [1, 4, -1, 0]
         video = torch.randint(0, 256, (4, 3, 4, 32, 32), dtype=torch.uint8)
         perfect = torch.nn.functional.one_hot(torch.tensor(label).clamp(min=0), 7).float()
         output = task.training_step(lambda *_: perfect.requires_grad_(), batch_of(video, label))
         self.assertEqual((int(output.count), float(output.sums["top1"])), (3, 300.0))
-        task.mixing = Mixing(cutmix_alpha=0)
+        task.mixing = MixupCutmix(cutmix_alpha=0)
         for seed in range(4):
             torch.manual_seed(seed)
             share, _ = task.mixing.draw(32, 32, np.random.default_rng(seed))
@@ -293,7 +293,7 @@ class Task(unittest.TestCase):
             self.assertAlmostEqual(float(same.sums["top1"]), 200, places=3)
 
     def test_mixing_is_drawn_from_the_step(self):
-        model, task = VideoClassifier(trunk(), [7, 5]), Classify(self.labels, Mixing())
+        model, task = VideoClassifier(trunk(), [7, 5]), Classify(self.labels, MixupCutmix())
         batch = batch_of(torch.randint(0, 256, (4, 3, 4, 32, 32), dtype=torch.uint8), [0, 1, 2, 3])
         losses = []
         for seed in (1, 1, 2):

@@ -3,7 +3,8 @@
 import unittest
 from fractions import Fraction
 
-from omnivision.data.clips import clip_window, random_clip_start, subsample_indices, uniform_clip_starts
+from omnivision.data.frames import subsample_indices
+from omnivision.data.sampling import clip_window, random_clip_start, uniform_clip_starts
 
 
 class RandomClips(unittest.TestCase):

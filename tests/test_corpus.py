@@ -16,11 +16,10 @@ import torch
 from PIL import Image
 
 from omnivision.data.catalog import Dataset, Split, SplitFiles
-from omnivision.data.clips import clip_window, uniform_clip_starts
-from omnivision.data.dataset import ClipDataset, Cut
-from omnivision.data.images import read_image
-from omnivision.data.loader import Workers, evaluation_batches
-from omnivision.data.opening import BadVideo
+from omnivision.data.dataset import ClipConfig, ClipDataset
+from omnivision.data.frames import VideoDecodeError, read_image
+from omnivision.data.loader import LoaderConfig, evaluation_batches
+from omnivision.data.sampling import clip_window, uniform_clip_starts
 from omnivision.data.video import open_video
 from tests.test_decode import Truth, make_film
 
@@ -130,10 +129,10 @@ class Corpus(unittest.TestCase):
         """What a data worker makes of each file: its clip (T, 2, 2, 3), or the reason why it has none."""
         np.save(self.folder / "paths.npy", np.array([str(path) for path in paths]))
         dataset = Dataset("corpus", num_classes=2, val=SplitFiles(str(self.folder / "paths.npy")))
-        cut = Cut(AsDecoded(), 1, FRAMES, (1, 1, 1))
+        cut = ClipConfig(AsDecoded(), 1, FRAMES, (1, 1, 1))
         clips = ClipDataset([Split(dataset, "val")], {"video": cut}, CLIP, 0, training=False, max_pixels=10**6)
         found: dict[str, np.ndarray | str] = {}
-        for batch in evaluation_batches(clips, 1, 0, 1, Workers(1, timeout=60)):
+        for batch in evaluation_batches(clips, 1, 0, 1, LoaderConfig(1, timeout=60)):
             path = batch.bad[0].path if batch.bad else batch.paths[0]
             found[path] = batch.bad[0].reason if batch.bad else batch.video[0].permute(1, 2, 3, 0).numpy()
         return found
@@ -188,7 +187,7 @@ class Corpus(unittest.TestCase):
         (self.folder / "cut.png").write_bytes(whole[: len(whole) // 2])
         (self.folder / "flipped.png").write_bytes(whole[:40] + bytes([whole[40] ^ 255]) + whole[41:])
         for name in ("cut.png", "flipped.png"):
-            with self.assertRaises(BadVideo, msg=name):
+            with self.assertRaises(VideoDecodeError, msg=name):
                 read_image(str(self.folder / name))
 
 

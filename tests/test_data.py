@@ -18,11 +18,11 @@ from PIL import Image
 
 from omnivision.data.batch import BadSample, Batch, Sample, collate, vanished_files
 from omnivision.data.catalog import Dataset, Split, SplitFiles
-from omnivision.data.dataset import REPLACEMENTS, ClipDataset, Cut
+from omnivision.data.dataset import REPLACEMENTS, ClipConfig, ClipDataset
 from omnivision.data.encode import write_film
-from omnivision.data.epoch import EpochPlan, Request, SourcePlan
-from omnivision.data.loader import Workers, evaluation_batches, train_batches
+from omnivision.data.loader import LoaderConfig, evaluation_batches, train_batches
 from omnivision.data.masking import RandomMask
+from omnivision.data.sampling import EpochPlan, Request, SourcePlan
 from omnivision.data.views import EvalView, PretrainView
 from omnivision.reporting.bad_samples import BadSampleLedger
 from omnivision.utils.errors import DataWorkerError, UserError
@@ -55,7 +55,7 @@ class Plan(unittest.TestCase):
         twice = one_source(12, 4, repeat=2)
         requests = [request for step in videos(twice, 0) for request in step]
         self.assertEqual(sorted(request.video for request in requests), sorted([*range(12)] * 2))
-        self.assertEqual({request.occurrence for request in requests}, {0, 1})
+        self.assertEqual({request.repeat_index for request in requests}, {0, 1})
         self.assertEqual(len(set(requests)), 24, "the second time with other random draws")
 
     def test_half_a_repeat_sees_another_half_each_epoch(self):
@@ -67,9 +67,9 @@ class Plan(unittest.TestCase):
     def test_a_step_may_end_one_round_and_begin_the_next(self):
         plan = one_source(10, 4, repeat=2)
         steps = videos(plan, 0)
-        self.assertIn({0, 1}, [{request.occurrence for request in step} for step in steps])
-        for lap in (0, 1):
-            seen = [request.video for step in steps for request in step if request.occurrence == lap]
+        self.assertIn({0, 1}, [{request.repeat_index for request in step} for step in steps])
+        for repeat_index in (0, 1):
+            seen = [request.video for step in steps for request in step if request.repeat_index == repeat_index]
             self.assertEqual(sorted(seen), list(range(10)))
         for step, whole in enumerate(steps):
             self.assertEqual([r for rank in range(4) for r in plan.requests(0, step, rank, 4)], whole)
@@ -181,7 +181,7 @@ class Films(unittest.TestCase):
         self, paths: str = "paths.npy", views: int = 4, training: bool = True, max_pixels: int | None = None
     ) -> ClipDataset:
         view = PretrainView(32, short_side=40) if training else EvalView(32)
-        cut = Cut(view, views if training else 1, num_frames=4, grid=(2, 4, 4), mask=RandomMask(0.75))
+        cut = ClipConfig(view, views if training else 1, num_frames=4, grid=(2, 4, 4), mask=RandomMask(0.75))
         return ClipDataset([self.split(paths)], {"video": cut}, 0.7, 5, training, max_pixels)
 
     def batches(
@@ -193,7 +193,7 @@ class Films(unittest.TestCase):
         paths: str = "paths.npy",
     ) -> list[Batch]:
         plan = EpochPlan({"films": SourcePlan(11, 2, views=4, repeat=4)}, seed=5)
-        return list(train_batches(self.dataset(paths), plan, start, 2, rank, world, Workers(workers)))
+        return list(train_batches(self.dataset(paths), plan, start, 2, rank, world, LoaderConfig(workers)))
 
     def assert_same(self, one: list[Batch], other: list[Batch]) -> None:
         self.assertEqual(len(one), len(other))
@@ -231,7 +231,7 @@ class Films(unittest.TestCase):
 
     def test_a_second_epoch_cuts_other_views(self):
         one, other = (self.dataset()[Request(0, 3, epoch)] for epoch in (0, 1))
-        again = self.dataset()[Request(0, 3, 0, occurrence=1)]
+        again = self.dataset()[Request(0, 3, 0, repeat_index=1)]
         for sample in (other, again):
             self.assertFalse(torch.equal(one.video, sample.video))
             self.assertFalse(torch.equal(one.mask, sample.mask))
@@ -271,24 +271,24 @@ class Films(unittest.TestCase):
         for world in (1, 2, 3):
             seen = []
             for rank in range(world):
-                for batch in evaluation_batches(self.dataset(training=False), 2, rank, world, Workers()):
+                for batch in evaluation_batches(self.dataset(training=False), 2, rank, world, LoaderConfig()):
                     seen += batch.index.tolist()
             self.assertEqual(sorted(seen), list(range(11)), world)
         two = self.dataset(training=False)
         two.splits.append(self.split("greys.npy", "greys"))
         for world in (1, 2, 3):
-            batches = [b for rank in range(world) for b in evaluation_batches(two, 4, rank, world, Workers())]
+            batches = [b for rank in range(world) for b in evaluation_batches(two, 4, rank, world, LoaderConfig())]
             seen = sorted((batch.source, index) for batch in batches for index in batch.index.tolist())
             self.assertEqual(seen, [("films", i) for i in range(11)] + [("greys", 0), ("greys", 1)])
-        one = evaluation_batches(self.dataset(training=False), 4, 0, 1, Workers())
-        self.assert_same(list(one), list(evaluation_batches(self.dataset(training=False), 4, 0, 1, Workers(2))))
-        limited = list(evaluation_batches(self.dataset(training=False), 2, 0, 1, Workers(), limit=2))
+        one = evaluation_batches(self.dataset(training=False), 4, 0, 1, LoaderConfig())
+        self.assert_same(list(one), list(evaluation_batches(self.dataset(training=False), 4, 0, 1, LoaderConfig(2))))
+        limited = list(evaluation_batches(self.dataset(training=False), 2, 0, 1, LoaderConfig(), limit=2))
         self.assertEqual([batch.index.tolist() for batch in limited], [[0, 1], [2, 3]])
 
     def test_in_a_limited_evaluation_the_sources_take_turns(self):
         dataset = self.dataset(training=False)
         dataset.splits = [dataset.splits[0], dataset.splits[0]]
-        batches = evaluation_batches(dataset, 4, 0, 1, Workers(), limit=2)
+        batches = evaluation_batches(dataset, 4, 0, 1, LoaderConfig(), limit=2)
         self.assertEqual([batch.index.tolist() for batch in batches], [[0, 1, 2, 3]] * 2, "of either")
 
     def test_a_bad_file_is_replaced_by_the_same_one_each_time(self):
@@ -305,7 +305,7 @@ class Films(unittest.TestCase):
         self.assertGreater(len(others), 1, "another one in another epoch")
 
     def test_in_evaluation_a_bad_file_is_left_out_and_named(self):
-        batches = list(evaluation_batches(self.dataset("broken.npy", training=False), 4, 0, 1, Workers()))
+        batches = list(evaluation_batches(self.dataset("broken.npy", training=False), 4, 0, 1, LoaderConfig()))
         self.assertEqual([i for batch in batches for i in batch.index.tolist()], [0, 1, 3, 4, 5, 6, 8, 9, 10])
         self.assertEqual([bad.index for batch in batches for bad in batch.bad], [2, 7])
 
@@ -355,14 +355,14 @@ class Films(unittest.TestCase):
                 dataset = self.dataset()
                 dataset.__class__ = kind
                 with self.assertRaisesRegex(expected, saying) as told:
-                    next(train_batches(dataset, plan, (0, 0), 1, 0, 1, Workers(workers)))
+                    next(train_batches(dataset, plan, (0, 0), 1, 0, 1, LoaderConfig(workers)))
                 self.assertNotIsInstance(told.exception, DataWorkerError)
 
     def test_workers_run_one_thread_and_carry_bytes_through_shared_memory(self):
         plan = EpochPlan({"films": SourcePlan(11, 2, views=4)}, seed=5)
         dataset = self.dataset()
         dataset.__class__ = Threads
-        batch = next(train_batches(dataset, plan, (0, 0), 1, 0, 1, Workers(1)))
+        batch = next(train_batches(dataset, plan, (0, 0), 1, 0, 1, LoaderConfig(1)))
         self.assertEqual(batch.label.tolist(), [1] * 8)
         self.assertEqual(batch.video.dtype, torch.uint8)
         self.assertTrue(batch.video.is_shared())
@@ -377,7 +377,7 @@ class Films(unittest.TestCase):
         dataset = self.dataset()
         dataset.__class__ = Told
         plan = EpochPlan({"films": SourcePlan(11, 2, views=4, repeat=4)}, seed=5)
-        batches = train_batches(dataset, plan, (0, 0), 4, 0, 1, Workers(1, prefetch=1))
+        batches = train_batches(dataset, plan, (0, 0), 4, 0, 1, LoaderConfig(1, prefetch=1))
         workers = [int(next(batches).label[0]) for _ in range(2)]
         for number in (signal.SIGTERM, signal.SIGUSR2):
             os.kill(workers[0], number)

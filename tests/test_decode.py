@@ -25,8 +25,9 @@ from PIL import Image
 os.environ.setdefault("SVT_LOG", "1")  # the AV1 encoder tells its settings otherwise
 
 from omnivision.data import video as decode
-from omnivision.data.clips import clip_window, subsample_indices
-from omnivision.data.video import BadVideo, VideoFile, open_video
+from omnivision.data.frames import subsample_indices
+from omnivision.data.sampling import clip_window
+from omnivision.data.video import VideoDecodeError, VideoFile, open_video
 from omnivision.tools.prepare.transcode import Job, Recipe, transcode
 
 
@@ -119,7 +120,7 @@ class InFolder(unittest.TestCase):
     def assert_exact(self, path: Path | str, windows: Sequence[tuple[float, float, int]], honest: bool = False) -> None:
         """Every window (start, length, frames) is byte-identical to the full decode, by the expected way."""
         truth = Truth(path)
-        with counted("_read_honestly") as spy, open_video(str(path)) as video:
+        with counted("_decode_sequentially") as spy, open_video(str(path)) as video:
             for start, length, num in windows:
                 a, b = clip_window(start, length)
                 got = pixels(video.read(a, b, num))
@@ -127,7 +128,7 @@ class InFolder(unittest.TestCase):
             self.assertEqual(spy.call_count, len(windows) if honest else 0, f"{path}: full decodes")
 
     def assert_bad(self, path: Path | str, reason: str, read: bool = False, **settings: Any) -> None:
-        with self.assertRaisesRegex(BadVideo, reason) as caught:
+        with self.assertRaisesRegex(VideoDecodeError, reason) as caught:
             with open_video(str(path), **settings) as video:
                 if read:
                     video.read(0.0, 2.7, 16)
@@ -252,7 +253,7 @@ class Exactness(InFolder):
         options = {"g": "25", "x264-params": "intra-refresh=1:bframes=0"}
         path = make_film(self.folder / "refresh.mkv", options=options, size=(320, 64))
         truth = Truth(path)
-        with counted("_read_honestly") as spy, open_video(str(path)) as video:
+        with counted("_decode_sequentially") as spy, open_video(str(path)) as video:
             for start in (0.0, 1.04, 1.2, 2.2):
                 a, b = clip_window(start, 0.6)
                 self.assertTrue(np.array_equal(pixels(video.read(a, b, 8)), truth.read(a, b, 8)))
@@ -536,7 +537,7 @@ class Hostile(InFolder):
                 )
             )
             for start in (0.0, 2.5, 9.0):
-                with self.assertRaisesRegex(BadVideo, "truncated|Invalid data"):
+                with self.assertRaisesRegex(VideoDecodeError, "truncated|Invalid data"):
                     video.read(start, start + 2.7, 16)
         for name, codec in [("a.mkv", "libx264"), ("b.avi", "mpeg4")]:
             whole = make_film(self.folder / name, codec)
@@ -562,14 +563,14 @@ class Hostile(InFolder):
         self.assert_bad(path, "damaged: ", read=True)
         with open_video(str(path)) as video:
             self.assertEqual(video.read(0.0, 1.0, 2).shape, (2, 3, 128, 160))  # what comes before is fine
-            with self.assertRaisesRegex(BadVideo, "damaged: "):
+            with self.assertRaisesRegex(VideoDecodeError, "damaged: "):
                 video.read(2.0, 2.5, 4)  # what comes after builds on it
 
     def test_a_stream_that_appears_midway(self) -> None:
         """PyAV answers with an IndexError (seen with damaged transport streams)."""
         with open_video(str(self.write("good.mp4", self.good))) as video:
             with mock.patch.object(VideoFile, "_demux", side_effect=IndexError("list index out of range")):
-                with self.assertRaisesRegex(BadVideo, "out of range"):
+                with self.assertRaisesRegex(VideoDecodeError, "out of range"):
                     video.read(0.0, 1.0, 2)
 
     def test_random_damage_never_escapes(self) -> None:
@@ -583,9 +584,9 @@ class Hostile(InFolder):
             try:
                 with open_video(str(path), max_pixels=10**6) as video:
                     outcomes.add(tuple(video.read(0.3, min(video.duration, 3.0) + 0.4, 3).shape[:2]))
-            except BadVideo as error:
+            except VideoDecodeError as error:
                 outcomes.add(type(error))
-        self.assertEqual(outcomes, {(3, 3), BadVideo})
+        self.assertEqual(outcomes, {(3, 3), VideoDecodeError})
 
     def test_max_pixels(self) -> None:
         path = self.write("good.mp4", self.good)
@@ -618,7 +619,7 @@ class Hostile(InFolder):
                     str([good, text, cut, frames, self.folder / "none"][k % 5]), max_pixels=10 if k % 7 == 0 else None
                 ) as v:
                     v.read(0.0, 2.7, 2)
-            except BadVideo:
+            except VideoDecodeError:
                 pass
         self.assertEqual(len(os.listdir("/proc/self/fd")), before)
 

@@ -11,7 +11,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from omnivision.data.video import BadVideo, VideoFile, open_video
+from omnivision.data.video import VideoDecodeError, VideoFile, open_video
 from tests.test_check_data import run as check_data
 from tests.test_decode import Truth, counted, make_film, pixels
 
@@ -125,7 +125,7 @@ class Durations(Folder):
                             self.use(video, how)
                         if how == "duration" and sound is None and suffix in ("mkv", "webm"):
                             continue  # the header tells, and reading finds it
-                        with self.assertRaisesRegex(BadVideo, "truncated|damaged|Invalid"):
+                        with self.assertRaisesRegex(VideoDecodeError, "truncated|damaged|Invalid"):
                             with open_video(str(self.folder / f"cut.{suffix}")) as video:
                                 self.use(video, how)
 

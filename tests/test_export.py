@@ -28,7 +28,7 @@ from omnivision.models.mae import MaskedAutoencoder
 from omnivision.models.vit import VisionTransformer
 from omnivision.tools import export, import_weights
 from omnivision.utils.errors import UserError
-from omnivision.utils.safe import safe_load
+from omnivision.utils.io import safe_load
 from tests import other_transformers
 
 disable_progress_bar()

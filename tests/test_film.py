@@ -7,7 +7,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from omnivision.data.video import BadVideo, open_video
+from omnivision.data.video import VideoDecodeError, open_video
 from tests.runs import real_films
 from tests.test_decode import InFolder, Truth, edit_packets, make_film
 
@@ -70,7 +70,7 @@ class WholeFilms(InFolder):
     def assert_refused(self, path: Path, reason: str) -> None:
         for ask in ("times", "frames"):
             with self.subTest(path.name, ask=ask), open_video(str(path)) as film:
-                with self.assertRaisesRegex(BadVideo, reason):
+                with self.assertRaisesRegex(VideoDecodeError, reason):
                     list(getattr(film, ask)())
 
     def test_folders_of_frames(self) -> None:
@@ -83,7 +83,7 @@ class WholeFilms(InFolder):
             facts = film.facts()
             self.assertEqual((facts.frames, facts.width, facts.height, facts.rotation, facts.gop), (3, 20, 10, 0, 1))
         Image.new("RGB", (10, 20)).save(self.folder / "clip" / "3.png")
-        with open_video(str(self.folder / "clip")) as film, self.assertRaisesRegex(BadVideo, "different sizes"):
+        with open_video(str(self.folder / "clip")) as film, self.assertRaisesRegex(VideoDecodeError, "different sizes"):
             film.times()
 
 

@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 
 from omnivision.data.catalog import Dataset, Split, SplitFiles
-from omnivision.data.frame_folder import SeveralSeriesError, group_series, natural, sort_times
-from omnivision.data.video import BadVideo, open_video
+from omnivision.data.frames import SeveralSeriesError, group_series, natural, sort_times
+from omnivision.data.video import VideoDecodeError, open_video
 from omnivision.tools.report.mistakes import moving
 from omnivision.training import preflight
 from omnivision.utils.errors import UserError
@@ -99,7 +99,7 @@ class Reading(unittest.TestCase):
                 self.assertEqual(film.facts().frames, frames)
                 if grey is not None:
                     self.assertEqual(set(shown.flatten().tolist()), {grey})
-        with self.assertRaises(BadVideo), open_video(path, frame_pattern="rgb_*"):
+        with self.assertRaises(VideoDecodeError), open_video(path, frame_pattern="rgb_*"):
             pass
         self.assertTrue(moving(path, 25.0, "img_*.png"))
         self.assertFalse(moving(path, 25.0))

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from omnivision.config.suggestions import setting_names
 from omnivision.config.validate import check
 from omnivision.data.catalog import Dataset, Split, SplitFiles
-from omnivision.data.epoch import EpochPlan, SourcePlan
+from omnivision.data.sampling import EpochPlan, SourcePlan
 from omnivision.optim.schedules import Constant, WarmupCosine
 from omnivision.utils.errors import UserError
 from tests.test_config import FOLDER, composed

@@ -10,14 +10,13 @@ from PIL import Image
 
 from omnivision.data.batch import collate
 from omnivision.data.catalog import Dataset, LabelSets, Split, SplitFiles
-from omnivision.data.dataset import ClipDataset, Cut
+from omnivision.data.dataset import ClipConfig, ClipDataset
 from omnivision.data.encode import write_film
-from omnivision.data.epoch import EpochPlan, Request, SourcePlan
-from omnivision.data.images import read_depth, read_image
-from omnivision.data.loader import Workers, train_batches
+from omnivision.data.frames import VideoDecodeError, read_depth, read_image
+from omnivision.data.loader import LoaderConfig, train_batches
 from omnivision.data.masking import RandomMask
-from omnivision.data.mixing import Mixing
-from omnivision.data.opening import BadVideo
+from omnivision.data.mixing import MixupCutmix
+from omnivision.data.sampling import EpochPlan, Request, SourcePlan
 from omnivision.data.views import EvalView, PretrainView
 from omnivision.models.classifier import VideoClassifier
 from omnivision.models.mae import MaskedAutoencoder
@@ -59,10 +58,10 @@ class Reading(Folder):
         }
         for name, tensor in tensors.items():
             torch.save(tensor, self.folder / f"{name}.pt")
-            with self.assertRaises(BadVideo, msg=name):
+            with self.assertRaises(VideoDecodeError, msg=name):
                 read_depth(str(self.folder / f"{name}.pt"), max_pixels=10**6)
         np.save(self.folder / "days.npy", np.zeros((4, 4), "datetime64[D]"))
-        self.assertRaises(BadVideo, read_depth, str(self.folder / "days.npy"))
+        self.assertRaises(VideoDecodeError, read_depth, str(self.folder / "days.npy"))
         torch.save(torch.nn.Parameter(torch.ones(4, 4)), self.folder / "weights.pt")
         self.assertFalse(read_depth(str(self.folder / "weights.pt")).requires_grad)
 
@@ -72,7 +71,7 @@ class Reading(Folder):
         self.assertEqual(read_image(str(self.folder / "wide.pgm"))[0, 0].tolist(), [[0, 0], [156, 255]])
         for name, dtype in (("whole.tif", np.int32), ("share.tif", np.float32)):
             Image.fromarray(wide.astype(dtype)).save(self.folder / name)
-            with self.assertRaisesRegex(BadVideo, "32 bits"):
+            with self.assertRaisesRegex(VideoDecodeError, "32 bits"):
                 read_image(str(self.folder / name))
 
     def test_images(self):
@@ -88,12 +87,12 @@ class Reading(Folder):
         upright = read_image(str(self.folder / "turned.png"))[0].permute(1, 2, 0).numpy()
         self.assertTrue(np.array_equal(upright, np.rot90(pixels, -1)))
         for bad in (self.folder, self.folder / "none.png"):
-            with self.assertRaises(BadVideo):
+            with self.assertRaises(VideoDecodeError):
                 read_image(str(bad))
         (self.folder / "text.png").write_text("no image")
-        with self.assertRaisesRegex(BadVideo, "not an image"):
+        with self.assertRaisesRegex(VideoDecodeError, "not an image"):
             read_image(str(self.folder / "text.png"))
-        with self.assertRaisesRegex(BadVideo, "more than max_pixels"):
+        with self.assertRaisesRegex(VideoDecodeError, "more than max_pixels"):
             read_image(str(self.folder / "a.png"), max_pixels=48 * 64 - 1)
 
     def test_depth(self):
@@ -110,7 +109,7 @@ class Reading(Folder):
         np.save(self.folder / "objects.npy", np.array([{}], dtype=object))
         np.save(self.folder / "flat.npy", np.zeros(7))
         for name in ("evil.pt", "objects.npy", "flat.npy", "none.npy"):
-            with self.assertRaises(BadVideo, msg=name):
+            with self.assertRaises(VideoDecodeError, msg=name):
                 read_depth(str(self.folder / name))
         self.assertFalse(canary.exists())
 
@@ -141,8 +140,8 @@ class Joint(Folder):
     def test_steps_of_clips_and_of_images(self):
         view = PretrainView(32, short_side=40)
         cuts = {
-            "video": Cut(view, views=2, num_frames=4, grid=(2, 4, 4), mask=RandomMask(0.9)),
-            "image": Cut(view, views=1, num_frames=1, grid=(1, 4, 4), mask=RandomMask(0.75)),
+            "video": ClipConfig(view, views=2, num_frames=4, grid=(2, 4, 4), mask=RandomMask(0.9)),
+            "image": ClipConfig(view, views=1, num_frames=1, grid=(1, 4, 4), mask=RandomMask(0.75)),
         }
         dataset = ClipDataset([self.split("films"), self.split("images", "image")], cuts, 0.7, 5, training=True)
         plan = EpochPlan({"films": SourcePlan(4, 2, views=2), "images": SourcePlan(12, 6)}, seed=1)
@@ -150,7 +149,7 @@ class Joint(Folder):
         model = MaskedAutoencoder(trunk(), {"width": 16, "depth": 1, "heads": 2})
         task = Reconstruct(TUBELET)
         seen = []
-        for batch in train_batches(dataset, plan, (0, 0), 1, 0, 1, Workers()):
+        for batch in train_batches(dataset, plan, (0, 0), 1, 0, 1, LoaderConfig()):
             seen.append((batch.source, tuple(batch.video.shape), batch.num_masked))
             task.training_step(model, batch).loss.backward()
         self.assertEqual(
@@ -167,7 +166,7 @@ class Joint(Folder):
         np.save(self.folder / "images.npy", np.array([f"{self.folder}/{number}.bmp" for number in range(12)]))
         split = self.split("images", "rgbd")
         for training, view in ((True, PretrainView(32, short_side=40)), (False, EvalView(32, crops=3))):
-            cut = Cut(view, views=3, num_frames=1, grid=(1, 4, 4))
+            cut = ClipConfig(view, views=3, num_frames=1, grid=(1, 4, 4))
             sample = ClipDataset([split], {"rgbd": cut}, 1.0, 5, training)[Request(0, 1, 0)]
             self.assertEqual((tuple(sample.video.shape), tuple(sample.depth.shape)), ((3, 3, 32, 32), (3, 1, 32, 32)))
             self.assertGreater(float(sample.depth.max()), 0.3)
@@ -175,12 +174,12 @@ class Joint(Folder):
             self.assertLess(float((sample.video[:, :1] / 255 * 51 / 50 - sample.depth).abs().max()), 0.02)
 
     def test_rgbd_batches_train(self):
-        cut = Cut(EvalView(32), views=1, num_frames=1, grid=(1, 4, 4))
+        cut = ClipConfig(EvalView(32), views=1, num_frames=1, grid=(1, 4, 4))
         dataset = ClipDataset([self.split("images", "rgbd")], {"rgbd": cut}, 1.0, 5, training=True)
         batch = collate([dataset[Request(0, i, 0)] for i in range(4)])
         self.assertEqual(tuple(batch.depth.shape), (4, 1, 32, 32))
         model = VideoClassifier(trunk(rgbd=True), [3])
-        for mixing in (None, Mixing()):
+        for mixing in (None, MixupCutmix()):
             model.zero_grad()
             Classify(LabelSets([3], {"images": 0}), mixing).training_step(model, batch).loss.backward()
             self.assertGreater(float(model.trunk.depth_patch_embed.proj[1].weight.grad.abs().sum()), 0)

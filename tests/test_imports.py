@@ -78,7 +78,7 @@ class Imports(unittest.TestCase):
                 where = f"{name}:{node.lineno} calls {called}"
                 self.assertNotIn(called, {"eval", "exec", "yaml.load", "yaml.unsafe_load", "pickle.loads"}, where)
                 if called == "torch.load":
-                    self.assertEqual(name, "omnivision.utils.safe", where)
+                    self.assertEqual(name, "omnivision.utils.io", where)
                 for keyword in node.keywords:
                     if keyword.arg in ("allow_pickle", "weights_only"):
                         expected = {"allow_pickle": False, "weights_only": True}[keyword.arg]

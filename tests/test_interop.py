@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from transformers import VideoMAEConfig, VideoMAEForPreTraining, VideoMAEForVideoClassification, VideoMAEModel
 from transformers.utils.logging import disable_progress_bar
 
-from omnivision.checkpoint.pretrained import Choice, load
-from omnivision.checkpoint.weight_files import Source, find, read
+from omnivision.checkpoint.pretrained import WeightFilter, load
+from omnivision.checkpoint.weight_files import StateDictFile, find, read
 from omnivision.interop.convert import convert
 from omnivision.interop.geometry import Given
 from omnivision.interop.huggingface import from_hf, preprocessor_config, to_hf
@@ -35,7 +35,7 @@ from omnivision.models.mae import Decoder, MaskedAutoencoder, split_tokens
 from omnivision.models.vit import VisionTransformer
 from omnivision.tools import import_weights
 from omnivision.utils.errors import UserError
-from omnivision.utils.safe import safe_load
+from omnivision.utils.io import safe_load
 from tests.parity_formula import error, record, stated, token_mask, weights
 from tests.test_checkpoint import Canary
 
@@ -292,7 +292,7 @@ class Formats(Case):
             for name in [n for n in theirs if re.search(r"decoder_blocks.*qkv\.bias", n)]:
                 del theirs[name]
                 wanted[name] = torch.zeros_like(wanted[name])
-            imported, format = convert(Source(Path("x"), "", theirs), given=HERE)
+            imported, format = convert(StateDictFile(Path("x"), "", theirs), given=HERE)
             self.assertEqual(format, "omnimae")
             self.assert_equal_states(imported.state, wanted)
             self.assertEqual(imported.architecture, describe(model))
@@ -328,7 +328,7 @@ class Formats(Case):
             for path in (self.save({"model": state}), self.save({"state_dict": state}), self.folder / "x.safetensors"):
                 with self.subTest(new=new, path=path.name):
                     self.assert_equal_states(read(path).state, wanted)
-                    self.assertEqual(load(classifier(), read(path), Choice(strict=True)).missing, [])
+                    self.assertEqual(load(classifier(), read(path), WeightFilter(strict=True)).missing, [])
         lightning = self.save({"state_dict": changed("^", "model._orig_mod.")})
         self.assert_equal_states(convert(read(lightning), given=HERE)[0].state, wanted)
 
@@ -340,7 +340,7 @@ class Formats(Case):
     def test_omnimaes_decoder_may_have_biases(self):
         wanted = autoencoder().state_dict()
         theirs = {name.replace("heads.0.projector.", "head."): tensor for name, tensor in wanted.items()}
-        self.assert_equal_states(convert(Source(Path("x"), "", theirs), given=HERE)[0].state, wanted)
+        self.assert_equal_states(convert(StateDictFile(Path("x"), "", theirs), given=HERE)[0].state, wanted)
 
     def test_files_that_old_versions_of_torch_wrote(self):
         """No zip archives: they cannot be mapped into memory, and have only plain tensors all the same."""
@@ -430,18 +430,18 @@ class Formats(Case):
 
     def test_what_was_imported_is_taken_by_a_stage(self):
         imported = from_hf(recorded("pretraining"), CONFIG)
-        source = Source(Path("x.pt"), "0", imported.state, {"architecture": imported.architecture})
-        report = load(classifier(5), source, Choice(trunk_coverage=1))
+        source = StateDictFile(Path("x.pt"), "0", imported.state, {"architecture": imported.architecture})
+        report = load(classifier(5), source, WeightFilter(trunk_coverage=1))
         self.assertEqual(report.missing, ["heads.0.0.bias", "heads.0.0.weight"])
         self.assertEqual(set(report.dropped.values()), {"no place in this model"})
         model = autoencoder()
-        report = load(model, source, Choice(strict=True))
+        report = load(model, source, WeightFilter(strict=True))
         self.assertEqual((report.missing, report.dropped), ([], {}))
         self.assert_equal_states(model.state_dict(), imported.state)
 
     def test_another_number_of_heads_is_refused_by_a_stage(self):
         imported = from_hf(recorded("pretraining"), CONFIG)
-        source = Source(Path("x.pt"), "0", imported.state, {"architecture": imported.architecture})
+        source = StateDictFile(Path("x.pt"), "0", imported.state, {"architecture": imported.architecture})
         other_decoder = MaskedAutoencoder(trunk(), {"width": 24, "depth": 2, "heads": 6})
         other_trunk = VideoClassifier(VisionTransformer(48, 2, 6, **CLIP, tubelet=(2, 8, 8)), [7])
         for model, setting in (
@@ -449,28 +449,28 @@ class Formats(Case):
             (other_trunk, "trainer.model.trunk.heads=3"),
         ):
             with self.assertRaisesRegex(UserError, setting):
-                load(model, source, Choice())
-        load(other_decoder, source, Choice(drop=["trunk.decoder.*", "trunk.mask_token", "heads.*"]))
+                load(model, source, WeightFilter())
+        load(other_decoder, source, WeightFilter(drop=["trunk.decoder.*", "trunk.mask_token", "heads.*"]))
         other_decoder.trunk.decoder = Decoder(48, 32, width=16, depth=2, heads=4)
         with self.assertRaisesRegex(UserError, "no_heads_no_decoder"):
-            load(other_decoder, source, Choice())
+            load(other_decoder, source, WeightFilter())
 
     def test_another_depth_is_refused_by_a_stage(self):
         imported = from_hf(recorded("pretraining"), CONFIG)
-        source = Source(Path("x.pt"), "0", imported.state, {"architecture": imported.architecture})
+        source = StateDictFile(Path("x.pt"), "0", imported.state, {"architecture": imported.architecture})
         for depth in (1, 3):
             model = MaskedAutoencoder(trunk(), {"width": 24, "depth": depth, "heads": 4})
             with self.assertRaisesRegex(UserError, "trainer.model.decoder.depth=2.*no_heads_no_decoder"):
-                load(model, source, Choice())
-            load(model, source, Choice(drop=["trunk.decoder.*", "trunk.mask_token", "heads.*"]))
+                load(model, source, WeightFilter())
+            load(model, source, WeightFilter(drop=["trunk.decoder.*", "trunk.mask_token", "heads.*"]))
         shallow = VideoClassifier(VisionTransformer(48, 1, 3, **CLIP, tubelet=(2, 8, 8)), [7])
         with self.assertRaisesRegex(UserError, "trainer.model.trunk.depth=2"):
-            load(shallow, source, Choice())
-        load(shallow, source, Choice(drop=["trunk.blocks.1.*"]))
+            load(shallow, source, WeightFilter())
+        load(shallow, source, WeightFilter(drop=["trunk.blocks.1.*"]))
 
     def test_names_of_other_projects_are_to_be_imported(self):
         with self.assertRaisesRegex(UserError, "omnivision import x.pt"):
-            load(classifier(5), Source(Path("x.pt"), "0", recorded("pretraining"), {}), Choice())
+            load(classifier(5), StateDictFile(Path("x.pt"), "0", recorded("pretraining"), {}), WeightFilter())
 
     def test_what_cannot_be_carried_is_refused_or_told(self):
         model = classifier(7, 3, rgbd=True)
@@ -603,7 +603,7 @@ class Command(Case):
 class BadFiles(Case):
     def refused(self, source: Path | dict, message: str, given: Given = HERE, format: str = "auto") -> None:
         with self.assertRaisesRegex(UserError, message) as caught:
-            convert(read(source) if isinstance(source, Path) else Source(Path("x"), "", source), format, given)
+            convert(read(source) if isinstance(source, Path) else StateDictFile(Path("x"), "", source), format, given)
         self.assertNotIn("\n", str(caught.exception))
 
     def test_pickled_objects_are_refused_with_the_way_out(self):
@@ -742,7 +742,7 @@ class BadFiles(Case):
             index.write_text(json.dumps(content))
             self.refused(folder, message)
         index.write_text(json.dumps({"weight_map": dict.fromkeys(state, "a.safetensors")}))
-        self.assertIsInstance(read(folder), Source)
+        self.assertIsInstance(read(folder), StateDictFile)
 
 
 if __name__ == "__main__":

@@ -169,8 +169,8 @@ class Ends(unittest.TestCase):
         gone.wait()
         # torch keeps what a worker raises here for a process that is not there any more.
         program = (
-            "import contextlib, time\nfrom omnivision.data.loader import Begin\n"
-            f"with contextlib.suppress(Exception):\n    Begin({gone.pid})(0)\ntime.sleep(20)"
+            "import contextlib, time\nfrom omnivision.data.loader import worker_init\n"
+            f"with contextlib.suppress(Exception):\n    worker_init({gone.pid}, 0)\ntime.sleep(20)"
         )
         self.assertEqual(subprocess.run([sys.executable, "-c", program], cwd=runs.ROOT, timeout=60).returncode, 1)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from omnivision.data.batch import Batch
 from omnivision.data.catalog import LabelSets
-from omnivision.data.mixing import Mixing, cutmix_box, kept_share, mix, mixed_targets, soft_targets
+from omnivision.data.mixing import MixupCutmix, cutmix_box, kept_share, mix, mixed_targets, soft_targets
 from omnivision.models.patches import normalize_pixels
 from omnivision.tasks.classify import Classify
 from omnivision.utils.errors import UserError
@@ -50,7 +50,7 @@ class Published(unittest.TestCase):
 
     def test_settings(self):
         for name in ("mixup_alpha", "cutmix_alpha", "prob", "switch_prob", "label_smoothing"):
-            self.assertEqual(getattr(Mixing(), name), RECORDED["settings"][name])
+            self.assertEqual(getattr(MixupCutmix(), name), RECORDED["settings"][name])
 
 
 class AsTimm(unittest.TestCase):
@@ -120,7 +120,7 @@ class Pixels(unittest.TestCase):
     def test_one_sample_is_smoothed_alone(self):
         video, label = batch(1)
         for seed in range(6):
-            pixels, targets, _ = Mixing()(video, label, CLASSES, rng(seed))
+            pixels, targets, _ = MixupCutmix()(video, label, CLASSES, rng(seed))
             self.assertTrue(torch.equal(pixels, video))
             self.assertLess(float((targets - soft_targets(label, CLASSES, 0.1)).abs().max()), 1e-6)
 
@@ -141,12 +141,12 @@ class Pixels(unittest.TestCase):
                     return video.flatten(1)[:, :CLASSES]
 
                 torch.manual_seed(seed)  # once a step
-                task = Classify(LabelSets([CLASSES], {"a": 0}), Mixing())
+                task = Classify(LabelSets([CLASSES], {"a": 0}), MixupCutmix())
                 outputs = [task.training_step(model, piece) for piece in whole.split(parts)]
                 pixels = normalize_pixels(whole.video, channel_dim=1)
                 if depth is not None:
                     pixels = torch.cat([pixels, depth], 1)
-                mixed, targets, _ = Mixing()(pixels, label, CLASSES, rng(seed))
+                mixed, targets, _ = MixupCutmix()(pixels, label, CLASSES, rng(seed))
                 self.assertTrue(torch.equal(torch.cat([video for video, _ in seen]), mixed[:, :3]), (shape, parts))
                 if depth is not None:
                     self.assertTrue(torch.equal(torch.cat([part for _, part in seen]), mixed[:, 3:]))
@@ -158,17 +158,17 @@ class Pixels(unittest.TestCase):
     def test_images_are_mixed_as_clips_of_one_frame(self):
         video, label = batch(4)
         for seed in range(6):
-            pixels, targets, _ = Mixing()(video[:, :, :1], label, CLASSES, rng(seed))
-            image = Mixing()(video[:, :, 0], label, CLASSES, rng(seed))
+            pixels, targets, _ = MixupCutmix()(video[:, :, :1], label, CLASSES, rng(seed))
+            image = MixupCutmix()(video[:, :, 0], label, CLASSES, rng(seed))
             self.assertTrue(torch.equal(image[0], pixels[:, :, 0]))
             self.assertTrue(torch.equal(image[1], targets))
 
     def test_half_precision_stays_half(self):
         video, label = batch(4)
         for seed in range(6):
-            pixels, targets, _ = Mixing()(video.bfloat16(), label, CLASSES, rng(seed))
+            pixels, targets, _ = MixupCutmix()(video.bfloat16(), label, CLASSES, rng(seed))
             self.assertEqual((pixels.dtype, targets.dtype), (torch.bfloat16, torch.float32))
-            full, _, _ = Mixing()(video, label, CLASSES, rng(seed))
+            full, _, _ = MixupCutmix()(video, label, CLASSES, rng(seed))
             self.assertLess(float((pixels.float() - full).abs().max()), 0.03)
 
 
@@ -197,13 +197,13 @@ class Targets(unittest.TestCase):
 
 
 class Drawing(unittest.TestCase):
-    def draws(self, mixing: Mixing, count: int = 3000) -> tuple[np.ndarray, np.ndarray]:
+    def draws(self, mixing: MixupCutmix, count: int = 3000) -> tuple[np.ndarray, np.ndarray]:
         """Shares and whether there was a box."""
         drawn = [mixing.draw(224, 224, rng(seed)) for seed in range(count)]
         return np.array([share for share, _ in drawn]), np.array([box is not None for _, box in drawn])
 
     def test_either_kind_half_of_the_time(self):
-        shares, boxes = self.draws(Mixing())
+        shares, boxes = self.draws(MixupCutmix())
         self.assertAlmostEqual(float(boxes.mean()), 0.5, delta=0.03)
         self.assertTrue((shares < 1).mean() > 0.99, "always one of them")
         mixup = shares[~boxes]
@@ -220,22 +220,22 @@ class Drawing(unittest.TestCase):
 
     def test_one_kind_alone(self):
         for wanted, other in ((0.8, 0.0), (1.0, 0.0)):
-            self.assertFalse(self.draws(Mixing(mixup_alpha=wanted, cutmix_alpha=other), 300)[1].any())
-            self.assertTrue(self.draws(Mixing(mixup_alpha=other, cutmix_alpha=wanted), 300)[1].all())
-        self.assertFalse(self.draws(Mixing(switch_prob=0.0), 300)[1].any())
-        self.assertTrue(self.draws(Mixing(switch_prob=1.0), 300)[1].all())
+            self.assertFalse(self.draws(MixupCutmix(mixup_alpha=wanted, cutmix_alpha=other), 300)[1].any())
+            self.assertTrue(self.draws(MixupCutmix(mixup_alpha=other, cutmix_alpha=wanted), 300)[1].all())
+        self.assertFalse(self.draws(MixupCutmix(switch_prob=0.0), 300)[1].any())
+        self.assertTrue(self.draws(MixupCutmix(switch_prob=1.0), 300)[1].all())
 
     def test_a_share_of_the_batches(self):
-        shares, boxes = self.draws(Mixing(prob=0.3))
+        shares, boxes = self.draws(MixupCutmix(prob=0.3))
         self.assertAlmostEqual(float((shares < 1).mean()), 0.3, delta=0.03)
         self.assertFalse(boxes[shares == 1].all())
         video, label = batch(4)
-        same, targets, _ = Mixing(prob=0.0)(video, label, CLASSES, rng())
+        same, targets, _ = MixupCutmix(prob=0.0)(video, label, CLASSES, rng())
         self.assertTrue(torch.equal(same, video))
         self.assertTrue(torch.equal(targets, soft_targets(label, CLASSES, 0.1)), "smoothed all the same")
 
     def test_centres_are_uniform(self):
-        boxes = [Mixing(mixup_alpha=0).draw(40, 60, rng(seed))[1] for seed in range(3000)]
+        boxes = [MixupCutmix(mixup_alpha=0).draw(40, 60, rng(seed))[1] for seed in range(3000)]
         inside = np.zeros((40, 60))
         for top, left, height, width in boxes:
             inside[top : top + height, left : left + width] += 1 / len(boxes)
@@ -244,7 +244,7 @@ class Drawing(unittest.TestCase):
     def test_a_batch_is_a_function_of_its_generator(self):
         video, label = batch(4)
         before = video.clone()
-        one, same, other = (Mixing()(video, label, CLASSES, rng(seed)) for seed in (1, 1, 2))
+        one, same, other = (MixupCutmix()(video, label, CLASSES, rng(seed)) for seed in (1, 1, 2))
         self.assertTrue(torch.equal(one[0], same[0]) and torch.equal(one[1], same[1]))
         self.assertFalse(torch.equal(one[0], other[0]) or torch.equal(one[1], other[1]))
         self.assertTrue(torch.equal(video, before))
@@ -252,8 +252,8 @@ class Drawing(unittest.TestCase):
     def test_the_batch_is_the_draw_carried_out(self):
         video, label = batch(4)
         for seed in range(8):
-            share, box = Mixing().draw(9, 12, rng(seed))
-            pixels, targets, _ = Mixing()(video, label, CLASSES, rng(seed))
+            share, box = MixupCutmix().draw(9, 12, rng(seed))
+            pixels, targets, _ = MixupCutmix()(video, label, CLASSES, rng(seed))
             self.assertTrue(torch.equal(pixels, mix(video, share, box)))
             self.assertTrue(torch.equal(targets, mixed_targets(label, CLASSES, 0.1, share)))
 
@@ -261,7 +261,7 @@ class Drawing(unittest.TestCase):
         """On the meta device there are no values: whatever would ask for one raises."""
         for seed in range(8):
             video, label = torch.empty(5, 3, 2, 8, 8, device="meta"), torch.empty(5, dtype=torch.int64, device="meta")
-            pixels, targets, _ = Mixing()(video, label, CLASSES, rng(seed))
+            pixels, targets, _ = MixupCutmix()(video, label, CLASSES, rng(seed))
             self.assertEqual((pixels.shape, targets.shape), (video.shape, (5, CLASSES)))
             self.assertEqual((pixels.device.type, targets.device.type), ("meta", "meta"))
 
@@ -269,10 +269,10 @@ class Drawing(unittest.TestCase):
         for wrong in ({"prob": 1.1}, {"switch_prob": -0.1}, {"label_smoothing": float("nan")}):
             ((name, value),) = wrong.items()
             with self.assertRaisesRegex(UserError, f"^{name} is {value}; expected .*trainer.task.mixing.{name}"):
-                Mixing(**wrong)
+                MixupCutmix(**wrong)
         for alphas in ((-1, 1), (0, 0), (0.8, float("nan")), (float("inf"), 1)):
             with self.assertRaisesRegex(UserError, "mixup_alpha is .*cutmix_alpha .*expected .*trainer.task.mixing"):
-                Mixing(*alphas)
+                MixupCutmix(*alphas)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 import omnivision
-from omnivision.utils.safe import safe_load
+from omnivision.utils.io import safe_load
 from tests.runs import ROOT
 
 OLD_RUNS = Path(__file__).parent / "old_runs"

@@ -22,7 +22,7 @@ from omnivision.models.vit import VisionTransformer
 from omnivision.tools import main, predict
 from omnivision.training import build
 from omnivision.utils.errors import EXIT_FAULT, UserError, is_out_of_memory
-from omnivision.utils.safe import safe_load
+from omnivision.utils.io import safe_load
 from tests import stage_runs as stages
 
 MODULES = {

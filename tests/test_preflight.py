@@ -14,7 +14,7 @@ import numpy as np
 
 from omnivision.config.schema import Settings
 from omnivision.config.validate import check
-from omnivision.data.epoch import EpochPlan, SourcePlan
+from omnivision.data.sampling import EpochPlan, SourcePlan
 from omnivision.training import build, preflight
 from omnivision.utils.errors import UserError
 from omnivision.utils.io import PARTS

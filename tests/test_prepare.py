@@ -24,7 +24,7 @@ from omnivision.config.yaml_numbers import yaml
 from omnivision.data import encode
 from omnivision.data.catalog import Dataset, Split
 from omnivision.data.encode import write_film, write_timed_film
-from omnivision.data.video import BadVideo, open_video
+from omnivision.data.video import VideoDecodeError, open_video
 from omnivision.tools.prepare import command as prepare
 from omnivision.tools.prepare import transcode as transcoding
 from omnivision.tools.prepare import workers
@@ -1080,7 +1080,7 @@ class Transcoding(Folder):
         frames = [(0, "a"), (2, "b"), (1, "c"), (1, "d"), (9, "e")]
         tick, fixed = transcoding._ascending(iter(frames), Fraction(1, 25))
         self.assertEqual((tick, list(fixed)), (Fraction(1, 25), [(0, "a"), (2, "b"), (3, "c"), (4, "d"), (9, "e")]))
-        with self.assertRaisesRegex(BadVideo, "go back"):
+        with self.assertRaisesRegex(VideoDecodeError, "go back"):
             list(transcoding._ascending(iter([(0, "a"), (50, "b"), (3, "c")]), Fraction(1, 25))[1])
 
     def test_destinations_are_all_different(self):

@@ -12,9 +12,9 @@ from PIL import Image
 
 from omnivision.checkpoint.fingerprint import differences
 from omnivision.data.catalog import Dataset, Split, SplitFiles
-from omnivision.data.dataset import ClipDataset, Cut
+from omnivision.data.dataset import ClipConfig, ClipDataset
 from omnivision.data.encode import write_film
-from omnivision.data.epoch import Request
+from omnivision.data.sampling import Request
 from omnivision.data.views import EvalView, PretrainView
 from omnivision.tools.prepare.duplicates import same_films
 from omnivision.tools.report.collect import find_runs
@@ -51,7 +51,7 @@ class Folder(unittest.TestCase):
     def clips(self, split: Split, training: bool, seconds: float = 0.5, index: int = 0) -> list[torch.Tensor]:
         """Clips of a sample in several epochs, or those of an evaluation."""
         view = PretrainView(32, short_side=40) if training else EvalView(32)
-        cut = Cut(view, 1, num_frames=4, grid=(2, 2, 2), clips=1 if training else 3)
+        cut = ClipConfig(view, 1, num_frames=4, grid=(2, 2, 2), clips=1 if training else 3)
         data = ClipDataset([split], {"video": cut}, seconds, seed=5, training=training)
         return [data[Request(0, index, epoch)].video for epoch in range(12 if training else 1)]
 
@@ -93,7 +93,7 @@ class Honoured(Folder):
 
     def test_one_beyond_the_end_is_bad(self):
         self.frames("whole", range(20))
-        cut = Cut(EvalView(32), 1, num_frames=4, grid=(2, 2, 2))
+        cut = ClipConfig(EvalView(32), 1, num_frames=4, grid=(2, 2, 2))
         segments = [[0.0, 3.4], [0.0, 9.0], [2.5, 2.75], [1.0, 2.5]]  # of 2.5 s; the first is rounded up
         data = ClipDataset([self.split(["whole"] * 4, segments)], {"video": cut}, 0.5, 5, training=False)
         bad = [[each.reason for each in data[Request(0, i, 0)].bad] for i in range(4)]

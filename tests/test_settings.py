@@ -202,7 +202,7 @@ class Values(unittest.TestCase):
 
 class Targets(unittest.TestCase):
     def test_sources_are_read_in_any_locale(self):
-        code = "from omnivision.config.targets import own_definitions; print('Mixing' in str(own_definitions()))"
+        code = "from omnivision.config.targets import own_definitions; print('MixupCutmix' in str(own_definitions()))"
         ascii_alone = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
         done = subprocess.run(
             [sys.executable, "-c", code], env=os.environ | ascii_alone, cwd=ROOT, capture_output=True, text=True

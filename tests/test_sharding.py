@@ -18,8 +18,7 @@ from omnivision.config.validate import check
 from omnivision.distributed.process_group import Place, Processes
 from omnivision.tools.main import main as omnivision
 from omnivision.utils.errors import UserError
-from omnivision.utils.io import sha256
-from omnivision.utils.safe import BrokenCheckpoint
+from omnivision.utils.io import CorruptCheckpointError, sha256
 from tests import runs
 from tests import stage_runs as stages
 
@@ -144,7 +143,7 @@ class Parts(unittest.TestCase):
         self.assertEqual(state["optimizer"]["state"][0]["exp_avg"].tolist(), [1, 1])
 
     def refused(self, saying: str, **said: object) -> None:
-        with self.assertRaisesRegex(BrokenCheckpoint, saying):
+        with self.assertRaisesRegex(CorruptCheckpointError, saying):
             checkpoint_shards.attach(self.state(**said), self.folder)
 
     def test_refused(self):
@@ -164,7 +163,7 @@ class Parts(unittest.TestCase):
         data = bytearray(self.part.read_bytes())
         data[-1] ^= 1
         self.part.write_bytes(data)
-        with self.assertRaisesRegex(BrokenCheckpoint, "not the file that was written"):
+        with self.assertRaisesRegex(CorruptCheckpointError, "not the file that was written"):
             checkpoint_shards.attach(state, self.folder)
 
     def test_a_part_that_lies_nowhere(self):
@@ -191,7 +190,7 @@ class Parts(unittest.TestCase):
 
     def test_a_tensor_that_would_go_where_none_is(self):
         save_file({"format/a": torch.ones(3)}, self.part)
-        with self.assertRaisesRegex(BrokenCheckpoint, "belongs to 'format/a', where it has no place"):
+        with self.assertRaisesRegex(CorruptCheckpointError, "belongs to 'format/a', where it has no place"):
             checkpoint_shards.attach(self.state() | {"format": 1}, self.folder)
 
     def test_a_state_with_a_key_of_that_name_is_left_alone(self):

@@ -23,11 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from omnivision.checkpoint import checkpointer as checkpoint
 from omnivision.data.batch import BadSample, Batch, Sample
 from omnivision.data.catalog import Dataset, LabelSets
-from omnivision.data.epoch import EpochPlan, Request, SourcePlan
-from omnivision.data.loader import TrainData, ValData, Workers, train_batches
+from omnivision.data.loader import LoaderConfig, TrainData, ValData, train_batches
 from omnivision.data.masking import RandomMask
-from omnivision.data.mixing import Mixing
-from omnivision.data.order import draws
+from omnivision.data.mixing import MixupCutmix
+from omnivision.data.sampling import EpochPlan, Request, SourcePlan, keyed_rng
 from omnivision.distributed.process_group import Place, Processes
 from omnivision.models.classifier import VideoClassifier
 from omnivision.models.mae import MaskedAutoencoder
@@ -64,7 +63,7 @@ class Noise:
         self.labels = labels or [0] * size
 
     def __getitem__(self, request: Request) -> Sample:
-        rng = draws(7, *request)
+        rng = keyed_rng(7, *request)
         self.seen.append((request.epoch, request.video))
         bad = (
             [BadSample("noise", request.video, f"{request.video}.mp4", "why not")] if request.video in self.bad else []
@@ -77,7 +76,7 @@ class Noise:
         )
 
 
-def classifier(folder: Path, labels: Sequence[int], mixing: Mixing | None, **options: Any) -> Trainer:
+def classifier(folder: Path, labels: Sequence[int], mixing: MixupCutmix | None, **options: Any) -> Trainer:
     """A trainer of a tiny classifier in double precision, without drop path."""
     torch.manual_seed(0)
     model = VideoClassifier(VisionTransformer(24, 2, 2, num_frames=4, image_size=16, tubelet=TUBELET), [2]).double()
@@ -110,8 +109,8 @@ def trainer(
         task or Reconstruct(TUBELET),
         model,
         ScheduledOptimizer(model, groups, torch.optim.AdamW),
-        TrainData(train or Noise(12), Workers(), plan),
-        None if val is None else ValData(val, Workers(), videos_per_batch=4),
+        TrainData(train or Noise(12), LoaderConfig(), plan),
+        None if val is None else ValData(val, LoaderConfig(), videos_per_batch=4),
         processes,
         run_folder,
         Reporter(run_folder, enabled=True, console=Console(file=io.StringIO())),
@@ -195,9 +194,9 @@ class Loop(unittest.TestCase):
         """Where micro-batches hold unequal numbers of labelled samples, or none; with mixup and CutMix as well."""
         for name, mixing, labels in (
             ("plain", None, (0, -1, -1, 1, -1, -1, -1, 1, 0, 1, -1, -1)),
-            ("mixed", Mixing(), (0, -1, -1, 1, -1, -1, -1, 1, 0, 1, -1, -1)),
+            ("mixed", MixupCutmix(), (0, -1, -1, 1, -1, -1, -1, 1, 0, 1, -1, -1)),
             ("one", None, (-1, -1, -1, -1, 1, -1, -1, -1, -1, -1, -1, -1)),
-            ("all", Mixing(), (0, 1) * 6),
+            ("all", MixupCutmix(), (0, 1) * 6),
         ):
             results = []
             for pieces in (1, 2, 4):
@@ -775,7 +774,7 @@ class Loop(unittest.TestCase):
                 made.bare, made.optimizer.groups, functools.partial(torch.optim.AdamW, fused=True)
             )
             batch = next(
-                train_batches(made.train.dataset, made.train.plan, (0, 0), 1, rank=0, world=1, workers=Workers())
+                train_batches(made.train.dataset, made.train.plan, (0, 0), 1, rank=0, world=1, workers=LoaderConfig())
             )
             with Waits() as waits:
                 made.train_step(batch)

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from omnivision.checkpoint import checkpointer as checkpoint
-from omnivision.checkpoint.pretrained import Choice, LoadReport, choose, load, read, read_several
-from omnivision.checkpoint.weight_files import Source, find
+from omnivision.checkpoint.pretrained import LoadReport, WeightFilter, filter_state_dict, load, read, read_several
+from omnivision.checkpoint.weight_files import StateDictFile, find
 from omnivision.checkpoint.weight_files import read as read_for_import
 from omnivision.models.architecture import build, describe
 from omnivision.models.average import AveragedClassifier
@@ -23,7 +23,8 @@ from omnivision.utils.errors import UserError
 from tests.test_checkpoint import Canary
 from tests.test_checkpoint import state as run_state
 
-TRUNK_ALONE = Choice(drop_if_present=["heads.*", "trunk.decoder.*", "trunk.mask_token"])
+TAKE_ALL = WeightFilter()
+TRUNK_ALONE = WeightFilter(drop_if_present=["heads.*", "trunk.decoder.*", "trunk.mask_token"])
 
 
 def trunk(**changes: Any) -> VisionTransformer:
@@ -40,8 +41,10 @@ def classifier(classes: int = 7, **changes: Any) -> VideoClassifier:
     return VideoClassifier(trunk(**changes), [classes])
 
 
-def weights_of(model: torch.nn.Module, told: bool = True) -> Source:
-    return Source(Path("there.pt"), "0" * 64, model.state_dict(), {"architecture": describe(model)} if told else {})
+def weights_of(model: torch.nn.Module, told: bool = True) -> StateDictFile:
+    return StateDictFile(
+        Path("there.pt"), "0" * 64, model.state_dict(), {"architecture": describe(model)} if told else {}
+    )
 
 
 class HandOver(unittest.TestCase):
@@ -60,7 +63,7 @@ class HandOver(unittest.TestCase):
         self.assertRegex("\n".join(again.lines()), r"loaded +\d+ .*\n  dropped +2 .*heads")
 
     def test_what_has_no_place_is_left_out_and_told(self):
-        report = load(autoencoder(), weights_of(classifier()), Choice())
+        report = load(autoencoder(), weights_of(classifier()), WeightFilter())
         self.assertEqual(
             report.dropped, dict.fromkeys(("heads.0.0.weight", "heads.0.0.bias"), "no place in this model")
         )
@@ -68,9 +71,9 @@ class HandOver(unittest.TestCase):
 
     def test_strict(self):
         whole = classifier()
-        self.assertEqual(load(classifier(), weights_of(whole), Choice(strict=True)).missing, [])
+        self.assertEqual(load(classifier(), weights_of(whole), WeightFilter(strict=True)).missing, [])
         with self.assertRaisesRegex(UserError, "is not of this model: missing .*heads.0.0.bias.*strict"):
-            load(whole, weights_of(autoencoder()), Choice(strict=True))
+            load(whole, weights_of(autoencoder()), WeightFilter(strict=True))
 
     def test_positions_of_other_frames_and_sizes_are_interpolated(self):
         old = classifier()
@@ -88,7 +91,7 @@ class HandOver(unittest.TestCase):
             load(new, weights_of(old), TRUNK_ALONE)
         with self.assertRaisesRegex(UserError, "positions for 33 tokens, which fit neither"):
             state = old.state_dict() | {"trunk.pos_embed": torch.zeros(1, 33, 24)}
-            load(classifier(), Source(Path("x.pt"), "", state), TRUNK_ALONE)
+            load(classifier(), StateDictFile(Path("x.pt"), "", state), TRUNK_ALONE)
 
     def test_values_that_are_no_weights_are_refused(self):
         for value, saying in (
@@ -99,7 +102,7 @@ class HandOver(unittest.TestCase):
         ):
             state = classifier().state_dict() | {"trunk.norm.weight": value}
             with self.subTest(saying), self.assertRaisesRegex(UserError, f"trunk.norm.weight {saying}"):
-                load(classifier(), Source(Path("x.pt"), "", state), TRUNK_ALONE)
+                load(classifier(), StateDictFile(Path("x.pt"), "", state), TRUNK_ALONE)
 
     def test_a_file_that_tells_nonsense_of_its_trunk(self):
         told = describe(classifier())["trunk"]
@@ -111,19 +114,21 @@ class HandOver(unittest.TestCase):
             {"image_size": -32},
             {"num_frames": None},
         ):
-            weights = Source(Path("x.pt"), "", classifier().state_dict(), {"architecture": {"trunk": told | changes}})
+            weights = StateDictFile(
+                Path("x.pt"), "", classifier().state_dict(), {"architecture": {"trunk": told | changes}}
+            )
             with self.subTest(changes), self.assertRaisesRegex(UserError, "has positions for 32 tokens, and its trunk"):
                 load(classifier(), weights, TRUNK_ALONE)
         for said in ("trunk", [1], 7):
             with self.subTest(said), self.assertRaisesRegex(UserError, "The file is damaged"):
                 load(
                     classifier(),
-                    Source(Path("x.pt"), "", classifier().state_dict(), {"architecture": {"trunk": said}}),
+                    StateDictFile(Path("x.pt"), "", classifier().state_dict(), {"architecture": {"trunk": said}}),
                     TRUNK_ALONE,
                 )
         state = classifier().state_dict() | {"trunk.pos_embed": torch.zeros(1, 0, 24)}
         with self.assertRaisesRegex(UserError, "positions for 0 tokens, which fit neither"):
-            load(classifier(), Source(Path("x.pt"), "", state), TRUNK_ALONE)
+            load(classifier(), StateDictFile(Path("x.pt"), "", state), TRUNK_ALONE)
 
     def test_another_trunk_is_refused_and_nothing_is_changed(self):
         new = classifier()
@@ -137,10 +142,10 @@ class HandOver(unittest.TestCase):
         ):
             load(new, weights_of(deep), TRUNK_ALONE)
         with self.assertRaisesRegex(UserError, r"heads of other classes are left out by trainer/checkpoint=no_heads"):
-            load(new, weights_of(classifier(5)), Choice())
+            load(new, weights_of(classifier(5)), WeightFilter())
         for name, tensor in new.state_dict().items():
             self.assertTrue(torch.equal(tensor, before[name]), name)
-        load(new, weights_of(deep), Choice(drop_if_present=["heads.*"], trunk_coverage=0.5))
+        load(new, weights_of(deep), WeightFilter(drop_if_present=["heads.*"], trunk_coverage=0.5))
         self.assertTrue(torch.equal(new.trunk.blocks[0].norm1.weight, deep.trunk.blocks[0].norm1.weight))
 
 
@@ -149,18 +154,22 @@ class ClassNames(unittest.TestCase):
 
     AB, LETTERS = ["jump", "run"], ["a", "b", "c"]
 
-    def source(self, *heads: Any) -> Source:
+    def source(self, *heads: Any) -> StateDictFile:
         torch.manual_seed(3)
         model = VideoClassifier(trunk(), [len(names) for names in heads])
         for head in model.heads:
             torch.nn.init.normal_(head[0].bias)
-        return Source(Path("there.pt"), "0" * 64, model.state_dict(), {"inference": {"class_names": list(heads)}})
+        return StateDictFile(
+            Path("there.pt"), "0" * 64, model.state_dict(), {"inference": {"class_names": list(heads)}}
+        )
 
     def rows(self, state: dict[str, torch.Tensor], head: int, names: list[str]) -> dict[str, tuple]:
         weight, bias = state[f"heads.{head}.0.weight"], state[f"heads.{head}.0.bias"]
         return {name: (*weight[row].tolist(), float(bias[row])) for row, name in enumerate(names)}
 
-    def assert_taken(self, given: list[Any], ours: list[list[str]], heads: dict[int, int], choice: Choice = Choice()):  # noqa: B008
+    def assert_taken(
+        self, given: list[Any], ours: list[list[str]], heads: dict[int, int], choice: WeightFilter = TAKE_ALL
+    ):
         """Each head of the model has the rows of that head of the file (model's: file's), by name."""
         source, model = self.source(*given), VideoClassifier(trunk(), [len(names) for names in ours])
         report = load(model, source, choice, ours)
@@ -174,20 +183,22 @@ class ClassNames(unittest.TestCase):
             report = self.assert_taken([self.LETTERS], [ours], {0: 0})
             self.assertEqual(len(report.classes), 1)
             self.assertIn(report.classes[0], "\n".join(report.lines()))
-        self.assertEqual(self.assert_taken([self.LETTERS], [self.LETTERS], {0: 0}, Choice(strict=True)).classes, [])
+        self.assertEqual(
+            self.assert_taken([self.LETTERS], [self.LETTERS], {0: 0}, WeightFilter(strict=True)).classes, []
+        )
 
     def test_several_heads(self):
         self.assert_taken(
-            [self.AB, self.LETTERS], [["c", "b", "a"], ["run", "jump"]], {0: 1, 1: 0}, Choice(strict=True)
+            [self.AB, self.LETTERS], [["c", "b", "a"], ["run", "jump"]], {0: 1, 1: 0}, WeightFilter(strict=True)
         )
         report = self.assert_taken([self.AB, ["x", "y"]], [["y", "x"]], {0: 1})
         self.assertEqual(report.dropped["heads.0.0.weight"], "no place in this model")
         report = self.assert_taken([self.AB, ["x", "y"]], [["run", "jump"]], {0: 0})
         self.assertEqual(report.dropped["heads.1.0.weight"], "no place in this model")
         with self.assertRaisesRegex(UserError, "heads.1.*strict"):
-            self.assert_taken([self.AB, ["x", "y"]], [["run", "jump"]], {0: 0}, Choice(strict=True))
+            self.assert_taken([self.AB, ["x", "y"]], [["run", "jump"]], {0: 0}, WeightFilter(strict=True))
         self.assert_taken([self.AB, self.AB], [self.AB, ["run", "jump"]], {0: 0, 1: 1})
-        renamed = Choice(drop=["heads.0.*"], rename={"heads.1.*": "heads.0.*"})
+        renamed = WeightFilter(drop=["heads.0.*"], rename={"heads.1.*": "heads.0.*"})
         self.assert_taken([["q", "r", "s"], self.LETTERS], [["c", "a", "b"]], {0: 1}, renamed)
 
     def test_other_names_are_refused(self):
@@ -199,7 +210,7 @@ class ClassNames(unittest.TestCase):
             model = VideoClassifier(trunk(), [len(names) for names in ours])
             before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
             with self.assertRaisesRegex(UserError, r"class_names.*trainer/checkpoint=no_heads"):
-                load(model, self.source(*given), Choice(), ours)
+                load(model, self.source(*given), WeightFilter(), ours)
             for name, tensor in model.state_dict().items():
                 self.assertTrue(torch.equal(tensor, before[name]))
             load(model, self.source(*given), TRUNK_ALONE, ours)
@@ -208,48 +219,50 @@ class ClassNames(unittest.TestCase):
         numbers = ["0", "1", "2"]
         for given, ours in ((self.LETTERS, numbers), (numbers, self.LETTERS), (["a", "a", "b"], self.LETTERS)):
             source, model = self.source(given), VideoClassifier(trunk(), [3])
-            report = load(model, source, Choice(), [ours])
+            report = load(model, source, WeightFilter(), [ours])
             self.assertTrue(torch.equal(model.heads[0][0].weight, source.state["heads.0.0.weight"]))
             self.assertEqual(len(report.classes), 1)
         with self.assertRaisesRegex(UserError, "no_heads"):
-            load(VideoClassifier(trunk(), [2]), self.source(self.LETTERS), Choice(), [self.AB])
-        self.assertEqual(load(classifier(), weights_of(autoencoder()), Choice(), [list("abcdefg")]).classes, [])
+            load(VideoClassifier(trunk(), [2]), self.source(self.LETTERS), WeightFilter(), [self.AB])
+        self.assertEqual(load(classifier(), weights_of(autoencoder()), WeightFilter(), [list("abcdefg")]).classes, [])
 
     def test_names_of_nonsense(self):
         for names in (5, [5], [[1, 2, 3]], [["a", "b"]], [[["a"], "b", "c"]], {"0": "a"}):
             source = self.source(self.LETTERS)
-            source = Source(source.path, source.sha256, source.state, {"inference": {"class_names": names}})
+            source = StateDictFile(source.path, source.sha256, source.state, {"inference": {"class_names": names}})
             model = VideoClassifier(trunk(), [3])
-            load(model, source, Choice(), [["c", "b", "a"]])
+            load(model, source, WeightFilter(), [["c", "b", "a"]])
             self.assertTrue(torch.equal(model.heads[0][0].weight, source.state["heads.0.0.weight"]))
 
 
 class Choosing(unittest.TestCase):
-    def chosen(self, choice: Choice) -> list[str]:
+    def chosen(self, choice: WeightFilter) -> list[str]:
         state = {name: torch.zeros(1) for name in ("trunk.a", "trunk.b", "heads.0.w", "x")}
-        return sorted(choose(state, choice, LoadReport("there.pt", "")))
+        return sorted(filter_state_dict(state, choice, LoadReport("there.pt", "")))
 
     def test_keeping_dropping_renaming_and_prefixing(self):
-        self.assertEqual(self.chosen(Choice(keep=["trunk.*", "x"])), ["trunk.a", "trunk.b", "x"])
-        self.assertEqual(self.chosen(Choice(drop=["trunk.*"])), ["heads.0.w", "x"])
-        self.assertEqual(self.chosen(Choice(keep=["trunk.*"], drop=["*.b"], drop_if_present=["none*"])), ["trunk.a"])
-        self.assertEqual(self.chosen(Choice(keep=["x"], rename={"x": ["y", "z"]})), ["y", "z"])
-        renamed = Choice(keep=["trunk.*"], rename={"trunk.*": ["one.*", "two.*"]})
+        self.assertEqual(self.chosen(WeightFilter(keep=["trunk.*", "x"])), ["trunk.a", "trunk.b", "x"])
+        self.assertEqual(self.chosen(WeightFilter(drop=["trunk.*"])), ["heads.0.w", "x"])
+        self.assertEqual(
+            self.chosen(WeightFilter(keep=["trunk.*"], drop=["*.b"], drop_if_present=["none*"])), ["trunk.a"]
+        )
+        self.assertEqual(self.chosen(WeightFilter(keep=["x"], rename={"x": ["y", "z"]})), ["y", "z"])
+        renamed = WeightFilter(keep=["trunk.*"], rename={"trunk.*": ["one.*", "two.*"]})
         self.assertEqual(self.chosen(renamed), ["one.a", "one.b", "two.a", "two.b"])
-        self.assertEqual(self.chosen(Choice(keep=["x"], prefix="model.")), ["model.x"])
+        self.assertEqual(self.chosen(WeightFilter(keep=["x"], prefix="model.")), ["model.x"])
 
     def test_patterns_without_a_match_and_nothing_kept(self):
         for what in ("keep", "drop"):
             saying = rf"trainer\.checkpoint\.{what}: the pattern 'tronk\.\*' matches none of the 4"
             with self.assertRaisesRegex(UserError, saying):
-                self.chosen(Choice(**{what: ["tronk.*"]}))
+                self.chosen(WeightFilter(**{what: ["tronk.*"]}))
         with self.assertRaisesRegex(UserError, "None of the 29 entries .* has a place in this model"):
-            weights = Source(Path("there.pt"), "", trunk().state_dict())
-            load(classifier(), weights, Choice(prefix="foo.", trunk_coverage=0))
+            weights = StateDictFile(Path("there.pt"), "", trunk().state_dict())
+            load(classifier(), weights, WeightFilter(prefix="foo.", trunk_coverage=0))
         with self.assertRaisesRegex(UserError, r"rename: the pattern 'q' matches none"):
-            self.chosen(Choice(rename={"q": "r"}))
+            self.chosen(WeightFilter(rename={"q": "r"}))
         with self.assertRaisesRegex(UserError, "keeps nothing of the 4 entries"):
-            self.chosen(Choice(drop=["*"]))
+            self.chosen(WeightFilter(drop=["*"]))
 
 
 class Reading(unittest.TestCase):
@@ -300,7 +313,7 @@ class Reading(unittest.TestCase):
     def test_files_from_before_torch_1_6(self):
         path = self.folder / "old.pt"
         torch.save({"model": classifier().state_dict()}, path, _use_new_zipfile_serialization=False)
-        self.assertEqual(load(classifier(), read(path), Choice(strict=True)).missing, [])
+        self.assertEqual(load(classifier(), read(path), WeightFilter(strict=True)).missing, [])
         path.write_bytes(path.read_bytes()[:-100])
         with self.assertRaisesRegex(UserError, "old.pt"):
             read(path)

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from omnivision.data.clips import clip_window, subsample_indices
+from omnivision.data.frames import subsample_indices
+from omnivision.data.sampling import clip_window
 from omnivision.models.patches import IMAGENET_MEAN, IMAGENET_STD
 
 FRAMES, SECONDS, VIEWS, SHORT_SIDE, SIZE = 16, 2.7, 4, 256, 224

@@ -22,8 +22,17 @@ from torch import nn
 
 from omnivision.checkpoint import sharded as checkpoint_shards
 from omnivision.utils.errors import UserError
-from omnivision.utils.io import LATEST, PREVIOUS, sha256, sync_folder, temporary_beside, write_atomically
-from omnivision.utils.safe import BrokenCheckpoint, is_archive, safe_load
+from omnivision.utils.io import (
+    LATEST,
+    PREVIOUS,
+    CorruptCheckpointError,
+    is_archive,
+    safe_load,
+    sha256,
+    sync_folder,
+    temporary_beside,
+    write_atomically,
+)
 
 FORMAT = 2
 LAG_SECONDS = 60.0  # that a shared file system may take to show a checkpoint to other machines
@@ -50,8 +59,8 @@ KEYS = {
 def save(state: dict[str, Any], folder: Path, also: list[str]) -> None:
     """Write a checkpoint as `checkpoint.pt`; the one it replaces becomes `previous.pt`. `also` are further names for it.
 
-    Raises OSError (disk full, no permission), and BrokenCheckpoint when what was written is not what is there, with everything
-    that was there before still in place.
+    Raises OSError (disk full, no permission), and CorruptCheckpointError when the file read back differs from what was written;
+    the files that were there before are then still in place.
     """
     folder.mkdir(parents=True, exist_ok=True)
     temporary = temporary_beside(folder / LATEST)
@@ -66,7 +75,7 @@ def save(state: dict[str, Any], folder: Path, also: list[str]) -> None:
             os.fsync(file.fileno())
         # What is there, not what was meant: nothing older goes before it was read once.
         if not is_archive(temporary):
-            raise BrokenCheckpoint(f"{temporary} was not written whole")
+            raise CorruptCheckpointError(f"{temporary} was not written whole")
         entry = {"size": temporary.stat().st_size, "sha256": verified_digest(temporary)}
         for name in also:
             _link(temporary, folder / name, [entry])
@@ -75,7 +84,7 @@ def save(state: dict[str, Any], folder: Path, also: list[str]) -> None:
             try:
                 before = [verify(latest)]
                 _link(latest, folder / PREVIOUS, before)
-            except BrokenCheckpoint:
+            except CorruptCheckpointError:
                 pass  # the run went on from `previous.pt`, which stays until there is something better
         if not _manifest(latest).exists():  # of the first one: a manifest without its file means that this was lost
             os.replace(temporary, latest)
@@ -94,7 +103,7 @@ def told(folder: Path) -> Iterator[None]:
     """Inside this block what keeps a checkpoint from being written to `folder` is a UserError."""
     try:
         yield
-    except (OSError, BrokenCheckpoint) as error:
+    except (OSError, CorruptCheckpointError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         with contextlib.suppress(OSError):
             reason += f" ({shutil.disk_usage(folder).free / 1e9:.2g} GB are free)"
@@ -105,7 +114,7 @@ def told(folder: Path) -> Iterator[None]:
 
 
 def read(path: Path) -> Any:
-    """What is in a checkpoint or another file of `torch.save`, with its parts if it is split. Raises BrokenCheckpoint."""
+    """What is in a checkpoint or another file of `torch.save`, with its parts if it is split. Raises CorruptCheckpointError."""
     state = safe_load(path)
     if isinstance(state, dict):
         checkpoint_shards.attach(state, path.parent)
@@ -136,7 +145,7 @@ def wait_to_see(what: tuple[str, int], folder: Path, seconds: float = LAG_SECOND
 def load_newest(folder: Path) -> tuple[dict[str, Any], Path, list[str]] | None:
     """The newest checkpoint that is whole, its path, and what was wrong with newer ones; None when there is none at all.
 
-    Raises BrokenCheckpoint when checkpoints are there but every one is broken: starting over would lose a run silently.
+    Raises CorruptCheckpointError when checkpoints are there but every one is broken: starting over would lose a run silently.
     """
     problems: list[str] = []
     for name in (LATEST, PREVIOUS):
@@ -150,18 +159,18 @@ def load_newest(folder: Path) -> tuple[dict[str, Any], Path, list[str]] | None:
             state = read(path)
             _check_structure(state, path)
             return state, path, problems
-        except (BrokenCheckpoint, OSError) as error:  # of a disk that cannot read it
+        except (CorruptCheckpointError, OSError) as error:  # of a disk that cannot read it
             problems.append(str(error))
     if problems:
-        raise BrokenCheckpoint("; ".join(problems))
+        raise CorruptCheckpointError("; ".join(problems))
     return None
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """The entry of the manifest that a file agrees with. Raises BrokenCheckpoint when there is none."""
+    """The entry of the manifest that a file agrees with. Raises CorruptCheckpointError when there is none."""
     entry: dict[str, Any] = {"size": path.stat().st_size, "sha256": sha256(path)}
     if entry not in _entries(path):
-        raise BrokenCheckpoint(
+        raise CorruptCheckpointError(
             f"{path} ({entry['size']} bytes, SHA-256 {entry['sha256'][:12]}...) is not the file that its manifest describes"
         )
     return entry
@@ -170,7 +179,7 @@ def verify(path: Path) -> dict[str, Any]:
 def verified_digest(path: Path) -> str:
     """SHA-256 of a file of weights that is whole: by its manifest, if it has one, else by the checksums inside an archive.
 
-    Raises BrokenCheckpoint.
+    Raises CorruptCheckpointError.
     """
     if _manifest(path).exists():
         return str(verify(path)["sha256"])
@@ -179,20 +188,20 @@ def verified_digest(path: Path) -> str:
 
 
 def _check_archive(path: Path) -> None:
-    """Raise BrokenCheckpoint when what is in an archive is not what its own checksums say; other files say nothing of it."""
+    """Raise CorruptCheckpointError when the contents of an archive do not match its checksums; other files have none."""
     if not is_archive(path):
         return
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError) as error:
-        raise BrokenCheckpoint(f"{path} is a damaged archive: {error}") from error
+        raise CorruptCheckpointError(f"{path} is a damaged archive: {error}") from error
     if damaged is not None:
-        raise BrokenCheckpoint(f"{path} is damaged: {damaged} in it does not have the checksum that was noted")
+        raise CorruptCheckpointError(f"{path} is damaged: {damaged} in it does not have the checksum that was noted")
 
 
 def _check_structure(state: Any, path: Path) -> None:
-    """Raise BrokenCheckpoint for a file that loads but is no checkpoint of a run (weights from elsewhere, say)."""
+    """Raise CorruptCheckpointError for a file that loads but is no checkpoint of a run (weights from elsewhere, say)."""
     lacking = sorted(KEYS - set(state)) if isinstance(state, dict) else sorted(KEYS)
     model = state["model"] if not lacking else {}
     if not isinstance(model, dict) or not all(isinstance(value, torch.Tensor) for value in model.values()):
@@ -204,11 +213,11 @@ def _check_structure(state: Any, path: Path) -> None:
         counts = ("epoch", "step", "steps_per_epoch", "skipped")
         lacking += [f"a count under {key}" for key in counts if type(state[key]) is not int or state[key] < 0]
     if not lacking and state["format"] != FORMAT:
-        raise BrokenCheckpoint(
+        raise CorruptCheckpointError(
             f"{path} has format {state['format']!r}, of another version of omnivision; expected {FORMAT}"
         )
     if lacking:
-        raise BrokenCheckpoint(f"{path} is no checkpoint of a run: it lacks {', '.join(lacking)}")
+        raise CorruptCheckpointError(f"{path} is no checkpoint of a run: it lacks {', '.join(lacking)}")
 
 
 def load_model(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
@@ -243,7 +252,7 @@ def _link(source: Path, target: Path, entries: list[dict[str, Any]]) -> None:
                 os.fsync(copy.fileno())
         try:
             there = [verify(target)] if target.exists() else []
-        except BrokenCheckpoint:
+        except CorruptCheckpointError:
             there = []
         _write_manifest(target, [*entries, *there])
         os.replace(temporary, target)
@@ -260,11 +269,11 @@ def _entries(path: Path) -> list[dict[str, Any]]:
     if not manifest.exists():
         return []
     if not manifest.is_file():  # reading a pipe would wait for ever
-        raise BrokenCheckpoint(f"{manifest} is no file")
+        raise CorruptCheckpointError(f"{manifest} is no file")
     try:
         return list(json.loads(manifest.read_text(encoding="utf-8"))["files"])
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise BrokenCheckpoint(f"{_manifest(path)} is not a manifest") from None
+        raise CorruptCheckpointError(f"{_manifest(path)} is not a manifest") from None
 
 
 def _write_manifest(path: Path, entries: list[dict[str, Any]]) -> None:

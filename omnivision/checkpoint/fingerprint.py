@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from omnivision.data.catalog import Split
-from omnivision.data.epoch import EpochPlan
+from omnivision.data.sampling import EpochPlan
 from omnivision.utils.errors import UserError
 
 # Settings that say where, how fast and with what files a run is computed, by shell patterns. The clips of a step follow from
@@ -67,6 +67,8 @@ ADDED = {
     "mixing_prob": 1.0,
     "trainer.data.view.scale": [0.08, 1.0],
 }
+# Classes that were renamed since runs were made with them.
+RENAMED_TARGETS = {"omnivision.data.mixing.Mixing": "omnivision.data.mixing.MixupCutmix"}
 REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 LIBRARIES = ("torch", "torchvision", "timm", "av", "numpy")
 CHANGES_TOLD = 6
@@ -113,6 +115,10 @@ def altering_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[
     altering: list[str] = []
     others: list[str] = []
     then = {name: value for name, value in ADDED.items() if name in now} | dict(then)
+    then, now = (
+        {name: RENAMED_TARGETS.get(v, v) if isinstance(v, str) else v for name, v in settings.items()}
+        for settings in (then, now)
+    )
     for change, name in changes(then, now):
         # What is only written in another way: what a reference leads to is compared under its own name.
         if name in used and _referred(then, name) != _referred(now, name):

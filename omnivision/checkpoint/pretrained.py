@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from omnivision.checkpoint import weight_files
 from omnivision.checkpoint.fingerprint import named
-from omnivision.checkpoint.weight_files import Source, check_numbers
+from omnivision.checkpoint.weight_files import StateDictFile, check_numbers
 from omnivision.models.architecture import describe
 from omnivision.models.patches import Triple, resized_positions, token_grid
 from omnivision.utils.errors import UserError
@@ -33,7 +33,7 @@ POSITIONS = ("trunk.pos_embed", "trunk.decoder.pos_embed")
 
 
 @dataclass(frozen=True)
-class Choice:
+class WeightFilter:
     """Which entries of a state dict a stage takes, by shell patterns over their names.
 
     Args:
@@ -63,7 +63,7 @@ class LoadReport:
     path: str
     sha256: str
     checkpoint: str = ""  # its epoch and metrics, for people
-    choice: dict[str, Any] = field(default_factory=dict)  # the Choice that was made
+    choice: dict[str, Any] = field(default_factory=dict)  # the WeightFilter that was made
     loaded: list[str] = field(default_factory=list)
     dropped: dict[str, str] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
@@ -90,7 +90,7 @@ class LoadReport:
         ]
 
 
-def read(source: str | Path, averaged: bool = True) -> Source:
+def read(source: str | Path, averaged: bool = True) -> StateDictFile:
     """Weights of a run folder, a checkpoint, a bare state dict or a safetensors file, for `pretrained_checkpoint_path`.
 
     With `averaged`, those of a run that kept a moving average are the averaged ones: it was evaluated, and chosen as the best.
@@ -103,7 +103,7 @@ def read(source: str | Path, averaged: bool = True) -> Source:
         return found.averaged() if averaged else found
 
 
-def read_several(sources: str | Sequence[str]) -> list[Source]:
+def read_several(sources: str | Sequence[str]) -> list[StateDictFile]:
     """The models to average: from a list of sources, or from one file that holds a list under `ensemble_weights`."""
     for source in [sources] if isinstance(sources, str) else sources:
         require_weights(source)
@@ -122,7 +122,7 @@ def _told_of_the_setting(path: str = "") -> Iterator[None]:
         ) from None
 
 
-def choose(state: Mapping[str, Tensor], choice: Choice, report: LoadReport) -> dict[str, Tensor]:
+def filter_state_dict(state: Mapping[str, Tensor], choice: WeightFilter, report: LoadReport) -> dict[str, Tensor]:
     """What a choice leaves of a state dict, under the names that it gives; `report` learns what was dropped.
 
     Raises UserError for a pattern that matches nothing and for a choice that keeps nothing.
@@ -152,7 +152,9 @@ def choose(state: Mapping[str, Tensor], choice: Choice, report: LoadReport) -> d
     return {choice.prefix + name: tensor for name, tensor in left.items()}
 
 
-def load(model: nn.Module, weights: Source, choice: Choice, class_names: Sequence[Sequence[str]] = ()) -> LoadReport:
+def load(
+    model: nn.Module, weights: StateDictFile, choice: WeightFilter, class_names: Sequence[Sequence[str]] = ()
+) -> LoadReport:
     """Put what a choice takes of `weights` into a model; position tables of another token grid are interpolated.
 
     `class_names`: of each head of the model, numbers where there are none; heads are matched to them (`match_heads`).
@@ -161,7 +163,7 @@ def load(model: nn.Module, weights: Source, choice: Choice, class_names: Sequenc
     trunk is covered than the choice declares.
     """
     report = LoadReport(str(weights.path), weights.sha256, weights.checkpoint)
-    chosen = choose(weights.state, choice, report)
+    chosen = filter_state_dict(weights.state, choice, report)
     wanted = model.state_dict()
     names_before = {id(tensor): name for name, tensor in weights.state.items()}  # a choice may have renamed heads
     theirs: dict[int, list[str] | None] = {}
@@ -183,7 +185,7 @@ def load(model: nn.Module, weights: Source, choice: Choice, class_names: Sequenc
         )
     for name in POSITIONS:
         if name in chosen and name in wanted:
-            chosen[name] = fitted_positions(name, chosen[name], model, weights, report)
+            chosen[name] = interpolate_pos_embed(name, chosen[name], model, weights, report)
     wrong = [
         f"{name} {tuple(chosen[name].shape)} instead of {tuple(wanted[name].shape)}"
         for name in chosen
@@ -269,7 +271,7 @@ def check_values(tensors: Mapping[str, Tensor], path: str) -> None:
         check_numbers(tensors)
 
 
-def _check_coverage(wanted: Mapping[str, Tensor], report: LoadReport, choice: Choice) -> None:
+def _check_coverage(wanted: Mapping[str, Tensor], report: LoadReport, choice: WeightFilter) -> None:
     trunk = [name for name in wanted if is_encoder(name) and name not in POSITIONS]
     covered = [name for name in trunk if name in report.loaded]
     if len(covered) < choice.trunk_coverage * len(trunk):
@@ -308,7 +310,7 @@ def _check_depth(wanted: Mapping[str, Tensor], chosen: Mapping[str, Tensor], pat
             )
 
 
-def _check_heads(model: nn.Module, weights: Source, chosen: Mapping[str, Tensor]) -> None:
+def _check_heads(model: nn.Module, weights: StateDictFile, chosen: Mapping[str, Tensor]) -> None:
     """Raise UserError for another number of attention heads than the file says: shapes are the same, and numbers are not."""
     ours = describe(model)
     for part, blocks in (("trunk", "trunk.blocks."), ("decoder", "trunk.decoder.")):
@@ -327,7 +329,9 @@ def is_encoder(name: str) -> bool:
     return name.startswith("trunk.") and not name.startswith(BESIDE_THE_ENCODER)
 
 
-def fitted_positions(name: str, table: Tensor, model: nn.Module, weights: Source, report: LoadReport) -> Tensor:
+def interpolate_pos_embed(
+    name: str, table: Tensor, model: nn.Module, weights: StateDictFile, report: LoadReport
+) -> Tensor:
     """A position table for the grid of the model, interpolated if it is of another."""
     trunk: Any = model.trunk
     width = table.shape[-1] if table.ndim == 3 else 0
@@ -340,7 +344,7 @@ def fitted_positions(name: str, table: Tensor, model: nn.Module, weights: Source
     return resized_positions(table.float(), old, trunk.grid)
 
 
-def _grid_of(weights: Source, tokens: int, grid: Triple) -> Triple:
+def _grid_of(weights: StateDictFile, tokens: int, grid: Triple) -> Triple:
     """The token grid (T', H', W') of a file: as it says itself, else the one of that many tokens that is most like `grid`."""
     if said := weights.architecture.get("trunk"):
         told = _told_grid(said)

@@ -22,8 +22,7 @@ from torch import Tensor
 from omnivision.distributed.fsdp import is_split
 from omnivision.distributed.process_group import Processes
 from omnivision.utils.errors import is_out_of_memory
-from omnivision.utils.io import PARTS, sha256
-from omnivision.utils.safe import BrokenCheckpoint, safe_load
+from omnivision.utils.io import PARTS, CorruptCheckpointError, safe_load, sha256
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.api import CheckpointException
@@ -81,27 +80,29 @@ def write(tensors: dict[str, Tensor], folder: Path, step: int, processes: Proces
 def attach(state: dict[str, Any], folder: Path) -> None:
     """Put the tensors that were parted from it, whole, back into a state that was read from a checkpoint in `folder`.
 
-    Raises BrokenCheckpoint when the files are not those that were written.
+    Raises CorruptCheckpointError when the files are not those that were written.
     """
     name = folder_of(state)
     if name is None:
         return
     source, files = folder / name, state.pop(KEY)["files"]
     if not source.is_dir():
-        raise BrokenCheckpoint(f"{source}, the folder with the parts of the checkpoint, is not there")
+        raise CorruptCheckpointError(f"{source}, the folder with the parts of the checkpoint, is not there")
     for file, entry in files.items():
         path = source / str(file)
         if Path(str(file)).name != file or not path.is_file() or _entry(path) != entry:
-            raise BrokenCheckpoint(f"{path}, a part of the checkpoint, is not there or not the file that was written")
+            raise CorruptCheckpointError(
+                f"{path}, a part of the checkpoint, is not there or not the file that was written"
+            )
     if {file.name for file in source.iterdir()} != set(files):
-        raise BrokenCheckpoint(f"{source} holds other files than the parts of the checkpoint")
+        raise CorruptCheckpointError(f"{source} holds other files than the parts of the checkpoint")
     for where, tensor in _read(source).items():
         *keys, last = where.split(SEPARATOR)
         node: Any = state
         for key in keys:
             node = node.setdefault(int(key) if key.isdecimal() else key, {})
             if not isinstance(node, dict):
-                raise BrokenCheckpoint(f"a part of the checkpoint belongs to {where!r}, where it has no place")
+                raise CorruptCheckpointError(f"a part of the checkpoint belongs to {where!r}, where it has no place")
         node[last] = tensor
 
 
@@ -112,7 +113,9 @@ def folder_of(state: Mapping[str, Any]) -> str | None:
         return None
     name = said["folder"]
     if not isinstance(name, str) or not re.fullmatch(rf"{PARTS}\w+", name):
-        raise BrokenCheckpoint(f"a checkpoint names {str(name)[:60]!r} as the folder of its parts; expected {PARTS}...")
+        raise CorruptCheckpointError(
+            f"a checkpoint names {str(name)[:60]!r} as the folder of its parts; expected {PARTS}..."
+        )
     return name
 
 
@@ -122,7 +125,7 @@ def remove_unused(folder: Path) -> None:
         return
     try:
         used = {folder_of(safe_load(file)) for file in folder.glob("*.pt")}
-    except BrokenCheckpoint:
+    except CorruptCheckpointError:
         return
     for old in folder.glob(f"{PARTS}*"):
         if old.name not in used and old.is_dir() and not old.is_symlink():
@@ -149,14 +152,14 @@ def _read(source: Path) -> dict[str, Tensor]:
         known = cast(dict[str, TensorStorageMetadata], reader.read_metadata().state_dict_metadata)
         claimed = sum(math.prod(said.size) * said.properties.dtype.itemsize for said in known.values())
         if claimed > (there := sum(file.stat().st_size for file in source.iterdir())):
-            raise BrokenCheckpoint(f"its tensors would have {claimed} bytes, and there are {there}")
+            raise CorruptCheckpointError(f"its tensors would have {claimed} bytes, and there are {there}")
         tensors = {name: torch.empty(said.size, dtype=said.properties.dtype) for name, said in known.items()}
         with warnings.catch_warnings(action="ignore"):  # of reading in one process
             dcp.load(tensors, storage_reader=reader, no_dist=True)
     except CheckpointException as error:
-        raise BrokenCheckpoint(f"{source} cannot be read: {_cause(error)[1]}") from error
+        raise CorruptCheckpointError(f"{source} cannot be read: {_cause(error)[1]}") from error
     except Exception as error:  # whatever torch and safetensors make of a damaged file
         if is_out_of_memory(error):
             raise
-        raise BrokenCheckpoint(f"{source} cannot be read: {error}") from error
+        raise CorruptCheckpointError(f"{source} cannot be read: {error}") from error
     return tensors

@@ -20,8 +20,7 @@ from omnivision.checkpoint import fingerprint as experiment
 from omnivision.checkpoint.checkpointer import read as read_checkpoint
 from omnivision.checkpoint.checkpointer import verified_digest
 from omnivision.utils.errors import UserError
-from omnivision.utils.io import BEST, LATEST, sha256
-from omnivision.utils.safe import BrokenCheckpoint, PickledObjects, is_ordinary
+from omnivision.utils.io import BEST, LATEST, CorruptCheckpointError, UnsafePickleError, is_dense_cpu, sha256
 
 CONFIG = "config.json"  # of a folder of Hugging Face's `save_pretrained`
 METADATA = "omnivision"  # the key of a safetensors file that holds what a checkpoint says beside `model`, as JSON
@@ -38,7 +37,7 @@ _WRAPPERS = re.compile(r"(?<![^.])_(orig_mod|fsdp_wrapped_module|checkpoint_wrap
 
 
 @dataclass(frozen=True)
-class Source:
+class StateDictFile:
     """Tensors by name and where they came from; `said` is what a checkpoint holds beside them (`architecture`, ...)."""
 
     path: Path
@@ -105,7 +104,7 @@ class Source:
             )
         return self.state | self.average
 
-    def averaged(self) -> Source:
+    def averaged(self) -> StateDictFile:
         """The same with the moving average in the place of the weights that it is of, where there is one."""
         return replace(self, state=self.weights())
 
@@ -132,7 +131,7 @@ class Source:
         return _json_object(file) if file.is_file() else {}
 
 
-def read(source: str | Path) -> Source:
+def read(source: str | Path) -> StateDictFile:
     """Weights of a run folder, a `save_pretrained` folder, or a file (.safetensors, or anything that torch.save wrote).
 
     Nothing is executed. Raises UserError, in one paragraph with the way out, when there is nothing to read, for pickled
@@ -142,13 +141,13 @@ def read(source: str | Path) -> Source:
     with _refusing_what_is_broken():
         if path.name.endswith(".index.json"):
             state, digest = _read_shards(path)
-            return Source(path, digest, _plain(state, path))
+            return StateDictFile(path, digest, _plain(state, path))
         digest = verified_digest(path)
         state, said = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    return Source(path, digest, _plain(state, path), said)
+    return StateDictFile(path, digest, _plain(state, path), said)
 
 
-def read_several(sources: str | Sequence[str]) -> list[Source]:
+def read_several(sources: str | Sequence[str]) -> list[StateDictFile]:
     """The models to average: of a list of sources, each with the moving average in its place where it kept one, or of one file
     that holds a list of state dicts under `ensemble_weights`. Raises UserError as `read`.
     """
@@ -164,21 +163,21 @@ def read_several(sources: str | Sequence[str]) -> list[Source]:
             f"{path} holds one model; expected several to average: a list of files, or one with a list of state dicts under "
             "ensemble_weights."
         )
-    return [Source(path, digest, _plain(state, path)) for state in states]
+    return [StateDictFile(path, digest, _plain(state, path)) for state in states]
 
 
 @contextlib.contextmanager
 def _refusing_what_is_broken() -> Iterator[None]:
-    """BrokenCheckpoint becomes UserError, with the way out."""
+    """CorruptCheckpointError becomes UserError, with the way out."""
     try:
         yield
-    except PickledObjects as error:
+    except UnsafePickleError as error:
         raise UserError(
             f"{error}. Expected weights only: tensors in plain containers. A file that was pickled by older code is not "
             "opened, because it may run anything; load it where it was made and save its state dict alone: "
             "torch.save({'model': model.state_dict()}, FILE)."
         ) from None
-    except BrokenCheckpoint as error:
+    except CorruptCheckpointError as error:
         raise UserError(f"{error}. Expected a file of weights, whole. Copy it again, or give another.") from None
 
 
@@ -258,7 +257,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]
             state = {name: file.get_tensor(name) for name in file.keys()}
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise BrokenCheckpoint(f"{path} does not load: {error}") from error
+        raise CorruptCheckpointError(f"{path} does not load: {error}") from error
     return state, _json_text(metadata[METADATA], f"The metadata of {path}") if METADATA in metadata else {}
 
 
@@ -300,7 +299,7 @@ def _plain(found: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
                 f"{path} holds no state dict: its entry {name!r} is a {type(tensor).__name__}. Expected tensors by name, at "
                 "the top or under 'model'."
             )
-        if not is_ordinary(tensor):
+        if not is_dense_cpu(tensor):
             raise UserError(
                 f"{path}: {name} is no ordinary tensor ({tensor.dtype}, {tensor.layout}, shape {tuple(tensor.shape)}); "
                 "expected dense values, all of them in the file."

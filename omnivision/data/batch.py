@@ -68,7 +68,7 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         return self._tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def filled(self, clips: int) -> Batch:
+    def pad_to(self, clips: int) -> Batch:
         """As many clips as there should be: those that there are again and again, or black ones if there are none."""
         if not len(self):
             whole = self._tensors(lambda tensor: tensor.new_zeros((clips, *tensor.shape[1:])))

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from omnivision.data.clips import Segment
+from omnivision.data.sampling import Segment
 from omnivision.utils.errors import UserError
 
 IGNORED_LABEL = -1

@@ -16,12 +16,18 @@ from torch import Tensor
 
 from omnivision.data.batch import BadSample, Sample
 from omnivision.data.catalog import Split
-from omnivision.data.clips import Spacing, clip_window, random_clip_start, sample_duration, uniform_clip_starts
-from omnivision.data.epoch import Request
-from omnivision.data.images import read_depth, read_image
+from omnivision.data.frames import read_depth, read_image
 from omnivision.data.masking import Grid, Mask
-from omnivision.data.order import draws
-from omnivision.data.video import BadVideo, open_video
+from omnivision.data.sampling import (
+    Request,
+    Spacing,
+    clip_window,
+    keyed_rng,
+    random_clip_start,
+    sample_duration,
+    uniform_clip_starts,
+)
+from omnivision.data.video import VideoDecodeError, open_video
 from omnivision.data.views import View
 
 REPLACEMENTS = 20
@@ -41,7 +47,7 @@ class Draw(IntEnum):
 
 
 @dataclass(frozen=True)
-class Cut:
+class ClipConfig:
     """How samples are cut out of the files of one kind.
 
     Args:
@@ -79,7 +85,7 @@ class ClipDataset:
     def __init__(
         self,
         splits: Sequence[Split],
-        cuts: Mapping[str, Cut],
+        cuts: Mapping[str, ClipConfig],
         clip_duration: float,
         seed: int,
         training: bool,
@@ -93,12 +99,12 @@ class ClipDataset:
         request = Request(*request)
         split = self.splits[request.source]
         bad: list[BadSample] = []
-        rng = draws(self.seed, Draw.REPLACEMENT, *request)
+        rng = keyed_rng(self.seed, Draw.REPLACEMENT, *request)
         for _ in range(1 + REPLACEMENTS):
             path = split.path(request.video)
             try:
                 return self._sample(split, request, path, bad)
-            except BadVideo as error:
+            except VideoDecodeError as error:
                 missing = getattr(error.__cause__, "errno", None) in UNREACHABLE
                 bad.append(BadSample(split.name, request.video, path, str(error), split.which, missing))
                 if not self.training:
@@ -111,17 +117,17 @@ class ClipDataset:
         depth = self._depth(split, request, cut)
         views, masks, depths = [], [], []
         for clip, frames in enumerate(self._clips(split, request, path, cut)):
-            frames = cut.view.prepare(_not_too_long(frames))
+            frames = cut.view.prepare(_check_aspect(frames))
             for number in range(cut.views):
                 key = (*request, clip * cut.views + number)
-                cropped = cut.view(frames, draws(self.seed, Draw.VIEW, *key), number)  # (T, C, H, W)
+                cropped = cut.view(frames, keyed_rng(self.seed, Draw.VIEW, *key), number)  # (T, C, H, W)
                 views.append(cropped)
                 if depth is not None:
-                    depths.append(cut.view.crop(depth, draws(self.seed, Draw.VIEW, *key), number)[0])
+                    depths.append(cut.view.crop(depth, keyed_rng(self.seed, Draw.VIEW, *key), number)[0])
                 if cut.mask is not None:
-                    masks.append(torch.from_numpy(cut.mask(cut.grid, draws(self.seed, Draw.MASK, *key))))
+                    masks.append(torch.from_numpy(cut.mask(cut.grid, keyed_rng(self.seed, Draw.MASK, *key))))
         return Sample(
-            video=_as_stored(_stacked(views), split),
+            video=_squeeze_time(_stacked(views), split),
             mask=torch.stack(masks) if masks else None,
             label=split.label(request.video),
             source=split.name,
@@ -131,15 +137,15 @@ class ClipDataset:
             bad=bad,
         )
 
-    def _depth(self, split: Split, request: Request, cut: Cut) -> Tensor | None:
+    def _depth(self, split: Split, request: Request, cut: ClipConfig) -> Tensor | None:
         """Depth of an RGB-D image as the view wants it: float32 (1, 1, H, W) in [0, 1], where 1 is `depth_max` or more."""
         path = split.depth_path(request.video)
         if path is None:
             return None
         stored = read_depth(path, self.max_pixels) * split.dataset.depth_scale
-        return cut.view.prepare(_not_too_long(stored.clamp(0, split.dataset.depth_max) / split.dataset.depth_max))
+        return cut.view.prepare(_check_aspect(stored.clamp(0, split.dataset.depth_max) / split.dataset.depth_max))
 
-    def _clips(self, split: Split, request: Request, path: str, cut: Cut) -> list[Tensor]:
+    def _clips(self, split: Split, request: Request, path: str, cut: ClipConfig) -> list[Tensor]:
         """The clips of a file, each uint8 (T, C, H, W)."""
         if split.dataset.kind != "video":
             return [read_image(path, self.max_pixels)]
@@ -148,7 +154,7 @@ class ClipDataset:
         with open_video(path, fps=rules.fps, max_pixels=self.max_pixels, frame_pattern=rules.frame_pattern) as video:
             duration = sample_duration(video.duration, segment)
             if self.training:
-                u = draws(self.seed, Draw.CLIP, *request).random()
+                u = keyed_rng(self.seed, Draw.CLIP, *request).random()
                 starts = [random_clip_start(duration, self.clip_duration, float(u))]
             else:
                 starts = uniform_clip_starts(duration, self.clip_duration, cut.clips, self.spacing)
@@ -161,14 +167,14 @@ class ClipDataset:
         mask = None if cut.mask is None else torch.empty(0, *cut.grid, dtype=torch.bool)
         depth = None if split.dataset.kind != "rgbd" else torch.empty(0, 1, cut.view.size, cut.view.size)
         label = split.label(request.video)
-        return Sample(_as_stored(video, split), mask, label, split.name, request.video, path, bad, depth)
+        return Sample(_squeeze_time(video, split), mask, label, split.name, request.video, path, bad, depth)
 
 
-def _not_too_long(frames: Tensor) -> Tensor:
+def _check_aspect(frames: Tensor) -> Tensor:
     """A strip a thousand times as long as wide would be enlarged to gigabytes when its short side is resized."""
     height, width = frames.shape[-2:]
     if max(height, width) > LONGEST_SIDE * min(height, width):
-        raise BadVideo(f"{width}x{height}: one side is more than {LONGEST_SIDE} times the other")
+        raise VideoDecodeError(f"{width}x{height}: one side is more than {LONGEST_SIDE} times the other")
     return frames
 
 
@@ -179,6 +185,6 @@ def _stacked(views: list[Tensor]) -> Tensor:
     return torch.stack([view.permute(0, 2, 3, 1) for view in views]).permute(0, 4, 1, 2, 3)
 
 
-def _as_stored(views: Tensor, split: Split) -> Tensor:
+def _squeeze_time(views: Tensor, split: Split) -> Tensor:
     """(V, C, T, H, W); of images (V, C, H, W), which the model tells apart from clips of one frame."""
     return views[:, :, 0] if split.dataset.kind != "video" else views

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import multiprocessing
 import multiprocessing.forkserver
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from omnivision.data.batch import Batch, Sample, collate
 from omnivision.data.dataset import ClipDataset
-from omnivision.data.epoch import EpochPlan, Request
+from omnivision.data.sampling import EpochPlan, Request
 from omnivision.distributed.process_group import Processes, leave_with
 from omnivision.utils.errors import DataWorkerError, UserError
 from omnivision.utils.signals import end_workers, signals_blocked
@@ -26,7 +27,7 @@ FILES_TOLD = 8
 
 
 @dataclass(frozen=True)
-class Workers:
+class LoaderConfig:
     """How batches are fetched: worker processes, batches each prepares ahead, page-locked memory for an accelerator, and
     seconds after which a batch that does not come is an error.
     """
@@ -42,7 +43,7 @@ class TrainData:
     """Clips to train on, and which of them make the batch of each step."""
 
     dataset: ClipDataset
-    workers: Workers
+    workers: LoaderConfig
     plan: EpochPlan
 
     def batches(self, start: tuple[int, int], epochs: int, processes: Processes) -> Iterator[Batch]:
@@ -55,7 +56,7 @@ class ValData:
     """Videos to evaluate on, so many at a time on each process."""
 
     dataset: ClipDataset
-    workers: Workers
+    workers: LoaderConfig
     videos_per_batch: int
 
     def batches(self, processes: Processes, limit: int | None) -> Iterator[Batch]:
@@ -101,7 +102,7 @@ def train_batches(
     epochs: int,
     rank: int,
     world: int,
-    workers: Workers,
+    workers: LoaderConfig,
 ) -> Iterator[Batch]:
     """Batches from the step `start` = (epoch, step) to the end of epoch `epochs` - 1, without a pause between epochs.
 
@@ -111,7 +112,7 @@ def train_batches(
 
 
 def evaluation_batches(
-    dataset: ClipDataset, videos_per_batch: int, rank: int, world: int, workers: Workers, limit: int | None = None
+    dataset: ClipDataset, videos_per_batch: int, rank: int, world: int, workers: LoaderConfig, limit: int | None = None
 ) -> Iterator[Batch]:
     """Every video of every source once, whatever the number of processes: process r takes videos r, r + world, ...
 
@@ -121,7 +122,7 @@ def evaluation_batches(
     return _fetched(dataset, _Videos(sizes, videos_per_batch, rank, world, limit), workers)
 
 
-def _fetched(dataset: ClipDataset, batches: _Steps | _Videos, workers: Workers) -> Iterator[Batch]:
+def _fetched(dataset: ClipDataset, batches: _Steps | _Videos, workers: LoaderConfig) -> Iterator[Batch]:
     """Batches from workers; one that was killed or does not answer is told with the files that it had to read."""
     loader = data_loader(dataset, batches, workers)
     if not workers.num_workers:
@@ -202,19 +203,15 @@ class _Patience:
                 return
 
 
-@dataclass(frozen=True)
-class Begin:
-    """What a worker does first. It ends when the process that trains is gone: torch's own watch sees the fork server, which
-    workers keep alive.
+def worker_init(pid: int, worker: int) -> None:
+    """Set up a data worker that ends with the training process `pid`.
+
+    torch watches the fork server instead, which lives as long as its workers.
     """
-
-    pid: int
-
-    def __call__(self, worker: int) -> None:
-        leave_with(self.pid)
+    leave_with(pid)
 
 
-def data_loader(dataset: ClipDataset, batches: _Steps | _Videos, workers: Workers) -> DataLoader:
+def data_loader(dataset: ClipDataset, batches: _Steps | _Videos, workers: LoaderConfig) -> DataLoader:
     """Worker processes with one thread each, started from a clean server process: a forked worker would inherit sockets
     of the communication backend and delay the notice of a dead peer."""
     context = None
@@ -234,6 +231,6 @@ def data_loader(dataset: ClipDataset, batches: _Steps | _Videos, workers: Worker
         num_workers=workers.num_workers,
         prefetch_factor=workers.prefetch if workers.num_workers else None,
         multiprocessing_context=context,
-        worker_init_fn=Begin(os.getpid()) if workers.num_workers else None,
+        worker_init_fn=functools.partial(worker_init, os.getpid()) if workers.num_workers else None,
         pin_memory=workers.pin_memory,
     )

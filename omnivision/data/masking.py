@@ -16,7 +16,7 @@ Grid = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class _Share:
+class _RatioMask:
     ratio: float
 
     def __post_init__(self) -> None:
@@ -24,14 +24,14 @@ class _Share:
             raise UserError(f"mask ratio is {self.ratio}; expected a share between 0 and 1. Change mask_ratio.")
 
 
-class RandomMask(_Share):
+class RandomMask(_RatioMask):
     """Any tokens of the clip (the recipe's mask)."""
 
     def __call__(self, grid: Grid, rng: np.random.Generator) -> np.ndarray:
         return _some(grid, int(self.ratio * grid[0] * grid[1] * grid[2]), rng)
 
 
-class TubeMask(_Share):
+class TubeMask(_RatioMask):
     """One random frame mask, repeated over time (VideoMAE)."""
 
     def __call__(self, grid: Grid, rng: np.random.Generator) -> np.ndarray:
@@ -40,7 +40,7 @@ class TubeMask(_Share):
         return np.repeat(slot, frames, axis=0)
 
 
-class FrameMask(_Share):
+class FrameMask(_RatioMask):
     """Whole time slots."""
 
     def __call__(self, grid: Grid, rng: np.random.Generator) -> np.ndarray:
@@ -48,7 +48,7 @@ class FrameMask(_Share):
         return np.broadcast_to(slots, grid).copy()
 
 
-class CausalMask(_Share):
+class CausalMask(_RatioMask):
     """The last tokens in raster order: the clip is seen up to a moment and completed from there."""
 
     def __call__(self, grid: Grid, rng: np.random.Generator) -> np.ndarray:
@@ -57,7 +57,7 @@ class CausalMask(_Share):
         return mask.reshape(grid)
 
 
-class BlockMask(_Share):
+class BlockMask(_RatioMask):
     """Rectangles of one frame, repeated over time (BEiT, section 2.3): blocks of at least 4 tokens, aspect 0.3 to 3.3."""
 
     def __call__(self, grid: Grid, rng: np.random.Generator) -> np.ndarray:

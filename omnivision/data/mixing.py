@@ -19,7 +19,7 @@ Box = tuple[int, int, int, int]  # top, left, height, width
 
 
 @dataclass(frozen=True)
-class Mixing:
+class MixupCutmix:
     """Mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019), one draw for the whole batch and all its frames.
 
     `partner_index` says which samples are mixed. A batch of one sample is not mixed.
@@ -81,6 +81,10 @@ class Mixing:
         share = float(rng.beta(self.cutmix_alpha, self.cutmix_alpha))
         box = cutmix_box(height, width, share, int(rng.integers(height)), int(rng.integers(width)))
         return kept_share(height, width, box), box
+
+
+class Mixing(MixupCutmix):
+    """The former name of `MixupCutmix`, for the `_target_` of earlier runs."""
 
 
 def cutmix_box(height: int, width: int, share: float, row: int, column: int) -> Box:

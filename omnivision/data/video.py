@@ -31,11 +31,21 @@ from av.stream import Discard, Disposition
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 
-from omnivision.data.film import FilmFacts, Seconds, check_sizes, choose, stack, ticks
-from omnivision.data.frame_folder import FrameFolder
-from omnivision.data.opening import BadVideo, check_pixels, open_plain, reason
+from omnivision.data.frames import (
+    FrameFolder,
+    Seconds,
+    VideoDecodeError,
+    VideoInfo,
+    check_pixels,
+    check_sizes,
+    open_regular_file,
+    reason,
+    select_frames,
+    stack,
+    ticks,
+)
 
-__all__ = ["BadVideo", "FilmFacts", "FrameFolder", "VideoFile", "open_video"]
+__all__ = ["FrameFolder", "VideoDecodeError", "VideoFile", "VideoInfo", "open_video"]
 
 # Containers that hold their pictures themselves. Playlists, concat scripts, image patterns, devices and network
 # descriptions are missing on purpose: a file in such a format can name other files.
@@ -47,7 +57,7 @@ _TIMED_FORMATS = frozenset("mov matroska avi mpegts flv gif nut ivf".split())
 # Those whose header gives a duration, of the whole file, and in which the end can be found from there.
 _SEEKABLE_FORMATS = frozenset("matroska flv asf".split())
 _INDEXED_FORMATS = frozenset({"mov", "avi"})  # every packet, by decoding time
-# Codecs in which each packet is one frame, less the exceptions in `_shows_a_frame` and `_trustworthy`.
+# Codecs in which each packet is one frame, less the exceptions in `_shows_a_frame` and `_packet_times_reliable`.
 _FRAME_PER_PACKET = frozenset(
     "h264 hevc vp8 vp9 av1 libdav1d mpeg4 mpeg2video mpeg1video mjpeg prores ffv1 gif dnxhd rawvideo png".split()
 )
@@ -69,11 +79,11 @@ def open_video(
     """Open a video file, or a folder whose images (those of `frame_pattern`) are its frames at `fps` frames a second.
 
     `max_pixels` bounds width x height, by the header and again while decoding.
-    Raises BadVideo when there is no readable video at `path`; ValueError when `fps` is not a positive number.
+    Raises VideoDecodeError when there is no readable video at `path`; ValueError when `fps` is not a positive number.
     """
     if not 0 < fps < float("inf"):
         raise ValueError(f"fps: expected a positive number, got {fps}")
-    descriptor, is_folder = open_plain(path)
+    descriptor, is_folder = open_regular_file(path)
     try:
         if is_folder:
             yield FrameFolder(descriptor, Fraction(fps), max_pixels, frame_pattern)
@@ -106,21 +116,21 @@ class VideoFile:
     def duration(self) -> float:
         """Seconds of the pictures, whatever else the file holds: from its header or, where that is of the file, from packets.
 
-        Raises BadVideo.
+        Raises VideoDecodeError.
         """
         if self._promised is not None:
             # Matroska's header counts from 0 to the last frame, wherever the first one is.
             late = max(self._origin, 0) if self._format == "matroska" else 0
             return float((self._promised - late) * self._time_base)
         if self._measured is None:
-            with _as_bad_video():
+            with _as_decode_error():
                 self._measured = self._measure()
         return float(self._measured * self._time_base)
 
     def _measure(self) -> int:
         """Return when the last picture ends (ticks), from the packets at the end of the file or, if there is none, from all.
 
-        Raises BadVideo for a file that ends before its header says so.
+        Raises VideoDecodeError for a file that ends before its header says so.
         """
         own, whole = self._stream.duration, self._input().duration
         header = own if own else Fraction(whole or 0, av.time_base) / self._time_base
@@ -137,10 +147,10 @@ class VideoFile:
         self._discard_others(Discard.all)
         shown = sorted((_pts(p), p.duration or 0) for p in packets if p.stream_index == self._stream.index)
         if not shown:
-            raise BadVideo("its frames have no time stamps")
+            raise VideoDecodeError("its frames have no time stamps")
         ends = [(_pts(p) + (p.duration or 0)) * p.time_base / self._time_base for p in packets if p.time_base]
         if self._format in _SEEKABLE_FORMATS and max(ends) < min(self._origin, 0) + header - self._grace:
-            raise BadVideo("truncated: it ends before the duration in its header")
+            raise VideoDecodeError("truncated: it ends before the duration in its header")
         last = max(pts + length for pts, length in shown)
         if (
             shown[-1][1] == 0 and len(shown) > 1
@@ -157,19 +167,19 @@ class VideoFile:
         """`num_frames` frames spread over those with start <= t < end: (T, 3, H, W) uint8, channels-last in memory.
 
         A window without a frame gives the one on screen at `start`. Rotation is applied, pixel aspect is not.
-        Raises BadVideo when the file cannot give them, ValueError for an impossible request.
+        Raises VideoDecodeError when the file cannot give them, ValueError for an impossible request.
         """
         low, high = (self._origin + tick for tick in ticks(start, end, 1 / self._time_base))
         self._require_whole()
-        with _as_bad_video():
+        with _as_decode_error():
             packets = self._packets_from_key_frame(low, high)
-            if self._trustworthy(packets):
+            if self._packet_times_reliable(packets):
                 times = sorted(_pts(p) for p in packets if self._shows_a_frame(p))
-                wanted = [times[i] for i in choose(times, low, high, num_frames)]
+                wanted = [times[i] for i in select_frames(times, low, high, num_frames)]
                 found = self._decode(packets, set(wanted))
                 if found.keys() == set(wanted):
                     return stack([found[t] for t in wanted])
-            return self._read_honestly(low, high, num_frames)
+            return self._decode_sequentially(low, high, num_frames)
 
     @property
     def time_base(self) -> Fraction:
@@ -181,14 +191,14 @@ class VideoFile:
         """Frames a second, by the header; None where it does not say."""
         return float(self._stream.average_rate or 0) or None
 
-    def facts(self) -> FilmFacts:
-        """Read all packets, but decode the first frame only. Raises BadVideo."""
-        with _as_bad_video():
+    def facts(self) -> VideoInfo:
+        """Read all packets, but decode the first frame only. Raises VideoDecodeError."""
+        with _as_decode_error():
             self._open(probe=True)
             packets = [(p.is_keyframe, p.pts) for p in self._demux() if self._shows_a_frame(p)]
             frame = next((frame for frame, _ in self._all_frames(self._origin)), None)
         if frame is None:
-            raise BadVideo("no frame could be decoded")
+            raise VideoDecodeError("no frame could be decoded")
         starts = [0, *(i for i, (is_key, _) in enumerate(packets) if is_key), len(packets)]
         times = sorted(pts for _, pts in packets if pts is not None)
         ticks = median(b - a for a, b in pairwise(times)) if len(times) > 1 else 0
@@ -198,12 +208,12 @@ class VideoFile:
         mirrored = (transposed + left_right + up_down) % 2 == 1
         rotation = _ROTATIONS[transposed, left_right ^ mirrored, up_down]
         width, height = (frame.height, frame.width) if transposed else (frame.width, frame.height)
-        return FilmFacts(len(packets), width, height, rotation, gop, rate, mirrored)
+        return VideoInfo(len(packets), width, height, rotation, gop, rate, mirrored)
 
     def times(self) -> list[int]:
-        """When each frame is on screen, in ticks, by decoding the whole film. BadVideo if not all of it can be read."""
+        """When each frame is on screen, in ticks, by decoding the whole film. VideoDecodeError if not all of it can be read."""
         found, sizes = [], set()
-        with _as_bad_video():
+        with _as_decode_error():
             for frame, damaged in self._all_frames(_FOR_EVER):
                 self._check_frame(frame, damaged)
                 found.append((frame.pts or 0) - self._origin)
@@ -212,8 +222,8 @@ class VideoFile:
         return found
 
     def frames(self) -> Iterator[tuple[int, np.ndarray]]:
-        """The whole film: for each frame its ticks and its picture, upright, (H, W, 3) uint8. Raises BadVideo."""
-        with _as_bad_video():
+        """The whole film: for each frame its ticks and its picture, upright, (H, W, 3) uint8. Raises VideoDecodeError."""
+        with _as_decode_error():
             for frame, damaged in self._all_frames(_FOR_EVER):
                 yield (frame.pts or 0) - self._origin, self._to_rgb(frame, damaged)
 
@@ -237,14 +247,14 @@ class VideoFile:
             options |= {"skip_frame": "all", "probesize": "32"}
         if self._max_pixels is not None:
             options["max_pixels"] = str(2 * self._max_pixels + 65536)  # coded sizes are padded; checked exactly below
-        with _as_bad_video():
+        with _as_decode_error():
             container = self._container = av.open("fd:", options=options, metadata_errors="replace")
         stream = next((s for s in container.streams.video if not s.disposition & Disposition.attached_pic), None)
         if stream is None:
-            raise BadVideo("no video stream")
+            raise VideoDecodeError("no video stream")
         context = stream.codec_context
         if context is None or stream.time_base is None:
-            raise BadVideo("no decoder for its codec")
+            raise VideoDecodeError("no decoder for its codec")
         check_pixels(context.width, context.height, self._max_pixels)
         if self._max_pixels is not None:
             padded = (context.width + 128) * (context.height + 128)
@@ -305,7 +315,7 @@ class VideoFile:
         )
 
     def _demux_until(self, high: int) -> list[Packet]:
-        """Packets until one is decoded at or after `high`. Raises BadVideo, see _check_whole."""
+        """Packets until one is decoded at or after `high`. Raises VideoDecodeError, see _check_whole."""
         packets: list[Packet] = []
         for packet in self._demux():
             if packet.dts is not None and packet.dts >= high:
@@ -315,24 +325,24 @@ class VideoFile:
         return packets
 
     def _check_whole(self, extents: list[tuple[int | None, int | None]], high: int) -> None:
-        """BadVideo if the file, which was read to its end, ends before its header says so (or before `high`)."""
+        """VideoDecodeError if the file, which was read to its end, ends before its header says so (or before `high`)."""
         index, last = self._stream.index_entries, max((dts for dts, _ in extents if dts is not None), default=None)
         if self._format in _INDEXED_FORMATS and len(index) > 0 and (last is None or index[-1].timestamp > last):
-            raise BadVideo("truncated: its index lists frames after the last one")
+            raise VideoDecodeError("truncated: its index lists frames after the last one")
         ends = [end for _, end in extents if end is not None]
         if self._format != "mov" and self._promised and ends:  # in mov, edit lists may promise less or more
             if max(ends) < min(min(self._origin, 0) + self._promised, high) - self._grace:
-                raise BadVideo("truncated: it ends before the duration in its header")
+                raise VideoDecodeError("truncated: it ends before the duration in its header")
 
     def _require_whole(self) -> None:
-        """BadVideo for a truncated file whose header cannot tell when it is read to its end (see _check_whole)."""
+        """VideoDecodeError for a truncated file whose header cannot tell when it is read to its end (see _check_whole)."""
         _ = self.duration
 
     def _shows_a_frame(self, packet: Packet) -> bool:
         """False for packets cut away by an edit list, and for VP8's hidden reference frames (bit 4 of the header)."""
         return not packet.is_discard and (self._codec != "vp8" or bool(bytes(packet)[0] & 0x10))
 
-    def _trustworthy(self, packets: list[Packet]) -> bool:
+    def _packet_times_reliable(self, packets: list[Packet]) -> bool:
         """Whether the packets' time stamps can be taken for those of the frames."""
         if not packets or self._format not in _TIMED_FORMATS or self._codec not in _FRAME_PER_PACKET:
             return False
@@ -361,10 +371,10 @@ class VideoFile:
                         found[frame.pts] = self._to_rgb(frame, damaged)
         return found
 
-    def _read_honestly(self, low: int, high: int, num_frames: int) -> torch.Tensor:
+    def _decode_sequentially(self, low: int, high: int, num_frames: int) -> torch.Tensor:
         """As `read`, by the time stamps of decoded frames. Decodes twice, to hold no more than the wanted frames."""
         times = [frame.pts or 0 for frame, _ in self._all_frames(high)]
-        wanted = choose(times, low, high, num_frames)
+        wanted = select_frames(times, low, high, num_frames)
         found = {i: self._to_rgb(*pair) for i, pair in enumerate(self._all_frames(high)) if i in set(wanted)}
         return stack([found[i] for i in wanted])
 
@@ -380,7 +390,7 @@ class VideoFile:
                 extents.append(_extent(packet))
             for frame in self._context.decode(packet):
                 if frame.pts is None:
-                    raise BadVideo("its frames have no time stamps")
+                    raise VideoDecodeError("its frames have no time stamps")
                 if frame.pts >= stop and not is_first:
                     return
                 damaged, is_first = frame.is_corrupt or (damaged and not frame.key_frame), False
@@ -399,14 +409,14 @@ class VideoFile:
 
     def _check_frame(self, frame: VideoFrame, damaged: bool) -> None:
         if damaged:
-            raise BadVideo("damaged: the decoder marks a frame as corrupt")
+            raise VideoDecodeError("damaged: the decoder marks a frame as corrupt")
         check_pixels(frame.width, frame.height, self._max_pixels)
 
 
 def _orientation(frame: VideoFrame) -> tuple[bool, bool, bool]:
     """Return what makes a frame upright, as FFmpeg's own tool does: transpose, then exchange left and right, up and down.
 
-    Raises BadVideo for a display matrix that turns by an angle other than a multiple of 90 degrees (to a degree), or shears.
+    Raises VideoDecodeError for a display matrix that shears, or turns by other than a multiple of 90 degrees (to a degree).
     """
     matrix: Any = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
@@ -417,7 +427,7 @@ def _orientation(frame: VideoFrame) -> tuple[bool, bool, bool]:
         return False, a < 0, d < 0
     if max(straight) <= _DEGREE * min(crossed):
         return True, c < 0, b < 0
-    raise BadVideo("its display matrix turns it by an angle that is no multiple of 90 degrees, or shears it")
+    raise VideoDecodeError("its display matrix turns it by an angle that is no multiple of 90 degrees, or shears it")
 
 
 def _runs(packets: list[Packet], wanted: set[int]) -> list[list[Packet]]:
@@ -446,7 +456,7 @@ def _extent(packet: Packet) -> tuple[int | None, int | None]:
 
 
 def _pts(packet: Packet) -> int:
-    assert packet.pts is not None, "only asked of packets that _trustworthy has seen"
+    assert packet.pts is not None, "only asked of packets that _packet_times_reliable has seen"
     return packet.pts
 
 
@@ -457,9 +467,9 @@ def _single_layer(codec: str, extradata: bytes | None) -> bool:
 
 
 @contextmanager
-def _as_bad_video() -> Iterator[None]:
-    """Turn the errors of a damaged or vanished file into BadVideo."""
+def _as_decode_error() -> Iterator[None]:
+    """Turn the errors of a damaged or vanished file into VideoDecodeError."""
     try:
         yield
     except _FILE_ERRORS as error:
-        raise BadVideo(reason(error)) from error
+        raise VideoDecodeError(reason(error)) from error

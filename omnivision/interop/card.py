@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from omnivision.checkpoint import fingerprint as experiment
-from omnivision.checkpoint.weight_files import Source
+from omnivision.checkpoint.weight_files import StateDictFile
 from omnivision.interop.intake import Imported
 from omnivision.models.architecture import Architecture
 from omnivision.utils.io import run_name
@@ -34,7 +34,7 @@ SETTINGS = (
 
 
 def card(
-    source: Source, model: Imported, out: str, judged: bool, names: Sequence[list[str] | None], hf: bool = False
+    source: StateDictFile, model: Imported, out: str, judged: bool, names: Sequence[list[str] | None], hf: bool = False
 ) -> str:
     """The card, Markdown with the front matter that model hubs read.
 
@@ -91,7 +91,7 @@ def facts_of(architecture: Architecture, count: int) -> dict[str, Any]:
     return found
 
 
-def history(source: Source) -> str:
+def history(source: StateDictFile) -> str:
     """Where the weights come from, and the settings and data of the run that made them, as far as the file says."""
     of_run = f" of the run {plain(run_name(source.path))}" if source.path.parent.name == "checkpoints" else ""
     text = f"From the file {plain(source.path.name)}{of_run} (SHA-256 {source.sha256})."

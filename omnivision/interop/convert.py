@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from omnivision.checkpoint.weight_files import Source, strip_wrappers
+from omnivision.checkpoint.weight_files import StateDictFile, strip_wrappers
 from omnivision.interop.geometry import Given
 from omnivision.interop.huggingface import from_hf
 from omnivision.interop.intake import Imported
@@ -13,7 +13,7 @@ from omnivision.interop.recognise import recognise
 from omnivision.utils.errors import UserError
 
 
-def convert(source: Source, format: str = "auto", given: Given | None = None) -> tuple[Imported, str]:
+def convert(source: StateDictFile, format: str = "auto", given: Given | None = None) -> tuple[Imported, str]:
     """The model of a file, and the format that it was found to have.
 
     Args:

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from omnivision.checkpoint.pretrained import Choice, LoadReport, choose
-from omnivision.checkpoint.weight_files import Source, read_several
+from omnivision.checkpoint.pretrained import LoadReport, WeightFilter, filter_state_dict
+from omnivision.checkpoint.weight_files import StateDictFile, read_several
 from omnivision.interop.geometry import check_fit
 from omnivision.interop.proof import check_finite, random_clip
 from omnivision.interop.published import from_ours
@@ -30,7 +30,7 @@ class Merged(NamedTuple):
     difference: float
 
 
-def read_sources(noted: Any, given: Sequence[str] | None) -> list[Source]:
+def read_sources(noted: Any, given: Sequence[str] | None) -> list[StateDictFile]:
     """The models that an average is made of: those that its checkpoint notes, or the same from the paths `given`.
 
     Args:
@@ -66,12 +66,12 @@ def read_sources(noted: Any, given: Sequence[str] | None) -> list[Source]:
     return [_chosen(weights, note.get("choice")) for weights, note in zip(found, noted, strict=True)]
 
 
-def _chosen(weights: Source, choice: Any) -> Source:
+def _chosen(weights: StateDictFile, choice: Any) -> StateDictFile:
     """What the average took of a checkpoint, under the names that it gave. Raises UserError for a note that is no choice."""
     if choice is None:  # nothing is noted
         return weights
     try:
-        taken = choose(weights.state, Choice(**choice), LoadReport(str(weights.path), weights.sha256))
+        taken = filter_state_dict(weights.state, WeightFilter(**choice), LoadReport(str(weights.path), weights.sha256))
     except (TypeError, AttributeError) as error:
         raise UserError(
             f"The checkpoint does not note properly what it took of {weights.path} (`choice` under `sources`: {error}). "
@@ -81,7 +81,7 @@ def _chosen(weights: Source, choice: Any) -> Source:
 
 
 @torch.no_grad()
-def merge(state: Mapping[str, Tensor], architecture: Mapping[str, Any], sources: Sequence[Source]) -> Merged:
+def merge(state: Mapping[str, Tensor], architecture: Mapping[str, Any], sources: Sequence[StateDictFile]) -> Merged:
     """Put the averaged trunk in the place of the average, and compare scores.
 
     Args:

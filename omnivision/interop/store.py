@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from omnivision.checkpoint.weight_files import CONFIG, METADATA, Source
+from omnivision.checkpoint.weight_files import CONFIG, METADATA, StateDictFile
 from omnivision.models.architecture import Architecture
 from omnivision.utils.errors import UserError
 from omnivision.utils.io import replace_atomically, sync_folder, write_atomically
@@ -23,12 +23,12 @@ FORMAT = 1
 CARD = b"---\nlibrary_name: "  # how a model card begins
 
 
-def origin(source: Source, format: str) -> dict[str, str]:
+def origin(source: StateDictFile, format: str) -> dict[str, str]:
     """Where a model came from, as its file will say: the name of the file alone, its SHA-256, and its format."""
     return {"name": source.path.name, "sha256": source.sha256, "format": format}
 
 
-def check_target(out: Path, source: Source, force: bool, folder: bool = False, card: Path | None = None) -> None:
+def check_target(out: Path, source: StateDictFile, force: bool, folder: bool = False, card: Path | None = None) -> None:
     """Raise UserError when `out` is there already (an empty folder may be), is the source, or cannot be a file or a folder;
     and when there is a file in the place of its `card` that is none of ours, even with `force`.
     """

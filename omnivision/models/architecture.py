@@ -46,7 +46,7 @@ def describe(model: nn.Module) -> Architecture:
     return {}
 
 
-def leaves_parameters_out(model: nn.Module) -> bool:
+def has_unused_parameters(model: nn.Module) -> bool:
     """Whether a step may pass by some parameters: the head of another label set, or the embedding of depth."""
     told = describe(model)
     return len(told.get("classes", ())) > 1 or bool(told.get("trunk", {}).get("rgbd"))

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from omnivision.data.batch import Batch
 from omnivision.data.catalog import LabelSets
-from omnivision.data.mixing import Mixing, partners, soft_targets
+from omnivision.data.mixing import MixupCutmix, partners, soft_targets
 from omnivision.models.average import AveragedClassifier
 from omnivision.models.patches import normalize_pixels
 from omnivision.tasks.base import Pictures, StepOutput
@@ -30,7 +30,7 @@ class Classify:
     """
 
     def __init__(
-        self, labels: LabelSets, mixing: Mixing | None = None, average: Literal["logits", "softmax"] = "logits"
+        self, labels: LabelSets, mixing: MixupCutmix | None = None, average: Literal["logits", "softmax"] = "logits"
     ) -> None:
         self.labels, self.mixing, self.average = labels, mixing, average
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from omnivision.checkpoint.weight_files import CONFIG, Source, read
+from omnivision.checkpoint.weight_files import CONFIG, StateDictFile, read
 from omnivision.data.catalog import read_class_names
 from omnivision.interop.card import card
 from omnivision.interop.huggingface import preprocessor_config, to_hf
@@ -16,7 +16,7 @@ from omnivision.interop.merge import merge, read_sources
 from omnivision.interop.proof import USUAL, Difference, against_transformers
 from omnivision.interop.published import from_ours
 from omnivision.interop.store import card_of, check_target, hf_folder, origin, write_card, write_pt, write_safetensors
-from omnivision.tools.inference import Shown
+from omnivision.tools.inference import InferenceConfig
 from omnivision.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         _export_hf(args, source, model, judged)
     else:
         write = write_pt if args.to == "pt" else write_safetensors
-        shown = Shown.of(model.architecture, source.inference)
+        shown = InferenceConfig.of(model.architecture, source.inference)
         names = [shown.named(number) for number in range(len(shown.names))]
         told = card(source, model, args.out.name, judged, names)  # before anything is written
         write(
@@ -94,7 +94,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
             )
 
 
-def _model(source: Source, args: argparse.Namespace) -> Imported:
+def _model(source: StateDictFile, args: argparse.Namespace) -> Imported:
     """The one model to write, whole and checked."""
     source.refuse_own_class()
     if lacking := _lacking(source):
@@ -126,7 +126,7 @@ def _model(source: Source, args: argparse.Namespace) -> Imported:
     return from_ours(merged.state, merged.architecture)
 
 
-def _lacking(source: Source) -> list[str]:
+def _lacking(source: StateDictFile) -> list[str]:
     """What a file would have to say of its model because weights do not tell it; an import asks for it, or assumes it."""
     architecture = source.architecture
     lacking = [] if "kind" in architecture else ["kind"]
@@ -136,8 +136,8 @@ def _lacking(source: Source) -> list[str]:
     return lacking
 
 
-def _export_hf(args: argparse.Namespace, source: Source, model: Imported, judged: bool) -> None:
-    told = Shown.of(model.architecture, source.inference).named(args.head)
+def _export_hf(args: argparse.Namespace, source: StateDictFile, model: Imported, judged: bool) -> None:
+    told = InferenceConfig.of(model.architecture, source.inference).named(args.head)
     names = read_class_names(args.class_names, "--class-names") if args.class_names else told
     exported = to_hf(model.state, model.architecture, args.head, names)
     configs = {CONFIG: exported.config, "preprocessor_config.json": preprocessor_config(model.architecture)}

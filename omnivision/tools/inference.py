@@ -1,7 +1,7 @@
 """A trained model with its preprocessing, for films outside any dataset: `omnivision.load` gives one.
 
 model = omnivision.load("runs/ft_ucf101")
-model.predict("film.mp4")                # [Guess(name="archery", label=2, probability=0.93), ...]
+model.predict("film.mp4")                # [Prediction(name="archery", label=2, probability=0.93), ...]
 omnivision.load("runs/mae").reconstruct("film.mp4")
 """
 
@@ -21,13 +21,13 @@ from torch import Tensor, nn
 
 from omnivision.checkpoint.checkpointer import load_model
 from omnivision.checkpoint.fingerprint import named
-from omnivision.checkpoint.weight_files import Source, read
+from omnivision.checkpoint.weight_files import StateDictFile, read
 from omnivision.config.targets import is_allowed
 from omnivision.data.batch import Batch
-from omnivision.data.clips import clip_window, uniform_clip_starts
+from omnivision.data.frames import EIGHT_K
 from omnivision.data.masking import RandomMask
-from omnivision.data.opening import EIGHT_K
-from omnivision.data.video import BadVideo, open_video
+from omnivision.data.sampling import clip_window, uniform_clip_starts
+from omnivision.data.video import VideoDecodeError, open_video
 from omnivision.data.views import EvalView
 from omnivision.interop.merge import merge, read_sources
 from omnivision.interop.published import from_ours
@@ -44,7 +44,7 @@ MASK_RATIO = 0.9
 
 
 @dataclass(frozen=True)
-class Guess:
+class Prediction:
     """A class with the probability that a model gives it."""
 
     name: str
@@ -53,7 +53,7 @@ class Guess:
 
 
 @dataclass(frozen=True)
-class Shown:
+class InferenceConfig:
     """How films are shown to a model: names of the classes of each head, seconds of a clip, and what is averaged over views."""
 
     names: list[list[str]]
@@ -61,7 +61,7 @@ class Shown:
     average: str = "logits"
 
     @classmethod
-    def of(cls, described: Mapping[str, Any], said: Mapping[str, Any]) -> Shown:
+    def of(cls, described: Mapping[str, Any], said: Mapping[str, Any]) -> InferenceConfig:
         """From an architecture and what a file says (`experiment.inference`); nothing of that is believed unseen."""
         seconds, told = said.get("clip_duration"), said.get("class_names")
         if not isinstance(seconds, (int, float)) or isinstance(seconds, bool) or not 0 < seconds < 3600:
@@ -87,7 +87,7 @@ class Shown:
 class VideoModel:
     """A model on a device, in evaluation mode, and what it takes to show it a film."""
 
-    def __init__(self, model: nn.Module, path: Path, shown: Shown, device: str, trunk: Any = None) -> None:
+    def __init__(self, model: nn.Module, path: Path, shown: InferenceConfig, device: str, trunk: Any = None) -> None:
         """`trunk` says `num_frames`, `image_size` and `tubelet`, by default the model's own."""
         try:
             self.model = model.eval().to(device)
@@ -143,7 +143,7 @@ class VideoModel:
         head: int = 0,
         fps: float = 25.0,
         frame_pattern: str | None = None,
-    ) -> list[Guess]:
+    ) -> list[Prediction]:
         """The `top` likeliest classes of a film, best first; `fps` and `frame_pattern` are for folders of frames.
 
         Raises UserError, as `scores`.
@@ -152,7 +152,7 @@ class VideoModel:
             raise UserError(f"top is {top}; expected a number of classes of at least 1. Change top.")
         shares = torch.from_numpy(self.scores(film, clips, crops, head, fps, frame_pattern)).softmax(0).numpy()
         best = np.argsort(-shares, kind="stable")[:top]
-        return [Guess(self.shown.names[head][label], int(label), float(shares[label])) for label in best]
+        return [Prediction(self.shown.names[head][label], int(label), float(shares[label])) for label in best]
 
     @torch.inference_mode()
     def reconstruct(
@@ -203,7 +203,7 @@ class VideoModel:
                 for begin in self._starts(video.duration, clips, start, film):
                     frames = view.prepare(video.read(*clip_window(begin, self.shown.clip_duration), self.num_frames))
                     found += [view(frames, rng, number) for number in range(crops)]
-        except BadVideo as error:
+        except VideoDecodeError as error:
             raise UserError(f"{film} cannot be read: {error}. Expected a film, or a folder of its frames.") from None
         return torch.stack(found).transpose(1, 2).to(self.device)
 
@@ -244,10 +244,10 @@ def load(source: str | Path, device: str = "cpu", trust_targets: Sequence[str] =
         raise UserError(f"{found.path}: {error}") from None
     model = architecture.build(dict(whole.architecture), str(found.path))
     model.load_state_dict(whole.state)
-    return VideoModel(model, found.path, Shown.of(whole.architecture, found.inference), device)
+    return VideoModel(model, found.path, InferenceConfig.of(whole.architecture, found.inference), device)
 
 
-def _load_own_class(found: Source, target: str, trusted: Sequence[str], device: str) -> VideoModel:
+def _load_own_class(found: StateDictFile, target: str, trusted: Sequence[str], device: str) -> VideoModel:
     """A model of a class outside this project, from the settings beside its checkpoint."""
     from omnivision.config.validate import read_run_config
     from omnivision.training import build  # Hydra comes with it
@@ -269,4 +269,4 @@ def _load_own_class(found: Source, target: str, trusted: Sequence[str], device: 
     trunk = SimpleNamespace(num_frames=settings.trainer.data.num_frames, image_size=settings.image_size)
     trunk.tubelet = tuple(settings.trainer.model.get("trunk", {}).get("tubelet", (1, 1, 1)))
     classes = build.labels(settings).classes if "decoder" not in settings.trainer.model else []
-    return VideoModel(model, found.path, Shown.of({"classes": classes}, found.inference), device, trunk)
+    return VideoModel(model, found.path, InferenceConfig.of({"classes": classes}, found.inference), device, trunk)

@@ -17,7 +17,7 @@ from omnivision.tools.arguments import add_device, add_fps, add_trust_targets, a
 from omnivision.utils.errors import EXIT_USER, UserError
 
 if TYPE_CHECKING:
-    from omnivision.tools.inference import Guess
+    from omnivision.tools.inference import Prediction
 
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     return EXIT_USER if failed else 0
 
 
-def told(guesses: list[Guess], width: int) -> Table:
+def told(guesses: list[Prediction], width: int) -> Table:
     """A row a class: its name, a bar as long as there is room for, its probability in percent."""
     table = Table(box=None, show_header=False, pad_edge=False)
     room = min(BAR, width - max(Text(guess.name).cell_len for guess in guesses) - 12)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from omnivision.data.catalog import load_array
-from omnivision.data.clips import Segment
+from omnivision.data.sampling import Segment
 from omnivision.tools.arguments import number
 from omnivision.tools.prepare.arrays import read_labels, read_paths, read_segments, write_split
 from omnivision.tools.prepare.held_out import GROUPINGS, groups_of, held_out, pattern_grouping

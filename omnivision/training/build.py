@@ -18,19 +18,26 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
-from omnivision.checkpoint.pretrained import Choice, LoadReport, check_values, choose, fitted_positions, read_several
+from omnivision.checkpoint.pretrained import (
+    LoadReport,
+    WeightFilter,
+    check_values,
+    filter_state_dict,
+    interpolate_pos_embed,
+    read_several,
+)
 from omnivision.checkpoint.pretrained import load as load_weights
 from omnivision.checkpoint.pretrained import read as read_weights
-from omnivision.checkpoint.weight_files import Source
+from omnivision.checkpoint.weight_files import StateDictFile
 from omnivision.config.reader import Target
 from omnivision.config.schema import DataSettings, ImageSettings, Settings
 from omnivision.config.targets import PACKAGE, signature_of
 from omnivision.data.catalog import LabelSets, Split, label_sets
-from omnivision.data.clips import sample_duration
-from omnivision.data.dataset import ClipDataset, Cut
-from omnivision.data.images import read_image
-from omnivision.data.loader import TrainData, ValData, Workers
-from omnivision.data.video import BadVideo, open_video
+from omnivision.data.dataset import ClipConfig, ClipDataset
+from omnivision.data.frames import read_image
+from omnivision.data.loader import LoaderConfig, TrainData, ValData
+from omnivision.data.sampling import sample_duration
+from omnivision.data.video import VideoDecodeError, open_video
 from omnivision.distributed.process_group import Place, Processes
 from omnivision.interop.merge import merge, read_sources
 from omnivision.models.architecture import describe
@@ -222,10 +229,10 @@ def full_speed(settings: Settings, device: torch.device) -> float | None:
     return None if cost is None else peak / cost.step_flops
 
 
-def choice(settings: Settings) -> Choice:
+def choice(settings: Settings) -> WeightFilter:
     """What is taken of pretrained weights, from `trainer.checkpoint`."""
-    fields = {field.name for field in dataclasses.fields(Choice)}
-    return Choice(**{key: value for key, value in vars(settings.trainer.checkpoint).items() if key in fields})
+    fields = {field.name for field in dataclasses.fields(WeightFilter)}
+    return WeightFilter(**{key: value for key, value in vars(settings.trainer.checkpoint).items() if key in fields})
 
 
 def pretrained(settings: Settings, model: nn.Module) -> list[LoadReport]:
@@ -260,7 +267,7 @@ def sources_of_average(settings: Settings, model: nn.Module) -> list[LoadReport]
         )
     found = read_several(settings.pretrained_checkpoint_path)
     reports = [LoadReport(str(w.path), w.sha256, w.checkpoint) for w in found]
-    states = [choose(w.state, choice(settings), report) for w, report in zip(found, reports, strict=True)]
+    states = [filter_state_dict(w.state, choice(settings), report) for w, report in zip(found, reports, strict=True)]
     taken = {f"trunk.{name}" for name in model.names}
     for state, report in zip(states, reports, strict=True):
         check_values({name: tensor for name, tensor in state.items() if name in taken | {POSITIONS}}, report.path)
@@ -273,7 +280,7 @@ def sources_of_average(settings: Settings, model: nn.Module) -> list[LoadReport]
 
 
 def _take_positions(
-    model: AveragedClassifier, found: list[Source], states: list[dict[str, Tensor]], reports: list[LoadReport]
+    model: AveragedClassifier, found: list[StateDictFile], states: list[dict[str, Tensor]], reports: list[LoadReport]
 ) -> set[str]:
     """Give an average the position table of its sources, interpolated if need be; returns its name, if they have one.
 
@@ -283,7 +290,7 @@ def _take_positions(
         return set()
     own = model.model.get_buffer(POSITIONS)
     tables = [
-        fitted_positions(POSITIONS, state[POSITIONS], model.model, weights, report)
+        interpolate_pos_embed(POSITIONS, state[POSITIONS], model.model, weights, report)
         for state, weights, report in zip(states, found, reports, strict=True)
     ]
     # Some of another width come back as they are.
@@ -339,7 +346,7 @@ def optimizer(settings: Settings, model: nn.Module) -> ScheduledOptimizer:
 def clip_dataset(settings: Settings, found: list[Split], training: bool) -> ClipDataset:
     """Clips of splits as the settings want them for training or for evaluation."""
     trainer, data = settings.trainer, settings.trainer.data
-    cuts: dict[str, Cut] = {}
+    cuts: dict[str, ClipConfig] = {}
     for kind in {split.dataset.kind for split in found}:
         if kind == "video" or data.image is None:
             cuts[kind] = cut(settings, data, "trainer.data", data.num_frames, training)
@@ -357,7 +364,9 @@ def check_cuts(settings: Settings) -> None:
             cut(settings, data.image, "trainer.data.image", 1, training)
 
 
-def cut(settings: Settings, data: DataSettings | ImageSettings, where: str, num_frames: int, training: bool) -> Cut:
+def cut(
+    settings: Settings, data: DataSettings | ImageSettings, where: str, num_frames: int, training: bool
+) -> ClipConfig:
     """How samples of one kind of source are cut out of their files."""
     size, tubelet = settings.image_size, tuple(settings.trainer.model["trunk"]["tubelet"])
     grid = token_grid((max(num_frames, tubelet[0]), size, size), tubelet)
@@ -371,10 +380,10 @@ def cut(settings: Settings, data: DataSettings | ImageSettings, where: str, num_
                 f"or {where}.mask."
             )
     if training:
-        return Cut(build(data.view, f"{where}.view"), data.views_per_clip, num_frames, grid, mask)
+        return ClipConfig(build(data.view, f"{where}.view"), data.views_per_clip, num_frames, grid, mask)
     view = build(data.val_view, f"{where}.val_view")
     clips = data.val_clips if isinstance(data, DataSettings) else 1
-    return Cut(view, getattr(view, "crops", 1), num_frames, grid, mask, clips)
+    return ClipConfig(view, getattr(view, "crops", 1), num_frames, grid, mask, clips)
 
 
 def check_device(settings: Settings, device: torch.device, local_rank: int = 0) -> None:
@@ -412,7 +421,7 @@ def sample_warnings(settings: Settings, splits: list[Split]) -> list[str]:
                 continue
             try:
                 frames = _clip_frames(split, index, data)
-            except BadVideo as error:
+            except VideoDecodeError as error:
                 bad.append(f"{path}: {error}")
                 continue
             opened += 1
@@ -442,7 +451,7 @@ def sample_warnings(settings: Settings, splits: list[Split]) -> list[str]:
 
 
 def _clip_frames(split: Split, index: int, data: DataSettings) -> int | None:
-    """About how many frames a clip of a video has; None for images. Raises BadVideo for an unreadable file."""
+    """About how many frames a clip of a video has; None for images. Raises VideoDecodeError for an unreadable file."""
     path, rules = split.path(index), split.dataset
     if rules.kind != "video":
         read_image(path, data.max_pixels)
@@ -506,7 +515,7 @@ def trainer(
         for warning in sample_warnings(settings, train_splits + val_splits):
             reporter.say(f"warning: {warning}")
     pinned = processes.device.type == "cuda"
-    workers = Workers(data.num_workers, data.prefetch, pinned, timeout=60 * data.timeout_minutes)
+    workers = LoaderConfig(data.num_workers, data.prefetch, pinned, timeout=60 * data.timeout_minutes)
     train = None
     if train_splits:
         train = TrainData(

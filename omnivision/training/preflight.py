@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from omnivision.config.schema import Settings
 from omnivision.data.catalog import Dataset, Split, is_shifted
-from omnivision.data.epoch import EpochPlan, SourcePlan
+from omnivision.data.sampling import EpochPlan, SourcePlan
 from omnivision.utils.errors import UserError
 from omnivision.utils.io import BEST, LATEST, PARTS, PREVIOUS, require_weights
 
@@ -115,15 +115,15 @@ def series_problems(splits: list[Split]) -> list[str]:
     found: dict[str, str] = {}  # by dataset
     for split in splits:
         for path in filter(os.path.isdir, sample_paths(split) if split.dataset.kind == "video" else []):
-            from omnivision.data.frame_folder import SeveralSeriesError
-            from omnivision.data.video import BadVideo, open_video  # not above: it imports torch
+            from omnivision.data.frames import SeveralSeriesError
+            from omnivision.data.video import VideoDecodeError, open_video  # not above: it imports torch
 
             try:
                 with open_video(path, frame_pattern=split.dataset.frame_pattern):
                     pass
             except SeveralSeriesError as error:
                 found.setdefault(split.name, f"{path}: {error}. Set ++datasets.{split.name}.frame_pattern.")
-            except BadVideo:
+            except VideoDecodeError:
                 pass  # one bad sample; the run says so when it reads it
     return list(found.values())
 

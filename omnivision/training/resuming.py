@@ -28,7 +28,7 @@ def take_up(trainer: Trainer, class_names: Sequence[Sequence[str]] = ()) -> bool
     """
     try:
         found = checkpoint.load_newest(trainer.folder.checkpoints)
-    except checkpoint.BrokenCheckpoint as error:
+    except checkpoint.CorruptCheckpointError as error:
         raise UserError(
             f"No checkpoint of this run is whole: {error}. Starting over would lose the run without a word. Put back a "
             f"good file as {trainer.folder.checkpoints / LATEST}, or change launcher.experiment_log_dir."

@@ -24,12 +24,11 @@ from omnivision.checkpoint import fingerprint as experiment
 from omnivision.checkpoint import sharded as checkpoint_shards
 from omnivision.checkpoint.pretrained import LoadReport
 from omnivision.data.batch import Batch
-from omnivision.data.epoch import SourcePlan
 from omnivision.data.loader import TrainData, ValData
-from omnivision.data.order import draws
+from omnivision.data.sampling import SourcePlan, keyed_rng
 from omnivision.distributed.fsdp import gathered, shard, whole, without_sync
 from omnivision.distributed.process_group import Processes, parallel
-from omnivision.models.architecture import describe, leaves_parameters_out
+from omnivision.models.architecture import describe, has_unused_parameters
 from omnivision.models.classifier import train_mode
 from omnivision.models.mae import CrossBlock
 from omnivision.models.vit import Block
@@ -202,9 +201,11 @@ class Trainer:
         """
         options, clips = self.options, self.source_plan(batch).clips // self.processes.world
         short = len(batch) < clips
-        batch = (batch.filled(clips) if short else batch).to(self.processes.device)
+        batch = (batch.pad_to(clips) if short else batch).to(self.processes.device)
         self.optimizer.set_progress(self.global_step / self.total_steps)
-        torch.manual_seed(int(draws(options.seed, MODEL_DRAW, self.global_step, self.processes.rank).integers(2**62)))
+        torch.manual_seed(
+            int(keyed_rng(options.seed, MODEL_DRAW, self.global_step, self.processes.rank).integers(2**62))
+        )
         pieces = batch.split(self.source_plan(batch).pieces)
         outputs: list[StepOutput] = []
         loss = torch.zeros((), dtype=torch.float64, device=self.processes.device)
@@ -320,7 +321,7 @@ class Trainer:
         """
         require_same_place(self.processes, (self.state.epoch, self.state.step), self.folder.checkpoints)
         if self.options.strategy == "ddp":
-            find_unused = leaves_parameters_out(self.bare)
+            find_unused = has_unused_parameters(self.bare)
             self.model = parallel(self.model, self.processes, self.options.comms_dtype, find_unused)
         elif self.processes.world > 1:
             blocks = [part for part in self.bare.modules() if isinstance(part, (Block, CrossBlock))]

@@ -1,4 +1,4 @@
-"""Files that are there: whole or not at all."""
+"""Atomic file writes, and weights-only loading."""
 
 from __future__ import annotations
 
@@ -6,12 +6,18 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import secrets
+import warnings
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING, Any
 
-from omnivision.utils.errors import UserError
+from omnivision.utils.errors import UserError, is_out_of_memory
+
+if TYPE_CHECKING:
+    import torch
 
 # Checkpoints of a run: the newest, the one before it, the best by validation.
 LATEST, PREVIOUS, BEST = "checkpoint.pt", "previous.pt", "best.pt"
@@ -93,3 +99,54 @@ def require_weights(source: str | Path) -> Path:
             "pretrained_checkpoint_path."
         )
     return path
+
+
+class CorruptCheckpointError(Exception):
+    """A file of tensors that is not what was once written; the message says how it differs."""
+
+
+class UnsafePickleError(CorruptCheckpointError):
+    """A file that holds more than weights, in a way that opening it would run code."""
+
+
+def is_dense_cpu(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is dense, on the CPU, and has all its values: a small file may claim a huge one."""
+    import torch  # takes a second, and most of this module does without
+
+    dense = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+    return dense and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
+
+
+def is_archive(path: Path) -> bool:
+    """Whether a file is what torch writes today, a zip archive; a damaged one may say that it is and not be."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:
+        return False
+
+
+def safe_load(source: Path | IO[bytes], map_location: str = "cpu") -> Any:
+    """What is in a file of `torch.save`; a path is memory-mapped, but for files from before torch 1.6, which are no archives.
+
+    Raises CorruptCheckpointError for a file that does not load with weights only, whatever the reason.
+    """
+    import torch
+
+    try:
+        mapped = isinstance(source, Path) and is_archive(source)
+        with warnings.catch_warnings(action="ignore"):  # of the version of a file that is about to be refused
+            return torch.load(source, map_location=map_location, weights_only=True, mmap=mapped)
+    except Exception as error:  # torch raises many kinds for a damaged or hostile file; all mean the same to the caller
+        if is_out_of_memory(error):
+            raise
+        name, reason = source if isinstance(source, Path) else "the file", str(error)
+        if what := re.search(r"GLOBAL (\S+)|operand 149", reason):  # 149 frames a pickle that never was torch's
+            told = f"it holds a pickled object{f' ({what[1]})' if what[1] else ''}, not weights alone"
+            raise UnsafePickleError(f"{name} does not load: {told}") from error
+        # What torch says of others is about itself, or advice to load the file all the same.
+        said = (
+            reason.splitlines()[0]
+            if isinstance(error, (RuntimeError, OSError)) and reason
+            else "it is no file of weights"
+        )
+        raise CorruptCheckpointError(f"{name} does not load: {said}") from error

@@ -72,7 +72,7 @@ def tried(promise: str, kind: str, sources: list[Path], cases: int, seed: int) -
 def main(kind: str, seed: int, count: int, sources: list[Path]) -> None:
     """Try `count` mutations; whatever is not a refusal ends this process."""
     from omnivision.checkpoint.pretrained import read
-    from omnivision.data.video import BadVideo, open_video
+    from omnivision.data.video import VideoDecodeError, open_video
     from omnivision.utils.errors import UserError
 
     for number in range(seed, seed + count):
@@ -86,7 +86,7 @@ def main(kind: str, seed: int, count: int, sources: list[Path]) -> None:
                     assert video.read(start, start + 0.5, 4).shape[:2] == (4, 3)
             else:
                 read(str(damaged))
-        except (BadVideo, UserError):
+        except (VideoDecodeError, UserError):
             pass
         damaged.unlink()
 

@@ -13,7 +13,7 @@ import torch
 from omnivision.checkpoint import checkpointer as checkpoint
 from omnivision.checkpoint.pretrained import read
 from omnivision.utils.errors import UserError
-from omnivision.utils.safe import BrokenCheckpoint
+from omnivision.utils.io import CorruptCheckpointError
 from tests.faults import Outcome
 from tests.runs import ROOT
 
@@ -53,7 +53,7 @@ def killed_while_saving(folder: Path, kills: int, seed: int = 0) -> Outcome:
             found, _, problems = newest
             if done[-1]:
                 checkpoint.verify(target / "best.pt")
-        except (BrokenCheckpoint, AssertionError) as error:
+        except (CorruptCheckpointError, AssertionError) as error:
             outcome.lost, outcome.details = outcome.lost + 1, str(error)
             continue
         whole = torch.equal(found["model"]["w"], torch.full((300_000,), float(found["step"])))

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from omnivision.data.catalog import check_segments, load_array
-from omnivision.data.clips import Segment
+from omnivision.data.sampling import Segment
 from omnivision.tools.prepare.listing import MOST_CLASSES
 from omnivision.utils.errors import UserError
 from omnivision.utils.io import replace_atomically

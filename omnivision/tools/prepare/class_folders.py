@@ -9,8 +9,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from omnivision.data.frame_folder import natural
-from omnivision.data.images import IMAGE_SUFFIXES
+from omnivision.data.frames import IMAGE_SUFFIXES, natural
 from omnivision.tools.prepare.listing import (
     SPLITS,
     VIDEO_SUFFIXES,

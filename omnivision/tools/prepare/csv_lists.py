@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omnivision.data.clips import Segment
+from omnivision.data.sampling import Segment
 from omnivision.tools.prepare.listing import (
     SPLITS,
     Listing,

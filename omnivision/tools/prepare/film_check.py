@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fractions import Fraction
 
-from omnivision.data.clips import Segment, clip_window, sample_duration, uniform_clip_starts
-from omnivision.data.video import BadVideo, FrameFolder, VideoFile, open_video
+from omnivision.data.sampling import Segment, clip_window, sample_duration, uniform_clip_starts
+from omnivision.data.video import FrameFolder, VideoDecodeError, VideoFile, open_video
 from omnivision.tools.prepare.transcode import MAX_PIXELS
 
 _CLIP_SECONDS, _CLIP_FRAMES = 2.7, 16
@@ -53,7 +53,7 @@ def check_film(job: CheckJob) -> list[FilmCheck]:
             facts, duration = film.facts(), film.duration
             reasons = [_read_clips(film, duration, segment) for segment in job.segments]
             frames = facts.frames if job.quick else len(film.times())
-    except BadVideo as error:
+    except VideoDecodeError as error:
         return [FilmCheck(ok=False, reason=str(error))] * len(job.segments)
     rate = float(frames / Fraction(duration)) if duration > 0 else None
     good = FilmCheck(
@@ -74,11 +74,11 @@ def check_film(job: CheckJob) -> list[FilmCheck]:
 def _read_clips(film: VideoFile | FrameFolder, duration: float, segment: Segment | None) -> str | None:
     """Read the first, middle and last clip of a sample. Returns why its segment is bad, None for a good one.
 
-    Raises BadVideo for a film that cannot be read.
+    Raises VideoDecodeError for a film that cannot be read.
     """
     try:
         seconds = sample_duration(duration, segment)
-    except BadVideo as error:
+    except VideoDecodeError as error:
         return str(error)
     for start in uniform_clip_starts(seconds, _CLIP_SECONDS, 3):
         film.read(*clip_window(start, _CLIP_SECONDS, segment), _CLIP_FRAMES)

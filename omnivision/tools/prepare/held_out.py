@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from omnivision.data.order import draws
+from omnivision.data.sampling import keyed_rng
 from omnivision.tools.prepare.listing import drop_format_folders
 from omnivision.utils.errors import UserError
 
@@ -92,7 +92,7 @@ def held_out(groups: list[str], labels: np.ndarray, share: float, seed: int) -> 
 
 def _order(group: np.ndarray, labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     """The groups, shuffled so that each class has its share in every stretch of the order."""
-    random = draws(seed, 0)
+    random = keyed_rng(seed, 0)
     votes: list[Counter[int]] = [Counter() for _ in range(count)]
     for number, label in zip(group.tolist(), labels.tolist(), strict=True):
         votes[number][label] += 1

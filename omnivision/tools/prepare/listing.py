@@ -12,8 +12,8 @@ from itertools import combinations
 import numpy as np
 
 from omnivision.data.catalog import is_shifted, start_at_one
-from omnivision.data.clips import Segment
-from omnivision.data.frame_folder import natural
+from omnivision.data.frames import natural
+from omnivision.data.sampling import Segment
 from omnivision.utils.errors import UserError
 
 VIDEO_SUFFIXES = tuple(

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from omnivision.data.frame_folder import natural
+from omnivision.data.frames import natural
 from omnivision.tools.prepare.listing import Listing, Row, refuse
 from omnivision.utils.errors import UserError
 

@@ -9,9 +9,8 @@ from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
-from omnivision.data.frame_folder import SeveralSeriesError
-from omnivision.data.images import IMAGE_SUFFIXES
-from omnivision.data.video import BadVideo, open_video
+from omnivision.data.frames import IMAGE_SUFFIXES, SeveralSeriesError
+from omnivision.data.video import VideoDecodeError, open_video
 from omnivision.tools.prepare.class_folders import read_class_folders
 from omnivision.tools.prepare.csv_lists import read_csv_lists
 from omnivision.tools.prepare.listing import VIDEO_SUFFIXES, Listing, Row, drop_suffix, printable, refuse, some
@@ -166,7 +165,7 @@ def check_series(folders: list[str], pattern: str | None) -> None:
         try:
             with open_video(folder, frame_pattern=pattern):
                 pass
-        except BadVideo as error:
+        except VideoDecodeError as error:
             if pattern is not None or isinstance(error, SeveralSeriesError):
                 problems.append(printable(f"{folder}: {error}"))
     if problems:

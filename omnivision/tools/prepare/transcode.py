@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 
 from omnivision.data.encode import TEMPORARY_SUFFIX, write_timed_film
-from omnivision.data.film import check_sizes
-from omnivision.data.video import BadVideo, open_video
+from omnivision.data.frames import check_sizes
+from omnivision.data.video import VideoDecodeError, open_video
 
 MAX_PIXELS = 33_177_600  # as trainer.data.max_pixels: what training would not read need not be prepared
 _JPEG_QUALITY = 92
@@ -85,7 +85,7 @@ def transcode(job: Job) -> Outcome:
                 return Outcome()
             fps = max(frames / max(duration, tick), Fraction(1)).limit_denominator(1001)
             _write_film(path, scaled, tick, fps, round(duration / tick), recipe)
-    except BadVideo as error:
+    except VideoDecodeError as error:
         return Outcome(reason=str(error))
     except OSError as error:  # of PyAV's too
         return Outcome(fault=f"{path}: {error.strerror or error}")
@@ -113,7 +113,7 @@ def _ascending(frames: Frames, time_base: Fraction) -> tuple[Fraction, Frames]:
     """The seconds of a tick that a film can be written with, and the frames at ascending ticks of it, from 0 on.
 
     Containers without time stamps of their own (AVI) may repeat or swap some: such a frame comes one tick after the one
-    before it. BadVideo when they go back by more than a second.
+    before it. VideoDecodeError when they go back by more than a second.
     """
     tick = time_base if max(time_base.numerator, time_base.denominator) <= 1_000_000 else Fraction(1, 90_000)
 
@@ -122,7 +122,7 @@ def _ascending(frames: Frames, time_base: Fraction) -> tuple[Fraction, Frames]:
         for time, picture in frames:
             now = round(time * time_base / tick)
             if (last - now) * tick > 1:
-                raise BadVideo("its time stamps go back by more than a second")
+                raise VideoDecodeError("its time stamps go back by more than a second")
             last = max(now, last + 1)
             yield last, picture
 
@@ -130,7 +130,7 @@ def _ascending(frames: Frames, time_base: Fraction) -> tuple[Fraction, Frames]:
 
 
 def _scaled(frames: Frames, short_side: int | None, even: bool) -> Frames:
-    """The frames, scaled; BadVideo when they are of several sizes."""
+    """The frames, scaled; VideoDecodeError when they are of several sizes."""
     sizes: set[tuple[int, int]] = set()
     for tick, picture in frames:
         height, width, _ = picture.shape
@@ -143,7 +143,7 @@ def _scaled(frames: Frames, short_side: int | None, even: bool) -> Frames:
 
 
 def _write_film(path: Path, frames: Frames, tick: Fraction, fps: Fraction, end: int, recipe: Recipe) -> None:
-    """Write a film and read it back: BadVideo when the times of its frames are not those that were written.
+    """Write a film and read it back: VideoDecodeError when the times of its frames are not those that were written.
 
     So it is where frames of a thousandth of a second stand beside some of seconds: readers then miss the last ones.
     """
@@ -159,7 +159,7 @@ def _write_film(path: Path, frames: Frames, tick: Fraction, fps: Fraction, end: 
         write_timed_film(temporary, noted(), tick, fps=fps, end=end, gop=recipe.gop, crf=recipe.crf, quick_to_read=True)
         with open_video(str(temporary)) as film:
             if [time * film.time_base for time in film.times()] != times:
-                raise BadVideo("the times of its frames cannot be kept in an mp4")
+                raise VideoDecodeError("the times of its frames cannot be kept in an mp4")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -179,7 +179,7 @@ def _write_frames(path: Path, frames: Frames, tick: Fraction, duration: Fraction
         while shown is not None and (count == 0 or count / fps < duration):
             count = _save(temporary, count, shown)
         if count == 0:
-            raise BadVideo("no frame could be decoded")
+            raise VideoDecodeError("no frame could be decoded")
         os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

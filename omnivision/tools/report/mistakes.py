@@ -12,10 +12,9 @@ import numpy as np
 from PIL import Image
 
 from omnivision.data.catalog import resolve_prefix
-from omnivision.data.clips import Segment, clip_window, sample_duration, uniform_clip_starts
-from omnivision.data.images import read_image
-from omnivision.data.opening import EIGHT_K
-from omnivision.data.video import BadVideo, open_video
+from omnivision.data.frames import EIGHT_K, read_image
+from omnivision.data.sampling import Segment, clip_window, sample_duration, uniform_clip_starts
+from omnivision.data.video import VideoDecodeError, open_video
 from omnivision.data.views import resize_short_side
 from omnivision.tools.report.collect import Predicted
 
@@ -77,10 +76,10 @@ def moving(path: str, fps: float, pattern: str | None = None, segment: Segment |
         with open_video(path, fps=fps, max_pixels=EIGHT_K, frame_pattern=pattern) as film:
             start = uniform_clip_starts(sample_duration(film.duration, segment), SECONDS, 3)[1]
             frames = film.read(*clip_window(start, SECONDS, segment), FRAMES)
-    except BadVideo:
+    except VideoDecodeError:
         try:
             frames = read_image(path, EIGHT_K)
-        except BadVideo:
+        except VideoDecodeError:
             return ""
     frames = resize_short_side(frames, SHORT_SIDE)
     images = [Image.fromarray(frame) for frame in frames.permute(0, 2, 3, 1).contiguous().numpy()]

@@ -1,0 +1,364 @@
+"""Images and folders of frames -> uint8 RGB frames, and what they share with video files.
+
+Files named by others are opened here only: regular files and folders, never a pipe or device.
+"""
+
+import fnmatch
+import os
+import re
+import stat
+import struct
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import chain, pairwise, zip_longest
+from math import ceil
+from typing import IO
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from omnivision.utils.io import CorruptCheckpointError, is_dense_cpu, safe_load
+
+
+class VideoDecodeError(Exception):
+    """This file cannot give the frames asked for. The message is one line: the reason, without the path."""
+
+
+EIGHT_K = 7680 * 4320  # the largest frames that are shown to people
+
+
+def check_pixels(width: int, height: int, max_pixels: int | None) -> None:
+    """Raises VideoDecodeError when a picture has more than `max_pixels`."""
+    if max_pixels is not None and width * height > max_pixels:
+        raise VideoDecodeError(f"{width}x{height} is more than max_pixels = {max_pixels}")
+
+
+def open_regular_file(path: str, folder: int | None = None) -> tuple[int, bool]:
+    """Descriptor of a regular file or (not inside `folder`) a folder, and whether it is a folder. Raises VideoDecodeError.
+
+    Pipes, sockets and devices are refused before they are opened: opening one can block or act.
+    """
+    descriptor = -1
+    try:
+        _check_plain(os.stat(path, dir_fd=folder), folder is None)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+        return descriptor, _check_plain(os.fstat(descriptor), folder is None)  # the name may mean another file now
+    except (
+        OSError,
+        ValueError,
+        VideoDecodeError,
+    ) as error:  # ValueError: the name holds a null byte or half a surrogate pair
+        if descriptor >= 0:
+            os.close(descriptor)
+        raise VideoDecodeError(reason(error)) from error
+
+
+def _check_plain(status: os.stat_result, may_be_folder: bool) -> bool:
+    """True for a folder, False for a regular file that is not empty, else VideoDecodeError."""
+    if may_be_folder and stat.S_ISDIR(status.st_mode):
+        return True
+    if not stat.S_ISREG(status.st_mode):
+        raise VideoDecodeError("not a regular file")
+    if status.st_size == 0:
+        raise VideoDecodeError("the file is empty")
+    return False
+
+
+def reason(error: BaseException) -> str:
+    """One line without the path."""
+    text = "not an image" if isinstance(error, UnidentifiedImageError) else getattr(error, "strerror", None)
+    return " ".join((text or str(error)).split()) or type(error).__name__
+
+
+Seconds = float | Fraction
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What can be told of a film without decoding it. Width and height are those of the upright picture."""
+
+    frames: int  # as the container counts them
+    width: int
+    height: int
+    rotation: int  # how far the picture was turned clockwise to stand upright: 0, 90, 180 or 270
+    gop: int  # frames from one key frame to the next, the most there are
+    rate: float | None  # frames a second between most frames; None for a single one
+    mirrored: bool = False  # left and right were exchanged, after turning
+
+
+def ticks(start: Seconds, end: Seconds, rate: Fraction) -> tuple[int, int]:
+    """[low, high): the ticks of a clock at `rate` a second that lie in start <= t < end, exactly."""
+    if not start < end:
+        raise ValueError(f"expected start < end, got {float(start)} and {float(end)}")
+    return ceil(Fraction(start) * rate), ceil(Fraction(end) * rate)
+
+
+def select_frames(times: Sequence[int], low: int, high: int, num: int) -> list[int]:
+    """`num` indices spread over the times in [low, high); if there are none, of the last before, else 0."""
+    if not times:
+        raise VideoDecodeError("no frame could be decoded")
+    inside = [i for i, t in enumerate(times) if low <= t < high]
+    if not inside:
+        inside = [i for i, t in enumerate(times) if t < low][-1:] or [0]
+    return [inside[i] for i in subsample_indices(len(inside), num)]
+
+
+def stack(frames: list[np.ndarray]) -> torch.Tensor:
+    """(H, W, 3) each -> (T, 3, H, W), channels-last in memory. VideoDecodeError when sizes differ."""
+    check_sizes({(f.shape[1], f.shape[0]) for f in frames})
+    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
+
+
+def check_sizes(sizes: set[tuple[int, int]]) -> None:
+    """VideoDecodeError when there is more than one (width, height)."""
+    if len(sizes) > 1:
+        raise VideoDecodeError(f"frames of different sizes: {', '.join(sorted(f'{w}x{h}' for w, h in sizes))}")
+
+
+def subsample_indices(total: int, num: int) -> list[int]:
+    """`num` indices spread over range(total), first and last included: floor(i * (total - 1) / (num - 1)).
+
+    They repeat when total < num. Integers throughout, so no index depends on rounding. num = 1 gives [0].
+    Raises ValueError when there is nothing to choose from or nothing is asked for.
+    """
+    if total < 1 or num < 1:
+        raise ValueError(f"expected at least 1 frame to choose from and 1 to choose, got {total} and {num}")
+    if num == 1:
+        return [0]
+    return [i * (total - 1) // (num - 1) for i in range(num)]
+
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".gif")
+_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF", "GIF")  # none that runs another program, as EPS does
+_ERRORS = (  # what PIL raises on damaged files
+    *(OSError, ValueError, SyntaxError, EOFError, TypeError, LookupError, MemoryError, OverflowError),
+    *(struct.error, zlib.error, Image.DecompressionBombError),
+)
+
+
+def read_image(path: str, max_pixels: int | None = None) -> torch.Tensor:
+    """An image file as a clip of one frame: uint8 (1, 3, H, W), the first picture of an animation.
+
+    Raises VideoDecodeError when there is no readable image at `path`, or when it has more than `max_pixels`.
+    """
+    return torch.from_numpy(read_rgb(path, max_pixels)).permute(2, 0, 1)[None]
+
+
+def read_depth(path: str, max_pixels: int | None = None) -> torch.Tensor:
+    """A depth map as float32 (1, 1, H, W), as stored: a 16-bit PNG, a 2-D array of numbers (.npy), or a tensor (.pt).
+
+    Raises VideoDecodeError for anything else. Arrays are never unpickled, and tensors are loaded with weights only.
+    """
+    try:
+        with _open_file(path) as file:
+            if path.endswith(".npy"):
+                array = np.lib.format.read_array(file, allow_pickle=False)
+                if array.dtype.kind not in "biuf":
+                    raise VideoDecodeError(f"a depth map of {array.dtype}; expected numbers")
+                depth = torch.from_numpy(np.asarray(array, dtype=np.float32))
+            elif path.endswith(".pt"):
+                depth = safe_load(file)
+                if (
+                    not isinstance(depth, torch.Tensor)
+                    or depth.is_complex()
+                    or depth.is_nested
+                    or not is_dense_cpu(depth)
+                ):
+                    raise VideoDecodeError("no dense tensor of real numbers")
+            else:
+                with Image.open(file, formats=_FORMATS) as image:
+                    check_pixels(image.width, image.height, max_pixels)
+                    depth = torch.from_numpy(np.asarray(image, dtype=np.float32))
+    except (*_ERRORS, CorruptCheckpointError, RuntimeError) as error:
+        raise VideoDecodeError(reason(error)) from error
+    depth = depth.detach().squeeze()
+    if depth.ndim != 2 or not depth.numel():
+        raise VideoDecodeError(f"a depth map of shape {tuple(depth.shape)}; expected height x width")
+    check_pixels(depth.shape[1], depth.shape[0], max_pixels)
+    depth = depth.float()
+    if bool(depth.isnan().any()):
+        raise VideoDecodeError("a depth map with values that are no numbers")
+    return depth[None, None]
+
+
+def read_rgb(path: str, max_pixels: int | None, folder: int | None = None) -> np.ndarray:
+    """(H, W, 3) uint8, upright as its EXIF orientation says. `folder` is a descriptor that `path` starts at.
+
+    Raises VideoDecodeError.
+    """
+    try:
+        with _open_file(path, folder) as file:
+            with Image.open(file, formats=_FORMATS) as image:
+                check_pixels(image.width, image.height, max_pixels)
+                upright = ImageOps.exif_transpose(image)
+                deep = upright.mode.startswith("I;16") or (upright.mode == "I" and image.format == "PPM")
+                if deep:  # convert() would clip to 255 instead of scaling
+                    return np.stack([(np.asarray(upright) >> 8).astype(np.uint8)] * 3, axis=2)
+                if upright.mode in ("I", "F"):
+                    raise VideoDecodeError("pixels of 32 bits, of which nobody says what is white")
+                return np.array(upright.convert("RGB"))
+    except _ERRORS as error:
+        raise VideoDecodeError(reason(error)) from error
+
+
+def _open_file(path: str, folder: int | None = None) -> IO[bytes]:
+    descriptor, is_folder = open_regular_file(path, folder)
+    if is_folder:
+        os.close(descriptor)
+        raise VideoDecodeError("a folder, not an image")
+    return open(descriptor, "rb")
+
+
+# The number of a frame, or a time as one number: 12, 12.345, 12-30-01.250; but cam1.0001 has two.
+_NUMBER = re.compile(r"((?<![A-Za-z])[0-9]+(?:\.[0-9]+|(?:[-:.][0-9]+){2,})|[0-9]+)")
+
+
+class SeveralSeriesError(VideoDecodeError):
+    """A folder holds more than one series of frames, and nobody has chosen one."""
+
+
+class FrameFolder:
+    """A folder of images: the k-th in natural order of names is on screen from k / fps seconds on.
+
+    `pattern` is one of its series, as `group_series` names them, or any shell pattern; without it there must be one series.
+    """
+
+    def __init__(self, descriptor: int, fps: Fraction, max_pixels: int | None, pattern: str | None = None):
+        self._descriptor, self._fps, self._max_pixels = descriptor, fps, max_pixels
+        try:
+            names = os.listdir(descriptor)
+        except OSError as error:
+            raise VideoDecodeError(reason(error)) from error
+        images = [n for n in names if n.lower().endswith(IMAGE_SUFFIXES) and not n.startswith(".")]
+        images.sort(key=natural)
+        if not images:
+            raise VideoDecodeError("the folder holds no images")
+        series = group_series(images)
+        if pattern is not None:
+            images = series.get(pattern) or fnmatch.filter(images, pattern)
+        if len(series) > 1 and (pattern is None or not images):
+            shown = ", ".join(list(series)[:5]) + (", ..." if len(series) > 5 else "")
+            raise SeveralSeriesError(
+                f"the folder holds {len(series)} series of frames ({shown}); choose one with frame_pattern"
+            )
+        if not images:
+            raise VideoDecodeError(f"no image in the folder matches the frame_pattern {pattern!r}")
+        self._names = sort_times(images)
+
+    @property
+    def duration(self) -> float:
+        """Seconds."""
+        return float(len(self._names) / self._fps)
+
+    @property
+    def time_base(self) -> Fraction:
+        """Seconds of a frame."""
+        return 1 / self._fps
+
+    @property
+    def mean_rate(self) -> float:
+        """As VideoFile.mean_rate."""
+        return float(self._fps)
+
+    def facts(self) -> VideoInfo:
+        """As VideoFile.facts; every frame is a key frame."""
+        height, width, _ = self._frame(self._names[0]).shape
+        return VideoInfo(len(self._names), width, height, rotation=0, gop=1, rate=float(self._fps))
+
+    def times(self) -> list[int]:
+        """As VideoFile.times: opens every image."""
+        check_sizes({(picture.shape[1], picture.shape[0]) for _, picture in self.frames()})
+        return list(range(len(self._names)))
+
+    def frames(self) -> Iterator[tuple[int, np.ndarray]]:
+        """As VideoFile.frames."""
+        return ((tick, self._frame(name)) for tick, name in enumerate(self._names))
+
+    def read(self, start: Seconds, end: Seconds, num_frames: int) -> torch.Tensor:
+        """As VideoFile.read; only the wanted images are opened. They must all have one size, else VideoDecodeError."""
+        wanted = select_frames(range(len(self._names)), *ticks(start, end, self._fps), num_frames)
+        found = {i: self._frame(self._names[i]) for i in set(wanted)}
+        return stack([found[i] for i in wanted])
+
+    def _frame(self, name: str) -> np.ndarray:
+        try:
+            return read_rgb(name, self._max_pixels, folder=self._descriptor)
+        except VideoDecodeError as error:
+            raise VideoDecodeError(f"frame {name!a}: {error}") from error
+
+
+def group_series(names: Sequence[str]) -> dict[str, list[str]]:
+    """Group names of images into series of frames: a shell pattern such as img_*.jpg -> the names, in their order.
+
+    Names are of one series if they differ in the frame number alone, or in numbers that all go with it (a time stamp). Cameras
+    (cam1_0001.jpg, cam2_0001.jpg) share frame numbers and are two. Suffixes tell series apart only if a frame is there with
+    two of them. Where no name has a number, all are one series.
+    """
+    # Usually names differ in their last digits alone. That is quick to see, and this function runs for every clip.
+    split = (name.rpartition(".") for name in names)
+    endings = {(text := stem.rstrip("0123456789"), suffix, text != stem) for stem, _, suffix in split}
+    if len(endings) == 1:
+        [(text, suffix, numbered)] = endings
+        if numbered:
+            return {f"{text}*.{suffix}": list(names)}
+    stems = {name: os.path.splitext(name) for name in names}
+    if len({stem for stem, _ in stems.values()}) == len(names):  # no frame is there in two formats
+        suffixes = {suffix for _, suffix in stems.values()}
+        common = suffixes.pop() if len(suffixes) == 1 else ".*"
+        stems = {name: (stem, common) for name, (stem, _) in stems.items()}
+    shapes: dict[tuple[str, ...], dict[str, list[str]]] = {}  # suffix and text between numbers -> name -> numbers
+    for name, (stem, suffix) in stems.items():
+        parts = _NUMBER.split(stem)
+        shapes.setdefault((suffix, *parts[::2]), {})[name] = parts[1::2]
+    if all(len(shape) == 2 for shape in shapes):  # no name has a number
+        shapes = {}
+        for name, (_, suffix) in stems.items():
+            shapes.setdefault((suffix, "", ""), {})[name] = [name]
+    series: dict[str, list[str]] = {}
+    for (suffix, *texts), numbers in shapes.items():
+        columns = [set(column) for column in zip(*numbers.values(), strict=True)]
+        # The frame number is the last of those that vary most. What else varies tells series apart, unless no two names share
+        # a frame number and they follow each other: then it goes with that.
+        frame = max(range(len(columns)), key=lambda i: (len(columns[i]), i), default=0)
+        one = not columns or (len(columns[frame]) == len(numbers) and not _overlap(list(numbers.values()), frame))
+        hidden = {i for i, column in enumerate(columns) if i == frame or (one and len(column) > 1)}
+        for name, own in [next(iter(numbers.items()))] if one else numbers.items():
+            shown = ["*" if i in hidden else number for i, number in enumerate(own)]
+            pattern = "".join(chain.from_iterable(zip_longest(texts, shown, fillvalue=""))) + suffix
+            series.setdefault(pattern, []).extend(numbers if one else [name])
+    return series
+
+
+def sort_times(names: list[str]) -> list[str]:
+    """Sort names that differ in a time in seconds, as programs print it (0.04, 0.2, 1.0); others stay in their order.
+
+    Natural order takes .2 for less than .04. Frame numbers behind a dot (1.9, 1.10) are known by a zero at the end.
+    """
+    if all(name.count(".") < 2 for name in names):  # quick to see, and this function runs for every clip
+        return names
+    times = [re.fullmatch(r"(.*?)([0-9]+(?:\.([0-9]+))?)\.[A-Za-z]+", name) for name in names]
+    found = [(time[1], time[3] or "", float(time[2])) for time in times if time]
+    plain = all(len(fraction) < 2 or not fraction.endswith("0") for _, fraction, _ in found)
+    lengths = {len(fraction) for _, fraction, _ in found}
+    if len(found) < len(names) or len({text for text, _, _ in found}) > 1 or len(lengths) < 2 or not plain:
+        return names
+    return [names[i] for i in sorted(range(len(names)), key=lambda i: found[i][2])]
+
+
+def _overlap(names: list[list[str]], frame: int) -> bool:
+    """Whether frame numbers of names that differ in other numbers overlap, as those of cameras do. names: numbers of each."""
+    ranges: dict[tuple[str, ...], list[tuple[list[str | int], str]]] = {}
+    for numbers in names:
+        ranges.setdefault((*numbers[:frame], *numbers[frame + 1 :]), []).append(natural(numbers[frame]))
+    spans = sorted((min(found), max(found)) for found in ranges.values())
+    return any(last > first for (_, last), (first, _) in pairwise(spans))
+
+
+def natural(name: str) -> tuple[list[str | int], str]:
+    """Sort key in which 2.jpg comes before 10.jpg. Parts alternate: text is compared with text, number with number."""
+    return [
+        int(part) if part.isascii() and part.isdecimal() else part.lower() for part in re.split("([0-9]+)", name)
+    ], name
