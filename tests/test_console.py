@@ -22,7 +22,7 @@ from omnivision.reporting.console import ProgressLine
 from omnivision.reporting.reporter import Reporter
 from omnivision.reporting.run_directory import RunFolder
 from omnivision.tools import check_data, predict
-from omnivision.tools.inference import Guess
+from omnivision.tools.inference import Prediction
 from omnivision.tools.main import main
 from omnivision.training.evaluate import Evaluation
 from omnivision.training.run_messages import end_lines, start_lines
@@ -149,7 +149,7 @@ class Windows(Folder):
 
     def test_a_name_longer_than_the_window_stays_whole(self):
         name = "x" * 70
-        guesses = [Guess(name, 0, 0.75), Guess("y", 1, 0.25)]
+        guesses = [Prediction(name, 0, 0.75), Prediction("y", 1, 0.25)]
         for width in (*WIDTHS, 10_000):
             out = io.StringIO()
             Console(file=out, width=10_000).print(predict.told(guesses, width))
