@@ -31,7 +31,7 @@ from omnivision.data.loader import LoaderConfig, evaluation_batches
 from omnivision.data.sampling import uniform_clip_starts
 from omnivision.data.video import open_video
 from omnivision.data.views import EvalView, crop_offsets, resize_short_side
-from omnivision.distributed.process_group import Place, Processes
+from omnivision.distributed.process_group import Dist, RankInfo
 from omnivision.models.classifier import VideoClassifier
 from omnivision.models.vit import VisionTransformer
 from omnivision.tasks.classify import Classify
@@ -64,14 +64,14 @@ def published_scores(model: VideoClassifier, paths: list[Path], size: int) -> Te
 
 def our_scores(model: nn.Module, data: ClipDataset, dtype: torch.dtype | None, videos_per_batch: int) -> Tensor:
     """The same by `omnivision.training.evaluate`."""
-    processes = Processes(Place(), "cpu", None, timedelta(minutes=1))
+    dist = Dist(RankInfo(), "cpu", None, timedelta(minutes=1))
     task = Classify(LabelSets([CLASSES], {"films": 0}))
 
     def autocast() -> contextlib.AbstractContextManager[object]:
         return torch.autocast("cpu", dtype, enabled=dtype is not None)
 
     batches = evaluation_batches(data, videos_per_batch, 0, 1, LoaderConfig())
-    made = evaluate(task, model, batches, processes, autocast)
+    made = evaluate(task, model, batches, dist, autocast)
     assert made is not None
     return torch.from_numpy(made.predictions["films"].scores)
 

@@ -13,9 +13,9 @@ from benchmarks import films
 from omnivision.config.validate import check
 from omnivision.config.yaml_numbers import read_numbers_as_written
 from omnivision.data.batch import Batch
-from omnivision.distributed.process_group import Place, Processes
+from omnivision.distributed.process_group import Dist, RankInfo
 from omnivision.reporting.reporter import Reporter
-from omnivision.reporting.run_directory import RunFolder
+from omnivision.reporting.run_directory import RunDir
 from omnivision.training import build
 from omnivision.training.trainer import Trainer
 from omnivision.utils.signals import StopSignal
@@ -35,11 +35,11 @@ def trainer(folder: Path, *overrides: str) -> Trainer:
     with initialize_config_dir(str(CONFIG), version_base="1.3"):
         config = compose("config", [*MAE, *HERE, f"launcher.experiment_log_dir={folder / 'run'}", *data, *overrides])
     settings = check(config)
-    processes = Processes(Place(), "cpu", None, timedelta(minutes=1))
-    run_folder = RunFolder(folder / "run")
+    dist = Dist(RankInfo(), "cpu", None, timedelta(minutes=1))
+    run_folder = RunDir(folder / "run")
     run_folder.create()
     run_folder.lock()
-    return build.trainer(settings, processes, run_folder, Reporter(run_folder, enabled=True), StopSignal())
+    return build.trainer(settings, dist, run_folder, Reporter(run_folder, enabled=True), StopSignal())
 
 
 def batch(trainer: Trainer, clips: int, frames: int = 16, image: int = 224, hidden: float = 0.9) -> Batch:

@@ -105,7 +105,7 @@ class Saving(Folder):
             checkpoint.CorruptCheckpointError("x was not written whole"),
         ):
             with self.assertRaisesRegex(UserError, rf"written to {self.folder}: .* GB are free\).*Make room"):
-                with checkpoint.told(self.folder):
+                with checkpoint.report_write_errors(self.folder):
                     raise error
 
     def test_parts_that_no_checkpoint_refers_to_go_with_a_save(self):
@@ -325,11 +325,11 @@ class Lag(unittest.TestCase):
             shows = threading.Timer(0.5, lambda: shutil.copytree(there, here))
             shows.start()
             began = time.monotonic()
-            checkpoint.wait_to_see(checkpoint.seen(there), here, seconds=20)
+            checkpoint.wait_until_visible(checkpoint.stat_latest(there), here, seconds=20)
             self.assertGreaterEqual(time.monotonic() - began, 0.4)
-            self.assertEqual(checkpoint.seen(here), checkpoint.seen(there))
+            self.assertEqual(checkpoint.stat_latest(here), checkpoint.stat_latest(there))
             shows.join()
-            checkpoint.wait_to_see(("another one", 7), here, seconds=0.3)  # not for ever
+            checkpoint.wait_until_visible(("another one", 7), here, seconds=0.3)  # not for ever
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from omnivision.launch import launcher as launch
 from omnivision.launch.exit import exit_code_and_reason, explain
 from omnivision.reporting.console import ProgressLine
 from omnivision.reporting.reporter import Reporter
-from omnivision.reporting.run_directory import RunFolder
+from omnivision.reporting.run_directory import RunDir
 from omnivision.tools import check_data, predict
 from omnivision.tools.inference import Prediction
 from omnivision.tools.main import main
@@ -57,7 +57,7 @@ class Folder(unittest.TestCase):
 
 class Stopped(Folder):
     def test_a_run_that_was_stopped_as_asked_tells_of_no_error(self):
-        folder = RunFolder(self.folder)
+        folder = RunDir(self.folder)
         for error, code, again in (
             (StopRequested("SIGTERM", saved_step=5), 143, "the same command"),
             (StopRequested("SIGTERM"), 143, ""),
@@ -172,7 +172,7 @@ class Windows(Folder):
         figures = {"loss": 0.41234, "mean_class_accuracy": 84.123, "top1": 85.714, "top5": 100.0, "videos": 1234}
         for width in WIDTHS:
             out = io.StringIO()
-            reporter = Reporter(RunFolder(self.folder), True, Console(file=out, width=width, force_terminal=True))
+            reporter = Reporter(RunDir(self.folder), True, Console(file=out, width=width, force_terminal=True))
             (self.folder / "logs").mkdir(exist_ok=True)
             reporter.epoch("val", 29, 9, figures)
             text = "\n".join(plain(out.getvalue()))

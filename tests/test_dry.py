@@ -18,7 +18,7 @@ from omnivision.data.encode import write_film
 from omnivision.data.video import VideoFile
 from omnivision.launch import dry_run as dry
 from omnivision.launch import slurm, submission
-from omnivision.reporting.run_directory import RunFolder
+from omnivision.reporting.run_directory import RunDir
 from omnivision.training import build
 from omnivision.training.trainer import Trainer
 from tests import stage_runs as stages
@@ -126,7 +126,7 @@ class Dry(unittest.TestCase):
         self.assert_stops("launcher.experiment_log_dir", "broken", limit)
 
     def test_a_run_directory_in_use(self):
-        holder = RunFolder(self.folder / "held")
+        holder = RunDir(self.folder / "held")
         holder.create()
         holder.lock()
         self.addCleanup(holder.unlock)

@@ -23,7 +23,7 @@ from omnivision.checkpoint.fingerprint import changed_settings, class_changes, d
 from omnivision.config.schema import DatasetSettings
 from omnivision.launch.run import Job, write_run_metadata
 from omnivision.optim.schedules import Scaled, WarmupCosine
-from omnivision.reporting.run_directory import RunFolder
+from omnivision.reporting.run_directory import RunDir
 from tests import runs
 from tests import stage_runs as stages
 
@@ -83,7 +83,7 @@ class Commit(unittest.TestCase):
         self.assertIsNone(self.commit(), "a broken one")
 
     def test_a_run_keeps_each_commit_that_it_went_on_with(self):
-        folder = RunFolder(self.folder / "run")
+        folder = RunDir(self.folder / "run")
         folder.create()
         job = Job(SimpleNamespace(trainer=SimpleNamespace(mode="train")), "epochs: 1\n")
         trainer = SimpleNamespace(bare=None, is_done=False)
@@ -129,9 +129,9 @@ class Comparison(unittest.TestCase):
             "trainer.data.view.scale": "${crop_scale}",
             "trainer.max_epochs": 3,
         }
-        self.assertEqual(experiment.altering_settings(older, newer)[0], [])
+        self.assertEqual(experiment.diff_settings(older, newer)[0], [])
         for name, value in (("mixing_prob", 0.5), ("crop_scale", [0.5, 1]), ("trainer.max_epochs", 4)):
-            altering = " ".join(experiment.altering_settings(older, newer | {name: value})[0])
+            altering = " ".join(experiment.diff_settings(older, newer | {name: value})[0])
             self.assertIn(name, altering)
 
     def test_class_names_in_another_order_are_another_experiment(self):

@@ -21,7 +21,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from omnivision.config.schema import Settings
 from omnivision.config.validate import check
-from omnivision.distributed.process_group import Place
+from omnivision.distributed.process_group import RankInfo
 from omnivision.launch import job_record, jobs, slurm, submission
 from omnivision.launch import launcher as launch
 from omnivision.launch.job_record import JobRecord
@@ -41,7 +41,7 @@ from omnivision.launch.submission import (
     warn_of_other_settings,
 )
 from omnivision.launch.watchdog import is_peer_lost
-from omnivision.reporting.run_directory import RunFolder
+from omnivision.reporting.run_directory import RunDir
 from omnivision.utils.errors import PeerLostError, StopRequested, UserError
 from omnivision.utils.signals import TIME_LIMIT
 from tests import runs, stage_runs
@@ -56,7 +56,7 @@ class Folder(unittest.TestCase):
     def setUp(self):
         temporary = tempfile.TemporaryDirectory()
         self.addCleanup(temporary.cleanup)
-        self.folder = RunFolder(Path(temporary.name) / "run")
+        self.folder = RunDir(Path(temporary.name) / "run")
         (self.folder.path / jobs.LOGS).mkdir(parents=True)
 
 
@@ -670,8 +670,8 @@ class Submission(Folder):
             signal.raise_signal(signal.SIGTERM)
             raise AssertionError("went on")
 
-        with mock.patch("omnivision.training.build.processes", asked):
-            code = run_process(self.job(), Place(0, 1, 0, 1, None))
+        with mock.patch("omnivision.training.build.process_group", asked):
+            code = run_process(self.job(), RankInfo(0, 1, 0, 1, None))
         self.assertEqual(code, 128 + signal.SIGTERM)
 
     def test_what_the_environment_says_to_sbatch_does_not_count_before_the_settings(self):
@@ -824,7 +824,7 @@ class Submission(Folder):
                 check_dependency("afterok:13", queue)
 
     def test_what_it_waits_for_fails_while_it_is_submitted(self):
-        before = RunFolder(self.folder.path.parent / "align")
+        before = RunDir(self.folder.path.parent / "align")
         before.create(jobs.LOGS)
         command = f"{before.path.absolute()}/{jobs.LOGS}/a.sh"
 
@@ -874,7 +874,7 @@ class Submission(Folder):
         self.folder.lock()
         release = threading.Timer(0.4, self.folder.unlock)
         release.start()
-        again = RunFolder(self.folder.path)
+        again = RunDir(self.folder.path)
         with mock.patch("builtins.print"):
             again.lock(patience=20)
         again.unlock()
@@ -893,7 +893,7 @@ class Submission(Folder):
         self.folder.unlock()
 
     def test_a_run_that_was_killed_before_it_had_a_folder_leaves_none(self):
-        RunFolder(self.folder.path / "never").note_silent_end("killed", interrupted=True)
+        RunDir(self.folder.path / "never").note_silent_end("killed", interrupted=True)
         self.assertFalse((self.folder.path / "never").exists())
 
 

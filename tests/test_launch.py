@@ -14,7 +14,7 @@ from unittest import mock
 
 from omegaconf import OmegaConf
 
-from omnivision.distributed.process_group import Place, Processes
+from omnivision.distributed.process_group import Dist, RankInfo
 from omnivision.launch import local
 from omnivision.launch.local import first_failure
 from omnivision.utils.errors import EXIT_FAULT, EXIT_INTERRUPTED, UserError
@@ -186,9 +186,9 @@ class Sweeps(unittest.TestCase):
 class Backends(unittest.TestCase):
     def test_nccl_without_a_gpu(self):
         with tempfile.TemporaryDirectory() as folder:
-            place = Place(0, 2, 0, 2, f"file://{folder}/store")
+            place = RankInfo(0, 2, 0, 2, f"file://{folder}/store")
             with self.assertRaisesRegex(UserError, "backend is nccl, and this run is on the cpu; expected gloo"):
-                Processes(place, "cpu", "nccl", timedelta(minutes=1))
+                Dist(place, "cpu", "nccl", timedelta(minutes=1))
 
 
 class Places(unittest.TestCase):
@@ -196,7 +196,7 @@ class Places(unittest.TestCase):
         before = dict(os.environ)
         try:
             os.environ |= {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
-            self.assertEqual(Place.from_torchrun(), Place(3, 4, 1, 2, "env://"))
+            self.assertEqual(RankInfo.from_torchrun(), RankInfo(3, 4, 1, 2, "env://"))
         finally:
             os.environ.clear()
             os.environ.update(before)

@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from omnivision.reporting.loggers import MLflow, TensorBoard, WeightsAndBiases, loggers
 from omnivision.reporting.reporter import Reporter
-from omnivision.reporting.run_directory import RunFolder
+from omnivision.reporting.run_directory import RunDir
 from omnivision.utils.errors import UserError
 from tests import runs
 
@@ -138,9 +138,9 @@ class Failing(unittest.TestCase):
                 raise ConnectionError("nobody answers")
 
         with tempfile.TemporaryDirectory() as name:
-            RunFolder(name).create()
+            RunDir(name).create()
             out = io.StringIO()
-            reporter = Reporter(RunFolder(name), enabled=True, console=Console(file=out, width=200))
+            reporter = Reporter(RunDir(name), enabled=True, console=Console(file=out, width=200))
             reporter.start(0, 10)
             reporter._loggers.insert(0, Broken())
             for step in (1, 2):
@@ -161,7 +161,7 @@ class Ends(unittest.TestCase):
         from mlflow import MlflowClient
 
         with tempfile.TemporaryDirectory() as name:
-            folder, began = RunFolder(name), time.time()
+            folder, began = RunDir(name), time.time()
             folder.create()
             logger = MLflow(folder, {f"setting_{n}": n for n in range(250)})
             logger.scalars({"train/loss": 1.0}, 1)
@@ -178,8 +178,8 @@ class Ends(unittest.TestCase):
 
         quiet = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
         with tempfile.TemporaryDirectory() as name, mock.patch.dict(os.environ, quiet | {"HOME": name}):
-            RunFolder(name).create()
-            WeightsAndBiases(RunFolder(name), {}).close(failed=True)
+            RunDir(name).create()
+            WeightsAndBiases(RunDir(name), {}).close(failed=True)
             wandb.teardown()  # its service, which would have the exit code of these tests
             [file] = Path(name).glob("wandb/offline-run-*/run-*.wandb")
             codes = []
@@ -192,7 +192,7 @@ class Ends(unittest.TestCase):
     def test_tensorboard_forgets_what_comes_after_a_checkpoint(self):
         with tempfile.TemporaryDirectory() as name:
             for step, logged in ((0, (1, 2, 3)), (1, (2,))):
-                board = TensorBoard(RunFolder(name), step)
+                board = TensorBoard(RunDir(name), step)
                 for each in logged:
                     board.scalars({"train/loss": float(step)}, each)
                 board.close(failed=False)
@@ -204,7 +204,7 @@ class Ends(unittest.TestCase):
 class Refused(unittest.TestCase):
     def test_a_logger_that_is_not_there(self):
         with tempfile.TemporaryDirectory() as name:
-            folder = RunFolder(name)
+            folder = RunDir(name)
             for package in ("wandb", "mlflow"):
                 importlib.invalidate_caches()
                 with mock.patch.dict(sys.modules, {package: None}):
@@ -216,7 +216,7 @@ class Refused(unittest.TestCase):
             environment = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
             with mock.patch.dict(os.environ, environment):
                 with self.assertRaisesRegex(UserError, "mlflow .trainer.logging.also. cannot be begun"):
-                    loggers(["mlflow"], RunFolder(name), {}, 0)
+                    loggers(["mlflow"], RunDir(name), {}, 0)
 
 
 if __name__ == "__main__":

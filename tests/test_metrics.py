@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from omnivision.data.batch import Batch
-from omnivision.distributed.process_group import Place, Processes
+from omnivision.distributed.process_group import Dist, RankInfo
 from omnivision.tasks.classify import average_views
 from omnivision.tasks.metrics import Meter, averages, confusion_matrix, mean_class_accuracy, topk_accuracy
 from tests.parity_formula import record, stated, tensor
@@ -35,8 +35,8 @@ class PublishedFigures(unittest.TestCase):
             meter = Meter()
             for hits in (pooled, first):
                 meter.add("a", {"top": hits.sum()}, len(hits))
-            processes = Processes(Place(), "cpu", None, timedelta(minutes=1))
-            both = averages(meter.totals(processes))["top"]
+            dist = Dist(RankInfo(), "cpu", None, timedelta(minutes=1))
+            both = averages(meter.totals(dist))["top"]
             self.assertAlmostEqual(both, expected["after_two_updates_pooled_then_first_view"], places=6)
 
     def test_soft_targets(self):

@@ -77,14 +77,14 @@ class Room(unittest.TestCase):
             usage = lambda path, free=free, disk=disk: Usage(1, 0, free.get(path, disk))  # noqa: E731
             with mock.patch.object(shutil, "disk_usage", usage):
                 if saying is None:
-                    preflight.check_room(settings)
+                    preflight.check_disk_space(settings)
                 else:
-                    self.assertRaisesRegex(UserError, saying, preflight.check_room, settings)
+                    self.assertRaisesRegex(UserError, saying, preflight.check_disk_space, settings)
 
     def test_what_the_run_has_saved_already_counts_as_room(self):
         with tempfile.TemporaryDirectory() as name, mock.patch.object(shutil, "disk_usage", lambda _: Usage(1, 0, 0)):
             settings = settings_of("mae", "vitmicro", f"launcher.experiment_log_dir={name}")
-            self.assertRaisesRegex(UserError, "has room for 0 GB", preflight.check_room, settings)
+            self.assertRaisesRegex(UserError, "has room for 0 GB", preflight.check_disk_space, settings)
             (Path(name) / "checkpoints").mkdir()
             with open(Path(name) / "checkpoints/checkpoint.pt", "wb") as file:
                 file.truncate(3 * preflight.checkpoint_bytes(settings))
@@ -94,7 +94,7 @@ class Room(unittest.TestCase):
         """A run that validates keeps its best, too; parts that several processes wrote are room as well."""
         with tempfile.TemporaryDirectory() as name, mock.patch.object(shutil, "disk_usage", lambda _: Usage(1, 0, 0)):
             settings = settings_of("ft", "vitmicro_ft", f"launcher.experiment_log_dir={name}")
-            self.assertRaisesRegex(UserError, "for 4 checkpoints", preflight.check_room, settings)
+            self.assertRaisesRegex(UserError, "for 4 checkpoints", preflight.check_disk_space, settings)
             parts = Path(name) / "checkpoints" / f"{PARTS}12"
             parts.mkdir(parents=True)
             for number in range(2):
@@ -104,12 +104,14 @@ class Room(unittest.TestCase):
 
     def test_a_folder_that_cannot_be_written(self):
         with mock.patch.object(os, "access", return_value=False):
-            self.assertRaisesRegex(UserError, "cannot be written", preflight.check_room, settings_of("mae", "vitmicro"))
+            self.assertRaisesRegex(
+                UserError, "cannot be written", preflight.check_disk_space, settings_of("mae", "vitmicro")
+            )
 
     def test_shared_memory_of_another_machine_is_not_looked_at(self):
         with mock.patch.object(shutil, "disk_usage", lambda path: Usage(1, 0, 0 if path == Path("/dev/shm") else 9e12)):
             for override in ("submitit.use_cluster=true", "num_workers=0", "trainer.mode=val"):
-                preflight.check_room(settings_of("mae", "vitmicro", override))
+                preflight.check_disk_space(settings_of("mae", "vitmicro", override))
 
 
 class LearningRate(unittest.TestCase):

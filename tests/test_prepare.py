@@ -1181,7 +1181,7 @@ class PreparedFilms(Folder):
             run(lists, self.out, "--name", "mine", "--gop", 2, "--prefix", self.out / "films")
 
 
-class Processes(unittest.TestCase):
+class Dist(unittest.TestCase):
     """With functions that need no torch: a process starts in no time."""
 
     def test_results_of_all(self):

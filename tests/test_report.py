@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from omnivision.reporting.run_directory import RunFolder
+from omnivision.reporting.run_directory import RunDir
 from omnivision.tools.main import main
 from omnivision.tools.report import figures
 from omnivision.tools.report.collect import Predicted, Run, differing, find_runs, lineage
@@ -236,7 +236,7 @@ class Parts(unittest.TestCase):
     def run_of(self, name: str, start: str | None, task: str, trunk: str, top1: float, **settings: object) -> Run:
         facts = {"pretrained": start, "sources": task.split("+"), "trunk": trunk}
         summary = {"run": facts, "last": {"val_top1": top1}, "status": "finished", "epochs": 3}
-        return Run(name, RunFolder(f"/nowhere/{name}"), summary, settings, [])
+        return Run(name, RunDir(f"/nowhere/{name}"), summary, settings, [])
 
     def test_the_papers_table(self):
         runs = [

@@ -16,12 +16,12 @@ from PIL import Image
 from rich.console import Console
 
 from omnivision.reporting import images as pictures
-from omnivision.reporting.console import ProgressLine, Starvation
+from omnivision.reporting.console import DataStallWarning, ProgressLine
 from omnivision.reporting.metrics_log import MetricsLog, read_lines
 from omnivision.reporting.predictions import confusion_picture
 from omnivision.reporting.reporter import Reporter
-from omnivision.reporting.run_directory import RunFolder, finite, host_id, process_start
-from omnivision.tasks.base import Pictures
+from omnivision.reporting.run_directory import RunDir, finite, host_id, process_start
+from omnivision.tasks.base import Visualization
 from omnivision.utils.errors import UserError
 from omnivision.utils.io import remove_leftovers
 
@@ -47,7 +47,7 @@ class Log(Folder):
             log.write("step", "train", 0, step)
         with open(log.path, "a") as file:
             file.write('{"event": "st')
-        log.rewind(3)
+        log.truncate_after(3)
         self.assertEqual([line["step"] for line in read_lines(log.path)], [1, 2, 3])
         log.write("step", "train", 0, 4)
         self.assertEqual([line["step"] for line in read_lines(log.path)], [1, 2, 3, 4])
@@ -57,7 +57,7 @@ class Log(Folder):
         log.write("epoch", "val", 0, 1)
         log.write("epoch", "train", 1, 2)
         log.write("epoch", "val", 1, 2)
-        log.rewind(2, "val")
+        log.truncate_after(2, "val")
         self.assertEqual([(line["phase"], line["step"]) for line in read_lines(log.path)], [("val", 1), ("train", 2)])
 
     def test_a_damaged_line_in_the_middle_is_left_out(self):
@@ -68,7 +68,7 @@ class Log(Folder):
         for damage in (b"\xff\xfe{", b"[1, 2]", b'{"event": "step"}', b'{"step": "two"}', b"null", b""):
             with self.subTest(damage):
                 log.path.write_bytes(first + damage + b"\n" + last)
-                log.rewind(3)
+                log.truncate_after(3)
                 self.assertEqual([line["step"] for line in read_lines(log.path)], [1, 3])
 
     def test_finite(self):
@@ -77,7 +77,7 @@ class Log(Folder):
 
 class Summary(Folder):
     def test_what_is_no_summary_is_replaced(self):
-        folder = RunFolder(self.folder)
+        folder = RunDir(self.folder)
         for damage in (b"", b"{", b"[]", b"[1]", b"null", b"\xff\xfe"):
             with self.subTest(damage):
                 (self.folder / "summary.json").write_bytes(damage)
@@ -86,7 +86,7 @@ class Summary(Folder):
                 self.assertEqual(folder.read_summary(), {"status": "running"})
 
     def test_a_run_that_was_killed_is_told_by_its_launcher_but_a_live_or_ended_one_is_not(self):
-        folder = RunFolder(self.folder)
+        folder = RunDir(self.folder)
         folder.write_summary(status="finished", exit_reason="all epochs done")
         folder.note_silent_end("killed", interrupted=False)
         self.assertEqual(folder.read_summary()["status"], "finished")
@@ -105,22 +105,22 @@ class Summary(Folder):
 class Checkpoints(Folder):
     def test_a_folder_of_checkpoints_elsewhere_is_of_one_run(self):
         shared = self.folder / "shared"
-        one, two = (RunFolder(self.folder / name, shared) for name in ("one", "two"))
+        one, two = (RunDir(self.folder / name, shared) for name in ("one", "two"))
         for folder in (one, two):
             folder.create()
         for _ in range(2):
-            one.own_checkpoints()
+            one.claim_checkpoint_dir()
         with self.assertRaisesRegex(UserError, r"are of the run in \S*/one, and this one is \S*/two\. .*save_dir"):
-            two.own_checkpoints()
-        inside = RunFolder(self.folder / "three")
+            two.claim_checkpoint_dir()
+        inside = RunDir(self.folder / "three")
         inside.create()
-        inside.own_checkpoints()
+        inside.claim_checkpoint_dir()
         self.assertEqual(list(inside.checkpoints.iterdir()), [])
 
 
 class Lock(Folder):
     def test_only_one_live_holder(self):
-        first, second = RunFolder(self.folder), RunFolder(self.folder)
+        first, second = RunDir(self.folder), RunDir(self.folder)
         self.assertIsNone(first.lock())
         with self.assertRaisesRegex(UserError, f"in use by process {os.getpid()}"):
             second.lock()
@@ -133,7 +133,7 @@ class Lock(Folder):
         dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
         holder = {"token": "x", "host": "here", "machine": host_id(), "pid": int(dead.stdout), "started": 1}
         (self.folder / ".lock").write_text(json.dumps(holder))
-        folder = RunFolder(self.folder)
+        folder = RunDir(self.folder)
         self.assertIn("Took over the lock", folder.lock())
         folder.unlock()
 
@@ -145,7 +145,7 @@ class Lock(Folder):
             "started": process_start(os.getpid()) - 1,
         }
         (self.folder / ".lock").write_text(json.dumps(holder))
-        folder = RunFolder(self.folder)
+        folder = RunDir(self.folder)
         self.assertIsNotNone(folder.lock())
         folder.unlock()
 
@@ -154,7 +154,7 @@ class Lock(Folder):
         lock = self.folder / ".lock"
         for elsewhere in ({"host": "elsewhere"}, {"host": os.uname().nodename, "machine": "another container"}):
             lock.write_text(json.dumps({"token": "x", "pid": 1, "started": 1} | elsewhere))
-            folder = RunFolder(self.folder)
+            folder = RunDir(self.folder)
             with self.assertRaises(UserError):
                 folder.lock()
             os.utime(lock, (1, 1))
@@ -162,7 +162,7 @@ class Lock(Folder):
             folder.unlock()
 
     def test_one_that_has_lost_the_folder_writes_nothing_more(self):
-        folder = RunFolder(self.folder)
+        folder = RunDir(self.folder)
         folder.create()
         folder.lock()
         folder.write_summary(status="running")
@@ -187,19 +187,19 @@ class Lock(Folder):
                 (folder / name).parent.mkdir(parents=True)
                 make(folder / name)
                 with self.assertRaisesRegex(UserError, f"{name} is no file"):
-                    RunFolder(folder).create()
+                    RunDir(folder).create()
         (self.folder / "tensorboard").write_text("")
-        self.assertRaisesRegex(UserError, "cannot be written", RunFolder(self.folder).create)
+        self.assertRaisesRegex(UserError, "cannot be written", RunDir(self.folder).create)
 
     def test_a_lock_that_is_nothing_but_brackets(self):
         (self.folder / ".lock").write_text("[" * 100_000)
-        folder = RunFolder(self.folder)
+        folder = RunDir(self.folder)
         self.assertIn("an unknown process", folder.lock())
         folder.unlock()
 
     def test_an_unreadable_lock_is_taken_over_and_a_stolen_one_is_not_removed(self):
         (self.folder / ".lock").write_text("{")
-        folder = RunFolder(self.folder)
+        folder = RunDir(self.folder)
         folder.lock()
         (self.folder / ".lock").write_text(json.dumps({"token": "another's"}))
         folder.unlock()
@@ -209,10 +209,10 @@ class Lock(Folder):
         for _ in range(20):
             (self.folder / ".lock").write_text(json.dumps({"token": "x", "host": "elsewhere", "pid": 1}))
             os.utime(self.folder / ".lock", (1, 1))
-            folders = [RunFolder(self.folder) for _ in range(4)]
+            folders = [RunDir(self.folder) for _ in range(4)]
             outcomes: list[str] = []
 
-            def take(folder: RunFolder, outcomes: list[str] = outcomes) -> None:
+            def take(folder: RunDir, outcomes: list[str] = outcomes) -> None:
                 try:
                     folder.lock()
                     outcomes.append("taken")
@@ -231,10 +231,10 @@ class Lock(Folder):
 
     def test_where_the_file_system_has_no_locks(self):
         with mock.patch("fcntl.flock", side_effect=OSError):
-            first = RunFolder(self.folder)
+            first = RunDir(self.folder)
             first.lock()
             with self.assertRaises(UserError):
-                RunFolder(self.folder).lock()
+                RunDir(self.folder).lock()
             first.unlock()
 
     def test_leftovers_of_a_killed_writer_are_removed(self):
@@ -244,7 +244,7 @@ class Lock(Folder):
         self.assertEqual([path.name for path in self.folder.iterdir()], ["checkpoint.pt"])
 
     def test_summary_is_updated(self):
-        folder = RunFolder(self.folder)
+        folder = RunDir(self.folder)
         folder.write_summary(status="running", loss=float("nan"))
         folder.write_summary(status="finished")
         self.assertEqual(folder.read_summary(), {"status": "finished", "loss": None})
@@ -252,12 +252,14 @@ class Lock(Folder):
     def test_a_folder_that_cannot_be_made(self):
         (self.folder / "file").write_text("")
         with self.assertRaisesRegex(UserError, "launcher.experiment_log_dir"):
-            RunFolder(self.folder / "file" / "run").create()
+            RunDir(self.folder / "file" / "run").create()
 
 
-def some_pictures() -> Pictures:
+def some_pictures() -> Visualization:
     ramp = np.linspace(0, 255, 4 * 16 * 24 * 3).astype(np.uint8).reshape(4, 16, 24, 3)
-    return Pictures({"original": ramp, "a caption that is too long for its column of the picture": 255 - ramp}, [0, 3])
+    return Visualization(
+        {"original": ramp, "a caption that is too long for its column of the picture": 255 - ramp}, [0, 3]
+    )
 
 
 class Seen(Folder):
@@ -278,7 +280,7 @@ class Seen(Folder):
     def test_tensorboard_gets_scalars_and_the_moving_picture(self):
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-        reporter = Reporter(RunFolder(self.folder), enabled=True, console=Console(file=io.StringIO()))
+        reporter = Reporter(RunDir(self.folder), enabled=True, console=Console(file=io.StringIO()))
         (self.folder / "logs").mkdir()
         reporter.start(0, 10)
         reporter.step(0, 1, 1, {"loss": 2.0, "lr": 0.1, "grad_norm": 3.0, "clips_per_second": 4.0, "data_wait": 0.25})
@@ -292,9 +294,9 @@ class Seen(Folder):
 
     def test_other_processes_are_silent(self):
         out = io.StringIO()
-        reporter = Reporter(RunFolder(self.folder), enabled=False, console=Console(file=out))
+        reporter = Reporter(RunDir(self.folder), enabled=False, console=Console(file=out))
         reporter.start(0, 10)
-        reporter.say("hello")
+        reporter.info("hello")
         reporter.step(0, 1, 1, {"loss": 2.0})
         reporter.epoch("train", 0, 1, {"loss": 2.0})
         reporter.close()
@@ -326,20 +328,20 @@ class Progress(unittest.TestCase):
         self.assertEqual([text.split("step ")[1][:3] for text in out.getvalue().splitlines()], ["1/5", "5/5"])
 
     def test_a_verdict_when_data_starves_the_step(self):
-        starvation = Starvation()
+        starvation = DataStallWarning()
         self.assertEqual(
             [starvation.hear(share) for share in (0.9, 0.8, 0.2, 0.1, 0.0)][:4], [None] * 4, "the first are late"
         )
-        self.assertEqual([Starvation().hear(0.9) for _ in range(4)], [None] * 4)
-        starvation = Starvation()
+        self.assertEqual([DataStallWarning().hear(0.9) for _ in range(4)], [None] * 4)
+        starvation = DataStallWarning()
         self.assertEqual(
             [starvation.hear(share) for share in (0.99, 0.8, 0.2, 0.2, 0.2, 0.2)], [None] * 6, "a slow start"
         )
-        starvation = Starvation()
+        starvation = DataStallWarning()
         said = [starvation.hear(0.61) for _ in range(20)]
         self.assertEqual([text is not None for text in said], [place == 4 for place in range(20)], "once")
         self.assertRegex(said[4], "^61% of the time .* raise num_workers .* or .* omnivision prepare")
-        starvation = Starvation()
+        starvation = DataStallWarning()
         self.assertEqual([starvation.hear(0.1) for _ in range(20)], [None] * 20)
 
     def test_a_bar_on_a_terminal(self):

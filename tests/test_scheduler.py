@@ -10,7 +10,7 @@ from torch import nn
 from omnivision.models.mae import MaskedAutoencoder
 from omnivision.models.vit import VisionTransformer
 from omnivision.optim.groups import Rule, ScheduledOptimizer, layer_decay_scales, parameter_groups
-from omnivision.optim.schedules import Constant, Cosine, Linear, Phases, Scaled, WarmupCosine
+from omnivision.optim.schedules import Constant, Cosine, Linear, Scaled, SequentialSchedule, WarmupCosine
 from omnivision.utils.errors import UserError
 from tests.parity_formula import record
 
@@ -42,7 +42,7 @@ class Schedules(unittest.TestCase):
         self.assertEqual(max(range(1001), key=lambda i: curve(i / 1000)), 50)
 
     def test_a_boundary_belongs_to_the_later_phase_in_spite_of_rounding(self):
-        curve = Phases([Constant(1), Constant(2), Constant(3)], [0.1, 0.2, 0.7])
+        curve = SequentialSchedule([Constant(1), Constant(2), Constant(3)], [0.1, 0.2, 0.7])
         values = [curve(p) for p in (0.0999, 0.1, 0.1 + 0.2 - 1e-9, 0.3, 1.0)]
         self.assertEqual(values, [1, 2, 3, 3, 3])
 
@@ -50,14 +50,14 @@ class Schedules(unittest.TestCase):
         self.assertEqual(WarmupCosine(5, 2, 1, 0)(0), 2)
 
     def test_phases_stretch_over_their_share(self):
-        curve = Phases([Linear(0, 1), Cosine(1, 0)], [0.5, 0.5])
+        curve = SequentialSchedule([Linear(0, 1), Cosine(1, 0)], [0.5, 0.5])
         self.assertAlmostEqual(curve(0.25), 0.5)
         self.assertAlmostEqual(curve(0.75), 0.5)
 
     def test_shares_that_make_no_sense(self):
         for shares in ([0.5], [0.5, 0.6], [-0.5, 1.5], [1.0, 0.0]):
             with self.assertRaisesRegex(UserError, "shares"):
-                Phases([Constant(1), Constant(2)], shares)
+                SequentialSchedule([Constant(1), Constant(2)], shares)
         with self.assertRaisesRegex(UserError, "warm-up"):
             WarmupCosine(0, 1, 0, 1.0)
 

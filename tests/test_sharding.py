@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from omnivision.checkpoint import pretrained as weights
 from omnivision.checkpoint import sharded as checkpoint_shards
 from omnivision.config.validate import check
-from omnivision.distributed.process_group import Place, Processes
+from omnivision.distributed.process_group import Dist, RankInfo
 from omnivision.tools.main import main as omnivision
 from omnivision.utils.errors import UserError
 from omnivision.utils.io import CorruptCheckpointError, sha256
@@ -172,7 +172,7 @@ class Parts(unittest.TestCase):
         self.refused("cannot be read: [^\n]*$")
 
     def test_a_full_disk_is_told_and_what_it_left_goes_before_the_next(self):
-        here = Processes(Place(), "cpu", None, timedelta(minutes=1))
+        here = Dist(RankInfo(), "cpu", None, timedelta(minutes=1))
         failed = CheckpointException("x", {1: (OSError(28, "No space left on device"), None)})
         for made in ("a", "b"):
             with mock.patch("torch.distributed.checkpoint.save", side_effect=failed):

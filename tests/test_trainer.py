@@ -27,7 +27,7 @@ from omnivision.data.loader import LoaderConfig, TrainData, ValData, train_batch
 from omnivision.data.masking import RandomMask
 from omnivision.data.mixing import MixupCutmix
 from omnivision.data.sampling import EpochPlan, Request, SourcePlan, keyed_rng
-from omnivision.distributed.process_group import Place, Processes
+from omnivision.distributed.process_group import Dist, RankInfo
 from omnivision.models.classifier import VideoClassifier
 from omnivision.models.mae import MaskedAutoencoder
 from omnivision.models.vit import VisionTransformer
@@ -35,7 +35,7 @@ from omnivision.optim.groups import Rule, ScheduledOptimizer, parameter_groups
 from omnivision.optim.schedules import WarmupCosine
 from omnivision.reporting.bad_samples import BadSampleLedger
 from omnivision.reporting.reporter import Reporter
-from omnivision.reporting.run_directory import RunFolder
+from omnivision.reporting.run_directory import RunDir
 from omnivision.tasks.base import StepOutput, Task
 from omnivision.tasks.classify import Classify
 from omnivision.tasks.reconstruct import Reconstruct
@@ -100,8 +100,8 @@ def trainer(
         trunk = VisionTransformer(24, 2, 2, num_frames=4, image_size=16, tubelet=TUBELET, drop_path=0.2)
         model = MaskedAutoencoder(trunk, {"width": 16, "depth": 1, "heads": 2})
     groups = parameter_groups(model, {"lr": [Rule(WarmupCosine(0.0, 1e-2, 0.0, 0.2))]})
-    processes = Processes(Place(), "cpu", None, timedelta(minutes=1))
-    run_folder = RunFolder(folder)
+    dist = Dist(RankInfo(), "cpu", None, timedelta(minutes=1))
+    run_folder = RunDir(folder)
     run_folder.create()
     source = SourcePlan(12, 4, pieces=options.pop("pieces", 1))
     plan = EpochPlan({"noise": source}, seed=3, limit=options.pop("limit", None))
@@ -111,7 +111,7 @@ def trainer(
         ScheduledOptimizer(model, groups, torch.optim.AdamW),
         TrainData(train or Noise(12), LoaderConfig(), plan),
         None if val is None else ValData(val, LoaderConfig(), videos_per_batch=4),
-        processes,
+        dist,
         run_folder,
         Reporter(run_folder, enabled=True, console=Console(file=io.StringIO())),
         BadSampleLedger(run_folder.logs / "bad_samples.jsonl", 12, budget=0.5),
@@ -445,7 +445,7 @@ class Loop(unittest.TestCase):
 
     def test_processes_that_found_different_checkpoints_stop(self):
         made = trainer(self.folder / "apart")
-        with mock.patch.object(made.processes, "gather", lambda place: [place, (1, 0)]):
+        with mock.patch.object(made.dist, "gather", lambda place: [place, (1, 0)]):
             with self.assertRaisesRegex(UserError, r"found different checkpoints .*\(0, 0\), \(1, 0\)"):
                 made.join_processes()
         made.join_processes()
@@ -556,7 +556,7 @@ class Loop(unittest.TestCase):
             trainer(self.folder / "narrow", ema_decay=0.5)
 
     def test_processes_meet_only_when_all_are_ready(self):
-        with mock.patch("omnivision.training.trainer.parallel", side_effect=lambda model, *_: model) as parallel:
+        with mock.patch("omnivision.training.trainer.wrap_ddp", side_effect=lambda model, *_: model) as parallel:
             made = trainer(self.folder / "meeting")
             self.assertEqual(parallel.call_count, 0)
             made.join_processes()
@@ -573,9 +573,9 @@ class Loop(unittest.TestCase):
 
     def test_a_summary_that_was_cut_off_is_completed(self):
         self.fit("cut")
-        RunFolder(self.folder / "cut").write_summary(status="running")
+        RunDir(self.folder / "cut").write_summary(status="running")
         self.fit("cut")
-        self.assertEqual(RunFolder(self.folder / "cut").read_summary()["status"], "finished")
+        self.assertEqual(RunDir(self.folder / "cut").read_summary()["status"], "finished")
 
     def test_when_no_checkpoint_is_whole_nothing_starts_over(self):
         self.fit("all_broken")
@@ -637,8 +637,8 @@ class Loop(unittest.TestCase):
         averages = []
         update = averaged.ema.update
 
-        def noted(unless: torch.Tensor) -> None:
-            update(unless)
+        def noted(skip_mask: torch.Tensor) -> None:
+            update(skip_mask)
             averages.append({name: tensor.clone() for name, tensor in averaged.ema.average.items()})
 
         averaged.ema.update = noted
@@ -681,7 +681,7 @@ class Loop(unittest.TestCase):
         step = posted(0, 1, batch, torch.tensor(2.0), torch.tensor(nan), 0.1, scaled=False)
         for losses, named in (((2.0, nan, 3.0), [1]), ((2.0, 3.0), [0, 1])):
             found = [(loss, nan, [f"{rank}.mp4"]) for rank, loss in enumerate(losses)]
-            with mock.patch.object(made.processes, "gather", return_value=found):
+            with mock.patch.object(made.dist, "gather", return_value=found):
                 made.watch.post(step, short=False, asked=False)
                 with self.assertRaisesRegex(NonFiniteError, "Step 1, ") as raised:
                     made.watch.hear()

@@ -82,9 +82,9 @@ class Peaks(unittest.TestCase):
     def test_full_speed(self):
         settings = settings_of("mae", "trainer.logging.peak_tflops=1")
         flops = build.clip_cost(settings, build.model(settings, device="meta")).step_flops
-        self.assertEqual(build.full_speed(settings, torch.device("cpu")), 1e12 / flops)
+        self.assertEqual(build.peak_clips_per_second(settings, torch.device("cpu")), 1e12 / flops)
         settings.trainer.logging.peak_tflops = None
-        self.assertIsNone(build.full_speed(settings, torch.device("cpu")))
+        self.assertIsNone(build.peak_clips_per_second(settings, torch.device("cpu")))
 
 
 if __name__ == "__main__":

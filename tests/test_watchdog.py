@@ -1,4 +1,4 @@
-"""Processes that stand still: blocked ones that were asked to stop, stopped ones, and data workers that are killed or hang."""
+"""Dist that stand still: blocked ones that were asked to stop, stopped ones, and data workers that are killed or hang."""
 
 import contextlib
 import io
@@ -16,7 +16,7 @@ from unittest import mock
 
 from omnivision.launch.exit import ExitHandler
 from omnivision.launch.watchdog import PeerMonitor, Watchdog
-from omnivision.reporting.run_directory import RunFolder
+from omnivision.reporting.run_directory import RunDir
 from omnivision.utils.errors import PeerLostError, StopRequested
 from omnivision.utils.signals import StopSignal
 from tests import runs
@@ -64,7 +64,7 @@ class Asked(unittest.TestCase):
 class Leaving(unittest.TestCase):
     def test_it_leaves_whatever_the_file_system_says(self):
         with tempfile.TemporaryDirectory() as name:
-            folder = RunFolder(name)
+            folder = RunDir(name)
             folder.create()
             folder.lock()
             ending = ExitHandler(folder, 0, validating=False, record=None)
@@ -72,7 +72,7 @@ class Leaving(unittest.TestCase):
             stale = OSError(116, "Stale file handle")
             with (
                 mock.patch("os._exit") as left,
-                mock.patch.object(RunFolder, "lost", side_effect=stale),
+                mock.patch.object(RunDir, "lost", side_effect=stale),
                 contextlib.redirect_stderr(io.StringIO()),
                 contextlib.suppress(OSError),  # `os._exit` would not have come back
             ):

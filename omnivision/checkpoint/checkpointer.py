@@ -56,8 +56,8 @@ KEYS = {
 }
 
 
-def save(state: dict[str, Any], folder: Path, also: list[str]) -> None:
-    """Write a checkpoint as `checkpoint.pt`; the one it replaces becomes `previous.pt`. `also` are further names for it.
+def save(state: dict[str, Any], folder: Path, aliases: list[str]) -> None:
+    """Write a checkpoint as `checkpoint.pt`; the one it replaces becomes `previous.pt`. `aliases` are further names for it.
 
     Raises OSError (disk full, no permission), and CorruptCheckpointError when the file read back differs from what was written;
     the files that were there before are then still in place.
@@ -77,7 +77,7 @@ def save(state: dict[str, Any], folder: Path, also: list[str]) -> None:
         if not is_archive(temporary):
             raise CorruptCheckpointError(f"{temporary} was not written whole")
         entry = {"size": temporary.stat().st_size, "sha256": verified_digest(temporary)}
-        for name in also:
+        for name in aliases:
             _link(temporary, folder / name, [entry])
         latest, before = folder / LATEST, []
         if latest.exists():
@@ -99,8 +99,8 @@ def save(state: dict[str, Any], folder: Path, also: list[str]) -> None:
 
 
 @contextlib.contextmanager
-def told(folder: Path) -> Iterator[None]:
-    """Inside this block what keeps a checkpoint from being written to `folder` is a UserError."""
+def report_write_errors(folder: Path) -> Iterator[None]:
+    """Turn errors of writing a checkpoint to `folder` into UserError."""
     try:
         yield
     except (OSError, CorruptCheckpointError) as error:
@@ -121,7 +121,7 @@ def read(path: Path) -> Any:
     return state
 
 
-def seen(folder: Path) -> tuple[str, int]:
+def stat_latest(folder: Path) -> tuple[str, int]:
     """What this machine sees of the newest checkpoint: its manifest and its size; ("", 0) when there is none."""
     latest = folder / LATEST
     try:
@@ -130,13 +130,13 @@ def seen(folder: Path) -> tuple[str, int]:
         return "", 0
 
 
-def wait_to_see(what: tuple[str, int], folder: Path, seconds: float = LAG_SECONDS) -> None:
-    """Wait until this machine sees what another one does (`seen`), but not for ever.
+def wait_until_visible(what: tuple[str, int], folder: Path, seconds: float = LAG_SECONDS) -> None:
+    """Wait until this machine sees what another one does (`stat_latest`), but not for ever.
 
     Shared file systems show a change on other machines after some seconds.
     """
     deadline = time.monotonic() + seconds
-    while seen(folder) != what and time.monotonic() < deadline:
+    while stat_latest(folder) != what and time.monotonic() < deadline:
         with contextlib.suppress(OSError):
             os.listdir(folder)  # makes some file systems look again
         time.sleep(0.2)

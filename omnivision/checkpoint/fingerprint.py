@@ -106,7 +106,7 @@ def _told(raw: Any, value: Any) -> Any:
     return raw
 
 
-def altering_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+def diff_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """What differs between two flat configurations: what makes another experiment, and the rest.
 
     Catalog entries that the run does not use are left out, and what is asked of this start alone.
@@ -153,7 +153,7 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[s
 
     `then` and `now` are `facts`.
     """
-    altering, others = altering_settings(then["settings"], now["settings"])
+    altering, others = diff_settings(then["settings"], now["settings"])
     for part, prefix in (("clips of a step", "clips of a step of "), ("data", "")):
         # What only one of them has goes with a setting: a source, or whether the run validates. Of a split that both have,
         # all arrays count: one may have got segments.
@@ -192,13 +192,13 @@ def changed_settings(file: Path, text: str) -> list[str]:
     return [change for change, _ in changes(then, flat_text(text))]
 
 
-def require_same_settings(file: Path, text: str) -> None:
+def check_same_settings(file: Path, text: str) -> None:
     """Raises UserError when a configuration makes another experiment than the one in `file`, of a run that is to go on.
 
     Of a file that cannot be read nothing is said: the run's checkpoint has the last word.
     """
     then = flat_file(file)
-    altering, _ = altering_settings(then, flat_text(text)) if then is not None else ([], [])
+    altering, _ = diff_settings(then, flat_text(text)) if then is not None else ([], [])
     if altering:
         raise UserError(refusal(str(file.parent), altering))
 

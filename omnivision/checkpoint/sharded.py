@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from omnivision.distributed.fsdp import is_split
-from omnivision.distributed.process_group import Processes
+from omnivision.distributed.fsdp import is_sharded
+from omnivision.distributed.process_group import Dist
 from omnivision.utils.errors import is_out_of_memory
 from omnivision.utils.io import PARTS, CorruptCheckpointError, safe_load, sha256
 
@@ -31,10 +31,10 @@ KEY = "shards"  # of what a checkpoint says of its folder
 SEPARATOR = "/"  # between the keys that lead to a tensor
 
 
-def save_split(state: dict[str, Any], folder: Path, step: int, processes: Processes) -> dict[str, Any]:
+def save_split(state: dict[str, Any], folder: Path, step: int, dist: Dist) -> dict[str, Any]:
     """Write what is split among the processes of a checkpoint, all of them together; the rest, which says where that is."""
     rest, tensors = parted(state)
-    return rest | {KEY: write(tensors, folder, step, processes)} if tensors else state
+    return rest | {KEY: write(tensors, folder, step, dist)} if tensors else state
 
 
 def parted(state: dict[Any, Any], where: str = "") -> tuple[dict[Any, Any], dict[str, Tensor]]:
@@ -42,7 +42,7 @@ def parted(state: dict[Any, Any], where: str = "") -> tuple[dict[Any, Any], dict
     rest: dict[Any, Any] = {}
     taken: dict[str, Tensor] = {}
     for key, value in state.items():
-        if is_split(value):
+        if is_sharded(value):
             taken[f"{where}{key}"] = value
         elif isinstance(value, dict):
             rest[key], inner = parted(value, f"{where}{key}{SEPARATOR}")
@@ -52,7 +52,7 @@ def parted(state: dict[Any, Any], where: str = "") -> tuple[dict[Any, Any], dict
     return rest, taken
 
 
-def write(tensors: dict[str, Tensor], folder: Path, step: int, processes: Processes) -> dict[str, Any]:
+def write(tensors: dict[str, Tensor], folder: Path, step: int, dist: Dist) -> dict[str, Any]:
     """Write split tensors into a new folder inside `folder`, all processes together; what is to be kept of it to read it again.
 
     Raises OSError, in all processes, when one could not write.
@@ -60,9 +60,9 @@ def write(tensors: dict[str, Tensor], folder: Path, step: int, processes: Proces
     import torch.distributed.checkpoint as dcp  # a third of a second, and few runs need it
     from torch.distributed.checkpoint.api import CheckpointException
 
-    if processes.is_main:
+    if dist.is_main:
         remove_unused(folder)  # what a save that failed has left
-    name = processes.gather(f"{PARTS}{step}_{secrets.token_hex(4)}")[0]
+    name = dist.gather(f"{PARTS}{step}_{secrets.token_hex(4)}")[0]
     target = folder / name
     target.mkdir(parents=True, exist_ok=True)
     try:
@@ -72,8 +72,8 @@ def write(tensors: dict[str, Tensor], folder: Path, step: int, processes: Proces
         code = cause.errno if isinstance(cause, OSError) else None
         raise OSError(code or errno.EIO, f"process {rank} could not write its part: {cause}", str(target)) from error
     # Each process sums up what it has written itself: reading all of it in one place takes as long as all wrote together.
-    mine = {file.name: _entry(file) for file in target.glob(f"shard-{processes.rank + 1:05d}-*")}
-    files = {file: entry for part in processes.gather(mine) for file, entry in part.items()}
+    mine = {file.name: _entry(file) for file in target.glob(f"shard-{dist.rank + 1:05d}-*")}
+    files = {file: entry for part in dist.gather(mine) for file, entry in part.items()}
     return {"folder": name, "files": files}
 
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from omnivision.data.batch import Batch, Sample, collate
 from omnivision.data.dataset import ClipDataset
 from omnivision.data.sampling import EpochPlan, Request
-from omnivision.distributed.process_group import Processes, leave_with
+from omnivision.distributed.process_group import Dist, exit_with_parent
 from omnivision.utils.errors import DataWorkerError, UserError
 from omnivision.utils.signals import end_workers, signals_blocked
 
@@ -46,9 +46,9 @@ class TrainData:
     workers: LoaderConfig
     plan: EpochPlan
 
-    def batches(self, start: tuple[int, int], epochs: int, processes: Processes) -> Iterator[Batch]:
+    def batches(self, start: tuple[int, int], epochs: int, dist: Dist) -> Iterator[Batch]:
         """Of this process; see `train_batches`."""
-        return train_batches(self.dataset, self.plan, start, epochs, processes.rank, processes.world, self.workers)
+        return train_batches(self.dataset, self.plan, start, epochs, dist.rank, dist.world_size, self.workers)
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ class ValData:
     workers: LoaderConfig
     videos_per_batch: int
 
-    def batches(self, processes: Processes, limit: int | None) -> Iterator[Batch]:
+    def batches(self, dist: Dist, limit: int | None) -> Iterator[Batch]:
         """Of this process; see `evaluation_batches`."""
-        rank, world = processes.rank, processes.world
+        rank, world = dist.rank, dist.world_size
         return evaluation_batches(self.dataset, self.videos_per_batch, rank, world, self.workers, limit)
 
 
@@ -208,7 +208,7 @@ def worker_init(pid: int, worker: int) -> None:
 
     torch watches the fork server instead, which lives as long as its workers.
     """
-    leave_with(pid)
+    exit_with_parent(pid)
 
 
 def data_loader(dataset: ClipDataset, batches: _Steps | _Videos, workers: LoaderConfig) -> DataLoader:

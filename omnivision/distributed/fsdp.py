@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from omnivision.distributed.process_group import WIRE_DTYPES, Processes
+from omnivision.distributed.process_group import COMMS_DTYPES, Dist
 
 # torch's own modules for this are imported when a model is split: they take most of a second, and few runs need them.
 
 
-def shard(
+def apply_fsdp(
     model: nn.Module,
     units: Sequence[nn.Module],
-    processes: Processes,
+    dist: Dist,
     comms_dtype: str | None,
     compute_dtype: torch.dtype | None = None,
 ) -> None:
@@ -39,8 +39,8 @@ def shard(
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    mesh = init_device_mesh(processes.device.type, (processes.world,))
-    on_wire = torch.float32 if comms_dtype is None else WIRE_DTYPES[comms_dtype]
+    mesh = init_device_mesh(dist.device.type, (dist.world_size,))
+    on_wire = torch.float32 if comms_dtype is None else COMMS_DTYPES[comms_dtype]
     exact = MixedPrecisionPolicy(reduce_dtype=on_wire, cast_forward_inputs=False)
     rounded = MixedPrecisionPolicy(compute_dtype, reduce_dtype=on_wire, cast_forward_inputs=False)
     # Nobody changes the output of a model in place.
@@ -70,7 +70,7 @@ def without_sync(model: Any, skip: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def gathered(model: nn.Module) -> Iterator[None]:
+def summon_full_params(model: nn.Module) -> Iterator[None]:
     """Every process holds the whole model inside this block, and may run it alone; all processes enter and leave together."""
     parts: list[Any] = [part for part in model.modules() if hasattr(part, "unshard")]  # FSDPModules
     for part in parts:
@@ -85,9 +85,9 @@ def gathered(model: nn.Module) -> Iterator[None]:
                 part.set_reshard_after_forward(True, recurse=False)
 
 
-def split_like(value: Tensor, parameter: Tensor) -> Tensor:
+def distribute_like(value: Tensor, parameter: Tensor) -> Tensor:
     """A tensor that every process holds whole, split as a parameter of the same shape is; others stay as they are."""
-    if not is_split(parameter) or is_split(value) or value.shape != parameter.shape:
+    if not is_sharded(parameter) or is_sharded(value) or value.shape != parameter.shape:
         return value
     from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -95,18 +95,18 @@ def split_like(value: Tensor, parameter: Tensor) -> Tensor:
     return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
-def whole(value: Any) -> Tensor:
+def full_tensor(value: Any) -> Tensor:
     """A tensor with what all processes hold of it."""
-    found: Tensor = value.full_tensor() if is_split(value) else value
+    found: Tensor = value.full_tensor() if is_sharded(value) else value
     return found
 
 
-def local(value: Any) -> Tensor:
+def local_tensor(value: Any) -> Tensor:
     """What this process holds of a tensor."""
-    found: Tensor = value.to_local() if is_split(value) else value
+    found: Tensor = value.to_local() if is_sharded(value) else value
     return found
 
 
-def is_split(value: object) -> bool:
+def is_sharded(value: object) -> bool:
     """Whether this is a tensor of which each process holds a part, a DTensor."""
     return hasattr(value, "full_tensor")

@@ -15,7 +15,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
+import torch.distributed
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
@@ -23,28 +23,28 @@ from torch.nn.parallel import DistributedDataParallel
 from omnivision.utils.errors import UserError
 
 Result = TypeVar("Result")
-WIRE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}  # of gradients between processes
+COMMS_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}  # of gradients between processes
 
 
 @dataclass(frozen=True)
-class Place:
+class RankInfo:
     """Where a process stands among the others; `init_method` is how they find each other (None: there is only one)."""
 
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
     local_rank: int = 0
-    local_world: int = 1
+    local_world_size: int = 1
     init_method: str | None = None
 
     @classmethod
-    def from_torchrun(cls) -> Place:
+    def from_torchrun(cls) -> RankInfo:
         """The place that torchrun gave this process."""
         env = os.environ
         return cls(
             rank=int(env["RANK"]),
-            world=int(env["WORLD_SIZE"]),
+            world_size=int(env["WORLD_SIZE"]),
             local_rank=int(env.get("LOCAL_RANK", "0")),
-            local_world=int(env.get("LOCAL_WORLD_SIZE", "1")),
+            local_world_size=int(env.get("LOCAL_WORLD_SIZE", "1")),
             init_method="env://",
         )
 
@@ -66,33 +66,37 @@ def choose_device(accelerator: str, local_rank: int) -> torch.device:
     return torch.device(accelerator)
 
 
-class Processes:
+class Dist:
     """The process group of a run; with one process every operation is the identity.
 
     Small agreements between the processes go over the CPU (gloo), so that an accelerator need not wait for them.
     """
 
-    def __init__(self, place: Place, accelerator: str, backend: str | None, timeout: timedelta) -> None:
-        self.rank, self.world, self.local_rank = place.rank, place.world, place.local_rank
+    def __init__(self, place: RankInfo, accelerator: str, backend: str | None, timeout: timedelta) -> None:
+        self.rank, self.world_size, self.local_rank = place.rank, place.world_size, place.local_rank
         self.device = choose_device(accelerator, place.local_rank)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        elif "OMP_NUM_THREADS" not in os.environ or place.world > 1:
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.local_world))
+        elif "OMP_NUM_THREADS" not in os.environ or place.world_size > 1:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.local_world_size))
         self.control: Any = None
-        if place.world > 1:
+        if place.world_size > 1:
             backend = backend or {"cuda": "nccl"}.get(self.device.type, "gloo")
             if backend == "nccl" and self.device.type != "cuda":
                 raise UserError(
                     f"trainer.distributed.backend is nccl, and this run is on the {self.device.type}; expected gloo. Leave "
                     "trainer.distributed.backend at null, which follows the device."
                 )
-            if place.local_world == place.world:  # all on this machine: its host name need not resolve
+            if place.local_world_size == place.world_size:  # all on this machine: its host name need not resolve
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-            dist.init_process_group(
-                backend, init_method=place.init_method, rank=place.rank, world_size=place.world, timeout=timeout
+            torch.distributed.init_process_group(
+                backend, init_method=place.init_method, rank=place.rank, world_size=place.world_size, timeout=timeout
             )
-            self.control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
+            self.control = (
+                torch.distributed.group.WORLD
+                if backend == "gloo"
+                else torch.distributed.new_group(backend="gloo", timeout=timeout)
+            )
 
     @property
     def is_main(self) -> bool:
@@ -101,24 +105,24 @@ class Processes:
     def sum(self, values: Tensor) -> Tensor:
         """The element-wise sum over all processes, on the CPU."""
         values = values.detach().cpu().clone()
-        if self.world > 1:
-            dist.all_reduce(values, group=self.control)
+        if self.world_size > 1:
+            torch.distributed.all_reduce(values, group=self.control)
         return values
 
-    def sum_in_place(self, values: Tensor) -> None:
+    def all_reduce(self, values: Tensor) -> None:
         """Sum over all processes where `values` lie, on the training device; nobody waits for the result."""
-        if self.world > 1:
-            dist.all_reduce(values)
+        if self.world_size > 1:
+            torch.distributed.all_reduce(values)
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all processes, in the order of their ranks, in every process."""
-        if self.world == 1:
+        if self.world_size == 1:
             return [value]
-        values: list[Any] = [None] * self.world
-        dist.all_gather_object(values, value, group=self.control)
+        values: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(values, value, group=self.control)
         return values
 
-    def together(self, action: Callable[[], Result], only_main: bool = False) -> Result | None:
+    def run_on_all(self, action: Callable[[], Result], only_main: bool = False) -> Result | None:
         """Do what may raise a UserError; if it fails in one process, it fails in all of them, with that error.
 
         With `only_main` process 0 alone does it, and the others get None.
@@ -129,15 +133,15 @@ class Processes:
         except UserError as error:
             message = str(error)
         if messages := [text for text in self.gather(message) if text is not None]:
-            raise UserError(messages[0], everywhere=True)
+            raise UserError(messages[0], on_all_ranks=True)
         return result
 
     def close(self) -> None:
-        if self.world > 1:
-            dist.destroy_process_group()
+        if self.world_size > 1:
+            torch.distributed.destroy_process_group()
 
 
-def leave_with(pid: int) -> None:
+def exit_with_parent(pid: int) -> None:
     """End this process, in a thread of its own, as soon as another one is gone; where the system can tell (Linux)."""
     if not hasattr(os, "pidfd_open"):
         return
@@ -153,23 +157,23 @@ def leave_with(pid: int) -> None:
     threading.Thread(target=watch, daemon=True, name="leave-with").start()
 
 
-def parallel(model: nn.Module, processes: Processes, comms_dtype: str | None, find_unused: bool = False) -> nn.Module:
+def wrap_ddp(model: nn.Module, dist: Dist, comms_dtype: str | None, find_unused: bool = False) -> nn.Module:
     """The model as all processes train it: gradients are averaged while the backward pass runs, as `comms_dtype`
     ("fp16", "bf16") on the wire or as they are (None). One process: the model itself.
 
     `find_unused` is for models of which a step may leave parameters out, in all processes alike; it costs a look at the graph.
     """
-    if processes.world == 1:
+    if dist.world_size == 1:
         return model
     # Buffers are constants (position tables). torch 2.14 renamed the argument that says so.
     known = inspect.signature(DistributedDataParallel).parameters
     no_buffers: dict[str, Any] = {
         "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False
     }
-    on_gpu = processes.device.type == "cuda"
+    on_gpu = dist.device.type == "cuda"
     wrapped = DistributedDataParallel(
         model,
-        device_ids=[processes.device] if on_gpu else None,
+        device_ids=[dist.device] if on_gpu else None,
         **no_buffers,
         gradient_as_bucket_view=True,
         find_unused_parameters=find_unused,

@@ -23,7 +23,7 @@ from torch import nn
 from omnivision.checkpoint import weight_files
 from omnivision.config.schema import Settings
 from omnivision.data.catalog import Split
-from omnivision.distributed.process_group import Place, choose_device
+from omnivision.distributed.process_group import RankInfo, choose_device
 from omnivision.launch import slurm
 from omnivision.launch.launcher import batch_script, check_submission, validate_launch_mode
 from omnivision.launch.run import Job, build_and_restore, run_folder
@@ -34,11 +34,11 @@ from omnivision.reporting.reporter import Reporter
 from omnivision.training import build
 from omnivision.training.flops import Cost
 from omnivision.training.preflight import (
-    all_of,
     awaits_dependency,
     check_run,
     check_splits,
     checkpoint_bytes,
+    collect_errors,
     describe_split,
     epoch_plan,
     run_warnings,
@@ -111,12 +111,12 @@ def check_start(job: Job, splits: tuple[list[Split], list[Split]]) -> tuple[Trai
     Returns its trainer, without values (None where the weights come from a job it waits for), and what it would print.
     """
     settings, folder, output = job.settings, run_folder(job), io.StringIO()
-    processes = build.processes(replace(settings, trainer=replace(settings.trainer, accelerator="cpu")), Place())
-    processes.device = torch.device("meta")
+    dist = build.process_group(replace(settings, trainer=replace(settings.trainer, accelerator="cpu")), RankInfo())
+    dist.device = torch.device("meta")
     reporter = Reporter(folder, enabled=True, console=Console(file=output))
     checks: list[Callable[[], object]] = []
     if not awaits_dependency(settings):
-        checks.append(lambda: build_and_restore(job, processes, folder, reporter, StopSignal(), splits))
+        checks.append(lambda: build_and_restore(job, dist, folder, reporter, StopSignal(), splits))
     if not settings.submitit.use_cluster:
         last = settings.launcher.gpus_per_node - 1
         checks.append(lambda: build.check_device(settings, choose_device(settings.trainer.accelerator, last)))
@@ -125,14 +125,14 @@ def check_start(job: Job, splits: tuple[list[Split], list[Split]]) -> tuple[Trai
     elif slurm.available():
         checks.append(lambda: check_submission([job], known_jobs()))
     with warnings.catch_warnings(action="ignore"):  # torch says that the meta device takes no values
-        made = all_of(checks)
+        made = collect_errors(checks)
     trainer = next((each[0] for each in made if isinstance(each, tuple)), None)
     return trainer, output.getvalue().splitlines()
 
 
 def built(settings: Settings) -> tuple[nn.Module, ScheduledOptimizer]:
     """The model, without memory, and its optimizer."""
-    build.check_cuts(settings)
+    build.validate_masks(settings)
     model = build.model(settings, device="meta")
     return model, build.optimizer(settings, model)
 

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from omnivision.launch.watchdog import PeerMonitor, Watchdog, is_peer_lost, write_stacks
-from omnivision.reporting.run_directory import WAITING, RunFolder
+from omnivision.reporting.run_directory import WAITING, RunDir
 from omnivision.utils.errors import (
     EXIT_FAULT,
     EXIT_INTERRUPTED,
@@ -38,7 +38,7 @@ LESS_MEMORY = (
 class ExitHandler:
     """What a process knows of how it may end. The main thread tells why it ends, or one that watches it does."""
 
-    def __init__(self, folder: RunFolder, rank: int, validating: bool, record: JobRecord | None) -> None:
+    def __init__(self, folder: RunDir, rank: int, validating: bool, record: JobRecord | None) -> None:
         self.folder, self.rank, self.validating, self.record = folder, rank, validating, record
         self.locked = False  # the run folder is this process's
         self.begun = False  # what the summary tells is about this process's training
@@ -94,7 +94,7 @@ class ExitHandler:
             self.folder.unlock()
 
 
-def explain(error: BaseException, folder: RunFolder, tells: bool, rank: int, record: JobRecord | None = None) -> int:
+def explain(error: BaseException, folder: RunDir, tells: bool, rank: int, record: JobRecord | None = None) -> int:
     """Say why a process ends, on the console, in its log and, if it `tells` of this run, in `summary.json`; returns the exit
     code.
     """
@@ -102,7 +102,7 @@ def explain(error: BaseException, folder: RunFolder, tells: bool, rank: int, rec
     # What all processes know is told by one; a fault is told by each that has one.
     lost = isinstance(error, PeerLostError)
     fault = code == EXIT_FAULT and not isinstance(error, UserError)
-    tell = rank == 0 or fault or (isinstance(error, UserError) and not error.everywhere)
+    tell = rank == 0 or fault or (isinstance(error, UserError) and not error.on_all_ranks)
     as_asked = isinstance(error, (KeyboardInterrupt, StopRequested))
     LOG.log(logging.WARNING if as_asked else logging.ERROR, reason, exc_info=error if fault else None)
     if tell:

@@ -30,7 +30,7 @@ from omnivision.launch.jobs import (
     waited_for,
 )
 from omnivision.launch.watchdog import is_peer_lost
-from omnivision.reporting.run_directory import WAITING, RunFolder, own_restarts
+from omnivision.reporting.run_directory import WAITING, RunDir, own_restarts
 from omnivision.utils.errors import PeerLostError, StopRequested, UserError
 from omnivision.utils.io import write_atomically
 from omnivision.utils.signals import TIME_LIMIT, StopSignal
@@ -79,7 +79,7 @@ class Standing:
 class JobRecord:
     """What each process of a job has; process 0's alone decides and writes, but for `fault`."""
 
-    def __init__(self, task: Task, folder: RunFolder, token: str, max_requeues: int, watch_the_clock: bool) -> None:
+    def __init__(self, task: Task, folder: RunDir, token: str, max_requeues: int, watch_the_clock: bool) -> None:
         """With `watch_the_clock` the run leaves by itself before the time limit; else SLURM's signal tells it to."""
         self.task, self.folder, self.token = task, folder, token
         self.max_requeues, self.watch_the_clock = max_requeues, watch_the_clock
@@ -206,7 +206,7 @@ def coming_back(reason: str, task: Task, limit: int | None, lines: list[dict[str
     return Verdict("requeued", f"{reason}; job {task.job_id} goes back into the queue", requeue=True)
 
 
-def carry_out(verdict: Verdict, task: Task, tells: RunFolder | None, folder: RunFolder, token: str) -> None:
+def carry_out(verdict: Verdict, task: Task, tells: RunDir | None, folder: RunDir, token: str) -> None:
     """Write a verdict down, in the summary of `tells` too, and requeue the job or tell those that wait for it.
 
     It is written before SLURM is asked, which ends this process as soon as it agrees.
@@ -288,13 +288,13 @@ def main(arguments: list[str]) -> None:
         case ["ended", logs, job_id, code, *why]:
             sys.exit(0 if ended(Path(logs), job_id, int(code), *why) else 1)
         case ["status", folder]:
-            print(": ".join(filter(None, settled(RunFolder(folder).read_summary(), queue_or_none()))))
+            print(": ".join(filter(None, settled(RunDir(folder).read_summary(), queue_or_none()))))
         case ["cancelled" | "unsubmitted" as how, folder, reason]:
             Path(folder).mkdir(parents=True, exist_ok=True)
-            status, _ = settled(RunFolder(folder).read_summary(), queue_or_none())
+            status, _ = settled(RunDir(folder).read_summary(), queue_or_none())
             worth_more = ("failed", "interrupted") if how == "unsubmitted" else ()
             if status not in ("finished", "running", *worth_more, *WAITING):
-                RunFolder(folder).write_summary(status="cancelled", exit_reason=reason)
+                RunDir(folder).write_summary(status="cancelled", exit_reason=reason)
             print(f"{folder}: {reason}")
         case _:
             sys.exit(

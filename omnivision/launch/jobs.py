@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from omnivision.launch import slurm
 from omnivision.reporting.metrics_log import read_lines
-from omnivision.reporting.run_directory import WAITING, RunFolder, own_job, own_restarts
+from omnivision.reporting.run_directory import WAITING, RunDir, own_job, own_restarts
 from omnivision.utils.io import append_line
 
 if TYPE_CHECKING:
-    from omnivision.distributed.process_group import Place
+    from omnivision.distributed.process_group import RankInfo
 
 LOGS = "submitit_logs"
 PORTS_OF_A_JOB = 13  # a start after another does not find the port taken by what is left of the one before
@@ -60,16 +60,16 @@ class Task:
             nodes=env["SLURM_JOB_NODELIST"],
         )
 
-    def place(self, host: str) -> Place:
+    def place(self, host: str) -> RankInfo:
         """Its place among the processes of the run; process 0 is on `host`, and listens on a port that is the job's own: the
         next 1500 jobs have others, whichever start they are at, and systems hand out none of those by themselves.
         """
-        from omnivision.distributed.process_group import Place
+        from omnivision.distributed.process_group import RankInfo
 
         own = (PORTS_OF_A_JOB * self.number + self.restarts % PORTS_OF_A_JOB) % (PORTS_OF_A_JOB * 1500)
         port = int(os.environ.get("MASTER_PORT") or 10_000 + own)
         meeting = f"tcp://{host}:{port}" if self.world > 1 else None
-        return Place(self.rank, self.world, self.local_rank, self.local_world, meeting)
+        return RankInfo(self.rank, self.world, self.local_rank, self.local_world, meeting)
 
 
 def environment() -> dict[str, str | None]:
@@ -83,13 +83,13 @@ def environment() -> dict[str, str | None]:
 # ---- history ------------------------------------------------------------------------------------------------------
 
 
-def note(folder: RunFolder, event: str, token: str, **facts: Any) -> None:
+def note(folder: RunDir, event: str, token: str, **facts: Any) -> None:
     """Add a line to the history of a run folder's jobs. `token` is of the submission: numbers of jobs may come again."""
     line = {"time": time.time(), "event": event, "token": token, **facts}
     append_line(folder.path / LOGS / "history.jsonl", json.dumps(line))
 
 
-def history(folder: RunFolder, token: str | None = None) -> list[dict[str, Any]]:
+def history(folder: RunDir, token: str | None = None) -> list[dict[str, Any]]:
     """What happened to the jobs of a run folder, or to those of one submission, oldest first."""
     file = folder.path / LOGS / "history.jsonl"
     lines = [line for line in read_lines(file) if isinstance(line.get("event"), str)] if file.is_file() else []
@@ -169,7 +169,7 @@ def waits(dependency: str) -> Iterator[tuple[str, str]]:
         yield from ((condition, job_id.partition("+")[0]) for job_id in ids)
 
 
-def waited_for(job_id: str, folder: RunFolder, reason: str) -> str:
+def waited_for(job_id: str, folder: RunDir, reason: str) -> str:
     return f"it waited for job {job_id} ({folder.path}), which did not end well: {reason}"
 
 
@@ -189,14 +189,14 @@ def cancel_dependents(job_id: str, reason: str) -> None:
                 cancel_dependents(other, reason)
 
 
-def run_folder_of(logs: Path, job_id: str) -> RunFolder | None:
+def run_folder_of(logs: Path, job_id: str) -> RunDir | None:
     """The run folder of a job, by the folder of its batch script; None when that is not one of ours."""
     if logs.name != LOGS:
         return None
     array, _, element = job_id.partition("_")
     if element:
         try:
-            return RunFolder(json.loads((logs / f"{array}_folders.json").read_text(encoding="utf-8"))[int(element)])
+            return RunDir(json.loads((logs / f"{array}_folders.json").read_text(encoding="utf-8"))[int(element)])
         except (OSError, ValueError, IndexError):
             return None
-    return RunFolder(logs.parent)
+    return RunDir(logs.parent)

@@ -42,7 +42,7 @@ from omnivision.launch.submission import (
     require_same_experiment,
     warn_of_other_settings,
 )
-from omnivision.reporting.run_directory import RunFolder, alone
+from omnivision.reporting.run_directory import RunDir, alone
 from omnivision.utils.errors import UserError
 from omnivision.utils.io import write_atomically
 from omnivision.utils.signals import SIGNALS, seconds_to_leave, signals_ignored
@@ -109,9 +109,9 @@ def run(job: Job) -> int:
     if under_torchrun():
         return run_process(job, None)
     if launcher.gpus_per_node == 1:
-        from omnivision.distributed.process_group import Place
+        from omnivision.distributed.process_group import RankInfo
 
-        return run_process(job, Place())
+        return run_process(job, RankInfo())
     from omnivision.launch.local import run_local_processes
 
     return run_local_processes(job, launcher.gpus_per_node)
@@ -279,7 +279,7 @@ def note_submission(jobs: Sequence[Job], ids: Sequence[str], logs: Path) -> None
 # ---- SLURM: the batch script --------------------------------------------------------------------------------------
 
 
-def slurm_executor(settings: Settings, folder: RunFolder, logs: Path) -> SlurmExecutor:
+def slurm_executor(settings: Settings, folder: RunDir, logs: Path) -> SlurmExecutor:
     """Return submitit's executor for a run. Its batch script is that of `batch_script`."""
     parameters = sbatch_parameters(settings, folder, logs)  # before the import, which reads the environment
     import submitit
@@ -289,7 +289,7 @@ def slurm_executor(settings: Settings, folder: RunFolder, logs: Path) -> SlurmEx
     return executor
 
 
-def batch_script(settings: Settings, folder: RunFolder) -> str:
+def batch_script(settings: Settings, folder: RunDir) -> str:
     """Return the script that SLURM would get for a run, also where SLURM is not installed."""
     logs = folder.path.absolute() / LOGS
     parameters = sbatch_parameters(settings, folder, logs)  # before the import, which reads the environment
@@ -299,7 +299,7 @@ def batch_script(settings: Settings, folder: RunFolder) -> str:
     return str(_make_sbatch_string(command=command, folder=logs, **parameters))
 
 
-def sbatch_parameters(settings: Settings, folder: RunFolder, logs: Path) -> dict[str, Any]:
+def sbatch_parameters(settings: Settings, folder: RunDir, logs: Path) -> dict[str, Any]:
     """Return what the settings say about the job, by submitit's names."""
     os.environ.pop("SUBMITIT_PREEMPT_SIGNAL", None)  # of other users of submitit; ours listen to SIGUSR2
     wanted, launcher = settings.submitit, settings.launcher
@@ -393,7 +393,7 @@ def setup_lines(logs: Path, setup: Sequence[str]) -> list[str]:
     ]
 
 
-def signal_delay(settings: Settings, folder: RunFolder) -> int:
+def signal_delay(settings: Settings, folder: RunDir) -> int:
     """Seconds before the time limit that SLURM is to signal the run: as set, else by what its steps and its saving took.
 
     The run watches the clock, too, with what it measures by then.

@@ -28,7 +28,7 @@ from omnivision.utils.signals import SIGNALS, signals_ignored
 if TYPE_CHECKING:
     from multiprocessing.context import SpawnProcess
 
-    from omnivision.distributed.process_group import Place
+    from omnivision.distributed.process_group import RankInfo
 
 # Exit codes of runs that somebody ended.
 INTERRUPTED = (EXIT_INTERRUPTED, EXIT_TERMINATED, EXIT_ANNOUNCED, EXIT_HUNG_UP)
@@ -41,11 +41,11 @@ def run_local_processes(job: Job, count: int) -> int:
     A request to stop is handed on to them. What killed a process is told by `summary.json` too, when that process could not
     say so itself.
     """
-    from omnivision.distributed.process_group import Place
+    from omnivision.distributed.process_group import RankInfo
 
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="omnivision-rendezvous-") as meeting:
-        places = [Place(rank, count, rank, count, f"file://{meeting}/store") for rank in range(count)]
+        places = [RankInfo(rank, count, rank, count, f"file://{meeting}/store") for rank in range(count)]
         processes = [context.Process(target=_local_process, args=(job, place)) for place in places]
         for process in processes:
             process.start()
@@ -116,8 +116,8 @@ def first_failure(processes: list[SpawnProcess]) -> tuple[int, str]:
     return failed if failed >= 0 else EXIT_FAULT, reason
 
 
-def _local_process(job: Job, place: Place) -> None:
-    from omnivision.distributed.process_group import leave_with
+def _local_process(job: Job, place: RankInfo) -> None:
+    from omnivision.distributed.process_group import exit_with_parent
 
-    leave_with(os.getppid())
+    exit_with_parent(os.getppid())
     sys.exit(run_process(job, place))

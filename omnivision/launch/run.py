@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from omnivision.config.schema import Settings
 from omnivision.launch.exit import ExitHandler, unwrap_keyboard_interrupt
 from omnivision.launch.watchdog import GRACE_SECONDS, PeerMonitor
-from omnivision.reporting.run_directory import STALE_SECONDS, RunFolder
+from omnivision.reporting.run_directory import STALE_SECONDS, RunDir
 from omnivision.utils.errors import StopRequested, UserError
 from omnivision.utils.signals import StopSignal, end_workers, signals_ignored
 from omnivision.utils.streams import announce, ignore_broken_pipe
@@ -23,7 +23,7 @@ from omnivision.utils.streams import announce, ignore_broken_pipe
 if TYPE_CHECKING:
     from omnivision.checkpoint.pretrained import LoadReport
     from omnivision.data.catalog import Split
-    from omnivision.distributed.process_group import Place, Processes
+    from omnivision.distributed.process_group import Dist, RankInfo
     from omnivision.launch.job_record import JobRecord
     from omnivision.reporting.reporter import Reporter
     from omnivision.training.trainer import Trainer
@@ -41,11 +41,11 @@ class Job:
     token: str = ""  # of its submission to a cluster; numbers of jobs may come again
 
 
-def run_folder(job: Job) -> RunFolder:
-    return RunFolder(job.settings.launcher.experiment_log_dir, job.settings.trainer.checkpoint.save_dir)
+def run_folder(job: Job) -> RunDir:
+    return RunDir(job.settings.launcher.experiment_log_dir, job.settings.trainer.checkpoint.save_dir)
 
 
-def run_process(job: Job, place: Place | None, record: JobRecord | None = None) -> int:
+def run_process(job: Job, place: RankInfo | None, record: JobRecord | None = None) -> int:
     """One process of a run, from start to end; `place` is None under torchrun. Returns the exit code.
 
     A mistake of the user's is told in one paragraph; why a run ended, however it did, is in `summary.json`. `record` is what
@@ -65,58 +65,58 @@ def run_process(job: Job, place: Place | None, record: JobRecord | None = None) 
                 announce("Loading torch, then building the model")
             from omnivision.checkpoint import checkpointer as checkpoint
             from omnivision.checkpoint.fingerprint import flat_text
-            from omnivision.distributed.process_group import Place
+            from omnivision.distributed.process_group import RankInfo
             from omnivision.reporting.reporter import Reporter
             from omnivision.training import build
             from omnivision.training.run_messages import end_lines, start_lines, validation_lines
             from omnivision.utils.io import remove_leftovers, write_atomically
 
-            place = place or Place.from_torchrun()
-            processes = build.processes(job.settings, place)
-            processes.together(folder.create, only_main=True)
+            place = place or RankInfo.from_torchrun()
+            dist = build.process_group(job.settings, place)
+            dist.run_on_all(folder.create, only_main=True)
             # What a dead node has left behind looks alive for a while; a job of a cluster can wait.
             patience = STALE_SECONDS + 10 if record is not None else 0.0
-            taken_over = processes.together(lambda: folder.lock(patience), only_main=True)
-            ending.locked = processes.is_main
-            processes.together(folder.own_checkpoints, only_main=True)
+            taken_over = dist.run_on_all(lambda: folder.lock(patience), only_main=True)
+            ending.locked = dist.is_main
+            dist.run_on_all(folder.claim_checkpoint_dir, only_main=True)
             if ending.locked:
                 for written in (folder.path, folder.logs, folder.checkpoints):
                     remove_leftovers(written)
             log_to_file(folder.logs / f"rank_{place.rank}.log")
             timeout = 60 * job.settings.trainer.distributed.timeout_minutes
-            ending.peers = PeerMonitor(folder.logs, place.rank, place.world, stop, timeout, ending.leave)
+            ending.peers = PeerMonitor(folder.logs, place.rank, place.world_size, stop, timeout, ending.leave)
             if record is not None:
-                processes.together(lambda: record.allow(stop), only_main=True)
-                stop.end_at(processes.gather(stop.deadline)[0])
-            newest = processes.gather(checkpoint.seen(folder.checkpoints))[0]
-            checkpoint.wait_to_see(newest, folder.checkpoints)
+                dist.run_on_all(lambda: record.allow(stop), only_main=True)
+                stop.end_at(dist.gather(stop.deadline)[0])
+            newest = dist.gather(checkpoint.stat_latest(folder.checkpoints))[0]
+            checkpoint.wait_until_visible(newest, folder.checkpoints)
             told = flat_text(job.config_text)  # unresolved: nothing of the environment
-            reporter = Reporter(folder, processes.is_main, also=job.settings.trainer.logging.also, settings=told)
+            reporter = Reporter(folder, dist.is_main, also=job.settings.trainer.logging.also, settings=told)
             if taken_over:
-                reporter.say(taken_over)
-            ready = processes.together(lambda: build_and_restore(job, processes, folder, reporter, stop))
+                reporter.info(taken_over)
+            ready = dist.run_on_all(lambda: build_and_restore(job, dist, folder, reporter, stop))
             assert ready is not None
             trainer, reports = ready
-            if reports and processes.is_main:
+            if reports and dist.is_main:
                 loaded = [asdict(report) for report in reports]
                 write_atomically(folder.logs / "pretrained.json", json.dumps(loaded, indent=1) + "\n")
-            processes.together(lambda: reporter.connect(trainer.global_step), only_main=True)
+            dist.run_on_all(lambda: reporter.connect(trainer.global_step), only_main=True)
             trainer.join_processes()
             ending.peers.start()
-            ending.begun = processes.is_main
+            ending.begun = dist.is_main
             if record is not None:
-                processes.together(lambda: record.resumed(trainer.global_step), only_main=True)
+                dist.run_on_all(lambda: record.resumed(trainer.global_step), only_main=True)
             if ending.begun:
                 write_run_metadata(job, folder, trainer, reporter, on_cluster=record is not None)
-            if processes.is_main and (validating or not trainer.is_done):
-                reporter.say("\n".join(start_lines(job.settings, trainer, reports)))
+            if dist.is_main and (validating or not trainer.is_done):
+                reporter.info("\n".join(start_lines(job.settings, trainer, reports)))
             stop.defer()
             with reporter:
                 trainer.validate_only() if validating else trainer.fit()
             if last_lines := validation_lines(trainer) if validating else end_lines(trainer):
-                reporter.say("\n".join(last_lines))
+                reporter.info("\n".join(last_lines))
             ending.peers.end()
-            processes.close()
+            dist.close()
             if ending.begun:
                 with signals_ignored():
                     LOG.info("ended well")
@@ -136,7 +136,7 @@ def run_process(job: Job, place: Place | None, record: JobRecord | None = None) 
                 ending.unlock()
 
 
-def write_run_metadata(job: Job, folder: RunFolder, trainer: Trainer, reporter: Reporter, on_cluster: bool) -> None:
+def write_run_metadata(job: Job, folder: RunDir, trainer: Trainer, reporter: Reporter, on_cluster: bool) -> None:
     """Write the configuration and the facts of a run that is about to train; what a finished one has stays as it is."""
     from omnivision.checkpoint.fingerprint import git_commit
     from omnivision.training import build
@@ -160,8 +160,8 @@ def write_run_metadata(job: Job, folder: RunFolder, trainer: Trainer, reporter: 
 
 def build_and_restore(
     job: Job,
-    processes: Processes,
-    folder: RunFolder,
+    dist: Dist,
+    folder: RunDir,
     reporter: Reporter,
     stop: StopSignal,
     splits: tuple[list[Split], list[Split]] | None = None,
@@ -175,15 +175,15 @@ def build_and_restore(
     from omnivision.training import build
     from omnivision.training.resuming import take_up
 
-    trainer = build.trainer(job.settings, processes, folder, reporter, stop, splits)
-    if processes.is_main:
+    trainer = build.trainer(job.settings, dist, folder, reporter, stop, splits)
+    if dist.is_main:
         used = [data for data in (trainer.train, trainer.val) if data is not None]
         used_splits = [split for data in used for split in data.dataset.splits]
         plan = None if trainer.train is None else trainer.train.plan
         values = flat(asdict(job.settings))
         trainer.experiment = facts(job.config_text, values, used_splits, plan, build.shown(job.settings))
     for source in trainer.sources:
-        reporter.say(f"Averages {source.path} (SHA-256 {source.sha256[:12]}...)")
+        reporter.info(f"Averages {source.path} (SHA-256 {source.sha256[:12]}...)")
     if take_up(trainer, build.class_names(job.settings)):
         return trainer, []
     validating = job.settings.trainer.mode == "val"
@@ -201,9 +201,9 @@ def build_and_restore(
         )
     reports = trainer.sources or build.pretrained(job.settings, trainer.bare)
     for line in [line for report in reports for line in report.lines()]:
-        reporter.say(line)
+        reporter.info(line)
     if not validating and any(name.startswith("heads.") for report in reports for name in report.loaded):
-        reporter.say("The heads of the checkpoint are loaded, too; trainer/checkpoint=no_heads leaves them out.")
+        reporter.info("The heads of the checkpoint are loaded, too; trainer/checkpoint=no_heads leaves them out.")
     if trainer.ema is not None:
         trainer.ema.start()
     return trainer, reports

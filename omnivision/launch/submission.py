@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omnivision.checkpoint.fingerprint import changed_settings, listed, require_same_settings
+from omnivision.checkpoint.fingerprint import changed_settings, check_same_settings, listed
 from omnivision.config.schema import Settings
 from omnivision.launch import slurm
 from omnivision.launch.jobs import LOGS, queue_or_none, run_folder_of, waited_for, waits
 from omnivision.launch.run import Job, run_folder
-from omnivision.reporting.run_directory import WAITING, RunFolder
+from omnivision.reporting.run_directory import WAITING, RunDir
 from omnivision.utils.errors import UserError
 from omnivision.utils.io import LATEST
 
@@ -36,7 +36,7 @@ def known_jobs() -> dict[str, slurm.JobState]:
         ) from None
 
 
-def is_finished(settings: Settings, folder: RunFolder) -> bool:
+def is_finished(settings: Settings, folder: RunDir) -> bool:
     """Whether a run has done all the epochs that it is asked for; an evaluation is always done again."""
     summary = folder.read_summary()
     done = summary.get("status") == "finished" and (summary.get("epochs") or 0) >= settings.trainer.max_epochs
@@ -59,7 +59,7 @@ def require_same_experiment(job: Job) -> None:
     folder, trainer = run_folder(job), job.settings.trainer
     if trainer.mode == "val" or trainer.checkpoint.allow_changes or not (folder.checkpoints / LATEST).exists():
         return
-    require_same_settings(folder.path / "config.yaml", job.config_text)
+    check_same_settings(folder.path / "config.yaml", job.config_text)
 
 
 def is_queued(job: Job, queue: Mapping[str, slurm.JobState]) -> bool:
@@ -84,7 +84,7 @@ def is_queued(job: Job, queue: Mapping[str, slurm.JobState]) -> bool:
     return True
 
 
-def _works_in(folder: RunFolder, job_id: str, state: slurm.JobState) -> bool:
+def _works_in(folder: RunDir, job_id: str, state: slurm.JobState) -> bool:
     """Whether a job is in the queue and was submitted for a run folder. Its number alone does not tell: after SLURM was set up
     anew it may be another one's.
     """
@@ -94,7 +94,7 @@ def _works_in(folder: RunFolder, job_id: str, state: slurm.JobState) -> bool:
     return found is not None and found.path.resolve() == folder.path.resolve()
 
 
-def require_free(folder: RunFolder, queue: Mapping[str, slurm.JobState]) -> None:
+def require_free(folder: RunDir, queue: Mapping[str, slurm.JobState]) -> None:
     """Raises UserError while a live process holds a run folder; one of a job that is over is none, whatever it left."""
     holder = str((folder.holder() or {}).get("job"))
     if holder == "None" or (holder in queue and not queue[holder].is_over):

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from omnivision.distributed.fsdp import local, split_like
+from omnivision.distributed.fsdp import distribute_like, local_tensor
 
 
 class MovingAverage:
@@ -26,17 +26,17 @@ class MovingAverage:
         self.average = {name: p.detach().clone() for name, p in self._weights.items()}
 
     @torch.no_grad()
-    def update(self, unless: Tensor) -> None:
-        """After a step, `unless` (bool, a scalar on the device) it was skipped."""
-        self.steps += ~unless
-        share = torch.where(unless, 0.0, (9 / (10 + self.steps)).clamp(min=1 - self.decay))
-        averages, weights = ([local(each) for each in part.values()] for part in (self.average, self._weights))
+    def update(self, skip_mask: Tensor) -> None:
+        """After a step, `skip_mask` (bool, a scalar on the device) it was skipped."""
+        self.steps += ~skip_mask
+        share = torch.where(skip_mask, 0.0, (9 / (10 + self.steps)).clamp(min=1 - self.decay))
+        averages, weights = ([local_tensor(each) for each in part.values()] for part in (self.average, self._weights))
         torch._foreach_lerp_(averages, weights, [share] * len(averages))
 
     def take_parameters(self, model: nn.Module) -> None:
         """Go on with the parameters that a model has now under the same names; the average is split as they are."""
         self._weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.average = {name: split_like(self.average[name], p).detach() for name, p in self._weights.items()}
+        self.average = {name: distribute_like(self.average[name], p).detach() for name, p in self._weights.items()}
 
     def start(self) -> None:
         """Begin anew at the weights as they are now, pretrained ones say."""

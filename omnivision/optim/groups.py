@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from omnivision.distributed.fsdp import local, split_like
+from omnivision.distributed.fsdp import distribute_like, local_tensor
 from omnivision.optim.schedules import Schedule
 from omnivision.utils.errors import UserError
 
@@ -159,7 +159,7 @@ class ScheduledOptimizer:
 
     def scale_gradients(self, factor: Tensor) -> None:
         """Multiply all gradients by a scalar on their device."""
-        gradients = [local(p.grad) for p in self.parameters() if p.grad is not None]
+        gradients = [local_tensor(p.grad) for p in self.parameters() if p.grad is not None]
         torch._foreach_mul_(gradients, factor.float())
 
     @torch.no_grad()
@@ -185,7 +185,7 @@ class ScheduledOptimizer:
             now = [parameters[name] for name in group.names]
             for before, after in zip(target["params"], now, strict=True):
                 if before in state and after is not before:
-                    state[after] = {key: split_like(value, after) for key, value in state.pop(before).items()}
+                    state[after] = {key: distribute_like(value, after) for key, value in state.pop(before).items()}
             target["params"] = now
 
     def load(self, state: Mapping[str, Any]) -> None:

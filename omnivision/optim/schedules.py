@@ -61,7 +61,7 @@ def peak(schedule: Schedule) -> float:
     return max(schedule(i / 10_000) for i in range(10_001))
 
 
-class Phases:
+class SequentialSchedule:
     """Schedules one after the other, each stretched over its share of the run: `shares` sum to 1."""
 
     def __init__(self, schedules: Sequence[Schedule], shares: Sequence[float]) -> None:
@@ -83,7 +83,10 @@ class Phases:
         return self.schedules[phase]((progress - start) / self.shares[phase])
 
 
-class WarmupCosine(Phases):
+Phases = SequentialSchedule  # the `_target_` of earlier configurations
+
+
+class WarmupCosine(SequentialSchedule):
     """Linear from `start` to `peak` over the first `warmup` share of the run, then half a cosine to `end`."""
 
     def __init__(self, start: float, peak: float, end: float, warmup: float) -> None:

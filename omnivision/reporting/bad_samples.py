@@ -51,7 +51,7 @@ class BadSampleLedger:
                 "(trainer.data.bad_sample_budget). omnivision check-data finds all of them. Mend them or take them out of "
                 "the split (delete them, and run the same omnivision prepare again), or raise it; if none is found, change "
                 f"datasets.NAME.prefix. All are in {self.path}:\n{listed}",
-                everywhere=True,
+                on_all_ranks=True,
             )
 
 

@@ -20,7 +20,7 @@ LOOKS = 5  # lines of the log before a verdict: the first batches always come la
 AGAIN_SECONDS = 1800.0
 
 
-class Starvation:
+class DataStallWarning:
     """Says so when a run waits for data more than it computes should let it; again after half an hour at the earliest."""
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Pictures for people: labelled grids of frames as PNG, and the same clips moving, as GIF."""
+"""Visualization for people: labelled grids of frames as PNG, and the same clips moving, as GIF."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from omnivision.tasks.base import Pictures
+from omnivision.tasks.base import Visualization
 
 GAP, CAPTION, MIN_SIDE = 6, 22, 160
 BACKGROUND, INK = (255, 255, 255), (40, 40, 40)
 
 
-def still(pictures: Pictures) -> Image.Image:
+def still(pictures: Visualization) -> Image.Image:
     """Columns side by side, one row a frame, captions above; small frames are enlarged without smoothing."""
     scale = _scale(pictures)
     rows = [[_frame(frames[i], scale) for frames in pictures.columns.values()] for i in pictures.frames]
     return _grid(rows, list(pictures.columns), [f"frame {i}" for i in pictures.frames])
 
 
-def moving(pictures: Pictures) -> list[Image.Image]:
+def moving(pictures: Visualization) -> list[Image.Image]:
     """The columns side by side, one image for each frame of the clip."""
     scale = _scale(pictures)
     length = len(next(iter(pictures.columns.values())))
@@ -38,14 +38,14 @@ def gif_bytes(images: list[Image.Image], milliseconds: int = 150) -> bytes:
     return buffer.getvalue()
 
 
-def save(pictures: Pictures, folder: Path, name: str) -> None:
+def save(pictures: Visualization, folder: Path, name: str) -> None:
     """Write `<name>.png` and `<name>.gif`."""
     folder.mkdir(parents=True, exist_ok=True)
     still(pictures).save(folder / f"{name}.png")
     (folder / f"{name}.gif").write_bytes(gif_bytes(moving(pictures)))
 
 
-def _scale(pictures: Pictures) -> int:
+def _scale(pictures: Visualization) -> int:
     height = next(iter(pictures.columns.values())).shape[1]
     return max(1, round(MIN_SIDE / height))
 

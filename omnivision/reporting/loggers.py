@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from omnivision.reporting.run_directory import RunFolder
+from omnivision.reporting.run_directory import RunDir
 from omnivision.utils.errors import UserError
 from omnivision.utils.io import write_atomically
 
@@ -36,7 +36,7 @@ class Logger(Protocol):
 
 
 class TensorBoard:
-    def __init__(self, folder: RunFolder, step: int) -> None:
+    def __init__(self, folder: RunDir, step: int) -> None:
         """Whatever was logged after `step` is forgotten."""
         from torch.utils.tensorboard import SummaryWriter
 
@@ -65,7 +65,7 @@ class TensorBoard:
 class WeightsAndBiases:
     """One run of wandb for one run folder, also over restarts: its id is kept in `wandb_id`."""
 
-    def __init__(self, folder: RunFolder, settings: Mapping[str, Any]) -> None:
+    def __init__(self, folder: RunDir, settings: Mapping[str, Any]) -> None:
         import wandb
 
         known = folder.path / "wandb_id"
@@ -94,7 +94,7 @@ class WeightsAndBiases:
 class MLflow:
     """One run of MLflow for one run folder, also over restarts: its id is kept in `mlflow_id`."""
 
-    def __init__(self, folder: RunFolder, settings: Mapping[str, Any]) -> None:
+    def __init__(self, folder: RunDir, settings: Mapping[str, Any]) -> None:
         import mlflow
 
         server = os.environ.get("MLFLOW_TRACKING_URI")
@@ -137,7 +137,7 @@ def kept_id(file: Path) -> str | None:
     return text
 
 
-def loggers(also: Sequence[str], folder: RunFolder, settings: Mapping[str, Any], step: int) -> list[Logger]:
+def loggers(also: Sequence[str], folder: RunDir, settings: Mapping[str, Any], step: int) -> list[Logger]:
     """TensorBoard and those named in `also`. Raises UserError for one whose package is not there, or that cannot be begun."""
     made: list[Logger] = [TensorBoard(folder, step)]
     for name, kind in (("wandb", WeightsAndBiases), ("mlflow", MLflow)):

@@ -16,7 +16,7 @@ class MetricsLog:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def rewind(self, step: int, again: str = "") -> None:
+    def truncate_after(self, step: int, again: str = "") -> None:
         """Forget what was logged after `step`, and of that step the phase or event `again`: the run goes on from there.
 
         A last line cut by a crash goes as well.

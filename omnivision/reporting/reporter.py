@@ -10,12 +10,12 @@ from rich.console import Console
 
 from omnivision.reporting import images as pictures
 from omnivision.reporting import predictions
-from omnivision.reporting.console import ProgressLine, Starvation
+from omnivision.reporting.console import DataStallWarning, ProgressLine
 from omnivision.reporting.loggers import Logger, loggers
 from omnivision.reporting.metrics_log import MetricsLog
 from omnivision.reporting.predictions import Predictions
-from omnivision.reporting.run_directory import RunFolder
-from omnivision.tasks.base import Pictures
+from omnivision.reporting.run_directory import RunDir
+from omnivision.tasks.base import Visualization
 from omnivision.utils.streams import wrap
 
 LOG = logging.getLogger("omnivision")
@@ -30,7 +30,7 @@ class Reporter:
 
     def __init__(
         self,
-        folder: RunFolder,
+        folder: RunDir,
         enabled: bool,
         console: Console | None = None,
         also: Sequence[str] = (),
@@ -42,7 +42,7 @@ class Reporter:
         self._metrics = MetricsLog(folder.logs / "metrics.jsonl")
         self._loggers: list[Logger] | None = None
         self._progress: ProgressLine | None = None
-        self._starvation = Starvation()
+        self._starvation = DataStallWarning()
 
     def connect(self, step: int) -> None:
         """Begin with the loggers, after a step. Raises UserError for one that cannot be begun."""
@@ -53,10 +53,10 @@ class Reporter:
         """Begin at a step; whatever was logged after it is forgotten, and of it the phase or event that comes `again`."""
         self.connect(step)
         if self.enabled:
-            self._metrics.rewind(step, again)
+            self._metrics.truncate_after(step, again)
             self._progress = ProgressLine(total_steps, step, self.console)
 
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
         if self.enabled:
             LOG.info(text.replace(GLUE, " "))
             wrapped = wrap(text, self.console.width) if self.console.is_terminal else text
@@ -70,7 +70,7 @@ class Reporter:
             assert self._progress is not None
             self._progress.step(epoch, epochs, step, figures)
             if verdict := self._starvation.hear(figures["data_wait"]):
-                self.say(verdict)
+                self.info(verdict)
 
     def epoch(self, phase: str, epoch: int, step: int, figures: dict[str, Any]) -> None:
         if self._may_write():
@@ -78,9 +78,11 @@ class Reporter:
             flat = {name: value for name, value in figures.items() if isinstance(value, (int, float))}
             self._scalars(f"{phase}_epoch", flat, step)
             shown = "  ".join(f"{name}{GLUE}{value:.4g}" for name, value in flat.items())
-            self.say(f"{f'epoch {epoch + 1} ' if step else ''}{phase}: {shown}")  # at step 0 weights are of another run
+            self.info(
+                f"{f'epoch {epoch + 1} ' if step else ''}{phase}: {shown}"
+            )  # at step 0 weights are of another run
 
-    def pictures(self, name: str, what: Pictures, step: int) -> None:
+    def pictures(self, name: str, what: Visualization, step: int) -> None:
         """Write PNG and GIF to `pictures/`, and hand the GIF on. Process 0 alone makes pictures."""
         if self._may_write():
             pictures.save(what, self.folder.pictures, name)
@@ -123,6 +125,6 @@ class Reporter:
             except Exception as error:
                 assert self._loggers is not None
                 self._loggers.remove(logger)
-                self.say(
+                self.info(
                     f"warning: {type(logger).__name__} fails, and is told nothing more: {type(error).__name__}: {error}"
                 )

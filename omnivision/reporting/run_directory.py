@@ -45,7 +45,7 @@ def own_restarts() -> int:
     return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
-class RunFolder:
+class RunDir:
     """Paths of a run, and its lock.
 
     Raises UserError when the folder cannot be made or written, or while another live process holds it.
@@ -84,7 +84,7 @@ class RunFolder:
                 "folder that can be created and written. Change launcher.experiment_log_dir (or trainer.checkpoint.save_dir)."
             ) from None
 
-    def own_checkpoints(self) -> None:
+    def claim_checkpoint_dir(self) -> None:
         """Claim a folder of checkpoints that lies elsewhere. Raises UserError when it is another run's: its checkpoints would
         be taken for this one's.
         """

@@ -26,7 +26,7 @@ class StepOutput:
 
 
 @dataclass(frozen=True)
-class Pictures:
+class Visualization:
     """Named columns of frames to look at: each uint8 (T, H, W, 3), and which frames a still picture shows."""
 
     columns: dict[str, np.ndarray]
@@ -44,5 +44,5 @@ class Task(Protocol):
     def epoch_figures(self, model: nn.Module) -> dict[str, Any]:
         """What to log of the model after an epoch of training, beside averages: numbers, lists or mappings."""
 
-    def pictures(self, model: nn.Module, batch: Batch) -> Pictures | None:
+    def pictures(self, model: nn.Module, batch: Batch) -> Visualization | None:
         """Something to look at, made from the first clip of a batch; None for tasks without pictures."""

@@ -15,7 +15,7 @@ from omnivision.data.catalog import LabelSets
 from omnivision.data.mixing import MixupCutmix, partners, soft_targets
 from omnivision.models.average import AveragedClassifier
 from omnivision.models.patches import normalize_pixels
-from omnivision.tasks.base import Pictures, StepOutput
+from omnivision.tasks.base import StepOutput, Visualization
 from omnivision.tasks.metrics import topk_accuracy
 
 
@@ -77,7 +77,7 @@ class Classify:
             figures["mixing_by_tensor"] = dict(zip(model.names, weights.tolist(), strict=True))
         return figures
 
-    def pictures(self, model: nn.Module, batch: Batch) -> Pictures | None:
+    def pictures(self, model: nn.Module, batch: Batch) -> Visualization | None:
         return None
 
 

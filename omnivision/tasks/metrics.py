@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from omnivision.distributed.process_group import Processes
+from omnivision.distributed.process_group import Dist
 
 
 class Meter:
@@ -18,23 +18,25 @@ class Meter:
         self._sums: dict[str, dict[str, Tensor]] = {}
         self._counts: dict[str, int | Tensor] = {}
 
-    def add(self, source: str, sums: Mapping[str, Tensor], count: int | Tensor, unless: Tensor | None = None) -> None:
-        """`sums` are scalar tensors, each the sum over `count` samples; all counts as nothing if `unless` (bool) is true."""
+    def add(
+        self, source: str, sums: Mapping[str, Tensor], count: int | Tensor, skip_mask: Tensor | None = None
+    ) -> None:
+        """`sums` are scalar tensors, each the sum over `count` samples; all counts as nothing if `skip_mask` (bool) is true."""
         self._counts[source] = self._counts.get(source, 0) + (
-            count if unless is None else torch.where(unless, 0, count)
+            count if skip_mask is None else torch.where(skip_mask, 0, count)
         )
         held = self._sums.setdefault(source, {})
         for name, value in sums.items():
             value = value.detach().double()
-            if unless is not None:
-                value = torch.where(unless, 0.0, value)
+            if skip_mask is not None:
+                value = torch.where(skip_mask, 0.0, value)
             held[name] = held[name] + value if name in held else value
 
-    def totals(self, processes: Processes) -> dict[str, tuple[dict[str, float], int]]:
+    def totals(self, dist: Dist) -> dict[str, tuple[dict[str, float], int]]:
         """By source: sums and count over all processes."""
         mine = {s: ({n: float(v) for n, v in self._sums[s].items()}, int(c)) for s, c in self._counts.items()}
         merged: dict[str, tuple[dict[str, float], int]] = {}
-        for part in processes.gather(mine):
+        for part in dist.gather(mine):
             for source, (sums, count) in part.items():
                 known, total = merged.get(source, ({}, 0))
                 merged[source] = {n: known.get(n, 0.0) + v for n, v in sums.items()}, total + count

@@ -18,7 +18,7 @@ from omnivision.models.mae import (
 )
 from omnivision.models.patches import patchify, token_grid, unnormalize_pixels, unpatchify
 from omnivision.models.vit import as_video
-from omnivision.tasks.base import Pictures, StepOutput
+from omnivision.tasks.base import StepOutput, Visualization
 
 GREY = 0.5
 
@@ -53,7 +53,7 @@ class Reconstruct:
         return {}
 
     @torch.no_grad()
-    def pictures(self, model: nn.Module, batch: Batch) -> Pictures:
+    def pictures(self, model: nn.Module, batch: Batch) -> Visualization:
         """Original, what the encoder saw, and what the model made of it, for the first clip.
 
         A model of normalised targets predicts patterns, not brightness: one column borrows mean and deviation of each
@@ -88,7 +88,7 @@ class Reconstruct:
         else:
             columns = {name.replace(" (true patch statistics)", ""): frames for name, frames in columns.items()}
         last = video.shape[2] - 1
-        return Pictures(columns, sorted({0, (last + 1) // 2, last}))
+        return Visualization(columns, sorted({0, (last + 1) // 2, last}))
 
     def _frames(self, patches: Tensor, grid: tuple[int, int, int]) -> np.ndarray:
         video = unpatchify(patches, grid, self.tubelet)[0]  # (3, T, H, W) in [0, 1]

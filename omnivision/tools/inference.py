@@ -35,7 +35,7 @@ from omnivision.models import architecture
 from omnivision.models.classifier import VideoClassifier
 from omnivision.models.mae import MaskedAutoencoder
 from omnivision.models.patches import token_grid
-from omnivision.tasks.base import Pictures
+from omnivision.tasks.base import Visualization
 from omnivision.tasks.reconstruct import Reconstruct
 from omnivision.utils.errors import UserError, is_out_of_memory
 
@@ -163,7 +163,7 @@ class VideoModel:
         seed: int = 0,
         fps: float = 25.0,
         frame_pattern: str | None = None,
-    ) -> Pictures:
+    ) -> Visualization:
         """What an autoencoder makes of a clip, from `start` (s; None: the middle of the film) on, of which it sees
         1 - `mask_ratio`: columns of frames, see `tasks.reconstruct`. Raises UserError.
         """

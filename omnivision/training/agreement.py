@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from omnivision.distributed.process_group import Processes
+from omnivision.distributed.process_group import Dist
 
 Note = TypeVar("Note")
 
@@ -25,8 +25,8 @@ class _Posted(Generic[Note]):
 class Agreement(Generic[Note]):
     """Facts of steps on their way to the hosts. Every process posts the same number of facts of every step."""
 
-    def __init__(self, processes: Processes) -> None:
-        self.processes = processes
+    def __init__(self, dist: Dist) -> None:
+        self.dist = dist
         self._posted: deque[_Posted[Note]] = deque()
 
     def post(self, note: Note, facts: Sequence[Tensor | float]) -> Tensor:
@@ -34,7 +34,7 @@ class Agreement(Generic[Note]):
 
         Returns the sums on the device: float64, one for each fact.
         """
-        device = self.processes.device
+        device = self.dist.device
         # `full` fills on the device; a tensor made on the host would be copied there, and waited for.
         values = torch.stack(
             [
@@ -44,7 +44,7 @@ class Agreement(Generic[Note]):
                 for fact in facts
             ]
         )
-        self.processes.sum_in_place(values)
+        self.dist.all_reduce(values)
         sums, arrived = values.to("cpu", non_blocking=True), None
         if device.type != "cpu":
             arrived = torch.Event(device)

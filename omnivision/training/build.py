@@ -38,7 +38,7 @@ from omnivision.data.frames import read_image
 from omnivision.data.loader import LoaderConfig, TrainData, ValData
 from omnivision.data.sampling import sample_duration
 from omnivision.data.video import VideoDecodeError, open_video
-from omnivision.distributed.process_group import Place, Processes
+from omnivision.distributed.process_group import Dist, RankInfo
 from omnivision.interop.merge import merge, read_sources
 from omnivision.models.architecture import describe
 from omnivision.models.average import AveragedClassifier
@@ -48,7 +48,7 @@ from omnivision.optim.groups import Group, Rule, ScheduledOptimizer, layer_decay
 from omnivision.optim.schedules import Scaled, peak
 from omnivision.reporting.bad_samples import BadSampleLedger
 from omnivision.reporting.reporter import Reporter
-from omnivision.reporting.run_directory import RunFolder
+from omnivision.reporting.run_directory import RunDir
 from omnivision.training import flops as utilisation
 from omnivision.training.preflight import (
     NUM_PROBED_FILES,
@@ -110,10 +110,10 @@ def build_problem(cause: BaseException, target: str, where: str) -> str:
     )
 
 
-def processes(settings: Settings, place: Place) -> Processes:
+def process_group(settings: Settings, place: RankInfo) -> Dist:
     distributed = settings.trainer.distributed
     timeout = timedelta(minutes=distributed.timeout_minutes)
-    return Processes(place, settings.trainer.accelerator, distributed.backend, timeout)
+    return Dist(place, settings.trainer.accelerator, distributed.backend, timeout)
 
 
 def labels(settings: Settings) -> LabelSets:
@@ -220,7 +220,7 @@ def clip_cost(settings: Settings, model: nn.Module) -> utilisation.Cost | None:
         raise
 
 
-def full_speed(settings: Settings, device: torch.device) -> float | None:
+def peak_clips_per_second(settings: Settings, device: torch.device) -> float | None:
     """Clips a second that a device would do at its peak; None where that is not known, or clips are not all alike."""
     peak = utilisation.peak_flops(device, amp_dtype(settings, device), settings.trainer.logging.peak_tflops)
     if peak is None or settings.images is not None:
@@ -256,7 +256,7 @@ def pretrained(settings: Settings, model: nn.Module) -> list[LoadReport]:
     return [report]
 
 
-def sources_of_average(settings: Settings, model: nn.Module) -> list[LoadReport]:
+def load_averaged_checkpoints(settings: Settings, model: nn.Module) -> list[LoadReport]:
     """Give an average the checkpoints it is made of; tells what became of the entries of each. Other models have none."""
     if not isinstance(model, AveragedClassifier):
         return []
@@ -355,7 +355,7 @@ def clip_dataset(settings: Settings, found: list[Split], training: bool) -> Clip
     return ClipDataset(found, cuts, data.clip_duration, trainer.seed_value, training, data.max_pixels, data.val_spacing)
 
 
-def check_cuts(settings: Settings) -> None:
+def validate_masks(settings: Settings) -> None:
     """Raise UserError for views and masks that cannot be, before any folder is made."""
     data = settings.trainer.data
     for training in (True, False):
@@ -500,21 +500,21 @@ def comms_dtype(settings: Settings, device: torch.device) -> str | None:
 
 def trainer(
     settings: Settings,
-    processes: Processes,
-    folder: RunFolder,
+    dist: Dist,
+    folder: RunDir,
     reporter: Reporter,
     stop: StopSignal,
     splits: tuple[list[Split], list[Split]] | None = None,
 ) -> Trainer:
     """Build everything that a run needs. Raises UserError for whatever its user can fix."""
     data = settings.trainer.data
-    if processes.device.type != "meta":
-        check_device(settings, processes.device, processes.local_rank)
+    if dist.device.type != "meta":
+        check_device(settings, dist.device, dist.local_rank)
     train_splits, val_splits = open_splits(settings) if splits is None else splits
-    if processes.is_main and not (folder.checkpoints / LATEST).exists():
+    if dist.is_main and not (folder.checkpoints / LATEST).exists():
         for warning in sample_warnings(settings, train_splits + val_splits):
-            reporter.say(f"warning: {warning}")
-    pinned = processes.device.type == "cuda"
+            reporter.info(f"warning: {warning}")
+    pinned = dist.device.type == "cuda"
     workers = LoaderConfig(data.num_workers, data.prefetch, pinned, timeout=60 * data.timeout_minutes)
     train = None
     if train_splits:
@@ -524,8 +524,8 @@ def trainer(
     evaluated = clip_dataset(settings, val_splits, training=False)
     clips = max((cut.clips * cut.views for cut in evaluated.cuts.values()), default=1)
     val = ValData(evaluated, workers, max(1, settings.clips_per_process // clips))
-    built = model(settings, "meta" if processes.device.type == "meta" else "cpu")
-    sources = sources_of_average(settings, built)
+    built = model(settings, "meta" if dist.device.type == "meta" else "cpu")
+    sources = load_averaged_checkpoints(settings, built)
     ledger = BadSampleLedger(
         folder.logs / "bad_samples.jsonl",
         files=sum(map(len, train_splits + val_splits)),
@@ -537,11 +537,11 @@ def trainer(
         optimizer=optimizer(settings, built),
         train=train,
         val=val if val_splits else None,
-        processes=processes,
+        dist=dist,
         folder=folder,
         reporter=reporter,
         ledger=ledger,
-        options=options(settings, processes.device),
+        options=options(settings, dist.device),
         sources=sources,
         stop=stop,
     )
@@ -581,5 +581,5 @@ def options(settings: Settings, device: torch.device) -> Options:
         save_every_steps=config.checkpoint.save_every_steps,
         max_skipped_steps=config.max_skipped_steps,
         allow_changes=config.checkpoint.allow_changes,
-        full_speed=full_speed(settings, device),
+        peak_clips_per_second=peak_clips_per_second(settings, device),
     )

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from omnivision.data.batch import BadSample, Batch, vanished_files
-from omnivision.distributed.process_group import Processes
+from omnivision.distributed.process_group import Dist
 from omnivision.reporting.predictions import Predictions
 from omnivision.tasks.base import Task
 from omnivision.tasks.metrics import Meter, averages, mean_class_accuracy
@@ -52,7 +52,7 @@ def evaluate(
     task: Task,
     model: nn.Module,
     batches: Iterable[Batch],
-    processes: Processes,
+    dist: Dist,
     autocast: Callable[[], AbstractContextManager[Any]],
     stop: StopSignal | None = None,
 ) -> Evaluation | None:
@@ -75,7 +75,7 @@ def evaluate(
         if not len(batch):
             continue
         with autocast():
-            output = task.evaluation_step(model, batch.to(processes.device))
+            output = task.evaluation_step(model, batch.to(dist.device))
         meter.add(batch.source, output.sums, output.count)
         videos += len(batch) // batch.views
         if output.scores is not None:
@@ -84,17 +84,17 @@ def evaluate(
             part.label.append(batch.label[:: batch.views])
             part.scores.append(output.scores.float().cpu())
             part.paths += batch.paths[:: batch.views]
-    ends = processes.gather((asked, gone))
+    ends = dist.gather((asked, gone))
     if vanished := [path for _, paths in ends if len(paths) >= GONE for path in paths]:
-        raise UserError(vanished_files(vanished, "in a row that were to be evaluated"), everywhere=True)
+        raise UserError(vanished_files(vanished, "in a row that were to be evaluated"), on_all_ranks=True)
     if any(asked for asked, _ in ends):
         return None
-    totals = meter.totals(processes)
-    predictions = _together(processes.gather({source: _arrays(part) for source, part in parts.items()}))
+    totals = meter.totals(dist)
+    predictions = _together(dist.gather({source: _arrays(part) for source, part in parts.items()}))
     per_source: dict[str, dict[str, Any]] = {source: averages({source: total}) for source, total in totals.items()}
     for source, made in predictions.items():
         per_source[source]["mean_class_accuracy"] = 100 * mean_class_accuracy(made.confusion())
-    figures: dict[str, Any] = averages(totals) | {"videos": int(processes.sum(torch.tensor([videos]))[0])}
+    figures: dict[str, Any] = averages(totals) | {"videos": int(dist.sum(torch.tensor([videos]))[0])}
     if predictions:
         figures["mean_class_accuracy"] = sum(per_source[s]["mean_class_accuracy"] for s in predictions) / len(
             predictions

@@ -22,7 +22,7 @@ CHECKPOINTS = 3  # there are so many at once while one is saved: the newest, the
 Made = TypeVar("Made")
 
 
-def all_of(actions: Iterable[Callable[[], Made]]) -> list[Made]:
+def collect_errors(actions: Iterable[Callable[[], Made]]) -> list[Made]:
     """What several checks give. Raises one UserError with the problems of all."""
     made: list[Made] = []
     problems: list[str] = []
@@ -42,8 +42,8 @@ def check_run(settings: Settings, *more: Callable[[Settings], None]) -> tuple[li
     Raises one UserError with all problems.
     """
     checks: list[Callable[[], Any]] = [functools.partial(check_splits, settings)]
-    checks += [functools.partial(check, settings) for check in (*more, check_pretrained, check_room)]
-    splits: tuple[list[Split], list[Split]] = all_of(checks)[0]
+    checks += [functools.partial(check, settings) for check in (*more, check_pretrained, check_disk_space)]
+    splits: tuple[list[Split], list[Split]] = collect_errors(checks)[0]
     return splits
 
 
@@ -82,16 +82,16 @@ def open_splits(settings: Settings) -> tuple[list[Split], list[Split]]:
             "trainer.data.sources is empty; expected at least one dataset. Choose a recipe with +trainer=..."
         )
     if "decoder" not in config.model:  # a classifier's
-        all_of(dataset.names for dataset in datasets)
+        collect_errors(dataset.names for dataset in datasets)
     validates = config.mode == "val" or (config.mode != "train_only" and config.val_epoch_freq is not None)
     wanted = [functools.partial(Split, dataset, "train") for dataset in datasets if config.mode != "val"]
     wanted += [
         functools.partial(Split, dataset, "val") for dataset in datasets if validates and dataset.val is not None
     ]
-    opened = all_of(wanted)
+    opened = collect_errors(wanted)
     train, val = ([split for split in opened if split.which == which] for which in ("train", "val"))
     if "decoder" not in config.model:
-        all_of(functools.partial(_require_labels, split) for split in opened)
+        collect_errors(functools.partial(_require_labels, split) for split in opened)
     if validates and not val:
         raise UserError(
             f"The run is to validate (trainer.mode={config.mode}), but none of its sources ({', '.join(sources)}) has a val "
@@ -157,7 +157,7 @@ def check_pretrained(settings: Settings) -> None:
         return
     wanted = settings.pretrained_checkpoint_path
     sources = [wanted] if isinstance(wanted, str) else wanted or []
-    all_of(functools.partial(require_weights, source) for source in sources)
+    collect_errors(functools.partial(require_weights, source) for source in sources)
 
 
 def awaits_dependency(settings: Settings) -> bool:
@@ -165,12 +165,12 @@ def awaits_dependency(settings: Settings) -> bool:
     return settings.submitit.use_cluster and settings.submitit.dependency is not None
 
 
-def check_room(settings: Settings) -> None:
+def check_disk_space(settings: Settings) -> None:
     """Raises UserError for a run folder that cannot be written, or has no room for its checkpoints, and for shared memory that
     the data workers would fill. What is there of the run already counts as room.
     """
     if settings.trainer.mode != "val":
-        all_of([lambda: _check_folder(settings), lambda: _check_shared_memory(settings)])
+        collect_errors([lambda: _check_folder(settings), lambda: _check_shared_memory(settings)])
 
 
 def _check_folder(settings: Settings) -> None:

@@ -37,7 +37,7 @@ def take_up(trainer: Trainer, class_names: Sequence[Sequence[str]] = ()) -> bool
         return False
     state, path, problems = found
     for problem in problems:
-        trainer.reporter.say(f"A checkpoint is broken and was passed over: {problem}")
+        trainer.reporter.info(f"A checkpoint is broken and was passed over: {problem}")
     if trainer.train is not None and trainer.experiment:
         _require_experiment(trainer, state["experiment"], path)
     if trainer.train is None:  # evaluation asks for nothing but the weights
@@ -67,9 +67,9 @@ def take_up(trainer: Trainer, class_names: Sequence[Sequence[str]] = ()) -> bool
     trainer.state = State(state["epoch"], state["step"], *best, state["seconds"])
     trainer.stop.saved_step = trainer.global_step
     trainer.last, trainer.watch.skipped = state["last"], state["skipped"]
-    if trainer.processes.is_main:
+    if trainer.dist.is_main:
         trainer.meter.load(state["meter"])
-    trainer.reporter.say(f"Resumed from {path} ({describe_checkpoint(state)})")
+    trainer.reporter.info(f"Resumed from {path} ({describe_checkpoint(state)})")
     return True
 
 
@@ -83,14 +83,14 @@ def _match_heads(trainer: Trainer, state: dict[str, Any], class_names: Sequence[
             # Heads that this model lacks make it another model, which is refused where the weights are loaded.
             state[part] = {name: state[part][name] for name in unused} | matched
     for line in report.classes:
-        trainer.reporter.say(f"Classes: {line}.")
+        trainer.reporter.info(f"Classes: {line}.")
 
 
 def _require_experiment(trainer: Trainer, text: str, path: Path) -> None:
     """Tell what differs from the experiment that a checkpoint is of. Raises UserError when that makes it another one."""
     then = experiment.read(text)
     if then is None:
-        trainer.reporter.say(f"{path} does not say of which experiment it is; its settings cannot be compared.")
+        trainer.reporter.info(f"{path} does not say of which experiment it is; its settings cannot be compared.")
         return
     if classes := experiment.class_changes(then, trainer.experiment):
         raise UserError(
@@ -102,7 +102,7 @@ def _require_experiment(trainer: Trainer, text: str, path: Path) -> None:
     if altering and not trainer.options.allow_changes:
         raise UserError(experiment.refusal(str(path), altering))
     if altering or others:
-        trainer.reporter.say(f"The run goes on otherwise than it was: {experiment.listed(altering + others)}")
+        trainer.reporter.info(f"The run goes on otherwise than it was: {experiment.listed(altering + others)}")
 
 
 def _take_up_average(ema: MovingAverage, state: Mapping[str, Any], path: Path) -> None:

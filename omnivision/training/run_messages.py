@@ -21,13 +21,13 @@ from omnivision.utils.io import BEST, LATEST
 
 def start_lines(settings: Settings, trainer: Trainer, reports: Sequence[LoadReport]) -> list[str]:
     """The header of a run: model, device, data, batch, learning rate, seed, weights, code, run directory."""
-    parameters, processes, state = list(trainer.bare.parameters()), trainer.processes, trainer.state
+    parameters, dist, state = list(trainer.bare.parameters()), trainer.dist, trainer.state
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     splits = [split for data in (trainer.train, trainer.val) if data is not None for split in data.dataset.splits]
-    device = torch.cuda.get_device_name(processes.device) if processes.device.type == "cuda" else processes.device.type
+    device = torch.cuda.get_device_name(dist.device) if dist.device.type == "cuda" else dist.device.type
     precision = str(trainer.options.amp_dtype or torch.float32).removeprefix("torch.")
     total = sum(p.numel() for p in parameters)
-    several = f", {processes.world} processes, {trainer.options.strategy}" if processes.world > 1 else ""
+    several = f", {dist.world_size} processes, {trainer.options.strategy}" if dist.world_size > 1 else ""
     starts = ", ".join(f"{each.path}" + (f" ({each.checkpoint})" if each.checkpoint else "") for each in reports)
     if trainer.global_step:
         starts = describe_resumed(state)

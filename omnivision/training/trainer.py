@@ -26,8 +26,8 @@ from omnivision.checkpoint.pretrained import LoadReport
 from omnivision.data.batch import Batch
 from omnivision.data.loader import TrainData, ValData
 from omnivision.data.sampling import SourcePlan, keyed_rng
-from omnivision.distributed.fsdp import gathered, shard, whole, without_sync
-from omnivision.distributed.process_group import Processes, parallel
+from omnivision.distributed.fsdp import apply_fsdp, full_tensor, summon_full_params, without_sync
+from omnivision.distributed.process_group import Dist, wrap_ddp
 from omnivision.models.architecture import describe, has_unused_parameters
 from omnivision.models.classifier import train_mode
 from omnivision.models.mae import CrossBlock
@@ -36,12 +36,12 @@ from omnivision.optim.ema import MovingAverage
 from omnivision.optim.groups import ScheduledOptimizer
 from omnivision.reporting.bad_samples import BadSampleLedger
 from omnivision.reporting.reporter import Reporter
-from omnivision.reporting.run_directory import RunFolder
+from omnivision.reporting.run_directory import RunDir
 from omnivision.tasks.base import StepOutput, Task
 from omnivision.tasks.metrics import Meter, averages
 from omnivision.training.evaluate import Evaluation, evaluate
 from omnivision.training.run_state import Interval, State, due
-from omnivision.training.steps import StepWatch, posted, require_finite, require_same_place, require_scale
+from omnivision.training.steps import StepWatch, check_finite, check_loss_scale, check_same_step, posted
 from omnivision.utils.errors import StopRequested
 from omnivision.utils.io import BEST
 from omnivision.utils.signals import StopSignal
@@ -69,7 +69,7 @@ class Options:
     save_every_steps: int | None = None
     max_skipped_steps: int = 0
     allow_changes: bool = False
-    full_speed: float | None = None  # clips a second of one device at its peak
+    peak_clips_per_second: float | None = None  # clips a second of one device at its peak
 
 
 class Trainer:
@@ -82,8 +82,8 @@ class Trainer:
         optimizer: ScheduledOptimizer,
         train: TrainData | None,
         val: ValData | None,
-        processes: Processes,
-        folder: RunFolder,
+        dist: Dist,
+        folder: RunDir,
         reporter: Reporter,
         ledger: BadSampleLedger,
         options: Options,
@@ -98,9 +98,9 @@ class Trainer:
         self.stop = stop or StopSignal()
         self.task, self.optimizer, self.options = task, optimizer, options
         self.train, self.val = train, val
-        self.processes, self.folder, self.reporter = processes, folder, reporter
-        self.watch = StepWatch(processes, ledger, folder, reporter.say, options.max_skipped_steps)
-        self.bare, self.sources = model.to(processes.device), list(sources)
+        self.dist, self.folder, self.reporter = dist, folder, reporter
+        self.watch = StepWatch(dist, ledger, folder, reporter.info, options.max_skipped_steps)
+        self.bare, self.sources = model.to(dist.device), list(sources)
         self.experiment: dict[str, Any] = {}  # what checkpoints say of it (`experiment.facts`); process 0 knows
         self.model: nn.Module = self.bare
         if options.compile:
@@ -108,8 +108,8 @@ class Trainer:
             task.compile()
         self.ema = MovingAverage(self.bare, options.ema_decay) if options.ema_decay is not None else None
         # Small gradients vanish in half precision unless they are scaled up, in autocast as on the wire.
-        halves = options.amp_dtype == torch.float16 or (processes.world > 1 and options.comms_dtype == "fp16")
-        self.scaler = torch.amp.GradScaler(processes.device.type, enabled=halves)
+        halves = options.amp_dtype == torch.float16 or (dist.world_size > 1 and options.comms_dtype == "fp16")
+        self.scaler = torch.amp.GradScaler(dist.device.type, enabled=halves)
         self.steps_per_epoch = 1 if train is None else train.plan.steps
         self.state, self.meter = State(), Meter()
         self.last: dict[str, Any] = {}
@@ -123,19 +123,19 @@ class Trainer:
         self.reporter.start(self.global_step, self.total_steps, again="epoch" if ended else "")
         self.watch.start(self.global_step)
         if self.is_done:
-            self.reporter.say(f"All {self.options.max_epochs} epochs are done; nothing is left to train.")
+            self.reporter.info(f"All {self.options.max_epochs} epochs are done; nothing is left to train.")
             if self.folder.read_summary().get("status") != "finished":
                 self._summary(status="finished", exit_reason="all epochs done")
             return
         if frozen := sum(p.numel() for p in self.bare.parameters() if not p.requires_grad):
-            self.reporter.say(
+            self.reporter.info(
                 f"{frozen / 1e6:.2f} M parameters are frozen: they take a forward pass alone, about a third of the work of "
                 "training them."
             )
         self._summary(status="running", exit_reason=None)
         assert self.train is not None
         start = self.state.epoch, self.state.step
-        batches = self.train.batches(start, self.options.max_epochs, self.processes)
+        batches = self.train.batches(start, self.options.max_epochs, self.dist)
         while self.state.epoch < self.options.max_epochs:
             self.train_epoch(batches)
             self._finish_epoch()
@@ -164,7 +164,7 @@ class Trainer:
             self.train_step(batch)
             self.stop.update_step_time(time.monotonic() - asked)
             self.state.step += 1
-            interval.clips += len(batch) * self.processes.world
+            interval.clips += len(batch) * self.dist.world_size
 
             last_of_epoch = self.state.step == self.steps_per_epoch
             log = self.global_step % options.log_freq == 0 or last_of_epoch
@@ -175,14 +175,14 @@ class Trainer:
             for name in pictures:
                 self._pictures(batch, name)
             if log:
-                require_scale(self.scaler, self.global_step)
+                check_loss_scale(self.scaler, self.global_step)
                 figures = {
                     "loss": self.watch.loss,
                     "lr": self.optimizer.lr,
                     "grad_norm": self.watch.norm,
-                } | interval.figures(self.processes.device)
-                if options.full_speed is not None:
-                    figures["mfu"] = figures["clips_per_second"] / self.processes.world / options.full_speed
+                } | interval.figures(self.dist.device)
+                if options.peak_clips_per_second is not None:
+                    figures["mfu"] = figures["clips_per_second"] / self.dist.world_size / options.peak_clips_per_second
                 # What it took is of this start alone, and no part of where the run stands.
                 self.last |= {name: value for name, value in figures.items() if name not in ("memory_gb", "mfu")}
                 self.reporter.step(epoch, options.max_epochs, self.global_step, figures)
@@ -199,16 +199,14 @@ class Trainer:
         Its gradient is that of the mean over the samples that count, of all pieces and processes together. A step without such
         samples changes nothing. Nothing here waits for the device.
         """
-        options, clips = self.options, self.source_plan(batch).clips // self.processes.world
+        options, clips = self.options, self.source_plan(batch).clips // self.dist.world_size
         short = len(batch) < clips
-        batch = (batch.pad_to(clips) if short else batch).to(self.processes.device)
+        batch = (batch.pad_to(clips) if short else batch).to(self.dist.device)
         self.optimizer.set_progress(self.global_step / self.total_steps)
-        torch.manual_seed(
-            int(keyed_rng(options.seed, MODEL_DRAW, self.global_step, self.processes.rank).integers(2**62))
-        )
+        torch.manual_seed(int(keyed_rng(options.seed, MODEL_DRAW, self.global_step, self.dist.rank).integers(2**62)))
         pieces = batch.split(self.source_plan(batch).pieces)
         outputs: list[StepOutput] = []
-        loss = torch.zeros((), dtype=torch.float64, device=self.processes.device)
+        loss = torch.zeros((), dtype=torch.float64, device=self.dist.device)
         count = torch.zeros_like(loss)
         for number, piece in enumerate(pieces):
             with without_sync(self.model, skip=number < len(pieces) - 1):
@@ -221,11 +219,11 @@ class Trainer:
             loss += output.loss.detach().double() * output.count
             count += output.count
         total = count.clone()
-        self.processes.sum_in_place(total)
+        self.dist.all_reduce(total)
         self.scaler.unscale_(self.optimizer.optimizer)
         # The processes' gradients were averaged: what they sum to is divided by `world * clips`, and is to be by `total`.
-        self.optimizer.scale_gradients(self.processes.world * clips / total.clamp(min=1))
-        norm = whole(nn.utils.clip_grad_norm_(self.optimizer.parameters(), options.gradient_clip or math.inf))
+        self.optimizer.scale_gradients(self.dist.world_size * clips / total.clamp(min=1))
+        norm = full_tensor(nn.utils.clip_grad_norm_(self.optimizer.parameters(), options.gradient_clip or math.inf))
         step = posted(
             self.state.epoch,
             self.global_step + 1,
@@ -241,10 +239,10 @@ class Trainer:
         if self.scaler.is_enabled():
             self.scaler.update()
         for output in outputs:
-            self.meter.add(batch.source, output.sums, output.count, unless=spoiled)
+            self.meter.add(batch.source, output.sums, output.count, skip_mask=spoiled)
         self.optimizer.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
-            self.ema.update(unless=spoiled)
+            self.ema.update(skip_mask=spoiled)
 
     def evaluate(self) -> Evaluation | None:
         """Evaluate on the validation videos (the moving average of the weights, if there is one) and log the figures.
@@ -253,9 +251,9 @@ class Trainer:
         """
         assert self.val is not None
         self.stop.set_phase("validating", self.global_step)
-        batches = self.val.batches(self.processes, self.options.limit_val_batches)
-        with self.ema.in_place() if self.ema is not None else contextlib.nullcontext(), gathered(self.bare):
-            found = evaluate(self.task, self.bare, batches, self.processes, self._autocast, self.stop)
+        batches = self.val.batches(self.dist, self.options.limit_val_batches)
+        with self.ema.in_place() if self.ema is not None else contextlib.nullcontext(), summon_full_params(self.bare):
+            found = evaluate(self.task, self.bare, batches, self.dist, self._autocast, self.stop)
         if found is None:
             return None
         self.watch.record(found.bad)
@@ -277,11 +275,11 @@ class Trainer:
         Raises UserError, in all processes, when it cannot be written, and NonFiniteError for weights that must not be.
         """
         self.stop.set_phase("saving", self.global_step)
-        require_finite(self.bare, self.processes, self.global_step)
+        check_finite(self.bare, self.dist, self.global_step)
         self._count_seconds()
         began = time.monotonic()
-        meter = {s: {"count": n} | sums for s, (sums, n) in self.meter.totals(self.processes).items()}
-        self.processes.together(self.folder.require_lock, only_main=True)
+        meter = {s: {"count": n} | sums for s, (sums, n) in self.meter.totals(self.dist).items()}
+        self.dist.run_on_all(self.folder.require_lock, only_main=True)
         state = {  # resuming.take_up puts it back
             "format": checkpoint.FORMAT,
             "experiment": experiment.written(self.experiment),
@@ -304,14 +302,14 @@ class Trainer:
             "last": self.last,
         }
         folder = self.folder.checkpoints
-        with checkpoint.told(folder):
-            state = checkpoint_shards.save_split(state, folder, self.global_step, self.processes)
+        with checkpoint.report_write_errors(folder):
+            state = checkpoint_shards.save_split(state, folder, self.global_step, self.dist)
 
         def write() -> None:
-            with checkpoint.told(folder):
+            with checkpoint.report_write_errors(folder):
                 checkpoint.save(state, folder, also)
 
-        self.processes.together(write, only_main=True)  # the others wait, so that nobody runs ahead
+        self.dist.run_on_all(write, only_main=True)  # the others wait, so that nobody runs ahead
         self.stop.save_seconds, self.stop.saved_step = time.monotonic() - began, self.global_step
 
     def join_processes(self) -> None:
@@ -319,13 +317,13 @@ class Trainer:
 
         Raises UserError, in all processes, when they did not resume from the same step.
         """
-        require_same_place(self.processes, (self.state.epoch, self.state.step), self.folder.checkpoints)
+        check_same_step(self.dist, (self.state.epoch, self.state.step), self.folder.checkpoints)
         if self.options.strategy == "ddp":
             find_unused = has_unused_parameters(self.bare)
-            self.model = parallel(self.model, self.processes, self.options.comms_dtype, find_unused)
-        elif self.processes.world > 1:
+            self.model = wrap_ddp(self.model, self.dist, self.options.comms_dtype, find_unused)
+        elif self.dist.world_size > 1:
             blocks = [part for part in self.bare.modules() if isinstance(part, (Block, CrossBlock))]
-            shard(self.bare, blocks, self.processes, self.options.comms_dtype, self.options.amp_dtype)
+            apply_fsdp(self.bare, blocks, self.dist, self.options.comms_dtype, self.options.amp_dtype)
             self.optimizer.take_parameters(self.bare)
             if self.ema is not None:
                 self.ema.take_parameters(self.bare)
@@ -357,7 +355,7 @@ class Trainer:
     def _finish_epoch(self) -> None:
         """Log the epoch's averages, validate if it is due, and save; afterwards the state stands before the next epoch."""
         epoch, step = self.state.epoch, self.global_step
-        totals = self.meter.totals(self.processes)
+        totals = self.meter.totals(self.dist)
         by_source = {source: averages({source: total}) for source, total in totals.items()}
         self.last |= averages(totals)
         figures = averages(totals) | {"per_source": by_source} | self.task.epoch_figures(self.bare)
@@ -387,7 +385,7 @@ class Trainer:
 
     def _cause(self) -> str:
         """Why all stop when at least one was asked to."""
-        return next(cause for cause in self.processes.gather(self.stop.cause) if cause is not None)
+        return next(cause for cause in self.dist.gather(self.stop.cause) if cause is not None)
 
     def _pictures_due(self, last_of_epoch: bool) -> list[str]:
         """Names of the pictures to make after this step."""
@@ -396,18 +394,18 @@ class Trainer:
         return names + (["last"] if last_of_epoch and epoch + 1 == self.options.max_epochs and every else [])
 
     def _pictures(self, batch: Batch, name: str) -> None:
-        with gathered(self.bare):
-            if self.processes.is_main:
+        with summon_full_params(self.bare):
+            if self.dist.is_main:
                 self.bare.eval()
                 with self._autocast():
-                    made = self.task.pictures(self.bare, batch.to(self.processes.device))
+                    made = self.task.pictures(self.bare, batch.to(self.dist.device))
                 train_mode(self.bare)
                 if made is not None:
                     self.reporter.pictures(name, made, self.global_step)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         dtype = self.options.amp_dtype
-        return torch.autocast(self.processes.device.type, dtype=dtype, enabled=dtype is not None)
+        return torch.autocast(self.dist.device.type, dtype=dtype, enabled=dtype is not None)
 
     def _note_evaluation(self, found: Evaluation) -> None:
         """Keep metrics with the epoch, counted from 1, of the weights that they are of; other runs' weights have none here."""
@@ -422,7 +420,7 @@ class Trainer:
 
     def _summary(self, **facts: Any) -> None:
         self._count_seconds()
-        if self.processes.is_main:
+        if self.dist.is_main:
             self.folder.write_summary(
                 epochs=self.state.epoch,
                 steps=self.global_step,

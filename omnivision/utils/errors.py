@@ -16,14 +16,14 @@ EXIT_TERMINATED = 143
 class UserError(ValueError):
     """A mistake that its user can mend: one paragraph (what, got, expected, which setting to change), exit code 1.
 
-    `everywhere` says that all processes raise it alike, so that one of them is enough to tell it.
+    `on_all_ranks` says that all processes raise it alike, so that one of them is enough to tell it.
     """
 
     exit_code = EXIT_USER
 
-    def __init__(self, message: str, everywhere: bool = False) -> None:
+    def __init__(self, message: str, on_all_ranks: bool = False) -> None:
         super().__init__(message)
-        self.everywhere = everywhere
+        self.on_all_ranks = on_all_ranks
         self.problems = [message]  # one by one, when it tells of several
 
     @classmethod

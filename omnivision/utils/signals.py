@@ -141,7 +141,7 @@ def seconds_to_leave(step_seconds: float, save_seconds: float | None) -> float:
 
 @contextlib.contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Processes started inside this block never hear requests to stop, nor do theirs; this one hears them afterwards."""
+    """Dist started inside this block never hear requests to stop, nor do theirs; this one hears them afterwards."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, *SIGNALS))
     try:
         yield

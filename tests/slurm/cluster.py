@@ -171,7 +171,7 @@ class Cluster:
             os.kill(pid, signal.SIGKILL)
 
     def left(self) -> list[int]:
-        """Processes that belong to this cluster: its daemons, and those of jobs, which have their submitter's environment."""
+        """Dist that belong to this cluster: its daemons, and those of jobs, which have their submitter's environment."""
         mark, found = f"SLURM_CONF={self.folder}/slurm.conf".encode(), []
         for entry in Path("/proc").glob("[0-9]*"):
             try:

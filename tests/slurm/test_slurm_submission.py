@@ -15,7 +15,7 @@ from hydra import compose, initialize_config_dir
 
 from omnivision.config.validate import check
 from omnivision.launch.launcher import batch_script
-from omnivision.reporting.run_directory import RunFolder
+from omnivision.reporting.run_directory import RunDir
 from tests import runs
 from tests.slurm.on_cluster import SUBMITTED, OnCluster, history, told_time
 
@@ -51,7 +51,7 @@ class Script(unittest.TestCase):
         self.assertEqual(said, wanted, f"\n{difference}")
 
     def script(self, settings) -> str:
-        made = batch_script(settings, RunFolder("/runs/mae")) + "\n"
+        made = batch_script(settings, RunDir("/runs/mae")) + "\n"
         return made.replace(sys.executable, "PYTHON").replace(str(runs.ROOT), "CHECKOUT")
 
 
@@ -284,7 +284,7 @@ class Submitted(OnCluster):
         (logs / "history.jsonl").write_text("".join(f"{line}\n" for line in old.replace(first, again).splitlines()))
         summary = runs.summary(run)
         summary["job"]["job_id"] = again
-        RunFolder(run).write_summary(**summary)
+        RunDir(run).write_summary(**summary)
         second = self.submit(*command, "trainer.max_epochs=2", "trainer.checkpoint.allow_changes=true")
         self.assertEqual(second, again, "the test needs it to come again")
         self.wait_for_state(second, "COMPLETED")

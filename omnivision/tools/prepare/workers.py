@@ -37,7 +37,7 @@ def in_processes(
     """(position, function(item)) of each item, as they are done, by so many processes; 0: one after the other in this one.
 
     `function` must be importable by name. What it raises ends the iteration, as a RuntimeError with its traceback.
-    Processes do not outlive the iteration, nor, for longer than an item takes, this process.
+    Dist do not outlive the iteration, nor, for longer than an item takes, this process.
     """
     if workers == 0:
         yield from ((position, function(item)) for position, item in enumerate(items))

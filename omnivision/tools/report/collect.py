@@ -18,7 +18,7 @@ import torch
 from omnivision.checkpoint.fingerprint import flat_file
 from omnivision.data.catalog import are_segments
 from omnivision.reporting.metrics_log import read_lines
-from omnivision.reporting.run_directory import RunFolder
+from omnivision.reporting.run_directory import RunDir
 from omnivision.tasks.metrics import confusion_matrix
 from omnivision.utils.errors import UserError
 
@@ -65,7 +65,7 @@ class Run:
     """One run. `settings` are flat and as they were written; `lines` are those of `metrics.jsonl`."""
 
     name: str
-    folder: RunFolder
+    folder: RunDir
     summary: dict[str, Any]
     settings: dict[str, Any]
     lines: list[dict[str, Any]]
@@ -138,7 +138,7 @@ def told_apart(folders: dict[Path, str]) -> dict[Path, str]:
 
 
 def read_run(path: Path, name: str) -> Run:
-    folder = RunFolder(path)
+    folder = RunDir(path)
     log = folder.logs / "metrics.jsonl"
     return Run(
         name,
