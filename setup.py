@@ -44,6 +44,7 @@ setup(
         "omegaconf>=2.3",
         "submitit>=1.5.3",
         "rich>=13",
+        "cyclopts>=5.5",
         "tensorboard>=2.16",
         "matplotlib>=3.8",
         "safetensors>=0.4",

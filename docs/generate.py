@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import html
+import inspect
 import re
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import yaml
+from cyclopts import App
+from cyclopts.argument import Argument
 
 from omnivision.config.reader import described
 from omnivision.config.suggestions import setting_hints
 from omnivision.config.usage import parts
-from omnivision.tools.main import commands, parser
+from omnivision.tools.main import COMMANDS, app
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = ROOT / "config" / "experiments" / "base.yaml"
@@ -81,37 +84,48 @@ def parts_tables() -> str:
 
 
 def command_tables() -> str:
-    """What `omnivision` and each of its commands do, and their arguments. (argparse's own help differs between Pythons.)"""
-    made = parser()
-    found = []
-    for name, command in {"": made, **commands(made)}.items():
-        found += [f"## omnivision {name}".rstrip(), plain(command.description or "")]
-        listed = filter(is_listed, command._actions)
-        rows = [f"| `{names(action)}` | {plain(help_of(command, action))} |" for action in listed]
-        if rows:
-            found.append("\n".join(["| argument | meaning |", "|---|---|", *rows]))
+    """What `omnivision` and each of its commands do, and their arguments."""
+    found = ["## omnivision", plain(app.help)]
+    for name in COMMANDS:
+        command = app[name]
+        found += [f"## omnivision {name}", plain(described_command(command))]
+        rows = [f"| `{escape(names(each))}` | {plain(meaning(each))} |" for each in arguments(command)]
+        found.append("\n".join(["| argument | meaning |", "|---|---|", *rows]))
     return "\n\n".join(found)
 
 
-def is_listed(action: argparse.Action) -> bool:
-    return (
-        not isinstance(action, (argparse._HelpAction, argparse._SubParsersAction)) and action.help != argparse.SUPPRESS
-    )
+def arguments(command: App) -> list[Argument]:
+    return [each for each in command.assemble_argument_collection(parse_docstring=True) if each.names != ("*",)]
 
 
-def names(action: argparse.Action) -> str:
+def described_command(command: App) -> str:
+    """The description of a command: the docstring of its function without its arguments."""
+    text = inspect.getdoc(command.default_command) or ""
+    return " ".join(text.partition("\nArgs:")[0].split())
+
+
+def names(argument: Argument) -> str:
     """An argument as it is typed, with the name of its value."""
-    value = (
-        ""
-        if action.nargs == 0
-        else str(action.metavar or (action.choices and "|".join(map(str, action.choices))) or "")
-    )
-    value = (value or action.dest.upper()) if action.nargs != 0 else ""
-    return escape(" ".join(filter(None, [", ".join(action.option_strings), value])))
+    options = [name for name in argument.names if name.startswith("-")]
+    if not options:
+        several = "..." if get_origin(argument.hint) is list else ""
+        return argument.names[0].upper().replace(".NPY", ".npy").replace(".PT", ".pt") + several
+    choices = [
+        str(each)
+        for hint in (argument.hint, *get_args(argument.hint))
+        if get_origin(hint) is Literal
+        for each in get_args(hint)
+    ]
+    flag = argument.hint is bool
+    value = "" if flag else argument.parameter.metavar or "|".join(choices) or options[0].lstrip("-").upper()
+    return f"{options[0]} {value}".strip()
 
 
-def help_of(command: argparse.ArgumentParser, action: argparse.Action) -> str:
-    return command._get_formatter()._expand_help(action) if action.help else ""
+def meaning(argument: Argument) -> str:
+    """The help of an argument, and its default."""
+    default = argument.field_info.default
+    shown = "" if default in (None, "", inspect.Parameter.empty) or default is False else f" (default {default})"
+    return (argument.parameter.help or "").removesuffix(".") + shown + ("." if argument.parameter.help else "")
 
 
 if __name__ == "__main__":

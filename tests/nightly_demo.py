@@ -12,7 +12,7 @@ import numpy as np
 
 from omnivision.data.encode import write_film
 from omnivision_demo.actions import ACTIONS
-from omnivision_demo.films import film_spec, render
+from omnivision_demo.dataset import render, video_spec
 from tests import runs
 from tests import stage_runs as stages
 from tests import test_small_data as small_data
@@ -25,7 +25,7 @@ def write_films(folder: Path) -> None:
     """The domains that the story needs, laid out as `omnivision demo-data` does."""
     for (domain, split), count in FILMS.items():
         (folder / domain / split).mkdir(parents=True)
-        specs = [film_spec(0, domain, split, index) for index in range(count * len(ACTIONS))]
+        specs = [video_spec(0, domain, split, index) for index in range(count * len(ACTIONS))]
         specs = [spec for spec in specs if spec.label in KEPT]
         for spec in specs:
             write_film(folder / domain / spec.path, render(spec), fps=spec.fps, gop=spec.gop, crf=spec.crf)

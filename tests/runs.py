@@ -1,6 +1,8 @@
 """Runs of the stage-1 command on real films, as a user starts them: in a process of their own, from another folder."""
 
+import contextlib
 import importlib.util
+import io
 import json
 import os
 import signal
@@ -85,3 +87,12 @@ def weights(run_folder: Path) -> dict[str, torch.Tensor]:
 
 def summary(run_folder: Path) -> dict:
     return json.loads((run_folder / "summary.json").read_text())
+
+
+def call_command(*words: object) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of `omnivision WORDS...` in this process. Raises UserError."""
+    from omnivision.tools.main import call
+
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as errors:
+        code = call([str(word) for word in words])
+    return code, out.getvalue(), errors.getvalue()

@@ -1,6 +1,5 @@
 """`omnivision check-data`: every sample is read, whatever it is; what is wrong is named, and nothing hangs."""
 
-import argparse
 import contextlib
 import io
 import json
@@ -21,17 +20,12 @@ from omnivision.tools.main import main
 from omnivision.tools.prepare.duplicates import same_films
 from omnivision.tools.prepare.workers import Died
 from omnivision.utils.errors import EXIT_INTERRUPTED, UserError
-from tests.runs import real_films
+from tests.runs import call_command, real_films
 
 
 def run(*arguments: object) -> tuple[int, str]:
     """Exit code and standard output of `omnivision check-data ...`, in this process."""
-    parser = argparse.ArgumentParser()
-    check_data.add_parser(parser.add_subparsers())
-    options = parser.parse_args(["check-data", "--workers", "0", *map(str, arguments)])
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()):
-        code = options.run(options)
-    return code, out.getvalue()
+    return call_command("check-data", "--workers", 0, *arguments)[:2]
 
 
 class Folder(unittest.TestCase):
@@ -142,7 +136,7 @@ class Samples(Folder):
         for options, said in (([], True), (["--fps", 25], False)):
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as errors:
                 main(["check-data", *map(str, (paths, "--prefix", f"{self.folder}/", "--workers", 0, *options))])
-            self.assertEqual("taken for 25 a second" in errors.getvalue(), said)
+            self.assertEqual("--fps" in errors.getvalue(), said)
         Image.new("RGB", (30, 40)).save(self.folder / "clip" / "3.png")
         self.assertIn("frames of different sizes: 30x40, 40x30", self.check(["clip"])[1])
 
@@ -238,9 +232,9 @@ class Splits(Folder):
             ((self.folder / "pipe.npy",), "no such file"),
             ((self.save("empty.npy", np.array([], dtype=str)),), "at least one"),
             ((paths, self.save("two.npy", [1, 2])), "1-D array of 1 integers"),
-            ((paths, "--num-classes", 3), "and LABELS.npy after"),
-            ((paths, "--workers", -1), "--workers is -1"),
-            ((paths, "--fps", 0), "--fps 0"),
+            ((paths, "--num-classes", 3), "--num-classes"),
+            ((paths, "--workers", -1), "--workers"),
+            ((paths, "--fps", 0), "--fps"),
             ((paths, "--json", "/nowhere/x.json"), "in a folder that is there"),
             ((paths, "--json", self.folder), "in a folder that is there"),
             ((paths, "--json", paths), "is a file that is read here"),

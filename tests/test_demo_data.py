@@ -1,12 +1,9 @@
 """The demo data: reproducible, well-formed, and without short cuts: only the motion tells the actions apart."""
 
-import argparse
-import contextlib
 import csv
 import dataclasses
 import functools
 import hashlib
-import io
 import json
 import multiprocessing
 import shutil
@@ -27,9 +24,10 @@ from omnivision.utils.errors import UserError
 from omnivision_demo.actions import ACTIONS, motion
 from omnivision_demo.body import body
 from omnivision_demo.camera import camera
+from omnivision_demo.dataset import DOMAINS, SPLITS, VideoSpec, Written, channels, render, video_spec, write_demo_data
 from omnivision_demo.draws import stream
-from omnivision_demo.films import DOMAINS, SPLITS, FilmSpec, Written, channels, film_spec, render, write_demo_data
 from omnivision_demo.places import PLACE_TYPES, place
+from tests.runs import call_command
 
 Array = NDArray[np.float64]
 CLASSES = len(ACTIONS)
@@ -62,7 +60,7 @@ class OnDisk(unittest.TestCase):
             return list(csv.DictReader(file))
 
     def test_lists_have_the_promised_form(self) -> None:
-        self.assertEqual(self.written.films, CLASSES * len(DOMAINS) * 2)
+        self.assertEqual(self.written.videos, CLASSES * len(DOMAINS) * 2)
         self.assertEqual((self.folder / "class_names.txt").read_text().split(), list(ACTIONS))
         self.assertGreaterEqual(CLASSES, 10)
         for domain in DOMAINS:
@@ -78,7 +76,7 @@ class OnDisk(unittest.TestCase):
                 self.assertEqual([row["path"] for row in rows], paths.tolist())
                 self.assertEqual([row["action"] for row in rows], [ACTIONS[label] for label in labels])
 
-    def test_films_decode_to_what_the_table_says(self) -> None:
+    def test_videos_decode_to_what_the_table_says(self) -> None:
         for domain in DOMAINS:
             for row in self._rows(domain, "val"):
                 with av.open(str(self.folder / domain / row["path"])) as container:
@@ -88,16 +86,16 @@ class OnDisk(unittest.TestCase):
                 keys = [t for t, frame in enumerate(frames) if frame.key_frame]
                 self.assertEqual(len(frames), int(row["frames"]))
                 self.assertLessEqual(max(np.diff([*keys, len(frames)])), int(row["gop"]))
-                spec = film_spec(0, domain, "val", int(Path(row["path"]).stem))
+                spec = video_spec(0, domain, "val", int(Path(row["path"]).stem))
                 error = np.abs(frames[0].to_ndarray(format="rgb24").astype(float) - render(spec)[0]).mean()
                 self.assertLess(error, 12.0)
 
     def test_no_body_place_or_camera_is_in_two_splits(self) -> None:
-        # The ids of whole pools, from many specs, and those in the tables of the films on disk.
+        # The ids of whole pools, from many specs, and those in the tables of the videos on disk.
         seen: dict[str, dict[str, set[int]]] = {"body": {}, "place": {}, "camera": {}}
         for domain in DOMAINS:
             for split in SPLITS:
-                specs = [film_spec(0, domain, split, index) for index in range(400)]
+                specs = [video_spec(0, domain, split, index) for index in range(400)]
                 for kind, pools in seen.items():
                     pools[f"{domain}/{split}"] = {getattr(spec, kind) for spec in specs}
                     written = {int(row[kind]) for row in self._rows(domain, split)}
@@ -119,15 +117,15 @@ class OnDisk(unittest.TestCase):
             stamp = json.loads((copy / "demo-data.json").read_text())
             (copy / "demo-data.json").write_text(json.dumps({**stamp, "complete": False}))
             (copy / "target" / "train" / "00003.mp4").unlink()
-            (copy / "target" / "train" / ".00003.mp4.77.part").write_bytes(b"half a film")
+            (copy / "target" / "train" / ".00003.mp4.77.part").write_bytes(b"half a video")
             (copy / "nohuman" / "val_labels.npy").unlink()
             made = []
             again = write_demo_data(copy, train=1, val=1, workers=1, progress=lambda done, total: made.append(done))
-            self.assertEqual((again.made, made), (1, [again.films]))
+            self.assertEqual((again.made, made), (1, [again.videos]))
             self.assertEqual(_digest(copy), _digest(self.folder))
 
     def test_a_killed_run_leaves_no_process_and_can_be_completed(self) -> None:
-        code = "import sys; from omnivision_demo.films import write_demo_data as w; w(sys.argv[1], train=1, val=1)"
+        code = "import sys; from omnivision_demo.dataset import write_demo_data as w; w(sys.argv[1], train=1, val=1)"
         with tempfile.TemporaryDirectory() as folder:
             run = subprocess.Popen([sys.executable, "-c", code, folder], stdout=subprocess.PIPE, cwd=ROOT)
             until = time.monotonic() + 20
@@ -137,7 +135,7 @@ class OnDisk(unittest.TestCase):
             run.communicate(timeout=10)  # returns once no worker holds the pipe any more
             again = write_demo_data(folder, train=1, val=1, workers=1)
             self.assertGreater(again.made, 0)
-            self.assertLess(again.made, again.films)
+            self.assertLess(again.made, again.videos)
             self.assertEqual(_digest(Path(folder)), _digest(self.folder))
 
     def test_a_dead_worker_ends_the_run(self) -> None:
@@ -191,15 +189,10 @@ class Refused(unittest.TestCase):
 
 class CommandLine(unittest.TestCase):
     def _run(self, *arguments: str) -> tuple[int, str, mock.MagicMock]:
-        parser = argparse.ArgumentParser()
-        demo_data.add_parser(parser.add_subparsers())
-        args = parser.parse_args(["demo-data", *arguments])
-        output = io.StringIO()
         one_domain = functools.partial(write_demo_data, domains=("synthetic",))  # a third of the time
         with mock.patch.object(demo_data, "write_demo_data", wraps=one_domain) as write:
-            with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-                status = args.run(args)
-        return status, output.getvalue(), write
+            status, output, errors = call_command("demo-data", *arguments)
+        return status, output + errors, write
 
     def test_makes_a_set_and_finds_it_again(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -208,18 +201,18 @@ class CommandLine(unittest.TestCase):
             self.assertEqual(status, 0)
             asked = write.call_args.kwargs
             self.assertEqual([asked[key] for key in ("train", "val", "seed", "workers")], [1, 1, 3, 1])
-            self.assertIn("Made 24 films", output)
-            self.assertIn(f"{folder}/target: 12 training and 12 validation films", output)
-            self.assertIn("24 of 24 films", output)
+            self.assertIn("Made 24 videos", output)
+            self.assertIn(f"{folder}/target: 12 training and 12 validation videos", output)
+            self.assertIn("24 of 24 videos", output)
             status, output, _ = self._run(*arguments)
             self.assertEqual(status, 0)
             self.assertIn("complete already", output)
 
 
 class Specs(unittest.TestCase):
-    def test_films_vary(self) -> None:
+    def test_videos_vary(self) -> None:
         for domain in DOMAINS:
-            specs = [film_spec(0, domain, "train", index) for index in range(480)]
+            specs = [video_spec(0, domain, "train", index) for index in range(480)]
             self.assertEqual({spec.fps for spec in specs}, {12, 15, 24, 25, 30})
             self.assertGreaterEqual(len({spec.gop for spec in specs}), 5)
             self.assertEqual((min(spec.gop for spec in specs), max(spec.gop for spec in specs)), (1, 48))
@@ -230,13 +223,13 @@ class Specs(unittest.TestCase):
             self.assertEqual(np.bincount([spec.label for spec in specs]).tolist(), [40] * CLASSES)
 
     def test_seeds_and_ids_make_a_difference(self) -> None:
-        first, other = film_spec(0, "target", "train", 0), film_spec(1, "target", "train", 0)
+        first, other = video_spec(0, "target", "train", 0), video_spec(1, "target", "train", 0)
         short = [dataclasses.replace(spec, frames=2) for spec in (first, dataclasses.replace(first, seed=1))]
         self.assertNotEqual(first, other)
         self.assertFalse(np.array_equal(render(short[0]), render(short[1])))
         np.testing.assert_array_equal(render(short[0]), render(short[0]))
         for domain in DOMAINS:
-            specs = [film_spec(0, domain, split, index) for split in SPLITS for index in range(300)]
+            specs = [video_spec(0, domain, split, index) for split in SPLITS for index in range(300)]
             bodies = {number: body(0, domain, number) for number in {spec.body for spec in specs}}
             cameras = {number: camera(0, domain, number) for number in {spec.camera for spec in specs}}
             places = {number: place(0, domain, number) for number in {spec.place for spec in specs}}
@@ -256,11 +249,11 @@ class Specs(unittest.TestCase):
             self.assertLess(still.max(), 0.1)
 
     def test_without_its_person_only_the_person_is_missing(self) -> None:
-        spec = dataclasses.replace(film_spec(0, "target", "train", 5), frames=4)
+        spec = dataclasses.replace(video_spec(0, "target", "train", 5), frames=4)
         changed = (render(spec) != render(spec, person=False)).any(axis=(0, 3))
         self.assertGreater(changed.mean(), 0.03)
         self.assertLess(changed.mean(), 0.5)
-        unseen = dataclasses.replace(film_spec(0, "nohuman", "train", 5), frames=4)
+        unseen = dataclasses.replace(video_spec(0, "nohuman", "train", 5), frames=4)
         np.testing.assert_array_equal(render(unseen), render(unseen, person=False))
         self.assertFalse(np.array_equal(render(unseen), render(unseen, person=True)))
         self.assertGreater(np.abs(np.diff(render(unseen).astype(float), axis=0)).mean(), 0.01)
@@ -270,7 +263,7 @@ def _ridge(train: Array, labels: Array, test: Array) -> NDArray[np.int64]:
     """Labels predicted by a ridge classifier on standardised features (N, F) and a constant."""
     mean, deviation = train.mean(axis=0), train.std(axis=0) + 1e-9
     train, test = ((features - mean) / deviation for features in (train, test))
-    kernel = train @ train.T + 1.0  # the dual form: pictures have more pixels than there are films
+    kernel = train @ train.T + 1.0  # the dual form: pictures have more pixels than there are videos
     weights = np.linalg.solve(kernel + 0.1 * train.shape[1] * np.eye(len(train)), np.eye(CLASSES)[labels.astype(int)])
     return ((test @ train.T + 1.0) @ weights).argmax(axis=1)
 
@@ -291,9 +284,9 @@ def _accuracy(features: Array, labels: Array) -> float:
     return float(max((_ridge(*parts) == labels[cut:]).mean(), (_nearest(*parts) == labels[cut:]).mean()))
 
 
-def _bound(films: int) -> float:
+def _bound(videos: int) -> float:
     """What guessing exceeds about once in a thousand tries, as the better of two: chance + 3.3 deviations."""
-    tested = films - int(0.6 * films)
+    tested = videos - int(0.6 * videos)
     chance = 1 / CLASSES
     return chance + 3.3 * float(np.sqrt(chance * (1 - chance) / tested))
 
@@ -306,44 +299,46 @@ class NoShortCuts(unittest.TestCase):
     """One frame, or the place, says nothing about the action in the synthetic and target domains; the motion does."""
 
     def test_true_joint_angles(self) -> None:
-        films = 1500
+        videos = 1500
         for domain in ("synthetic", "target"):
-            specs = [film_spec(0, domain, "train", index) for index in range(films)]
+            specs = [video_spec(0, domain, "train", index) for index in range(videos)]
             labels = np.array([spec.label for spec in specs])
-            moments = stream(0, "moment").uniform(0, 1, films)
+            moments = stream(0, "moment").uniform(0, 1, videos)
             values = [channels(spec) for spec in specs]
             single = np.stack([value[int(at * len(value))] for value, at in zip(values, moments, strict=True)])
-            self.assertLess(_accuracy(_with_powers(single), labels), _bound(films))
+            self.assertLess(_accuracy(_with_powers(single), labels), _bound(videos))
             moving = np.stack([value.std(axis=0) for value in values])
             self.assertGreater(_accuracy(moving, labels), 0.95)
             # If idle channels rested nearer to the middle than the running one, this test would notice.
             running = np.eye(CLASSES, dtype=bool)[labels]
             leaky = np.where(running, single, 0.7 * single)
-            self.assertGreater(_accuracy(_with_powers(leaky), labels), _bound(films))
+            self.assertGreater(_accuracy(_with_powers(leaky), labels), _bound(videos))
 
     def test_everything_else_in_a_spec(self) -> None:
-        specs = [film_spec(0, "target", "train", index) for index in range(1500)]
+        specs = [video_spec(0, "target", "train", index) for index in range(1500)]
         labels = np.array([spec.label for spec in specs])
         kinds = np.eye(CLASSES)[[PLACE_TYPES.index(spec.place_type) for spec in specs]]
         rest = np.array([[s.body, s.place, s.camera, s.fps, s.frames, s.gop, s.crf] for s in specs], dtype=float)
         self.assertLess(_accuracy(np.concatenate([kinds, rest], axis=1), labels), _bound(1500))
 
     def test_pixels(self) -> None:
-        films = 320
+        videos = 320
         # Eight frames over 1.3 seconds are enough to see the motion, and quick to draw.
-        specs = [dataclasses.replace(film_spec(0, "target", "train", index), fps=6, frames=8) for index in range(films)]
+        specs = [
+            dataclasses.replace(video_spec(0, "target", "train", index), fps=6, frames=8) for index in range(videos)
+        ]
         labels = np.array([spec.label for spec in specs])
         frames, backgrounds, poses, motions = [], [], [], []
         for number, spec in enumerate(specs):
-            film, empty = render(spec), render(spec, person=False)
-            frames.append(_small(film[number % 8]).ravel())
+            video, empty = render(spec), render(spec, person=False)
+            frames.append(_small(video[number % 8]).ravel())
             seen = np.stack([_small(picture) for picture in empty])
             changes = np.abs(np.diff(seen, axis=0)).mean(axis=0)
             backgrounds.append(np.concatenate([seen[0].ravel(), seen[-1].ravel(), changes.ravel()]))
-            shape = _silhouette((film != empty).any(axis=3))  # (8, features)
+            shape = _silhouette((video != empty).any(axis=3))  # (8, features)
             poses.append(shape[number % 8])
             motions.append(np.log(shape.std(axis=0) + 1e-3))
-        bound = _bound(films)
+        bound = _bound(videos)
         self.assertLess(_accuracy(np.stack(frames), labels), bound, "one frame")
         self.assertLess(_accuracy(np.stack(backgrounds), labels), bound, "the background")
         self.assertLess(_accuracy(np.stack(poses), labels), bound, "the silhouette in one frame")
@@ -351,7 +346,7 @@ class NoShortCuts(unittest.TestCase):
 
     def test_without_people_the_place_is_a_hint_but_no_proof(self) -> None:
         def kinds_and_labels(split: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-            specs: list[FilmSpec] = [film_spec(0, "nohuman", split, index) for index in range(1200)]
+            specs: list[VideoSpec] = [video_spec(0, "nohuman", split, index) for index in range(1200)]
             kinds = [PLACE_TYPES.index(spec.place_type) for spec in specs]
             return np.array(kinds), np.array([spec.label for spec in specs])
 

@@ -17,8 +17,7 @@ from nbclient import NotebookClient
 
 from omnivision.config import targets
 from omnivision.config.suggestions import setting_names
-from omnivision.tools.main import commands as subcommands
-from omnivision.tools.main import parser
+from omnivision.tools.main import COMMANDS
 from tests import runs
 from tests import stage_runs as stages
 from tests.runs import ROOT
@@ -137,7 +136,7 @@ class Site(unittest.TestCase):
                 if "." in name and name not in groups and not name.startswith((*free, "trainer.data.image.")):
                     self.assertIn(f"<code>{name}</code>", settings)
             commands = (Path(folder) / "commands.html").read_text()
-            for name in subcommands(parser()):
+            for name in COMMANDS:
                 self.assertIn(f"omnivision {name}", commands)
             self.assertNotRegex(settings + commands, r'(src|href)="https?://(?!squidfunk|www.mkdocs)')
 

@@ -1,11 +1,8 @@
 """`omnivision export`: what is written computes what it was made from, comes back the same, and replaces nothing unasked."""
 
-import argparse
 import builtins
-import contextlib
 import copy
 import hashlib
-import io
 import json
 import re
 import tempfile
@@ -26,10 +23,10 @@ from omnivision.models.average import AveragedClassifier
 from omnivision.models.classifier import VideoClassifier
 from omnivision.models.mae import MaskedAutoencoder
 from omnivision.models.vit import VisionTransformer
-from omnivision.tools import export, import_weights
+from omnivision.tools import export
 from omnivision.utils.errors import UserError
 from omnivision.utils.io import safe_load
-from tests import other_transformers
+from tests import other_transformers, runs
 
 disable_progress_bar()
 
@@ -72,15 +69,9 @@ class Case(unittest.TestCase):
         return path
 
     def run_command(self, name: str, *arguments: object) -> str:
-        parser = argparse.ArgumentParser()
-        commands = parser.add_subparsers()
-        export.add_parser(commands)
-        import_weights.add_parser(commands)
-        options = parser.parse_args([name, *map(str, arguments)])
-        # The library draws a bar of progress.
-        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()):
-            self.assertEqual(options.run(options), 0)
-        return out.getvalue()
+        code, out, _ = runs.call_command(name, *arguments)
+        self.assertEqual(code, 0)
+        return out
 
     def assert_read_rightly(self, version: str) -> None:
         """What a version of transformers makes of a classifier and of an autoencoder is what we make of them."""

@@ -70,7 +70,7 @@ class Trained(unittest.TestCase):
         self.assertEqual((code, "flow_*.png, img_*.png" in err), (1, True))
         for fps, said in (([], True), (["--fps", 12.5], False)):
             code, _, err = self.command("predict", self.folder / "ft", folder, "--frame-pattern", "img_*.png", *fps)
-            self.assertEqual((code, "taken for 25 a second" in err), (0, said))
+            self.assertEqual((code, "--fps" in err), (0, said))
 
     def test_predict(self):
         film = str(self.folder / f"a path of more than a line {'-' * 80}.mp4")
@@ -112,15 +112,15 @@ class Trained(unittest.TestCase):
             (("predict", mae, film), "a masked autoencoder, which knows no classes"),
             (("reconstruct", ft, film, "x.gif"), "a classifier, which has no decoder"),
             (("export", ft, "a" * 300 + ".pt", "--to", "pt"), "cannot be used: File name too long"),
-            (("reconstruct", mae, film, "x.jpg"), "ends in .gif or .png"),
+            (("reconstruct", mae, film, "x.jpg"), "must end in .gif"),
             (("reconstruct", mae, film, "/nowhere/x.gif"), "/nowhere/x.gif cannot be written"),
             (("reconstruct", mae, film, "x.gif", "--start", 99), "start is 99 s, and .* has 10"),
-            (("reconstruct", mae, film, "x.gif", "--mask-ratio", 1), "--mask-ratio is 1"),
+            (("reconstruct", mae, film, "x.gif", "--mask-ratio", 1), "--mask-ratio"),
             (("predict", self.folder / "nan.pt", film), "heads.0.0.weight has values that are not finite"),
             (("predict", self.folder / "huge.pt", film), "scores that are not finite"),
-            (("reconstruct", mae, film, film, "--force"), "ends in .gif"),
-            (("reconstruct", mae, self.folder / "in.gif", self.folder / "in.gif"), "the film that is read"),
-            (("reconstruct", mae, film, self.folder / "kept.gif"), "is there already"),
+            (("reconstruct", mae, film, film, "--force"), "must end in .gif"),
+            (("reconstruct", mae, self.folder / "in.gif", self.folder / "in.gif"), "OUT is"),
+            (("reconstruct", mae, film, self.folder / "kept.gif"), "--force"),
             (("predict", ft, film, "--head", 1), "head is 1; .* has 1"),
             (("predict", "", film), "There is no file or folder ''"),
             (("predict", self.folder / "bare.pt", film), "does not say the architecture"),
@@ -130,7 +130,7 @@ class Trained(unittest.TestCase):
                 code, _, err = self.command(*arguments)
                 self.assertEqual((code, re.sub(r"^Model from .*\n", "", err).count("\n")), (1, 1))
                 self.assertRegex(err, saying)
-        self.assertRaises(SystemExit, self.command, "predict", ft, film, "--top", 0)
+        self.assertEqual(self.command("predict", ft, film, "--top", 0)[0], 1)
         with self.assertRaises(UserError):
             omnivision.load(ft).predict("/gone.mp4")
         for asked, saying in (

@@ -1,9 +1,7 @@
 """Weights of other projects in our names: recorded figures, agreement with the real library, and files that are not good."""
 
 import argparse
-import contextlib
 import hashlib
-import io
 import json
 import pickle
 import re
@@ -33,10 +31,10 @@ from omnivision.models.architecture import build, describe
 from omnivision.models.classifier import VideoClassifier
 from omnivision.models.mae import Decoder, MaskedAutoencoder, split_tokens
 from omnivision.models.vit import VisionTransformer
-from omnivision.tools import import_weights
 from omnivision.utils.errors import UserError
 from omnivision.utils.io import safe_load
 from tests.parity_formula import error, record, stated, token_mask, weights
+from tests.runs import call_command
 from tests.test_checkpoint import Canary
 
 disable_progress_bar()
@@ -534,12 +532,9 @@ class Geometry(Case):
 
 class Command(Case):
     def run_import(self, *arguments: object) -> str:
-        parser = argparse.ArgumentParser()
-        import_weights.add_parser(parser.add_subparsers())
-        options = parser.parse_args(["import", *map(str, arguments)])
-        with contextlib.redirect_stdout(io.StringIO()) as out:
-            self.assertEqual(options.run(options), 0)
-        return out.getvalue()
+        code, out, _ = call_command("import", *arguments)
+        self.assertEqual(code, 0)
+        return out
 
     def test_it_writes_one_file_and_tells(self):
         source, out = self.save(original_names(recorded("pretraining")), "theirs.pth"), self.folder / "new" / "out.pt"

@@ -19,7 +19,7 @@ from omnivision.launch.exit import exit_code_and_reason, print_error
 from omnivision.models import architecture
 from omnivision.models.classifier import VideoClassifier
 from omnivision.models.vit import VisionTransformer
-from omnivision.tools import main, predict
+from omnivision.tools import main
 from omnivision.training import build
 from omnivision.utils.errors import EXIT_FAULT, UserError, is_out_of_memory
 from omnivision.utils.io import safe_load
@@ -76,10 +76,7 @@ class Case(unittest.TestCase):
     def command(self, *arguments: object) -> tuple[int, str, str]:
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                code = main.main([str(argument) for argument in arguments])
-            except SystemExit as end:
-                code = int(end.code)
+            code = main.main([str(argument) for argument in arguments])
         return code, out.getvalue(), err.getvalue()
 
 
@@ -191,7 +188,7 @@ class Memory(Case):
             with contextlib.redirect_stderr(io.StringIO()) as told:
                 print_error(error)
             self.assertEqual(told.getvalue().count("\n"), 1)
-            with mock.patch.object(predict, "run", side_effect=error):
+            with mock.patch.object(main, "call", side_effect=error):
                 code, _, err = self.command("predict", "x", "y")
             self.assertEqual((code, err.count("\n")), (EXIT_FAULT, 1))
         for other in (RuntimeError("shapes do not match"), OSError(2, "No such file"), ValueError("out of memory")):

@@ -1,73 +1,75 @@
-"""Arguments that several subcommands share."""
+"""Types of arguments that several commands share. A validator raises ValueError; the command names the argument."""
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Annotated, Any
+
+from cyclopts import Parameter, Token
+
+DEFAULT_FPS = 25.0  # of frame folders
 
 
-def at_least(low: int, high: int = 10**9) -> Callable[[str], int]:
-    """A whole number from `low` to `high`, for `type=`."""
+def at_least(low: int, high: int = 10**9) -> Parameter:
+    """An integer from `low` to `high`."""
 
-    def number(text: str) -> int:
+    def convert(_: Any, tokens: Sequence[Token]) -> int:
+        text = tokens[0].value
         if not text.lstrip("+-").isdecimal() or len(text) > 20 or not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text[:40]!r}; expected a whole number from {low} to {high}")
+            raise ValueError(
+                f"got {text[:40]!r}; must be an integer from {low}" + (f" to {high}" if high < 10**9 else "")
+            )
         return int(text)
 
-    return number
+    return Parameter(converter=convert, metavar="N")
 
 
-def number(text: str) -> float:
-    """A number with or without a fraction, for `type=`."""
-    try:
-        if math.isfinite(value := float(text)):
-            return value
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text[:40]!r}; expected a number, such as 0.2")
+def _real(is_valid: Callable[[float], bool], expected: str, metavar: str = "X") -> Parameter:
+    def convert(_: Any, tokens: Sequence[Token]) -> float:
+        try:
+            if math.isfinite(value := float(tokens[0].value)) and is_valid(value):
+                return value
+        except ValueError:
+            pass
+        raise ValueError(f"got {tokens[0].value[:40]!r}; must be {expected}")
+
+    return Parameter(converter=convert, metavar=metavar)
 
 
-def add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", type=device, default="cpu", help="cpu (default), cuda, or cuda:N")
-
-
-def add_trust_targets(parser: argparse.ArgumentParser) -> None:
-    text = "build a model of your own class from this package, which runs its code; may be given several times"
-    parser.add_argument("--trust-targets", action="append", default=[], metavar="PACKAGE", help=text)
-
-
-def add_fps(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--fps", type=rate, metavar="X", help="of folders of frames (default 25)")
-    text = "the frames among the images of a folder, e.g. 'img_*.jpg', where it holds several series"
-    parser.add_argument("--frame-pattern", metavar="PATTERN", help=text)
-
-
-def frame_rate(args: argparse.Namespace, paths: Iterable[str]) -> float:
-    """The rate of folders of frames, --fps or 25. Print that it is assumed where one of the paths is such a folder."""
-    if args.fps is None and any(map(os.path.isdir, paths)):
-        print("Folders of frames are taken for 25 a second; --fps X gives another rate.", file=sys.stderr)
-    return 25.0 if args.fps is None else args.fps
-
-
-def rate(text: str) -> float:
-    """Frames a second, for `type=`."""
-    try:
-        if 0 < (value := float(text)) <= 1000:
-            return value
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text!r}; expected frames a second, above 0 and at most 1000")
-
-
-def device(text: str) -> str:
-    """A device that torch has here, for `type=`."""
+def _device(_: Any, tokens: Sequence[Token]) -> str:
     import torch
 
+    text = tokens[0].value
     kind, _, number = text.partition(":")
-    there = kind == "cuda" and torch.cuda.is_available() and (number or "0").isdecimal()
-    if text != "cpu" and not (there and int(number or 0) < torch.cuda.device_count()):
-        raise argparse.ArgumentTypeError(f"{text!r}; expected cpu, or cuda where there is a GPU")
+    is_gpu = kind == "cuda" and torch.cuda.is_available() and (number or "0").isdecimal()
+    if text != "cpu" and not (is_gpu and int(number or 0) < torch.cuda.device_count()):
+        raise ValueError(f"got {text!r}; must be cpu, or cuda where there is a GPU")
     return text
+
+
+Flag = Annotated[bool, Parameter(show_default=False)]
+Share = Annotated[float, _real(lambda value: 0 < value < 1, "a number between 0 and 1, such as 0.2")]
+Fps = Annotated[float | None, _real(lambda value: 0 < value <= 1000, "frames per second, above 0 and at most 1000")]
+Seconds = Annotated[float | None, _real(lambda value: True, "a number of seconds, such as 2.5", "SECONDS")]
+Device = Annotated[str, Parameter(converter=_device, metavar="DEVICE", help="cpu, cuda, or cuda:N.")]
+TrustTargets = Annotated[
+    list[str],
+    Parameter(metavar="PACKAGE", help="Build a model of your own class from this package, which runs its code."),
+]
+FrameRate = Annotated[Fps, Parameter(help=f"Frames per second of frame folders (default {DEFAULT_FPS:g}).")]
+FramePattern = Annotated[
+    str | None,
+    Parameter(
+        metavar="PATTERN", help="Which images are the frames, e.g. 'img_*.jpg', if a folder holds several series."
+    ),
+]
+
+
+def resolve_fps(fps: float | None, paths: Iterable[str]) -> float:
+    """Return --fps or 25, and print that it is assumed where one of the paths is a frame folder."""
+    if fps is None and any(map(os.path.isdir, paths)):
+        print("Frame folders are read at 25 frames per second; --fps X sets another rate.", file=sys.stderr)
+    return DEFAULT_FPS if fps is None else fps

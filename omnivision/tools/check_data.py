@@ -2,70 +2,43 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import os
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Column, Table
 
 from omnivision.data.catalog import IGNORED_LABEL, resolve_prefix, shift_command, start_at_one
-from omnivision.tools.arguments import frame_rate, number
+from omnivision.tools.arguments import resolve_fps
+from omnivision.tools.datasets import CheckOptions
 from omnivision.tools.prepare.arrays import read_labels, read_paths, read_segments
 from omnivision.tools.prepare.duplicates import same_films
 from omnivision.tools.prepare.film_check import CheckJob, FilmCheck, check_film
 from omnivision.tools.prepare.listing import drop_suffix, printable
-from omnivision.tools.prepare.progress import told
 from omnivision.tools.prepare.workers import Died, default_workers, in_processes
+from omnivision.tools.progress import track
 from omnivision.utils.errors import EXIT_INTERRUPTED, EXIT_USER, UserError
 from omnivision.utils.io import write_atomically
 from omnivision.utils.streams import wrap
-
-if TYPE_CHECKING:
-    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 _SHOWN = 20
 _SMALL_SIDE = 256  # what is advised
 _LONG_GOP, _LARGE_SIDE = 24, 320  # beyond these, smaller films with more key frames are read much quicker
 
 
-def add_parser(subparsers: Subparsers) -> None:
-    """Add `check-data` to the command's parser; its namespace carries `run`, the function to call."""
-    parser = subparsers.add_parser(
-        "check-data",
-        help="read every sample of a split, and tell which are bad and what the films are like",
-        description="Decode every sample of a split from its first to its last frame. Tells which cannot be read and why, how "
-        "long and large the films are, which labels are missing, and which films are there twice. Exit code 0 when all "
-        "samples are good, 1 otherwise.",
-    )
-    parser.add_argument("paths", metavar="PATHS.npy", help="1-D array of paths of films or folders of frames")
-    parser.add_argument("labels", metavar="LABELS.npy", nargs="?", help="1-D array of integers, one a path")
-    text = "(N, 2) start and end (s) of each sample in its film; without it, samples are whole films"
-    parser.add_argument("--segments", metavar="SEGMENTS.npy", help=text)
-    parser.add_argument("--against", metavar="OTHER_PATHS.npy", help="another split, to find films that are in both")
-    parser.add_argument("--num-classes", type=int, metavar="N", help="labels must be below it (-1: ignored)")
-    parser.add_argument("--prefix", default="", metavar="P", help="put before each path, as in the catalog")
-    parser.add_argument("--fps", type=number, metavar="X", help="of folders of frames (default 25)")
-    text = "the frames among the images of a folder, e.g. 'img_*.jpg', where it holds several series"
-    parser.add_argument("--frame-pattern", metavar="PATTERN", help=text)
-    parser.add_argument("--quick", action="store_true", help="read the first, middle and last clip only")
-    text = "processes to read with; 0: in this one (default: one for each core, at most 16)"
-    parser.add_argument("--workers", type=int, default=default_workers(), metavar="N", help=text)
-    parser.add_argument("--json", metavar="FILE", help="write what was found of every sample")
-    parser.set_defaults(run=run)
-
-
-def run(args: argparse.Namespace) -> int:
+def run(paths_file: str, labels_file: str | None, args: CheckOptions) -> int:
     """Check the split and tell; 0 when all samples are good."""
-    _check_arguments(args)
-    paths = read_paths(args.paths)
-    labels = read_labels(args.labels, len(paths)) if args.labels else None
+    _check_arguments(
+        [file for file in (paths_file, labels_file, args.segments, args.against) if file], labels_file, args
+    )
+    paths = read_paths(paths_file)
+    labels = read_labels(labels_file, len(paths)) if labels_file else None
     segments = read_segments(args.segments, len(paths)) if args.segments else None
     others = read_paths(args.against) if args.against else None
     prefix = resolve_prefix(args.prefix)
@@ -73,14 +46,18 @@ def run(args: argparse.Namespace) -> int:
     samples: dict[str, list[int]] = {}  # of each film
     for position, path in enumerate(full):
         samples.setdefault(path, []).append(position)
-    fps = frame_rate(args, (path for path in samples if drop_suffix(path) == path))
+    fps = resolve_fps(args.fps, (path for path in samples if drop_suffix(path) == path))
     jobs = [
         CheckJob(path, fps, args.frame_pattern, args.quick, tuple(segments[i] if segments else None for i in positions))
         for path, positions in samples.items()
     ]
     checks = [FilmCheck(ok=False, reason="not read")] * len(full)
     try:
-        for number, result in told(in_processes(check_film, jobs, args.workers), len(jobs), "check-data"):
+        for number, result in track(
+            in_processes(check_film, jobs, default_workers() if args.workers is None else args.workers),
+            len(jobs),
+            "check-data",
+        ):
             positions = samples[jobs[number].path]
             if isinstance(result, Died):
                 result = [FilmCheck(ok=False, reason=result.reason)] * len(positions)
@@ -109,25 +86,20 @@ def run(args: argparse.Namespace) -> int:
         _say(
             Console(),
             "class 0 has no sample, and labels must start at 0. If they start at 1, shift those of all splits: "
-            f"{shift_command(args.labels)}",
+            f"{shift_command(str(labels_file))}",
         )
     return 0 if summary["bad"] == 0 and not summary.get("labels", {}).get("out_of_range") else EXIT_USER
 
 
-def _check_arguments(args: argparse.Namespace) -> None:
-    if args.workers < 0 or not (args.fps is None or 0 < args.fps < float("inf")):
-        raise UserError(
-            f"--workers is {args.workers}, --fps {args.fps}; expected 0 or more workers, and a positive fps."
-        )
-    if args.num_classes is not None and (args.num_classes < 1 or args.labels is None):
-        raise UserError(f"--num-classes is {args.num_classes}; expected 1 or more, and LABELS.npy after PATHS.npy.")
+def _check_arguments(files: list[str], labels_file: str | None, args: CheckOptions) -> None:
+    if args.num_classes is not None and labels_file is None:
+        raise UserError("--num-classes is for labels. Pass LABELS.npy after PATHS.npy, or leave --num-classes out.")
     file = Path(args.json or "")
     if args.json and ((file.exists() and not file.is_file()) or not file.absolute().parent.is_dir()):
         raise UserError(
             f"--json {args.json}: expected a file in a folder that is there. Make it, or give another file."
         )
-    read = [file for file in (args.paths, args.labels, args.segments, args.against) if file]
-    if args.json and os.path.realpath(args.json) in map(os.path.realpath, read):
+    if args.json and os.path.realpath(args.json) in map(os.path.realpath, files):
         raise UserError(f"--json {args.json} is a file that is read here, and would be replaced. Give another file.")
 
 

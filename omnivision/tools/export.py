@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from omnivision.checkpoint.weight_files import CONFIG, StateDictFile, read
 from omnivision.data.catalog import read_class_names
@@ -17,74 +15,42 @@ from omnivision.interop.proof import USUAL, Difference, against_transformers
 from omnivision.interop.published import from_ours
 from omnivision.interop.store import card_of, check_target, hf_folder, origin, write_card, write_pt, write_safetensors
 from omnivision.tools.inference import InferenceConfig
+from omnivision.tools.weights import ExportOptions
 from omnivision.utils.errors import UserError
-
-if TYPE_CHECKING:
-    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 # What weights do not tell of a model.
 _UNTOLD = {"trunk": ("heads", "num_frames", "image_size"), "decoder": ("heads",)}
 
 
-def add_parser(subparsers: Subparsers) -> None:
-    """Add `export` to the command's parser; its namespace carries `run`, the function to call."""
-    parser = subparsers.add_parser(
-        "export",
-        help="write a model as one file of weights, or as a folder for Hugging Face's transformers",
-        description="Write the model of a run folder, a checkpoint, or a file that `omnivision import` wrote. `pt` and "
-        "`safetensors` keep our names and say their architecture; `hf` is a save_pretrained folder of VideoMAE.",
-    )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run folder (its best checkpoint) or a file")
-    parser.add_argument("out", metavar="OUT", type=Path, help="the file to write; with --to hf a folder")
-    parser.add_argument("--to", required=True, choices=("pt", "safetensors", "hf"), help="what to write")
-    text = "weights as trained, or their moving average (default: the average if the run kept one, as validation did)"
-    parser.add_argument("--weights", choices=("model", "ema"), help=text)
-    parser.add_argument(
-        "--merge", action="store_true", help="make a learned average of checkpoints one ordinary classifier"
-    )
-    text = "with --merge: the checkpoints it is an average of, in order (default: where they were)"
-    parser.add_argument("--sources", nargs="+", metavar="FILE", help=text)
-    parser.add_argument(
-        "--head", type=int, default=0, metavar="N", help="with --to hf: which of several heads (default 0)"
-    )
-    parser.add_argument(
-        "--class-names",
-        metavar="FILE",
-        help="with --to hf: one name a line, in the order of the labels (default: those of the run)",
-    )
-    parser.add_argument("--force", action="store_true", help="replace OUT if it is there")
-    parser.set_defaults(run=run)
-
-
-def run(args: argparse.Namespace) -> int:
+def run(checkpoint: str, out: Path, args: ExportOptions) -> int:
     """Write the model, prove it where it can be proved, and say what was written and what was left out; 0."""
     _check_arguments(args)
-    source = read(args.checkpoint)
-    card_file = args.out / "README.md" if args.to == "hf" else card_of(args.out)
-    check_target(args.out, source, args.force, folder=args.to == "hf", card=card_file)
+    source = read(checkpoint)
+    card_file = out / "README.md" if args.to == "hf" else card_of(out)
+    check_target(out, source, args.force, folder=args.to == "hf", card=card_file)
     model = _model(source, args)
     print(f"{source}: {model.summary()}")
     judged = not source.average or args.weights != "model"  # by the run, whose figures are told
     if args.to == "hf":
-        _export_hf(args, source, model, judged)
+        _export_hf(out, args, source, model, judged)
     else:
         write = write_pt if args.to == "pt" else write_safetensors
         shown = InferenceConfig.of(model.architecture, source.inference)
         names = [shown.named(number) for number in range(len(shown.names))]
-        told = card(source, model, args.out.name, judged, names)  # before anything is written
+        told = card(source, model, out.name, judged, names)  # before anything is written
         write(
-            args.out,
+            out,
             model.state,
             model.architecture,
             {"origin": origin(source, "omnivision"), "inference": shown.written()}
             | (source.progress if judged else {}),
         )
-        write_card(args.out, told)
-        print(f"Wrote {args.out}: {len(model.state)} tensors; and {card_of(args.out)}, what people read of it")
+        write_card(out, told)
+        print(f"Wrote {out}: {len(model.state)} tensors; and {card_of(out)}, what people read of it")
     return 0
 
 
-def _check_arguments(args: argparse.Namespace) -> None:
+def _check_arguments(args: ExportOptions) -> None:
     if args.sources and not args.merge:
         raise UserError("--sources is for --merge. Add --merge, or leave --sources out.")
     for option, value in (("--class-names", args.class_names), ("--head", args.head)):
@@ -94,13 +60,13 @@ def _check_arguments(args: argparse.Namespace) -> None:
             )
 
 
-def _model(source: StateDictFile, args: argparse.Namespace) -> Imported:
+def _model(source: StateDictFile, args: ExportOptions) -> Imported:
     """The one model to write, whole and checked."""
     source.refuse_own_class()
     if lacking := _lacking(source):
         raise UserError(
             f"{source.path} does not say its architecture ({', '.join(lacking)}), so it is not from a run of this project. "
-            f"Bring it in first: omnivision import {args.checkpoint} OUT.pt"
+            f"Bring it in first: omnivision import {source.path} OUT.pt"
         )
     state, kind = source.weights(args.weights), source.architecture.get("kind")
     if source.average and args.weights != "model":
@@ -136,16 +102,14 @@ def _lacking(source: StateDictFile) -> list[str]:
     return lacking
 
 
-def _export_hf(args: argparse.Namespace, source: StateDictFile, model: Imported, judged: bool) -> None:
+def _export_hf(out: Path, args: ExportOptions, source: StateDictFile, model: Imported, judged: bool) -> None:
     told = InferenceConfig.of(model.architecture, source.inference).named(args.head)
     names = read_class_names(args.class_names, "--class-names") if args.class_names else told
     exported = to_hf(model.state, model.architecture, args.head, names)
     configs = {CONFIG: exported.config, "preprocessor_config.json": preprocessor_config(model.architecture)}
-    with hf_folder(
-        args.out, exported.state, configs, card(source, model, args.out.name, judged, [names], hf=True)
-    ) as folder:
+    with hf_folder(out, exported.state, configs, card(source, model, out.name, judged, [names], hf=True)) as folder:
         difference = against_transformers(folder, model.state, model.architecture, args.head)
-    print(f"Wrote {args.out}: {exported.config['architectures'][0]}, {len(exported.state)} tensors")
+    print(f"Wrote {out}: {exported.config['architectures'][0]}, {len(exported.state)} tensors")
     for why, names in by_reason(exported.dropped).items():
         print(f"  not carried {len(names):4}  {some(names)} ({why})")
     print("\n".join(_proof(difference, classifier="classifier.weight" in exported.state)))

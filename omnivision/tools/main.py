@@ -1,15 +1,14 @@
-"""The `omnivision` command. Each subcommand is a file beside this one with `add_parser` and `run`."""
+"""The `omnivision` command: the list of its subcommands, and how a subcommand ends."""
 
 from __future__ import annotations
 
-import argparse
 import difflib
-import importlib
 import itertools
 import os
 import re
 import sys
-from typing import Any, NoReturn
+
+from cyclopts import App, CycloptsError, Parameter
 
 from omnivision.utils.errors import (
     EXIT_FAULT,
@@ -21,18 +20,19 @@ from omnivision.utils.errors import (
 )
 from omnivision.utils.streams import announce, ignore_broken_pipe, output_problem
 
-# The subcommands and their modules, which are imported when they are needed: most of them import torch.
-MODULES = {
-    "demo-data": "demo_data",
-    "prepare": "prepare.command",
-    "val-split": "val_split",
-    "check-data": "check_data",
-    "runs": "runs",
-    "report": "report.command",
-    "predict": "predict",
-    "reconstruct": "reconstruct",
-    "import": "import_weights",
-    "export": "export",
+# The function of each subcommand. Its module is imported when the command is used or explained, and imports torch only when
+# the command runs: help is quick.
+COMMANDS = {
+    "demo-data": "demo_data:demo_data",
+    "prepare": "datasets:prepare",
+    "val-split": "datasets:val_split",
+    "check-data": "datasets:check_data",
+    "runs": "runs:runs",
+    "report": "report.command:report",
+    "predict": "predict:predict",
+    "reconstruct": "reconstruct:reconstruct",
+    "import": "weights:import_weights",
+    "export": "weights:export",
 }
 WITHOUT_TORCH = ("demo-data", "runs")
 
@@ -41,94 +41,86 @@ LESS_MEMORY = (
     "option (--clips, --workers)."
 )
 
-
-class Parser(argparse.ArgumentParser):
-    """Wrong arguments are a mistake like any other: a paragraph, exit code 1."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, **options)
-
-    def error(self, message: str) -> NoReturn:
-        end = "" if message.endswith("?") else "."
-        self.exit(EXIT_USER, f"error: {message}{end} See {self.prog} --help.\n")
-
-
-def parser(only: str | None = None) -> Parser:
-    """The command with all its subcommands, or with one of them."""
-    made = Parser(
-        prog="omnivision",
-        description="Tools around the training of video models. Training itself: python train_app_submitit.py --help",
-    )
-    commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name in MODULES if only is None else [only]:
-        importlib.import_module(f"omnivision.tools.{MODULES[name]}").add_parser(commands)
-    return made
+app = App(
+    name="omnivision",
+    help="Tools around the training of video models. Training itself: python train_app_submitit.py --help",
+    help_format="plaintext",
+    version_flags=(),
+    default_parameter=Parameter(negative=(), allow_repeating=True),
+    result_action="return_value",
+    exit_on_error=False,
+    print_error=False,
+)
+for _name, _target in COMMANDS.items():
+    app.command(f"omnivision.tools.{_target}", name=_name)
 
 
-def commands(made: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    """The parser of each subcommand."""
-    return next(action.choices for action in made._actions if isinstance(action, argparse._SubParsersAction))
+def call(words: list[str]) -> int:
+    """Run the command that `words` spell and return its exit code. Raises UserError, also for wrong arguments."""
+    if words[:1] in ([], ["--help"], ["-h"]):
+        for name in COMMANDS:
+            app[name]  # imported, for its line in the help
+    try:
+        return int(app(words) or 0)
+    except CycloptsError as error:
+        error.verbose = False
+        message = " ".join(str(error).split())
+        command = " ".join(["omnivision", *(error.command_chain or ())])
+        message += "" if message.endswith((".", "?")) else "."
+        raise UserError(f"{message}{_explain_dash(words)} See {command} --help.") from None
 
 
-def refuse_leading_dashes(made: argparse.ArgumentParser, words: list[str]) -> None:
-    """Explain a file name that would be read as an option: `-x.mp4` is to be `./-x.mp4`."""
-    command = commands(made).get(words[0]) if words else None
-    if command is None:
-        return
-    known = [option for action in command._actions for option in action.option_strings]
+def _explain_dash(words: list[str]) -> str:
+    """Explain a file name that reads like an option: `-x.mp4` must be written `./-x.mp4`."""
+    known = _options(words[0]) if words and words[0] in COMMANDS else []
     for word in itertools.takewhile(lambda word: word != "--", words[1:]):
         name = word.partition("=")[0]
-        if not word.startswith("-") or word == "-" or name in known or re.fullmatch(r"-[\d.e+-]+", word):
+        is_option = not word.startswith("-") or word == "-" or name in known or re.fullmatch(r"-[\d.e+-]+", word)
+        # A word with two dashes is a misspelt option, unless it looks like a file or is one.
+        if is_option or (word.startswith("--") and not re.search(r"[./]", name) and not os.path.lexists(word)):
             continue
-        # An option that does not exist looks like one: two dashes, and no file has that name.
-        if not word.startswith("--") or re.search(r"[./]", name) or os.path.lexists(word):
-            near = difflib.get_close_matches(f"--{name.lstrip('-')}", known, 1)
-            guess = f"; did you mean {near[0]}?" if near else "."
-            command.error(f"{word!r} begins with a dash and is no option{guess} For a file of that name write ./{word}")
+        near = difflib.get_close_matches(f"--{name.lstrip('-')}", known, 1)
+        guess = f" Did you mean {near[0]}?" if near else ""
+        return f" {word} begins with a dash.{guess} For a file of that name write ./{word}."
+    return ""
+
+
+def _options(command: str) -> list[str]:
+    return [name for argument in app[command].assemble_argument_collection() for name in argument.names]
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the command, print its error in a paragraph, and return its exit code."""
     words = sys.argv[1:] if arguments is None else arguments
-    try:
-        return run_command(words)
-    except KeyboardInterrupt:
-        command = words[0] if words else "omnivision"
-        print(f"{command}: interrupted. Files are complete or not there; run the same command again.", file=sys.stderr)
-        return EXIT_INTERRUPTED
-
-
-def run_command(arguments: list[str]) -> int:
-    name = arguments[0] if arguments and arguments[0] in MODULES else None
-    if name is not None and name not in WITHOUT_TORCH and "--help" not in arguments:
+    name = words[0] if words and words[0] in COMMANDS else "omnivision"
+    if name in COMMANDS and name not in WITHOUT_TORCH and not {"--help", "-h"} & set(words):
         announce(f"{name}: loading")
-    made = parser(name)
-    refuse_leading_dashes(made, arguments)
-    options, extra = made.parse_known_args(arguments)
-    if extra:
-        command = commands(made)[options.command]
-        known = [option for action in command._actions for option in action.option_strings]
-        near = difflib.get_close_matches(extra[0].partition("=")[0], known, 1)
-        command.error(f"unrecognized arguments: {' '.join(extra)}" + (f". Did you mean {near[0]}?" if near else ""))
     ignore_broken_pipe()
     try:
-        code = int(options.run(options))
+        code = call(words)
         if problem := output_problem():
             raise UserError(problem)
         return code
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted. Files are complete or absent; run the same command again.", file=sys.stderr)
+        return EXIT_INTERRUPTED
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except (MemoryError, RuntimeError, OSError) as error:
-        if is_out_of_memory(error):
-            print(f"error: {out_of_memory(error, LESS_MEMORY)}", file=sys.stderr)
-            return EXIT_FAULT
-        if not isinstance(error, OSError):
-            raise
-        if os.environ.get("OMNIVISION_TRACEBACK") == "1":
-            raise
-        what = "a file" if error.filename is None else repr(str(error.filename)[:200])
-        print(f"error: {what} cannot be used: {error.strerror or error}. Give another path.", file=sys.stderr)
-        return EXIT_USER
+        return _explain_system_error(error)
+
+
+def _explain_system_error(error: MemoryError | RuntimeError | OSError) -> int:
+    """Print an error that the system raised, and return the exit code; raise it again if it is our bug."""
+    if is_out_of_memory(error):
+        print(f"error: {out_of_memory(error, LESS_MEMORY)}", file=sys.stderr)
+        return EXIT_FAULT
+    if not isinstance(error, OSError) or os.environ.get("OMNIVISION_TRACEBACK") == "1":
+        raise error
+    what = "a file" if error.filename is None else repr(str(error.filename)[:200])
+    print(f"error: {what} cannot be used: {error.strerror or error}. Give another path.", file=sys.stderr)
+    return EXIT_USER
 
 
 if __name__ == "__main__":

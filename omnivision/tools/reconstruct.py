@@ -2,64 +2,72 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Annotated
 
-from omnivision.tools.arguments import add_device, add_fps, add_trust_targets, at_least, frame_rate, number
+from omnivision.tools.arguments import (
+    Device,
+    Flag,
+    FramePattern,
+    FrameRate,
+    Seconds,
+    Share,
+    TrustTargets,
+    at_least,
+    resolve_fps,
+)
 from omnivision.utils.errors import UserError
 
-if TYPE_CHECKING:
-    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
+def reconstruct(
+    checkpoint: str,
+    video: str,
+    out: Path,
+    /,
+    *,
+    start: Seconds = None,
+    mask_ratio: Share = 0.9,
+    seed: Annotated[int, at_least(0)] = 0,
+    force: Flag = False,
+    device: Device = "cpu",
+    trust_targets: TrustTargets | None = None,
+    fps: FrameRate = None,
+    frame_pattern: FramePattern = None,
+) -> int:
+    """Show how a masked autoencoder reconstructs a video.
 
-def add_parser(subparsers: Subparsers) -> None:
-    """Add `reconstruct` to the command's parser; its namespace carries `run`, the function to call."""
-    parser = subparsers.add_parser(
-        "reconstruct",
-        help="show what a masked autoencoder makes of a film",
-        description="A clip of a film beside what the encoder saw of it and what the model made of that: once with the true "
-        "statistics of each hidden patch, as papers show it, and once without.",
-    )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run folder of stage 1, or a file")
-    parser.add_argument("film", metavar="VIDEO", help="a film, or a folder of its frames")
-    parser.add_argument("out", metavar="OUT", type=Path, help="a .gif, which moves, or a .png of some frames")
-    parser.add_argument(
-        "--start", type=number, metavar="SECONDS", help="where the clip begins (default: in the middle)"
-    )
-    parser.add_argument("--mask-ratio", type=number, default=0.9, metavar="SHARE", help="what is hidden (default 0.9)")
-    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of the mask (default 0)")
-    parser.add_argument("--force", action="store_true", help="replace OUT if it is there")
-    add_device(parser)
-    add_trust_targets(parser)
-    add_fps(parser)
-    parser.set_defaults(run=run)
+    A clip of a video beside its visible patches and the reconstruction: once with the true statistics of each hidden patch,
+    as papers show it, and once without.
 
-
-def run(args: argparse.Namespace) -> int:
-    """Write the picture; 0."""
-    if args.out.suffix not in (".gif", ".png"):
-        raise UserError(f"OUT is {args.out}; expected a name that ends in .gif or .png.")
-    if args.out.exists() and args.out.resolve() == Path(args.film).resolve():
-        raise UserError(f"OUT is {args.out}, the film that is read. Give another OUT.")
-    if args.out.exists() and not args.force:
-        raise UserError(f"OUT is {args.out}, which is there already. Give another OUT, or --force to replace it.")
-    if not 0 < args.mask_ratio < 1:
-        raise UserError(f"--mask-ratio is {args.mask_ratio:g}; expected a share above 0 and below 1.")
+    Args:
+        checkpoint: A run directory of stage 1, or a file.
+        video: A video, or a folder of its frames.
+        out: A .gif, which moves, or a .png of some frames.
+        start: Where the clip begins (default: in the middle).
+        mask_ratio: Share of hidden patches.
+        seed: Seed of the mask.
+        force: Replace OUT if it exists.
+    """
+    if out.suffix not in (".gif", ".png"):
+        raise UserError(f"OUT is {out}; must end in .gif or .png. Change OUT.")
+    if out.exists() and out.resolve() == Path(video).resolve():
+        raise UserError(f"OUT is {out}, the video that is read. Give another OUT.")
+    if out.exists() and not force:
+        raise UserError(f"OUT is {out}, which exists. Give another OUT, or --force to replace it.")
     from omnivision.reporting.images import gif_bytes, moving, still
     from omnivision.tools.inference import load
     from omnivision.utils.io import replace_atomically
 
-    pictures = load(args.checkpoint, args.device, args.trust_targets).reconstruct(
-        args.film, args.start, args.mask_ratio, args.seed, frame_rate(args, [args.film]), args.frame_pattern
+    images = load(checkpoint, device, trust_targets or []).reconstruct(
+        video, start, mask_ratio, seed, resolve_fps(fps, [video]), frame_pattern
     )
     try:
-        with replace_atomically(args.out) as file:
-            if args.out.suffix == ".gif":
-                file.write(gif_bytes(moving(pictures)))
+        with replace_atomically(out) as file:
+            if out.suffix == ".gif":
+                file.write(gif_bytes(moving(images)))
             else:
-                still(pictures).save(file, "PNG")
+                still(images).save(file, "PNG")
     except OSError as error:
-        raise UserError(f"{args.out} cannot be written: {error.strerror}. Give another OUT.") from error
-    print(f"Wrote {args.out}")
+        raise UserError(f"{out} cannot be written: {error.strerror}. Give another OUT.") from error
+    print(f"Wrote {out}")
     return 0

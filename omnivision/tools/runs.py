@@ -2,62 +2,54 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import shutil
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any
 
+from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from omnivision.launch.jobs import queue_or_none, settled
 from omnivision.reporting.run_directory import sound
+from omnivision.tools.arguments import Flag
 from omnivision.utils.errors import UserError
 from omnivision.utils.streams import fit
-
-if TYPE_CHECKING:
-    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
-
 
 MAX_WIDTH = 10_000
 # Columns that a narrow window goes without, the first ones first.
 SPARE = ("age", "model", "chance %", "trunk", "minutes", "loss", "data", "starts from", "best %")
 
 
-def add_parser(subparsers: Subparsers) -> None:
-    """Add `runs` to the command's parser; its namespace carries `run`, the function to call."""
-    parser = subparsers.add_parser(
-        "runs",
-        help="list runs with their status, accuracy and age",
-        description="List the run folders below DIR (those with a summary.json), oldest first. The loss is that of validation, "
-        "or of training where nothing is validated.",
-    )
-    parser.add_argument("folder", metavar="DIR", type=Path, help="a run folder, or a folder of them")
-    parser.add_argument("--top1", action="store_true", help="only accuracies, by data, best last")
-    parser.set_defaults(run=run)
+def runs(folder: Annotated[Path, Parameter(name="DIR")], /, *, top1: Flag = False) -> int:
+    """List runs with their status, accuracy and age.
 
+    List the run directories below DIR (those with a summary.json), oldest first. The loss is that of validation, or of
+    training where nothing is validated.
 
-def run(args: argparse.Namespace) -> int:
-    """Print the table; 0."""
-    if not args.folder.is_dir():
-        raise UserError(f"{args.folder} is no folder; expected one that holds run folders. Change DIR.")
-    found = summaries(args.folder)
+    Args:
+        folder: A run directory, or a folder of them.
+        top1: Only accuracies, by data, best last.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder; expected one that holds run directories. Change DIR.")
+    found = summaries(folder)
     queue = queue_or_none()
     for summary in found:
         summary["status"], summary["exit_reason"] = settled(summary, queue)
     if not found:
-        raise UserError(f"There is no run below {args.folder}: no summary.json was found. Change DIR.")
-    if args.top1:
+        raise UserError(f"There is no run below {folder}: no summary.json was found. Change DIR.")
+    if top1:
         validated = (summary for summary in found if isinstance(summary["last"].get("val_top1"), (int, float)))
         found = sorted(validated, key=lambda s: (s["run"].get("sources") or [], s["last"]["val_top1"]))
     console = Console(width=MAX_WIDTH)  # rich would break numbers and names in narrower ones
     left_out: list[str] = []
-    made = table(found, headings := headings_of(args.top1))
+    made = table(found, headings := headings_of(top1))
     if console.is_terminal:
         columns = shutil.get_terminal_size().columns
         spare = [heading for heading in SPARE if heading in headings]

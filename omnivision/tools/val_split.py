@@ -2,78 +2,55 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from omnivision.data.catalog import load_array
 from omnivision.data.sampling import Segment
-from omnivision.tools.arguments import number
 from omnivision.tools.prepare.arrays import read_labels, read_paths, read_segments, write_split
 from omnivision.tools.prepare.held_out import GROUPINGS, groups_of, held_out, pattern_grouping
 from omnivision.utils.errors import UserError
 
-if TYPE_CHECKING:
-    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
-
-def add_parser(subparsers: Subparsers) -> None:
-    """Add `val-split` to the command's parser; its namespace carries `run`, the function to call."""
-    parser = subparsers.add_parser(
-        "val-split",
-        help="hold out a part of a training split, all videos of one source on the same side",
-        description="Hold out a part of a training split, to choose settings on without looking at the validation split. All "
-        "videos of one source (film, subject, upload) are on the same side. Writes train_paths.npy, train_labels.npy, "
-        "val_paths.npy and val_labels.npy (with --segments, train_segments.npy and val_segments.npy, too). The same seed gives "
-        "the same split.",
-    )
-    parser.add_argument("paths", metavar="PATHS.npy", help="the paths of the training split")
-    parser.add_argument("labels", metavar="LABELS.npy", help="its labels")
-    parser.add_argument("--segments", metavar="SEGMENTS.npy", help="its segments, where samples are parts of videos")
-    parser.add_argument("out", metavar="OUT", help="the folder to write to")
-    how = parser.add_mutually_exclusive_group(required=True)
-    how.add_argument("--dataset", choices=GROUPINGS, help="how names of videos tell their source")
-    text = "the same for other data: a regular expression; its first parentheses match what names of one source share"
-    how.add_argument("--group-pattern", metavar="REGEX", help=text)
-    parser.add_argument(
-        "--share", type=number, default=0.2, metavar="X", help="of the videos to hold out (default 0.2)"
-    )
-    parser.add_argument("--seed", type=int, default=42, metavar="N", help="another seed, another split (default 42)")
-    parser.set_defaults(run=run)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Write the two splits and say what went where."""
-    if not 0 < args.share < 1:
-        raise UserError(f"--share is {args.share}; expected a number between 0 and 1. Change --share.")
-    if args.seed < 0:
-        raise UserError(f"--seed is {args.seed}; expected a whole number from 0 upwards. Change --seed.")
-    paths = read_paths(args.paths)
-    labels = read_labels(args.labels, len(paths))
+def run(
+    paths_file: str,
+    labels_file: str,
+    out: str,
+    segments_file: str | None,
+    dataset: str | None,
+    group_pattern: str | None,
+    share: float,
+    seed: int,
+) -> int:
+    """Write the two splits and print how they are divided."""
+    if (dataset is None) == (group_pattern is None):
+        raise UserError("Expected one of --dataset and --group-pattern. Set --dataset NAME or --group-pattern REGEX.")
+    paths = read_paths(paths_file)
+    labels = read_labels(labels_file, len(paths))
     if labels.min() < -1:
         raise UserError(
-            f"{args.labels} holds the label {labels.min()}; expected class numbers, or -1 for ignored samples. Mend the labels."
+            f"{labels_file} holds the label {labels.min()}; expected class numbers, or -1 for ignored samples. Mend the labels."
         )
-    beside = Path(args.labels).with_name(Path(args.labels).name.replace("labels", "segments"))
-    if args.segments is None and beside != Path(args.labels) and beside.exists():
+    beside = Path(labels_file).with_name(Path(labels_file).name.replace("labels", "segments"))
+    if segments_file is None and beside != Path(labels_file) and beside.exists():
         raise UserError(f"{beside} lies beside the labels. Pass --segments {beside}, or move it away for whole videos.")
-    segments = read_segments(args.segments, len(paths)) if args.segments else [None] * len(paths)
-    groups = groups_of(paths, GROUPINGS[args.dataset] if args.dataset else pattern_grouping(args.group_pattern))
-    held = held_out(groups, labels, args.share, args.seed)
+    segments = read_segments(segments_file, len(paths)) if segments_file else [None] * len(paths)
+    grouping = pattern_grouping(group_pattern) if group_pattern is not None else GROUPINGS[str(dataset)]
+    groups = groups_of(paths, grouping)
+    held = held_out(groups, labels, share, seed)
     sides = {"train": np.flatnonzero(~held), "val": np.flatnonzero(held)}
     splits = {
         side: ([paths[i] for i in indices], labels[indices], [segments[i] for i in indices])
         for side, indices in sides.items()
     }
-    _write(Path(args.out), splits)
+    _write(Path(out), splits)
     for side, indices in sides.items():
-        share = len(indices) / len(paths)
-        count = f"{len(indices)} videos ({share:.1%}) in {len({groups[i] for i in indices})} groups"
+        actual = len(indices) / len(paths)
+        count = f"{len(indices)} videos ({actual:.1%}) in {len({groups[i] for i in indices})} groups"
         print(
-            f"{side}: {count}, {len(np.unique(labels[indices]))} classes -> {args.out}/{side}_paths.npy, {side}_labels.npy"
+            f"{side}: {count}, {len(np.unique(labels[indices]))} classes -> {out}/{side}_paths.npy, {side}_labels.npy"
         )
     for side, other in (("train", "val"), ("val", "train")):
         if missing := sorted(set(labels[sides[other]].tolist()) - set(labels[sides[side]].tolist())):

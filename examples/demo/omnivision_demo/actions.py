@@ -1,6 +1,6 @@
 """What the person does: twelve actions that differ in which joint angle *moves*, and in nothing a single frame shows.
 
-A body has one channel for each action. A channel's value is amplitude * sin(phase), and every film draws every
+A body has one channel for each action. A channel's value is amplitude * sin(phase), and every video draws every
 channel's phase and amplitude from the same distribution. Its action's channel runs: its phase advances. The
 others stand still at the phase they drew. So one frame, whatever its action, is a draw from one and the same
 distribution of poses, and only a model that looks at several frames can tell the actions apart.

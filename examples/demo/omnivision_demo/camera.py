@@ -19,7 +19,7 @@ MARGIN_X, MARGIN_Y = 0.24, 0.12
 class Camera:
     """One camera. Lengths are in world units: a grown person is about 1 high, the feet stand at y = 0."""
 
-    width: int  # of the film, in pixels, even
+    width: int  # of the video, in pixels, even
     height: int
     view: float  # height of what is seen
     low: float  # y of the lower edge of what is seen
@@ -78,9 +78,9 @@ def path(camera: Camera, frames: int, fps: float, generator: np.random.Generator
     return np.rint(camera.scale * corner.T).astype(np.int64)
 
 
-def develop(camera: Camera, film: NDArray[np.uint8], fps: float, generator: np.random.Generator) -> NDArray[np.uint8]:
-    """What light and sensor make of the drawn `film`, uint8 (T, H, W, 3); same shape and dtype."""
-    count, height, width, _ = film.shape
+def develop(camera: Camera, video: NDArray[np.uint8], fps: float, generator: np.random.Generator) -> NDArray[np.uint8]:
+    """What light and sensor make of the drawn `video`, uint8 (T, H, W, 3); same shape and dtype."""
+    count, height, width, _ = video.shape
     turns, phase = generator.uniform(0.1, 0.6), generator.uniform(0, 2 * np.pi)
     light = 1 + camera.flicker * np.sin(2 * np.pi * turns * np.arange(count) / fps + phase)  # (T,)
     y, x = np.linspace(-1, 1, height)[:, None], np.linspace(-1, 1, width)[None, :]
@@ -89,12 +89,12 @@ def develop(camera: Camera, film: NDArray[np.uint8], fps: float, generator: np.r
     # A few sheets of noise, each shifted at random for every frame, cost a tenth of fresh noise and look the same.
     sheet = generator.normal(0, camera.noise, (2 * height, 2 * width, 1)).astype(np.float32) if camera.noise else None
     for t in range(count):
-        picture = film[t] * (gain * np.float32(light[t]))
+        picture = video[t] * (gain * np.float32(light[t]))
         if sheet is not None:
             top, left = generator.integers(height), generator.integers(width)
             picture += sheet[top : top + height, left : left + width]
-        film[t] = np.clip(picture, 0, 255)
-    return film
+        video[t] = np.clip(picture, 0, 255)
+    return video
 
 
 class Pen:

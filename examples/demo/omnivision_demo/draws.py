@@ -1,4 +1,4 @@
-"""Named streams of random numbers: what a film looks like depends on its name and the seed, never on who drew before."""
+"""Named streams of random numbers: what a video looks like depends on its name and the seed, never on who drew before."""
 
 import colorsys
 import zlib

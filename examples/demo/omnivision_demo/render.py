@@ -1,4 +1,4 @@
-"""From a film's spec to its frames."""
+"""From a video's spec to its frames."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,20 +10,20 @@ from omnivision_demo.camera import MARGIN_X, MARGIN_Y, OVERSAMPLING, Pen, camera
 from omnivision_demo.draws import between, hsv, stream
 from omnivision_demo.movers import draw_mover
 from omnivision_demo.places import paint, place
-from omnivision_demo.spec import FilmSpec
+from omnivision_demo.spec import VideoSpec
 
 
-def channels(spec: FilmSpec) -> NDArray[np.float64]:
-    """The film's true motion: channel values, float64 (T, len(ACTIONS))."""
+def channels(spec: VideoSpec) -> NDArray[np.float64]:
+    """The video's true motion: channel values, float64 (T, len(ACTIONS))."""
     draw = stream(spec.seed, "motion", spec.domain, spec.split, spec.index)
     return actions.motion(spec.label, spec.frames, spec.fps, draw)
 
 
-def render(spec: FilmSpec, person: bool | None = None) -> NDArray[np.uint8]:
-    """The film's frames, RGB, uint8 (T, H, W, 3).
+def render(spec: VideoSpec, person: bool | None = None) -> NDArray[np.uint8]:
+    """The video's frames, RGB, uint8 (T, H, W, 3).
 
     person: whether it shows its person. Without, exactly the same place is left, as if inpainted. By default
-    the films of the domain `nohuman` show nobody and the others do.
+    the videos of the domain `nohuman` show nobody and the others do.
     """
     if person is None:
         person = spec.domain != "nohuman"
@@ -40,7 +40,7 @@ def render(spec: FilmSpec, person: bool | None = None) -> NDArray[np.uint8]:
     drawn = figure.outline(who, pose) if pose is not None else None
 
     width, height = OVERSAMPLING * seen_by.width, OVERSAMPLING * seen_by.height
-    film = np.empty((spec.frames, seen_by.height, seen_by.width, 3), np.uint8)
+    video = np.empty((spec.frames, seen_by.height, seen_by.width, 3), np.uint8)
     for t, (column, row) in enumerate(corners.tolist()):
         picture = world.crop((column, row, column + width, row + height))
         left = -seen_by.half_width - MARGIN_X + column / scale
@@ -51,7 +51,7 @@ def render(spec: FilmSpec, person: bool | None = None) -> NDArray[np.uint8]:
         if pose is not None and drawn is not None:
             pen.shadow(float(pose[t, 0, 0]), 0.0, 0.2, 0.3)
             figure.draw(drawn, t, ImageDraw.Draw(picture), scale, left, top)
-        film[t] = np.asarray(picture.reduce(OVERSAMPLING))
+        video[t] = np.asarray(picture.reduce(OVERSAMPLING))
     if spec.domain != "synthetic":
-        film = develop(seen_by, film, spec.fps, draw)
-    return film
+        video = develop(seen_by, video, spec.fps, draw)
+    return video

@@ -22,7 +22,7 @@ _DOWN, _UP, _FORWARD = np.array([0.0, -1.0, 0.0]), np.array([0.0, 1.0, 0.0]), np
 
 @dataclass(frozen=True)
 class Stance:
-    """What a film draws of its person that no action ever moves."""
+    """What a video draws of its person that no action ever moves."""
 
     yaw: float  # heading, radians; 0 faces the camera
     twist: float  # of the upper arms about themselves, radians: where bent forearms point
@@ -30,7 +30,7 @@ class Stance:
 
 
 def stance(seed: int, domain: str, split: str, index: int) -> Stance:
-    """The stance of one film's person; independent of its label."""
+    """The stance of one video's person; independent of its label."""
     draw = stream(seed, "stance", domain, split, index)
     # Half turned: seen straight from the front, what moves forwards would not be seen to move.
     yaw = between(draw, 0.35, 0.95) * (1 if draw.uniform() < 0.5 else -1)

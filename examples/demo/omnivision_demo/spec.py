@@ -1,4 +1,4 @@
-"""What a film is, before a pixel is drawn: its label and the ids of its body, place and camera.
+"""What a video is, before a pixel is drawn: its label and the ids of its body, place and camera.
 
 Splits and domains draw their bodies, places and cameras from pools of ids that do not overlap, so that nothing but
 the motion can be learnt in one and used in another.
@@ -23,8 +23,8 @@ _PLACES_PER_TYPE = {"train": 24, "val": 8}
 
 
 @dataclass(frozen=True)
-class FilmSpec:
-    """One film. `frames` and `gop` are counted in frames; ids are unique over all domains and splits."""
+class VideoSpec:
+    """One video. `frames` and `gop` are counted in frames; ids are unique over all domains and splits."""
 
     seed: int
     domain: str
@@ -49,17 +49,17 @@ class FilmSpec:
 
     @property
     def path(self) -> str:
-        """Where the film lies inside its domain's folder."""
+        """Where the video lies inside its domain's folder."""
         return f"{self.split}/{self.index:05d}.mp4"
 
 
-def film_spec(seed: int, domain: str, split: str, index: int) -> FilmSpec:
-    """The film number `index` of a split; it does not depend on how many films the split has."""
+def video_spec(seed: int, domain: str, split: str, index: int) -> VideoSpec:
+    """The video number `index` of a split; it does not depend on how many videos the split has."""
     draw = stream(seed, "film", domain, split, index)
     label = index % len(ACTIONS)
     first = _POOL * (len(SPLITS) * DOMAINS.index(domain) + SPLITS.index(split))
     kind = pick(draw, len(PLACE_TYPES))
-    # Where nobody is to be seen, the place is all there is to learn from: half of an action's films
+    # Where nobody is to be seen, the place is all there is to learn from: half of an action's videos
     # are set in its favourite type of place. Elsewhere the place says nothing.
     at_favourite = between(draw, 0, 1) < 0.5
     if domain == "nohuman" and at_favourite:
@@ -68,7 +68,7 @@ def film_spec(seed: int, domain: str, split: str, index: int) -> FilmSpec:
     fps = FRAME_RATES[pick(draw, len(FRAME_RATES))]
     # Mostly short, for speed, with a tail of long ones.
     seconds = SHORTEST_SECONDS + (LONGEST_SECONDS - SHORTEST_SECONDS) * between(draw, 0, 1) ** 2
-    return FilmSpec(
+    return VideoSpec(
         seed=seed,
         domain=domain,
         split=split,

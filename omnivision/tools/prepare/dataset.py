@@ -15,7 +15,6 @@ import csv
 import dataclasses
 import io
 import json
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,12 +23,12 @@ import numpy as np
 from omnivision.tools.prepare.arrays import write_split
 from omnivision.tools.prepare.listing import Listing, printable
 from omnivision.tools.prepare.transcode import Job, Outcome, Recipe, destinations, remove_leftovers, transcode
-from omnivision.tools.prepare.workers import Died, in_processes
+from omnivision.tools.prepare.workers import in_processes
+from omnivision.tools.progress import track
 from omnivision.utils.errors import UserError
 from omnivision.utils.io import write_atomically
 
 _STAMP, _FAILED = "prepare.json", "failed.csv"
-Progress = Callable[[Iterator[tuple[int, Outcome | Died]], int], Iterator[tuple[int, Outcome | Died]]]
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,6 @@ def write_dataset(
     settings: dict[str, object],
     recipe: Recipe | None,
     workers: int,
-    progress: Progress,
 ) -> Prepared:
     """Write everything into OUT, which `claim` has allowed. Raises UserError when it cannot be written to."""
     try:
@@ -96,7 +94,7 @@ def write_dataset(
             made, prefix = None, listing.root
         else:
             made = results(listing, recipe, out)
-            failed, kept = _transcode_all(out / recipe.folder, listing, made, recipe, workers, progress)
+            failed, kept = _transcode_all(out / recipe.folder, listing, made, recipe, workers)
             prefix = str(out.absolute() / recipe.folder)
             _write_failed(out / _FAILED, listing, failed)
         keep = {
@@ -124,7 +122,7 @@ def _cannot_write(folder: Path, reason: str) -> UserError:
 
 
 def _transcode_all(
-    folder: Path, listing: Listing, made: dict[str, str], recipe: Recipe, workers: int, progress: Progress
+    folder: Path, listing: Listing, made: dict[str, str], recipe: Recipe, workers: int
 ) -> tuple[dict[str, str], int]:
     """Make what is missing; returns the reasons of what could not be made, and how many were there already."""
     missing = [path for path, destination in made.items() if not Path(destination).exists()]
@@ -132,7 +130,7 @@ def _transcode_all(
     failed = {}
     work = in_processes(transcode, jobs, workers)
     try:
-        for position, outcome in progress(work, len(jobs)):
+        for position, outcome in track(work, len(jobs), "prepare"):
             if isinstance(outcome, Outcome) and outcome.fault:
                 raise _cannot_write(folder, outcome.fault)
             if outcome.reason:

@@ -71,6 +71,10 @@ class Listing:
     def rows(self) -> Iterable[Row]:
         return (row for rows in self.splits.values() for row in rows)
 
+    def arrays(self, split: str) -> list[str]:
+        """Return which arrays the split has: paths, labels, and segments if a sample is a part of a video."""
+        return ["paths", "labels", *(["segments"] if any(row.segment for row in self.splits[split]) else [])]
+
     def full(self, path: str) -> str:
         return os.path.join(self.root, path)
 

@@ -2,35 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Annotated
+
+from cyclopts import Parameter
 
 from omnivision.launch.jobs import queue_or_none, settled
+from omnivision.tools.arguments import Flag
 from omnivision.utils.errors import UserError
 from omnivision.utils.streams import fit
-
-if TYPE_CHECKING:
-    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
-
-
-def add_parser(subparsers: Subparsers) -> None:
-    """Add `report` to the command's parser; its namespace carries `run`, the function to call."""
-    parser = subparsers.add_parser(
-        "report",
-        help="make an HTML page of runs: curves, settings, reconstructions, mistakes",
-        description="One page that needs no network: settings and what differs between runs, curves, reconstructions, "
-        "accuracy by class, confusion matrices, the worst and most confident mistakes as clips, what started from what, and of "
-        "several downstream runs the table of the paper.",
-    )
-    parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="a run folder, or a folder of them (a sweep)")
-    parser.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE", help="default: report.html")
-    text = "no clips of what a model was most wrong about (they are read from where each run says that its films lie)"
-    parser.add_argument("--no-clips", action="store_true", help=text)
-    parser.add_argument("--title", metavar="TEXT", help="heading of the page (default: the names of the runs)")
-    parser.set_defaults(run=run)
 
 
 def is_page(file: Path) -> bool:
@@ -46,33 +28,51 @@ def folder_of(paths: list[str]) -> str:
         return "several places"
 
 
-def run(args: argparse.Namespace) -> int:
-    """Write the page; 0."""
+def report(
+    runs: Annotated[list[Path], Parameter(name="RUN")],
+    /,
+    *,
+    out: Annotated[Path, Parameter(metavar="FILE")] = Path("report.html"),
+    no_clips: Flag = False,
+    title: Annotated[str | None, Parameter(metavar="TEXT")] = None,
+) -> int:
+    """Make an HTML page of runs: curves, settings, reconstructions, mistakes.
+
+    One page that needs no network: settings and their differences between runs, curves, reconstructions, accuracy by class,
+    confusion matrices, the worst and most confident mistakes as clips, what started from what, and of several downstream
+    runs the table of the paper.
+
+    Args:
+        runs: A run directory, or a folder of them (a sweep).
+        out: The page.
+        no_clips: No clips of a model's mistakes (they are read from where each run says that its videos are).
+        title: Heading of the page (default: the names of the runs).
+    """
     from omnivision.tools.report.collect import find_runs
     from omnivision.tools.report.page import render
     from omnivision.utils.io import write_atomically
 
     try:
-        there = args.out.absolute().parent.is_dir() and not args.out.is_dir()
+        there = out.absolute().parent.is_dir() and not out.is_dir()
     except (OSError, ValueError):  # a name too long, or none
         there = False
     if not there:
-        raise UserError(f"--out is {str(args.out)[:200]!r}; expected a file in a folder that is there. Change --out.")
-    if args.out.exists() and not (args.out.is_file() and is_page(args.out)):
-        raise UserError(f"--out is {args.out}, which is there and is no report. Give another file.")
-    found, queue, clips = find_runs(args.runs), queue_or_none(), not args.no_clips
+        raise UserError(f"--out is {str(out)[:200]!r}; expected a file in a folder that is there. Change --out.")
+    if out.exists() and not (out.is_file() and is_page(out)):
+        raise UserError(f"--out is {out}, which is there and is no report. Give another file.")
+    found, queue, clips = find_runs(runs), queue_or_none(), not no_clips
     for each in found:
         each.summary["status"], each.summary["exit_reason"] = settled(each.summary, queue)
     names = ", ".join(run.name for run in found[:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else "")
-    if len(args.runs) == 1 and len(found) > 1:
-        names = args.runs[0].resolve().name
-    page = render(found, args.title or names, clips)
+    if len(runs) == 1 and len(found) > 1:
+        names = runs[0].resolve().name
+    page = render(found, title or names, clips)
     try:
-        write_atomically(args.out, page)
+        write_atomically(out, page)
     except OSError as error:
-        raise UserError(f"{args.out} cannot be written: {error.strerror}. Change --out.") from error
+        raise UserError(f"{out} cannot be written: {error.strerror}. Change --out.") from error
     if clips and (folders := sorted({folder_of(each.paths) for run in found for each in run.predicted.values()})):
         told = ", ".join(folders[:3]) + (f" and {len(folders) - 3} more" if len(folders) > 3 else "")
         print(fit(f"Clips of mistakes are from films in {told}; --no-clips leaves them out.", sys.stdout))
-    print(f"Wrote {args.out} ({args.out.stat().st_size / 1e6:.1f} MB, {len(found)} run{'s' * (len(found) > 1)})")
+    print(f"Wrote {out} ({out.stat().st_size / 1e6:.1f} MB, {len(found)} run{'s' * (len(found) > 1)})")
     return 0

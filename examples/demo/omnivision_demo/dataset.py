@@ -1,4 +1,4 @@
-"""Writes the demo data: every domain's films, their .npy lists of paths and labels, and a .csv that tells all.
+"""Writes the demo data: every domain's videos, their .npy lists of paths and labels, and a .csv that tells all.
 
     FOLDER/class_names.txt            one action a line, in the order of the labels
     FOLDER/demo-data.json             with which settings it was made, and whether it is complete
@@ -26,24 +26,34 @@ from omnivision.data.encode import TEMPORARY_SUFFIX, write_film
 from omnivision.utils.errors import UserError
 from omnivision_demo.actions import ACTIONS
 from omnivision_demo.render import channels, render
-from omnivision_demo.spec import DOMAINS, SPLITS, FilmSpec, film_spec
+from omnivision_demo.spec import DOMAINS, SPLITS, VideoSpec, video_spec
 
-__all__ = ["ACTIONS", "DOMAINS", "SPLITS", "FilmSpec", "Written", "channels", "film_spec", "render", "write_demo_data"]
+__all__ = [
+    "ACTIONS",
+    "DOMAINS",
+    "SPLITS",
+    "VideoSpec",
+    "Written",
+    "channels",
+    "render",
+    "video_spec",
+    "write_demo_data",
+]
 
 _STAMP = "demo-data.json"
-_VERSION = 2  # raise it when the same settings give other films
+_VERSION = 2  # raise it when the same settings give other videos
 _COLUMNS = ("path", "label", "action", "body", "place", "camera", "fps", "frames", "gop", "seed", "place_type")
 
-Progress = Callable[[int, int], None]  # (films done, films in all)
+Progress = Callable[[int, int], None]  # (videos done, videos in all)
 
 
 @dataclass(frozen=True)
 class Written:
     """What `write_demo_data` found and did."""
 
-    films: int  # of the data set
+    videos: int  # of the data set
     made: int  # of them, by this call
-    size: int  # of all films, in bytes
+    size: int  # of all videos, in bytes
 
 
 def write_demo_data(
@@ -59,8 +69,8 @@ def write_demo_data(
 ) -> Written:
     """Make the demo data in `folder`, or what of it is missing there.
 
-    train, val: films of each action in each domain. synthetic: training films of each action in the synthetic domain, where
-    films are cheap; as many as elsewhere if None. workers: processes; 1 works in this one.
+    train, val: videos of each action in each domain. synthetic: training videos of each action in the synthetic domain, where
+    videos are cheap; as many as elsewhere if None. workers: processes; 1 works in this one.
     Raises UserError when a setting cannot be, or the folder cannot be written or holds something else.
     """
     drawn = train if synthetic is None else synthetic
@@ -80,7 +90,7 @@ def write_demo_data(
         return of_each * len(ACTIONS)
 
     specs = [
-        film_spec(seed, domain, split, index)
+        video_spec(seed, domain, split, index)
         for domain in domains
         for split in SPLITS
         for index in range(count(domain, split))
@@ -107,7 +117,7 @@ def write_demo_data(
             "with about 100 MB free; choose another DIR, or mend this one and run the same command again: it goes on "
             "where it stopped."
         ) from error
-    return Written(films=len(specs), made=len(missing), size=size)
+    return Written(videos=len(specs), made=len(missing), size=size)
 
 
 def _check(train: int, val: int, synthetic: int, seed: int, workers: int, domains: Sequence[str]) -> None:
@@ -156,7 +166,7 @@ def _stamp(folder: Path, settings: dict[str, object], complete: bool) -> None:
 
 
 def _prepare_folders(folder: Path, domains: Sequence[str]) -> None:
-    """Remove what a killed run left half written; make the folders for the films."""
+    """Remove what a killed run left half written; make the folders for the videos."""
     for place in (folder, *(folder / domain / part for domain in domains for part in (".", *SPLITS))):
         for leftover in place.glob(f".*{TEMPORARY_SUFFIX}"):
             leftover.unlink(missing_ok=True)
@@ -165,20 +175,20 @@ def _prepare_folders(folder: Path, domains: Sequence[str]) -> None:
             (folder / domain / split).mkdir(parents=True, exist_ok=True)
 
 
-def _make(folder: Path, specs: list[FilmSpec], workers: int) -> Iterator[int]:
-    """Render and write all films, in this process or in others; yields the size in bytes of each one done."""
+def _make(folder: Path, specs: list[VideoSpec], workers: int) -> Iterator[int]:
+    """Render and write all videos, in this process or in others; yields the size in bytes of each one done."""
     if workers == 1 or len(specs) < 2:
         for spec in specs:
-            yield _make_film(str(folder), spec)
+            yield _make_video(str(folder), spec)
         return
     # Spawned, not forked: the caller may hold threads or a GPU.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(specs)), mp_context=context, initializer=_leave_with_parent) as pool:
+    with ProcessPoolExecutor(min(workers, len(specs)), mp_context=context, initializer=_exit_with_parent) as pool:
         try:
-            yield from pool.map(_make_film, [str(folder)] * len(specs), specs, chunksize=4)
+            yield from pool.map(_make_video, [str(folder)] * len(specs), specs, chunksize=4)
         except BrokenProcessPool as error:
             raise RuntimeError(
-                "A process that makes demo films died (killed, or out of memory?). "
+                "A process that makes demo videos died (killed, or out of memory?). "
                 "Run the same command again, perhaps with fewer --workers: it goes on where it stopped."
             ) from error
         except BaseException:
@@ -186,7 +196,7 @@ def _make(folder: Path, specs: list[FilmSpec], workers: int) -> Iterator[int]:
             raise
 
 
-def _leave_with_parent() -> None:
+def _exit_with_parent() -> None:
     """In a worker: end when the process that started it is gone; the pool's workers would wait for ever."""
     parent = multiprocessing.parent_process()
 
@@ -198,11 +208,11 @@ def _leave_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _make_film(folder: str, spec: FilmSpec) -> int:
+def _make_video(folder: str, spec: VideoSpec) -> int:
     return write_film(Path(folder) / spec.domain / spec.path, render(spec), fps=spec.fps, gop=spec.gop, crf=spec.crf)
 
 
-def _write_lists(folder: Path, split: str, specs: list[FilmSpec]) -> None:
+def _write_lists(folder: Path, split: str, specs: list[VideoSpec]) -> None:
     """The split's paths (unicode, 1-D), labels (int64, 1-D) and table."""
     arrays = {"paths": np.array([spec.path for spec in specs]), "labels": np.array([s.label for s in specs], np.int64)}
     for name, array in arrays.items():

@@ -1,4 +1,4 @@
-"""How far a command is: a bar on a terminal, a line at every tenth elsewhere. On standard error."""
+"""Progress on standard error: a bar on a terminal, a line at every tenth elsewhere."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 Item = TypeVar("Item")
 
 
-def told(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
-    """The items, telling how many of `total` have passed."""
+def track(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
+    """Yield the items, and show how many of `total` are done."""
     console = Console(stderr=True)
     if console.is_terminal:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -1,0 +1,91 @@
+"""`omnivision import` and `omnivision export`: their arguments. What they do is in the modules that they import."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from omnivision.tools.arguments import Flag, at_least
+
+Count = Annotated[int | None, Parameter(metavar="N", group="What a file may not tell (used only where it does not)")]
+
+
+def import_weights(
+    source: str,
+    out: Annotated[Path, Parameter(name="OUT.pt")],
+    /,
+    *,
+    format: Literal["auto", "omnivision", "ppma", "omnimae", "videomae", "hf"] = "auto",
+    num_heads: Count = None,
+    num_frames: Count = None,
+    image_size: Count = None,
+    decoder_heads: Count = None,
+    force: Flag = False,
+) -> int:
+    """Convert weights of PPMA, OmniMAE, VideoMAE or Hugging Face to our names.
+
+    Read weights (a file, a run directory, or a folder of Hugging Face's save_pretrained), recognise their format by their
+    names, and write one file that every stage takes as pretrained_checkpoint_path. Print what became of each entry. Weights
+    only: pickled objects are refused.
+
+    Args:
+        source: .pt, .pth, .bin, .torch, .safetensors, or a folder.
+        out: The file to write.
+        format: Format of the weights (default: by their names).
+        num_heads: Attention heads of the trunk (usual: width 192: 3, 384: 6, 768: 12, 1024 and 1280: 16).
+        num_frames: Frames of a clip (usual: 16).
+        image_size: Pixels of a clip's side (usual: 224, or what the positional embedding in the file tells).
+        decoder_heads: Attention heads of the decoder (usual: 16).
+        force: Replace OUT if it exists.
+    """
+    from omnivision.tools.import_weights import run
+
+    geometry = {
+        "heads": num_heads,
+        "num_frames": num_frames,
+        "image_size": image_size,
+        "decoder_heads": decoder_heads,
+    }
+    return run(source, out, format, geometry, force)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """What `export` writes.
+
+    Attributes:
+        to: What to write.
+        weights: Weights as trained, or their EMA (default: the EMA if the run kept one, as validation did).
+        merge: Make a learned average of checkpoints one ordinary classifier.
+        sources: With --merge: the averaged checkpoints, in order (default: where they were).
+        head: With --to hf: which of several heads.
+        class_names: With --to hf: one name per line, in the order of the labels (default: those of the run).
+        force: Replace OUT if it exists.
+    """
+
+    to: Literal["pt", "safetensors", "hf"]
+    weights: Literal["model", "ema"] | None = None
+    merge: Flag = False
+    sources: Annotated[list[str] | None, Parameter(consume_multiple=True, metavar="FILE")] = None
+    head: Annotated[int, at_least(0)] = 0
+    class_names: Annotated[str | None, Parameter(metavar="FILE")] = None
+    force: Flag = False
+
+
+def export(checkpoint: str, out: Path, /, *, options: ExportOptions) -> int:
+    """Write a model as one file of weights, or as a folder for Hugging Face's transformers.
+
+    Write the model of a run directory, a checkpoint, or a file that `omnivision import` wrote. pt and safetensors keep our
+    names and hold their architecture; hf is a save_pretrained folder of VideoMAE.
+
+    Args:
+        checkpoint: A run directory (its best checkpoint) or a file.
+        out: The file to write; with --to hf a folder.
+    """
+    from omnivision.tools.export import run
+
+    return run(checkpoint, out, options)
