@@ -45,6 +45,7 @@ setup(
         "submitit>=1.5.3",
         "rich>=13",
         "cyclopts>=5.5",
+        "pebble>=5",
         "tensorboard>=2.16",
         "matplotlib>=3.8",
         "safetensors>=0.4",

@@ -18,7 +18,7 @@ from omnivision.data.encode import write_film
 from omnivision.tools import check_data
 from omnivision.tools.main import main
 from omnivision.tools.prepare.duplicates import same_films
-from omnivision.tools.prepare.workers import Died
+from omnivision.tools.prepare.workers import WorkerCrashedError
 from omnivision.utils.errors import EXIT_INTERRUPTED, UserError
 from tests.runs import call_command, real_films
 
@@ -142,13 +142,13 @@ class Samples(Folder):
 
     def test_a_process_that_dies_costs_its_sample(self):
         self.film("a.mp4")
-        with mock.patch.object(check_data, "in_processes", return_value=iter([(0, Died("killed"))])):
+        with mock.patch.object(check_data, "run_in_processes", return_value=iter([(0, WorkerCrashedError("killed"))])):
             code, out, _ = self.check(["a.mp4"])
         self.assertEqual((code, "bad: a.mp4: killed" in out), (1, True))
 
     def test_interrupted(self):
         paths = self.save("paths.npy", [self.film("a.mp4")])
-        with mock.patch.object(check_data, "in_processes", side_effect=KeyboardInterrupt):
+        with mock.patch.object(check_data, "run_in_processes", side_effect=KeyboardInterrupt):
             self.assertEqual(run(paths, "--json", self.folder / "x.json")[0], EXIT_INTERRUPTED)
         self.assertFalse((self.folder / "x.json").exists())
 

@@ -21,7 +21,7 @@ from omnivision.tools.prepare.arrays import read_labels, read_paths, read_segmen
 from omnivision.tools.prepare.duplicates import same_films
 from omnivision.tools.prepare.film_check import CheckJob, FilmCheck, check_film
 from omnivision.tools.prepare.listing import drop_suffix, printable
-from omnivision.tools.prepare.workers import Died, default_workers, in_processes
+from omnivision.tools.prepare.workers import WorkerCrashedError, default_workers, run_in_processes
 from omnivision.tools.progress import track
 from omnivision.utils.errors import EXIT_INTERRUPTED, EXIT_USER, UserError
 from omnivision.utils.io import write_atomically
@@ -54,13 +54,13 @@ def run(paths_file: str, labels_file: str | None, args: CheckOptions) -> int:
     checks = [FilmCheck(ok=False, reason="not read")] * len(full)
     try:
         for number, result in track(
-            in_processes(check_film, jobs, default_workers() if args.workers is None else args.workers),
+            run_in_processes(check_film, jobs, default_workers() if args.workers is None else args.workers),
             len(jobs),
             "check-data",
         ):
             positions = samples[jobs[number].path]
-            if isinstance(result, Died):
-                result = [FilmCheck(ok=False, reason=result.reason)] * len(positions)
+            if isinstance(result, WorkerCrashedError):
+                result = [FilmCheck(ok=False, reason=str(result))] * len(positions)
             for position, check in zip(positions, result, strict=True):
                 checks[position] = check
     except KeyboardInterrupt:

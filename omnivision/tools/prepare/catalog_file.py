@@ -1,22 +1,17 @@
-"""The entry of a dataset in the catalog, as text to paste, and in a file that Hydra can be given.
-
-A file that is there keeps its comments and its other entries: only the lines of the entry change.
-"""
+"""The entry of a dataset in the catalog: as text to paste, and in a file whose comments and other entries stay."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from omnivision.utils.errors import UserError
 from omnivision.utils.io import write_atomically
 
-_HEADER = "# @package _global_"
+_HEADER = "# @package _global_"  # without it, Hydra would not find `datasets` at the top
 
 
 def entry_lines(
@@ -29,115 +24,109 @@ def entry_lines(
     fps: float | None,
     frame_pattern: str | None = None,
 ) -> list[str]:
-    """The lines of the entry, indented as in a catalog. `folder` holds the arrays and class_names.txt.
+    """Return the lines of the entry. `folder` holds the arrays and class_names.txt; splits: split -> names of its arrays.
 
-    splits: split -> its arrays ("paths", "labels", "segments").
-
-    Raises UserError for a path with "${", which would be read as a reference to another setting, and for a name that YAML
-    reads as something else (on, null, 12).
+    Raises UserError for a path with "${", which a configuration reads as a reference, and for a name that YAML does not read
+    as a word (on, null, 12).
     """
     if yaml.safe_load(name) != name:
-        raise UserError(f"--name is {name!r}, which YAML does not read as a word. Give another name.")
+        raise UserError(f"--name is {name!r}, which YAML does not read as a word. Change --name.")
     lines = [f"{name}:", "  kind: video", f"  num_classes: {num_classes}"]
-    lines += [f"  class_names: {_text(folder / 'class_names.txt')}", f"  prefix: {_text(prefix)}"]
+    lines += [f"  class_names: {_quote(folder / 'class_names.txt')}", f"  prefix: {_quote(prefix)}"]
     if fps is not None:
         lines.append(f"  fps: {int(fps) if fps == int(fps) else fps}")
     if frame_pattern is not None:
-        lines.append(f"  frame_pattern: {_text(frame_pattern)}")
+        lines.append(f"  frame_pattern: {_quote(frame_pattern)}")
     for split, arrays in splits.items():
-        files = ", ".join(f"{what}: {_text(folder / f'{split}_{what}.npy')}" for what in arrays)
+        files = ", ".join(f"{what}: {_quote(folder / f'{split}_{what}.npy')}" for what in arrays)
         lines.append(f"  {split}: {{{files}}}")
     return lines
 
 
 def updated_catalog(file: Path, name: str, lines: list[str]) -> str:
-    """The text of the catalog `file`, which need not exist, with this entry. Raises UserError when it cannot be updated."""
-    old = _text_of(file)
-    before = _parsed(old, file)
-    text = _with_entry(old, name, lines) if old.strip() else _with_entry(f"{_HEADER}\ndatasets:\n", name, lines)
-    entry = yaml.safe_load("\n".join(lines))
-    expected = {**before, "datasets": {**(before.get("datasets") or {}), **entry}}
-    try:
-        changed = yaml.safe_load(text) == expected
-    except yaml.YAMLError:
-        changed = False
-    if not changed:
-        raise UserError(
-            f"{file} is written in a way that the entry {name} cannot be put into it line by line (datasets in braces, "
-            "anchors?). Nothing was changed. Paste the entry that the command prints without --catalog, or give a new file."
-        )
-    return text
+    """Return the text of the catalog `file`, which may be new, with this entry in place of the one of that name.
+
+    Raises UserError for a file that is no catalog.
+    """
+    text = _read(file)
+    datasets = _datasets(text, file)
+    rows = text.splitlines()
+    if datasets is None or not datasets.value:
+        if datasets is None:
+            rows.append("datasets:")
+        start = next(i for i, row in enumerate(rows) if row.startswith("datasets:")) + 1
+        end, indent = start, 2
+    else:
+        indent = datasets.value[0][0].start_mark.column
+        end = _last_line(datasets) + 1
+        start = end
+        for key, value in datasets.value:
+            if key.value == name:
+                start, end = key.start_mark.line, max(key.end_mark.line, _last_line(value)) + 1
+    return "\n".join([*rows[:start], *(" " * indent + line for line in lines), *rows[end:]]) + "\n"
 
 
 def write_catalog(file: Path, text: str) -> None:
-    """Raises UserError when it cannot be written."""
+    """Replace the catalog. Raises UserError when it cannot be written."""
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, text)
     except OSError as error:
-        raise UserError(f"--catalog {file} cannot be written: {error.strerror}. Give another file.") from error
+        raise UserError(f"--catalog {file} cannot be written: {error.strerror}. Set another --catalog.") from error
 
 
-def _text(path: Path | str) -> str:
-    """As a string in YAML: JSON's are among them."""
-    if "${" in str(path):
+def _read(file: Path) -> str:
+    try:
+        text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    except UnicodeDecodeError as error:
+        raise UserError(f"--catalog {file} must be text in UTF-8. Set another --catalog.") from error
+    if file.exists() and not file.is_file():
+        raise UserError(f"--catalog {file} must be a YAML file, which may be new. Set another --catalog.")
+    if text.strip() and not text.startswith(_HEADER):
+        raise UserError(f"--catalog {file} must begin with the line {_HEADER!r}. Add it, or set another --catalog.")
+    return text if text.strip() else f"{_HEADER}\n"
+
+
+def _datasets(text: str, file: Path) -> yaml.MappingNode | None:
+    """Return the node of `datasets`, without entries if it is empty; None if the file has no such key."""
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, RecursionError) as error:
+        reason = " ".join(str(error).split())
         raise UserError(
-            f'{path} holds "${{", which a configuration takes for a reference to another setting. Rename it.'
-        )
+            f"--catalog {file} cannot be read as YAML: {reason}. Fix it, or set another --catalog."
+        ) from error
+    if root is None:
+        return None
+    if isinstance(root, yaml.MappingNode):
+        found = [value for key, value in root.value if key.value == "datasets"]
+        if not found:
+            return None
+        if isinstance(found[0], yaml.MappingNode) and not found[0].flow_style:
+            return found[0]
+        if found[0].tag == "tag:yaml.org,2002:null":
+            return yaml.MappingNode(found[0].tag, [])
+    raise UserError(
+        f"--catalog {file} must be a mapping with a block of entries below `datasets:`. Set another --catalog, or paste the "
+        "entry that the command prints without it."
+    )
+
+
+def _last_line(node: yaml.Node) -> int:
+    """Return the last line of a node without the comments that follow it."""
+    if isinstance(node, yaml.MappingNode) and not node.flow_style and node.value:
+        return _last_line(node.value[-1][1])
+    if isinstance(node, yaml.SequenceNode) and not node.flow_style and node.value:
+        return _last_line(node.value[-1])
+    is_block_text = isinstance(node, yaml.ScalarNode) and node.style in ("|", ">")
+    return node.end_mark.line - 1 if is_block_text else node.end_mark.line
+
+
+def _quote(path: Path | str) -> str:
+    """Return a string in YAML: one of JSON is."""
+    if "${" in str(path):
+        raise UserError(f'{path} must not contain "${{", which a configuration reads as a reference. Rename it.')
     try:
         str(path).encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{str(path)!a} is not UTF-8, which a configuration must be. Rename the folder.") from error
+        raise UserError(f"{str(path)!a} must be UTF-8, as a configuration is. Rename the folder.") from error
     return json.dumps(str(path), ensure_ascii=False)
-
-
-def _text_of(file: Path) -> str:
-    if not file.exists():
-        return ""
-    if not file.is_file():
-        raise UserError(f"--catalog {file} is no file; expected a YAML file, which may be new.")
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"--catalog {file} is not a text in UTF-8; expected a YAML file, which may be new.") from error
-
-
-def _parsed(text: str, file: Path) -> dict[str, Any]:
-    try:
-        found = yaml.safe_load(text) or {}
-    except (yaml.YAMLError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"--catalog {file} cannot be read as YAML: {reason}. Mend it, or give a new file.") from error
-    if not isinstance(found, dict) or not isinstance(found.get("datasets") or {}, dict):
-        raise UserError(f"--catalog {file} is no catalog; expected a mapping with the key datasets. Give a new file.")
-    if text.strip() and not text.startswith(_HEADER):
-        raise UserError(
-            f"--catalog {file} does not begin with the line {_HEADER!r}, without which Hydra would not find datasets at the "
-            "top. Put it there, or give a new file."
-        )
-    return found
-
-
-def _with_entry(text: str, name: str, lines: list[str]) -> str:
-    """`text` with the entry in place of the one of that name, or after the others; unchanged if it cannot be had."""
-    rows = text.splitlines()
-    start = next((i + 1 for i, row in enumerate(rows) if re.match(r"datasets:\s*(#.*)?$", row)), None)
-    if start is None and re.search(r"^['\"]?datasets['\"]?\s*:", text, re.MULTILINE):
-        return text  # in braces
-    if start is None:
-        rows += ["", "datasets:"]
-        start = len(rows)
-    end = next((i for i in range(start, len(rows)) if re.match(r"[^\s#]", rows[i])), len(rows))
-    while end > start and not rows[end - 1].strip():
-        end -= 1  # blank lines stay after the section
-    keys = [i for i in range(start, end) if rows[i].strip() and not rows[i].lstrip().startswith("#")]
-    indent = re.match(r"\s*", rows[keys[0]])[0] if keys else "  "  # type: ignore[index]
-    heads = [i for i in keys if re.match(rf"{indent}[^\s#]", rows[i])]
-    block = [indent + line for line in lines]
-    for number, head in enumerate(heads):
-        if re.match(rf"{indent}(['\"]?){re.escape(name)}\1\s*:", rows[head]):
-            last = heads[number + 1] if number + 1 < len(heads) else end
-            while last - 1 > head and (not rows[last - 1].strip() or rows[last - 1].lstrip().startswith("#")):
-                last -= 1  # what stands above the next entry is about that one
-            return "\n".join([*rows[:head], *block, *rows[last:]]) + "\n"
-    return "\n".join([*rows[:end], *block, *rows[end:]]) + "\n"

@@ -22,8 +22,8 @@ import numpy as np
 
 from omnivision.tools.prepare.arrays import write_split
 from omnivision.tools.prepare.listing import Listing, printable
-from omnivision.tools.prepare.transcode import Job, Outcome, Recipe, destinations, remove_leftovers, transcode
-from omnivision.tools.prepare.workers import in_processes
+from omnivision.tools.prepare.transcode import Job, Recipe, destinations, remove_leftovers, transcode
+from omnivision.tools.prepare.workers import WorkerCrashedError, run_in_processes
 from omnivision.tools.progress import track
 from omnivision.utils.errors import UserError
 from omnivision.utils.io import write_atomically
@@ -128,12 +128,14 @@ def _transcode_all(
     missing = [path for path, destination in made.items() if not Path(destination).exists()]
     jobs = [Job(listing.full(path), made[path], recipe) for path in missing]
     failed = {}
-    work = in_processes(transcode, jobs, workers)
+    work = run_in_processes(transcode, jobs, workers)
     try:
         for position, outcome in track(work, len(jobs), "prepare"):
-            if isinstance(outcome, Outcome) and outcome.fault:
+            if isinstance(outcome, WorkerCrashedError):
+                failed[missing[position]] = str(outcome)
+            elif outcome.fault:
                 raise _cannot_write(folder, outcome.fault)
-            if outcome.reason:
+            elif outcome.reason:
                 failed[missing[position]] = outcome.reason
     finally:
         work.close()  # ends its processes
