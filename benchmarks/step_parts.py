@@ -28,19 +28,19 @@ def run(quick: bool) -> Report:
     with tempfile.TemporaryDirectory() as name:
         trainer = recipe.trainer(Path(name), "batch_size=8", "trainer.optim.gradient_clip=1", *small)
         data = recipe.batch(trainer, 8, frames, image)
-        trainer.reporter.start(0, 1)
-        trainer.bare.train()
+        trainer.run.reporter.start(0, 1)
+        trainer.raw_model.train()
 
         def forward_and_backward() -> None:
             with trainer._autocast():
-                loss = trainer.task.training_step(trainer.bare, data).loss
+                loss = trainer.task.training_step(trainer.raw_model, data).loss
             loss.backward()
-            for parameter in trainer.bare.parameters():
+            for parameter in trainer.raw_model.parameters():
                 parameter.grad = None
 
         def whole_step() -> None:
             trainer.train_step(data)
-            trainer.watch.hear(but=1)
+            trainer.step_stats.drain(keep_newest=1)
 
         sides = {"whole step": whole_step, "forward and backward": forward_and_backward}
         report.seconds = interleaved(sides, rounds=3)
@@ -48,10 +48,10 @@ def run(quick: bool) -> Report:
         figures = dict.fromkeys(("loss", "lr", "grad_norm", "clips_per_second", "data_wait"), 1.0)
         for _ in range(3):
             began = time.perf_counter()
-            trainer.reporter.step(0, 1, 1, figures)
+            trainer.run.reporter.step(0, 1, 1, figures)
             logged.append(time.perf_counter() - began)
             began = time.perf_counter()
-            trainer.save([])
+            trainer.save_checkpoint([])
             saved.append(time.perf_counter() - began)
     report.facts |= {"s of a log line": round(min(logged), 5), "s of a checkpoint": round(min(saved), 3),
                      "threads": torch.get_num_threads()}  # fmt: skip

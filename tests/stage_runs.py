@@ -194,7 +194,7 @@ def watched() -> Iterator[Steps]:
     steps, fit, step = Steps(), Trainer.fit, Trainer.train_step
 
     def note(trainer: Trainer, done: int) -> None:
-        steps.at[done] = {name: tensor.detach().clone() for name, tensor in trainer.bare.state_dict().items()}
+        steps.at[done] = {name: tensor.detach().clone() for name, tensor in trainer.raw_model.state_dict().items()}
 
     def noting_fit(trainer: Trainer) -> None:
         note(trainer, trainer.global_step)

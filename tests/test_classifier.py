@@ -321,9 +321,9 @@ class Task(unittest.TestCase):
 
     def test_mixing_weights_are_told(self):
         task = Classify(LabelSets([7], {"a": 0}))
-        self.assertEqual(task.epoch_figures(VideoClassifier(trunk(), [7])), {})
-        self.assertEqual(task.epoch_figures(AveragedClassifier(trunk(), [7], 2)), {"mixing_0": 0.5, "mixing_1": 0.5})
-        by_tensor = task.epoch_figures(AveragedClassifier(trunk(), [7], 2, MODES[1]))
+        self.assertEqual(task.epoch_metrics(VideoClassifier(trunk(), [7])), {})
+        self.assertEqual(task.epoch_metrics(AveragedClassifier(trunk(), [7], 2)), {"mixing_0": 0.5, "mixing_1": 0.5})
+        by_tensor = task.epoch_metrics(AveragedClassifier(trunk(), [7], 2, MODES[1]))
         self.assertEqual(by_tensor["mixing_by_tensor"]["norm.weight"], [0.5, 0.5])
 
 

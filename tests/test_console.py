@@ -227,7 +227,7 @@ class StartAndEnd(Folder):
         losses = iter([0.25, 0.5])
         made.evaluate = lambda: Evaluation({"loss": next(losses)}, {}, {}, [])
         made.fit()
-        made.reporter.close()
+        made.run.reporter.close()
         text = "\n".join(end_lines(made))
         for expected in (
             rf"best +epoch 1, validation loss 0\.25: {self.folder}/run/checkpoints/best\.pt",
@@ -236,13 +236,13 @@ class StartAndEnd(Folder):
             f"omnivision reconstruct {self.folder}/run VIDEO",
         ):
             self.assertRegex(text, expected)
-        made.state.best, made.state.best_loss, made.last["val_top1"] = 50.0, 0.5, 25.0
+        made.state.best, made.state.best_loss, made.state.last_metrics["val_top1"] = 50.0, 0.5, 25.0
         self.assertRegex("\n".join(end_lines(made)), r"epoch 1, top-1 50\.0 %, validation loss 0\.5: ")
 
     def test_without_a_validation(self):
         made = trainer(self.folder / "run", limit=1, max_epochs=1)
         made.fit()
-        made.reporter.close()
+        made.run.reporter.close()
         text = "\n".join(end_lines(made))
         self.assertNotIn("best ", text)
         self.assertRegex(text, "last +epoch 1, training loss")
@@ -251,11 +251,11 @@ class StartAndEnd(Folder):
 class Interrupted(Folder):
     def test_what_is_saved_is_said(self):
         made = trainer(self.folder / "run", save_every_steps=2, max_epochs=1)
-        texts = [made.stop.describe_saved()]
+        texts = [made.run.stop.describe_saved()]
         made.fit()
-        made.reporter.close()
+        made.run.reporter.close()
         resumed = trainer(self.folder / "run", max_epochs=2)
-        for stop in (made.stop, resumed.stop):
+        for stop in (made.run.stop, resumed.run.stop):
             texts.append(stop.describe_saved())
         for text, expected in zip(texts, ("nothing is saved", "step 3 is saved", "step 3 is saved"), strict=True):
             self.assertIn(expected, text)

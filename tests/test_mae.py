@@ -233,7 +233,7 @@ class Model(unittest.TestCase):
         model, mask, video = small_model(), some_masks(1), torch.randint(0, 256, (1, 3, 4, 32, 32), dtype=torch.uint8)
         batch = Batch(video, torch.zeros(1), torch.zeros(1), "a", ["x"], mask, 24)
         hidden = mask[0].repeat_interleave(2, 0).repeat_interleave(8, 1).repeat_interleave(8, 2).numpy()  # (T, H, W)
-        shown = Reconstruct(TUBELET).pictures(model, batch).columns
+        shown = Reconstruct(TUBELET).visualize(model, batch).columns
         original = video[0].permute(1, 2, 3, 0).numpy()
         self.assertTrue((shown["original"] == original).all())
         self.assertTrue((shown["visible"][~hidden] == original[~hidden]).all())

@@ -172,7 +172,7 @@ class Lock(Folder):
         (self.folder / ".lock").write_text(json.dumps({"token": "another's", "host": "elsewhere", "pid": 1}))
         reporter.step(0, 1, 1, {"loss": 1.0, "clips_per_second": 1.0, "data_wait": 0.0})
         reporter.epoch("train", 0, 1, {"loss": 1.0})
-        reporter.pictures("x", some_pictures(), 1)
+        reporter.visualization("x", some_pictures(), 1)
         folder.write_end("failed", "lost")
         self.assertEqual(list(folder.pictures.iterdir()), [])
         self.assertFalse((folder.logs / "metrics.jsonl").exists())
@@ -285,7 +285,7 @@ class Seen(Folder):
         reporter.start(0, 10)
         reporter.step(0, 1, 1, {"loss": 2.0, "lr": 0.1, "grad_norm": 3.0, "clips_per_second": 4.0, "data_wait": 0.25})
         reporter.epoch("val", 0, 1, {"loss": 1.0, "per_source": {"a": {"loss": 1.0}}})
-        reporter.pictures("x", some_pictures(), 1)
+        reporter.visualization("x", some_pictures(), 1)
         reporter.close()
         events = EventAccumulator(str(self.folder / "tensorboard"))
         events.Reload()
@@ -330,19 +330,19 @@ class Progress(unittest.TestCase):
     def test_a_verdict_when_data_starves_the_step(self):
         starvation = DataStallWarning()
         self.assertEqual(
-            [starvation.hear(share) for share in (0.9, 0.8, 0.2, 0.1, 0.0)][:4], [None] * 4, "the first are late"
+            [starvation.update(share) for share in (0.9, 0.8, 0.2, 0.1, 0.0)][:4], [None] * 4, "the first are late"
         )
         self.assertEqual([DataStallWarning().hear(0.9) for _ in range(4)], [None] * 4)
         starvation = DataStallWarning()
         self.assertEqual(
-            [starvation.hear(share) for share in (0.99, 0.8, 0.2, 0.2, 0.2, 0.2)], [None] * 6, "a slow start"
+            [starvation.update(share) for share in (0.99, 0.8, 0.2, 0.2, 0.2, 0.2)], [None] * 6, "a slow start"
         )
         starvation = DataStallWarning()
-        said = [starvation.hear(0.61) for _ in range(20)]
+        said = [starvation.update(0.61) for _ in range(20)]
         self.assertEqual([text is not None for text in said], [place == 4 for place in range(20)], "once")
         self.assertRegex(said[4], "^61% of the time .* raise num_workers .* or .* omnivision prepare")
         starvation = DataStallWarning()
-        self.assertEqual([starvation.hear(0.1) for _ in range(20)], [None] * 20)
+        self.assertEqual([starvation.update(0.1) for _ in range(20)], [None] * 20)
 
     def test_a_bar_on_a_terminal(self):
         out = io.StringIO()

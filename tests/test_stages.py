@@ -267,11 +267,11 @@ class Averages(OnFilms):
         self.trained("average", "changing", *self.data, sources, "epochs=1")
         swapped = f"pretrained_checkpoint_path=[{self.folder}/c.pt,{self.folder}/a]"
         again = stages.command("average", self.folder / "changing", *self.data, ALLOW)
-        self.assert_refused([*again, swapped], r"averages .*c\.pt .* now .* same files, in the same order")
+        self.assert_refused([*again, swapped], r"c\.pt .*pretrained_checkpoint_path")
         changed = stages.state(self.folder / "b")["model"]
         changed["trunk.norm.bias"][0] += 1e-3
         torch.save({"model": changed}, self.folder / "c.pt")
-        self.assert_refused([*again, sources], r"averages .*c\.pt .* now .* same files")
+        self.assert_refused([*again, sources], r"c\.pt .*pretrained_checkpoint_path")
 
     def test_clips_of_another_length_have_the_positions_that_fine_tuning_has(self):
         longer = [*self.data, "num_frames=8", "epochs=1"]
@@ -314,7 +314,7 @@ class Averages(OnFilms):
     def test_another_choice_of_entries_is_refused(self):
         self.trained("average", "choosing", *self.data, self.sources, "epochs=1")
         other = stages.command("average", self.folder / "choosing", *self.data, self.sources, ALLOW)
-        self.assert_refused([*other, "trainer/checkpoint=no_heads_ensemble"], r"took other entries .*'heads\.\*'")
+        self.assert_refused([*other, "trainer/checkpoint=no_heads_ensemble"], r"'heads\.\*'.*trainer/checkpoint")
 
     def test_mistakes(self):
         narrow = stages.state(self.folder / "a")["model"]

@@ -41,9 +41,8 @@ from omnivision.tasks.classify import Classify
 from omnivision.tasks.reconstruct import Reconstruct
 from omnivision.training import build
 from omnivision.training.evaluate import Evaluation
-from omnivision.training.resuming import take_up
-from omnivision.training.steps import posted
-from omnivision.training.trainer import Options, Trainer
+from omnivision.training.step_stats import Step
+from omnivision.training.trainer import RunContext, Trainer, TrainerConfig
 from omnivision.utils.errors import NonFiniteError, StopRequested, UserError
 
 TUBELET = (2, 8, 8)
@@ -105,19 +104,17 @@ def trainer(
     run_folder.create()
     source = SourcePlan(12, 4, pieces=options.pop("pieces", 1))
     plan = EpochPlan({"noise": source}, seed=3, limit=options.pop("limit", None))
+    ledger = BadSampleLedger(run_folder.logs / "bad_samples.jsonl", 12, budget=0.5)
     made = Trainer(
+        TrainerConfig(**{"max_epochs": 2, "seed": 3, "log_freq": 1} | options),
+        RunContext(dist, run_folder, Reporter(run_folder, enabled=True, console=Console(file=io.StringIO())), ledger),
         task or Reconstruct(TUBELET),
         model,
         ScheduledOptimizer(model, groups, torch.optim.AdamW),
         TrainData(train or Noise(12), LoaderConfig(), plan),
         None if val is None else ValData(val, LoaderConfig(), videos_per_batch=4),
-        dist,
-        run_folder,
-        Reporter(run_folder, enabled=True, console=Console(file=io.StringIO())),
-        BadSampleLedger(run_folder.logs / "bad_samples.jsonl", 12, budget=0.5),
-        Options(**{"max_epochs": 2, "seed": 3, "log_freq": 1} | options),
     )
-    take_up(made)
+    made.load_checkpoint()
     return made
 
 
@@ -147,8 +144,8 @@ class Loop(unittest.TestCase):
     def fit(self, name: str, **options: Any) -> dict[str, torch.Tensor]:
         made = trainer(self.folder / name, **options)
         made.fit()
-        made.reporter.close()
-        return made.bare.state_dict()
+        made.run.reporter.close()
+        return made.raw_model.state_dict()
 
     def assert_same(self, one: dict, other: dict, delta: float = 0.0) -> None:
         for name in one:
@@ -159,15 +156,15 @@ class Loop(unittest.TestCase):
         for stop in range(1, 6):
             name = f"stopped_{stop}"
             first = trainer(self.folder / name, save_every_steps=1)
-            save, saves = first.save, []
+            save, saves = first.save_checkpoint, []
 
-            def save_and_stop(also: list[str], save=save, saves=saves, stop=stop, first=first) -> None:
-                save(also)
+            def save_and_stop(aliases: Sequence[str] = (), save=save, saves=saves, stop=stop, first=first) -> None:
+                save(aliases)
                 saves.append(first.global_step)
                 if first.global_step == stop:
                     raise KeyboardInterrupt
 
-            first.save = save_and_stop
+            first.save_checkpoint = save_and_stop
             with self.assertRaises(KeyboardInterrupt):
                 first.fit()
             self.assert_same(whole, self.fit(name))
@@ -182,11 +179,11 @@ class Loop(unittest.TestCase):
         results = []
         for pieces in (1, 2, 4):
             made = trainer(self.folder / f"pieces_{pieces}", pieces=pieces)
-            made.bare.double()
-            for block in made.bare.trunk.blocks:
+            made.raw_model.double()
+            for block in made.raw_model.trunk.blocks:
                 block.drop_path.rate = 0.0
             made.fit()
-            results.append(made.bare.state_dict())
+            results.append(made.raw_model.state_dict())
         self.assert_same(results[0], results[1], delta=1e-6)
         self.assert_same(results[0], results[2], delta=1e-6)
 
@@ -202,9 +199,9 @@ class Loop(unittest.TestCase):
             for pieces in (1, 2, 4):
                 made = classifier(self.folder / f"{name}_{pieces}", labels, mixing, pieces=pieces)
                 made.fit()
-                made.reporter.close()
+                made.run.reporter.close()
                 logged = [(line["loss"], line.get("top1", 0.0)) for line in self.lines(f"{name}_{pieces}")]
-                results.append((made.bare.state_dict(), logged))
+                results.append((made.raw_model.state_dict(), logged))
             for weights, logged in results[1:]:
                 self.assert_same(results[0][0], weights, delta=1e-6)
                 for wanted, got in zip(results[0][1], logged, strict=True):
@@ -213,12 +210,12 @@ class Loop(unittest.TestCase):
 
     def test_a_step_without_labels_changes_nothing(self):
         made = classifier(self.folder / "none", [-1] * 12, None, ema_decay=0.5)
-        before = {name: value.clone() for name, value in made.bare.state_dict().items()}
+        before = {name: value.clone() for name, value in made.raw_model.state_dict().items()}
         made.fit()
-        made.reporter.close()
-        self.assert_same(before, made.bare.state_dict())
+        made.run.reporter.close()
+        self.assert_same(before, made.raw_model.state_dict())
         self.assertEqual([line["loss"] for line in self.lines("none") if line["event"] == "step"], [0.0] * 6)
-        self.assertEqual(made.watch.skipped, 0)
+        self.assertEqual(made.step_stats.skipped, 0)
 
     def test_limit_means_that_many_steps(self):
         data = Noise(12)
@@ -261,13 +258,13 @@ class Loop(unittest.TestCase):
             made = trainer(self.folder / name, val=Noise(1), val_epoch_freq=1, max_epochs=number, limit=1)
             made.evaluate = lambda number=number: Evaluation(figures[number - 1], {}, {}, [])
             made.fit()
-            made.reporter.close()
+            made.run.reporter.close()
             if old:
-                latest = made.folder.checkpoints / "checkpoint.pt"
+                latest = made.run.directory.checkpoints / "checkpoint.pt"
                 kept = {key: value for key, value in checkpoint.safe_load(latest).items() if key not in old}
-                checkpoint.save(kept, made.folder.checkpoints, [])
-        best = checkpoint.safe_load(made.folder.checkpoints / "best.pt")
-        return best["epoch"], json.loads((made.folder.path / "summary.json").read_text())
+                checkpoint.save(kept, made.run.directory.checkpoints, [])
+        best = checkpoint.safe_load(made.run.directory.checkpoints / "best.pt")
+        return best["epoch"], json.loads((made.run.directory.path / "summary.json").read_text())
 
     def test_ties_of_the_best_go_to_the_lower_loss_then_to_the_later_epoch(self):
         nan = float("nan")
@@ -299,28 +296,28 @@ class Loop(unittest.TestCase):
     def test_validation_counts_every_good_video_once(self):
         data = Noise(11, bad=(3, 9))
         made = trainer(self.folder / "val", val=data)
-        made.reporter.start(0, 1)
-        self.addCleanup(made.reporter.close)
-        figures = made.evaluate().figures
+        made.run.reporter.start(0, 1)
+        self.addCleanup(made.run.reporter.close)
+        figures = made.evaluate().metrics
         self.assertEqual(figures["videos"], 9)
         self.assertEqual(sorted(video for _, video in data.seen), list(range(11)))
         self.assertEqual(len((self.folder / "val/logs/bad_samples.jsonl").read_text().splitlines()), 2)
         logged = self.lines("val")[-1]
         self.assertEqual((logged["phase"], logged["videos"]), ("val", 9))
         self.assertAlmostEqual(logged["loss"], figures["loss"])
-        self.assertEqual(made.evaluate().figures, figures, "evaluating again gives the same")
+        self.assertEqual(made.evaluate().metrics, figures, "evaluating again gives the same")
 
     def test_validate_only_leaves_the_weights_alone(self):
         before = self.fit("only", max_epochs=1)
         made = trainer(self.folder / "only", val=Noise(5), max_epochs=1)
-        self.addCleanup(made.reporter.close)
+        self.addCleanup(made.run.reporter.close)
         made.validate_only()
-        self.assert_same(before, made.bare.state_dict())
+        self.assert_same(before, made.raw_model.state_dict())
         self.assertIn("val_loss", json.loads((self.folder / "only/summary.json").read_text())["last"])
 
     def test_a_disk_that_fills_up_is_told(self):
         made = trainer(self.folder / "full", max_epochs=1)
-        self.addCleanup(made.reporter.close)
+        self.addCleanup(made.run.reporter.close)
         with mock.patch("torch.save", side_effect=OSError(28, "No space left on device")):
             with self.assertRaisesRegex(
                 UserError, "could not be written to .*: No space left on device .*GB.*save_dir"
@@ -351,11 +348,11 @@ class Loop(unittest.TestCase):
             there, distinct = kept, files
             asked.clear()
             made = trainer(self.folder / f"gone_{after}_{size}", val=Gone(size), max_epochs=1)
-            self.addCleanup(made.reporter.close)
-            made.reporter.start(0, 1)
+            self.addCleanup(made.run.reporter.close)
+            made.run.reporter.start(0, 1)
             if stops:
                 self.assertRaisesRegex(UserError, "None of .* files in a row .* is there, e.g.", made.evaluate)
-                self.assertEqual(len(made.watch.ledger), 0)
+                self.assertEqual(len(made.step_stats.ledger), 0)
                 self.assertLess(len(asked), 40, "it stops at once")
             else:
                 with self.assertRaisesRegex(UserError, "budget"):
@@ -365,9 +362,11 @@ class Loop(unittest.TestCase):
         for dtype in (None, torch.bfloat16):
             made = trainer(self.folder / f"amp_{dtype}", limit=1, max_epochs=1, amp_dtype=dtype)
             seen: list[torch.dtype] = []
-            made.bare.trunk.blocks[0].mlp.fc1.register_forward_hook(lambda m, a, out, seen=seen: seen.append(out.dtype))
+            made.raw_model.trunk.blocks[0].mlp.fc1.register_forward_hook(
+                lambda m, a, out, seen=seen: seen.append(out.dtype)
+            )
             made.fit()
-            made.reporter.close()
+            made.run.reporter.close()
             self.assertEqual(set(seen), {dtype or torch.float32})
 
     def test_compile_compiles(self):
@@ -387,7 +386,7 @@ class Loop(unittest.TestCase):
             self.assertEqual((made.state.best, made.scaler.get_scale()), (best, scale))
             made.evaluate = lambda: Evaluation({"loss": next(losses)}, {}, {}, [])
             made.fit()
-            made.reporter.close()
+            made.run.reporter.close()
             scale = made.scaler.get_scale()
         self.assertEqual(made.state.best, 2.0)
 
@@ -399,12 +398,12 @@ class Loop(unittest.TestCase):
 
         def asking(dataset: Noise, request: Request) -> Sample:
             if dataset is noise and len(noise.seen) == after:
-                made.stop.signals.append(signal.SIGUSR2)
+                made.run.stop.signals.append(signal.SIGUSR2)
             return given(dataset, request)
 
         with mock.patch.object(Noise, "__getitem__", asking), self.assertRaises(StopRequested) as ended:
             made.fit()
-        made.reporter.close()
+        made.run.reporter.close()
         self.assertEqual((ended.exception.cause, ended.exception.saved_step), ("SIGUSR2", made.global_step))
         return made
 
@@ -431,30 +430,30 @@ class Loop(unittest.TestCase):
     def test_an_evaluation_alone_that_is_asked_to_stop_leaves(self):
         self.fit("only", max_epochs=1)
         made = trainer(self.folder / "only", val=Noise(5), max_epochs=1)
-        self.addCleanup(made.reporter.close)
-        made.stop.signals.append(signal.SIGTERM)
+        self.addCleanup(made.run.reporter.close)
+        made.run.stop.signals.append(signal.SIGTERM)
         with self.assertRaises(StopRequested) as ended:
             made.validate_only()
         self.assertIsNone(ended.exception.saved_step)
 
     def test_limit_of_validation(self):
         made = trainer(self.folder / "limited_val", val=Noise(11), limit_val_batches=2)
-        made.reporter.start(0, 1)
-        self.addCleanup(made.reporter.close)
-        self.assertEqual(made.evaluate().figures["videos"], 8)
+        made.run.reporter.start(0, 1)
+        self.addCleanup(made.run.reporter.close)
+        self.assertEqual(made.evaluate().metrics["videos"], 8)
 
     def test_processes_that_found_different_checkpoints_stop(self):
         made = trainer(self.folder / "apart")
-        with mock.patch.object(made.dist, "gather", lambda place: [place, (1, 0)]):
-            with self.assertRaisesRegex(UserError, r"found different checkpoints .*\(0, 0\), \(1, 0\)"):
-                made.join_processes()
-        made.join_processes()
+        with mock.patch.object(made.run.dist, "gather", lambda place: [place, (1, 0)]):
+            with self.assertRaisesRegex(UserError, r"\(0, 0\), \(1, 0\).*trainer\.checkpoint\.save_dir"):
+                made.wrap_model()
+        made.wrap_model()
 
     def test_another_optimizer_is_told(self):
         self.fit("optimizer", max_epochs=1)
         with (
             mock.patch("torch.optim.AdamW", torch.optim.SGD),
-            self.assertRaisesRegex(UserError, "of another optimizer"),
+            self.assertRaisesRegex(UserError, "trainer.optim.optimizer"),
         ):
             trainer(self.folder / "optimizer")
 
@@ -475,7 +474,7 @@ class Loop(unittest.TestCase):
                 path.unlink()
                 torch.save(found, path)
                 path.with_name("checkpoint.pt.json").unlink(missing_ok=True)
-                with self.assertRaisesRegex(UserError, "of another optimizer"):
+                with self.assertRaisesRegex(UserError, "trainer.optim.optimizer"):
                     trainer(self.folder / "groups")
 
     def test_steps_without_a_scaler_go_on_with_one(self):
@@ -483,25 +482,25 @@ class Loop(unittest.TestCase):
         made = trainer(self.folder / "unscaled", amp_dtype=torch.float16)
         self.assertEqual((made.state.epoch, made.scaler.is_enabled()), (1, True))
         made.fit()
-        made.reporter.close()
+        made.run.reporter.close()
         self.assertTrue(made.is_done)
 
     def test_a_moving_average_is_evaluated_kept_and_resumed(self):
         whole = trainer(self.folder / "ema", val=Noise(5), ema_decay=0.5, val_epoch_freq=1)
         whole.fit()
-        whole.reporter.close()
+        whole.run.reporter.close()
         again = trainer(self.folder / "ema", val=Noise(5), ema_decay=0.5, val_epoch_freq=1)
-        self.addCleanup(again.reporter.close)
-        again.reporter.start(6, 6)
+        self.addCleanup(again.run.reporter.close)
+        again.run.reporter.start(6, 6)
         self.assert_same(whole.ema.average, again.ema.average)
-        own = {name: value.clone() for name, value in again.bare.state_dict().items()}
-        averaged = again.evaluate().figures["loss"]
-        self.assertEqual(averaged, whole.last["val_loss"])
-        self.assert_same(own, again.bare.state_dict())
+        own = {name: value.clone() for name, value in again.raw_model.state_dict().items()}
+        averaged = again.evaluate().metrics["loss"]
+        self.assertEqual(averaged, whole.state.last_metrics["val_loss"])
+        self.assert_same(own, again.raw_model.state_dict())
         with again.ema.in_place():
-            self.assertFalse(torch.equal(again.bare.trunk.norm.weight, own["trunk.norm.weight"]))
+            self.assertFalse(torch.equal(again.raw_model.trunk.norm.weight, own["trunk.norm.weight"]))
         again.ema = None
-        self.assertNotEqual(again.evaluate().figures["loss"], averaged)
+        self.assertNotEqual(again.evaluate().metrics["loss"], averaged)
 
     def test_the_decay_of_a_moving_average_warms_up(self):
         """With the steps that were taken, also after an interruption and from checkpoints that do not hold their number."""
@@ -520,7 +519,7 @@ class Loop(unittest.TestCase):
             averages.append(({n: p.clone() for n, p in made.ema.average.items()}, self.watch(made)))
             with contextlib.suppress(KeyboardInterrupt):
                 made.fit()
-            made.reporter.close()
+            made.run.reporter.close()
             return made
 
         averages: list[tuple[dict, dict]] = []
@@ -552,24 +551,24 @@ class Loop(unittest.TestCase):
         path.unlink()
         torch.save(found, path)
         path.with_name("checkpoint.pt.json").unlink()
-        with self.assertRaisesRegex(UserError, r"moving average of other weights .*trunk\.norm\.weight"):
+        with self.assertRaisesRegex(UserError, r"trunk\.norm\.weight.*trainer\.freeze"):
             trainer(self.folder / "narrow", ema_decay=0.5)
 
     def test_processes_meet_only_when_all_are_ready(self):
         with mock.patch("omnivision.training.trainer.wrap_ddp", side_effect=lambda model, *_: model) as parallel:
             made = trainer(self.folder / "meeting")
             self.assertEqual(parallel.call_count, 0)
-            made.join_processes()
+            made.wrap_model()
             self.assertEqual(parallel.call_count, 1)
 
     def test_a_run_that_was_taken_over_saves_nothing_more(self):
         made = trainer(self.folder / "lost")
-        made.folder.lock()
+        made.run.directory.lock()
         (self.folder / "lost" / ".lock").write_text(json.dumps({"token": "another's", "host": "elsewhere", "pid": 1}))
         with self.assertRaisesRegex(UserError, "Process 1 on elsewhere has taken over"):
             made.fit()
-        self.assertIsNone(checkpoint.load_newest(made.folder.checkpoints))
-        made.folder.unlock()
+        self.assertIsNone(checkpoint.load_newest(made.run.directory.checkpoints))
+        made.run.directory.unlock()
 
     def test_a_summary_that_was_cut_off_is_completed(self):
         self.fit("cut")
@@ -581,7 +580,7 @@ class Loop(unittest.TestCase):
         self.fit("all_broken")
         for name in ("checkpoint.pt", "previous.pt"):
             (self.folder / "all_broken/checkpoints" / name).write_bytes(b"junk")
-        with self.assertRaisesRegex(UserError, "No checkpoint of this run is whole"):
+        with self.assertRaisesRegex(UserError, "launcher.experiment_log_dir"):
             trainer(self.folder / "all_broken")
 
     def test_pictures_come_when_they_are_due(self):
@@ -592,21 +591,21 @@ class Loop(unittest.TestCase):
     def test_a_loss_that_is_not_finite_stops_before_the_weights_change(self):
         made = trainer(self.folder / "nan")
         with torch.no_grad():
-            made.bare.heads[0].projector.bias.fill_(float("nan"))
-        before = {name: value.clone() for name, value in made.bare.state_dict().items()}
-        with self.assertRaisesRegex(NonFiniteError, r"Step 1, .*loss nan.*\.mp4"):
+            made.raw_model.heads[0].projector.bias.fill_(float("nan"))
+        before = {name: value.clone() for name, value in made.raw_model.state_dict().items()}
+        with self.assertRaisesRegex(NonFiniteError, r"Step 1 .*loss nan.*\.mp4"):
             made.fit()
-        for name, value in made.bare.state_dict().items():
+        for name, value in made.raw_model.state_dict().items():
             self.assertTrue(torch.equal(value, before[name]) or name == "heads.0.projector.bias", name)
-        self.assertIsNone(checkpoint.load_newest(made.folder.checkpoints))
+        self.assertIsNone(checkpoint.load_newest(made.run.directory.checkpoints))
 
     def test_a_step_that_is_heard_of_late_has_not_changed_the_weights_either(self):
         for name, make in (("fused", functools.partial(torch.optim.AdamW, fused=True)), ("sgd", torch.optim.SGD)):
             made = trainer(self.folder / name, log_freq=100)
-            made.optimizer = ScheduledOptimizer(made.bare, made.optimizer.groups, make)
+            made.optimizer = ScheduledOptimizer(made.raw_model, made.optimizer.groups, make)
             self.spoil(made, step=2)
             seen = self.watch(made)
-            with self.assertRaisesRegex(NonFiniteError, r"Step 2, .*loss nan.*\.mp4"):
+            with self.assertRaisesRegex(NonFiniteError, r"Step 2 .*loss nan.*\.mp4"):
                 made.fit()
             self.assertEqual(sorted(seen), [1, 2, 3], "told after the next step")
             self.assert_same(seen[1], seen[2])
@@ -628,7 +627,7 @@ class Loop(unittest.TestCase):
                 self.stop_after(made, steps)
             with contextlib.suppress(KeyboardInterrupt):
                 made.fit()
-            made.reporter.close()
+            made.run.reporter.close()
             return made
 
         # The first steps of a warm-up change next to nothing.
@@ -643,7 +642,7 @@ class Loop(unittest.TestCase):
 
         averaged.ema.update = noted
         averaged.fit()
-        averaged.reporter.close()
+        averaged.run.reporter.close()
         self.assert_same(averages[3], averages[4])
         for one, other in ((2, 3), (4, 5)):
             self.assertFalse(all(torch.equal(averages[one][name], averages[other][name]) for name in averages[one]))
@@ -661,30 +660,30 @@ class Loop(unittest.TestCase):
             losses = [step["loss"] for step in self.lines("whole") if step["event"] == "step"]
             losses = [loss for loss in losses[3 * line["epoch"] : 3 * line["epoch"] + 3] if loss is not None]
             self.assertAlmostEqual(line["loss"], sum(losses) / 2, delta=1e-6, msg="the average of the others")
-        self.assertRegex(whole.reporter.console.file.getvalue(), r"Step 5, at a learning rate of \S+, gave a loss")
-        self.assertIn("2 of at most 2 such steps", whole.reporter.console.file.getvalue())
+        self.assertRegex(whole.run.reporter.console.file.getvalue(), r"Step 5 .* skipped")
+        self.assertIn("2 of at most 2", whole.run.reporter.console.file.getvalue())
 
         for steps in (1, 2, 4, 5):
             train(f"cut_{steps}", 2, steps)
             made = train(f"cut_{steps}", 2)
-            self.assert_same(whole.bare.state_dict(), made.bare.state_dict())
-            self.assertEqual(made.watch.skipped, 2)
+            self.assert_same(whole.raw_model.state_dict(), made.raw_model.state_dict())
+            self.assertEqual(made.step_stats.skipped, 2)
             again = (self.folder / f"cut_{steps}/logs/nonfinite.jsonl").read_text().splitlines()
             self.assertEqual([json.loads(line)["step"] for line in again], [2, 5], steps)
-        with self.assertRaisesRegex(NonFiniteError, "Step 5, .*; 2 such steps, and trainer.max_skipped_steps is 1"):
+        with self.assertRaisesRegex(NonFiniteError, "Step 5 .*trainer.max_skipped_steps"):
             train("one", 1)
         self.assertEqual(checkpoint.load_newest(self.folder / "one/checkpoints")[0]["epoch"], 1)
 
     def test_of_several_processes_those_are_named_that_began_it(self):
         made, nan = trainer(self.folder / "two"), float("nan")
         batch = Batch(torch.zeros(0), torch.zeros(0), torch.zeros(0), "noise", ["a.mp4"])
-        step = posted(0, 1, batch, torch.tensor(2.0), torch.tensor(nan), 0.1, scaled=False)
+        step = Step(0, 1, torch.tensor(2.0), 1, torch.tensor(nan), 0.1, batch.paths, batch.bad)
         for losses, named in (((2.0, nan, 3.0), [1]), ((2.0, 3.0), [0, 1])):
             found = [(loss, nan, [f"{rank}.mp4"]) for rank, loss in enumerate(losses)]
-            with mock.patch.object(made.dist, "gather", return_value=found):
-                made.watch.post(step, short=False, asked=False)
-                with self.assertRaisesRegex(NonFiniteError, "Step 1, ") as raised:
-                    made.watch.hear()
+            with mock.patch.object(made.run.dist, "gather", return_value=found):
+                made.step_stats.submit(step)
+                with self.assertRaisesRegex(NonFiniteError, "Step 1 ") as raised:
+                    made.step_stats.drain()
             self.assertEqual([rank for rank in range(3) if f"{rank}.mp4" in str(raised.exception)], named)
 
     def test_weights_that_are_not_finite_are_not_saved(self):
@@ -695,12 +694,12 @@ class Loop(unittest.TestCase):
             step(spoiled)
             if made.global_step == 1:
                 with torch.no_grad():
-                    made.bare.heads[0].projector.bias[0] = float("inf")
+                    made.raw_model.heads[0].projector.bias[0] = float("inf")
 
         made.optimizer.step = overflow
-        with self.assertRaisesRegex(NonFiniteError, "1 of the .* parameters are not finite after step 2; the last"):
+        with self.assertRaisesRegex(NonFiniteError, "trainer.optim.gradient_clip"):
             made.fit()
-        self.assertEqual(checkpoint.load_newest(made.folder.checkpoints)[0]["step"], 1)
+        self.assertEqual(checkpoint.load_newest(made.run.directory.checkpoints)[0]["step"], 1)
 
     def test_fp16_that_overflows_however_it_is_scaled(self):
         made = trainer(self.folder / "half", amp_dtype=torch.float16, max_epochs=40)
@@ -713,10 +712,10 @@ class Loop(unittest.TestCase):
                 return dataclasses.replace(output, loss=output.loss * model.heads[0].projector.bias[0].exp())
 
         made.task.training_step = overflowing
-        before = {name: value.clone() for name, value in made.bare.state_dict().items()}
-        with self.assertRaisesRegex(NonFiniteError, "not finite in fp16 even when .*amp_dtype=bfloat16"):
+        before = {name: value.clone() for name, value in made.raw_model.state_dict().items()}
+        with self.assertRaisesRegex(NonFiniteError, "amp_dtype=bfloat16"):
             made.fit()
-        self.assert_same(before, made.bare.state_dict())
+        self.assert_same(before, made.raw_model.state_dict())
 
     def spoil(self, made: Trainer, step: int, by: float = float("nan")) -> None:
         training_step = made.task.training_step
@@ -750,7 +749,7 @@ class Loop(unittest.TestCase):
 
         def watched(batch: Batch) -> None:
             train_step(batch)
-            seen[made.global_step + 1] = {name: value.clone() for name, value in made.bare.state_dict().items()}
+            seen[made.global_step + 1] = {name: value.clone() for name, value in made.raw_model.state_dict().items()}
 
         made.train_step = watched  # type: ignore[method-assign]
         return seen
@@ -758,10 +757,10 @@ class Loop(unittest.TestCase):
     def test_a_short_batch_stops_with_the_files(self):
         for count, bad in ((1, (0,)), (4, tuple(range(12)))):
             made = trainer(self.folder / f"short_{count}", train=Noise(12, bad=bad), log_freq=100)
-            before = {name: value.clone() for name, value in made.bare.state_dict().items()}
+            before = {name: value.clone() for name, value in made.raw_model.state_dict().items()}
             with self.assertRaisesRegex(UserError, rf"{count} files of one batch .*bad_samples\.jsonl"):
                 made.fit()
-        self.assert_same(before, made.bare.state_dict())  # the first batch was the short one
+        self.assert_same(before, made.raw_model.state_dict())  # the first batch was the short one
 
     def test_a_step_never_waits_for_the_device(self):
         for name, options in (
@@ -771,7 +770,7 @@ class Loop(unittest.TestCase):
         ):
             made = trainer(self.folder / name, **options)
             made.optimizer = ScheduledOptimizer(
-                made.bare, made.optimizer.groups, functools.partial(torch.optim.AdamW, fused=True)
+                made.raw_model, made.optimizer.groups, functools.partial(torch.optim.AdamW, fused=True)
             )
             batch = next(
                 train_batches(made.train.dataset, made.train.plan, (0, 0), 1, rank=0, world=1, workers=LoaderConfig())
@@ -780,12 +779,12 @@ class Loop(unittest.TestCase):
                 made.train_step(batch)
             self.assertEqual(waits.found, [])
         with Waits() as waits:
-            float(made.watch.agreement.read().__next__()[0].loss)
+            float(made.step_stats._pending[0][0].loss)
         self.assertEqual(waits.found, ["aten._local_scalar_dense"], "it would be found")
 
     def test_another_number_of_steps_is_another_run(self):
         self.fit("run")
-        with self.assertRaisesRegex(UserError, "3 steps an epoch, now there are 2"):
+        with self.assertRaisesRegex(UserError, "trainer.limit_train_batches"):
             trainer(self.folder / "run", limit=2)
 
     def test_a_broken_newest_checkpoint_is_passed_over_with_a_word(self):
@@ -793,9 +792,9 @@ class Loop(unittest.TestCase):
         (self.folder / "broken/checkpoints/checkpoint.pt").write_bytes(b"junk")
         made = trainer(self.folder / "broken")
         self.assertEqual(made.state.epoch, 1)
-        self.assertIn("broken and was passed over", made.reporter.console.file.getvalue())
+        self.assertIn("checkpoint.pt", made.run.reporter.console.file.getvalue())
         made.fit()
-        self.assert_same(whole, made.bare.state_dict())
+        self.assert_same(whole, made.raw_model.state_dict())
 
     def test_compiled_equals_eager(self):
         eager = self.fit("eager", max_epochs=1)
@@ -840,7 +839,9 @@ class Loop(unittest.TestCase):
             with self.subTest(options):
                 made = trainer(self.folder / str(options), max_epochs=1, **options)
                 made.fit()
-                self.assertTrue(all(p.dtype == torch.float32 and p.isfinite().all() for p in made.bare.parameters()))
+                self.assertTrue(
+                    all(p.dtype == torch.float32 and p.isfinite().all() for p in made.raw_model.parameters())
+                )
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from omnivision.utils.errors import UserError
 
 # Settings that say where, how fast and with what files a run is computed, by shell patterns. The clips of a step follow from
 # several of them, and arrays may lie elsewhere: those are compared themselves.
-WITHOUT_EFFECT = (
+RUNTIME_ONLY_SETTINGS = (
     "stage",
     "launcher.*",
     "submitit.*",
@@ -58,7 +58,7 @@ WITHOUT_EFFECT = (
     "trainer.checkpoint.save_*",
     "trainer.checkpoint.allow_changes",
 )
-OF_ONE_START = ("trainer.mode", "trainer.checkpoint.allow_changes")
+SETTINGS_OF_ONE_START = ("trainer.mode", "trainer.checkpoint.allow_changes")
 # Settings that runs made before they existed have not, with the values that those runs had.
 ADDED = {
     "crop_scale": [0.08, 1.0],
@@ -71,12 +71,12 @@ ADDED = {
 RENAMED_TARGETS = {"omnivision.data.mixing.Mixing": "omnivision.data.mixing.MixupCutmix"}
 REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 LIBRARIES = ("torch", "torchvision", "timm", "av", "numpy")
-CHANGES_TOLD = 6
+MAX_LISTED_CHANGES = 6
 WHOLE_BYTES = 64 << 20  # up to this size a file is read as a whole; of a larger one, as much in pieces spread over it
 PIECE_BYTES = 1 << 20
 
 
-def facts(
+def fingerprint(
     config_text: str,
     values: Mapping[str, Any],
     splits: Iterable[Split],
@@ -88,10 +88,10 @@ def facts(
     """
     return {
         "inference": dict(inference or {}),
-        "settings": {name: _told(raw, values.get(name)) for name, raw in flat_text(config_text).items()},
+        "settings": {name: _written_setting(raw, values.get(name)) for name, raw in flat_text(config_text).items()},
         "clips of a step": {} if plan is None else {name: source.clips for name, source in plan.sources.items()},
         "data": {
-            f"datasets.{split.name}.{split.which}.{what}": fingerprint(Path(file))
+            f"datasets.{split.name}.{split.which}.{what}": file_digest(Path(file))
             for split in splits
             for what, file in split.files().items()
         },
@@ -99,7 +99,7 @@ def facts(
     }
 
 
-def _told(raw: Any, value: Any) -> Any:
+def _written_setting(raw: Any, value: Any) -> Any:
     """A setting as it was written; one from the environment with a digest of its value, which may be a secret."""
     if "oc.env" in str(raw):
         return f"{raw} (SHA-256 {hashlib.sha256(repr(value).encode()).hexdigest()[:12]})"
@@ -111,7 +111,7 @@ def diff_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list
 
     Catalog entries that the run does not use are left out, and what is asked of this start alone.
     """
-    used = {name: value for name, value in used_settings({**then, **now}).items() if name not in OF_ONE_START}
+    used = {name: value for name, value in used_settings({**then, **now}).items() if name not in SETTINGS_OF_ONE_START}
     altering: list[str] = []
     others: list[str] = []
     then = {name: value for name, value in ADDED.items() if name in now} | dict(then)
@@ -122,7 +122,7 @@ def diff_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list
     for change, name in changes(then, now):
         # What is only written in another way: what a reference leads to is compared under its own name.
         if name in used and _referred(then, name) != _referred(now, name):
-            harmless = any(fnmatch.fnmatchcase(name, pattern) for pattern in WITHOUT_EFFECT)
+            harmless = any(fnmatch.fnmatchcase(name, pattern) for pattern in RUNTIME_ONLY_SETTINGS)
             (others if harmless else altering).append(change)
     return altering, others
 
@@ -151,7 +151,7 @@ def _referred(settings: Mapping[str, Any], name: str) -> Any:
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """Sentences of the kind "name: then -> now": what makes another experiment, and what else has changed.
 
-    `then` and `now` are `facts`.
+    `then` and `now` are `fingerprint`.
     """
     altering, others = diff_settings(then["settings"], now["settings"])
     for part, prefix in (("clips of a step", "clips of a step of "), ("data", "")):
@@ -167,7 +167,7 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[s
 
 
 def class_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Sentences about classes whose names differ, of `facts`; a resumed head would predict the wrong ones."""
+    """Sentences about classes whose names differ, of `fingerprint`; a resumed head would predict the wrong ones."""
     names = [_names(facts) for facts in (then, now)]
     both = names[0].keys() & names[1].keys()
     return [change for change, _ in changes(*({name: of[name] for name in sorted(both)} for of in names))]
@@ -200,21 +200,20 @@ def check_same_settings(file: Path, text: str) -> None:
     then = flat_file(file)
     altering, _ = diff_settings(then, flat_text(text)) if then is not None else ([], [])
     if altering:
-        raise UserError(refusal(str(file.parent), altering))
+        raise UserError(mismatch_message(str(file.parent), altering))
 
 
-def refusal(what: str, altering: Sequence[str]) -> str:
+def mismatch_message(what: str, altering: Sequence[str]) -> str:
     """Why a run does not go on: it is of another experiment."""
     return (
-        f"{what} is of another experiment than this command asks for: {listed(altering)}. Going on would mix the two. Give the "
-        "same again, another launcher.experiment_log_dir for a new run, or trainer.checkpoint.allow_changes=true to go on all "
-        "the same."
+        f"{what} belongs to another experiment: {truncate_list(altering)}. Set these back, start a new run in another "
+        "launcher.experiment_log_dir, or set trainer.checkpoint.allow_changes=true to resume anyway."
     )
 
 
-def listed(changes: Sequence[str]) -> str:
+def truncate_list(changes: Sequence[str]) -> str:
     """Changes in a sentence: the first ones, each cut where it gets long."""
-    shown = [change if len(change) <= 200 else f"{change[:200]}..." for change in changes[:CHANGES_TOLD]]
+    shown = [change if len(change) <= 200 else f"{change[:200]}..." for change in changes[:MAX_LISTED_CHANGES]]
     more = len(changes) - len(shown)
     return "; ".join(shown) + (f"; and {more} more" if more else "")
 
@@ -256,7 +255,7 @@ def flat(value: Any, name: str = "") -> dict[str, Any]:
     return {key: v for k, part in value.items() for key, v in flat(part, f"{name}.{k}" if name else str(k)).items()}
 
 
-def fingerprint(file: Path) -> str:
+def file_digest(file: Path) -> str:
     """Size and SHA-256 of a file; of a large one, of pieces spread over it, so that ten million paths cost no more."""
     size, digest = file.stat().st_size, hashlib.sha256()
     count = WHOLE_BYTES // PIECE_BYTES
@@ -295,7 +294,7 @@ def versions() -> dict[str, str]:
     return {"omnivision": digest.hexdigest()[:12], "python": platform.python_version()} | installed | commit
 
 
-def written(experiment: Mapping[str, Any]) -> str:
+def to_json(experiment: Mapping[str, Any]) -> str:
     """As text, for a checkpoint."""
     return json.dumps(experiment, default=str)
 
@@ -309,12 +308,12 @@ def inference(said: Any) -> Mapping[str, Any]:
 
 
 def class_names(inference: Mapping[str, Any]) -> list[list[str] | None]:
-    """The class names of each head in what a file says of its model (`inference`), see `named`."""
+    """The class names of each head in what a file says of its model (`inference`), see `valid_names`."""
     heads = inference.get("class_names")
-    return [named(names) for names in heads] if isinstance(heads, list) else []
+    return [valid_names(names) for names in heads] if isinstance(heads, list) else []
 
 
-def named(names: Any) -> list[str] | None:
+def valid_names(names: Any) -> list[str] | None:
     """Names of classes, all different; None for anything else, and for the numbers that stand in for names."""
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return None
@@ -322,7 +321,7 @@ def named(names: Any) -> list[str] | None:
 
 
 def read(text: Any) -> dict[str, Any] | None:
-    """`facts` from the text in a checkpoint, which may come from anywhere; None when it is none."""
+    """`fingerprint` from the text in a checkpoint, which may come from anywhere; None when it is none."""
     try:
         found = json.loads(text)
     except (TypeError, ValueError, RecursionError):

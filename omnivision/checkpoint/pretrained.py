@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from omnivision.checkpoint import weight_files
-from omnivision.checkpoint.fingerprint import named
+from omnivision.checkpoint.fingerprint import valid_names
 from omnivision.checkpoint.weight_files import StateDictFile, check_numbers
 from omnivision.models.architecture import describe
 from omnivision.models.patches import Triple, resized_positions, token_grid
@@ -233,7 +233,7 @@ def match_heads(
     matched = {name: tensor for name, tensor in state.items() if head_of(name) not in heads}
     used = set()
     for head, names in enumerate(ours):
-        wanted, given = named(list(names)), theirs.get(head)
+        wanted, given = valid_names(list(names)), theirs.get(head)
         same = [k for k in (head, *heads) if wanted and set(theirs.get(k) or []) == set(wanted)]
         source = same[0] if same else head
         if source not in heads:

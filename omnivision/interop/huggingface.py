@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from omnivision.checkpoint.fingerprint import named
+from omnivision.checkpoint.fingerprint import valid_names
 from omnivision.interop.geometry import Given, position_tables
 from omnivision.interop.intake import Imported, Intake
 from omnivision.interop.published import FIRST_TOKEN, NO_COUNTERPART, finish_videomae, take_decoder
@@ -190,7 +190,7 @@ def class_names(config: Mapping[str, Any]) -> list[str] | None:
     """The class names in a `config.json`, by label; None where there are none but transformers' placeholders."""
     said = config.get("id2label")
     names = [said.get(str(label)) for label in range(len(said))] if isinstance(said, Mapping) else []
-    return None if names == [f"LABEL_{label}" for label in range(len(names))] else named(names)
+    return None if names == [f"LABEL_{label}" for label in range(len(names))] else valid_names(names)
 
 
 def _config(

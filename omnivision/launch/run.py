@@ -101,7 +101,7 @@ def run_process(job: Job, place: RankInfo | None, record: JobRecord | None = Non
                 loaded = [asdict(report) for report in reports]
                 write_atomically(folder.logs / "pretrained.json", json.dumps(loaded, indent=1) + "\n")
             dist.run_on_all(lambda: reporter.connect(trainer.global_step), only_main=True)
-            trainer.join_processes()
+            trainer.wrap_model()
             ending.peers.start()
             ending.begun = dist.is_main
             if record is not None:
@@ -152,7 +152,7 @@ def write_run_metadata(job: Job, folder: RunDir, trainer: Trainer, reporter: Rep
     if (commit := git_commit()) is not None and commits[-1:] != [commit]:
         commits = [*commits, commit]
     history = {"started": before.get("started", time.time()), "commits": commits}
-    facts: dict[str, Any] = {"run": build.facts(job.settings, trainer.bare) | history}
+    facts: dict[str, Any] = {"run": build.run_metadata(job.settings, trainer.raw_model) | history}
     if not on_cluster:
         facts["job"] = None
     folder.write_summary(**facts)
@@ -171,9 +171,8 @@ def build_and_restore(
     Returns the trainer, and a report for each file of pretrained weights. On the meta device (`trainer.mode=dry`) names and
     shapes are checked and nothing is computed. `splits` are the train and val splits, if they are open already.
     """
-    from omnivision.checkpoint.fingerprint import facts, flat
+    from omnivision.checkpoint.fingerprint import fingerprint, flat
     from omnivision.training import build
-    from omnivision.training.resuming import take_up
 
     trainer = build.trainer(job.settings, dist, folder, reporter, stop, splits)
     if dist.is_main:
@@ -181,13 +180,15 @@ def build_and_restore(
         used_splits = [split for data in used for split in data.dataset.splits]
         plan = None if trainer.train is None else trainer.train.plan
         values = flat(asdict(job.settings))
-        trainer.experiment = facts(job.config_text, values, used_splits, plan, build.shown(job.settings))
-    for source in trainer.sources:
+        trainer.run.fingerprint = fingerprint(
+            job.config_text, values, used_splits, plan, build.inference_config(job.settings)
+        )
+    for source in trainer.run.sources:
         reporter.info(f"Averages {source.path} (SHA-256 {source.sha256[:12]}...)")
-    if take_up(trainer, build.class_names(job.settings)):
+    if trainer.load_checkpoint(build.class_names(job.settings)):
         return trainer, []
     validating = job.settings.trainer.mode == "val"
-    if validating and trainer.sources:
+    if validating and trainer.run.sources:
         raise UserError(
             f"There is no checkpoint in {folder.checkpoints} to validate (trainer.mode=val), and the checkpoints that an "
             "average is made of have no head of its own. Change launcher.experiment_log_dir to that of the average, or "
@@ -199,7 +200,7 @@ def build_and_restore(
             f"There is no checkpoint in {folder.checkpoints} to validate (trainer.mode=val). Expected that of a run with the "
             "same model. Change launcher.experiment_log_dir, give pretrained_checkpoint_path, or train first."
         )
-    reports = trainer.sources or build.pretrained(job.settings, trainer.bare)
+    reports = trainer.run.sources or build.pretrained(job.settings, trainer.raw_model)
     for line in [line for report in reports for line in report.lines()]:
         reporter.info(line)
     if not validating and any(name.startswith("heads.") for report in reports for name in report.loaded):

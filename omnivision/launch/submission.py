@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omnivision.checkpoint.fingerprint import changed_settings, check_same_settings, listed
+from omnivision.checkpoint.fingerprint import changed_settings, check_same_settings, truncate_list
 from omnivision.config.schema import Settings
 from omnivision.launch import slurm
 from omnivision.launch.jobs import LOGS, queue_or_none, run_folder_of, waited_for, waits
@@ -48,7 +48,7 @@ def warn_of_other_settings(job: Job) -> None:
     changes = changed_settings(run_folder(job).path / "config.yaml", job.config_text)
     if changes := [change for change in changes if not change.startswith(("submitit.", "launcher."))]:
         print(
-            f"warning: the finished run in {run_folder(job).path} had other settings: {listed(changes)}. For a run with "
+            f"warning: the finished run in {run_folder(job).path} had other settings: {truncate_list(changes)}. For a run with "
             "these, change launcher.experiment_log_dir.",
             file=sys.stderr,
         )
@@ -77,7 +77,7 @@ def is_queued(job: Job, queue: Mapping[str, slurm.JobState]) -> bool:
     same = ("submitit.dependency:", "launcher.experiment_log_dir:")
     if changes := [change for change in changes if not change.startswith(same)]:
         raise UserError(
-            f"Job {job_id} is in the queue ({state}) for {folder.path}, with other settings: {listed(changes)}. Give "
+            f"Job {job_id} is in the queue ({state}) for {folder.path}, with other settings: {truncate_list(changes)}. Give "
             f"the same again, end it with scancel {job_id}, or change launcher.experiment_log_dir."
         )
     print(f"queued job_id={job_id} state={state} folder={folder.path}")

@@ -27,7 +27,7 @@ class DataStallWarning:
         self._waits: deque[float] = deque(maxlen=LOOKS)
         self._said = float("-inf")
 
-    def hear(self, data_wait: float) -> str | None:
+    def update(self, data_wait: float) -> str | None:
         """The share of the time since the last line; a verdict when there is one to give."""
         self._waits.append(data_wait)
         share = statistics.median(self._waits)  # not the mean: the start of the workers is one long wait

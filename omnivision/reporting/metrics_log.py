@@ -16,8 +16,8 @@ class MetricsLog:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def truncate_after(self, step: int, again: str = "") -> None:
-        """Forget what was logged after `step`, and of that step the phase or event `again`: the run goes on from there.
+    def truncate_after(self, step: int, replay: str = "") -> None:
+        """Forget what was logged after `step`, and of that step the phase or event `replay`: the run goes on from there.
 
         A last line cut by a crash goes as well.
         """
@@ -25,7 +25,7 @@ class MetricsLog:
             kept = [
                 json.dumps(finite(line), allow_nan=False) + "\n"
                 for line in read_lines(self.path)
-                if _step(line) < step or (_step(line) == step and again not in (line.get("phase"), line.get("event")))
+                if _step(line) < step or (_step(line) == step and replay not in (line.get("phase"), line.get("event")))
             ]
             write_atomically(self.path, "".join(kept))
 

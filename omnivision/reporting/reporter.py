@@ -49,11 +49,11 @@ class Reporter:
         if self.enabled and self._loggers is None:
             self._loggers = loggers(self.also, self.folder, self.settings, step)
 
-    def start(self, step: int, total_steps: int, again: str = "") -> None:
-        """Begin at a step; whatever was logged after it is forgotten, and of it the phase or event that comes `again`."""
+    def start(self, step: int, total_steps: int, replay: str = "") -> None:
+        """Begin at a step; whatever was logged after it is forgotten, and of it the phase or event that comes `replay`."""
         self.connect(step)
         if self.enabled:
-            self._metrics.truncate_after(step, again)
+            self._metrics.truncate_after(step, replay)
             self._progress = ProgressLine(total_steps, step, self.console)
 
     def info(self, text: str) -> None:
@@ -69,7 +69,7 @@ class Reporter:
             self._scalars("train", figures, step)
             assert self._progress is not None
             self._progress.step(epoch, epochs, step, figures)
-            if verdict := self._starvation.hear(figures["data_wait"]):
+            if verdict := self._starvation.update(figures["data_wait"]):
                 self.info(verdict)
 
     def epoch(self, phase: str, epoch: int, step: int, figures: dict[str, Any]) -> None:
@@ -82,7 +82,7 @@ class Reporter:
                 f"{f'epoch {epoch + 1} ' if step else ''}{phase}: {shown}"
             )  # at step 0 weights are of another run
 
-    def pictures(self, name: str, what: Visualization, step: int) -> None:
+    def visualization(self, name: str, what: Visualization, step: int) -> None:
         """Write PNG and GIF to `pictures/`, and hand the GIF on. Process 0 alone makes pictures."""
         if self._may_write():
             pictures.save(what, self.folder.pictures, name)

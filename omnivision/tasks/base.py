@@ -41,8 +41,8 @@ class Task(Protocol):
 
     def evaluation_step(self, model: nn.Module, batch: Batch) -> StepOutput: ...
 
-    def epoch_figures(self, model: nn.Module) -> dict[str, Any]:
+    def epoch_metrics(self, model: nn.Module) -> dict[str, Any]:
         """What to log of the model after an epoch of training, beside averages: numbers, lists or mappings."""
 
-    def pictures(self, model: nn.Module, batch: Batch) -> Visualization | None:
+    def visualize(self, model: nn.Module, batch: Batch) -> Visualization | None:
         """Something to look at, made from the first clip of a batch; None for tasks without pictures."""

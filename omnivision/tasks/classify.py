@@ -66,7 +66,7 @@ class Classify:
         count = int(known.sum())
         return StepOutput(loss, count, {"loss": loss * count} | _hits(scores[known], label[known]), scores)
 
-    def epoch_figures(self, model: nn.Module) -> dict[str, Any]:
+    def epoch_metrics(self, model: nn.Module) -> dict[str, Any]:
         """Of an average: how much each source counts, and in each tensor where that is learned by tensor."""
         if not isinstance(model, AveragedClassifier):
             return {}
@@ -77,7 +77,7 @@ class Classify:
             figures["mixing_by_tensor"] = dict(zip(model.names, weights.tolist(), strict=True))
         return figures
 
-    def pictures(self, model: nn.Module, batch: Batch) -> Visualization | None:
+    def visualize(self, model: nn.Module, batch: Batch) -> Visualization | None:
         return None
 
 

@@ -49,11 +49,11 @@ class Reconstruct:
         target = reconstruction_target(video, self.tubelet, prediction.masked, self.norm)
         return reconstruction_loss(prediction.pixels, target)  # a mean: every sample masks equally many tokens
 
-    def epoch_figures(self, model: nn.Module) -> dict[str, Any]:
+    def epoch_metrics(self, model: nn.Module) -> dict[str, Any]:
         return {}
 
     @torch.no_grad()
-    def pictures(self, model: nn.Module, batch: Batch) -> Visualization:
+    def visualize(self, model: nn.Module, batch: Batch) -> Visualization:
         """Original, what the encoder saw, and what the model made of it, for the first clip.
 
         A model of normalised targets predicts patterns, not brightness: one column borrows mean and deviation of each

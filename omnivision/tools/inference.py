@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from omnivision.checkpoint.checkpointer import load_model
-from omnivision.checkpoint.fingerprint import named
+from omnivision.checkpoint.fingerprint import valid_names
 from omnivision.checkpoint.weight_files import StateDictFile, read
 from omnivision.config.targets import is_allowed
 from omnivision.data.batch import Batch
@@ -81,7 +81,7 @@ class InferenceConfig:
 
     def named(self, head: int) -> list[str] | None:
         """The names of the classes of a head, all different; None if nobody has named them."""
-        return named(self.names[head] if head < len(self.names) else [])
+        return valid_names(self.names[head] if head < len(self.names) else [])
 
 
 class VideoModel:
@@ -178,7 +178,7 @@ class VideoModel:
         mask = torch.from_numpy(RandomMask(mask_ratio)(grid, np.random.default_rng(seed)))[None]
         nothing = torch.zeros(1, dtype=torch.int64)
         batch = Batch(video.cpu(), nothing, nothing, "film", [str(film)], mask=mask, num_masked=int(mask.sum()))
-        return Reconstruct(self.tubelet).pictures(self.model, batch.to(self.device))
+        return Reconstruct(self.tubelet).visualize(self.model, batch.to(self.device))
 
     @property
     def _kind(self) -> str:

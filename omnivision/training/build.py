@@ -59,7 +59,7 @@ from omnivision.training.preflight import (
     open_splits,
     spread_indices,
 )
-from omnivision.training.trainer import Options, Trainer
+from omnivision.training.trainer import RunContext, Trainer, TrainerConfig
 from omnivision.utils.errors import UserError, is_out_of_memory
 from omnivision.utils.io import LATEST, run_name
 from omnivision.utils.signals import StopSignal
@@ -152,7 +152,7 @@ def class_names(settings: Settings) -> list[list[str]]:
     return names
 
 
-def shown(settings: Settings) -> dict[str, Any]:
+def inference_config(settings: Settings) -> dict[str, Any]:
     """How the run shows films to its model at evaluation, for `omnivision.load`."""
     average = settings.trainer.task.get("average", "logits")
     return {
@@ -461,7 +461,7 @@ def _clip_frames(split: Split, index: int, data: DataSettings) -> int | None:
         return round((video.mean_rate or video.facts().frames / max(video.duration, 1e-9)) * seconds)
 
 
-def facts(settings: Settings, model: nn.Module) -> dict[str, Any]:
+def run_metadata(settings: Settings, model: nn.Module) -> dict[str, Any]:
     """What a run is, in a few words for `summary.json`: lists of runs show them."""
     told = describe(model)
     frozen = any(is_frozen(part) for name, part in model.named_children() if name == "trunk")
@@ -525,25 +525,19 @@ def trainer(
     clips = max((cut.clips * cut.views for cut in evaluated.cuts.values()), default=1)
     val = ValData(evaluated, workers, max(1, settings.clips_per_process // clips))
     built = model(settings, "meta" if dist.device.type == "meta" else "cpu")
-    sources = load_averaged_checkpoints(settings, built)
     ledger = BadSampleLedger(
         folder.logs / "bad_samples.jsonl",
         files=sum(map(len, train_splits + val_splits)),
         budget=data.bad_sample_budget,
     )
     return Trainer(
+        trainer_config(settings, dist.device),
+        RunContext(dist, folder, reporter, ledger, stop, load_averaged_checkpoints(settings, built)),
         task=task(settings),
         model=built,
         optimizer=optimizer(settings, built),
         train=train,
         val=val if val_splits else None,
-        dist=dist,
-        folder=folder,
-        reporter=reporter,
-        ledger=ledger,
-        options=options(settings, dist.device),
-        sources=sources,
-        stop=stop,
     )
 
 
@@ -562,9 +556,9 @@ def check_compiler(device: torch.device) -> None:
         ) from None
 
 
-def options(settings: Settings, device: torch.device) -> Options:
+def trainer_config(settings: Settings, device: torch.device) -> TrainerConfig:
     config = settings.trainer
-    return Options(
+    return TrainerConfig(
         max_epochs=config.max_epochs,
         seed=config.seed_value,
         gradient_clip=config.optim.gradient_clip,

@@ -14,25 +14,25 @@ from omnivision.checkpoint.weight_files import describe_metrics
 from omnivision.config.schema import Settings
 from omnivision.models.architecture import describe
 from omnivision.training.preflight import describe_split
-from omnivision.training.run_state import State
+from omnivision.training.run_state import RunState
 from omnivision.training.trainer import Trainer
 from omnivision.utils.io import BEST, LATEST
 
 
 def start_lines(settings: Settings, trainer: Trainer, reports: Sequence[LoadReport]) -> list[str]:
     """The header of a run: model, device, data, batch, learning rate, seed, weights, code, run directory."""
-    parameters, dist, state = list(trainer.bare.parameters()), trainer.dist, trainer.state
+    parameters, dist, state = list(trainer.raw_model.parameters()), trainer.run.dist, trainer.state
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     splits = [split for data in (trainer.train, trainer.val) if data is not None for split in data.dataset.splits]
     device = torch.cuda.get_device_name(dist.device) if dist.device.type == "cuda" else dist.device.type
-    precision = str(trainer.options.amp_dtype or torch.float32).removeprefix("torch.")
+    precision = str(trainer.config.amp_dtype or torch.float32).removeprefix("torch.")
     total = sum(p.numel() for p in parameters)
-    several = f", {dist.world_size} processes, {trainer.options.strategy}" if dist.world_size > 1 else ""
+    several = f", {dist.world_size} processes, {trainer.config.strategy}" if dist.world_size > 1 else ""
     starts = ", ".join(f"{each.path}" + (f" ({each.checkpoint})" if each.checkpoint else "") for each in reports)
     if trainer.global_step:
         starts = describe_resumed(state)
     lines = [
-        f"model        {type(trainer.bare).__name__}, {count(total)} parameters"
+        f"model        {type(trainer.raw_model).__name__}, {count(total)} parameters"
         + (f", {count(trained)} trained" if trainer.train is not None else ""),
         f"device       {device}, {precision}{several}",
         *(f"data         {describe_split(split)}" for split in splits),
@@ -40,47 +40,49 @@ def start_lines(settings: Settings, trainer: Trainer, reports: Sequence[LoadRepo
     if trainer.train is not None:
         groups = trainer.optimizer.groups
         rate = max(g.scale * max(g.schedules["lr"](i / 200) for i in range(201)) for g in groups)
-        steps = trainer.steps_per_epoch
+        steps = trainer.state.steps_per_epoch
         lines += [
-            f"batch        {settings.clips_per_step} clips a step, {steps} steps an epoch, {trainer.options.max_epochs} epochs",
+            f"batch        {settings.clips_per_step} clips a step, {steps} steps an epoch, {trainer.config.max_epochs} epochs",
             f"peak lr      {rate:.4g}, after all scaling",
         ]
     return [
         *lines,
-        f"seed         {trainer.options.seed}",
+        f"seed         {trainer.config.seed}",
         f"weights      {starts or 'random initialization' + ', of frozen parameters too' * (trained < total)}",
         f"git commit   {git_commit() or 'unknown (no git checkout)'}",
-        f"directory    {trainer.folder.path.absolute()}",
+        f"directory    {trainer.run.directory.path.absolute()}",
     ]
 
 
 def validation_lines(trainer: Trainer) -> list[str]:
     """Where an evaluation wrote its predictions and confusion matrices."""
-    folder, sources = trainer.folder, [split.name for split in trainer.val.dataset.splits] if trainer.val else []
+    folder, sources = trainer.run.directory, [split.name for split in trainer.val.dataset.splits] if trainer.val else []
     files = [(folder.predictions / f"{name}.csv", folder.pictures / f"confusion_{name}.png") for name in sources]
     return [f"predictions  {table}, confusion matrix {picture}" for table, picture in files if table.exists()]
 
 
-def describe_resumed(state: State) -> str:
+def describe_resumed(state: RunState) -> str:
     """Tell where a run resumes."""
     return f"its own, resumed after {state.epoch} epochs" + (f" and {state.step} steps" if state.step else "")
 
 
 def end_lines(trainer: Trainer) -> list[str]:
     """What a finished run has reached, where its checkpoints are, and what to type next."""
-    state, folder = trainer.state, trainer.folder
+    state, folder = trainer.state, trainer.run.directory
     seconds = timedelta(seconds=round(state.seconds))
     lines = [f"Finished: {state.epoch} epochs in {seconds}"]
     if state.best is not None:
         metrics = {"val_top1": state.best, "val_loss": state.best_loss}
-        best = describe_metrics(metrics if "val_top1" in trainer.last else {"val_loss": state.best})
+        best = describe_metrics(metrics if "val_top1" in trainer.state.last_metrics else {"val_loss": state.best})
         lines.append(
             f"best         {f'epoch {state.best_epoch}, ' if state.best_epoch else ''}{best}: {folder.checkpoints / BEST}"
         )
-    lines.append(f"last         epoch {state.epoch}, {describe_metrics(trainer.last)}: {folder.checkpoints / LATEST}")
+    lines.append(
+        f"last         epoch {state.epoch}, {describe_metrics(trainer.state.last_metrics)}: {folder.checkpoints / LATEST}"
+    )
     path = os.fspath(folder.path)
     lines.append(f"next         omnivision report {path}")
-    kind = describe(trainer.bare).get("kind")
+    kind = describe(trainer.raw_model).get("kind")
     if kind == "autoencoder":
         lines.append(f"             omnivision reconstruct {path} VIDEO out.gif")
     elif kind is not None:

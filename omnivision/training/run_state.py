@@ -1,4 +1,4 @@
-"""Where a run stands, and what happened between two lines of its log."""
+"""Progress of a run, and the throughput between two lines of its log."""
 
 from __future__ import annotations
 
@@ -7,20 +7,41 @@ import resource
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
+from omnivision.tasks.metrics import Meter
+
 
 @dataclass
-class State:
-    """Where a run is: `step` steps of epoch `epoch` are done."""
+class RunState:
+    """Progress of a run: `step` steps of epoch `epoch` (from 0) are done."""
 
+    steps_per_epoch: int = 1
     epoch: int = 0
     step: int = 0
     best: float | None = None  # top-1 (%) or loss of the evaluation that best.pt holds
     best_loss: float | None = None
     best_epoch: int | None = None  # counted from 1
-    seconds: float = 0.0
+    seconds: float = 0.0  # until `start_time`
+    start_time: float = field(default_factory=time.monotonic)
+    last_metrics: dict[str, Any] = field(default_factory=dict)
+    meter: Meter = field(default_factory=Meter)  # sums of the current epoch
+
+    @property
+    def global_step(self) -> int:
+        return self.epoch * self.steps_per_epoch + self.step
+
+    @property
+    def weights_epoch(self) -> int:
+        """The last epoch, from 0, that the weights were trained in; between epochs `epoch` is the next one."""
+        return self.epoch if self.step else max(0, self.epoch - 1)
+
+    def count_seconds(self) -> None:
+        """Add the time since the last call to `seconds`."""
+        now = time.monotonic()
+        self.seconds, self.start_time = self.seconds + now - self.start_time, now
 
     def update_best(self, metrics: Mapping[str, float]) -> bool:
         """Keep an evaluation of the current epoch unless an earlier one is better; return whether it was kept.
@@ -41,32 +62,30 @@ class State:
 
 
 @dataclass
-class Interval:
-    """What happened between two lines of the log."""
+class ThroughputMeter:
+    """Clips and waiting time between two lines of the log."""
 
-    began: float = field(default_factory=time.monotonic)
-    clips: int = 0
-    waited: float = 0.0
+    start_time: float = field(default_factory=time.monotonic)
+    clips: int = 0  # of all ranks
+    data_seconds: float = 0.0
 
-    def figures(self, device: torch.device) -> dict[str, float]:
-        """Clips per second of all processes together, the share of the time spent waiting for data, and the most memory that
-        this process has had so far: of its accelerator, or of its own.
-        """
-        seconds = max(time.monotonic() - self.began, 1e-9)
+    def metrics(self, device: torch.device) -> dict[str, float]:
+        """Clips per second of all ranks, the share of time spent waiting for data, and this process's peak memory in GB."""
+        seconds = max(time.monotonic() - self.start_time, 1e-9)
         return {
             "clips_per_second": self.clips / seconds,
-            "data_wait": self.waited / seconds,
-            "memory_gb": most_memory(device) / 1e9,
+            "data_wait": self.data_seconds / seconds,
+            "memory_gb": peak_memory(device) / 1e9,
         }
 
 
-def most_memory(device: torch.device) -> int:
-    """Bytes that this process has held at most: of a GPU, or of the machine."""
+def peak_memory(device: torch.device) -> int:
+    """Peak memory of this process in bytes: reserved on its GPU, or resident on the host."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_reserved(device))
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def due(count: int, every: int | None) -> bool:
-    """Whether something that happens every so many epochs or steps (None: never) happens after so many."""
+def is_due(count: int, every: int | None) -> bool:
+    """Whether something done every so many epochs or steps (None: never) is due after `count`."""
     return every is not None and count % every == 0

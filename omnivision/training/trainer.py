@@ -1,9 +1,7 @@
-"""The loop: epochs of steps, validation, checkpoints, and how a run picks itself up again.
+"""The training loop: epochs of steps, validation, checkpoints, resuming.
 
-What a run starts from, first that applies:
-  1. its own newest checkpoint, in the middle of an epoch too (`resuming.take_up`: re-running the command);
-  2. pretrained weights, loaded into the model when there is no such checkpoint;
-  3. nothing.
+A run starts from the first of these that exists: its own newest checkpoint (`Trainer.load_checkpoint`, also in the middle of an
+epoch), pretrained weights, random weights.
 """
 
 from __future__ import annotations
@@ -11,18 +9,18 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from omnivision.checkpoint import checkpointer as checkpoint
-from omnivision.checkpoint import fingerprint as experiment
-from omnivision.checkpoint import sharded as checkpoint_shards
+from omnivision.checkpoint import checkpointer, fingerprint, sharded
 from omnivision.checkpoint.pretrained import LoadReport
+from omnivision.checkpoint.weight_files import describe_checkpoint
 from omnivision.data.batch import Batch
 from omnivision.data.loader import TrainData, ValData
 from omnivision.data.sampling import SourcePlan, keyed_rng
@@ -39,18 +37,19 @@ from omnivision.reporting.reporter import Reporter
 from omnivision.reporting.run_directory import RunDir
 from omnivision.tasks.base import StepOutput, Task
 from omnivision.tasks.metrics import Meter, averages
+from omnivision.training import resume
 from omnivision.training.evaluate import Evaluation, evaluate
-from omnivision.training.run_state import Interval, State, due
-from omnivision.training.steps import StepWatch, check_finite, check_loss_scale, check_same_step, posted
-from omnivision.utils.errors import StopRequested
-from omnivision.utils.io import BEST
+from omnivision.training.run_state import RunState, ThroughputMeter, is_due
+from omnivision.training.step_stats import Step, StepStats, check_finite, check_loss_scale, check_same_step
+from omnivision.utils.errors import StopRequested, UserError
+from omnivision.utils.io import BEST, LATEST, CorruptCheckpointError
 from omnivision.utils.signals import StopSignal
 
 MODEL_DRAW = 200  # purpose of the random numbers inside the model; see data.dataset.Draw
 
 
 @dataclass(frozen=True)
-class Options:
+class TrainerConfig:
     """Numbers of the loop, from the settings under `trainer`."""
 
     max_epochs: int
@@ -69,366 +68,451 @@ class Options:
     save_every_steps: int | None = None
     max_skipped_steps: int = 0
     allow_changes: bool = False
-    peak_clips_per_second: float | None = None  # clips a second of one device at its peak
+    peak_clips_per_second: float | None = None  # of one device
+
+
+@dataclass
+class RunContext:
+    """What surrounds the training of one run: its processes, its directory, its logs."""
+
+    dist: Dist
+    directory: RunDir
+    reporter: Reporter
+    ledger: BadSampleLedger
+    stop: StopSignal = field(default_factory=StopSignal)
+    sources: list[LoadReport] = field(default_factory=list)  # the averaged checkpoints of a learned average
+    fingerprint: dict[str, Any] = field(default_factory=dict)  # of the experiment; on rank 0 alone
 
 
 class Trainer:
-    """Trains `model` on `task`; see `fit` and `evaluate`. It receives built objects and knows nothing of settings files."""
+    """Trains `model` on `task`; see `fit` and `validate_only`. It receives built objects and knows no settings files."""
 
     def __init__(
         self,
+        config: TrainerConfig,
+        run: RunContext,
         task: Task,
         model: nn.Module,
         optimizer: ScheduledOptimizer,
         train: TrainData | None,
         val: ValData | None,
-        dist: Dist,
-        folder: RunDir,
-        reporter: Reporter,
-        ledger: BadSampleLedger,
-        options: Options,
-        sources: Sequence[LoadReport] = (),
-        stop: StopSignal | None = None,
     ) -> None:
-        """Without `train` it only evaluates.
-
-        `sources` are what the model is an average of; which they were is kept in checkpoints and compared. When one process
-        is asked to `stop`, all save after the step that they are in, and leave.
-        """
-        self.stop = stop or StopSignal()
-        self.task, self.optimizer, self.options = task, optimizer, options
+        """Without `train` it only evaluates."""
+        self.config, self.run, self.task = config, run, task
         self.train, self.val = train, val
-        self.dist, self.folder, self.reporter = dist, folder, reporter
-        self.watch = StepWatch(dist, ledger, folder, reporter.info, options.max_skipped_steps)
-        self.bare, self.sources = model.to(dist.device), list(sources)
-        self.experiment: dict[str, Any] = {}  # what checkpoints say of it (`experiment.facts`); process 0 knows
-        self.model: nn.Module = self.bare
-        if options.compile:
-            self.model = torch.compile(self.bare)  # type: ignore[assignment]
+        self.raw_model: nn.Module = model.to(run.dist.device)
+        self.model: nn.Module = self.raw_model  # compiled and wrapped
+        if config.compile:
+            self.model = torch.compile(self.raw_model)  # type: ignore[assignment]
             task.compile()
-        self.ema = MovingAverage(self.bare, options.ema_decay) if options.ema_decay is not None else None
-        # Small gradients vanish in half precision unless they are scaled up, in autocast as on the wire.
-        halves = options.amp_dtype == torch.float16 or (dist.world_size > 1 and options.comms_dtype == "fp16")
-        self.scaler = torch.amp.GradScaler(dist.device.type, enabled=halves)
-        self.steps_per_epoch = 1 if train is None else train.plan.steps
-        self.state, self.meter = State(), Meter()
-        self.last: dict[str, Any] = {}
-        self.began = time.monotonic()  # of the seconds that are not yet in the state
+        self.optimizer = optimizer
+        self.ema = MovingAverage(self.raw_model, config.ema_decay) if config.ema_decay is not None else None
+        # Small gradients underflow in fp16 unless they are scaled, in autocast and in communication.
+        use_grad_scaler = config.amp_dtype == torch.float16 or (
+            run.dist.world_size > 1 and config.comms_dtype == "fp16"
+        )
+        self.scaler = torch.amp.GradScaler(run.dist.device.type, enabled=use_grad_scaler)
+        self.state = RunState(steps_per_epoch=1 if train is None else train.plan.steps)
+        self.step_stats = StepStats(run.dist, run.ledger, run.directory, run.reporter.info, config.max_skipped_steps)
 
     # ---- a whole run ----------------------------------------------------------------------------------------------
 
     def fit(self) -> None:
-        """Train to `max_epochs` from where the state stands. Raises NonFiniteError, UserError, StopRequested."""
-        ended = self.state.step == self.steps_per_epoch  # an epoch whose evaluation was not done yet
-        self.reporter.start(self.global_step, self.total_steps, again="epoch" if ended else "")
-        self.watch.start(self.global_step)
+        """Train to `max_epochs`. Raises NonFiniteError, UserError, and StopRequested when asked to stop."""
+        state, reporter = self.state, self.run.reporter
+        epoch_ended = state.step == state.steps_per_epoch  # its evaluation was interrupted
+        reporter.start(self.global_step, self.total_steps, replay="epoch" if epoch_ended else "")
+        self.step_stats.start(self.global_step)
         if self.is_done:
-            self.reporter.info(f"All {self.options.max_epochs} epochs are done; nothing is left to train.")
-            if self.folder.read_summary().get("status") != "finished":
-                self._summary(status="finished", exit_reason="all epochs done")
+            reporter.info(f"All {self.config.max_epochs} epochs are done; nothing is left to train.")
+            if self.run.directory.read_summary().get("status") != "finished":
+                self._write_summary(status="finished", exit_reason="all epochs done")
             return
-        if frozen := sum(p.numel() for p in self.bare.parameters() if not p.requires_grad):
-            self.reporter.info(
-                f"{frozen / 1e6:.2f} M parameters are frozen: they take a forward pass alone, about a third of the work of "
+        if frozen := sum(p.numel() for p in self.raw_model.parameters() if not p.requires_grad):
+            reporter.info(
+                f"{frozen / 1e6:.2f} M parameters are frozen: they need a forward pass alone, about a third of the work of "
                 "training them."
             )
-        self._summary(status="running", exit_reason=None)
+        self._write_summary(status="running", exit_reason=None)
         assert self.train is not None
-        start = self.state.epoch, self.state.step
-        batches = self.train.batches(start, self.options.max_epochs, self.dist)
-        while self.state.epoch < self.options.max_epochs:
+        batches = self.train.batches((state.epoch, state.step), self.config.max_epochs, self.run.dist)
+        while state.epoch < self.config.max_epochs:
             self.train_epoch(batches)
             self._finish_epoch()
-        self._summary(status="finished", exit_reason="all epochs done")
+        self._write_summary(status="finished", exit_reason="all epochs done")
 
     def validate_only(self) -> None:
-        """Evaluate the run's newest checkpoint and note the figures, whatever the run's own end was."""
-        self.reporter.start(self.global_step, self.total_steps, again="val")
-        found = self.evaluate()
-        if found is None:
-            raise StopRequested(self._cause())
-        self._note_evaluation(found)
-        self._summary(status=self.folder.read_summary().get("status", "finished"))
+        """Evaluate the loaded weights and write the metrics; the summary keeps the status of the run."""
+        self.run.reporter.start(self.global_step, self.total_steps, replay="val")
+        result = self.evaluate()
+        if result is None:
+            raise StopRequested(self._stop_cause())
+        self._record_evaluation(result)
+        self._write_summary(status=self.run.directory.read_summary().get("status", "finished"))
 
     def train_epoch(self, batches: Iterator[Batch]) -> None:
-        """The steps that are left of the current epoch."""
-        options, epoch = self.options, self.state.epoch
+        """Run the remaining steps of the current epoch."""
+        state, stop = self.state, self.run.stop
         train_mode(self.model)
-        interval = Interval()
-        while self.state.step < self.steps_per_epoch:
-            asked = time.monotonic()
-            self.stop.set_phase("waiting for data", self.global_step)
+        throughput = ThroughputMeter()
+        while state.step < state.steps_per_epoch:
+            start = time.monotonic()
+            stop.set_phase("waiting for data", self.global_step)
             batch = next(batches)
-            self.stop.set_phase("in a step", self.global_step)
-            interval.waited += time.monotonic() - asked
+            stop.set_phase("in a step", self.global_step)
+            throughput.data_seconds += time.monotonic() - start
             self.train_step(batch)
-            self.stop.update_step_time(time.monotonic() - asked)
-            self.state.step += 1
-            interval.clips += len(batch) * self.dist.world_size
+            stop.update_step_time(time.monotonic() - start)
+            state.step += 1
+            throughput.clips += len(batch) * self.run.dist.world_size
 
-            last_of_epoch = self.state.step == self.steps_per_epoch
-            log = self.global_step % options.log_freq == 0 or last_of_epoch
-            save = due(self.global_step, options.save_every_steps)
-            # Only what is written somewhere must be known at once.
-            pictures = self._pictures_due(last_of_epoch)
-            self.watch.hear(but=0 if log or save or pictures else 1)
-            for name in pictures:
-                self._pictures(batch, name)
+            last_of_epoch = state.step == state.steps_per_epoch
+            log = self.global_step % self.config.log_freq == 0 or last_of_epoch
+            save = is_due(self.global_step, self.config.save_every_steps)
+            images = self._due_visualizations(last_of_epoch)
+            # Wait for the newest step only if something is written.
+            self.step_stats.drain(keep_newest=0 if log or save or images else 1)
+            for name in images:
+                self._visualize(batch, name)
             if log:
-                check_loss_scale(self.scaler, self.global_step)
-                figures = {
-                    "loss": self.watch.loss,
-                    "lr": self.optimizer.lr,
-                    "grad_norm": self.watch.norm,
-                } | interval.figures(self.dist.device)
-                if options.peak_clips_per_second is not None:
-                    figures["mfu"] = figures["clips_per_second"] / self.dist.world_size / options.peak_clips_per_second
-                # What it took is of this start alone, and no part of where the run stands.
-                self.last |= {name: value for name, value in figures.items() if name not in ("memory_gb", "mfu")}
-                self.reporter.step(epoch, options.max_epochs, self.global_step, figures)
-                interval = Interval()
-            if self.watch.leaving:
-                self.watch.hear()
-                self._leave()
+                self._log_step(throughput)
+                throughput = ThroughputMeter()
+            if self.step_stats.stop_requested:
+                self.step_stats.drain()
+                self._save_and_stop()
             if save and not last_of_epoch:
-                self.save([])
+                self.save_checkpoint()
 
     def train_step(self, batch: Batch) -> None:
-        """One optimizer step on a batch, in the pieces that its source's plan says. What came of it, `watch` hears.
+        """Run one optimizer step with gradient accumulation; results go to `step_stats`.
 
-        Its gradient is that of the mean over the samples that count, of all pieces and processes together. A step without such
-        samples changes nothing. Nothing here waits for the device.
+        The gradient is that of the mean over the counted samples of all micro-batches and ranks. A step without such samples
+        changes nothing. Nothing here waits for the device.
         """
-        options, clips = self.options, self.source_plan(batch).clips // self.dist.world_size
-        short = len(batch) < clips
-        batch = (batch.pad_to(clips) if short else batch).to(self.dist.device)
-        self.optimizer.set_progress(self.global_step / self.total_steps)
-        torch.manual_seed(int(keyed_rng(options.seed, MODEL_DRAW, self.global_step, self.dist.rank).integers(2**62)))
-        pieces = batch.split(self.source_plan(batch).pieces)
-        outputs: list[StepOutput] = []
-        loss = torch.zeros((), dtype=torch.float64, device=self.dist.device)
-        count = torch.zeros_like(loss)
-        for number, piece in enumerate(pieces):
-            with without_sync(self.model, skip=number < len(pieces) - 1):
-                with self._autocast():
-                    output = self.task.training_step(self.model, piece)
-                # A batch that is not whole must not change the weights of any process: its gradients become NaN.
-                share = math.nan if short else output.count / clips
-                self.scaler.scale(output.loss * share).backward()
-            outputs.append(output)
-            loss += output.loss.detach().double() * output.count
-            count += output.count
+        dist, optimizer = self.run.dist, self.optimizer
+        clips = self.source_plan(batch).clips // dist.world_size
+        is_partial = len(batch) < clips
+        batch = (batch.pad_to(clips) if is_partial else batch).to(dist.device)
+        optimizer.set_progress(self.global_step / self.total_steps)
+        outputs, loss, count = self._backward(batch, clips)
         total = count.clone()
-        self.dist.all_reduce(total)
-        self.scaler.unscale_(self.optimizer.optimizer)
-        # The processes' gradients were averaged: what they sum to is divided by `world * clips`, and is to be by `total`.
-        self.optimizer.scale_gradients(self.dist.world_size * clips / total.clamp(min=1))
-        norm = full_tensor(nn.utils.clip_grad_norm_(self.optimizer.parameters(), options.gradient_clip or math.inf))
-        step = posted(
-            self.state.epoch,
-            self.global_step + 1,
-            batch,
-            loss / count.clamp(min=1),
-            norm,
-            self.optimizer.lr,
-            scaled=self.scaler.is_enabled(),
+        dist.all_reduce(total)
+        self.scaler.unscale_(optimizer.optimizer)
+        # DDP averaged the gradients: their sum is over `world_size * clips` samples, and should be over `total`.
+        optimizer.scale_gradients(dist.world_size * clips / total.clamp(min=1))
+        grad_norm = full_tensor(nn.utils.clip_grad_norm_(optimizer.parameters(), self.config.gradient_clip or math.inf))
+        step = Step(
+            epoch=self.state.epoch,
+            number=self.global_step + 1,
+            loss=loss / count.clamp(min=1),
             count=count,
+            grad_norm=grad_norm,
+            lr=optimizer.lr,
+            paths=batch.paths,
+            bad=batch.bad,
+            is_partial=is_partial,
+            stop_requested=self.run.stop.cause is not None,
+            scaled=self.scaler.is_enabled(),
         )
-        spoiled = self.watch.post(step, short, asked=self.stop.cause is not None) | ~norm.isfinite() | (total == 0)
-        self.optimizer.step(spoiled)
+        skip_step = self.step_stats.submit(step) | ~grad_norm.isfinite() | (total == 0)
+        optimizer.step(skip_step)
         if self.scaler.is_enabled():
             self.scaler.update()
         for output in outputs:
-            self.meter.add(batch.source, output.sums, output.count, skip_mask=spoiled)
-        self.optimizer.optimizer.zero_grad(set_to_none=True)
+            self.state.meter.add(batch.source, output.sums, output.count, skip_mask=skip_step)
+        optimizer.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
-            self.ema.update(skip_mask=spoiled)
+            self.ema.update(skip_step)
+
+    def _backward(self, batch: Batch, clips: int) -> tuple[list[StepOutput], Tensor, Tensor]:
+        """Run forward and backward of each micro-batch; return the outputs, and sum of losses and count: float64 scalars."""
+        device = self.run.dist.device
+        rng = keyed_rng(self.config.seed, MODEL_DRAW, self.global_step, self.run.dist.rank)
+        torch.manual_seed(int(rng.integers(2**62)))
+        micro_batches = batch.split(self.source_plan(batch).pieces)
+        outputs: list[StepOutput] = []
+        loss = torch.zeros((), dtype=torch.float64, device=device)
+        count = torch.zeros_like(loss)
+        for number, micro_batch in enumerate(micro_batches):
+            with without_sync(self.model, skip=number < len(micro_batches) - 1):
+                with self._autocast():
+                    output = self.task.training_step(self.model, micro_batch)
+                self.scaler.scale(output.loss * (output.count / clips)).backward()
+            outputs.append(output)
+            loss += output.loss.detach().double() * output.count
+            count += output.count
+        return outputs, loss, count
 
     def evaluate(self) -> Evaluation | None:
-        """Evaluate on the validation videos (the moving average of the weights, if there is one) and log the figures.
+        """Evaluate the EMA weights (the weights where there is no EMA) on the validation videos and log the metrics.
 
-        None when a process was asked to stop before the end.
+        Returns None when any rank was asked to stop before the end.
         """
         assert self.val is not None
-        self.stop.set_phase("validating", self.global_step)
-        batches = self.val.batches(self.dist, self.options.limit_val_batches)
-        with self.ema.in_place() if self.ema is not None else contextlib.nullcontext(), summon_full_params(self.bare):
-            found = evaluate(self.task, self.bare, batches, self.dist, self._autocast, self.stop)
-        if found is None:
+        dist, stop, reporter = self.run.dist, self.run.stop, self.run.reporter
+        stop.set_phase("validating", self.global_step)
+        batches = self.val.batches(dist, self.config.limit_val_batches)
+        with (
+            self.ema.in_place() if self.ema is not None else contextlib.nullcontext(),
+            summon_full_params(self.raw_model),
+        ):
+            result = evaluate(self.task, self.raw_model, batches, dist, self._autocast, stop)
+        if result is None:
             return None
-        self.watch.record(found.bad)
-        metrics = found.figures | {"per_source": found.per_source}
-        self.reporter.epoch("val", self._epoch_of_weights, self.global_step, metrics)
+        self.step_stats.record_bad(result.bad)
+        metrics = result.metrics | {"per_source": result.per_source}
+        reporter.epoch("val", self.state.weights_epoch, self.global_step, metrics)
         splits = {split.name: split for split in self.val.dataset.splits}
-        for source, made in found.predictions.items():
-            made.segments = splits[source].segments(made.index)
-            known = splits[source].dataset.names()  # fewer than the head has classes, when label sets share it
-            known += [str(label) for label in range(len(known), made.scores.shape[1])]
-            self.reporter.predictions(source, made, known, self.global_step)
-        return found
+        for source, predictions in result.predictions.items():
+            predictions.segments = splits[source].segments(predictions.index)
+            names = splits[source].dataset.names()  # fewer than the head has classes, when label sets share it
+            names += [str(label) for label in range(len(names), predictions.scores.shape[1])]
+            reporter.predictions(source, predictions, names, self.global_step)
+        return result
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 
-    def save(self, also: list[str]) -> None:
-        """Write `checkpoint.pt` (and further names) from process 0; what is split among the processes each writes by itself.
-
-        Raises UserError, in all processes, when it cannot be written, and NonFiniteError for weights that must not be.
-        """
-        self.stop.set_phase("saving", self.global_step)
-        check_finite(self.bare, self.dist, self.global_step)
-        self._count_seconds()
-        began = time.monotonic()
-        meter = {s: {"count": n} | sums for s, (sums, n) in self.meter.totals(self.dist).items()}
-        self.dist.run_on_all(self.folder.require_lock, only_main=True)
-        state = {  # resuming.take_up puts it back
-            "format": checkpoint.FORMAT,
-            "experiment": experiment.written(self.experiment),
-            "architecture": describe(self.bare),
-            "model": self.bare.state_dict(),
-            "ema": self.ema.average if self.ema is not None else None,
-            "ema_steps": int(self.ema.steps) if self.ema is not None else 0,
-            "sources": [source.note() for source in self.sources],
+    def state_dict(self) -> dict[str, Any]:
+        """The contents of a checkpoint. All ranks call it together."""
+        state, ema = self.state, self.ema
+        meter = {source: {"count": n} | sums for source, (sums, n) in state.meter.totals(self.run.dist).items()}
+        return {
+            "format": checkpointer.FORMAT,
+            "experiment": fingerprint.to_json(self.run.fingerprint),
+            "architecture": describe(self.raw_model),
+            "model": self.raw_model.state_dict(),
+            "ema": ema.average if ema is not None else None,
+            "ema_steps": int(ema.steps) if ema is not None else 0,
+            "sources": [source.note() for source in self.run.sources],
             "optimizer": self.optimizer.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "epoch": self.state.epoch,
-            "step": self.state.step,
-            "steps_per_epoch": self.steps_per_epoch,
-            "best": self.state.best,
-            "best_loss": self.state.best_loss,
-            "best_epoch": self.state.best_epoch,
-            "seconds": self.state.seconds,
-            "skipped": self.watch.skipped,
+            "epoch": state.epoch,
+            "step": state.step,
+            "steps_per_epoch": state.steps_per_epoch,
+            "best": state.best,
+            "best_loss": state.best_loss,
+            "best_epoch": state.best_epoch,
+            "seconds": state.seconds,
+            "skipped": self.step_stats.skipped,
             "meter": meter,
-            "last": self.last,
+            "last": state.last_metrics,
         }
-        folder = self.folder.checkpoints
-        with checkpoint.report_write_errors(folder):
-            state = checkpoint_shards.save_split(state, folder, self.global_step, self.dist)
+
+    def load_state_dict(self, saved: dict[str, Any], path: Path, class_names: Sequence[Sequence[str]] = ()) -> None:
+        """Resume from the contents of the checkpoint `path`. A trainer that only evaluates needs nothing but the weights.
+
+        Raises UserError for a checkpoint of another model, optimizer, data or number of steps.
+        """
+        run, info = self.run, self.run.reporter.info
+        if self.train is None:
+            resume.match_checkpoint_heads(saved, class_names, path, info)
+        else:
+            if run.fingerprint:
+                resume.check_same_experiment(
+                    saved["experiment"], run.fingerprint, path, self.config.allow_changes, info
+                )
+            resume.check_same_steps(saved["steps_per_epoch"], self.state.steps_per_epoch, path)
+        resume.check_same_sources(saved["sources"], [source.note() for source in run.sources], path)
+        checkpointer.load_model(self.raw_model, saved["model"], path)
+        if self.train is not None:
+            self._load_optimizer(saved["optimizer"], path)
+        if self.ema is not None:
+            resume.load_ema(self.ema, saved, path)
+        if self.scaler.is_enabled() and saved["scaler"]:  # empty after steps without one
+            self.scaler.load_state_dict(saved["scaler"])
+        self.state = RunState(
+            steps_per_epoch=saved["steps_per_epoch"],
+            epoch=saved["epoch"],
+            step=saved["step"],
+            best=saved["best"],
+            best_loss=saved.get("best_loss"),  # older checkpoints lack it and the next
+            best_epoch=saved.get("best_epoch"),
+            seconds=saved["seconds"],
+            start_time=self.state.start_time,
+            last_metrics=saved["last"],
+        )
+        self.step_stats.skipped = saved["skipped"]
+        if run.dist.is_main:  # it holds the sums of all ranks
+            self.state.meter.load(saved["meter"])
+
+    def save_checkpoint(self, aliases: Sequence[str] = ()) -> None:
+        """Write `checkpoint.pt`, and further names of it, from rank 0; each rank writes its own shards.
+
+        Raises UserError, on all ranks, when it cannot be written, and NonFiniteError for weights that are not finite.
+        """
+        dist, directory, stop = self.run.dist, self.run.directory, self.run.stop
+        stop.set_phase("saving", self.global_step)
+        check_finite(self.raw_model, dist, self.global_step)
+        self.state.count_seconds()
+        start = time.monotonic()
+        dist.run_on_all(directory.require_lock, only_main=True)
+        folder, state = directory.checkpoints, self.state_dict()
+        with checkpointer.report_write_errors(folder):
+            state = sharded.save_split(state, folder, self.global_step, dist)
 
         def write() -> None:
-            with checkpoint.report_write_errors(folder):
-                checkpoint.save(state, folder, also)
+            with checkpointer.report_write_errors(folder):
+                checkpointer.save(state, folder, list(aliases))
 
-        self.dist.run_on_all(write, only_main=True)  # the others wait, so that nobody runs ahead
-        self.stop.save_seconds, self.stop.saved_step = time.monotonic() - began, self.global_step
+        dist.run_on_all(write, only_main=True)  # the others wait
+        stop.save_seconds, stop.saved_step = time.monotonic() - start, self.global_step
 
-    def join_processes(self) -> None:
-        """Train with the other processes from here on; all must have come this far, since it waits for them.
+    def load_checkpoint(self, class_names: Sequence[Sequence[str]] = ()) -> bool:
+        """Resume from the newest complete checkpoint of the run directory; False when there is none.
 
-        Raises UserError, in all processes, when they did not resume from the same step.
+        Args:
+            class_names: of each head. For an evaluation the heads are matched to them; a run that trains must have the same.
+
+        Raises UserError when checkpoints exist but none is complete, and as `load_state_dict`.
         """
-        check_same_step(self.dist, (self.state.epoch, self.state.step), self.folder.checkpoints)
-        if self.options.strategy == "ddp":
-            find_unused = has_unused_parameters(self.bare)
-            self.model = wrap_ddp(self.model, self.dist, self.options.comms_dtype, find_unused)
-        elif self.dist.world_size > 1:
-            blocks = [part for part in self.bare.modules() if isinstance(part, (Block, CrossBlock))]
-            apply_fsdp(self.bare, blocks, self.dist, self.options.comms_dtype, self.options.amp_dtype)
-            self.optimizer.take_parameters(self.bare)
+        folder = self.run.directory.checkpoints
+        try:
+            newest = checkpointer.load_newest(folder)
+        except CorruptCheckpointError as error:
+            raise UserError(
+                f"No checkpoint of this run is complete: {error}. Restore a good file as {folder / LATEST}, or start a new run "
+                "with another launcher.experiment_log_dir."
+            ) from None
+        if newest is None:
+            return False
+        saved, path, problems = newest
+        for problem in problems:
+            self.run.reporter.info(f"Skipped a corrupt checkpoint: {problem}")
+        self.load_state_dict(saved, path, class_names)
+        self.run.stop.saved_step = self.global_step
+        self.run.reporter.info(f"Resumed from {path} ({describe_checkpoint(saved)})")
+        return True
+
+    def _load_optimizer(self, saved: Mapping[str, Any], path: Path) -> None:
+        try:
+            self.optimizer.load(saved)
+        except ValueError as error:
+            raise UserError(
+                f"{path} has the state of another optimizer ({error}): trainer.optim.optimizer, its options, layer_decay or "
+                f"trainer.freeze changed. {resume.HINT}"
+            ) from None
+
+    def wrap_model(self) -> None:
+        """Wrap the model in DDP or FSDP. Every rank must have come this far, since it waits for them.
+
+        Raises UserError, on all ranks, when they did not resume from the same step.
+        """
+        dist, config = self.run.dist, self.config
+        check_same_step(dist, (self.state.epoch, self.state.step), self.run.directory.checkpoints)
+        if config.strategy == "ddp":
+            find_unused = has_unused_parameters(self.raw_model)
+            self.model = wrap_ddp(self.model, dist, config.comms_dtype, find_unused)
+        elif dist.world_size > 1:
+            blocks = [part for part in self.raw_model.modules() if isinstance(part, (Block, CrossBlock))]
+            apply_fsdp(self.raw_model, blocks, dist, config.comms_dtype, config.amp_dtype)
+            self.optimizer.take_parameters(self.raw_model)
             if self.ema is not None:
-                self.ema.take_parameters(self.bare)
+                self.ema.take_parameters(self.raw_model)
 
     # ---- parts ----------------------------------------------------------------------------------------------------
 
     @property
     def is_done(self) -> bool:
-        return self.state.epoch >= self.options.max_epochs
+        return self.state.epoch >= self.config.max_epochs
 
     @property
     def global_step(self) -> int:
-        return self.state.epoch * self.steps_per_epoch + self.state.step
+        return self.state.global_step
 
     @property
     def total_steps(self) -> int:
-        return self.options.max_epochs * self.steps_per_epoch
-
-    @property
-    def _epoch_of_weights(self) -> int:
-        """The last epoch, counted from 0, that the weights have seen steps of; between epochs, `state` is at the next one."""
-        return self.state.epoch if self.state.step else max(0, self.state.epoch - 1)
+        return self.config.max_epochs * self.state.steps_per_epoch
 
     def source_plan(self, batch: Batch) -> SourcePlan:
         """How batches of its source are made."""
         assert self.train is not None
         return self.train.plan.sources[batch.source]
 
-    def _finish_epoch(self) -> None:
-        """Log the epoch's averages, validate if it is due, and save; afterwards the state stands before the next epoch."""
-        epoch, step = self.state.epoch, self.global_step
-        totals = self.meter.totals(self.dist)
-        by_source = {source: averages({source: total}) for source, total in totals.items()}
-        self.last |= averages(totals)
-        figures = averages(totals) | {"per_source": by_source} | self.task.epoch_figures(self.bare)
-        self.reporter.epoch("train", epoch, step, figures)
-        also = []
-        last_epoch = epoch + 1 == self.options.max_epochs
-        every = self.options.val_epoch_freq
-        if self.val is not None and (due(epoch + 1, every) or (every and last_epoch)):
-            found = self.evaluate()
-            if found is None:
-                self._leave()
-            self._note_evaluation(found)
-            if self.state.update_best(found.figures):
-                also.append(BEST)
-        if due(epoch + 1, self.options.save_freq):
-            also.append(f"checkpoint_{epoch + 1}.pt")
-        self.state.epoch, self.state.step, self.meter = epoch + 1, 0, Meter()
-        self.save(also)
-        self._summary(status="running")
+    def _log_step(self, throughput: ThroughputMeter) -> None:
+        check_loss_scale(self.scaler, self.global_step)
+        dist, peak = self.run.dist, self.config.peak_clips_per_second
+        metrics = {"loss": self.step_stats.loss, "lr": self.optimizer.lr, "grad_norm": self.step_stats.grad_norm}
+        metrics |= throughput.metrics(dist.device)
+        if peak is not None:
+            metrics["mfu"] = metrics["clips_per_second"] / dist.world_size / peak
+        # Memory and MFU depend on this start alone.
+        self.state.last_metrics |= {k: v for k, v in metrics.items() if k not in ("memory_gb", "mfu")}
+        self.run.reporter.step(self.state.epoch, self.config.max_epochs, self.global_step, metrics)
 
-    def _leave(self) -> NoReturn:
-        """Save and raise StopRequested, in all processes together."""
-        cause = self._cause()
-        self.save([])
-        self._summary()
+    def _finish_epoch(self) -> None:
+        """Log the epoch's averages, validate if it is due, and save; `state` then points at the next epoch."""
+        state, config = self.state, self.config
+        epoch = state.epoch
+        totals = state.meter.totals(self.run.dist)
+        by_source = {source: averages({source: total}) for source, total in totals.items()}
+        state.last_metrics |= averages(totals)
+        metrics = averages(totals) | {"per_source": by_source} | self.task.epoch_metrics(self.raw_model)
+        self.run.reporter.epoch("train", epoch, self.global_step, metrics)
+        aliases = []
+        last_epoch, every = epoch + 1 == config.max_epochs, config.val_epoch_freq
+        if self.val is not None and (is_due(epoch + 1, every) or (every and last_epoch)):
+            result = self.evaluate()
+            if result is None:
+                self._save_and_stop()
+            self._record_evaluation(result)
+            if state.update_best(result.metrics):
+                aliases.append(BEST)
+        if is_due(epoch + 1, config.save_freq):
+            aliases.append(f"checkpoint_{epoch + 1}.pt")
+        state.epoch, state.step, state.meter = epoch + 1, 0, Meter()
+        self.save_checkpoint(aliases)
+        self._write_summary(status="running")
+
+    def _save_and_stop(self) -> NoReturn:
+        """Save and raise StopRequested, on all ranks together."""
+        cause = self._stop_cause()
+        self.save_checkpoint()
+        self._write_summary()
         raise StopRequested(cause, saved_step=self.global_step)
 
-    def _cause(self) -> str:
-        """Why all stop when at least one was asked to."""
-        return next(cause for cause in self.dist.gather(self.stop.cause) if cause is not None)
+    def _stop_cause(self) -> str:
+        """The cause of the first rank that was asked to stop."""
+        return next(cause for cause in self.run.dist.gather(self.run.stop.cause) if cause is not None)
 
-    def _pictures_due(self, last_of_epoch: bool) -> list[str]:
-        """Names of the pictures to make after this step."""
-        epoch, every = self.state.epoch, self.options.pictures_every_epochs
-        names = [f"epoch_{epoch:04d}"] if self.state.step == 1 and due(epoch, every) else []  # so many epochs are done
-        return names + (["last"] if last_of_epoch and epoch + 1 == self.options.max_epochs and every else [])
+    def _due_visualizations(self, last_of_epoch: bool) -> list[str]:
+        """Names of the visualizations to make after this step."""
+        epoch, every = self.state.epoch, self.config.pictures_every_epochs
+        names = [f"epoch_{epoch:04d}"] if self.state.step == 1 and is_due(epoch, every) else []
+        return names + (["last"] if last_of_epoch and epoch + 1 == self.config.max_epochs and every else [])
 
-    def _pictures(self, batch: Batch, name: str) -> None:
-        with summon_full_params(self.bare):
-            if self.dist.is_main:
-                self.bare.eval()
+    def _visualize(self, batch: Batch, name: str) -> None:
+        with summon_full_params(self.raw_model):
+            if self.run.dist.is_main:
+                self.raw_model.eval()
                 with self._autocast():
-                    made = self.task.pictures(self.bare, batch.to(self.dist.device))
-                train_mode(self.bare)
-                if made is not None:
-                    self.reporter.pictures(name, made, self.global_step)
+                    visualization = self.task.visualize(self.raw_model, batch.to(self.run.dist.device))
+                train_mode(self.raw_model)
+                if visualization is not None:
+                    self.run.reporter.visualization(name, visualization, self.global_step)
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        dtype = self.options.amp_dtype
-        return torch.autocast(self.dist.device.type, dtype=dtype, enabled=dtype is not None)
+        dtype = self.config.amp_dtype
+        return torch.autocast(self.run.dist.device.type, dtype=dtype, enabled=dtype is not None)
 
-    def _note_evaluation(self, found: Evaluation) -> None:
-        """Keep metrics with the epoch, counted from 1, of the weights that they are of; other runs' weights have none here."""
-        self.last |= {f"val_{name}": value for name, value in found.figures.items()}
+    def _record_evaluation(self, result: Evaluation) -> None:
+        """Keep metrics with the epoch (from 1) of their weights; weights of another run have none here."""
+        state = self.state
+        state.last_metrics |= {f"val_{name}": value for name, value in result.metrics.items()}
         if self.global_step:
-            self.last["val_epoch"] = self._epoch_of_weights + 1
+            state.last_metrics["val_epoch"] = state.weights_epoch + 1
 
-    def _count_seconds(self) -> None:
-        """Add the time since the last count to the run's."""
-        now = time.monotonic()
-        self.state.seconds, self.began = self.state.seconds + now - self.began, now
-
-    def _summary(self, **facts: Any) -> None:
-        self._count_seconds()
-        if self.dist.is_main:
-            self.folder.write_summary(
-                epochs=self.state.epoch,
+    def _write_summary(self, **facts: Any) -> None:
+        state = self.state
+        state.count_seconds()
+        if self.run.dist.is_main:
+            self.run.directory.write_summary(
+                epochs=state.epoch,
                 steps=self.global_step,
-                best=self.state.best,
-                best_epoch=self.state.best_epoch,
-                last=self.last,
-                clips_per_second=self.last.get("clips_per_second"),
-                wall_time=round(self.state.seconds, 3),
-                **self.stop.timings(),
+                best=state.best,
+                best_epoch=state.best_epoch,
+                last=state.last_metrics,
+                clips_per_second=state.last_metrics.get("clips_per_second"),
+                wall_time=round(state.seconds, 3),
+                **self.run.stop.timings(),
                 **facts,
             )

@@ -1,0 +1,100 @@
+"""Checks that a checkpoint belongs to the run that resumes from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from omnivision.checkpoint import fingerprint
+from omnivision.checkpoint.pretrained import LoadReport, match_heads
+from omnivision.optim.ema import MovingAverage
+from omnivision.utils.errors import UserError
+
+HINT = "Set it back, or start a new run in another launcher.experiment_log_dir."
+
+
+def check_same_experiment(
+    text: str, current: Mapping[str, Any], path: Path, allow_changes: bool, info: Callable[[str], None]
+) -> None:
+    """Compare the fingerprint in a checkpoint with the current one; report changes that do not affect results.
+
+    Raises UserError for changed classes, and for other hyperparameters or data unless `allow_changes`.
+    """
+    saved = fingerprint.read(text)
+    if saved is None:
+        info(f"{path} has no experiment fingerprint; its settings cannot be compared.")
+        return
+    if classes := fingerprint.class_changes(saved, current):
+        raise UserError(
+            f"{path} was trained on other classes, or on the same in another order: {fingerprint.truncate_list(classes)}. A "
+            "resumed head must keep its classes, even with allow_changes. Set datasets.NAME.class_names and its labels back, "
+            "or start a new run in another launcher.experiment_log_dir from pretrained_checkpoint_path."
+        )
+    altering, others = fingerprint.differences(saved, current)
+    if altering and not allow_changes:
+        raise UserError(fingerprint.mismatch_message(str(path), altering))
+    if altering or others:
+        info(f"Changed since the checkpoint: {fingerprint.truncate_list(altering + others)}")
+
+
+def check_same_steps(saved: int, current: int, path: Path) -> None:
+    """Raises UserError when an epoch has another number of steps."""
+    if saved != current:
+        raise UserError(
+            f"{path} has {saved} steps per epoch, now there are {current}: data, batch_size or trainer.limit_train_batches "
+            f"changed. {HINT}"
+        )
+
+
+def check_same_sources(saved: Sequence[Mapping[str, Any]], current: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Raises UserError when a learned average is resumed with other source checkpoints, which its checkpoint does not hold."""
+    if not current:
+        return
+    if [source["sha256"] for source in saved] != [source["sha256"] for source in current]:
+        was, now = (", ".join(f"{s['path']} ({s['sha256'][:12]})" for s in sources) for sources in (saved, current))
+        raise UserError(
+            f"{path} averages {was}; pretrained_checkpoint_path is now {now}. Files and order must be the same. {HINT}"
+        )
+    if [source["choice"] for source in saved] != [source["choice"] for source in current]:
+        raise UserError(
+            f"{path} averages other parts of its source checkpoints: {saved[0]['choice']}, now {current[0]['choice']}. "
+            f"trainer/checkpoint changed. {HINT}"
+        )
+
+
+def match_checkpoint_heads(
+    state: dict[str, Any], class_names: Sequence[Sequence[str]], path: Path, info: Callable[[str], None]
+) -> None:
+    """Reorder the heads of a checkpoint and of its EMA to the class names of the data.
+
+    Raises UserError if they do not match.
+    """
+    saved_names = dict(enumerate(fingerprint.class_names(fingerprint.inference(state))))
+    for part in ("model", "ema"):
+        if state[part] is not None:
+            report = LoadReport(str(path), "")
+            matched, unused = match_heads(state[part], saved_names, class_names, report)
+            # Heads that this model lacks are refused where the weights are loaded.
+            state[part] = {name: state[part][name] for name in unused} | matched
+    for line in report.classes:
+        info(f"Classes: {line}.")
+
+
+def load_ema(ema: MovingAverage, state: Mapping[str, Any], path: Path) -> None:
+    """Resume the EMA; start one from the current weights if the checkpoint has none.
+
+    Raises UserError for an EMA of other parameters.
+    """
+    average: Mapping[str, Tensor] | None = state["ema"]
+    if average is None:
+        ema.start()
+        return
+    if differing := sorted(set(ema.average) ^ set(average)):
+        raise UserError(
+            f"{path} has an EMA of other parameters than are trained now ({differing[0]}): trainer.freeze changed. {HINT}"
+        )
+    steps = state["epoch"] * state["steps_per_epoch"] + state["step"] - state["skipped"]
+    ema.load(average, state.get("ema_steps", steps))  # older checkpoints do not hold the number

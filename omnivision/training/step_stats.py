@@ -1,0 +1,195 @@
+"""Results of training steps, summed over all ranks without a host that waits for its device."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from omnivision.data.batch import BadSample, vanished_files
+from omnivision.distributed.fsdp import local_tensor
+from omnivision.distributed.process_group import Dist
+from omnivision.reporting.bad_samples import BadSampleLedger
+from omnivision.reporting.metrics_log import MetricsLog
+from omnivision.reporting.run_directory import RunDir
+from omnivision.utils.errors import NonFiniteError, UserError
+
+MIN_LOSS_SCALE = 1e-4  # of fp16; it starts at 65536 and is halved after each overflow
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step of this rank. Tensors are scalars on the device."""
+
+    epoch: int
+    number: int  # of the run, counted from 1
+    loss: Tensor
+    count: Tensor | float  # samples that the loss is a mean of
+    grad_norm: Tensor
+    lr: float
+    paths: list[str]
+    bad: list[BadSample]
+    is_partial: bool = False  # the batch has fewer clips than the plan asks for
+    stop_requested: bool = False
+    scaled: bool = False  # fp16: an overflowing gradient is expected now and then, and skipped silently
+
+    @property
+    def finite(self) -> Tensor:
+        return self.loss.isfinite() & (self.grad_norm.isfinite() | self.scaled)
+
+
+class StepStats:
+    """Steps of all ranks: `submit` sums one up on the device, `drain` reads the sums later. All ranks call both alike.
+
+    `loss` and `grad_norm` are those of the last step drained; `stop_requested` becomes true when any rank was asked to stop.
+    """
+
+    def __init__(
+        self, dist: Dist, ledger: BadSampleLedger, run_dir: RunDir, info: Callable[[str], None], max_skipped: int
+    ) -> None:
+        """A run may skip `max_skipped` non-finite steps; each is reported with `info`."""
+        self.dist, self.ledger, self.run_dir, self.info = dist, ledger, run_dir, info
+        self.max_skipped = max_skipped
+        self.skipped = 0  # in the whole run
+        self.loss = self.grad_norm = math.nan
+        self.stop_requested = False
+        self._nonfinite_log = MetricsLog(run_dir.logs / "nonfinite.jsonl")
+        self._pending: deque[tuple[Step, Tensor, torch.Event | None]] = (
+            deque()
+        )  # sums on the host, once the event is done
+
+    def start(self, step: int) -> None:
+        """Start after a step; entries of later ones are dropped from the log."""
+        if self.dist.is_main:
+            self._nonfinite_log.truncate_after(step)
+
+    def submit(self, step: Step) -> Tensor:
+        """Start summing a step over the ranks, without waiting.
+
+        Returns whether the step must not change the weights (non-finite or partial on any rank): bool, a scalar on the
+        device, the same on all ranks.
+        """
+        missing = sum(sample.missing for sample in step.bad)
+        device = self.dist.device
+        facts = (
+            *(step.loss * step.count, step.count, step.grad_norm, ~step.finite),
+            *(step.is_partial, len(step.bad), missing, step.stop_requested),
+        )
+        # `torch.full` fills on the device; a tensor made on the host would be copied there, and waited for.
+        values = torch.stack(
+            [
+                fact.detach().double()
+                if isinstance(fact, Tensor)
+                else torch.full((), fact, dtype=torch.float64, device=device)
+                for fact in facts
+            ]
+        )
+        self.dist.all_reduce(values)
+        sums, event = values.to("cpu", non_blocking=True), None
+        if device.type != "cpu":
+            event = torch.Event(device)
+            event.record()
+        self._pending.append((step, sums, event))
+        return (values[3] > 0) | (values[4] > 0)
+
+    def drain(self, keep_newest: int = 0) -> None:
+        """Process all submitted steps but the newest ones. Raises NonFiniteError and UserError, on all ranks alike."""
+        for step, (loss, count, norm, nonfinite, partial, bad, missing, stop_requested) in self._sums(keep_newest):
+            self.loss, self.grad_norm = loss / max(count, 1), norm / self.dist.world_size
+            self.stop_requested = self.stop_requested or bool(stop_requested)
+            if partial and missing == bad:  # the data is unreachable; the files are not bad
+                paths = [sample.path for part in self.dist.gather(step.bad) for sample in part]
+                raise UserError(vanished_files(paths, "that one batch was to be made of"), on_all_ranks=True)
+            num_files = self.record_bad(step.bad) if bad else 0
+            if partial:
+                raise UserError(
+                    f"{num_files} files of one batch could not be decoded, including replacements; they are listed in "
+                    f"{self.ledger.path}. Check datasets.NAME.prefix, and that the data is mounted.",
+                    on_all_ranks=True,
+                )
+            if nonfinite:
+                self._record_skipped(step)
+
+    def _sums(self, keep_newest: int) -> Iterator[tuple[Step, list[float]]]:
+        while len(self._pending) > keep_newest:
+            step, sums, event = self._pending.popleft()
+            if event is not None:
+                event.synchronize()
+            yield step, sums.tolist()
+
+    def record_bad(self, bad: list[BadSample]) -> int:
+        """Enter the bad files of all ranks into the ledger; return how many there are, each counted once.
+
+        Raises UserError when the budget of bad files is spent.
+        """
+        samples = [sample for part in self.dist.gather(bad) for sample in part]
+        try:
+            self.ledger.add(samples, write=self.dist.is_main)
+        finally:
+            if samples and self.dist.is_main:
+                self.run_dir.write_summary(bad_samples=len(self.ledger))
+        return len({sample.path for sample in samples})
+
+    def _record_skipped(self, step: Step) -> None:
+        """Log a step that was skipped. Raises NonFiniteError, on all ranks, when there are too many."""
+        ranks = list(enumerate(self.dist.gather((float(step.loss), float(step.grad_norm), sorted(set(step.paths))))))
+        # All ranks share a gradient; a non-finite loss tells where it came from.
+        causes = [entry for entry in ranks if not math.isfinite(entry[1][0])] or ranks
+        self.skipped += 1
+        for rank, (loss, norm, samples) in causes:
+            if self.dist.is_main:
+                facts = {"rank": rank, "loss": loss, "grad_norm": norm, "samples": samples}
+                self._nonfinite_log.write("nonfinite", "train", step.epoch, step.number, **facts)
+        details = "; ".join(
+            f"rank {rank}: loss {loss}, gradient norm {norm}, samples {', '.join(samples)}"
+            for rank, (loss, norm, samples) in causes
+        )
+        message = f"Step {step.number} (lr {step.lr:.3g}) was skipped: its loss or gradient is not finite ({details})"
+        if self.skipped > self.max_skipped:
+            raise NonFiniteError(
+                f"{message}. Skipped steps: {self.skipped}; trainer.max_skipped_steps is {self.max_skipped}. Lower the "
+                f"learning rate, set trainer.optim.gradient_clip, or inspect these samples ({self._nonfinite_log.path}).",
+                on_all_ranks=True,
+            )
+        self.info(
+            f"{message}. Skipped steps: {self.skipped} of at most {self.max_skipped} ({self._nonfinite_log.path})."
+        )
+
+
+def check_loss_scale(scaler: torch.amp.GradScaler, step: int) -> None:
+    """Raises NonFiniteError when fp16 gradients overflow at every loss scale."""
+    if scaler.is_enabled() and (scale := scaler.get_scale()) < MIN_LOSS_SCALE:
+        raise NonFiniteError(
+            f"Step {step}: fp16 gradients are not finite even at a loss scale of {scale:.1g}, so no step changes the weights. "
+            "Lower the learning rate, set trainer.optim.gradient_clip, or set trainer.optim.amp.amp_dtype=bfloat16 or "
+            "trainer.optim.amp.enabled=false.",
+            on_all_ranks=True,
+        )
+
+
+def check_same_step(dist: Dist, position: tuple[int, int], folder: Path) -> None:
+    """Raises UserError, on all ranks, when they did not resume from the same (epoch, step)."""
+    positions = dist.gather(position)
+    if len(set(positions)) > 1:
+        raise UserError(
+            f"The ranks found different checkpoints in {folder}: (epoch, step) {', '.join(map(str, positions))}. All ranks "
+            "must see one directory. Set trainer.checkpoint.save_dir or launcher.experiment_log_dir.",
+            on_all_ranks=True,
+        )
+
+
+def check_finite(model: nn.Module, dist: Dist, step: int) -> None:
+    """Raises NonFiniteError, on all ranks, for weights that are not finite; they must not replace a good checkpoint."""
+    parts = [local_tensor(parameter) for parameter in model.parameters()]
+    nonfinite = torch.stack([~part.isfinite().all() for part in parts])
+    if count := int((dist.sum(nonfinite.long()) > 0).sum()):
+        raise NonFiniteError(
+            f"{count} of the {len(parts)} parameters are not finite after step {step}; the last checkpoint is kept. Lower the "
+            "learning rate, or set trainer.optim.gradient_clip.",
+            on_all_ranks=True,
+        )
