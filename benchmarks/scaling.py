@@ -74,9 +74,9 @@ def main() -> None:
     parser.add_argument("--samples", type=float, default=14.0, help="that a core makes a second")
     parser.add_argument("--disk", type=float, default=20.0, help="GB/s of the file system, all nodes together")
     machine = Machine(**vars(parser.parse_args()))
-    headings = ["model", "GPUs", "compute, ms", "all-reduce, ms", "of it not hidden, ms", "fsdp traffic, ms",
-                "decoding cores a GPU", "films, GB/s", "checkpoint, GB", "saved by one process, s", "in parts, s",
-                "read by all nodes, s"]  # fmt: skip
+    headings = ["model", "GPUs", "compute, ms", "all-reduce, ms", "exposed, ms", "fsdp traffic, ms",
+                "decoding cores per GPU", "video reads, GB/s", "checkpoint, GB", "save, one rank, s", "save, sharded, s",
+                "load, all nodes, s"]  # fmt: skip
     print(f"{machine}; {CLIPS_PER_GPU} clips a GPU")
     print(f"| {' | '.join(headings)} |\n|{'---|' * len(headings)}")
     for name in MODELS:
