@@ -17,7 +17,7 @@ from rich.console import Console
 from omnivision.data.encode import write_film
 from omnivision.tools import check_data
 from omnivision.tools.main import main
-from omnivision.tools.prepare.duplicates import same_films
+from omnivision.tools.prepare.duplicates import find_duplicates
 from omnivision.tools.prepare.workers import WorkerCrashedError
 from omnivision.utils.errors import EXIT_INTERRUPTED, UserError
 from tests.runs import call_command, real_films
@@ -34,7 +34,7 @@ class Folder(unittest.TestCase):
         self.addCleanup(temporary.cleanup)
         self.folder = Path(temporary.name)
 
-    def film(self, name: str, frames: int = 6, size: tuple[int, int] = (32, 48), gop: int = 12) -> str:
+    def video(self, name: str, frames: int = 6, size: tuple[int, int] = (32, 48), gop: int = 12) -> str:
         noise = np.random.default_rng(len(name) + frames).integers(0, 256, (frames, *size, 3), dtype=np.uint8)
         write_film(self.folder / name, noise, fps=25, gop=gop)
         return name
@@ -56,7 +56,7 @@ class Samples(Folder):
         for options in ([], ["--quick"]):
             code, out = run(self.save("paths.npy", real_films()), "--json", report, *options)
             self.assertEqual(code, 0)
-            self.assertIn("3 of 3 samples are good, 18.0 s of film.", out)
+            self.assertIn("3 of 3 samples are good, 18.0 s of video.", out)
             self.assertIn("most frames between key frames: least 61, 5% 66.9, median 120", out)
             self.assertIn("`omnivision prepare ... --gop 12` would make", out)
             expected = {
@@ -74,7 +74,7 @@ class Samples(Folder):
             )
 
     def test_every_bad_file_is_named_and_none_hangs(self):
-        self.film("good.mp4")
+        self.video("good.mp4")
         whole = Path(real_films()[1]).read_bytes()
         (self.folder / "half.mp4").write_bytes(whole[: len(whole) // 2])
         (self.folder / "empty.mp4").touch()
@@ -104,11 +104,11 @@ class Samples(Folder):
         self.assertEqual(self.check(["v.mp4"])[0], 1)
         self.assertEqual(self.check(["v.mp4"], "--quick")[0], 0)
 
-    def test_a_truncated_film_is_bad_quick_or_not(self):
+    def test_a_truncated_video_is_bad_quick_or_not(self):
         noise = np.random.default_rng(0).integers(0, 256, (100, 32, 48, 3), dtype=np.uint8)
         write_film(self.folder / "v.mp4", noise, fps=25)
         data = (self.folder / "v.mp4").read_bytes()
-        moov = data.rindex(b"moov") - 4  # its index first, so that the film opens
+        moov = data.rindex(b"moov") - 4  # its index first, so that the video opens
         table = bytearray(data[moov:])
         at = table.index(b"stco") + 12
         for k in range(int.from_bytes(table[at - 4 : at], "big")):
@@ -141,13 +141,13 @@ class Samples(Folder):
         self.assertIn("frames of different sizes: 30x40, 40x30", self.check(["clip"])[1])
 
     def test_a_process_that_dies_costs_its_sample(self):
-        self.film("a.mp4")
+        self.video("a.mp4")
         with mock.patch.object(check_data, "run_in_processes", return_value=iter([(0, WorkerCrashedError("killed"))])):
             code, out, _ = self.check(["a.mp4"])
         self.assertEqual((code, "bad: a.mp4: killed" in out), (1, True))
 
     def test_interrupted(self):
-        paths = self.save("paths.npy", [self.film("a.mp4")])
+        paths = self.save("paths.npy", [self.video("a.mp4")])
         with mock.patch.object(check_data, "run_in_processes", side_effect=KeyboardInterrupt):
             self.assertEqual(run(paths, "--json", self.folder / "x.json")[0], EXIT_INTERRUPTED)
         self.assertFalse((self.folder / "x.json").exists())
@@ -155,7 +155,7 @@ class Samples(Folder):
 
 class Splits(Folder):
     def test_labels(self):
-        paths = [self.film("a.mp4"), self.film("bb.mp4"), self.film("ccc.mp4"), self.film("dddd.mp4")]
+        paths = [self.video("a.mp4"), self.video("bb.mp4"), self.video("ccc.mp4"), self.video("dddd.mp4")]
         labels = self.save("labels.npy", [0, 3, 3, -1])
         code, out, report = self.check(paths, labels)
         self.assertEqual(code, 0)
@@ -168,7 +168,7 @@ class Splits(Folder):
         self.assertEqual(self.check(paths, labels, "--num-classes", 6)[2]["summary"]["labels"]["absent"], [1, 2, 4, 5])
 
     def test_labels_that_start_at_one(self):
-        paths = [self.film("a.mp4"), self.film("bb.mp4")]
+        paths = [self.video("a.mp4"), self.video("bb.mp4")]
         for labels, options, told in (
             ([1, 2], ["--num-classes", 2], 1),
             ([1, 2], [], 1),
@@ -179,11 +179,11 @@ class Splits(Folder):
             self.assertEqual(out.count("start at 1"), told, (labels, options))
 
     def test_a_folder_as_prefix_needs_no_slash(self):
-        paths = self.save("paths.npy", [self.film("a.mp4")])
+        paths = self.save("paths.npy", [self.video("a.mp4")])
         self.assertEqual(run(paths, "--prefix", self.folder)[0], 0)
 
     def test_duplicates_and_overlap(self):
-        paths = [self.film("a.mp4"), self.film("bb.mp4"), self.film("ccc.mp4")]
+        paths = [self.video("a.mp4"), self.video("bb.mp4"), self.video("ccc.mp4")]
         shutil.copy(self.folder / "a.mp4", self.folder / "copy.mp4")
         os.symlink("bb.mp4", self.folder / "link.mp4")
         other = self.save("other.npy", ["copy.mp4", "link.mp4", "nowhere.mp4"])
@@ -201,31 +201,31 @@ class Splits(Folder):
         (self.folder / "b").write_bytes(b"1235")
         (self.folder / "c").write_bytes(b"1234")
         files = [str(self.folder / name) for name in "abc"]
-        self.assertEqual(same_films(files), [[files[0], files[2]]])
+        self.assertEqual(find_duplicates(files), [[files[0], files[2]]])
         with mock.patch("omnivision.tools.prepare.duplicates._digest") as digest:
-            self.assertEqual(same_films(files[:1]), [])
+            self.assertEqual(find_duplicates(files[:1]), [])
             digest.assert_not_called()
 
     def test_advice_only_where_it_helps(self):
-        self.assertNotIn("omnivision prepare", self.check([self.film("a.mp4", frames=30, gop=12)])[1])
-        self.assertIn("30 frames or more between", self.check([self.film("a.mp4", frames=30, gop=99)])[1])
-        self.assertIn("short side of 400 pixels", self.check([self.film("a.mp4", size=(400, 500))])[1])
+        self.assertNotIn("omnivision prepare", self.check([self.video("a.mp4", frames=30, gop=12)])[1])
+        self.assertIn("30 frames or more between", self.check([self.video("a.mp4", frames=30, gop=99)])[1])
+        self.assertIn("short side of 400 pixels", self.check([self.video("a.mp4", size=(400, 500))])[1])
 
     def test_no_advice_on_the_size_of_small_films(self):
         for side, advised in ((120, False), (256, False), (300, True)):
             with self.subTest(side):
-                said = self.check([self.film("a.mp4", frames=30, size=(side, side + 20), gop=99)])[1]
+                said = self.check([self.video("a.mp4", frames=30, size=(side, side + 20), gop=99)])[1]
                 self.assertIn("--gop 12", said)
                 self.assertEqual("short" in said, advised)
 
     def test_a_terminal_gets_a_table(self):
         console = Console(force_terminal=True, width=100, file=io.StringIO())
         with mock.patch.object(check_data, "Console", return_value=console):
-            self.check([self.film("a.mp4")])
+            self.check([self.video("a.mp4")])
         self.assertIn("┏", console.file.getvalue())
 
     def test_refused(self):
-        paths = self.save("paths.npy", [self.film("a.mp4")])
+        paths = self.save("paths.npy", [self.video("a.mp4")])
         os.mkfifo(self.folder / "pipe.npy")
         cases = [
             ((self.folder / "none.npy",), "no such file"),

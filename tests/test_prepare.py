@@ -1,4 +1,4 @@
-"""`omnivision prepare`: from how datasets are published to arrays, catalog and quicker films; and what it refuses."""
+"""`omnivision prepare`: from how datasets are published to arrays, catalog and quicker videos; and what it refuses."""
 
 import csv
 import io
@@ -24,8 +24,15 @@ from omnivision.data.encode import write_film, write_timed_film
 from omnivision.data.video import VideoDecodeError, open_video
 from omnivision.tools.prepare import transcode as transcoding
 from omnivision.tools.prepare.catalog_file import entry_lines, updated_catalog
-from omnivision.tools.prepare.listing import SPLITS, video_key
-from omnivision.tools.prepare.transcode import Job, Outcome, Recipe, destinations, target_size, transcode
+from omnivision.tools.prepare.index import SPLITS, video_key
+from omnivision.tools.prepare.transcode import (
+    Job,
+    TranscodeConfig,
+    TranscodeResult,
+    destinations,
+    target_size,
+    transcode,
+)
 from omnivision.tools.prepare.workers import run_in_processes
 from omnivision.utils.errors import EXIT_INTERRUPTED, UserError
 from tests.runs import call_command, real_films
@@ -57,7 +64,7 @@ class Folder(unittest.TestCase):
         path.write_text(text, encoding="utf-8")
         return path
 
-    def films(self, *names: str) -> None:
+    def videos(self, *names: str) -> None:
         for name in names:
             self.write(name)
 
@@ -95,7 +102,7 @@ class Folder(unittest.TestCase):
 
 class CsvLists(Folder):
     def test_every_way_to_write_the_same_list(self):
-        self.films("v/a b.mp4", "v/c;d.mp4", "v/e.mp4")
+        self.videos("v/a b.mp4", "v/c;d.mp4", "v/e.mp4")
         rows = [("v/a b.mp4", "run"), ("v/c;d.mp4", "jump, high"), ("v/e.mp4", "run")]
         expected = [("v/a b.mp4", 1), ("v/c;d.mp4", 0), ("v/e.mp4", 1)]
         for delimiter in ";,\t":
@@ -109,12 +116,12 @@ class CsvLists(Folder):
                         self.assertEqual(self.classes, ["jump, high", "run"])
 
     def test_columns_by_the_names_in_the_header(self):
-        self.films("a.mp4", "b.mp4")
+        self.videos("a.mp4", "b.mp4")
         file = self.write("list.csv", "label,seconds,path\n1,2.5,a.mp4\n0,3.5,b.mp4\n")
         self.assertEqual(self.relative(self.prepared(file)["train"]), [("a.mp4", 1), ("b.mp4", 0)])
 
     def test_train_and_val_share_their_classes(self):
-        self.films("films/a.mp4", "films/b.mp4", "films/c.mp4")
+        self.videos("films/a.mp4", "films/b.mp4", "films/c.mp4")
         train = self.write("train.csv", "a.mp4;class 2\nb.mp4;class 10\n")
         val = self.write("val.csv", "c.mp4;class 10\na.mp4;class 2\n")
         found = self.prepared(self.folder / "films", "--train", train, "--val", val)
@@ -124,7 +131,7 @@ class CsvLists(Folder):
         self.assertIn("share 1 files: a.mp4", self.errors)
 
     def test_paths_are_relative_to_the_prefix(self):
-        self.films("data/films/a.mp4", "other/b.mp4")
+        self.videos("data/films/a.mp4", "other/b.mp4")
         file = self.write("list.csv", "films/a.mp4,0\n")
         self.assertEqual(
             self.relative(self.prepared(file, "--prefix", self.folder / "data")["train"]), [("data/films/a.mp4", 0)]
@@ -136,11 +143,11 @@ class CsvLists(Folder):
         self.assertEqual([path for path, _ in self.prepared(lists)["train"]], list(map(str, absolute)))
         shutil.rmtree(self.out)
         self.assert_refused(
-            lists, self.out, "--prefix", self.folder / "data", saying="1 of 2 films are not below --prefix"
+            lists, self.out, "--prefix", self.folder / "data", saying="1 of 2 videos are not below --prefix"
         )
 
     def test_integers_from_one(self):
-        self.films("a.mp4", "b.mp4")
+        self.videos("a.mp4", "b.mp4")
         file, names = self.write("list.csv", "a.mp4,1\nb.mp4,2\n"), self.write("names.txt", "walk\nrun\n")
         self.prepared(file)
         self.assertIn("start at 1", self.errors)
@@ -148,7 +155,7 @@ class CsvLists(Folder):
         self.assert_refused(file, self.out, "--class-names", names, saying="start at 1.*--class-names")
 
     def test_integers_from_one_in_one_list_alone(self):
-        self.films(*(f"s/{k}.mp4" for k in range(6)))
+        self.videos(*(f"s/{k}.mp4" for k in range(6)))
         for first, other in ((0, 1), (1, 0)):
             options = []
             for split, start in (("train", first), ("val", other)):
@@ -158,13 +165,13 @@ class CsvLists(Folder):
             self.assertIn("Labels of train and val do not both start at 0", self.errors)
 
     def test_integers_keep_their_gaps(self):
-        self.films("a.mp4", "b.mp4")
+        self.videos("a.mp4", "b.mp4")
         found = self.prepared(self.write("list.csv", "a.mp4,0\nb.mp4,3\n"))
         self.assertEqual([label for _, label in found["train"]], [0, 3])
         self.assertIn("2 of 4 classes never occur: 1, 2.", self.errors)
 
     def test_names_of_classes_in_the_order_that_is_wanted(self):
-        self.films("a.mp4", "b.mp4")
+        self.videos("a.mp4", "b.mp4")
         names = self.write("names.txt", "walk\nrun\njump\n")
         found = self.prepared(self.write("list.csv", "a.mp4,run\nb.mp4,walk\n"), "--class-names", names)
         self.assertEqual(([label for _, label in found["train"]], self.classes), ([1, 0], ["walk", "run", "jump"]))
@@ -179,16 +186,16 @@ class CsvLists(Folder):
         )
 
     def test_mistakes_are_named_by_row_and_nothing_is_written(self):
-        self.films("a.mp4", "b.mp4", "c.mp4")
+        self.videos("a.mp4", "b.mp4", "c.mp4")
         (self.folder / "empty").mkdir()
         cases = {
             "a.mp4,run\nb.mp4\nc.mp4,run,fast\n": "row 2 has 1 of 2 fields; row 3 has 3 of 2 fields",
             "a.mp4,run\n,run\nb.mp4,\n": "row 2 has no path; row 3 has no label",
-            "path,label\na.mp4,run\nnone.mp4,run\n": r"1 of 2 films are not there .*: list\.csv, row 3: .*none\.mp4.*--prefix",
+            "path,label\na.mp4,run\nnone.mp4,run\n": r"1 of 2 videos do not exist .*: list\.csv, row 3: .*none\.mp4.*--prefix",
             "path,label\na.mp4,run\nempty,run\n": r"1 of 2 .*\(or are folders without images\): .*row 3: .*empty",
             f"a.mp4,0\nb.mp4,{'9' * 5000}\n": "row 2: 9999",
             f"a.mp4,run\nb.mp4,{'x' * 200_000}\n": "row 2: field larger than field limit",
-            "".join(f"no{k}.mp4,run\n" for k in range(9)): "9 of 9 films .* row 5: .*; and 4 more",
+            "".join(f"no{k}.mp4,run\n" for k in range(9)): "9 of 9 videos .* row 5: .*; and 4 more",
             "a.mp4,Run\nb.mp4,run\n": "'Run' = 'run'.*spelled one way",
             "a.mp4,brush hair\nb.mp4,brush  hair\n": "differ only in case or spaces",
             "a.mp4,0\nb.mp4,run\nc.mp4,2\n": r"2 labels are integers and 1 are names.*row 2: run",
@@ -199,7 +206,7 @@ class CsvLists(Folder):
             "\n \n": "has no rows",
             'a.mp4,"run\nb.mp4,run\n': "row 2: unexpected end of data",
             "a.mp4\nb.mp4\n": "row 1 has 1 of 2 fields",
-            "a.mp4,\u0661\nb.mp4,\u00b2\nnone.mp4,1a\n": "1 of 3 films are not there",
+            "a.mp4,\u0661\nb.mp4,\u00b2\nnone.mp4,1a\n": "1 of 3 videos do not exist",
         }
         for text, saying in cases.items():
             with self.subTest(text):
@@ -213,19 +220,19 @@ class CsvLists(Folder):
         )
 
     def test_names_of_classes_with_an_empty_line_are_refused(self):
-        self.films("a.mp4")
+        self.videos("a.mp4")
         names, listed = self.write("names.txt", "walk\n\nrun\n\n"), self.write("list.csv", "a.mp4,0\n")
         self.assert_refused(
             listed, self.out, "--class-names", names, saying="has nothing on line 2; expected a name on each"
         )
 
-    def test_a_film_with_two_labels_is_told(self):
-        self.films("a.mp4", "b.mp4")
+    def test_a_video_with_two_labels_is_told(self):
+        self.videos("a.mp4", "b.mp4")
         self.prepared(self.write("list.csv", "a.mp4,run\na.mp4,walk\nb.mp4,run\nb.mp4,run\n"))
         self.assertRegex(self.errors, r"2 files stand in train more than once: .*a\.mp4, .*b\.mp4")
         self.assertRegex(self.errors, r"1 files have different labels in train: \S*a\.mp4\.")
 
-    def test_films_that_are_elsewhere(self):
+    def test_videos_that_are_elsewhere(self):
         found = self.prepared(self.write("list.csv", "a.mp4,0\n"), "--no-check-files", "--prefix", "/cluster/films")
         self.assertEqual(found["train"], [("/cluster/films/a.mp4", 0)])
 
@@ -244,7 +251,7 @@ class Columns(Folder):
         return self.split_sizes(*arguments, source="list.csv")
 
     def test_a_column_of_splits(self):
-        self.films(*(f"{k}.mp4" for k in range(6)))
+        self.videos(*(f"{k}.mp4" for k in range(6)))
         values = ["train", "Validation", "TEST", "training", "validation", "testing"]
         for name in ("split", "Subset", "phase", "set", "partition", "usage", "Data Split", "split_1", "what"):
             with self.subTest(name):
@@ -257,7 +264,7 @@ class Columns(Folder):
                 self.assertIn(f"path from column path, label from column label, split from column {name}", self.said)
 
     def test_columns_of_splits_that_are_asked_about(self):
-        self.films(*(f"{k}.mp4" for k in range(3)))
+        self.videos(*(f"{k}.mp4" for k in range(3)))
         cases = {
             "path,label,split\n0.mp4,a,1\n1.mp4,b,2\n2.mp4,a,3\n": "has 1, 2, 3 as splits",
             "path,label,fold\n0.mp4,a,1\n1.mp4,b,2\n2.mp4,a,2\n": "has 1, 2 as splits",
@@ -290,7 +297,7 @@ class Columns(Folder):
             self.assert_refused(self.folder / "list.csv", self.out, "--splits", value, saying="--splits")
 
     def test_lists_of_three_splits(self):
-        self.films("s/a.mp4", "s/b.mp4", "s/c.mp4")
+        self.videos("s/a.mp4", "s/b.mp4", "s/c.mp4")
         names = {
             split: self.write(f"{split}.csv", f"{path}.mp4,run\n") for split, path in zip(SPLITS, "abc", strict=True)
         }
@@ -303,7 +310,7 @@ class Columns(Folder):
         )
 
     def test_times_are_segments(self):
-        self.films("a.mp4", "b.mp4")
+        self.videos("a.mp4", "b.mp4")
         for start, end in (
             ("start", "end"),
             ("time_start", "time_end"),
@@ -337,7 +344,7 @@ class Columns(Folder):
         self.assertEqual(self.samples(), [("a.mp4", 0, (3, 4))])
 
     def test_times_that_are_none(self):
-        self.films("a.mp4")
+        self.videos("a.mp4")
         for start, end in (
             ("5", "5"),
             ("-1", "3"),
@@ -353,7 +360,7 @@ class Columns(Folder):
                 self.assert_refused(self.write("list.csv", text), self.out, saying="row 3 has the times.*1:30.5")
 
     def test_columns_that_choose_a_part_in_another_way_are_refused_by_name(self):
-        self.films("a.mp4")
+        self.videos("a.mp4")
         for columns in (
             "start_frame,end_frame",
             "frame_start,frame_end",
@@ -379,7 +386,7 @@ class Columns(Folder):
                 shutil.rmtree(self.out)
 
     def test_which_column_is_the_label(self):
-        self.films(*(f"{k}.mp4" for k in range(6)))
+        self.videos(*(f"{k}.mp4" for k in range(6)))
         rows = range(6)
         cases = {
             "id,path,label": [f"{100 + k},{k}.mp4,{'ab'[k % 2]}" for k in rows],
@@ -418,7 +425,7 @@ class Columns(Folder):
         )
 
     def test_columns_without_a_name_or_of_one_name(self):
-        self.films("0.mp4", "1.mp4")
+        self.videos("0.mp4", "1.mp4")
         self.list_sizes(",path,label\n0,0.mp4,a\n1,1.mp4,b\n")
         self.assertIn("Not used: 1.", self.said)
         shutil.rmtree(self.out)
@@ -434,7 +441,7 @@ class Columns(Folder):
                 self.assert_refused(file, self.out, saying="several columns")
 
     def test_labels_that_stand_for_none(self):
-        self.films("0.mp4", "1.mp4")
+        self.videos("0.mp4", "1.mp4")
         for label in ("nan", "None", "NULL", ""):
             with self.subTest(label):
                 file = self.write("list.csv", f"path,label\n0.mp4,a\n1.mp4,{label}\n")
@@ -446,7 +453,7 @@ class Columns(Folder):
         self.assert_refused(file, self.out, saying="semicolon, tab, comma, space")
 
     def test_kinetics(self):
-        """Its files are cut or whole, in a folder or in those of classes; some are not there any more."""
+        """Its files are cut or whole, in a folder or in those of classes; some do not exist any more."""
         rows = ["play chess,aa-_1,10,20,train", "ski,bb,3,13,train", "ski,aa-_1,0,10,val", ""]
         text = "\n".join(["label,youtube_id,time_start,time_end,split", *rows])
         cut = ["aa-_1_000010_000020.mp4", "bb_000003_000013.webm", "aa-_1_000000_000010.mp4"]
@@ -460,7 +467,7 @@ class Columns(Folder):
         for way, files in ways.items():
             with self.subTest(way):
                 shutil.rmtree(self.folder / "v", ignore_errors=True)
-                self.films(*(f"v/{file}" for file in files))
+                self.videos(*(f"v/{file}" for file in files))
                 sizes = self.list_sizes(text, "--prefix", self.folder / "v")
                 self.assertEqual((sizes, self.classes), ({"train": 2, "val": 1}, ["play chess", "ski"]))
                 segments = [(10, 20), (3, 13)] if "whole" in way else [None, None]
@@ -470,12 +477,12 @@ class Columns(Folder):
         shutil.rmtree(self.out)
         options = "--prefix", self.folder / "v"
         self.assert_refused(
-            self.folder / "list.csv", self.out, *options, saying="1 of 3 films are not there.*--skip-missing"
+            self.folder / "list.csv", self.out, *options, saying="1 of 3 videos do not exist.*--skip-missing"
         )
         self.assertEqual(self.list_sizes(text, *options, "--skip-missing"), {"train": 1, "val": 1})
         self.assertEqual(self.samples("val"), [("x/aa-_1.mp4", 1, (0, 10))], "classes keep their numbers")
-        self.assertIn("1 of 3 videos are not there and left out: list.csv, row 3", self.errors)
-        self.films("v/bb_000003_000013.mp4")
+        self.assertIn("1 of 3 videos do not exist and left out: list.csv, row 3", self.errors)
+        self.videos("v/bb_000003_000013.mp4")
         shutil.rmtree(self.out)
         self.assert_refused(
             self.folder / "list.csv",
@@ -485,7 +492,7 @@ class Columns(Folder):
         )
 
     def test_segments_of_a_video_stay_on_one_side(self):
-        self.films(*(f"{k}.mp4" for k in range(8)))
+        self.videos(*(f"{k}.mp4" for k in range(8)))
         rows = "".join(f"{k}.mp4,{'ab'[part % 2]},{part},{part + 1}\n" for part in range(3) for k in range(8))
         self.assertEqual(self.list_sizes(f"path,label,start,end\n{rows}", "--hold-out", 0.25), {"train": 18, "val": 6})
         sides = [{path for path, _, _ in self.samples(which)} for which in ("train", "val")]
@@ -527,7 +534,7 @@ class ClassFolders(Folder):
                     for k, name in enumerate(names):
                         for label in ("jump", "run"):
                             folder = f"{label}/{name}" if nested else f"{name}/{label}"
-                            self.films(*(f"s/{folder}/{number}.mp4" for number in range(k + 1)))
+                            self.videos(*(f"s/{folder}/{number}.mp4" for number in range(k + 1)))
                     sizes = self.split_sizes()
                     self.assertEqual((tuple(sizes), self.classes), (splits, ["jump", "run"]))
                     self.assertEqual(sorted(sizes.values()), [2 * (k + 1) for k in range(len(names))])
@@ -535,7 +542,7 @@ class ClassFolders(Folder):
                         self.assertIn(f"{name} is the ", self.said)
 
     def test_a_test_split_has_arrays_and_is_not_held_out_from(self):
-        self.films(*(f"s/{split}/{label}/{k}.mp4" for split in ("train", "test") for label in "ab" for k in range(4)))
+        self.videos(*(f"s/{split}/{label}/{k}.mp4" for split in ("train", "test") for label in "ab" for k in range(4)))
         self.assertEqual(self.split_sizes(), {"train": 8, "test": 8})
         self.assertIn(f"++datasets.mine.val.paths={self.out}/test_paths.npy", self.said)
         self.assertIn("--hold-out", self.said)
@@ -577,7 +584,7 @@ class ClassFolders(Folder):
         for what, files in cases.items():
             with self.subTest(what):
                 shutil.rmtree(self.folder / "s", ignore_errors=True)
-                self.films(*(f"s/{file}" for file in files))
+                self.videos(*(f"s/{file}" for file in files))
                 self.assert_refused(self.folder / "s", self.out, saying="--splits none")
                 if what == "one of two spellings":  # as classes, too, these are refused
                     continue
@@ -594,7 +601,7 @@ class ClassFolders(Folder):
         ):
             with self.subTest(names):
                 shutil.rmtree(self.folder / "s", ignore_errors=True)
-                self.films(*(f"s/{name}/1.mp4" for name in names))
+                self.videos(*(f"s/{name}/1.mp4" for name in names))
                 self.assertEqual(self.split_sizes(), {"train": 2})
                 self.assertEqual(self.classes, sorted(names))
 
@@ -608,7 +615,7 @@ class ClassFolders(Folder):
         for folder, files in cases.items():
             with self.subTest(folder):
                 shutil.rmtree(self.folder / "s", ignore_errors=True)
-                self.films(*(f"s/{file}" for file in files))
+                self.videos(*(f"s/{file}" for file in files))
                 self.assert_refused(
                     self.folder / "s", self.out, saying=f"give {self.folder}/s/{folder} as SOURCE.*--splits"
                 )
@@ -617,7 +624,7 @@ class ClassFolders(Folder):
                 shutil.rmtree(self.out)
 
     def test_chosen_folders_are_splits(self):
-        self.films("s/train/a/1.mp4", "s/val/a/2.mp4", "s/dev/a/3.mp4", "s/fold2/b/4.mp4", "s/train/loose.mp4")
+        self.videos("s/train/a/1.mp4", "s/val/a/2.mp4", "s/dev/a/3.mp4", "s/fold2/b/4.mp4", "s/train/loose.mp4")
         self.assertEqual(self.split_sizes("--splits", "train=train,val=val,val=dev"), {"train": 1, "val": 2})
         self.assertIn("1 clips in folders that are no split (fold2/b/4.mp4)", self.said)
         self.assertIn("1 videos outside of the folder of a class (train/loose.mp4)", self.said)
@@ -629,15 +636,15 @@ class ClassFolders(Folder):
             self.assert_refused(self.folder / "s", self.out, "--splits", value, saying="--splits")
 
     def test_folders_that_hold_no_videos_leave_splits_alone(self):
-        self.films("s/train/a/1.mp4", "s/test/a/2.mp4", "s/annotations/labels.txt", "s/.git/x.mp4", "s/readme.md")
+        self.videos("s/train/a/1.mp4", "s/test/a/2.mp4", "s/annotations/labels.txt", "s/.git/x.mp4", "s/readme.md")
         self.assertEqual(self.split_sizes(), {"train": 1, "test": 1})
         self.assertIn(
             "1 hidden files or folders (.git), 2 files of other kinds (readme.md, annotations/labels.txt)", self.said
         )
 
     def test_a_level_too_high_or_low(self):
-        self.films(*(f"top/s/{label}/{split}/{k}.mp4" for label in ("jump", "run") for split in "xy" for k in "12"))
-        self.films(*(f"lacking/{name}/1.mp4" for name in ("1/x", "1/y", "1/z", "2/x", "2/y")))
+        self.videos(*(f"top/s/{label}/{split}/{k}.mp4" for label in ("jump", "run") for split in "xy" for k in "12"))
+        self.videos(*(f"lacking/{name}/1.mp4" for name in ("1/x", "1/y", "1/z", "2/x", "2/y")))
         for source, saying in (
             ("top", "one level too high.*top/s has the folders jump, run.*All samples are of one class, s"),
             ("top/s", "The folders jump, run all hold the folders x, y.*--splits"),
@@ -648,8 +655,8 @@ class ClassFolders(Folder):
                 _, _, errors = run(self.folder / source, self.out, "--name", "mine")
                 self.assertRegex(" ".join(errors.split()), saying)
         shutil.rmtree(self.out)
-        self.films("flat/run/1.mp4", "flat/jump/1.mp4", "data/train/run/1.mp4", "data/test/run/1.mp4")
-        self.films("frames/run/001/1.jpg", "frames/run/002/1.jpg")
+        self.videos("flat/run/1.mp4", "flat/jump/1.mp4", "data/train/run/1.mp4", "data/test/run/1.mp4")
+        self.videos("frames/run/001/1.jpg", "frames/run/002/1.jpg")
         self.assert_refused(
             self.folder / "flat/run", self.out, saying=f"{self.folder}/flat, if this is the folder of one"
         )
@@ -660,13 +667,13 @@ class ClassFolders(Folder):
         self.assertIn(f"Give {self.folder}/data as SOURCE to use these splits, too", errors)
         self.assertIn("All samples are of one class, run", errors)
         shutil.rmtree(self.out)
-        self.films(*(f"clips/{k}/{k}.mp4" for k in range(3)))
+        self.videos(*(f"clips/{k}/{k}.mp4" for k in range(3)))
         _, _, errors = run(self.folder / "clips", self.out, "--name", "mine")
         self.assertIn("Each sample has a class of its own", errors)
 
     def test_a_level_too_high_below_splits(self):
         for source, folders in (("one", ["videos"]), ("several", ["cam1", "cam2"])):
-            self.films(
+            self.videos(
                 *(
                     f"{source}/{split}/{f}/{label}/1.mp4"
                     for split in ("train", "val")
@@ -677,7 +684,7 @@ class ClassFolders(Folder):
             self.split_sizes(source=source)
             self.assertIn(f"The folders {', '.join(folders)} are taken for the classes", self.errors)
             shutil.rmtree(self.out)
-        self.films(
+        self.videos(
             *(f"right/{split}/{label}/frames/{k}/1.jpg" for split in ("train", "val") for label in "ab" for k in "12")
         )
         self.split_sizes(source="right")
@@ -701,7 +708,7 @@ class ClassFolders(Folder):
         for way, groups in ways.items():
             with self.subTest(way):
                 shutil.rmtree(self.folder / "s", ignore_errors=True)
-                self.films(*(file for group in groups for file in group))
+                self.videos(*(file for group in groups for file in group))
                 self.assertEqual(self.split_sizes(), {"train": 24})
                 self.assertIn("12 videos seem to be in train in two forms", self.errors)
                 self.assertNotIn("level", self.errors)
@@ -712,28 +719,28 @@ class ClassFolders(Folder):
                 ]
                 self.assertEqual((len(sides[0] & sides[1]), len(sides[0])), (0, 6))
         shutil.rmtree(self.folder / "s")
-        self.films("s/a/clip.1/1.jpg", "s/a/clip.2/1.jpg", "s/a/1.mp4", "s/a/1_1.mp4")
+        self.videos("s/a/clip.1/1.jpg", "s/a/clip.2/1.jpg", "s/a/1.mp4", "s/a/1_1.mp4")
         self.split_sizes()
         self.assertNotIn("two forms", self.errors)
 
-    def test_films_and_folders_of_frames(self):
-        self.films("s/class 10/x.mp4", "s/class 2/b.AVI", "s/class 2/deep/a.webm", "s/class 2/notes.txt")
-        self.films("s/class 2/clip/1.jpg", "s/class 2/clip/2.jpg", "s/class 2/.hidden/x.mp4")
+    def test_videos_and_folders_of_frames(self):
+        self.videos("s/class 10/x.mp4", "s/class 2/b.AVI", "s/class 2/deep/a.webm", "s/class 2/notes.txt")
+        self.videos("s/class 2/clip/1.jpg", "s/class 2/clip/2.jpg", "s/class 2/.hidden/x.mp4")
         found = self.relative(self.prepared(self.folder / "s")["train"], "s")
         two, ten = [path for path, label in found if label == 0], [path for path, label in found if label == 1]
         self.assertEqual(sorted(two), ["class 2/b.AVI", "class 2/clip", "class 2/deep/a.webm"])
         self.assertEqual((ten, self.classes), (["class 10/x.mp4"], ["class 2", "class 10"]))
 
     def test_train_and_val(self):
-        self.films("s/train/b/1.mp4", "s/train/a/2.mp4", "s/val/c/3.mp4")
+        self.videos("s/train/b/1.mp4", "s/train/a/2.mp4", "s/val/c/3.mp4")
         found = self.prepared(self.folder / "s")
         self.assertEqual(self.relative(found["train"], "s"), [("train/a/2.mp4", 0), ("train/b/1.mp4", 1)])
         self.assertEqual(self.relative(found["val"], "s"), [("val/c/3.mp4", 2)])
         self.assertIn("1 classes occur in val and not in train: c.", self.errors)
 
     def test_a_part_held_out(self):
-        """Every class has its share; films of one source stay together, and another share is another dataset."""
-        self.films(
+        """Every class has its share; videos of one source stay together, and another share is another dataset."""
+        self.videos(
             *(f"s/{label}/{source}_{part}.mp4" for label in ("jump", "run") for source in "abcd" for part in (1, 2))
         )
         found = self.prepared(self.folder / "s", "--hold-out", 0.25)
@@ -753,14 +760,14 @@ class ClassFolders(Folder):
             (("--hold-out", 0.2, "--group-pattern", "("), "no regular expression"),
         ):
             self.assert_refused(self.folder / "s", self.out, *arguments, saying=saying)
-        self.films("t/train/run/a.mp4", "t/val/run/b.mp4")
+        self.videos("t/train/run/a.mp4", "t/val/run/b.mp4")
         self.assert_refused(self.folder / "t", self.out, "--hold-out", 0.2, saying="--hold-out")
 
     def entry(self) -> dict:
         return yaml.safe_load(self.said.split("datasets:\n")[1])["mine"]
 
     def test_frames_have_a_rate(self):
-        self.films("s/a/1.mp4", "s/a/2/1.jpg", "s/b/3/1.jpg")
+        self.videos("s/a/1.mp4", "s/a/2/1.jpg", "s/b/3/1.jpg")
         for options, rate in ((), 25), (("--fps", 30), 30), (("--fps", 12.5), 12.5):
             with self.subTest(options):
                 self.split_sizes(*options)
@@ -798,8 +805,8 @@ class ClassFolders(Folder):
         for pattern, names in series.items():
             with self.subTest(pattern):
                 shutil.rmtree(self.folder / "s", ignore_errors=True)
-                self.films(*(f"s/a/1/{name}" for name in names), "s/a/2.mp4")
-                saying = f"1 of 1 folders .*2 series.*{re.escape(pattern)}.*--frame-pattern"
+                self.videos(*(f"s/a/1/{name}" for name in names), "s/a/2.mp4")
+                saying = f"1 of 1 frame folders .*2 series.*{re.escape(pattern)}.*--frame-pattern"
                 self.assert_refused(self.folder / "s", self.out, saying=saying)
                 self.split_sizes("--frame-pattern", pattern)
                 self.assertEqual((self.entry()["frame_pattern"], self.entry()["fps"]), (pattern, 25))
@@ -808,7 +815,7 @@ class ClassFolders(Folder):
                 self.assert_refused(self.folder / "s", self.out, *options, saying="--frame-pattern")
 
     def test_what_is_held_out_changes_with_the_videos(self):
-        self.films(*(f"s/{label}/{k}.mp4" for label in "ab" for k in range(20)))
+        self.videos(*(f"s/{label}/{k}.mp4" for label in "ab" for k in range(20)))
         for _ in range(2):
             self.prepared(self.folder / "s", "--hold-out", 0.2)
             self.assertNotIn("changed sides", self.errors)
@@ -821,7 +828,7 @@ class ClassFolders(Folder):
         self.assertIn(f"{len(before['val'] & after['train']) + len(seen)} videos changed sides", self.errors)
 
     def test_links_across_splits(self):
-        self.films("s/train/a/1.mp4", "s/train/a/2.mp4", "s/train/b/f/1.jpg", "s/val/a/4.mp4", "s/val/b/5.mp4")
+        self.videos("s/train/a/1.mp4", "s/train/a/2.mp4", "s/train/b/f/1.jpg", "s/val/a/4.mp4", "s/val/b/5.mp4")
         self.split_sizes()
         self.assertNotIn("share", self.errors)
         os.symlink("../../train/a/1.mp4", self.folder / "s/val/a/6.mp4")
@@ -834,12 +841,12 @@ class ClassFolders(Folder):
         self.assertIn("train/b/f = val/b/g", self.errors)
 
     def test_prefix_above_the_source(self):
-        self.films("s/a/1.mp4")
+        self.videos("s/a/1.mp4")
         self.prepared(self.folder / "s", "--prefix", self.folder)
         self.assertEqual(np.load(self.out / "train_paths.npy").tolist(), ["s/a/1.mp4"])
 
     def test_refused(self):
-        self.films("twice/Run/1.mp4", "twice/run/2.mp4", "empty/a/notes.txt", "images/a/1.jpg", "ok/a/1.mp4")
+        self.videos("twice/Run/1.mp4", "twice/run/2.mp4", "empty/a/notes.txt", "images/a/1.jpg", "ok/a/1.mp4")
         os.symlink("nowhere.mp4", self.write("link/a/1.mp4").parent / "2.mp4")
         os.symlink("..", self.write("loop/a/1.mp4").parent / "up")
         os.symlink("ring.mp4", self.write("ring/a/1.mp4").parent / "ring.mp4")
@@ -874,8 +881,8 @@ class Published(Folder):
         self.write("s/classInd.txt", "1 ApplyEyeMakeup\r\n2 Archery\r\n")
         self.write("s/trainlist01.txt", "Archery/v_Archery_g08_c01.avi 2\nApplyEyeMakeup/v_A_g08_c01.avi 1\n")
         self.write("s/testlist01.txt", "Archery/v_Archery_g01_c01.avi\n")
-        self.films("f/Archery/v_Archery_g08_c01.avi", "f/ApplyEyeMakeup/v_A_g08_c01.mp4")
-        self.films("f/Archery/v_Archery_g01_c01/1.jpg")
+        self.videos("f/Archery/v_Archery_g08_c01.avi", "f/ApplyEyeMakeup/v_A_g08_c01.mp4")
+        self.videos("f/Archery/v_Archery_g01_c01/1.jpg")
         found = self.prepared(self.folder / "s", "--prefix", self.folder / "f")
         # Another suffix than the list says, and frames, are found, too.
         expected = [("Archery/v_Archery_g08_c01.avi", 1), ("ApplyEyeMakeup/v_A_g08_c01.mp4", 0)]
@@ -890,7 +897,7 @@ class Published(Folder):
         self.write("s/brush_hair_test_split1.txt", "a_brush_hair_u.avi 1 \nb.avi 2 \nunused.avi 0 \n")
         self.write("s/cartwheel_test_split1.txt", "c.avi 1\n")
         self.write("s/cartwheel_test_split2.txt", "c.avi 2\n")
-        self.films("s/brush_hair/a_brush_hair_u.avi", "s/brush_hair/b.avi", "s/cartwheel/c.avi")
+        self.videos("s/brush_hair/a_brush_hair_u.avi", "s/brush_hair/b.avi", "s/cartwheel/c.avi")
         found = self.prepared(self.folder / "s")
         expected = [("brush_hair/a_brush_hair_u.avi", 0), ("cartwheel/c.avi", 1)]
         self.assertEqual(self.relative(found["train"], "s"), expected)
@@ -898,7 +905,7 @@ class Published(Folder):
 
     def test_what_is_passed_over_is_said(self):
         self.write("s/run_test_split1.txt", "a.avi 1\nb.avi 2\nunused.avi 0 \n")
-        self.films("s/run/a.avi", "s/run/b.avi")
+        self.videos("s/run/a.avi", "s/run/b.avi")
         self.split_sizes()
         self.assertIn("1 videos are in neither split", self.said)
         self.assertIn("test split is val", self.said)
@@ -908,7 +915,7 @@ class Published(Folder):
         entry = {"id": "7", "label": "holding a cup", "template": "Holding [something] next to [something]"}
         self.write("s/train.json", json.dumps([entry]))
         self.write("s/validation.json", json.dumps([{"id": "8", "template": "Pushing [something]"}]))
-        self.films("s/7.webm", "s/8.mp4")
+        self.videos("s/7.webm", "s/8.mp4")
         found = self.prepared(self.folder / "s")
         self.assertEqual(self.relative(found["train"], "s"), [("7.webm", 0)])
         self.assertEqual(self.relative(found["val"], "s"), [("8.mp4", 1)])
@@ -922,7 +929,7 @@ class Published(Folder):
         entries = [{"vid_name": f"v_{label}", "label": label, "start_frame": 0, "end_frame": 9} for label in (0, 3)]
         self.write("s/Diving48_V2_train.json", json.dumps(entries))
         self.write("s/Diving48_V2_test.json", json.dumps(entries[:1]))
-        self.films("s/v_0.mp4", "s/v_3.mp4")
+        self.videos("s/v_0.mp4", "s/v_3.mp4")
         found = self.prepared(self.folder / "s")
         self.assertEqual(self.relative(found["train"], "s"), [("v_0.mp4", 0), ("v_3.mp4", 3)])
         self.assertIn("2 of 4 classes never occur", self.errors)
@@ -979,15 +986,17 @@ class CatalogFile(Folder):
 class Transcoding(Folder):
     def made(self, source: Path | str, **recipe: object) -> Path:
         path = self.folder / "made.mp4"
-        self.assertEqual(transcode(Job(str(source), str(path), Recipe(**{"short_side": None, **recipe}))), Outcome())
+        self.assertEqual(
+            transcode(Job(str(source), str(path), TranscodeConfig(**{"short_side": None, **recipe}))), TranscodeResult()
+        )
         return path
 
     def pictures(self, path: object, **options: float) -> tuple[list[Fraction], np.ndarray]:
-        with open_video(str(path), **options) as film:
-            frames = [(tick * film.time_base, picture.astype(float)) for tick, picture in film.frames()]
+        with open_video(str(path), **options) as video:
+            frames = [(tick * video.time_base, picture.astype(float)) for tick, picture in video.frames()]
         return [time for time, _ in frames], np.stack([picture for _, picture in frames])
 
-    def test_real_films_keep_time_and_look_and_get_their_key_frames(self):
+    def test_real_videos_keep_time_and_look_and_get_their_key_frames(self):
         for source in real_films()[:2]:
             made = self.made(source, gop=12, crf=10)
             with open_video(source) as old, open_video(str(made)) as new:
@@ -1005,10 +1014,10 @@ class Transcoding(Folder):
         write_timed_film(self.folder / "v.mp4", zip(ticks, moving(7), strict=True), Fraction(1, 1000), fps=7, end=1500)
         made = self.made(self.folder / "v.mp4")
         self.assertEqual(self.pictures(made)[0], [Fraction(tick, 1000) for tick in ticks])
-        with open_video(str(made)) as film:
-            self.assertEqual(film.duration, 1.5)
+        with open_video(str(made)) as video:
+            self.assertEqual(video.duration, 1.5)
 
-    def test_a_film_is_read_back_before_it_gets_its_name(self):
+    def test_a_video_is_read_back_before_it_gets_its_name(self):
         write_film(self.folder / "v.mp4", moving(), fps=25)
         with mock.patch.object(
             transcoding,
@@ -1017,7 +1026,7 @@ class Transcoding(Folder):
                 path, [(2 * time, picture) for time, picture in frames], tick, **options
             ),
         ):
-            outcome = transcode(Job(str(self.folder / "v.mp4"), str(self.folder / "made.mp4"), Recipe(None)))
+            outcome = transcode(Job(str(self.folder / "v.mp4"), str(self.folder / "made.mp4"), TranscodeConfig(None)))
         self.assertEqual(outcome.reason, "the times of its frames cannot be kept in an mp4")
         self.assertEqual(os.listdir(self.folder), ["v.mp4"])
 
@@ -1035,15 +1044,15 @@ class Transcoding(Folder):
         at = data.index(b"tkhd") + 44  # the matrix of a track header of version 0: turn by 90 degrees
         turn = b"".join(value.to_bytes(4, "big", signed=True) for value in (0, 65536, 0, -65536, 0, 0, 0, 0, 1 << 30))
         (self.folder / "turned.mp4").write_bytes(data[:at] + turn + data[at + 36 :])
-        with open_video(str(self.folder / "turned.mp4")) as film:
-            self.assertEqual((film.facts().rotation, film.facts().width), (90, 48))
+        with open_video(str(self.folder / "turned.mp4")) as video:
+            self.assertEqual((video.facts().rotation, video.facts().width), (90, 48))
         made = self.made(self.folder / "turned.mp4", crf=4)
-        with open_video(str(made)) as film:
-            self.assertEqual((film.facts().rotation, film.facts().width), (0, 48))
+        with open_video(str(made)) as video:
+            self.assertEqual((video.facts().rotation, video.facts().width), (0, 48))
         upright = np.rot90(moving().astype(float), -1, axes=(1, 2))
         self.assertLess(np.abs(self.pictures(made)[1] - upright).mean(), 8)
 
-    def test_folders_of_frames_become_films_and_back(self):
+    def test_folders_of_frames_become_videos_and_back(self):
         (self.folder / "clip").mkdir()
         for k, picture in enumerate(moving()):
             Image.fromarray(picture).save(self.folder / "clip" / f"{k + 1:05}.png")
@@ -1052,15 +1061,15 @@ class Transcoding(Folder):
         self.assertLess(max(abs(time - k / Fraction("29.97")) for k, time in enumerate(times)), Fraction(1, 90_000))
         self.assertLess(np.abs(pictures - moving()).mean(), 6)
         back = self.folder / "back"
-        recipe = Recipe(None, frames_fps=12.5)
+        recipe = TranscodeConfig(None, frames_fps=12.5)
         write_film(self.folder / "v.mp4", moving(), fps=25, crf=4)
-        self.assertEqual(transcode(Job(str(self.folder / "v.mp4"), str(back), recipe)), Outcome())
+        self.assertEqual(transcode(Job(str(self.folder / "v.mp4"), str(back), recipe)), TranscodeResult())
         self.assertEqual(sorted(os.listdir(back)), [f"{k:05}.jpg" for k in range(1, 7)])
         self.assertLess(np.abs(self.pictures(back)[1] - moving()[::2]).mean(), 6)
 
     def test_frames_at_a_higher_rate_repeat(self):
         write_film(self.folder / "v.mp4", moving(3), fps=10)
-        transcode(Job(str(self.folder / "v.mp4"), str(self.folder / "back"), Recipe(None, frames_fps=25)))
+        transcode(Job(str(self.folder / "v.mp4"), str(self.folder / "back"), TranscodeConfig(None, frames_fps=25)))
         pictures = self.pictures(self.folder / "back")[1]
         # On screen at 0, 40, 80 | 120, 160 | 200, 240, 280 ms.
         same = [bool(np.array_equal(a, b)) for a, b in pairwise(pictures)]
@@ -1075,15 +1084,15 @@ class Transcoding(Folder):
 
     def test_destinations_are_all_different(self):
         paths = ["a/x.avi", "a/x.mp4", "a/y.v1.mov", "b/x.mp4", "c", "c/z.mp4", "clip.1", "clip.2"]
-        for recipe in (Recipe(None), Recipe(None, frames_fps=5)):
+        for recipe in (TranscodeConfig(None), TranscodeConfig(None, frames_fps=5)):
             made = destinations(paths, recipe)
             self.assertEqual(len(set(made.values())), len(paths))
             for path in made.values():
                 self.assertFalse(any(other.startswith(f"{path}/") for other in made.values()), path)
-        self.assertEqual(destinations(paths, Recipe(None))["a/y.v1.mov"], "a/y.v1.mp4")
+        self.assertEqual(destinations(paths, TranscodeConfig(None))["a/y.v1.mov"], "a/y.v1.mp4")
 
 
-class PreparedFilms(Folder):
+class PreparedVideos(Folder):
     """The whole command with --gop."""
 
     def setUp(self):
@@ -1091,10 +1100,10 @@ class PreparedFilms(Folder):
         for number, name in enumerate(("a/1", "a/2", "b/3", "b/4")):
             (self.folder / "s" / name).parent.mkdir(parents=True, exist_ok=True)
             write_film(self.folder / "s" / f"{name}.mp4", moving(6 + number), fps=25, gop=48)
-        film = self.folder / "s/b/4.mp4"
-        film.write_bytes(film.read_bytes()[:400])
+        video = self.folder / "s/b/4.mp4"
+        video.write_bytes(video.read_bytes()[:400])
 
-    def test_a_bad_film_is_left_out_and_named(self):
+    def test_a_bad_video_is_left_out_and_named(self):
         found = self.prepared(self.folder / "s", "--gop", 2, "--workers", 0)
         self.assertEqual(self.relative(found["train"], "out/films"), [("a/1.mp4", 0), ("a/2.mp4", 0), ("b/3.mp4", 1)])
         rows = list(csv.DictReader(io.StringIO((self.out / "failed.csv").read_text())))
@@ -1102,8 +1111,8 @@ class PreparedFilms(Folder):
         self.assertTrue(rows[0]["reason"])
         self.assertIn("failed.csv", self.errors)
         for path, _ in found["train"]:
-            with open_video(path) as film:
-                self.assertEqual(film.facts().gop, 2)
+            with open_video(path) as video:
+                self.assertEqual(video.facts().gop, 2)
         # Mended, the same command takes it in and keeps the others.
         times = {path: os.stat(path).st_mtime_ns for path, _ in found["train"]}
         write_film(self.folder / "s/b/4.mp4", moving(), fps=25)
@@ -1133,16 +1142,16 @@ class PreparedFilms(Folder):
         self.assertIn("2 videos existed already", told)
         self.assertEqual(sorted(path.name for path in (self.out / "films").rglob("*.*")), ["1.mp4", "2.mp4", "3.mp4"])
 
-    def test_a_full_disk_ends_it_and_is_not_the_films_fault(self):
+    def test_a_full_disk_ends_it_and_is_not_the_videos_fault(self):
         with mock.patch.object(transcoding, "write_timed_film", side_effect=OSError(28, "No space left on device")):
-            with self.assertRaisesRegex(UserError, "cannot be written to: .*No space left.*goes on where it stopped"):
+            with self.assertRaisesRegex(UserError, "cannot be written to: .*No space left"):
                 run(self.folder / "s", self.out, "--name", "mine", "--gop", 2, "--workers", 0)
         self.assertFalse((self.out / "failed.csv").exists())
 
-    def test_no_film_at_all(self):
+    def test_no_video_at_all(self):
         shutil.rmtree(self.folder / "s/a")
         (self.folder / "s/b/3.mp4").write_bytes(b"nothing")
-        with self.assertRaisesRegex(UserError, "No film of train could be transcoded"):
+        with self.assertRaisesRegex(UserError, "No video of train could be transcoded"):
             run(self.folder / "s", self.out, "--name", "mine", "--gop", 2, "--workers", 0)
         self.assertFalse((self.out / "train_paths.npy").exists())
 
@@ -1164,10 +1173,10 @@ class PreparedFilms(Folder):
         with self.assertRaisesRegex(UserError, "--name"):
             run(self.folder / "s", self.out, "--name", "a-b")
 
-    def test_a_film_is_never_made_over_one_of_the_source(self):
-        self.films("out/films/a/1.mp4")
+    def test_a_video_is_never_made_over_one_of_the_source(self):
+        self.videos("out/films/a/1.mp4")
         lists = self.write("list.csv", "a/1.mp4,0\n")
-        with self.assertRaisesRegex(UserError, "are films of the source"):
+        with self.assertRaisesRegex(UserError, "are videos of the source"):
             run(lists, self.out, "--name", "mine", "--gop", 2, "--prefix", self.out / "films")
 
 

@@ -16,7 +16,7 @@ from omnivision.data.dataset import ClipConfig, ClipDataset
 from omnivision.data.encode import write_film
 from omnivision.data.sampling import Request
 from omnivision.data.views import EvalView, PretrainView
-from omnivision.tools.prepare.duplicates import same_films
+from omnivision.tools.prepare.duplicates import find_duplicates
 from omnivision.tools.report.collect import find_runs
 from omnivision.tools.report.mistakes import most_confident
 from omnivision.utils.errors import UserError
@@ -117,7 +117,7 @@ class Honoured(Folder):
         self.assertEqual(found["summary"]["duplicates"], [[f"{self.folder}/whole"] * 2], "the same segment twice")
         with self.assertRaisesRegex(UserError, "--segments"):
             check_data(paths, "--segments", paths)
-        self.assertEqual(same_films(["a", "a"], segments=[(0, 1), (1, 2)]), [])
+        self.assertEqual(find_duplicates(["a", "a"], segments=[(0, 1), (1, 2)]), [])
 
 
 class Refused(Folder):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from omnivision.tools.prepare.held_out import GROUPINGS, _nearest_sum, groups_of, held_out, pattern_grouping
+from omnivision.tools.prepare.held_out import GROUPINGS, _nearest_sum, group_videos, hold_out, pattern_grouping
 from omnivision.utils.errors import UserError
 from tests.runs import call_command
 
@@ -35,17 +35,17 @@ class Grouping(unittest.TestCase):
         self.assertEqual(set(cases), set(GROUPINGS))
         for dataset, names in cases.items():
             for path, group in names.items():
-                self.assertEqual(groups_of([path], GROUPINGS[dataset]), [group], dataset)
+                self.assertEqual(group_videos([path], GROUPINGS[dataset]), [group], dataset)
 
     def test_a_pattern(self):
-        self.assertEqual(groups_of(["a/s01_e02.mp4"], pattern_grouping(r"^s(\d+)")), ["01"])
+        self.assertEqual(group_videos(["a/s01_e02.mp4"], pattern_grouping(r"^s(\d+)")), ["01"])
         for pattern, saying in (
             ("(", "no regular expression"),
             ("s..", "no parentheses"),
             ("x(.)", "does not match 's01_e02'"),
         ):
             with self.subTest(pattern), self.assertRaisesRegex(UserError, saying):
-                groups_of(["a/s01_e02.mp4"], pattern_grouping(pattern))
+                group_videos(["a/s01_e02.mp4"], pattern_grouping(pattern))
 
 
 class HeldOut(unittest.TestCase):
@@ -57,7 +57,7 @@ class HeldOut(unittest.TestCase):
 
     def test_groups_stay_whole_and_the_share_is_met(self):
         for share in (0.01, 0.2, 0.5, 0.9):
-            held = held_out(self.groups, self.labels, share, seed=42)
+            held = hold_out(self.groups, self.labels, share, seed=42)
             sides = [
                 {g for g, is_held in zip(self.groups, held, strict=True) if is_held is np.bool_(side)}
                 for side in (0, 1)
@@ -66,12 +66,12 @@ class HeldOut(unittest.TestCase):
             self.assertEqual(held.sum(), round(share * len(held)))
 
     def test_the_seed_and_nothing_else_decides(self):
-        one, again, other = (held_out(self.groups, self.labels, 0.2, seed) for seed in (42, 42, 43))
+        one, again, other = (hold_out(self.groups, self.labels, 0.2, seed) for seed in (42, 42, 43))
         self.assertTrue(np.array_equal(one, again))
         self.assertLess((one & other).sum(), 0.5 * one.sum())
 
     def test_classes_are_served_evenly(self):
-        held = held_out(self.groups, self.labels, 0.2, seed=42)
+        held = hold_out(self.groups, self.labels, 0.2, seed=42)
         groups = {label: Counter() for label in range(15)}
         for _, label, is_held in set(zip(self.groups, self.labels.tolist(), held.tolist(), strict=True)):
             groups[label][is_held] += 1
@@ -80,7 +80,7 @@ class HeldOut(unittest.TestCase):
 
     def test_a_class_of_one_group_stays_in_training(self):
         for seed in range(10):
-            held = held_out(["alone", *self.groups], np.array([99, *self.labels]), 0.2, seed)
+            held = hold_out(["alone", *self.groups], np.array([99, *self.labels]), 0.2, seed)
             self.assertFalse(held[0])
 
     def test_as_near_as_groups_allow(self):
@@ -97,7 +97,7 @@ class HeldOut(unittest.TestCase):
 
     def test_one_group_cannot_be_split(self):
         with self.assertRaisesRegex(UserError, "All 3 videos are of one group"):
-            held_out(["a"] * 3, np.zeros(3, int), 0.2, 42)
+            hold_out(["a"] * 3, np.zeros(3, int), 0.2, 42)
 
 
 class Command(unittest.TestCase):
@@ -148,7 +148,7 @@ class Command(unittest.TestCase):
     def test_what_is_there_is_not_replaced(self):
         run(*self.files, self.folder / "out", "--dataset", "ucf101")
         before = self.read("val")
-        with self.assertRaisesRegex(UserError, "is there already, and is another split"):
+        with self.assertRaisesRegex(UserError, "Give another OUT"):
             run(*self.files, self.folder / "out", "--dataset", "ucf101", "--seed", 7)
         self.assertEqual(self.read("val"), before)
 

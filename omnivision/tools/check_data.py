@@ -18,9 +18,9 @@ from omnivision.data.catalog import IGNORED_LABEL, resolve_prefix, shift_command
 from omnivision.tools.arguments import resolve_fps
 from omnivision.tools.datasets import CheckOptions
 from omnivision.tools.prepare.arrays import read_labels, read_paths, read_segments
-from omnivision.tools.prepare.duplicates import same_films
-from omnivision.tools.prepare.film_check import CheckJob, FilmCheck, check_film
-from omnivision.tools.prepare.listing import drop_suffix, printable
+from omnivision.tools.prepare.duplicates import find_duplicates
+from omnivision.tools.prepare.index import drop_suffix, printable
+from omnivision.tools.prepare.video_check import CheckJob, VideoCheck, check_video
 from omnivision.tools.prepare.workers import WorkerCrashedError, default_workers, run_in_processes
 from omnivision.tools.progress import track
 from omnivision.utils.errors import EXIT_INTERRUPTED, EXIT_USER, UserError
@@ -29,7 +29,7 @@ from omnivision.utils.streams import wrap
 
 _SHOWN = 20
 _SMALL_SIDE = 256  # what is advised
-_LONG_GOP, _LARGE_SIDE = 24, 320  # beyond these, smaller films with more key frames are read much quicker
+_LONG_GOP, _LARGE_SIDE = 24, 320  # beyond these, smaller videos with more key frames are read much quicker
 
 
 def run(paths_file: str, labels_file: str | None, args: CheckOptions) -> int:
@@ -43,7 +43,7 @@ def run(paths_file: str, labels_file: str | None, args: CheckOptions) -> int:
     others = read_paths(args.against) if args.against else None
     prefix = resolve_prefix(args.prefix)
     full = [prefix + path for path in paths]
-    samples: dict[str, list[int]] = {}  # of each film
+    samples: dict[str, list[int]] = {}  # of each video
     for position, path in enumerate(full):
         samples.setdefault(path, []).append(position)
     fps = resolve_fps(args.fps, (path for path in samples if drop_suffix(path) == path))
@@ -51,16 +51,16 @@ def run(paths_file: str, labels_file: str | None, args: CheckOptions) -> int:
         CheckJob(path, fps, args.frame_pattern, args.quick, tuple(segments[i] if segments else None for i in positions))
         for path, positions in samples.items()
     ]
-    checks = [FilmCheck(ok=False, reason="not read")] * len(full)
+    checks = [VideoCheck(ok=False, reason="not read")] * len(full)
     try:
         for number, result in track(
-            run_in_processes(check_film, jobs, default_workers() if args.workers is None else args.workers),
+            run_in_processes(check_video, jobs, default_workers() if args.workers is None else args.workers),
             len(jobs),
             "check-data",
         ):
             positions = samples[jobs[number].path]
             if isinstance(result, WorkerCrashedError):
-                result = [FilmCheck(ok=False, reason=str(result))] * len(positions)
+                result = [VideoCheck(ok=False, reason=str(result))] * len(positions)
             for position, check in zip(positions, result, strict=True):
                 checks[position] = check
     except KeyboardInterrupt:
@@ -70,9 +70,9 @@ def run(paths_file: str, labels_file: str | None, args: CheckOptions) -> int:
     if segments:
         good = [end - start for check, (start, end) in zip(checks, segments, strict=True) if check.ok]
         summary["seconds"] = round(sum(good), 3)
-    summary["duplicates"] = same_films(full, segments=segments)
+    summary["duplicates"] = find_duplicates(full, segments=segments)
     if others is not None:
-        summary["overlap"] = same_films(full, [prefix + path for path in others])
+        summary["overlap"] = find_duplicates(full, [prefix + path for path in others])
     gaps = {path: check for path, check in zip(paths, checks, strict=True) if check.has_gaps()}
     summary["differing_durations"] = list(gaps)
     if args.json:
@@ -80,10 +80,10 @@ def run(paths_file: str, labels_file: str | None, args: CheckOptions) -> int:
         for sample, (start, end) in zip(listed, segments or [], strict=False):
             sample.update(start=start, end=end)
         _write_json(Path(args.json), {"summary": {"prefix": prefix, **summary}, "samples": listed})
-    _tell(paths, checks, summary)
-    _tell_gaps(gaps)
+    _print_summary(paths, checks, summary)
+    _print_gaps(gaps)
     if labels is not None and start_at_one(labels, args.num_classes):
-        _say(
+        _print(
             Console(),
             "class 0 has no sample, and labels must start at 0. If they start at 1, shift those of all splits: "
             f"{shift_command(str(labels_file))}",
@@ -103,7 +103,7 @@ def _check_arguments(files: list[str], labels_file: str | None, args: CheckOptio
         raise UserError(f"--json {args.json} is a file that is read here, and would be replaced. Give another file.")
 
 
-def _summary(checks: list[FilmCheck], labels: np.ndarray | None, num_classes: int | None) -> dict[str, Any]:
+def _summary(checks: list[VideoCheck], labels: np.ndarray | None, num_classes: int | None) -> dict[str, Any]:
     good = [check for check in checks if check.ok]
     sizes = Counter(f"{check.width}x{check.height}" for check in good)
     summary: dict[str, Any] = {
@@ -151,39 +151,39 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
         raise UserError(f"--json {file} cannot be written: {error.strerror}. Give another file.") from error
 
 
-def _tell(paths: list[str], checks: list[FilmCheck], summary: dict[str, Any]) -> None:
+def _print_summary(paths: list[str], checks: list[VideoCheck], summary: dict[str, Any]) -> None:
     console = Console()
     bad = [(path, check.reason) for path, check in zip(paths, checks, strict=True) if not check.ok]
-    _say(
+    _print(
         console,
-        f"{summary['samples'] - len(bad)} of {summary['samples']} samples are good, {summary['seconds']:.1f} s of film.",
+        f"{summary['samples'] - len(bad)} of {summary['samples']} samples are good, {summary['seconds']:.1f} s of video.",
     )
     for path, reason in bad[:_SHOWN]:
-        _say(console, f"bad: {path}: {reason}")
+        _print(console, f"bad: {path}: {reason}")
     if len(bad) > _SHOWN:
-        _say(console, f"... and {len(bad) - _SHOWN} more bad ones (--json FILE lists all)")
-    _tell_distributions(console, summary["distributions"])
+        _print(console, f"... and {len(bad) - _SHOWN} more bad ones (--json FILE lists all)")
+    _print_distributions(console, summary["distributions"])
     if sizes := summary["sizes"]:
         common = ", ".join(f"{size} ({count})" for size, count in list(sizes.items())[:5])
-        _say(console, f"sizes: {common}{f', and {len(sizes) - 5} more' if len(sizes) > 5 else ''}")
+        _print(console, f"sizes: {common}{f', and {len(sizes) - 5} more' if len(sizes) > 5 else ''}")
     for how in ("rotated", "mirrored"):
         if summary[how]:
-            _say(console, f"{how} by their headers: {summary[how]} (training sees them as players show them)")
+            _print(console, f"{how} by their headers: {summary[how]} (training sees them as players show them)")
     if "labels" in summary:
-        _tell_labels(console, summary["labels"])
+        _print_labels(console, summary["labels"])
     for what, sets in (("duplicates", summary["duplicates"]), ("in both splits", summary.get("overlap"))):
         if sets is not None:
-            _say(console, f"{what}: {len(sets)} films")
+            _print(console, f"{what}: {len(sets)} films")
             for found in sets[:_SHOWN]:
-                _say(console, f"  {' = '.join(dict.fromkeys(found))}")
+                _print(console, f"  {' = '.join(dict.fromkeys(found))}")
     _advise(console, summary)
 
 
-def _tell_distributions(console: Console, distributions: dict[str, dict[str, float]]) -> None:
+def _print_distributions(console: Console, distributions: dict[str, dict[str, float]]) -> None:
     titles = {
         "frames": "frames",
         "duration": "seconds",
-        "fps": "frames a second",
+        "fps": "frames per second",
         "gop": "most frames between key frames",
     }
     table = Table(
@@ -195,37 +195,37 @@ def _tell_distributions(console: Console, distributions: dict[str, dict[str, flo
             table.add_row(titles[name], *figures)
         else:
             row = ", ".join(f"{key} {value}" for key, value in zip(found, figures, strict=True))
-            _say(console, f"{titles[name]}: {row}")
+            _print(console, f"{titles[name]}: {row}")
     if console.is_terminal and distributions:
         console.print(table, crop=False)
 
 
-def _tell_gaps(gaps: dict[str, FilmCheck]) -> None:
+def _print_gaps(gaps: dict[str, VideoCheck]) -> None:
     console = Console()
     if gaps:
-        _say(
+        _print(
             console,
-            f"frames / rate differs from the duration in {len(gaps)} films (still pictures, or a variable rate):",
+            f"frames / rate differs from the duration in {len(gaps)} videos (still images, or a variable rate):",
         )
     for path, check in list(gaps.items())[:_SHOWN]:
         assert check.frames is not None and check.rate is not None
         seconds = check.frames / check.rate
-        frames = f"{check.frames} frames at {check.rate:g} a second are {seconds:.1f} s"
-        _say(console, f"  {path}: {frames}, its duration is {check.duration:.1f} s")
+        frames = f"{check.frames} frames at {check.rate:g} per second are {seconds:.1f} s"
+        _print(console, f"  {path}: {frames}, its duration is {check.duration:.1f} s")
 
 
-def _tell_labels(console: Console, labels: dict[str, Any]) -> None:
+def _print_labels(console: Console, labels: dict[str, Any]) -> None:
     counts = list(labels["histogram"].values())
     spread = f", {min(counts)} to {max(counts)} samples each (median {np.median(counts):g})" if counts else ""
-    _say(
+    _print(
         console,
         f"labels: {len(counts)} of {labels['classes']} classes occur{spread}; {labels['ignored']} samples are ignored",
     )
     if absent := labels["absent"]:
         shown = ", ".join(map(str, absent[:_SHOWN])) + (", ..." if len(absent) > _SHOWN else "")
-        _say(console, f"labels that never occur: {shown}")
+        _print(console, f"labels that never occur: {shown}")
     if labels["out_of_range"]:
-        _say(console, f"bad: {labels['out_of_range']} labels are not from -1 to {labels['classes'] - 1}")
+        _print(console, f"bad: {labels['out_of_range']} labels are not from -1 to {labels['classes'] - 1}")
 
 
 def _advise(console: Console, summary: dict[str, Any]) -> None:
@@ -237,13 +237,13 @@ def _advise(console: Console, summary: dict[str, Any]) -> None:
         reasons = [f"{gop:g} frames or more between key frames"] if gop > _LONG_GOP else []
         reasons += [f"a short side of {side:g} pixels or more"] if side > _SMALL_SIDE else []
         size = f"--short-side {_SMALL_SIDE} " if side > _SMALL_SIDE else ""
-        _say(
+        _print(
             console,
-            f"Half of the films have {', or '.join(reasons)}: `omnivision prepare ... {size}--gop 12` would make clips "
+            f"Half of the videos have {', or '.join(reasons)}: `omnivision prepare ... {size}--gop 12` would make clips "
             "quicker to read.",
         )
 
 
-def _say(console: Console, line: str) -> None:
+def _print(console: Console, line: str) -> None:
     text = wrap(printable(line), console.width) if console.is_terminal else printable(line)
     console.print(text, highlight=False, soft_wrap=True, markup=False)

@@ -121,7 +121,7 @@ def val_split(
 ) -> int:
     r"""Hold out a part of a training split, all videos of one source on the same side.
 
-    To choose settings without looking at the validation split. All videos of one source (film, subject, upload) are on the
+    To choose settings without looking at the validation split. All videos of one source (video, subject, upload) are on the
     same side. Write train_paths.npy, train_labels.npy, val_paths.npy and val_labels.npy (with --segments, also
     train_segments.npy and val_segments.npy). The same seed gives the same split. One of --dataset and --group-pattern is
     required.

@@ -1,4 +1,4 @@
-"""`omnivision predict CHECKPOINT VIDEO...`: the likeliest classes of films, with bars or as JSON."""
+"""`omnivision predict CHECKPOINT VIDEO...`: the likeliest classes of videos, with bars or as JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`omnivision reconstruct CHECKPOINT VIDEO OUT`: what a masked autoencoder makes of a clip of a film, as a moving picture."""
+"""`omnivision reconstruct CHECKPOINT VIDEO OUT`: what a masked autoencoder makes of a clip of a video, as a moving image."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import numpy as np
 from omnivision.data.catalog import load_array
 from omnivision.data.sampling import Segment
 from omnivision.tools.prepare.arrays import read_labels, read_paths, read_segments, write_split
-from omnivision.tools.prepare.held_out import GROUPINGS, groups_of, held_out, pattern_grouping
+from omnivision.tools.prepare.held_out import GROUPINGS, group_videos, hold_out, pattern_grouping
 from omnivision.utils.errors import UserError
 
 
@@ -31,15 +31,15 @@ def run(
     labels = read_labels(labels_file, len(paths))
     if labels.min() < -1:
         raise UserError(
-            f"{labels_file} holds the label {labels.min()}; expected class numbers, or -1 for ignored samples. Mend the labels."
+            f"{labels_file} holds the label {labels.min()}; expected class numbers, or -1 for ignored samples. Fix the labels."
         )
     beside = Path(labels_file).with_name(Path(labels_file).name.replace("labels", "segments"))
     if segments_file is None and beside != Path(labels_file) and beside.exists():
         raise UserError(f"{beside} lies beside the labels. Pass --segments {beside}, or move it away for whole videos.")
     segments = read_segments(segments_file, len(paths)) if segments_file else [None] * len(paths)
     grouping = pattern_grouping(group_pattern) if group_pattern is not None else GROUPINGS[str(dataset)]
-    groups = groups_of(paths, grouping)
-    held = held_out(groups, labels, share, seed)
+    groups = group_videos(paths, grouping)
+    held = hold_out(groups, labels, share, seed)
     sides = {"train": np.flatnonzero(~held), "val": np.flatnonzero(held)}
     splits = {
         side: ([paths[i] for i in indices], labels[indices], [segments[i] for i in indices])
@@ -65,9 +65,7 @@ def _write(out: Path, splits: dict[str, tuple[list[str], np.ndarray, list[Segmen
         for what, array in (("paths", np.array(paths)), ("labels", labels), ("segments", np.array(segments))):
             file = out / f"{side}_{what}.npy"
             if file.exists() and not np.array_equal(load_array(str(file), "OUT"), array):
-                raise UserError(
-                    f"{file} is there already, and is another split. Nothing was changed. Give another OUT."
-                )
+                raise UserError(f"{file} exists, and is another split. Nothing was changed. Give another OUT.")
     try:
         out.mkdir(parents=True, exist_ok=True)
         for side, (paths, labels, segments) in splits.items():

@@ -10,7 +10,7 @@ import numpy as np
 
 from omnivision.data.catalog import check_segments, load_array
 from omnivision.data.sampling import Segment
-from omnivision.tools.prepare.listing import MOST_CLASSES
+from omnivision.tools.prepare.index import MOST_CLASSES
 from omnivision.utils.errors import UserError
 from omnivision.utils.io import replace_atomically
 
@@ -37,7 +37,7 @@ def read_labels(file: str, samples: int) -> np.ndarray:
     if len(array) and array.max() >= MOST_CLASSES:
         raise UserError(
             f"{file} holds the label {array.max()}; expected class numbers below {MOST_CLASSES}, or -1 for ignored samples. "
-            "Mend the labels."
+            "Fix the labels."
         )
     return array.astype(np.int64)
 

@@ -1,6 +1,6 @@
 """Folders as classes: SOURCE/<class>/<clip>, SOURCE/<split>/<class>/<clip> or SOURCE/<class>/<split>/<clip>.
 
-A clip is a video or a folder of frames.
+A clip is a video or a frame folder.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from omnivision.data.frames import IMAGE_SUFFIXES, natural
-from omnivision.tools.prepare.listing import (
+from omnivision.tools.prepare.index import (
     SPLITS,
     VIDEO_SUFFIXES,
-    Listing,
-    Row,
+    DatasetIndex,
+    Record,
     check_unambiguous,
     drop_format_folders,
+    format_splits,
     guess_split,
-    joined,
+    listing_error,
     printable,
-    refuse,
-    some,
+    shorten,
     split_of,
 )
 from omnivision.utils.errors import UserError
@@ -42,7 +42,7 @@ class _Tree:
         self.skipped.setdefault(kind, []).append("/".join(path))
 
 
-def read_class_folders(source: str, chosen: Mapping[str, str] | None = None) -> Listing:
+def read_class_folders(source: str, chosen: Mapping[str, str] | None = None) -> DatasetIndex:
     """Find videos by suffix, at any depth below a class; a folder that holds images and no folders is a clip, too.
 
     chosen: name of a folder -> split; empty: no folder is a split; None: decide by the names, if these are unambiguous.
@@ -52,8 +52,10 @@ def read_class_folders(source: str, chosen: Mapping[str, str] | None = None) -> 
     tree = _Tree()
     _scan(tree, source, (), ())
     level, splits = _find_splits(tree, source) if chosen is None else _locate_splits(tree, source, chosen)
-    notes = [f"{source}: {some([f'{name} is the {split} split' for name, split in splits.items()])}."] if splits else []
-    rows: dict[str, list[Row]] = {split: [] for split in SPLITS if split in (splits.values() or ["train"])}
+    notes = (
+        [f"{source}: {shorten([f'{name} is the {split} split' for name, split in splits.items()])}."] if splits else []
+    )
+    rows: dict[str, list[Record]] = {split: [] for split in SPLITS if split in (splits.values() or ["train"])}
     depth = 2 if splits else 1  # of the folders above a clip
     problems = []
     for path, problem in tree.clips.items():
@@ -61,17 +63,17 @@ def read_class_folders(source: str, chosen: Mapping[str, str] | None = None) -> 
         if split is None and len(path) > level + 1:
             tree.skip("clips in folders that are no split", path)
         elif problem or (len(path) <= depth and path in tree.frames):
-            problem = problem or "holds images itself, not a folder of frames for each clip"
+            problem = problem or "holds images itself, not a frame folder for each clip"
             problems.append(printable(f"{'/'.join(path)} {problem}"))
         elif split is None or len(path) <= depth:
             tree.skip("videos outside of the folder of a class", path)
         else:
-            rows[split].append(Row("/".join(path), path[depth - 1 - level], "/".join(path)))
+            rows[split].append(Record("/".join(path), path[depth - 1 - level], "/".join(path)))
     if problems:
-        raise refuse(
+        raise listing_error(
             f"The folders of classes in {source} hold what cannot be used",
             problems,
-            "Expected videos, or a folder of frames for each clip; fix or remove these. If SOURCE is the folder of one class, "
+            "Expected videos, or a frame folder for each clip; fix or remove these. If SOURCE is the folder of one class, "
             f"give {os.path.dirname(os.path.abspath(source))}.",
         )
     for split, found in rows.items():
@@ -85,9 +87,9 @@ def read_class_folders(source: str, chosen: Mapping[str, str] | None = None) -> 
         path[depth - 1 - level] for path in tree.folders if len(path) >= depth and (not splits or path[level] in splits)
     }
     classes = sorted(names, key=natural)
-    skipped = [f"{len(paths)} {kind} ({some(paths, 3)})" for kind, paths in tree.skipped.items()]
+    skipped = [f"{len(paths)} {kind} ({shorten(paths, 3)})" for kind, paths in tree.skipped.items()]
     notes += [f"{source}: passed over {', '.join(skipped)}."] if skipped else []
-    return Listing(
+    return DatasetIndex(
         rows,
         source,
         classes,
@@ -151,26 +153,26 @@ def _find_splits(tree: _Tree, source: str) -> tuple[int, dict[str, str]]:
         if not others and not direct:
             check_unambiguous(named, source)
             return 0, named
-        reason = f"{some(others)} beside them" if others else f"clips directly in {some(direct)}"
+        reason = f"{shorten(others)} beside them" if others else f"clips directly in {shorten(direct)}"
         raise _ask(source, {**named, **_guess_splits(others)}, reason, list(tops))
     holders = list(dict.fromkeys(path[0] for path in tree.clips if len(path) > 1 or path in tree.frames))
     guessed = _guess_splits(holders)
     deep = all(len(path) > 2 for path in tree.clips)
     if guessed and (deep or len(set(guessed.values())) > 1):
-        raise _ask(source, guessed, f"words for splits in {some(holders)}", holders)
+        raise _ask(source, guessed, f"words for splits in {shorten(holders)}", holders)
     inner = {path[1]: split_of(path[1]) for path in tree.clips if len(path) > 2}
     named = {name: split for name, split in inner.items() if split}
     if not named:
         if len(set((guessed := _guess_splits(list(inner))).values())) > 1:
             where = f"The folders of classes in {source}"
-            raise _ask(where, guessed, f"words for splits in {some(list(inner))}", holders)
+            raise _ask(where, guessed, f"words for splits in {shorten(list(inner))}", holders)
         _check_deeper(tree, source)
         return 0, {}
     if len(named) == len(inner) and all(len(path) != 2 for path in tree.clips):
         check_unambiguous(named, f"The folders of classes in {source}")
         return 1, named
     beside = [f"{path[0]}/{path[1]}" for path in tree.clips if len(path) > 1 and path[1] not in named]
-    raise _ask(f"The folders of classes in {source}", named, f"{some(beside, 3)} beside them", list(tops))
+    raise _ask(f"The folders of classes in {source}", named, f"{shorten(beside, 3)} beside them", list(tops))
 
 
 def _guess_splits(names: list[str]) -> dict[str, str]:
@@ -188,8 +190,9 @@ def _check_depth(tree: _Tree, source: str) -> None:
             lower = "/".join((source.rstrip("/"), *above.pop()))
             only = next(iter(tree.clips))[0]
             raise UserError(
-                f"All clips of {source} lie in {lower}, which has the splits {some(names)}. Expected SOURCE/<split>/<class>/"
-                f"<clip>: give {lower} as SOURCE, or pass --splits {joined(splits) if level == 1 else 'none'} if {only} is "
+                f"All clips of {source} lie in {lower}, which has the splits {shorten(names)}. Expected SOURCE/<split>/<class>/"
+                f"<clip>: give {lower} as SOURCE, or pass --splits "
+                f"{format_splits(splits) if level == 1 else 'none'} if {only} is "
                 "the only class."
             )
 
@@ -200,7 +203,8 @@ def _check_deeper(tree: _Tree, source: str) -> None:
     found = sorted("/".join(path) for path in below if split_of(path[-1]))
     if len({split_of(path[-1]) for path in below} - {None}) > 1:
         raise UserError(
-            f"{source} holds folders of splits too deep to be used: {some(found)}. Expected SOURCE/<split>/<class>/<clip> or "
+            f"{source} holds folders of splits too deep to be used: {shorten(found)}. Expected "
+            "SOURCE/<split>/<class>/<clip> or "
             "SOURCE/<class>/<split>/<clip>. Move the folders, pass lists with --train, --val or --test, or pass --splits none "
             "to use all clips for training."
         )
@@ -208,8 +212,10 @@ def _check_deeper(tree: _Tree, source: str) -> None:
 
 def _ask(where: str, splits: Mapping[str, str], reason: str, classes: list[str]) -> UserError:
     return UserError(
-        f"{where} can be read in two ways: with the splits {some(list(splits))}, or with the classes {some(classes)} (there "
-        f"are {reason}). Pass --splits {joined(splits)} for the first, which passes over the rest, or --splits none for the "
+        f"{where} can be read in two ways: with the splits {shorten(list(splits))}, or with the classes "
+        f"{shorten(classes)} (there "
+        f"are {reason}). Pass --splits {format_splits(splits)} for the first, which passes over the rest, or "
+        "--splits none for the "
         "second. If a list holds the labels, pass it with --train, --val or --test."
     )
 
@@ -220,8 +226,8 @@ def _locate_splits(tree: _Tree, source: str, chosen: Mapping[str, str]) -> tuple
         if set(chosen) <= there:
             return level, dict(chosen)
     raise UserError(
-        f"--splits names folders ({some(list(chosen))}) that {source} does not hold side by side. It holds "
-        f"{some(sorted({path[0] for path in tree.folders}))}. Change --splits."
+        f"--splits names folders ({shorten(list(chosen))}) that {source} does not hold side by side. It holds "
+        f"{shorten(sorted({path[0] for path in tree.folders}))}. Change --splits."
     )
 
 
@@ -236,7 +242,8 @@ def _split_level_warnings(paths: list[str], level: int, classes: list[str]) -> l
     if len(every) < 2 or 2 * len(common) < len(every):
         return []
     return [
-        f"The folders {some(classes)} are taken for the classes, and hold the folders {some(sorted(every, key=natural))}. If "
+        f"The folders {shorten(classes)} are taken for the classes, and hold the folders "
+        f"{shorten(sorted(every, key=natural))}. If "
         "these are the classes, move them up, so that they lie in those of the splits, or pass lists with --train and --val."
     ]
 
@@ -252,13 +259,13 @@ def _level_warnings(tree: _Tree, source: str, classes: list[str]) -> list[str]:
     if guess_split(own) and (
         others := [name for name in siblings if guess_split(name) not in (None, guess_split(own))]
     ):
-        warnings.append(f"{parent} also holds {some(others)}. Give {parent} as SOURCE to use these splits, too.")
+        warnings.append(f"{parent} also holds {shorten(others)}. Give {parent} as SOURCE to use these splits, too.")
     inner: dict[str, list[str]] = {name: [] for name in classes}  # folders in those of classes
     for name, below in dict.fromkeys(p[:2] for p in tree.clips if "/" in drop_format_folders("/".join(p[1:]))):
         inner.get(name, []).append(below)
     if len(classes) == 1:
-        below = f"{source}/{classes[0]} has the folders {some(inner[classes[0]])}" if inner[classes[0]] else ""
-        above = f"{parent} has the folders {some(siblings)}" if len(siblings) > 1 else ""
+        below = f"{source}/{classes[0]} has the folders {shorten(inner[classes[0]])}" if inner[classes[0]] else ""
+        above = f"{parent} has the folders {shorten(siblings)}" if len(siblings) > 1 else ""
         if below or above:
             warnings.append(
                 f"SOURCE may be one level too high or too low: {' and '.join(filter(None, (below, above)))}. Give the folder "
@@ -269,7 +276,8 @@ def _level_warnings(tree: _Tree, source: str, classes: list[str]) -> list[str]:
         common = [name for name in inner[classes[0]] if all(name in names for names in inner.values())]
         if len(every) > 1 and 2 * len(common) >= len(every):
             warnings.append(
-                f"The folders {some(classes)} all hold the folders {some(common)}. If these are the classes, SOURCE is one "
-                f"level too high, or {some(classes)} are splits: choose them with --splits."
+                f"The folders {shorten(classes)} all hold the folders {shorten(common)}. If these are the classes, "
+                "SOURCE is one "
+                f"level too high, or {shorten(classes)} are splits: choose them with --splits."
             )
     return warnings

@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from omnivision.data.sampling import Segment
-from omnivision.tools.prepare.listing import (
+from omnivision.tools.prepare.index import (
     SPLITS,
-    Listing,
-    Row,
+    DatasetIndex,
+    Record,
     check_unambiguous,
     guess_split,
-    numbered,
-    refuse,
-    some,
+    listing_error,
+    parse_labels,
+    shorten,
     split_of,
 )
 from omnivision.utils.errors import UserError
@@ -94,25 +94,25 @@ def read_csv_lists(
     root: str,
     columns: Mapping[str, str] | None = None,
     splits: Mapping[str, str] | None = None,
-) -> Listing:
+) -> DatasetIndex:
     """Read CSV files. files: split -> file; one of the split None is divided by its column of splits, or else is train.
 
     columns: role -> name or number of its column, None: by their names. splits: value in the column of splits -> split,
     empty: there is none, None: by their names. Raises UserError naming the file and the number of every row that is not
     right, and for columns that choose a part of a video or of the rows in a way that cannot be followed.
     """
-    rows: list[tuple[str, Row]] = []
+    rows: list[tuple[str, Record]] = []
     notes: list[str] = []
     for split, file in files.items():
         table = _read(Path(file), columns)
         found, note = _split_rows(table, split, splits)
         rows += found
         notes.append(note)
-    whole = numbered([row for _, row in rows])
-    listed: dict[str, list[Row]] = {split: [] for split in SPLITS}
+    whole = parse_labels([row for _, row in rows])
+    listed: dict[str, list[Record]] = {split: [] for split in SPLITS}
     for (split, _), row in zip(rows, whole, strict=True):
         listed[split].append(row)
-    return Listing({split: found for split, found in listed.items() if found}, root, notes=notes)
+    return DatasetIndex({split: found for split, found in listed.items() if found}, root, notes=notes)
 
 
 def _read(file: Path, columns: Mapping[str, str] | None) -> _Table:
@@ -131,20 +131,22 @@ def _read(file: Path, columns: Mapping[str, str] | None) -> _Table:
         numbers = {str(number) for number in range(1, len(names) + 1)}
         if missing := [name for name in columns.values() if name not in numbers and names.count(name) != 1]:
             raise UserError(
-                f"--columns names {some(missing)}, and {file} has the columns {some(names, 20)}. Change --columns; columns of "
+                f"--columns names {shorten(missing)}, and {file} has the columns {shorten(names, 20)}. Change "
+                "--columns; columns of "
                 "one name go by their numbers, 1, 2, ..."
             )
         roles = {role: names.index(name) if name in names else int(name) - 1 for role, name in columns.items()}
         if len(set(roles.values())) < len(roles):
             raise UserError(
-                f"--columns takes one column of {file} for several of {some(list(roles))}. Expected a column for each. Change "
+                f"--columns takes one column of {file} for several of {shorten(list(roles))}. Expected a column for "
+                "each. Change "
                 "--columns."
             )
         return _Table(file, delimiter, rows, names, roles)
     if not named and len(first) > 2:
         raise UserError(
             f"{file} has {len(first)} columns ({_DELIMITERS[delimiter]} was taken for the delimiter) and no header that names "
-            f"path and label; its first row is {some(first)}. Add a header, or say which columns to use: --columns "
+            f"path and label; its first row is {shorten(first)}. Add a header, or say which columns to use: --columns "
             "path=1,label=2."
         )
     return _Table(file, delimiter, rows, names, _find_roles(file, names, rows) if named else {"path": 0, "label": 1})
@@ -163,18 +165,18 @@ def _find_roles(file: Path, names: list[str], rows: list[tuple[int, list[str]]])
         if not all(value.isdecimal() for value in ids) or 2 * len(set(ids)) > len(ids):
             raise UserError(
                 f"{file} has no column of labels: {names[label]} has {len(set(ids))} values in {len(ids)} rows, as names of "
-                f"samples have. Name one of {some(names, 20)}: --columns path={names[path]},label=NAME."
+                f"samples have. Name one of {shorten(names, 20)}: --columns path={names[path]},label=NAME."
             )
     if path is None or label is None:
         if len(names) > 2:
             raise UserError(
-                f"{file} has no column of labels that is known by its name: {some(names, 20)}. Name one: --columns "
+                f"{file} has no column of labels that is known by its name: {shorten(names, 20)}. Name one: --columns "
                 "path=NAME,label=NAME."
             )
         return {"path": 0, "label": 1}  # two words over a column of numbers
     if twice := [names[column] for column in (path, label) if plain.count(plain[column]) > 1]:
         raise UserError(
-            f"{file} has several columns {some(twice)}. Choose by number: --columns path={path + 1},label={label + 1} takes "
+            f"{file} has several columns {shorten(twice)}. Choose by number: --columns path={path + 1},label={label + 1} takes "
             "the first ones."
         )
     roles = {"path": path, "label": label}
@@ -188,7 +190,7 @@ def _find_roles(file: Path, names: list[str], rows: list[tuple[int, list[str]]])
     ]
     if len(divided) > 1 and any(len(set(map(split_of, values[column]))) > 1 for column in divided):
         raise UserError(
-            f"{file} has several columns of splits: {some([names[column] for column in divided])}. Choose one: --columns "
+            f"{file} has several columns of splits: {shorten([names[column] for column in divided])}. Choose one: --columns "
             f"path={names[path]},label={names[label]},split=NAME."
         )
     divided += [column for column in free if _SPLIT.fullmatch(plain[column])]
@@ -215,14 +217,16 @@ def _find_roles(file: Path, names: list[str], rows: list[tuple[int, list[str]]])
     ]
     if parts and "start" not in roles:
         raise UserError(
-            f"{file} has columns that may choose a part of each video or of the rows and cannot be followed: {some(parts)}. "
+            f"{file} has columns that may choose a part of each video or of the rows and cannot be followed: {shorten(parts)}. "
             "Expected start and end in seconds, and splits in one column. Change the list, or leave them out by naming the "
             f"columns to use: --columns path={names[path]},label={names[label]}."
         )
     return roles
 
 
-def _split_rows(table: _Table, own: str | None, chosen: Mapping[str, str] | None) -> tuple[list[tuple[str, Row]], str]:
+def _split_rows(
+    table: _Table, own: str | None, chosen: Mapping[str, str] | None
+) -> tuple[list[tuple[str, Record]], str]:
     """(split, row) of the rows, and a sentence on how they were read."""
     file, roles = table.file, dict(table.roles)
     if chosen is not None and not chosen:
@@ -246,21 +250,21 @@ def _split_rows(table: _Table, own: str | None, chosen: Mapping[str, str] | None
         elif own and split != own:
             problems.append(f"row {number} is of the {split} split in the list --{own}")
         elif "start" not in fields:
-            rows.append((split, Row(fields["path"], fields["label"], f"{file.name}, row {number}")))
+            rows.append((split, Record(fields["path"], fields["label"], f"{file.name}, row {number}")))
         elif (segment := _segment(table, fields)) is None:
             problems.append(
                 f"row {number} has the times {fields['start']!r}, {fields['end']!r}, not 0 <= start < end in seconds "
                 "(90.5) or minutes (1:30.5)"
             )
         else:
-            rows.append((split, Row(fields["path"], fields["label"], f"{file.name}, row {number}", segment)))
+            rows.append((split, Record(fields["path"], fields["label"], f"{file.name}, row {number}", segment)))
     if problems:
         advice = (
             f"Expected {table.delimiter.join(role for role in _ROLES if role in roles)} in each "
-            f"({_DELIMITERS[table.delimiter]} was taken for the delimiter, out of {some(list(_DELIMITERS.values()))}), with "
+            f"({_DELIMITERS[table.delimiter]} was taken for the delimiter, out of {shorten(list(_DELIMITERS.values()))}), with "
             "quotes around a field that holds it; fix the rows, or choose other columns with --columns."
         )
-        raise refuse(f"{file} has rows that cannot be read", problems, advice)
+        raise listing_error(f"{file} has rows that cannot be read", problems, advice)
     used = [f"{role} from column {table.names[column]}" for role, column in roles.items()]
     unused = [name for column, name in enumerate(table.names) if column not in roles.values()]
     note = f"{file}: {', '.join(used)}{' (seconds)' if 'start' in roles else ''}."
@@ -280,8 +284,9 @@ def _splits_of_values(table: _Table, chosen: Mapping[str, str] | None) -> dict[s
         unknown = [value or "(nothing)" for value in values if value not in splits]
     if unknown:
         raise UserError(
-            f"{'--splits' if chosen else table.file} has {some(unknown)} as splits; the column {table.names[column]} holds "
-            f"{some(values, 20)}. Expected train, val and test, or --splits train=NAME,val=NAME, which passes over other rows, "
+            f"{'--splits' if chosen else table.file} has {shorten(unknown)} as splits; the column {table.names[column]} holds "
+            f"{shorten(values, 20)}. Expected train, val and test, or --splits train=NAME,val=NAME, which passes "
+            "over other rows, "
             "or --splits none to leave the column out."
         )
     if chosen is None:
@@ -338,7 +343,7 @@ def _delimiter(text: str) -> str:
 
 
 def _table(text: str, delimiter: str, file: Path) -> list[tuple[int, list[str]]]:
-    """(row number, fields) of the rows that are not empty; rows are numbered from 1, as lines of the file."""
+    """(row number, fields) of the rows that are not empty; rows are parse_labels from 1, as lines of the file."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
     table = []
     try:

@@ -1,12 +1,12 @@
-"""A source of films -> OUT: arrays, names of classes, and perhaps films that are quicker to read.
+"""A source of videos -> OUT: arrays, names of classes, and perhaps videos that are quicker to read.
 
     OUT/{train,val,test}_paths.npy, {train,val,test}_labels.npy, class_names.txt
     OUT/{train,val,test}_segments.npy when samples are parts of videos
-    OUT/films/... or frames/...       when films are transcoded
-    OUT/failed.csv                    films that could not be, with the reason; they are not in the arrays
+    OUT/films/... or frames/...       when videos are transcoded
+    OUT/failed.csv                    videos that could not be, with the reason; they are not in the arrays
     OUT/prepare.json                  from what and how it was made
 
-A film that is there is whole, so an interrupted run is completed by the same command.
+A video that is there is whole, so an interrupted run is completed by the same command.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 
 from omnivision.tools.prepare.arrays import write_split
-from omnivision.tools.prepare.listing import Listing, printable
-from omnivision.tools.prepare.transcode import Job, Recipe, destinations, remove_leftovers, transcode
+from omnivision.tools.prepare.index import DatasetIndex, printable
+from omnivision.tools.prepare.transcode import Job, TranscodeConfig, destinations, remove_leftovers, transcode
 from omnivision.tools.prepare.workers import WorkerCrashedError, run_in_processes
 from omnivision.tools.progress import track
 from omnivision.utils.errors import UserError
@@ -33,20 +33,20 @@ _STAMP, _FAILED = "prepare.json", "failed.csv"
 
 @dataclass(frozen=True)
 class Prepared:
-    """What was written: the samples of each split; and the films left out, with their reasons."""
+    """What was written: the samples of each split; and the videos left out, with their reasons."""
 
     samples: dict[str, int]
     failed: dict[str, str]
-    kept: int  # films that were there already
+    kept: int  # videos that existed already
 
 
-def results(listing: Listing, recipe: Recipe, out: Path) -> dict[str, str]:
+def results(index: DatasetIndex, config: TranscodeConfig, out: Path) -> dict[str, str]:
     """For each path of the source the file or folder in OUT that is made of it."""
-    paths = sorted({row.path for row in listing.rows()})
-    return {path: str(out.absolute() / recipe.folder / made) for path, made in destinations(paths, recipe).items()}
+    paths = sorted({row.path for row in index.rows()})
+    return {path: str(out.absolute() / config.folder / made) for path, made in destinations(paths, config).items()}
 
 
-def claim(out: Path, settings: dict[str, object]) -> None:
+def check_out_folder(out: Path, settings: dict[str, object]) -> None:
     """UserError unless OUT is new or empty, or was made by the same command; nothing is written."""
     if not out.exists():
         return
@@ -76,11 +76,11 @@ def claim(out: Path, settings: dict[str, object]) -> None:
 
 def write_dataset(
     out: Path,
-    listing: Listing,
+    index: DatasetIndex,
     labels: dict[str, np.ndarray],
     classes: list[str],
     settings: dict[str, object],
-    recipe: Recipe | None,
+    config: TranscodeConfig | None,
     workers: int,
 ) -> Prepared:
     """Write everything into OUT, which `claim` has allowed. Raises UserError when it cannot be written to."""
@@ -90,23 +90,24 @@ def write_dataset(
         write_atomically(out / "class_names.txt", "".join(f"{name}\n" for name in classes))
         failed: dict[str, str] = {}
         kept = 0
-        if recipe is None:
-            made, prefix = None, listing.root
+        if config is None:
+            made, prefix = None, index.root
         else:
-            made = results(listing, recipe, out)
-            failed, kept = _transcode_all(out / recipe.folder, listing, made, recipe, workers)
-            prefix = str(out.absolute() / recipe.folder)
-            _write_failed(out / _FAILED, listing, failed)
+            made = results(index, config, out)
+            failed, kept = _transcode_all(out / config.folder, index, made, config, workers)
+            prefix = str(out.absolute() / config.folder)
+            _write_failed(out / _FAILED, index, failed)
         keep = {
-            split: [i for i, row in enumerate(rows) if row.path not in failed] for split, rows in listing.splits.items()
+            split: [i for i, row in enumerate(rows) if row.path not in failed] for split, rows in index.splits.items()
         }
         if empty := [split for split, indices in keep.items() if not indices]:
             raise UserError(
-                f"No film of {' and '.join(empty)} could be transcoded; {out / _FAILED} says why. No arrays were written. Mend "
-                "the films, or prepare without --short-side, --gop, --crf and --frames."
+                f"No video of {' and '.join(empty)} could be transcoded; {out / _FAILED} says why. No arrays were "
+                "written. Mend "
+                "the videos, or prepare without --short-side, --gop, --crf and --frames."
             )
         for split, indices in keep.items():
-            rows = [listing.splits[split][i] for i in indices]
+            rows = [index.splits[split][i] for i in indices]
             paths = [row.path if made is None else str(Path(made[row.path]).relative_to(prefix)) for row in rows]
             write_split(out, split, paths, labels[split][indices], [row.segment for row in rows])
     except OSError as error:
@@ -117,47 +118,47 @@ def write_dataset(
 def _cannot_write(folder: Path, reason: str) -> UserError:
     return UserError(
         f"{folder} cannot be written to: {reason}. Expected a folder that can be created or written to, with space enough. "
-        "Give another OUT, or mend this one and run the same command again: it goes on where it stopped."
+        "Give another OUT, or fix this one and run the same command again: it continues where it stopped."
     )
 
 
 def _transcode_all(
-    folder: Path, listing: Listing, made: dict[str, str], recipe: Recipe, workers: int
+    folder: Path, index: DatasetIndex, made: dict[str, str], config: TranscodeConfig, workers: int
 ) -> tuple[dict[str, str], int]:
-    """Make what is missing; returns the reasons of what could not be made, and how many were there already."""
+    """Make what is missing; returns the reasons of what could not be made, and how many existed already."""
     missing = [path for path, destination in made.items() if not Path(destination).exists()]
-    jobs = [Job(listing.full(path), made[path], recipe) for path in missing]
+    jobs = [Job(index.full(path), made[path], config) for path in missing]
     failed = {}
     work = run_in_processes(transcode, jobs, workers)
     try:
-        for position, outcome in track(work, len(jobs), "prepare"):
-            if isinstance(outcome, WorkerCrashedError):
-                failed[missing[position]] = str(outcome)
-            elif outcome.fault:
-                raise _cannot_write(folder, outcome.fault)
-            elif outcome.reason:
-                failed[missing[position]] = outcome.reason
+        for position, result in track(work, len(jobs), "prepare"):
+            if isinstance(result, WorkerCrashedError):
+                failed[missing[position]] = str(result)
+            elif result.fault:
+                raise _cannot_write(folder, result.fault)
+            elif result.reason:
+                failed[missing[position]] = result.reason
     finally:
         work.close()  # ends its processes
         remove_leftovers(folder)
     return failed, len(made) - len(missing)
 
 
-def _write_failed(file: Path, listing: Listing, failed: dict[str, str]) -> None:
-    """One row a film that is left out, or no file when there is none."""
+def _write_failed(file: Path, index: DatasetIndex, failed: dict[str, str]) -> None:
+    """One row a video that is left out, or no file when there is none."""
     if not failed:
         file.unlink(missing_ok=True)
         return
     table = io.StringIO()
     rows = csv.writer(table, lineterminator="\n")
     rows.writerow(("path", "reason"))
-    rows.writerows((printable(listing.full(path)), printable(reason)) for path, reason in sorted(failed.items()))
+    rows.writerows((printable(index.full(path)), printable(reason)) for path, reason in sorted(failed.items()))
     write_atomically(file, table.getvalue())
 
 
-def stamp_of(source: str, prefix: str, recipe: Recipe | None) -> dict[str, object]:
+def make_stamp(source: str, prefix: str, config: TranscodeConfig | None) -> dict[str, object]:
     """The settings that OUT must have been made with, to be completed or written again."""
-    how = None if recipe is None else dataclasses.asdict(recipe)
+    how = None if config is None else dataclasses.asdict(config)
     if how and how["frame_pattern"] is None:
         del how["frame_pattern"]  # as earlier versions wrote it
     return {"source": printable(str(Path(source).absolute())), "prefix": printable(prefix), "transcoded": how}

@@ -1,4 +1,4 @@
-"""Which samples are one and the same film: by name, by what the name leads to, and by content."""
+"""Which samples are one and the same video: by name, by what the name leads to, and by content."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from collections.abc import Iterable, Sequence
 _CHUNK = 1 << 20
 
 
-def same_films(
+def find_duplicates(
     paths: list[str], others: list[str] | None = None, segments: Sequence[object] | None = None
 ) -> list[list[str]]:
-    """Sets of paths that are one film, each of two or more: within `paths`, or else across `paths` and `others`.
+    """Sets of paths that are one video, each of two or more: within `paths`, or else across `paths` and `others`.
 
     Files are compared by content, but only those of one size are read; folders by where they lie. A path that cannot be
-    read is compared by its name. Within `paths`, other `segments` (one a path) of a film are other samples.
+    read is compared by its name. Within `paths`, other `segments` (one a path) of a video are other samples.
     """
     kinds = {path: _kind(path) for path in dict.fromkeys([*paths, *(others or [])])}
     sizes = Counter(kinds.values())
@@ -45,7 +45,7 @@ def _kind(path: str) -> int | str:
 
 
 def _identity(path: str, kind: int | str, sizes: Counter[int | str]) -> str:
-    """Equal for paths of one film."""
+    """Equal for paths of one video."""
     if isinstance(kind, str) or kind == 0:
         return f"at {os.path.abspath(path) if kind == 0 else kind}"
     if sizes[kind] == 1:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 from omnivision.data.sampling import keyed_rng
-from omnivision.tools.prepare.listing import drop_format_folders
+from omnivision.tools.prepare.index import drop_format_folders
 from omnivision.utils.errors import UserError
 
 
@@ -19,7 +19,7 @@ def _before_last_part(name: str) -> str:
 
 
 def _before_one_letter_part(name: str) -> str:
-    """HMDB51: <film>_<action>_<what is seen of the body, a letter>_... A film's title may begin with a letter ("A_...")."""
+    """HMDB51: <video>_<action>_<what is seen of the body, a letter>_... A video's title may begin with a letter ("A_...")."""
     parts = name.split("_")
     end = next((k for k, part in enumerate(parts) if k > 0 and len(part) == 1 and part.isalpha()), len(parts))
     return "_".join(parts[:end])
@@ -40,7 +40,7 @@ GROUPINGS: dict[str, Callable[[str], str]] = {
 }
 
 
-def groups_of(paths: list[str], grouping: Callable[[str], str]) -> list[str]:
+def group_videos(paths: list[str], grouping: Callable[[str], str]) -> list[str]:
     """The group of each path."""
     return [grouping(os.path.splitext(os.path.basename(drop_format_folders(path)))[0]) for path in paths]
 
@@ -53,7 +53,7 @@ def pattern_grouping(pattern: str) -> Callable[[str], str]:
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        raise UserError(f"--group-pattern {pattern!r} is no regular expression: {error}. Mend it.") from error
+        raise UserError(f"--group-pattern {pattern!r} is no regular expression: {error}. Fix it.") from error
     if compiled.groups < 1:
         raise UserError(
             f"--group-pattern {pattern!r} has no parentheses; expected some around the part of a name that tells the source, "
@@ -72,7 +72,7 @@ def pattern_grouping(pattern: str) -> Callable[[str], str]:
     return grouping
 
 
-def held_out(groups: list[str], labels: np.ndarray, share: float, seed: int) -> np.ndarray:
+def hold_out(groups: list[str], labels: np.ndarray, share: float, seed: int) -> np.ndarray:
     """Which videos are held out: bool (N,), as near to `share` of all as whole groups allow, the same for the same seed.
 
     Within that, classes are served evenly, and a class with a single group stays in training if it can.

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from omnivision.data.frames import natural
-from omnivision.tools.prepare.listing import Listing, Row, refuse
+from omnivision.tools.prepare.index import DatasetIndex, Record, listing_error
 from omnivision.utils.errors import UserError
 
 _TEST_IS_VAL = "The published test split is val here, as results on this dataset are reported."
 
 
-def read_ucf101(folder: Path, fold: int) -> Listing:
+def read_ucf101(folder: Path, fold: int) -> DatasetIndex:
     """classInd.txt: "1 ApplyEyeMakeup"; trainlist01.txt: "Class/v_x.avi 1"; testlist01.txt: "Class/v_x.avi", which is val."""
     numbers, problems = {}, []
     for where, line in _lines(folder / "classInd.txt"):
@@ -24,29 +24,31 @@ def read_ucf101(folder: Path, fold: int) -> Listing:
         else:
             problems.append(f"{where}: {line}")
     if problems or sorted(numbers.values()) != list(range(1, len(numbers) + 1)):
-        raise refuse(
+        raise listing_error(
             f"{folder / 'classInd.txt'} does not number its classes from 1",
             problems or [f"{len(numbers)} names for the numbers {sorted(numbers.values())[:5]}"],
             "Expected a number and a name in each row.",
         )
-    splits: dict[str, list[Row]] = {"train": [], "val": []}
+    splits: dict[str, list[Record]] = {"train": [], "val": []}
     for split, name in (("train", f"trainlist{fold:02}.txt"), ("val", f"testlist{fold:02}.txt")):
         for where, line in _lines(folder / name):
             path, label = match.groups() if (match := re.fullmatch(r"(.+?)(?:\s+([0-9]+))?", line)) else (line, None)
             named = path.partition("/")[0]
             if numbers.get(named) is None or (label is not None and int(label) != numbers[named]):
                 problems.append(f"{where}: {line}")
-            splits[split].append(Row(path, named, where))
+            splits[split].append(Record(path, named, where))
     if problems:
-        raise refuse(
-            f"The lists in {folder} do not agree with classInd.txt", problems, "Expected Class/film.avi and its number."
+        raise listing_error(
+            f"The lists in {folder} do not agree with classInd.txt",
+            problems,
+            "Expected Class/video.avi and its number.",
         )
-    return Listing(splits, str(folder), sorted(numbers, key=lambda name: numbers[name]), notes=[_TEST_IS_VAL])
+    return DatasetIndex(splits, str(folder), sorted(numbers, key=lambda name: numbers[name]), notes=[_TEST_IS_VAL])
 
 
-def read_hmdb51(folder: Path, fold: int) -> Listing:
-    """<class>_test_split1.txt: "name.avi 1" (train), 2 (test, here val) or 0 (unused); films lie in a folder a class."""
-    splits: dict[str, list[Row]] = {"train": [], "val": []}
+def read_hmdb51(folder: Path, fold: int) -> DatasetIndex:
+    """<class>_test_split1.txt: "name.avi 1" (train), 2 (test, here val) or 0 (unused); videos lie in a folder a class."""
+    splits: dict[str, list[Record]] = {"train": [], "val": []}
     problems, classes, unused = [], [], 0
     ending = f"_test_split{fold}.txt"
     for file in sorted(folder.glob(f"*{ending}"), key=lambda file: natural(file.name)):
@@ -59,19 +61,21 @@ def read_hmdb51(folder: Path, fold: int) -> Listing:
             elif match[2] == "0":
                 unused += 1
             else:
-                splits["train" if match[2] == "1" else "val"].append(Row(f"{named}/{match[1]}", named, where))
+                splits["train" if match[2] == "1" else "val"].append(Record(f"{named}/{match[1]}", named, where))
     if not classes:
         raise UserError(
             f"{folder} has no files *{ending}; expected one for each class. Choose another --fold or SOURCE."
         )
     if problems:
-        raise refuse(f"Lists in {folder} have rows that cannot be read", problems, "Expected a name and 0, 1 or 2.")
+        raise listing_error(
+            f"Lists in {folder} have rows that cannot be read", problems, "Expected a name and 0, 1 or 2."
+        )
     notes = [_TEST_IS_VAL, f"{unused} videos are in neither split of fold {fold}."]
-    return Listing(splits, str(folder), classes, notes=notes)
+    return DatasetIndex(splits, str(folder), classes, notes=notes)
 
 
-def read_something(folder: Path) -> Listing:
-    """*labels.json: {template: number}; *train.json, *validation.json: [{"id", "template", ...}]; films are <id>.webm."""
+def read_something(folder: Path) -> DatasetIndex:
+    """*labels.json: {template: number}; *train.json, *validation.json: [{"id", "template", ...}]; videos are <id>.webm."""
     file = _only(folder, "*labels.json")
     table = _json(file)
     numbers = (
@@ -90,19 +94,19 @@ def read_something(folder: Path) -> Listing:
             # Templates mark what varies: "Holding [something]". labels.json does not.
             named = str(entry.get("template", "")).replace("[", "").replace("]", "")
             if "id" in entry and named in numbers:
-                rows.append(Row(f"{entry['id']}.webm", named, where))
+                rows.append(Record(f"{entry['id']}.webm", named, where))
             else:
                 problems.append(f"{where}: {json.dumps(entry)[:80]}")
         if problems:
             advice = f"Expected an id, and a template that is in {file.name}."
-            raise refuse(f"{pattern} in {folder} has entries that cannot be read", problems, advice)
+            raise listing_error(f"{pattern} in {folder} has entries that cannot be read", problems, advice)
         splits[split] = rows
     notes = [f"{file.name} is passed over; it holds no labels." for file in folder.glob("*test.json")]
-    return Listing(splits, str(folder), sorted(numbers, key=lambda name: numbers[name]), notes=notes)
+    return DatasetIndex(splits, str(folder), sorted(numbers, key=lambda name: numbers[name]), notes=notes)
 
 
-def read_diving48(folder: Path) -> Listing:
-    """Diving48*_train.json, Diving48*_test.json (val): [{"vid_name", "label", ...}]; films are <vid_name>.mp4.
+def read_diving48(folder: Path) -> DatasetIndex:
+    """Diving48*_train.json, Diving48*_test.json (val): [{"vid_name", "label", ...}]; videos are <vid_name>.mp4.
 
     Diving48*_vocab.json, if there, has the four parts of the name of each class.
     """
@@ -112,11 +116,11 @@ def read_diving48(folder: Path) -> Listing:
         for where, entry in _entries(_only(folder, pattern)):
             label = entry.get("label")
             if isinstance(entry.get("vid_name"), str) and isinstance(label, int):
-                rows.append(Row(f"{entry['vid_name']}.mp4", label, where))
+                rows.append(Record(f"{entry['vid_name']}.mp4", label, where))
             else:
                 problems.append(f"{where}: {json.dumps(entry)[:80]}")
         if problems:
-            raise refuse(
+            raise listing_error(
                 f"{pattern} in {folder} has entries that cannot be read", problems, "Expected vid_name and label."
             )
         splits[split] = rows
@@ -125,9 +129,9 @@ def read_diving48(folder: Path) -> Listing:
         file = _only(folder, "Diving48*_vocab.json")
         vocabulary = _json(file)
         if not isinstance(vocabulary, list):
-            raise UserError(f"{file} is no list; expected one of the classes' names. Mend it, or move it away.")
+            raise UserError(f"{file} is no list; expected one of the classes' names. Fix it, or move it away.")
         classes = ["_".join(map(str, name)) if isinstance(name, list) else str(name) for name in vocabulary]
-    return Listing(splits, str(folder), classes, notes=[_TEST_IS_VAL])
+    return DatasetIndex(splits, str(folder), classes, notes=[_TEST_IS_VAL])
 
 
 def _lines(file: Path) -> list[tuple[str, str]]:
@@ -137,7 +141,7 @@ def _lines(file: Path) -> list[tuple[str, str]]:
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not a text in UTF-8 ({error.reason} at byte {error.start}). Mend it.") from error
+        raise UserError(f"{file} is not a text in UTF-8 ({error.reason} at byte {error.start}). Fix it.") from error
     return [(f"{file.name}, row {k}", line.strip()) for k, line in enumerate(lines, start=1) if line.strip()]
 
 
@@ -161,5 +165,5 @@ def _json(file: Path) -> Any:
 def _entries(file: Path) -> list[tuple[str, dict[str, Any]]]:
     entries = _json(file)
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
-        raise UserError(f"{file}: expected a list of objects, one a film, and at least one. Get it again.")
+        raise UserError(f"{file}: expected a list of objects, one a video, and at least one. Get it again.")
     return [(f"{file.name}, entry {k}", entry) for k, entry in enumerate(entries, start=1)]

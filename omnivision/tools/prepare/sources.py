@@ -1,4 +1,4 @@
-"""Which form a source has, and where the films that it lists lie."""
+"""Which form a source has, and where the videos that it lists lie."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ from omnivision.data.frames import IMAGE_SUFFIXES, SeveralSeriesError
 from omnivision.data.video import VideoDecodeError, open_video
 from omnivision.tools.prepare.class_folders import read_class_folders
 from omnivision.tools.prepare.csv_lists import read_csv_lists
-from omnivision.tools.prepare.listing import VIDEO_SUFFIXES, Listing, Row, drop_suffix, printable, refuse, some
+from omnivision.tools.prepare.index import (
+    VIDEO_SUFFIXES,
+    DatasetIndex,
+    Record,
+    drop_suffix,
+    listing_error,
+    printable,
+    shorten,
+)
 from omnivision.tools.prepare.published import read_diving48, read_hmdb51, read_something, read_ucf101
 from omnivision.utils.errors import UserError
 
@@ -28,7 +36,7 @@ def read_source(
     fold: int,
     columns: Mapping[str, str] | None = None,
     splits: Mapping[str, str] | None = None,
-) -> Listing:
+) -> DatasetIndex:
     """The rows of a source. form: one of FORMATS, None to look. lists: split -> CSV file, given beside the source.
 
     columns: as for `read_csv_lists`. splits: name of a folder, or value in a list -> split; None to look.
@@ -42,7 +50,7 @@ def read_source(
         raise UserError(
             f"{source} is neither a file nor a folder. Expected a CSV file, or a folder; give another SOURCE."
         )
-    form = form or _look(path, lists)
+    form = form or _recognize(path, lists)
     if splits is not None and form not in ("csv", "folders"):
         raise UserError(f"--splits is for lists and folders of classes; {source} is {form}. Leave it out.")
     if form == "csv":
@@ -66,18 +74,18 @@ def read_source(
     return read_something(path) if form == "ssv2" else read_diving48(path)
 
 
-def find_films(listing: Listing, *, prefix: str | None, check: bool, skip_missing: bool = False) -> Listing:
-    """The listing with paths below its root: `prefix`, without one the root of the listing, or else what is common to all.
+def locate_videos(index: DatasetIndex, *, prefix: str | None, check: bool, skip_missing: bool = False) -> DatasetIndex:
+    """The index with paths below its root: `prefix`, without one the root of the index, or else what is common to all.
 
     With `check`, each must be a file or a folder; a video may have another suffix than the list says, or be a folder of
     frames. Rows without a video raise a UserError that names the first of them, or are left out (`skip_missing`).
     """
-    root = os.path.abspath(prefix if prefix is not None else listing.root)
-    relative_to = os.path.abspath(listing.root) if listing.seen else root
-    splits = [split for split, rows in listing.splits.items() for _ in rows]
-    rows = list(listing.rows())
-    notes, warnings = list(listing.notes), list(listing.warnings)
-    if check and not listing.seen:
+    root = os.path.abspath(prefix if prefix is not None else index.root)
+    relative_to = os.path.abspath(index.root) if index.seen else root
+    splits = [split for split, rows in index.splits.items() for _ in rows]
+    rows = list(index.rows())
+    notes, warnings = list(index.notes), list(index.warnings)
+    if check and not index.seen:
         found = _locate(rows, relative_to)
         problems = [
             f"{row.where}: {os.path.normpath(os.path.join(relative_to, row.path))}"
@@ -85,42 +93,44 @@ def find_films(listing: Listing, *, prefix: str | None, check: bool, skip_missin
             if there is None
         ]
         if problems and (not skip_missing or len(problems) == len(rows)):
-            raise refuse(
-                f"{len(problems)} of {len(rows)} films are not there (or are folders without images)",
+            raise listing_error(
+                f"{len(problems)} of {len(rows)} videos do not exist (or are folders without images)",
                 problems,
                 "Pass --prefix FOLDER for the folder that holds them, fix the list, leave these rows out with --skip-missing, "
                 "or skip this check with --no-check-files.",
             )
         if problems:
-            warnings.append(f"{len(problems)} of {len(rows)} videos are not there and left out: {some(problems)}.")
+            warnings.append(f"{len(problems)} of {len(rows)} videos do not exist and left out: {shorten(problems)}.")
         cut = [there.path for row, there in zip(rows, found, strict=True) if there and there.segment != row.segment]
         if cut:
-            notes.append(f"{len(cut)} files are the segments themselves, so their times are not used: {some(cut, 1)}.")
+            notes.append(
+                f"{len(cut)} files are the segments themselves, so their times are not used: {shorten(cut, 1)}."
+            )
         splits = [split for split, there in zip(splits, found, strict=True) if there]
         rows = [there for there in found if there]
     full = [os.path.normpath(os.path.join(relative_to, row.path)) for row in rows]
     outside = [path for path in full if not _inside(path, root)]
     if outside and prefix is not None:
-        raise refuse(
-            f"{len(outside)} of {len(rows)} films are not below --prefix {prefix}", outside, "Give a folder above all."
+        raise listing_error(
+            f"{len(outside)} of {len(rows)} videos are not below --prefix {prefix}", outside, "Give a folder above all."
         )
     if outside:
         root = os.path.commonpath([os.path.dirname(path) for path in full])
-    listed: dict[str, list[Row]] = {}
+    listed: dict[str, list[Record]] = {}
     for split, row, path in zip(splits, rows, full, strict=True):
         listed.setdefault(split, []).append(replace(row, path=os.path.relpath(path, root)))
     for split, rows in listed.items():
         whole = [row.path for row in rows if row.segment]
         if 0 < len(whole) < len(rows):
-            raise refuse(
+            raise listing_error(
                 f"{len(rows) - len(whole)} files of the {split} split are the segments themselves, and {len(whole)} are not",
                 whole,
                 "Expected one kind in a split; move the others elsewhere.",
             )
-    return replace(listing, splits=listed, root=root, notes=notes, warnings=warnings)
+    return replace(index, splits=listed, root=root, notes=notes, warnings=warnings)
 
 
-def _locate(rows: list[Row], folder: str) -> list[Row | None]:
+def _locate(rows: list[Record], folder: str) -> list[Record | None]:
     """Each row with the path that is on disk, absolute; None where there is none.
 
     The file of a row with a segment may be that segment alone, NAME_000010_000020 as Kinetics is cut: then it is the whole
@@ -134,7 +144,7 @@ def _locate(rows: list[Row], folder: str) -> list[Row | None]:
                 if drop_suffix(file) != file:
                     names.setdefault(drop_suffix(file), []).append(os.path.join(parent, file))
 
-    def find(path: str, row: Row) -> str | None:
+    def find(path: str, row: Record) -> str | None:
         if (there := _on_disk(os.path.normpath(os.path.join(folder, path)))) or row.segment is None or "/" in path:
             return there
         paths = names.get(drop_suffix(path), [])
@@ -143,7 +153,7 @@ def _locate(rows: list[Row], folder: str) -> list[Row | None]:
             paths = [path for path in paths if label in path.replace(" ", "_").split("/")]
         return paths[0] if len(paths) == 1 else None
 
-    def locate(row: Row) -> Row | None:
+    def locate(row: Record) -> Record | None:
         if row.segment and (there := find("{}_{:06.0f}_{:06.0f}".format(drop_suffix(row.path), *row.segment), row)):
             return replace(row, path=there, segment=None)
         return replace(row, path=there) if (there := find(row.path, row)) else None
@@ -152,9 +162,9 @@ def _locate(rows: list[Row], folder: str) -> list[Row | None]:
         return list(pool.map(locate, rows))
 
 
-def find_frame_folders(listing: Listing, check: bool) -> list[str]:
-    """The samples that are folders of frames; without `check`, those that are no video by their names."""
-    paths = dict.fromkeys(listing.full(row.path) for row in listing.rows())
+def find_frame_folders(index: DatasetIndex, check: bool) -> list[str]:
+    """The samples that are frame folders; without `check`, those that are no video by their names."""
+    paths = dict.fromkeys(index.full(row.path) for row in index.rows())
     return [path for path in paths if (os.path.isdir(path) if check else drop_suffix(path) == path)]
 
 
@@ -170,41 +180,43 @@ def check_series(folders: list[str], pattern: str | None) -> None:
                 problems.append(printable(f"{folder}: {error}"))
     if problems:
         advice = "Choose the series to use with --frame-pattern, such as --frame-pattern 'img_*.jpg'."
-        raise refuse(f"{len(problems)} of {len(folders)} folders of frames cannot be used", problems, advice)
+        raise listing_error(f"{len(problems)} of {len(folders)} frame folders cannot be used", problems, advice)
 
 
-def link_warnings(listing: Listing) -> list[str]:
+def link_warnings(index: DatasetIndex) -> list[str]:
     """Return sentences about videos that are in two splits by different paths, through links."""
     found: dict[str, dict[tuple[int, int], str]] = {}  # split -> (device, inode) -> path
-    for split, rows in listing.splits.items():
+    for split, rows in index.splits.items():
         for path in dict.fromkeys(row.path for row in rows):
-            status = os.stat(listing.full(path))
+            status = os.stat(index.full(path))
             found.setdefault(split, {})[status.st_dev, status.st_ino] = path
     warnings = []
     for one, other in combinations(found, 2):
         shared = [(found[one][key], found[other][key]) for key in found[one].keys() & found[other].keys()]
         if pairs := sorted(f"{path} = {link}" for path, link in shared if path != link):
-            warnings.append(f"{one} and {other} share {len(pairs)} videos by links: {some(pairs)}. Remove one of each.")
+            warnings.append(
+                f"{one} and {other} share {len(pairs)} videos by links: {shorten(pairs)}. Remove one of each."
+            )
     return warnings
 
 
-def check_out(out: str, source: str, listing: Listing, frame_folders: list[str], made: list[str]) -> None:
-    """UserError when OUT lies where it would be read as part of the source, or a film made would replace one of it."""
+def check_out(out: str, source: str, index: DatasetIndex, frame_folders: list[str], made: list[str]) -> None:
+    """UserError when OUT lies where it would be read as part of the source, or a video made would replace one of it."""
     real = os.path.realpath(out)
     for folder in [source] * os.path.isdir(source) + frame_folders:
         if _inside(real, os.path.realpath(folder)):
             raise UserError(
-                f"OUT ({out}) lies in {folder}, which is the source; what is written there could be taken for films of it the "
+                f"OUT ({out}) lies in {folder}, which is the source; what is written there could be taken for videos of it the "
                 "next time. Give a folder elsewhere."
             )
-    paths = [listing.full(row.path) for row in listing.rows()]
+    paths = [index.full(row.path) for row in index.rows()]
     if overwritten := set(map(os.path.realpath, made)) & set(map(os.path.realpath, paths)):
         raise UserError(
-            f"Films in OUT ({out}) are films of the source, e.g. {min(overwritten)}. Give a folder elsewhere."
+            f"Videos in OUT ({out}) are videos of the source, e.g. {min(overwritten)}. Give a folder elsewhere."
         )
 
 
-def _look(path: Path, lists: Mapping[str, str]) -> str:
+def _recognize(path: Path, lists: Mapping[str, str]) -> str:
     """The format, by the files that are there."""
     if lists or path.is_file():
         return "csv"
@@ -221,12 +233,12 @@ def _look(path: Path, lists: Mapping[str, str]) -> str:
     raise UserError(
         f"{path} holds neither folders (SOURCE/<class>/<clip>) nor the split files of a data set that is known here "
         f"({', '.join(FORMATS[2:])}). Give a CSV file or another folder ({path.absolute().parent}, if this is the folder of "
-        "one class), or --train and --val with lists of films in this one."
+        "one class), or --train and --val with lists of videos in this one."
     )
 
 
 def _on_disk(path: str) -> str | None:
-    """`path` or, if it is not there, the same name with the suffix of another kind of video, or without one: frames."""
+    """`path` or, if it does not exist, the same name with the suffix of another kind of video, or without one: frames."""
     stem, suffix = os.path.splitext(path)
     if suffix.lower() not in VIDEO_SUFFIXES:
         stem = path

@@ -1,4 +1,4 @@
-"""Films made smaller and quicker to read: H.264 with a short side and key frames close together, or folders of JPEGs."""
+"""Videos made smaller and quicker to read: H.264 with a short side and key frames close together, or folders of JPEGs."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ Frames = Iterator[tuple[int, np.ndarray]]
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """What is made of each film. frames_fps: a folder of JPEGs at so many a second instead of a film."""
+class TranscodeConfig:
+    """What is made of each video. frames_fps: a folder of JPEGs at so many per second instead of a video."""
 
-    short_side: int | None  # pixels; smaller films keep their size
+    short_side: int | None  # pixels; smaller videos keep their size
     gop: int = 12
     crf: int = 20
     frames_fps: float | None = None
-    source_fps: float = 25.0  # of sources that are folders of frames
+    source_fps: float = 25.0  # of sources that are frame folders
     frame_pattern: str | None = None  # of sources that are folders of several series of frames
 
     @property
@@ -43,18 +43,18 @@ class Recipe:
 class Job:
     source: str
     destination: str
-    recipe: Recipe
+    config: TranscodeConfig
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """reason: why the film could not be read; fault: why its result could not be written, which ends all work."""
+class TranscodeResult:
+    """reason: why the video could not be read; fault: why its result could not be written, which ends all work."""
 
     reason: str | None = None
     fault: str | None = None
 
 
-def destinations(paths: list[str], recipe: Recipe) -> dict[str, str]:
+def destinations(paths: list[str], config: TranscodeConfig) -> dict[str, str]:
     """For each path of a source (relative) that of its result; what differs in its suffix only keeps it in the name."""
     stems = Counter(os.path.splitext(path)[0] for path in set(paths))
     folders = {str(folder) for path in paths for folder in Path(path).parents}
@@ -62,34 +62,34 @@ def destinations(paths: list[str], recipe: Recipe) -> dict[str, str]:
     for path in paths:
         stem, suffix = os.path.splitext(path)
         alone = stems[stem] == 1 and stem not in folders
-        result[path] = (stem if alone else f"{stem}_{suffix[1:]}") + (".mp4" if recipe.frames_fps is None else "")
+        result[path] = (stem if alone else f"{stem}_{suffix[1:]}") + (".mp4" if config.frames_fps is None else "")
     return result
 
 
-def transcode(job: Job) -> Outcome:
-    """Make one film (or folder of frames); it appears under its name only when it is whole.
+def transcode(job: Job) -> TranscodeResult:
+    """Make one video (or folder of frames); it appears under its name only when it is whole.
 
-    Rotation is applied, sound is dropped; a film keeps the time stamps of its frames to the tick.
+    Rotation is applied, sound is dropped; a video keeps the time stamps of its frames to the tick.
     """
-    recipe, path = job.recipe, Path(job.destination)
+    config, path = job.config, Path(job.destination)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open_video(
-            job.source, max_pixels=MAX_PIXELS, fps=recipe.source_fps, frame_pattern=recipe.frame_pattern
-        ) as film:
-            duration, frames = Fraction(film.duration), film.facts().frames
-            tick, timed = _ascending(film.frames(), film.time_base)
-            scaled = _scaled(timed, recipe.short_side, even=recipe.frames_fps is None)
-            if recipe.frames_fps is not None:
-                _write_frames(path, scaled, tick, duration, Fraction(str(recipe.frames_fps)))
-                return Outcome()
+            job.source, max_pixels=MAX_PIXELS, fps=config.source_fps, frame_pattern=config.frame_pattern
+        ) as video:
+            duration, frames = Fraction(video.duration), video.facts().frames
+            tick, timed = _ascending(video.frames(), video.time_base)
+            scaled = _scaled(timed, config.short_side, even=config.frames_fps is None)
+            if config.frames_fps is not None:
+                _write_frames(path, scaled, tick, duration, Fraction(str(config.frames_fps)))
+                return TranscodeResult()
             fps = max(frames / max(duration, tick), Fraction(1)).limit_denominator(1001)
-            _write_film(path, scaled, tick, fps, round(duration / tick), recipe)
+            _write_film(path, scaled, tick, fps, round(duration / tick), config)
     except VideoDecodeError as error:
-        return Outcome(reason=str(error))
+        return TranscodeResult(reason=str(error))
     except OSError as error:  # of PyAV's too
-        return Outcome(fault=f"{path}: {error.strerror or error}")
-    return Outcome()
+        return TranscodeResult(fault=f"{path}: {error.strerror or error}")
+    return TranscodeResult()
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -110,21 +110,21 @@ def target_size(width: int, height: int, short_side: int | None, even: bool) -> 
 
 
 def _ascending(frames: Frames, time_base: Fraction) -> tuple[Fraction, Frames]:
-    """The seconds of a tick that a film can be written with, and the frames at ascending ticks of it, from 0 on.
+    """The seconds of a tick that a video can be written with, and the frames at ascending ticks of it, from 0 on.
 
     Containers without time stamps of their own (AVI) may repeat or swap some: such a frame comes one tick after the one
-    before it. VideoDecodeError when they go back by more than a second.
+    before it. VideoDecodeError when they go back by more than per second.
     """
     tick = time_base if max(time_base.numerator, time_base.denominator) <= 1_000_000 else Fraction(1, 90_000)
 
     def corrected() -> Frames:
         last = -1
-        for time, picture in frames:
+        for time, image in frames:
             now = round(time * time_base / tick)
             if (last - now) * tick > 1:
-                raise VideoDecodeError("its time stamps go back by more than a second")
+                raise VideoDecodeError("its time stamps go back by more than per second")
             last = max(now, last + 1)
-            yield last, picture
+            yield last, image
 
     return tick, corrected()
 
@@ -132,33 +132,33 @@ def _ascending(frames: Frames, time_base: Fraction) -> tuple[Fraction, Frames]:
 def _scaled(frames: Frames, short_side: int | None, even: bool) -> Frames:
     """The frames, scaled; VideoDecodeError when they are of several sizes."""
     sizes: set[tuple[int, int]] = set()
-    for tick, picture in frames:
-        height, width, _ = picture.shape
+    for tick, image in frames:
+        height, width, _ = image.shape
         sizes.add((width, height))
         check_sizes(sizes)
         size = target_size(width, height, short_side, even)
         if size != (width, height):
-            picture = np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC))
-        yield tick, picture
+            image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
+        yield tick, image
 
 
-def _write_film(path: Path, frames: Frames, tick: Fraction, fps: Fraction, end: int, recipe: Recipe) -> None:
-    """Write a film and read it back: VideoDecodeError when the times of its frames are not those that were written.
+def _write_film(path: Path, frames: Frames, tick: Fraction, fps: Fraction, end: int, config: TranscodeConfig) -> None:
+    """Write a video and read it back: VideoDecodeError when the times of its frames are not those that were written.
 
-    So it is where frames of a thousandth of a second stand beside some of seconds: readers then miss the last ones.
+    So it is where frames of a thousandth of per second stand beside some of seconds: readers then miss the last ones.
     """
     times: list[Fraction] = []
 
     def noted() -> Frames:
-        for time, picture in frames:
+        for time, image in frames:
             times.append(time * tick)
-            yield time, picture
+            yield time, image
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.film{TEMPORARY_SUFFIX}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.video{TEMPORARY_SUFFIX}")
     try:
-        write_timed_film(temporary, noted(), tick, fps=fps, end=end, gop=recipe.gop, crf=recipe.crf, quick_to_read=True)
-        with open_video(str(temporary)) as film:
-            if [time * film.time_base for time in film.times()] != times:
+        write_timed_film(temporary, noted(), tick, fps=fps, end=end, gop=config.gop, crf=config.crf, quick_to_read=True)
+        with open_video(str(temporary)) as video:
+            if [time * video.time_base for time in video.times()] != times:
                 raise VideoDecodeError("the times of its frames cannot be kept in an mp4")
         os.replace(temporary, path)
     finally:
@@ -172,10 +172,10 @@ def _write_frames(path: Path, frames: Frames, tick: Fraction, duration: Fraction
     temporary.mkdir()
     try:
         count, shown = 0, None
-        for time, picture in frames:
+        for time, image in frames:
             while shown is not None and count / fps < time * tick:
                 count = _save(temporary, count, shown)
-            shown = Image.fromarray(picture)  # a copy: the decoder reuses its memory
+            shown = Image.fromarray(image)  # a copy: the decoder reuses its memory
         while shown is not None and (count == 0 or count / fps < duration):
             count = _save(temporary, count, shown)
         if count == 0:
@@ -185,6 +185,6 @@ def _write_frames(path: Path, frames: Frames, tick: Fraction, duration: Fraction
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _save(folder: Path, count: int, picture: Image.Image) -> int:
-    picture.save(folder / f"{count + 1:05}.jpg", quality=_JPEG_QUALITY)
+def _save(folder: Path, count: int, image: Image.Image) -> int:
+    image.save(folder / f"{count + 1:05}.jpg", quality=_JPEG_QUALITY)
     return count + 1

@@ -1,4 +1,4 @@
-"""What a run folder says of a run, for people to look at."""
+"""What a run directory says of a run, for people to look at."""
 
 from __future__ import annotations
 
@@ -96,14 +96,16 @@ class Run:
 
 
 def find_runs(given: Sequence[Path]) -> list[Run]:
-    """The runs that are meant by run folders, or by folders of them; by the time of their start.
+    """The runs that are meant by run directories, or by folders of them; by the time of their start.
 
     Raises UserError for a folder without a run.
     """
     folders: dict[Path, str] = {}
     for path in given:
         if not is_folder(path):
-            raise UserError(f"{str(path)[:200]} is no folder; expected a run folder, or a folder of them. Change RUN.")
+            raise UserError(
+                f"{str(path)[:200]} is no folder; expected a run directory, or a folder of them. Change RUN."
+            )
         found = sorted(file.parent for file in path.rglob("summary.json") if file.is_file())
         if not found:
             raise UserError(f"There is no run in {path}: no summary.json was found. Change RUN.")

@@ -71,11 +71,11 @@ def _mistakes(
 
 @functools.cache
 def moving(path: str, fps: float, pattern: str | None = None, segment: Segment | None = None) -> str:
-    """The middle of a film (or segment) as an animated WebP, or an image, as a data URL; "" for what cannot be read here."""
+    """The middle of a video (or segment) as an animated WebP, or an image, as a data URL; "" for what cannot be read here."""
     try:
-        with open_video(path, fps=fps, max_pixels=EIGHT_K, frame_pattern=pattern) as film:
-            start = uniform_clip_starts(sample_duration(film.duration, segment), SECONDS, 3)[1]
-            frames = film.read(*clip_window(start, SECONDS, segment), FRAMES)
+        with open_video(path, fps=fps, max_pixels=EIGHT_K, frame_pattern=pattern) as video:
+            start = uniform_clip_starts(sample_duration(video.duration, segment), SECONDS, 3)[1]
+            frames = video.read(*clip_window(start, SECONDS, segment), FRAMES)
     except VideoDecodeError:
         try:
             frames = read_image(path, EIGHT_K)

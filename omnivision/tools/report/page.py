@@ -34,7 +34,7 @@ CURVES = (
 
 
 def render(runs: Sequence[Run], title: str, clips: bool = True) -> str:
-    """The page of some runs, as HTML; whatever they call themselves is escaped. `clips`: with films of their mistakes."""
+    """The page of some runs, as HTML; whatever they call themselves is escaped. `clips`: with videos of their mistakes."""
     environment = jinja2.Environment(loader=jinja2.PackageLoader("omnivision.tools.report", "."), autoescape=True)
     evaluated = [(run, source, found) for run in runs for source, found in run.predicted.items()]
     shown = sorted({run.name: run for run, _, _ in evaluated}.values(), key=_quality, reverse=True)[:WITH_CLIPS]

@@ -1,4 +1,4 @@
-"""What a source of films lists: paths and labels by split, checked, with the classes numbered."""
+"""What a source of videos lists: paths and labels by split, checked, with the classes parse_labels."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _SHOWN = 5
 
 
 @dataclass(frozen=True)
-class Row:
+class Record:
     """One sample: its path as the source gives it, its class (a name, or a number), and where that stands."""
 
     path: str
@@ -58,17 +58,17 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Listing:
+class DatasetIndex:
     """The rows of each split of SPLITS; relative paths start at `root`, or at the user's prefix."""
 
-    splits: Mapping[str, list[Row]]
+    splits: Mapping[str, list[Record]]
     root: str
     classes: list[str] | None = None  # names in the order of labels, if the source says so
     seen: bool = False  # the rows are what was found on disk, below `root`
     notes: Sequence[str] = ()  # sentences on how the source was read
     warnings: Sequence[str] = ()
 
-    def rows(self) -> Iterable[Row]:
+    def rows(self) -> Iterable[Record]:
         return (row for rows in self.splits.values() for row in rows)
 
     def arrays(self, split: str) -> list[str]:
@@ -101,12 +101,13 @@ def check_unambiguous(splits: Mapping[str, str], where: str) -> None:
         if count > 1:
             names = [name for name, other in splits.items() if other == split]
             raise UserError(
-                f"{where} has {' and '.join(names)}, which both name the {split} split. Pass --splits {joined(splits)} to use "
+                f"{where} has {' and '.join(names)}, which both name the {split} split. Pass --splits "
+                f"{format_splits(splits)} to use "
                 "both, the same without one of them to ignore it, or --splits none if these are not splits."
             )
 
 
-def joined(splits: Mapping[str, str]) -> str:
+def format_splits(splits: Mapping[str, str]) -> str:
     """What `parse_splits` reads."""
     return ",".join(f"{split}={name}" for name, split in splits.items())
 
@@ -125,7 +126,7 @@ def parse_splits(text: str) -> dict[str, str]:
     return {name: split for split, name in pairs}
 
 
-def refuse(what: str, problems: list[str], advice: str) -> UserError:
+def listing_error(what: str, problems: list[str], advice: str) -> UserError:
     """An error that names the first few problems and counts the rest."""
     more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
     return UserError(f"{what}: {'; '.join(problems[:_SHOWN])}{more}. {advice}")
@@ -136,12 +137,12 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def some(names: Sequence[str], shown: int = _SHOWN) -> str:
+def shorten(names: Sequence[str], shown: int = _SHOWN) -> str:
     """The first few names."""
     return printable(", ".join(names[:shown]) + (", ..." if len(names) > shown else ""))
 
 
-def numbered(rows: list[Row]) -> list[Row]:
+def parse_labels(rows: list[Record]) -> list[Record]:
     """The rows with labels as integers, if all of them are written as integers; else as they are, as names of classes.
 
     Raises UserError when some are names and some are integers, and for numbers that are no whole numbers.
@@ -150,34 +151,36 @@ def numbered(rows: list[Row]) -> list[Row]:
     broken = [row for row in rows if re.fullmatch(r"[+-]?([0-9]+\.[0-9]*|\.[0-9]+)", str(row.label))]
     if broken:
         problems = [f"{row.where}: {row.label}" for row in broken]
-        raise refuse("Some labels are not whole numbers", problems, "Expected names of classes, or integers from 0.")
+        raise listing_error(
+            "Some labels are not whole numbers", problems, "Expected names of classes, or integers from 0."
+        )
     if not whole:
         return rows
     if len(whole) < len(rows):
         named = set(rows) - set(whole)
         fewer = whole if 2 * len(whole) <= len(rows) else [row for row in rows if row in named]
         problems = [f"{row.where}: {row.label}" for row in fewer]
-        raise refuse(
+        raise listing_error(
             f"{len(whole)} labels are integers and {len(rows) - len(whole)} are names; expected one kind. The fewer are",
             problems,
-            "Mend the list.",
+            "Fix the list.",
         )
     # Python refuses to read thousands of digits; so many are out of any range however they go on.
     return [replace(row, label=int(str(row.label)[:40])) for row in rows]
 
 
-def label_arrays(listing: Listing, names: list[str] | None = None) -> tuple[list[str], dict[str, np.ndarray]]:
+def label_arrays(index: DatasetIndex, names: list[str] | None = None) -> tuple[list[str], dict[str, np.ndarray]]:
     """The names of the classes in the order of labels, and the int64 labels of each split.
 
     names: the order that the user wants, which goes before that of the source; without either, classes are in natural
     order of their names. Integer labels without names are named by their numbers.
     Raises UserError for two classes of one name (also when only case or spaces differ), and labels without a class.
     """
-    found = {row.label for row in listing.rows()}
+    found = {row.label for row in index.rows()}
     numbers = {label for label in found if isinstance(label, int)}
-    classes = names or listing.classes
+    classes = names or index.classes
     if classes is None and numbers:
-        _check_numbers(listing, MOST_CLASSES, "Class numbers start at 0; mend the list.")
+        _check_numbers(index, MOST_CLASSES, "Class numbers start at 0; fix the list.")
         classes = [str(number) for number in range(max(numbers) + 1)]
     elif classes is None:
         classes = sorted((str(label) for label in found), key=natural)
@@ -186,17 +189,17 @@ def label_arrays(listing: Listing, names: list[str] | None = None) -> tuple[list
         shift = ""
         if start_at_one(np.array(sorted(numbers)), len(classes)):
             shift = "They start at 1: subtract 1 from each. "
-        _check_numbers(listing, len(classes), f"{shift}Correct the list, or the names of the classes (--class-names).")
-        return classes, {split: np.array([r.label for r in rows], np.int64) for split, rows in listing.splits.items()}
-    index = {name: number for number, name in enumerate(classes)}
-    problems = [f"{row.where}: {row.label}" for row in listing.rows() if row.label not in index]
+        _check_numbers(index, len(classes), f"{shift}Correct the list, or the names of the classes (--class-names).")
+        return classes, {split: np.array([r.label for r in rows], np.int64) for split, rows in index.splits.items()}
+    numbers_of = {name: number for number, name in enumerate(classes)}
+    problems = [f"{row.where}: {row.label}" for row in index.rows() if row.label not in numbers_of]
     if problems:
         advice = (
-            f"The {len(classes)} classes are {', '.join(classes[:3])}, ... Mend the list, or the names of the classes."
+            f"The {len(classes)} classes are {', '.join(classes[:3])}, ... Fix the list, or the names of the classes."
         )
-        raise refuse("Some rows are of a class that is not among the names of the classes", problems, advice)
+        raise listing_error("Some rows are of a class that is not among the names of the classes", problems, advice)
     return classes, {
-        split: np.array([index[str(row.label)] for row in rows], np.int64) for split, rows in listing.splits.items()
+        split: np.array([numbers_of[str(row.label)] for row in rows], np.int64) for split, rows in index.splits.items()
     }
 
 
@@ -215,10 +218,10 @@ def label_warnings(classes: list[str], labels: Mapping[str, np.ndarray]) -> list
             "or the same number means different classes."
         )
     elif never := [name for number, name in enumerate(classes) if number not in everywhere]:
-        warnings.append(f"{len(never)} of {len(classes)} classes never occur: {some(never)}.")
+        warnings.append(f"{len(never)} of {len(classes)} classes never occur: {shorten(never)}.")
     for split in ("val", "test"):
         if "train" in seen and (only := [classes[n] for n in sorted(seen.get(split, set()) - seen["train"])]):
-            warnings.append(f"{len(only)} classes occur in {split} and not in train: {some(only)}.")
+            warnings.append(f"{len(only)} classes occur in {split} and not in train: {shorten(only)}.")
     if len(everywhere) == 1:
         warnings.append(f"All samples are of one class, {classes[everywhere.pop()]}: there is nothing to tell apart.")
     elif len(everywhere) == sum(map(len, labels.values())):
@@ -228,29 +231,29 @@ def label_warnings(classes: list[str], labels: Mapping[str, np.ndarray]) -> list
     return warnings
 
 
-def path_warnings(splits: Mapping[str, list[Row]], labels: Mapping[str, np.ndarray]) -> list[str]:
+def path_warnings(splits: Mapping[str, list[Record]], labels: Mapping[str, np.ndarray]) -> list[str]:
     """Sentences about samples that occur twice, with one label or several, and videos in two forms or in two splits."""
     warnings = []
     keys: dict[str, dict[str, list[str]]] = {}  # split -> video_key -> paths
     for split, rows in splits.items():
         samples = [(row.path, row.segment) for row in rows]
         if twice := [path for (path, _), count in Counter(samples).items() if count > 1]:
-            warnings.append(f"{len(twice)} files stand in {split} more than once: {some(twice)}.")
+            warnings.append(f"{len(twice)} files stand in {split} more than once: {shorten(twice)}.")
         different = Counter(sample for sample, _ in set(zip(samples, labels[split].tolist(), strict=True)))
         if contradicting := [path for (path, _), count in different.items() if count > 1]:
-            warnings.append(f"{len(contradicting)} files have different labels in {split}: {some(contradicting)}.")
+            warnings.append(f"{len(contradicting)} files have different labels in {split}: {shorten(contradicting)}.")
         found = keys[split] = {}
         for path in dict.fromkeys(row.path for row in rows):
             found.setdefault(video_key(path), []).append(path)
         if forms := [" = ".join(paths) for paths in found.values() if len(paths) > 1]:
             warnings.append(
                 f"{len(forms)} videos seem to be in {split} in two forms (a file and its frames, or two formats), each a "
-                f"sample: {some(forms)}. Remove one of them."
+                f"sample: {shorten(forms)}. Remove one of them."
             )
     for one, other in combinations(keys, 2):
         if shared := sorted(keys[one].keys() & keys[other].keys()):
             warnings.append(
-                f"{one} and {other} share {len(shared)} files: {some([keys[one][key][0] for key in shared])}."
+                f"{one} and {other} share {len(shared)} files: {shorten([keys[one][key][0] for key in shared])}."
             )
     return warnings
 
@@ -274,12 +277,12 @@ def drop_format_folders(path: str) -> str:
     return "/".join(name for name in path.rstrip("/").split("/") if name.lower() not in _FORMAT_FOLDERS)
 
 
-def _check_numbers(listing: Listing, classes: int, advice: str) -> None:
+def _check_numbers(index: DatasetIndex, classes: int, advice: str) -> None:
     problems = [
-        f"{r.where}: {r.label}" for r in listing.rows() if isinstance(r.label, int) and not 0 <= r.label < classes
+        f"{r.where}: {r.label}" for r in index.rows() if isinstance(r.label, int) and not 0 <= r.label < classes
     ]
     if problems:
-        raise refuse(f"Some labels are not from 0 to {classes - 1}", problems, advice)
+        raise listing_error(f"Some labels are not from 0 to {classes - 1}", problems, advice)
 
 
 def _check_names(classes: list[str]) -> None:
@@ -288,11 +291,13 @@ def _check_names(classes: list[str]) -> None:
         alike.setdefault("".join(name.split()).casefold(), []).append(name)
     problems = [" = ".join(map(repr, names)) for names in alike.values() if len(names) > 1]
     if problems:
-        raise refuse(
+        raise listing_error(
             "Some classes have one name, or names that differ only in case or spaces",
             problems,
             "Expected a name of its own for each class; correct the labels (or folders) so that each class is spelled one way.",
         )
     odd = [repr(name) for name in classes if not name.strip() or not name.isprintable()]
     if odd:
-        raise refuse("Some names of classes cannot be printed on a line", odd, "Expected plain text; rename them.")
+        raise listing_error(
+            "Some names of classes cannot be printed on a line", odd, "Expected plain text; rename them."
+        )
