@@ -1,14 +1,14 @@
 #!/bin/sh
-# The recipe in miniature, on films that it draws: MAE and alignment without real people, then "real" ones, with and without.
-#   sh utils/run_scripts/run_demo.sh [overrides of every stage]        DEMO=folder (default: demo), DATA=folder of the films
-# DEMO_DATA_ARGS=--quick draws a few films only: enough to see that everything runs, not to learn from.
+# The recipe in miniature, on rendered videos: MAE and alignment without real people, then a "real" domain.
+#   sh utils/run_scripts/run_demo.sh [overrides of every stage]        DEMO=DIR of the runs (default: demo), DATA=DIR of the videos
+# DEMO_DATA_ARGS=--quick renders only a few videos: enough to test that everything runs, too few to learn from.
 set -eu
 cd "$(dirname "$0")/../.."
 DEMO=${DEMO:-demo}
 DATA=${DATA:-$DEMO/data}
-began=$(date +%s)
+start_time=$(date +%s)
 
-# stage NAME EXPERIMENT RECIPE START WHAT [overrides]: one run in the folder NAME, starting from other folders or null.
+# stage NAME EXPERIMENT RECIPE START DESCRIPTION [overrides]: one run in $DEMO/NAME, starting from other run directories or null.
 stage() {
     name=$1 experiment=$2 recipe=$3 start=$4
     printf '\n== %s: %s\n' "$name" "$5"
@@ -20,32 +20,32 @@ stage() {
 omnivision demo-data "$DATA" ${DEMO_DATA_ARGS:-}
 
 stage mae mae mae_demo_config null \
-    "a masked autoencoder learns from films without real people, without labels" "$@"
+    "pretrain a masked autoencoder on videos without real people, without labels" "$@"
 stage align_synthetic align mae_ft_demo_synthetic_config "$DEMO/mae" \
-    "its trunk is aligned with the labels of drawn figures" "$@"
+    "align its trunk with the labels of drawn figures" "$@"
 stage align_nohuman align mae_ft_demo_nohuman_config "$DEMO/mae" \
-    "another copy of it, with those of scenes without a person" epochs=4 "$@"
+    "align another copy with the labels of scenes without a person" epochs=4 "$@"
 
 stage scratch finetune mae_ft_demo_config null \
-    "the target, which stands for real people: a randomly initialised trunk is fine-tuned" "$@"
+    "fine-tune a random trunk on the target, which stands for real people" "$@"
 stage finetune_mae finetune mae_ft_demo_config "$DEMO/mae" \
-    "the masked autoencoder's trunk is fine-tuned" "$@"
+    "fine-tune the masked autoencoder's trunk" "$@"
 stage finetune finetune mae_ft_demo_config "$DEMO/align_synthetic" \
-    "the aligned trunk is fine-tuned" "$@"
+    "fine-tune the aligned trunk" "$@"
 stage probe probe mae_ft_demo_config "$DEMO/align_synthetic" \
-    "the aligned trunk stays as it is, a linear head is trained" "$@"
+    "train a linear head on the frozen aligned trunk" "$@"
 stage average average mae_ft_demo_config "[$DEMO/align_synthetic,$DEMO/align_nohuman]" \
-    "a learned average of both aligned trunks, and a linear head" "$@"
+    "train a linear head on a learned average of both aligned trunks" "$@"
 
 echo
 omnivision runs --top1 "$DEMO"
 cat <<END
 
-The demo took $((($(date +%s) - began) / 60)) min $((($(date +%s) - began) % 60)) s. Look at
-  $DEMO/mae/pictures/last.png: a film, what the autoencoder saw of it, and what it made of that (last.gif moves)
-  $DEMO/finetune/pictures/confusion_target.png: which action is taken for which
-  $DEMO/*/summary.json and logs/metrics.jsonl: how each run went
+The demo took $((($(date +%s) - start_time) / 60)) min $((($(date +%s) - start_time) % 60)) s. Look at
+  $DEMO/mae/pictures/last.png: a video, its visible part, and the reconstruction (animated: last.gif)
+  $DEMO/finetune/pictures/confusion_target.png: the confusion matrix of the actions
+  $DEMO/*/summary.json and logs/metrics.jsonl: the metrics of each run
   tensorboard --logdir $DEMO
-Stop it with Ctrl-C and run it again to see it go on; a new folder starts anew: make demo DEMO=another_folder
-docs/demo.md tells what to expect, and how far it varies.
+Stop it with Ctrl-C and run it again to see it resume. To start from scratch: make demo DEMO=another_folder
+docs/demo.md describes the expected results and how much they vary.
 END

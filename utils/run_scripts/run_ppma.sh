@@ -1,19 +1,19 @@
 #!/bin/sh
-# The whole recipe from one command: MAE, alignment, then fine-tuning, linear probing and the adaptive average on each set.
-#   PPMA=FOLDER sh utils/run_scripts/run_ppma.sh [--dry] [overrides of every stage]
-# On a cluster each stage is a job that waits for those it starts from; the command returns when all are submitted. Run again, it
-# submits what is neither done nor in the queue. With submitit.use_cluster=false the stages run here, one after another.
-# --dry shows the stages, what each waits for, and how far it is; it checks nothing.
+# The whole recipe from one command: MAE, alignment, then fine-tuning, linear probing and the adaptive average on each dataset.
+#   PPMA=DIR sh utils/run_scripts/run_ppma.sh [--dry] [overrides of every stage]
+# On a cluster each stage is a job that depends on those it starts from; the command returns when all are submitted. Given again, it
+# submits only stages that are neither done nor queued. With submitit.use_cluster=false the stages run locally, one after another.
+# --dry shows the stages, their dependencies and their status, without any checks.
 set -eu
 HERE=$(cd "$(dirname "$0")" && pwd)
 . "$HERE/common.sh"
 
-PPMA=${PPMA:-runs/ppma} # folder of the runs
-PRETRAIN=${PRETRAIN:-inpk150} # what the masked autoencoder learns from
-ALIGN=${ALIGN:-inpk150_sim150} # what the trunk is aligned with before it is fine-tuned and probed
-AVERAGE=${AVERAGE:-inpk150 sim150} # alignments whose trunks are averaged
+PPMA=${PPMA:-runs/ppma} # parent of the run directories
+PRETRAIN=${PRETRAIN:-inpk150} # dataset of the masked autoencoder
+ALIGN=${ALIGN:-inpk150_sim150} # alignment dataset of the trunk that is fine-tuned and probed
+AVERAGE=${AVERAGE:-inpk150 sim150} # alignment datasets of the averaged trunks
 DOWNSTREAM=${DOWNSTREAM-ucf101 hmdb51 diving48 minissv2 ikea uav}
-SIZE=${SIZE:-vitbase} # of the model; BATCH_SIZE, NUM_NODES, GPUS_PER_NODE, EPOCHS, NUM_WORKERS count for every stage
+SIZE=${SIZE:-vitbase} # model; BATCH_SIZE, NUM_NODES, GPUS_PER_NODE, EPOCHS, NUM_WORKERS apply to every stage
 
 dry= cluster=yes failed=
 for argument; do
@@ -21,16 +21,16 @@ for argument; do
     case $argument in
         -h | --help) sed -n '2,/^set -eu/{/^#/s/^# \{0,1\}//p}' "$0" && exit ;;
         --dry) dry=yes && continue ;;
-        -m | --multirun) echo "error: $argument sweeps one stage; run_ppma.sh runs all. Sweep with a stage's own script." >&2 && exit 1 ;;
+        -m | --multirun) echo "error: $argument is for one stage, and run_ppma.sh runs all. Sweep with a stage's own script." >&2 && exit 1 ;;
         --config-dir | -cd | --config-dir=*) ;;
-        -*) echo "error: run_ppma.sh has no option $argument; --help shows what it has. Nothing was done." >&2 && exit 1 ;;
+        -*) echo "error: run_ppma.sh has no option $argument; see --help." >&2 && exit 1 ;;
         submitit.use_cluster=false | +submitit.use_cluster=false | ++submitit.use_cluster=false) cluster= ;;
     esac
     set -- "$@" "$argument"
 done
 
-# stage NAME SCRIPT DATASET MODEL START BEFORE [overrides]: a run that begins when the stages BEFORE (names) are done.
-# What became of it is kept in job_NAME: the id of its job, `done`, `failed`, `cancelled` or `not submitted`.
+# stage NAME SCRIPT DATASET MODEL START BEFORE [overrides]: a run that starts when the stages BEFORE (names) are done.
+# job_NAME keeps its state: the job ID, `done`, `failed`, `cancelled` or `not submitted`.
 stage() {
     name=$1 script=$2 dataset=$3 model=$4 start=$5 before=$6
     shift 6
@@ -45,7 +45,7 @@ stage() {
             done) ;;
             failed | cancelled | 'not submitted')
                 how=cancelled
-                [ "$became" != 'not submitted' ] || how=unsubmitted # what it said of itself before is kept
+                [ "$became" != 'not submitted' ] || how=unsubmitted # keeps the earlier summary.json
                 python -m omnivision.launch.job_record $how "$PPMA/$name" "it starts from $PPMA/$prior ($became)" || :
                 [ "$became" = 'not submitted' ] || became=cancelled
                 eval "job_$name=\$became"
@@ -67,7 +67,7 @@ stage() {
             became='not submitted' failed="$failed $name"
             python -m omnivision.launch.job_record unsubmitted "$PPMA/$name" "not submitted: ${said##*error: }" >/dev/null || :
         fi
-        [ "$name" = mae ] || said=$(echo "$said" | grep -v '^warning: ') # of the folder: once is enough
+        [ "$name" = mae ] || said=$(echo "$said" | grep -v '^warning: ') # the same for every stage: once is enough
         echo "$said" | while read -r line; do printf '%-18s %s\n' "$name" "$line"; done
     fi
     eval "job_$name=\$became"
@@ -95,6 +95,6 @@ done
 if [ -n "$failed" ]; then
     how=failed
     [ -z "$cluster" ] || how='not submitted'
-    echo "error: $how:$failed; what starts from them is left out. The same command goes on." >&2
+    echo "error: $how:$failed; dependent stages were not started. Fix the cause and give the same command again." >&2
     exit 1
 fi
