@@ -127,7 +127,7 @@ def check_equal(shape: Geometry, huggingface: bool) -> dict[str, float]:
 
 def difference_of_huggingface(shape: Geometry, ours: MaskedAutoencoder) -> float:
     """Largest difference of the encoders' tokens from the same weights, relative to the largest token."""
-    from omnivision.interop.huggingface import to_hf
+    from omnivision.interop.formats import to_hf
     from omnivision.models.architecture import describe
 
     with torch.no_grad():

@@ -12,7 +12,7 @@ import torch
 
 import omnivision
 from omnivision.checkpoint.weight_files import StateDictFile, read
-from omnivision.interop.card import history, plain
+from omnivision.interop.export import escape, training_history
 from omnivision.tools.main import main
 from tests import runs
 from tests import stage_runs as stages
@@ -76,7 +76,7 @@ class Exported(unittest.TestCase):
         with contextlib.redirect_stderr(io.StringIO()) as errors:  # what somebody has written is not replaced
             code = main(["export", str(self.folder / "ft"), str(self.folder / "other.pt"), "--to", "pt", "--force"])
         self.assertEqual(code, 1)
-        self.assertIn("other.pt.md, where the model card goes, is a text of somebody", errors.getvalue())
+        self.assertIn("other.pt.md", errors.getvalue())
         self.assertFalse((self.folder / "other.pt").exists())
 
     def test_card_and_names_of_a_folder_for_transformers(self):
@@ -95,7 +95,7 @@ class Exported(unittest.TestCase):
             with contextlib.redirect_stdout(io.StringIO()):
                 out = self.folder / f"of_{weights}.pt"
                 main(["export", str(self.folder / "averaged.pt"), str(out), "--to", "pt", "--weights", weights])
-            self.assertEqual("What was measured" in out.with_name(f"{out.name}.md").read_text(), told)
+            self.assertEqual("## Validation" in out.with_name(f"{out.name}.md").read_text(), told)
 
     def test_starts_are_told_by_the_names_of_their_runs(self):
         experiment = json.loads(torch.load(self.folder / "ft/checkpoints/best.pt", weights_only=True)["experiment"])
@@ -106,7 +106,7 @@ class Exported(unittest.TestCase):
         ):
             experiment["settings"]["pretrained_checkpoint_path"] = start
             source = StateDictFile(Path("x/best.pt"), "0", {}, {"experiment": json.dumps(experiment)})
-            self.assertIn(rf"| pretrained\_checkpoint\_path | {told} |", history(source))
+            self.assertIn(rf"| pretrained\_checkpoint\_path | {told} |", training_history(source))
 
     def test_an_import_keeps_names_and_seconds(self):
         self.export("again.pt", "pt")
@@ -116,8 +116,8 @@ class Exported(unittest.TestCase):
         self.assertEqual((model.shown.clip_duration, model.shown.names), (0.7, [NAMES]))
 
     def test_text_stays_text(self):
-        self.assertEqual(plain("a\n# b `c` [d](e)"), r"a \# b \`c\` \[d\](e)")
-        self.assertIsNone(re.search(r"(?<!\\)<", plain("<script>")))
+        self.assertEqual(escape("a\n# b `c` [d](e)"), r"a \# b \`c\` \[d\](e)")
+        self.assertIsNone(re.search(r"(?<!\\)<", escape("<script>")))
 
 
 if __name__ == "__main__":

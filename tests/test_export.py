@@ -135,18 +135,18 @@ class OurNames(Case):
             out.mkdir() if to == "hf" else out.touch()
             precious = out / "config.json" if to == "hf" else out
             precious.write_text("precious")
-            with self.assertRaisesRegex(UserError, "is there already. Nothing was changed"):
+            with self.assertRaisesRegex(UserError, "exists.*--force"):
                 self.run_command("export", source, out, "--to", to)
             self.assertEqual(precious.read_text(), "precious")
             self.run_command("export", source, out, "--to", to, "--force")
             self.assertNotEqual(precious.read_bytes(), b"precious")
         for out, to, message in (
-            (self.folder, "hf", "is what is read"),
-            (source, "pt", "is what is read"),
-            (self.folder / "taken.pt", "hf", "is a file; expected a folder"),
-            (self.folder / "taken.hf", "pt", "is a folder; expected a file"),
-            (taken, "pt", r"ends in \.pt"),
-            (taken, "safetensors", r"ends in \.safetensors"),
+            (self.folder, "hf", "OUT"),
+            (source, "pt", "OUT"),
+            (self.folder / "taken.pt", "hf", "OUT.* a folder"),
+            (self.folder / "taken.hf", "pt", "OUT.* a file"),
+            (taken, "pt", r"end in \.pt"),
+            (taken, "safetensors", r"end in \.safetensors"),
         ):
             with self.assertRaisesRegex(UserError, message):
                 self.run_command("export", source, out, "--to", to, "--force")
@@ -179,7 +179,7 @@ class HuggingFace(Case):
         model, out, names = classifier(), self.folder / "out", self.folder / "names.txt"
         names.write_text("\n".join("äbcdefg") + "\n", encoding="utf-8")
         told = self.run_command("export", self.save(model), out, "--to", "hf", "--class-names", names)
-        same, as_is = map(float, re.search(r"Proved: .* by (\S+) \(.* by (\S+) with", told).groups())
+        same, as_is = map(float, re.search(r"Verified: .* by (\S+) \(.* by (\S+) with", told).groups())
         self.assertLess(same, 1e-9)
         self.assertLess(as_is, 5e-5)
         self.assertNotIn("not carried", told)
@@ -201,7 +201,7 @@ class HuggingFace(Case):
     def test_encoder_and_back(self):
         model, out, back = autoencoder(), self.folder / "out", self.folder / "back.pt"
         told = self.run_command("export", self.save(model), out, "--to", "hf")
-        self.assertLess(float(re.search(r"Proved: .* tokens .* by (\S+) ", told)[1]), 1e-9)
+        self.assertLess(float(re.search(r"Verified: .* tokens .* by (\S+) ", told)[1]), 1e-9)
         self.assertRegex(told, r"trunk\.mask_token, .*its decoder")
         theirs = VideoMAEModel.from_pretrained(out, local_files_only=True).double()
         clip = torch.randn(2, 3, 4, 32, 32).double()
@@ -243,7 +243,7 @@ class HuggingFace(Case):
             model, out = classifier().to(dtype), self.folder / "out"
             told = self.run_command("export", self.save(model), out, "--to", "hf", "--force")
             self.assertRegex(told, r"not carried +1  trunk\.pos_embed \(rounded to 16 bits")
-            self.assertLess(float(re.search(r"Proved: .* by (\S+) \(", told)[1]), 1e-9)
+            self.assertLess(float(re.search(r"Verified: .* by (\S+) \(", told)[1]), 1e-9)
             stored = load_file(out / "model.safetensors")["classifier.weight"]
             self.assertTrue(torch.equal(stored, model.heads[0][0].weight))
 
@@ -251,7 +251,7 @@ class HuggingFace(Case):
         source, out, names = self.save(classifier()), self.folder / "out", self.folder / "names.txt"
         (self.folder / "films").mkdir()
         (self.folder / "films/a.mp4").touch()
-        with self.assertRaisesRegex(UserError, "is a folder of something else: no config.json is in it"):
+        with self.assertRaisesRegex(UserError, "OUT.*config.json"):
             self.run_command("export", source, self.folder / "films", "--to", "hf", "--force")
         for text, saying in (("", "has no names"), ("a\n\nb\nc\nd\ne\nf\n", "has nothing on line 2")):
             names.write_text(text)
@@ -283,7 +283,7 @@ class HuggingFace(Case):
 
     def test_other_tubelets_and_ratios(self):
         model = scrambled(VideoClassifier(VisionTransformer(48, 1, 3, 2.5, 4, 32, (4, 8, 16)), [3]))
-        self.assertIn("Proved", self.run_command("export", self.save(model), self.folder / "out", "--to", "hf"))
+        self.assertIn("Verified", self.run_command("export", self.save(model), self.folder / "out", "--to", "hf"))
         self.run_command("import", self.folder / "out", self.folder / "back.pt")
         self.assertEqual(safe_load(self.folder / "back.pt")["architecture"], describe(model) | {"classes": [3]})
 
@@ -298,7 +298,7 @@ class HuggingFace(Case):
             model.trunk.patch_embed.proj[1].weight.mul_(1e-3)
             model.trunk.patch_embed.proj[1].bias.copy_(-model.trunk.pos_embed.mean((0, 1)))
         told = self.run_command("export", self.save(model), self.folder / "out", "--to", "hf")
-        self.assertIn("warning: that is more than the usual 5e-05", told)
+        self.assertIn("fc_norm.eps", told)
 
     def test_a_wrong_tensor_is_found_and_nothing_is_written(self):
         source, out = self.save(classifier()), self.folder / "out"
@@ -311,7 +311,7 @@ class HuggingFace(Case):
                 made.state[f"{attention}{name}"] = made.state[f"{attention}v_bias"].clone()
             return made
 
-        with mock.patch.object(export, "to_hf", wrong), self.assertRaisesRegex(UserError, "computes something else"):
+        with mock.patch.object(export, "to_hf", wrong), self.assertRaisesRegex(UserError, "--to pt"):
             self.run_command("export", source, out, "--to", "hf")
         self.assertEqual([path.name for path in self.folder.iterdir()], ["checkpoint.pt"])
 
@@ -325,15 +325,15 @@ class HuggingFace(Case):
 
         with mock.patch("builtins.__import__", missing):
             told = self.run_command("export", self.save(classifier()), self.folder / "out", "--to", "hf")
-        self.assertIn("Not proved: transformers is not installed. `pip install 'omnivision[hf]'`", told)
+        self.assertIn("omnivision[hf]", told)
         VideoMAEForVideoClassification.from_pretrained(self.folder / "out", local_files_only=True)
 
     def test_class_names_must_fit(self):
         source, names = self.save(classifier()), self.folder / "names.txt"
         for model, text, message in (
-            (source, "a\nb\n", "has 2 names, 2 of them different, and the head has 7 classes"),
-            (source, "a\n" * 7, "has 7 names, 1 of them different"),
-            (self.save(autoencoder(), "mae.pt"), "a\n", "the model has no classes"),
+            (source, "a\nb\n", "--class-names must have 7.* got 2"),
+            (source, "a\n" * 7, "--class-names must have 7.* 1 of them different"),
+            (self.save(autoencoder(), "mae.pt"), "a\n", "--class-names.*no classes"),
         ):
             names.write_text(text)
             with self.assertRaisesRegex(UserError, message):
@@ -370,7 +370,7 @@ class Merging(Case):
                     self.assertLessEqual((one(clip, head) - average(clip, head)).abs().max(), 1e-6)
                     self.assertGreater((one(clip, head) - classifier(7, 3)(clip, head)).abs().max(), 0.1)
         told = self.run_command("export", source, self.folder / "hf", "--to", "hf", "--merge")
-        self.assertIn("Proved", told)
+        self.assertIn("Verified", told)
 
     def test_sources_may_have_more_than_the_average_takes(self):
         """Positions of another clip size, and an embedding of depth: training leaves both in the sources, too."""
@@ -398,7 +398,7 @@ class Merging(Case):
         self.run_command("export", source, out, "--to", "pt", "--merge")
         self.assert_equal_states(safe_load(out)["model"], average.merged())
         for damage in (3, [1], {"keep": 3}, {"nope": 1}, {"rename": [1]}):
-            with self.subTest(damage), self.assertRaisesRegex(UserError, "does not note properly what it took"):
+            with self.subTest(damage), self.assertRaisesRegex(UserError, "`choice` under `sources`"):
                 damaged = [note | {"choice": damage} for note in noted]
                 source = self.save(average, "damaged.pt", sources=damaged)
                 self.run_command("export", source, self.folder / "two.pt", "--to", "pt", "--merge")
@@ -417,11 +417,11 @@ class Merging(Case):
         moved = [file.rename(file.with_name(f"moved_{file.name}")) for file in files]
         out = self.folder / "one.pt"
         command = ("export", source, out, "--to", "pt", "--merge")
-        with self.assertRaisesRegex(UserError, "a.pt, which the average is made of, is not there.*--sources FILE FILE"):
+        with self.assertRaisesRegex(UserError, "a.pt.*--sources FILE FILE"):
             self.run_command(*command)
-        with self.assertRaisesRegex(UserError, "moved_b.pt is not what the average was trained on"):
+        with self.assertRaisesRegex(UserError, "moved_b.pt.*SHA-256.*--sources"):
             self.run_command(*command, "--sources", *reversed(moved))
-        with self.assertRaisesRegex(UserError, "There are 3 checkpoints, and the average is made of 2"):
+        with self.assertRaisesRegex(UserError, "2 sources, got 3.*--sources"):
             self.run_command(*command, "--sources", *moved, moved[0])
         right = moved[1].read_bytes()
         moved[1].write_bytes(self.save(classifier(5, seed=1), "c.pt").read_bytes())
@@ -450,13 +450,13 @@ class Merging(Case):
         good = copy.deepcopy(safe_load(source))  # it is mapped from the file that is written to below
         huge = good["architecture"] | {"num_models": 10**9, "trunk": good["architecture"]["trunk"] | {"depth": 10**9}}
         for changes, message in (
-            ({"sources": []}, "does not note what it is an average of"),
-            ({"sources": [{"path": "x"}]}, "does not note what it is an average of"),
-            ({"model": {**good["model"], "mixing_ratio": torch.ones(3)}}, r"mixing_ratio of the shape \(3,\)"),
-            ({"model": {n: t for n, t in good["model"].items() if n != "mixing_ratio"}}, "mixing_ratio of none"),
-            ({"model": {**good["model"], "mixing_ratio": torch.ones(4, 2)}}, r"mixing_ratio has the shape \(4, 2\)"),
+            ({"sources": []}, "note its sources"),
+            ({"sources": [{"path": "x"}]}, "note its sources"),
+            ({"model": {**good["model"], "mixing_ratio": torch.ones(3)}}, r"mixing_ratio .*\(3,\)"),
+            ({"model": {n: t for n, t in good["model"].items() if n != "mixing_ratio"}}, "mixing_ratio .*none"),
+            ({"model": {**good["model"], "mixing_ratio": torch.ones(4, 2)}}, "mixing_ratio"),
             ({"model": {**good["model"], "more": torch.ones(4)}}, "1 left over: more"),
-            ({"architecture": huge}, "trunk depth, and its weights say 2"),
+            ({"architecture": huge}, "trunk depth.* 2"),
         ):
             torch.save(good | changes, source)
             with self.assertRaisesRegex(UserError, message):
@@ -464,10 +464,10 @@ class Merging(Case):
         torch.save(good, source)
         merged = {n: tensor + 1e-3 * (n == "heads.1.0.bias") for n, tensor in average.merged().items()}
         with mock.patch.object(AveragedClassifier, "merged", lambda self: merged):
-            with self.assertRaisesRegex(UserError, "does not compute what the average does"):
+            with self.assertRaisesRegex(UserError, "merged model"):
                 self.run_command(*command, "--merge")
             merged["heads.1.0.bias"] = merged["heads.1.0.bias"] * float("nan")
-            with self.assertRaisesRegex(UserError, "differ by up to nan"):
+            with self.assertRaisesRegex(UserError, "difference of nan"):
                 self.run_command(*command, "--merge")
         for value, saying in (
             (float("inf"), "has values that are not finite"),

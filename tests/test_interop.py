@@ -21,12 +21,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from omnivision.checkpoint.pretrained import WeightFilter, load
 from omnivision.checkpoint.weight_files import StateDictFile, find, read
-from omnivision.interop.convert import convert
-from omnivision.interop.geometry import Given
+from omnivision.interop.architecture import ArchOverrides
+from omnivision.interop.formats import ConvertedCheckpoint, convert, recognise
 from omnivision.interop.huggingface import from_hf, preprocessor_config, to_hf
-from omnivision.interop.intake import Imported
 from omnivision.interop.published import from_ours, from_videomae
-from omnivision.interop.recognise import recognise
 from omnivision.models.architecture import build, describe
 from omnivision.models.classifier import VideoClassifier
 from omnivision.models.mae import Decoder, MaskedAutoencoder, split_tokens
@@ -57,7 +55,7 @@ CONFIG = {
 }
 # Left out of a file without a word from us: a table that is always the same, biases that a model may not have, a whole head.
 OPTIONAL = re.compile(r"pos_embed|[qv]_bias|(query|value)\.bias")
-HERE = Given(heads=3, **CLIP, decoder_heads=4)
+HERE = ArchOverrides(heads=3, **CLIP, decoder_heads=4)
 
 
 def trunk(**changes: Any) -> VisionTransformer:
@@ -80,7 +78,7 @@ def autoencoder() -> MaskedAutoencoder:
     return scrambled(MaskedAutoencoder(trunk(), {"width": 24, "depth": 2, "heads": 4}))
 
 
-def model_of(imported: Imported, dtype: torch.dtype = torch.float64) -> Any:
+def model_of(imported: ConvertedCheckpoint, dtype: torch.dtype = torch.float64) -> Any:
     model = build(imported.architecture, "here")
     model.load_state_dict(imported.state)
     return model.to(dtype).eval()
@@ -175,7 +173,7 @@ class PublishedFigures(Case):
 
     def test_our_classifier_there(self):
         case, state = RECORD["export_of_03_classifier"], weights(record("classifier")["state_dict"])
-        imported = from_ours(state, given=HERE)
+        imported = from_ours(state, overrides=HERE)
         pixels = stated(record("classifier")["video"]["input"]).double().transpose(1, 2)
         self.assertGreater(
             state["trunk.blocks.0.attn.qkv.bias"][48:96].abs().max(), 0.05, "there is a key bias to drop"
@@ -192,7 +190,7 @@ class PublishedFigures(Case):
 
     def test_our_encoder_there(self):
         case = record("mae")["video"]
-        imported = from_ours(weights(record("mae")["state_dict"]), given=HERE)
+        imported = from_ours(weights(record("mae")["state_dict"]), overrides=HERE)
         exported = to_hf(imported.state, imported.architecture)
         model = theirs_of(VideoMAEModel, exported.state, use_mean_pooling=False)
         mask = token_mask(case["mask"])
@@ -226,7 +224,7 @@ class Formats(Case):
             imported, wanted = from_videomae(named, HERE), from_hf(state, CONFIG)
             self.assert_equal_states(imported.state, wanted.state)
             self.assertEqual(imported.architecture, wanted.architecture)
-            self.assertEqual(len(imported.zeros), 5 if key == "pretraining" else 2, "a key bias for each block")
+            self.assertEqual(len([n for n in imported.filled if n.endswith("[k]")]), 4 if key == "pretraining" else 2)
             self.assertEqual(imported.dropped, {})
 
     def test_a_decoder_that_ours_cannot_be_is_dropped_and_listed(self):
@@ -257,15 +255,15 @@ class Formats(Case):
             "use_mean_pooling": False
         }))  # fmt: skip
         named = original_names(scrambled(theirs).state_dict())
-        imported = from_videomae(named, Given(heads=3, **CLIP))
+        imported = from_videomae(named, ArchOverrides(heads=3, **CLIP))
         self.assertEqual(imported.architecture["decoder"]["heads"], 3)
         self.assertIn("--decoder-heads 3", imported.assumed)
-        self.assertEqual(from_videomae(named, Given(3, 4, 32, 8)).architecture["decoder"]["heads"], 8)
+        self.assertEqual(from_videomae(named, ArchOverrides(3, 4, 32, 8)).architecture["decoder"]["heads"], 8)
         with self.assertRaisesRegex(UserError, "--decoder-heads"):
             from_hf(
                 theirs.state_dict(),
                 CONFIG | {"hidden_size": 192, "decoder_hidden_size": 192, "decoder_num_attention_heads": 4},
-                Given(decoder_heads=8),
+                ArchOverrides(decoder_heads=8),
             )
 
     def test_videomaes_head_on_the_first_token_is_dropped(self):
@@ -290,22 +288,22 @@ class Formats(Case):
             for name in [n for n in theirs if re.search(r"decoder_blocks.*qkv\.bias", n)]:
                 del theirs[name]
                 wanted[name] = torch.zeros_like(wanted[name])
-            imported, format = convert(StateDictFile(Path("x"), "", theirs), given=HERE)
+            imported, format = convert(StateDictFile(Path("x"), "", theirs), overrides=HERE)
             self.assertEqual(format, "omnimae")
             self.assert_equal_states(imported.state, wanted)
             self.assertEqual(imported.architecture, describe(model))
-            self.assertEqual(len(imported.zeros), 2 if head == "heads.0.projector." else 0)
+            self.assertEqual(len(imported.filled), 2 if head == "heads.0.projector." else 0)
 
     def test_ppma(self):
         """Our names without a word on the architecture; from several processes, under `module.`, without position tables."""
         for model in (autoencoder(), classifier(7, 3), classifier(rgbd=True)):
             state = {f"module.{n}": t for n, t in model.state_dict().items() if "pos_embed" not in n}
             path = self.save({"model": state, "optimizer": {"state": {}}, "epoch": 3, "loss": 0.5, "steps": {}})
-            imported, format = convert(read(path), given=HERE)
+            imported, format = convert(read(path), overrides=HERE)
             self.assertEqual(format, "ppma")
             self.assert_equal_states(imported.state, model.state_dict())
             self.assertEqual(imported.architecture, describe(model))
-            self.assertEqual(set(imported.made), {n for n in model.state_dict() if "pos_embed" in n})
+            self.assertEqual(set(imported.filled), {n for n in model.state_dict() if "pos_embed" in n})
 
     def test_names_that_wrappers_have_changed(self):
         def changed(pattern: str, new: str) -> dict[str, Tensor]:
@@ -328,7 +326,7 @@ class Formats(Case):
                     self.assert_equal_states(read(path).state, wanted)
                     self.assertEqual(load(classifier(), read(path), WeightFilter(strict=True)).missing, [])
         lightning = self.save({"state_dict": changed("^", "model._orig_mod.")})
-        self.assert_equal_states(convert(read(lightning), given=HERE)[0].state, wanted)
+        self.assert_equal_states(convert(read(lightning), overrides=HERE)[0].state, wanted)
 
     def test_an_entry_that_is_there_twice_is_refused(self):
         state = classifier().state_dict()
@@ -338,19 +336,19 @@ class Formats(Case):
     def test_omnimaes_decoder_may_have_biases(self):
         wanted = autoencoder().state_dict()
         theirs = {name.replace("heads.0.projector.", "head."): tensor for name, tensor in wanted.items()}
-        self.assert_equal_states(convert(StateDictFile(Path("x"), "", theirs), given=HERE)[0].state, wanted)
+        self.assert_equal_states(convert(StateDictFile(Path("x"), "", theirs), overrides=HERE)[0].state, wanted)
 
     def test_files_that_old_versions_of_torch_wrote(self):
         """No zip archives: they cannot be mapped into memory, and have only plain tensors all the same."""
         state = classifier().state_dict()
         torch.save({"model": state}, self.folder / "old.pth", _use_new_zipfile_serialization=False)
-        self.assert_equal_states(convert(read(self.folder / "old.pth"), given=HERE)[0].state, state)
+        self.assert_equal_states(convert(read(self.folder / "old.pth"), overrides=HERE)[0].state, state)
 
     def test_a_checkpoint_of_videomae_with_its_command_line(self):
         arguments = argparse.Namespace(model="vit", epochs=3)
         for key in ("model", "module"):
             path = self.save({key: original_names(recorded("classification")), "args": arguments, "epoch": 4})
-            self.assertEqual(convert(read(path), given=HERE)[1], "videomae")
+            self.assertEqual(convert(read(path), overrides=HERE)[1], "videomae")
 
     def test_real_folders(self):
         video = stated(RECORD["input"]).double()
@@ -373,7 +371,7 @@ class Formats(Case):
             found = getattr(theirs, "videomae", theirs)(pixels).last_hidden_state
             ours = model.trunk(video) if changes["use_mean_pooling"] else model.trunk.norm(model.trunk(video))
             self.assertLess((found - ours).abs().max(), 1e-9)
-            self.assertEqual("trunk.norm.weight" in imported.made, changes["use_mean_pooling"])
+            self.assertEqual("trunk.norm.weight" in imported.filled, changes["use_mean_pooling"])
 
     def test_shards_and_bin_files_hold_the_same(self):
         theirs = scrambled(VideoMAEForVideoClassification(VideoMAEConfig(**CONFIG, num_labels=5)))
@@ -476,13 +474,13 @@ class Formats(Case):
         self.assertEqual({name.rpartition(".")[0] for name in exported.dropped}, {
             "trunk.depth_patch_embed.proj.1", "heads.1.0"
         })  # fmt: skip
-        with self.assertRaisesRegex(UserError, "--head is 2; the model has 2"):
+        with self.assertRaisesRegex(UserError, "--head .* got 2"):
             to_hf(model.state_dict(), describe(model), head=2)
         exported = to_hf(autoencoder().state_dict(), describe(autoencoder()))
         gone = {name for name in autoencoder().state_dict() if re.search("decoder|mask_token|heads", name)}
         self.assertEqual(set(exported.dropped), gone)
         model.trunk.pos_embed += 1e-3
-        with self.assertRaisesRegex(UserError, "differs from the fixed sinusoid by up to 0.001"):
+        with self.assertRaisesRegex(UserError, "--to pt"):
             to_hf(model.state_dict(), describe(model))
 
     def test_pixels_as_our_models_expect_them(self):
@@ -496,21 +494,23 @@ class Geometry(Case):
     def test_what_the_file_tells_is_not_asked(self):
         state = classifier().state_dict()
         for given, message in (
-            (Given(heads=3, num_frames=4, image_size=64), "--image-size is 64, and the file says 32"),
-            (Given(heads=5, num_frames=4), "5 attention heads do not divide the width 48. Change --num-heads"),
-            (Given(heads=0), "--num-heads is '0'; expected a whole number"),
-            (Given(num_frames=4), "does not tell what --num-heads is for"),
-            (Given(heads=3, num_frames=2), "does not tell what --image-size is for"),
-            (Given(heads=3, num_frames=2, image_size=32), "positions for 32 tokens, and 2 frames .* make 16"),
+            (ArchOverrides(heads=3, num_frames=4, image_size=64), "--image-size is 64, .* 32"),
+            (ArchOverrides(heads=5, num_frames=4), "--num-heads .* 48"),
+            (ArchOverrides(heads=0), "--num-heads .*'0'"),
+            (ArchOverrides(num_frames=4), "--num-heads N"),
+            (ArchOverrides(heads=3, num_frames=2), "--image-size N"),
+            (ArchOverrides(heads=3, num_frames=2, image_size=32), "16 tokens, .* 32. Set --num-frames"),
         ):
             with self.assertRaisesRegex(UserError, message):
-                from_ours(state, given=given)
-        with self.assertRaisesRegex(UserError, "5 attention heads do not divide the width 24. Change --decoder-heads"):
-            from_ours(autoencoder().state_dict(), given=Given(heads=3, num_frames=4, decoder_heads=5))
-        with self.assertRaisesRegex(UserError, "--num-heads is 4, and the file says 3"):
-            from_hf(recorded("classification"), CONFIG, Given(heads=4))
-        with self.assertRaisesRegex(UserError, "4 frames of 30 x 30 pixels cannot be cut"):
-            from_videomae(original_names(recorded("classification")), Given(heads=3, num_frames=4, image_size=30))
+                from_ours(state, overrides=given)
+        with self.assertRaisesRegex(UserError, "--decoder-heads .* 24"):
+            from_ours(autoencoder().state_dict(), overrides=ArchOverrides(heads=3, num_frames=4, decoder_heads=5))
+        with self.assertRaisesRegex(UserError, "--num-heads is 4, .* 3"):
+            from_hf(recorded("classification"), CONFIG, ArchOverrides(heads=4))
+        with self.assertRaisesRegex(UserError, "30 x 30 pixels.*--image-size"):
+            from_videomae(
+                original_names(recorded("classification")), ArchOverrides(heads=3, num_frames=4, image_size=30)
+            )
 
     def test_usual_numbers_are_assumed_and_told(self):
         with torch.device("meta"):
@@ -526,7 +526,7 @@ class Geometry(Case):
         # Neither does a ratio that is got from the weights lose a row: 88 * (240 / 88) is below 240.
         model = scrambled(VideoClassifier(VisionTransformer(88, 1, 2, 2.73, **CLIP, tubelet=(2, 8, 8)), [2]))
         self.assertEqual(len(model.trunk.blocks[0].mlp.fc1.weight), 240)
-        imported = from_ours(model.state_dict(), given=Given(heads=2, num_frames=4))
+        imported = from_ours(model.state_dict(), overrides=ArchOverrides(heads=2, num_frames=4))
         self.assert_equal_states(model_of(imported, torch.float32).state_dict(), model.state_dict())
 
 
@@ -543,9 +543,9 @@ class Command(Case):
         )
         self.assertRegex(told, r"theirs\.pth: \d+ tensors of format videomae\n")
         self.assertRegex(told, r"renamed +57  encoder\.patch_embed\.proj\.weight -> .*, \.\.\.\n")
-        self.assertRegex(told, r"zeros +5  .*trunk\.blocks\.0\.attn\.qkv\.bias\[k\], .*\(not in the file\)\n")
-        self.assertRegex(told, r"made +1  trunk\.pos_embed \(the fixed table\)\n")
-        self.assertRegex(told, r"made +1  trunk\.mask_token \(mask_token, before the projection\)\n")
+        self.assertRegex(told, r"filled +5  .*trunk\.blocks\.0\.attn\.qkv\.bias\[k\], .*\(zeros; not in the file\)\n")
+        self.assertRegex(told, r"filled +1  trunk\.pos_embed \(the fixed table\)\n")
+        self.assertRegex(told, r"filled +1  trunk\.mask_token \(mask_token, before the projection\)\n")
         self.assertNotIn("dropped", told)
         self.assertRegex(told, r"Wrote .*autoencoder of width 48, depth 2, 3 heads, 4 frames of 32 x 32\n")
         found = safe_load(out)
@@ -562,19 +562,19 @@ class Command(Case):
         source, out = self.save(classifier().state_dict()), self.folder / "out.pt"
         out.write_text("precious")
         options = ("--num-heads", 3, "--num-frames", 4)
-        with self.assertRaisesRegex(UserError, "is there already. Nothing was changed"):
+        with self.assertRaisesRegex(UserError, "exists.*--force"):
             self.run_import(source, out, *options)
         self.assertEqual(out.read_text(), "precious")
         self.run_import(source, out, *options, "--force")
         self.assert_equal_states(safe_load(out)["model"], classifier().state_dict())
         for target, message in (
-            (source, "is what is read"),
-            (self.folder, "is a|is what"),
+            (source, "OUT"),
+            (self.folder, "OUT"),
             (out / "x.pt", "cannot be"),
         ):
             with self.assertRaisesRegex(UserError, message):
                 self.run_import(source, target, *options, "--force")
-        with self.assertRaisesRegex(UserError, r"expected a name that ends in \.pt"):
+        with self.assertRaisesRegex(UserError, r"OUT must end in \.pt"):
             self.run_import(source, self.folder / "out.safetensors", *options)
 
     def test_parts_of_larger_tensors_are_written_alone(self):
@@ -588,7 +588,7 @@ class Command(Case):
     def test_a_failed_write_leaves_what_was_there(self):
         source, out = self.save(classifier().state_dict()), self.folder / "out.pt"
         out.write_text("precious")
-        full = mock.patch("omnivision.interop.store.torch.save", side_effect=OSError(28, "No space left on device"))
+        full = mock.patch("omnivision.interop.export.torch.save", side_effect=OSError(28, "No space left on device"))
         with full, self.assertRaisesRegex(UserError, "cannot be written: No space left"):
             self.run_import(source, out, "--num-heads", 3, "--num-frames", 4, "--force")
         self.assertEqual(out.read_text(), "precious")
@@ -596,7 +596,7 @@ class Command(Case):
 
 
 class BadFiles(Case):
-    def refused(self, source: Path | dict, message: str, given: Given = HERE, format: str = "auto") -> None:
+    def refused(self, source: Path | dict, message: str, given: ArchOverrides = HERE, format: str = "auto") -> None:
         with self.assertRaisesRegex(UserError, message) as caught:
             convert(read(source) if isinstance(source, Path) else StateDictFile(Path("x"), "", source), format, given)
         self.assertNotIn("\n", str(caught.exception))
@@ -635,14 +635,14 @@ class BadFiles(Case):
 
     def test_names_that_nobody_has(self):
         state = classifier().state_dict()
-        self.refused(state | {"cls_token": torch.zeros(1)}, "most like omnivision: 1 of .*: cls_token. Expected")
-        self.refused({"conv1.weight": torch.zeros(1)}, "None of its 1 entries has a name of any known format")
-        self.refused(state, "has a name of hf: .* All names are of --format omnivision", format="hf")
+        self.refused(state | {"cls_token": torch.zeros(1)}, "1 of .* omnivision.*: cls_token")
+        self.refused({"conv1.weight": torch.zeros(1)}, "1 of 1 .*conv1.weight")
+        self.refused(state, "format hf.*--format omnivision", format="hf")
         omnimae = {n.replace("heads.0.0.", "head."): t for n, t in state.items()}
-        self.refused(omnimae, r"not of --format ppma: 2 of .*: head\.weight.* of --format omnimae", format="ppma")
-        self.refused({"mixing_ratio": torch.ones(2)}, "learned average.*--merge")
+        self.refused(omnimae, r"2 of .* ppma.*head\.weight.*--format omnimae", format="ppma")
+        self.refused({"mixing_ratio": torch.ones(2)}, "--merge")
         layer_scale = original_names(recorded("classification")) | {"blocks.0.gamma_1": torch.ones(48)}
-        self.refused(layer_scale, r"most like videomae: 1 of .*: blocks\.0\.gamma_1")
+        self.refused(layer_scale, r"1 of .* videomae.*: blocks\.0\.gamma_1")
 
     def test_tensors_that_make_no_model(self):
         for state in (
@@ -654,12 +654,12 @@ class BadFiles(Case):
                 with self.subTest(name):
                     if not OPTIONAL.search(name):
                         without = {other: tensor for other, tensor in state.items() if other != name}
-                        self.refused(without, "missing|left over|no place")
+                        self.refused(without, "missing|left over")
                     longer = torch.zeros(*state[name].shape[:-1], state[name].shape[-1] + 1)
-                    self.refused(state | {name: longer}, "shape|positions|cannot be cut")
+                    self.refused(state | {name: longer}, "shape|positions|tubelet")
                     self.refused(state | {name: torch.zeros(())}, "shape")
         depth = {"trunk.patch_embed.proj.1.weight": torch.zeros(48, 1, 2, 8, 8)}
-        self.refused(classifier().state_dict() | depth, "takes 1 channels; expected 3")
+        self.refused(classifier().state_dict() | depth, "3 channels.* 1")
         blocks = {name.replace("blocks.1.", "blocks.7."): t for name, t in classifier().state_dict().items()}
         self.refused(blocks, r"12 missing: trunk\.blocks\.1\..*; 12 left over: trunk\.blocks\.7")
 
@@ -667,25 +667,25 @@ class BadFiles(Case):
         state = recorded("classification")
         for name in [name for name in state if "layer.0.attention.attention" in name and name.endswith("weight")]:
             state[name] = torch.zeros(())
-        self.refused(state, r"query\.weight, .* have the shapes \(\); expected one shape for all")
+        self.refused(state, r"query\.weight.* shape")
 
     def test_what_a_file_says_must_be_what_its_weights_are(self):
         model = classifier()
         said = describe(model)
         for part, key, value, message in (
-            ("trunk", "depth", 10**9, "says '1000000000' of its model's trunk depth, and its weights say 2"),
-            ("trunk", "num_frames", 2**40, "a whole number from 1 to 65536"),
-            ("trunk", "num_frames", 40000, "does not tell|positions for 32 tokens"),
-            ("trunk", "heads", "3", "the file says '3'; expected a whole number"),
-            ("trunk", "heads", True, "the file says 'True'; expected a whole number"),
-            ("trunk", "mlp_ratio", float("nan"), "says 'nan' of its model's trunk mlp_ratio"),
-            ("trunk", "new", 1, "says '1' of its model's trunk new"),
-            ("kind", None, "autoencoder", "says 'autoencoder' of its model's kind"),
-            ("classes", None, [10**9], "of its model's classes"),
-            ("trunk", None, [3], "expected numbers by name"),
+            ("trunk", "depth", 10**9, "trunk depth .*1000000000.* 2"),
+            ("trunk", "num_frames", 2**40, "--num-frames .* 65536"),
+            ("trunk", "num_frames", 40000, "--image-size"),
+            ("trunk", "heads", "3", "--num-heads .*'3'"),
+            ("trunk", "heads", True, "--num-heads .*'True'"),
+            ("trunk", "mlp_ratio", float("nan"), "trunk mlp_ratio .*'nan'"),
+            ("trunk", "new", 1, "trunk new"),
+            ("kind", None, "autoencoder", "kind .*'autoencoder'"),
+            ("classes", None, [10**9], "classes"),
+            ("trunk", None, [3], "trunk .*numbers by name"),
         ):
             changed = said | {part: said[part] | {key: value} if key else value}
-            self.refused(self.save({"model": model.state_dict(), "architecture": changed}), message, Given())
+            self.refused(self.save({"model": model.state_dict(), "architecture": changed}), message, ArchOverrides())
 
     def test_a_configuration_of_nonsense(self):
         folder = self.folder / "hf"
@@ -696,20 +696,20 @@ class BadFiles(Case):
             ("[" * 100_000, "is not JSON"),
             ("[1]", "holds a list; expected a JSON object"),
             ("\udcff", "cannot be read"),
-            (json.dumps(CONFIG | {"model_type": "bert"}), "model_type 'bert'; expected 'videomae'"),
-            (json.dumps(CONFIG | {"hidden_act": "relu"}), "hidden_act 'relu'"),
-            (json.dumps(CONFIG | {"num_channels": 1}), "num_channels '1'; expected 3"),
-            (json.dumps(CONFIG | {"num_attention_heads": 0}), "the file says '0'; expected a whole number"),
-            (json.dumps(CONFIG | {"num_attention_heads": {"a": 1}}), "the file says .*; expected a whole number"),
-            (json.dumps(CONFIG | {"num_frames": 1e300}), "expected a whole number"),
+            (json.dumps(CONFIG | {"model_type": "bert"}), "model_type .*'bert'"),
+            (json.dumps(CONFIG | {"hidden_act": "relu"}), "hidden_act .*'relu'"),
+            (json.dumps(CONFIG | {"num_channels": 1}), "num_channels .*'1'"),
+            (json.dumps(CONFIG | {"num_attention_heads": 0}), "--num-heads .*'0'"),
+            (json.dumps(CONFIG | {"num_attention_heads": {"a": 1}}), "--num-heads"),
+            (json.dumps(CONFIG | {"num_frames": 1e300}), "--num-frames"),
             (json.dumps(CONFIG | {"num_frames": 65536, "image_size": 65536}), "more than 1048576 tokens"),
-            (json.dumps(CONFIG | {"image_size": [32, 64]}), "expected a whole number"),
-            (json.dumps(CONFIG | {"num_hidden_layers": 10**9}), "trunk depth, and its weights say 2"),
+            (json.dumps(CONFIG | {"image_size": [32, 64]}), "--image-size"),
+            (json.dumps(CONFIG | {"num_hidden_layers": 10**9}), "trunk depth .* 2"),
             (json.dumps(CONFIG | {"patch_size": None}), "trunk tubelet"),
         ):
             with self.subTest(text[:60]):
                 (folder / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
-                self.refused(folder, message, Given())
+                self.refused(folder, message, ArchOverrides())
         (folder / "config.json").write_text(json.dumps(CONFIG | {"image_size": [32, 32], "patch_size": [8, 8]}))
         self.assertEqual(
             convert(read(folder))[0].architecture, from_hf(recorded("classification"), CONFIG).architecture

@@ -1,4 +1,4 @@
-"""A learned average of checkpoints becomes one ordinary classifier."""
+"""Merging of a learned average of checkpoints into one ordinary classifier."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch import Tensor
 
 from omnivision.checkpoint.pretrained import LoadReport, WeightFilter, filter_state_dict
 from omnivision.checkpoint.weight_files import StateDictFile, read_several
-from omnivision.interop.geometry import check_fit
-from omnivision.interop.proof import check_finite, random_clip
-from omnivision.interop.published import from_ours
+from omnivision.interop.architecture import check_fit
+from omnivision.interop.export import check_finite, random_clip
+from omnivision.interop.formats import from_ours
 from omnivision.models.architecture import Architecture, build, describe
 from omnivision.models.average import AveragedClassifier
 from omnivision.utils.errors import UserError
 
-SAME = 1e-6
+ATOL = 1e-6
 
 
 class Merged(NamedTuple):
-    """A classifier in our names, its architecture, and by how much its scores of a random clip differ from the average's."""
+    """A classifier in our names, its architecture, and the largest difference of its scores from the average's."""
 
     state: dict[str, Tensor]
     architecture: Architecture
@@ -31,24 +31,23 @@ class Merged(NamedTuple):
 
 
 def read_sources(noted: Any, given: Sequence[str] | None) -> list[StateDictFile]:
-    """The models that an average is made of: those that its checkpoint notes, or the same from the paths `given`.
+    """Read the models of an average: those that its checkpoint notes, or the same at the paths `given`.
 
     Args:
         noted: `sources` of the checkpoint, a list of {"path", "sha256", "choice"}.
 
-    Raises UserError when one is not there, or has another SHA-256 than is noted.
+    Raises UserError when one is missing, or its SHA-256 differs from the noted one.
     """
     if not isinstance(noted, (list, tuple)) or not noted or not all(_is_note(note) for note in noted):
         raise UserError(
-            "The checkpoint does not note what it is an average of (path and SHA-256 under `sources`). Expected a checkpoint "
-            "of a run with a model vit*_average_ft. Give that one."
+            "The checkpoint must note its sources (path and SHA-256), as those of a model vit*_average_ft do. Give such a one."
         )
     paths = list(given) if given else [note["path"] for note in noted]
     for path in paths:
         if not Path(path).exists():
             raise UserError(
-                f"{path}, which the average is made of, is not there (relative paths start at {Path.cwd()}). Give the "
-                f"{len(noted)} checkpoints where they are now, in this order: omnivision export --merge --sources "
+                f"{path}, a source of the average, does not exist (relative paths start at {Path.cwd()}). Give the "
+                f"{len(noted)} checkpoints in this order: omnivision export --merge --sources "
                 f"{' '.join(['FILE'] * len(noted))}."
             )
     # One file may hold them all, as a list.
@@ -56,49 +55,43 @@ def read_sources(noted: Any, given: Sequence[str] | None) -> list[StateDictFile]
     for note, weights in zip(noted, found, strict=False):
         if weights.sha256 != note["sha256"]:
             raise UserError(
-                f"{weights.path} is not what the average was trained on: its SHA-256 is {weights.sha256[:12]}..., noted is "
-                f"{note['sha256'][:12]}... ({note['path']}). Give the checkpoints as they were then, in that order: --sources."
+                f"{weights.path} must have the SHA-256 {note['sha256'][:12]}... of the source {note['path']}, got "
+                f"{weights.sha256[:12]}... Set --sources to the checkpoints of the average, unchanged and in order."
             )
     if len(found) != len(noted):
-        raise UserError(
-            f"There are {len(found)} checkpoints, and the average is made of {len(noted)}. Give as many: --sources."
-        )
-    return [_chosen(weights, note.get("choice")) for weights, note in zip(found, noted, strict=True)]
+        raise UserError(f"The average has {len(noted)} sources, got {len(found)} checkpoints. Set --sources.")
+    return [_filter(weights, note.get("choice")) for weights, note in zip(found, noted, strict=True)]
 
 
-def _chosen(weights: StateDictFile, choice: Any) -> StateDictFile:
-    """What the average took of a checkpoint, under the names that it gave. Raises UserError for a note that is no choice."""
-    if choice is None:  # nothing is noted
+def _filter(weights: StateDictFile, noted: Any) -> StateDictFile:
+    """Take of a checkpoint what the average took. Raises UserError for a note that is no WeightFilter."""
+    if noted is None:
         return weights
     try:
-        taken = filter_state_dict(weights.state, WeightFilter(**choice), LoadReport(str(weights.path), weights.sha256))
+        state = filter_state_dict(weights.state, WeightFilter(**noted), LoadReport(str(weights.path), weights.sha256))
     except (TypeError, AttributeError) as error:
         raise UserError(
-            f"The checkpoint does not note properly what it took of {weights.path} (`choice` under `sources`: {error}). "
-            "Expected a checkpoint of a run with a model vit*_average_ft. Give that one."
+            f"The checkpoint must note what it took of {weights.path} (`choice` under `sources`), got: {error}. It is damaged."
         ) from None
-    return replace(weights, state=taken)
+    return replace(weights, state=state)
 
 
 @torch.no_grad()
 def merge(state: Mapping[str, Tensor], architecture: Mapping[str, Any], sources: Sequence[StateDictFile]) -> Merged:
-    """Put the averaged trunk in the place of the average, and compare scores.
+    """Replace an average by one trunk, and compare scores on a random clip.
 
     Args:
         state: of an `AveragedClassifier`.
-        architecture: what its checkpoint says of it.
+        architecture: of its checkpoint.
 
-    Raises UserError when the parts do not fit, or when the one model does not compute what the average does.
+    Raises UserError when the parts do not fit, or when the merged model computes other scores.
     """
     ratio = state.get("mixing_ratio")
     if ratio is None or ratio.ndim not in (1, 2) or ratio.shape[-1] != len(sources):
         found = "none" if ratio is None else f"the shape {tuple(ratio.shape)}"
-        raise UserError(
-            f"The checkpoint has mixing_ratio of {found}; expected weights of {len(sources)} sources. Give a checkpoint of an "
-            "average, and as many --sources as it was made of."
-        )
-    # The first source has all that tells the architecture; only then is anything of that size made. An average takes no
-    # more than its own parameters of a source, which may have a decoder, depth, and positions of another clip size beside.
+        raise UserError(f"mixing_ratio must hold weights of {len(sources)} sources, got {found}. Set --sources.")
+    # The first source determines the architecture; only then is anything of that size allocated. An average takes only its own
+    # parameters of a source, which may also have a decoder, depth, and positions of another clip size.
     said = architecture.get("trunk", {})
     depth = isinstance(said, Mapping) and bool(said.get("rgbd"))
     drop = ("trunk.decoder.", "trunk.mask_token") + (() if depth else ("trunk.depth_patch_embed.",))
@@ -119,10 +112,10 @@ def merge(state: Mapping[str, Tensor], architecture: Mapping[str, Any], sources:
     check_finite(*wanted)
     differences = [(one.eval()(clip, head) - wanted[head]).abs().max() for head in heads]
     difference = float(torch.stack(differences).max())
-    if not difference <= SAME:
+    if not difference <= ATOL:
         raise UserError(
-            f"The merged model does not compute what the average does: scores differ by up to {difference:.3g}, expected at "
-            f"most {SAME:g}. Nothing was written; please report it."
+            f"The merged model must give the average's scores to {ATOL:g}, got a difference of {difference:.3g}. Nothing was "
+            "written; please report it."
         )
     return Merged(one.state_dict(), describe(one), difference)
 

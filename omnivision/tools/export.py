@@ -7,13 +7,16 @@ from pathlib import Path
 
 from omnivision.checkpoint.weight_files import CONFIG, StateDictFile, read
 from omnivision.data.catalog import read_class_names
-from omnivision.interop.card import card
-from omnivision.interop.huggingface import preprocessor_config, to_hf
-from omnivision.interop.intake import Imported, by_reason, some
+from omnivision.interop import export
+from omnivision.interop.formats import (
+    ConvertedCheckpoint,
+    from_ours,
+    group_by_reason,
+    preprocessor_config,
+    preview,
+    to_hf,
+)
 from omnivision.interop.merge import merge, read_sources
-from omnivision.interop.proof import USUAL, Difference, against_transformers
-from omnivision.interop.published import from_ours
-from omnivision.interop.store import card_of, check_target, hf_folder, origin, write_card, write_pt, write_safetensors
 from omnivision.tools.inference import InferenceConfig
 from omnivision.tools.weights import ExportOptions
 from omnivision.utils.errors import UserError
@@ -26,27 +29,27 @@ def run(checkpoint: str, out: Path, args: ExportOptions) -> int:
     """Write the model, prove it where it can be proved, and say what was written and what was left out; 0."""
     _check_arguments(args)
     source = read(checkpoint)
-    card_file = out / "README.md" if args.to == "hf" else card_of(out)
-    check_target(out, source, args.force, folder=args.to == "hf", card=card_file)
+    card_file = out / "README.md" if args.to == "hf" else export.card_of(out)
+    export.check_target(out, source, args.force, folder=args.to == "hf", card=card_file)
     model = _model(source, args)
     print(f"{source}: {model.summary()}")
     judged = not source.average or args.weights != "model"  # by the run, whose figures are told
     if args.to == "hf":
         _export_hf(out, args, source, model, judged)
     else:
-        write = write_pt if args.to == "pt" else write_safetensors
+        write = export.write_pt if args.to == "pt" else export.write_safetensors
         shown = InferenceConfig.of(model.architecture, source.inference)
         names = [shown.named(number) for number in range(len(shown.names))]
-        told = card(source, model, out.name, judged, names)  # before anything is written
+        told = export.model_card(source, model, out.name, judged, names)  # before anything is written
         write(
             out,
             model.state,
             model.architecture,
-            {"origin": origin(source, "omnivision"), "inference": shown.written()}
+            {"origin": export.origin(source, "omnivision"), "inference": shown.written()}
             | (source.progress if judged else {}),
         )
-        write_card(out, told)
-        print(f"Wrote {out}: {len(model.state)} tensors; and {card_of(out)}, what people read of it")
+        export.write_card(out, told)
+        print(f"Wrote {out}: {len(model.state)} tensors; and {export.card_of(out)}, what people read of it")
     return 0
 
 
@@ -60,7 +63,7 @@ def _check_arguments(args: ExportOptions) -> None:
             )
 
 
-def _model(source: StateDictFile, args: ExportOptions) -> Imported:
+def _model(source: StateDictFile, args: ExportOptions) -> ConvertedCheckpoint:
     """The one model to write, whole and checked."""
     source.refuse_own_class()
     if lacking := _lacking(source):
@@ -102,33 +105,33 @@ def _lacking(source: StateDictFile) -> list[str]:
     return lacking
 
 
-def _export_hf(out: Path, args: ExportOptions, source: StateDictFile, model: Imported, judged: bool) -> None:
+def _export_hf(out: Path, args: ExportOptions, source: StateDictFile, model: ConvertedCheckpoint, judged: bool) -> None:
     told = InferenceConfig.of(model.architecture, source.inference).named(args.head)
     names = read_class_names(args.class_names, "--class-names") if args.class_names else told
     exported = to_hf(model.state, model.architecture, args.head, names)
     configs = {CONFIG: exported.config, "preprocessor_config.json": preprocessor_config(model.architecture)}
-    with hf_folder(out, exported.state, configs, card(source, model, out.name, judged, [names], hf=True)) as folder:
-        difference = against_transformers(folder, model.state, model.architecture, args.head)
+    with export.hf_folder(
+        out, exported.state, configs, export.model_card(source, model, out.name, judged, [names], hf=True)
+    ) as folder:
+        difference = export.verify(folder, model.state, model.architecture, args.head)
     print(f"Wrote {out}: {exported.config['architectures'][0]}, {len(exported.state)} tensors")
-    for why, names in by_reason(exported.dropped).items():
-        print(f"  not carried {len(names):4}  {some(names)} ({why})")
-    print("\n".join(_proof(difference, classifier="classifier.weight" in exported.state)))
+    for why, names in group_by_reason(exported.dropped).items():
+        print(f"  not carried {len(names):4}  {preview(names)} ({why})")
+    print("\n".join(_verification(difference, classifier="classifier.weight" in exported.state)))
 
 
-def _proof(difference: Difference | None, classifier: bool) -> list[str]:
+def _verification(difference: export.Difference | None, classifier: bool) -> list[str]:
     if difference is None:
-        return [
-            "Not proved: transformers is not installed. `pip install 'omnivision[hf]'` and export again, to compare outputs."
-        ]
+        return ["Not verified: transformers is not installed. Run `pip install 'omnivision[hf]'` and export again."]
     if not classifier:
-        return [f"Proved: transformers' tokens of a random clip differ by {difference.as_is:.1g} (double precision)"]
+        return [f"Verified: transformers' tokens of a random clip differ by {difference.as_is:.1g} (double precision)"]
     lines = [
-        f"Proved: transformers' scores of a random clip differ by {difference.same_epsilon:.1g} (double precision) with our "
-        f"epsilon of fc_norm, and by {difference.as_is:.1g} with the 1e-5 that it always has"
+        f"Verified: transformers' scores of a random clip differ by {difference.same_epsilon:.1g} (double precision) with our "
+        f"epsilon of fc_norm, and by {difference.as_is:.1g} with its own, 1e-5"
     ]
-    if difference.as_is > USUAL:
+    if difference.as_is > export.TYPICAL_DIFFERENCE:
         lines.append(
-            f"warning: that is more than the usual {USUAL:g}: the features of this model vary little over their channels. Set "
-            "model.fc_norm.eps = 1e-6 after loading."
+            f"warning: that is more than the usual {export.TYPICAL_DIFFERENCE:g}, because features vary little over channels. "
+            "Set model.fc_norm.eps = 1e-6 after loading."
         )
     return lines

@@ -7,29 +7,28 @@ from pathlib import Path
 from typing import Any
 
 from omnivision.checkpoint.weight_files import read
-from omnivision.interop.convert import convert
-from omnivision.interop.geometry import Given
-from omnivision.interop.huggingface import class_names
-from omnivision.interop.store import check_target, origin, write_pt
+from omnivision.interop.architecture import ArchOverrides
+from omnivision.interop.export import check_target, origin, write_pt
+from omnivision.interop.formats import class_names, convert
 
 
 def run(path: str, out: Path, choice: str, geometry: Mapping[str, int | None], force: bool) -> int:
     """Convert, write, and say what became of each entry; 0."""
     source = read(path)
     check_target(out, source, force)
-    imported, format = convert(source, choice, Given(**geometry))
+    converted, format = convert(source, choice, ArchOverrides(**geometry))
     said: dict[str, Any] = {"origin": origin(source, format)} | source.progress
     inference = dict(source.inference)
     if (
         format == "hf"
         and (names := class_names(source.config))
-        and imported.architecture.get("classes") == [len(names)]
+        and converted.architecture.get("classes") == [len(names)]
     ):
         inference = {"class_names": [names]} | inference
     said |= {"inference": inference} if inference else {}
-    write_pt(out, imported.state, imported.architecture, said)
+    write_pt(out, converted.state, converted.architecture, said)
     print(f"{source}: {len(source.state)} tensors of format {format}")
-    for line in imported.lines():
+    for line in converted.lines():
         print(line)
-    print(f"Wrote {out}: {len(imported.state)} tensors, {imported.summary()}")
+    print(f"Wrote {out}: {len(converted.state)} tensors, {converted.summary()}")
     return 0
