@@ -110,9 +110,8 @@ def _export_hf(out: Path, args: ExportOptions, source: StateDictFile, model: Con
     names = read_class_names(args.class_names, "--class-names") if args.class_names else told
     exported = to_hf(model.state, model.architecture, args.head, names)
     configs = {CONFIG: exported.config, "preprocessor_config.json": preprocessor_config(model.architecture)}
-    with export.hf_folder(
-        out, exported.state, configs, export.model_card(source, model, out.name, judged, [names], hf=True)
-    ) as folder:
+    card = export.model_card(source, model, out.name, judged, [names], hf=True)
+    with export.hf_folder(out, exported.state, configs, card) as folder:
         difference = export.verify(folder, model.state, model.architecture, args.head)
     print(f"Wrote {out}: {exported.config['architectures'][0]}, {len(exported.state)} tensors")
     for why, names in group_by_reason(exported.dropped).items():
