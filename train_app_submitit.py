@@ -44,7 +44,7 @@ CONFIG = HERE / "config" if (HERE / "config" / "config.yaml").is_file() else HER
 
 
 def main() -> None:
-    from omnivision.utils.errors import EXIT_INTERRUPTED, UserError
+    from omnivision.utils.errors import EXIT_INTERRUPTED, StopRequested, UserError
     from omnivision.utils.streams import announce, ignore_broken_pipe
 
     ignore_broken_pipe()
@@ -57,6 +57,9 @@ def main() -> None:
         announce("Composing and checking the configuration and the data")
     try:
         code = run(apart(composed()))
+    except StopRequested as error:
+        print(f"ended by {error.cause} before a run began", file=sys.stderr)
+        code = error.exit_code
     except KeyboardInterrupt:
         print("interrupted before a run began", file=sys.stderr)
         code = EXIT_INTERRUPTED

@@ -17,7 +17,7 @@ from omnivision.config.validate import check
 from omnivision.data.encode import write_film
 from omnivision.data.video import VideoFile
 from omnivision.launch import dry_run as dry
-from omnivision.launch import slurm, submission
+from omnivision.launch import slurm, submit
 from omnivision.reporting.run_directory import RunDir
 from omnivision.training import build
 from omnivision.training.trainer import Trainer
@@ -134,12 +134,12 @@ class Dry(unittest.TestCase):
 
     def test_what_slurm_would_not_take(self):
         wrong = {"submitit.use_cluster": True, "submitit.setup": ["exec true"]}
-        answers = {"available": True, "queue": {}, "partition": [], "longest_array": None}
+        answers = {"is_available": True, "squeue": {}, "partition_limits": (None, None)}
         with contextlib.ExitStack() as stack:
             for name, answer in answers.items():
                 stack.enter_context(mock.patch.object(slurm, name, return_value=answer))
             for name in ("LOCAL_FILE_SYSTEMS", "USUALLY_LOCAL"):  # a run directory in /tmp
-                stack.enter_context(mock.patch.object(submission, name, ()))
+                stack.enter_context(mock.patch.object(submit, name, ()))
             self.assert_stops("submitit.setup", "cluster", wrong)
 
     def test_too_little_memory(self):

@@ -20,9 +20,10 @@ ALLOWED = {
             "config.suggestions",
             "config.hydra_guard",
             "launch.launcher",
+            "launch.submit",
         )
     },
-    "submitit": {"omnivision.launch.launcher"},
+    "submitit": {"omnivision.launch.submit"},
     "av": {"omnivision.data.video", "omnivision.data.encode"},
     "yaml": {
         "train_app_submitit",

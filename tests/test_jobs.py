@@ -22,22 +22,30 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 from omnivision.config.schema import Settings
 from omnivision.config.validate import check
 from omnivision.distributed.process_group import RankInfo
-from omnivision.launch import job_record, jobs, slurm, submission
-from omnivision.launch import launcher as launch
-from omnivision.launch.job_record import JobRecord
-from omnivision.launch.jobs import Task, environment, fruitless_starts, history, note, settled, waits
-from omnivision.launch.launcher import setup_lines, signal_delay
+from omnivision.launch import exit as ending
+from omnivision.launch import launcher, slurm, slurm_jobs, submit
 from omnivision.launch.run import Job, run_process
-from omnivision.launch.slurm import JobState, minutes, moment, refusal
-from omnivision.launch.submission import (
-    check_array,
+from omnivision.launch.slurm import JobState, explain_error, parse_limit, parse_time
+from omnivision.launch.slurm_jobs import (
+    JobLog,
+    Task,
+    history,
+    note,
+    parse_dependencies,
+    public_environment,
+    resolve_status,
+    restarts_without_progress,
+)
+from omnivision.launch.submit import (
+    batch_script_prologue,
     check_dependency,
     check_folders,
     check_setup,
+    dependency_failed,
     is_finished,
     is_queued,
-    lost_meanwhile,
     require_free,
+    signal_delay,
     warn_of_other_settings,
 )
 from omnivision.launch.watchdog import is_peer_lost
@@ -57,7 +65,14 @@ class Folder(unittest.TestCase):
         temporary = tempfile.TemporaryDirectory()
         self.addCleanup(temporary.cleanup)
         self.folder = RunDir(Path(temporary.name) / "run")
-        (self.folder.path / jobs.LOGS).mkdir(parents=True)
+        (self.folder.path / slurm_jobs.LOGS).mkdir(parents=True)
+
+    def rank_end(self, restarts: int, error: BaseException, rank: int = 3, job: str = "123456") -> None:
+        """Another rank's own word of its end."""
+        self.folder.logs.mkdir(exist_ok=True)
+        with mock.patch.object(ending, "own_job", return_value=job):
+            with mock.patch.object(ending, "own_restarts", return_value=restarts):
+                ending.write_end_file(self.folder, rank, error, f"{type(error).__name__}: {error}")
 
 
 class Tasks(unittest.TestCase):
@@ -66,7 +81,7 @@ class Tasks(unittest.TestCase):
             task = Task.from_environment()
             self.assertEqual((task.job_id, task.restarts, task.nodes), ("123456", 0, "node[3-4]"))
             place = task.place("node3")
-            self.assertEqual((place.rank, place.world, place.local_rank, place.local_world), (5, 8, 1, 4))
+            self.assertEqual((place.rank, place.world_size, place.local_rank, place.local_world_size), (5, 8, 1, 4))
             self.assertEqual(place.init_method, "tcp://node3:15928")
         element = {"SLURM_ARRAY_JOB_ID": "123400", "SLURM_ARRAY_TASK_ID": "7", "SLURM_RESTART_COUNT": "2"}
         with mock.patch.dict(os.environ, SLURM | element):
@@ -97,23 +112,23 @@ class Tasks(unittest.TestCase):
 
 
 class Records(Folder):
-    def record(self, restarts: int, limit: int = 100, token: str = "a") -> JobRecord:
+    def record(self, restarts: int, limit: int = 100, token: str = "a") -> JobLog:
         with mock.patch.dict(os.environ, SLURM | {"SLURM_RESTART_COUNT": str(restarts)}):
             task = Task.from_environment()
-        return JobRecord(task, self.folder, token, limit, watch_the_clock=False)
+        return JobLog(task, self.folder, token, limit, watch_the_clock=False)
 
     def starts(self, *steps: int | None, token: str = "a") -> None:
         """Starts of a job that went on from these steps; None: it did not get so far."""
         for restarts, step in enumerate(steps):
             record = self.record(restarts, token=token)
-            record.start()
-            record.allow(mock.Mock())
+            record.record_start()
+            record.check_requeue_limits(mock.Mock())
             if step is not None:
-                record.resumed(step)
+                record.record_resume(step)
 
     def test_three_restarts_without_a_step_are_enough(self):
         self.starts(0, 0, 10, 10, 10)
-        with self.assertRaisesRegex(UserError, "restarted 3 times without progress: it stands at step 10 again"):
+        with self.assertRaisesRegex(UserError, "restarted 3 times without progress: it is at step 10 again"):
             self.starts(0, 0, 10, 10, 10, 10, token="b")
 
     def test_starts_that_did_not_even_get_so_far_count(self):
@@ -122,10 +137,10 @@ class Records(Folder):
             self.starts(4, None, None, None, 9, token="b")
         gone = RuntimeError("gloo: Connection reset by peer")
         with (
-            mock.patch.object(job_record, "LAST_WORDS_SECONDS", 0),
-            mock.patch.object(slurm, "job_facts", return_value={}),
+            mock.patch.object(slurm_jobs, "END_FILE_SECONDS", 0),
+            mock.patch.object(slurm, "show_job", return_value={}),
         ):
-            self.assertFalse(self.record(4, token="b").verdict(gone, "gone").requeue)
+            self.assertFalse(self.record(4, token="b").classify_exit(gone, "gone").requeue)
 
     def test_what_was_won_in_between_is_progress(self):
         self.starts(0, 0, 0, 5, 5, 5, 6, None, None, 7)
@@ -133,33 +148,40 @@ class Records(Folder):
     def test_an_older_job_of_the_same_number_does_not_count(self):
         self.starts(0, 0, 0, token="old")
         self.starts(0, token="new")
-        self.assertEqual(fruitless_starts(history(self.folder, "new")), 0)
+        self.assertEqual(restarts_without_progress(history(self.folder, "new")), 0)
 
     def test_a_job_comes_back_so_often(self):
-        self.record(2, limit=2).allow(mock.Mock())
-        with self.assertRaisesRegex(UserError, r"requeued 3 times; expected at most 2 \(submitit.max_requeues\)"):
-            self.record(3, limit=2).allow(mock.Mock())
+        self.record(2, limit=2).check_requeue_limits(mock.Mock())
+        with self.assertRaisesRegex(UserError, "requeued 3 times; submitit.max_requeues"):
+            self.record(3, limit=2).check_requeue_limits(mock.Mock())
 
     def test_what_a_request_to_stop_means(self):
         record, now = self.record(1), datetime.now()
         facts = {"JobState": "RUNNING", "Restarts": "1", "StartTime": (now - timedelta(hours=1)).isoformat()}
+        ending = {"JobState": "COMPLETING"}
 
-        def verdict(cause: str, **more: str) -> tuple[str, bool]:
-            with mock.patch.object(slurm, "job_facts", return_value=facts | more):
-                made = record.verdict(StopRequested(cause, saved_step=7), "ended")
+        def decision(cause: str, **more: str) -> tuple[str, bool]:
+            with mock.patch.object(slurm, "show_job", return_value=facts | more):
+                made = record.classify_exit(StopRequested(cause, saved_step=7), "ended")
             return made.status, made.requeue
 
-        self.assertEqual(verdict("SIGTERM"), ("interrupted", False), "scancel")
-        self.assertEqual(verdict("SIGTERM", PreemptTime=now.isoformat()), ("requeued", True))
-        self.assertEqual(verdict("SIGTERM", PreemptTime=(now - timedelta(hours=2)).isoformat()), ("interrupted", False))
-        self.assertEqual(verdict("SIGTERM", Restarts="2"), ("requeued", False), "SLURM has done it")
-        self.assertEqual(verdict("SIGTERM", TimeLimit="01:00:00"), ("requeued", True), "its time is over")
-        self.assertEqual(verdict("SIGTERM", TimeLimit="02:00:00", EndTime=now.isoformat()), ("interrupted", False))
-        self.assertEqual(verdict(TIME_LIMIT, JobState="COMPLETING"), ("interrupted", False), "cancelled meanwhile")
-        self.assertEqual(verdict("SIGUSR2"), ("requeued", True))
-        self.assertEqual(verdict(TIME_LIMIT), ("requeued", True))
-        note(self.folder, "fault", "a", job="123456", restarts=1, rank=3, reason="its workers were ended first")
-        self.assertEqual(verdict("SIGUSR2"), ("requeued", True), "all of the job was asked, whatever fails meanwhile")
+        self.assertEqual(decision("SIGTERM", **ending), ("interrupted", False), "scancel")
+        self.assertEqual(decision("SIGTERM"), ("requeued", True), "a signal that is no cancellation")
+        self.assertEqual(decision("SIGTERM", PreemptTime=now.isoformat(), **ending), ("requeued", True))
+        before = (now - timedelta(hours=2)).isoformat()
+        self.assertEqual(decision("SIGTERM", PreemptTime=before, **ending), ("interrupted", False))
+        self.assertEqual(decision("SIGTERM", Restarts="2", **ending), ("requeued", False), "SLURM has done it")
+        self.assertEqual(decision("SIGTERM", TimeLimit="01:00:00", **ending), ("requeued", True), "its time is over")
+        cancelled = {"TimeLimit": "02:00:00", "EndTime": now.isoformat()} | ending
+        self.assertEqual(decision("SIGTERM", **cancelled), ("interrupted", False))
+        self.assertEqual(decision(TIME_LIMIT, **ending), ("interrupted", False), "cancelled meanwhile")
+        self.assertEqual(decision("SIGUSR2"), ("requeued", True))
+        self.assertEqual(decision(TIME_LIMIT), ("requeued", True))
+        self.rank_end(1, ValueError("its workers were ended first"))
+        self.assertEqual(decision("SIGUSR2"), ("requeued", True), "all of the job was asked, whatever fails meanwhile")
+        with mock.patch.object(slurm, "show_job", return_value={}):
+            silent = record.classify_exit(StopRequested("SIGTERM"), "ended")
+        self.assertEqual(silent.status, "failed", "SLURM ends the others when a task has failed")
 
     def test_which_process_is_gone_or_that_none_is(self):
         for error, saying in (
@@ -167,66 +189,61 @@ class Records(Folder):
                 PeerLostError("process 3 is gone; last seen in a step, after step 9"),
                 "process 3 is gone; .*after step 9 ",
             ),
-            (RuntimeError("NCCL error"), "another process is gone without a word, with its node perhaps "),
+            (RuntimeError("NCCL error"), "another process is gone without a word, perhaps with its node "),
             (dist.DistNetworkError("port: 28745 EADDRINUSE"), "the port that the processes meet at is taken "),
         ):
             with (
-                mock.patch.object(job_record, "LAST_WORDS_SECONDS", 0),
-                mock.patch.object(slurm, "job_facts", return_value={}),
+                mock.patch.object(slurm_jobs, "END_FILE_SECONDS", 0),
+                mock.patch.object(slurm, "show_job", return_value={}),
             ):
-                verdict = self.record(1).verdict(error, str(error))
-            self.assertTrue(verdict.requeue)
-            self.assertRegex(verdict.reason, f"^{saying}")
+                classify_exit = self.record(1).classify_exit(error, str(error))
+            self.assertTrue(classify_exit.requeue)
+            self.assertRegex(classify_exit.reason, f"^{saying}")
 
     def test_a_cancelled_job_is_not_brought_back_because_its_processes_lost_one_another(self):
         gone = RuntimeError("gloo: Connection reset by peer")
         with (
-            mock.patch.object(job_record, "LAST_WORDS_SECONDS", 0),
-            mock.patch.object(slurm, "job_facts", return_value={"JobState": "COMPLETING"}),
+            mock.patch.object(slurm_jobs, "END_FILE_SECONDS", 0),
+            mock.patch.object(slurm, "show_job", return_value={"JobState": "COMPLETING"}),
         ):
-            self.assertEqual(self.record(0).verdict(gone, "gone").status, "interrupted")
+            self.assertEqual(self.record(0).classify_exit(gone, "gone").status, "interrupted")
 
-    def test_the_others_wait_until_process_0_has_decided(self):
+    def test_the_others_wait_until_rank_0_has_decided(self):
         record, began = self.record(2), time.monotonic()
         decide = threading.Timer(0.5, lambda: record.note("decided"))
         self.record(1).note("decided")  # of an earlier start
         decide.start()
-        record.fault(StopRequested("SIGUSR2"), "asked")
+        record.wait_for_decision(StopRequested("SIGUSR2"))
         self.assertGreaterEqual(time.monotonic() - began, 0.5)
         decide.join()
-        with mock.patch.object(job_record, "DECISION_SECONDS", 0.3):
-            self.record(3).fault(StopRequested("SIGUSR2"), "not for ever")
-
-    def test_what_another_process_said_before_it_left(self):
-        gone = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3344")
-        record = self.record(1)
-        with (
-            mock.patch.object(job_record, "LAST_WORDS_SECONDS", 0),
-            mock.patch.object(job_record, "DECISION_SECONDS", 0.1),
-            mock.patch.object(slurm, "job_facts", return_value={}),
-        ):
-            self.assertTrue(record.verdict(gone, "gone").requeue)
-            self.assertFalse(self.record(1, limit=1).verdict(gone, "gone").requeue)
-            self.record(0).fault(ValueError("of an earlier start"), "ValueError: of an earlier start")
-            record.fault(gone, "gone")  # says nothing about the process that it comes from
-            self.assertTrue(record.verdict(gone, "gone").requeue)
-            record.fault(ValueError("no memory"), "ValueError: no memory")
-            verdict = record.verdict(gone, "gone")
-        self.assertEqual((verdict.status, verdict.reason), ("failed", "process 5 failed: ValueError: no memory"))
-        with mock.patch.object(slurm, "job_facts", return_value={"JobState": "RUNNING"}):
-            ended = self.record(1).verdict(
-                StopRequested("SIGTERM"), "ended by SIGTERM"
-            )  # by SLURM, because of process 5
-        self.assertEqual((ended.status, ended.reason), ("failed", "process 5 failed: ValueError: no memory"))
-
-    def test_nobody_waits_for_a_process_0_that_is_silent(self):
+        with mock.patch.object(slurm_jobs, "DECISION_SECONDS", 0.3):
+            self.record(3).wait_for_decision(StopRequested("SIGUSR2"))
         began = time.monotonic()
-        self.record(1).fault(PeerLostError("process 0 has given no sign of life"), "PeerLostError: process 0 is silent")
+        self.record(1).wait_for_decision(PeerLostError("rank 0 is silent"))
+        self.record(1).wait_for_decision(ValueError("of its own"))
         self.assertLess(time.monotonic() - began, 5)
-        with mock.patch.object(job_record, "DECISION_SECONDS", 0.1):  # what killed it is SLURM's to tell
-            self.record(1).fault(PeerLostError("process 0 is gone", gone=True), "PeerLostError: process 0 is gone")
-        [line] = [line for line in jobs.history(self.folder, "a") if line["event"] == "lost"]
-        self.assertEqual((line["restarts"], line["rank"]), (1, 5))
+
+    def test_the_cause_is_what_another_rank_wrote_down_before_it_left(self):
+        gone = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3344")
+        record = dataclasses.replace(self.record(1).task, rank=0)
+        record = JobLog(record, self.folder, "a", 100, watch_the_clock=False)
+        with (
+            mock.patch.object(slurm_jobs, "END_FILE_SECONDS", 0),
+            mock.patch.object(slurm, "show_job", return_value={}),
+        ):
+            self.assertTrue(record.classify_exit(gone, "gone").requeue)
+            self.assertFalse(JobLog(record.task, self.folder, "a", 1, False).classify_exit(gone, "gone").requeue)
+            for restarts, error in ((0, ValueError("of an earlier start")), (1, gone), (1, StopRequested("SIGTERM"))):
+                self.rank_end(restarts, error)
+                self.assertTrue(record.classify_exit(gone, "gone").requeue, error)
+            self.rank_end(1, ValueError("no memory"), job="77")
+            self.assertTrue(record.classify_exit(gone, "gone").requeue, "of another job")
+            self.rank_end(1, ValueError("no memory"))
+            decision = record.classify_exit(gone, "gone")
+        self.assertEqual((decision.status, decision.reason), ("failed", "process 3 failed: ValueError: no memory"))
+        with mock.patch.object(slurm, "show_job", return_value={"JobState": "RUNNING"}):
+            ended = record.classify_exit(StopRequested("SIGTERM"), "ended by SIGTERM")  # by SLURM, because of process 3
+        self.assertEqual((ended.status, ended.reason), ("failed", "process 3 failed: ValueError: no memory"))
 
     def test_which_errors_say_that_another_process_is_gone(self):
         self.assertTrue(is_peer_lost(RuntimeError("NCCL error: remote process exited")))
@@ -249,13 +266,13 @@ class Ended(Folder):
         }
         with (
             mock.patch.dict(os.environ, {"SLURM_RESTART_COUNT": str(restarts)}),
-            mock.patch.object(slurm, "job_facts", return_value=known | facts),
+            mock.patch.object(slurm, "show_job", return_value=known | facts),
             mock.patch.object(slurm, "requeue", return_value=None) as requeue,
-            mock.patch.object(job_record, "cancel_dependents"),
+            mock.patch.object(slurm_jobs, "finalize_dependents"),
         ):
-            job_record.ended(self.folder.path / jobs.LOGS, "12", code)
+            slurm_jobs.record_batch_exit(self.folder.path / slurm_jobs.LOGS, "12", code)
         told = self.folder.read_summary()
-        (self.folder.path / jobs.LOGS / "history.jsonl").unlink()
+        (self.folder.path / slurm_jobs.LOGS / "history.jsonl").unlink()
         return told["status"], told["exit_reason"], requeue.called
 
     def test_told_to_leave_before_they_could_listen(self):
@@ -276,8 +293,8 @@ class Ended(Folder):
 
     def test_other_ends(self):
         self.assertRegex(" ".join(map(str, self.end(1))), "failed .*could not be started .exit code 1.; see .* False")
-        self.assertRegex(" ".join(map(str, self.end(137, (0,)))), "failed .*SIGKILL: out of memory, perhaps.* False")
-        self.assertRegex(" ".join(map(str, self.end(135, (0,)))), "failed .*SIGBUS: a .npy file .* in place, .* False")
+        self.assertRegex(" ".join(map(str, self.end(137, (0,)))), "failed .*SIGKILL.* False")
+        self.assertRegex(" ".join(map(str, self.end(135, (0,)))), "failed .*SIGBUS.*npy.* False")
         self.assertEqual(self.end(134, (0,))[::2], ("requeued", True))
         self.assertEqual(self.end(1, (0,), restarts=1)[::2], ("requeued", True), "its node is gone")
         self.assertEqual(self.end(1, (0,), restarts=3)[::2], ("failed", False), "for the third time")
@@ -285,12 +302,12 @@ class Ended(Folder):
         status, reason, requeued = self.end(134, (0,))
         self.assertEqual((status, requeued), ("interrupted", False))
         self.assertRegex(reason, "does not come back: submitit.max_requeues is 0")
-        note(self.folder, "fault", "a", job="12", restarts=0, rank=3, reason="OSError: no such device")
+        self.rank_end(0, OSError("no such device"), job="12")
         self.assertEqual(self.end(134, (0,)), ("failed", "process 3 failed: OSError: no such device", False))
 
     def test_when_process_0_was_silent_the_job_comes_back(self):
         for restarts, expected in ((1, "requeued"), (0, "failed")):  # of an earlier start it says nothing
-            note(self.folder, "lost", "a", job="12", restarts=1, rank=5, reason="process 0 is silent")
+            self.rank_end(1, PeerLostError("process 0 is silent"), rank=5, job="12")
             status, reason, requeued = self.end(137, started=(0, 1), restarts=restarts)
             self.assertEqual((status, requeued), (expected, expected == "requeued"), reason)
         self.assertIn("SIGKILL", reason)
@@ -314,7 +331,7 @@ class NotSubmitted(Folder):
             for status in (*said, "cancelled"):
                 self.folder.write_summary(status=status, exit_reason="no memory")
                 with contextlib.redirect_stdout(io.StringIO()):
-                    job_record.main([how, str(self.folder.path), "b"])
+                    slurm_jobs.main([how, str(self.folder.path), "b"])
                 found = self.folder.read_summary()
                 wanted = (status, "no memory") if status in kept else ("cancelled", "b")
                 self.assertEqual((found["status"], found["exit_reason"]), wanted, (how, status))
@@ -326,14 +343,14 @@ class BatchScript(Folder):
     def leave(self, tasks: str, *setup: str) -> tuple[int, str]:
         """The exit code, and what the summary says."""
         note(self.folder, "submitted", "a", job="12", restarts=0)
-        script = "\n".join(["#!/bin/bash", *setup_lines(self.folder.path / jobs.LOGS, setup), tasks])
+        script = "\n".join(["#!/bin/bash", *batch_script_prologue(self.folder.path / slurm_jobs.LOGS, setup), tasks])
         (self.folder.path / "slurm_script").write_text(script)
         environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
         made = subprocess.run(
             ["bash", self.folder.path / "slurm_script"], env=environment | {"SLURM_JOB_ID": "12"}, timeout=60
         )
         told = self.folder.read_summary()
-        (self.folder.path / jobs.LOGS / "history.jsonl").unlink()
+        (self.folder.path / slurm_jobs.LOGS / "history.jsonl").unlink()
         self.folder.replace_summary({})
         return made.returncode, f"{told.get('status')}: {told.get('exit_reason')}"
 
@@ -367,7 +384,7 @@ class BatchScript(Folder):
 
     def test_a_finished_run_whose_processes_fail_while_they_leave_has_ended_well(self):
         end = json.dumps({"event": "end", "status": "finished", "restarts": 0, "job": "12", "token": "a"})
-        history = self.folder.path / jobs.LOGS / "history.jsonl"
+        history = self.folder.path / slurm_jobs.LOGS / "history.jsonl"
         self.assertEqual(self.leave(f"echo '{end}' >>{history}; (exit 134)"), (0, "None: None"))
         failed = end.replace("finished", "failed")
         self.assertEqual(self.leave(f"echo '{failed}' >>{history}; (exit 1)"), (1, "None: None"), "it told so itself")
@@ -442,46 +459,43 @@ class WhatSlurmWouldNotTake(unittest.TestCase):
 
     def test_a_shell_command_that_bash_cannot_read(self):
         check_setup(["module load cuda", "if true; then\n  echo yes\nfi", "cat <<E\nx\nE", "exec 2>log"])
-        unreadable = "bash says: (syntax error|unexpected)"
+        unreadable = "bash"
         for line, saying in (
             ("}", unreadable), ("echo 'open", unreadable), ("true\n} && {", unreadable),
-            ("if true; then", "bash says: syntax error: unexpected end of file"),
-            ("exec srun python", "exec ends the batch script"), (" exec /bin/true", "exec ends the batch script"),
+            ("if true; then", "bash"),
+            ("exec srun python", "exec"), (" exec /bin/true", "exec"),
         ):  # fmt: skip
-            with self.assertRaisesRegex(UserError, rf"submitit.setup\[1\] is .* ?{saying}", msg=line):
+            with self.assertRaisesRegex(UserError, rf"submitit.setup\[1\] is .*{saying}", msg=line):
                 check_setup(["true", line])
 
     def test_a_login_node_without_bash_cannot_tell(self):
-        with mock.patch.object(submission.shutil, "which", return_value=None):
+        with mock.patch.object(submit.shutil, "which", return_value=None):
             check_setup(["}"])
 
-    def test_the_nodes_of_a_partition(self):
-        nodes = (
-            ["gpu*", "4", "64+", "515000", "gpu:a100:8(S:0-1)", "2-00:00:00"],
-            ["gpu*", "n/a", "N/A", "0", "", "x"],
+    def test_limits_of_a_partition(self):
+        answer = (
+            "PartitionName=gpu Default=YES MaxNodes=2 MaxTime=2-00:00:00 TotalCPUs=9 TotalNodes=4\n"
+            "PartitionName=cpu Default=NO MaxTime=UNLIMITED TotalNodes=9\n"
         )
-        answer = "\n".join(
-            slurm.SEPARATOR.join(fields) for fields in (*nodes, ["cpu", "9", "8", "16384", "(null)", "1:00"])
-        )
-        with mock.patch.object(slurm, "ask", return_value=answer), mock.patch.dict(os.environ):
+        with mock.patch.object(slurm, "run", return_value=mock.Mock(stdout=answer)), mock.patch.dict(os.environ):
             os.environ.pop("SBATCH_PARTITION", None)
-            self.assertEqual(slurm.partition(None), [slurm.NodeKind(4, 64, 515000 / 1024, 8, 2880)])
+            self.assertEqual(slurm.partition_limits(None), (4, 2880))
+            self.assertEqual(slurm.partition_limits("gpu,cpu"), (9, None))
+            self.assertEqual(slurm.partition_limits("unknown"), (None, None))
             os.environ["SBATCH_PARTITION"] = "cpu"
-            self.assertEqual(slurm.partition(None)[-1], slurm.NodeKind(9, 8, 16, 0, 1))
+            self.assertEqual(slurm.partition_limits(None), (9, None))
+            os.environ.pop("SBATCH_PARTITION")
+            for setting, nodes, hours in (("launcher.num_nodes", 5, 1), ("submitit.timeout_hour", 4, 49)):
+                with self.assertRaisesRegex(UserError, setting):
+                    submit.check_partition(settings_of(f"launcher.num_nodes={nodes}", f"submitit.timeout_hour={hours}"))
 
     def test_jobs_of_other_kinds_in_the_queue(self):
         mine = ["12", "RUNNING", "None", "two\nlines \ufffd", "/x/submitit_logs/y.sh", "(null)"]
         answer = "".join(f"{slurm.SEPARATOR.join(fields)}{slurm.END}\n" for fields in (mine, ["13", "odd"]))
-        with mock.patch.object(slurm, "ask", return_value=answer):
+        with mock.patch.object(slurm, "run", return_value=mock.Mock(stdout=answer)):
             self.assertEqual(
-                slurm.queue(), {"12": JobState("RUNNING", "", "two\nlines \ufffd", "/x/submitit_logs/y.sh")}
+                slurm.squeue(), {"12": JobState("RUNNING", "", "two\nlines \ufffd", "/x/submitit_logs/y.sh")}
             )
-
-    def test_an_array_that_is_too_long(self):
-        with mock.patch.object(slurm, "ask", return_value="Other = 1\nMaxArraySize            = 101\n"):
-            check_array(101)
-            with self.assertRaisesRegex(UserError, "150 runs, and an array of this SLURM at most 101"):
-                check_array(150)
 
 
 class Environment(unittest.TestCase):
@@ -492,7 +506,7 @@ class Environment(unittest.TestCase):
             "SLURM_JOB_ID": "12", "URL": "https://me:word@host/path", "PATH": "/bin",
         }  # fmt: skip
         with mock.patch.dict(os.environ, given, clear=True):
-            told = environment()
+            told = public_environment()
         secret = ["AWS_SECRET", "DB_PASSWD", "GITHUB_TOKEN", "MY_PASSWORD", "SSH_AUTH_SOCK", "WANDB_API_KEY"]
         self.assertEqual([name for name in told if told[name] is None], secret)
         self.assertEqual((told["SLURM_JOB_ID"], told["URL"], told["PATH"]), ("12", "https://...@host/path", "/bin"))
@@ -501,34 +515,20 @@ class Environment(unittest.TestCase):
 class Answers(unittest.TestCase):
     def test_time_limits(self):
         given = {"30": 30, "1:30": 1.5, "2:00:00": 120, "3-12:00:00": 5040, "3-12": 5040, "infinite": None, "n/a": None}
-        self.assertEqual({text: minutes(text) for text in given}, given)
+        self.assertEqual({text: parse_limit(text) for text in given}, given)
 
     def test_moments(self):
-        self.assertEqual([moment(text) for text in ("Unknown", "None", "N/A", "", None)], [None] * 5)
-        self.assertEqual(moment("2026-11-24T16:39:49") - moment("2026-11-24T16:38:49"), 60)
+        self.assertEqual([parse_time(text) for text in ("Unknown", "None", "N/A", "", None)], [None] * 5)
+        self.assertEqual(parse_time("2026-11-24T16:39:49") - parse_time("2026-11-24T16:38:49"), 60)
 
-    def test_refusals_name_the_setting(self):
-        beginning = "sbatch: error: Batch job submission failed: "
-        for said, setting in (
-            ("Invalid account or account/partition combination specified", "submitit.account"),
-            ("Invalid qos specification", "submitit.qos"),
-            ("Job dependency problem", "submitit.dependency"),
-            ("Requested time limit is invalid (missing or exceeds some limit)", "submitit.timeout_hour"),
-            ("Invalid generic resource (gres) specification", "launcher.gpus_per_node"),
-            ("User's group not permitted to use this partition", "submitit.partition"),
-            ("Requested reservation is invalid", "submitit.additional_parameters"),
-            ("Invalid --mem specification", "submitit.mem"),
-            ("something new", "the submitit settings"),
-        ):
-            told = refusal(f"{beginning}{said}\n")
-            self.assertTrue(told.startswith(f"SLURM refused the job and said: {said}. Change {setting}"), told)
-        limit = "QOSMaxSubmitJobPerUserLimit; Job violates accounting/QOS policy (job submit limit, user's size)"
-        self.assertIn("same command again when jobs of yours have ended", refusal(f"{beginning}{limit}\n"))
+    def test_refusals_are_slurms_words(self):
+        message = "Invalid account or account/partition combination specified"
+        self.assertIn(message, explain_error(f"sbatch: error: Batch job submission failed: {message}\n"))
 
     def test_what_became_of_a_job(self):
         def told(status: str, *state: str) -> tuple[str, str]:
             summary = {"status": status, "exit_reason": None, "job": {"job_id": "12"}}
-            return settled(summary, {"12": JobState(*state)} if state else {})
+            return resolve_status(summary, {"12": JobState(*state)} if state else {})
 
         self.assertEqual(told("queued", "PENDING", "Resources"), ("queued", "job 12 waits (Resources)"))
         self.assertEqual(told("running", "RUNNING"), ("running", "job 12 is RUNNING"))
@@ -539,21 +539,21 @@ class Answers(unittest.TestCase):
         align = JobState("FAILED", command="/runs/align/submitit_logs/x.sh")
         waiting = {"status": "queued", "job": {"job_id": "12"}}
         self.assertEqual(
-            settled(
+            resolve_status(
                 waiting, {"12": never, "9": align, "8": JobState("RUNNING", command="/runs/mae/submitit_logs/x.sh")}
             ),
             ("cancelled", "it waited for what did not end well: job 9 of /runs/align"),
         )
-        self.assertRegex(settled(waiting, {"12": never})[1], "afterok:9.failed.,afterok:8")
+        self.assertRegex(resolve_status(waiting, {"12": never})[1], "afterok:9.failed.,afterok:8")
         after_waiting = told("queued", "CANCELLED", "BeginTime")
         self.assertEqual(after_waiting, ("cancelled", "job 12 is CANCELLED (ended from outside)"))
         ours = {"status": "running", "job": {"job_id": "12", "logs": "/runs/a/submitit_logs"}}
         for command, status in (("/runs/a/submitit_logs/x.sh", "running"), ("", "lost"), ("/runs/b/x.sh", "lost")):
-            self.assertEqual(settled(ours, {"12": JobState("RUNNING", command=command)})[0], status)
+            self.assertEqual(resolve_status(ours, {"12": JobState("RUNNING", command=command)})[0], status)
         self.assertEqual(told("running"), ("lost", "SLURM does not know job 12 any more; it was running"))
         self.assertEqual(told("finished", "RUNNING"), ("finished", ""))
-        self.assertEqual(settled({"status": "running"}, {}), ("running", ""), "not on a cluster")
-        self.assertEqual(settled({}, None), ("not begun", ""))
+        self.assertEqual(resolve_status({"status": "running"}, {}), ("running", ""), "not on a cluster")
+        self.assertEqual(resolve_status({}, None), ("not begun", ""))
 
 
 class Submission(Folder):
@@ -577,7 +577,7 @@ class Submission(Folder):
         config = self.folder.path / "config.yaml"
         for before, told in (
             ("epochs: 1\nlauncher: {num_nodes: 8}\nsubmitit: {mem_gb: 9}\n", None),
-            ("epochs: 2\n", "had other settings: epochs: 2 -> 1. For a run with these"),
+            ("epochs: 2\n", "had other settings: epochs: 2 -> 1"),
         ):
             config.write_text(before)
             with contextlib.redirect_stderr(io.StringIO()) as said:
@@ -589,18 +589,18 @@ class Submission(Folder):
 
     def test_a_run_that_would_go_on_as_another_experiment_is_not_submitted(self):
         (self.folder.path / "config.yaml").write_text("epochs: 2\n")
-        submission.require_same_experiment(self.job())  # it has no checkpoint to go on from
+        submit.require_same_experiment(self.job())  # it has no checkpoint to go on from
         (self.folder.path / "checkpoints").mkdir()
         (self.folder.path / "checkpoints/checkpoint.pt").touch()
         with self.assertRaisesRegex(UserError, "another experiment .* epochs: 2 -> 1. .*allow_changes=true"):
-            submission.require_same_experiment(self.job())
+            submit.require_same_experiment(self.job())
         for override in ("trainer.mode=val", "trainer.checkpoint.allow_changes=true"):
-            submission.require_same_experiment(self.job(override))
+            submit.require_same_experiment(self.job(override))
         (self.folder.path / "config.yaml").write_text("epochs: 1\nnum_workers: 9\n")
-        submission.require_same_experiment(self.job())
+        submit.require_same_experiment(self.job())
 
     def test_what_cannot_be_submitted_leaves_everything_as_it_was(self):
-        logs = self.folder.path / jobs.LOGS
+        logs = self.folder.path / slurm_jobs.LOGS
         self.folder.write_summary(status="interrupted", exit_reason="before", job={"job_id": "3"})
         before = self.folder.read_summary()
 
@@ -610,7 +610,7 @@ class Submission(Folder):
             (logs / "70_1_0_log.out").touch()  # of a job that began meanwhile
             raise errors.pop()
 
-        taken = "It had taken job 71 all the same, which was cancelled"
+        taken = "[Jj]ob 71.* was cancelled"
         queue = {
             "71": JobState("PENDING", command=str(logs / "new_submitted.pkl")),
             "72": JobState("PENDING", command=str(logs / "old.sh")),
@@ -620,49 +620,49 @@ class Submission(Folder):
             (
                 FailedJobError("sbatch: error: Invalid qos specification\n"),
                 UserError,
-                "SLURM refused .* Change submitit.qos",
+                "Invalid qos",
             ),
-            (FailedJobError("sbatch: error: Socket timed out\n"), UserError, f"did not take .*Try again.*{taken}"),
+            (FailedJobError("sbatch: error: Socket timed out\n"), UserError, f"timed out.*{taken}"),
             (FailedSubmissionError("Could not make sense of sbatch output"), UserError, taken),
             (
                 OSError(28, "No space left on device"),
                 UserError,
-                f"not be written to .*No space left .*Make room .*{taken}",
+                f"No space left .*launcher.experiment_log_dir.*{taken}",
             ),
             (KeyboardInterrupt(), KeyboardInterrupt, ""),
         ):
             errors = [error]
             executor = mock.Mock(submit=mock.Mock(side_effect=refused))
             with (
-                mock.patch.object(launch, "slurm_executor", return_value=executor),
-                mock.patch.object(slurm, "queue", return_value=queue),
-                mock.patch.object(slurm, "ask") as asked,
+                mock.patch.object(submit, "slurm_executor", return_value=executor),
+                mock.patch.object(slurm, "squeue", return_value=queue),
+                mock.patch.object(slurm, "run") as asked,
             ):
                 with self.assertRaisesRegex(kind, saying):
-                    launch.hand_over([self.job()], logs)
+                    submit.sbatch([self.job()], logs)
             asked.assert_called_once_with("scancel", "71")
             self.assertEqual([file.name for file in logs.iterdir()], ["70_1_0_log.out"])
             (logs / "70_1_0_log.out").unlink()
             self.assertEqual(self.folder.read_summary(), before)
-        silent = mock.patch.object(slurm, "queue", side_effect=slurm.SubprocessError("no answer"))
-        with mock.patch.object(launch, "slurm_executor", return_value=executor), silent:
+        silent = mock.patch.object(slurm, "squeue", side_effect=slurm.SlurmError("no answer"))
+        with mock.patch.object(submit, "slurm_executor", return_value=executor), silent:
             errors = [OSError(28, "No space left on device")]
-            with self.assertRaisesRegex(UserError, "cannot be found out now: look with squeue"):
-                launch.hand_over([self.job()], logs)
+            with self.assertRaisesRegex(UserError, "look with squeue"):
+                submit.sbatch([self.job()], logs)
 
     def test_ctrl_c_after_slurm_has_the_job_does_not_hide_it(self):
         def disturbed(*given: object) -> None:
             signal.raise_signal(signal.SIGINT)
             launch_note(*given)
 
-        launch_note = launch.note_submission
+        launch_note = submit.note_submission
         executor = mock.Mock(submit=mock.Mock(return_value=mock.Mock(job_id="71")))
         with (
-            mock.patch.object(launch, "slurm_executor", return_value=executor),
-            mock.patch.object(launch, "note_submission", disturbed),
+            mock.patch.object(submit, "slurm_executor", return_value=executor),
+            mock.patch.object(submit, "note_submission", disturbed),
             mock.patch("builtins.print"),
         ):
-            launch.hand_over([self.job()], self.folder.path / jobs.LOGS)
+            submit.sbatch([self.job()], self.folder.path / slurm_jobs.LOGS)
         self.assertEqual(self.folder.read_summary()["job"]["job_id"], "71")
 
     def test_a_signal_while_a_run_is_built_ends_it_there(self):
@@ -674,17 +674,54 @@ class Submission(Folder):
             code = run_process(self.job(), RankInfo(0, 1, 0, 1, None))
         self.assertEqual(code, 128 + signal.SIGTERM)
 
-    def test_what_the_environment_says_to_sbatch_does_not_count_before_the_settings(self):
-        given = {"SBATCH_TIMELIMIT": "5", "SBATCH_ARRAY_INX": "0-1", "SBATCH_ACCOUNT": "a", "SBATCH_PARTITION": "b"}
-        asked = self.job("submitit.partition=gpu").settings.submitit
-        with mock.patch.dict(os.environ, given), contextlib.redirect_stderr(io.StringIO()) as said:
-            with slurm.settings_first(asked):
-                self.assertEqual([name for name in given if name in os.environ], ["SBATCH_ACCOUNT"])
-                self.assertRegex(
-                    refusal("Invalid account", asked), "Change submitit.account. .Of .*, too: SBATCH_ACCOUNT"
-                )
-            self.assertLessEqual(given.items(), os.environ.items())
-        self.assertRegex(said.getvalue(), "environment: SBATCH_ARRAY_INX, SBATCH_PARTITION, SBATCH_TIMELIMIT. Jobs")
+    def test_a_signal_to_a_submission_rolls_it_back(self):
+        def asked(*_: str) -> None:
+            (self.folder.path / slurm_jobs.LOGS / "new_submitted.pkl").touch()
+            signal.raise_signal(signal.SIGTERM)
+
+        with (
+            mock.patch.object(submit, "slurm_executor", return_value=mock.Mock(submit=asked)),
+            mock.patch.object(submit, "check_submission"),
+            mock.patch.object(slurm, "squeue", return_value={}),
+            self.assertRaises(StopRequested) as stopped,
+        ):
+            submit.submit([self.job()])
+        self.assertEqual(stopped.exception.exit_code, 143)
+        self.assertEqual(self.folder.read_summary(), {})
+        self.assertEqual(list((self.folder.path / slurm_jobs.LOGS).glob("*.pkl")), [])
+
+    def test_only_the_settings_and_the_sites_defaults_count(self):
+        leftovers = {
+            "SLURM_JOB_ID": "9", "SLURM_MEM_PER_NODE": "1", "SLURM_GPUS": "8", "SLURM_GPUS_PER_NODE": "8",
+            "SLURM_EXCLUSIVE": "user", "SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "1", "SLURM_RESTART_COUNT": "3",
+            "SRUN_DEBUG": "1", "SBATCH_MEM": "1", "SALLOC_QOS": "a", "SQUEUE_STATES": "F",
+            "SUBMITIT_PREEMPT_SIGNAL": "USR1", "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0",
+            "MASTER_ADDR": "x", "MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "1", "SBATCH_PARTITION": "b",
+            "PMI_RANK": "0",
+        }  # fmt: skip
+        site = {"SBATCH_ACCOUNT": "a", "SLURM_CONF": "/etc/slurm.conf"}
+        settings = self.job("submitit.partition=gpu").settings.submitit
+        with mock.patch.dict(os.environ, leftovers | site), contextlib.redirect_stderr(io.StringIO()) as said:
+            with slurm.scrubbed_sbatch_env(settings):
+                self.assertEqual({*leftovers, *site} & set(os.environ), set(site))
+                self.assertIn("SBATCH_ACCOUNT", explain_error("Invalid account", settings))
+            self.assertLessEqual((leftovers | site).items(), os.environ.items())
+            environment = json.loads(
+                slurm.run(sys.executable, "-c", "import json, os; print(json.dumps({**os.environ}))").stdout
+            )
+            self.assertEqual(environment.keys() & leftovers.keys(), set())
+        self.assertRegex(said.getvalue(), "^warning: .*SBATCH_MEM, SBATCH_PARTITION")
+        with self.assertRaisesRegex(slurm.SlurmError, "submitit.use_cluster=false"):
+            slurm.run("false")
+
+    def test_a_job_whose_submission_was_killed_is_cancelled(self):
+        logs = self.folder.path.absolute() / slurm_jobs.LOGS
+        queue = {"12": JobState("PENDING", command=f"{logs}/a.sh")}
+        with mock.patch.object(slurm, "run") as called, contextlib.redirect_stderr(io.StringIO()):
+            self.assertFalse(is_queued(self.job(), queue), "it may be under way")
+            called.assert_not_called()
+            self.assertFalse(is_queued(self.job(), queue, locked=True))
+            called.assert_called_once_with("scancel", "12")
 
     def test_summaries_that_somebody_else_wrote(self):
         file, job = self.folder.path / "summary.json", self.job("epochs=3")
@@ -698,14 +735,14 @@ class Submission(Folder):
                 self.assertFalse(is_finished(job.settings, self.folder))
                 self.assertFalse(is_queued(job, {"12": JobState("PENDING")}))
                 self.assertEqual(signal_delay(job.settings, self.folder), 120)
-                settled(self.folder.read_summary(), {"12": JobState("PENDING")})
+                resolve_status(self.folder.read_summary(), {"12": JobState("PENDING")})
         file.unlink()
         file.mkdir()
         self.assertEqual(self.folder.read_summary(), {})
 
     def test_a_job_in_the_queue_is_not_submitted_again_unless_it_is_another_ones(self):
         self.folder.write_summary(status="queued", job={"job_id": "12"})
-        logs = self.folder.path.absolute() / jobs.LOGS
+        logs = self.folder.path.absolute() / slurm_jobs.LOGS
         (logs / "12_config.yaml").write_text("epochs: 1\nsubmitit: {dependency: 'afterok:3'}\n")
         ours, theirs = f"{logs}/a.sh", "/home/other/run/submitit_logs/a.sh"
         with mock.patch("builtins.print"):
@@ -740,14 +777,14 @@ class Submission(Folder):
 
     def test_no_less_time_than_is_asked_for(self):
         for hours, minutes_asked in (("20", 1200), ("0.1", 6), ("0.02", 2), ("1e-9", 1)):
-            script = launch.batch_script(self.job(f"submitit.timeout_hour={hours}").settings, self.folder)
+            script = submit.batch_script(self.job(f"submitit.timeout_hour={hours}").settings, self.folder)
             self.assertIn(f"#SBATCH --time={minutes_asked}\n", script, hours)
 
     def test_the_script_is_shown_where_slurm_is_not_installed(self):
         """It is the one that submitit would submit, for a single job and with every kind of setting."""
         with tempfile.TemporaryDirectory() as programs, mock.patch.dict(os.environ, PATH=programs):
             shown = [
-                (settings, launch.batch_script(settings, self.folder))
+                (settings, submit.batch_script(settings, self.folder))
                 for settings in (
                     self.job().settings,
                     self.job("trainer.accelerator=cpu", "launcher.gpus_per_node=2", "submitit.mem_gb=1.5").settings,
@@ -758,18 +795,18 @@ class Submission(Folder):
                 )
             ]
             with self.assertRaisesRegex(UserError, "submitit.use_cluster"):
-                launch.validate_launch_mode(shown[0][0])
+                launcher.validate_launch_mode(shown[0][0])
             srun = Path(programs, "srun")
             srun.touch(0o755)  # submitit looks for it, and does not call it
             for settings, script in shown:
-                executor = launch.slurm_executor(settings, self.folder, self.folder.path.absolute() / jobs.LOGS)
+                executor = submit.slurm_executor(settings, self.folder, self.folder.path.absolute() / slurm_jobs.LOGS)
                 wanted = executor._make_submission_file_text(executor._submitit_command_str, "NUMBER")
                 self.assertEqual(script, wanted)
 
     def test_a_folder_in_memory_is_refused_before_it_is_made(self):
         if not Path("/dev/shm").is_dir():
             self.skipTest("this machine has no /dev/shm")
-        with self.assertRaisesRegex(UserError, "lies in this machine's memory"):
+        with self.assertRaisesRegex(UserError, "launcher.experiment_log_dir"):
             check_folders([Path("/dev/shm/omnivision/run")])
 
     def test_dependencies(self):
@@ -795,7 +832,7 @@ class Submission(Folder):
             "14_0": JobState("COMPLETED"),
             "14_1": JobState("FAILED"),
         }
-        with mock.patch.object(slurm, "job_facts", return_value={}):
+        with mock.patch.object(slurm, "show_job", return_value={}):
             for fine in (
                 None,
                 "afterok:12",
@@ -817,21 +854,19 @@ class Submission(Folder):
                     check_dependency(refused, queue)
             self.folder.write_summary(status="finished", job={"job_id": "20"})  # by a later job
             note(self.folder, "submitted", "a", job="13", restarts=0)
-            queue["13"] = JobState("FAILED", command=f"{self.folder.path.absolute()}/{jobs.LOGS}/x.sh")
-            with self.assertRaisesRegex(
-                UserError, "13 is FAILED .* is finished by now, .* leave submitit.dependency out"
-            ):
+            queue["13"] = JobState("FAILED", command=f"{self.folder.path.absolute()}/{slurm_jobs.LOGS}/x.sh")
+            with self.assertRaisesRegex(UserError, "13 is FAILED .*submitit.dependency=null"):
                 check_dependency("afterok:13", queue)
 
     def test_what_it_waits_for_fails_while_it_is_submitted(self):
         before = RunDir(self.folder.path.parent / "align")
-        before.create(jobs.LOGS)
-        command = f"{before.path.absolute()}/{jobs.LOGS}/a.sh"
+        before.create(slurm_jobs.LOGS)
+        command = f"{before.path.absolute()}/{slurm_jobs.LOGS}/a.sh"
 
         def lost(state: str, status: str, job: str = "12", dependency: str = "afterok:12") -> str | None:
             before.write_summary(status=status, exit_reason="no memory", job={"job_id": job})
-            with mock.patch.object(submission, "queue_or_none", return_value={"12": JobState(state, command=command)}):
-                return lost_meanwhile(dependency)
+            with mock.patch.object(slurm, "squeue_or_none", return_value={"12": JobState(state, command=command)}):
+                return dependency_failed(dependency)
 
         self.assertIsNone(lost("RUNNING", "running"))
         self.assertIsNone(lost("COMPLETED", "finished"))
@@ -843,9 +878,9 @@ class Submission(Folder):
 
     def test_what_a_job_waits_for_as_slurm_tells_it(self):
         told = "afterok:12(unfulfilled),afterany:3(failed),afterok:14_*(unfulfilled)"
-        self.assertEqual(list(waits(told)), [("afterok", "12"), ("afterany", "3"), ("afterok", "14_*")])
-        self.assertEqual(list(waits("")), [])
-        self.assertEqual(list(waits("singleton")), [])
+        self.assertEqual(list(parse_dependencies(told)), [("afterok", "12"), ("afterany", "3"), ("afterok", "14_*")])
+        self.assertEqual(list(parse_dependencies("")), [])
+        self.assertEqual(list(parse_dependencies("singleton")), [])
 
     def test_the_lock_of_a_job_that_is_over_holds_nobody_up(self):
         self.folder.create()
@@ -900,7 +935,7 @@ class Submission(Folder):
 class Notes(Folder):
     def test_a_line_that_a_crash_cut_is_left_out(self):
         note(self.folder, "start", "a", job="1")
-        with open(self.folder.path / jobs.LOGS / "history.jsonl", "a") as file:
+        with open(self.folder.path / slurm_jobs.LOGS / "history.jsonl", "a") as file:
             file.write('{"event": "en')
         self.assertEqual([line["event"] for line in history(self.folder)], ["start"])
 

@@ -16,7 +16,8 @@ from omegaconf import OmegaConf
 
 from omnivision.distributed.process_group import Dist, RankInfo
 from omnivision.launch import local
-from omnivision.launch.local import first_failure
+from omnivision.launch.launcher import apply_torchrun_env
+from omnivision.launch.local import wait_for_processes
 from omnivision.utils.errors import EXIT_FAULT, EXIT_INTERRUPTED, UserError
 from tests import runs
 from train_app_submitit import apart
@@ -145,7 +146,7 @@ class Ends(unittest.TestCase):
             ((-15, 70), EXIT_FAULT, "process 0 was killed by SIGTERM"),
         ):
             with self.subTest(codes):
-                found, reason = first_failure(self.ended(*codes))
+                found, reason = wait_for_processes(self.ended(*codes))
                 self.assertEqual(found, code)
                 self.assertIn(saying, reason)
 
@@ -153,11 +154,11 @@ class Ends(unittest.TestCase):
         for codes, expected in (((71, 71), 71), ((143, 143), 143), ((-15, 143), 143), ((0, 0), 0), ((1, 1), 1)):
             processes = iter([mock.Mock(exitcode=code, is_alive=lambda: False, pid=None) for code in codes])
             context = mock.Mock(Process=lambda processes=processes, **_: next(processes))
-            folder = mock.Mock()
+            folder = mock.Mock(logs=Path("/nowhere"))
             with (
                 self.subTest(codes),
                 mock.patch("multiprocessing.get_context", return_value=context),
-                mock.patch.object(local, "handing_on", lambda _: contextlib.nullcontext([signal.SIGTERM])),
+                mock.patch.object(local, "forward_signals", lambda _: contextlib.nullcontext([signal.SIGTERM])),
                 mock.patch.object(local, "run_folder", return_value=folder),
             ):
                 self.assertEqual(local.run_local_processes(mock.Mock(), 2), expected)
@@ -189,6 +190,28 @@ class Backends(unittest.TestCase):
             place = RankInfo(0, 2, 0, 2, f"file://{folder}/store")
             with self.assertRaisesRegex(UserError, "backend is nccl, and this run is on the cpu; expected gloo"):
                 Dist(place, "cpu", "nccl", timedelta(minutes=1))
+
+
+class Environment(unittest.TestCase):
+    def apply(self, use_cluster: bool, **variables: str) -> dict:
+        config = OmegaConf.create(
+            {"launcher": {"num_nodes": 1, "gpus_per_node": 1}, "submitit": {"use_cluster": use_cluster}}
+        )
+        with mock.patch.dict(os.environ, variables):
+            apply_torchrun_env(config)
+        return OmegaConf.to_container(config)
+
+    def test_variables_of_torchrun_replace_settings(self):
+        torchrun = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+        wanted = {"launcher": {"num_nodes": 2, "gpus_per_node": 2}, "submitit": {"use_cluster": False}}
+        self.assertEqual(self.apply(False, **torchrun), wanted)
+        self.assertEqual(self.apply(True, TORCHELASTIC_RUN_ID="1", **torchrun), wanted)
+        self.assertTrue(self.apply(True, MASTER_PORT="1")["submitit"]["use_cluster"])
+        with self.assertRaisesRegex(UserError, "RANK.*submitit.use_cluster"):
+            self.apply(True, **torchrun)
+        for leftover in ({"RANK": "0"}, {"WORLD_SIZE": "2"}, {"RANK": "0", "WORLD_SIZE": "2"}):
+            with self.assertRaisesRegex(UserError, "MASTER_ADDR"):
+                self.apply(False, **leftover)
 
 
 class Places(unittest.TestCase):

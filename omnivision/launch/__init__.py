@@ -4,8 +4,8 @@ from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    if name == "run_slurm_task":  # named so by jobs that were submitted when this package was a module
-        from omnivision.launch.launcher import run_slurm_task
+    if name == "run_slurm_task":  # the name that jobs of earlier versions, which may still be queued, look up
+        from omnivision.launch.submit import run_slurm_task
 
         return run_slurm_task
     raise AttributeError(name)

@@ -25,9 +25,9 @@ from omnivision.config.schema import Settings
 from omnivision.data.catalog import Split
 from omnivision.distributed.process_group import RankInfo, choose_device
 from omnivision.launch import slurm
-from omnivision.launch.launcher import batch_script, check_submission, validate_launch_mode
+from omnivision.launch.launcher import validate_launch_mode
 from omnivision.launch.run import Job, build_and_restore, run_folder
-from omnivision.launch.submission import known_jobs
+from omnivision.launch.submit import batch_script, check_submission
 from omnivision.models.average import AveragedClassifier
 from omnivision.optim.groups import ScheduledOptimizer
 from omnivision.reporting.reporter import Reporter
@@ -122,8 +122,8 @@ def check_start(job: Job, splits: tuple[list[Split], list[Split]]) -> tuple[Trai
         checks.append(lambda: build.check_device(settings, choose_device(settings.trainer.accelerator, last)))
         if folder.path.is_dir():
             checks.append(folder.require_free)
-    elif slurm.available():
-        checks.append(lambda: check_submission([job], known_jobs()))
+    elif slurm.is_available():
+        checks.append(lambda: check_submission([job], slurm.squeue()))
     with warnings.catch_warnings(action="ignore"):  # torch says that the meta device takes no values
         made = collect_errors(checks)
     trainer = next((each[0] for each in made if isinstance(each, tuple)), None)

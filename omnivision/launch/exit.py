@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import os
 import sys
 import threading
+import time
 import traceback
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from omnivision.launch.watchdog import PeerMonitor, Watchdog, is_peer_lost, write_stacks
-from omnivision.reporting.run_directory import WAITING, RunDir
+from omnivision.reporting.run_directory import WAITING, RunDir, own_job, own_restarts
 from omnivision.utils.errors import (
     EXIT_FAULT,
     EXIT_INTERRUPTED,
@@ -22,11 +26,13 @@ from omnivision.utils.errors import (
     is_out_of_memory,
     out_of_memory,
 )
+from omnivision.utils.io import write_atomically
 from omnivision.utils.signals import StopSignal
 
 if TYPE_CHECKING:
-    from omnivision.launch.job_record import JobRecord
+    from omnivision.launch.slurm_jobs import JobLog
 
+END_FILE_SECONDS = 2.0  # for the end file of another rank to appear
 LOG = logging.getLogger("omnivision")
 LESS_MEMORY = (
     "Raise trainer.optim.accumulation_steps (the same batch in smaller micro-batches), set "
@@ -35,10 +41,77 @@ LESS_MEMORY = (
 )
 
 
-class ExitHandler:
-    """What a process knows of how it may end. The main thread tells why it ends, or one that watches it does."""
+# ---- the end of each rank -----------------------------------------------------------------------------------------
 
-    def __init__(self, folder: RunDir, rank: int, validating: bool, record: JobRecord | None) -> None:
+
+def write_end_file(folder: RunDir, rank: int, error: BaseException, reason: str) -> None:
+    """Write down how this rank ended, in a file of its own: several machines cannot append to one file over NFS."""
+    if isinstance(error, (StopRequested, KeyboardInterrupt)) or getattr(error, "on_all_ranks", False):
+        kind = "stopped"
+    elif isinstance(error, PeerLostError) and not error.gone:  # what killed one that is gone is SLURM's to tell
+        kind = "peer silent"
+    else:
+        kind = "disconnected" if is_peer_lost(error) else "failed"
+    end = {
+        "rank": rank,
+        "pid": os.getpid(),
+        "job": own_job(),
+        "restarts": own_restarts(),
+        "kind": kind,
+        "reason": reason,
+    }
+    with contextlib.suppress(OSError):
+        write_atomically(folder.logs / f"rank_{rank}_end.json", json.dumps(end) + "\n")
+
+
+def read_end_files(folder: RunDir) -> Iterator[dict[str, Any]]:
+    """Yield how the ranks of a run ended, also those of an earlier start."""
+    for file in sorted(folder.logs.glob("rank_*_end.json")):
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            yield dict(json.loads(file.read_text(encoding="utf-8")))
+
+
+def remove_end_files(folder: RunDir) -> None:
+    for file in folder.logs.glob("rank_*_end.json"):
+        file.unlink(missing_ok=True)
+
+
+def first_failure(
+    folder: RunDir,
+    job: str | None,
+    restarts: int,
+    own_rank: int | None = None,
+    seconds: float = 0.0,
+    pids: Collection[int] | None = None,
+) -> str | None:
+    """Return why another rank than `own_rank` failed by itself in this start of a job (None: not on a cluster), if one did.
+
+    Waits up to `seconds` for its file; `pids` are the processes that count (None: all).
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        for end in read_end_files(folder):
+            this_start = (end.get("job"), end.get("restarts")) == (job, restarts) and end.get("rank") != own_rank
+            if this_start and end.get("kind") == "failed" and (pids is None or end.get("pid") in pids):
+                return f"process {end.get('rank')} failed: {end.get('reason')}"
+        if time.monotonic() >= deadline:
+            return None
+        time.sleep(0.1)
+
+
+def lost_peer(folder: RunDir, job: str | None, restarts: int) -> str | None:
+    """Return what a rank said of another one that stopped sending heartbeats in this start of a job, if one did."""
+    ends = [end for end in read_end_files(folder) if (end.get("job"), end.get("restarts")) == (job, restarts)]
+    return next((str(end.get("reason")) for end in ends if end.get("kind") == "peer silent"), None)
+
+
+# ---- how a process ends -------------------------------------------------------------------------------------------
+
+
+class ExitHandler:
+    """Ends a process: its main thread says why, or a thread that watches it does."""
+
+    def __init__(self, folder: RunDir, rank: int, validating: bool, record: JobLog | None) -> None:
         self.folder, self.rank, self.validating, self.record = folder, rank, validating, record
         self.locked = False  # the run folder is this process's
         self.begun = False  # what the summary tells is about this process's training
@@ -58,14 +131,16 @@ class ExitHandler:
         if not self._one.acquire(blocking=False):
             threading.Event().wait()  # a thread that watches is about to end this process
         if self.peers is not None:
-            if is_peer_lost(error) and (lost := self.peers.find_dead_peers()):
+            # A RuntimeError of one's own while another process is dead or silent is a consequence of that.
+            consequence = isinstance(error, RuntimeError) and not is_out_of_memory(error)
+            if consequence and (lost := self.peers.find_dead_peers()):
                 error = lost.with_traceback(error.__traceback__)
             self.peers.end()
         # A refusal before anything has begun leaves what an earlier run wrote as it is; an evaluation always does.
         untouched = self.locked and self.folder.read_summary().get("status") in (None, *WAITING)
         tells = untouched or (self.begun and not self.validating)
         if self.record is not None and self.rank == 0 and not self.validating:
-            tells = tells or self.locked or self.record.tells()
+            tells = tells or self.locked or self.record.owns_summary()
         return explain(error, self.folder, tells, self.rank, self.record)
 
     def leave(self, error: BaseException, at_once: bool) -> None:
@@ -94,7 +169,7 @@ class ExitHandler:
             self.folder.unlock()
 
 
-def explain(error: BaseException, folder: RunDir, tells: bool, rank: int, record: JobRecord | None = None) -> int:
+def explain(error: BaseException, folder: RunDir, tells: bool, rank: int, record: JobLog | None = None) -> int:
     """Say why a process ends, on the console, in its log and, if it `tells` of this run, in `summary.json`; returns the exit
     code.
     """
@@ -115,13 +190,18 @@ def explain(error: BaseException, folder: RunDir, tells: bool, rank: int, record
             print_error(
                 f"{reason}. The same command goes on from the last checkpoint." if lost else error if fault else reason
             )
+    write_end_file(folder, rank, error, reason)
     try:
         if record is not None and rank == 0:
-            record.end(error, reason, tells)
+            record.record_end(error, reason, tells)
         elif record is not None:
-            record.fault(error, reason)
+            record.wait_for_decision(error)
         elif tells:
-            folder.write_end("failed" if isinstance(error, Exception) else "interrupted", reason)
+            lost, cause = is_peer_lost(error), None
+            if lost or isinstance(error, StopRequested):
+                cause = first_failure(folder, own_job(), own_restarts(), rank, END_FILE_SECONDS if lost else 0.0)
+            status = "failed" if cause or isinstance(error, Exception) else "interrupted"
+            folder.write_end(status, cause or reason)
     except OSError as failure:  # a full disk must not change the exit code
         print(f"error: the reason could not be written to the run folder: {failure}", file=sys.stderr)
     return code

@@ -12,8 +12,9 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from omnivision.launch.exit import exit_code_and_reason
+from omnivision.launch.exit import exit_code_and_reason, first_failure
 from omnivision.launch.run import Job, run_folder, run_process
+from omnivision.reporting.run_directory import own_job, own_restarts
 from omnivision.utils.errors import (
     EXIT_ANNOUNCED,
     EXIT_FAULT,
@@ -50,14 +51,14 @@ def run_local_processes(job: Job, count: int) -> int:
         for process in processes:
             process.start()
         try:
-            with handing_on(processes) as heard:
-                code, reason = first_failure(processes)
+            with forward_signals(processes) as heard:
+                code, reason = wait_for_processes(processes)
             if heard and (code in INTERRUPTED or any(process.exitcode == -heard[0] for process in processes)):
                 code, reason = exit_code_and_reason(StopRequested(signal.Signals(heard[0]).name))
         except KeyboardInterrupt as error:
             with signals_ignored():
                 send(processes, signal.SIGINT)
-                first_failure(processes)
+                wait_for_processes(processes)
             code, reason = exit_code_and_reason(error)
         finally:
             for process in processes:
@@ -65,12 +66,14 @@ def run_local_processes(job: Job, count: int) -> int:
                     process.kill()
                 process.join()
     if code not in (0, EXIT_USER):
-        run_folder(job).note_silent_end(reason, interrupted=code in INTERRUPTED)
+        folder, pids = run_folder(job), [process.pid for process in processes if process.pid is not None]
+        reason = first_failure(folder, own_job(), own_restarts(), pids=pids) or reason
+        folder.note_silent_end(reason, interrupted=code in INTERRUPTED)
     return code
 
 
 @contextlib.contextmanager
-def handing_on(processes: list[SpawnProcess]) -> Iterator[list[int]]:
+def forward_signals(processes: list[SpawnProcess]) -> Iterator[list[int]]:
     """Inside this block requests to stop go to `processes` instead; the list has those that came."""
     heard: list[int] = []
 
@@ -93,7 +96,7 @@ def send(processes: list[SpawnProcess], number: int) -> None:
                 os.kill(process.pid, number)
 
 
-def first_failure(processes: list[SpawnProcess]) -> tuple[int, str]:
+def wait_for_processes(processes: list[SpawnProcess]) -> tuple[int, str]:
     """Wait for processes to end; when one fails, the others have a while to leave. Its exit code counts.
 
     The second value says what happened, for a run that could not say it: which process was killed, or ended how.

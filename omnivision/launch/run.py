@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omnivision.config.schema import Settings
-from omnivision.launch.exit import ExitHandler, unwrap_keyboard_interrupt
+from omnivision.launch.exit import ExitHandler, remove_end_files, unwrap_keyboard_interrupt
 from omnivision.launch.watchdog import GRACE_SECONDS, PeerMonitor
 from omnivision.reporting.run_directory import STALE_SECONDS, RunDir
 from omnivision.utils.errors import StopRequested, UserError
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from omnivision.checkpoint.pretrained import LoadReport
     from omnivision.data.catalog import Split
     from omnivision.distributed.process_group import Dist, RankInfo
-    from omnivision.launch.job_record import JobRecord
+    from omnivision.launch.slurm_jobs import JobLog
     from omnivision.reporting.reporter import Reporter
     from omnivision.training.trainer import Trainer
 
@@ -45,7 +45,7 @@ def run_folder(job: Job) -> RunDir:
     return RunDir(job.settings.launcher.experiment_log_dir, job.settings.trainer.checkpoint.save_dir)
 
 
-def run_process(job: Job, place: RankInfo | None, record: JobRecord | None = None) -> int:
+def run_process(job: Job, place: RankInfo | None, record: JobLog | None = None) -> int:
     """One process of a run, from start to end; `place` is None under torchrun. Returns the exit code.
 
     A mistake of the user's is told in one paragraph; why a run ended, however it did, is in `summary.json`. `record` is what
@@ -80,13 +80,14 @@ def run_process(job: Job, place: RankInfo | None, record: JobRecord | None = Non
             ending.locked = dist.is_main
             dist.run_on_all(folder.claim_checkpoint_dir, only_main=True)
             if ending.locked:
+                remove_end_files(folder)
                 for written in (folder.path, folder.logs, folder.checkpoints):
                     remove_leftovers(written)
             log_to_file(folder.logs / f"rank_{place.rank}.log")
             timeout = 60 * job.settings.trainer.distributed.timeout_minutes
             ending.peers = PeerMonitor(folder.logs, place.rank, place.world_size, stop, timeout, ending.leave)
             if record is not None:
-                dist.run_on_all(lambda: record.allow(stop), only_main=True)
+                dist.run_on_all(lambda: record.check_requeue_limits(stop), only_main=True)
                 stop.end_at(dist.gather(stop.deadline)[0])
             newest = dist.gather(checkpoint.stat_latest(folder.checkpoints))[0]
             checkpoint.wait_until_visible(newest, folder.checkpoints)
@@ -105,7 +106,7 @@ def run_process(job: Job, place: RankInfo | None, record: JobRecord | None = Non
             ending.peers.start()
             ending.begun = dist.is_main
             if record is not None:
-                dist.run_on_all(lambda: record.resumed(trainer.global_step), only_main=True)
+                dist.run_on_all(lambda: record.record_resume(trainer.global_step), only_main=True)
             if ending.begun:
                 write_run_metadata(job, folder, trainer, reporter, on_cluster=record is not None)
             if dist.is_main and (validating or not trainer.is_done):

@@ -1,4 +1,4 @@
-"""Questions to SLURM, through its own commands, and what its refusals mean. Submitting is `launch`'s."""
+"""SLURM's own commands: what it knows of jobs and partitions, and the environment in which a job is submitted."""
 
 from __future__ import annotations
 
@@ -13,45 +13,24 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from subprocess import SubprocessError
 
-# Ends of a job; any other state is of one that is, or may yet be, at work.
-OVER = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "REVOKED", "TIMEOUT")
+from omnivision.utils.errors import UserError
+
+TERMINAL_STATES = tuple("BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY REVOKED TIMEOUT".split())
 SEPARATOR, END = "\x1f", "\x1e"  # of fields, and of jobs: comments may hold line ends
-ANSWER_SECONDS = 60.0
+COMMAND_TIMEOUT = 60.0  # seconds
 
-# What SLURM says, and the settings to look at. The first that matches counts.
-REFUSALS = {
-    "--mem": "submitit.mem",
-    "--comment": "submitit.comment",
-    "qos": "submitit.qos",
-    "account": "submitit.account",
-    "partition": "submitit.partition",
-    "gres": "launcher.gpus_per_node (trainer.accelerator=cpu asks for no GPU)",
-    "feature": "submitit.constraints",
-    "node name": "submitit.nodelist or submitit.exclude",
-    "dependency": "submitit.dependency",
-    "time limit": "submitit.timeout_hour",
-    "memory": "submitit.mem or submitit.mem_gb",
-    "cpu count": "submitit.cpus_per_task or launcher.gpus_per_node",
-    "node count": "launcher.num_nodes",
-    "processors": "submitit.cpus_per_task or launcher.num_nodes",
-    "node configuration": (
-        "launcher.gpus_per_node, submitit.cpus_per_task, submitit.mem or submitit.mem_gb, submitit.nodelist or submitit.exclude"
-    ),
-    "reservation": "submitit.additional_parameters",
-    "option": "submitit.additional_parameters",
-    "license": "submitit.additional_parameters",
-}
-# What it says where no setting is to blame.
-PASSING = {
-    "submit limit": "Give the same command again when jobs of yours have ended, or change submitit.qos.",
-    "submitjob": "Give the same command again when jobs of yours have ended, or change submitit.qos.",
-    "contact": "Try again when it answers.",
-    "timed out": "Try again when it answers.",
-}
-# Variables that sbatch would take before what a batch script says, and the settings that leave them a say while they are unset.
-OF_A_SITE = {
+# Variables of an allocation, a job or another launcher. They would reach the commands here, sbatch, and srun within the job.
+LEFTOVER_PREFIXES = tuple(
+    "SLURM_ SBATCH_ SRUN_ SALLOC_ SQUEUE_ SCANCEL_ SCONTROL_ SUBMITIT_ PMI_ PMIX_ TORCHELASTIC_".split()
+)
+LEFTOVER_NAMES = (
+    "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT GROUP_RANK GROUP_WORLD_SIZE ROLE_RANK ROLE_WORLD_SIZE "
+    "ROLE_NAME"
+).split()
+KEPT_VARIABLES = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT")  # how to reach SLURM
+# Variables by which a site sets defaults of sbatch, and the setting that replaces each.
+SITE_VARIABLES = {
     "SBATCH_ACCOUNT": "account",
     "SBATCH_PARTITION": "partition",
     "SBATCH_QOS": "qos",
@@ -61,9 +40,13 @@ OF_A_SITE = {
 }
 
 
+class SlurmError(UserError):
+    """A command of SLURM failed or did not answer."""
+
+
 @dataclass(frozen=True)
 class JobState:
-    """A job as SLURM knows it. `command` is the path of its batch script when it was submitted."""
+    """A job as squeue shows it. `command` is the path of its batch script."""
 
     state: str
     reason: str = ""
@@ -73,189 +56,181 @@ class JobState:
 
     @property
     def is_over(self) -> bool:
-        return self.state in OVER or self.never_starts
+        return self.state in TERMINAL_STATES or self.never_starts
 
     @property
     def never_starts(self) -> bool:
-        """What it waits for has failed; SLURM takes such a job out of the queue by and by."""
+        """Whether its dependency has failed. SLURM removes such a job from the queue some time later."""
         return self.reason == "DependencyNeverSatisfied"
 
 
-@dataclass(frozen=True)
-class NodeKind:
-    """Nodes of a partition that are alike: how many, and what each has; None where SLURM sets no bound."""
-
-    count: int
-    cpus: int
-    memory_gb: float
-    gpus: int
-    minutes: float | None
-
-
-def available() -> bool:
+def is_available() -> bool:
     return all(shutil.which(command) for command in ("sbatch", "srun", "squeue"))
 
 
-def heard(settings: object) -> list[str]:
-    """Variables of the environment that count for sbatch, because `settings` (those of submitit) say nothing instead."""
-    return [name for name, field in OF_A_SITE.items() if name in os.environ and not getattr(settings, field, None)]
+# ---- environment --------------------------------------------------------------------------------------------------
+
+
+def leftover_variables() -> list[str]:
+    """Return the names of variables of the environment that belong to another job or launcher."""
+    found = (name for name in os.environ if name.startswith(LEFTOVER_PREFIXES) or name in LEFTOVER_NAMES)
+    return sorted(name for name in found if name not in KEPT_VARIABLES)
+
+
+def inherited_sbatch_env(settings: object) -> list[str]:
+    """Return the site's variables that sbatch reads because `settings` (those of submitit) leave the option unset."""
+    return [name for name, field in SITE_VARIABLES.items() if name in os.environ and not getattr(settings, field, None)]
 
 
 @contextlib.contextmanager
-def settings_first(settings: object) -> Iterator[None]:
-    """Within, no variable of the environment changes what `settings` (those of submitit) ask sbatch for; those that would are
-    named in a warning.
+def scrubbed_sbatch_env(settings: object) -> Iterator[None]:
+    """Remove leftover variables inside this block, so that only `settings` (those of submitit) and the site's defaults count.
+
+    Warns of the sbatch options among them.
     """
     before = dict(os.environ)
-    unheard = sorted({name for name in before if name.startswith("SBATCH_")} - set(heard(settings)))
-    if unheard:
+    removed = set(leftover_variables()) - set(inherited_sbatch_env(settings))
+    if options := sorted(name for name in removed if name.startswith("SBATCH_")):
         print(
-            f"warning: not heeded in the environment: {', '.join(unheard)}. Jobs ask for what the submitit settings say.",
-            file=sys.stderr,
+            f"warning: ignored in the environment: {', '.join(options)}. The submitit settings count.", file=sys.stderr
         )
-    for name in unheard:
+    for name in removed:
         del os.environ[name]
     try:
         yield
     finally:
-        os.environ.update({name: before[name] for name in unheard})
+        os.environ.update({name: before[name] for name in removed})
 
 
-def ask(*command: str) -> str:
-    """What one of SLURM's commands answers. Raises OSError, SubprocessError."""
-    return subprocess.run(
-        command, capture_output=True, text=True, errors="replace", timeout=ANSWER_SECONDS, check=True
-    ).stdout
+# ---- questions ----------------------------------------------------------------------------------------------------
 
 
-def queue() -> dict[str, JobState]:
-    """My jobs, waiting, at work, or ended within the time that SLURM remembers them (minutes), by id; arrays by element.
+def run(*command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run one of SLURM's commands. Raises SlurmError if it does not answer or, with `check`, if it fails."""
+    leftover = leftover_variables()
+    env = {name: value for name, value in os.environ.items() if name not in leftover}
+    options = {"capture_output": True, "text": True, "errors": "replace", "timeout": COMMAND_TIMEOUT, "env": env}
+    try:
+        return subprocess.run(command, check=check, **options)  # type: ignore[call-overload]
+    except (OSError, subprocess.SubprocessError) as error:
+        output = " ".join((getattr(error, "stderr", None) or str(error)).split())
+        raise SlurmError(
+            f"SLURM does not answer ({command[0]}: {output}). Try again, or set submitit.use_cluster=false "
+            "launcher.num_nodes=1 launcher.gpus_per_node=1 to run here."
+        ) from None
 
-    Raises OSError, SubprocessError when SLURM does not answer.
-    """
+
+def squeue() -> dict[str, JobState]:
+    """Return my jobs by id (array elements one by one): those waiting, running, or ended minutes ago. Raises SlurmError."""
     fields = SEPARATOR.join(("%i", "%T", "%r", "%k", "%o", "%E"))
-    found = {}
-    for entry in ask("squeue", "--me", "--noheader", "--array", "--states=all", f"--format={fields}{END}").split(END):
+    jobs = {}
+    output = run("squeue", "--me", "--noheader", "--array", "--states=all", f"--format={fields}{END}").stdout
+    for entry in output.split(END):
         job_id, *rest = entry.lstrip("\n").split(SEPARATOR)
         if len(rest) == 5:
-            found[job_id] = JobState(*("" if text in ("(null)", "None") else text for text in rest))
-    return found
+            jobs[job_id] = JobState(*("" if text in ("(null)", "None") else text for text in rest))
+    return jobs
 
 
-def cancel_jobs_of(scripts: Collection[Path]) -> list[str]:
-    """Cancel my jobs that were submitted with one of these batch scripts; their ids.
-
-    Raises OSError, SubprocessError when SLURM does not answer.
-    """
-    mine = [job for job, state in queue().items() if not state.is_over and Path(state.command) in scripts]
-    if found := sorted({job.partition("_")[0] for job in mine}):
-        ask("scancel", *found)
-    return found
-
-
-def job_facts(job_id: str) -> dict[str, str]:
-    """What `scontrol show job` tells of a job, by name; empty when SLURM does not know it or does not answer."""
+def squeue_or_none() -> dict[str, JobState] | None:
+    """Return `squeue()`, or None where there is no SLURM or no answer."""
     try:
-        answer = ask("scontrol", "show", "job", "--oneliner", job_id)
-    except (OSError, SubprocessError):
+        return squeue() if is_available() else None
+    except SlurmError:
+        return None
+
+
+def show_job(job_id: str) -> dict[str, str]:
+    """Return the fields of `scontrol show job`; empty if SLURM does not know the job or does not answer."""
+    try:
+        output = run("scontrol", "show", "job", "--oneliner", job_id).stdout
+    except SlurmError:
         return {}
-    # A comment may hold anything: what comes first counts.
-    return dict(reversed(re.findall(r"(\w+)=(\S*)", answer.partition("\n")[0])))
+    # A comment may hold anything: the first field of a name counts.
+    return dict(reversed(re.findall(r"(\w+)=(\S*)", output.partition("\n")[0])))
 
 
-def moment(text: str | None) -> float | None:
-    """A time as SLURM writes it, in seconds since the epoch; None for one that is not set."""
+def partition_limits(name: str | None) -> tuple[int | None, float | None]:
+    """Return the most nodes and minutes of a job in a partition (None: the default one; several joined by commas).
+
+    SLURM accepts a job beyond them and never starts it. None stands for no limit, or for no answer.
+    """
+    name = name or os.environ.get("SBATCH_PARTITION")
+    try:
+        lines = run("scontrol", "show", "partition", "--oneliner").stdout.splitlines()
+    except SlurmError:
+        return None, None
+    partitions = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in lines]
+    wanted = name.split(",") if name else [p.get("PartitionName") for p in partitions if p.get("Default") == "YES"]
+    chosen = [p for p in partitions if p.get("PartitionName") in wanted]
+    nodes = [int(p["TotalNodes"]) for p in chosen if p.get("TotalNodes", "").isdecimal()]
+    minutes = [parse_limit(p.get("MaxTime", "")) for p in chosen]
+    most_minutes = None if None in minutes else max((each for each in minutes if each is not None), default=None)
+    return max(nodes, default=None), most_minutes
+
+
+def parse_time(text: str | None) -> float | None:
+    """Return a time as SLURM writes it in seconds since the epoch; None if it is unset."""
     try:
         return datetime.fromisoformat(text or "").timestamp()
     except ValueError:
         return None
 
 
-def planned_end(facts: dict[str, str]) -> float | None:
-    """When the time limit of a job ends it, in seconds since the epoch. (`EndTime` is also the moment of a `scancel`.)"""
-    start, limit = moment(facts.get("StartTime")), minutes(facts.get("TimeLimit", ""))
-    return None if start is None or limit is None else start + 60 * limit
-
-
-def requeue(job_id: str, attempts: int = 3) -> str | None:
-    """Put a job back into the queue; what SLURM said if it would not.
-
-    SLURM ends the job's processes as soon as it has agreed, `scontrol` among them: a killed one has done its work.
-    """
-    said = ""
-    for attempt in range(attempts):
-        time.sleep(attempt)
-        try:
-            result = subprocess.run(
-                ["scontrol", "requeue", job_id],
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=ANSWER_SECONDS,
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            said = str(error)
-            continue
-        if result.returncode <= 0:
-            return None
-        said = result.stderr.strip()
-    return said
-
-
-def longest_array() -> int | None:
-    """How many elements an array may have; None when SLURM does not tell."""
-    try:
-        found = re.search(r"MaxArraySize\s*=\s*(\d+)", ask("scontrol", "show", "config"))
-    except (OSError, SubprocessError):
-        return None
-    return int(found[1]) if found else None
-
-
-def partition(name: str | None) -> list[NodeKind]:
-    """The nodes of a partition (None: the default one); empty when SLURM does not tell."""
-    name = name or os.environ.get("SBATCH_PARTITION") or None
-    fields = SEPARATOR.join(("%P", "%D", "%c", "%m", "%G", "%l"))
-    try:
-        answer = ask("sinfo", "--noheader", "--exact", f"--format={fields}", *(["--partition", name] if name else []))
-    except (OSError, SubprocessError):
-        return []
-    kinds = []
-    for line in answer.splitlines():
-        if line.count(SEPARATOR) != 5:
-            continue
-        label, count, cpus, memory, gres, limit = line.split(SEPARATOR)
-        if name is None and not label.endswith("*"):
-            continue
-        gpus = sum(int(number) for number in re.findall(r"\bgpu(?::[^:,(]+)?:(\d+)", gres))
-        sizes = [number.rstrip("+") for number in (count, cpus, memory)]
-        if all(number.isdecimal() for number in sizes):
-            nodes, each, megabytes = map(int, sizes)
-            kinds.append(NodeKind(nodes, each, megabytes / 1024, gpus, minutes(limit)))
-    return kinds
-
-
-def minutes(limit: str) -> float | None:
-    """A time limit ("30", "1:30", "2:00:00", "3-12:00:00") in minutes; None for "infinite" and what is none."""
-    days, _, clock = limit.rpartition("-")
+def parse_limit(text: str) -> float | None:
+    """Return a time limit ("30", "1:30", "2:00:00", "3-12:00:00") in minutes; None if there is none."""
+    days, _, clock = text.rpartition("-")
     try:
         parts, whole_days = [int(part) for part in clock.split(":")], int(days or 0)
     except ValueError:
         return None
-    if days or len(parts) == 3:  # hours first
-        hours, first, seconds = (*parts, 0, 0)[:3]
-    else:
-        hours, first, seconds = (0, *parts, 0)[:3]
-    return whole_days * 1440 + hours * 60 + first + seconds / 60
+    if not days and len(parts) < 3:  # minutes come first
+        parts = [0, *parts]
+    hours, minutes, seconds = (*parts, 0, 0)[:3]
+    return whole_days * 1440 + hours * 60 + minutes + seconds / 60
 
 
-def refusal(said: str, settings: object = None) -> str:
-    """SLURM's refusal of a job as one sentence of its own and the setting to change; `settings` are those of submitit."""
-    lines = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in said.splitlines()]
-    told = [line.removeprefix("Batch job submission failed: ").rstrip(".") for line in lines if line.strip()]
-    text = "; ".join(dict.fromkeys(told)) or "nothing"
-    if advice := next((advice for word, advice in PASSING.items() if word in text.lower()), None):
-        return f"SLURM did not take the job and said: {text}. {advice}"
-    setting = next((setting for word, setting in REFUSALS.items() if word in text.lower()), "the submitit settings")
-    named = ", ".join(heard(settings))
-    also = f" (Of the environment counts, too: {named}.)" if named else ""
-    return f"SLURM refused the job and said: {text}. Change {setting}.{also}"
+def planned_end(fields: dict[str, str]) -> float | None:
+    """Return when a job reaches its time limit, in seconds since the epoch. (`EndTime` is also the moment of a `scancel`.)"""
+    start, limit = parse_time(fields.get("StartTime")), parse_limit(fields.get("TimeLimit", ""))
+    return None if start is None or limit is None else start + 60 * limit
+
+
+# ---- changes ------------------------------------------------------------------------------------------------------
+
+
+def requeue(job_id: str, attempts: int = 3) -> str | None:
+    """Put a job back into the queue; returns SLURM's message if it refused.
+
+    SLURM kills the job's processes as soon as it has agreed, `scontrol` among them: a killed one has succeeded.
+    """
+    message = ""
+    for attempt in range(attempts):
+        time.sleep(attempt)
+        try:
+            result = run("scontrol", "requeue", job_id, check=False)
+        except SlurmError as error:
+            message = str(error)
+            continue
+        if result.returncode <= 0:
+            return None
+        message = result.stderr.strip()
+    return message
+
+
+def cancel_jobs_of(scripts: Collection[Path]) -> list[str]:
+    """Cancel my jobs that were submitted with one of these batch scripts; returns their ids. Raises SlurmError."""
+    mine = [job for job, state in squeue().items() if not state.is_over and Path(state.command) in scripts]
+    if job_ids := sorted({job.partition("_")[0] for job in mine}):
+        run("scancel", *job_ids)
+    return job_ids
+
+
+def explain_error(output: str, settings: object = None) -> str:
+    """Return sbatch's refusal in one line, with the variables of the environment that counted."""
+    lines = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in output.splitlines() if line.strip()]
+    messages = dict.fromkeys(line.removeprefix("Batch job submission failed: ").rstrip(".") for line in lines)
+    inherited = ", ".join(inherited_sbatch_env(settings))
+    return f"SLURM refused the job: {'; '.join(messages) or 'no reason given'}. Change the submitit settings" + (
+        f" (or unset {inherited})." if inherited else "."
+    )

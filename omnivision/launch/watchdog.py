@@ -15,6 +15,7 @@ import signal
 import socket
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -173,17 +174,21 @@ class PeerMonitor:
 
 
 def is_peer_lost(error: BaseException) -> bool:
-    """Whether an error says that another process is gone, and nothing about this one."""
+    """Return whether an error says that another process is gone, and nothing about this one.
+
+    NCCL and the store have exception types; gloo raises a RuntimeError, in a function of torch.distributed or, while gradients
+    are reduced, in the backward pass, where its text alone tells it from an error of the model.
+    """
     if isinstance(error, PeerLostError):
         return True
     if not isinstance(error, RuntimeError):
-        return (
-            False  # torch may not be imported yet, and there may be no time for that: SLURM kills what does not leave
-        )
+        return False  # without importing torch: SLURM kills what does not leave in time
     import torch.distributed as dist
 
-    texts = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL")
-    return isinstance(error, dist.DistError) or any(text in str(error) for text in texts)
+    frames = traceback.extract_tb(error.__traceback__)
+    in_collective = bool(frames) and Path(frames[-1].filename).name == "distributed_c10d.py"
+    texts = ("gloo", "pair closure", "Connection closed by peer", "Connection reset by peer", "NCCL")
+    return isinstance(error, dist.DistError) or in_collective or any(text in str(error) for text in texts)
 
 
 def at(doing: object, step: object) -> str:

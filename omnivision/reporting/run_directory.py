@@ -121,7 +121,7 @@ class RunDir:
         """
         deadline = time.monotonic() + patience
         while not self._held:
-            with alone(self.path / ".lock.guard"):
+            with file_lock(self.path / ".lock.guard"):
                 holder, age = self._holder()
                 try:
                     self.require_free()
@@ -196,7 +196,7 @@ class RunDir:
         """Write down, for a run that was killed before it could, how it ended; unless another one is running here now."""
         if not self.path.is_dir():
             return  # it was killed before there was a run to tell of
-        with alone(self.path / ".lock.guard"):
+        with file_lock(self.path / ".lock.guard"):
             holder, age = self._holder()
             running = holder is not None and self._alive(holder, age)
             summary = self.read_summary()
@@ -246,7 +246,7 @@ class RunDir:
 
 
 @contextlib.contextmanager
-def alone(guard: Path) -> Iterator[None]:
+def file_lock(guard: Path) -> Iterator[None]:
     """Let one process at a time into this block; the kernel lets go of a dead one's guard.
 
     On a file system without such locks two processes may both come in. Then `require_lock` finds out before one of them

@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from omnivision.launch.jobs import queue_or_none, settled
+from omnivision.launch.slurm import squeue_or_none
+from omnivision.launch.slurm_jobs import resolve_status
 from omnivision.reporting.run_directory import sound
 from omnivision.tools.arguments import Flag
 from omnivision.utils.errors import UserError
@@ -39,9 +40,9 @@ def runs(folder: Annotated[Path, Parameter(name="DIR")], /, *, top1: Flag = Fals
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; expected one that holds run directories. Change DIR.")
     found = summaries(folder)
-    queue = queue_or_none()
+    queue = squeue_or_none()
     for summary in found:
-        summary["status"], summary["exit_reason"] = settled(summary, queue)
+        summary["status"], summary["exit_reason"] = resolve_status(summary, queue)
     if not found:
         raise UserError(f"There is no run below {folder}: no summary.json was found. Change DIR.")
     if top1:

@@ -48,7 +48,7 @@ if [ -z "$omnivision_within" ]; then
   [ "$code" != 0 ] || [ -z "$why" ] || code=1  # nothing was trained
   omnivision_code
   set -- "$omnivision_logs" "$omnivision_job" "$code" ${why:+"$why"}
-  [ "$code" = 0 ] || ! PYTHON -m omnivision.launch.job_record ended "$@" || code=0
+  [ "$code" = 0 ] || ! PYTHON -m omnivision.launch.slurm_jobs ended "$@" || code=0
   exit "$code"
 fi
 unset omnivision_within

@@ -19,6 +19,14 @@ ONE_THREAD = {
     "OMNIVISION_SECRET_TOKEN": "hunter2",
     "PROXY": "http://me:hunter2@proxy:80",
 }
+# What an allocation, an array element and another launcher leave in the environment of whoever submits.
+LEFTOVERS = {
+    "SLURM_MEM_PER_NODE": "1", "SLURM_GPUS": "9", "SLURM_GPUS_PER_NODE": "9", "SLURM_EXCLUSIVE": "user",
+    "SLURM_ARRAY_JOB_ID": "1", "SLURM_ARRAY_TASK_ID": "7", "SLURM_RESTART_COUNT": "3", "SLURM_TIME_FORMAT": "relative",
+    "SLURM_NTASKS": "7", "SBATCH_MEM": "1", "SLURM_CPUS_PER_TASK": "9", "SLURM_NTASKS_PER_NODE": "9",
+    "SQUEUE_STATES": "FAILED", "SRUN_CPUS_PER_TASK": "9", "LOCAL_RANK": "9", "MASTER_ADDR": "nowhere",
+    "MASTER_PORT": "1",
+}  # fmt: skip
 SUBMITTED = ["submitit.use_cluster=true", "submitit.cpus_per_task=1"]
 
 
@@ -50,7 +58,7 @@ class OnCluster(unittest.TestCase):
         return subprocess.run(
             command,
             cwd=self.folder,
-            env=self.cluster.environment | ONE_THREAD | {"PATH": path} | more,
+            env=self.cluster.environment | ONE_THREAD | LEFTOVERS | {"PATH": path} | more,
             capture_output=True,
             text=True,
             timeout=120,

@@ -35,7 +35,7 @@ stage() {
     name=$1 script=$2 dataset=$3 model=$4 start=$5 before=$6
     shift 6
     if [ "$dry" ]; then
-        printf '%-18s after %-30s %s\n' "$name" "${before:-nothing}" "$(python -m omnivision.launch.job_record status "$PPMA/$name")"
+        printf '%-18s after %-30s %s\n' "$name" "${before:-nothing}" "$(python -m omnivision.launch.slurm_jobs status "$PPMA/$name")"
         return
     fi
     ids=
@@ -46,7 +46,7 @@ stage() {
             failed | cancelled | 'not submitted')
                 how=cancelled
                 [ "$became" != 'not submitted' ] || how=unsubmitted # keeps the earlier summary.json
-                python -m omnivision.launch.job_record $how "$PPMA/$name" "it starts from $PPMA/$prior ($became)" || :
+                python -m omnivision.launch.slurm_jobs $how "$PPMA/$name" "it starts from $PPMA/$prior ($became)" || :
                 [ "$became" = 'not submitted' ] || became=cancelled
                 eval "job_$name=\$became"
                 return
@@ -65,7 +65,7 @@ stage() {
             case $said in *job_id=*) became=${said#*job_id=} became=${became%% *} ;; esac
         else
             became='not submitted' failed="$failed $name"
-            python -m omnivision.launch.job_record unsubmitted "$PPMA/$name" "not submitted: ${said##*error: }" >/dev/null || :
+            python -m omnivision.launch.slurm_jobs unsubmitted "$PPMA/$name" "not submitted: ${said##*error: }" >/dev/null || :
         fi
         [ "$name" = mae ] || said=$(echo "$said" | grep -v '^warning: ') # the same for every stage: once is enough
         echo "$said" | while read -r line; do printf '%-18s %s\n' "$name" "$line"; done

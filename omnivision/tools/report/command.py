@@ -9,7 +9,8 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from omnivision.launch.jobs import queue_or_none, settled
+from omnivision.launch.slurm import squeue_or_none
+from omnivision.launch.slurm_jobs import resolve_status
 from omnivision.tools.arguments import Flag
 from omnivision.utils.errors import UserError
 from omnivision.utils.streams import fit
@@ -60,9 +61,9 @@ def report(
         raise UserError(f"--out is {str(out)[:200]!r}; expected a file in a folder that is there. Change --out.")
     if out.exists() and not (out.is_file() and is_page(out)):
         raise UserError(f"--out is {out}, which is there and is no report. Give another file.")
-    found, queue, clips = find_runs(runs), queue_or_none(), not no_clips
+    found, queue, clips = find_runs(runs), squeue_or_none(), not no_clips
     for each in found:
-        each.summary["status"], each.summary["exit_reason"] = settled(each.summary, queue)
+        each.summary["status"], each.summary["exit_reason"] = resolve_status(each.summary, queue)
     names = ", ".join(run.name for run in found[:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else "")
     if len(runs) == 1 and len(found) > 1:
         names = runs[0].resolve().name
