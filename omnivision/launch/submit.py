@@ -250,8 +250,8 @@ def is_queued(job: Job, queue: Mapping[str, slurm.JobState], locked: bool = Fals
     changes = changed_settings(config, job.config_text)
     if changes := [change for change in changes if not change.startswith(same)]:
         raise UserError(
-            f"Job {job_id} is in the queue ({state}) for {folder.path}, with other settings: {truncate_list(changes)}. Give the same "
-            f"settings, end it with scancel {job_id}, or change launcher.experiment_log_dir."
+            f"Job {job_id} is in the queue ({state}) for {folder.path}, with other settings: {truncate_list(changes)}. Give "
+            f"the same settings, end it with scancel {job_id}, or change launcher.experiment_log_dir."
         )
     print(f"queued job_id={job_id} state={state} folder={folder.path}")
     return True
