@@ -52,7 +52,7 @@ def escape(cell: str) -> str:
 
 def plain(comment: str) -> str:
     """Text that is no markup, in a cell of a table."""
-    return re.sub(r"([\\`*_\[\]])", r"\\\1", html.escape(comment.replace(" | ", ", "), quote=False))
+    return re.sub(r"([\\`*_\[\]])", r"\\\1", html.escape(" ".join(comment.split()).replace(" | ", ", "), quote=False))
 
 
 def leaves(node: yaml.Node, name: str) -> list[tuple[str, yaml.Node]]:

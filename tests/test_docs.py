@@ -183,7 +183,7 @@ class Notebook(unittest.TestCase):
             nbformat.validate(notebook)
             extra = {
                 "CHECKPOINT": str(folder / "mae"),
-                "FILM": film,
+                "VIDEO": film,
                 "PYTHONPATH": str(ROOT),
                 "HOME": name,
             } | stages.ONE_THREAD
