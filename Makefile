@@ -1,4 +1,4 @@
-# Each target makes .venv and installs the project when that is missing: on a fresh machine one command is enough.
+# Each target creates .venv and installs the project if missing.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,7 +14,7 @@ $(VENV)/.installed: setup.py
 demo: $(VENV)/.installed
 	@DEMO="$(DEMO)" PATH="$(CURDIR)/$(BIN):$$PATH" sh utils/run_scripts/run_demo.sh $(DEMO_ARGS)
 
-# Test modules run side by side (tests/parallel.py); so they do by `python -m unittest discover -s tests -t .`.
+# Test modules run in parallel (tests/parallel.py), as with `python -m unittest discover -s tests -t .`.
 test: $(VENV)/.installed
 	rm -f .coverage .coverage.*
 	PATH="$(CURDIR)/$(BIN):$$PATH" COVERAGE_FILE="$(CURDIR)/.coverage" \
@@ -35,12 +35,12 @@ $(VENV)/.bench: $(VENV)/.installed
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
-# Every fault that docs/reliability.md promises something about, injected; FAULTS_ARGS=kills_1 for one kind.
+# Inject every fault of the guarantees in docs/reliability.md; FAULTS_ARGS=kills_1 for one kind.
 faults: $(VENV)/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.faults $(FAULTS_ARGS)
 
-# What takes too long for every change: the demo's claim, trained; exports in five versions of transformers; faults
-# by the thousand; a run for an hour.
+# Tests too long for every change: the demo's claim, exports in five versions of transformers, thousands of faults, an
+# hour-long run.
 nightly: $(VENV)/.installed
 	$(BIN)/python -m unittest -v tests.nightly_demo
 	$(BIN)/python -m unittest -v tests.nightly_transformers
@@ -48,11 +48,11 @@ nightly: $(VENV)/.installed
 	FUZZ_CASES=2000 $(BIN)/python -m unittest tests.test_fuzz
 	$(BIN)/python -m unittest -v tests.nightly_soak
 
-# Another version of transformers in a folder of its own, for a test of exports that is skipped without it.
+# Another version of transformers in a separate folder, for an export test that is skipped without it.
 build/transformers/%: $(VENV)/.installed
 	$(BIN)/python -m tests.other_transformers $*
 
-# The site of docs/, with the settings and the commands read off the code.
+# The documentation site. `python docs/generate.py` updates its settings and commands from the code.
 docs: $(VENV)/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo "Wrote build/site/index.html"
