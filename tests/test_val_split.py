@@ -40,7 +40,7 @@ class Grouping(unittest.TestCase):
     def test_a_pattern(self):
         self.assertEqual(group_videos(["a/s01_e02.mp4"], pattern_grouping(r"^s(\d+)")), ["01"])
         for pattern, saying in (
-            ("(", "no regular expression"),
+            ("(", "--group-pattern"),
             ("s..", "no parentheses"),
             ("x(.)", "does not match 's01_e02'"),
         ):

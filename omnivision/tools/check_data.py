@@ -1,4 +1,4 @@
-"""`omnivision check-data PATHS.npy [LABELS.npy]`: reads every sample of a split and tells what is wrong with it."""
+"""`omnivision check-data PATHS.npy [LABELS.npy]`: reads every sample of a split and reports what is wrong."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _LONG_GOP, _LARGE_SIDE = 24, 320  # beyond these, smaller videos with more key f
 
 
 def run(paths_file: str, labels_file: str | None, args: CheckOptions) -> int:
-    """Check the split and tell; 0 when all samples are good."""
+    """Check the split and print a report; return 0 if all samples are good."""
     _check_arguments(
         [file for file in (paths_file, labels_file, args.segments, args.against) if file], labels_file, args
     )
@@ -229,7 +229,7 @@ def _print_labels(console: Console, labels: dict[str, Any]) -> None:
 
 
 def _advise(console: Console, summary: dict[str, Any]) -> None:
-    """Say when `prepare` would make reading clips quicker."""
+    """Print advice if `prepare` would make reading clips faster."""
     gop = summary["distributions"].get("gop", {}).get("median", 0)
     sides = [min(map(int, size.split("x"))) for size, count in summary["sizes"].items() for _ in range(count)]
     side = float(np.median(sides)) if sides else 0
@@ -240,7 +240,7 @@ def _advise(console: Console, summary: dict[str, Any]) -> None:
         _print(
             console,
             f"Half of the videos have {', or '.join(reasons)}: `omnivision prepare ... {size}--gop 12` would make clips "
-            "quicker to read.",
+            "faster to read.",
         )
 
 

@@ -1,4 +1,4 @@
-"""`omnivision reconstruct CHECKPOINT VIDEO OUT`: what a masked autoencoder makes of a clip of a video, as a moving image."""
+"""`omnivision reconstruct CHECKPOINT VIDEO OUT`: a clip and its reconstruction, as an image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`omnivision runs DIR`: the runs below a folder, with how they ended and how good they are."""
+"""`omnivision runs DIR`: the runs below a folder, with status and accuracy."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def runs(folder: Annotated[Path, Parameter(name="DIR")], /, *, top1: Flag = Fals
 
 
 def summaries(folder: Path) -> list[dict[str, Any]]:
-    """The summary of each run below a folder, oldest first, with its `name` relative to that folder; damaged ones are named."""
+    """Return the summary of each run below a folder, oldest first, with its relative `name`; warn of damaged ones."""
     found = []
     for file in sorted(each for each in folder.rglob("summary.json") if each.is_file()):
         try:
@@ -82,13 +82,13 @@ def summaries(folder: Path) -> list[dict[str, Any]]:
 
 
 def headings_of(short: bool) -> list[str]:
-    """The columns; a `short` table has accuracies alone."""
+    """Return the columns; a `short` table has accuracies only."""
     headings = ["run", "trunk", "starts from", "data", "epochs", "minutes", "top-1 %", "chance %"]
     return headings if short else [*headings, "best %", "loss", "model", "status", "age"]
 
 
 def table(found: list[dict[str, Any]], headings: list[str]) -> Table:
-    """A row a run. Chance is what guessing one class for all would give on classes of equal size."""
+    """Return a row per run. Chance is the accuracy of one guess for all videos, on classes of equal size."""
     made = Table(box=None, pad_edge=False, header_style="bold")
     texts = ("run", "trunk", "starts from", "data", "model", "status", "age")
     for heading in headings:
@@ -116,7 +116,7 @@ def table(found: list[dict[str, Any]], headings: list[str]) -> Table:
 
 
 def plain(text: str) -> str:
-    """What others have written, without what a terminal would obey, and not longer than anybody reads."""
+    """Return foreign text without control characters, cut to a readable length."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", text)[:2000]
 
 

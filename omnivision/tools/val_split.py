@@ -1,4 +1,4 @@
-"""`omnivision val-split PATHS.npy LABELS.npy OUT`: a held-out part of a training split, to choose settings on."""
+"""`omnivision val-split PATHS.npy LABELS.npy OUT`: a held-out part of a training split."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def run(
 
 
 def _write(out: Path, splits: dict[str, tuple[list[str], np.ndarray, list[Segment | None]]]) -> None:
-    """Write all files, unless one is there that holds anything else."""
+    """Write all files. Raises UserError if one exists with other content."""
     for side, (paths, labels, segments) in splits.items():
         for what, array in (("paths", np.array(paths)), ("labels", labels), ("segments", np.array(segments))):
             file = out / f"{side}_{what}.npy"

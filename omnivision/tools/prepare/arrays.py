@@ -16,7 +16,7 @@ from omnivision.utils.io import replace_atomically
 
 
 def read_paths(file: str) -> list[str]:
-    """The paths in PATHS.npy. Raises UserError for anything but a 1-D array of at least one string."""
+    """Read the paths in PATHS.npy. Raises UserError for anything but a 1-D array of at least one string."""
     array = _read(file, "PATHS")
     if array.ndim != 1 or array.dtype.kind != "U" or len(array) == 0:
         raise UserError(
@@ -27,7 +27,7 @@ def read_paths(file: str) -> list[str]:
 
 
 def read_labels(file: str, samples: int) -> np.ndarray:
-    """The labels in LABELS.npy as int64. Raises UserError for anything but a 1-D array of so many integers."""
+    """Read LABELS.npy as int64. Raises UserError for anything but a 1-D array of `samples` integers."""
     array = _read(file, "LABELS")
     if array.shape != (samples,) or array.dtype.kind not in "iu":
         raise UserError(

@@ -138,7 +138,7 @@ def _scan(tree: _Tree, folder: str, path: Path, ancestors: tuple[tuple[int, int]
 
 
 def _find_splits(tree: _Tree, source: str) -> tuple[int, dict[str, str]]:
-    """(level, name -> split) of the folders that are splits; level 0: directly in SOURCE, 1: in the folders of classes.
+    """Return (level, name -> split) of the split folders; level 0: directly in SOURCE, 1: in the folders of classes.
 
     Raises UserError where they could as well be classes, or clips.
     """
@@ -176,7 +176,7 @@ def _find_splits(tree: _Tree, source: str) -> tuple[int, dict[str, str]]:
 
 
 def _guess_splits(names: list[str]) -> dict[str, str]:
-    """Map each name to the split that a part of it stands for; empty unless all of them have one."""
+    """Map each name to the split that it suggests; empty unless all names suggest one."""
     guessed = {name: split for name in names if (split := guess_split(name))}
     return guessed if len(guessed) == len(names) else {}
 
@@ -232,7 +232,7 @@ def _locate_splits(tree: _Tree, source: str, chosen: Mapping[str, str]) -> tuple
 
 
 def _split_level_warnings(paths: list[str], level: int, classes: list[str]) -> list[str]:
-    """Warnings that the folders of classes in those of splits may be one level too high."""
+    """Return warnings that the class folders below the splits may be one level too high."""
     inner: dict[str, set[str]] = {name: set() for name in classes}
     for names in (path.split("/") for path in paths):
         if "/" in drop_format_folders("/".join(names[2:])):
@@ -249,7 +249,7 @@ def _split_level_warnings(paths: list[str], level: int, classes: list[str]) -> l
 
 
 def _level_warnings(tree: _Tree, source: str, classes: list[str]) -> list[str]:
-    """Warnings that SOURCE, which has no folders of splits, may be one level too high or low."""
+    """Return warnings that SOURCE, without split folders, may be one level too high or low."""
     parent, own = os.path.split(os.path.abspath(source))
     try:
         siblings = sorted((entry.name for entry in os.scandir(parent) if entry.is_dir()), key=natural)

@@ -74,7 +74,7 @@ class _Table:
 
 
 def parse_columns(text: str) -> dict[str, str]:
-    """role -> column from "path=NAME,label=NAME,..."."""
+    """Parse "path=NAME,label=NAME,..." to role -> column."""
     items = [item.partition("=")[::2] for item in text.split(",")]
     pairs = dict(items)
     if (
@@ -95,7 +95,7 @@ def read_csv_lists(
     columns: Mapping[str, str] | None = None,
     splits: Mapping[str, str] | None = None,
 ) -> DatasetIndex:
-    """Read CSV files. files: split -> file; one of the split None is divided by its column of splits, or else is train.
+    """Read CSV files. files: split -> file; that of None is divided by its column of splits, or is train.
 
     columns: role -> name or number of its column, None: by their names. splits: value in the column of splits -> split,
     empty: there is none, None: by their names. Raises UserError naming the file and the number of every row that is not
@@ -153,57 +153,31 @@ def _read(file: Path, columns: Mapping[str, str] | None) -> _Table:
 
 
 def _find_roles(file: Path, names: list[str], rows: list[tuple[int, list[str]]]) -> dict[str, int]:
-    """The column of each role, by the names of the columns and what they hold."""
+    """Return the column of each role, by the names of the columns and their values. Raises UserError where that is unclear."""
     plain = [_plain(name) for name in names]
-    path, name, label = (
-        next((plain.index(name) for name in group if name in plain), None) for group in (_PATHS, _NAMES, _LABELS)
-    )
-    path = name if path is None else path
-    if label is None and path is not None and "id" in plain and plain.index("id") != path:
-        label = plain.index("id")
-        ids = [cells[label] for _, cells in rows if label < len(cells)]
-        if not all(value.isdecimal() for value in ids) or 2 * len(set(ids)) > len(ids):
-            raise UserError(
-                f"{file} has no column of labels: {names[label]} has {len(set(ids))} values in {len(ids)} rows, as names of "
-                f"samples have. Name one of {shorten(names, 20)}: --columns path={names[path]},label=NAME."
-            )
+    path, label = _path_and_label(file, names, plain, rows)
     if path is None or label is None:
         if len(names) > 2:
             raise UserError(
-                f"{file} has no column of labels that is known by its name: {shorten(names, 20)}. Name one: --columns "
-                "path=NAME,label=NAME."
+                f"{file} has no column of labels with a known name: {shorten(names, 20)}. Set --columns path=NAME,label=NAME."
             )
         return {"path": 0, "label": 1}  # two words over a column of numbers
     if twice := [names[column] for column in (path, label) if plain.count(plain[column]) > 1]:
         raise UserError(
-            f"{file} has several columns {shorten(twice)}. Choose by number: --columns path={path + 1},label={label + 1} takes "
-            "the first ones."
+            f"{file} has several columns {shorten(twice)}. Set --columns path={path + 1},label={label + 1} for the first ones."
         )
     roles = {"path": path, "label": label}
     free = [column for column in range(len(names)) if column not in (path, label)]
     values = {column: {cells[column].lower() for _, cells in rows if column < len(cells)} for column in free}
-    guessed = {column: {guess_split(value) for value in values[column] if value} for column in free}
-    divided = [
-        column
-        for column in free
-        if all(map(split_of, values[column])) or (len(guessed[column]) > 1 and None not in guessed[column])
-    ]
-    if len(divided) > 1 and any(len(set(map(split_of, values[column]))) > 1 for column in divided):
-        raise UserError(
-            f"{file} has several columns of splits: {shorten([names[column] for column in divided])}. Choose one: --columns "
-            f"path={names[path]},label={names[label]},split=NAME."
-        )
-    divided += [column for column in free if _SPLIT.fullmatch(plain[column])]
-    if divided:
-        roles["split"] = divided[0]
+    if (split := _split_column(file, names, roles, plain, values)) is not None:
+        roles["split"] = split
     times = {
         role: next((column for column in free if pattern.fullmatch(plain[column])), None)
         for role, pattern in _TIMES.items()
     }
-    if times["start"] is not None and times["end"] is None:
-        times["end"] = times["duration"]  # _segment adds it to the start
-    if times["start"] is not None and times["end"] is not None:
-        roles |= {"start": times["start"], "end": times["end"]}
+    end = times["duration"] if times["end"] is None else times["end"]  # _segment adds a duration to the start
+    if times["start"] is not None and end is not None:
+        return {**roles, "start": times["start"], "end": end}
     parts = [
         names[column]
         for column in free
@@ -215,19 +189,57 @@ def _find_roles(file: Path, names: list[str], rows: list[tuple[int, list[str]]])
             or (guess_split(names[column]) and values[column] <= _YES_NO)
         )
     ]
-    if parts and "start" not in roles:
+    if parts:
         raise UserError(
-            f"{file} has columns that may choose a part of each video or of the rows and cannot be followed: {shorten(parts)}. "
-            "Expected start and end in seconds, and splits in one column. Change the list, or leave them out by naming the "
-            f"columns to use: --columns path={names[path]},label={names[label]}."
+            f"{file} has columns that may choose a part of each video or of the rows: {shorten(parts)}. Expected start and end "
+            "in seconds, and splits in one column. Change the list, or ignore these columns with --columns "
+            f"path={names[path]},label={names[label]}."
         )
     return roles
+
+
+def _path_and_label(
+    file: Path, names: list[str], plain: list[str], rows: list[tuple[int, list[str]]]
+) -> tuple[int | None, int | None]:
+    """Return the columns of paths and labels, None where no name is known. `id` is a label if its values repeat."""
+    path, name, label = (
+        next((plain.index(name) for name in group if name in plain), None) for group in (_PATHS, _NAMES, _LABELS)
+    )
+    path = name if path is None else path
+    if label is None and path is not None and "id" in plain and plain.index("id") != path:
+        label = plain.index("id")
+        ids = [cells[label] for _, cells in rows if label < len(cells)]
+        if not all(value.isdecimal() for value in ids) or 2 * len(set(ids)) > len(ids):
+            raise UserError(
+                f"{file} has no column of labels: {names[label]} has {len(set(ids))} values in {len(ids)} rows, like names of "
+                f"samples. Set --columns path={names[path]},label=NAME with one of {shorten(names, 20)}."
+            )
+    return path, label
+
+
+def _split_column(
+    file: Path, names: list[str], roles: Mapping[str, int], plain: list[str], values: Mapping[int, set[str]]
+) -> int | None:
+    """Return the column whose values are splits, or whose name says so."""
+    guessed = {column: {guess_split(value) for value in found if value} for column, found in values.items()}
+    columns = [
+        column
+        for column, found in values.items()
+        if all(map(split_of, found)) or (len(guessed[column]) > 1 and None not in guessed[column])
+    ]
+    if len(columns) > 1 and any(len(set(map(split_of, values[column]))) > 1 for column in columns):
+        raise UserError(
+            f"{file} has several columns of splits: {shorten([names[column] for column in columns])}. Set --columns "
+            f"path={names[roles['path']]},label={names[roles['label']]},split=NAME."
+        )
+    columns += [column for column in values if _SPLIT.fullmatch(plain[column])]
+    return columns[0] if columns else None
 
 
 def _split_rows(
     table: _Table, own: str | None, chosen: Mapping[str, str] | None
 ) -> tuple[list[tuple[str, Record]], str]:
-    """(split, row) of the rows, and a sentence on how they were read."""
+    """Return (split, record) of the rows, and a sentence on how they were read."""
     file, roles = table.file, dict(table.roles)
     if chosen is not None and not chosen:
         roles.pop("split", None)
@@ -273,7 +285,7 @@ def _split_rows(
 
 
 def _splits_of_values(table: _Table, chosen: Mapping[str, str] | None) -> dict[str, str]:
-    """The split that each value in the column of splits names, by the value in small letters."""
+    """Return the split of each lower-case value in the column of splits."""
     column = table.roles["split"]
     values = sorted({value.lower() for value in table.values(column)})
     if chosen is not None:
@@ -295,7 +307,7 @@ def _splits_of_values(table: _Table, chosen: Mapping[str, str] | None) -> dict[s
 
 
 def _segment(table: _Table, fields: Mapping[str, str]) -> Segment | None:
-    """[start, end) in seconds; None for what is none."""
+    """Return [start, end) in seconds; None if invalid."""
     start, end = _seconds(fields["start"]), _seconds(fields["end"])
     if _TIMES["duration"].fullmatch(_plain(table.names[table.roles["end"]])):
         end += start
@@ -303,7 +315,7 @@ def _segment(table: _Table, fields: Mapping[str, str]) -> Segment | None:
 
 
 def _seconds(text: str) -> float:
-    """Seconds from "90.5", "1:30.5" or "0:01:30.5"; NaN for other text."""
+    """Parse seconds from "90.5", "1:30.5" or "0:01:30.5"; NaN for other text."""
     seconds = 0.0
     for part in text.split(":") if text.count(":") < 3 else ["none"]:
         if not re.fullmatch(r"[0-9]+(\.[0-9]*)?|\.[0-9]+", part.strip()):
@@ -313,7 +325,7 @@ def _seconds(text: str) -> float:
 
 
 def _plain(name: str) -> str:
-    """A column's name in small letters with _ between words: "Start Time (s)", "startTime" -> "start_time_s", "start_time"."""
+    """Normalize a column's name to snake case: "Start Time (s)", "startTime" -> "start_time_s", "start_time"."""
     return re.sub(r"[\W_]+", "_", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name)).strip("_").lower()
 
 
@@ -330,7 +342,7 @@ def _text(file: Path) -> str:
 
 
 def _delimiter(text: str) -> str:
-    """The first delimiter that splits at least half of the rows; the comma if none does."""
+    """Return the first delimiter that splits at least half of the rows, else the comma."""
     lines = [line for line in text.splitlines() if line.strip()]
     if any(len(line) > csv.field_size_limit() for line in lines):
         return ","  # reading the rows tells which one
@@ -343,7 +355,7 @@ def _delimiter(text: str) -> str:
 
 
 def _table(text: str, delimiter: str, file: Path) -> list[tuple[int, list[str]]]:
-    """(row number, fields) of the rows that are not empty; rows are parse_labels from 1, as lines of the file."""
+    """Return (row number, fields) of the rows that are not empty; rows are numbered from 1, like lines."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
     table = []
     try:
@@ -359,7 +371,7 @@ def _table(text: str, delimiter: str, file: Path) -> list[tuple[int, list[str]]]
 
 
 def _is_header(table: list[list[str]]) -> bool:
-    """Whether the first row names columns: a path and a label, or two words over a column of numbers."""
+    """Return whether the first row names columns: a path and a label, or two words over a column of numbers."""
     names = [_plain(cell) for cell in table[0]]
     if any(name in (*_PATHS, *_NAMES) for name in names) and any(name in (*_LABELS, "id") for name in names):
         return len(names) > 1

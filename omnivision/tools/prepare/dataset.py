@@ -1,4 +1,4 @@
-"""A source of videos -> OUT: arrays, names of classes, and perhaps videos that are quicker to read.
+"""The files that `prepare` writes to OUT.
 
     OUT/{train,val,test}_paths.npy, {train,val,test}_labels.npy, class_names.txt
     OUT/{train,val,test}_segments.npy when samples are parts of videos
@@ -33,7 +33,7 @@ _STAMP, _FAILED = "prepare.json", "failed.csv"
 
 @dataclass(frozen=True)
 class Prepared:
-    """What was written: the samples of each split; and the videos left out, with their reasons."""
+    """What was written: the number of samples per split, and the omitted videos with reasons."""
 
     samples: dict[str, int]
     failed: dict[str, str]
@@ -41,13 +41,13 @@ class Prepared:
 
 
 def results(index: DatasetIndex, config: TranscodeConfig, out: Path) -> dict[str, str]:
-    """For each path of the source the file or folder in OUT that is made of it."""
+    """Return the file or folder in OUT for each path of the source."""
     paths = sorted({row.path for row in index.rows()})
     return {path: str(out.absolute() / config.folder / made) for path, made in destinations(paths, config).items()}
 
 
 def check_out_folder(out: Path, settings: dict[str, object]) -> None:
-    """UserError unless OUT is new or empty, or was made by the same command; nothing is written."""
+    """Raise UserError unless OUT is new, empty, or made by the same command. Nothing is written."""
     if not out.exists():
         return
     if not out.is_dir():
@@ -83,7 +83,7 @@ def write_dataset(
     config: TranscodeConfig | None,
     workers: int,
 ) -> Prepared:
-    """Write everything into OUT, which `claim` has allowed. Raises UserError when it cannot be written to."""
+    """Write everything to OUT, which `check_out_folder` has accepted. Raises UserError if it cannot be written to."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / _STAMP, json.dumps(settings, indent=1) + "\n")
@@ -125,7 +125,7 @@ def _cannot_write(folder: Path, reason: str) -> UserError:
 def _transcode_all(
     folder: Path, index: DatasetIndex, made: dict[str, str], config: TranscodeConfig, workers: int
 ) -> tuple[dict[str, str], int]:
-    """Make what is missing; returns the reasons of what could not be made, and how many existed already."""
+    """Transcode what is missing. Return the reasons for failures by path, and how many results existed."""
     missing = [path for path, destination in made.items() if not Path(destination).exists()]
     jobs = [Job(index.full(path), made[path], config) for path in missing]
     failed = {}
@@ -145,7 +145,7 @@ def _transcode_all(
 
 
 def _write_failed(file: Path, index: DatasetIndex, failed: dict[str, str]) -> None:
-    """One row a video that is left out, or no file when there is none."""
+    """Write one row per omitted video; remove the file if there is none."""
     if not failed:
         file.unlink(missing_ok=True)
         return
@@ -157,7 +157,7 @@ def _write_failed(file: Path, index: DatasetIndex, failed: dict[str, str]) -> No
 
 
 def make_stamp(source: str, prefix: str, config: TranscodeConfig | None) -> dict[str, object]:
-    """The settings that OUT must have been made with, to be completed or written again."""
+    """Return the settings that an existing OUT must have been made with."""
     how = None if config is None else dataclasses.asdict(config)
     if how and how["frame_pattern"] is None:
         del how["frame_pattern"]  # as earlier versions wrote it

@@ -1,4 +1,4 @@
-"""Which samples are one and the same video: by name, by what the name leads to, and by content."""
+"""Samples that are the same video: by name, link or content."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _CHUNK = 1 << 20
 def find_duplicates(
     paths: list[str], others: list[str] | None = None, segments: Sequence[object] | None = None
 ) -> list[list[str]]:
-    """Sets of paths that are one video, each of two or more: within `paths`, or else across `paths` and `others`.
+    """Return groups of two or more paths that are the same video, within `paths`, or across `paths` and `others`.
 
     Files are compared by content, but only those of one size are read; folders by where they lie. A path that cannot be
     read is compared by its name. Within `paths`, other `segments` (one a path) of a video are other samples.
@@ -36,7 +36,7 @@ def find_duplicates(
 
 
 def _kind(path: str) -> int | str:
-    """The size of a regular file, else where the path leads."""
+    """Return the size of a regular file, else the real path."""
     try:
         status = os.stat(path)
     except (OSError, ValueError):
@@ -45,7 +45,7 @@ def _kind(path: str) -> int | str:
 
 
 def _identity(path: str, kind: int | str, sizes: Counter[int | str]) -> str:
-    """Equal for paths of one video."""
+    """Return a key that is equal for paths of the same video."""
     if isinstance(kind, str) or kind == 0:
         return f"at {os.path.abspath(path) if kind == 0 else kind}"
     if sizes[kind] == 1:

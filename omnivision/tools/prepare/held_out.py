@@ -1,4 +1,4 @@
-"""A held-out part of a training split, by whole groups: all videos of one source lie on the same side."""
+"""A held-out part of a training split, by whole groups: all videos of one source are on the same side."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _before_last_part(name: str) -> str:
 
 
 def _before_one_letter_part(name: str) -> str:
-    """HMDB51: <video>_<action>_<what is seen of the body, a letter>_... A video's title may begin with a letter ("A_...")."""
+    """HMDB51: <film>_<action>_<visible body parts, a letter>_... A title may begin with a letter ("A_...")."""
     parts = name.split("_")
     end = next((k for k, part in enumerate(parts) if k > 0 and len(part) == 1 and part.isalpha()), len(parts))
     return "_".join(parts[:end])
@@ -41,19 +41,21 @@ GROUPINGS: dict[str, Callable[[str], str]] = {
 
 
 def group_videos(paths: list[str], grouping: Callable[[str], str]) -> list[str]:
-    """The group of each path."""
+    """Return the group of each path."""
     return [grouping(os.path.splitext(os.path.basename(drop_format_folders(path)))[0]) for path in paths]
 
 
 def pattern_grouping(pattern: str) -> Callable[[str], str]:
-    """Groups by what the first parentheses of a regular expression match, anywhere in the name.
+    """Return a grouping by what the first parentheses of a regular expression match, anywhere in the name.
 
-    Raises UserError for an expression that is none or has no parentheses; the function, for a name without a match.
+    Raises UserError for an invalid expression or one without parentheses; the grouping raises it for a name without a match.
     """
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        raise UserError(f"--group-pattern {pattern!r} is no regular expression: {error}. Fix it.") from error
+        raise UserError(
+            f"--group-pattern {pattern!r} must be a regular expression: {error}. Change --group-pattern."
+        ) from error
     if compiled.groups < 1:
         raise UserError(
             f"--group-pattern {pattern!r} has no parentheses; expected some around the part of a name that tells the source, "
@@ -73,7 +75,7 @@ def pattern_grouping(pattern: str) -> Callable[[str], str]:
 
 
 def hold_out(groups: list[str], labels: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """Which videos are held out: bool (N,), as near to `share` of all as whole groups allow, the same for the same seed.
+    """Return bool (N,): the held-out videos, as near to `share` as whole groups allow, the same for the same seed.
 
     Within that, classes are served evenly, and a class with a single group stays in training if it can.
     Raises UserError when there is one group only.
@@ -91,7 +93,7 @@ def hold_out(groups: list[str], labels: np.ndarray, share: float, seed: int) -> 
 
 
 def _order(group: np.ndarray, labels: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """The groups, shuffled so that each class has its share in every stretch of the order."""
+    """Shuffle the groups so that each class is spread evenly over the order."""
     random = keyed_rng(seed, 0)
     votes: list[Counter[int]] = [Counter() for _ in range(count)]
     for number, label in zip(group.tolist(), labels.tolist(), strict=True):
@@ -105,7 +107,7 @@ def _order(group: np.ndarray, labels: np.ndarray, count: int, seed: int) -> np.n
 
 
 def _nearest_sum(sizes: np.ndarray, target: int) -> np.ndarray:
-    """Indices of sizes whose sum is as near to `target` as there is one, but neither 0 nor the sum of all.
+    """Return indices of sizes whose sum is nearest to `target`, but neither 0 nor the sum of all.
 
     Dynamic programming over sums: `first[s]` is the first item with which the sum s can be had. Items that come first
     are preferred, because it stops as soon as the target itself can be had.

@@ -1,4 +1,4 @@
-"""What a source of videos lists: paths and labels by split, checked, with the classes parse_labels."""
+"""The samples of a dataset: paths and labels by split, checked, with numbered classes."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class Record:
-    """One sample: its path as the source gives it, its class (a name, or a number), and where that stands."""
+    """One sample: its path as in the source, its class (a name or a number), and its place there, for messages."""
 
     path: str
     label: str | int
@@ -59,7 +59,7 @@ class Record:
 
 @dataclass(frozen=True)
 class DatasetIndex:
-    """The rows of each split of SPLITS; relative paths start at `root`, or at the user's prefix."""
+    """The records of each split; relative paths start at `root`, or at the user's prefix."""
 
     splits: Mapping[str, list[Record]]
     root: str
@@ -80,7 +80,7 @@ class DatasetIndex:
 
 
 def split_of(name: str) -> str | None:
-    """The split that a folder or a value of a list names, in any case."""
+    """Return the split that a folder or a value of a list names, in any case."""
     return next((split for split, names in SPLITS.items() if name.strip().lower() in names), None)
 
 
@@ -96,7 +96,7 @@ def guess_split(name: str) -> str | None:
 
 
 def check_unambiguous(splits: Mapping[str, str], where: str) -> None:
-    """UserError unless each split has one name. splits: name -> split."""
+    """Raise UserError unless each split has one name. splits: name -> split."""
     for split, count in Counter(splits.values()).items():
         if count > 1:
             names = [name for name, other in splits.items() if other == split]
@@ -108,12 +108,12 @@ def check_unambiguous(splits: Mapping[str, str], where: str) -> None:
 
 
 def format_splits(splits: Mapping[str, str]) -> str:
-    """What `parse_splits` reads."""
+    """Format splits as `parse_splits` reads them."""
     return ",".join(f"{split}={name}" for name, split in splits.items())
 
 
 def parse_splits(text: str) -> dict[str, str]:
-    """name -> split from "train=NAME,val=NAME,..."; empty for "none"."""
+    """Parse "train=NAME,val=NAME,..." to name -> split; empty for "none"."""
     if text == "none":
         return {}
     pairs = [item.partition("=")[::2] for item in text.split(",")]
@@ -127,23 +127,23 @@ def parse_splits(text: str) -> dict[str, str]:
 
 
 def listing_error(what: str, problems: list[str], advice: str) -> UserError:
-    """An error that names the first few problems and counts the rest."""
+    """Return an error that lists the first few problems and counts the rest."""
     more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
     return UserError(f"{what}: {'; '.join(problems[:_SHOWN])}{more}. {advice}")
 
 
 def printable(text: str) -> str:
-    """`text` without what cannot be written as UTF-8 (bytes of file names in another encoding)."""
+    """Return `text` with escapes for what cannot be written as UTF-8 (file names in another encoding)."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def shorten(names: Sequence[str], shown: int = _SHOWN) -> str:
-    """The first few names."""
+    """Join the first few names."""
     return printable(", ".join(names[:shown]) + (", ..." if len(names) > shown else ""))
 
 
 def parse_labels(rows: list[Record]) -> list[Record]:
-    """The rows with labels as integers, if all of them are written as integers; else as they are, as names of classes.
+    """Return the records with integer labels if all labels are integers, else unchanged, with names of classes.
 
     Raises UserError when some are names and some are integers, and for numbers that are no whole numbers.
     """
@@ -170,7 +170,7 @@ def parse_labels(rows: list[Record]) -> list[Record]:
 
 
 def label_arrays(index: DatasetIndex, names: list[str] | None = None) -> tuple[list[str], dict[str, np.ndarray]]:
-    """The names of the classes in the order of labels, and the int64 labels of each split.
+    """Return the names of the classes in the order of labels, and the int64 labels of each split.
 
     names: the order that the user wants, which goes before that of the source; without either, classes are in natural
     order of their names. Integer labels without names are named by their numbers.
@@ -204,7 +204,7 @@ def label_arrays(index: DatasetIndex, names: list[str] | None = None) -> tuple[l
 
 
 def label_warnings(classes: list[str], labels: Mapping[str, np.ndarray]) -> list[str]:
-    """Sentences about classes that never occur, or not in train, and about labels that hardly are classes."""
+    """Return warnings about classes that do not occur (in train), and labels that are unlikely to be classes."""
     seen = {split: set(array.tolist()) for split, array in labels.items()}
     everywhere = set().union(*seen.values())
     warnings = []
@@ -232,7 +232,7 @@ def label_warnings(classes: list[str], labels: Mapping[str, np.ndarray]) -> list
 
 
 def path_warnings(splits: Mapping[str, list[Record]], labels: Mapping[str, np.ndarray]) -> list[str]:
-    """Sentences about samples that occur twice, with one label or several, and videos in two forms or in two splits."""
+    """Return warnings about repeated samples, contradicting labels, and videos in two forms or in two splits."""
     warnings = []
     keys: dict[str, dict[str, list[str]]] = {}  # split -> video_key -> paths
     for split, rows in splits.items():
@@ -259,7 +259,7 @@ def path_warnings(splits: Mapping[str, list[Record]], labels: Mapping[str, np.nd
 
 
 def video_key(path: str) -> str:
-    """The path without suffix and without folders such as frames/: the same for a video and for the folder of its frames."""
+    """Return the path without suffix and folders such as frames/: equal for a video and its frame folder."""
     path = drop_format_folders(path)
     words = "frames?|images?|imgs?|extracted|jpe?g|png|rgb|flow"
     stem = re.sub(rf"(?i)(?<=[^/])[_.-]({words})$|(?<![^/])({words})[_.-](?=[^/]+$)", "", path)
@@ -267,13 +267,13 @@ def video_key(path: str) -> str:
 
 
 def drop_suffix(path: str) -> str:
-    """The path without the suffix of a video."""
+    """Return the path without the suffix of a video."""
     stem, suffix = os.path.splitext(path)
     return stem if suffix.lower() in VIDEO_SUFFIXES else path
 
 
 def drop_format_folders(path: str) -> str:
-    """The path without its folders that name a format: "a/frames/1" -> "a/1", "a/1/frames" -> "a/1"."""
+    """Drop folders that name a format: "a/frames/1" -> "a/1", "a/1/frames" -> "a/1"."""
     return "/".join(name for name in path.rstrip("/").split("/") if name.lower() not in _FORMAT_FOLDERS)
 
 

@@ -135,7 +135,7 @@ def read_diving48(folder: Path) -> DatasetIndex:
 
 
 def _lines(file: Path) -> list[tuple[str, str]]:
-    """(where, line) of the lines that are not empty."""
+    """Return (place, line) of the lines that are not empty."""
     if not file.is_file():
         raise UserError(f"{file}: no such file; expected it beside the others. Choose another --fold or SOURCE.")
     try:

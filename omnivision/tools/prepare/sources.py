@@ -1,4 +1,4 @@
-"""Which form a source has, and where the videos that it lists lie."""
+"""The format of a source, and the location of its videos."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def read_source(
     columns: Mapping[str, str] | None = None,
     splits: Mapping[str, str] | None = None,
 ) -> DatasetIndex:
-    """The rows of a source. form: one of FORMATS, None to look. lists: split -> CSV file, given beside the source.
+    """Read a source. form: one of FORMATS, None to recognize it. lists: split -> CSV file, given beside the source.
 
     columns: as for `read_csv_lists`. splits: name of a folder, or value in a list -> split; None to look.
 
@@ -75,7 +75,7 @@ def read_source(
 
 
 def locate_videos(index: DatasetIndex, *, prefix: str | None, check: bool, skip_missing: bool = False) -> DatasetIndex:
-    """The index with paths below its root: `prefix`, without one the root of the index, or else what is common to all.
+    """Return the index with paths relative to its root: `prefix`, else the root of the index, else their common folder.
 
     With `check`, each must be a file or a folder; a video may have another suffix than the list says, or be a folder of
     frames. Rows without a video raise a UserError that names the first of them, or are left out (`skip_missing`).
@@ -131,7 +131,7 @@ def locate_videos(index: DatasetIndex, *, prefix: str | None, check: bool, skip_
 
 
 def _locate(rows: list[Record], folder: str) -> list[Record | None]:
-    """Each row with the path that is on disk, absolute; None where there is none.
+    """Return each record with its absolute path on disk; None where there is no file.
 
     The file of a row with a segment may be that segment alone, NAME_000010_000020 as Kinetics is cut: then it is the whole
     video. It may also lie in any folder below, if the row names none.
@@ -163,13 +163,13 @@ def _locate(rows: list[Record], folder: str) -> list[Record | None]:
 
 
 def find_frame_folders(index: DatasetIndex, check: bool) -> list[str]:
-    """The samples that are frame folders; without `check`, those that are no video by their names."""
+    """Return the samples that are frame folders; without `check`, those without the suffix of a video."""
     paths = dict.fromkeys(index.full(row.path) for row in index.rows())
     return [path for path in paths if (os.path.isdir(path) if check else drop_suffix(path) == path)]
 
 
 def check_series(folders: list[str], pattern: str | None) -> None:
-    """UserError for folders that hold several series of frames, or with a pattern, none of it."""
+    """Raise UserError for folders with several series of frames, or without frames of the pattern."""
     problems = []
     for folder in folders:
         try:
@@ -201,7 +201,7 @@ def link_warnings(index: DatasetIndex) -> list[str]:
 
 
 def check_out(out: str, source: str, index: DatasetIndex, frame_folders: list[str], made: list[str]) -> None:
-    """UserError when OUT lies where it would be read as part of the source, or a video made would replace one of it."""
+    """Raise UserError if OUT is inside the source, or a result would replace a video of the source."""
     real = os.path.realpath(out)
     for folder in [source] * os.path.isdir(source) + frame_folders:
         if _inside(real, os.path.realpath(folder)):
@@ -217,7 +217,7 @@ def check_out(out: str, source: str, index: DatasetIndex, frame_folders: list[st
 
 
 def _recognize(path: Path, lists: Mapping[str, str]) -> str:
-    """The format, by the files that are there."""
+    """Return the format, by the files that exist."""
     if lists or path.is_file():
         return "csv"
     if (path / "classInd.txt").is_file():
@@ -238,7 +238,7 @@ def _recognize(path: Path, lists: Mapping[str, str]) -> str:
 
 
 def _on_disk(path: str) -> str | None:
-    """`path` or, if it does not exist, the same name with the suffix of another kind of video, or without one: frames."""
+    """Return `path` or, if it does not exist, the same name with another video suffix, or without one (frames)."""
     stem, suffix = os.path.splitext(path)
     if suffix.lower() not in VIDEO_SUFFIXES:
         stem = path

@@ -1,4 +1,4 @@
-"""Videos made smaller and quicker to read: H.264 with a short side and key frames close together, or folders of JPEGs."""
+"""Transcoding to faster videos: H.264 with a short side and frequent key frames, or folders of JPEGs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Frames = Iterator[tuple[int, np.ndarray]]
 
 @dataclass(frozen=True)
 class TranscodeConfig:
-    """What is made of each video. frames_fps: a folder of JPEGs at so many per second instead of a video."""
+    """How videos are transcoded. frames_fps: to a folder of JPEGs at this rate instead of a video."""
 
     short_side: int | None  # pixels; smaller videos keep their size
     gop: int = 12
@@ -35,7 +35,7 @@ class TranscodeConfig:
 
     @property
     def folder(self) -> str:
-        """Where below OUT the result lies."""
+        """Folder of the results below OUT."""
         return "films" if self.frames_fps is None else "frames"
 
 
@@ -48,14 +48,14 @@ class Job:
 
 @dataclass(frozen=True)
 class TranscodeResult:
-    """reason: why the video could not be read; fault: why its result could not be written, which ends all work."""
+    """`reason`: why the video could not be read; `fault`: why the result could not be written, which ends the command."""
 
     reason: str | None = None
     fault: str | None = None
 
 
 def destinations(paths: list[str], config: TranscodeConfig) -> dict[str, str]:
-    """For each path of a source (relative) that of its result; what differs in its suffix only keeps it in the name."""
+    """Return the relative path of the result for each path; a suffix stays in the name where it is the only difference."""
     stems = Counter(os.path.splitext(path)[0] for path in set(paths))
     folders = {str(folder) for path in paths for folder in Path(path).parents}
     result = {}
@@ -67,7 +67,7 @@ def destinations(paths: list[str], config: TranscodeConfig) -> dict[str, str]:
 
 
 def transcode(job: Job) -> TranscodeResult:
-    """Make one video (or folder of frames); it appears under its name only when it is whole.
+    """Transcode one video (or frame folder); the result appears under its name only when complete.
 
     Rotation is applied, sound is dropped; a video keeps the time stamps of its frames to the tick.
     """
@@ -93,7 +93,7 @@ def transcode(job: Job) -> TranscodeResult:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed processes left half made, at any depth. Only for the folder's one writer."""
+    """Remove unfinished files of killed processes, at any depth. Only for the folder's one writer."""
     for leftover in list(folder.rglob(f".*{TEMPORARY_SUFFIX}")):
         if leftover.is_dir():
             shutil.rmtree(leftover)
@@ -102,7 +102,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def target_size(width: int, height: int, short_side: int | None, even: bool) -> tuple[int, int]:
-    """(width, height) with a short side of at most `short_side` and the same shape; H.264 needs `even` numbers."""
+    """Return (width, height) with a short side of at most `short_side` and the same aspect; H.264 needs `even` numbers."""
     scale = min(1.0, short_side / min(width, height)) if short_side is not None else 1.0
     if not even:
         return max(round(width * scale), 1), max(round(height * scale), 1)
@@ -110,7 +110,7 @@ def target_size(width: int, height: int, short_side: int | None, even: bool) -> 
 
 
 def _ascending(frames: Frames, time_base: Fraction) -> tuple[Fraction, Frames]:
-    """The seconds of a tick that a video can be written with, and the frames at ascending ticks of it, from 0 on.
+    """Return the time base (s) to write with, and the frames at ascending ticks of it, from 0.
 
     Containers without time stamps of their own (AVI) may repeat or swap some: such a frame comes one tick after the one
     before it. VideoDecodeError when they go back by more than per second.
@@ -130,7 +130,7 @@ def _ascending(frames: Frames, time_base: Fraction) -> tuple[Fraction, Frames]:
 
 
 def _scaled(frames: Frames, short_side: int | None, even: bool) -> Frames:
-    """The frames, scaled; VideoDecodeError when they are of several sizes."""
+    """Yield the scaled frames. Raises VideoDecodeError if they differ in size."""
     sizes: set[tuple[int, int]] = set()
     for tick, image in frames:
         height, width, _ = image.shape
@@ -143,7 +143,7 @@ def _scaled(frames: Frames, short_side: int | None, even: bool) -> Frames:
 
 
 def _write_film(path: Path, frames: Frames, tick: Fraction, fps: Fraction, end: int, config: TranscodeConfig) -> None:
-    """Write a video and read it back: VideoDecodeError when the times of its frames are not those that were written.
+    """Write a video and read it back. Raises VideoDecodeError if the times of its frames have changed.
 
     So it is where frames of a thousandth of per second stand beside some of seconds: readers then miss the last ones.
     """
@@ -166,7 +166,7 @@ def _write_film(path: Path, frames: Frames, tick: Fraction, fps: Fraction, end: 
 
 
 def _write_frames(path: Path, frames: Frames, tick: Fraction, duration: Fraction, fps: Fraction) -> None:
-    """For k = 0, 1, ... the frame on screen at k / fps seconds as 00001.jpg, ... in the folder `path`."""
+    """Write the frame on screen at k / fps seconds (k = 0, 1, ...) as 00001.jpg, ... to the folder `path`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()

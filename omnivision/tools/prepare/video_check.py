@@ -1,4 +1,4 @@
-"""One video of a split, read as training reads its samples and to its end: whether that works, and what the video is like."""
+"""Reading one video completely, as training reads its samples, and its properties."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""`omnivision report`: runs as one HTML page that needs no network."""
+"""`omnivision report`: runs on one HTML page that needs no network."""

@@ -1,4 +1,4 @@
-"""What a run directory says of a run, for people to look at."""
+"""What a report needs of each run directory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MOST_BYTES = 30_000_000  # of a picture; of predictions more, if their file is a
 
 @dataclass
 class Predicted:
-    """What a run said of each validation video of a source, the last time."""
+    """Predictions of the last evaluation for each validation video of a source."""
 
     labels: np.ndarray  # int64 (V,), -1 where there is none
     shares: np.ndarray  # probabilities, float32 (V, classes)
@@ -37,7 +37,7 @@ class Predicted:
 
     @property
     def known(self) -> np.ndarray:
-        """Which videos have a label, bool (V,)."""
+        """bool (V,): whether a video has a label."""
         return self.labels >= 0
 
     @property
@@ -45,11 +45,11 @@ class Predicted:
         return self.shares.argmax(1)
 
     def confusion(self) -> np.ndarray:
-        """int64 (classes, classes): rows are labels, columns what was predicted."""
+        """Return int64 (classes, classes): rows are labels, columns predictions."""
         return confusion_matrix(self.labels, self.guesses, self.shares.shape[1])
 
     def by_class(self) -> list[tuple[str, int, float]]:
-        """Name, number of videos and accuracy (%) of each class that has a video, worst first."""
+        """Return name, number of videos and accuracy (%) of each class that has a video, worst first."""
         found = self.confusion()
         counts = found.sum(1)
         rows = [
@@ -62,7 +62,7 @@ class Predicted:
 
 @dataclass(eq=False)
 class Run:
-    """One run. `settings` are flat and as they were written; `lines` are those of `metrics.jsonl`."""
+    """One run. `settings`: flat, as saved; `lines`: those of `metrics.jsonl`."""
 
     name: str
     folder: RunDir
@@ -77,16 +77,16 @@ class Run:
         return self.summary.get("last") or {}
 
     def steps(self) -> list[dict[str, Any]]:
-        """The lines about training steps."""
+        """Return the lines about training steps."""
         return [line for line in self.lines if line.get("event") == "step" and isinstance(line.get("step"), int)]
 
     def epochs(self, phase: str) -> list[dict[str, Any]]:
-        """The lines about whole epochs of training ("train") or about evaluations ("val")."""
+        """Return the lines about epochs of training ("train") or evaluations ("val")."""
         found = [line for line in self.lines if line.get("event") == "epoch" and line.get("phase") == phase]
         return [line for line in found if isinstance(line.get("step"), int)]
 
     def pictures(self, suffix: str) -> list[Path]:
-        """Reconstructions, oldest first."""
+        """Return the reconstructions, oldest first."""
         found = [path for path in self.folder.pictures.glob(f"*{suffix}") if not path.name.startswith("confusion_")]
         # Plain files: a link may lead out of the folder, and the page is handed on.
         found = [
@@ -96,7 +96,7 @@ class Run:
 
 
 def find_runs(given: Sequence[Path]) -> list[Run]:
-    """The runs that are meant by run directories, or by folders of them; by the time of their start.
+    """Return the runs in run directories, or in folders of them, by start time.
 
     Raises UserError for a folder without a run.
     """
@@ -131,7 +131,7 @@ def is_file(path: Path) -> bool:
 
 
 def told_apart(folders: dict[Path, str]) -> dict[Path, str]:
-    """Names of runs by folder; those that several have get the folder above in front."""
+    """Return a distinct name for each folder; equal names get the parent folder in front."""
     counts = Counter(folders.values())
     names = {folder: name if counts[name] == 1 else f"{folder.parent.name}/{name}" for folder, name in folders.items()}
     if len(set(names.values())) == len(names):
@@ -154,7 +154,7 @@ def read_run(path: Path, name: str) -> Run:
 
 
 def _lines(log: Path) -> list[dict[str, Any]]:
-    """What was logged; nothing where there is no log that can be read."""
+    """Return the logged lines; none if the log cannot be read."""
     try:
         return read_lines(log) if log.is_file() else []
     except OSError:
@@ -162,7 +162,7 @@ def _lines(log: Path) -> list[dict[str, Any]]:
 
 
 def _predicted(file: Path) -> Predicted | None:
-    """The predictions in a file; None for one that is damaged, or claims to be more than it can be."""
+    """Return the predictions in a file; None if it is damaged or expands to more than it should."""
     try:
         with zipfile.ZipFile(file) as archive:  # arrays are stored as they are
             if sum(part.file_size for part in archive.infolist()) > max(MOST_BYTES, 2 * file.stat().st_size):
@@ -214,7 +214,7 @@ def _is_path(text: object) -> bool:
 
 
 def differing(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """Settings that are not the same in all runs, with the value in each; where a run lies says nothing of it."""
+    """Return the settings that differ between runs, with the value in each; the run directory does not count."""
     found: dict[str, list[str]] = {}
     for name in {name: None for run in runs for name in run.settings}:
         values = [str(run.settings.get(name, "")) for run in runs]
@@ -224,12 +224,12 @@ def differing(runs: Sequence[Run]) -> dict[str, list[str]]:
 
 
 def is_result(run: Run) -> bool:
-    """Whether a run has trained to its end: one that goes on, broke off, or only evaluated other weights, has no result yet."""
+    """Return whether a run trained to its end; a running, interrupted or validation-only run has no result."""
     return run.summary.get("status") == "finished" and bool(run.summary.get("epochs"))
 
 
 def result(run: Run) -> tuple[str, float] | None:
-    """The figure that a run is judged by, with its name: top-1 (%) where there is one, else a loss; None for none yet."""
+    """Return the name and value of the metric that ranks a run: top-1 (%), else a loss; None without either."""
     for name, label in (("val_top1", "top-1, %"), ("val_loss", "loss, validation"), ("loss", "loss, training")):
         if isinstance(value := run.last.get(name), (int, float)):
             return label, float(value)
@@ -237,7 +237,7 @@ def result(run: Run) -> tuple[str, float] | None:
 
 
 def lineage(run: Run, known: Sequence[Run]) -> list[str]:
-    """What a run started from, and what that started from, as far as the folders are there: the nearest first."""
+    """Return the checkpoints that a run started from, nearest first, as far as their run directories exist."""
     found, seen = [], {run.folder.path.resolve()}
     by_folder = {each.folder.path.resolve(): each for each in known}
     current: Run | None = run

@@ -1,4 +1,4 @@
-"""`omnivision report RUN...`: runs as one HTML page."""
+"""`omnivision report RUN...`: runs on one HTML page."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def is_page(file: Path) -> bool:
 
 
 def folder_of(paths: list[str]) -> str:
-    """The folder that all of some files are in."""
+    """Return the folder that holds all of the files."""
     try:
         return os.path.commonpath([os.path.dirname(path) for path in paths])
     except ValueError:  # none, or some relative

@@ -1,4 +1,4 @@
-"""The curves and matrices of a report, drawn by plotly; as pieces of HTML that share one copy of its script.
+"""The figures of a report: plotly as HTML fragments that share one copy of its script.
 
 plotly takes some tags in names for markup, links among them: names are escaped before it gets them.
 """
@@ -35,14 +35,14 @@ WIDE = 30  # ratio of values from which on they are shown on a logarithmic axis
 
 
 def script() -> str:
-    """plotly's own code, for one `<script>` of the page."""
+    """Return plotly's code, for one `<script>` of the page."""
     return str(get_plotlyjs())
 
 
 def curves(
     runs: Sequence[Run], what: str, label: str, lines: Callable[[Run], list[dict[str, Any]]], among: Sequence[Run]
 ) -> str:
-    """A figure over the steps, a line for each run that has it; "" when none has two points of one.
+    """Draw a metric over the steps, one line per run; "" if no run has two points.
 
     `among` are all runs of the page: each has the colour of its place there, in every figure.
     """
@@ -62,7 +62,7 @@ def curves(
 
 
 def confusion(predicted: Predicted) -> str:
-    """Shares of each label's videos that were taken for each class."""
+    """Draw the confusion matrix, as shares of each label."""
     counts = predicted.confusion()
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     names = [html.escape(name) for name in predicted.names]
@@ -81,7 +81,7 @@ def confusion(predicted: Predicted) -> str:
 
 
 def by_class(predicted: Predicted) -> str:
-    """Accuracy of each class, worst first."""
+    """Draw the accuracy of each class, worst first."""
     rows = predicted.by_class()
     if len(rows) > MOST_ROWS:  # the worst and the best
         rows = rows[: MOST_ROWS // 2] + rows[-MOST_ROWS // 2 :]
@@ -100,7 +100,7 @@ def by_class(predicted: Predicted) -> str:
 
 
 def mixing(run: Run) -> str:
-    """How much each source of an average counts, over the epochs; "" for other runs."""
+    """Draw the weight of each source of an average over the epochs; "" for other runs."""
     lines = run.epochs("train")
     names = [name for name in (lines[-1] if lines else {}) if name.startswith("mixing_") and name[7:].isdecimal()]
     figure = graph.Figure()
@@ -142,7 +142,7 @@ def against(runs: Sequence[Run], values: Sequence[str]) -> str:
 
 
 def _html(figure: graph.Figure) -> str:
-    """Without a background and colours of the text: the page sets them, for light and for dark."""
+    """Return the figure without background and text colours: the page sets them for light and dark."""
     figure.update_layout(
         margin={"l": 60, "r": 16, "t": 16, "b": 50}, paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",
         font={"size": 12}, legend={"orientation": "h", "y": 1.12},

@@ -1,4 +1,4 @@
-"""The videos that a model was most wrong about, as small moving pictures."""
+"""The most wrong predictions, as small animations."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHORT_SIDE, FRAMES, SECONDS, MILLISECONDS = 96, 12, 2.7, 180
 
 @dataclass(frozen=True)
 class Mistake:
-    """A video with its label, what it was taken for, and how sure the model was (%); `picture` is a data URL, or ""."""
+    """A video with its label, prediction and confidence (%); `picture` is a data URL, or ""."""
 
     path: str
     label: str
@@ -43,7 +43,7 @@ def most_confident(
 
 
 def worst(predicted: Predicted, count: int, fps: Any = None, prefix: Any = None, pattern: Any = None) -> list[Mistake]:
-    """The videos for whose true class the model left the least."""
+    """Return the videos whose true class got the lowest probability."""
     of_label = np.take_along_axis(predicted.shares, np.maximum(predicted.labels, 0)[:, None], 1)[:, 0]
     return _mistakes(predicted, -of_label, count, fps, prefix, pattern)
 
@@ -71,7 +71,7 @@ def _mistakes(
 
 @functools.cache
 def moving(path: str, fps: float, pattern: str | None = None, segment: Segment | None = None) -> str:
-    """The middle of a video (or segment) as an animated WebP, or an image, as a data URL; "" for what cannot be read here."""
+    """Return the middle of a video (or segment), or an image, as a WebP data URL; "" if it cannot be read."""
     try:
         with open_video(path, fps=fps, max_pixels=EIGHT_K, frame_pattern=pattern) as video:
             start = uniform_clip_starts(sample_duration(video.duration, segment), SECONDS, 3)[1]

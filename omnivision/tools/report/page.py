@@ -1,4 +1,4 @@
-"""Everything that a report shows, put into its template."""
+"""The HTML page of a report."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CURVES = (
 
 
 def render(runs: Sequence[Run], title: str, clips: bool = True) -> str:
-    """The page of some runs, as HTML; whatever they call themselves is escaped. `clips`: with videos of their mistakes."""
+    """Return the page of some runs as HTML, with all names escaped. `clips`: with clips of their mistakes."""
     environment = jinja2.Environment(loader=jinja2.PackageLoader("omnivision.tools.report", "."), autoescape=True)
     evaluated = [(run, source, found) for run in runs for source, found in run.predicted.items()]
     shown = sorted({run.name: run for run, _, _ in evaluated}.values(), key=_quality, reverse=True)[:WITH_CLIPS]
@@ -111,7 +111,7 @@ def _row(run: Run) -> list[tuple[str, str]]:
 
 
 def _evaluated(top1: Any, epoch: Any) -> str:
-    """A top-1 with the epoch that it is of, as far as it is known."""
+    """Format a top-1 with its epoch, if known."""
     return _number(top1, 1) + (f" (epoch {epoch})" if top1 is not None and isinstance(epoch, int) else "")
 
 
@@ -134,7 +134,7 @@ def _curves(runs: Sequence[Run]) -> list[tuple[str, Markup]]:
 
 
 def _pictures(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
-    """The last reconstruction of each run, moving."""
+    """Return the last animated reconstruction of each run: (run, caption, data URL)."""
     found = []
     for run in runs:
         if files := run.pictures(".gif"):
@@ -170,7 +170,7 @@ def _evaluation(run: Run, source: str, predicted: Predicted, number: int, clips:
 
 
 def _of_epoch(run: Run) -> str:
-    """Which weights the predictions of a run are of: the last evaluation writes them, and best.pt may be of an earlier one."""
+    """Say which epoch the predictions belong to: the last evaluation writes them, best.pt may be from an earlier one."""
     last, best = run.last.get("val_epoch"), run.summary.get("best_epoch")
     if not isinstance(last, int):
         return "As the last evaluation of the run had it."
@@ -179,7 +179,7 @@ def _of_epoch(run: Run) -> str:
 
 
 def _mistakes(predicted: Predicted, *entry: Any) -> list[tuple[str, list[mistakes.Mistake]]]:
-    """Both kinds with their headings; one, where they are the same videos."""
+    """Return the most confident and the worst mistakes with headings; one list if both hold the same videos."""
     confident = mistakes.most_confident(predicted, CLIPS, *entry)
     worst = mistakes.worst(predicted, CLIPS, *entry)
     if {each.path for each in confident} == {each.path for each in worst}:

@@ -1,4 +1,4 @@
-"""The paper's table: what each pretraining is worth on each task, fine-tuned and probed."""
+"""The paper's table: top-1 of each pretraining on each task, fine-tuned and probed."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def table(runs: Sequence[Run]) -> Table | None:
 
 
 def _start(pretrained: object, trunk: str) -> str:
-    """What a run started from, by the name of its folder."""
+    """Return the name of the run that a run started from."""
     if not isinstance(pretrained, str) or not pretrained:
         return "nothing"
     name = " + ".join(Path(part.strip()).name for part in pretrained.split(" + "))
