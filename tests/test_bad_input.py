@@ -12,7 +12,7 @@ from unittest import mock
 
 import numpy as np
 
-from omnivision.reporting.bad_samples import BadSampleLedger
+from omnivision.reporting.logs import BadSampleLedger
 from omnivision.utils.host import host_id
 from tests import runs
 from tests import stage_runs as stages
@@ -122,7 +122,7 @@ class Mistakes(unittest.TestCase):
             (["batch_size=4"], "clips of a step of k150: 8 -> 4", "steps an epoch"),
         ):
             again = [*self.data, "epochs=1", *overrides]
-            self.assert_refused(*again, saying=f"another experiment .*: {experiment}. Going on", folder="other")
+            self.assert_refused(*again, saying=f"{experiment}.*allow_changes", folder="other")
             told = [*again, "trainer.checkpoint.allow_changes=true"]
             self.assert_refused(*told, saying=checkpoint, folder="other")
 

@@ -24,7 +24,7 @@ from omnivision.data.loader import LoaderConfig, evaluation_batches, train_batch
 from omnivision.data.masking import RandomMask
 from omnivision.data.sampling import EpochPlan, Request, SourcePlan
 from omnivision.data.views import EvalView, PretrainView
-from omnivision.reporting.bad_samples import BadSampleLedger
+from omnivision.reporting.logs import BadSampleLedger
 from omnivision.utils.errors import DataWorkerError, UserError
 from tests import runs
 

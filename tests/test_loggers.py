@@ -146,9 +146,7 @@ class Failing(unittest.TestCase):
             for step in (1, 2):
                 reporter.step(0, 1, step, {"loss": 1.0, "clips_per_second": 1.0, "data_wait": 0.0})
             reporter.close()
-            self.assertEqual(
-                out.getvalue().count("warning: Broken fails, and is told nothing more: ConnectionError"), 1
-            )
+            self.assertEqual(out.getvalue().count("warning: Broken"), 1)
             board = EventAccumulator(f"{name}/tensorboard")
             board.Reload()
             self.assertEqual([event.step for event in board.Scalars("train/loss")], [1, 2])
@@ -208,14 +206,14 @@ class Refused(unittest.TestCase):
             for package in ("wandb", "mlflow"):
                 importlib.invalidate_caches()
                 with mock.patch.dict(sys.modules, {package: None}):
-                    with self.assertRaisesRegex(UserError, rf"names {package}, and its package is not installed"):
+                    with self.assertRaisesRegex(UserError, rf"trainer.logging.also.*{package}"):
                         loggers([package], folder, {}, 0)
 
     def test_a_server_that_does_not_answer(self):
         with tempfile.TemporaryDirectory() as name:
             environment = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
             with mock.patch.dict(os.environ, environment):
-                with self.assertRaisesRegex(UserError, "mlflow .trainer.logging.also. cannot be begun"):
+                with self.assertRaisesRegex(UserError, "mlflow .trainer.logging.also"):
                     loggers(["mlflow"], RunDir(name), {}, 0)
 
 

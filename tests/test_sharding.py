@@ -137,14 +137,14 @@ class Parts(unittest.TestCase):
 
     def test_they_come_back_to_where_they_were(self):
         state = self.state()
-        checkpoint_shards.attach(state, self.folder)
+        checkpoint_shards.load_shards(state, self.folder)
         self.assertEqual(sorted(state), ["model", "optimizer"])
         self.assertEqual(state["model"]["a"].tolist(), [1, 1, 1])
         self.assertEqual(state["optimizer"]["state"][0]["exp_avg"].tolist(), [1, 1])
 
     def refused(self, saying: str, **said: object) -> None:
         with self.assertRaisesRegex(CorruptCheckpointError, saying):
-            checkpoint_shards.attach(self.state(**said), self.folder)
+            checkpoint_shards.load_shards(self.state(**said), self.folder)
 
     def test_refused(self):
         for name in ("../x", "shards_3/../..", "/etc", "shards_", 3, None):
@@ -164,7 +164,7 @@ class Parts(unittest.TestCase):
         data[-1] ^= 1
         self.part.write_bytes(data)
         with self.assertRaisesRegex(CorruptCheckpointError, "not the file that was written"):
-            checkpoint_shards.attach(state, self.folder)
+            checkpoint_shards.load_shards(state, self.folder)
 
     def test_a_part_that_lies_nowhere(self):
         offsets = {"model/a": {"saved_offsets": [0]}}
@@ -191,11 +191,11 @@ class Parts(unittest.TestCase):
     def test_a_tensor_that_would_go_where_none_is(self):
         save_file({"format/a": torch.ones(3)}, self.part)
         with self.assertRaisesRegex(CorruptCheckpointError, "belongs to 'format/a', where it has no place"):
-            checkpoint_shards.attach(self.state() | {"format": 1}, self.folder)
+            checkpoint_shards.load_shards(self.state() | {"format": 1}, self.folder)
 
     def test_a_state_with_a_key_of_that_name_is_left_alone(self):
         state = {"shards": torch.ones(3), "model": {}}
-        checkpoint_shards.attach(state, self.folder)
+        checkpoint_shards.load_shards(state, self.folder)
         self.assertIn("shards", state)
 
     def test_folders_that_nobody_refers_to_go(self):

@@ -90,14 +90,14 @@ class OnFilms(unittest.TestCase):
 
     def stopped(self, stage: str, name: str, step: int, *overrides: str) -> None:
         """A run that is asked to stop when the checkpoint before `step` is written: it still does that step."""
-        save = Trainer.save
+        save = Trainer.save_checkpoint
 
-        def save_and_end(trainer: Trainer, also: list[str]) -> None:
-            save(trainer, also)
+        def save_and_end(trainer: Trainer, aliases: tuple[str, ...] = ()) -> None:
+            save(trainer, aliases)
             if trainer.global_step == step - 1:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        with mock.patch.object(Trainer, "save", save_and_end):
+        with mock.patch.object(Trainer, "save_checkpoint", save_and_end):
             every = "trainer.checkpoint.save_every_steps=1"
             result = stages.here(stages.command(stage, self.folder / name, *overrides, every))
         self.assertEqual(result.returncode, 143, result.stderr)
@@ -671,7 +671,7 @@ class Mistakes(OnFilms):
             ([f"++datasets.ucf101.train.labels={files['low']}"], "labels from -2 to -2"),
             (
                 ["++datasets.ucf101.num_classes=4"],
-                r"another experiment .*datasets\.ucf101\.num_classes: 3 -> 4; epochs: 1 -> 2",
+                r"datasets\.ucf101\.num_classes: 3 -> 4; epochs: 1 -> 2",
             ),
             (
                 ["++datasets.ucf101.num_classes=4", ALLOW],

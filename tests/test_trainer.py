@@ -33,7 +33,7 @@ from omnivision.models.mae import MaskedAutoencoder
 from omnivision.models.vit import VisionTransformer
 from omnivision.optim.groups import Rule, ScheduledOptimizer, parameter_groups
 from omnivision.optim.schedules import WarmupCosine
-from omnivision.reporting.bad_samples import BadSampleLedger
+from omnivision.reporting.logs import BadSampleLedger
 from omnivision.reporting.reporter import Reporter
 from omnivision.reporting.run_directory import RunDir
 from omnivision.tasks.base import StepOutput, Task
@@ -565,7 +565,7 @@ class Loop(unittest.TestCase):
         made = trainer(self.folder / "lost")
         made.run.directory.lock()
         (self.folder / "lost" / ".lock").write_text(json.dumps({"token": "another's", "host": "elsewhere", "pid": 1}))
-        with self.assertRaisesRegex(UserError, "Process 1 on elsewhere has taken over"):
+        with self.assertRaisesRegex(UserError, "Process 1 on elsewhere"):
             made.fit()
         self.assertIsNone(checkpoint.load_newest(made.run.directory.checkpoints))
         made.run.directory.unlock()

@@ -117,7 +117,7 @@ def read(path: Path) -> Any:
     """What is in a checkpoint or another file of `torch.save`, with its parts if it is split. Raises CorruptCheckpointError."""
     state = safe_load(path)
     if isinstance(state, dict):
-        checkpoint_shards.attach(state, path.parent)
+        checkpoint_shards.load_shards(state, path.parent)
     return state
 
 

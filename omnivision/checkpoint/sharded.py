@@ -33,11 +33,11 @@ SEPARATOR = "/"  # between the keys that lead to a tensor
 
 def save_split(state: dict[str, Any], folder: Path, step: int, dist: Dist) -> dict[str, Any]:
     """Write what is split among the processes of a checkpoint, all of them together; the rest, which says where that is."""
-    rest, tensors = parted(state)
+    rest, tensors = split_sharded(state)
     return rest | {KEY: write(tensors, folder, step, dist)} if tensors else state
 
 
-def parted(state: dict[Any, Any], where: str = "") -> tuple[dict[Any, Any], dict[str, Tensor]]:
+def split_sharded(state: dict[Any, Any], where: str = "") -> tuple[dict[Any, Any], dict[str, Tensor]]:
     """A nested state without the tensors that are split among processes, and those, by the keys that lead to them."""
     rest: dict[Any, Any] = {}
     taken: dict[str, Tensor] = {}
@@ -45,7 +45,7 @@ def parted(state: dict[Any, Any], where: str = "") -> tuple[dict[Any, Any], dict
         if is_sharded(value):
             taken[f"{where}{key}"] = value
         elif isinstance(value, dict):
-            rest[key], inner = parted(value, f"{where}{key}{SEPARATOR}")
+            rest[key], inner = split_sharded(value, f"{where}{key}{SEPARATOR}")
             taken |= inner
         else:
             rest[key] = value
@@ -77,7 +77,7 @@ def write(tensors: dict[str, Tensor], folder: Path, step: int, dist: Dist) -> di
     return {"folder": name, "files": files}
 
 
-def attach(state: dict[str, Any], folder: Path) -> None:
+def load_shards(state: dict[str, Any], folder: Path) -> None:
     """Put the tensors that were parted from it, whole, back into a state that was read from a checkpoint in `folder`.
 
     Raises CorruptCheckpointError when the files are not those that were written.

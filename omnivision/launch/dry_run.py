@@ -32,7 +32,7 @@ from omnivision.models.average import AveragedClassifier
 from omnivision.optim.groups import ScheduledOptimizer
 from omnivision.reporting.reporter import Reporter
 from omnivision.training import build
-from omnivision.training.flops import Cost
+from omnivision.training.flops import ClipFlops
 from omnivision.training.preflight import (
     awaits_dependency,
     check_run,
@@ -275,7 +275,7 @@ def weights_lines(job: Job, trainer: Trainer | None) -> list[str]:
     return lines
 
 
-def operations_line(cost: Cost | None) -> str:
+def operations_line(cost: ClipFlops | None) -> str:
     if cost is None:
         return "operations   not known: this model or task of your own does not work without values"
     forward, step = cost.forward_flops / 1e9, cost.step_flops / 1e9

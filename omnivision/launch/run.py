@@ -92,7 +92,7 @@ def run_process(job: Job, place: RankInfo | None, record: JobLog | None = None) 
             newest = dist.gather(checkpoint.stat_latest(folder.checkpoints))[0]
             checkpoint.wait_until_visible(newest, folder.checkpoints)
             told = flat_text(job.config_text)  # unresolved: nothing of the environment
-            reporter = Reporter(folder, dist.is_main, also=job.settings.trainer.logging.also, settings=told)
+            reporter = Reporter(folder, dist.is_main, extra_loggers=job.settings.trainer.logging.also, settings=told)
             if taken_over:
                 reporter.info(taken_over)
             ready = dist.run_on_all(lambda: build_and_restore(job, dist, folder, reporter, stop))

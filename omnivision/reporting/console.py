@@ -15,27 +15,31 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 LOG = logging.getLogger("omnivision")
 
 
-STARVED = 0.3  # share of the time spent waiting for data from which on it is worth a word
-LOOKS = 5  # lines of the log before a verdict: the first batches always come late
-AGAIN_SECONDS = 1800.0
+MAX_DATA_WAIT = 0.3  # share of the time
+MIN_LOG_LINES = 5  # before a warning: the first batches are always late
+REPEAT_SECONDS = 1800.0
 
 
 class DataStallWarning:
-    """Says so when a run waits for data more than it computes should let it; again after half an hour at the earliest."""
+    """Warn when steps wait for data too long; at most once in half an hour."""
 
     def __init__(self) -> None:
-        self._waits: deque[float] = deque(maxlen=LOOKS)
-        self._said = float("-inf")
+        self._waits: deque[float] = deque(maxlen=MIN_LOG_LINES)
+        self._last_warning = float("-inf")
 
     def update(self, data_wait: float) -> str | None:
-        """The share of the time since the last line; a verdict when there is one to give."""
+        """Add the share of time that was spent waiting since the last line; return a warning if it is due."""
         self._waits.append(data_wait)
         share = statistics.median(self._waits)  # not the mean: the start of the workers is one long wait
-        if len(self._waits) < LOOKS or share < STARVED or time.monotonic() - self._said < AGAIN_SECONDS:
+        if (
+            len(self._waits) < MIN_LOG_LINES
+            or share < MAX_DATA_WAIT
+            or time.monotonic() - self._last_warning < REPEAT_SECONDS
+        ):
             return None
-        self._said = time.monotonic()
+        self._last_warning = time.monotonic()
         return (
-            f"{share:.0%} of the time is spent waiting for data: raise num_workers (a core each), or make the films quicker to "
+            f"{share:.0%} of the time is spent waiting for data: raise num_workers (a core each), or make the videos faster to "
             "read with omnivision prepare --short-side 256 --gop 12."
         )
 
@@ -63,12 +67,12 @@ class ProgressLine:
             self._task = self._bar.add_task("train", total=total_steps, completed=done, figures="")
             self._bar.start()
 
-    def step(self, epoch: int, epochs: int, step: int, told: Mapping[str, float]) -> None:
-        """`told` are the figures of a step: loss, clips_per_second, data_wait, and memory_gb and mfu where they are known."""
-        parts = [f"loss {told['loss']:.4f}", f"{told['clips_per_second']:.1f} clips/s"]
-        parts.append(f"waiting for data {told['data_wait']:.0%}")
-        parts += [f"{told['memory_gb']:.1f} GB"] if "memory_gb" in told else []
-        parts += [f"{told['mfu']:.0%} of the peak"] if "mfu" in told else []
+    def step(self, epoch: int, epochs: int, step: int, metrics: Mapping[str, float]) -> None:
+        """`metrics` of a step: loss, clips_per_second, data_wait, and memory_gb and mfu where they are known."""
+        parts = [f"loss {metrics['loss']:.4f}", f"{metrics['clips_per_second']:.1f} clips/s"]
+        parts.append(f"waiting for data {metrics['data_wait']:.0%}")
+        parts += [f"{metrics['memory_gb']:.1f} GB"] if "memory_gb" in metrics else []
+        parts += [f"{metrics['mfu']:.0%} of the peak"] if "mfu" in metrics else []
         described = f"epoch {epoch + 1}/{epochs}"
         if self._bar is not None and self._task is not None:
             beside = len(f"{described} {self.total}/{self.total} ETA 00:00:00 ") + self._bar_width + 1

@@ -1,7 +1,7 @@
-"""Where the figures of a run go besides `metrics.jsonl`: TensorBoard always, Weights & Biases and MLflow when asked for.
+"""Loggers: TensorBoard always, Weights & Biases and MLflow when `trainer.logging.also` names them.
 
-All get the same figures under the same names. Whether wandb sends them anywhere is its own affair (WANDB_MODE=offline);
-MLflow writes to MLFLOW_TRACKING_URI, or into the run folder.
+All get the same metrics under the same names. wandb follows its own environment (WANDB_MODE=offline); MLflow writes to
+MLFLOW_TRACKING_URI, or into the run directory.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ PARAMETERS = 100  # that MLflow takes at once
 
 
 class Logger(Protocol):
-    def scalars(self, figures: Mapping[str, float], step: int) -> None:
-        """Figures by name, like train/loss, after a step."""
+    def scalars(self, metrics: Mapping[str, float], step: int) -> None:
+        """Metrics by name, like train/loss, after a step."""
 
-    def picture(self, name: str, file: Path, step: int) -> None:
+    def image(self, name: str, file: Path, step: int) -> None:
         """A PNG, or a GIF that moves."""
 
     def close(self, failed: bool) -> None: ...
@@ -42,11 +42,11 @@ class TensorBoard:
 
         self._board = SummaryWriter(str(folder.tensorboard), purge_step=step + 1 if step else None)
 
-    def scalars(self, figures: Mapping[str, float], step: int) -> None:
-        for name, value in figures.items():
+    def scalars(self, metrics: Mapping[str, float], step: int) -> None:
+        for name, value in metrics.items():
             self._board.add_scalar(name, value, step)
 
-    def picture(self, name: str, file: Path, step: int) -> None:
+    def image(self, name: str, file: Path, step: int) -> None:
         """TensorBoard shows GIF bytes moving; its own `add_video` would need another package to encode them."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
@@ -80,10 +80,10 @@ class WeightsAndBiases:
         # Its own count of steps must not go back, and a run that goes on from a checkpoint does.
         self._run.define_metric("*", step_metric="step")
 
-    def scalars(self, figures: Mapping[str, float], step: int) -> None:
-        self._run.log({**figures, "step": step})
+    def scalars(self, metrics: Mapping[str, float], step: int) -> None:
+        self._run.log({**metrics, "step": step})
 
-    def picture(self, name: str, file: Path, step: int) -> None:
+    def image(self, name: str, file: Path, step: int) -> None:
         kind = self._wandb.Image if file.suffix == ".png" else self._wandb.Video
         self._run.log({name: kind(str(file)), "step": step})
 
@@ -114,13 +114,13 @@ class MLflow:
         for first in range(0, len(parameters), PARAMETERS):
             self._client.log_batch(self._id, params=parameters[first : first + PARAMETERS])
 
-    def scalars(self, figures: Mapping[str, float], step: int) -> None:
+    def scalars(self, metrics: Mapping[str, float], step: int) -> None:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        self._client.log_batch(self._id, [Metric(name, value, now, step) for name, value in figures.items()])
+        self._client.log_batch(self._id, [Metric(name, value, now, step) for name, value in metrics.items()])
 
-    def picture(self, name: str, file: Path, step: int) -> None:
+    def image(self, name: str, file: Path, step: int) -> None:
         self._client.log_artifact(self._id, str(file), artifact_path=f"{name}/step_{step}")
 
     def close(self, failed: bool) -> None:
@@ -128,33 +128,33 @@ class MLflow:
 
 
 def kept_id(file: Path) -> str | None:
-    """The id of a run that was begun before; None if there is none. Raises UserError for what is no id."""
+    """Read the ID of an earlier start of the run; None if there is none. Raises UserError for anything else in the file."""
     if not file.exists():
         return None
     text = file.read_bytes()[:200].decode("utf-8", "replace").strip() if file.is_file() else ""
     if not re.fullmatch(r"[A-Za-z0-9_-]+", text):
-        raise UserError(f"{file} does not hold the id of a run. Remove it, to begin a new run there.")
+        raise UserError(f"{file} does not hold the ID of a run. Remove it to start a new one.")
     return text
 
 
-def loggers(also: Sequence[str], folder: RunDir, settings: Mapping[str, Any], step: int) -> list[Logger]:
-    """TensorBoard and those named in `also`. Raises UserError for one whose package is not there, or that cannot be begun."""
+def loggers(names: Sequence[str], folder: RunDir, settings: Mapping[str, Any], step: int) -> list[Logger]:
+    """Start TensorBoard and the named loggers. Raises UserError for a missing package, or one that cannot be started."""
     made: list[Logger] = [TensorBoard(folder, step)]
     for name, kind in (("wandb", WeightsAndBiases), ("mlflow", MLflow)):
-        if name in also:
+        if name in names:
             try:
                 made.append(kind(folder, settings))
             except UserError:
                 raise
             except ImportError:
                 raise UserError(
-                    f"trainer.logging.also names {name}, and its package is not installed. pip install 'omnivision[{name}]', "
-                    "or leave it out."
+                    f"trainer.logging.also has {name}, whose package is not installed. Run pip install "
+                    f"'omnivision[{name}]', or remove it."
                 ) from None
             except Exception as error:  # its servers, its login
                 said = " ".join(str(error).split())[:300].rstrip(".")
                 raise UserError(
-                    f"{name} (trainer.logging.also) cannot be begun: {said}. Log in to it, set WANDB_MODE=offline or "
-                    "MLFLOW_TRACKING_URI, or leave it out."
+                    f"{name} (trainer.logging.also) cannot be started: {said}. Log in, set WANDB_MODE=offline or "
+                    "MLFLOW_TRACKING_URI, or remove it."
                 ) from error
     return made

@@ -1,4 +1,4 @@
-"""What a classifier said of each video, as files: `<name>.npz` for programs, `<name>.csv` for people; and its confusions."""
+"""Predictions for each video as files, `<name>.npz` and `<name>.csv`, and confusion matrices."""
 
 from __future__ import annotations
 
@@ -36,36 +36,38 @@ class Predictions:
         return confusion_matrix(self.label, self.scores.argmax(1), self.scores.shape[1])
 
 
-def write(folder: Path, name: str, made: Predictions, class_names: Sequence[str]) -> None:
+def write(folder: Path, name: str, predictions: Predictions, class_names: Sequence[str]) -> None:
     """Write both files; the CSV has the five best classes of each video with their probabilities."""
     folder.mkdir(parents=True, exist_ok=True)
     arrays: dict[str, Any] = {
-        "index": made.index,
-        "label": made.label,
-        "scores": made.scores,
-        "path": np.array(made.paths, dtype=str),
+        "index": predictions.index,
+        "label": predictions.label,
+        "scores": predictions.scores,
+        "path": np.array(predictions.paths, dtype=str),
         "class_names": np.array(class_names),
     }
-    if made.segments is not None:
-        arrays["segment"] = made.segments
+    if predictions.segments is not None:
+        arrays["segment"] = predictions.segments
     with replace_atomically(folder / f"{name}.npz") as file:
         np.savez_compressed(file, **arrays)
-    shares = torch.from_numpy(made.scores).softmax(1).numpy()
-    best = np.argsort(-made.scores, axis=1, kind="stable")[:, :5]
+    shares = torch.from_numpy(predictions.scores).softmax(1).numpy()
+    best = np.argsort(-predictions.scores, axis=1, kind="stable")[:, :5]
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
     columns = [f"{what}_{k + 1}" for k in range(best.shape[1]) for what in ("predicted", "probability")]
-    times = [] if made.segments is None else ["start", "end"]
-    segments = np.empty((len(made.paths), 0)) if made.segments is None else made.segments
+    times = [] if predictions.segments is None else ["start", "end"]
+    segments = np.empty((len(predictions.paths), 0)) if predictions.segments is None else predictions.segments
     lines.writerow(["path", *times, "label", "correct", *columns])
-    for path, segment, true, row, share in zip(made.paths, segments, made.label, best, shares, strict=True):
+    for path, segment, true, row, share in zip(
+        predictions.paths, segments, predictions.label, best, shares, strict=True
+    ):
         guesses = [value for k in row for value in (class_names[k], f"{share[k]:.4f}")]
         label = class_names[true] if true >= 0 else ""
         lines.writerow([path, *segment.tolist(), label, int(true == row[0]), *guesses])
     write_atomically(folder / f"{name}.csv", text.getvalue())
 
 
-def confusion_picture(confusion: np.ndarray, class_names: Sequence[str], title: str) -> Image.Image:
+def confusion_image(confusion: np.ndarray, class_names: Sequence[str], title: str) -> Image.Image:
     """A confusion matrix (rows: labels) as shares of each row, with the names of the classes where they can be read."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

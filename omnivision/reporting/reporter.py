@@ -1,4 +1,4 @@
-"""Everything that a run tells: console, `metrics.jsonl`, TensorBoard and its like, pictures. Only that of process 0 speaks."""
+"""All output of a run: console, `metrics.jsonl`, loggers, images. Only that of rank 0 is enabled."""
 
 from __future__ import annotations
 
@@ -12,20 +12,22 @@ from omnivision.reporting import images as pictures
 from omnivision.reporting import predictions
 from omnivision.reporting.console import DataStallWarning, ProgressLine
 from omnivision.reporting.loggers import Logger, loggers
-from omnivision.reporting.metrics_log import MetricsLog
+from omnivision.reporting.logs import MetricsLog
 from omnivision.reporting.predictions import Predictions
 from omnivision.reporting.run_directory import RunDir
 from omnivision.tasks.base import Visualization
 from omnivision.utils.streams import wrap
 
 LOG = logging.getLogger("omnivision")
-GLUE = "\0"  # a space at which no line is broken
+NO_BREAK = "\0"  # a space at which no line is broken
 
 
 class Reporter:
-    """Tells of a run from process 0; with `enabled=False` (the other processes) it is silent and writes nothing.
+    """Output of a run; with `enabled=False` (on all ranks but 0) it writes nothing.
 
-    `also` are loggers beside TensorBoard (`trainer.logging.also`), which are told the `settings` of the run.
+    Args:
+        extra_loggers: names of loggers beside TensorBoard (`trainer.logging.also`).
+        settings: flat settings of the run, for these loggers.
     """
 
     def __init__(
@@ -33,24 +35,24 @@ class Reporter:
         folder: RunDir,
         enabled: bool,
         console: Console | None = None,
-        also: Sequence[str] = (),
+        extra_loggers: Sequence[str] = (),
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder, self.enabled = folder, enabled
         self.console = console or Console(quiet=not enabled)
-        self.also, self.settings = also, settings or {}
+        self.extra_loggers, self.settings = extra_loggers, settings or {}
         self._metrics = MetricsLog(folder.logs / "metrics.jsonl")
         self._loggers: list[Logger] | None = None
         self._progress: ProgressLine | None = None
-        self._starvation = DataStallWarning()
+        self._data_stall = DataStallWarning()
 
     def connect(self, step: int) -> None:
-        """Begin with the loggers, after a step. Raises UserError for one that cannot be begun."""
+        """Start the loggers after a step. Raises UserError for one that cannot be started."""
         if self.enabled and self._loggers is None:
-            self._loggers = loggers(self.also, self.folder, self.settings, step)
+            self._loggers = loggers(self.extra_loggers, self.folder, self.settings, step)
 
     def start(self, step: int, total_steps: int, replay: str = "") -> None:
-        """Begin at a step; whatever was logged after it is forgotten, and of it the phase or event that comes `replay`."""
+        """Start logging at `step`. Drops later entries, and entries at `step` whose phase or event is `replay`."""
         self.connect(step)
         if self.enabled:
             self._metrics.truncate_after(step, replay)
@@ -58,48 +60,48 @@ class Reporter:
 
     def info(self, text: str) -> None:
         if self.enabled:
-            LOG.info(text.replace(GLUE, " "))
+            LOG.info(text.replace(NO_BREAK, " "))
             wrapped = wrap(text, self.console.width) if self.console.is_terminal else text
-            self.console.print(wrapped.replace(GLUE, " "), highlight=False, soft_wrap=True, markup=False)
+            self.console.print(wrapped.replace(NO_BREAK, " "), highlight=False, soft_wrap=True, markup=False)
 
-    def step(self, epoch: int, epochs: int, step: int, figures: dict[str, float]) -> None:
-        """The figures of a training step; those of `metrics.jsonl` are named in the documentation of the run folder."""
+    def step(self, epoch: int, epochs: int, step: int, metrics: dict[str, float]) -> None:
+        """Log the metrics of a training step."""
         if self._may_write():
-            self._metrics.write("step", "train", epoch, step, **figures)
-            self._scalars("train", figures, step)
+            self._metrics.write("step", "train", epoch, step, **metrics)
+            self._scalars("train", metrics, step)
             assert self._progress is not None
-            self._progress.step(epoch, epochs, step, figures)
-            if verdict := self._starvation.update(figures["data_wait"]):
-                self.info(verdict)
+            self._progress.step(epoch, epochs, step, metrics)
+            if warning := self._data_stall.update(metrics["data_wait"]):
+                self.info(warning)
 
-    def epoch(self, phase: str, epoch: int, step: int, figures: dict[str, Any]) -> None:
+    def epoch(self, phase: str, epoch: int, step: int, metrics: dict[str, Any]) -> None:
         if self._may_write():
-            self._metrics.write("epoch", phase, epoch, step, **figures)
-            flat = {name: value for name, value in figures.items() if isinstance(value, (int, float))}
+            self._metrics.write("epoch", phase, epoch, step, **metrics)
+            flat = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
             self._scalars(f"{phase}_epoch", flat, step)
-            shown = "  ".join(f"{name}{GLUE}{value:.4g}" for name, value in flat.items())
+            shown = "  ".join(f"{name}{NO_BREAK}{value:.4g}" for name, value in flat.items())
             self.info(
                 f"{f'epoch {epoch + 1} ' if step else ''}{phase}: {shown}"
             )  # at step 0 weights are of another run
 
     def visualization(self, name: str, what: Visualization, step: int) -> None:
-        """Write PNG and GIF to `pictures/`, and hand the GIF on. Process 0 alone makes pictures."""
+        """Write PNG and GIF to `pictures/`, and give the GIF to the loggers."""
         if self._may_write():
             pictures.save(what, self.folder.pictures, name)
-            self._tell(lambda logger: logger.picture("pictures", self.folder.pictures / f"{name}.gif", step))
+            self._log(lambda logger: logger.image("pictures", self.folder.pictures / f"{name}.gif", step))
 
     def predictions(self, source: str, made: Predictions, class_names: Sequence[str], step: int) -> None:
-        """Write what was predicted for each video of a source, and its confusion matrix as a picture."""
+        """Write the predictions for each video of a source, and its confusion matrix as an image."""
         if self._may_write():
             predictions.write(self.folder.predictions, source, made, class_names)
-            picture = predictions.confusion_picture(made.confusion(), class_names, f"{source}, step {step}")
+            picture = predictions.confusion_image(made.confusion(), class_names, f"{source}, step {step}")
             self.folder.pictures.mkdir(exist_ok=True)
             file = self.folder.pictures / f"confusion_{source}.png"
             picture.save(file)
-            self._tell(lambda logger: logger.picture(f"confusion/{source}", file, step))
+            self._log(lambda logger: logger.image(f"confusion/{source}", file, step))
 
     def _may_write(self) -> bool:
-        """Whether this is the process that tells, and the run folder is still its own."""
+        """Whether this is rank 0, and the run directory is still its own."""
         return self.enabled and not self.folder.lost()
 
     def __enter__(self) -> Reporter:
@@ -111,20 +113,18 @@ class Reporter:
     def close(self, failed: bool = False) -> None:
         if self._progress is not None:
             self._progress.close()
-        self._tell(lambda logger: logger.close(failed))
+        self._log(lambda logger: logger.close(failed))
 
-    def _scalars(self, prefix: str, figures: dict[str, float], step: int) -> None:
-        told = {f"{prefix}/{name}": value for name, value in figures.items()}
-        self._tell(lambda logger: logger.scalars(told, step))
+    def _scalars(self, prefix: str, metrics: dict[str, float], step: int) -> None:
+        named = {f"{prefix}/{name}": value for name, value in metrics.items()}
+        self._log(lambda logger: logger.scalars(named, step))
 
-    def _tell(self, what: Callable[[Logger], None]) -> None:
-        """Tell all loggers. One that fails (its server, its disk) is told nothing more; the run has a log of its own."""
+    def _log(self, what: Callable[[Logger], None]) -> None:
+        """Call all loggers; one that fails (its server, its disk) is dropped with a warning."""
         for logger in list(self._loggers or []):
             try:
                 what(logger)
             except Exception as error:
                 assert self._loggers is not None
                 self._loggers.remove(logger)
-                self.info(
-                    f"warning: {type(logger).__name__} fails, and is told nothing more: {type(error).__name__}: {error}"
-                )
+                self.info(f"warning: {type(logger).__name__} fails and is dropped: {type(error).__name__}: {error}")

@@ -1,4 +1,4 @@
-"""The folder of a run: where everything lies, who may write, and how the run ended (`summary.json`)."""
+"""The run directory: its paths, its lock, its `summary.json`."""
 
 from __future__ import annotations
 
@@ -34,22 +34,19 @@ WAITING = ("queued", "requeued")
 
 
 def own_job() -> str | None:
-    """The id of the SLURM job that this process is of, 12, or 12_3 for an element of an array; None for none."""
+    """ID of this process's SLURM job (12, or 12_3 in an array); None outside of SLURM."""
     if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
         return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     return os.environ.get("SLURM_JOB_ID")
 
 
 def own_restarts() -> int:
-    """How often SLURM has started that job again."""
+    """How often SLURM has restarted that job."""
     return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
 class RunDir:
-    """Paths of a run, and its lock.
-
-    Raises UserError when the folder cannot be made or written, or while another live process holds it.
-    """
+    """Paths of a run, its lock and its summary."""
 
     def __init__(self, path: str | Path, checkpoints: str | Path | None = None) -> None:
         self.path = Path(path)
@@ -62,14 +59,15 @@ class RunDir:
         self._held = False
 
     def create(self, *more: str) -> None:
-        """Make the folder, with `more` folders in it. Raises UserError when one cannot be made and written, and when something
-        that a run writes is there and no file.
+        """Create the directory and its subdirectories, and `more` of them.
+
+        Raises UserError when one cannot be written, or when a path that a run writes exists and is not a file.
         """
         for name in FILES:
             if (self.path / name).exists() and not (self.path / name).is_file():
                 raise UserError(
-                    f"{(self.path / name).absolute()} is no file, and a run writes one of that name. Remove it, or change "
-                    "launcher.experiment_log_dir."
+                    f"{(self.path / name).absolute()} must be a file, because a run writes it. Remove it, or set "
+                    "launcher.experiment_log_dir to another directory."
                 )
         try:
             made = (self.path, self.logs, self.checkpoints, self.tensorboard, self.pictures, self.predictions)
@@ -80,23 +78,21 @@ class RunDir:
                 probe.unlink()
         except OSError as error:
             raise UserError(
-                f"The run folder {self.path.absolute()} cannot be written: {error.strerror} ({error.filename}). Expected a "
-                "folder that can be created and written. Change launcher.experiment_log_dir (or trainer.checkpoint.save_dir)."
+                f"The run directory {self.path.absolute()} cannot be written: {error.strerror} ({error.filename}). Set "
+                "launcher.experiment_log_dir (or trainer.checkpoint.save_dir) to a writable directory."
             ) from None
 
     def claim_checkpoint_dir(self) -> None:
-        """Claim a folder of checkpoints that lies elsewhere. Raises UserError when it is another run's: its checkpoints would
-        be taken for this one's.
-        """
+        """Claim a checkpoint directory outside of the run directory. Raises UserError when it belongs to another run."""
         here, claim = self.path.resolve(), self.checkpoints / ".run"
         if self.checkpoints.resolve().is_relative_to(here):
             return
         owner = claim.read_text(encoding="utf-8").strip() if claim.is_file() else str(here)
         if owner != str(here):
             raise UserError(
-                f"The checkpoints in {self.checkpoints.absolute()} are of the run in {owner}, and this one is {here}. Expected "
-                "a folder of its own for each run: change trainer.checkpoint.save_dir (a sweep puts what is swept into its "
-                f"name). If the run folder was moved, remove {claim}."
+                f"The checkpoints in {self.checkpoints.absolute()} belong to the run in {owner}, not to {here}. Set "
+                "trainer.checkpoint.save_dir to a directory of this run alone (in a sweep, with the swept values in its name). "
+                f"If the run directory was moved, remove {claim}."
             )
         write_atomically(claim, f"{here}\n")
 
@@ -105,19 +101,18 @@ class RunDir:
         holder, age = self._holder()
         if holder is not None and self._alive(holder, age):
             raise UserError(
-                f"The run folder {self.path.absolute()} is in use by process {holder.get('pid')} on {holder.get('host')} "
-                f"(last sign of life {age:.0f} s ago). Two runs would overwrite each other. Wait for it, stop it, or "
-                "change launcher.experiment_log_dir."
+                f"The run directory {self.path.absolute()} is in use by process {holder.get('pid')} on {holder.get('host')} "
+                f"(last heartbeat {age:.0f} s ago). Stop that run, or set another launcher.experiment_log_dir."
             )
 
     def holder(self) -> dict[str, Any] | None:
-        """What the process that holds this folder said of itself: host, pid, job; None when none does."""
+        """Host, pid and job of the process that holds the lock; None when none does."""
         return self._holder()[0]
 
     def lock(self, patience: float = 0.0) -> str | None:
-        """Become the run's only writer; a heartbeat tells others that we live. Returns a line about a lock taken over.
+        """Become the run's only writer and start the heartbeat. Returns a line about a stale lock that was taken over.
 
-        Waits up to `patience` seconds for another holder to leave, or to turn out dead.
+        Waits up to `patience` seconds for another holder to exit or to become stale.
         """
         deadline = time.monotonic() + patience
         while not self._held:
@@ -138,7 +133,7 @@ class RunDir:
                 time.sleep(min(5.0, patience / 4))
         threading.Thread(target=self._beat, daemon=True, name="run-folder-heartbeat").start()
         who = f"process {holder.get('pid')} on {holder.get('host')}" if holder else "an unknown process"
-        return f"Took over the lock of {who}, which has ended or was silent for {age:.0f} s." if stale else None
+        return f"Took over the lock of {who}, which has exited or had no heartbeat for {age:.0f} s." if stale else None
 
     def unlock(self) -> None:
         self._released.set()
@@ -147,39 +142,37 @@ class RunDir:
             self._lock.unlink(missing_ok=True)
 
     def lost(self) -> bool:
-        """Whether this process held the folder, and another one has taken it over."""
+        """Whether another process has taken over the lock of this one."""
         return self._held and (_read_claim(self._lock) or {}).get("token") != self._token
 
     def require_lock(self) -> None:
-        """Raises UserError when another process has taken this folder over: what it writes must not be overwritten."""
+        """Raises UserError when another process has taken over the lock, so that nothing of it is overwritten."""
         if self.lost():
             holder = self.holder()
             who = "Another process" if holder is None else f"Process {holder.get('pid')} on {holder.get('host')}"
             raise UserError(
-                f"{who} has taken over the run folder {self.path.absolute()}, because this one gave no sign of life. This one "
-                "stops. Look why it stood still (a suspended process, a file system that did not answer)."
+                f"{who} has taken over the run directory {self.path.absolute()}, because this process had no heartbeat (was it "
+                "suspended, or did the file system hang?). This process stops."
             )
 
     def write_summary(self, **facts: Any) -> None:
-        """Update `summary.json` with some of its facts; numbers that are not finite become null. What a process writes that
-        has lost the folder to another one would be about the other's run, and is left out.
-        """
+        """Update entries of `summary.json`; non-finite numbers become null. A process that lost the lock writes nothing."""
         if not self.lost():
             self.replace_summary(self.read_summary() | facts)
 
     def replace_summary(self, summary: dict[str, Any]) -> None:
-        """Put back what `summary.json` held before; no file for an empty one."""
+        """Write `summary.json`; remove it if it is empty."""
         if summary:
             write_atomically(self.path / "summary.json", json.dumps(finite(summary), indent=1, allow_nan=False) + "\n")
         else:
             (self.path / "summary.json").unlink(missing_ok=True)
 
     def write_end(self, status: str, reason: str) -> None:
-        """Write down how a run ended, and why, with the last lines of process 0's log."""
+        """Write how a run ended, why, and the last lines of rank 0's log."""
         self.write_summary(status=status, exit_reason=reason, last_lines=self.last_lines())
 
     def last_lines(self) -> list[str]:
-        """The last lines that process 0 wrote to its log."""
+        """The last lines of rank 0's log."""
         try:
             with open(self.logs / "rank_0.log", encoding="utf-8", errors="replace") as file:
                 return [line.rstrip("\n") for line in deque(file, LAST_LINES)]
@@ -188,12 +181,12 @@ class RunDir:
 
     def read_summary(self) -> dict[str, Any]:
         try:
-            return sound(dict(json.loads((self.path / "summary.json").read_text(encoding="utf-8"))))
+            return sanitize(dict(json.loads((self.path / "summary.json").read_text(encoding="utf-8"))))
         except (OSError, ValueError, TypeError, RecursionError):  # the next one to write replaces what is no summary
             return {}
 
     def note_silent_end(self, reason: str, interrupted: bool) -> None:
-        """Write down, for a run that was killed before it could, how it ended; unless another one is running here now."""
+        """Write how a killed run ended, unless another run is alive in this directory."""
         if not self.path.is_dir():
             return  # it was killed before there was a run to tell of
         with file_lock(self.path / ".lock.guard"):
@@ -221,7 +214,7 @@ class RunDir:
         )
 
     def _holder(self) -> tuple[dict[str, Any] | None, float]:
-        """Who holds the lock (None: unreadable or gone) and how many seconds ago it gave a sign of life."""
+        """The holder of the lock (None: no readable lock) and the age of its heartbeat in seconds."""
         try:
             age = time.time() - self._lock.stat().st_mtime
         except FileNotFoundError:
@@ -247,10 +240,9 @@ class RunDir:
 
 @contextlib.contextmanager
 def file_lock(guard: Path) -> Iterator[None]:
-    """Let one process at a time into this block; the kernel lets go of a dead one's guard.
+    """Hold an exclusive `flock` on a file; the kernel releases that of a dead process.
 
-    On a file system without such locks two processes may both come in. Then `require_lock` finds out before one of them
-    overwrites anything.
+    File systems without locks let two processes in; `RunDir.require_lock` then keeps one from overwriting the other.
     """
     with open(guard, "w", encoding="utf-8") as file:
         with contextlib.suppress(OSError):
@@ -259,7 +251,7 @@ def file_lock(guard: Path) -> Iterator[None]:
 
 
 def _read_claim(path: Path) -> dict[str, Any] | None:
-    """What a lock file says; None if it is gone or unreadable."""
+    """The contents of a lock file; None if it is missing or unreadable."""
     try:
         claim = dict(json.loads(path.read_text(encoding="utf-8")))
     except (FileNotFoundError, ValueError, TypeError, RecursionError):
@@ -267,8 +259,8 @@ def _read_claim(path: Path) -> dict[str, Any] | None:
     return claim if isinstance(claim.get("pid"), int) else None
 
 
-def sound(summary: dict[str, Any]) -> dict[str, Any]:
-    """A summary without the entries that are not what a run writes: somebody else did."""
+def sanitize(summary: dict[str, Any]) -> dict[str, Any]:
+    """Remove the entries of a summary that do not have the type that a run writes."""
     number = (int, float)
     kinds: dict[str, Any] = {"status": str, "job": dict, "run": dict, "last": dict, "epochs": int, "steps": int}
     kinds |= dict.fromkeys(("step_seconds", "save_seconds", "wall_time", "best"), number) | {"best_epoch": int}
@@ -292,7 +284,7 @@ def sound(summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def _of_kinds(found: dict[str, Any], kinds: dict[str, Any]) -> dict[str, Any]:
-    """The entries that are of their kind, or null; of others nothing is asked."""
+    """The entries that have their type or are null, and those without a type."""
     return {k: v for k, v in finite(found).items() if v is None or isinstance(v, kinds.get(k, object))}
 
 

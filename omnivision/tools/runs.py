@@ -17,7 +17,7 @@ from rich.text import Text
 
 from omnivision.launch.slurm import squeue_or_none
 from omnivision.launch.slurm_jobs import resolve_status
-from omnivision.reporting.run_directory import sound
+from omnivision.reporting.run_directory import sanitize
 from omnivision.tools.arguments import Flag
 from omnivision.utils.errors import UserError
 from omnivision.utils.streams import fit
@@ -71,7 +71,7 @@ def summaries(folder: Path) -> list[dict[str, Any]]:
     found = []
     for file in sorted(each for each in folder.rglob("summary.json") if each.is_file()):
         try:
-            summary = sound(dict(json.loads(file.read_text(encoding="utf-8"))))
+            summary = sanitize(dict(json.loads(file.read_text(encoding="utf-8"))))
         except (OSError, ValueError, TypeError, RecursionError) as error:
             print(f"warning: {file} is no summary of a run: {error}. It is left out.", file=sys.stderr)
             continue

@@ -46,7 +46,7 @@ from omnivision.models.classifier import is_frozen
 from omnivision.models.patches import token_grid
 from omnivision.optim.groups import Group, Rule, ScheduledOptimizer, layer_decay_scales, parameter_groups
 from omnivision.optim.schedules import Scaled, peak
-from omnivision.reporting.bad_samples import BadSampleLedger
+from omnivision.reporting.logs import BadSampleLedger
 from omnivision.reporting.reporter import Reporter
 from omnivision.reporting.run_directory import RunDir
 from omnivision.training import flops as utilisation
@@ -202,7 +202,7 @@ def task(settings: Settings) -> Any:
     return build_with_labels(settings, settings.trainer.task, "trainer.task")
 
 
-def clip_cost(settings: Settings, model: nn.Module) -> utilisation.Cost | None:
+def clip_cost(settings: Settings, model: nn.Module) -> utilisation.ClipFlops | None:
     """What a training step costs for one clip; `model` is on the meta device. None for classes of one's own that cannot work
     there, where tensors have no values.
     """

@@ -73,7 +73,7 @@ class FusedAttention(TorchFunctionMode):
 
 
 @dataclass(frozen=True)
-class Cost:
+class ClipFlops:
     """Of one clip: operations of a forward pass, and of a training step; bytes kept for the backward pass, in fp32."""
 
     forward_flops: float
@@ -81,7 +81,9 @@ class Cost:
     kept_bytes: int
 
 
-def clip_cost(task: Task, model: nn.Module, shape: tuple[int, int, int], mask: np.ndarray | None, source: str) -> Cost:
+def clip_cost(
+    task: Task, model: nn.Module, shape: tuple[int, int, int], mask: np.ndarray | None, source: str
+) -> ClipFlops:
     """What a training step costs for one clip; what is frozen has no backward pass.
 
     Args:
@@ -113,6 +115,6 @@ def clip_cost(task: Task, model: nn.Module, shape: tuple[int, int, int], mask: n
         loss = task.training_step(model, batch).loss
         forward = counter.get_total_flops()
         loss.backward()
-    return Cost(
+    return ClipFlops(
         float(forward), float(counter.get_total_flops()), sum(t.untyped_storage().nbytes() for t in kept.values())
     )

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from omnivision.data.batch import BadSample, vanished_files
 from omnivision.distributed.fsdp import local_tensor
 from omnivision.distributed.process_group import Dist
-from omnivision.reporting.bad_samples import BadSampleLedger
-from omnivision.reporting.metrics_log import MetricsLog
+from omnivision.reporting.logs import BadSampleLedger, MetricsLog
 from omnivision.reporting.run_directory import RunDir
 from omnivision.utils.errors import NonFiniteError, UserError
 

@@ -32,7 +32,7 @@ from omnivision.models.mae import CrossBlock
 from omnivision.models.vit import Block
 from omnivision.optim.ema import MovingAverage
 from omnivision.optim.groups import ScheduledOptimizer
-from omnivision.reporting.bad_samples import BadSampleLedger
+from omnivision.reporting.logs import BadSampleLedger
 from omnivision.reporting.reporter import Reporter
 from omnivision.reporting.run_directory import RunDir
 from omnivision.tasks.base import StepOutput, Task
@@ -81,7 +81,7 @@ class RunContext:
     ledger: BadSampleLedger
     stop: StopSignal = field(default_factory=StopSignal)
     sources: list[LoadReport] = field(default_factory=list)  # the averaged checkpoints of a learned average
-    fingerprint: dict[str, Any] = field(default_factory=dict)  # of the experiment; on rank 0 alone
+    fingerprint: dict[str, Any] = field(default_factory=dict)  # of the experiment; on rank 0 file_lock
 
 
 class Trainer:
@@ -130,7 +130,7 @@ class Trainer:
             return
         if frozen := sum(p.numel() for p in self.raw_model.parameters() if not p.requires_grad):
             reporter.info(
-                f"{frozen / 1e6:.2f} M parameters are frozen: they need a forward pass alone, about a third of the work of "
+                f"{frozen / 1e6:.2f} M parameters are frozen: they need a forward pass file_lock, about a third of the work of "
                 "training them."
             )
         self._write_summary(status="running", exit_reason=None)

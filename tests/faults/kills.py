@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from omnivision.checkpoint import checkpointer as checkpoint
-from omnivision.reporting.metrics_log import read_lines
+from omnivision.reporting.logs import read_lines
 from tests import runs
 from tests.faults import Outcome
 

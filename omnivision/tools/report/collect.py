@@ -17,7 +17,7 @@ import torch
 
 from omnivision.checkpoint.fingerprint import flat_file
 from omnivision.data.catalog import are_segments
-from omnivision.reporting.metrics_log import read_lines
+from omnivision.reporting.logs import read_lines
 from omnivision.reporting.run_directory import RunDir
 from omnivision.tasks.metrics import confusion_matrix
 from omnivision.utils.errors import UserError

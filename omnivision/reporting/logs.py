@@ -1,0 +1,104 @@
+"""JSON-lines logs of a run: metrics, and the files that could not be decoded, with the budget that bounds them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from omnivision.data.batch import BadSample
+from omnivision.reporting.run_directory import finite
+from omnivision.utils.errors import UserError
+from omnivision.utils.io import append_line, write_atomically
+
+
+class MetricsLog:
+    """JSON objects, one a line, each with `event`, `phase`, `epoch`, `step` and `time`; no step twice after a resume."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def truncate_after(self, step: int, replay: str = "") -> None:
+        """Drop the lines after `step`, those of `step` whose phase or event is `replay`, and a line truncated by a crash."""
+        if self.path.exists():
+            kept = [
+                json.dumps(finite(line), allow_nan=False) + "\n"
+                for line in read_lines(self.path)
+                if _step(line) < step or (_step(line) == step and replay not in (line.get("phase"), line.get("event")))
+            ]
+            write_atomically(self.path, "".join(kept))
+
+    def write(self, event: str, phase: str, epoch: int, step: int, **values: Any) -> None:
+        line = {"event": event, "phase": phase, "epoch": epoch, "step": step, "time": time.time(), **values}
+        append_line(self.path, json.dumps(finite(line), allow_nan=False))
+
+
+def _step(line: dict[str, Any]) -> float:
+    step = line.get("step")
+    return step if isinstance(step, int) else math.inf
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read the JSON objects of a log, one a line; truncated and foreign lines are left out."""
+    lines = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(line, dict):
+            lines.append(line)
+    return lines
+
+
+class BadSampleLedger:
+    """`logs/bad_samples.jsonl`: bad samples, each counted once; at most a share `budget` of `files` may be bad."""
+
+    def __init__(self, path: Path, files: int, budget: float) -> None:
+        self.path, self.files, self.budget = path, files, budget
+        self._known: dict[tuple[str, str, int], tuple[str, str]] = {}  # (path, reason) by source, split and index
+        if path.exists():
+            for entry in read_lines(path):
+                source, index = entry.get("source"), entry.get("index")
+                if _is_fixed(entry):
+                    continue
+                if isinstance(source, str) and isinstance(index, int):
+                    self._known[source, str(entry.get("split")), index] = (
+                        str(entry.get("path")),
+                        str(entry.get("reason")),
+                    )
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def add(self, samples: Sequence[BadSample], write: bool) -> None:
+        """Add the bad samples of all ranks, on every rank; one writes. Raises UserError once the budget is spent."""
+        for sample in samples:
+            key = sample.source, sample.split, sample.index
+            if key not in self._known:
+                self._known[key] = sample.path, sample.reason
+                if write:
+                    append_line(self.path, json.dumps(asdict(sample) | {"time": time.time()}))
+        if samples and len(self) > self.budget * self.files:
+            listed = "\n".join(f"  {path}: {reason}" for path, reason in list(self._known.values())[:20])
+            raise UserError(
+                f"{len(self)} of {self.files} samples could not be decoded; trainer.data.bad_sample_budget is "
+                f"{self.budget:.2%}. Delete the files and run the same omnivision prepare again, raise the budget, or check "
+                f"datasets.NAME.prefix. omnivision check-data finds all; {self.path} has these:\n{listed}",
+                on_all_ranks=True,
+            )
+
+
+def _is_fixed(entry: Mapping[str, Any]) -> bool:
+    """Whether a file was changed after it was found bad, or exists again (its disk was mounted, say)."""
+    try:
+        changed = os.stat(str(entry.get("path"))).st_ctime
+    except (OSError, ValueError):
+        return False
+    found = entry.get("time")
+    return bool(entry.get("missing")) or (isinstance(found, (int, float)) and changed > found)
