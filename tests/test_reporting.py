@@ -332,7 +332,7 @@ class Progress(unittest.TestCase):
         self.assertEqual(
             [starvation.update(share) for share in (0.9, 0.8, 0.2, 0.1, 0.0)][:4], [None] * 4, "the first are late"
         )
-        self.assertEqual([DataStallWarning().hear(0.9) for _ in range(4)], [None] * 4)
+        self.assertEqual([DataStallWarning().update(0.9) for _ in range(4)], [None] * 4)
         starvation = DataStallWarning()
         self.assertEqual(
             [starvation.update(share) for share in (0.99, 0.8, 0.2, 0.2, 0.2, 0.2)], [None] * 6, "a slow start"
@@ -340,7 +340,7 @@ class Progress(unittest.TestCase):
         starvation = DataStallWarning()
         said = [starvation.update(0.61) for _ in range(20)]
         self.assertEqual([text is not None for text in said], [place == 4 for place in range(20)], "once")
-        self.assertRegex(said[4], "^61% of the time .* raise num_workers .* or .* omnivision prepare")
+        self.assertRegex(said[4], "61%.*num_workers.*omnivision prepare")
         starvation = DataStallWarning()
         self.assertEqual([starvation.update(0.1) for _ in range(20)], [None] * 20)
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from omnivision.launch import slurm
 from omnivision.launch.exit import END_FILE_SECONDS, first_failure, lost_peer
 from omnivision.launch.watchdog import is_peer_lost
-from omnivision.reporting.metrics_log import read_lines
+from omnivision.reporting.logs import read_lines
 from omnivision.reporting.run_directory import WAITING, RunDir, own_job, own_restarts
 from omnivision.utils.errors import PeerLostError, StopRequested, UserError
 from omnivision.utils.io import append_line, write_atomically
