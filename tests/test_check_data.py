@@ -12,7 +12,6 @@ from unittest import mock
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
 
 from omnivision.data.encode import write_film
 from omnivision.tools import check_data
@@ -194,7 +193,7 @@ class Splits(Folder):
         self.assertEqual(
             report["summary"]["overlap"], [[full["a.mp4"], full["copy.mp4"]], [full["bb.mp4"], full["link.mp4"]]]
         )
-        self.assertIn("in both splits: 2 films", out)
+        self.assertIn("in both splits: 2 videos", out)
 
     def test_files_of_one_size_are_not_yet_the_same(self):
         (self.folder / "a").write_bytes(b"1234")
@@ -217,12 +216,6 @@ class Splits(Folder):
                 said = self.check([self.video("a.mp4", frames=30, size=(side, side + 20), gop=99)])[1]
                 self.assertIn("--gop 12", said)
                 self.assertEqual("short" in said, advised)
-
-    def test_a_terminal_gets_a_table(self):
-        console = Console(force_terminal=True, width=100, file=io.StringIO())
-        with mock.patch.object(check_data, "Console", return_value=console):
-            self.check([self.video("a.mp4")])
-        self.assertIn("┏", console.file.getvalue())
 
     def test_refused(self):
         paths = self.save("paths.npy", [self.video("a.mp4")])

@@ -21,7 +21,7 @@ from omnivision.launch.exit import exit_code_and_reason, explain
 from omnivision.reporting.console import ProgressLine
 from omnivision.reporting.reporter import Reporter
 from omnivision.reporting.run_directory import RunDir
-from omnivision.tools import check_data, predict
+from omnivision.tools import predict
 from omnivision.tools.inference import Prediction
 from omnivision.tools.main import main
 from omnivision.training.evaluate import Evaluation
@@ -157,14 +157,6 @@ class Windows(Folder):
             if width >= 90:
                 self.assertLessEqual(len(lines[0]), width)
                 self.assertIn("█", lines[0])
-
-    def test_figures_of_a_split(self):
-        found = dict.fromkeys(("least", "5%", "median", "95%", "most"), 12345.678)
-        for width in WIDTHS:
-            out = io.StringIO()
-            console = Console(file=out, width=width, force_terminal=True)
-            check_data._tell_distributions(console, {"frames": found, "gop": found})
-            self.assertEqual(out.getvalue().count("12345.7"), 10, width)
 
     def test_lines_of_an_epoch(self):
         figures = {"loss": 0.41234, "mean_class_accuracy": 84.123, "top1": 85.714, "top5": 100.0, "videos": 1234}

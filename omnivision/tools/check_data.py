@@ -7,12 +7,11 @@ import json
 import os
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Column, Table
 
 from omnivision.data.catalog import IGNORED_LABEL, resolve_prefix, shift_command, start_at_one
 from omnivision.tools.arguments import resolve_fps
@@ -25,9 +24,15 @@ from omnivision.tools.prepare.workers import WorkerCrashedError, default_workers
 from omnivision.tools.progress import track
 from omnivision.utils.errors import EXIT_INTERRUPTED, EXIT_USER, UserError
 from omnivision.utils.io import write_atomically
-from omnivision.utils.streams import wrap
+from omnivision.utils.streams import fit
 
 _SHOWN = 20
+_TITLES = {
+    "frames": "frames",
+    "duration": "seconds",
+    "fps": "frames per second",
+    "gop": "most frames between key frames",
+}
 _SMALL_SIDE = 256  # what is advised
 _LONG_GOP, _LARGE_SIDE = 24, 320  # beyond these, smaller videos with more key frames are read much quicker
 
@@ -52,12 +57,9 @@ def run(paths_file: str, labels_file: str | None, args: CheckOptions) -> int:
         for path, positions in samples.items()
     ]
     checks = [VideoCheck(ok=False, reason="not read")] * len(full)
+    workers = default_workers() if args.workers is None else args.workers
     try:
-        for number, result in track(
-            run_in_processes(check_video, jobs, default_workers() if args.workers is None else args.workers),
-            len(jobs),
-            "check-data",
-        ):
+        for number, result in track(run_in_processes(check_video, jobs, workers), len(jobs), "check-data"):
             positions = samples[jobs[number].path]
             if isinstance(result, WorkerCrashedError):
                 result = [VideoCheck(ok=False, reason=str(result))] * len(positions)
@@ -80,14 +82,14 @@ def run(paths_file: str, labels_file: str | None, args: CheckOptions) -> int:
         for sample, (start, end) in zip(listed, segments or [], strict=False):
             sample.update(start=start, end=end)
         _write_json(Path(args.json), {"summary": {"prefix": prefix, **summary}, "samples": listed})
-    _print_summary(paths, checks, summary)
-    _print_gaps(gaps)
+    lines = _report(paths, checks, summary, gaps)
     if labels is not None and start_at_one(labels, args.num_classes):
-        _print(
-            Console(),
+        lines.append(
             "class 0 has no sample, and labels must start at 0. If they start at 1, shift those of all splits: "
-            f"{shift_command(str(labels_file))}",
+            f"{shift_command(str(labels_file))}"
         )
+    for line in lines:
+        print(fit(printable(line), sys.stdout))
     return 0 if summary["bad"] == 0 and not summary.get("labels", {}).get("out_of_range") else EXIT_USER
 
 
@@ -151,99 +153,67 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
         raise UserError(f"--json {file} cannot be written: {error.strerror}. Give another file.") from error
 
 
-def _print_summary(paths: list[str], checks: list[VideoCheck], summary: dict[str, Any]) -> None:
-    console = Console()
+def _report(
+    paths: list[str], checks: list[VideoCheck], summary: dict[str, Any], gaps: Mapping[str, VideoCheck]
+) -> list[str]:
+    """Return the lines that are printed."""
     bad = [(path, check.reason) for path, check in zip(paths, checks, strict=True) if not check.ok]
-    _print(
-        console,
-        f"{summary['samples'] - len(bad)} of {summary['samples']} samples are good, {summary['seconds']:.1f} s of video.",
-    )
-    for path, reason in bad[:_SHOWN]:
-        _print(console, f"bad: {path}: {reason}")
+    good = summary["samples"] - len(bad)
+    lines = [f"{good} of {summary['samples']} samples are good, {summary['seconds']:.1f} s of video."]
+    lines += [f"bad: {path}: {reason}" for path, reason in bad[:_SHOWN]]
     if len(bad) > _SHOWN:
-        _print(console, f"... and {len(bad) - _SHOWN} more bad ones (--json FILE lists all)")
-    _print_distributions(console, summary["distributions"])
+        lines.append(f"... and {len(bad) - _SHOWN} more bad ones (--json FILE lists all)")
+    for name, found in summary["distributions"].items():
+        lines.append(f"{_TITLES[name]}: {', '.join(f'{key} {value:g}' for key, value in found.items())}")
     if sizes := summary["sizes"]:
         common = ", ".join(f"{size} ({count})" for size, count in list(sizes.items())[:5])
-        _print(console, f"sizes: {common}{f', and {len(sizes) - 5} more' if len(sizes) > 5 else ''}")
+        lines.append(f"sizes: {common}{f', and {len(sizes) - 5} more' if len(sizes) > 5 else ''}")
     for how in ("rotated", "mirrored"):
         if summary[how]:
-            _print(console, f"{how} by their headers: {summary[how]} (training sees them as players show them)")
+            lines.append(f"{how} by their headers: {summary[how]} (training sees them as players show them)")
     if "labels" in summary:
-        _print_labels(console, summary["labels"])
+        lines += _label_lines(summary["labels"])
     for what, sets in (("duplicates", summary["duplicates"]), ("in both splits", summary.get("overlap"))):
         if sets is not None:
-            _print(console, f"{what}: {len(sets)} films")
-            for found in sets[:_SHOWN]:
-                _print(console, f"  {' = '.join(dict.fromkeys(found))}")
-    _advise(console, summary)
-
-
-def _print_distributions(console: Console, distributions: dict[str, dict[str, float]]) -> None:
-    titles = {
-        "frames": "frames",
-        "duration": "seconds",
-        "fps": "frames per second",
-        "gop": "most frames between key frames",
-    }
-    table = Table(
-        "", *(Column(name, justify="right", no_wrap=True) for name in ("least", "5%", "median", "95%", "most"))
-    )
-    for name, found in distributions.items():
-        figures = [f"{value:g}" for value in found.values()]
-        if console.is_terminal:
-            table.add_row(titles[name], *figures)
-        else:
-            row = ", ".join(f"{key} {value}" for key, value in zip(found, figures, strict=True))
-            _print(console, f"{titles[name]}: {row}")
-    if console.is_terminal and distributions:
-        console.print(table, crop=False)
-
-
-def _print_gaps(gaps: dict[str, VideoCheck]) -> None:
-    console = Console()
+            lines.append(f"{what}: {len(sets)} videos")
+            lines += [f"  {' = '.join(dict.fromkeys(found))}" for found in sets[:_SHOWN]]
+    lines += _advice(summary)
     if gaps:
-        _print(
-            console,
-            f"frames / rate differs from the duration in {len(gaps)} videos (still images, or a variable rate):",
+        lines.append(
+            f"frames / rate differs from the duration in {len(gaps)} videos (still images, or a variable rate):"
         )
     for path, check in list(gaps.items())[:_SHOWN]:
         assert check.frames is not None and check.rate is not None
-        seconds = check.frames / check.rate
-        frames = f"{check.frames} frames at {check.rate:g} per second are {seconds:.1f} s"
-        _print(console, f"  {path}: {frames}, its duration is {check.duration:.1f} s")
+        frames = f"{check.frames} frames at {check.rate:g} per second are {check.frames / check.rate:.1f} s"
+        lines.append(f"  {path}: {frames}, its duration is {check.duration:.1f} s")
+    return lines
 
 
-def _print_labels(console: Console, labels: dict[str, Any]) -> None:
+def _label_lines(labels: dict[str, Any]) -> list[str]:
     counts = list(labels["histogram"].values())
     spread = f", {min(counts)} to {max(counts)} samples each (median {np.median(counts):g})" if counts else ""
-    _print(
-        console,
-        f"labels: {len(counts)} of {labels['classes']} classes occur{spread}; {labels['ignored']} samples are ignored",
-    )
+    lines = [
+        f"labels: {len(counts)} of {labels['classes']} classes occur{spread}; {labels['ignored']} samples are ignored"
+    ]
     if absent := labels["absent"]:
         shown = ", ".join(map(str, absent[:_SHOWN])) + (", ..." if len(absent) > _SHOWN else "")
-        _print(console, f"labels that never occur: {shown}")
+        lines.append(f"labels that never occur: {shown}")
     if labels["out_of_range"]:
-        _print(console, f"bad: {labels['out_of_range']} labels are not from -1 to {labels['classes'] - 1}")
+        lines.append(f"bad: {labels['out_of_range']} labels are not from -1 to {labels['classes'] - 1}")
+    return lines
 
 
-def _advise(console: Console, summary: dict[str, Any]) -> None:
-    """Print advice if `prepare` would make reading clips faster."""
+def _advice(summary: dict[str, Any]) -> list[str]:
+    """Recommend `prepare` if it would make reading clips faster."""
     gop = summary["distributions"].get("gop", {}).get("median", 0)
     sides = [min(map(int, size.split("x"))) for size, count in summary["sizes"].items() for _ in range(count)]
     side = float(np.median(sides)) if sides else 0
-    if gop > _LONG_GOP or side > _LARGE_SIDE:
-        reasons = [f"{gop:g} frames or more between key frames"] if gop > _LONG_GOP else []
-        reasons += [f"a short side of {side:g} pixels or more"] if side > _SMALL_SIDE else []
-        size = f"--short-side {_SMALL_SIDE} " if side > _SMALL_SIDE else ""
-        _print(
-            console,
-            f"Half of the videos have {', or '.join(reasons)}: `omnivision prepare ... {size}--gop 12` would make clips "
-            "faster to read.",
-        )
-
-
-def _print(console: Console, line: str) -> None:
-    text = wrap(printable(line), console.width) if console.is_terminal else printable(line)
-    console.print(text, highlight=False, soft_wrap=True, markup=False)
+    if gop <= _LONG_GOP and side <= _LARGE_SIDE:
+        return []
+    reasons = [f"{gop:g} frames or more between key frames"] if gop > _LONG_GOP else []
+    reasons += [f"a short side of {side:g} pixels or more"] if side > _SMALL_SIDE else []
+    size = f"--short-side {_SMALL_SIDE} " if side > _SMALL_SIDE else ""
+    return [
+        f"Half of the videos have {', or '.join(reasons)}: `omnivision prepare ... {size}--gop 12` would make clips faster to "
+        "read."
+    ]
