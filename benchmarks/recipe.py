@@ -10,8 +10,8 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from benchmarks import films
-from omnivision.config.validate import check
-from omnivision.config.yaml_numbers import read_numbers_as_written
+from omnivision.config.compose import use_yaml12_numbers
+from omnivision.config.validate import validate_config
 from omnivision.data.batch import Batch
 from omnivision.distributed.process_group import Dist, RankInfo
 from omnivision.reporting.reporter import Reporter
@@ -31,10 +31,10 @@ def trainer(folder: Path, *overrides: str) -> Trainer:
     np.save(folder / "paths.npy", np.array([str(film)] * 4096))
     np.save(folder / "labels.npy", np.zeros(4096, dtype=np.int64))
     data = [f"++datasets.k150.train.{what}={folder / what}.npy" for what in ("paths", "labels")]
-    read_numbers_as_written()
+    use_yaml12_numbers()
     with initialize_config_dir(str(CONFIG), version_base="1.3"):
         config = compose("config", [*MAE, *HERE, f"launcher.experiment_log_dir={folder / 'run'}", *data, *overrides])
-    settings = check(config)
+    settings = validate_config(config)
     dist = Dist(RankInfo(), "cpu", None, timedelta(minutes=1))
     run_folder = RunDir(folder / "run")
     run_folder.create()

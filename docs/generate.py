@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
+import functools
 import html
 import inspect
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from cyclopts import App
 from cyclopts.argument import Argument
 
-from omnivision.config.reader import described
-from omnivision.config.suggestions import setting_hints
-from omnivision.config.usage import parts
+from omnivision.config.instantiate import INJECTED_ARGS, load_target, signature_of
+from omnivision.config.schema import setting_types
 from omnivision.tools.main import COMMANDS, app
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = ROOT / "config" / "experiments" / "base.yaml"
+PARTS = ("trainer/model", "trainer/data", "trainer/task", "trainer/optim")
+# Arguments that are no settings: other settings give them.
+GIVEN = (*INJECTED_ARGS, "params", "lr", "weight_decay")
 MARK = "<!-- Everything below is written by docs/generate.py -->\n"
+
+
+@dataclass(frozen=True)
+class Part:
+    """An object that config files describe; `settings` are rows of name, type, value and meaning."""
+
+    name: str
+    target: str
+    choice: str
+    settings: list[tuple[str, str, str, str]]
 
 
 def pages() -> dict[Path, str]:
@@ -34,13 +49,13 @@ def pages() -> dict[Path, str]:
 def settings_table() -> str:
     """A row a setting: its name, what it takes, its default and its meaning, as base.yaml has them."""
     text = BASE.read_text(encoding="utf-8")
-    lines, hints = text.splitlines(), setting_hints()
+    lines, types = text.splitlines(), setting_types()
     rows = ["| setting | takes | default | meaning |", "|---|---|---|---|"]
     for name, node in leaves(yaml.compose(text, Loader=yaml.SafeLoader), ""):
         line = lines[node.end_mark.line] if node.start_mark.line == node.end_mark.line else lines[node.start_mark.line]
         comment = re.search(r"(?<=\s)# (.*)$", line)
         default = escape(text[node.start_mark.index : node.end_mark.index])
-        takes = escape(described(hints[name])) if name in hints else ""
+        takes = escape(types.get(name, ""))
         rows.append(f"| `{name}` | {takes} | `{default}` | {plain(comment[1]) if comment else ''} |")
     return "\n".join(rows)
 
@@ -81,6 +96,80 @@ def parts_tables() -> str:
         found.append(f"### {part.name}: `{part.target}` (`{part.choice}`)")
         found.append("\n".join(["| setting | type | value | meaning |", "|---|---|---|---|", *rows]))
     return "\n\n".join(found)
+
+
+def parts(config: Path) -> list[Part]:
+    """Every object of the config files, each class once in each place, with all arguments that it takes."""
+    found: dict[tuple[str, str], Part] = {}
+    for group in PARTS:
+        for file in sorted(
+            (config / group).glob("*.yaml"), key=lambda file: ("demo" in file.stem, "base" not in file.stem, file.name)
+        ):
+            for name, node in _objects(_load(file), group.replace("/", ".")):
+                key = name, node["_target_"]
+                if key not in found:
+                    found[key] = Part(*key, f"{group}={file.stem}", _settings(name, node))
+    return sorted(found.values(), key=lambda part: part.name)
+
+
+def _settings(name: str, node: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    target = node["_target_"]
+    own = target.startswith("omnivision.")  # other signatures differ between versions of their packages
+    signature, meanings = signature_of(target) if own else {}, argument_meanings(target) if own else {}
+    rows = []
+    for key in [each for each in {**signature, **node} if each not in (*GIVEN, "_target_")]:
+        value = node[key] if key in node else None
+        if isinstance(value, dict) and "_target_" not in value:
+            rows += [(f"{name}.{key}.{k}", type(v).__name__, _as_yaml(str(v)), "") for k, v in value.items()]
+        elif not isinstance(value, dict):
+            annotation = signature[key].annotation if key in signature else type(value)
+            kind = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+            text = _as_yaml(str(value if key in node else signature[key].default))
+            rows.append((f"{name}.{key}", kind, text, meanings.get(key, "").removesuffix(".")))
+    return rows
+
+
+def _as_yaml(text: str) -> str:
+    """A Python value as configurations have it."""
+    known = {"None": "null", "True": "true", "False": "false"}
+    return f"[{text[1:-1]}]" if text.startswith("(") else known.get(text, text)
+
+
+def _objects(node: Any, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every mapping with `_target_` in a configuration, with its full name."""
+    if isinstance(node, dict):
+        if "_target_" in node:
+            yield name, node
+        for key, value in node.items():
+            yield from _objects(value, f"{name}.{key}")
+    elif isinstance(node, list):
+        for number, value in enumerate(node):
+            yield from _objects(value, f"{name}.{number}")
+
+
+@functools.cache
+def _load(file: Path) -> dict[str, Any]:
+    """A config file on top of the files of its own group that its defaults name."""
+    own = yaml.safe_load(file.read_text(encoding="utf-8"))
+    merged: dict[str, Any] = {}
+    for entry in own.pop("defaults", []):
+        if entry != "_self_":
+            merged = _merge(merged, _load(file.parent / f"{entry.partition('@')[0]}.yaml"))
+    return _merge(merged, own)
+
+
+def _merge(below: Any, above: Any) -> Any:
+    if not (isinstance(below, dict) and isinstance(above, dict)):
+        return above
+    return below | {key: _merge(below.get(key), value) for key, value in above.items()}
+
+
+def argument_meanings(target: str) -> dict[str, str]:
+    """What the docstring of a class of ours says of its arguments, by name."""
+    block = (inspect.getdoc(load_target(target)) or "").partition("\nArgs:\n")[2].partition("\n\n")[0]
+    entries = re.split(r"^    (?=\w)", block, flags=re.MULTILINE)[1:]
+    pairs = (" ".join(entry.split()).partition(": ") for entry in entries)
+    return {each: meaning for names, _, meaning in pairs for each in names.split(", ")}
 
 
 def command_tables() -> str:

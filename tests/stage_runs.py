@@ -20,8 +20,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-import train_app_submitit
-from omnivision.config.yaml_numbers import read_numbers_as_written
+from omnivision import train
+from omnivision.config.compose import use_yaml12_numbers
 from omnivision.data.encode import write_film
 from omnivision.launch import local
 from tests.runs import ROOT
@@ -131,14 +131,12 @@ def here(arguments: Sequence[str]) -> Result:
     with (
         tempfile.TemporaryDirectory() as folder,
         mock.patch.object(local, "multiprocessing", Ranks(folder)) as ranks,
-        mock.patch.object(train_app_submitit, "composed", lambda: [composed(*arguments)]),
-        mock.patch.object(sys, "argv", ["train_app_submitit.py", *arguments]),
         mock.patch.dict(os.environ, ONE_THREAD),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
         try:
-            train_app_submitit.main()
+            train.main(arguments)
         except SystemExit as end:
             code = end.code
         finally:
@@ -149,7 +147,7 @@ def here(arguments: Sequence[str]) -> Result:
 
 def composed(*overrides: str) -> DictConfig:
     """What a command line composes, YAML numbers read as the script reads them."""
-    read_numbers_as_written()
+    use_yaml12_numbers()
     with initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
         return compose("config", list(overrides))
 

@@ -1,6 +1,5 @@
 """The shipped configuration: every file composes, checks and builds; the command of the paper works word for word."""
 
-import dataclasses
 import itertools
 import os
 import re
@@ -17,12 +16,11 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from omnivision.checkpoint.fingerprint import flat
+from omnivision.config.compose import use_yaml12_numbers
 from omnivision.config.schema import Settings
 from omnivision.config.stages import ENDINGS, EXAMPLE_RECIPES, EXPERIMENTS, stage_problems, stage_warnings
 from omnivision.config.stages import MODELS as MODELS_OF
-from omnivision.config.usage import usage
-from omnivision.config.validate import check
-from omnivision.config.yaml_numbers import read_numbers_as_written
+from omnivision.config.validate import validate_config
 from omnivision.launch import dry_run as dry
 from omnivision.launch.run import Job
 from omnivision.training import build
@@ -38,13 +36,13 @@ FOLDER = "++launcher.experiment_log_dir=/nowhere/run"
 
 def composed(*overrides: str) -> DictConfig:
     """What a command line composes, YAML numbers read as the script reads them."""
-    read_numbers_as_written()
+    use_yaml12_numbers()
     with initialize_config_dir(str(CONFIG), version_base="1.3"):
         return compose("config", list(overrides))
 
 
 def settings(*overrides: str) -> Settings:
-    return check(composed(*overrides, FOLDER))
+    return validate_config(composed(*overrides, FOLDER))
 
 
 def described(made: Settings) -> str:
@@ -208,7 +206,7 @@ class Shipped(unittest.TestCase):
         self.assertEqual(build.labels(settings(*recipe, "++video_labels=101")).classes, [101])
         unknown = "++datasets.ucf101.num_classes=null"
         self.assertEqual(build.labels(settings(*recipe, unknown, "++video_labels=7")).classes, [7])
-        with self.assertRaisesRegex(UserError, r"video_labels is 51, datasets\.ucf101\.num_classes is 101"):
+        with self.assertRaisesRegex(UserError, r"datasets\.ucf101\.num_classes is 101 and video_labels is 51"):
             settings(*recipe, "++video_labels=51")
         with self.assertRaisesRegex(UserError, r"number of classes of ucf101 is unknown"):
             build.labels(settings(*recipe, unknown))
@@ -272,16 +270,16 @@ class Stages(unittest.TestCase):
         stage = next(stage for stage, experiment in EXPERIMENTS.items() if experiment == choices["experiments"])
         made = self.whole[stage]
         model = self.models[choices["trainer/model"]] if "trainer/model" in choices else made.trainer.model
-        trainer = dataclasses.replace(made.trainer, model=model, task=self.task[choices["trainer"]])
         weights = choices.get("pretrained_checkpoint_path", "[a,b]" if stage == "average" else "run")
         source = weights.strip("[]").split(",") if "[" in weights else weights
-        changed = dataclasses.replace(made, trainer=trainer, pretrained_checkpoint_path=source)
+        changed = made.with_trainer(model=model, task=self.task[choices["trainer"]])
+        changed = changed.model_copy(update={"pretrained_checkpoint_path": source})
         return "".join(stage_problems(changed, choices, [CONFIG]))
 
     def test_a_model_of_a_class_of_the_users_own_fits_every_stage(self):
         for stage, made in self.whole.items():
-            trainer = dataclasses.replace(made.trainer, model={"_target_": "mine.Model"})
-            self.assertEqual(stage_problems(dataclasses.replace(made, trainer=trainer), {}, [CONFIG]), [], stage)
+            own = made.with_trainer(model={"_target_": "mine.Model"})
+            self.assertEqual(stage_problems(own, {}, [CONFIG]), [], stage)
 
     def of_kind(self, wanted: str) -> list[str]:
         return [name for name, kind in self.kind.items() if kind == wanted]
@@ -384,25 +382,25 @@ class Script(unittest.TestCase):
         for name in [*MODELS, *RECIPES, "omnimae/omnimain_train_video"]:
             self.assertIn(name, text)
 
-    def test_help_names_every_setting(self):
+    def test_the_page_of_settings_names_every_setting(self):
         """Also the arguments of the objects that a run builds, with their values and meanings."""
-        text = usage(CONFIG)
+        text = (ROOT / "docs/settings.md").read_text()
         for line in (
-            "trainer.task.mixing.mixup_alpha: 0.8 # float; the share",
-            "trainer.model.trunk.drop_path: 0",
-            "trainer.optim.options.lr.0.scheduler.warmup: 0.125 # float",
-            "trainer.data.view.rand_augment.magnitude: 7 # float; mean strength",
-            "trainer.data.view.scale: [0.08, 1.0] # tuple",
+            "| `trainer.task.mixing.mixup_alpha` | `float` | `0.8` | the share",
+            "| `trainer.model.trunk.drop_path` | `float` | `0",
+            "| `trainer.optim.options.lr.0.scheduler.warmup` | `float` | `0.125` |",
+            "| `trainer.data.view.rand_augment.magnitude` | `float` | `7` | mean strength",
+            "| `trainer.data.view.scale` | `tuple[float, float]` | ",
         ):
             self.assertIn(line, text)
         data = ["+trainer=mae_ft_ucf101_config", "+trainer=mae_in1k_k150_config"]
         for experiment, recipe in (("_ft", data[0]), ("_ensemble_ft", data[0]), ("", data[1])):
             made = composed(f"+experiments=omnimae/omnimain_train_video{experiment}", recipe, NOTHING, FOLDER)
-            del made.datasets, made.trainer.data.sources
+            del made.datasets, made.trainer.data.sources, made.data_root
             for name in flat(OmegaConf.to_container(made, resolve=False)):
                 last = name.rpartition(".")[2]
                 if last != "_target_" and ".options." not in name and not name.startswith("trainer.optim.optimizer."):
-                    self.assertTrue(re.search(rf"\b({re.escape(name)}|{last}):", text), name)
+                    self.assertTrue(re.search(rf"\b({re.escape(name)}|{last})`", text), name)
 
     def test_dry_tells_what_the_run_would_be_and_touches_nothing(self):
         made = settings(*STAGE_1, FOLDER)

@@ -15,8 +15,7 @@ import nbformat
 import numpy as np
 from nbclient import NotebookClient
 
-from omnivision.config import targets
-from omnivision.config.suggestions import setting_names
+from omnivision.config.schema import setting_types
 from omnivision.tools.main import COMMANDS
 from tests import runs
 from tests import stage_runs as stages
@@ -131,8 +130,8 @@ class Site(unittest.TestCase):
             self.assertNotIn("WARNING", made.stderr)
             settings = (Path(folder) / "settings.html").read_text()
             free = ("datasets", "submitit.additional_parameters")  # names below are the user's own
-            groups = {name.rpartition(".")[0] for name in setting_names()}
-            for name in setting_names():
+            groups = {name.rpartition(".")[0] for name in setting_types()}
+            for name in setting_types():
                 if "." in name and name not in groups and not name.startswith((*free, "trainer.data.image.")):
                     self.assertIn(f"<code>{name}</code>", settings)
             commands = (Path(folder) / "commands.html").read_text()
@@ -151,7 +150,6 @@ class Site(unittest.TestCase):
         with (
             mock.patch("os.sched_getaffinity", lambda _: set(range(7))),
             mock.patch("os.cpu_count", lambda: 7),
-            mock.patch.object(targets, "_signature_elsewhere", lambda _: {"new": targets.Parameter("int", False, "3")}),
         ):
             self.assertEqual(pages(), here)
 

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
-from omnivision.config.validate import check
+from omnivision import train
+from omnivision.config.validate import validate_config
 from omnivision.data.encode import write_film
 from omnivision.data.video import VideoFile
 from omnivision.launch import dry_run as dry
@@ -38,7 +39,7 @@ class Dry(unittest.TestCase):
         nothing = "pretrained_checkpoint_path=null"
         cls.config = stages.composed(*stages.command("ft", cls.folder, *cls.data, nothing))
         cls.config.datasets = {"ucf101": cls.config.datasets.ucf101}  # the others would only take time
-        torch.save({"model": build.model(check(cls.config)).state_dict()}, cls.folder / "fits.pt")
+        torch.save({"model": build.model(validate_config(cls.config)).state_dict()}, cls.folder / "fits.pt")
         finished = cls.start("finished", "train", {"trainer.limit_train_batches": 1})
         assert finished.returncode == 0, finished.stderr
 
@@ -49,7 +50,7 @@ class Dry(unittest.TestCase):
         where = {"launcher.experiment_log_dir": str(cls.folder / run), "trainer.mode": mode}
         for name, value in (where | changes).items():
             OmegaConf.update(config, name, value, force_add=True)
-        with mock.patch.object(stages, "composed", lambda *_: config):
+        with mock.patch.object(train, "compose_configs", lambda _: [config]):
             return stages.here([])
 
     def dry(self, run: str, changes: dict) -> stages.Result:

@@ -1,7 +1,6 @@
 """What makes a run another experiment, and that nobody goes on with one by mistake."""
 
 import contextlib
-import dataclasses
 import fnmatch
 import io
 import json
@@ -158,7 +157,7 @@ class Comparison(unittest.TestCase):
     def test_every_setting_that_is_said_to_have_no_effect_exists(self):
         text = OmegaConf.to_yaml(stages.composed(*runs.STAGE_1[2:], "launcher.experiment_log_dir=/a"))
         shipped = flat(yaml.safe_load(text))
-        shipped |= {f"datasets.ucf101.{field.name}": None for field in dataclasses.fields(DatasetSettings)}
+        shipped |= {f"datasets.ucf101.{field}": None for field in DatasetSettings.model_fields}
         images = {"trainer.data.image.batch_size", "trainer.data.image.accumulation_steps"}
         for pattern in experiment.RUNTIME_ONLY_SETTINGS:
             found = [name for name in [*shipped, *images] if fnmatch.fnmatchcase(name, pattern)]

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from omnivision.config.suggestions import setting_names
-from omnivision.config.validate import check
+from omnivision.config.schema import setting_types
+from omnivision.config.validate import validate_config
 from omnivision.data.catalog import Dataset, Split, SplitFiles
 from omnivision.data.sampling import EpochPlan, SourcePlan
 from omnivision.optim.schedules import Constant, WarmupCosine
@@ -24,7 +24,7 @@ from tests.test_settings import MAE
 CASES = int(os.environ.get("FUZZ_CASES", "100"))
 FUZZ = settings(max_examples=CASES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
-NAMES = st.sampled_from(setting_names())
+NAMES = st.sampled_from(list(setting_types()))
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
 VALUES = st.recursive(
     PLAIN,
@@ -51,7 +51,7 @@ class Fuzz(unittest.TestCase):
             except Exception:  # OmegaConf has no such value, so that none can come from a file
                 return
         try:
-            check(config)
+            validate_config(config)
         except UserError as error:
             self.assertTrue(str(error).strip())
 

@@ -9,30 +9,18 @@ from collections.abc import Iterator
 from tests.runs import ROOT
 
 ALLOWED = {
-    "hydra": {"train_app_submitit", "omnivision.training.build", "omnivision.config.hydra_guard"},
-    "omegaconf": {"train_app_submitit"}
-    | {
+    "hydra": {"omnivision.config.compose", "omnivision.training.build"},
+    "omegaconf": {
         f"omnivision.{name}"
-        for name in (
-            "config.validate",
-            "config.reader",
-            "config.compose_errors",
-            "config.suggestions",
-            "config.hydra_guard",
-            "launch.launcher",
-            "launch.submit",
-        )
+        for name in ("train", "config.compose", "config.validate", "launch.launcher", "launch.submit")
     },
     "submitit": {"omnivision.launch.submit"},
     "av": {"omnivision.data.video", "omnivision.data.encode"},
     "yaml": {
-        "train_app_submitit",
-        "omnivision.config.yaml_numbers",
+        "omnivision.config.compose",
         "omnivision.config.validate",
         "omnivision.tools.prepare.catalog_file",
         "omnivision.checkpoint.fingerprint",
-        "omnivision.config.origins",
-        "omnivision.config.usage",
     },
     "jinja2": {"omnivision.tools.report.page"},
     "plotly": {"omnivision.tools.report.figures"},

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from omnivision.config.schema import Settings
-from omnivision.config.validate import check
+from omnivision.config.validate import validate_config
 from omnivision.distributed.process_group import RankInfo
 from omnivision.launch import exit as ending
 from omnivision.launch import launcher, slurm, slurm_jobs, submit
@@ -416,7 +416,7 @@ class BatchScript(Folder):
 
 
 def settings_of(*overrides: str) -> Settings:
-    return check(stage_runs.composed(*runs.STAGE_1[2:], "launcher.experiment_log_dir=/runs/mae", *overrides))
+    return validate_config(stage_runs.composed(*runs.STAGE_1[2:], "launcher.experiment_log_dir=/runs/mae", *overrides))
 
 
 class WhatSlurmWouldNotTake(unittest.TestCase):
@@ -560,7 +560,7 @@ class Submission(Folder):
     def job(self, *overrides: str) -> Job:
         where = f"launcher.experiment_log_dir={self.folder.path}"
         config = stage_runs.composed(*runs.STAGE_1[2:], where, *overrides)
-        return Job(check(config), "epochs: 1\n")
+        return Job(validate_config(config), "epochs: 1\n")
 
     def test_finished_is_as_many_epochs_as_are_asked_for(self):
         self.folder.write_summary(status="finished", epochs=3)

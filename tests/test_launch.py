@@ -14,13 +14,13 @@ from unittest import mock
 
 from omegaconf import OmegaConf
 
+from omnivision.config.compose import check_distinct_run_dirs, compose_configs, parse_command_line
 from omnivision.distributed.process_group import Dist, RankInfo
 from omnivision.launch import local
 from omnivision.launch.launcher import apply_torchrun_env
 from omnivision.launch.local import wait_for_processes
 from omnivision.utils.errors import EXIT_FAULT, EXIT_INTERRUPTED, UserError
 from tests import runs
-from train_app_submitit import apart
 
 
 class Torchrun(unittest.TestCase):
@@ -179,9 +179,22 @@ class Ends(unittest.TestCase):
 class Sweeps(unittest.TestCase):
     def test_each_run_of_a_sweep_needs_a_folder_of_its_own(self):
         one, two = (OmegaConf.create({"launcher": {"experiment_log_dir": name}}) for name in ("runs/a", "runs/b"))
-        self.assertEqual(apart([one, two]), [one, two])
-        with self.assertRaisesRegex(UserError, "A sweep of 3 runs in 2 folders; expected a folder for each"):
-            apart([one, two, one])
+        check_distinct_run_dirs([one, two])
+        with self.assertRaisesRegex(UserError, "launcher.experiment_log_dir .*2"):
+            check_distinct_run_dirs([one, two, one])
+
+    def test_a_run_for_each_combination_of_values(self):
+        with tempfile.TemporaryDirectory() as folder:
+            command = parse_command_line(
+                ["batch_size=8,16", "-m", "epochs=range(1,3)", "+site=a", f"--config-dir={folder}",
+                 "hydra.job.chdir=False", "launcher.experiment_log_dir=runs/${batch_size}_${epochs}"],
+                runs.ROOT / "config",
+            )  # fmt: skip
+            (Path(folder) / "site").mkdir()
+            (Path(folder) / "site/a.yaml").write_text("# @package _global_\nlr: 3\n")
+            configs = compose_configs(command)
+            found = [(each.batch_size, each.epochs, each.lr, each.launcher.experiment_log_dir) for each in configs]
+            self.assertEqual(found, [(b, e, 3, f"runs/{b}_{e}") for b in (8, 16) for e in (1, 2)])
 
 
 class Backends(unittest.TestCase):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 import omnivision
-from omnivision.config.targets import target_problems
+from omnivision.config.instantiate import target_problems
 from omnivision.launch.exit import exit_code_and_reason, print_error
 from omnivision.models import architecture
 from omnivision.models.classifier import VideoClassifier

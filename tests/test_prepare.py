@@ -15,9 +15,9 @@ from unittest import mock
 
 import av
 import numpy as np
+import yaml
 from PIL import Image
 
-from omnivision.config.yaml_numbers import yaml
 from omnivision.data import encode
 from omnivision.data.catalog import Dataset, Split
 from omnivision.data.encode import write_film, write_timed_film

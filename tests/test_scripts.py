@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from omnivision.config.schema import Settings
-from omnivision.config.validate import check
+from omnivision.config.validate import validate_config
 from omnivision.training.preflight import recipe_warnings
 from tests import runs
 from tests import stage_runs as stages
@@ -82,7 +82,7 @@ class Noted(OnPath):
         return self.noted.read_text().splitlines()
 
     def settings(self, script: str, *overrides: str, **more: str) -> Settings:
-        return check(stages.composed(*self.arguments(script, *overrides, **more)[1:]))
+        return validate_config(stages.composed(*self.arguments(script, *overrides, **more)[1:]))
 
 
 class Commands(Noted):
@@ -156,9 +156,11 @@ class Commands(Noted):
             arguments = self.arguments(script, "submitit.use_cluster=false")[1:]
             bare = [one for one in arguments if not one.startswith("trainer.optim.nominal_batch=")]
             self.assertEqual(len(bare), len(arguments) - 1)
-            batches = {check(stages.composed(*given)).trainer.optim.nominal_batch for given in (arguments, bare)}
+            batches = {
+                validate_config(stages.composed(*given)).trainer.optim.nominal_batch for given in (arguments, bare)
+            }
             self.assertEqual(len(batches), 1, script)
-            self.assertEqual(recipe_warnings(check(stages.composed(*bare)), []), [], script)
+            self.assertEqual(recipe_warnings(validate_config(stages.composed(*bare)), []), [], script)
 
     def test_a_peak_of_the_learning_rate_replaces_the_factor(self):
         for peak in ("lr=1e-3", "++lr=1e-3", "+lr=1e-3"):

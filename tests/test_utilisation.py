@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from omnivision.config.validate import check
+from omnivision.config.validate import validate_config
 from omnivision.training import build
 from omnivision.training import flops as utilisation
 from tests import stage_runs as stages
@@ -16,7 +16,7 @@ TOKENS = 4 * 4  # of 4 frames of 32 x 32 in tubelets of 4 x 8 x 8
 
 def settings_of(stage: str, *overrides: str):
     dataset = "k150" if stage == "mae" else "ucf101"
-    return check(stages.composed(*stages.command(stage, Path("/nowhere"), *overrides, dataset=dataset)))
+    return validate_config(stages.composed(*stages.command(stage, Path("/nowhere"), *overrides, dataset=dataset)))
 
 
 class Operations(unittest.TestCase):

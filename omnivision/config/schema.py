@@ -1,46 +1,64 @@
-"""The settings of a run: every key with its type and range.
+"""Settings of a run: every key with its type and range.
 
-Defaults stand in `config/experiments/base.yaml`, meanings in the comments there.
+Defaults are in `config/experiments/base.yaml`, meanings in the comments there.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Literal
+import functools
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, Union
 
-from omnivision.config.reader import Count, Natural, Positive, Range, Target
-from omnivision.config.submitit import SubmititSettings
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-Seed = Annotated[int, Range(low=0, high=2**32 - 1)]
-Workers = Annotated[int, Range(low=0, high=1024)]
-Share = Annotated[float, Range(low=0, high=1)]
-ScaleFactor = Annotated[
-    float,
-    Range(above=0, high=1e9),
-    "It is nominal batch / global batch; a shell divides whole numbers and drops the rest: pass e.g. ++lr_scale_factor=0.5.",
-]
+MAX_COUNT = 10**12  # beyond that sums would overflow
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+Natural = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+OpenFraction = Annotated[float, Field(gt=0, lt=1)]
+Minutes = Annotated[float, Field(gt=0, le=100_000)]
+Pixels = Annotated[int, Field(ge=1, le=4096)]
+Workers = Annotated[int, Field(ge=0, le=1024)]
+ScaleFactor = Annotated[float, Field(gt=0, le=1e9)]
+Texts = str | list[str]
 
 
-# Folders of choices, which a command line names beside settings.
+def require_target(value: dict[str, Any]) -> dict[str, Any]:
+    """Raise ValueError for a mapping without `_target_`."""
+    if "_target_" not in value:
+        raise ValueError("must be an object, a mapping with _target_ (the full name of a class)")
+    return value
+
+
+# An object to build: `_target_` and its arguments.
+InstantiateConfig = Annotated[dict[str, Any], AfterValidator(require_target)]
+
+# Config groups, which a command line chooses beside settings.
 GROUPS = ("experiments", "trainer/model", "trainer/checkpoint", "trainer/optim", "trainer/data", "trainer/task")
-# What a decoder is made of; the model fills in the rest.
-DECODER = ("width", "depth", "heads")
 
 
-@dataclass
-class SplitSettings:
-    paths: str | list[str]
-    labels: str | list[str] | None = None
-    segments: str | list[str] | None = None
-    depth: str | list[str] | None = None
+class Group(BaseModel):
+    """A group of settings: no unknown keys, no conversion of types but int to float."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
-@dataclass
-class DatasetSettings:
+class SplitSettings(Group):
+    paths: Texts
+    labels: Texts | None = None
+    segments: Texts | None = None
+    depth: Texts | None = None
+
+
+class DatasetSettings(Group):
     """An entry of the catalog."""
 
     kind: Literal["video", "image", "rgbd"] = "video"
-    num_classes: Annotated[int, Range(low=1, high=1_000_000)] | None = None
+    num_classes: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     class_names: str | None = None
     label_set: str | None = None
     prefix: str = ""
@@ -55,83 +73,75 @@ class DatasetSettings:
     val: SplitSettings | None = None
 
 
-@dataclass
-class ImageSettings:
+class ImageSettings(Group):
     """What differs for sources of images."""
 
     batch_size: Natural
     accumulation_steps: Natural
     views_per_clip: Natural
-    view: Target
-    val_view: Target
-    mask: Target | None
+    view: InstantiateConfig
+    val_view: InstantiateConfig
+    mask: InstantiateConfig | None
 
 
-@dataclass
-class DataSettings:
+class DataSettings(Group):
     sources: dict[str, DatasetSettings]
-    repeats: dict[str, Annotated[float, Range(above=0, high=1_000_000)]]
+    repeats: dict[str, Annotated[float, Field(gt=0, le=1_000_000)]]
     num_frames: Natural
     clip_duration: Positive
     batch_size: Natural
     num_workers: Workers
-    prefetch: Annotated[int, Range(low=1, high=1000)]
-    timeout_minutes: Annotated[float, Range(above=0, high=100_000)]
+    prefetch: Annotated[int, Field(ge=1, le=1000)]
+    timeout_minutes: Minutes
     views_per_clip: Natural
-    view: Target
-    val_view: Target
-    val_clips: Annotated[int, Range(low=1, high=10_000)]
+    view: InstantiateConfig
+    val_view: InstantiateConfig
+    val_clips: Annotated[int, Field(ge=1, le=10_000)]
     val_spacing: Literal["ends", "published"]
-    mask: Target | None
+    mask: InstantiateConfig | None
     image: ImageSettings | None
     share_head: bool
-    bad_sample_budget: Share
+    bad_sample_budget: Fraction
     max_pixels: Natural | None
 
 
-@dataclass
-class RuleSettings:
-    scheduler: Target
+class RuleSettings(Group):
+    scheduler: InstantiateConfig
     param_names: list[str] | None = None
     module_cls_names: list[str] | None = None
 
 
-@dataclass
-class AmpSettings:
+class AmpSettings(Group):
     enabled: bool
     amp_dtype: Literal["auto", "bfloat16", "float16"]
 
 
-@dataclass
-class OptimSettings:
-    optimizer: Target
+class OptimSettings(Group):
+    optimizer: InstantiateConfig
     options: dict[str, list[RuleSettings]]
     lr_scale_factor: ScaleFactor
     nominal_batch: Natural | None
-    layer_decay: Annotated[float, Range(above=0, high=1)] | None
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None
     accumulation_steps: Natural
     gradient_clip: Positive | None
     amp: AmpSettings
 
 
-@dataclass
-class DistributedSettings:
+class DistributedSettings(Group):
     backend: Literal["nccl", "gloo"] | None
     strategy: Literal["ddp", "fsdp"]
     comms_dtype: Literal["auto", "fp16", "bf16"] | None
-    timeout_minutes: Annotated[float, Range(above=0, high=100_000)]
+    timeout_minutes: Minutes
 
 
-@dataclass
-class LoggingSettings:
+class LoggingSettings(Group):
     log_freq: Natural
     also: list[Literal["wandb", "mlflow"]]
     pictures_every_epochs: Natural | None
     peak_tflops: Positive | None
 
 
-@dataclass
-class CheckpointSettings:
+class CheckpointSettings(Group):
     save_dir: str
     save_freq: Natural | None
     save_every_steps: Natural | None
@@ -139,28 +149,27 @@ class CheckpointSettings:
     keep: list[str] | None
     drop: list[str]
     drop_if_present: list[str]
-    rename: dict[str, str | list[str]]
+    rename: dict[str, Texts]
     prefix: str
     strict: bool
-    trunk_coverage: Share
+    trunk_coverage: Fraction
 
 
-@dataclass
-class TrainerSettings:
+class TrainerSettings(Group):
     mode: Literal["train", "train_only", "val", "dry"]
     accelerator: Literal["auto", "cuda", "cpu"]
-    seed_value: Seed
+    seed_value: Annotated[int, Field(ge=0, le=2**32 - 1)]
     max_epochs: Natural
     val_epoch_freq: Natural | None
     limit_train_batches: Natural | None
     limit_val_batches: Natural | None
     compile: bool
     freeze: list[str]
-    ema_decay: Annotated[float, Range(above=0, below=1)] | None
+    ema_decay: OpenFraction | None
     max_skipped_steps: Count
     trust_targets: list[str]
-    model: Target
-    task: Target
+    model: InstantiateConfig
+    task: InstantiateConfig
     data: DataSettings
     optim: OptimSettings
     distributed: DistributedSettings
@@ -168,24 +177,73 @@ class TrainerSettings:
     checkpoint: CheckpointSettings
 
 
-@dataclass
-class LauncherSettings:
+class LauncherSettings(Group):
     gpus_per_node: Natural
     num_nodes: Natural
     experiment_log_dir: str
 
 
-@dataclass
-class Settings:
-    num_frames: Annotated[int, Range(low=1, high=4096)]
-    image_size: Annotated[int, Range(low=1, high=4096)]
-    short_side: Annotated[int, Range(low=1, high=4096)]
+class SubmititSettings(Group):
+    """What a run asks SLURM for."""
+
+    use_cluster: bool
+    name: str
+    partition: str | None
+    account: str | None
+    qos: str | None
+    timeout_hour: Annotated[float, Field(gt=0, le=100_000)]
+    cpus_per_task: Natural
+    mem: str | None
+    mem_gb: Positive | None
+    constraints: str | None
+    comment: str | None
+    exclude: str | None
+    nodelist: str | None
+    dependency: str | None
+    max_requeues: Count
+    signal_delay_s: Annotated[int, Field(ge=1, le=65_535)] | None
+    setup: list[str]
+    additional_parameters: dict[str, Any]
+
+    @property
+    def memory_gb(self) -> float | None:
+        """GiB requested for each node; None for no request, and for all of a node's memory."""
+        if self.mem is None:
+            return self.mem_gb
+        found = re.fullmatch(r"(\d+)([KMGT]?)B?", self.mem, re.IGNORECASE)
+        if found is None or found[1] == "0":
+            return None
+        return int(found[1]) * 1024.0 ** ("KMGT".index(found[2].upper() or "M") - 2)
+
+
+class TrunkSettings(BaseModel):
+    """Sizes of a trunk; its other arguments are checked against the signature of its class."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+    width: Annotated[int, Field(ge=1, le=65_536)] = 1
+    depth: Annotated[int, Field(ge=1, le=1000)] = 1
+    heads: Annotated[int, Field(ge=1, le=1024)] = 1
+    tubelet: Annotated[list[Natural], Field(min_length=3, max_length=3)] = [1, 1, 1]
+
+
+class DecoderSettings(TrunkSettings):
+    """Arguments of a masked autoencoder's decoder; the model fills in the rest."""
+
+    model_config = ConfigDict(extra="forbid")
+    attention: Literal["self", "cross"] = "self"
+    share: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+
+class Settings(Group):
+    num_frames: Pixels
+    image_size: Pixels
+    short_side: Pixels
     clip_duration: Positive
-    mask_ratio: Annotated[float, Range(above=0, below=1)]
+    mask_ratio: OpenFraction
     crop_scale: list[float]
-    rand_augment_prob: Share
-    erasing_prob: Share
-    mixing_prob: Share
+    rand_augment_prob: Fraction
+    erasing_prob: Fraction
+    mixing_prob: Fraction
     batch_size: Natural
     num_workers: Workers
     epochs: Natural
@@ -193,8 +251,8 @@ class Settings:
     lr: Positive | None
     mixing_lr_factor: Positive
     video_labels: Natural | None
-    pretrained_checkpoint_path: str | list[str] | None
-    ensemble_num_models: Annotated[int, Range(low=2)]
+    pretrained_checkpoint_path: Texts | None
+    ensemble_num_models: Annotated[int, Field(ge=2)]
     data_root: str
     datasets: dict[str, DatasetSettings]
     trainer: TrainerSettings
@@ -202,9 +260,13 @@ class Settings:
     submitit: SubmititSettings
     stage: Literal["mae", "finetune", "probe", "average"] | None = None
 
+    def with_trainer(self, **changes: Any) -> Settings:
+        """A copy with some settings of the trainer changed."""
+        return self.model_copy(update={"trainer": self.trainer.model_copy(update=changes)})
+
     @property
     def processes(self) -> int:
-        """Training processes of the whole run."""
+        """World size."""
         return self.launcher.gpus_per_node * self.launcher.num_nodes
 
     @property
@@ -213,11 +275,44 @@ class Settings:
 
     @property
     def clips_per_step(self) -> int:
-        """The effective batch: clips of an optimizer step over all nodes."""
+        """Clips of an optimizer step over all nodes (the effective batch)."""
         return self.trainer.data.batch_size * self.launcher.num_nodes
 
     @property
     def images(self) -> ImageSettings | None:
-        """What differs for images, if there are any."""
+        """What differs for images; None for a run without images."""
         kinds = {source.kind for source in self.trainer.data.sources.values()}
         return self.trainer.data.image if kinds & {"image", "rgbd"} else None
+
+
+@functools.cache
+def setting_types(cls: type[BaseModel] = Settings, prefix: str = "") -> Mapping[str, str]:
+    """The type and range of every setting, in words, by full key."""
+    return types.MappingProxyType(dict(_types(cls, prefix)))
+
+
+def _types(cls: type[BaseModel], prefix: str) -> Iterator[tuple[str, str]]:
+    for name, hint in typing.get_type_hints(cls, include_extras=True).items():
+        if name != "model_config" and not name.startswith("_"):
+            yield f"{prefix}{name}", describe_type(hint)
+            if isinstance(hint, type) and issubclass(hint, BaseModel):
+                yield from _types(hint, f"{prefix}{name}.")
+
+
+def describe_type(hint: Any) -> str:
+    """A type annotation in words, e.g. "int >= 1 or null"."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint == InstantiateConfig:
+        return "an object (_target_ and its arguments)"
+    if origin is Annotated:
+        signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+        bounds = [(sign, value) for note in arguments[1:] for bound in note.metadata
+                  for name, sign in signs.items() if (value := getattr(bound, name, None)) is not None]  # fmt: skip
+        told = [f"{sign} {value:.10g}" for sign, value in bounds if not (sign == "<=" and value >= 1e9)]
+        return " ".join([describe_type(arguments[0]), " and ".join(told)]).strip()
+    if origin in (Union, types.UnionType):
+        return " or ".join("null" if each is type(None) else describe_type(each) for each in arguments)
+    if origin is Literal:
+        return f"one of {', '.join(map(str, arguments))}"
+    names = {int: "int", float: "float", str: "text", bool: "true or false"}
+    return names.get(hint) or {list: "list", dict: "mapping"}.get(origin, "group of settings")

@@ -21,12 +21,6 @@ ENDINGS = {"average": "_average_ft", "classifier": "_ft", "autoencoder": ""}
 EXAMPLE_RECIPES = {"mae": "mae_k150_config"} | dict.fromkeys(("finetune", "probe", "average"), "mae_ft_ucf101_config")
 
 
-def typed_choices(arguments: Sequence[str]) -> dict[str, str]:
-    """What a command line chooses, by config group: `+trainer=x.yaml` as {"trainer": "x"}. Those of a sweep have commas."""
-    pairs = (argument.partition("=") for argument in arguments)
-    return {name.lstrip("+"): value.replace(".yaml", "") for name, _, value in pairs}
-
-
 def model_kind(model: Mapping[str, Any]) -> str | None:
     """Tell an autoencoder, an average and a classifier apart by the arguments of trainer.model; None for a user's own class."""
     if not str(model.get("_target_", "")).startswith("omnivision."):

@@ -68,7 +68,7 @@ class Curve:
 
 def dry_run(job: Job) -> int:
     """Print what would stop the run, first, then what it would be; returns the exit code, 1 when something would stop it."""
-    settings = replace(job.settings, trainer=replace(job.settings.trainer, mode="train"))
+    settings = job.settings.with_trainer(mode="train")
     job = replace(job, settings=settings)
     problems: list[str] = []
     lines: list[str] = []
@@ -111,7 +111,7 @@ def check_start(job: Job, splits: tuple[list[Split], list[Split]]) -> tuple[Trai
     Returns its trainer, without values (None where the weights come from a job it waits for), and what it would print.
     """
     settings, folder, output = job.settings, run_folder(job), io.StringIO()
-    dist = build.process_group(replace(settings, trainer=replace(settings.trainer, accelerator="cpu")), RankInfo())
+    dist = build.process_group(settings.with_trainer(accelerator="cpu"), RankInfo())
     dist.device = torch.device("meta")
     reporter = Reporter(folder, enabled=True, console=Console(file=output))
     checks: list[Callable[[], object]] = []

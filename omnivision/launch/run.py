@@ -180,7 +180,7 @@ def build_and_restore(
         used = [data for data in (trainer.train, trainer.val) if data is not None]
         used_splits = [split for data in used for split in data.dataset.splits]
         plan = None if trainer.train is None else trainer.train.plan
-        values = flat(asdict(job.settings))
+        values = flat(job.settings.model_dump())
         trainer.run.fingerprint = fingerprint(
             job.config_text, values, used_splits, plan, build.inference_config(job.settings)
         )

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from omnivision.checkpoint.fingerprint import changed_settings, check_same_settings, truncate_list
 from omnivision.config.schema import Settings
-from omnivision.config.validate import check
+from omnivision.config.compose import use_yaml12_numbers
+from omnivision.config.validate import validate_config
 from omnivision.launch import slurm
 from omnivision.launch.run import Job, run_folder, run_process
 from omnivision.launch.slurm_jobs import (
@@ -549,12 +550,10 @@ def run_slurm_task(config_text: str, token: str) -> None:
     import submitit
     from omegaconf import DictConfig, OmegaConf
 
-    from omnivision.config.yaml_numbers import read_numbers_as_written
-
-    read_numbers_as_written()
+    use_yaml12_numbers()
     config = OmegaConf.create(config_text)
     assert isinstance(config, DictConfig)
-    job = Job(check(config), config_text, token)
+    job = Job(validate_config(config), config_text, token)
     folder, wanted, task = run_folder(job), job.settings.submitit, Task.from_environment()
     if is_finished(job.settings, folder):
         print(f"finished folder={folder.path}")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from omnivision.checkpoint.checkpointer import load_model
 from omnivision.checkpoint.fingerprint import valid_names
 from omnivision.checkpoint.weight_files import StateDictFile, read
-from omnivision.config.targets import is_allowed
+from omnivision.config.instantiate import is_allowed
 from omnivision.data.batch import Batch
 from omnivision.data.frames import EIGHT_K
 from omnivision.data.masking import RandomMask

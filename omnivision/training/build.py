@@ -29,9 +29,8 @@ from omnivision.checkpoint.pretrained import (
 from omnivision.checkpoint.pretrained import load as load_weights
 from omnivision.checkpoint.pretrained import read as read_weights
 from omnivision.checkpoint.weight_files import StateDictFile
-from omnivision.config.reader import Target
-from omnivision.config.schema import DataSettings, ImageSettings, Settings
-from omnivision.config.targets import PACKAGE, signature_of
+from omnivision.config.instantiate import PACKAGE, signature_of
+from omnivision.config.schema import DataSettings, ImageSettings, InstantiateConfig, Settings
 from omnivision.data.catalog import LabelSets, Split, label_sets
 from omnivision.data.dataset import ClipConfig, ClipDataset
 from omnivision.data.frames import read_image
@@ -68,7 +67,7 @@ POSITIONS = "trunk.pos_embed"
 NUM_OPENED_FILES = 4  # of each split, to find unreadable ones and clips that are too short
 
 
-def build(target: Target, where: str, partial: bool = False, **more: Any) -> Any:
+def build(target: InstantiateConfig, where: str, partial: bool = False, **more: Any) -> Any:
     """The object that a `_target_` describes, `more` being arguments from elsewhere; with `partial` a function that makes it.
 
     Raises UserError for a class that cannot be imported or built, whatever its code raises.
@@ -130,7 +129,7 @@ def class_names(settings: Settings) -> list[list[str]]:
 
     Raises UserError for sources of one head that name its classes differently: their labels would mean different classes.
     """
-    if "classes" not in (signature_of(settings.trainer.model["_target_"]) or {}):
+    if "classes" not in signature_of(settings.trainer.model["_target_"]):
         return []
     sets = labels(settings)
     names: list[list[str]] = [[str(label) for label in range(count)] for count in sets.classes]
@@ -162,9 +161,9 @@ def inference_config(settings: Settings) -> dict[str, Any]:
     }
 
 
-def build_with_labels(settings: Settings, target: Target, where: str) -> Any:
+def build_with_labels(settings: Settings, target: InstantiateConfig, where: str) -> Any:
     """`build`, given what the signature asks for beyond the configuration."""
-    wanted = (signature_of(target["_target_"]) or {}).keys()
+    wanted = signature_of(target["_target_"])
     more: dict[str, Any] = {}
     if "classes" in wanted:
         more["classes"] = labels(settings).classes

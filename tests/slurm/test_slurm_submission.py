@@ -13,7 +13,7 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 
-from omnivision.config.validate import check
+from omnivision.config.validate import validate_config
 from omnivision.launch.submit import batch_script
 from omnivision.reporting.run_directory import RunDir
 from tests import runs
@@ -43,7 +43,7 @@ class Script(unittest.TestCase):
         """Change tests/slurm/batch_script.sh when the script is meant to change; the difference is printed."""
         with initialize_config_dir(str(runs.ROOT / "config"), version_base="1.3"):
             config = compose("config", [*runs.STAGE_1[2:], *EVERYTHING, "launcher.experiment_log_dir=/runs/mae"])
-        said = self.script(check(config))
+        said = self.script(validate_config(config))
         wanted = GOLDEN.read_text()
         difference = "\n".join(
             difflib.unified_diff(wanted.splitlines(), said.splitlines(), "golden", "now", lineterm="")
