@@ -133,7 +133,7 @@ def suggest(key: str, config: DictConfig | None = None, schema: Iterable[str] = 
     def likeness(name: str) -> tuple[float, float]:
         group, _, end = name.replace("/", ".").rpartition(".")
         ratio = difflib.SequenceMatcher(None, last.rpartition("/")[2], end).ratio()
-        ratio += 0.2 * (group == above) + 0.3 * (last in end.split("_"))
+        ratio += 0.2 * (group == above) + 0.3 * end.startswith(f"{last}_")
         return ratio, difflib.SequenceMatcher(None, key, name).ratio()
 
     best = max(dict.fromkeys([*schema, *setting_types(), *given, *GROUPS]), key=likeness)
