@@ -82,12 +82,12 @@ class Mistakes(unittest.TestCase):
 
     def test_settings(self):
         cases = [
-            (["num_frames=5"], "num_frames is 5; expected a multiple of 4"),
-            (["image_size=33"], "image_size is 33; expected a multiple of 8"),
-            (["trainer.model.trunk.heads=5"], r"heads is 5, which does not divide trainer\.model\.trunk\.width 96"),
-            (["lr_scale_factor=0"], r"lr_scale_factor is 0.*\+\+lr_scale_factor=0\.5"),
+            (["num_frames=5"], "num_frames .*num_frames=4"),
+            (["image_size=33"], "image_size .*image_size=32"),
+            (["trainer.model.trunk.heads=5"], r"trainer\.model\.trunk\.heads .*trainer\.model\.trunk\.width 96"),
+            (["lr_scale_factor=0"], "lr_scale_factor .*> 0"),
             (["batch_size=64"], "12 samples .* fewer than one batch of 64.*Lower batch_size"),
-            (["++ephocs=3"], r"ephocs \(argument \+\+ephocs=3\) is not a setting; did you mean epochs"),
+            (["++ephocs=3"], r"ephocs \(argument \+\+ephocs=3\) .* mean epochs"),
             (["launcher.num_nodes=2"], "this machine is one node"),
             (["trainer.mode=val", "++datasets.k150.val=null"], "none of its sources .* has a val split"),
             (["trainer.accelerator=cuda"], "found 0"),

@@ -111,10 +111,10 @@ class Cross(unittest.TestCase):
 
     def test_only_two_kinds(self):
         for override, saying in (
-            ("attention=both", "decoder.attention is 'both'; expected self .the recipe. or cross"),
-            ("share=0", "decoder.share is 0; expected the share"),
-            ("share=half", "decoder.share is 'half'"),
-            ("shrae=1", "decoder.shrae .argument .* is not a setting; did you mean trainer.model.decoder.share"),
+            ("attention=both", "trainer.model.decoder.attention .*'both'"),
+            ("share=0", "trainer.model.decoder.share .*> 0"),
+            ("share=half", "trainer.model.decoder.share .*'half'"),
+            ("shrae=1", "trainer.model.decoder.shrae .argument .* mean trainer.model.decoder.share"),
         ):
             with tempfile.TemporaryDirectory() as folder:
                 made = stages.here(

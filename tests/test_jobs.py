@@ -427,27 +427,27 @@ class WhatSlurmWouldNotTake(unittest.TestCase):
 
     def test_what_slurm_would_misunderstand(self):
         for override, saying in (
-            ('submitit.name="a\nb"', r"submitit.name is 'a\\nb'; expected one line"),
+            ('submitit.name="a\nb"', r"submitit.name .*'a\\nb'"),
             (
                 "++submitit.additional_parameters.time=1",
-                "additional_parameters.time .* use submitit.timeout_hour instead",
+                "additional_parameters.time .*submitit.timeout_hour",
             ),
-            ("++submitit.additional_parameters.test_only=true", "additional_parameters.test_only .* leave it out"),
-            ("++submitit.additional_parameters.test_onl=true", "additional_parameters.test_onl .* leave it out"),
+            ("++submitit.additional_parameters.test_only=true", "additional_parameters.test_only "),
+            ("++submitit.additional_parameters.test_onl=true", "additional_parameters.test_onl "),
             (
                 f"launcher.experiment_log_dir=/runs/{'x' * 300}",
-                "experiment_log_dir is /runs/x.*306 characters.; expected",
+                "launcher.experiment_log_dir .*306",
             ),
             (
                 f"launcher.experiment_log_dir=/runs{'/xxx' * 800}",
-                "experiment_log_dir is /runs/x.*3205 characters.; expected",
+                "launcher.experiment_log_dir .*3205",
             ),
-            ("submitit.timeout_hour=1e9", "submitit.timeout_hour is 1.*at most 100000"),
-            ("submitit.dependency='afterok:1,afterok:2?singleton'", "submitit.dependency is"),
+            ("submitit.timeout_hour=1e9", "submitit.timeout_hour .*<= 100000"),
+            ("submitit.dependency='afterok:1,afterok:2?singleton'", "submitit.dependency "),
         ):
             self.assertRegex(self.problems(override), saying)
         early = self.problems("submitit.signal_delay_s=3600", "submitit.timeout_hour=1")
-        self.assertRegex(early, "signal_delay_s is 3600 and submitit.timeout_hour is 1: .*as soon as it starts")
+        self.assertRegex(early, "submitit.signal_delay_s .*submitit.timeout_hour 1")
 
     def test_memory(self):
         given = {"4G": 4, "2048": 2, "1T": 1024, "524288K": 0.5, "64GB": 64, "0": None, "4g": 4}
@@ -455,7 +455,7 @@ class WhatSlurmWouldNotTake(unittest.TestCase):
             self.assertEqual(settings_of(f"submitit.mem='{text}'").submitit.memory_gb, gigabytes, text)
         self.assertEqual(settings_of("submitit.mem_gb=1.5").submitit.memory_gb, 1.5)
         for text in ("much", "1.5G", "-4G", ""):
-            self.assertRegex(self.problems(f"submitit.mem='{text}'"), "submitit.mem is .*; expected what SLURM takes")
+            self.assertRegex(self.problems(f"submitit.mem='{text}'"), "submitit.mem must")
 
     def test_a_shell_command_that_bash_cannot_read(self):
         check_setup(["module load cuda", "if true; then\n  echo yes\nfi", "cat <<E\nx\nE", "exec 2>log"])
@@ -821,7 +821,7 @@ class Submission(Folder):
         ):
             self.assertEqual(self.job(f"submitit.dependency='{text}'").settings.submitit.dependency, text)
         for text in ("afterok", "12", "afterok:x", "afterok:1;afterok:2", "later:3", "afterok:12; rm -r x"):
-            with self.assertRaisesRegex(UserError, r"expected what SLURM takes|\(int\); expected a text", msg=text):
+            with self.assertRaisesRegex(UserError, "submitit.dependency must", msg=text):
                 self.job(f"submitit.dependency='{text}'")
 
     def test_jobs_to_wait_for_must_be_known_and_able_to_end_well(self):

@@ -175,11 +175,11 @@ class Submitted(OnCluster):
         refused("Invalid feature.*submitit", "submitit.constraints=nope")
         refused("Invalid node name.*submitit", "submitit.nodelist=nope")
         refused("submitit.dependency is afterok:99999999", "submitit.dependency='afterok:99999999'")
-        refused("submitit.dependency is 'after:x'", "submitit.dependency='after:x'")
-        refused("batch_size .*is 8 for the 3 processes of a node", "launcher.gpus_per_node=3")
+        refused("submitit.dependency .*'after:x'", "submitit.dependency='after:x'")
+        refused("batch_size .*launcher.gpus_per_node 3", "launcher.gpus_per_node=3")
         refused("launcher.experiment_log_dir.*'%'", f"launcher.experiment_log_dir={self.folder}/a%j")
         refused("cannot be written", f"launcher.experiment_log_dir={self.folder / 'slurm' / 'slurm.conf'}")
-        refused("site=lab .*--config-dir", "+site=lab")
+        refused("site .*--config-dir", "+site=lab")
         refused("launcher.experiment_log_dir.*tmpfs", "launcher.experiment_log_dir=/dev/shm/run")
         refused("cannot be written", "launcher.experiment_log_dir=/proc/run")
         refused("submitit.mem_gb", "submitit.mem=4G", "submitit.mem_gb=4")
@@ -244,17 +244,15 @@ class Submitted(OnCluster):
         self.cluster.ask("scancel", job)
         self.assertIn("prefix: /films/", (self.folder / f"sited/submitit_logs/{job}_config.yaml").read_text())
         wrong = self.shell(*self.demo, "--config-dir", str(site.parent), "+site=lap")
-        self.assert_refused(wrong, r"There is no configuration site/lap.* Did you mean lab\?")
+        self.assert_refused(wrong, r"site/lap.* mean lab\?")
         (site / "bare.yaml").write_text("submitit: {partition: short}\n")
         bare = self.shell(*self.demo, "--config-dir", str(site.parent), "+site=bare", "launcher.experiment_log_dir=x")
-        self.assert_refused(bare, "does not begin with the line '# @package _global_'")
+        self.assert_refused(bare, "@package _global_")
         (site / "lab.yaml").write_text("# @package _global_\nsubmitit: {partitoin: short}\n")
         typo = self.shell(
             *self.demo, "--config-dir", str(site.parent), "+site=lab", f"launcher.experiment_log_dir={self.folder}/x"
         )
-        self.assert_refused(
-            typo, r"submitit.partitoin \(.*lab.yaml, line \d\) is not a setting; did you mean submitit.partition"
-        )
+        self.assert_refused(typo, "submitit.partitoin .* mean submitit.partition")
 
     def test_7_a_number_that_comes_again(self):
         """After SLURM was set up anew its ids start over: what an old job left is not taken for the new one's."""
