@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omnivision.checkpoint.fingerprint import changed_settings, check_same_settings, truncate_list
-from omnivision.config.schema import Settings
 from omnivision.config.compose import use_yaml12_numbers
+from omnivision.config.schema import Settings
 from omnivision.config.validate import validate_config
 from omnivision.launch import slurm
 from omnivision.launch.run import Job, run_folder, run_process
