@@ -28,7 +28,7 @@ from omnivision.utils.errors import EXIT_INTERRUPTED, StopRequested, UserError
 from omnivision.utils.streams import announce, ignore_broken_pipe, output_problem
 
 if TYPE_CHECKING:
-    from omnivision.launch.run import Job
+    from omnivision.launch.launcher import Job
 
 
 def train(arguments: Sequence[str], config_dir: Path) -> int:
@@ -54,8 +54,7 @@ def make_job(config: DictConfig, command: CommandLine) -> Job:
     """Validate a configuration: its settings and, unless it is for a dry run, its files. Raises UserError."""
     from omnivision.config.stages import stage_warnings
     from omnivision.config.validate import validate_config
-    from omnivision.launch.launcher import apply_torchrun_env, validate_launch_mode
-    from omnivision.launch.run import Job
+    from omnivision.launch.launcher import Job, apply_torchrun_env, validate_launch_mode
     from omnivision.training.preflight import check_run, run_warnings
 
     if os.environ.get("RANK", "0") == "0":

@@ -22,7 +22,7 @@ from omnivision.config.stages import ENDINGS, EXAMPLE_RECIPES, EXPERIMENTS, stag
 from omnivision.config.stages import MODELS as MODELS_OF
 from omnivision.config.validate import validate_config
 from omnivision.launch import dry_run as dry
-from omnivision.launch.run import Job
+from omnivision.launch.launcher import Job
 from omnivision.training import build
 from omnivision.utils.errors import UserError
 from tests import runs

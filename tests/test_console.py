@@ -17,7 +17,7 @@ from rich.console import Console
 
 from omnivision.checkpoint.pretrained import LoadReport
 from omnivision.launch import launcher as launch
-from omnivision.launch.exit import exit_code_and_reason, explain
+from omnivision.launch.exit import exit_code_and_reason, report_exit
 from omnivision.reporting.console import ProgressLine
 from omnivision.reporting.reporter import Reporter
 from omnivision.reporting.run_directory import RunDir
@@ -64,11 +64,11 @@ class Stopped(Folder):
             (KeyboardInterrupt(), EXIT_INTERRUPTED, ""),
         ):
             with contextlib.redirect_stderr(io.StringIO()) as said:
-                self.assertEqual(explain(error, folder, False, 0), code)
+                self.assertEqual(report_exit(error, folder, False, 0), code)
             self.assertNotIn("error", said.getvalue())
             self.assertIn(again, said.getvalue())
         with contextlib.redirect_stderr(io.StringIO()) as said:
-            explain(UserError("wrong"), folder, False, 0)
+            report_exit(UserError("wrong"), folder, False, 0)
         self.assertEqual(said.getvalue(), "error: wrong\n")
 
 

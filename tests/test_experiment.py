@@ -20,7 +20,8 @@ from omegaconf import OmegaConf
 from omnivision.checkpoint import fingerprint as experiment
 from omnivision.checkpoint.fingerprint import changed_settings, class_changes, differences, file_digest, flat
 from omnivision.config.schema import DatasetSettings
-from omnivision.launch.run import Job, write_run_metadata
+from omnivision.launch.launcher import Job
+from omnivision.launch.run import write_run_metadata
 from omnivision.optim.schedules import Scaled, WarmupCosine
 from omnivision.reporting.run_directory import RunDir
 from tests import runs
@@ -88,10 +89,10 @@ class Commit(unittest.TestCase):
         trainer = SimpleNamespace(raw_model=None, is_done=False)
         for commit in (None, "a", "a", "b-dirty", None):
             with (
-                mock.patch("omnivision.checkpoint.fingerprint.git_commit", return_value=commit),
+                mock.patch("omnivision.launch.run.git_commit", return_value=commit),
                 mock.patch("omnivision.training.build.run_metadata", return_value={}),
             ):
-                write_run_metadata(job, folder, trainer, None, on_cluster=False)
+                write_run_metadata(job, folder, trainer, on_cluster=False)
         self.assertEqual(folder.read_summary()["run"]["commits"], ["a", "b-dirty"])
 
     def test_going_on_with_another_commit_is_said_and_not_refused(self):

@@ -24,7 +24,8 @@ from omnivision.config.validate import validate_config
 from omnivision.distributed.process_group import RankInfo
 from omnivision.launch import exit as ending
 from omnivision.launch import launcher, slurm, slurm_jobs, submit
-from omnivision.launch.run import Job, run_process
+from omnivision.launch.launcher import Job
+from omnivision.launch.run import run_rank
 from omnivision.launch.slurm import JobState, explain_error, parse_limit, parse_time
 from omnivision.launch.slurm_jobs import (
     JobLog,
@@ -671,7 +672,7 @@ class Submission(Folder):
             raise AssertionError("went on")
 
         with mock.patch("omnivision.training.build.process_group", asked):
-            code = run_process(self.job(), RankInfo(0, 1, 0, 1, None))
+            code = run_rank(self.job(), RankInfo(0, 1, 0, 1, None))
         self.assertEqual(code, 128 + signal.SIGTERM)
 
     def test_a_signal_to_a_submission_rolls_it_back(self):

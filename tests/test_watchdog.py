@@ -67,7 +67,7 @@ class Leaving(unittest.TestCase):
             folder = RunDir(name)
             folder.create()
             folder.lock()
-            ending = ExitHandler(folder, 0, validating=False, record=None)
+            ending = ExitHandler(folder, 0, mock.MagicMock(**{"submitit.signal_delay_s": None}), None)
             ending.locked = True
             stale = OSError(116, "Stale file handle")
             with (
@@ -76,7 +76,7 @@ class Leaving(unittest.TestCase):
                 contextlib.redirect_stderr(io.StringIO()),
                 contextlib.suppress(OSError),  # `os._exit` would not have come back
             ):
-                ending.leave(StopRequested("SIGTERM"), at_once=True)
+                ending.abort(StopRequested("SIGTERM"), at_once=True)
             left.assert_called_once_with(143)
             folder.unlock()
 

@@ -1,6 +1,6 @@
 """`trainer.mode=dry`: what would stop a run, and what it would be.
 
-The checks are those of a run: `preflight.check_run`, and `process.build_and_restore` with a model on the meta device, which
+The checks are those of a run: `preflight.check_run`, and `resume_or_load_pretrained` with a model on the meta device, which
 compares weights and checkpoints by name and shape. A few videos of each split are opened, to find clips that are too short.
 """
 
@@ -25,8 +25,8 @@ from omnivision.config.schema import Settings
 from omnivision.data.catalog import Split
 from omnivision.distributed.process_group import RankInfo, choose_device
 from omnivision.launch import slurm
-from omnivision.launch.launcher import validate_launch_mode
-from omnivision.launch.run import Job, build_and_restore, run_folder
+from omnivision.launch.launcher import Job, run_folder, validate_launch_mode
+from omnivision.launch.run import build_trainer, resume_or_load_pretrained
 from omnivision.launch.submit import batch_script, check_submission
 from omnivision.models.average import AveragedClassifier
 from omnivision.optim.groups import ScheduledOptimizer
@@ -114,9 +114,15 @@ def check_start(job: Job, splits: tuple[list[Split], list[Split]]) -> tuple[Trai
     dist = build.process_group(settings.with_trainer(accelerator="cpu"), RankInfo())
     dist.device = torch.device("meta")
     reporter = Reporter(folder, enabled=True, console=Console(file=output))
+
+    def restored() -> Trainer:
+        trainer = build_trainer(job, dist, folder, reporter, StopSignal(), splits)
+        resume_or_load_pretrained(job, trainer, reporter)
+        return trainer
+
     checks: list[Callable[[], object]] = []
     if not awaits_dependency(settings):
-        checks.append(lambda: build_and_restore(job, dist, folder, reporter, StopSignal(), splits))
+        checks.append(restored)
     if not settings.submitit.use_cluster:
         last = settings.launcher.gpus_per_node - 1
         checks.append(lambda: build.check_device(settings, choose_device(settings.trainer.accelerator, last)))
@@ -126,7 +132,7 @@ def check_start(job: Job, splits: tuple[list[Split], list[Split]]) -> tuple[Trai
         checks.append(lambda: check_submission([job], slurm.squeue()))
     with warnings.catch_warnings(action="ignore"):  # torch says that the meta device takes no values
         made = collect_errors(checks)
-    trainer = next((each[0] for each in made if isinstance(each, tuple)), None)
+    trainer = next((each for each in made if isinstance(each, Trainer)), None)
     return trainer, output.getvalue().splitlines()
 
 

@@ -11,10 +11,10 @@ import threading
 import time
 import traceback
 from collections.abc import Collection, Iterator
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from omnivision.launch.watchdog import PeerMonitor, Watchdog, is_peer_lost, write_stacks
+from omnivision.config.schema import Settings
+from omnivision.launch.watchdog import GRACE_SECONDS, PeerMonitor, Watchdog, is_peer_lost, write_stacks
 from omnivision.reporting.run_directory import WAITING, RunDir, own_job, own_restarts
 from omnivision.utils.errors import (
     EXIT_FAULT,
@@ -27,7 +27,7 @@ from omnivision.utils.errors import (
     out_of_memory,
 )
 from omnivision.utils.io import write_atomically
-from omnivision.utils.signals import StopSignal
+from omnivision.utils.signals import StopSignal, end_workers, signals_ignored
 
 if TYPE_CHECKING:
     from omnivision.launch.slurm_jobs import JobLog
@@ -37,7 +37,7 @@ LOG = logging.getLogger("omnivision")
 LESS_MEMORY = (
     "Raise trainer.optim.accumulation_steps (the same batch in smaller micro-batches), set "
     "trainer.model.trunk.activation_checkpointing=true, or lower batch_size; num_workers and trainer.data.prefetch take memory "
-    "of the machine. The same command goes on from the last checkpoint."
+    "of the machine. The same command resumes from the last checkpoint."
 )
 
 
@@ -109,26 +109,50 @@ def lost_peer(folder: RunDir, job: str | None, restarts: int) -> str | None:
 
 
 class ExitHandler:
-    """Ends a process: its main thread says why, or a thread that watches it does."""
+    """Surrounds a rank's work: handles signals, watches for hangs, and reports how it ends.
 
-    def __init__(self, folder: RunDir, rank: int, validating: bool, record: JobLog | None) -> None:
-        self.folder, self.rank, self.validating, self.record = folder, rank, validating, record
-        self.locked = False  # the run folder is this process's
-        self.begun = False  # what the summary tells is about this process's training
+    The main thread says why the process ends, or a thread that watches it aborts it.
+    """
+
+    def __init__(self, folder: RunDir, rank: int, settings: Settings, log: JobLog | None) -> None:
+        self.folder, self.rank, self.log = folder, rank, log
+        self.validating = settings.trainer.mode == "val"
+        self.stop = StopSignal()
+        self.exit_code = 0
+        self.locked = False  # this process has locked the run directory
+        self.begun = False  # the summary is about this process's training
         self.peers: PeerMonitor | None = None
-        self._watchdog: Watchdog | None = None
-        self._one = threading.Lock()
+        self._watchdog = Watchdog(self.stop, self.abort, max(GRACE_SECONDS, settings.submitit.signal_delay_s or 0))
+        self._ending = threading.Lock()
 
-    def watched(self, stop: StopSignal, grace: float) -> AbstractContextManager[None]:
-        """Inside this block a process that was asked to stop has left when its grace, in seconds, is over."""
-        self._watchdog = Watchdog(stop, self.leave, grace)
-        return self._watchdog.watching()
+    @contextlib.contextmanager
+    def supervise(self) -> Iterator[None]:
+        """Run a block whose exceptions become an exit code; the run directory is unlocked afterwards."""
+        with self.stop.handle_signals(ignore_after=self.log is not None), self._watchdog.watching():
+            try:
+                self.stop.raise_if_requested()
+                yield
+            except (Exception, KeyboardInterrupt, StopRequested) as error:
+                with signals_ignored():
+                    cause = unwrap_keyboard_interrupt(error)
+                    if isinstance(cause, KeyboardInterrupt):
+                        cause.add_note(self.stop.describe_saved())
+                    self.exit_code = self.handle(cause)
+            finally:
+                with signals_ignored():
+                    end_workers()
+                    self.unlock()
 
-    def told(self, error: BaseException) -> int:
-        """In the main thread: say why the process ends; returns the exit code."""
-        if self._watchdog is not None:
-            self._watchdog.answered = True
-        if not self._one.acquire(blocking=False):
+    def begin(self) -> None:
+        """From here on the summary is about this run, and other ranks are watched."""
+        self.begun = self.rank == 0
+        if self.peers is not None:
+            self.peers.start()
+
+    def handle(self, error: BaseException) -> int:
+        """In the main thread, report why the process ends; returns the exit code."""
+        self._watchdog.answered = True
+        if not self._ending.acquire(blocking=False):
             threading.Event().wait()  # a thread that watches is about to end this process
         if self.peers is not None:
             # A RuntimeError of one's own while another process is dead or silent is a consequence of that.
@@ -139,27 +163,27 @@ class ExitHandler:
         # A refusal before anything has begun leaves what an earlier run wrote as it is; an evaluation always does.
         untouched = self.locked and self.folder.read_summary().get("status") in (None, *WAITING)
         tells = untouched or (self.begun and not self.validating)
-        if self.record is not None and self.rank == 0 and not self.validating:
-            tells = tells or self.locked or self.record.owns_summary()
-        return explain(error, self.folder, tells, self.rank, self.record)
+        if self.log is not None and self.rank == 0 and not self.validating:
+            tells = tells or self.locked or self.log.owns_summary()
+        return report_exit(error, self.folder, tells, self.rank, self.log)
 
-    def leave(self, error: BaseException, at_once: bool) -> None:
-        """In a thread that watches: end the process, wherever its main thread stands, and write down where that is.
+    def abort(self, error: BaseException, at_once: bool) -> None:
+        """In a thread that watches, end the process whatever its main thread does, and write down what that is.
 
-        `at_once` there is no time to ask a scheduler for anything.
+        `at_once` leaves no time to ask a scheduler for anything.
         """
-        if not self._one.acquire(blocking=False):
+        if not self._ending.acquire(blocking=False):
             return  # it is ending already
         code = exit_code_and_reason(error)[0]
         try:
             stacks = self.folder.logs / f"rank_{self.rank}_stacks.txt"
             write_stacks(stacks)
             error.add_note(f"what each thread was doing is in {stacks}")
-            # Process 0 tells how a run ended, or, when that one is silent, whoever notices.
+            # Rank 0 tells how a run ended or, if that one is silent, whoever notices.
             tells = not self.validating and (self.locked or isinstance(error, PeerLostError))
-            explain(error, self.folder, tells, self.rank, None if at_once else self.record)
+            report_exit(error, self.folder, tells, self.rank, None if at_once else self.log)
             self.unlock()
-        except BaseException:  # a file system that does not answer, say: told, and no reason to stay
+        except BaseException:  # for example a file system that does not answer
             traceback.print_exc()
         finally:
             os._exit(code)
@@ -169,33 +193,30 @@ class ExitHandler:
             self.folder.unlock()
 
 
-def explain(error: BaseException, folder: RunDir, tells: bool, rank: int, record: JobLog | None = None) -> int:
-    """Say why a process ends, on the console, in its log and, if it `tells` of this run, in `summary.json`; returns the exit
-    code.
+def report_exit(error: BaseException, folder: RunDir, tells: bool, rank: int, log: JobLog | None = None) -> int:
+    """Report why a process ends: on the console, in its log and its end file and, if it `tells` of this run, in `summary.json`.
+
+    Returns the exit code.
     """
     code, reason = exit_code_and_reason(error)
-    # What all processes know is told by one; a fault is told by each that has one.
-    lost = isinstance(error, PeerLostError)
-    fault = code == EXIT_FAULT and not isinstance(error, UserError)
-    tell = rank == 0 or fault or (isinstance(error, UserError) and not error.on_all_ranks)
+    is_fault = code == EXIT_FAULT and not isinstance(error, UserError)
     as_asked = isinstance(error, (KeyboardInterrupt, StopRequested))
-    LOG.log(logging.WARNING if as_asked else logging.ERROR, reason, exc_info=error if fault else None)
-    if tell:
-        # Where this process stood when another one went is in its log.
+    LOG.log(logging.WARNING if as_asked else logging.ERROR, reason, exc_info=error if is_fault else None)
+    if rank == 0 or is_fault or (isinstance(error, UserError) and not error.on_all_ranks):
         if as_asked:
-            goes_on = isinstance(error, StopRequested) and error.saved_step is not None
-            again = ", and the same command continues from there" if goes_on else ""
+            resumes = isinstance(error, StopRequested) and error.saved_step is not None
+            again = ", and the same command continues from there" if resumes else ""
             print(f"{reason}{again}", file=sys.stderr, flush=True)
+        elif isinstance(error, PeerLostError):
+            print_error(f"{reason}. The same command resumes from the last checkpoint.")
         else:
-            print_error(
-                f"{reason}. The same command goes on from the last checkpoint." if lost else error if fault else reason
-            )
+            print_error(error if is_fault else reason)
     write_end_file(folder, rank, error, reason)
     try:
-        if record is not None and rank == 0:
-            record.record_end(error, reason, tells)
-        elif record is not None:
-            record.wait_for_decision(error)
+        if log is not None and rank == 0:
+            log.record_end(error, reason, tells)
+        elif log is not None:
+            log.wait_for_decision(error)
         elif tells:
             lost, cause = is_peer_lost(error), None
             if lost or isinstance(error, StopRequested):
@@ -203,7 +224,7 @@ def explain(error: BaseException, folder: RunDir, tells: bool, rank: int, record
             status = "failed" if cause or isinstance(error, Exception) else "interrupted"
             folder.write_end(status, cause or reason)
     except OSError as failure:  # a full disk must not change the exit code
-        print(f"error: the reason could not be written to the run folder: {failure}", file=sys.stderr)
+        print(f"error: the reason could not be written to the run directory: {failure}", file=sys.stderr)
     return code
 
 

@@ -5,17 +5,32 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from omnivision.config.schema import Settings
 from omnivision.launch import slurm
-from omnivision.launch.run import Job, run_process
+from omnivision.reporting.run_directory import RunDir
 from omnivision.utils.errors import UserError
+from omnivision.utils.streams import announce
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every rank of a run is given."""
+
+    settings: Settings
+    config_text: str  # config.yaml as composed, interpolations unresolved
+    token: str = ""  # of its submission to a cluster: job ids may be reused
+
+
+def run_folder(job: Job) -> RunDir:
+    return RunDir(job.settings.launcher.experiment_log_dir, job.settings.trainer.checkpoint.save_dir)
 
 
 def launch(jobs: Sequence[Job]) -> int:
@@ -49,15 +64,16 @@ def launch(jobs: Sequence[Job]) -> int:
 def run(job: Job) -> int:
     """Run a job here; returns its exit code."""
     count = job.settings.launcher.gpus_per_node
-    if under_torchrun():
-        return run_process(job, None)
-    if count == 1:
-        from omnivision.distributed.process_group import RankInfo
+    if count > 1 and not under_torchrun():
+        from omnivision.launch.local import run_local_processes
 
-        return run_process(job, RankInfo())
-    from omnivision.launch.local import run_local_processes
+        return run_local_processes(job, count)
+    if os.environ.get("RANK", "0") == "0":
+        announce("Loading torch, then building the model")
+    from omnivision.distributed.process_group import RankInfo
+    from omnivision.launch.run import run_rank
 
-    return run_local_processes(job, count)
+    return run_rank(job, None if under_torchrun() else RankInfo())
 
 
 def validate_launch_mode(settings: Settings) -> None:

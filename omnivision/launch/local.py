@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from omnivision.launch.exit import exit_code_and_reason, first_failure
-from omnivision.launch.run import Job, run_folder, run_process
+from omnivision.launch.launcher import Job, run_folder
 from omnivision.reporting.run_directory import own_job, own_restarts
 from omnivision.utils.errors import (
     EXIT_ANNOUNCED,
@@ -121,6 +121,7 @@ def wait_for_processes(processes: list[SpawnProcess]) -> tuple[int, str]:
 
 def _local_process(job: Job, place: RankInfo) -> None:
     from omnivision.distributed.process_group import exit_with_parent
+    from omnivision.launch.run import run_rank
 
     exit_with_parent(os.getppid())
-    sys.exit(run_process(job, place))
+    sys.exit(run_rank(job, place))

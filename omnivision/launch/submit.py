@@ -24,7 +24,7 @@ from omnivision.config.compose import use_yaml12_numbers
 from omnivision.config.schema import Settings
 from omnivision.config.validate import validate_config
 from omnivision.launch import slurm
-from omnivision.launch.run import Job, run_folder, run_process
+from omnivision.launch.launcher import Job, run_folder
 from omnivision.launch.slurm_jobs import (
     LOGS,
     JobLog,
@@ -543,12 +543,14 @@ def run_slurm_task(config_text: str, token: str) -> None:
 
     Leaves with the run's exit code, by SystemExit, if it is not 0.
     """
-    # submitit's handlers swallow these signals. Until `run_process` handles them they end this process, and the batch script
+    # submitit's handlers swallow these signals. Until `run_rank` handles them they end this process, and the batch script
     # writes that down.
     for number in (*SIGNALS, signal.SIGCONT):
         signal.signal(number, signal.SIG_DFL)
     import submitit
     from omegaconf import DictConfig, OmegaConf
+
+    from omnivision.launch.run import run_rank
 
     use_yaml12_numbers()
     config = OmegaConf.create(config_text)
@@ -561,5 +563,5 @@ def run_slurm_task(config_text: str, token: str) -> None:
     log = JobLog(task, folder, token, wanted.max_requeues, watch_the_clock=wanted.signal_delay_s is None)
     if task.rank == 0:
         log.record_start()
-    if code := run_process(job, task.place(submitit.JobEnvironment().hostnames[0]), log):
+    if code := run_rank(job, task.place(submitit.JobEnvironment().hostnames[0]), log):
         sys.exit(code)
