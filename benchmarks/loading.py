@@ -30,7 +30,7 @@ from omnivision.data.loader import LoaderConfig, train_batches
 from omnivision.data.masking import RandomMask
 from omnivision.data.sampling import EpochPlan, Request, SourcePlan
 from omnivision.data.views import PretrainView
-from omnivision.tools.prepare.transcode import Job, TranscodeConfig, transcode
+from omnivision.tools.prepare.transcode import TranscodeConfig, TranscodeJob, transcode
 
 CLIPS = 8  # of a batch: two videos, four views each
 
@@ -113,7 +113,7 @@ def prepared(folder: Path, paths: list[Path], short_side: int | None = None) -> 
     found = []
     for path in paths:
         found.append(folder / "prepared" / path.name)
-        outcome = transcode(Job(str(path), str(found[-1]), TranscodeConfig(short_side=short_side)))
+        outcome = transcode(TranscodeJob(str(path), str(found[-1]), TranscodeConfig(short_side=short_side)))
         assert outcome.reason is None and outcome.fault is None, outcome
     return found
 

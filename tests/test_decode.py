@@ -28,7 +28,7 @@ from omnivision.data import video as decode
 from omnivision.data.frames import subsample_indices
 from omnivision.data.sampling import clip_window
 from omnivision.data.video import VideoDecodeError, VideoFile, open_video
-from omnivision.tools.prepare.transcode import Job, TranscodeConfig, transcode
+from omnivision.tools.prepare.transcode import TranscodeConfig, TranscodeJob, transcode
 
 
 def make_film(
@@ -368,7 +368,7 @@ class Rotation(InFolder):
             self.assertEqual((facts.height, facts.width), expected.shape[1:3])
             self.assertTrue(np.array_equal(got, expected), f"{clockwise} degrees clockwise, {mirrored}")
             self.assertTrue(np.array_equal(whole, expected))
-            transcode(Job(str(turned), str(self.folder / "made.mp4"), TranscodeConfig(None, crf=0)))
+            transcode(TranscodeJob(str(turned), str(self.folder / "made.mp4"), TranscodeConfig(None, crf=0)))
             with open_video(str(self.folder / "made.mp4")) as video:
                 made = pixels(video.read(0.0, 0.4, 10))
             self.assertLess(float(np.abs(made.astype(int) - expected).mean()), 3, "looks the same")

@@ -26,8 +26,8 @@ from omnivision.tools.prepare import transcode as transcoding
 from omnivision.tools.prepare.catalog_file import entry_lines, updated_catalog
 from omnivision.tools.prepare.index import SPLITS, video_key
 from omnivision.tools.prepare.transcode import (
-    Job,
     TranscodeConfig,
+    TranscodeJob,
     TranscodeResult,
     destinations,
     target_size,
@@ -985,7 +985,8 @@ class Transcoding(Folder):
     def made(self, source: Path | str, **recipe: object) -> Path:
         path = self.folder / "made.mp4"
         self.assertEqual(
-            transcode(Job(str(source), str(path), TranscodeConfig(**{"short_side": None, **recipe}))), TranscodeResult()
+            transcode(TranscodeJob(str(source), str(path), TranscodeConfig(**{"short_side": None, **recipe}))),
+            TranscodeResult(),
         )
         return path
 
@@ -1024,7 +1025,9 @@ class Transcoding(Folder):
                 path, [(2 * time, picture) for time, picture in frames], tick, **options
             ),
         ):
-            outcome = transcode(Job(str(self.folder / "v.mp4"), str(self.folder / "made.mp4"), TranscodeConfig(None)))
+            outcome = transcode(
+                TranscodeJob(str(self.folder / "v.mp4"), str(self.folder / "made.mp4"), TranscodeConfig(None))
+            )
         self.assertEqual(outcome.reason, "the times of its frames cannot be kept in an mp4")
         self.assertEqual(os.listdir(self.folder), ["v.mp4"])
 
@@ -1061,13 +1064,15 @@ class Transcoding(Folder):
         back = self.folder / "back"
         recipe = TranscodeConfig(None, frames_fps=12.5)
         write_film(self.folder / "v.mp4", moving(), fps=25, crf=4)
-        self.assertEqual(transcode(Job(str(self.folder / "v.mp4"), str(back), recipe)), TranscodeResult())
+        self.assertEqual(transcode(TranscodeJob(str(self.folder / "v.mp4"), str(back), recipe)), TranscodeResult())
         self.assertEqual(sorted(os.listdir(back)), [f"{k:05}.jpg" for k in range(1, 7)])
         self.assertLess(np.abs(self.pictures(back)[1] - moving()[::2]).mean(), 6)
 
     def test_frames_at_a_higher_rate_repeat(self):
         write_film(self.folder / "v.mp4", moving(3), fps=10)
-        transcode(Job(str(self.folder / "v.mp4"), str(self.folder / "back"), TranscodeConfig(None, frames_fps=25)))
+        transcode(
+            TranscodeJob(str(self.folder / "v.mp4"), str(self.folder / "back"), TranscodeConfig(None, frames_fps=25))
+        )
         pictures = self.pictures(self.folder / "back")[1]
         # On screen at 0, 40, 80 | 120, 160 | 200, 240, 280 ms.
         same = [bool(np.array_equal(a, b)) for a, b in pairwise(pictures)]

@@ -222,9 +222,9 @@ class Parts(unittest.TestCase):
     def test_a_long_curve_ends_with_its_last_value(self):
         run = self.run_of("a", None, "a", "trained", 1.0)
         run.lines += [
-            {"event": "step", "step": step, "loss": float(step)} for step in range(2 * figures.MOST_POINTS + 1)
+            {"event": "step", "step": step, "loss": float(step)} for step in range(2 * figures.MAX_POINTS + 1)
         ]
-        self.assertIn(f"{2 * figures.MOST_POINTS}", figures.curves([run], "loss", "loss", Run.steps, [run]))
+        self.assertIn(f"{2 * figures.MAX_POINTS}", figures.curves([run], "loss", "loss", Run.steps, [run]))
 
     def test_a_run_has_one_colour(self):
         runs = [self.run_of(name, None, "a", "trained", 1.0) for name in "abc"]

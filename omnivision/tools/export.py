@@ -21,34 +21,34 @@ from omnivision.tools.inference import InferenceConfig
 from omnivision.tools.weights import ExportOptions
 from omnivision.utils.errors import UserError
 
-# What weights do not tell of a model.
-_UNTOLD = {"trunk": ("heads", "num_frames", "image_size"), "decoder": ("heads",)}
+# Architecture that cannot be read off weights.
+_NOT_IN_WEIGHTS = {"trunk": ("heads", "num_frames", "image_size"), "decoder": ("heads",)}
 
 
 def run(checkpoint: str, out: Path, args: ExportOptions) -> int:
-    """Write the model, prove it where it can be proved, and say what was written and what was left out; 0."""
+    """Write the model, verify it if possible, and print what was written and omitted."""
     _check_arguments(args)
     source = read(checkpoint)
     card_file = out / "README.md" if args.to == "hf" else export.card_of(out)
     export.check_target(out, source, args.force, folder=args.to == "hf", card=card_file)
     model = _model(source, args)
     print(f"{source}: {model.summary()}")
-    judged = not source.average or args.weights != "model"  # by the run, whose figures are told
+    is_validated = not source.average or args.weights != "model"  # the metrics of the run are those of these weights
     if args.to == "hf":
-        _export_hf(out, args, source, model, judged)
+        _export_hf(out, args, source, model, is_validated)
     else:
         write = export.write_pt if args.to == "pt" else export.write_safetensors
         shown = InferenceConfig.of(model.architecture, source.inference)
         names = [shown.named(number) for number in range(len(shown.names))]
-        told = export.model_card(source, model, out.name, judged, names)  # before anything is written
+        text = export.model_card(source, model, out.name, is_validated, names)  # before anything is written
         write(
             out,
             model.state,
             model.architecture,
             {"origin": export.origin(source, "omnivision"), "inference": shown.written()}
-            | (source.progress if judged else {}),
+            | (source.progress if is_validated else {}),
         )
-        export.write_card(out, told)
+        export.write_card(out, text)
         print(f"Wrote {out}: {len(model.state)} tensors; and {export.card_of(out)}, what people read of it")
     return 0
 
@@ -64,7 +64,7 @@ def _check_arguments(args: ExportOptions) -> None:
 
 
 def _model(source: StateDictFile, args: ExportOptions) -> ConvertedCheckpoint:
-    """The one model to write, whole and checked."""
+    """Return the model to write, complete and checked."""
     source.refuse_own_class()
     if lacking := _lacking(source):
         raise UserError(
@@ -96,21 +96,24 @@ def _model(source: StateDictFile, args: ExportOptions) -> ConvertedCheckpoint:
 
 
 def _lacking(source: StateDictFile) -> list[str]:
-    """What a file would have to say of its model because weights do not tell it; an import asks for it, or assumes it."""
+    """Return the missing architecture settings that cannot be read off weights; an import asks for them."""
     architecture = source.architecture
     lacking = [] if "kind" in architecture else ["kind"]
     for part in ("trunk", "decoder") if architecture.get("kind") == "autoencoder" else ("trunk",):
-        said = architecture.get(part)
-        lacking += [f"{part} {key}" for key in _UNTOLD[part] if not isinstance(said, Mapping) or said.get(key) is None]
+        settings = architecture.get(part)
+        known = settings if isinstance(settings, Mapping) else {}
+        lacking += [f"{part} {key}" for key in _NOT_IN_WEIGHTS[part] if known.get(key) is None]
     return lacking
 
 
-def _export_hf(out: Path, args: ExportOptions, source: StateDictFile, model: ConvertedCheckpoint, judged: bool) -> None:
-    told = InferenceConfig.of(model.architecture, source.inference).named(args.head)
-    names = read_class_names(args.class_names, "--class-names") if args.class_names else told
+def _export_hf(
+    out: Path, args: ExportOptions, source: StateDictFile, model: ConvertedCheckpoint, is_validated: bool
+) -> None:
+    own_names = InferenceConfig.of(model.architecture, source.inference).named(args.head)
+    names = read_class_names(args.class_names, "--class-names") if args.class_names else own_names
     exported = to_hf(model.state, model.architecture, args.head, names)
     configs = {CONFIG: exported.config, "preprocessor_config.json": preprocessor_config(model.architecture)}
-    card = export.model_card(source, model, out.name, judged, [names], hf=True)
+    card = export.model_card(source, model, out.name, is_validated, [names], hf=True)
     with export.hf_folder(out, exported.state, configs, card) as folder:
         difference = export.verify(folder, model.state, model.architecture, args.head)
     print(f"Wrote {out}: {exported.config['architectures'][0]}, {len(exported.state)} tensors")

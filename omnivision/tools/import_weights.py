@@ -17,7 +17,7 @@ def run(path: str, out: Path, choice: str, geometry: Mapping[str, int | None], f
     source = read(path)
     check_target(out, source, force)
     converted, format = convert(source, choice, ArchOverrides(**geometry))
-    said: dict[str, Any] = {"origin": origin(source, format)} | source.progress
+    metadata: dict[str, Any] = {"origin": origin(source, format)} | source.progress
     inference = dict(source.inference)
     if (
         format == "hf"
@@ -25,8 +25,8 @@ def run(path: str, out: Path, choice: str, geometry: Mapping[str, int | None], f
         and converted.architecture.get("classes") == [len(names)]
     ):
         inference = {"class_names": [names]} | inference
-    said |= {"inference": inference} if inference else {}
-    write_pt(out, converted.state, converted.architecture, said)
+    metadata |= {"inference": inference} if inference else {}
+    write_pt(out, converted.state, converted.architecture, metadata)
     print(f"{source}: {len(source.state)} tensors of format {format}")
     for line in converted.lines():
         print(line)

@@ -10,7 +10,7 @@ import numpy as np
 
 from omnivision.data.catalog import check_segments, load_array
 from omnivision.data.sampling import Segment
-from omnivision.tools.prepare.index import MOST_CLASSES
+from omnivision.tools.prepare.index import MAX_CLASSES
 from omnivision.utils.errors import UserError
 from omnivision.utils.io import replace_atomically
 
@@ -34,9 +34,9 @@ def read_labels(file: str, samples: int) -> np.ndarray:
             f"{file} holds {array.shape} of {array.dtype}; expected a 1-D array of {samples} integers, one a path. "
             "Write both files from the same list, or give another LABELS."
         )
-    if len(array) and array.max() >= MOST_CLASSES:
+    if len(array) and array.max() >= MAX_CLASSES:
         raise UserError(
-            f"{file} holds the label {array.max()}; expected class numbers below {MOST_CLASSES}, or -1 for ignored samples. "
+            f"{file} holds the label {array.max()}; expected class numbers below {MAX_CLASSES}, or -1 for ignored samples. "
             "Fix the labels."
         )
     return array.astype(np.int64)

@@ -108,9 +108,9 @@ def read_csv_lists(
         found, note = _split_rows(table, split, splits)
         rows += found
         notes.append(note)
-    whole = parse_labels([row for _, row in rows])
+    labelled = parse_labels([row for _, row in rows])
     listed: dict[str, list[Record]] = {split: [] for split in SPLITS}
-    for (split, _), row in zip(rows, whole, strict=True):
+    for (split, _), row in zip(rows, labelled, strict=True):
         listed[split].append(row)
     return DatasetIndex({split: found for split, found in listed.items() if found}, root, notes=notes)
 

@@ -6,7 +6,7 @@
     OUT/failed.csv                    videos that could not be, with the reason; they are not in the arrays
     OUT/prepare.json                  from what and how it was made
 
-A video that is there is whole, so an interrupted run is completed by the same command.
+An existing video is complete, so the same command completes an interrupted one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 
 from omnivision.tools.prepare.arrays import write_split
 from omnivision.tools.prepare.index import DatasetIndex, printable
-from omnivision.tools.prepare.transcode import Job, TranscodeConfig, destinations, remove_leftovers, transcode
+from omnivision.tools.prepare.transcode import TranscodeConfig, TranscodeJob, destinations, remove_stale_tmp, transcode
 from omnivision.tools.prepare.workers import WorkerCrashedError, run_in_processes
 from omnivision.tools.progress import track
 from omnivision.utils.errors import UserError
@@ -127,7 +127,7 @@ def _transcode_all(
 ) -> tuple[dict[str, str], int]:
     """Transcode what is missing. Return the reasons for failures by path, and how many results existed."""
     missing = [path for path, destination in made.items() if not Path(destination).exists()]
-    jobs = [Job(index.full(path), made[path], config) for path in missing]
+    jobs = [TranscodeJob(index.full(path), made[path], config) for path in missing]
     failed = {}
     work = run_in_processes(transcode, jobs, workers)
     try:
@@ -140,7 +140,7 @@ def _transcode_all(
                 failed[missing[position]] = result.reason
     finally:
         work.close()  # ends its processes
-        remove_leftovers(folder)
+        remove_stale_tmp(folder)
     return failed, len(made) - len(missing)
 
 

@@ -19,7 +19,7 @@ from omnivision.utils.errors import UserError
 VIDEO_SUFFIXES = tuple(
     ".mp4 .avi .webm .mkv .mov .m4v .mpg .mpeg .wmv .flv .ogv .ts .m2ts .mts .3gp .asf .vob .y4m".split()
 )
-MOST_CLASSES = 1_000_000
+MAX_CLASSES = 1_000_000
 SPLITS = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation", "validate", "dev"),
@@ -180,7 +180,7 @@ def label_arrays(index: DatasetIndex, names: list[str] | None = None) -> tuple[l
     numbers = {label for label in found if isinstance(label, int)}
     classes = names or index.classes
     if classes is None and numbers:
-        _check_numbers(index, MOST_CLASSES, "Class numbers start at 0; fix the list.")
+        _check_numbers(index, MAX_CLASSES, "Class numbers start at 0; fix the list.")
         classes = [str(number) for number in range(max(numbers) + 1)]
     elif classes is None:
         classes = sorted((str(label) for label in found), key=natural)

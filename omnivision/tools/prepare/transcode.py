@@ -40,7 +40,7 @@ class TranscodeConfig:
 
 
 @dataclass(frozen=True)
-class Job:
+class TranscodeJob:
     source: str
     destination: str
     config: TranscodeConfig
@@ -66,7 +66,7 @@ def destinations(paths: list[str], config: TranscodeConfig) -> dict[str, str]:
     return result
 
 
-def transcode(job: Job) -> TranscodeResult:
+def transcode(job: TranscodeJob) -> TranscodeResult:
     """Transcode one video (or frame folder); the result appears under its name only when complete.
 
     Rotation is applied, sound is dropped; a video keeps the time stamps of its frames to the tick.
@@ -92,7 +92,7 @@ def transcode(job: Job) -> TranscodeResult:
     return TranscodeResult()
 
 
-def remove_leftovers(folder: Path) -> None:
+def remove_stale_tmp(folder: Path) -> None:
     """Remove unfinished files of killed processes, at any depth. Only for the folder's one writer."""
     for leftover in list(folder.rglob(f".*{TEMPORARY_SUFFIX}")):
         if leftover.is_dir():

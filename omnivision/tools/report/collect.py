@@ -22,7 +22,7 @@ from omnivision.reporting.run_directory import RunDir
 from omnivision.tasks.metrics import confusion_matrix
 from omnivision.utils.errors import UserError
 
-MOST_BYTES = 30_000_000  # of a picture; of predictions more, if their file is as large
+MAX_BYTES = 30_000_000  # of a picture; of predictions more, if their file is as large
 
 
 @dataclass
@@ -89,9 +89,7 @@ class Run:
         """Return the reconstructions, oldest first."""
         found = [path for path in self.folder.pictures.glob(f"*{suffix}") if not path.name.startswith("confusion_")]
         # Plain files: a link may lead out of the folder, and the page is handed on.
-        found = [
-            path for path in found if path.is_file() and not path.is_symlink() and path.stat().st_size < MOST_BYTES
-        ]
+        found = [path for path in found if path.is_file() and not path.is_symlink() and path.stat().st_size < MAX_BYTES]
         return sorted(found, key=lambda path: (path.stem == "last", path.name))
 
 
@@ -112,7 +110,7 @@ def find_runs(given: Sequence[Path]) -> list[Run]:
         for folder in found:
             name = folder.relative_to(path).as_posix() if folder != path else folder.resolve().name
             folders.setdefault(folder.resolve(), name)
-    runs = [read_run(folder, name) for folder, name in told_apart(folders).items()]
+    runs = [read_run(folder, name) for folder, name in distinct_names(folders).items()]
     return sorted(runs, key=lambda run: (run.summary.get("run") or {}).get("started") or 0)
 
 
@@ -130,7 +128,7 @@ def is_file(path: Path) -> bool:
         return False
 
 
-def told_apart(folders: dict[Path, str]) -> dict[Path, str]:
+def distinct_names(folders: dict[Path, str]) -> dict[Path, str]:
     """Return a distinct name for each folder; equal names get the parent folder in front."""
     counts = Counter(folders.values())
     names = {folder: name if counts[name] == 1 else f"{folder.parent.name}/{name}" for folder, name in folders.items()}
@@ -165,7 +163,7 @@ def _predicted(file: Path) -> Predicted | None:
     """Return the predictions in a file; None if it is damaged or expands to more than it should."""
     try:
         with zipfile.ZipFile(file) as archive:  # arrays are stored as they are
-            if sum(part.file_size for part in archive.infolist()) > max(MOST_BYTES, 2 * file.stat().st_size):
+            if sum(part.file_size for part in archive.infolist()) > max(MAX_BYTES, 2 * file.stat().st_size):
                 return None
         with np.load(file, allow_pickle=False) as found, np.errstate(over="ignore", invalid="ignore"):
             scores, labels = np.asarray(found["scores"], np.float32), np.asarray(found["label"], np.int64)

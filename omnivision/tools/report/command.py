@@ -73,7 +73,7 @@ def report(
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror}. Change --out.") from error
     if clips and (folders := sorted({folder_of(each.paths) for run in found for each in run.predicted.values()})):
-        told = ", ".join(folders[:3]) + (f" and {len(folders) - 3} more" if len(folders) > 3 else "")
-        print(fit(f"Clips of mistakes are from videos in {told}; --no-clips leaves them out.", sys.stdout))
+        places = ", ".join(folders[:3]) + (f" and {len(folders) - 3} more" if len(folders) > 3 else "")
+        print(fit(f"Clips of mistakes are from videos in {places}; --no-clips leaves them out.", sys.stdout))
     print(f"Wrote {out} ({out.stat().st_size / 1e6:.1f} MB, {len(found)} run{'s' * (len(found) > 1)})")
     return 0

@@ -25,12 +25,12 @@ COLOURS = (
     "#66ccee",
     "#aa3377",
     "#999999",
-)  # told apart by the colour-blind, too
+)  # also distinct for the colour-blind
 SHADES = [[0, "rgba(68, 119, 170, 0)"], [1, "rgba(68, 119, 170, 1)"]]  # on a light page and on a dark one
-MOST_COUNTS = 20  # classes of a matrix with numbers in its cells
-MOST_ROWS = 400  # of classes, in bars
+MAX_COUNTS = 20  # classes of a matrix with numbers in its cells
+MAX_ROWS = 400  # of classes, in bars
 DASHES = ("solid", "dash", "dot", "dashdot")
-MOST_POINTS = 2000  # of a curve
+MAX_POINTS = 2000  # of a curve
 WIDE = 30  # ratio of values from which on they are shown on a logarithmic axis
 
 
@@ -49,7 +49,7 @@ def curves(
     figure = graph.Figure()
     for number, run in ((number, run) for number, run in enumerate(among) if run in runs):
         points = [(line["step"], line[what]) for line in lines(run) if isinstance(line.get(what), (int, float))]
-        points = points[:: -(-len(points) // MOST_POINTS) or 1] + points[-1:]  # the last as the table has it
+        points = points[:: -(-len(points) // MAX_POINTS) or 1] + points[-1:]  # the last as the table has it
         if points:
             x, y = zip(*points, strict=True)
             line = {"color": COLOURS[number % len(COLOURS)], "dash": DASHES[number // len(COLOURS) % len(DASHES)]}
@@ -69,7 +69,7 @@ def confusion(predicted: Predicted) -> str:
     figure = graph.Figure(
         graph.Heatmap(
             z=shares, x=names, y=names, text=counts, zmin=0, zmax=1, xgap=1, ygap=1, colorscale=SHADES,
-            texttemplate="%{text}" if len(names) <= MOST_COUNTS else None, colorbar={"title": "share of the label"},
+            texttemplate="%{text}" if len(names) <= MAX_COUNTS else None, colorbar={"title": "share of the label"},
             hovertemplate="%{y}, taken for %{x}: %{text} (%{z:.0%})<extra></extra>",
         )
     )  # fmt: skip
@@ -83,8 +83,8 @@ def confusion(predicted: Predicted) -> str:
 def by_class(predicted: Predicted) -> str:
     """Draw the accuracy of each class, worst first."""
     rows = predicted.by_class()
-    if len(rows) > MOST_ROWS:  # the worst and the best
-        rows = rows[: MOST_ROWS // 2] + rows[-MOST_ROWS // 2 :]
+    if len(rows) > MAX_ROWS:  # the worst and the best
+        rows = rows[: MAX_ROWS // 2] + rows[-MAX_ROWS // 2 :]
     names, counts, values = zip(*rows, strict=True)
     figure = graph.Figure(
         graph.Bar(
@@ -116,8 +116,9 @@ def mixing(run: Run) -> str:
 
 
 def against(runs: Sequence[Run], values: Sequence[str]) -> str:
-    """What came of runs, over a setting that differs between them; "" unless it is a number in three of them that were judged
-    alike. `values` are those of the setting, a text a run.
+    """Draw the metric of runs over a setting; "" unless the setting is a number in at least three runs with the same metric.
+
+    values: the setting as text, one per run.
     """
     points = []
     for run, value in zip(runs, values, strict=True):

@@ -18,8 +18,8 @@ from omnivision.tools.report.collect import Predicted, Run, differing, lineage, 
 from omnivision.tools.report.paper import table
 
 CLIPS = 8  # mistakes of each kind
-MOST_CLASSES = 500  # in a confusion matrix that a browser can draw
-KIND = ("model", "trunk", "sources", "pretrained")  # facts that tell runs of one kind
+MAX_CLASSES = 500  # in a confusion matrix that a browser can draw
+KIND = ("model", "trunk", "sources", "pretrained")  # runs of one kind have the same
 WITH_CLIPS = 8  # runs whose mistakes are shown as clips, the best ones
 CURVES = (
     ("Loss, training", "loss", "loss", "step"),
@@ -64,8 +64,8 @@ def render(runs: Sequence[Run], title: str, clips: bool = True) -> str:
         "unshown": clips and len({run.name for run, _, _ in evaluated}) - len(shown),
         "lineages": [(run.name, found) for run in runs if (found := lineage(run, runs))],
         "differences": [*different.items(), *([("git commit", commits)] if len(set(commits)) > 1 else [])],
-        "results": [f"{judged[1]:.4g}" if (judged := result(run)) else "" for run in runs],
-        "judged_by": " or ".join(dict.fromkeys(judged[0] for run in runs if (judged := result(run)))),
+        "results": [f"{metric[1]:.4g}" if (metric := result(run)) else "" for run in runs],
+        "judged_by": " or ".join(dict.fromkeys(metric[0] for run in runs if (metric := result(run)))),
         "sweep": bool(swept),
         "swept": [(name, Markup(drawn)) for name, values in swept.items() if (drawn := figures.against(runs, values))],
         "all_settings": [
@@ -147,8 +147,8 @@ def _pictures(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
 
 
 def _quality(run: Run) -> float:
-    judged = result(run)
-    return -math.inf if judged is None else judged[1] if "top-1" in judged[0] else -judged[1]
+    metric = result(run)
+    return -math.inf if metric is None else metric[1] if "top-1" in metric[0] else -metric[1]
 
 
 def _evaluation(run: Run, source: str, predicted: Predicted, number: int, clips: bool) -> dict[str, Any]:
@@ -161,10 +161,10 @@ def _evaluation(run: Run, source: str, predicted: Predicted, number: int, clips:
         "run": run.name,
         "source": source,
         "of_epoch": _of_epoch(run),
-        "told": f"{right} of {int(known.sum())} videos are right: {share:.1f} %. Guessing would give "
+        "accuracy": f"{right} of {int(known.sum())} videos are right: {share:.1f} %. Guessing would give "
         f"{100 / len(predicted.names):.1f} %.",
         "by_class": Markup(figures.by_class(predicted)) if known.any() else "",
-        "confusion": Markup(figures.confusion(predicted)) if len(predicted.names) <= MOST_CLASSES else "",
+        "confusion": Markup(figures.confusion(predicted)) if len(predicted.names) <= MAX_CLASSES else "",
         "mistakes": _mistakes(predicted, *entry) if clips else [],
     }
 

@@ -59,8 +59,8 @@ def table(runs: Sequence[Run]) -> Table | None:
         for task, way in columns:
             value = means.get((start, task, way))
             count = len(found.get((start, task, way), []))
-            told = f" ({'mean' if (start, task, way) in seeds else 'best'} of {count})" if count > 1 else ""
-            text = "" if value is None else f"{value:.1f}{told}"
+            suffix = f" ({'mean' if (start, task, way) in seeds else 'best'} of {count})" if count > 1 else ""
+            text = "" if value is None else f"{value:.1f}{suffix}"
             cells.append((text, value is not None and value == best[task, way]))
         rows.append((start, cells))
     return Table(columns, rows, left_out)
