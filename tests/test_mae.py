@@ -195,7 +195,7 @@ class Model(unittest.TestCase):
             small_model()(torch.rand(2, 3, 4, 32, 32), mask)
 
     def test_heads_must_divide_the_width(self):
-        with self.assertRaisesRegex(UserError, "heads=5 does not divide width=48"):
+        with self.assertRaisesRegex(UserError, "trainer.model.trunk.heads"):
             VisionTransformer(48, 1, 5)
 
     def test_drop_path_drops_samples_only_while_training(self):

@@ -58,7 +58,7 @@ class Schedules(unittest.TestCase):
         for shares in ([0.5], [0.5, 0.6], [-0.5, 1.5], [1.0, 0.0]):
             with self.assertRaisesRegex(UserError, "shares"):
                 SequentialSchedule([Constant(1), Constant(2)], shares)
-        with self.assertRaisesRegex(UserError, "warm-up"):
+        with self.assertRaisesRegex(UserError, "warmup"):
             WarmupCosine(0, 1, 0, 1.0)
 
 
@@ -109,7 +109,7 @@ class Groups(unittest.TestCase):
         self.assertEqual(pairs[2, 0], {"head.bias"})
 
     def test_two_defaults_are_refused(self):
-        with self.assertRaisesRegex(UserError, r"options\.lr has 2 rules without param_names"):
+        with self.assertRaisesRegex(UserError, r"options\.lr .*param_names"):
             parameter_groups(model(), {"lr": [Rule(Constant(1)), Rule(Constant(2))]})
 
     def test_without_a_default_the_rest_keep_the_optimizers_own_value(self):
@@ -122,13 +122,12 @@ class Groups(unittest.TestCase):
 
     def test_a_pattern_that_matches_nothing_is_named_with_its_option(self):
         for rule in (Rule(Constant(0), ["*.biass"]), Rule(Constant(0), ["a.*", "*.biass"])):
-            with self.assertRaisesRegex(UserError, r"options\.weight_decay\[0\]\.param_names: the pattern '\*\.biass'"):
+            with self.assertRaisesRegex(UserError, r"options\.weight_decay\[0\]\.param_names: '\*\.biass'"):
                 parameter_groups(model(), {"weight_decay": [rule]})
 
     def test_a_class_that_does_not_occur_or_does_not_exist(self):
-        for name, saying in (("torch.nn.BatchNorm1d", "no trainable parameter"), ("torch.nn.LayerNrom", "no class"),
-                             ("os.system", "no class")):  # fmt: skip
-            with self.assertRaisesRegex(UserError, saying):
+        for name in ("torch.nn.BatchNorm1d", "torch.nn.LayerNrom", "os.system"):
+            with self.assertRaisesRegex(UserError, f"module_cls_names.*{name}"):
                 parameter_groups(model(), {"lr": [Rule(Constant(0), module_cls_names=[name])]})
 
     def test_two_rules_that_overlap_are_named(self):
@@ -138,7 +137,7 @@ class Groups(unittest.TestCase):
 
     def test_an_option_that_the_optimizer_does_not_know(self):
         groups = parameter_groups(model(), {"momentumm": [Rule(Constant(0))]})
-        with self.assertRaisesRegex(UserError, "momentumm, which AdamW does not know"):
+        with self.assertRaisesRegex(UserError, "trainer.optim.options.*momentumm"):
             ScheduledOptimizer(model(), groups, torch.optim.AdamW)
 
     def test_arguments_that_the_optimizer_does_not_take(self):

@@ -1,7 +1,6 @@
-"""Parameters, gradients and optimizer state split among the processes: `trainer.distributed.strategy=fsdp`.
+"""FSDP: parameters, gradients and optimizer state sharded over the ranks (`trainer.distributed.strategy=fsdp`).
 
-By torch's `fully_shard` (Zhao et al. 2023, "PyTorch FSDP"): each process keeps a part of every tensor; those of a block are
-brought together just before the block computes, and its gradients are summed and split again just after.
+By torch's `fully_shard` (Zhao et al. 2023, "PyTorch FSDP").
 """
 
 from __future__ import annotations
@@ -27,22 +26,21 @@ def apply_fsdp(
     comms_dtype: str | None,
     compute_dtype: torch.dtype | None = None,
 ) -> None:
-    """Split the parameters of a model, in place; every process must hold the same ones. Parameter objects are new ones then.
+    """Shard the parameters of a model in place; all ranks must hold the same ones. The parameter objects are replaced.
 
     Args:
-        units: parts of the model (its blocks) whose parameters are brought together one part at a time.
-        comms_dtype: of gradients on the wire ("fp16", "bf16", None: as they are).
-        compute_dtype: what the parameters of units are rounded to before they travel, when products are computed in it anyway
-            (autocast); None: as they are. Those of norms, which autocast does not round, and those outside of units travel as
-            they are. The optimizer keeps and changes all as they are.
+        units: modules (blocks) that are all-gathered one at a time.
+        comms_dtype: dtype of the gradients in communication ("fp16", "bf16", None: fp32).
+        compute_dtype: dtype to all-gather the parameters of units in (FSDP's `param_dtype`), as autocast computes; None: fp32.
+            Norms and parameters outside of units stay in fp32, and so does the optimizer.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(dist.device.type, (dist.world_size,))
-    on_wire = torch.float32 if comms_dtype is None else COMMS_DTYPES[comms_dtype]
-    exact = MixedPrecisionPolicy(reduce_dtype=on_wire, cast_forward_inputs=False)
-    rounded = MixedPrecisionPolicy(compute_dtype, reduce_dtype=on_wire, cast_forward_inputs=False)
+    reduce_dtype = torch.float32 if comms_dtype is None else COMMS_DTYPES[comms_dtype]
+    exact = MixedPrecisionPolicy(reduce_dtype=reduce_dtype, cast_forward_inputs=False)
+    rounded = MixedPrecisionPolicy(compute_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     # Nobody changes the output of a model in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for unit in units:
@@ -55,7 +53,7 @@ def apply_fsdp(
 
 @contextlib.contextmanager
 def without_sync(model: Any, skip: bool) -> Iterator[None]:
-    """Keep gradients at home in this backward pass, when `skip` and when there is anybody to send them to."""
+    """Skip the gradient synchronization of a backward pass, if `skip`."""
     if skip and isinstance(model, DistributedDataParallel):
         with model.no_sync():
             yield
@@ -71,7 +69,7 @@ def without_sync(model: Any, skip: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def summon_full_params(model: nn.Module) -> Iterator[None]:
-    """Every process holds the whole model inside this block, and may run it alone; all processes enter and leave together."""
+    """Hold the full model on every rank inside this block; all ranks enter and leave together."""
     parts: list[Any] = [part for part in model.modules() if hasattr(part, "unshard")]  # FSDPModules
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
@@ -86,7 +84,7 @@ def summon_full_params(model: nn.Module) -> Iterator[None]:
 
 
 def distribute_like(value: Tensor, parameter: Tensor) -> Tensor:
-    """A tensor that every process holds whole, split as a parameter of the same shape is; others stay as they are."""
+    """Shard a full tensor like a parameter of the same shape; others are returned as they are."""
     if not is_sharded(parameter) or is_sharded(value) or value.shape != parameter.shape:
         return value
     from torch.distributed.tensor import DTensor, distribute_tensor
@@ -96,17 +94,17 @@ def distribute_like(value: Tensor, parameter: Tensor) -> Tensor:
 
 
 def full_tensor(value: Any) -> Tensor:
-    """A tensor with what all processes hold of it."""
+    """The full tensor, gathered from all ranks."""
     found: Tensor = value.full_tensor() if is_sharded(value) else value
     return found
 
 
 def local_tensor(value: Any) -> Tensor:
-    """What this process holds of a tensor."""
+    """This rank's shard of a tensor."""
     found: Tensor = value.to_local() if is_sharded(value) else value
     return found
 
 
 def is_sharded(value: object) -> bool:
-    """Whether this is a tensor of which each process holds a part, a DTensor."""
+    """Whether this is a DTensor."""
     return hasattr(value, "full_tensor")

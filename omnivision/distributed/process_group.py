@@ -1,7 +1,4 @@
-"""The processes of a run: who am I, on which device, and what do we agree on.
-
-Device and backend are values: the same lines run on one CPU and on many GPUs.
-"""
+"""The process group of a run: ranks, devices, collectives. The same code runs on one CPU and on many GPUs."""
 
 from __future__ import annotations
 
@@ -28,7 +25,7 @@ COMMS_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}  # of gradients b
 
 @dataclass(frozen=True)
 class RankInfo:
-    """Where a process stands among the others; `init_method` is how they find each other (None: there is only one)."""
+    """Rank and world size of a process; `init_method` is torch.distributed's (None: a single process)."""
 
     rank: int = 0
     world_size: int = 1
@@ -38,7 +35,7 @@ class RankInfo:
 
     @classmethod
     def from_torchrun(cls) -> RankInfo:
-        """The place that torchrun gave this process."""
+        """Read the environment variables that torchrun sets."""
         env = os.environ
         return cls(
             rank=int(env["RANK"]),
@@ -50,26 +47,27 @@ class RankInfo:
 
 
 def choose_device(accelerator: str, local_rank: int) -> torch.device:
-    """`auto` takes CUDA where there is one, else the CPU. UserError when CUDA is asked for and absent or too small."""
+    """Choose the device of a rank; `auto` is CUDA if available, else the CPU.
+
+    Raises UserError when CUDA has fewer devices than this node has ranks.
+    """
     if accelerator == "auto":
         accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     if accelerator == "cuda":
         if (count := torch.cuda.device_count()) <= local_rank:
-            advice = (
-                f"Set launcher.gpus_per_node={count}" if count else "Look what nvidia-smi says and torch is built for"
-            )
+            advice = f"Set launcher.gpus_per_node={count}" if count else "Check nvidia-smi and torch.version.cuda"
             raise UserError(
-                f"trainer.accelerator=cuda, and process {local_rank} of this node needs its own GPU; found {count}. {advice}, "
-                "or set trainer.accelerator=cpu."
+                f"trainer.accelerator=cuda needs one GPU for each rank of a node; got {count}. {advice}, or set "
+                "trainer.accelerator=cpu."
             )
         return torch.device("cuda", local_rank)
     return torch.device(accelerator)
 
 
 class Dist:
-    """The process group of a run; with one process every operation is the identity.
+    """The process group of a run; with one process every collective is the identity.
 
-    Small agreements between the processes go over the CPU (gloo), so that an accelerator need not wait for them.
+    Control data goes over the CPU (gloo), so that no accelerator waits for it.
     """
 
     def __init__(self, place: RankInfo, accelerator: str, backend: str | None, timeout: timedelta) -> None:
@@ -84,8 +82,8 @@ class Dist:
             backend = backend or {"cuda": "nccl"}.get(self.device.type, "gloo")
             if backend == "nccl" and self.device.type != "cuda":
                 raise UserError(
-                    f"trainer.distributed.backend is nccl, and this run is on the {self.device.type}; expected gloo. Leave "
-                    "trainer.distributed.backend at null, which follows the device."
+                    f"trainer.distributed.backend=nccl needs GPUs, and this run is on the {self.device.type}. Set "
+                    "trainer.distributed.backend=null, which follows the device."
                 )
             if place.local_world_size == place.world_size:  # all on this machine: its host name need not resolve
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -103,19 +101,19 @@ class Dist:
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """The element-wise sum over all processes, on the CPU."""
+        """The element-wise sum over all ranks, on the CPU."""
         values = values.detach().cpu().clone()
         if self.world_size > 1:
             torch.distributed.all_reduce(values, group=self.control)
         return values
 
     def all_reduce(self, values: Tensor) -> None:
-        """Sum over all processes where `values` lie, on the training device; nobody waits for the result."""
+        """Sum `values` over all ranks in place, on the training device; the host does not wait."""
         if self.world_size > 1:
             torch.distributed.all_reduce(values)
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all processes, in the order of their ranks, in every process."""
+        """The values of all ranks in order, on every rank."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -123,9 +121,9 @@ class Dist:
         return values
 
     def run_on_all(self, action: Callable[[], Result], only_main: bool = False) -> Result | None:
-        """Do what may raise a UserError; if it fails in one process, it fails in all of them, with that error.
+        """Run `action` on all ranks (rank 0 alone with `only_main`; the others get None).
 
-        With `only_main` process 0 alone does it, and the others get None.
+        A UserError on one rank is raised on all of them.
         """
         result, message = None, None
         try:
@@ -142,7 +140,7 @@ class Dist:
 
 
 def exit_with_parent(pid: int) -> None:
-    """End this process, in a thread of its own, as soon as another one is gone; where the system can tell (Linux)."""
+    """Exit this process as soon as process `pid` ends (Linux only)."""
     if not hasattr(os, "pidfd_open"):
         return
     try:
@@ -154,14 +152,15 @@ def exit_with_parent(pid: int) -> None:
         select.select([other], [], [])
         os._exit(1)
 
-    threading.Thread(target=watch, daemon=True, name="leave-with").start()
+    threading.Thread(target=watch, daemon=True, name="exit-with-parent").start()
 
 
 def wrap_ddp(model: nn.Module, dist: Dist, comms_dtype: str | None, find_unused: bool = False) -> nn.Module:
-    """The model as all processes train it: gradients are averaged while the backward pass runs, as `comms_dtype`
-    ("fp16", "bf16") on the wire or as they are (None). One process: the model itself.
+    """Wrap a model in DDP; a single process gets the model itself.
 
-    `find_unused` is for models of which a step may leave parameters out, in all processes alike; it costs a look at the graph.
+    Args:
+        comms_dtype: dtype of the gradients in communication ("fp16", "bf16"); None: their own.
+        find_unused: some parameters may get no gradient in a step (DDP's `find_unused_parameters`).
     """
     if dist.world_size == 1:
         return model

@@ -1,7 +1,7 @@
-"""A model's architecture as plain numbers, which a checkpoint carries, and the model that such numbers describe.
+"""A model's architecture as plain numbers, saved in checkpoints, and the model built from them.
 
-Weights alone do not tell the number of attention heads or the shape of the token grid. A checkpoint comes from anybody, so
-it describes the model in numbers and is never asked which class to build.
+Weights alone do not show the number of attention heads or the token grid. A checkpoint may come from anybody, so it holds
+numbers and no class to build.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ def describe(model: nn.Module) -> Architecture:
         assert isinstance(decoder, Decoder)
         return {
             "kind": "autoencoder",
-            "trunk": _trunk(model.trunk),
+            "trunk": model.trunk.architecture,
             "decoder": {key: getattr(decoder, key) for key in DECODER},
         }
     if isinstance(model, VideoClassifier):
         classes = [head[0].out_features for head in model.heads]  # type: ignore[index]
-        return {"kind": "classifier", "trunk": _trunk(model.trunk), "classes": classes}
+        return {"kind": "classifier", "trunk": model.trunk.architecture, "classes": classes}
     if isinstance(model, AveragedClassifier):
         per_tensor = model.mixing_ratio.ndim == 2
         return describe(model.model) | {
@@ -47,9 +47,9 @@ def describe(model: nn.Module) -> Architecture:
 
 
 def has_unused_parameters(model: nn.Module) -> bool:
-    """Whether a step may pass by some parameters: the head of another label set, or the embedding of depth."""
-    told = describe(model)
-    return len(told.get("classes", ())) > 1 or bool(told.get("trunk", {}).get("rgbd"))
+    """Whether a step may leave parameters without a gradient: the head of another label set, or the embedding of depth."""
+    found = describe(model)
+    return len(found.get("classes", ())) > 1 or bool(found.get("trunk", {}).get("rgbd"))
 
 
 def build(architecture: Architecture, where: str) -> nn.Module:
@@ -70,15 +70,10 @@ def build(architecture: Architecture, where: str) -> nn.Module:
         if is_out_of_memory(error):
             raise
         raise UserError(
-            f"{where} does not describe a model ({type(error).__name__}: {error}); expected kind, trunk ({', '.join(TRUNK)}) "
-            "and what the kind needs. The file was not written by this project, or it is damaged."
+            f"{where} does not describe a model ({type(error).__name__}: {error}). It must have kind, trunk "
+            f"({', '.join(TRUNK)}) and the entries of its kind; the file is damaged, or of another project."
         ) from error
     raise UserError(
-        f"{where} describes a model of kind {architecture['kind']!r}; expected one of {', '.join(KINDS)}. It was written by "
-        "a newer version, or it is damaged."
+        f"{where}: kind must be one of {', '.join(KINDS)}, got {architecture['kind']!r}. The file is damaged, or of a newer "
+        "version."
     )
-
-
-def _trunk(trunk: VisionTransformer) -> Architecture:
-    numbers = {key: getattr(trunk, key) for key in TRUNK}
-    return numbers | {"tubelet": list(trunk.tubelet)}

@@ -1,6 +1,6 @@
-"""Adaptive average: a classifier whose trunk is a learned average of frozen checkpoints' trunks.
+"""Adaptive average: a classifier whose trunk is a learned average of the trunks of frozen checkpoints.
 
-Only the mixing weights and the heads are trained and saved. The sources are given anew at every start (`load_sources`).
+Only the mixing weights and the heads are trained and saved. Every start loads the sources again (`load_sources`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class AveragedClassifier(nn.Module):
         combine_mode: one mixing weight for each source ("learned_average_softmax"), or one for each source and parameter
             tensor ("learned_average_layer_softmax"). All start at 1, so the average starts uniform.
 
-    Raises UserError for fewer than two sources and for a trunk that makes its activations again in the backward pass.
+    Raises UserError for fewer than two sources and for a trunk with activation checkpointing.
     """
 
     mixing_ratio: nn.Parameter  # (K,) or (parameter tensors of the trunk, K)
@@ -41,13 +41,11 @@ class AveragedClassifier(nn.Module):
     ) -> None:
         super().__init__()
         if num_models < 2:
-            raise UserError(
-                f"ensemble_num_models is {num_models}; expected at least 2 checkpoints to average. Change ensemble_num_models."
-            )
+            raise UserError(f"ensemble_num_models must be >= 2, got {num_models}.")
         if trunk.activation_checkpointing:
             raise UserError(
-                "trainer.model.trunk.activation_checkpointing is true; an averaged trunk cannot make its activations again, "
-                "because its weights are gone by then. Set it to false."
+                "trainer.model.trunk.activation_checkpointing must be false for an averaged trunk, whose weights are "
+                "gone in the backward pass."
             )
         self.names = [name for name, _ in trunk.named_parameters()]
         self.num_models = num_models
@@ -64,14 +62,14 @@ class AveragedClassifier(nn.Module):
         _parameters_become_buffers(trunk)
 
     def load_sources(self, states: Sequence[Mapping[str, Tensor]], labels: Sequence[str] = ()) -> None:
-        """Take the trunks of K state dicts (`trunk.…`; other entries are left alone). `labels` name them in errors.
+        """Take the trunks of K state dicts (`trunk.…`; other entries are ignored). `labels` name them in errors.
 
         Raises UserError when there are not K of them, or when one lacks a tensor or has one of another shape.
         """
         if len(states) != self.num_models:
             raise UserError(
-                f"There are {len(states)} checkpoints to average, and ensemble_num_models is {self.num_models}; expected as "
-                "many as that. Change pretrained_checkpoint_path or ensemble_num_models."
+                f"ensemble_num_models is {self.num_models}, and pretrained_checkpoint_path has {len(states)} checkpoints. "
+                "Set one of them."
             )
         for number, state in enumerate(states):
             source = labels[number] if labels else f"source {number}"
@@ -81,13 +79,13 @@ class AveragedClassifier(nn.Module):
                 if tensor is None or tensor.shape != buffer.shape[1:]:
                     found = "is missing" if tensor is None else f"has the shape {tuple(tensor.shape)}"
                     raise UserError(
-                        f"{source} does not fit the model: trunk.{name} {found}; expected {tuple(buffer.shape[1:])}. All "
-                        "checkpoints of an average have one architecture. Change trainer/model or pretrained_checkpoint_path."
+                        f"{source} does not fit the model: trunk.{name} {found}; it must be {tuple(buffer.shape[1:])}. Set "
+                        "trainer/model or pretrained_checkpoint_path."
                     )
                 buffer[number].copy_(tensor)
 
     def mixing_weights(self) -> Tensor:
-        """What each source counts: (K,), or (parameter tensors, K); sums to 1 over the sources."""
+        """The weight of each source: (K,), or (parameter tensors, K); sums to 1 over the sources."""
         return self.mixing_ratio.softmax(-1)
 
     def averaged_trunk(self) -> dict[str, Tensor]:
@@ -106,7 +104,7 @@ class AveragedClassifier(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> dict[str, Tensor]:
-        """The state dict of the one `VideoClassifier` that this is now."""
+        """The state dict of the equivalent `VideoClassifier`."""
         averaged = {f"trunk.{name}": weight.clone() for name, weight in self.averaged_trunk().items()}
         return {**self.model.state_dict(), **averaged}
 

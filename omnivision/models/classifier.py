@@ -52,7 +52,7 @@ def is_frozen(module: nn.Module) -> bool:
 
 
 def train_mode(model: nn.Module) -> None:
-    """Set a model to training, but leave what is wholly frozen in it as at evaluation: no drop path, no statistics."""
+    """Set a model to training mode, but its frozen modules to evaluation mode: no drop path, no statistics."""
     model.train()
     for module in model.modules():
         if is_frozen(module):

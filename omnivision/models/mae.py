@@ -10,6 +10,7 @@ CrossMAE).
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -24,7 +25,7 @@ TargetNorm = Literal["channel", "patch", "none"]
 
 
 class Prediction(NamedTuple):
-    """What the model says of the masked tokens."""
+    """Predicted pixels of the masked tokens."""
 
     pixels: Tensor  # (B, M, pt * ph * pw * 3), values of a tubelet in the order (t, h, w, c)
     masked: (
@@ -67,7 +68,7 @@ class CrossBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Transformer that makes masked tokens of visible ones. Positions are added at the trunk's width.
+    """Transformer from visible to masked tokens. Positions are added at the trunk's width.
 
     Args:
         attention: "self": all tokens attend to each other (the recipe); "cross": masked ones to the visible ones alone.
@@ -89,9 +90,7 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         if not 0 < share <= 1:
-            raise UserError(
-                f"share is {share}; expected more than 0 and at most 1. Change trainer.model.decoder.share."
-            )
+            raise UserError(f"trainer.model.decoder.share must be in (0, 1], got {share}.")
         self.width, self.depth, self.heads, self.attention, self.share = width, depth, heads, attention, share
         self.activation_checkpointing = activation_checkpointing
         self.decoder_embed = nn.Linear(trunk_width, width)
@@ -109,7 +108,7 @@ class Decoder(nn.Module):
         x = self.decoder_embed(torch.cat([visible, masked], 1))
         return self.norm(run_blocks(self.decoder_blocks, x, self.activation_checkpointing)[:, visible.shape[1] :])
 
-    def some(self, masked: Tensor) -> Tensor:
+    def sample_masked(self, masked: Tensor) -> Tensor:
         """Indices (B, M) -> the share of them to train on, drawn at random, in their order; all in evaluation."""
         if self.share == 1 or not self.training:
             return masked
@@ -145,7 +144,7 @@ class MaskedAutoencoder(nn.Module):
         # Mask token and decoder are held by the trunk because the published checkpoints name them so.
         self.trunk.mask_token = nn.Parameter(torch.zeros(1, trunk.width))
         self.trunk.decoder = Decoder(
-            trunk.width, trunk.num_tokens, **decoder, activation_checkpointing=trunk.activation_checkpointing
+            trunk.width, math.prod(trunk.grid), **decoder, activation_checkpointing=trunk.activation_checkpointing
         )
         pt, ph, pw = trunk.tubelet
         self.heads = nn.ModuleList([PixelHead(decoder["width"], pt * ph * pw * 3)])
@@ -159,7 +158,7 @@ class MaskedAutoencoder(nn.Module):
             num_masked: how many that is. Reading it from `mask` would make an accelerator wait, so loaders pass it.
         """
         visible, masked = split_tokens(mask, num_masked)
-        wanted = cast(Decoder, self.trunk.decoder).some(masked)
+        wanted = cast(Decoder, self.trunk.decoder).sample_masked(masked)
         x = self.encode(video, visible)
         return Prediction(self.heads[0](self.decode(video, x, visible, wanted)), wanted)
 
@@ -185,8 +184,8 @@ def split_tokens(mask: Tensor, num_masked: int | None = None) -> tuple[Tensor, T
         counts = mask.sum(1).tolist()
         if len(set(counts)) > 1:
             raise UserError(
-                f"The samples of a batch hide {sorted(set(counts))} tokens; expected one number for all, because their "
-                "visible tokens are stacked into one tensor. Use a mask of omnivision.data.masking."
+                f"All samples of a batch must hide the same number of tokens, got {sorted(set(counts))}. Use a mask of "
+                "omnivision.data.masking."
             )
         num_masked = counts[0]
     order = torch.argsort(mask.to(torch.uint8), dim=1, stable=True)
@@ -195,7 +194,7 @@ def split_tokens(mask: Tensor, num_masked: int | None = None) -> tuple[Tensor, T
 
 
 def reconstruction_target(video: Tensor, tubelet: tuple[int, int, int], masked: Tensor, norm: TargetNorm) -> Tensor:
-    """What the masked tokens should be: (B, M, pt * ph * pw * 3), at least float32, order (t, h, w, c).
+    """Target of the masked tokens: (B, M, pt * ph * pw * 3), at least float32, order (t, h, w, c).
 
     Pixels in [0, 1]; with `norm="channel"` each tubelet has its mean subtracted and is divided by
     sqrt(unbiased variance + 1e-6), channel by channel; with "patch" over all its values; with "none" not at all.

@@ -28,9 +28,8 @@ def token_grid(size: Triple, tubelet: Triple) -> Triple:
     for name, side, patch in zip(("frames", "height", "width"), size, tubelet, strict=True):
         if patch <= 0 or side <= 0 or side % patch:
             raise UserError(
-                f"A video of {size[0]} frames x {size[1]} x {size[2]} pixels cannot be cut into tubelets of "
-                f"{tubelet[0]} x {tubelet[1]} x {tubelet[2]}: {name} is {side}, expected a positive "
-                f"multiple of {patch}. Change num_frames, image_size or tubelet."
+                f"{name} must be a positive multiple of {patch}, got {side} (a video of {size[0]} x {size[1]} x {size[2]}, "
+                f"tubelets of {tubelet[0]} x {tubelet[1]} x {tubelet[2]}). Set num_frames, image_size or tubelet."
             )
     return size[0] // tubelet[0], size[1] // tubelet[1], size[2] // tubelet[2]
 

@@ -6,6 +6,7 @@ embedding on. Parameter names are the published ones, so that PPMA checkpoints l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -38,8 +39,8 @@ class Attention(nn.Module):
         super().__init__()
         if width % heads:
             raise UserError(
-                f"heads={heads} does not divide width={width} (remainder {width % heads}): every head needs the same "
-                "number of channels. Change heads or width of trainer.model.trunk (or of trainer.model.decoder)."
+                f"heads must divide width, got heads={heads} and width={width}. Set trainer.model.trunk.heads (or "
+                "trainer.model.decoder.heads)."
             )
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
@@ -94,13 +95,13 @@ class Block(nn.Module):
 
 
 def run_blocks(blocks: nn.ModuleList, x: Tensor, activation_checkpointing: bool, *memory: Tensor) -> Tensor:
-    """The blocks in turn; with checkpointing their activations are made again in the backward pass, not kept.
+    """Run blocks in sequence; with checkpointing, their activations are recomputed in the backward pass.
 
-    `memory` is what each block looks at besides `x`, if its kind looks at anything.
+    `memory`: what cross-attention blocks attend to.
     """
-    again = activation_checkpointing and torch.is_grad_enabled()
+    recompute = activation_checkpointing and torch.is_grad_enabled()
     for block in blocks:
-        x = checkpoint(block, x, *memory, use_reentrant=False) if again else block(x, *memory)
+        x = checkpoint(block, x, *memory, use_reentrant=False) if recompute else block(x, *memory)
     return x
 
 
@@ -152,8 +153,8 @@ class VisionTransformer(nn.Module):
     Args:
         tubelet: frames, height and width of the box of pixels that makes one token.
         drop_path: stochastic depth, rising linearly over the blocks from 0 to this value.
-        activation_checkpointing: keep no activations inside blocks but make them again in the backward pass.
-        rgbd: a second patch embedding, for depth, is added to that of the pixels; input without depth passes as before.
+        activation_checkpointing: recompute the activations inside blocks in the backward pass.
+        rgbd: add a second patch embedding, for depth; input without depth passes as before.
 
     Raises UserError if the tubelet does not divide the video, or the heads the width.
     """
@@ -174,23 +175,29 @@ class VisionTransformer(nn.Module):
         rgbd: bool = False,
     ) -> None:
         super().__init__()
-        self.width, self.depth, self.heads, self.mlp_ratio = width, depth, heads, mlp_ratio
-        self.num_frames, self.image_size = num_frames, image_size
-        self.activation_checkpointing, self.rgbd = activation_checkpointing, rgbd
+        self.architecture = {  # what a checkpoint says of the trunk
+            "width": width,
+            "depth": depth,
+            "heads": heads,
+            "mlp_ratio": mlp_ratio,
+            "num_frames": num_frames,
+            "image_size": image_size,
+            "tubelet": list(tubelet),
+            "rgbd": rgbd,
+        }
+        self.width, self.num_frames, self.image_size = width, num_frames, image_size
+        self.activation_checkpointing = activation_checkpointing
         self.tubelet: Triple = (tubelet[0], tubelet[1], tubelet[2])
         self.grid = token_grid((num_frames, image_size, image_size), self.tubelet)
-        self.num_tokens = self.grid[0] * self.grid[1] * self.grid[2]
         self.patch_embed = PatchEmbed(self.tubelet, width)
         self.depth_patch_embed = PatchEmbed(self.tubelet, width, DEPTH_STATISTICS) if rgbd else None
         if not 0 <= drop_path < 1:
-            raise UserError(
-                f"drop_path is {drop_path}; expected at least 0 and less than 1. Change trainer.model.trunk."
-            )
+            raise UserError(f"trainer.model.trunk.drop_path must be in [0, 1), got {drop_path}.")
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, rate) for rate in rates)
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.blocks.apply(init_linear)
-        self.register_buffer("pos_embed", sinusoid_positions(self.num_tokens, width))
+        self.register_buffer("pos_embed", sinusoid_positions(math.prod(self.grid), width))
 
     def forward(self, video: Tensor, visible: Tensor | None = None, depth: Tensor | None = None) -> Tensor:
         """Tokens after the last block, before the final LayerNorm.

@@ -1,4 +1,4 @@
-"""An exponential moving average of the trained weights (Polyak & Juditsky 1992), which may be evaluated in their place."""
+"""Exponential moving average (EMA) of the trained weights (Polyak & Juditsky 1992)."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, skip_mask: Tensor) -> None:
-        """After a step, `skip_mask` (bool, a scalar on the device) it was skipped."""
+        """Update after a step; `skip_mask` (bool, a scalar on the device): the step was skipped."""
         self.steps += ~skip_mask
         share = torch.where(skip_mask, 0.0, (9 / (10 + self.steps)).clamp(min=1 - self.decay))
         averages, weights = ([local_tensor(each) for each in part.values()] for part in (self.average, self._weights))
         torch._foreach_lerp_(averages, weights, [share] * len(averages))
 
     def take_parameters(self, model: nn.Module) -> None:
-        """Go on with the parameters that a model has now under the same names; the average is split as they are."""
+        """Follow the parameters that a model has now under the same names; shard the average like them."""
         self._weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.average = {name: distribute_like(self.average[name], p).detach() for name, p in self._weights.items()}
 
     def start(self) -> None:
-        """Begin anew at the weights as they are now, pretrained ones say."""
+        """Start from the current weights."""
         self.load({name: weight.detach() for name, weight in self._weights.items()}, steps=0)
 
     def load(self, average: Mapping[str, Tensor], steps: int) -> None:
-        """Go on with an average that `steps` steps were taken into."""
+        """Resume an average of `steps` steps."""
         self.steps.fill_(steps)
         for name, tensor in self.average.items():
             tensor.copy_(average[name])
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """The model has the averaged weights inside this block, and its own again afterwards."""
+        """Give the model the averaged weights inside this block."""
         own = {name: weight.detach().clone() for name, weight in self._weights.items()}
         self._put(self.average)
         try:

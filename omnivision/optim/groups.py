@@ -33,7 +33,7 @@ class Rule:
 
     @property
     def matches(self) -> str:
-        """Its patterns and classes, to be told."""
+        """Its patterns and classes, for messages."""
         return ", ".join([*(self.param_names or ()), *(self.module_cls_names or ())])
 
 
@@ -73,8 +73,8 @@ def _rules_by_parameter(model: nn.Module, names: list[str], option: str, rules: 
     defaults = [number for number, rule in enumerate(rules) if rule.is_default]
     if len(defaults) > 1:
         raise UserError(
-            f"{where} has {len(defaults)} rules without param_names and module_cls_names (numbers {defaults}); expected at "
-            "most one, the default. Give the others the parameters that they are for."
+            f"{where} must have at most one default rule (without param_names and module_cls_names), got numbers {defaults}. "
+            "Set param_names of the others."
         )
     chosen: dict[str, int] = {}
     for number, rule in enumerate(rules):
@@ -82,7 +82,7 @@ def _rules_by_parameter(model: nn.Module, names: list[str], option: str, rules: 
             if name in chosen:
                 raise UserError(
                     f"{where}: rules {chosen[name]} and {number} both match {name} ({rules[chosen[name]].matches} and "
-                    f"{rule.matches}); expected at most one rule a parameter. Narrow one of them."
+                    f"{rule.matches}). Narrow one of them."
                 )
             chosen[name] = number
     for number in defaults:
@@ -96,8 +96,8 @@ def _named_by(model: nn.Module, names: list[str], where: str, rule: Rule) -> set
         matches = set(fnmatch.filter(names, pattern))
         if not matches:
             raise UserError(
-                f"{where}.param_names: the pattern {pattern!r} matches none of the {len(names)} trainable parameters "
-                f"({_some(names)}). Correct the pattern, or remove it."
+                f"{where}.param_names: {pattern!r} matches none of the {len(names)} trainable parameters "
+                f"({_some(names)}). Fix the pattern, or remove it."
             )
         found |= matches
     for class_name in rule.module_cls_names or ():
@@ -107,8 +107,8 @@ def _named_by(model: nn.Module, names: list[str], where: str, rule: Rule) -> set
         if not matches:
             kinds = sorted({f"{type(m).__module__}.{type(m).__qualname__}" for m in model.modules()})
             raise UserError(
-                f"{where}.module_cls_names: no trainable parameter belongs to a module of class {class_name}. The model's "
-                f"classes are {', '.join(kinds)}. Correct the name, or remove it."
+                f"{where}.module_cls_names: no module of class {class_name} has trainable parameters. The model's classes are "
+                f"{', '.join(kinds)}. Fix the name, or remove it."
             )
         found |= matches
     return found
@@ -123,9 +123,7 @@ def _class_named(name: str, where: str) -> type:
             found = None
         if isinstance(found, type):
             return found
-    raise UserError(
-        f"{where}.module_cls_names: there is no class {name}. Expected a full name such as torch.nn.LayerNorm."
-    )
+    raise UserError(f"{where}.module_cls_names must be full names of classes such as torch.nn.LayerNorm, got {name}.")
 
 
 class ScheduledOptimizer:
@@ -143,12 +141,12 @@ class ScheduledOptimizer:
                 [{"params": [parameters[n] for n in group.names]} for group in groups]
             )
         except (TypeError, ValueError, IndexError, RuntimeError) as error:
-            raise UserError(f"trainer.optim.optimizer cannot be built: {error}. Correct its arguments.") from error
+            raise UserError(f"trainer.optim.optimizer cannot be built: {error}. Fix its arguments.") from error
         known = {name for name, value in self.optimizer.defaults.items() if type(value) in (int, float)}
         if unknown := {option for group in groups for option in group.schedules} - known:
             raise UserError(
-                f"trainer.optim.options has {', '.join(sorted(unknown))}, which {type(self.optimizer).__name__} does not "
-                f"know as a number; those are {', '.join(sorted(known))}. Rename or remove it."
+                f"trainer.optim.options must be numeric options of {type(self.optimizer).__name__} "
+                f"({', '.join(sorted(known))}), got {', '.join(sorted(unknown))}."
             )
         self.set_progress(0.0)
 
@@ -163,23 +161,23 @@ class ScheduledOptimizer:
         torch._foreach_mul_(gradients, factor.float())
 
     @torch.no_grad()
-    def step(self, spoiled: Tensor) -> None:
-        """One step, unless the gradients are `spoiled` (bool, a scalar): then nothing changes.
+    def step(self, skip_step: Tensor) -> None:
+        """Run one optimizer step; where `skip_step` (bool, a scalar on the device) is true nothing changes.
 
-        Fused optimizers are told on the device, by the names that torch's own GradScaler uses; others make the host wait.
+        Fused optimizers read the flag on the device, by the attributes that torch's GradScaler sets; others make the host wait.
         """
         optimizer: Any = self.optimizer
         if getattr(optimizer, "_step_supports_amp_scaling", False):
-            optimizer.grad_scale, optimizer.found_inf = None, spoiled.float()
+            optimizer.grad_scale, optimizer.found_inf = None, skip_step.float()
             try:
                 optimizer.step()
             finally:
                 del optimizer.grad_scale, optimizer.found_inf
-        elif not spoiled:
+        elif not skip_step:
             optimizer.step()
 
     def take_parameters(self, model: nn.Module) -> None:
-        """Go on with the parameters that a model has now under the same names; the state is split as they are."""
+        """Optimize the parameters that a model has now under the same names; shard the state like them."""
         parameters, state = dict(model.named_parameters()), self.optimizer.state
         for group, target in zip(self.groups, self.optimizer.param_groups, strict=True):
             now = [parameters[name] for name in group.names]
@@ -189,7 +187,7 @@ class ScheduledOptimizer:
             target["params"] = now
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Put a state of `optimizer.state_dict()` back. Raises ValueError when it is of another optimizer or other groups."""
+        """Load a state of `optimizer.state_dict()`. Raises ValueError for another optimizer or other groups."""
         theirs, ours = state.get("param_groups"), self.optimizer.state_dict()["param_groups"]
         if not isinstance(theirs, list) or len(theirs) != len(ours) or not isinstance(state.get("state"), dict):
             raise ValueError(f"it does not have the {len(ours)} groups of parameters that this one has")
@@ -199,7 +197,7 @@ class ScheduledOptimizer:
 
     @property
     def lr(self) -> float:
-        """The largest learning rate of all groups: the base rate, or that of mixing weights where it is multiplied."""
+        """The largest learning rate of all groups."""
         return max(group["lr"] for group in self.optimizer.param_groups)
 
     def parameters(self) -> Iterable[torch.nn.Parameter]:

@@ -62,7 +62,7 @@ def peak(schedule: Schedule) -> float:
 
 
 class SequentialSchedule:
-    """Schedules one after the other, each stretched over its share of the run: `shares` sum to 1."""
+    """Schedules in sequence, each stretched over its share of the run; `shares` sum to 1."""
 
     def __init__(self, schedules: Sequence[Schedule], shares: Sequence[float]) -> None:
         proper = (
@@ -70,8 +70,8 @@ class SequentialSchedule:
         )
         if not proper:
             raise UserError(
-                f"A schedule of {len(schedules)} phases has the shares {list(shares)}; expected a share a phase, none "
-                "negative, the last above 0, with the sum 1. Change trainer.optim.options."
+                f"shares must be >= 0, the last > 0, with the sum 1 and one for each of the {len(schedules)} schedules, got "
+                f"{list(shares)}. Set shares in trainer.optim.options."
             )
         self.schedules, self.shares = list(schedules), list(shares)
 
@@ -91,7 +91,5 @@ class WarmupCosine(SequentialSchedule):
 
     def __init__(self, start: float, peak: float, end: float, warmup: float) -> None:
         if not 0 <= warmup < 1:
-            raise UserError(
-                f"The warm-up share is {warmup}; expected at least 0 and less than 1. Change warmup in trainer.optim.options."
-            )
+            raise UserError(f"warmup must be in [0, 1), got {warmup}. Set warmup in trainer.optim.options.")
         super().__init__([Linear(start, peak), Cosine(peak, end)], [warmup, 1 - warmup])

@@ -1,4 +1,4 @@
-"""What the trainer asks of a task. A new task is a new file beside this one, named by `_target_` in `trainer.task`."""
+"""The interface of a task. A new task is a new file beside this one, named by `_target_` in `trainer.task`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class StepOutput:
 
 @dataclass(frozen=True)
 class Visualization:
-    """Named columns of frames to look at: each uint8 (T, H, W, 3), and which frames a still picture shows."""
+    """Named columns of frames, each uint8 (T, H, W, 3), and the frames that a still image shows."""
 
     columns: dict[str, np.ndarray]
     frames: list[int]
@@ -35,14 +35,14 @@ class Visualization:
 
 class Task(Protocol):
     def compile(self) -> None:
-        """Have torch compile what a step computes beside the model, where that is worth it."""
+        """Compile what a step computes beside the model, where that is worth it."""
 
     def training_step(self, model: nn.Module, batch: Batch) -> StepOutput: ...
 
     def evaluation_step(self, model: nn.Module, batch: Batch) -> StepOutput: ...
 
     def epoch_metrics(self, model: nn.Module) -> dict[str, Any]:
-        """What to log of the model after an epoch of training, beside averages: numbers, lists or mappings."""
+        """Metrics of the model to log after an epoch of training, beside averages: numbers, lists or mappings."""
 
     def visualize(self, model: nn.Module, batch: Batch) -> Visualization | None:
-        """Something to look at, made from the first clip of a batch; None for tasks without pictures."""
+        """Visualize the first clip of a batch; None for tasks without images."""

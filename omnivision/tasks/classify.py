@@ -67,15 +67,15 @@ class Classify:
         return StepOutput(loss, count, {"loss": loss * count} | _hits(scores[known], label[known]), scores)
 
     def epoch_metrics(self, model: nn.Module) -> dict[str, Any]:
-        """Of an average: how much each source counts, and in each tensor where that is learned by tensor."""
+        """Mixing weights of a learned average: of each source, and by tensor where they are learned by tensor."""
         if not isinstance(model, AveragedClassifier):
             return {}
         weights = model.mixing_weights().detach().cpu()
         overall = weights.mean(0) if weights.ndim == 2 else weights
-        figures: dict[str, Any] = {f"mixing_{k}": float(weight) for k, weight in enumerate(overall)}
+        metrics: dict[str, Any] = {f"mixing_{k}": float(weight) for k, weight in enumerate(overall)}
         if weights.ndim == 2:
-            figures["mixing_by_tensor"] = dict(zip(model.names, weights.tolist(), strict=True))
-        return figures
+            metrics["mixing_by_tensor"] = dict(zip(model.names, weights.tolist(), strict=True))
+        return metrics
 
     def visualize(self, model: nn.Module, batch: Batch) -> Visualization | None:
         return None
@@ -102,7 +102,7 @@ def average_views(scores: Tensor, batch: Batch, average: Literal["logits", "soft
 
 
 def first_of_each(values: Tensor, batch: Batch) -> Tensor:
-    """What the views of a video share, once: (videos x views,) -> (videos,)."""
+    """One value for each video: (videos x views,) -> (videos,)."""
     return values[:: batch.views]
 
 

@@ -21,7 +21,7 @@ class Meter:
     def add(
         self, source: str, sums: Mapping[str, Tensor], count: int | Tensor, skip_mask: Tensor | None = None
     ) -> None:
-        """`sums` are scalar tensors, each the sum over `count` samples; all counts as nothing if `skip_mask` (bool) is true."""
+        """Add scalar tensors, each a sum over `count` samples; nothing where `skip_mask` (bool, a scalar) is true."""
         self._counts[source] = self._counts.get(source, 0) + (
             count if skip_mask is None else torch.where(skip_mask, 0, count)
         )
@@ -33,7 +33,7 @@ class Meter:
             held[name] = held[name] + value if name in held else value
 
     def totals(self, dist: Dist) -> dict[str, tuple[dict[str, float], int]]:
-        """By source: sums and count over all processes."""
+        """Sums and count over all ranks, by source."""
         mine = {s: ({n: float(v) for n, v in self._sums[s].items()}, int(c)) for s, c in self._counts.items()}
         merged: dict[str, tuple[dict[str, float], int]] = {}
         for part in dist.gather(mine):
@@ -43,7 +43,7 @@ class Meter:
         return dict(sorted(merged.items()))
 
     def load(self, state: Mapping[str, Mapping[str, float]]) -> None:
-        """Begin with sums from a checkpoint: by source, the sums and their `count`."""
+        """Load sums from a checkpoint: by source, the sums and their `count`."""
         self._counts = {source: int(values["count"]) for source, values in state.items()}
         self._sums = {
             source: {n: torch.tensor(v, dtype=torch.float64) for n, v in values.items() if n != "count"}

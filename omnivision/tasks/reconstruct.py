@@ -1,4 +1,4 @@
-"""Masked autoencoding as a task: the loss on masked tubelets, and pictures of what the model fills in."""
+"""Masked autoencoding as a task: the loss on masked tubelets, and visualizations of reconstructions."""
 
 from __future__ import annotations
 
@@ -71,20 +71,20 @@ class Reconstruct:
         mean, std = patch_statistics(original[:, hidden], self.norm)
         seen_mean, seen_std = patch_statistics(original[:, ~hidden], self.norm)
 
-        def filled(pixels: Tensor) -> np.ndarray:
+        def with_hidden(pixels: Tensor) -> np.ndarray:
             patches = original.clone()
             patches[:, hidden] = pixels
             return self._frames(patches, grid)
 
         columns = {
             "original": self._frames(original, grid),
-            "visible": filled(torch.full_like(predicted, GREY)),
+            "visible": with_hidden(torch.full_like(predicted, GREY)),
             "mask": self._frames(hidden[None, :, None, None].expand_as(original).float(), grid),
-            "reconstruction (true patch statistics)": filled(predicted * std + mean),
+            "reconstruction (true patch statistics)": with_hidden(predicted * std + mean),
         }
         if self.norm != "none":
             honest = predicted * seen_std.mean(1, keepdim=True) + seen_mean.mean(1, keepdim=True)
-            columns["reconstruction (statistics of visible patches)"] = filled(honest)
+            columns["reconstruction (statistics of visible patches)"] = with_hidden(honest)
         else:
             columns = {name.replace(" (true patch statistics)", ""): frames for name, frames in columns.items()}
         last = video.shape[2] - 1
