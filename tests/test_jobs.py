@@ -557,6 +557,21 @@ class Answers(unittest.TestCase):
         self.assertEqual(resolve_status({}, None), ("not begun", ""))
 
 
+class SilentEnds(Folder):
+    def test_a_killed_local_run_is_told_by_its_lock(self):
+        self.folder.write_summary(status="running", job=None)
+        self.folder.lock()
+        self.assertEqual(slurm_jobs.settle_status(self.folder, None)[0], "running")
+        self.folder.unlock()
+        self.assertEqual(slurm_jobs.settle_status(self.folder, None)[0], "failed")
+        self.assertEqual(self.folder.read_summary()["status"], "failed")
+
+    def test_a_job_cancelled_while_it_waited_is_written_down(self):
+        self.folder.write_summary(status="queued", job={"job_id": "12"})
+        slurm_jobs.settle_status(self.folder, {"12": JobState("CANCELLED")})
+        self.assertEqual(self.folder.read_summary()["status"], "cancelled")
+
+
 class Submission(Folder):
     def job(self, *overrides: str) -> Job:
         where = f"launcher.experiment_log_dir={self.folder.path}"

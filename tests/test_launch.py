@@ -205,6 +205,17 @@ class Backends(unittest.TestCase):
                 Dist(place, "cpu", "nccl", timedelta(minutes=1))
 
 
+class Leftovers(unittest.TestCase):
+    def test_what_killed_runs_leave_behind_is_removed(self):
+        with tempfile.TemporaryDirectory() as folder, mock.patch.object(tempfile, "tempdir", folder):
+            dead = Path(folder, "omnivision-rendezvous-dead")
+            dead.mkdir()
+            (dead / "lock").touch()
+            with local.rendezvous_dir() as live, local.rendezvous_dir() as second:
+                self.assertEqual(sorted(os.listdir(folder)), sorted(Path(name).name for name in (live, second)))
+            self.assertEqual(os.listdir(folder), [])
+
+
 class Environment(unittest.TestCase):
     def apply(self, use_cluster: bool, **variables: str) -> dict:
         config = OmegaConf.create(

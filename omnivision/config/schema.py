@@ -200,6 +200,7 @@ class SubmititSettings(Group):
     exclude: str | None
     nodelist: str | None
     dependency: str | None
+    array_parallelism: Natural | None
     max_requeues: Count
     signal_delay_s: Annotated[int, Field(ge=1, le=65_535)] | None
     setup: list[str]

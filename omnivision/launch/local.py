@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omnivision.launch.exit import exit_code_and_reason, first_failure
@@ -45,7 +48,7 @@ def run_local_processes(job: Job, count: int) -> int:
     from omnivision.distributed.process_group import RankInfo
 
     context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory(prefix="omnivision-rendezvous-") as meeting:
+    with rendezvous_dir() as meeting:
         places = [RankInfo(rank, count, rank, count, f"file://{meeting}/store") for rank in range(count)]
         processes = [context.Process(target=_local_process, args=(job, place)) for place in places]
         for process in processes:
@@ -70,6 +73,18 @@ def run_local_processes(job: Job, count: int) -> int:
         reason = first_failure(folder, own_job(), own_restarts(), pids=pids) or reason
         folder.note_silent_end(reason, interrupted=code in INTERRUPTED)
     return code
+
+
+@contextlib.contextmanager
+def rendezvous_dir() -> Iterator[str]:
+    """Make a directory in which local processes meet; those that killed runs have left behind are removed."""
+    for old in Path(tempfile.gettempdir()).glob("omnivision-rendezvous-*"):
+        with contextlib.suppress(OSError), open(old / "lock", "r+") as lock:  # none: it is being made
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of a dead process's
+            shutil.rmtree(old)
+    with tempfile.TemporaryDirectory(prefix="omnivision-rendezvous-") as name, open(Path(name, "lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield name
 
 
 @contextlib.contextmanager

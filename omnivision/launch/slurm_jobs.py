@@ -6,6 +6,7 @@ processes could not.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -389,6 +390,19 @@ def resolve_status(summary: Mapping[str, Any], queue: Mapping[str, slurm.JobStat
     return status, reason or f"job {job_id} is {state.state}"
 
 
+def settle_status(folder: RunDir, queue: Mapping[str, slurm.JobState] | None) -> tuple[str, str]:
+    """Return a run's status and reason as `resolve_status` does, and write them down if the run ended without a word."""
+    summary = folder.read_summary()
+    status, reason = resolve_status(summary, queue)
+    on_cluster = (summary.get("job") or {}).get("job_id") is not None
+    if status == "running" and not on_cluster and not folder.is_held():
+        status, reason = "failed", "its process ended without a word: it was killed, or its machine was restarted"
+    if status in ("cancelled", "failed") and status != summary.get("status"):
+        with contextlib.suppress(OSError):  # another one's run
+            folder.write_summary(status=status, exit_reason=reason)
+    return status, reason
+
+
 # ---- the end of a batch script ------------------------------------------------------------------------------------
 
 SIGNAL_HINTS = {
@@ -450,7 +464,7 @@ def main(arguments: list[str]) -> None:
         case ["ended", logs, job_id, code, *why]:
             sys.exit(0 if record_batch_exit(Path(logs), job_id, int(code), *why) else 1)
         case ["status", folder]:
-            print(": ".join(filter(None, resolve_status(RunDir(folder).read_summary(), slurm.squeue_or_none()))))
+            print(": ".join(filter(None, settle_status(RunDir(folder), slurm.squeue_or_none()))))
         case ["cancelled" | "unsubmitted" as how, folder, reason]:
             Path(folder).mkdir(parents=True, exist_ok=True)
             status, _ = resolve_status(RunDir(folder).read_summary(), slurm.squeue_or_none())

@@ -456,6 +456,7 @@ def sbatch_parameters(settings: Settings, folder: RunDir, logs: Path) -> dict[st
         "exclude": wanted.exclude,
         "nodelist": wanted.nodelist,
         "dependency": wanted.dependency,
+        "array_parallelism": wanted.array_parallelism,
         "signal_delay_s": signal_delay(settings, folder),
         "setup": batch_script_prologue(logs, wanted.setup),
         # SLURM 22.05 and later do not hand the number of CPUs on to srun. One failed task ends the others; so does one that

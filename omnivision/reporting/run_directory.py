@@ -109,6 +109,11 @@ class RunDir:
         """Host, pid and job of the process that holds the lock; None when none does."""
         return self._holder()[0]
 
+    def is_held(self) -> bool:
+        """Return whether a live process holds the lock."""
+        holder, age = self._holder()
+        return holder is not None and self._alive(holder, age)
+
     def lock(self, patience: float = 0.0) -> str | None:
         """Become the run's only writer and start the heartbeat. Returns a line about a stale lock that was taken over.
 
@@ -216,10 +221,21 @@ class RunDir:
     def _holder(self) -> tuple[dict[str, Any] | None, float]:
         """The holder of the lock (None: no readable lock) and the age of its heartbeat in seconds."""
         try:
-            age = time.time() - self._lock.stat().st_mtime
+            age = self._file_system_time() - self._lock.stat().st_mtime
         except FileNotFoundError:
             return None, STALE_SECONDS
         return _read_claim(self._lock), age
+
+    def _file_system_time(self) -> float:
+        """Now by the clock that stamps the heartbeats, the file server's; clocks of machines may differ."""
+        probe = self.path / f".clock.{os.getpid()}"
+        try:
+            probe.touch()
+            now = probe.stat().st_mtime
+            probe.unlink()
+        except OSError:  # a directory that may only be read
+            return time.time()
+        return now
 
     @staticmethod
     def _alive(holder: dict[str, Any], age: float) -> bool:

@@ -16,8 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from omnivision.launch.slurm import squeue_or_none
-from omnivision.launch.slurm_jobs import resolve_status
-from omnivision.reporting.run_directory import sanitize
+from omnivision.launch.slurm_jobs import settle_status
+from omnivision.reporting.run_directory import RunDir, sanitize
 from omnivision.tools.arguments import Flag
 from omnivision.utils.errors import UserError
 from omnivision.utils.streams import fit
@@ -42,7 +42,7 @@ def runs(folder: Annotated[Path, Parameter(name="DIR")], /, *, top1: Flag = Fals
     found = summaries(folder)
     queue = squeue_or_none()
     for summary in found:
-        summary["status"], summary["exit_reason"] = resolve_status(summary, queue)
+        summary["status"], summary["exit_reason"] = settle_status(RunDir(summary["path"]), queue)
     if not found:
         raise UserError(f"There is no run below {folder}: no summary.json was found. Change DIR.")
     if top1:
@@ -77,7 +77,9 @@ def summaries(folder: Path) -> list[dict[str, Any]]:
             continue
         name = file.parent.relative_to(folder).as_posix() if file.parent != folder else folder.resolve().name
         there = {key: value for key, value in summary.items() if value is not None}
-        found.append({"last": {}, "run": {}} | there | {"name": name, "changed": file.stat().st_mtime})
+        found.append(
+            {"last": {}, "run": {}} | there | {"name": name, "path": file.parent, "changed": file.stat().st_mtime}
+        )
     return sorted(found, key=lambda summary: summary["run"].get("started") or summary["changed"])
 
 

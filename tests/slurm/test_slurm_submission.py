@@ -205,12 +205,13 @@ class Submitted(OnCluster):
 
     def test_5_an_array_of_four_points(self):
         sweep = "launcher.experiment_log_dir='" + str(self.folder) + "/sweep/seed_${trainer.seed_value}'"
-        command = [*self.demo, "-m", "trainer.seed_value=1,2,3,4", sweep, *SUBMITTED]
+        command = [*self.demo, "-m", "trainer.seed_value=1,2,3,4", sweep, "submitit.array_parallelism=2", *SUBMITTED]
         made = self.shell(*command)
         self.assertEqual(made.returncode, 0, made.stderr)
         lines = re.findall(rf"submitted job_id=(\d+)_(\d) folder={self.folder}/sweep/seed_(\d)\n", made.stdout)
         self.assertEqual([line[1:] for line in lines], [("0", "1"), ("1", "2"), ("2", "3"), ("3", "4")], made.stdout)
         [array] = {line[0] for line in lines}
+        self.assertEqual(self.cluster.fact(array, "ArrayTaskThrottle"), "2")
         for point in range(4):
             self.wait_for_state(f"{array}_{point}", "COMPLETED")
         told = {seed: runs.summary(self.folder / f"sweep/seed_{seed}") for seed in range(1, 5)}
