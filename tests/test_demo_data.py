@@ -144,7 +144,7 @@ class OnDisk(unittest.TestCase):
                 worker.kill()
 
         with tempfile.TemporaryDirectory() as folder:
-            with self.assertRaisesRegex(RuntimeError, "goes on where it stopped"):
+            with self.assertRaisesRegex(RuntimeError, "--workers"):
                 write_demo_data(folder, train=1, val=1, workers=2, progress=kill_one)
             self.assertFalse(json.loads((Path(folder) / "demo-data.json").read_text())["complete"])
 

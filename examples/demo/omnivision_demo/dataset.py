@@ -1,4 +1,4 @@
-"""Writes the demo data: every domain's videos, their .npy lists of paths and labels, and a .csv that tells all.
+"""The demo data on disk: videos of each domain, their .npy lists of paths and labels, and a .csv with all properties.
 
     FOLDER/class_names.txt            one action a line, in the order of the labels
     FOLDER/demo-data.json             with which settings it was made, and whether it is complete
@@ -49,7 +49,7 @@ Progress = Callable[[int, int], None]  # (videos done, videos in all)
 
 @dataclass(frozen=True)
 class Written:
-    """What `write_demo_data` found and did."""
+    """The result of `write_demo_data`."""
 
     videos: int  # of the data set
     made: int  # of them, by this call
@@ -67,11 +67,11 @@ def write_demo_data(
     domains: Sequence[str] = DOMAINS,
     progress: Progress | None = None,
 ) -> Written:
-    """Make the demo data in `folder`, or what of it is missing there.
+    """Write the demo data to `folder`, or what is missing there.
 
     train, val: videos of each action in each domain. synthetic: training videos of each action in the synthetic domain, where
     videos are cheap; as many as elsewhere if None. workers: processes; 1 works in this one.
-    Raises UserError when a setting cannot be, or the folder cannot be written or holds something else.
+    Raises UserError for an invalid setting, and for a folder that cannot be written to or holds something else.
     """
     drawn = train if synthetic is None else synthetic
     _check(train, val, drawn, seed, workers, domains)
@@ -85,15 +85,13 @@ def write_demo_data(
         "domains": list(domains),
     }
 
-    def count(domain: str, split: str) -> int:
-        of_each = val if split == "val" else drawn if domain == "synthetic" else train
-        return of_each * len(ACTIONS)
-
+    per_action = {(domain, "train"): drawn if domain == "synthetic" else train for domain in domains}
+    per_action |= {(domain, "val"): val for domain in domains}
     specs = [
         video_spec(seed, domain, split, index)
         for domain in domains
         for split in SPLITS
-        for index in range(count(domain, split))
+        for index in range(per_action[domain, split] * len(ACTIONS))
     ]
     try:
         complete = _claim(folder, settings)
@@ -114,7 +112,7 @@ def write_demo_data(
         raise UserError(
             f"The demo data cannot be written to {folder}: {error.strerror or error}"
             f"{f' ({error.filename})' if error.filename else ''}. Expected a folder that can be created or written to, "
-            "with about 100 MB free; choose another DIR, or mend this one and run the same command again: it goes on "
+            "with about 100 MB free; choose another DIR, or fix this one and run the same command again: it continues "
             "where it stopped."
         ) from error
     return Written(videos=len(specs), made=len(missing), size=size)
@@ -132,7 +130,7 @@ def _check(train: int, val: int, synthetic: int, seed: int, workers: int, domain
 
 
 def _claim(folder: Path, settings: dict[str, object]) -> bool:
-    """Make `folder` ours, or find that it is. True if its data are complete; UserError if it holds anything else."""
+    """Return whether the data in `folder` are complete. Raises UserError if it holds anything else."""
     folder.mkdir(parents=True, exist_ok=True)
     stamp = folder / _STAMP
     if not stamp.is_file():
@@ -166,7 +164,7 @@ def _stamp(folder: Path, settings: dict[str, object], complete: bool) -> None:
 
 
 def _prepare_folders(folder: Path, domains: Sequence[str]) -> None:
-    """Remove what a killed run left half written; make the folders for the videos."""
+    """Remove unfinished files of a killed run; make the folders for the videos."""
     for place in (folder, *(folder / domain / part for domain in domains for part in (".", *SPLITS))):
         for leftover in place.glob(f".*{TEMPORARY_SUFFIX}"):
             leftover.unlink(missing_ok=True)
@@ -189,7 +187,7 @@ def _make(folder: Path, specs: list[VideoSpec], workers: int) -> Iterator[int]:
         except BrokenProcessPool as error:
             raise RuntimeError(
                 "A process that makes demo videos died (killed, or out of memory?). "
-                "Run the same command again, perhaps with fewer --workers: it goes on where it stopped."
+                "Run the same command again, perhaps with fewer --workers: it continues where it stopped."
             ) from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -197,7 +195,7 @@ def _make(folder: Path, specs: list[VideoSpec], workers: int) -> Iterator[int]:
 
 
 def _exit_with_parent() -> None:
-    """In a worker: end when the process that started it is gone; the pool's workers would wait for ever."""
+    """Exit a worker with the process that started it; workers of the pool would wait forever."""
     parent = multiprocessing.parent_process()
 
     def watch() -> None:
