@@ -160,7 +160,7 @@ class Interrupted(OnCluster):
 
     def test_5_what_ends_a_job_for_good_is_written_down(self):
         """A killed process; and a job that waits for it is cancelled, with the reason."""
-        killed, run = self.started("killed", "launcher.gpus_per_node=2", "launcher.num_nodes=1")
+        killed, run = self.started("killed", "launcher.gpus_per_node=2", "launcher.num_nodes=1", *self.endless())
         waiting = self.submit(*self.command("waiting", f"submitit.dependency=afterok:{killed}"))
         later = self.submit(*self.command("later", f"submitit.dependency=afterok:{waiting}"))
         began = time.time()
