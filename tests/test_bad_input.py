@@ -118,7 +118,7 @@ class Mistakes(unittest.TestCase):
         result = here(self.folder / "other", *self.data, "epochs=1")
         self.assertEqual(result.returncode, 0, result.stderr)
         for overrides, experiment, checkpoint in (
-            (["trainer.model.trunk.depth=3"], "trainer.model.trunk.depth: 2 -> 3", "checkpoint of another model"),
+            (["trainer.model.trunk.depth=3"], "trainer.model.trunk.depth: 2 -> 3", "trainer/model"),
             (["batch_size=4"], "clips of a step of k150: 8 -> 4", "steps an epoch"),
         ):
             again = [*self.data, "epochs=1", *overrides]

@@ -102,9 +102,11 @@ class Saving(Folder):
     def test_why_it_could_not_be_written_is_told(self):
         for error in (
             OSError(28, "No space left on device"),
-            checkpoint.CorruptCheckpointError("x was not written whole"),
+            checkpoint.CorruptCheckpointError("x is incomplete"),
         ):
-            with self.assertRaisesRegex(UserError, rf"written to {self.folder}: .* GB are free\).*Make room"):
+            with self.assertRaisesRegex(
+                UserError, rf"written to {self.folder}: .* GB are free\).*trainer.checkpoint.save_dir"
+            ):
                 with checkpoint.report_write_errors(self.folder):
                     raise error
 
@@ -246,9 +248,7 @@ class Loading(Folder):
     def test_a_lost_newest_is_told(self):
         checkpoint.save(state(1), self.folder, [])
         (self.folder / "checkpoint.pt").unlink()  # its manifest tells of it
-        with self.assertRaisesRegex(
-            checkpoint.CorruptCheckpointError, "checkpoint.pt is gone or no file, and there was one"
-        ):
+        with self.assertRaisesRegex(checkpoint.CorruptCheckpointError, "checkpoint.pt is missing"):
             checkpoint.load_newest(self.folder)
         checkpoint.save(state(2), self.folder, [])
         checkpoint.save(state(3), self.folder, [])
@@ -261,13 +261,16 @@ class Loading(Folder):
         (self.folder / "link/checkpoint.pt").symlink_to("/nowhere/checkpoint.pt")
         (self.folder / "folder/checkpoint.pt").mkdir(parents=True)
         for name in ("link", "folder"):
-            with self.subTest(name), self.assertRaisesRegex(checkpoint.CorruptCheckpointError, "is gone or no file"):
+            with (
+                self.subTest(name),
+                self.assertRaisesRegex(checkpoint.CorruptCheckpointError, "is missing or not a file"),
+            ):
                 checkpoint.load_newest(self.folder / name)
 
     def test_what_loads_but_is_no_checkpoint_of_a_run(self):
         for content in ({"model": {}}, [1, 2], state(1, model={"w": 0})):
             torch.save(content, self.folder / "checkpoint.pt")
-            with self.assertRaisesRegex(checkpoint.CorruptCheckpointError, "no checkpoint of a run: it lacks"):
+            with self.assertRaisesRegex(checkpoint.CorruptCheckpointError, "not a checkpoint of a run"):
                 checkpoint.load_newest(self.folder)
 
     def test_an_archive_that_says_it_goes_on_elsewhere(self):
@@ -287,9 +290,7 @@ class Loading(Folder):
 
     def test_one_of_another_version(self):
         checkpoint.save(state(1, format=checkpoint.FORMAT + 1), self.folder, [])
-        with self.assertRaisesRegex(
-            checkpoint.CorruptCheckpointError, "has format 3, of another version .* expected 2"
-        ):
+        with self.assertRaisesRegex(checkpoint.CorruptCheckpointError, "format .*got 3"):
             checkpoint.load_newest(self.folder)
 
     def test_a_pickle_is_refused_and_not_run(self):

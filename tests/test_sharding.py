@@ -146,17 +146,17 @@ class Parts(unittest.TestCase):
 
     def test_refused(self):
         for name in ("../x", "shards_3/../..", "/etc", "shards_", 3, None):
-            self.refused("as the folder of its parts; expected shards_", folder=name)
-        self.refused("the folder with the parts of the checkpoint, is not there", folder="shards_4")
-        self.refused("is not there or not the file that was written", files={7: {}})
+            self.refused("shards_", folder=name)
+        self.refused("shards_4.*missing", folder="shards_4")
+        self.refused("missing or was changed", files={7: {}})
         entry = {"size": 1, "sha256": "0"}
         for file in (self.part.name, "../a", "gone.safetensors"):
-            self.refused("is not there or not the file that was written", files={file: entry})
+            self.refused("missing or was changed", files={file: entry})
         self.refused("holds other files than the parts", files={})
         outside = self.folder / "outside.safetensors"
         outside.write_bytes(self.part.read_bytes())
         entry = {"size": outside.stat().st_size, "sha256": sha256(outside)}
-        self.refused("is not there or not the file", files={f"../{outside.name}": entry})
+        self.refused("missing or was changed", files={f"../{outside.name}": entry})
         state = self.state()
         data = bytearray(self.part.read_bytes())
         data[-1] ^= 1
@@ -174,7 +174,7 @@ class Parts(unittest.TestCase):
         failed = CheckpointException("x", {1: (OSError(28, "No space left on device"), None)})
         for made in ("a", "b"):
             with mock.patch("torch.distributed.checkpoint.save", side_effect=failed):
-                with self.assertRaisesRegex(OSError, "process 1 could not write its part: .*No space left") as told:
+                with self.assertRaisesRegex(OSError, "rank 1.*No space left") as told:
                     checkpoint_shards.write({"model/a": torch.ones(3)}, self.folder, 1, here)
             self.assertEqual(told.exception.errno, 28)
             self.assertEqual(len(list(self.folder.glob("shards_*"))), 1, made)
@@ -188,7 +188,7 @@ class Parts(unittest.TestCase):
 
     def test_a_tensor_that_would_go_where_none_is(self):
         save_file({"format/a": torch.ones(3)}, self.part)
-        with self.assertRaisesRegex(CorruptCheckpointError, "belongs to 'format/a', where it has no place"):
+        with self.assertRaisesRegex(CorruptCheckpointError, "format/a"):
             checkpoint_shards.load_shards(self.state() | {"format": 1}, self.folder)
 
     def test_a_state_with_a_key_of_that_name_is_left_alone(self):

@@ -1,8 +1,8 @@
-"""Checkpoints: written whole or not at all, verified by their manifest, loaded with weights only.
+"""Checkpoints: written atomically, verified by a manifest, loaded with weights only.
 
 `checkpoint.pt` is the newest, `previous.pt` the one before it, `checkpoint_<epoch>.pt` are kept, `best.pt` is the best by
-validation. Beside each lies `<name>.json`, a manifest with sizes and SHA-256 sums. A manifest may list two sums: it is
-written before the file that it describes replaces another, so that at every moment a file that is there is listed.
+validation. The manifest `<name>.json` has size and SHA-256 of the file. It is written before the file is replaced and lists
+both sums, so that a kill at any moment leaves a file that its manifest lists.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from omnivision.checkpoint import sharded as checkpoint_shards
+from omnivision.checkpoint import sharded
 from omnivision.utils.errors import UserError
 from omnivision.utils.io import (
     LATEST,
@@ -35,7 +35,7 @@ from omnivision.utils.io import (
 )
 
 FORMAT = 2
-LAG_SECONDS = 60.0  # that a shared file system may take to show a checkpoint to other machines
+LAG_SECONDS = 60.0  # until a shared file system shows a checkpoint to other machines
 KEYS = {
     "format",
     "experiment",
@@ -69,31 +69,31 @@ def save(state: dict[str, Any], folder: Path, aliases: list[str]) -> None:
             try:
                 torch.save(state, file)
             except RuntimeError as error:
-                # The archive complains that it was not finished. What interrupted it is why: a full disk, Ctrl-C, SIGTERM.
+                # The archive error hides its cause: a full disk, Ctrl-C, SIGTERM.
                 raise error.__context__ or error from None
             file.flush()
             os.fsync(file.fileno())
-        # What is there, not what was meant: nothing older goes before it was read once.
+        # Read the file back before an older one is replaced.
         if not is_archive(temporary):
-            raise CorruptCheckpointError(f"{temporary} was not written whole")
+            raise CorruptCheckpointError(f"{temporary} is incomplete")
         entry = {"size": temporary.stat().st_size, "sha256": verified_digest(temporary)}
         for name in aliases:
-            _link(temporary, folder / name, [entry])
+            _publish(temporary, folder / name, [entry])
         latest, before = folder / LATEST, []
         if latest.exists():
             try:
                 before = [verify(latest)]
-                _link(latest, folder / PREVIOUS, before)
+                _publish(latest, folder / PREVIOUS, before)
             except CorruptCheckpointError:
-                pass  # the run went on from `previous.pt`, which stays until there is something better
-        if not _manifest(latest).exists():  # of the first one: a manifest without its file means that this was lost
+                pass  # the run resumed from `previous.pt`, which stays
+        if not _manifest(latest).exists():  # the first one: a manifest without a file would mean a lost checkpoint
             os.replace(temporary, latest)
             _write_manifest(latest, [entry])
         else:
             _write_manifest(latest, [entry, *before])
             os.replace(temporary, latest)
         sync_folder(folder)
-        checkpoint_shards.remove_unused(folder)
+        sharded.remove_unused(folder)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -108,21 +108,21 @@ def report_write_errors(folder: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             reason += f" ({shutil.disk_usage(folder).free / 1e9:.2g} GB are free)"
         raise UserError(
-            f"A checkpoint could not be written to {folder}: {reason}. Those before it are as they were. Make room, or change "
-            "trainer.checkpoint.save_dir; the same command goes on from the newest."
+            f"A checkpoint could not be written to {folder}: {reason}. Earlier ones are intact. Free space or set "
+            "trainer.checkpoint.save_dir; the same command resumes from the newest."
         ) from error
 
 
 def read(path: Path) -> Any:
-    """What is in a checkpoint or another file of `torch.save`, with its parts if it is split. Raises CorruptCheckpointError."""
+    """Load a checkpoint or another file of `torch.save`, with its shards. Raises CorruptCheckpointError."""
     state = safe_load(path)
     if isinstance(state, dict):
-        checkpoint_shards.load_shards(state, path.parent)
+        sharded.load_shards(state, path.parent)
     return state
 
 
 def stat_latest(folder: Path) -> tuple[str, int]:
-    """What this machine sees of the newest checkpoint: its manifest and its size; ("", 0) when there is none."""
+    """Manifest and size of the newest checkpoint as this machine sees it; ("", 0) when there is none."""
     latest = folder / LATEST
     try:
         return _manifest(latest).read_text(encoding="utf-8"), latest.stat().st_size
@@ -131,28 +131,28 @@ def stat_latest(folder: Path) -> tuple[str, int]:
 
 
 def wait_until_visible(what: tuple[str, int], folder: Path, seconds: float = LAG_SECONDS) -> None:
-    """Wait until this machine sees what another one does (`stat_latest`), but not for ever.
+    """Wait, at most `seconds`, until this machine sees the checkpoint that rank 0 sees (`stat_latest`).
 
-    Shared file systems show a change on other machines after some seconds.
+    Shared file systems show changes of other machines late.
     """
     deadline = time.monotonic() + seconds
     while stat_latest(folder) != what and time.monotonic() < deadline:
         with contextlib.suppress(OSError):
-            os.listdir(folder)  # makes some file systems look again
+            os.listdir(folder)  # refreshes the cache of some file systems
         time.sleep(0.2)
 
 
 def load_newest(folder: Path) -> tuple[dict[str, Any], Path, list[str]] | None:
-    """The newest checkpoint that is whole, its path, and what was wrong with newer ones; None when there is none at all.
+    """Load the newest complete checkpoint; return it, its path, and the problems of newer ones. None when there is none.
 
-    Raises CorruptCheckpointError when checkpoints are there but every one is broken: starting over would lose a run silently.
+    Raises CorruptCheckpointError when checkpoints exist but none is complete: starting over would lose the run.
     """
     problems: list[str] = []
     for name in (LATEST, PREVIOUS):
         path = folder / name
         if not path.is_file():
             if _manifest(path).exists() or path.is_symlink() or path.exists():
-                problems.append(f"{path} is gone or no file, and there was one")
+                problems.append(f"{path} is missing or not a file")
             continue
         try:
             verify(path) if _manifest(path).exists() else _check_archive(path)
@@ -167,17 +167,17 @@ def load_newest(folder: Path) -> tuple[dict[str, Any], Path, list[str]] | None:
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """The entry of the manifest that a file agrees with. Raises CorruptCheckpointError when there is none."""
+    """Return the manifest entry that a file matches. Raises CorruptCheckpointError when there is none."""
     entry: dict[str, Any] = {"size": path.stat().st_size, "sha256": sha256(path)}
     if entry not in _entries(path):
         raise CorruptCheckpointError(
-            f"{path} ({entry['size']} bytes, SHA-256 {entry['sha256'][:12]}...) is not the file that its manifest describes"
+            f"{path} ({entry['size']} bytes, SHA-256 {entry['sha256'][:12]}...) does not match its manifest"
         )
     return entry
 
 
 def verified_digest(path: Path) -> str:
-    """SHA-256 of a file of weights that is whole: by its manifest, if it has one, else by the checksums inside an archive.
+    """SHA-256 of a file of weights, verified by its manifest if it has one, else by the checksums inside a zip archive.
 
     Raises CorruptCheckpointError.
     """
@@ -201,7 +201,7 @@ def _check_archive(path: Path) -> None:
 
 
 def _check_structure(state: Any, path: Path) -> None:
-    """Raise CorruptCheckpointError for a file that loads but is no checkpoint of a run (weights from elsewhere, say)."""
+    """Raise CorruptCheckpointError for a file that loads but is not a checkpoint of a run (other weights, say)."""
     lacking = sorted(KEYS - set(state)) if isinstance(state, dict) else sorted(KEYS)
     model = state["model"] if not lacking else {}
     if not isinstance(model, dict) or not all(isinstance(value, torch.Tensor) for value in model.values()):
@@ -214,14 +214,14 @@ def _check_structure(state: Any, path: Path) -> None:
         lacking += [f"a count under {key}" for key in counts if type(state[key]) is not int or state[key] < 0]
     if not lacking and state["format"] != FORMAT:
         raise CorruptCheckpointError(
-            f"{path} has format {state['format']!r}, of another version of omnivision; expected {FORMAT}"
+            f"{path}: format must be {FORMAT}, got {state['format']!r}; it is of another version of omnivision"
         )
     if lacking:
-        raise CorruptCheckpointError(f"{path} is no checkpoint of a run: it lacks {', '.join(lacking)}")
+        raise CorruptCheckpointError(f"{path} is not a checkpoint of a run: it lacks {', '.join(lacking)}")
 
 
 def load_model(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
-    """Put a run's own weights back. Raises UserError when they belong to another model; nothing is changed then."""
+    """Load a run's own weights. Raises UserError, and changes nothing, when they belong to another model."""
     wanted = model.state_dict()
     missing, unexpected = sorted(set(wanted) - set(state)), sorted(set(state) - set(wanted))
     shapes = [
@@ -233,15 +233,14 @@ def load_model(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -> 
         parts = [("missing", missing), ("not in this model", unexpected), ("of another shape", shapes)]
         differences = "; ".join(f"{len(names)} {what}: {', '.join(names[:3])}" for what, names in parts if names)
         raise UserError(
-            f"{path} holds a checkpoint of another model ({differences}). The run in this folder was started with other "
-            "settings: give the same trainer/model, num_frames and image_size again, or another "
-            "launcher.experiment_log_dir for a new run."
+            f"{path} is a checkpoint of another model ({differences}). Set trainer/model, num_frames and image_size back, or "
+            "start a new run in another launcher.experiment_log_dir."
         )
     model.load_state_dict(state)
 
 
-def _link(source: Path, target: Path, entries: list[dict[str, Any]]) -> None:
-    """Give a file a second name, replacing what had it; a copy where the file system has no hard links."""
+def _publish(source: Path, target: Path, entries: list[dict[str, Any]]) -> None:
+    """Hard-link a file to a second name, replacing that; copy it where the file system has no hard links."""
     temporary = temporary_beside(target)
     try:
         try:
@@ -268,8 +267,8 @@ def _entries(path: Path) -> list[dict[str, Any]]:
     manifest = _manifest(path)
     if not manifest.exists():
         return []
-    if not manifest.is_file():  # reading a pipe would wait for ever
-        raise CorruptCheckpointError(f"{manifest} is no file")
+    if not manifest.is_file():  # reading a pipe would block
+        raise CorruptCheckpointError(f"{manifest} is not a file")
     try:
         return list(json.loads(manifest.read_text(encoding="utf-8"))["files"])
     except (ValueError, KeyError, TypeError, RecursionError):

@@ -1,6 +1,4 @@
-"""What an experiment is: its settings, its data, the code. It is kept in checkpoints, as text, and a run goes on from one only
-as the same experiment.
-"""
+"""Fingerprint of an experiment: its settings, data and code. Checkpoints hold it, and a resumed run must match it."""
 
 from __future__ import annotations
 
@@ -23,8 +21,8 @@ from omnivision.data.catalog import Split
 from omnivision.data.sampling import EpochPlan
 from omnivision.utils.errors import UserError
 
-# Settings that say where, how fast and with what files a run is computed, by shell patterns. The clips of a step follow from
-# several of them, and arrays may lie elsewhere: those are compared themselves.
+# Settings that do not affect results, by shell patterns. The clips of a step and the contents of arrays follow from some of
+# them, and are compared themselves.
 RUNTIME_ONLY_SETTINGS = (
     "stage",
     "launcher.*",
@@ -59,7 +57,7 @@ RUNTIME_ONLY_SETTINGS = (
     "trainer.checkpoint.allow_changes",
 )
 SETTINGS_OF_ONE_START = ("trainer.mode", "trainer.checkpoint.allow_changes")
-# Settings that runs made before they existed have not, with the values that those runs had.
+# Settings that older runs lack, with the values that those runs had.
 ADDED = {
     "crop_scale": [0.08, 1.0],
     "rand_augment_prob": 0.5,
@@ -72,7 +70,7 @@ RENAMED_TARGETS = {"omnivision.data.mixing.Mixing": "omnivision.data.mixing.Mixu
 REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 LIBRARIES = ("torch", "torchvision", "timm", "av", "numpy")
 MAX_LISTED_CHANGES = 6
-WHOLE_BYTES = 64 << 20  # up to this size a file is read as a whole; of a larger one, as much in pieces spread over it
+WHOLE_BYTES = 64 << 20  # read of a file; of a larger one, in pieces spread over it
 PIECE_BYTES = 1 << 20
 
 
@@ -100,7 +98,7 @@ def fingerprint(
 
 
 def _written_setting(raw: Any, value: Any) -> Any:
-    """A setting as it was written; one from the environment with a digest of its value, which may be a secret."""
+    """A setting as written; one from the environment with a digest of its value, which may be a secret."""
     if "oc.env" in str(raw):
         return f"{raw} (SHA-256 {hashlib.sha256(repr(value).encode()).hexdigest()[:12]})"
     return raw
@@ -193,9 +191,9 @@ def changed_settings(file: Path, text: str) -> list[str]:
 
 
 def check_same_settings(file: Path, text: str) -> None:
-    """Raises UserError when a configuration makes another experiment than the one in `file`, of a run that is to go on.
+    """Raises UserError when a configuration differs in its results from the one in `file`, the `config.yaml` of a run.
 
-    Of a file that cannot be read nothing is said: the run's checkpoint has the last word.
+    An unreadable file is ignored; the checkpoint is compared later.
     """
     then = flat_file(file)
     altering, _ = diff_settings(then, flat_text(text)) if then is not None else ([], [])
@@ -204,7 +202,7 @@ def check_same_settings(file: Path, text: str) -> None:
 
 
 def mismatch_message(what: str, altering: Sequence[str]) -> str:
-    """Why a run does not go on: it is of another experiment."""
+    """Message about a run that belongs to another experiment."""
     return (
         f"{what} belongs to another experiment: {truncate_list(altering)}. Set these back, start a new run in another "
         "launcher.experiment_log_dir, or set trainer.checkpoint.allow_changes=true to resume anyway."
@@ -212,14 +210,14 @@ def mismatch_message(what: str, altering: Sequence[str]) -> str:
 
 
 def truncate_list(changes: Sequence[str]) -> str:
-    """Changes in a sentence: the first ones, each cut where it gets long."""
+    """Join the first changes, each truncated."""
     shown = [change if len(change) <= 200 else f"{change[:200]}..." for change in changes[:MAX_LISTED_CHANGES]]
     more = len(changes) - len(shown)
     return "; ".join(shown) + (f"; and {more} more" if more else "")
 
 
 def flat_text(text: str) -> dict[str, Any]:
-    """The flat configuration of a text, interpolations as they are written."""
+    """Parse YAML to a flat configuration, interpolations unresolved."""
     return flat(yaml.safe_load(text))
 
 
@@ -295,7 +293,7 @@ def versions() -> dict[str, str]:
 
 
 def to_json(experiment: Mapping[str, Any]) -> str:
-    """As text, for a checkpoint."""
+    """Serialize a fingerprint for a checkpoint."""
     return json.dumps(experiment, default=str)
 
 

@@ -1,7 +1,6 @@
-"""The part of a checkpoint that is split among the processes: a folder of safetensors files beside it, one from each process.
+"""Shards of a checkpoint: a folder of safetensors files beside it, one of each rank.
 
-Written and read by `torch.distributed.checkpoint`, which fits the pieces to any number of processes. Its own format keeps an
-index as a pickle; this one does not.
+`torch.distributed.checkpoint` writes and reads them for any number of ranks; in this format it needs no pickle.
 """
 
 from __future__ import annotations
@@ -27,18 +26,18 @@ from omnivision.utils.io import PARTS, CorruptCheckpointError, safe_load, sha256
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.api import CheckpointException
 
-KEY = "shards"  # of what a checkpoint says of its folder
+KEY = "shards"  # of the entry that names the folder
 SEPARATOR = "/"  # between the keys that lead to a tensor
 
 
 def save_split(state: dict[str, Any], folder: Path, step: int, dist: Dist) -> dict[str, Any]:
-    """Write what is split among the processes of a checkpoint, all of them together; the rest, which says where that is."""
+    """Write the sharded tensors of a checkpoint, all ranks together; return the rest, which names their folder."""
     rest, tensors = split_sharded(state)
     return rest | {KEY: write(tensors, folder, step, dist)} if tensors else state
 
 
 def split_sharded(state: dict[Any, Any], where: str = "") -> tuple[dict[Any, Any], dict[str, Tensor]]:
-    """A nested state without the tensors that are split among processes, and those, by the keys that lead to them."""
+    """Split a nested state into its rest and its sharded tensors, named by the path of their keys."""
     rest: dict[Any, Any] = {}
     taken: dict[str, Tensor] = {}
     for key, value in state.items():
@@ -53,25 +52,25 @@ def split_sharded(state: dict[Any, Any], where: str = "") -> tuple[dict[Any, Any
 
 
 def write(tensors: dict[str, Tensor], folder: Path, step: int, dist: Dist) -> dict[str, Any]:
-    """Write split tensors into a new folder inside `folder`, all processes together; what is to be kept of it to read it again.
+    """Write sharded tensors to a new folder inside `folder`, all ranks together; return its name and its files.
 
-    Raises OSError, in all processes, when one could not write.
+    Raises OSError, on all ranks, when one could not write.
     """
     import torch.distributed.checkpoint as dcp  # a third of a second, and few runs need it
     from torch.distributed.checkpoint.api import CheckpointException
 
     if dist.is_main:
-        remove_unused(folder)  # what a save that failed has left
+        remove_unused(folder)  # of a failed save
     name = dist.gather(f"{PARTS}{step}_{secrets.token_hex(4)}")[0]
     target = folder / name
     target.mkdir(parents=True, exist_ok=True)
     try:
         dcp.save(dict(tensors), storage_writer=dcp.HuggingFaceStorageWriter(str(target), save_distributed=True))
-    except CheckpointException as error:  # which is no Exception, and would pass by all who catch those
+    except CheckpointException as error:  # a BaseException
         rank, cause = _cause(error)
         code = cause.errno if isinstance(cause, OSError) else None
-        raise OSError(code or errno.EIO, f"process {rank} could not write its part: {cause}", str(target)) from error
-    # Each process sums up what it has written itself: reading all of it in one place takes as long as all wrote together.
+        raise OSError(code or errno.EIO, f"rank {rank} could not write its shard: {cause}", str(target)) from error
+    # Each rank hashes its own files: reading all of them in one place would take long.
     mine = {file.name: _entry(file) for file in target.glob(f"shard-{dist.rank + 1:05d}-*")}
     files = {file: entry for part in dist.gather(mine) for file, entry in part.items()}
     return {"folder": name, "files": files}
@@ -87,40 +86,36 @@ def load_shards(state: dict[str, Any], folder: Path) -> None:
         return
     source, files = folder / name, state.pop(KEY)["files"]
     if not source.is_dir():
-        raise CorruptCheckpointError(f"{source}, the folder with the parts of the checkpoint, is not there")
+        raise CorruptCheckpointError(f"{source}, the folder of the shards, is missing")
     for file, entry in files.items():
         path = source / str(file)
         if Path(str(file)).name != file or not path.is_file() or _entry(path) != entry:
-            raise CorruptCheckpointError(
-                f"{path}, a part of the checkpoint, is not there or not the file that was written"
-            )
+            raise CorruptCheckpointError(f"{path}, a shard, is missing or was changed")
     if {file.name for file in source.iterdir()} != set(files):
-        raise CorruptCheckpointError(f"{source} holds other files than the parts of the checkpoint")
+        raise CorruptCheckpointError(f"{source} has other files than the shards")
     for where, tensor in _read(source).items():
         *keys, last = where.split(SEPARATOR)
         node: Any = state
         for key in keys:
             node = node.setdefault(int(key) if key.isdecimal() else key, {})
             if not isinstance(node, dict):
-                raise CorruptCheckpointError(f"a part of the checkpoint belongs to {where!r}, where it has no place")
+                raise CorruptCheckpointError(f"a shard has the key {where!r}, which does not fit the checkpoint")
         node[last] = tensor
 
 
 def folder_of(state: Mapping[str, Any]) -> str | None:
-    """The name of the folder with the parts of a checkpoint; None for one that is whole."""
+    """The folder of the shards of a checkpoint; None for a checkpoint without shards."""
     said = state.get(KEY)
     if not isinstance(said, dict) or set(said) != {"folder", "files"} or not isinstance(said["files"], dict):
         return None
     name = said["folder"]
     if not isinstance(name, str) or not re.fullmatch(rf"{PARTS}\w+", name):
-        raise CorruptCheckpointError(
-            f"a checkpoint names {str(name)[:60]!r} as the folder of its parts; expected {PARTS}..."
-        )
+        raise CorruptCheckpointError(f"the folder of the shards must be {PARTS}..., got {str(name)[:60]!r}")
     return name
 
 
 def remove_unused(folder: Path) -> None:
-    """Remove the folders of parts that no checkpoint in `folder` refers to; none while a checkpoint cannot be read."""
+    """Remove folders of shards that no checkpoint in `folder` names; none while a checkpoint cannot be read."""
     if not any(folder.glob(f"{PARTS}*")):
         return
     try:
@@ -137,7 +132,7 @@ def _entry(file: Path) -> dict[str, Any]:
 
 
 def _cause(error: CheckpointException) -> tuple[int, BaseException]:
-    """The first process of which torch tells that it failed, and with what."""
+    """The first failed rank, and its error."""
     rank, (cause, _) = next(iter(error.failures.items()))
     return rank, cause
 
