@@ -68,7 +68,7 @@ class Folder(unittest.TestCase):
         self.folder = RunDir(Path(temporary.name) / "run")
         (self.folder.path / slurm_jobs.LOGS).mkdir(parents=True)
 
-    def rank_end(self, restarts: int, error: BaseException, rank: int = 3, job: str = "123456") -> None:
+    def rank_end(self, restarts: int, error: BaseException, rank: int = 3, job: str | None = "123456") -> None:
         """Another rank's own word of its end."""
         self.folder.logs.mkdir(exist_ok=True)
         with mock.patch.object(ending, "own_job", return_value=job):
@@ -558,6 +558,21 @@ class Answers(unittest.TestCase):
 
 
 class SilentEnds(Folder):
+    def test_the_summary_of_a_local_run_names_the_cause(self):
+        gone = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3344")
+        self.folder.create()
+        self.rank_end(0, ValueError("no such label"), rank=1, job=None)
+        with contextlib.redirect_stderr(io.StringIO()):
+            self.assertEqual(ending.report_exit(gone, self.folder, tells=True, rank=0), 70)
+        told = self.folder.read_summary()
+        self.assertEqual(
+            (told["status"], told["exit_reason"]), ("failed", "process 1 failed: ValueError: no such label")
+        )
+        kinds = {end["rank"]: end["kind"] for end in ending.read_end_files(self.folder)}
+        self.assertEqual(kinds, {0: "disconnected", 1: "failed"})
+        ending.remove_end_files(self.folder)
+        self.assertEqual(list(ending.read_end_files(self.folder)), [])
+
     def test_a_killed_local_run_is_told_by_its_lock(self):
         self.folder.write_summary(status="running", job=None)
         self.folder.lock()
