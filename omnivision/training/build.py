@@ -1,4 +1,4 @@
-"""Settings become objects here, and only here."""
+"""Settings to objects."""
 
 from __future__ import annotations
 
@@ -63,12 +63,12 @@ from omnivision.utils.errors import UserError, is_out_of_memory
 from omnivision.utils.io import LATEST, run_name
 from omnivision.utils.signals import StopSignal
 
-POSITIONS = "trunk.pos_embed"
+POS_EMBED = "trunk.pos_embed"
 NUM_OPENED_FILES = 4  # of each split, to find unreadable ones and clips that are too short
 
 
 def build(target: InstantiateConfig, where: str, partial: bool = False, **more: Any) -> Any:
-    """The object that a `_target_` describes, `more` being arguments from elsewhere; with `partial` a function that makes it.
+    """Instantiate a `_target_` with `more` arguments; with `partial` return a function that does.
 
     Raises UserError for a class that cannot be imported or built, whatever its code raises.
     """
@@ -87,7 +87,7 @@ def build(target: InstantiateConfig, where: str, partial: bool = False, **more: 
 
 
 def build_problem(cause: BaseException, target: str, where: str) -> str:
-    """Why an object cannot be built, with the line of a package of the user's that raised it."""
+    """Message about an object that cannot be built, with the line of the user's code that raised."""
     module, _, name = target.rpartition(".")
     if module in sys.modules and name not in (known := vars(sys.modules[module])):
         near = difflib.get_close_matches(name, known, 1, cutoff=0)
@@ -116,7 +116,7 @@ def process_group(settings: Settings, place: RankInfo) -> Dist:
 
 
 def labels(settings: Settings) -> LabelSets:
-    """Heads and their classes, from the catalog; `video_labels` fills in what it leaves open."""
+    """Heads and their numbers of classes, from the catalog, else from `video_labels`."""
     datasets = [
         dataclasses.replace(dataset, num_classes=dataset.num_classes or settings.video_labels)
         for dataset in datasets_of(settings)
@@ -152,7 +152,7 @@ def class_names(settings: Settings) -> list[list[str]]:
 
 
 def inference_config(settings: Settings) -> dict[str, Any]:
-    """How the run shows films to its model at evaluation, for `omnivision.load`."""
+    """Settings of evaluation that `omnivision.load` needs."""
     average = settings.trainer.task.get("average", "logits")
     return {
         "clip_duration": settings.trainer.data.clip_duration,
@@ -162,7 +162,7 @@ def inference_config(settings: Settings) -> dict[str, Any]:
 
 
 def build_with_labels(settings: Settings, target: InstantiateConfig, where: str) -> Any:
-    """`build`, given what the signature asks for beyond the configuration."""
+    """Build a `_target_` with the classes and labels that its signature asks for."""
     wanted = signature_of(target["_target_"])
     more: dict[str, Any] = {}
     if "classes" in wanted:
@@ -173,7 +173,7 @@ def build_with_labels(settings: Settings, target: InstantiateConfig, where: str)
 
 
 def model(settings: Settings, device: str = "cpu") -> nn.Module:
-    """The model, randomly initialised as a function of the seed alone; what `trainer.freeze` names is not trained."""
+    """The model, initialised from the seed; `trainer.freeze` applied."""
     torch.manual_seed(settings.trainer.seed_value)
     with torch.device(device):
         built = build_with_labels(settings, settings.trainer.model, "trainer.model")
@@ -182,7 +182,7 @@ def model(settings: Settings, device: str = "cpu") -> nn.Module:
 
 
 def freeze(model: nn.Module, patterns: list[str]) -> None:
-    """Train nothing that a pattern matches. Raises UserError for a pattern without a match, and when nothing is left."""
+    """Freeze the parameters that match a pattern. Raises UserError for a pattern without a match, and if none is trained."""
     parameters = dict(model.named_parameters())
     for pattern in patterns:
         matches = fnmatch.filter(parameters, pattern)
@@ -202,9 +202,7 @@ def task(settings: Settings) -> Any:
 
 
 def clip_cost(settings: Settings, model: nn.Module) -> utilisation.ClipFlops | None:
-    """What a training step costs for one clip; `model` is on the meta device. None for classes of one's own that cannot work
-    there, where tensors have no values.
-    """
+    """Cost of a training step for one clip; `model` is on the meta device. None for user classes that fail there."""
     data, size = settings.trainer.data, settings.image_size
     mask = None
     if data.mask is not None:
@@ -220,7 +218,7 @@ def clip_cost(settings: Settings, model: nn.Module) -> utilisation.ClipFlops | N
 
 
 def peak_clips_per_second(settings: Settings, device: torch.device) -> float | None:
-    """Clips a second that a device would do at its peak; None where that is not known, or clips are not all alike."""
+    """Clips per second of a device at its peak; None if that is unknown, or if clips differ in size."""
     peak = utilisation.peak_flops(device, amp_dtype(settings, device), settings.trainer.logging.peak_tflops)
     if peak is None or settings.images is not None:
         return None
@@ -228,14 +226,14 @@ def peak_clips_per_second(settings: Settings, device: torch.device) -> float | N
     return None if cost is None else peak / cost.step_flops
 
 
-def choice(settings: Settings) -> WeightFilter:
+def weight_filter(settings: Settings) -> WeightFilter:
     """What is taken of pretrained weights, from `trainer.checkpoint`."""
     fields = {field.name for field in dataclasses.fields(WeightFilter)}
     return WeightFilter(**{key: value for key, value in vars(settings.trainer.checkpoint).items() if key in fields})
 
 
 def pretrained(settings: Settings, model: nn.Module) -> list[LoadReport]:
-    """Start from the weights that `pretrained_checkpoint_path` names; tells what became of each entry. Empty without any."""
+    """Load `pretrained_checkpoint_path` into a model; return a report of its entries, or none without a path."""
     source = settings.pretrained_checkpoint_path
     if source is None:
         return []
@@ -246,7 +244,7 @@ def pretrained(settings: Settings, model: nn.Module) -> list[LoadReport]:
         weights = dataclasses.replace(
             weights, state=merged.state, said={**weights.said, "architecture": merged.architecture}
         )
-    report = load_weights(model, weights, choice(settings), class_names(settings))
+    report = load_weights(model, weights, weight_filter(settings), class_names(settings))
     if settings.trainer.mode == "val" and (lacking := [name for name in report.missing if name.startswith("heads.")]):
         raise UserError(
             f"trainer.mode=val evaluates {report.path}, but its heads were not loaded ({lacking[0]}). Expected a checkpoint of "
@@ -256,7 +254,7 @@ def pretrained(settings: Settings, model: nn.Module) -> list[LoadReport]:
 
 
 def load_averaged_checkpoints(settings: Settings, model: nn.Module) -> list[LoadReport]:
-    """Give an average the checkpoints it is made of; tells what became of the entries of each. Other models have none."""
+    """Load the source checkpoints of a learned average; return a report of each. Other models have none."""
     if not isinstance(model, AveragedClassifier):
         return []
     if settings.pretrained_checkpoint_path is None:
@@ -266,10 +264,12 @@ def load_averaged_checkpoints(settings: Settings, model: nn.Module) -> list[Load
         )
     found = read_several(settings.pretrained_checkpoint_path)
     reports = [LoadReport(str(w.path), w.sha256, w.checkpoint) for w in found]
-    states = [filter_state_dict(w.state, choice(settings), report) for w, report in zip(found, reports, strict=True)]
+    states = [
+        filter_state_dict(w.state, weight_filter(settings), report) for w, report in zip(found, reports, strict=True)
+    ]
     taken = {f"trunk.{name}" for name in model.names}
     for state, report in zip(states, reports, strict=True):
-        check_values({name: tensor for name, tensor in state.items() if name in taken | {POSITIONS}}, report.path)
+        check_values({name: tensor for name, tensor in state.items() if name in taken | {POS_EMBED}}, report.path)
     model.load_sources(states, [report.path for report in reports])
     taken |= _take_positions(model, found, states, reports)
     for state, report in zip(states, reports, strict=True):
@@ -281,26 +281,26 @@ def load_averaged_checkpoints(settings: Settings, model: nn.Module) -> list[Load
 def _take_positions(
     model: AveragedClassifier, found: list[StateDictFile], states: list[dict[str, Tensor]], reports: list[LoadReport]
 ) -> set[str]:
-    """Give an average the position table of its sources, interpolated if need be; returns its name, if they have one.
+    """Load the positional embedding of the sources, interpolated if needed; return its name, if they have one.
 
-    Raises UserError when they have different ones: trunks that place their tokens differently have no sensible mean.
+    Raises UserError when those of the sources differ.
     """
-    if not all(POSITIONS in state for state in states):
+    if not all(POS_EMBED in state for state in states):
         return set()
-    own = model.model.get_buffer(POSITIONS)
+    own = model.model.get_buffer(POS_EMBED)
     tables = [
-        interpolate_pos_embed(POSITIONS, state[POSITIONS], model.model, weights, report)
+        interpolate_pos_embed(POS_EMBED, state[POS_EMBED], model.model, weights, report)
         for state, weights, report in zip(states, found, reports, strict=True)
     ]
     # Some of another width come back as they are.
     if not all(t.shape == own.shape and torch.allclose(t.float(), tables[0].float(), atol=1e-3) for t in tables):
         raise UserError(
-            f"The checkpoints to average have different positions ({POSITIONS}), or not the model's: "
+            f"The checkpoints to average have different positions ({POS_EMBED}), or not the model's: "
             f"{', '.join(report.path for report in reports)}. Expected trunks trained on clips of one size and "
             "number of frames. Change pretrained_checkpoint_path."
         )
     own.copy_(tables[0])
-    return {POSITIONS}
+    return {POS_EMBED}
 
 
 def groups(settings: Settings, model: nn.Module) -> list[Group]:
@@ -343,30 +343,30 @@ def optimizer(settings: Settings, model: nn.Module) -> ScheduledOptimizer:
 
 
 def clip_dataset(settings: Settings, found: list[Split], training: bool) -> ClipDataset:
-    """Clips of splits as the settings want them for training or for evaluation."""
+    """The dataset of some splits, for training or for evaluation."""
     trainer, data = settings.trainer, settings.trainer.data
     cuts: dict[str, ClipConfig] = {}
     for kind in {split.dataset.kind for split in found}:
         if kind == "video" or data.image is None:
-            cuts[kind] = cut(settings, data, "trainer.data", data.num_frames, training)
+            cuts[kind] = clip_config(settings, data, "trainer.data", data.num_frames, training)
         else:
-            cuts[kind] = cut(settings, data.image, "trainer.data.image", 1, training)
+            cuts[kind] = clip_config(settings, data.image, "trainer.data.image", 1, training)
     return ClipDataset(found, cuts, data.clip_duration, trainer.seed_value, training, data.max_pixels, data.val_spacing)
 
 
 def validate_masks(settings: Settings) -> None:
-    """Raise UserError for views and masks that cannot be, before any folder is made."""
+    """Raise UserError for invalid views and masks."""
     data = settings.trainer.data
     for training in (True, False):
-        cut(settings, data, "trainer.data", data.num_frames, training)
+        clip_config(settings, data, "trainer.data", data.num_frames, training)
         if data.image is not None:
-            cut(settings, data.image, "trainer.data.image", 1, training)
+            clip_config(settings, data.image, "trainer.data.image", 1, training)
 
 
-def cut(
+def clip_config(
     settings: Settings, data: DataSettings | ImageSettings, where: str, num_frames: int, training: bool
 ) -> ClipConfig:
-    """How samples of one kind of source are cut out of their files."""
+    """Views, frames and mask of the samples of one kind of source."""
     size, tubelet = settings.image_size, tuple(settings.trainer.model["trunk"]["tubelet"])
     grid = token_grid((max(num_frames, tubelet[0]), size, size), tubelet)
     mask = None if data.mask is None else build(data.mask, f"{where}.mask")
@@ -461,7 +461,7 @@ def _clip_frames(split: Split, index: int, data: DataSettings) -> int | None:
 
 
 def run_metadata(settings: Settings, model: nn.Module) -> dict[str, Any]:
-    """What a run is, in a few words for `summary.json`: lists of runs show them."""
+    """Facts of a run for `summary.json`, which lists of runs show."""
     told = describe(model)
     frozen = any(is_frozen(part) for name, part in model.named_children() if name == "trunk")
     source = settings.pretrained_checkpoint_path

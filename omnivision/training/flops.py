@@ -1,4 +1,4 @@
-"""How much of what a device can do a run makes use of: model FLOPs utilisation (MFU; Chowdhery et al., PaLM, 2022, appendix B).
+"""Model FLOPs utilisation (MFU; Chowdhery et al., PaLM, 2022, appendix B).
 
 Operations of a clip are counted on the model that is trained, once forward and once backward, a multiply-add as two. What
 is done twice (activation checkpointing) or for nobody (padding) does not count.
@@ -46,10 +46,10 @@ PEAKS: tuple[tuple[str, float, float], ...] = (
 )
 
 
-def peak_flops(device: torch.device, dtype: torch.dtype | None, told: float | None) -> float | None:
-    """Operations a second of a device at its best; None where nobody knows. `told` is in 10^12, and wins."""
-    if told is not None:
-        return told * 1e12
+def peak_flops(device: torch.device, dtype: torch.dtype | None, override: float | None) -> float | None:
+    """Peak operations per second of a device; None if unknown. `override` is in 10^12."""
+    if override is not None:
+        return override * 1e12
     if device.type != "cuda":
         return None
     return peak_of(torch.cuda.get_device_name(device), dtype)
@@ -64,7 +64,7 @@ def peak_of(name: str, dtype: torch.dtype | None) -> float | None:
 
 
 class FusedAttention(TorchFunctionMode):
-    """On the meta device attention is what a fused kernel does, which keeps no matrix of scores; torch would take it apart."""
+    """Count attention as a fused kernel on the meta device, where torch would decompose it."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is F.scaled_dot_product_attention:

@@ -1,4 +1,4 @@
-"""What is checked before a run starts, beyond its settings: that the data it names is there and is what it should be."""
+"""Checks of data, weights, disk and memory before a run starts."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ from omnivision.utils.errors import UserError
 from omnivision.utils.io import BEST, LATEST, PARTS, PREVIOUS, require_weights
 
 NUM_PROBED_FILES = 16  # of each split, before a run
-FEW_CLIPS = 1000  # that the paper's fine-tuning does not learn from
-CHECKPOINTS = 3  # there are so many at once while one is saved: the newest, the one before, the one that is written
-Made = TypeVar("Made")
+MIN_CLIPS_TO_MIX = 1000  # that the paper's fine-tuning does not learn from
+NUM_LIVE_CHECKPOINTS = (
+    3  # there are so many at once while one is saved: the newest, the one before, the one that is written
+)
+Result = TypeVar("Result")
 
 
-def collect_errors(actions: Iterable[Callable[[], Made]]) -> list[Made]:
-    """What several checks give. Raises one UserError with the problems of all."""
-    made: list[Made] = []
+def collect_errors(actions: Iterable[Callable[[], Result]]) -> list[Result]:
+    """Run several checks and return their results. Raises one UserError with the problems of all."""
+    made: list[Result] = []
     problems: list[str] = []
     for action in actions:
         try:
@@ -36,7 +38,7 @@ def collect_errors(actions: Iterable[Callable[[], Made]]) -> list[Made]:
 
 
 def check_run(settings: Settings, *more: Callable[[Settings], None]) -> tuple[list[Split], list[Split]]:
-    """Everything that can be known before a run starts, and `more`; the run's train and val splits.
+    """Check everything that can be checked before a run starts, and `more`; return its train and val splits.
 
     Raises one UserError with all problems.
     """
@@ -181,7 +183,7 @@ def _check_folder(settings: Settings) -> None:
             "written. Change launcher.experiment_log_dir (or trainer.checkpoint.save_dir)."
         )
     validates = settings.trainer.mode == "train" and settings.trainer.val_epoch_freq is not None
-    count = CHECKPOINTS + validates
+    count = NUM_LIVE_CHECKPOINTS + validates
     needed = count * checkpoint_bytes(settings)
     own = _taken_by([folder / LATEST, folder / PREVIOUS, folder / BEST, *folder.glob(f"{PARTS}*/*")])
     disk = shutil.disk_usage(there)
@@ -250,18 +252,18 @@ def parameter_counts(settings: Settings) -> tuple[int, int]:
     trunk, decoder = trainer.model.get("trunk", {}), trainer.model.get("decoder")
     tubelet = trunk.get("tubelet", (2, 16, 16))
     pixels, width = 3 * tubelet[0] * tubelet[1] * tubelet[2], trunk.get("width", 768)
-    count = transformer(width, trunk.get("depth", 12)) + (pixels + 1) * width
+    count = transformer_parameters(width, trunk.get("depth", 12)) + (pixels + 1) * width
     trained = 0 if "trunk.*" in trainer.freeze or "num_models" in trainer.model else count
     if decoder is not None:
         inner = decoder.get("width", 384)
-        added = transformer(inner, decoder.get("depth", 4)) + (width + pixels) * (inner + 1)
+        added = transformer_parameters(inner, decoder.get("depth", 4)) + (width + pixels) * (inner + 1)
         count, trained = count + added, trained + added
     if "num_models" in trainer.model:
         count = 0  # what is averaged is not in it
     return count, trained
 
 
-def transformer(width: int, depth: int) -> int:
+def transformer_parameters(width: int, depth: int) -> int:
     """Parameters of so many blocks: projections, a perceptron of four times the width, norms, biases."""
     return depth * (12 * width * width + 13 * width)
 
@@ -397,7 +399,7 @@ def _rate_warnings(settings: Settings) -> list[str]:
 
 def _few_clips_warnings(settings: Settings, clips: int) -> list[str]:
     trainer = settings.trainer
-    if not 0 < clips < FEW_CLIPS or not _mixes(settings) or trainer.freeze or "num_models" in trainer.model:
+    if not 0 < clips < MIN_CLIPS_TO_MIX or not _mixes(settings) or trainer.freeze or "num_models" in trainer.model:
         return []
     return [
         f"{clips} training clips are few for the paper's fine-tuning, which mixes them (mixup and CutMix): "
