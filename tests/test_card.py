@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import omnivision
-from omnivision.checkpoint.weight_files import StateDictFile, read
+from omnivision.checkpoint.state_dict_file import StateDictFile, read
 from omnivision.interop.export import escape, training_history
 from omnivision.tools.main import main
 from tests import runs

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import VideoMAEForVideoClassification, VideoMAEImageProcessor, VideoMAEModel
 from transformers.utils.logging import disable_progress_bar
 
-from omnivision.checkpoint.weight_files import read
+from omnivision.checkpoint.state_dict_file import read
 from omnivision.models.architecture import build, describe
 from omnivision.models.average import AveragedClassifier
 from omnivision.models.classifier import VideoClassifier
@@ -123,9 +123,9 @@ class OurNames(Case):
             told = self.run_command("export", source, out, "--to", "pt", "--force", *options)
             self.assertEqual("moving average" in told, averaged)
             self.assert_equal_states(safe_load(out)["model"], model.state_dict() | (ema if averaged else {}))
-        with self.assertRaisesRegex(UserError, "has no moving average"):
+        with self.assertRaisesRegex(UserError, "EMA.*--weights model"):
             self.run_command("export", self.save(model), out, "--to", "pt", "--force", "--weights", "ema")
-        with self.assertRaisesRegex(UserError, "'x', which its model has not"):
+        with self.assertRaisesRegex(UserError, "EMA.*'x'"):
             self.run_command("export", self.save(model, ema={"x": torch.zeros(1)}), out, "--to", "pt", "--force")
 
     def test_nothing_is_replaced_unasked(self):
@@ -167,7 +167,7 @@ class OurNames(Case):
             ((source, out, "--to", "pt", "--sources", "a"), "--sources is for --merge"),
             ((source, out, "--to", "pt", "--class-names", "a"), "--class-names is for --to hf"),
             ((source, out, "--to", "pt", "--head", "1"), "--head is for --to hf"),
-            ((self.save(classifier(), "b.pt", model={}), out, "--to", "pt"), "is empty"),
+            ((self.save(classifier(), "b.pt", model={}), out, "--to", "pt"), "no tensors"),
         ):
             with self.assertRaisesRegex(UserError, message):
                 self.run_command("export", *arguments)
@@ -277,7 +277,7 @@ class HuggingFace(Case):
     def test_a_model_that_diverged_is_not_blamed_on_the_library(self):
         for model in (classifier(), autoencoder()):
             model.trunk.norm.weight.data[0] = float("nan")
-            with self.assertRaisesRegex(UserError, "has values that are not finite"):
+            with self.assertRaisesRegex(UserError, "not finite"):
                 self.run_command("export", self.save(model), self.folder / "out", "--to", "hf")
             self.assertEqual([path.name for path in self.folder.iterdir()], ["checkpoint.pt"])
 
@@ -470,7 +470,7 @@ class Merging(Case):
             with self.assertRaisesRegex(UserError, "difference of nan"):
                 self.run_command(*command, "--merge")
         for value, saying in (
-            (float("inf"), "has values that are not finite"),
+            (float("inf"), "not finite"),
             (3e38, "computes infinite values or NaN"),
         ):
             weight = torch.full_like(good["model"]["model.heads.1.0.weight"], value)

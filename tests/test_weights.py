@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from omnivision.checkpoint import checkpointer as checkpoint
 from omnivision.checkpoint.pretrained import LoadReport, WeightFilter, filter_state_dict, load, read, read_several
-from omnivision.checkpoint.weight_files import StateDictFile, find
-from omnivision.checkpoint.weight_files import read as read_for_import
+from omnivision.checkpoint.state_dict_file import StateDictFile, resolve_checkpoint
+from omnivision.checkpoint.state_dict_file import read as read_for_import
 from omnivision.models.architecture import build, describe
 from omnivision.models.average import AveragedClassifier
 from omnivision.models.classifier import VideoClassifier
@@ -72,7 +72,7 @@ class HandOver(unittest.TestCase):
     def test_strict(self):
         whole = classifier()
         self.assertEqual(load(classifier(), weights_of(whole), WeightFilter(strict=True)).missing, [])
-        with self.assertRaisesRegex(UserError, "is not of this model: missing .*heads.0.0.bias.*strict"):
+        with self.assertRaisesRegex(UserError, "strict.*heads.0.0.bias"):
             load(whole, weights_of(autoencoder()), WeightFilter(strict=True))
 
     def test_positions_of_other_frames_and_sizes_are_interpolated(self):
@@ -87,21 +87,21 @@ class HandOver(unittest.TestCase):
                 self.assertEqual(report.resized, {"trunk.pos_embed": f"2x4x4 -> {'x'.join(map(str, grid))}"})
         # The same number of tokens, laid out otherwise: only the file can tell.
         new = classifier(num_frames=8, image_size=32, tubelet=(1, 8, 16))
-        with self.assertRaisesRegex(UserError, "does not fit this model: trunk.patch_embed"):
+        with self.assertRaisesRegex(UserError, "trunk.patch_embed.*trainer/model"):
             load(new, weights_of(old), TRUNK_ALONE)
-        with self.assertRaisesRegex(UserError, "positions for 33 tokens, which fit neither"):
+        with self.assertRaisesRegex(UserError, "got 33 positions. Set num_frames"):
             state = old.state_dict() | {"trunk.pos_embed": torch.zeros(1, 33, 24)}
             load(classifier(), StateDictFile(Path("x.pt"), "", state), TRUNK_ALONE)
 
     def test_values_that_are_no_weights_are_refused(self):
         for value, saying in (
-            (torch.zeros(24, dtype=torch.int64), "holds torch.int64 values"),
-            (torch.zeros(24, dtype=torch.complex64), "holds torch.complex64 values"),
-            (torch.full((24,), float("nan")), "has values that are not finite"),
-            (torch.full((24,), float("-inf")), "has values that are not finite"),
+            (torch.zeros(24, dtype=torch.int64), "torch.int64"),
+            (torch.zeros(24, dtype=torch.complex64), "torch.complex64"),
+            (torch.full((24,), float("nan")), "not finite"),
+            (torch.full((24,), float("-inf")), "not finite"),
         ):
             state = classifier().state_dict() | {"trunk.norm.weight": value}
-            with self.subTest(saying), self.assertRaisesRegex(UserError, f"trunk.norm.weight {saying}"):
+            with self.subTest(saying), self.assertRaisesRegex(UserError, f"trunk.norm.weight .*{saying}"):
                 load(classifier(), StateDictFile(Path("x.pt"), "", state), TRUNK_ALONE)
 
     def test_a_file_that_tells_nonsense_of_its_trunk(self):
@@ -117,17 +117,17 @@ class HandOver(unittest.TestCase):
             weights = StateDictFile(
                 Path("x.pt"), "", classifier().state_dict(), {"architecture": {"trunk": told | changes}}
             )
-            with self.subTest(changes), self.assertRaisesRegex(UserError, "has positions for 32 tokens, and its trunk"):
+            with self.subTest(changes), self.assertRaisesRegex(UserError, "num_frames, image_size and tubelet .* 32"):
                 load(classifier(), weights, TRUNK_ALONE)
         for said in ("trunk", [1], 7):
-            with self.subTest(said), self.assertRaisesRegex(UserError, "The file is damaged"):
+            with self.subTest(said), self.assertRaisesRegex(UserError, "num_frames, image_size and tubelet"):
                 load(
                     classifier(),
                     StateDictFile(Path("x.pt"), "", classifier().state_dict(), {"architecture": {"trunk": said}}),
                     TRUNK_ALONE,
                 )
         state = classifier().state_dict() | {"trunk.pos_embed": torch.zeros(1, 0, 24)}
-        with self.assertRaisesRegex(UserError, "positions for 0 tokens, which fit neither"):
+        with self.assertRaisesRegex(UserError, "got 0 positions. Set num_frames"):
             load(classifier(), StateDictFile(Path("x.pt"), "", state), TRUNK_ALONE)
 
     def test_another_trunk_is_refused_and_nothing_is_changed(self):
@@ -135,13 +135,11 @@ class HandOver(unittest.TestCase):
         before = {name: tensor.clone() for name, tensor in new.state_dict().items()}
         wide = VideoClassifier(VisionTransformer(48, 2, 2, num_frames=4, image_size=32, tubelet=(2, 8, 8)), [7])
         deep = VideoClassifier(VisionTransformer(24, 1, 2, num_frames=4, image_size=32, tubelet=(2, 8, 8)), [7])
-        with self.assertRaisesRegex(UserError, r"there\.pt does not fit this model: .*\(48,\) instead of \(24,\)"):
+        with self.assertRaisesRegex(UserError, r"there\.pt .*\(24,\), got \(48,\)"):
             load(new, weights_of(wide), TRUNK_ALONE)
-        with self.assertRaisesRegex(
-            UserError, r"fills 16 of the 28 tensors of the trunk, .*share 1 .*trunk\.blocks\.1"
-        ):
+        with self.assertRaisesRegex(UserError, r"16 of the 28 .*trunk_coverage is 1\b.*trunk\.blocks\.1"):
             load(new, weights_of(deep), TRUNK_ALONE)
-        with self.assertRaisesRegex(UserError, r"heads of other classes are left out by trainer/checkpoint=no_heads"):
+        with self.assertRaisesRegex(UserError, "trainer/checkpoint=no_heads "):
             load(new, weights_of(classifier(5)), WeightFilter())
         for name, tensor in new.state_dict().items():
             self.assertTrue(torch.equal(tensor, before[name]), name)
@@ -195,7 +193,7 @@ class ClassNames(unittest.TestCase):
         self.assertEqual(report.dropped["heads.0.0.weight"], "no place in this model")
         report = self.assert_taken([self.AB, ["x", "y"]], [["run", "jump"]], {0: 0})
         self.assertEqual(report.dropped["heads.1.0.weight"], "no place in this model")
-        with self.assertRaisesRegex(UserError, "heads.1.*strict"):
+        with self.assertRaisesRegex(UserError, "strict.*heads.1"):
             self.assert_taken([self.AB, ["x", "y"]], [["run", "jump"]], {0: 0}, WeightFilter(strict=True))
         self.assert_taken([self.AB, self.AB], [self.AB, ["run", "jump"]], {0: 0, 1: 1})
         renamed = WeightFilter(drop=["heads.0.*"], rename={"heads.1.*": "heads.0.*"})
@@ -253,15 +251,15 @@ class Choosing(unittest.TestCase):
 
     def test_patterns_without_a_match_and_nothing_kept(self):
         for what in ("keep", "drop"):
-            saying = rf"trainer\.checkpoint\.{what}: the pattern 'tronk\.\*' matches none of the 4"
+            saying = rf"trainer\.checkpoint\.{what}: 'tronk\.\*'"
             with self.assertRaisesRegex(UserError, saying):
                 self.chosen(WeightFilter(**{what: ["tronk.*"]}))
-        with self.assertRaisesRegex(UserError, "None of the 29 entries .* has a place in this model"):
+        with self.assertRaisesRegex(UserError, "there.pt.*omnivision import.*trainer/checkpoint"):
             weights = StateDictFile(Path("there.pt"), "", trunk().state_dict())
             load(classifier(), weights, WeightFilter(prefix="foo.", trunk_coverage=0))
-        with self.assertRaisesRegex(UserError, r"rename: the pattern 'q' matches none"):
+        with self.assertRaisesRegex(UserError, r"trainer\.checkpoint\.rename: 'q'"):
             self.chosen(WeightFilter(rename={"q": "r"}))
-        with self.assertRaisesRegex(UserError, "keeps nothing of the 4 entries"):
+        with self.assertRaisesRegex(UserError, "trainer/checkpoint"):
             self.chosen(WeightFilter(drop=["*"]))
 
 
@@ -330,12 +328,12 @@ class Reading(unittest.TestCase):
 
     def test_a_run_folder_gives_its_best_else_its_newest(self):
         (self.folder / "checkpoints").mkdir()
-        with self.assertRaisesRegex(UserError, "holds no weights: none of checkpoints/best.pt, checkpoints/check"):
-            find(self.folder)
+        with self.assertRaisesRegex(UserError, "checkpoints/best.pt, checkpoints/check"):
+            resolve_checkpoint(self.folder)
         torch.save({"model": self.state}, self.folder / "checkpoints" / "checkpoint.pt")
-        self.assertEqual(find(self.folder).name, "checkpoint.pt")
+        self.assertEqual(resolve_checkpoint(self.folder).name, "checkpoint.pt")
         torch.save({"model": self.state}, self.folder / "checkpoints" / "best.pt")
-        self.assertEqual(find(self.folder).name, "best.pt")
+        self.assertEqual(resolve_checkpoint(self.folder).name, "best.pt")
         self.assert_read(self.folder)
 
     def test_a_checkpoint_says_its_epoch_and_metrics(self):
@@ -363,9 +361,9 @@ class Reading(unittest.TestCase):
         two = read_several([str(self.folder / "a.pt"), str(self.folder / "b.pt")])
         self.assertEqual([weights.path.name for weights in two], ["a.pt", "b.pt"])
         self.assertEqual(len(read_several(str(self.folder / "both.pt"))), 2)
-        with self.assertRaisesRegex(UserError, "holds one model; expected several"):
+        with self.assertRaisesRegex(UserError, "ensemble_weights"):
             read_several(str(self.folder / "a.pt"))
-        with self.assertRaisesRegex(UserError, "holds several models .*default_ensemble"):
+        with self.assertRaisesRegex(UserError, "default_ensemble"):
             read(self.folder / "both.pt")
 
     def test_what_is_refused(self):
@@ -379,19 +377,18 @@ class Reading(unittest.TestCase):
         self.assertFalse(canary.exists())
         for content in ([1, 2], {"model": {}}, {"model": {"a": 3}}, {3: torch.zeros(1)}, torch.zeros(2)):
             torch.save(content, self.folder / "odd.pt")
-            saying = "holds a \\w+; expected tensors|is empty|holds no state dict"
-            with self.assertRaisesRegex(UserError, rf"^pretrained_checkpoint_path: .*odd.pt ({saying})"):
+            with self.assertRaisesRegex(UserError, "^pretrained_checkpoint_path: .*odd.pt"):
                 read(self.folder / "odd.pt")
         claims = torch.zeros(1).expand(10**9)
         for tensor in (torch.zeros(2).to_sparse(), torch.zeros(2, device="meta"), claims):
             torch.save({"a": tensor}, self.folder / "odd.pt")
-            with self.assertRaisesRegex(UserError, "a is no ordinary tensor"):
+            with self.assertRaisesRegex(UserError, "odd.pt must be dense"):
                 read(self.folder / "odd.pt")
         torch.save({"model": self.state, "ema": {"other": torch.zeros(1)}}, self.folder / "odd.pt")
-        with self.assertRaisesRegex(UserError, "its moving average has 'other', which its model has not"):
+        with self.assertRaisesRegex(UserError, "EMA .*'other'"):
             read(self.folder / "odd.pt")
         (self.folder / "junk.safetensors").write_bytes(b"\xff" * 40)
-        with self.assertRaisesRegex(UserError, r"junk\.safetensors does not load"):
+        with self.assertRaisesRegex(UserError, r"junk\.safetensors"):
             read(self.folder / "junk.safetensors")
         with self.assertRaisesRegex(UserError, "no such file or folder.*null to train from nothing"):
             read(self.folder / "nowhere")

@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from omnivision.checkpoint import fingerprint as experiment
-from omnivision.checkpoint.weight_files import CONFIG, METADATA, StateDictFile
+from omnivision.checkpoint.state_dict_file import CONFIG, METADATA, StateDictFile
 from omnivision.interop.architecture import position_tables
 from omnivision.interop.formats import EPSILON, ConvertedCheckpoint
 from omnivision.models.architecture import Architecture, build

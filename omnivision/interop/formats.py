@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from omnivision.checkpoint.fingerprint import valid_names
-from omnivision.checkpoint.weight_files import StateDictFile, check_numbers, strip_wrappers
+from omnivision.checkpoint.state_dict_file import StateDictFile, check_numbers, strip_wrappers
 from omnivision.interop.architecture import (
     TYPICAL_DECODER_HEADS,
     ArchOverrides,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from omnivision.checkpoint.pretrained import LoadReport, WeightFilter, filter_state_dict
-from omnivision.checkpoint.weight_files import StateDictFile, read_several
+from omnivision.checkpoint.state_dict_file import StateDictFile, read_several
 from omnivision.interop.architecture import check_fit
 from omnivision.interop.export import check_finite, random_clip
 from omnivision.interop.formats import from_ours

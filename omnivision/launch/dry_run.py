@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from omnivision.checkpoint import weight_files
+from omnivision.checkpoint import state_dict_file
 from omnivision.config.schema import Settings
 from omnivision.data.catalog import Split
 from omnivision.distributed.process_group import RankInfo, choose_device
@@ -276,7 +276,7 @@ def weights_lines(job: Job, trainer: Trainer | None) -> list[str]:
     lines = []
     for each in [source] if isinstance(source, str) else source:
         with contextlib.suppress(UserError):
-            file = weight_files.find(each)
+            file = state_dict_file.resolve_checkpoint(each)
             lines.append(f"weights      from {file}, {file.stat().st_size / 1e6:.1f} MB")
     return lines
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from omnivision.checkpoint.weight_files import CONFIG, StateDictFile, read
+from omnivision.checkpoint.state_dict_file import CONFIG, StateDictFile, read
 from omnivision.data.catalog import read_class_names
 from omnivision.interop import export
 from omnivision.interop.formats import (

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from omnivision.checkpoint.weight_files import read
+from omnivision.checkpoint.state_dict_file import read
 from omnivision.interop.architecture import ArchOverrides
 from omnivision.interop.export import check_target, origin, write_pt
 from omnivision.interop.formats import class_names, convert

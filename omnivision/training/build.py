@@ -28,7 +28,7 @@ from omnivision.checkpoint.pretrained import (
 )
 from omnivision.checkpoint.pretrained import load as load_weights
 from omnivision.checkpoint.pretrained import read as read_weights
-from omnivision.checkpoint.weight_files import StateDictFile
+from omnivision.checkpoint.state_dict_file import StateDictFile
 from omnivision.config.instantiate import PACKAGE, signature_of
 from omnivision.config.schema import DataSettings, ImageSettings, InstantiateConfig, Settings
 from omnivision.data.catalog import LabelSets, Split, label_sets

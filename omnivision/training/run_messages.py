@@ -10,7 +10,7 @@ import torch
 
 from omnivision.checkpoint.fingerprint import git_commit
 from omnivision.checkpoint.pretrained import LoadReport
-from omnivision.checkpoint.weight_files import describe_metrics
+from omnivision.checkpoint.state_dict_file import describe_metrics
 from omnivision.config.schema import Settings
 from omnivision.models.architecture import describe
 from omnivision.training.preflight import describe_split

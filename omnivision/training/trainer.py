@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from omnivision.checkpoint import checkpointer, fingerprint, sharded
 from omnivision.checkpoint.pretrained import LoadReport
-from omnivision.checkpoint.weight_files import describe_checkpoint
+from omnivision.checkpoint.state_dict_file import describe_checkpoint
 from omnivision.data.batch import Batch
 from omnivision.data.loader import TrainData, ValData
 from omnivision.data.sampling import SourcePlan, keyed_rng
