@@ -219,8 +219,8 @@ def load(source: str | Path, device: str = "cpu", trust_targets: Sequence[str] =
     """The model of a run folder (its best checkpoint, else its newest) or of a file, with its preprocessing.
 
     Nothing in the file is executed; its architecture is read as numbers. The EMA is loaded if the run kept one, as in its
-    evaluations. A learned average is merged into a single model, if its source checkpoints still exist. Raises UserError for other
-    files, and for weights without an architecture (`omnivision import` adds one).
+    evaluations. A learned average is merged into a single model, if its source checkpoints still exist. Raises UserError for
+    other files, and for weights without an architecture (`omnivision import` adds one).
 
     A model class outside this project is built from the run's settings, which runs code of the packages in `trust_targets`.
     """
@@ -254,8 +254,8 @@ def _load_own_class(found: StateDictFile, target: str, trusted: Sequence[str], d
     config = found.path.parent.parent / "config.yaml"
     if not is_allowed(target, trusted):
         raise UserError(
-            f"{found.path} holds a model of the class {target}; building it runs its code. Put its folder on PYTHONPATH and set "
-            f"--trust-targets {target.partition('.')[0]} (in Python: trust_targets=[...])."
+            f"{found.path} holds a model of the class {target}; building it runs its code. Put its folder on PYTHONPATH and "
+            f"set --trust-targets {target.partition('.')[0]} (in Python: trust_targets=[...])."
         )
     if not config.is_file():
         raise UserError(
