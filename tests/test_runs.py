@@ -32,7 +32,7 @@ class Runs(unittest.TestCase):
 
     def test_all_runs_oldest_first_with_what_is_known_of_them(self):
         self.write("b/probe", 1, last={"loss": 9, "val_loss": 1.23456, "val_top1": 45.67}, best=50.0)
-        self.write("a", 2, last={"loss": 0.5}, status="running")
+        self.write("a", 2, last={"loss": 0.5}, status="running", job={"job_id": "7"})
         (self.folder / "c").mkdir()
         (self.folder / "c/summary.json").write_text('{"status": "failed"}')
         code, lines, _ = self.told()

@@ -9,12 +9,14 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from omnivision.data.batch import BadSample
 from omnivision.reporting.run_directory import finite
 from omnivision.utils.errors import UserError
 from omnivision.utils.io import append_line, write_atomically
+
+if TYPE_CHECKING:
+    from omnivision.data.batch import BadSample  # it imports torch, and `omnivision runs` need not wait for that
 
 
 class MetricsLog:
