@@ -12,7 +12,14 @@ ALLOWED = {
     "hydra": {"omnivision.config.compose", "omnivision.training.build"},
     "omegaconf": {
         f"omnivision.{name}"
-        for name in ("train", "config.compose", "config.validate", "launch.launcher", "launch.submit")
+        for name in (
+            "train",
+            "config.compose",
+            "config.messages",
+            "config.validate",
+            "launch.launcher",
+            "launch.submit",
+        )
     },
     "submitit": {"omnivision.launch.submit"},
     "av": {"omnivision.data.video", "omnivision.data.encode"},

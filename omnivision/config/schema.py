@@ -309,8 +309,8 @@ def describe_type(hint: Any) -> str:
         signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
         bounds = [(sign, value) for note in arguments[1:] for bound in note.metadata
                   for name, sign in signs.items() if (value := getattr(bound, name, None)) is not None]  # fmt: skip
-        told = [f"{sign} {value:.10g}" for sign, value in bounds if not (sign == "<=" and value >= 1e9)]
-        return " ".join([describe_type(arguments[0]), " and ".join(told)]).strip()
+        limits = [f"{sign} {value:.10g}" for sign, value in bounds if not (sign == "<=" and value >= 1e9)]
+        return " ".join([describe_type(arguments[0]), " and ".join(limits)]).strip()
     if origin in (Union, types.UnionType):
         return " or ".join("null" if each is type(None) else describe_type(each) for each in arguments)
     if origin is Literal:
