@@ -158,12 +158,12 @@ class Split:
         self.dataset, self.name, self.which = dataset, dataset.name, which
         self._where = where = f"datasets.{dataset.name}.{which}"
         self._prefix = resolve_prefix(dataset.prefix)
-        self._paths_file = first_existing(files.paths, f"{where}.paths")
-        self._labels_file = first_existing(files.labels, f"{where}.labels") if files.labels else None
-        self._segments_file = first_existing(files.segments, f"{where}.segments") if files.segments else None
+        self._paths_file = resolve_path(files.paths, f"{where}.paths")
+        self._labels_file = resolve_path(files.labels, f"{where}.labels") if files.labels else None
+        self._segments_file = resolve_path(files.segments, f"{where}.segments") if files.segments else None
         self._depth_file = None
         if dataset.kind == "rgbd":
-            self._depth_file = first_existing(files.depth or [], f"{where}.depth")
+            self._depth_file = resolve_path(files.depth or [], f"{where}.depth")
         self._open()
         if self._depth is not None:
             _check_paths(self._depth, str(self._depth_file), f"{where}.depth")
@@ -265,7 +265,7 @@ def _is_text(text: str) -> bool:
         return False
 
 
-def first_existing(files: Files, setting: str) -> str:
+def resolve_path(files: Files, setting: str) -> str:
     """The first of the candidate files that exists; UserError naming `setting` and all of them when none does."""
     without = {"labels": "videos without labels", "segments": "whole videos"}.get(setting.rpartition(".")[2])
     alternative = f"; ++{setting}=null for {without}" if without else ""

@@ -23,7 +23,7 @@ from omnivision.distributed.process_group import Dist, exit_with_parent
 from omnivision.utils.errors import DataWorkerError, UserError
 from omnivision.utils.signals import end_workers, signals_blocked
 
-FILES_TOLD = 8
+MAX_FILES_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def train_batches(
 
     Raises DataWorkerError.
     """
-    return _fetched(dataset, _Steps(plan, start, epochs, rank, world), workers)
+    return _iterate(dataset, _Steps(plan, start, epochs, rank, world), workers)
 
 
 def evaluation_batches(
@@ -119,48 +119,48 @@ def evaluation_batches(
     Batches never mix sources, which take turns; `limit` bounds the batches of each process. Raises DataWorkerError.
     """
     sizes = [len(split) for split in dataset.splits]
-    return _fetched(dataset, _Videos(sizes, videos_per_batch, rank, world, limit), workers)
+    return _iterate(dataset, _Videos(sizes, videos_per_batch, rank, world, limit), workers)
 
 
-def _fetched(dataset: ClipDataset, batches: _Steps | _Videos, workers: LoaderConfig) -> Iterator[Batch]:
+def _iterate(dataset: ClipDataset, batches: _Steps | _Videos, workers: LoaderConfig) -> Iterator[Batch]:
     """Batches from workers; one that was killed or does not answer is told with the files that it had to read."""
     loader = data_loader(dataset, batches, workers)
     if not workers.num_workers:
-        yield from map(_raised, loader)
+        yield from map(_unwrap, loader)
         return
-    patience, asked = _Patience(workers.timeout), iter(batches)
+    worker_timeout, asked = _WorkerTimeout(workers.timeout), iter(batches)
     try:
         fetched = iter(loader)
         while True:
-            with patience:
+            with worker_timeout:
                 batch = next(fetched, None)
             if batch is None:
                 return
             next(asked)
-            yield _raised(batch)
+            yield _unwrap(batch)
     except (RuntimeError, OSError, EOFError) as error:
         # What a worker sent may have to be fetched from it, and it is gone.
         gone = isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker (pid" in str(error)
-        if not (gone or patience.over):
+        if not (gone or worker_timeout.over):
             raise
         splits, requests = dataset.splits, next(asked, [])
-        files = ", ".join(splits[request.source].path(request.video) for request in requests[:FILES_TOLD])
+        files = ", ".join(splits[request.source].path(request.video) for request in requests[:MAX_FILES_SHOWN])
         what = (
             f"The data workers have given nothing for {workers.timeout / 60:.3g} minutes (trainer.data.timeout_minutes; a file "
             "system that does not answer, perhaps)"
-            if patience.over
+            if worker_timeout.over
             else "A data worker was killed (by the system for want of memory, perhaps: lower num_workers or "
             "trainer.data.prefetch)"
         )
         raise DataWorkerError(
-            f"{what} while this batch was read: {files}{', ...' * (len(requests) > FILES_TOLD)}. The same command goes on "
+            f"{what} while this batch was read: {files}{', ...' * (len(requests) > MAX_FILES_SHOWN)}. The same command goes on "
             f"from the last checkpoint. ({error})"
         ) from error
     finally:
-        patience.end()
+        worker_timeout.end()
 
 
-def _collated(samples: Sequence[Sample]) -> Batch | UserError:
+def _safe_collate(samples: Sequence[Sample]) -> Batch | UserError:
     """A batch, or what is wrong with it: torch would add a worker's traceback to what a worker raises."""
     try:
         return collate(samples)
@@ -168,13 +168,13 @@ def _collated(samples: Sequence[Sample]) -> Batch | UserError:
         return error
 
 
-def _raised(batch: Batch | UserError) -> Batch:
+def _unwrap(batch: Batch | UserError) -> Batch:
     if isinstance(batch, UserError):
         raise batch
     return batch
 
 
-class _Patience:
+class _WorkerTimeout:
     """Ends the workers when a batch does not come for so long (seconds); torch then tells that they are gone. By itself it
     either waits for ever, or does not look whether they live.
     """
@@ -227,7 +227,7 @@ def data_loader(dataset: ClipDataset, batches: _Steps | _Videos, workers: Loader
     return DataLoader(
         dataset,  # type: ignore[arg-type]
         batch_sampler=batches,
-        collate_fn=_collated,
+        collate_fn=_safe_collate,
         num_workers=workers.num_workers,
         prefetch_factor=workers.prefetch if workers.num_workers else None,
         multiprocessing_context=context,

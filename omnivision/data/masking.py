@@ -28,7 +28,7 @@ class RandomMask(_RatioMask):
     """Any tokens of the clip (the recipe's mask)."""
 
     def __call__(self, grid: Grid, rng: np.random.Generator) -> np.ndarray:
-        return _some(grid, int(self.ratio * grid[0] * grid[1] * grid[2]), rng)
+        return _random_mask(grid, int(self.ratio * grid[0] * grid[1] * grid[2]), rng)
 
 
 class TubeMask(_RatioMask):
@@ -36,7 +36,7 @@ class TubeMask(_RatioMask):
 
     def __call__(self, grid: Grid, rng: np.random.Generator) -> np.ndarray:
         frames, height, width = grid
-        slot = _some((1, height, width), int(self.ratio * frames * height * width / frames), rng)
+        slot = _random_mask((1, height, width), int(self.ratio * frames * height * width / frames), rng)
         return np.repeat(slot, frames, axis=0)
 
 
@@ -44,7 +44,7 @@ class FrameMask(_RatioMask):
     """Whole time slots."""
 
     def __call__(self, grid: Grid, rng: np.random.Generator) -> np.ndarray:
-        slots = _some((grid[0], 1, 1), int(self.ratio * grid[0]), rng)
+        slots = _random_mask((grid[0], 1, 1), int(self.ratio * grid[0]), rng)
         return np.broadcast_to(slots, grid).copy()
 
 
@@ -79,7 +79,7 @@ class BlockMask(_RatioMask):
 Mask = RandomMask | TubeMask | FrameMask | CausalMask | BlockMask
 
 
-def _some(shape: Grid, count: int, rng: np.random.Generator) -> np.ndarray:
+def _random_mask(shape: Grid, count: int, rng: np.random.Generator) -> np.ndarray:
     """A mask of `shape` with exactly `count` random entries set."""
     mask = np.zeros(shape, dtype=bool)
     mask.reshape(-1)[rng.permutation(mask.size)[:count]] = True
