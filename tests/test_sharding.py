@@ -161,7 +161,7 @@ class Parts(unittest.TestCase):
         data = bytearray(self.part.read_bytes())
         data[-1] ^= 1
         self.part.write_bytes(data)
-        with self.assertRaisesRegex(CorruptCheckpointError, "not the file that was written"):
+        with self.assertRaisesRegex(CorruptCheckpointError, "missing or was changed"):
             checkpoint_shards.load_shards(state, self.folder)
 
     def test_a_part_that_lies_nowhere(self):
