@@ -23,7 +23,7 @@ from omnivision.reporting.reporter import Reporter
 from omnivision.reporting.run_directory import RunDir, finite, host_id, process_start
 from omnivision.tasks.base import Visualization
 from omnivision.utils.errors import UserError
-from omnivision.utils.io import remove_leftovers
+from omnivision.utils.io import remove_stale_tmp
 
 
 class Folder(unittest.TestCase):
@@ -240,7 +240,7 @@ class Lock(Folder):
     def test_leftovers_of_a_killed_writer_are_removed(self):
         (self.folder / ".checkpoint.pt.123.tmp").write_text("half")
         (self.folder / "checkpoint.pt").write_text("whole")
-        remove_leftovers(self.folder)
+        remove_stale_tmp(self.folder)
         self.assertEqual([path.name for path in self.folder.iterdir()], ["checkpoint.pt"])
 
     def test_summary_is_updated(self):

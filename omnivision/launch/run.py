@@ -26,7 +26,7 @@ from omnivision.training import build
 from omnivision.training.run_messages import end_lines, start_lines, validation_lines
 from omnivision.training.trainer import Trainer
 from omnivision.utils.errors import UserError
-from omnivision.utils.io import remove_leftovers, write_atomically
+from omnivision.utils.io import remove_stale_tmp, write_atomically
 from omnivision.utils.signals import StopSignal, signals_ignored
 from omnivision.utils.streams import ignore_broken_pipe
 
@@ -70,7 +70,7 @@ def lock_run_dir(job: Job, dist: Dist, handler: ExitHandler) -> Reporter:
     if dist.is_main:
         remove_end_files(folder)
         for written in (folder.path, folder.logs, folder.checkpoints):
-            remove_leftovers(written)
+            remove_stale_tmp(written)
     log_to_file(folder.logs / f"rank_{dist.rank}.log")
     timeout = 60 * job.settings.trainer.distributed.timeout_minutes
     handler.peers = PeerMonitor(folder.logs, dist.rank, dist.world_size, stop, timeout, handler.abort)

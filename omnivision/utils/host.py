@@ -1,4 +1,4 @@
-"""Which host and which process this is."""
+"""Identity of this host and its processes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def host_id() -> str:
-    """What ids of processes are of: a machine since it was started and, in a container, its own numbers."""
+    """Return an id of this host since boot and, in a container, of its process namespace, in which process ids are unique."""
     found = [socket.gethostname()]
     with contextlib.suppress(OSError):
         found.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
@@ -18,7 +18,7 @@ def host_id() -> str:
 
 
 def process_start(pid: int) -> int | None:
-    """When a process of this machine began, in clock ticks since boot; None if there is none. Tells reused ids apart."""
+    """Return when a process started, in clock ticks since boot; None if there is none. Distinguishes reused ids."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):

@@ -25,20 +25,20 @@ PARTS = "shards_"  # with what else a folder beside them, with the parts of one,
 
 
 def run_name(path: Path) -> str:
-    """Of a run folder, or of the run whose checkpoint a file is; of any other file its own."""
+    """Return the name of a run directory, or of the run of a checkpoint; of any other file its own."""
     return path.parent.parent.name if path.parent.name == "checkpoints" and path.parent.parent.name else path.name
 
 
 def temporary_beside(path: Path) -> Path:
-    """A name in the same folder that no other process or thread takes; `remove_leftovers` knows it."""
+    """Return a unique name in the same folder, which `remove_stale_tmp` recognises."""
     return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
 
 
 @contextlib.contextmanager
 def replace_atomically(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write to, which takes the place of `path` when the block ends well; else `path` stays as it was.
+    """Open a file that replaces `path` when the block ends without an error.
 
-    A link is followed. Raises OSError for a device, a pipe or a folder, which a file must not take the place of.
+    A link is followed. Raises OSError for a device, a pipe or a folder, which a file must not replace.
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
@@ -60,14 +60,14 @@ def write_atomically(path: Path, text: str) -> None:
         file.write(text.encode("utf-8", errors="backslashreplace"))  # names of files need not be text
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove temporary files that a process left when it was killed while writing. Only for the folder's one writer."""
+def remove_stale_tmp(folder: Path) -> None:
+    """Remove temporary files of writers that were killed. Only for the folder's one writer."""
     for leftover in folder.glob(".*.tmp"):
         leftover.unlink(missing_ok=True)
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a line to a text file, which several processes may do; one that a crash has cut is ended first."""
+    """Append a line to a text file, also from several processes; a truncated last line is ended first."""
     with open(path, "ab+") as file:
         if file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
             line = f"\n{line}"
@@ -102,11 +102,11 @@ def require_weights(source: str | Path) -> Path:
 
 
 class CorruptCheckpointError(Exception):
-    """A file of tensors that is not what was once written; the message says how it differs."""
+    """A file of tensors that differs from what was written; the message says how."""
 
 
 class UnsafePickleError(CorruptCheckpointError):
-    """A file that holds more than weights, in a way that opening it would run code."""
+    """A file with pickled objects, which would run code when opened."""
 
 
 def is_dense_cpu(tensor: torch.Tensor) -> bool:
@@ -118,7 +118,7 @@ def is_dense_cpu(tensor: torch.Tensor) -> bool:
 
 
 def is_archive(path: Path) -> bool:
-    """Whether a file is what torch writes today, a zip archive; a damaged one may say that it is and not be."""
+    """Whether a file is a zip archive, as torch writes since 1.6."""
     try:
         return zipfile.is_zipfile(path)
     except zipfile.BadZipFile:
@@ -126,9 +126,9 @@ def is_archive(path: Path) -> bool:
 
 
 def safe_load(source: Path | IO[bytes], map_location: str = "cpu") -> Any:
-    """What is in a file of `torch.save`; a path is memory-mapped, but for files from before torch 1.6, which are no archives.
+    """Load a file of `torch.save` with weights only; a path is memory-mapped, unless it is older than torch 1.6.
 
-    Raises CorruptCheckpointError for a file that does not load with weights only, whatever the reason.
+    Raises CorruptCheckpointError for a file that does not load, whatever the reason.
     """
     import torch
 

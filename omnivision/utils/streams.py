@@ -1,4 +1,4 @@
-"""Standard output and error of a run: it goes on when nobody reads them any more, or when their disk is full."""
+"""Standard output and error that never fail: a run continues after a broken pipe or on a full disk."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 
 class SafeStream:
-    """A text stream that never raises: what cannot be written is lost, what cannot be encoded is written with backslashes."""
+    """A text stream that never raises: text that cannot be written is lost, characters that cannot be encoded are escaped."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -37,7 +37,7 @@ class SafeStream:
             self._lose(error)
 
     def _lose(self, error: OSError) -> None:
-        """What is written from here on goes nowhere; Python's last flush would otherwise change the exit code."""
+        """Redirect the stream to /dev/null; Python's last flush would otherwise change the exit code."""
         self.failed = error
         with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), self._stream.fileno())
@@ -79,7 +79,7 @@ def wrap(text: str, width: int) -> str:
 
 
 def ignore_broken_pipe() -> None:
-    """Make both streams of this process patient; one that was closed leads nowhere."""
+    """Wrap both streams of this process in `SafeStream`; a closed one becomes /dev/null."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if not isinstance(stream, SafeStream):
