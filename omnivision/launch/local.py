@@ -40,10 +40,9 @@ GRACE_SECONDS = 15.0  # that the other processes have to leave after one has fai
 
 
 def run_local_processes(job: Job, count: int) -> int:
-    """Start `count` processes here and wait. When one fails, the others leave too; its exit code is returned.
+    """Start `count` ranks here and wait; returns the exit code. When one fails, the others are ended, too.
 
-    A request to stop is handed on to them. What killed a process is told by `summary.json` too, when that process could not
-    say so itself.
+    Signals are forwarded to them. What killed a rank is written into `summary.json`, if that rank could not.
     """
     from omnivision.distributed.process_group import RankInfo
 
@@ -54,10 +53,10 @@ def run_local_processes(job: Job, count: int) -> int:
         for process in processes:
             process.start()
         try:
-            with forward_signals(processes) as heard:
+            with forward_signals(processes) as received:
                 code, reason = wait_for_processes(processes)
-            if heard and (code in INTERRUPTED or any(process.exitcode == -heard[0] for process in processes)):
-                code, reason = exit_code_and_reason(StopRequested(signal.Signals(heard[0]).name))
+            if received and (code in INTERRUPTED or any(process.exitcode == -received[0] for process in processes)):
+                code, reason = exit_code_and_reason(StopRequested(signal.Signals(received[0]).name))
         except KeyboardInterrupt as error:
             with signals_ignored():
                 send(processes, signal.SIGINT)
@@ -89,16 +88,16 @@ def rendezvous_dir() -> Iterator[str]:
 
 @contextlib.contextmanager
 def forward_signals(processes: list[SpawnProcess]) -> Iterator[list[int]]:
-    """Inside this block requests to stop go to `processes` instead; the list has those that came."""
-    heard: list[int] = []
+    """Forward signals to `processes` inside this block; yields a list of those received."""
+    received: list[int] = []
 
     def hand_on(number: int, frame: Any) -> None:
-        heard.append(number)
+        received.append(number)
         send(processes, number)
 
     before = {number: signal.signal(number, hand_on) for number in SIGNALS}
     try:
-        yield heard
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -159,7 +159,7 @@ def resume_or_load_pretrained(job: Job, trainer: Trainer, reporter: Reporter) ->
 
 
 def write_run_metadata(job: Job, folder: RunDir, trainer: Trainer, on_cluster: bool) -> None:
-    """Write the configuration and the facts of a run that is about to train; those of a finished one stay as they are."""
+    """Write the configuration and the metadata of a run that is about to train; those of a finished one stay as they are."""
     config = folder.path / "config.yaml"
     if (job.settings.trainer.mode == "val" or trainer.is_done) and config.exists():
         return
@@ -170,10 +170,10 @@ def write_run_metadata(job: Job, folder: RunDir, trainer: Trainer, on_cluster: b
     if (commit := git_commit()) is not None and commits[-1:] != [commit]:
         commits = [*commits, commit]
     history = {"started": before.get("started", time.time()), "commits": commits}
-    facts: dict[str, Any] = {"run": build.run_metadata(job.settings, trainer.raw_model) | history}
+    metadata: dict[str, Any] = {"run": build.run_metadata(job.settings, trainer.raw_model) | history}
     if not on_cluster:
-        facts["job"] = None
-    folder.write_summary(**facts)
+        metadata["job"] = None
+    folder.write_summary(**metadata)
 
 
 def release(trainer: Trainer, reporter: Reporter, dist: Dist, handler: ExitHandler) -> None:

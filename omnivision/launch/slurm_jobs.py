@@ -94,9 +94,9 @@ def public_environment() -> dict[str, str | None]:
 # ---- history ------------------------------------------------------------------------------------------------------
 
 
-def note(folder: RunDir, event: str, token: str, **facts: Any) -> None:
+def note(folder: RunDir, event: str, token: str, **fields: Any) -> None:
     """Append a line to the history of a run's jobs. `token` names the submission, since job ids may be reused."""
-    line = {"time": time.time(), "event": event, "token": token, **facts}
+    line = {"time": time.time(), "event": event, "token": token, **fields}
     append_line(folder.path / LOGS / "history.jsonl", json.dumps(line))
 
 
@@ -178,8 +178,8 @@ class JobLog:
         self.task, self.folder, self.token = task, folder, token
         self.max_requeues, self.watch_the_clock = max_requeues, watch_the_clock
 
-    def note(self, event: str, **facts: Any) -> None:
-        note(self.folder, event, self.token, job=self.task.job_id, restarts=self.task.restarts, **facts)
+    def note(self, event: str, **fields: Any) -> None:
+        note(self.folder, event, self.token, job=self.task.job_id, restarts=self.task.restarts, **fields)
 
     def history(self) -> list[dict[str, Any]]:
         return history(self.folder, self.token)
@@ -194,8 +194,8 @@ class JobLog:
             reason = "it ended without a word, perhaps with its node; SLURM started it again"
             note(self.folder, "end", self.token, job=task.job_id, status="requeued", reason=reason)
         self.note("start", nodes=task.nodes)
-        facts = {"job_id": task.job_id, "restarts": task.restarts, "processes": task.world, "nodes": task.nodes}
-        self.folder.write_summary(job=(self.folder.read_summary().get("job") or {}) | facts)
+        fields = {"job_id": task.job_id, "restarts": task.restarts, "processes": task.world, "nodes": task.nodes}
+        self.folder.write_summary(job=(self.folder.read_summary().get("job") or {}) | fields)
 
     def check_requeue_limits(self, stop: StopSignal) -> None:
         """Raise UserError if the job came back too often; else set the deadline of `stop`."""
@@ -312,8 +312,8 @@ def apply_exit(decision: ExitDecision, task: Task, folder: RunDir, token: str, t
     """
 
     def write(decision: ExitDecision) -> None:
-        facts = {"status": decision.status, "reason": decision.reason}
-        note(folder, "end", token, job=task.job_id, restarts=task.restarts, **facts)
+        fields = {"status": decision.status, "reason": decision.reason}
+        note(folder, "end", token, job=task.job_id, restarts=task.restarts, **fields)
         if tells:
             folder.write_end(decision.status, decision.reason)
 
@@ -381,8 +381,8 @@ def resolve_status(summary: Mapping[str, Any], queue: Mapping[str, slurm.JobStat
         return "cancelled", f"it waited for what did not end well: {folders or state.dependency or state.reason}"
     if state.is_over:
         cancelled = state.state == "CANCELLED"  # such a job keeps the reason for which it waited
-        told = state.comment or ("ended from outside" if cancelled else state.reason) or "no reason given"
-        return "cancelled" if cancelled else "failed", f"job {job_id} is {state.state} ({told})"
+        why = state.comment or ("ended from outside" if cancelled else state.reason) or "no reason given"
+        return "cancelled" if cancelled else "failed", f"job {job_id} is {state.state} ({why})"
     if state.state == "PENDING":
         return status, f"job {job_id} waits ({state.reason})"
     if status in WAITING and state.state == "RUNNING":
@@ -430,33 +430,34 @@ def record_batch_exit(logs: Path, job_id: str, code: int, why: str = "its proces
     is_ours = (summary.get("job") or {}).get("job_id") == job_id
     if is_ours and summary.get("status") == "finished" and submitted.get("mode") in ("train", "train_only"):
         return True  # all epochs were done, whatever became of the processes afterwards
+    decision = classify_batch_exit(folder, job_id, restarts, lines, code, why, f"{logs}/{job_id}_batch.log")
+    apply_exit(decision, Task(job_id, 0, 0, 0, 0, 0, restarts, ""), folder, token, tells=True)
+    return False
+
+
+def classify_batch_exit(
+    folder: RunDir, job_id: str, restarts: int, lines: list[dict[str, Any]], code: int, why: str, log: str
+) -> ExitDecision:
+    """Return what becomes of a job whose rank 0 could not say it; `lines` are its history, `log` the batch script's output."""
     starts = [line["restarts"] for line in lines if line["event"] == "start"]
     now, never_ran = JobStatus.of(job_id, restarts), restarts not in starts
     number = code - 128 if code - 128 in set(signal.Signals) else 0
     name = f", {signal.Signals(number).name}{SIGNAL_HINTS.get(number, '')}" if number else ""  # type: ignore[call-overload]
     what = why if never_ran else "its processes ended"
-    reason = (
-        f"job {job_id}: {what} (exit code {code}{name}); see {logs}/{job_id}_batch.log and its tasks' logs beside it"
-    )
-    had_to_leave = number in (signal.SIGABRT, signal.SIGUSR2) or now.preempted or now.late or (never_ran and starts)
+    reason = f"job {job_id}: {what} (exit code {code}{name}); see {log} and its tasks' logs beside it"
     if now.requeued:
-        decision = ExitDecision("requeued", f"{reason}; SLURM has put it back into the queue")
-    elif now.cancelled:
-        decision = ExitDecision(
-            "interrupted", f"job {job_id} was cancelled before its processes could save anything more"
-        )
-    elif cause := first_failure(folder, job_id, restarts):
-        decision = ExitDecision("failed", cause)
-    else:
-        lost = lost_peer(folder, job_id, restarts)
-        if not lost and not had_to_leave:
-            decision = ExitDecision("failed", reason)
-        else:
-            task = Task(job_id, 0, 0, 0, 0, 0, restarts, "")
-            text = f"{lost} (perhaps with its node)" if lost else reason
-            decision = decide_requeue(text, task, submitted.get("max_requeues"), lines)
-    apply_exit(decision, Task(job_id, 0, 0, 0, 0, 0, restarts, ""), folder, token, tells=True)
-    return False
+        return ExitDecision("requeued", f"{reason}; SLURM has put it back into the queue")
+    if now.cancelled:
+        return ExitDecision("interrupted", f"job {job_id} was cancelled before its processes could save anything more")
+    if cause := first_failure(folder, job_id, restarts):
+        return ExitDecision("failed", cause)
+    had_to_leave = number in (signal.SIGABRT, signal.SIGUSR2) or now.preempted or now.late or (never_ran and starts)
+    if lost := lost_peer(folder, job_id, restarts):
+        reason = f"{lost} (perhaps with its node)"
+    elif not had_to_leave:
+        return ExitDecision("failed", reason)
+    limit = next((line.get("max_requeues") for line in lines if line["event"] == "submitted"), None)
+    return decide_requeue(reason, Task(job_id, 0, 0, 0, 0, 0, restarts, ""), limit, lines)
 
 
 def main(arguments: list[str]) -> None:

@@ -228,7 +228,7 @@ class Submitted(OnCluster):
         [fifth] = re.findall(r"submitted job_id=(\d+) folder=\S+seed_5\n", again.stdout)
         self.cluster.ask("scancel", fifth)
         different = self.shell(*command, "submitit.cpus_per_task=1,2")
-        self.assert_refused(different, "cpus_per_task|A sweep of 8 runs in 4 folders")
+        self.assert_refused(different, "cpus_per_task|launcher.experiment_log_dir")
 
     def test_6_settings_of_the_site_come_from_a_folder_of_ones_own(self):
         site = self.folder / "ours" / "site"
