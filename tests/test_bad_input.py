@@ -90,7 +90,7 @@ class Mistakes(unittest.TestCase):
             (["++ephocs=3"], r"ephocs \(argument \+\+ephocs=3\) .* mean epochs"),
             (["launcher.num_nodes=2"], "this machine is one node"),
             (["trainer.mode=val", "++datasets.k150.val=null"], "none of its sources .* has a val split"),
-            (["trainer.accelerator=cuda"], "found 0"),
+            (["trainer.accelerator=cuda"], "trainer.accelerator"),
             (["trainer.data.mask.ratio=1"], "The mask hides 16 of the 16 tokens"),
             (
                 ["trainer.mode=val", *[f"++datasets.k150.val.{k}={self.folder}/{k}.npy" for k in ("paths", "labels")]],
