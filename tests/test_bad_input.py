@@ -119,7 +119,7 @@ class Mistakes(unittest.TestCase):
         self.assertEqual(result.returncode, 0, result.stderr)
         for overrides, experiment, checkpoint in (
             (["trainer.model.trunk.depth=3"], "trainer.model.trunk.depth: 2 -> 3", "trainer/model"),
-            (["batch_size=4"], "clips of a step of k150: 8 -> 4", "steps an epoch"),
+            (["batch_size=4"], "clips of a step of k150: 8 -> 4", "limit_train_batches"),
         ):
             again = [*self.data, "epochs=1", *overrides]
             self.assert_refused(*again, saying=f"{experiment}.*allow_changes", folder="other")

@@ -124,7 +124,14 @@ class Windows(Folder):
                 "classes": [101],
                 "pretrained": "mae",
             }
-            summary = {"run": run, "status": "running", "epochs": 30, "wall_time": 5400.0, "best": top1}
+            summary = {
+                "run": run,
+                "status": "running",
+                "job": {"job_id": "7"},
+                "epochs": 30,
+                "wall_time": 5400.0,
+                "best": top1,
+            }
             (folder / "summary.json").write_text(
                 json.dumps(summary | {"last": {"val_top1": top1, "val_loss": 1.23456}})
             )

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 END_FILE_SECONDS = 2.0  # for the end file of another rank to appear
 LOG = logging.getLogger("omnivision")
+LOG.addHandler(logging.NullHandler())  # until there is a file, nothing goes to the console by itself
 LESS_MEMORY = (
     "Raise trainer.optim.accumulation_steps (the same batch in smaller micro-batches), set "
     "trainer.model.trunk.activation_checkpointing=true, or lower batch_size; num_workers and trainer.data.prefetch take memory "
@@ -114,8 +115,9 @@ class ExitHandler:
     The main thread says why the process ends, or a thread that watches it aborts it.
     """
 
-    def __init__(self, folder: RunDir, rank: int, settings: Settings, log: JobLog | None) -> None:
+    def __init__(self, folder: RunDir, rank: int, settings: Settings, log: JobLog | None, world_size: int = 1) -> None:
         self.folder, self.rank, self.log = folder, rank, log
+        self.writes_end_file = world_size > 1 or log is not None  # for the other ranks, or for the batch script
         self.validating = settings.trainer.mode == "val"
         self.stop = StopSignal()
         self.exit_code = 0
@@ -165,7 +167,7 @@ class ExitHandler:
         tells = untouched or (self.begun and not self.validating)
         if self.log is not None and self.rank == 0 and not self.validating:
             tells = tells or self.locked or self.log.owns_summary()
-        return report_exit(error, self.folder, tells, self.rank, self.log)
+        return report_exit(error, self.folder, tells, self.rank, self.log, self.writes_end_file)
 
     def abort(self, error: BaseException, at_once: bool) -> None:
         """In a thread that watches, end the process whatever its main thread does, and write down what that is.
@@ -181,7 +183,7 @@ class ExitHandler:
             error.add_note(f"what each thread was doing is in {stacks}")
             # Rank 0 tells how a run ended or, if that one is silent, whoever notices.
             tells = not self.validating and (self.locked or isinstance(error, PeerLostError))
-            report_exit(error, self.folder, tells, self.rank, None if at_once else self.log)
+            report_exit(error, self.folder, tells, self.rank, None if at_once else self.log, self.writes_end_file)
             self.unlock()
         except BaseException:  # for example a file system that does not answer
             traceback.print_exc()
@@ -193,7 +195,9 @@ class ExitHandler:
             self.folder.unlock()
 
 
-def report_exit(error: BaseException, folder: RunDir, tells: bool, rank: int, log: JobLog | None = None) -> int:
+def report_exit(
+    error: BaseException, folder: RunDir, tells: bool, rank: int, log: JobLog | None = None, end_file: bool = True
+) -> int:
     """Report why a process ends: on the console, in its log and its end file and, if it `tells` of this run, in `summary.json`.
 
     Returns the exit code.
@@ -211,7 +215,8 @@ def report_exit(error: BaseException, folder: RunDir, tells: bool, rank: int, lo
             print_error(f"{reason}. The same command resumes from the last checkpoint.")
         else:
             print_error(error if is_fault else reason)
-    write_end_file(folder, rank, error, reason)
+    if end_file:
+        write_end_file(folder, rank, error, reason)
     try:
         if log is not None and rank == 0:
             log.record_end(error, reason, tells)

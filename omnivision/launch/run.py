@@ -31,7 +31,6 @@ from omnivision.utils.signals import StopSignal, signals_ignored
 from omnivision.utils.streams import ignore_broken_pipe
 
 LOG = logging.getLogger("omnivision")
-LOG.addHandler(logging.NullHandler())  # until there is a file, nothing goes to the console by itself
 
 
 def run_rank(job: Job, rank_info: RankInfo | None, log: JobLog | None = None) -> int:
@@ -46,7 +45,7 @@ def run_rank(job: Job, rank_info: RankInfo | None, log: JobLog | None = None) ->
     ignore_broken_pipe()
     faulthandler.enable(sys.__stderr__ or 2)  # a signal that no Python code sees (SIGSEGV, SIGBUS) still says where
     rank_info = rank_info or RankInfo.from_torchrun()
-    handler = ExitHandler(run_folder(job), rank_info.rank, job.settings, log)
+    handler = ExitHandler(run_folder(job), rank_info.rank, job.settings, log, rank_info.world_size)
     with handler.supervise():
         dist = build.process_group(job.settings, rank_info)
         reporter = lock_run_dir(job, dist, handler)

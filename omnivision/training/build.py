@@ -198,7 +198,11 @@ def freeze(model: nn.Module, patterns: list[str]) -> None:
 
 
 def task(settings: Settings) -> Any:
-    return build_with_labels(settings, settings.trainer.task, "trainer.task")
+    task = build_with_labels(settings, settings.trainer.task, "trainer.task")
+    for name, earlier in (("epoch_metrics", "epoch_figures"), ("visualize", "pictures")):
+        if not hasattr(task, name) and hasattr(task, earlier):  # a user's class that was written for an earlier release
+            setattr(task, name, getattr(task, earlier))
+    return task
 
 
 def clip_cost(settings: Settings, model: nn.Module) -> utilisation.ClipFlops | None:
