@@ -436,10 +436,10 @@ class Ledger(unittest.TestCase):
             resumed = BadSampleLedger(path, files=100, budget=0.02)
             self.assertEqual(len(resumed), 2)
             with self.assertRaisesRegex(
-                UserError, r"(?s)3 of 100 samples .*budget of 2\.00%.*2\.mp4: reason 2"
+                UserError, r"(?s)3 of 100 samples .*bad_sample_budget is 2\.00%.*2\.mp4: reason 2"
             ) as caught:
                 resumed.add(bad, write=False)
-            self.assertTrue(caught.exception.everywhere)
+            self.assertTrue(caught.exception.on_all_ranks)
             self.assertEqual(len(path.read_text().splitlines()), 2)
 
     def test_a_file_that_was_mended_is_forgotten(self):

@@ -206,7 +206,7 @@ class Script(unittest.TestCase):
             recipe = page.partition("```yaml\n")[2].partition("```")[0]
             (site / "trainer/mae_ft_mine_config.yaml").write_text(recipe)
             entry = "  mine: {kind: video, num_classes: 3, train: {paths: p.npy, labels: l.npy}}\n"
-            (site / "experiments/films.yaml").write_text(f"# @package _global_\ndatasets:\n{entry}")
+            (site / "experiments/my_datasets.yaml").write_text(f"# @package _global_\ndatasets:\n{entry}")
             stage = (
                 "+experiments=omnimae/omnimain_train_video_ft",
                 "+trainer=mae_ft_mine_config",

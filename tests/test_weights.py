@@ -299,7 +299,7 @@ class Reading(unittest.TestCase):
                 if not manifest:
                     path.with_name("checkpoint.pt.json").unlink()
                 for reader in (read, read_for_import):
-                    with self.assertRaisesRegex(UserError, "manifest describes" if manifest else "checksum"):
+                    with self.assertRaisesRegex(UserError, "its manifest" if manifest else "checksum"):
                         reader(folder.parent)
 
     def test_what_is_neither_file_nor_folder(self):
