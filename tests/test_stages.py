@@ -335,7 +335,10 @@ class Averages(OnFilms):
                 [self.sources, '++trainer.checkpoint.drop=["trunk.norm.*"]'],
                 r"a/\S+ does not fit .*trunk\.norm\.\S+ is missing",
             ),
-            ([self.sources, "trainer.mode=val"], "There is no checkpoint in .* to validate .*trainer/checkpoint=load_all"),
+            (
+                [self.sources, "trainer.mode=val"],
+                "There is no checkpoint in .* to validate .*trainer/checkpoint=load_all",
+            ),
         ]:
             with self.subTest(saying):
                 self.assert_refused(stages.command("average", self.folder / "wrong", *self.data, *overrides), saying)
