@@ -363,7 +363,7 @@ class Rotation(InFolder):
             with open_video(str(turned)) as video:
                 got = pixels(video.read(0.0, 0.4, 10))
                 whole = np.stack([picture for _, picture in video.frames()])
-                facts = video.facts()
+                facts = video.info()
             self.assertEqual((facts.rotation, facts.mirrored), (clockwise, mirrored))
             self.assertEqual((facts.height, facts.width), expected.shape[1:3])
             self.assertTrue(np.array_equal(got, expected), f"{clockwise} degrees clockwise, {mirrored}")

@@ -170,7 +170,7 @@ class Dry(unittest.TestCase):
         np.save(self.folder / "short.npy", [str(self.folder / "short.mp4")] * 6)
         changes = {"datasets.ucf101.train.paths": f"{self.folder}/short.npy", "trainer.data.num_workers": 9}
         # Packets are not read, so that a start does not wait for them.
-        with mock.patch.object(Trainer, "fit"), mock.patch.object(VideoFile, "facts", side_effect=AssertionError):
+        with mock.patch.object(Trainer, "fit"), mock.patch.object(VideoFile, "info", side_effect=AssertionError):
             for mode in ("dry", "train"):
                 shown = self.start("warned", mode, changes)
                 said = shown.stdout + shown.stderr

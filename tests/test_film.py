@@ -43,13 +43,13 @@ class WholeFilms(InFolder):
     def test_facts(self) -> None:
         for path in self.films():
             with self.subTest(path.name), open_video(str(path)) as film:
-                facts, (height, width, _) = film.facts(), Truth(path).frames[0].shape
+                facts, (height, width, _) = film.info(), Truth(path).frames[0].shape
                 self.assertEqual((facts.width, facts.height, facts.rotation), (width, height, 0))
                 self.assertEqual(facts.frames, len(film.times()))
         for gop in (1, 7, 50):
             path = make_film(self.folder / "gop.mp4", frames=25, options={"g": str(gop), "sc_threshold": "0"})
             with open_video(str(path)) as film:
-                self.assertEqual(film.facts().gop, min(gop, 25))
+                self.assertEqual(film.info().gop, min(gop, 25))
 
     def test_what_is_not_whole_is_refused(self) -> None:
         for name, codec in (("a.mkv", "libx264"), ("b.avi", "mpeg4")):
@@ -80,7 +80,7 @@ class WholeFilms(InFolder):
         with open_video(str(self.folder / "clip"), fps=5) as film:
             self.assertEqual([(tick, picture[0, 0, 0]) for tick, picture in film.frames()], [(0, 1), (1, 2), (2, 10)])
             self.assertEqual((film.times(), film.time_base * 5), ([0, 1, 2], 1))
-            facts = film.facts()
+            facts = film.info()
             self.assertEqual((facts.frames, facts.width, facts.height, facts.rotation, facts.gop), (3, 20, 10, 0, 1))
         Image.new("RGB", (10, 20)).save(self.folder / "clip" / "3.png")
         with open_video(str(self.folder / "clip")) as film, self.assertRaisesRegex(VideoDecodeError, "different sizes"):

@@ -96,7 +96,7 @@ class Reading(unittest.TestCase):
         ):
             with open_video(path, frame_pattern=pattern) as film:
                 shown = film.read(0.0, 1.0, 16)
-                self.assertEqual(film.facts().frames, frames)
+                self.assertEqual(film.info().frames, frames)
                 if grey is not None:
                     self.assertEqual(set(shown.flatten().tolist()), {grey})
         with self.assertRaises(VideoDecodeError), open_video(path, frame_pattern="rgb_*"):

@@ -169,6 +169,25 @@ class Building(Case):
         self.assertEqual(target_problems({"_target_": "ownmodels.Tiny"}, "trainer.model", ["ownmodels"]), [])
 
 
+class EarlierTask:
+    """A user's task written for an earlier release: two of its methods had other names."""
+
+    def epoch_figures(self, model):
+        return {"brightness": 1.0}
+
+    def pictures(self, model, batch):
+        return None
+
+
+class Tasks(unittest.TestCase):
+    def test_methods_of_an_earlier_release_are_called(self):
+        settings = mock.MagicMock()
+        with mock.patch("omnivision.training.build.build_with_labels", return_value=EarlierTask()):
+            task = build.task(settings)
+        self.assertEqual(task.epoch_metrics(None), {"brightness": 1.0})
+        self.assertIsNone(task.visualize(None, None))
+
+
 class Memory(Case):
     ERRORS = (
         MemoryError(),

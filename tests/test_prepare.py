@@ -1004,7 +1004,7 @@ class Transcoding(Folder):
                     if tick % 5 == 0:
                         self.assertLess(np.abs(before[::4, ::4].astype(float) - after[::4, ::4]).mean(), 4)
                 self.assertAlmostEqual(old.duration, new.duration, delta=1e-4)
-                self.assertEqual((new.facts().gop, old.facts().gop > 50), (12, True))
+                self.assertEqual((new.info().gop, old.info().gop > 50), (12, True))
         with av.open(str(self.made(real_films()[0]))) as container:
             self.assertEqual([stream.type for stream in container.streams], ["video"], "sound is dropped")
 
@@ -1046,10 +1046,10 @@ class Transcoding(Folder):
         turn = b"".join(value.to_bytes(4, "big", signed=True) for value in (0, 65536, 0, -65536, 0, 0, 0, 0, 1 << 30))
         (self.folder / "turned.mp4").write_bytes(data[:at] + turn + data[at + 36 :])
         with open_video(str(self.folder / "turned.mp4")) as video:
-            self.assertEqual((video.facts().rotation, video.facts().width), (90, 48))
+            self.assertEqual((video.info().rotation, video.info().width), (90, 48))
         made = self.made(self.folder / "turned.mp4", crf=4)
         with open_video(str(made)) as video:
-            self.assertEqual((video.facts().rotation, video.facts().width), (0, 48))
+            self.assertEqual((video.info().rotation, video.info().width), (0, 48))
         upright = np.rot90(moving().astype(float), -1, axes=(1, 2))
         self.assertLess(np.abs(self.pictures(made)[1] - upright).mean(), 8)
 
@@ -1115,7 +1115,7 @@ class PreparedVideos(Folder):
         self.assertIn("failed.csv", self.errors)
         for path, _ in found["train"]:
             with open_video(path) as video:
-                self.assertEqual(video.facts().gop, 2)
+                self.assertEqual(video.info().gop, 2)
         # Mended, the same command takes it in and keeps the others.
         times = {path: os.stat(path).st_mtime_ns for path, _ in found["train"]}
         write_film(self.folder / "s/b/4.mp4", moving(), fps=25)

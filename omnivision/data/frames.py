@@ -263,8 +263,8 @@ class FrameFolder:
         """As VideoFile.mean_rate."""
         return float(self._fps)
 
-    def facts(self) -> VideoInfo:
-        """As VideoFile.facts; every frame is a key frame."""
+    def info(self) -> VideoInfo:
+        """As VideoFile.info; every frame is a key frame."""
         height, width, _ = self._frame(self._names[0]).shape
         return VideoInfo(len(self._names), width, height, rotation=0, gop=1, rate=float(self._fps))
 

@@ -191,7 +191,7 @@ class VideoFile:
         """Frames a second, by the header; None where it does not say."""
         return float(self._stream.average_rate or 0) or None
 
-    def facts(self) -> VideoInfo:
+    def info(self) -> VideoInfo:
         """Read all packets, but decode the first frame only. Raises VideoDecodeError."""
         with _as_decode_error():
             self._open(probe=True)

@@ -185,7 +185,7 @@ def describe(
     for curve in curves_of(optimizer):
         of = "" if len(curve.groups) == len(optimizer.groups) else f" ({listed_groups(curve.groups)})"
         told = f"epoch 0 to {settings.trainer.max_epochs}: {told_curve(curve.values)}{of}"
-        lines.append(f"{curve.option:12} {line_of(curve.values)}  {told}")
+        lines.append(f"{curve.option:12} {sparkline(curve.values)}  {told}")
     return "\n".join(lines)
 
 
@@ -205,7 +205,7 @@ def listed_groups(groups: list[int]) -> str:
     return f"group{'s' * (len(groups) > 1)} {shown}" + (f", ... ({len(groups)})" if len(groups) > 4 else "")
 
 
-def line_of(values: list[float]) -> str:
+def sparkline(values: list[float]) -> str:
     """A curve in one line of blocks, from the least to the most of its values; one that never changes is halfway up, or 0."""
     low, high = min(values), max(values)
     if low == high:

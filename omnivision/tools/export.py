@@ -45,7 +45,7 @@ def run(checkpoint: str, out: Path, args: ExportOptions) -> int:
             out,
             model.state,
             model.architecture,
-            {"origin": export.origin(source, "omnivision"), "inference": shown.written()}
+            {"origin": export.origin(source, "omnivision"), "inference": shown.to_json()}
             | (source.progress if is_validated else {}),
         )
         export.write_card(out, text)

@@ -75,7 +75,7 @@ class InferenceConfig:
         average = "softmax" if said.get("average") == "softmax" else "logits"
         return cls(names, float(seconds), average)
 
-    def written(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """Return the record for a file, which `of` reads."""
         return {"class_names": self.names, "clip_duration": self.clip_duration, "average": self.average}
 

@@ -461,7 +461,7 @@ def _clip_frames(split: Split, index: int, data: DataSettings) -> int | None:
         return None
     with open_video(path, fps=rules.fps, max_pixels=data.max_pixels, frame_pattern=rules.frame_pattern) as video:
         seconds = min(data.clip_duration, sample_duration(video.duration, split.segment(index)))
-        return round((video.mean_rate or video.facts().frames / max(video.duration, 1e-9)) * seconds)
+        return round((video.mean_rate or video.info().frames / max(video.duration, 1e-9)) * seconds)
 
 
 def run_metadata(settings: Settings, model: nn.Module) -> dict[str, Any]:

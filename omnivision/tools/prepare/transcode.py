@@ -77,7 +77,7 @@ def transcode(job: TranscodeJob) -> TranscodeResult:
         with open_video(
             job.source, max_pixels=MAX_PIXELS, fps=config.source_fps, frame_pattern=config.frame_pattern
         ) as video:
-            duration, frames = Fraction(video.duration), video.facts().frames
+            duration, frames = Fraction(video.duration), video.info().frames
             tick, timed = _ascending(video.frames(), video.time_base)
             scaled = _scaled(timed, config.short_side, even=config.frames_fps is None)
             if config.frames_fps is not None:

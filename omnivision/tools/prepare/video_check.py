@@ -50,7 +50,7 @@ def check_video(job: CheckJob) -> list[VideoCheck]:
     """Read one video and check each of its samples; never raises for what is wrong with it."""
     try:
         with open_video(job.path, fps=job.fps, max_pixels=MAX_PIXELS, frame_pattern=job.frame_pattern) as video:
-            facts, duration = video.facts(), video.duration
+            facts, duration = video.info(), video.duration
             reasons = [_read_clips(video, duration, segment) for segment in job.segments]
             frames = facts.frames if job.quick else len(video.times())
     except VideoDecodeError as error:
