@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from omnivision.data.encode import write_film
+from omnivision.data.encode import write_video
 from omnivision.data.video import open_video
 from omnivision.data.views import resize
 
@@ -34,7 +34,7 @@ def make(folder: Path, width: int, height: int, seconds: int = 10, copies: int =
     """H.264 films with key frames `gop` frames apart; copies are different files with the same frames."""
     frames = real_frames(width, height, seconds * FPS)
     first = folder / f"{width}x{height}_gop{gop}_0.mp4"
-    write_film(first, frames, fps=FPS, gop=gop, preset="medium")
+    write_video(first, frames, fps=FPS, gop=gop, preset="medium")
     paths = [first]
     for number in range(1, copies):
         paths.append(first.with_name(first.name.replace("_0.mp4", f"_{number}.mp4")))

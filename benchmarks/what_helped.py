@@ -192,8 +192,8 @@ def sample_sides(report: Report, quick: bool) -> None:
         sides: dict[str, Side] = {"sample as it is": samples(dataset(folder, "films", paths), count)}
         for what, view in (("bytes until the device", FloatView), ("the short side resized once", EachByItself)):
             data = dataset(folder, "films", paths)
-            cut = data.cuts["video"]
-            data.cuts["video"] = dataclasses.replace(cut, view=view(loaders.SIZE, loaders.SHORT_SIDE))
+            config = data.configs["video"]
+            data.configs["video"] = dataclasses.replace(config, view=view(loaders.SIZE, loaders.SHORT_SIDE))
             sides[f"sample without: {what}"] = samples(data, count)
         sides["sample without: packets skipped"] = changed(
             samples(dataset(folder, "films", paths), count),

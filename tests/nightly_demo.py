@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from omnivision.data.encode import write_film
+from omnivision.data.encode import write_video
 from omnivision_demo.actions import ACTIONS
 from omnivision_demo.dataset import render, video_spec
 from tests import runs
@@ -28,7 +28,7 @@ def write_films(folder: Path) -> None:
         specs = [video_spec(0, domain, split, index) for index in range(count * len(ACTIONS))]
         specs = [spec for spec in specs if spec.label in KEPT]
         for spec in specs:
-            write_film(folder / domain / spec.path, render(spec), fps=spec.fps, gop=spec.gop, crf=spec.crf)
+            write_video(folder / domain / spec.path, render(spec), fps=spec.fps, gop=spec.gop, crf=spec.crf)
         np.save(folder / domain / f"{split}_paths.npy", np.array([spec.path for spec in specs]))
         np.save(folder / domain / f"{split}_labels.npy", np.array([KEPT.index(spec.label) for spec in specs]))
     (folder / "class_names.txt").write_text("".join(f"{ACTIONS[label]}\n" for label in KEPT))

@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 
 from omnivision import train
 from omnivision.config.compose import use_yaml12_numbers
-from omnivision.data.encode import write_film
+from omnivision.data.encode import write_video
 from omnivision.launch import local
 from tests.runs import ROOT
 
@@ -71,7 +71,7 @@ def write_films(folder: Path, count: int) -> list[str]:
         for time, frame in enumerate(frames):
             place = (2 * time + 5 * number) % 56
             frame[:, place : place + 8, number % CLASSES] = 200
-        write_film(path, frames, fps=25)
+        write_video(path, frames, fps=25)
     return paths
 
 

@@ -13,7 +13,7 @@ from unittest import mock
 import numpy as np
 from PIL import Image
 
-from omnivision.data.encode import write_film
+from omnivision.data.encode import write_video
 from omnivision.tools import check_data
 from omnivision.tools.main import main
 from omnivision.tools.prepare.duplicates import find_duplicates
@@ -35,7 +35,7 @@ class Folder(unittest.TestCase):
 
     def video(self, name: str, frames: int = 6, size: tuple[int, int] = (32, 48), gop: int = 12) -> str:
         noise = np.random.default_rng(len(name) + frames).integers(0, 256, (frames, *size, 3), dtype=np.uint8)
-        write_film(self.folder / name, noise, fps=25, gop=gop)
+        write_video(self.folder / name, noise, fps=25, gop=gop)
         return name
 
     def save(self, name: str, array: object) -> Path:
@@ -95,7 +95,7 @@ class Samples(Folder):
 
     def test_damage_in_the_middle_is_found_unless_quick(self):
         noise = np.random.default_rng(0).integers(0, 256, (400, 32, 48, 3), dtype=np.uint8)
-        write_film(self.folder / "v.mp4", noise, fps=25, gop=12)
+        write_video(self.folder / "v.mp4", noise, fps=25, gop=12)
         data = bytearray((self.folder / "v.mp4").read_bytes())
         third = len(data) // 3  # of 16 s: between the first and the middle clip
         data[third : third + 400] = bytes(400)
@@ -105,7 +105,7 @@ class Samples(Folder):
 
     def test_a_truncated_video_is_bad_quick_or_not(self):
         noise = np.random.default_rng(0).integers(0, 256, (100, 32, 48, 3), dtype=np.uint8)
-        write_film(self.folder / "v.mp4", noise, fps=25)
+        write_video(self.folder / "v.mp4", noise, fps=25)
         data = (self.folder / "v.mp4").read_bytes()
         moov = data.rindex(b"moov") - 4  # its index first, so that the video opens
         table = bytearray(data[moov:])

@@ -19,7 +19,7 @@ from PIL import Image
 from omnivision.data.batch import BadSample, Batch, Sample, collate, vanished_files
 from omnivision.data.catalog import Dataset, Split, SplitFiles
 from omnivision.data.dataset import REPLACEMENTS, ClipConfig, ClipDataset
-from omnivision.data.encode import write_film
+from omnivision.data.encode import write_video
 from omnivision.data.loader import LoaderConfig, evaluation_batches, train_batches
 from omnivision.data.masking import RandomMask
 from omnivision.data.sampling import EpochPlan, Request, SourcePlan
@@ -154,13 +154,13 @@ class Films(unittest.TestCase):
         for number in range(11):
             rng = np.random.default_rng(number)
             film = rng.integers(0, 256, (20, 6, 8, 3), dtype=np.uint8).repeat(8, 1).repeat(8, 2)
-            write_film(cls.folder / f"{number}.mp4", film, fps=10)
+            write_video(cls.folder / f"{number}.mp4", film, fps=10)
             names.append(f"{number}.mp4")
         np.save(cls.folder / "paths.npy", np.array(names))
         np.save(cls.folder / "labels.npy", np.arange(11) % 3)
         # A film and a folder whose frames are of one grey each, brighter with time: a view tells the moments it shows.
         greys = np.broadcast_to(np.arange(20, dtype=np.uint8)[:, None, None, None] * 12, (20, 48, 64, 3))
-        write_film(cls.folder / "greys.mp4", greys, fps=10, crf=0)
+        write_video(cls.folder / "greys.mp4", greys, fps=10, crf=0)
         (cls.folder / "greys").mkdir()
         for number, frame in enumerate(greys):
             Image.fromarray(frame).save(cls.folder / "greys" / f"{number:05d}.png")
@@ -317,11 +317,11 @@ class Films(unittest.TestCase):
 
     def test_a_strip_is_bad(self):
         for size in ((16, 16 * 16), (16 * 16, 16)):
-            write_film(self.folder / "strip.mp4", np.zeros((4, *size, 3), np.uint8), fps=4)
+            write_video(self.folder / "strip.mp4", np.zeros((4, *size, 3), np.uint8), fps=4)
             np.save(self.folder / "strip.npy", np.array(["strip.mp4"] * 11))
             self.assertEqual(self.dataset("strip.npy", training=False)[Request(0, 0, 0)].bad, [])
         for size in ((16, 16 * 16 + 2), (16 * 16 + 2, 16)):
-            write_film(self.folder / "strip.mp4", np.zeros((4, *size, 3), np.uint8), fps=4)
+            write_video(self.folder / "strip.mp4", np.zeros((4, *size, 3), np.uint8), fps=4)
             (bad,) = self.dataset("strip.npy", training=False)[Request(0, 0, 0)].bad
             self.assertRegex(bad.reason, "one side is more than 16 times the other")
 

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from omnivision import train
 from omnivision.config.validate import validate_config
-from omnivision.data.encode import write_film
+from omnivision.data.encode import write_video
 from omnivision.data.video import VideoFile
 from omnivision.launch import dry_run as dry
 from omnivision.launch import slurm, submit
@@ -166,7 +166,7 @@ class Dry(unittest.TestCase):
             self.assertRegex(shown.stdout, r"warning: .*ucf101 \(train\).*garbage0.mp4: .*bad_sample_budget")
 
     def test_warnings_are_those_of_the_run(self):
-        write_film(str(self.folder / "short.mp4"), np.zeros((3, 48, 64, 3), np.uint8), fps=25)
+        write_video(str(self.folder / "short.mp4"), np.zeros((3, 48, 64, 3), np.uint8), fps=25)
         np.save(self.folder / "short.npy", [str(self.folder / "short.mp4")] * 6)
         changes = {"datasets.ucf101.train.paths": f"{self.folder}/short.npy", "trainer.data.num_workers": 9}
         # Packets are not read, so that a start does not wait for them.

@@ -11,7 +11,7 @@ from PIL import Image
 from omnivision.data.batch import collate
 from omnivision.data.catalog import Dataset, LabelSets, Split, SplitFiles
 from omnivision.data.dataset import ClipConfig, ClipDataset
-from omnivision.data.encode import write_film
+from omnivision.data.encode import write_video
 from omnivision.data.frames import VideoDecodeError, read_depth, read_image
 from omnivision.data.loader import LoaderConfig, train_batches
 from omnivision.data.masking import RandomMask
@@ -121,7 +121,7 @@ class Joint(Folder):
         super().setUp()
         rng = np.random.default_rng(0)
         for number in range(4):
-            write_film(self.folder / f"{number}.mp4", rng.integers(0, 256, (8, 48, 64, 3), dtype=np.uint8), fps=8)
+            write_video(self.folder / f"{number}.mp4", rng.integers(0, 256, (8, 48, 64, 3), dtype=np.uint8), fps=8)
         for number in range(12):
             Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(self.folder / f"{number}.jpg")
             Image.fromarray(rng.integers(0, 5000, (40, 50), dtype=np.uint16)).save(self.folder / f"{number}.png")

@@ -20,7 +20,7 @@ from PIL import Image
 
 from omnivision.data import encode
 from omnivision.data.catalog import Dataset, Split
-from omnivision.data.encode import write_film, write_timed_film
+from omnivision.data.encode import write_timed_video, write_video
 from omnivision.data.video import VideoDecodeError, open_video
 from omnivision.tools.prepare import transcode as transcoding
 from omnivision.tools.prepare.catalog_file import entry_lines, updated_catalog
@@ -498,7 +498,7 @@ class Columns(Folder):
         self.assertEqual([part for _, _, part in self.samples("val")], [(k, k + 1) for k in (0, 0, 1, 1, 2, 2)])
 
     def test_a_segment_is_the_same_in_a_transcoded_video(self):
-        write_film(self.folder / "a.mp4", moving(12), fps=12, crf=4)
+        write_video(self.folder / "a.mp4", moving(12), fps=12, crf=4)
         self.write("list.csv", "path,label,start,end\na.mp4,run,0.5,1\na.mp4,jump,0,0.25\n")
         for options, folder, fps in ((("--gop", 2, "--crf", 4), "films", {}), (("--frames", 6), "frames", {"fps": 6})):
             with self.subTest(options):
@@ -1010,18 +1010,18 @@ class Transcoding(Folder):
 
     def test_uneven_timing_is_kept(self):
         ticks = [0, 40, 80, 200, 210, 333, 1000]
-        write_timed_film(self.folder / "v.mp4", zip(ticks, moving(7), strict=True), Fraction(1, 1000), fps=7, end=1500)
+        write_timed_video(self.folder / "v.mp4", zip(ticks, moving(7), strict=True), Fraction(1, 1000), fps=7, end=1500)
         made = self.made(self.folder / "v.mp4")
         self.assertEqual(self.pictures(made)[0], [Fraction(tick, 1000) for tick in ticks])
         with open_video(str(made)) as video:
             self.assertEqual(video.duration, 1.5)
 
     def test_a_video_is_read_back_before_it_gets_its_name(self):
-        write_film(self.folder / "v.mp4", moving(), fps=25)
+        write_video(self.folder / "v.mp4", moving(), fps=25)
         with mock.patch.object(
             transcoding,
-            "write_timed_film",
-            lambda path, frames, tick, **options: encode.write_timed_film(
+            "write_timed_video",
+            lambda path, frames, tick, **options: encode.write_timed_video(
                 path, [(2 * time, picture) for time, picture in frames], tick, **options
             ),
         ):
@@ -1032,7 +1032,7 @@ class Transcoding(Folder):
         self.assertEqual(os.listdir(self.folder), ["v.mp4"])
 
     def test_short_side(self):
-        write_film(self.folder / "v.mp4", moving(), fps=25)
+        write_video(self.folder / "v.mp4", moving(), fps=25)
         self.assertEqual(self.pictures(self.made(self.folder / "v.mp4", short_side=24))[1].shape, (12, 24, 32, 3))
         self.assertEqual(self.pictures(self.made(self.folder / "v.mp4", short_side=480))[1].shape, (12, 48, 64, 3))
         self.assertEqual(target_size(1280, 720, 256, even=True), (456, 256))
@@ -1040,7 +1040,7 @@ class Transcoding(Folder):
         self.assertEqual(target_size(321, 1, None, even=True), (320, 2))
 
     def test_rotation_is_applied(self):
-        write_film(self.folder / "v.mp4", moving(), fps=25, crf=4)
+        write_video(self.folder / "v.mp4", moving(), fps=25, crf=4)
         data = (self.folder / "v.mp4").read_bytes()
         at = data.index(b"tkhd") + 44  # the matrix of a track header of version 0: turn by 90 degrees
         turn = b"".join(value.to_bytes(4, "big", signed=True) for value in (0, 65536, 0, -65536, 0, 0, 0, 0, 1 << 30))
@@ -1063,13 +1063,13 @@ class Transcoding(Folder):
         self.assertLess(np.abs(pictures - moving()).mean(), 6)
         back = self.folder / "back"
         recipe = TranscodeConfig(None, frames_fps=12.5)
-        write_film(self.folder / "v.mp4", moving(), fps=25, crf=4)
+        write_video(self.folder / "v.mp4", moving(), fps=25, crf=4)
         self.assertEqual(transcode(TranscodeJob(str(self.folder / "v.mp4"), str(back), recipe)), TranscodeResult())
         self.assertEqual(sorted(os.listdir(back)), [f"{k:05}.jpg" for k in range(1, 7)])
         self.assertLess(np.abs(self.pictures(back)[1] - moving()[::2]).mean(), 6)
 
     def test_frames_at_a_higher_rate_repeat(self):
-        write_film(self.folder / "v.mp4", moving(3), fps=10)
+        write_video(self.folder / "v.mp4", moving(3), fps=10)
         transcode(
             TranscodeJob(str(self.folder / "v.mp4"), str(self.folder / "back"), TranscodeConfig(None, frames_fps=25))
         )
@@ -1102,7 +1102,7 @@ class PreparedVideos(Folder):
         super().setUp()
         for number, name in enumerate(("a/1", "a/2", "b/3", "b/4")):
             (self.folder / "s" / name).parent.mkdir(parents=True, exist_ok=True)
-            write_film(self.folder / "s" / f"{name}.mp4", moving(6 + number), fps=25, gop=48)
+            write_video(self.folder / "s" / f"{name}.mp4", moving(6 + number), fps=25, gop=48)
         video = self.folder / "s/b/4.mp4"
         video.write_bytes(video.read_bytes()[:400])
 
@@ -1118,7 +1118,7 @@ class PreparedVideos(Folder):
                 self.assertEqual(video.info().gop, 2)
         # Mended, the same command takes it in and keeps the others.
         times = {path: os.stat(path).st_mtime_ns for path, _ in found["train"]}
-        write_film(self.folder / "s/b/4.mp4", moving(), fps=25)
+        write_video(self.folder / "s/b/4.mp4", moving(), fps=25)
         again = self.prepared(self.folder / "s", "--gop", 2, "--workers", 0)
         self.assertEqual(len(again["train"]), 4)
         self.assertFalse((self.out / "failed.csv").exists())
@@ -1133,9 +1133,9 @@ class PreparedVideos(Folder):
             made.append(1)
             if len(made) == 3:
                 raise KeyboardInterrupt
-            return encode.write_timed_film(*arguments, **options)
+            return encode.write_timed_video(*arguments, **options)
 
-        with mock.patch.object(transcoding, "write_timed_film", interrupt):
+        with mock.patch.object(transcoding, "write_timed_video", interrupt):
             code, _, errors = run(self.folder / "s", self.out, "--name", "mine", "--gop", 2, "--workers", 0)
         self.assertEqual((code, "interrupted" in errors), (EXIT_INTERRUPTED, True))
         self.assertFalse((self.out / "train_paths.npy").exists())
@@ -1146,7 +1146,7 @@ class PreparedVideos(Folder):
         self.assertEqual(sorted(path.name for path in (self.out / "films").rglob("*.*")), ["1.mp4", "2.mp4", "3.mp4"])
 
     def test_a_full_disk_ends_it_and_is_not_the_videos_fault(self):
-        with mock.patch.object(transcoding, "write_timed_film", side_effect=OSError(28, "No space left on device")):
+        with mock.patch.object(transcoding, "write_timed_video", side_effect=OSError(28, "No space left on device")):
             with self.assertRaisesRegex(UserError, "cannot be written to: .*No space left"):
                 run(self.folder / "s", self.out, "--name", "mine", "--gop", 2, "--workers", 0)
         self.assertFalse((self.out / "failed.csv").exists())

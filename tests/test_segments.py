@@ -13,7 +13,7 @@ from PIL import Image
 from omnivision.checkpoint.fingerprint import differences
 from omnivision.data.catalog import Dataset, Split, SplitFiles
 from omnivision.data.dataset import ClipConfig, ClipDataset
-from omnivision.data.encode import write_film
+from omnivision.data.encode import write_video
 from omnivision.data.sampling import Request
 from omnivision.data.views import EvalView, PretrainView
 from omnivision.tools.prepare.duplicates import find_duplicates
@@ -61,8 +61,8 @@ class Honoured(Folder):
         self.frames("whole", range(20))
         self.frames("part", range(4, 12))
         noise = np.random.default_rng(0).integers(0, 256, (20, 6, 8, 3), dtype=np.uint8).repeat(8, 1).repeat(8, 2)
-        write_film(self.folder / "whole.mp4", noise, fps=FPS, crf=0, gop=5)
-        write_film(self.folder / "part.mp4", noise[4:12], fps=FPS, crf=0)
+        write_video(self.folder / "whole.mp4", noise, fps=FPS, crf=0, gop=5)
+        write_video(self.folder / "part.mp4", noise[4:12], fps=FPS, crf=0)
         for training in (True, False):
             for seconds in (0.5, 1.0, 2.7):  # shorter than the segment, as long, longer
                 for kind in ("", ".mp4"):

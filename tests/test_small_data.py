@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from omnivision.data.encode import write_film
+from omnivision.data.encode import write_video
 from omnivision.data.video import open_video
 from tests import runs
 from tests import stage_runs as stages
@@ -86,7 +86,7 @@ def write_set(
             for number in range(count):
                 rng = np.random.default_rng([label, number, which == "val"])
                 paths.append(str(folder / f"{which}_{name}_{number}.mp4"))
-                write_film(paths[-1], draw(motion, rng), fps=25)
+                write_video(paths[-1], draw(motion, rng), fps=25)
                 labels.append(label)
         overrides += stages.write_split(folder, "ucf101", which, paths, classes, labels)
     return overrides

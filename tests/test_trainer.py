@@ -102,7 +102,7 @@ def trainer(
     dist = Dist(RankInfo(), "cpu", None, timedelta(minutes=1))
     run_folder = RunDir(folder)
     run_folder.create()
-    source = SourcePlan(12, 4, pieces=options.pop("pieces", 1))
+    source = SourcePlan(12, 4, micro_batches=options.pop("micro_batches", 1))
     plan = EpochPlan({"noise": source}, seed=3, limit=options.pop("limit", None))
     ledger = BadSampleLedger(run_folder.logs / "bad_samples.jsonl", 12, budget=0.5)
     made = Trainer(
@@ -177,8 +177,8 @@ class Loop(unittest.TestCase):
         # Drop path draws by batch, so it is off here. In double precision, because the gradient of the keys' bias is zero but
         # for rounding, and AdamW makes steps of rounding that it can see.
         results = []
-        for pieces in (1, 2, 4):
-            made = trainer(self.folder / f"pieces_{pieces}", pieces=pieces)
+        for micro_batches in (1, 2, 4):
+            made = trainer(self.folder / f"pieces_{micro_batches}", micro_batches=micro_batches)
             made.raw_model.double()
             for block in made.raw_model.trunk.blocks:
                 block.drop_path.rate = 0.0
@@ -196,11 +196,11 @@ class Loop(unittest.TestCase):
             ("all", MixupCutmix(), (0, 1) * 6),
         ):
             results = []
-            for pieces in (1, 2, 4):
-                made = classifier(self.folder / f"{name}_{pieces}", labels, mixing, pieces=pieces)
+            for micro_batches in (1, 2, 4):
+                made = classifier(self.folder / f"{name}_{micro_batches}", labels, mixing, micro_batches=micro_batches)
                 made.fit()
                 made.run.reporter.close()
-                logged = [(line["loss"], line.get("top1", 0.0)) for line in self.lines(f"{name}_{pieces}")]
+                logged = [(line["loss"], line.get("top1", 0.0)) for line in self.lines(f"{name}_{micro_batches}")]
                 results.append((made.raw_model.state_dict(), logged))
             for weights, logged in results[1:]:
                 self.assert_same(results[0][0], weights, delta=1e-6)
@@ -766,7 +766,7 @@ class Loop(unittest.TestCase):
         for name, options in (
             ("plain", {}),
             ("clipped", {"gradient_clip": 1.0, "ema_decay": 0.9}),
-            ("pieces", {"pieces": 2}),
+            ("micro_batches", {"micro_batches": 2}),
         ):
             made = trainer(self.folder / name, **options)
             made.optimizer = ScheduledOptimizer(

@@ -59,8 +59,8 @@ class Batch:
     views: int = 1  # clips of each video
     depth: Tensor | None = None  # float32 (B, 1, H, W) in [0, 1], of RGB-D images
     bad: list[BadSample] = field(default_factory=list)
-    whole: Batch | None = None  # of a micro-batch: the batch that it was split from
-    first: int = 0  # of a micro-batch: the position of its first sample there
+    parent: Batch | None = None  # of a micro-batch: the batch that it was split from
+    offset: int = 0  # of a micro-batch: the position of its first sample there
 
     def __len__(self) -> int:
         return len(self.video)
@@ -88,8 +88,8 @@ class Batch:
             replace(
                 self._tensors(lambda t, i=i: t[i : i + size]),  # type: ignore[misc]
                 paths=self.paths[i : i + size],
-                whole=self,
-                first=i,
+                parent=self,
+                offset=i,
             )
             for i in range(0, len(self), size)
         ]

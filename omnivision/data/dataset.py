@@ -73,7 +73,7 @@ class ClipDataset:
 
     Args:
         splits: the sources; a request names one by position.
-        cuts: by kind of source ("video", "image", "rgbd").
+        configs: by kind of source ("video", "image", "rgbd").
         clip_duration: seconds that the frames of a clip are spread over.
         seed: of all draws.
         training: clips start anywhere and a bad file is replaced by another sample. Otherwise clips are spread evenly, and the
@@ -85,14 +85,14 @@ class ClipDataset:
     def __init__(
         self,
         splits: Sequence[Split],
-        cuts: Mapping[str, ClipConfig],
+        configs: Mapping[str, ClipConfig],
         clip_duration: float,
         seed: int,
         training: bool,
         max_pixels: int | None = None,
         spacing: Spacing = "ends",
     ) -> None:
-        self.splits, self.cuts, self.clip_duration = list(splits), dict(cuts), clip_duration
+        self.splits, self.configs, self.clip_duration = list(splits), dict(configs), clip_duration
         self.seed, self.training, self.max_pixels, self.spacing = seed, training, max_pixels, spacing
 
     def __getitem__(self, request: Request) -> Sample:
@@ -113,19 +113,19 @@ class ClipDataset:
         return self._empty(split, request, path, bad)
 
     def _sample(self, split: Split, request: Request, path: str, bad: list[BadSample]) -> Sample:
-        cut = self.cuts[split.dataset.kind]
-        depth = self._depth(split, request, cut)
+        config = self.configs[split.dataset.kind]
+        depth = self._depth(split, request, config)
         views, masks, depths = [], [], []
-        for clip, frames in enumerate(self._clips(split, request, path, cut)):
-            frames = cut.view.prepare(_check_aspect(frames))
-            for number in range(cut.views):
-                key = (*request, clip * cut.views + number)
-                cropped = cut.view(frames, keyed_rng(self.seed, Draw.VIEW, *key), number)  # (T, C, H, W)
+        for clip, frames in enumerate(self._clips(split, request, path, config)):
+            frames = config.view.prepare(_check_aspect(frames))
+            for number in range(config.views):
+                key = (*request, clip * config.views + number)
+                cropped = config.view(frames, keyed_rng(self.seed, Draw.VIEW, *key), number)  # (T, C, H, W)
                 views.append(cropped)
                 if depth is not None:
-                    depths.append(cut.view.crop(depth, keyed_rng(self.seed, Draw.VIEW, *key), number)[0])
-                if cut.mask is not None:
-                    masks.append(torch.from_numpy(cut.mask(cut.grid, keyed_rng(self.seed, Draw.MASK, *key))))
+                    depths.append(config.view.crop(depth, keyed_rng(self.seed, Draw.VIEW, *key), number)[0])
+                if config.mask is not None:
+                    masks.append(torch.from_numpy(config.mask(config.grid, keyed_rng(self.seed, Draw.MASK, *key))))
         return Sample(
             video=_squeeze_time(_stacked(views), split),
             mask=torch.stack(masks) if masks else None,
@@ -137,15 +137,15 @@ class ClipDataset:
             bad=bad,
         )
 
-    def _depth(self, split: Split, request: Request, cut: ClipConfig) -> Tensor | None:
+    def _depth(self, split: Split, request: Request, config: ClipConfig) -> Tensor | None:
         """Depth of an RGB-D image as the view wants it: float32 (1, 1, H, W) in [0, 1], where 1 is `depth_max` or more."""
         path = split.depth_path(request.video)
         if path is None:
             return None
         stored = read_depth(path, self.max_pixels) * split.dataset.depth_scale
-        return cut.view.prepare(_check_aspect(stored.clamp(0, split.dataset.depth_max) / split.dataset.depth_max))
+        return config.view.prepare(_check_aspect(stored.clamp(0, split.dataset.depth_max) / split.dataset.depth_max))
 
-    def _clips(self, split: Split, request: Request, path: str, cut: ClipConfig) -> list[Tensor]:
+    def _clips(self, split: Split, request: Request, path: str, config: ClipConfig) -> list[Tensor]:
         """The clips of a file, each uint8 (T, C, H, W)."""
         if split.dataset.kind != "video":
             return [read_image(path, self.max_pixels)]
@@ -157,15 +157,15 @@ class ClipDataset:
                 u = keyed_rng(self.seed, Draw.CLIP, *request).random()
                 starts = [random_clip_start(duration, self.clip_duration, float(u))]
             else:
-                starts = uniform_clip_starts(duration, self.clip_duration, cut.clips, self.spacing)
-            return [video.read(*clip_window(start, self.clip_duration, segment), cut.num_frames) for start in starts]
+                starts = uniform_clip_starts(duration, self.clip_duration, config.clips, self.spacing)
+            return [video.read(*clip_window(start, self.clip_duration, segment), config.num_frames) for start in starts]
 
     def _empty(self, split: Split, request: Request, path: str, bad: list[BadSample]) -> Sample:
         """No views: the video is not counted, only named."""
-        cut = self.cuts[split.dataset.kind]
-        video = torch.empty(0, 3, cut.num_frames, cut.view.size, cut.view.size, dtype=torch.uint8)
-        mask = None if cut.mask is None else torch.empty(0, *cut.grid, dtype=torch.bool)
-        depth = None if split.dataset.kind != "rgbd" else torch.empty(0, 1, cut.view.size, cut.view.size)
+        config = self.configs[split.dataset.kind]
+        video = torch.empty(0, 3, config.num_frames, config.view.size, config.view.size, dtype=torch.uint8)
+        mask = None if config.mask is None else torch.empty(0, *config.grid, dtype=torch.bool)
+        depth = None if split.dataset.kind != "rgbd" else torch.empty(0, 1, config.view.size, config.view.size)
         label = split.label(request.video)
         return Sample(_squeeze_time(video, split), mask, label, split.name, request.video, path, bad, depth)
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 TEMPORARY_SUFFIX = ".part"
 
 
-def write_film(
+def write_video(
     path: str | os.PathLike[str],
     frames: NDArray[np.uint8],
     *,
@@ -39,10 +39,10 @@ def write_film(
         raise ValueError(f"frames are {frames.dtype} {frames.shape}; expected uint8 (T, H, W, 3).")
     if fps <= 0:
         raise ValueError(f"fps is {fps}; expected fps > 0.")
-    return write_timed_film(path, enumerate(frames), 1 / Fraction(fps), fps=fps, gop=gop, crf=crf, preset=preset)
+    return write_timed_video(path, enumerate(frames), 1 / Fraction(fps), fps=fps, gop=gop, crf=crf, preset=preset)
 
 
-def write_timed_film(
+def write_timed_video(
     path: str | os.PathLike[str],
     frames: Iterable[tuple[int, NDArray[np.uint8]]],
     time_base: Fraction,
@@ -54,7 +54,7 @@ def write_timed_film(
     preset: str = "veryfast",
     quick_to_read: bool = False,
 ) -> int:
-    """As `write_film`, with a time stamp for each frame and one frame in memory at a time.
+    """As `write_video`, with a time stamp for each frame and one frame in memory at a time.
 
     frames: (tick, uint8 (H, W, 3)) with ascending ticks of `time_base` seconds, all of one even size. fps: about how many a
     second, for the encoder's choices only. end: the tick at which the last frame leaves the screen (None: it stays as

@@ -110,9 +110,9 @@ def partner_index(size: int, device: torch.device | str = "cpu") -> Tensor:
 
 def partners(batch: Batch) -> Batch:
     """The samples to mix a micro-batch with, from the batch that it was split from."""
-    whole = batch.whole
-    assert whole is not None
-    return whole.select(partner_index(len(whole), whole.label.device)[batch.first : batch.first + len(batch)])
+    parent = batch.parent
+    assert parent is not None
+    return parent.select(partner_index(len(parent), parent.label.device)[batch.offset : batch.offset + len(batch)])
 
 
 def mix(video: Tensor, share: float, box: Box | None, partner: Tensor | None = None) -> Tensor:

@@ -85,14 +85,14 @@ class SourcePlan:
         views: views of each sample; a source gives `repeat * size / (videos * views)` steps, so that an epoch holds as many
             views as the source has samples.
         repeat: how often an epoch goes through the source (may be a fraction).
-        pieces: pieces that a batch is worked through in.
+        micro_batches: equal parts of a batch, whose gradients are accumulated.
     """
 
     size: int
     videos: int
     views: int = 1
     repeat: float = 1
-    pieces: int = 1
+    micro_batches: int = 1
 
     @property
     def clips(self) -> int:

@@ -46,7 +46,7 @@ class Classify:
         else:
             rng = np.random.default_rng(torch.initial_seed())  # the trainer seeds torch anew for each step
             partner = None
-            if batch.whole is not None:  # a micro-batch
+            if batch.parent is not None:  # a micro-batch
                 others = partners(batch)
                 partner = _pixels(others), others.label
             video, target, shares = self.mixing(_pixels(batch), batch.label, classes, rng, partner)

@@ -349,13 +349,15 @@ def optimizer(settings: Settings, model: nn.Module) -> ScheduledOptimizer:
 def clip_dataset(settings: Settings, found: list[Split], training: bool) -> ClipDataset:
     """The dataset of some splits, for training or for evaluation."""
     trainer, data = settings.trainer, settings.trainer.data
-    cuts: dict[str, ClipConfig] = {}
+    configs: dict[str, ClipConfig] = {}
     for kind in {split.dataset.kind for split in found}:
         if kind == "video" or data.image is None:
-            cuts[kind] = clip_config(settings, data, "trainer.data", data.num_frames, training)
+            configs[kind] = clip_config(settings, data, "trainer.data", data.num_frames, training)
         else:
-            cuts[kind] = clip_config(settings, data.image, "trainer.data.image", 1, training)
-    return ClipDataset(found, cuts, data.clip_duration, trainer.seed_value, training, data.max_pixels, data.val_spacing)
+            configs[kind] = clip_config(settings, data.image, "trainer.data.image", 1, training)
+    return ClipDataset(
+        found, configs, data.clip_duration, trainer.seed_value, training, data.max_pixels, data.val_spacing
+    )
 
 
 def validate_masks(settings: Settings) -> None:
@@ -525,7 +527,7 @@ def trainer(
             clip_dataset(settings, train_splits, training=True), workers, epoch_plan(settings, train_splits)
         )
     evaluated = clip_dataset(settings, val_splits, training=False)
-    clips = max((cut.clips * cut.views for cut in evaluated.cuts.values()), default=1)
+    clips = max((kind.clips * kind.views for kind in evaluated.configs.values()), default=1)
     val = ValData(evaluated, workers, max(1, settings.clips_per_process // clips))
     built = model(settings, "meta" if dist.device.type == "meta" else "cpu")
     ledger = BadSampleLedger(

@@ -139,11 +139,15 @@ def epoch_plan(settings: Settings, train: list[Split]) -> EpochPlan:
         )
     sources = {}
     for split in train:
-        batch, views, pieces = data.batch_size, data.views_per_clip, trainer.optim.accumulation_steps
+        batch, views, micro_batches = data.batch_size, data.views_per_clip, trainer.optim.accumulation_steps
         if split.dataset.kind != "video" and data.image is not None:
-            batch, views, pieces = data.image.batch_size, data.image.views_per_clip, data.image.accumulation_steps
+            batch, views, micro_batches = (
+                data.image.batch_size,
+                data.image.views_per_clip,
+                data.image.accumulation_steps,
+            )
         videos = batch * settings.launcher.num_nodes // views
-        sources[split.name] = SourcePlan(len(split), videos, views, data.repeats.get(split.name, 1), pieces)
+        sources[split.name] = SourcePlan(len(split), videos, views, data.repeats.get(split.name, 1), micro_batches)
     return EpochPlan(sources, trainer.seed_value, trainer.limit_train_batches)
 
 

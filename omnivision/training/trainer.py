@@ -229,7 +229,7 @@ class Trainer:
         device = self.run.dist.device
         rng = keyed_rng(self.config.seed, MODEL_DRAW, self.global_step, self.run.dist.rank)
         torch.manual_seed(int(rng.integers(2**62)))
-        micro_batches = batch.split(self.source_plan(batch).pieces)
+        micro_batches = batch.split(self.source_plan(batch).micro_batches)
         outputs: list[StepOutput] = []
         loss = torch.zeros((), dtype=torch.float64, device=device)
         count = torch.zeros_like(loss)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from omnivision.data.encode import TEMPORARY_SUFFIX, write_film
+from omnivision.data.encode import TEMPORARY_SUFFIX, write_video
 from omnivision.utils.errors import UserError
 from omnivision_demo.actions import ACTIONS
 from omnivision_demo.render import channels, render
@@ -207,7 +207,7 @@ def _exit_with_parent() -> None:
 
 
 def _make_video(folder: str, spec: VideoSpec) -> int:
-    return write_film(Path(folder) / spec.domain / spec.path, render(spec), fps=spec.fps, gop=spec.gop, crf=spec.crf)
+    return write_video(Path(folder) / spec.domain / spec.path, render(spec), fps=spec.fps, gop=spec.gop, crf=spec.crf)
 
 
 def _write_lists(folder: Path, split: str, specs: list[VideoSpec]) -> None:

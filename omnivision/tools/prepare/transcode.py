@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from omnivision.data.encode import TEMPORARY_SUFFIX, write_timed_film
+from omnivision.data.encode import TEMPORARY_SUFFIX, write_timed_video
 from omnivision.data.frames import check_sizes
 from omnivision.data.video import VideoDecodeError, open_video
 
@@ -156,7 +156,9 @@ def _write_film(path: Path, frames: Frames, tick: Fraction, fps: Fraction, end: 
 
     temporary = path.with_name(f".{path.name}.{os.getpid()}.video{TEMPORARY_SUFFIX}")
     try:
-        write_timed_film(temporary, noted(), tick, fps=fps, end=end, gop=config.gop, crf=config.crf, quick_to_read=True)
+        write_timed_video(
+            temporary, noted(), tick, fps=fps, end=end, gop=config.gop, crf=config.crf, quick_to_read=True
+        )
         with open_video(str(temporary)) as video:
             if [time * video.time_base for time in video.times()] != times:
                 raise VideoDecodeError("the times of its frames cannot be kept in an mp4")
