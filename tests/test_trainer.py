@@ -21,6 +21,14 @@ from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from omnivision.checkpoint import checkpointer as checkpoint
+from omnivision.config.schema import (
+    AmpSettings,
+    CheckpointSettings,
+    DistributedSettings,
+    LoggingSettings,
+    OptimSettings,
+    TrainerSettings,
+)
 from omnivision.data.batch import BadSample, Batch, Sample
 from omnivision.data.catalog import Dataset, LabelSets
 from omnivision.data.loader import LoaderConfig, TrainData, ValData, train_batches
@@ -42,7 +50,7 @@ from omnivision.tasks.reconstruct import Reconstruct
 from omnivision.training import build
 from omnivision.training.evaluate import Evaluation
 from omnivision.training.step_stats import Step
-from omnivision.training.trainer import RunContext, Trainer, TrainerConfig
+from omnivision.training.trainer import RunContext, Trainer
 from omnivision.utils.errors import NonFiniteError, StopRequested, UserError
 
 TUBELET = (2, 8, 8)
@@ -85,6 +93,26 @@ def classifier(folder: Path, labels: Sequence[int], mixing: MixupCutmix | None, 
     return trainer(folder, Noise(12, labels=labels), model=model, task=task, **options)
 
 
+def trainer_settings(amp_dtype: str | None = None, **changes: Any) -> TrainerSettings:
+    """Settings of two epochs; a change may name a setting of a group below `trainer`."""
+    groups = {
+        "optim": OptimSettings.model_construct(
+            gradient_clip=None, amp=AmpSettings(enabled=amp_dtype is not None, amp_dtype=amp_dtype or "auto")
+        ),
+        "distributed": DistributedSettings.model_construct(strategy="ddp", comms_dtype=None),
+        "logging": LoggingSettings.model_construct(log_freq=1, pictures_every_epochs=None),
+        "checkpoint": CheckpointSettings.model_construct(save_freq=None, save_every_steps=None, allow_changes=False),
+    }
+    settings = TrainerSettings.model_construct(
+        max_epochs=2, seed_value=3, val_epoch_freq=None, limit_val_batches=None, compile=False, ema_decay=None,
+        max_skipped_steps=0, **groups,
+    )  # fmt: skip
+    for name, value in changes.items():
+        owner = next(each for each in (settings, *groups.values()) if name in type(each).model_fields)
+        setattr(owner, name, value)
+    return settings
+
+
 def trainer(
     folder: Path,
     train: Noise | None = None,
@@ -106,7 +134,7 @@ def trainer(
     plan = EpochPlan({"noise": source}, seed=3, limit=options.pop("limit", None))
     ledger = BadSampleLedger(run_folder.logs / "bad_samples.jsonl", 12, budget=0.5)
     made = Trainer(
-        TrainerConfig(**{"max_epochs": 2, "seed": 3, "log_freq": 1} | options),
+        trainer_settings(**options),
         RunContext(dist, run_folder, Reporter(run_folder, enabled=True, console=Console(file=io.StringIO())), ledger),
         task or Reconstruct(TUBELET),
         model,
@@ -359,7 +387,7 @@ class Loop(unittest.TestCase):
                     made.evaluate()
 
     def test_steps_run_in_the_precision_asked_for(self):
-        for dtype in (None, torch.bfloat16):
+        for dtype in (None, "bfloat16"):
             made = trainer(self.folder / f"amp_{dtype}", limit=1, max_epochs=1, amp_dtype=dtype)
             seen: list[torch.dtype] = []
             made.raw_model.trunk.blocks[0].mlp.fc1.register_forward_hook(
@@ -367,7 +395,7 @@ class Loop(unittest.TestCase):
             )
             made.fit()
             made.run.reporter.close()
-            self.assertEqual(set(seen), {dtype or torch.float32})
+            self.assertEqual(set(seen), {getattr(torch, dtype or "float32")})
 
     def test_compile_compiles(self):
         with mock.patch("torch.compile", side_effect=lambda model: model) as compiled:
@@ -378,9 +406,7 @@ class Loop(unittest.TestCase):
     def test_the_best_and_the_scale_are_resumed(self):
         losses, scale = iter([3.0, 2.0]), 1024.0
         for epochs, best in ((1, None), (2, 3.0)):
-            made = trainer(
-                self.folder / "best", val=Noise(3), max_epochs=epochs, val_epoch_freq=1, amp_dtype=torch.float16
-            )
+            made = trainer(self.folder / "best", val=Noise(3), max_epochs=epochs, val_epoch_freq=1, amp_dtype="float16")
             if best is None:
                 made.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
             self.assertEqual((made.state.best, made.scaler.get_scale()), (best, scale))
@@ -479,7 +505,7 @@ class Loop(unittest.TestCase):
 
     def test_steps_without_a_scaler_go_on_with_one(self):
         self.fit("unscaled", max_epochs=1)
-        made = trainer(self.folder / "unscaled", amp_dtype=torch.float16)
+        made = trainer(self.folder / "unscaled", amp_dtype="float16")
         self.assertEqual((made.state.epoch, made.scaler.is_enabled()), (1, True))
         made.fit()
         made.run.reporter.close()
@@ -702,7 +728,7 @@ class Loop(unittest.TestCase):
         self.assertEqual(checkpoint.load_newest(made.run.directory.checkpoints)[0]["step"], 1)
 
     def test_fp16_that_overflows_however_it_is_scaled(self):
-        made = trainer(self.folder / "half", amp_dtype=torch.float16, max_epochs=40)
+        made = trainer(self.folder / "half", amp_dtype="float16", max_epochs=40)
         training_step = made.task.training_step
 
         def overflowing(model: torch.nn.Module, batch: Batch) -> StepOutput:
@@ -835,7 +861,7 @@ class Loop(unittest.TestCase):
         tried.assert_called_once_with(torch.device("cpu"))
 
     def test_reduced_precision(self):
-        for options in ({"amp_dtype": torch.bfloat16}, {"amp_dtype": torch.float16}):
+        for options in ({"amp_dtype": "bfloat16"}, {"amp_dtype": "float16"}):
             with self.subTest(options):
                 made = trainer(self.folder / str(options), max_epochs=1, **options)
                 made.fit()

@@ -58,7 +58,7 @@ from omnivision.training.preflight import (
     open_splits,
     spread_indices,
 )
-from omnivision.training.trainer import RunContext, Trainer, TrainerConfig
+from omnivision.training.trainer import RunContext, Trainer, amp_dtype
 from omnivision.utils.errors import UserError, is_out_of_memory
 from omnivision.utils.io import LATEST, run_name
 from omnivision.utils.signals import StopSignal
@@ -223,7 +223,7 @@ def clip_cost(settings: Settings, model: nn.Module) -> utilisation.ClipFlops | N
 
 def peak_clips_per_second(settings: Settings, device: torch.device) -> float | None:
     """Clips per second of a device at its peak; None if that is unknown, or if clips differ in size."""
-    peak = utilisation.peak_flops(device, amp_dtype(settings, device), settings.trainer.logging.peak_tflops)
+    peak = utilisation.peak_flops(device, amp_dtype(settings.trainer, device), settings.trainer.logging.peak_tflops)
     if peak is None or settings.images is not None:
         return None
     cost = clip_cost(settings, model(settings, device="meta"))
@@ -483,26 +483,6 @@ def run_metadata(settings: Settings, model: nn.Module) -> dict[str, Any]:
     }
 
 
-def amp_dtype(settings: Settings, device: torch.device) -> torch.dtype | None:
-    """bf16 where the device has it, else fp16; on a CPU without bf16 instructions, full precision."""
-    amp = settings.trainer.optim.amp
-    if not amp.enabled:
-        return None
-    if amp.amp_dtype != "auto":
-        return {"bfloat16": torch.bfloat16, "float16": torch.float16}[amp.amp_dtype]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return torch.bfloat16 if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported() else None
-
-
-def comms_dtype(settings: Settings, device: torch.device) -> str | None:
-    """Gradients travel as autocast computes: in bf16 under bf16, in fp16 under fp16 (where they are scaled), else whole."""
-    wanted = settings.trainer.distributed.comms_dtype
-    if wanted != "auto":
-        return wanted
-    return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(amp_dtype(settings, device) or torch.float32)
-
-
 def trainer(
     settings: Settings,
     dist: Dist,
@@ -536,8 +516,11 @@ def trainer(
         budget=data.bad_sample_budget,
     )
     return Trainer(
-        trainer_config(settings, dist.device),
-        RunContext(dist, folder, reporter, ledger, stop, load_averaged_checkpoints(settings, built)),
+        settings.trainer,
+        RunContext(
+            *(dist, folder, reporter, ledger, stop, load_averaged_checkpoints(settings, built)),
+            peak_clips_per_second=peak_clips_per_second(settings, dist.device),
+        ),
         task=task(settings),
         model=built,
         optimizer=optimizer(settings, built),
@@ -559,26 +542,3 @@ def check_compiler(device: torch.device) -> None:
             f"trainer.compile is true, but torch.compile does not work here: {reason}. It needs a C++ compiler and the headers "
             "of Python (Debian: apt-get install g++ python3-dev), on GPUs Triton. Install them, or set trainer.compile=false."
         ) from None
-
-
-def trainer_config(settings: Settings, device: torch.device) -> TrainerConfig:
-    config = settings.trainer
-    return TrainerConfig(
-        max_epochs=config.max_epochs,
-        seed=config.seed_value,
-        gradient_clip=config.optim.gradient_clip,
-        amp_dtype=amp_dtype(settings, device),
-        strategy=config.distributed.strategy,
-        comms_dtype=comms_dtype(settings, device),
-        compile=config.compile,
-        ema_decay=config.ema_decay,
-        val_epoch_freq=config.val_epoch_freq,
-        limit_val_batches=config.limit_val_batches,
-        log_freq=config.logging.log_freq,
-        pictures_every_epochs=config.logging.pictures_every_epochs,
-        save_freq=config.checkpoint.save_freq,
-        save_every_steps=config.checkpoint.save_every_steps,
-        max_skipped_steps=config.max_skipped_steps,
-        allow_changes=config.checkpoint.allow_changes,
-        peak_clips_per_second=peak_clips_per_second(settings, device),
-    )

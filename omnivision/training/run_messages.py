@@ -25,9 +25,9 @@ def start_lines(settings: Settings, trainer: Trainer, reports: Sequence[LoadRepo
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     splits = [split for data in (trainer.train, trainer.val) if data is not None for split in data.dataset.splits]
     device = torch.cuda.get_device_name(dist.device) if dist.device.type == "cuda" else dist.device.type
-    precision = str(trainer.config.amp_dtype or torch.float32).removeprefix("torch.")
+    precision = str(trainer.amp_dtype or torch.float32).removeprefix("torch.")
     total = sum(p.numel() for p in parameters)
-    several = f", {dist.world_size} processes, {trainer.config.strategy}" if dist.world_size > 1 else ""
+    several = f", {dist.world_size} processes, {trainer.settings.distributed.strategy}" if dist.world_size > 1 else ""
     starts = ", ".join(f"{each.path}" + (f" ({each.checkpoint})" if each.checkpoint else "") for each in reports)
     if trainer.global_step:
         starts = describe_resumed(state)
@@ -40,14 +40,14 @@ def start_lines(settings: Settings, trainer: Trainer, reports: Sequence[LoadRepo
     if trainer.train is not None:
         groups = trainer.optimizer.groups
         rate = max(g.scale * max(g.schedules["lr"](i / 200) for i in range(201)) for g in groups)
-        steps = trainer.state.steps_per_epoch
+        steps, epochs = trainer.state.steps_per_epoch, trainer.settings.max_epochs
         lines += [
-            f"batch        {settings.clips_per_step} clips a step, {steps} steps an epoch, {trainer.config.max_epochs} epochs",
+            f"batch        {settings.clips_per_step} clips a step, {steps} steps an epoch, {epochs} epochs",
             f"peak lr      {rate:.4g}, after all scaling",
         ]
     return [
         *lines,
-        f"seed         {trainer.config.seed}",
+        f"seed         {trainer.settings.seed_value}",
         f"weights      {starts or 'random initialization' + ', of frozen parameters too' * (trained < total)}",
         f"git commit   {git_commit() or 'unknown (no git checkout)'}",
         f"directory    {trainer.run.directory.path.absolute()}",

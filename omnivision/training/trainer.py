@@ -7,13 +7,14 @@ epoch), pretrained weights, random weights.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from omnivision.checkpoint import checkpointer, fingerprint, sharded
 from omnivision.checkpoint.pretrained import LoadReport
 from omnivision.checkpoint.state_dict_file import describe_checkpoint
+from omnivision.config.schema import TrainerSettings
 from omnivision.data.batch import Batch
 from omnivision.data.loader import TrainData, ValData
 from omnivision.data.sampling import SourcePlan, keyed_rng
@@ -48,29 +50,6 @@ from omnivision.utils.signals import StopSignal
 MODEL_DRAW = 200  # purpose of the random numbers inside the model; see data.dataset.Draw
 
 
-@dataclass(frozen=True)
-class TrainerConfig:
-    """Numbers of the loop, from the settings under `trainer`."""
-
-    max_epochs: int
-    seed: int
-    gradient_clip: float | None = None
-    amp_dtype: torch.dtype | None = None
-    strategy: Literal["ddp", "fsdp"] = "ddp"
-    comms_dtype: str | None = None
-    compile: bool = False
-    ema_decay: float | None = None
-    val_epoch_freq: int | None = None
-    limit_val_batches: int | None = None
-    log_freq: int = 10
-    pictures_every_epochs: int | None = None
-    save_freq: int | None = None
-    save_every_steps: int | None = None
-    max_skipped_steps: int = 0
-    allow_changes: bool = False
-    peak_clips_per_second: float | None = None  # of one device
-
-
 @dataclass
 class RunContext:
     """What surrounds the training of one run: its processes, its directory, its logs."""
@@ -81,7 +60,8 @@ class RunContext:
     ledger: BadSampleLedger
     stop: StopSignal = field(default_factory=StopSignal)
     sources: list[LoadReport] = field(default_factory=list)  # the averaged checkpoints of a learned average
-    fingerprint: dict[str, Any] = field(default_factory=dict)  # of the experiment; on rank 0 file_lock
+    fingerprint: dict[str, Any] = field(default_factory=dict)  # of the experiment; on rank 0 alone
+    peak_clips_per_second: float | None = None  # of one device at its peak, for the MFU
 
 
 class Trainer:
@@ -89,7 +69,7 @@ class Trainer:
 
     def __init__(
         self,
-        config: TrainerConfig,
+        settings: TrainerSettings,
         run: RunContext,
         task: Task,
         model: nn.Module,
@@ -98,22 +78,20 @@ class Trainer:
         val: ValData | None,
     ) -> None:
         """Without `train` it only evaluates."""
-        self.config, self.run, self.task = config, run, task
+        self.settings, self.run, self.task = settings, run, task
         self.train, self.val = train, val
         self.raw_model: nn.Module = model.to(run.dist.device)
         self.model: nn.Module = self.raw_model  # compiled and wrapped
-        if config.compile:
+        if settings.compile:
             self.model = torch.compile(self.raw_model)  # type: ignore[assignment]
             task.compile()
         self.optimizer = optimizer
-        self.ema = MovingAverage(self.raw_model, config.ema_decay) if config.ema_decay is not None else None
+        self.ema = MovingAverage(self.raw_model, settings.ema_decay) if settings.ema_decay is not None else None
         # Small gradients underflow in fp16 unless they are scaled, in autocast and in communication.
-        use_grad_scaler = config.amp_dtype == torch.float16 or (
-            run.dist.world_size > 1 and config.comms_dtype == "fp16"
-        )
+        use_grad_scaler = self.amp_dtype == torch.float16 or (run.dist.world_size > 1 and self.comms_dtype == "fp16")
         self.scaler = torch.amp.GradScaler(run.dist.device.type, enabled=use_grad_scaler)
         self.state = RunState(steps_per_epoch=1 if train is None else train.plan.steps)
-        self.step_stats = StepStats(run.dist, run.ledger, run.directory, run.reporter.info, config.max_skipped_steps)
+        self.step_stats = StepStats(run.dist, run.ledger, run.directory, run.reporter.info, settings.max_skipped_steps)
 
     # ---- a whole run ----------------------------------------------------------------------------------------------
 
@@ -124,19 +102,19 @@ class Trainer:
         reporter.start(self.global_step, self.total_steps, replay="epoch" if epoch_ended else "")
         self.step_stats.start(self.global_step)
         if self.is_done:
-            reporter.info(f"All {self.config.max_epochs} epochs are done; nothing is left to train.")
+            reporter.info(f"All {self.settings.max_epochs} epochs are done; nothing is left to train.")
             if self.run.directory.read_summary().get("status") != "finished":
                 self._write_summary(status="finished", exit_reason="all epochs done")
             return
         if frozen := sum(p.numel() for p in self.raw_model.parameters() if not p.requires_grad):
             reporter.info(
-                f"{frozen / 1e6:.2f} M parameters are frozen: they need a forward pass file_lock, about a third of the work of "
+                f"{frozen / 1e6:.2f} M parameters are frozen: they need a forward pass alone, about a third of the work of "
                 "training them."
             )
         self._write_summary(status="running", exit_reason=None)
         assert self.train is not None
-        batches = self.train.batches((state.epoch, state.step), self.config.max_epochs, self.run.dist)
-        while state.epoch < self.config.max_epochs:
+        batches = self.train.batches((state.epoch, state.step), self.settings.max_epochs, self.run.dist)
+        while state.epoch < self.settings.max_epochs:
             self.train_epoch(batches)
             self._finish_epoch()
         self._write_summary(status="finished", exit_reason="all epochs done")
@@ -167,8 +145,8 @@ class Trainer:
             throughput.clips += len(batch) * self.run.dist.world_size
 
             last_of_epoch = state.step == state.steps_per_epoch
-            log = self.global_step % self.config.log_freq == 0 or last_of_epoch
-            save = is_due(self.global_step, self.config.save_every_steps)
+            log = self.global_step % self.settings.logging.log_freq == 0 or last_of_epoch
+            save = is_due(self.global_step, self.settings.checkpoint.save_every_steps)
             images = self._due_visualizations(last_of_epoch)
             # Wait for the newest step only if something is written.
             self.step_stats.drain(keep_newest=0 if log or save or images else 1)
@@ -200,7 +178,9 @@ class Trainer:
         self.scaler.unscale_(optimizer.optimizer)
         # DDP averaged the gradients: their sum is over `world_size * clips` samples, and should be over `total`.
         optimizer.scale_gradients(dist.world_size * clips / total.clamp(min=1))
-        grad_norm = full_tensor(nn.utils.clip_grad_norm_(optimizer.parameters(), self.config.gradient_clip or math.inf))
+        grad_norm = full_tensor(
+            nn.utils.clip_grad_norm_(optimizer.parameters(), self.settings.optim.gradient_clip or math.inf)
+        )
         step = Step(
             epoch=self.state.epoch,
             number=self.global_step + 1,
@@ -227,7 +207,7 @@ class Trainer:
     def _backward(self, batch: Batch, clips: int) -> tuple[list[StepOutput], Tensor, Tensor]:
         """Run forward and backward of each micro-batch; return the outputs, and sum of losses and count: float64 scalars."""
         device = self.run.dist.device
-        rng = keyed_rng(self.config.seed, MODEL_DRAW, self.global_step, self.run.dist.rank)
+        rng = keyed_rng(self.settings.seed_value, MODEL_DRAW, self.global_step, self.run.dist.rank)
         torch.manual_seed(int(rng.integers(2**62)))
         micro_batches = batch.split(self.source_plan(batch).micro_batches)
         outputs: list[StepOutput] = []
@@ -251,7 +231,7 @@ class Trainer:
         assert self.val is not None
         dist, stop, reporter = self.run.dist, self.run.stop, self.run.reporter
         stop.set_phase("validating", self.global_step)
-        batches = self.val.batches(dist, self.config.limit_val_batches)
+        batches = self.val.batches(dist, self.settings.limit_val_batches)
         with (
             self.ema.in_place() if self.ema is not None else contextlib.nullcontext(),
             summon_full_params(self.raw_model),
@@ -309,7 +289,7 @@ class Trainer:
         else:
             if run.fingerprint:
                 resume.check_same_experiment(
-                    saved["experiment"], run.fingerprint, path, self.config.allow_changes, info
+                    saved["experiment"], run.fingerprint, path, self.settings.checkpoint.allow_changes, info
                 )
             resume.check_same_steps(saved["steps_per_epoch"], self.state.steps_per_epoch, path)
         resume.check_same_sources(saved["sources"], [source.note() for source in run.sources], path)
@@ -397,23 +377,31 @@ class Trainer:
 
         Raises UserError, on all ranks, when they did not resume from the same step.
         """
-        dist, config = self.run.dist, self.config
+        dist = self.run.dist
         check_same_step(dist, (self.state.epoch, self.state.step), self.run.directory.checkpoints)
-        if config.strategy == "ddp":
+        if self.settings.distributed.strategy == "ddp":
             find_unused = has_unused_parameters(self.raw_model)
-            self.model = wrap_ddp(self.model, dist, config.comms_dtype, find_unused)
+            self.model = wrap_ddp(self.model, dist, self.comms_dtype, find_unused)
         elif dist.world_size > 1:
             blocks = [part for part in self.raw_model.modules() if isinstance(part, (Block, CrossBlock))]
-            apply_fsdp(self.raw_model, blocks, dist, config.comms_dtype, config.amp_dtype)
+            apply_fsdp(self.raw_model, blocks, dist, self.comms_dtype, self.amp_dtype)
             self.optimizer.take_parameters(self.raw_model)
             if self.ema is not None:
                 self.ema.take_parameters(self.raw_model)
 
     # ---- parts ----------------------------------------------------------------------------------------------------
 
+    @functools.cached_property
+    def amp_dtype(self) -> torch.dtype | None:
+        return amp_dtype(self.settings, self.run.dist.device)
+
+    @property
+    def comms_dtype(self) -> str | None:
+        return comms_dtype(self.settings, self.run.dist.device)
+
     @property
     def is_done(self) -> bool:
-        return self.state.epoch >= self.config.max_epochs
+        return self.state.epoch >= self.settings.max_epochs
 
     @property
     def global_step(self) -> int:
@@ -421,7 +409,7 @@ class Trainer:
 
     @property
     def total_steps(self) -> int:
-        return self.config.max_epochs * self.state.steps_per_epoch
+        return self.settings.max_epochs * self.state.steps_per_epoch
 
     def source_plan(self, batch: Batch) -> SourcePlan:
         """How batches of its source are made."""
@@ -430,18 +418,18 @@ class Trainer:
 
     def _log_step(self, throughput: ThroughputMeter) -> None:
         check_loss_scale(self.scaler, self.global_step)
-        dist, peak = self.run.dist, self.config.peak_clips_per_second
+        dist, peak = self.run.dist, self.run.peak_clips_per_second
         metrics = {"loss": self.step_stats.loss, "lr": self.optimizer.lr, "grad_norm": self.step_stats.grad_norm}
         metrics |= throughput.metrics(dist.device)
         if peak is not None:
             metrics["mfu"] = metrics["clips_per_second"] / dist.world_size / peak
         # Memory and MFU depend on this start alone.
         self.state.last_metrics |= {k: v for k, v in metrics.items() if k not in ("memory_gb", "mfu")}
-        self.run.reporter.step(self.state.epoch, self.config.max_epochs, self.global_step, metrics)
+        self.run.reporter.step(self.state.epoch, self.settings.max_epochs, self.global_step, metrics)
 
     def _finish_epoch(self) -> None:
         """Log the epoch's averages, validate if it is due, and save; `state` then points at the next epoch."""
-        state, config = self.state, self.config
+        state, settings = self.state, self.settings
         epoch = state.epoch
         totals = state.meter.totals(self.run.dist)
         by_source = {source: averages({source: total}) for source, total in totals.items()}
@@ -449,7 +437,7 @@ class Trainer:
         metrics = averages(totals) | {"per_source": by_source} | self.task.epoch_metrics(self.raw_model)
         self.run.reporter.epoch("train", epoch, self.global_step, metrics)
         aliases = []
-        last_epoch, every = epoch + 1 == config.max_epochs, config.val_epoch_freq
+        last_epoch, every = epoch + 1 == settings.max_epochs, settings.val_epoch_freq
         if self.val is not None and (is_due(epoch + 1, every) or (every and last_epoch)):
             result = self.evaluate()
             if result is None:
@@ -457,7 +445,7 @@ class Trainer:
             self._record_evaluation(result)
             if state.update_best(result.metrics):
                 aliases.append(BEST)
-        if is_due(epoch + 1, config.save_freq):
+        if is_due(epoch + 1, settings.checkpoint.save_freq):
             aliases.append(f"checkpoint_{epoch + 1}.pt")
         state.epoch, state.step, state.meter = epoch + 1, 0, Meter()
         self.save_checkpoint(aliases)
@@ -476,9 +464,9 @@ class Trainer:
 
     def _due_visualizations(self, last_of_epoch: bool) -> list[str]:
         """Names of the visualizations to make after this step."""
-        epoch, every = self.state.epoch, self.config.pictures_every_epochs
+        epoch, every = self.state.epoch, self.settings.logging.pictures_every_epochs
         names = [f"epoch_{epoch:04d}"] if self.state.step == 1 and is_due(epoch, every) else []
-        return names + (["last"] if last_of_epoch and epoch + 1 == self.config.max_epochs and every else [])
+        return names + (["last"] if last_of_epoch and epoch + 1 == self.settings.max_epochs and every else [])
 
     def _visualize(self, batch: Batch, name: str) -> None:
         with summon_full_params(self.raw_model):
@@ -491,7 +479,7 @@ class Trainer:
                     self.run.reporter.visualization(name, visualization, self.global_step)
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        dtype = self.config.amp_dtype
+        dtype = self.amp_dtype
         return torch.autocast(self.run.dist.device.type, dtype=dtype, enabled=dtype is not None)
 
     def _record_evaluation(self, result: Evaluation) -> None:
@@ -516,3 +504,23 @@ class Trainer:
                 **self.run.stop.timings(),
                 **facts,
             )
+
+
+def amp_dtype(settings: TrainerSettings, device: torch.device) -> torch.dtype | None:
+    """The dtype of autocast, None without; `auto` is bf16 where the device has it, else fp16 on GPUs, None on CPUs."""
+    amp = settings.optim.amp
+    if not amp.enabled:
+        return None
+    if amp.amp_dtype != "auto":
+        return {"bfloat16": torch.bfloat16, "float16": torch.float16}[amp.amp_dtype]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.bfloat16 if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported() else None
+
+
+def comms_dtype(settings: TrainerSettings, device: torch.device) -> str | None:
+    """The dtype of gradients in communication; `auto` is that of autocast (fp16 gradients are scaled), None fp32."""
+    dtype = settings.distributed.comms_dtype
+    if dtype != "auto":
+        return dtype
+    return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(amp_dtype(settings, device) or torch.float32)
