@@ -1,15 +1,10 @@
-"""What a run tells: the metrics log, the run folder and its lock, pictures, the progress line."""
+"""What a run reports: the metrics log, visualizations, the progress line."""
 
 import io
 import json
-import os
-import subprocess
-import sys
 import tempfile
-import threading
 import unittest
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 from PIL import Image
@@ -20,10 +15,8 @@ from omnivision.reporting.console import DataStallWarning, ProgressLine
 from omnivision.reporting.logs import MetricsLog, read_lines
 from omnivision.reporting.predictions import confusion_image
 from omnivision.reporting.reporter import Reporter
-from omnivision.reporting.run_directory import RunDir, finite, host_id, process_start
+from omnivision.reporting.run_directory import RunDir
 from omnivision.tasks.base import Visualization
-from omnivision.utils.errors import UserError
-from omnivision.utils.io import remove_stale_tmp
 
 
 class Folder(unittest.TestCase):
@@ -70,189 +63,6 @@ class Log(Folder):
                 log.path.write_bytes(first + damage + b"\n" + last)
                 log.truncate_after(3)
                 self.assertEqual([line["step"] for line in read_lines(log.path)], [1, 3])
-
-    def test_finite(self):
-        self.assertEqual(finite((1, float("nan"), {"x": float("inf")})), [1, None, {"x": None}])
-
-
-class Summary(Folder):
-    def test_what_is_no_summary_is_replaced(self):
-        folder = RunDir(self.folder)
-        for damage in (b"", b"{", b"[]", b"[1]", b"null", b"\xff\xfe"):
-            with self.subTest(damage):
-                (self.folder / "summary.json").write_bytes(damage)
-                self.assertEqual(folder.read_summary(), {})
-                folder.write_summary(status="running")
-                self.assertEqual(folder.read_summary(), {"status": "running"})
-
-    def test_a_run_that_was_killed_is_told_by_its_launcher_but_a_live_or_ended_one_is_not(self):
-        folder = RunDir(self.folder)
-        folder.write_summary(status="finished", exit_reason="all epochs done")
-        folder.note_silent_end("killed", interrupted=False)
-        self.assertEqual(folder.read_summary()["status"], "finished")
-        folder.write_summary(status="running", exit_reason=None)
-        folder.lock()
-        folder.note_silent_end("killed", interrupted=False)
-        self.assertEqual(folder.read_summary()["status"], "running")
-        folder.unlock()
-        folder.note_silent_end("killed", interrupted=False)
-        self.assertEqual(folder.read_summary(), {"status": "failed", "exit_reason": "killed", "last_lines": []})
-        folder.write_summary(status="running", exit_reason=None)
-        folder.note_silent_end("ended by SIGTERM", interrupted=True)
-        self.assertEqual(folder.read_summary()["status"], "interrupted")
-
-
-class Checkpoints(Folder):
-    def test_a_folder_of_checkpoints_elsewhere_is_of_one_run(self):
-        shared = self.folder / "shared"
-        one, two = (RunDir(self.folder / name, shared) for name in ("one", "two"))
-        for folder in (one, two):
-            folder.create()
-        for _ in range(2):
-            one.claim_checkpoint_dir()
-        with self.assertRaisesRegex(UserError, r"/one, .*save_dir"):
-            two.claim_checkpoint_dir()
-        inside = RunDir(self.folder / "three")
-        inside.create()
-        inside.claim_checkpoint_dir()
-        self.assertEqual(list(inside.checkpoints.iterdir()), [])
-
-
-class Lock(Folder):
-    def test_only_one_live_holder(self):
-        first, second = RunDir(self.folder), RunDir(self.folder)
-        self.assertIsNone(first.lock())
-        with self.assertRaisesRegex(UserError, f"in use by process {os.getpid()}"):
-            second.lock()
-        first.unlock()
-        self.assertIsNone(second.lock())
-        second.unlock()
-        self.assertFalse((self.folder / ".lock").exists())
-
-    def test_the_lock_of_a_dead_process_is_taken_over(self):
-        dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
-        holder = {"token": "x", "host": "here", "machine": host_id(), "pid": int(dead.stdout), "started": 1}
-        (self.folder / ".lock").write_text(json.dumps(holder))
-        folder = RunDir(self.folder)
-        self.assertIn("Took over the lock", folder.lock())
-        folder.unlock()
-
-    def test_a_reused_process_id_is_not_the_holder(self):
-        holder = {
-            "token": "x",
-            "machine": host_id(),
-            "pid": os.getpid(),
-            "started": process_start(os.getpid()) - 1,
-        }
-        (self.folder / ".lock").write_text(json.dumps(holder))
-        folder = RunDir(self.folder)
-        self.assertIsNotNone(folder.lock())
-        folder.unlock()
-
-    def test_another_machines_heartbeat_decides(self):
-        """Another container of this machine counts as one: what has our number there is another process."""
-        lock = self.folder / ".lock"
-        for elsewhere in ({"host": "elsewhere"}, {"host": os.uname().nodename, "machine": "another container"}):
-            lock.write_text(json.dumps({"token": "x", "pid": 1, "started": 1} | elsewhere))
-            folder = RunDir(self.folder)
-            with self.assertRaises(UserError):
-                folder.lock()
-            os.utime(lock, (1, 1))
-            self.assertIsNotNone(folder.lock())
-            folder.unlock()
-
-    def test_one_that_has_lost_the_folder_writes_nothing_more(self):
-        folder = RunDir(self.folder)
-        folder.create()
-        folder.lock()
-        folder.write_summary(status="running")
-        reporter = Reporter(folder, enabled=True, console=Console(file=io.StringIO()))
-        reporter.start(0, 9)
-        self.addCleanup(reporter.close)
-        (self.folder / ".lock").write_text(json.dumps({"token": "another's", "host": "elsewhere", "pid": 1}))
-        reporter.step(0, 1, 1, {"loss": 1.0, "clips_per_second": 1.0, "data_wait": 0.0})
-        reporter.epoch("train", 0, 1, {"loss": 1.0})
-        reporter.visualization("x", some_pictures(), 1)
-        folder.write_end("failed", "lost")
-        self.assertEqual(list(folder.pictures.iterdir()), [])
-        self.assertFalse((folder.logs / "metrics.jsonl").exists())
-        self.assertEqual(folder.read_summary(), {"status": "running"})
-        folder.unlock()
-        self.assertTrue((self.folder / ".lock").exists())
-
-    def test_what_is_no_file_where_a_run_writes_one(self):
-        for name in ("summary.json", ".lock", "logs/metrics.jsonl"):
-            for make in (Path.mkdir, os.mkfifo):
-                folder = self.folder / f"{name.replace('/', '_')}_{make.__name__}"
-                (folder / name).parent.mkdir(parents=True)
-                make(folder / name)
-                with self.assertRaisesRegex(UserError, f"{name}.*experiment_log_dir"):
-                    RunDir(folder).create()
-        (self.folder / "tensorboard").write_text("")
-        self.assertRaisesRegex(UserError, "cannot be written", RunDir(self.folder).create)
-
-    def test_a_lock_that_is_nothing_but_brackets(self):
-        (self.folder / ".lock").write_text("[" * 100_000)
-        folder = RunDir(self.folder)
-        self.assertIn("an unknown process", folder.lock())
-        folder.unlock()
-
-    def test_an_unreadable_lock_is_taken_over_and_a_stolen_one_is_not_removed(self):
-        (self.folder / ".lock").write_text("{")
-        folder = RunDir(self.folder)
-        folder.lock()
-        (self.folder / ".lock").write_text(json.dumps({"token": "another's"}))
-        folder.unlock()
-        self.assertTrue((self.folder / ".lock").exists())
-
-    def test_only_one_of_many_takes_over_a_stale_lock(self):
-        for _ in range(20):
-            (self.folder / ".lock").write_text(json.dumps({"token": "x", "host": "elsewhere", "pid": 1}))
-            os.utime(self.folder / ".lock", (1, 1))
-            folders = [RunDir(self.folder) for _ in range(4)]
-            outcomes: list[str] = []
-
-            def take(folder: RunDir, outcomes: list[str] = outcomes) -> None:
-                try:
-                    folder.lock()
-                    outcomes.append("taken")
-                except UserError:
-                    outcomes.append("refused")
-
-            threads = [threading.Thread(target=take, args=(folder,)) for folder in folders]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-            self.assertEqual(sorted(outcomes), ["refused"] * 3 + ["taken"])
-            for folder in folders:
-                folder.unlock()
-            self.assertFalse((self.folder / ".lock").exists())
-
-    def test_where_the_file_system_has_no_locks(self):
-        with mock.patch("fcntl.flock", side_effect=OSError):
-            first = RunDir(self.folder)
-            first.lock()
-            with self.assertRaises(UserError):
-                RunDir(self.folder).lock()
-            first.unlock()
-
-    def test_leftovers_of_a_killed_writer_are_removed(self):
-        (self.folder / ".checkpoint.pt.123.tmp").write_text("half")
-        (self.folder / "checkpoint.pt").write_text("whole")
-        remove_stale_tmp(self.folder)
-        self.assertEqual([path.name for path in self.folder.iterdir()], ["checkpoint.pt"])
-
-    def test_summary_is_updated(self):
-        folder = RunDir(self.folder)
-        folder.write_summary(status="running", loss=float("nan"))
-        folder.write_summary(status="finished")
-        self.assertEqual(folder.read_summary(), {"status": "finished", "loss": None})
-
-    def test_a_folder_that_cannot_be_made(self):
-        (self.folder / "file").write_text("")
-        with self.assertRaisesRegex(UserError, "launcher.experiment_log_dir"):
-            RunDir(self.folder / "file" / "run").create()
 
 
 def some_pictures() -> Visualization:

@@ -395,7 +395,7 @@ def settle_status(folder: RunDir, queue: Mapping[str, slurm.JobState] | None) ->
     summary = folder.read_summary()
     status, reason = resolve_status(summary, queue)
     on_cluster = (summary.get("job") or {}).get("job_id") is not None
-    if status == "running" and not on_cluster and not folder.is_held():
+    if status == "running" and not on_cluster and folder.in_use() is None:
         status, reason = "failed", "its process ended without a word: it was killed, or its machine was restarted"
     if status in ("cancelled", "failed") and status != summary.get("status"):
         with contextlib.suppress(OSError):  # another one's run

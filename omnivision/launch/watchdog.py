@@ -19,8 +19,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from omnivision.reporting.run_directory import host_id, process_start
 from omnivision.utils.errors import PeerLostError, StopRequested
-from omnivision.utils.host import host_id, process_start
 from omnivision.utils.signals import SECONDS_OF_ONE_REQUEST, SIGNALS, StopSignal
 
 GRACE_SECONDS = 25.0  # SLURM kills 30 seconds after SIGTERM

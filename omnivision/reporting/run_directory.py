@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import socket
+import tempfile
 import threading
 import time
 from collections import deque
@@ -16,21 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from omnivision.utils.errors import UserError
-from omnivision.utils.host import host_id, process_start
 from omnivision.utils.io import write_atomically
 
 HEARTBEAT_SECONDS = 5.0
-STALE_SECONDS = 60.0
+STALE_SECONDS = 60.0  # without a heartbeat
 LAST_LINES = 20
-FILES = (
-    *("summary.json", "config.yaml", ".lock", ".lock.guard"),
-    *(
-        f"logs/{name}"
-        for name in ("metrics.jsonl", "bad_samples.jsonl", "nonfinite.jsonl", "pretrained.json", "rank_0.log")
-    ),
-)
-# Statuses of a run that is in the queue of a cluster.
-WAITING = ("queued", "requeued")
+WAITING = ("queued", "requeued")  # statuses of a run whose job is in the queue
+SUMMARY_TYPES = {"status": str, "job": dict, "run": dict, "last": dict, "epochs": int}
 
 
 def own_job() -> str | None:
@@ -43,6 +36,24 @@ def own_job() -> str | None:
 def own_restarts() -> int:
     """How often SLURM has restarted that job."""
     return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
+
+def host_id() -> str:
+    """Return an id of this host since boot and, in a container, of its process namespace, in which process ids are unique."""
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(parts)
+
+
+def process_start(pid: int) -> int | None:
+    """Return when a process started, in clock ticks since boot; None if there is none. Distinguishes reused ids."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] == "Z" else int(fields[19])
 
 
 class RunDir:
@@ -59,23 +70,12 @@ class RunDir:
         self._held = False
 
     def create(self, *more: str) -> None:
-        """Create the directory and its subdirectories, and `more` of them.
-
-        Raises UserError when one cannot be written, or when a path that a run writes exists and is not a file.
-        """
-        for name in FILES:
-            if (self.path / name).exists() and not (self.path / name).is_file():
-                raise UserError(
-                    f"{(self.path / name).absolute()} must be a file, because a run writes it. Remove it, or set "
-                    "launcher.experiment_log_dir to another directory."
-                )
+        """Create the directory and its subdirectories, and `more` of them. Raises UserError when one cannot be written."""
+        folders = [self.path, self.logs, self.checkpoints, self.tensorboard, self.pictures, self.predictions]
         try:
-            made = (self.path, self.logs, self.checkpoints, self.tensorboard, self.pictures, self.predictions)
-            for folder in (*made, *(self.path / name for name in more)):
+            for folder in [*folders, *(self.path / name for name in more)]:
                 folder.mkdir(parents=True, exist_ok=True)
-                probe = folder / f".writable.{os.getpid()}"
-                probe.touch()
-                probe.unlink()
+                tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
             raise UserError(
                 f"The run directory {self.path.absolute()} cannot be written: {error.strerror} ({error.filename}). Set "
@@ -96,49 +96,50 @@ class RunDir:
             )
         write_atomically(claim, f"{here}\n")
 
-    def require_free(self) -> None:
-        """Raises UserError while another live process holds this folder."""
-        holder, age = self._holder()
-        if holder is not None and self._alive(holder, age):
-            raise UserError(
-                f"The run directory {self.path.absolute()} is in use by process {holder.get('pid')} on {holder.get('host')} "
-                f"(last heartbeat {age:.0f} s ago). Stop that run, or set another launcher.experiment_log_dir."
-            )
+    # ---- lock -----------------------------------------------------------------------------------------------------
 
     def holder(self) -> dict[str, Any] | None:
-        """Host, pid and job of the process that holds the lock; None when none does."""
-        return self._holder()[0]
+        """Host, pid and job of the process that wrote the lock; None without a readable lock."""
+        try:
+            claim = json.loads(self._lock.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return None
+        return claim if isinstance(claim, dict) and isinstance(claim.get("pid"), int) else None
 
-    def is_held(self) -> bool:
-        """Return whether a live process holds the lock."""
-        holder, age = self._holder()
-        return holder is not None and self._alive(holder, age)
+    def in_use(self) -> str | None:
+        """Return which live process holds the lock, or None."""
+        holder = self.holder()
+        age = self._heartbeat_age()
+        if holder is None or not self._is_alive(holder, age):
+            return None
+        who = f"process {holder['pid']} on {holder.get('host')}"
+        return f"The run directory {self.path.absolute()} is in use by {who} (last heartbeat {age:.0f} s ago)."
+
+    def require_free(self) -> None:
+        """Raise UserError while another live process holds this directory."""
+        if problem := self.in_use():
+            raise UserError(f"{problem} Stop that run, or set another launcher.experiment_log_dir.")
 
     def lock(self, patience: float = 0.0) -> str | None:
-        """Become the run's only writer and start the heartbeat. Returns a line about a stale lock that was taken over.
+        """Become the run's only writer and start the heartbeat; returns a line about a stale lock that was taken over.
 
-        Waits up to `patience` seconds for another holder to exit or to become stale.
+        Waits up to `patience` seconds for another holder to exit or to become stale. Raises UserError if it does not.
         """
         deadline = time.monotonic() + patience
         while not self._held:
             with file_lock(self.path / ".lock.guard"):
-                holder, age = self._holder()
-                try:
+                if time.monotonic() >= deadline:
                     self.require_free()
-                except UserError as error:
-                    if time.monotonic() >= deadline:
-                        raise
-                    waiting = str(error)
-                else:
-                    stale = self._lock.exists()
-                    write_atomically(self._lock, self._claim())
+                waiting, holder, stale = self.in_use(), self.holder(), self._lock.exists()
+                if waiting is None:
+                    write_atomically(self._lock, json.dumps(self._claim()))
                     self._held = True
-            if not self._held:
+            if waiting:
                 print(f"Waiting: {waiting}", flush=True)
                 time.sleep(min(5.0, patience / 4))
         threading.Thread(target=self._beat, daemon=True, name="run-folder-heartbeat").start()
-        who = f"process {holder.get('pid')} on {holder.get('host')}" if holder else "an unknown process"
-        return f"Took over the lock of {who}, which has exited or had no heartbeat for {age:.0f} s." if stale else None
+        who = f"process {holder['pid']} on {holder.get('host')}" if holder else "an unknown process"
+        return f"Took over the lock of {who}, which has exited or has no heartbeat." if stale else None
 
     def unlock(self) -> None:
         self._released.set()
@@ -147,18 +148,62 @@ class RunDir:
             self._lock.unlink(missing_ok=True)
 
     def lost(self) -> bool:
-        """Whether another process has taken over the lock of this one."""
-        return self._held and (_read_claim(self._lock) or {}).get("token") != self._token
+        """Return whether another process has taken over the lock of this one."""
+        return self._held and (self.holder() or {}).get("token") != self._token
 
     def require_lock(self) -> None:
-        """Raises UserError when another process has taken over the lock, so that nothing of it is overwritten."""
+        """Raise UserError when another process has taken over the lock, so that nothing of it is overwritten."""
         if self.lost():
-            holder = self.holder()
-            who = "Another process" if holder is None else f"Process {holder.get('pid')} on {holder.get('host')}"
+            holder = self.holder() or {}
             raise UserError(
-                f"{who} has taken over the run directory {self.path.absolute()}, because this process had no heartbeat (was it "
-                "suspended, or did the file system hang?). This process stops."
+                f"Process {holder.get('pid')} on {holder.get('host')} has taken over the run directory {self.path.absolute()}, "
+                "because this process had no heartbeat (was it suspended, or did the file system hang?). This process stops."
             )
+
+    def _claim(self) -> dict[str, Any]:
+        pid = os.getpid()
+        claim = {"token": self._token, "host": socket.gethostname(), "machine": host_id(), "pid": pid}
+        return claim | {"started": process_start(pid), "job": own_job(), "restarts": own_restarts()}
+
+    def _heartbeat_age(self) -> float:
+        """Return the age of the lock's heartbeat in seconds, by the clock of the file system: those of machines may differ.
+
+        0 where it cannot be measured, in a directory that may only be read: no other clock would tell it.
+        """
+        try:
+            with tempfile.NamedTemporaryFile(dir=self.path, prefix=".clock.", suffix=".tmp") as probe:
+                return os.stat(probe.name).st_mtime - self._lock.stat().st_mtime
+        except OSError:
+            return 0.0
+
+    @staticmethod
+    def _is_alive(holder: dict[str, Any], age: float) -> bool:
+        job = own_job()
+        if job is not None and holder.get("job") == job and holder.get("restarts", 0) < own_restarts():
+            return False  # SLURM starts a job again only when its processes are gone, with their node if need be
+        if holder.get("machine") == host_id():
+            return process_start(holder["pid"]) == holder.get("started") is not None
+        return age < STALE_SECONDS
+
+    def _beat(self) -> None:
+        while not self._released.wait(HEARTBEAT_SECONDS):
+            # A file system that does not answer for once must not end the heartbeat; `require_lock` has the last word.
+            with contextlib.suppress(OSError):
+                if (self.holder() or {}).get("token") == self._token:
+                    os.utime(self._lock)
+
+    # ---- summary --------------------------------------------------------------------------------------------------
+
+    def read_summary(self) -> dict[str, Any]:
+        """Return `summary.json`; empty without one, and for a file that a run has not written."""
+        try:
+            summary = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):  # the next one to write replaces what is no summary
+            return {}
+        fits = isinstance(summary, dict) and all(
+            isinstance(summary.get(name), (kind, type(None))) for name, kind in SUMMARY_TYPES.items()
+        )
+        return summary if fits else {}
 
     def write_summary(self, **facts: Any) -> None:
         """Update entries of `summary.json`; non-finite numbers become null. A process that lost the lock writes nothing."""
@@ -177,81 +222,25 @@ class RunDir:
         self.write_summary(status=status, exit_reason=reason, last_lines=self.last_lines())
 
     def last_lines(self) -> list[str]:
-        """The last lines of rank 0's log."""
+        """Return the last lines of rank 0's log."""
         try:
             with open(self.logs / "rank_0.log", encoding="utf-8", errors="replace") as file:
                 return [line.rstrip("\n") for line in deque(file, LAST_LINES)]
         except FileNotFoundError:
             return []
 
-    def read_summary(self) -> dict[str, Any]:
-        try:
-            return sanitize(dict(json.loads((self.path / "summary.json").read_text(encoding="utf-8"))))
-        except (OSError, ValueError, TypeError, RecursionError):  # the next one to write replaces what is no summary
-            return {}
-
     def note_silent_end(self, reason: str, interrupted: bool) -> None:
         """Write how a killed run ended, unless another run is alive in this directory."""
         if not self.path.is_dir():
-            return  # it was killed before there was a run to tell of
+            return  # it was killed before it made one
         with file_lock(self.path / ".lock.guard"):
-            holder, age = self._holder()
-            running = holder is not None and self._alive(holder, age)
-            summary = self.read_summary()
-            if running:
+            if self.in_use():
                 return
+            summary = self.read_summary()
             if summary.get("status") == "running":
                 self.write_end("interrupted" if interrupted else "failed", reason)
             elif summary.get("status") == "failed" and "killed" in reason:  # the others saw only that it is gone
                 self.write_summary(exit_reason=f"{reason}; {summary.get('exit_reason')}")
-
-    def _claim(self) -> str:
-        return json.dumps(
-            {
-                "token": self._token,
-                "host": socket.gethostname(),
-                "machine": host_id(),
-                "pid": os.getpid(),
-                "started": process_start(os.getpid()),
-                "job": own_job(),
-                "restarts": own_restarts(),
-            }
-        )
-
-    def _holder(self) -> tuple[dict[str, Any] | None, float]:
-        """The holder of the lock (None: no readable lock) and the age of its heartbeat in seconds."""
-        try:
-            age = self._file_system_time() - self._lock.stat().st_mtime
-        except FileNotFoundError:
-            return None, STALE_SECONDS
-        return _read_claim(self._lock), age
-
-    def _file_system_time(self) -> float:
-        """Now by the clock that stamps the heartbeats, the file server's; clocks of machines may differ."""
-        probe = self.path / f".clock.{os.getpid()}"
-        try:
-            probe.touch()
-            now = probe.stat().st_mtime
-            probe.unlink()
-        except OSError:  # a directory that may only be read
-            return time.time()
-        return now
-
-    @staticmethod
-    def _alive(holder: dict[str, Any], age: float) -> bool:
-        job = own_job()
-        if job is not None and holder.get("job") == job and holder.get("restarts", 0) < own_restarts():
-            return False  # SLURM starts a job again only when its processes are gone, with their node if need be
-        if holder.get("machine") == host_id():
-            return process_start(int(holder["pid"])) == holder.get("started") is not None
-        return age < STALE_SECONDS
-
-    def _beat(self) -> None:
-        while not self._released.wait(HEARTBEAT_SECONDS):
-            # A file system that does not answer for once must not end the heartbeat; `require_lock` has the last word.
-            with contextlib.suppress(OSError):
-                if (_read_claim(self._lock) or {}).get("token") == self._token:
-                    os.utime(self._lock)
 
 
 @contextlib.contextmanager
@@ -266,52 +255,12 @@ def file_lock(guard: Path) -> Iterator[None]:
         yield
 
 
-def _read_claim(path: Path) -> dict[str, Any] | None:
-    """The contents of a lock file; None if it is missing or unreadable."""
-    try:
-        claim = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (FileNotFoundError, ValueError, TypeError, RecursionError):
-        return None
-    return claim if isinstance(claim.get("pid"), int) else None
-
-
-def sanitize(summary: dict[str, Any]) -> dict[str, Any]:
-    """Remove the entries of a summary that do not have the type that a run writes."""
-    number = (int, float)
-    kinds: dict[str, Any] = {"status": str, "job": dict, "run": dict, "last": dict, "epochs": int, "steps": int}
-    kinds |= dict.fromkeys(("step_seconds", "save_seconds", "wall_time", "best"), number) | {"best_epoch": int}
-    found = _of_kinds(summary, kinds)
-    of_run = {
-        "classes": list,
-        "sources": list,
-        "commits": list,
-        "started": number,
-        "trunk": str,
-        "pretrained": str,
-        "model": str,
-    }
-    found["run"] = run = _of_kinds(found.get("run") or {}, of_run)
-    for name, kind in (("classes", int), ("sources", str), ("commits", str)):
-        if not all(isinstance(each, kind) and each for each in run.get(name) or []):
-            del run[name]
-    if not isinstance((found.get("job") or {}).get("job_id", ""), str):
-        del found["job"]
-    return {name: value for name, value in found.items() if name in summary}
-
-
-def _of_kinds(found: dict[str, Any], kinds: dict[str, Any]) -> dict[str, Any]:
-    """The entries that have their type or are null, and those without a type."""
-    return {k: v for k, v in finite(found).items() if v is None or isinstance(v, kinds.get(k, object))}
-
-
 def finite(value: Any) -> Any:
-    """The same value with every number that JSON cannot hold (NaN, infinity) replaced by None."""
+    """Return the value with every number that JSON cannot hold (NaN, infinity) replaced by None."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [finite(item) for item in value]
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
-        return None
-    if isinstance(value, int) and abs(value) > 10**300:  # no number of ours, and none that can be computed with
         return None
     return value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import sys
@@ -17,7 +16,7 @@ from rich.text import Text
 
 from omnivision.launch.slurm import squeue_or_none
 from omnivision.launch.slurm_jobs import settle_status
-from omnivision.reporting.run_directory import RunDir, sanitize
+from omnivision.reporting.run_directory import RunDir
 from omnivision.tools.arguments import Flag
 from omnivision.utils.errors import UserError
 from omnivision.utils.streams import fit
@@ -70,10 +69,8 @@ def summaries(folder: Path) -> list[dict[str, Any]]:
     """Return the summary of each run below a folder, oldest first, with its relative `name`; warn of damaged ones."""
     found = []
     for file in sorted(each for each in folder.rglob("summary.json") if each.is_file()):
-        try:
-            summary = sanitize(dict(json.loads(file.read_text(encoding="utf-8"))))
-        except (OSError, ValueError, TypeError, RecursionError) as error:
-            print(f"warning: {file} is no summary of a run: {error}. It is left out.", file=sys.stderr)
+        if not (summary := RunDir(file.parent).read_summary()):
+            print(f"warning: {file} is no summary of a run. It is left out.", file=sys.stderr)
             continue
         name = file.parent.relative_to(folder).as_posix() if file.parent != folder else folder.resolve().name
         there = {key: value for key, value in summary.items() if value is not None}
