@@ -24,7 +24,7 @@ from benchmarks.harness import Report, interleaved
 from benchmarks.peers import loaders
 from benchmarks.peers.published_mae import normalised, published_block
 from benchmarks.pretraining_step import HAS_BF16, SIZES
-from omnivision.data.catalog import Dataset, LabelSets, Split, SplitFiles
+from omnivision.data.catalog import Dataset, LabelSets, Split
 from omnivision.data.dataset import ClipConfig, ClipDataset
 from omnivision.data.frames import subsample_indices
 from omnivision.data.loader import LoaderConfig, evaluation_batches
@@ -86,8 +86,8 @@ def run(quick: bool) -> Report:
         paths = films.make(folder, 340, 256, seconds=4 if quick else 10, copies=count)
         np.save(folder / "paths.npy", np.array([str(path) for path in paths]))
         np.save(folder / "labels.npy", np.arange(count))
-        files = SplitFiles(str(folder / "paths.npy"), str(folder / "labels.npy"))
-        split = Split(Dataset("films", num_classes=CLASSES, val=files), "val")
+        files = {"paths": str(folder / "paths.npy"), "labels": str(folder / "labels.npy")}
+        split = Split(Dataset(name="films", num_classes=CLASSES, val=files), "val")
         cut = ClipConfig(EvalView(image, CROPS), CROPS, loaders.FRAMES, (8, image // 16, image // 16), clips=CLIPS)
         data = ClipDataset([split], {"video": cut}, loaders.SECONDS, seed=0, training=False)
         for size in sizes:

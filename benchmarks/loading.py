@@ -24,7 +24,7 @@ from benchmarks import films
 from benchmarks.command import command_line
 from benchmarks.harness import Ratio, Report, interleaved, one_thread
 from benchmarks.peers import loaders
-from omnivision.data.catalog import Dataset, Split, SplitFiles
+from omnivision.data.catalog import Dataset, Split
 from omnivision.data.dataset import ClipConfig, ClipDataset
 from omnivision.data.loader import LoaderConfig, train_batches
 from omnivision.data.masking import RandomMask
@@ -39,7 +39,7 @@ def dataset(folder: Path, name: str, paths: list[Path]) -> ClipDataset:
     """The recipe's samples of some films."""
     file = folder / f"{name}.npy"
     np.save(file, np.array([str(path) for path in paths]))
-    split = Split(Dataset(name, train=SplitFiles(str(file))), "train")
+    split = Split(Dataset(name=name, train={"paths": str(file)}), "train")
     view = PretrainView(loaders.SIZE, loaders.SHORT_SIDE)
     cut = ClipConfig(view, loaders.VIEWS, loaders.FRAMES, grid=(8, 14, 14), mask=RandomMask(0.9))
     return ClipDataset([split], {"video": cut}, loaders.SECONDS, seed=0, training=True)

@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks.command import command_line
 from benchmarks.harness import Ratio, Report, own_memory
-from omnivision.data.catalog import Dataset, Split, SplitFiles
+from omnivision.data.catalog import Dataset, Split
 from omnivision.data.dataset import ClipConfig, ClipDataset
 from omnivision.data.loader import _Steps, _Videos
 from omnivision.data.masking import RandomMask
@@ -25,7 +25,7 @@ from omnivision.data.views import PretrainView
 CLASSES = 400
 
 
-def write(folder: Path, count: int) -> SplitFiles:
+def write(folder: Path, count: int) -> dict[str, str]:
     """The two arrays, as training reads them."""
     paths = np.lib.format.open_memmap(folder / "paths.npy", "w+", "<U20", (count,))
     for first in range(0, count, 1_000_000):
@@ -34,7 +34,7 @@ def write(folder: Path, count: int) -> SplitFiles:
     paths.flush()
     del paths
     np.save(folder / "labels.npy", np.arange(count) % CLASSES)
-    return SplitFiles(str(folder / "paths.npy"), str(folder / "labels.npy"))
+    return {"paths": str(folder / "paths.npy"), "labels": str(folder / "labels.npy")}
 
 
 def timed(call: Callable[[], object]) -> float:
@@ -50,7 +50,7 @@ def run(quick: bool) -> Report:
         files = write(Path(folder), count)
         before = own_memory("Anonymous")
         began = time.perf_counter()
-        split = Split(Dataset("many", num_classes=CLASSES, train=files, val=files), "train")
+        split = Split(Dataset(name="many", num_classes=CLASSES, train=files, val=files), "train")
         opened = time.perf_counter() - began
         view, grid = PretrainView(224), (8, 14, 14)
         data = ClipDataset([split], {"video": ClipConfig(view, 4, 16, grid, RandomMask(0.9))}, 2.7, 0, training=True)

@@ -208,7 +208,7 @@ class Shipped(unittest.TestCase):
         self.assertEqual(build.labels(settings(*recipe, unknown, "++video_labels=7")).classes, [7])
         with self.assertRaisesRegex(UserError, r"datasets\.ucf101\.num_classes is 101 and video_labels is 51"):
             settings(*recipe, "++video_labels=51")
-        with self.assertRaisesRegex(UserError, r"number of classes of ucf101 is unknown"):
+        with self.assertRaisesRegex(UserError, r"datasets.ucf101.num_classes"):
             build.labels(settings(*recipe, unknown))
 
     def test_the_recipe_of_the_paper(self):

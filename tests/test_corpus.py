@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from omnivision.data.catalog import Dataset, Split, SplitFiles
+from omnivision.data.catalog import Dataset, Split
 from omnivision.data.dataset import ClipConfig, ClipDataset
 from omnivision.data.frames import VideoDecodeError, read_image
 from omnivision.data.loader import LoaderConfig, evaluation_batches
@@ -128,7 +128,7 @@ class Corpus(unittest.TestCase):
     def read(self, paths: list[Path]) -> dict[str, np.ndarray | str]:
         """What a data worker makes of each file: its clip (T, 2, 2, 3), or the reason why it has none."""
         np.save(self.folder / "paths.npy", np.array([str(path) for path in paths]))
-        dataset = Dataset("corpus", num_classes=2, val=SplitFiles(str(self.folder / "paths.npy")))
+        dataset = Dataset(name="corpus", num_classes=2, val={"paths": str(self.folder / "paths.npy")})
         cut = ClipConfig(AsDecoded(), 1, FRAMES, (1, 1, 1))
         clips = ClipDataset([Split(dataset, "val")], {"video": cut}, CLIP, 0, training=False, max_pixels=10**6)
         found: dict[str, np.ndarray | str] = {}

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from omnivision.data.batch import BadSample, Batch, Sample, collate, vanished_files
-from omnivision.data.catalog import Dataset, Split, SplitFiles
+from omnivision.data.catalog import Dataset, Split
 from omnivision.data.dataset import REPLACEMENTS, ClipConfig, ClipDataset
 from omnivision.data.encode import write_video
 from omnivision.data.loader import LoaderConfig, evaluation_batches, train_batches
@@ -174,8 +174,8 @@ class Films(unittest.TestCase):
 
     def split(self, paths: str, name: str = "films") -> Split:
         labels = str(self.folder / "labels.npy") if paths != "greys.npy" else None
-        files = SplitFiles(str(self.folder / paths), labels)
-        return Split(Dataset(name, prefix=f"{self.folder}/", fps=10, train=files), "train")
+        files = {"paths": str(self.folder / paths), "labels": labels}
+        return Split(Dataset(name=name, prefix=f"{self.folder}/", fps=10, train=files), "train")
 
     def dataset(
         self, paths: str = "paths.npy", views: int = 4, training: bool = True, max_pixels: int | None = None

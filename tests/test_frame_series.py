@@ -1,6 +1,5 @@
 """Folders that hold several series of frames: found by their names, refused, or chosen by a pattern."""
 
-import dataclasses
 import tempfile
 import unittest
 from pathlib import Path
@@ -10,7 +9,7 @@ from unittest import mock
 import numpy as np
 from PIL import Image
 
-from omnivision.data.catalog import Dataset, Split, SplitFiles
+from omnivision.data.catalog import Dataset, Split
 from omnivision.data.frames import SeveralSeriesError, group_series, natural, sort_times
 from omnivision.data.video import VideoDecodeError, open_video
 from omnivision.tools.report.mistakes import moving
@@ -118,24 +117,24 @@ class Reading(unittest.TestCase):
             ("clip.mp4", "s$"),
         ):
             np.save(self.folder / "paths.npy", np.array([name]))
-            files = SplitFiles(str(self.folder / "paths.npy"))
-            split = Split(Dataset("d", fps=12.5, prefix=f"{self.folder}/", train=files), "train")
+            files = {"paths": str(self.folder / "paths.npy")}
+            split = Split(Dataset(name="d", fps=12.5, prefix=f"{self.folder}/", train=files), "train")
             self.assertRegex(preflight.describe_split(split), expected)
 
     def test_before_a_run(self):
         np.save(self.folder / "paths.npy", np.array(["clip", "nowhere"]))
         (self.folder / "empty").mkdir()
-        train = SplitFiles(str(self.folder / "paths.npy"))
+        train = {"paths": str(self.folder / "paths.npy")}
         data = SimpleNamespace(sources={"d": None})
         trainer = SimpleNamespace(data=data, model={"decoder": {}}, mode="train", val_epoch_freq=None)
         settings = SimpleNamespace(trainer=trainer, submitit=SimpleNamespace(use_cluster=False))
-        entry = Dataset("d", prefix=f"{self.folder}/", train=train)
+        entry = Dataset(name="d", prefix=f"{self.folder}/", train=train)
         self.enterContext(mock.patch.object(preflight, "epoch_plan"))
         with mock.patch.object(preflight, "datasets_of", lambda _: [entry]):
             with self.assertRaisesRegex(UserError, r"datasets\.d\.frame_pattern"):
                 preflight.check_splits(settings)
             self.assertEqual(len(preflight.open_splits(settings)[0]), 1)  # each process of a run opens them again
-        chosen = dataclasses.replace(entry, frame_pattern="img_*.png")
+        chosen = entry.model_copy(update={"frame_pattern": "img_*.png"})
         with mock.patch.object(preflight, "datasets_of", lambda _: [chosen]):
             self.assertEqual(len(preflight.check_splits(settings)[0]), 1)
 

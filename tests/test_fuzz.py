@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from omnivision.config.schema import setting_types
 from omnivision.config.validate import validate_config
-from omnivision.data.catalog import Dataset, Split, SplitFiles
+from omnivision.data.catalog import Dataset, Split
 from omnivision.data.sampling import EpochPlan, SourcePlan
 from omnivision.optim.schedules import Constant, WarmupCosine
 from omnivision.utils.errors import UserError
@@ -65,11 +65,11 @@ class Fuzz(unittest.TestCase):
     )
     def test_catalogs(self, kind: str, shape: list, label_kind: str, labels: list, classes: int | None) -> None:
         with tempfile.TemporaryDirectory() as name:
-            files = SplitFiles(f"{name}/paths.npy", f"{name}/labels.npy")
-            np.save(files.paths, np.zeros(shape, kind))
-            np.save(files.labels, np.array(labels, float).astype(label_kind))
+            files = {"paths": f"{name}/paths.npy", "labels": f"{name}/labels.npy"}
+            np.save(files["paths"], np.zeros(shape, kind))
+            np.save(files["labels"], np.array(labels, float).astype(label_kind))
             try:
-                split = Split(Dataset("fuzz", num_classes=classes, train=files), "train")
+                split = Split(Dataset(name="fuzz", num_classes=classes, train=files), "train")
             except UserError:
                 return
             self.assertGreater(len(split), 0)
@@ -87,7 +87,7 @@ class Fuzz(unittest.TestCase):
                 file = Path(name) / "paths.npy"
                 file.write_bytes(content)
                 try:
-                    split = Split(Dataset("fuzz", train=SplitFiles(str(file))), "train")
+                    split = Split(Dataset(name="fuzz", train={"paths": str(file)}), "train")
                     self.assertIsInstance(split.path(0), str)
                 except UserError:
                     pass

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from omnivision.data.batch import collate
-from omnivision.data.catalog import Dataset, LabelSets, Split, SplitFiles
+from omnivision.data.catalog import Dataset, LabelSets, Split
 from omnivision.data.dataset import ClipConfig, ClipDataset
 from omnivision.data.encode import write_video
 from omnivision.data.frames import VideoDecodeError, read_depth, read_image
@@ -132,10 +132,12 @@ class Joint(Folder):
             np.save(self.folder / f"{name}_labels.npy", np.arange(count) % 3)
 
     def split(self, name: str, kind: str = "video") -> Split:
-        files = SplitFiles(
-            str(self.folder / f"{name}.npy"), str(self.folder / f"{name}_labels.npy"), str(self.folder / "depth.npy")
-        )
-        return Split(Dataset(name, kind=kind, num_classes=3, depth_scale=0.001, depth_max=5, train=files), "train")
+        files = {
+            "paths": f"{self.folder}/{name}.npy",
+            "labels": f"{self.folder}/{name}_labels.npy",
+            "depth": f"{self.folder}/depth.npy",
+        }
+        return Split(Dataset(name=name, kind=kind, num_classes=3, depth_scale=0.001, depth_max=5, train=files), "train")
 
     def test_steps_of_clips_and_of_images(self):
         view = PretrainView(32, short_side=40)
@@ -184,9 +186,9 @@ class Joint(Folder):
             Classify(LabelSets([3], {"images": 0}), mixing).training_step(model, batch).loss.backward()
             self.assertGreater(float(model.trunk.depth_patch_embed.proj[1].weight.grad.abs().sum()), 0)
         with self.assertRaisesRegex(UserError, r"depth: no such file"):
-            Split(Dataset("images", kind="rgbd", train=SplitFiles(str(self.folder / "images.npy"))), "train")
+            Split(Dataset(name="images", kind="rgbd", train={"paths": f"{self.folder}/images.npy"}), "train")
         np.save(self.folder / "depth.npy", np.array(["one.png"]))
-        with self.assertRaisesRegex(UserError, "1 paths of depth files for 12 images"):
+        with self.assertRaisesRegex(UserError, r"datasets\.images\.train\.depth"):
             self.split("images", "rgbd")
 
 

@@ -74,7 +74,7 @@ class Folder(unittest.TestCase):
         code, _, self.errors = run(source, self.out, "--name", name, "--catalog", catalog, *arguments)
         self.assertEqual(code, 0)
         entry = yaml.safe_load(catalog.read_text())["datasets"][name]
-        dataset = Dataset.from_entry(name, entry)
+        dataset = Dataset(name=name, **entry)
         self.classes = Path(dataset.class_names).read_text(encoding="utf-8").splitlines()
         self.assertEqual(len(self.classes), dataset.num_classes)
         splits = {which: Split(dataset, which) for which in ("train", "val") if which in entry}

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from omnivision.checkpoint.fingerprint import differences
-from omnivision.data.catalog import Dataset, Split, SplitFiles
+from omnivision.data.catalog import Dataset, Split
 from omnivision.data.dataset import ClipConfig, ClipDataset
 from omnivision.data.encode import write_video
 from omnivision.data.sampling import Request
@@ -43,10 +43,10 @@ class Folder(unittest.TestCase):
             Image.new("RGB", (64, 48), (12 * number,) * 3).save(self.folder / name / f"{number:05d}.png")
 
     def split(self, paths: list[str], segments: object = None, which: str = "train", **entry: object) -> Split:
-        files = SplitFiles(
-            self.save("paths.npy", paths), segments=None if segments is None else self.save("segments.npy", segments)
-        )
-        return Split(Dataset("d", prefix=f"{self.folder}/", fps=FPS, **{which: files}, **entry), which)
+        files = {"paths": self.save("paths.npy", paths), "segments": None}
+        if segments is not None:
+            files["segments"] = self.save("segments.npy", segments)
+        return Split(Dataset(name="d", prefix=f"{self.folder}/", fps=FPS, **{which: files}, **entry), which)
 
     def clips(self, split: Split, training: bool, seconds: float = 0.5, index: int = 0) -> list[torch.Tensor]:
         """Clips of a sample in several epochs, or those of an evaluation."""
@@ -140,9 +140,9 @@ class Refused(Folder):
     def test_of_images_and_files_that_are_not_there(self):
         with self.assertRaisesRegex(UserError, r"datasets\.d\.train\.segments"):
             self.split(["a"], [[0.0, 1.0]], kind="image")
-        files = SplitFiles(self.save("paths.npy", ["a"]), segments=["none.npy", "neither.npy"])
+        files = {"paths": self.save("paths.npy", ["a"]), "segments": ["none.npy", "neither.npy"]}
         with self.assertRaisesRegex(UserError, r"datasets\.d\.val\.segments.*none\.npy, neither\.npy"):
-            Split(Dataset("d", val=files), "val")
+            Split(Dataset(name="d", val=files), "val")
 
 
 class Runs(Folder):

@@ -621,7 +621,7 @@ class Mistakes(OnFilms):
         self.assert_run_refused(
             FROM_NOTHING,
             f"++datasets.ucf101.class_names={names}",
-            saying="names 1 classes, and datasets.ucf101.num_classes is 3",
+            saying="datasets.ucf101.num_classes",
         )
 
     def test_weights_that_do_not_fit(self):

@@ -59,7 +59,7 @@ TUBELET = (2, 8, 8)
 class Named(list):
     """The samples of a split, with what a trainer asks of it."""
 
-    name, dataset = "noise", Dataset("noise", num_classes=2)
+    name, dataset = "noise", Dataset(name="noise", num_classes=2)
 
 
 class Noise:

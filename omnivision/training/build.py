@@ -118,7 +118,7 @@ def process_group(settings: Settings, place: RankInfo) -> Dist:
 def labels(settings: Settings) -> LabelSets:
     """Heads and their numbers of classes, from the catalog, else from `video_labels`."""
     datasets = [
-        dataclasses.replace(dataset, num_classes=dataset.num_classes or settings.video_labels)
+        dataset.model_copy(update={"num_classes": dataset.num_classes or settings.video_labels})
         for dataset in datasets_of(settings)
     ]
     return label_sets(datasets, settings.trainer.data.share_head)

@@ -67,7 +67,7 @@ def check_splits(settings: Settings) -> tuple[list[Split], list[Split]]:
 def datasets_of(settings: Settings) -> list[Dataset]:
     """The catalog's entries of the run's sources."""
     sources = settings.trainer.data.sources
-    return [Dataset.from_entry(name, source.model_dump()) for name, source in sources.items()]
+    return [Dataset(name=name, **source.model_dump()) for name, source in sources.items()]
 
 
 def open_splits(settings: Settings) -> tuple[list[Split], list[Split]]:
