@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from omnivision.data.encode import write_video
-from omnivision_demo.actions import ACTIONS
-from omnivision_demo.dataset import render, video_spec
+from omnivision_demo.render import render
+from omnivision_demo.spec import ACTIONS, video_spec
 from tests import runs
 from tests import stage_runs as stages
 from tests import test_small_data as small_data

@@ -1,13 +1,15 @@
-"""`omnivision demo-data DIR`: makes a small set of videos to try every stage of the project on."""
+"""`omnivision demo-data DIR`: a small set of rendered videos to try every stage on."""
 
-import sys
+import functools
 import time
 from typing import Annotated
 
 from cyclopts import Parameter
 
 from omnivision.tools.arguments import Flag, at_least
-from omnivision_demo.dataset import ACTIONS, DOMAINS, write_demo_data
+from omnivision.tools.progress import track
+from omnivision_demo.dataset import write_demo_data
+from omnivision_demo.spec import ACTIONS, DOMAINS
 
 QUICK = {"train": 2, "val": 1, "synthetic": 2}
 FULL = {"train": 40, "val": 20, "synthetic": 160}
@@ -25,18 +27,18 @@ def demo_data(
     workers: Annotated[int, at_least(1)] = 2,
     quick: Flag = False,
 ) -> int:
-    """Make small videos to try every stage on, without a download.
+    """Render small videos to try every stage on, without a download.
 
-    Draw short H.264 videos of a person doing one of 12 actions, in three domains (synthetic, nohuman, target), with the lists
-    of paths and labels that training reads. The same settings give the same bytes. About a minute on two cores.
+    Short H.264 videos of a person doing one of 12 actions, in three domains (synthetic, nohuman, target), with the lists of
+    paths and labels that training reads. The same settings give the same bytes. About a minute on two cores.
 
     Args:
-        folder: A new or empty folder, or one that this command was making.
+        folder: A new or empty folder, or one with unfinished demo data.
         train: Training videos of each action in each domain (default 40, with --quick 2).
         val: Validation videos of each action in each domain (default 20, with --quick 1).
         synthetic: Training videos of each action in the synthetic domain (default 160, with --train as many).
         seed: Another seed, other videos.
-        workers: Processes to work with.
+        workers: Processes that render.
         quick: A tiny set, for tests.
     """
     counts = QUICK if quick else FULL
@@ -44,26 +46,14 @@ def demo_data(
         synthetic = counts["synthetic"] if train is None else train
     train, val = train or counts["train"], val or counts["val"]
     start = time.monotonic()
-    written = write_demo_data(
-        folder, train=train, val=val, synthetic=synthetic, seed=seed, workers=workers, progress=_print_progress
-    )
-    if written.made == 0:
-        print(f"{folder}: complete already, {written.videos} videos, {written.size / 1e6:.1f} MB. Nothing to do.")
-        return 0
-    rest = "" if written.made == written.videos else f" ({written.videos - written.made} existed already)"
+    show = functools.partial(track, what="demo-data")
+    written = write_demo_data(folder, train=train, val=val, synthetic=synthetic, seed=seed, workers=workers, track=show)
     seconds = time.monotonic() - start
-    print(f"Made {written.made} videos{rest}, {written.size / 1e6:.1f} MB in all, in {seconds:.0f} s.")
+    print(f"Rendered {written.new} of {written.videos} videos, {written.size / 1e6:.1f} MB in all, in {seconds:.0f} s.")
     for domain in DOMAINS:
         count = len(ACTIONS) * (synthetic if domain == "synthetic" else train)
         print(
-            f"  {folder}/{domain}: {count} training and {len(ACTIONS) * val} validation videos of {len(ACTIONS)} actions"
+            f"  {folder}/{domain}: {count} training, {len(ACTIONS) * val} validation videos of {len(ACTIONS)} actions"
         )
-    print(f"  {folder}/class_names.txt: the actions, in the order of the labels")
     print(f"Stages on them: +experiments=demo/mae, align, finetune, probe or average, with data_root={folder}")
     return 0
-
-
-def _print_progress(done: int, total: int) -> None:
-    """Print a line at every tenth, so that a log file stays readable, too."""
-    if 10 * done // total > 10 * (done - 1) // total:
-        print(f"demo-data: {done} of {total} videos", file=sys.stderr, flush=True)

@@ -1,25 +1,43 @@
-"""What a video is, before a pixel is drawn: its label and the ids of its body, place and camera.
+"""A video before a pixel is drawn: its action, the ids of its body, place and camera, and the motion of its joints.
 
-Splits and domains draw their bodies, places and cameras from pools of ids that do not overlap, so that nothing but
-the motion can be learnt in one and used in another.
+The twelve actions differ in which joint angle *moves*, and in nothing that a single frame shows. A body has one channel for
+each action, with the value amplitude * sin(phase); every video draws all phases and amplitudes from the same distribution.
+The phase of its action's channel advances, the others keep theirs, so a single frame of any action is a draw from one
+distribution of poses. Splits and domains draw bodies, places and cameras from disjoint pools of ids: only motion carries over.
 """
 
 from dataclasses import dataclass
 
-from omnivision_demo.actions import ACTIONS
-from omnivision_demo.draws import between, pick, stream
-from omnivision_demo.places import PLACE_TYPES, place_type
+import numpy as np
+from numpy.typing import NDArray
 
+from omnivision_demo.draws import between, pick, stream
+
+ACTIONS = (
+    "raise_arms",  # both arms, sideways, together
+    "swing_arms",  # forwards and backwards, one against the other
+    "curl_arms",  # both elbows together
+    "punch",  # the elbows one against the other
+    "straddle",  # legs apart and together
+    "march",  # knees up in turn
+    "squat",  # both knees
+    "bow",  # torso forwards
+    "sway",  # torso sideways
+    "jump",  # up
+    "sidestep",  # to the left and right
+    "turn",  # about the vertical axis
+)
 DOMAINS = ("synthetic", "nohuman", "target")
 SPLITS = ("train", "val")
-FRAME_RATES = (12, 15, 24, 25, 30)
-KEY_FRAME_DISTANCES = (1, 4, 8, 12, 24, 48)
-SHORTEST_SECONDS, LONGEST_SECONDS = 1.2, 4.0
+PLACE_TYPES = tuple("living_room gym street park beach mountains stage forest desert snow night kitchen".split())
 
+_FRAME_RATES = (12, 15, 24, 25, 30)
+_KEY_FRAME_DISTANCES = (1, 4, 8, 12, 24, 48)
+_SECONDS = (1.2, 4.0)
+# Turns a second. The slowest still shows 1.5 periods in any 1.3 seconds, the fastest 6 frames a period at 12 fps.
+_TURNS = (1.3, 2.0)
 _POOL = 1000  # ids from one pool's first to the next pool's first
-_BODIES = {"train": 240, "val": 60}
-_CAMERAS = {"train": 120, "val": 40}
-_PLACES_PER_TYPE = {"train": 24, "val": 8}
+_POOL_SIZES = {"train": (240, 120, 24), "val": (60, 40, 8)}  # bodies, cameras, places of each type
 
 
 @dataclass(frozen=True)
@@ -45,40 +63,54 @@ class VideoSpec:
 
     @property
     def place_type(self) -> str:
-        return PLACE_TYPES[place_type(self.place)]
+        return PLACE_TYPES[self.place % len(PLACE_TYPES)]
 
     @property
     def path(self) -> str:
-        """Where the video lies inside its domain's folder."""
+        """Path of the video below its domain's folder."""
         return f"{self.split}/{self.index:05d}.mp4"
+
+    def stream(self, name: str) -> np.random.Generator:
+        """Return a generator of this video, which does not depend on its label."""
+        return stream(self.seed, name, self.domain, self.split, self.index)
+
+    def channels(self) -> NDArray[np.float64]:
+        """Return the motion: channel values, float64 (T, len(ACTIONS))."""
+        return motion(self.label, self.frames, self.fps, self.stream("motion"))
 
 
 def video_spec(seed: int, domain: str, split: str, index: int) -> VideoSpec:
-    """The video number `index` of a split; it does not depend on how many videos the split has."""
+    """Return video number `index` of a split; it does not depend on the split's size."""
     draw = stream(seed, "film", domain, split, index)
     label = index % len(ACTIONS)
     first = _POOL * (len(SPLITS) * DOMAINS.index(domain) + SPLITS.index(split))
+    bodies, cameras, places = _POOL_SIZES[split]
     kind = pick(draw, len(PLACE_TYPES))
-    # Where nobody is to be seen, the place is all there is to learn from: half of an action's videos
-    # are set in its favourite type of place. Elsewhere the place says nothing.
+    # Without people only the place can be learnt: half of an action's videos have its favourite type of place.
+    # In the other domains the place is independent of the action.
     at_favourite = between(draw, 0, 1) < 0.5
     if domain == "nohuman" and at_favourite:
         kind = label % len(PLACE_TYPES)
-    place = first + (kind - first) % len(PLACE_TYPES) + len(PLACE_TYPES) * pick(draw, _PLACES_PER_TYPE[split])
-    fps = FRAME_RATES[pick(draw, len(FRAME_RATES))]
+    place = first + (kind - first) % len(PLACE_TYPES) + len(PLACE_TYPES) * pick(draw, places)
+    fps = _FRAME_RATES[pick(draw, len(_FRAME_RATES))]
     # Mostly short, for speed, with a tail of long ones.
-    seconds = SHORTEST_SECONDS + (LONGEST_SECONDS - SHORTEST_SECONDS) * between(draw, 0, 1) ** 2
-    return VideoSpec(
-        seed=seed,
-        domain=domain,
-        split=split,
-        index=index,
-        label=label,
-        body=first + pick(draw, _BODIES[split]),
-        place=place,
-        camera=first + pick(draw, _CAMERAS[split]),
-        fps=fps,
-        frames=round(seconds * fps),
-        gop=KEY_FRAME_DISTANCES[pick(draw, len(KEY_FRAME_DISTANCES))],
-        crf=int(draw.integers(26, 33) if domain == "target" else draw.integers(20, 27)),
-    )
+    seconds = _SECONDS[0] + (_SECONDS[1] - _SECONDS[0]) * between(draw, 0, 1) ** 2
+    body, camera = first + pick(draw, bodies), first + pick(draw, cameras)
+    gop = _KEY_FRAME_DISTANCES[pick(draw, len(_KEY_FRAME_DISTANCES))]
+    crf = int(draw.integers(26, 33) if domain == "target" else draw.integers(20, 27))
+    return VideoSpec(seed, domain, split, index, label, body, place, camera, fps, round(seconds * fps), gop, crf)
+
+
+def motion(label: int, frames: int, fps: float, draw: np.random.Generator) -> NDArray[np.float64]:
+    """Return channel values, float64 (frames, len(ACTIONS)), within about [-1, 1]; channel `label` moves."""
+    channels = len(ACTIONS)
+    seconds = np.arange(frames)[:, None] / fps  # (T, 1)
+    # Everything is drawn for every channel, so that no draw depends on the label.
+    phase, wobble_phase, idle_phase = draw.uniform(0, 2 * np.pi, (3, channels))
+    amplitude = draw.uniform(0.8, 1.0, channels)
+    turns, idle_turns = draw.uniform(*_TURNS, channels), draw.uniform(0.2, 0.5, channels)
+    # The speed varies by up to 6 percent.
+    run = 2 * np.pi * turns * seconds + 0.2 * np.sin(2 * np.pi * 0.4 * seconds + wobble_phase)  # (T, C)
+    value = amplitude * np.sin(phase + np.where(np.arange(channels) == label, run, 0.0))
+    # All channels, the moving one too, sway a little.
+    return value + 0.04 * np.sin(2 * np.pi * idle_turns * seconds + idle_phase)
