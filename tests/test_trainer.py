@@ -27,6 +27,7 @@ from omnivision.config.schema import (
     DistributedSettings,
     LoggingSettings,
     OptimSettings,
+    RuleSettings,
     TrainerSettings,
 )
 from omnivision.data.batch import BadSample, Batch, Sample
@@ -39,7 +40,7 @@ from omnivision.distributed.process_group import Dist, RankInfo
 from omnivision.models.classifier import VideoClassifier
 from omnivision.models.mae import MaskedAutoencoder
 from omnivision.models.vit import VisionTransformer
-from omnivision.optim.groups import Rule, ScheduledOptimizer, parameter_groups
+from omnivision.optim.groups import ScheduledOptimizer, parameter_groups
 from omnivision.optim.schedules import WarmupCosine
 from omnivision.reporting.logs import BadSampleLedger
 from omnivision.reporting.reporter import Reporter
@@ -126,7 +127,8 @@ def trainer(
         torch.manual_seed(0)
         trunk = VisionTransformer(24, 2, 2, num_frames=4, image_size=16, tubelet=TUBELET, drop_path=0.2)
         model = MaskedAutoencoder(trunk, {"width": 16, "depth": 1, "heads": 2})
-    groups = parameter_groups(model, {"lr": [Rule(WarmupCosine(0.0, 1e-2, 0.0, 0.2))]})
+    rule = RuleSettings(scheduler={"_target_": "any"})
+    groups = parameter_groups(model, {"lr": [rule]}, {"lr": [WarmupCosine(0.0, 1e-2, 0.0, 0.2)]})
     dist = Dist(RankInfo(), "cpu", None, timedelta(minutes=1))
     run_folder = RunDir(folder)
     run_folder.create()

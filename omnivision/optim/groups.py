@@ -8,7 +8,7 @@ Groups are the intersections of the options' rules, so that together they hold e
 from __future__ import annotations
 
 import fnmatch
-import importlib
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,25 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from omnivision.config.schema import RuleSettings
 from omnivision.distributed.fsdp import distribute_like, local_tensor
 from omnivision.optim.schedules import Schedule
 from omnivision.utils.errors import UserError
-
-
-@dataclass
-class Rule:
-    scheduler: Schedule
-    param_names: Sequence[str] | None = None
-    module_cls_names: Sequence[str] | None = None
-
-    @property
-    def is_default(self) -> bool:
-        return self.param_names is None and self.module_cls_names is None
-
-    @property
-    def matches(self) -> str:
-        """Its patterns and classes, for messages."""
-        return ", ".join([*(self.param_names or ()), *(self.module_cls_names or ())])
 
 
 @dataclass
@@ -47,12 +32,19 @@ class Group:
 
 
 def parameter_groups(
-    model: nn.Module, options: Mapping[str, Sequence[Rule]], scales: Mapping[str, float] | None = None
+    model: nn.Module,
+    options: Mapping[str, Sequence[RuleSettings]],
+    schedules: Mapping[str, Sequence[Schedule]],
+    scales: Mapping[str, float] | None = None,
 ) -> list[Group]:
-    """The groups of a model's trainable parameters, in a fixed order; `scales` are learning-rate factors by parameter.
+    """The groups of a model's trainable parameters, in a fixed order.
 
-    Raises UserError naming option and pattern when a pattern or class matches nothing, when two rules of an option
-    overlap, or when an option has two defaults.
+    Args:
+        options: the rules of each option.
+        schedules: one for each rule.
+        scales: learning-rate factors by parameter.
+
+    Raises UserError when a rule matches nothing, when two rules of an option overlap, or when an option has two defaults.
     """
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     chosen = {option: _rules_by_parameter(model, names, option, rules) for option, rules in options.items()}
@@ -61,16 +53,22 @@ def parameter_groups(
         scale = scales[name] if scales else 1.0
         key = (*(chosen[option].get(name) for option in options), scale)
         if key not in groups:
-            schedules = {o: options[o][chosen[o][name]].scheduler for o in options if name in chosen[o]}
-            groups[key] = Group([], schedules, scale)
+            own = {option: schedules[option][chosen[option][name]] for option in options if name in chosen[option]}
+            groups[key] = Group([], own, scale)
         groups[key].names.append(name)
     return list(groups.values())
 
 
-def _rules_by_parameter(model: nn.Module, names: list[str], option: str, rules: Sequence[Rule]) -> dict[str, int]:
+def is_default(rule: RuleSettings) -> bool:
+    return rule.param_names is None and rule.module_cls_names is None
+
+
+def _rules_by_parameter(
+    model: nn.Module, names: list[str], option: str, rules: Sequence[RuleSettings]
+) -> dict[str, int]:
     """Number of the rule that each parameter follows; parameters that no rule covers are left out."""
     where = f"trainer.optim.options.{option}"
-    defaults = [number for number, rule in enumerate(rules) if rule.is_default]
+    defaults = [number for number, rule in enumerate(rules) if is_default(rule)]
     if len(defaults) > 1:
         raise UserError(
             f"{where} must have at most one default rule (without param_names and module_cls_names), got numbers {defaults}. "
@@ -78,52 +76,29 @@ def _rules_by_parameter(model: nn.Module, names: list[str], option: str, rules: 
         )
     chosen: dict[str, int] = {}
     for number, rule in enumerate(rules):
-        for name in sorted(_named_by(model, names, f"{where}[{number}]", rule)):
+        for name in sorted(_matches(model, names, f"{where}[{number}]", rule)):
             if name in chosen:
-                raise UserError(
-                    f"{where}: rules {chosen[name]} and {number} both match {name} ({rules[chosen[name]].matches} and "
-                    f"{rule.matches}). Narrow one of them."
-                )
+                raise UserError(f"{where}: rules {chosen[name]} and {number} both match {name}. Narrow one of them.")
             chosen[name] = number
-    for number in defaults:
-        chosen = dict.fromkeys(names, number) | chosen
-    return chosen
+    return {name: number for number in defaults for name in names} | chosen
 
 
-def _named_by(model: nn.Module, names: list[str], where: str, rule: Rule) -> set[str]:
-    found: set[str] = set()
-    for pattern in rule.param_names or ():
-        matches = set(fnmatch.filter(names, pattern))
-        if not matches:
-            raise UserError(
-                f"{where}.param_names: {pattern!r} matches none of the {len(names)} trainable parameters "
-                f"({_some(names)}). Fix the pattern, or remove it."
-            )
-        found |= matches
+def _matches(model: nn.Module, names: list[str], where: str, rule: RuleSettings) -> set[str]:
+    """The parameters that a rule names. Raises UserError for a pattern or a class without any."""
+    matches = {("param_names", pattern): fnmatch.filter(names, pattern) for pattern in rule.param_names or ()}
     for class_name in rule.module_cls_names or ():
-        cls = _class_named(class_name, where)
-        owners = [prefix for prefix, module in model.named_modules() if type(module) is cls]
-        matches = {name for name in names if name.rpartition(".")[0] in owners}
-        if not matches:
-            kinds = sorted({f"{type(m).__module__}.{type(m).__qualname__}" for m in model.modules()})
+        module, _, attribute = class_name.rpartition(".")
+        cls = getattr(sys.modules.get(module), attribute, None)  # the model's classes are imported
+        owners = {prefix for prefix, part in model.named_modules() if type(part) is cls}
+        matches["module_cls_names", class_name] = [name for name in names if name.rpartition(".")[0] in owners]
+    for (key, value), found in matches.items():
+        if not found:
+            classes = sorted({f"{type(part).__module__}.{type(part).__qualname__}" for part in model.modules()})
             raise UserError(
-                f"{where}.module_cls_names: no module of class {class_name} has trainable parameters. The model's classes are "
-                f"{', '.join(kinds)}. Fix the name, or remove it."
+                f"{where}.{key}: {value!r} matches none of the {len(names)} trainable parameters ({', '.join(names[:4])}, ...; "
+                f"classes {', '.join(classes)}). Fix it, or remove it."
             )
-        found |= matches
-    return found
-
-
-def _class_named(name: str, where: str) -> type:
-    module, _, attribute = name.rpartition(".")
-    if module.partition(".")[0] in ("torch", "omnivision", "timm"):
-        try:
-            found = getattr(importlib.import_module(module), attribute, None)
-        except ImportError:
-            found = None
-        if isinstance(found, type):
-            return found
-    raise UserError(f"{where}.module_cls_names must be full names of classes such as torch.nn.LayerNorm, got {name}.")
+    return {name for found in matches.values() for name in found}
 
 
 class ScheduledOptimizer:
@@ -151,6 +126,7 @@ class ScheduledOptimizer:
         self.set_progress(0.0)
 
     def set_progress(self, progress: float) -> None:
+        """Set the options of all groups; `progress` is the share of all steps that is done."""
         for group, target in zip(self.groups, self.optimizer.param_groups, strict=True):
             for option, schedule in group.schedules.items():
                 target[option] = schedule(progress) * (group.scale if option == "lr" else 1)
@@ -186,21 +162,20 @@ class ScheduledOptimizer:
                     state[after] = {key: distribute_like(value, after) for key, value in state.pop(before).items()}
             target["params"] = now
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Load a state of `optimizer.state_dict()`. Raises ValueError for another optimizer or other groups."""
-        theirs, ours = state.get("param_groups"), self.optimizer.state_dict()["param_groups"]
-        if not isinstance(theirs, list) or len(theirs) != len(ours) or not isinstance(state.get("state"), dict):
-            raise ValueError(f"it does not have the {len(ours)} groups of parameters that this one has")
-        if only := set(theirs[0]) ^ set(ours[0]):
-            raise ValueError(f"options {', '.join(sorted(only))} are only in one of the two")
-        self.optimizer.load_state_dict(dict(state))
+    def load(self, state: dict[str, Any]) -> None:
+        """Load a state of `optimizer.state_dict()`. Raises ValueError or KeyError for another optimizer or groups."""
+        own_groups = self.optimizer.state_dict()["param_groups"]
+        for theirs, own in zip(state["param_groups"], own_groups, strict=False):  # torch compares their number
+            if differing := theirs.keys() ^ own.keys():
+                raise ValueError(f"options {', '.join(sorted(differing))} are only in one of the two")
+        self.optimizer.load_state_dict(state)
 
     @property
     def lr(self) -> float:
         """The largest learning rate of all groups."""
         return max(group["lr"] for group in self.optimizer.param_groups)
 
-    def parameters(self) -> Iterable[torch.nn.Parameter]:
+    def parameters(self) -> Iterable[nn.Parameter]:
         return (parameter for group in self.optimizer.param_groups for parameter in group["params"])
 
 
@@ -218,7 +193,3 @@ def layer_decay_scales(model: nn.Module, decay: float) -> dict[str, float]:
         return int(name.split(".")[2]) + 1 if name.startswith("trunk.blocks.") else depth + 1
 
     return {name: decay ** (depth + 1 - layer(name)) for name, _ in model.named_parameters()}
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")

@@ -12,9 +12,7 @@ from dataclasses import dataclass
 from omnivision.utils.errors import UserError
 
 Schedule = Callable[[float], float]
-
-# A boundary between phases belongs to the later one, in spite of rounding.
-EPSILON = 1e-6
+EPSILON = 1e-6  # a boundary between phases belongs to the later one, in spite of rounding
 
 
 @dataclass(frozen=True)
@@ -65,13 +63,11 @@ class SequentialSchedule:
     """Schedules in sequence, each stretched over its share of the run; `shares` sum to 1."""
 
     def __init__(self, schedules: Sequence[Schedule], shares: Sequence[float]) -> None:
-        proper = (
-            len(schedules) == len(shares) > 0 and min(shares) >= 0 and shares[-1] > 0 and abs(sum(shares) - 1) < 1e-6
-        )
-        if not proper:
+        fits = len(schedules) == len(shares) and min(shares) >= 0 and shares[-1] > 0 and abs(sum(shares) - 1) < 1e-6
+        if not fits:
             raise UserError(
-                f"shares must be >= 0, the last > 0, with the sum 1 and one for each of the {len(schedules)} schedules, got "
-                f"{list(shares)}. Set shares in trainer.optim.options."
+                f"shares of {len(schedules)} schedules must be >= 0, the last > 0, and sum to 1, got {list(shares)}. Set them "
+                "in trainer.optim.options."
             )
         self.schedules, self.shares = list(schedules), list(shares)
 

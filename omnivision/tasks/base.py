@@ -15,8 +15,8 @@ from omnivision.data.batch import Batch
 class StepOutput:
     """Loss to differentiate (a mean over the `count` samples that count) and, for the logs, sums over these samples.
 
-    Micro-batches and processes are weighted by their `count`, so that a step follows the mean over all samples that count.
-    `scores` (samples, classes), at evaluation of a classifier: float, one row a video, its views averaged.
+    Micro-batches and ranks are weighted by their `count`, so that a step follows the mean over all samples that count.
+    `scores`, at evaluation of a classifier: float (videos, classes), the views of a video averaged.
     """
 
     loss: Tensor
@@ -34,6 +34,8 @@ class Visualization:
 
 
 class Task(Protocol):
+    """What a step computes. A subclass needs the two steps alone."""
+
     def compile(self) -> None:
         """Compile what a step computes beside the model, where that is worth it."""
 
@@ -43,6 +45,8 @@ class Task(Protocol):
 
     def epoch_metrics(self, model: nn.Module) -> dict[str, Any]:
         """Metrics of the model to log after an epoch of training, beside averages: numbers, lists or mappings."""
+        return {}
 
     def visualize(self, model: nn.Module, batch: Batch) -> Visualization | None:
         """Visualize the first clip of a batch; None for tasks without images."""
+        return None

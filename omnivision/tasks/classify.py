@@ -15,11 +15,11 @@ from omnivision.data.catalog import LabelSets
 from omnivision.data.mixing import MixupCutmix, partners, soft_targets
 from omnivision.models.average import AveragedClassifier
 from omnivision.models.patches import normalize_pixels
-from omnivision.tasks.base import StepOutput, Visualization
+from omnivision.tasks.base import StepOutput, Task
 from omnivision.tasks.metrics import topk_accuracy
 
 
-class Classify:
+class Classify(Task):
     """Cross-entropy with soft targets; samples with label -1 count for nothing.
 
     Args:
@@ -33,9 +33,6 @@ class Classify:
         self, labels: LabelSets, mixing: MixupCutmix | None = None, average: Literal["logits", "softmax"] = "logits"
     ) -> None:
         self.labels, self.mixing, self.average = labels, mixing, average
-
-    def compile(self) -> None:
-        """A loss and hits of a few scores are not worth it."""
 
     def training_step(self, model: nn.Module, batch: Batch) -> StepOutput:
         head = self.labels.head[batch.source]
@@ -60,7 +57,7 @@ class Classify:
     def evaluation_step(self, model: nn.Module, batch: Batch) -> StepOutput:
         """Scores of each video: its views go through the model together and are averaged."""
         scores = model(batch.video, self.labels.head[batch.source], batch.depth).float()
-        scores, label = average_views(scores, batch, self.average), first_of_each(batch.label, batch)
+        scores, label = average_views(scores, batch, self.average), batch.label[:: batch.views]
         known = label >= 0
         loss = soft_cross_entropy(scores, soft_targets(label, scores.shape[1], smoothing=0))
         count = int(known.sum())
@@ -76,9 +73,6 @@ class Classify:
         if weights.ndim == 2:
             metrics["mixing_by_tensor"] = dict(zip(model.names, weights.tolist(), strict=True))
         return metrics
-
-    def visualize(self, model: nn.Module, batch: Batch) -> Visualization | None:
-        return None
 
 
 def soft_cross_entropy(scores: Tensor, target: Tensor) -> Tensor:
@@ -99,11 +93,6 @@ def average_views(scores: Tensor, batch: Batch, average: Literal["logits", "soft
     if average == "logits":
         return scores.unflatten(0, (-1, batch.views)).mean(1)
     return scores.log_softmax(-1).unflatten(0, (-1, batch.views)).logsumexp(1) - math.log(batch.views)
-
-
-def first_of_each(values: Tensor, batch: Batch) -> Tensor:
-    """One value for each video: (videos x views,) -> (videos,)."""
-    return values[:: batch.views]
 
 
 def _pixels(batch: Batch) -> Tensor:

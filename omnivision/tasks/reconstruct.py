@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,12 +18,12 @@ from omnivision.models.mae import (
 )
 from omnivision.models.patches import patchify, token_grid, unnormalize_pixels, unpatchify
 from omnivision.models.vit import as_video
-from omnivision.tasks.base import StepOutput, Visualization
+from omnivision.tasks.base import StepOutput, Task, Visualization
 
 GREY = 0.5
 
 
-class Reconstruct:
+class Reconstruct(Task):
     """Mean squared error over the masked tubelets.
 
     Args:
@@ -49,15 +49,12 @@ class Reconstruct:
         target = reconstruction_target(video, self.tubelet, prediction.masked, self.norm)
         return reconstruction_loss(prediction.pixels, target)  # a mean: every sample masks equally many tokens
 
-    def epoch_metrics(self, model: nn.Module) -> dict[str, Any]:
-        return {}
-
     @torch.no_grad()
     def visualize(self, model: nn.Module, batch: Batch) -> Visualization:
-        """Original, what the encoder saw, and what the model made of it, for the first clip.
+        """Original, visible tubelets, and the reconstruction of the first clip.
 
-        A model of normalised targets predicts patterns, not brightness: one column borrows mean and deviation of each
-        hidden tubelet from the original and says so, another takes them from the visible tubelets alone.
+        A model of normalised targets predicts patterns, not brightness: one column takes mean and deviation of each hidden
+        tubelet from the original and says so, another takes them from the visible tubelets alone.
         """
         assert isinstance(model, MaskedAutoencoder) and batch.mask is not None
         mask = batch.mask[:1]
@@ -66,30 +63,29 @@ class Reconstruct:
         grid = token_grid((video.shape[2], video.shape[3], video.shape[4]), self.tubelet)
         original = patchify(unnormalize_pixels(video, channel_dim=1).float(), self.tubelet)  # (1, N, P, 3)
         hidden = mask.flatten(1)[0]
-
         predicted = prediction.pixels.float().reshape(1, -1, *original.shape[2:])
         mean, std = patch_statistics(original[:, hidden], self.norm)
-        seen_mean, seen_std = patch_statistics(original[:, ~hidden], self.norm)
+
+        def frames(patches: Tensor) -> np.ndarray:
+            pixels = unpatchify(patches, grid, self.tubelet)[0]  # (3, T, H, W) in [0, 1]
+            return (pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 3, 0).cpu().numpy()
 
         def with_hidden(pixels: Tensor) -> np.ndarray:
             patches = original.clone()
             patches[:, hidden] = pixels
-            return self._frames(patches, grid)
+            return frames(patches)
 
+        name = "reconstruction" if self.norm == "none" else "reconstruction (true patch statistics)"
         columns = {
-            "original": self._frames(original, grid),
+            "original": frames(original),
             "visible": with_hidden(torch.full_like(predicted, GREY)),
-            "mask": self._frames(hidden[None, :, None, None].expand_as(original).float(), grid),
-            "reconstruction (true patch statistics)": with_hidden(predicted * std + mean),
+            "mask": frames(hidden[None, :, None, None].expand_as(original).float()),
+            name: with_hidden(predicted * std + mean),
         }
         if self.norm != "none":
-            honest = predicted * seen_std.mean(1, keepdim=True) + seen_mean.mean(1, keepdim=True)
-            columns["reconstruction (statistics of visible patches)"] = with_hidden(honest)
-        else:
-            columns = {name.replace(" (true patch statistics)", ""): frames for name, frames in columns.items()}
+            seen_mean, seen_std = (
+                each.mean(1, keepdim=True) for each in patch_statistics(original[:, ~hidden], self.norm)
+            )
+            columns["reconstruction (statistics of visible patches)"] = with_hidden(predicted * seen_std + seen_mean)
         last = video.shape[2] - 1
         return Visualization(columns, sorted({0, (last + 1) // 2, last}))
-
-    def _frames(self, patches: Tensor, grid: tuple[int, int, int]) -> np.ndarray:
-        video = unpatchify(patches, grid, self.tubelet)[0]  # (3, T, H, W) in [0, 1]
-        return (video.clamp(0, 1) * 255).round().byte().permute(1, 2, 3, 0).cpu().numpy()

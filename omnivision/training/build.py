@@ -43,8 +43,8 @@ from omnivision.models.architecture import describe
 from omnivision.models.average import AveragedClassifier
 from omnivision.models.classifier import is_frozen
 from omnivision.models.patches import token_grid
-from omnivision.optim.groups import Group, Rule, ScheduledOptimizer, layer_decay_scales, parameter_groups
-from omnivision.optim.schedules import Scaled, peak
+from omnivision.optim.groups import Group, ScheduledOptimizer, is_default, layer_decay_scales, parameter_groups
+from omnivision.optim.schedules import Scaled, Schedule, peak
 from omnivision.reporting.logs import BadSampleLedger
 from omnivision.reporting.reporter import Reporter
 from omnivision.reporting.run_directory import RunDir
@@ -310,18 +310,19 @@ def _take_positions(
 def groups(settings: Settings, model: nn.Module) -> list[Group]:
     """Parameter groups; learning rates are scaled once, over the whole schedule: by lr_scale_factor, or to the peak `lr`."""
     optim = settings.trainer.optim
-    options: dict[str, list[Rule]] = {}
-    for option, rules in optim.options.items():
-        where = f"trainer.optim.options.{option}"
-        schedules = [build(rule.scheduler, f"{where}[{number}].scheduler") for number, rule in enumerate(rules)]
-        names = [(rule.param_names, rule.module_cls_names) for rule in rules]
-        options[option] = [Rule(schedule, *each) for schedule, each in zip(schedules, names, strict=True)]
-    if rates := options.get("lr"):
-        by = 1 / optim.lr_scale_factor if settings.lr is None else settings.lr / _peak_rate(rates)
-        for rule in rates:
-            rule.scheduler = Scaled(rule.scheduler, by)
+    schedules = {
+        option: [
+            build(rule.scheduler, f"trainer.optim.options.{option}[{number}].scheduler")
+            for number, rule in enumerate(rules)
+        ]
+        for option, rules in optim.options.items()
+    }
+    if rates := schedules.get("lr"):
+        defaults = [rate for rule, rate in zip(optim.options["lr"], rates, strict=True) if is_default(rule)]
+        by = 1 / optim.lr_scale_factor if settings.lr is None else settings.lr / _peak_rate([*defaults, *rates][0])
+        schedules["lr"] = [Scaled(rate, by) for rate in rates]
     scales = layer_decay_scales(model, optim.layer_decay) if optim.layer_decay is not None else None
-    made = parameter_groups(model, options, scales)
+    made = parameter_groups(model, optim.options, schedules, scales)
     if without := [name for group in made if "lr" not in group.schedules for name in group.names]:
         raise UserError(
             f"trainer.optim.options.lr has no rule for {len(without)} parameters, {without[0]} for one. Expected a learning "
@@ -330,9 +331,9 @@ def groups(settings: Settings, model: nn.Module) -> list[Group]:
     return made
 
 
-def _peak_rate(rules: list[Rule]) -> float:
-    """The highest learning rate of a recipe: that of its default rule, else of its first."""
-    highest = peak(next((rule for rule in rules if rule.is_default), rules[0]).scheduler)
+def _peak_rate(schedule: Schedule) -> float:
+    """The highest learning rate of a recipe's schedule."""
+    highest = peak(schedule)
     if highest <= 0:
         raise UserError(
             f"trainer.optim.options.lr is {highest:g} at its highest; expected a schedule above 0, which lr scales. Change "

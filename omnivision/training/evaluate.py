@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,32 +32,6 @@ class Evaluation:
     bad: list[BadSample]
 
 
-@dataclass
-class _Part:
-    """Predictions of one rank for one source."""
-
-    index: list[torch.Tensor] = field(default_factory=list)
-    label: list[torch.Tensor] = field(default_factory=list)
-    scores: list[torch.Tensor] = field(default_factory=list)
-    paths: list[str] = field(default_factory=list)
-
-    def add(self, batch: Batch, scores: torch.Tensor) -> None:
-        """Add the videos of a batch, whose views lie next to each other; `scores` (videos, classes)."""
-        self.index.append(batch.index[:: batch.views])
-        self.label.append(batch.label[:: batch.views])
-        self.scores.append(scores.float().cpu())
-        self.paths += batch.paths[:: batch.views]
-
-    def predictions(self) -> Predictions:
-        index, label, scores = (torch.cat(values).numpy() for values in (self.index, self.label, self.scores))
-        return Predictions(index, label, scores, self.paths)
-
-
-def all_missing(batch: Batch) -> bool:
-    """Whether no file of a batch exists, as when a disk is unmounted."""
-    return not len(batch) and bool(batch.bad) and all(each.missing for each in batch.bad)
-
-
 @torch.no_grad()
 def evaluate(
     task: Task,
@@ -73,14 +47,15 @@ def evaluate(
     one of them reads have disappeared.
     """
     model.eval()
-    meter, parts, bad, videos = Meter(), dict[str, _Part](), list[BadSample](), 0
+    meter, predictions, bad, videos = Meter(), dict[str, list[Predictions]](), list[BadSample](), 0
     stop_requested = False
     missing: dict[str, None] = {}  # files in a row that do not exist
     for batch in batches:
         if stop_requested := stop is not None and stop.cause is not None:
             break
         bad += batch.bad
-        missing = missing | dict.fromkeys(each.path for each in batch.bad) if all_missing(batch) else {}
+        unreadable = not len(batch) and all(each.missing for each in batch.bad)
+        missing = missing | dict.fromkeys(each.path for each in batch.bad) if unreadable else {}
         if len(missing) >= MAX_MISSING:
             break
         if not len(batch):
@@ -89,37 +64,31 @@ def evaluate(
             output = task.evaluation_step(model, batch.to(dist.device))
         meter.add(batch.source, output.sums, output.count)
         videos += len(batch) // batch.views
-        if output.scores is not None:
-            parts.setdefault(batch.source, _Part()).add(batch, output.scores)
+        if output.scores is not None:  # of videos; the views of a video lie next to each other
+            index, label = batch.index[:: batch.views].numpy(), batch.label[:: batch.views].numpy()
+            part = Predictions(index, label, output.scores.float().cpu().numpy(), batch.paths[:: batch.views])
+            predictions.setdefault(batch.source, []).append(part)
     ends = dist.gather((stop_requested, missing))
     if vanished := [path for _, paths in ends if len(paths) >= MAX_MISSING for path in paths]:
         raise UserError(vanished_files(vanished, "in a row that were to be evaluated"), on_all_ranks=True)
     if any(stop_requested for stop_requested, _ in ends):
         return None
-    predictions = _merge_ranks(dist.gather({source: part.predictions() for source, part in parts.items()}))
+    ranks = dist.gather({source: merge(parts) for source, parts in predictions.items()})
+    sources = sorted({source for rank in ranks for source in rank})
+    merged = {source: merge([rank[source] for rank in ranks if source in rank]) for source in sources}
     totals = meter.totals(dist)
-    per_source: dict[str, dict[str, Any]] = {source: averages({source: total}) for source, total in totals.items()}
-    for source, predicted in predictions.items():
-        per_source[source]["mean_class_accuracy"] = 100 * mean_class_accuracy(predicted.confusion())
     metrics: dict[str, Any] = averages(totals) | {"videos": int(dist.sum(torch.tensor([videos]))[0])}
-    if predictions:
-        accuracies = [per_source[source]["mean_class_accuracy"] for source in predictions]
-        metrics["mean_class_accuracy"] = sum(accuracies) / len(accuracies)
-    return Evaluation(metrics, per_source, predictions, bad)
+    per_source: dict[str, dict[str, Any]] = {source: averages({source: total}) for source, total in totals.items()}
+    for source, part in merged.items():
+        per_source[source]["mean_class_accuracy"] = 100 * mean_class_accuracy(part.confusion())
+    if merged:
+        metrics["mean_class_accuracy"] = sum(per_source[s]["mean_class_accuracy"] for s in merged) / len(merged)
+    return Evaluation(metrics, per_source, merged, bad)
 
 
-def _merge_ranks(parts: list[dict[str, Predictions]]) -> dict[str, Predictions]:
-    """Merge the predictions of all ranks, in the order of the split."""
-    merged: dict[str, Predictions] = {}
-    for source in sorted({source for part in parts for source in part}):
-        of_source = [part[source] for part in parts if source in part]
-        index = np.concatenate([part.index for part in of_source])
-        paths = [path for part in of_source for path in part.paths]
-        order = np.argsort(index)
-        merged[source] = Predictions(
-            index[order],
-            np.concatenate([part.label for part in of_source])[order],
-            np.concatenate([part.scores for part in of_source])[order],
-            [paths[i] for i in order],
-        )
-    return merged
+def merge(parts: Sequence[Predictions]) -> Predictions:
+    """Predictions of batches or ranks together, in the order of the split."""
+    index, label, scores = (np.concatenate([getattr(p, name) for p in parts]) for name in ("index", "label", "scores"))
+    paths = [path for part in parts for path in part.paths]
+    order = np.argsort(index)
+    return Predictions(index[order], label[order], scores[order], [paths[i] for i in order])

@@ -6,7 +6,6 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -58,9 +57,7 @@ class StepStats:
         self.loss = self.grad_norm = math.nan
         self.stop_requested = False
         self._nonfinite_log = MetricsLog(run_dir.logs / "nonfinite.jsonl")
-        self._pending: deque[tuple[Step, Tensor, torch.Event | None]] = (
-            deque()
-        )  # sums on the host, once the event is done
+        self._pending = deque[tuple[Step, Tensor, torch.Event | None]]()  # sums are on the host once the event is done
 
     def start(self, step: int) -> None:
         """Start after a step; entries of later ones are dropped from the log."""
@@ -107,8 +104,8 @@ class StepStats:
             num_files = self.record_bad(step.bad) if bad else 0
             if partial:
                 raise UserError(
-                    f"{num_files} files of one batch could not be decoded, including replacements; they are listed in "
-                    f"{self.ledger.path}. Check datasets.NAME.prefix, and that the data is mounted.",
+                    f"{num_files} files of one batch could not be decoded, including replacements ({self.ledger.path}). Check "
+                    "datasets.NAME.prefix, and that the data is mounted.",
                     on_all_ranks=True,
                 )
             if nonfinite:
@@ -140,24 +137,20 @@ class StepStats:
         # All ranks share a gradient; a non-finite loss tells where it came from.
         causes = [entry for entry in ranks if not math.isfinite(entry[1][0])] or ranks
         self.skipped += 1
+        details = []
         for rank, (loss, norm, samples) in causes:
+            details.append(f"rank {rank}: loss {loss}, gradient norm {norm}, samples {', '.join(samples)}")
             if self.dist.is_main:
                 facts = {"rank": rank, "loss": loss, "grad_norm": norm, "samples": samples}
                 self._nonfinite_log.write("nonfinite", "train", step.epoch, step.number, **facts)
-        details = "; ".join(
-            f"rank {rank}: loss {loss}, gradient norm {norm}, samples {', '.join(samples)}"
-            for rank, (loss, norm, samples) in causes
+        message = (
+            f"Step {step.number} (lr {step.lr:.3g}) was skipped: its loss or gradient is not finite ({'; '.join(details)}). "
+            f"{self.skipped} of at most {self.max_skipped} skipped steps ({self._nonfinite_log.path})."
         )
-        message = f"Step {step.number} (lr {step.lr:.3g}) was skipped: its loss or gradient is not finite ({details})"
         if self.skipped > self.max_skipped:
-            raise NonFiniteError(
-                f"{message}. Skipped steps: {self.skipped}; trainer.max_skipped_steps is {self.max_skipped}. Lower the "
-                f"learning rate, set trainer.optim.gradient_clip, or inspect these samples ({self._nonfinite_log.path}).",
-                on_all_ranks=True,
-            )
-        self.info(
-            f"{message}. Skipped steps: {self.skipped} of at most {self.max_skipped} ({self._nonfinite_log.path})."
-        )
+            advice = "Lower the learning rate, set trainer.optim.gradient_clip, inspect these samples, or set"
+            raise NonFiniteError(f"{message} {advice} trainer.max_skipped_steps.", on_all_ranks=True)
+        self.info(message)
 
 
 def check_loss_scale(scaler: torch.amp.GradScaler, step: int) -> None:
@@ -165,30 +158,17 @@ def check_loss_scale(scaler: torch.amp.GradScaler, step: int) -> None:
     if scaler.is_enabled() and (scale := scaler.get_scale()) < MIN_LOSS_SCALE:
         raise NonFiniteError(
             f"Step {step}: fp16 gradients are not finite even at a loss scale of {scale:.1g}, so no step changes the weights. "
-            "Lower the learning rate, set trainer.optim.gradient_clip, or set trainer.optim.amp.amp_dtype=bfloat16 or "
-            "trainer.optim.amp.enabled=false.",
-            on_all_ranks=True,
-        )
-
-
-def check_same_step(dist: Dist, position: tuple[int, int], folder: Path) -> None:
-    """Raises UserError, on all ranks, when they did not resume from the same (epoch, step)."""
-    positions = dist.gather(position)
-    if len(set(positions)) > 1:
-        raise UserError(
-            f"The ranks found different checkpoints in {folder}: (epoch, step) {', '.join(map(str, positions))}. All ranks "
-            "must see one directory. Set trainer.checkpoint.save_dir or launcher.experiment_log_dir.",
+            "Lower the learning rate, or set trainer.optim.gradient_clip or trainer.optim.amp.amp_dtype=bfloat16.",
             on_all_ranks=True,
         )
 
 
 def check_finite(model: nn.Module, dist: Dist, step: int) -> None:
     """Raises NonFiniteError, on all ranks, for weights that are not finite; they must not replace a good checkpoint."""
-    parts = [local_tensor(parameter) for parameter in model.parameters()]
-    nonfinite = torch.stack([~part.isfinite().all() for part in parts])
+    nonfinite = torch.stack([~local_tensor(parameter).isfinite().all() for parameter in model.parameters()])
     if count := int((dist.sum(nonfinite.long()) > 0).sum()):
         raise NonFiniteError(
-            f"{count} of the {len(parts)} parameters are not finite after step {step}; the last checkpoint is kept. Lower the "
-            "learning rate, or set trainer.optim.gradient_clip.",
+            f"{count} of the {len(nonfinite)} parameters are not finite after step {step}; the last checkpoint is kept. Lower "
+            "the learning rate, or set trainer.optim.gradient_clip.",
             on_all_ranks=True,
         )

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,12 +42,21 @@ from omnivision.tasks.metrics import Meter, averages
 from omnivision.training import resume
 from omnivision.training.evaluate import Evaluation, evaluate
 from omnivision.training.run_state import RunState, ThroughputMeter, is_due
-from omnivision.training.step_stats import Step, StepStats, check_finite, check_loss_scale, check_same_step
+from omnivision.training.step_stats import Step, StepStats, check_finite, check_loss_scale
 from omnivision.utils.errors import StopRequested, UserError
 from omnivision.utils.io import BEST, LATEST, CorruptCheckpointError
 from omnivision.utils.signals import StopSignal
 
 MODEL_DRAW = 200  # purpose of the random numbers inside the model; see data.dataset.Draw
+PROGRESS = (
+    "epoch",
+    "step",
+    "steps_per_epoch",
+    "best",
+    "best_loss",
+    "best_epoch",
+    "seconds",
+)  # of RunState, in checkpoints
 
 
 @dataclass
@@ -65,7 +74,7 @@ class RunContext:
 
 
 class Trainer:
-    """Trains `model` on `task`; see `fit` and `validate_only`. It receives built objects and knows no settings files."""
+    """Trains `model` on `task`; see `fit` and `validate_only`. It receives built objects and the settings of the loop."""
 
     def __init__(
         self,
@@ -93,6 +102,31 @@ class Trainer:
         self.state = RunState(steps_per_epoch=1 if train is None else train.plan.steps)
         self.step_stats = StepStats(run.dist, run.ledger, run.directory, run.reporter.info, settings.max_skipped_steps)
 
+    @functools.cached_property
+    def amp_dtype(self) -> torch.dtype | None:
+        return amp_dtype(self.settings, self.run.dist.device)
+
+    @property
+    def comms_dtype(self) -> str | None:
+        return comms_dtype(self.settings, self.run.dist.device)
+
+    @property
+    def is_done(self) -> bool:
+        return self.state.epoch >= self.settings.max_epochs
+
+    @property
+    def global_step(self) -> int:
+        return self.state.global_step
+
+    @property
+    def total_steps(self) -> int:
+        return self.settings.max_epochs * self.state.steps_per_epoch
+
+    def source_plan(self, batch: Batch) -> SourcePlan:
+        """How batches of its source are made."""
+        assert self.train is not None
+        return self.train.plan.sources[batch.source]
+
     # ---- a whole run ----------------------------------------------------------------------------------------------
 
     def fit(self) -> None:
@@ -114,7 +148,7 @@ class Trainer:
         self._write_summary(status="running", exit_reason=None)
         assert self.train is not None
         batches = self.train.batches((state.epoch, state.step), self.settings.max_epochs, self.run.dist)
-        while state.epoch < self.settings.max_epochs:
+        while not self.is_done:
             self.train_epoch(batches)
             self._finish_epoch()
         self._write_summary(status="finished", exit_reason="all epochs done")
@@ -130,7 +164,7 @@ class Trainer:
 
     def train_epoch(self, batches: Iterator[Batch]) -> None:
         """Run the remaining steps of the current epoch."""
-        state, stop = self.state, self.run.stop
+        state, stop, settings = self.state, self.run.stop, self.settings
         train_mode(self.model)
         throughput = ThroughputMeter()
         while state.step < state.steps_per_epoch:
@@ -145,8 +179,8 @@ class Trainer:
             throughput.clips += len(batch) * self.run.dist.world_size
 
             last_of_epoch = state.step == state.steps_per_epoch
-            log = self.global_step % self.settings.logging.log_freq == 0 or last_of_epoch
-            save = is_due(self.global_step, self.settings.checkpoint.save_every_steps)
+            log = self.global_step % settings.logging.log_freq == 0 or last_of_epoch
+            save = is_due(self.global_step, settings.checkpoint.save_every_steps)
             images = self._due_visualizations(last_of_epoch)
             # Wait for the newest step only if something is written.
             self.step_stats.drain(keep_newest=0 if log or save or images else 1)
@@ -178,9 +212,8 @@ class Trainer:
         self.scaler.unscale_(optimizer.optimizer)
         # DDP averaged the gradients: their sum is over `world_size * clips` samples, and should be over `total`.
         optimizer.scale_gradients(dist.world_size * clips / total.clamp(min=1))
-        grad_norm = full_tensor(
-            nn.utils.clip_grad_norm_(optimizer.parameters(), self.settings.optim.gradient_clip or math.inf)
-        )
+        max_norm = self.settings.optim.gradient_clip or math.inf
+        grad_norm = full_tensor(nn.utils.clip_grad_norm_(optimizer.parameters(), max_norm))
         step = Step(
             epoch=self.state.epoch,
             number=self.global_step + 1,
@@ -206,12 +239,11 @@ class Trainer:
 
     def _backward(self, batch: Batch, clips: int) -> tuple[list[StepOutput], Tensor, Tensor]:
         """Run forward and backward of each micro-batch; return the outputs, and sum of losses and count: float64 scalars."""
-        device = self.run.dist.device
         rng = keyed_rng(self.settings.seed_value, MODEL_DRAW, self.global_step, self.run.dist.rank)
         torch.manual_seed(int(rng.integers(2**62)))
         micro_batches = batch.split(self.source_plan(batch).micro_batches)
         outputs: list[StepOutput] = []
-        loss = torch.zeros((), dtype=torch.float64, device=device)
+        loss = torch.zeros((), dtype=torch.float64, device=self.run.dist.device)
         count = torch.zeros_like(loss)
         for number, micro_batch in enumerate(micro_batches):
             with without_sync(self.model, skip=number < len(micro_batches) - 1):
@@ -255,7 +287,6 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """The contents of a checkpoint. All ranks call it together."""
         state, ema = self.state, self.ema
-        meter = {source: {"count": n} | sums for source, (sums, n) in state.meter.totals(self.run.dist).items()}
         return {
             "format": checkpointer.FORMAT,
             "experiment": fingerprint.to_json(self.run.fingerprint),
@@ -266,15 +297,9 @@ class Trainer:
             "sources": [source.note() for source in self.run.sources],
             "optimizer": self.optimizer.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "epoch": state.epoch,
-            "step": state.step,
-            "steps_per_epoch": state.steps_per_epoch,
-            "best": state.best,
-            "best_loss": state.best_loss,
-            "best_epoch": state.best_epoch,
-            "seconds": state.seconds,
+            **{name: getattr(state, name) for name in PROGRESS},
             "skipped": self.step_stats.skipped,
-            "meter": meter,
+            "meter": {source: {"count": n} | sums for source, (sums, n) in state.meter.totals(self.run.dist).items()},
             "last": state.last_metrics,
         }
 
@@ -288,29 +313,27 @@ class Trainer:
             resume.match_checkpoint_heads(saved, class_names, path, info)
         else:
             if run.fingerprint:
-                resume.check_same_experiment(
-                    saved["experiment"], run.fingerprint, path, self.settings.checkpoint.allow_changes, info
-                )
+                allow_changes = self.settings.checkpoint.allow_changes
+                resume.check_same_experiment(saved["experiment"], run.fingerprint, path, allow_changes, info)
             resume.check_same_steps(saved["steps_per_epoch"], self.state.steps_per_epoch, path)
         resume.check_same_sources(saved["sources"], [source.note() for source in run.sources], path)
         checkpointer.load_model(self.raw_model, saved["model"], path)
         if self.train is not None:
-            self._load_optimizer(saved["optimizer"], path)
+            try:
+                self.optimizer.load(saved["optimizer"])
+            except (ValueError, KeyError) as error:
+                raise UserError(
+                    f"{path} has the state of another optimizer ({error}): trainer.optim.optimizer, its options, layer_decay "
+                    f"or trainer.freeze changed. {resume.HINT}"
+                ) from None
         if self.ema is not None:
             resume.load_ema(self.ema, saved, path)
         if self.scaler.is_enabled() and saved["scaler"]:  # empty after steps without one
             self.scaler.load_state_dict(saved["scaler"])
-        self.state = RunState(
-            steps_per_epoch=saved["steps_per_epoch"],
-            epoch=saved["epoch"],
-            step=saved["step"],
-            best=saved["best"],
-            best_loss=saved.get("best_loss"),  # older checkpoints lack it and the next
-            best_epoch=saved.get("best_epoch"),
-            seconds=saved["seconds"],
-            start_time=self.state.start_time,
-            last_metrics=saved["last"],
-        )
+        progress: dict[str, Any] = {
+            name: saved.get(name) for name in PROGRESS
+        }  # older checkpoints lack best_loss and best_epoch
+        self.state = RunState(**progress, start_time=self.state.start_time, last_metrics=saved["last"])
         self.step_stats.skipped = saved["skipped"]
         if run.dist.is_main:  # it holds the sums of all ranks
             self.state.meter.load(saved["meter"])
@@ -345,7 +368,7 @@ class Trainer:
 
         Raises UserError when checkpoints exist but none is complete, and as `load_state_dict`.
         """
-        folder = self.run.directory.checkpoints
+        folder, info = self.run.directory.checkpoints, self.run.reporter.info
         try:
             newest = checkpointer.load_newest(folder)
         except CorruptCheckpointError as error:
@@ -357,20 +380,11 @@ class Trainer:
             return False
         saved, path, problems = newest
         for problem in problems:
-            self.run.reporter.info(f"Skipped a corrupt checkpoint: {problem}")
+            info(f"Skipped a corrupt checkpoint: {problem}")
         self.load_state_dict(saved, path, class_names)
         self.run.stop.saved_step = self.global_step
-        self.run.reporter.info(f"Resumed from {path} ({describe_checkpoint(saved)})")
+        info(f"Resumed from {path} ({describe_checkpoint(saved)})")
         return True
-
-    def _load_optimizer(self, saved: Mapping[str, Any], path: Path) -> None:
-        try:
-            self.optimizer.load(saved)
-        except ValueError as error:
-            raise UserError(
-                f"{path} has the state of another optimizer ({error}): trainer.optim.optimizer, its options, layer_decay or "
-                f"trainer.freeze changed. {resume.HINT}"
-            ) from None
 
     def wrap_model(self) -> None:
         """Wrap the model in DDP or FSDP. Every rank must have come this far, since it waits for them.
@@ -378,7 +392,14 @@ class Trainer:
         Raises UserError, on all ranks, when they did not resume from the same step.
         """
         dist = self.run.dist
-        check_same_step(dist, (self.state.epoch, self.state.step), self.run.directory.checkpoints)
+        positions = dist.gather((self.state.epoch, self.state.step))
+        if len(set(positions)) > 1:
+            raise UserError(
+                f"The ranks found different checkpoints in {self.run.directory.checkpoints}: (epoch, step) "
+                f"{', '.join(map(str, positions))}. All ranks must see one directory. Set trainer.checkpoint.save_dir or "
+                "launcher.experiment_log_dir.",
+                on_all_ranks=True,
+            )
         if self.settings.distributed.strategy == "ddp":
             find_unused = has_unused_parameters(self.raw_model)
             self.model = wrap_ddp(self.model, dist, self.comms_dtype, find_unused)
@@ -391,30 +412,9 @@ class Trainer:
 
     # ---- parts ----------------------------------------------------------------------------------------------------
 
-    @functools.cached_property
-    def amp_dtype(self) -> torch.dtype | None:
-        return amp_dtype(self.settings, self.run.dist.device)
-
-    @property
-    def comms_dtype(self) -> str | None:
-        return comms_dtype(self.settings, self.run.dist.device)
-
-    @property
-    def is_done(self) -> bool:
-        return self.state.epoch >= self.settings.max_epochs
-
-    @property
-    def global_step(self) -> int:
-        return self.state.global_step
-
-    @property
-    def total_steps(self) -> int:
-        return self.settings.max_epochs * self.state.steps_per_epoch
-
-    def source_plan(self, batch: Batch) -> SourcePlan:
-        """How batches of its source are made."""
-        assert self.train is not None
-        return self.train.plan.sources[batch.source]
+    def _autocast(self) -> AbstractContextManager[Any]:
+        dtype = self.amp_dtype
+        return torch.autocast(self.run.dist.device.type, dtype=dtype, enabled=dtype is not None)
 
     def _log_step(self, throughput: ThroughputMeter) -> None:
         check_loss_scale(self.scaler, self.global_step)
@@ -478,16 +478,11 @@ class Trainer:
                 if visualization is not None:
                     self.run.reporter.visualization(name, visualization, self.global_step)
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        dtype = self.amp_dtype
-        return torch.autocast(self.run.dist.device.type, dtype=dtype, enabled=dtype is not None)
-
     def _record_evaluation(self, result: Evaluation) -> None:
         """Keep metrics with the epoch (from 1) of their weights; weights of another run have none here."""
-        state = self.state
-        state.last_metrics |= {f"val_{name}": value for name, value in result.metrics.items()}
+        self.state.last_metrics |= {f"val_{name}": value for name, value in result.metrics.items()}
         if self.global_step:
-            state.last_metrics["val_epoch"] = state.weights_epoch + 1
+            self.state.last_metrics["val_epoch"] = self.state.weights_epoch + 1
 
     def _write_summary(self, **facts: Any) -> None:
         state = self.state
