@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from benchmarks.command import folder_and_seeds
-from omnivision.tools.runs import summaries
+from omnivision.tools.runs import read_summaries
 
 SCRIPT = Path(__file__).resolve().parent.parent / "utils" / "run_scripts" / "run_demo.sh"
 
@@ -27,7 +27,7 @@ def main(folder: Path, seeds: list[int]) -> None:
             check=True,
         )
         minutes.append((time.monotonic() - began) / 60)
-    by_seed = [{run["name"]: run for run in summaries(folder / f"seed_{seed}")} for seed in seeds]
+    by_seed = [{run["name"]: run for run in read_summaries(folder / f"seed_{seed}")} for seed in seeds]
     print(f"\n| run | starts from | trunk | top-1 % with seed {', '.join(map(str, seeds))} | mean ± s.d. |")
     print("|---|---|---|---|---|")
     for name, run in by_seed[0].items():

@@ -12,7 +12,7 @@ from PIL import Image
 from omnivision.data.catalog import Dataset, Split
 from omnivision.data.frames import SeveralSeriesError, group_series, natural, sort_times
 from omnivision.data.video import VideoDecodeError, open_video
-from omnivision.tools.report.mistakes import moving
+from omnivision.tools.report.figures import animate
 from omnivision.training import preflight
 from omnivision.utils.errors import UserError
 from tests.test_check_data import run as check_data
@@ -100,8 +100,8 @@ class Reading(unittest.TestCase):
                     self.assertEqual(set(shown.flatten().tolist()), {grey})
         with self.assertRaises(VideoDecodeError), open_video(path, frame_pattern="rgb_*"):
             pass
-        self.assertTrue(moving(path, 25.0, "img_*.png"))
-        self.assertFalse(moving(path, 25.0))
+        self.assertTrue(animate(path, 25.0, "img_*.png"))
+        self.assertFalse(animate(path, 25.0))
 
     def test_check_data(self):
         np.save(self.folder / "paths.npy", np.array(["clip"]))

@@ -30,7 +30,7 @@ ALLOWED = {
         "omnivision.checkpoint.fingerprint",
     },
     "jinja2": {"omnivision.tools.report.page"},
-    "plotly": {"omnivision.tools.report.figures"},
+    "plotly": {"omnivision.tools.report.figures", "omnivision.tools.report.page"},
     "wandb": {"omnivision.reporting.loggers"},
     "mlflow": {"omnivision.reporting.loggers"},
 }

@@ -1,6 +1,5 @@
-"""Loggers: TensorBoard, Weights & Biases (offline) and MLflow are told the same figures, over a restart too."""
+"""Loggers: TensorBoard, Weights & Biases (offline) and MLflow get the same metrics, across a restart, too."""
 
-import importlib
 import io
 import json
 import os
@@ -13,53 +12,64 @@ import time
 import unittest
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from omnivision.reporting.loggers import MLflow, TensorBoard, WeightsAndBiases, loggers
+from omnivision.reporting.loggers import MLflow, TensorBoard, WeightsAndBiases, start_loggers
 from omnivision.reporting.reporter import Reporter
 from omnivision.reporting.run_directory import RunDir
 from omnivision.utils.errors import UserError
 from tests import runs
 
-FIGURES = {"train/loss", "train/lr", "train/grad_norm", "train/clips_per_second", "train/data_wait", "train/memory_gb"}
+METRICS = {"train/loss", "train/lr", "train/grad_norm", "train/clips_per_second", "train/data_wait", "train/memory_gb"}
 
 
-def wandb_records(data: bytes) -> Iterator[bytes]:
-    """The records of an offline run: pieces in blocks of 32 KiB, each after checksum, length and kind, as in LevelDB."""
-    place, whole = 7, b""  # after the header of the file
-    while place + 7 <= len(data):
-        if 32768 - place % 32768 < 7:
-            place += 32768 - place % 32768
-            continue
-        length, kind = struct.unpack_from("<HB", data, place + 4)
-        whole += data[place + 7 : place + 7 + length]
-        place += 7 + length
-        if kind in (1, 4):  # whole, or the last piece
-            yield whole
-            whole = b""
+def wandb_records(folder: Path) -> Iterator[Any]:
+    """The records of the offline runs of a run directory, in order.
 
-
-def wandb_figures(folder: Path) -> dict[str, dict[int, float]]:
-    """Figures by name and step of the offline runs of a run folder, in the order in which they were begun."""
+    A file has them in blocks of 32 KiB, in parts with checksum, length and kind, as in LevelDB.
+    """
     from wandb.proto import wandb_internal_pb2
 
-    found: dict[str, dict[int, float]] = {}
-    for file in sorted((folder / "wandb").glob("offline-run-*/run-*.wandb")):
-        for data in wandb_records(file.read_bytes()):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(data)
-            items = {item.key or ".".join(item.nested_key): item.value_json for item in record.history.item}
-            for name, value in items.items():
-                if "/" in name and not value.startswith("{"):
-                    found.setdefault(name, {})[json.loads(items["step"])] = float(json.loads(value))
-    return found
+    for file in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
+        data, place, parts = file.read_bytes(), 7, b""  # after the header of the file
+        while place + 7 <= len(data):
+            if 32768 - place % 32768 < 7:
+                place += 32768 - place % 32768
+                continue
+            length, kind = struct.unpack_from("<HB", data, place + 4)
+            parts += data[place + 7 : place + 7 + length]
+            place += 7 + length
+            if kind in (1, 4):  # complete, or the last part
+                record = wandb_internal_pb2.Record()
+                record.ParseFromString(parts)
+                parts = b""
+                yield record
 
 
-def begin_and_stop(folder: Path, *overrides: str) -> None:
-    """A run that is asked to leave after a step; a killed one may lose what wandb has not written yet."""
+def wandb_metrics(folder: Path) -> dict[str, dict[int, float]]:
+    """Metrics by name and step."""
+    metrics: dict[str, dict[int, float]] = {}
+    for record in wandb_records(folder):
+        items = {item.key or ".".join(item.nested_key): item.value_json for item in record.history.item}
+        for name, value in items.items():
+            if "/" in name and not value.startswith("{"):
+                metrics.setdefault(name, {})[json.loads(items["step"])] = float(json.loads(value))
+    return metrics
+
+
+def tensorboard_scalars(run_folder: str) -> list[tuple[int, float]]:
+    """Step and value of train/loss."""
+    events = EventAccumulator(f"{run_folder}/tensorboard")
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars("train/loss")]
+
+
+def start_and_stop(folder: Path, *overrides: str) -> None:
+    """Stop a run after a step; a killed one may lose what wandb has not written yet."""
     log = folder / "logs/metrics.jsonl"
     with subprocess.Popen(
         runs.command(folder, *overrides), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -72,7 +82,7 @@ def begin_and_stop(folder: Path, *overrides: str) -> None:
         assert process.returncode == 128 + signal.SIGTERM, said
 
 
-class Figures(unittest.TestCase):
+class Metrics(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
         temporary = tempfile.TemporaryDirectory()
@@ -85,14 +95,14 @@ class Figures(unittest.TestCase):
             "trainer.logging.pictures_every_epochs=1", "trainer.checkpoint.save_every_steps=1", "clip_duration=0.9",
         ]  # fmt: skip
         with mock.patch.dict(os.environ, quiet):
-            begin_and_stop(cls.folder / "run", *command)
+            start_and_stop(cls.folder / "run", *command)
             made = runs.run(cls.folder / "run", *command)
         assert made.returncode == 0, made.stderr
         cls.said = made.stdout
         cls.lines = {line["step"]: line for line in runs.lines(cls.folder / "run")}
 
     def assert_the_same(self, found: dict[str, dict[int, float]]) -> None:
-        self.assertLessEqual(FIGURES | {"train/mfu"}, set(found))
+        self.assertLessEqual(METRICS | {"train/mfu"}, set(found))
         for name in ("loss", "lr", "mfu"):
             logged = found[f"train/{name}"]
             self.assertEqual(sorted(logged), sorted(self.lines))
@@ -106,7 +116,7 @@ class Figures(unittest.TestCase):
         self.assertIn("pictures", board.Tags()["images"])
 
     def test_wandb_offline(self):
-        self.assert_the_same(wandb_figures(self.folder / "run"))
+        self.assert_the_same(wandb_metrics(self.folder / "run"))
         self.assertEqual(len(list((self.folder / "run/wandb").glob("offline-run-*"))), 2, "a start each")
         names = {file.name.rpartition("-")[2] for file in (self.folder / "run/wandb").glob("offline-run-*")}
         self.assertEqual(len(names), 1, "of one run")
@@ -129,92 +139,77 @@ class Figures(unittest.TestCase):
         self.assertRegex(self.said, r"waiting for data \d+%  \d+\.\d GB  \d+% of the peak  ETA ")
 
 
-class Failing(unittest.TestCase):
-    def test_a_logger_that_fails_is_left_out(self):
-        """What is asked of a server that is gone must not end a run; all else is told on."""
-
-        class Broken:
-            def scalars(self, figures: object, step: int) -> None:
-                raise ConnectionError("nobody answers")
-
-        with tempfile.TemporaryDirectory() as name:
-            RunDir(name).create()
-            out = io.StringIO()
-            reporter = Reporter(RunDir(name), enabled=True, console=Console(file=out, width=200))
-            reporter.start(0, 10)
-            reporter._loggers.insert(0, Broken())
-            for step in (1, 2):
-                reporter.step(0, 1, step, {"loss": 1.0, "clips_per_second": 1.0, "data_wait": 0.0})
-            reporter.close()
-            self.assertEqual(out.getvalue().count("warning: Broken"), 1)
-            board = EventAccumulator(f"{name}/tensorboard")
-            board.Reload()
-            self.assertEqual([event.step for event in board.Scalars("train/loss")], [1, 2])
-
-
-class Ends(unittest.TestCase):
-    """What a run that failed, has many settings, or goes on leaves in each logger."""
-
-    def test_mlflow(self):
-        from mlflow import MlflowClient
-
-        with tempfile.TemporaryDirectory() as name:
-            folder, began = RunDir(name), time.time()
-            folder.create()
-            logger = MLflow(folder, {f"setting_{n}": n for n in range(250)})
-            logger.scalars({"train/loss": 1.0}, 1)
-            logger.close(failed=True)
-            client = MlflowClient(tracking_uri=f"sqlite:///{name}/mlflow.db")
-            run = client.get_run((folder.path / "mlflow_id").read_text().strip())
-            self.assertEqual((run.info.status, len(run.data.params)), ("FAILED", 250))
-            [metric] = client.get_metric_history(run.info.run_id, "train/loss")
-            self.assertLess(abs(metric.timestamp / 1000 - began), 600)
-
-    def test_wandb(self):
-        import wandb
-        from wandb.proto import wandb_internal_pb2
-
-        quiet = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
-        with tempfile.TemporaryDirectory() as name, mock.patch.dict(os.environ, quiet | {"HOME": name}):
-            RunDir(name).create()
-            WeightsAndBiases(RunDir(name), {}).close(failed=True)
-            wandb.teardown()  # its service, which would have the exit code of these tests
-            [file] = Path(name).glob("wandb/offline-run-*/run-*.wandb")
-            codes = []
-            for data in wandb_records(file.read_bytes()):
-                record = wandb_internal_pb2.Record()
-                record.ParseFromString(data)
-                codes += [record.exit.exit_code] if record.HasField("exit") else []
-        self.assertEqual(codes, [1])
-
-    def test_tensorboard_forgets_what_comes_after_a_checkpoint(self):
+class Tensorboard(unittest.TestCase):
+    def test_steps_after_a_checkpoint_are_dropped(self):
         with tempfile.TemporaryDirectory() as name:
             for step, logged in ((0, (1, 2, 3)), (1, (2,))):
                 board = TensorBoard(RunDir(name), step)
                 for each in logged:
                     board.scalars({"train/loss": float(step)}, each)
                 board.close(failed=False)
-            found = EventAccumulator(f"{name}/tensorboard")
-            found.Reload()
-            self.assertEqual([(event.step, event.value) for event in found.Scalars("train/loss")], [(1, 0.0), (2, 1.0)])
+            self.assertEqual(tensorboard_scalars(name), [(1, 0.0), (2, 1.0)])
+
+    def test_a_logger_that_fails_is_dropped(self):
+        """A server that does not answer must not end a run; the other loggers continue."""
+        broken = mock.Mock(scalars=mock.Mock(side_effect=ConnectionError("nobody answers")))
+        with tempfile.TemporaryDirectory() as name:
+            RunDir(name).create()
+            out = io.StringIO()
+            reporter = Reporter(RunDir(name), enabled=True, console=Console(file=out, width=200))
+            reporter.start(0, 10)
+            reporter._loggers.insert(0, broken)
+            for step in (1, 2):
+                reporter.step(0, 1, step, {"loss": 1.0, "clips_per_second": 1.0, "data_wait": 0.0})
+            reporter.close()
+            self.assertEqual(out.getvalue().count("warning: Mock"), 1)
+            self.assertEqual(tensorboard_scalars(name), [(1, 1.0), (2, 1.0)])
+
+
+class FailedRun(unittest.TestCase):
+    def test_mlflow(self):
+        """Its status, and more settings than MLflow takes at once."""
+        from mlflow import MlflowClient
+
+        with tempfile.TemporaryDirectory() as name:
+            start = time.time()
+            RunDir(name).create()
+            logger = MLflow(RunDir(name), {f"setting_{n}": n for n in range(250)})
+            logger.scalars({"train/loss": 1.0}, 1)
+            logger.close(failed=True)
+            client = MlflowClient(tracking_uri=f"sqlite:///{name}/mlflow.db")
+            run = client.get_run(Path(name, "mlflow_id").read_text().strip())
+            self.assertEqual((run.info.status, len(run.data.params)), ("FAILED", 250))
+            [metric] = client.get_metric_history(run.info.run_id, "train/loss")
+            self.assertLess(abs(metric.timestamp / 1000 - start), 600)
+
+    def test_wandb(self):
+        import wandb
+
+        quiet = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+        with tempfile.TemporaryDirectory() as name, mock.patch.dict(os.environ, quiet | {"HOME": name}):
+            RunDir(name).create()
+            WeightsAndBiases(RunDir(name), {}).close(failed=True)
+            wandb.teardown()  # its service, which would have the exit code of these tests
+            codes = [record.exit.exit_code for record in wandb_records(Path(name)) if record.HasField("exit")]
+        self.assertEqual(codes, [1])
 
 
 class Refused(unittest.TestCase):
-    def test_a_logger_that_is_not_there(self):
-        with tempfile.TemporaryDirectory() as name:
-            folder = RunDir(name)
-            for package in ("wandb", "mlflow"):
-                importlib.invalidate_caches()
-                with mock.patch.dict(sys.modules, {package: None}):
-                    with self.assertRaisesRegex(UserError, rf"trainer.logging.also.*{package}"):
-                        loggers([package], folder, {}, 0)
-
-    def test_a_server_that_does_not_answer(self):
-        with tempfile.TemporaryDirectory() as name:
-            environment = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
-            with mock.patch.dict(os.environ, environment):
-                with self.assertRaisesRegex(UserError, "mlflow .trainer.logging.also"):
-                    loggers(["mlflow"], RunDir(name), {}, 0)
+    def test_what_cannot_be_started_is_named(self):
+        no_server = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+        for name, modules, environment in (
+            ("wandb", {"wandb": None}, {}),
+            ("mlflow", {"mlflow": None}, {}),
+            ("mlflow", {}, no_server),
+        ):
+            with (
+                self.subTest(name),
+                tempfile.TemporaryDirectory() as folder,
+                mock.patch.dict(sys.modules, modules),
+                mock.patch.dict(os.environ, environment),
+                self.assertRaisesRegex(UserError, f"trainer.logging.also has {name}"),
+            ):
+                start_loggers([name], RunDir(folder), {}, 0)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from omnivision.data.sampling import Request
 from omnivision.data.views import EvalView, PretrainView
 from omnivision.tools.prepare.duplicates import find_duplicates
 from omnivision.tools.report.collect import find_runs
-from omnivision.tools.report.mistakes import most_confident
+from omnivision.tools.report.figures import mistakes
 from omnivision.utils.errors import UserError
 from tests import stage_runs as stages
 from tests.test_check_data import run as check_data
@@ -166,9 +166,9 @@ class Runs(Folder):
             rows = list(csv.DictReader(file))
         self.assertEqual([[float(row["start"]), float(row["end"])] for row in rows], segments)
         (run,) = find_runs([folder])
-        mistakes = most_confident(run.predicted["ucf101"], 8)
-        self.assertEqual(len({mistake.path for mistake in mistakes}), len(mistakes))
-        self.assertTrue(all(mistake.picture for mistake in mistakes))
+        for found in mistakes(run.predictions["ucf101"], 8, {}).values():
+            self.assertEqual(len({mistake.path for mistake in found}), len(found))
+            self.assertTrue(all(mistake.clip for mistake in found))
 
         self.save("train.npy", [[0.0, 0.3], [0.4, 0.8]] * 4)
         again = stages.here(stages.command("ft", folder, *data, "epochs=2"))

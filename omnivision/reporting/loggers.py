@@ -7,7 +7,6 @@ MLFLOW_TRACKING_URI, or into the run directory.
 from __future__ import annotations
 
 import os
-import re
 import secrets
 import time
 from collections.abc import Mapping, Sequence
@@ -22,22 +21,22 @@ from omnivision.utils.errors import UserError
 from omnivision.utils.io import write_atomically
 
 PROJECT = "omnivision"
-PARAMETERS = 100  # that MLflow takes at once
+MAX_PARAMS = 100  # that MLflow takes at once
 
 
 class Logger(Protocol):
     def scalars(self, metrics: Mapping[str, float], step: int) -> None:
-        """Metrics by name, like train/loss, after a step."""
+        """Log metrics by name, like train/loss, after a step."""
 
     def image(self, name: str, file: Path, step: int) -> None:
-        """A PNG, or a GIF that moves."""
+        """Log a PNG, or a GIF that moves."""
 
     def close(self, failed: bool) -> None: ...
 
 
 class TensorBoard:
     def __init__(self, folder: RunDir, step: int) -> None:
-        """Whatever was logged after `step` is forgotten."""
+        """Open the log, and drop what it has after `step`."""
         from torch.utils.tensorboard import SummaryWriter
 
         self._board = SummaryWriter(str(folder.tensorboard), purge_step=step + 1 if step else None)
@@ -63,21 +62,20 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """One run of wandb for one run folder, also over restarts: its id is kept in `wandb_id`."""
+    """One run of wandb per run directory, also across restarts: its ID is kept in `wandb_id`."""
 
     def __init__(self, folder: RunDir, settings: Mapping[str, Any]) -> None:
         import wandb
 
-        known = folder.path / "wandb_id"
-        number = kept_id(known) or secrets.token_hex(4)
-        write_atomically(known, f"{number}\n")
-        name = folder.path.resolve().name
+        id_file = folder.path / "wandb_id"
+        run_id = _read_id(id_file) or secrets.token_hex(4)
+        write_atomically(id_file, f"{run_id}\n")
         self._wandb = wandb
         self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", PROJECT), id=number, resume="allow", name=name, dir=str(folder.path),
-            config=dict(settings), settings=wandb.Settings(silent=True, console="off"),
+            project=os.environ.get("WANDB_PROJECT", PROJECT), id=run_id, resume="allow", name=folder.path.resolve().name,
+            dir=str(folder.path), config=dict(settings), settings=wandb.Settings(silent=True, console="off"),
         )  # fmt: skip
-        # Its own count of steps must not go back, and a run that goes on from a checkpoint does.
+        # wandb's own step must not decrease, and that of a resumed run does.
         self._run.define_metric("*", step_metric="step")
 
     def scalars(self, metrics: Mapping[str, float], step: int) -> None:
@@ -92,27 +90,26 @@ class WeightsAndBiases:
 
 
 class MLflow:
-    """One run of MLflow for one run folder, also over restarts: its id is kept in `mlflow_id`."""
+    """One run of MLflow per run directory, also across restarts: its ID is kept in `mlflow_id`."""
 
     def __init__(self, folder: RunDir, settings: Mapping[str, Any]) -> None:
         import mlflow
 
         server = os.environ.get("MLFLOW_TRACKING_URI")
         self._client = mlflow.MlflowClient(server or f"sqlite:///{(folder.path / 'mlflow.db').resolve()}")
-        known = folder.path / "mlflow_id"
-        if (number := kept_id(known)) is not None:
-            self._id = number
+        id_file = folder.path / "mlflow_id"
+        if (run_id := _read_id(id_file)) is not None:
+            self._id = run_id
             self._client.update_run(self._id, status="RUNNING")
             return
+        artifacts = None if server else str(folder.path.resolve() / "mlflow")  # a server has its own place for them
         experiment = self._client.get_experiment_by_name(PROJECT)
-        # A server knows where it keeps things.
-        kept = None if server else str(folder.path.resolve() / "mlflow")
-        place = experiment.experiment_id if experiment else self._client.create_experiment(PROJECT, kept)
-        self._id = self._client.create_run(place, run_name=folder.path.resolve().name).info.run_id
-        write_atomically(known, f"{self._id}\n")
-        parameters = [mlflow.entities.Param(name, str(value)[:6000]) for name, value in settings.items()]
-        for first in range(0, len(parameters), PARAMETERS):
-            self._client.log_batch(self._id, params=parameters[first : first + PARAMETERS])
+        experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(PROJECT, artifacts)
+        self._id = self._client.create_run(experiment_id, run_name=folder.path.resolve().name).info.run_id
+        write_atomically(id_file, f"{self._id}\n")
+        params = [mlflow.entities.Param(name, str(value)[:6000]) for name, value in settings.items()]
+        for first in range(0, len(params), MAX_PARAMS):
+            self._client.log_batch(self._id, params=params[first : first + MAX_PARAMS])
 
     def scalars(self, metrics: Mapping[str, float], step: int) -> None:
         from mlflow.entities import Metric
@@ -127,34 +124,23 @@ class MLflow:
         self._client.set_terminated(self._id, "FAILED" if failed else "FINISHED")
 
 
-def kept_id(file: Path) -> str | None:
-    """Read the ID of an earlier start of the run; None if there is none. Raises UserError for anything else in the file."""
-    if not file.exists():
-        return None
-    text = file.read_bytes()[:200].decode("utf-8", "replace").strip() if file.is_file() else ""
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", text):
-        raise UserError(f"{file} does not hold the ID of a run. Remove it to start a new one.")
-    return text
+def _read_id(file: Path) -> str | None:
+    """Read the ID of an earlier start of the run; None if there is none."""
+    return file.read_text(encoding="utf-8").strip() or None if file.exists() else None
 
 
-def loggers(names: Sequence[str], folder: RunDir, settings: Mapping[str, Any], step: int) -> list[Logger]:
-    """Start TensorBoard and the named loggers. Raises UserError for a missing package, or one that cannot be started."""
-    made: list[Logger] = [TensorBoard(folder, step)]
+def start_loggers(names: Sequence[str], folder: RunDir, settings: Mapping[str, Any], step: int) -> list[Logger]:
+    """Start TensorBoard and the named loggers. Raises UserError for one that cannot be started."""
+    loggers: list[Logger] = [TensorBoard(folder, step)]
     for name, kind in (("wandb", WeightsAndBiases), ("mlflow", MLflow)):
-        if name in names:
-            try:
-                made.append(kind(folder, settings))
-            except UserError:
-                raise
-            except ImportError:
-                raise UserError(
-                    f"trainer.logging.also has {name}, whose package is not installed. Run pip install "
-                    f"'omnivision[{name}]', or remove it."
-                ) from None
-            except Exception as error:  # its servers, its login
-                said = " ".join(str(error).split())[:300].rstrip(".")
-                raise UserError(
-                    f"{name} (trainer.logging.also) cannot be started: {said}. Log in, set WANDB_MODE=offline or "
-                    "MLFLOW_TRACKING_URI, or remove it."
-                ) from error
-    return made
+        if name not in names:
+            continue
+        try:
+            loggers.append(kind(folder, settings))
+        except Exception as error:  # its package, its server, its login
+            reason = " ".join(str(error).split())[:300].rstrip(".")
+            raise UserError(
+                f"trainer.logging.also has {name}, which cannot be started: {reason}. Run pip install 'omnivision[{name}]', "
+                "log in, set WANDB_MODE=offline or MLFLOW_TRACKING_URI, or remove it."
+            ) from error
+    return loggers

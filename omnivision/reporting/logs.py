@@ -29,20 +29,17 @@ class MetricsLog:
         """Drop the lines after `step`, those of `step` whose phase or event is `replay`, and a line truncated by a crash."""
         if self.path.exists():
             kept = [
-                json.dumps(finite(line), allow_nan=False) + "\n"
+                json.dumps(line) + "\n"
                 for line in read_lines(self.path)
-                if _step(line) < step or (_step(line) == step and replay not in (line.get("phase"), line.get("event")))
+                if (at := line.get("step", math.inf)) < step
+                or (at == step and replay not in (line.get("phase"), line.get("event")))
             ]
             write_atomically(self.path, "".join(kept))
 
     def write(self, event: str, phase: str, epoch: int, step: int, **values: Any) -> None:
+        """Append a line; numbers that JSON lacks (NaN, infinity) become null."""
         line = {"event": event, "phase": phase, "epoch": epoch, "step": step, "time": time.time(), **values}
         append_line(self.path, json.dumps(finite(line), allow_nan=False))
-
-
-def _step(line: dict[str, Any]) -> float:
-    step = line.get("step")
-    return step if isinstance(step, int) else math.inf
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -50,12 +47,10 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     lines = []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
+            lines.append(json.loads(text))
+        except ValueError:
             continue
-        if isinstance(line, dict):
-            lines.append(line)
-    return lines
+    return [line for line in lines if isinstance(line, dict)]
 
 
 class BadSampleLedger:
@@ -63,17 +58,11 @@ class BadSampleLedger:
 
     def __init__(self, path: Path, files: int, budget: float) -> None:
         self.path, self.files, self.budget = path, files, budget
-        self._known: dict[tuple[str, str, int], tuple[str, str]] = {}  # (path, reason) by source, split and index
-        if path.exists():
-            for entry in read_lines(path):
-                source, index = entry.get("source"), entry.get("index")
-                if _is_fixed(entry):
-                    continue
-                if isinstance(source, str) and isinstance(index, int):
-                    self._known[source, str(entry.get("split")), index] = (
-                        str(entry.get("path")),
-                        str(entry.get("reason")),
-                    )
+        self._known: dict[tuple[str, str, int], str] = {}  # path and reason by source, split and index
+        for entry in read_lines(path) if path.exists() else []:
+            if {"source", "index", "path"} <= entry.keys() and not _is_fixed(entry):
+                key = entry["source"], entry.get("split", "train"), entry["index"]
+                self._known[key] = f"{entry['path']}: {entry.get('reason')}"
 
     def __len__(self) -> int:
         return len(self._known)
@@ -83,24 +72,23 @@ class BadSampleLedger:
         for sample in samples:
             key = sample.source, sample.split, sample.index
             if key not in self._known:
-                self._known[key] = sample.path, sample.reason
+                self._known[key] = f"{sample.path}: {sample.reason}"
                 if write:
                     append_line(self.path, json.dumps(asdict(sample) | {"time": time.time()}))
         if samples and len(self) > self.budget * self.files:
-            listed = "\n".join(f"  {path}: {reason}" for path, reason in list(self._known.values())[:20])
+            first = "".join(f"\n  {text}" for text in list(self._known.values())[:20])
             raise UserError(
                 f"{len(self)} of {self.files} samples could not be decoded; trainer.data.bad_sample_budget is "
                 f"{self.budget:.2%}. Delete the files and run the same omnivision prepare again, raise the budget, or check "
-                f"datasets.NAME.prefix. omnivision check-data finds all; {self.path} has these:\n{listed}",
+                f"datasets.NAME.prefix. omnivision check-data finds all; {self.path} has these:{first}",
                 on_all_ranks=True,
             )
 
 
 def _is_fixed(entry: Mapping[str, Any]) -> bool:
-    """Whether a file was changed after it was found bad, or exists again (its disk was mounted, say)."""
+    """Whether a file was changed after it was recorded as bad, or exists again (its disk was mounted, say)."""
     try:
-        changed = os.stat(str(entry.get("path"))).st_ctime
-    except (OSError, ValueError):
+        changed = os.stat(entry["path"]).st_ctime
+    except OSError:
         return False
-    found = entry.get("time")
-    return bool(entry.get("missing")) or (isinstance(found, (int, float)) and changed > found)
+    return bool(entry.get("missing")) or changed > entry.get("time", math.inf)

@@ -28,7 +28,7 @@ COMMANDS = {
     "val-split": "datasets:val_split",
     "check-data": "datasets:check_data",
     "runs": "runs:runs",
-    "report": "report.command:report",
+    "report": "report:report",
     "predict": "predict:predict",
     "reconstruct": "reconstruct:reconstruct",
     "import": "weights:import_weights",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import sys
 import time
@@ -22,6 +21,9 @@ from omnivision.utils.errors import UserError
 from omnivision.utils.streams import fit
 
 MAX_WIDTH = 10_000
+TOP1_COLUMNS = ("run", "trunk", "starts from", "data", "epochs", "minutes", "top-1 %", "chance %")
+COLUMNS = (*TOP1_COLUMNS, "best %", "loss", "model", "status", "age")
+TEXTS = ("run", "trunk", "starts from", "data", "model", "status", "age")
 # Columns that a narrow window goes without, the first ones first.
 SPARE = ("age", "model", "chance %", "trunk", "minutes", "loss", "data", "starts from", "best %")
 
@@ -36,94 +38,87 @@ def runs(folder: Annotated[Path, Parameter(name="DIR")], /, *, top1: Flag = Fals
         folder: A run directory, or a folder of them.
         top1: Only accuracies, by data, best last.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder} is no folder; expected one that holds run directories. Change DIR.")
-    found = summaries(folder)
-    queue = squeue_or_none()
-    for summary in found:
-        summary["status"], summary["exit_reason"] = settle_status(RunDir(summary["path"]), queue)
-    if not found:
-        raise UserError(f"There is no run below {folder}: no summary.json was found. Change DIR.")
+    summaries = read_summaries(folder)
     if top1:
-        validated = (summary for summary in found if isinstance(summary["last"].get("val_top1"), (int, float)))
-        found = sorted(validated, key=lambda s: (s["run"].get("sources") or [], s["last"]["val_top1"]))
+        summaries = [each for each in summaries if each["last"].get("val_top1") is not None]
+        summaries.sort(key=lambda each: (each["run"].get("sources") or [], each["last"]["val_top1"]))
     console = Console(width=MAX_WIDTH)  # rich would break numbers and names in narrower ones
-    left_out: list[str] = []
-    made = table(found, headings := headings_of(top1))
-    if console.is_terminal:
-        columns = shutil.get_terminal_size().columns
-        spare = [heading for heading in SPARE if heading in headings]
-        while spare and console.measure(made).maximum > columns:
-            left_out.append(spare.pop(0))
-            made = table(found, [heading for heading in headings if heading not in left_out])
-    console.print(made)
+    width = shutil.get_terminal_size().columns if console.is_terminal else MAX_WIDTH
+    columns = list(TOP1_COLUMNS if top1 else COLUMNS)
+    spare = [column for column in SPARE if column in columns]
+    left_out = []
+    while console.measure(table := make_table(summaries, columns)).maximum > width and spare:
+        left_out.append(spare.pop(0))
+        columns.remove(left_out[-1])
+    console.print(table)
     if left_out:
         print(fit(f"No room for: {', '.join(left_out)}. A wider window or a pipe (| cat) shows them.", sys.stdout))
-    for summary in found:
-        if summary["status"] not in ("finished", "running") and summary["exit_reason"]:
-            print(fit(plain(f"{summary['name']}: {summary['status']}: {summary['exit_reason']}"), sys.stdout))
+    for each in summaries:
+        if reason := end_reason(each):
+            print(fit(f"{each['name']}: {each['status']}: {reason}", sys.stdout))
     return 0
 
 
-def summaries(folder: Path) -> list[dict[str, Any]]:
-    """Return the summary of each run below a folder, oldest first, with its relative `name`; warn of damaged ones."""
-    found = []
-    for file in sorted(each for each in folder.rglob("summary.json") if each.is_file()):
-        if not (summary := RunDir(file.parent).read_summary()):
+def read_summaries(folder: Path) -> list[dict[str, Any]]:
+    """Return the summary of each run below a folder, oldest first, with its `name`, `path` and current `status`.
+
+    Warns of damaged summaries. Raises UserError when there is no run.
+    """
+    files = sorted(file for file in folder.rglob("summary.json") if file.is_file())
+    if not files:
+        raise UserError(f"{folder} must be a run directory, or a folder of them; there is no summary.json below it.")
+    queue, found = squeue_or_none(), []
+    for file in files:
+        run = RunDir(file.parent)
+        status, reason = settle_status(run, queue)
+        if not (summary := run.read_summary()):
             print(f"warning: {file} is no summary of a run. It is left out.", file=sys.stderr)
             continue
         name = file.parent.relative_to(folder).as_posix() if file.parent != folder else folder.resolve().name
-        there = {key: value for key, value in summary.items() if value is not None}
-        found.append(
-            {"last": {}, "run": {}} | there | {"name": name, "path": file.parent, "changed": file.stat().st_mtime}
-        )
+        of_file = {"name": name, "path": file.parent, "changed": file.stat().st_mtime}
+        defaults = {"run": summary.get("run") or {}, "last": summary.get("last") or {}}
+        found.append(summary | defaults | of_file | {"status": status, "exit_reason": reason})
     return sorted(found, key=lambda summary: summary["run"].get("started") or summary["changed"])
 
 
-def headings_of(short: bool) -> list[str]:
-    """Return the columns; a `short` table has accuracies only."""
-    headings = ["run", "trunk", "starts from", "data", "epochs", "minutes", "top-1 %", "chance %"]
-    return headings if short else [*headings, "best %", "loss", "model", "status", "age"]
+def end_reason(summary: dict[str, Any]) -> str:
+    """Return why a run ended, on one line; "" if it finished or is running."""
+    ended = summary["status"] not in ("finished", "running")
+    return " ".join((summary["exit_reason"] or "").split())[:2000] if ended else ""
 
 
-def table(found: list[dict[str, Any]], headings: list[str]) -> Table:
+def make_table(summaries: list[dict[str, Any]], columns: list[str]) -> Table:
     """Return a row per run. Chance is the accuracy of one guess for all videos, on classes of equal size."""
-    made = Table(box=None, pad_edge=False, header_style="bold")
-    texts = ("run", "trunk", "starts from", "data", "model", "status", "age")
-    for heading in headings:
-        made.add_column(heading, justify="left" if heading in texts else "right", no_wrap=True)
-    for summary in found:
-        facts, last = summary["run"], summary["last"]
-        classes, status = facts.get("classes") or [], str(summary.get("status", "?"))
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, justify="left" if column in TEXTS else "right", no_wrap=True)
+    for summary in summaries:
+        facts, last, status = summary["run"], summary["last"], summary["status"]
+        classes = max(facts.get("classes") or [0])
         cells = {
-            "run": summary["name"] + (f" ({status})" if "status" not in headings and status != "finished" else ""),
+            "run": summary["name"] + (f" ({status})" if "status" not in columns and status != "finished" else ""),
             "trunk": facts.get("trunk") or "?",
             "starts from": (facts.get("pretrained") or "nothing") if facts else "?",
             "data": ", ".join(facts.get("sources") or []),
-            "epochs": str(summary.get("epochs", "")),
-            "minutes": f"{(summary.get('wall_time') or 0) / 60:.1f}",
-            "top-1 %": _number(last.get("val_top1"), 1),
-            "chance %": _number(100 / max(classes), 1) if max(classes, default=0) > 0 else "",
-            "best %": _number(summary.get("best"), 1) if "val_top1" in last else "",
-            "loss": _number(last.get("val_loss", last.get("loss")), 3),
+            "epochs": format_number(summary.get("epochs"), 0),
+            "minutes": format_number((summary.get("wall_time") or 0) / 60, 1),
+            "top-1 %": format_number(last.get("val_top1"), 1),
+            "chance %": format_number(100 / classes if classes else None, 1),
+            "best %": format_number(summary.get("best"), 1) if "val_top1" in last else "",
+            "loss": format_number(last.get("val_loss", last.get("loss")), 3),
             "model": facts.get("model") or "?",
             "status": status,
-            "age": _age(time.time() - summary["changed"]),
+            "age": _format_age(time.time() - summary["changed"]),
         }
-        made.add_row(*(Text(plain(cells[heading])) for heading in headings))  # no markup in what others have named
-    return made
+        table.add_row(*(Text(cells[column]) for column in columns))  # Text: names are no markup
+    return table
 
 
-def plain(text: str) -> str:
-    """Return foreign text without control characters, cut to a readable length."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", text)[:2000]
+def format_number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
 
 
-def _number(value: Any, digits: int) -> str:
-    return f"{value:.{digits}f}" if isinstance(value, (int, float)) else ""
-
-
-def _age(seconds: float) -> str:
+def _format_age(seconds: float) -> str:
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= size:
             return f"{seconds / size:.0f} {unit}"

@@ -279,7 +279,8 @@ class Trainer:
             predictions.segments = splits[source].segments(predictions.index)
             names = splits[source].dataset.names()  # fewer than the head has classes, when label sets share it
             names += [str(label) for label in range(len(names), predictions.scores.shape[1])]
-            reporter.predictions(source, predictions, names, self.global_step)
+            predictions.class_names = names
+            reporter.predictions(source, predictions, self.global_step)
         return result
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------

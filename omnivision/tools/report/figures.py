@@ -1,148 +1,94 @@
-"""The figures of a report: plotly as HTML fragments that share one copy of its script.
+"""The figures of a report: plotly as HTML fragments that share one copy of its script, and mistakes as small animations.
 
 plotly takes some tags in names for markup, links among them: names are escaped before it gets them.
 """
 
 from __future__ import annotations
 
+import base64
+import functools
 import html
-import itertools
-import re
-from collections.abc import Callable, Sequence
-from typing import Any
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import plotly.graph_objects as graph
-from plotly.offline import get_plotlyjs
+from markupsafe import Markup
+from PIL import Image
 
-from omnivision.tools.report.collect import Predicted, Run, is_result, result
+from omnivision.data.catalog import resolve_prefix
+from omnivision.data.frames import EIGHT_K, read_image
+from omnivision.data.sampling import Segment, clip_window, sample_duration, uniform_clip_starts
+from omnivision.data.video import VideoDecodeError, open_video
+from omnivision.data.views import resize_short_side
+from omnivision.reporting.predictions import Predictions
+from omnivision.tools.report.collect import Run
 
-COLOURS = (
-    "#4477aa",
-    "#ee6677",
-    "#228833",
-    "#ccbb44",
-    "#66ccee",
-    "#aa3377",
-    "#999999",
-)  # also distinct for the colour-blind
+COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#999999")  # for the colour-blind, too
 SHADES = [[0, "rgba(68, 119, 170, 0)"], [1, "rgba(68, 119, 170, 1)"]]  # on a light page and on a dark one
-MAX_COUNTS = 20  # classes of a matrix with numbers in its cells
-MAX_ROWS = 400  # of classes, in bars
 DASHES = ("solid", "dash", "dot", "dashdot")
-MAX_POINTS = 2000  # of a curve
-WIDE = 30  # ratio of values from which on they are shown on a logarithmic axis
+MAX_COUNTS = 20  # classes of a matrix with numbers in its cells
+SHORT_SIDE, FRAMES, SECONDS, MILLISECONDS = 96, 12, 2.7, 180
 
 
-def script() -> str:
-    """Return plotly's code, for one `<script>` of the page."""
-    return str(get_plotlyjs())
+def curves(runs: Sequence[Run], curve: tuple[str, str, str], label: str, all_runs: Sequence[Run]) -> Markup:
+    """Draw a metric (event, phase, name) over the steps, a line per run; "" if no run has two points.
 
-
-def curves(
-    runs: Sequence[Run], what: str, label: str, lines: Callable[[Run], list[dict[str, Any]]], among: Sequence[Run]
-) -> str:
-    """Draw a metric over the steps, one line per run; "" if no run has two points.
-
-    `among` are all runs of the page: each has the colour of its place there, in every figure.
+    A run has the same colour in every figure: that of its place among `all_runs`.
     """
     figure = graph.Figure()
-    for number, run in ((number, run) for number, run in enumerate(among) if run in runs):
-        points = [(line["step"], line[what]) for line in lines(run) if isinstance(line.get(what), (int, float))]
-        points = points[:: -(-len(points) // MAX_POINTS) or 1] + points[-1:]  # the last as the table has it
-        if points:
+    for run in runs:
+        if points := run.curve(*curve):
+            place = all_runs.index(run)
+            line = {"color": COLOURS[place % len(COLOURS)], "dash": DASHES[place // len(COLOURS) % len(DASHES)]}
             x, y = zip(*points, strict=True)
-            line = {"color": COLOURS[number % len(COLOURS)], "dash": DASHES[number // len(COLOURS) % len(DASHES)]}
             mode = "lines+markers" if len(points) < 60 else "lines"
             figure.add_scatter(x=x, y=y, name=html.escape(run.name), mode=mode, line=line, marker={"size": 5})
     if all(len(line.x) < 2 for line in figure.data):
-        return ""
+        return Markup()
     figure.update_layout(xaxis_title="step", yaxis_title=label, showlegend=len(runs) > 1, height=340)
-    return _html(figure)
+    return _to_html(figure)
 
 
-def confusion(predicted: Predicted) -> str:
+def confusion(predictions: Predictions) -> Markup:
     """Draw the confusion matrix, as shares of each label."""
-    counts = predicted.confusion()
-    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    names = [html.escape(name) for name in predicted.names]
+    counts = predictions.confusion()
+    names = [html.escape(name) for name in predictions.class_names]
     figure = graph.Figure(
         graph.Heatmap(
-            z=shares, x=names, y=names, text=counts, zmin=0, zmax=1, xgap=1, ygap=1, colorscale=SHADES,
+            z=counts / np.maximum(counts.sum(1, keepdims=True), 1), x=names, y=names, text=counts, zmin=0, zmax=1,
             texttemplate="%{text}" if len(names) <= MAX_COUNTS else None, colorbar={"title": "share of the label"},
+            xgap=1, ygap=1, colorscale=SHADES,
             hovertemplate="%{y}, taken for %{x}: %{text} (%{z:.0%})<extra></extra>",
         )
     )  # fmt: skip
-    side = min(900, 260 + 14 * len(predicted.names))
-    figure.update_layout(xaxis_title="predicted", yaxis_title="label", height=side)
+    figure.update_layout(xaxis_title="predicted", yaxis_title="label", height=min(900, 260 + 14 * len(names)))
     figure.update_xaxes(type="category", showgrid=False)  # names that are numbers, too
     figure.update_yaxes(type="category", showgrid=False, autorange="reversed", ticksuffix=" ")
-    return _html(figure)
+    return _to_html(figure)
 
 
-def by_class(predicted: Predicted) -> str:
-    """Draw the accuracy of each class, worst first."""
-    rows = predicted.by_class()
-    if len(rows) > MAX_ROWS:  # the worst and the best
-        rows = rows[: MAX_ROWS // 2] + rows[-MAX_ROWS // 2 :]
-    names, counts, values = zip(*rows, strict=True)
+def class_accuracy(predictions: Predictions) -> Markup:
+    """Draw the accuracy of each class that has a video, worst first."""
+    matrix = predictions.confusion()
+    counts, right = matrix.sum(1), matrix.diagonal()
+    shares = 100 * right / np.maximum(counts, 1)
+    order = [label for label in np.argsort(shares, kind="stable") if counts[label]]
     figure = graph.Figure(
         graph.Bar(
-            x=values, y=[html.escape(name) for name in names], customdata=counts, orientation="h", marker={"color": COLOURS[0]},
-            text=[f"{round(v * n / 100)} of {n}" for v, n in zip(values, counts, strict=True)], textposition="outside",
-            hovertemplate="%{y}: %{x:.1f} % of %{customdata} videos<extra></extra>",
+            x=shares[order], y=[html.escape(predictions.class_names[label]) for label in order], orientation="h",
+            text=[f"{right[label]} of {counts[label]}" for label in order], textposition="outside",
+            marker={"color": COLOURS[0]}, hovertemplate="%{y}: %{x:.1f} % (%{text})<extra></extra>",
         )
     )  # fmt: skip
-    figure.update_layout(xaxis_title="accuracy, %", height=120 + 18 * len(rows))
+    figure.update_layout(xaxis_title="accuracy, %", height=120 + 18 * len(order))
     figure.update_xaxes(range=[0, 108], tickvals=list(range(0, 101, 20)))
     figure.update_yaxes(type="category", autorange="reversed", ticksuffix=" ")
-    return _html(figure)
+    return _to_html(figure)
 
 
-def mixing(run: Run) -> str:
-    """Draw the weight of each source of an average over the epochs; "" for other runs."""
-    lines = run.epochs("train")
-    names = [name for name in (lines[-1] if lines else {}) if name.startswith("mixing_") and name[7:].isdecimal()]
-    figure = graph.Figure()
-    for name, colour in zip(names, itertools.cycle(COLOURS), strict=False):
-        figure.add_scatter(
-            x=[line["step"] for line in lines], y=[line.get(name) for line in lines], name=f"source {name[7:]}",
-            line={"color": colour},
-        )  # fmt: skip
-    if not figure.data:
-        return ""
-    figure.update_layout(xaxis_title="step", yaxis_title="share of the average", height=300)
-    return _html(figure)
-
-
-def against(runs: Sequence[Run], values: Sequence[str]) -> str:
-    """Draw the metric of runs over a setting; "" unless the setting is a number in at least three runs with the same metric.
-
-    values: the setting as text, one per run.
-    """
-    points = []
-    for run, value in zip(runs, values, strict=True):
-        if (found := result(run)) is not None and re.fullmatch(
-            r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", value, re.IGNORECASE
-        ):
-            name = html.escape(run.name) + ("" if is_result(run) else " (not finished)")
-            points.append((float(value), *found[::-1], name))
-    if len(points) < 3 or len({label for _, _, label, _ in points}) > 1:
-        return ""
-    x, y, labels, names = zip(*sorted(points), strict=True)
-    figure = graph.Figure(
-        graph.Scatter(
-            x=x, y=y, text=names, mode="markers", marker={"size": 9, "color": COLOURS[0]},
-            hovertemplate="%{text}: %{y:.4g} at %{x}<extra></extra>",
-        )
-    )  # fmt: skip
-    figure.update_layout(yaxis_title=labels[0], height=300)
-    if min(x) > 0 and max(x) / min(x) >= WIDE:
-        figure.update_xaxes(type="log")
-    return _html(figure)
-
-
-def _html(figure: graph.Figure) -> str:
+def _to_html(figure: graph.Figure) -> Markup:
     """Return the figure without background and text colours: the page sets them for light and dark."""
     figure.update_layout(
         margin={"l": 60, "r": 16, "t": 16, "b": 50}, paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",
@@ -150,4 +96,66 @@ def _html(figure: graph.Figure) -> str:
     )  # fmt: skip
     figure.update_yaxes(exponentformat="power")
     config = {"responsive": True, "displaylogo": False, "displayModeBar": False}
-    return str(figure.to_html(full_html=False, include_plotlyjs=False, config=config))
+    return Markup(figure.to_html(full_html=False, include_plotlyjs=False, config=config))
+
+
+class Mistake(NamedTuple):
+    """A video with its label and prediction, their probabilities in %, and its clip as a data URL ("" if unreadable)."""
+
+    path: str
+    label: str
+    predicted: str
+    of_label: float
+    confidence: float
+    clip: str
+
+
+def mistakes(predictions: Predictions, count: int, entry: Mapping[str, Any]) -> dict[str, list[Mistake]]:
+    """Return the most confident mistakes and the worst, by heading; one list if both have the same videos.
+
+    `entry` is that of the catalog: `fps` and `frame_pattern` of frame folders, `prefix` of paths, which is left out.
+    """
+    shares, label = predictions.probabilities, predictions.label
+    predicted, confidence = shares.argmax(1), shares.max(1)
+    of_label = np.take_along_axis(shares, np.maximum(label, 0)[:, None], 1)[:, 0]
+    wrong = np.flatnonzero((label >= 0) & (predicted != label))
+    most_confident = wrong[np.argsort(-confidence[wrong], kind="stable")][:count]
+    worst = wrong[np.argsort(of_label[wrong], kind="stable")][:count]
+    lists = {"The most confident mistakes": most_confident, "The worst, which give the true class the least": worst}
+    if set(most_confident) == set(worst):
+        lists = {"The mistakes, the most confident first": most_confident}
+    names, prefix = predictions.class_names, resolve_prefix(entry.get("prefix") or "")
+
+    def describe(video: int) -> Mistake:
+        path, times = predictions.paths[video], ""
+        segment = None if predictions.segments is None else tuple(predictions.segments[video].tolist())
+        if segment is not None:
+            times = f" ({segment[0]:g} to {segment[1]:g} s)"
+        clip = animate(path, entry.get("fps") or 25.0, entry.get("frame_pattern"), segment)
+        texts = path.removeprefix(prefix) + times, names[label[video]], names[predicted[video]]
+        return Mistake(*texts, float(100 * of_label[video]), float(100 * confidence[video]), clip)
+
+    return {heading: [describe(video) for video in videos] for heading, videos in lists.items() if len(videos)}
+
+
+@functools.cache
+def animate(path: str, fps: float, pattern: str | None = None, segment: Segment | None = None) -> str:
+    """Return the middle of a video (or segment), or an image, as a WebP data URL; "" if it cannot be read."""
+    try:
+        with open_video(path, fps=fps, max_pixels=EIGHT_K, frame_pattern=pattern) as video:
+            start = uniform_clip_starts(sample_duration(video.duration, segment), SECONDS, 3)[1]
+            frames = video.read(*clip_window(start, SECONDS, segment), FRAMES)
+    except VideoDecodeError:
+        try:
+            frames = read_image(path, EIGHT_K)
+        except VideoDecodeError:
+            return ""
+    frames = resize_short_side(frames, SHORT_SIDE)
+    first, *rest = [Image.fromarray(frame) for frame in frames.permute(0, 2, 3, 1).contiguous().numpy()]
+    data = io.BytesIO()
+    first.save(data, "WEBP", save_all=True, append_images=rest, duration=MILLISECONDS, loop=0, quality=60)
+    return data_url(data.getvalue(), "image/webp")
+
+
+def data_url(data: bytes, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
