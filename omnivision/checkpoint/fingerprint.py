@@ -11,7 +11,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,38 +23,16 @@ from omnivision.utils.errors import UserError
 
 # Settings that do not affect results, by shell patterns. The clips of a step and the contents of arrays follow from some of
 # them, and are compared themselves.
-RUNTIME_ONLY_SETTINGS = (
-    "stage",
-    "launcher.*",
-    "submitit.*",
-    "data_root",
-    "datasets.*.prefix",
-    "datasets.*.remove_prefix",
-    "datasets.*.suffix",
-    "datasets.*.remove_suffix",
-    "datasets.*.train.*",
-    "datasets.*.val.*",
-    "batch_size",
-    "num_workers",
-    "trainer.mode",
-    "trainer.accelerator",
-    "trainer.compile",
-    "trainer.model.*.activation_checkpointing",
-    "trainer.val_epoch_freq",
-    "trainer.max_skipped_steps",
-    "trainer.optim.nominal_batch",
-    "trainer.data.batch_size",
-    "trainer.data.image.batch_size",
-    "trainer.data.num_workers",
-    "trainer.data.prefetch",
-    "trainer.data.timeout_minutes",
-    "trainer.data.bad_sample_budget",
-    "trainer.optim.accumulation_steps",
-    "trainer.data.image.accumulation_steps",
-    "trainer.distributed.*",
-    "trainer.logging.*",
-    "trainer.checkpoint.save_*",
-    "trainer.checkpoint.allow_changes",
+RUNTIME_ONLY_SETTINGS = tuple(
+    """
+    stage launcher.* submitit.* data_root batch_size num_workers
+    datasets.*.prefix datasets.*.remove_prefix datasets.*.suffix datasets.*.remove_suffix datasets.*.train.* datasets.*.val.*
+    trainer.mode trainer.accelerator trainer.compile trainer.val_epoch_freq trainer.max_skipped_steps
+    trainer.distributed.* trainer.logging.* trainer.checkpoint.save_* trainer.checkpoint.allow_changes
+    trainer.model.*.activation_checkpointing trainer.optim.nominal_batch trainer.optim.accumulation_steps
+    trainer.data.batch_size trainer.data.num_workers trainer.data.prefetch trainer.data.timeout_minutes
+    trainer.data.bad_sample_budget trainer.data.image.batch_size trainer.data.image.accumulation_steps
+    """.split()
 )
 SETTINGS_OF_ONE_START = ("trainer.mode", "trainer.checkpoint.allow_changes")
 # Settings that older runs lack, with the values that those runs had.
@@ -81,45 +59,61 @@ def fingerprint(
     plan: EpochPlan | None,
     inference: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What identifies an experiment, of values that JSON has. `config_text` is the configuration, interpolations unresolved;
-    `values` are the settings that it gave, flat. `inference` is for those who show its model other films (`omnivision.load`).
+    """Return the identity of an experiment as JSON values.
+
+    Args:
+        config_text: the configuration as YAML, interpolations unresolved.
+        values: the settings that it gave, flat.
+        inference: how to prepare videos for the model (`omnivision.load`).
     """
     return {
         "inference": dict(inference or {}),
-        "settings": {name: _written_setting(raw, values.get(name)) for name, raw in flat_text(config_text).items()},
+        "settings": {name: _redact(raw, values.get(name)) for name, raw in flat_text(config_text).items()},
         "clips of a step": {} if plan is None else {name: source.clips for name, source in plan.sources.items()},
         "data": {
-            f"datasets.{split.name}.{split.which}.{what}": file_digest(Path(file))
+            f"datasets.{split.name}.{split.which}.{array}": file_digest(Path(file))
             for split in splits
-            for what, file in split.files().items()
+            for array, file in split.files().items()
         },
         "versions": versions(),
     }
 
 
-def _written_setting(raw: Any, value: Any) -> Any:
+def _redact(raw: Any, value: Any) -> Any:
     """A setting as written; one from the environment with a digest of its value, which may be a secret."""
     if "oc.env" in str(raw):
         return f"{raw} (SHA-256 {hashlib.sha256(repr(value).encode()).hexdigest()[:12]})"
     return raw
 
 
-def diff_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """What differs between two flat configurations: what makes another experiment, and the rest.
+def changes(
+    then: Mapping[str, Any], now: Mapping[str, Any], group: Callable[[str], str] | None = None
+) -> dict[str, str]:
+    """{name: "name: then -> now"} of entries that differ; with `group`, only of groups of names that both have."""
+    shared = {group(name) for name in then} & {group(name) for name in now} if group else set()
+    return {
+        name: f"{name}: {then.get(name)} -> {now.get(name)}"
+        for name in {**then, **now}
+        if then.get(name) != now.get(name) and (group is None or group(name) in shared)
+    }
 
-    Catalog entries that the run does not use are left out, and what is asked of this start alone.
+
+def diff_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Return the changes between two flat configurations: those that make another experiment, and the rest.
+
+    Catalog entries that the run does not use and settings of one start are left out.
     """
-    used = {name: value for name, value in used_settings({**then, **now}).items() if name not in SETTINGS_OF_ONE_START}
-    altering: list[str] = []
-    others: list[str] = []
     then = {name: value for name, value in ADDED.items() if name in now} | dict(then)
     then, now = (
         {name: RENAMED_TARGETS.get(v, v) if isinstance(v, str) else v for name, v in settings.items()}
         for settings in (then, now)
     )
-    for change, name in changes(then, now):
-        # What is only written in another way: what a reference leads to is compared under its own name.
-        if name in used and _referred(then, name) != _referred(now, name):
+    used = used_settings({**then, **now}).keys() - set(SETTINGS_OF_ONE_START)
+    altering: list[str] = []
+    others: list[str] = []
+    for name, change in changes(then, now).items():
+        # Skip a reference written in another way: the setting it leads to is compared under its own name.
+        if name in used and _resolve_reference(then, name) != _resolve_reference(now, name):
             harmless = any(fnmatch.fnmatchcase(name, pattern) for pattern in RUNTIME_ONLY_SETTINGS)
             (others if harmless else altering).append(change)
     return altering, others
@@ -135,63 +129,48 @@ def used_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _referred(settings: Mapping[str, Any], name: str) -> Any:
-    """The value of a setting; of one that is a plain reference (`${epochs}`), that of the setting it leads to."""
-    value, seen = settings.get(name), {name}
-    while isinstance(value, str) and (reference := REFERENCE.fullmatch(value)) and reference[1] not in seen:
+def _resolve_reference(settings: Mapping[str, Any], name: str) -> Any:
+    """The value of a setting; of a plain reference (`${epochs}`), that of the setting it leads to."""
+    value, visited = settings.get(name), {name}
+    while isinstance(value, str) and (reference := REFERENCE.fullmatch(value)) and reference[1] not in visited:
         if reference[1] not in settings:  # a whole section, or one that does not exist
             return value
-        seen.add(reference[1])
+        visited.add(reference[1])
         value = settings[reference[1]]
     return value
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Sentences of the kind "name: then -> now": what makes another experiment, and what else has changed.
-
-    `then` and `now` are `fingerprint`.
-    """
+    """Return the changes "name: then -> now" between two fingerprints: those that make another experiment, and the rest."""
     altering, others = diff_settings(then["settings"], now["settings"])
-    for part, prefix in (("clips of a step", "clips of a step of "), ("data", "")):
-        # What only one of them has goes with a setting: a source, or whether the run validates. Of a split that both have,
-        # all arrays count: one may have got segments.
-        both = then[part].keys() & now[part].keys()
-        splits = {name.rpartition(".")[0] for name in both if part == "data"}
-        both |= {name for name in then[part].keys() | now[part].keys() if name.rpartition(".")[0] in splits}
-        found = changes(*({name: facts[part].get(name) for name in sorted(both)} for facts in (then, now)))
-        altering += [f"{prefix}{change}" for change, _ in found]
-    others += [change for change, _ in changes(then["versions"], now["versions"])]
-    return altering, others
+    # A source, or a split, that only one of them has goes with a setting. Of a split that both have, all arrays count.
+    clips = changes(then["clips of a step"], now["clips of a step"], group=lambda name: name)
+    data = changes(then["data"], now["data"], group=lambda name: name.rpartition(".")[0])
+    altering += [*(f"clips of a step of {change}" for change in clips.values()), *data.values()]
+    return altering, others + list(changes(then["versions"], now["versions"]).values())
 
 
 def class_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Sentences about classes whose names differ, of `fingerprint`; a resumed head would predict the wrong ones."""
-    names = [_names(facts) for facts in (then, now)]
-    both = names[0].keys() & names[1].keys()
-    return [change for change, _ in changes(*({name: of[name] for name in sorted(both)} for of in names))]
-
-
-def _names(facts: Mapping[str, Any]) -> dict[str, str]:
-    """The class names of an experiment, by head and label; of heads without names, nothing."""
-    said = facts.get("inference")
-    heads = class_names(said) if isinstance(said, Mapping) else []
-    return {
-        f"class {label} of head {head}": name
-        for head, names in enumerate(heads)
-        for label, name in enumerate(names or [])
-    }
+    """Return the changes of class names between two fingerprints; a resumed head would predict wrong classes."""
+    before, after = (
+        {
+            f"class {label} of head {head}": name
+            for head, names in enumerate(class_names(inference(facts)))
+            for label, name in enumerate(names or [])
+        }
+        for facts in (then, now)
+    )
+    return list(changes(before, after, group=lambda name: name).values())
 
 
 def changed_settings(file: Path, text: str) -> list[str]:
-    """How a configuration differs from the one in `file`: "name: then -> now" for each setting."""
+    """Return the changes "name: then -> now" from the configuration in `file` to `text`."""
     then = flat_file(file)
-    if then is None:
-        return ["what it had cannot be read from its config.yaml"]
-    return [change for change, _ in changes(then, flat_text(text))]
+    return [f"{file} cannot be read"] if then is None else list(changes(then, flat_text(text)).values())
 
 
 def check_same_settings(file: Path, text: str) -> None:
-    """Raises UserError when a configuration differs in its results from the one in `file`, the `config.yaml` of a run.
+    """Raise UserError when a configuration differs in its results from the one in `file`, the `config.yaml` of a run.
 
     An unreadable file is ignored; the checkpoint is compared later.
     """
@@ -211,9 +190,9 @@ def mismatch_message(what: str, altering: Sequence[str]) -> str:
 
 def truncate_list(changes: Sequence[str]) -> str:
     """Join the first changes, each truncated."""
-    shown = [change if len(change) <= 200 else f"{change[:200]}..." for change in changes[:MAX_LISTED_CHANGES]]
-    more = len(changes) - len(shown)
-    return "; ".join(shown) + (f"; and {more} more" if more else "")
+    listed = [change if len(change) <= 200 else f"{change[:200]}..." for change in changes[:MAX_LISTED_CHANGES]]
+    more = len(changes) - len(listed)
+    return "; ".join(listed) + (f"; and {more} more" if more else "")
 
 
 def flat_text(text: str) -> dict[str, Any]:
@@ -222,32 +201,15 @@ def flat_text(text: str) -> dict[str, Any]:
 
 
 def flat_file(file: Path) -> dict[str, Any] | None:
-    """The flat configuration in a file, which may come from anywhere; None if it cannot be read."""
+    """The flat configuration in a file; None if it cannot be read."""
     try:
-        text = file.read_text(encoding="utf-8") if file.is_file() else ""
-        if "*" in text and any(
-            isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)
-        ):
-            return None  # no run writes such, and a few of them can stand for billions
-        return {
-            name: value if _is_shown(value) else "a number beyond all bounds" for name, value in flat_text(text).items()
-        }
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError, RecursionError):
+        return flat_text(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
         return None
 
 
-def _is_shown(value: Any) -> bool:
-    return not isinstance(value, int) or abs(value) < 10**100  # Python refuses to write down longer ones
-
-
-def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Sentences about entries that differ, each with its name."""
-    names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
-    return [(f"{name}: {then.get(name)} -> {now.get(name)}", name) for name in names]
-
-
 def flat(value: Any, name: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with names like trainer.optim.gradient_clip."""
+    """Flatten nested mappings, with names like trainer.optim.gradient_clip."""
     if not isinstance(value, dict):
         return {name: value}
     return {key: v for k, part in value.items() for key, v in flat(part, f"{name}.{k}" if name else str(k)).items()}
@@ -276,10 +238,10 @@ def git_commit() -> str | None:
     command = "git --no-optional-locks describe --always --dirty --abbrev=12 --exclude=*".split()
     environment = {name: value for name, value in os.environ.items() if name not in ("GIT_DIR", "GIT_WORK_TREE")}
     try:
-        found = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=5)
+        result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=5)
     except (OSError, subprocess.SubprocessError):
         return None
-    return found.stdout.strip() or None
+    return result.stdout.strip() or None
 
 
 def versions() -> dict[str, str]:
@@ -297,16 +259,26 @@ def to_json(experiment: Mapping[str, Any]) -> str:
     return json.dumps(experiment, default=str)
 
 
-def inference(said: Any) -> Mapping[str, Any]:
-    """What a file of weights says of how films are shown to its model; nothing else is believed of it than plain values."""
-    if not isinstance(said, Mapping):
+def read(text: Any) -> dict[str, Any] | None:
+    """Parse the fingerprint in a checkpoint; None when it is none."""
+    try:
+        parsed = json.loads(text)
+        complete = all(isinstance(parsed[part], dict) for part in ("settings", "clips of a step", "data", "versions"))
+    except (TypeError, ValueError, LookupError, RecursionError):
+        return None
+    return parsed if complete else None
+
+
+def inference(metadata: Any) -> Mapping[str, Any]:
+    """How to prepare videos for a model, from a fingerprint or the metadata of a file of weights, which may be anything."""
+    if not isinstance(metadata, Mapping):
         return {}
-    found = said.get("inference", (read(said.get("experiment")) or {}).get("inference"))
-    return found if isinstance(found, Mapping) else {}
+    entry = metadata.get("inference", (read(metadata.get("experiment")) or {}).get("inference"))
+    return entry if isinstance(entry, Mapping) else {}
 
 
 def class_names(inference: Mapping[str, Any]) -> list[list[str] | None]:
-    """The class names of each head in what a file says of its model (`inference`), see `valid_names`."""
+    """The class names of each head in `inference`, see `valid_names`."""
     heads = inference.get("class_names")
     return [valid_names(names) for names in heads] if isinstance(heads, list) else []
 
@@ -316,14 +288,3 @@ def valid_names(names: Any) -> list[str] | None:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return None
     return None if len(set(names)) < len(names) or names == [str(label) for label in range(len(names))] else names
-
-
-def read(text: Any) -> dict[str, Any] | None:
-    """`fingerprint` from the text in a checkpoint, which may come from anywhere; None when it is none."""
-    try:
-        found = json.loads(text)
-    except (TypeError, ValueError, RecursionError):
-        return None
-    parts = ("settings", "clips of a step", "data", "versions")
-    whole = isinstance(found, dict) and all(isinstance(found.get(part), dict) for part in parts)
-    return found if whole else None

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from omnivision.checkpoint import state_dict_file
 from omnivision.checkpoint.fingerprint import valid_names
 from omnivision.checkpoint.state_dict_file import StateDictFile, check_numbers
+from omnivision.config.schema import WeightFilter
 from omnivision.models.architecture import describe
 from omnivision.models.patches import Triple, resized_positions, token_grid
 from omnivision.utils.errors import UserError
@@ -28,32 +30,10 @@ from omnivision.utils.io import require_weights
 SETTING = "pretrained_checkpoint_path"
 # Parts of a trunk other than its RGB encoder.
 BESIDE_THE_ENCODER = ("trunk.decoder.", "trunk.mask_token", "trunk.depth_patch_embed.")
-HEAD = re.compile(r"heads\.(\d+)\.")
+BLOCKS = {"trunk": "trunk.blocks.", "decoder": "trunk.decoder.decoder_blocks."}
+HEAD = re.compile(r"(?:model\.)?heads\.(\d+)\.")  # an average has `model.` before the names of its classifier
 POSITIONS = ("trunk.pos_embed", "trunk.decoder.pos_embed")
 NO_PLACE = "no place in this model"
-
-
-@dataclass(frozen=True)
-class WeightFilter:
-    """Which entries of a state dict a stage takes, by shell patterns over their names.
-
-    Args:
-        keep: take only these; None takes all. Each pattern must match something.
-        drop: leave these out; each pattern must match something.
-        drop_if_present: leave these out, if any.
-        rename: {old: new} or {old: [new, new]}; a trailing `*` is the rest of the name on both sides.
-        prefix: put before every name, last of all.
-        strict: every entry must have a place in the model, and every entry of the model must be loaded.
-        trunk_coverage: share of the trunk's encoder tensors that must be loaded.
-    """
-
-    keep: Sequence[str] | None = None
-    drop: Sequence[str] = ()
-    drop_if_present: Sequence[str] = ()
-    rename: Mapping[str, str | Sequence[str]] = field(default_factory=dict)
-    prefix: str = ""
-    strict: bool = False
-    trunk_coverage: float = 1.0
 
 
 @dataclass
@@ -76,29 +56,28 @@ class LoadReport:
 
     def lines(self) -> list[str]:
         """A table to print: a line for each fate, with how many and the first names."""
-        rows = [
-            ("loaded", self.loaded),
-            ("dropped", [f"{name} ({why})" for name, why in self.dropped.items()]),
-            ("missing", self.missing),
-            ("resized", [f"{name} ({how})" for name, how in self.resized.items()]),
-        ]
+        rows = {
+            "loaded": self.loaded,
+            "dropped": [f"{name} ({why})" for name, why in self.dropped.items()],
+            "missing": self.missing,
+            "resized": [f"{name} ({how})" for name, how in self.resized.items()],
+        }
         checkpoint = f" ({self.checkpoint})" if self.checkpoint else ""
         return [
             f"Weights from {self.path}{checkpoint}",
-            *(f"  {fate:8} {len(names):4}  {_preview(names)}" for fate, names in rows),
+            *(f"  {fate:8} {len(names):4}  {_preview(names)}" for fate, names in rows.items()),
             *(f"  classes: {line}" for line in self.classes),
         ]
 
 
-def read(source: str | Path, averaged: bool = True) -> StateDictFile:
-    """Read the weights of `pretrained_checkpoint_path`; with `averaged`, the EMA where a run kept one, as it was evaluated.
+def read(source: str | Path) -> StateDictFile:
+    """Read the weights of `pretrained_checkpoint_path`, with the EMA where a run kept one, as it was evaluated.
 
     Raises UserError when there is nothing to read, or for a file without a state dict.
     """
     require_weights(source)
     with _naming_the_setting():
-        found = state_dict_file.read(source)
-        return found.averaged() if averaged else found
+        return state_dict_file.read(source).averaged()
 
 
 def read_several(sources: str | Sequence[str]) -> list[StateDictFile]:
@@ -109,46 +88,45 @@ def read_several(sources: str | Sequence[str]) -> list[StateDictFile]:
         return state_dict_file.read_several(sources)
 
 
-def check_values(tensors: Mapping[str, Tensor], path: str) -> None:
-    """Raise UserError for weights that are not floating-point numbers, or not finite."""
-    with _naming_the_setting(f"{path}: "):
-        check_numbers(tensors)
-
-
 @contextlib.contextmanager
-def _naming_the_setting(where: str = "") -> Iterator[None]:
+def _naming_the_setting() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(f"{SETTING}: {where}{error} Set {SETTING}.") from None
+        raise UserError(f"{SETTING}: {error}") from None
 
 
 def filter_state_dict(state: Mapping[str, Tensor], choice: WeightFilter, report: LoadReport) -> dict[str, Tensor]:
-    """Apply a filter to a state dict; `report` learns the filter and what was dropped.
+    """Apply a filter to a state dict; `report` gets the filter and what was dropped.
 
     Raises UserError for a pattern that matches nothing, and for a filter that keeps nothing.
     """
-    report.choice = asdict(choice)
-    left = dict(state)
+    return {new: state[old] for new, old in select_entries(state, choice, report).items()}
+
+
+def select_entries(state: Mapping[str, Tensor], choice: WeightFilter, report: LoadReport) -> dict[str, str]:
+    """Return {name for the model: name in the file} of the entries that a filter takes."""
+    report.choice = choice.model_dump(include=set(WeightFilter.model_fields))
+    entries = {name: name for name in state}
     if choice.keep is not None:
-        kept = {name for pattern in choice.keep for name in _matches(left, pattern, "keep", report.path)}
-        report.dropped |= {name: "not kept" for name in left if name not in kept}
+        kept = {name for pattern in choice.keep for name in _matches(entries, pattern, "keep", report.path)}
+        report.dropped |= {name: "not kept" for name in entries if name not in kept}
     for pattern in choice.drop:
-        report.dropped |= dict.fromkeys(_matches(left, pattern, "drop", report.path), pattern)
+        report.dropped |= dict.fromkeys(_matches(entries, pattern, "drop", report.path), pattern)
     for pattern in choice.drop_if_present:
-        report.dropped |= dict.fromkeys(fnmatch.filter(left, pattern), pattern)
-    left = {name: tensor for name, tensor in left.items() if name not in report.dropped}
+        report.dropped |= dict.fromkeys(fnmatch.filter(entries, pattern), pattern)
+    entries = {name: name for name in entries if name not in report.dropped}
     for old, new in choice.rename.items():
-        for name in _matches(left, old, "rename", report.path):
-            tensor = left.pop(name)
+        for name in _matches(entries, old, "rename", report.path):
+            original = entries.pop(name)
             rest = name[len(old) - 1 :] if old.endswith("*") else ""
-            left |= {n.removesuffix("*") + rest: tensor for n in ([new] if isinstance(new, str) else new)}
-    if not left:
+            entries |= {n.removesuffix("*") + rest: original for n in ([new] if isinstance(new, str) else new)}
+    if not entries:
         raise UserError(
             f"trainer.checkpoint keeps none of the {len(state)} entries of {report.path} ({_preview(list(state))}). Set "
             "trainer/checkpoint, or its keep and drop."
         )
-    return {choice.prefix + name: tensor for name, tensor in left.items()}
+    return {choice.prefix + name: original for name, original in entries.items()}
 
 
 def load(
@@ -162,16 +140,16 @@ def load(
     trunk is covered than the filter declares.
     """
     report = LoadReport(str(weights.path), weights.sha256, weights.checkpoint)
-    chosen = filter_state_dict(weights.state, choice, report)
+    entries = select_entries(weights.state, choice, report)
     wanted = model.state_dict()
-    original = {id(tensor): name for name, tensor in weights.state.items()}  # a filter may rename heads
     theirs: dict[int, list[str] | None] = {}
-    for name, tensor in chosen.items():
-        if HEAD.sub("heads.0.", name) in wanted:
-            names = dict(enumerate(weights.class_names)).get(head_of(original[id(tensor)])) or []
-            theirs[head_of(name)] = names if tensor.shape[:1] == (len(names),) else None
+    for new, old in entries.items():
+        if re.sub(r"^heads\.\d+", "heads.0", new) in wanted:
+            names = dict(enumerate(weights.class_names)).get(head_of(old)) or []  # a filter may rename heads
+            theirs[head_of(new)] = names if weights.state[old].shape[:1] == (len(names),) else None
+    chosen = {new: weights.state[old] for new, old in entries.items()}
     chosen, unused = match_heads(chosen, theirs, class_names, report)
-    _check_depth(wanted, chosen, report.path)
+    _check_blocks(model, weights, chosen)
     report.dropped |= dict.fromkeys([*unused, *(name for name in chosen if name not in wanted)], NO_PLACE)
     chosen = {name: tensor for name, tensor in chosen.items() if name in wanted}
     if not chosen:
@@ -180,11 +158,15 @@ def load(
             f"projects with `omnivision import {report.path} OUT.pt`, or set {SETTING} or trainer/checkpoint."
         )
     for name in POSITIONS:
-        if name in chosen and name in wanted:
+        if name in chosen:
             chosen[name] = interpolate_pos_embed(name, chosen[name], model, weights, report)
-    _check_shapes(wanted, chosen, report.path)
-    _check_heads(model, weights, chosen)
-    check_values(chosen, report.path)
+    if wrong := [name for name, tensor in chosen.items() if tensor.shape != wanted[name].shape]:
+        shapes = [f"{name} {tuple(wanted[name].shape)}, got {tuple(chosen[name].shape)}" for name in wrong]
+        raise UserError(
+            f"Shapes in {report.path} must be those of this model: {_preview(shapes)}. Set trainer/model or {SETTING}, or "
+            "trainer/checkpoint=no_heads (new heads) or no_heads_no_decoder (a new decoder, too)."
+        )
+    check_numbers(chosen, f"{SETTING}: {report.path}: ")
     report.loaded = sorted(chosen)
     report.missing = sorted(set(wanted) - set(chosen))
     _check_coverage(wanted, report, choice)
@@ -194,8 +176,8 @@ def load(
 
 def head_of(name: str) -> int:
     """Return the number of the head that an entry belongs to; -1 for other entries."""
-    found = HEAD.match(name.removeprefix("model."))  # which an average has before the names of its classifier
-    return int(found[1]) if found else -1
+    match = HEAD.match(name)
+    return int(match[1]) if match else -1
 
 
 def match_heads(
@@ -214,28 +196,26 @@ def match_heads(
     Returns the state without unused heads, and the names of their entries. Raises UserError for a head of as many classes with
     other names.
     """
-    heads = {head: {n: t for n, t in state.items() if head_of(n) == head} for head in theirs if head >= 0}
     if not ours:
         return dict(state), []
+    heads = {head: {n: t for n, t in state.items() if head_of(n) == head} for head in theirs if head >= 0}
     matched = {name: tensor for name, tensor in state.items() if head_of(name) not in heads}
-    used = set()
+    unused = set(heads)
     for head, names in enumerate(ours):
-        wanted, given = valid_names(list(names)), theirs.get(head)
+        wanted = valid_names(list(names)) or []
         same = [k for k in (head, *heads) if wanted and set(theirs.get(k) or []) == set(wanted)]
         source = same[0] if same else head
         if source not in heads:
             continue
-        used.add(source)
-        order = None
+        unused.discard(source)
+        given, rows = theirs[source] or [], None
         if same:
-            found = theirs[source]
-            assert wanted is not None and found is not None
             if source != head:
                 report.classes.append(f"head {head} takes head {source} of {report.path}, which has the same classes")
-            if found != wanted:
-                order = [found.index(name) for name in wanted]
+            if given != wanted:
+                rows = [given.index(name) for name in wanted]
                 report.classes.append(f"the rows of head {head} are sorted by the class names of this run")
-        elif wanted is None or given is None:
+        elif not wanted or not given:
             side = "this run" if given else "the file"
             report.classes.append(f"{side} has no class names of head {head}; their order is not checked")
         elif len(wanted) == len(given):
@@ -246,23 +226,20 @@ def match_heads(
                 "trainer/checkpoint=no_heads for a new head."
             )
         for name, tensor in heads[source].items():
-            target = name.replace(f"heads.{source}.", f"heads.{head}.", 1)
-            matched[target] = tensor if order is None else tensor[order]
-    return matched, [name for head in heads if head not in used for name in heads[head]]
-
-
-def is_encoder(name: str) -> bool:
-    """Whether an entry belongs to the trunk's RGB encoder."""
-    return name.startswith("trunk.") and not name.startswith(BESIDE_THE_ENCODER)
+            matched[name.replace(f"heads.{source}.", f"heads.{head}.", 1)] = tensor if rows is None else tensor[rows]
+    return matched, [name for head in heads if head in unused for name in heads[head]]
 
 
 def interpolate_pos_embed(
     name: str, table: Tensor, model: nn.Module, weights: StateDictFile, report: LoadReport
 ) -> Tensor:
-    """Return a positional embedding (1, N, D) for the token grid of the model, interpolated from that of the file."""
+    """Return a positional embedding (1, N, D) for the token grid of the model, interpolated from that of the file.
+
+    One of another width comes back as it is.
+    """
     trunk: Any = model.trunk
     if table.ndim != 3 or table.shape[-1] != model.state_dict()[name].shape[-1]:
-        return table  # `_check_shapes` refuses it
+        return table
     old = _grid_of(weights, table.shape[1], trunk.grid)
     if old == trunk.grid:
         return table
@@ -272,102 +249,87 @@ def interpolate_pos_embed(
 
 def _grid_of(weights: StateDictFile, tokens: int, grid: Triple) -> Triple:
     """The token grid (T', H', W') in the file, else the one of that many tokens that is nearest to `grid`."""
-    if said := weights.architecture.get("trunk"):
+    if trunk := weights.architecture.get("trunk"):
         try:
-            side = said["image_size"]
-            found = token_grid((said["num_frames"], side, side), tuple(said["tubelet"]))
+            size = trunk["image_size"]
+            in_file = token_grid((trunk["num_frames"], size, size), tuple(trunk["tubelet"]))
         except (KeyError, TypeError, ValueError):  # UserError is one
-            found = (0, 0, 0)
-        if found[0] * found[1] * found[2] != tokens:
-            raise UserError(
-                f"num_frames, image_size and tubelet in {weights.path} must give its {tokens} positions, got {said!r:.300}. "
-                f"The file is damaged. Set {SETTING}."
-            )
-        return found
-    if tokens == grid[0] * grid[1] * grid[2]:
-        return grid
-    side = round((tokens / grid[0]) ** 0.5)
-    if grid[0] * side * side == tokens > 0:  # the same number of frames, square
-        return grid[0], side, side
-    if tokens > 0 and tokens % (grid[1] * grid[2]) == 0:  # the same size, another number of frames
-        return tokens // (grid[1] * grid[2]), grid[1], grid[2]
+            in_file = (0, 0, 0)
+        if math.prod(in_file) == tokens:
+            return in_file
+        raise UserError(
+            f"num_frames, image_size and tubelet in {weights.path} must give its {tokens} positions, got {trunk!r:.300}. The "
+            f"file is damaged. Set {SETTING}."
+        )
+    slots, height, width = grid
+    side = round((tokens / slots) ** 0.5)
+    # The same grid; the same number of frames, square; the same size, another number of frames.
+    for guess in (grid, (slots, side, side), (tokens // (height * width), height, width)):
+        if math.prod(guess) == tokens > 0:
+            return guess
     raise UserError(
-        f"{weights.path} must have positions for {grid[0]} time slots or for {grid[1]} x {grid[2]} tokens a slot, got {tokens} "
+        f"{weights.path} must have positions for {slots} time slots or for {height} x {width} tokens a slot, got {tokens} "
         "positions. Set num_frames or image_size."
     )
 
 
-def _check_shapes(wanted: Mapping[str, Tensor], chosen: Mapping[str, Tensor], path: str) -> None:
-    wrong = {n: t for n, t in chosen.items() if t.shape != wanted[n].shape}
-    if not wrong:
-        return
-    shown = _preview([f"{n} {tuple(wanted[n].shape)}, got {tuple(t.shape)}" for n, t in wrong.items()])
-    advice = ""
-    if any(name.startswith("trunk.decoder.") for name in wrong):
-        advice = ", or trainer/checkpoint=no_heads_no_decoder for a new decoder"
-    elif any(name.startswith("heads.") for name in wrong):
-        advice = ", or trainer/checkpoint=no_heads for new heads"
-    raise UserError(f"Shapes in {path} must be those of this model: {shown}. Set trainer/model or {SETTING}{advice}.")
-
-
-def _check_depth(wanted: Mapping[str, Tensor], chosen: Mapping[str, Tensor], path: str) -> None:
-    """Raise UserError where blocks of a deeper trunk or decoder would be left out, and where some of a decoder's would stay
-    random: the others were not trained for that. `_check_coverage` reports missing blocks of a trunk.
+def _check_blocks(model: nn.Module, weights: StateDictFile, chosen: Mapping[str, Tensor]) -> None:
+    """Raise UserError where blocks would be left out, where some of a decoder's would stay random, and for another number of
+    attention heads, which shapes do not show. `_check_coverage` reports missing blocks of a trunk.
     """
-    for part, blocks in (("trunk", "trunk.blocks."), ("decoder", "trunk.decoder.decoder_blocks.")):
+    wanted, architecture = model.state_dict(), describe(model)
+    for part, prefix in BLOCKS.items():
         ours, theirs = (
-            {name.removeprefix(blocks).partition(".")[0] for name in names if name.startswith(blocks)}
+            {name.removeprefix(prefix).partition(".")[0] for name in names if name.startswith(prefix)}
             for names in (wanted, chosen)
         )
-        if ours and (theirs - ours or (part == "decoder" and theirs and ours - theirs)):
-            leave_out = ", or trainer/checkpoint=no_heads_no_decoder" if part == "decoder" else ""
+        if not ours or not theirs:
+            continue
+        in_file = weights.architecture.get(part)
+        heads = in_file.get("heads") if isinstance(in_file, Mapping) else None
+        settings = []
+        if theirs - ours or (part == "decoder" and ours - theirs):
+            settings.append(f"depth={len(theirs)}")
+        if part in architecture and heads not in (None, architecture[part]["heads"]):
+            settings.append(f"heads={heads}")
+        if settings:
             raise UserError(
-                f"The {part} of this model must have as many blocks as that of {path}, {len(theirs)}, got {len(ours)}. Set "
-                f"trainer.model.{part}.depth={len(theirs)}{leave_out}."
-            )
-
-
-def _check_heads(model: nn.Module, weights: StateDictFile, chosen: Mapping[str, Tensor]) -> None:
-    """Raise UserError for another number of attention heads than in the file, which shapes do not show."""
-    ours = describe(model)
-    for part, blocks in (("trunk", "trunk.blocks."), ("decoder", "trunk.decoder.")):
-        said = weights.architecture.get(part)
-        theirs = said.get("heads") if isinstance(said, Mapping) else None
-        loaded = part in ours and any(name.startswith(blocks) for name in chosen)
-        if loaded and theirs is not None and theirs != ours[part]["heads"]:
-            raise UserError(
-                f"The {part} of this model must have the attention heads of {weights.path}, {theirs}, got "
-                f"{ours[part]['heads']}. Set trainer.model.{part}.heads={theirs}, or {SETTING}."
+                f"The {part} of this model must have the depth and attention heads of {weights.path}. Set "
+                f"{' '.join(f'trainer.model.{part}.{setting}' for setting in settings)}, {SETTING}, or "
+                "trainer/checkpoint=no_heads_no_decoder for the trunk alone."
             )
 
 
 def _check_coverage(wanted: Mapping[str, Tensor], report: LoadReport, choice: WeightFilter) -> None:
-    trunk = [name for name in wanted if is_encoder(name) and name not in POSITIONS]
+    """Raise UserError for less of the trunk's encoder than declared, and for differences where the filter is strict."""
+    trunk = [name for name in wanted if name.startswith("trunk.") and not name.startswith(BESIDE_THE_ENCODER)]
+    trunk = [name for name in trunk if name not in POSITIONS]
     absent = [name for name in trunk if name in report.missing]
-    if len(trunk) - len(absent) < choice.trunk_coverage * len(trunk):
-        raise UserError(
-            f"{report.path} has {len(trunk) - len(absent)} of the {len(trunk)} tensors of the trunk; "
-            f"trainer.checkpoint.trunk_coverage is {choice.trunk_coverage:g}. Missing: {_preview(absent)}; dropped: "
-            f"{_preview(list(report.dropped)) or 'none'}. Convert names of other projects with `omnivision import`, or set "
-            f"{SETTING} or trainer/checkpoint."
-        )
     unplaced = [name for name, why in report.dropped.items() if why == NO_PLACE]
-    if choice.strict and (report.missing or unplaced):
+    problem = ""
+    if len(trunk) - len(absent) < choice.trunk_coverage * len(trunk):
+        problem = (
+            f"has {len(trunk) - len(absent)} of the {len(trunk)} tensors of the trunk; trainer.checkpoint.trunk_coverage is "
+            f"{choice.trunk_coverage:g}"
+        )
+    elif choice.strict and (report.missing or unplaced):
+        problem = "must have exactly the entries of this model (trainer.checkpoint.strict is true)"
+    if problem:
         raise UserError(
-            f"trainer.checkpoint.strict is true, and {report.path} differs from this model: missing "
-            f"{_preview(report.missing) or 'none'}; without a place {_preview(unplaced) or 'none'}. Set trainer/model or "
-            "trainer/checkpoint."
+            f"{report.path} {problem}. Missing: {_preview(absent or report.missing) or 'none'}; without a place: "
+            f"{_preview(unplaced) or 'none'}. Convert names of other projects with `omnivision import`, or set {SETTING}, "
+            "trainer/model or trainer/checkpoint."
         )
 
 
-def _matches(state: Mapping[str, Any], pattern: str, what: str, path: str) -> list[str]:
-    found = fnmatch.filter(state, pattern)
-    if not found:
+def _matches(names: Mapping[str, Any], pattern: str, option: str, path: str) -> list[str]:
+    matches = fnmatch.filter(names, pattern)
+    if not matches:
         raise UserError(
-            f"trainer.checkpoint.{what}: {pattern!r} must match an entry of {path} ({_preview(list(state))}). Correct or "
+            f"trainer.checkpoint.{option}: {pattern!r} must match an entry of {path} ({_preview(list(names))}). Correct or "
             "remove it."
         )
-    return found
+    return matches
 
 
 def _preview(names: Sequence[str]) -> str:

@@ -6,14 +6,11 @@
 from __future__ import annotations
 
 import errno
-import math
-import re
 import secrets
 import shutil
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -23,32 +20,29 @@ from omnivision.distributed.process_group import Dist
 from omnivision.utils.errors import is_out_of_memory
 from omnivision.utils.io import PARTS, CorruptCheckpointError, safe_load, sha256
 
-if TYPE_CHECKING:
-    from torch.distributed.checkpoint.api import CheckpointException
-
-KEY = "shards"  # of the entry that names the folder
+KEY = "shards"  # of the entry that names the folder and its files
 SEPARATOR = "/"  # between the keys that lead to a tensor
 
 
 def save_split(state: dict[str, Any], folder: Path, step: int, dist: Dist) -> dict[str, Any]:
     """Write the sharded tensors of a checkpoint, all ranks together; return the rest, which names their folder."""
-    rest, tensors = split_sharded(state)
+    rest, tensors = _split(state)
     return rest | {KEY: write(tensors, folder, step, dist)} if tensors else state
 
 
-def split_sharded(state: dict[Any, Any], where: str = "") -> tuple[dict[Any, Any], dict[str, Tensor]]:
+def _split(state: dict[Any, Any], prefix: str = "") -> tuple[dict[Any, Any], dict[str, Tensor]]:
     """Split a nested state into its rest and its sharded tensors, named by the path of their keys."""
     rest: dict[Any, Any] = {}
-    taken: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for key, value in state.items():
         if is_sharded(value):
-            taken[f"{where}{key}"] = value
+            tensors[f"{prefix}{key}"] = value
         elif isinstance(value, dict):
-            rest[key], inner = split_sharded(value, f"{where}{key}{SEPARATOR}")
-            taken |= inner
+            rest[key], inner = _split(value, f"{prefix}{key}{SEPARATOR}")
+            tensors |= inner
         else:
             rest[key] = value
-    return rest, taken
+    return rest, tensors
 
 
 def write(tensors: dict[str, Tensor], folder: Path, step: int, dist: Dist) -> dict[str, Any]:
@@ -67,51 +61,34 @@ def write(tensors: dict[str, Tensor], folder: Path, step: int, dist: Dist) -> di
     try:
         dcp.save(dict(tensors), storage_writer=dcp.HuggingFaceStorageWriter(str(target), save_distributed=True))
     except CheckpointException as error:  # a BaseException
-        rank, cause = _cause(error)
+        rank, (cause, _) = next(iter(error.failures.items()))
         code = cause.errno if isinstance(cause, OSError) else None
         raise OSError(code or errno.EIO, f"rank {rank} could not write its shard: {cause}", str(target)) from error
     # Each rank hashes its own files: reading all of them in one place would take long.
     mine = {file.name: _entry(file) for file in target.glob(f"shard-{dist.rank + 1:05d}-*")}
-    files = {file: entry for part in dist.gather(mine) for file, entry in part.items()}
-    return {"folder": name, "files": files}
+    return {"folder": name, "files": {file: entry for part in dist.gather(mine) for file, entry in part.items()}}
 
 
 def load_shards(state: dict[str, Any], folder: Path) -> None:
-    """Put the tensors that were parted from it, whole, back into a state that was read from a checkpoint in `folder`.
+    """Put the whole sharded tensors back into a state that was read from a checkpoint in `folder`.
 
     Raises CorruptCheckpointError when the files are not those that were written.
     """
-    name = folder_of(state)
+    name = _folder_of(state)
     if name is None:
         return
     source, files = folder / name, state.pop(KEY)["files"]
-    if not source.is_dir():
-        raise CorruptCheckpointError(f"{source}, the folder of the shards, is missing")
+    if {file.name for file in source.glob("*")} != set(files):
+        raise CorruptCheckpointError(f"{source} must hold the {len(files)} shards of the checkpoint and nothing else")
     for file, entry in files.items():
-        path = source / str(file)
-        if Path(str(file)).name != file or not path.is_file() or _entry(path) != entry:
-            raise CorruptCheckpointError(f"{path}, a shard, is missing or was changed")
-    if {file.name for file in source.iterdir()} != set(files):
-        raise CorruptCheckpointError(f"{source} has other files than the shards")
-    for where, tensor in _read(source).items():
-        *keys, last = where.split(SEPARATOR)
+        if _entry(source / file) != entry:
+            raise CorruptCheckpointError(f"{source / file} is not the shard that the checkpoint names")
+    for key, tensor in _read(source).items():
+        *parents, last = key.split(SEPARATOR)
         node: Any = state
-        for key in keys:
-            node = node.setdefault(int(key) if key.isdecimal() else key, {})
-            if not isinstance(node, dict):
-                raise CorruptCheckpointError(f"a shard has the key {where!r}, which does not fit the checkpoint")
+        for parent in parents:
+            node = node.setdefault(int(parent) if parent.isdecimal() else parent, {})
         node[last] = tensor
-
-
-def folder_of(state: Mapping[str, Any]) -> str | None:
-    """The folder of the shards of a checkpoint; None for a checkpoint without shards."""
-    said = state.get(KEY)
-    if not isinstance(said, dict) or set(said) != {"folder", "files"} or not isinstance(said["files"], dict):
-        return None
-    name = said["folder"]
-    if not isinstance(name, str) or not re.fullmatch(rf"{PARTS}\w+", name):
-        raise CorruptCheckpointError(f"the folder of the shards must be {PARTS}..., got {str(name)[:60]!r}")
-    return name
 
 
 def remove_unused(folder: Path) -> None:
@@ -119,7 +96,7 @@ def remove_unused(folder: Path) -> None:
     if not any(folder.glob(f"{PARTS}*")):
         return
     try:
-        used = {folder_of(safe_load(file)) for file in folder.glob("*.pt")}
+        used = {_folder_of(safe_load(file)) for file in folder.glob("*.pt")}
     except CorruptCheckpointError:
         return
     for old in folder.glob(f"{PARTS}*"):
@@ -127,14 +104,14 @@ def remove_unused(folder: Path) -> None:
             shutil.rmtree(old)
 
 
+def _folder_of(state: Any) -> str | None:
+    """The folder of the shards of a checkpoint; None for a file without shards."""
+    shards = state.get(KEY) if isinstance(state, dict) else None
+    return str(shards["folder"]) if isinstance(shards, dict) and shards.keys() == {"folder", "files"} else None
+
+
 def _entry(file: Path) -> dict[str, Any]:
     return {"size": file.stat().st_size, "sha256": sha256(file)}
-
-
-def _cause(error: CheckpointException) -> tuple[int, BaseException]:
-    """The first failed rank, and its error."""
-    rank, (cause, _) = next(iter(error.failures.items()))
-    return rank, cause
 
 
 def _read(source: Path) -> dict[str, Tensor]:
@@ -144,17 +121,13 @@ def _read(source: Path) -> dict[str, Tensor]:
 
     reader = dcp.HuggingFaceStorageReader(str(source))
     try:
-        known = cast(dict[str, TensorStorageMetadata], reader.read_metadata().state_dict_metadata)
-        claimed = sum(math.prod(said.size) * said.properties.dtype.itemsize for said in known.values())
-        if claimed > (there := sum(file.stat().st_size for file in source.iterdir())):
-            raise CorruptCheckpointError(f"its tensors would have {claimed} bytes, and there are {there}")
-        tensors = {name: torch.empty(said.size, dtype=said.properties.dtype) for name, said in known.items()}
+        entries = cast(dict[str, TensorStorageMetadata], reader.read_metadata().state_dict_metadata)
+        tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
         with warnings.catch_warnings(action="ignore"):  # of reading in one process
             dcp.load(tensors, storage_reader=reader, no_dist=True)
-    except CheckpointException as error:
-        raise CorruptCheckpointError(f"{source} cannot be read: {_cause(error)[1]}") from error
-    except Exception as error:  # whatever torch and safetensors make of a damaged file
+    except (CheckpointException, Exception) as error:  # whatever torch and safetensors make of a damaged file
         if is_out_of_memory(error):
             raise
-        raise CorruptCheckpointError(f"{source} cannot be read: {error}") from error
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        raise CorruptCheckpointError(f"{source} cannot be read: {cause}") from error
     return tensors

@@ -1,4 +1,4 @@
-"""Reading of weights, ours or another project's: tensors by name, and what the file says of its model."""
+"""Files of weights, ours or another project's: tensors by name, and the metadata of their model."""
 
 from __future__ import annotations
 
@@ -36,23 +36,23 @@ _WRAPPERS = re.compile(r"(?<![^.])_(orig_mod|fsdp_wrapped_module|checkpoint_wrap
 
 @dataclass(frozen=True)
 class StateDictFile:
-    """Tensors by name and where they came from; `said` is the rest of a checkpoint (`architecture`, ...)."""
+    """Tensors by name and where they came from; `metadata` is the rest of a checkpoint (`architecture`, ...)."""
 
     path: Path
     sha256: str
     state: dict[str, Tensor]
-    said: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def architecture(self) -> Mapping[str, Any]:
         """The architecture in the file (`omnivision.models.architecture`), or empty."""
-        architecture = self.said.get("architecture")
+        architecture = self.metadata.get("architecture")
         return architecture if isinstance(architecture, Mapping) else {}
 
     @property
     def inference(self) -> Mapping[str, Any]:
-        """How to prepare videos for the model, as far as the file says."""
-        return experiment.inference(self.said)
+        """How to prepare videos for the model, as far as the file has it."""
+        return experiment.inference(self.metadata)
 
     @property
     def class_names(self) -> list[list[str] | None]:
@@ -62,7 +62,8 @@ class StateDictFile:
     @property
     def own_class(self) -> str | None:
         """The full name of the model's class where it is not one of this project."""
-        target = (experiment.read(self.said.get("experiment")) or {}).get("settings", {}).get("trainer.model._target_")
+        target = (experiment.read(self.metadata.get("experiment")) or {}).get("settings", {})
+        target = target.get("trainer.model._target_")
         return target if isinstance(target, str) and not target.startswith("omnivision.") else None
 
     def refuse_own_class(self) -> None:
@@ -77,26 +78,26 @@ class StateDictFile:
     @property
     def sources(self) -> Any:
         """The notes of a learned average about its source checkpoints."""
-        return self.said.get("sources")
+        return self.metadata.get("sources")
 
     @property
     def average(self) -> dict[str, Tensor]:
         """The EMA of a run; empty if it kept none."""
-        found = self.said.get("ema")
-        return dict(found) if isinstance(found, dict) else {}
+        ema = self.metadata.get("ema")
+        return dict(ema) if isinstance(ema, dict) else {}
 
-    def weights(self, wanted: str | None = None) -> dict[str, Tensor]:
+    def weights(self, kind: str | None = None) -> dict[str, Tensor]:
         """Return the weights as trained ("model") or with the EMA in their place ("ema", the default where there is one).
 
         Raises UserError where there is no EMA, and for one of other tensors.
         """
-        if wanted == "ema" and not self.average:
+        if kind == "ema" and not self.average:
             raise UserError(f"{self.path} has no EMA (trainer.ema_decay was null). Set --weights model.")
-        if wanted == "model" or not self.average:
+        if kind == "model":
             return self.state
-        unknown = [name for name, t in self.average.items() if name not in self.state or not isinstance(t, Tensor)]
-        if unknown:
-            raise UserError(f"The EMA in {self.path} must have tensors of its model only, got {unknown[0]!r}.")
+        for name, tensor in self.average.items():
+            if name not in self.state or not isinstance(tensor, Tensor):
+                raise UserError(f"The EMA in {self.path} must have tensors of its model only, got {name!r}.")
         return self.state | self.average
 
     def averaged(self) -> StateDictFile:
@@ -108,13 +109,13 @@ class StateDictFile:
         """The entries of a run's checkpoint that give its epoch and metrics; empty for other files."""
         if not self.checkpoint:
             return {}
-        last = {str(name): value for name, value in self.said["last"].items() if isinstance(value, (int, float))}
-        return {"last": last} | {name: self.said.get(name) for name in ("epoch", "step", "steps_per_epoch")}
+        last = {str(name): value for name, value in self.metadata["last"].items() if isinstance(value, (int, float))}
+        return {"last": last} | {name: self.metadata.get(name) for name in ("epoch", "step", "steps_per_epoch")}
 
     @property
     def checkpoint(self) -> str:
         """The epoch and metrics of a run's checkpoint in a few words; "" for other files."""
-        return describe_checkpoint(self.said)
+        return describe_checkpoint(self.metadata)
 
     def __str__(self) -> str:
         return f"{self.path} ({self.checkpoint})" if self.checkpoint else str(self.path)
@@ -132,13 +133,14 @@ def read(source: str | Path) -> StateDictFile:
     Nothing is executed. Raises UserError for a missing file, pickled objects, and anything but a state dict.
     """
     path = resolve_checkpoint(source)
+    metadata: dict[str, Any] = {}
     with _as_user_error():
         if path.name.endswith(".index.json"):
             state, digest = _read_shards(path)
-            return StateDictFile(path, digest, _check_state_dict(state, path))
-        digest = verified_digest(path)
-        state, said = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    return StateDictFile(path, digest, _check_state_dict(state, path), said)
+        else:
+            digest = verified_digest(path)
+            state, metadata = _read_file(path)
+    return StateDictFile(path, digest, _check_state_dict(state, path), metadata)
 
 
 def read_several(sources: str | Sequence[str]) -> list[StateDictFile]:
@@ -146,12 +148,12 @@ def read_several(sources: str | Sequence[str]) -> list[StateDictFile]:
     under `ensemble_weights`. Raises UserError as `read`.
     """
     if not isinstance(sources, str):
-        return [found.averaged() for found in map(read, sources)]
+        return [read(source).averaged() for source in sources]
     path = resolve_checkpoint(sources)
     with _as_user_error():
         digest = verified_digest(path)
-        found = read_checkpoint(path)
-    states = found.get("ensemble_weights") if isinstance(found, Mapping) else None
+        content = read_checkpoint(path)
+    states = content.get("ensemble_weights") if isinstance(content, Mapping) else None
     if not isinstance(states, (list, tuple)) or not all(isinstance(state, Mapping) for state in states):
         raise UserError(f"{path} must hold a list of state dicts under ensemble_weights. Or give a list of files.")
     return [StateDictFile(path, digest, _check_state_dict(state, path)) for state in states]
@@ -173,53 +175,50 @@ def _as_user_error() -> Iterator[None]:
 def resolve_checkpoint(source: str | Path) -> Path:
     """Return the file to read: `source` itself, the weights of a `save_pretrained` folder, or the best or newest of a run."""
     path = Path(source)
-    if path.is_file():
-        return path
-    if not path.is_dir() or not str(source):
-        raise UserError(
-            f"{str(source)!r} is not a file or folder (relative paths start at {Path.cwd()}). Give a file of weights, a run "
-            f"directory, or a folder with {CONFIG} and weights."
-        )
-    candidates = [folder / name for folder in (path / "checkpoints", path) for name in (BEST, LATEST)]
-    if (path / CONFIG).is_file():
-        candidates = [path / name for name in FOLDER_WEIGHTS]
+    candidates = [path] if str(source) else []
+    if path.is_dir() and str(source):
+        candidates = [folder / name for folder in (path / "checkpoints", path) for name in (BEST, LATEST)]
+        if (path / CONFIG).is_file():
+            candidates = [path / name for name in FOLDER_WEIGHTS]
     for candidate in candidates:
         if candidate.is_file():
             return candidate
-    names = ", ".join(file.relative_to(path).as_posix() for file in candidates)
     raise UserError(
-        f"The folder {path} must hold one of {names}. Give a run directory, or a folder with {CONFIG} and weights."
+        f"There is no file {' or '.join(map(str, candidates)) or repr(source)} (relative paths start at {Path.cwd()}). Give a "
+        f"file of weights, a run directory, or a folder with {CONFIG} and weights."
     )
 
 
-def describe_checkpoint(said: Mapping[str, Any]) -> str:
+def describe_checkpoint(metadata: Mapping[str, Any]) -> str:
     """The epoch and metrics of a run's checkpoint, "epoch 12, top-1 85.7 %, validation loss 0.41"; "" for other files."""
-    epoch, step, last = said.get("epoch"), said.get("step"), said.get("last")
+    epoch, step, last = metadata.get("epoch"), metadata.get("step"), metadata.get("last")
     if type(epoch) is not int or type(step) is not int or not isinstance(last, Mapping):
         return ""
     number = epoch + 1 if step else epoch
-    middle = f", step {step} of {said.get('steps_per_epoch')}" if step else ""
-    found = describe_metrics(last)
+    middle = f", step {step} of {metadata.get('steps_per_epoch')}" if step else ""
+    metrics = describe_metrics(last)
     evaluated = last.get("val_epoch", number)  # older checkpoints lack it
     earlier = f" (validated after epoch {evaluated})" if evaluated != number and "val_loss" in last else ""
-    return f"epoch {number}{middle}" + (f", {found}{earlier}" if found else "")
+    return f"epoch {number}{middle}" + (f", {metrics}{earlier}" if metrics else "")
 
 
 def describe_metrics(last: Mapping[str, Any]) -> str:
     """Top-1 and loss of a run's last evaluation, or its training loss if it never validates."""
-    shown: tuple[tuple[str, str], ...] = (("val_top1", "top-1 {:.1f} %"), ("val_loss", "validation loss {:.4g}"))
-    if not any(name in last for name, _ in shown):
-        shown = (("loss", "training loss {:.4g}"),)
-    return ", ".join(text.format(last[name]) for name, text in shown if isinstance(last.get(name), (int, float)))
+    formats = {"val_top1": "top-1 {:.1f} %", "val_loss": "validation loss {:.4g}"}
+    if not formats.keys() & last.keys():
+        formats = {"loss": "training loss {:.4g}"}
+    return ", ".join(
+        text.format(last[name]) for name, text in formats.items() if isinstance(last.get(name), (int, float))
+    )
 
 
-def check_numbers(tensors: Mapping[str, Tensor]) -> None:
-    """Raise UserError for weights that are not floating-point numbers, or not finite."""
+def check_numbers(tensors: Mapping[str, Tensor], where: str = "") -> None:
+    """Raise UserError for weights that are not finite floating-point numbers."""
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
-            raise UserError(f"{name} must hold floating-point numbers, got {tensor.dtype}.")
+            raise UserError(f"{where}{name} must hold floating-point numbers, got {tensor.dtype}.")
         if not tensor.isfinite().all():
-            raise UserError(f"{name} has values that are not finite.")
+            raise UserError(f"{where}{name} has values that are not finite.")
 
 
 def strip_wrappers(state: Mapping[str, Tensor], prefix: str = "module.") -> dict[str, Tensor]:
@@ -232,62 +231,52 @@ def strip_wrappers(state: Mapping[str, Tensor], prefix: str = "module.") -> dict
     return state
 
 
-def _read_torch(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state dict of a file of safetensors or torch.save, and the rest of it."""
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt") as file:
+                state = {name: file.get_tensor(name) for name in file.keys()}
+                metadata = file.metadata() or {}
+        except (SafetensorError, OSError) as error:
+            raise CorruptCheckpointError(f"{path} does not load: {error}") from error
+        return state, _parse_json(metadata[METADATA], path) if METADATA in metadata else {}
     # Checkpoints of VideoMAE's repository also hold the command line, a plain bag of values.
     with torch.serialization.safe_globals([argparse.Namespace]):
-        found = read_checkpoint(path)
-    if not isinstance(found, Mapping):
-        raise UserError(f"{path} must hold tensors by name, at the top or under 'model'; got a {type(found).__name__}.")
-    if "ensemble_weights" in found:
+        content = read_checkpoint(path)
+    if not isinstance(content, Mapping):
+        raise UserError(
+            f"{path} must hold tensors by name, at the top or under 'model'; got a {type(content).__name__}."
+        )
+    if "ensemble_weights" in content:
         raise UserError(
             f"{path} holds several models (ensemble_weights). Save one of them to a file, or average them: "
             "trainer/checkpoint=default_ensemble with a model vit*_average_ft."
         )
     for key in ("model", "module", "state_dict"):
-        if isinstance(found.get(key), Mapping):
-            return dict(found[key]), {name: value for name, value in found.items() if name != key}
-    return dict(found), {}
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise CorruptCheckpointError(f"{path} does not load: {error}") from error
-    return state, _parse_json(metadata[METADATA], f"The metadata of {path}") if METADATA in metadata else {}
+        if isinstance(content.get(key), Mapping):
+            return dict(content[key]), {name: value for name, value in content.items() if name != key}
+    return dict(content), {}
 
 
 def _read_shards(index: Path) -> tuple[dict[str, Tensor], str]:
     """The tensors of all files in an index, and one SHA-256 over theirs."""
-    where = _read_json(index).get("weight_map")
-    if not isinstance(where, dict) or not where or not all(isinstance(file, str) for file in where.values()):
-        raise UserError(f"weight_map in {index} must be an object of tensor names and file names.")
-    state: dict[str, Tensor] = {}
-    digests = []
-    for file in sorted(set(where.values())):
-        if Path(file).name != file or "\\" in file or not file.endswith((".safetensors", ".bin")):
-            raise UserError(f"weight_map in {index} must name .safetensors or .bin files beside it, got {file!r}.")
-        if not (index.parent / file).is_file():
-            raise UserError(f"{file}, named in {index}, does not exist. Copy all files of the folder.")
-        read_part = _read_safetensors if file.endswith(".safetensors") else _read_torch
-        state |= read_part(index.parent / file)[0]
-        digests.append(sha256(index.parent / file))
-    if differing := sorted(set(where) ^ set(state)):
-        raise UserError(
-            f"{index} must name exactly the tensors in its files; {differing[0]} is only in one of them "
-            f"({len(differing)} such). Copy all files of the folder again."
-        )
-    return state, hashlib.sha256("".join(digests).encode()).hexdigest()
+    weight_map = _read_json(index).get("weight_map")
+    files = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    beside = [f for f in files if isinstance(f, str) and Path(f).name == f and f.endswith((".safetensors", ".bin"))]
+    if not files or beside != files:
+        raise UserError(f"weight_map in {index} must name a .safetensors or .bin file beside it for each tensor.")
+    paths = [index.parent / file for file in sorted(set(files))]
+    state = {name: tensor for path in paths for name, tensor in _read_file(path)[0].items()}
+    return state, hashlib.sha256("".join(map(sha256, paths)).encode()).hexdigest()
 
 
-def _check_state_dict(found: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
+def _check_state_dict(state: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
     """Return a state dict without wrappers in its names (`strip_wrappers`).
 
     Raises UserError for anything but dense tensors with all their values in the file, and for two entries of one name.
     """
-    for name, tensor in found.items():
+    for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise UserError(
                 f"{path} must hold tensors by name, at the top or under 'model'; got {name!r}, a {type(tensor).__name__}."
@@ -297,30 +286,29 @@ def _check_state_dict(found: Mapping[Any, Any], path: Path) -> dict[str, Tensor]
                 f"{name} in {path} must be dense, with all its values in the file; got {tensor.dtype}, {tensor.layout}, shape "
                 f"{tuple(tensor.shape)}."
             )
-    if not found:
+    if not state:
         raise UserError(f"{path} holds no tensors.")
-    state = strip_wrappers(found)
-    if len(state) < len(found):
+    stripped = strip_wrappers(state)
+    if len(stripped) < len(state):
         raise UserError(
             f"{path} holds the same tensor with and without a prefix such as `module.` or `_orig_mod.`. Save the state dict of "
             "the unwrapped model."
         )
-    return state
+    return stripped
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        return _parse_json(path.read_text(encoding="utf-8"), path)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}.") from None
-    return _parse_json(text, str(path))
 
 
-def _parse_json(text: str, where: str) -> dict[str, Any]:
+def _parse_json(text: str, path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(text)
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} must be a JSON object: {error}.") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{where} must be a JSON object, got a {type(found).__name__}.")
-    return found
+        raise UserError(f"{path} must hold a JSON object: {error}.") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold a JSON object, got a {type(content).__name__}.")
+    return content

@@ -141,18 +141,23 @@ class LoggingSettings(Group):
     peak_tflops: Positive | None
 
 
-class CheckpointSettings(Group):
+class WeightFilter(Group):
+    """Which entries of a state dict a stage takes, by shell patterns over their names."""
+
+    keep: list[str] | None = None  # only these; each pattern must match something
+    drop: list[str] = []  # not these; each pattern must match something
+    drop_if_present: list[str] = []
+    rename: dict[str, Texts] = {}  # a trailing `*` is the rest of the name on both sides
+    prefix: str = ""  # before every name, last of all
+    strict: bool = False  # all entries of the file and of the model
+    trunk_coverage: Fraction = 1.0  # share of the trunk's encoder tensors that must be loaded
+
+
+class CheckpointSettings(WeightFilter):
     save_dir: str
     save_freq: Natural | None
     save_every_steps: Natural | None
     allow_changes: bool
-    keep: list[str] | None
-    drop: list[str]
-    drop_if_present: list[str]
-    rename: dict[str, Texts]
-    prefix: str
-    strict: bool
-    trunk_coverage: Fraction
 
 
 class TrainerSettings(Group):

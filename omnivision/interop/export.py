@@ -229,7 +229,7 @@ def model_card(
         "## Model\n\n" + markdown_table(_model_facts(model)),
         "## Training\n\n" + training_history(source),
     ]
-    if evaluated and (metrics := _validation_metrics(source.said)):
+    if evaluated and (metrics := _validation_metrics(source.metadata)):
         parts.append("## Validation\n\nOf the run, when it saved this checkpoint:\n\n" + markdown_table(metrics))
     for number, each in enumerate(names):
         if each is not None:
@@ -258,13 +258,13 @@ def training_history(source: StateDictFile) -> str:
     """Return where the weights come from, with the settings, data and versions of their run as far as the file has them."""
     of_run = f" of the run {escape(run_name(source.path))}" if source.path.parent.name == "checkpoints" else ""
     text = f"From the file {escape(source.path.name)}{of_run} (SHA-256 {source.sha256})."
-    found = experiment.read(source.said.get("experiment"))
+    found = experiment.read(source.metadata.get("experiment"))
     if found is None:
-        if isinstance(former := source.said.get("origin"), Mapping):
+        if isinstance(former := source.metadata.get("origin"), Mapping):
             text += f" It was made of {escape(former.get('name'))} (SHA-256 {escape(former.get('sha256'))})."
         return f"{text} The file has no record of its training."
     keys = {"epochs done": "epoch", "steps of the next": "step", "steps of an epoch": "steps_per_epoch"}
-    done = {name: source.said.get(key) for name, key in keys.items() if isinstance(source.said.get(key), int)}
+    done = {name: source.metadata.get(key) for name, key in keys.items() if isinstance(source.metadata.get(key), int)}
     settings = {name: found["settings"][name] for name in CARD_SETTINGS if found["settings"].get(name) is not None}
     if not any("decoder" in name for name in found["settings"]):
         settings.pop("mask_ratio", None)

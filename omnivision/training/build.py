@@ -20,15 +20,13 @@ from torch import Tensor, nn
 
 from omnivision.checkpoint.pretrained import (
     LoadReport,
-    WeightFilter,
-    check_values,
     filter_state_dict,
     interpolate_pos_embed,
     read_several,
 )
 from omnivision.checkpoint.pretrained import load as load_weights
 from omnivision.checkpoint.pretrained import read as read_weights
-from omnivision.checkpoint.state_dict_file import StateDictFile
+from omnivision.checkpoint.state_dict_file import StateDictFile, check_numbers
 from omnivision.config.instantiate import PACKAGE, signature_of
 from omnivision.config.schema import DataSettings, ImageSettings, InstantiateConfig, Settings
 from omnivision.data.catalog import LabelSets, Split, label_sets
@@ -230,12 +228,6 @@ def peak_clips_per_second(settings: Settings, device: torch.device) -> float | N
     return None if cost is None else peak / cost.step_flops
 
 
-def weight_filter(settings: Settings) -> WeightFilter:
-    """What is taken of pretrained weights, from `trainer.checkpoint`."""
-    fields = {field.name for field in dataclasses.fields(WeightFilter)}
-    return WeightFilter(**{key: value for key, value in vars(settings.trainer.checkpoint).items() if key in fields})
-
-
 def pretrained(settings: Settings, model: nn.Module) -> list[LoadReport]:
     """Load `pretrained_checkpoint_path` into a model; return a report of its entries, or none without a path."""
     source = settings.pretrained_checkpoint_path
@@ -246,9 +238,9 @@ def pretrained(settings: Settings, model: nn.Module) -> list[LoadReport]:
     if weights.architecture.get("kind") == "average":  # as the one model that it is
         merged = merge(weights.state, weights.architecture, read_sources(weights.sources, None))
         weights = dataclasses.replace(
-            weights, state=merged.state, said={**weights.said, "architecture": merged.architecture}
+            weights, state=merged.state, metadata={**weights.metadata, "architecture": merged.architecture}
         )
-    report = load_weights(model, weights, weight_filter(settings), class_names(settings))
+    report = load_weights(model, weights, settings.trainer.checkpoint, class_names(settings))
     if settings.trainer.mode == "val" and (lacking := [name for name in report.missing if name.startswith("heads.")]):
         raise UserError(
             f"trainer.mode=val evaluates {report.path}, but its heads were not loaded ({lacking[0]}). Expected a checkpoint of "
@@ -269,11 +261,15 @@ def load_averaged_checkpoints(settings: Settings, model: nn.Module) -> list[Load
     found = read_several(settings.pretrained_checkpoint_path)
     reports = [LoadReport(str(w.path), w.sha256, w.checkpoint) for w in found]
     states = [
-        filter_state_dict(w.state, weight_filter(settings), report) for w, report in zip(found, reports, strict=True)
+        filter_state_dict(w.state, settings.trainer.checkpoint, report)
+        for w, report in zip(found, reports, strict=True)
     ]
     taken = {f"trunk.{name}" for name in model.names}
     for state, report in zip(states, reports, strict=True):
-        check_values({name: tensor for name, tensor in state.items() if name in taken | {POS_EMBED}}, report.path)
+        check_numbers(
+            {name: tensor for name, tensor in state.items() if name in taken | {POS_EMBED}},
+            f"pretrained_checkpoint_path: {report.path}: ",
+        )
     model.load_sources(states, [report.path for report in reports])
     taken |= _take_positions(model, found, states, reports)
     for state, report in zip(states, reports, strict=True):
