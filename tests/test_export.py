@@ -106,7 +106,7 @@ class OurNames(Case):
                 found = safe_load(back)
                 self.assert_equal_states(found["model"], model.state_dict())
                 self.assertEqual(found["architecture"], describe(model))
-                self.assertEqual(read(out).said["origin"]["sha256"], sha256(source))
+                self.assertEqual(read(out).metadata["origin"]["sha256"], sha256(source))
                 self.assertLess(out.stat().st_size, 1.2 * source.stat().st_size)
 
     def test_a_run_folder_gives_its_best(self):
@@ -253,9 +253,9 @@ class HuggingFace(Case):
         (self.folder / "films/a.mp4").touch()
         with self.assertRaisesRegex(UserError, "OUT.*config.json"):
             self.run_command("export", source, self.folder / "films", "--to", "hf", "--force")
-        for text, saying in (("", "has no names"), ("a\n\nb\nc\nd\ne\nf\n", "has nothing on line 2")):
+        for text in ("", "a\n\nb\nc\nd\ne\nf\n"):
             names.write_text(text)
-            with self.assertRaisesRegex(UserError, saying):
+            with self.assertRaisesRegex(UserError, "--class-names"):
                 self.run_command("export", source, out, "--to", "hf", "--class-names", names)
         with self.assertRaisesRegex(UserError, "--class-names is '/dev/zero', which cannot be read"):
             self.run_command("export", source, out, "--to", "hf", "--class-names", "/dev/zero")
@@ -332,7 +332,7 @@ class HuggingFace(Case):
         source, names = self.save(classifier()), self.folder / "names.txt"
         for model, text, message in (
             (source, "a\nb\n", "--class-names must have 7.* got 2"),
-            (source, "a\n" * 7, "--class-names must have 7.* 1 of them different"),
+            (source, "a\n" * 7, "--class-names.*7"),
             (self.save(autoencoder(), "mae.pt"), "a\n", "--class-names.*no classes"),
         ):
             names.write_text(text)

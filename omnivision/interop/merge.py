@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
-from omnivision.checkpoint.pretrained import LoadReport, WeightFilter, filter_state_dict
+from omnivision.checkpoint.pretrained import LoadReport, filter_state_dict
 from omnivision.checkpoint.state_dict_file import StateDictFile, read_several
+from omnivision.config.schema import WeightFilter
 from omnivision.interop.architecture import check_fit
 from omnivision.interop.export import check_finite, random_clip
 from omnivision.interop.formats import from_ours
@@ -68,12 +70,13 @@ def _filter(weights: StateDictFile, noted: Any) -> StateDictFile:
     if noted is None:
         return weights
     try:
-        state = filter_state_dict(weights.state, WeightFilter(**noted), LoadReport(str(weights.path), weights.sha256))
-    except (TypeError, AttributeError) as error:
+        choice = WeightFilter.model_validate(noted)
+    except ValidationError as error:
         raise UserError(
-            f"The checkpoint must note what it took of {weights.path} (`choice` under `sources`), got: {error}. It is damaged."
+            f"The checkpoint must note its WeightFilter of {weights.path} (`choice` under `sources`), got: {error}."
         ) from None
-    return replace(weights, state=state)
+    report = LoadReport(str(weights.path), weights.sha256)
+    return replace(weights, state=filter_state_dict(weights.state, choice, report))
 
 
 @torch.no_grad()
