@@ -27,7 +27,7 @@ from benchmarks.pretraining_step import HAS_BF16, SIZES
 from omnivision.data.catalog import Dataset, LabelSets, Split
 from omnivision.data.dataset import ClipConfig, ClipDataset
 from omnivision.data.frames import subsample_indices
-from omnivision.data.loader import LoaderConfig, evaluation_batches
+from omnivision.data.loader import LoaderConfig, ValData
 from omnivision.data.sampling import uniform_clip_starts
 from omnivision.data.video import open_video
 from omnivision.data.views import EvalView, crop_offsets, resize_short_side
@@ -70,7 +70,7 @@ def our_scores(model: nn.Module, data: ClipDataset, dtype: torch.dtype | None, v
     def autocast() -> contextlib.AbstractContextManager[object]:
         return torch.autocast("cpu", dtype, enabled=dtype is not None)
 
-    batches = evaluation_batches(data, videos_per_batch, 0, 1, LoaderConfig())
+    batches = ValData(data, LoaderConfig(), videos_per_batch).batches()
     made = evaluate(task, model, batches, dist, autocast)
     assert made is not None
     return torch.from_numpy(made.predictions["films"].scores)

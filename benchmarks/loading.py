@@ -26,7 +26,7 @@ from benchmarks.harness import Ratio, Report, interleaved, one_thread
 from benchmarks.peers import loaders
 from omnivision.data.catalog import Dataset, Split
 from omnivision.data.dataset import ClipConfig, ClipDataset
-from omnivision.data.loader import LoaderConfig, train_batches
+from omnivision.data.loader import LoaderConfig, TrainData
 from omnivision.data.masking import RandomMask
 from omnivision.data.sampling import EpochPlan, Request, SourcePlan
 from omnivision.data.views import PretrainView
@@ -75,7 +75,7 @@ def by_peer(
 def batches_a_second(data: ClipDataset, workers: int, count: int) -> float:
     """How fast batches come from worker processes, once they have started."""
     plan = EpochPlan({"films": SourcePlan(len(data.splits[0]), CLIPS // loaders.VIEWS, loaders.VIEWS)}, seed=0)
-    stream = train_batches(data, plan, (0, 0), 10_000, 0, 1, LoaderConfig(workers, prefetch=2))
+    stream = TrainData(data, LoaderConfig(workers, prefetch=2), plan).batches((0, 0), epochs=10_000)
     for _ in range(2 * workers + 2):
         next(stream)
     began = time.perf_counter()

@@ -17,7 +17,7 @@ from benchmarks.command import command_line
 from benchmarks.harness import Ratio, Report, own_memory
 from omnivision.data.catalog import Dataset, Split
 from omnivision.data.dataset import ClipConfig, ClipDataset
-from omnivision.data.loader import _Steps, _Videos
+from omnivision.data.loader import LoaderConfig, TrainData, ValData
 from omnivision.data.masking import RandomMask
 from omnivision.data.sampling import EpochPlan, SourcePlan
 from omnivision.data.views import PretrainView
@@ -55,15 +55,14 @@ def run(quick: bool) -> Report:
         view, grid = PretrainView(224), (8, 14, 14)
         data = ClipDataset([split], {"video": ClipConfig(view, 4, 16, grid, RandomMask(0.9))}, 2.7, 0, training=True)
         plan = EpochPlan({"many": SourcePlan(count, 8, 4)}, seed=0)
-        steps = _Steps(plan, (0, 0), 2, 0, 1)
-        at_first, middle = iter(steps), plan.steps // 2
-        late = iter(_Steps(plan, (1, middle), 2, 0, 1))
+        train, middle = TrainData(data, LoaderConfig(), plan), plan.steps // 2
+        at_first, late = train.requests((0, 0), epochs=2), train.requests((1, middle), epochs=2)
         plan.requests(0, 1, 0, 1)  # numpy's first use
         first_seconds, late_seconds = timed(lambda: next(at_first)), timed(lambda: next(late))
         for requests in (plan.requests(0, step, 0, 1) for step in range(0, plan.steps, max(1, plan.steps // 500))):
             for request in requests:
                 split.path(request.video), split.label(request.video)
-        evaluated = next(iter(_Videos([count], 4, 0, 1, None)))
+        evaluated = next(ValData(data, LoaderConfig(), 4).requests())
         grown = own_memory("Anonymous") - before
         sent = len(pickle.dumps((data, plan)))
         report.facts |= {

@@ -18,7 +18,7 @@ from PIL import Image
 from omnivision.data.catalog import Dataset, Split
 from omnivision.data.dataset import ClipConfig, ClipDataset
 from omnivision.data.frames import VideoDecodeError, read_image
-from omnivision.data.loader import LoaderConfig, evaluation_batches
+from omnivision.data.loader import LoaderConfig, ValData
 from omnivision.data.sampling import clip_window, uniform_clip_starts
 from omnivision.data.video import open_video
 from tests.test_decode import Truth, make_film
@@ -132,7 +132,7 @@ class Corpus(unittest.TestCase):
         cut = ClipConfig(AsDecoded(), 1, FRAMES, (1, 1, 1))
         clips = ClipDataset([Split(dataset, "val")], {"video": cut}, CLIP, 0, training=False, max_pixels=10**6)
         found: dict[str, np.ndarray | str] = {}
-        for batch in evaluation_batches(clips, 1, 0, 1, LoaderConfig(1, timeout=60)):
+        for batch in ValData(clips, LoaderConfig(1, timeout=60), 1).batches():
             path = batch.bad[0].path if batch.bad else batch.paths[0]
             found[path] = batch.bad[0].reason if batch.bad else batch.video[0].permute(1, 2, 3, 0).numpy()
         return found

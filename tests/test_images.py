@@ -13,7 +13,7 @@ from omnivision.data.catalog import Dataset, LabelSets, Split
 from omnivision.data.dataset import ClipConfig, ClipDataset
 from omnivision.data.encode import write_video
 from omnivision.data.frames import VideoDecodeError, read_depth, read_image
-from omnivision.data.loader import LoaderConfig, train_batches
+from omnivision.data.loader import LoaderConfig, TrainData
 from omnivision.data.masking import RandomMask
 from omnivision.data.mixing import MixupCutmix
 from omnivision.data.sampling import EpochPlan, Request, SourcePlan
@@ -151,7 +151,7 @@ class Joint(Folder):
         model = MaskedAutoencoder(trunk(), {"width": 16, "depth": 1, "heads": 2})
         task = Reconstruct(TUBELET)
         seen = []
-        for batch in train_batches(dataset, plan, (0, 0), 1, 0, 1, LoaderConfig()):
+        for batch in TrainData(dataset, LoaderConfig(), plan).batches((0, 0), epochs=1):
             seen.append((batch.source, tuple(batch.video.shape), batch.num_masked))
             task.training_step(model, batch).loss.backward()
         self.assertEqual(

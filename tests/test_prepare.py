@@ -223,7 +223,7 @@ class CsvLists(Folder):
         self.videos("a.mp4")
         names, listed = self.write("names.txt", "walk\n\nrun\n\n"), self.write("list.csv", "a.mp4,0\n")
         self.assert_refused(
-            listed, self.out, "--class-names", names, saying="has nothing on line 2; expected a name on each"
+            listed, self.out, "--class-names", names, saying="--class-names .*line 2"
         )
 
     def test_a_video_with_two_labels_is_told(self):

@@ -32,7 +32,7 @@ from omnivision.config.schema import (
 )
 from omnivision.data.batch import BadSample, Batch, Sample
 from omnivision.data.catalog import Dataset, LabelSets
-from omnivision.data.loader import LoaderConfig, TrainData, ValData, train_batches
+from omnivision.data.loader import LoaderConfig, TrainData, ValData
 from omnivision.data.masking import RandomMask
 from omnivision.data.mixing import MixupCutmix
 from omnivision.data.sampling import EpochPlan, Request, SourcePlan, keyed_rng
@@ -800,9 +800,7 @@ class Loop(unittest.TestCase):
             made.optimizer = ScheduledOptimizer(
                 made.raw_model, made.optimizer.groups, functools.partial(torch.optim.AdamW, fused=True)
             )
-            batch = next(
-                train_batches(made.train.dataset, made.train.plan, (0, 0), 1, rank=0, world=1, workers=LoaderConfig())
-            )
+            batch = next(made.train.batches((0, 0), epochs=1))
             with Waits() as waits:
                 made.train_step(batch)
             self.assertEqual(waits.found, [])

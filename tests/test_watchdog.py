@@ -234,16 +234,14 @@ class Runs(unittest.TestCase):
 
     def test_a_killed_data_worker_and_one_that_hangs(self):
         for number, code, saying in (
-            (signal.SIGKILL, 70, "A data worker was killed"),
-            (signal.SIGSTOP, 70, r"have given nothing for 0.1 minutes \(trainer.data.timeout_minutes; a file system"),
+            (signal.SIGKILL, 70, "trainer.data.prefetch"),
+            (signal.SIGSTOP, 70, "0.1 minutes .*trainer.data.timeout_minutes"),
         ):
             process = self.started("num_workers=1", "trainer.data.timeout_minutes=0.1")
             [server] = children(process.pid, "forkserver")
             [worker] = children(server, "forkserver")
             os.kill(worker, number)
-            self.assert_ended(
-                process, 30, code, rf"{saying}.* while this batch was read: .*\.mp4.*The same command goes on"
-            )
+            self.assert_ended(process, 30, code, rf"{saying}.*\.mp4")
             self.assertNotIn("Traceback", process.stderr.read())
             shutil.rmtree(self.folder / "run")
 

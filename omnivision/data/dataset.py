@@ -1,7 +1,7 @@
 """From a request to a sample: which seconds, decode, views, masks. Everything random is keyed by the request.
 
-A file that does not decode is replaced by another one of the same split, chosen by the same kind of draw, and named in
-the sample, so that the trainer can keep a ledger.
+A file that does not decode is replaced by another one of the same split, drawn by a keyed generator too, and named in the
+sample for the trainer's ledger.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from omnivision.data.video import VideoDecodeError, open_video
 from omnivision.data.views import View
 
 REPLACEMENTS = 20
-LONGEST_SIDE = 16  # of a frame, in short sides
-# What reading a file gives when it, or the file system that it lies on, is not there.
-_NAMES = "ENOENT EACCES EIO ENODEV ENOTCONN ESTALE ETIMEDOUT EHOSTDOWN"
-UNREACHABLE = {getattr(errno, name) for name in _NAMES.split()}
+MAX_ASPECT = 16  # longest side of a frame, in short sides
+# errno when a file, or the file system that it lies on, is not there.
+_UNREACHABLE = "ENOENT EACCES EIO ENODEV ENOTCONN ESTALE ETIMEDOUT EHOSTDOWN"
+UNREACHABLE = {getattr(errno, name) for name in _UNREACHABLE.split()}
 
 
 class Draw(IntEnum):
-    """What a random number is for; part of its key, so that no two purposes share numbers."""
+    """The purpose of a random number; part of its key, so that no two purposes share numbers."""
 
     CLIP = 0
     VIEW = 1
@@ -48,16 +48,16 @@ class Draw(IntEnum):
 
 @dataclass(frozen=True)
 class ClipConfig:
-    """How samples are cut out of the files of one kind.
+    """How clips are cut out of the files of one kind.
 
     Args:
         view: crops one view out of decoded frames.
         views: views of each clip: crops with masks of their own in training (repeated augmentation, Hoffer et al. 2020), the
             crops of an evaluation.
-        clips: clips of each video at evaluation, spread over it; in training there is one, somewhere.
         num_frames: frames of a clip; 1 for images.
-        mask: hides tokens of a view, or None for tasks without masks.
         grid: token grid (T', H', W') that masks are made for.
+        mask: hides tokens of a view, or None for tasks without masks.
+        clips: clips of each video at evaluation, spread over it; in training there is one, at a random time.
     """
 
     view: View
@@ -78,8 +78,8 @@ class ClipDataset:
         seed: of all draws.
         training: clips start anywhere and a bad file is replaced by another sample. Otherwise clips are spread evenly, and the
             sample of a bad file, as of many bad ones in a row, has no views.
-        max_pixels: files whose frames have more pixels than this are bad, found from their header.
-        spacing: of evaluation clips; see `clips.uniform_clip_starts`.
+        max_pixels: files whose frames have more pixels than this are bad, by their header.
+        spacing: of evaluation clips; see `sampling.uniform_clip_starts`.
     """
 
     def __init__(
@@ -100,16 +100,15 @@ class ClipDataset:
         split = self.splits[request.source]
         bad: list[BadSample] = []
         rng = keyed_rng(self.seed, Draw.REPLACEMENT, *request)
-        for _ in range(1 + REPLACEMENTS):
+        for _ in range(1 + REPLACEMENTS if self.training else 1):
+            if bad:
+                request = request._replace(video=int(rng.integers(len(split))))
             path = split.path(request.video)
             try:
                 return self._sample(split, request, path, bad)
             except VideoDecodeError as error:
                 missing = getattr(error.__cause__, "errno", None) in UNREACHABLE
                 bad.append(BadSample(split.name, request.video, path, str(error), split.which, missing))
-                if not self.training:
-                    return self._empty(split, request, path, bad)
-            request = request._replace(video=int(rng.integers(len(split))))
         return self._empty(split, request, path, bad)
 
     def _sample(self, split: Split, request: Request, path: str, bad: list[BadSample]) -> Sample:
@@ -121,13 +120,15 @@ class ClipDataset:
             for number in range(config.views):
                 key = (*request, clip * config.views + number)
                 cropped = config.view(frames, keyed_rng(self.seed, Draw.VIEW, *key), number)  # (T, C, H, W)
-                views.append(cropped)
+                views.append(cropped.permute(0, 2, 3, 1))
                 if depth is not None:
                     depths.append(config.view.crop(depth, keyed_rng(self.seed, Draw.VIEW, *key), number)[0])
                 if config.mask is not None:
                     masks.append(torch.from_numpy(config.mask(config.grid, keyed_rng(self.seed, Draw.MASK, *key))))
+        # (V, C, T, H, W), channels last in memory as decoders and resizing have them: sorting takes as long as cropping.
+        video = torch.stack(views).permute(0, 4, 1, 2, 3)
         return Sample(
-            video=_squeeze_time(_stacked(views), split),
+            video=_squeeze_time(video, split),
             mask=torch.stack(masks) if masks else None,
             label=split.label(request.video),
             source=split.name,
@@ -138,20 +139,21 @@ class ClipDataset:
         )
 
     def _depth(self, split: Split, request: Request, config: ClipConfig) -> Tensor | None:
-        """Depth of an RGB-D image as the view wants it: float32 (1, 1, H, W) in [0, 1], where 1 is `depth_max` or more."""
+        """Return the depth of an RGB-D image, prepared for its view: float32 (1, 1, H, W) in [0, 1] of `depth_max`."""
         path = split.depth_path(request.video)
         if path is None:
             return None
-        stored = read_depth(path, self.max_pixels) * split.dataset.depth_scale
-        return config.view.prepare(_check_aspect(stored.clamp(0, split.dataset.depth_max) / split.dataset.depth_max))
+        farthest = split.dataset.depth_max
+        depth = (read_depth(path, self.max_pixels) * split.dataset.depth_scale).clamp(0, farthest) / farthest
+        return config.view.prepare(_check_aspect(depth))
 
     def _clips(self, split: Split, request: Request, path: str, config: ClipConfig) -> list[Tensor]:
-        """The clips of a file, each uint8 (T, C, H, W)."""
-        if split.dataset.kind != "video":
+        """Decode the clips of a file, each uint8 (T, C, H, W)."""
+        entry = split.dataset
+        if entry.kind != "video":
             return [read_image(path, self.max_pixels)]
         segment = split.segment(request.video)
-        rules = split.dataset
-        with open_video(path, fps=rules.fps, max_pixels=self.max_pixels, frame_pattern=rules.frame_pattern) as video:
+        with open_video(path, fps=entry.fps, max_pixels=self.max_pixels, frame_pattern=entry.frame_pattern) as video:
             duration = sample_duration(video.duration, segment)
             if self.training:
                 u = keyed_rng(self.seed, Draw.CLIP, *request).random()
@@ -161,28 +163,22 @@ class ClipDataset:
             return [video.read(*clip_window(start, self.clip_duration, segment), config.num_frames) for start in starts]
 
     def _empty(self, split: Split, request: Request, path: str, bad: list[BadSample]) -> Sample:
-        """No views: the video is not counted, only named."""
+        """Return a sample without views: the video is not counted, only named."""
         config = self.configs[split.dataset.kind]
-        video = torch.empty(0, 3, config.num_frames, config.view.size, config.view.size, dtype=torch.uint8)
+        side = config.view.size
+        video = torch.empty(0, 3, config.num_frames, side, side, dtype=torch.uint8)
         mask = None if config.mask is None else torch.empty(0, *config.grid, dtype=torch.bool)
-        depth = None if split.dataset.kind != "rgbd" else torch.empty(0, 1, config.view.size, config.view.size)
+        depth = None if split.dataset.kind != "rgbd" else torch.empty(0, 1, side, side)
         label = split.label(request.video)
         return Sample(_squeeze_time(video, split), mask, label, split.name, request.video, path, bad, depth)
 
 
 def _check_aspect(frames: Tensor) -> Tensor:
-    """A strip a thousand times as long as wide would be enlarged to gigabytes when its short side is resized."""
+    """Raise VideoDecodeError for a strip, which would grow to gigabytes when its short side is resized."""
     height, width = frames.shape[-2:]
-    if max(height, width) > LONGEST_SIDE * min(height, width):
-        raise VideoDecodeError(f"{width}x{height}: one side is more than {LONGEST_SIDE} times the other")
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise VideoDecodeError(f"{width}x{height}: one side is more than {MAX_ASPECT} times the other")
     return frames
-
-
-def _stacked(views: list[Tensor]) -> Tensor:
-    """V of (T, C, H, W) -> (V, C, T, H, W), colours of a pixel next to each other in memory as decoders and resizing have
-    them: to sort them by colour takes as long as to crop.
-    """
-    return torch.stack([view.permute(0, 2, 3, 1) for view in views]).permute(0, 4, 1, 2, 3)
 
 
 def _squeeze_time(views: Tensor, split: Split) -> Tensor:

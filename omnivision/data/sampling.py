@@ -1,7 +1,7 @@
-"""Which samples, and which seconds of them, make each step: sample order, epoch plan, clip times, keyed random numbers.
+"""Sample order, epoch plan, clip times and keyed random numbers.
 
-Everything is a function of (seed, epoch, step, sample), so it depends neither on the number of workers or processes nor on
-where a run was interrupted. The shuffled order takes no memory: a position is computed when it is needed.
+Everything is a function of (seed, epoch, step, sample): it depends neither on the number of workers or ranks nor on where a
+run was interrupted. The shuffled order takes no memory: a position is computed when it is needed.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ ROUNDS = 8  # of the Feistel network
 
 
 def keyed_rng(seed: int, *key: int) -> np.random.Generator:
-    """A random generator of its own for each (seed, key)."""
+    """Return the random generator of (seed, key)."""
     return np.random.Generator(np.random.Philox(_entropy(seed, key)))
 
 
 def shuffled_index(positions: np.ndarray, size: int, seed: int, *key: int) -> np.ndarray:
-    """Where the elements at `positions` of a shuffled order of `size` come from: int64 in, int64 of the same shape out.
+    """Return the elements at `positions` of a shuffled 0 .. size - 1: int64 in, int64 of the same shape out.
 
-    For each (seed, key) this is a bijection of 0 .. size - 1: a Feistel network over the next power of four, walked
-    until it falls inside (Black & Rogaway 2002, "Ciphers with arbitrary finite domains").
+    For each (seed, key) a bijection: a Feistel network over the next power of four, walked until it falls inside (Black &
+    Rogaway 2002, "Ciphers with arbitrary finite domains").
     """
     half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
     keys = _entropy(seed, key).generate_state(ROUNDS, np.uint64)
@@ -60,14 +60,14 @@ def _feistel(values: np.ndarray, half: int, keys: np.ndarray) -> np.ndarray:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64: every bit of the input moves about half the bits of the output."""
+    """Apply the finaliser of SplitMix64: every bit of the input moves about half the bits of the output."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 class Request(NamedTuple):
-    """One video of one epoch. `repeat_index` counts its appearances in an epoch when a source is repeated."""
+    """One video of one epoch. `repeat_index` counts the passes through a repeated source."""
 
     source: int
     video: int
@@ -81,7 +81,7 @@ class SourcePlan:
 
     Args:
         size: samples of the source.
-        videos: decoded samples of a step, all processes together.
+        videos: decoded samples of a step over all ranks.
         views: views of each sample; a source gives `repeat * size / (videos * views)` steps, so that an epoch holds as many
             views as the source has samples.
         repeat: how often an epoch goes through the source (may be a fraction).
@@ -96,19 +96,14 @@ class SourcePlan:
 
     @property
     def clips(self) -> int:
-        """Clips of a step, all processes together."""
+        """Clips of a step over all ranks."""
         return self.videos * self.views
 
 
 class EpochPlan:
-    """The steps of an epoch over several sources; each step takes its samples from one of them.
+    """The steps of an epoch over several sources (by name); each step takes its samples from one of them.
 
-    Args:
-        sources: by name.
-        seed: of the order.
-        limit: at most this many steps an epoch.
-
-    Raises UserError for a source that would give no step.
+    `limit` bounds the steps of an epoch. Raises UserError for a source that would give no step.
     """
 
     def __init__(self, sources: Mapping[str, SourcePlan], seed: int, limit: int | None = None) -> None:
@@ -116,10 +111,11 @@ class EpochPlan:
         counts = [int(source.repeat * source.size / source.clips + 1e-9) for source in sources.values()]
         for (name, source), count in zip(sources.items(), counts, strict=True):
             if count == 0:
+                repeats = math.ceil(1000 * source.clips / source.size) / 1000
                 raise UserError(
                     f"Source {name} has {source.size} samples and a repeat factor of {source.repeat}, fewer than one batch "
-                    f"of {source.clips}: an epoch would not see it. Lower batch_size, or see it more often: "
-                    f"++trainer.data.repeats.{name}={math.ceil(1000 * source.clips / source.size) / 1000}."  # rounded up
+                    f"of {source.clips}: an epoch would not see it. Lower batch_size, or set "
+                    f"++trainer.data.repeats.{name}={repeats}."
                 )
         self._in_order = list(sources.values())
         self._ends = np.cumsum(counts)
@@ -127,51 +123,43 @@ class EpochPlan:
         self.steps = self.total_steps if limit is None else min(limit, self.total_steps)
 
     def requests(self, epoch: int, step: int, rank: int, world: int) -> list[Request]:
-        """The videos that process `rank` of `world` decodes for a step; processes take equal, adjoining parts."""
+        """Return the videos that `rank` of `world` decodes for a step; ranks take equal, adjoining parts."""
         batch = int(shuffled_index(np.array([step]), self.total_steps, self.seed, BATCH_ORDER, epoch)[0])
         source = int(np.searchsorted(self._ends, batch, side="right"))
         size, videos = self._in_order[source].size, self._in_order[source].videos
         first = (batch - (int(self._ends[source - 1]) if source else 0)) * videos
         share = videos // world
         positions = np.arange(first + rank * share, first + (rank + 1) * share)
-        found = []
-        for repeat_index in np.unique(positions // size):  # a repeated source is shuffled anew on each repeat_index
+        requests = []
+        for repeat_index in np.unique(positions // size):  # a repeated source is shuffled anew on each pass
             places = positions[positions // size == repeat_index] % size
             chosen = shuffled_index(places, size, self.seed, SAMPLE_ORDER, epoch, source, int(repeat_index))
-            found += [Request(source, int(video), epoch, int(repeat_index)) for video in chosen]
-        return found
+            requests += [Request(source, int(video), epoch, int(repeat_index)) for video in chosen]
+        return requests
 
 
 def random_clip_start(duration: float, clip_duration: float, u: float) -> float:
-    """Start (s) of a random clip that lies inside the video; `u` in [0, 1) is the caller's random draw.
-
-    A video shorter than the clip starts at 0.
-    """
+    """Return the start (s) of a clip inside the video, 0 for a shorter video; `u` in [0, 1) is the caller's random draw."""
     return max(0.0, duration - clip_duration) * u
 
 
 def uniform_clip_starts(
     duration: float, clip_duration: float, num_clips: int, spacing: Spacing = "ends"
 ) -> list[float]:
-    """Starts (s) of the `num_clips` clips that an evaluation looks at, in ascending order.
+    """Return the starts (s) of the clips of an evaluation, in ascending order.
 
     "ends" spreads them from the first to the last clip of the video (a single clip starts at 0). "published" is the
-    spacing behind the published figures, `k * last / num_clips`: it never sees the end of a film.
-    Raises ValueError for fewer than one clip or another spacing.
+    spacing of the published figures, `k * last / num_clips`, which never sees the end of a video.
     """
-    if num_clips < 1:
-        raise ValueError(f"expected at least 1 clip per video, got {num_clips}")
     last = max(0.0, duration - clip_duration)
-    if spacing == "ends":
-        steps = max(1, num_clips - 1)
-        return [last * (k / steps) for k in range(num_clips)]  # k / steps is exactly 1 for the last clip
     if spacing == "published":
         return [k * last / num_clips for k in range(num_clips)]
-    raise ValueError(f"expected spacing 'ends' or 'published', got {spacing!r}")
+    steps = max(1, num_clips - 1)
+    return [last * (k / steps) for k in range(num_clips)]  # k / steps is exactly 1 for the last clip
 
 
 def sample_duration(duration: float, segment: Segment | None) -> float:
-    """Return the seconds of a video that clips are drawn from: all, or those of `segment`.
+    """Return the seconds of a video, or of its `segment`, that clips are drawn from.
 
     Raises VideoDecodeError for a segment beyond the end of the video.
     """
@@ -186,14 +174,13 @@ def sample_duration(duration: float, segment: Segment | None) -> float:
 
 
 def clip_window(start: float, clip_duration: float, segment: Segment | None = None) -> tuple[Fraction, Fraction]:
-    """The window [start, start + clip_duration) of the two floats, without rounding their sum.
+    """Return the window [start, start + clip_duration) (s) without rounding the sum of the two floats.
 
     In a `segment`, `start` counts from the segment's start, and the window ends with the segment at the latest.
 
     As doubles 8.0 + 2.7 is a little below 10.7, so a 30 fps clip would lose the frame at 10.7 s that a clip starting
     at 1.0 keeps. With the exact sum every whole-frame start holds 82 frames.
     """
-    if segment is None:
-        return Fraction(start), Fraction(start) + Fraction(clip_duration)
-    first, last = map(Fraction, segment)
-    return first + Fraction(start), min(first + Fraction(start) + Fraction(clip_duration), last)
+    first, last = (Fraction(0), None) if segment is None else map(Fraction, segment)
+    end = first + Fraction(start) + Fraction(clip_duration)
+    return first + Fraction(start), end if last is None else min(end, last)

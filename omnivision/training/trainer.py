@@ -147,7 +147,8 @@ class Trainer:
             )
         self._write_summary(status="running", exit_reason=None)
         assert self.train is not None
-        batches = self.train.batches((state.epoch, state.step), self.settings.max_epochs, self.run.dist)
+        start, dist = (state.epoch, state.step), self.run.dist
+        batches = self.train.batches(start, self.settings.max_epochs, dist.rank, dist.world_size)
         while not self.is_done:
             self.train_epoch(batches)
             self._finish_epoch()
@@ -263,7 +264,7 @@ class Trainer:
         assert self.val is not None
         dist, stop, reporter = self.run.dist, self.run.stop, self.run.reporter
         stop.set_phase("validating", self.global_step)
-        batches = self.val.batches(dist, self.settings.limit_val_batches)
+        batches = self.val.batches(self.settings.limit_val_batches, dist.rank, dist.world_size)
         with (
             self.ema.in_place() if self.ema is not None else contextlib.nullcontext(),
             summon_full_params(self.raw_model),
