@@ -222,9 +222,7 @@ class CsvLists(Folder):
     def test_names_of_classes_with_an_empty_line_are_refused(self):
         self.videos("a.mp4")
         names, listed = self.write("names.txt", "walk\n\nrun\n\n"), self.write("list.csv", "a.mp4,0\n")
-        self.assert_refused(
-            listed, self.out, "--class-names", names, saying="--class-names .*line 2"
-        )
+        self.assert_refused(listed, self.out, "--class-names", names, saying="--class-names .*line 2")
 
     def test_a_video_with_two_labels_is_told(self):
         self.videos("a.mp4", "b.mp4")
