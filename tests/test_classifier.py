@@ -248,8 +248,6 @@ class Averages(unittest.TestCase):
         states[1]["trunk.norm.bias"] = torch.zeros(3)
         with self.assertRaisesRegex(UserError, r"trunk\.norm\.bias has the shape \(3,\)"):
             AveragedClassifier(trunk(), [7], 2).load_sources(states[:2])
-        with self.assertRaisesRegex(UserError, "ensemble_num_models"):
-            AveragedClassifier(trunk(), [7], 1)
         with self.assertRaisesRegex(UserError, "activation_checkpointing"):
             AveragedClassifier(trunk(activation_checkpointing=True), [7])
 

@@ -12,7 +12,6 @@ from omnivision.models.architecture import build, describe
 from omnivision.models.mae import CrossAttention, MaskedAutoencoder, split_tokens
 from omnivision.models.vit import VisionTransformer
 from omnivision.tasks.reconstruct import Reconstruct
-from omnivision.utils.errors import UserError
 from tests import stage_runs as stages
 from tests.test_mae import TUBELET, some_masks
 
@@ -49,11 +48,6 @@ class Share(unittest.TestCase):
     def test_of_all_it_is_the_recipe(self):
         mask = some_masks(2)
         self.assertTrue(torch.equal(model(share=1)(VIDEO, mask).pixels, model()(VIDEO, mask).pixels))
-
-    def test_shares_that_are_none(self):
-        for share in (0, -1, 1.5):
-            with self.assertRaisesRegex(UserError, r"trainer\.model\.decoder\.share"):
-                model(share=share)
 
 
 class Cross(unittest.TestCase):

@@ -95,14 +95,12 @@ def distribute_like(value: Tensor, parameter: Tensor) -> Tensor:
 
 def full_tensor(value: Any) -> Tensor:
     """The full tensor, gathered from all ranks."""
-    found: Tensor = value.full_tensor() if is_sharded(value) else value
-    return found
+    return value.full_tensor() if is_sharded(value) else value
 
 
 def local_tensor(value: Any) -> Tensor:
     """This rank's shard of a tensor."""
-    found: Tensor = value.to_local() if is_sharded(value) else value
-    return found
+    return value.to_local() if is_sharded(value) else value
 
 
 def is_sharded(value: object) -> bool:

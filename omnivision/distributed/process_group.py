@@ -47,10 +47,7 @@ class RankInfo:
 
 
 def choose_device(accelerator: str, local_rank: int) -> torch.device:
-    """Choose the device of a rank; `auto` is CUDA if available, else the CPU.
-
-    Raises UserError when CUDA has fewer devices than this node has ranks.
-    """
+    """The device of a rank; `auto` is CUDA if available, else the CPU. Raises UserError when there is no GPU for it."""
     if accelerator == "auto":
         accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     if accelerator == "cuda":
@@ -82,19 +79,15 @@ class Dist:
             backend = backend or {"cuda": "nccl"}.get(self.device.type, "gloo")
             if backend == "nccl" and self.device.type != "cuda":
                 raise UserError(
-                    f"trainer.distributed.backend=nccl needs GPUs, and this run is on the {self.device.type}. Set "
-                    "trainer.distributed.backend=null, which follows the device."
+                    f"trainer.distributed.backend must be gloo or null on the {self.device.type}, got nccl, which needs GPUs."
                 )
             if place.local_world_size == place.world_size:  # all on this machine: its host name need not resolve
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
             torch.distributed.init_process_group(
                 backend, init_method=place.init_method, rank=place.rank, world_size=place.world_size, timeout=timeout
             )
-            self.control = (
-                torch.distributed.group.WORLD
-                if backend == "gloo"
-                else torch.distributed.new_group(backend="gloo", timeout=timeout)
-            )
+            world, new_group = torch.distributed.group.WORLD, torch.distributed.new_group
+            self.control = world if backend == "gloo" else new_group(backend="gloo", timeout=timeout)
 
     @property
     def is_main(self) -> bool:
@@ -164,15 +157,12 @@ def wrap_ddp(model: nn.Module, dist: Dist, comms_dtype: str | None, find_unused:
     """
     if dist.world_size == 1:
         return model
-    # Buffers are constants (position tables). torch 2.14 renamed the argument that says so.
-    known = inspect.signature(DistributedDataParallel).parameters
-    no_buffers: dict[str, Any] = {
-        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False
-    }
-    on_gpu = dist.device.type == "cuda"
+    # Buffers are constants (position tables). torch 2.14 renamed the argument.
+    names = inspect.signature(DistributedDataParallel).parameters
+    no_buffers: Any = {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
     wrapped = DistributedDataParallel(
         model,
-        device_ids=[dist.device] if on_gpu else None,
+        device_ids=[dist.device] if dist.device.type == "cuda" else None,
         **no_buffers,
         gradient_as_bucket_view=True,
         find_unused_parameters=find_unused,

@@ -48,8 +48,8 @@ def describe(model: nn.Module) -> Architecture:
 
 def has_unused_parameters(model: nn.Module) -> bool:
     """Whether a step may leave parameters without a gradient: the head of another label set, or the embedding of depth."""
-    found = describe(model)
-    return len(found.get("classes", ())) > 1 or bool(found.get("trunk", {}).get("rgbd"))
+    architecture = describe(model)
+    return len(architecture.get("classes", ())) > 1 or bool(architecture.get("trunk", {}).get("rgbd"))
 
 
 def build(architecture: Architecture, where: str) -> nn.Module:
@@ -71,9 +71,6 @@ def build(architecture: Architecture, where: str) -> nn.Module:
             raise
         raise UserError(
             f"{where} does not describe a model ({type(error).__name__}: {error}). It must have kind, trunk "
-            f"({', '.join(TRUNK)}) and the entries of its kind; the file is damaged, or of another project."
+            f"({', '.join(TRUNK)}) and the entries of its kind."
         ) from error
-    raise UserError(
-        f"{where}: kind must be one of {', '.join(KINDS)}, got {architecture['kind']!r}. The file is damaged, or of a newer "
-        "version."
-    )
+    raise UserError(f"{where}: kind must be one of {', '.join(KINDS)}, got {architecture['kind']!r}.")

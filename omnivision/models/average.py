@@ -27,7 +27,7 @@ class AveragedClassifier(nn.Module):
         combine_mode: one mixing weight for each source ("learned_average_softmax"), or one for each source and parameter
             tensor ("learned_average_layer_softmax"). All start at 1, so the average starts uniform.
 
-    Raises UserError for fewer than two sources and for a trunk with activation checkpointing.
+    Raises UserError for a trunk with activation checkpointing, whose averaged weights are gone in the backward pass.
     """
 
     mixing_ratio: nn.Parameter  # (K,) or (parameter tensors of the trunk, K)
@@ -40,29 +40,26 @@ class AveragedClassifier(nn.Module):
         combine_mode: Literal["learned_average_softmax", "learned_average_layer_softmax"] = "learned_average_softmax",
     ) -> None:
         super().__init__()
-        if num_models < 2:
-            raise UserError(f"ensemble_num_models must be >= 2, got {num_models}.")
         if trunk.activation_checkpointing:
             raise UserError(
-                "trainer.model.trunk.activation_checkpointing must be false for an averaged trunk, whose weights are "
-                "gone in the backward pass."
+                "trainer.model.trunk.activation_checkpointing must be false for an averaged trunk, got true."
             )
         self.names = [name for name, _ in trunk.named_parameters()]
         self.num_models = num_models
-        self.mixing_ratio = nn.Parameter(
-            torch.ones(num_models)
-            if combine_mode == "learned_average_softmax"
-            else torch.ones(len(self.names), num_models)
-        )
+        per_tensor = combine_mode == "learned_average_layer_softmax"
+        self.mixing_ratio = nn.Parameter(torch.ones((len(self.names), num_models) if per_tensor else num_models))
         self.sources = nn.Module()
         for name, parameter in trunk.named_parameters():
             empty = parameter.detach().new_zeros(num_models, *parameter.shape)
             self.sources.register_buffer(_buffer(name), empty, persistent=False)
         self.model = VideoClassifier(trunk, classes)
-        _parameters_become_buffers(trunk)
+        for part in trunk.modules():  # neither trained nor saved; `functional_call` puts the average in their place
+            for name, parameter in list(part.named_parameters(recurse=False)):
+                delattr(part, name)
+                part.register_buffer(name, parameter.detach(), persistent=False)
 
     def load_sources(self, states: Sequence[Mapping[str, Tensor]], labels: Sequence[str] = ()) -> None:
-        """Take the trunks of K state dicts (`trunk.…`; other entries are ignored). `labels` name them in errors.
+        """Load the trunks of K state dicts (`trunk.…`; other entries are ignored). `labels` name them in errors.
 
         Raises UserError when there are not K of them, or when one lacks a tensor or has one of another shape.
         """
@@ -112,11 +109,3 @@ class AveragedClassifier(nn.Module):
 def _buffer(name: str) -> str:
     """Names of buffers hold no dots."""
     return name.replace(".", "/")
-
-
-def _parameters_become_buffers(module: nn.Module) -> None:
-    """Make every parameter a buffer that is neither trained nor saved; `functional_call` puts the average in its place."""
-    for part in module.modules():
-        for name, parameter in list(part.named_parameters(recurse=False)):
-            delattr(part, name)
-            part.register_buffer(name, parameter.detach(), persistent=False)

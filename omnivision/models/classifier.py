@@ -22,7 +22,7 @@ class VideoClassifier(nn.Module):
     """Trunk and linear heads.
 
     Args:
-        trunk: as pretrained. With all its parameters frozen it is a fixed feature extractor: no gradient is recorded in it.
+        trunk: if all its parameters are frozen, no gradient is recorded in it.
         classes: number of classes of each head.
     """
 

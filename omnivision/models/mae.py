@@ -3,14 +3,14 @@
 Only visible patches are embedded and encoded; all tokens pass through the decoder; only masked ones are projected to
 pixels and compared (He et al. 2022; Tong et al. 2022, VideoMAE; Girdhar et al. 2023, OmniMAE).
 
-Two options make the decoder cheaper than the paper's recipe: it may train on a share of the masked tokens (Wang et al. 2023,
-VideoMAE V2, "dual masking"), and its tokens may look at the visible ones alone instead of at each other (Fu et al. 2024,
-CrossMAE).
+Two options make the decoder cheaper than the paper's recipe: `share` trains on a share of the masked tokens (Wang et al. 2023,
+VideoMAE V2, "dual masking"), attention="cross" lets tokens attend to the visible ones alone (Fu et al. 2024, CrossMAE).
 """
 
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -29,7 +29,7 @@ class Prediction(NamedTuple):
 
     pixels: Tensor  # (B, M, pt * ph * pw * 3), values of a tubelet in the order (t, h, w, c)
     masked: (
-        Tensor  # (B, M) indices of those tokens in raster order; while training, perhaps a share of all that are hidden
+        Tensor  # (B, M) indices of those tokens in raster order; in training the decoder's `share` of the hidden ones
     )
 
 
@@ -52,7 +52,7 @@ class CrossAttention(nn.Module):
 
 
 class CrossBlock(nn.Module):
-    """Pre-norm transformer block whose tokens look at a memory instead of at each other."""
+    """Pre-norm transformer block whose tokens attend to a memory."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Decoder(nn.Module):
 
     Args:
         attention: "self": all tokens attend to each other (the recipe); "cross": masked ones to the visible ones alone.
-        share: of the masked tokens that a training step decodes; 1 in the recipe.
+        share: of the masked tokens that a training step decodes, in (0, 1]; 1 in the recipe.
     """
 
     pos_embed: Tensor
@@ -89,8 +89,6 @@ class Decoder(nn.Module):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        if not 0 < share <= 1:
-            raise UserError(f"trainer.model.decoder.share must be in (0, 1], got {share}.")
         self.width, self.depth, self.heads, self.attention, self.share = width, depth, heads, attention, share
         self.activation_checkpointing = activation_checkpointing
         self.decoder_embed = nn.Linear(trunk_width, width)
@@ -109,7 +107,7 @@ class Decoder(nn.Module):
         return self.norm(run_blocks(self.decoder_blocks, x, self.activation_checkpointing)[:, visible.shape[1] :])
 
     def sample_masked(self, masked: Tensor) -> Tensor:
-        """Indices (B, M) -> the share of them to train on, drawn at random, in their order; all in evaluation."""
+        """Indices (B, M) -> a random share of them, in their order; all in evaluation."""
         if self.share == 1 or not self.training:
             return masked
         count = max(1, int(self.share * masked.shape[1]))
@@ -117,17 +115,12 @@ class Decoder(nn.Module):
         return masked.gather(1, drawn.sort(1).values)
 
 
-class PixelHead(nn.Module):
-    """Linear map of a decoded token to the pixels of its tubelet."""
-
-    def __init__(self, width: int, pixels: int) -> None:
-        super().__init__()
-        self.projector = nn.Linear(width, pixels)
-        nn.init.trunc_normal_(self.projector.weight, std=0.02)
-        nn.init.zeros_(self.projector.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.projector(x)
+def pixel_head(width: int, pixels: int) -> nn.Sequential:
+    """Linear map of a decoded token to the pixels of its tubelet, named `heads.0.projector` as published."""
+    projector = nn.Linear(width, pixels)
+    nn.init.trunc_normal_(projector.weight, std=0.02)
+    nn.init.zeros_(projector.bias)
+    return nn.Sequential(OrderedDict(projector=projector))
 
 
 class MaskedAutoencoder(nn.Module):
@@ -147,7 +140,7 @@ class MaskedAutoencoder(nn.Module):
             trunk.width, math.prod(trunk.grid), **decoder, activation_checkpointing=trunk.activation_checkpointing
         )
         pt, ph, pw = trunk.tubelet
-        self.heads = nn.ModuleList([PixelHead(decoder["width"], pt * ph * pw * 3)])
+        self.heads = nn.ModuleList([pixel_head(decoder["width"], pt * ph * pw * 3)])
 
     def forward(self, video: Tensor, mask: Tensor, num_masked: int | None = None) -> Prediction:
         """Predict the masked tokens of a video.
@@ -155,7 +148,7 @@ class MaskedAutoencoder(nn.Module):
         Args:
             video: (B, C, T, H, W), uint8 in 0..255 or normalised; or images (B, C, H, W).
             mask: bool, (B, T', H', W') or (B, N); True = hidden from the encoder. Every sample hides equally many.
-            num_masked: how many that is. Reading it from `mask` would make an accelerator wait, so loaders pass it.
+            num_masked: how many; loaders pass it, since reading it from `mask` would make an accelerator wait.
         """
         visible, masked = split_tokens(mask, num_masked)
         wanted = cast(Decoder, self.trunk.decoder).sample_masked(masked)
@@ -176,17 +169,13 @@ class MaskedAutoencoder(nn.Module):
 def split_tokens(mask: Tensor, num_masked: int | None = None) -> tuple[Tensor, Tensor]:
     """Indices of the visible (B, K) and the masked (B, M) tokens of a bool mask, each in raster order.
 
-    Raises UserError when samples hide different numbers of tokens (only checked when `num_masked` is not given:
-    loaders check it where the mask is made).
+    Raises UserError when samples hide different numbers of tokens (checked only without `num_masked`; loaders check it).
     """
     mask = mask.flatten(1)
     if num_masked is None:
         counts = mask.sum(1).tolist()
         if len(set(counts)) > 1:
-            raise UserError(
-                f"All samples of a batch must hide the same number of tokens, got {sorted(set(counts))}. Use a mask of "
-                "omnivision.data.masking."
-            )
+            raise UserError(f"All samples of a batch must hide the same number of tokens, got {sorted(set(counts))}.")
         num_masked = counts[0]
     order = torch.argsort(mask.to(torch.uint8), dim=1, stable=True)
     visible = mask.shape[1] - num_masked

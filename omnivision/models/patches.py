@@ -101,9 +101,8 @@ def pixel_statistics(channel_dim: int, ndim: int, dtype: torch.dtype = torch.flo
     """ImageNet's mean and standard deviation of RGB in [0, 1], shaped to broadcast along `channel_dim` of `ndim`."""
     shape = [1] * ndim
     shape[channel_dim] = 3
-    return torch.tensor(IMAGENET_MEAN, dtype=dtype).reshape(shape), torch.tensor(IMAGENET_STD, dtype=dtype).reshape(
-        shape
-    )
+    mean, std = (torch.tensor(values, dtype=dtype).reshape(shape) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return mean, std
 
 
 @functools.cache

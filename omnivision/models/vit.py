@@ -39,8 +39,7 @@ class Attention(nn.Module):
         super().__init__()
         if width % heads:
             raise UserError(
-                f"heads must divide width, got heads={heads} and width={width}. Set trainer.model.trunk.heads (or "
-                "trainer.model.decoder.heads)."
+                f"heads must divide width {width}, got {heads}. Set trainer.model.trunk.heads (or decoder.heads)."
             )
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
@@ -64,8 +63,8 @@ class Mlp(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (Huang et al. 2016): while training, a sample loses the whole branch with probability `rate`, and
-    the branches that stay are divided by the probability of staying. (timm has this too, at two seconds of import.)"""
+    """Stochastic depth (Huang et al. 2016): in training a sample loses its branch with probability `rate`. (timm and
+    torchvision have it, too, at two seconds of import.)"""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -79,7 +78,7 @@ class DropPath(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; `drop_path` is the chance that a sample skips a branch while training."""
+    """Pre-norm transformer block."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float = 4, drop_path: float = 0) -> None:
         super().__init__()
@@ -95,10 +94,7 @@ class Block(nn.Module):
 
 
 def run_blocks(blocks: nn.ModuleList, x: Tensor, activation_checkpointing: bool, *memory: Tensor) -> Tensor:
-    """Run blocks in sequence; with checkpointing, their activations are recomputed in the backward pass.
-
-    `memory`: what cross-attention blocks attend to.
-    """
+    """Run blocks, which may attend to a `memory`; with checkpointing the backward pass recomputes their activations."""
     recompute = activation_checkpointing and torch.is_grad_enabled()
     for block in blocks:
         x = checkpoint(block, x, *memory, use_reentrant=False) if recompute else block(x, *memory)
@@ -106,7 +102,7 @@ def run_blocks(blocks: nn.ModuleList, x: Tensor, activation_checkpointing: bool,
 
 
 def init_linear(module: nn.Module) -> None:
-    """Xavier-uniform weights and zero biases for linear layers; LayerNorm starts as the identity anyway."""
+    """Set Xavier-uniform weights and zero biases of linear layers."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
@@ -142,7 +138,7 @@ class PatchEmbed(nn.Module):
         conv = cast(nn.Conv3d, self.proj[1])
         if pixels.dtype == torch.uint8:
             pixels = (pixels.to(self.pixel_mean.dtype) / 255 - self.pixel_mean) / self.pixel_std
-        elif video.shape[1] == 1:  # depth comes as it is
+        elif video.shape[1] == 1:  # depth is never normalised before
             pixels = (pixels.to(self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std
         return F.linear(pixels.flatten(2), conv.weight.flatten(1), conv.bias)
 
@@ -151,10 +147,10 @@ class VisionTransformer(nn.Module):
     """Trunk of width D over a video of `num_frames` x `image_size` x `image_size`.
 
     Args:
-        tubelet: frames, height and width of the box of pixels that makes one token.
+        tubelet: frames, height and width of one token.
         drop_path: stochastic depth, rising linearly over the blocks from 0 to this value.
         activation_checkpointing: recompute the activations inside blocks in the backward pass.
-        rgbd: add a second patch embedding, for depth; input without depth passes as before.
+        rgbd: add a second patch embedding, for depth.
 
     Raises UserError if the tubelet does not divide the video, or the heads the width.
     """
@@ -175,16 +171,9 @@ class VisionTransformer(nn.Module):
         rgbd: bool = False,
     ) -> None:
         super().__init__()
-        self.architecture = {  # what a checkpoint says of the trunk
-            "width": width,
-            "depth": depth,
-            "heads": heads,
-            "mlp_ratio": mlp_ratio,
-            "num_frames": num_frames,
-            "image_size": image_size,
-            "tubelet": list(tubelet),
-            "rgbd": rgbd,
-        }
+        sizes = {"width": width, "depth": depth, "heads": heads, "mlp_ratio": mlp_ratio}
+        inputs = {"num_frames": num_frames, "image_size": image_size, "tubelet": list(tubelet), "rgbd": rgbd}
+        self.architecture = sizes | inputs  # for checkpoints
         self.width, self.num_frames, self.image_size = width, num_frames, image_size
         self.activation_checkpointing = activation_checkpointing
         self.tubelet: Triple = (tubelet[0], tubelet[1], tubelet[2])
@@ -204,8 +193,8 @@ class VisionTransformer(nn.Module):
 
         Args:
             video: (B, C, T, H, W), uint8 in 0..255 or normalised; or an image (B, C, H, W), repeated to fill a tubelet.
-            visible: indices (B, K) of the tokens to look at, in raster order; None means all N.
-            depth: (B, 1, H, W) in [0, 1], of images; only a trunk with `rgbd` has a place for it.
+            visible: indices (B, K) of the tokens to encode, in raster order; None means all N.
+            depth: (B, 1, H, W) in [0, 1], of images, for a trunk with `rgbd`.
 
         Returns: (B, K or N, D).
         """
@@ -228,7 +217,7 @@ class VisionTransformer(nn.Module):
 
 
 def as_video(video: Tensor, tubelet: Triple) -> Tensor:
-    """An image (B, C, H, W) or a one-frame clip is repeated in time to fill a tubelet; a video stays as it is."""
+    """Repeat an image (B, C, H, W) or a one-frame clip in time to fill a tubelet; a video stays as it is."""
     if video.ndim == 4:
         video = video[:, :, None]
     return video.expand(-1, -1, tubelet[0], -1, -1) if video.shape[2] == 1 else video
