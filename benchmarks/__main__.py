@@ -1,70 +1,84 @@
-"""Every benchmark in turn, each in a process of its own (but for --quick), and one table of what was reached of what was to be.
+"""Run benchmarks, each in its own process, and print a table of what they measured and of their goals.
 
     python -m benchmarks [--quick] [--out bench] [NAME ...]
 
-Writes NAME.json and NAME.png into the folder and, when all were run, the table as table.md. Exit code 1 when a benchmark fails;
-a goal that is missed is told, and is no failure. From the root of a checkout, since the benchmarks are not installed.
+Each benchmark writes NAME.json into the folder; a run of all adds the table as table.md. The exit code is 1 when a benchmark
+fails; missing a goal is no failure. --quick runs small sizes, all in this process.
 """
 
-from __future__ import annotations
-
+import argparse
 import importlib
 import json
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 
-from benchmarks.command import ending_well, options_of, parser_of, run_apart
-from benchmarks.harness import Ratio
+from benchmarks.harness import Ratio, Report
 
-NAMES = (
-    "pretraining_step step_shapes step_parts what_helped decoders memory cost_growth decoding loading data_wait splits "
-    "evaluation probe_step start"
-).split()
+# Name -> module; the function has the same name.
+BENCHMARKS = {
+    "pretraining_step": "steps",
+    "step_shapes": "steps",
+    "step_parts": "step_parts",
+    "what_helped": "what_helped",
+    "decoders": "steps",
+    "memory": "memory",
+    "cost_growth": "cost_growth",
+    "decoding": "decoding",
+    "loading": "loading",
+    "data_wait": "commands",
+    "splits": "splits",
+    "evaluation": "evaluation",
+    "probe_step": "steps",
+    "start": "commands",
+}
+
+
+def run_here(name: str, quick: bool, folder: Path) -> None:
+    """Run one benchmark in this process."""
+    report: Report = getattr(importlib.import_module(f"benchmarks.{BENCHMARKS[name]}"), name)(quick)
+    report.machine["quick"] = quick
+    print(report.text(), flush=True)  # before a file fails
+    report.write(folder)
 
 
 def table(folder: Path, names: list[str]) -> list[str]:
     lines = ["| what | measured: median (least to most) | goal | |", "|---|---|---|---|"]
     for name in names:
-        if (file := folder / f"{name}.json").exists():
-            for found in json.loads(file.read_text())["ratios"]:
-                known = {key: found[key] for key in ("what", "rounds", "goal", "unit", "at_most")}
-                lines.append(Ratio(**known).row())
+        for row in json.loads((folder / f"{name}.json").read_text())["ratios"]:
+            lines.append(Ratio(**{key: row[key] for key in ("what", "rounds", "goal", "unit", "at_most")}).row())
     return lines
 
 
-def run_one(name: str, folder: Path, quick: bool) -> bool:
-    """Whether it went well."""
-    if not quick:
-        return run_apart([sys.executable, "-m", f"benchmarks.{name}", "--out", str(folder)]) == 0
-    importlib.import_module(f"benchmarks.{name}").main(["--quick", "--out", str(folder)])
-    return True
-
-
 def main() -> int:
-    parser = parser_of("python -m benchmarks", __doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"some of {', '.join(NAMES)}; all by default")
-    options = options_of(parser)
-    names = list(dict.fromkeys(options.names)) or NAMES
-    if unknown := sorted(set(names) - set(NAMES)):
-        parser.error(f"there is no benchmark {', '.join(unknown)}; expected some of {', '.join(NAMES)}")
-    failed, done = [], []
-    try:
-        with ending_well():
-            for number, name in enumerate(names):
-                began = time.monotonic()
-                print(f"== {number + 1} of {len(names)}: {name}", flush=True)
-                (options.out / f"{name}.json").unlink(missing_ok=True)  # what an earlier run found is not of this one
-                (done if run_one(name, options.out, options.quick) else failed).append(name)
-                print(f"   {time.monotonic() - began:.0f} s\n", flush=True)
-    finally:
-        lines = table(options.out, done)
-        print("\n".join(lines))
+    parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__.partition("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"some of {', '.join(BENCHMARKS)}; all by default")
+    parser.add_argument("--quick", action="store_true", help="small sizes, few rounds: a test that everything works")
+    parser.add_argument("--out", type=Path, help="folder of the results; bench, or bench/quick when quick")
+    options = parser.parse_args()
+    names = list(dict.fromkeys(options.names)) or list(BENCHMARKS)
+    if unknown := set(names) - set(BENCHMARKS):
+        parser.error(f"NAME must be some of {', '.join(BENCHMARKS)}; got {', '.join(sorted(unknown))}")
+    folder = options.out or Path("bench/quick" if options.quick else "bench")
+    folder.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # subprocess.run then kills its child
+    failed = []
+    for number, name in enumerate(names, start=1):
+        start = time.monotonic()
+        print(f"== {number} of {len(names)}: {name}", flush=True)
+        if options.quick or len(names) == 1:
+            run_here(name, options.quick, folder)
+        elif subprocess.run([sys.executable, "-m", "benchmarks", name, "--out", str(folder)]).returncode:
+            failed.append(name)
+        print(f"   {time.monotonic() - start:.0f} s\n", flush=True)
+    lines = table(folder, [name for name in names if name not in failed])
+    print("\n".join(lines))
     if options.quick:
-        lines.append("\nSmall sizes: the ratios say nothing.")
-        print(lines[-1])
-    elif done == NAMES:
-        (options.out / "table.md").write_text("\n".join(lines) + "\n")
+        print("\nSmall sizes: the ratios say nothing.")
+    elif names == list(BENCHMARKS) and not failed:
+        (folder / "table.md").write_text("\n".join(lines) + "\n")
     if failed:
         print(f"error: failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

@@ -1,15 +1,11 @@
-"""A split evaluated with six views a video (2 clips, 3 crops): ours, and the published loop of one view at a time.
+"""A split evaluated with six views per video (2 clips, 3 crops): ours, and the published loop of one view at a time.
 
-    python -m benchmarks.evaluation [--quick]
-
-The published loop decodes and converts every frame of each clip, makes each crop in floating point, and runs the model, with
-its attention spelt out, on one view after another. Both sides work in this process; the scores of every video have to agree.
-ViT-Ti shows what the loop and its loading cost; ViT-B is bound by its matrix products.
+The published loop decodes and converts every frame of each clip, makes each crop in floating point, and runs the model, without
+fused attention, on one view after another. The scores of every video must agree. ViT-Ti shows the cost of the loop and its
+loading; ViT-B is bound by its matrix products.
 """
 
-from __future__ import annotations
-
-import contextlib
+import functools
 import tempfile
 from datetime import timedelta
 from pathlib import Path
@@ -18,13 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks import films
-from benchmarks.command import command_line
+from benchmarks import videos
+from benchmarks.geometry import HAS_BF16, SIZES
 from benchmarks.harness import Report, interleaved
 from benchmarks.peers import loaders
 from benchmarks.peers.published_mae import normalised, published_block
-from benchmarks.pretraining_step import HAS_BF16, SIZES
-from omnivision.data.catalog import Dataset, LabelSets, Split
+from omnivision.data.catalog import LabelSets
 from omnivision.data.dataset import ClipConfig, ClipDataset
 from omnivision.data.frames import subsample_indices
 from omnivision.data.loader import LoaderConfig, ValData
@@ -42,14 +37,14 @@ CLASSES, CLIPS, CROPS = 101, 2, 3
 
 @torch.no_grad()
 def published_scores(model: VideoClassifier, paths: list[Path], size: int) -> Tensor:
-    """(videos, classes): the mean over six views of each, one view at a time."""
-    found = []
+    """Return (videos, classes): the mean over six views of each, one view at a time."""
+    means = []
     for path in paths:
         with open_video(str(path)) as video:
             duration = video.duration
         scores = []
         for start in uniform_clip_starts(duration, loaders.SECONDS, CLIPS):
-            frames = loaders.all_frames_of(path, start)
+            frames = loaders.all_frames(path, start)
             wanted = torch.from_numpy(np.stack([frames[i] for i in subsample_indices(len(frames), loaders.FRAMES)]))
             clip = resize_short_side(normalised(wanted.permute(3, 0, 1, 2)[None])[0], size)  # (C, T, H, W), float
             for top, left in crop_offsets(clip.shape[-2], clip.shape[-1], size, CROPS):
@@ -58,66 +53,46 @@ def published_scores(model: VideoClassifier, paths: list[Path], size: int) -> Te
                 for block in model.trunk.blocks:
                     x = published_block(block, x)
                 scores.append(model.heads[0](model.trunk.norm(x.mean(1)))[0])
-        found.append(torch.stack(scores).mean(0))
-    return torch.stack(found)
+        means.append(torch.stack(scores).mean(0))
+    return torch.stack(means)
 
 
-def our_scores(model: nn.Module, data: ClipDataset, dtype: torch.dtype | None, videos_per_batch: int) -> Tensor:
-    """The same by `omnivision.training.evaluate`."""
+def our_scores(model: nn.Module, data: ClipDataset, dtype: torch.dtype | None) -> Tensor:
+    """Return the same by `omnivision.training.evaluate`."""
     dist = Dist(RankInfo(), "cpu", None, timedelta(minutes=1))
-    task = Classify(LabelSets([CLASSES], {"films": 0}))
-
-    def autocast() -> contextlib.AbstractContextManager[object]:
-        return torch.autocast("cpu", dtype, enabled=dtype is not None)
-
-    batches = ValData(data, LoaderConfig(), videos_per_batch).batches()
-    made = evaluate(task, model, batches, dist, autocast)
-    assert made is not None
-    return torch.from_numpy(made.predictions["films"].scores)
+    task = Classify(LabelSets([CLASSES], {"videos": 0}))
+    batches = ValData(data, LoaderConfig(), videos_per_batch=2).batches()
+    autocast = functools.partial(torch.autocast, "cpu", dtype, enabled=dtype is not None)
+    result = evaluate(task, model, batches, dist, autocast)
+    assert result is not None
+    return torch.from_numpy(result.predictions["videos"].scores)
 
 
-def run(quick: bool) -> Report:
-    report = Report("evaluation", "Evaluation with six views a video", unit="s a video")
+def evaluation(quick: bool) -> Report:
+    report = Report("evaluation", "Evaluation with six views per video", "s a video")
     sizes, image, count = (["vittiny"], 64, 2) if quick else (["vittiny", "vitbase"], 224, 2)
-    dtype = torch.bfloat16 if HAS_BF16 else None
-    precision = "bf16" if HAS_BF16 else "fp32"  # the published loop has no autocast
+    dtype, precision = (torch.bfloat16, "bf16") if HAS_BF16 else (None, "fp32")  # the published loop has no autocast
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        paths = films.make(folder, 340, 256, seconds=4 if quick else 10, copies=count)
-        np.save(folder / "paths.npy", np.array([str(path) for path in paths]))
-        np.save(folder / "labels.npy", np.arange(count))
-        files = {"paths": str(folder / "paths.npy"), "labels": str(folder / "labels.npy")}
-        split = Split(Dataset(name="films", num_classes=CLASSES, val=files), "val")
-        cut = ClipConfig(EvalView(image, CROPS), CROPS, loaders.FRAMES, (8, image // 16, image // 16), clips=CLIPS)
-        data = ClipDataset([split], {"video": cut}, loaders.SECONDS, seed=0, training=False)
+        paths = videos.make(Path(name), 340, 256, seconds=4 if quick else 10, copies=count)
+        split = videos.split(Path(name), "videos", paths, "val", CLASSES)
+        config = ClipConfig(EvalView(image, CROPS), CROPS, loaders.FRAMES, (8, image // 16, image // 16), clips=CLIPS)
+        data = ClipDataset([split], {"video": config}, loaders.SECONDS, seed=0, training=False)
         for size in sizes:
             torch.manual_seed(0)
             model = VideoClassifier(VisionTransformer(*SIZES[size][0], image_size=image), [CLASSES]).eval()
             nn.init.normal_(model.heads[0][0].weight, std=0.5)  # type: ignore[index] # scores that tell videos apart
-            theirs, mine = published_scores(model, paths, image), our_scores(model, data, None, 2)
+            theirs, mine = published_scores(model, paths, image), our_scores(model, data, None)
             # Theirs are made of pixels that were never rounded after they were resized.
             difference = float((theirs - mine).abs().max() / theirs.std())
             report.facts[f"{size}: largest difference of scores, in deviations"] = round(difference, 5)
             if difference > 0.1 or not torch.equal(theirs.argmax(1), mine.argmax(1)):
                 raise ValueError(f"{size}: the scores differ by {difference} deviations")
             ours, peer = f"ours, {size}", f"the published loop, {size}"
-            report.seconds |= interleaved(
-                {
-                    ours: lambda model=model: our_scores(model, data, dtype, 2),  # type: ignore[misc]
-                    peer: lambda model=model: published_scores(model, paths, image),  # type: ignore[misc]
-                },
-                rounds=2 if quick else 5,
-                per=count,
-            )
-            report.times_as_fast(
-                f"six-view evaluation, {size}, {precision}, against the published loop in fp32", ours, peer, 3.0
-            )
+            sides = {
+                ours: functools.partial(our_scores, model, data, dtype),
+                peer: functools.partial(published_scores, model, paths, image),
+            }
+            report.seconds |= interleaved(sides, rounds=2 if quick else 5, per=count)
+            what = f"six-view evaluation, {size}, {precision}, against the published loop in fp32"
+            report.times_as_fast(what, ours, peer, 3.0)
     return report
-
-
-def main(arguments: list[str] | None = None) -> None:
-    command_line(run, __doc__, arguments)
-
-
-if __name__ == "__main__":
-    main()

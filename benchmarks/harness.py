@@ -1,14 +1,11 @@
-"""Sides of a comparison timed in turn: what they took is printed, written as JSON and drawn, beside what was to be reached.
-
-A benchmark is a module with `run(quick) -> Report`; `command.command_line` makes a program of it.
-"""
-
-from __future__ import annotations
+"""Timing the sides of a comparison in turn, and a report of seconds, ratios and goals as text and JSON."""
 
 import contextlib
 import datetime
+import functools
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import platform
 import shutil
@@ -17,23 +14,25 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is there
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported
 
 import torch
 
 from omnivision.utils.io import write_atomically
 
 Side = Callable[[], object]
+Sides = Callable[[str, bool], Mapping[str, Side]]  # the sides of a kind, quick or not
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """One line of the table: how many times as good as the other side, with the goal beside it.
+    """One line of the table: how many times as good as the other side, and the goal.
 
-    `rounds` holds the ratio of each round, because the sides of a round meet the same moods of the machine.
+    `rounds` holds the ratio of each round, because the sides of a round meet the same load of the machine.
     """
 
     what: str
@@ -63,15 +62,16 @@ class Ratio:
 
 @dataclass
 class Report:
-    """What a benchmark found. `seconds` are those of each side, one number a round; `facts` are figures of other kinds."""
+    """The results of a benchmark. `seconds`: of each side, one number per round; `facts`: other numbers."""
 
     name: str
     title: str
     unit: str = "s"
+    draw: Callable[["Report", Any], None] | None = None  # on a matplotlib figure
     seconds: dict[str, list[float]] = field(default_factory=dict)
     ratios: list[Ratio] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
-    machine: dict[str, Any] = field(default_factory=lambda: machine())  # as it was before anything was measured
+    machine: dict[str, Any] = field(default_factory=lambda: machine())  # before anything is measured
 
     def works(self, peer: str, use: Callable[..., object], *arguments: Any) -> bool:
         """Use a peer once. One that does not load, for whatever reason, is left out, and the facts say why."""
@@ -88,18 +88,26 @@ class Report:
             pairs = zip(self.seconds[theirs], self.seconds[ours], strict=True)
             self.ratios.append(Ratio(what, [other / mine for other, mine in pairs], goal))
 
+    def at_most(self, what: str, values: float | list[float], goal: float, unit: str) -> None:
+        """Add a number with an upper bound."""
+        self.ratios.append(Ratio(what, values if isinstance(values, list) else [values], goal, unit, at_most=True))
+
     def median(self, side: str) -> float:
         return statistics.median(self.seconds[side])
 
     def write(self, folder: Path) -> None:
-        """`NAME.json`, and `NAME.png` where there is something to draw."""
-        table = {side: _spread(each) | {"all": each} for side, each in self.seconds.items()}
-        content = {"name": self.name, "title": self.title, "unit": self.unit}
-        content |= {"machine": self.machine, "sides": table}
+        """Write `NAME.json`, and `NAME.png` if the report has a chart."""
+        content = {key: getattr(self, key) for key in ("name", "title", "unit", "machine", "facts")}
+        content["sides"] = {side: _spread(each) | {"all": each} for side, each in self.seconds.items()}
         content["ratios"] = [asdict(ratio) | {"value": ratio.value, "reached": ratio.reached} for ratio in self.ratios]
-        write_atomically(folder / f"{self.name}.json", json.dumps(content | {"facts": self.facts}, indent=1) + "\n")
-        if self.seconds:
-            self._draw(folder / f"{self.name}.png")
+        write_atomically(folder / f"{self.name}.json", json.dumps(content, indent=1) + "\n")
+        if self.draw is not None:
+            from matplotlib.figure import Figure
+
+            figure = Figure(layout="constrained")
+            figure.suptitle(self.title, fontsize=11)
+            self.draw(self, figure)
+            figure.savefig(folder / f"{self.name}.png", dpi=110)
 
     def text(self) -> str:
         lines = [self.title, ""]
@@ -110,54 +118,73 @@ class Report:
         lines += [f"  {name}: {value}" for name, value in self.facts.items()]
         return "\n".join([*lines, "", *(ratio.row() for ratio in self.ratios)])
 
-    def _draw(self, file: Path) -> None:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-        figure, axes = pyplot.subplots(figsize=(8, 0.9 + 0.42 * len(self.seconds)), layout="constrained")
-        for place, (side, each) in enumerate(self.seconds.items()):
-            middle = statistics.median(each)
-            axes.barh(place, middle, color="#4477aa" if side.startswith("ours") else "#bbbbbb")
-            axes.plot([min(each), max(each)], [place, place], color="black", linewidth=1)
-            told = f"{middle:.3g}" if middle < 1000 else f"{middle:.0f}"
-            axes.annotate(told, (max(each), place), (4, -3), textcoords="offset points", fontsize=8)
-        axes.set_yticks(range(len(self.seconds)), list(self.seconds))
-        axes.invert_yaxis()
-        axes.margins(x=0.16, y=0.3 / len(self.seconds))
-        figure.supxlabel(f"{self.unit} (median; line: from least to most)", fontsize=10)
-        figure.suptitle(self.title, fontsize=10)
-        figure.savefig(file, dpi=110)
-        pyplot.close(figure)
-
 
 def interleaved(
     sides: Mapping[str, Side],
     rounds: int,
     warm_up: int = 1,
     per: float = 1,
-    prepare: Side | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of each side, one number a round; in each round all sides take their turn.
+    """Return the seconds of each side, one number per round; in each round all sides take their turn.
 
     Args:
-        per: clips (or other units) that a call works on: seconds are divided by it.
         sides: one that returns a float has timed itself.
-        prepare: called before each call, untimed.
+        per: clips (or other units) that a call works on: seconds are divided by it.
         clock: `time.process_time` for seconds of one core, whatever threads a side has.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(warm_up + rounds):
         for name, side in sides.items():
-            if prepare is not None:
-                prepare()
-            began = clock()
-            took = side()
+            start = clock()
+            result = side()
             if number >= warm_up:
-                seconds[name].append((took if isinstance(took, float) else clock() - began) / per)
+                seconds[name].append((result if isinstance(result, float) else clock() - start) / per)
     return seconds
+
+
+@contextlib.contextmanager
+def in_processes(kinds: Mapping[str, tuple[Sides, Sequence[str]]], quick: bool) -> Iterator[dict[str, Side]]:
+    """Yield the sides of each kind: (function that makes them, names). One process per kind, so that they share no memory.
+
+    A turn runs its side twice and times the second run, because the system may have taken its memory away. When quick, all
+    run in this process.
+    """
+    if quick:
+        yield {name: make(kind, True)[name] for kind, (make, names) in kinds.items() for name in names}
+        return
+    context = multiprocessing.get_context("spawn")
+    turns: dict[str, Side] = {}
+    with contextlib.ExitStack() as stack:
+        for kind, (make, names) in kinds.items():
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_take_turns, args=(make, kind, theirs))
+            process.start()
+            stack.callback(process.kill)
+            theirs.close()
+            turns |= {name: functools.partial(_turn, ours, name) for name in names}
+        yield turns
+
+
+def _turn(pipe: Connection, name: str) -> float:
+    pipe.send(name)
+    return pipe.recv()  # EOFError if the process has ended
+
+
+def _take_turns(make: Sides, kind: str, pipe: Connection) -> None:
+    sides = make(kind, False)
+    with contextlib.suppress(EOFError):  # the parent has ended
+        while side := sides[pipe.recv()]:
+            side()
+            start = time.perf_counter()
+            side()
+            pipe.send(time.perf_counter() - start)
+
+
+def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return the result of a function that runs in a new interpreter."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
 
 
 @contextlib.contextmanager
@@ -172,53 +199,32 @@ def one_thread() -> Iterator[None]:
 
 
 def own_memory(what: str) -> float:
-    """MB of this process: "VmRSS", "VmHWM" (the most so far), or "Anonymous" (what is no page of a mapped file)."""
+    """Return MB of this process: "VmRSS", "VmHWM" (its peak), or "Anonymous" (pages of no mapped file)."""
     file = "smaps_rollup" if what == "Anonymous" else "status"
     lines = Path(f"/proc/self/{file}").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{what}:"))
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were taken on."""
-    packages = ("torch", "torchvision", "av", "numpy", "transformers", "decord", "torchcodec")
+    """Return what was measured: hardware, load and versions."""
+    packages = {"torch", "torchvision", "av", "numpy", "transformers", "decord", "torchcodec"}
+    installed = {each.name: each.version for each in importlib.metadata.distributions() if each.name in packages}
+    describe = ["git", "describe", "--always", "--dirty=+"]
+    git = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True) if shutil.which("git") else None
+    info = Path("/proc/cpuinfo").read_text().splitlines()
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
-        "processor": _processor(),
+        "commit": git.stdout.decode().strip() if git else None,
+        "processor": next((line.partition(": ")[2] for line in info if line.startswith("model name")), None),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "bf16_matrix_unit": bool(torch.cpu._is_amx_tile_supported()),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],
         "python": platform.python_version(),
-        "packages": {name: version for name in packages if (version := _version(name))},
+        "packages": dict(sorted(installed.items())),
     }
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
     return {"min": min(values), "median": statistics.median(values), "max": max(values)}
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _commit() -> str | None:
-    """Of the checkout, with a + when files differ from it."""
-    if shutil.which("git") is None:
-        return None
-    said = subprocess.run(
-        ["git", "describe", "--always", "--dirty=+"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
-    return said.stdout.strip() or None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

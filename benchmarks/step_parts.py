@@ -1,71 +1,96 @@
-"""What a training step costs beyond forward and backward: optimizer, clipping, agreement, log lines, and checkpoints.
+"""A training step beyond forward and backward: optimizer, clipping, reduction of metrics, log lines and checkpoints.
 
-    python -m benchmarks.step_parts [--quick]
-
-The recipe's trainer (ViT-B, 16 x 224 x 224, batch 8) does whole steps beside forward and backward alone. A line is written
-every 10 steps, as configured, and a checkpoint every 100.
+The recipe's trainer (ViT-B, 16 x 224 x 224, batch 8) runs whole steps beside forward and backward alone.
 """
-
-from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 
-from benchmarks import recipe
-from benchmarks.command import command_line
-from benchmarks.harness import Ratio, Report, interleaved
+from benchmarks import videos
+from benchmarks.geometry import Geometry
+from benchmarks.harness import Report, interleaved
+from omnivision.config.validate import validate_config
+from omnivision.data.batch import Batch
+from omnivision.distributed.process_group import Dist, RankInfo
+from omnivision.reporting.reporter import Reporter
+from omnivision.reporting.run_directory import RunDir
+from omnivision.training import build
+from omnivision.training.trainer import Trainer
+from omnivision.utils.signals import StopSignal
+from tests.runs import HERE, write_split
+from tests.stage_runs import composed
 
-LOG_FREQ, SAVE_EVERY = 10, 100
+LOG_FREQ, SAVE_EVERY = 10, 100  # steps
+MAE = ("+experiments=omnimae/omnimain_train_video", "+trainer=mae_k150_config", "trainer/model=vitbase")
 
 
-def run(quick: bool) -> Report:
+def step_parts(quick: bool) -> Report:
     report = Report("step_parts", "A training step, and forward and backward alone")
+    shape = Geometry("vittiny", 8, 4, 64) if quick else Geometry("vitbase", 8)
     small = ["trainer/model=vitmicro", "num_frames=4", "image_size=64"] if quick else []
-    frames, image = (4, 64) if quick else (16, 224)
     with tempfile.TemporaryDirectory() as name:
-        trainer = recipe.trainer(Path(name), "batch_size=8", "trainer.optim.gradient_clip=1", *small)
-        data = recipe.batch(trainer, 8, frames, image)
+        trainer = recipe_trainer(Path(name), "batch_size=8", "trainer.optim.gradient_clip=1", *small)
         trainer.run.reporter.start(0, 1)
         trainer.raw_model.train()
+        batch = noise(shape)
 
         def forward_and_backward() -> None:
             with trainer._autocast():
-                loss = trainer.task.training_step(trainer.raw_model, data).loss
+                loss = trainer.task.training_step(trainer.raw_model, batch).loss
             loss.backward()
-            for parameter in trainer.raw_model.parameters():
-                parameter.grad = None
+            trainer.raw_model.zero_grad(set_to_none=True)
 
         def whole_step() -> None:
-            trainer.train_step(data)
+            trainer.train_step(batch)
             trainer.step_stats.drain(keep_newest=1)
 
         sides = {"whole step": whole_step, "forward and backward": forward_and_backward}
         report.seconds = interleaved(sides, rounds=3)
-        logged, saved = [], []
-        figures = dict.fromkeys(("loss", "lr", "grad_norm", "clips_per_second", "data_wait"), 1.0)
-        for _ in range(3):
-            began = time.perf_counter()
-            trainer.run.reporter.step(0, 1, 1, figures)
-            logged.append(time.perf_counter() - began)
-            began = time.perf_counter()
-            trainer.save_checkpoint([])
-            saved.append(time.perf_counter() - began)
-    report.facts |= {"s of a log line": round(min(logged), 5), "s of a checkpoint": round(min(saved), 3),
-                     "threads": torch.get_num_threads()}  # fmt: skip
+        metrics = dict.fromkeys(("loss", "lr", "grad_norm", "clips_per_second", "data_wait"), 1.0)
+        log = min(seconds_of(lambda: trainer.run.reporter.step(0, 1, 1, metrics)) for _ in range(3))
+        save = min(seconds_of(lambda: trainer.save_checkpoint([])) for _ in range(3))
+    report.facts |= {"s of a log line": round(log, 5), "s of a checkpoint": round(save, 3)}
     extra = [
-        100 * (whole + min(logged) / LOG_FREQ + min(saved) / SAVE_EVERY - bare) / bare
+        100 * (whole + log / LOG_FREQ + save / SAVE_EVERY - bare) / bare
         for whole, bare in zip(*report.seconds.values(), strict=True)
     ]
-    report.ratios.append(Ratio("a step beyond forward and backward", extra, 5, "%", at_most=True))
+    report.at_most("a step beyond forward and backward", extra, 5, "%")
     return report
 
 
-def main(arguments: list[str] | None = None) -> None:
-    command_line(run, __doc__, arguments)
+def seconds_of(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
-if __name__ == "__main__":
-    main()
+def recipe_trainer(folder: Path, *overrides: str) -> Trainer:
+    """Return the trainer of the command with these overrides; one video is all of its data."""
+    data = write_split(folder, [str(videos.make(folder, 340, 256, seconds=3)[0])] * 4096)
+    settings = validate_config(
+        composed(*MAE, *HERE, f"launcher.experiment_log_dir={folder / 'run'}", *data, *overrides)
+    )
+    run_dir = RunDir(folder / "run")
+    run_dir.create()
+    run_dir.lock()
+    dist = Dist(RankInfo(), "cpu", None, timedelta(minutes=1))
+    return build.trainer(settings, dist, run_dir, Reporter(run_dir, enabled=True), StopSignal())
+
+
+def noise(shape: Geometry) -> Batch:
+    """Return a batch as a loader yields it."""
+    return Batch(
+        video=shape.video,
+        label=torch.zeros(shape.batch, dtype=torch.int64),
+        index=torch.arange(shape.batch),
+        source="k150",
+        paths=[str(number) for number in range(shape.batch)],
+        mask=shape.mask,
+        num_masked=shape.num_masked,
+        views=4,
+    )

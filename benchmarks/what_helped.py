@@ -1,15 +1,9 @@
-"""What each way of saving work saves: the same step, or the same sample, with and without it. For docs/performance.md.
+"""What each optimization saves: the same step, or the same sample, with and without it; for docs/performance.md.
 
-    python -m benchmarks.what_helped [--quick]
-
-Each line times the project as it is against the project with one thing undone, or with one thing added that it does not do
-because it did not help.
+Each side has one thing undone, or one thing added that the project leaves out because it did not help.
 """
 
-from __future__ import annotations
-
 import contextlib
-import dataclasses
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -21,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks import films
-from benchmarks.command import command_line
+from benchmarks import videos
+from benchmarks.geometry import CAN_COMPILE, FASTEST_DTYPE, Geometry, step
 from benchmarks.harness import Report, interleaved, one_thread
-from benchmarks.loading import dataset, samples
+from benchmarks.loading import samples
 from benchmarks.peers import loaders
-from benchmarks.pretraining_step import CAN_COMPILE, DTYPES, Geometry, loss_of_ours, step
 from omnivision.data import dataset as dataset_module
+from omnivision.data.video import open_video
 from omnivision.data.views import PretrainView, random_crop_box, resize, resize_short_side
 from omnivision.models.mae import Decoder, MaskedAutoencoder, Prediction, patch_statistics, split_tokens
 from omnivision.models.patches import pick_tubelets, unnormalize_pixels
@@ -35,31 +29,36 @@ from omnivision.models.vit import Attention, PatchEmbed, run_blocks
 from omnivision.tasks import reconstruct as reconstruct_module
 
 Side = Callable[[], object]
+EMBED = PatchEmbed.forward
 
 
 # ---- the step -----------------------------------------------------------------------------------------------------
 
 
-def spelt_out(self: Attention, x: Tensor) -> Tensor:
+def split_heads(self: Attention, x: Tensor) -> tuple[Tensor, ...]:
+    """(B, N, D) -> queries, keys and values, (B, heads, N, D / heads) each."""
+    batch, tokens, width = x.shape
+    return self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4).unbind()
+
+
+def two_products(self: Attention, x: Tensor) -> Tensor:
     """Attention as two products with a softmax between them."""
-    batch, tokens, width = x.shape
-    q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-    weights = (q @ k.transpose(-2, -1) * (width // self.heads) ** -0.5).softmax(-1)
-    return self.proj((weights @ v).transpose(1, 2).reshape(batch, tokens, width))
+    q, k, v = split_heads(self, x)
+    weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
+    return self.proj((weights @ v).transpose(1, 2).reshape(x.shape))
 
 
-def padded(self: Attention, x: Tensor) -> Tensor:
-    """Heads of a width that is a multiple of 32."""
-    batch, tokens, width = x.shape
-    size = width // self.heads
-    q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, size).permute(2, 0, 3, 1, 4)
-    q, k, v = (F.pad(part, (0, -size % 32)) for part in (q, k, v))
-    made = F.scaled_dot_product_attention(q, k, v, scale=size**-0.5)[..., :size]
-    return self.proj(made.transpose(1, 2).reshape(batch, tokens, width))
+def padded_heads(self: Attention, x: Tensor) -> Tensor:
+    """Heads with a width that is a multiple of 32."""
+    parts = split_heads(self, x)
+    size = parts[0].shape[-1]
+    q, k, v = (F.pad(part, (0, -size % 32)) for part in parts)
+    attended = F.scaled_dot_product_attention(q, k, v, scale=size**-0.5)[..., :size]
+    return self.proj(attended.transpose(1, 2).reshape(x.shape))
 
 
 def embed_all(self: PatchEmbed, video: Tensor, visible: Tensor | None = None) -> Tensor:
-    """Every patch is embedded, the hidden ones are dropped."""
+    """Every patch is embedded, the masked ones are dropped."""
     tokens = EMBED(self, video, None)
     return tokens if visible is None else tokens.gather(1, visible[..., None].expand(-1, -1, tokens.shape[-1]))
 
@@ -76,7 +75,7 @@ def project_all(self: MaskedAutoencoder, video: Tensor, mask: Tensor, num_masked
     return Prediction(pixels[:, visible.shape[1] :], masked)
 
 
-def embed_once(self: MaskedAutoencoder, video: Tensor, x: Tensor, visible: Tensor, wanted: Tensor) -> Tensor:
+def embed_mask_once(self: MaskedAutoencoder, video: Tensor, x: Tensor, visible: Tensor, wanted: Tensor) -> Tensor:
     """Mask tokens, which all samples of a batch share, are embedded once."""
     decoder = cast(Decoder, self.trunk.decoder)
     positions = self.trunk.positions_for(video, decoder.pos_embed)[0]
@@ -86,16 +85,14 @@ def embed_once(self: MaskedAutoencoder, video: Tensor, x: Tensor, visible: Tenso
 
 
 def last_block_for_masked(self: Decoder, visible: Tensor, masked: Tensor) -> Tensor:
-    """The last block works on the masked tokens alone; they still look at all."""
+    """The last block works on the masked tokens alone; they still attend to all."""
     kept = visible.shape[1]
-    x = run_blocks(
-        cast(nn.ModuleList, self.decoder_blocks[:-1]), self.decoder_embed(torch.cat([visible, masked], 1)), False
-    )
-    last = cast(Any, self.decoder_blocks[-1])
-    (batch, tokens, width), heads = x.shape, last.attn.heads
-    q, k, v = last.attn.qkv(last.norm1(x)).view(batch, tokens, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
-    made = F.scaled_dot_product_attention(q[:, :, kept:], k, v)
-    x = x[:, kept:] + last.attn.proj(made.transpose(1, 2).reshape(batch, tokens - kept, width))
+    blocks, last = cast(nn.ModuleList, self.decoder_blocks[:-1]), cast(Any, self.decoder_blocks[-1])
+    x = run_blocks(blocks, self.decoder_embed(torch.cat([visible, masked], 1)), False)
+    q, k, v = split_heads(last.attn, last.norm1(x))
+    x = x[:, kept:]
+    attended = F.scaled_dot_product_attention(q[:, :, kept:], k, v)
+    x = x + last.attn.proj(attended.transpose(1, 2).reshape(x.shape))
     return self.norm(x + last.mlp(last.norm2(x)))
 
 
@@ -106,14 +103,13 @@ def slow_target(video: Tensor, tubelet: Any, masked: Tensor, norm: str) -> Tenso
     return ((pixels - mean) / std).flatten(2)
 
 
-EMBED = PatchEmbed.forward
 CHANGES: dict[str, tuple[Any, str, Any]] = {
     "without: the target in one pass": (reconstruct_module, "reconstruction_target", slow_target),
-    "without: one kernel for attention": (Attention, "forward", spelt_out),
+    "without: one kernel for attention": (Attention, "forward", two_products),
     "without: only visible patches are embedded": (PatchEmbed, "forward", embed_all),
     "without: only masked tokens are projected": (MaskedAutoencoder, "forward", project_all),
-    "with: heads padded to 32": (Attention, "forward", padded),
-    "with: mask tokens embedded once a batch": (MaskedAutoencoder, "decode", embed_once),
+    "with: heads padded to 32": (Attention, "forward", padded_heads),
+    "with: mask tokens embedded once a batch": (MaskedAutoencoder, "decode", embed_mask_once),
     "with: the last block for masked tokens": (Decoder, "forward", last_block_for_masked),
 }
 
@@ -126,28 +122,25 @@ def changed(run: Side, where: tuple[Any, str, Any]) -> Side:
     return side
 
 
-def steps(report: Report, quick: bool) -> None:
+def step_sides(quick: bool) -> tuple[dict[str, Side], int]:
+    """Return the steps, and the clips of each."""
     shape = Geometry("vittiny", 2, 4, 64) if quick else Geometry("vitbase", 4)
     model = shape.ours()
-    dtype = list(DTYPES.values())[-1]
-    run, loss = step(model, loss_of_ours(model, shape), dtype), loss_of_ours(model, shape)
+    loss, run = shape.loss(model), shape.step(model, FASTEST_DTYPE)
     with torch.no_grad():
-        known = loss()
+        expected = loss()
         for name, where in CHANGES.items():
             with mock.patch.object(*where):
-                if not torch.allclose(loss(), known, rtol=1e-5):
+                if not torch.allclose(loss(), expected, rtol=1e-5):
                     raise ValueError(f"{name}: another loss")
     sides = {"step as it is": run} | {f"step {name}": changed(run, where) for name, where in CHANGES.items()}
-    again = shape.ours(checkpointing=True)
-    sides["step with: activations made again"] = step(again, loss_of_ours(again, shape), dtype)
+    sides["step with: activation checkpointing"] = shape.step(shape.ours(checkpointing=True), FASTEST_DTYPE)
     slow = shape.ours()
     optimizer = torch.optim.AdamW(slow.parameters(), foreach=False, fused=False)
-    sides["step without: fused AdamW"] = step(slow, loss_of_ours(slow, shape), dtype, optimizer)
+    sides["step without: fused AdamW"] = step(slow, shape.loss(slow), FASTEST_DTYPE, optimizer)
     if CAN_COMPILE and not quick:
-        sides["step with: torch.compile"] = step(model, loss_of_ours(model, shape, compiled=True), dtype)
-    report.seconds |= interleaved(sides, rounds=2 if quick else 3, per=shape.batch)
-    for name in list(sides)[1:]:
-        report.times_as_fast(f"{name}, against as it is: times as slow", "step as it is", name)
+        sides["step with: torch.compile"] = shape.step(model, FASTEST_DTYPE, compiled=True)
+    return sides, shape.batch
 
 
 # ---- the sample ---------------------------------------------------------------------------------------------------
@@ -160,8 +153,8 @@ class FloatView(PretrainView):
         return resize_short_side(frames.float(), self.short_side)
 
 
-class EachByItself(PretrainView):
-    """The short side resized anew for each view."""
+class ResizingView(PretrainView):
+    """The short side resized again for each view."""
 
     def prepare(self, frames: Tensor) -> Tensor:
         return frames
@@ -174,67 +167,38 @@ class EachByItself(PretrainView):
 
 @contextlib.contextmanager
 def all_decoded(path: str, **_: Any) -> Iterator[Any]:
-    """A film of which every frame up to the last wanted one is decoded, and the wanted ones are converted."""
-    with dataset_module_open(path) as video:
-        film = mock.Mock(duration=video.duration)
-        film.read = lambda start, end, count: loaders.wanted_frames_of(Path(path), float(start)).permute(0, 3, 1, 2)
-        yield film
+    """A video with every frame up to the last wanted one decoded, and the wanted ones converted."""
+    with open_video(path) as video:
+        stand_in = mock.Mock(duration=video.duration)
+        stand_in.read = lambda start, end, count: loaders.wanted_frames(Path(path), float(start)).permute(0, 3, 1, 2)
+        yield stand_in
 
 
-dataset_module_open = dataset_module.open_video
-
-
-def sample_sides(report: Report, quick: bool) -> None:
+def sample_sides(folder: Path, quick: bool) -> tuple[dict[str, Side], int]:
+    """Return the sides, and the samples of each."""
     count = 4 if quick else 8
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        paths = films.make(folder, 340, 256, 4 if quick else 10, copies=count)
-        sides: dict[str, Side] = {"sample as it is": samples(dataset(folder, "films", paths), count)}
-        for what, view in (("bytes until the device", FloatView), ("the short side resized once", EachByItself)):
-            data = dataset(folder, "films", paths)
-            config = data.configs["video"]
-            data.configs["video"] = dataclasses.replace(config, view=view(loaders.SIZE, loaders.SHORT_SIDE))
-            sides[f"sample without: {what}"] = samples(data, count)
-        sides["sample without: packets skipped"] = changed(
-            samples(dataset(folder, "films", paths), count),
-            (dataset_module, "open_video", all_decoded),  # type: ignore[arg-type]
-        )
-        report.seconds |= interleaved(sides, rounds=2 if quick else 5, per=count, clock=time.process_time)
-    for name in list(sides)[1:]:
-        report.times_as_fast(f"{name}, against as it is: times as slow", "sample as it is", name)
+    split = videos.split(folder, "v", videos.make(folder, 340, 256, 4 if quick else 10, copies=count))
+
+    def side(view: type[PretrainView] = PretrainView) -> Side:
+        return samples(videos.pretraining_samples(split, view), count)
+
+    return {
+        "sample as it is": side(),
+        "sample without: bytes until the device": side(FloatView),
+        "sample without: the short side resized once": side(ResizingView),
+        "sample without: packets skipped": changed(side(), (dataset_module, "open_video", all_decoded)),
+    }, count
 
 
-def run(quick: bool) -> Report:
-    report = Report("what_helped", "What each way of saving work saves", unit="s a clip, or of one core a sample")
-    steps(report, quick)
-    with one_thread():
-        sample_sides(report, quick)
+def what_helped(quick: bool) -> Report:
+    report = Report("what_helped", "What each optimization saves", "s a clip, or of one core a sample")
+    sides, per = step_sides(quick)
+    report.seconds = interleaved(sides, rounds=2 if quick else 3, per=per)
+    with one_thread(), tempfile.TemporaryDirectory() as folder:
+        sides, per = sample_sides(Path(folder), quick)
+        report.seconds |= interleaved(sides, rounds=2 if quick else 5, per=per, clock=time.process_time)
+    for name in report.seconds:
+        unchanged = f"{name.partition(' ')[0]} as it is"
+        if name != unchanged:
+            report.times_as_fast(f"{name}, against as it is: times as slow", unchanged, name)
     return report
-
-
-def draw(report: Report, file: Path) -> None:
-    """How many times as slow each change makes a step or a sample."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 0.9 + 0.3 * len(report.ratios)), layout="constrained")
-    for place, ratio in enumerate(report.ratios):
-        axes.barh(place, ratio.value - 1, left=1, color="#4477aa" if ratio.value > 1 else "#bbbbbb")
-        axes.plot([min(ratio.rounds), max(ratio.rounds)], [place, place], color="black", linewidth=1)
-    axes.set_yticks(range(len(report.ratios)), [ratio.what.partition(", against")[0] for ratio in report.ratios])
-    axes.invert_yaxis()
-    axes.axvline(1, color="black", linewidth=0.8)
-    figure.supxlabel("times as slow as it is (median; line: from least to most)", fontsize=10)
-    figure.suptitle(report.title, fontsize=10)
-    figure.savefig(file, dpi=110)
-    pyplot.close(figure)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    command_line(run, __doc__, arguments, draw=draw)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,11 +1,9 @@
-"""One pretraining sample (a clip of 16 frames, four views of it) by other ways than ours, to be measured against.
+"""Peers of our loader: one pretraining sample (a clip of 16 frames, four views of it).
 
-`published` does the work of the published pipeline: every frame of the clip is decoded, converted to RGB and made floating
-point, then the wanted ones are taken, and each view is resized, cropped, resized and normalised by itself. `decord` is what
-people build by hand today: decord for the wanted frames, torchvision's transforms on uint8, the short side resized once.
+`published` does the work of the published pipeline: every frame of the clip is decoded and converted to RGB and floating point,
+the wanted ones are selected, and each view is resized, cropped, resized and normalised separately. `by_decord` is the usual
+alternative: decord for the wanted frames, torchvision's transforms on uint8, the short side resized once.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Iterator
@@ -26,7 +24,7 @@ FRAMES, SECONDS, VIEWS, SHORT_SIDE, SIZE = 16, 2.7, 4, 256, 224
 
 
 def decoded(path: Path, start: float) -> Iterator[av.VideoFrame]:
-    """Every frame of the clip, decoded in one thread."""
+    """Decode every frame of the clip in one thread."""
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_type, stream.codec_context.thread_count = "NONE", 1
@@ -39,32 +37,31 @@ def decoded(path: Path, start: float) -> Iterator[av.VideoFrame]:
                 yield frame
 
 
-def all_frames_of(path: Path, start: float) -> list[np.ndarray]:
-    """Every frame of the clip, converted: (H, W, 3) uint8 each."""
-    return [frame.to_rgb().to_ndarray() for frame in decoded(path, start)]
+def all_frames(path: Path, start: float) -> list[np.ndarray]:
+    """Decode and convert every frame of the clip: (H, W, 3) uint8 each."""
+    return [frame.to_ndarray(format="rgb24") for frame in decoded(path, start)]
 
 
-def wanted_frames_of(path: Path, start: float) -> Tensor:
-    """Every frame of the clip decoded, the wanted ones converted: uint8 (16, H, W, 3)."""
-    found = list(decoded(path, start))
-    return torch.from_numpy(
-        np.stack([found[i].to_ndarray(format="rgb24") for i in subsample_indices(len(found), FRAMES)])
-    )
+def wanted_frames(path: Path, start: float) -> Tensor:
+    """Decode every frame of the clip and convert the wanted ones: uint8 (16, H, W, 3)."""
+    frames = list(decoded(path, start))
+    wanted = [frames[i].to_ndarray(format="rgb24") for i in subsample_indices(len(frames), FRAMES)]
+    return torch.from_numpy(np.stack(wanted))
 
 
 def published(path: Path, start: float) -> Tensor:
     """Four views as the published pipeline makes them: float32 (4, 3, 16, 224, 224), normalised."""
-    frames = all_frames_of(path, start)
-    everything = torch.stack([torch.from_numpy(frame) for frame in frames]).permute(3, 0, 1, 2).float()  # (C, T, H, W)
-    clip = everything[:, subsample_indices(len(frames), FRAMES)].transpose(0, 1) / 255  # (T, C, H, W)
-    view = v2.Compose(
-        [
-            v2.Resize(SHORT_SIDE, antialias=False),
-            v2.RandomResizedCrop(SIZE, antialias=False),
-            v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
-        ]
-    )
+    frames = torch.stack([torch.from_numpy(frame) for frame in all_frames(path, start)])
+    converted = frames.permute(3, 0, 1, 2).float()  # (C, T, H, W)
+    clip = converted[:, subsample_indices(len(frames), FRAMES)].transpose(0, 1) / 255  # (T, C, H, W)
+    resized, cropped = v2.Resize(SHORT_SIDE, antialias=False), v2.RandomResizedCrop(SIZE, antialias=False)
+    view = v2.Compose([resized, cropped, v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
     return torch.stack([view(clip).transpose(0, 1) for _ in range(VIEWS)])
+
+
+def wanted_indices(start: float, fps: Fraction, count: int) -> list[int]:
+    first, last = (math.ceil(bound * fps) for bound in clip_window(start, SECONDS))
+    return [first + i for i in subsample_indices(min(last, count) - first, FRAMES)]
 
 
 def decord_frames(path: Path, start: float) -> Tensor:
@@ -72,10 +69,8 @@ def decord_frames(path: Path, start: float) -> Tensor:
     import decord
 
     reader = decord.VideoReader(str(path), num_threads=1)
-    fps = reader.get_avg_fps()
-    first, last = (math.ceil(bound * Fraction(fps)) for bound in clip_window(start, SECONDS))
-    wanted = [first + i for i in subsample_indices(min(last, len(reader)) - first, FRAMES)]
-    return torch.from_numpy(reader.get_batch(wanted).asnumpy())
+    indices = wanted_indices(start, Fraction(reader.get_avg_fps()), len(reader))
+    return torch.from_numpy(reader.get_batch(indices).asnumpy())
 
 
 def torchcodec_frames(path: Path, start: float) -> Tensor:
@@ -83,10 +78,7 @@ def torchcodec_frames(path: Path, start: float) -> Tensor:
     from torchcodec.decoders import VideoDecoder
 
     reader = VideoDecoder(str(path), dimension_order="NHWC", num_ffmpeg_threads=1)
-    fps = Fraction(reader.metadata.average_fps)
-    first, last = (math.ceil(bound * fps) for bound in clip_window(start, SECONDS))
-    wanted = [first + i for i in subsample_indices(min(last, len(reader)) - first, FRAMES)]
-    return reader.get_frames_at(wanted).data
+    return reader.get_frames_at(wanted_indices(start, Fraction(reader.metadata.average_fps), len(reader))).data
 
 
 def by_decord(path: Path, start: float) -> Tensor:

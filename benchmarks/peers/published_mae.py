@@ -1,11 +1,8 @@
-"""Stage 1 the way the published code computes it, to be measured against; the parameters are those of our own model.
+"""Stage 1 as the published code computes it, with the parameters of our own model.
 
-Every patch is embedded by a Conv3d and the hidden ones are then dropped; attention is two matrix products with a softmax
-between them; every token, visible or not, goes through the pixel head; the target is made of all tokens; and blocks are
-checkpointed (each runs forward twice).
+Every patch is embedded by a Conv3d and the masked ones are then dropped; attention is two matrix products with a softmax
+between them; every token, visible or not, goes through the pixel head; the target covers all tokens; blocks are checkpointed.
 """
-
-from __future__ import annotations
 
 from typing import cast
 
@@ -20,10 +17,7 @@ from omnivision.models.vit import Block
 
 
 class PublishedMAE(nn.Module):
-    """`model`'s function, computed the published way.
-
-    `checkpointing` is what the published recipe switches on.
-    """
+    """`model`'s function, computed the published way; the published recipe checkpoints activations."""
 
     def __init__(self, model: MaskedAutoencoder, checkpointing: bool) -> None:
         super().__init__()
@@ -59,7 +53,7 @@ class PublishedMAE(nn.Module):
 
 
 def published_block(block: nn.Module, x: Tensor) -> Tensor:
-    """One transformer block with attention spelt out."""
+    """One transformer block, with attention as two products."""
     block = cast(Block, block)
     batch, tokens, width = x.shape
     heads = block.attn.heads
@@ -71,5 +65,5 @@ def published_block(block: nn.Module, x: Tensor) -> Tensor:
 
 
 def normalised(video: Tensor) -> Tensor:
-    """As its loader hands clips over: float, ImageNet-normalised."""
+    """Return a video as its loader yields it: float, ImageNet-normalised."""
     return normalize_pixels(video, channel_dim=1, dtype=torch.float32)
