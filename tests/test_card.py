@@ -48,7 +48,7 @@ class Exported(unittest.TestCase):
         for out, to in (("model.pt", "pt"), ("other.safetensors", "safetensors")):
             self.export(out, to)
             model = omnivision.load(self.folder / out)
-            self.assertEqual(model.shown.clip_duration, 0.7)
+            self.assertEqual(model.config.clip_duration, 0.7)
             self.assertEqual(model.predict(self.film), wanted)
             self.assertRegex(str(read(self.folder / out)), "epoch 1, top-1")
         self.assertEqual({guess.name for guess in wanted}, set(NAMES))
@@ -113,7 +113,7 @@ class Exported(unittest.TestCase):
         with contextlib.redirect_stdout(io.StringIO()):
             self.assertEqual(main(["import", str(self.folder / "again.pt"), str(self.folder / "back.pt")]), 0)
         model = omnivision.load(self.folder / "back.pt")
-        self.assertEqual((model.shown.clip_duration, model.shown.names), (0.7, [NAMES]))
+        self.assertEqual((model.config.clip_duration, model.config.class_names), (0.7, [NAMES]))
 
     def test_text_stays_text(self):
         self.assertEqual(escape("a\n# b `c` [d](e)"), r"a \# b \`c\` \[d\](e)")

@@ -156,17 +156,17 @@ class OurNames(Case):
         source, out = self.save(classifier()), self.folder / "out.pt"
         torch.save(classifier().state_dict(), self.folder / "bare.pt")
         said = describe(autoencoder())
-        for part in ("trunk", "decoder"):  # an export assumes nothing
+        for part, option in (("trunk", "num"), ("decoder", "decoder")):  # an export assumes nothing
             silent = said | {part: {key: value for key, value in said[part].items() if key != "heads"}}
-            with self.assertRaisesRegex(UserError, rf"its architecture \({part} heads\).*omnivision import"):
+            with self.assertRaisesRegex(UserError, rf"--{option}-heads"):
                 file = self.save(autoencoder(), "silent.pt", architecture=silent)
                 self.run_command("export", file, out, "--to", "pt")
         for arguments, message in (
-            ((self.folder / "bare.pt", out, "--to", "pt"), "does not say its architecture.*omnivision import"),
-            ((source, out, "--to", "pt", "--merge"), "is of kind 'classifier'. Leave --merge out"),
-            ((source, out, "--to", "pt", "--sources", "a"), "--sources is for --merge"),
-            ((source, out, "--to", "pt", "--class-names", "a"), "--class-names is for --to hf"),
-            ((source, out, "--to", "pt", "--head", "1"), "--head is for --to hf"),
+            ((self.folder / "bare.pt", out, "--to", "pt"), "omnivision import"),
+            ((source, out, "--to", "pt", "--merge"), "classifier. Leave --merge out"),
+            ((source, out, "--to", "pt", "--sources", "a"), "--sources.*--merge"),
+            ((source, out, "--to", "pt", "--class-names", "a"), "--class-names.*--to hf"),
+            ((source, out, "--to", "pt", "--head", "1"), "--head.*--to hf"),
             ((self.save(classifier(), "b.pt", model={}), out, "--to", "pt"), "no tensors"),
         ):
             with self.assertRaisesRegex(UserError, message):
@@ -443,7 +443,7 @@ class Merging(Case):
     def test_what_is_no_average_is_refused(self):
         average, source, _ = self.average("learned_average_softmax")
         command = ("export", source, self.folder / "one.pt", "--to", "pt")
-        with self.assertRaisesRegex(UserError, "holds a learned average.*Add --merge"):
+        with self.assertRaisesRegex(UserError, "Add --merge"):
             self.run_command(*command)
         with self.assertRaisesRegex(UserError, "omnivision export CHECKPOINT OUT.pt --to pt --merge"):
             self.run_command("import", source, self.folder / "one.pt")

@@ -1,8 +1,8 @@
 """A trained model with its preprocessing, for videos outside any dataset: `omnivision.load` returns one.
 
 model = omnivision.load("runs/ft_ucf101")
-model.predict("film.mp4")                # [Prediction(name="archery", label=2, probability=0.93), ...]
-omnivision.load("runs/mae").reconstruct("film.mp4")
+model.predict("video.mp4")               # [Prediction(name="archery", label=2, probability=0.93), ...]
+omnivision.load("runs/mae").reconstruct("video.mp4")
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,10 +28,9 @@ from omnivision.data.masking import RandomMask
 from omnivision.data.sampling import clip_window, uniform_clip_starts
 from omnivision.data.video import VideoDecodeError, open_video
 from omnivision.data.views import EvalView
-from omnivision.interop.formats import from_ours
+from omnivision.interop.formats import ConvertedCheckpoint, from_ours
 from omnivision.interop.merge import merge, read_sources
 from omnivision.models import architecture
-from omnivision.models.classifier import VideoClassifier
 from omnivision.models.mae import MaskedAutoencoder
 from omnivision.models.patches import token_grid
 from omnivision.tasks.base import Visualization
@@ -40,7 +38,6 @@ from omnivision.tasks.reconstruct import Reconstruct
 from omnivision.utils.errors import UserError, is_out_of_memory
 
 CLIP_SECONDS = 2.7  # of the recipe, if a file does not give it
-MASK_RATIO = 0.9
 
 
 @dataclass(frozen=True)
@@ -56,39 +53,47 @@ class Prediction:
 class InferenceConfig:
     """How to prepare videos for a model: class names of each head, seconds of a clip, and what is averaged over views."""
 
-    names: list[list[str]]
+    class_names: list[list[str]]
     clip_duration: float = CLIP_SECONDS
     average: str = "logits"
 
     @classmethod
-    def of(cls, described: Mapping[str, Any], said: Mapping[str, Any]) -> InferenceConfig:
-        """From an architecture and the record in a file (`experiment.inference`), each value checked."""
-        seconds, told = said.get("clip_duration"), said.get("class_names")
-        if not isinstance(seconds, (int, float)) or isinstance(seconds, bool) or not 0 < seconds < 3600:
-            seconds = CLIP_SECONDS
-        heads = told if isinstance(told, list) else []
+    def of(cls, classes: Sequence[int], saved: Mapping[str, Any]) -> InferenceConfig:
+        """Read the record of a file (`experiment.inference`); `classes` are those of each head, numbered if they lack names."""
+        heads, seconds = saved.get("class_names"), saved.get("clip_duration")
         names = []
-        for number, count in enumerate(described.get("classes", [])):
-            given = heads[number] if number < len(heads) and isinstance(heads[number], list) else []
-            given = given if len(given) == count else range(count)  # numbers where there are no names
-            names.append([str(name) for name in given])
-        average = "softmax" if said.get("average") == "softmax" else "logits"
-        return cls(names, float(seconds), average)
+        for number, count in enumerate(classes):
+            known = heads[number] if isinstance(heads, list) and number < len(heads) else None
+            names.append(known if isinstance(known, list) and len(known) == count else list(map(str, range(count))))
+        seconds = seconds if isinstance(seconds, (int, float)) and 0 < seconds < 3600 else CLIP_SECONDS
+        return cls(names, seconds, "softmax" if saved.get("average") == "softmax" else "logits")
 
     def to_json(self) -> dict[str, Any]:
         """Return the record for a file, which `of` reads."""
-        return {"class_names": self.names, "clip_duration": self.clip_duration, "average": self.average}
+        return asdict(self)
 
     def named(self, head: int) -> list[str] | None:
         """The class names of a head, all different; None if there are none."""
-        return valid_names(self.names[head] if head < len(self.names) else [])
+        return valid_names(self.class_names[head]) if head < len(self.class_names) else None
+
+
+class Geometry(NamedTuple):
+    """Shape of a clip, and of its tokens."""
+
+    num_frames: int
+    image_size: int
+    tubelet: tuple[int, int, int] = (1, 1, 1)
 
 
 class VideoModel:
-    """A model on a device, in evaluation mode, with the preprocessing of its videos."""
+    """A model on a device, in evaluation mode, with the preprocessing of its videos.
 
-    def __init__(self, model: nn.Module, path: Path, shown: InferenceConfig, device: str, trunk: Any = None) -> None:
-        """`trunk` has `num_frames`, `image_size` and `tubelet`; default: the model's own."""
+    `frames` of its methods are for folders of frames: `fps` (default 25) and `frame_pattern`.
+    """
+
+    def __init__(
+        self, model: nn.Module, path: Path, config: InferenceConfig, device: str, geometry: Geometry | None = None
+    ) -> None:
         try:
             self.model = model.eval().to(device)
         except (RuntimeError, AssertionError) as error:
@@ -96,71 +101,45 @@ class VideoModel:
                 raise
             reason = str(error).splitlines()[0]
             raise UserError(f"device must be one that torch has here, got {device!r}: {reason}") from None
-        self.path, self.shown, self.device = path, shown, torch.device(device)
-        trunk = trunk or model.trunk
+        self.path, self.config, self.device = path, config, torch.device(device)
+        trunk: Any = geometry or model.trunk
         self.num_frames, self.image_size, self.tubelet = trunk.num_frames, trunk.image_size, trunk.tubelet
 
     @torch.inference_mode()
-    def scores(
-        self,
-        film: str | Path,
-        clips: int = 2,
-        crops: int = 3,
-        head: int = 0,
-        fps: float = 25.0,
-        frame_pattern: str | None = None,
-    ) -> np.ndarray:
+    def scores(self, video: str | Path, clips: int = 2, crops: int = 3, head: int = 0, **frames: Any) -> np.ndarray:
         """Logits of a video, float32 (classes,), averaged over `clips` x `crops` views as in evaluations of its run.
 
         Raises UserError for a video that cannot be read, and for a model without classes.
         """
-        if not self.shown.names:
+        heads = len(self.config.class_names)
+        if not heads:
             raise UserError(
-                f"{self.path} holds {self._kind}, which has no classes. Give a model of a later stage (alignment, "
-                "fine-tuning, probing), or use reconstruct."
+                f"{self.path} holds {type(self.model).__name__}, which has no classes. Give a model of a later stage "
+                "(alignment, fine-tuning, probing), or use reconstruct."
             )
-        if clips < 1:
-            raise UserError(f"clips must be at least 1, got {clips}.")
-        if crops not in (1, 3):
-            raise UserError(f"crops must be 1 or 3, got {crops}.")
-        if not 0 <= head < len(self.shown.names):
-            raise UserError(f"head must be 0 to {len(self.shown.names) - 1} for {self.path}, got {head}.")
-        scores = self.model(self.views(film, clips, crops, fps=fps, frame_pattern=frame_pattern), head).float()
+        if clips < 1 or crops not in (1, 3) or not 0 <= head < heads:
+            raise UserError(
+                f"clips must be at least 1, crops 1 or 3, head 0 to {heads - 1} for {self.path}; got {clips}, {crops}, {head}."
+            )
+        scores = self.model(self.views(video, clips, crops, **frames), head).float()
         if not scores.isfinite().all():
             raise UserError(f"{self.path} gives scores that are not finite: its training diverged. Use another.")
-        if self.shown.average == "softmax":
+        if self.config.average == "softmax":
             return (scores.log_softmax(-1).logsumexp(0) - math.log(len(scores))).cpu().numpy()
         return scores.mean(0).cpu().numpy()
 
     def predict(
-        self,
-        film: str | Path,
-        top: int = 5,
-        clips: int = 2,
-        crops: int = 3,
-        head: int = 0,
-        fps: float = 25.0,
-        frame_pattern: str | None = None,
+        self, video: str | Path, top: int = 5, clips: int = 2, crops: int = 3, head: int = 0, **frames: Any
     ) -> list[Prediction]:
-        """The `top` likeliest classes of a video, best first; `fps` and `frame_pattern` are for folders of frames.
-
-        Raises UserError, as `scores`.
-        """
-        if top < 1:
-            raise UserError(f"top must be at least 1, got {top}.")
-        shares = torch.from_numpy(self.scores(film, clips, crops, head, fps, frame_pattern)).softmax(0).numpy()
+        """The `top` likeliest classes of a video, best first. Raises UserError, as `scores`."""
+        shares = torch.from_numpy(self.scores(video, clips, crops, head, **frames)).softmax(0).numpy()
+        names = self.config.class_names[head]
         best = np.argsort(-shares, kind="stable")[:top]
-        return [Prediction(self.shown.names[head][label], int(label), float(shares[label])) for label in best]
+        return [Prediction(names[label], int(label), float(shares[label])) for label in best]
 
     @torch.inference_mode()
     def reconstruct(
-        self,
-        film: str | Path,
-        start: float | None = None,
-        mask_ratio: float = MASK_RATIO,
-        seed: int = 0,
-        fps: float = 25.0,
-        frame_pattern: str | None = None,
+        self, video: str | Path, start: float | None = None, mask_ratio: float = 0.9, seed: int = 0, **frames: Any
     ) -> Visualization:
         """Reconstruct a clip that begins at `start` (s; None: in the middle of the video) from 1 - `mask_ratio` of its tokens.
 
@@ -168,55 +147,41 @@ class VideoModel:
         """
         if not isinstance(self.model, MaskedAutoencoder):
             raise UserError(
-                f"{self.path} holds {self._kind}, which has no decoder. Give a model of stage 1 (masked autoencoding)."
+                f"{self.path} holds {type(self.model).__name__}, which has no decoder. Give a model of stage 1 (masked "
+                "autoencoding)."
             )
         if not 0 < mask_ratio < 1:
             raise UserError(f"mask_ratio must be above 0 and below 1, got {mask_ratio:g}.")
-        video = self.views(film, clips=1, crops=1, start=start, fps=fps, frame_pattern=frame_pattern)
+        clip = self.views(video, clips=1, crops=1, start=start, **frames).cpu()
         grid = token_grid((self.num_frames, self.image_size, self.image_size), self.tubelet)
         mask = torch.from_numpy(RandomMask(mask_ratio)(grid, np.random.default_rng(seed)))[None]
-        nothing = torch.zeros(1, dtype=torch.int64)
-        batch = Batch(video.cpu(), nothing, nothing, "film", [str(film)], mask=mask, num_masked=int(mask.sum()))
+        unused = torch.zeros(1, dtype=torch.int64)
+        batch = Batch(clip, unused, unused, "video", [str(video)], mask=mask, num_masked=int(mask.sum()))
         return Reconstruct(self.tubelet).visualize(self.model, batch.to(self.device))
 
-    @property
-    def _kind(self) -> str:
-        kinds = {MaskedAutoencoder: "a masked autoencoder", VideoClassifier: "a classifier"}
-        return kinds.get(type(self.model), f"a {type(self.model).__name__}")
-
-    def views(
-        self,
-        film: str | Path,
-        clips: int,
-        crops: int,
-        start: float | None = None,
-        fps: float = 25.0,
-        frame_pattern: str | None = None,
-    ) -> Tensor:
+    def views(self, video: str | Path, clips: int, crops: int, start: float | None = None, **frames: Any) -> Tensor:
         """Views of a video as the model takes them: uint8 (clips x crops, 3, T, H, W). Raises UserError."""
-        view = EvalView(self.image_size, crops)
+        view, seconds = EvalView(self.image_size, crops), self.config.clip_duration
         rng = np.random.default_rng(0)  # no view of an evaluation is random
-        found = []
+        views = []
         try:
-            with open_video(str(film), fps=fps, max_pixels=EIGHT_K, frame_pattern=frame_pattern) as video:
-                for begin in self._starts(video.duration, clips, start, film):
-                    frames = view.prepare(video.read(*clip_window(begin, self.shown.clip_duration), self.num_frames))
-                    found += [view(frames, rng, number) for number in range(crops)]
+            with open_video(str(video), max_pixels=EIGHT_K, **frames) as opened:
+                if start is not None and not 0 <= start < opened.duration:
+                    raise UserError(
+                        f"start must be from 0 to {opened.duration:.2f} s, the end of {video}, got {start:g} s."
+                    )
+                middle = max(0.0, opened.duration - seconds) / 2
+                starts = uniform_clip_starts(opened.duration, seconds, clips) if clips > 1 else [middle]
+                for begin in starts if start is None else [start]:
+                    clip = view.prepare(opened.read(*clip_window(begin, seconds), self.num_frames))
+                    views += [view(clip, rng, number) for number in range(crops)]
         except VideoDecodeError as error:
-            raise UserError(f"{film} cannot be read: {error}. Give a video or a folder of its frames.") from None
-        return torch.stack(found).transpose(1, 2).to(self.device)
-
-    def _starts(self, duration: float, clips: int, start: float | None, film: str | Path) -> list[float]:
-        if start is None:
-            last = max(0.0, duration - self.shown.clip_duration)
-            return uniform_clip_starts(duration, self.shown.clip_duration, clips) if clips > 1 else [last / 2]
-        if not 0 <= start < duration:
-            raise UserError(f"start must be from 0 to {duration:.2f} s, the end of {film}, got {start:g} s.")
-        return [start]
+            raise UserError(f"{video} cannot be read: {error}. Give a video or a folder of its frames.") from None
+        return torch.stack(views).transpose(1, 2).to(self.device)
 
 
 def load(source: str | Path, device: str = "cpu", trust_targets: Sequence[str] = ()) -> VideoModel:
-    """The model of a run folder (its best checkpoint, else its newest) or of a file, with its preprocessing.
+    """The model of a run directory (its best checkpoint, else its newest) or of a file, with its preprocessing.
 
     Nothing in the file is executed; its architecture is read as numbers. The EMA is loaded if the run kept one, as in its
     evaluations. A learned average is merged into a single model, if its source checkpoints still exist. Raises UserError for
@@ -224,47 +189,61 @@ def load(source: str | Path, device: str = "cpu", trust_targets: Sequence[str] =
 
     A model class outside this project is built from the run's settings, which runs code of the packages in `trust_targets`.
     """
-    found = read(source)
-    print(f"Model from {found}", file=sys.stderr)  # which checkpoint of the run it is
-    if found.own_class is not None:
-        return _load_own_class(found, found.own_class, trust_targets, device)
-    if not found.architecture:
+    file = read(source)
+    print(f"Model from {file}", file=sys.stderr)  # which checkpoint of the run it is
+    if file.own_class is not None:
+        return _load_own_class(file, file.own_class, trust_targets, device)
+    converted, _ = convert(file)
+    model = architecture.build(converted.architecture, str(file.path))
+    model.load_state_dict(converted.state)
+    config = InferenceConfig.of(converted.architecture.get("classes", []), file.inference)
+    return VideoModel(model, file.path, config, device)
+
+
+def convert(
+    file: StateDictFile, weights: str | None = None, sources: Sequence[str] | None = None
+) -> tuple[ConvertedCheckpoint, list[str]]:
+    """Return the whole model of a file of ours, and lines about the sources if it is a learned average, which is merged.
+
+    Args:
+        weights: "model" or "ema", see `StateDictFile.weights`.
+        sources: of an average, if they are no longer where its checkpoint says.
+    """
+    if not file.architecture:
         raise UserError(
-            f"{found.path} has no architecture, so it is not from a run of this project. Convert it first: "
-            f"omnivision import {source} OUT.pt"
+            f"{file.path} has no architecture, so it is not from a run of this project. Convert it first: omnivision import "
+            f"{file.path} OUT.pt"
         )
-    state, described = found.weights(), dict(found.architecture)
+    state, described, lines = file.weights(weights), file.architecture, []
     try:
         if described.get("kind") == "average":
-            merged = merge(state, described, read_sources(found.sources, None))
-            state, described = merged.state, dict(merged.architecture)
-        whole = from_ours(state, described)  # before anything is built as large as a description says
+            averaged = read_sources(file.sources, sources)
+            merged = merge(state, described, averaged)
+            state, described = merged.state, merged.architecture
+            lines = [f"Averages {source}" for source in averaged]
+            difference = f"scores of a random clip differ by {merged.difference:.1g} from the average's"
+            lines.append(f"Merged {len(averaged)} checkpoints; {difference}")
+        return from_ours(state, described), lines
     except UserError as error:
-        raise UserError(f"{found.path}: {error}") from None
-    model = architecture.build(dict(whole.architecture), str(found.path))
-    model.load_state_dict(whole.state)
-    return VideoModel(model, found.path, InferenceConfig.of(whole.architecture, found.inference), device)
+        raise UserError(f"{file.path}: {error}") from None
 
 
-def _load_own_class(found: StateDictFile, target: str, trusted: Sequence[str], device: str) -> VideoModel:
+def _load_own_class(file: StateDictFile, target: str, trusted: Sequence[str], device: str) -> VideoModel:
     """A model of a class outside this project, from the settings beside its checkpoint."""
     from omnivision.config.validate import read_run_config
     from omnivision.training import build  # Hydra comes with it
 
-    config = found.path.parent.parent / "config.yaml"
-    if not is_allowed(target, trusted):
+    config = file.path.parent.parent / "config.yaml"
+    if not is_allowed(target, trusted) or not config.is_file():
         raise UserError(
-            f"{found.path} holds a model of the class {target}; building it runs its code. Put its folder on PYTHONPATH and "
-            f"set --trust-targets {target.partition('.')[0]} (in Python: trust_targets=[...])."
-        )
-    if not config.is_file():
-        raise UserError(
-            f"{found.path} holds a model of the class {target}, whose settings must be at {config}. Give the run directory."
+            f"{file.path} holds a model of the class {target}; building it runs its code and needs the settings of its run, "
+            f"{config}. Give the run directory, put the folder of the class on PYTHONPATH, and set --trust-targets "
+            f"{target.partition('.')[0]} (in Python: trust_targets=[...])."
         )
     settings = read_run_config(config, trusted)
     model = build.model(settings)
-    load_model(model, found.weights(), found.path)
-    trunk = SimpleNamespace(num_frames=settings.trainer.data.num_frames, image_size=settings.image_size)
-    trunk.tubelet = tuple(settings.trainer.model.get("trunk", {}).get("tubelet", (1, 1, 1)))
+    load_model(model, file.weights(), file.path)
+    tubelet = settings.trainer.model.get("trunk", {}).get("tubelet", (1, 1, 1))
+    geometry = Geometry(settings.trainer.data.num_frames, settings.image_size, tuple(tubelet))
     classes = build.labels(settings).classes if "decoder" not in settings.trainer.model else []
-    return VideoModel(model, found.path, InferenceConfig.of({"classes": classes}, found.inference), device, trunk)
+    return VideoModel(model, file.path, InferenceConfig.of(classes, file.inference), device, geometry)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import itertools
 import os
 import re
 import sys
@@ -30,12 +28,11 @@ COMMANDS = {
     "runs": "runs:runs",
     "report": "report:report",
     "predict": "predict:predict",
-    "reconstruct": "reconstruct:reconstruct",
+    "reconstruct": "predict:reconstruct",
     "import": "weights:import_weights",
     "export": "weights:export",
 }
 WITHOUT_TORCH = ("demo-data", "runs")
-
 LESS_MEMORY = (
     "Free memory, use a machine or --device that has more, or lower what the command takes at once, where it has such an "
     "option (--clips, --workers)."
@@ -64,29 +61,18 @@ def call(words: list[str]) -> int:
         return int(app(words) or 0)
     except CycloptsError as error:
         error.verbose = False
-        message = " ".join(str(error).split())
         command = " ".join(["omnivision", *(error.command_chain or ())])
-        message += "" if message.endswith((".", "?")) else "."
-        raise UserError(f"{message}{_explain_dash(words)} See {command} --help.") from None
+        raise UserError(f"{' '.join(str(error).split())}{_dash_hint(words)} See {command} --help.") from None
 
 
-def _explain_dash(words: list[str]) -> str:
+def _dash_hint(words: list[str]) -> str:
     """Explain a file name that reads like an option: `-x.mp4` must be written `./-x.mp4`."""
-    known = _options(words[0]) if words and words[0] in COMMANDS else []
-    for word in itertools.takewhile(lambda word: word != "--", words[1:]):
+    for word in words[1:]:
         name = word.partition("=")[0]
-        is_option = not word.startswith("-") or word == "-" or name in known or re.fullmatch(r"-[\d.e+-]+", word)
-        # A word with two dashes is a misspelt option, unless it looks like a file or is one.
-        if is_option or (word.startswith("--") and not re.search(r"[./]", name) and not os.path.lexists(word)):
-            continue
-        near = difflib.get_close_matches(f"--{name.lstrip('-')}", known, 1)
-        guess = f" Did you mean {near[0]}?" if near else ""
-        return f" {word} begins with a dash.{guess} For a file of that name write ./{word}."
+        is_long_option = name.startswith("--") and not re.search(r"[./]", name) and not os.path.lexists(word)
+        if re.match("-.", name) and not is_long_option and word != "--":
+            return f" For a file of that name write ./{word}."
     return ""
-
-
-def _options(command: str) -> list[str]:
-    return [name for argument in app[command].assemble_argument_collection() for name in argument.names]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -108,19 +94,14 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except (MemoryError, RuntimeError, OSError) as error:
-        return _explain_system_error(error)
-
-
-def _explain_system_error(error: MemoryError | RuntimeError | OSError) -> int:
-    """Print an error that the system raised, and return the exit code; raise it again if it is our bug."""
-    if is_out_of_memory(error):
-        print(f"error: {out_of_memory(error, LESS_MEMORY)}", file=sys.stderr)
-        return EXIT_FAULT
-    if not isinstance(error, OSError) or os.environ.get("OMNIVISION_TRACEBACK") == "1":
-        raise error
-    what = "a file" if error.filename is None else repr(str(error.filename)[:200])
-    print(f"error: {what} cannot be used: {error.strerror or error}. Give another path.", file=sys.stderr)
-    return EXIT_USER
+        if is_out_of_memory(error):
+            print(f"error: {out_of_memory(error, LESS_MEMORY)}", file=sys.stderr)
+            return EXIT_FAULT
+        if not isinstance(error, OSError) or os.environ.get("OMNIVISION_TRACEBACK") == "1":
+            raise
+        path = "a file" if error.filename is None else repr(str(error.filename)[:200])
+        print(f"error: {path} cannot be used: {error.strerror or error}. Give another path.", file=sys.stderr)
+        return EXIT_USER
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`omnivision predict CHECKPOINT VIDEO...`: the likeliest classes of videos, with bars or as JSON."""
+"""`omnivision predict` and `omnivision reconstruct`: what a trained model makes of videos."""
 
 from __future__ import annotations
 
@@ -6,23 +6,28 @@ import json
 import shutil
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
+from rich.bar import Bar
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from omnivision.tools.arguments import Device, Flag, FramePattern, FrameRate, TrustTargets, at_least, resolve_fps
+from omnivision.tools.arguments import Flag, FramePattern, FrameRate, Seconds, Share, at_least, resolve_fps
 from omnivision.utils.errors import EXIT_USER, UserError
 
 if TYPE_CHECKING:
     from omnivision.tools.inference import Prediction
 
-
 MAX_WIDTH = 10_000  # of a console in which nothing is broken
-BAR = 30  # characters of a probability of 1
-EIGHTHS = " ▏▎▍▌▋▊▉█"
+BAR_WIDTH = 30
+Device = Annotated[str, Parameter(metavar="DEVICE", help="cpu, cuda, or cuda:N.")]
+TrustTargets = Annotated[
+    list[str] | None,
+    Parameter(metavar="PACKAGE", help="Build a model of your own class from this package, which runs its code."),
+]
 
 
 def predict(
@@ -36,7 +41,7 @@ def predict(
     head: Annotated[int, at_least(0)] = 0,
     as_json: Annotated[Flag, Parameter(name="--json")] = False,
     device: Device = "cpu",
-    trust_targets: TrustTargets | None = None,
+    trust_targets: TrustTargets = None,
     fps: FrameRate = None,
     frame_pattern: FramePattern = None,
 ) -> int:
@@ -56,39 +61,80 @@ def predict(
     """
     from omnivision.tools.inference import load
 
-    model, found, failed = load(checkpoint, device, trust_targets or []), {}, False
+    model, found = load(checkpoint, device, trust_targets or []), {}
     rate = resolve_fps(fps, videos)
+    console = Console(highlight=False, width=MAX_WIDTH)  # long paths and names stay on one line
+    width = shutil.get_terminal_size().columns if console.is_terminal else MAX_WIDTH
     for video in videos:
         try:
-            found[video] = model.predict(video, top, clips, crops, head, rate, frame_pattern)
+            found[video] = model.predict(video, top, clips, crops, head, fps=rate, frame_pattern=frame_pattern)
         except UserError as error:
-            failed = True
             print(f"error: {error}", file=sys.stderr)
             continue
         if not as_json:
-            # A long path stays a line, for whoever looks for it, and so does a long name.
-            console = Console(highlight=False, width=MAX_WIDTH)
             console.print(Text(video, "bold"))
-            console.print(
-                make_table(found[video], shutil.get_terminal_size().columns if console.is_terminal else MAX_WIDTH)
-            )
+            console.print(make_table(found[video], width))
     if as_json:
-        predictions = {video: [asdict(guess) for guess in guesses] for video, guesses in found.items()}
+        predictions = {video: [asdict(each) for each in found[video]] for video in found}
         print(json.dumps(predictions, indent=1, ensure_ascii=False))
-    return EXIT_USER if failed else 0
+    return 0 if len(found) == len(set(videos)) else EXIT_USER
 
 
-def make_table(guesses: list[Prediction], width: int) -> Table:
-    """A row a class: its name, a bar as long as there is room for, its probability in percent."""
+def make_table(predictions: list[Prediction], width: int) -> Table:
+    """Return a row per class: its name, a bar as long as there is room for, its probability in percent."""
     table = Table(box=None, show_header=False, pad_edge=False)
-    room = min(BAR, width - max(Text(guess.name).cell_len for guess in guesses) - 12)
-    for guess in guesses:
-        shown = Text(bar(guess.probability, room), "cyan")
-        table.add_row(Text(f"  {guess.name}"), shown, f"{100 * guess.probability:5.1f} %")
+    room = min(BAR_WIDTH, width - max(Text(each.name).cell_len for each in predictions) - 12)
+    for each in predictions:
+        bar = Bar(1, 0, each.probability, width=room, color="cyan") if room > 0 else ""
+        table.add_row(Text(f"  {each.name}"), bar, f"{100 * each.probability:5.1f} %")
     return table
 
 
-def bar(share: float, length: int = BAR) -> str:
-    """A bar of a share in [0, 1], in eighths of a character."""
-    eighths = round(share * length * 8) if length > 0 else 0
-    return ("█" * (eighths // 8) + EIGHTHS[eighths % 8].strip()).ljust(length)
+def reconstruct(
+    checkpoint: str,
+    video: str,
+    out: Path,
+    /,
+    *,
+    start: Seconds = None,
+    mask_ratio: Share = 0.9,
+    seed: Annotated[int, at_least(0)] = 0,
+    force: Flag = False,
+    device: Device = "cpu",
+    trust_targets: TrustTargets = None,
+    fps: FrameRate = None,
+    frame_pattern: FramePattern = None,
+) -> int:
+    """Show how a masked autoencoder reconstructs a video.
+
+    A clip of a video beside its visible patches and the reconstruction: once with the true statistics of each hidden patch,
+    as papers show it, and once without.
+
+    Args:
+        checkpoint: A run directory of stage 1, or a file.
+        video: A video, or a folder of its frames.
+        out: A .gif, which moves, or a .png of some frames.
+        start: Where the clip begins (default: in the middle).
+        mask_ratio: Share of hidden patches.
+        seed: Seed of the mask.
+        force: Replace OUT if it exists.
+    """
+    is_video = out.resolve() == Path(video).resolve()
+    if out.suffix not in (".gif", ".png") or is_video or (out.exists() and not force):
+        raise UserError(
+            f"OUT must end in .gif or .png, and be neither the video nor there (--force replaces it); got {out}. Change OUT."
+        )
+    from omnivision.reporting.images import gif_bytes, moving, still
+    from omnivision.tools.inference import load
+    from omnivision.utils.io import replace_atomically
+
+    model = load(checkpoint, device, trust_targets or [])
+    rate = resolve_fps(fps, [video])
+    images = model.reconstruct(video, start, mask_ratio, seed, fps=rate, frame_pattern=frame_pattern)
+    with replace_atomically(out) as file:
+        if out.suffix == ".gif":
+            file.write(gif_bytes(moving(images)))
+        else:
+            still(images).save(file, "PNG")
+    print(f"Wrote {out}")
+    return 0

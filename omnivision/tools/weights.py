@@ -1,10 +1,10 @@
-"""`omnivision import` and `omnivision export`: their arguments. What they do is in the modules that they import."""
+"""`omnivision import` and `omnivision export`: weights in and out. What `export` does is in `tools.export`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -41,15 +41,23 @@ def import_weights(
         decoder_heads: Attention heads of the decoder (usual: 16).
         force: Replace OUT if it exists.
     """
-    from omnivision.tools.import_weights import run
+    from omnivision.checkpoint.state_dict_file import read
+    from omnivision.interop.architecture import ArchOverrides
+    from omnivision.interop.export import check_target, origin, write_pt
+    from omnivision.interop.formats import class_names, convert
 
-    geometry = {
-        "heads": num_heads,
-        "num_frames": num_frames,
-        "image_size": image_size,
-        "decoder_heads": decoder_heads,
-    }
-    return run(source, out, format, geometry, force)
+    file = read(source)
+    check_target(out, file, force)
+    converted, recognised = convert(file, format, ArchOverrides(num_heads, num_frames, image_size, decoder_heads))
+    inference = dict(file.inference)
+    names = class_names(file.config) if recognised == "hf" else None
+    if names and converted.architecture.get("classes") == [len(names)]:
+        inference = {"class_names": [names]} | inference
+    metadata: dict[str, Any] = {"origin": origin(file, recognised)} | file.progress
+    write_pt(out, converted.state, converted.architecture, metadata | ({"inference": inference} if inference else {}))
+    print(f"{file}: {len(file.state)} tensors of format {recognised}", *converted.lines(), sep="\n")
+    print(f"Wrote {out}: {len(converted.state)} tensors, {converted.summary()}")
+    return 0
 
 
 @Parameter(name="*")
