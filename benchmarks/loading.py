@@ -133,6 +133,6 @@ def prepared(folder: Path, paths: list[Path], short_side: int | None = None) -> 
     """Return the videos as `omnivision prepare --gop 12` transcodes them, with or without `--short-side`."""
     results = [folder / "prepared" / path.name for path in paths]
     for path, result in zip(paths, results, strict=True):
-        outcome = transcode(TranscodeJob(str(path), str(result), TranscodeConfig(short_side=short_side)))
-        assert outcome.reason is None and outcome.fault is None, outcome
+        reason = transcode(TranscodeJob(str(path), str(result), TranscodeConfig(short_side=short_side)))
+        assert reason is None, reason
     return results

@@ -155,7 +155,7 @@ class CheckData(Folder):
             self.assertEqual(code, 0, out)
             differing = json.loads(report.read_text())["summary"]["differing_durations"]
             self.assertEqual(differing, names[1:3])
-            self.assertRegex(out, r"still\.mp4: 60 frames at 25 per second are 2\.4 s, .* 17\.2 s")
+            self.assertRegex(out, r"still\.mp4: 60 frames at 25 per second, 17\.2 s")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ ALLOWED = {
     "yaml": {
         "omnivision.config.compose",
         "omnivision.config.validate",
-        "omnivision.tools.prepare.catalog_file",
+        "omnivision.tools.prepare.output",
         "omnivision.checkpoint.fingerprint",
     },
     "jinja2": {"omnivision.tools.report.page"},

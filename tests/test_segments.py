@@ -16,7 +16,7 @@ from omnivision.data.dataset import ClipConfig, ClipDataset
 from omnivision.data.encode import write_video
 from omnivision.data.sampling import Request
 from omnivision.data.views import EvalView, PretrainView
-from omnivision.tools.prepare.duplicates import find_duplicates
+from omnivision.tools.check_data import find_duplicates
 from omnivision.tools.report.collect import find_runs
 from omnivision.tools.report.figures import mistakes
 from omnivision.utils.errors import UserError

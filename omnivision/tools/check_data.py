@@ -5,84 +5,105 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import stat
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from omnivision.data.catalog import IGNORED_LABEL, resolve_prefix, shift_command, start_at_one
+from omnivision.data.sampling import Segment, clip_window, sample_duration, uniform_clip_starts
+from omnivision.data.video import FrameFolder, VideoDecodeError, VideoFile, open_video
 from omnivision.tools.arguments import resolve_fps
 from omnivision.tools.datasets import CheckOptions
-from omnivision.tools.prepare.arrays import read_labels, read_paths, read_segments
-from omnivision.tools.prepare.duplicates import find_duplicates
-from omnivision.tools.prepare.index import drop_suffix, printable
-from omnivision.tools.prepare.video_check import CheckJob, VideoCheck, check_video
-from omnivision.tools.prepare.workers import WorkerCrashedError, default_workers, run_in_processes
+from omnivision.tools.prepare.index import drop_suffix, printable, shorten
+from omnivision.tools.prepare.output import read_arrays
+from omnivision.tools.prepare.transcode import MAX_PIXELS
 from omnivision.tools.progress import track
+from omnivision.tools.workers import WorkerCrashedError, run_in_processes
 from omnivision.utils.errors import EXIT_INTERRUPTED, EXIT_USER, UserError
-from omnivision.utils.io import write_atomically
+from omnivision.utils.io import sha256, write_atomically
 from omnivision.utils.streams import fit
 
-_SHOWN = 20
-_TITLES = {
-    "frames": "frames",
-    "duration": "seconds",
-    "fps": "frames per second",
-    "gop": "most frames between key frames",
-}
-_SMALL_SIDE = 256  # what is advised
-_LONG_GOP, _LARGE_SIDE = 24, 320  # beyond these, smaller videos with more key frames are read much quicker
+_NUM_LISTED = 20
+_CLIP_SECONDS, _CLIP_FRAMES = 2.7, 16
+_GAP_SECONDS, _GAP_SHARE = 0.5, 0.1
+_DISTRIBUTIONS = ("frames", "duration", "fps", "gop")
+_QUANTILES = {"least": 0, "5%": 5, "median": 50, "95%": 95, "most": 100}
+
+
+@dataclass(frozen=True)
+class CheckJob:
+    path: str
+    fps: float  # of a frame folder
+    frame_pattern: str | None  # of a folder that holds several series of frames
+    quick: bool  # the first, middle and last clip instead of every frame
+    segments: tuple[Segment | None, ...] = (None,)  # a sample each; None: the whole video
+
+
+@dataclass(frozen=True)
+class VideoCheck:
+    """frames, duration (s), ... are None for a video that cannot be read; width and height are upright."""
+
+    ok: bool
+    reason: str | None = None
+    frames: int | None = None
+    duration: float | None = None
+    fps: float | None = None  # on average
+    rate: float | None = None  # frames per second between most frames
+    width: int | None = None
+    height: int | None = None
+    rotation: int | None = None  # degrees clockwise
+    mirrored: bool | None = None  # after turning
+    gop: int | None = None  # frames from one key frame to the next, the most there are
+
+    def has_gaps(self) -> bool:
+        """Return whether the frames, at their usual rate, last for another time than the video does."""
+        if not self.rate or self.frames is None or self.duration is None:
+            return False
+        return abs(self.frames / self.rate - self.duration) > max(_GAP_SECONDS, _GAP_SHARE * self.duration)
 
 
 def run(paths_file: str, labels_file: str | None, args: CheckOptions) -> int:
     """Check the split and print a report; return 0 if all samples are good."""
-    _check_arguments(
-        [file for file in (paths_file, labels_file, args.segments, args.against) if file], labels_file, args
-    )
-    paths = read_paths(paths_file)
-    labels = read_labels(labels_file, len(paths)) if labels_file else None
-    segments = read_segments(args.segments, len(paths)) if args.segments else None
-    others = read_paths(args.against) if args.against else None
+    if args.num_classes is not None and labels_file is None:
+        raise UserError("--num-classes is for labels. Pass LABELS.npy after PATHS.npy, or leave --num-classes out.")
+    file = Path(args.json or "report.json")
+    inputs = map(os.path.realpath, filter(None, (paths_file, labels_file, args.segments, args.against)))
+    if (
+        (file.exists() and not file.is_file())
+        or not file.absolute().parent.is_dir()
+        or os.path.realpath(file) in inputs
+    ):
+        raise UserError(f"--json must be a file in an existing folder, and none that is read here; got {args.json}.")
+    paths, labels, segments = read_arrays(paths_file, labels_file, args.segments)
+    others = read_arrays(args.against)[0] if args.against else None
     prefix = resolve_prefix(args.prefix)
     full = [prefix + path for path in paths]
-    samples: dict[str, list[int]] = {}  # of each video
-    for position, path in enumerate(full):
-        samples.setdefault(path, []).append(position)
-    fps = resolve_fps(args.fps, (path for path in samples if drop_suffix(path) == path))
-    jobs = [
-        CheckJob(path, fps, args.frame_pattern, args.quick, tuple(segments[i] if segments else None for i in positions))
-        for path, positions in samples.items()
-    ]
-    checks = [VideoCheck(ok=False, reason="not read")] * len(full)
-    workers = default_workers() if args.workers is None else args.workers
     try:
-        for number, result in track(run_in_processes(check_video, jobs, workers), len(jobs), "check-data"):
-            positions = samples[jobs[number].path]
-            if isinstance(result, WorkerCrashedError):
-                result = [VideoCheck(ok=False, reason=str(result))] * len(positions)
-            for position, check in zip(positions, result, strict=True):
-                checks[position] = check
+        checks = _check_all(full, segments, args)
     except KeyboardInterrupt:
         print("check-data: interrupted; nothing was written. Run the same command again.", file=sys.stderr)
         return EXIT_INTERRUPTED
-    summary = _summary(checks, labels, args.num_classes)
-    if segments:
-        good = [end - start for check, (start, end) in zip(checks, segments, strict=True) if check.ok]
-        summary["seconds"] = round(sum(good), 3)
+    summary = _summary(checks, segments)
+    if labels is not None:
+        summary["labels"] = _label_summary(labels, args.num_classes)
     summary["duplicates"] = find_duplicates(full, segments=segments)
     if others is not None:
         summary["overlap"] = find_duplicates(full, [prefix + path for path in others])
-    gaps = {path: check for path, check in zip(paths, checks, strict=True) if check.has_gaps()}
-    summary["differing_durations"] = list(gaps)
+    summary["differing_durations"] = [path for path, check in zip(paths, checks, strict=True) if check.has_gaps()]
     if args.json:
-        listed = [{"path": path, **dataclasses.asdict(check)} for path, check in zip(paths, checks, strict=True)]
-        for sample, (start, end) in zip(listed, segments or [], strict=False):
+        samples = [{"path": path, **dataclasses.asdict(check)} for path, check in zip(paths, checks, strict=True)]
+        for sample, (start, end) in zip(samples, segments or [], strict=False):
             sample.update(start=start, end=end)
-        _write_json(Path(args.json), {"summary": {"prefix": prefix, **summary}, "samples": listed})
-    lines = _report(paths, checks, summary, gaps)
+        report = {"summary": {"prefix": prefix, **summary}, "samples": samples}
+        write_atomically(file, json.dumps(report, indent=1) + "\n")
+    lines = _report(paths, checks, summary)
     if labels is not None and start_at_one(labels, args.num_classes):
         lines.append(
             "class 0 has no sample, and labels must start at 0. If they start at 1, shift those of all splits: "
@@ -93,49 +114,128 @@ def run(paths_file: str, labels_file: str | None, args: CheckOptions) -> int:
     return 0 if summary["bad"] == 0 and not summary.get("labels", {}).get("out_of_range") else EXIT_USER
 
 
-def _check_arguments(files: list[str], labels_file: str | None, args: CheckOptions) -> None:
-    if args.num_classes is not None and labels_file is None:
-        raise UserError("--num-classes is for labels. Pass LABELS.npy after PATHS.npy, or leave --num-classes out.")
-    file = Path(args.json or "")
-    if args.json and ((file.exists() and not file.is_file()) or not file.absolute().parent.is_dir()):
-        raise UserError(
-            f"--json {args.json}: expected a file in a folder that is there. Make it, or give another file."
-        )
-    if args.json and os.path.realpath(args.json) in map(os.path.realpath, files):
-        raise UserError(f"--json {args.json} is a file that is read here, and would be replaced. Give another file.")
+def _check_all(full: list[str], segments: list[Segment] | None, args: CheckOptions) -> list[VideoCheck]:
+    """Check each sample; a video is opened once for all its segments."""
+    samples: dict[str, list[int]] = {}  # of each video
+    for position, path in enumerate(full):
+        samples.setdefault(path, []).append(position)
+    fps = resolve_fps(args.fps, (path for path in samples if drop_suffix(path) == path))
+    jobs = [
+        CheckJob(path, fps, args.frame_pattern, args.quick, tuple(segments[i] if segments else None for i in positions))
+        for path, positions in samples.items()
+    ]
+    checks = [VideoCheck(ok=False, reason="not read")] * len(full)
+    for number, result in track(run_in_processes(check_video, jobs, args.workers), len(jobs), "check-data"):
+        positions = samples[jobs[number].path]
+        if isinstance(result, WorkerCrashedError):
+            result = [VideoCheck(ok=False, reason=str(result))] * len(positions)
+        for position, check in zip(positions, result, strict=True):
+            checks[position] = check
+    return checks
 
 
-def _summary(checks: list[VideoCheck], labels: np.ndarray | None, num_classes: int | None) -> dict[str, Any]:
+def check_video(job: CheckJob) -> list[VideoCheck]:
+    """Read one video as training reads it, and check each of its samples; never raises for what is wrong with it."""
+    try:
+        with open_video(job.path, fps=job.fps, max_pixels=MAX_PIXELS, frame_pattern=job.frame_pattern) as video:
+            info, duration = video.info(), video.duration
+            reasons = [_read_clips(video, duration, segment) for segment in job.segments]
+            frames = info.frames if job.quick else len(video.times())
+    except VideoDecodeError as error:
+        return [VideoCheck(ok=False, reason=str(error))] * len(job.segments)
+    rate = float(frames / Fraction(duration)) if duration > 0 else None
+    good = VideoCheck(
+        ok=True,
+        frames=frames,
+        duration=duration,
+        fps=None if rate is None else round(rate, 3),
+        rate=None if info.rate is None else round(info.rate, 3),
+        width=info.width,
+        height=info.height,
+        rotation=info.rotation,
+        mirrored=info.mirrored,
+        gop=info.gop,
+    )
+    return [good if reason is None else VideoCheck(ok=False, reason=reason) for reason in reasons]
+
+
+def _read_clips(video: VideoFile | FrameFolder, duration: float, segment: Segment | None) -> str | None:
+    """Read the first, middle and last clip of a sample. Returns why its segment is bad, None for a good one.
+
+    Raises VideoDecodeError for a video that cannot be read.
+    """
+    try:
+        seconds = sample_duration(duration, segment)
+    except VideoDecodeError as error:
+        return str(error)
+    for start in uniform_clip_starts(seconds, _CLIP_SECONDS, 3):
+        video.read(*clip_window(start, _CLIP_SECONDS, segment), _CLIP_FRAMES)
+    return None
+
+
+def find_duplicates(
+    paths: Sequence[str], others: Sequence[str] | None = None, segments: Sequence[object] | None = None
+) -> list[list[str]]:
+    """Return groups of two or more paths that are the same video, within `paths`, or across `paths` and `others`.
+
+    Files are compared by content, but only those of one size are read; folders by their real path. A path that cannot be
+    read is compared by its name. Within `paths`, other `segments` (one a path) of a video are other samples.
+    """
+    kinds = {path: _size_or_place(path) for path in dict.fromkeys([*paths, *(others or [])])}
+    sizes = Counter(kinds.values())
+    keys = {path: kind if sizes[kind] == 1 or isinstance(kind, str) else _content(path) for path, kind in kinds.items()}
+    groups: dict[object, list[str]] = {}
+    if others is None:
+        for path, segment in zip(paths, segments or [None] * len(paths), strict=True):
+            groups.setdefault((keys[path], segment), []).append(path)
+        return [group for group in groups.values() if len(group) > 1]
+    for path in dict.fromkeys(paths):
+        groups.setdefault(keys[path], []).append(path)
+    across: dict[object, list[str]] = {}
+    for path in dict.fromkeys(others):
+        across.setdefault(keys[path], []).append(path)
+    return [[*group, *across[key]] for key, group in groups.items() if key in across]
+
+
+def _size_or_place(path: str) -> int | str:
+    """Return the size of a regular file that is not empty, else the real path."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return os.path.abspath(path)
+    return status.st_size if stat.S_ISREG(status.st_mode) and status.st_size else os.path.realpath(path)
+
+
+def _content(path: str) -> str:
+    try:
+        return sha256(Path(path))
+    except OSError:
+        return os.path.abspath(path)
+
+
+def _summary(checks: list[VideoCheck], segments: list[Segment] | None) -> dict[str, Any]:
     good = [check for check in checks if check.ok]
-    sizes = Counter(f"{check.width}x{check.height}" for check in good)
-    summary: dict[str, Any] = {
+    seconds = [check.duration or 0 for check in good]
+    if segments:
+        seconds = [end - start for check, (start, end) in zip(checks, segments, strict=True) if check.ok]
+    distributions = {}
+    for name in _DISTRIBUTIONS:
+        if values := [value for check in good if (value := getattr(check, name)) is not None]:
+            distributions[name] = {key: round(float(np.percentile(values, q)), 3) for key, q in _QUANTILES.items()}
+    return {
         "samples": len(checks),
         "bad": len(checks) - len(good),
-        "seconds": round(sum(check.duration or 0 for check in good), 3),
+        "seconds": round(sum(seconds), 3),
         "rotated": sum(check.rotation != 0 for check in good),
         "mirrored": sum(bool(check.mirrored) for check in good),
-        "sizes": dict(sizes.most_common()),
-        "distributions": {
-            name: found
-            for name in ("frames", "duration", "fps", "gop")
-            if (found := _distribution([getattr(check, name) for check in good]))
-        },
+        "sizes": dict(Counter(f"{check.width}x{check.height}" for check in good).most_common()),
+        "distributions": distributions,
     }
-    if labels is not None:
-        summary["labels"] = _label_summary(labels, num_classes)
-    return summary
-
-
-def _distribution(values: list[float | None]) -> dict[str, float]:
-    known = [value for value in values if value is not None]
-    points = {"least": 0, "5%": 5, "median": 50, "95%": 95, "most": 100}
-    return {name: round(float(np.percentile(known, q)), 3) for name, q in points.items()} if known else {}
 
 
 def _label_summary(labels: np.ndarray, num_classes: int | None) -> dict[str, Any]:
     used, counts = np.unique(labels[labels >= 0], return_counts=True)
-    classes = num_classes or (int(used[-1]) + 1 if len(used) else 0)
-    present = set(used.tolist())
+    classes, present = num_classes or (int(used[-1]) + 1 if len(used) else 0), set(used.tolist())
     return {
         "classes": classes,
         "histogram": dict(zip(map(str, used.tolist()), counts.tolist(), strict=True)),
@@ -146,74 +246,35 @@ def _label_summary(labels: np.ndarray, num_classes: int | None) -> dict[str, Any
     }
 
 
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    try:
-        write_atomically(file, json.dumps(content, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"--json {file} cannot be written: {error.strerror}. Give another file.") from error
-
-
-def _report(
-    paths: list[str], checks: list[VideoCheck], summary: dict[str, Any], gaps: Mapping[str, VideoCheck]
-) -> list[str]:
+def _report(paths: list[str], checks: list[VideoCheck], summary: dict[str, Any]) -> list[str]:
     """Return the lines that are printed."""
-    bad = [(path, check.reason) for path, check in zip(paths, checks, strict=True) if not check.ok]
-    good = summary["samples"] - len(bad)
-    lines = [f"{good} of {summary['samples']} samples are good, {summary['seconds']:.1f} s of video."]
-    lines += [f"bad: {path}: {reason}" for path, reason in bad[:_SHOWN]]
-    if len(bad) > _SHOWN:
-        lines.append(f"... and {len(bad) - _SHOWN} more bad ones (--json FILE lists all)")
-    for name, found in summary["distributions"].items():
-        lines.append(f"{_TITLES[name]}: {', '.join(f'{key} {value:g}' for key, value in found.items())}")
-    if sizes := summary["sizes"]:
-        common = ", ".join(f"{size} ({count})" for size, count in list(sizes.items())[:5])
-        lines.append(f"sizes: {common}{f', and {len(sizes) - 5} more' if len(sizes) > 5 else ''}")
+    lines = [
+        f"{summary['samples'] - summary['bad']} of {summary['samples']} samples are good, {summary['seconds']:.1f} s of video."
+    ]
+    bad = [f"bad: {path}: {check.reason}" for path, check in zip(paths, checks, strict=True) if not check.ok]
+    lines += bad[:_NUM_LISTED]
+    if len(bad) > _NUM_LISTED:
+        lines.append(f"... and {len(bad) - _NUM_LISTED} more bad ones (--json FILE lists all)")
+    for name, values in (summary["distributions"] | {"sizes": summary["sizes"]}).items():
+        lines.append(f"{name}: {shorten(f'{key} {value:g}' for key, value in values.items())}")
     for how in ("rotated", "mirrored"):
         if summary[how]:
             lines.append(f"{how} by their headers: {summary[how]} (training sees them as players show them)")
-    if "labels" in summary:
-        lines += _label_lines(summary["labels"])
-    for what, sets in (("duplicates", summary["duplicates"]), ("in both splits", summary.get("overlap"))):
-        if sets is not None:
-            lines.append(f"{what}: {len(sets)} videos")
-            lines += [f"  {' = '.join(dict.fromkeys(found))}" for found in sets[:_SHOWN]]
-    lines += _advice(summary)
-    if gaps:
+    if labels := summary.get("labels"):
+        counts = list(labels["histogram"].values()) or [0]
         lines.append(
-            f"frames / rate differs from the duration in {len(gaps)} videos (still images, or a variable rate):"
+            f"labels: {len(labels['histogram'])} of {labels['classes']} classes occur, {min(counts)} to {max(counts)} samples "
+            f"each; {labels['ignored']} samples are ignored, {labels['out_of_range']} labels out of range"
         )
-    for path, check in list(gaps.items())[:_SHOWN]:
-        assert check.frames is not None and check.rate is not None
-        frames = f"{check.frames} frames at {check.rate:g} per second are {check.frames / check.rate:.1f} s"
-        lines.append(f"  {path}: {frames}, its duration is {check.duration:.1f} s")
+        if labels["absent"]:
+            lines.append(f"labels that never occur: {shorten(map(str, labels['absent']), _NUM_LISTED)}")
+    for what, key in (("duplicates", "duplicates"), ("in both splits", "overlap")):
+        if key in summary:
+            lines.append(f"{what}: {len(summary[key])} videos")
+            lines += [f"  {' = '.join(dict.fromkeys(group))}" for group in summary[key][:_NUM_LISTED]]
+    if gaps := summary["differing_durations"]:
+        lines.append(f"frames / rate is not the duration (still images, or a variable rate): {len(gaps)} videos")
+        by_path = dict(zip(paths, checks, strict=True))
+        for path, check in [(path, by_path[path]) for path in gaps[:_NUM_LISTED]]:
+            lines.append(f"  {path}: {check.frames} frames at {check.rate:g} per second, {check.duration:.1f} s")
     return lines
-
-
-def _label_lines(labels: dict[str, Any]) -> list[str]:
-    counts = list(labels["histogram"].values())
-    spread = f", {min(counts)} to {max(counts)} samples each (median {np.median(counts):g})" if counts else ""
-    lines = [
-        f"labels: {len(counts)} of {labels['classes']} classes occur{spread}; {labels['ignored']} samples are ignored"
-    ]
-    if absent := labels["absent"]:
-        shown = ", ".join(map(str, absent[:_SHOWN])) + (", ..." if len(absent) > _SHOWN else "")
-        lines.append(f"labels that never occur: {shown}")
-    if labels["out_of_range"]:
-        lines.append(f"bad: {labels['out_of_range']} labels are not from -1 to {labels['classes'] - 1}")
-    return lines
-
-
-def _advice(summary: dict[str, Any]) -> list[str]:
-    """Recommend `prepare` if it would make reading clips faster."""
-    gop = summary["distributions"].get("gop", {}).get("median", 0)
-    sides = [min(map(int, size.split("x"))) for size, count in summary["sizes"].items() for _ in range(count)]
-    side = float(np.median(sides)) if sides else 0
-    if gop <= _LONG_GOP and side <= _LARGE_SIDE:
-        return []
-    reasons = [f"{gop:g} frames or more between key frames"] if gop > _LONG_GOP else []
-    reasons += [f"a short side of {side:g} pixels or more"] if side > _SMALL_SIDE else []
-    size = f"--short-side {_SMALL_SIDE} " if side > _SMALL_SIDE else ""
-    return [
-        f"Half of the videos have {', or '.join(reasons)}: `omnivision prepare ... {size}--gop 12` would make clips faster to "
-        "read."
-    ]

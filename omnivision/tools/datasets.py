@@ -18,7 +18,7 @@ Workers = Annotated[
 
 @Parameter(name="*", group="What is read")
 @dataclass(frozen=True, kw_only=True)
-class SourceOptions:
+class SourceSettings:
     """How `prepare` reads its source.
 
     Attributes:
@@ -60,7 +60,7 @@ class SourceOptions:
 
 @Parameter(name="*", group="Faster videos")
 @dataclass(frozen=True, kw_only=True)
-class TranscodeOptions:
+class TranscodeSettings:
     """How `prepare` transcodes videos; not at all unless one of the first four is given.
 
     Attributes:
@@ -76,8 +76,11 @@ class TranscodeOptions:
     frames: Annotated[Fps, Parameter(metavar="FPS")] = None
     workers: Workers = None
 
+    def transcodes(self) -> bool:
+        return any(option is not None for option in (self.short_side, self.gop, self.crf, self.frames))
 
-_SOURCE, _TRANSCODE = SourceOptions(), TranscodeOptions()
+
+_SOURCE, _TRANSCODE = SourceSettings(), TranscodeSettings()
 
 
 def prepare(
@@ -87,8 +90,8 @@ def prepare(
     *,
     name: str,
     catalog: Annotated[str | None, Parameter(metavar="FILE.yaml")] = None,
-    read: SourceOptions = _SOURCE,
-    transcode: TranscodeOptions = _TRANSCODE,
+    read: SourceSettings = _SOURCE,
+    transcode: TranscodeSettings = _TRANSCODE,
 ) -> int:
     """Make a dataset ready for training: arrays of paths and labels, and faster videos.
 

@@ -1,17 +1,39 @@
-"""`omnivision val-split PATHS.npy LABELS.npy OUT`: a held-out part of a training split."""
+"""`omnivision val-split PATHS.npy LABELS.npy OUT`: a held-out part of a training split, by whole groups of videos."""
 
 from __future__ import annotations
 
+import os
+import re
 import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from omnivision.data.catalog import load_array
-from omnivision.data.sampling import Segment
-from omnivision.tools.prepare.arrays import read_labels, read_paths, read_segments, write_split
-from omnivision.tools.prepare.held_out import GROUPINGS, group_videos, hold_out, pattern_grouping
+from omnivision.data.sampling import keyed_rng
+from omnivision.tools.prepare.index import drop_format_folders, shorten
+from omnivision.tools.prepare.output import read_arrays, write_split
 from omnivision.utils.errors import UserError
+
+
+def _before_one_letter_part(name: str) -> str:
+    """HMDB51: <film>_<action>_<visible body parts, a letter>_... A title may begin with a letter ("A_...")."""
+    parts = name.split("_")
+    end = next((k for k, part in enumerate(parts) if k > 0 and len(part) == 1 and part.isalpha()), len(parts))
+    return "_".join(parts[:end])
+
+
+# From the name of a video, without folders and suffix, to the name of its source.
+GROUPINGS: dict[str, Callable[[str], str]] = {
+    "ucf101": lambda name: name.rpartition("_")[0] or name,
+    "hmdb51": _before_one_letter_part,
+    "ikea": lambda name: name.partition("_")[0],
+    "diving48": lambda name: name.partition("_")[0],
+    "uav": lambda name: name[:24],
+    "minissv2": lambda name: name,
+}
 
 
 def run(
@@ -26,49 +48,120 @@ def run(
 ) -> int:
     """Write the two splits and print how they are divided."""
     if (dataset is None) == (group_pattern is None):
-        raise UserError("Expected one of --dataset and --group-pattern. Set --dataset NAME or --group-pattern REGEX.")
-    paths = read_paths(paths_file)
-    labels = read_labels(labels_file, len(paths))
-    if labels.min() < -1:
-        raise UserError(
-            f"{labels_file} holds the label {labels.min()}; expected class numbers, or -1 for ignored samples. Fix the labels."
-        )
+        raise UserError("Set one of --dataset NAME and --group-pattern REGEX.")
+    paths, labels, segments = read_arrays(paths_file, labels_file, segments_file)
+    assert labels is not None
     beside = Path(labels_file).with_name(Path(labels_file).name.replace("labels", "segments"))
     if segments_file is None and beside != Path(labels_file) and beside.exists():
         raise UserError(f"{beside} lies beside the labels. Pass --segments {beside}, or move it away for whole videos.")
-    segments = read_segments(segments_file, len(paths)) if segments_file else [None] * len(paths)
     grouping = pattern_grouping(group_pattern) if group_pattern is not None else GROUPINGS[str(dataset)]
     groups = group_videos(paths, grouping)
     held = hold_out(groups, labels, share, seed)
     sides = {"train": np.flatnonzero(~held), "val": np.flatnonzero(held)}
     splits = {
-        side: ([paths[i] for i in indices], labels[indices], [segments[i] for i in indices])
+        side: ([paths[i] for i in indices], labels[indices], [segments[i] for i in indices] if segments else [])
         for side, indices in sides.items()
     }
-    _write(Path(out), splits)
-    for side, indices in sides.items():
-        actual = len(indices) / len(paths)
-        count = f"{len(indices)} videos ({actual:.1%}) in {len({groups[i] for i in indices})} groups"
+    for side, arrays in splits.items():
+        for what, array in zip(("paths", "labels", "segments"), arrays, strict=True):
+            file = Path(out) / f"{side}_{what}.npy"
+            if file.exists() and not np.array_equal(load_array(str(file), "OUT"), np.array(array)):
+                raise UserError(f"{file} exists, and is another split. Nothing was changed. Give another OUT.")
+    Path(out).mkdir(parents=True, exist_ok=True)
+    for side, arrays in splits.items():
+        write_split(Path(out), side, *arrays)
+        indices, classes = sides[side], set(labels[sides[side]].tolist())
         print(
-            f"{side}: {count}, {len(np.unique(labels[indices]))} classes -> {out}/{side}_paths.npy, {side}_labels.npy"
+            f"{side}: {len(indices)} videos ({len(indices) / len(paths):.1%}) in {len({groups[i] for i in indices})} groups, "
+            f"{len(classes)} classes -> {out}/{side}_paths.npy, {side}_labels.npy"
         )
-    for side, other in (("train", "val"), ("val", "train")):
-        if missing := sorted(set(labels[sides[other]].tolist()) - set(labels[sides[side]].tolist())):
-            shown = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
-            print(f"warning: {len(missing)} classes have no video in {side}: {shown}.", file=sys.stderr)
+        if missing := sorted(set(labels.tolist()) - classes):
+            print(
+                f"warning: {len(missing)} classes have no video in {side}: {shorten(map(str, missing), 10)}.",
+                file=sys.stderr,
+            )
     return 0
 
 
-def _write(out: Path, splits: dict[str, tuple[list[str], np.ndarray, list[Segment | None]]]) -> None:
-    """Write all files. Raises UserError if one exists with other content."""
-    for side, (paths, labels, segments) in splits.items():
-        for what, array in (("paths", np.array(paths)), ("labels", labels), ("segments", np.array(segments))):
-            file = out / f"{side}_{what}.npy"
-            if file.exists() and not np.array_equal(load_array(str(file), "OUT"), array):
-                raise UserError(f"{file} exists, and is another split. Nothing was changed. Give another OUT.")
+def group_videos(paths: Sequence[str], grouping: Callable[[str], str]) -> list[str]:
+    """Return the group of each path."""
+    return [grouping(os.path.splitext(os.path.basename(drop_format_folders(path)))[0]) for path in paths]
+
+
+def pattern_grouping(pattern: str) -> Callable[[str], str]:
+    """Return a grouping by what the first parentheses of a regular expression match, anywhere in the name.
+
+    Raises UserError for an invalid expression or one without parentheses; the grouping raises it for a name without a match.
+    """
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        for side, (paths, labels, segments) in splits.items():
-            write_split(out, side, paths, labels, segments)
-    except OSError as error:
-        raise UserError(f"OUT ({out}) cannot be written to: {error.strerror}. Give another folder.") from error
+        compiled = re.compile(pattern)
+        if compiled.groups < 1:
+            raise re.error(r"it needs parentheses around the part of a name that identifies the source, e.g. (.*)_c\d+")
+    except re.error as error:
+        raise UserError(f"--group-pattern {pattern!r} must be a regular expression: {error}.") from error
+
+    def grouping(name: str) -> str:
+        match = compiled.search(name)
+        if match is None or match[1] is None:
+            raise UserError(
+                f"--group-pattern {pattern!r} must match the name of each video (without folders and suffix), and does not "
+                f"match {name!r}."
+            )
+        return match[1]
+
+    return grouping
+
+
+def hold_out(groups: Sequence[str], labels: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """Return bool (N,): the held-out videos, as near to `share` as whole groups allow, the same for the same seed.
+
+    Within that, classes are represented evenly, and a class with a single group stays in training if it can.
+    Raises UserError when there is one group only.
+    """
+    names, group, sizes = np.unique(np.array(groups), return_inverse=True, return_counts=True)
+    if len(names) < 2:
+        raise UserError(
+            f"All {len(groups)} videos are of one group ({str(names[0])!r}), which stays on one side. Expected at least two; "
+            "set --group-pattern."
+        )
+    order = _order(group, labels, len(names), seed)
+    target = min(max(round(share * len(groups)), 1), len(groups) - 1)
+    return np.isin(group, order[_nearest_sum(sizes[order], target)])
+
+
+def _order(group: np.ndarray, labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Shuffle the groups so that each class is spread evenly over the order."""
+    random = keyed_rng(seed, 0)
+    votes: list[Counter[int]] = [Counter() for _ in range(count)]
+    for number, label in zip(group.tolist(), labels.tolist(), strict=True):
+        votes[number][label] += 1
+    main_class = np.array([vote.most_common(1)[0][0] for vote in votes])
+    place = np.empty(count)
+    for label in np.unique(main_class):
+        members = random.permutation(np.flatnonzero(main_class == label))
+        place[members] = (np.arange(len(members)) + random.random()) / len(members) if len(members) > 1 else 2
+    return np.lexsort((random.random(count), place))
+
+
+def _nearest_sum(sizes: np.ndarray, target: int) -> np.ndarray:
+    """Return indices of sizes whose sum is nearest to `target`, but neither 0 nor the sum of all.
+
+    Dynamic programming over sums: `first[s]` is the first item with which the sum s is reached. Early items are preferred,
+    because it stops as soon as the target itself is reached.
+    """
+    limit = int(min(2 * target + int(sizes.min()), sizes.sum()))  # sums beyond are farther than the smallest item alone
+    first = np.full(limit + 1, -1)
+    first[0] = 0
+    for item, size in enumerate(sizes.tolist()):
+        if first[target] >= 0:
+            break
+        if size <= limit:
+            fresh = np.flatnonzero((first[:-size] >= 0) & (first[size:] < 0)) + size
+            first[fresh] = item
+    reachable = np.flatnonzero(first[1 : min(limit, int(sizes.sum()) - 1) + 1] >= 0) + 1
+    total = int(reachable[np.argmin(np.abs(reachable - target))])
+    chosen = []
+    while total > 0:
+        chosen.append(int(first[total]))
+        total -= int(sizes[chosen[-1]])
+    return np.array(chosen)

@@ -30,26 +30,13 @@ _ALMOST_SPLITS = {
     "val": ("vals", "vld", "eval", "evaluation", "validations", "development"),
     "test": ("te", "tst", "tests", "holdout", "heldout"),
 }
-_FORMAT_FOLDERS = {
-    "frames",
-    "images",
-    "img",
-    "imgs",
-    "extracted",
-    "jpg",
-    "jpeg",
-    "png",
-    "rgb",
-    "flow",
-    "video",
-    "videos",
-}
-_SHOWN = 5
+_FORMAT_FOLDERS = set("frames images img imgs extracted jpg jpeg png rgb flow video videos".split())
+_NUM_LISTED = 5
 
 
 @dataclass(frozen=True)
 class Record:
-    """One sample: its path as in the source, its class (a name or a number), and its place there, for messages."""
+    """One sample: path as in the source, class (its name or number, later its number), and place in the source."""
 
     path: str
     label: str | int
@@ -63,13 +50,17 @@ class DatasetIndex:
 
     splits: Mapping[str, list[Record]]
     root: str
-    classes: list[str] | None = None  # names in the order of labels, if the source says so
-    seen: bool = False  # the rows are what was found on disk, below `root`
+    classes: Sequence[str] = ()  # names in the order of labels, if they are known
+    on_disk: bool = False  # the records are files that were listed below `root`
     notes: Sequence[str] = ()  # sentences on how the source was read
     warnings: Sequence[str] = ()
 
-    def rows(self) -> Iterable[Record]:
-        return (row for rows in self.splits.values() for row in rows)
+    def rows(self) -> list[Record]:
+        return [row for rows in self.splits.values() for row in rows]
+
+    def labels(self, split: str) -> np.ndarray:
+        """Return the class numbers of a split, int64 (N,)."""
+        return np.array([row.label for row in self.splits[split]], np.int64)
 
     def arrays(self, split: str) -> list[str]:
         """Return which arrays the split has: paths, labels, and segments if a sample is a part of a video."""
@@ -85,7 +76,7 @@ def split_of(name: str) -> str | None:
 
 
 def guess_split(name: str) -> str | None:
-    """Return the split that a part of a name stands for: "UCF101_train", "TestSet", "trainset", "val-256", "held out"."""
+    """Return the split that a part of a name suggests: "UCF101_train", "TestSet", "trainset", "val-256", "held out"."""
     words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)
     words.append("".join(words))
     for word in words + [re.sub("(?i)_?(set|data|split|videos|clips)$", "", word) for word in words]:
@@ -97,14 +88,11 @@ def guess_split(name: str) -> str | None:
 
 def check_unambiguous(splits: Mapping[str, str], where: str) -> None:
     """Raise UserError unless each split has one name. splits: name -> split."""
-    for split, count in Counter(splits.values()).items():
-        if count > 1:
-            names = [name for name, other in splits.items() if other == split]
-            raise UserError(
-                f"{where} has {' and '.join(names)}, which both name the {split} split. Pass --splits "
-                f"{format_splits(splits)} to use "
-                "both, the same without one of them to ignore it, or --splits none if these are not splits."
-            )
+    if len(set(splits.values())) < len(splits):
+        raise UserError(
+            f"{where} has several names of one split: {', '.join(splits)}. Pass --splits {format_splits(splits)} to use all, "
+            "the same without some of them to ignore these, or --splits none if they are not splits."
+        )
 
 
 def format_splits(splits: Mapping[str, str]) -> str:
@@ -117,19 +105,18 @@ def parse_splits(text: str) -> dict[str, str]:
     if text == "none":
         return {}
     pairs = [item.partition("=")[::2] for item in text.split(",")]
-    names = [name for _, name in pairs]
-    if not all(split in SPLITS and name for split, name in pairs) or len(set(names)) < len(names):
+    splits = {name: split for split, name in pairs}
+    if not all(split in SPLITS and name for split, name in pairs) or len(splits) < len(pairs):
         raise UserError(
-            f"--splits is {text!r}; expected SPLIT=NAME,... with the splits train, val and test and each NAME once, or none. "
-            "Change --splits."
+            f"--splits is {text!r}; expected SPLIT=NAME,... with the splits train, val and test and each NAME once, or none."
         )
-    return {name: split for split, name in pairs}
+    return splits
 
 
-def listing_error(what: str, problems: list[str], advice: str) -> UserError:
+def listing_error(what: str, problems: Sequence[str], advice: str) -> UserError:
     """Return an error that lists the first few problems and counts the rest."""
-    more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-    return UserError(f"{what}: {'; '.join(problems[:_SHOWN])}{more}. {advice}")
+    more = f"; and {len(problems) - _NUM_LISTED} more" if len(problems) > _NUM_LISTED else ""
+    return UserError(printable(f"{what}: {'; '.join(problems[:_NUM_LISTED])}{more}. {advice}"))
 
 
 def printable(text: str) -> str:
@@ -137,124 +124,131 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def shorten(names: Sequence[str], shown: int = _SHOWN) -> str:
+def shorten(names: Iterable[str], count: int = _NUM_LISTED) -> str:
     """Join the first few names."""
-    return printable(", ".join(names[:shown]) + (", ..." if len(names) > shown else ""))
+    names = list(names)
+    return printable(", ".join(names[:count]) + (", ..." if len(names) > count else ""))
 
 
-def parse_labels(rows: list[Record]) -> list[Record]:
-    """Return the records with integer labels if all labels are integers, else unchanged, with names of classes.
+def number_classes(index: DatasetIndex, names: Sequence[str] = ()) -> DatasetIndex:
+    """Return the index with the names of its classes, and their numbers as labels.
 
-    Raises UserError when some are names and some are integers, and for numbers that are no whole numbers.
+    names: the order that the user wants, before that of the source. Without either, labels that are all integers are class
+    numbers, and other classes are in natural order of their names.
+    Raises UserError for labels without a class, integers among names, and two classes with the same name (also if only case
+    or spaces differ).
     """
-    whole = [row for row in rows if re.fullmatch(r"[+-]?[0-9]+", str(row.label))]
-    broken = [row for row in rows if re.fullmatch(r"[+-]?([0-9]+\.[0-9]*|\.[0-9]+)", str(row.label))]
-    if broken:
-        problems = [f"{row.where}: {row.label}" for row in broken]
-        raise listing_error(
-            "Some labels are not whole numbers", problems, "Expected names of classes, or integers from 0."
-        )
-    if not whole:
-        return rows
-    if len(whole) < len(rows):
-        named = set(rows) - set(whole)
-        fewer = whole if 2 * len(whole) <= len(rows) else [row for row in rows if row in named]
-        problems = [f"{row.where}: {row.label}" for row in fewer]
-        raise listing_error(
-            f"{len(whole)} labels are integers and {len(rows) - len(whole)} are names; expected one kind. The fewer are",
-            problems,
-            "Fix the list.",
-        )
-    # Python refuses to read thousands of digits; so many are out of any range however they go on.
-    return [replace(row, label=int(str(row.label)[:40])) for row in rows]
-
-
-def label_arrays(index: DatasetIndex, names: list[str] | None = None) -> tuple[list[str], dict[str, np.ndarray]]:
-    """Return the names of the classes in the order of labels, and the int64 labels of each split.
-
-    names: the order that the user wants, which goes before that of the source; without either, classes are in natural
-    order of their names. Integer labels without names are named by their numbers.
-    Raises UserError for two classes of one name (also when only case or spaces differ), and labels without a class.
-    """
-    found = {row.label for row in index.rows()}
-    numbers = {label for label in found if isinstance(label, int)}
-    classes = names or index.classes
-    if classes is None and numbers:
-        _check_numbers(index, MAX_CLASSES, "Class numbers start at 0; fix the list.")
-        classes = [str(number) for number in range(max(numbers) + 1)]
-    elif classes is None:
-        classes = sorted((str(label) for label in found), key=natural)
-    _check_names(classes)
+    first: dict[str | int, Record] = {}  # label -> the first record that has it
+    for row in index.rows():
+        first.setdefault(row.label, row)
+    numbers = {} if index.classes and isinstance(next(iter(first)), str) else _parse_integers(first)
+    classes, starts_at_one = list(names or index.classes), False
     if numbers:
-        shift = ""
-        if start_at_one(np.array(sorted(numbers)), len(classes)):
-            shift = "They start at 1: subtract 1 from each. "
-        _check_numbers(index, len(classes), f"{shift}Correct the list, or the names of the classes (--class-names).")
-        return classes, {split: np.array([r.label for r in rows], np.int64) for split, rows in index.splits.items()}
-    numbers_of = {name: number for number, name in enumerate(classes)}
-    problems = [f"{row.where}: {row.label}" for row in index.rows() if row.label not in numbers_of]
-    if problems:
-        advice = (
-            f"The {len(classes)} classes are {', '.join(classes[:3])}, ... Fix the list, or the names of the classes."
+        count = len(classes) or MAX_CLASSES
+        bad, expected = [label for label, number in numbers.items() if not 0 <= number < count], f"0 to {count - 1}"
+        starts_at_one = bool(classes) and start_at_one(np.array(list(numbers.values())), count)
+        classes = classes or [str(number) for number in range(0 if bad else max(numbers.values()) + 1)]
+    else:
+        classes = classes or sorted(map(str, first), key=natural)
+        numbers = {name: number for number, name in enumerate(classes)}
+        bad, expected = [label for label in first if label not in numbers], shorten(classes, 3)
+    if bad:
+        raise listing_error(
+            f"Some labels are not among the classes ({expected})",
+            [f"{first[label].where}: {str(label)[:40]}" for label in bad],
+            f"{'They start at 1: subtract 1 from each. ' if starts_at_one else ''}Fix the list, or the names of the classes "
+            "(--class-names).",
         )
-        raise listing_error("Some rows are of a class that is not among the names of the classes", problems, advice)
-    return classes, {
-        split: np.array([numbers_of[str(row.label)] for row in rows], np.int64) for split, rows in index.splits.items()
-    }
+    _check_names(classes)
+    splits = {split: [replace(row, label=numbers[row.label]) for row in rows] for split, rows in index.splits.items()}
+    return replace(index, splits=splits, classes=classes)
 
 
-def label_warnings(classes: list[str], labels: Mapping[str, np.ndarray]) -> list[str]:
+def _parse_integers(first: Mapping[str | int, Record]) -> dict[str | int, int]:
+    """Return label -> class number if all labels are integers, nothing if all are names. Raises UserError for a mixture."""
+    numeric = [label for label in first if re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)", str(label))]
+    # Python refuses to parse thousands of digits; 40 are out of range, too.
+    integers = {label: int(str(label)[:40]) for label in numeric if "." not in str(label)}
+    if not numeric or len(integers) == len(first):
+        return integers
+    others = [label for label in first if label not in integers]
+    fewer = integers if 0 < len(integers) < len(others) else others
+    raise listing_error(
+        "Labels must be all integers from 0, or all names of classes; these differ from the rest",
+        [f"{first[label].where}: {label}" for label in fewer],
+        "Fix the list.",
+    )
+
+
+def _check_names(classes: Sequence[str]) -> None:
+    alike: dict[str, list[str]] = {}
+    for name in classes:
+        alike.setdefault("".join(name.split()).casefold(), []).append(name)
+    problems = [" = ".join(map(repr, names)) for names in alike.values() if len(names) > 1]
+    problems += [repr(name) for name in classes if not name.strip() or not name.isprintable()]
+    if problems:
+        raise listing_error(
+            "Names of classes must be printable, and differ by more than case or spaces",
+            problems,
+            "Rename the labels (or folders) so that each class has one spelling.",
+        )
+
+
+def label_warnings(index: DatasetIndex) -> list[str]:
     """Return warnings about classes that do not occur (in train), and labels that are unlikely to be classes."""
-    seen = {split: set(array.tolist()) for split, array in labels.items()}
-    everywhere = set().union(*seen.values())
-    warnings = []
+    labels = {split: index.labels(split) for split in index.splits}
+    used = {split: set(array.tolist()) for split, array in labels.items()}
+    everywhere, classes = set().union(*used.values()), index.classes
+    train, warnings = used.get("train", set()), []
     if classes[0] == "0" and start_at_one(np.concatenate(list(labels.values())), None):
         warnings.append("Labels start at 1, so class 0 never occurs: subtract 1 from each in the list.")
-    elif classes[0] == "0" and (
-        shifted := [split for split in labels if split != "train" and is_shifted(seen.get("train", ()), seen[split])]
-    ):
-        warnings.append(
-            f"Labels of train and {' and '.join(shifted)} do not both start at 0: one starts at 1. Subtract 1 from each there, "
-            "or the same number means different classes."
-        )
+    elif classes[0] == "0" and any(is_shifted(train, used[split]) for split in labels if split != "train"):
+        warnings.append("Labels of one split start at 0 and of another at 1: the same number means different classes.")
     elif never := [name for number, name in enumerate(classes) if number not in everywhere]:
         warnings.append(f"{len(never)} of {len(classes)} classes never occur: {shorten(never)}.")
-    for split in ("val", "test"):
-        if "train" in seen and (only := [classes[n] for n in sorted(seen.get(split, set()) - seen["train"])]):
+    for split in used:
+        if train and (only := [classes[number] for number in sorted(used[split] - train)]):
             warnings.append(f"{len(only)} classes occur in {split} and not in train: {shorten(only)}.")
     if len(everywhere) == 1:
         warnings.append(f"All samples are of one class, {classes[everywhere.pop()]}: there is nothing to tell apart.")
-    elif len(everywhere) == sum(map(len, labels.values())):
-        warnings.append(
-            "Each sample has a class of its own. Check that the labels are classes, and not names of videos."
-        )
+    elif len(everywhere) == len(index.rows()):
+        warnings.append("Each sample has another class. Check that the labels are classes, and not names of videos.")
     return warnings
 
 
-def path_warnings(splits: Mapping[str, list[Record]], labels: Mapping[str, np.ndarray]) -> list[str]:
-    """Return warnings about repeated samples, contradicting labels, and videos in two forms or in two splits."""
+def path_warnings(index: DatasetIndex, check: bool) -> list[str]:
+    """Return warnings about repeated samples, contradicting labels, and videos in two forms or in two splits.
+
+    check: also compare files, to find links.
+    """
     warnings = []
-    keys: dict[str, dict[str, list[str]]] = {}  # split -> video_key -> paths
-    for split, rows in splits.items():
-        samples = [(row.path, row.segment) for row in rows]
-        if twice := [path for (path, _), count in Counter(samples).items() if count > 1]:
-            warnings.append(f"{len(twice)} files stand in {split} more than once: {shorten(twice)}.")
-        different = Counter(sample for sample, _ in set(zip(samples, labels[split].tolist(), strict=True)))
-        if contradicting := [path for (path, _), count in different.items() if count > 1]:
-            warnings.append(f"{len(contradicting)} files have different labels in {split}: {shorten(contradicting)}.")
-        found = keys[split] = {}
+    videos: dict[str, dict[object, list[str]]] = {}  # split -> video_key, or device and inode -> paths
+    for split, rows in index.splits.items():
+        labelled = {(row.path, row.segment, row.label) for row in rows}
+        for what, samples in (
+            ("more than once", Counter((row.path, row.segment) for row in rows)),
+            ("with different labels", Counter((path, segment) for path, segment, _ in labelled)),
+        ):
+            if repeated := [path for (path, _), count in samples.items() if count > 1]:
+                warnings.append(f"{len(repeated)} samples are in {split} {what}: {shorten(repeated)}.")
+        by_name: dict[object, list[str]] = {}
+        by_file: dict[object, list[str]] = {}
         for path in dict.fromkeys(row.path for row in rows):
-            found.setdefault(video_key(path), []).append(path)
-        if forms := [" = ".join(paths) for paths in found.values() if len(paths) > 1]:
+            by_name.setdefault(video_key(path), []).append(path)
+            if check and len(index.splits) > 1:
+                status = os.stat(index.full(path))
+                by_file.setdefault((status.st_dev, status.st_ino), []).append(path)
+        if forms := [" = ".join(paths) for paths in by_name.values() if len(paths) > 1]:
             warnings.append(
                 f"{len(forms)} videos seem to be in {split} in two forms (a file and its frames, or two formats), each a "
                 f"sample: {shorten(forms)}. Remove one of them."
             )
-    for one, other in combinations(keys, 2):
-        if shared := sorted(keys[one].keys() & keys[other].keys()):
-            warnings.append(
-                f"{one} and {other} share {len(shared)} files: {shorten([keys[one][key][0] for key in shared])}."
-            )
+        videos[split] = by_name | by_file
+    for one, other in combinations(videos, 2):
+        both = videos[one].keys() & videos[other].keys()
+        shared = {tuple(dict.fromkeys((videos[one][key][0], videos[other][key][0]))) for key in both}
+        if shared:
+            warnings.append(f"{one} and {other} share {len(shared)} files: {shorten(sorted(map(' = '.join, shared)))}.")
     return warnings
 
 
@@ -263,7 +257,7 @@ def video_key(path: str) -> str:
     path = drop_format_folders(path)
     words = "frames?|images?|imgs?|extracted|jpe?g|png|rgb|flow"
     stem = re.sub(rf"(?i)(?<=[^/])[_.-]({words})$|(?<![^/])({words})[_.-](?=[^/]+$)", "", path)
-    return drop_suffix(stem)  # also of the video that frames are called after: "001.mp4.frames"
+    return drop_suffix(stem)  # also of the video that frames are named after: "001.mp4.frames"
 
 
 def drop_suffix(path: str) -> str:
@@ -275,29 +269,3 @@ def drop_suffix(path: str) -> str:
 def drop_format_folders(path: str) -> str:
     """Drop folders that name a format: "a/frames/1" -> "a/1", "a/1/frames" -> "a/1"."""
     return "/".join(name for name in path.rstrip("/").split("/") if name.lower() not in _FORMAT_FOLDERS)
-
-
-def _check_numbers(index: DatasetIndex, classes: int, advice: str) -> None:
-    problems = [
-        f"{r.where}: {r.label}" for r in index.rows() if isinstance(r.label, int) and not 0 <= r.label < classes
-    ]
-    if problems:
-        raise listing_error(f"Some labels are not from 0 to {classes - 1}", problems, advice)
-
-
-def _check_names(classes: list[str]) -> None:
-    alike: dict[str, list[str]] = {}
-    for name in classes:
-        alike.setdefault("".join(name.split()).casefold(), []).append(name)
-    problems = [" = ".join(map(repr, names)) for names in alike.values() if len(names) > 1]
-    if problems:
-        raise listing_error(
-            "Some classes have one name, or names that differ only in case or spaces",
-            problems,
-            "Expected a name of its own for each class; correct the labels (or folders) so that each class is spelled one way.",
-        )
-    odd = [repr(name) for name in classes if not name.strip() or not name.isprintable()]
-    if odd:
-        raise listing_error(
-            "Some names of classes cannot be printed on a line", odd, "Expected plain text; rename them."
-        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -16,6 +16,9 @@ from PIL import Image
 from omnivision.data.encode import TEMPORARY_SUFFIX, write_timed_video
 from omnivision.data.frames import check_sizes
 from omnivision.data.video import VideoDecodeError, open_video
+from omnivision.tools.progress import track
+from omnivision.tools.workers import run_in_processes
+from omnivision.utils.errors import UserError
 
 MAX_PIXELS = 33_177_600  # as trainer.data.max_pixels: what training would not read need not be prepared
 _JPEG_QUALITY = 92
@@ -46,30 +49,42 @@ class TranscodeJob:
     config: TranscodeConfig
 
 
-@dataclass(frozen=True)
-class TranscodeResult:
-    """`reason`: why the video could not be read; `fault`: why the result could not be written, which ends the command."""
-
-    reason: str | None = None
-    fault: str | None = None
-
-
-def destinations(paths: list[str], config: TranscodeConfig) -> dict[str, str]:
+def destinations(paths: Iterable[str], config: TranscodeConfig) -> dict[str, str]:
     """Return the relative path of the result for each path; a suffix stays in the name where it is the only difference."""
-    stems = Counter(os.path.splitext(path)[0] for path in set(paths))
-    folders = {str(folder) for path in paths for folder in Path(path).parents}
+    unique = sorted(set(paths))
+    stems = Counter(os.path.splitext(path)[0] for path in unique)
+    folders = {str(folder) for path in unique for folder in Path(path).parents}
     result = {}
-    for path in paths:
+    for path in unique:
         stem, suffix = os.path.splitext(path)
-        alone = stems[stem] == 1 and stem not in folders
-        result[path] = (stem if alone else f"{stem}_{suffix[1:]}") + (".mp4" if config.frames_fps is None else "")
+        is_unique = stems[stem] == 1 and stem not in folders
+        result[path] = (stem if is_unique else f"{stem}_{suffix[1:]}") + (".mp4" if config.frames_fps is None else "")
     return result
 
 
-def transcode(job: TranscodeJob) -> TranscodeResult:
+def transcode_all(
+    root: str, out: Path, results: Mapping[str, str], config: TranscodeConfig, workers: int | None
+) -> tuple[dict[str, str], int]:
+    """Transcode what is missing. results: path below `root` -> path below `out`.
+
+    Returns the reasons for failures by path, and how many results existed. Raises UserError if a result cannot be written.
+    """
+    missing = [path for path, result in results.items() if not (out / result).exists()]
+    jobs = [TranscodeJob(os.path.join(root, path), str(out / results[path]), config) for path in missing]
+    work = run_in_processes(transcode, jobs, workers)
+    try:
+        reasons = {missing[position]: reason for position, reason in track(work, len(jobs), "prepare")}
+    finally:
+        work.close()  # ends its processes
+        remove_stale_tmp(out)
+    return {path: str(reason) for path, reason in reasons.items() if reason}, len(results) - len(missing)
+
+
+def transcode(job: TranscodeJob) -> str | None:
     """Transcode one video (or frame folder); the result appears under its name only when complete.
 
     Rotation is applied, sound is dropped; a video keeps the time stamps of its frames to the tick.
+    Returns why the video cannot be read, None for success. Raises UserError if the result cannot be written.
     """
     config, path = job.config, Path(job.destination)
     try:
@@ -82,14 +97,17 @@ def transcode(job: TranscodeJob) -> TranscodeResult:
             scaled = _scaled(timed, config.short_side, even=config.frames_fps is None)
             if config.frames_fps is not None:
                 _write_frames(path, scaled, tick, duration, Fraction(str(config.frames_fps)))
-                return TranscodeResult()
-            fps = max(frames / max(duration, tick), Fraction(1)).limit_denominator(1001)
-            _write_film(path, scaled, tick, fps, round(duration / tick), config)
+            else:
+                fps = max(frames / max(duration, tick), Fraction(1)).limit_denominator(1001)
+                _write_video(path, scaled, tick, fps, round(duration / tick), config)
     except VideoDecodeError as error:
-        return TranscodeResult(reason=str(error))
-    except OSError as error:  # of PyAV's too
-        return TranscodeResult(fault=f"{path}: {error.strerror or error}")
-    return TranscodeResult()
+        return str(error)
+    except OSError as error:  # PyAV's too
+        raise UserError(
+            f"{path} cannot be written: {error.strerror or error}. Change OUT, or fix it and run the same command again: it "
+            "continues where it stopped."
+        ) from error
+    return None
 
 
 def remove_stale_tmp(folder: Path) -> None:
@@ -113,7 +131,7 @@ def _ascending(frames: Frames, time_base: Fraction) -> tuple[Fraction, Frames]:
     """Return the time base (s) to write with, and the frames at ascending ticks of it, from 0.
 
     Containers without time stamps of their own (AVI) may repeat or swap some: such a frame comes one tick after the one
-    before it. VideoDecodeError when they go back by more than per second.
+    before it. VideoDecodeError when they go back by more than a second.
     """
     tick = time_base if max(time_base.numerator, time_base.denominator) <= 1_000_000 else Fraction(1, 90_000)
 
@@ -122,7 +140,7 @@ def _ascending(frames: Frames, time_base: Fraction) -> tuple[Fraction, Frames]:
         for time, image in frames:
             now = round(time * time_base / tick)
             if (last - now) * tick > 1:
-                raise VideoDecodeError("its time stamps go back by more than per second")
+                raise VideoDecodeError("its time stamps go back by more than a second")
             last = max(now, last + 1)
             yield last, image
 
@@ -142,14 +160,14 @@ def _scaled(frames: Frames, short_side: int | None, even: bool) -> Frames:
         yield tick, image
 
 
-def _write_film(path: Path, frames: Frames, tick: Fraction, fps: Fraction, end: int, config: TranscodeConfig) -> None:
+def _write_video(path: Path, frames: Frames, tick: Fraction, fps: Fraction, end: int, config: TranscodeConfig) -> None:
     """Write a video and read it back. Raises VideoDecodeError if the times of its frames have changed.
 
-    So it is where frames of a thousandth of per second stand beside some of seconds: readers then miss the last ones.
+    They have if frames of a millisecond are mixed with frames of seconds: readers then miss the last ones.
     """
     times: list[Fraction] = []
 
-    def noted() -> Frames:
+    def recorded() -> Frames:
         for time, image in frames:
             times.append(time * tick)
             yield time, image
@@ -157,7 +175,7 @@ def _write_film(path: Path, frames: Frames, tick: Fraction, fps: Fraction, end: 
     temporary = path.with_name(f".{path.name}.{os.getpid()}.video{TEMPORARY_SUFFIX}")
     try:
         write_timed_video(
-            temporary, noted(), tick, fps=fps, end=end, gop=config.gop, crf=config.crf, quick_to_read=True
+            temporary, recorded(), tick, fps=fps, end=end, gop=config.gop, crf=config.crf, quick_to_read=True
         )
         with open_video(str(temporary)) as video:
             if [time * video.time_base for time in video.times()] != times:
@@ -173,13 +191,13 @@ def _write_frames(path: Path, frames: Frames, tick: Fraction, duration: Fraction
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        count, shown = 0, None
+        count, current = 0, None
         for time, image in frames:
-            while shown is not None and count / fps < time * tick:
-                count = _save(temporary, count, shown)
-            shown = Image.fromarray(image)  # a copy: the decoder reuses its memory
-        while shown is not None and (count == 0 or count / fps < duration):
-            count = _save(temporary, count, shown)
+            while current is not None and count / fps < time * tick:
+                count = _save(temporary, count, current)
+            current = Image.fromarray(image)  # a copy: the decoder reuses its memory
+        while current is not None and (count == 0 or count / fps < duration):
+            count = _save(temporary, count, current)
         if count == 0:
             raise VideoDecodeError("no frame could be decoded")
         os.replace(temporary, path)

@@ -20,39 +20,32 @@ class WorkerCrashedError(RuntimeError):
     """The process that worked on an item ended before it had a result."""
 
 
-def default_workers() -> int:
-    """Return the number of cores of this process, but at most 16."""
-    return min(len(os.sched_getaffinity(0)), 16)
-
-
 def run_in_processes(
-    function: Callable[[Item], Result], items: Sequence[Item], workers: int
+    function: Callable[[Item], Result], items: Sequence[Item], workers: int | None
 ) -> Generator[tuple[int, Result | WorkerCrashedError], None, None]:
-    """Yield (position, function(item)) of each item as it is done, in `workers` processes; 0: in this one.
+    """Yield (position, function(item)) of each item as it is done.
 
+    workers: number of processes; 0: this one; None: one for each core, at most 16.
     The result of an item whose process crashed is a WorkerCrashedError. An exception of `function`, which must be importable
     by name, ends the iteration. The processes end with the iteration.
     """
     if workers == 0:
         yield from ((position, function(item)) for position, item in enumerate(items))
         return
+    workers = min(len(os.sched_getaffinity(0)), 16) if workers is None else workers
     context = multiprocessing.get_context("forkserver")  # not forked: the caller may hold threads
     context.set_forkserver_preload([function.__module__])  # imported once, not by each process
     pool = ProcessPool(max_workers=max(1, min(workers, len(items))), context=context)
     remaining = iter(enumerate(items))
     running: dict[Future[Any], int] = {}
-
-    def submit(count: int) -> None:
-        for position, item in islice(remaining, count):
-            running[pool.schedule(function, args=[item])] = position
-
     try:
-        submit(workers)  # not all at once: there may be millions
-        while running:
+        while True:
+            for position, item in islice(remaining, workers - len(running)):  # not all at once: there may be millions
+                running[pool.schedule(function, args=[item])] = position
+            if not running:
+                break
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                position = running.pop(future)
-                submit(1)
-                yield position, _result(future)
+                yield running.pop(future), _result(future)
         pool.close()
     except BaseException:
         pool.stop()

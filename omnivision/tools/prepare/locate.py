@@ -1,0 +1,150 @@
+"""The files of a dataset's samples: where they are, which are frame folders."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+from omnivision.data.frames import IMAGE_SUFFIXES, SeveralSeriesError
+from omnivision.data.video import VideoDecodeError, open_video
+from omnivision.tools.prepare.index import VIDEO_SUFFIXES, DatasetIndex, Record, drop_suffix, listing_error, shorten
+from omnivision.utils.errors import UserError
+
+
+def locate_videos(index: DatasetIndex, *, prefix: str | None, check: bool, skip_missing: bool = False) -> DatasetIndex:
+    """Return the index with paths relative to its root: `prefix`, else the root of the index, else their common folder.
+
+    With `check`, each must be a file or a folder; a video may have another suffix than the list says, or be a frame folder.
+    Rows without a video raise a UserError, or are left out (`skip_missing`).
+    """
+    root = os.path.abspath(prefix if prefix is not None else index.root)
+    base = os.path.abspath(index.root) if index.on_disk else root
+    rows = index.rows()
+    files: list[Record | None] = [replace(row, path=os.path.normpath(os.path.join(base, row.path))) for row in rows]
+    notes, warnings = list(index.notes), list(index.warnings)
+    if check and not index.on_disk:
+        files = _find_files(rows, base, index.classes)
+        missing = [
+            f"{row.where}: {os.path.normpath(os.path.join(base, row.path))}"
+            for row, file in zip(rows, files, strict=True)
+            if file is None
+        ]
+        what = f"{len(missing)} of {len(rows)} videos do not exist (or are folders without images)"
+        if missing and (not skip_missing or len(missing) == len(rows)):
+            raise listing_error(
+                what,
+                missing,
+                "Set --prefix to the folder that holds them, fix the list, leave these rows out with --skip-missing, or skip "
+                "this check with --no-check-files.",
+            )
+        warnings += [f"{what} and are left out: {shorten(missing)}."] * bool(missing)
+        trimmed = [file.path for row, file in zip(rows, files, strict=True) if file and file.segment != row.segment]
+        if trimmed:
+            notes.append(f"{len(trimmed)} files are trimmed to their segments ({shorten(trimmed, 1)}): times not used.")
+    paths = [file.path for file in files if file]
+    outside = [path for path in paths if os.path.commonpath([path, root]) != root]
+    if outside and prefix is not None:
+        raise listing_error(
+            f"{len(outside)} videos are not below --prefix {prefix}", outside, "Set a folder above all."
+        )
+    if outside:
+        root = os.path.commonpath([os.path.dirname(path) for path in paths])
+    located = iter(files)
+    splits = {
+        split: [replace(file, path=os.path.relpath(file.path, root)) for _ in rows if (file := next(located))]
+        for split, rows in index.splits.items()
+    }
+    for split, rows in splits.items():
+        untrimmed = [row.path for row in rows if row.segment]
+        if 0 < len(untrimmed) < len(rows):
+            raise listing_error(
+                f"{len(rows) - len(untrimmed)} files of the {split} split are trimmed to their segments, the others not",
+                untrimmed,
+                "Expected one kind in a split; move the others elsewhere.",
+            )
+    splits = {split: rows for split, rows in splits.items() if rows}
+    return replace(index, splits=splits, root=root, notes=notes, warnings=warnings)
+
+
+def _find_files(rows: Sequence[Record], folder: str, classes: Sequence[str]) -> list[Record | None]:
+    """Return each record with its absolute path on disk; None where there is no file.
+
+    The file of a row with a segment may be trimmed to it, NAME_000010_000020 as in Kinetics: then the sample is the whole
+    video. It may also lie in any folder below, if the row names none.
+    """
+    names: dict[str, list[str]] = {}  # -> paths of the videos of that name
+    if any(row.segment and "/" not in row.path for row in rows):
+        for parent, _, files in os.walk(folder):
+            for file in files:
+                if drop_suffix(file) != file:
+                    names.setdefault(drop_suffix(file), []).append(os.path.join(parent, file))
+
+    def find(path: str, row: Record) -> str | None:
+        if (file := _on_disk(os.path.normpath(os.path.join(folder, path)))) or not row.segment or "/" in path:
+            return file
+        paths = names.get(drop_suffix(path), [])
+        if len(paths) > 1:  # the same name in several classes
+            label = classes[int(row.label)].replace(" ", "_")
+            paths = [path for path in paths if label in path.replace(" ", "_").split("/")]
+        return paths[0] if len(paths) == 1 else None
+
+    def locate(row: Record) -> Record | None:
+        if row.segment and (file := find("{}_{:06.0f}_{:06.0f}".format(drop_suffix(row.path), *row.segment), row)):
+            return replace(row, path=file, segment=None)
+        return replace(row, path=file) if (file := find(row.path, row)) else None
+
+    with ThreadPoolExecutor(16) as pool:  # threads that wait for a file server
+        return list(pool.map(locate, rows))
+
+
+def _on_disk(path: str) -> str | None:
+    """Return `path` or, if it does not exist, the same name with another video suffix, or without one (frames)."""
+    stem = drop_suffix(path)
+    for candidate in (path, *(stem + suffix for suffix in VIDEO_SUFFIXES)):
+        if os.path.isfile(candidate) or (candidate == path and _holds_images(candidate)):
+            return candidate
+    return stem if stem != path and _holds_images(stem) else None
+
+
+def _holds_images(folder: str) -> bool:
+    if not os.path.isdir(folder):
+        return False
+    with os.scandir(folder) as entries:
+        return any(entry.name.lower().endswith(IMAGE_SUFFIXES) for entry in entries)
+
+
+def find_frame_folders(index: DatasetIndex, check: bool, pattern: str | None) -> list[str]:
+    """Return the samples that are frame folders; without `check`, those without the suffix of a video.
+
+    Raises UserError for folders with several series of frames, or without frames of the pattern.
+    """
+    paths = dict.fromkeys(index.full(row.path) for row in index.rows())
+    if not check:
+        return [path for path in paths if drop_suffix(path) == path]
+    folders, problems = list(filter(os.path.isdir, paths)), []
+    for folder in folders:
+        try:
+            with open_video(folder, frame_pattern=pattern):
+                pass
+        except VideoDecodeError as error:
+            if pattern is not None or isinstance(error, SeveralSeriesError):
+                problems.append(f"{folder}: {error}")
+    if problems:
+        advice = "Select the series to use with --frame-pattern, such as --frame-pattern 'img_*.jpg'."
+        raise listing_error(f"{len(problems)} of {len(folders)} frame folders cannot be used", problems, advice)
+    return folders
+
+
+def check_out(out: str, source: str, index: DatasetIndex, frame_folders: list[str], results: list[str]) -> None:
+    """Raise UserError if OUT is inside the source, or a result would replace a video of the source."""
+    folders = [source] * os.path.isdir(source) + frame_folders
+    real = f"{os.path.realpath(out)}/"
+    is_inside = any(real.startswith(f"{os.path.realpath(folder)}/") for folder in folders)
+    if is_inside or {os.path.realpath(index.full(row.path)) for row in index.rows()} & set(
+        map(os.path.realpath, results)
+    ):
+        raise UserError(
+            f"OUT ({out}) must not be in the source, nor hold its videos: results would replace or join them. Change OUT."
+        )

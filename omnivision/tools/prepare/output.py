@@ -1,0 +1,171 @@
+"""The files that `prepare` writes to OUT, and the dataset's entry in the catalog.
+
+    OUT/{train,val,test}_paths.npy, {train,val,test}_labels.npy, class_names.txt
+    OUT/{train,val,test}_segments.npy when samples are parts of videos
+    OUT/films/... or frames/...       when videos are transcoded
+    OUT/failed.csv                    videos that could not be, with the reason; they are not in the arrays
+    OUT/prepare.json                  the settings that it was made with
+
+An existing video is complete, so the same command completes an interrupted one.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from omnivision.data.catalog import check_array, check_segments, load_array
+from omnivision.data.sampling import Segment
+from omnivision.tools.prepare.index import MAX_CLASSES, DatasetIndex, printable
+from omnivision.utils.errors import UserError
+from omnivision.utils.io import replace_atomically, write_atomically
+
+_STAMP, _FAILED = "prepare.json", "failed.csv"
+_HEADER = "# @package _global_"  # without it, Hydra would not find `datasets` at the top
+
+
+def read_arrays(
+    paths_file: str, labels_file: str | None = None, segments_file: str | None = None
+) -> tuple[list[str], np.ndarray | None, list[Segment] | None]:
+    """Return the paths, labels (int64) and segments (start, end in seconds) of a split; None for those without a file.
+
+    Raises UserError for anything but what `ARRAYS` of the catalog says, and for labels that are no class numbers.
+    """
+    arrays = {}
+    for what, file, argument in (
+        ("paths", paths_file, "PATHS"),
+        ("labels", labels_file, "LABELS"),
+        ("segments", segments_file, "--segments"),
+    ):
+        if file is None:
+            continue
+        if not os.path.isfile(file):  # a pipe would block
+            raise UserError(f"{file}: no such file. Expected a .npy file; give another {argument}.")
+        arrays[what] = load_array(file, argument)
+        check_array(what, arrays[what], file, argument, arrays["paths"].size)
+    labels, segments = arrays.get("labels"), arrays.get("segments")
+    if labels is not None and labels.max() >= MAX_CLASSES:
+        raise UserError(f"{labels_file} holds the label {labels.max()}; expected less than {MAX_CLASSES}. Fix LABELS.")
+    if segments is not None:
+        check_segments(segments, str(segments_file), "--segments", len(segments))
+    return (
+        list(map(str, arrays["paths"])),
+        None if labels is None else labels.astype(np.int64),
+        None if segments is None else [(float(start), float(end)) for start, end in segments],
+    )
+
+
+def write_split(
+    folder: Path, split: str, paths: Sequence[str], labels: np.ndarray, segments: Sequence[Segment | None] = ()
+) -> None:
+    """Write <split>_paths.npy (N, unicode), <split>_labels.npy (N, int64) and <split>_segments.npy (N, 2, float64).
+
+    Without segments (none at all, or None each), samples are whole videos, and there is no file of segments.
+    """
+    arrays = {"paths": np.array(paths, dtype=str), "labels": labels.astype(np.int64)}
+    if any(segments):
+        arrays["segments"] = np.array(segments, dtype=np.float64)
+    else:
+        (folder / f"{split}_segments.npy").unlink(missing_ok=True)
+    for name, array in arrays.items():
+        with replace_atomically(folder / f"{split}_{name}.npy") as file:
+            np.save(file, array, allow_pickle=False)
+
+
+def check_out_folder(out: Path, settings: Mapping[str, object]) -> None:
+    """Raise UserError unless OUT is new, empty, or made with the same settings. Nothing is written."""
+    try:
+        stamp = json.loads((out / _STAMP).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if out.is_dir() and (others := sorted(path.name for path in out.iterdir() if path.name[0] != ".")):
+            raise UserError(
+                f"OUT ({out}) holds something else ({', '.join(others[:3])}). Expected a new or empty folder, or one that this "
+                "command has made. Change OUT."
+            ) from None
+        return
+    except (OSError, ValueError) as error:
+        raise UserError(f"OUT ({out}) must be a folder of this command, and is not: {error}. Change OUT.") from error
+    if stamp != settings:
+        keys = sorted(key for key in settings if not isinstance(stamp, dict) or stamp.get(key) != settings[key])
+        raise UserError(
+            f"OUT ({out}) was made with other settings ({', '.join(keys) or 'more of them'}; see {out / _STAMP}). Pass the "
+            "same, change OUT, or delete it."
+        )
+
+
+def write_stamp(out: Path, settings: Mapping[str, object], classes: Sequence[str]) -> None:
+    """Write what an interrupted command leaves: the settings and the names of the classes."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / _STAMP, json.dumps(settings, indent=1) + "\n")
+    write_atomically(out / "class_names.txt", "".join(f"{name}\n" for name in classes))
+
+
+def write_failed(out: Path, index: DatasetIndex, failed: Mapping[str, str]) -> None:
+    """Write one row per omitted video, path -> reason; remove the file if there is none."""
+    if not failed:
+        (out / _FAILED).unlink(missing_ok=True)
+        return
+    table = io.StringIO()
+    rows = csv.writer(table, lineterminator="\n")
+    rows.writerow(("path", "reason"))
+    rows.writerows((printable(index.full(path)), printable(reason)) for path, reason in sorted(failed.items()))
+    write_atomically(out / _FAILED, table.getvalue())
+
+
+def format_entry(name: str, entry: Mapping[str, Any]) -> str:
+    """Return the entry of a dataset in YAML. Raises UserError for text that a configuration cannot hold as it is."""
+    text = yaml.safe_dump({name: entry}, sort_keys=False, default_flow_style=None, width=10**6, allow_unicode=True)
+    if "${" in text or str(entry) != printable(str(entry)):
+        raise UserError(
+            f'{printable(str(entry))} must be UTF-8 without "${{", which a configuration reads as a reference. Rename it.'
+        )
+    return text
+
+
+def updated_catalog(file: Path, name: str, entry: Mapping[str, Any]) -> str:
+    """Return the text of the catalog `file`, which may be new, with this entry in place of the one of that name.
+
+    Other entries and comments stay. Raises UserError for a file that is no catalog.
+    """
+    try:
+        text = file.read_text(encoding="utf-8") if file.exists() else ""
+        if text.strip() and not text.startswith(_HEADER):
+            raise ValueError(f"it must begin with the line {_HEADER!r}")
+        text = text.rstrip("\n") + "\n" if text.strip() else f"{_HEADER}\n"
+        old = yaml.safe_load(text) or {}
+        text += "" if "datasets" in old else "datasets:\n"
+        new = _replace_entry(text, name, format_entry(name, entry))
+        if yaml.safe_load(new) != {**old, "datasets": {**(old.get("datasets") or {}), name: entry}}:
+            raise ValueError("it must hold a block of entries below `datasets:`")
+    except (OSError, ValueError, AttributeError, TypeError, yaml.YAMLError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"--catalog {file} cannot be extended: {reason}. Fix it, set another --catalog, or paste the entry that the "
+            "command prints without it."
+        ) from error
+    return new
+
+
+def _replace_entry(text: str, name: str, entry: str) -> str:
+    """Put an entry into the text of a catalog, in place of the lines of the old one."""
+    head = re.search(r"(?m)^datasets:[ \t]*(#.*)?\n", text)
+    if head is None:
+        raise ValueError("it must hold a line `datasets:` with a block of entries below")
+    after = re.search(r"(?m)^[^\s#]", text[head.end() :])  # the next key at the top
+    end = head.end() + after.start() if after else len(text)
+    block = text[head.end() : end]
+    first = re.search(r"(?m)^( +)[^\s#]", block)
+    indent = first[1] if first else "  "
+    entry = textwrap.indent(entry, indent)
+    block, count = re.subn(rf"(?m)^{indent}{name}:.*\n((\s*\n)*{indent} .*\n)*", lambda _: entry, block)
+    return text[: head.end()] + ("" if count else entry) + block + text[end:]
