@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import io
-import json
 import os
 import re
 import sys
@@ -40,12 +39,12 @@ class Terminal(io.StringIO):
 
 
 def plain(text: str) -> list[str]:
-    """Lines without what a terminal obeys."""
+    """Lines without control sequences of a terminal."""
     return [line.rstrip() for line in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text).splitlines() if line.strip()]
 
 
-def window(width: int) -> contextlib.AbstractContextManager:
-    return mock.patch.dict(os.environ, {"COLUMNS": str(width), "TERM": "xterm"})
+def errors() -> contextlib.AbstractContextManager[io.StringIO]:
+    return contextlib.redirect_stderr(io.StringIO())
 
 
 class Folder(unittest.TestCase):
@@ -55,109 +54,81 @@ class Folder(unittest.TestCase):
         self.folder = Path(temporary.name)
 
 
-class Stopped(Folder):
-    def test_a_run_that_was_stopped_as_asked_tells_of_no_error(self):
-        folder = RunDir(self.folder)
-        for error, code, again in (
-            (StopRequested("SIGTERM", saved_step=5), 143, "the same command"),
-            (StopRequested("SIGTERM"), 143, ""),
-            (KeyboardInterrupt(), EXIT_INTERRUPTED, ""),
-        ):
-            with contextlib.redirect_stderr(io.StringIO()) as said:
-                self.assertEqual(report_exit(error, folder, False, 0), code)
-            self.assertNotIn("error", said.getvalue())
-            self.assertIn(again, said.getvalue())
-        with contextlib.redirect_stderr(io.StringIO()) as said:
-            report_exit(UserError("wrong"), folder, False, 0)
-        self.assertEqual(said.getvalue(), "error: wrong\n")
-
-
-class Output(unittest.TestCase):
+class Commands(Folder):
     def test_a_result_that_cannot_be_written_is_an_error_but_a_closed_pipe_is_none(self):
         for cause, code in ((OSError(errno.ENOSPC, "No space left on device"), 1), (BrokenPipeError(), 0), (None, 0)):
             stream = SafeStream(mock.Mock(write=mock.Mock(side_effect=cause), fileno=mock.Mock(side_effect=OSError)))
             with (
                 mock.patch.object(sys, "stdout", stream),
                 mock.patch("omnivision.tools.main.call", side_effect=lambda _: print("result") or 0),
-                contextlib.redirect_stderr(io.StringIO()) as said,
+                errors() as stderr,
             ):
                 self.assertEqual(main([]), code)
-            self.assertEqual(len(said.getvalue().splitlines()), code)
+            self.assertEqual(len(stderr.getvalue().splitlines()), code)
 
+    def test_interrupted(self):
+        with mock.patch("omnivision.tools.main.call", side_effect=KeyboardInterrupt), errors() as stderr:
+            self.assertEqual(main(["runs", str(self.folder)]), EXIT_INTERRUPTED)
+        self.assertIn("runs", stderr.getvalue())
 
-class Wrapped(unittest.TestCase):
-    TEXT = (
-        "Weights from /data/a_path/that/is/longer/than/a/window/of/sixty/characters/best.pt (epoch 12, top-1 85.714 %)\n"
-        "device       cpu, float32, 2 processes, ddp, and more that does not fit beside it in a narrow window\n"
-        "  loaded   123  trunk.blocks.0.attn.qkv.weight, trunk.blocks.0.attn.qkv.bias, trunk.blocks.0.mlp.fc1.weight"
-    )
-
-    def test_words_stay_whole(self):
-        for width in (20, *WIDTHS, 200):
-            wrapped = wrap(self.TEXT, width)
-            self.assertEqual(wrapped.split(), self.TEXT.split())
-            for line in wrapped.splitlines():
-                self.assertTrue(len(line) <= width or len(line.split()) == 1, line)
-        self.assertEqual(wrap(self.TEXT, 200), self.TEXT)
-
-    def test_values_stay_in_the_column_after_their_label(self):
-        lines = wrap("device       cpu, float32, 2 processes, ddp", 30).splitlines()
-        self.assertEqual([line[:13] for line in lines], ["device       ", " " * 13])
-
-    def test_only_terminals_are_wrapped_for(self):
-        with window(60):
-            self.assertEqual(fit(self.TEXT, io.StringIO()), self.TEXT)
-            self.assertGreater(len(fit(self.TEXT, Terminal()).splitlines()), 3)
+    def test_a_slow_start_is_announced_on_a_terminal(self):
+        for stream, text in ((Terminal(), "Loading ...\n"), (io.StringIO(), "")):
+            with mock.patch.object(sys, "stderr", stream):
+                announce("Loading")
+            self.assertEqual(stream.getvalue(), text)
 
 
 class Windows(Folder):
     """Tables and lines in windows of several widths, and in a pipe."""
 
-    def runs(self, *arguments: str, out: io.StringIO) -> list[str]:
-        for name, top1 in (("sweep/lr_0.000125_batch_128", 85.714), ("ft", 42.9)):
-            folder = self.folder / name
-            folder.mkdir(parents=True, exist_ok=True)
-            run = {
-                "model": "classifier",
-                "trunk": "trained",
-                "sources": ["ucf101"],
-                "classes": [101],
-                "pretrained": "mae",
-            }
-            summary = {
-                "run": run,
-                "status": "running",
-                "job": {"job_id": "7"},
-                "epochs": 30,
-                "wall_time": 5400.0,
-                "best": top1,
-            }
-            (folder / "summary.json").write_text(
-                json.dumps(summary | {"last": {"val_top1": top1, "val_loss": 1.23456}})
-            )
+    def test_wrapped_text(self):
+        text = (
+            "Weights from /data/a_path/that/is/longer/than/a/window/of/sixty/characters/best.pt (epoch 12, top-1 85.714 %)\n"
+            "device       cpu, float32, 2 processes, ddp, and more that does not fit beside it in a narrow window\n"
+            "  loaded   123  trunk.blocks.0.attn.qkv.weight, trunk.blocks.0.attn.qkv.bias, trunk.blocks.0.mlp.fc1.weight"
+        )
+        for width in (20, *WIDTHS):
+            wrapped = wrap(text, width)
+            self.assertEqual(wrapped.split(), text.split())
+            for line in wrapped.splitlines():
+                self.assertTrue(len(line) <= width or len(line.split()) == 1, line)
+        self.assertEqual(wrap(text, 200), text)
+        lines = wrap("device       cpu, float32, 2 processes, ddp", 30).splitlines()
+        self.assertEqual([line[:13] for line in lines], ["device       ", " " * 13])
+        with mock.patch.dict(os.environ, COLUMNS="60"):
+            self.assertEqual(fit(text, io.StringIO()), text)
+            self.assertGreater(len(fit(text, Terminal()).splitlines()), 3)
+
+    def runs(self, out: io.StringIO, *arguments: str) -> list[str]:
         with contextlib.redirect_stdout(out):
             self.assertEqual(main(["runs", str(self.folder), *arguments]), 0)
         return plain(out.getvalue())
 
     def test_the_list_of_runs(self):
+        for name, top1 in (("sweep/lr_0.000125_batch_128", 85.714), ("ft", 42.9)):
+            facts = {"model": "classifier", "trunk": "trained", "sources": ["ucf101"], "pretrained": "mae"}
+            summary = {"run": facts | {"classes": [101]}, "status": "running", "job": {"job_id": "7"}, "epochs": 30,
+                       "wall_time": 5400.0, "best": top1, "last": {"val_top1": top1, "val_loss": 1.23456}}  # fmt: skip
+            (self.folder / name).mkdir(parents=True)
+            RunDir(self.folder / name).replace_summary(summary)
         for width in (*WIDTHS, 160):
-            with window(width):
-                lines = self.runs(out=Terminal())
+            with mock.patch.dict(os.environ, COLUMNS=str(width), TERM="xterm"):
+                lines = self.runs(Terminal())
             self.assertLessEqual(max(map(len, lines)), width)
             for expected in ("sweep/lr_0.000125_batch_128", "85.7", "top-1 %", "running"):
                 self.assertIn(expected, "\n".join(lines))
             self.assertEqual("No room for: age" in "\n".join(lines), width < 160, lines)
-        lines = self.runs(out=io.StringIO())
+        lines = self.runs(io.StringIO())
         self.assertEqual(len(lines), 3)
         self.assertIn("age", lines[0])
-        self.assertIn("ft (running)", "\n".join(self.runs("--top1", out=io.StringIO())))
+        self.assertIn("ft (running)", "\n".join(self.runs(io.StringIO(), "--top1")))
 
-    def test_a_name_longer_than_the_window_stays_whole(self):
+    def test_a_class_name_longer_than_the_window_stays_whole(self):
         name = "x" * 70
-        guesses = [Prediction(name, 0, 0.75), Prediction("y", 1, 0.25)]
         for width in (*WIDTHS, 10_000):
             out = io.StringIO()
-            Console(file=out, width=10_000).print(predict.make_table(guesses, width))
+            predictions = [Prediction(name, 0, 0.75), Prediction("y", 1, 0.25)]
+            Console(file=out, width=10_000).print(predict.make_table(predictions, width))
             lines = plain(out.getvalue())
             self.assertEqual([line.split()[0] for line in lines], [name, "y"])
             self.assertTrue(lines[0].endswith("75.0 %"))
@@ -166,15 +137,15 @@ class Windows(Folder):
                 self.assertIn("█", lines[0])
 
     def test_lines_of_an_epoch(self):
-        figures = {"loss": 0.41234, "mean_class_accuracy": 84.123, "top1": 85.714, "top5": 100.0, "videos": 1234}
+        metrics = {"loss": 0.41234, "mean_class_accuracy": 84.123, "top1": 85.714, "top5": 100.0, "videos": 1234}
+        RunDir(self.folder).create()
         for width in WIDTHS:
             out = io.StringIO()
             reporter = Reporter(RunDir(self.folder), True, Console(file=out, width=width, force_terminal=True))
-            (self.folder / "logs").mkdir(exist_ok=True)
-            reporter.epoch("val", 29, 9, figures)
+            reporter.epoch("val", 29, 9, metrics)
             text = "\n".join(plain(out.getvalue()))
             self.assertLessEqual(max(map(len, text.splitlines())), width)
-            for name, value in figures.items():
+            for name, value in metrics.items():
                 self.assertIn(f"{name} {value:.4g}", text)
 
     def test_the_bar(self):
@@ -189,21 +160,20 @@ class Windows(Folder):
             self.assertEqual("112.0 clips/s" in last, width >= 80)
             self.assertNotIn("…", last)
 
-    def test_a_slow_start_is_announced_where_somebody_watches(self):
-        for stream, text in ((Terminal(), "Loading ...\n"), (io.StringIO(), "")):
-            with mock.patch.object(sys, "stderr", stream):
-                announce("Loading")
-            self.assertEqual(stream.getvalue(), text)
-
 
 class StartAndEnd(Folder):
+    def assert_lines(self, lines: list[str], *expected: str) -> None:
+        for each in expected:
+            self.assertRegex("\n".join(lines), each)
+
     def test_the_header(self):
-        made = trainer(self.folder / "run", val=Noise(5), limit=2)
+        run = trainer(self.folder / "run", val=Noise(5), limit=2)
         report = LoadReport("runs/mae/checkpoints/best.pt", "0", "epoch 20, training loss 0.43")
-        for split in (*made.train.dataset.splits, *made.val.dataset.splits):
+        settings = SimpleNamespace(clips_per_step=4)
+        for split in (*run.train.dataset.splits, *run.val.dataset.splits):
             split.which, split.dataset = "train", SimpleNamespace(kind="image")
-        text = "\n".join(start_lines(SimpleNamespace(clips_per_step=4), made, [report]))
-        for expected in (
+        self.assert_lines(
+            start_lines(settings, run, [report]),
             r"MaskedAutoencoder, \d+ parameters, \d+ trained",
             "cpu, float32",
             "noise, train: 12 samples",
@@ -213,48 +183,55 @@ class StartAndEnd(Folder):
             "seed +3",
             r"mae/checkpoints/best\.pt \(epoch 20, training loss 0\.43\)",
             f"directory +{self.folder}/run",
-        ):
-            self.assertRegex(text, expected)
-        self.assertRegex("\n".join(start_lines(SimpleNamespace(clips_per_step=4), made, [])), "weights +random")
-        made.state.epoch = 1
-        self.assertRegex(
-            "\n".join(start_lines(SimpleNamespace(clips_per_step=4), made, [])), "resumed after 1 epochs\n"
         )
+        self.assert_lines(start_lines(settings, run, []), "weights +random")
+        run.state.epoch = 1
+        self.assert_lines(start_lines(settings, run, []), "resumed after 1 epochs\n")
 
     def test_the_end(self):
-        made = trainer(self.folder / "run", val=Noise(1), val_epoch_freq=1, limit=1)
+        run = trainer(self.folder / "run", val=Noise(1), val_epoch_freq=1, limit=1)
         losses = iter([0.25, 0.5])
-        made.evaluate = lambda: Evaluation({"loss": next(losses)}, {}, {}, [])
-        made.fit()
-        made.run.reporter.close()
-        text = "\n".join(end_lines(made))
-        for expected in (
+        run.evaluate = lambda: Evaluation({"loss": next(losses)}, {}, {}, [])
+        run.fit()
+        run.run.reporter.close()
+        self.assert_lines(
+            end_lines(run),
             rf"best +epoch 1, validation loss 0\.25: {self.folder}/run/checkpoints/best\.pt",
             rf"last +epoch 2, validation loss 0\.5: {self.folder}/run/checkpoints/checkpoint\.pt",
             f"omnivision report {self.folder}/run",
             f"omnivision reconstruct {self.folder}/run VIDEO",
-        ):
-            self.assertRegex(text, expected)
-        made.state.best, made.state.best_loss, made.state.last_metrics["val_top1"] = 50.0, 0.5, 25.0
-        self.assertRegex("\n".join(end_lines(made)), r"epoch 1, top-1 50\.0 %, validation loss 0\.5: ")
+        )
+        run.state.best, run.state.best_loss, run.state.last_metrics["val_top1"] = 50.0, 0.5, 25.0
+        self.assert_lines(end_lines(run), r"epoch 1, top-1 50\.0 %, validation loss 0\.5: ")
 
-    def test_without_a_validation(self):
-        made = trainer(self.folder / "run", limit=1, max_epochs=1)
-        made.fit()
-        made.run.reporter.close()
-        text = "\n".join(end_lines(made))
-        self.assertNotIn("best ", text)
-        self.assertRegex(text, "last +epoch 1, training loss")
+    def test_the_end_without_validation(self):
+        run = trainer(self.folder / "run", limit=1, max_epochs=1)
+        run.fit()
+        run.run.reporter.close()
+        self.assert_lines(end_lines(run), "last +epoch 1, training loss")
+        self.assertNotIn("best ", "\n".join(end_lines(run)))
 
 
 class Interrupted(Folder):
-    def test_what_is_saved_is_said(self):
-        made = trainer(self.folder / "run", save_every_steps=2, max_epochs=1)
-        texts = [made.run.stop.describe_saved()]
-        made.fit()
-        made.run.reporter.close()
+    def test_a_run_that_was_stopped_on_request_reports_no_error(self):
+        for error, code, hint in (
+            (StopRequested("SIGTERM", saved_step=5), 143, "the same command"),
+            (StopRequested("SIGTERM"), 143, ""),
+            (KeyboardInterrupt(), EXIT_INTERRUPTED, ""),
+            (UserError("wrong"), 1, "error: wrong\n"),
+        ):
+            with errors() as stderr:
+                self.assertEqual(report_exit(error, RunDir(self.folder), False, 0), code)
+            self.assertIn(hint, stderr.getvalue())
+            self.assertEqual("error" in stderr.getvalue(), code == 1)
+
+    def test_the_saved_step_is_named(self):
+        run_trainer = trainer(self.folder / "run", save_every_steps=2, max_epochs=1)
+        texts = [run_trainer.run.stop.describe_saved()]
+        run_trainer.fit()
+        run_trainer.run.reporter.close()
         resumed = trainer(self.folder / "run", max_epochs=2)
-        for stop in (made.run.stop, resumed.run.stop):
+        for stop in (run_trainer.run.stop, resumed.run.stop):
             texts.append(stop.describe_saved())
         for text, expected in zip(texts, ("nothing is saved", "step 3 is saved", "step 3 is saved"), strict=True):
             self.assertIn(expected, text)
@@ -264,14 +241,9 @@ class Interrupted(Folder):
         self.assertIn("nothing is saved", exit_code_and_reason(error)[1])
 
     def test_a_sweep_ends_with_the_run_that_is_interrupted(self):
-        jobs = []
-        for number in range(3):
-            launcher = SimpleNamespace(experiment_log_dir=f"run_{number}")
-            jobs.append(
-                SimpleNamespace(
-                    settings=SimpleNamespace(submitit=SimpleNamespace(use_cluster=False), launcher=launcher)
-                )
-            )
+        submitit = SimpleNamespace(use_cluster=False)
+        launchers = [SimpleNamespace(experiment_log_dir=f"run_{number}") for number in range(3)]
+        jobs = [SimpleNamespace(settings=SimpleNamespace(submitit=submitit, launcher=each)) for each in launchers]
         for codes, runs in (
             ([0, EXIT_INTERRUPTED, 0], 2),
             ([0, 143, 0], 2),
@@ -281,18 +253,10 @@ class Interrupted(Folder):
             with (
                 mock.patch.object(launch, "run", side_effect=codes) as run,
                 contextlib.redirect_stdout(io.StringIO()),
-                contextlib.redirect_stderr(io.StringIO()),
+                errors(),
             ):
                 self.assertEqual(launch.launch(jobs), max(codes[:runs]))
             self.assertEqual(run.call_count, runs)
-
-    def test_commands(self):
-        with (
-            mock.patch("omnivision.tools.main.call", side_effect=KeyboardInterrupt),
-            contextlib.redirect_stderr(io.StringIO()) as said,
-        ):
-            self.assertEqual(main(["runs", str(self.folder)]), EXIT_INTERRUPTED)
-        self.assertIn("runs", said.getvalue())
 
 
 if __name__ == "__main__":
