@@ -11,7 +11,7 @@ import secrets
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -24,17 +24,9 @@ PROJECT = "omnivision"
 MAX_PARAMS = 100  # that MLflow takes at once
 
 
-class Logger(Protocol):
-    def scalars(self, metrics: Mapping[str, float], step: int) -> None:
-        """Log metrics by name, like train/loss, after a step."""
-
-    def image(self, name: str, file: Path, step: int) -> None:
-        """Log a PNG, or a GIF that moves."""
-
-    def close(self, failed: bool) -> None: ...
-
-
 class TensorBoard:
+    """TensorBoard's files in the run directory. All loggers have its methods."""
+
     def __init__(self, folder: RunDir, step: int) -> None:
         """Open the log, and drop what it has after `step`."""
         from torch.utils.tensorboard import SummaryWriter
@@ -42,11 +34,12 @@ class TensorBoard:
         self._board = SummaryWriter(str(folder.tensorboard), purge_step=step + 1 if step else None)
 
     def scalars(self, metrics: Mapping[str, float], step: int) -> None:
+        """Log metrics by name, like train/loss, after a step."""
         for name, value in metrics.items():
             self._board.add_scalar(name, value, step)
 
     def image(self, name: str, file: Path, step: int) -> None:
-        """TensorBoard shows GIF bytes moving; its own `add_video` would need another package to encode them."""
+        """Log a PNG, or a GIF that moves; `add_video` of TensorBoard would need another package to encode it."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         with Image.open(file) as opened:
@@ -127,6 +120,9 @@ class MLflow:
 def _read_id(file: Path) -> str | None:
     """Read the ID of an earlier start of the run; None if there is none."""
     return file.read_text(encoding="utf-8").strip() or None if file.exists() else None
+
+
+Logger = TensorBoard | WeightsAndBiases | MLflow
 
 
 def start_loggers(names: Sequence[str], folder: RunDir, settings: Mapping[str, Any], step: int) -> list[Logger]:

@@ -19,6 +19,7 @@ from omnivision.tools.runs import end_reason, format_number
 MISTAKES = 8  # of each kind
 MAX_CLASSES = 500  # in a confusion matrix that a browser can draw
 MAX_RUNS_WITH_CLIPS = 8  # the best ones
+NUMBERS = ("last top-1, %", "best top-1, %", "val loss", "train loss", "epochs", "minutes")  # columns, right-aligned
 # Heading, label of the axis, and event, phase and name in the log.
 CURVES = (
     ("Loss, training", "loss", ("step", "train", "loss")),
@@ -45,6 +46,7 @@ def render(runs: Sequence[Run], title: str, clips: bool = True) -> str:
         script=Markup(get_plotlyjs()),
         names=[run.name for run in runs],
         overview=[_overview(run) for run in runs],
+        numbers=NUMBERS,
         reasons=[(run.name, reason) for run in runs if (reason := end_reason(run.summary))],
         paper=paper_table(runs),
         differences=differences,
@@ -60,24 +62,22 @@ def render(runs: Sequence[Run], title: str, clips: bool = True) -> str:
     )
 
 
-def _overview(run: Run) -> list[tuple[str, str]]:
-    """Return the cells of a run in the first table, each with its class."""
+def _overview(run: Run) -> dict[str, str]:
+    """Return the cells of a run in the first table, by heading."""
     last, summary = run.last, run.summary
     best = _with_epoch(summary.get("best"), summary.get("best_epoch")) if "val_top1" in last else ""
-    numbers = (
-        _with_epoch(last.get("val_top1"), last.get("val_epoch")),
-        best,
-        format_number(last.get("val_loss"), 4),
-        format_number(last.get("loss"), 4),
-        format_number(summary.get("epochs"), 0),
-        format_number((summary.get("wall_time") or 0) / 60, 1),
-    )
-    texts = run.facts.get("pretrained") or "nothing", ", ".join(run.facts.get("sources") or [])
-    return [
-        *((run.name, ""), (summary["status"], "")),
-        *((number, "number") for number in numbers),
-        *((text, "") for text in texts),
-    ]
+    return {
+        "run": run.name,
+        "status": summary["status"],
+        "last top-1, %": _with_epoch(last.get("val_top1"), last.get("val_epoch")),
+        "best top-1, %": best,
+        "val loss": format_number(last.get("val_loss"), 4),
+        "train loss": format_number(last.get("loss"), 4),
+        "epochs": format_number(summary.get("epochs"), 0),
+        "minutes": format_number((summary.get("wall_time") or 0) / 60, 1),
+        "starts from": run.facts.get("pretrained") or "nothing",
+        "data": ", ".join(run.facts.get("sources") or []),
+    }
 
 
 def _with_epoch(top1: float | None, epoch: int | None) -> str:
