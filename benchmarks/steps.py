@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.geometry import CAN_COMPILE, DTYPES, FASTEST, FASTEST_DTYPE, SIZES, Geometry, step
 from benchmarks.harness import Report, in_processes, interleaved
 from benchmarks.peers.published_mae import PublishedMAE, normalised
-from omnivision.interop.formats import to_hf
+from omnivision.interop.huggingface import to_hf
 from omnivision.models.architecture import describe
 from omnivision.models.classifier import VideoClassifier, train_mode
 from omnivision.models.vit import VisionTransformer

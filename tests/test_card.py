@@ -61,7 +61,7 @@ class Exported(unittest.TestCase):
             r"| clip\_duration | 0.7 |",
             'omnivision.load("carded.pt").predict(',
             "SHA-256",
-            "| parameters | ",
+            " M parameters, ",
         ):
             self.assertIn(expected, card)
         self.assertNotIn("<b>", card)

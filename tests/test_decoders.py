@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from omnivision.interop.formats import from_ours
+from omnivision.interop.published import from_ours
 from omnivision.models.architecture import build, describe
 from omnivision.models.mae import CrossAttention, MaskedAutoencoder, split_tokens
 from omnivision.models.vit import VisionTransformer

@@ -176,7 +176,7 @@ def verified_digest(path: Path) -> str:
     return sha256(path)
 
 
-def load_model(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
+def load_model(model: nn.Module, state: dict[str, torch.Tensor], path: Path | str) -> None:
     """Load a run's own weights. Raises UserError when they belong to another model."""
     try:
         model.load_state_dict(state)

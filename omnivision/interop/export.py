@@ -18,35 +18,48 @@ from torch import Tensor
 from omnivision.checkpoint import fingerprint as experiment
 from omnivision.checkpoint.state_dict_file import CONFIG, METADATA, StateDictFile
 from omnivision.interop.architecture import position_tables
-from omnivision.interop.formats import EPSILON, ConvertedCheckpoint
+from omnivision.interop.published import EPSILON, ConvertedCheckpoint
 from omnivision.models.architecture import Architecture, build
-from omnivision.models.classifier import VideoClassifier
-from omnivision.models.mae import MaskedAutoencoder
 from omnivision.utils.errors import UserError
 from omnivision.utils.io import replace_atomically, run_name, sync_folder, write_atomically
 
 FORMAT = 1
-CARD_START = b"---\nlibrary_name: "
-PAPER = "https://arxiv.org/abs/2311.06231"
-# The settings of a run that its card names.
-CARD_SETTINGS = (
-    *(
-        "epochs",
-        "batch_size",
-        "launcher.num_nodes",
-        "lr_scale_factor",
-        "lr",
-        "num_frames",
-        "image_size",
-        "clip_duration",
-    ),
-    *("mask_ratio", "trainer.seed_value", "trainer.optim.optimizer._target_", "trainer.optim.layer_decay"),
-    *("trainer.ema_decay", "pretrained_checkpoint_path"),
-)
 # In double precision equal models differ by 1e-13, and a wrong tensor by far more than this.
 ATOL = 1e-5
 # The usual effect on scores of the other epsilon of the last norm. It is larger where features hardly vary.
 TYPICAL_DIFFERENCE = 5e-5
+CARD_START = "---\nlibrary_name: "
+CARD = (
+    CARD_START
+    + """{library}
+pipeline_tag: {task}
+tags: [video, vit, videomae, ppma]
+---
+
+# {name}
+
+A video vision transformer, {summary}, {parameters:.2f} M parameters, from omnivision, which follows PPMA (*Learning Human
+Action Recognition Representations Without Real Humans*, [arXiv 2311.06231](https://arxiv.org/abs/2311.06231)).
+
+{sections}
+
+## Usage
+
+```python
+{usage}
+```
+
+## Limits
+
+Pixels are normalised with ImageNet's mean and deviation. The licence of the weights follows from the data that they were
+trained on; they keep its biases. Metrics on other data are unknown.
+"""
+)
+# The settings of a run that its card names.
+CARD_SETTINGS = """
+    epochs batch_size launcher.num_nodes lr_scale_factor lr num_frames image_size clip_duration mask_ratio trainer.seed_value
+    trainer.optim.optimizer._target_ trainer.optim.layer_decay trainer.ema_decay
+""".split()
 
 
 def origin(source: StateDictFile, format: str) -> dict[str, str]:
@@ -60,36 +73,34 @@ def card_of(out: Path) -> Path:
 
 
 def check_target(out: Path, source: StateDictFile, force: bool, folder: bool = False, card: Path | None = None) -> None:
-    """Raise UserError when `out` exists (an empty folder may), is the source, or cannot be a file or a folder; and, even with
-    `force`, when a file that is no model card is in the place of the card.
+    """Raise UserError when `out` exists (an empty folder may); and, even with `force`, when it is the source, a folder of other
+    files, or when a file that is no model card is in the place of the card.
     """
+    is_used = out.exists() and not (folder and out.is_dir() and not any(out.iterdir()))
     problem = ""
     if out.exists() and out.resolve() in (source.path.resolve(), source.path.resolve().parent):
-        problem = "must not be the source"
-    elif out.exists() and out.is_dir() != folder:
-        problem = f"must be a {'folder' if folder else 'file'}, got a {'folder' if out.is_dir() else 'file'}"
-    elif folder and out.is_dir() and any(out.iterdir()) and not (out / CONFIG).is_file():
-        problem = f"must be a new folder or a former export, got a folder without {CONFIG}"
-    elif card is not None and card.exists() and not (card.is_file() and card.read_bytes().startswith(CARD_START)):
+        problem = "is the source"
+    elif is_used and out.is_dir() and not (out / CONFIG).is_file():
+        problem = f"is a folder without {CONFIG}, so not a former export"
+    elif card is not None and card.exists() and not card.read_bytes().startswith(CARD_START.encode()):
         problem = f"would replace {card}, which is no model card"
+    elif not force and (is_used or (card is not None and card.exists())):
+        problem = "exists; --force replaces it"
     if problem:
         raise UserError(f"OUT ({out}) {problem}. Nothing was changed. Set another OUT.")
-    existing = out if out.exists() or card is None or folder else card
-    if existing.exists() and not force and not (folder and not any(out.iterdir())):
-        raise UserError(f"OUT ({existing}) exists. Nothing was changed. Set another OUT, or --force to replace it.")
 
 
-def write_pt(out: Path, state: Mapping[str, Tensor], architecture: Architecture, said: Mapping[str, Any]) -> None:
-    """Write {"format", "model", "architecture"} and `said`, which `utils.io.safe_load` reads."""
+def write_pt(out: Path, state: Mapping[str, Tensor], architecture: Architecture, metadata: Mapping[str, Any]) -> None:
+    """Write {"format", "model", "architecture"} and `metadata`, which `utils.io.safe_load` reads."""
     with _writing(out, ".pt", ".pth"), replace_atomically(out) as file:
-        torch.save({"format": FORMAT, "model": dict(state), "architecture": architecture, **said}, file)
+        torch.save({"format": FORMAT, "model": dict(state), "architecture": architecture, **metadata}, file)
 
 
 def write_safetensors(
-    out: Path, state: Mapping[str, Tensor], architecture: Architecture, said: Mapping[str, Any]
+    out: Path, state: Mapping[str, Tensor], architecture: Architecture, metadata: Mapping[str, Any]
 ) -> None:
     """Write the same as a safetensors file; all but the tensors is JSON in its metadata."""
-    beside = json.dumps({"format": FORMAT, "architecture": architecture, **said})
+    beside = json.dumps({"format": FORMAT, "architecture": architecture, **metadata})
     with _writing(out, ".safetensors"), replace_atomically(out) as file:
         file.write(save(dict(state), {"format": "pt", METADATA: beside}))
 
@@ -177,24 +188,24 @@ def verify(folder: Path, state: Mapping[str, Tensor], architecture: Architecture
         return None
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # it reports the names that other versions read
-    model, clip = build(architecture, "The model"), random_clip(architecture).double()
+    model: Any = build(architecture, "The model")
     model.load_state_dict({**state, **position_tables(architecture)})
-    assert isinstance(model, (VideoClassifier, MaskedAutoencoder))
     model.double().eval()
-    pixels = clip.transpose(1, 2)  # (B, T, C, H, W)
-    if architecture.get("classes"):
-        assert isinstance(model, VideoClassifier)
-        ours = model(clip, head)
-        check_finite(ours)
-        theirs = VideoMAEForVideoClassification.from_pretrained(folder, local_files_only=True).double().eval()
-        as_is = float((theirs(pixels).logits - ours).abs().max())
+    clip, has_classes = random_clip(architecture).double(), bool(architecture.get("classes"))
+    theirs: Any = (VideoMAEForVideoClassification if has_classes else VideoMAEModel).from_pretrained(
+        folder, local_files_only=True
+    )
+    theirs.double().eval()
+    ours = model(clip, head) if has_classes else model.trunk.norm(model.trunk(clip))
+    check_finite(ours)
+
+    def difference() -> float:
+        return float((theirs(clip.transpose(1, 2))[0] - ours).abs().max())
+
+    as_is = difference()
+    if has_classes:
         theirs.fc_norm.eps = EPSILON
-        same_epsilon = float((theirs(pixels).logits - ours).abs().max())
-    else:
-        ours = model.trunk.norm(model.trunk(clip))
-        check_finite(ours)
-        theirs = VideoMAEModel.from_pretrained(folder, local_files_only=True).double().eval()
-        as_is = same_epsilon = float((theirs(pixels).last_hidden_state - ours).abs().max())
+    same_epsilon = difference() if has_classes else as_is
     if not same_epsilon <= ATOL:
         raise UserError(
             f"transformers must compute the same from the exported files to {ATOL:g}, got a difference of {same_epsilon:.3g}. "
@@ -218,88 +229,49 @@ def model_card(
         evaluated: whether these are the weights that the run evaluated.
         names: class names of each head, None where there are none.
     """
-    architecture = model.architecture
-    classes, library = architecture.get("classes"), "transformers" if hf else "omnivision"
-    mae = architecture["kind"] == "autoencoder"
-    parts = [
-        f"---\nlibrary_name: {library}\npipeline_tag: {'feature-extraction' if mae else 'video-classification'}\n"
-        "tags: [video, vit, videomae, ppma]\n---",
-        f"# {out}\n\nA video vision transformer, {'a masked autoencoder' if mae else 'a classifier'}, from omnivision, which "
-        f"follows PPMA (*Learning Human Action Recognition Representations Without Real Humans*, [arXiv 2311.06231]({PAPER})).",
-        "## Model\n\n" + markdown_table(_model_facts(model)),
-        "## Training\n\n" + training_history(source),
-    ]
-    if evaluated and (metrics := _validation_metrics(source.metadata)):
-        parts.append("## Validation\n\nOf the run, when it saved this checkpoint:\n\n" + markdown_table(metrics))
-    for number, each in enumerate(names):
-        if each is not None:
-            shown = ", ".join(map(escape, each[:200])) + (f", and {len(each) - 200} more" if len(each) > 200 else "")
-            heading = "Classes" if len(names) == 1 else f"Classes of head {number}"
-            parts.append(f"## {heading}\n\n{len(each)}, in the order of their labels: {shown}.")
+    is_mae = model.architecture["kind"] == "autoencoder"
+    usage = f'import omnivision\n\nomnivision.load("{out}").{"reconstruct" if is_mae else "predict"}("film.mp4")'
     if hf:
-        name = "VideoMAEForVideoClassification" if classes else "VideoMAEModel"
-        usage = f'from transformers import {name}\n\nmodel = {name}.from_pretrained("{out}")'
-        note = (
-            "\n\nFor transformers 4.57 and later. Biases of queries, keys and values have the names of all these versions; "
-            "each version reports those of the others as unexpected, which changes nothing."
-        )
-    else:
-        call = 'reconstruct("film.mp4")' if mae else 'predict("film.mp4")'
-        usage, note = f'import omnivision\n\nomnivision.load("{out}").{call}', ""
-    parts.append(f"## Usage\n\n```python\n{usage}\n```{note}")
-    parts.append(
-        "## Limits\n\nPixels are normalised with ImageNet's mean and deviation. The licence of the weights follows from the "
-        "data that they were trained on; they keep its biases. Metrics on other data are unknown."
+        kind = "VideoMAEForVideoClassification" if model.architecture.get("classes") else "VideoMAEModel"
+        usage = f'from transformers import {kind}  # 4.57 or later\n\nmodel = {kind}.from_pretrained("{out}")'
+    sections = {"Training": training_history(source)}
+    last = source.metadata.get("last")
+    if evaluated and isinstance(last, Mapping):
+        numbers = {str(name): value for name, value in last.items() if isinstance(value, (int, float))}
+        metrics = {n.removeprefix("val_"): f"{value:.4g}" for n, value in numbers.items() if n.startswith("val_")}
+        if metrics:
+            sections["Validation"] = f"Of the run, when it saved this checkpoint:\n\n{markdown_table(metrics)}"
+    for head, each in enumerate(names):
+        if each is not None:
+            classes = f"{len(each)}, in the order of their labels: {', '.join(map(escape, each))}."
+            sections[f"Classes of head {head}"] = classes
+    return CARD.format(
+        library="transformers" if hf else "omnivision",
+        task="feature-extraction" if is_mae else "video-classification",
+        name=out,
+        summary=model.summary(),
+        parameters=sum(tensor.numel() for name, tensor in model.state.items() if "pos_embed" not in name) / 1e6,
+        sections="\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items()),
+        usage=usage,
     )
-    return "\n\n".join(parts) + "\n"
 
 
 def training_history(source: StateDictFile) -> str:
     """Return where the weights come from, with the settings, data and versions of their run as far as the file has them."""
-    of_run = f" of the run {escape(run_name(source.path))}" if source.path.parent.name == "checkpoints" else ""
-    text = f"From the file {escape(source.path.name)}{of_run} (SHA-256 {source.sha256})."
-    found = experiment.read(source.metadata.get("experiment"))
-    if found is None:
-        if isinstance(former := source.metadata.get("origin"), Mapping):
-            text += f" It was made of {escape(former.get('name'))} (SHA-256 {escape(former.get('sha256'))})."
-        return f"{text} The file has no record of its training."
-    keys = {"epochs done": "epoch", "steps of the next": "step", "steps of an epoch": "steps_per_epoch"}
-    done = {name: source.metadata.get(key) for name, key in keys.items() if isinstance(source.metadata.get(key), int)}
-    settings = {name: found["settings"][name] for name in CARD_SETTINGS if found["settings"].get(name) is not None}
-    if not any("decoder" in name for name in found["settings"]):
-        settings.pop("mask_ratio", None)
-    start = settings.get("pretrained_checkpoint_path") or "nothing"
+    text = f"From the file {escape(source.path.name)} of {escape(run_name(source.path))} (SHA-256 {source.sha256})."
+    run = experiment.read(source.metadata.get("experiment"))
+    if run is None:
+        former = source.metadata.get("origin")
+        made_of = f" It was made of {escape(former)}." if isinstance(former, Mapping) else ""
+        return f"{text}{made_of} The file has no record of its training."
+    start = run["settings"].get("pretrained_checkpoint_path") or "nothing"
     starts = start if isinstance(start, list) else [start]
-    settings["pretrained_checkpoint_path"] = " + ".join(run_name(Path(str(each))) for each in starts)
-    data = {name: value for name, value in found["data"].items() if isinstance(value, str)}
-    versions = {"source of omnivision (digest)" if n == "omnivision" else n: v for n, v in found["versions"].items()}
-    tables = [markdown_table(done | settings), "Data, by size and SHA-256:\n\n" + markdown_table(data)]
-    return "\n\n".join([text, *tables, markdown_table(versions)])
-
-
-def _model_facts(model: ConvertedCheckpoint) -> dict[str, Any]:
-    trunk = model.architecture["trunk"]
-    count = sum(tensor.numel() for name, tensor in model.state.items() if "pos_embed" not in name)
-    facts = {
-        "parameters": f"{count / 1e6:.2f} M",
-        "trunk": f"width {trunk['width']}, {trunk['depth']} blocks, {trunk['heads']} heads",
-        "clip": f"{trunk['num_frames']} frames of {trunk['image_size']} x {trunk['image_size']}, "
-        f"tubelets of {' x '.join(map(str, trunk['tubelet']))}",
-    }
-    if decoder := model.architecture.get("decoder"):
-        facts["decoder"] = f"width {decoder['width']}, {decoder['depth']} blocks, {decoder['heads']} heads"
-    if classes := model.architecture.get("classes"):
-        facts["classes"] = ", ".join(map(str, classes))
-    return facts
-
-
-def _validation_metrics(said: Mapping[str, Any]) -> dict[str, str]:
-    last = said.get("last")
-    return {
-        str(name).removeprefix("val_"): f"{value:.4g}"
-        for name, value in (last.items() if isinstance(last, Mapping) else ())
-        if str(name).startswith("val_") and isinstance(value, (int, float)) and abs(value) < 1e300
-    }
+    keys = {"epochs done": "epoch", "steps of the next": "step", "steps of an epoch": "steps_per_epoch"}
+    facts = {name: source.metadata.get(key) for name, key in keys.items()}
+    facts |= {name: run["settings"].get(name) for name in CARD_SETTINGS}
+    facts["pretrained_checkpoint_path"] = " + ".join(run_name(Path(str(each))) for each in starts)
+    facts |= run["data"] | {f"version of {name}": version for name, version in run["versions"].items()}
+    return f"{text}\n\n{markdown_table({name: value for name, value in facts.items() if value is not None})}"
 
 
 def markdown_table(facts: Mapping[str, Any]) -> str:

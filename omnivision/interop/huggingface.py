@@ -1,5 +1,138 @@
-"""The converters of Hugging Face's VideoMAE under their documented path; `interop.formats` holds them."""
+"""A model of ours in the names of Hugging Face's VideoMAE, with its configuration.
 
-from omnivision.interop.formats import from_hf, preprocessor_config, to_hf
+Versions of transformers name the biases of queries, keys and values differently: 4.57 to 5.4 and 5.18 onwards read `q_bias`
+and `v_bias` (they have no bias for keys, which softmax cancels), 5.5 to 5.17 read `query.bias`, `key.bias` and `value.bias`.
+Each ignores the other names and leaves its own at zero, so an export holds both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from omnivision.interop.architecture import position_tables
+from omnivision.interop.published import DECODER, EPSILON, HF_NUMBERS, RENAMES, from_hf, pattern
+from omnivision.models.architecture import Architecture
+from omnivision.models.patches import IMAGENET_MEAN, IMAGENET_STD
+from omnivision.utils.errors import UserError
 
 __all__ = ["from_hf", "preprocessor_config", "to_hf"]
+
+
+class Exported(NamedTuple):
+    """A state dict in the names of `transformers`, its `config.json`, and {our name: reason} of the entries it leaves out."""
+
+    state: dict[str, Tensor]
+    config: dict[str, Any]
+    dropped: dict[str, str]
+
+
+def to_hf(
+    state: Mapping[str, Tensor], architecture: Architecture, head: int = 0, class_names: Sequence[str] | None = None
+) -> Exported:
+    """A classifier as VideoMAEForVideoClassification; an autoencoder, or a classifier without heads, as VideoMAEModel.
+
+    Args:
+        state: complete, in our names (`from_ours` checks it).
+        head: which of several heads.
+        class_names: by label; numbers if not given.
+
+    Raises UserError for positions other than the fixed table, which that model always has, and for a head or names that do
+    not fit.
+    """
+    dropped: dict[str, str] = {}
+    if _rounded_positions(state, architecture):
+        dropped["trunk.pos_embed"] = "rounded to 16 bits; the table there is not"
+    classes = architecture.get("classes", [])
+    if classes and not 0 <= head < len(classes):
+        raise UserError(f"--head must be 0 to {len(classes) - 1}, got {head}: the model has {len(classes)} heads.")
+    left: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if name.startswith(DECODER):
+            dropped[name] = "its decoder adds positions after its projection, ours before"
+        elif name.startswith("trunk.depth_patch_embed."):
+            dropped[name] = "no place there: colours alone"
+        elif name.startswith("heads.") and not name.startswith(f"heads.{head}."):
+            dropped[name] = "another head; choose it with --head"
+        elif ".attn.qkv." in name:
+            left |= dict(zip((f"{name}[q]", f"{name}[k]", f"{name}[v]"), tensor.chunk(3), strict=True))
+        else:
+            left[name.replace(f"heads.{head}.", "heads.0.", 1)] = tensor
+    base, other_norm = ("videomae.", "{base}layernorm") if classes else ("", "fc_norm")
+    out: dict[str, Tensor] = {}
+    for theirs, ours in RENAMES["hf"].items():
+        if not theirs.startswith((other_norm, "decoder.", "encoder_to", "mask_token")):
+            found = {name: match for name in left if (match := pattern(ours).fullmatch(name))}
+            out |= {theirs.format(base=base, **match.groupdict()): left[name] for name, match in found.items()}
+    # Contiguous, and no part of another tensor: safetensors takes nothing else.
+    out = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in out.items()}
+    return Exported(out, _hf_config(architecture, out, class_names), dropped)
+
+
+def preprocessor_config(architecture: Architecture) -> dict[str, Any]:
+    """`preprocessor_config.json`: the pixels that our models expect. Without it `transformers` normalises to -1 .. 1."""
+    size = architecture["trunk"]["image_size"]
+    return {
+        "image_processor_type": "VideoMAEImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": size},
+        "resample": 2,
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(IMAGENET_MEAN),
+        "image_std": list(IMAGENET_STD),
+    }
+
+
+def _hf_config(
+    architecture: Architecture, state: Mapping[str, Tensor], class_names: Sequence[str] | None
+) -> dict[str, Any]:
+    trunk, last = architecture["trunk"], state.get("classifier.weight")
+    (frames, *patch) = trunk["tubelet"]
+    config: dict[str, Any] = {
+        "architectures": ["VideoMAEModel" if last is None else "VideoMAEForVideoClassification"],
+        "model_type": "videomae",
+        **{theirs: trunk[ours] for theirs, ours in HF_NUMBERS.items()},
+        "num_channels": 3,
+        "patch_size": patch[0] if patch[0] == patch[1] else patch,
+        "tubelet_size": frames,
+        "intermediate_size": int(trunk["width"] * trunk["mlp_ratio"]),
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "layer_norm_eps": EPSILON,
+        "qkv_bias": True,
+        "use_mean_pooling": last is not None,
+        "torch_dtype": str((state["layernorm.weight"] if last is None else last).dtype).removeprefix("torch."),
+    }
+    if last is None:
+        if class_names is not None:
+            raise UserError("--class-names was given, but the model has no classes. Remove --class-names.")
+        return config
+    names = [f"LABEL_{label}" for label in range(len(last))] if class_names is None else list(class_names)
+    if len(names) != len(last) or len(set(names)) != len(last):
+        raise UserError(
+            f"--class-names must have {len(last)} different names, one a class, in the order of the labels; got {len(names)}, "
+            f"{len(set(names))} of them different. Set --class-names, or another --head."
+        )
+    config["id2label"] = {str(label): name for label, name in enumerate(names)}
+    config["label2id"] = {name: label for label, name in enumerate(names)}
+    return config
+
+
+def _rounded_positions(state: Mapping[str, Tensor], architecture: Architecture) -> bool:
+    """Whether the table is the fixed one rounded to 16 bits. Raises UserError when it is another one."""
+    table, fixed = state["trunk.pos_embed"], position_tables(architecture)["trunk.pos_embed"]
+    difference = float((table.float() - fixed).abs().max())
+    if difference > max(1e-6, torch.finfo(table.dtype).eps):
+        raise UserError(
+            f"The positional embedding must be the fixed sinusoid, as transformers' model has it; this one differs by up to "
+            f"{difference:.3g} (it was interpolated or learned). Set --to pt or --to safetensors."
+        )
+    return difference > 1e-6

@@ -1,5 +1,422 @@
-"""The converters of published state dicts under their documented path; `interop.formats` holds them."""
+"""Weights of PPMA, OmniMAE, VideoMAE and Hugging Face in our names.
 
-from omnivision.interop.formats import from_omnimae, from_ours, from_videomae
+A format is one rename table: it recognises a file, converts its names to ours and, for Hugging Face, ours to theirs
+(`interop.huggingface`).
 
-__all__ = ["from_omnimae", "from_ours", "from_videomae"]
+Sources: github.com/howardzh01/PPMA, facebookresearch/omnivore (omnimae/), MCG-NJU/VideoMAE (modeling_pretrain.py and
+modeling_finetune.py), huggingface/transformers (videomae); read for names and shapes.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from omnivision.checkpoint.fingerprint import valid_names
+from omnivision.checkpoint.state_dict_file import StateDictFile, check_numbers, strip_wrappers
+from omnivision.interop.architecture import (
+    TYPICAL_DECODER_HEADS,
+    ArchOverrides,
+    infer_architecture,
+    num_tokens,
+    position_tables,
+)
+from omnivision.models.architecture import Architecture
+from omnivision.models.patches import sinusoid_positions
+from omnivision.utils.errors import UserError
+
+_PLACEHOLDERS = {
+    "leaf": r"weight|bias",
+    "n": r"\d+",
+    "layer": r"norm[12]|attn\.(?:qkv|proj)|mlp\.fc[12]",
+    "cross": r"norm_memory|attn\.(?:q|kv)",
+    "part": r"[qv]",
+    "encoder": r"|encoder\.",
+    "base": r"|videomae\.",
+}
+_TRUNK = [
+    *(
+        "trunk.pos_embed",
+        "trunk.mask_token",
+        "trunk.norm.{leaf}",
+        "trunk.decoder.pos_embed",
+        "trunk.decoder.norm.{leaf}",
+    ),
+    *("trunk.patch_embed.proj.1.{leaf}", "trunk.depth_patch_embed.proj.1.{leaf}", "trunk.decoder.decoder_embed.{leaf}"),
+    *("trunk.blocks.{n}.{layer}.{leaf}", "trunk.decoder.decoder_blocks.{n}.{layer}.{leaf}"),
+    "trunk.decoder.decoder_blocks.{n}.{cross}.{leaf}",
+]
+_VIDEOMAE_DECODER = {
+    "mask_token": "trunk.mask_token",
+    "encoder_to_decoder.weight": "trunk.decoder.decoder_embed.weight",
+    "decoder.norm.{leaf}": "trunk.decoder.norm.{leaf}",
+    "decoder.head.{leaf}": "heads.0.projector.{leaf}",
+}
+_HF_LAYERS = {
+    "layernorm_before.{leaf}": "norm1.{leaf}",
+    "layernorm_after.{leaf}": "norm2.{leaf}",
+    "attention.output.dense.{leaf}": "attn.proj.{leaf}",
+    "intermediate.dense.{leaf}": "mlp.fc1.{leaf}",
+    "output.dense.{leaf}": "mlp.fc2.{leaf}",
+    "attention.attention.query.{leaf}": "attn.qkv.{leaf}[q]",
+    "attention.attention.key.{leaf}": "attn.qkv.{leaf}[k]",
+    "attention.attention.value.{leaf}": "attn.qkv.{leaf}[v]",
+    "attention.attention.{part}_bias": "attn.qkv.bias[{part}]",
+}
+# {format: {their name: ours}}. `[q]`, `[k]` and `[v]` are rows of one tensor of ours. "omnivision" is also what PPMA has.
+RENAMES: dict[str, dict[str, str]] = {
+    "omnivision": {name: name for name in (*_TRUNK, "heads.{n}.0.{leaf}", "heads.0.projector.{leaf}")},
+    "omnimae": {name: name for name in _TRUNK} | {"head.{leaf}": "heads.0.0.{leaf}"},
+    "videomae": {
+        "{encoder}pos_embed": "trunk.pos_embed",
+        "{encoder}patch_embed.proj.{leaf}": "trunk.patch_embed.proj.1.{leaf}",
+        "{encoder}blocks.{n}.{layer}.{leaf}": "trunk.blocks.{n}.{layer}.{leaf}",
+        "{encoder}blocks.{n}.attn.{part}_bias": "trunk.blocks.{n}.attn.qkv.bias[{part}]",
+        "{encoder}norm.{leaf}": "trunk.norm.{leaf}",
+        "fc_norm.{leaf}": "trunk.norm.{leaf}",
+        "head.{leaf}": "heads.0.0.{leaf}",
+        "decoder.blocks.{n}.{layer}.{leaf}": "trunk.decoder.decoder_blocks.{n}.{layer}.{leaf}",
+        "decoder.blocks.{n}.attn.{part}_bias": "trunk.decoder.decoder_blocks.{n}.attn.qkv.bias[{part}]",
+        **_VIDEOMAE_DECODER,
+    },
+    "hf": {
+        "{base}embeddings.patch_embeddings.projection.{leaf}": "trunk.patch_embed.proj.1.{leaf}",
+        **{f"{{base}}encoder.layer.{{n}}.{old}": f"trunk.blocks.{{n}}.{new}" for old, new in _HF_LAYERS.items()},
+        "{base}layernorm.{leaf}": "trunk.norm.{leaf}",
+        "fc_norm.{leaf}": "trunk.norm.{leaf}",
+        "classifier.{leaf}": "heads.0.0.{leaf}",
+        **{
+            f"decoder.decoder_layers.{{n}}.{old}": f"trunk.decoder.decoder_blocks.{{n}}.{new}"
+            for old, new in _HF_LAYERS.items()
+        },
+        **_VIDEOMAE_DECODER,
+    },
+}
+# What a user may name; PPMA's files have our names, but no architecture.
+CHOICES = ("auto", "omnivision", "ppma", "omnimae", "videomae", "hf")
+# Where biases of queries, keys and values may be absent: they are zeros then.
+_OPTIONAL_BIASES = {"omnimae": "trunk.decoder.", "videomae": "trunk.", "hf": "trunk."}
+_VIDEOMAE_DECODER_HEADS = {192: 3, 384: 6, 512: 8, 640: 8}  # of published ones, by width
+DECODER = ("trunk.decoder.", "trunk.mask_token", "heads.0.projector.")
+_DECODER_PARTS = """
+    trunk.patch_embed.proj.1.weight trunk.decoder.decoder_embed.weight trunk.decoder.decoder_blocks.0.mlp.fc1.weight
+    heads.0.projector.weight trunk.decoder.norm.weight trunk.mask_token
+""".split()
+
+EPSILON = 1e-6  # of every LayerNorm here
+HF_LAST_EPSILON = 1e-5  # of `fc_norm` and of the decoder's last norm there, whatever the configuration says
+HF_EPSILON = 1e-12  # of the others there, unless the configuration says another
+HF_NUMBERS = {
+    "hidden_size": "width",
+    "num_hidden_layers": "depth",
+    "num_attention_heads": "heads",
+    "num_frames": "num_frames",
+    "image_size": "image_size",
+}
+
+
+@dataclass(frozen=True)
+class ConvertedCheckpoint:
+    """A complete model in our names, with position tables, and what became of each entry of its file.
+
+    Args:
+        renamed: {our name: theirs} of all entries that were taken, also where both are the same.
+        filled: {our name: reason} of tensors that are not in the file.
+        dropped: {their name: reason}.
+        assumed: numbers that neither the file nor the user gave.
+    """
+
+    state: dict[str, Tensor]
+    architecture: Architecture
+    renamed: Mapping[str, str]
+    filled: Mapping[str, str]
+    dropped: Mapping[str, str]
+    assumed: Sequence[str]
+
+    def summary(self) -> str:
+        """The model in a few words."""
+        trunk, classes = self.architecture["trunk"], self.architecture.get("classes")
+        return (
+            f"{'encoder' if classes == [] else self.architecture['kind']} of width {trunk['width']}, depth {trunk['depth']}, "
+            f"{trunk['heads']} heads, {trunk['num_frames']} frames of {trunk['image_size']} x {trunk['image_size']}"
+            + "".join(f", {count} classes" for count in classes or [])
+        )
+
+    def lines(self) -> list[str]:
+        """A table to print: a line for each fate and reason, with how many and the first names."""
+        rows = [
+            ("kept", "", [new for new, old in self.renamed.items() if new == old]),
+            ("renamed", "", [f"{old} -> {new}" for new, old in self.renamed.items() if new != old]),
+            *(("filled", f" ({why})", names) for why, names in group_by_reason(self.filled).items()),
+            *(("dropped", f" ({why})", names) for why, names in group_by_reason(self.dropped).items()),
+            ("assumed", "", list(self.assumed)),
+        ]
+        return [f"  {fate:8} {len(names):4}  {preview(names)}{why}" for fate, why, names in rows if names]
+
+
+def convert(
+    source: StateDictFile, format: str = "auto", overrides: ArchOverrides | None = None
+) -> tuple[ConvertedCheckpoint, str]:
+    """Return the model of a file in our names, and the format of the file.
+
+    Args:
+        format: one of CHOICES.
+
+    Raises UserError, beginning with the file, for anything that is not understood as a whole.
+    """
+    source.refuse_own_class()
+    try:
+        state = strip_wrappers(source.state, "model.")  # of a training module around the model
+        found = recognise(state, format)
+        if found == "hf":
+            return from_hf(state, source.config, overrides), found
+        if found == "omnivision":
+            return from_ours(state, source.architecture, overrides), found if source.architecture else "ppma"
+        return (from_omnimae if found == "omnimae" else from_videomae)(state, overrides), found
+    except UserError as error:
+        raise UserError(f"{source.path}: {error}") from None
+
+
+def recognise(names: Collection[str], choice: str = "auto") -> str:
+    """Return the format, a key of RENAMES, that all `names` belong to; `choice` (of CHOICES) allows one alone.
+
+    Raises UserError, with the nearest format and the first names unknown to it, when there is none.
+    """
+    if "mixing_ratio" in names:
+        raise UserError(
+            "The checkpoint is a learned average, which holds no trunk. Merge it first: "
+            "omnivision export CHECKPOINT OUT.pt --to pt --merge."
+        )
+    unknown = {format: [name for name in names if _rename(format, name) is None] for format in RENAMES}
+    nearest = min(unknown, key=lambda format: len(unknown[format]))
+    format = {"auto": nearest, "ppma": "omnivision"}.get(choice, choice)
+    if not unknown[format]:
+        return format
+    raise UserError(
+        f"{len(unknown[format])} of {len(names)} entries have no name of format {format}: {preview(unknown[format])}. Expected "
+        f"weights of {', '.join(CHOICES[1:])} (see docs/interchange.md); the nearest is --format {nearest}."
+    )
+
+
+def from_ours(
+    state: Mapping[str, Tensor],
+    architecture: Mapping[str, Any] | None = None,
+    overrides: ArchOverrides | None = None,
+) -> ConvertedCheckpoint:
+    """Check a state dict in our names, which are PPMA's too, and add position tables where they are missing.
+
+    `architecture` is that of the file, or a part of it. Raises UserError, as all functions here, when the tensors do not make
+    one complete model.
+    """
+    return _KeyMapper("omnivision", state).finalize(architecture or {}, overrides)
+
+
+def from_omnimae(state: Mapping[str, Tensor], overrides: ArchOverrides | None = None) -> ConvertedCheckpoint:
+    """OmniMAE as Meta published it: our names but for the one head; attention in its decoder has no bias for q, k and v."""
+    if any(name.startswith("trunk.decoder.") for name in state):
+        state = {re.sub(r"^head\.", "heads.0.projector.", name): tensor for name, tensor in state.items()}
+    return _KeyMapper("omnimae", state).finalize({}, overrides)
+
+
+def from_videomae(state: Mapping[str, Tensor], overrides: ArchOverrides | None = None) -> ConvertedCheckpoint:
+    """VideoMAE's own repository: pretrained (encoder and decoder) or fine-tuned (mean of tokens, norm, head)."""
+    mapper = _KeyMapper("videomae", state)
+    mapper.drop_first_token_head()
+    mapper.convert_decoder()
+    return mapper.finalize({}, overrides)
+
+
+def from_hf(
+    state: Mapping[str, Tensor], config: Mapping[str, Any], overrides: ArchOverrides | None = None
+) -> ConvertedCheckpoint:
+    """VideoMAEModel, VideoMAEForVideoClassification or VideoMAEForPreTraining of transformers, as in memory or in files.
+
+    `config` is the content of `config.json`, or empty. Raises UserError for a configuration that is invalid, of another kind of
+    model, or not of these weights.
+    """
+    mapper = _KeyMapper("hf", state)
+    mapper.drop_first_token_head()
+    bias = mapper.state.get("trunk.patch_embed.proj.1.bias")
+    if bias is not None and not any(name.startswith("trunk.norm.") for name in mapper.state):
+        # The bare encoder of a model with `use_mean_pooling` ends before the norm, which its classifier holds.
+        mapper.fill("trunk.norm.weight", torch.ones_like(bias), "this encoder ends before it")
+        mapper.fill("trunk.norm.bias", torch.zeros_like(bias), "this encoder ends before it")
+    mapper.convert_decoder()
+    has_decoder = "trunk.decoder.norm.weight" in mapper.state
+    converted = mapper.finalize(_architecture_of_config(config, has_decoder), overrides)
+    epsilon, assumed = config.get("layer_norm_eps", HF_EPSILON if config else EPSILON), list(converted.assumed)
+    if epsilon != EPSILON:
+        assumed.append(f"LayerNorm epsilon {EPSILON:g} (theirs: {str(epsilon)[:20]})")
+    if has_decoder or "fc_norm.weight" in state:
+        assumed.append(f"epsilon {EPSILON:g} of the last norm (theirs: {HF_LAST_EPSILON:g})")
+    return replace(converted, assumed=assumed)
+
+
+def _architecture_of_config(config: Mapping[str, Any], has_decoder: bool) -> dict[str, Any]:
+    """The architecture in a `config.json`, as far as it is ours. Raises UserError for another kind of model."""
+    for key, wanted in (("model_type", "videomae"), ("num_channels", 3), ("hidden_act", "gelu")):
+        if config.get(key, wanted) != wanted:
+            raise UserError(f"{key} in config.json must be {wanted!r}, got {str(config[key])[:60]!r}.")
+    trunk = {ours: config[theirs] for theirs, ours in HF_NUMBERS.items() if theirs in config}
+    if isinstance(trunk.get("image_size"), list) and len(set(map(str, trunk["image_size"]))) == 1:
+        trunk["image_size"] = trunk["image_size"][0]
+    if "tubelet_size" in config and "patch_size" in config:
+        patch = config["patch_size"]
+        trunk["tubelet"] = [config["tubelet_size"], *(patch if isinstance(patch, list) else [patch, patch])]
+    numbers = {f"decoder_{theirs}": ours for theirs, ours in list(HF_NUMBERS.items())[:3] if has_decoder}
+    decoder = {ours: config[theirs] for theirs, ours in numbers.items() if theirs in config}
+    return {"trunk": trunk} | ({"decoder": decoder} if decoder else {})
+
+
+def class_names(config: Mapping[str, Any]) -> list[str] | None:
+    """Return the class names in a `config.json`, by label; None where there are only transformers' placeholders."""
+    labels = config.get("id2label")
+    names = [labels.get(str(label)) for label in range(len(labels))] if isinstance(labels, Mapping) else []
+    return None if names == [f"LABEL_{label}" for label in range(len(names))] else valid_names(names)
+
+
+class _KeyMapper:
+    """The entries of a file on their way to our names: `state`, and where each tensor came from, or why it is there."""
+
+    def __init__(self, format: str, state: Mapping[str, Tensor]) -> None:
+        self.format = format
+        self.has_mean_pooling = any(name.startswith("fc_norm.") for name in state)
+        self.state: dict[str, Tensor] = {}
+        self.origin: dict[str, list[str]] = {}
+        self.filled: dict[str, str] = {}
+        self.dropped: dict[str, str] = {}
+        for name, tensor in state.items():
+            target = _rename(format, name) or name
+            if target not in self.state:
+                self.state[target], self.origin[target] = tensor, [name]
+            elif torch.equal(tensor, self.state[target]):
+                self.dropped[name] = "the same values under another name"
+            else:
+                raise UserError(
+                    f"{self.origin[target][0]} and {name} are one tensor under two names, but their values differ. Save the "
+                    "model again with one version of its library."
+                )
+        self._join()
+
+    def _join(self) -> None:
+        """Stack rows of q, k and v; missing biases are zeros."""
+        for name in dict.fromkeys(match[1] for name in self.state if (match := re.fullmatch(r"(.*)\[[qkv]\]", name))):
+            parts = {part: self.state.pop(f"{name}[{part}]") for part in "qkv" if f"{name}[{part}]" in self.state}
+            self.origin[name] = [old for part in parts for old in self.origin.pop(f"{name}[{part}]")]
+            if len({tensor.shape for tensor in parts.values()}) > 1 or (len(parts) < 3 and name.endswith("weight")):
+                raise UserError(
+                    f"{name} must be made of three tensors of one shape, got {', '.join(self.origin[name])}. Save the whole "
+                    "state dict."
+                )
+            like = next(iter(parts.values()))
+            rows = [parts.get(part, torch.zeros_like(like)) for part in "qkv"]
+            self.state[name] = torch.cat(rows) if like.ndim else like
+            self.filled |= {f"{name}[{part}]": "zeros; not in the file" for part in "qkv" if part not in parts}
+        if prefix := _OPTIONAL_BIASES.get(self.format):
+            for name in [n for n in self.state if n.startswith(prefix) and n.endswith(".attn.qkv.weight")]:
+                bias = name.removesuffix("weight") + "bias"
+                if bias not in self.state:
+                    self.fill(bias, self.state[name].new_zeros(self.state[name].shape[:1]), "zeros; not in the file")
+
+    def fill(self, name: str, tensor: Tensor, why: str) -> None:
+        """Add a tensor that the file does not hold, or replace one of it."""
+        self.state[name], self.filled[name] = tensor, why
+        self.origin.pop(name, None)
+
+    def drop(self, prefixes: str | tuple[str, ...], why: str) -> None:
+        """Leave out all entries that begin so."""
+        for name in [name for name in self.state if name.startswith(prefixes)]:
+            del self.state[name]
+            self.dropped |= dict.fromkeys(self.origin.pop(name, []), why)
+        self.filled = {name: reason for name, reason in self.filled.items() if not name.startswith(prefixes)}
+
+    def drop_first_token_head(self) -> None:
+        """Leave out a head that reads the first token, not the mean of all: one that follows `norm`, not `fc_norm`."""
+        if not self.has_mean_pooling:
+            self.drop("heads.0.0.", "it reads the first token, ours the mean of all")
+
+    def convert_decoder(self) -> None:
+        """Convert a VideoMAE decoder to one of ours with the same outputs, or drop it where there is none.
+
+        Theirs projects tokens, W x, and then adds a mask token and positions of its own width; ours adds both before the
+        projection. W has more columns than rows, so what they are before it can be solved for.
+        """
+        if not any(name.startswith(DECODER) for name in self.state):
+            return
+        if why := self._decoder_problem():
+            self.drop(DECODER, why)
+            return
+        projection, token = self.state["trunk.decoder.decoder_embed.weight"], self.state["trunk.mask_token"]
+        solved = _unproject(token.reshape(1, -1), projection).to(token.dtype)
+        self.fill("trunk.mask_token", solved, "mask_token, before the projection")
+        self.fill("trunk.decoder.decoder_embed.bias", projection.new_zeros(len(projection)), "zeros; not in the file")
+
+    def _decoder_problem(self) -> str:
+        """Why our decoder cannot compute the same; empty if it can. Raises UserError for values that are not finite."""
+        parts = [self.state.get(name, torch.empty(())) for name in _DECODER_PARTS]
+        if not all(part.ndim for part in parts):
+            return "parts of the decoder are missing"
+        patch, projection, mlp, head, *_ = parts
+        (width, trunk_width), pixels = projection.shape, patch[0].numel()
+        if len(mlp) != 4 * width or len(head) != pixels:
+            return f"its MLP is {len(mlp)} wide, ours {4 * width}; it predicts {len(head)} values of a patch, ours {pixels}"
+        check_numbers({"trunk.decoder.decoder_embed.weight": projection})
+        if width > trunk_width or int(torch.linalg.matrix_rank(projection.double(), rtol=1e-4)) < width:
+            return "its projection cannot be undone, and ours adds positions before it"
+        return ""
+
+    def finalize(self, in_file: Mapping[str, Any], overrides: ArchOverrides | None) -> ConvertedCheckpoint:
+        """Check that the tensors make one complete model of finite numbers, and add its position tables."""
+        check_numbers(self.state)
+        videomae = self.format in ("videomae", "hf")
+        typical = _VIDEOMAE_DECODER_HEADS if videomae else TYPICAL_DECODER_HEADS
+        architecture, assumed = infer_architecture(self.state, in_file, overrides or ArchOverrides(), typical)
+        if videomae and "decoder" in architecture:
+            projection = self.state["trunk.decoder.decoder_embed.weight"]
+            positions = sinusoid_positions(num_tokens(architecture["trunk"]), len(projection))
+            why = "the fixed table of its width, before the projection"
+            self.fill("trunk.decoder.pos_embed", _unproject(positions[0], projection)[None], why)
+        for name, table in position_tables(architecture).items():
+            if name not in self.state:
+                self.fill(name, table, "the fixed table")
+        # Copies: parts of a larger tensor would be saved with the whole of it.
+        state = {n: tensor.detach().clone(memory_format=torch.contiguous_format) for n, tensor in self.state.items()}
+        renamed = {name: " + ".join(olds) for name, olds in self.origin.items()}
+        return ConvertedCheckpoint(state, architecture, renamed, self.filled, self.dropped, assumed)
+
+
+def group_by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:
+    """{name: reason} the other way round."""
+    return {why: [name for name in reasons if reasons[name] == why] for why in dict.fromkeys(reasons.values())}
+
+
+def preview(names: Sequence[str]) -> str:
+    """The first three names."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _rename(format: str, name: str) -> str | None:
+    """Return our name of an entry of a format; None for a name that the format does not have."""
+    for theirs, ours in RENAMES[format].items():
+        if match := pattern(theirs).fullmatch(name):
+            return ours.format(**match.groupdict())
+    return None
+
+
+@functools.cache
+def pattern(template: str) -> re.Pattern[str]:
+    """A name of a table as a pattern, with a group for each placeholder."""
+    pieces = re.split(r"\{(\w+)\}", template)
+    odd = [f"(?P<{piece}>{_PLACEHOLDERS[piece]})" for piece in pieces[1::2]]
+    return re.compile("".join(re.escape(text) + group for text, group in zip(pieces[::2], [*odd, ""], strict=True)))
+
+
+def _unproject(rows: Tensor, projection: Tensor) -> Tensor:
+    """The shortest rows (N, trunk width), float32, that a projection (width, trunk width) maps to `rows` (N, width)."""
+    return (rows.double() @ torch.linalg.pinv(projection.double()).T).float()

@@ -7,7 +7,8 @@ from pathlib import Path
 from omnivision.checkpoint.state_dict_file import CONFIG, StateDictFile, read
 from omnivision.data.catalog import read_class_names
 from omnivision.interop import export
-from omnivision.interop.formats import ConvertedCheckpoint, group_by_reason, preprocessor_config, preview, to_hf
+from omnivision.interop.huggingface import preprocessor_config, to_hf
+from omnivision.interop.published import ConvertedCheckpoint, group_by_reason, preview
 from omnivision.tools.inference import InferenceConfig, convert
 from omnivision.tools.weights import ExportOptions
 from omnivision.utils.errors import UserError

@@ -28,8 +28,8 @@ from omnivision.data.masking import RandomMask
 from omnivision.data.sampling import clip_window, uniform_clip_starts
 from omnivision.data.video import VideoDecodeError, open_video
 from omnivision.data.views import EvalView
-from omnivision.interop.formats import ConvertedCheckpoint, from_ours
 from omnivision.interop.merge import merge, read_sources
+from omnivision.interop.published import ConvertedCheckpoint, from_ours
 from omnivision.models import architecture
 from omnivision.models.mae import MaskedAutoencoder
 from omnivision.models.patches import token_grid

@@ -44,7 +44,7 @@ def import_weights(
     from omnivision.checkpoint.state_dict_file import read
     from omnivision.interop.architecture import ArchOverrides
     from omnivision.interop.export import check_target, origin, write_pt
-    from omnivision.interop.formats import class_names, convert
+    from omnivision.interop.published import class_names, convert
 
     file = read(source)
     check_target(out, file, force)
