@@ -144,7 +144,7 @@ class OurNames(Case):
             (self.folder, "hf", "OUT"),
             (source, "pt", "OUT"),
             (self.folder / "taken.pt", "hf", "OUT"),
-            (self.folder / "taken.hf", "pt", "OUT.* a file"),
+            (self.folder / "taken.hf", "pt", "OUT"),
             (taken, "pt", r"end in \.pt"),
             (taken, "safetensors", r"end in \.safetensors"),
         ):
