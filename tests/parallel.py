@@ -1,20 +1,22 @@
 """Test modules side by side, one process for each of up to eight processors, when unittest discovers all of them.
 
-A module that is named (`python -m unittest tests.test_mae`) runs in the process that was asked, so that breakpoints work.
+A module that is named (`python -m unittest tests.test_mae`) runs in the calling process, so that breakpoints work.
 """
 
 import contextlib
+import io
 import multiprocessing
 import os
+import traceback
 import unittest
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PROCESSES = min(len(os.sched_getaffinity(0)), 8)
+LISTS = ("failures", "errors", "skipped")  # of a result: tests and texts
 
 
 def load_tests(loader: unittest.TestLoader, tests: unittest.TestSuite, pattern: str | None) -> unittest.TestSuite:
@@ -25,68 +27,11 @@ def load_tests(loader: unittest.TestLoader, tests: unittest.TestSuite, pattern: 
     return SideBySide(names, loader.testNamePatterns)
 
 
-@dataclass(frozen=True)
-class Named:
+class Description(str):
     """A test of another process, as results print it."""
 
-    name: str
-    text: str
-    description: str | None
-    failureException = AssertionError
-
-    @classmethod
-    def of(cls, test: Any) -> "Named":
-        return cls(test.id(), str(test), test.shortDescription())
-
-    def id(self) -> str:
-        return self.name
-
-    def shortDescription(self) -> str | None:
-        return self.description
-
-    def __str__(self) -> str:
-        return self.text
-
-
-class TracebackText(Exception):
-    """The traceback of another process."""
-
-
-class Recorder(unittest.TestResult):
-    """Collects the calls that a result receives, in a form that can travel."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[str, Named, tuple[Any, ...]]] = []
-
-    def startTest(self, test: Any) -> None:
-        super().startTest(test)
-        self.calls.append(("startTest", Named.of(test), ()))
-
-    def stopTest(self, test: Any) -> None:
-        super().stopTest(test)
-        self.calls.append(("stopTest", Named.of(test), ()))
-
-    def addSuccess(self, test: Any) -> None:
-        self.calls.append(("addSuccess", Named.of(test), ()))
-
-    def addSkip(self, test: Any, reason: str) -> None:
-        self.calls.append(("addSkip", Named.of(test), (reason,)))
-
-    def addFailure(self, test: Any, err: Any) -> None:
-        self._add_problem("addFailure", test, err)
-
-    def addError(self, test: Any, err: Any) -> None:
-        self._add_problem("addError", test, err)
-
-    def addSubTest(self, test: Any, subtest: Any, err: Any) -> None:
-        if err is not None:
-            failed = issubclass(err[0], test.failureException)
-            self._add_problem("addFailure" if failed else "addError", subtest, err)
-
-    def _add_problem(self, kind: str, test: Any, err: Any) -> None:
-        text = self._exc_info_to_string(err, test)  # type: ignore[attr-defined]
-        self.calls.append((kind, Named.of(test), ((TracebackText, TracebackText(f"\n{text}"), None),)))
+    def shortDescription(self) -> None:
+        return None
 
 
 @contextlib.contextmanager
@@ -103,38 +48,46 @@ def measure_coverage() -> Iterator[None]:
     measured.save()
 
 
-def run_module(name: str, patterns: list[str] | None) -> list[tuple[str, Named, tuple[Any, ...]]]:
-    """Run a module in this process; return what its result was told."""
-    loader, recorder = unittest.TestLoader(), Recorder()
+def run_module(name: str, patterns: list[str] | None, verbosity: int) -> tuple[str, int, dict[str, list]]:
+    """Run a module; return what it printed, its number of tests, and the lists of its result."""
+    loader, printed = unittest.TestLoader(), io.StringIO()
     loader.testNamePatterns = patterns
+    result = unittest.TextTestResult(unittest.runner._WritelnDecorator(printed), True, verbosity)  # type: ignore[attr-defined]
     with measure_coverage():
-        loader.loadTestsFromName(name).run(recorder)
-    return recorder.calls
+        loader.loadTestsFromName(name).run(result)
+    lists = {
+        key: [(Description(result.getDescription(test)), text) for test, text in getattr(result, key)] for key in LISTS
+    }
+    return printed.getvalue(), result.testsRun, lists
 
 
 class SideBySide(unittest.TestSuite):
-    """Runs modules in a pool of processes and repeats to the result what became of their tests, module by module."""
+    """Runs modules in a pool of processes and adds what became of their tests to the result, module by module."""
 
     def __init__(self, names: Sequence[str], patterns: list[str] | None) -> None:
         super().__init__()
         self.names, self.patterns = names, patterns
 
-    def run(self, result: unittest.TestResult, debug: bool = False) -> unittest.TestResult:
+    def run(self, result: Any, debug: bool = False) -> Any:
         os.environ.setdefault(
             "OMP_NUM_THREADS", "1"
         )  # modules that share processors would wait for each other's threads
+        verbosity = 2 if getattr(result, "showAll", False) else int(getattr(result, "dots", False))
         with ProcessPoolExecutor(PROCESSES, multiprocessing.get_context("spawn")) as pool:
-            running: dict[Future[Any], str] = {
-                pool.submit(run_module, name, self.patterns): name for name in self.names
-            }
+            running = {pool.submit(run_module, name, self.patterns, verbosity): name for name in self.names}
             for future in as_completed(running):
-                if (error := future.exception()) is not None:  # the process was killed, or the module cannot be loaded
-                    name = running[future]
-                    result.addError(Named(name, name, None), (type(error), error, error.__traceback__))  # type: ignore[arg-type]
-                    continue
-                for call, test, arguments in future.result():
-                    getattr(result, call)(test, *arguments)
-                if result.shouldStop:
+                try:
+                    printed, count, lists = future.result()
+                except Exception as error:  # the process was killed, or the module cannot be loaded
+                    text = "".join(traceback.format_exception(error))
+                    printed, count, lists = "E", 0, {"errors": [(Description(running[future]), text)]}
+                if verbosity:
+                    result.stream.write(printed)
+                    result.stream.flush()
+                result.testsRun += count
+                for key, entries in lists.items():
+                    getattr(result, key).extend(entries)
+                if result.failfast and not result.wasSuccessful():
                     pool.shutdown(cancel_futures=True)
                     break
         return result

@@ -13,9 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 FOLDER = Path(__file__).parent / "parity"
+# Fair for a result that passes through float32 on both sides; gradients are differences and lose a digit.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
+GRADIENT_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
 def record(name: str) -> dict[str, Any]:
@@ -51,6 +54,13 @@ def token_mask(entry: dict[str, Any]) -> Tensor:
     mask = np.zeros(keys.shape, dtype=bool)
     np.put_along_axis(mask, keys.argsort(1)[:, : entry["masked"]], True, axis=1)
     return torch.from_numpy(mask)
+
+
+def gradient_error(model: nn.Module, recorded: dict[str, Any]) -> float:
+    """Largest relative difference of the norms of gradients from the recorded ones."""
+    norms = {name: float(p.grad.norm()) for name, p in model.named_parameters() if p.grad is not None}
+    norms["<all parameters>"] = sum(norm**2 for norm in norms.values()) ** 0.5
+    return max(abs(norms[name] / norm - 1) for name, (_, norm) in recorded.items())
 
 
 def error(got: Tensor, recorded: dict[str, Any]) -> float:

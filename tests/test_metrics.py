@@ -46,24 +46,16 @@ class PublishedFigures(unittest.TestCase):
             got = topk_accuracy(self.views[0], target, k).mean()
             self.assertAlmostEqual(float(got), self.recorded["accuracy_soft_targets"][f"top{k}"], places=6)
 
-
-class Accuracy(unittest.TestCase):
-    def test_a_label_of_minus_one_never_hits(self):
+    def test_labels_of_minus_one_and_more_than_there_are_classes(self):
         self.assertEqual(topk_accuracy(torch.rand(3, 4), torch.full((3,), -1), 4).tolist(), [0, 0, 0])
-
-    def test_more_than_there_are_classes(self):
         self.assertEqual(topk_accuracy(torch.rand(3, 2), torch.tensor([0, 1, 1]), 5).tolist(), [1, 1, 1])
 
-
-class Confusions(unittest.TestCase):
-    def test_matrix(self):
+    def test_confusion_matrix(self):
         label, predicted = np.array([0, 0, 1, -1, 2]), np.array([0, 1, 1, 0, 1])
         got = confusion_matrix(label, predicted, 4)
         self.assertEqual(got.tolist(), [[1, 1, 0, 0], [0, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]])
         # Class 3 does not occur: the mean is over the others.
         self.assertAlmostEqual(mean_class_accuracy(got), (0.5 + 1 + 0) / 3)
-
-    def test_nothing(self):
         self.assertTrue(np.isnan(mean_class_accuracy(confusion_matrix(np.array([-1]), np.array([0]), 2))))
 
 

@@ -97,24 +97,20 @@ def resized_positions(table: Tensor, grid: Triple, new_grid: Triple) -> Tensor:
     return volume.permute(0, 2, 3, 4, 1).flatten(1, 3)
 
 
-def pixel_statistics(channel_dim: int, ndim: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+@functools.cache  # copied to a device at every step, they would make the host wait
+def _statistics(device: torch.device, channel_dim: int, ndim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """ImageNet's mean and standard deviation of RGB in [0, 1], shaped to broadcast along `channel_dim` of `ndim`."""
     shape = [1] * ndim
     shape[channel_dim] = 3
-    mean, std = (torch.tensor(values, dtype=dtype).reshape(shape) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (
+        torch.tensor(values, dtype=dtype).reshape(shape).to(device) for values in (IMAGENET_MEAN, IMAGENET_STD)
+    )
     return mean, std
-
-
-@functools.cache
-def _statistics_on(device: torch.device, channel_dim: int, ndim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`pixel_statistics`, kept on a device: copied there at every step, they would make the host wait."""
-    mean, std = pixel_statistics(channel_dim, ndim, dtype)
-    return mean.to(device), std.to(device)
 
 
 def normalize_pixels(pixels: Tensor, channel_dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """uint8 RGB in 0..255 -> ImageNet-normalised floating point of `dtype`, any shape with RGB along `channel_dim`."""
-    mean, std = _statistics_on(pixels.device, channel_dim, pixels.ndim, dtype)
+    mean, std = _statistics(pixels.device, channel_dim, pixels.ndim, dtype)
     return (pixels.to(dtype) / 255 - mean) / std
 
 
@@ -122,5 +118,5 @@ def unnormalize_pixels(video: Tensor, channel_dim: int) -> Tensor:
     """Pixels in [0, 1] from uint8 in 0..255 or from ImageNet-normalised floating point."""
     if video.dtype == torch.uint8:
         return video.float() / 255
-    mean, std = _statistics_on(video.device, channel_dim, video.ndim, video.dtype)
+    mean, std = _statistics(video.device, channel_dim, video.ndim, video.dtype)
     return video * std + mean
