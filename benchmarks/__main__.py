@@ -35,13 +35,15 @@ BENCHMARKS = {
     "start": "commands",
 }
 
+RUN_ONE = "import sys; from benchmarks.__main__ import run_here; run_here(sys.argv[1], False, sys.argv[2])"
 
-def run_here(name: str, quick: bool, folder: Path) -> None:
+
+def run_here(name: str, quick: bool, folder: Path | str) -> None:
     """Run one benchmark in this process."""
     report: Report = getattr(importlib.import_module(f"benchmarks.{BENCHMARKS[name]}"), name)(quick)
     report.machine["quick"] = quick
     print(report.text(), flush=True)  # before a file fails
-    report.write(folder)
+    report.write(Path(folder))
 
 
 def table(folder: Path, names: list[str]) -> list[str]:
@@ -68,9 +70,9 @@ def main() -> int:
     for number, name in enumerate(names, start=1):
         start = time.monotonic()
         print(f"== {number} of {len(names)}: {name}", flush=True)
-        if options.quick or len(names) == 1:
-            run_here(name, options.quick, folder)
-        elif subprocess.run([sys.executable, "-m", "benchmarks", name, "--out", str(folder)]).returncode:
+        if options.quick:
+            run_here(name, True, folder)
+        elif subprocess.run([sys.executable, "-c", RUN_ONE, name, str(folder)]).returncode:
             failed.append(name)
         print(f"   {time.monotonic() - start:.0f} s\n", flush=True)
     lines = table(folder, [name for name in names if name not in failed])
