@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import shutil
 import tempfile
 import unittest
@@ -22,7 +23,7 @@ from omnivision.data.catalog import Dataset, Split
 from omnivision.data.encode import write_timed_video, write_video
 from omnivision.data.video import VideoDecodeError, open_video
 from omnivision.tools.prepare import transcode as transcoding
-from omnivision.tools.prepare.index import SPLITS, video_key
+from omnivision.tools.prepare.index import SPLITS, guess_split, video_key
 from omnivision.tools.prepare.output import format_entry, updated_catalog
 from omnivision.tools.prepare.transcode import TranscodeConfig, TranscodeJob, destinations, target_size, transcode
 from omnivision.tools.workers import run_in_processes
@@ -266,22 +267,13 @@ class Columns(Folder):
 
     def test_times_are_segments(self):
         self.videos("a.mp4", "b.mp4")
-        for start, end in (
-            ("start", "end"),
-            ("time_start", "time_end"),
-            ("start_time", "end_time"),
-            ("t_start", "t_end"),
-            ("begin", "stop"),
-            ("start_sec", "end_sec"),
-            ("Start Time (s)", "End Time (s)"),
-            ("startSeconds", "endSeconds"),
-            ("start_timestamp", "stop_timestamp"),
-            ("from", "to"),
-        ):
-            with self.subTest(start):
-                rows = "a.mp4,0,1.5,run\na.mp4,00:01:30.25,1:31,run\nb.mp4,5,7,jump\n"
+        rows = "a.mp4,0,1.5,run\na.mp4,00:01:30.25,1:31,run\nb.mp4,5,7,jump\n"
+        names = "start,end time_start,time_end start_time,end_time t_start,t_end begin,stop start_sec,end_sec from,to"
+        more = ["Start Time (s),End Time (s)", "startSeconds,endSeconds", "start_timestamp,stop_timestamp"]
+        for columns in [*names.split(), *more]:
+            with self.subTest(columns):
                 expected = [("a.mp4", 1, (0, 1.5)), ("a.mp4", 1, (90.25, 91)), ("b.mp4", 0, (5, 7))]
-                self.assertEqual(self.prepare_list(f"path,{start},{end},label\n{rows}")["train"], expected)
+                self.assertEqual(self.prepare_list(f"path,{columns},label\n{rows}")["train"], expected)
                 self.assertEqual(self.entry["train"]["segments"], str(self.out / "train_segments.npy"))
                 self.assertEqual(np.load(self.out / "train_segments.npy").dtype, np.float64)
                 self.assertNotIn("more than once", self.errors)
@@ -410,25 +402,20 @@ class Columns(Folder):
 class ClassFolders(Folder):
     def test_folders_of_splits(self):
         for names, splits in (
-            (("train", "val", "test"), ("train", "val", "test")),
-            (("Train", "Test"), ("train", "test")),
-            (("training", "dev"), ("train", "val")),
-            (("TRAIN", "validation", "testing"), ("train", "val", "test")),
-            (("train", "valid"), ("train", "val")),
+            ("train val test", "train val test"),
+            ("Train Test", "train test"),
+            ("training dev", "train val"),
+            ("TRAIN validation testing", "train val test"),
+            ("train valid", "train val"),
         ):
-            for form in ("{split}/{label}", "{label}/{split}"):
+            for form in ("{name}/{label}/{k}.mp4", "{label}/{name}/{k}.mp4"):
                 with self.subTest(names, form=form):
-                    self.tree(
-                        *(
-                            f"{form.format(split=name, label=label)}/{number}.mp4"
-                            for k, name in enumerate(names)
-                            for label in ("jump", "run")
-                            for number in range(k + 1)
-                        )
-                    )
-                    self.assertEqual(self.sizes("s"), {split: 2 * (k + 1) for k, split in enumerate(splits)})
-                    self.assertEqual(self.classes, ["jump", "run"])
-                    for name in names:
+                    counts = {name: k + 1 for k, name in enumerate(names.split())}
+                    clips = [(name, label, k) for name in counts for label in "ab" for k in range(counts[name])]
+                    self.tree(*(form.format(name=name, label=label, k=k) for name, label, k in clips))
+                    self.assertEqual(self.sizes("s"), {split: 2 * k + 2 for k, split in enumerate(splits.split())})
+                    self.assertEqual(self.classes, ["a", "b"])
+                    for name in counts:
                         self.assertIn(f"{name} is the ", self.output)
 
     def test_a_test_split_has_arrays_and_is_not_held_out_from(self):
@@ -441,46 +428,47 @@ class ClassFolders(Folder):
         self.assertEqual({path.partition("/")[0] for path, _ in self.samples()["test"]}, {"test"})
 
     def test_what_may_be_splits_or_classes_is_asked_about(self):
-        cases = {
-            "val and dev": "train/a/1.mp4 val/a/2.mp4 dev/a/3.mp4",
-            "one of two spellings": "train/a/1.mp4 Train/a/2.mp4",
-            "a class beside splits": "train/a/1.mp4 test/a/2.mp4 bus/3.mp4",
-            "a class called train, or videos without labels": "train/1.mp4 bus/2.mp4",
-            "a class called test, of frames": "test/1/1.jpg bus/2/1.jpg",
-            "videos in a split": "train/a/1.mp4 test/2.mp4",
-            "splits without classes": "train/1.mp4 test/2.mp4",
-            "one frame folder": "train/a/1.mp4 test/1/1.jpg",
-            "one class with splits": "run/train/1.mp4 run/test/2.mp4 jump/3.mp4",
-            "parts of names": "train_set/a/1.mp4 test_set/a/2.mp4",
-            "names of datasets": "UCF101_train/a/1.mp4 UCF101_train/b/1.mp4 UCF101_test/a/2.mp4",
-            "short names": "trn/a/1.mp4 tst/a/2.mp4",
-            "sizes": "train_256/a/1.mp4 val_256/b/2.mp4",
-            "parts of names before": "split_train/a/1.mp4 split_val/a/1.mp4",
-            "plurals": "trains/a/1.mp4 tests/a/1.mp4",
-            "camel case, without classes": "TrainSet/1.mp4 HoldOut/1.mp4",
-            "one word": "trainset/a/1.mp4 testset/a/2.mp4",
-            "one word in any case": "TrainData/a/1.mp4 Devdata/a/2.mp4",
-            "longer words": "train_x/a/1.mp4 development/a/2.mp4",
-            "a level deeper": "run/deep/Train/1.mp4 run/deep/Test/2.mp4",
-            "two levels deeper": "run/x/y/train/1/1.jpg run/x/y/val/2/1.jpg jump/1.mp4",
-            "one split": "train-set/a/1.mp4",
-            "one by its name and one by a part": "train/a/1.mp4 val_256/a/2.mp4",
-            "parts of names in classes": "run/set_train/1.mp4 run/set_eval/2.mp4",
-            "a class with other folders": "run/train/1.mp4 run/test/2.mp4 jump/train/3.mp4 jump/extra/4.mp4",
-            "below a folder: data": "data/train/a/1.mp4 data/val/b/2.mp4 annotations/x.txt",
-            "below a folder: data/UCF": "data/UCF/train/a/1.mp4 data/UCF/test/a/2/1.jpg",
-            "below a folder: videos": "videos/train_set/a/1.mp4 videos/test_set/a/2.mp4",
-            "below a folder: x": "x/train/a/1.mp4 x/train/b/1.mp4",
-        }
-        for what, files in cases.items():
-            with self.subTest(what):
+        for files in (
+            "train/a/1.mp4 val/a/2.mp4 dev/a/3.mp4",
+            "train/a/1.mp4 test/a/2.mp4 bus/3.mp4",
+            "train/1.mp4 bus/2.mp4",
+            "test/1/1.jpg bus/2/1.jpg",
+            "train/a/1.mp4 test/2.mp4",
+            "train/1.mp4 test/2.mp4",
+            "train/a/1.mp4 test/1/1.jpg",
+            "run/train/1.mp4 run/test/2.mp4 jump/3.mp4",
+            "UCF101_train/a/1.mp4 UCF101_train/b/1.mp4 UCF101_test/a/2.mp4",
+            "trainset/1.mp4 HoldOut/1.mp4",
+            "train-set/a/1.mp4",
+            "train/a/1.mp4 val_256/a/2.mp4",
+            "run/set_train/1.mp4 run/set_eval/2.mp4",
+            "run/train/1.mp4 run/test/2.mp4 jump/train/3.mp4 jump/extra/4.mp4",
+            "run/deep/Train/1.mp4 run/deep/Test/2.mp4",
+            "run/x/y/train/1/1.jpg run/x/y/val/2/1.jpg jump/1.mp4",
+            # Below a folder, which is to be SOURCE.
+            "data/train/a/1.mp4 data/val/b/2.mp4 annotations/x.txt",
+            "data/UCF/train/a/1.mp4 data/UCF/test/a/2/1.jpg",
+            "videos/train_set/a/1.mp4 videos/test_set/a/2.mp4",
+            "x/train/a/1.mp4 x/train/b/1.mp4",
+        ):
+            with self.subTest(files):
                 self.tree(*files.split())
-                lower = f"{self.folder}/s/{what.rpartition(': ')[2]} as SOURCE.*" if "below" in what else ""
-                self.assert_refused("s", regex=f"{lower}--splits none")
-                if what == "one of two spellings":  # as classes, too, these are refused
-                    continue
+                lower = re.match("(data|data/UCF|videos|x)(?=/train)", files)
+                regex = f"{self.folder}/s/{lower[0]} as SOURCE.*" if lower else ""
+                self.assert_refused("s", regex=f"{regex}--splits none")
                 self.prepare("s", "--splits", "none")
                 self.assertEqual(self.classes, sorted({file.split("/")[0] for file in files.split()}, key=str.lower))
+        self.tree("train/a/1.mp4", "Train/a/2.mp4")  # as classes, these are refused, too
+        self.assert_refused("s", regex="--splits none")
+        words = {
+            "train": "train_256 train_set UCF101_train split_train trn trains TrainSet trainset TrainData train_x",
+            "val": "Devdata val_256 development eval",
+            "test": "test-set tst tests HoldOut testset",
+            None: "contest bus bottle",
+        }
+        for split, names in words.items():
+            for name in names.split():
+                self.assertEqual(guess_split(name), split, name)
 
     def test_classes_whose_names_hold_words_for_splits(self):
         for names in ("train_station bus_stop", "train_arrives train_leaves", "test_tube bottle", "contest training_x"):
@@ -639,26 +627,25 @@ class ClassFolders(Folder):
 
     def test_refused(self):
         self.videos("twice/Run/1.mp4", "twice/run/2.mp4", "empty/a/notes.txt", "images/a/1.jpg", "ok/a/1.mp4")
-        os.symlink("nowhere.mp4", self.write("link/a/1.mp4").parent / "2.mp4")
-        os.symlink("..", self.write("loop/a/1.mp4").parent / "up")
-        os.symlink("ring.mp4", self.write("ring/a/1.mp4").parent / "ring.mp4")
-        os.mkfifo(self.write("pipe/a/1.mp4").parent / "2.mp4")
+        self.videos("link/a/1.mp4", "loop/a/1.mp4", "ring/a/1.mp4", "pipe/a/1.mp4", "lacking/train/a/1.mp4")
+        os.symlink("nowhere.mp4", self.folder / "link/a/2.mp4")
+        os.symlink("..", self.folder / "loop/a/up")
+        os.symlink("ring.mp4", self.folder / "ring/a/ring.mp4")
+        os.mkfifo(self.folder / "pipe/a/2.mp4")
         (self.folder / "nothing").mkdir()
-        self.write("val_empty/train/a/1.mp4")
-        (self.folder / "val_empty/val").mkdir()
-        cases = {
-            "twice": "'Run' = 'run'",
-            "empty": "empty",
-            "images": "a holds images itself",
-            "link": r"2\.mp4 is not a file",
-            "pipe": r"2\.mp4 is not a file",
-            "loop": "up.* is a link to a folder that it lies in",
-            "nothing": "SOURCE/<class>/<clip>",
-            "ring": r"ring.mp4 is not a file",
-            "pipe/a/2.mp4": "SOURCE",
-            "val_empty": "no videos of val",
-        }
-        for name, regex in cases.items():
+        (self.folder / "lacking/val").mkdir()
+        for name, regex in (
+            ("twice", "'Run' = 'run'"),
+            ("empty", "empty"),
+            ("images", "a holds images itself"),
+            ("link", r"2\.mp4 is not a file"),
+            ("pipe", r"2\.mp4 is not a file"),
+            ("loop", "up is a link"),
+            ("nothing", "SOURCE"),
+            ("ring", r"ring.mp4 is not a file"),
+            ("pipe/a/2.mp4", "SOURCE"),
+            ("lacking", "no videos of val"),
+        ):
             with self.subTest(name):
                 self.assert_refused(name, regex=regex)
         with self.assertRaisesRegex(UserError, "OUT"):
@@ -863,7 +850,7 @@ class Transcoding(Folder):
             self.assertEqual(len(set(made.values())), len(paths))
             for path in made.values():
                 self.assertFalse(any(other.startswith(f"{path}/") for other in made.values()), path)
-        self.assertEqual(destinations(paths, TranscodeConfig(None))["a/y.v1.mov"], "a/y.v1.mp4")
+        self.assertEqual(destinations(paths, TranscodeConfig(None))["a/y.v1.mov"], "films/a/y.v1.mp4")
 
 
 class PreparedVideos(Folder):

@@ -20,7 +20,7 @@ from omnivision.data.catalog import IGNORED_LABEL, resolve_prefix, shift_command
 from omnivision.data.sampling import Segment, clip_window, sample_duration, uniform_clip_starts
 from omnivision.data.video import FrameFolder, VideoDecodeError, VideoFile, open_video
 from omnivision.tools.arguments import resolve_fps
-from omnivision.tools.datasets import CheckOptions
+from omnivision.tools.datasets import CheckSettings
 from omnivision.tools.prepare.index import drop_suffix, printable, shorten
 from omnivision.tools.prepare.output import read_arrays
 from omnivision.tools.prepare.transcode import MAX_PIXELS
@@ -69,7 +69,7 @@ class VideoCheck:
         return abs(self.frames / self.rate - self.duration) > max(_GAP_SECONDS, _GAP_SHARE * self.duration)
 
 
-def run(paths_file: str, labels_file: str | None, args: CheckOptions) -> int:
+def run(paths_file: str, labels_file: str | None, args: CheckSettings) -> int:
     """Check the split and print a report; return 0 if all samples are good."""
     if args.num_classes is not None and labels_file is None:
         raise UserError("--num-classes is for labels. Pass LABELS.npy after PATHS.npy, or leave --num-classes out.")
@@ -114,7 +114,7 @@ def run(paths_file: str, labels_file: str | None, args: CheckOptions) -> int:
     return 0 if summary["bad"] == 0 and not summary.get("labels", {}).get("out_of_range") else EXIT_USER
 
 
-def _check_all(full: list[str], segments: list[Segment] | None, args: CheckOptions) -> list[VideoCheck]:
+def _check_all(full: list[str], segments: list[Segment] | None, args: CheckSettings) -> list[VideoCheck]:
     """Check each sample; a video is opened once for all its segments."""
     samples: dict[str, list[int]] = {}  # of each video
     for position, path in enumerate(full):

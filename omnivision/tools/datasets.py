@@ -10,10 +10,14 @@ from cyclopts import Parameter
 from omnivision.tools.arguments import Flag, Fps, FramePattern, FrameRate, Share, at_least
 
 Workers = Annotated[
-    int | None,
-    at_least(0),
-    Parameter(help="Processes to work with; 0: this one alone (default: one for each core, at most 16)."),
+    int | None, at_least(0), Parameter(help="Processes; 0: this one alone (default: one for each core, at most 16).")
 ]
+File = Annotated[str | None, Parameter(metavar="FILE")]
+List = Annotated[str | None, Parameter(metavar="LIST.csv")]
+Segments = Annotated[
+    str | None, Parameter(metavar="SEGMENTS.npy", help="(N, 2) start and end (s) of each sample in its video.")
+]
+Regex = Annotated[str | None, Parameter(metavar="REGEX")]
 
 
 @Parameter(name="*", group="What is read")
@@ -22,38 +26,37 @@ class SourceSettings:
     """How `prepare` reads its source.
 
     Attributes:
-        format: What SOURCE is (default: recognised by its files).
-        train: A list of the training split; SOURCE is where its paths start.
+        format: What SOURCE is (default: recognized by its files).
+        train: A list of the training split; SOURCE is the folder of its paths.
         val: The same for the validation split.
         test: The same for a test split, which gets arrays of its own.
-        splits: SPLIT=NAME,...: which folders (or values in the column of a list) are the train, val and test split, such
+        splits: SPLIT=NAME,...: the folders (or values in the column of a list) that are the train, val and test split, such
             as train=a,train=b,val=c; none: none of them is (default: by their names).
         columns: path=NAME,label=NAME[,split=NAME][,start=NAME,end=NAME]: the columns of lists to use, by name or number,
             and no others (default: by their names); start and end are seconds.
         fold: Which split of UCF101 or HMDB51.
         class_names: Names of the classes in the order of labels, one per line.
-        prefix: The folder of the videos; paths in the arrays are relative to it (default: SOURCE, or the folder of the
-            CSV file).
+        prefix: The folder of the videos; paths in the arrays are relative to it (default: SOURCE, or the folder of the list).
         hold_out: Hold this share of the videos out as the validation split, where the source has none, e.g. 0.2.
-        group_pattern: With --hold-out: its first parentheses match the part of a name that identifies the source, which
-            stays on one side (default: each video is its own).
+        group_pattern: With --hold-out: its first parentheses match the part of a name that videos of one source share, which
+            stay on one side (default: each video is its own).
         skip_missing: Leave out rows of lists whose video does not exist.
         no_check_files: Do not check whether the videos exist.
     """
 
     format: Literal["csv", "folders", "ucf101", "hmdb51", "ssv2", "diving48"] | None = None
-    train: Annotated[str | None, Parameter(metavar="A.csv")] = None
-    val: Annotated[str | None, Parameter(metavar="B.csv")] = None
-    test: Annotated[str | None, Parameter(metavar="C.csv")] = None
+    train: List = None
+    val: List = None
+    test: List = None
     splits: Annotated[str | None, Parameter(metavar="S")] = None
     columns: Annotated[str | None, Parameter(metavar="C")] = None
     fold: Annotated[int, at_least(1)] = 1
-    class_names: Annotated[str | None, Parameter(metavar="FILE")] = None
+    class_names: File = None
     prefix: Annotated[str | None, Parameter(metavar="FOLDER")] = None
     fps: FrameRate = None
     frame_pattern: FramePattern = None
     hold_out: Share | None = None
-    group_pattern: Annotated[str | None, Parameter(metavar="REGEX")] = None
+    group_pattern: Regex = None
     skip_missing: Flag = False
     no_check_files: Flag = False
 
@@ -76,11 +79,32 @@ class TranscodeSettings:
     frames: Annotated[Fps, Parameter(metavar="FPS")] = None
     workers: Workers = None
 
-    def transcodes(self) -> bool:
-        return any(option is not None for option in (self.short_side, self.gop, self.crf, self.frames))
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class CheckSettings:
+    """What `check-data` checks.
+
+    Attributes:
+        against: Another split, to find videos that are in both.
+        num_classes: Labels must be below it (-1: ignored).
+        prefix: Put before each path, as in the catalog.
+        quick: Read the first, middle and last clip only.
+        json: Write the results of every sample to this file.
+    """
+
+    segments: Segments = None
+    against: Annotated[str | None, Parameter(metavar="OTHER_PATHS.npy")] = None
+    num_classes: Annotated[int | None, at_least(1)] = None
+    prefix: Annotated[str, Parameter(metavar="P")] = ""
+    fps: FrameRate = None
+    frame_pattern: FramePattern = None
+    quick: Flag = False
+    workers: Workers = None
+    json: File = None
 
 
-_SOURCE, _TRANSCODE = SourceSettings(), TranscodeSettings()
+_SOURCE, _TRANSCODE, _CHECK = SourceSettings(), TranscodeSettings(), CheckSettings()
 
 
 def prepare(
@@ -95,9 +119,8 @@ def prepare(
 ) -> int:
     """Make a dataset ready for training: arrays of paths and labels, and faster videos.
 
-    Write the arrays of paths and labels that training reads, and print the dataset's entry for the catalog. With
-    --short-side, --gop or --frames, videos are also made smaller and faster to read. Existing results are kept, so the
-    same command completes an interrupted one.
+    Write the arrays that training reads, and print the dataset's entry for the catalog. With --short-side, --gop or
+    --frames, also make videos smaller and faster to read. The same command completes an interrupted one.
 
     Args:
         source: A CSV file, folders of classes, or the split files of a dataset.
@@ -116,24 +139,22 @@ def val_split(
     out: str,
     /,
     *,
-    segments: Annotated[str | None, Parameter(metavar="SEGMENTS.npy")] = None,
+    segments: Segments = None,
     dataset: Literal["ucf101", "hmdb51", "ikea", "diving48", "uav", "minissv2"] | None = None,
-    group_pattern: Annotated[str | None, Parameter(metavar="REGEX")] = None,
+    group_pattern: Regex = None,
     share: Share = 0.2,
     seed: Annotated[int, at_least(0)] = 42,
 ) -> int:
-    r"""Hold out a part of a training split, all videos of one source on the same side.
+    r"""Hold out a part of a training split, all videos of one source (subject, upload) on the same side.
 
-    To choose settings without looking at the validation split. All videos of one source (video, subject, upload) are on the
-    same side. Write train_paths.npy, train_labels.npy, val_paths.npy and val_labels.npy (with --segments, also
-    train_segments.npy and val_segments.npy). The same seed gives the same split. One of --dataset and --group-pattern is
-    required.
+    To choose settings without looking at the validation split. Write train_paths.npy, train_labels.npy, val_paths.npy and
+    val_labels.npy (with --segments, also train_segments.npy and val_segments.npy). The same seed gives the same split. One of
+    --dataset and --group-pattern is required.
 
     Args:
         paths: The paths of the training split.
         labels: Its labels.
         out: The folder to write to.
-        segments: Its segments, where samples are parts of videos.
         dataset: How names of videos identify their source.
         group_pattern: The same for other data: a regular expression; its first parentheses match what names of one source
             share, e.g. '(.*)_c\d+'.
@@ -145,45 +166,17 @@ def val_split(
     return run(paths, labels, out, segments, dataset, group_pattern, share, seed)
 
 
-@Parameter(name="*")
-@dataclass(frozen=True, kw_only=True)
-class CheckOptions:
-    """What `check-data` checks.
-
-    Attributes:
-        segments: (N, 2) start and end (s) of each sample in its video; without it, samples are whole videos.
-        against: Another split, to find videos that are in both.
-        num_classes: Labels must be below it (-1: ignored).
-        prefix: Put before each path, as in the catalog.
-        quick: Read the first, middle and last clip only.
-        json: Write the results of every sample to this file.
-    """
-
-    segments: Annotated[str | None, Parameter(metavar="SEGMENTS.npy")] = None
-    against: Annotated[str | None, Parameter(metavar="OTHER_PATHS.npy")] = None
-    num_classes: Annotated[int | None, at_least(1)] = None
-    prefix: Annotated[str, Parameter(metavar="P")] = ""
-    fps: FrameRate = None
-    frame_pattern: FramePattern = None
-    quick: Flag = False
-    workers: Workers = None
-    json: Annotated[str | None, Parameter(metavar="FILE")] = None
-
-
-_CHECK = CheckOptions()
-
-
 def check_data(
     paths: Annotated[str, Parameter(name="PATHS.npy")],
     labels: Annotated[str | None, Parameter(name="LABELS.npy")] = None,
     /,
     *,
-    options: CheckOptions = _CHECK,
+    settings: CheckSettings = _CHECK,
 ) -> int:
     """Read every sample of a split, and report which are bad and what the videos are like.
 
-    Decode every sample of a split from its first to its last frame. Report which cannot be read and why, how long and large
-    the videos are, which labels are missing, and which videos occur twice. Exit code 0 if all samples are good, else 1.
+    Decode every sample from its first to its last frame. Report which cannot be read and why, how long and large the videos
+    are, which labels are missing, and which videos occur twice. Exit code 0 if all samples are good, else 1.
 
     Args:
         paths: 1-D array of paths of videos or frame folders.
@@ -191,4 +184,4 @@ def check_data(
     """
     from omnivision.tools.check_data import run
 
-    return run(paths, labels, options)
+    return run(paths, labels, settings)

@@ -20,12 +20,13 @@ VIDEO_SUFFIXES = tuple(
     ".mp4 .avi .webm .mkv .mov .m4v .mpg .mpeg .wmv .flv .ogv .ts .m2ts .mts .3gp .asf .vob .y4m".split()
 )
 MAX_CLASSES = 1_000_000
+# The names of each split in folders and lists, and words that suggest one.
 SPLITS = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation", "validate", "dev"),
     "test": ("test", "testing"),
 }
-_ALMOST_SPLITS = {
+_SUGGESTIONS = {
     "train": ("tr", "trn", "trains"),
     "val": ("vals", "vld", "eval", "evaluation", "validations", "development"),
     "test": ("te", "tst", "tests", "holdout", "heldout"),
@@ -80,8 +81,8 @@ def guess_split(name: str) -> str | None:
     words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)
     words.append("".join(words))
     for word in words + [re.sub("(?i)_?(set|data|split|videos|clips)$", "", word) for word in words]:
-        almost = (split for split, names in _ALMOST_SPLITS.items() if word.lower() in names)
-        if split := split_of(word) or next(almost, None):
+        word = word.lower()
+        if split := next((split for split in SPLITS if word in (*SPLITS[split], *_SUGGESTIONS[split])), None):
             return split
     return None
 
@@ -135,52 +136,36 @@ def number_classes(index: DatasetIndex, names: Sequence[str] = ()) -> DatasetInd
 
     names: the order that the user wants, before that of the source. Without either, labels that are all integers are class
     numbers, and other classes are in natural order of their names.
-    Raises UserError for labels without a class, integers among names, and two classes with the same name (also if only case
+    Raises UserError for labels without a class, numbers among names, and two classes with the same name (also if only case
     or spaces differ).
     """
     first: dict[str | int, Record] = {}  # label -> the first record that has it
     for row in index.rows():
         first.setdefault(row.label, row)
-    numbers = {} if index.classes and isinstance(next(iter(first)), str) else _parse_integers(first)
-    classes, starts_at_one = list(names or index.classes), False
-    if numbers:
-        count = len(classes) or MAX_CLASSES
-        bad, expected = [label for label, number in numbers.items() if not 0 <= number < count], f"0 to {count - 1}"
-        starts_at_one = bool(classes) and start_at_one(np.array(list(numbers.values())), count)
-        classes = classes or [str(number) for number in range(0 if bad else max(numbers.values()) + 1)]
+    classes, hint = list(names or index.classes), ""
+    are_texts = bool(index.classes) and isinstance(next(iter(first)), str)
+    if not are_texts and all(re.fullmatch(r"[+-]?[0-9]+", str(label)) for label in first):
+        numbers = {label: int(str(label)[:40]) for label in first}  # Python refuses to parse thousands of digits
+        classes = classes or [str(number) for number in range(min(max(numbers.values()) + 1, MAX_CLASSES))]
+        wrong = [label for label, number in numbers.items() if not 0 <= number < len(classes)]
+        hint = (
+            "They start at 1: subtract 1 from each. "
+            if start_at_one(np.array([*numbers.values()]), len(classes))
+            else ""
+        )
     else:
+        numeric = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)")
+        kinds = [[label for label in first if bool(numeric.fullmatch(str(label))) == kind] for kind in (True, False)]
+        wrong = [] if classes or not kinds[0] else min(filter(None, kinds), key=len)
         classes = classes or sorted(map(str, first), key=natural)
         numbers = {name: number for number, name in enumerate(classes)}
-        bad, expected = [label for label in first if label not in numbers], shorten(classes, 3)
-    if bad:
+        wrong += [label for label in first if label not in numbers]
+    if wrong:
         raise listing_error(
-            f"Some labels are not among the classes ({expected})",
-            [f"{first[label].where}: {str(label)[:40]}" for label in bad],
-            f"{'They start at 1: subtract 1 from each. ' if starts_at_one else ''}Fix the list, or the names of the classes "
-            "(--class-names).",
+            f"Labels must be all integers from 0, or all names, of the {len(classes)} classes",
+            [f"{first[label].where}: {str(label)[:40]}" for label in wrong],
+            f"{hint}Fix the list, or the names of the classes (--class-names).",
         )
-    _check_names(classes)
-    splits = {split: [replace(row, label=numbers[row.label]) for row in rows] for split, rows in index.splits.items()}
-    return replace(index, splits=splits, classes=classes)
-
-
-def _parse_integers(first: Mapping[str | int, Record]) -> dict[str | int, int]:
-    """Return label -> class number if all labels are integers, nothing if all are names. Raises UserError for a mixture."""
-    numeric = [label for label in first if re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)", str(label))]
-    # Python refuses to parse thousands of digits; 40 are out of range, too.
-    integers = {label: int(str(label)[:40]) for label in numeric if "." not in str(label)}
-    if not numeric or len(integers) == len(first):
-        return integers
-    others = [label for label in first if label not in integers]
-    fewer = integers if 0 < len(integers) < len(others) else others
-    raise listing_error(
-        "Labels must be all integers from 0, or all names of classes; these differ from the rest",
-        [f"{first[label].where}: {label}" for label in fewer],
-        "Fix the list.",
-    )
-
-
-def _check_names(classes: Sequence[str]) -> None:
     alike: dict[str, list[str]] = {}
     for name in classes:
         alike.setdefault("".join(name.split()).casefold(), []).append(name)
@@ -190,8 +175,10 @@ def _check_names(classes: Sequence[str]) -> None:
         raise listing_error(
             "Names of classes must be printable, and differ by more than case or spaces",
             problems,
-            "Rename the labels (or folders) so that each class has one spelling.",
+            "Rename the classes.",
         )
+    splits = {split: [replace(row, label=numbers[row.label]) for row in rows] for split, rows in index.splits.items()}
+    return replace(index, splits=splits, classes=classes)
 
 
 def label_warnings(index: DatasetIndex) -> list[str]:
@@ -231,24 +218,23 @@ def path_warnings(index: DatasetIndex, check: bool) -> list[str]:
         ):
             if repeated := [path for (path, _), count in samples.items() if count > 1]:
                 warnings.append(f"{len(repeated)} samples are in {split} {what}: {shorten(repeated)}.")
-        by_name: dict[object, list[str]] = {}
-        by_file: dict[object, list[str]] = {}
+        groups: dict[object, list[str]] = {}
         for path in dict.fromkeys(row.path for row in rows):
-            by_name.setdefault(video_key(path), []).append(path)
-            if check and len(index.splits) > 1:
-                status = os.stat(index.full(path))
-                by_file.setdefault((status.st_dev, status.st_ino), []).append(path)
-        if forms := [" = ".join(paths) for paths in by_name.values() if len(paths) > 1]:
+            groups.setdefault(video_key(path), []).append(path)
+        if forms := [" = ".join(paths) for paths in groups.values() if len(paths) > 1]:
             warnings.append(
                 f"{len(forms)} videos seem to be in {split} in two forms (a file and its frames, or two formats), each a "
                 f"sample: {shorten(forms)}. Remove one of them."
             )
-        videos[split] = by_name | by_file
+        if check and len(index.splits) > 1:
+            for path in {row.path for row in rows}:
+                status = os.stat(index.full(path))
+                groups[status.st_dev, status.st_ino] = [path]
+        videos[split] = groups
     for one, other in combinations(videos, 2):
-        both = videos[one].keys() & videos[other].keys()
-        shared = {tuple(dict.fromkeys((videos[one][key][0], videos[other][key][0]))) for key in both}
-        if shared:
-            warnings.append(f"{one} and {other} share {len(shared)} files: {shorten(sorted(map(' = '.join, shared)))}.")
+        keys = videos[one].keys() & videos[other].keys()
+        if pairs := {" = ".join(dict.fromkeys((videos[one][key][0], videos[other][key][0]))) for key in keys}:
+            warnings.append(f"{one} and {other} share {len(pairs)} files: {shorten(sorted(pairs))}.")
     return warnings
 
 

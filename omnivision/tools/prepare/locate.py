@@ -13,7 +13,7 @@ from omnivision.tools.prepare.index import VIDEO_SUFFIXES, DatasetIndex, Record,
 from omnivision.utils.errors import UserError
 
 
-def locate_videos(index: DatasetIndex, *, prefix: str | None, check: bool, skip_missing: bool = False) -> DatasetIndex:
+def locate_videos(index: DatasetIndex, prefix: str | None, check: bool, skip_missing: bool) -> DatasetIndex:
     """Return the index with paths relative to its root: `prefix`, else the root of the index, else their common folder.
 
     With `check`, each must be a file or a folder; a video may have another suffix than the list says, or be a frame folder.

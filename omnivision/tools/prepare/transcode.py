@@ -50,15 +50,15 @@ class TranscodeJob:
 
 
 def destinations(paths: Iterable[str], config: TranscodeConfig) -> dict[str, str]:
-    """Return the relative path of the result for each path; a suffix stays in the name where it is the only difference."""
-    unique = sorted(set(paths))
+    """Return the path of each result below OUT; a suffix stays in the name where it is the only difference."""
+    unique, ending = sorted(set(paths)), ".mp4" if config.frames_fps is None else ""
     stems = Counter(os.path.splitext(path)[0] for path in unique)
     folders = {str(folder) for path in unique for folder in Path(path).parents}
     result = {}
     for path in unique:
         stem, suffix = os.path.splitext(path)
-        is_unique = stems[stem] == 1 and stem not in folders
-        result[path] = (stem if is_unique else f"{stem}_{suffix[1:]}") + (".mp4" if config.frames_fps is None else "")
+        name = stem if stems[stem] == 1 and stem not in folders else f"{stem}_{suffix[1:]}"
+        result[path] = f"{config.folder}/{name}{ending}"
     return result
 
 
