@@ -1,11 +1,16 @@
-"""The `omnivision` command: help without torch, and wrong arguments."""
+"""The `omnivision` command: help without torch, wrong arguments, and how commands end."""
 
+import contextlib
+import errno
+import io
 import subprocess
 import sys
 import unittest
+from unittest import mock
 
-from omnivision.tools.main import COMMANDS
-from omnivision.utils.errors import UserError
+from omnivision.tools.main import COMMANDS, main
+from omnivision.utils.errors import EXIT_INTERRUPTED, UserError
+from omnivision.utils.streams import SafeStream
 from tests.runs import call_command
 
 
@@ -40,6 +45,25 @@ class WrongArguments(unittest.TestCase):
     def test_an_option_that_comes_again_replaces_the_first(self):
         with self.assertRaisesRegex(UserError, "RUN"):  # the option is accepted; the run does not exist
             call_command("predict", "RUN", "a.mp4", "--top", 1, "--top", 2)
+
+
+class Ends(unittest.TestCase):
+    def test_a_result_that_cannot_be_written_is_an_error_but_a_closed_pipe_is_none(self):
+        for cause, code in ((OSError(errno.ENOSPC, "No space left on device"), 1), (BrokenPipeError(), 0), (None, 0)):
+            stream = SafeStream(mock.Mock(write=mock.Mock(side_effect=cause), fileno=mock.Mock(side_effect=OSError)))
+            with (
+                mock.patch.object(sys, "stdout", stream),
+                mock.patch("omnivision.tools.main.call", side_effect=lambda _: print("result") or 0),
+                contextlib.redirect_stderr(io.StringIO()) as stderr,
+            ):
+                self.assertEqual(main([]), code)
+            self.assertEqual(len(stderr.getvalue().splitlines()), code)
+
+    def test_interrupted(self):
+        with contextlib.redirect_stderr(io.StringIO()) as stderr:
+            with mock.patch("omnivision.tools.main.call", side_effect=KeyboardInterrupt):
+                self.assertEqual(main(["runs", "x"]), EXIT_INTERRUPTED)
+        self.assertIn("runs", stderr.getvalue())
 
 
 if __name__ == "__main__":

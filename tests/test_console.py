@@ -1,7 +1,6 @@
 """What people see of a run and of the commands: nothing is broken in a narrow window, starts and ends say what matters."""
 
 import contextlib
-import errno
 import io
 import os
 import re
@@ -27,7 +26,7 @@ from omnivision.training.evaluate import Evaluation
 from omnivision.training.run_messages import end_lines, start_lines
 from omnivision.utils.errors import EXIT_INTERRUPTED, StopRequested, UserError
 from omnivision.utils.signals import StopSignal
-from omnivision.utils.streams import SafeStream, announce, fit, wrap
+from omnivision.utils.streams import announce, fit, wrap
 from tests.test_trainer import Noise, trainer
 
 WIDTHS = (60, 80, 120)
@@ -43,39 +42,11 @@ def plain(text: str) -> list[str]:
     return [line.rstrip() for line in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text).splitlines() if line.strip()]
 
 
-def errors() -> contextlib.AbstractContextManager[io.StringIO]:
-    return contextlib.redirect_stderr(io.StringIO())
-
-
 class Folder(unittest.TestCase):
     def setUp(self):
         temporary = tempfile.TemporaryDirectory()
         self.addCleanup(temporary.cleanup)
         self.folder = Path(temporary.name)
-
-
-class Commands(Folder):
-    def test_a_result_that_cannot_be_written_is_an_error_but_a_closed_pipe_is_none(self):
-        for cause, code in ((OSError(errno.ENOSPC, "No space left on device"), 1), (BrokenPipeError(), 0), (None, 0)):
-            stream = SafeStream(mock.Mock(write=mock.Mock(side_effect=cause), fileno=mock.Mock(side_effect=OSError)))
-            with (
-                mock.patch.object(sys, "stdout", stream),
-                mock.patch("omnivision.tools.main.call", side_effect=lambda _: print("result") or 0),
-                errors() as stderr,
-            ):
-                self.assertEqual(main([]), code)
-            self.assertEqual(len(stderr.getvalue().splitlines()), code)
-
-    def test_interrupted(self):
-        with mock.patch("omnivision.tools.main.call", side_effect=KeyboardInterrupt), errors() as stderr:
-            self.assertEqual(main(["runs", str(self.folder)]), EXIT_INTERRUPTED)
-        self.assertIn("runs", stderr.getvalue())
-
-    def test_a_slow_start_is_announced_on_a_terminal(self):
-        for stream, text in ((Terminal(), "Loading ...\n"), (io.StringIO(), "")):
-            with mock.patch.object(sys, "stderr", stream):
-                announce("Loading")
-            self.assertEqual(stream.getvalue(), text)
 
 
 class Windows(Folder):
@@ -98,6 +69,12 @@ class Windows(Folder):
         with mock.patch.dict(os.environ, COLUMNS="60"):
             self.assertEqual(fit(text, io.StringIO()), text)
             self.assertGreater(len(fit(text, Terminal()).splitlines()), 3)
+
+    def test_a_slow_start_is_announced_on_a_terminal(self):
+        for stream, text in ((Terminal(), "Loading ...\n"), (io.StringIO(), "")):
+            with mock.patch.object(sys, "stderr", stream):
+                announce("Loading")
+            self.assertEqual(stream.getvalue(), text)
 
     def runs(self, out: io.StringIO, *arguments: str) -> list[str]:
         with contextlib.redirect_stdout(out):
@@ -220,7 +197,7 @@ class Interrupted(Folder):
             (KeyboardInterrupt(), EXIT_INTERRUPTED, ""),
             (UserError("wrong"), 1, "error: wrong\n"),
         ):
-            with errors() as stderr:
+            with contextlib.redirect_stderr(io.StringIO()) as stderr:
                 self.assertEqual(report_exit(error, RunDir(self.folder), False, 0), code)
             self.assertIn(hint, stderr.getvalue())
             self.assertEqual("error" in stderr.getvalue(), code == 1)
@@ -253,7 +230,7 @@ class Interrupted(Folder):
             with (
                 mock.patch.object(launch, "run", side_effect=codes) as run,
                 contextlib.redirect_stdout(io.StringIO()),
-                errors(),
+                contextlib.redirect_stderr(io.StringIO()),
             ):
                 self.assertEqual(launch.launch(jobs), max(codes[:runs]))
             self.assertEqual(run.call_count, runs)

@@ -1,4 +1,7 @@
-"""`omnivision.load`, `predict` and `reconstruct`: a video outside any dataset gets the scores of an evaluation."""
+"""`omnivision.load`, `predict` and `reconstruct`: a video outside any dataset gets the scores of an evaluation.
+
+Exports hold how to prepare videos for their model, and a model card that nobody's names break out of.
+"""
 
 import contextlib
 import io
@@ -13,12 +16,14 @@ import torch
 from PIL import Image
 
 import omnivision
+from omnivision.checkpoint.state_dict_file import StateDictFile, read
+from omnivision.interop.export import escape, training_history
 from omnivision.tools.main import main
 from omnivision.utils.errors import UserError
 from tests import runs
 from tests import stage_runs as stages
 
-NAMES = {"run", "jump", "<turn & stand>"}
+NAMES = ["run", "jump | <b>high</b>", "turn"]
 
 
 class Trained(unittest.TestCase):
@@ -30,8 +35,9 @@ class Trained(unittest.TestCase):
         cls.addClassCleanup(temporary.cleanup)
         cls.folder = Path(temporary.name)
         cls.ft, cls.mae = cls.folder / "ft", cls.folder / "mae"
-        (cls.folder / "names.txt").write_text("run\njump\n<turn & stand>\n")
+        (cls.folder / "names.txt").write_text("\n".join(NAMES))
         videos = stages.write_films(cls.folder / "videos", 6)
+        cls.video, cls.best = videos[0], cls.ft / "checkpoints/best.pt"
         data = [
             *stages.write_split(cls.folder, "ucf101", "train", videos),
             *stages.write_split(cls.folder, "ucf101", "val", videos[:3]),
@@ -62,7 +68,7 @@ class Trained(unittest.TestCase):
         shares = torch.from_numpy(scores[0]).softmax(0)
         self.assertEqual([each.label for each in best], shares.argsort(descending=True)[:2].tolist())
         self.assertAlmostEqual(best[0].probability, float(shares.max()), places=5)
-        self.assertEqual({each.name for each in model.predict(str(paths[0]))}, NAMES)
+        self.assertEqual({each.name for each in model.predict(str(paths[0]))}, set(NAMES))
 
     def test_a_folder_of_several_series(self):
         folder = self.folder / "series"
@@ -83,7 +89,7 @@ class Trained(unittest.TestCase):
         self.assertRegex(err, "^Model from .*best.pt .epoch 1, top-1 .*\nerror: /gone.mp4 cannot be read")
         code, out, err = self.command("predict", self.ft, video, "--json")
         predictions = json.loads(out)[video]
-        self.assertEqual((code, {each["name"] for each in predictions}), (0, NAMES))
+        self.assertEqual((code, {each["name"] for each in predictions}), (0, set(NAMES)))
         self.assertAlmostEqual(sum(each["probability"] for each in predictions), 1, places=5)
 
     def test_reconstruct(self):
@@ -136,6 +142,70 @@ class Trained(unittest.TestCase):
                 omnivision.load(ft).predict(video, **options)
         with self.assertRaisesRegex(UserError, "mask_ratio"):
             omnivision.load(mae).reconstruct(video, mask_ratio=0)
+
+    def export(self, out: str, to: str, *more: str, source: str = "ft") -> str:
+        return runs.call_command("export", self.folder / source, self.folder / out, "--to", to, *more)[1]
+
+    def test_a_file_predicts_what_its_run_predicts(self):
+        expected = omnivision.load(self.folder / "ft").predict(self.video)
+        self.assertEqual({each.name for each in expected}, set(NAMES))
+        for out, to in (("model.pt", "pt"), ("other.safetensors", "safetensors")):
+            self.export(out, to)
+            model = omnivision.load(self.folder / out)
+            self.assertEqual(model.config.clip_duration, 0.7)
+            self.assertEqual(model.predict(self.video), expected)
+            self.assertRegex(str(read(self.folder / out)), "epoch 1, top-1")
+        runs.call_command("import", self.folder / "model.pt", self.folder / "back.pt")
+        model = omnivision.load(self.folder / "back.pt")
+        self.assertEqual((model.config.clip_duration, model.config.class_names), (0.7, [NAMES]))
+
+    def test_card_of_a_file(self):
+        self.assertIn(f"{self.folder}/carded.pt.md", self.export("carded.pt", "pt"))
+        card = (self.folder / "carded.pt.md").read_text()
+        self.assertTrue(card.startswith("---\nlibrary_name: omnivision\npipeline_tag: video-classification\n"))
+        for expected in (
+            "# carded.pt",
+            f"| top1 | {runs.summary(self.folder / 'ft')['last']['val_top1']:.4g} |",
+            r"run, jump \| \<b\>high\</b\>, turn",
+            r"| clip\_duration | 0.7 |",
+            'omnivision.load("carded.pt").predict(',
+            "SHA-256",
+            " M parameters, ",
+        ):
+            self.assertIn(expected, card)
+        self.assertNotIn("<b>", card)
+        self.assertEqual(escape("a\n# b `c` [d](e) <f>"), r"a \# b \`c\` \[d\](e) \<f\>")
+        (self.folder / "mine.pt.md").write_text("mine")
+        with self.assertRaisesRegex(UserError, "mine.pt.md"):  # a file of the user's is not replaced
+            self.export("mine.pt", "pt", "--force")
+        self.assertFalse((self.folder / "mine.pt").exists())
+
+    def test_card_and_names_of_a_folder_for_transformers(self):
+        self.export("hf", "hf")
+        card = (self.folder / "hf/README.md").read_text()
+        self.assertIn("library_name: transformers", card)
+        self.assertIn('VideoMAEForVideoClassification.from_pretrained("hf")', card)
+        config = json.loads((self.folder / "hf/config.json").read_text())
+        self.assertEqual(list(config["id2label"].values()), NAMES)
+
+    def test_weights_that_nobody_evaluated_have_no_metrics(self):
+        checkpoint = torch.load(self.best, weights_only=True)
+        name = "trunk.norm.weight"
+        torch.save(checkpoint | {"ema": {name: checkpoint["model"][name]}}, self.folder / "averaged.pt")
+        for weights, evaluated in (("ema", True), ("model", False)):
+            self.export(f"of_{weights}.pt", "pt", "--weights", weights, source="averaged.pt")
+            self.assertEqual("## Validation" in (self.folder / f"of_{weights}.pt.md").read_text(), evaluated)
+
+    def test_starts_are_named_by_their_runs(self):
+        experiment = json.loads(torch.load(self.best, weights_only=True)["experiment"])
+        for start, name in (
+            (["runs/align", "runs/other/checkpoints/best.pt"], r"align + other"),
+            ("a/vit.pt", "vit.pt"),
+            (None, "nothing"),
+        ):
+            experiment["settings"]["pretrained_checkpoint_path"] = start
+            source = StateDictFile(Path("x/best.pt"), "0", {}, {"experiment": json.dumps(experiment)})
+            self.assertIn(rf"| pretrained\_checkpoint\_path | {name} |", training_history(source))
 
 
 if __name__ == "__main__":

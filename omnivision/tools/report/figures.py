@@ -125,13 +125,14 @@ def mistakes(predictions: Predictions, count: int, entry: Mapping[str, Any]) -> 
     if set(most_confident) == set(worst):
         lists = {"The mistakes, the most confident first": most_confident}
     names, prefix = predictions.class_names, resolve_prefix(entry.get("prefix") or "")
+    fps = entry["fps"] if isinstance(entry.get("fps"), (int, float)) else 25.0  # not one that refers to a setting
 
     def describe(video: int) -> Mistake:
         path, times = predictions.paths[video], ""
         segment = None if predictions.segments is None else tuple(predictions.segments[video].tolist())
         if segment is not None:
             times = f" ({segment[0]:g} to {segment[1]:g} s)"
-        clip = animate(path, entry.get("fps") or 25.0, entry.get("frame_pattern"), segment)
+        clip = animate(path, fps, entry.get("frame_pattern"), segment)
         texts = path.removeprefix(prefix) + times, names[label[video]], names[predicted[video]]
         return Mistake(*texts, float(100 * of_label[video]), float(100 * confidence[video]), clip)
 
