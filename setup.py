@@ -30,7 +30,8 @@ setup(
         "omnivision.config.yaml": "config",
         "omnivision_demo": "examples/demo/omnivision_demo",
     },
-    package_data={package: ["*.yaml"] for package in CONFIG_PACKAGES} | {"omnivision.tools.report": ["*.j2"]},
+    package_data={package: ["*.yaml"] for package in CONFIG_PACKAGES}
+    | {"omnivision.tools.report": ["*.j2"], "omnivision.launch": ["*.sh"]},
     py_modules=["train_app_submitit"],
     install_requires=[
         "torch>=2.10",

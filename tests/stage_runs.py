@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 from omnivision import train
 from omnivision.config.compose import use_yaml12_numbers
 from omnivision.data.encode import write_video
-from omnivision.launch import local
+from omnivision.launch import launcher
 from omnivision.training.trainer import Trainer
 from tests.runs import ROOT
 
@@ -116,7 +116,7 @@ def here(arguments: Sequence[str]) -> Result:
     torch.set_num_threads(1)
     with (
         tempfile.TemporaryDirectory() as folder,
-        mock.patch.object(local, "multiprocessing", Ranks(folder)) as ranks,
+        mock.patch.object(launcher, "multiprocessing", Ranks(folder)) as ranks,
         mock.patch.dict(os.environ, ONE_THREAD),
         contextlib.redirect_stdout(io.StringIO()) as out,
         contextlib.redirect_stderr(io.StringIO()) as err,

@@ -219,7 +219,7 @@ class Interrupted(Folder):
 
     def test_a_sweep_ends_with_the_run_that_is_interrupted(self):
         submitit = SimpleNamespace(use_cluster=False)
-        launchers = [SimpleNamespace(experiment_log_dir=f"run_{number}") for number in range(3)]
+        launchers = [SimpleNamespace(experiment_log_dir=f"run_{number}", gpus_per_node=1) for number in range(3)]
         jobs = [SimpleNamespace(settings=SimpleNamespace(submitit=submitit, launcher=each)) for each in launchers]
         for codes, runs in (
             ([0, EXIT_INTERRUPTED, 0], 2),
@@ -228,7 +228,7 @@ class Interrupted(Folder):
             ([0, 0, EXIT_INTERRUPTED], 3),
         ):
             with (
-                mock.patch.object(launch, "run", side_effect=codes) as run,
+                mock.patch("omnivision.launch.run.run_rank", side_effect=codes) as run,
                 contextlib.redirect_stdout(io.StringIO()),
                 contextlib.redirect_stderr(io.StringIO()),
             ):

@@ -18,7 +18,7 @@ from omnivision.config.validate import validate_config
 from omnivision.data.encode import write_video
 from omnivision.data.video import VideoFile
 from omnivision.launch import dry_run as dry
-from omnivision.launch import slurm, submit
+from omnivision.launch import slurm
 from omnivision.reporting.run_directory import RunDir
 from omnivision.training import build
 from omnivision.training.trainer import Trainer
@@ -134,13 +134,11 @@ class Dry(unittest.TestCase):
         self.assert_stops("launcher.experiment_log_dir", "held", {})
 
     def test_what_slurm_would_not_take(self):
-        wrong = {"submitit.use_cluster": True, "submitit.setup": ["exec true"]}
+        wrong = {"submitit.use_cluster": True, "submitit.setup": ["if true; then"]}
         answers = {"is_available": True, "squeue": {}, "partition_limits": (None, None)}
         with contextlib.ExitStack() as stack:
             for name, answer in answers.items():
                 stack.enter_context(mock.patch.object(slurm, name, return_value=answer))
-            for name in ("LOCAL_FILE_SYSTEMS", "USUALLY_LOCAL"):  # a run directory in /tmp
-                stack.enter_context(mock.patch.object(submit, name, ()))
             self.assert_stops("submitit.setup", "cluster", wrong)
 
     def test_too_little_memory(self):

@@ -1,7 +1,6 @@
-"""What a run folder knows of its jobs, and what SLURM's answers mean; the cluster itself is in tests/slurm."""
+"""What a run directory knows of its jobs, and what SLURM's answers mean; the cluster itself is in tests/slurm."""
 
 import contextlib
-import dataclasses
 import io
 import json
 import os
@@ -9,8 +8,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 import unittest
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -26,29 +23,9 @@ from omnivision.launch import exit as ending
 from omnivision.launch import launcher, slurm, slurm_jobs, submit
 from omnivision.launch.launcher import Job
 from omnivision.launch.run import run_rank
-from omnivision.launch.slurm import JobState, explain_error, parse_limit, parse_time
-from omnivision.launch.slurm_jobs import (
-    JobLog,
-    Task,
-    history,
-    note,
-    parse_dependencies,
-    public_environment,
-    resolve_status,
-    restarts_without_progress,
-)
-from omnivision.launch.submit import (
-    batch_script_prologue,
-    check_dependency,
-    check_folders,
-    check_setup,
-    dependency_failed,
-    is_finished,
-    is_queued,
-    require_free,
-    signal_delay,
-    warn_of_other_settings,
-)
+from omnivision.launch.slurm import JobState, parse_limit, parse_time
+from omnivision.launch.slurm_jobs import LOGS, JobLog, history, note, parse_dependencies, run_status
+from omnivision.launch.submit import check_submission, dependency_problem, is_finished, is_queued, signal_delay
 from omnivision.launch.watchdog import is_peer_lost
 from omnivision.reporting.run_directory import RunDir
 from omnivision.utils.errors import PeerLostError, StopRequested, UserError
@@ -57,8 +34,20 @@ from tests import runs, stage_runs
 
 SLURM = {
     "SLURM_JOB_ID": "123456", "SLURM_NTASKS": "8", "SLURM_JOB_NUM_NODES": "2", "SLURM_PROCID": "5", "SLURM_LOCALID": "1",
-    "SLURM_JOB_NODELIST": "node[3-4]",
 }  # fmt: skip
+NOW = datetime.now()
+ENDING = {"JobState": "COMPLETING"}  # a job that scancel ends
+PREEMPTED = ENDING | {"PreemptTime": NOW.isoformat()}
+DISCONNECTED = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3344")
+
+
+def answer(**fields: str) -> contextlib.AbstractContextManager:
+    """What `scontrol show job` says."""
+    return mock.patch.object(slurm, "show_job", return_value=fields)
+
+
+def settings_of(*overrides: str) -> Settings:
+    return validate_config(stage_runs.composed(*runs.STAGE_1[2:], "launcher.experiment_log_dir=/runs/mae", *overrides))
 
 
 class Folder(unittest.TestCase):
@@ -66,270 +55,319 @@ class Folder(unittest.TestCase):
         temporary = tempfile.TemporaryDirectory()
         self.addCleanup(temporary.cleanup)
         self.folder = RunDir(Path(temporary.name) / "run")
-        (self.folder.path / slurm_jobs.LOGS).mkdir(parents=True)
+        self.logs = self.folder.path / LOGS
+        self.logs.mkdir(parents=True)
+        for seconds in (
+            mock.patch.object(slurm_jobs, "END_FILE_SECONDS", 0),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            self.enterContext(seconds)
 
-    def rank_end(self, restarts: int, error: BaseException, rank: int = 3, job: str | None = "123456") -> None:
-        """Another rank's own word of its end."""
-        self.folder.logs.mkdir(exist_ok=True)
-        with mock.patch.object(ending, "own_job", return_value=job):
-            with mock.patch.object(ending, "own_restarts", return_value=restarts):
-                ending.write_end_file(self.folder, rank, error, f"{type(error).__name__}: {error}")
+    def job(self, *overrides: str) -> Job:
+        where = f"launcher.experiment_log_dir={self.folder.path}"
+        return Job(validate_config(stage_runs.composed(*runs.STAGE_1[2:], where, *overrides)), "epochs: 1\n")
 
-
-class Tasks(unittest.TestCase):
-    def test_rank_world_address_and_port_are_slurms(self):
-        with mock.patch.dict(os.environ, SLURM):
-            task = Task.from_environment()
-            self.assertEqual((task.job_id, task.restarts, task.nodes), ("123456", 0, "node[3-4]"))
-            place = task.place("node3")
-            self.assertEqual((place.rank, place.world_size, place.local_rank, place.local_world_size), (5, 8, 1, 4))
-            self.assertEqual(place.init_method, "tcp://node3:15928")
-        element = {"SLURM_ARRAY_JOB_ID": "123400", "SLURM_ARRAY_TASK_ID": "7", "SLURM_RESTART_COUNT": "2"}
-        with mock.patch.dict(os.environ, SLURM | element):
-            task = Task.from_environment()
-            self.assertEqual((task.job_id, task.number, task.restarts), ("123400_7", 123456, 2))
-
-    def test_neighbouring_jobs_never_share_a_port_and_none_is_one_that_systems_hand_out(self):
-        with mock.patch.dict(os.environ, SLURM):
-            task = Task.from_environment()
-        starts = ((number, restarts) for number in range(987_654, 989_154) for restarts in range(13))
-        tasks = (dataclasses.replace(task, number=number, restarts=restarts) for number, restarts in starts)
-        ports = [int(each.place("a").init_method.rpartition(":")[2]) for each in tasks]
-        self.assertEqual((len(set(ports)), min(ports), max(ports)), (13 * 1500, 10_000, 29_499))
-
-    def test_a_job_that_comes_back_often_keeps_to_its_own_ports(self):
-        with mock.patch.dict(os.environ, SLURM):
-            task = Task.from_environment()
-        ports = [
-            {dataclasses.replace(task, number=number, restarts=n).place("a").init_method for n in range(100)}
-            for number in (77, 78)
-        ]
-        self.assertEqual([len(own) for own in ports], [13, 13])
-        self.assertEqual(ports[0] & ports[1], set())
-
-    def test_one_process_needs_to_meet_nobody(self):
-        with mock.patch.dict(os.environ, SLURM | {"SLURM_NTASKS": "1", "SLURM_JOB_NUM_NODES": "1"}):
-            self.assertIsNone(Task.from_environment().place("node3").init_method)
-
-
-class Records(Folder):
-    def record(self, restarts: int, limit: int = 100, token: str = "a") -> JobLog:
-        with mock.patch.dict(os.environ, SLURM | {"SLURM_RESTART_COUNT": str(restarts)}):
-            task = Task.from_environment()
-        return JobLog(task, self.folder, token, limit, watch_the_clock=False)
+    def log(self, restarts: int = 0, limit: int | None = 100, token: str = "a") -> JobLog:
+        return JobLog(self.folder, "12", restarts, token, limit)
 
     def starts(self, *steps: int | None, token: str = "a") -> None:
-        """Starts of a job that went on from these steps; None: it did not get so far."""
+        """Starts of a job that resumed from these steps; None: it did not get so far."""
         for restarts, step in enumerate(steps):
-            record = self.record(restarts, token=token)
-            record.record_start()
-            record.check_requeue_limits(mock.Mock())
+            log = self.log(restarts, token=token)
+            log.record_start("node1", 1)
             if step is not None:
-                record.record_resume(step)
+                log.record_resume(step)
 
-    def test_three_restarts_without_a_step_are_enough(self):
-        self.starts(0, 0, 10, 10, 10)
-        with self.assertRaisesRegex(UserError, "restarted 3 times without progress: it is at step 10 again"):
-            self.starts(0, 0, 10, 10, 10, 10, token="b")
+    def rank_end(self, restarts: int, error: BaseException, rank: int = 3, job: str | None = "12") -> None:
+        """Another rank's end file."""
+        self.folder.logs.mkdir(exist_ok=True)
+        with mock.patch.multiple(ending, own_job=lambda: job, own_restarts=lambda: restarts):
+            ending.write_end_file(self.folder, rank, error, f"{type(error).__name__}: {error}")
 
-    def test_starts_that_did_not_even_get_so_far_count(self):
-        self.starts(4, None, None, None)
-        with self.assertRaisesRegex(UserError, "without progress: it did not get as far as its checkpoint"):
-            self.starts(4, None, None, None, 9, token="b")
-        gone = RuntimeError("gloo: Connection reset by peer")
-        with (
-            mock.patch.object(slurm_jobs, "END_FILE_SECONDS", 0),
-            mock.patch.object(slurm, "show_job", return_value={}),
-        ):
-            self.assertFalse(self.record(4, token="b").classify_exit(gone, "gone").requeue)
 
-    def test_what_was_won_in_between_is_progress(self):
+class Ranks(unittest.TestCase):
+    def test_rank_world_size_address_and_port_are_slurms(self):
+        with mock.patch.dict(os.environ, SLURM):
+            self.assertEqual(submit.slurm_rank("node3"), RankInfo(5, 8, 1, 4, "tcp://node3:15928"))
+        with mock.patch.dict(os.environ, SLURM | {"SLURM_NTASKS": "1", "SLURM_JOB_NUM_NODES": "1"}):
+            self.assertIsNone(submit.slurm_rank("node3").init_method)
+
+    def test_neighbouring_jobs_and_restarts_have_ports_of_their_own(self):
+        ports: dict[int, set[int]] = {}
+        for number in (*range(987_654, 987_754), *range(989_054, 989_154)):
+            for restarts in (0, 1, 12, 13, 99):
+                with mock.patch.dict(
+                    os.environ, SLURM | {"SLURM_JOB_ID": str(number), "SLURM_RESTART_COUNT": str(restarts)}
+                ):
+                    port = int(submit.slurm_rank("a").init_method.rpartition(":")[2])
+                ports.setdefault(number, set()).add(port)
+        self.assertEqual({len(own) for own in ports.values()}, {4}, "13 starts, then the first port again")
+        every = [port for own in ports.values() for port in own]
+        self.assertEqual(len(set(every)), len(every))
+        self.assertTrue(10_000 <= min(every) and max(every) <= 29_499, "none that systems hand out")
+
+
+class Ends(Folder):
+    """What becomes of a job, decided by rank 0."""
+
+    def decide(self, error: BaseException, restarts: int = 1, limit: int = 100, **fields: str) -> tuple[str, bool]:
+        with answer(**fields):
+            self.decision = self.log(restarts, limit).classify_exit(error, str(error))
+        return self.decision.status, self.decision.requeue
+
+    def test_too_many_restarts_without_a_new_step(self):
         self.starts(0, 0, 0, 5, 5, 5, 6, None, None, 7)
+        self.starts(0, 0, 0, token="of an older job of the same number")
+        self.starts(0, 0, 10, 10, 10, token="b")
+        with self.assertRaisesRegex(UserError, "trainer.checkpoint.save_every_steps"):
+            self.starts(0, 0, 10, 10, 10, 10, token="c")
 
-    def test_an_older_job_of_the_same_number_does_not_count(self):
-        self.starts(0, 0, 0, token="old")
-        self.starts(0, token="new")
-        self.assertEqual(restarts_without_progress(history(self.folder, "new")), 0)
+    def test_starts_that_never_get_to_their_checkpoint(self):
+        self.starts(4, None, None, None)
+        self.assertEqual(self.decide(DISCONNECTED, 3), ("requeued", True))
+        self.starts(None)
+        self.assertEqual(self.decide(DISCONNECTED, 4), ("failed", False))
 
     def test_a_job_comes_back_so_often(self):
-        self.record(2, limit=2).check_requeue_limits(mock.Mock())
-        with self.assertRaisesRegex(UserError, "requeued 3 times; submitit.max_requeues"):
-            self.record(3, limit=2).check_requeue_limits(mock.Mock())
+        self.log(2, limit=2).check_requeue_limits()
+        with self.assertRaisesRegex(UserError, "submitit.max_requeues"):
+            self.log(3, limit=2).check_requeue_limits()
+        self.assertEqual(self.decide(DISCONNECTED, 1, limit=1), ("interrupted", False))
 
-    def test_what_a_request_to_stop_means(self):
-        record, now = self.record(1), datetime.now()
-        facts = {"JobState": "RUNNING", "Restarts": "1", "StartTime": (now - timedelta(hours=1)).isoformat()}
-        ending = {"JobState": "COMPLETING"}
-
-        def decision(cause: str, **more: str) -> tuple[str, bool]:
-            with mock.patch.object(slurm, "show_job", return_value=facts | more):
-                made = record.classify_exit(StopRequested(cause, saved_step=7), "ended")
-            return made.status, made.requeue
-
-        self.assertEqual(decision("SIGTERM", **ending), ("interrupted", False), "scancel")
-        self.assertEqual(decision("SIGTERM"), ("requeued", True), "a signal that is no cancellation")
-        self.assertEqual(decision("SIGTERM", PreemptTime=now.isoformat(), **ending), ("requeued", True))
-        before = (now - timedelta(hours=2)).isoformat()
-        self.assertEqual(decision("SIGTERM", PreemptTime=before, **ending), ("interrupted", False))
-        self.assertEqual(decision("SIGTERM", Restarts="2", **ending), ("requeued", False), "SLURM has done it")
-        self.assertEqual(decision("SIGTERM", TimeLimit="01:00:00", **ending), ("requeued", True), "its time is over")
-        cancelled = {"TimeLimit": "02:00:00", "EndTime": now.isoformat()} | ending
-        self.assertEqual(decision("SIGTERM", **cancelled), ("interrupted", False))
-        self.assertEqual(decision(TIME_LIMIT, **ending), ("interrupted", False), "cancelled meanwhile")
-        self.assertEqual(decision("SIGUSR2"), ("requeued", True))
-        self.assertEqual(decision(TIME_LIMIT), ("requeued", True))
+    def test_requests_to_stop(self):
+        running = {"JobState": "RUNNING", "Restarts": "1", "StartTime": (NOW - timedelta(hours=1)).isoformat()}
+        before = (NOW - timedelta(hours=2)).isoformat()
+        again, ended = ("requeued", True), ("interrupted", False)
+        for cause, fields, expected in (
+            ("SIGTERM", ENDING, ended),
+            ("SIGTERM", {}, again),  # no cancellation
+            ("SIGTERM", PREEMPTED, again),
+            ("SIGTERM", PREEMPTED | {"PreemptTime": before}, ended),
+            ("SIGTERM", ENDING | {"Restarts": "2"}, ("requeued", False)),  # SLURM has requeued it
+            ("SIGTERM", ENDING | {"TimeLimit": "01:00:00"}, again),
+            ("SIGTERM", ENDING | {"TimeLimit": "02:00:00", "EndTime": NOW.isoformat()}, ended),
+            (TIME_LIMIT, ENDING, ended),
+            (TIME_LIMIT, {}, again),
+            ("SIGUSR2", {}, again),
+        ):
+            with self.subTest(cause, fields=fields):
+                self.assertEqual(self.decide(StopRequested(cause, saved_step=7), **running | fields), expected)
+        self.assertEqual(self.decide(StopRequested("SIGTERM")), ended, "SLURM does not answer")
         self.rank_end(1, ValueError("its workers were ended first"))
-        self.assertEqual(decision("SIGUSR2"), ("requeued", True), "all of the job was asked, whatever fails meanwhile")
-        with mock.patch.object(slurm, "show_job", return_value={}):
-            silent = record.classify_exit(StopRequested("SIGTERM"), "ended")
-        self.assertEqual(silent.status, "failed", "SLURM ends the others when a task has failed")
+        self.assertEqual(self.decide(StopRequested("SIGUSR2"), **running), again, "whatever fails meanwhile")
+        self.assertEqual(
+            self.decide(StopRequested("SIGTERM")), ("failed", False), "SLURM ends what is left of a failed job"
+        )
 
-    def test_which_process_is_gone_or_that_none_is(self):
-        for error, saying in (
-            (
-                PeerLostError("process 3 is gone; last seen in a step, after step 9"),
-                "process 3 is gone; .*after step 9 ",
-            ),
-            (RuntimeError("NCCL error"), "another process is gone without a word, perhaps with its node "),
-            (dist.DistNetworkError("port: 28745 EADDRINUSE"), "the port that the processes meet at is taken "),
+    def test_lost_peers(self):
+        for error, reason in (
+            (PeerLostError("process 3 is gone; last seen in a step, after step 9"), "process 3 is gone"),
+            (RuntimeError("NCCL error"), "another process is gone"),
+            (dist.DistNetworkError("port: 28745 EADDRINUSE"), "the port .* is taken"),
         ):
-            with (
-                mock.patch.object(slurm_jobs, "END_FILE_SECONDS", 0),
-                mock.patch.object(slurm, "show_job", return_value={}),
-            ):
-                classify_exit = self.record(1).classify_exit(error, str(error))
-            self.assertTrue(classify_exit.requeue)
-            self.assertRegex(classify_exit.reason, f"^{saying}")
+            self.assertEqual(self.decide(error), ("requeued", True))
+            self.assertRegex(self.decision.reason, f"^{reason}")
+        self.assertEqual(self.decide(DISCONNECTED, **ENDING), ("interrupted", False))
+        self.assertEqual(self.decide(ValueError("of its own")), ("failed", False))
+        kinds = [is_peer_lost(error) for error in (RuntimeError("CUDA out of memory"), ValueError("gloo"))]
+        self.assertEqual(kinds, [False, False])
 
-    def test_a_cancelled_job_is_not_brought_back_because_its_processes_lost_one_another(self):
-        gone = RuntimeError("gloo: Connection reset by peer")
-        with (
-            mock.patch.object(slurm_jobs, "END_FILE_SECONDS", 0),
-            mock.patch.object(slurm, "show_job", return_value={"JobState": "COMPLETING"}),
-        ):
-            self.assertEqual(self.record(0).classify_exit(gone, "gone").status, "interrupted")
+    def test_the_cause_is_the_end_file_of_another_rank(self):
+        for restarts, error, job in (
+            (0, ValueError("of an earlier start"), "12"), (1, DISCONNECTED, "12"), (1, StopRequested("SIGTERM"), "12"),
+            (1, ValueError("of another job"), "77"),
+        ):  # fmt: skip
+            self.rank_end(restarts, error, job=job)
+            self.assertEqual(self.decide(DISCONNECTED), ("requeued", True), error)
+        self.rank_end(1, ValueError("no memory"))
+        for error, fields in ((DISCONNECTED, {}), (StopRequested("SIGTERM"), {"JobState": "RUNNING"})):
+            self.assertEqual(self.decide(error, **fields), ("failed", False))
+            self.assertEqual(self.decision.reason, "process 3 failed: ValueError: no memory")
 
-    def test_the_others_wait_until_rank_0_has_decided(self):
-        record, began = self.record(2), time.monotonic()
-        decide = threading.Timer(0.5, lambda: record.note("decided"))
-        self.record(1).note("decided")  # of an earlier start
-        decide.start()
-        record.wait_for_decision(StopRequested("SIGUSR2"))
-        self.assertGreaterEqual(time.monotonic() - began, 0.5)
-        decide.join()
-        with mock.patch.object(slurm_jobs, "DECISION_SECONDS", 0.3):
-            self.record(3).wait_for_decision(StopRequested("SIGUSR2"))
-        began = time.monotonic()
-        self.record(1).wait_for_decision(PeerLostError("rank 0 is silent"))
-        self.record(1).wait_for_decision(ValueError("of its own"))
-        self.assertLess(time.monotonic() - began, 5)
+    def test_the_summary_of_a_local_run_names_the_cause(self):
+        self.rank_end(0, ValueError("no such label"), rank=1, job=None)
+        self.assertEqual(ending.report_exit(DISCONNECTED, self.folder, tells=True, rank=0), 70)
+        summary = self.folder.read_summary()
+        self.assertEqual(summary["status"], "failed")
+        self.assertEqual(summary["exit_reason"], "process 1 failed: ValueError: no such label")
+        ends = {end["rank"]: end["kind"] for end in ending.read_end_files(self.folder, None, 0)}
+        self.assertEqual(ends, {0: "disconnected", 1: "failed"})
 
-    def test_the_cause_is_what_another_rank_wrote_down_before_it_left(self):
-        gone = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3344")
-        record = dataclasses.replace(self.record(1).task, rank=0)
-        record = JobLog(record, self.folder, "a", 100, watch_the_clock=False)
-        with (
-            mock.patch.object(slurm_jobs, "END_FILE_SECONDS", 0),
-            mock.patch.object(slurm, "show_job", return_value={}),
-        ):
-            self.assertTrue(record.classify_exit(gone, "gone").requeue)
-            self.assertFalse(JobLog(record.task, self.folder, "a", 1, False).classify_exit(gone, "gone").requeue)
-            for restarts, error in ((0, ValueError("of an earlier start")), (1, gone), (1, StopRequested("SIGTERM"))):
-                self.rank_end(restarts, error)
-                self.assertTrue(record.classify_exit(gone, "gone").requeue, error)
-            self.rank_end(1, ValueError("no memory"), job="77")
-            self.assertTrue(record.classify_exit(gone, "gone").requeue, "of another job")
-            self.rank_end(1, ValueError("no memory"))
-            decision = record.classify_exit(gone, "gone")
-        self.assertEqual((decision.status, decision.reason), ("failed", "process 3 failed: ValueError: no memory"))
-        with mock.patch.object(slurm, "show_job", return_value={"JobState": "RUNNING"}):
-            ended = record.classify_exit(StopRequested("SIGTERM"), "ended by SIGTERM")  # by SLURM, because of process 3
-        self.assertEqual((ended.status, ended.reason), ("failed", "process 3 failed: ValueError: no memory"))
+    def test_other_ranks_do_not_end_the_job_before_rank_0_has_decided(self):
+        """SLURM ends all tasks when one fails."""
+        log = mock.Mock()
+        for error, code in (
+            (StopRequested("SIGUSR2"), 0), (DISCONNECTED, 0), (PeerLostError("gone", gone=True), 0),
+            (PeerLostError("rank 0 is silent"), 70), (ValueError("of its own"), 70), (UserError("wrong"), 1),
+        ):  # fmt: skip
+            self.assertEqual(ending.report_exit(error, self.folder, False, 1, log), code, error)
+        self.assertEqual(log.mock_calls, [])
 
-    def test_which_errors_say_that_another_process_is_gone(self):
-        self.assertTrue(is_peer_lost(RuntimeError("NCCL error: remote process exited")))
-        self.assertFalse(is_peer_lost(RuntimeError("CUDA out of memory")))
-        self.assertFalse(is_peer_lost(ValueError("gloo")))
+    def test_a_decision_is_written_before_the_job_is_requeued(self):
+        for refusal, status in ((None, "requeued"), ("Invalid job id", "failed")):
+
+            def requeue(job: str, refusal: str | None = refusal) -> str | None:
+                self.assertEqual((job, self.folder.read_summary()["status"]), ("12", "requeued"))
+                return refusal
+
+            with mock.patch.object(slurm, "requeue", requeue), mock.patch.object(slurm_jobs, "finalize_dependents"):
+                self.log().apply_exit(slurm_jobs.ExitDecision("requeued", "preempted", requeue=True), tells=True)
+            self.assertEqual(self.folder.read_summary()["status"], status)
 
 
-class Ended(Folder):
-    """What the batch script's last line makes of processes that could not say themselves why they ended."""
+class BatchExits(Folder):
+    """What the batch script's last line makes of processes that could not write why they ended."""
 
-    def end(self, code: int, started: tuple[int, ...] = (), restarts: int = 0, **facts: str) -> tuple[str, str, bool]:
+    def end(self, code: int, started: tuple[int, ...] = (), restarts: int = 0, **fields: str) -> tuple[str, bool]:
         for start in started:
             note(self.folder, "start", "a", job="12", restarts=start, nodes="node1")
         note(self.folder, "submitted", "a", job="12", restarts=0)
-        now = datetime.now()
         known = {
             "JobState": "RUNNING",
             "Restarts": str(restarts),
-            "StartTime": (now - timedelta(minutes=9)).isoformat(),
+            "StartTime": (NOW - timedelta(minutes=9)).isoformat(),
         }
         with (
             mock.patch.dict(os.environ, {"SLURM_RESTART_COUNT": str(restarts)}),
-            mock.patch.object(slurm, "show_job", return_value=known | facts),
+            answer(**known | fields),
             mock.patch.object(slurm, "requeue", return_value=None) as requeue,
             mock.patch.object(slurm_jobs, "finalize_dependents"),
         ):
-            slurm_jobs.record_batch_exit(self.folder.path / slurm_jobs.LOGS, "12", code)
-        told = self.folder.read_summary()
-        (self.folder.path / slurm_jobs.LOGS / "history.jsonl").unlink()
-        return told["status"], told["exit_reason"], requeue.called
+            slurm_jobs.record_batch_exit(self.logs, "12", code)
+        summary = self.folder.read_summary()
+        (self.logs / "history.jsonl").unlink()
+        self.reason = summary["exit_reason"]
+        return summary["status"], requeue.called
 
-    def test_told_to_leave_before_they_could_listen(self):
-        for state in ("CANCELLED", "COMPLETING"):  # SLURM says the one or the other of a job that scancel ends
-            self.assertEqual(
-                self.end(143, JobState=state),
-                ("interrupted", "job 12 was cancelled before its processes could save anything more", False),
-            )
-        for code, facts in (
-            (143, {"PreemptTime": datetime.now().isoformat(), "JobState": "COMPLETING"}),
-            (143, {"TimeLimit": "00:09:00", "JobState": "COMPLETING"}),
-            (140, {}),  # SIGUSR2
+    def test_ends_of_processes(self):
+        again, failed = ("requeued", True), ("failed", False)
+        for code, arguments, expected in (
+            # Before they handled signals; SLURM says the one or the other of a job that scancel ends.
+            (143, {"JobState": "CANCELLED"}, ("interrupted", False)),
+            (143, ENDING, ("interrupted", False)),
+            (143, PREEMPTED, again),
+            (143, ENDING | {"TimeLimit": "00:09:00"}, again),
+            (143, {"Restarts": "1"}, ("requeued", False)),  # SLURM has requeued it
+            (140, {}, again),  # SIGUSR2
+            (1, {}, failed),
+            (137, {"started": (0,)}, failed),
+            (134, {"started": (0,)}, again),  # SIGABRT, as by NCCL when a peer is gone
+            (1, {"started": (0,), "restarts": 1}, again),  # its node is gone
+            (1, {"started": (0,), "restarts": 3}, failed),  # for the third time
         ):
-            status, reason, requeued = self.end(code, **facts)
-            self.assertEqual((status, requeued), ("requeued", True), facts)
-            self.assertRegex(reason, "could not be started .*job 12 goes back into the queue")
-        self.assertEqual(self.end(143, Restarts="1")[::2], ("requeued", False), "SLURM has done it")
+            with self.subTest(code, **arguments):
+                self.assertEqual(self.end(code, **arguments), expected)
+        self.assertRegex(self.reason, "exit code 1")
 
-    def test_other_ends(self):
-        self.assertRegex(" ".join(map(str, self.end(1))), "failed .*could not be started .exit code 1.; see .* False")
-        self.assertRegex(" ".join(map(str, self.end(137, (0,)))), "failed .*SIGKILL.* False")
-        self.assertRegex(" ".join(map(str, self.end(135, (0,)))), "failed .*SIGBUS.*npy.* False")
-        self.assertEqual(self.end(134, (0,))[::2], ("requeued", True))
-        self.assertEqual(self.end(1, (0,), restarts=1)[::2], ("requeued", True), "its node is gone")
-        self.assertEqual(self.end(1, (0,), restarts=3)[::2], ("failed", False), "for the third time")
+    def test_causes_in_the_run_directory_and_limits(self):
+        for restarts, expected in (
+            (1, ("requeued", True)),
+            (0, ("failed", False)),
+        ):  # of an earlier start it says nothing
+            self.rank_end(1, PeerLostError("process 0 is silent"), rank=5)
+            self.assertEqual(self.end(137, started=(0, 1), restarts=restarts), expected)
+        self.assertIn("SIGKILL", self.reason)
         note(self.folder, "submitted", "a", job="12", restarts=0, max_requeues=0)
-        status, reason, requeued = self.end(134, (0,))
-        self.assertEqual((status, requeued), ("interrupted", False))
-        self.assertRegex(reason, "does not come back: submitit.max_requeues is 0")
-        self.rank_end(0, OSError("no such device"), job="12")
-        self.assertEqual(self.end(134, (0,)), ("failed", "process 3 failed: OSError: no such device", False))
+        self.assertEqual(self.end(134, (0,)), ("interrupted", False))
+        self.assertIn("submitit.max_requeues", self.reason)
+        self.rank_end(0, OSError("no such device"))
+        self.assertEqual(self.end(134, (0,)), ("failed", False))
+        self.assertEqual(self.reason, "process 3 failed: OSError: no such device")
 
-    def test_when_process_0_was_silent_the_job_comes_back(self):
-        for restarts, expected in ((1, "requeued"), (0, "failed")):  # of an earlier start it says nothing
-            self.rank_end(1, PeerLostError("process 0 is silent"), rank=5, job="12")
-            status, reason, requeued = self.end(137, started=(0, 1), restarts=restarts)
-            self.assertEqual((status, requeued), (expected, expected == "requeued"), reason)
-        self.assertIn("SIGKILL", reason)
+    def test_a_rank_0_that_was_killed_between_its_decision_and_the_requeue(self):
+        for status, fields, expected in (
+            ("requeued", {}, True), ("requeued", {"Restarts": "1"}, False), ("requeued", ENDING, False), ("failed", {}, False),
+        ):  # fmt: skip
+            self.folder.write_summary(status=status, exit_reason="preempted")
+            note(self.folder, "end", "a", job="12", restarts=0, status=status)
+            self.assertEqual(self.end(137, (0,), **fields), (status, expected))
 
-    def test_after_all_is_done(self):
-        for mode, told, job, status in (
-            ("train", "finished", "12", "finished"),
-            ("val", "finished", "12", "failed"),
-            ("train", "running", "12", "failed"),
-            ("train", "finished", "11", "failed"),
-        ):
-            self.folder.write_summary(status=told, exit_reason="all epochs done", job={"job_id": job})
+    def test_a_run_that_was_done_stays_finished(self):
+        for mode, before, job, status in (
+            ("train", "finished", "12", "finished"), ("val", "finished", "12", "failed"),
+            ("train", "running", "12", "failed"), ("train", "finished", "11", "failed"),
+        ):  # fmt: skip
+            self.folder.write_summary(status=before, exit_reason="all epochs done", job={"job_id": job})
             note(self.folder, "submitted", "a", job="12", restarts=0, mode=mode)
-            self.assertEqual(self.end(137, (0,))[0], status, (mode, told, job))
+            self.assertEqual(self.end(137, (0,))[0], status, (mode, before, job))
 
 
-class NotSubmitted(Folder):
-    def test_what_a_run_said_itself_is_kept(self):
-        said = {"failed", "interrupted", "finished", "running"}
-        for how, kept in (("unsubmitted", said), ("cancelled", {"finished", "running"})):
-            for status in (*said, "cancelled"):
+class BatchScript(Folder):
+    """What its shell does around the tasks, for which a command stands here. (tests/slurm has the whole script, and SLURM.)"""
+
+    def exit(self, tasks: str, *setup: str, **more: str) -> tuple[int, str]:
+        """The exit code, and status and reason of the summary."""
+        note(self.folder, "submitted", "a", job="12", restarts=0)
+        script = self.folder.path / "slurm_script"
+        script.write_text("\n".join(["#!/bin/bash", *submit.batch_script_prologue(self.logs, setup), tasks]))
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+        result = subprocess.run(["bash", script], env=environment | {"SLURM_JOB_ID": "12"} | more, timeout=60)
+        summary = self.folder.read_summary()
+        (self.logs / "history.jsonl").unlink(missing_ok=True)
+        self.folder.replace_summary({})
+        return result.returncode, f"{summary.get('status')}: {summary.get('exit_reason')}"
+
+    def test_ends_of_the_tasks(self):
+        for tasks, setup, code, reason in (
+            ("no_such_command 2>/dev/null", [], 127, "^failed: job 12: its processes could not be started .exit code 127"),
+            ("true", ["export A=1", "set -e", "# a comment", "", "PATH=/nowhere"], 0, "^None"),
+            ('[ -z "$omnivision_within" ]', [], 0, "^None"),  # a job that is submitted by a job has both shells
+            (f"[ $PWD = {os.getcwd()} ]", ["cd /"], 0, "^None"),
+            *[("(exit 137)", [line], 137, "^failed: job 12: .*SIGKILL") for line in ("set -e", "set -u", "code=0", "cd /")],
+            *[(f"kill -{name} $$; (exit 7)", [], 7, "^failed: job 12: .*exit code 7") for name in ("USR2", "TERM")],
+        ):  # fmt: skip
+            with self.subTest(tasks, setup=setup):
+                found = self.exit(tasks, *setup)
+                self.assertEqual(found[0], code)
+                self.assertRegex(found[1], reason)
+
+    def test_setup_that_ends_the_job(self):
+        for *setup, code in (
+            ("false", 1), ("exit 0", 1), ("true", "exit 3", 3), ("module load cuda", 127), ("cd / && exec /bin/true", 1),
+            ("trap 'exit 0' EXIT", "false", 1), ("kill -9 $$", 137), ("export PYTHONHOME=/opt/python", "false", 1),
+        ):  # fmt: skip
+            found = self.exit("true", *setup)
+            self.assertEqual(found[0], code, setup)
+            self.assertIn(
+                f"failed: job 12: submitit.setup ended the job, and nothing was trained: {setup[-1]} (", found[1]
+            )
+
+    def test_a_trap_of_the_users_is_kept(self):
+        self.assertEqual(self.exit("(exit 7)", f"trap 'touch {self.folder.path}/cleaned' EXIT")[0], 7)
+        self.assertTrue((self.folder.path / "cleaned").exists())
+
+    def test_ends_that_are_written_already(self):
+        end = json.dumps({"event": "end", "status": "finished", "restarts": 0, "job": "12", "token": "a"})
+        file = self.logs / "history.jsonl"
+        self.assertEqual(self.exit(f"echo '{end}' >>{file}; (exit 134)"), (0, "None: None"), "while it was leaving")
+        self.assertEqual(self.exit(f"echo '{end.replace('finished', 'failed')}' >>{file}; (exit 1)"), (1, "None: None"))
+
+    def test_a_signal_to_the_whole_job_does_not_end_what_writes_the_end(self):
+        python = self.folder.path / "python"
+        python.write_text(f'#!/bin/sh\nkill -TERM $$\nkill -USR2 $$\nexec {sys.executable} "$@"\n')
+        python.chmod(0o755)
+        with mock.patch.object(sys, "executable", str(python)):
+            self.assertRegex(self.exit("(exit 7)")[1], "^failed: job 12: .*exit code 7")
+
+    def test_a_run_directory_that_cannot_be_written_is_in_the_jobs_comment(self):
+        programs = self.folder.path / "bin"
+        programs.mkdir()
+        comment = self.folder.path / "comment"
+        for name, script in (("scontrol", f'echo "$@" >{comment}'), ("seq", "echo 1"), ("hostname", "echo node4")):
+            (programs / name).write_text(f"#!/bin/sh\n{script}\n")
+            (programs / name).chmod(0o755)
+        self.logs.rmdir() if not any(self.logs.iterdir()) else None
+        self.logs = self.folder.path / "elsewhere" / LOGS
+        with mock.patch("tests.test_jobs.note"):
+            self.assertEqual(self.exit("true", PATH=f"{programs}:{os.environ['PATH']}")[0], 1)
+        self.assertEqual(comment.read_text(), f"update JobId=12 Comment=node4 cannot write to {self.logs}\n")
+
+
+class Commands(Folder):
+    def test_what_a_run_wrote_itself_is_kept(self):
+        ended = {"failed", "interrupted", "finished"}
+        for how, kept in (("unsubmitted", ended), ("cancelled", {"finished"})):
+            for status in (*ended, "cancelled"):
                 self.folder.write_summary(status=status, exit_reason="no memory")
                 with contextlib.redirect_stdout(io.StringIO()):
                     slurm_jobs.main([how, str(self.folder.path), "b"])
@@ -338,463 +376,384 @@ class NotSubmitted(Folder):
                 self.assertEqual((found["status"], found["exit_reason"]), wanted, (how, status))
 
 
-class BatchScript(Folder):
-    """What its shell does around the tasks, which a command stands for here. (tests/slurm has the whole script, and SLURM.)"""
-
-    def leave(self, tasks: str, *setup: str) -> tuple[int, str]:
-        """The exit code, and what the summary says."""
-        note(self.folder, "submitted", "a", job="12", restarts=0)
-        script = "\n".join(["#!/bin/bash", *batch_script_prologue(self.folder.path / slurm_jobs.LOGS, setup), tasks])
-        (self.folder.path / "slurm_script").write_text(script)
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
-        made = subprocess.run(
-            ["bash", self.folder.path / "slurm_script"], env=environment | {"SLURM_JOB_ID": "12"}, timeout=60
-        )
-        told = self.folder.read_summary()
-        (self.folder.path / slurm_jobs.LOGS / "history.jsonl").unlink()
-        self.folder.replace_summary({})
-        return made.returncode, f"{told.get('status')}: {told.get('exit_reason')}"
-
-    def test_tasks_that_never_began(self):
-        told = self.leave("no_such_command 2>/dev/null")
-        self.assertRegex(told[1], "^failed: job 12: its processes could not be started .exit code 127")
-
-    def test_nothing_is_told_of_a_good_end(self):
-        self.assertEqual(self.leave("true", "export A=1", "set -e"), (0, "None: None"))
-
-    def test_what_the_users_lines_can_do(self):
-        for *setup, code in (
-            ("false", 1), ("exit 0", 1), ("true", "exit 3", 3), ("module load cuda", 127), ("cd / && exec /bin/true", 1),
-            ("trap 'exit 0' EXIT", "false", 1), ("kill -9 $$", 137), ("export PYTHONHOME=/opt/python", "false", 1),
-        ):  # fmt: skip
-            left, told = self.leave("true", *setup)
-            self.assertEqual(left, code, setup)
-            self.assertIn(
-                f"failed: job 12: submitit.setup ended the job, and nothing was trained: {setup[-1]} (exit code {code}",
-                told,
-            )
-        self.assertEqual(self.leave("true", "# a comment", "", "PATH=/nowhere"), (0, "None: None"))
-
-    def test_the_tasks_start_where_the_job_was_submitted(self):
-        self.assertEqual(self.leave(f"[ $PWD = {os.getcwd()} ]", "cd /"), (0, "None: None"))
-
-    def test_a_trap_of_the_users_is_kept(self):
-        left, told = self.leave("(exit 7)", f"trap 'touch {self.folder.path}/cleaned' EXIT")
-        self.assertEqual((left, (self.folder.path / "cleaned").exists()), (7, True))
-        self.assertRegex(told, "^failed: job 12: .*exit code 7")
-
-    def test_a_finished_run_whose_processes_fail_while_they_leave_has_ended_well(self):
-        end = json.dumps({"event": "end", "status": "finished", "restarts": 0, "job": "12", "token": "a"})
-        history = self.folder.path / slurm_jobs.LOGS / "history.jsonl"
-        self.assertEqual(self.leave(f"echo '{end}' >>{history}; (exit 134)"), (0, "None: None"))
-        failed = end.replace("finished", "failed")
-        self.assertEqual(self.leave(f"echo '{failed}' >>{history}; (exit 1)"), (1, "None: None"), "it told so itself")
-
-    def test_a_signal_to_the_whole_job_does_not_end_the_script_before_its_last_lines(self):
-        for name in ("USR2", "TERM"):
-            self.assertEqual(self.leave(f"kill -{name} $$; true"), (0, "None: None"))
-            left, told = self.leave(f"kill -{name} $$; (exit 7)")
-            self.assertEqual(left, 7, name)
-            self.assertRegex(told, "^failed: job 12: .*exit code 7")
-
-    def test_what_writes_the_end_down_is_not_ended_by_a_signal_to_the_whole_job(self):
-        python = self.folder.path / "python"
-        python.write_text(f'#!/bin/sh\nkill -TERM $$\nkill -USR2 $$\nexec {sys.executable} "$@"\n')
-        python.chmod(0o755)
-        with mock.patch.object(sys, "executable", str(python)):
-            left, told = self.leave("(exit 7)")
-        self.assertEqual(left, 7)
-        self.assertRegex(told, "^failed: job 12: .*exit code 7")
-
-    def test_a_job_that_is_submitted_by_a_job_has_both_shells(self):
-        self.assertEqual(self.leave('[ -z "$omnivision_within" ]'), (0, "None: None"))
-
-    def test_the_end_of_the_tasks_is_told_whatever_the_users_lines_have_set(self):
-        for setup in ([], ["set -e"], ["set -u"], ["job=x", "logs=/nowhere", "code=0"], ["cd /"]):
-            left, told = self.leave("(exit 137)", *setup)
-            self.assertEqual(left, 137, setup)
-            self.assertRegex(told, "^failed: job 12: .*SIGKILL")
-
-
-def settings_of(*overrides: str) -> Settings:
-    return validate_config(stage_runs.composed(*runs.STAGE_1[2:], "launcher.experiment_log_dir=/runs/mae", *overrides))
-
-
-class WhatSlurmWouldNotTake(unittest.TestCase):
-    def problems(self, *overrides: str) -> str:
-        with self.assertRaises(UserError) as refused:
-            settings_of(*overrides)
-        return str(refused.exception)
-
-    def test_what_slurm_would_misunderstand(self):
-        for override, saying in (
-            ('submitit.name="a\nb"', r"submitit.name .*'a\\nb'"),
+class Statuses(Folder):
+    def test_runs_on_a_cluster(self):
+        logs, waiting = str(self.logs), "DependencyNeverSatisfied"
+        for status, state, expected in (
+            ("queued", JobState("PENDING", "Resources"), ("queued", "waits .Resources.")),
+            ("queued", JobState("RUNNING"), ("queued", "RUNNING")),
+            ("running", JobState("RUNNING"), ("running", "RUNNING")),
+            ("running", JobState("NODE_FAIL", "NodeDown", "no log"), ("failed", "NODE_FAIL .no log.")),
+            ("queued", JobState("CANCELLED", "BeginTime"), ("cancelled", "CANCELLED .ended from outside.")),
             (
-                "++submitit.additional_parameters.time=1",
-                "additional_parameters.time .*submitit.timeout_hour",
+                "queued",
+                JobState("PENDING", waiting, dependency="afterok:9(failed)"),
+                ("cancelled", "afterok:9.failed."),
             ),
-            ("++submitit.additional_parameters.test_only=true", "additional_parameters.test_only "),
-            ("++submitit.additional_parameters.test_onl=true", "additional_parameters.test_onl "),
-            (
-                f"launcher.experiment_log_dir=/runs/{'x' * 300}",
-                "launcher.experiment_log_dir .*306",
-            ),
-            (
-                f"launcher.experiment_log_dir=/runs{'/xxx' * 800}",
-                "launcher.experiment_log_dir .*3205",
-            ),
-            ("submitit.timeout_hour=1e9", "submitit.timeout_hour .*<= 100000"),
-            ("submitit.dependency='afterok:1,afterok:2?singleton'", "submitit.dependency "),
+            ("running", None, ("lost", "does not know job 12")),
+            ("running", JobState("RUNNING", command="/another/after/a/reset.sh"), ("lost", "does not know job 12")),
+            ("finished", JobState("RUNNING"), ("finished", "^$")),
         ):
-            self.assertRegex(self.problems(override), saying)
-        early = self.problems("submitit.signal_delay_s=3600", "submitit.timeout_hour=1")
-        self.assertRegex(early, "submitit.signal_delay_s .*submitit.timeout_hour 1")
+            with self.subTest(status, state=state):
+                self.folder.write_summary(status=status, exit_reason=None, job={"job_id": "12", "logs": logs})
+                if state is not None and not state.command:
+                    state = JobState(state.state, state.reason, state.comment, f"{logs}/x.sh", state.dependency)
+                found = run_status(self.folder, {} if state is None else {"12": state})
+                self.assertEqual(found[0], expected[0])
+                self.assertRegex(found[1], expected[1])
+                kept = status if expected[0] == "lost" else expected[0]
+                self.assertEqual(
+                    self.folder.read_summary()["status"], kept, "what ended without a word is written down"
+                )
 
-    def test_memory(self):
-        given = {"4G": 4, "2048": 2, "1T": 1024, "524288K": 0.5, "64GB": 64, "0": None, "4g": 4}
-        for text, gigabytes in given.items():
-            self.assertEqual(settings_of(f"submitit.mem='{text}'").submitit.memory_gb, gigabytes, text)
-        self.assertEqual(settings_of("submitit.mem_gb=1.5").submitit.memory_gb, 1.5)
-        for text in ("much", "1.5G", "-4G", ""):
-            self.assertRegex(self.problems(f"submitit.mem='{text}'"), "submitit.mem must")
-
-    def test_a_shell_command_that_bash_cannot_read(self):
-        check_setup(["module load cuda", "if true; then\n  echo yes\nfi", "cat <<E\nx\nE", "exec 2>log"])
-        unreadable = "bash"
-        for line, saying in (
-            ("}", unreadable), ("echo 'open", unreadable), ("true\n} && {", unreadable),
-            ("if true; then", "bash"),
-            ("exec srun python", "exec"), (" exec /bin/true", "exec"),
-        ):  # fmt: skip
-            with self.assertRaisesRegex(UserError, rf"submitit.setup\[1\] is .*{saying}", msg=line):
-                check_setup(["true", line])
-
-    def test_a_login_node_without_bash_cannot_tell(self):
-        with mock.patch.object(submit.shutil, "which", return_value=None):
-            check_setup(["}"])
-
-    def test_limits_of_a_partition(self):
-        answer = (
-            "PartitionName=gpu Default=YES MaxNodes=2 MaxTime=2-00:00:00 TotalCPUs=9 TotalNodes=4\n"
-            "PartitionName=cpu Default=NO MaxTime=UNLIMITED TotalNodes=9\n"
-        )
-        with mock.patch.object(slurm, "run", return_value=mock.Mock(stdout=answer)), mock.patch.dict(os.environ):
-            os.environ.pop("SBATCH_PARTITION", None)
-            self.assertEqual(slurm.partition_limits(None), (4, 2880))
-            self.assertEqual(slurm.partition_limits("gpu,cpu"), (9, None))
-            self.assertEqual(slurm.partition_limits("unknown"), (None, None))
-            os.environ["SBATCH_PARTITION"] = "cpu"
-            self.assertEqual(slurm.partition_limits(None), (9, None))
-            os.environ.pop("SBATCH_PARTITION")
-            for setting, nodes, hours in (("launcher.num_nodes", 5, 1), ("submitit.timeout_hour", 4, 49)):
-                with self.assertRaisesRegex(UserError, setting):
-                    submit.check_partition(settings_of(f"launcher.num_nodes={nodes}", f"submitit.timeout_hour={hours}"))
-
-    def test_jobs_of_other_kinds_in_the_queue(self):
-        mine = ["12", "RUNNING", "None", "two\nlines \ufffd", "/x/submitit_logs/y.sh", "(null)"]
-        answer = "".join(f"{slurm.SEPARATOR.join(fields)}{slurm.END}\n" for fields in (mine, ["13", "odd"]))
-        with mock.patch.object(slurm, "run", return_value=mock.Mock(stdout=answer)):
-            self.assertEqual(
-                slurm.squeue(), {"12": JobState("RUNNING", "", "two\nlines \ufffd", "/x/submitit_logs/y.sh")}
-            )
-
-
-class Environment(unittest.TestCase):
-    def test_of_secrets_the_name_alone(self):
-        given = {
-            "WANDB_API_KEY": "x", "GITHUB_TOKEN": "x", "MY_PASSWORD": "x", "DB_PASSWD": "x", "AWS_SECRET": "x",
-            "SSH_AUTH_SOCK": "x",
-            "SLURM_JOB_ID": "12", "URL": "https://me:word@host/path", "PATH": "/bin",
-        }  # fmt: skip
-        with mock.patch.dict(os.environ, given, clear=True):
-            told = public_environment()
-        secret = ["AWS_SECRET", "DB_PASSWD", "GITHUB_TOKEN", "MY_PASSWORD", "SSH_AUTH_SOCK", "WANDB_API_KEY"]
-        self.assertEqual([name for name in told if told[name] is None], secret)
-        self.assertEqual((told["SLURM_JOB_ID"], told["URL"], told["PATH"]), ("12", "https://...@host/path", "/bin"))
+    def test_local_runs(self):
+        self.assertEqual(run_status(self.folder, None), ("not begun", ""))
+        self.folder.write_summary(status="running", job=None)
+        self.folder.lock()
+        self.assertEqual(run_status(self.folder, {})[0], "running")
+        self.folder.unlock()
+        self.assertEqual(run_status(self.folder, None)[0], "failed")
+        self.assertEqual(self.folder.read_summary()["status"], "failed")
 
 
 class Answers(unittest.TestCase):
-    def test_time_limits(self):
-        given = {"30": 30, "1:30": 1.5, "2:00:00": 120, "3-12:00:00": 5040, "3-12": 5040, "infinite": None, "n/a": None}
-        self.assertEqual({text: parse_limit(text) for text in given}, given)
-
-    def test_moments(self):
+    def test_times(self):
+        limits = {
+            "30": 30,
+            "1:30": 1.5,
+            "2:00:00": 120,
+            "3-12:00:00": 5040,
+            "3-12": 5040,
+            "infinite": None,
+            "n/a": None,
+        }
+        self.assertEqual({text: parse_limit(text) for text in limits}, limits)
         self.assertEqual([parse_time(text) for text in ("Unknown", "None", "N/A", "", None)], [None] * 5)
         self.assertEqual(parse_time("2026-11-24T16:39:49") - parse_time("2026-11-24T16:38:49"), 60)
 
-    def test_refusals_are_slurms_words(self):
-        message = "Invalid account or account/partition combination specified"
-        self.assertIn(message, explain_error(f"sbatch: error: Batch job submission failed: {message}\n"))
+    def test_limits_of_partitions(self):
+        answers = {
+            None: "gpu* 4 2-00:00:00\ncpu 9 infinite\n",
+            "gpu,cpu": "gpu 4 1:00:00\ncpu 9 infinite\n",
+            "no": "",
+            "cpu": "cpu 9 5\n",
+        }
 
-    def test_what_became_of_a_job(self):
-        def told(status: str, *state: str) -> tuple[str, str]:
-            summary = {"status": status, "exit_reason": None, "job": {"job_id": "12"}}
-            return resolve_status(summary, {"12": JobState(*state)} if state else {})
+        def run(*command: str) -> mock.Mock:
+            partition = command[-1].partition("--partition=")[2] or None
+            return mock.Mock(stdout=answers[partition])
 
-        self.assertEqual(told("queued", "PENDING", "Resources"), ("queued", "job 12 waits (Resources)"))
-        self.assertEqual(told("running", "RUNNING"), ("running", "job 12 is RUNNING"))
-        self.assertEqual(told("queued", "RUNNING"), ("queued", "job 12 is starting"))
-        self.assertEqual(told("running", "NODE_FAIL", "NodeDown"), ("failed", "job 12 is NODE_FAIL (NodeDown)"))
-        self.assertEqual(told("queued", "CANCELLED", "")[0], "cancelled")
-        never = JobState("PENDING", "DependencyNeverSatisfied", dependency="afterok:9(failed),afterok:8(unfulfilled)")
-        align = JobState("FAILED", command="/runs/align/submitit_logs/x.sh")
-        waiting = {"status": "queued", "job": {"job_id": "12"}}
-        self.assertEqual(
-            resolve_status(
-                waiting, {"12": never, "9": align, "8": JobState("RUNNING", command="/runs/mae/submitit_logs/x.sh")}
-            ),
-            ("cancelled", "it waited for what did not end well: job 9 of /runs/align"),
+        with mock.patch.object(slurm, "run", run), mock.patch.dict(os.environ):
+            os.environ.pop("SBATCH_PARTITION", None)
+            for name, limits in ((None, (4, 2880)), ("gpu,cpu", (9, None)), ("no", (None, None))):
+                self.assertEqual(slurm.partition_limits(name), limits)
+            os.environ["SBATCH_PARTITION"] = "cpu"
+            self.assertEqual(slurm.partition_limits(None), (9, 5))
+
+    def test_jobs_in_the_queue(self):
+        mine = ["12", "RUNNING", "None", "two\nlines \ufffd", "/x/submitit_logs/y.sh", "(null)"]
+        output = "".join(f"{slurm.SEPARATOR.join(fields)}{slurm.END}\n" for fields in (mine, ["13", "odd"]))
+        with mock.patch.object(slurm, "run", return_value=mock.Mock(stdout=output)):
+            self.assertEqual(slurm.squeue(), {"12": JobState("RUNNING", "", *mine[3:5])})
+
+    def test_dependencies_as_slurm_writes_them(self):
+        text = "afterok:12(unfulfilled),afterany:3(failed),afterok:14_*(unfulfilled)"
+        self.assertEqual(list(parse_dependencies(text)), [("afterok", "12"), ("afterany", "3"), ("afterok", "14_*")])
+        self.assertEqual([*parse_dependencies(""), *parse_dependencies("singleton")], [])
+
+    def test_of_secrets_the_name_alone(self):
+        secret = dict.fromkeys(
+            ("WANDB_API_KEY", "GITHUB_TOKEN", "MY_PASSWORD", "DB_PASSWD", "AWS_SECRET", "SSH_AUTH_SOCK"), "x"
         )
-        self.assertRegex(resolve_status(waiting, {"12": never})[1], "afterok:9.failed.,afterok:8")
-        after_waiting = told("queued", "CANCELLED", "BeginTime")
-        self.assertEqual(after_waiting, ("cancelled", "job 12 is CANCELLED (ended from outside)"))
-        ours = {"status": "running", "job": {"job_id": "12", "logs": "/runs/a/submitit_logs"}}
-        for command, status in (("/runs/a/submitit_logs/x.sh", "running"), ("", "lost"), ("/runs/b/x.sh", "lost")):
-            self.assertEqual(resolve_status(ours, {"12": JobState("RUNNING", command=command)})[0], status)
-        self.assertEqual(told("running"), ("lost", "SLURM does not know job 12 any more; it was running"))
-        self.assertEqual(told("finished", "RUNNING"), ("finished", ""))
-        self.assertEqual(resolve_status({"status": "running"}, {}), ("running", ""), "not on a cluster")
-        self.assertEqual(resolve_status({}, None), ("not begun", ""))
-
-
-class SilentEnds(Folder):
-    def test_the_summary_of_a_local_run_names_the_cause(self):
-        gone = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3344")
-        self.folder.create()
-        self.rank_end(0, ValueError("no such label"), rank=1, job=None)
-        with contextlib.redirect_stderr(io.StringIO()):
-            self.assertEqual(ending.report_exit(gone, self.folder, tells=True, rank=0), 70)
-        told = self.folder.read_summary()
+        others = {"SLURM_JOB_ID": "12", "URL": "https://me:word@host/path", "PATH": "/bin"}
+        with mock.patch.dict(os.environ, secret | others, clear=True):
+            public = submit.public_environment()
+        self.assertEqual({name for name in public if public[name] is None}, set(secret))
         self.assertEqual(
-            (told["status"], told["exit_reason"]), ("failed", "process 1 failed: ValueError: no such label")
+            (public["SLURM_JOB_ID"], public["URL"], public["PATH"]), ("12", "https://...@host/path", "/bin")
         )
-        kinds = {end["rank"]: end["kind"] for end in ending.read_end_files(self.folder)}
-        self.assertEqual(kinds, {0: "disconnected", 1: "failed"})
-        ending.remove_end_files(self.folder)
-        self.assertEqual(list(ending.read_end_files(self.folder)), [])
-
-    def test_a_killed_local_run_is_told_by_its_lock(self):
-        self.folder.write_summary(status="running", job=None)
-        self.folder.lock()
-        self.assertEqual(slurm_jobs.settle_status(self.folder, None)[0], "running")
-        self.folder.unlock()
-        self.assertEqual(slurm_jobs.settle_status(self.folder, None)[0], "failed")
-        self.assertEqual(self.folder.read_summary()["status"], "failed")
-
-    def test_a_job_cancelled_while_it_waited_is_written_down(self):
-        self.folder.write_summary(status="queued", job={"job_id": "12"})
-        slurm_jobs.settle_status(self.folder, {"12": JobState("CANCELLED")})
-        self.assertEqual(self.folder.read_summary()["status"], "cancelled")
 
 
-class Submission(Folder):
-    def job(self, *overrides: str) -> Job:
-        where = f"launcher.experiment_log_dir={self.folder.path}"
-        config = stage_runs.composed(*runs.STAGE_1[2:], where, *overrides)
-        return Job(validate_config(config), "epochs: 1\n")
+class Settled(unittest.TestCase):
+    """Settings that SLURM would misunderstand."""
+
+    def test_refusals(self):
+        for override, key in (
+            ('submitit.name="a\nb"', "submitit.name"),
+            ("++submitit.additional_parameters.time=1", "additional_parameters.time .*submitit.timeout_hour"),
+            ("++submitit.additional_parameters.test_only=true", "additional_parameters.test_only"),
+            ("++submitit.additional_parameters.test_onl=true", "additional_parameters.test_onl"),
+            (f"launcher.experiment_log_dir=/runs/{'x' * 300}", "launcher.experiment_log_dir"),
+            (f"launcher.experiment_log_dir=/runs{'/xxx' * 800}", "launcher.experiment_log_dir"),
+            ("submitit.timeout_hour=1e9", "submitit.timeout_hour"),
+            ("submitit.dependency='afterok:1,afterok:2?singleton'", "submitit.dependency"),
+            *((f"submitit.dependency='{text}'", "submitit.dependency")
+              for text in ("afterok", "12", "afterok:x", "afterok:1;afterok:2", "later:3", "afterok:12; rm -r x")),
+            *((f"submitit.mem='{text}'", "submitit.mem") for text in ("much", "1.5G", "-4G", "")),
+        ):  # fmt: skip
+            with self.subTest(override), self.assertRaisesRegex(UserError, key):
+                settings_of(override)
+        with self.assertRaisesRegex(UserError, "submitit.signal_delay_s .*submitit.timeout_hour"):
+            settings_of("submitit.signal_delay_s=3600", "submitit.timeout_hour=1")
+
+    def test_what_is_understood(self):
+        given = {"4G": 4, "2048": 2, "1T": 1024, "524288K": 0.5, "64GB": 64, "0": None, "4g": 4}
+        for text, gigabytes in given.items():
+            self.assertEqual(settings_of(f"submitit.mem='{text}'").submitit.memory_gb, gigabytes, text)
+        for text in (
+            "afterok:12:13",
+            "afterok:12_3",
+            "afterany:1,afterok:2",
+            "after:5+10",
+            "singleton",
+            "afterok:1?afterok:2",
+        ):
+            self.assertEqual(settings_of(f"submitit.dependency='{text}'").submitit.dependency, text)
+
+
+class Checks(Folder):
+    """What is refused before a submission."""
 
     def test_finished_is_as_many_epochs_as_are_asked_for(self):
-        self.folder.write_summary(status="finished", epochs=3)
-        for overrides, finished in (
-            (["epochs=3"], True),
-            (["epochs=4"], False),
-            (["epochs=3", "trainer.mode=val"], False),
-        ):
-            self.assertEqual(is_finished(self.job(*overrides).settings, self.folder), finished, overrides)
-        self.folder.write_summary(status="interrupted", epochs=3)
-        self.assertFalse(is_finished(self.job("epochs=3").settings, self.folder))
+        for status, overrides, finished in (
+            ("finished", ["epochs=3"], True), ("finished", ["epochs=4"], False),
+            ("finished", ["epochs=3", "trainer.mode=val"], False), ("interrupted", ["epochs=3"], False),
+        ):  # fmt: skip
+            self.folder.write_summary(status=status, epochs=3)
+            self.assertEqual(is_finished(self.job(*overrides)), finished, overrides)
 
-    def test_a_finished_run_of_other_settings_is_told(self):
-        config = self.folder.path / "config.yaml"
-        for before, told in (
-            ("epochs: 1\nlauncher: {num_nodes: 8}\nsubmitit: {mem_gb: 9}\n", None),
-            ("epochs: 2\n", "had other settings: epochs: 2 -> 1"),
-        ):
-            config.write_text(before)
-            with contextlib.redirect_stderr(io.StringIO()) as said:
-                warn_of_other_settings(self.job())
-            if told is None:
-                self.assertEqual(said.getvalue(), "")
-            else:
-                self.assertRegex(said.getvalue(), f"^warning: .*{told}")
+    def test_other_settings_of_a_finished_run_are_listed(self):
+        for before, warned in (
+            ("epochs: 1\nlauncher: {num_nodes: 8}\nsubmitit: {mem_gb: 9}\n", False), ("epochs: 2\n", True),
+        ):  # fmt: skip
+            (self.folder.path / "config.yaml").write_text(before)
+            with contextlib.redirect_stderr(io.StringIO()) as err:
+                submit.warn_of_other_settings(self.job())
+            self.assertEqual("epochs: 2 -> 1" in err.getvalue(), warned)
 
-    def test_a_run_that_would_go_on_as_another_experiment_is_not_submitted(self):
+    def test_a_run_that_would_resume_as_another_experiment(self):
         (self.folder.path / "config.yaml").write_text("epochs: 2\n")
-        submit.require_same_experiment(self.job())  # it has no checkpoint to go on from
+        submit.check_run_dir(self.job(), {})  # it has no checkpoint to resume from
         (self.folder.path / "checkpoints").mkdir()
         (self.folder.path / "checkpoints/checkpoint.pt").touch()
         with self.assertRaisesRegex(UserError, "epochs: 2 -> 1.*allow_changes=true"):
-            submit.require_same_experiment(self.job())
+            submit.check_run_dir(self.job(), {})
         for override in ("trainer.mode=val", "trainer.checkpoint.allow_changes=true"):
-            submit.require_same_experiment(self.job(override))
+            submit.check_run_dir(self.job(override), {})
         (self.folder.path / "config.yaml").write_text("epochs: 1\nnum_workers: 9\n")
-        submit.require_same_experiment(self.job())
+        submit.check_run_dir(self.job(), {})
 
-    def test_what_cannot_be_submitted_leaves_everything_as_it_was(self):
-        logs = self.folder.path / slurm_jobs.LOGS
+    def test_a_directory_in_use_or_with_a_name_that_slurm_misreads(self):
+        for environment, job in (
+            ({"SLURM_JOB_ID": "77"}, "77"),
+            ({"SLURM_ARRAY_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "1", "SLURM_JOB_ID": "78"}, "77_1"),
+        ):
+            run = RunDir(self.folder.path)
+            with mock.patch.dict(os.environ, environment):
+                run.lock()
+            for free in ({}, {job: JobState("FAILED"), "79": JobState("RUNNING")}):
+                submit.check_run_dir(self.job(), free)
+            with self.assertRaisesRegex(UserError, "launcher.experiment_log_dir"):
+                submit.check_run_dir(self.job(), {job: JobState("RUNNING")})
+            run.unlock()
+        with self.assertRaisesRegex(UserError, "launcher.experiment_log_dir"):
+            submit.check_run_dir(self.job(f"launcher.experiment_log_dir={self.folder.path}/a%j"), {})
+
+    def test_limits_of_the_partition_and_setup_that_bash_cannot_read(self):
+        def refuse(key: str, *overrides: str) -> None:
+            with self.assertRaisesRegex(UserError, key, msg=overrides):
+                check_submission([self.job(*overrides)], {})
+
+        with mock.patch.object(slurm, "partition_limits", return_value=(4, 2880)):
+            refuse("launcher.num_nodes", "launcher.num_nodes=5")
+            refuse("submitit.timeout_hour", "launcher.num_nodes=4", "submitit.timeout_hour=49")
+            for line in ("}", "echo 'open", "if true; then"):
+                job = self.job("launcher.num_nodes=4", "submitit.timeout_hour=48")
+                job.settings.submitit.setup[:] = ["true", line]
+                with self.assertRaisesRegex(UserError, "submitit.setup", msg=line):
+                    check_submission([job], {})
+            job.settings.submitit.setup[:] = [
+                "module load cuda",
+                "if true; then\n  echo yes\nfi",
+                "cat <<E\nx\nE",
+                "exec 2>log",
+            ]
+            check_submission([job], {})
+            with self.assertRaisesRegex(UserError, "submitit.mem_gb"):
+                check_submission([self.job(), self.job("submitit.mem_gb=9")], {})
+
+    def test_jobs_to_wait_for_must_be_known_and_able_to_end_well(self):
+        before = RunDir(self.folder.path.parent / "align")
+        before.create(LOGS)
+        command = f"{before.path.absolute()}/{LOGS}/a.sh"
+        states = {
+            "11": "COMPLETED",
+            "12": "RUNNING",
+            "13": "FAILED",
+            "14_0": "COMPLETED",
+            "14_1": "FAILED",
+            "15": "COMPLETING",
+        }
+        queue = {job: JobState(state, command=command) for job, state in states.items()}
+        (before.path / LOGS / "14_folders.json").write_text(json.dumps([str(before.path)] * 2))
+        for summary, fine, bad in (
+            ({}, ("afterok:12", "afterok:11", "afternotok:13", "afterany:13", "afterany:13,afterok:12", "afterok:13?afterok:12",
+                  "after:12+10", "afterok:14_0", "afterok:15"),
+             ("afterok:13", "afterok:12:13", "afterok:14", "afterok:14_1", "aftercorr:13", "afternotok:11", "afterany:99")),
+            ({"status": "failed", "job": {"job_id": "12"}}, ("afterany:12", "afterok:11"), ("afterok:12",)),
+            ({"status": "requeued", "job": {"job_id": "12"}}, ("afterok:12",), ()),
+            ({"status": "interrupted", "job": {"job_id": "15"}}, ("afterok:12",), ("afterok:15",)),
+        ):  # fmt: skip
+            before.replace_summary(summary)
+            with mock.patch.object(slurm, "show_job", return_value={}):
+                for dependency in fine:
+                    self.assertIsNone(dependency_problem(dependency, queue), (dependency, summary))
+                for dependency in bad:
+                    self.assertIsNotNone(dependency_problem(dependency, queue), (dependency, summary))
+
+
+class Queued(Folder):
+    def setUp(self):
+        super().setUp()
+        self.command = f"{self.logs.absolute()}/a.sh"
+        self.enterContext(mock.patch("builtins.print"))
+
+    def is_queued(self, locked: bool = False, **states: str) -> bool:
+        queue = {name.removeprefix("job_"): JobState(state, command=self.command) for name, state in states.items()}
+        return is_queued(self.job(), queue, locked)
+
+    def test_a_job_in_the_queue_is_not_submitted_again(self):
+        self.folder.write_summary(status="queued", job={"job_id": "12"})
+        (self.logs / "12_config.yaml").write_text("epochs: 1\nsubmitit: {dependency: 'afterok:3'}\n")
+        self.assertTrue(self.is_queued(job_12="PENDING"))
+        self.assertFalse(self.is_queued(job_12="FAILED"))
+        self.assertFalse(self.is_queued())
+        self.assertFalse(
+            is_queued(self.job(), {"12": JobState("PENDING", command="/home/another/run/submitit_logs/a.sh")})
+        )
+        (self.logs / "13_config.yaml").write_text("epochs: 1\n")
+        for states in ({"job_12": "COMPLETING", "job_13": "PENDING"}, {"job_13": "PENDING", "job_12": "COMPLETING"}):
+            with mock.patch("builtins.print") as printed:
+                self.assertTrue(self.is_queued(**states))
+            self.assertIn("job_id=13", printed.call_args[0][0])
+        for status, queued in (("interrupted", False), ("requeued", True)):  # what it comes back as
+            self.folder.write_summary(status=status)
+            self.assertEqual(self.is_queued(job_12="COMPLETING"), queued, status)
+        self.folder.write_summary(status="failed")
+        self.assertTrue(self.is_queued(job_12="RUNNING"), "the status is an earlier job's")
+        (self.logs / "12_config.yaml").write_text("epochs: 7\n")
+        with self.assertRaisesRegex(UserError, "epochs: 7 -> 1.*scancel 12.*launcher.experiment_log_dir"):
+            self.is_queued(job_12="RUNNING")
+
+    def test_a_job_whose_submission_was_killed_is_cancelled(self):
+        with mock.patch.object(slurm, "run") as called:
+            self.assertFalse(self.is_queued(job_12="PENDING"), "it may be under way")
+            called.assert_not_called()
+            self.assertFalse(self.is_queued(locked=True, job_12="PENDING"))
+            called.assert_called_once_with("scancel", "12")
+
+
+class Submission(Folder):
+    def sbatch(self, submitted: object) -> None:
+        with mock.patch.object(submit, "slurm_executor", return_value=mock.Mock(submit=submitted)):
+            submit.sbatch([self.job()], self.logs)
+
+    def test_what_cannot_be_submitted_is_rolled_back(self):
         self.folder.write_summary(status="interrupted", exit_reason="before", job={"job_id": "3"})
         before = self.folder.read_summary()
-
-        def refused(*_: str) -> None:
-            (logs / "new_submitted.pkl").touch()
-            (logs / "new_submitted.pkl.save_tmp").touch()
-            (logs / "70_1_0_log.out").touch()  # of a job that began meanwhile
-            raise errors.pop()
-
-        taken = "[Jj]ob 71.* was cancelled"
+        script = self.logs / "new_submitted.pkl"
         queue = {
-            "71": JobState("PENDING", command=str(logs / "new_submitted.pkl")),
-            "72": JobState("PENDING", command=str(logs / "old.sh")),
+            "71": JobState("PENDING", command=str(script)),
+            "72": JobState("PENDING", command=str(self.logs / "old.sh")),
             "73": JobState("RUNNING", command="/elsewhere/new_submitted.pkl"),
         }
-        for error, kind, saying in (
-            (
-                FailedJobError("sbatch: error: Invalid qos specification\n"),
-                UserError,
-                "Invalid qos",
-            ),
-            (FailedJobError("sbatch: error: Socket timed out\n"), UserError, f"timed out.*{taken}"),
-            (FailedSubmissionError("Could not make sense of sbatch output"), UserError, taken),
-            (
-                OSError(28, "No space left on device"),
-                UserError,
-                f"No space left .*launcher.experiment_log_dir.*{taken}",
-            ),
+
+        def refuse(*_: str) -> None:
+            for name in (
+                "new_submitted.pkl",
+                "new_submitted.pkl.save_tmp",
+                "70_1_0_log.out",
+            ):  # the last of a job that began
+                (self.logs / name).touch()
+            raise error
+
+        for error, kind, words in (
+            (FailedJobError("sbatch: error: Invalid qos specification\n"), UserError, "Invalid qos.*submitit"),
+            (FailedSubmissionError("Could not make sense of sbatch output"), UserError, "[Jj]ob 71.* was cancelled"),
+            (OSError(28, "No space left on device"), UserError, "No space left .*launcher.experiment_log_dir.*71"),
             (KeyboardInterrupt(), KeyboardInterrupt, ""),
         ):
-            errors = [error]
-            executor = mock.Mock(submit=mock.Mock(side_effect=refused))
-            with (
-                mock.patch.object(submit, "slurm_executor", return_value=executor),
-                mock.patch.object(slurm, "squeue", return_value=queue),
-                mock.patch.object(slurm, "run") as asked,
-            ):
-                with self.assertRaisesRegex(kind, saying):
-                    submit.sbatch([self.job()], logs)
-            asked.assert_called_once_with("scancel", "71")
-            self.assertEqual([file.name for file in logs.iterdir()], ["70_1_0_log.out"])
-            (logs / "70_1_0_log.out").unlink()
+            squeue = mock.patch.object(slurm, "squeue", return_value=queue)
+            with self.subTest(error), squeue, mock.patch.object(slurm, "run") as called:
+                with self.assertRaisesRegex(kind, words):
+                    self.sbatch(refuse)
+                called.assert_called_once_with("scancel", "71")
+            self.assertEqual([file.name for file in self.logs.iterdir()], ["70_1_0_log.out"])
+            (self.logs / "70_1_0_log.out").unlink()
             self.assertEqual(self.folder.read_summary(), before)
-        silent = mock.patch.object(slurm, "squeue", side_effect=slurm.SlurmError("no answer"))
-        with mock.patch.object(submit, "slurm_executor", return_value=executor), silent:
-            errors = [OSError(28, "No space left on device")]
-            with self.assertRaisesRegex(UserError, "look with squeue"):
-                submit.sbatch([self.job()], logs)
+        error = OSError(28, "No space left on device")
+        with mock.patch.object(slurm, "squeue", side_effect=slurm.SlurmError("no answer")):
+            with self.assertRaisesRegex(UserError, "squeue"):
+                self.sbatch(refuse)
 
-    def test_ctrl_c_after_slurm_has_the_job_does_not_hide_it(self):
-        def disturbed(*given: object) -> None:
-            signal.raise_signal(signal.SIGINT)
-            launch_note(*given)
-
-        launch_note = submit.note_submission
-        executor = mock.Mock(submit=mock.Mock(return_value=mock.Mock(job_id="71")))
-        with (
-            mock.patch.object(submit, "slurm_executor", return_value=executor),
-            mock.patch.object(submit, "note_submission", disturbed),
-            mock.patch("builtins.print"),
-        ):
-            submit.sbatch([self.job()], self.folder.path / slurm_jobs.LOGS)
-        self.assertEqual(self.folder.read_summary()["job"]["job_id"], "71")
-
-    def test_a_signal_while_a_run_is_built_ends_it_there(self):
-        def asked(*_: object) -> None:
-            signal.raise_signal(signal.SIGTERM)
-            raise AssertionError("went on")
-
-        with mock.patch("omnivision.training.build.process_group", asked):
-            code = run_rank(self.job(), RankInfo(0, 1, 0, 1, None))
-        self.assertEqual(code, 128 + signal.SIGTERM)
-
-    def test_a_signal_to_a_submission_rolls_it_back(self):
-        def asked(*_: str) -> None:
-            (self.folder.path / slurm_jobs.LOGS / "new_submitted.pkl").touch()
+    def test_signals_during_a_submission(self):
+        def signalled(*_: str) -> None:
+            (self.logs / "new_submitted.pkl").touch()
             signal.raise_signal(signal.SIGTERM)
 
         with (
-            mock.patch.object(submit, "slurm_executor", return_value=mock.Mock(submit=asked)),
+            mock.patch.object(submit, "slurm_executor", return_value=mock.Mock(submit=signalled)),
             mock.patch.object(submit, "check_submission"),
             mock.patch.object(slurm, "squeue", return_value={}),
             self.assertRaises(StopRequested) as stopped,
         ):
             submit.submit([self.job()])
         self.assertEqual(stopped.exception.exit_code, 143)
-        self.assertEqual(self.folder.read_summary(), {})
-        self.assertEqual(list((self.folder.path / slurm_jobs.LOGS).glob("*.pkl")), [])
+        self.assertEqual((self.folder.read_summary(), list(self.logs.glob("*.pkl"))), ({}, []))
+
+        def interrupted(*given: object) -> None:
+            signal.raise_signal(signal.SIGINT)
+            note_submission(*given)
+
+        note_submission = submit.note_submission
+        with mock.patch.object(submit, "note_submission", interrupted), mock.patch("builtins.print"):
+            self.sbatch(mock.Mock(return_value=mock.Mock(job_id="71")))
+        self.assertEqual(self.folder.job_id(), "71", "once SLURM has the job, it is noted")
+
+    def test_a_job_whose_dependency_failed_while_it_was_submitted(self):
+        problem = mock.patch.object(submit, "dependency_problem", return_value="job 9 did not end well: no memory")
+        with problem, mock.patch.object(slurm, "squeue_or_none", return_value={}), mock.patch("builtins.print"):
+            submit.note_submission([self.job("submitit.dependency=afterok:9")], ["71"], self.logs)
+        self.assertEqual(self.folder.read_summary()["status"], "cancelled")
+        self.assertIn("no memory", self.folder.read_summary()["exit_reason"])
+
+    def test_a_signal_while_a_run_is_built(self):
+        def signalled(*_: object) -> None:
+            signal.raise_signal(signal.SIGTERM)
+            raise AssertionError("went on")
+
+        with mock.patch("omnivision.training.build.process_group", signalled):
+            self.assertEqual(run_rank(self.job(), RankInfo()), 128 + signal.SIGTERM)
 
     def test_only_the_settings_and_the_sites_defaults_count(self):
-        leftovers = {
-            "SLURM_JOB_ID": "9", "SLURM_MEM_PER_NODE": "1", "SLURM_GPUS": "8", "SLURM_GPUS_PER_NODE": "8",
-            "SLURM_EXCLUSIVE": "user", "SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "1", "SLURM_RESTART_COUNT": "3",
-            "SRUN_DEBUG": "1", "SBATCH_MEM": "1", "SALLOC_QOS": "a", "SQUEUE_STATES": "F",
-            "SUBMITIT_PREEMPT_SIGNAL": "USR1", "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0",
-            "MASTER_ADDR": "x", "MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "1", "SBATCH_PARTITION": "b",
-            "PMI_RANK": "0",
-        }  # fmt: skip
-        site = {"SBATCH_ACCOUNT": "a", "SLURM_CONF": "/etc/slurm.conf"}
+        leftovers = (
+            "SLURM_JOB_ID SLURM_MEM_PER_NODE SLURM_GPUS SLURM_EXCLUSIVE SLURM_ARRAY_TASK_ID SLURM_RESTART_COUNT SRUN_DEBUG "
+            "SBATCH_MEM SALLOC_QOS SQUEUE_STATES SUBMITIT_PREEMPT_SIGNAL RANK WORLD_SIZE LOCAL_RANK GROUP_RANK "
+            "ROLE_NAME MASTER_ADDR MASTER_PORT TORCHELASTIC_RUN_ID SBATCH_PARTITION PMI_RANK"
+        ).split()
+        site = {"SBATCH_ACCOUNT": "a", "SLURM_CONF": "/etc/slurm.conf", "MY_RANK": "1", "SITE_WORLD_SIZE": "2"}
+        given = dict.fromkeys(leftovers, "1") | site
         settings = self.job("submitit.partition=gpu").settings.submitit
-        with mock.patch.dict(os.environ, leftovers | site), contextlib.redirect_stderr(io.StringIO()) as said:
+        with mock.patch.dict(os.environ, given), contextlib.redirect_stderr(io.StringIO()) as err:
             with slurm.scrubbed_sbatch_env(settings):
-                self.assertEqual({*leftovers, *site} & set(os.environ), set(site))
-                self.assertIn("SBATCH_ACCOUNT", explain_error("Invalid account", settings))
-            self.assertLessEqual((leftovers | site).items(), os.environ.items())
-            environment = json.loads(
-                slurm.run(sys.executable, "-c", "import json, os; print(json.dumps({**os.environ}))").stdout
-            )
-            self.assertEqual(environment.keys() & leftovers.keys(), set())
-        self.assertRegex(said.getvalue(), "^warning: .*SBATCH_MEM, SBATCH_PARTITION")
+                self.assertEqual(given.keys() & os.environ.keys(), site.keys())
+            self.assertLessEqual(given.items(), os.environ.items())
+            program = "import json, os; print(json.dumps({**os.environ}))"
+            seen = json.loads(slurm.run(sys.executable, "-c", program).stdout)
+            self.assertEqual(seen.keys() & (set(leftovers) - {"SBATCH_PARTITION"}), set())
+        self.assertRegex(err.getvalue(), "SBATCH_MEM, SBATCH_PARTITION")
         with self.assertRaisesRegex(slurm.SlurmError, "submitit.use_cluster=false"):
             slurm.run("false")
-
-    def test_a_job_whose_submission_was_killed_is_cancelled(self):
-        logs = self.folder.path.absolute() / slurm_jobs.LOGS
-        queue = {"12": JobState("PENDING", command=f"{logs}/a.sh")}
-        with mock.patch.object(slurm, "run") as called, contextlib.redirect_stderr(io.StringIO()):
-            self.assertFalse(is_queued(self.job(), queue), "it may be under way")
-            called.assert_not_called()
-            self.assertFalse(is_queued(self.job(), queue, locked=True))
-            called.assert_called_once_with("scancel", "12")
-
-    def test_summaries_that_somebody_else_wrote(self):
-        file, job = self.folder.path / "summary.json", self.job("epochs=3")
-        for text in (
-            "", "[", "[1]", "7", '{"job": [1]}', '{"job": "x", "status": "queued"}', '{"status": "finished", "epochs": "9"}',
-            '{"status": ["queued"]}', '{"step_seconds": "a"}', '{"job": {"job_id": [1]}, "status": "running"}', '{"last": 3}',
-            '{"step_seconds": 1e999}',
-        ):  # fmt: skip
-            file.write_text(text)
-            with self.subTest(text):
-                self.assertFalse(is_finished(job.settings, self.folder))
-                self.assertFalse(is_queued(job, {"12": JobState("PENDING")}))
-                self.assertEqual(signal_delay(job.settings, self.folder), 120)
-                resolve_status(self.folder.read_summary(), {"12": JobState("PENDING")})
-        file.unlink()
-        file.mkdir()
-        self.assertEqual(self.folder.read_summary(), {})
-
-    def test_a_job_in_the_queue_is_not_submitted_again_unless_it_is_another_ones(self):
-        self.folder.write_summary(status="queued", job={"job_id": "12"})
-        logs = self.folder.path.absolute() / slurm_jobs.LOGS
-        (logs / "12_config.yaml").write_text("epochs: 1\nsubmitit: {dependency: 'afterok:3'}\n")
-        ours, theirs = f"{logs}/a.sh", "/home/other/run/submitit_logs/a.sh"
-        with mock.patch("builtins.print"):
-            self.assertTrue(is_queued(self.job(), {"12": JobState("PENDING", command=ours)}))
-            self.assertFalse(is_queued(self.job(), {"12": JobState("PENDING", command=theirs)}))
-            self.assertFalse(is_queued(self.job(), {"12": JobState("FAILED", command=ours)}))
-            self.assertFalse(is_queued(self.job(), {}))
-            (logs / "13_config.yaml").write_text("epochs: 1\n")
-            both = {"12": JobState("COMPLETING", command=ours), "13": JobState("PENDING", command=ours)}
-            for queue in (both, dict(reversed(both.items()))):
-                with mock.patch("builtins.print") as said:
-                    self.assertTrue(is_queued(self.job(), queue))
-                self.assertIn("job_id=13", said.call_args[0][0])
-            for status, queued in (("interrupted", False), ("requeued", True)):  # what it comes back as
-                self.folder.write_summary(status=status)
-                self.assertEqual(is_queued(self.job(), {"12": JobState("COMPLETING", command=ours)}), queued, status)
-            self.folder.write_summary(status="failed")
-            self.assertTrue(is_queued(self.job(), {"12": JobState("RUNNING", command=ours)}), "of an earlier job")
-            (logs / "12_config.yaml").write_text("epochs: 7\n")
-            with self.assertRaisesRegex(UserError, "Job 12 is in the queue .* epochs: 7 -> 1.*scancel 12"):
-                is_queued(self.job(), {"12": JobState("RUNNING", command=ours)})
 
     def test_the_signal_comes_as_early_as_the_run_needs(self):
         def delay(*overrides: str) -> int:
@@ -806,167 +765,25 @@ class Submission(Folder):
         self.assertEqual(delay(), 2 * (3.5 + 40) + 10)
         self.assertEqual(delay("submitit.signal_delay_s=600"), 600)
 
-    def test_no_less_time_than_is_asked_for(self):
-        for hours, minutes_asked in (("20", 1200), ("0.1", 6), ("0.02", 2), ("1e-9", 1)):
+    def test_the_script_is_submitits_also_where_slurm_is_not_installed(self):
+        for hours, minutes in (("20", 1200), ("0.1", 6), ("0.02", 2), ("1e-9", 1)):
             script = submit.batch_script(self.job(f"submitit.timeout_hour={hours}").settings, self.folder)
-            self.assertIn(f"#SBATCH --time={minutes_asked}\n", script, hours)
-
-    def test_the_script_is_shown_where_slurm_is_not_installed(self):
-        """It is the one that submitit would submit, for a single job and with every kind of setting."""
+            self.assertIn(f"#SBATCH --time={minutes}\n", script, hours)
         with tempfile.TemporaryDirectory() as programs, mock.patch.dict(os.environ, PATH=programs):
-            shown = [
-                (settings, submit.batch_script(settings, self.folder))
-                for settings in (
-                    self.job().settings,
-                    self.job("trainer.accelerator=cpu", "launcher.gpus_per_node=2", "submitit.mem_gb=1.5").settings,
-                    self.job("submitit.setup=[module load cuda]", "submitit.partition=gpu").settings,
-                    self.job(
-                        "submitit.dependency=afterok:7", "++submitit.additional_parameters.reservation=x"
-                    ).settings,
-                )
-            ]
+            settings = self.job(
+                "launcher.gpus_per_node=2", "submitit.mem_gb=1.5", "submitit.setup=[module load cuda]", "submitit.qos=a",
+                "submitit.dependency=afterok:7", "++submitit.additional_parameters.reservation=x",
+            ).settings  # fmt: skip
+            script = submit.batch_script(settings, self.folder)
             with self.assertRaisesRegex(UserError, "submitit.use_cluster"):
-                launcher.validate_launch_mode(shown[0][0])
-            srun = Path(programs, "srun")
-            srun.touch(0o755)  # submitit looks for it, and does not call it
-            for settings, script in shown:
-                executor = submit.slurm_executor(settings, self.folder, self.folder.path.absolute() / slurm_jobs.LOGS)
-                wanted = executor._make_submission_file_text(executor._submitit_command_str, "NUMBER")
-                self.assertEqual(script, wanted)
+                launcher.validate_launch_mode(self.job("submitit.use_cluster=true").settings)
+            Path(programs, "srun").touch(0o755)  # submitit looks for it, and does not call it
+            executor = submit.slurm_executor(settings, self.folder, self.logs.absolute())
+            self.assertEqual(script, executor._make_submission_file_text(executor._submitit_command_str, "NUMBER"))
 
-    def test_a_folder_in_memory_is_refused_before_it_is_made(self):
-        if not Path("/dev/shm").is_dir():
-            self.skipTest("this machine has no /dev/shm")
-        with self.assertRaisesRegex(UserError, "launcher.experiment_log_dir"):
-            check_folders([Path("/dev/shm/omnivision/run")])
-
-    def test_dependencies(self):
-        for text in (
-            "afterok:12",
-            "afterok:12:13",
-            "afterok:12_3",
-            "afterany:1,afterok:2",
-            "after:5+10",
-            "singleton",
-            "afterok:1?afterok:2",
-        ):
-            self.assertEqual(self.job(f"submitit.dependency='{text}'").settings.submitit.dependency, text)
-        for text in ("afterok", "12", "afterok:x", "afterok:1;afterok:2", "later:3", "afterok:12; rm -r x"):
-            with self.assertRaisesRegex(UserError, "submitit.dependency must", msg=text):
-                self.job(f"submitit.dependency='{text}'")
-
-    def test_jobs_to_wait_for_must_be_known_and_able_to_end_well(self):
-        queue = {
-            "11": JobState("COMPLETED"),
-            "12": JobState("RUNNING"),
-            "13": JobState("FAILED"),
-            "14_0": JobState("COMPLETED"),
-            "14_1": JobState("FAILED"),
-        }
-        with mock.patch.object(slurm, "show_job", return_value={}):
-            for fine in (
-                None,
-                "afterok:12",
-                "afterok:11",
-                "afternotok:13",
-                "afterany:13",
-                "afterany:13,afterok:12",
-                "afterok:13?afterok:12",
-                "after:12+10",
-            ):
-                check_dependency(fine, queue)
-            check_dependency("afterok:14_0", queue)
-            for refused, saying in (
-                ("afterok:13", "job 13 is FAILED"), ("afterok:12:13", "job 13 is FAILED"), ("afterok:14", "job 14 is FAILED"),
-                ("afterok:14_1", "job 14_1 is FAILED"), ("aftercorr:13", "job 13 is FAILED"),
-                ("afternotok:11", "job 11 is COMPLETED"), ("afterany:99", "does not know job 99"),
-            ):  # fmt: skip
-                with self.assertRaisesRegex(UserError, saying, msg=refused):
-                    check_dependency(refused, queue)
-            self.folder.write_summary(status="finished", job={"job_id": "20"})  # by a later job
-            note(self.folder, "submitted", "a", job="13", restarts=0)
-            queue["13"] = JobState("FAILED", command=f"{self.folder.path.absolute()}/{slurm_jobs.LOGS}/x.sh")
-            with self.assertRaisesRegex(UserError, "13 is FAILED .*submitit.dependency=null"):
-                check_dependency("afterok:13", queue)
-
-    def test_what_it_waits_for_fails_while_it_is_submitted(self):
-        before = RunDir(self.folder.path.parent / "align")
-        before.create(slurm_jobs.LOGS)
-        command = f"{before.path.absolute()}/{slurm_jobs.LOGS}/a.sh"
-
-        def lost(state: str, status: str, job: str = "12", dependency: str = "afterok:12") -> str | None:
-            before.write_summary(status=status, exit_reason="no memory", job={"job_id": job})
-            with mock.patch.object(slurm, "squeue_or_none", return_value={"12": JobState(state, command=command)}):
-                return dependency_failed(dependency)
-
-        self.assertIsNone(lost("RUNNING", "running"))
-        self.assertIsNone(lost("COMPLETED", "finished"))
-        self.assertIsNone(lost("RUNNING", "requeued"))
-        self.assertIsNone(lost("RUNNING", "failed", job="3"), "of an earlier job")
-        self.assertIsNone(lost("FAILED", "failed", dependency="afterany:12"))
-        for state, status in (("RUNNING", "failed"), ("COMPLETING", "interrupted"), ("FAILED", "running")):
-            self.assertRegex(lost(state, status), "^it waited for job 12 .*align.* did not end well: no memory", state)
-
-    def test_what_a_job_waits_for_as_slurm_tells_it(self):
-        told = "afterok:12(unfulfilled),afterany:3(failed),afterok:14_*(unfulfilled)"
-        self.assertEqual(list(parse_dependencies(told)), [("afterok", "12"), ("afterany", "3"), ("afterok", "14_*")])
-        self.assertEqual(list(parse_dependencies("")), [])
-        self.assertEqual(list(parse_dependencies("singleton")), [])
-
-    def test_the_lock_of_a_job_that_is_over_holds_nobody_up(self):
-        self.folder.create()
-        with mock.patch.dict(os.environ, SLURM_JOB_ID="77"):
-            self.folder.lock()
-        self.addCleanup(self.folder.unlock)
-        require_free(self.folder, {"77": JobState("FAILED")})
-        require_free(self.folder, {})
-        with self.assertRaisesRegex(UserError, "is in use by process"):
-            require_free(self.folder, {"77": JobState("RUNNING")})
-
-    def test_the_lock_of_an_element_of_an_array(self):
-        self.folder.create()
-        element = {"SLURM_ARRAY_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "1"}
-        with mock.patch.dict(os.environ, element, SLURM_JOB_ID="78"):
-            self.folder.lock()
-        self.addCleanup(self.folder.unlock)
-        with mock.patch.dict(os.environ, element, SLURM_JOB_ID="78", SLURM_RESTART_COUNT="1"):
-            self.folder.require_free()
-        require_free(self.folder, {"77_1": JobState("FAILED"), "78": JobState("RUNNING")})
-        with self.assertRaisesRegex(UserError, "is in use by process"):
-            require_free(self.folder, {"77_1": JobState("RUNNING")})
-
-    def test_a_job_waits_for_a_lock_that_may_be_a_dead_ones(self):
-        self.folder.create()
-        self.folder.lock()
-        release = threading.Timer(0.4, self.folder.unlock)
-        release.start()
-        again = RunDir(self.folder.path)
-        with mock.patch("builtins.print"):
-            again.lock(patience=20)
-        again.unlock()
-        release.join()
-
-    def test_the_lock_of_an_earlier_start_of_the_same_job_counts_for_nothing(self):
-        self.folder.create()
-        with mock.patch.dict(os.environ, SLURM_JOB_ID="77"):
-            self.folder.lock()
-        for job, restarts, free in (("77", "1", True), ("77", "0", False), ("78", "1", False)):
-            with mock.patch.dict(os.environ, SLURM_JOB_ID=job, SLURM_RESTART_COUNT=restarts):
-                if free:
-                    self.folder.require_free()
-                else:
-                    self.assertRaises(UserError, self.folder.require_free)
-        self.folder.unlock()
-
-    def test_a_run_that_was_killed_before_it_had_a_folder_leaves_none(self):
-        RunDir(self.folder.path / "never").note_silent_end("killed", interrupted=True)
-        self.assertFalse((self.folder.path / "never").exists())
-
-
-class Notes(Folder):
     def test_a_line_that_a_crash_cut_is_left_out(self):
         note(self.folder, "start", "a", job="1")
-        with open(self.folder.path / slurm_jobs.LOGS / "history.jsonl", "a") as file:
+        with open(self.logs / "history.jsonl", "a") as file:
             file.write('{"event": "en')
         self.assertEqual([line["event"] for line in history(self.folder)], ["start"])
 

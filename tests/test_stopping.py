@@ -15,53 +15,53 @@ from tests import runs
 
 
 class Signals(unittest.TestCase):
-    def test_a_patient_run_notes_them_and_others_end_at_once(self):
+    @staticmethod
+    def send(*numbers: int) -> None:
+        for number in numbers:
+            os.kill(os.getpid(), number)
+
+    def test_a_run_that_defers_notes_them_and_others_end_at_once(self):
         for number, name, code in ((signal.SIGTERM, "SIGTERM", 143), (signal.SIGUSR2, "SIGUSR2", 140)):
             stop = StopSignal()
             with stop.handle_signals():
                 stop.raise_if_requested()
                 with self.assertRaises(StopRequested) as ended:
-                    os.kill(os.getpid(), number)
+                    self.send(number)
                 self.assertEqual((ended.exception.cause, ended.exception.exit_code), (name, code))
+                self.send(signal.SIGUSR2, signal.SIGTERM)  # what the process does about the first is not interrupted
                 self.assertRaises(StopRequested, stop.defer)
             stop = StopSignal()
             with stop.handle_signals():
                 stop.raise_if_requested()
                 stop.defer()
                 self.assertIsNone(stop.cause)
-                os.kill(os.getpid(), number)
+                self.send(number)
                 self.assertEqual(stop.cause, name)
         self.assertEqual(signal.getsignal(signal.SIGTERM), signal.SIG_DFL)
 
-    def test_one_request_may_come_twice_but_a_second_one_leaves_at_once(self):
-        stop = StopSignal()
-        with stop.handle_signals(), mock.patch.object(stopping.time, "monotonic") as clock:
-            stop.raise_if_requested()
-            stop.defer()
-            clock.return_value = 100.0
-            os.kill(os.getpid(), signal.SIGTERM)
-            clock.return_value = 100.9
-            os.kill(os.getpid(), signal.SIGTERM)
-            clock.return_value = 101.1
-            with self.assertRaises(StopRequested):
-                os.kill(os.getpid(), signal.SIGTERM)
+    def test_one_request_may_be_several_signals_but_a_second_one_raises(self):
+        for signals, cause, last in (
+            ([(100.0, signal.SIGTERM), (100.9, signal.SIGTERM)], "SIGTERM", 101.1),
+            ([(100.0, signal.SIGUSR2), (130.0, signal.SIGTERM), (130.5, signal.SIGUSR2)], "SIGUSR2", None),
+        ):
+            stop = StopSignal()
+            with stop.handle_signals(), mock.patch.object(stopping.time, "monotonic") as clock:
+                stop.raise_if_requested()
+                stop.defer()
+                for clock.return_value, number in signals:
+                    self.send(number)
+                self.assertEqual(stop.cause, cause)
+                if last is not None:
+                    clock.return_value = last
+                    self.assertRaises(StopRequested, self.send, signal.SIGTERM)
 
-    def test_what_a_process_does_about_a_signal_is_not_interrupted_by_another(self):
+    def test_a_signal_that_came_before_is_raised_once_where_it_is_caught(self):
         stop = StopSignal()
         with stop.handle_signals():
-            stop.raise_if_requested()
-            with self.assertRaises(StopRequested):
-                os.kill(os.getpid(), signal.SIGTERM)
-            os.kill(os.getpid(), signal.SIGUSR2)
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    def test_a_signal_that_came_before_is_told_where_it_is_caught(self):
-        stop = StopSignal()
-        with stop.handle_signals():
-            os.kill(os.getpid(), signal.SIGTERM)
+            self.send(signal.SIGTERM)
             with self.assertRaisesRegex(StopRequested, "SIGTERM"):
                 stop.raise_if_requested()
-            stop.raise_if_requested()  # once
+            stop.raise_if_requested()
 
     def test_what_comes_after_the_end_changes_nothing(self):
         code = (
@@ -71,24 +71,13 @@ class Signals(unittest.TestCase):
         )
         self.assertEqual(subprocess.run([sys.executable, "-c", code]).returncode, 0)
 
-    def test_sigterm_after_an_announcement_is_the_same_request(self):
-        stop = StopSignal()
-        with stop.handle_signals(), mock.patch.object(stopping.time, "monotonic") as clock:
-            stop.raise_if_requested()
-            stop.defer()
-            for at, number in ((100.0, signal.SIGUSR2), (130.0, signal.SIGTERM), (130.5, signal.SIGUSR2)):
-                clock.return_value = at
-                os.kill(os.getpid(), number)
-            self.assertEqual(stop.cause, "SIGUSR2")
-
-    def test_nothing_disturbs_what_is_being_written_down_nor_what_is_started_then(self):
+    def test_ignored_signals_interrupt_neither_the_block_nor_what_it_starts(self):
         with signals_ignored():
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
-                os.kill(os.getpid(), number)
+            self.send(signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
             child = subprocess.run(["sh", "-c", "kill -TERM $$; echo survived"], capture_output=True, text=True)
         self.assertEqual(child.stdout, "survived\n")
 
-    def test_children_that_do_not_hear(self):
+    def test_blocked_signals_reach_this_process_after_the_block_and_its_children_never(self):
         code = (
             "import os, signal; os.kill(os.getpid(), signal.SIGUSR2); os.kill(os.getpid(), signal.SIGTERM); "
             "print('survived')"
@@ -98,12 +87,12 @@ class Signals(unittest.TestCase):
             stop.raise_if_requested()
             stop.defer()
             with signals_blocked():
-                os.kill(os.getpid(), signal.SIGUSR2)
+                self.send(signal.SIGUSR2)
                 child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
             self.assertEqual(child.stdout, "survived\n", child.stderr)
             self.assertEqual(stop.cause, "SIGUSR2", "this process hears afterwards")
 
-    def test_a_terminal_that_is_gone_unless_nohup_has_said_that_it_does_not_matter(self):
+    def test_sighup_unless_nohup_ignores_it(self):
         code = (
             "import os, signal, sys\n"
             "signal.signal(signal.SIGHUP, getattr(signal, sys.argv[1]))\n"  # as nohup, which these tests may run under

@@ -1,4 +1,4 @@
-"""How a process of a run ends: what it says, what it writes down, and with which exit code."""
+"""How a rank ends: its messages, its end file, `summary.json`, and its exit code."""
 
 from __future__ import annotations
 
@@ -46,35 +46,26 @@ LESS_MEMORY = (
 
 
 def write_end_file(folder: RunDir, rank: int, error: BaseException, reason: str) -> None:
-    """Write down how this rank ended, in a file of its own: several machines cannot append to one file over NFS."""
+    """Write how this rank ended, in a file of its own: several machines cannot append to one file over NFS."""
     if isinstance(error, (StopRequested, KeyboardInterrupt)) or getattr(error, "on_all_ranks", False):
         kind = "stopped"
     elif isinstance(error, PeerLostError) and not error.gone:  # what killed one that is gone is SLURM's to tell
         kind = "peer silent"
     else:
         kind = "disconnected" if is_peer_lost(error) else "failed"
-    end = {
-        "rank": rank,
-        "pid": os.getpid(),
-        "job": own_job(),
-        "restarts": own_restarts(),
-        "kind": kind,
-        "reason": reason,
-    }
+    end = {"rank": rank, "pid": os.getpid(), "kind": kind, "reason": reason}
+    end |= {"job": own_job(), "restarts": own_restarts()}
     with contextlib.suppress(OSError):
         write_atomically(folder.logs / f"rank_{rank}_end.json", json.dumps(end) + "\n")
 
 
-def read_end_files(folder: RunDir) -> Iterator[dict[str, Any]]:
-    """Yield how the ranks of a run ended, also those of an earlier start."""
+def read_end_files(folder: RunDir, job: str | None, restarts: int) -> list[dict[str, Any]]:
+    """Return how the ranks ended in one start of a job (None: not on a cluster)."""
+    ends = []
     for file in sorted(folder.logs.glob("rank_*_end.json")):
-        with contextlib.suppress(OSError, ValueError, TypeError):
-            yield dict(json.loads(file.read_text(encoding="utf-8")))
-
-
-def remove_end_files(folder: RunDir) -> None:
-    for file in folder.logs.glob("rank_*_end.json"):
-        file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError, ValueError):
+            ends.append(json.loads(file.read_text(encoding="utf-8")))
+    return [end for end in ends if (end["job"], end["restarts"]) == (job, restarts)]
 
 
 def first_failure(
@@ -85,35 +76,25 @@ def first_failure(
     seconds: float = 0.0,
     pids: Collection[int] | None = None,
 ) -> str | None:
-    """Return why another rank than `own_rank` failed by itself in this start of a job (None: not on a cluster), if one did.
+    """Return why a rank other than `own_rank` failed by itself in one start of a job, if one did.
 
-    Waits up to `seconds` for its file; `pids` are the processes that count (None: all).
+    Waits up to `seconds` for its file. `pids` are the processes that count (None: all).
     """
     deadline = time.monotonic() + seconds
     while True:
-        for end in read_end_files(folder):
-            this_start = (end.get("job"), end.get("restarts")) == (job, restarts) and end.get("rank") != own_rank
-            if this_start and end.get("kind") == "failed" and (pids is None or end.get("pid") in pids):
-                return f"process {end.get('rank')} failed: {end.get('reason')}"
+        for end in read_end_files(folder, job, restarts):
+            if end["kind"] == "failed" and end["rank"] != own_rank and (pids is None or end["pid"] in pids):
+                return f"process {end['rank']} failed: {end['reason']}"
         if time.monotonic() >= deadline:
             return None
         time.sleep(0.1)
-
-
-def lost_peer(folder: RunDir, job: str | None, restarts: int) -> str | None:
-    """Return what a rank said of another one that stopped sending heartbeats in this start of a job, if one did."""
-    ends = [end for end in read_end_files(folder) if (end.get("job"), end.get("restarts")) == (job, restarts)]
-    return next((str(end.get("reason")) for end in ends if end.get("kind") == "peer silent"), None)
 
 
 # ---- how a process ends -------------------------------------------------------------------------------------------
 
 
 class ExitHandler:
-    """Surrounds a rank's work: handles signals, watches for hangs, and reports how it ends.
-
-    The main thread says why the process ends, or a thread that watches it aborts it.
-    """
+    """Surrounds a rank's work: handles signals, watches for hangs, and reports how it ends."""
 
     def __init__(self, folder: RunDir, rank: int, settings: Settings, log: JobLog | None, world_size: int = 1) -> None:
         self.folder, self.rank, self.log = folder, rank, log
@@ -155,22 +136,22 @@ class ExitHandler:
         """In the main thread, report why the process ends; returns the exit code."""
         self._watchdog.answered = True
         if not self._ending.acquire(blocking=False):
-            threading.Event().wait()  # a thread that watches is about to end this process
+            threading.Event().wait()  # a watching thread is about to end this process
         if self.peers is not None:
-            # A RuntimeError of one's own while another process is dead or silent is a consequence of that.
-            consequence = isinstance(error, RuntimeError) and not is_out_of_memory(error)
-            if consequence and (lost := self.peers.find_dead_peers()):
-                error = lost.with_traceback(error.__traceback__)
+            # A RuntimeError while another process is dead or silent is a consequence of that.
+            if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+                if dead := self.peers.find_dead_peers():
+                    error = dead.with_traceback(error.__traceback__)
             self.peers.end()
         # A refusal before anything has begun leaves what an earlier run wrote as it is; an evaluation always does.
-        untouched = self.locked and self.folder.read_summary().get("status") in (None, *WAITING)
-        tells = untouched or (self.begun and not self.validating)
-        if self.log is not None and self.rank == 0 and not self.validating:
-            tells = tells or self.locked or self.log.owns_summary()
+        tells = self.locked and self.folder.read_summary().get("status") in (None, *WAITING)
+        if not self.validating:
+            tells = tells or self.begun
+            tells = tells or (self.log is not None and self.rank == 0 and (self.locked or self.log.owns_summary()))
         return report_exit(error, self.folder, tells, self.rank, self.log, self.writes_end_file)
 
     def abort(self, error: BaseException, at_once: bool) -> None:
-        """In a thread that watches, end the process whatever its main thread does, and write down what that is.
+        """In a watching thread, end the process whatever its main thread does, and write what that is.
 
         `at_once` leaves no time to ask a scheduler for anything.
         """
@@ -181,9 +162,10 @@ class ExitHandler:
             stacks = self.folder.logs / f"rank_{self.rank}_stacks.txt"
             write_stacks(stacks)
             error.add_note(f"what each thread was doing is in {stacks}")
-            # Rank 0 tells how a run ended or, if that one is silent, whoever notices.
+            # Rank 0 reports how a run ended or, if that one is silent, whoever notices.
             tells = not self.validating and (self.locked or isinstance(error, PeerLostError))
-            report_exit(error, self.folder, tells, self.rank, None if at_once else self.log, self.writes_end_file)
+            log = None if at_once else self.log
+            code = report_exit(error, self.folder, tells, self.rank, log, self.writes_end_file)
             self.unlock()
         except BaseException:  # for example a file system that does not answer
             traceback.print_exc()
@@ -200,17 +182,17 @@ def report_exit(
 ) -> int:
     """Report why a process ends: on the console, in its log and its end file and, if it `tells` of this run, in `summary.json`.
 
-    Returns the exit code.
+    Returns the exit code. It is 0 for another rank of a SLURM job than 0 that was stopped or lost a peer: SLURM ends all tasks
+    when one fails, and rank 0 may just have the job requeued.
     """
     code, reason = exit_code_and_reason(error)
     is_fault = code == EXIT_FAULT and not isinstance(error, UserError)
-    as_asked = isinstance(error, (KeyboardInterrupt, StopRequested))
-    LOG.log(logging.WARNING if as_asked else logging.ERROR, reason, exc_info=error if is_fault else None)
+    stopped = isinstance(error, (KeyboardInterrupt, StopRequested))
+    LOG.log(logging.WARNING if stopped else logging.ERROR, reason, exc_info=error if is_fault else None)
     if rank == 0 or is_fault or (isinstance(error, UserError) and not error.on_all_ranks):
-        if as_asked:
-            resumes = isinstance(error, StopRequested) and error.saved_step is not None
-            again = ", and the same command continues from there" if resumes else ""
-            print(f"{reason}{again}", file=sys.stderr, flush=True)
+        if stopped:
+            saved = isinstance(error, StopRequested) and error.saved_step is not None
+            print(reason + ", and the same command continues from there" * saved, file=sys.stderr, flush=True)
         elif isinstance(error, PeerLostError):
             print_error(f"{reason}. The same command resumes from the last checkpoint.")
         else:
@@ -219,10 +201,8 @@ def report_exit(
         write_end_file(folder, rank, error, reason)
     try:
         if log is not None and rank == 0:
-            log.record_end(error, reason, tells)
-        elif log is not None:
-            log.wait_for_decision(error)
-        elif tells:
+            log.apply_exit(log.classify_exit(error, reason), tells)
+        elif log is None and tells:
             lost, cause = is_peer_lost(error), None
             if lost or isinstance(error, StopRequested):
                 cause = first_failure(folder, own_job(), own_restarts(), rank, END_FILE_SECONDS if lost else 0.0)
@@ -230,16 +210,17 @@ def report_exit(
             folder.write_end(status, cause or reason)
     except OSError as failure:  # a full disk must not change the exit code
         print(f"error: the reason could not be written to the run directory: {failure}", file=sys.stderr)
-    return code
+    rank_0_is_silent = isinstance(error, PeerLostError) and not error.gone
+    waits_for_rank_0 = log is not None and rank > 0 and not rank_0_is_silent
+    return 0 if waits_for_rank_0 and (stopped or is_peer_lost(error)) else code
 
 
 def unwrap_keyboard_interrupt(error: BaseException) -> BaseException:
-    """The Ctrl-C behind an exception, which a library may have made one of its own of; else the exception itself."""
+    """Return the Ctrl-C behind an exception of a library, else the exception itself."""
     return next((each for each in causes(error) if isinstance(each, KeyboardInterrupt)), error)
 
 
 def exit_code_and_reason(error: BaseException) -> tuple[int, str]:
-    """Exit code and reason."""
     notes = "".join(f"; {note}" for note in getattr(error, "__notes__", []))
     match error:
         case UserError():
@@ -257,9 +238,7 @@ def exit_code_and_reason(error: BaseException) -> tuple[int, str]:
 
 
 def print_error(problem: BaseException | str) -> None:
-    """A paragraph for a user's mistake and where memory is out, a traceback for another fault (or for everything, with
-    OMNIVISION_TRACEBACK=1).
-    """
+    """Print a paragraph for a user error and where memory is out, else a traceback (always with OMNIVISION_TRACEBACK=1)."""
     if isinstance(problem, BaseException) and is_out_of_memory(problem):
         problem = exit_code_and_reason(problem)[1]
     if isinstance(problem, str):

@@ -1,28 +1,53 @@
-"""Launch of validated runs: in this process, in local processes, under torchrun, or on SLURM."""
+"""Launch of validated runs: in this process, in several local ones, under torchrun, or on SLURM."""
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from omnivision.config.schema import Settings
 from omnivision.launch import slurm
-from omnivision.reporting.run_directory import RunDir
-from omnivision.utils.errors import UserError
+from omnivision.reporting.run_directory import RunDir, own_job, own_restarts
+from omnivision.utils.errors import (
+    EXIT_ANNOUNCED,
+    EXIT_FAULT,
+    EXIT_HUNG_UP,
+    EXIT_INTERRUPTED,
+    EXIT_TERMINATED,
+    EXIT_USER,
+    StopRequested,
+    UserError,
+)
+from omnivision.utils.signals import SIGNALS, signals_ignored
 from omnivision.utils.streams import announce
 
 if TYPE_CHECKING:
+    from multiprocessing.context import SpawnProcess
+
     from omegaconf import DictConfig
 
+    from omnivision.distributed.process_group import RankInfo
+
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+INTERRUPTED = (
+    EXIT_INTERRUPTED,
+    EXIT_TERMINATED,
+    EXIT_ANNOUNCED,
+    EXIT_HUNG_UP,
+)  # exit codes of runs that somebody ended
+GRACE_SECONDS = 15.0  # for the other ranks to exit after one has failed
 
 
 @dataclass(frozen=True)
 class Job:
-    """What every rank of a run is given."""
+    """A run to launch."""
 
     settings: Settings
     config_text: str  # config.yaml as composed, interpolations unresolved
@@ -41,39 +66,31 @@ def launch(jobs: Sequence[Job]) -> int:
     # Compute threads that spin while they wait steal the time of data workers on the same cores: on two busy cores a step
     # of a small model took ten times as long. OpenMP reads this when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    for_cluster = [job for job in jobs if job.settings.submitit.use_cluster]
-    if for_cluster and len(for_cluster) < len(jobs):
+    if len({job.settings.submitit.use_cluster for job in jobs}) > 1:
         raise UserError("submitit.use_cluster must be the same in all runs of a sweep. Set it once.")
-    if for_cluster:
+    if jobs[0].settings.submitit.use_cluster:
         from omnivision.launch.submit import submit
 
-        return submit(for_cluster)
-    from omnivision.launch.local import INTERRUPTED
-
-    codes = [0]
-    for number, job in enumerate(jobs, start=1):
-        if len(jobs) > 1:
-            print(f"\n== Run {number} of {len(jobs)}: {job.settings.launcher.experiment_log_dir}", flush=True)
-        codes.append(run(job))
-        if codes[-1] in INTERRUPTED and number < len(jobs):
-            print(f"{len(jobs) - number} runs of the sweep were not started.", file=sys.stderr)
-            break
-    return max(codes)
-
-
-def run(job: Job) -> int:
-    """Run a job here; returns its exit code."""
-    count = job.settings.launcher.gpus_per_node
-    if count > 1 and not under_torchrun():
-        from omnivision.launch.local import run_local_processes
-
-        return run_local_processes(job, count)
+        return submit(jobs)
     if os.environ.get("RANK", "0") == "0":
         announce("Loading torch, then building the model")
     from omnivision.distributed.process_group import RankInfo
     from omnivision.launch.run import run_rank
 
-    return run_rank(job, None if under_torchrun() else RankInfo())
+    codes = [0]
+    for number, job in enumerate(jobs, start=1):
+        if len(jobs) > 1:
+            print(f"\n== Run {number} of {len(jobs)}: {job.settings.launcher.experiment_log_dir}", flush=True)
+        if under_torchrun():
+            codes.append(run_rank(job, RankInfo.from_torchrun()))
+        elif (count := job.settings.launcher.gpus_per_node) > 1:
+            codes.append(run_local_processes(job, count))
+        else:
+            codes.append(run_rank(job, RankInfo()))
+        if codes[-1] in INTERRUPTED and number < len(jobs):
+            print(f"{len(jobs) - number} runs of the sweep were not started.", file=sys.stderr)
+            break
+    return max(codes)
 
 
 def validate_launch_mode(settings: Settings) -> None:
@@ -91,6 +108,9 @@ def validate_launch_mode(settings: Settings) -> None:
         )
 
 
+# ---- torchrun -----------------------------------------------------------------------------------------------------
+
+
 def under_torchrun() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
@@ -103,18 +123,107 @@ def apply_torchrun_env(config: DictConfig) -> None:
     given = [name for name in TORCHRUN_VARIABLES if name in os.environ]
     if not {"RANK", "WORLD_SIZE"} & set(given):
         return
-    from_torchrun = len(given) == len(TORCHRUN_VARIABLES)
-    if not from_torchrun or (config.submitit.use_cluster and "TORCHELASTIC_RUN_ID" not in os.environ):
+    use_cluster = config.submitit.use_cluster and "TORCHELASTIC_RUN_ID" not in os.environ
+    if use_cluster or len(given) < len(TORCHRUN_VARIABLES):
         raise UserError(
-            f"{' and '.join(given)} are set in the environment, as by another launcher, "
-            + (
-                "and submitit.use_cluster is true. "
-                if from_torchrun
-                else f"but not all of {', '.join(TORCHRUN_VARIABLES)}. "
-            )
-            + f"Unset them (unset {' '.join(given)}), or start the command with torchrun."
+            f"{', '.join(given)} of another launcher are in the environment, "
+            f"{'and submitit.use_cluster is true' if use_cluster else f'but not all of {TORCHRUN_VARIABLES}'}. "
+            f"Unset them (unset {' '.join(given)}), or start the command with torchrun."
         )
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     config.launcher.gpus_per_node = local
     config.launcher.num_nodes = max(1, int(os.environ["WORLD_SIZE"]) // local)
     config.submitit.use_cluster = False
+
+
+# ---- local processes ----------------------------------------------------------------------------------------------
+
+
+def run_local_processes(job: Job, count: int) -> int:
+    """Start `count` ranks here and wait; returns the exit code. When one fails, the others are ended, too.
+
+    Signals are forwarded to them. What killed a rank is written into `summary.json`, if that rank could not.
+    """
+    from omnivision.distributed.process_group import RankInfo
+    from omnivision.launch.exit import exit_code_and_reason, first_failure
+
+    context = multiprocessing.get_context("spawn")
+    store = os.memfd_create("omnivision-rendezvous")  # a file that the kernel removes with this process
+    init_method = f"file:///proc/{os.getpid()}/fd/{store}"
+    ranks = [RankInfo(rank, count, rank, count, init_method) for rank in range(count)]
+    processes = [context.Process(target=_local_process, args=(job, rank)) for rank in ranks]
+    for process in processes:
+        process.start()
+    try:
+        with forward_signals(processes) as received:
+            code, reason = wait_for_processes(processes)
+        if received and (code in INTERRUPTED or any(process.exitcode == -received[0] for process in processes)):
+            code, reason = exit_code_and_reason(StopRequested(signal.Signals(received[0]).name))
+    except KeyboardInterrupt as error:
+        with signals_ignored():
+            send(processes, signal.SIGINT)
+            wait_for_processes(processes)
+        code, reason = exit_code_and_reason(error)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+        os.close(store)
+    if code not in (0, EXIT_USER):
+        folder, pids = run_folder(job), [process.pid for process in processes if process.pid is not None]
+        reason = first_failure(folder, own_job(), own_restarts(), pids=pids) or reason
+        folder.note_silent_end(reason, interrupted=code in INTERRUPTED)
+    return code
+
+
+@contextlib.contextmanager
+def forward_signals(processes: list[SpawnProcess]) -> Iterator[list[int]]:
+    """Forward signals to `processes` inside this block; yields a list of those received."""
+    received: list[int] = []
+
+    def forward(number: int, frame: Any) -> None:
+        received.append(number)
+        send(processes, number)
+
+    before = {number: signal.signal(number, forward) for number in SIGNALS}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def send(processes: list[SpawnProcess], number: int) -> None:
+    for process in processes:
+        if process.pid is not None and process.exitcode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, number)
+
+
+def wait_for_processes(processes: list[SpawnProcess]) -> tuple[int, str]:
+    """Wait for processes to end, the others for a while after one has failed; returns its exit code.
+
+    The second value is a reason, for a run that could not write one: which rank was killed, or the exit code.
+    """
+    failed, deadline = 0, float("inf")
+    while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
+        for process in processes:
+            process.join(timeout=0.1)
+            if process.exitcode and not failed:
+                failed, deadline = process.exitcode, time.monotonic() + GRACE_SECONDS
+    failed = failed or next((process.exitcode for process in processes if process.exitcode), 0)
+    killed = [
+        f"process {rank} was killed by {signal.Signals(-process.exitcode).name}"
+        for rank, process in enumerate(processes)
+        if process.exitcode is not None and process.exitcode < 0
+    ]
+    reason = ", ".join(killed) or f"a process ended with exit code {failed}"
+    return failed if failed >= 0 else EXIT_FAULT, reason
+
+
+def _local_process(job: Job, rank_info: RankInfo) -> None:
+    from omnivision.distributed.process_group import exit_with_parent
+    from omnivision.launch.run import run_rank
+
+    exit_with_parent(os.getppid())
+    sys.exit(run_rank(job, rank_info))

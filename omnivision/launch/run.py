@@ -16,10 +16,10 @@ from omnivision.checkpoint.fingerprint import fingerprint, flat, flat_text, git_
 from omnivision.checkpoint.pretrained import LoadReport
 from omnivision.data.catalog import Split
 from omnivision.distributed.process_group import Dist, RankInfo
-from omnivision.launch.exit import ExitHandler, remove_end_files
+from omnivision.launch.exit import ExitHandler
 from omnivision.launch.launcher import Job, run_folder
 from omnivision.launch.slurm_jobs import JobLog
-from omnivision.launch.watchdog import PeerMonitor
+from omnivision.launch.watchdog import HEARTBEAT_TIMEOUT, PeerMonitor
 from omnivision.reporting.reporter import Reporter
 from omnivision.reporting.run_directory import STALE_SECONDS, RunDir
 from omnivision.training import build
@@ -33,18 +33,14 @@ from omnivision.utils.streams import ignore_broken_pipe
 LOG = logging.getLogger("omnivision")
 
 
-def run_rank(job: Job, rank_info: RankInfo | None, log: JobLog | None = None) -> int:
+def run_rank(job: Job, rank_info: RankInfo, log: JobLog | None = None) -> int:
     """Run one rank from start to end; returns its exit code.
 
-    A user error prints one paragraph; the reason of every end is in `summary.json`.
-
-    Args:
-        rank_info: None under torchrun.
-        log: Notes the start and the end of a SLURM job and has it requeued. With it, signals are ignored once the run ends.
+    A user error prints one paragraph; the reason of every end is in `summary.json`. `log`, of a SLURM job, notes its end and
+    has the job requeued; signals are then ignored once the run ends.
     """
     ignore_broken_pipe()
     faulthandler.enable(sys.__stderr__ or 2)  # a signal that no Python code sees (SIGSEGV, SIGBUS) still says where
-    rank_info = rank_info or RankInfo.from_torchrun()
     handler = ExitHandler(run_folder(job), rank_info.rank, job.settings, log, rank_info.world_size)
     with handler.supervise():
         dist = build.process_group(job.settings, rank_info)
@@ -67,15 +63,18 @@ def lock_run_dir(job: Job, dist: Dist, handler: ExitHandler) -> Reporter:
     handler.locked = dist.is_main
     dist.run_on_all(folder.claim_checkpoint_dir, only_main=True)
     if dist.is_main:
-        remove_end_files(folder)
+        for end_file in folder.logs.glob("rank_*_end.json"):  # of an earlier start
+            end_file.unlink(missing_ok=True)
         for written in (folder.path, folder.logs, folder.checkpoints):
             remove_stale_tmp(written)
     log_to_file(folder.logs / f"rank_{dist.rank}.log")
-    timeout = 60 * job.settings.trainer.distributed.timeout_minutes
+    # A silent rank is named before collective operations fail for want of it.
+    timeout = min(HEARTBEAT_TIMEOUT, 60 * job.settings.trainer.distributed.timeout_minutes / 2)
     handler.peers = PeerMonitor(folder.logs, dist.rank, dist.world_size, stop, timeout, handler.abort)
     if log is not None:
-        dist.run_on_all(lambda: log.check_requeue_limits(stop), only_main=True)
-        stop.end_at(dist.gather(stop.deadline)[0])
+        dist.run_on_all(log.check_requeue_limits, only_main=True)
+        if job.settings.submitit.signal_delay_s is None:  # else SLURM's signal makes the run leave
+            stop.end_at(dist.gather(log.planned_end() if dist.is_main else None)[0])
     settings = flat_text(job.config_text)  # unresolved: nothing of the environment
     reporter = Reporter(folder, dist.is_main, extra_loggers=job.settings.trainer.logging.also, settings=settings)
     if taken_over:
@@ -109,7 +108,7 @@ def build_trainer(
 
 
 def load_weights(job: Job, dist: Dist, trainer: Trainer, reporter: Reporter, handler: ExitHandler) -> None:
-    """Resume from the run's checkpoint, or load pretrained weights, and write down what the run starts from."""
+    """Resume from the run's checkpoint or load pretrained weights, and write what the run starts from."""
     folder, log, validating = handler.folder, handler.log, handler.validating
     newest = dist.gather(checkpointer.stat_latest(folder.checkpoints))[0]
     checkpointer.wait_until_visible(newest, folder.checkpoints)
@@ -164,7 +163,7 @@ def write_run_metadata(job: Job, folder: RunDir, trainer: Trainer, on_cluster: b
         return
     write_atomically(config, job.config_text)
     summary = folder.read_summary()
-    before = summary.get("run", {})
+    before = summary.get("run") or {}
     commits = before.get("commits") or []  # of the code, the newest last
     if (commit := git_commit()) is not None and commits[-1:] != [commit]:
         commits = [*commits, commit]
@@ -176,7 +175,7 @@ def write_run_metadata(job: Job, folder: RunDir, trainer: Trainer, on_cluster: b
 
 
 def release(trainer: Trainer, reporter: Reporter, dist: Dist, handler: ExitHandler) -> None:
-    """Say and write down that the run ended well, and leave the process group."""
+    """Report that the run ended well, and leave the process group."""
     if lines := validation_lines(trainer) if handler.validating else end_lines(trainer):
         reporter.info("\n".join(lines))
     if handler.peers is not None:

@@ -21,13 +21,10 @@ SEPARATOR, END = "\x1f", "\x1e"  # of fields, and of jobs: comments may hold lin
 COMMAND_TIMEOUT = 60.0  # seconds
 
 # Variables of an allocation, a job or another launcher. They would reach the commands here, sbatch, and srun within the job.
-LEFTOVER_PREFIXES = tuple(
-    "SLURM_ SBATCH_ SRUN_ SALLOC_ SQUEUE_ SCANCEL_ SCONTROL_ SUBMITIT_ PMI_ PMIX_ TORCHELASTIC_".split()
+LEFTOVERS = re.compile(
+    "(SLURM|SBATCH|SRUN|SALLOC|SQUEUE|SINFO|SCANCEL|SCONTROL|SUBMITIT|PMI|PMIX|TORCHELASTIC)_"
+    "|((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)$|ROLE_NAME$|MASTER_(ADDR|PORT)$"
 )
-LEFTOVER_NAMES = (
-    "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT GROUP_RANK GROUP_WORLD_SIZE ROLE_RANK ROLE_WORLD_SIZE "
-    "ROLE_NAME"
-).split()
 KEPT_VARIABLES = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT")  # how to reach SLURM
 # Variables by which a site sets defaults of sbatch, and the setting that replaces each.
 SITE_VARIABLES = {
@@ -71,35 +68,29 @@ def is_available() -> bool:
 # ---- environment --------------------------------------------------------------------------------------------------
 
 
-def leftover_variables() -> list[str]:
-    """Return the names of variables of the environment that belong to another job or launcher."""
-    found = (name for name in os.environ if name.startswith(LEFTOVER_PREFIXES) or name in LEFTOVER_NAMES)
-    return sorted(name for name in found if name not in KEPT_VARIABLES)
-
-
-def inherited_sbatch_env(settings: object) -> list[str]:
-    """Return the site's variables that sbatch reads because `settings` (those of submitit) leave the option unset."""
-    return [name for name, field in SITE_VARIABLES.items() if name in os.environ and not getattr(settings, field, None)]
+def leftover_variables(settings: object = None) -> list[str]:
+    """Return the variables that belong to another job or launcher, or that one of `settings` (of submitit) replaces."""
+    return sorted(
+        name
+        for name in os.environ
+        if LEFTOVERS.match(name)
+        and name not in KEPT_VARIABLES
+        and (name not in SITE_VARIABLES or getattr(settings, SITE_VARIABLES[name], None))
+    )
 
 
 @contextlib.contextmanager
 def scrubbed_sbatch_env(settings: object) -> Iterator[None]:
-    """Remove leftover variables inside this block, so that only `settings` (those of submitit) and the site's defaults count.
-
-    Warns of the sbatch options among them.
-    """
-    before = dict(os.environ)
-    removed = set(leftover_variables()) - set(inherited_sbatch_env(settings))
-    if options := sorted(name for name in removed if name.startswith("SBATCH_")):
+    """Remove leftover variables inside this block, so that only `settings` and the site's defaults count."""
+    removed = {name: os.environ.pop(name) for name in leftover_variables(settings)}
+    if options := [name for name in removed if name.startswith("SBATCH_")]:
         print(
             f"warning: ignored in the environment: {', '.join(options)}. The submitit settings count.", file=sys.stderr
         )
-    for name in removed:
-        del os.environ[name]
     try:
         yield
     finally:
-        os.environ.update({name: before[name] for name in removed})
+        os.environ.update(removed)
 
 
 # ---- questions ----------------------------------------------------------------------------------------------------
@@ -109,9 +100,10 @@ def run(*command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     """Run one of SLURM's commands. Raises SlurmError if it does not answer or, with `check`, if it fails."""
     leftover = leftover_variables()
     env = {name: value for name, value in os.environ.items() if name not in leftover}
-    options = {"capture_output": True, "text": True, "errors": "replace", "timeout": COMMAND_TIMEOUT, "env": env}
     try:
-        return subprocess.run(command, check=check, **options)  # type: ignore[call-overload]
+        return subprocess.run(
+            command, check=check, capture_output=True, text=True, errors="replace", timeout=COMMAND_TIMEOUT, env=env
+        )
     except (OSError, subprocess.SubprocessError) as error:
         output = " ".join((getattr(error, "stderr", None) or str(error)).split())
         raise SlurmError(
@@ -157,16 +149,14 @@ def partition_limits(name: str | None) -> tuple[int | None, float | None]:
     """
     name = name or os.environ.get("SBATCH_PARTITION")
     try:
-        lines = run("scontrol", "show", "partition", "--oneliner").stdout.splitlines()
+        output = run("sinfo", "--noheader", "--format=%P %D %l", *([f"--partition={name}"] if name else [])).stdout
     except SlurmError:
         return None, None
-    partitions = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in lines]
-    wanted = name.split(",") if name else [p.get("PartitionName") for p in partitions if p.get("Default") == "YES"]
-    chosen = [p for p in partitions if p.get("PartitionName") in wanted]
-    nodes = [int(p["TotalNodes"]) for p in chosen if p.get("TotalNodes", "").isdecimal()]
-    minutes = [parse_limit(p.get("MaxTime", "")) for p in chosen]
-    most_minutes = None if None in minutes else max((each for each in minutes if each is not None), default=None)
-    return max(nodes, default=None), most_minutes
+    partitions = [line.split() for line in output.splitlines()]
+    limits = [(int(nodes), parse_limit(time)) for title, nodes, time in partitions if name or title.endswith("*")]
+    minutes = [most for _, most in limits if most is not None]
+    unlimited = len(minutes) < len(limits)
+    return max((nodes for nodes, _ in limits), default=None), None if unlimited else max(minutes, default=None)
 
 
 def parse_time(text: str | None) -> float | None:
@@ -218,19 +208,12 @@ def requeue(job_id: str, attempts: int = 3) -> str | None:
     return message
 
 
-def cancel_jobs_of(scripts: Collection[Path]) -> list[str]:
-    """Cancel my jobs that were submitted with one of these batch scripts; returns their ids. Raises SlurmError."""
-    mine = [job for job, state in squeue().items() if not state.is_over and Path(state.command) in scripts]
-    if job_ids := sorted({job.partition("_")[0] for job in mine}):
-        run("scancel", *job_ids)
-    return job_ids
-
-
-def explain_error(output: str, settings: object = None) -> str:
-    """Return sbatch's refusal in one line, with the variables of the environment that counted."""
-    lines = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in output.splitlines() if line.strip()]
-    messages = dict.fromkeys(line.removeprefix("Batch job submission failed: ").rstrip(".") for line in lines)
-    inherited = ", ".join(inherited_sbatch_env(settings))
-    return f"SLURM refused the job: {'; '.join(messages) or 'no reason given'}. Change the submitit settings" + (
-        f" (or unset {inherited})." if inherited else "."
-    )
+def cancel_jobs_of(scripts: Collection[Path]) -> str:
+    """Cancel my jobs that were submitted with one of these batch scripts; returns a sentence about it."""
+    try:
+        mine = [job for job, state in squeue().items() if not state.is_over and Path(state.command) in scripts]
+        if job_ids := sorted({job.partition("_")[0] for job in mine}):
+            run("scancel", *job_ids)
+    except SlurmError:
+        return " SLURM may have taken a job all the same: look with squeue, and end it with scancel."
+    return f" Job {', '.join(job_ids)}, which SLURM had taken, was cancelled." if job_ids else ""

@@ -1,6 +1,6 @@
 """A run's SLURM jobs: `submitit_logs/history.jsonl`, how a job ends, and whether it comes back.
 
-`python -m omnivision.launch.slurm_jobs ended ...` is the last line of every batch script: it writes down the end of a run whose
+`python -m omnivision.launch.slurm_jobs ended ...` is the last line of every batch script: it writes the end of a run whose
 processes could not.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import signal
 import sys
@@ -16,79 +15,20 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omnivision.launch import slurm
-from omnivision.launch.exit import END_FILE_SECONDS, first_failure, lost_peer
+from omnivision.launch.exit import END_FILE_SECONDS, first_failure, read_end_files
 from omnivision.launch.watchdog import is_peer_lost
 from omnivision.reporting.logs import read_lines
-from omnivision.reporting.run_directory import WAITING, RunDir, own_job, own_restarts
+from omnivision.reporting.run_directory import WAITING, RunDir, own_restarts
 from omnivision.utils.errors import PeerLostError, StopRequested, UserError
-from omnivision.utils.io import append_line, write_atomically
-from omnivision.utils.signals import TIME_LIMIT, StopSignal
-
-if TYPE_CHECKING:
-    from omnivision.distributed.process_group import RankInfo
+from omnivision.utils.io import append_line
+from omnivision.utils.signals import TIME_LIMIT
 
 LOGS = "submitit_logs"
-PORTS_PER_JOB = 13  # one for each start, so that a port left open by the start before is no obstacle
 MAX_FRUITLESS_RESTARTS = 3
-DECISION_SECONDS = 60.0  # that other ranks wait for rank 0 to have the job requeued
 TIME_LIMIT_MARGIN = 5.0  # seconds before the time limit from which SIGTERM is taken for SLURM's
-SECRET = re.compile(r"key|token|secret|pass|_pwd|dsn|cred|auth|cookie|private|signature|session", re.IGNORECASE)
-URL_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+(?=@)")  # user:password@
-
-
-@dataclass(frozen=True)
-class Task:
-    """A task of a SLURM job. `job_id` is 12, or 12_3 for an array element; `number` is SLURM_JOB_ID, which for the last element
-    equals the array's id.
-    """
-
-    job_id: str
-    number: int
-    rank: int
-    world: int
-    local_rank: int
-    local_world: int
-    restarts: int
-    nodes: str
-
-    @classmethod
-    def from_environment(cls) -> Task:
-        env, job_id = os.environ, own_job()
-        assert job_id is not None, "not in a SLURM job"
-        world = int(env["SLURM_NTASKS"])
-        return cls(
-            job_id,
-            number=int(env["SLURM_JOB_ID"]),
-            rank=int(env["SLURM_PROCID"]),
-            world=world,
-            local_rank=int(env["SLURM_LOCALID"]),
-            local_world=world // int(env["SLURM_JOB_NUM_NODES"]),
-            restarts=own_restarts(),
-            nodes=env["SLURM_JOB_NODELIST"],
-        )
-
-    def place(self, host: str) -> RankInfo:
-        """Return its place among the run's processes, which meet at a port of `host`.
-
-        The port belongs to the job: the next 1500 jobs have others, and no system hands out one of those by itself.
-        """
-        from omnivision.distributed.process_group import RankInfo
-
-        own = (PORTS_PER_JOB * self.number + self.restarts % PORTS_PER_JOB) % (PORTS_PER_JOB * 1500)
-        port = int(os.environ.get("MASTER_PORT") or 10_000 + own)
-        address = f"tcp://{host}:{port}" if self.world > 1 else None
-        return RankInfo(self.rank, self.world, self.local_rank, self.local_world, address)
-
-
-def public_environment() -> dict[str, str | None]:
-    """Return the variables of this process; of those that sound secret, the name alone."""
-    return {
-        name: None if SECRET.search(name) else URL_CREDENTIALS.sub("...", value)
-        for name, value in sorted(os.environ.items())
-    }
 
 
 # ---- history ------------------------------------------------------------------------------------------------------
@@ -103,7 +43,7 @@ def note(folder: RunDir, event: str, token: str, **fields: Any) -> None:
 def history(folder: RunDir, token: str | None = None) -> list[dict[str, Any]]:
     """Return the events of a run's jobs, or of one submission, oldest first."""
     file = folder.path / LOGS / "history.jsonl"
-    lines = [line for line in read_lines(file) if isinstance(line.get("event"), str)] if file.is_file() else []
+    lines = [line for line in read_lines(file) if "event" in line] if file.is_file() else []
     return [line for line in lines if token is None or line.get("token") == token]
 
 
@@ -119,7 +59,7 @@ def restarts_without_progress(lines: list[dict[str, Any]]) -> int:
 
 
 def run_folder_of(logs: Path, job_id: str) -> RunDir | None:
-    """Return the run folder of a job, given the folder of its batch script; None if that is none of ours."""
+    """Return the run directory of a job, given the folder of its batch script; None if that is none of ours."""
     if logs.name != LOGS:
         return None
     array, _, element = job_id.partition("_")
@@ -143,186 +83,162 @@ class ExitDecision:
     requeue: bool = False
 
 
-@dataclass(frozen=True)
 class JobStatus:
-    """What SLURM is doing with a job; all False if it does not answer."""
+    """How SLURM treats a job; all False if it does not answer."""
 
-    requeued: bool
-    preempted: bool
-    late: bool  # its time limit has come, or nearly
-    running: bool
-    ending: bool  # from outside, as after scancel
-
-    @classmethod
-    def of(cls, job_id: str, restarts: int) -> JobStatus:
+    def __init__(self, job_id: str, restarts: int) -> None:
         fields = slurm.show_job(job_id)
-        return cls(
-            requeued=int(fields.get("Restarts", "0")) > restarts,
-            preempted=(slurm.parse_time(fields.get("PreemptTime")) or 0)
-            >= (slurm.parse_time(fields.get("StartTime")) or 1),
-            late=time.time() >= (slurm.planned_end(fields) or float("inf")) - TIME_LIMIT_MARGIN,
-            running=fields.get("JobState") == "RUNNING",
-            ending=fields.get("JobState", "RUNNING") != "RUNNING",
-        )
-
-    @property
-    def cancelled(self) -> bool:
-        return self.ending and not self.preempted and not self.late
+        started = slurm.parse_time(fields.get("StartTime")) or 1
+        self.known = bool(fields)
+        self.requeued = int(fields.get("Restarts", "0")) > restarts
+        self.preempted = (slurm.parse_time(fields.get("PreemptTime")) or 0) >= started
+        self.late = time.time() >= (slurm.planned_end(fields) or float("inf")) - TIME_LIMIT_MARGIN
+        ending = fields.get("JobState", "RUNNING") != "RUNNING"  # from outside, as after scancel
+        self.cancelled = ending and not self.preempted and not self.late
 
 
+@dataclass(frozen=True)
 class JobLog:
-    """Notes the starts and the end of a job in the history of its run. Rank 0 alone writes and decides."""
+    """One start of a job: notes it in the history of its run, and decides what becomes of it.
 
-    def __init__(self, task: Task, folder: RunDir, token: str, max_requeues: int, watch_the_clock: bool) -> None:
-        """With `watch_the_clock` the run leaves by itself before the time limit; else SLURM's signal makes it leave."""
-        self.task, self.folder, self.token = task, folder, token
-        self.max_requeues, self.watch_the_clock = max_requeues, watch_the_clock
+    `job_id` is 12, or 12_3 for an array element. Without `max_requeues` the job comes back without a limit.
+    """
+
+    folder: RunDir
+    job_id: str
+    restarts: int
+    token: str
+    max_requeues: int | None
+    rank: int = 0
 
     def note(self, event: str, **fields: Any) -> None:
-        note(self.folder, event, self.token, job=self.task.job_id, restarts=self.task.restarts, **fields)
+        note(self.folder, event, self.token, job=self.job_id, restarts=self.restarts, **fields)
 
     def history(self) -> list[dict[str, Any]]:
         return history(self.folder, self.token)
 
-    def record_start(self) -> None:
-        """Write down where the job runs and in which environment."""
-        task, logs = self.task, self.folder.path / LOGS
-        logs.mkdir(parents=True, exist_ok=True)
-        write_atomically(logs / f"{task.job_id}_environment.json", json.dumps(public_environment(), indent=1) + "\n")
+    def record_start(self, nodes: str, processes: int) -> None:
+        """Note a start, and the end of the start before if that could not."""
         before = self.history()
-        if task.restarts and before and before[-1]["event"] not in ("end", "decided", "submitted"):
+        if self.restarts and before and before[-1]["event"] not in ("end", "decided", "submitted"):
             reason = "it ended without a word, perhaps with its node; SLURM started it again"
-            note(self.folder, "end", self.token, job=task.job_id, status="requeued", reason=reason)
-        self.note("start", nodes=task.nodes)
-        fields = {"job_id": task.job_id, "restarts": task.restarts, "processes": task.world, "nodes": task.nodes}
+            note(self.folder, "end", self.token, job=self.job_id, status="requeued", reason=reason)
+        self.note("start", nodes=nodes)
+        fields = {"job_id": self.job_id, "restarts": self.restarts, "processes": processes, "nodes": nodes}
         self.folder.write_summary(job=(self.folder.read_summary().get("job") or {}) | fields)
 
-    def check_requeue_limits(self, stop: StopSignal) -> None:
-        """Raise UserError if the job came back too often; else set the deadline of `stop`."""
-        if self.task.restarts > self.max_requeues:
+    def check_requeue_limits(self) -> None:
+        """Raise UserError if the job came back too often."""
+        if self.max_requeues is not None and self.restarts > self.max_requeues:
             raise UserError(
-                f"Job {self.task.job_id} was requeued {self.task.restarts} times; submitit.max_requeues is "
-                f"{self.max_requeues}. See submitit_logs/history.jsonl for the reasons. The same command submits it again."
+                f"Job {self.job_id} was requeued {self.restarts} times; submitit.max_requeues is {self.max_requeues}. See "
+                "submitit_logs/history.jsonl for the reasons. The same command submits it again."
             )
-        if restarts_without_progress(self.history()) > MAX_FRUITLESS_RESTARTS:
-            raise UserError(no_progress(self.task.job_id, "it did not get as far as its checkpoint"))
-        if self.watch_the_clock:
-            stop.end_at(slurm.planned_end(slurm.show_job(self.task.job_id)))
+
+    def planned_end(self) -> float | None:
+        """Return when the job reaches its time limit, in seconds since the epoch."""
+        return slurm.planned_end(slurm.show_job(self.job_id))
 
     def record_resume(self, step: int) -> None:
         """Note from which step the run continues. Raises UserError after too many restarts without a new step."""
         self.note("resumed", step=step)
         if restarts_without_progress(self.history()) >= MAX_FRUITLESS_RESTARTS:
-            raise UserError(no_progress(self.task.job_id, f"it is at step {step} again"))
+            raise UserError(self._no_progress(f"it is at step {step} again"))
 
-    def record_end(self, error: BaseException, reason: str, tells: bool) -> None:
-        """Decide as rank 0 what becomes of the job, and do it; the summary is written only if it `tells` of this job."""
-        apply_exit(self.classify_exit(error, reason), self.task, self.folder, self.token, tells)
-        self.note("decided")
+    def owns_summary(self) -> bool:
+        """Return whether the summary is about this job and no other process works in the run directory."""
+        return self.folder.job_id() == self.job_id and not self.folder.in_use()
 
     def classify_exit(self, error: BaseException, reason: str) -> ExitDecision:
         """Return what becomes of the job after an error or a request to stop."""
-        job, lost = f"job {self.task.job_id}", is_peer_lost(error)
-        seconds = END_FILE_SECONDS if lost else 0.0
-        cause = first_failure(self.folder, self.task.job_id, self.task.restarts, self.task.rank, seconds)
-        now = JobStatus.of(self.task.job_id, self.task.restarts)
+        lost, stop = is_peer_lost(error), error.cause if isinstance(error, StopRequested) else None
+        cause = None
+        # When a task fails, SLURM ends the others with the same signal as when the job is cancelled.
+        if lost or stop == "SIGTERM":
+            seconds = END_FILE_SECONDS if lost else 0.0
+            cause = first_failure(self.folder, self.job_id, self.restarts, self.rank, seconds)
+        now = JobStatus(self.job_id, self.restarts)
+        if not (lost or stop or now.requeued):
+            return ExitDecision("failed" if isinstance(error, Exception) else "interrupted", reason)
+        if stop == "SIGTERM" and not now.known and not cause:
+            return ExitDecision("interrupted", f"{reason}; SLURM does not say why")
+        if lost and "EADDRINUSE" in str(error):
+            why = f"the port that the processes meet at is taken on this node ({reason})"
+        elif isinstance(error, PeerLostError):
+            why = f"{reason} (perhaps with its node)"
+        elif lost:
+            why = f"another process is gone without a word, perhaps with its node ({reason})"
+        elif now.preempted:
+            why = f"{reason} (preempted)"
+        else:
+            late = now.late or stop == TIME_LIMIT
+            why = f"{reason} ({'its time is over' if late else 'signalled by SLURM or by hand, not cancelled'})"
+        return self._decide(now, reason, cause, why)
+
+    def classify_batch_exit(self, code: int, why: str) -> ExitDecision:
+        """Return what becomes of a job whose rank 0 could not decide.
+
+        It is requeued if its processes ran in an earlier start and could not be started now (a dead node that SLURM does not
+        know of), if a library aborted them (NCCL, when another process is gone), if a rank stopped sending heartbeats, and if
+        they had to exit before they handled signals.
+        """
+        starts = [line["restarts"] for line in self.history() if line["event"] == "start"]
+        now, never_ran = JobStatus(self.job_id, self.restarts), self.restarts not in starts
+        number = code - 128 if code - 128 in set(signal.Signals) else 0
+        name = f", {signal.Signals(number).name}" if number else ""
+        why = why if never_ran else "its processes ended"
+        reason = f"job {self.job_id}: {why} (exit code {code}{name}); see {LOGS}/"
+        ends = read_end_files(self.folder, self.job_id, self.restarts)
+        silent = [f"{end['reason']} (perhaps with its node)" for end in ends if end["kind"] == "peer silent"]
+        had_to_exit = number in (signal.SIGABRT, signal.SIGUSR2) or now.preempted or now.late
+        comes_back = silent or had_to_exit or (never_ran and starts)
+        cause = first_failure(self.folder, self.job_id, self.restarts) or (None if comes_back else reason)
+        return self._decide(now, reason, cause, silent[0] if silent else reason)
+
+    def _decide(self, now: JobStatus, reason: str, cause: str | None, why: str) -> ExitDecision:
+        """Requeue a job because of `why`, unless SLURM did, it was cancelled, a rank failed (`cause`), or a limit is met."""
+        job = f"job {self.job_id}"
         if now.requeued:
             return ExitDecision("requeued", f"{reason}; SLURM has put {job} back into the queue")
-        cancelled = ExitDecision("interrupted", f"{reason}; {job} was cancelled")
-        if isinstance(error, StopRequested):
-            # When a task fails, SLURM ends the others with the same signal as when the job is cancelled.
-            if error.cause == "SIGTERM" and cause:
-                return ExitDecision("failed", cause)
-            if now.cancelled:
-                return cancelled
-            if now.preempted:
-                why = "preempted"
-            elif now.late or error.cause == TIME_LIMIT:
-                why = "its time is over"
-            elif error.cause == "SIGTERM" and not now.running:
-                return ExitDecision("interrupted", f"{reason}; SLURM does not say why")
-            else:
-                why = "signalled by SLURM or by hand, not cancelled"
-        elif lost:
-            if cause:
-                return ExitDecision("failed", cause)
-            if now.cancelled:
-                return cancelled
-            if "EADDRINUSE" in str(error):
-                reason, why = "the port that the processes meet at is taken on this node", reason
-            elif isinstance(error, PeerLostError):
-                why = "perhaps with its node"
-            else:
-                reason, why = "another process is gone without a word, perhaps with its node", reason
-        else:
-            return ExitDecision("failed" if isinstance(error, Exception) else "interrupted", reason)
-        return decide_requeue(f"{reason} ({why})", self.task, self.max_requeues, self.history())
+        if now.cancelled:
+            return ExitDecision("interrupted", f"{reason}; {job} was cancelled")
+        if cause:
+            return ExitDecision("failed", cause)
+        if self.max_requeues is not None and self.restarts >= self.max_requeues:
+            limit = f"submitit.max_requeues is {self.max_requeues}"
+            return ExitDecision("interrupted", f"{why}; {job} does not come back: {limit}")
+        lines = self.history()
+        last_start = max((line["restarts"] for line in lines if line["event"] == "start"), default=0)
+        stuck = restarts_without_progress(lines) > MAX_FRUITLESS_RESTARTS
+        if stuck or self.restarts - last_start >= MAX_FRUITLESS_RESTARTS:
+            return ExitDecision("failed", f"{why}; {self._no_progress('it does not get as far as its checkpoint')}")
+        return ExitDecision("requeued", f"{why}; {job} goes back into the queue", requeue=True)
 
-    def wait_for_decision(self, error: BaseException) -> None:
-        """As another rank than 0, wait until rank 0 has decided: SLURM ends all tasks when one has left.
-
-        Nobody waits for a rank 0 that is itself silent, nor after an error of one's own.
-        """
-        silent = isinstance(error, PeerLostError) and not error.gone
-        if silent or not (isinstance(error, StopRequested) or is_peer_lost(error)):
-            return
-        deadline = time.monotonic() + DECISION_SECONDS
-        while time.monotonic() < deadline:
-            if any(
-                line["event"] == "decided" and line.get("restarts") == self.task.restarts for line in self.history()
-            ):
-                return
-            time.sleep(0.2)
-
-    def owns_summary(self) -> bool:
-        """Return whether the summary is about this job and no other process works in the run folder."""
-        try:
-            self.folder.require_free()
-        except UserError:
-            return False
-        return (self.folder.read_summary().get("job") or {}).get("job_id") == self.task.job_id
-
-
-def no_progress(job_id: str, what: str) -> str:
-    return (
-        f"Job {job_id} was restarted {MAX_FRUITLESS_RESTARTS} times without progress: {what}. Lower "
-        "trainer.checkpoint.save_every_steps or raise submitit.timeout_hour, see submitit_logs/ for what ended the starts, and "
-        "give the same command again."
-    )
-
-
-def decide_requeue(reason: str, task: Task, limit: int | None, lines: list[dict[str, Any]]) -> ExitDecision:
-    """Requeue a job unless it reached `limit` or makes no progress; `lines` are its history."""
-    job = f"job {task.job_id}"
-    if limit is not None and task.restarts >= limit:
-        return ExitDecision("interrupted", f"{reason}; {job} does not come back: submitit.max_requeues is {limit}")
-    last_start = max((line["restarts"] for line in lines if line["event"] == "start"), default=0)
-    stuck = restarts_without_progress(lines) > MAX_FRUITLESS_RESTARTS
-    if stuck or task.restarts - last_start >= MAX_FRUITLESS_RESTARTS:
-        return ExitDecision(
-            "failed", f"{reason}; {no_progress(task.job_id, 'it does not get as far as its checkpoint')}"
+    def _no_progress(self, what: str) -> str:
+        return (
+            f"Job {self.job_id} was restarted {MAX_FRUITLESS_RESTARTS} times without progress: {what}. Lower "
+            "trainer.checkpoint.save_every_steps or raise submitit.timeout_hour, see submitit_logs/ for what ended the starts, "
+            "and give the same command again."
         )
-    return ExitDecision("requeued", f"{reason}; {job} goes back into the queue", requeue=True)
 
+    def apply_exit(self, decision: ExitDecision, tells: bool) -> None:
+        """Write a decision (in the summary if it `tells` of this job), then requeue the job, or cancel those that wait for it.
 
-def apply_exit(decision: ExitDecision, task: Task, folder: RunDir, token: str, tells: bool) -> None:
-    """Write a decision down (in the summary only if it `tells` of this job), then requeue the job or finalize its dependents.
+        It is written first: SLURM kills this process as soon as it has agreed to requeue.
+        """
 
-    It is written first: SLURM kills this process as soon as it has agreed to requeue.
-    """
+        def write(decision: ExitDecision) -> None:
+            self.note("end", status=decision.status, reason=decision.reason)
+            if tells:
+                self.folder.write_end(decision.status, decision.reason)
 
-    def write(decision: ExitDecision) -> None:
-        fields = {"status": decision.status, "reason": decision.reason}
-        note(folder, "end", token, job=task.job_id, restarts=task.restarts, **fields)
-        if tells:
-            folder.write_end(decision.status, decision.reason)
-
-    write(decision)
-    if decision.requeue and (message := slurm.requeue(task.job_id)):
-        decision = ExitDecision("failed", f"{decision.reason}, but SLURM refused: {message}")
         write(decision)
-    if decision.status not in WAITING:
-        finalize_dependents(task.job_id, dependency_message(task.job_id, folder, decision.reason))
+        if decision.requeue and (message := slurm.requeue(self.job_id)):
+            decision = ExitDecision("failed", f"{decision.reason}, but SLURM refused: {message}")
+            write(decision)
+        if decision.status not in WAITING:
+            problem = f"job {self.job_id} ({self.folder.path}) did not end well: {decision.reason}"
+            finalize_dependents(self.job_id, problem)
 
 
 # ---- jobs that wait for others ------------------------------------------------------------------------------------
@@ -340,83 +256,68 @@ def parse_dependencies(dependency: str) -> Iterator[tuple[str, str]]:
         yield from ((condition, job_id.partition("+")[0]) for job_id in ids)
 
 
-def dependency_message(job_id: str, folder: RunDir, reason: str) -> str:
-    return f"it waited for job {job_id} ({folder.path}), which did not end well: {reason}"
+def write_cancelled(folder: RunDir, job_id: str, problem: str) -> None:
+    """Write that a job never starts because of a `problem` of its dependency. SLURM itself removes it from the queue."""
+    reason = f"its dependency failed: {problem}"
+    note(folder, "end", token="", job=job_id, status="cancelled", reason=reason)
+    folder.write_summary(status="cancelled", exit_reason=reason)
 
 
-def finalize_dependents(job_id: str, reason: str) -> None:
-    """Write "cancelled" and the reason into the summaries of jobs that need this one to end well, and of those that need them.
-
-    SLURM itself removes them from the queue.
-    """
+def finalize_dependents(job_id: str, problem: str) -> None:
+    """Write that waiting jobs that need this one to end well are cancelled, and those that need them."""
     names = {job_id, f"{job_id.partition('_')[0]}_*"}
     for other, state in (slurm.squeue_or_none() or {}).items():
-        if any(condition == "afterok" and job in names for condition, job in parse_dependencies(state.dependency)):
-            folder = run_folder_of(Path(state.command).parent, other)
-            summary = {} if folder is None else folder.read_summary()
-            waiting = summary.get("status") in WAITING and (summary.get("job") or {}).get("job_id") == other
-            if folder is not None and waiting:
-                note(folder, "end", token="", job=other, status="cancelled", reason=reason)
-                folder.write_summary(status="cancelled", exit_reason=reason)
-                finalize_dependents(other, reason)
+        folder = run_folder_of(Path(state.command).parent, other)
+        needs_it = any(each == "afterok" and job in names for each, job in parse_dependencies(state.dependency))
+        if folder is None or not needs_it or folder.job_id() != other:
+            continue
+        if folder.read_summary().get("status") in WAITING:
+            write_cancelled(folder, other, problem)
+            finalize_dependents(other, problem)
 
 
 # ---- the status of a run ------------------------------------------------------------------------------------------
 
 
-def resolve_status(summary: Mapping[str, Any], queue: Mapping[str, slurm.JobState] | None) -> tuple[str, str]:
-    """Return a run's status and reason, from its summary and from `queue`: its job may have ended without a word."""
+def run_status(folder: RunDir, queue: Mapping[str, slurm.JobState] | None) -> tuple[str, str]:
+    """Return a run's status and reason, and write them if it ended without a word.
+
+    `queue` is that of SLURM, None without one.
+    """
+    summary = folder.read_summary()
     status, reason = str(summary.get("status", "not begun")), str(summary.get("exit_reason") or "")
     job = summary.get("job") or {}
-    job_id, logs = job.get("job_id"), job.get("logs")
-    if queue is None or job_id is None or status not in (*WAITING, "running"):
-        return status, reason
-    state = queue.get(job_id)
-    # After SLURM was set up anew the number may be another job's.
-    if state is None or (logs is not None and Path(state.command).parent != Path(logs)):
-        return "lost", f"SLURM does not know job {job_id} any more; it was {status}"
-    if state.never_starts:
-        failed = [prior for prior in re.findall(r"(\d+)(?:_\S+?)?\(failed\)", state.dependency) if prior in queue]
-        folders = ", ".join(f"job {prior} of {Path(queue[prior].command).parents[1]}" for prior in failed)
-        return "cancelled", f"it waited for what did not end well: {folders or state.dependency or state.reason}"
-    if state.is_over:
-        cancelled = state.state == "CANCELLED"  # such a job keeps the reason for which it waited
-        why = state.comment or ("ended from outside" if cancelled else state.reason) or "no reason given"
-        return "cancelled" if cancelled else "failed", f"job {job_id} is {state.state} ({why})"
-    if state.state == "PENDING":
-        return status, f"job {job_id} waits ({state.reason})"
-    if status in WAITING and state.state == "RUNNING":
-        return status, f"job {job_id} is starting"
-    return status, reason or f"job {job_id} is {state.state}"
-
-
-def settle_status(folder: RunDir, queue: Mapping[str, slurm.JobState] | None) -> tuple[str, str]:
-    """Return a run's status and reason as `resolve_status` does, and write them down if the run ended without a word."""
-    summary = folder.read_summary()
-    status, reason = resolve_status(summary, queue)
-    on_cluster = (summary.get("job") or {}).get("job_id") is not None
-    if status == "running" and not on_cluster and folder.in_use() is None:
+    if status == "running" and "job_id" not in job and not folder.in_use():
         status, reason = "failed", "its process ended without a word: it was killed, or its machine was restarted"
+    elif queue is not None and "job_id" in job and status in (*WAITING, "running"):
+        state = queue.get(job["job_id"])
+        # After SLURM was set up anew the number may be another job's.
+        if state is None or ("logs" in job and Path(state.command).parent != Path(job["logs"])):
+            return "lost", f"SLURM does not know job {job['job_id']} any more; it was {status}"
+        what = f"job {job['job_id']} is {state.state}"
+        if state.never_starts:
+            status, reason = "cancelled", f"its dependency failed: {state.dependency or state.reason}"
+        elif state.state == "CANCELLED":  # such a job keeps the reason for which it waited
+            status, reason = "cancelled", f"{what} ({state.comment or 'ended from outside'})"
+        elif state.is_over:
+            status, reason = "failed", f"{what} ({state.comment or state.reason or 'no reason given'})"
+        elif state.state == "PENDING":
+            reason = f"job {job['job_id']} waits ({state.reason})"
+        else:
+            reason = reason if status == "running" and reason else what
     if status in ("cancelled", "failed") and status != summary.get("status"):
         with contextlib.suppress(OSError):  # another one's run
             folder.write_summary(status=status, exit_reason=reason)
     return status, reason
 
 
-# ---- the end of a batch script ------------------------------------------------------------------------------------
-
-SIGNAL_HINTS = {
-    signal.SIGKILL: ", as when memory runs out",
-    signal.SIGBUS: ", as when a .npy file of a split is overwritten in place or /dev/shm is full",
-}
+# ---- commands of the scripts --------------------------------------------------------------------------------------
 
 
 def record_batch_exit(logs: Path, job_id: str, code: int, why: str = "its processes could not be started") -> bool:
-    """Write down the end of a job whose processes left with `code`, if rank 0 could not; `why` they never ran.
+    """Write the end of a job whose processes exited with `code`, if rank 0 could not; `why` is a reason if they never ran.
 
-    Returns whether the run had finished before: then the job has ended well, and jobs that wait for it may start. The job is
-    requeued if its processes ran in an earlier start and could not be started now (a dead node that SLURM does not know of), if
-    a library aborted them (NCCL, when another process is gone), and if they had to leave before they handled signals.
+    Returns whether the run had finished before: then the job has ended well, and jobs that wait for it may start.
     """
     folder, restarts = run_folder_of(logs, job_id), own_restarts()
     if folder is None:
@@ -424,40 +325,17 @@ def record_batch_exit(logs: Path, job_id: str, code: int, why: str = "its proces
     token = next((line["token"] for line in reversed(history(folder)) if line.get("job") == job_id), "")
     lines = history(folder, token)
     if ends := [line for line in lines if line["event"] == "end" and line.get("restarts") == restarts]:
-        return bool(ends[-1].get("status") == "finished")
+        now = JobStatus(job_id, restarts)
+        if ends[-1]["status"] == "requeued" and now.known and not (now.requeued or now.cancelled):
+            slurm.requeue(job_id, attempts=1)  # rank 0 was killed before it could
+        return bool(ends[-1]["status"] == "finished")
     submitted = next((line for line in lines if line["event"] == "submitted"), {})
-    summary = folder.read_summary()
-    is_ours = (summary.get("job") or {}).get("job_id") == job_id
-    if is_ours and summary.get("status") == "finished" and submitted.get("mode") in ("train", "train_only"):
+    finished = folder.job_id() == job_id and folder.read_summary().get("status") == "finished"
+    if finished and submitted.get("mode") in ("train", "train_only"):
         return True  # all epochs were done, whatever became of the processes afterwards
-    decision = classify_batch_exit(folder, job_id, restarts, lines, code, why, f"{logs}/{job_id}_batch.log")
-    apply_exit(decision, Task(job_id, 0, 0, 0, 0, 0, restarts, ""), folder, token, tells=True)
+    log = JobLog(folder, job_id, restarts, token, submitted.get("max_requeues"))
+    log.apply_exit(log.classify_batch_exit(code, why), tells=True)
     return False
-
-
-def classify_batch_exit(
-    folder: RunDir, job_id: str, restarts: int, lines: list[dict[str, Any]], code: int, why: str, log: str
-) -> ExitDecision:
-    """Return what becomes of a job whose rank 0 could not say it; `lines` are its history, `log` the batch script's output."""
-    starts = [line["restarts"] for line in lines if line["event"] == "start"]
-    now, never_ran = JobStatus.of(job_id, restarts), restarts not in starts
-    number = code - 128 if code - 128 in set(signal.Signals) else 0
-    name = f", {signal.Signals(number).name}{SIGNAL_HINTS.get(number, '')}" if number else ""  # type: ignore[call-overload]
-    what = why if never_ran else "its processes ended"
-    reason = f"job {job_id}: {what} (exit code {code}{name}); see {log} and its tasks' logs beside it"
-    if now.requeued:
-        return ExitDecision("requeued", f"{reason}; SLURM has put it back into the queue")
-    if now.cancelled:
-        return ExitDecision("interrupted", f"job {job_id} was cancelled before its processes could save anything more")
-    if cause := first_failure(folder, job_id, restarts):
-        return ExitDecision("failed", cause)
-    had_to_leave = number in (signal.SIGABRT, signal.SIGUSR2) or now.preempted or now.late or (never_ran and starts)
-    if lost := lost_peer(folder, job_id, restarts):
-        reason = f"{lost} (perhaps with its node)"
-    elif not had_to_leave:
-        return ExitDecision("failed", reason)
-    limit = next((line.get("max_requeues") for line in lines if line["event"] == "submitted"), None)
-    return decide_requeue(reason, Task(job_id, 0, 0, 0, 0, 0, restarts, ""), limit, lines)
 
 
 def main(arguments: list[str]) -> None:
@@ -465,12 +343,11 @@ def main(arguments: list[str]) -> None:
         case ["ended", logs, job_id, code, *why]:
             sys.exit(0 if record_batch_exit(Path(logs), job_id, int(code), *why) else 1)
         case ["status", folder]:
-            print(": ".join(filter(None, settle_status(RunDir(folder), slurm.squeue_or_none()))))
+            print(": ".join(filter(None, run_status(RunDir(folder), slurm.squeue_or_none()))))
         case ["cancelled" | "unsubmitted" as how, folder, reason]:
             Path(folder).mkdir(parents=True, exist_ok=True)
-            status, _ = resolve_status(RunDir(folder).read_summary(), slurm.squeue_or_none())
-            kept = ("failed", "interrupted") if how == "unsubmitted" else ()
-            if status not in ("finished", "running", *kept, *WAITING):
+            kept = ["finished", "running", *WAITING, *(["failed", "interrupted"] if how == "unsubmitted" else [])]
+            if run_status(RunDir(folder), slurm.squeue_or_none())[0] not in kept:
                 RunDir(folder).write_summary(status="cancelled", exit_reason=reason)
             print(f"{folder}: {reason}")
         case _:

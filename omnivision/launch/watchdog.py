@@ -1,7 +1,6 @@
-"""Ends a process that stands still: one that was asked to stop and does not get to it, and one whose peers are gone silent.
+"""Abort a process that hangs after a request to stop, or whose peers stopped sending heartbeats.
 
-A thread does it, since the main one may be inside a collective operation that never returns. It writes what every thread was
-doing to `logs/rank_<N>_stacks.txt`, and leaves.
+Threads do it, since the main one may be inside a collective operation that never returns.
 """
 
 from __future__ import annotations
@@ -26,31 +25,30 @@ from omnivision.utils.signals import SECONDS_OF_ONE_REQUEST, SIGNALS, StopSignal
 GRACE_SECONDS = 25.0  # SLURM kills 30 seconds after SIGTERM
 SECOND_REQUEST_SECONDS = 4.0
 BEAT_SECONDS = 10.0
-SILENT_BEATS = 3  # without a sign of life, before a process is suspected
+SUSPECT_BEATS = 3  # heartbeats that are missing when a peer is suspected
+HEARTBEAT_TIMEOUT = 300.0  # seconds without a heartbeat when a rank is aborted
+
+Abort = Callable[[BaseException, bool], None]  # does not return; True: at once
 
 
 class Watchdog:
-    """A process that was asked to stop ends within its grace: else `leave` is called with why, and does not come back. After a
-    second SIGTERM it has a few seconds; `leave` is then told to be quick.
+    """Calls `abort` for a process that was asked to stop and did not within `grace` seconds, or a few after a second SIGTERM.
 
-    Args:
-        grace: seconds that it has at least; longer if ending a step and saving have taken long.
+    The grace is longer if finishing a step and saving have taken long.
     """
 
-    def __init__(
-        self, stop: StopSignal, leave: Callable[[BaseException, bool], None], grace: float = GRACE_SECONDS
-    ) -> None:
-        self.stop, self.leave, self.grace = stop, leave, grace
-        self.answered = False  # the main thread has heard; from then on only a second request counts
+    def __init__(self, stop: StopSignal, abort: Abort, grace: float = GRACE_SECONDS) -> None:
+        self.stop, self.abort, self.grace = stop, abort, grace
+        self.answered = False  # the main thread is ending; from then on only a second request counts
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """For the main thread, which signals go to; elsewhere nothing is watched."""
+        """Watch the main thread, which receives the signals; elsewhere do nothing."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         receiver, sender = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        # Python notes a signal there as it comes, whatever the main thread is in; its own handler waits for that.
+        # Python writes signals there as they come, whatever blocks the main thread; its own handler waits for that.
         before = signal.set_wakeup_fd(sender, warn_on_full_buffer=False)
         thread = threading.Thread(target=self._watch, args=(receiver,), daemon=True, name="watchdog")
         thread.start()
@@ -63,45 +61,34 @@ class Watchdog:
             os.close(receiver)
 
     def _watch(self, receiver: int) -> None:
-        came: dict[int, float] = {}  # when each signal came first
-        last = float("inf")  # to leave, after a second request
+        arrivals: dict[int, float] = {}  # of the first signal of each kind
+        last = float("inf")  # moment to abort, after a second request
         while True:
-            # A while at a time: what the grace is changes as steps and saving are measured.
-            ready, _, _ = select.select([receiver], [], [], 0.5 if came else None)
+            ready, _, _ = select.select([receiver], [], [], 0.5 if arrivals else None)
             numbers = os.read(receiver, 64) if ready else b""
             if ready and not numbers:
                 return  # the block has ended
             now = time.monotonic()
             for number in SIGNALS:
                 if number in numbers:
-                    first = came.setdefault(number, now)
-                    again = number == signal.SIGTERM and now - first > SECONDS_OF_ONE_REQUEST
-                    last = min(last, now + SECOND_REQUEST_SECONDS) if again else last
-            waited = now - min(came.values(), default=now)
+                    first = arrivals.setdefault(number, now)
+                    if number == signal.SIGTERM and now - first > SECONDS_OF_ONE_REQUEST:
+                        last = min(last, now + SECOND_REQUEST_SECONDS)
+            waited = now - min(arrivals.values(), default=now)
             if now > last or (not self.answered and waited > max(self.grace, self.stop.time_to_leave)):
-                error = StopRequested(signal.Signals(min(came, key=lambda number: came[number])).name)
-                error.add_note(f"it had not left {waited:.0f} s later, {at(self.stop.doing, self.stop.step)}")
-                self.leave(error, now > last)
+                error = StopRequested(signal.Signals(min(arrivals, key=lambda number: arrivals[number])).name)
+                error.add_note(f"it had not left {waited:.0f} s later, {self.stop.phase}")
+                self.abort(error, now > last)
 
 
 class PeerMonitor:
-    """The processes of a run tell one another that they live, each by a file of its own in `logs/`.
+    """Heartbeats of the ranks of a run, a file each in `logs/`: rank 0 watches all, the others watch rank 0.
 
-    Process 0 watches all, the others watch process 0. `leave` is called with a PeerLostError that names one silent for as long
-    as collective operations may take, and what it did last.
+    `abort` is called with a PeerLostError for one without a heartbeat for `timeout` seconds, with its last phase.
     """
 
-    def __init__(
-        self,
-        logs: Path,
-        rank: int,
-        world: int,
-        stop: StopSignal,
-        timeout: float,
-        leave: Callable[[BaseException, bool], None],
-    ) -> None:
-        """`timeout` in seconds."""
-        self.logs, self.rank, self.stop, self.timeout, self.leave = logs, rank, stop, timeout, leave
+    def __init__(self, logs: Path, rank: int, world: int, stop: StopSignal, timeout: float, abort: Abort) -> None:
+        self.logs, self.rank, self.stop, self.timeout, self.abort = logs, rank, stop, timeout, abort
         self.watched = [other for other in (range(world) if rank == 0 else [0]) if other != rank]
         self.seconds = min(BEAT_SECONDS, timeout / 4)
         self._over = threading.Event()
@@ -109,68 +96,53 @@ class PeerMonitor:
             self._beat()
 
     def start(self) -> None:
-        """From here on all have given a first sign, and silence means something."""
+        """Watch the peers, all of which have sent a first heartbeat."""
         if self.watched:
             threading.Thread(target=self._watch, daemon=True, name="peers").start()
 
     def end(self) -> None:
-        """This process leaves: silence means nothing any more."""
+        """Stop watching: this process leaves."""
         self._over.set()
         self._file(self.rank).unlink(missing_ok=True)
 
     def find_dead_peers(self, seconds: float | None = None) -> PeerLostError | None:
-        """An error that names those that are watched and gave no sign of life for so long, by default a few beats, or whose
-        process is gone; None if all live.
-        """
-        seconds = SILENT_BEATS * self.seconds if seconds is None else seconds
+        """Return an error that names peers that are gone, or without a heartbeat for `seconds` (default: a few beats)."""
+        seconds = SUSPECT_BEATS * self.seconds if seconds is None else seconds
         if not self._over.is_set():
             self._beat()
-        found, one_is_gone = [], False
-        try:
-            own = (
-                self._file(self.rank).stat().st_mtime
-            )  # by the clock of the file system, which may be another machine's
-        except OSError:
-            return None
+        dead, one_is_gone = [], False
         for rank in self.watched:
-            try:
-                said = json.loads(self._file(rank).read_text(encoding="utf-8"))
-                age = own - self._file(rank).stat().st_mtime
-            except (OSError, ValueError):
+            try:  # ages by the clock of the file system, which may be another machine's
+                age = self._file(self.rank).stat().st_mtime - self._file(rank).stat().st_mtime
+                peer = dict(json.loads(self._file(rank).read_text(encoding="utf-8")))
+            except (OSError, ValueError, TypeError):  # it may just be written
                 continue
-            if not isinstance(said, dict):
-                continue
-            gone = said.get("machine") == host_id() and process_start(said.get("pid", 0)) is None
+            gone = peer.get("machine") == host_id() and process_start(peer.get("pid", 0)) is None
             one_is_gone = one_is_gone or gone
             if gone or age >= seconds:
-                what = "is gone" if gone else f"has given no sign of life for {age:.0f} s"
-                place = at(said.get("doing"), said.get("step"))
-                who = f"process {rank} (pid {said.get('pid')} on {said.get('host')})"
-                found.append(f"{who} {what}; last seen {place}, {age:.0f} s before")
-        if not found:
+                what = "is gone" if gone else f"has sent no heartbeat for {age:.0f} s"
+                who = f"process {rank} (pid {peer.get('pid')} on {peer.get('host')})"
+                dead.append(f"{who} {what}; last seen {peer.get('phase')}, {age:.0f} s before")
+        if not dead:
             return None
-        own_place = f"process {self.rank} was {at(self.stop.doing, self.stop.step)}"
-        return PeerLostError("; ".join([*found, own_place]), one_is_gone)
+        dead.append(f"process {self.rank} was {self.stop.phase}")
+        return PeerLostError("; ".join(dead), one_is_gone)
 
     def _file(self, rank: int) -> Path:
         return self.logs / f"rank_{rank}.alive"
 
     def _beat(self) -> None:
-        sign = {"step": self.stop.step, "doing": self.stop.doing, "pid": os.getpid()}
-        sign |= {"host": socket.gethostname(), "machine": host_id()}
+        beat = {"phase": self.stop.phase, "pid": os.getpid(), "host": socket.gethostname(), "machine": host_id()}
         with contextlib.suppress(OSError):  # a file system that does not answer for once ends nothing
-            self._file(self.rank).write_text(json.dumps(sign) + "\n", encoding="utf-8")
+            self._file(self.rank).write_text(json.dumps(beat) + "\n", encoding="utf-8")
 
     def _watch(self) -> None:
         while not self._over.wait(self.seconds):
             self._beat()
-            # When all were suspended together, the others get the time to give a sign, too.
-            if (
-                self.find_dead_peers(self.timeout)
-                and not self._over.wait(self.seconds)
-                and (lost := self.find_dead_peers(self.timeout))
-            ):
-                self.leave(lost, False)
+            # When all were suspended together, the others get the time to send a heartbeat, too.
+            if self.find_dead_peers(self.timeout) and not self._over.wait(self.seconds):
+                if dead := self.find_dead_peers(self.timeout):
+                    self.abort(dead, False)
 
 
 def is_peer_lost(error: BaseException) -> bool:
@@ -191,12 +163,8 @@ def is_peer_lost(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or in_collective or any(text in str(error) for text in texts)
 
 
-def at(doing: object, step: object) -> str:
-    return f"{doing}, after step {step}"
-
-
 def write_stacks(file: Path) -> None:
-    """What every thread of this process is doing, on the console and as a file."""
+    """Write what every thread of this process is doing, on the console and to a file."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         faulthandler.dump_traceback(all_threads=True)
     with contextlib.suppress(OSError), open(file, "w", encoding="utf-8") as opened:

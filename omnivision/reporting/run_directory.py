@@ -205,6 +205,11 @@ class RunDir:
         )
         return summary if fits else {}
 
+    def job_id(self) -> str | None:
+        """Return the id of the SLURM job that the summary is about."""
+        job_id = (self.read_summary().get("job") or {}).get("job_id")
+        return None if job_id is None else str(job_id)
+
     def write_summary(self, **facts: Any) -> None:
         """Update entries of `summary.json`; non-finite numbers become null. A process that lost the lock writes nothing."""
         if not self.lost():

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from omnivision.launch.slurm import squeue_or_none
-from omnivision.launch.slurm_jobs import settle_status
+from omnivision.launch.slurm_jobs import run_status
 from omnivision.reporting.run_directory import RunDir
 from omnivision.tools.arguments import Flag
 from omnivision.utils.errors import UserError
@@ -70,7 +70,7 @@ def read_summaries(folder: Path) -> list[dict[str, Any]]:
     queue, found = squeue_or_none(), []
     for file in files:
         run = RunDir(file.parent)
-        status, reason = settle_status(run, queue)
+        status, reason = run_status(run, queue)
         if not (summary := run.read_summary()):
             print(f"warning: {file} is no summary of a run. It is left out.", file=sys.stderr)
             continue

@@ -1,4 +1,4 @@
-"""What can end a run, and with which exit code. The only module that every other one may import."""
+"""Exceptions that end a run, and exit codes. Every other module may import this one."""
 
 import errno
 import re
@@ -14,9 +14,9 @@ EXIT_TERMINATED = 143
 
 
 class UserError(ValueError):
-    """A mistake that its user can mend: one paragraph (what, got, expected, which setting to change), exit code 1.
+    """Invalid input that its user can fix: one paragraph (what, got, expected, which setting to change), exit code 1.
 
-    `on_all_ranks` says that all processes raise it alike, so that one of them is enough to tell it.
+    `on_all_ranks`: all ranks raise it alike, so that one of them reports it.
     """
 
     exit_code = EXIT_USER
@@ -24,11 +24,11 @@ class UserError(ValueError):
     def __init__(self, message: str, on_all_ranks: bool = False) -> None:
         super().__init__(message)
         self.on_all_ranks = on_all_ranks
-        self.problems = [message]  # one by one, when it tells of several
+        self.problems = [message]
 
     @classmethod
     def of(cls, problems: list[str]) -> "UserError":
-        """One that tells of one problem or of several."""
+        """Return an error that lists one problem or several."""
         several = len(problems) > 1
         error = cls("\n- ".join([f"{len(problems)} problems:", *problems]) if several else problems[0])
         error.problems = problems
@@ -38,14 +38,14 @@ class UserError(ValueError):
 def causes(error: BaseException | None) -> Iterator[BaseException]:
     """Yield an exception, its cause, the cause of that, and so on."""
     seen: set[int] = set()
-    while error is not None and id(error) not in seen:  # a chain of causes may come back to where it began
+    while error is not None and id(error) not in seen:  # a chain of causes may be a circle
         seen.add(id(error))
         yield error
         error = error.__cause__ or error.__context__
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a device or this machine has no memory left; torch has several kinds and wordings."""
+    """Return whether a device or this machine has no memory left; torch has several exception types and wordings for it."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     wording = r"out of memory|(can't|cannot) allocate memory|not enough memory|_ALLOC_FAILED"
@@ -55,20 +55,20 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def out_of_memory(error: BaseException, advice: str) -> str:
-    """One paragraph about an error of `is_out_of_memory`."""
+    """Return one paragraph about an error of `is_out_of_memory`."""
     text = " ".join(str(error).split())
     where = "GPU" if re.search(r"cuda|cublas|cudnn|\bhip\b|gpu", text, re.IGNORECASE) else "This machine"
     return f"{where} out of memory: {text[:300] or type(error).__name__}. {advice}"
 
 
 class NonFiniteError(UserError):
-    """The loss or the gradient stopped being a number; every process leaves with the same exit code."""
+    """The loss or the gradient is not finite; all ranks exit with the same code."""
 
     exit_code = EXIT_NON_FINITE
 
 
 class PeerLostError(RuntimeError):
-    """Another process of the run is silent, or `gone` (killed, and its system knows with what); the message names it."""
+    """Another rank, which the message names, is silent, or `gone` (killed, and its system knows by what)."""
 
     def __init__(self, message: str, gone: bool = False) -> None:
         super().__init__(message)
@@ -76,15 +76,13 @@ class PeerLostError(RuntimeError):
 
 
 class DataWorkerError(UserError):
-    """A data worker was killed, or gives nothing any more. The run goes on from its checkpoint when it is started again."""
+    """A data worker was killed or hangs. The run resumes from its checkpoint when it is started again."""
 
     exit_code = EXIT_FAULT
 
 
 class StopRequested(BaseException):
-    """A run was asked to stop. `cause` says by what (see `StopSignal`), `saved_step` which step is in its checkpoint when
-    it has saved and all its processes leave together.
-    """
+    """A run was asked to stop, by `cause` (see `StopSignal`). `saved_step`: it has saved, and all ranks exit together."""
 
     def __init__(self, cause: str, saved_step: int | None = None) -> None:
         super().__init__(cause)

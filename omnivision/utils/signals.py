@@ -1,8 +1,8 @@
-"""Being asked to stop: the signals, and the end of the time that a job has. A run then ends its step, saves, and leaves.
+"""Requests to stop: signals, and the end of a job's time.
 
-SIGTERM ends a run (a scheduler that cancels or preempts, `kill`), and so does SIGHUP (a terminal that is gone) unless nohup has
-it ignored; SIGUSR2 announces an end (SLURM before the time limit). They are only noted while a run is `patient`, because it
-looks after every step; at other times they end it where it stands.
+SIGTERM ends a run (a scheduler that cancels or preempts, `kill`), and so does SIGHUP (a terminal that is gone) unless nohup
+ignores it; SIGUSR2 announces an end (SLURM before the time limit). A run that trains finishes its step, saves and exits; at
+other times a signal ends it at once.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 from omnivision.utils.errors import StopRequested
 
@@ -23,28 +23,26 @@ if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
 TIME_LIMIT = "time limit"
 UNKNOWN_SAVE_SECONDS = 30.0
 LEAVE_SECONDS = 10.0
-# One request may come in two signals: SLURM's to all processes, and the launcher's that hands it on.
+# One request may come in two signals: SLURM's to all processes, and the launcher's that forwards it.
 SECONDS_OF_ONE_REQUEST = 1.0
 
 
 class StopSignal:
     """Whether this process was asked to stop, by what, and when its job ends anyway.
 
-    A run notes how long its steps and its saving take, and leaves before the deadline, early enough to end in order.
+    A run notes how long its steps and its saving take, and leaves early enough before the deadline.
     """
 
     def __init__(self) -> None:
         self.signals: list[int] = []
         self.deadline: float | None = None  # seconds since the epoch
-        self._half = 0.0  # of the time there was when the deadline became known
         self.step_seconds = 0.0
         self.save_seconds: float | None = None  # until something was saved
         self.saved_step: int | None = None  # of the newest checkpoint
-        self.doing, self.step = (
-            "starting",
-            0,
-        )  # what the main thread is in, for those who ask when it does not come back
-        self._late = self._hears = self._patient = self._told = False
+        self.phase = "starting"  # of the main thread, for whoever reports that it hangs
+        self._half = 0.0  # of the time that was left when the deadline became known
+        self._late = False
+        self._on_signal: Literal["note", "raise", "defer", "ignore"] = "note"
         self._first_term = 0.0
 
     @property
@@ -58,46 +56,43 @@ class StopSignal:
 
     @property
     def needed(self) -> float:
-        """Seconds to finish a step and to save, with room for both to take twice as long, and for leaving; at most half of
-        what there was, so that a run whose saving was not measured yet does something at all.
-        """
+        """Seconds that are kept for leaving: at most half of what there was, so that a short job does something at all."""
         return min(self.time_to_leave, self._half)
 
     @property
     def time_to_leave(self) -> float:
-        """Seconds that it takes to end the step, to save and to leave, generously."""
         return seconds_to_leave(self.step_seconds, self.save_seconds)
 
     def end_at(self, deadline: float | None) -> None:
-        """The job ends at this time, in seconds since the epoch (None: never)."""
+        """Set when the job ends, in seconds since the epoch (None: never)."""
         self.deadline = deadline
         self._half = 0.0 if deadline is None else (deadline - time.time()) / 2
 
     def timings(self) -> dict[str, float]:
-        """What the slowest of the last steps and the last saving took, as far as they are known."""
-        found = {"step_seconds": self.step_seconds or None, "save_seconds": self.save_seconds}
-        return {name: round(seconds, 3) for name, seconds in found.items() if seconds is not None}
+        """Return how long the slowest recent step and the last saving took, as far as they are known."""
+        timings = {"step_seconds": self.step_seconds or None, "save_seconds": self.save_seconds}
+        return {name: round(seconds, 3) for name, seconds in timings.items() if seconds is not None}
 
     def describe_saved(self) -> str:
-        """Up to where the run is saved, and how to continue."""
+        """Return up to where the run is saved, and how to continue."""
         if self.saved_step is None:
             return "nothing is saved yet, and the same command starts over"
         return f"step {self.saved_step} is saved, and the same command continues from there"
 
     def set_phase(self, doing: str, step: int) -> None:
         """Note what the run does from here on, and how many steps are done."""
-        self.doing, self.step = doing, step
+        self.phase = f"{doing}, after step {step}"
 
     def update_step_time(self, seconds: float) -> None:
-        """What a step took; the slowest counts, and is forgotten by and by."""
+        """Track step time as a decaying maximum."""
         self.step_seconds = max(seconds, 0.99 * self.step_seconds)
 
     @contextlib.contextmanager
     def handle_signals(self, ignore_after: bool = False) -> Iterator[None]:
-        """Receive the signals inside this block, and only note them until `raise_if_requested` is called.
+        """Note signals inside this block, until `raise_if_requested` is called. Does nothing outside of the main thread.
 
-        Afterwards the earlier handlers are back, or with `ignore_after` the signals are ignored, so that a process that is
-        about to exit keeps its exit code. Works in the main thread alone; elsewhere nothing is changed.
+        Afterwards the earlier handlers are back, or with `ignore_after` signals are ignored, so that a process that is about to
+        exit keeps its exit code.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -110,38 +105,43 @@ class StopSignal:
                 signal.signal(number, signal.SIG_IGN if ignore_after else handler)
 
     def raise_if_requested(self) -> None:
-        """From now on a signal raises StopRequested, as one does here that has come before: call it where that is caught."""
-        self._hears = True
-        if self.signals and not self._told:
-            self._told = True
-            raise StopRequested(signal.Signals(self.signals[0]).name)
+        """From now on a signal raises StopRequested, once; one that came before does so here."""
+        if self._on_signal == "note":
+            self._on_signal = "raise"
+            if self.signals:
+                self._stop()
 
     def defer(self) -> None:
-        """From now on a signal is only noted, since whoever calls this looks at `cause` often, and ends something afterwards. A
-        second SIGTERM still leaves at once. Raises StopRequested when a signal has come already.
+        """From now on signals are only noted, for a caller that checks `cause` often; a second SIGTERM still raises.
+
+        Raises StopRequested when a signal has come already.
         """
         if self.cause is not None:
             raise StopRequested(self.cause)
-        self._patient = True
+        self._on_signal = "defer"
 
     def _receive(self, number: int, frame: Any) -> None:
         again = signal.SIGTERM in self.signals and time.monotonic() - self._first_term > SECONDS_OF_ONE_REQUEST
+        second_term = again and number == signal.SIGTERM
         if number == signal.SIGTERM and signal.SIGTERM not in self.signals:
             self._first_term = time.monotonic()
         self.signals.append(number)
-        if self._hears and not self._told and (not self._patient or (again and number == signal.SIGTERM)):
-            self._told = True  # what the process does about it is not to be interrupted by another one
-            raise StopRequested(signal.Signals(self.signals[0]).name)
+        if self._on_signal == "raise" or (self._on_signal == "defer" and second_term):
+            self._stop()
+
+    def _stop(self) -> None:
+        self._on_signal = "ignore"  # another signal must not interrupt how the process ends
+        raise StopRequested(signal.Signals(self.signals[0]).name)
 
 
 def seconds_to_leave(step_seconds: float, save_seconds: float | None) -> float:
-    """How long before its end a run should be told to leave."""
+    """Return how long a run needs to finish its step, save and exit; both may take twice as long as measured."""
     return 2 * (step_seconds + (UNKNOWN_SAVE_SECONDS if save_seconds is None else save_seconds)) + LEAVE_SECONDS
 
 
 @contextlib.contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Dist started inside this block never hear requests to stop, nor do theirs; this one hears them afterwards."""
+    """Start processes that never receive requests to stop, nor do theirs; this process receives them after the block."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, *SIGNALS))
     try:
         yield
@@ -150,17 +150,16 @@ def signals_blocked() -> Iterator[None]:
 
 
 def end_workers() -> None:
-    """End this process's data workers: they hear no request to stop, and one that hangs would be waited for without end."""
+    """Kill this process's data workers: they receive no request to stop, and a hung one would be waited for without end."""
     for worker in multiprocessing.active_children():
         worker.kill()
 
 
 @contextlib.contextmanager
 def signals_ignored() -> Iterator[None]:
-    """Inside this block neither Ctrl-C nor a request to stop interrupts: a run that is ending already writes down why.
+    """Ignore Ctrl-C and requests to stop inside this block, as do processes started in it: what ends writes down why.
 
-    Ctrl-C reaches all processes of a terminal, and SLURM's signals all of a job; the launcher then sends one more. What is
-    started inside this block does not hear them either.
+    Ctrl-C reaches all processes of a terminal, and SLURM's signals all of a job; the launcher then sends one more.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

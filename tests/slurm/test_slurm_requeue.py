@@ -172,9 +172,9 @@ class Interrupted(OnCluster):
             self.wait_for_state(job, "CANCELLED")
             told = runs.summary(self.folder / name)
             self.assertEqual(told["status"], "cancelled")
-            self.assertRegex(told["exit_reason"], "^it waited for job .* did not end well: .*SIGKILL")
+            self.assertRegex(told["exit_reason"], "^its dependency failed: job .* did not end well: .*SIGKILL")
         listed = self.shell("omnivision", "runs", ".").stdout
-        self.assertRegex(listed, "waiting: cancelled: it waited for")
+        self.assertRegex(listed, "waiting: cancelled: its dependency failed")
 
     def test_6_several_processes_and_elements_of_arrays(self):
         two = self.submit(*self.command("two", "launcher.num_nodes=2", "epochs=8"))

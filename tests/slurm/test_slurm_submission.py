@@ -195,12 +195,12 @@ class Submitted(OnCluster):
         run, job = self.hidden / "run", self.unseen
         self.wait_for_state(job, "FAILED", seconds=90)
         listed = self.shell("omnivision", "runs", str(self.hidden)).stdout
-        told = f"node4 does not see the folder of the run: {run}/submitit_logs"
+        told = f"node4 cannot write to {run}/submitit_logs"
         self.assertIn(f"run: failed: job {job} is FAILED ({told})", listed)
         self.wait_for_state(self.half_seen, "FAILED", seconds=90)
         self.assertRegex(
             runs.summary(self.hidden / "two")["exit_reason"],
-            f"job {self.half_seen}: node4: the folder of the run is not to be seen there: {self.hidden}/two/submitit_logs ",
+            f"job {self.half_seen}: node4 cannot write to {self.hidden}/two/submitit_logs ",
         )
 
     def test_5_an_array_of_four_points(self):

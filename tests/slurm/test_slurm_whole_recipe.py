@@ -101,7 +101,7 @@ class Chain(OnCluster):
         wait("the summary to say so", lambda: runs.summary(self.folder / "ppma/ft_demo")["status"] == "cancelled")
         reason = runs.summary(self.folder / "ppma/average_demo")["exit_reason"]
         self.assertRegex(
-            reason, rf"^it waited for job {first['align']} .*/align\), which did not end well: .* was cancelled"
+            reason, rf"^its dependency failed: job {first['align']} .*/align\) did not end well: .* was cancelled"
         )
         self.assertIn("cancelled", self.chain("--dry").stdout)
 
