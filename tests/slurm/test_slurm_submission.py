@@ -180,7 +180,6 @@ class Submitted(OnCluster):
         refused("launcher.experiment_log_dir.*'%'", f"launcher.experiment_log_dir={self.folder}/a%j")
         refused("cannot be written", f"launcher.experiment_log_dir={self.folder / 'slurm' / 'slurm.conf'}")
         refused("site .*--config-dir", "+site=lab")
-        refused("launcher.experiment_log_dir.*tmpfs", "launcher.experiment_log_dir=/dev/shm/run")
         refused("cannot be written", "launcher.experiment_log_dir=/proc/run")
         refused("submitit.mem_gb", "submitit.mem=4G", "submitit.mem_gb=4")
         refused("RANK.*submitit.use_cluster", RANK="0", WORLD_SIZE="2")
