@@ -138,6 +138,8 @@ class Figures(unittest.TestCase):
             steps = range(2 * MAX_POINTS + 1)
             run.lines = [{"event": "step", "phase": "train", "step": step, "loss": 1.0} for step in steps]
         self.assertEqual(runs[0].curve("step", "train", "loss")[-1], (2 * MAX_POINTS, 1.0))
+        runs[0].lines = runs[0].lines[:1]
+        self.assertFalse(figures.curves(runs[:1], ("step", "train", "loss"), "loss", runs), "one value is no curve")
         drawn = figures.curves(runs[1:2], ("step", "train", "loss"), "loss", runs)
         self.assertEqual([colour in drawn for colour in figures.COLOURS[:3]], [False, True, False])
 

@@ -63,8 +63,9 @@ class InferenceConfig:
         heads, seconds = saved.get("class_names"), saved.get("clip_duration")
         names = []
         for number, count in enumerate(classes):
-            known = heads[number] if isinstance(heads, list) and number < len(heads) else None
-            names.append(known if isinstance(known, list) and len(known) == count else list(map(str, range(count))))
+            known = heads[number] if isinstance(heads, list) and number < len(heads) else []
+            complete = known if isinstance(known, list) and len(known) == count else range(count)
+            names.append([str(name) for name in complete])
         seconds = seconds if isinstance(seconds, (int, float)) and 0 < seconds < 3600 else CLIP_SECONDS
         return cls(names, seconds, "softmax" if saved.get("average") == "softmax" else "logits")
 

@@ -60,7 +60,7 @@ class Run:
             for line in self.lines
             if line.get("event") == event and line.get("phase") == phase and line.get(metric) is not None
         ]
-        return points[:: -(-len(points) // MAX_POINTS) or 1] + points[-1:]
+        return points[: -1 : -(-len(points) // MAX_POINTS) or 1] + points[-1:]
 
 
 def find_runs(folders: Sequence[Path]) -> list[Run]:

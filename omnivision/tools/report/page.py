@@ -115,13 +115,13 @@ def _evaluation(run: Run, source: str, clips: bool) -> dict[str, Any]:
     right, videos = int(counts.trace()), int(counts.sum())
     entry = {key: run.settings.get(f"datasets.{source}.{key}") for key in ("fps", "prefix", "frame_pattern")}
     last, best = run.last.get("val_epoch"), run.summary.get("best_epoch")
-    held = "which best.pt holds, too" if best == last else f"best.pt is of epoch {best}"
+    held = ", which best.pt holds, too" if best == last else f"; best.pt is of epoch {best}"
     return {
         "title": f"{run.name}: {source}",
         "accuracy": f"{right} of {videos} videos are right: {100 * right / max(1, videos):.1f} %. Guessing would give "
         f"{100 / len(names):.1f} %.",
         # The last evaluation writes the predictions; best.pt may be from an earlier one.
-        "epoch": f"By the last evaluation{f', after epoch {last}' if last else ''}{f'; {held}' if best else ''}.",
+        "epoch": f"By the last evaluation{f', after epoch {last}' if last else ''}{held if best else ''}.",
         "class_accuracy": figures.class_accuracy(predictions) if videos else "",
         "confusion": figures.confusion(predictions) if len(names) <= MAX_CLASSES else "Too many classes to draw.",
         "mistakes": figures.mistakes(predictions, MISTAKES, entry) if clips else {},
