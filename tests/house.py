@@ -82,12 +82,12 @@ def hops(root: Path) -> str:
         from tests import stage_runs
 
         arguments = stage_runs.command("ft", Path(folder) / "run", "pretrained_checkpoint_path=null", "epochs=1")
-        films = stage_runs.write_films(Path(folder), 6)
+        videos = stage_runs.write_videos(Path(folder), 6)
         for split in ("train", "val"):
-            arguments += stage_runs.write_split(Path(folder), "ucf101", split, films)
-        made = subprocess.run([sys.executable, "-c", COUNT_HOPS, *arguments], cwd=root, capture_output=True, text=True)
-    found = [line.split()[1:] for line in made.stdout.splitlines() if line.startswith("HOPS")]
-    return f"{found[0][0]} in {found[0][1]} files" if found else f"not measured: {made.stderr[-300:]}"
+            arguments += stage_runs.write_split(Path(folder), "ucf101", split, videos)
+        run = subprocess.run([sys.executable, "-c", COUNT_HOPS, *arguments], cwd=root, capture_output=True, text=True)
+    hops = [line.split()[1:] for line in run.stdout.splitlines() if line.startswith("HOPS")]
+    return f"{hops[0][0]} in {hops[0][1]} files" if hops else f"not measured: {run.stderr[-300:]}"
 
 
 def measure(root: Path) -> dict[str, object]:
@@ -96,27 +96,22 @@ def measure(root: Path) -> dict[str, object]:
     trees = {file: ast.parse(file.read_text(encoding="utf-8")) for file in package}
     nodes = [(file, node) for file, tree in trees.items() for node in ast.walk(tree)]
     functions = [n for _, n in nodes if isinstance(n, ast.FunctionDef) and n.end_lineno - n.lineno >= 60]  # type: ignore[operator]
-    large = [
-        n.name
-        for f, n in nodes
-        if isinstance(n, ast.ClassDef) and attributes(n) > 12 and "ettings" not in n.name + f.stem
-    ]
+    classes = [n for f, n in nodes if isinstance(n, ast.ClassDef) and "ettings" not in n.name + f.stem]
+    large = [node.name for node in classes if attributes(node) > 12]
     old = sorted({name for tree in trees.values() for name in definitions(tree)} & OLD_NAMES)
-    inside = {
-        name: [f for f in package if name in f.relative_to(root).parts[1:-1]] for name in ("launch", "config", "tools")
-    }
-    config = inside["config"] + [
-        f for f in (root / "train_app_submitit.py", root / "omnivision/train.py") if f.exists()
-    ]
-    exchange = [f for f in package if {"interop", "checkpoint"} & set(f.relative_to(root).parts[:-1])]
+
+    def inside(*names: str) -> int:
+        return lines([file for file in package if set(names) & set(file.relative_to(root).parts[1:-1])])
+
+    command = [file for file in (root / "train_app_submitit.py", root / "omnivision/train.py") if file.exists()]
     return {
         "package, lines": lines(package),
         "package, modules": len([f for f in package if f.name != "__init__.py"]),
         "modules at the package's root": len([f for f in package if len(f.relative_to(root).parts) == 2]),
-        "launch, lines": lines(inside["launch"]),
-        "config and the command, lines": lines(config),
-        "interop and checkpoint, lines": lines(exchange),
-        "tools, lines": lines(inside["tools"]),
+        "launch, lines": inside("launch"),
+        "config and the command, lines": inside("config") + lines(command),
+        "interop and checkpoint, lines": inside("interop", "checkpoint"),
+        "tools, lines": inside("tools"),
         "hops to train_step": hops(root),
         "functions of 60 lines and more": len(functions),
         "classes with over 12 attributes": f"{len(large)} {' '.join(large)}",

@@ -54,30 +54,25 @@ class OldRuns(unittest.TestCase):
         self.folder = Path(temporary.name) / "old_runs"
         shutil.copytree(OLD_RUNS, self.folder)
 
-    def resume(self, run: str) -> str:
-        """Resume a run from its checkpoint before the last; returns what it printed."""
-        checkpoints = self.folder / run / "checkpoints"
-        for suffix in (".pt", ".pt.json"):
-            (checkpoints / f"previous{suffix}").replace(checkpoints / f"checkpoint{suffix}")
-        command = [sys.executable, str(ROOT / "train_app_submitit.py"), *SMALL, *COMMANDS[run]]
-        command.append(f"launcher.experiment_log_dir={run}")
-        # Sums in another order round differently: one thread, as when the run was made.
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        made = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True)
-        self.assertEqual(made.returncode, 0, made.stdout + made.stderr)
-        return made.stdout + made.stderr
-
     def test_resumed_runs_reach_the_weights_of_the_uninterrupted_ones(self):
+        # Sums in another order round differently: one thread, as when the runs were made.
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         for run in COMMANDS:
             with self.subTest(run):
-                said = self.resume(run)
-                self.assertRegex(said, "resumed after 3 epochs")
+                checkpoints = self.folder / run / "checkpoints"
                 expected = safe_load(OLD_RUNS / run / "checkpoints/checkpoint.pt")
-                found = safe_load(self.folder / run / "checkpoints/checkpoint.pt")
-                self.assertLessEqual(expected.keys(), found.keys())
-                self.assertEqual(list(found["model"]), list(expected["model"]))
-                torch.testing.assert_close(found["model"], expected["model"], rtol=1e-4, atol=1e-6)
-                shutil.rmtree(self.folder)
+                for suffix in (".pt", ".pt.json"):  # from the checkpoint before the last
+                    (checkpoints / f"previous{suffix}").replace(checkpoints / f"checkpoint{suffix}")
+                command = [sys.executable, str(ROOT / "train_app_submitit.py"), *SMALL, *COMMANDS[run]]
+                command.append(f"launcher.experiment_log_dir={run}")
+                result = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True)
+                self.assertEqual(result.returncode, 0, result.stdout + result.stderr)
+                self.assertRegex(result.stdout, "resumed after 3 epochs")
+                resumed = safe_load(checkpoints / "checkpoint.pt")
+                self.assertLessEqual(expected.keys(), resumed.keys())
+                self.assertEqual(list(resumed["model"]), list(expected["model"]))
+                torch.testing.assert_close(resumed["model"], expected["model"], rtol=1e-4, atol=1e-6)
+                shutil.rmtree(self.folder)  # other runs start from what this one had
                 shutil.copytree(OLD_RUNS, self.folder)
 
     def test_checkpoints_load(self):

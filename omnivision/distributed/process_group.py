@@ -93,13 +93,6 @@ class Dist:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def sum(self, values: Tensor) -> Tensor:
-        """The element-wise sum over all ranks, on the CPU."""
-        values = values.detach().cpu().clone()
-        if self.world_size > 1:
-            torch.distributed.all_reduce(values, group=self.control)
-        return values
-
     def all_reduce(self, values: Tensor) -> None:
         """Sum `values` over all ranks in place, on the training device; the host does not wait."""
         if self.world_size > 1:

@@ -74,9 +74,9 @@ class AveragedClassifier(nn.Module):
                 buffer = self.sources.get_buffer(_buffer(name))
                 tensor = state.get(f"trunk.{name}")
                 if tensor is None or tensor.shape != buffer.shape[1:]:
-                    found = "is missing" if tensor is None else f"has the shape {tuple(tensor.shape)}"
+                    problem = "is missing" if tensor is None else f"has the shape {tuple(tensor.shape)}"
                     raise UserError(
-                        f"{source} does not fit the model: trunk.{name} {found}; it must be {tuple(buffer.shape[1:])}. Set "
+                        f"{source} does not fit the model: trunk.{name} {problem}; it must be {tuple(buffer.shape[1:])}. Set "
                         "trainer/model or pretrained_checkpoint_path."
                     )
                 buffer[number].copy_(tensor)

@@ -91,14 +91,14 @@ def _matches(model: nn.Module, names: list[str], where: str, rule: RuleSettings)
         cls = getattr(sys.modules.get(module), attribute, None)  # the model's classes are imported
         owners = {prefix for prefix, part in model.named_modules() if type(part) is cls}
         matches["module_cls_names", class_name] = [name for name in names if name.rpartition(".")[0] in owners]
-    for (key, value), found in matches.items():
-        if not found:
+    for (key, value), matched in matches.items():
+        if not matched:
             classes = sorted({f"{type(part).__module__}.{type(part).__qualname__}" for part in model.modules()})
             raise UserError(
                 f"{where}.{key}: {value!r} matches none of the {len(names)} trainable parameters ({', '.join(names[:4])}, ...; "
                 f"classes {', '.join(classes)}). Fix it, or remove it."
             )
-    return {name for found in matches.values() for name in found}
+    return {name for matched in matches.values() for name in matched}
 
 
 class ScheduledOptimizer:

@@ -1,4 +1,4 @@
-"""Averages kept as sums and counts, so that processes, batches and resumed halves of an epoch add up exactly."""
+"""Averages kept as sums and counts, so that ranks, batches and resumed parts of an epoch add up exactly."""
 
 from __future__ import annotations
 
@@ -10,52 +10,45 @@ from torch import Tensor
 
 from omnivision.distributed.process_group import Dist
 
+Totals = dict[str, dict[str, float]]  # by source: sums over samples, and their `count`
+
 
 class Meter:
     """Named sums over samples, by source. Sums stay on their device until they are read."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, dict[str, Tensor]] = {}
-        self._counts: dict[str, int | Tensor] = {}
+        self._sums: dict[str, dict[str, float | Tensor]] = {}
 
     def add(
         self, source: str, sums: Mapping[str, Tensor], count: int | Tensor, skip_mask: Tensor | None = None
     ) -> None:
-        """Add scalar tensors, each a sum over `count` samples; nothing where `skip_mask` (bool, a scalar) is true."""
-        self._counts[source] = self._counts.get(source, 0) + (
-            count if skip_mask is None else torch.where(skip_mask, 0, count)
-        )
-        held = self._sums.setdefault(source, {})
-        for name, value in sums.items():
-            value = value.detach().double()
+        """Add scalars, each a sum over `count` samples; nothing where `skip_mask` (bool, a scalar) is true."""
+        added = self._sums.setdefault(source, {})
+        for name, value in {**sums, "count": count}.items():
+            number = value.detach().double() if isinstance(value, Tensor) else float(value)
             if skip_mask is not None:
-                value = torch.where(skip_mask, 0.0, value)
-            held[name] = held[name] + value if name in held else value
+                number = torch.where(skip_mask, 0.0, number).double()
+            added[name] = added.get(name, 0.0) + number
 
-    def totals(self, dist: Dist) -> dict[str, tuple[dict[str, float], int]]:
-        """Sums and count over all ranks, by source."""
-        mine = {s: ({n: float(v) for n, v in self._sums[s].items()}, int(c)) for s, c in self._counts.items()}
-        merged: dict[str, tuple[dict[str, float], int]] = {}
-        for part in dist.gather(mine):
-            for source, (sums, count) in part.items():
-                known, total = merged.get(source, ({}, 0))
-                merged[source] = {n: known.get(n, 0.0) + v for n, v in sums.items()}, total + count
-        return dict(sorted(merged.items()))
+    def totals(self, dist: Dist) -> Totals:
+        """Sums and counts over all ranks."""
+        totals: Totals = {}
+        for part in dist.gather({s: {n: float(v) for n, v in sums.items()} for s, sums in self._sums.items()}):
+            for source, sums in part.items():
+                total = totals.setdefault(source, {})
+                for name, value in sums.items():
+                    total[name] = total.get(name, 0.0) + value
+        return dict(sorted(totals.items()))
 
-    def load(self, state: Mapping[str, Mapping[str, float]]) -> None:
-        """Load sums from a checkpoint: by source, the sums and their `count`."""
-        self._counts = {source: int(values["count"]) for source, values in state.items()}
-        self._sums = {
-            source: {n: torch.tensor(v, dtype=torch.float64) for n, v in values.items() if n != "count"}
-            for source, values in state.items()
-        }
+    def load(self, totals: Totals) -> None:
+        self._sums = {source: dict(sums) for source, sums in totals.items()}
 
 
-def averages(totals: Mapping[str, tuple[Mapping[str, float], int]]) -> dict[str, float]:
+def averages(totals: Totals) -> dict[str, float]:
     """Averages over the samples of all sources together."""
-    count = sum(n for _, n in totals.values())
-    names = sorted({name for sums, _ in totals.values() for name in sums})
-    return {name: sum(sums.get(name, 0.0) for sums, _ in totals.values()) / count for name in names} if count else {}
+    count = sum(sums["count"] for sums in totals.values())
+    names = sorted({name for sums in totals.values() for name in sums} - {"count"})
+    return {name: sum(sums.get(name, 0.0) for sums in totals.values()) / count for name in names} if count else {}
 
 
 def topk_accuracy(scores: Tensor, target: Tensor, k: int) -> Tensor:

@@ -77,7 +77,7 @@ def evaluate(
     sources = sorted({source for rank in ranks for source in rank})
     merged = {source: merge([rank[source] for rank in ranks if source in rank]) for source in sources}
     totals = meter.totals(dist)
-    metrics: dict[str, Any] = averages(totals) | {"videos": int(dist.sum(torch.tensor([videos]))[0])}
+    metrics: dict[str, Any] = averages(totals) | {"videos": sum(dist.gather(videos))}
     per_source: dict[str, dict[str, Any]] = {source: averages({source: total}) for source, total in totals.items()}
     for source, part in merged.items():
         per_source[source]["mean_class_accuracy"] = 100 * mean_class_accuracy(part.confusion())

@@ -166,9 +166,9 @@ def check_loss_scale(scaler: torch.amp.GradScaler, step: int) -> None:
 def check_finite(model: nn.Module, dist: Dist, step: int) -> None:
     """Raises NonFiniteError, on all ranks, for weights that are not finite; they must not replace a good checkpoint."""
     nonfinite = torch.stack([~local_tensor(parameter).isfinite().all() for parameter in model.parameters()])
-    if count := int((dist.sum(nonfinite.long()) > 0).sum()):
+    if any(ranks := dist.gather(int(nonfinite.sum()))):
         raise NonFiniteError(
-            f"{count} of the {len(nonfinite)} parameters are not finite after step {step}; the last checkpoint is kept. Lower "
-            "the learning rate, or set trainer.optim.gradient_clip.",
+            f"{max(ranks)} of the {len(nonfinite)} parameters are not finite after step {step}; the last checkpoint is kept. "
+            "Lower the learning rate, or set trainer.optim.gradient_clip.",
             on_all_ranks=True,
         )

@@ -301,7 +301,7 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             **{name: getattr(state, name) for name in PROGRESS},
             "skipped": self.step_stats.skipped,
-            "meter": {source: {"count": n} | sums for source, (sums, n) in state.meter.totals(self.run.dist).items()},
+            "meter": state.meter.totals(self.run.dist),
             "last": state.last_metrics,
         }
 
