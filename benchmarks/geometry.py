@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.peers.published_mae import PublishedMAE, normalised
 from omnivision.models.mae import MaskedAutoencoder
@@ -18,6 +19,7 @@ SIZES: dict[str, tuple[tuple[int, int, int], dict[str, int]]] = {
     "vitsmall": ((384, 12, 6), {"width": 192, "depth": 4, "heads": 8}),
     "vitbase": ((768, 12, 12), {"width": 384, "depth": 4, "heads": 16}),
     "vitlarge": ((1024, 24, 16), {"width": 512, "depth": 4, "heads": 16}),
+    "vithuge": ((1280, 32, 16), {"width": 512, "depth": 4, "heads": 16}),
 }
 TUBELET = (2, 16, 16)
 MASKED = 0.9
@@ -44,6 +46,15 @@ class Geometry:
         trunk, numbers = SIZES[self.size]
         shape = {"num_frames": self.frames, "image_size": self.image, "activation_checkpointing": checkpointing}
         return MaskedAutoencoder(VisionTransformer(*trunk, **shape), numbers | decoder)  # type: ignore[arg-type]
+
+    def count(self) -> tuple[float, int]:
+        """Return operations of forward and backward, which torch counts on tensors without memory, and parameters."""
+        with torch.device("meta"):
+            model = self.ours()
+            video, mask = torch.empty(self.video.shape), torch.zeros_like(self.mask, device="meta")
+            with FlopCounterMode(display=False) as counter:
+                model(video, mask, self.num_masked).pixels.sum().backward()
+        return float(counter.get_total_flops()), sum(parameter.numel() for parameter in model.parameters())
 
     def huggingface(self) -> nn.Module:
         from transformers import VideoMAEConfig, VideoMAEForPreTraining

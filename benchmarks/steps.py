@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.geometry import CAN_COMPILE, DTYPES, FASTEST, FASTEST_DTYPE, SIZES, Geometry, step
 from benchmarks.harness import Report, in_processes, interleaved
@@ -49,7 +48,7 @@ def pretraining_step(quick: bool) -> Report:
     with in_processes({kind: (pretraining_sides, each) for kind, each in names.items()}, quick) as turns:
         report.seconds = interleaved(turns, rounds=2 if quick else 3, warm_up=int(quick), per=shape.batch)
 
-    operations = operations_of(shape) / shape.batch
+    operations = shape.count()[0] / shape.batch
     report.facts["GFLOP a clip"] = round(operations / 1e9, 1)
     for name, dtype in DTYPES.items():
         rate = matmul_rate(dtype)
@@ -109,15 +108,6 @@ def check_equal(shape: Geometry, huggingface: bool) -> dict[str, float]:
     if max(differences.values()) > 1e-4:
         raise ValueError(f"the sides do not compute the same: {differences}")
     return differences
-
-
-def operations_of(shape: Geometry) -> float:
-    """Return the operations of forward and backward; torch counts them on tensors without memory."""
-    with torch.device("meta"):
-        model, video = shape.ours(), torch.empty_like(shape.video, dtype=torch.float32, device="meta")
-        with FlopCounterMode(display=False) as counter:
-            model(video, torch.zeros_like(shape.mask, device="meta"), shape.num_masked).pixels.sum().backward()
-    return float(counter.get_total_flops())
 
 
 def matmul_rate(dtype: torch.dtype, size: int = 2048) -> float:
