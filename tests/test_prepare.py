@@ -373,7 +373,7 @@ class Columns(Folder):
         self.assertEqual(samples["val"], [("x/aa-_1.mp4", 1, (0, 10))], "classes keep their numbers")
         self.assertRegex(self.errors, r"1 of 3 .*list\.csv, row 3")
         self.videos("s/bb_000003_000013.mp4")
-        self.assert_refused("list.csv", *options, regex="1 files of the train split are trimmed")
+        self.assert_refused("list.csv", *options, regex="1 of 3 .*row 2")
 
     def test_segments_of_a_video_stay_on_one_side(self):
         self.videos(*(f"{k}.mp4" for k in range(8)))

@@ -19,84 +19,65 @@ def locate_videos(index: DatasetIndex, prefix: str | None, check: bool, skip_mis
     With `check`, each must be a file or a folder; a video may have another suffix than the list says, or be a frame folder.
     Rows without a video raise a UserError, or are left out (`skip_missing`).
     """
-    root = os.path.abspath(prefix if prefix is not None else index.root)
+    root = os.path.abspath(index.root if prefix is None else prefix)
     base = os.path.abspath(index.root) if index.on_disk else root
-    rows = index.rows()
-    files: list[Record | None] = [replace(row, path=os.path.normpath(os.path.join(base, row.path))) for row in rows]
-    notes, warnings = list(index.notes), list(index.warnings)
-    if check and not index.on_disk:
-        files = _find_files(rows, base, index.classes)
-        missing = [
-            f"{row.where}: {os.path.normpath(os.path.join(base, row.path))}"
-            for row, file in zip(rows, files, strict=True)
-            if file is None
-        ]
-        what = f"{len(missing)} of {len(rows)} videos do not exist (or are folders without images)"
-        if missing and (not skip_missing or len(missing) == len(rows)):
-            raise listing_error(
-                what,
-                missing,
-                "Set --prefix to the folder that holds them, fix the list, leave these rows out with --skip-missing, or skip "
-                "this check with --no-check-files.",
-            )
-        warnings += [f"{what} and are left out: {shorten(missing)}."] * bool(missing)
-        trimmed = [file.path for row, file in zip(rows, files, strict=True) if file and file.segment != row.segment]
-        if trimmed:
-            notes.append(f"{len(trimmed)} files are trimmed to their segments ({shorten(trimmed, 1)}): times not used.")
-    paths = [file.path for file in files if file]
-    outside = [path for path in paths if os.path.commonpath([path, root]) != root]
-    if outside and prefix is not None:
-        raise listing_error(
-            f"{len(outside)} videos are not below --prefix {prefix}", outside, "Set a folder above all."
-        )
-    if outside:
+    splits: dict[str, list[Record]] = {}
+    missing, notes, warnings = [], list(index.notes), list(index.warnings)
+    for split, rows in index.splits.items():
+        rows = [replace(row, path=os.path.normpath(os.path.join(base, row.path))) for row in rows]
+        files: list[Record | None] = [*rows]
+        if check and not index.on_disk:
+            files = _find_files(rows, base, index.classes)
+            missing += [f"{row.where}: {row.path}" for row, file in zip(rows, files, strict=True) if file is None]
+        if located := [file for file in files if file]:
+            splits[split] = located
+            if any(row.segment for row in rows) and not any(row.segment for row in located):
+                notes.append(f"Files of {split} are trimmed to their segments ({located[0].path}): times are not used.")
+    if missing:
+        what = f"{len(missing)} of {len(index.rows())} videos do not exist (or are folders without images)"
+        if not skip_missing or not splits:
+            advice = "Set --prefix to their folder, fix the list, or pass --skip-missing to leave them out."
+            raise listing_error(what, missing, f"{advice} --no-check-files skips this check.")
+        warnings.append(f"{what} and are left out: {shorten(missing)}.")
+    paths = [row.path for rows in splits.values() for row in rows]
+    if outside := [path for path in paths if os.path.commonpath([path, root]) != root]:
+        if prefix is not None:
+            raise listing_error("Some videos are not below --prefix", outside, "Set --prefix to a folder above all.")
         root = os.path.commonpath([os.path.dirname(path) for path in paths])
-    located = iter(files)
-    splits = {
-        split: [replace(file, path=os.path.relpath(file.path, root)) for _ in rows if (file := next(located))]
-        for split, rows in index.splits.items()
-    }
-    for split, rows in splits.items():
-        untrimmed = [row.path for row in rows if row.segment]
-        if 0 < len(untrimmed) < len(rows):
-            raise listing_error(
-                f"{len(rows) - len(untrimmed)} files of the {split} split are trimmed to their segments, the others not",
-                untrimmed,
-                "Expected one kind in a split; move the others elsewhere.",
-            )
-    splits = {split: rows for split, rows in splits.items() if rows}
+    splits = {k: [replace(row, path=os.path.relpath(row.path, root)) for row in rows] for k, rows in splits.items()}
     return replace(index, splits=splits, root=root, notes=notes, warnings=warnings)
 
 
 def _find_files(rows: Sequence[Record], folder: str, classes: Sequence[str]) -> list[Record | None]:
-    """Return each record with its absolute path on disk; None where there is no file.
+    """Return the records of a split with their paths on disk; None where there is no file.
 
-    The file of a row with a segment may be trimmed to it, NAME_000010_000020 as in Kinetics: then the sample is the whole
-    video. It may also lie in any folder below, if the row names none.
+    Files of rows with segments may be trimmed to them, NAME_000010_000020 as in Kinetics: then samples are whole videos. They
+    may be in any folder below, if their row names none.
     """
     names: dict[str, list[str]] = {}  # -> paths of the videos of that name
-    if any(row.segment and "/" not in row.path for row in rows):
+    if any(row.segment and os.path.dirname(row.path) == folder for row in rows):
         for parent, _, files in os.walk(folder):
             for file in files:
                 if drop_suffix(file) != file:
                     names.setdefault(drop_suffix(file), []).append(os.path.join(parent, file))
 
-    def find(path: str, row: Record) -> str | None:
-        if (file := _on_disk(os.path.normpath(os.path.join(folder, path)))) or not row.segment or "/" in path:
-            return file
-        paths = names.get(drop_suffix(path), [])
+    def find(row: Record, path: str) -> str | None:
+        paths = names.get(os.path.basename(drop_suffix(path)), []) if os.path.dirname(path) == folder else []
         if len(paths) > 1:  # the same name in several classes
             label = classes[int(row.label)].replace(" ", "_")
             paths = [path for path in paths if label in path.replace(" ", "_").split("/")]
-        return paths[0] if len(paths) == 1 else None
+        return _on_disk(path) or (paths[0] if len(paths) == 1 else None)
 
-    def locate(row: Record) -> Record | None:
-        if row.segment and (file := find("{}_{:06.0f}_{:06.0f}".format(drop_suffix(row.path), *row.segment), row)):
-            return replace(row, path=file, segment=None)
-        return replace(row, path=file) if (file := find(row.path, row)) else None
+    def find_trimmed(row: Record) -> Record | None:
+        file = row.segment and find(row, "{}_{:06.0f}_{:06.0f}".format(drop_suffix(row.path), *row.segment))
+        return replace(row, path=file, segment=None) if file else None
+
+    def find_whole(row: Record) -> Record | None:
+        return replace(row, path=file) if (file := find(row, row.path)) else None
 
     with ThreadPoolExecutor(16) as pool:  # threads that wait for a file server
-        return list(pool.map(locate, rows))
+        trimmed = list(pool.map(find_trimmed, rows))
+        return trimmed if any(trimmed) else list(pool.map(find_whole, rows))
 
 
 def _on_disk(path: str) -> str | None:

@@ -112,8 +112,8 @@ def _check(problems: list[str], expected: str) -> None:
 
 def _lines(file: Path) -> list[tuple[str, str]]:
     """Return (place, line) of the lines that are not empty."""
-    lines = _text(file).splitlines()
-    return [(f"{file.name}, row {k}", line.strip()) for k, line in enumerate(lines, start=1) if line.strip()]
+    lines = enumerate(map(str.strip, _read(file, str.splitlines)), start=1)
+    return [(f"{file.name}, row {number}", line) for number, line in lines if line]
 
 
 def _entries(file: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -121,23 +121,20 @@ def _entries(file: Path) -> list[tuple[str, dict[str, Any]]]:
     entries = _json(file, list)
     if not entries or not all(isinstance(entry, dict) for entry in entries):
         raise UserError(f"{file} must be a list of objects, one per video. Get it again.")
-    return [(f"{file.name}, entry {k}", entry) for k, entry in enumerate(entries, start=1)]
+    return [(f"{file.name}, entry {number}", entry) for number, entry in enumerate(entries, start=1)]
 
 
 def _json(file: Path, kind: type) -> Any:
-    try:
-        content = json.loads(_text(file))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} cannot be read as JSON: {error}. Get it again.") from error
+    content = _read(file, json.loads)
     if not isinstance(content, kind):
         raise UserError(f"{file} must hold a JSON {'list' if kind is list else 'object'}. Get it again.")
     return content
 
 
-def _text(file: Path) -> str:
+def _read(file: Path, parse: Callable[[str], Any]) -> Any:
     try:
-        return file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        return parse(file.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} cannot be read: {error}. Change --fold or SOURCE, or get the file again.") from error
 
 

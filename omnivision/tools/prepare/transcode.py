@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -192,19 +193,14 @@ def _write_frames(path: Path, frames: Frames, tick: Fraction, duration: Fraction
     temporary.mkdir()
     try:
         count, current = 0, None
-        for time, image in frames:
-            while current is not None and count / fps < time * tick:
-                count = _save(temporary, count, current)
-            current = Image.fromarray(image)  # a copy: the decoder reuses its memory
-        while current is not None and (count == 0 or count / fps < duration):
-            count = _save(temporary, count, current)
+        for time, image in chain(frames, [(None, None)]):
+            end = duration if time is None else time * tick
+            while current is not None and (count / fps < end or (time is None and count == 0)):
+                count += 1
+                current.save(temporary / f"{count:05}.jpg", quality=_JPEG_QUALITY)
+            current = None if image is None else Image.fromarray(image)  # a copy: the decoder reuses its memory
         if count == 0:
             raise VideoDecodeError("no frame could be decoded")
         os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _save(folder: Path, count: int, image: Image.Image) -> int:
-    image.save(folder / f"{count + 1:05}.jpg", quality=_JPEG_QUALITY)
-    return count + 1
