@@ -143,7 +143,7 @@ class CsvLists(Folder):
         self.assertEqual(self.prepare_list("v/a.mp4,0\n", *prefix), {"train": [("v/a.mp4", 0)]})
         absolute = [self.folder / "data/v/a.mp4", self.folder / "other/b.mp4"]
         lists = self.write("lists/list.csv", "".join(f"{path},{k}\n" for k, path in enumerate(absolute)))
-        paths = [os.path.join(self.entry["prefix"], path) for path, _ in self.prepare(lists)["train"]]
+        self.prepare(lists)
         paths = [os.path.join(self.entry["prefix"], path) for path, _ in self.samples()["train"]]
         self.assertEqual(paths, list(map(str, absolute)))
         self.assert_refused(lists, *prefix, regex="--prefix")
@@ -743,8 +743,9 @@ class CatalogFile(Folder):
         for old in (f"{head}datasets: {{one: {{}}}}\n", "datasets:\n  one: {}\n", f"{head}- a\n", f"{head}a: [\n"):
             with self.subTest(old), self.assertRaisesRegex(UserError, "--catalog"):
                 self.text("one", old)
-        with self.assertRaisesRegex(UserError, r"\$\{"):
-            format_entry("one", {"prefix": "/a/${b}"})
+        for name, prefix in (("one", "/a/${b}"), ("on", "/a")):
+            with self.assertRaisesRegex(UserError, "--name"):
+                format_entry(name, {"prefix": prefix})
 
     def test_the_entry_is_read_as_it_was_written(self):
         self.tree("train/b/1.mp4", "train/a/2.mp4", "val/c/3.mp4")

@@ -125,9 +125,10 @@ def write_failed(out: Path, index: DatasetIndex, failed: Mapping[str, str]) -> N
 def format_entry(name: str, entry: Mapping[str, Any]) -> str:
     """Return the entry of a dataset in YAML. Raises UserError for text that a configuration cannot hold as it is."""
     text = yaml.safe_dump({name: entry}, sort_keys=False, default_flow_style=None, width=10**6, allow_unicode=True)
-    if "${" in text or str(entry) != printable(str(entry)):
+    if "${" in text or not text.startswith(f"{name}:"):
         raise UserError(
-            f'{printable(str(entry))} must be UTF-8 without "${{", which a configuration reads as a reference. Rename it.'
+            f'--name and the paths must hold no "${{", which a configuration reads as a reference, and --name must be a word '
+            f"in YAML; got {name}: {entry}. Rename them."
         )
     return text
 
@@ -158,14 +159,12 @@ def updated_catalog(file: Path, name: str, entry: Mapping[str, Any]) -> str:
 
 def _replace_entry(text: str, name: str, entry: str) -> str:
     """Put an entry into the text of a catalog, in place of the lines of the old one."""
-    head = re.search(r"(?m)^datasets:[ \t]*(#.*)?\n", text)
-    if head is None:
+    match = re.fullmatch(r"(?s)(.*?\ndatasets:[ \t]*(?:#[^\n]*)?\n)((?:[ #][^\n]*\n|\n)*)(.*)", text)
+    if match is None:
         raise ValueError("it must hold a line `datasets:` with a block of entries below")
-    after = re.search(r"(?m)^[^\s#]", text[head.end() :])  # the next key at the top
-    end = head.end() + after.start() if after else len(text)
-    block = text[head.end() : end]
+    head, block, rest = match.groups()
     first = re.search(r"(?m)^( +)[^\s#]", block)
     indent = first[1] if first else "  "
     entry = textwrap.indent(entry, indent)
     block, count = re.subn(rf"(?m)^{indent}{name}:.*\n((\s*\n)*{indent} .*\n)*", lambda _: entry, block)
-    return text[: head.end()] + ("" if count else entry) + block + text[end:]
+    return head + ("" if count else entry) + block + rest
