@@ -16,8 +16,7 @@ from rich.console import Console
 from omnivision.checkpoint.pretrained import LoadReport
 from omnivision.launch import launcher as launch
 from omnivision.launch.exit import exit_code_and_reason, report_exit
-from omnivision.reporting.console import ProgressLine
-from omnivision.reporting.reporter import Reporter
+from omnivision.reporting.reporter import ProgressLine, Reporter
 from omnivision.reporting.run_directory import RunDir
 from omnivision.tools import predict
 from omnivision.tools.inference import Prediction

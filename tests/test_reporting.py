@@ -12,10 +12,9 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from omnivision.reporting import images
-from omnivision.reporting.console import DataStallWarning, ProgressLine
 from omnivision.reporting.logs import MetricsLog, read_lines
 from omnivision.reporting.predictions import Predictions, confusion_image
-from omnivision.reporting.reporter import Reporter
+from omnivision.reporting.reporter import DataStallWarning, ProgressLine, Reporter
 from omnivision.reporting.run_directory import RunDir
 from omnivision.tasks.base import Visualization
 

@@ -24,8 +24,7 @@ from omnivision.tools.datasets import CheckSettings
 from omnivision.tools.prepare.index import drop_suffix, printable, shorten
 from omnivision.tools.prepare.output import read_arrays
 from omnivision.tools.prepare.transcode import MAX_PIXELS
-from omnivision.tools.progress import track
-from omnivision.tools.workers import WorkerCrashedError, run_in_processes
+from omnivision.tools.workers import WorkerCrashedError, run_in_processes, track
 from omnivision.utils.errors import EXIT_INTERRUPTED, EXIT_USER, UserError
 from omnivision.utils.io import sha256, write_atomically
 from omnivision.utils.streams import fit

@@ -7,7 +7,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from omnivision.tools.arguments import Flag, at_least
-from omnivision.tools.progress import track
+from omnivision.tools.workers import track
 from omnivision_demo.dataset import write_demo_data
 from omnivision_demo.spec import ACTIONS, DOMAINS
 

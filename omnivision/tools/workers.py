@@ -1,16 +1,18 @@
-"""A function over many items in worker processes: an item that crashes its worker costs that item, not the command."""
+"""A function over many items in worker processes, where a crash costs one item and not the command, and its progress."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from itertools import islice
 from typing import Any, TypeVar
 
 from pebble import ProcessExpired, ProcessPool
+from rich import progress
+from rich.console import Console
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -61,3 +63,15 @@ def _result(future: Future[Any]) -> Any:
         code = error.exitcode
         how = f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
         return WorkerCrashedError(f"the process that read it died ({how}{'; out of memory?' if code == -9 else ''})")
+
+
+def track(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
+    """Yield the items, and show on standard error how many of `total` are done: a bar on a terminal, else a line a tenth."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        yield from progress.track(items, what, total, console=console)
+        return
+    for done, item in enumerate(items, start=1):
+        yield item
+        if 10 * done // total > 10 * (done - 1) // total:
+            console.print(f"{what}: {done} of {total}", highlight=False, soft_wrap=True)

@@ -17,8 +17,7 @@ from PIL import Image
 from omnivision.data.encode import TEMPORARY_SUFFIX, write_timed_video
 from omnivision.data.frames import check_sizes
 from omnivision.data.video import VideoDecodeError, open_video
-from omnivision.tools.progress import track
-from omnivision.tools.workers import run_in_processes
+from omnivision.tools.workers import run_in_processes, track
 from omnivision.utils.errors import UserError
 
 MAX_PIXELS = 33_177_600  # as trainer.data.max_pixels: what training would not read need not be prepared
