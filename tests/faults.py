@@ -23,7 +23,7 @@ from omnivision.utils.errors import UserError
 from omnivision.utils.io import CorruptCheckpointError
 from tests import runs
 from tests.test_checkpoint import state
-from tests.test_decode import make_film
+from tests.test_decode import make_video
 
 CASES_PER_PROCESS = 50  # a process that crashes takes the rest of its cases with it
 SECONDS_PER_CASE = 20
@@ -245,7 +245,7 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
 def damaged_videos(folder: Path, cases: int) -> Outcome:
     """Videos of several codecs and containers."""
     sources = [
-        make_film(folder / name, codec, frames=30, options=CODEC_OPTIONS.get(codec),
+        make_video(folder / name, codec, frames=30, options=CODEC_OPTIONS.get(codec),
                   pix_fmt="rgb8" if codec == "gif" else "yuv420p")
         for name, codec in CODECS.items()
     ]  # fmt: skip

@@ -13,14 +13,7 @@ import numpy as np
 from omnivision.data.catalog import Dataset, LabelSets, Split, label_sets, shift_command
 from omnivision.training.preflight import file_warnings, label_warnings, shift_warnings
 from omnivision.utils.errors import UserError
-
-
-class Canary:
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return open, (self.path, "w")
+from tests.test_checkpoint import Canary
 
 
 class Folder(unittest.TestCase):

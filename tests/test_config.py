@@ -431,8 +431,8 @@ class Script(unittest.TestCase):
 
     def test_dry_refuses_views_and_masks_that_cannot_be(self):
         for wrong, saying in (
-            ("++trainer.data.view.scale=[1,0.2]", "crop scale"),
-            ("trainer.data.mask.ratio=2", "mask ratio is 2"),
+            ("++trainer.data.view.scale=[1,0.2]", "trainer.data.view.scale"),
+            ("trainer.data.mask.ratio=2", "mask_ratio must"),
         ):
             with self.assertRaisesRegex(UserError, saying):
                 dry.built(settings(*STAGE_1, FOLDER, wrong))

@@ -17,11 +17,10 @@ from PIL import Image
 
 from omnivision.data.catalog import Dataset, Split
 from omnivision.data.dataset import ClipConfig, ClipDataset
-from omnivision.data.frames import VideoDecodeError, read_image
 from omnivision.data.loader import LoaderConfig, ValData
 from omnivision.data.sampling import clip_window, uniform_clip_starts
 from omnivision.data.video import open_video
-from tests.test_decode import Truth, make_film
+from tests.test_decode import Truth, make_video
 
 CLIP = 0.5  # seconds
 FRAMES = 4
@@ -50,7 +49,7 @@ def turned(path: Path) -> Path:
 
 def good_films(folder: Path) -> list[Path]:
     def film(name: str, *arguments: object, **settings: object) -> Path:
-        return make_film(folder / name, *arguments, **settings)
+        return make_video(folder / name, *arguments, **settings)
 
     x265 = {"x265-params": "log-level=none"}
     whole = film("whole.mp4")
@@ -85,7 +84,7 @@ def good_films(folder: Path) -> list[Path]:
 
 
 def bad_files(folder: Path) -> list[Path]:
-    whole = make_film(folder / "source.mp4").read_bytes()  # its index is at the end
+    whole = make_video(folder / "source.mp4").read_bytes()  # its index is at the end
     picture = io.BytesIO()
     Image.new("RGB", (64, 48)).save(picture, "PNG")
     cut_off = whole.index(b"moov") - 4
@@ -100,7 +99,7 @@ def bad_files(folder: Path) -> list[Path]:
         "url.mp4": b"http://127.0.0.1:1/film.mp4\n",
         # Needs no second file: the film is in the name of its one segment.
         "inside.mp4": b"#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:3.0,\ndata:video/mp2t;base64,"
-        + base64.b64encode(make_film(folder / "source.ts").read_bytes())
+        + base64.b64encode(make_video(folder / "source.ts").read_bytes())
         + b"\n#EXT-X-ENDLIST\n",
         "bits.yuv": bytes(1000),
         "picture.mp4": picture.getvalue(),
@@ -113,7 +112,7 @@ def bad_files(folder: Path) -> list[Path]:
     (folder / "sizes").mkdir()
     for number, size in enumerate(((6, 4), (4, 6))):
         Image.new("RGB", size).save(folder / "sizes" / f"{number}.png")
-    large = make_film(folder / "8k.mp4", frames=2, size=(7680, 4320), options={"preset": "ultrafast", "crf": "51"})
+    large = make_video(folder / "8k.mp4", frames=2, size=(7680, 4320), options={"preset": "ultrafast", "crf": "51"})
     assert large.stat().st_size < 2_000_000
     special = ["pipe.mp4", "loop.mp4", "nothing", "sizes", "8k.mp4", "gone.mp4"]
     return [folder / name for name in (*files, *special)]
@@ -148,7 +147,7 @@ class Corpus(unittest.TestCase):
                 [start] = uniform_clip_starts(video.duration, CLIP, 1)
             truth = Truth(path).read(*clip_window(start, CLIP), FRAMES)[:, :2, :2]
             self.assertTrue(np.array_equal(got, truth), path.name)
-        upright = turned(make_film(self.folder / "upright.mp4"))
+        upright = turned(make_video(self.folder / "upright.mp4"))
         got = self.read([upright])[str(upright)]
         truth = [np.rot90(frame, -1)[:2, :2] for frame in Truth(upright).frames]
         self.assertTrue(any(np.array_equal(got[0], frame) for frame in truth), "turned as the matrix says")
@@ -163,32 +162,6 @@ class Corpus(unittest.TestCase):
             self.assertIsInstance(reason, str, path.name)
             self.assertTrue(reason and "\n" not in reason and str(self.folder) not in reason, f"{path.name}: {reason}")
         self.assertIn("max_pixels", found[str(self.folder / "8k.mp4")])
-
-    def test_images(self) -> None:
-        grey = np.full((20, 30), 200, np.uint8)
-        made = {
-            "cmyk.jpg": Image.fromarray(grey).convert("RGB").convert("CMYK"),
-            "deep.png": Image.fromarray(grey.astype(np.uint16) << 8),
-            "palette.png": Image.fromarray(grey).convert("RGB").convert("P", palette=Image.Palette.ADAPTIVE),
-            "grey.png": Image.fromarray(grey),
-            "bits.png": Image.fromarray(grey).convert("1", dither=Image.Dither.NONE),
-            "alpha.png": Image.fromarray(np.dstack([grey] * 3 + [grey // 2]), "RGBA"),
-        }
-        for name, image in made.items():
-            image.save(self.folder / name)
-            got = read_image(str(self.folder / name))
-            self.assertEqual(tuple(got.shape), (1, 3, 20, 30), name)
-            wanted = 255 if name == "bits.png" else 200
-            self.assertLessEqual((got.int() - wanted).abs().max(), 2, name)
-        frames = [Image.new("RGB", (30, 20), (shade, shade, shade)) for shade in (10, 90, 250)]
-        frames[0].save(self.folder / "moving.gif", save_all=True, append_images=frames[1:])
-        self.assertLessEqual((read_image(str(self.folder / "moving.gif")).int() - 10).abs().max(), 2, "its first frame")
-        whole = (self.folder / "grey.png").read_bytes()
-        (self.folder / "cut.png").write_bytes(whole[: len(whole) // 2])
-        (self.folder / "flipped.png").write_bytes(whole[:40] + bytes([whole[40] ^ 255]) + whole[41:])
-        for name in ("cut.png", "flipped.png"):
-            with self.assertRaises(VideoDecodeError, msg=name):
-                read_image(str(self.folder / name))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from PIL import Image
 
 from omnivision.data.video import VideoDecodeError, VideoFile, open_video
 from tests.test_check_data import run as check_data
-from tests.test_decode import Truth, counted, make_film, pixels
+from tests.test_decode import Truth, counted, make_video, pixels
 
 # Container: codecs of pictures and of sound.
 CONTAINERS = {
@@ -144,9 +144,9 @@ class CheckData(Folder):
     def test_frames_that_do_not_fill_the_duration(self) -> None:
         write(self.folder / "whole.mkv", (0, 3), (0, 9))
         gaps = [*range(30), *range(400, 430)]  # a still picture of 15 s
-        make_film(self.folder / "still.mp4", frames=60, pts=gaps)
-        make_film(self.folder / "still.mkv", frames=60, pts=gaps)
-        make_film(self.folder / "few.mp4", frames=1)
+        make_video(self.folder / "still.mp4", frames=60, pts=gaps)
+        make_video(self.folder / "still.mkv", frames=60, pts=gaps)
+        make_video(self.folder / "few.mp4", frames=1)
         names = ["whole.mkv", "still.mp4", "still.mkv", "few.mp4"]
         np.save(self.folder / "paths.npy", np.array(names))
         report = self.folder / "report.json"

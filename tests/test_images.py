@@ -12,7 +12,6 @@ from omnivision.data.batch import collate
 from omnivision.data.catalog import Dataset, LabelSets, Split
 from omnivision.data.dataset import ClipConfig, ClipDataset
 from omnivision.data.encode import write_video
-from omnivision.data.frames import VideoDecodeError, read_depth, read_image
 from omnivision.data.loader import LoaderConfig, TrainData
 from omnivision.data.masking import RandomMask
 from omnivision.data.mixing import MixupCutmix
@@ -26,7 +25,6 @@ from omnivision.tasks.reconstruct import Reconstruct
 from omnivision.utils.errors import UserError
 from tests import runs
 from tests import stage_runs as stages
-from tests.test_checkpoint import Canary
 
 TUBELET = (2, 8, 8)
 
@@ -40,78 +38,6 @@ class Folder(unittest.TestCase):
         temporary = tempfile.TemporaryDirectory()
         self.addCleanup(temporary.cleanup)
         self.folder = Path(temporary.name)
-
-
-class Reading(Folder):
-    def test_depth_that_is_none(self):
-        """What a small file may claim is refused before it takes room."""
-        huge = torch.zeros(1, dtype=torch.float16).expand(300_000, 300_000)
-        tensors = {
-            "huge": huge,
-            "sparse": torch.ones(4, 4).to_sparse(),
-            "nested": torch.nested.nested_tensor([torch.ones(2, 2)]),
-            "complex": torch.ones(4, 4, dtype=torch.complex64),
-            "meta": torch.ones(4, 4, device="meta"),
-            "nan": torch.full((4, 4), float("nan")),
-            "empty": torch.ones(0, 4),
-            "list": [1, 2],
-        }
-        for name, tensor in tensors.items():
-            torch.save(tensor, self.folder / f"{name}.pt")
-            with self.assertRaises(VideoDecodeError, msg=name):
-                read_depth(str(self.folder / f"{name}.pt"), max_pixels=10**6)
-        np.save(self.folder / "days.npy", np.zeros((4, 4), "datetime64[D]"))
-        self.assertRaises(VideoDecodeError, read_depth, str(self.folder / "days.npy"))
-        torch.save(torch.nn.Parameter(torch.ones(4, 4)), self.folder / "weights.pt")
-        self.assertFalse(read_depth(str(self.folder / "weights.pt")).requires_grad)
-
-    def test_deep_pixels(self):
-        wide = np.array([[0, 128], [40_000, 65_535]], np.uint16)
-        (self.folder / "wide.pgm").write_bytes(b"P5 2 2 65535\n" + wide.astype(">u2").tobytes())
-        self.assertEqual(read_image(str(self.folder / "wide.pgm"))[0, 0].tolist(), [[0, 0], [156, 255]])
-        for name, dtype in (("whole.tif", np.int32), ("share.tif", np.float32)):
-            Image.fromarray(wide.astype(dtype)).save(self.folder / name)
-            with self.assertRaisesRegex(VideoDecodeError, "32 bits"):
-                read_image(str(self.folder / name))
-
-    def test_images(self):
-        pixels = np.arange(48 * 64 * 3, dtype=np.uint32).reshape(48, 64, 3).astype(np.uint8)
-        Image.fromarray(pixels).save(self.folder / "a.png")
-        got = read_image(str(self.folder / "a.png"))
-        self.assertEqual((tuple(got.shape), got.dtype), ((1, 3, 48, 64), torch.uint8))
-        self.assertTrue(np.array_equal(got[0].permute(1, 2, 0).numpy(), pixels))
-        turned = Image.fromarray(pixels)
-        exif = turned.getexif()
-        exif[0x0112] = 6  # to be turned clockwise by 90 degrees
-        turned.save(self.folder / "turned.png", exif=exif)
-        upright = read_image(str(self.folder / "turned.png"))[0].permute(1, 2, 0).numpy()
-        self.assertTrue(np.array_equal(upright, np.rot90(pixels, -1)))
-        for bad in (self.folder, self.folder / "none.png"):
-            with self.assertRaises(VideoDecodeError):
-                read_image(str(bad))
-        (self.folder / "text.png").write_text("no image")
-        with self.assertRaisesRegex(VideoDecodeError, "not an image"):
-            read_image(str(self.folder / "text.png"))
-        with self.assertRaisesRegex(VideoDecodeError, "more than max_pixels"):
-            read_image(str(self.folder / "a.png"), max_pixels=48 * 64 - 1)
-
-    def test_depth(self):
-        depth = (np.arange(48 * 64) * 20).reshape(48, 64).astype(np.uint16)
-        Image.fromarray(depth).save(self.folder / "d.png")
-        np.save(self.folder / "d.npy", depth.astype(np.float64))
-        torch.save(torch.from_numpy(depth.astype(np.float32))[None], self.folder / "d.pt")
-        for name in ("d.png", "d.npy", "d.pt"):
-            got = read_depth(str(self.folder / name))
-            self.assertEqual((tuple(got.shape), got.dtype), ((1, 1, 48, 64), torch.float32), name)
-            self.assertTrue(np.array_equal(got[0, 0].numpy(), depth), name)
-        canary = self.folder / "canary"
-        torch.save(Canary(str(canary)), self.folder / "evil.pt")
-        np.save(self.folder / "objects.npy", np.array([{}], dtype=object))
-        np.save(self.folder / "flat.npy", np.zeros(7))
-        for name in ("evil.pt", "objects.npy", "flat.npy", "none.npy"):
-            with self.assertRaises(VideoDecodeError, msg=name):
-                read_depth(str(self.folder / name))
-        self.assertFalse(canary.exists())
 
 
 class Joint(Folder):

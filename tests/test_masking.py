@@ -43,19 +43,12 @@ class Published(unittest.TestCase):
 
 
 class Kinds(unittest.TestCase):
-    def test_every_sample_hides_the_same_number(self):
-        for kind in (RandomMask, TubeMask, FrameMask, CausalMask, BlockMask):
-            for grid in GRIDS:
-                for ratio in (0.0, 0.3, 0.75, 0.9, 1.0):
-                    masks = [kind(ratio)(grid, rng(seed)) for seed in range(20)]
-                    self.assertEqual({(m.shape, m.dtype.kind) for m in masks}, {(grid, "b")})
-                    self.assertEqual(len({int(m.sum()) for m in masks}), 1, (kind, grid, ratio))
-
     def test_every_kind_hides_exactly_its_share_of_any_grid(self):
         dice = rng()
-        for _ in range(150):
-            t, h, w = (int(side) for side in dice.integers(1, (9, 15, 15)))
-            ratio = float(dice.random())
+        grids = [*GRIDS * 5, *((int(side) for side in dice.integers(1, (9, 15, 15))) for _ in range(150))]
+        ratios = [ratio for ratio in (0.0, 0.3, 0.75, 0.9, 1.0) for _ in GRIDS]
+        for number, (t, h, w) in enumerate(grids):
+            ratio = ratios[number] if number < len(ratios) else float(dice.random())
             expected = {
                 RandomMask: int(ratio * t * h * w),
                 CausalMask: int(ratio * t * h * w),
@@ -64,7 +57,9 @@ class Kinds(unittest.TestCase):
                 FrameMask: int(ratio * t) * h * w,
             }
             for kind, count in expected.items():
-                self.assertEqual(kind(ratio)((t, h, w), dice).sum(), count, (kind, ratio, t, h, w))
+                mask = kind(ratio)((t, h, w), dice)
+                self.assertEqual((mask.shape, mask.dtype.kind), ((t, h, w), "b"))
+                self.assertEqual(mask.sum(), count, (kind, ratio, t, h, w))
 
     def test_a_generator_fixes_the_mask(self):
         for kind in (RandomMask, TubeMask, FrameMask, BlockMask):
@@ -72,14 +67,12 @@ class Kinds(unittest.TestCase):
             self.assertTrue((one == same).all(), kind)
             self.assertFalse((one == other).all(), kind)
 
-    def test_a_tube_is_one_frame_repeated(self):
+    def test_tubes_and_frames(self):
         mask = TubeMask(0.75)((8, 14, 14), rng())
-        self.assertTrue((mask == mask[:1]).all())
+        self.assertTrue((mask == mask[:1]).all(), "one frame repeated")
         self.assertEqual(mask[0].sum(), 147)
-
-    def test_frames_are_hidden_whole(self):
         mask = FrameMask(0.75)((8, 14, 14), rng())
-        self.assertEqual(sorted(mask.reshape(8, -1).sum(1).tolist()), [0, 0] + [196] * 6)
+        self.assertEqual(sorted(mask.reshape(8, -1).sum(1).tolist()), [0, 0] + [196] * 6, "whole frames")
 
     def test_blocks_hang_together(self):
         """A hidden token of a block mask has more hidden neighbours than one of a random mask."""
@@ -101,7 +94,7 @@ class Kinds(unittest.TestCase):
     def test_a_ratio_out_of_range(self):
         for kind in (RandomMask, TubeMask, FrameMask, CausalMask, BlockMask):
             for ratio in (-0.1, 1.1, float("nan")):
-                with self.assertRaisesRegex(UserError, f"ratio is {ratio}; expected .* between 0 and 1.*mask_ratio"):
+                with self.assertRaisesRegex(UserError, "mask_ratio"):
                     kind(ratio)
 
 

@@ -1,4 +1,4 @@
-"""Crops and sizes: the published figures, and that boxes are what they should be."""
+"""Crops and sizes: the published figures, and boxes inside the frame."""
 
 import math
 import unittest
@@ -23,13 +23,12 @@ class Sizes(unittest.TestCase):
         for size, height, width, new_height, new_width in RECORDED["short_side_scale"]["rows"]:
             got = resize_short_side(torch.zeros(1, 3, height, width, dtype=torch.uint8), size).shape[-2:]
             self.assertEqual(tuple(got), (new_height, new_width), (size, height, width))
-
-    def test_the_division_comes_before_the_product(self):
-        pitfalls = RECORDED["short_side_scale"]["rounding_pitfalls"]["224"]
+        pitfalls = RECORDED["short_side_scale"]["rounding_pitfalls"]["224"]  # the division comes before the product
         self.assertEqual(len(pitfalls), 6)
         for height, width, expected, _ in pitfalls:
             got = resize_short_side(torch.zeros(1, 1, height, width, dtype=torch.uint8), 224)
             self.assertEqual(got.shape[-1], expected)
+        self.assertEqual(tuple(EvalView(64).prepare(frames(20, 30)).shape), (2, 3, 64, math.floor(30 / 20 * 64)))
 
     def test_published_pixels(self):
         case = RECORDED["short_side_scale"]["pixels"]
@@ -47,10 +46,7 @@ class Sizes(unittest.TestCase):
         as_float = resize(clip.float(), 45, 33)
         # Rounded once along each axis: at most half a grey level each, and a little for the weights.
         self.assertLess(float((resize(clip, 45, 33).float() - as_float).abs().max()), 1.1)
-
-    def test_the_same_size_costs_nothing(self):
-        clip = frames(20, 30)
-        self.assertIs(resize(clip, 20, 30), clip)
+        self.assertIs(resize(clip, 60, 80), clip, "the same size costs nothing")
 
 
 class Boxes(unittest.TestCase):
@@ -80,9 +76,7 @@ class Boxes(unittest.TestCase):
             height, width = (int(side) for side in rng.integers(1, 60, 2))
             top, left, h, w = random_crop_box(height, width, *DEFAULTS, rng)
             self.assertTrue(0 <= top <= top + h <= height and 0 <= left <= left + w <= width and h > 0 and w > 0)
-
-    def test_a_strip_gets_the_largest_allowed_box_in_its_centre(self):
-        rng = np.random.default_rng(0)
+        # A strip gets the largest allowed box in its centre.
         self.assertEqual(random_crop_box(10, 1000, (1.0, 1.0), DEFAULTS[1], rng), (0, 493, 10, 13))
         self.assertEqual(random_crop_box(1000, 10, (1.0, 1.0), DEFAULTS[1], rng), (493, 0, 13, 10))
 
@@ -107,16 +101,16 @@ class Views(unittest.TestCase):
                 )
             centre = EvalView(224)(clip, np.random.default_rng(0))
             self.assertTrue(torch.equal(centre, EvalView(224, crops=3)(clip, np.random.default_rng(0), 1)))
-        with self.assertRaisesRegex(UserError, "crops is 2; expected 1 .* or 3"):
+
+    def test_wrong_settings(self):
+        with self.assertRaisesRegex(UserError, "trainer.data.val_view.crops"):
             EvalView(224, crops=2)
-
-    def test_a_small_film_is_enlarged(self):
-        self.assertEqual(tuple(EvalView(64).prepare(frames(20, 30)).shape), (2, 3, 64, math.floor(30 / 20 * 64)))
-
-    def test_wrong_ranges(self):
-        for options in ({"scale": (0.5, 0.2)}, {"scale": (0.5, 2.0)}, {"ratio": (0.0, 1.0)}):
-            with self.assertRaisesRegex(UserError, "trainer.data.view"):
-                PretrainView(8, **options)
+        for name, value in (
+            *(("size", 0), ("size", 9999), ("short_side", 0), ("scale", (0.5, 0.2)), ("scale", (0.5, 2.0))),
+            *(("scale", 0.5), ("scale", ("a", 1)), ("ratio", (0.0, 1.0)), ("ratio", (0.5, float("nan")))),
+        ):
+            with self.assertRaisesRegex(UserError, f"trainer.data.view.{name}"):
+                PretrainView(**{"size": 8, name: value})
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """Augmentations of a labelled view: RandAugment and random erasing of uint8 frames (T, C, H, W), one draw for all frames.
 
-Random numbers come from a generator that the caller keys. Pixels stay uint8: a worker hands on a quarter of what floats take.
+Random numbers come from a generator that the caller keys. Pixels stay uint8, a quarter of the bytes of floats.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,25 +14,26 @@ import torch
 from torch import Tensor
 
 from omnivision.models.patches import unnormalize_pixels
-from omnivision.utils.errors import UserError
+from omnivision.utils.errors import check_range
 
 MAX_LEVEL = 10
-OPERATIONS = (
-    "AdjustBrightness",
-    "AdjustContrast",
-    "AdjustSaturation",
-    "AdjustSharpness",
-    "AutoContrast",
-    "Equalize",
-    "Invert",
-    "Rotate",
-    "Posterize",
-    "Solarize",
-    "ShearX",
-    "ShearY",
-    "TranslateX",
-    "TranslateY",
-)
+# Operation -> its argument at a share (0 to 1) of the highest level and with a sign of +1 or -1.
+OPERATIONS: dict[str, Callable[[float, int], float]] = {
+    **dict.fromkeys(
+        ("AdjustBrightness", "AdjustContrast", "AdjustSaturation", "AdjustSharpness"),
+        lambda share, sign: 1 + sign * share * 0.9,  # factor; 1 changes nothing
+    ),
+    **dict.fromkeys(("AutoContrast", "Equalize", "Invert"), lambda share, sign: 0.0),
+    "Rotate": lambda share, sign: sign * share * 30,  # degrees, counter-clockwise
+    "Posterize": lambda share, sign: 4 - int(share * 4),  # bits that are kept
+    "Solarize": lambda share, sign: 1 - share,  # pixels from this brightness (of 1) on are inverted
+    **dict.fromkeys(
+        ("ShearX", "ShearY"), lambda share, sign: sign * share * 0.3
+    ),  # pixels sideways for each pixel down
+    # Of the width or height; the frame moves left or up.
+    **dict.fromkeys(("TranslateX", "TranslateY"), lambda share, sign: sign * share * 0.45),
+}
+NAMES = tuple(OPERATIONS)
 ERASING_TRIES = 100
 
 
@@ -54,20 +56,13 @@ class RandAugment:
     std: float = 0.5
 
     def __post_init__(self) -> None:
-        setting = "Change trainer.data.view.rand_augment"
-        if not 0 <= self.magnitude <= MAX_LEVEL:
-            raise UserError(
-                f"RandAugment's magnitude is {self.magnitude}; expected 0 to {MAX_LEVEL}. {setting}.magnitude."
-            )
-        if not 1 <= self.num_layers <= len(OPERATIONS):
-            raise UserError(
-                f"RandAugment's num_layers is {self.num_layers}; expected 1 to {len(OPERATIONS)}, because the operations of "
-                f"a clip are all different. {setting}.num_layers."
-            )
-        if not 0 <= self.prob <= 1:
-            raise UserError(f"RandAugment's prob is {self.prob}; expected a share between 0 and 1. {setting}.prob.")
-        if not 0 <= self.std < math.inf:
-            raise UserError(f"RandAugment's std is {self.std}; expected a number of at least 0. {setting}.std.")
+        for name, low, high in (
+            ("magnitude", 0, MAX_LEVEL),
+            ("num_layers", 1, len(NAMES)),
+            ("prob", 0, 1),
+            ("std", 0, 1e6),
+        ):
+            check_range(f"trainer.data.view.rand_augment.{name}", getattr(self, name), low, high)
 
     def __call__(self, frames: Tensor, rng: np.random.Generator) -> Tensor:
         """uint8 RGB (T, 3, H, W) -> the same shape and type; the input is not changed."""
@@ -76,13 +71,13 @@ class RandAugment:
         return frames
 
     def plan(self, rng: np.random.Generator) -> list[tuple[str, float]]:
-        """The operations of one clip with their arguments, in the order in which they are applied."""
+        """Draw the operations of one clip with their arguments, in the order in which they are applied."""
         plan = []
-        for number in rng.permutation(len(OPERATIONS))[: self.num_layers]:
+        for number in rng.permutation(len(NAMES))[: self.num_layers]:
             if rng.random() < self.prob:
                 level = min(max(rng.normal(self.magnitude, self.std), 0.0), float(MAX_LEVEL))
                 sign = 1 if rng.random() < 0.5 else -1
-                plan.append((OPERATIONS[number], operation_argument(OPERATIONS[number], level, sign)))
+                plan.append((NAMES[number], OPERATIONS[NAMES[number]](level / MAX_LEVEL, sign)))
         return plan
 
 
@@ -91,8 +86,8 @@ class RandomErasing:
     """Noise in one rectangle over all frames, fresh for each pixel, channel and frame (Zhong et al. 2020).
 
     The published noise is standard normal after normalisation. Here pixels stay uint8, so the noise is un-normalised with
-    ImageNet's mean and deviation, rounded, and clamped to 0 .. 255. That cuts its tails where black and white lie: below
-    -1.8 to -2.1 and above 2.2 to 2.6 deviations, depending on the channel.
+    ImageNet's mean and deviation, rounded, and clamped to 0 .. 255, which cuts its tails below -1.8 to -2.1 and above 2.2 to
+    2.6 deviations, depending on the channel.
 
     Args:
         prob: chance that a clip is erased.
@@ -107,17 +102,10 @@ class RandomErasing:
     aspect: tuple[float, float] = (0.3, 1 / 0.3)
 
     def __post_init__(self) -> None:
-        setting = "Change trainer.data.view.erasing"
-        if not 0 <= self.prob <= 1:
-            raise UserError(f"Random erasing's prob is {self.prob}; expected a share between 0 and 1. {setting}.prob.")
-        if not 0 < self.area[0] <= self.area[1] <= 1:
-            raise UserError(
-                f"Random erasing's area is {tuple(self.area)}; expected 0 < low <= high <= 1. {setting}.area."
-            )
-        if not 0 < self.aspect[0] <= self.aspect[1] < math.inf:
-            raise UserError(
-                f"Random erasing's aspect is {tuple(self.aspect)}; expected 0 < low <= high. {setting}.aspect."
-            )
+        setting = "trainer.data.view.erasing"
+        check_range(f"{setting}.prob", self.prob, 0, 1)
+        check_range(f"{setting}.area", self.area, 1e-6, 1, pair=True)
+        check_range(f"{setting}.aspect", self.aspect, 1e-6, 1e6, pair=True)
 
     def __call__(self, frames: Tensor, rng: np.random.Generator) -> Tensor:
         """uint8 RGB (T, 3, H, W) -> the same shape and type; the input is not changed."""
@@ -132,7 +120,7 @@ class RandomErasing:
         return erased
 
     def box(self, height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int] | None:
-        """(top, left, height, width) of the rectangle; None when the clip stays as it is."""
+        """Draw (top, left, height, width) of the rectangle; None when the clip stays as it is."""
         if rng.random() >= self.prob:
             return None
         for _ in range(ERASING_TRIES):
@@ -145,38 +133,18 @@ class RandomErasing:
 
 
 def erased_size(height: int, width: int, area: float, aspect: float) -> tuple[int, int] | None:
-    """Height and width of a rectangle with that share of a frame and aspect; None unless both are smaller than the frame's."""
+    """Return height and width of a rectangle with that share of a frame; None unless both are smaller than the frame's."""
     pixels = area * height * width
     h, w = round(math.sqrt(pixels * aspect)), round(math.sqrt(pixels / aspect))
     return (h, w) if h < height and w < width else None
 
 
-def operation_argument(operation: str, level: float, sign: int) -> float:
-    """What an operation of RandAugment is called with at a level of 0 to 10; 0 for those that take nothing."""
-    share = level / MAX_LEVEL
-    match operation:
-        case "AdjustBrightness" | "AdjustContrast" | "AdjustSaturation" | "AdjustSharpness":
-            return 1 + sign * share * 0.9  # factor; 1 changes nothing
-        case "Rotate":
-            return sign * share * 30  # degrees, counter-clockwise
-        case "Posterize":
-            return 4 - int(share * 4)  # bits that are kept
-        case "Solarize":
-            return 1 - share  # from this brightness on, of 1, pixels are inverted
-        case "ShearX" | "ShearY":
-            return sign * share * 0.3  # pixels sideways for each pixel down
-        case "TranslateX" | "TranslateY":
-            return sign * share * 0.45  # of the width or height; the picture moves left or up
-    assert operation in ("AutoContrast", "Equalize", "Invert"), operation
-    return 0.0
-
-
 def apply_operation(operation: str, frames: Tensor, argument: float) -> Tensor:
-    """One operation of RandAugment on RGB frames (T, 3, H, W), uint8 or floats in [0, 1]; what moves in is grey.
+    """Apply one operation of RandAugment to RGB frames (T, 3, H, W), uint8 or floats in [0, 1]; what moves in is grey.
 
     Auto-contrast and equalize look at each frame by itself, contrast at the mean of each frame, as published.
     """
-    # Here and not above: the import takes longer than a second, and the workers of a masked autoencoder never need it.
+    # Not above: the import takes longer than a second, and the workers of a masked autoencoder never need it.
     from torchvision.transforms.v2 import functional as kernels
 
     white = 1.0 if frames.is_floating_point() else 255.0
@@ -192,20 +160,20 @@ def apply_operation(operation: str, frames: Tensor, argument: float) -> Tensor:
             return adjust_sharpness(frames, argument)
         case "AutoContrast":
             return kernels.autocontrast(frames)
-        case "Equalize":
-            return _from_bytes(kernels.equalize(_to_bytes(frames)), frames.dtype)
         case "Invert":
             return kernels.invert(frames)
-        case "Posterize":
-            return _from_bytes(kernels.posterize(_to_bytes(frames), int(argument)), frames.dtype)
+        case "Equalize" | "Posterize":  # they count grey levels: floats are cut to bytes, as published
+            levels = (frames * 255).to(torch.uint8) if frames.is_floating_point() else frames
+            changed = kernels.equalize(levels) if operation == "Equalize" else kernels.posterize(levels, int(argument))
+            return changed.to(frames.dtype) / 255 if frames.is_floating_point() else changed
         case "Solarize":
             return kernels.solarize(frames, argument * white)
         case "Rotate":
             return _move(frames, angle=-argument)  # the kernel turns clockwise
         case "ShearX":
-            return _move(frames, shear=(_degrees(argument), 0.0))
+            return _move(frames, shear=(math.degrees(math.atan(argument)), 0.0))
         case "ShearY":
-            return _move(frames, shear=(0.0, _degrees(argument)))
+            return _move(frames, shear=(0.0, math.degrees(math.atan(argument))))
         case "TranslateX":
             return _move(frames, translate=(-argument * width, 0.0))
         case "TranslateY":
@@ -214,10 +182,10 @@ def apply_operation(operation: str, frames: Tensor, argument: float) -> Tensor:
 
 
 def adjust_sharpness(frames: Tensor, factor: float) -> Tensor:
-    """Blend of a smoothed frame (factor 0) and the frame (1), and beyond; the outermost pixels stay. Types as above.
+    """Blend a smoothed frame (factor 0) and the frame (1), and beyond; the outermost pixels stay. Types as above.
 
-    The smoothing filter is 1/13 around and 5/13 in the middle (PIL's). It is a box of ones and four times the middle, and
-    the box is a sum of rows and then of columns: over ten times as fast as torchvision's convolution, hence not its kernel.
+    The filter is PIL's: 1/13 around and 5/13 in the middle, computed as a box of ones (rows, then columns) and four times the
+    middle: over ten times as fast as torchvision's convolution.
     """
     pixels = frames.clone() if frames.is_floating_point() else frames.float()
     inner = pixels[..., 1:-1, 1:-1]  # a view: what is added to it ends up in `pixels`
@@ -230,10 +198,6 @@ def adjust_sharpness(frames: Tensor, factor: float) -> Tensor:
     if frames.is_floating_point():
         return pixels.clamp_(0, 1)
     return pixels.round_().clamp_(0, 255).to(frames.dtype)
-
-
-def _degrees(slope: float) -> float:
-    return math.degrees(math.atan(slope))
 
 
 def _move(
@@ -256,12 +220,3 @@ def _move(
         fill=[0.5 if frames.is_floating_point() else 127.5],  # the kernel rounds bytes at the end: 128
         center=[0.0, 0.0] if any(shear) else None,
     )
-
-
-def _to_bytes(frames: Tensor) -> Tensor:
-    """Floats in [0, 1] cut to bytes, as the published operations that count grey levels do; bytes stay."""
-    return (frames * 255).to(torch.uint8) if frames.is_floating_point() else frames
-
-
-def _from_bytes(frames: Tensor, dtype: torch.dtype) -> Tensor:
-    return frames.to(dtype) / 255 if dtype.is_floating_point else frames

@@ -1,7 +1,6 @@
-"""Frames -> H.264 film, byte-identical for identical frames and settings. The one place that encodes video.
+"""Frames -> H.264 video, byte-identical for identical frames and settings. The one place that encodes video.
 
-A film appears under its name only when it is whole: it is written under a temporary name in the same folder and
-renamed, so a killed process leaves no half film behind.
+A video is written under a temporary name in the same folder and renamed: a killed process leaves no partial video.
 """
 
 import os
@@ -11,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -22,24 +22,10 @@ TEMPORARY_SUFFIX = ".part"
 
 
 def write_video(
-    path: str | os.PathLike[str],
-    frames: NDArray[np.uint8],
-    *,
-    fps: int | Fraction,
-    gop: int = 12,
-    crf: int = 23,
-    preset: str = "veryfast",
+    path: str | os.PathLike[str], frames: NDArray[np.uint8], *, fps: int | Fraction, **settings: Any
 ) -> int:
-    """Encode RGB `frames`, uint8 (T, H, W, 3) with even H and W, as an mp4 at `path`; return its size in bytes.
-
-    fps: frames a second. gop: at most this many frames from one key frame to the next (1: key frames only).
-    crf: x264's constant quality, 0 (lossless) to 51 (worst). The folder of `path` must exist.
-    """
-    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3:
-        raise ValueError(f"frames are {frames.dtype} {frames.shape}; expected uint8 (T, H, W, 3).")
-    if fps <= 0:
-        raise ValueError(f"fps is {fps}; expected fps > 0.")
-    return write_timed_video(path, enumerate(frames), 1 / Fraction(fps), fps=fps, gop=gop, crf=crf, preset=preset)
+    """Encode RGB `frames`, uint8 (T, H, W, 3), as an mp4 at `path`; return its size in bytes. Settings as below."""
+    return write_timed_video(path, enumerate(frames), 1 / Fraction(fps), fps=fps, **settings)
 
 
 def write_timed_video(
@@ -54,26 +40,33 @@ def write_timed_video(
     preset: str = "veryfast",
     quick_to_read: bool = False,
 ) -> int:
-    """As `write_video`, with a time stamp for each frame and one frame in memory at a time.
+    """Encode frames with a time stamp each, one in memory at a time; return the size in bytes.
 
-    frames: (tick, uint8 (H, W, 3)) with ascending ticks of `time_base` seconds, all of one even size. fps: about how many a
-    second, for the encoder's choices only. end: the tick at which the last frame leaves the screen (None: it stays as
-    long as the one before it).
-    quick_to_read: clips are decoded in half the time, from a film a tenth larger: simpler coding, and three frames of four
-    that no other refers to, which a reader may drop.
-    What the iterator of the frames raises passes through; no film is left then.
+    Errors of the iterator pass through and leave no file. Raises ValueError for frames of different or odd sizes.
+
+    Args:
+        path: the mp4 to write, in a folder that exists.
+        frames: (tick, uint8 (H, W, 3)) with ascending ticks, all of one even size.
+        time_base: seconds of a tick.
+        fps: frames a second, about, for the encoder's choices only.
+        end: the tick at which the last frame leaves the screen; None: it stays as long as the one before it.
+        gop: most frames from one key frame to the next (1: key frames only).
+        crf: x264's constant quality, 0 (lossless) to 51 (worst).
+        preset: of x264.
+        quick_to_read: clips decode in half the time, from a file a tenth larger: simpler coding, and three frames of four that
+            no other refers to, which a reader may drop.
     """
     if gop < 1 or not 0 <= crf <= 51:
-        raise ValueError(f"gop is {gop}, crf {crf}; expected gop >= 1 and crf from 0 to 51.")
+        raise ValueError(f"gop must be >= 1 and crf 0 to 51, got {gop} and {crf}")
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     timed = iter(frames)
     first = next(timed, None)
     if first is None:
-        raise ValueError("there are no frames; expected at least one frame.")
+        raise ValueError("there must be at least one frame, got none")
     height, width, _ = first[1].shape
-    if height == 0 or width == 0 or height % 2 or width % 2:
-        raise ValueError(f"frames are {width}x{height}; expected even height and width (4:2:0).")
+    if height * width == 0 or height % 2 or width % 2:
+        raise ValueError(f"height and width of frames must be even (4:2:0), got {width}x{height}")
     try:
         with av.open(str(temporary), "w", format="mp4") as container:
             stream = container.add_stream("libx264", rate=Fraction(fps))
@@ -108,28 +101,27 @@ def write_timed_video(
 def _packets(
     stream: VideoStream, frames: Iterable[tuple[int, NDArray[np.uint8]]], time_base: Fraction, end: int | None
 ) -> Iterator[Packet]:
-    """The encoded frames, in decoding order. Each says how long it is shown, if it is known when the last one goes."""
+    """Yield the encoded frames, in decoding order, each with its duration where the next tick or the end is known."""
     ticks: list[int] = []
     expected = (stream.height, stream.width, 3)
     waiting: deque[Packet] = deque()  # for the tick of the next frame
     for tick, frame in frames:
-        if frame.shape != expected or (ticks and tick <= ticks[-1]):
+        if frame.dtype != np.uint8 or frame.shape != expected or (ticks and tick <= ticks[-1]):
             raise ValueError(
-                f"a frame is {frame.shape} at tick {tick}, after {ticks[-1:]}; expected {expected}, ascending."
+                f"frames must be uint8 {expected} at ascending ticks, got {frame.dtype} {frame.shape} at {tick}"
             )
         ticks.append(tick)
-        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-        picture.pts, picture.time_base = tick, time_base
-        waiting.extend(stream.encode(picture))
+        encoded = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+        encoded.pts, encoded.time_base = tick, time_base
+        waiting.extend(stream.encode(encoded))
         while waiting and waiting[0].pts != tick:
             yield _lasting(waiting.popleft(), ticks)
-    yield from (
-        _lasting(packet, ticks if end is None else [*ticks, end]) for packet in (*waiting, *stream.encode(None))
-    )
+    ends = ticks if end is None else [*ticks, end]
+    yield from (_lasting(packet, ends) for packet in (*waiting, *stream.encode(None)))
 
 
 def _lasting(packet: Packet, ticks: list[int]) -> Packet:
-    """The packet, with the time until the next of the ascending ticks."""
+    """Set a packet's duration: the time until the next of the ascending ticks."""
     assert packet.pts is not None, "the encoder got it"
     following = bisect_right(ticks, packet.pts)
     if following < len(ticks):

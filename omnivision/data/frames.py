@@ -1,4 +1,4 @@
-"""Images and folders of frames -> uint8 RGB frames, and what they share with video files.
+"""Images and folders of frames -> uint8 RGB frames, and helpers that video files share.
 
 Files named by others are opened here only: regular files and folders, never a pipe or device.
 """
@@ -24,40 +24,36 @@ from omnivision.utils.io import CorruptCheckpointError, is_dense_cpu, safe_load
 
 
 class VideoDecodeError(Exception):
-    """This file cannot give the frames asked for. The message is one line: the reason, without the path."""
+    """A file cannot give the frames asked for. The message is one line: the reason, without the path."""
 
 
-EIGHT_K = 7680 * 4320  # the largest frames that are shown to people
+EIGHT_K = 7680 * 4320  # pixels of the largest frames that tools show
 
 
 def check_pixels(width: int, height: int, max_pixels: int | None) -> None:
-    """Raises VideoDecodeError when a picture has more than `max_pixels`."""
+    """Raise VideoDecodeError for a frame of more than `max_pixels`."""
     if max_pixels is not None and width * height > max_pixels:
         raise VideoDecodeError(f"{width}x{height} is more than max_pixels = {max_pixels}")
 
 
 def open_regular_file(path: str, folder: int | None = None) -> tuple[int, bool]:
-    """Descriptor of a regular file or (not inside `folder`) a folder, and whether it is a folder. Raises VideoDecodeError.
+    """Open a regular file or (unless inside `folder`) a folder: its descriptor, and whether it is a folder.
 
-    Pipes, sockets and devices are refused before they are opened: opening one can block or act.
+    Raises VideoDecodeError. Pipes, sockets and devices are refused before they are opened, which could block or act.
     """
     descriptor = -1
     try:
-        _check_plain(os.stat(path, dir_fd=folder), folder is None)
+        _check_regular(os.stat(path, dir_fd=folder), folder is None)
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
-        return descriptor, _check_plain(os.fstat(descriptor), folder is None)  # the name may mean another file now
-    except (
-        OSError,
-        ValueError,
-        VideoDecodeError,
-    ) as error:  # ValueError: the name holds a null byte or half a surrogate pair
+        return descriptor, _check_regular(os.fstat(descriptor), folder is None)  # the name may mean another file now
+    except (OSError, ValueError, VideoDecodeError) as error:  # ValueError: a null byte or half a surrogate pair
         if descriptor >= 0:
             os.close(descriptor)
         raise VideoDecodeError(reason(error)) from error
 
 
-def _check_plain(status: os.stat_result, may_be_folder: bool) -> bool:
-    """True for a folder, False for a regular file that is not empty, else VideoDecodeError."""
+def _check_regular(status: os.stat_result, may_be_folder: bool) -> bool:
+    """Return True for a folder and False for a regular file that is not empty. Raises VideoDecodeError."""
     if may_be_folder and stat.S_ISDIR(status.st_mode):
         return True
     if not stat.S_ISREG(status.st_mode):
@@ -68,7 +64,7 @@ def _check_plain(status: os.stat_result, may_be_folder: bool) -> bool:
 
 
 def reason(error: BaseException) -> str:
-    """One line without the path."""
+    """Describe an error in one line, without the path."""
     text = "not an image" if isinstance(error, UnidentifiedImageError) else getattr(error, "strerror", None)
     return " ".join((text or str(error)).split()) or type(error).__name__
 
@@ -78,26 +74,26 @@ Seconds = float | Fraction
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What can be told of a film without decoding it. Width and height are those of the upright picture."""
+    """Facts about a video that need no decoding. Width and height are those of the upright frame."""
 
     frames: int  # as the container counts them
     width: int
     height: int
-    rotation: int  # how far the picture was turned clockwise to stand upright: 0, 90, 180 or 270
-    gop: int  # frames from one key frame to the next, the most there are
+    rotation: int  # degrees clockwise to upright: 0, 90, 180 or 270
+    gop: int  # most frames from one key frame to the next
     rate: float | None  # frames a second between most frames; None for a single one
-    mirrored: bool = False  # left and right were exchanged, after turning
+    mirrored: bool = False  # left and right are exchanged, after turning
 
 
 def ticks(start: Seconds, end: Seconds, rate: Fraction) -> tuple[int, int]:
-    """[low, high): the ticks of a clock at `rate` a second that lie in start <= t < end, exactly."""
+    """Return [low, high): the ticks of a clock at `rate` a second that lie in start <= t < end, exactly."""
     if not start < end:
-        raise ValueError(f"expected start < end, got {float(start)} and {float(end)}")
+        raise ValueError(f"start must be < end, got {float(start)} and {float(end)}")
     return ceil(Fraction(start) * rate), ceil(Fraction(end) * rate)
 
 
 def select_frames(times: Sequence[int], low: int, high: int, num: int) -> list[int]:
-    """`num` indices spread over the times in [low, high); if there are none, of the last before, else 0."""
+    """Return `num` indices spread over the times in [low, high); if there are none, the last before it, else the first."""
     if not times:
         raise VideoDecodeError("no frame could be decoded")
     inside = [i for i, t in enumerate(times) if low <= t < high]
@@ -107,48 +103,42 @@ def select_frames(times: Sequence[int], low: int, high: int, num: int) -> list[i
 
 
 def stack(frames: list[np.ndarray]) -> torch.Tensor:
-    """(H, W, 3) each -> (T, 3, H, W), channels-last in memory. VideoDecodeError when sizes differ."""
+    """Stack frames (H, W, 3) to (T, 3, H, W), channels-last in memory. VideoDecodeError when sizes differ."""
     check_sizes({(f.shape[1], f.shape[0]) for f in frames})
     return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
 
 
 def check_sizes(sizes: set[tuple[int, int]]) -> None:
-    """VideoDecodeError when there is more than one (width, height)."""
+    """Raise VideoDecodeError for more than one (width, height)."""
     if len(sizes) > 1:
         raise VideoDecodeError(f"frames of different sizes: {', '.join(sorted(f'{w}x{h}' for w, h in sizes))}")
 
 
 def subsample_indices(total: int, num: int) -> list[int]:
-    """`num` indices spread over range(total), first and last included: floor(i * (total - 1) / (num - 1)).
+    """Spread `num` indices over range(total), first and last included: floor(i * (total - 1) / (num - 1)).
 
-    They repeat when total < num. Integers throughout, so no index depends on rounding. num = 1 gives [0].
-    Raises ValueError when there is nothing to choose from or nothing is asked for.
+    They repeat when total < num; num = 1 gives [0]. Integers throughout, so no index depends on rounding.
     """
     if total < 1 or num < 1:
-        raise ValueError(f"expected at least 1 frame to choose from and 1 to choose, got {total} and {num}")
-    if num == 1:
-        return [0]
-    return [i * (total - 1) // (num - 1) for i in range(num)]
+        raise ValueError(f"numbers of frames must be >= 1, got {num} of {total}")
+    return [i * (total - 1) // max(num - 1, 1) for i in range(num)]
 
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".gif")
-_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF", "GIF")  # none that runs another program, as EPS does
-_ERRORS = (  # what PIL raises on damaged files
+_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF", "GIF")  # not EPS, which runs another program
+_ERRORS = (  # of PIL on damaged files
     *(OSError, ValueError, SyntaxError, EOFError, TypeError, LookupError, MemoryError, OverflowError),
     *(struct.error, zlib.error, Image.DecompressionBombError),
 )
 
 
 def read_image(path: str, max_pixels: int | None = None) -> torch.Tensor:
-    """An image file as a clip of one frame: uint8 (1, 3, H, W), the first picture of an animation.
-
-    Raises VideoDecodeError when there is no readable image at `path`, or when it has more than `max_pixels`.
-    """
+    """Read an image, or the first of an animation, as a clip of one frame: uint8 (1, 3, H, W). Raises VideoDecodeError."""
     return torch.from_numpy(read_rgb(path, max_pixels)).permute(2, 0, 1)[None]
 
 
 def read_depth(path: str, max_pixels: int | None = None) -> torch.Tensor:
-    """A depth map as float32 (1, 1, H, W), as stored: a 16-bit PNG, a 2-D array of numbers (.npy), or a tensor (.pt).
+    """Read a depth map as stored, float32 (1, 1, H, W): a 16-bit PNG, a 2-D array of numbers (.npy), or a tensor (.pt).
 
     Raises VideoDecodeError for anything else. Arrays are never unpickled, and tensors are loaded with weights only.
     """
@@ -180,12 +170,12 @@ def read_depth(path: str, max_pixels: int | None = None) -> torch.Tensor:
     check_pixels(depth.shape[1], depth.shape[0], max_pixels)
     depth = depth.float()
     if bool(depth.isnan().any()):
-        raise VideoDecodeError("a depth map with values that are no numbers")
+        raise VideoDecodeError("a depth map with NaN")
     return depth[None, None]
 
 
 def read_rgb(path: str, max_pixels: int | None, folder: int | None = None) -> np.ndarray:
-    """(H, W, 3) uint8, upright as its EXIF orientation says. `folder` is a descriptor that `path` starts at.
+    """Read an image, upright by its EXIF orientation: uint8 (H, W, 3). `folder` is a descriptor that `path` starts at.
 
     Raises VideoDecodeError.
     """
@@ -198,7 +188,7 @@ def read_rgb(path: str, max_pixels: int | None, folder: int | None = None) -> np
                 if deep:  # convert() would clip to 255 instead of scaling
                     return np.stack([(np.asarray(upright) >> 8).astype(np.uint8)] * 3, axis=2)
                 if upright.mode in ("I", "F"):
-                    raise VideoDecodeError("pixels of 32 bits, of which nobody says what is white")
+                    raise VideoDecodeError("pixels of 32 bits, whose range is unknown")
                 return np.array(upright.convert("RGB"))
     except _ERRORS as error:
         raise VideoDecodeError(reason(error)) from error
@@ -212,16 +202,16 @@ def _open_file(path: str, folder: int | None = None) -> IO[bytes]:
     return open(descriptor, "rb")
 
 
-# The number of a frame, or a time as one number: 12, 12.345, 12-30-01.250; but cam1.0001 has two.
+# A frame number, or a time as one number: 12, 12.345, 12-30-01.250; but cam1.0001 has two.
 _NUMBER = re.compile(r"((?<![A-Za-z])[0-9]+(?:\.[0-9]+|(?:[-:.][0-9]+){2,})|[0-9]+)")
 
 
 class SeveralSeriesError(VideoDecodeError):
-    """A folder holds more than one series of frames, and nobody has chosen one."""
+    """A folder holds more than one series of frames, and no pattern chooses one."""
 
 
 class FrameFolder:
-    """A folder of images: the k-th in natural order of names is on screen from k / fps seconds on.
+    """A folder of images: the k-th in natural order of names is on screen from k / fps seconds on. Methods as of VideoFile.
 
     `pattern` is one of its series, as `group_series` names them, or any shell pattern; without it there must be one series.
     """
@@ -232,7 +222,7 @@ class FrameFolder:
             names = os.listdir(descriptor)
         except OSError as error:
             raise VideoDecodeError(reason(error)) from error
-        images = [n for n in names if n.lower().endswith(IMAGE_SUFFIXES) and not n.startswith(".")]
+        images = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")]
         images.sort(key=natural)
         if not images:
             raise VideoDecodeError("the folder holds no images")
@@ -250,38 +240,32 @@ class FrameFolder:
 
     @property
     def duration(self) -> float:
-        """Seconds."""
         return float(len(self._names) / self._fps)
 
     @property
     def time_base(self) -> Fraction:
-        """Seconds of a frame."""
         return 1 / self._fps
 
     @property
     def mean_rate(self) -> float:
-        """As VideoFile.mean_rate."""
         return float(self._fps)
 
     def info(self) -> VideoInfo:
-        """As VideoFile.info; every frame is a key frame."""
         height, width, _ = self._frame(self._names[0]).shape
         return VideoInfo(len(self._names), width, height, rotation=0, gop=1, rate=float(self._fps))
 
     def times(self) -> list[int]:
-        """As VideoFile.times: opens every image."""
-        check_sizes({(picture.shape[1], picture.shape[0]) for _, picture in self.frames()})
+        check_sizes({(pixels.shape[1], pixels.shape[0]) for _, pixels in self.frames()})
         return list(range(len(self._names)))
 
     def frames(self) -> Iterator[tuple[int, np.ndarray]]:
-        """As VideoFile.frames."""
         return ((tick, self._frame(name)) for tick, name in enumerate(self._names))
 
     def read(self, start: Seconds, end: Seconds, num_frames: int) -> torch.Tensor:
-        """As VideoFile.read; only the wanted images are opened. They must all have one size, else VideoDecodeError."""
+        """Open the wanted images only. Raises VideoDecodeError when their sizes differ."""
         wanted = select_frames(range(len(self._names)), *ticks(start, end, self._fps), num_frames)
-        found = {i: self._frame(self._names[i]) for i in set(wanted)}
-        return stack([found[i] for i in wanted])
+        frames = {i: self._frame(self._names[i]) for i in set(wanted)}
+        return stack([frames[i] for i in wanted])
 
     def _frame(self, name: str) -> np.ndarray:
         try:
@@ -297,7 +281,7 @@ def group_series(names: Sequence[str]) -> dict[str, list[str]]:
     (cam1_0001.jpg, cam2_0001.jpg) share frame numbers and are two. Suffixes tell series apart only if a frame is there with
     two of them. Where no name has a number, all are one series.
     """
-    # Usually names differ in their last digits alone. That is quick to see, and this function runs for every clip.
+    # Usually names differ in their last digits alone: a quick check, since this function runs for every clip.
     split = (name.rpartition(".") for name in names)
     endings = {(text := stem.rstrip("0123456789"), suffix, text != stem) for stem, _, suffix in split}
     if len(endings) == 1:
@@ -337,28 +321,28 @@ def sort_times(names: list[str]) -> list[str]:
 
     Natural order takes .2 for less than .04. Frame numbers behind a dot (1.9, 1.10) are known by a zero at the end.
     """
-    if all(name.count(".") < 2 for name in names):  # quick to see, and this function runs for every clip
+    if all(name.count(".") < 2 for name in names):  # a quick check, since this function runs for every clip
         return names
     times = [re.fullmatch(r"(.*?)([0-9]+(?:\.([0-9]+))?)\.[A-Za-z]+", name) for name in names]
-    found = [(time[1], time[3] or "", float(time[2])) for time in times if time]
-    plain = all(len(fraction) < 2 or not fraction.endswith("0") for _, fraction, _ in found)
-    lengths = {len(fraction) for _, fraction, _ in found}
-    if len(found) < len(names) or len({text for text, _, _ in found}) > 1 or len(lengths) < 2 or not plain:
+    parsed = [(time[1], time[3] or "", float(time[2])) for time in times if time]
+    plain = all(len(fraction) < 2 or not fraction.endswith("0") for _, fraction, _ in parsed)
+    lengths = {len(fraction) for _, fraction, _ in parsed}
+    if len(parsed) < len(names) or len({text for text, _, _ in parsed}) > 1 or len(lengths) < 2 or not plain:
         return names
-    return [names[i] for i in sorted(range(len(names)), key=lambda i: found[i][2])]
+    return [names[i] for i in sorted(range(len(names)), key=lambda i: parsed[i][2])]
 
 
 def _overlap(names: list[list[str]], frame: int) -> bool:
-    """Whether frame numbers of names that differ in other numbers overlap, as those of cameras do. names: numbers of each."""
+    """Whether frame numbers of names that differ in other numbers overlap, as those of cameras do."""
     ranges: dict[tuple[str, ...], list[tuple[list[str | int], str]]] = {}
     for numbers in names:
         ranges.setdefault((*numbers[:frame], *numbers[frame + 1 :]), []).append(natural(numbers[frame]))
-    spans = sorted((min(found), max(found)) for found in ranges.values())
+    spans = sorted((min(numbers), max(numbers)) for numbers in ranges.values())
     return any(last > first for (_, last), (first, _) in pairwise(spans))
 
 
 def natural(name: str) -> tuple[list[str | int], str]:
-    """Sort key in which 2.jpg comes before 10.jpg. Parts alternate: text is compared with text, number with number."""
+    """Return a sort key in which 2.jpg comes before 10.jpg."""
     return [
         int(part) if part.isascii() and part.isdecimal() else part.lower() for part in re.split("([0-9]+)", name)
     ], name

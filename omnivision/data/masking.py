@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from omnivision.utils.errors import UserError
+from omnivision.utils.errors import check_range
 
 Grid = tuple[int, int, int]
 
@@ -20,12 +20,11 @@ class _RatioMask:
     ratio: float
 
     def __post_init__(self) -> None:
-        if not 0 <= self.ratio <= 1:
-            raise UserError(f"mask ratio is {self.ratio}; expected a share between 0 and 1. Change mask_ratio.")
+        check_range("mask_ratio", self.ratio, 0, 1)
 
 
 class RandomMask(_RatioMask):
-    """Any tokens of the clip (the recipe's mask)."""
+    """Random tokens of the clip (the recipe's mask)."""
 
     def __call__(self, grid: Grid, rng: np.random.Generator) -> np.ndarray:
         return _random_mask(grid, int(self.ratio * grid[0] * grid[1] * grid[2]), rng)
@@ -49,7 +48,7 @@ class FrameMask(_RatioMask):
 
 
 class CausalMask(_RatioMask):
-    """The last tokens in raster order: the clip is seen up to a moment and completed from there."""
+    """The last tokens in raster order: the model sees a clip up to a moment and completes it."""
 
     def __call__(self, grid: Grid, rng: np.random.Generator) -> np.ndarray:
         total = grid[0] * grid[1] * grid[2]
@@ -80,7 +79,7 @@ Mask = RandomMask | TubeMask | FrameMask | CausalMask | BlockMask
 
 
 def _random_mask(shape: Grid, count: int, rng: np.random.Generator) -> np.ndarray:
-    """A mask of `shape` with exactly `count` random entries set."""
+    """Return a mask of `shape` with exactly `count` random entries set."""
     mask = np.zeros(shape, dtype=bool)
     mask.reshape(-1)[rng.permutation(mask.size)[:count]] = True
     return mask

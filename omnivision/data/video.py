@@ -9,7 +9,7 @@ The frames are byte for byte those of a decoder that decodes the whole file. How
 2. choose the wanted time stamps from those of the packets,
 3. decode only runs of packets that lead from a key frame to a wanted frame, and inside a run let the decoder drop
    every frame that no other refers to, unless it is wanted,
-4. if time stamps and decoded frames do not agree, forget all that and decode honestly from the start of the file.
+4. if time stamps and decoded frames do not agree, decode sequentially from the start of the file instead.
 """
 
 import os
@@ -47,28 +47,28 @@ from omnivision.data.frames import (
 
 __all__ = ["FrameFolder", "VideoDecodeError", "VideoFile", "VideoInfo", "open_video"]
 
-# Containers that hold their pictures themselves. Playlists, concat scripts, image patterns, devices and network
-# descriptions are missing on purpose: a file in such a format can name other files.
+# Containers that hold their frames themselves. Playlists, concat scripts, image patterns, devices and network descriptions
+# are missing on purpose: a file in such a format can name other files.
 _FORMATS = (
     "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,nut,ivf,mxf,rm,dv,wtv,h264,hevc,obu,m4v,mjpeg,yuv4mpegpipe"
 )
-# Those whose packets carry time stamps. In others (MPEG program streams) they are guessed, wrongly after a seek.
+# Packets carry time stamps. In others (MPEG program streams) FFmpeg guesses them, wrongly after a seek.
 _TIMED_FORMATS = frozenset("mov matroska avi mpegts flv gif nut ivf".split())
-# Those whose header gives a duration, of the whole file, and in which the end can be found from there.
+# The header gives the duration of the whole file, and a seek there finds the end.
 _SEEKABLE_FORMATS = frozenset("matroska flv asf".split())
 _INDEXED_FORMATS = frozenset({"mov", "avi"})  # every packet, by decoding time
 # Codecs in which each packet is one frame, less the exceptions in `_shows_a_frame` and `_packet_times_reliable`.
 _FRAME_PER_PACKET = frozenset(
     "h264 hevc vp8 vp9 av1 libdav1d mpeg4 mpeg2video mpeg1video mjpeg prores ffv1 gif dnxhd rawvideo png".split()
 )
-# Codecs whose decoder, told to, drops exactly the frames that no other frame refers to.
+# Codecs whose decoder can drop exactly the frames that no other frame refers to.
 _CAN_DROP_UNREFERENCED = frozenset("h264 hevc mpeg4 mpeg2video mpeg1video".split())
 
 # IndexError: PyAV's answer to a damaged transport stream that announces another stream midway.
 _FILE_ERRORS = (av.error.FFmpegError, OSError, MemoryError, IndexError)
 _FOR_EVER = 2**60  # later than any time stamp
 _DEGREE = tan(pi / 180)
-# Clockwise, by what makes a frame upright (see _orientation) where that does not mirror it.
+# Degrees clockwise by `_orientation`, without mirroring.
 _ROTATIONS = {(False, False, False): 0, (True, True, False): 90, (False, True, True): 180, (True, False, True): 270}
 
 
@@ -76,13 +76,13 @@ _ROTATIONS = {(False, False, False): 0, (True, True, False): 90, (False, True, T
 def open_video(
     path: str, *, fps: float = 25.0, max_pixels: int | None = None, frame_pattern: str | None = None
 ) -> "Iterator[VideoFile | FrameFolder]":
-    """Open a video file, or a folder whose images (those of `frame_pattern`) are its frames at `fps` frames a second.
+    """Open a video file, or a folder whose images (those of `frame_pattern`) are its frames at `fps` a second.
 
-    `max_pixels` bounds width x height, by the header and again while decoding.
-    Raises VideoDecodeError when there is no readable video at `path`; ValueError when `fps` is not a positive number.
+    `max_pixels` bounds width x height, by the header and again while decoding. Raises VideoDecodeError when there is no
+    readable video at `path`; ValueError for an `fps` that is not positive and finite.
     """
     if not 0 < fps < float("inf"):
-        raise ValueError(f"fps: expected a positive number, got {fps}")
+        raise ValueError(f"fps must be positive and finite, got {fps}")
     descriptor, is_folder = open_regular_file(path)
     try:
         if is_folder:
@@ -98,13 +98,12 @@ class VideoFile:
     """A file that FFmpeg can read. Times are seconds after the stream's first presentation time."""
 
     def __init__(self, descriptor: int, max_pixels: int | None):
-        self._descriptor = descriptor
-        self._max_pixels = max_pixels
+        self._descriptor, self._max_pixels = descriptor, max_pixels
         self._container: InputContainer | None = None
         self._measured: int | None = None  # see _measure
         self._reformatter = VideoReformatter()  # reused: setting one up costs half a conversion
         try:
-            # ISO files (mp4, mov) tell all in their header: no need to decode frames first, which takes up to 20 ms.
+            # The header of ISO files (mp4, mov) is enough: decoding some frames first takes up to 20 ms.
             self._open(probe=os.pread(descriptor, 8, 0)[4:] != b"ftyp")
             if self._stream.start_time is None or not self._context.width:
                 self._open(probe=True)
@@ -114,7 +113,7 @@ class VideoFile:
 
     @property
     def duration(self) -> float:
-        """Seconds of the pictures, whatever else the file holds: from its header or, where that is of the file, from packets.
+        """Seconds of the video stream, by its header or, where that gives the duration of the file, by packets.
 
         Raises VideoDecodeError.
         """
@@ -128,7 +127,7 @@ class VideoFile:
         return float(self._measured * self._time_base)
 
     def _measure(self) -> int:
-        """Return when the last picture ends (ticks), from the packets at the end of the file or, if there is none, from all.
+        """Return when the last frame ends (ticks), by the packets at the end of the file or, if there are none, by all.
 
         Raises VideoDecodeError for a file that ends before its header says so.
         """
@@ -149,14 +148,17 @@ class VideoFile:
         if not shown:
             raise VideoDecodeError("its frames have no time stamps")
         ends = [(_pts(p) + (p.duration or 0)) * p.time_base / self._time_base for p in packets if p.time_base]
-        if self._format in _SEEKABLE_FORMATS and max(ends) < min(self._origin, 0) + header - self._grace:
-            raise VideoDecodeError("truncated: it ends before the duration in its header")
+        if self._format in _SEEKABLE_FORMATS:
+            self._require_end(max(ends), min(self._origin, 0) + header)
         last = max(pts + length for pts, length in shown)
-        if (
-            shown[-1][1] == 0 and len(shown) > 1
-        ):  # packets do not say how long they are shown: as long as the one before
+        if shown[-1][1] == 0 and len(shown) > 1:  # of unknown length: as long as the frame before
             last += shown[-1][0] - shown[-2][0]
         return last - self._origin
+
+    def _require_end(self, end: int | Fraction, promised: int | Fraction) -> None:
+        """Raise VideoDecodeError for a file that ends half a second (headers are rounded) before its header says so."""
+        if end < promised - Fraction(1, 2) / self._time_base:
+            raise VideoDecodeError("truncated: it ends before the duration in its header")
 
     def _discard_others(self, how: Discard) -> None:
         for other in self._input().streams:
@@ -164,21 +166,21 @@ class VideoFile:
                 other.discard = how
 
     def read(self, start: Seconds, end: Seconds, num_frames: int) -> torch.Tensor:
-        """`num_frames` frames spread over those with start <= t < end: (T, 3, H, W) uint8, channels-last in memory.
+        """Decode `num_frames` frames spread over those with start <= t < end: (T, 3, H, W) uint8, channels-last in memory.
 
         A window without a frame gives the one on screen at `start`. Rotation is applied, pixel aspect is not.
         Raises VideoDecodeError when the file cannot give them, ValueError for an impossible request.
         """
         low, high = (self._origin + tick for tick in ticks(start, end, 1 / self._time_base))
-        self._require_whole()
+        _ = self.duration  # refuses a truncated file that `_check_whole` cannot tell
         with _as_decode_error():
             packets = self._packets_from_key_frame(low, high)
             if self._packet_times_reliable(packets):
                 times = sorted(_pts(p) for p in packets if self._shows_a_frame(p))
                 wanted = [times[i] for i in select_frames(times, low, high, num_frames)]
-                found = self._decode(packets, set(wanted))
-                if found.keys() == set(wanted):
-                    return stack([found[t] for t in wanted])
+                decoded = self._decode(packets, set(wanted))
+                if decoded.keys() == set(wanted):
+                    return stack([decoded[t] for t in wanted])
             return self._decode_sequentially(low, high, num_frames)
 
     @property
@@ -188,7 +190,7 @@ class VideoFile:
 
     @property
     def mean_rate(self) -> float | None:
-        """Frames a second, by the header; None where it does not say."""
+        """Frames a second, by the header; None if unknown."""
         return float(self._stream.average_rate or 0) or None
 
     def info(self) -> VideoInfo:
@@ -201,8 +203,8 @@ class VideoFile:
             raise VideoDecodeError("no frame could be decoded")
         starts = [0, *(i for i, (is_key, _) in enumerate(packets) if is_key), len(packets)]
         times = sorted(pts for _, pts in packets if pts is not None)
-        ticks = median(b - a for a, b in pairwise(times)) if len(times) > 1 else 0
-        rate = float(1 / (Fraction(ticks) * self._time_base)) if ticks > 0 else None
+        step = median(b - a for a, b in pairwise(times)) if len(times) > 1 else 0
+        rate = float(1 / (Fraction(step) * self._time_base)) if step > 0 else None
         gop = max(b - a for a, b in pairwise(starts))
         transposed, left_right, up_down = _orientation(frame)
         mirrored = (transposed + left_right + up_down) % 2 == 1
@@ -211,18 +213,18 @@ class VideoFile:
         return VideoInfo(len(packets), width, height, rotation, gop, rate, mirrored)
 
     def times(self) -> list[int]:
-        """When each frame is on screen, in ticks, by decoding the whole film. VideoDecodeError if not all of it can be read."""
-        found, sizes = [], set()
+        """Return when each frame is on screen (ticks) by decoding the whole video. Raises VideoDecodeError."""
+        times, sizes = [], set()
         with _as_decode_error():
             for frame, damaged in self._all_frames(_FOR_EVER):
                 self._check_frame(frame, damaged)
-                found.append((frame.pts or 0) - self._origin)
+                times.append((frame.pts or 0) - self._origin)
                 sizes.add((frame.width, frame.height))
         check_sizes(sizes)
-        return found
+        return times
 
     def frames(self) -> Iterator[tuple[int, np.ndarray]]:
-        """The whole film: for each frame its ticks and its picture, upright, (H, W, 3) uint8. Raises VideoDecodeError."""
+        """Yield the ticks and pixels, uint8 (H, W, 3), of each frame of the video. Raises VideoDecodeError."""
         with _as_decode_error():
             for frame, damaged in self._all_frames(_FOR_EVER):
                 yield (frame.pts or 0) - self._origin, self._to_rgb(frame, damaged)
@@ -238,10 +240,10 @@ class VideoFile:
         return self._container
 
     def _open(self, probe: bool) -> None:
-        """(Re)open at the first byte. `probe` lets FFmpeg decode some frames to learn about the stream."""
+        """Open (again) at the first byte. `probe` lets FFmpeg decode some frames to learn about the stream."""
         self.close()
         os.lseek(self._descriptor, 0, os.SEEK_SET)
-        # By descriptor: what is read is the file that was checked, whatever its name means to FFmpeg.
+        # By descriptor: this is the file that was checked, whatever its name means to FFmpeg.
         options = {"fd": str(self._descriptor), "protocol_whitelist": "fd", "format_whitelist": _FORMATS}
         if not probe:
             options |= {"skip_frame": "all", "probesize": "32"}
@@ -263,13 +265,12 @@ class VideoFile:
         self._stream, self._context, self._time_base = stream, context, stream.time_base
         self._discard_others(Discard.all)
         self._origin = stream.start_time or 0
-        self._format, self._codec = container.format.name.split(",")[0], context.name
-        self._grace = Fraction(1, 2) / self._time_base  # half a second, because headers are rounded
+        self._format = container.format.name.split(",")[0]
         self._promised = self._header_duration()
-        self._may_drop = self._codec in _CAN_DROP_UNREFERENCED and _single_layer(self._codec, context.extradata)
+        self._may_drop = context.name in _CAN_DROP_UNREFERENCED and _single_layer(context.name, context.extradata)
 
     def _header_duration(self) -> int | Fraction | None:
-        """Return the duration of the pictures in the header (ticks); None where it gives that of the whole file."""
+        """Return the duration of the video stream in the header (ticks); None where it gives that of the whole file."""
         if (own := self._stream.duration or 0) > 0 and self._format != "asf":
             return own
         alone = all(
@@ -284,7 +285,7 @@ class VideoFile:
         return (packet for packet in self._input().demux(self._stream) if packet.size)
 
     def _packets_from_key_frame(self, low: int, high: int) -> list[Packet]:
-        """Packets in decoding order: from a key frame shown at or before `low` to the last one shown before `high`.
+        """Demux packets in decoding order: from a key frame shown at or before `low` to the last one shown before `high`.
 
         Many containers seek by decoding time and may land on a key frame that is shown later: then from further back.
         """
@@ -315,7 +316,7 @@ class VideoFile:
         )
 
     def _demux_until(self, high: int) -> list[Packet]:
-        """Packets until one is decoded at or after `high`. Raises VideoDecodeError, see _check_whole."""
+        """Demux packets until one is decoded at or after `high`. Raises VideoDecodeError, see _check_whole."""
         packets: list[Packet] = []
         for packet in self._demux():
             if packet.dts is not None and packet.dts >= high:
@@ -325,38 +326,34 @@ class VideoFile:
         return packets
 
     def _check_whole(self, extents: list[tuple[int | None, int | None]], high: int) -> None:
-        """VideoDecodeError if the file, which was read to its end, ends before its header says so (or before `high`)."""
+        """Raise VideoDecodeError if the file, read to its end, ends before its header says so (or before `high`)."""
         index, last = self._stream.index_entries, max((dts for dts, _ in extents if dts is not None), default=None)
         if self._format in _INDEXED_FORMATS and len(index) > 0 and (last is None or index[-1].timestamp > last):
             raise VideoDecodeError("truncated: its index lists frames after the last one")
         ends = [end for _, end in extents if end is not None]
         if self._format != "mov" and self._promised and ends:  # in mov, edit lists may promise less or more
-            if max(ends) < min(min(self._origin, 0) + self._promised, high) - self._grace:
-                raise VideoDecodeError("truncated: it ends before the duration in its header")
-
-    def _require_whole(self) -> None:
-        """VideoDecodeError for a truncated file whose header cannot tell when it is read to its end (see _check_whole)."""
-        _ = self.duration
+            self._require_end(max(ends), min(min(self._origin, 0) + self._promised, high))
 
     def _shows_a_frame(self, packet: Packet) -> bool:
         """False for packets cut away by an edit list, and for VP8's hidden reference frames (bit 4 of the header)."""
-        return not packet.is_discard and (self._codec != "vp8" or bool(bytes(packet)[0] & 0x10))
+        return not packet.is_discard and (self._context.name != "vp8" or bool(bytes(packet)[0] & 0x10))
 
     def _packet_times_reliable(self, packets: list[Packet]) -> bool:
-        """Whether the packets' time stamps can be taken for those of the frames."""
-        if not packets or self._format not in _TIMED_FORMATS or self._codec not in _FRAME_PER_PACKET:
+        """Whether the packets' time stamps are those of the frames."""
+        codec = self._context.name
+        if not packets or self._format not in _TIMED_FORMATS or codec not in _FRAME_PER_PACKET:
             return False
-        if self._format == "avi" and self._codec in ("h264", "hevc") and self._context.has_b_frames:
+        if self._format == "avi" and codec in ("h264", "hevc") and self._context.has_b_frames:
             return False  # AVI has no presentation times; FFmpeg makes them up, in decoding order
-        if self._codec == "mpeg4" and any(p.size < 10 for p in packets):
-            return False  # "not coded" pictures, and the place holders of packed B-frames
+        if codec == "mpeg4" and any(p.size < 10 for p in packets):
+            return False  # frames that are not coded, and the place holders of packed B-frames
         times = [p.pts for p in packets]
         ordered = all(p.pts is None or p.dts is None or p.dts <= p.pts for p in packets)
         return ordered and None not in times and len(set(times)) == len(times)
 
     def _decode(self, packets: list[Packet], wanted: set[int]) -> dict[int, np.ndarray]:
-        """Time stamp -> RGB for the wanted ones, or for fewer if the decoder does not agree with the packets."""
-        found: dict[int, np.ndarray] = {}
+        """Return time stamp -> RGB of the wanted frames, or of fewer if decoder and packets do not agree."""
+        decoded: dict[int, np.ndarray] = {}
         for run in _runs(packets, wanted):
             self._context.flush_buffers()
             damaged, entry = False, run[0]
@@ -368,19 +365,19 @@ class VideoFile:
                         return {}  # a key frame to the container only
                     damaged = frame.is_corrupt or (damaged and not frame.key_frame)  # it spreads to the next key frame
                     if frame.pts in wanted:
-                        found[frame.pts] = self._to_rgb(frame, damaged)
-        return found
+                        decoded[frame.pts] = self._to_rgb(frame, damaged)
+        return decoded
 
     def _decode_sequentially(self, low: int, high: int, num_frames: int) -> torch.Tensor:
-        """As `read`, by the time stamps of decoded frames. Decodes twice, to hold no more than the wanted frames."""
+        """Read by the time stamps of decoded frames. Decodes twice, to hold no more than the wanted frames."""
         times = [frame.pts or 0 for frame, _ in self._all_frames(high)]
         wanted = select_frames(times, low, high, num_frames)
-        found = {i: self._to_rgb(*pair) for i, pair in enumerate(self._all_frames(high)) if i in set(wanted)}
-        return stack([found[i] for i in wanted])
+        decoded = {i: self._to_rgb(*pair) for i, pair in enumerate(self._all_frames(high)) if i in set(wanted)}
+        return stack([decoded[i] for i in wanted])
 
     def _all_frames(self, high: int) -> Iterator[tuple[VideoFrame, bool]]:
-        """The film from its first frame to beyond `high`; with each frame whether it is damaged."""
-        self._require_whole()
+        """Decode from the first frame to beyond `high`; with each frame whether it is damaged."""
+        _ = self.duration  # as in `read`
         self._open(probe=True)
         stop = high + ceil(1 / self._time_base)  # a second later: time stamps that cannot be trusted may not ascend
         damaged, is_first = False, True
@@ -398,7 +395,7 @@ class VideoFile:
         self._check_whole(extents, high)
 
     def _to_rgb(self, frame: VideoFrame, damaged: bool) -> np.ndarray:
-        """(H, W, 3) uint8, upright: a view of FFmpeg's memory, which it keeps alive."""
+        """Return (H, W, 3) uint8, upright: a view of FFmpeg's memory, which it keeps alive."""
         self._check_frame(frame, damaged)
         rgb = self._reformatter.reformat(frame, format="rgb24", threads=1)
         plane, shape = rgb.planes[0], (rgb.height, rgb.width, 3)
@@ -414,7 +411,7 @@ class VideoFile:
 
 
 def _orientation(frame: VideoFrame) -> tuple[bool, bool, bool]:
-    """Return what makes a frame upright, as FFmpeg's own tool does: transpose, then exchange left and right, up and down.
+    """Return what makes a frame upright, as in the ffmpeg command: transpose, then flip left and right, up and down.
 
     Raises VideoDecodeError for a display matrix that shears, or turns by other than a multiple of 90 degrees (to a degree).
     """
@@ -431,15 +428,15 @@ def _orientation(frame: VideoFrame) -> tuple[bool, bool, bool]:
 
 
 def _runs(packets: list[Packet], wanted: set[int]) -> list[list[Packet]]:
-    """The stretches of packets to decode for the wanted frames, each from a key frame (or the first packet) on.
+    """Return the runs of packets to decode for the wanted frames, each from a key frame (or the first packet) on.
 
-    A stretch ends with its last wanted packet. Frames decoded after a key frame but shown before it may refer to what
-    came earlier: if one of them is wanted, the stretch is joined to the previous one.
+    A run ends with its last wanted packet. Frames decoded after a key frame but shown before it may refer to what came
+    earlier: if one of them is wanted, the run is joined to the previous one.
     """
-    cuts = [0, *(i for i in range(1, len(packets)) if packets[i].is_keyframe), len(packets)]
+    bounds = [0, *(i for i in range(1, len(packets)) if packets[i].is_keyframe), len(packets)]
     runs: list[list[Packet]] = []
     joined: list[Packet] = []
-    for begin, end in zip(cuts[-2::-1], cuts[:0:-1], strict=True):
+    for begin, end in zip(bounds[-2::-1], bounds[:0:-1], strict=True):
         run = packets[begin:end] + joined
         while run and run[-1].pts not in wanted:
             run.pop()
@@ -451,7 +448,7 @@ def _runs(packets: list[Packet], wanted: set[int]) -> list[list[Packet]]:
 
 
 def _extent(packet: Packet) -> tuple[int | None, int | None]:
-    """When a packet is decoded, and when it has been shown."""
+    """Return when a packet is decoded, and when its frame leaves the screen."""
     return packet.dts, None if packet.pts is None else packet.pts + (packet.duration or 0)
 
 
@@ -461,7 +458,7 @@ def _pts(packet: Packet) -> int:
 
 
 def _single_layer(codec: str, extradata: bytes | None) -> bool:
-    """False for HEVC of several temporal layers: there, other layers may refer to an "unreferenced" frame."""
+    """False for HEVC with several temporal layers, where another layer may refer to an "unreferenced" frame."""
     known = extradata is not None and len(extradata) > 21 and extradata[0] == 1
     return codec != "hevc" or (known and extradata is not None and (extradata[21] >> 3) & 7 == 1)
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from omnivision.data.augment import RandAugment, RandomErasing
-from omnivision.utils.errors import UserError
+from omnivision.utils.errors import UserError, check_range
 
-LARGEST_SIDE = 4096  # pixels of a view or of the short side that it is cut from
+MAX_SIDE = 4096  # pixels of a view or of the short side that it is cut from
 
 Box = tuple[int, int, int, int]  # top, left, height, width
 
@@ -33,24 +33,14 @@ class PretrainView:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
 
     def __post_init__(self) -> None:
-        for name, side in (("size", self.size), ("short_side", self.short_side)):
-            if not 0 < side <= LARGEST_SIDE:
-                raise UserError(
-                    f"{name} of a view is {side}; expected 1 to {LARGEST_SIDE} pixels. Change image_size or short_side, or "
-                    f"trainer.data.view.{name}."
-                )
-        if not (
-            all(_is_range(values) for values in (self.scale, self.ratio))
-            and 0 < self.scale[0] <= self.scale[1] <= 1
-            and 1 / 16 <= self.ratio[0] <= self.ratio[1] <= 16
-        ):
-            raise UserError(
-                f"crop scale is {self.scale} and ratio {self.ratio}; expected two numbers low <= high each, scales above 0 up "
-                "to 1, ratios from 1/16 to 16. Change trainer.data.view.scale or trainer.data.view.ratio."
-            )
+        setting = "trainer.data.view"
+        check_range(f"{setting}.size (image_size)", self.size, 1, MAX_SIDE)
+        check_range(f"{setting}.short_side", self.short_side, 1, MAX_SIDE)
+        check_range(f"{setting}.scale", self.scale, 1e-6, 1, pair=True)
+        check_range(f"{setting}.ratio", self.ratio, 1 / 16, 16, pair=True)
 
     def prepare(self, frames: Tensor) -> Tensor:
-        """What all views of a clip share, done once."""
+        """Resize what all views of a clip share, once."""
         return resize_short_side(frames, self.short_side)
 
     # (T, C, H, W) -> (T, C, size, size); `number` tells several views of a clip apart where they are not random
@@ -58,7 +48,7 @@ class PretrainView:
         return self.crop(frames, rng, number)
 
     def crop(self, frames: Tensor, rng: np.random.Generator, number: int = 0) -> Tensor:
-        """The place of the view alone: what goes with the frames (depth) is cut with a generator of the same key."""
+        """Only crop: depth is cut as the frames are by a generator of the same key."""
         top, left, height, width = random_crop_box(frames.shape[-2], frames.shape[-1], self.scale, self.ratio, rng)
         return resize(frames[..., top : top + height, left : left + width], self.size, self.size)
 
@@ -73,8 +63,7 @@ class FinetuneView(PretrainView):
     def __call__(self, frames: Tensor, rng: np.random.Generator, number: int = 0) -> Tensor:
         frames = self.crop(frames, rng, number)
         for change in (self.rand_augment, self.erasing):
-            if change is not None:
-                frames = change(frames, rng)
+            frames = frames if change is None else change(frames, rng)
         return frames
 
 
@@ -87,7 +76,7 @@ class EvalView:
 
     def __post_init__(self) -> None:
         if self.crops not in (1, 3):
-            raise UserError(f"crops is {self.crops}; expected 1 (centre) or 3. Change trainer.data.val_view.crops.")
+            raise UserError(f"trainer.data.val_view.crops must be 1 (centre) or 3, got {self.crops}.")
 
     def prepare(self, frames: Tensor) -> Tensor:
         return resize_short_side(frames, self.size)
@@ -104,7 +93,7 @@ View = PretrainView | FinetuneView | EvalView
 
 
 def crop_offsets(height: int, width: int, size: int, crops: int) -> list[tuple[int, int]]:
-    """(top, left) of 1 (centre) or 3 crops (left, centre, right; of a tall picture top, middle, bottom) of size x size."""
+    """Return (top, left) of 1 (centre) or 3 crops of size x size (left, centre, right; of a tall frame top, middle, bottom)."""
     top, left = math.ceil((height - size) / 2), math.ceil((width - size) / 2)
     if crops == 1:
         return [(top, left)]
@@ -113,20 +102,15 @@ def crop_offsets(height: int, width: int, size: int, crops: int) -> list[tuple[i
     return [(top, 0), (top, left), (top, width - size)]
 
 
-def _is_range(values: object) -> bool:
-    numbers = values if isinstance(values, (list, tuple)) else ()
-    return len(numbers) == 2 and all(isinstance(v, (int, float)) and math.isfinite(v) for v in numbers)
-
-
 def resize(frames: Tensor, height: int, width: int) -> Tensor:
-    """Bilinear, half-pixel centres, no antialias, as the published transforms resized; unchanged sizes cost nothing."""
+    """Resize bilinearly, half-pixel centres, no antialias, as the published transforms; an unchanged size costs nothing."""
     if frames.shape[-2:] == (height, width):
         return frames
     return F.interpolate(frames, (height, width), mode="bilinear", align_corners=False)
 
 
 def resize_short_side(frames: Tensor, side: int) -> Tensor:
-    """The short side becomes `side`, the long one floor(float(long) / short * side), in this order of operations."""
+    """Resize the short side to `side`, the long one to floor(float(long) / short * side), in this order of operations."""
     height, width = frames.shape[-2:]
     if height < width:
         return resize(frames, side, math.floor(float(width) / height * side))
@@ -136,9 +120,9 @@ def resize_short_side(frames: Tensor, side: int) -> Tensor:
 def random_crop_box(
     height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
 ) -> Box:
-    """A box of random area and aspect inside height x width; after ten misses the largest allowed one in the centre.
+    """Draw a box of random area and aspect inside height x width; after ten misses the largest allowed one in the centre.
 
-    The rule of torchvision's RandomResizedCrop (Szegedy et al. 2015), with random numbers of our own.
+    The rule of torchvision's RandomResizedCrop (Szegedy et al. 2015), with keyed random numbers.
     """
     for _ in range(10):
         area = height * width * rng.uniform(*scale)
