@@ -133,7 +133,7 @@ class OnDisk(unittest.TestCase):
                 for worker in multiprocessing.active_children()[:1]:  # none is left once its death was noticed
                     worker.kill()
 
-        with self.assertRaisesRegex(RuntimeError, "--workers"):
+        with self.assertRaises(RuntimeError):
             write_small(self.other, workers=2, track=kill_workers)
         self.assertFalse(json.loads((self.other / "demo-data.json").read_text())["complete"])
 

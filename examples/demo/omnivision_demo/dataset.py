@@ -11,18 +11,15 @@ The same settings give the same bytes, whatever the number of processes, so an i
 import csv
 import io
 import json
-import multiprocessing
 import os
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from omnivision.data.encode import write_video
+from omnivision.tools.workers import WorkerCrashedError, run_in_processes
 from omnivision.utils.errors import UserError
 from omnivision.utils.io import replace_atomically, write_atomically
 from omnivision_demo.render import render
@@ -118,37 +115,18 @@ def _write_stamp(folder: Path, settings: dict[str, object], complete: bool) -> N
 
 def _write_videos(folder: Path, specs: list[VideoSpec], workers: int) -> Iterator[None]:
     """Render and write all videos, in this process or in others; yields once a video."""
-    folders = [str(folder)] * len(specs)
-    if workers == 1:
-        yield from map(_render_video, folders, specs)
-        return
-    # Spawned, not forked: the caller may hold threads or a GPU.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_exit_with_parent) as pool:
-        try:
-            yield from pool.map(_render_video, folders, specs, chunksize=4)
-        except BrokenProcessPool as error:
+    jobs = [(str(folder), spec) for spec in specs]
+    for _, result in run_in_processes(_write_video, jobs, workers if workers > 1 else 0):
+        if isinstance(result, WorkerCrashedError):
             raise RuntimeError(
-                "A process that renders demo videos died (killed, or out of memory?). Run the same command again, "
-                "perhaps with fewer --workers: it continues where it stopped."
-            ) from error
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+                f"A video was not rendered: {result}. Run the same command again, perhaps with fewer --workers: it continues "
+                "where it stopped."
+            )
+        yield
 
 
-def _exit_with_parent() -> None:
-    """Exit a worker with the process that started it; workers of the pool would wait forever."""
-
-    def watch() -> None:
-        if (parent := multiprocessing.parent_process()) is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _render_video(folder: str, spec: VideoSpec) -> None:
+def _write_video(job: tuple[str, VideoSpec]) -> None:
+    folder, spec = job
     write_video(Path(folder) / spec.domain / spec.path, render(spec), fps=spec.fps, gop=spec.gop, crf=spec.crf)
 
 
