@@ -628,7 +628,7 @@ class BadFiles(Case):
             ("{", "must hold a JSON object"),
             ("[" * 100_000, "must hold a JSON object"),
             ("[1]", "must hold a JSON object, got a list"),
-            ("\udcff", "cannot be read"),
+            ("\udcff", "must hold a JSON object"),
             ({"model_type": "bert"}, "model_type .*'bert'"),
             ({"hidden_act": "relu"}, "hidden_act .*'relu'"),
             ({"num_channels": 1}, "num_channels .*'1'"),

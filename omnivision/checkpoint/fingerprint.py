@@ -36,13 +36,8 @@ RUNTIME_ONLY_SETTINGS = tuple(
 )
 SETTINGS_OF_ONE_START = ("trainer.mode", "trainer.checkpoint.allow_changes")
 # Settings that older runs lack, with the values that those runs had.
-ADDED = {
-    "crop_scale": [0.08, 1.0],
-    "rand_augment_prob": 0.5,
-    "erasing_prob": 0.25,
-    "mixing_prob": 1.0,
-    "trainer.data.view.scale": [0.08, 1.0],
-}
+ADDED = {"crop_scale": [0.08, 1.0], "rand_augment_prob": 0.5, "erasing_prob": 0.25, "mixing_prob": 1.0}
+ADDED["trainer.data.view.scale"] = ADDED["crop_scale"]
 # Classes that were renamed since runs were made with them.
 RENAMED_TARGETS = {"omnivision.data.mixing.Mixing": "omnivision.data.mixing.MixupCutmix"}
 REFERENCE = re.compile(r"\$\{([\w.]+)\}")
@@ -66,9 +61,13 @@ def fingerprint(
         values: the settings that it gave, flat.
         inference: how to prepare videos for the model (`omnivision.load`).
     """
+    settings = flat_text(config_text)
+    for name, raw in settings.items():
+        if "oc.env" in str(raw):  # with a digest of its value, which may be a secret
+            settings[name] = f"{raw} (SHA-256 {hashlib.sha256(repr(values.get(name)).encode()).hexdigest()[:12]})"
     return {
         "inference": dict(inference or {}),
-        "settings": {name: _redact(raw, values.get(name)) for name, raw in flat_text(config_text).items()},
+        "settings": settings,
         "clips of a step": {} if plan is None else {name: source.clips for name, source in plan.sources.items()},
         "data": {
             f"datasets.{split.name}.{split.which}.{array}": file_digest(Path(file))
@@ -77,13 +76,6 @@ def fingerprint(
         },
         "versions": versions(),
     }
-
-
-def _redact(raw: Any, value: Any) -> Any:
-    """A setting as written; one from the environment with a digest of its value, which may be a secret."""
-    if "oc.env" in str(raw):
-        return f"{raw} (SHA-256 {hashlib.sha256(repr(value).encode()).hexdigest()[:12]})"
-    return raw
 
 
 def changes(
@@ -152,15 +144,11 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[s
 
 def class_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Return the changes of class names between two fingerprints; a resumed head would predict wrong classes."""
-    before, after = (
-        {
-            f"class {label} of head {head}": name
-            for head, names in enumerate(class_names(inference(facts)))
-            for label, name in enumerate(names or [])
-        }
-        for facts in (then, now)
-    )
-    return list(changes(before, after, group=lambda name: name).values())
+    changed = []
+    for head, names in enumerate(zip(class_names(inference(then)), class_names(inference(now)), strict=False)):
+        pairs = enumerate(zip(names[0] or [], names[1] or [], strict=False))
+        changed += [f"class {label} of head {head}: {old} -> {new}" for label, (old, new) in pairs if old != new]
+    return changed
 
 
 def changed_settings(file: Path, text: str) -> list[str]:
@@ -217,15 +205,11 @@ def flat(value: Any, name: str = "") -> dict[str, Any]:
 
 def file_digest(file: Path) -> str:
     """Size and SHA-256 of a file; of a large one, of pieces spread over it, so that ten million paths cost no more."""
-    size, digest = file.stat().st_size, hashlib.sha256()
-    count = WHOLE_BYTES // PIECE_BYTES
+    size, digest, count = file.stat().st_size, hashlib.sha256(), WHOLE_BYTES // PIECE_BYTES
     with open(file, "rb") as opened:
-        if size <= WHOLE_BYTES:
-            digest.update(opened.read())
-        else:
-            for piece in range(count):
-                opened.seek((size - PIECE_BYTES) * piece // (count - 1))
-                digest.update(opened.read(PIECE_BYTES))
+        for piece in range(count if size > WHOLE_BYTES else 1):
+            opened.seek((size - PIECE_BYTES) * piece // (count - 1) if piece else 0)
+            digest.update(opened.read(PIECE_BYTES if size > WHOLE_BYTES else -1))
     return f"{size} bytes, SHA-256 {digest.hexdigest()}"
 
 

@@ -7,11 +7,10 @@ model, reports what was loaded, dropped, missing and resized, and fails if it co
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,23 +74,15 @@ def read(source: str | Path) -> StateDictFile:
 
     Raises UserError when there is nothing to read, or for a file without a state dict.
     """
-    require_weights(source)
-    with _naming_the_setting():
-        return state_dict_file.read(source).averaged()
+    return read_several([str(source)])[0]
 
 
 def read_several(sources: str | Sequence[str]) -> list[StateDictFile]:
     """Read the models to average: a list of sources, or one file with a list under `ensemble_weights`."""
     for source in [sources] if isinstance(sources, str) else sources:
         require_weights(source)
-    with _naming_the_setting():
-        return state_dict_file.read_several(sources)
-
-
-@contextlib.contextmanager
-def _naming_the_setting() -> Iterator[None]:
     try:
-        yield
+        return state_dict_file.read_several(sources)
     except UserError as error:
         raise UserError(f"{SETTING}: {error}") from None
 

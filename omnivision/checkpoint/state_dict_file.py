@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,17 +19,14 @@ from omnivision.checkpoint import fingerprint as experiment
 from omnivision.checkpoint.checkpointer import read as read_checkpoint
 from omnivision.checkpoint.checkpointer import verified_digest
 from omnivision.utils.errors import UserError
-from omnivision.utils.io import BEST, LATEST, CorruptCheckpointError, UnsafePickleError, is_dense_cpu, sha256
+from omnivision.utils.io import BEST, LATEST, CorruptCheckpointError, is_dense_cpu, sha256
 
 CONFIG = "config.json"  # of a folder of Hugging Face's `save_pretrained`
 METADATA = "omnivision"  # the key of a safetensors file for all of a checkpoint but `model`, as JSON
 # The weights in such a folder, the preferred one first.
-FOLDER_WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+FOLDER_WEIGHTS = [
+    name + suffix for name in ("model.safetensors", "pytorch_model.bin") for suffix in ("", ".index.json")
+]
 _WRAPPERS = re.compile(r"(?<![^.])_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.")
 
 
@@ -124,7 +120,7 @@ class StateDictFile:
     def config(self) -> Mapping[str, Any]:
         """The `config.json` beside Hugging Face weights, or empty. Raises UserError for an invalid one."""
         file = self.path.parent / CONFIG
-        return _read_json(file) if file.is_file() else {}
+        return _parse_json(file.read_bytes(), file) if file.is_file() else {}
 
 
 def read(source: str | Path) -> StateDictFile:
@@ -134,12 +130,11 @@ def read(source: str | Path) -> StateDictFile:
     """
     path = resolve_checkpoint(source)
     metadata: dict[str, Any] = {}
-    with _as_user_error():
-        if path.name.endswith(".index.json"):
-            state, digest = _read_shards(path)
-        else:
-            digest = verified_digest(path)
-            state, metadata = _read_file(path)
+    if path.name.endswith(".index.json"):
+        state, digest = _read_shards(path)
+    else:
+        digest = verified_digest(path)
+        state, metadata = _read_file(path)
     return StateDictFile(path, digest, _check_state_dict(state, path), metadata)
 
 
@@ -150,26 +145,12 @@ def read_several(sources: str | Sequence[str]) -> list[StateDictFile]:
     if not isinstance(sources, str):
         return [read(source).averaged() for source in sources]
     path = resolve_checkpoint(sources)
-    with _as_user_error():
-        digest = verified_digest(path)
-        content = read_checkpoint(path)
+    digest = verified_digest(path)
+    content = read_checkpoint(path)
     states = content.get("ensemble_weights") if isinstance(content, Mapping) else None
     if not isinstance(states, (list, tuple)) or not all(isinstance(state, Mapping) for state in states):
         raise UserError(f"{path} must hold a list of state dicts under ensemble_weights. Or give a list of files.")
     return [StateDictFile(path, digest, _check_state_dict(state, path)) for state in states]
-
-
-@contextlib.contextmanager
-def _as_user_error() -> Iterator[None]:
-    try:
-        yield
-    except UnsafePickleError as error:
-        raise UserError(
-            f"{error}. Only tensors in plain containers are read, because unpickling may run anything. Save its state dict "
-            "alone where it was made: torch.save({'model': model.state_dict()}, FILE)."
-        ) from None
-    except CorruptCheckpointError as error:
-        raise UserError(f"{error}. Copy the file again, or give another.") from None
 
 
 def resolve_checkpoint(source: str | Path) -> Path:
@@ -261,7 +242,7 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _read_shards(index: Path) -> tuple[dict[str, Tensor], str]:
     """The tensors of all files in an index, and one SHA-256 over theirs."""
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = _parse_json(index.read_bytes(), index).get("weight_map")
     files = list(weight_map.values()) if isinstance(weight_map, dict) else []
     beside = [f for f in files if isinstance(f, str) and Path(f).name == f and f.endswith((".safetensors", ".bin"))]
     if not files or beside != files:
@@ -297,14 +278,7 @@ def _check_state_dict(state: Mapping[Any, Any], path: Path) -> dict[str, Tensor]
     return stripped
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return _parse_json(path.read_text(encoding="utf-8"), path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}.") from None
-
-
-def _parse_json(text: str, path: Path) -> dict[str, Any]:
+def _parse_json(text: str | bytes, path: Path) -> dict[str, Any]:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -101,12 +101,8 @@ def require_weights(source: str | Path) -> Path:
     return path
 
 
-class CorruptCheckpointError(Exception):
-    """A file of tensors that differs from what was written; the message says how."""
-
-
-class UnsafePickleError(CorruptCheckpointError):
-    """A file with pickled objects, which would run code when opened."""
+class CorruptCheckpointError(UserError):
+    """A file of tensors that does not load, or differs from what was written; the message says how."""
 
 
 def is_dense_cpu(tensor: torch.Tensor) -> bool:
@@ -141,8 +137,10 @@ def safe_load(source: Path | IO[bytes], map_location: str = "cpu") -> Any:
             raise
         name, reason = source if isinstance(source, Path) else "the file", str(error)
         if what := re.search(r"GLOBAL (\S+)|operand 149", reason):  # 149 frames a pickle that never was torch's
-            told = f"it holds a pickled object{f' ({what[1]})' if what[1] else ''}, not weights alone"
-            raise UnsafePickleError(f"{name} does not load: {told}") from error
+            raise CorruptCheckpointError(
+                f"{name} does not load: it holds a pickled object{f' ({what[1]})' if what[1] else ''}, and unpickling may run "
+                "anything. Save its state dict alone where it was made: torch.save({'model': model.state_dict()}, FILE)."
+            ) from error
         # What torch says of others is about itself, or advice to load the file all the same.
         said = (
             reason.splitlines()[0]
