@@ -197,16 +197,6 @@ class Averages(unittest.TestCase):
         for name, weight in model.averaged_trunk().items():
             self.assertTrue(torch.equal(weight, last[f"trunk.{name}"]), name)
 
-    def test_only_mixing_weights_and_heads_learn(self):
-        model = self.average()
-        before = {name: value.clone() for name, value in model.sources.named_buffers()}
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-        model(torch.rand(2, 3, 4, 32, 32)).square().sum().backward()
-        optimizer.step()
-        self.assertNotEqual(model.mixing_weights().tolist(), [0.5, 0.5])
-        for name, value in model.sources.named_buffers():
-            self.assertTrue(torch.equal(value, before[name]))
-
     def test_sources_that_do_not_fit_are_refused(self):
         first, second, third = self.sources(3)
         lacking = {name: tensor for name, tensor in second.items() if name != "trunk.norm.bias"}
@@ -223,16 +213,6 @@ class Averages(unittest.TestCase):
 
 class Task(unittest.TestCase):
     labels = LabelSets([7, 5], {"a": 0, "b": 1})
-
-    def test_each_source_has_its_head(self):
-        model = VideoClassifier(trunk(), [7, 5])
-        task = Classify(self.labels, MixupCutmix())
-        for source, unused in (("a", 1), ("b", 0)):
-            model.zero_grad()
-            video = torch.randint(0, 256, (2, 3, 4, 32, 32), dtype=torch.uint8)
-            task.training_step(model, batch_of(video, [1, 4], source=source)).loss.backward()
-            self.assertIsNone(model.heads[unused][0].weight.grad)
-            self.assertGreater(float(model.heads[1 - unused][0].weight.grad.abs().sum()), 0)
 
     def test_ignored_samples_do_not_count(self):
         model, task = VideoClassifier(trunk(), [7, 5]).eval(), Classify(self.labels)
@@ -281,13 +261,6 @@ class Task(unittest.TestCase):
             for name, target in targets.items():
                 loss = soft_cross_entropy(scores.to(dtype), target.to(dtype))
                 self.assertLess(abs(loss.item() / recorded["cross_entropy"][name][1] - 1), tolerance, name)
-
-    def test_mixing_weights_are_told(self):
-        task = Classify(LabelSets([7], {"a": 0}))
-        self.assertEqual(task.epoch_metrics(VideoClassifier(trunk(), [7])), {})
-        self.assertEqual(task.epoch_metrics(AveragedClassifier(trunk(), [7], 2)), {"mixing_0": 0.5, "mixing_1": 0.5})
-        by_tensor = task.epoch_metrics(AveragedClassifier(trunk(), [7], 2, MODES[1]))
-        self.assertEqual(by_tensor["mixing_by_tensor"]["norm.weight"], [0.5, 0.5])
 
 
 if __name__ == "__main__":

@@ -42,8 +42,7 @@ from omnivision.tasks.classify import Classify
 from omnivision.tasks.reconstruct import Reconstruct
 from omnivision.training import build
 from omnivision.training.evaluate import Evaluation
-from omnivision.training.run_state import RunState
-from omnivision.training.step_stats import Step
+from omnivision.training.step_stats import RunState, Step
 from omnivision.training.trainer import RunContext, Trainer
 from omnivision.utils.errors import NonFiniteError, StopRequested, UserError
 

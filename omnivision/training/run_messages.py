@@ -14,7 +14,7 @@ from omnivision.checkpoint.state_dict_file import describe_metrics
 from omnivision.config.schema import Settings
 from omnivision.models.architecture import describe
 from omnivision.training.preflight import describe_split
-from omnivision.training.run_state import RunState
+from omnivision.training.step_stats import RunState
 from omnivision.training.trainer import Trainer
 from omnivision.utils.io import BEST, LATEST
 

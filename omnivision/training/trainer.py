@@ -41,8 +41,15 @@ from omnivision.tasks.base import StepOutput, Task
 from omnivision.tasks.metrics import Meter, averages
 from omnivision.training import resume
 from omnivision.training.evaluate import Evaluation, evaluate
-from omnivision.training.run_state import RunState, ThroughputMeter, is_due
-from omnivision.training.step_stats import Step, StepStats, check_finite, check_loss_scale
+from omnivision.training.step_stats import (
+    RunState,
+    Step,
+    StepStats,
+    ThroughputMeter,
+    check_finite,
+    check_loss_scale,
+    is_due,
+)
 from omnivision.utils.errors import StopRequested, UserError
 from omnivision.utils.io import BEST, LATEST, CorruptCheckpointError
 from omnivision.utils.signals import StopSignal
