@@ -1,8 +1,6 @@
 """The duration of a video is that of its pictures, whatever else its file holds and wherever they start."""
 
 import json
-import shutil
-import tempfile
 import unittest
 from fractions import Fraction
 from pathlib import Path
@@ -12,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from omnivision.data.video import VideoDecodeError, VideoFile, open_video
+from tests.test_catalog import Folder
 from tests.test_check_data import run as check_data
 from tests.test_decode import Truth, counted, make_video, pixels
 
@@ -59,12 +58,6 @@ def write(path: Path, pictures: tuple[int, int], sound: tuple[int, int] | None, 
             packets += heard.encode(None)
         container.mux(sorted(packets, key=lambda packet: packet.dts * packet.time_base))
     return path
-
-
-class Folder(unittest.TestCase):
-    def setUp(self) -> None:
-        self.folder = Path(tempfile.mkdtemp())
-        self.addCleanup(shutil.rmtree, self.folder)
 
 
 class Durations(Folder):

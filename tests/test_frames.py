@@ -1,9 +1,7 @@
 """Images, depth and folders of frames: which files are read, in which order, and what is refused."""
 
 import os
-import tempfile
 import unittest
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -26,16 +24,12 @@ from omnivision.data.video import VideoDecodeError, open_video
 from omnivision.tools.report.figures import animate
 from omnivision.training import preflight
 from omnivision.utils.errors import UserError
+from tests import test_catalog as catalog
 from tests.test_check_data import run as check_data
 from tests.test_checkpoint import Canary
 
 
-class Folder(unittest.TestCase):
-    def setUp(self) -> None:
-        temporary = tempfile.TemporaryDirectory()
-        self.addCleanup(temporary.cleanup)
-        self.folder = Path(temporary.name)
-
+class Folder(catalog.Folder):
     def assert_bad(self, reason: str, **settings: Any) -> None:
         with self.assertRaisesRegex(VideoDecodeError, reason), open_video(str(self.folder), **settings) as video:
             video.read(0.0, 2.7, 16)

@@ -1,6 +1,5 @@
-"""Images and depth among the samples: what is read, joint steps with clips, and the depth embedding."""
+"""Images and depth among the samples: joint steps with clips, the shipped recipes, the depth embedding."""
 
-import tempfile
 import unittest
 from pathlib import Path
 
@@ -25,19 +24,13 @@ from omnivision.tasks.reconstruct import Reconstruct
 from omnivision.utils.errors import UserError
 from tests import runs
 from tests import stage_runs as stages
+from tests.test_catalog import Folder
 
 TUBELET = (2, 8, 8)
 
 
 def trunk(**changes) -> VisionTransformer:
     return VisionTransformer(24, 2, 2, num_frames=4, image_size=32, tubelet=TUBELET, **changes)
-
-
-class Folder(unittest.TestCase):
-    def setUp(self):
-        temporary = tempfile.TemporaryDirectory()
-        self.addCleanup(temporary.cleanup)
-        self.folder = Path(temporary.name)
 
 
 class Joint(Folder):

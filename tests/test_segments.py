@@ -2,9 +2,7 @@
 
 import csv
 import json
-import tempfile
 import unittest
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,21 +19,13 @@ from omnivision.tools.report.collect import find_runs
 from omnivision.tools.report.figures import mistakes
 from omnivision.utils.errors import UserError
 from tests import stage_runs as stages
+from tests import test_catalog as catalog
 from tests.test_check_data import run as check_data
 
 FPS = 8  # a power of two, so that seconds of frames are exact
 
 
-class Folder(unittest.TestCase):
-    def setUp(self):
-        temporary = tempfile.TemporaryDirectory()
-        self.addCleanup(temporary.cleanup)
-        self.folder = Path(temporary.name)
-
-    def save(self, name: str, array: object) -> str:
-        np.save(self.folder / name, np.array(array))
-        return str(self.folder / name)
-
+class Folder(catalog.Folder):
     def frames(self, name: str, numbers: range) -> None:
         """A folder of frames, each of one grey that tells its number."""
         (self.folder / name).mkdir()
@@ -51,8 +41,8 @@ class Folder(unittest.TestCase):
     def clips(self, split: Split, training: bool, seconds: float = 0.5, index: int = 0) -> list[torch.Tensor]:
         """Clips of a sample in several epochs, or those of an evaluation."""
         view = PretrainView(32, short_side=40) if training else EvalView(32)
-        cut = ClipConfig(view, 1, num_frames=4, grid=(2, 2, 2), clips=1 if training else 3)
-        data = ClipDataset([split], {"video": cut}, seconds, seed=5, training=training)
+        config = ClipConfig(view, 1, num_frames=4, grid=(2, 2, 2), clips=1 if training else 3)
+        data = ClipDataset([split], {"video": config}, seconds, seed=5, training=training)
         return [data[Request(0, index, epoch)].video for epoch in range(12 if training else 1)]
 
 
@@ -73,7 +63,7 @@ class Honoured(Folder):
                         difference = (one.float() - other.float()).abs().mean()  # coded apart from one another
                         self.assertLess(float(difference), 3 if kind else 1e-9, (training, seconds, kind))
 
-    def test_clips_come_from_all_of_the_segment_and_from_nothing_else(self):
+    def test_clips_come_from_all_of_the_segment_and_nothing_else(self):
         self.frames("whole", range(20))
         for segment, wanted in (([0.5, 1.5], set(range(4, 12))), ([1.0, 1.125], {8}), ([2.0, 3.0], {16, 17, 18, 19})):
             for training in (True, False):
@@ -82,20 +72,17 @@ class Honoured(Folder):
                 self.assertLessEqual(shown, wanted, (segment, training))
                 self.assertGreaterEqual(
                     len(shown) + training, len(wanted)
-                )  # a random clip seldom starts at the very start
-
-    def test_without_segments_and_with_those_of_whole_videos_nothing_changes(self):
-        self.frames("whole", range(20))
-        for training in (True, False):
+                )  # random clips seldom start at the very start
+        for training in (True, False):  # the segment of a whole video changes nothing
             plain = self.clips(self.split(["whole"]), training)
             whole = self.clips(self.split(["whole"], [[0.0, 2.5]]), training)
             self.assertTrue(all(map(torch.equal, plain, whole)))
 
     def test_one_beyond_the_end_is_bad(self):
         self.frames("whole", range(20))
-        cut = ClipConfig(EvalView(32), 1, num_frames=4, grid=(2, 2, 2))
+        config = ClipConfig(EvalView(32), 1, num_frames=4, grid=(2, 2, 2))
         segments = [[0.0, 3.4], [0.0, 9.0], [2.5, 2.75], [1.0, 2.5]]  # of 2.5 s; the first is rounded up
-        data = ClipDataset([self.split(["whole"] * 4, segments)], {"video": cut}, 0.5, 5, training=False)
+        data = ClipDataset([self.split(["whole"] * 4, segments)], {"video": config}, 0.5, 5, training=False)
         bad = [[each.reason for each in data[Request(0, i, 0)].bad] for i in range(4)]
         self.assertEqual([len(each) for each in bad], [0, 1, 1, 0])
         self.assertIn("0 to 9 s", bad[1][0])
