@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as kernels
 
 from omnivision.data import augment
-from omnivision.data.augment import OPERATIONS, RandAugment, RandomErasing, apply_operation, erased_size
+from omnivision.data.augment import OPERATIONS, RandAugment, RandomErasing, erased_size
 from omnivision.models.patches import normalize_pixels
 from omnivision.utils.errors import UserError
 from tests.parity_formula import error, record, stated
@@ -31,8 +31,8 @@ def clip(frames: int = 2, height: int = 24, width: int = 32) -> Tensor:
 def arguments() -> list[tuple[str, float]]:
     """Every operation at the levels of the recorded table, with both signs."""
     return [
-        (name, argument(share, sign))
-        for name, argument in OPERATIONS.items()
+        (name, operation.argument(share, sign))
+        for name, operation in OPERATIONS.items()
         for share in (0, 0.7, 1)
         for sign in (1, -1)
     ]
@@ -43,7 +43,7 @@ class Operations(unittest.TestCase):
         video, rows = stated(RAND["pixels"]["input"]), RAND["pixels"]["rows"]
         self.assertEqual(({row["operation"] for row in rows}, len(rows)), (set(OPERATIONS), 23))
         for row in rows:
-            got = apply_operation(row["operation"], video, row["argument"] or 0.0)
+            got = OPERATIONS[row["operation"]].apply(video, row["argument"] or 0.0)
             self.assertLess(error(got, row["expected"]), 1e-5, (row["operation"], row["argument"]))
 
     def test_published_arguments(self):
@@ -52,7 +52,9 @@ class Operations(unittest.TestCase):
             for level, recorded in zip((7, 6, 8, 10, 0), by_level, strict=True):
                 for sign in (1, -1):
                     expected = recorded[(1 - sign) // 2] if isinstance(recorded, list) else recorded or 0.0
-                    self.assertAlmostEqual(OPERATIONS[name](level / 10, sign), expected, 12, (name, level, sign))
+                    self.assertAlmostEqual(
+                        OPERATIONS[name].argument(level / 10, sign), expected, 12, (name, level, sign)
+                    )
 
     def test_bytes_and_floats_give_the_same(self):
         """In grey levels. Moves and sharpness round once; the torchvision kernels for colours cut the fraction off, and
@@ -64,8 +66,8 @@ class Operations(unittest.TestCase):
                 **dict.fromkeys(("AdjustBrightness", "AutoContrast"), 1.0),
                 **dict.fromkeys(("AdjustContrast", "AdjustSaturation"), 1 + abs(1 - argument)),
             }.get(name, 0.5)
-            got = apply_operation(name, frames, argument)
-            as_float = apply_operation(name, frames.float() / 255, argument) * 255
+            got = OPERATIONS[name].apply(frames, argument)
+            as_float = OPERATIONS[name].apply(frames.float() / 255, argument) * 255
             self.assertEqual((got.dtype, got.shape), (torch.uint8, frames.shape))
             self.assertLess(float((got.float() - as_float).abs().max()), bound + 1e-3, (name, argument))
 
@@ -75,18 +77,18 @@ class Operations(unittest.TestCase):
         for pixels in (frames, frames.float() / 255):
             before = pixels.clone()
             for name, argument in arguments():
-                together = apply_operation(name, pixels, argument)
-                alone = torch.cat([apply_operation(name, frame[None], argument) for frame in pixels])
+                together = OPERATIONS[name].apply(pixels, argument)
+                alone = torch.cat([OPERATIONS[name].apply(frame[None], argument) for frame in pixels])
                 self.assertLess(float((together.float() - alone.float()).abs().max()), 1e-6, name)
                 strength = name not in ("AutoContrast", "Equalize", "Invert", "Posterize", "Solarize")
-                if strength and pixels is frames and argument == OPERATIONS[name](0, 1):
+                if strength and pixels is frames and argument == OPERATIONS[name].argument(0, 1):
                     self.assertTrue(torch.equal(together, pixels), f"{name} at level 0")
             self.assertTrue(torch.equal(pixels, before), "the input is not changed")
 
     def test_what_moves_in_is_grey(self):
         for name, argument in (("Rotate", 30.0), ("ShearX", 0.3), ("ShearY", -0.3), ("TranslateX", 0.45)):
             for pixels, grey in ((torch.zeros_like(clip()), 128), (torch.zeros_like(clip()).float(), 0.5)):
-                self.assertEqual(apply_operation(name, pixels, argument).max(), grey, name)
+                self.assertEqual(OPERATIONS[name].apply(pixels, argument).max(), grey, name)
 
     def test_sharpness_is_torchvisions(self):
         for height, width in ((24, 32), (3, 3), (2, 5), (5, 1), (1, 1)):
@@ -145,7 +147,7 @@ class Drawing(unittest.TestCase):
         frames, view = clip(), RandAugment(prob=1.0)
         before, expected = frames.clone(), frames
         for name, argument in view.plan(rng(1)):
-            expected = apply_operation(name, expected, argument)
+            expected = OPERATIONS[name].apply(expected, argument)
         one, other = (view(frames, rng(seed)) for seed in (1, 2))
         self.assertEqual((one.dtype, one.shape), (torch.uint8, frames.shape))
         self.assertTrue(torch.equal(one, expected))

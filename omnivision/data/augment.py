@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,24 +18,54 @@ from omnivision.models.patches import unnormalize_pixels
 from omnivision.utils.errors import check_range
 
 MAX_LEVEL = 10
-# Operation -> its argument at a share (0 to 1) of the highest level and with a sign of +1 or -1.
-OPERATIONS: dict[str, Callable[[float, int], float]] = {
-    **dict.fromkeys(
-        ("AdjustBrightness", "AdjustContrast", "AdjustSaturation", "AdjustSharpness"),
-        lambda share, sign: 1 + sign * share * 0.9,  # factor; 1 changes nothing
-    ),
-    **dict.fromkeys(("AutoContrast", "Equalize", "Invert"), lambda share, sign: 0.0),
-    "Rotate": lambda share, sign: sign * share * 30,  # degrees, counter-clockwise
-    "Posterize": lambda share, sign: 4 - int(share * 4),  # bits that are kept
-    "Solarize": lambda share, sign: 1 - share,  # pixels from this brightness (of 1) on are inverted
-    **dict.fromkeys(
-        ("ShearX", "ShearY"), lambda share, sign: sign * share * 0.3
-    ),  # pixels sideways for each pixel down
-    # Of the width or height; the frame moves left or up.
-    **dict.fromkeys(("TranslateX", "TranslateY"), lambda share, sign: sign * share * 0.45),
-}
-NAMES = tuple(OPERATIONS)
 ERASING_TRIES = 100
+
+
+class Operation(NamedTuple):
+    """An operation of RandAugment."""
+
+    argument: Callable[[float, int], float]  # from a share (0 to 1) of the highest level and a sign of +1 or -1
+    apply: Callable[[Tensor, float], Tensor]  # to RGB frames (T, 3, H, W), uint8 or floats in [0, 1]
+
+
+def _kernels() -> Any:
+    # Not above: the import takes longer than a second, and the workers of a masked autoencoder never need it.
+    from torchvision.transforms.v2 import functional
+
+    return functional
+
+
+def _signed(width: float, middle: float = 0.0) -> Callable[[float, int], float]:
+    return lambda share, sign: middle + sign * share * width
+
+
+FACTOR = _signed(0.9, middle=1)  # 1 changes nothing
+SLOPE = _signed(0.3)  # pixels sideways for each pixel down
+SHIFT = _signed(0.45)  # of the width or height, to the left or up
+UNUSED = _signed(0)
+# Auto-contrast and equalize look at each frame by itself, contrast at the mean of each frame, as published.
+OPERATIONS = {
+    "AdjustBrightness": Operation(FACTOR, lambda frames, factor: _kernels().adjust_brightness(frames, factor)),
+    "AdjustContrast": Operation(FACTOR, lambda frames, factor: _kernels().adjust_contrast(frames, factor)),
+    "AdjustSaturation": Operation(FACTOR, lambda frames, factor: _kernels().adjust_saturation(frames, factor)),
+    "AdjustSharpness": Operation(FACTOR, lambda frames, factor: adjust_sharpness(frames, factor)),
+    "AutoContrast": Operation(UNUSED, lambda frames, _: _kernels().autocontrast(frames)),
+    "Equalize": Operation(UNUSED, lambda frames, _: _on_bytes(_kernels().equalize, frames)),
+    "Invert": Operation(UNUSED, lambda frames, _: _kernels().invert(frames)),
+    "Rotate": Operation(_signed(30), lambda frames, degrees: _move(frames, angle=-degrees)),  # counter-clockwise
+    "Posterize": Operation(
+        lambda share, sign: 4 - int(share * 4),  # bits that are kept
+        lambda frames, bits: _on_bytes(lambda levels: _kernels().posterize(levels, int(bits)), frames),
+    ),
+    "Solarize": Operation(
+        lambda share, sign: 1 - share,  # pixels from this brightness (of 1) on are inverted
+        lambda frames, share: _kernels().solarize(frames, share * (1.0 if frames.is_floating_point() else 255.0)),
+    ),
+    "ShearX": Operation(SLOPE, lambda frames, slope: _move(frames, shear=(math.degrees(math.atan(slope)), 0.0))),
+    "ShearY": Operation(SLOPE, lambda frames, slope: _move(frames, shear=(0.0, math.degrees(math.atan(slope))))),
+    "TranslateX": Operation(SHIFT, lambda frames, shift: _move(frames, translate=(-shift * frames.shape[-1], 0.0))),
+    "TranslateY": Operation(SHIFT, lambda frames, shift: _move(frames, translate=(0.0, -shift * frames.shape[-2]))),
+}
 
 
 @dataclass(frozen=True)
@@ -58,7 +89,7 @@ class RandAugment:
     def __post_init__(self) -> None:
         for name, low, high in (
             ("magnitude", 0, MAX_LEVEL),
-            ("num_layers", 1, len(NAMES)),
+            ("num_layers", 1, len(OPERATIONS)),
             ("prob", 0, 1),
             ("std", 0, 1e6),
         ):
@@ -67,17 +98,17 @@ class RandAugment:
     def __call__(self, frames: Tensor, rng: np.random.Generator) -> Tensor:
         """uint8 RGB (T, 3, H, W) -> the same shape and type; the input is not changed."""
         for operation, argument in self.plan(rng):
-            frames = apply_operation(operation, frames, argument)
+            frames = OPERATIONS[operation].apply(frames, argument)
         return frames
 
     def plan(self, rng: np.random.Generator) -> list[tuple[str, float]]:
         """Draw the operations of one clip with their arguments, in the order in which they are applied."""
-        plan = []
-        for number in rng.permutation(len(NAMES))[: self.num_layers]:
+        plan, names = [], list(OPERATIONS)
+        for number in rng.permutation(len(names))[: self.num_layers]:
             if rng.random() < self.prob:
                 level = min(max(rng.normal(self.magnitude, self.std), 0.0), float(MAX_LEVEL))
                 sign = 1 if rng.random() < 0.5 else -1
-                plan.append((NAMES[number], OPERATIONS[NAMES[number]](level / MAX_LEVEL, sign)))
+                plan.append((names[number], OPERATIONS[names[number]].argument(level / MAX_LEVEL, sign)))
         return plan
 
 
@@ -139,46 +170,11 @@ def erased_size(height: int, width: int, area: float, aspect: float) -> tuple[in
     return (h, w) if h < height and w < width else None
 
 
-def apply_operation(operation: str, frames: Tensor, argument: float) -> Tensor:
-    """Apply one operation of RandAugment to RGB frames (T, 3, H, W), uint8 or floats in [0, 1]; what moves in is grey.
-
-    Auto-contrast and equalize look at each frame by itself, contrast at the mean of each frame, as published.
-    """
-    # Not above: the import takes longer than a second, and the workers of a masked autoencoder never need it.
-    from torchvision.transforms.v2 import functional as kernels
-
-    white = 1.0 if frames.is_floating_point() else 255.0
-    height, width = frames.shape[-2:]
-    match operation:
-        case "AdjustBrightness":
-            return kernels.adjust_brightness(frames, argument)
-        case "AdjustContrast":
-            return kernels.adjust_contrast(frames, argument)
-        case "AdjustSaturation":
-            return kernels.adjust_saturation(frames, argument)
-        case "AdjustSharpness":
-            return adjust_sharpness(frames, argument)
-        case "AutoContrast":
-            return kernels.autocontrast(frames)
-        case "Invert":
-            return kernels.invert(frames)
-        case "Equalize" | "Posterize":  # they count grey levels: floats are cut to bytes, as published
-            levels = (frames * 255).to(torch.uint8) if frames.is_floating_point() else frames
-            changed = kernels.equalize(levels) if operation == "Equalize" else kernels.posterize(levels, int(argument))
-            return changed.to(frames.dtype) / 255 if frames.is_floating_point() else changed
-        case "Solarize":
-            return kernels.solarize(frames, argument * white)
-        case "Rotate":
-            return _move(frames, angle=-argument)  # the kernel turns clockwise
-        case "ShearX":
-            return _move(frames, shear=(math.degrees(math.atan(argument)), 0.0))
-        case "ShearY":
-            return _move(frames, shear=(0.0, math.degrees(math.atan(argument))))
-        case "TranslateX":
-            return _move(frames, translate=(-argument * width, 0.0))
-        case "TranslateY":
-            return _move(frames, translate=(0.0, -argument * height))
-    raise AssertionError(operation)
+def _on_bytes(count_levels: Callable[[Tensor], Tensor], frames: Tensor) -> Tensor:
+    """Apply an operation that counts grey levels: floats are cut to bytes, as published."""
+    if not frames.is_floating_point():
+        return count_levels(frames)
+    return count_levels((frames * 255).to(torch.uint8)).to(frames.dtype) / 255
 
 
 def adjust_sharpness(frames: Tensor, factor: float) -> Tensor:
@@ -206,11 +202,10 @@ def _move(
     translate: tuple[float, float] = (0.0, 0.0),
     shear: tuple[float, float] = (0.0, 0.0),
 ) -> Tensor:
-    """Rotate about the centre, move by pixels, or shear about the upper left corner; bilinear, with grey from outside."""
+    """Rotate about the centre, move by pixels, or shear about the upper left corner; bilinear; what moves in is grey."""
     from torchvision.transforms.v2 import InterpolationMode
-    from torchvision.transforms.v2 import functional as kernels
 
-    return kernels.affine(
+    return _kernels().affine(
         frames,
         angle=angle,
         translate=list(translate),

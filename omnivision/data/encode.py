@@ -19,6 +19,9 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 TEMPORARY_SUFFIX = ".part"
+# mbtree sums floats in an order that differs from run to run on AVX-512, and with it the bytes.
+DEFAULT = {"x264-params": "mbtree=0"}
+QUICK_TO_READ = {"tune": "fastdecode", "x264-params": "mbtree=0:bframes=3:b-adapt=0:b-pyramid=0"}
 
 
 def write_video(
@@ -42,21 +45,18 @@ def write_timed_video(
 ) -> int:
     """Encode frames with a time stamp each, one in memory at a time; return the size in bytes.
 
-    Errors of the iterator pass through and leave no file. Raises ValueError for frames of different or odd sizes.
-
     Args:
-        path: the mp4 to write, in a folder that exists.
-        frames: (tick, uint8 (H, W, 3)) with ascending ticks, all of one even size.
-        time_base: seconds of a tick.
+        frames: (tick, uint8 (H, W, 3)) with ascending ticks of `time_base` seconds, all of one even size.
         fps: frames a second, about, for the encoder's choices only.
         end: the tick at which the last frame leaves the screen; None: it stays as long as the one before it.
         gop: most frames from one key frame to the next (1: key frames only).
         crf: x264's constant quality, 0 (lossless) to 51 (worst).
-        preset: of x264.
         quick_to_read: clips decode in half the time, from a file a tenth larger: simpler coding, and three frames of four that
             no other refers to, which a reader may drop.
+
+    Raises ValueError for other frames. Errors of the iterator pass through. Both leave no file.
     """
-    if gop < 1 or not 0 <= crf <= 51:
+    if gop < 1 or not 0 <= crf <= 51:  # x264 would clamp them
         raise ValueError(f"gop must be >= 1 and crf 0 to 51, got {gop} and {crf}")
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
@@ -74,11 +74,7 @@ def write_timed_video(
             stream.codec_context.time_base = time_base
             stream.gop_size = gop
             stream.thread_count = 1
-            # mbtree sums floats in an order that differs from run to run on AVX-512, and with it the bytes.
-            stream.options = {"preset": preset, "crf": str(crf), "x264-params": "mbtree=0"}
-            if quick_to_read:
-                droppable = "bframes=3:b-adapt=0:b-pyramid=0"
-                stream.options |= {"tune": "fastdecode", "x264-params": f"mbtree=0:{droppable}"}
+            stream.options = {**(QUICK_TO_READ if quick_to_read else DEFAULT), "preset": preset, "crf": str(crf)}
             last: Packet | None = None
             for packet in _packets(stream, chain([first], timed), time_base, end):
                 if last is None:
