@@ -142,18 +142,13 @@ def check_video(job: CheckJob) -> list[VideoCheck]:
             frames = info.frames if job.quick else len(video.times())
     except VideoDecodeError as error:
         return [VideoCheck(ok=False, reason=str(error))] * len(job.segments)
-    rate = float(frames / Fraction(duration)) if duration > 0 else None
     good = VideoCheck(
         ok=True,
         frames=frames,
         duration=duration,
-        fps=None if rate is None else round(rate, 3),
+        fps=round(float(frames / Fraction(duration)), 3) if duration > 0 else None,
         rate=None if info.rate is None else round(info.rate, 3),
-        width=info.width,
-        height=info.height,
-        rotation=info.rotation,
-        mirrored=info.mirrored,
-        gop=info.gop,
+        **{name: getattr(info, name) for name in ("width", "height", "rotation", "mirrored", "gop")},
     )
     return [good if reason is None else VideoCheck(ok=False, reason=reason) for reason in reasons]
 

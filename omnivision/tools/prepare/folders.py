@@ -16,7 +16,6 @@ from omnivision.tools.prepare.index import (
     VIDEO_SUFFIXES,
     DatasetIndex,
     Record,
-    check_unambiguous,
     drop_format_folders,
     format_splits,
     guess_split,
@@ -134,8 +133,8 @@ def _find_splits(tree: _Tree, source: str) -> tuple[int, dict[str, str]]:
     inner = [path[1] for path in clips if len(path) > 2]
     for level, names, used in ((0, folders, [path[0] for path in clips]), (1, inner, inner)):
         named = {name: split for name in names if (split := split_of(name))}
-        if named and all(len(path) > 2 and path[level] in named for path in clips):
-            check_unambiguous(named, source)
+        is_unambiguous = 0 < len(named) == len(set(named.values()))
+        if is_unambiguous and all(len(path) > 2 and path[level] in named for path in clips):
             return level, named
         guessed = _guess_splits(used)
         is_deep = level == 0 and shallowest > 2

@@ -87,15 +87,6 @@ def guess_split(name: str) -> str | None:
     return None
 
 
-def check_unambiguous(splits: Mapping[str, str], where: str) -> None:
-    """Raise UserError unless each split has one name. splits: name -> split."""
-    if len(set(splits.values())) < len(splits):
-        raise UserError(
-            f"{where} has several names of one split: {', '.join(splits)}. Pass --splits {format_splits(splits)} to use all, "
-            "the same without some of them to ignore these, or --splits none if they are not splits."
-        )
-
-
 def format_splits(splits: Mapping[str, str]) -> str:
     """Format splits as `parse_splits` reads them."""
     return ",".join(f"{split}={name}" for name, split in splits.items())

@@ -18,7 +18,7 @@ from omnivision.tools.prepare.index import (
     SPLITS,
     DatasetIndex,
     Record,
-    check_unambiguous,
+    format_splits,
     guess_split,
     listing_error,
     shorten,
@@ -221,18 +221,16 @@ def _splits_of_values(table: _Table, column: int | None, chosen: Mapping[str, st
     values = sorted({value.lower() for value in table.values(column)})
     if chosen:
         splits = {value.lower(): split for value, split in chosen.items()}
-        unknown = [value for value in splits if value not in values]
+        is_valid = set(splits) <= set(values)
     else:
         splits = {value: split for value in values if (split := split_of(value))}
-        unknown = [value or "(nothing)" for value in values if value not in splits]
-    where = f"The column {table.names[column]} of {table.file}"
-    if unknown:
+        is_valid = len(set(splits.values())) == len(values)
+    if not is_valid:
         raise UserError(
-            f"{where} holds {shorten(values, 20)}; {'not' if chosen else 'no splits:'} {shorten(unknown)}. Expected train, "
-            "val and test, or --splits train=NAME,val=NAME, which skips other rows, or --splits none to ignore the column."
+            f"The column {table.names[column]} of {table.file} holds {shorten((v or '(nothing)' for v in values), 20)}; "
+            f"expected train, val and test. Set --splits {format_splits(splits) or 'train=NAME,val=NAME'} to skip others, or "
+            "--splits none to ignore the column."
         )
-    if not chosen:
-        check_unambiguous(splits, where)
     return splits
 
 
