@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from omnivision.checkpoint import state_dict_file
 from omnivision.checkpoint.fingerprint import valid_names
-from omnivision.checkpoint.state_dict_file import StateDictFile, check_numbers
+from omnivision.checkpoint.state_dict_file import StateDictFile, check_numbers, preview
 from omnivision.config.schema import WeightFilter
 from omnivision.models.architecture import describe
 from omnivision.models.patches import Triple, resized_positions, token_grid
@@ -64,7 +64,7 @@ class LoadReport:
         checkpoint = f" ({self.checkpoint})" if self.checkpoint else ""
         return [
             f"Weights from {self.path}{checkpoint}",
-            *(f"  {fate:8} {len(names):4}  {_preview(names)}" for fate, names in rows.items()),
+            *(f"  {fate:8} {len(names):4}  {preview(names)}" for fate, names in rows.items()),
             *(f"  classes: {line}" for line in self.classes),
         ]
 
@@ -114,7 +114,7 @@ def select_entries(state: Mapping[str, Tensor], choice: WeightFilter, report: Lo
             entries |= {n.removesuffix("*") + rest: original for n in ([new] if isinstance(new, str) else new)}
     if not entries:
         raise UserError(
-            f"trainer.checkpoint keeps none of the {len(state)} entries of {report.path} ({_preview(list(state))}). Set "
+            f"trainer.checkpoint keeps none of the {len(state)} entries of {report.path} ({preview(list(state))}). Set "
             "trainer/checkpoint, or its keep and drop."
         )
     return {choice.prefix + name: original for name, original in entries.items()}
@@ -145,7 +145,7 @@ def load(
     chosen = {name: tensor for name, tensor in chosen.items() if name in wanted}
     if not chosen:
         raise UserError(
-            f"No entry of {report.path} has a place in this model ({_preview(list(report.dropped))}). Convert names of other "
+            f"No entry of {report.path} has a place in this model ({preview(list(report.dropped))}). Convert names of other "
             f"projects with `omnivision import {report.path} OUT.pt`, or set {SETTING} or trainer/checkpoint."
         )
     for name in POSITIONS:
@@ -154,7 +154,7 @@ def load(
     if wrong := [name for name, tensor in chosen.items() if tensor.shape != wanted[name].shape]:
         shapes = [f"{name} {tuple(wanted[name].shape)}, got {tuple(chosen[name].shape)}" for name in wrong]
         raise UserError(
-            f"Shapes in {report.path} must be those of this model: {_preview(shapes)}. Set trainer/model or {SETTING}, or "
+            f"Shapes in {report.path} must be those of this model: {preview(shapes)}. Set trainer/model or {SETTING}, or "
             "trainer/checkpoint=no_heads (new heads) or no_heads_no_decoder (a new decoder, too)."
         )
     check_numbers(chosen, f"{SETTING}: {report.path}: ")
@@ -212,8 +212,8 @@ def match_heads(
         elif len(wanted) == len(given):
             raise UserError(
                 f"Head {head} of {report.path} must have the classes of this run, got "
-                f"{_preview([name for name in given if name not in wanted])} instead of "
-                f"{_preview([name for name in wanted if name not in given])}. Set datasets.NAME.class_names, or "
+                f"{preview([name for name in given if name not in wanted])} instead of "
+                f"{preview([name for name in wanted if name not in given])}. Set datasets.NAME.class_names, or "
                 "trainer/checkpoint=no_heads for a new head."
             )
         for name, tensor in heads[source].items():
@@ -307,8 +307,8 @@ def _check_coverage(wanted: Mapping[str, Tensor], report: LoadReport, choice: We
         problem = "must have exactly the entries of this model (trainer.checkpoint.strict is true)"
     if problem:
         raise UserError(
-            f"{report.path} {problem}. Missing: {_preview(absent or report.missing) or 'none'}; without a place: "
-            f"{_preview(unplaced) or 'none'}. Convert names of other projects with `omnivision import`, or set {SETTING}, "
+            f"{report.path} {problem}. Missing: {preview(absent or report.missing) or 'none'}; without a place: "
+            f"{preview(unplaced) or 'none'}. Convert names of other projects with `omnivision import`, or set {SETTING}, "
             "trainer/model or trainer/checkpoint."
         )
 
@@ -317,11 +317,7 @@ def _matches(names: Mapping[str, Any], pattern: str, option: str, path: str) -> 
     matches = fnmatch.filter(names, pattern)
     if not matches:
         raise UserError(
-            f"trainer.checkpoint.{option}: {pattern!r} must match an entry of {path} ({_preview(list(names))}). Correct or "
+            f"trainer.checkpoint.{option}: {pattern!r} must match an entry of {path} ({preview(list(names))}). Correct or "
             "remove it."
         )
     return matches
-
-
-def _preview(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f", ... ({len(names)})" if len(names) > 3 else "")

@@ -202,6 +202,11 @@ def check_numbers(tensors: Mapping[str, Tensor], where: str = "") -> None:
             raise UserError(f"{where}{name} has values that are not finite.")
 
 
+def preview(names: Sequence[str]) -> str:
+    """The first three names."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
 def strip_wrappers(state: Mapping[str, Tensor], prefix: str = "module.") -> dict[str, Tensor]:
     """Remove from names what wrappers add: `_orig_mod.` (torch.compile), `_fsdp_wrapped_module.` and
     `_checkpoint_wrapped_module.` anywhere, as any submodule may be wrapped; `prefix` (DDP's) where all names begin with it.

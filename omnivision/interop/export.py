@@ -90,25 +90,22 @@ def check_target(out: Path, source: StateDictFile, force: bool, folder: bool = F
         raise UserError(f"OUT ({out}) {problem}. Nothing was changed. Set another OUT.")
 
 
-def write_pt(out: Path, state: Mapping[str, Tensor], architecture: Architecture, metadata: Mapping[str, Any]) -> None:
-    """Write {"format", "model", "architecture"} and `metadata`, which `utils.io.safe_load` reads."""
-    with _writing(out, ".pt", ".pth"), replace_atomically(out) as file:
-        torch.save({"format": FORMAT, "model": dict(state), "architecture": architecture, **metadata}, file)
-
-
-def write_safetensors(
-    out: Path, state: Mapping[str, Tensor], architecture: Architecture, metadata: Mapping[str, Any]
-) -> None:
-    """Write the same as a safetensors file; all but the tensors is JSON in its metadata."""
-    beside = json.dumps({"format": FORMAT, "architecture": architecture, **metadata})
-    with _writing(out, ".safetensors"), replace_atomically(out) as file:
-        file.write(save(dict(state), {"format": "pt", METADATA: beside}))
-
-
-def write_card(out: Path, card: str) -> None:
-    """Write the model card of a file beside it."""
+def write_file(out: Path, to: str, model: ConvertedCheckpoint, metadata: Mapping[str, Any], card: str = "") -> None:
+    """Write {"format", "model", "architecture"} and `metadata` as a file that `utils.io.safe_load` reads, or (`to`:
+    "safetensors") as safetensors with all but the tensors as JSON in its metadata; and its card beside it.
+    """
+    suffixes = (".safetensors",) if to == "safetensors" else (".pt", ".pth")
+    if out.suffix not in suffixes:
+        raise UserError(f"OUT must end in {suffixes[0]}, got {out}: the suffix tells how to read the file.")
+    rest = {"format": FORMAT, "architecture": model.architecture, **metadata}
     with _writing(out):
-        write_atomically(card_of(out), card)
+        with replace_atomically(out) as file:
+            if to == "safetensors":
+                file.write(save(dict(model.state), {"format": "pt", METADATA: json.dumps(rest)}))
+            else:
+                torch.save({"model": dict(model.state), **rest}, file)
+        if card:
+            write_atomically(card_of(out), card)
 
 
 @contextlib.contextmanager
@@ -138,10 +135,8 @@ def hf_folder(
 
 
 @contextlib.contextmanager
-def _writing(out: Path, *suffixes: str) -> Iterator[None]:
+def _writing(out: Path) -> Iterator[None]:
     """Create the parent folder; an OSError becomes a UserError."""
-    if suffixes and out.suffix not in suffixes:
-        raise UserError(f"OUT must end in {suffixes[0]}, got {out}: the suffix tells how to read the file.")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         yield
@@ -202,10 +197,10 @@ def verify(folder: Path, state: Mapping[str, Tensor], architecture: Architecture
     def difference() -> float:
         return float((theirs(clip.transpose(1, 2))[0] - ours).abs().max())
 
-    as_is = difference()
+    as_is = same_epsilon = difference()
     if has_classes:
         theirs.fc_norm.eps = EPSILON
-    same_epsilon = difference() if has_classes else as_is
+        same_epsilon = difference()
     if not same_epsilon <= ATOL:
         raise UserError(
             f"transformers must compute the same from the exported files to {ATOL:g}, got a difference of {same_epsilon:.3g}. "

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from omnivision.checkpoint.fingerprint import valid_names
-from omnivision.checkpoint.state_dict_file import StateDictFile, check_numbers, strip_wrappers
+from omnivision.checkpoint.state_dict_file import StateDictFile, check_numbers, preview, strip_wrappers
 from omnivision.interop.architecture import (
     TYPICAL_DECODER_HEADS,
     ArchOverrides,
@@ -40,18 +40,11 @@ _PLACEHOLDERS = {
     "encoder": r"|encoder\.",
     "base": r"|videomae\.",
 }
-_TRUNK = [
-    *(
-        "trunk.pos_embed",
-        "trunk.mask_token",
-        "trunk.norm.{leaf}",
-        "trunk.decoder.pos_embed",
-        "trunk.decoder.norm.{leaf}",
-    ),
-    *("trunk.patch_embed.proj.1.{leaf}", "trunk.depth_patch_embed.proj.1.{leaf}", "trunk.decoder.decoder_embed.{leaf}"),
-    *("trunk.blocks.{n}.{layer}.{leaf}", "trunk.decoder.decoder_blocks.{n}.{layer}.{leaf}"),
-    "trunk.decoder.decoder_blocks.{n}.{cross}.{leaf}",
-]
+_TRUNK = """
+    trunk.pos_embed trunk.mask_token trunk.norm.{leaf} trunk.patch_embed.proj.1.{leaf} trunk.depth_patch_embed.proj.1.{leaf}
+    trunk.blocks.{n}.{layer}.{leaf} trunk.decoder.pos_embed trunk.decoder.norm.{leaf} trunk.decoder.decoder_embed.{leaf}
+    trunk.decoder.decoder_blocks.{n}.{layer}.{leaf} trunk.decoder.decoder_blocks.{n}.{cross}.{leaf}
+""".split()
 _VIDEOMAE_DECODER = {
     "mask_token": "trunk.mask_token",
     "encoder_to_decoder.weight": "trunk.decoder.decoder_embed.weight",
@@ -64,10 +57,13 @@ _HF_LAYERS = {
     "attention.output.dense.{leaf}": "attn.proj.{leaf}",
     "intermediate.dense.{leaf}": "mlp.fc1.{leaf}",
     "output.dense.{leaf}": "mlp.fc2.{leaf}",
-    "attention.attention.query.{leaf}": "attn.qkv.{leaf}[q]",
-    "attention.attention.key.{leaf}": "attn.qkv.{leaf}[k]",
-    "attention.attention.value.{leaf}": "attn.qkv.{leaf}[v]",
     "attention.attention.{part}_bias": "attn.qkv.bias[{part}]",
+    **{f"attention.attention.{part}.{{leaf}}": f"attn.qkv.{{leaf}}[{part[0]}]" for part in ("query", "key", "value")},
+}
+_HF_TRUNK = {f"{{base}}encoder.layer.{{n}}.{old}": f"trunk.blocks.{{n}}.{new}" for old, new in _HF_LAYERS.items()}
+_HF_DECODER = {
+    f"decoder.decoder_layers.{{n}}.{old}": f"trunk.decoder.decoder_blocks.{{n}}.{new}"
+    for old, new in _HF_LAYERS.items()
 }
 # {format: {their name: ours}}. `[q]`, `[k]` and `[v]` are rows of one tensor of ours. "omnivision" is also what PPMA has.
 RENAMES: dict[str, dict[str, str]] = {
@@ -87,14 +83,11 @@ RENAMES: dict[str, dict[str, str]] = {
     },
     "hf": {
         "{base}embeddings.patch_embeddings.projection.{leaf}": "trunk.patch_embed.proj.1.{leaf}",
-        **{f"{{base}}encoder.layer.{{n}}.{old}": f"trunk.blocks.{{n}}.{new}" for old, new in _HF_LAYERS.items()},
+        **_HF_TRUNK,
         "{base}layernorm.{leaf}": "trunk.norm.{leaf}",
         "fc_norm.{leaf}": "trunk.norm.{leaf}",
         "classifier.{leaf}": "heads.0.0.{leaf}",
-        **{
-            f"decoder.decoder_layers.{{n}}.{old}": f"trunk.decoder.decoder_blocks.{{n}}.{new}"
-            for old, new in _HF_LAYERS.items()
-        },
+        **_HF_DECODER,
         **_VIDEOMAE_DECODER,
     },
 }
@@ -112,13 +105,8 @@ _DECODER_PARTS = """
 EPSILON = 1e-6  # of every LayerNorm here
 HF_LAST_EPSILON = 1e-5  # of `fc_norm` and of the decoder's last norm there, whatever the configuration says
 HF_EPSILON = 1e-12  # of the others there, unless the configuration says another
-HF_NUMBERS = {
-    "hidden_size": "width",
-    "num_hidden_layers": "depth",
-    "num_attention_heads": "heads",
-    "num_frames": "num_frames",
-    "image_size": "image_size",
-}
+HF_NUMBERS = {"hidden_size": "width", "num_hidden_layers": "depth", "num_attention_heads": "heads"}
+HF_NUMBERS |= {name: name for name in ("num_frames", "image_size")}
 
 
 @dataclass(frozen=True)
@@ -350,8 +338,7 @@ class _KeyMapper:
         if not any(name.startswith(DECODER) for name in self.state):
             return
         if why := self._decoder_problem():
-            self.drop(DECODER, why)
-            return
+            return self.drop(DECODER, why)
         projection, token = self.state["trunk.decoder.decoder_embed.weight"], self.state["trunk.mask_token"]
         solved = _unproject(token.reshape(1, -1), projection).to(token.dtype)
         self.fill("trunk.mask_token", solved, "mask_token, before the projection")
@@ -394,11 +381,6 @@ class _KeyMapper:
 def group_by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:
     """{name: reason} the other way round."""
     return {why: [name for name in reasons if reasons[name] == why] for why in dict.fromkeys(reasons.values())}
-
-
-def preview(names: Sequence[str]) -> str:
-    """The first three names."""
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _rename(format: str, name: str) -> str | None:

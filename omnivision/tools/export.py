@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from omnivision.checkpoint.state_dict_file import CONFIG, StateDictFile, read
+from omnivision.checkpoint.state_dict_file import CONFIG, StateDictFile, preview, read
 from omnivision.data.catalog import read_class_names
 from omnivision.interop import export
 from omnivision.interop.huggingface import preprocessor_config, to_hf
-from omnivision.interop.published import ConvertedCheckpoint, group_by_reason, preview
+from omnivision.interop.published import ConvertedCheckpoint, group_by_reason
 from omnivision.tools.inference import InferenceConfig, convert
 from omnivision.tools.weights import ExportOptions
 from omnivision.utils.errors import UserError
@@ -37,9 +37,7 @@ def run(checkpoint: str, out: Path, options: ExportOptions) -> int:
     names = [config.named(head) for head in range(len(config.class_names))]
     card = export.model_card(source, model, out.name, is_validated, names)  # before anything is written
     metadata = {"origin": export.origin(source, "omnivision"), "inference": config.to_json()}
-    write = export.write_pt if options.to == "pt" else export.write_safetensors
-    write(out, model.state, model.architecture, metadata | (source.progress if is_validated else {}))
-    export.write_card(out, card)
+    export.write_file(out, options.to, model, metadata | (source.progress if is_validated else {}), card)
     print(f"Wrote {out}: {len(model.state)} tensors; and {card_file}, its model card")
     return 0
 

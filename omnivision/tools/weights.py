@@ -43,7 +43,7 @@ def import_weights(
     """
     from omnivision.checkpoint.state_dict_file import read
     from omnivision.interop.architecture import ArchOverrides
-    from omnivision.interop.export import check_target, origin, write_pt
+    from omnivision.interop.export import check_target, origin, write_file
     from omnivision.interop.published import class_names, convert
 
     file = read(source)
@@ -54,7 +54,7 @@ def import_weights(
     if names and converted.architecture.get("classes") == [len(names)]:
         inference = {"class_names": [names]} | inference
     metadata: dict[str, Any] = {"origin": origin(file, recognised)} | file.progress
-    write_pt(out, converted.state, converted.architecture, metadata | ({"inference": inference} if inference else {}))
+    write_file(out, "pt", converted, metadata | ({"inference": inference} if inference else {}))
     print(f"{file}: {len(file.state)} tensors of format {recognised}", *converted.lines(), sep="\n")
     print(f"Wrote {out}: {len(converted.state)} tensors, {converted.summary()}")
     return 0
