@@ -95,7 +95,8 @@ class Metrics(unittest.TestCase):
         board = EventAccumulator(str(self.folder / "run/tensorboard"))
         board.Reload()
         self.assert_the_same({name: {e.step: e.value for e in board.Scalars(name)} for name in board.Tags()["scalars"]})
-        self.assertIn("pictures", board.Tags()["images"])
+        self.assertIn("train_epoch/loss", board.Tags()["scalars"])
+        self.assertTrue(board.Images("pictures")[0].encoded_image_string.startswith(b"GIF89a"))
 
     def test_wandb_offline(self):
         self.assert_the_same(wandb_metrics(self.folder / "run"))

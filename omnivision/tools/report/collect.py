@@ -92,11 +92,14 @@ def differing(runs: Sequence[Run]) -> dict[str, list[str]]:
     return {name: values for name, values in found.items() if len(set(values)) > 1}
 
 
-class Table(NamedTuple):
-    """The paper's table. `columns`: (task, FT or LP); `rows`: (start, cells), a cell is (text, best of its column)."""
+Column = tuple[str, str]  # task, FT or LP
 
-    columns: list[tuple[str, str]]
-    rows: list[tuple[str, list[tuple[str, bool]]]]
+
+class Table(NamedTuple):
+    """The paper's table. `rows`: by start and column a text, and whether it is the best of its column."""
+
+    columns: list[Column]
+    rows: dict[str, dict[Column, tuple[str, bool]]]
     left_out: list[str]  # runs with a top-1 that is no result yet
 
 
@@ -110,32 +113,23 @@ def paper_table(runs: Sequence[Run]) -> Table | None:
     if len(results) < 2:
         return None
     starts = _name_starts(results)
-    cells: dict[tuple[str, tuple[str, str]], list[Run]] = {}
+    groups: dict[tuple[str, Column], list[Run]] = {}
     for run in results:
-        way = "FT" if run.facts["trunk"] == "trained" else "LP"
-        cells.setdefault((starts[run], (" + ".join(run.facts.get("sources") or []), way)), []).append(run)
-    values: dict[tuple[str, tuple[str, str]], tuple[float, str]] = {}
-    for key, members in cells.items():
+        column = " + ".join(run.facts.get("sources") or []), "FT" if run.facts["trunk"] == "trained" else "LP"
+        groups.setdefault((starts[run], column), []).append(run)
+    values, texts = {}, {}
+    for key, members in groups.items():
         top1 = [run.last["val_top1"] for run in members]
         is_mean = set(differing(members)) <= {"trainer.seed_value"}
-        value = sum(top1) / len(top1) if is_mean else max(top1)
+        values[key] = sum(top1) / len(top1) if is_mean else max(top1)
         count = f" ({'mean' if is_mean else 'best'} of {len(top1)})" if len(top1) > 1 else ""
-        values[key] = value, f"{value:.1f}{count}"
-    tasks = list(dict.fromkeys(task for _, (task, _) in values))
-    columns = sorted({column for _, column in values}, key=lambda column: (tasks.index(column[0]), column[1]))
-    best = {column: max(value for (_, other), (value, _) in values.items() if other == column) for column in columns}
-    rows = []
-    for start in dict.fromkeys(starts.values()):
-        found = [values.get((start, column)) for column in columns]
-        rows.append(
-            (
-                start,
-                [
-                    (cell[1], cell[0] == best[c]) if cell else ("", False)
-                    for c, cell in zip(columns, found, strict=True)
-                ],
-            )
-        )
+        texts[key] = f"{values[key]:.1f}{count}"
+    tasks = list(dict.fromkeys(task for _, (task, _) in groups))
+    columns = sorted({column for _, column in groups}, key=lambda column: (tasks.index(column[0]), column[1]))
+    rows: dict[str, dict[Column, tuple[str, bool]]] = {start: {} for start in starts.values()}
+    for start, column in groups:
+        best = max(value for (_, other), value in values.items() if other == column)
+        rows[start][column] = texts[start, column], values[start, column] == best
     return Table(columns, rows, [run.name for run in ranked if not run.has_result])
 
 
