@@ -67,24 +67,30 @@ class Dist:
     Control data goes over the CPU (gloo), so that no accelerator waits for it.
     """
 
-    def __init__(self, place: RankInfo, accelerator: str, backend: str | None, timeout: timedelta) -> None:
-        self.rank, self.world_size, self.local_rank = place.rank, place.world_size, place.local_rank
-        self.device = choose_device(accelerator, place.local_rank)
+    def __init__(self, rank_info: RankInfo, accelerator: str, backend: str | None, timeout: timedelta) -> None:
+        self.rank, self.world_size, self.local_rank = rank_info.rank, rank_info.world_size, rank_info.local_rank
+        self.device = choose_device(accelerator, rank_info.local_rank)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        elif "OMP_NUM_THREADS" not in os.environ or place.world_size > 1:
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.local_world_size))
+        elif "OMP_NUM_THREADS" not in os.environ or rank_info.world_size > 1:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // rank_info.local_world_size))
         self.control: Any = None
-        if place.world_size > 1:
+        if rank_info.world_size > 1:
             backend = backend or {"cuda": "nccl"}.get(self.device.type, "gloo")
             if backend == "nccl" and self.device.type != "cuda":
                 raise UserError(
                     f"trainer.distributed.backend must be gloo or null on the {self.device.type}, got nccl, which needs GPUs."
                 )
-            if place.local_world_size == place.world_size:  # all on this machine: its host name need not resolve
+            if (
+                rank_info.local_world_size == rank_info.world_size
+            ):  # all on this machine: its host name need not resolve
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
             torch.distributed.init_process_group(
-                backend, init_method=place.init_method, rank=place.rank, world_size=place.world_size, timeout=timeout
+                backend,
+                init_method=rank_info.init_method,
+                rank=rank_info.rank,
+                world_size=rank_info.world_size,
+                timeout=timeout,
             )
             world, new_group = torch.distributed.group.WORLD, torch.distributed.new_group
             self.control = world if backend == "gloo" else new_group(backend="gloo", timeout=timeout)
