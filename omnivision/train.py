@@ -8,9 +8,11 @@ Exit codes: 0 done; 1 invalid input, explained in one paragraph; others: faults,
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,61 +22,76 @@ from omnivision.config.compose import (
     CommandLine,
     check_distinct_run_dirs,
     compose_configs,
+    help_text,
     parse_command_line,
-    typed_choices,
 )
-from omnivision.config.help import help_text
 from omnivision.utils.errors import EXIT_INTERRUPTED, StopRequested, UserError
 from omnivision.utils.streams import announce, ignore_broken_pipe, output_problem
 
 if TYPE_CHECKING:
+    from omnivision.config.schema import Settings
     from omnivision.launch.launcher import Job
 
 
-def train(arguments: Sequence[str], config_dir: Path) -> int:
-    """Run what a command line describes; returns the exit code."""
-    command = parse_command_line(arguments, config_dir)
-    if command.help:
-        print(help_text(config_dir))
-        return 0
-    configs = compose_configs(command)
-    if command.print_config:
-        print("\n".join(OmegaConf.to_yaml(config, resolve=False) for config in configs), end="")
-        return 0
-    check_distinct_run_dirs(configs)
-    jobs = [make_job(config, command) for config in configs]
-    if any(job.settings.trainer.mode == "dry" for job in jobs):
-        return print_dry_run(jobs)
-    from omnivision.launch.launcher import launch  # imports torch
+def main(arguments: Sequence[str] | None = None, beside: Path | None = None) -> None:
+    """Run the command and exit; `beside` is the folder of the script. Errors are printed, never raised."""
+    ignore_broken_pipe()
+    # Compute threads that spin while they wait steal the time of data workers on the same cores: on two busy cores a step of a
+    # small model took ten times as long. OpenMP reads this when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    with exit_on_error():
+        config_dir = find_config_dir(beside)
+        command = parse_command_line(sys.argv[1:] if arguments is None else arguments, config_dir)
+        if command.help:
+            print(help_text(config_dir))
+            sys.exit(0)
+        configs = compose_configs(command)
+        if command.print_config:
+            print("\n".join(OmegaConf.to_yaml(config, resolve=False) for config in configs), end="")
+            sys.exit(0)
+        check_distinct_run_dirs(configs)
+        jobs = [make_job(config, command) for config in configs]
+        if any(job.settings.trainer.mode == "dry" for job in jobs):
+            sys.exit(max(map(print_dry_run, jobs)))
+        from omnivision.launch.launcher import launch  # imports torch
 
-    return launch(jobs)
+        sys.exit(launch(jobs))
 
 
 def make_job(config: DictConfig, command: CommandLine) -> Job:
     """Validate a configuration: its settings and, unless it is for a dry run, its files. Raises UserError."""
-    from omnivision.config.stages import stage_warnings
     from omnivision.config.validate import validate_config
     from omnivision.launch.launcher import Job, apply_torchrun_env, validate_launch_mode
-    from omnivision.training.preflight import check_run, run_warnings
+    from omnivision.training.preflight import check_run
 
-    if os.environ.get("RANK", "0") == "0":
+    is_main = os.environ.get("RANK", "0") == "0"
+    if is_main:
         announce("Checking the configuration and the data")
     apply_torchrun_env(config)
-    settings = validate_config(config, command.overrides, command.config_dirs)
-    warnings = stage_warnings(settings, typed_choices(command.overrides))
+    settings = validate_config(config, command.overrides)
     if settings.trainer.mode != "dry":
-        warnings += run_warnings(settings, *check_run(settings, validate_launch_mode))
-    if os.environ.get("RANK", "0") == "0":
-        for warning in warnings:
+        problems, warnings = check_run(settings, validate_launch_mode)
+        if problems:
+            raise UserError.of(problems)
+        for warning in warnings if is_main else ():
             print(f"warning: {warning}", file=sys.stderr)
     return Job(settings, OmegaConf.to_yaml(config, resolve=False))
 
 
-def print_dry_run(jobs: Sequence[Job]) -> int:
-    """Print what each run would be; returns 1 if one could not start."""
-    from omnivision.launch.dry_run import dry_run
+def print_dry_run(job: Job) -> int:
+    """Print what a run would be, and its batch script; returns 1 if it could not start."""
+    from omnivision.launch import slurm
+    from omnivision.launch.launcher import run_folder, validate_launch_mode
+    from omnivision.launch.submit import batch_script, check_submission
+    from omnivision.training.dry_run import dry_run
 
-    code = max(dry_run(job) for job in jobs)
+    def check_cluster(settings: Settings) -> None:
+        if settings.submitit.use_cluster and slurm.is_available():
+            check_submission([dataclasses.replace(job, settings=settings)], slurm.squeue())
+
+    code = dry_run(job.settings, job.config_text, validate_launch_mode, check_cluster)
+    if job.settings.submitit.use_cluster:
+        print(f"\nThe batch script:\n\n{batch_script(job.settings, run_folder(job))}")
     if problem := output_problem():
         raise UserError(problem)
     return code
@@ -87,21 +104,21 @@ def find_config_dir(beside: Path | None = None) -> Path:
     return next((each for each in checkouts if (each / "config.yaml").is_file()), package / "config" / "yaml")
 
 
-def main(arguments: Sequence[str] | None = None, beside: Path | None = None) -> None:
-    """Run the command and exit; `beside` is the folder of the script. Errors are printed, never raised."""
-    ignore_broken_pipe()
+@contextlib.contextmanager
+def exit_on_error() -> Iterator[None]:
+    """Print an error of the block, and exit with its code."""
     try:
-        code = train(sys.argv[1:] if arguments is None else arguments, find_config_dir(beside))
+        yield
     except KeyboardInterrupt:
         print("interrupted before a run began", file=sys.stderr)
-        code = EXIT_INTERRUPTED
+        sys.exit(EXIT_INTERRUPTED)
     except StopRequested as error:
         print(f"ended by {error.cause} before a run began", file=sys.stderr)
-        code = error.exit_code
+        sys.exit(error.exit_code)
     except Exception as error:
         from omnivision.launch.exit import exit_code_and_reason, print_error, unwrap_keyboard_interrupt
 
         code, reason = exit_code_and_reason(unwrap_keyboard_interrupt(error))
         if code != EXIT_INTERRUPTED:
             print_error(reason if isinstance(error, UserError) else error)
-    sys.exit(code)
+        sys.exit(code)

@@ -38,13 +38,12 @@ class Mistakes(unittest.TestCase):
     def tearDownClass(cls):
         cls.temporary.cleanup()
 
-    def assert_refused(self, *overrides: str, saying: str, folder: str = "never", apart: bool = False) -> None:
-        """`apart` runs the command in a process of its own; in this one it takes a tenth of the time."""
+    def assert_refused(self, *overrides: str, saying: str, folder: str = "never") -> None:
         run_folder = self.folder / folder
         before = contents(run_folder)
-        result = (runs.run if apart else here)(run_folder, *overrides)
+        result = here(run_folder, *overrides)
         self.assertEqual(result.returncode, 1, result.stderr)
-        self.assertRegex(result.stderr, saying)
+        self.assertRegex(result.stderr, f"(?s)^(warning: [^\n]*\n)*error: .*{saying}")
         self.assertEqual(result.stderr.count("error:"), 1, result.stderr)
         self.assertNotIn("Traceback", result.stderr)
         self.assertNotIn("step 1/", result.stdout)
@@ -58,52 +57,26 @@ class Mistakes(unittest.TestCase):
 
     def test_a_machine_without_slurm(self):
         with mock.patch.dict(os.environ, PATH=str(self.folder)):
-            self.assert_refused("submitit.use_cluster=true", saying="no SLURM.*submitit.use_cluster=false")
+            self.assert_refused("submitit.use_cluster=true", saying="submitit.use_cluster=false")
 
-    def test_arrays(self):
-        labels = np.arange(12) % 3
-        cases = [
-            (
-                ["++datasets.k150.train.paths=/nowhere.npy"],
-                r"datasets\.k150\.train\.paths: no such file: /nowhere\.npy",
-            ),
-            (self.split("object", np.array([{}] * 12, dtype=object)), "never unpickled"),
-            (self.split("float", labels * 1.0), r"float64 .*datasets\.k150\.train\.labels"),
-            (self.split("square", labels.reshape(3, 4)), r"\(3, 4\).*datasets\.k150\.train\.labels"),
-            (self.split("bytes", np.array([b"a.mp4"] * 12), "paths"), r"S5 .*datasets\.k150\.train\.paths"),
-            (self.split("short", labels[:5]), r"datasets\.k150\.train\.labels"),
-            (self.split("empty", np.array([], dtype=str), "paths"), r"datasets\.k150\.train\.paths"),
-            (self.split("high", labels + 149), "labels from 149 to 151; expected -1 .* to 149"),
-            (self.split("low", labels - 2), "labels from -2 to 0"),
-        ]
-        for overrides, saying in cases:
+    def test_settings_that_the_data_or_the_model_refuse(self):
+        labels, name = np.arange(12) % 3, r"datasets\.k150\.train"
+        for overrides, saying in (
+            (self.split("object", np.array([{}] * 12, dtype=object)), f"never unpickled.*{name}"),
+            (self.split("float", labels * 1.0), f"float64.*{name}"),
+            (self.split("high", labels + 149), "149 to 151"),
+            (["++datasets.k150.train.paths=/nowhere.npy"], f"{name}.paths"),
+            ([*self.data, "num_frames=5"], "num_frames"),
+            ([*self.data, "lr_scale_factor=0"], "lr_scale_factor .*> 0"),
+            ([*self.data, "batch_size=64"], "12 samples .* 64.* batch_size"),
+            ([*self.data, "launcher.num_nodes=2"], "launcher.num_nodes"),
+            ([*self.data, "trainer.mode=val", "++datasets.k150.val=null"], r"datasets\.NAME\.val"),
+            ([*self.data, "trainer.accelerator=cuda"], "trainer.accelerator"),
+            ([*self.data, "trainer.data.mask.ratio=1"], r"trainer\.data\.mask"),
+            ([*self.data, "trainer.mode=val", *[o.replace("train", "val") for o in self.data]], "trainer.mode=val"),
+        ):
             with self.subTest(saying):
                 self.assert_refused(*overrides, saying=saying)
-
-    def test_settings(self):
-        cases = [
-            (["num_frames=5"], "num_frames .*num_frames=4"),
-            (["image_size=33"], "image_size .*image_size=32"),
-            (["trainer.model.trunk.heads=5"], r"trainer\.model\.trunk\.heads .*trainer\.model\.trunk\.width 96"),
-            (["lr_scale_factor=0"], "lr_scale_factor .*> 0"),
-            (["batch_size=64"], "12 samples .* fewer than one batch of 64.*Lower batch_size"),
-            (["++ephocs=3"], r"ephocs \(argument \+\+ephocs=3\) .* mean epochs"),
-            (["launcher.num_nodes=2"], "this machine is one node"),
-            (["trainer.mode=val", "++datasets.k150.val=null"], "none of its sources .* has a val split"),
-            (["trainer.accelerator=cuda"], "trainer.accelerator"),
-            (["trainer.data.mask.ratio=1"], "The mask hides 16 of the 16 tokens"),
-            (
-                ["trainer.mode=val", *[f"++datasets.k150.val.{k}={self.folder}/{k}.npy" for k in ("paths", "labels")]],
-                "There is no checkpoint in",
-            ),
-        ]
-        for overrides, saying in cases:
-            with self.subTest(saying):
-                self.assert_refused(*self.data, *overrides, saying=f"(?s){saying}")
-
-    def test_a_run_folder_that_cannot_be_made(self):
-        (self.folder / "a_file").write_text("in the way")
-        self.assert_refused(*self.data, saying="cannot be written", folder="a_file/run", apart=True)
 
     def test_a_second_process_on_a_live_run(self):
         folder = self.folder / "held"

@@ -17,10 +17,10 @@ from omnivision import train
 from omnivision.config.validate import validate_config
 from omnivision.data.encode import write_video
 from omnivision.data.video import VideoFile
-from omnivision.launch import dry_run as dry
 from omnivision.launch import slurm
 from omnivision.reporting.run_directory import RunDir
-from omnivision.training import build
+from omnivision.training import build, preflight
+from omnivision.training import dry_run as dry
 from omnivision.training.trainer import Trainer
 from tests import stage_runs as stages
 
@@ -119,6 +119,10 @@ class Dry(unittest.TestCase):
         self.assertNotIn("weights      random", self.dry("finished", limit | {"epochs": 3}).stdout)
         self.assertEqual(self.dry("finished", limit).returncode, 0)
         self.assert_stops("allow_changes", "finished", limit | {"trainer.optim.gradient_clip": 1.0})
+        settings = validate_config(self.config)
+        estimated = build.checkpoint_bytes(settings, build.model(settings, "meta"))
+        size = (self.folder / "finished/checkpoints/checkpoint.pt").stat().st_size
+        self.assertAlmostEqual(size / estimated, 1, delta=0.1)
         allowed = limit | {"trainer.checkpoint.allow_changes": True}
         self.assertEqual(self.dry("finished", allowed | {"epochs": 2}).returncode, 0)
         self.assert_stops("trainer/model", "finished", allowed | {"trainer.model.trunk.width": 48})
@@ -173,8 +177,8 @@ class Dry(unittest.TestCase):
                 shown = self.start("warned", mode, changes)
                 said = shown.stdout + shown.stderr
                 self.assertRegex(said, r"warning: 9 data workers share")
-                self.assertRegex(said, r"warning: 4 of 4 sampled videos of ucf101 .*num_frames=4 .*: 3 in .*short.mp4")
-        with mock.patch.object(build, "sample_warnings") as opened:
+                self.assertRegex(said, r"warning: 4 of 4 sampled files of ucf101 .*num_frames=4 .*: 3 in .*short.mp4")
+        with mock.patch.object(preflight, "open_video") as opened:
             self.assertEqual(self.start("finished", "train", {"trainer.limit_train_batches": 1}).returncode, 0)
         opened.assert_not_called()  # a run that is resumed said it at its start
 

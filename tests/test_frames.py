@@ -4,7 +4,6 @@ import os
 import unittest
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -280,17 +279,14 @@ class Series(Folder):
         self.assertEqual(check_data(*arguments, "--frame-pattern", "img_*.png")[0], 0)
 
     def test_before_a_run(self):
-        data = SimpleNamespace(sources={"d": None})
-        trainer = SimpleNamespace(data=data, model={"decoder": {}}, mode="train", val_epoch_freq=None)
+        data = SimpleNamespace(max_pixels=None, clip_duration=1.0, num_frames=1)
+        checkpoint = SimpleNamespace(save_dir=f"{self.folder}/checkpoints")
+        trainer = SimpleNamespace(data=data, checkpoint=checkpoint)
         settings = SimpleNamespace(trainer=trainer, submitit=SimpleNamespace(use_cluster=False))
-        self.enterContext(mock.patch.object(preflight, "epoch_plan"))
-        with mock.patch.object(preflight, "datasets_of", lambda _: [self.dataset("paths.npy")]):
-            with self.assertRaisesRegex(UserError, r"datasets\.d\.frame_pattern"):
-                preflight.check_splits(settings)
-            self.assertEqual(len(preflight.open_splits(settings)[0]), 1)  # each process of a run opens them again
+        with self.assertRaisesRegex(UserError, r"datasets\.d\.frame_pattern"):
+            preflight.check_samples(settings, Split(self.dataset("paths.npy"), "train"))
         chosen = self.dataset("paths.npy", frame_pattern="img_*.png")
-        with mock.patch.object(preflight, "datasets_of", lambda _: [chosen]):
-            self.assertEqual(len(preflight.check_splits(settings)[0]), 1)
+        preflight.check_samples(settings, Split(chosen, "train"))
 
     def test_the_assumed_rate_is_named(self):
         self.assertRegex(preflight.describe_split(Split(self.dataset("one.npy", fps=12.5), "train")), r"12\.5.*d\.fps")

@@ -480,11 +480,10 @@ class Settled(unittest.TestCase):
     def test_refusals(self):
         for override, key in (
             ('submitit.name="a\nb"', "submitit.name"),
-            ("++submitit.additional_parameters.time=1", "additional_parameters.time .*submitit.timeout_hour"),
+            ("++submitit.additional_parameters.time=1", "additional_parameters.time"),
             ("++submitit.additional_parameters.test_only=true", "additional_parameters.test_only"),
             ("++submitit.additional_parameters.test_onl=true", "additional_parameters.test_onl"),
             (f"launcher.experiment_log_dir=/runs/{'x' * 300}", "launcher.experiment_log_dir"),
-            (f"launcher.experiment_log_dir=/runs{'/xxx' * 800}", "launcher.experiment_log_dir"),
             ("submitit.timeout_hour=1e9", "submitit.timeout_hour"),
             ("submitit.dependency='afterok:1,afterok:2?singleton'", "submitit.dependency"),
             *((f"submitit.dependency='{text}'", "submitit.dependency")
@@ -493,7 +492,7 @@ class Settled(unittest.TestCase):
         ):  # fmt: skip
             with self.subTest(override), self.assertRaisesRegex(UserError, key):
                 settings_of(override)
-        with self.assertRaisesRegex(UserError, "submitit.signal_delay_s .*submitit.timeout_hour"):
+        with self.assertRaisesRegex(UserError, "signal_delay_s .*timeout_hour"):
             settings_of("submitit.signal_delay_s=3600", "submitit.timeout_hour=1")
 
     def test_what_is_understood(self):

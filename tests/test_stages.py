@@ -537,7 +537,6 @@ class Refusals(OnVideos):
             ("ft", "run", ['++trainer.checkpoint.keep=["nothing*"]'], r"trainer\.checkpoint\.keep: 'nothing\*'"),
             ("ft", "run", ['++trainer.checkpoint.drop=["nothing*"]'], r"trainer\.checkpoint\.drop: 'nothing\*'"),
             ("ft", "run", ["++trainer.checkpoint.rename={nothing: some}"], r"trainer\.checkpoint\.rename: 'nothing'"),
-            ("lp", "run", ["trainer.optim.layer_decay=0.5"], r"trainer\.optim\.layer_decay .*trainer\.freeze"),
             ("ft", "numbers.pt", [], "numbers.pt"),
             ("ft", "empty", [], r"empty.*checkpoints/best\.pt.*checkpoints/checkpoint\.pt"),
             ("ft", "gone", [], "gone"),
@@ -552,7 +551,6 @@ class Refusals(OnVideos):
     def test_settings_of_a_run_that_is_there(self):
         four = "++datasets.ucf101.num_classes=4"
         for overrides, key in (
-            (['trainer.freeze=["trunk.*"]'], r"trainer\.optim\.layer_decay .*trainer\.freeze"),
             (['trainer.freeze=["nothing*"]'], r"trainer\.freeze.*'nothing\*'"),
             (['trainer.freeze=["*"]', "trainer.optim.layer_decay=null"], r"trainer\.freeze"),
             ([four], r"datasets\.ucf101\.num_classes: 3 -> 4; epochs: 1 -> 2"),

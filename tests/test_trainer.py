@@ -714,7 +714,10 @@ class Loop(unittest.TestCase):
                 build.check_compiler(torch.device("cpu"))
         settings = mock.Mock()
         settings.launcher.gpus_per_node = 2
-        with mock.patch.object(build, "check_compiler") as tried, mock.patch.object(build, "held_bytes", lambda _: 0):
+        with (
+            mock.patch.object(build, "check_compiler") as tried,
+            mock.patch.object(build, "meta_model", lambda _: None),
+        ):
             for local_rank in (0, 1, 2):  # one rank of a node tries it
                 build.check_device(settings, torch.device("cpu"), local_rank)
         tried.assert_called_once_with(torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""The command line: its flags, the configurations that its overrides compose, and what is wrong with them."""
+"""The command line: its flags, its help, the configurations that its overrides compose, and what is wrong with them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import difflib
 import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -20,10 +20,27 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from omnivision.config.schema import GROUPS, setting_types
+from omnivision.config.messages import suggest
+from omnivision.config.schema import GROUPS
 from omnivision.utils.errors import UserError
 
 MAX_RUNS = 10_000  # of a sweep
+HELP = """\
+omnivision: video models by the PPMA recipe.
+
+A run is an experiment (a stage of the recipe), a recipe for a dataset, and settings:
+
+  python train_app_submitit.py +experiments=omnimae/omnimain_train_video.yaml +trainer=mae_k150_config.yaml \\
+    trainer/model=vitbase ++batch_size=16 ++launcher.experiment_log_dir=FOLDER submitit.use_cluster=false
+
+  --cfg job           print the composed settings
+  trainer.mode=dry    print what the run would be, and what would stop it (exit code 1)
+  -m                  a run for each of several values, KEY=A,B
+  --config-dir DIR    a folder with site/, experiments/ or trainer/ files of your own; +site=NAME chooses DIR/site/NAME.yaml
+  --config-name NAME  another primary file than config.yaml
+
+Running the same command again resumes the run in its folder.
+"""
 
 
 @dataclass(frozen=True)
@@ -38,10 +55,7 @@ class CommandLine:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        found = re.match(r"unrecognized arguments: --?([\w-]+)(=\S*)?", message)
-        near = suggest(found[1].replace("-", "_")) if found else None
-        guess = f" Did you mean {near}{found[2] or '=VALUE'}?" if found and near else ""
-        raise UserError(f"{message}. Settings are written KEY=VALUE, without dashes; --help lists them.{guess}")
+        raise UserError(f"{message}. Settings are written KEY=VALUE, without dashes; --help lists them.")
 
 
 def parse_command_line(arguments: Sequence[str], config_dir: Path) -> CommandLine:
@@ -64,6 +78,25 @@ def parse_command_line(arguments: Sequence[str], config_dir: Path) -> CommandLin
     return CommandLine(
         given.overrides, [*folders, config_dir], given.config_name, given.multirun, given.cfg == "job", given.help
     )
+
+
+def help_text(config_dir: Path) -> str:
+    """Header, the choices of each group, and every setting with its default and meaning."""
+    lines = [HELP]
+    for group in ("trainer", *GROUPS):
+        files = sorted(file.relative_to(config_dir / group) for file in (config_dir / group).rglob("*.yaml"))
+        names = [file.with_suffix("").as_posix() for file in files if len(file.parts) == 1 + (group == "experiments")]
+        lines.append("\n  ".join([f"{group if '/' in group else f'+{group}'}=", *names]))
+    settings = (config_dir / "experiments" / "base.yaml").read_text(encoding="utf-8").partition("\n\n")[2]
+    catalog = (config_dir / "experiments" / "dataset_catalog.yaml").read_text(encoding="utf-8").partition("\n\n")[0]
+    lines += [
+        "\nSettings (KEY=VALUE; ++KEY=VALUE also sets what is not there yet)\n",
+        settings,
+        "The catalog\n",
+        catalog,
+    ]
+    lines.append("\nArguments of the objects that a run builds (trainer.model, ...): --cfg job, and docs/settings.md")
+    return "\n".join(lines)
 
 
 def use_yaml12_numbers() -> None:
@@ -90,9 +123,9 @@ def compose_configs(command: CommandLine) -> list[DictConfig]:
         raise UserError(
             "A configuration file includes itself (defaults), or refers to itself. Correct the file."
         ) from None
+    except UserError:
+        raise
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(explain(error, command)) from error
 
 
@@ -107,77 +140,37 @@ def expand_sweep(overrides: Sequence[str]) -> list[list[str]]:
     return BasicSweeper.split_arguments(parsed, None)[0]
 
 
-def typed_choices(arguments: Sequence[str]) -> dict[str, str]:
-    """What a command line chooses, by config group: `+trainer=x.yaml` as {"trainer": "x"}. Those of a sweep have commas."""
-    pairs = (argument.partition("=") for argument in arguments)
-    return {name.lstrip("+"): value.replace(".yaml", "") for name, _, value in pairs}
-
-
-def argument_for(key: str, arguments: Sequence[str]) -> str | None:
-    """The last argument of a command line that sets a key, or something in its group."""
-    for argument in reversed(arguments):
-        name = argument.partition("=")[0].lstrip("+~").partition("@")[0].replace("/", ".")
-        if name == key.replace("/", ".") or name.startswith(f"{key}."):
-            return argument
-    return None
-
-
-def suggest(key: str, config: DictConfig | None = None, schema: Iterable[str] = ()) -> str | None:
-    """The known key, or config group, that is nearest to an unknown one; None if nothing is near.
-
-    The last part of the key counts most, then whether the group is the same.
-    """
-    given = [each for each in _keys(config, "") if each != key and not each.startswith(f"{key}.")]
-    above, _, last = key.rpartition(".")
-
-    def likeness(name: str) -> tuple[float, float]:
-        group, _, end = name.replace("/", ".").rpartition(".")
-        ratio = difflib.SequenceMatcher(None, last.rpartition("/")[2], end).ratio()
-        ratio += 0.2 * (group == above) + 0.3 * end.startswith(f"{last}_")
-        return ratio, difflib.SequenceMatcher(None, key, name).ratio()
-
-    best = max(dict.fromkeys([*schema, *setting_types(), *given, *GROUPS]), key=likeness)
-    return best if likeness(best)[0] > 0.55 else None
-
-
-def _keys(node: Any, prefix: str) -> Iterator[str]:
-    """The full key of every part of a configuration; nothing is resolved."""
-    for key in node if isinstance(node, DictConfig) and not node._is_none() and not node._is_missing() else ():
-        yield f"{prefix}{key!s}"
-        yield from _keys(node._get_node(key, validate_access=False), f"{prefix}{key!s}.")
+def is_typed(key: str, overrides: Sequence[str]) -> bool:
+    """Whether a command line sets a key, or something in its group."""
+    names = (override.partition("=")[0].lstrip("+~") for override in overrides)
+    return any(name == key or name.startswith(f"{key}.") for name in names)
 
 
 def explain(error: BaseException, command: CommandLine) -> str:
-    """Hydra's own message in one line, with the argument that it is about and the nearest known name."""
-    arguments, text = command.overrides, str(error).partition("\nAvailable options")[0]
-    noise = ("Config search path", "provider=", "Set the", "See https", "full_key", "object_type", "reference_type")
+    """Hydra's own message in one line, with the nearest known name."""
+    text = str(error).partition("\nAvailable options")[0].partition("\nConfig search path")[0]
+    noise = ("Set the", "See https", "full_key", "object_type", "reference_type")
     lines = [line.strip() for line in text.splitlines()]
     message = " ".join(line for line in lines if line and not line.startswith(noise)).rstrip(".")
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         missing = Path(str(error.missing_cfg_file).removesuffix(".yaml"))
-        given = next((f" (argument {each})" for each in arguments if missing.name in each), "")
-        files = [file for folder in command.config_dirs for file in sorted((folder / missing.parent).glob("*.yaml"))]
-        options = sorted((file.stem for file in files), key=len)
-        near = difflib.get_close_matches(missing.name.lower(), options, 1) or [o for o in options if missing.name in o]
-        hint = f" Did you mean {near[0]}?" if near else f" Expected one of {', '.join(options)}." if options else ""
-        return f"{message}{given}.{hint}"
+        files = [file.stem for folder in command.config_dirs for file in (folder / missing.parent).glob("*.yaml")]
+        near = difflib.get_close_matches(missing.name.lower(), files, 1) or [f for f in files if missing.name in f]
+        options = f"; expected one of {', '.join(sorted(files))}." if files else suggest(missing.parent.as_posix())
+        return message + (f"; did you mean {min(near, key=len)}?" if near else options)
     if override := getattr(error, "override", None):
         return f"The argument {override} cannot be parsed: {message}. A value with one of =,:[]{{}} or spaces needs quotes."
-    if found := re.search(r"Could not (?:override|delete from config\.) '([^']*)'", text):
-        argument, known = argument_for(found[1], arguments), suggest(found[1])
-        sentence = f"{found[1]}{f' (argument {argument})' if argument else ''}: {message.partition(' Key ')[0]}."
-        return f"{sentence} Did you mean {known}?" if known not in (None, found[1]) else sentence
-    return f"{message}." if message else f"A configuration file cannot be read: {type(error).__name__}."
+    if unknown := re.search(r"Could not (?:override|delete from config\.) '([^']*)'", text):
+        return message.partition(" Key ")[0] + suggest(unknown[1])
+    return f"{message or f'A configuration file cannot be read: {type(error).__name__}'}."
 
 
 def check_distinct_run_dirs(configs: Sequence[DictConfig]) -> None:
     """Raise UserError for runs of a sweep in one folder: each would resume the other."""
     key = "launcher.experiment_log_dir"
     given = [OmegaConf.select(config, key, throw_on_resolution_failure=False) for config in configs]
-    if None in given:
-        return  # validation reports it
     folders = {str(Path(str(folder)).resolve()) for folder in given}
-    if len(folders) < len(given):
+    if None not in given and len(folders) < len(given):  # validation reports a missing one
         raise UserError(
             f"{key} must differ for the {len(given)} runs of a sweep, got {len(folders)} folders. Put what is swept into its "
             "name, e.g. 'launcher.experiment_log_dir=runs/lr_${lr_scale_factor}'."

@@ -2,174 +2,114 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-import os
-import re
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from omnivision.config.schema import Settings
 
-from omnivision.config.instantiate import signature_of
-from omnivision.config.messages import format_errors
-from omnivision.config.schema import (
-    DataSettings,
-    DecoderSettings,
-    ImageSettings,
-    Settings,
-    SubmititSettings,
-    TrunkSettings,
-)
-from omnivision.config.stages import EXPERIMENTS, reconstructs
-
-# Options of sbatch that one of our settings stands for.
-SBATCH_SETTINGS = {
-    "job-name": "submitit.name",
-    "partition": "submitit.partition",
-    "account": "submitit.account",
-    "qos": "submitit.qos",
-    "time": "submitit.timeout_hour",
-    "nodes": "launcher.num_nodes",
-    "ntasks": "launcher.gpus_per_node",
-    "ntasks-per-node": "launcher.gpus_per_node",
-    "gpus-per-node": "launcher.gpus_per_node",
-    "cpus-per-task": "submitit.cpus_per_task",
-    "mem": "submitit.mem",
-    "constraint": "submitit.constraints",
-    "comment": "submitit.comment",
-    "exclude": "submitit.exclude",
-    "nodelist": "submitit.nodelist",
-    "dependency": "submitit.dependency",
-    "array": "a sweep (-m)",
+# Of each stage: its experiment (the demo's have the names of the stages), an example of a recipe, the kind of its model.
+EXPERIMENTS = {
+    "mae": "omnimae/omnimain_train_video",
+    "finetune": "omnimae/omnimain_train_video_ft",
+    "probe": "omnimae/omnimain_train_video_lp",
+    "average": "omnimae/omnimain_train_video_ensemble_ft",
 }
-# Options of sbatch that would break a submission.
-SBATCH_RESERVED = (
-    "output error open-mode requeue no-requeue kill-on-invalid-dep wait parsable test-only wrap export chdir".split()
-)
-_ONE = r"((after|afterany|afterburstbuffer|aftercorr|afternotok|afterok)(:\d+(_(\d+|\*))?(\+\d+)?)+|singleton)"
-DEPENDENCY = rf"{_ONE}(,{_ONE})*|{_ONE}(\?{_ONE})+"
+EXAMPLE_RECIPES = {"mae": "mae_k150_config"} | dict.fromkeys(("finetune", "probe", "average"), "mae_ft_ucf101_config")
+MODELS = {"mae": "autoencoder", "finetune": "classifier", "probe": "classifier", "average": "average"}
+ENDINGS = {"average": "_average_ft", "classifier": "_ft", "autoencoder": ""}  # of their names in trainer/model
 
 
 def cross_validate(settings: Settings) -> list[str]:
     """Say which settings are valid alone but do not go together."""
-    trainer = settings.trainer
+    if problems := _stage_problems(settings):
+        return problems
+    trainer, data, images = settings.trainer, settings.trainer.data, settings.images
     trunk: dict[str, Any] = trainer.model.get("trunk") or {}
-    problems = _run_dir_problems(settings.launcher.experiment_log_dir)
-    problems += _model_problems(settings, trunk)
-    problems += _task_problems(settings)
-    problems += check_duplicates(settings, trunk)
-    problems += _optim_problems(settings)
-    problems += submitit_problems(settings.submitit)
-    data, images = trainer.data, settings.images
+    masks = [data.mask] + ([images.mask] if images else [])
+    masked, average = _reconstructs(trainer.task), "num_models" in trainer.model
+    wanted = settings.pretrained_checkpoint_path
+    several = len(wanted) if isinstance(wanted, list) else 1
+    rules = {
+        "trainer.data.mask must be set for trainer.task Reconstruct. Set trainer/data=unlabelled_video.": (
+            masked and None in masks
+        ),
+        "trainer.data.mask must be null for trainer.task Classify. Set trainer/data=labelled_video.": (
+            masked is False and any(masks)
+        ),
+        "trainer.data.image must be set for sources of images. Set trainer/data to a choice that has it.": (
+            images is None and any(source.kind != "video" for source in data.sources.values())
+        ),
+        "trainer.model.trunk.rgbd must be true for sources of the kind rgbd. Set it, or datasets.NAME.kind=image.": (
+            not trunk.get("rgbd") and any(source.kind == "rgbd" for source in data.sources.values())
+        ),
+        "trainer.distributed.strategy must be ddp for an average of checkpoints, got fsdp.": (
+            average and trainer.distributed.strategy == "fsdp"
+        ),
+        f"pretrained_checkpoint_path must be one checkpoint for this trainer.model, got {several}. Set one, or "
+        f"+experiments={EXPERIMENTS['average']} trainer/model=NAME_average_ft.": isinstance(wanted, list)
+        and not average,
+        f"ensemble_num_models must be the number of checkpoints in pretrained_checkpoint_path, got "
+        f"{trainer.model.get('num_models')} and {several}.": (
+            average and several not in (1, trainer.model["num_models"])  # one file may hold several
+        ),
+        "lr and lr_scale_factor must not both be set: lr is the peak for this batch, lr_scale_factor divides the recipe's. Set "
+        "lr=null or lr_scale_factor=1.": settings.lr is not None and trainer.optim.lr_scale_factor != 1,
+    }
+    problems = [sentence for sentence, is_broken in rules.items() if is_broken]
+    problems += [
+        f"trainer.model.{name}.heads must divide trainer.model.{name}.width {part['width']}, got {part['heads']}."
+        for name in ("trunk", "decoder")
+        if (part := trainer.model.get(name)) and part.get("heads") and part.get("width", 0) % part["heads"]
+    ]
+    problems += _contradictions(settings, trunk)
     problems += _batch_problems(settings, "", data.batch_size, data.views_per_clip, trainer.optim.accumulation_steps)
     if images:
-        parts = images.batch_size, images.views_per_clip, images.accumulation_steps
-        problems += _batch_problems(settings, "trainer.data.image.", *parts)
-    elif any(source.kind != "video" for source in data.sources.values()):
-        problems.append("trainer.data.image must be set for sources of images. Choose a trainer/data that has it.")
+        counts = images.batch_size, images.views_per_clip, images.accumulation_steps
+        problems += _batch_problems(settings, "trainer.data.image.", *counts)
     return problems
 
 
-def _run_dir_problems(folder: str) -> list[str]:
-    if not folder.strip():
-        return [
-            "launcher.experiment_log_dir must be the folder of the run, got an empty text (an unset shell variable?)."
-        ]
-    if len(os.fsencode(folder)) > 3000 or max(len(os.fsencode(part)) for part in Path(folder).parts) > 255:
-        return [f"launcher.experiment_log_dir must be shorter, got {len(folder)} characters: {folder[:60]}..."]
-    return []
-
-
-def _model_problems(settings: Settings, trunk: dict[str, Any]) -> list[str]:
-    """Sizes of trunk and decoder, depth channels, and what a model cannot be trained with."""
-    trainer, problems = settings.trainer, []
-    parts: dict[str, tuple[type[BaseModel], Any]] = {
-        "trunk": (TrunkSettings, trunk),
-        "decoder": (DecoderSettings, trainer.model.get("decoder") or {}),
-    }
-    for name, (schema, values) in parts.items():
-        try:
-            sizes: Any = schema.model_validate(values)
-        except ValidationError as error:
-            problems += format_errors(error, schema, f"trainer.model.{name}.")
-            continue
-        if "width" in values and sizes.width % sizes.heads:
-            problems.append(
-                f"trainer.model.{name}.heads must divide trainer.model.{name}.width {sizes.width}, got {sizes.heads}."
-            )
-        if name == "trunk" and "tubelet" in values:
-            problems += _tubelet_problems(trunk)
-    if trainer.distributed.strategy == "fsdp" and "num_models" in trainer.model:
-        problems.append("trainer.distributed.strategy must be ddp for an average of checkpoints, got fsdp.")
-    problems += [
-        f"datasets.{name}.kind is rgbd, and trainer.model.trunk.rgbd is not true. Set ++trainer.model.trunk.rgbd=true, or "
-        f"datasets.{name}.kind=image."
-        for name, source in trainer.data.sources.items()
-        if source.kind == "rgbd" and not trunk.get("rgbd")
+def _stage_problems(settings: Settings) -> list[str]:
+    """An experiment, a recipe and a model of different stages, with the choices that go together."""
+    trainer, stage = settings.trainer, settings.stage
+    model, masked = _model_kind(trainer.model), _reconstructs(trainer.task)
+    fitting = [each for each in EXPERIMENTS if model in (None, MODELS[each]) and masked in (None, each == "mae")]
+    if fitting and stage in (None, *fitting):
+        return []
+    task = {True: "reconstructs masked videos", False: "learns from labels", None: "is your own"}[masked]
+    advice = [f"+experiments={EXPERIMENTS[each]}" for each in fitting]
+    if stage is not None:
+        recipe = "mae_NAME_config" if stage == "mae" else "mae_ft_NAME_config"
+        advice.insert(0, f"+trainer={recipe} trainer/model=NAME{ENDINGS[MODELS[stage]]}")
+    return [
+        f"The experiment, recipe (+trainer) and trainer/model must be of one stage, got an experiment of stage {stage}, a task "
+        f"that {task}, and {model or 'your own model'}. Set {' or '.join(advice) or 'a recipe and a model of one stage'}."
     ]
-    return problems
 
 
-def _tubelet_problems(trunk: Mapping[str, Any]) -> list[str]:
-    problems, tubelet = [], trunk["tubelet"]
-    for key, parts in (("num_frames", tubelet[:1]), ("image_size", tubelet[1:])):
-        for part in dict.fromkeys(parts):
-            value = trunk.get(key)
-            if isinstance(value, int) and value % part:
-                problems.append(
-                    f"{key} must be a multiple of {part} (trainer.model.trunk.tubelet is {tubelet}), got {value}. Set "
-                    f"{key}={max(1, value // part) * part}."
-                )
-    return problems
+def _model_kind(model: Mapping[str, Any]) -> str | None:
+    """Tell an autoencoder, an average and a classifier apart by the arguments of trainer.model; None for a user's own class."""
+    if not model["_target_"].startswith("omnivision."):
+        return None
+    return "autoencoder" if "decoder" in model else "average" if "num_models" in model else "classifier"
 
 
-def _task_problems(settings: Settings) -> list[str]:
-    """Masks, learning rates and weights that do not go with the task or the model."""
-    trainer, data, model, problems = settings.trainer, settings.trainer.data, settings.trainer.model, []
-    masked = reconstructs(trainer.task["_target_"])
-    if masked and (data.mask is None or (settings.images and settings.images.mask is None)):
-        problems.append(
-            "trainer.data.mask must be set for trainer.task Reconstruct. Set trainer/data=unlabelled_video."
-        )
-    if masked is False and data.mask is not None:
-        problems.append("trainer.data.mask must be null for trainer.task Classify. Set trainer/data=labelled_video.")
-    patterns = [name for rules in trainer.optim.options.values() for rule in rules for name in rule.param_names or []]
-    if "mixing_ratio" in patterns and "num_models" not in model:
-        problems.append(
-            "trainer.optim has a rule for mixing_ratio, and trainer.model is no average. Set "
-            f"trainer/optim={settings.stage or 'finetune'}, or +experiments={EXPERIMENTS['average']}."
-        )
-    wanted, count = settings.pretrained_checkpoint_path, model.get("num_models")
-    if isinstance(wanted, list) and count is None:
-        problems.append(
-            f"pretrained_checkpoint_path must be one checkpoint for this trainer.model, got {len(wanted)}. Give one, or choose "
-            f"an average: +experiments={EXPERIMENTS['average']} trainer/model=NAME_average_ft."
-        )
-    if isinstance(wanted, list) and count is not None and len(wanted) != count:
-        one_file = len(wanted) == 1 and not Path(wanted[0]).is_dir()  # which may hold several models
-        if not one_file:
-            problems.append(
-                f"ensemble_num_models is {count} and pretrained_checkpoint_path has {len(wanted)} checkpoints."
-            )
-    return problems
+def _reconstructs(task: Mapping[str, Any]) -> bool | None:
+    """Whether a task reconstructs masked videos or learns from labels; None for a user's own task."""
+    return {"Reconstruct": True, "Classify": False}.get(task["_target_"].rpartition(".")[2])
 
 
-def check_duplicates(settings: Settings, trunk: Mapping[str, Any]) -> list[str]:
+def _contradictions(settings: Settings, trunk: Mapping[str, Any]) -> list[str]:
     """Settings that exist twice and must not differ; by default they follow one another."""
     data, size = settings.trainer.data, settings.image_size
+    tubelet, frames = trunk.get("tubelet"), trunk.get("num_frames")
     pairs = [
-        ("trainer.data.num_frames", data.num_frames, "trainer.model.trunk.num_frames", trunk.get("num_frames")),
+        ("trainer.data.num_frames", data.num_frames, "trainer.model.trunk.num_frames", frames),
         ("image_size", size, "trainer.model.trunk.image_size", trunk.get("image_size")),
         ("image_size", size, "trainer.data.view.size", data.view.get("size")),
         ("image_size", size, "trainer.data.val_view.size", data.val_view.get("size")),
-        (
-            "trainer.model.trunk.tubelet",
-            trunk.get("tubelet"),
-            "trainer.task.tubelet",
-            settings.trainer.task.get("tubelet"),
-        ),
+        ("trainer.model.trunk.tubelet", tubelet, "trainer.task.tubelet", settings.trainer.task.get("tubelet")),
     ]
     pairs += [
         (f"datasets.{name}.num_classes", source.num_classes, "video_labels", settings.video_labels)
@@ -178,127 +118,18 @@ def check_duplicates(settings: Settings, trunk: Mapping[str, Any]) -> list[str]:
     return [
         f"{one} is {first} and {other} is {second}; they must be equal."
         for one, first, other, second in pairs
-        if first is not None and second is not None and first != second
+        if None not in (first, second) and first != second
     ]
-
-
-def _optim_problems(settings: Settings) -> list[str]:
-    """Schedules, layer decay and the two ways to set the peak learning rate."""
-    optim, problems = settings.trainer.optim, []
-    if optim.layer_decay is not None and any("trunk" in each or each == "*" for each in settings.trainer.freeze):
-        problems.append(
-            f"trainer.optim.layer_decay must be null if trainer.freeze has the trunk, got {optim.layer_decay:g}."
-        )
-    problems += [
-        f"{key} must be >= 0 and finite, got {value!r}."
-        for option, rules in optim.options.items()
-        for number, rule in enumerate(rules)
-        for key, value in _numbers(rule.scheduler, f"trainer.optim.options.{option}[{number}].scheduler")
-        if not 0 <= value < 1e100
-    ]
-    target = optim.optimizer["_target_"]
-    accepted = signature_of(target)
-    for option in optim.options:
-        if accepted and option not in accepted and not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
-            near = difflib.get_close_matches(option, accepted, 1)
-            guess = f"; did you mean {near[0]}?" if near else "."
-            problems.append(f"trainer.optim.options.{option} is not an argument of {target}{guess}")
-    if settings.lr is not None and optim.lr_scale_factor != 1:
-        problems.append(
-            f"lr is {settings.lr:g} and lr_scale_factor is {optim.lr_scale_factor:g}; only one may be set: lr is the peak for "
-            "this batch, lr_scale_factor divides the recipe's. Set lr=null or lr_scale_factor=1."
-        )
-    elif (settings.lr is not None or optim.lr_scale_factor != 1) and "lr" not in optim.options:
-        name = "lr_scale_factor" if settings.lr is None else "lr"
-        problems.append(
-            f"{name} is set, but trainer.optim.options has no schedule for lr. Add one, or leave {name} out."
-        )
-    return problems
-
-
-def _numbers(value: Any, key: str) -> Iterator[tuple[str, float]]:
-    """Every number in an object to build, with its key."""
-    if isinstance(value, dict):
-        for name, item in value.items():
-            yield from _numbers(item, f"{key}.{name}")
-    elif isinstance(value, list):
-        for number, item in enumerate(value):
-            yield from _numbers(item, f"{key}[{number}]")
-    elif isinstance(value, (int, float)) and not isinstance(value, bool):
-        yield key, value
 
 
 def _batch_problems(settings: Settings, prefix: str, batch: int, views: int, micro_batches: int) -> list[str]:
-    """A node's batch must be divisible by its processes, and a process's by its views and micro-batches."""
+    """A node's batch must be divisible by its ranks, and a rank's by its views and micro-batches."""
     gpus = settings.launcher.gpus_per_node
     unit = gpus * math.lcm(views, micro_batches)
-    even = max(1, batch // unit) * unit
-    if batch % gpus:
-        name = f"{prefix}batch_size"
-        return [f"{name} must be a multiple of launcher.gpus_per_node {gpus}, got {batch}. Set {name}={even}."]
-    clips, names = batch // gpus, {f"{prefix or 'trainer.data.'}views_per_clip": views}
-    names[f"{prefix or 'trainer.optim.'}accumulation_steps"] = micro_batches
+    if batch % unit == 0:
+        return []
     return [
-        f"{name} must divide the {clips} clips of a process ({prefix}batch_size {batch} / launcher.gpus_per_node {gpus}), got "
-        f"{parts}. Set {prefix}batch_size={even}."
-        for name, parts in names.items()
-        if clips % parts
-    ]
-
-
-def submitit_problems(wanted: SubmititSettings) -> list[str]:
-    """What SLURM would refuse or misread."""
-    problems = []
-    if wanted.mem is not None and wanted.mem_gb is not None:
-        problems.append(
-            f"submitit.mem is {wanted.mem} and submitit.mem_gb is {wanted.mem_gb:g}. Set one of them to null."
-        )
-    if wanted.mem is not None and not re.fullmatch(r"\d+[KMGT]?B?", wanted.mem, re.IGNORECASE):
-        problems.append(f"submitit.mem must be megabytes, or a whole number with K, M, G or T, got {wanted.mem!r}.")
-    if wanted.dependency is not None and not re.fullmatch(DEPENDENCY, wanted.dependency):
-        problems.append(
-            f"submitit.dependency must be as SLURM takes it, e.g. afterok:12:13, got {wanted.dependency!r}."
-        )
-    problems += [
-        f"submitit.{name} must be one line of plain text, got {value!r}."
-        for name, value in vars(wanted).items()
-        if isinstance(value, str) and not value.isprintable()
-    ]
-    if wanted.signal_delay_s is not None and wanted.signal_delay_s >= wanted.timeout_hour * 3600:
-        problems.append(
-            f"submitit.signal_delay_s must be shorter than submitit.timeout_hour {wanted.timeout_hour:g}, got "
-            f"{wanted.signal_delay_s} s."
-        )
-    for name in wanted.additional_parameters:
-        option = name.replace("_", "-")
-        # sbatch also takes the first letters of an option.
-        known = (*SBATCH_SETTINGS, *SBATCH_RESERVED)
-        option = next((full for full in known if option and full.startswith(option)), option)
-        if option in known:
-            advice = f"Set {SBATCH_SETTINGS[option]} instead." if option in SBATCH_SETTINGS else "Leave it out."
-            problems.append(f"submitit.additional_parameters.{name} is set by the submission itself. {advice}")
-    return problems
-
-
-def check_target_kinds(settings: Settings) -> list[str]:
-    """Objects that may be built, but not here: a view where a mask is meant."""
-    trainer = settings.trainer
-    data: dict[str, DataSettings | ImageSettings | None] = {
-        "trainer.data": trainer.data,
-        "trainer.data.image": settings.images,
-    }
-    wanted: dict[str, tuple[Any, str]] = {
-        "trainer.model": (trainer.model, "omnivision.models"),
-        "trainer.task": (trainer.task, "omnivision.tasks"),
-    }
-    for key, part in data.items():
-        if part is not None:
-            wanted[f"{key}.view"] = (part.view, "omnivision.data.views")
-            wanted[f"{key}.val_view"] = (part.val_view, "omnivision.data.views")
-            wanted[f"{key}.mask"] = (part.mask, "omnivision.data.masking")
-    return [
-        f"{key}._target_ must be a class of {package}, got {target['_target_']}."
-        for key, (target, package) in wanted.items()
-        if target is not None
-        and not any(target["_target_"].startswith(f"{known}.") for known in (package, *trainer.trust_targets))
+        f"{prefix}batch_size must be a multiple of {unit}: of launcher.gpus_per_node {gpus} x "
+        f"{prefix or 'trainer.data.'}views_per_clip {views} and {prefix or 'trainer.optim.'}accumulation_steps "
+        f"{micro_batches} on each, got {batch}. Set {prefix}batch_size={max(1, batch // unit) * unit}."
     ]

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+import collections.abc
 import difflib
 import functools
 import importlib
 import inspect
-import pkgutil
+import json
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Union
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+
+from omnivision.config.messages import format_errors
+from omnivision.config.schema import InstantiateConfig
 
 # Packages of ours of which any class may be built. Of other packages only what they hold themselves: from a module inside
 # one a name leads anywhere (torch.nn.modules.module.torch.load would unpickle).
 OWN = ("omnivision.data", "omnivision.models", "omnivision.optim", "omnivision.tasks")
 OTHERS = ("torch.optim", "torch.nn", "timm.optim", "fvcore.common.param_scheduler")
-PACKAGE = Path(__file__).parents[1]
-# Arguments that `build` takes from other settings: the label sets of the sources.
-INJECTED_ARGS = ("classes", "labels")
-SCALARS = (int, float, str, bool)
+INJECTED_ARGS = ("classes", "labels")  # from the catalog
 
 
 class TargetError(Exception):
@@ -37,38 +37,23 @@ def is_allowed(target: str, trusted: Sequence[str] = ()) -> bool:
 
 @functools.cache
 def load_target(target: str) -> Any:
-    """The class or function of an allowed `_target_`. Importing it runs its code.
-
-    Raises TargetError.
-    """
+    """The class or function of an allowed `_target_`. Importing it runs its code. Raises TargetError."""
     module_name, _, name = target.rpartition(".")
     try:
         module = importlib.import_module(module_name)
-        found = getattr(module, name)
-    except (AttributeError, ModuleNotFoundError) as error:
-        if isinstance(error, ModuleNotFoundError) and not f"{module_name}.".startswith(f"{error.name}."):
-            raise TargetError(f"cannot be imported: {type(error).__name__}: {error}") from error
-        near = difflib.get_close_matches(target, _names_near(module_name), 1)
-        hint = f"did you mean {near[0]}?" if near else "is its folder on PYTHONPATH?"
-        raise TargetError(f"does not exist; {hint}") from None
-    except Exception as error:
-        raise TargetError(f"cannot be imported: {type(error).__name__}: {error}") from error
-    own = target.startswith("omnivision.")
-    if not inspect.isclass(found) and not (inspect.isfunction(found) and module_name not in OTHERS):
-        raise TargetError("is not a class")
-    if own and not found.__module__.startswith(OWN):
-        raise TargetError("does not exist")
+    except Exception as error:  # whatever a user's module raises
+        raise TargetError(
+            f"cannot be imported: {type(error).__name__}: {error}. Is its folder on PYTHONPATH?"
+        ) from error
+    found = getattr(module, name, None)
+    is_function = inspect.isfunction(found) and module_name not in OTHERS
+    is_foreign = target.startswith("omnivision.") and not str(getattr(found, "__module__", "")).startswith(OWN)
+    if not (inspect.isclass(found) or is_function) or is_foreign:
+        near = difflib.get_close_matches(
+            name, [each for each, value in vars(module).items() if inspect.isclass(value)], 1
+        )
+        raise TargetError(f"is not a class{f'; did you mean {module_name}.{near[0]}?' if near else '.'}")
     return found
-
-
-def _names_near(module_name: str) -> list[str]:
-    """Full names of classes that may have been meant: those of our packages, or of the one other package."""
-    modules = [importlib.import_module(module_name)] if module_name in OTHERS else []
-    if module_name.startswith("omnivision."):
-        roots = [importlib.import_module(package) for package in OWN]
-        names = [found.name for root in roots for found in pkgutil.walk_packages(root.__path__, f"{root.__name__}.")]
-        modules = [importlib.import_module(name) for name in names]
-    return [f"{m.__name__}.{name}" for m in modules for name, value in vars(m).items() if inspect.isclass(value)]
 
 
 def signature_of(target: str) -> Mapping[str, inspect.Parameter]:
@@ -79,83 +64,67 @@ def signature_of(target: str) -> Mapping[str, inspect.Parameter]:
         return {}
 
 
-def target_problems(node: Any, key: str, trusted: Sequence[str] = ()) -> list[str]:
-    """Say what is wrong with an object to build and with the objects inside it, a sentence each."""
+def target_problems(node: Any, key: str, trusted: Sequence[str] = ()) -> dict[str, str]:
+    """What is wrong with an object to build and with the objects inside it, by key."""
     if isinstance(node, list):
-        return [problem for i, item in enumerate(node) for problem in target_problems(item, f"{key}[{i}]", trusted)]
+        node = {f"[{number}]": item for number, item in enumerate(node)}
     if not isinstance(node, dict):
-        return []
-    problems = [problem for name, item in node.items() for problem in target_problems(item, f"{key}.{name}", trusted)]
+        return {}
+    problems: dict[str, str] = {}
+    for name, item in node.items():
+        problems |= target_problems(item, f"{key}{'' if name.startswith('[') else '.'}{name}", trusted)
     if "_target_" not in node:
         return problems
     target = node["_target_"]
     if not isinstance(target, str) or not is_allowed(target, trusted):
-        return [
-            *problems,
-            f"{key}._target_ must be a class of {', '.join((*OWN, *OTHERS, *trusted))}, got {target!r}. For a class of "
-            "your own set '++trainer.trust_targets=[PACKAGE]', which lets configurations run that package's code.",
-        ]
+        problems[f"{key}._target_"] = (
+            f"must be a class of {', '.join((*OWN, *OTHERS, *trusted))}, got {target!r}. For a class of your own set "
+            "'++trainer.trust_targets=[PACKAGE]', which lets configurations run that package's code."
+        )
+        return problems
     try:
-        signature = signature_of(target)
+        arguments = arguments_of(target)
+        given = {name: value for name, value in node.items() if name != "_target_"}
+        problems |= {f"{key}.{name}": "is not an argument." for name in given if name.startswith("_")}  # Hydra's own
+        # As JSON, so that a list of the configuration is also a tuple.
+        arguments.model_validate_json(json.dumps(given, default=str))
     except TargetError as error:
-        return [*problems, f"{key}._target_ is {target!r}, which {error}"]
-    return problems + _argument_problems(node, key, target, signature)
-
-
-def _argument_problems(
-    node: dict[str, Any], key: str, target: str, signature: Mapping[str, inspect.Parameter]
-) -> list[str]:
-    kinds = {parameter.kind for parameter in signature.values()}
-    hints, problems = _hints(load_target(target)), []
-    given = {name: value for name, value in node.items() if name != "_target_"}
-    for name, value in given.items():
-        if name in INJECTED_ARGS and name in signature:
-            problems.append(f"{key}.{name} comes from the catalog (datasets.NAME.num_classes). Remove it.")
-        elif name not in signature:
-            if not signature or (inspect.Parameter.VAR_KEYWORD in kinds and not name.startswith("_")):
-                continue
-            near = difflib.get_close_matches(name, signature, 1)
-            names = ", ".join(signature)
-            problems.append(
-                f"{key}.{name} is not an argument of {target}({names})"
-                + (f"; did you mean {near[0]}?" if near else ".")
-            )
-        elif name in hints and (expected := _mismatch(value, hints[name])):
-            problems.append(f"{key}.{name} must be {expected}, got {value!r}.")
-    required = [name for name, parameter in signature.items() if parameter.default is parameter.empty
-                and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)]  # fmt: skip
-    absent = [name for name in required if name not in given and name not in INJECTED_ARGS]
-    if absent and target.startswith("omnivision."):  # `build` gives others what they lack, e.g. the parameters
-        problems.append(f"{key} lacks {', '.join(absent)}, required by {target}.")
+        problems[f"{key}._target_"] = f"is {target!r}, which {error}"
+    except ValidationError as error:
+        known = [f"{key}.{field.alias}" for field in arguments.model_fields.values()]
+        problems |= format_errors(error, f"{key}.", known)
     return problems
 
 
-def _hints(target: Any) -> dict[str, Any]:
+@functools.cache
+def arguments_of(target: str) -> type[BaseModel]:
+    """A model of the arguments that configurations give to an allowed `_target_`. Raises TargetError."""
+    found, signature = load_target(target), signature_of(target)
     try:
-        return typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+        hints = typing.get_type_hints(found.__init__ if inspect.isclass(found) else found)
     except Exception:  # annotations of a user's own that cannot be evaluated
-        return {}
+        hints = {}
+    fields: dict[str, Any] = {}
+    for name, parameter in signature.items():
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY) and name not in INJECTED_ARGS:
+            # `build` gives classes of other packages what they lack, e.g. the parameters.
+            required = parameter.default is parameter.empty and target.startswith("omnivision.")
+            fields[f"argument_{name}"] = (_plain(hints.get(name)), Field(... if required else None, alias=name))
+    any_name = not signature or any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.values())
+    config = ConfigDict(extra="allow" if any_name else "forbid", strict=True)
+    return create_model(target.rpartition(".")[2], __config__=config, **fields)
 
 
-def _mismatch(value: Any, hint: Any) -> str | None:
-    """What an argument of a plain type must be; None if it is, or if the type says too little."""
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        members = [member for member in typing.get_args(hint) if member is not type(None)]
-        if value is None or len(members) != 1:
-            return None
-        hint, origin = members[0], typing.get_origin(members[0])
-    if hint in SCALARS or origin is Literal:
-        try:
-            TypeAdapter(hint).validate_python(value, strict=True)
-        except ValidationError as error:
-            message = error.errors()[0]["msg"].removeprefix("Input should be ")
-            near = difflib.get_close_matches(str(value), [str(each) for each in typing.get_args(hint)], 1)
-            return f"{message} (did you mean {near[0]}?)" if near else message
-        return None
-    if origin is dict and not isinstance(value, dict):
-        return "a group of settings"
-    is_ours = inspect.isclass(hint) and hint.__module__.startswith(OWN)
-    if is_ours and not (isinstance(value, dict) and "_target_" in value):
-        return "an object, a mapping with _target_ (the full name of a class)"
-    return None
+def _plain(hint: Any) -> Any:
+    """A type annotation as one of configurations: an object to build for a class of ours, Any where it says too little."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        members = [_plain(member) for member in arguments if member is not types.NoneType]
+        return members[0] | None if len(members) == 1 and members[0] is not Any else Any
+    if hint in (int, float, str, bool) or origin is Literal:
+        return hint
+    if origin in (tuple, list, dict) and Ellipsis not in arguments:
+        return origin[tuple(_plain(argument) for argument in arguments)]
+    if origin is collections.abc.Sequence:
+        return list[_plain(arguments[0])]  # type: ignore[misc]
+    return InstantiateConfig if inspect.isclass(hint) and hint.__module__.startswith(OWN) else Any

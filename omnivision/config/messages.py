@@ -1,20 +1,17 @@
-"""What pydantic finds wrong with settings, in one sentence each."""
+"""Invalid settings in one sentence each, and the known name that is nearest to an unknown one."""
 
 from __future__ import annotations
 
 import difflib
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
 
-from omegaconf import DictConfig
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from omnivision.config.compose import suggest
-from omnivision.config.schema import setting_types
+from omnivision.config.schema import BOUNDS, GROUPS, setting_types
 
-# What pydantic's types of errors expect, and its bounds.
-EXPECTED = {
+MUST_BE_SET = "must be set."
+EXPECTED = {  # by pydantic's type of the error; other errors have bounds, or words of pydantic's own
     "int_type": "an int",
     "int_from_float": "an int",
     "float_type": "a number",
@@ -25,7 +22,23 @@ EXPECTED = {
     "dict_type": "a group of settings",
     "model_type": "a group of settings",
 }
-BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+PACKAGE_HINT = ". A file that +site=NAME or +experiments=NAME chooses must begin with the line '# @package _global_'."
+
+
+def suggest(key: str, known: Iterable[str] | None = None) -> str:
+    """The end of a sentence about an unknown key: the known key (by default any setting or config group) nearest to it.
+
+    The last part of the key counts most, then whether the group is the same.
+    """
+    group, _, last = key.replace("/", ".").rpartition(".")
+
+    def likeness(name: str) -> tuple[float, float]:
+        above, _, end = name.replace("/", ".").rpartition(".")
+        ratio = difflib.SequenceMatcher(None, last.lower(), end).ratio() + 0.2 * (above == group)
+        return ratio, difflib.SequenceMatcher(None, key, name).ratio()
+
+    best = max((setting_types().keys() | GROUPS) if known is None else known, key=likeness, default="")
+    return f"; did you mean {best}?" if best and best != key and likeness(best)[0] > 0.55 else "."
 
 
 def key_of(location: Sequence[int | str]) -> str:
@@ -34,42 +47,23 @@ def key_of(location: Sequence[int | str]) -> str:
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).lstrip(".")
 
 
-def format_errors(
-    error: ValidationError, schema: type[BaseModel], prefix: str = "", config: DictConfig | None = None
-) -> list[str]:
-    """One sentence for each invalid setting: key, what it must be, what it is, the nearest known."""
-    sentences: dict[str, str] = {}
+def format_errors(error: ValidationError, prefix: str = "", known: Iterable[str] | None = None) -> dict[str, str]:
+    """For each invalid setting, by key: what it must be and what it is; for an unknown one the nearest `known`."""
+    problems: dict[str, str] = {}
     for each in error.errors(include_url=False):
-        key, context, value = f"{prefix}{key_of(each['loc'])}", each.get("ctx", {}), each["input"]
-        if key in sentences or each["type"] == "missing":
-            continue
-        if each["type"] == "extra_forbidden":
-            sentences[key] = _unknown(key, config, setting_types(schema, prefix))
-            continue
-        signs = [f"{BOUNDS[name]} {bound:.10g}" for name, bound in context.items() if name in BOUNDS]
-        wanted = EXPECTED.get(each["type"]) or " and ".join(signs) or re.sub("^.*?(should|must) be ", "", each["msg"])
-        guess = ""
-        if each["type"] == "literal_error":
-            known = re.findall(r"'([^']*)'", context["expected"])
-            near = difflib.get_close_matches(str(value).lower(), known, 1)
-            guess = f" Did you mean {near[0]}?" if near else ""
-        sentences[key] = f"{key} must be {wanted}, got {shorten(value)}.{guess}"
-    return list(sentences.values())
-
-
-def shorten(value: Any) -> str:
-    text = "null" if value is None else repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."
-
-
-def _unknown(key: str, config: DictConfig | None, known: Iterable[str]) -> str:
-    if re.fullmatch(r"site|experiments|_.+_", key):
-        return (
-            f"{key} is not a setting. A file of settings that +site=NAME or +experiments=NAME chooses must begin with the line "
-            "'# @package _global_', and the folder that holds site/ is given with --config-dir."
-        )
-    above = key.rpartition(".")[0]
-    near = suggest(key, config, known)
-    beside = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == above]
-    rest = f"; did you mean {near}?" if near else f"; {above or 'the top level'} has {', '.join(sorted(beside))}."
-    return f"{key} is not a setting{rest}"
+        key, context, kind = f"{prefix}{key_of(each['loc'])}", each.get("ctx", {}), each["type"]
+        bounds = [f"{BOUNDS[name]} {bound:.10g}" for name, bound in context.items() if name in BOUNDS]
+        wanted = EXPECTED.get(kind) or " and ".join(bounds) or re.sub("^.*?(should|must) ", "", each["msg"])
+        value = "null" if each["input"] is None else repr(each["input"])
+        text = f"must {'' if wanted.startswith(('be ', 'match ', 'have ', 'not ')) else 'be '}{wanted}"
+        if kind == "extra_forbidden":
+            text = f"is not a setting{PACKAGE_HINT if key in ('site', 'experiments') else suggest(key, known)}"
+        elif kind == "missing":
+            text = MUST_BE_SET
+        elif kind == "literal_error":
+            names = re.findall(r"'([^']*)'", context["expected"])
+            text += f", got {value}{suggest(str(each['input']), names)}"
+        elif not isinstance(each["input"], dict) or not isinstance(context.get("error"), ValueError):
+            text += f", got {value if len(value) <= 200 else f'{value[:200]}...'}."
+        problems.setdefault(key, text)
+    return problems

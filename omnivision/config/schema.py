@@ -6,14 +6,16 @@ Defaults are in `config/experiments/base.yaml`, meanings in the comments there.
 from __future__ import annotations
 
 import functools
+import os
 import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal, Self, Union
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 MAX_COUNT = 10**12  # beyond that sums would overflow
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Natural = Annotated[int, Field(ge=1, le=MAX_COUNT)]
@@ -25,6 +27,7 @@ Pixels = Annotated[int, Field(ge=1, le=4096)]
 Workers = Annotated[int, Field(ge=0, le=1024)]
 ScaleFactor = Annotated[float, Field(gt=0, le=1e9)]
 Texts = str | list[str]
+Line = Annotated[str, Field(pattern=r"^\P{C}*$")]  # printable, so that it stays one line of a batch script
 
 
 def require_target(value: dict[str, Any]) -> dict[str, Any]:
@@ -34,6 +37,14 @@ def require_target(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
+def require_file_names(value: str) -> str:
+    """Raise ValueError for a path with a part that no file can have as its name."""
+    if not value.strip() or any(len(os.fsencode(part)) > 255 for part in value.split("/")):
+        raise ValueError("must be a path of names with at most 255 bytes")
+    return value
+
+
+FolderPath = Annotated[str, AfterValidator(require_file_names)]
 # An object to build: `_target_` and its arguments.
 InstantiateConfig = Annotated[dict[str, Any], AfterValidator(require_target)]
 
@@ -185,31 +196,56 @@ class TrainerSettings(Group):
 class LauncherSettings(Group):
     gpus_per_node: Natural
     num_nodes: Natural
-    experiment_log_dir: str
+    experiment_log_dir: FolderPath
+
+
+# A job that one waits for, or several: after any of them (?) or all of them (,).
+_ONE = r"((after|afterany|afterburstbuffer|aftercorr|afternotok|afterok)(:\d+(_(\d+|\*))?(\+\d+)?)+|singleton)"
+Dependency = Annotated[str, Field(pattern=rf"^({_ONE}(,{_ONE})*|{_ONE}(\?{_ONE})+)$")]
+# Options of sbatch that other settings stand for, or that would break a submission.
+SBATCH_RESERVED = (
+    "job-name partition account qos time nodes ntasks ntasks-per-node gpus-per-node cpus-per-task mem constraint comment "
+    "exclude nodelist dependency array output error open-mode requeue no-requeue kill-on-invalid-dep wait parsable test-only "
+    "wrap export chdir"
+).split()
 
 
 class SubmititSettings(Group):
     """What a run asks SLURM for."""
 
     use_cluster: bool
-    name: str
-    partition: str | None
-    account: str | None
-    qos: str | None
+    name: Line
+    partition: Line | None
+    account: Line | None
+    qos: Line | None
     timeout_hour: Annotated[float, Field(gt=0, le=100_000)]
     cpus_per_task: Natural
-    mem: str | None
+    mem: Annotated[str, Field(pattern=r"^(?i:\d+[KMGT]?B?)$")] | None
     mem_gb: Positive | None
-    constraints: str | None
-    comment: str | None
-    exclude: str | None
-    nodelist: str | None
-    dependency: str | None
+    constraints: Line | None
+    comment: Line | None
+    exclude: Line | None
+    nodelist: Line | None
+    dependency: Dependency | None
     array_parallelism: Natural | None
     max_requeues: Count
     signal_delay_s: Annotated[int, Field(ge=1, le=65_535)] | None
     setup: list[str]
     additional_parameters: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.mem is not None and self.mem_gb is not None:
+            raise ValueError(f"must have mem={self.mem} or mem_gb={self.mem_gb:g}, and null for the other")
+        if self.signal_delay_s is not None and self.signal_delay_s >= self.timeout_hour * 3600:
+            raise ValueError(f"must have signal_delay_s < timeout_hour * 3600, got {self.signal_delay_s}")
+        for name in self.additional_parameters:
+            # sbatch also takes the first letters of an option.
+            if any(option.startswith(name.replace("_", "-")) for option in SBATCH_RESERVED):
+                raise ValueError(
+                    f"must not have additional_parameters.{name}, which other settings or the submission set"
+                )
+        return self
 
     @property
     def memory_gb(self) -> float | None:
@@ -220,24 +256,6 @@ class SubmititSettings(Group):
         if found is None or found[1] == "0":
             return None
         return int(found[1]) * 1024.0 ** ("KMGT".index(found[2].upper() or "M") - 2)
-
-
-class TrunkSettings(BaseModel):
-    """Sizes of a trunk; its other arguments are checked against the signature of its class."""
-
-    model_config = ConfigDict(extra="ignore", strict=True)
-    width: Annotated[int, Field(ge=1, le=65_536)] = 1
-    depth: Annotated[int, Field(ge=1, le=1000)] = 1
-    heads: Annotated[int, Field(ge=1, le=1024)] = 1
-    tubelet: Annotated[list[Natural], Field(min_length=3, max_length=3)] = [1, 1, 1]
-
-
-class DecoderSettings(TrunkSettings):
-    """Arguments of a masked autoencoder's decoder; the model fills in the rest."""
-
-    model_config = ConfigDict(extra="forbid")
-    attention: Literal["self", "cross"] = "self"
-    share: Annotated[float, Field(gt=0, le=1)] = 1.0
 
 
 class Settings(Group):
@@ -293,16 +311,25 @@ class Settings(Group):
 
 @functools.cache
 def setting_types(cls: type[BaseModel] = Settings, prefix: str = "") -> Mapping[str, str]:
-    """The type and range of every setting, in words, by full key."""
+    """The type and range of every setting, in words, by full key; NAME stands for the keys of a mapping."""
     return types.MappingProxyType(dict(_types(cls, prefix)))
 
 
 def _types(cls: type[BaseModel], prefix: str) -> Iterator[tuple[str, str]]:
     for name, hint in typing.get_type_hints(cls, include_extras=True).items():
-        if name != "model_config" and not name.startswith("_"):
+        if name in cls.model_fields:
             yield f"{prefix}{name}", describe_type(hint)
-            if isinstance(hint, type) and issubclass(hint, BaseModel):
-                yield from _types(hint, f"{prefix}{name}.")
+            for group, keys in _groups_in(hint):
+                yield from _types(group, f"{prefix}{name}.{keys}")
+
+
+def _groups_in(hint: Any) -> Iterator[tuple[type[BaseModel], str]]:
+    """The groups that a setting holds, and the keys above them."""
+    if isinstance(hint, type) and issubclass(hint, BaseModel):
+        yield hint, ""
+    is_mapping = typing.get_origin(hint) is dict
+    for argument in typing.get_args(hint) if is_mapping or typing.get_origin(hint) is types.UnionType else ():
+        yield from ((group, f"{'NAME.' * is_mapping}{keys}") for group, keys in _groups_in(argument))
 
 
 def describe_type(hint: Any) -> str:
@@ -311,10 +338,8 @@ def describe_type(hint: Any) -> str:
     if hint == InstantiateConfig:
         return "an object (_target_ and its arguments)"
     if origin is Annotated:
-        signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-        bounds = [(sign, value) for note in arguments[1:] for bound in note.metadata
-                  for name, sign in signs.items() if (value := getattr(bound, name, None)) is not None]  # fmt: skip
-        limits = [f"{sign} {value:.10g}" for sign, value in bounds if not (sign == "<=" and value >= 1e9)]
+        limits = [f"{sign} {value:.10g}" for note in arguments[1:] for bound in getattr(note, "metadata", ())
+                  for name, sign in BOUNDS.items() if (value := getattr(bound, name, 1e9)) < 1e9]  # fmt: skip
         return " ".join([describe_type(arguments[0]), " and ".join(limits)]).strip()
     if origin in (Union, types.UnionType):
         return " or ".join("null" if each is type(None) else describe_type(each) for each in arguments)

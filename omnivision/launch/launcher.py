@@ -63,9 +63,6 @@ def launch(jobs: Sequence[Job]) -> int:
 
     Raises UserError if they cannot be started.
     """
-    # Compute threads that spin while they wait steal the time of data workers on the same cores: on two busy cores a step
-    # of a small model took ten times as long. OpenMP reads this when torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if len({job.settings.submitit.use_cluster for job in jobs}) > 1:
         raise UserError("submitit.use_cluster must be the same in all runs of a sweep. Set it once.")
     if jobs[0].settings.submitit.use_cluster:

@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from omnivision.checkpoint import checkpointer
-from omnivision.checkpoint.fingerprint import fingerprint, flat, flat_text, git_commit
-from omnivision.checkpoint.pretrained import LoadReport
-from omnivision.data.catalog import Split
+from omnivision.checkpoint.fingerprint import flat_text, git_commit
 from omnivision.distributed.process_group import Dist, RankInfo
 from omnivision.launch.exit import ExitHandler
 from omnivision.launch.launcher import Job, run_folder
@@ -23,11 +21,11 @@ from omnivision.launch.watchdog import HEARTBEAT_TIMEOUT, PeerMonitor
 from omnivision.reporting.reporter import Reporter
 from omnivision.reporting.run_directory import STALE_SECONDS, RunDir
 from omnivision.training import build
+from omnivision.training.restore import restore
 from omnivision.training.run_messages import end_lines, start_lines, validation_lines
 from omnivision.training.trainer import Trainer
-from omnivision.utils.errors import UserError
 from omnivision.utils.io import remove_stale_tmp, write_atomically
-from omnivision.utils.signals import StopSignal, signals_ignored
+from omnivision.utils.signals import signals_ignored
 from omnivision.utils.streams import ignore_broken_pipe
 
 LOG = logging.getLogger("omnivision")
@@ -45,7 +43,9 @@ def run_rank(job: Job, rank_info: RankInfo, log: JobLog | None = None) -> int:
     with handler.supervise():
         dist = build.process_group(job.settings, rank_info)
         reporter = lock_run_dir(job, dist, handler)
-        trainer = build_trainer(job, dist, handler.folder, reporter, handler.stop)
+        parts = (job.config_text, dist, handler.folder, reporter, handler.stop)
+        trainer = dist.run_on_all(lambda: build.trainer(job.settings, *parts))
+        assert trainer is not None
         load_weights(job, dist, trainer, reporter, handler)
         with reporter:
             trainer.validate_only() if handler.validating else trainer.fit()
@@ -82,37 +82,12 @@ def lock_run_dir(job: Job, dist: Dist, handler: ExitHandler) -> Reporter:
     return reporter
 
 
-def build_trainer(
-    job: Job,
-    dist: Dist,
-    folder: RunDir,
-    reporter: Reporter,
-    stop: StopSignal,
-    splits: tuple[list[Split], list[Split]] | None = None,
-) -> Trainer:
-    """Build the trainer, without weights of an earlier run. `splits` are the train and val splits, if they are open already.
-
-    On the meta device (`trainer.mode=dry`) shapes are checked and nothing is computed. Raises UserError, on all ranks.
-    """
-    trainer = dist.run_on_all(lambda: build.trainer(job.settings, dist, folder, reporter, stop, splits))
-    assert trainer is not None
-    if dist.is_main:
-        used = [data for data in (trainer.train, trainer.val) if data is not None]
-        used_splits = [split for data in used for split in data.dataset.splits]
-        plan = None if trainer.train is None else trainer.train.plan
-        values, inference = flat(job.settings.model_dump()), build.inference_config(job.settings)
-        trainer.run.fingerprint = fingerprint(job.config_text, values, used_splits, plan, inference)
-    for source in trainer.run.sources:
-        reporter.info(f"Averages {source.path} (SHA-256 {source.sha256[:12]}...)")
-    return trainer
-
-
 def load_weights(job: Job, dist: Dist, trainer: Trainer, reporter: Reporter, handler: ExitHandler) -> None:
     """Resume from the run's checkpoint or load pretrained weights, and write what the run starts from."""
     folder, log, validating = handler.folder, handler.log, handler.validating
     newest = dist.gather(checkpointer.stat_latest(folder.checkpoints))[0]
     checkpointer.wait_until_visible(newest, folder.checkpoints)
-    reports = dist.run_on_all(lambda: resume_or_load_pretrained(job, trainer, reporter)) or []
+    reports = dist.run_on_all(lambda: restore(job.settings, trainer)) or []
     if reports and dist.is_main:
         loaded = [asdict(report) for report in reports]
         write_atomically(folder.logs / "pretrained.json", json.dumps(loaded, indent=1) + "\n")
@@ -126,34 +101,6 @@ def load_weights(job: Job, dist: Dist, trainer: Trainer, reporter: Reporter, han
         if validating or not trainer.is_done:
             reporter.info("\n".join(start_lines(job.settings, trainer, reports)))
     handler.stop.defer()
-
-
-def resume_or_load_pretrained(job: Job, trainer: Trainer, reporter: Reporter) -> list[LoadReport]:
-    """Resume if the run directory has a checkpoint, else load pretrained weights; returns a report for each of their files.
-
-    Raises UserError if weights do not fit, and if there is nothing to validate.
-    """
-    if trainer.load_checkpoint(build.class_names(job.settings)):
-        return []
-    validating = job.settings.trainer.mode == "val"
-    if validating and (trainer.run.sources or job.settings.pretrained_checkpoint_path is None):
-        advice = "Change launcher.experiment_log_dir, set pretrained_checkpoint_path, or train first."
-        if trainer.run.sources:
-            advice = (
-                "The checkpoints of an average have no head of their own: change launcher.experiment_log_dir to that of the "
-                "average, or set trainer/model=vit*_ft trainer/checkpoint=load_all pretrained_checkpoint_path=THE_RUN."
-            )
-        raise UserError(
-            f"There is no checkpoint in {run_folder(job).checkpoints} to validate (trainer.mode=val). {advice}"
-        )
-    reports = trainer.run.sources or build.pretrained(job.settings, trainer.raw_model)
-    for line in [line for report in reports for line in report.lines()]:
-        reporter.info(line)
-    if not validating and any(name.startswith("heads.") for report in reports for name in report.loaded):
-        reporter.info("The heads of the checkpoint are loaded, too; trainer/checkpoint=no_heads leaves them out.")
-    if trainer.ema is not None:
-        trainer.ema.start()
-    return reports
 
 
 def write_run_metadata(job: Job, folder: RunDir, trainer: Trainer, on_cluster: bool) -> None:

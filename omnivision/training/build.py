@@ -2,43 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import fnmatch
+import math
 import os
-import sys
-import traceback
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from torch import Tensor, nn
+from torch import nn
 
-from omnivision.checkpoint.pretrained import (
-    LoadReport,
-    filter_state_dict,
-    interpolate_pos_embed,
-    read_several,
-)
-from omnivision.checkpoint.pretrained import load as load_weights
-from omnivision.checkpoint.pretrained import read as read_weights
-from omnivision.checkpoint.state_dict_file import StateDictFile, check_numbers
-from omnivision.config.instantiate import PACKAGE, signature_of
+from omnivision.checkpoint.fingerprint import fingerprint, flat
+from omnivision.config.instantiate import signature_of
 from omnivision.config.schema import DataSettings, ImageSettings, InstantiateConfig, Settings
-from omnivision.data.catalog import LabelSets, Split, label_sets
+from omnivision.data.catalog import Dataset, LabelSets, Split, label_sets
 from omnivision.data.dataset import ClipConfig, ClipDataset
-from omnivision.data.frames import read_image
 from omnivision.data.loader import LoaderConfig, TrainData, ValData
-from omnivision.data.sampling import sample_duration
-from omnivision.data.video import VideoDecodeError, open_video
+from omnivision.data.sampling import EpochPlan, SourcePlan
 from omnivision.distributed.process_group import Dist, RankInfo
-from omnivision.interop.merge import merge, read_sources
 from omnivision.models.architecture import describe
-from omnivision.models.average import AveragedClassifier
 from omnivision.models.classifier import is_frozen
 from omnivision.models.patches import token_grid
 from omnivision.optim.groups import Group, ScheduledOptimizer, is_default, layer_decay_scales, parameter_groups
@@ -46,23 +32,22 @@ from omnivision.optim.schedules import Scaled, Schedule, peak
 from omnivision.reporting.logs import BadSampleLedger
 from omnivision.reporting.reporter import Reporter
 from omnivision.reporting.run_directory import RunDir
-from omnivision.training import flops as utilisation
-from omnivision.training.preflight import (
-    NUM_PROBED_FILES,
-    datasets_of,
-    epoch_plan,
-    held_bytes,
-    host_memory,
-    open_splits,
-    spread_indices,
-)
+from omnivision.training import flops
 from omnivision.training.trainer import RunContext, Trainer, amp_dtype
 from omnivision.utils.errors import UserError, is_out_of_memory
-from omnivision.utils.io import LATEST, run_name
+from omnivision.utils.io import run_name
 from omnivision.utils.signals import StopSignal
 
-POS_EMBED = "trunk.pos_embed"
-NUM_OPENED_FILES = 4  # of each split, to find unreadable ones and clips that are too short
+Result = TypeVar("Result")
+
+
+def attempt(problems: list[str], action: Callable[..., Result], *arguments: Any) -> Result | None:
+    """Call a function; return its result, or None after adding the problems of a UserError to `problems`."""
+    try:
+        return action(*arguments)
+    except UserError as error:
+        problems.extend(error.problems)
+        return None
 
 
 def build(target: InstantiateConfig, where: str, partial: bool = False, **more: Any) -> Any:
@@ -81,30 +66,10 @@ def build(target: InstantiateConfig, where: str, partial: bool = False, **more: 
             raise cause from None
         if is_out_of_memory(cause):
             raise cause from None
-        raise UserError(build_problem(cause, target["_target_"], where)) from error
-
-
-def build_problem(cause: BaseException, target: str, where: str) -> str:
-    """Message about an object that cannot be built, with the line of the user's code that raised."""
-    module, _, name = target.rpartition(".")
-    if module in sys.modules and name not in (known := vars(sys.modules[module])):
-        near = difflib.get_close_matches(name, known, 1, cutoff=0)
-        guess = f"; did you mean {module}.{near[0]}?" if near else "."
-        return f"{where}._target_ is {target!r}, which does not exist{guess}"
-    if isinstance(cause, ModuleNotFoundError) and f"{module}.".startswith(f"{cause.name}."):
-        return (
-            f"{where}._target_ is {target!r}, and Python finds no module {cause.name!r}. Put the folder that holds it on "
-            f"PYTHONPATH, or correct {where}._target_."
-        )
-    frames = traceback.extract_tb(cause.__traceback__)
-    theirs = [
-        frame for frame in frames if not frame.filename.startswith((sys.prefix, sys.base_prefix, "<", str(PACKAGE)))
-    ]
-    place = f" ({theirs[-1].filename}, line {theirs[-1].lineno})" if theirs else ""
-    return (
-        f"{where} ({target}) cannot be built: {type(cause).__name__}: {cause}{place}. Expected a class that can be "
-        f"imported, and its arguments. Change {where}" + (", or the class." if place else ".")
-    )
+        raise UserError(
+            f"{where} ({target['_target_']}) cannot be built: {type(cause).__name__}: {cause}. Change {where}; "
+            "OMNIVISION_TRACEBACK=1 shows where its code raised."
+        ) from error
 
 
 def process_group(settings: Settings, place: RankInfo) -> Dist:
@@ -113,13 +78,63 @@ def process_group(settings: Settings, place: RankInfo) -> Dist:
     return Dist(place, settings.trainer.accelerator, distributed.backend, timeout)
 
 
-def labels(settings: Settings) -> LabelSets:
-    """Heads and their numbers of classes, from the catalog, else from `video_labels`."""
-    datasets = [
-        dataset.model_copy(update={"num_classes": dataset.num_classes or settings.video_labels})
-        for dataset in datasets_of(settings)
+def datasets_of(settings: Settings) -> list[Dataset]:
+    """The catalog's entries of the run's sources; without their own number of classes they have `video_labels`."""
+    return [
+        Dataset(name=name, **source.model_dump() | {"num_classes": source.num_classes or settings.video_labels})
+        for name, source in settings.trainer.data.sources.items()
     ]
-    return label_sets(datasets, settings.trainer.data.share_head)
+
+
+def open_splits(settings: Settings) -> tuple[list[Split], list[Split]]:
+    """The train splits of all sources if the run trains, and the val splits of those that have one if it validates.
+
+    Raises UserError with all problems: a file that is missing, has the wrong type or shape, or holds labels out of range; a
+    split without a label for a model that learns from labels; no val split at all.
+    """
+    config, datasets = settings.trainer, datasets_of(settings)
+    validates = config.mode == "val" or (config.mode != "train_only" and config.val_epoch_freq is not None)
+    wanted = [(dataset, "train") for dataset in datasets if config.mode != "val"]
+    wanted += [(dataset, "val") for dataset in datasets if validates and dataset.val is not None]
+    problems: list[str] = []
+    opened = [split for each in wanted if (split := attempt(problems, Split, *each)) is not None]
+    for split in opened:
+        if "decoder" not in config.model and not split.has_labels():
+            problems.append(
+                f"datasets.{split.name}.{split.which}.labels must have a label for some sample: this stage learns from labels. "
+                f"Set ++datasets.{split.name}.{split.which}.labels=FILE.npy, with numbers from 0 (-1 is ignored)."
+            )
+    if not datasets:
+        problems.append("trainer.data.sources must have at least one dataset. Set a recipe, +trainer=...")
+    elif validates and not any(which == "val" for _, which in wanted):
+        problems.append(
+            f"datasets.NAME.val must be set for one of the sources ({', '.join(config.data.sources)}) to validate. Set its "
+            "paths and labels, or trainer.mode=train_only."
+        )
+    if problems:
+        raise UserError.of(problems)
+    return [split for split in opened if split.which == "train"], [split for split in opened if split.which == "val"]
+
+
+def epoch_plan(settings: Settings, train: list[Split]) -> EpochPlan:
+    """How an epoch goes through the sources. Raises UserError when one would not be seen, and for repeats of unknown ones."""
+    trainer, data = settings.trainer, settings.trainer.data
+    names = [split.name for split in train]
+    if unknown := sorted(set(data.repeats) - set(names)):
+        raise UserError(f"trainer.data.repeats must name sources ({', '.join(names)}), got {', '.join(unknown)}.")
+    sources = {}
+    for split in train:
+        batch, views, pieces = data.batch_size, data.views_per_clip, trainer.optim.accumulation_steps
+        if split.dataset.kind != "video" and data.image is not None:
+            batch, views, pieces = data.image.batch_size, data.image.views_per_clip, data.image.accumulation_steps
+        videos = batch * settings.launcher.num_nodes // views
+        sources[split.name] = SourcePlan(len(split), videos, views, data.repeats.get(split.name, 1), pieces)
+    return EpochPlan(sources, trainer.seed_value, trainer.limit_train_batches)
+
+
+def labels(settings: Settings) -> LabelSets:
+    """Heads and their numbers of classes."""
+    return label_sets(datasets_of(settings), settings.trainer.data.share_head)
 
 
 def class_names(settings: Settings) -> list[list[str]]:
@@ -162,12 +177,11 @@ def inference_config(settings: Settings) -> dict[str, Any]:
 def build_with_labels(settings: Settings, target: InstantiateConfig, where: str) -> Any:
     """Build a `_target_` with the classes and labels that its signature asks for."""
     wanted = signature_of(target["_target_"])
-    more: dict[str, Any] = {}
-    if "classes" in wanted:
-        more["classes"] = labels(settings).classes
-    if "labels" in wanted:
-        more["labels"] = labels(settings)
-    return build(target, where, **more)
+    given: dict[str, Callable[[], Any]] = {
+        "classes": lambda: labels(settings).classes,
+        "labels": lambda: labels(settings),
+    }
+    return build(target, where, **{name: get() for name, get in given.items() if name in wanted})
 
 
 def model(settings: Settings, device: str = "cpu") -> nn.Module:
@@ -179,6 +193,16 @@ def model(settings: Settings, device: str = "cpu") -> nn.Module:
     return built
 
 
+def meta_model(settings: Settings) -> nn.Module | None:
+    """The model without memory, on the meta device; None for a user's own class that cannot be built there."""
+    try:
+        return model(settings, "meta")
+    except UserError:
+        if settings.trainer.trust_targets:
+            return None
+        raise
+
+
 def freeze(model: nn.Module, patterns: list[str]) -> None:
     """Freeze the parameters that match a pattern. Raises UserError for a pattern without a match, and if none is trained."""
     parameters = dict(model.named_parameters())
@@ -186,13 +210,12 @@ def freeze(model: nn.Module, patterns: list[str]) -> None:
         matches = fnmatch.filter(parameters, pattern)
         if not matches:
             raise UserError(
-                f"trainer.freeze: the pattern {pattern!r} matches none of the {len(parameters)} parameters, named like "
-                f"{next(iter(parameters))}. Correct it, or remove it."
+                f"trainer.freeze must match parameters, like {next(iter(parameters))}; {pattern!r} matches none."
             )
         for name in matches:
             parameters[name].requires_grad_(False)
     if not any(parameter.requires_grad for parameter in parameters.values()):
-        raise UserError(f"trainer.freeze is {patterns}, which leaves nothing to train. Narrow it.")
+        raise UserError(f"trainer.freeze must leave something to train, got {patterns}.")
 
 
 def task(settings: Settings) -> Any:
@@ -203,16 +226,14 @@ def task(settings: Settings) -> Any:
     return task
 
 
-def clip_cost(settings: Settings, model: nn.Module) -> utilisation.ClipFlops | None:
+def clip_cost(settings: Settings, model: nn.Module) -> flops.ClipFlops | None:
     """Cost of a training step for one clip; `model` is on the meta device. None for user classes that fail there."""
-    data, size = settings.trainer.data, settings.image_size
-    mask = None
-    if data.mask is not None:
-        grid = token_grid((data.num_frames, size, size), tuple(settings.trainer.model["trunk"]["tubelet"]))
-        mask = build(data.mask, "trainer.data.mask")(grid, np.random.default_rng(0))
-    shape = data.num_frames, size, size
+    data = settings.trainer.data
+    clip = clip_config(settings, data, "trainer.data", data.num_frames, training=True)
+    mask = None if clip.mask is None else clip.mask(clip.grid, np.random.default_rng(0))
+    shape = data.num_frames, settings.image_size, settings.image_size
     try:
-        return utilisation.clip_cost(task(settings), model, shape, mask, next(iter(data.sources)))
+        return flops.clip_cost(task(settings), model, shape, mask, next(iter(data.sources)))
     except Exception:
         if settings.trainer.trust_targets:
             return None
@@ -221,86 +242,12 @@ def clip_cost(settings: Settings, model: nn.Module) -> utilisation.ClipFlops | N
 
 def peak_clips_per_second(settings: Settings, device: torch.device) -> float | None:
     """Clips per second of a device at its peak; None if that is unknown, or if clips differ in size."""
-    peak = utilisation.peak_flops(device, amp_dtype(settings.trainer, device), settings.trainer.logging.peak_tflops)
+    peak = flops.peak_flops(device, amp_dtype(settings.trainer, device), settings.trainer.logging.peak_tflops)
     if peak is None or settings.images is not None:
         return None
-    cost = clip_cost(settings, model(settings, device="meta"))
+    meta = meta_model(settings)
+    cost = None if meta is None else clip_cost(settings, meta)
     return None if cost is None else peak / cost.step_flops
-
-
-def pretrained(settings: Settings, model: nn.Module) -> list[LoadReport]:
-    """Load `pretrained_checkpoint_path` into a model; return a report of its entries, or none without a path."""
-    source = settings.pretrained_checkpoint_path
-    if source is None:
-        return []
-    assert isinstance(source, str)  # a list is for an average
-    weights = read_weights(source)
-    if weights.architecture.get("kind") == "average":  # as the one model that it is
-        merged = merge(weights.state, weights.architecture, read_sources(weights.sources, None))
-        weights = dataclasses.replace(
-            weights, state=merged.state, metadata={**weights.metadata, "architecture": merged.architecture}
-        )
-    report = load_weights(model, weights, settings.trainer.checkpoint, class_names(settings))
-    if settings.trainer.mode == "val" and (lacking := [name for name in report.missing if name.startswith("heads.")]):
-        raise UserError(
-            f"trainer.mode=val evaluates {report.path}, but its heads were not loaded ({lacking[0]}). Expected a checkpoint of "
-            "this model, taken whole: trainer/checkpoint=load_all."
-        )
-    return [report]
-
-
-def load_averaged_checkpoints(settings: Settings, model: nn.Module) -> list[LoadReport]:
-    """Load the source checkpoints of a learned average; return a report of each. Other models have none."""
-    if not isinstance(model, AveragedClassifier):
-        return []
-    if settings.pretrained_checkpoint_path is None:
-        raise UserError(
-            "pretrained_checkpoint_path is null, and the model is an average of checkpoints. Expected a list of run folders or "
-            "files, ++pretrained_checkpoint_path=[A,B], or one file with a list under ensemble_weights."
-        )
-    found = read_several(settings.pretrained_checkpoint_path)
-    reports = [LoadReport(str(w.path), w.sha256, w.checkpoint) for w in found]
-    states = [
-        filter_state_dict(w.state, settings.trainer.checkpoint, report)
-        for w, report in zip(found, reports, strict=True)
-    ]
-    taken = {f"trunk.{name}" for name in model.names}
-    for state, report in zip(states, reports, strict=True):
-        check_numbers(
-            {name: tensor for name, tensor in state.items() if name in taken | {POS_EMBED}},
-            f"pretrained_checkpoint_path: {report.path}: ",
-        )
-    model.load_sources(states, [report.path for report in reports])
-    taken |= _take_positions(model, found, states, reports)
-    for state, report in zip(states, reports, strict=True):
-        report.loaded = sorted(taken)
-        report.dropped |= dict.fromkeys(sorted(state.keys() - taken), "an average takes trunks alone")
-    return reports
-
-
-def _take_positions(
-    model: AveragedClassifier, found: list[StateDictFile], states: list[dict[str, Tensor]], reports: list[LoadReport]
-) -> set[str]:
-    """Load the positional embedding of the sources, interpolated if needed; return its name, if they have one.
-
-    Raises UserError when those of the sources differ.
-    """
-    if not all(POS_EMBED in state for state in states):
-        return set()
-    own = model.model.get_buffer(POS_EMBED)
-    tables = [
-        interpolate_pos_embed(POS_EMBED, state[POS_EMBED], model.model, weights, report)
-        for state, weights, report in zip(states, found, reports, strict=True)
-    ]
-    # Some of another width come back as they are.
-    if not all(t.shape == own.shape and torch.allclose(t.float(), tables[0].float(), atol=1e-3) for t in tables):
-        raise UserError(
-            f"The checkpoints to average have different positions ({POS_EMBED}), or not the model's: "
-            f"{', '.join(report.path for report in reports)}. Expected trunks trained on clips of one size and "
-            "number of frames. Change pretrained_checkpoint_path."
-        )
-    own.copy_(tables[0])
-    return {POS_EMBED}
 
 
 def groups(settings: Settings, model: nn.Module) -> list[Group]:
@@ -308,7 +255,7 @@ def groups(settings: Settings, model: nn.Module) -> list[Group]:
     optim = settings.trainer.optim
     schedules = {
         option: [
-            build(rule.scheduler, f"trainer.optim.options.{option}[{number}].scheduler")
+            build_schedule(rule.scheduler, f"trainer.optim.options.{option}[{number}].scheduler")
             for number, rule in enumerate(rules)
         ]
         for option, rules in optim.options.items()
@@ -321,10 +268,18 @@ def groups(settings: Settings, model: nn.Module) -> list[Group]:
     made = parameter_groups(model, optim.options, schedules, scales)
     if without := [name for group in made if "lr" not in group.schedules for name in group.names]:
         raise UserError(
-            f"trainer.optim.options.lr has no rule for {len(without)} parameters, {without[0]} for one. Expected a learning "
-            "rate for each: add a rule without param_names and module_cls_names, the default."
+            f"trainer.optim.options.lr must have a rule for each parameter; {len(without)} have none, {without[0]} for one. "
+            "Add a rule without param_names and module_cls_names, the default."
         )
     return made
+
+
+def build_schedule(target: InstantiateConfig, where: str) -> Schedule:
+    """Raises UserError for a schedule with values that are negative or not finite."""
+    schedule: Schedule = build(target, where)
+    if wrong := [value for value in (schedule(i / 200) for i in range(201)) if not 0 <= value < math.inf]:
+        raise UserError(f"{where} must have values >= 0 and finite, got {wrong[0]:g}.")
+    return schedule
 
 
 def _peak_rate(schedule: Schedule) -> float:
@@ -332,8 +287,7 @@ def _peak_rate(schedule: Schedule) -> float:
     highest = peak(schedule)
     if highest <= 0:
         raise UserError(
-            f"trainer.optim.options.lr is {highest:g} at its highest; expected a schedule above 0, which lr scales. Change "
-            "trainer.optim.options.lr, or leave out lr."
+            f"trainer.optim.options.lr must rise above 0 to be scaled to lr, got {highest:g} at most. Set lr=null."
         )
     return highest
 
@@ -377,9 +331,8 @@ def clip_config(
         hidden, tokens = int(mask(grid, np.random.default_rng(0)).sum()), grid[0] * grid[1] * grid[2]
         if not 0 < hidden < tokens:
             raise UserError(
-                f"The mask hides {hidden} of the {tokens} tokens of a clip ({grid[0]} x {grid[1]} x {grid[2]}); expected some, "
-                f"but not all: hidden ones are what is learnt, visible ones what it is learnt from. Change mask_ratio "
-                f"or {where}.mask."
+                f"{where}.mask must hide some of the tokens of a clip ({grid[0]} x {grid[1]} x {grid[2]}), but not all, got "
+                f"{hidden} of {tokens}. Set mask_ratio or {where}.mask."
             )
     if training:
         return ClipConfig(build(data.view, f"{where}.view"), data.views_per_clip, num_frames, grid, mask)
@@ -388,79 +341,42 @@ def clip_config(
     return ClipConfig(view, getattr(view, "crops", 1), num_frames, grid, mask, clips)
 
 
+def checkpoint_bytes(settings: Settings, model: nn.Module) -> int:
+    """The size of a checkpoint, about: weights, two moments of each that is trained, and the EMA, in float32."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    ema = trained if settings.trainer.ema_decay is not None else 0
+    return 4 * (sum(tensor.numel() for tensor in model.state_dict().values()) + 2 * trained + ema)
+
+
+def held_bytes(settings: Settings, model: nn.Module) -> int:
+    """The memory that a rank holds all the time, about: its checkpoint, and the gradients."""
+    held = checkpoint_bytes(settings, model) + 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return held // (settings.processes if settings.trainer.distributed.strategy == "fsdp" else 1)
+
+
+def host_memory() -> int:
+    """Bytes of memory of this machine, or of the container that this process is in."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # "max", or no such file
+        return total
+
+
 def check_device(settings: Settings, device: torch.device, local_rank: int = 0) -> None:
     """Raise UserError for a device that cannot compile the model, or whose memory weights, gradients and optimizer exceed."""
-    if settings.trainer.compile and local_rank == 0:  # one for all processes of a node
+    if settings.trainer.compile and local_rank == 0:  # one for all ranks of a node
         check_compiler(device)
     if device.type == "cuda":
-        total, what = torch.cuda.get_device_properties(device).total_memory, f"device {device}"
+        total = torch.cuda.get_device_properties(device).total_memory
     else:
-        total, what = host_memory() // settings.launcher.gpus_per_node, "a process's share of this machine"
-    needed = held_bytes(settings)
-    if needed > total:
+        total = host_memory() // settings.launcher.gpus_per_node
+    meta = meta_model(settings)
+    if meta is not None and (needed := held_bytes(settings, meta)) > total:
         raise UserError(
-            f"The model needs {needed / 1e9:.1f} GB for weights, gradients and optimizer state; {what} has "
-            f"{total / 1e9:.1f} GB. Choose a smaller trainer/model, or split it with trainer.distributed.strategy=fsdp."
+            f"trainer/model must fit into the {total / 1e9:.1f} GB that a rank has here ({device}), got {needed / 1e9:.1f} GB "
+            "for weights, gradients and optimizer state. Set a smaller trainer/model, or trainer.distributed.strategy=fsdp."
         )
-
-
-def sample_warnings(settings: Settings, splits: list[Split]) -> list[str]:
-    """Open a few samples of each split; warn about unreadable ones and about clips with fewer frames than num_frames.
-
-    Raises UserError for splits none of whose samples is readable. Files that do not exist are left to `check_splits`.
-    """
-    data, warnings, problems = settings.trainer.data, [], []
-    for split in splits:
-        short: list[tuple[int, str]] = []
-        bad: list[str] = []
-        opened = 0
-        few = spread_indices(split, NUM_OPENED_FILES)
-        for index in [*few, *(i for i in spread_indices(split, NUM_PROBED_FILES) if i not in few)]:
-            if opened and opened + len(bad) >= len(few):  # look further only while none is readable
-                break
-            path = split.path(index)
-            if not os.path.exists(path):
-                continue
-            try:
-                frames = _clip_frames(split, index, data)
-            except VideoDecodeError as error:
-                bad.append(f"{path}: {error}")
-                continue
-            opened += 1
-            if frames is not None and frames < data.num_frames:
-                short.append((frames, path))
-        where = f"sampled files of {split.name} ({split.which})"
-        if bad and not opened:
-            problems.append(
-                f"None of the {len(bad)} {where} can be read, e.g. {bad[0]}. Check datasets.{split.name}.prefix, "
-                f"datasets.{split.name}.{split.which}.paths and .segments with omnivision check-data."
-            )
-        elif bad:
-            warnings.append(
-                f"{len(bad)} of {opened + len(bad)} {where} cannot be read: {'; '.join(bad[:3])}. A run replaces them, up to "
-                "trainer.data.bad_sample_budget; omnivision check-data lists all."
-            )
-        if short:
-            frames, path = min(short)
-            warnings.append(
-                f"{len(short)} of {opened} sampled videos of {split.name} ({split.which}) have fewer than num_frames="
-                f"{data.num_frames} frames in {data.clip_duration:g} s, so that frames repeat: {frames} in {path}. Lower "
-                "num_frames or raise clip_duration."
-            )
-    if problems:
-        raise UserError.of(problems)
-    return warnings
-
-
-def _clip_frames(split: Split, index: int, data: DataSettings) -> int | None:
-    """About how many frames a clip of a video has; None for images. Raises VideoDecodeError for an unreadable file."""
-    path, rules = split.path(index), split.dataset
-    if rules.kind != "video":
-        read_image(path, data.max_pixels)
-        return None
-    with open_video(path, fps=rules.fps, max_pixels=data.max_pixels, frame_pattern=rules.frame_pattern) as video:
-        seconds = min(data.clip_duration, sample_duration(video.duration, split.segment(index)))
-        return round((video.mean_rate or video.info().frames / max(video.duration, 1e-9)) * seconds)
 
 
 def run_metadata(settings: Settings, model: nn.Module) -> dict[str, Any]:
@@ -482,48 +398,41 @@ def run_metadata(settings: Settings, model: nn.Module) -> dict[str, Any]:
 
 def trainer(
     settings: Settings,
+    config_text: str,
     dist: Dist,
-    folder: RunDir,
+    directory: RunDir,
     reporter: Reporter,
     stop: StopSignal,
     splits: tuple[list[Split], list[Split]] | None = None,
 ) -> Trainer:
-    """Build everything that a run needs. Raises UserError for whatever its user can fix."""
+    """Build everything that a run needs, without pretrained weights. Raises UserError for whatever its user can fix.
+
+    Args:
+        config_text: config.yaml as composed, interpolations unresolved; without it the trainer has no fingerprint.
+        dist: on the meta device (`trainer.mode=dry`) shapes are checked and nothing is computed.
+        splits: the train and val splits, if they are open already.
+    """
     data = settings.trainer.data
     if dist.device.type != "meta":
         check_device(settings, dist.device, dist.local_rank)
     train_splits, val_splits = open_splits(settings) if splits is None else splits
-    if dist.is_main and not (folder.checkpoints / LATEST).exists():
-        for warning in sample_warnings(settings, train_splits + val_splits):
-            reporter.info(f"warning: {warning}")
     pinned = dist.device.type == "cuda"
     workers = LoaderConfig(data.num_workers, data.prefetch, pinned, timeout=60 * data.timeout_minutes)
-    train = None
-    if train_splits:
-        train = TrainData(
-            clip_dataset(settings, train_splits, training=True), workers, epoch_plan(settings, train_splits)
-        )
+    plan = epoch_plan(settings, train_splits) if train_splits else None
+    train = TrainData(clip_dataset(settings, train_splits, training=True), workers, plan) if plan else None
     evaluated = clip_dataset(settings, val_splits, training=False)
     clips = max((kind.clips * kind.views for kind in evaluated.configs.values()), default=1)
-    val = ValData(evaluated, workers, max(1, settings.clips_per_process // clips))
+    val = ValData(evaluated, workers, max(1, settings.clips_per_process // clips)) if val_splits else None
     built = model(settings, "meta" if dist.device.type == "meta" else "cpu")
-    ledger = BadSampleLedger(
-        folder.logs / "bad_samples.jsonl",
-        files=sum(map(len, train_splits + val_splits)),
-        budget=data.bad_sample_budget,
+    used = train_splits + val_splits
+    ledger = BadSampleLedger(directory.logs / "bad_samples.jsonl", sum(map(len, used)), data.bad_sample_budget)
+    context = RunContext(
+        dist, directory, reporter, ledger, stop, peak_clips_per_second=peak_clips_per_second(settings, dist.device)
     )
-    return Trainer(
-        settings.trainer,
-        RunContext(
-            *(dist, folder, reporter, ledger, stop, load_averaged_checkpoints(settings, built)),
-            peak_clips_per_second=peak_clips_per_second(settings, dist.device),
-        ),
-        task=task(settings),
-        model=built,
-        optimizer=optimizer(settings, built),
-        train=train,
-        val=val if val_splits else None,
-    )
+    if dist.is_main and config_text:
+        values, inference = flat(settings.model_dump()), inference_config(settings)
+        context.fingerprint = fingerprint(config_text, values, used, plan, inference)
+    return Trainer(settings.trainer, context, task(settings), built, optimizer(settings, built), train, val)
 
 
 def check_compiler(device: torch.device) -> None:

@@ -1,0 +1,209 @@
+"""`trainer.mode=dry`: what would stop a run, and what it would be.
+
+The checks are those of a run: `preflight.check_run`, and `restore` with a model on the meta device, which compares weights and
+checkpoints by name and shape.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from omnivision.checkpoint import state_dict_file
+from omnivision.config.schema import Settings
+from omnivision.data.catalog import Split
+from omnivision.distributed.process_group import RankInfo, choose_device
+from omnivision.models.average import AveragedClassifier
+from omnivision.optim.groups import ScheduledOptimizer
+from omnivision.reporting.reporter import Reporter
+from omnivision.reporting.run_directory import RunDir
+from omnivision.training import build, preflight
+from omnivision.training.restore import restore
+from omnivision.training.run_messages import describe_resumed
+from omnivision.training.trainer import Trainer
+from omnivision.utils.errors import EXIT_USER
+from omnivision.utils.io import LATEST, replace_atomically
+from omnivision.utils.signals import StopSignal
+from omnivision.utils.streams import fit
+
+MAX_LEGEND = 8  # entries for the curves of one option
+
+
+def dry_run(settings: Settings, config_text: str, *checks: Callable[[Settings], object]) -> int:
+    """Print what would stop the run, first, then what it would be; returns the exit code, 1 when something would stop it."""
+    settings = settings.with_trainer(mode="train")
+    directory = RunDir(settings.launcher.experiment_log_dir, settings.trainer.checkpoint.save_dir)
+    problems, cautions = preflight.check_run(settings, *checks, lambda _: check_machine(settings, directory))
+    splits = build.attempt([], build.open_splits, settings) or ([], [])
+    output, lines = io.StringIO(), []
+    with warnings.catch_warnings(action="ignore"):  # torch says that the meta device takes no values
+        trainer = build.attempt(problems, meta_trainer, settings, config_text, directory, splits, output)
+        if trainer is not None and not preflight.awaits_dependency(settings):
+            build.attempt(problems, restore, settings, trainer)
+    if trainer is not None:
+        image = directory.path / "dry.png"
+        try:
+            draw(settings, trainer.optimizer, image)
+        except OSError as error:
+            problems.append(f"{image} cannot be written: {error.strerror}. Set launcher.experiment_log_dir.")
+        lines = [*describe(settings, trainer, splits), f"curves       {image}", *output.getvalue().splitlines()]
+    if problems:  # the checks overlap
+        print("\n- ".join(["This run would stop before its first step:", *dict.fromkeys(problems)]), end="\n\n")
+    for warning in cautions:
+        print(f"warning: {warning}")
+    print(fit("\n".join(lines), sys.stdout))
+    return EXIT_USER if problems else 0
+
+
+def check_machine(settings: Settings, directory: RunDir) -> None:
+    """Raise UserError for a device of this machine that has too little memory, and for a run directory in use."""
+    if not settings.submitit.use_cluster:
+        build.check_device(settings, choose_device(settings.trainer.accelerator, settings.launcher.gpus_per_node - 1))
+        if directory.path.is_dir():
+            directory.require_free()
+
+
+def meta_trainer(
+    settings: Settings,
+    config_text: str,
+    directory: RunDir,
+    splits: tuple[list[Split], list[Split]],
+    output: io.StringIO,
+) -> Trainer:
+    """The trainer of the run, on the meta device; `output` gets what it prints. Raises UserError."""
+    dist = build.process_group(settings.with_trainer(accelerator="cpu"), RankInfo())
+    dist.device = torch.device("meta")
+    reporter = Reporter(directory, enabled=True, console=Console(file=output))
+    return build.trainer(settings, config_text, dist, directory, reporter, StopSignal(), splits)
+
+
+def describe(settings: Settings, trainer: Trainer, splits: tuple[list[Split], list[Split]]) -> list[str]:
+    """Model, operations, batch, memory, data, weights and parameter groups, as lines to print."""
+    model, optimizer = trainer.raw_model, trainer.optimizer
+    parameters = {name: p.numel() for name, p in model.named_parameters()}
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    if isinstance(model, AveragedClassifier):
+        held = sum(tensor.numel() for tensor in model.averaged_trunk().values())
+        trunk = f"beside a trunk of {held / 1e6:.2f} M, averaged over {model.num_models} checkpoints"
+    else:
+        held = sum(n for name, n in parameters.items() if name.startswith("trunk.") and ".decoder." not in name)
+        trunk = f"{held / 1e6:.2f} M of them in the trunk"
+    views, cost = settings.trainer.data.views_per_clip, build.attempt([], build.clip_cost, settings, model)
+    operations = "unknown: this model or task of your own does not work without values"
+    if cost is not None:
+        forward, step = cost.forward_flops / 1e9, cost.step_flops / 1e9
+        operations = f"{forward:.2f} GFLOPs a clip forward, {step:.2f} forward and backward"
+    # Half precision halves most of what a rank keeps of a batch for the backward pass.
+    clips = settings.clips_per_process / settings.trainer.optim.accumulation_steps
+    kept = (cost.kept_bytes if cost else 0) * clips * (0.5 if settings.trainer.optim.amp.enabled else 1)
+    return [
+        f"model        {type(model).__name__}: {sum(parameters.values()) / 1e6:.2f} M parameters, {trunk}",
+        f"operations   {operations}",
+        f"batch        {settings.clips_per_step} clips a step = {settings.clips_per_step // views} videos x {views} views, "
+        f"over {settings.processes} process{'es' * (settings.processes > 1)}",
+        f"memory       {size(build.held_bytes(settings, model))} a process for weights, gradients and AdamW, about "
+        f"{size(kept)} for activations; a checkpoint takes {size(build.checkpoint_bytes(settings, model))}",
+        f"sources      {', '.join(settings.trainer.data.sources)}",
+        *data_lines(settings, trainer, splits),
+        *weights_lines(settings, trainer),
+        *[f"frozen       {frozen / 1e6:.2f} M parameters: a forward pass alone, about a third of the work"][
+            : frozen > 0
+        ],
+        f"groups       {len(optimizer.groups)}, of {type(optimizer.optimizer).__name__}:",
+        *group_lines(optimizer, parameters),
+    ]
+
+
+def data_lines(settings: Settings, trainer: Trainer, splits: tuple[list[Split], list[Split]]) -> Iterator[str]:
+    """The splits with their sizes and how many sampled files exist, and the steps of the run."""
+    for split in [*splits[0], *splits[1]]:
+        paths = preflight.sample_paths(split)
+        existing = sum(Path(path).exists() for path in paths)
+        yield f"data         {preflight.describe_split(split)}; {existing} of {len(paths)} sampled files exist"
+    if trainer.train is not None:
+        steps, epochs, total = trainer.train.plan.steps, settings.trainer.max_epochs, trainer.total_steps
+        left = f", {max(0, total - trainer.global_step)} of them left" if trainer.global_step else ""
+        yield f"steps        {steps} an epoch x {epochs} epochs = {total}{left}"
+
+
+def weights_lines(settings: Settings, trainer: Trainer) -> Iterator[str]:
+    """The weights that the run starts from: its own checkpoint, or the files that exist."""
+    own, source = trainer.run.directory.checkpoints / LATEST, settings.pretrained_checkpoint_path
+    if own.exists():
+        yield f"weights      {describe_resumed(trainer.state) if trainer.global_step else f'its own, {own}'}"
+    elif source is None:
+        yield "weights      random initialization" + ", of frozen parameters too" * bool(settings.trainer.freeze)
+    else:
+        for each in [source] if isinstance(source, str) else source:
+            if file := build.attempt([], state_dict_file.resolve_checkpoint, each):
+                yield f"weights      from {file}, {file.stat().st_size / 1e6:.1f} MB"
+
+
+def group_lines(optimizer: ScheduledOptimizer, parameters: dict[str, int]) -> Iterator[str]:
+    """Each parameter group with its options over the run: first, highest and last value, or the one that never changes."""
+    for number, group in enumerate(optimizer.groups):
+        texts = []
+        for option, schedule in group.schedules.items():
+            scale = group.scale if option == "lr" else 1.0
+            values = [schedule(i / 200) * scale for i in range(201)]
+            curve = f"{values[0]:.4g} -> peak {max(values):.4g} -> {values[-1]:.4g}"
+            factor = f" x {scale:.4g}:" if scale != 1 else ""
+            texts.append(f"{option}{factor} {curve if min(values) < max(values) else f'{values[0]:.4g}'}")
+        count = sum(parameters[name] for name in group.names)
+        digits = 2 if count >= 1e5 else 4
+        yield f"  {number}: {len(group.names)} tensors, {count / 1e6:.{digits}f} M parameters; {'; '.join(texts)}"
+
+
+def size(count: float) -> str:
+    """Bytes in MB or GB."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def draw(settings: Settings, optimizer: ScheduledOptimizer, file: Path) -> None:
+    """Draw each option over the run, one curve for groups that share it; learning rates with the scales of layer decay."""
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    curves: dict[str, dict[tuple[float, ...], list[int]]] = {}  # groups by values, by option
+    for number, group in enumerate(optimizer.groups):
+        for option, schedule in group.schedules.items():
+            scale = group.scale if option == "lr" else 1.0
+            values = tuple(schedule(i / 400) * scale for i in range(401))
+            curves.setdefault(option, {}).setdefault(values, []).append(number)
+    figure = Figure(figsize=(7.6, 1.2 + 2.2 * len(curves)), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    epochs = np.linspace(0, settings.trainer.max_epochs, 401)
+    rows = np.atleast_1d(figure.subplots(len(curves), 1, sharex=True))
+    for axes, (option, found) in zip(rows, curves.items(), strict=True):
+        every = math.ceil(
+            len(found) / MAX_LEGEND
+        )  # of many curves the legend has the first, the last and a few between
+        for rank, (values, groups) in enumerate(sorted(found.items(), reverse=True)):
+            in_legend = rank % every == 0 or rank == len(found) - 1
+            label = describe_groups(groups) if in_legend else None
+            axes.plot(epochs, values, label=label, color=colormaps["viridis"](rank / len(found)))
+        axes.set_ylabel(option)
+        axes.grid(alpha=0.3)
+        if len(found) > 1:
+            axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))  # beside the axes
+    rows[-1].set_xlabel("epoch")
+    rate = f"lr_scale_factor {settings.lr_scale_factor:g}" if settings.lr is None else f"peak lr {settings.lr:g}"
+    figure.suptitle(f"{settings.clips_per_step} clips a step, {rate}", fontsize=10)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with replace_atomically(file) as opened:
+        figure.savefig(opened, format="png")
+
+
+def describe_groups(groups: Sequence[int]) -> str:
+    """The numbers of groups; of many the first four."""
+    numbers = ", ".join(map(str, groups[:4])) + (f", ... ({len(groups)})" if len(groups) > 4 else "")
+    return f"group{'s' * (len(groups) > 1)} {numbers}"

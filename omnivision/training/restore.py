@@ -1,0 +1,128 @@
+"""The weights that a run starts from: its own checkpoint, pretrained ones, or those to average."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+from omnivision.checkpoint.pretrained import (
+    LoadReport,
+    filter_state_dict,
+    interpolate_pos_embed,
+    read_several,
+)
+from omnivision.checkpoint.pretrained import load as load_weights
+from omnivision.checkpoint.pretrained import read as read_weights
+from omnivision.checkpoint.state_dict_file import StateDictFile, check_numbers
+from omnivision.config.schema import Settings
+from omnivision.interop.merge import merge, read_sources
+from omnivision.models.average import AveragedClassifier
+from omnivision.training import build
+from omnivision.training.trainer import Trainer
+from omnivision.utils.errors import UserError
+
+POS_EMBED = "trunk.pos_embed"
+
+
+def restore(settings: Settings, trainer: Trainer) -> list[LoadReport]:
+    """Resume if the run directory has a checkpoint, else load pretrained weights; returns a report for each of their files.
+
+    Raises UserError if weights do not fit, and if there is nothing to validate.
+    """
+    info, directory, sources = trainer.run.reporter.info, trainer.run.directory, []
+    if isinstance(trainer.raw_model, AveragedClassifier):
+        trainer.run.sources = sources = load_averaged_checkpoints(settings, trainer.raw_model)
+    for source in sources:
+        info(f"Averages {source.path} (SHA-256 {source.sha256[:12]}...)")
+    if trainer.load_checkpoint(build.class_names(settings)):
+        return []
+    validates = settings.trainer.mode == "val"
+    if validates and (sources or settings.pretrained_checkpoint_path is None):
+        advice = "set pretrained_checkpoint_path, or train first"
+        if sources:  # they have no head
+            advice = "set trainer/model=vit*_ft trainer/checkpoint=load_all pretrained_checkpoint_path=THE_RUN"
+        raise UserError(
+            f"trainer.mode=val must have a checkpoint in {directory.checkpoints}, got none. Set launcher.experiment_log_dir, "
+            f"or {advice}."
+        )
+    reports = sources or load_pretrained(settings, trainer.raw_model)
+    for line in [line for report in reports for line in report.lines()]:
+        info(line)
+    if not validates and any(name.startswith("heads.") for report in reports for name in report.loaded):
+        info("The heads of the checkpoint are loaded, too; trainer/checkpoint=no_heads leaves them out.")
+    if trainer.ema is not None:
+        trainer.ema.start()
+    return reports
+
+
+def load_pretrained(settings: Settings, model: nn.Module) -> list[LoadReport]:
+    """Load `pretrained_checkpoint_path` into a model; return a report of its entries, or none without a path."""
+    source = settings.pretrained_checkpoint_path
+    if source is None:
+        return []
+    assert isinstance(source, str)  # a list is for an average
+    weights = read_weights(source)
+    if weights.architecture.get("kind") == "average":  # as the one model that it is
+        merged = merge(weights.state, weights.architecture, read_sources(weights.sources, None))
+        weights = dataclasses.replace(
+            weights, state=merged.state, metadata={**weights.metadata, "architecture": merged.architecture}
+        )
+    report = load_weights(model, weights, settings.trainer.checkpoint, build.class_names(settings))
+    if settings.trainer.mode == "val" and (lacking := [name for name in report.missing if name.startswith("heads.")]):
+        raise UserError(
+            f"trainer.mode=val evaluates {report.path}, but its heads were not loaded ({lacking[0]}). Expected a checkpoint of "
+            "this model, taken whole: trainer/checkpoint=load_all."
+        )
+    return [report]
+
+
+def load_averaged_checkpoints(settings: Settings, model: AveragedClassifier) -> list[LoadReport]:
+    """Load the source checkpoints of a learned average; return a report of each."""
+    if settings.pretrained_checkpoint_path is None:
+        raise UserError(
+            "pretrained_checkpoint_path must be the checkpoints to average, got null. Set ++pretrained_checkpoint_path=[A,B], "
+            "or one file with a list under ensemble_weights."
+        )
+    found = read_several(settings.pretrained_checkpoint_path)
+    reports = [LoadReport(str(w.path), w.sha256, w.checkpoint) for w in found]
+    states = [
+        filter_state_dict(w.state, settings.trainer.checkpoint, report)
+        for w, report in zip(found, reports, strict=True)
+    ]
+    taken = {f"trunk.{name}" for name in model.names}
+    for state, report in zip(states, reports, strict=True):
+        used = {name: tensor for name, tensor in state.items() if name in taken | {POS_EMBED}}
+        check_numbers(used, f"pretrained_checkpoint_path: {report.path}: ")
+    model.load_sources(states, [report.path for report in reports])
+    taken |= _take_positions(model, found, states, reports)
+    for state, report in zip(states, reports, strict=True):
+        report.loaded = sorted(taken)
+        report.dropped |= dict.fromkeys(sorted(state.keys() - taken), "an average takes trunks alone")
+    return reports
+
+
+def _take_positions(
+    model: AveragedClassifier, found: list[StateDictFile], states: list[dict[str, Tensor]], reports: list[LoadReport]
+) -> set[str]:
+    """Load the positional embedding of the sources, interpolated if needed; return its name, if they have one.
+
+    Raises UserError when those of the sources differ.
+    """
+    if not all(POS_EMBED in state for state in states):
+        return set()
+    own = model.model.get_buffer(POS_EMBED)
+    tables = [
+        interpolate_pos_embed(POS_EMBED, state[POS_EMBED], model.model, weights, report)
+        for state, weights, report in zip(states, found, reports, strict=True)
+    ]
+    # Some of another width come back as they are.
+    if not all(t.shape == own.shape and torch.allclose(t.float(), tables[0].float(), atol=1e-3) for t in tables):
+        raise UserError(
+            f"The checkpoints to average have different positions ({POS_EMBED}), or not the model's: "
+            f"{', '.join(report.path for report in reports)}. Expected trunks trained on clips of one size and "
+            "number of frames. Change pretrained_checkpoint_path."
+        )
+    own.copy_(tables[0])
+    return {POS_EMBED}
