@@ -44,7 +44,7 @@ class Joint(Folder):
         for number in range(12):
             Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(self.folder / f"{number}.jpg")
             Image.fromarray(rng.integers(0, 5000, (40, 50), dtype=np.uint16)).save(self.folder / f"{number}.png")
-        for name, count, ending in (("films", 4, "mp4"), ("images", 12, "jpg"), ("depth", 12, "png")):
+        for name, count, ending in (("videos", 4, "mp4"), ("images", 12, "jpg"), ("depth", 12, "png")):
             np.save(
                 self.folder / f"{name}.npy", np.array([f"{self.folder}/{number}.{ending}" for number in range(count)])
             )
@@ -60,12 +60,12 @@ class Joint(Folder):
 
     def test_steps_of_clips_and_of_images(self):
         view = PretrainView(32, short_side=40)
-        cuts = {
+        configs = {
             "video": ClipConfig(view, views=2, num_frames=4, grid=(2, 4, 4), mask=RandomMask(0.9)),
             "image": ClipConfig(view, views=1, num_frames=1, grid=(1, 4, 4), mask=RandomMask(0.75)),
         }
-        dataset = ClipDataset([self.split("films"), self.split("images", "image")], cuts, 0.7, 5, training=True)
-        plan = EpochPlan({"films": SourcePlan(4, 2, views=2), "images": SourcePlan(12, 6)}, seed=1)
+        dataset = ClipDataset([self.split("videos"), self.split("images", "image")], configs, 0.7, 5, training=True)
+        plan = EpochPlan({"videos": SourcePlan(4, 2, views=2), "images": SourcePlan(12, 6)}, seed=1)
         self.assertEqual(plan.steps, 3)
         model = MaskedAutoencoder(trunk(), {"width": 16, "depth": 1, "heads": 2})
         task = Reconstruct(TUBELET)
@@ -75,7 +75,7 @@ class Joint(Folder):
             task.training_step(model, batch).loss.backward()
         self.assertEqual(
             sorted(seen),
-            [("films", (4, 3, 4, 32, 32), 28), ("images", (6, 3, 32, 32), 12), ("images", (6, 3, 32, 32), 12)],
+            [*[("images", (6, 3, 32, 32), 12)] * 2, ("videos", (4, 3, 4, 32, 32), 28)],
         )
 
     def test_depth_is_cut_as_the_pixels_are(self):
@@ -87,16 +87,16 @@ class Joint(Folder):
         np.save(self.folder / "images.npy", np.array([f"{self.folder}/{number}.bmp" for number in range(12)]))
         split = self.split("images", "rgbd")
         for training, view in ((True, PretrainView(32, short_side=40)), (False, EvalView(32, crops=3))):
-            cut = ClipConfig(view, views=3, num_frames=1, grid=(1, 4, 4))
-            sample = ClipDataset([split], {"rgbd": cut}, 1.0, 5, training)[Request(0, 1, 0)]
+            config = ClipConfig(view, views=3, num_frames=1, grid=(1, 4, 4))
+            sample = ClipDataset([split], {"rgbd": config}, 1.0, 5, training)[Request(0, 1, 0)]
             self.assertEqual((tuple(sample.video.shape), tuple(sample.depth.shape)), ((3, 3, 32, 32), (3, 1, 32, 32)))
             self.assertGreater(float(sample.depth.max()), 0.3)
             # A byte of grey stands for 0.1 m / 5 of depth 20 units each: both show the same places.
             self.assertLess(float((sample.video[:, :1] / 255 * 51 / 50 - sample.depth).abs().max()), 0.02)
 
     def test_rgbd_batches_train(self):
-        cut = ClipConfig(EvalView(32), views=1, num_frames=1, grid=(1, 4, 4))
-        dataset = ClipDataset([self.split("images", "rgbd")], {"rgbd": cut}, 1.0, 5, training=True)
+        config = ClipConfig(EvalView(32), views=1, num_frames=1, grid=(1, 4, 4))
+        dataset = ClipDataset([self.split("images", "rgbd")], {"rgbd": config}, 1.0, 5, training=True)
         batch = collate([dataset[Request(0, i, 0)] for i in range(4)])
         self.assertEqual(tuple(batch.depth.shape), (4, 1, 32, 32))
         model = VideoClassifier(trunk(rgbd=True), [3])
@@ -140,10 +140,10 @@ class Recipes(Folder):
         return folder
 
     def test_images_and_clips_with_pictures_of_either(self):
-        films = stages.write_split(self.folder, "k150", "train", stages.write_films(self.folder / "films", 4))
+        videos = stages.write_split(self.folder, "k150", "train", stages.write_videos(self.folder / "videos", 4))
         images = self.splits("in1k", ("train",))
         folder = self.trained(
-            "mae", "in1k_k150", *films, *images, "epochs=3", "trainer.logging.pictures_every_epochs=1"
+            "mae", "in1k_k150", *videos, *images, "epochs=3", "trainer.logging.pictures_every_epochs=1"
         )
         self.assertEqual(len(list((folder / "pictures").glob("*.png"))), 4)
         (last,) = [line for line in runs.lines(folder, "epoch") if line["epoch"] == 2]

@@ -135,8 +135,8 @@ class Refused(Folder):
 class Runs(Folder):
     def test_a_run_on_segments(self):
         """Predictions tell them apart, the report shows them, and other segments are another experiment."""
-        films = stages.write_films(self.folder / "films", 4)  # of 0.8 s
-        twice = [film for film in films for _ in range(2)]
+        videos = stages.write_videos(self.folder / "videos", 4)  # of 0.8 s
+        twice = [film for film in videos for _ in range(2)]
         segments = [[0.0, 0.4], [0.4, 0.8]] * 4
         data = [
             *stages.write_split(self.folder, "ucf101", "train", twice),

@@ -182,10 +182,10 @@ class Split:
 
     def segment(self, index: int) -> Segment | None:
         """Return the seconds [start, end) of the video that are the sample; None for the whole video."""
-        if (found := self.segments(np.array([index]))) is None:
+        if "segments" not in self._arrays:
             return None
-        start, end = found[0].tolist()
-        return start, end
+        start, end = self._arrays["segments"][index]
+        return float(start), float(end)
 
     def segments(self, indices: np.ndarray) -> np.ndarray | None:
         """Return the segments of several samples, float64 (N, 2); None for whole videos."""
@@ -273,19 +273,10 @@ def shift_command(file: str | None) -> str:
 def check_segments(segments: np.ndarray, file: str, setting: str, samples: int) -> None:
     """Raise UserError for anything but floats (samples, 2), finite, with 0 <= start < end (seconds)."""
     check_array("segments", segments, file, setting, samples)
-    if len(wrong := np.flatnonzero(~_are_ordered(segments))):
-        shown = ", ".join(f"sample {i}: {segments[i][0]:g} to {segments[i][1]:g}" for i in wrong[:5])
+    start, end = segments.T
+    if len(wrong := np.flatnonzero(~((0 <= start) & (start < end) & np.isfinite(end)))):
+        listed = ", ".join(f"sample {i}: {start[i]:g} to {end[i]:g}" for i in wrong[:5])
         raise UserError(
-            f"{file} holds {len(wrong)} segments that are not 0 <= start < end ({shown}); expected seconds. Correct them, or "
+            f"{file} holds {len(wrong)} segments that are not 0 <= start < end ({listed}); expected seconds. Correct them, or "
             f"point {setting} to another file."
         )
-
-
-def are_segments(segments: np.ndarray, samples: int) -> bool:
-    """Return whether an array is one of `samples` segments, as `check_segments` demands."""
-    return segments.shape == (samples, 2) and segments.dtype.kind == "f" and bool(_are_ordered(segments).all())
-
-
-def _are_ordered(segments: np.ndarray) -> np.ndarray:
-    start, end = segments.T
-    return (0 <= start) & (start < end) & np.isfinite(end)

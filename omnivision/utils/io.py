@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 # Checkpoints of a run: the newest, the one before it, the best by validation.
 LATEST, PREVIOUS, BEST = "checkpoint.pt", "previous.pt", "best.pt"
-PARTS = "shards_"  # with what else a folder beside them, with the parts of one, is called
+PARTS = "shards_"  # prefix of a folder beside them with the parts of one
 
 
 def run_name(path: Path) -> str:
-    """Return the name of a run directory, or of the run of a checkpoint; of any other file its own."""
+    """Return the name of a run directory, of the run of a checkpoint, or of another file."""
     return path.parent.parent.name if path.parent.name == "checkpoints" and path.parent.parent.name else path.name
 
 
@@ -84,13 +84,13 @@ def sync_folder(folder: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def require_weights(source: str | Path) -> Path:
-    """The path of weights to start from. Raises UserError when there is neither a file nor a folder."""
+    """Return the path of weights to start from. Raises UserError when there is no such file or folder."""
     path = Path(source)
     if str(source) == "" or not (path.is_file() or path.is_dir()):
         raise UserError(
@@ -141,10 +141,7 @@ def safe_load(source: Path | IO[bytes], map_location: str = "cpu") -> Any:
                 f"{name} does not load: it holds a pickled object{f' ({what[1]})' if what[1] else ''}, and unpickling may run "
                 "anything. Save its state dict alone where it was made: torch.save({'model': model.state_dict()}, FILE)."
             ) from error
-        # What torch says of others is about itself, or advice to load the file all the same.
-        said = (
-            reason.splitlines()[0]
-            if isinstance(error, (RuntimeError, OSError)) and reason
-            else "it is no file of weights"
-        )
-        raise CorruptCheckpointError(f"{name} does not load: {said}") from error
+        # Other messages of torch are about itself, or advice to load the file all the same.
+        informative = reason and isinstance(error, (RuntimeError, OSError))
+        cause = reason.splitlines()[0] if informative else "it is no file of weights"
+        raise CorruptCheckpointError(f"{name} does not load: {cause}") from error
