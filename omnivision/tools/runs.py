@@ -93,20 +93,20 @@ def make_table(summaries: list[dict[str, Any]], columns: list[str]) -> Table:
     for column in columns:
         table.add_column(column, justify="left" if column in TEXTS else "right", no_wrap=True)
     for summary in summaries:
-        facts, last, status = summary["run"], summary["last"], summary["status"]
-        classes = max(facts.get("classes") or [0])
+        metadata, last, status = summary["run"], summary["last"], summary["status"]
+        classes = max(metadata.get("classes") or [0])
         cells = {
             "run": summary["name"] + (f" ({status})" if "status" not in columns and status != "finished" else ""),
-            "trunk": facts.get("trunk") or "?",
-            "starts from": (facts.get("pretrained") or "nothing") if facts else "?",
-            "data": ", ".join(facts.get("sources") or []),
+            "trunk": metadata.get("trunk") or "?",
+            "starts from": (metadata.get("pretrained") or "nothing") if metadata else "?",
+            "data": ", ".join(metadata.get("sources") or []),
             "epochs": format_number(summary.get("epochs"), 0),
             "minutes": format_number((summary.get("wall_time") or 0) / 60, 1),
             "top-1 %": format_number(last.get("val_top1"), 1),
             "chance %": format_number(100 / classes if classes else None, 1),
             "best %": format_number(summary.get("best"), 1) if "val_top1" in last else "",
             "loss": format_number(last.get("val_loss", last.get("loss")), 3),
-            "model": facts.get("model") or "?",
+            "model": metadata.get("model") or "?",
             "status": status,
             "age": _format_age(time.time() - summary["changed"]),
         }

@@ -38,8 +38,8 @@ class Run:
         return self.summary.get("last") or {}
 
     @property
-    def facts(self) -> dict[str, Any]:
-        """Model, data and start of the run."""
+    def metadata(self) -> dict[str, Any]:
+        """Model, data and start of the run, from its summary."""
         return self.summary.get("run") or {}
 
     @property
@@ -68,7 +68,7 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
     found = {each["path"].resolve(): each for folder in folders for each in read_summaries(folder)}
     common = os.path.commonpath([path.parent for path in found])
     runs = [_read_run(path, path.relative_to(common).as_posix(), summary) for path, summary in found.items()]
-    return sorted(runs, key=lambda run: run.facts.get("started") or 0)
+    return sorted(runs, key=lambda run: run.metadata.get("started") or 0)
 
 
 def _read_run(path: Path, name: str, summary: dict[str, Any]) -> Run:
@@ -108,14 +108,14 @@ def paper_table(runs: Sequence[Run]) -> Table | None:
 
     Of several runs with the same start, task and way it has the mean if only their seeds differ, else the best.
     """
-    ranked = [run for run in runs if run.last.get("val_top1") is not None and run.facts.get("trunk")]
+    ranked = [run for run in runs if run.last.get("val_top1") is not None and run.metadata.get("trunk")]
     results = [run for run in ranked if run.has_result]
     if len(results) < 2:
         return None
     starts = _name_starts(results)
     groups: dict[tuple[str, Column], list[Run]] = {}
     for run in results:
-        column = " + ".join(run.facts.get("sources") or []), "FT" if run.facts["trunk"] == "trained" else "LP"
+        column = " + ".join(run.metadata.get("sources") or []), "FT" if run.metadata["trunk"] == "trained" else "LP"
         groups.setdefault((starts[run], column), []).append(run)
     values, texts = {}, {}
     for key, members in groups.items():
@@ -137,8 +137,10 @@ def _name_starts(runs: Sequence[Run]) -> dict[Run, str]:
     """Return the name of what each run started from, with a digest where other weights have the same name."""
     names, digests = {}, {}
     for run in runs:
-        parts = (run.facts.get("pretrained") or "nothing").split(" + ")
-        names[run] = " + ".join(Path(part).name for part in parts) + (" (average)" * ("average" in run.facts["trunk"]))
+        parts = (run.metadata.get("pretrained") or "nothing").split(" + ")
+        names[run] = " + ".join(Path(part).name for part in parts) + (
+            " (average)" * ("average" in run.metadata["trunk"])
+        )
         digests[run] = "+".join(str(start.get("sha256"))[:12] for start in run.pretrained)
     ambiguous = {name for name in names.values() if len({digests[run] for run in runs if names[run] == name}) > 1}
     return {run: f"{name} ({digests[run] or 'unknown'})" if name in ambiguous else name for run, name in names.items()}

@@ -38,7 +38,7 @@ def render(runs: Sequence[Run], title: str, clips: bool = True) -> str:
     environment = jinja2.Environment(loader=jinja2.PackageLoader("omnivision.tools.report", "."), autoescape=True)
     evaluated = sorted((run for run in runs if run.predictions), key=_quality, reverse=True)
     with_clips = evaluated[:MAX_RUNS_WITH_CLIPS] if clips else []
-    commits = [" -> ".join(run.facts.get("commits") or []) for run in runs]
+    commits = [" -> ".join(run.metadata.get("commits") or []) for run in runs]
     differences = differing(runs) | ({"git commit": commits} if len(set(commits)) > 1 else {})
     return environment.get_template("page.html.j2").render(
         title=title,
@@ -75,8 +75,8 @@ def _overview(run: Run) -> dict[str, str]:
         "train loss": format_number(last.get("loss"), 4),
         "epochs": format_number(summary.get("epochs"), 0),
         "minutes": format_number((summary.get("wall_time") or 0) / 60, 1),
-        "starts from": run.facts.get("pretrained") or "nothing",
-        "data": ", ".join(run.facts.get("sources") or []),
+        "starts from": run.metadata.get("pretrained") or "nothing",
+        "data": ", ".join(run.metadata.get("sources") or []),
     }
 
 
@@ -88,7 +88,7 @@ def _curves(runs: Sequence[Run]) -> list[tuple[str, Markup]]:
     """Draw the metrics; runs of an autoencoder and of a classifier apart, since their losses cannot be compared."""
     kinds: dict[str, list[Run]] = {}
     for run in runs:
-        kinds.setdefault(run.facts.get("model") or "other", []).append(run)
+        kinds.setdefault(run.metadata.get("model") or "other", []).append(run)
     drawn = [
         (f"{heading}: {kind}" if len(kinds) > 1 else heading, figures.curves(members, curve, label, runs))
         for heading, label, curve in CURVES
