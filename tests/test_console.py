@@ -179,13 +179,11 @@ class StartAndEnd(Folder):
         )
         run.state.best, run.state.best_loss, run.state.last_metrics["val_top1"] = 50.0, 0.5, 25.0
         self.assert_lines(end_lines(run), r"epoch 1, top-1 50\.0 %, validation loss 0\.5: ")
-
-    def test_the_end_without_validation(self):
-        run = trainer(self.folder / "run", limit=1, max_epochs=1)
-        run.fit()
-        run.run.reporter.close()
-        self.assert_lines(end_lines(run), "last +epoch 1, training loss")
-        self.assertNotIn("best ", "\n".join(end_lines(run)))
+        unvalidated = trainer(self.folder / "unvalidated", limit=1, max_epochs=1)
+        unvalidated.fit()
+        unvalidated.run.reporter.close()
+        self.assert_lines(end_lines(unvalidated), "last +epoch 1, training loss")
+        self.assertNotIn("best ", "\n".join(end_lines(unvalidated)))
 
 
 class Interrupted(Folder):
@@ -202,19 +200,17 @@ class Interrupted(Folder):
             self.assertEqual("error" in stderr.getvalue(), code == 1)
 
     def test_the_saved_step_is_named(self):
-        run_trainer = trainer(self.folder / "run", save_every_steps=2, max_epochs=1)
-        texts = [run_trainer.run.stop.describe_saved()]
-        run_trainer.fit()
-        run_trainer.run.reporter.close()
+        first = trainer(self.folder / "run", save_every_steps=2, max_epochs=1)
+        self.assertIn("nothing is saved", first.run.stop.describe_saved())
+        first.fit()
+        first.run.reporter.close()
         resumed = trainer(self.folder / "run", max_epochs=2)
-        for stop in (run_trainer.run.stop, resumed.run.stop):
-            texts.append(stop.describe_saved())
-        for text, expected in zip(texts, ("nothing is saved", "step 3 is saved", "step 3 is saved"), strict=True):
-            self.assertIn(expected, text)
+        for stop in (first.run.stop, resumed.run.stop):
+            self.assertIn("step 3 is saved", stop.describe_saved())
         error = KeyboardInterrupt()
         error.add_note(StopSignal().describe_saved())
-        self.assertEqual(exit_code_and_reason(error)[0], EXIT_INTERRUPTED)
-        self.assertIn("nothing is saved", exit_code_and_reason(error)[1])
+        code, reason = exit_code_and_reason(error)
+        self.assertEqual((code, "nothing is saved" in reason), (EXIT_INTERRUPTED, True))
 
     def test_a_sweep_ends_with_the_run_that_is_interrupted(self):
         submitit = SimpleNamespace(use_cluster=False)
