@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from omnivision.tools import demo_data
 from omnivision.utils.errors import UserError
 from omnivision_demo.camera import Camera
-from omnivision_demo.dataset import Written, write_demo_data
+from omnivision_demo.dataset import write_demo_data
 from omnivision_demo.draws import stream
 from omnivision_demo.person import Body
 from omnivision_demo.places import Place
@@ -46,20 +46,13 @@ def _digest(folder: Path) -> str:
 class OnDisk(unittest.TestCase):
     """A small set, rendered by two processes."""
 
-    folder: Path
-    written: Written
-
     @classmethod
     def setUpClass(cls) -> None:
-        parent = tempfile.TemporaryDirectory()
-        cls.addClassCleanup(parent.cleanup)
-        cls.folder = Path(parent.name) / "demo"
+        cls.folder = Path(cls.enterClassContext(tempfile.TemporaryDirectory())) / "demo"
         cls.written = write_small(cls.folder, workers=2)
 
     def setUp(self) -> None:
-        parent = tempfile.TemporaryDirectory()
-        self.addCleanup(parent.cleanup)
-        self.other = Path(parent.name) / "other"
+        self.other = Path(self.enterContext(tempfile.TemporaryDirectory())) / "other"
 
     def _rows(self, domain: str, split: str) -> list[dict[str, str]]:
         with open(self.folder / domain / f"{split}.csv", encoding="utf-8", newline="") as file:
