@@ -1,6 +1,5 @@
 """Stage 1 on real videos, by the command that users type: what a run leaves, and that resuming changes nothing."""
 
-import shutil
 import tempfile
 import unittest
 from pathlib import Path
@@ -96,19 +95,6 @@ class Stage1(unittest.TestCase):
         runs.run_until(self.folder / "changed", 3, *self.data, EXACT, EVERY_STEP, TWO)
         self.assertRegex(self.here("changed", EXACT, EVERY_STEP).stdout, "launcher.gpus_per_node: 2 -> 1")
         self.assert_close_losses("changed")
-
-    def test_validation_of_a_checkpoint_counts_every_video_once_for_any_number_of_processes(self):
-        videos = runs.real_films() * 2 + runs.real_films()[:1]  # 7: divides neither by 2 nor into batches
-        np.save(self.folder / "val.npy", np.array(videos))
-        val = [f"++datasets.k150.val.paths={self.folder}/val.npy", "++datasets.k150.val.labels=null"]
-        lines = []
-        for count in (1, 2):
-            folder = self.folder / f"val_{count}"
-            shutil.copytree(self.whole / "checkpoints", folder / "checkpoints")
-            self.here(folder.name, *val, "trainer.mode=val", f"launcher.gpus_per_node={count}")
-            lines.append(runs.lines(folder, "epoch", "val")[-1])
-        self.assertEqual([line["videos"] for line in lines], [7, 7])
-        self.assertAlmostEqual(lines[0]["loss"], lines[1]["loss"], places=6)
 
 
 if __name__ == "__main__":

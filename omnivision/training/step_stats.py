@@ -6,7 +6,7 @@ import math
 import resource
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -157,7 +157,7 @@ class StepStats:
             *(step.loss * step.count, step.count, step.grad_norm, ~step.finite),
             *(step.is_partial, len(step.bad), missing, step.stop_requested),
         )
-        # `torch.full` fills on the device; a tensor made on the host would be copied there, and waited for.
+        # `torch.full` fills on the device; a tensor of the host would be copied there, and waited for.
         values = torch.stack(
             [
                 fact.detach().double()
@@ -176,7 +176,11 @@ class StepStats:
 
     def drain(self, keep_newest: int = 0) -> None:
         """Process all submitted steps but the newest ones. Raises NonFiniteError and UserError, on all ranks alike."""
-        for step, (loss, count, norm, nonfinite, partial, bad, missing, stop_requested) in self._sums(keep_newest):
+        while len(self._pending) > keep_newest:
+            step, sums, event = self._pending.popleft()
+            if event is not None:
+                event.synchronize()
+            loss, count, norm, nonfinite, partial, bad, missing, stop_requested = sums.tolist()
             self.loss, self.grad_norm = loss / max(count, 1), norm / self.dist.world_size
             self.stop_requested = self.stop_requested or bool(stop_requested)
             if partial and missing == bad:  # the data is unreachable; the files are not bad
@@ -191,13 +195,6 @@ class StepStats:
                 )
             if nonfinite:
                 self._record_skipped(step)
-
-    def _sums(self, keep_newest: int) -> Iterator[tuple[Step, list[float]]]:
-        while len(self._pending) > keep_newest:
-            step, sums, event = self._pending.popleft()
-            if event is not None:
-                event.synchronize()
-            yield step, sums.tolist()
 
     def record_bad(self, bad: list[BadSample]) -> int:
         """Enter the bad files of all ranks into the ledger; return how many there are, each counted once.
