@@ -1,6 +1,8 @@
 """Decoding: the same bytes as a full decode, for many codecs; and files that are damaged, odd or hostile."""
 
+import base64
 import gc
+import io
 import os
 import shutil
 import socket
@@ -185,6 +187,18 @@ class Exactness(InFolder):
             ("motion.avi", "mjpeg", {"pix_fmt": "yuvj420p"}),
             ("prores.mov", "prores_ks", {"pix_fmt": "yuv422p10le"}),
             ("small.gif", "gif", {"pix_fmt": "rgb8"}),
+            *((f"{count}_frames.mp4", "libx264", {"frames": count}) for count in (1, 2, 3)),
+            ("2x2.mkv", "ffv1", {"size": (2, 2)}),
+            ("odd.mkv", "libx264", {"size": (63, 47), "pix_fmt": "yuv444p"}),
+            ("10_bit.mp4", "libx264", {"pix_fmt": "yuv420p10le"}),
+            ("10_bit_hevc.mp4", "libx265", {"pix_fmt": "yuv420p10le"}),
+            ("grey.mp4", "libx264", {"pix_fmt": "gray"}),
+            ("alpha.mov", "prores_ks", {"pix_fmt": "yuva444p10le"}),
+            ("alpha.webm", "libvpx-vp9", {"pix_fmt": "yuva420p", "options": {"cpu-used": "8"}}),
+            ("lossless_alpha.mov", "png", {"pix_fmt": "rgba"}),
+            ("1_fps.mp4", "libx264", {"fps": 1, "frames": 5}),
+            ("120_fps.mp4", "libx264", {"fps": 120, "frames": 200}),
+            ("variable.mkv", "libx264", {"frames": 30, "pts": [k * k for k in range(30)]}),
         ]:
             self.assertIn(codec, av.codec.codecs_available)
             with self.subTest(name):
@@ -397,13 +411,23 @@ class Hostile(InFolder):
             self.assertEqual(video.read(0.0, 1.0, 2).shape, (2, 3, 48, 64))
 
     def test_not_a_video(self) -> None:
+        late = self.make("source.mp4").read_bytes()  # its index is at the end
+        index = late.index(b"moov") - 4
+        image = io.BytesIO()
+        Image.new("RGB", (64, 48)).save(image, "PNG")
         for name, data, reason in (
             ("empty.mp4", b"", "empty"),
             ("text.mp4", b"hello " * 1000, "Invalid data"),
             ("zeros.avi", bytes(10000), "Invalid data"),
+            ("bits.yuv", bytes(1000), "Invalid"),
+            ("image.mp4", image.getvalue(), "Invalid data"),
             ("head.mp4", self.good[:60], "Invalid data|no video stream|End of file"),
+            ("no_index.mp4", late[:index], "Invalid data|no video stream"),
+            ("cut_index.mp4", late[: index + 200], "Invalid data|no video stream"),
+            ("no_header.mp4", bytes(64) + late[64:], "Invalid data"),
         ):
-            self.assert_bad(self.write(name, data), reason)
+            with self.subTest(name):
+                self.assert_bad(self.write(name, data), reason)
         self.assert_bad(self.folder / "missing.mp4", "No such file")
         self.assert_bad("with\0null", "null")
         self.assert_bad("half \ud800", "encode")
@@ -425,6 +449,11 @@ class Hostile(InFolder):
             "ffconcat": f"ffconcat version 1.0\nfile '{target}'\n",
             "safe": "ffconcat version 1.0\nfile target.mp4\n",
             "m3u8": f"#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:3.0,\n{target}\n#EXT-X-ENDLIST\n",
+            "url": "http://127.0.0.1:1/video.mp4\n",
+            # Needs no second file: the video is in the name of its one segment.
+            "inside": "#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:3.0,\ndata:video/mp2t;base64,"
+            + base64.b64encode(self.make("source.ts").read_bytes()).decode()
+            + "\n#EXT-X-ENDLIST\n",
             "sdp": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\n",
         }
         self.write("open.mp4", playlists["safe"].encode())
@@ -437,7 +466,17 @@ class Hostile(InFolder):
     def test_odd_names_and_metadata(self) -> None:
         self.addCleanup(os.chdir, os.getcwd())
         os.chdir(self.folder)
-        for name in ("concat:a.mp4|b.mp4", "pipe:0", "%03d.mp4", "-", "http:x", os.fsdecode(b"caf\xe9.mp4")):
+        names = [
+            "concat:a.mp4|b.mp4",
+            "pipe:0",
+            "%03d.mp4",
+            "-",
+            "http:x",
+            "wrong.txt",
+            "two\nlines.mp4",
+            "n" * 200 + ".mp4",
+        ]
+        for name in [*names, os.fsdecode(b"caf\xe9.mp4")]:
             self.write(name, self.good)
             self.assert_good(name)
         path = make_video(self.folder / "a.mkv", frames=5, metadata={"title": "XXXX"})
@@ -530,6 +569,8 @@ class Hostile(InFolder):
         path = self.write("good.mp4", self.good)
         self.assert_bad(path, "64x48 is more than max_pixels = 3071", max_pixels=64 * 48 - 1)
         self.assert_good(path)
+        large = self.make("8k.mp4", frames=2, size=(7680, 4320), options={"preset": "ultrafast", "crf": "51"})
+        self.assert_bad(large, "max_pixels", max_pixels=10**6)
         # The sample description says 16 x 16, the stream itself something else.
         for size, reason in [((640, 480), "Invalid data"), ((96, 64), "96x64 is more than max_pixels = 1000")]:
             path = self.make("big.mp4", frames=3, size=size)

@@ -84,7 +84,7 @@ def write_timed_video(
                 last = packet
             assert last is not None and last.dts is not None and begin is not None, "a frame gives a packet with times"
             if end is not None:
-                # Readers count from the first decoding time to the end of what is decoded last.
+                # Readers count from the first decoding time to the end of the last decoded packet.
                 last.duration = max(end - (last.dts - begin), last.duration or 0, 1)
             container.mux(last)
         size = temporary.stat().st_size

@@ -230,9 +230,9 @@ class FrameFolder:
         if pattern is not None:
             images = series.get(pattern) or fnmatch.filter(images, pattern)
         if len(series) > 1 and (pattern is None or not images):
-            shown = ", ".join(list(series)[:5]) + (", ..." if len(series) > 5 else "")
+            listed = ", ".join(list(series)[:5]) + (", ..." if len(series) > 5 else "")
             raise SeveralSeriesError(
-                f"the folder holds {len(series)} series of frames ({shown}); choose one with frame_pattern"
+                f"the folder holds {len(series)} series of frames ({listed}); choose one with frame_pattern"
             )
         if not images:
             raise VideoDecodeError(f"no image in the folder matches the frame_pattern {pattern!r}")
@@ -310,8 +310,8 @@ def group_series(names: Sequence[str]) -> dict[str, list[str]]:
         one = not columns or (len(columns[frame]) == len(numbers) and not _overlap(list(numbers.values()), frame))
         hidden = {i for i, column in enumerate(columns) if i == frame or (one and len(column) > 1)}
         for name, own in [next(iter(numbers.items()))] if one else numbers.items():
-            shown = ["*" if i in hidden else number for i, number in enumerate(own)]
-            pattern = "".join(chain.from_iterable(zip_longest(texts, shown, fillvalue=""))) + suffix
+            fields = ["*" if i in hidden else number for i, number in enumerate(own)]
+            pattern = "".join(chain.from_iterable(zip_longest(texts, fields, fillvalue=""))) + suffix
             series.setdefault(pattern, []).extend(numbers if one else [name])
     return series
 

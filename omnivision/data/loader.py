@@ -45,7 +45,7 @@ class LoaderConfig:
 
 @dataclass(frozen=True)
 class TrainData:
-    """Clips to train on, and the plan of which ones make each step."""
+    """Clips to train on, and the plan of the steps."""
 
     dataset: ClipDataset
     workers: LoaderConfig
@@ -166,7 +166,7 @@ def data_loader(dataset: ClipDataset, batches: Iterator[list[Request]], workers:
     """
     context = None
     if workers.num_workers:
-        warnings.filterwarnings("ignore", "This DataLoader will create")  # said once, before the run
+        warnings.filterwarnings("ignore", "This DataLoader will create")  # the run warns once itself
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["omnivision.data.dataset"])
         # SLURM signals every process of a job, and a run still needs its workers to save. (The resource tracker comes first,

@@ -131,8 +131,8 @@ class VideoFile:
 
         Raises VideoDecodeError for a file that ends before its header says so.
         """
-        own, whole = self._stream.duration, self._input().duration
-        header = own if own else Fraction(whole or 0, av.time_base) / self._time_base
+        of_file = Fraction(self._input().duration or 0, av.time_base) / self._time_base
+        header = self._stream.duration or of_file
         packets: list[Packet] = []
         if header and self._format in _SEEKABLE_FORMATS:
             with suppress(av.error.FFmpegError):
@@ -144,15 +144,15 @@ class VideoFile:
             self._discard_others(Discard.default)
             packets = [p for p in self._input().demux() if p.size and p.pts is not None]
         self._discard_others(Discard.all)
-        shown = sorted((_pts(p), p.duration or 0) for p in packets if p.stream_index == self._stream.index)
-        if not shown:
+        spans = sorted((_pts(p), p.duration or 0) for p in packets if p.stream_index == self._stream.index)
+        if not spans:
             raise VideoDecodeError("its frames have no time stamps")
         ends = [(_pts(p) + (p.duration or 0)) * p.time_base / self._time_base for p in packets if p.time_base]
         if self._format in _SEEKABLE_FORMATS:
             self._require_end(max(ends), min(self._origin, 0) + header)
-        last = max(pts + length for pts, length in shown)
-        if shown[-1][1] == 0 and len(shown) > 1:  # of unknown length: as long as the frame before
-            last += shown[-1][0] - shown[-2][0]
+        last = max(pts + length for pts, length in spans)
+        if spans[-1][1] == 0 and len(spans) > 1:  # of unknown length: as long as the frame before
+            last += spans[-1][0] - spans[-2][0]
         return last - self._origin
 
     def _require_end(self, end: int | Fraction, promised: int | Fraction) -> None:
@@ -357,7 +357,7 @@ class VideoFile:
         for run in _runs(packets, wanted):
             self._context.flush_buffers()
             damaged, entry = False, run[0]
-            for packet in chain(run, [None]):  # None: hand out what is still inside
+            for packet in chain(run, [None]):  # None: flush the decoder
                 keep = packet is None or packet.pts in wanted or not self._may_drop
                 self._context.skip_frame = "DEFAULT" if keep else "NONREF"
                 for frame in self._context.decode(packet):
