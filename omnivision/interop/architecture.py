@@ -90,7 +90,7 @@ def _infer(
     width, _, *tubelet = state["trunk.patch_embed.proj.1.weight"].shape
     heads = _resolve("--num-heads", trunk.get("heads"), overrides.heads, TYPICAL_HEADS.get(width), assumed, width)
     frames, size = _infer_size(state, tubelet, trunk, overrides, assumed)
-    found: Architecture = {
+    architecture: Architecture = {
         "kind": "classifier",
         "trunk": {
             "width": width,
@@ -106,7 +106,7 @@ def _infer(
     if "trunk.decoder.decoder_embed.weight" in state:
         width = len(state["trunk.decoder.decoder_embed.weight"])
         given, typical = overrides.decoder_heads, decoder_heads.get(width)
-        return found | {
+        return architecture | {
             "kind": "autoencoder",
             "decoder": {
                 "width": width,
@@ -116,7 +116,7 @@ def _infer(
             },
         }
     count = len([name for name in state if re.fullmatch(r"heads\.\d+\.0\.weight", name)])
-    return found | {"classes": [len(state[f"heads.{head}.0.weight"]) for head in range(count)]}
+    return architecture | {"classes": [len(state[f"heads.{head}.0.weight"]) for head in range(count)]}
 
 
 def position_names(architecture: Architecture) -> list[str]:

@@ -63,7 +63,7 @@ CARD_SETTINGS = """
 
 
 def origin(source: StateDictFile, format: str) -> dict[str, str]:
-    """Return what a file keeps of the one that it was made from."""
+    """Return what a file keeps of its source."""
     return {"name": source.path.name, "sha256": source.sha256, "format": format}
 
 
@@ -225,7 +225,7 @@ def model_card(
         names: class names of each head, None where there are none.
     """
     is_mae = model.architecture["kind"] == "autoencoder"
-    usage = f'import omnivision\n\nomnivision.load("{out}").{"reconstruct" if is_mae else "predict"}("film.mp4")'
+    usage = f'import omnivision\n\nomnivision.load("{out}").{"reconstruct" if is_mae else "predict"}("video.mp4")'
     if hf:
         kind = "VideoMAEForVideoClassification" if model.architecture.get("classes") else "VideoMAEModel"
         usage = f'from transformers import {kind}  # 4.57 or later\n\nmodel = {kind}.from_pretrained("{out}")'
@@ -257,8 +257,8 @@ def training_history(source: StateDictFile) -> str:
     run = experiment.read(source.metadata.get("experiment"))
     if run is None:
         former = source.metadata.get("origin")
-        made_of = f" It was made of {escape(former)}." if isinstance(former, Mapping) else ""
-        return f"{text}{made_of} The file has no record of its training."
+        converted = f" It was converted from {escape(former)}." if isinstance(former, Mapping) else ""
+        return f"{text}{converted} The file has no record of its training."
     start = run["settings"].get("pretrained_checkpoint_path") or "nothing"
     starts = start if isinstance(start, list) else [start]
     keys = {"epochs done": "epoch", "steps of the next": "step", "steps of an epoch": "steps_per_epoch"}

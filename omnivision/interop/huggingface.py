@@ -65,8 +65,9 @@ def to_hf(
     out: dict[str, Tensor] = {}
     for theirs, ours in RENAMES["hf"].items():
         if not theirs.startswith((other_norm, "decoder.", "encoder_to", "mask_token")):
-            found = {name: match for name in left if (match := pattern(ours).fullmatch(name))}
-            out |= {theirs.format(base=base, **match.groupdict()): left[name] for name, match in found.items()}
+            for name in left:
+                if match := pattern(ours).fullmatch(name):
+                    out[theirs.format(base=base, **match.groupdict())] = left[name]
     # Contiguous, and no part of another tensor: safetensors takes nothing else.
     out = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in out.items()}
     return Exported(out, _hf_config(architecture, out, class_names), dropped)

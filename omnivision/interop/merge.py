@@ -60,15 +60,15 @@ def read_sources(noted: Any, given: Sequence[str] | None) -> list[StateDictFile]
     )
     try:
         # One file may hold them all, as a list.
-        found = read_several(paths[0] if len(set(paths)) == 1 else paths)
+        files = read_several(paths[0] if len(set(paths)) == 1 else paths)
     except UserError as error:
         raise UserError(f"A source of the average cannot be read: {error} {advice}") from None
-    if [weights.sha256 for weights in found] != [note["sha256"] for note in notes]:
-        pairs = [f"{weights.path} ({weights.sha256[:12]})" for weights in found]
+    if [weights.sha256 for weights in files] != [note["sha256"] for note in notes]:
+        pairs = [f"{weights.path} ({weights.sha256[:12]})" for weights in files]
         wanted = [f"{note['path']} ({note['sha256'][:12]})" for note in notes]
         raise UserError(f"The sources must have the SHA-256 of {', '.join(wanted)}; got {', '.join(pairs)}. {advice}")
     sources = []
-    for weights, note in zip(found, notes, strict=True):
+    for weights, note in zip(files, notes, strict=True):
         report = LoadReport(str(weights.path), weights.sha256)
         choice = note.get("choice") or WeightFilter()
         sources.append(replace(weights, state=filter_state_dict(weights.state, choice, report)))

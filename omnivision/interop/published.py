@@ -156,17 +156,17 @@ def convert(
     Args:
         format: one of CHOICES.
 
-    Raises UserError, beginning with the file, for anything that is not understood as a whole.
+    Raises UserError, beginning with the file, for names of no format, and for tensors that are not of one complete model.
     """
     source.refuse_own_class()
     try:
         state = strip_wrappers(source.state, "model.")  # of a training module around the model
-        found = recognise(state, format)
-        if found == "hf":
-            return from_hf(state, source.config, overrides), found
-        if found == "omnivision":
-            return from_ours(state, source.architecture, overrides), found if source.architecture else "ppma"
-        return (from_omnimae if found == "omnimae" else from_videomae)(state, overrides), found
+        recognised = recognise(state, format)
+        if recognised == "hf":
+            return from_hf(state, source.config, overrides), recognised
+        if recognised == "omnivision":
+            return from_ours(state, source.architecture, overrides), recognised if source.architecture else "ppma"
+        return (from_omnimae if recognised == "omnimae" else from_videomae)(state, overrides), recognised
     except UserError as error:
         raise UserError(f"{source.path}: {error}") from None
 
