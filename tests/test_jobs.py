@@ -24,7 +24,7 @@ from omnivision.launch import launcher, slurm, slurm_jobs, submit
 from omnivision.launch.launcher import Job
 from omnivision.launch.run import run_rank
 from omnivision.launch.slurm import JobState, parse_limit, parse_time
-from omnivision.launch.slurm_jobs import LOGS, JobLog, history, note, parse_dependencies, run_status
+from omnivision.launch.slurm_jobs import LOGS, JobLog, history, parse_dependencies, run_status
 from omnivision.launch.submit import check_submission, dependency_problem, is_finished, is_queued, signal_delay
 from omnivision.launch.watchdog import is_peer_lost
 from omnivision.reporting.run_directory import RunDir
@@ -220,8 +220,8 @@ class BatchExits(Folder):
 
     def end(self, code: int, started: tuple[int, ...] = (), restarts: int = 0, **fields: str) -> tuple[str, bool]:
         for start in started:
-            note(self.folder, "start", "a", job="12", restarts=start, nodes="node1")
-        note(self.folder, "submitted", "a", job="12", restarts=0)
+            self.log(start).note("start", nodes="node1")
+        self.log().note("submitted")
         known = {
             "JobState": "RUNNING",
             "Restarts": str(restarts),
@@ -267,7 +267,7 @@ class BatchExits(Folder):
             self.rank_end(1, PeerLostError("process 0 is silent"), rank=5)
             self.assertEqual(self.end(137, started=(0, 1), restarts=restarts), expected)
         self.assertIn("SIGKILL", self.reason)
-        note(self.folder, "submitted", "a", job="12", restarts=0, max_requeues=0)
+        self.log().note("submitted", max_requeues=0)
         self.assertEqual(self.end(134, (0,)), ("interrupted", False))
         self.assertIn("submitit.max_requeues", self.reason)
         self.rank_end(0, OSError("no such device"))
@@ -279,7 +279,7 @@ class BatchExits(Folder):
             ("requeued", {}, True), ("requeued", {"Restarts": "1"}, False), ("requeued", ENDING, False), ("failed", {}, False),
         ):  # fmt: skip
             self.folder.write_summary(status=status, exit_reason="preempted")
-            note(self.folder, "end", "a", job="12", restarts=0, status=status)
+            self.log().note("end", status=status)
             self.assertEqual(self.end(137, (0,), **fields), (status, expected))
 
     def test_a_run_that_was_done_stays_finished(self):
@@ -288,7 +288,7 @@ class BatchExits(Folder):
             ("train", "running", "12", "failed"), ("train", "finished", "11", "failed"),
         ):  # fmt: skip
             self.folder.write_summary(status=before, exit_reason="all epochs done", job={"job_id": job})
-            note(self.folder, "submitted", "a", job="12", restarts=0, mode=mode)
+            self.log().note("submitted", mode=mode)
             self.assertEqual(self.end(137, (0,))[0], status, (mode, before, job))
 
 
@@ -297,7 +297,7 @@ class BatchScript(Folder):
 
     def exit(self, tasks: str, *setup: str, **more: str) -> tuple[int, str]:
         """The exit code, and status and reason of the summary."""
-        note(self.folder, "submitted", "a", job="12", restarts=0)
+        self.log().note("submitted")
         script = self.folder.path / "slurm_script"
         script.write_text("\n".join(["#!/bin/bash", *submit.batch_script_prologue(self.logs, setup), tasks]))
         environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
@@ -358,7 +358,7 @@ class BatchScript(Folder):
             (programs / name).chmod(0o755)
         self.logs.rmdir() if not any(self.logs.iterdir()) else None
         self.logs = self.folder.path / "elsewhere" / LOGS
-        with mock.patch("tests.test_jobs.note"):
+        with mock.patch.object(JobLog, "note"):
             self.assertEqual(self.exit("true", PATH=f"{programs}:{os.environ['PATH']}")[0], 1)
         self.assertEqual(comment.read_text(), f"update JobId=12 Comment=node4 cannot write to {self.logs}\n")
 
@@ -781,7 +781,7 @@ class Submission(Folder):
             self.assertEqual(script, executor._make_submission_file_text(executor._submitit_command_str, "NUMBER"))
 
     def test_a_line_that_a_crash_cut_is_left_out(self):
-        note(self.folder, "start", "a", job="1")
+        self.log().note("start")
         with open(self.logs / "history.jsonl", "a") as file:
             file.write('{"event": "en')
         self.assertEqual([line["event"] for line in history(self.folder)], ["start"])

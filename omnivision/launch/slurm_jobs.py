@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,6 @@ TIME_LIMIT_MARGIN = 5.0  # seconds before the time limit from which SIGTERM is t
 
 
 # ---- history ------------------------------------------------------------------------------------------------------
-
-
-def note(folder: RunDir, event: str, token: str, **fields: Any) -> None:
-    """Append a line to the history of a run's jobs. `token` names the submission, since job ids may be reused."""
-    line = {"time": time.time(), "event": event, "token": token, **fields}
-    append_line(folder.path / LOGS / "history.jsonl", json.dumps(line))
 
 
 def history(folder: RunDir, token: str | None = None) -> list[dict[str, Any]]:
@@ -101,18 +95,21 @@ class JobStatus:
 class JobLog:
     """One start of a job: notes it in the history of its run, and decides what becomes of it.
 
-    `job_id` is 12, or 12_3 for an array element. Without `max_requeues` the job comes back without a limit.
+    `job_id` is 12, or 12_3 for an array element. `token` names the submission, since job ids may be reused. Without
+    `max_requeues` the job comes back without a limit.
     """
 
     folder: RunDir
     job_id: str
-    restarts: int
-    token: str
-    max_requeues: int | None
+    restarts: int = 0
+    token: str = ""
+    max_requeues: int | None = None
     rank: int = 0
 
     def note(self, event: str, **fields: Any) -> None:
-        note(self.folder, event, self.token, job=self.job_id, restarts=self.restarts, **fields)
+        """Append a line to the history."""
+        line = {"time": time.time(), "event": event, "token": self.token, "job": self.job_id, "restarts": self.restarts}
+        append_line(self.folder.path / LOGS / "history.jsonl", json.dumps(line | fields))
 
     def history(self) -> list[dict[str, Any]]:
         return history(self.folder, self.token)
@@ -122,7 +119,7 @@ class JobLog:
         before = self.history()
         if self.restarts and before and before[-1]["event"] not in ("end", "decided", "submitted"):
             reason = "it ended without a word, perhaps with its node; SLURM started it again"
-            note(self.folder, "end", self.token, job=self.job_id, status="requeued", reason=reason)
+            replace(self, restarts=self.restarts - 1).note("end", status="requeued", reason=reason)
         self.note("start", nodes=nodes)
         fields = {"job_id": self.job_id, "restarts": self.restarts, "processes": processes, "nodes": nodes}
         self.folder.write_summary(job=(self.folder.read_summary().get("job") or {}) | fields)
@@ -259,7 +256,7 @@ def parse_dependencies(dependency: str) -> Iterator[tuple[str, str]]:
 def write_cancelled(folder: RunDir, job_id: str, problem: str) -> None:
     """Write that a job never starts because of a `problem` of its dependency. SLURM itself removes it from the queue."""
     reason = f"its dependency failed: {problem}"
-    note(folder, "end", token="", job=job_id, status="cancelled", reason=reason)
+    JobLog(folder, job_id).note("end", status="cancelled", reason=reason)
     folder.write_summary(status="cancelled", exit_reason=reason)
 
 

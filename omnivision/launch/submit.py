@@ -24,7 +24,7 @@ from omnivision.config.schema import Settings
 from omnivision.config.validate import validate_config
 from omnivision.launch import slurm
 from omnivision.launch.launcher import Job, run_folder
-from omnivision.launch.slurm_jobs import LOGS, JobLog, note, parse_dependencies, run_folder_of, write_cancelled
+from omnivision.launch.slurm_jobs import LOGS, JobLog, parse_dependencies, run_folder_of, write_cancelled
 from omnivision.reporting.run_directory import WAITING, RunDir, file_lock, own_job, own_restarts
 from omnivision.utils.errors import UserError
 from omnivision.utils.io import LATEST, write_atomically
@@ -154,7 +154,7 @@ def note_submission(jobs: Sequence[Job], ids: Sequence[str], logs: Path) -> None
     for job, folder, job_id in zip(jobs, folders, ids, strict=True):
         write_atomically(folder.path / LOGS / f"{job_id}_config.yaml", job.config_text)
         settings = {"mode": job.settings.trainer.mode, "max_requeues": job.settings.submitit.max_requeues}
-        note(folder, "submitted", job.token, job=job_id, restarts=0, **settings)
+        JobLog(folder, job_id, token=job.token).note("submitted", **settings)
         known = folder.read_summary().get("job") or {}
         if "job_id" not in known:
             folder.write_summary(job=known | {"job_id": job_id})
@@ -189,13 +189,16 @@ def is_queued(job: Job, queue: Mapping[str, slurm.JobState], locked: bool = Fals
     A job that was not noted is being submitted by another command or, if that command is `locked` out, was submitted by one
     that was killed. It is cancelled then, since it may lack the file that it would load.
     """
-    folder = run_folder(job)
-    ours = [job_id for job_id, state in queue.items() if _works_in(folder, job_id, state)]
+    folder, ours = run_folder(job), []
+    for job_id, state in queue.items():
+        other = None if state.is_over else run_folder_of(Path(state.command).parent, job_id)
+        if other is not None and other.path.resolve() == folder.path.resolve():
+            ours.append(job_id)
     if not ours:
         return False
     job_id = min(ours, key=lambda job_id: queue[job_id].state == "COMPLETING")  # its successor may be there already
-    state, summary = queue[job_id].state, folder.read_summary()
-    if state == "COMPLETING" and summary.get("status") not in WAITING:
+    name = queue[job_id].state
+    if name == "COMPLETING" and folder.read_summary().get("status") not in WAITING:
         return False  # it has ended, and comes back only if it said so
     config = folder.path / LOGS / f"{job_id}_config.yaml"
     if not config.exists() and folder.job_id() != job_id:
@@ -208,17 +211,11 @@ def is_queued(job: Job, queue: Mapping[str, slurm.JobState], locked: bool = Fals
     changes = changed_settings(config, job.config_text)
     if changes := [change for change in changes if not change.startswith(same)]:
         raise UserError(
-            f"Job {job_id} is in the queue ({state}) for {folder.path}, with other settings: {truncate_list(changes)}. Give "
+            f"Job {job_id} is in the queue ({name}) for {folder.path}, with other settings: {truncate_list(changes)}. Give "
             f"the same settings, end it with scancel {job_id}, or change launcher.experiment_log_dir."
         )
-    print(f"queued job_id={job_id} state={state} folder={folder.path}")
+    print(f"queued job_id={job_id} state={name} folder={folder.path}")
     return True
-
-
-def _works_in(folder: RunDir, job_id: str, state: slurm.JobState) -> bool:
-    """Return whether a job was submitted for a run directory and is not over; ids may be reused after SLURM was set up anew."""
-    found = None if state.is_over else run_folder_of(Path(state.command).parent, job_id)
-    return found is not None and found.path.resolve() == folder.path.resolve()
 
 
 def check_submission(jobs: Sequence[Job], queue: Mapping[str, slurm.JobState]) -> None:
