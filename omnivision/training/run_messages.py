@@ -1,4 +1,4 @@
-"""What a run says of itself when it begins and when it is finished."""
+"""Lines that a run prints when it starts and when it ends."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from omnivision.utils.io import BEST, LATEST
 
 
 def start_lines(settings: Settings, trainer: Trainer, reports: Sequence[LoadReport]) -> list[str]:
-    """The header of a run: model, device, data, batch, learning rate, seed, weights, code, run directory."""
+    """Return the header of a run: model, device, data, batch, learning rate, seed, weights, code, run directory."""
     parameters, dist, state = list(trainer.raw_model.parameters()), trainer.run.dist, trainer.state
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     splits = [split for data in (trainer.train, trainer.val) if data is not None for split in data.dataset.splits]
@@ -55,19 +55,18 @@ def start_lines(settings: Settings, trainer: Trainer, reports: Sequence[LoadRepo
 
 
 def validation_lines(trainer: Trainer) -> list[str]:
-    """Where an evaluation wrote its predictions and confusion matrices."""
+    """Return where an evaluation wrote its predictions and confusion matrices."""
     folder, sources = trainer.run.directory, [split.name for split in trainer.val.dataset.splits] if trainer.val else []
     files = [(folder.predictions / f"{name}.csv", folder.pictures / f"confusion_{name}.png") for name in sources]
     return [f"predictions  {table}, confusion matrix {picture}" for table, picture in files if table.exists()]
 
 
 def describe_resumed(state: RunState) -> str:
-    """Tell where a run resumes."""
     return f"its own, resumed after {state.epoch} epochs" + (f" and {state.step} steps" if state.step else "")
 
 
 def end_lines(trainer: Trainer) -> list[str]:
-    """What a finished run has reached, where its checkpoints are, and what to type next."""
+    """Return what a finished run has reached, where its checkpoints are, and what to type next."""
     state, folder = trainer.state, trainer.run.directory
     seconds = timedelta(seconds=round(state.seconds))
     lines = [f"Finished: {state.epoch} epochs in {seconds}"]
@@ -91,5 +90,4 @@ def end_lines(trainer: Trainer) -> list[str]:
 
 
 def count(parameters: int) -> str:
-    """A number of parameters as people write it."""
     return f"{parameters / 1e6:.2f} M" if parameters >= 1e5 else str(parameters)
