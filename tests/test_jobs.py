@@ -127,6 +127,8 @@ class Ends(Folder):
         self.assertEqual(self.decide(DISCONNECTED, 3), ("requeued", True))
         self.starts(None)
         self.assertEqual(self.decide(DISCONNECTED, 4), ("failed", False))
+        with self.assertRaisesRegex(UserError, "without progress"):  # when SLURM requeues it
+            self.log(4).check_requeue_limits()
 
     def test_a_job_comes_back_so_often(self):
         self.log(2, limit=2).check_requeue_limits()

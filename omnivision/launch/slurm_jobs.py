@@ -125,22 +125,24 @@ class JobLog:
         self.folder.write_summary(job=(self.folder.read_summary().get("job") or {}) | fields)
 
     def check_requeue_limits(self) -> None:
-        """Raise UserError if the job came back too often."""
+        """Raise UserError if the job came back too often; SLURM requeues jobs, too."""
         if self.max_requeues is not None and self.restarts > self.max_requeues:
             raise UserError(
                 f"Job {self.job_id} was requeued {self.restarts} times; submitit.max_requeues is {self.max_requeues}. See "
                 "submitit_logs/history.jsonl for the reasons. The same command submits it again."
             )
-
-    def planned_end(self) -> float | None:
-        """Return when the job reaches its time limit, in seconds since the epoch."""
-        return slurm.planned_end(slurm.show_job(self.job_id))
+        if restarts_without_progress(self.history()) > MAX_FRUITLESS_RESTARTS:
+            raise UserError(self._no_progress("it did not get as far as its checkpoint"))
 
     def record_resume(self, step: int) -> None:
         """Note from which step the run continues. Raises UserError after too many restarts without a new step."""
         self.note("resumed", step=step)
         if restarts_without_progress(self.history()) >= MAX_FRUITLESS_RESTARTS:
             raise UserError(self._no_progress(f"it is at step {step} again"))
+
+    def planned_end(self) -> float | None:
+        """Return when the job reaches its time limit, in seconds since the epoch."""
+        return slurm.planned_end(slurm.show_job(self.job_id))
 
     def owns_summary(self) -> bool:
         """Return whether the summary is about this job and no other process works in the run directory."""

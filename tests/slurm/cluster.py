@@ -124,8 +124,15 @@ class Cluster:
 
     def hide(self, node: str, folder: Path) -> None:
         """Let a node see an empty folder in place of this one, as if it were on a disk of the login node's own."""
-        subprocess.run(["nsenter", f"--target={self._inside(node)}", "--mount", "mount", "-t", "tmpfs", "none", str(folder)],
-                       check=True)  # fmt: skip
+        self._mount(node, "-t", "tmpfs", "none", str(folder))
+
+    def make_read_only(self, node: str, folder: Path) -> None:
+        """Let a node only read a folder."""
+        self._mount(node, "--bind", str(folder), str(folder))
+        self._mount(node, "-o", "remount,bind,ro", str(folder))
+
+    def _mount(self, node: str, *arguments: str) -> None:
+        subprocess.run(["nsenter", f"--target={self._inside(node)}", "--mount", "mount", *arguments], check=True)
 
     def _inside(self, node: str) -> int:
         """A process of a node: slurmd, the grandchild of what was started."""

@@ -81,6 +81,11 @@ class Submitted(OnCluster):
             type(self).unseen = self.submit(*self.demo, *settings)
             two = ["launcher.num_nodes=2", 'submitit.nodelist="node[3-4]"']
             type(self).half_seen = self.submit(*self.demo, f"launcher.experiment_log_dir={self.hidden / 'two'}", *two)
+            locked = self.folder / "read_only"
+            locked.mkdir()
+            self.cluster.make_read_only("node2", locked)
+            settings = [f"launcher.experiment_log_dir={locked / 'run'}", "submitit.nodelist=node2"]
+            type(self).read_only = self.submit(*self.demo, *settings)
 
     def test_1_a_run_is_the_same_on_slurm_as_local_processes_torchrun_and_one_process(self):
         def command(name: str, *settings: str) -> list[str]:
@@ -189,13 +194,16 @@ class Submitted(OnCluster):
         refused("SLURM does not answer", SLURM_CONF=str(unreachable))
         self.assertEqual(self.cluster.ask("squeue", "--noheader", "--name=omnivision", "--states=pending"), "")
 
-    def test_8_a_run_folder_that_the_node_does_not_see(self):
-        """Told in the job's comment, since nothing can be written; `omnivision runs` shows it."""
+    def test_8_a_run_directory_that_a_node_does_not_see_or_may_only_read(self):
+        """The reason is in the job's comment, since nothing can be written; `omnivision runs` shows it."""
         run, job = self.hidden / "run", self.unseen
         self.wait_for_state(job, "FAILED", seconds=90)
         listed = self.shell("omnivision", "runs", str(self.hidden)).stdout
         told = f"node4 cannot write to {run}/submitit_logs"
         self.assertIn(f"run: failed: job {job} is FAILED ({told})", listed)
+        self.wait_for_state(self.read_only, "FAILED", seconds=90)
+        listed = self.shell("omnivision", "runs", str(self.folder / "read_only")).stdout
+        self.assertIn(f"node2 cannot write to {self.folder}/read_only/run/submitit_logs", listed)
         self.wait_for_state(self.half_seen, "FAILED", seconds=90)
         self.assertRegex(
             runs.summary(self.hidden / "two")["exit_reason"],
