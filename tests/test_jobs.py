@@ -111,7 +111,7 @@ class Ends(Folder):
     """What becomes of a job, decided by rank 0."""
 
     def decide(self, error: BaseException, restarts: int = 1, limit: int = 100, **fields: str) -> tuple[str, bool]:
-        with answer(**fields):
+        with answer(**fields), mock.patch.dict(os.environ, SLURM_JOB_ID="12", SLURM_RESTART_COUNT=str(restarts)):
             self.decision = self.log(restarts, limit).classify_exit(error, str(error))
         return self.decision.status, self.decision.requeue
 
@@ -192,7 +192,7 @@ class Ends(Folder):
         summary = self.folder.read_summary()
         self.assertEqual(summary["status"], "failed")
         self.assertEqual(summary["exit_reason"], "process 1 failed: ValueError: no such label")
-        ends = {end["rank"]: end["kind"] for end in ending.read_end_files(self.folder, None, 0)}
+        ends = {end["rank"]: end["kind"] for end in ending.read_end_files(self.folder)}
         self.assertEqual(ends, {0: "disconnected", 1: "failed"})
 
     def test_other_ranks_do_not_end_the_job_before_rank_0_has_decided(self):
@@ -230,7 +230,7 @@ class BatchExits(Folder):
             "StartTime": (NOW - timedelta(minutes=9)).isoformat(),
         }
         with (
-            mock.patch.dict(os.environ, {"SLURM_RESTART_COUNT": str(restarts)}),
+            mock.patch.dict(os.environ, SLURM_JOB_ID="12", SLURM_RESTART_COUNT=str(restarts)),
             answer(**known | fields),
             mock.patch.object(slurm, "requeue", return_value=None) as requeue,
             mock.patch.object(slurm_jobs, "finalize_dependents"),

@@ -59,30 +59,25 @@ def write_end_file(folder: RunDir, rank: int, error: BaseException, reason: str)
         write_atomically(folder.logs / f"rank_{rank}_end.json", json.dumps(end) + "\n")
 
 
-def read_end_files(folder: RunDir, job: str | None, restarts: int) -> list[dict[str, Any]]:
-    """Return how the ranks ended in one start of a job (None: not on a cluster)."""
+def read_end_files(folder: RunDir) -> list[dict[str, Any]]:
+    """Return how ranks ended in this start of this job or, outside of a cluster, since the run directory was locked."""
     ends = []
     for file in sorted(folder.logs.glob("rank_*_end.json")):
         with contextlib.suppress(OSError, ValueError):
             ends.append(json.loads(file.read_text(encoding="utf-8")))
-    return [end for end in ends if (end["job"], end["restarts"]) == (job, restarts)]
+    return [end for end in ends if (end["job"], end["restarts"]) == (own_job(), own_restarts())]
 
 
 def first_failure(
-    folder: RunDir,
-    job: str | None,
-    restarts: int,
-    own_rank: int | None = None,
-    seconds: float = 0.0,
-    pids: Collection[int] | None = None,
+    folder: RunDir, own_rank: int | None = None, seconds: float = 0.0, pids: Collection[int] | None = None
 ) -> str | None:
-    """Return why a rank other than `own_rank` failed by itself in one start of a job, if one did.
+    """Return why a rank other than `own_rank` failed by itself, if one did in this start. Waits up to `seconds` for its file.
 
-    Waits up to `seconds` for its file. `pids` are the processes that count (None: all).
+    `pids` are the processes that count (None: all).
     """
     deadline = time.monotonic() + seconds
     while True:
-        for end in read_end_files(folder, job, restarts):
+        for end in read_end_files(folder):
             if end["kind"] == "failed" and end["rank"] != own_rank and (pids is None or end["pid"] in pids):
                 return f"process {end['rank']} failed: {end['reason']}"
         if time.monotonic() >= deadline:
@@ -205,7 +200,7 @@ def report_exit(
         elif log is None and tells:
             lost, cause = is_peer_lost(error), None
             if lost or isinstance(error, StopRequested):
-                cause = first_failure(folder, own_job(), own_restarts(), rank, END_FILE_SECONDS if lost else 0.0)
+                cause = first_failure(folder, rank, END_FILE_SECONDS if lost else 0.0)
             status = "failed" if cause or isinstance(error, Exception) else "interrupted"
             folder.write_end(status, cause or reason)
     except OSError as failure:  # a full disk must not change the exit code

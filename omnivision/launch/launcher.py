@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from omnivision.config.schema import Settings
 from omnivision.launch import slurm
-from omnivision.reporting.run_directory import RunDir, own_job, own_restarts
+from omnivision.reporting.run_directory import RunDir
 from omnivision.utils.errors import (
     EXIT_ANNOUNCED,
     EXIT_FAULT,
@@ -168,7 +168,7 @@ def run_local_processes(job: Job, count: int) -> int:
         os.close(store)
     if code not in (0, EXIT_USER):
         folder, pids = run_folder(job), [process.pid for process in processes if process.pid is not None]
-        reason = first_failure(folder, own_job(), own_restarts(), pids=pids) or reason
+        reason = first_failure(folder, pids=pids) or reason
         folder.note_silent_end(reason, interrupted=code in INTERRUPTED)
     return code
 

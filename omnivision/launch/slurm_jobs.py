@@ -155,7 +155,7 @@ class JobLog:
         # When a task fails, SLURM ends the others with the same signal as when the job is cancelled.
         if lost or stop == "SIGTERM":
             seconds = END_FILE_SECONDS if lost else 0.0
-            cause = first_failure(self.folder, self.job_id, self.restarts, self.rank, seconds)
+            cause = first_failure(self.folder, self.rank, seconds)
         now = JobStatus(self.job_id, self.restarts)
         if not (lost or stop or now.requeued):
             return ExitDecision("failed" if isinstance(error, Exception) else "interrupted", reason)
@@ -187,11 +187,11 @@ class JobLog:
         name = f", {signal.Signals(number).name}" if number else ""
         why = why if never_ran else "its processes ended"
         reason = f"job {self.job_id}: {why} (exit code {code}{name}); see {LOGS}/"
-        ends = read_end_files(self.folder, self.job_id, self.restarts)
+        ends = read_end_files(self.folder)
         silent = [f"{end['reason']} (perhaps with its node)" for end in ends if end["kind"] == "peer silent"]
         had_to_exit = number in (signal.SIGABRT, signal.SIGUSR2) or now.preempted or now.late
         comes_back = silent or had_to_exit or (never_ran and starts)
-        cause = first_failure(self.folder, self.job_id, self.restarts) or (None if comes_back else reason)
+        cause = first_failure(self.folder) or (None if comes_back else reason)
         return self._decide(now, reason, cause, silent[0] if silent else reason)
 
     def _decide(self, now: JobStatus, reason: str, cause: str | None, why: str) -> ExitDecision:
