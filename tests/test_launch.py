@@ -39,8 +39,10 @@ class Runs(unittest.TestCase):
             runs.command(self.run_dir, *self.data, *settings, "epochs=1000"),
             cwd=self.folder,
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
         )
+        self.addCleanup(process.stderr.close)
         self.addCleanup(process.wait)
         self.addCleanup(process.kill)
         log, deadline = self.run_dir / "logs/metrics.jsonl", time.monotonic() + 120
@@ -87,11 +89,47 @@ class Runs(unittest.TestCase):
             shutil.rmtree(self.run_dir)
 
     def test_a_killed_process_takes_the_others_with_it(self):
-        process = self.started("launcher.gpus_per_node=2", step=3)
-        workers = children(process.pid)
-        self.assertEqual(len(workers), 2)
-        os.kill(workers[0], signal.SIGKILL)  # the one that writes the summary
-        self.assert_ended(process, EXIT_FAULT, "failed", "process 0 was killed by SIGKILL", *workers)
+        for rank, more in ((0, ""), (1, ".*after step")):  # rank 0 writes the summary, or saw the other one in a phase
+            process = self.started("launcher.gpus_per_node=2", step=3)
+            workers = children(process.pid)
+            self.assertEqual(len(workers), 2)
+            os.kill(workers[rank], signal.SIGKILL)
+            self.assert_ended(process, EXIT_FAULT, "failed", f"process {rank} was killed by SIGKILL{more}", *workers)
+            shutil.rmtree(self.run_dir)
+
+    def test_a_suspended_process_is_named_with_its_phase(self):
+        process = self.started("launcher.gpus_per_node=2", "trainer.distributed.timeout_minutes=0.1", step=3)
+        main, other = children(process.pid)
+        os.kill(other, signal.SIGSTOP)
+        reason = rf"^process 1 \(pid {other} on .* no heartbeat for .* s; last seen .*, after step \d"
+        self.assert_ended(process, EXIT_FAULT, "failed", reason, main, other)
+
+    def test_sigterm_ends_a_process_that_is_blocked_in_a_collective_operation(self):
+        process = self.started("launcher.gpus_per_node=2", "submitit.signal_delay_s=null", step=3)
+        main, other = children(process.pid)
+        os.kill(other, signal.SIGSTOP)
+        for _ in range(2):
+            time.sleep(1.5)
+            os.kill(main, signal.SIGTERM)
+        start = time.monotonic()
+        while Path(f"/proc/{main}").exists() and Path(f"/proc/{main}/cmdline").read_bytes():
+            self.assertLess(time.monotonic() - start, 6, "a second signal leaves it 5 s")
+            time.sleep(0.05)
+        reason = runs.summary(self.run_dir)["exit_reason"]
+        self.assertRegex(reason, r"^ended by SIGTERM; .* (in a step|saving), after step \d+; what each thread")
+        # Gradients are reduced within the backward pass.
+        stacks = (self.run_dir / "logs/rank_0_stacks.txt").read_text()
+        self.assertRegex(stacks, "all_(reduce|gather)|in _engine_run_backward")
+
+    def test_a_killed_data_worker_and_one_that_hangs(self):
+        for number, reason in ((signal.SIGKILL, "worker was killed"), (signal.SIGSTOP, "trainer.data.timeout_minutes")):
+            process = self.started("num_workers=1", "trainer.data.timeout_minutes=0.1", step=3)
+            [server] = children(process.pid, "forkserver")
+            [worker] = children(server, "forkserver")
+            os.kill(worker, number)
+            self.assert_ended(process, EXIT_FAULT, "failed", rf"{reason}.*\.mp4", server, worker)
+            self.assertNotIn("Traceback", process.stderr.read())
+            shutil.rmtree(self.run_dir)
 
     def test_data_workers_leave_with_a_killed_run(self):
         process = self.started("num_workers=2")

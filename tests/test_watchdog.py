@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import os
-import shutil
 import signal
 import subprocess
 import tempfile
@@ -19,8 +18,6 @@ from omnivision.launch.watchdog import PeerMonitor, Watchdog
 from omnivision.reporting.run_directory import RunDir
 from omnivision.utils.errors import PeerLostError, StopRequested
 from omnivision.utils.signals import StopSignal
-from tests import runs
-from tests.test_launch import children
 
 
 class Requests(unittest.TestCase):
@@ -144,96 +141,6 @@ class Heartbeats(unittest.TestCase):
             handler.abort(StopRequested("SIGTERM"), at_once=True)
         exited.assert_called_once_with(143)
         run.unlock()
-
-
-class Runs(unittest.TestCase):
-    """Runs as a user starts them, and what is done to their processes."""
-
-    def setUp(self):
-        temporary = tempfile.TemporaryDirectory()
-        self.addCleanup(temporary.cleanup)
-        self.folder = Path(temporary.name)
-        self.data = runs.write_split(self.folder, runs.real_films() * 40)
-
-    def started(self, *overrides: str) -> subprocess.Popen[str]:
-        command = runs.command(
-            self.folder / "run", *self.data, "epochs=50", "trainer.checkpoint.save_every_steps=1", *overrides
-        )
-        process = subprocess.Popen(
-            command, cwd=self.folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
-        self.addCleanup(process.stderr.close)
-        self.addCleanup(process.wait)
-        self.addCleanup(process.kill)
-        log, deadline = self.folder / "run/logs/metrics.jsonl", time.monotonic() + 200
-        while not (log.exists() and '"step": 3,' in log.read_text()):
-            self.assertIsNone(process.poll())
-            self.assertLess(time.monotonic(), deadline)
-            time.sleep(0.05)
-        return process
-
-    def assert_ended(self, process: subprocess.Popen[str], within: float, reason: str) -> None:
-        self.assertEqual(process.wait(timeout=within), 70)
-        self.assertRegex(runs.summary(self.folder / "run")["exit_reason"], reason)
-        deadline = time.monotonic() + 10
-        while left := [pid for pid in self.of_the_run() if pid != process.pid]:
-            self.assertLess(time.monotonic(), deadline, left)
-            time.sleep(0.1)
-
-    def of_the_run(self) -> list[int]:
-        found = []
-        for entry in Path("/proc").glob("[0-9]*/cmdline"):
-            try:
-                if str(self.folder) in entry.read_text():
-                    found.append(int(entry.parent.name))
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-        return found
-
-    def test_a_suspended_process_is_named_with_its_phase(self):
-        process = self.started("launcher.gpus_per_node=2", "trainer.distributed.timeout_minutes=0.1")
-        _, other = children(process.pid)
-        os.kill(other, signal.SIGSTOP)
-        self.assert_ended(
-            process, 40, rf"^process 1 \(pid {other} on .* no heartbeat for .* s; last seen .*, after step \d"
-        )
-
-    def test_sigterm_ends_a_process_that_is_blocked_in_a_collective_operation(self):
-        process = self.started("launcher.gpus_per_node=2", "submitit.signal_delay_s=null")
-        main, other = children(process.pid)
-        os.kill(other, signal.SIGSTOP)
-        time.sleep(1)
-        os.kill(main, signal.SIGTERM)
-        time.sleep(1.5)
-        os.kill(main, signal.SIGTERM)
-        began = time.monotonic()
-        while Path(f"/proc/{main}").exists() and Path(f"/proc/{main}/cmdline").read_bytes():
-            self.assertLess(time.monotonic() - began, 6, "a second signal leaves it 5 s")
-            time.sleep(0.05)
-        self.assertRegex(
-            runs.summary(self.folder / "run")["exit_reason"],
-            r"ended by SIGTERM; it had not left . s later, (in a step|saving), after step \d+; what each thread",
-        )
-        # Gradients are reduced within the backward pass.
-        stacks = (self.folder / "run/logs/rank_0_stacks.txt").read_text()
-        self.assertRegex(stacks, "all_(reduce|gather)|in _engine_run_backward")
-        process.kill()
-
-    def test_a_killed_process_is_named_within_seconds(self):
-        process = self.started("launcher.gpus_per_node=2")
-        _, other = children(process.pid)
-        os.kill(other, signal.SIGKILL)
-        self.assert_ended(process, 15, "process 1 was killed by SIGKILL.*after step")
-
-    def test_a_killed_data_worker_and_one_that_hangs(self):
-        for number, reason in ((signal.SIGKILL, "worker was killed"), (signal.SIGSTOP, "trainer.data.timeout_minutes")):
-            process = self.started("num_workers=1", "trainer.data.timeout_minutes=0.1")
-            [server] = children(process.pid, "forkserver")
-            [worker] = children(server, "forkserver")
-            os.kill(worker, number)
-            self.assert_ended(process, 30, rf"{reason}.*\.mp4")
-            self.assertNotIn("Traceback", process.stderr.read())
-            shutil.rmtree(self.folder / "run")
 
 
 if __name__ == "__main__":
