@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import tempfile
 import unittest
 from pathlib import Path
 from unittest import mock
@@ -15,6 +14,7 @@ from omnivision.data.encode import write_video
 from omnivision.tools import check_data
 from omnivision.tools.workers import WorkerCrashedError
 from omnivision.utils.errors import EXIT_INTERRUPTED, UserError
+from tests import test_catalog as catalog
 from tests.runs import call_command, real_films
 
 
@@ -23,20 +23,11 @@ def run(*arguments: object) -> tuple[int, str]:
     return call_command("check-data", "--workers", 0, *arguments)[:2]
 
 
-class Folder(unittest.TestCase):
-    def setUp(self):
-        temporary = tempfile.TemporaryDirectory()
-        self.addCleanup(temporary.cleanup)
-        self.folder = Path(temporary.name)
-
+class Folder(catalog.Folder):
     def video(self, name: str, frames: int = 6, size: tuple[int, int] = (32, 48), gop: int = 12) -> str:
         noise = np.random.default_rng(len(name) + frames).integers(0, 256, (frames, *size, 3), dtype=np.uint8)
         write_video(self.folder / name, noise, fps=25, gop=gop)
         return name
-
-    def save(self, name: str, array: object) -> Path:
-        np.save(self.folder / name, np.array(array))
-        return self.folder / name
 
     def check(self, paths: list[str], *arguments: object) -> tuple[int, str, dict]:
         """Exit code, what was printed, and the JSON, for paths below the folder."""

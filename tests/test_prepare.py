@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 import unittest
 from fractions import Fraction
 from itertools import pairwise
@@ -28,6 +27,7 @@ from omnivision.tools.prepare.output import format_entry, updated_catalog
 from omnivision.tools.prepare.transcode import TranscodeConfig, TranscodeJob, destinations, target_size, transcode
 from omnivision.tools.workers import run_in_processes
 from omnivision.utils.errors import EXIT_INTERRUPTED, UserError
+from tests import test_catalog as catalog
 from tests.runs import call_command, real_films
 
 Samples = dict[str, list[tuple[object, ...]]]  # split -> (path, label), or (path, label, (start, end))
@@ -41,11 +41,9 @@ def moving(count: int = 12, height: int = 48, width: int = 64) -> np.ndarray:
     return frames
 
 
-class Folder(unittest.TestCase):
+class Folder(catalog.Folder):
     def setUp(self):
-        temporary = tempfile.TemporaryDirectory()
-        self.addCleanup(temporary.cleanup)
-        self.folder = Path(temporary.name)
+        super().setUp()
         self.out = self.folder / "out"
 
     def write(self, name: str, text: str = "x") -> Path:
@@ -550,10 +548,8 @@ class ClassFolders(Folder):
         self.assertEqual((len(samples["train"]), set(samples["train"]) & set(samples["val"])), (12, set()))
         with self.assertRaisesRegex(UserError, "OUT.*held out"):
             self.run_again("s", "--hold-out", 0.5)
-        held = [
-            Path(path).name[0] for path, _ in self.prepare("s", "--hold-out", 0.25, "--group-pattern", "(.)_")["val"]
-        ]
-        self.assertEqual((len(held), len(set(held))), (4, 1))
+        samples = self.prepare("s", "--hold-out", 0.25, "--group-pattern", "(.)_")
+        self.assertEqual((len(samples["val"]), len({Path(path).name[0] for path, _ in samples["val"]})), (4, 1))
         for options in ("--hold-out 1", "--group-pattern (.)", "--hold-out 0.2 --group-pattern ("):
             self.assert_refused("s", *options.split(), regex=options.split()[-2])
         self.tree("train/run/a.mp4", "val/run/b.mp4")
@@ -590,11 +586,9 @@ class ClassFolders(Folder):
             Image.fromarray(frame[::2, ::2]).save(self.folder / f"t/a/{k % 2}/flow_{k}.jpg")
         for options, rate in (("--frames", 25), 25), (("--gop", 2), None):
             with self.subTest(options):
-                self.assertEqual(
-                    self.sizes("t", *options, "--workers", 0, "--frame-pattern", "img_*.jpg"), {"train": 2}
-                )
-                self.assertEqual((self.entry.get("fps"), "frame_pattern" in self.entry), (rate, False))
-                self.assertIn("--fps", self.output)
+                sizes = self.sizes("t", *options, "--workers", 0, "--frame-pattern", "img_*.jpg")
+                self.assertEqual((sizes, self.entry.get("fps")), ({"train": 2}, rate))
+                self.assertEqual(("frame_pattern" in self.entry, "--fps" in self.output), (False, True))
 
     def test_several_series_of_frames(self):
         for pattern, names in (
@@ -618,12 +612,8 @@ class ClassFolders(Folder):
         os.link(self.folder / "s/train/a/2.mp4", self.folder / "s/val/b/7.mp4")
         os.symlink("../../train/b/f", self.folder / "s/val/b/g")
         self.prepare("s")
-        for pair in (
-            "share 3 files: train/a/1.mp4 = val/a/6.mp4",
-            "train/a/2.mp4 = val/b/7.mp4",
-            "train/b/f = val/b/g",
-        ):
-            self.assertIn(pair, self.errors)
+        first, second, third = "train/a/1.mp4 = val/a/6.mp4", "train/a/2.mp4 = val/b/7.mp4", "train/b/f = val/b/g"
+        self.assertIn(f"share 3 files: {first}, {second}, {third}.", self.errors)
 
     def test_refused(self):
         self.videos("twice/Run/1.mp4", "twice/run/2.mp4", "empty/a/notes.txt", "images/a/1.jpg", "ok/a/1.mp4")
@@ -666,9 +656,8 @@ class Published(Folder):
         self.videos("f/Archery/v_Archery_g01_c01/1.jpg")
         samples = self.prepare("s", "--prefix", self.folder / "f")
         # Another suffix than the list says, and frames, are recognized, too.
-        self.assertEqual(
-            samples["train"], [("Archery/v_Archery_g08_c01.avi", 1), ("ApplyEyeMakeup/v_A_g08_c01.mp4", 0)]
-        )
+        train = [("Archery/v_Archery_g08_c01.avi", 1), ("ApplyEyeMakeup/v_A_g08_c01.mp4", 0)]
+        self.assertEqual(samples["train"], train)
         self.assertEqual(samples["val"], [("Archery/v_Archery_g01_c01", 1)])
         self.assertIn("test split is val", self.output)
         self.assert_refused("s", "--fold", 2, regex=r"trainlist02\.txt.*--fold")

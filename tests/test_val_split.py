@@ -1,15 +1,14 @@
 """`omnivision val-split`: whole groups, as near to the share as they allow, the same for the same seed."""
 
 import itertools
-import tempfile
 import unittest
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 
 from omnivision.tools.val_split import GROUPINGS, _nearest_sum, group_videos, hold_out, pattern_grouping
 from omnivision.utils.errors import UserError
+from tests import test_catalog as catalog
 from tests.runs import call_command
 
 
@@ -80,20 +79,14 @@ class HeldOut(unittest.TestCase):
             self.assertEqual(abs(sizes[chosen].sum() - target), nearest)
 
 
-class Command(unittest.TestCase):
+class Command(catalog.Folder):
     def setUp(self):
-        temporary = tempfile.TemporaryDirectory()
-        self.addCleanup(temporary.cleanup)
-        self.folder = Path(temporary.name)
+        super().setUp()
         self.paths = np.array([f"c{c}/v_c{c}_g{g:02}_c{k}.avi" for c in range(3) for g in range(10) for k in range(4)])
         self.labels = np.repeat(np.arange(3), 40)
-        self.files = self.save("paths", self.paths), self.save("labels", self.labels)
+        self.files = self.save("paths.npy", self.paths), self.save("labels.npy", self.labels)
 
-    def save(self, name: str, array: object) -> Path:
-        np.save(self.folder / f"{name}.npy", array, allow_pickle=True)
-        return self.folder / f"{name}.npy"
-
-    def run_command(self, *arguments: object, files: tuple[Path, ...] = ()) -> tuple[int, str, str]:
+    def run_command(self, *arguments: object, files: tuple[object, ...] = ()) -> tuple[int, str, str]:
         return call_command("val-split", *(files or self.files), self.folder / "out", *arguments)
 
     def read(self, side: str, second: str = "labels") -> list[tuple[str, object]]:
@@ -115,8 +108,8 @@ class Command(unittest.TestCase):
     def test_segments_go_with_their_samples(self):
         """Also where a video is there as a file and as a frame folder: both are on one side."""
         paths = [path for k in range(10) for path in (f"{k}.mp4", f"{k}.mp4", f"{k}/frames")]
-        files = self.save("p", np.array(paths)), self.save("train_labels", np.arange(30) % 2)
-        segments = self.save("train_segments", np.stack([np.arange(30.0), np.arange(30.0) + 1], axis=1))
+        files = self.save("p.npy", np.array(paths)), self.save("train_labels.npy", np.arange(30) % 2)
+        segments = self.save("train_segments.npy", np.stack([np.arange(30.0), np.arange(30.0) + 1], axis=1))
         with self.assertRaisesRegex(UserError, "--segments"):
             self.run_command("--group-pattern", "(.*)", files=files)
         self.run_command("--group-pattern", "(.*)", "--segments", segments, files=files)
@@ -128,7 +121,7 @@ class Command(unittest.TestCase):
         self.assertEqual(([len(group) for group in groups], groups[0] & groups[1]), ([8, 2], set()))
 
     def test_classes_on_one_side_are_named(self):
-        self.save("labels", np.where(np.arange(120) < 4, 7, self.labels))
+        self.save("labels.npy", np.where(np.arange(120) < 4, 7, self.labels))
         self.assertIn("1 classes have no video in val: 7.", self.run_command("--group-pattern", r"(c\d_g\d+)")[2])
 
     def test_refused(self):
@@ -141,10 +134,10 @@ class Command(unittest.TestCase):
         ):
             with self.subTest(options), self.assertRaisesRegex(UserError, regex):
                 self.run_command(*options.split())
-        objects = self.save("objects", np.array([{}], dtype=object))
-        wide = self.save("wide", np.full(len(self.labels), 2**64 - 1, np.uint64))
+        objects = self.save("objects.npy", np.array([{}], dtype=object))
+        wide = self.save("wide.npy", np.full(len(self.labels), 2**64 - 1, np.uint64))
         for files, regex in (
-            ((self.files[0], self.save("short", self.labels[:5])), "LABELS"),
+            ((self.files[0], self.save("short.npy", self.labels[:5])), "LABELS"),
             ((self.files[1], self.files[1]), "PATHS"),
             ((self.folder / "none.npy", self.files[1]), "none.npy"),
             ((self.files[0], wide), "18446744073709551615.*LABELS"),
