@@ -73,7 +73,7 @@ class Folder(catalog.Folder):
         shutil.rmtree(self.out, ignore_errors=True)
         self.assertEqual(self.run_again(source, *arguments), 0)
         self.classes = (self.out / "class_names.txt").read_text(encoding="utf-8").splitlines()
-        self.entry = yaml.safe_load(self.output.split("\ndatasets:\n")[1])["mine"]
+        self.entry = yaml.safe_load(self.output[self.output.index("datasets:\n") :])["datasets"]["mine"]
         return self.samples()
 
     def prepare_list(self, text: str, *arguments: object) -> Samples:

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def run(
     if "train" in index.splits and "val" not in index.splits:
         print("There is no validation split. --hold-out 0.2 makes one of a fifth of the training split.")
     if text is None:
-        print(f"For the catalog (or pass --catalog FILE.yaml):\n\ndatasets:\n{block}")
+        print(f"For the catalog (or pass --catalog FILE.yaml):\n\ndatasets:\n{textwrap.indent(block, '  ')}", end="")
     else:
         write_atomically(Path(str(catalog)), text)
         print(f"{catalog}: the entry datasets.{name}")

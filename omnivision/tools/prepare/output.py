@@ -96,10 +96,11 @@ def check_out_folder(out: Path, settings: Mapping[str, object]) -> None:
     except (OSError, ValueError) as error:
         raise UserError(f"OUT ({out}) must be a folder of this command, and is not: {error}. Change OUT.") from error
     if stamp != settings:
-        keys = sorted(key for key in settings if not isinstance(stamp, dict) or stamp.get(key) != settings[key])
+        stamp = stamp if isinstance(stamp, dict) else {}
+        keys = sorted(key for key in {**stamp, **settings} if stamp.get(key) != settings.get(key))
         raise UserError(
-            f"OUT ({out}) was made with other settings ({', '.join(keys) or 'more of them'}; see {out / _STAMP}). Pass the "
-            "same, change OUT, or delete it."
+            f"OUT ({out}) was made with other settings ({', '.join(keys)}; see {out / _STAMP}). Pass the same, change OUT, or "
+            "delete it."
         )
 
 
