@@ -175,7 +175,8 @@ def _turn(pipe: Connection, name: str) -> float:
 def _take_turns(make: Sides, kind: str, pipe: Connection) -> None:
     sides = make(kind, False)
     with contextlib.suppress(EOFError):  # the parent has ended
-        while side := sides[pipe.recv()]:
+        while True:
+            side = sides[pipe.recv()]
             side()
             start = time.perf_counter()
             side()

@@ -12,7 +12,7 @@ from typing import Any, cast
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import videos
@@ -87,7 +87,7 @@ def embed_mask_once(self: MaskedAutoencoder, video: Tensor, x: Tensor, visible: 
 def last_block_for_masked(self: Decoder, visible: Tensor, masked: Tensor) -> Tensor:
     """The last block works on the masked tokens alone; they still attend to all."""
     kept = visible.shape[1]
-    blocks, last = cast(nn.ModuleList, self.decoder_blocks[:-1]), cast(Any, self.decoder_blocks[-1])
+    blocks, last = self.decoder_blocks[:-1], cast(Any, self.decoder_blocks[-1])
     x = run_blocks(blocks, self.decoder_embed(torch.cat([visible, masked], 1)), False)
     q, k, v = split_heads(last.attn, last.norm1(x))
     x = x[:, kept:]
