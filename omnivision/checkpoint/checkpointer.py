@@ -147,11 +147,10 @@ def verify(path: Path) -> dict[str, Any]:
     """Return the manifest entry that a file matches. Raises CorruptCheckpointError when there is none."""
     entry: dict[str, Any] = {"size": path.stat().st_size, "sha256": sha256(path)}
     try:
-        text = _manifest(path).read_text(encoding="utf-8")
-        entries = json.loads(text)["files"]
+        matches = entry in json.loads(_manifest(path).read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise CorruptCheckpointError(f"{path} has no readable manifest ({error})") from None
-    if entry not in entries:
+    if not matches:
         raise CorruptCheckpointError(
             f"{path} ({entry['size']} bytes, SHA-256 {entry['sha256'][:12]}...) does not match its manifest"
         )

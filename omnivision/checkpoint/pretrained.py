@@ -195,7 +195,7 @@ def match_heads(
     for head, names in enumerate(ours):
         wanted = valid_names(list(names)) or []
         same = [k for k in (head, *heads) if wanted and set(theirs.get(k) or []) == set(wanted)]
-        source = same[0] if same else head
+        source = (same or [head])[0]
         if source not in heads:
             continue
         unused.discard(source)

@@ -215,8 +215,7 @@ def from_omnimae(state: Mapping[str, Tensor], overrides: ArchOverrides | None = 
 def from_videomae(state: Mapping[str, Tensor], overrides: ArchOverrides | None = None) -> ConvertedCheckpoint:
     """VideoMAE's own repository: pretrained (encoder and decoder) or fine-tuned (mean of tokens, norm, head)."""
     mapper = _KeyMapper("videomae", state)
-    mapper.drop_first_token_head()
-    mapper.convert_decoder()
+    mapper.convert_head_and_decoder()
     return mapper.finalize({}, overrides)
 
 
@@ -229,13 +228,12 @@ def from_hf(
     model, or not of these weights.
     """
     mapper = _KeyMapper("hf", state)
-    mapper.drop_first_token_head()
+    mapper.convert_head_and_decoder()
     bias = mapper.state.get("trunk.patch_embed.proj.1.bias")
     if bias is not None and not any(name.startswith("trunk.norm.") for name in mapper.state):
         # The bare encoder of a model with `use_mean_pooling` ends before the norm, which its classifier holds.
         mapper.fill("trunk.norm.weight", torch.ones_like(bias), "this encoder ends before it")
         mapper.fill("trunk.norm.bias", torch.zeros_like(bias), "this encoder ends before it")
-    mapper.convert_decoder()
     has_decoder = "trunk.decoder.norm.weight" in mapper.state
     converted = mapper.finalize(_architecture_of_config(config, has_decoder), overrides)
     epsilon, assumed = config.get("layer_norm_eps", HF_EPSILON if config else EPSILON), list(converted.assumed)
@@ -324,17 +322,15 @@ class _KeyMapper:
             self.dropped |= dict.fromkeys(self.origin.pop(name, []), why)
         self.filled = {name: reason for name, reason in self.filled.items() if not name.startswith(prefixes)}
 
-    def drop_first_token_head(self) -> None:
-        """Leave out a head that reads the first token, not the mean of all: one that follows `norm`, not `fc_norm`."""
-        if not self.has_mean_pooling:
-            self.drop("heads.0.0.", "it reads the first token, ours the mean of all")
-
-    def convert_decoder(self) -> None:
-        """Convert a VideoMAE decoder to one of ours with the same outputs, or drop it where there is none.
+    def convert_head_and_decoder(self) -> None:
+        """Drop a VideoMAE head that reads the first token (it follows `norm`, not `fc_norm`); convert a decoder to one of ours
+        with the same outputs, or drop it where there is none.
 
         Theirs projects tokens, W x, and then adds a mask token and positions of its own width; ours adds both before the
         projection. W has more columns than rows, so what they are before it can be solved for.
         """
+        if not self.has_mean_pooling:
+            self.drop("heads.0.0.", "it reads the first token, ours the mean of all")
         if not any(name.startswith(DECODER) for name in self.state):
             return
         if why := self._decoder_problem():
