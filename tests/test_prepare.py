@@ -132,7 +132,9 @@ class CsvLists(Folder):
         self.assertIn("share 1 files: a.mp4", self.errors)
         self.write("test.csv", "path,label,split\nc.mp4,run,test\nb.mp4,run,train\n")
         self.assert_refused("s", *lists, regex="row 3 .*--test")
-        self.assert_refused("s", "--val", self.folder / "none.csv", regex=r"none\.csv")
+        os.mkfifo(self.folder / "pipe.csv")
+        for name in ("none.csv", "pipe.csv"):
+            self.assert_refused("s", "--val", self.folder / name, regex=name)
         self.assert_refused("train.csv", "--val", val, regex="--val")
 
     def test_paths_are_relative_to_the_prefix(self):
@@ -663,6 +665,9 @@ class Published(Folder):
         self.assert_refused("s", "--fold", 2, regex=r"trainlist02\.txt.*--fold")
         self.write("s/trainlist01.txt", "Archery/v_Archery_g08_c01.avi 1\n")
         self.assert_refused("s", regex=r"trainlist01\.txt, row 1: Archery/")
+        self.write("s/trainlist01.txt", "\n")
+        self.write("s/testlist01.txt", "")
+        self.assert_refused("s", regex="SOURCE")
         self.write("s/classInd.txt", "1 ApplyEyeMakeup\n3 Archery\n")
         self.assert_refused("s", regex=r"classInd\.txt")
 

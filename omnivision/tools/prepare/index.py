@@ -133,6 +133,8 @@ def number_classes(index: DatasetIndex, names: Sequence[str] = ()) -> DatasetInd
     first: dict[str | int, Record] = {}  # label -> the first record that has it
     for row in index.rows():
         first.setdefault(row.label, row)
+    if not first:
+        raise UserError(f"The lists in {index.root} hold no videos. Change SOURCE.")
     classes, hint = list(names or index.classes), ""
     are_texts = bool(index.classes) and isinstance(next(iter(first)), str)
     if not are_texts and all(re.fullmatch(r"[+-]?[0-9]+", str(label)) for label in first):

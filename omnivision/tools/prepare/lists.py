@@ -124,6 +124,8 @@ def read_csv_lists(
 def _read(file: Path, columns: Mapping[str, str] | None) -> _Table:
     """Return the table. Rows are numbered from 1, like lines; empty ones are left out."""
     try:
+        if not file.is_file():  # a pipe would block
+            raise OSError("no such file")
         text = file.read_text(encoding="utf-8-sig")
         delimiter = _delimiter(text)
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
