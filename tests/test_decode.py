@@ -420,7 +420,7 @@ class Hostile(InFolder):
             ("text.mp4", b"hello " * 1000, "Invalid data"),
             ("zeros.avi", bytes(10000), "Invalid data"),
             ("bits.yuv", bytes(1000), "Invalid"),
-            ("image.mp4", image.getvalue(), "Invalid data"),
+            ("image.mp4", image.getvalue(), "Invalid"),
             ("head.mp4", self.good[:60], "Invalid data|no video stream|End of file"),
             ("no_index.mp4", late[:index], "Invalid data|no video stream"),
             ("cut_index.mp4", late[: index + 200], "Invalid data|no video stream"),
