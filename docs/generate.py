@@ -6,17 +6,18 @@ import functools
 import html
 import inspect
 import re
+import types
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from cyclopts import App
 from cyclopts.argument import Argument
 
 from omnivision.config.instantiate import INJECTED_ARGS, load_target, signature_of
-from omnivision.config.schema import setting_types
+from omnivision.config.schema import BOUNDS, InstantiateConfig, setting_hints
 from omnivision.tools.main import COMMANDS, app
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,15 +50,32 @@ def pages() -> dict[Path, str]:
 def settings_table() -> str:
     """A row a setting: its name, what it takes, its default and its meaning, as base.yaml has them."""
     text = BASE.read_text(encoding="utf-8")
-    lines, types = text.splitlines(), setting_types()
+    lines, hints = text.splitlines(), setting_hints()
     rows = ["| setting | takes | default | meaning |", "|---|---|---|---|"]
     for name, node in leaves(yaml.compose(text, Loader=yaml.SafeLoader), ""):
         line = lines[node.end_mark.line] if node.start_mark.line == node.end_mark.line else lines[node.start_mark.line]
         comment = re.search(r"(?<=\s)# (.*)$", line)
         default = escape(text[node.start_mark.index : node.end_mark.index])
-        takes = escape(types.get(name, ""))
+        takes = escape(describe_type(hints[name]) if name in hints else "")
         rows.append(f"| `{name}` | {takes} | `{default}` | {plain(comment[1]) if comment else ''} |")
     return "\n".join(rows)
+
+
+def describe_type(hint: Any) -> str:
+    """A type annotation in words, e.g. "int >= 1 or null"."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint == InstantiateConfig:
+        return "an object (_target_ and its arguments)"
+    if origin is Annotated:
+        limits = [f"{sign} {value:.10g}" for note in arguments[1:] for bound in getattr(note, "metadata", ())
+                  for name, sign in BOUNDS.items() if (value := getattr(bound, name, 1e9)) < 1e9]  # fmt: skip
+        return " ".join([describe_type(arguments[0]), " and ".join(limits)]).strip()
+    if origin in (Union, types.UnionType):
+        return " or ".join("null" if each is type(None) else describe_type(each) for each in arguments)
+    if origin is Literal:
+        return f"one of {', '.join(map(str, arguments))}"
+    names = {int: "int", float: "float", str: "text", bool: "true or false"}
+    return names.get(hint) or {list: "list", dict: "mapping"}.get(origin, "group of settings")
 
 
 def escape(cell: str) -> str:

@@ -15,7 +15,7 @@ import nbformat
 import numpy as np
 from nbclient import NotebookClient
 
-from omnivision.config.schema import setting_types
+from omnivision.config.schema import setting_hints
 from omnivision.tools.main import COMMANDS
 from tests import runs
 from tests import stage_runs as stages
@@ -120,8 +120,8 @@ class Site(unittest.TestCase):
             self.assertNotIn("WARNING", result.stderr)
             settings = (Path(folder) / "settings.html").read_text()
             free = ("datasets", "submitit.additional_parameters")  # names below are the user's own
-            groups = {name.rpartition(".")[0] for name in setting_types()}
-            for name in setting_types():
+            groups = {name.rpartition(".")[0] for name in setting_hints()}
+            for name in setting_hints():
                 if (
                     "." in name
                     and ".NAME." not in name

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from omnivision.config.schema import setting_types
+from omnivision.config.schema import setting_hints
 from omnivision.config.validate import validate_config
 from omnivision.data.catalog import Dataset, Split
 from omnivision.data.sampling import EpochPlan, SourcePlan
@@ -24,7 +24,7 @@ from tests.test_settings import MAE
 CASES = int(os.environ.get("FUZZ_CASES", "100"))
 FUZZ = settings(max_examples=CASES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
-NAMES = st.sampled_from(list(setting_types()))
+NAMES = st.sampled_from(list(setting_hints()))
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
 VALUES = st.recursive(
     PLAIN,

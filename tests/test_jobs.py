@@ -498,9 +498,8 @@ class Settled(unittest.TestCase):
             settings_of("submitit.signal_delay_s=3600", "submitit.timeout_hour=1")
 
     def test_what_is_understood(self):
-        given = {"4G": 4, "2048": 2, "1T": 1024, "524288K": 0.5, "64GB": 64, "0": None, "4g": 4}
-        for text, gigabytes in given.items():
-            self.assertEqual(settings_of(f"submitit.mem='{text}'").submitit.memory_gb, gigabytes, text)
+        for text in ("4G", "2048", "1T", "524288K", "64GB", "0", "4g"):
+            self.assertEqual(settings_of(f"submitit.mem='{text}'").submitit.mem, text)
         for text in (
             "afterok:12:13",
             "afterok:12_3",

@@ -86,15 +86,13 @@ class Noted(OnPath):
 
 
 class Commands(Noted):
-    def test_every_shell_reads_every_script(self):
+    def test_every_shell_reads_every_script_and_gives_the_same_command(self):
         scripts = sorted(SCRIPTS.glob("*.sh"))
         self.assertLessEqual({"common.sh", *PUBLISHED}, {script.name for script in scripts})
         for shell in SHELLS:
             for script in scripts:
                 result = subprocess.run([shell, "-n", str(script)], capture_output=True, text=True)
                 self.assertEqual((result.returncode, result.stderr), (0, ""), f"{shell} -n {script.name}")
-
-    def test_every_shell_gives_the_same_command(self):
         variables = {"NOMINAL_BATCH": "256", "BATCH_SIZE": "96", "NUM_NODES": "1"}
         for script in PUBLISHED:
             found = [self.arguments(script, "a=b c", shell=shell, **variables) for shell in SHELLS]
@@ -105,79 +103,60 @@ class Commands(Noted):
         for script, (nodes, clips, factor, epochs, dataset, model) in PUBLISHED.items():
             with self.subTest(script):
                 found = self.settings(script)
-                self.assertEqual(
-                    (found.launcher.num_nodes, found.launcher.gpus_per_node, found.batch_size), (nodes, 1, clips)
-                )
+                launch = found.launcher.num_nodes, found.launcher.gpus_per_node, found.batch_size
+                self.assertEqual(launch, (nodes, 1, clips))
                 self.assertEqual((found.trainer.optim.lr_scale_factor, found.trainer.max_epochs), (factor, epochs))
                 self.assertEqual(list(found.trainer.data.sources), [dataset])
                 self.assertEqual(found.trainer.model["_target_"].rpartition(".")[2], model)
                 self.assertEqual(found.trainer.model["trunk"]["width"], 768)
                 self.assertEqual((found.submitit.use_cluster, found.num_workers), (True, 6))
                 self.assertEqual(bool(found.trainer.freeze), script == "run_downstream_lp.sh")
+                # The recipe knows the same nominal batch as the script.
+                arguments = self.arguments(script, "submitit.use_cluster=false")[1:]
+                bare = [one for one in arguments if not one.startswith("trainer.optim.nominal_batch=")]
+                self.assertEqual(len(bare), len(arguments) - 1)
+                made = validate_config(stages.composed(*bare))
+                self.assertEqual(made.trainer.optim.nominal_batch, found.trainer.optim.nominal_batch)
+                self.assertEqual(list(recipe_warnings(made, 0)), [])
 
     def test_variables_and_then_overrides_win(self):
         for script in PUBLISHED:
             with self.subTest(script):
                 mae, average = script == "run_mae.sh", "average" in script
-                variables = {
-                    "EXP_DIR": "a folder/run",
-                    "PRETRAINED_CHECKPOINT": "[one,two]" if average else "null" if mae else "some/run",
-                    "DATASET": "sim150",
-                    "MODEL": "vittiny" + ("" if mae else "_average_ft" if average else "_ft"),
-                    "BATCH_SIZE": "24",
-                    "NUM_NODES": "3",
-                    "GPUS_PER_NODE": "2",
-                    "NOMINAL_BATCH": "100",
-                    "EPOCHS": "9",
-                    "NUM_WORKERS": "0",
-                }
-                found = self.settings(script, "epochs=5", "trainer.seed_value=9", **variables)
+                source, value = ("[one,two]", ["one", "two"]) if average else ("null", None) if mae else ("run", "run")
+                model = "vittiny" + ("" if mae else "_average_ft" if average else "_ft")
+                values = ("a folder/run", source, "sim150", model, "24", "3", "2", "100", "9", "0")
+                found = self.settings(
+                    script, "epochs=5", "trainer.seed_value=9", **dict(zip(VARIABLES, values, strict=True))
+                )
                 self.assertEqual(found.launcher.experiment_log_dir, "a folder/run")
-                wanted = {"[one,two]": ["one", "two"], "null": None}
-                source = variables["PRETRAINED_CHECKPOINT"]
-                self.assertEqual(found.pretrained_checkpoint_path, wanted.get(source, source))
+                self.assertEqual(found.pretrained_checkpoint_path, value)
                 self.assertEqual(list(found.trainer.data.sources), ["sim150"])
                 self.assertEqual(found.trainer.model["trunk"]["width"], 192)
                 self.assertEqual((found.batch_size, found.num_workers, found.epochs), (24, 0, 5))
                 self.assertEqual((found.launcher.num_nodes, found.launcher.gpus_per_node), (3, 2))
                 self.assertEqual((found.lr_scale_factor, found.trainer.seed_value), (100 / 72, 9))
 
+    def factors(self, script: str, *overrides: str, **variables: str) -> list[float]:
+        """The factors of the learning rate in a command, the last of which counts."""
+        given = (one.partition("=") for one in self.arguments(script, *overrides, **variables))
+        return [float(value) for name, _, value in given if name == "lr_scale_factor"]
+
     def test_the_factor_of_the_learning_rate_is_exact(self):
         for nominal, clips, nodes in [(256, 96, 1), (64, 8, 3), (32, 48, 7), (1, 3, 1), (100003, 17, 3), (256, 16, 8)]:
             variables = {"NOMINAL_BATCH": str(nominal), "BATCH_SIZE": str(clips), "NUM_NODES": str(nodes)}
             for script in PUBLISHED:
-                [factor] = [one for one in self.arguments(script, **variables) if one.startswith("lr_scale_factor=")]
-                self.assertEqual(float(factor.partition("=")[2]), nominal / (clips * nodes), f"{script} {variables}")
-            composed = self.settings("run_downstream_ft.sh", **variables)
-            self.assertEqual(composed.trainer.optim.lr_scale_factor, nominal / (clips * nodes))
-
-    def test_the_recipes_know_the_same_nominal_batch_as_the_scripts(self):
-        for script in PUBLISHED:
-            arguments = self.arguments(script, "submitit.use_cluster=false")[1:]
-            bare = [one for one in arguments if not one.startswith("trainer.optim.nominal_batch=")]
-            self.assertEqual(len(bare), len(arguments) - 1)
-            batches = {
-                validate_config(stages.composed(*given)).trainer.optim.nominal_batch for given in (arguments, bare)
-            }
-            self.assertEqual(len(batches), 1, script)
-            self.assertEqual([*recipe_warnings(validate_config(stages.composed(*bare)), 0)], [], script)
-
-    def test_a_peak_of_the_learning_rate_replaces_the_factor(self):
-        for peak in ("lr=1e-3", "++lr=1e-3", "+lr=1e-3"):
-            given = self.arguments("run_downstream_ft.sh", peak)
-            self.assertEqual([one for one in given if "lr_scale_factor=" in one], [])
-        self.assertEqual(self.settings("run_mae.sh", "lr=1e-3").lr, 1e-3)
-
-    def test_nodes_and_batch_of_overrides_count_for_the_learning_rate(self):
+                self.assertEqual(self.factors(script, **variables), [nominal / (clips * nodes)])
         for overrides, factor in (
             (["launcher.num_nodes=1"], 64 / 8),
             (["++launcher.num_nodes=2", "++batch_size=4"], 64 / 8),
             (["+batch_size=64"], 64 / 256),
             (["launcher.num_nodes=1", "lr_scale_factor=5"], 5),
         ):
-            with self.subTest(overrides):
-                given = [one for one in self.arguments("run_downstream_ft.sh", *overrides) if "lr_scale_factor=" in one]
-                self.assertEqual(float(given[-1].partition("=")[2]), factor)
+            self.assertEqual(self.factors("run_downstream_ft.sh", *overrides)[-1], factor, overrides)
+        for peak in ("lr=1e-3", "++lr=1e-3", "+lr=1e-3"):
+            self.assertEqual(self.factors("run_downstream_ft.sh", peak), [])
+        self.assertEqual(self.settings("run_mae.sh", "lr=1e-3").lr, 1e-3)
 
     def test_every_dataset_that_they_name_has_a_recipe(self):
         for script in PUBLISHED:
@@ -194,29 +173,24 @@ class Commands(Noted):
             found = self.arguments(script, at=elsewhere)[0]
             self.assertEqual(Path(found).resolve(), (self.folder / "my checkout" / "train_app_submitit.py").resolve())
 
-    def assert_refused(self, script: str, saying: str, **variables: str) -> None:
-        for shell in SHELLS:
-            with self.subTest(f"{shell} {script} {saying}"):
-                result = self.call(script, shell=shell, **variables)
-                self.assertEqual((result.returncode, result.stdout), (1, ""), result.stderr)
-                self.assertRegex(result.stderr, f"^error: {saying}.*\n$")
-                self.assertFalse(self.noted.exists(), "python was called")
+    def test_what_must_be_set_and_what_must_be_a_number(self):
+        def refuse(script: str, saying: str, **variables: str) -> None:
+            for shell in SHELLS:
+                with self.subTest(f"{shell} {script} {saying}"):
+                    result = self.call(script, shell=shell, **variables)
+                    self.assertEqual((result.returncode, result.stdout), (1, ""), result.stderr)
+                    self.assertRegex(result.stderr, f"^error: {saying}.*\n$")
+                    self.assertFalse(self.noted.exists(), "python was called")
 
-    def test_what_must_be_set(self):
-        for script in PUBLISHED:
-            self.assert_refused(script, "EXP_DIR ", PRETRAINED_CHECKPOINT="null")
-            self.assert_refused(script, "EXP_DIR ", PRETRAINED_CHECKPOINT="null", EXP_DIR="")
-            if script != "run_mae.sh":
-                self.assert_refused(script, "PRETRAINED_CHECKPOINT ", EXP_DIR="x")
-
-    def test_what_must_be_a_number(self):
         given = {"EXP_DIR": "x", "PRETRAINED_CHECKPOINT": "null"}
-        for value in ("many", "0", "-8", "1.5", "8 8", "0x10", "08", '1); system("touch made"); (1'):
-            self.assert_refused("run_downstream_ft.sh", "BATCH_SIZE ", BATCH_SIZE=value, **given)
         for script in PUBLISHED:
+            refuse(script, "EXP_DIR ", PRETRAINED_CHECKPOINT="null", EXP_DIR="")
+            if script != "run_mae.sh":
+                refuse(script, "PRETRAINED_CHECKPOINT ", EXP_DIR="x")
             for name in ("BATCH_SIZE", "NUM_NODES", "GPUS_PER_NODE", "NOMINAL_BATCH", "EPOCHS", "NUM_WORKERS"):
-                self.assert_refused(script, f"{name} .*'x'", **{name: "x"}, **given)
-                self.assert_refused(script, f"{name} .*'4,8'", **{name: "4,8"}, **given)
+                refuse(script, f"{name} .*'4,8'", **{name: "4,8"}, **given)
+        for value in ("many", "0", "-8", "1.5", "8 8", "0x10", "08", '1); system("touch made"); (1'):
+            refuse("run_downstream_ft.sh", "BATCH_SIZE ", BATCH_SIZE=value, **given)
         self.assertFalse((self.folder / "made").exists())
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from omnivision.config.instantiate import TargetError, signature_of, target_problems
-from omnivision.config.schema import setting_types
+from omnivision.config.schema import setting_hints
 from omnivision.config.validate import validate_config
 from omnivision.utils.errors import UserError
 from tests.runs import ROOT
@@ -105,7 +105,7 @@ class Values(unittest.TestCase):
             settings(*average, f"pretrained_checkpoint_path={given}")
 
     def test_types_of_settings_are_those_of_the_configuration(self):
-        types = setting_types()
+        types = setting_hints()
         self.assertIn("trainer.optim.amp.amp_dtype", types)
         self.assertLessEqual(set(OmegaConf.to_container(composed(*MAE))), set(types))
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from pydantic import ValidationError
 
-from omnivision.config.schema import BOUNDS, GROUPS, setting_types
+from omnivision.config.schema import BOUNDS, GROUPS, setting_hints
 
 MUST_BE_SET = "must be set."
 EXPECTED = {  # by pydantic's type of the error; other errors have bounds, or words of pydantic's own
@@ -37,7 +37,7 @@ def suggest(key: str, known: Iterable[str] | None = None) -> str:
         ratio = difflib.SequenceMatcher(None, last.lower(), end).ratio() + 0.2 * (above == group)
         return ratio, difflib.SequenceMatcher(None, key, name).ratio()
 
-    best = max((setting_types().keys() | GROUPS) if known is None else known, key=likeness, default="")
+    best = max((setting_hints().keys() | GROUPS) if known is None else known, key=likeness, default="")
     return f"; did you mean {best}?" if best and best != key and likeness(best)[0] > 0.55 else "."
 
 

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import functools
 import os
-import re
 import types
 import typing
-from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, Self, Union
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -247,16 +246,6 @@ class SubmititSettings(Group):
                 )
         return self
 
-    @property
-    def memory_gb(self) -> float | None:
-        """GiB requested for each node; None for no request, and for all of a node's memory."""
-        if self.mem is None:
-            return self.mem_gb
-        found = re.fullmatch(r"(\d+)([KMGT]?)B?", self.mem, re.IGNORECASE)
-        if found is None or found[1] == "0":
-            return None
-        return int(found[1]) * 1024.0 ** ("KMGT".index(found[2].upper() or "M") - 2)
-
 
 class Settings(Group):
     num_frames: Pixels
@@ -310,40 +299,14 @@ class Settings(Group):
 
 
 @functools.cache
-def setting_types(cls: type[BaseModel] = Settings, prefix: str = "") -> Mapping[str, str]:
-    """The type and range of every setting, in words, by full key; NAME stands for the keys of a mapping."""
-    return types.MappingProxyType(dict(_types(cls, prefix)))
-
-
-def _types(cls: type[BaseModel], prefix: str) -> Iterator[tuple[str, str]]:
+def setting_hints(cls: type[BaseModel] = Settings, prefix: str = "") -> Mapping[str, Any]:
+    """The type annotation of every setting, by full key; NAME stands for the keys of a mapping."""
+    hints: dict[str, Any] = {}
     for name, hint in typing.get_type_hints(cls, include_extras=True).items():
         if name in cls.model_fields:
-            yield f"{prefix}{name}", describe_type(hint)
-            for group, keys in _groups_in(hint):
-                yield from _types(group, f"{prefix}{name}.{keys}")
-
-
-def _groups_in(hint: Any) -> Iterator[tuple[type[BaseModel], str]]:
-    """The groups that a setting holds, and the keys above them."""
-    if isinstance(hint, type) and issubclass(hint, BaseModel):
-        yield hint, ""
-    is_mapping = typing.get_origin(hint) is dict
-    for argument in typing.get_args(hint) if is_mapping or typing.get_origin(hint) is types.UnionType else ():
-        yield from ((group, f"{'NAME.' * is_mapping}{keys}") for group, keys in _groups_in(argument))
-
-
-def describe_type(hint: Any) -> str:
-    """A type annotation in words, e.g. "int >= 1 or null"."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if hint == InstantiateConfig:
-        return "an object (_target_ and its arguments)"
-    if origin is Annotated:
-        limits = [f"{sign} {value:.10g}" for note in arguments[1:] for bound in getattr(note, "metadata", ())
-                  for name, sign in BOUNDS.items() if (value := getattr(bound, name, 1e9)) < 1e9]  # fmt: skip
-        return " ".join([describe_type(arguments[0]), " and ".join(limits)]).strip()
-    if origin in (Union, types.UnionType):
-        return " or ".join("null" if each is type(None) else describe_type(each) for each in arguments)
-    if origin is Literal:
-        return f"one of {', '.join(map(str, arguments))}"
-    names = {int: "int", float: "float", str: "text", bool: "true or false"}
-    return names.get(hint) or {list: "list", dict: "mapping"}.get(origin, "group of settings")
+            hints[f"{prefix}{name}"] = hint
+            is_mapping = typing.get_origin(hint) is dict
+            for each in (hint, *typing.get_args(hint)):
+                if isinstance(each, type) and issubclass(each, BaseModel):
+                    hints |= setting_hints(each, f"{prefix}{name}.{'NAME.' * is_mapping}")
+    return types.MappingProxyType(hints)

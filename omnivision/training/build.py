@@ -157,20 +157,19 @@ def class_names(settings: Settings) -> list[list[str]]:
         if found != wanted and (not settings.trainer.data.share_head or sorted(found) == sorted(wanted)):
             label = next(label for label, name in enumerate(wanted) if found[label] != name)
             raise UserError(
-                f"datasets.{dataset.name} shares a head with another source, and its class {label} is {found[label]!r}, there "
-                f"{wanted[label]!r}. Expected the same names in the same order. Change datasets.{dataset.name}.class_names and "
-                f"the labels (omnivision prepare --class-names), or datasets.{dataset.name}.label_set."
+                f"datasets.{dataset.name}.class_names must name the classes as other sources of its head do: class {label} is "
+                f"{found[label]!r}, there {wanted[label]!r}. Set the names and labels (omnivision prepare --class-names), or "
+                f"datasets.{dataset.name}.label_set."
             )
     return names
 
 
 def inference_config(settings: Settings) -> dict[str, Any]:
     """Settings of evaluation that `omnivision.load` needs."""
-    average = settings.trainer.task.get("average", "logits")
     return {
         "clip_duration": settings.trainer.data.clip_duration,
         "class_names": class_names(settings),
-        "average": average,
+        "average": settings.trainer.task.get("average", "logits"),
     }
 
 
@@ -367,14 +366,12 @@ def check_device(settings: Settings, device: torch.device, local_rank: int = 0) 
     """Raise UserError for a device that cannot compile the model, or whose memory weights, gradients and optimizer exceed."""
     if settings.trainer.compile and local_rank == 0:  # one for all ranks of a node
         check_compiler(device)
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-    else:
-        total = host_memory() // settings.launcher.gpus_per_node
-    meta = meta_model(settings)
-    if meta is not None and (needed := held_bytes(settings, meta)) > total:
+    is_gpu, meta = device.type == "cuda", meta_model(settings)
+    memory = torch.cuda.get_device_properties(device).total_memory if is_gpu else host_memory()
+    memory //= 1 if is_gpu else settings.launcher.gpus_per_node
+    if meta is not None and (needed := held_bytes(settings, meta)) > memory:
         raise UserError(
-            f"trainer/model must fit into the {total / 1e9:.1f} GB that a rank has here ({device}), got {needed / 1e9:.1f} GB "
+            f"trainer/model must fit into the {memory / 1e9:.1f} GB that a rank has here ({device}), got {needed / 1e9:.1f} GB "
             "for weights, gradients and optimizer state. Set a smaller trainer/model, or trainer.distributed.strategy=fsdp."
         )
 

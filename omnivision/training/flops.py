@@ -50,17 +50,15 @@ def peak_flops(device: torch.device, dtype: torch.dtype | None, override: float 
     """Peak operations per second of a device; None if unknown. `override` is in 10^12."""
     if override is not None:
         return override * 1e12
-    if device.type != "cuda":
-        return None
-    return peak_of(torch.cuda.get_device_name(device), dtype)
+    return peak_of(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
 
 
 def peak_of(name: str, dtype: torch.dtype | None) -> float | None:
     """The same by the name of a device, like "NVIDIA A100-SXM4-80GB"."""
-    for known, half, full in PEAKS:
-        if re.search(rf"\b{re.escape(known)}\b", name, re.IGNORECASE):
-            return 1e12 * (half if dtype in (torch.float16, torch.bfloat16) else full)
-    return None
+    peaks = (peaks for known, *peaks in PEAKS if re.search(rf"\b{re.escape(known)}\b", name, re.IGNORECASE))
+    if (found := next(peaks, None)) is None:
+        return None
+    return 1e12 * found[dtype not in (torch.float16, torch.bfloat16)]
 
 
 class FusedAttention(TorchFunctionMode):

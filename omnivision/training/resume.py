@@ -29,9 +29,9 @@ def check_same_experiment(
         return
     if classes := fingerprint.class_changes(saved, current):
         raise UserError(
-            f"{path} was trained on other classes, or on the same in another order: {fingerprint.truncate_list(classes)}. A "
-            "resumed head must keep its classes, even with allow_changes. Set datasets.NAME.class_names and its labels back, "
-            "or start a new run in another launcher.experiment_log_dir from pretrained_checkpoint_path."
+            f"{path} must have the classes of the data, in their order, got changes: {fingerprint.truncate_list(classes)}. Set "
+            "datasets.NAME.class_names and its labels back, or start a new run in another launcher.experiment_log_dir from "
+            "pretrained_checkpoint_path; allow_changes does not allow it."
         )
     altering, others = fingerprint.differences(saved, current)
     if altering and not allow_changes:
@@ -51,18 +51,11 @@ def check_same_steps(saved: int, current: int, path: Path) -> None:
 
 def check_same_sources(saved: Sequence[Mapping[str, Any]], current: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Raises UserError when a learned average is resumed with other source checkpoints, which its checkpoint does not hold."""
-    if not current:
-        return
-    if [source["sha256"] for source in saved] != [source["sha256"] for source in current]:
-        was, now = (", ".join(f"{s['path']} ({s['sha256'][:12]})" for s in sources) for sources in (saved, current))
-        raise UserError(
-            f"{path} averages {was}; pretrained_checkpoint_path is now {now}. Files and order must be the same. {HINT}"
-        )
-    if [source["choice"] for source in saved] != [source["choice"] for source in current]:
-        raise UserError(
-            f"{path} averages other parts of its source checkpoints: {saved[0]['choice']}, now {current[0]['choice']}. "
-            f"trainer/checkpoint changed. {HINT}"
-        )
+    for what, setting in (("sha256", "pretrained_checkpoint_path"), ("choice", "trainer/checkpoint")):
+        was, now = ([source[what] for source in sources] for sources in (saved, current))
+        if current and was != now:
+            files = ", ".join(str(source["path"]) for source in saved)
+            raise UserError(f"{path} averages {files} with {was}, now {now}: {setting} changed. {HINT}")
 
 
 def match_checkpoint_heads(
