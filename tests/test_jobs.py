@@ -579,6 +579,9 @@ class Checks(Folder):
                 "exec 2>log",
             ]
             check_submission([job], {})
+            job.settings.submitit.setup[:] = ["}"]
+            with mock.patch.object(submit.shutil, "which", return_value=None):
+                check_submission([job], {})
             with self.assertRaisesRegex(UserError, "submitit.mem_gb"):
                 check_submission([self.job(), self.job("submitit.mem_gb=9")], {})
 

@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -125,7 +126,7 @@ def sbatch(jobs: Sequence[Job], logs: Path) -> None:
                 file.unlink(missing_ok=True)
             for folder, summary in zip(folders, summaries, strict=True):
                 folder.replace_summary(summary)
-        if isinstance(error, RuntimeError):  # submitit's, with what sbatch said
+        if isinstance(error, RuntimeError):  # submitit's, with sbatch's words
             output = " ".join(str(error).split())
             raise UserError(f"SLURM refused the job: {output}. Change the submitit settings.{cancelled}") from None
         if isinstance(error, OSError):
@@ -199,7 +200,7 @@ def is_queued(job: Job, queue: Mapping[str, slurm.JobState], locked: bool = Fals
     job_id = min(ours, key=lambda job_id: queue[job_id].state == "COMPLETING")  # its successor may be there already
     name = queue[job_id].state
     if name == "COMPLETING" and folder.read_summary().get("status") not in WAITING:
-        return False  # it has ended, and comes back only if it said so
+        return False  # it has ended, and does not come back
     config = folder.path / LOGS / f"{job_id}_config.yaml"
     if not config.exists() and folder.job_id() != job_id:
         if locked:
@@ -237,9 +238,10 @@ def check_submission(jobs: Sequence[Job], queue: Mapping[str, slurm.JobState]) -
         if most is not None and wanted > most:  # SLURM would accept the job and never start it
             partition = settings.submitit.partition or "the default partition"
             raise UserError(f"{key} is {wanted:g}; {partition} has {most:g} {unit}. Change it, or submitit.partition.")
-    parsed = subprocess.run(["bash", "-n"], input=batch_script(settings, folder), capture_output=True, text=True)
-    if parsed.returncode:
-        raise UserError(f"submitit.setup must be complete shell commands; bash: {' '.join(parsed.stderr.split())}.")
+    if shutil.which("bash"):  # compute nodes may have it all the same
+        parsed = subprocess.run(["bash", "-n"], input=batch_script(settings, folder), capture_output=True, text=True)
+        if parsed.returncode:
+            raise UserError(f"submitit.setup must be complete shell commands; bash: {' '.join(parsed.stderr.split())}.")
 
 
 def check_run_dir(job: Job, queue: Mapping[str, slurm.JobState]) -> None:
