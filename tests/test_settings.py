@@ -51,6 +51,7 @@ VALUES: dict[str, tuple[str, ...]] = {
     # Settings that must agree.
     "trainer.model.trunk.heads=7": ("trainer.model.trunk.heads", "768"),
     "trainer.model.decoder.heads=7": ("trainer.model.decoder.heads",),
+    "trainer.model.trunk.depth=0": ("trainer.model.trunk.depth", ">= 1"),
     "trainer.task.tubelet=[4,8,16]": ("trainer.model.trunk.tubelet", "trainer.task.tubelet"),
     "trainer.data.view.size=112": ("image_size", "trainer.data.view.size is 112"),
     "trainer.data.num_frames=8": ("trainer.data.num_frames", "trainer.model.trunk.num_frames is 16"),

@@ -25,43 +25,56 @@ def cross_validate(settings: Settings) -> list[str]:
     if problems := _stage_problems(settings):
         return problems
     trainer, data, images = settings.trainer, settings.trainer.data, settings.images
-    trunk: dict[str, Any] = trainer.model.get("trunk") or {}
+    parts = {name: part for name, part in trainer.model.items() if isinstance(part, dict)}
+    trunk, kinds = parts.get("trunk", {}), {source.kind for source in data.sources.values()}
     masks = [data.mask] + ([images.mask] if images else [])
-    masked, average = _reconstructs(trainer.task), "num_models" in trainer.model
-    wanted = settings.pretrained_checkpoint_path
-    several = len(wanted) if isinstance(wanted, list) else 1
-    rules = {
-        "trainer.data.mask must be set for trainer.task Reconstruct. Set trainer/data=unlabelled_video.": (
-            masked and None in masks
+    masked, count = _reconstructs(trainer.task), trainer.model.get("num_models")
+    source = settings.pretrained_checkpoint_path
+    given = len(source) if isinstance(source, list) else 1
+    average = f"+experiments={EXPERIMENTS['average']} trainer/model=NAME_average_ft"
+    rules = [  # what is wrong, a setting, and what it must be
+        (masked and None in masks, "trainer.data.mask", "be set for Reconstruct. Set trainer/data=unlabelled_video."),
+        (masked is False and any(masks), "trainer.data.mask", "be null for Classify. Set trainer/data=labelled_video."),
+        (
+            images is None and kinds - {"video"},
+            "trainer.data.image",
+            "be set for images. Set trainer/data=labelled_image.",
         ),
-        "trainer.data.mask must be null for trainer.task Classify. Set trainer/data=labelled_video.": (
-            masked is False and any(masks)
+        (
+            "rgbd" in kinds and not trunk.get("rgbd"),
+            "trainer.model.trunk.rgbd",
+            "be true for sources of the kind rgbd.",
         ),
-        "trainer.data.image must be set for sources of images. Set trainer/data to a choice that has it.": (
-            images is None and any(source.kind != "video" for source in data.sources.values())
+        (
+            count and trainer.distributed.strategy == "fsdp",
+            "trainer.distributed.strategy",
+            "be ddp for an average of checkpoints, got fsdp.",
         ),
-        "trainer.model.trunk.rgbd must be true for sources of the kind rgbd. Set it, or datasets.NAME.kind=image.": (
-            not trunk.get("rgbd") and any(source.kind == "rgbd" for source in data.sources.values())
+        (
+            isinstance(source, list) and not count,
+            "pretrained_checkpoint_path",
+            f"be one checkpoint for this trainer.model, got {given}. Set one, or {average}.",
         ),
-        "trainer.distributed.strategy must be ddp for an average of checkpoints, got fsdp.": (
-            average and trainer.distributed.strategy == "fsdp"
+        (
+            count and given not in (1, count),  # one file may hold several
+            "ensemble_num_models",
+            f"be the number of checkpoints in pretrained_checkpoint_path, got {count} and {given}.",
         ),
-        f"pretrained_checkpoint_path must be one checkpoint for this trainer.model, got {several}. Set one, or "
-        f"+experiments={EXPERIMENTS['average']} trainer/model=NAME_average_ft.": isinstance(wanted, list)
-        and not average,
-        f"ensemble_num_models must be the number of checkpoints in pretrained_checkpoint_path, got "
-        f"{trainer.model.get('num_models')} and {several}.": (
-            average and several not in (1, trainer.model["num_models"])  # one file may hold several
+        (
+            settings.lr is not None and trainer.optim.lr_scale_factor != 1,
+            "lr",
+            "be null where lr_scale_factor is set: lr is the peak for this batch, lr_scale_factor divides the recipe's.",
         ),
-        "lr and lr_scale_factor must not both be set: lr is the peak for this batch, lr_scale_factor divides the recipe's. Set "
-        "lr=null or lr_scale_factor=1.": settings.lr is not None and trainer.optim.lr_scale_factor != 1,
-    }
-    problems = [sentence for sentence, is_broken in rules.items() if is_broken]
-    problems += [
-        f"trainer.model.{name}.heads must divide trainer.model.{name}.width {part['width']}, got {part['heads']}."
-        for name in ("trunk", "decoder")
-        if (part := trainer.model.get(name)) and part.get("heads") and part.get("width", 0) % part["heads"]
     ]
+    problems = [f"{key} must {text}" for is_broken, key, text in rules if is_broken]
+    for name, part in parts.items():
+        sizes = {size: part[size] for size in ("width", "depth", "heads") if isinstance(part.get(size), int)}
+        problems += [
+            f"trainer.model.{name}.{size} must be >= 1, got {value}." for size, value in sizes.items() if value < 1
+        ]
+        width, heads = sizes.get("width"), sizes.get("heads")
+        if width and heads and heads > 0 and width % heads:
+            problems.append(f"trainer.model.{name}.heads must divide trainer.model.{name}.width {width}, got {heads}.")
     problems += _contradictions(settings, trunk)
     problems += _batch_problems(settings, "", data.batch_size, data.views_per_clip, trainer.optim.accumulation_steps)
     if images:

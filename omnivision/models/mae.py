@@ -89,6 +89,8 @@ class Decoder(nn.Module):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        if not 0 < share <= 1:
+            raise UserError(f"trainer.model.decoder.share must be in (0, 1], got {share}.")
         self.width, self.depth, self.heads, self.attention, self.share = width, depth, heads, attention, share
         self.activation_checkpointing = activation_checkpointing
         self.decoder_embed = nn.Linear(trunk_width, width)
