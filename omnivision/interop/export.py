@@ -253,7 +253,8 @@ def model_card(
 
 def training_history(source: StateDictFile) -> str:
     """Return where the weights come from, with the settings, data and versions of their run as far as the file has them."""
-    text = f"From the file {escape(source.path.name)} of {escape(run_name(source.path))} (SHA-256 {source.sha256})."
+    of_run = f" of the run {escape(run_name(source.path))}" if source.path.parent.name == "checkpoints" else ""
+    text = f"From the file {escape(source.path.name)}{of_run} (SHA-256 {source.sha256})."
     run = experiment.read(source.metadata.get("experiment"))
     if run is None:
         former = source.metadata.get("origin")
@@ -265,7 +266,10 @@ def training_history(source: StateDictFile) -> str:
     facts = {name: source.metadata.get(key) for name, key in keys.items()}
     facts |= {name: run["settings"].get(name) for name in CARD_SETTINGS}
     facts["pretrained_checkpoint_path"] = " + ".join(run_name(Path(str(each))) for each in starts)
-    facts |= run["data"] | {f"version of {name}": version for name, version in run["versions"].items()}
+    if source.architecture.get("kind") != "autoencoder":
+        del facts["mask_ratio"]
+    versions = {"source digest of omnivision" if n == "omnivision" else n: v for n, v in run["versions"].items()}
+    facts |= run["data"] | versions
     return f"{text}\n\n{markdown_table({name: value for name, value in facts.items() if value is not None})}"
 
 
