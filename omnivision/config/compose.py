@@ -156,7 +156,11 @@ def explain(error: BaseException, command: CommandLine) -> str:
         missing = Path(str(error.missing_cfg_file).removesuffix(".yaml"))
         files = [file.stem for folder in command.config_dirs for file in (folder / missing.parent).glob("*.yaml")]
         near = difflib.get_close_matches(missing.name.lower(), files, 1) or [f for f in files if missing.name in f]
-        options = f"; expected one of {', '.join(sorted(files))}." if files else suggest(missing.parent.as_posix())
+        options = (
+            f"; expected one of {', '.join(sorted(files))}."
+            if files
+            else f"{suggest(missing.parent.as_posix())} See --config-dir."
+        )
         return message + (f"; did you mean {min(near, key=len)}?" if near else options)
     if override := getattr(error, "override", None):
         return f"The argument {override} cannot be parsed: {message}. A value with one of =,:[]{{}} or spaces needs quotes."

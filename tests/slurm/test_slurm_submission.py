@@ -186,7 +186,7 @@ class Submitted(OnCluster):
         refused("cannot be written", f"launcher.experiment_log_dir={self.folder / 'slurm' / 'slurm.conf'}")
         refused("site .*--config-dir", "+site=lab")
         refused("cannot be written", "launcher.experiment_log_dir=/proc/run")
-        refused("submitit.mem_gb", "submitit.mem=4G", "submitit.mem_gb=4")
+        refused("submitit .*mem_gb", "submitit.mem=4G", "submitit.mem_gb=4")
         refused("RANK.*submitit.use_cluster", RANK="0", WORLD_SIZE="2")
         unreachable = self.folder / "unreachable.conf"
         known = (self.folder / "slurm/slurm.conf").read_text()
