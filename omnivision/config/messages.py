@@ -22,7 +22,10 @@ EXPECTED = {  # by pydantic's type of the error; other errors have bounds, or wo
     "dict_type": "a group of settings",
     "model_type": "a group of settings",
 }
-PACKAGE_HINT = ". A file that +site=NAME or +experiments=NAME chooses must begin with the line '# @package _global_'."
+PACKAGE_HINT = (
+    ". A file that +site=NAME or +experiments=NAME chooses is in the folder of --config-dir, and begins with the line "
+    "'# @package _global_'."
+)
 
 
 def suggest(key: str, known: Iterable[str] | None = None) -> str:
