@@ -17,7 +17,7 @@ from cyclopts import App
 from cyclopts.argument import Argument
 
 from omnivision.config.instantiate import INJECTED_ARGS, load_target, signature_of
-from omnivision.config.schema import BOUNDS, InstantiateConfig, setting_hints
+from omnivision.config.schema import BOUNDS, setting_hints
 from omnivision.tools.main import COMMANDS, app
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,7 +64,7 @@ def settings_table() -> str:
 def describe_type(hint: Any) -> str:
     """A type annotation in words, e.g. "int >= 1 or null"."""
     origin, arguments = get_origin(hint), get_args(hint)
-    if hint == InstantiateConfig:
+    if origin is Annotated and arguments[0] == dict[str, Any]:
         return "an object (_target_ and its arguments)"
     if origin is Annotated:
         limits = [f"{sign} {value:.10g}" for note in arguments[1:] for bound in getattr(note, "metadata", ())

@@ -60,6 +60,7 @@ def main(arguments: Sequence[str] | None = None, beside: Path | None = None) -> 
 
 def make_job(config: DictConfig, command: CommandLine) -> Job:
     """Validate a configuration: its settings and, unless it is for a dry run, its files. Raises UserError."""
+    from omnivision.config.cross_validate import stage_warnings
     from omnivision.config.validate import validate_config
     from omnivision.launch.launcher import Job, apply_torchrun_env, validate_launch_mode
     from omnivision.training.preflight import check_run
@@ -69,12 +70,11 @@ def make_job(config: DictConfig, command: CommandLine) -> Job:
         announce("Checking the configuration and the data")
     apply_torchrun_env(config)
     settings = validate_config(config, command.overrides)
-    if settings.trainer.mode != "dry":
-        problems, warnings = check_run(settings, validate_launch_mode)
-        if problems:
-            raise UserError.of(problems)
-        for warning in warnings if is_main else ():
-            print(f"warning: {warning}", file=sys.stderr)
+    problems, warnings = ([], []) if settings.trainer.mode == "dry" else check_run(settings, validate_launch_mode)
+    if problems:
+        raise UserError.of(problems)
+    for warning in [*stage_warnings(settings, command.overrides), *warnings] if is_main else ():
+        print(f"warning: {warning}", file=sys.stderr)
     return Job(settings, OmegaConf.to_yaml(config, resolve=False))
 
 

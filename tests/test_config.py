@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from omnivision.checkpoint.fingerprint import flat
-from omnivision.config.cross_validate import ENDINGS, EXAMPLE_RECIPES, EXPERIMENTS, cross_validate
+from omnivision.config.cross_validate import ENDINGS, EXAMPLE_RECIPES, EXPERIMENTS, cross_validate, stage_warnings
 from omnivision.config.cross_validate import MODELS as MODELS_OF
 from omnivision.config.schema import Settings
 from omnivision.config.validate import validate_config
@@ -214,10 +214,20 @@ class Stages(unittest.TestCase):
                 fitting = {"autoencoder": ["mae"], "classifier": ["finetune", "probe"], "average": ["average"]}[kind]
                 for each in fitting if (kind == "autoencoder") == ("_ft_" not in recipe) else ():
                     self.assertIn(f"+experiments={EXPERIMENTS[each]}", problems[0])
-                self.assertIn(f"trainer/model=NAME{ENDINGS[MODELS_OF[stage]]}", problems[0])
+                model, data = f"trainer/model=NAME{ENDINGS[MODELS_OF[stage]]}", "+trainer=mae_"
+                self.assertEqual(kind != MODELS_OF[stage], model in problems[0], problems)
+                self.assertEqual((stage == "mae") == ("_ft_" in recipe), data in problems[0], problems)
         self.assertGreater(wrong, 100)
         for made in whole.values():
             self.assertEqual(cross_validate(made.with_trainer(model={"_target_": "mine.Model"})), [])
+
+    def test_typed_choices_of_another_stage_are_warned_of(self):
+        made = stage_settings("finetune")
+        for argument, key in (("trainer/optim=mae", "trainer/optim=finetune"), ("stage=probe", "stage"),
+                              ("trainer/checkpoint=default_ensemble", "trainer/checkpoint")):  # fmt: skip
+            [warning] = stage_warnings(made, ["batch_size=4", argument])
+            self.assertIn(key, warning)
+        self.assertEqual(stage_warnings(made, ["trainer/optim=finetune", "trainer/checkpoint=load_all"]), [])
 
     def test_every_experiment_says_its_stage(self):
         for file in CONFIG.glob("experiments/*/*.yaml"):

@@ -43,7 +43,7 @@ AFTER_STAGE_1: list[tuple[str | list[str], str]] = [
     ("trainer=ucf101", "mean mae_ft_ucf101_config?"),
     ("+trainer=mae_in1k_k150_config", "trainer"),
     ("trainer/checkpoint=no_heads", "+trainer/checkpoint=no_heads"),
-    ("trainer/model=vitbase_ft", "+trainer=mae_NAME_config trainer/model=NAME."),
+    ("trainer/model=vitbase_ft", "Set trainer/model=vitbase."),
     # Values.
     ("batch_size=abc", "batch_size "),
     ("trainer.logging.also={a:1}", "trainer.logging.also"),
@@ -56,7 +56,7 @@ AFTER_STAGE_1: list[tuple[str | list[str], str]] = [
     ("num_frames=15", "num_frames"),
     ("image_size=230", "image_size"),
     ("trainer.model.decoder.attention=crss", "'crss'"),
-    ("++trainer.model.decoder.dept=3", "'dept'"),
+    ("++trainer.model.decoder.dept=3", "trainer.model.decoder.dept"),
     ("trainer.model.decoder.share=0", "trainer.model.decoder.share"),
     ("trainer.optim.options.lr.0.scheduler.peak=-1", "trainer.optim.options.lr[0].scheduler"),
     ("trainer.optim.options.lr.0.scheduler.peak=nan", "trainer.optim.options.lr[0].scheduler"),

@@ -17,6 +17,8 @@ from tests.test_config import FOLDER, script, settings
 MAE = ("+experiments=omnimae/omnimain_train_video", "+trainer=mae_k150_config")
 
 # Overrides -> the key that is named first; another text of the sentence, if it matters.
+VIEW = "{_target_:omnivision.data.views.EvalView,size:224}"
+MASK = "{_target_:omnivision.data.masking.TubeMask,ratio:0.5}"
 VALUES: dict[str, tuple[str, ...]] = {
     # Unknown keys.
     "++ephocs=3": ("ephocs", "mean epochs?"),
@@ -47,6 +49,11 @@ VALUES: dict[str, tuple[str, ...]] = {
     "submitit.setup=x": ("submitit.setup", "list"),
     "trainer.model.trunk.depth=012": ("trainer.model.trunk.depth", "'012'"),
     "trainer.model.trunk=5": ("trainer.model.trunk",),
+    "trainer.model.trunk.depth=1000000": ("trainer.model.trunk.depth", "<= 1000"),
+    "trainer.model.decoder.heads=0": ("trainer.model.decoder.heads", ">= 1"),
+    "trainer.model.decoder.share=0": ("trainer.model.decoder.share", "> 0"),
+    "trainer.model.decoder.attention=crss": ("trainer.model.decoder.attention", "mean cross?"),
+    "++trainer.model.decoder.dept=3": ("trainer.model.decoder.dept", "mean trainer.model.decoder.depth?"),
     "trainer.max_epochs=${nope}": ("trainer.max_epochs", "nope"),
     # Settings that must agree.
     "trainer.model.trunk.heads=7": ("trainer.model.trunk.heads", "768"),
@@ -63,7 +70,11 @@ VALUES: dict[str, tuple[str, ...]] = {
     "trainer.data.mask=null": ("trainer.data.mask", "trainer/data=unlabelled_video"),
     "++datasets.k150.kind=image": ("trainer.data.image",),
     "submitit.mem=8G submitit.mem_gb=8": ("submitit", "mem_gb"),
+    "++trainer.optim.options.weight_decy=[]": ("trainer.optim.options.weight_decy", "mean weight_decay?"),
     # Objects.
+    f"~trainer.data.mask ++trainer.data.mask={VIEW}": ("trainer.data.mask", "data.masking"),
+    f"~trainer.data.val_view ++trainer.data.val_view={MASK}": ("trainer.data.val_view", "views"),
+    f"~trainer.task ++trainer.task={MASK}": ("trainer.task", "omnivision.tasks"),
     "trainer.model._target_=omnivision.models.mae.MaskedAutoencodr": ("trainer.model._target_", "mae.MaskedAutoencoder?"),
     "trainer.optim.optimizer._target_=os.system": ("trainer.optim.optimizer._target_", "trust_targets"),
     "++trainer.model._target_=5": ("trainer.model._target_",),
@@ -124,7 +135,11 @@ class Targets(unittest.TestCase):
         self.assertEqual(list(signature_of("omnivision.data.masking.TubeMask")), ["ratio"])
         self.assertRaises(TargetError, signature_of, "omnivision.models.vit.Nope")
         self.assertEqual(list(target_problems({"_target_": "omnivision.data.masking.RandomMask"}, "m")), ["m.ratio"])
-        model = {"_target_": "omnivision.models.mae.MaskedAutoencoder", "trunk": {"a": 1}, "decoder": {}}
+        model = {
+            "_target_": "omnivision.models.mae.MaskedAutoencoder",
+            "trunk": {"a": 1},
+            "decoder": {"width": 8, "depth": 1, "heads": 2},
+        }
         self.assertEqual(list(target_problems(model, "m")), ["m.trunk"])
         trunk = {"_target_": "omnivision.models.vit.VisionTransformer", "tubelet": [2, 16]}
         self.assertEqual(list(target_problems(trunk, "m")), ["m.tubelet[2]"])

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from omnivision.config.instantiate import arguments_of
+from omnivision.config.messages import suggest
 from omnivision.config.schema import Settings
 
 # Of each stage: its experiment (the demo's have the names of the stages), an example of a recipe, the kind of its model.
@@ -20,9 +23,9 @@ MODELS = {"mae": "autoencoder", "finetune": "classifier", "probe": "classifier",
 ENDINGS = {"average": "_average_ft", "classifier": "_ft", "autoencoder": ""}  # of their names in trainer/model
 
 
-def cross_validate(settings: Settings) -> list[str]:
-    """Say which settings are valid alone but do not go together."""
-    if problems := _stage_problems(settings):
+def cross_validate(settings: Settings, arguments: Sequence[str] = ()) -> list[str]:
+    """Say which settings are valid alone but do not go together; `arguments` are the overrides of the command line."""
+    if problems := _stage_problems(settings, arguments):
         return problems
     trainer, data, images = settings.trainer, settings.trainer.data, settings.images
     parts = {name: part for name, part in trainer.model.items() if isinstance(part, dict)}
@@ -67,14 +70,18 @@ def cross_validate(settings: Settings) -> list[str]:
         ),
     ]
     problems = [f"{key} must {text}" for is_broken, key, text in rules if is_broken]
-    for name, part in parts.items():
-        sizes = {size: part[size] for size in ("width", "depth", "heads") if isinstance(part.get(size), int)}
-        problems += [
-            f"trainer.model.{name}.{size} must be >= 1, got {value}." for size, value in sizes.items() if value < 1
-        ]
-        width, heads = sizes.get("width"), sizes.get("heads")
-        if width and heads and heads > 0 and width % heads:
-            problems.append(f"trainer.model.{name}.heads must divide trainer.model.{name}.width {width}, got {heads}.")
+    problems += [
+        f"trainer.model.{name}.heads must divide trainer.model.{name}.width {part['width']}, got {part['heads']}."
+        for name, part in parts.items()
+        if {"width", "heads"} <= part.keys() and part["width"] % part["heads"]
+    ]
+    optimizer = arguments_of(trainer.optim.optimizer["_target_"])
+    known = [str(field.alias) for field in optimizer.model_fields.values()]
+    problems += [
+        f"trainer.optim.options.{name} is not an argument of {trainer.optim.optimizer['_target_']}{suggest(name, known)}"
+        for name in trainer.optim.options
+        if name not in known and optimizer.model_config["extra"] == "forbid"
+    ]
     problems += _contradictions(settings, trunk)
     problems += _batch_problems(settings, "", data.batch_size, data.views_per_clip, trainer.optim.accumulation_steps)
     if images:
@@ -83,7 +90,7 @@ def cross_validate(settings: Settings) -> list[str]:
     return problems
 
 
-def _stage_problems(settings: Settings) -> list[str]:
+def _stage_problems(settings: Settings, arguments: Sequence[str]) -> list[str]:
     """An experiment, a recipe and a model of different stages, with the choices that go together."""
     trainer, stage = settings.trainer, settings.stage
     model, masked = _model_kind(trainer.model), _reconstructs(trainer.task)
@@ -93,12 +100,34 @@ def _stage_problems(settings: Settings) -> list[str]:
     task = {True: "reconstructs masked videos", False: "learns from labels", None: "is your own"}[masked]
     advice = [f"+experiments={EXPERIMENTS[each]}" for each in fitting]
     if stage is not None:
-        recipe = "mae_NAME_config" if stage == "mae" else "mae_ft_NAME_config"
-        advice.insert(0, f"+trainer={recipe} trainer/model=NAME{ENDINGS[MODELS[stage]]}")
+        wrong = [f"+trainer=mae_{'' if stage == 'mae' else 'ft_'}NAME_config"] * (masked not in (None, stage == "mae"))
+        if model not in (None, MODELS[stage]):
+            size = re.search(r"trainer/model=(\w+?)(?:_average)?(?:_ft)?(?: |$)", " ".join(arguments))
+            wrong.append(f"trainer/model={size[1] if size else 'NAME'}{ENDINGS[MODELS[stage]]}")
+        advice.insert(0, " ".join(wrong))
     return [
         f"The experiment, recipe (+trainer) and trainer/model must be of one stage, got an experiment of stage {stage}, a task "
         f"that {task}, and {model or 'your own model'}. Set {' or '.join(advice) or 'a recipe and a model of one stage'}."
     ]
+
+
+def stage_warnings(settings: Settings, arguments: Sequence[str]) -> list[str]:
+    """Warn about typed choices that belong to another stage than the experiment, though a model takes them."""
+    typed = dict(each.lstrip("+").split("=", 1) for each in arguments if "=" in each)
+    optim, weights = typed.get("trainer/optim"), typed.get("trainer/checkpoint", "")
+    kind = "an average of checkpoints" if weights.endswith("_ensemble") else "a single model"
+    rules = [
+        ("stage" in typed, "stage is set by the experiment, and typing it changes nothing else. Set +experiments."),
+        (
+            optim in EXPERIMENTS and settings.stage not in (None, optim),
+            f"trainer/optim={optim} is for another stage than {settings.stage}. Set trainer/optim={settings.stage}.",
+        ),
+        (
+            weights and weights.endswith("_ensemble") != ("num_models" in settings.trainer.model),
+            f"trainer/checkpoint={weights} is for {kind}, which trainer.model is not. Set another.",
+        ),
+    ]
+    return [text for is_broken, text in rules if is_broken]
 
 
 def _model_kind(model: Mapping[str, Any]) -> str | None:

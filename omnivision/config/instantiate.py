@@ -11,9 +11,10 @@ import json
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Union
+from typing import Annotated, Any, Literal, Union
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from typing_extensions import is_typeddict
 
 from omnivision.config.messages import format_errors
 from omnivision.config.schema import InstantiateConfig
@@ -91,7 +92,11 @@ def target_problems(node: Any, key: str, trusted: Sequence[str] = ()) -> dict[st
     except TargetError as error:
         problems[f"{key}._target_"] = f"is {target!r}, which {error}"
     except ValidationError as error:
-        known = [f"{key}.{field.alias}" for field in arguments.model_fields.values()]
+        fields = {f"{key}.{field.alias}": field.annotation for field in arguments.model_fields.values()}
+        known = [
+            *fields,
+            *(f"{name}.{each}" for name, hint in fields.items() if is_typeddict(hint) for each in hint.__annotations__),
+        ]
         problems |= format_errors(error, f"{key}.", known)
     return problems
 
@@ -101,7 +106,7 @@ def arguments_of(target: str) -> type[BaseModel]:
     """A model of the arguments that configurations give to an allowed `_target_`. Raises TargetError."""
     found, signature = load_target(target), signature_of(target)
     try:
-        hints = typing.get_type_hints(found.__init__ if inspect.isclass(found) else found)
+        hints = typing.get_type_hints(found.__init__ if inspect.isclass(found) else found, include_extras=True)
     except Exception:  # annotations of a user's own that cannot be evaluated
         hints = {}
     fields: dict[str, Any] = {}
@@ -121,7 +126,7 @@ def _plain(hint: Any) -> Any:
     if origin in (Union, types.UnionType):
         members = [_plain(member) for member in arguments if member is not types.NoneType]
         return members[0] | None if len(members) == 1 and members[0] is not Any else Any
-    if hint in (int, float, str, bool) or origin is Literal:
+    if hint in (int, float, str, bool) or origin in (Literal, Annotated) or is_typeddict(hint):
         return hint
     if origin in (tuple, list, dict) and Ellipsis not in arguments:
         return origin[tuple(_plain(argument) for argument in arguments)]

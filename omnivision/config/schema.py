@@ -25,6 +25,9 @@ Minutes = Annotated[float, Field(gt=0, le=100_000)]
 Pixels = Annotated[int, Field(ge=1, le=4096)]
 Workers = Annotated[int, Field(ge=0, le=1024)]
 ScaleFactor = Annotated[float, Field(gt=0, le=1e9)]
+Width = Annotated[int, Field(ge=1, le=65_536)]  # of tokens in a transformer
+Depth = Annotated[int, Field(ge=1, le=1000)]
+Heads = Annotated[int, Field(ge=1, le=1024)]
 Texts = str | list[str]
 Line = Annotated[str, Field(pattern=r"^\P{C}*$")]  # printable, so that it stays one line of a batch script
 
@@ -33,6 +36,13 @@ def require_target(value: dict[str, Any]) -> dict[str, Any]:
     """Raise ValueError for a mapping without `_target_`."""
     if "_target_" not in value:
         raise ValueError("must be an object, a mapping with _target_ (the full name of a class)")
+    return value
+
+
+def require_package(package: str, value: dict[str, Any]) -> dict[str, Any]:
+    """Raise ValueError for a class of another package of ours. A user's own class may be anywhere."""
+    if (target := str(value["_target_"])).startswith("omnivision.") and not target.startswith(f"{package}."):
+        raise ValueError(f"must be an object of {package}, got {target}")
     return value
 
 
@@ -46,6 +56,10 @@ def require_file_names(value: str) -> str:
 FolderPath = Annotated[str, AfterValidator(require_file_names)]
 # An object to build: `_target_` and its arguments.
 InstantiateConfig = Annotated[dict[str, Any], AfterValidator(require_target)]
+ModelConfig = Annotated[InstantiateConfig, AfterValidator(functools.partial(require_package, "omnivision.models"))]
+TaskConfig = Annotated[InstantiateConfig, AfterValidator(functools.partial(require_package, "omnivision.tasks"))]
+ViewConfig = Annotated[InstantiateConfig, AfterValidator(functools.partial(require_package, "omnivision.data.views"))]
+MaskConfig = Annotated[InstantiateConfig, AfterValidator(functools.partial(require_package, "omnivision.data.masking"))]
 
 # Config groups, which a command line chooses beside settings.
 GROUPS = ("experiments", "trainer/model", "trainer/checkpoint", "trainer/optim", "trainer/data", "trainer/task")
@@ -89,9 +103,9 @@ class ImageSettings(Group):
     batch_size: Natural
     accumulation_steps: Natural
     views_per_clip: Natural
-    view: InstantiateConfig
-    val_view: InstantiateConfig
-    mask: InstantiateConfig | None
+    view: ViewConfig
+    val_view: ViewConfig
+    mask: MaskConfig | None
 
 
 class DataSettings(Group):
@@ -104,11 +118,11 @@ class DataSettings(Group):
     prefetch: Annotated[int, Field(ge=1, le=1000)]
     timeout_minutes: Minutes
     views_per_clip: Natural
-    view: InstantiateConfig
-    val_view: InstantiateConfig
+    view: ViewConfig
+    val_view: ViewConfig
     val_clips: Annotated[int, Field(ge=1, le=10_000)]
     val_spacing: Literal["ends", "published"]
-    mask: InstantiateConfig | None
+    mask: MaskConfig | None
     image: ImageSettings | None
     share_head: bool
     bad_sample_budget: Fraction
@@ -183,8 +197,8 @@ class TrainerSettings(Group):
     ema_decay: OpenFraction | None
     max_skipped_steps: Count
     trust_targets: list[str]
-    model: InstantiateConfig
-    task: InstantiateConfig
+    model: ModelConfig
+    task: TaskConfig
     data: DataSettings
     optim: OptimSettings
     distributed: DistributedSettings

@@ -51,7 +51,7 @@ def validate_config(config: DictConfig, arguments: Sequence[str] | None = None) 
     if missing := [key for key, text in (own or problems).items() if text == MUST_BE_SET]:
         sentences.append(f"Missing: {', '.join(missing)}.{_advice(missing, config)}")
     if settings is not None and not sentences:
-        sentences = cross_validate(settings)
+        sentences = cross_validate(settings, arguments or ())
         if arguments is not None and not is_typed("pretrained_checkpoint_path", arguments):
             sentences += _weights_problems(settings)
     if sentences:

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -145,9 +146,10 @@ def run_local_processes(job: Job, count: int) -> int:
     from omnivision.launch.exit import exit_code_and_reason, first_failure
 
     context = multiprocessing.get_context("spawn")
-    store = os.memfd_create("omnivision-rendezvous")  # a file that the kernel removes with this process
-    init_method = f"file:///proc/{os.getpid()}/fd/{store}"
-    ranks = [RankInfo(rank, count, rank, count, init_method) for rank in range(count)]
+    # Where the ranks meet: where the kernel has them, a file that it removes with this process, however that ends.
+    store = open(os.memfd_create("rendezvous"), "w") if sys.platform == "linux" else tempfile.NamedTemporaryFile()
+    path = f"/proc/{os.getpid()}/fd/{store.fileno()}" if sys.platform == "linux" else store.name
+    ranks = [RankInfo(rank, count, rank, count, f"file://{path}") for rank in range(count)]
     processes = [context.Process(target=_local_process, args=(job, rank)) for rank in ranks]
     for process in processes:
         process.start()
@@ -165,7 +167,7 @@ def run_local_processes(job: Job, count: int) -> int:
         for process in processes:
             process.kill()
             process.join()
-        os.close(store)
+        store.close()
     if code not in (0, EXIT_USER):
         folder, pids = run_folder(job), [process.pid for process in processes if process.pid is not None]
         reason = first_failure(folder, pids=pids) or reason

@@ -6,13 +6,13 @@ numbers and no class to build.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from omnivision.models.average import AveragedClassifier
 from omnivision.models.classifier import VideoClassifier
-from omnivision.models.mae import Decoder, MaskedAutoencoder
+from omnivision.models.mae import Decoder, DecoderConfig, MaskedAutoencoder
 from omnivision.models.vit import VisionTransformer
 from omnivision.utils.errors import UserError, is_out_of_memory
 
@@ -59,7 +59,7 @@ def build(architecture: Architecture, where: str) -> nn.Module:
         trunk = VisionTransformer(**{key: numbers[key] for key in TRUNK})
         if architecture["kind"] == "autoencoder":
             numbers = {"attention": "self"} | architecture["decoder"]
-            return MaskedAutoencoder(trunk, {key: numbers[key] for key in DECODER})
+            return MaskedAutoencoder(trunk, cast(DecoderConfig, {key: numbers[key] for key in DECODER}))
         if architecture["kind"] == "classifier":
             return VideoClassifier(trunk, architecture["classes"])
         if architecture["kind"] == "average":

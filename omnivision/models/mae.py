@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from typing import Any, Literal, NamedTuple, cast
+from typing import Annotated, Literal, NamedTuple, Required, cast
 
 import torch
+from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import TypedDict
 
+from omnivision.config.schema import Depth, Heads, Width
 from omnivision.models.patches import pick_tubelets, sinusoid_positions, unnormalize_pixels
 from omnivision.models.vit import Block, Mlp, VisionTransformer, as_video, init_linear, run_blocks
 from omnivision.utils.errors import UserError
@@ -67,6 +70,19 @@ class CrossBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+class DecoderConfig(TypedDict, total=False):
+    """Arguments of a Decoder that the model file sets."""
+
+    width: Required[Width]
+    depth: Required[Depth]
+    heads: Required[Heads]
+    attention: Literal["self", "cross"]
+    share: Annotated[float, Field(gt=0, le=1)]
+
+
+DecoderConfig.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
+
+
 class Decoder(nn.Module):
     """Transformer from visible to masked tokens. Positions are added at the trunk's width.
 
@@ -89,8 +105,6 @@ class Decoder(nn.Module):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        if not 0 < share <= 1:
-            raise UserError(f"trainer.model.decoder.share must be in (0, 1], got {share}.")
         self.width, self.depth, self.heads, self.attention, self.share = width, depth, heads, attention, share
         self.activation_checkpointing = activation_checkpointing
         self.decoder_embed = nn.Linear(trunk_width, width)
@@ -133,7 +147,7 @@ class MaskedAutoencoder(nn.Module):
         decoder: `width`, `depth`, `heads` of the decoder, and its `attention` and `share`; see Decoder.
     """
 
-    def __init__(self, trunk: VisionTransformer, decoder: dict[str, Any]) -> None:
+    def __init__(self, trunk: VisionTransformer, decoder: DecoderConfig) -> None:
         super().__init__()
         self.trunk = trunk
         # Mask token and decoder are held by the trunk because the published checkpoints name them so.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from omnivision.config.schema import Depth, Heads, Width
 from omnivision.models.patches import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -159,9 +160,9 @@ class VisionTransformer(nn.Module):
 
     def __init__(
         self,
-        width: int = 768,
-        depth: int = 12,
-        heads: int = 12,
+        width: Width = 768,
+        depth: Depth = 12,
+        heads: Heads = 12,
         mlp_ratio: float = 4,
         num_frames: int = 16,
         image_size: int = 224,
