@@ -28,8 +28,31 @@ def cross_validate(settings: Settings, arguments: Sequence[str] = ()) -> list[st
     if problems := _stage_problems(settings, arguments):
         return problems
     trainer, data, images = settings.trainer, settings.trainer.data, settings.images
-    parts = {name: part for name, part in trainer.model.items() if isinstance(part, dict)}
-    trunk, kinds = parts.get("trunk", {}), {source.kind for source in data.sources.values()}
+    problems = _broken_rules(settings)
+    for name, part in trainer.model.items():
+        if isinstance(part, dict) and {"width", "heads"} <= part.keys() and part["width"] % part["heads"]:
+            key = f"trainer.model.{name}"
+            problems.append(f"{key}.heads must divide {key}.width {part['width']}, got {part['heads']}.")
+    target = trainer.optim.optimizer["_target_"]
+    optimizer = arguments_of(target)
+    known = [str(field.alias) for field in optimizer.model_fields.values()]
+    problems += [
+        f"trainer.optim.options.{name} is not an argument of {target}{suggest(name, known)}"
+        for name in trainer.optim.options
+        if name not in known and optimizer.model_config["extra"] == "forbid"
+    ]
+    problems += _contradictions(settings)
+    problems += _batch_problems(settings, "", data.batch_size, data.views_per_clip, trainer.optim.accumulation_steps)
+    if images:
+        counts = images.batch_size, images.views_per_clip, images.accumulation_steps
+        problems += _batch_problems(settings, "trainer.data.image.", *counts)
+    return problems
+
+
+def _broken_rules(settings: Settings) -> list[str]:
+    """Say which settings have values that the kind of run, of data or of model does not allow."""
+    trainer, data, images = settings.trainer, settings.trainer.data, settings.images
+    trunk, kinds = trainer.model.get("trunk") or {}, {source.kind for source in data.sources.values()}
     masks = [data.mask] + ([images.mask] if images else [])
     masked, count = _reconstructs(trainer.task), trainer.model.get("num_models")
     source = settings.pretrained_checkpoint_path
@@ -69,25 +92,7 @@ def cross_validate(settings: Settings, arguments: Sequence[str] = ()) -> list[st
             "be null where lr_scale_factor is set: lr is the peak for this batch, lr_scale_factor divides the recipe's.",
         ),
     ]
-    problems = [f"{key} must {text}" for is_broken, key, text in rules if is_broken]
-    problems += [
-        f"trainer.model.{name}.heads must divide trainer.model.{name}.width {part['width']}, got {part['heads']}."
-        for name, part in parts.items()
-        if {"width", "heads"} <= part.keys() and part["width"] % part["heads"]
-    ]
-    optimizer = arguments_of(trainer.optim.optimizer["_target_"])
-    known = [str(field.alias) for field in optimizer.model_fields.values()]
-    problems += [
-        f"trainer.optim.options.{name} is not an argument of {trainer.optim.optimizer['_target_']}{suggest(name, known)}"
-        for name in trainer.optim.options
-        if name not in known and optimizer.model_config["extra"] == "forbid"
-    ]
-    problems += _contradictions(settings, trunk)
-    problems += _batch_problems(settings, "", data.batch_size, data.views_per_clip, trainer.optim.accumulation_steps)
-    if images:
-        counts = images.batch_size, images.views_per_clip, images.accumulation_steps
-        problems += _batch_problems(settings, "trainer.data.image.", *counts)
-    return problems
+    return [f"{key} must {text}" for is_broken, key, text in rules if is_broken]
 
 
 def _stage_problems(settings: Settings, arguments: Sequence[str]) -> list[str]:
@@ -142,9 +147,9 @@ def _reconstructs(task: Mapping[str, Any]) -> bool | None:
     return {"Reconstruct": True, "Classify": False}.get(task["_target_"].rpartition(".")[2])
 
 
-def _contradictions(settings: Settings, trunk: Mapping[str, Any]) -> list[str]:
+def _contradictions(settings: Settings) -> list[str]:
     """Settings that exist twice and must not differ; by default they follow one another."""
-    data, size = settings.trainer.data, settings.image_size
+    data, size, trunk = settings.trainer.data, settings.image_size, settings.trainer.model.get("trunk") or {}
     tubelet, frames = trunk.get("tubelet"), trunk.get("num_frames")
     pairs = [
         ("trainer.data.num_frames", data.num_frames, "trainer.model.trunk.num_frames", frames),
