@@ -45,7 +45,7 @@ class Changed(ClipDataset):
             sample.label = os.getpid()
         if self.how == "masks":
             assert sample.mask is not None
-            sample.mask[request.video % 4].fill_(True)  # hides more and more of its samples
+            sample.mask[request.sample_index % 4].fill_(True)  # hides more and more of its samples
         return sample
 
 
@@ -95,7 +95,7 @@ class Videos(unittest.TestCase):
         return dataset
 
     def train(self, workers: int = 0, paths: str = "paths", how: str = "", **config: float) -> TrainData:
-        plan = EpochPlan({"videos": SourcePlan(11, 2, views=4, repeat=4)}, seed=5)
+        plan = EpochPlan({"videos": SourcePlan(11, 2, views_per_video=4, repeat=4)}, seed=5)
         return TrainData(self.dataset(paths, how=how), LoaderConfig(workers, **config), plan)
 
     def batches(

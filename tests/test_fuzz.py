@@ -115,7 +115,7 @@ class Fuzz(unittest.TestCase):
         except UserError:
             return
         seen = [
-            (request.source, request.video)
+            (request.source, request.sample_index)
             for step in range(plan.steps)
             for rank in range(world)
             for request in plan.requests(0, step, rank, world)

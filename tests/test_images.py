@@ -65,7 +65,7 @@ class Joint(Folder):
             "image": ClipConfig(view, views=1, num_frames=1, grid=(1, 4, 4), mask=RandomMask(0.75)),
         }
         dataset = ClipDataset([self.split("videos"), self.split("images", "image")], configs, 0.7, 5, training=True)
-        plan = EpochPlan({"videos": SourcePlan(4, 2, views=2), "images": SourcePlan(12, 6)}, seed=1)
+        plan = EpochPlan({"videos": SourcePlan(4, 2, views_per_video=2), "images": SourcePlan(12, 6)}, seed=1)
         self.assertEqual(plan.steps, 3)
         model = MaskedAutoencoder(trunk(), {"width": 16, "depth": 1, "heads": 2})
         task = Reconstruct(TUBELET)

@@ -55,7 +55,7 @@ class Order(unittest.TestCase):
         self.assertLess(time.perf_counter() - start, 0.5)
         self.assertLess(tracemalloc.get_traced_memory()[1], 1_000_000)
         plan = one_source(10_000_000, 512)
-        self.assertEqual(len({r.video for r in plan.requests(3, 15_000, 0, 1)}), 512)
+        self.assertEqual(len({r.sample_index for r in plan.requests(3, 15_000, 0, 1)}), 512)
 
 
 def one_source(size: int, videos: int, limit: int | None = None, **more) -> EpochPlan:
@@ -67,7 +67,7 @@ def steps(plan: EpochPlan, epoch: int = 0) -> list[list[Request]]:
 
 
 def videos(plan: EpochPlan, epoch: int = 0) -> list[int]:
-    return [request.video for step in steps(plan, epoch) for request in step]
+    return [request.sample_index for step in steps(plan, epoch) for request in step]
 
 
 class Plan(unittest.TestCase):
@@ -81,7 +81,7 @@ class Plan(unittest.TestCase):
         self.assertEqual(one_source(40, 4, limit=99).steps, 10)
 
     def test_repeated_augmentation_sees_a_share_of_the_videos(self):
-        plan = one_source(64, 4, views=4)
+        plan = one_source(64, 4, views_per_video=4)
         self.assertEqual((plan.steps, len(videos(plan)), len(set(videos(plan)))), (4, 16, 16))
 
     def test_repeats(self):
@@ -89,7 +89,7 @@ class Plan(unittest.TestCase):
         requests = [request for step in steps(plan) for request in step]
         self.assertEqual(len(set(requests)), 20, "the second time with other random draws")
         for repeat_index in (0, 1):
-            seen = [request.video for request in requests if request.repeat_index == repeat_index]
+            seen = [request.sample_index for request in requests if request.repeat_index == repeat_index]
             self.assertEqual(sorted(seen), list(range(10)))
         self.assertIn({0, 1}, [{request.repeat_index for request in step} for step in steps(plan)], "in one step")
         halves = [set(videos(one_source(40, 4, repeat=0.5), epoch)) for epoch in (0, 1)]

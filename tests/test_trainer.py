@@ -66,7 +66,7 @@ class Noise:
 
     def __getitem__(self, request: Request) -> Sample:
         rng = keyed_rng(7, *request)
-        number, path = request.video, f"{request.video}.mp4"
+        number, path = request.sample_index, f"{request.sample_index}.mp4"
         self.seen.append((request.epoch, number))
         bad = [BadSample("noise", number, path, "why not")] if number in self.bad else []
         video = torch.from_numpy(rng.integers(0, 256, (1, 3, 4, 16, 16), dtype=np.uint8))[: not bad]
@@ -426,9 +426,13 @@ class Loop(unittest.TestCase):
 
             def __getitem__(self, request: Request) -> Sample:
                 sample = super().__getitem__(request)
-                if request.video < self.after or request.video in self.there:
+                if request.sample_index < self.after or request.sample_index in self.there:
                     return sample
-                bad = [BadSample("noise", request.video, f"{request.video % self.files}.mp4", "gone", "val", True)]
+                bad = [
+                    BadSample(
+                        "noise", request.sample_index, f"{request.sample_index % self.files}.mp4", "gone", "val", True
+                    )
+                ]
                 return dataclasses.replace(sample, video=sample.video[:0], mask=sample.mask[:0], bad=bad)
 
         few = (12, 13, 14, 15, 16)  # at least a batch: those before and after are not in a row

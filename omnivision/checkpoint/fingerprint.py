@@ -68,7 +68,9 @@ def fingerprint(
     return {
         "inference": dict(inference or {}),
         "settings": settings,
-        "clips of a step": {} if plan is None else {name: source.clips for name, source in plan.sources.items()},
+        "clips of a step": {}
+        if plan is None
+        else {name: source.clips_per_step for name, source in plan.sources.items()},
         "data": {
             f"datasets.{split.name}.{split.which}.{array}": file_digest(Path(file))
             for split in splits

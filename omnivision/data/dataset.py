@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from omnivision.data.catalog import Split
 from omnivision.data.frames import read_depth, read_image
 from omnivision.data.masking import Grid, Mask
 from omnivision.data.sampling import (
+    Draw,
     Request,
     Spacing,
     clip_window,
@@ -35,15 +35,6 @@ MAX_ASPECT = 16  # longest side of a frame, in short sides
 # errno when a file, or the file system that it lies on, is not there.
 _UNREACHABLE = "ENOENT EACCES EIO ENODEV ENOTCONN ESTALE ETIMEDOUT EHOSTDOWN"
 UNREACHABLE = {getattr(errno, name) for name in _UNREACHABLE.split()}
-
-
-class Draw(IntEnum):
-    """The purpose of a random number; part of its key, so that no two purposes share numbers."""
-
-    CLIP = 0
-    VIEW = 1
-    MASK = 2
-    REPLACEMENT = 3
 
 
 @dataclass(frozen=True)
@@ -102,13 +93,13 @@ class ClipDataset:
         rng = keyed_rng(self.seed, Draw.REPLACEMENT, *request)
         for _ in range(1 + REPLACEMENTS if self.training else 1):
             if bad:
-                request = request._replace(video=int(rng.integers(len(split))))
-            path = split.path(request.video)
+                request = request._replace(sample_index=int(rng.integers(len(split))))
+            path = split.path(request.sample_index)
             try:
                 return self._sample(split, request, path, bad)
             except VideoDecodeError as error:
                 missing = getattr(error.__cause__, "errno", None) in UNREACHABLE
-                bad.append(BadSample(split.name, request.video, path, str(error), split.which, missing))
+                bad.append(BadSample(split.name, request.sample_index, path, str(error), split.which, missing))
         return self._empty(split, request, path, bad)
 
     def _sample(self, split: Split, request: Request, path: str, bad: list[BadSample]) -> Sample:
@@ -125,14 +116,15 @@ class ClipDataset:
                     depths.append(config.view.crop(depth, keyed_rng(self.seed, Draw.VIEW, *key), number)[0])
                 if config.mask is not None:
                     masks.append(torch.from_numpy(config.mask(config.grid, keyed_rng(self.seed, Draw.MASK, *key))))
-        # (V, C, T, H, W), channels last in memory as decoders and resizing have them: sorting takes as long as cropping.
+        # (V, C, T, H, W), channels last in memory as decoders and resizing have them: making it contiguous costs as much as
+        # the crop.
         video = torch.stack(views).permute(0, 4, 1, 2, 3)
         return Sample(
             video=_squeeze_time(video, split),
             mask=torch.stack(masks) if masks else None,
-            label=split.label(request.video),
+            label=split.label(request.sample_index),
             source=split.name,
-            index=request.video,
+            index=request.sample_index,
             path=path,
             depth=torch.stack(depths).contiguous() if depths else None,
             bad=bad,
@@ -140,7 +132,7 @@ class ClipDataset:
 
     def _depth(self, split: Split, request: Request, config: ClipConfig) -> Tensor | None:
         """Return the depth of an RGB-D image, prepared for its view: float32 (1, 1, H, W) in [0, 1] of `depth_max`."""
-        path = split.depth_path(request.video)
+        path = split.depth_path(request.sample_index)
         if path is None:
             return None
         farthest = split.dataset.depth_max
@@ -152,7 +144,7 @@ class ClipDataset:
         entry = split.dataset
         if entry.kind != "video":
             return [read_image(path, self.max_pixels)]
-        segment = split.segment(request.video)
+        segment = split.segment(request.sample_index)
         with open_video(path, fps=entry.fps, max_pixels=self.max_pixels, frame_pattern=entry.frame_pattern) as video:
             duration = sample_duration(video.duration, segment)
             if self.training:
@@ -169,8 +161,8 @@ class ClipDataset:
         video = torch.empty(0, 3, config.num_frames, side, side, dtype=torch.uint8)
         mask = None if config.mask is None else torch.empty(0, *config.grid, dtype=torch.bool)
         depth = None if split.dataset.kind != "rgbd" else torch.empty(0, 1, side, side)
-        label = split.label(request.video)
-        return Sample(_squeeze_time(video, split), mask, label, split.name, request.video, path, bad, depth)
+        label = split.label(request.sample_index)
+        return Sample(_squeeze_time(video, split), mask, label, split.name, request.sample_index, path, bad, depth)
 
 
 def _check_aspect(frames: Tensor) -> Tensor:

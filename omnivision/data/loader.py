@@ -87,7 +87,7 @@ class ValData:
 
         def of_source(source: int, size: int) -> Iterator[list[Request]]:
             for first in range(rank, size, step):
-                yield [Request(source, video, epoch=0) for video in range(first, min(first + step, size), world)]
+                yield [Request(source, index, epoch=0) for index in range(first, min(first + step, size), world)]
 
         by_source = [of_source(source, len(split)) for source, split in enumerate(self.dataset.splits)]
         in_turn = (batch for turn in itertools.zip_longest(*by_source) for batch in turn if batch is not None)
@@ -125,7 +125,9 @@ def load_batches(dataset: ClipDataset, requests: Iterator[list[Request]], worker
             gone = isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker (pid" in str(error)
             if not (gone or timed_out.is_set()):
                 raise
-            paths = [dataset.splits[request.source].path(request.video) for request in pending[0]] if pending else []
+            paths = (
+                [dataset.splits[request.source].path(request.sample_index) for request in pending[0]] if pending else []
+            )
             what = (
                 f"The data workers have given nothing for {workers.timeout / 60:.3g} minutes (trainer.data.timeout_minutes; a "
                 "file system that does not answer, perhaps)"

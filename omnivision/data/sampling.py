@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import IntEnum
 from fractions import Fraction
 from typing import Literal, NamedTuple
 
@@ -17,12 +18,22 @@ import numpy as np
 from omnivision.data.frames import VideoDecodeError
 from omnivision.utils.errors import UserError
 
-# Purposes of a shuffle; see dataset.Draw.
-BATCH_ORDER, SAMPLE_ORDER = 100, 101
 Spacing = Literal["ends", "published"]
 Segment = tuple[float, float]  # [start, end) of a sample in its video, seconds
-ROUNDING = 1.0  # seconds by which the end of a segment may exceed the video: ends are often rounded up
-ROUNDS = 8  # of the Feistel network
+SEGMENT_END_TOLERANCE = 1.0  # seconds by which the end of a segment may exceed the video: ends are often rounded up
+FEISTEL_ROUNDS = 8
+
+
+class Draw(IntEnum):
+    """The purpose of a random number; part of its key, so that no two purposes share numbers."""
+
+    CLIP = 0
+    VIEW = 1
+    MASK = 2
+    REPLACEMENT = 3
+    BATCH_ORDER = 100
+    SAMPLE_ORDER = 101
+    MODEL = 200
 
 
 def keyed_rng(seed: int, *key: int) -> np.random.Generator:
@@ -37,7 +48,7 @@ def shuffled_index(positions: np.ndarray, size: int, seed: int, *key: int) -> np
     Rogaway 2002, "Ciphers with arbitrary finite domains").
     """
     half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
-    keys = _entropy(seed, key).generate_state(ROUNDS, np.uint64)
+    keys = _entropy(seed, key).generate_state(FEISTEL_ROUNDS, np.uint64)
     values = np.asarray(positions).astype(np.uint64)
     outside = np.ones(values.shape, dtype=bool)
     while outside.any():
@@ -55,11 +66,11 @@ def _feistel(values: np.ndarray, half: int, keys: np.ndarray) -> np.ndarray:
     mask, shift = np.uint64((1 << half) - 1), np.uint64(half)
     left, right = values >> shift, values & mask
     for key in keys:
-        left, right = right, left ^ (_mix(right ^ key) & mask)
+        left, right = right, left ^ (_splitmix64(right ^ key) & mask)
     return (left << shift) | right
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
+def _splitmix64(x: np.ndarray) -> np.ndarray:
     """Apply the finaliser of SplitMix64: every bit of the input moves about half the bits of the output."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -67,10 +78,10 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 class Request(NamedTuple):
-    """One video of one epoch. `repeat_index` counts the passes through a repeated source."""
+    """One sample (video or image) of one epoch. `repeat_index` counts the passes through a repeated source."""
 
     source: int
-    video: int
+    sample_index: int
     epoch: int
     repeat_index: int = 0
 
@@ -80,24 +91,24 @@ class SourcePlan:
     """How an epoch goes through one source.
 
     Args:
-        size: samples of the source.
-        videos: decoded samples of a step over all ranks.
-        views: views of each sample; a source gives `repeat * size / (videos * views)` steps, so that an epoch holds as many
-            views as the source has samples.
+        num_samples: samples of the source.
+        videos_per_step: decoded samples of a step over all ranks.
+        views_per_video: views of each sample; a source gives `repeat * num_samples / clips_per_step` steps, so that an epoch
+            holds as many views as the source has samples.
         repeat: how often an epoch goes through the source (may be a fraction).
         micro_batches: equal parts of a batch, whose gradients are accumulated.
     """
 
-    size: int
-    videos: int
-    views: int = 1
+    num_samples: int
+    videos_per_step: int
+    views_per_video: int = 1
     repeat: float = 1
     micro_batches: int = 1
 
     @property
-    def clips(self) -> int:
+    def clips_per_step(self) -> int:
         """Clips of a step over all ranks."""
-        return self.videos * self.views
+        return self.videos_per_step * self.views_per_video
 
 
 class EpochPlan:
@@ -108,13 +119,13 @@ class EpochPlan:
 
     def __init__(self, sources: Mapping[str, SourcePlan], seed: int, limit: int | None = None) -> None:
         self.sources, self.seed = dict(sources), seed
-        counts = [int(source.repeat * source.size / source.clips + 1e-9) for source in sources.values()]
+        counts = [int(source.repeat * source.num_samples / source.clips_per_step + 1e-9) for source in sources.values()]
         for (name, source), count in zip(sources.items(), counts, strict=True):
             if count == 0:
-                repeats = math.ceil(1000 * source.clips / source.size) / 1000
+                repeats = math.ceil(1000 * source.clips_per_step / source.num_samples) / 1000
                 raise UserError(
-                    f"Source {name} has {source.size} samples and a repeat factor of {source.repeat}, fewer than one batch "
-                    f"of {source.clips}: an epoch would not see it. Lower batch_size, or set "
+                    f"Source {name} has {source.num_samples} samples and a repeat factor of {source.repeat}, fewer than one "
+                    f"batch of {source.clips_per_step}: an epoch would not see it. Lower batch_size, or set "
                     f"++trainer.data.repeats.{name}={repeats}."
                 )
         self._in_order = list(sources.values())
@@ -123,18 +134,18 @@ class EpochPlan:
         self.steps = self.total_steps if limit is None else min(limit, self.total_steps)
 
     def requests(self, epoch: int, step: int, rank: int, world: int) -> list[Request]:
-        """Return the videos that `rank` of `world` decodes for a step; ranks take equal, adjoining parts."""
-        batch = int(shuffled_index(np.array([step]), self.total_steps, self.seed, BATCH_ORDER, epoch)[0])
+        """Return the samples that `rank` of `world` decodes for a step; ranks take equal, adjoining parts."""
+        batch = int(shuffled_index(np.array([step]), self.total_steps, self.seed, Draw.BATCH_ORDER, epoch)[0])
         source = int(np.searchsorted(self._ends, batch, side="right"))
-        size, videos = self._in_order[source].size, self._in_order[source].videos
+        size, videos = self._in_order[source].num_samples, self._in_order[source].videos_per_step
         first = (batch - (int(self._ends[source - 1]) if source else 0)) * videos
-        share = videos // world
-        positions = np.arange(first + rank * share, first + (rank + 1) * share)
+        per_rank = videos // world
+        positions = np.arange(first + rank * per_rank, first + (rank + 1) * per_rank)
         requests = []
         for repeat_index in np.unique(positions // size):  # a repeated source is shuffled anew on each pass
             places = positions[positions // size == repeat_index] % size
-            chosen = shuffled_index(places, size, self.seed, SAMPLE_ORDER, epoch, source, int(repeat_index))
-            requests += [Request(source, int(video), epoch, int(repeat_index)) for video in chosen]
+            chosen = shuffled_index(places, size, self.seed, Draw.SAMPLE_ORDER, epoch, source, int(repeat_index))
+            requests += [Request(source, int(index), epoch, int(repeat_index)) for index in chosen]
         return requests
 
 
@@ -166,7 +177,7 @@ def sample_duration(duration: float, segment: Segment | None) -> float:
     if segment is None:
         return duration
     start, end = segment
-    if start >= duration or end > duration + ROUNDING:
+    if start >= duration or end > duration + SEGMENT_END_TOLERANCE:
         raise VideoDecodeError(
             f"its segment from {start:g} to {end:g} s is beyond the end of the video at {duration:.3f} s"
         )

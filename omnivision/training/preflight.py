@@ -176,7 +176,7 @@ def run_warnings(settings: Settings, train: list[Split], val: list[Split], plan:
 def plan_warnings(settings: Settings, plan: EpochPlan) -> Iterator[str]:
     """Warn about videos without another to be mixed with, and about an EMA decay that the warm-up does not reach."""
     for name, source in plan.sources.items():
-        if _mixes(settings) and source.videos == settings.processes:
+        if _mixes(settings) and source.videos_per_step == settings.processes:
             yield (
                 f"Each process gets one video of {name} a step, so that mixup and CutMix (trainer.task.mixing) have no other "
                 "to mix it with and are lost. Raise batch_size, or lower launcher.gpus_per_node."

@@ -25,7 +25,7 @@ from omnivision.checkpoint.state_dict_file import describe_checkpoint
 from omnivision.config.schema import TrainerSettings
 from omnivision.data.batch import Batch
 from omnivision.data.loader import TrainData, ValData
-from omnivision.data.sampling import SourcePlan, keyed_rng
+from omnivision.data.sampling import Draw, SourcePlan, keyed_rng
 from omnivision.distributed.fsdp import apply_fsdp, full_tensor, summon_full_params, without_sync
 from omnivision.distributed.process_group import Dist, wrap_ddp
 from omnivision.models.architecture import describe, has_unused_parameters
@@ -54,7 +54,6 @@ from omnivision.utils.errors import StopRequested, UserError
 from omnivision.utils.io import BEST, LATEST, CorruptCheckpointError
 from omnivision.utils.signals import StopSignal
 
-MODEL_DRAW = 200  # purpose of the random numbers inside the model; see data.dataset.Draw
 PROGRESS = (
     "epoch",
     "step",
@@ -210,7 +209,7 @@ class Trainer:
         changes nothing. Nothing here waits for the device.
         """
         dist, optimizer = self.run.dist, self.optimizer
-        clips = self.source_plan(batch).clips // dist.world_size
+        clips = self.source_plan(batch).clips_per_step // dist.world_size
         is_partial = len(batch) < clips
         batch = (batch.pad_to(clips) if is_partial else batch).to(dist.device)
         optimizer.set_progress(self.global_step / self.total_steps)
@@ -247,7 +246,7 @@ class Trainer:
 
     def _backward(self, batch: Batch, clips: int) -> tuple[list[StepOutput], Tensor, Tensor]:
         """Run forward and backward of each micro-batch; return the outputs, and sum of losses and count: float64 scalars."""
-        rng = keyed_rng(self.settings.seed_value, MODEL_DRAW, self.global_step, self.run.dist.rank)
+        rng = keyed_rng(self.settings.seed_value, Draw.MODEL, self.global_step, self.run.dist.rank)
         torch.manual_seed(int(rng.integers(2**62)))
         micro_batches = batch.split(self.source_plan(batch).micro_batches)
         outputs: list[StepOutput] = []
