@@ -165,7 +165,7 @@ def killed_while_saving(folder: Path, kills: int) -> Outcome:
             assert newest is not None
             contents, _, problems = newest
             if done[-1]:
-                checkpoint.verify(target / "best.pt")
+                checkpoint.verify_manifest(target / "best.pt")
             complete = torch.equal(contents["model"]["w"], torch.full((300_000,), float(contents["step"])))
             if problems or contents["step"] < done[-1] or not complete:
                 outcome.lost.append(f"{problems}, step {contents['step']} after {done[-1]}")

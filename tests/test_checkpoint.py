@@ -67,7 +67,7 @@ class Saving(Folder):
         self.assert_newest(3)
         for name, step in (("previous.pt", 2), ("best.pt", 1), ("checkpoint_1.pt", 1)):
             self.assertEqual(checkpoint.safe_load(self.folder / name)["step"], step)
-            checkpoint.verify(self.folder / name)
+            checkpoint.verify_manifest(self.folder / name)
         self.assertEqual([*self.folder.glob(".*"), *self.folder.glob("shards_*")], [], "no temporary or unused files")
 
     def test_without_hard_links(self):
@@ -86,7 +86,7 @@ class Saving(Folder):
             steps.append(None if newest is None else newest[0]["step"])
             for file in self.folder.glob("*.pt"):
                 if file.with_name(f"{file.name}.json").exists():  # the very first one gets its own afterwards
-                    checkpoint.verify(file)
+                    checkpoint.verify_manifest(file)
                     checked.add(file.name)
 
         def watched(real: Any) -> Any:
@@ -225,7 +225,7 @@ class Loading(Folder):
             zipfile.is_zipfile(file)
         with self.assertRaises(checkpoint.CorruptCheckpointError):
             checkpoint.read(file)
-        checkpoint.verified_digest(file)  # not an archive, so that nothing in it can be verified
+        checkpoint.verify_and_hash(file)  # not an archive, so that nothing in it can be verified
 
     def test_a_pickle_is_refused_and_not_run(self):
         canary, file = self.folder / "canary", self.folder / "evil.pt"

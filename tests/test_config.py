@@ -121,7 +121,7 @@ class Shipped(unittest.TestCase):
             small = ("image_size=32", "num_frames=4", "mixing_lr_factor=3", f"trainer/model={model}")
             made = stage_settings(stage, *small, *overrides)
             groups = build.optimizer(made, build.model(made, device="meta")).groups
-            return [[group.scale, *(group.schedules["lr"](i / 200) for i in range(201))] for group in groups]
+            return [[group.lr_scale, *(group.schedules["lr"](i / 200) for i in range(201))] for group in groups]
 
         for stage, model, recipe_peak in (
             ("mae", "vitmicro", 1.6e-3),

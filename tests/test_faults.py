@@ -18,7 +18,7 @@ class Guarantees(unittest.TestCase):
 
     def test_a_broken_one_is_reported(self):
         with tempfile.TemporaryDirectory() as folder:
-            with mock.patch.object(checkpoint, "verify", lambda path: {"size": 0, "sha256": ""}):
+            with mock.patch.object(checkpoint, "verify_manifest", lambda path: {"size": 0, "sha256": ""}):
                 self.assertTrue(faults.damaged_checkpoints(Path(folder), 20).problems())
 
     def test_a_mutation_changes_something(self):

@@ -9,7 +9,7 @@ import torch
 from omnivision.data.batch import Batch
 from omnivision.distributed.process_group import Dist, RankInfo
 from omnivision.tasks.classify import average_views
-from omnivision.tasks.metrics import Meter, averages, confusion_matrix, mean_class_accuracy, topk_accuracy
+from omnivision.tasks.metrics import Meter, averages, confusion_matrix, mean_class_accuracy, topk_hits
 from tests.parity_formula import record, stated, tensor
 
 
@@ -26,11 +26,11 @@ class PublishedFigures(unittest.TestCase):
     def test_accuracy_over_views(self):
         for k in (1, 2, 5):
             expected = self.recorded["accuracy"][f"top{k}"]
-            pooled = topk_accuracy(self.pooled("logits"), self.label, k)
-            first = topk_accuracy(self.views[0], self.label, k)
+            pooled = topk_hits(self.pooled("logits"), self.label, k)
+            first = topk_hits(self.views[0], self.label, k)
             self.assertAlmostEqual(float(pooled.mean()), expected["pooled_over_views"], places=6)
             self.assertAlmostEqual(float(first.mean()), expected["first_view_only"], places=6)
-            softmax = topk_accuracy(self.pooled("softmax"), self.label, k)
+            softmax = topk_hits(self.pooled("softmax"), self.label, k)
             self.assertAlmostEqual(float(softmax.mean()), expected["for_contrast_softmax_averaged"], places=6)
             meter = Meter()
             for hits in (pooled, first):
@@ -43,12 +43,12 @@ class PublishedFigures(unittest.TestCase):
         weights = tensor("metric.soft", [6, 9], 0.0, 1.0).double().abs()
         target = (weights / weights.sum(1, keepdim=True)).float()
         for k in (1, 5):
-            got = topk_accuracy(self.views[0], target, k).mean()
+            got = topk_hits(self.views[0], target, k).mean()
             self.assertAlmostEqual(float(got), self.recorded["accuracy_soft_targets"][f"top{k}"], places=6)
 
     def test_labels_of_minus_one_and_more_than_there_are_classes(self):
-        self.assertEqual(topk_accuracy(torch.rand(3, 4), torch.full((3,), -1), 4).tolist(), [0, 0, 0])
-        self.assertEqual(topk_accuracy(torch.rand(3, 2), torch.tensor([0, 1, 1]), 5).tolist(), [1, 1, 1])
+        self.assertEqual(topk_hits(torch.rand(3, 4), torch.full((3,), -1), 4).tolist(), [0, 0, 0])
+        self.assertEqual(topk_hits(torch.rand(3, 2), torch.tensor([0, 1, 1]), 5).tolist(), [1, 1, 1])
 
     def test_confusion_matrix(self):
         label, predicted = np.array([0, 0, 1, -1, 2]), np.array([0, 1, 1, 0, 1])

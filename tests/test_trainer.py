@@ -498,7 +498,7 @@ class Loop(unittest.TestCase):
         averaged = again.evaluate().metrics["loss"]
         self.assertEqual(averaged, whole.state.last_metrics["val_loss"])
         self.assert_same(own, again.raw_model.state_dict())
-        with again.ema.in_place():
+        with again.ema.swapped_in():
             self.assertFalse(torch.equal(again.raw_model.trunk.norm.weight, own["trunk.norm.weight"]))
         again.ema = None
         self.assertNotEqual(again.evaluate().metrics["loss"], averaged)
@@ -640,8 +640,8 @@ class Loop(unittest.TestCase):
         self.spoil(made, 5)
         update = made.ema.update
 
-        def noted(skip_mask: torch.Tensor) -> None:
-            update(skip_mask)
+        def noted(skip_step: torch.Tensor) -> None:
+            update(skip_step)
             averages.append({name: tensor.clone() for name, tensor in made.ema.average.items()})
 
         made.ema.update = noted

@@ -58,14 +58,14 @@ def save(state: dict[str, Any], folder: Path, aliases: list[str]) -> None:
         # Read the file back before an older one is replaced.
         if not is_archive(temporary):
             raise CorruptCheckpointError(f"{temporary} is incomplete")
-        entry = {"size": temporary.stat().st_size, "sha256": verified_digest(temporary)}
+        entry = {"size": temporary.stat().st_size, "sha256": verify_and_hash(temporary)}
         for name in aliases:
-            _publish(temporary, folder / name, [entry])
+            _link_or_copy(temporary, folder / name, [entry])
         latest, before = folder / LATEST, []
         if latest.exists():
             with contextlib.suppress(CorruptCheckpointError):  # the run resumed from `previous.pt`, which stays
-                before = [verify(latest)]
-                _publish(latest, folder / PREVIOUS, before)
+                before = [verify_manifest(latest)]
+                _link_or_copy(latest, folder / PREVIOUS, before)
         if not _manifest(latest).exists():  # the first one: a manifest without a file would mean a lost checkpoint
             os.replace(temporary, latest)
             _write_manifest(latest, [entry])
@@ -110,10 +110,10 @@ def stat_latest(folder: Path) -> tuple[str, int]:
         return "", 0
 
 
-def wait_until_visible(what: tuple[str, int], folder: Path, seconds: float = LAG_SECONDS) -> None:
+def wait_until_visible(expected: tuple[str, int], folder: Path, seconds: float = LAG_SECONDS) -> None:
     """Wait, at most `seconds`, until this machine sees the checkpoint that rank 0 sees (`stat_latest`)."""
     deadline = time.monotonic() + seconds
-    while stat_latest(folder) != what and time.monotonic() < deadline:
+    while stat_latest(folder) != expected and time.monotonic() < deadline:
         with contextlib.suppress(OSError):
             os.listdir(folder)  # refreshes the cache of some file systems
         time.sleep(0.2)
@@ -131,7 +131,7 @@ def load_newest(folder: Path) -> tuple[dict[str, Any], Path, list[str]] | None:
                 problems.append(f"{path} is missing or not a file")
             continue
         try:
-            verified_digest(path)
+            verify_and_hash(path)
             state = read(path)
             if isinstance(state, dict) and state.get("format") == FORMAT:
                 return state, path, problems
@@ -143,7 +143,7 @@ def load_newest(folder: Path) -> tuple[dict[str, Any], Path, list[str]] | None:
     return None
 
 
-def verify(path: Path) -> dict[str, Any]:
+def verify_manifest(path: Path) -> dict[str, Any]:
     """Return the manifest entry that a file matches. Raises CorruptCheckpointError when there is none."""
     entry: dict[str, Any] = {"size": path.stat().st_size, "sha256": sha256(path)}
     try:
@@ -157,13 +157,13 @@ def verify(path: Path) -> dict[str, Any]:
     return entry
 
 
-def verified_digest(path: Path) -> str:
+def verify_and_hash(path: Path) -> str:
     """SHA-256 of a file of weights, verified by its manifest if it has one, else by the checksums inside a zip archive.
 
     Raises CorruptCheckpointError.
     """
     if _manifest(path).exists():
-        return str(verify(path)["sha256"])
+        return str(verify_manifest(path)["sha256"])
     if is_archive(path):
         try:
             with zipfile.ZipFile(path) as archive:
@@ -188,7 +188,7 @@ def load_model(model: nn.Module, state: dict[str, torch.Tensor], path: Path | st
         ) from None
 
 
-def _publish(source: Path, target: Path, entries: list[dict[str, Any]]) -> None:
+def _link_or_copy(source: Path, target: Path, entries: list[dict[str, Any]]) -> None:
     """Hard-link a file to a second name, replacing that; copy it where the file system has no hard links."""
     temporary = temporary_beside(target)
     try:
@@ -201,7 +201,7 @@ def _publish(source: Path, target: Path, entries: list[dict[str, Any]]) -> None:
         replaced = []
         if target.exists():
             with contextlib.suppress(CorruptCheckpointError):
-                replaced = [verify(target)]
+                replaced = [verify_manifest(target)]
         _write_manifest(target, [*entries, *replaced])
         os.replace(temporary, target)
     finally:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from omnivision.checkpoint import fingerprint as experiment
 from omnivision.checkpoint.checkpointer import read as read_checkpoint
-from omnivision.checkpoint.checkpointer import verified_digest
+from omnivision.checkpoint.checkpointer import verify_and_hash
 from omnivision.utils.errors import UserError
 from omnivision.utils.io import BEST, LATEST, CorruptCheckpointError, is_dense_cpu, sha256
 
@@ -133,7 +133,7 @@ def read(source: str | Path) -> StateDictFile:
     if path.name.endswith(".index.json"):
         state, digest = _read_shards(path)
     else:
-        digest = verified_digest(path)
+        digest = verify_and_hash(path)
         state, metadata = _read_file(path)
     return StateDictFile(path, digest, _check_state_dict(state, path), metadata)
 
@@ -145,7 +145,7 @@ def read_several(sources: str | Sequence[str]) -> list[StateDictFile]:
     if not isinstance(sources, str):
         return [read(source).averaged() for source in sources]
     path = resolve_checkpoint(sources)
-    digest = verified_digest(path)
+    digest = verify_and_hash(path)
     content = read_checkpoint(path)
     states = content.get("ensemble_weights") if isinstance(content, Mapping) else None
     if not isinstance(states, (list, tuple)) or not all(isinstance(state, Mapping) for state in states):

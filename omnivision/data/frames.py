@@ -27,7 +27,7 @@ class VideoDecodeError(Exception):
     """A file cannot give the frames asked for. The message is one line: the reason, without the path."""
 
 
-EIGHT_K = 7680 * 4320  # pixels of the largest frames that tools show
+MAX_TOOL_PIXELS = 7680 * 4320  # 8K: the largest frames that tools show
 
 
 def check_pixels(width: int, height: int, max_pixels: int | None) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from omnivision.interop.architecture import position_tables
-from omnivision.interop.published import DECODER, EPSILON, HF_NUMBERS, RENAMES, from_hf, pattern
+from omnivision.interop.published import DECODER, EPSILON, HF_CONFIG_KEYS, RENAMES, from_hf, pattern
 from omnivision.models.architecture import Architecture
 from omnivision.models.patches import IMAGENET_MEAN, IMAGENET_STD
 from omnivision.utils.errors import UserError
@@ -99,7 +99,7 @@ def _hf_config(
     config: dict[str, Any] = {
         "architectures": ["VideoMAEModel" if last is None else "VideoMAEForVideoClassification"],
         "model_type": "videomae",
-        **{theirs: trunk[ours] for theirs, ours in HF_NUMBERS.items()},
+        **{theirs: trunk[ours] for theirs, ours in HF_CONFIG_KEYS.items()},
         "num_channels": 3,
         "patch_size": patch[0] if patch[0] == patch[1] else patch,
         "tubelet_size": frames,

@@ -92,7 +92,7 @@ RENAMES: dict[str, dict[str, str]] = {
     },
 }
 # What a user may name; PPMA's files have our names, but no architecture.
-CHOICES = ("auto", "omnivision", "ppma", "omnimae", "videomae", "hf")
+FORMATS = ("auto", "omnivision", "ppma", "omnimae", "videomae", "hf")
 # Where biases of queries, keys and values may be absent: they are zeros then.
 _OPTIONAL_BIASES = {"omnimae": "trunk.decoder.", "videomae": "trunk.", "hf": "trunk."}
 _VIDEOMAE_DECODER_HEADS = {192: 3, 384: 6, 512: 8, 640: 8}  # of published ones, by width
@@ -105,8 +105,8 @@ _DECODER_PARTS = """
 EPSILON = 1e-6  # of every LayerNorm here
 HF_LAST_EPSILON = 1e-5  # of `fc_norm` and of the decoder's last norm there, whatever the configuration says
 HF_EPSILON = 1e-12  # of the others there, unless the configuration says another
-HF_NUMBERS = {"hidden_size": "width", "num_hidden_layers": "depth", "num_attention_heads": "heads"}
-HF_NUMBERS |= {name: name for name in ("num_frames", "image_size")}
+HF_CONFIG_KEYS = {"hidden_size": "width", "num_hidden_layers": "depth", "num_attention_heads": "heads"}
+HF_CONFIG_KEYS |= {name: name for name in ("num_frames", "image_size")}
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def convert(
     """Return the model of a file in our names, and the format of the file.
 
     Args:
-        format: one of CHOICES.
+        format: one of FORMATS.
 
     Raises UserError, beginning with the file, for names of no format, and for tensors that are not of one complete model.
     """
@@ -172,7 +172,7 @@ def convert(
 
 
 def recognise(names: Collection[str], choice: str = "auto") -> str:
-    """Return the format, a key of RENAMES, that all `names` belong to; `choice` (of CHOICES) allows one alone.
+    """Return the format, a key of RENAMES, that all `names` belong to; `choice` (of FORMATS) allows one alone.
 
     Raises UserError, with the nearest format and the first names unknown to it, when there is none.
     """
@@ -188,7 +188,7 @@ def recognise(names: Collection[str], choice: str = "auto") -> str:
         return format
     raise UserError(
         f"{len(unknown[format])} of {len(names)} entries have no name of format {format}: {preview(unknown[format])}. Expected "
-        f"weights of {', '.join(CHOICES[1:])} (see docs/interchange.md); the nearest is --format {nearest}."
+        f"weights of {', '.join(FORMATS[1:])} (see docs/interchange.md); the nearest is --format {nearest}."
     )
 
 
@@ -249,13 +249,13 @@ def _architecture_of_config(config: Mapping[str, Any], has_decoder: bool) -> dic
     for key, wanted in (("model_type", "videomae"), ("num_channels", 3), ("hidden_act", "gelu")):
         if config.get(key, wanted) != wanted:
             raise UserError(f"{key} in config.json must be {wanted!r}, got {str(config[key])[:60]!r}.")
-    trunk = {ours: config[theirs] for theirs, ours in HF_NUMBERS.items() if theirs in config}
+    trunk = {ours: config[theirs] for theirs, ours in HF_CONFIG_KEYS.items() if theirs in config}
     if isinstance(trunk.get("image_size"), list) and len(set(map(str, trunk["image_size"]))) == 1:
         trunk["image_size"] = trunk["image_size"][0]
     if "tubelet_size" in config and "patch_size" in config:
         patch = config["patch_size"]
         trunk["tubelet"] = [config["tubelet_size"], *(patch if isinstance(patch, list) else [patch, patch])]
-    numbers = {f"decoder_{theirs}": ours for theirs, ours in list(HF_NUMBERS.items())[:3] if has_decoder}
+    numbers = {f"decoder_{theirs}": ours for theirs, ours in list(HF_CONFIG_KEYS.items())[:3] if has_decoder}
     decoder = {ours: config[theirs] for theirs, ours in numbers.items() if theirs in config}
     return {"trunk": trunk} | ({"decoder": decoder} if decoder else {})
 

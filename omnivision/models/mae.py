@@ -207,10 +207,10 @@ def reconstruction_target(video: Tensor, tubelet: tuple[int, int, int], masked: 
     pixels = unnormalize_pixels(pick_tubelets(as_video(video, tubelet), tubelet, masked), channel_dim=2)
     pixels = pixels.flatten(3)  # (B, M, 3, pt * ph * pw)
     if norm != "none":
-        # One pass of layer norm, whose variance is divided by the number of values where this one is by one less.
+        # One pass of layer norm, whose variance is biased (divided by n); `bessel` = (n - 1) / n corrects it.
         values = pixels.shape[3:] if norm == "channel" else pixels.shape[2:]
-        less = 1 - 1 / values.numel()
-        pixels = F.layer_norm(pixels, values, pixels.new_full(values, less**0.5), eps=1e-6 * less)
+        bessel = 1 - 1 / values.numel()
+        pixels = F.layer_norm(pixels, values, pixels.new_full(values, bessel**0.5), eps=1e-6 * bessel)
     return pixels.transpose(2, 3).flatten(2)
 
 

@@ -26,19 +26,19 @@ class MovingAverage:
         self.average = {name: p.detach().clone() for name, p in self._weights.items()}
 
     @torch.no_grad()
-    def update(self, skip_mask: Tensor) -> None:
-        """Update after a step; `skip_mask` (bool, a scalar on the device): the step was skipped."""
-        self.steps += ~skip_mask
-        share = torch.where(skip_mask, 0.0, (9 / (10 + self.steps)).clamp(min=1 - self.decay))
+    def update(self, skip_step: Tensor) -> None:
+        """Update after a step; `skip_step` (bool, a scalar on the device): the step was skipped."""
+        self.steps += ~skip_step
+        weight = torch.where(skip_step, 0.0, (9 / (10 + self.steps)).clamp(min=1 - self.decay))
         averages, weights = ([local_tensor(each) for each in part.values()] for part in (self.average, self._weights))
-        torch._foreach_lerp_(averages, weights, [share] * len(averages))
+        torch._foreach_lerp_(averages, weights, [weight] * len(averages))
 
-    def take_parameters(self, model: nn.Module) -> None:
+    def rebind_parameters(self, model: nn.Module) -> None:
         """Follow the parameters that a model has now under the same names; shard the average like them."""
         self._weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.average = {name: distribute_like(self.average[name], p).detach() for name, p in self._weights.items()}
 
-    def start(self) -> None:
+    def reset_to_weights(self) -> None:
         """Start from the current weights."""
         self.load({name: weight.detach() for name, weight in self._weights.items()}, steps=0)
 
@@ -49,7 +49,7 @@ class MovingAverage:
             tensor.copy_(average[name])
 
     @contextlib.contextmanager
-    def in_place(self) -> Iterator[None]:
+    def swapped_in(self) -> Iterator[None]:
         """Give the model the averaged weights inside this block."""
         own = {name: weight.detach().clone() for name, weight in self._weights.items()}
         self._put(self.average)

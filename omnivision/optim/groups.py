@@ -24,11 +24,11 @@ from omnivision.utils.errors import UserError
 
 @dataclass
 class Group:
-    """Parameters that share all schedules. `scale` multiplies the learning rate (layer decay)."""
+    """Parameters that share all schedules. `lr_scale` multiplies the learning rate (layer decay)."""
 
     names: list[str]
     schedules: dict[str, Schedule] = field(default_factory=dict)
-    scale: float = 1.0
+    lr_scale: float = 1.0
 
 
 def parameter_groups(
@@ -129,7 +129,7 @@ class ScheduledOptimizer:
         """Set the options of all groups; `progress` is the share of all steps that is done."""
         for group, target in zip(self.groups, self.optimizer.param_groups, strict=True):
             for option, schedule in group.schedules.items():
-                target[option] = schedule(progress) * (group.scale if option == "lr" else 1)
+                target[option] = schedule(progress) * (group.lr_scale if option == "lr" else 1)
 
     def scale_gradients(self, factor: Tensor) -> None:
         """Multiply all gradients by a scalar on their device."""
@@ -152,7 +152,7 @@ class ScheduledOptimizer:
         elif not skip_step:
             optimizer.step()
 
-    def take_parameters(self, model: nn.Module) -> None:
+    def rebind_parameters(self, model: nn.Module) -> None:
         """Optimize the parameters that a model has now under the same names; shard the state like them."""
         parameters, state = dict(model.named_parameters()), self.optimizer.state
         for group, target in zip(self.groups, self.optimizer.param_groups, strict=True):
@@ -162,7 +162,7 @@ class ScheduledOptimizer:
                     state[after] = {key: distribute_like(value, after) for key, value in state.pop(before).items()}
             target["params"] = now
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load a state of `optimizer.state_dict()`. Raises ValueError or KeyError for another optimizer or groups."""
         own_groups = self.optimizer.state_dict()["param_groups"]
         for theirs, own in zip(state["param_groups"], own_groups, strict=False):  # torch compares their number

@@ -16,7 +16,7 @@ from omnivision.data.mixing import MixupCutmix, partners, soft_targets
 from omnivision.models.average import AveragedClassifier
 from omnivision.models.patches import normalize_pixels
 from omnivision.tasks.base import StepOutput, Task
-from omnivision.tasks.metrics import topk_accuracy
+from omnivision.tasks.metrics import topk_hits
 
 
 class Classify(Task):
@@ -103,4 +103,4 @@ def _pixels(batch: Batch) -> Tensor:
 
 def _hits(scores: Tensor, target: Tensor) -> dict[str, Tensor]:
     """Sums of top-1 and top-5 accuracy, in percent."""
-    return {f"top{k}": 100 * topk_accuracy(scores, target, k).sum() for k in (1, 5)}
+    return {f"top{k}": 100 * topk_hits(scores, target, k).sum() for k in (1, 5)}

@@ -20,14 +20,14 @@ class Meter:
         self._sums: dict[str, dict[str, float | Tensor]] = {}
 
     def add(
-        self, source: str, sums: Mapping[str, Tensor], count: int | Tensor, skip_mask: Tensor | None = None
+        self, source: str, sums: Mapping[str, Tensor], count: int | Tensor, skip_step: Tensor | None = None
     ) -> None:
-        """Add scalars, each a sum over `count` samples; nothing where `skip_mask` (bool, a scalar) is true."""
+        """Add scalars, each a sum over `count` samples; nothing where `skip_step` (bool, a scalar) is true."""
         added = self._sums.setdefault(source, {})
         for name, value in {**sums, "count": count}.items():
             number = value.detach().double() if isinstance(value, Tensor) else float(value)
-            if skip_mask is not None:
-                number = torch.where(skip_mask, 0.0, number).double()
+            if skip_step is not None:
+                number = torch.where(skip_step, 0.0, number).double()
             added[name] = added.get(name, 0.0) + number
 
     def totals(self, dist: Dist) -> Totals:
@@ -51,7 +51,7 @@ def averages(totals: Totals) -> dict[str, float]:
     return {name: sum(sums.get(name, 0.0) for sums in totals.values()) / count for name in names} if count else {}
 
 
-def topk_accuracy(scores: Tensor, target: Tensor, k: int) -> Tensor:
+def topk_hits(scores: Tensor, target: Tensor, k: int) -> Tensor:
     """For each sample the largest weight that its target gives to one of the k best-scored classes: float (B,).
 
     `target` is soft, (B, classes), or labels, int64 (B,): then that is 1 for a hit and 0 for a miss. A label of -1 never hits.

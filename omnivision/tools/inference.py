@@ -23,7 +23,7 @@ from omnivision.checkpoint.fingerprint import valid_names
 from omnivision.checkpoint.state_dict_file import StateDictFile, read
 from omnivision.config.instantiate import is_allowed
 from omnivision.data.batch import Batch
-from omnivision.data.frames import EIGHT_K
+from omnivision.data.frames import MAX_TOOL_PIXELS
 from omnivision.data.masking import RandomMask
 from omnivision.data.sampling import clip_window, uniform_clip_starts
 from omnivision.data.video import VideoDecodeError, open_video
@@ -166,7 +166,7 @@ class VideoModel:
         rng = np.random.default_rng(0)  # no view of an evaluation is random
         views = []
         try:
-            with open_video(str(video), max_pixels=EIGHT_K, **frames) as opened:
+            with open_video(str(video), max_pixels=MAX_TOOL_PIXELS, **frames) as opened:
                 if start is not None and not 0 <= start < opened.duration:
                     raise UserError(
                         f"start must be from 0 to {opened.duration:.2f} s, the end of {video}, got {start:g} s."

@@ -152,7 +152,7 @@ def group_lines(optimizer: ScheduledOptimizer, parameters: dict[str, int]) -> It
     for number, group in enumerate(optimizer.groups):
         texts = []
         for option, schedule in group.schedules.items():
-            scale = group.scale if option == "lr" else 1.0
+            scale = group.lr_scale if option == "lr" else 1.0
             values = [schedule(i / 200) * scale for i in range(201)]
             curve = f"{values[0]:.4g} -> peak {max(values):.4g} -> {values[-1]:.4g}"
             factor = f" x {scale:.4g}:" if scale != 1 else ""
@@ -176,7 +176,7 @@ def draw(settings: Settings, optimizer: ScheduledOptimizer, file: Path) -> None:
     curves: dict[str, dict[tuple[float, ...], list[int]]] = {}  # groups by values, by option
     for number, group in enumerate(optimizer.groups):
         for option, schedule in group.schedules.items():
-            scale = group.scale if option == "lr" else 1.0
+            scale = group.lr_scale if option == "lr" else 1.0
             values = tuple(schedule(i / 400) * scale for i in range(401))
             curves.setdefault(option, {}).setdefault(values, []).append(number)
     figure = Figure(figsize=(7.6, 1.2 + 2.2 * len(curves)), dpi=110, layout="constrained")

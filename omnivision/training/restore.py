@@ -53,7 +53,7 @@ def restore(settings: Settings, trainer: Trainer) -> list[LoadReport]:
     if not validates and any(name.startswith("heads.") for report in reports for name in report.loaded):
         info("The heads of the checkpoint are loaded, too; trainer/checkpoint=no_heads leaves them out.")
     if trainer.ema is not None:
-        trainer.ema.start()
+        trainer.ema.reset_to_weights()
     return reports
 
 

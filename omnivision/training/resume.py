@@ -83,7 +83,7 @@ def load_ema(ema: MovingAverage, state: Mapping[str, Any], path: Path) -> None:
     """
     average: Mapping[str, Tensor] | None = state["ema"]
     if average is None:
-        ema.start()
+        ema.reset_to_weights()
         return
     if differing := sorted(set(ema.average) ^ set(average)):
         raise UserError(

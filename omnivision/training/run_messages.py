@@ -39,7 +39,7 @@ def start_lines(settings: Settings, trainer: Trainer, reports: Sequence[LoadRepo
     ]
     if trainer.train is not None:
         groups = trainer.optimizer.groups
-        rate = max(g.scale * max(g.schedules["lr"](i / 200) for i in range(201)) for g in groups)
+        rate = max(g.lr_scale * max(g.schedules["lr"](i / 200) for i in range(201)) for g in groups)
         steps, epochs = trainer.state.steps_per_epoch, trainer.settings.max_epochs
         lines += [
             f"batch        {settings.clips_per_step} clips a step, {steps} steps an epoch, {epochs} epochs",

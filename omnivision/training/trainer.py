@@ -239,7 +239,7 @@ class Trainer:
         if self.scaler.is_enabled():
             self.scaler.update()
         for output in outputs:
-            self.state.meter.add(batch.source, output.sums, output.count, skip_mask=skip_step)
+            self.state.meter.add(batch.source, output.sums, output.count, skip_step=skip_step)
         optimizer.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
             self.ema.update(skip_step)
@@ -272,7 +272,7 @@ class Trainer:
         stop.set_phase("validating", self.global_step)
         batches = self.val.batches(self.settings.limit_val_batches, dist.rank, dist.world_size)
         with (
-            self.ema.in_place() if self.ema is not None else contextlib.nullcontext(),
+            self.ema.swapped_in() if self.ema is not None else contextlib.nullcontext(),
             summon_full_params(self.raw_model),
         ):
             result = evaluate(self.task, self.raw_model, batches, dist, self._autocast, stop)
@@ -328,7 +328,7 @@ class Trainer:
         checkpointer.load_model(self.raw_model, saved["model"], path)
         if self.train is not None:
             try:
-                self.optimizer.load(saved["optimizer"])
+                self.optimizer.load_state_dict(saved["optimizer"])
             except (ValueError, KeyError) as error:
                 raise UserError(
                     f"{path} has the state of another optimizer ({error}): trainer.optim.optimizer, its options, layer_decay "
@@ -414,9 +414,9 @@ class Trainer:
         elif dist.world_size > 1:
             blocks = [part for part in self.raw_model.modules() if isinstance(part, (Block, CrossBlock))]
             apply_fsdp(self.raw_model, blocks, dist, self.comms_dtype, self.amp_dtype)
-            self.optimizer.take_parameters(self.raw_model)
+            self.optimizer.rebind_parameters(self.raw_model)
             if self.ema is not None:
-                self.ema.take_parameters(self.raw_model)
+                self.ema.rebind_parameters(self.raw_model)
 
     # ---- parts ----------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from omnivision.data.catalog import resolve_prefix
-from omnivision.data.frames import EIGHT_K, read_image
+from omnivision.data.frames import MAX_TOOL_PIXELS, read_image
 from omnivision.data.sampling import Segment, clip_window, sample_duration, uniform_clip_starts
 from omnivision.data.video import VideoDecodeError, open_video
 from omnivision.data.views import resize_short_side
@@ -143,12 +143,12 @@ def mistakes(predictions: Predictions, count: int, entry: Mapping[str, Any]) -> 
 def animate(path: str, fps: float, pattern: str | None = None, segment: Segment | None = None) -> str:
     """Return the middle of a video (or segment), or an image, as a WebP data URL; "" if it cannot be read."""
     try:
-        with open_video(path, fps=fps, max_pixels=EIGHT_K, frame_pattern=pattern) as video:
+        with open_video(path, fps=fps, max_pixels=MAX_TOOL_PIXELS, frame_pattern=pattern) as video:
             start = uniform_clip_starts(sample_duration(video.duration, segment), SECONDS, 3)[1]
             frames = video.read(*clip_window(start, SECONDS, segment), FRAMES)
     except VideoDecodeError:
         try:
-            frames = read_image(path, EIGHT_K)
+            frames = read_image(path, MAX_TOOL_PIXELS)
         except VideoDecodeError:
             return ""
     frames = resize_short_side(frames, SHORT_SIDE)
