@@ -73,20 +73,19 @@ class PublishedFigures(unittest.TestCase):
             for dtype, tolerance in TOLERANCE.items():
                 model = published_model(dtype)
                 views = [tensor(name, case["input_shape"], 0.0, 2.0).to(dtype) for name in case["input_names"]]
-                scores = torch.stack([model(view) for view in views])  # (V, B, classes)
-                self.assertLess(error(scores.flatten(0, 1), case["concatenated_logits"]), tolerance)
+                logits = torch.stack([model(view) for view in views])  # (V, B, classes)
+                self.assertLess(error(logits.flatten(0, 1), case["concatenated_logits"]), tolerance)
                 # Ours lie video by video, and go through the model together.
                 together = torch.stack(views, dim=1).flatten(0, 1)
-                batch = batch_of(together, [0] * case["batch"], views=case["views"])
-                averaged = average_views(model(together), batch, "logits")
+                averaged = average_views(model(together), case["views"], "logits")
                 self.assertLess(error(averaged, case["averaged_logits"]), tolerance)
-                shares = average_views(model(together), batch, "softmax")
+                probs = average_views(model(together), case["views"], "softmax")
                 recorded = case["for_contrast_averaged_softmax_which_is_NOT_what_the_ancestor_ranks"]
-                self.assertLess(error(shares.softmax(-1), recorded), tolerance)
+                self.assertLess(error(probs.softmax(-1), recorded), tolerance)
 
     def test_a_confident_model_has_a_finite_loss_with_softmaxed_scores_too(self):
-        scores = torch.tensor([[150.0, 0.0], [0.0, -150.0]])  # two views of a video
-        averaged = average_views(scores, batch_of(torch.zeros(2, 3, 2, 8, 8), [0], views=2), "softmax")
+        logits = torch.tensor([[150.0, 0.0], [0.0, -150.0]])  # two views of a video
+        averaged = average_views(logits, 2, "softmax")
         self.assertEqual(averaged.softmax(-1).tolist(), [[1.0, 0.0]])
         self.assertEqual(averaged.exp().tolist(), [[1.0, 0.0]], "the logarithm of the mean itself")
         for label in ([1.0, 0.0], [0.0, 1.0]):

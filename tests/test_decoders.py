@@ -33,10 +33,10 @@ class Share(unittest.TestCase):
         masked = split_tokens(mask)[1]
         prediction = half(VIDEO, mask, HIDDEN)
         self.assertEqual(prediction.pixels.shape[:2], (2, 12))
-        for some, all_of_them in zip(prediction.masked.tolist(), masked.tolist(), strict=True):
+        for some, all_of_them in zip(prediction.masked_idx.tolist(), masked.tolist(), strict=True):
             self.assertEqual(some, sorted(set(some)))
             self.assertLessEqual(set(some), set(all_of_them))
-        self.assertTrue(torch.equal(half.eval()(VIDEO, mask).masked, masked))
+        self.assertTrue(torch.equal(half.eval()(VIDEO, mask).masked_idx, masked))
 
     def test_every_masked_token_has_its_turn(self):
         decoder = model(share=0.25).trunk.decoder
@@ -75,7 +75,7 @@ class Cross(unittest.TestCase):
         optimizer, losses = torch.optim.AdamW(made.parameters(), 3e-3), []
         for _ in range(30):
             prediction = made(VIDEO, mask, HIDDEN)
-            loss = (prediction.pixels - prediction.masked[..., None] / 32).square().mean()
+            loss = (prediction.pixels - prediction.masked_idx[..., None] / 32).square().mean()
             loss.backward()
             self.assertEqual([name for name, p in made.named_parameters() if p.grad is None], [])
             optimizer.step()

@@ -93,7 +93,7 @@ class PublishedFigures(unittest.TestCase):
         everywhere = model.heads[0](captured["decoder_norm_output"])
         self.assertLess(error(everywhere, case["expected"]["prediction"]), tolerance)
         prediction = model(video, mask)
-        self.assertTrue(torch.equal(prediction.masked, masked))
+        self.assertTrue(torch.equal(prediction.masked_idx, masked))
         picked = everywhere.gather(1, masked[..., None].expand_as(prediction.pixels))
         self.assertLess((prediction.pixels - picked).abs().max(), tolerance)
 

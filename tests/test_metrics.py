@@ -6,7 +6,6 @@ from datetime import timedelta
 import numpy as np
 import torch
 
-from omnivision.data.batch import Batch
 from omnivision.distributed.process_group import Dist, RankInfo
 from omnivision.tasks.classify import average_views
 from omnivision.tasks.metrics import Meter, averages, confusion_matrix, mean_class_accuracy, topk_hits
@@ -20,8 +19,7 @@ class PublishedFigures(unittest.TestCase):
 
     def pooled(self, average: str) -> torch.Tensor:
         video_by_video = self.views.transpose(0, 1).flatten(0, 1)
-        batch = Batch(video_by_video, self.label, self.label, "a", [], views=6)
-        return average_views(video_by_video, batch, average)
+        return average_views(video_by_video, 6, average)
 
     def test_accuracy_over_views(self):
         for k in (1, 2, 5):

@@ -35,16 +35,16 @@ class TubeMask(_RatioMask):
 
     def __call__(self, grid: Grid, rng: np.random.Generator) -> np.ndarray:
         frames, height, width = grid
-        slot = _random_mask((1, height, width), int(self.ratio * frames * height * width / frames), rng)
-        return np.repeat(slot, frames, axis=0)
+        count = int(self.ratio * frames * height * width / frames)  # in the float order of the published code
+        return np.repeat(_random_mask((1, height, width), count, rng), frames, axis=0)
 
 
 class FrameMask(_RatioMask):
-    """Whole time slots."""
+    """All tokens of randomly chosen temporal positions."""
 
     def __call__(self, grid: Grid, rng: np.random.Generator) -> np.ndarray:
-        slots = _random_mask((grid[0], 1, 1), int(self.ratio * grid[0]), rng)
-        return np.broadcast_to(slots, grid).copy()
+        chosen = _random_mask((grid[0], 1, 1), int(self.ratio * grid[0]), rng)
+        return np.broadcast_to(chosen, grid).copy()
 
 
 class CausalMask(_RatioMask):
@@ -61,18 +61,18 @@ class BlockMask(_RatioMask):
 
     def __call__(self, grid: Grid, rng: np.random.Generator) -> np.ndarray:
         frames, height, width = grid
-        wanted = int(self.ratio * height * width)
-        slot = np.zeros((height, width), dtype=bool)
-        while (left := wanted - int(slot.sum())) > 0:
-            area = rng.uniform(min(4, left), left) if left > 1 else 1.0
+        num_masked = int(self.ratio * height * width)
+        frame = np.zeros((height, width), dtype=bool)
+        while (remaining := num_masked - int(frame.sum())) > 0:
+            area = rng.uniform(min(4, remaining), remaining) if remaining > 1 else 1.0
             aspect = np.exp(rng.uniform(np.log(0.3), np.log(1 / 0.3)))
             rows = min(height, max(1, round((area * aspect) ** 0.5)))
             columns = min(width, max(1, round((area / aspect) ** 0.5)))
-            top, side = rng.integers(height - rows + 1), rng.integers(width - columns + 1)
-            block = slot[top : top + rows, side : side + columns]
-            fresh = np.argwhere(~block)[:left]  # a block that would hide too many is cut short, row by row
+            top, left = rng.integers(height - rows + 1), rng.integers(width - columns + 1)
+            block = frame[top : top + rows, left : left + columns]
+            fresh = np.argwhere(~block)[:remaining]  # a block that would hide too many is cut short, row by row
             block[tuple(fresh.T)] = True
-        return np.repeat(slot[None], frames, axis=0)
+        return np.repeat(frame[None], frames, axis=0)
 
 
 Mask = RandomMask | TubeMask | FrameMask | CausalMask | BlockMask

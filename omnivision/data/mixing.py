@@ -59,24 +59,26 @@ class MixupCutmix:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Mix float (B, C, T, H, W), or images (B, C, H, W), and labels int64 (B,).
 
-        Returns the mixed pixels, and float32 (B, num_classes) twice: the targets, and without label smoothing the share of
+        Returns the mixed pixels, and float32 (B, num_classes) twice: the targets, and without label smoothing the weight of
         each class, to count hits. `partner`: pixels and labels to mix these with; None takes them from this batch. The input
         is not changed. Everything is drawn on the host, so a device does not have to wait.
         """
-        pixels, labels = partner or (None, None)
-        share, box = self.draw(video.shape[-2], video.shape[-1], rng)
-        targets, shares = (mixed_targets(label, num_classes, s, share, labels) for s in (self.label_smoothing, 0))
-        return mix(video, share, box, pixels), targets, shares
+        partner_pixels, partner_labels = partner or (None, None)
+        lam, box = self.draw(video.shape[-2], video.shape[-1], rng)
+        targets, weights = (
+            mixed_targets(label, num_classes, smoothing, lam, partner_labels) for smoothing in (self.label_smoothing, 0)
+        )
+        return mix(video, lam, box, partner_pixels), targets, weights
 
     def draw(self, height: int, width: int, rng: np.random.Generator) -> tuple[float, Box | None]:
-        """Draw a sample's own share of its mixture, and the box that CutMix replaces (None for mixup and for no mixing)."""
+        """Draw lambda, a sample's own share of its mixture, and the box that CutMix replaces (None without CutMix)."""
         if rng.random() >= self.prob:
             return 1.0, None
         cutmix = self.cutmix_alpha > 0 and (self.mixup_alpha == 0 or rng.random() < self.switch_prob)
         if not cutmix:
             return float(rng.beta(self.mixup_alpha, self.mixup_alpha)), None
-        share = float(rng.beta(self.cutmix_alpha, self.cutmix_alpha))
-        box = cutmix_box(height, width, share, int(rng.integers(height)), int(rng.integers(width)))
+        lam = float(rng.beta(self.cutmix_alpha, self.cutmix_alpha))
+        box = cutmix_box(height, width, lam, int(rng.integers(height)), int(rng.integers(width)))
         return kept_share(height, width, box), box
 
 
@@ -84,9 +86,9 @@ class Mixing(MixupCutmix):
     """The former name of `MixupCutmix`, in the `_target_` of earlier runs."""
 
 
-def cutmix_box(height: int, width: int, share: float, row: int, column: int) -> Box:
-    """Return the box about (row, column) that leaves `share` of a frame, clipped at its border; odd sides lose a pixel."""
-    half_height, half_width = (int(side * math.sqrt(1 - share)) // 2 for side in (height, width))
+def cutmix_box(height: int, width: int, lam: float, row: int, column: int) -> Box:
+    """Return the box about (row, column) that leaves `lam` of a frame, clipped at its border; odd sides lose a pixel."""
+    half_height, half_width = (int(side * math.sqrt(1 - lam)) // 2 for side in (height, width))
     top, left = max(row - half_height, 0), max(column - half_width, 0)
     return top, left, min(row + half_height, height) - top, min(column + half_width, width) - left
 
@@ -102,40 +104,40 @@ def partner_index(size: int, device: torch.device | str = "cpu") -> Tensor:
     return torch.arange(size - 1, -1, -1, device=device).sub(size - even).clamp(min=0)
 
 
-def partners(batch: Batch) -> Batch:
+def partner_batch(batch: Batch) -> Batch:
     """Return the samples to mix a micro-batch with, from its parent."""
     parent = batch.parent
     assert parent is not None
     return parent.select(partner_index(len(parent), parent.label.device)[batch.offset : batch.offset + len(batch)])
 
 
-def mix(video: Tensor, share: float, box: Box | None, partner: Tensor | None = None) -> Tensor:
+def mix(video: Tensor, lam: float, box: Box | None, partner_pixels: Tensor | None = None) -> Tensor:
     """Add samples and partners (B, C, ..., H, W), weighted; or with a box take the partner's pixels inside it."""
     assert video.is_floating_point(), video.dtype
-    if share == 1 or (partner is None and len(video) == 1):
+    if lam == 1 or (partner_pixels is None and len(video) == 1):
         return video
-    if partner is None:
-        partner = video[partner_index(len(video), video.device)]
+    if partner_pixels is None:
+        partner_pixels = video[partner_index(len(video), video.device)]
     if box is None:
-        return video.mul(share).add_(partner.mul(1 - share))
+        return video.mul(lam).add_(partner_pixels.mul(1 - lam))
     top, left, height, width = box
     inside = (..., slice(top, top + height), slice(left, left + width))
     mixed = video.clone()
-    mixed[inside] = partner[inside]
+    mixed[inside] = partner_pixels[inside]
     return mixed
 
 
 def mixed_targets(
-    label: Tensor, num_classes: int, smoothing: float, share: float, partner: Tensor | None = None
+    label: Tensor, num_classes: int, smoothing: float, lam: float, partner_labels: Tensor | None = None
 ) -> Tensor:
-    """Return smoothed targets, float32 (B, num_classes), mixed as `mix` mixes pixels; `partner`: labels of the partners.
+    """Return smoothed targets, float32 (B, num_classes), mixed as `mix` mixes pixels.
 
     A sample without a label (-1) adds nothing, so its row sums to the partner's share.
     """
-    if partner is None:
-        partner = label[partner_index(len(label), label.device)]
-    own, other = (soft_targets(each, num_classes, smoothing) for each in (label, partner))
-    return own * share + other * (1 - share)
+    if partner_labels is None:
+        partner_labels = label[partner_index(len(label), label.device)]
+    own, other = (soft_targets(each, num_classes, smoothing) for each in (label, partner_labels))
+    return own * lam + other * (1 - lam)
 
 
 def soft_targets(label: Tensor, num_classes: int, smoothing: float) -> Tensor:

@@ -43,11 +43,11 @@ class PretrainView:
         """Resize what all views of a clip share, once."""
         return resize_short_side(frames, self.short_side)
 
-    # (T, C, H, W) -> (T, C, size, size); `number` tells several views of a clip apart where they are not random
-    def __call__(self, frames: Tensor, rng: np.random.Generator, number: int = 0) -> Tensor:
-        return self.crop(frames, rng, number)
+    def __call__(self, frames: Tensor, rng: np.random.Generator, crop_index: int = 0) -> Tensor:
+        """(T, C, H, W) -> (T, C, size, size); `crop_index` selects one of several crops that are not random."""
+        return self.crop(frames, rng, crop_index)
 
-    def crop(self, frames: Tensor, rng: np.random.Generator, number: int = 0) -> Tensor:
+    def crop(self, frames: Tensor, rng: np.random.Generator, crop_index: int = 0) -> Tensor:
         """Only crop: depth is cut as the frames are by a generator of the same key."""
         top, left, height, width = random_crop_box(frames.shape[-2], frames.shape[-1], self.scale, self.ratio, rng)
         return resize(frames[..., top : top + height, left : left + width], self.size, self.size)
@@ -60,8 +60,8 @@ class FinetuneView(PretrainView):
     rand_augment: RandAugment | None = None
     erasing: RandomErasing | None = None
 
-    def __call__(self, frames: Tensor, rng: np.random.Generator, number: int = 0) -> Tensor:
-        frames = self.crop(frames, rng, number)
+    def __call__(self, frames: Tensor, rng: np.random.Generator, crop_index: int = 0) -> Tensor:
+        frames = self.crop(frames, rng, crop_index)
         for change in (self.rand_augment, self.erasing):
             frames = frames if change is None else change(frames, rng)
         return frames
@@ -81,11 +81,11 @@ class EvalView:
     def prepare(self, frames: Tensor) -> Tensor:
         return resize_short_side(frames, self.size)
 
-    def __call__(self, frames: Tensor, rng: np.random.Generator, number: int = 0) -> Tensor:
-        return self.crop(frames, rng, number)
+    def __call__(self, frames: Tensor, rng: np.random.Generator, crop_index: int = 0) -> Tensor:
+        return self.crop(frames, rng, crop_index)
 
-    def crop(self, frames: Tensor, rng: np.random.Generator, number: int = 0) -> Tensor:
-        top, left = crop_offsets(frames.shape[-2], frames.shape[-1], self.size, self.crops)[number]
+    def crop(self, frames: Tensor, rng: np.random.Generator, crop_index: int = 0) -> Tensor:
+        top, left = crop_offsets(frames.shape[-2], frames.shape[-1], self.size, self.crops)[crop_index]
         return frames[..., top : top + self.size, left : left + self.size]
 
 

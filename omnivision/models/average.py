@@ -1,4 +1,4 @@
-"""Adaptive average: a classifier whose trunk is a learned average of the trunks of frozen checkpoints.
+"""Learned average (the paper's adaptive average): a classifier whose trunk averages the trunks of frozen checkpoints.
 
 Only the mixing weights and the heads are trained and saved. Every start loads the sources again (`load_sources`).
 """

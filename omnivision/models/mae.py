@@ -1,4 +1,4 @@
-"""Masked autoencoder: the trunk sees a tenth of a video, a small decoder predicts the pixels of the rest.
+"""Masked autoencoder: the trunk encodes the visible patches (10 % in the recipe), a small decoder predicts the rest.
 
 Only visible patches are embedded and encoded; all tokens pass through the decoder; only masked ones are projected to
 pixels and compared (He et al. 2022; Tong et al. 2022, VideoMAE; Girdhar et al. 2023, OmniMAE).
@@ -27,13 +27,12 @@ from omnivision.utils.errors import UserError
 TargetNorm = Literal["channel", "patch", "none"]
 
 
-class Prediction(NamedTuple):
+class MaePrediction(NamedTuple):
     """Predicted pixels of the masked tokens."""
 
     pixels: Tensor  # (B, M, pt * ph * pw * 3), values of a tubelet in the order (t, h, w, c)
-    masked: (
-        Tensor  # (B, M) indices of those tokens in raster order; in training the decoder's `share` of the hidden ones
-    )
+    # (B, M) indices of those tokens in raster order; in training the decoder's `share` of the masked ones
+    masked_idx: Tensor
 
 
 class CrossAttention(nn.Module):
@@ -158,7 +157,7 @@ class MaskedAutoencoder(nn.Module):
         pt, ph, pw = trunk.tubelet
         self.heads = nn.ModuleList([pixel_head(decoder["width"], pt * ph * pw * 3)])
 
-    def forward(self, video: Tensor, mask: Tensor, num_masked: int | None = None) -> Prediction:
+    def forward(self, video: Tensor, mask: Tensor, num_masked: int | None = None) -> MaePrediction:
         """Predict the masked tokens of a video.
 
         Args:
@@ -167,19 +166,19 @@ class MaskedAutoencoder(nn.Module):
             num_masked: how many; loaders pass it, since reading it from `mask` would make an accelerator wait.
         """
         visible, masked = split_tokens(mask, num_masked)
-        wanted = cast(Decoder, self.trunk.decoder).sample_masked(masked)
+        masked_idx = cast(Decoder, self.trunk.decoder).sample_masked(masked)
         x = self.encode(video, visible)
-        return Prediction(self.heads[0](self.decode(video, x, visible, wanted)), wanted)
+        return MaePrediction(self.heads[0](self.decode(video, x, visible, masked_idx)), masked_idx)
 
     def encode(self, video: Tensor, visible: Tensor) -> Tensor:  # (B, K) -> (B, K, D)
         return self.trunk.norm(self.trunk(video, visible))
 
-    def decode(self, video: Tensor, x: Tensor, visible: Tensor, wanted: Tensor) -> Tensor:
-        """Encoded visible tokens (B, K, D) -> decoded tokens at the masked indices `wanted` (B, M): (B, M, decoder width)."""
+    def decode(self, video: Tensor, x: Tensor, visible: Tensor, masked_idx: Tensor) -> Tensor:
+        """Encoded visible tokens (B, K, D) -> those at `masked_idx` (B, M): (B, M, decoder width)."""
         decoder = cast(Decoder, self.trunk.decoder)
         positions = self.trunk.positions_for(video, decoder.pos_embed)[0]
-        hidden = cast(Tensor, self.trunk.mask_token).to(x.dtype) + positions[wanted]
-        return decoder(x + positions[visible], hidden)
+        mask_tokens = cast(Tensor, self.trunk.mask_token).to(x.dtype) + positions[masked_idx]
+        return decoder(x + positions[visible], mask_tokens)
 
 
 def split_tokens(mask: Tensor, num_masked: int | None = None) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from omnivision.data.batch import Batch
 from omnivision.data.catalog import LabelSets
-from omnivision.data.mixing import MixupCutmix, partners, soft_targets
+from omnivision.data.mixing import MixupCutmix, partner_batch, soft_targets
 from omnivision.models.average import AveragedClassifier
 from omnivision.models.patches import normalize_pixels
 from omnivision.tasks.base import StepOutput, Task
@@ -25,7 +25,7 @@ class Classify(Task):
     Args:
         labels: which head answers for which source.
         mixing: mixup and CutMix of a training batch; None trains on plain samples with hard labels. All micro-batches of a
-            step get the same draw, and partners from the whole batch.
+            step get the same draw, and partner_batch from the whole batch.
         average: what is averaged over the views of a video at evaluation: "logits" (as published) or "softmax".
     """
 
@@ -39,29 +39,29 @@ class Classify(Task):
         classes, depth = self.labels.classes[head], batch.depth
         if self.mixing is None:
             video, target = batch.video, soft_targets(batch.label, classes, smoothing=0)
-            shares = target
+            class_weights = target
         else:
             rng = np.random.default_rng(torch.initial_seed())  # the trainer seeds torch anew for each step
             partner = None
             if batch.parent is not None:  # a micro-batch
-                others = partners(batch)
-                partner = _pixels(others), others.label
-            video, target, shares = self.mixing(_pixels(batch), batch.label, classes, rng, partner)
+                other = partner_batch(batch)
+                partner = _pixels(other), other.label
+            video, target, class_weights = self.mixing(_pixels(batch), batch.label, classes, rng, partner)
             if depth is not None:
                 video, depth = video[:, :3], video[:, 3:]
-        scores = model(video, head, depth)
-        loss = soft_cross_entropy(scores, target)
+        logits = model(video, head, depth)
+        loss = soft_cross_entropy(logits, target)
         count = target.any(1).sum()  # a mixture counts if one of its two samples has a label
-        return StepOutput(loss, count, {"loss": loss.detach() * count} | _hits(scores.detach(), shares))
+        return StepOutput(loss, count, {"loss": loss.detach() * count} | _hits(logits.detach(), class_weights))
 
     def evaluation_step(self, model: nn.Module, batch: Batch) -> StepOutput:
-        """Scores of each video: its views go through the model together and are averaged."""
-        scores = model(batch.video, self.labels.head[batch.source], batch.depth).float()
-        scores, label = average_views(scores, batch, self.average), batch.label[:: batch.views]
+        """Logits of each video: its views go through the model together and are averaged."""
+        logits = model(batch.video, self.labels.head[batch.source], batch.depth).float()
+        logits, label = average_views(logits, batch.views, self.average), batch.label[:: batch.views]
         known = label >= 0
-        loss = soft_cross_entropy(scores, soft_targets(label, scores.shape[1], smoothing=0))
+        loss = soft_cross_entropy(logits, soft_targets(label, logits.shape[1], smoothing=0))
         count = int(known.sum())
-        return StepOutput(loss, count, {"loss": loss * count} | _hits(scores[known], label[known]), scores)
+        return StepOutput(loss, count, {"loss": loss * count} | _hits(logits[known], label[known]), logits)
 
     def epoch_metrics(self, model: nn.Module) -> dict[str, Any]:
         """Mixing weights of a learned average: of each source, and by tensor where they are learned by tensor."""
@@ -75,24 +75,25 @@ class Classify(Task):
         return metrics
 
 
-def soft_cross_entropy(scores: Tensor, target: Tensor) -> Tensor:
-    """Mean over the samples of `-sum_c target_c log softmax(scores)_c`; (B, classes) twice -> scalar.
+def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Mean over the samples of `-sum_c target_c log softmax(logits)_c`; (B, classes) twice -> scalar.
 
     Samples without a label (a row of zeros) do not count; a batch without any label gives 0.
     """
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    total = -(target * F.log_softmax(scores, dim=-1)).sum()
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    total = -(target * F.log_softmax(logits, dim=-1)).sum()
     return total / target.any(1).sum().clamp(min=1)
 
 
-def average_views(scores: Tensor, batch: Batch, average: Literal["logits", "softmax"]) -> Tensor:
+def average_views(logits: Tensor, views: int, average: str) -> Tensor:
     """Logits (videos x views, classes), the views of a video next to each other -> logits (videos, classes).
 
-    The mean of softmaxed scores is given as its logarithm, so that a softmax of the result is that mean.
+    `average` is "logits" or "softmax". The mean of softmaxed logits is returned as its logarithm, so that a softmax of the
+    result is that mean.
     """
     if average == "logits":
-        return scores.unflatten(0, (-1, batch.views)).mean(1)
-    return scores.log_softmax(-1).unflatten(0, (-1, batch.views)).logsumexp(1) - math.log(batch.views)
+        return logits.unflatten(0, (-1, views)).mean(1)
+    return logits.log_softmax(-1).unflatten(0, (-1, views)).logsumexp(1) - math.log(views)
 
 
 def _pixels(batch: Batch) -> Tensor:
@@ -101,6 +102,6 @@ def _pixels(batch: Batch) -> Tensor:
     return pixels if batch.depth is None else torch.cat([pixels, batch.depth], dim=1)
 
 
-def _hits(scores: Tensor, target: Tensor) -> dict[str, Tensor]:
+def _hits(logits: Tensor, target: Tensor) -> dict[str, Tensor]:
     """Sums of top-1 and top-5 accuracy, in percent."""
-    return {f"top{k}": 100 * topk_hits(scores, target, k).sum() for k in (1, 5)}
+    return {f"top{k}": 100 * topk_hits(logits, target, k).sum() for k in (1, 5)}

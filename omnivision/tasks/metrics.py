@@ -51,12 +51,12 @@ def averages(totals: Totals) -> dict[str, float]:
     return {name: sum(sums.get(name, 0.0) for sums in totals.values()) / count for name in names} if count else {}
 
 
-def topk_hits(scores: Tensor, target: Tensor, k: int) -> Tensor:
+def topk_hits(logits: Tensor, target: Tensor, k: int) -> Tensor:
     """For each sample the largest weight that its target gives to one of the k best-scored classes: float (B,).
 
     `target` is soft, (B, classes), or labels, int64 (B,): then that is 1 for a hit and 0 for a miss. A label of -1 never hits.
     """
-    best = scores.topk(min(k, scores.shape[1]), dim=1).indices  # (B, k)
+    best = logits.topk(min(k, logits.shape[1]), dim=1).indices  # (B, k)
     if target.ndim == 1:
         return (best == target[:, None]).any(1).float()
     return target.gather(1, best).amax(1)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from omnivision.data.batch import Batch
 from omnivision.models.mae import (
+    MaePrediction,
     MaskedAutoencoder,
-    Prediction,
     patch_statistics,
     reconstruction_loss,
     reconstruction_target,
@@ -45,15 +45,15 @@ class Reconstruct(Task):
 
     evaluation_step = training_step
 
-    def _loss(self, prediction: Prediction, video: Tensor) -> Tensor:
-        target = reconstruction_target(video, self.tubelet, prediction.masked, self.norm)
+    def _loss(self, prediction: MaePrediction, video: Tensor) -> Tensor:
+        target = reconstruction_target(video, self.tubelet, prediction.masked_idx, self.norm)
         return reconstruction_loss(prediction.pixels, target)  # a mean: every sample masks equally many tokens
 
     @torch.no_grad()
     def visualize(self, model: nn.Module, batch: Batch) -> Visualization:
         """Original, visible tubelets, and the reconstruction of the first clip.
 
-        A model of normalised targets predicts patterns, not brightness: one column takes mean and deviation of each hidden
+        A model of normalised targets predicts patterns, not brightness: one column takes mean and deviation of each masked
         tubelet from the original and says so, another takes them from the visible tubelets alone.
         """
         assert isinstance(model, MaskedAutoencoder) and batch.mask is not None
@@ -62,30 +62,32 @@ class Reconstruct(Task):
         video = as_video(batch.video[:1], self.tubelet)  # of an image, as many frames as a tubelet has
         grid = token_grid((video.shape[2], video.shape[3], video.shape[4]), self.tubelet)
         original = patchify(unnormalize_pixels(video, channel_dim=1).float(), self.tubelet)  # (1, N, P, 3)
-        hidden = mask.flatten(1)[0]
+        masked = mask.flatten(1)[0]
         predicted = prediction.pixels.float().reshape(1, -1, *original.shape[2:])
-        mean, std = patch_statistics(original[:, hidden], self.norm)
+        mean, std = patch_statistics(original[:, masked], self.norm)
 
         def frames(patches: Tensor) -> np.ndarray:
             pixels = unpatchify(patches, grid, self.tubelet)[0]  # (3, T, H, W) in [0, 1]
             return (pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 3, 0).cpu().numpy()
 
-        def with_hidden(pixels: Tensor) -> np.ndarray:
+        def with_masked(pixels: Tensor) -> np.ndarray:
             patches = original.clone()
-            patches[:, hidden] = pixels
+            patches[:, masked] = pixels
             return frames(patches)
 
         name = "reconstruction" if self.norm == "none" else "reconstruction (true patch statistics)"
         columns = {
             "original": frames(original),
-            "visible": with_hidden(torch.full_like(predicted, GREY)),
-            "mask": frames(hidden[None, :, None, None].expand_as(original).float()),
-            name: with_hidden(predicted * std + mean),
+            "visible": with_masked(torch.full_like(predicted, GREY)),
+            "mask": frames(masked[None, :, None, None].expand_as(original).float()),
+            name: with_masked(predicted * std + mean),
         }
         if self.norm != "none":
-            seen_mean, seen_std = (
-                each.mean(1, keepdim=True) for each in patch_statistics(original[:, ~hidden], self.norm)
+            visible_mean, visible_std = (
+                each.mean(1, keepdim=True) for each in patch_statistics(original[:, ~masked], self.norm)
             )
-            columns["reconstruction (statistics of visible patches)"] = with_hidden(predicted * seen_std + seen_mean)
+            columns["reconstruction (statistics of visible patches)"] = with_masked(
+                predicted * visible_std + visible_mean
+            )
         last = video.shape[2] - 1
         return Visualization(columns, sorted({0, (last + 1) // 2, last}))

@@ -7,7 +7,6 @@ omnivision.load("runs/mae").reconstruct("video.mp4")
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -34,6 +33,7 @@ from omnivision.models import architecture
 from omnivision.models.mae import MaskedAutoencoder
 from omnivision.models.patches import token_grid
 from omnivision.tasks.base import Visualization
+from omnivision.tasks.classify import average_views
 from omnivision.tasks.reconstruct import Reconstruct
 from omnivision.utils.errors import UserError, is_out_of_memory
 
@@ -122,21 +122,19 @@ class VideoModel:
             raise UserError(
                 f"clips must be at least 1, crops 1 or 3, head 0 to {heads - 1} for {self.path}; got {clips}, {crops}, {head}."
             )
-        scores = self.model(self.views(video, clips, crops, **frames), head).float()
-        if not scores.isfinite().all():
+        logits = self.model(self.views(video, clips, crops, **frames), head).float()
+        if not logits.isfinite().all():
             raise UserError(f"{self.path} gives scores that are not finite: its training diverged. Use another.")
-        if self.config.average == "softmax":
-            return (scores.log_softmax(-1).logsumexp(0) - math.log(len(scores))).cpu().numpy()
-        return scores.mean(0).cpu().numpy()
+        return average_views(logits, len(logits), self.config.average)[0].cpu().numpy()
 
     def predict(
         self, video: str | Path, top: int = 5, clips: int = 2, crops: int = 3, head: int = 0, **frames: Any
     ) -> list[Prediction]:
         """The `top` likeliest classes of a video, best first. Raises UserError, as `scores`."""
-        shares = torch.from_numpy(self.scores(video, clips, crops, head, **frames)).softmax(0).numpy()
+        probs = torch.from_numpy(self.scores(video, clips, crops, head, **frames)).softmax(0).numpy()
         names = self.config.class_names[head]
-        best = np.argsort(-shares, kind="stable")[:top]
-        return [Prediction(names[label], int(label), float(shares[label])) for label in best]
+        best = np.argsort(-probs, kind="stable")[:top]
+        return [Prediction(names[label], int(label), float(probs[label])) for label in best]
 
     @torch.inference_mode()
     def reconstruct(
