@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from omnivision.data.batch import BadSample, Batch, Sample, collate, vanished_files
+from omnivision.data.batch import BadSample, Batch, Sample, collate, missing_files_message
 from omnivision.data.catalog import Dataset, Split
 from omnivision.data.dataset import REPLACEMENTS, ClipConfig, ClipDataset
 from omnivision.data.encode import write_video
@@ -254,7 +254,7 @@ class BadFiles(Videos):
         self.assertEqual((len(sample.video), len(sample.bad)), (0, 1 + REPLACEMENTS))
         tried = [bad.path for bad in sample.bad]
         self.assertLess(len(set(tried)), len(tried))
-        self.assertIn(f" {len(set(tried))} files", vanished_files(tried, "of a batch"), "files, not tries")
+        self.assertIn(f" {len(set(tried))} files", missing_files_message(tried, "of a batch"), "files, not tries")
 
     def test_a_lost_disk_makes_files_missing_and_damage_does_not(self):
         dataset = self.dataset(training=False)

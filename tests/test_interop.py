@@ -22,9 +22,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from omnivision.checkpoint.pretrained import WeightFilter, load
 from omnivision.checkpoint.state_dict_file import StateDictFile, read, resolve_checkpoint
-from omnivision.interop.architecture import ArchOverrides
-from omnivision.interop.huggingface import from_hf, preprocessor_config, to_hf
-from omnivision.interop.published import ConvertedCheckpoint, convert, from_ours, from_videomae, recognise
+from omnivision.interop.huggingface import preprocessor_config, to_hf
+from omnivision.interop.infer_architecture import ArchOverrides
+from omnivision.interop.published import ConvertedCheckpoint, convert, from_hf, from_ours, from_videomae, recognise
 from omnivision.models.architecture import build, describe
 from omnivision.models.classifier import VideoClassifier
 from omnivision.models.mae import MaskedAutoencoder, split_tokens

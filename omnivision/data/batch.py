@@ -21,10 +21,10 @@ class BadSample:
     path: str
     reason: str
     split: str = "train"
-    missing: bool = False  # the file, or the file system that it lies on, is not there
+    missing: bool = False  # the file, or its file system, is not there
 
 
-def vanished_files(paths: Sequence[str], which: str) -> str:
+def missing_files_message(paths: Sequence[str], which: str) -> str:
     """Return a message about files that are all missing at once; each counts once, however often it was tried."""
     return (
         f"None of {len(set(paths))} files {which} is there, e.g. {paths[0]}. Is the data mounted? Then the same command "

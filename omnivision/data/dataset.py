@@ -33,8 +33,8 @@ from omnivision.data.views import View
 REPLACEMENTS = 20
 MAX_ASPECT = 16  # longest side of a frame, in short sides
 # errno when a file, or the file system that it lies on, is not there.
-_UNREACHABLE = "ENOENT EACCES EIO ENODEV ENOTCONN ESTALE ETIMEDOUT EHOSTDOWN"
-UNREACHABLE = {getattr(errno, name) for name in _UNREACHABLE.split()}
+_MISSING_ERRNOS = "ENOENT EACCES EIO ENODEV ENOTCONN ESTALE ETIMEDOUT EHOSTDOWN"
+MISSING_ERRNOS = {getattr(errno, name) for name in _MISSING_ERRNOS.split()}
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class ClipDataset:
             try:
                 return self._sample(split, request, path, bad)
             except VideoDecodeError as error:
-                missing = getattr(error.__cause__, "errno", None) in UNREACHABLE
+                missing = getattr(error.__cause__, "errno", None) in MISSING_ERRNOS
                 bad.append(BadSample(split.name, request.sample_index, path, str(error), split.which, missing))
         return self._empty(split, request, path, bad)
 
@@ -108,12 +108,12 @@ class ClipDataset:
         views, masks, depths = [], [], []
         for clip, frames in enumerate(self._clips(split, request, path, config)):
             frames = config.view.prepare(_check_aspect(frames))
-            for number in range(config.views):
-                key = (*request, clip * config.views + number)
-                cropped = config.view(frames, keyed_rng(self.seed, Draw.VIEW, *key), number)  # (T, C, H, W)
+            for crop_index in range(config.views):
+                key = (*request, clip * config.views + crop_index)
+                cropped = config.view(frames, keyed_rng(self.seed, Draw.VIEW, *key), crop_index)  # (T, C, H, W)
                 views.append(cropped.permute(0, 2, 3, 1))
                 if depth is not None:
-                    depths.append(config.view.crop(depth, keyed_rng(self.seed, Draw.VIEW, *key), number)[0])
+                    depths.append(config.view.crop(depth, keyed_rng(self.seed, Draw.VIEW, *key), crop_index)[0])
                 if config.mask is not None:
                     masks.append(torch.from_numpy(config.mask(config.grid, keyed_rng(self.seed, Draw.MASK, *key))))
         # (V, C, T, H, W), channels last in memory as decoders and resizing have them: making it contiguous costs as much as

@@ -465,7 +465,7 @@ def _single_layer(codec: str, extradata: bytes | None) -> bool:
 
 @contextmanager
 def _as_decode_error() -> Iterator[None]:
-    """Turn the errors of a damaged or vanished file into VideoDecodeError."""
+    """Turn the errors of a damaged or missing file into VideoDecodeError."""
     try:
         yield
     except _FILE_ERRORS as error:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from omnivision.checkpoint import fingerprint as experiment
 from omnivision.checkpoint.state_dict_file import CONFIG, METADATA, StateDictFile
-from omnivision.interop.architecture import position_tables
+from omnivision.interop.infer_architecture import position_tables
 from omnivision.interop.published import EPSILON, ConvertedCheckpoint
 from omnivision.models.architecture import Architecture, build
 from omnivision.utils.errors import UserError

@@ -13,13 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from omnivision.interop.architecture import position_tables
-from omnivision.interop.published import DECODER, EPSILON, HF_CONFIG_KEYS, RENAMES, from_hf, pattern
+from omnivision.interop.infer_architecture import position_tables
+from omnivision.interop.published import DECODER, EPSILON, HF_CONFIG_KEYS, RENAMES, pattern
 from omnivision.models.architecture import Architecture
 from omnivision.models.patches import IMAGENET_MEAN, IMAGENET_STD
 from omnivision.utils.errors import UserError
-
-__all__ = ["from_hf", "preprocessor_config", "to_hf"]
 
 
 class Exported(NamedTuple):
@@ -49,7 +47,24 @@ def to_hf(
     classes = architecture.get("classes", [])
     if classes and not 0 <= head < len(classes):
         raise UserError(f"--head must be 0 to {len(classes) - 1}, got {head}: the model has {len(classes)} heads.")
-    left: dict[str, Tensor] = {}
+    remaining, left_out = _select_exported(state, head)
+    dropped |= left_out
+    base, other_norm = ("videomae.", "{base}layernorm") if classes else ("", "fc_norm")
+    out: dict[str, Tensor] = {}
+    for theirs, ours in RENAMES["hf"].items():
+        if not theirs.startswith((other_norm, "decoder.", "encoder_to", "mask_token")):
+            for name in remaining:
+                if match := pattern(ours).fullmatch(name):
+                    out[theirs.format(base=base, **match.groupdict())] = remaining[name]
+    # Contiguous, and no part of another tensor: safetensors takes nothing else.
+    out = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in out.items()}
+    return Exported(out, _hf_config(architecture, out, class_names), dropped)
+
+
+def _select_exported(state: Mapping[str, Tensor], head: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the entries to export, with q, k and v apart and one head, and {name: reason} of the others."""
+    remaining: dict[str, Tensor] = {}
+    dropped: dict[str, str] = {}
     for name, tensor in state.items():
         if name.startswith(DECODER):
             dropped[name] = "its decoder adds positions after its projection, ours before"
@@ -58,19 +73,10 @@ def to_hf(
         elif name.startswith("heads.") and not name.startswith(f"heads.{head}."):
             dropped[name] = "another head; choose it with --head"
         elif ".attn.qkv." in name:
-            left |= dict(zip((f"{name}[q]", f"{name}[k]", f"{name}[v]"), tensor.chunk(3), strict=True))
+            remaining |= dict(zip((f"{name}[q]", f"{name}[k]", f"{name}[v]"), tensor.chunk(3), strict=True))
         else:
-            left[name.replace(f"heads.{head}.", "heads.0.", 1)] = tensor
-    base, other_norm = ("videomae.", "{base}layernorm") if classes else ("", "fc_norm")
-    out: dict[str, Tensor] = {}
-    for theirs, ours in RENAMES["hf"].items():
-        if not theirs.startswith((other_norm, "decoder.", "encoder_to", "mask_token")):
-            for name in left:
-                if match := pattern(ours).fullmatch(name):
-                    out[theirs.format(base=base, **match.groupdict())] = left[name]
-    # Contiguous, and no part of another tensor: safetensors takes nothing else.
-    out = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in out.items()}
-    return Exported(out, _hf_config(architecture, out, class_names), dropped)
+            remaining[name.replace(f"heads.{head}.", "heads.0.", 1)] = tensor
+    return remaining, dropped
 
 
 def preprocessor_config(architecture: Architecture) -> dict[str, Any]:

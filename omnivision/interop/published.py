@@ -20,7 +20,7 @@ from torch import Tensor
 
 from omnivision.checkpoint.fingerprint import valid_names
 from omnivision.checkpoint.state_dict_file import StateDictFile, check_numbers, preview, strip_wrappers
-from omnivision.interop.architecture import (
+from omnivision.interop.infer_architecture import (
     TYPICAL_DECODER_HEADS,
     ArchOverrides,
     infer_architecture,

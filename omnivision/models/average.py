@@ -30,7 +30,7 @@ class AveragedClassifier(nn.Module):
     Raises UserError for a trunk with activation checkpointing, whose averaged weights are gone in the backward pass.
     """
 
-    mixing_ratio: nn.Parameter  # (K,) or (parameter tensors of the trunk, K)
+    mixing_ratio: nn.Parameter  # logits of the weights: (K,) or (parameter tensors of the trunk, K)
 
     def __init__(
         self,

@@ -173,7 +173,7 @@ class VideoModel:
                 starts = uniform_clip_starts(opened.duration, seconds, clips) if clips > 1 else [middle]
                 for begin in starts if start is None else [start]:
                     clip = view.prepare(opened.read(*clip_window(begin, seconds), self.num_frames))
-                    views += [view(clip, rng, number) for number in range(crops)]
+                    views += [view(clip, rng, crop_index) for crop_index in range(crops)]
         except VideoDecodeError as error:
             raise UserError(f"{video} cannot be read: {error}. Give a video or a folder of its frames.") from None
         return torch.stack(views).transpose(1, 2).to(self.device)

@@ -42,8 +42,8 @@ def import_weights(
         force: Replace OUT if it exists.
     """
     from omnivision.checkpoint.state_dict_file import read
-    from omnivision.interop.architecture import ArchOverrides
     from omnivision.interop.export import check_target, origin, write_file
+    from omnivision.interop.infer_architecture import ArchOverrides
     from omnivision.interop.published import class_names, convert
 
     file = read(source)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from omnivision.data.batch import BadSample, Batch, vanished_files
+from omnivision.data.batch import BadSample, Batch, missing_files_message
 from omnivision.distributed.process_group import Dist
 from omnivision.reporting.predictions import Predictions
 from omnivision.tasks.base import Task
@@ -44,7 +44,7 @@ def evaluate(
     """Evaluate `model` on this rank's `batches`; the result covers all ranks and is the same on each.
 
     Returns None, on all ranks, when one was asked to stop before the end. Raises UserError, on all ranks, when the files that
-    one of them reads have disappeared.
+    one of them reads are missing.
     """
     model.eval()
     meter, predictions, bad, videos = Meter(), dict[str, list[Predictions]](), list[BadSample](), 0
@@ -54,8 +54,8 @@ def evaluate(
         if stop_requested := stop is not None and stop.cause is not None:
             break
         bad += batch.bad
-        unreadable = not len(batch) and all(each.missing for each in batch.bad)
-        missing = missing | dict.fromkeys(each.path for each in batch.bad) if unreadable else {}
+        all_missing = not len(batch) and all(each.missing for each in batch.bad)
+        missing = missing | dict.fromkeys(each.path for each in batch.bad) if all_missing else {}
         if len(missing) >= MAX_MISSING:
             break
         if not len(batch):
@@ -69,13 +69,13 @@ def evaluate(
             part = Predictions(index, label, output.scores.float().cpu().numpy(), batch.paths[:: batch.views])
             predictions.setdefault(batch.source, []).append(part)
     ends = dist.gather((stop_requested, missing))
-    if vanished := [path for _, paths in ends if len(paths) >= MAX_MISSING for path in paths]:
-        raise UserError(vanished_files(vanished, "in a row that were to be evaluated"), on_all_ranks=True)
+    if unreachable := [path for _, paths in ends if len(paths) >= MAX_MISSING for path in paths]:
+        raise UserError(missing_files_message(unreachable, "in a row that were to be evaluated"), on_all_ranks=True)
     if any(stop_requested for stop_requested, _ in ends):
         return None
-    ranks = dist.gather({source: merge(parts) for source, parts in predictions.items()})
+    ranks = dist.gather({source: merge_predictions(parts) for source, parts in predictions.items()})
     sources = sorted({source for rank in ranks for source in rank})
-    merged = {source: merge([rank[source] for rank in ranks if source in rank]) for source in sources}
+    merged = {source: merge_predictions([rank[source] for rank in ranks if source in rank]) for source in sources}
     totals = meter.totals(dist)
     metrics: dict[str, Any] = averages(totals) | {"videos": sum(dist.gather(videos))}
     per_source: dict[str, dict[str, Any]] = {source: averages({source: total}) for source, total in totals.items()}
@@ -86,7 +86,7 @@ def evaluate(
     return Evaluation(metrics, per_source, merged, bad)
 
 
-def merge(parts: Sequence[Predictions]) -> Predictions:
+def merge_predictions(parts: Sequence[Predictions]) -> Predictions:
     """Predictions of batches or ranks together, in the order of the split."""
     index, label, scores = (np.concatenate([getattr(p, name) for p in parts]) for name in ("index", "label", "scores"))
     paths = [path for part in parts for path in part.paths]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from omnivision.data.batch import BadSample, vanished_files
+from omnivision.data.batch import BadSample, missing_files_message
 from omnivision.distributed.fsdp import local_tensor
 from omnivision.distributed.process_group import Dist
 from omnivision.reporting.logs import BadSampleLedger, MetricsLog
@@ -185,7 +185,7 @@ class StepStats:
             self.stop_requested = self.stop_requested or bool(stop_requested)
             if partial and missing == bad:  # the data is unreachable; the files are not bad
                 paths = [sample.path for part in self.dist.gather(step.bad) for sample in part]
-                raise UserError(vanished_files(paths, "that one batch was to be made of"), on_all_ranks=True)
+                raise UserError(missing_files_message(paths, "that one batch was to be made of"), on_all_ranks=True)
             num_files = self.record_bad(step.bad) if bad else 0
             if partial:
                 raise UserError(

@@ -188,10 +188,10 @@ class Trainer:
             last_of_epoch = state.step == state.steps_per_epoch
             log = self.global_step % settings.logging.log_freq == 0 or last_of_epoch
             save = is_due(self.global_step, settings.checkpoint.save_every_steps)
-            images = self._due_visualizations(last_of_epoch)
+            visualizations = self._due_visualizations(last_of_epoch)
             # Wait for the newest step only if something is written.
-            self.step_stats.drain(keep_newest=0 if log or save or images else 1)
-            for name in images:
+            self.step_stats.drain(keep_newest=0 if log or save or visualizations else 1)
+            for name in visualizations:
                 self._visualize(batch, name)
             if log:
                 self._log_step(throughput)

@@ -73,11 +73,11 @@ def class_accuracy(predictions: Predictions) -> Markup:
     """Draw the accuracy of each class that has a video, worst first."""
     matrix = predictions.confusion()
     counts, right = matrix.sum(1), matrix.diagonal()
-    shares = 100 * right / np.maximum(counts, 1)
-    order = [label for label in np.argsort(shares, kind="stable") if counts[label]]
+    accuracy = 100 * right / np.maximum(counts, 1)
+    order = [label for label in np.argsort(accuracy, kind="stable") if counts[label]]
     figure = graph.Figure(
         graph.Bar(
-            x=shares[order], y=[html.escape(predictions.class_names[label]) for label in order], orientation="h",
+            x=accuracy[order], y=[html.escape(predictions.class_names[label]) for label in order], orientation="h",
             text=[f"{right[label]} of {counts[label]}" for label in order], textposition="outside",
             marker={"color": COLOURS[0]}, hovertemplate="%{y}: %{x:.1f} % (%{text})<extra></extra>",
         )
@@ -115,9 +115,9 @@ def mistakes(predictions: Predictions, count: int, entry: Mapping[str, Any]) -> 
 
     `entry` is that of the catalog: `fps` and `frame_pattern` of frame folders, `prefix` of paths, which is left out.
     """
-    shares, label = predictions.probabilities, predictions.label
-    predicted, confidence = shares.argmax(1), shares.max(1)
-    of_label = np.take_along_axis(shares, np.maximum(label, 0)[:, None], 1)[:, 0]
+    probs, label = predictions.probabilities, predictions.label
+    predicted, confidence = probs.argmax(1), probs.max(1)
+    of_label = np.take_along_axis(probs, np.maximum(label, 0)[:, None], 1)[:, 0]
     wrong = np.flatnonzero((label >= 0) & (predicted != label))
     most_confident = wrong[np.argsort(-confidence[wrong], kind="stable")][:count]
     worst = wrong[np.argsort(of_label[wrong], kind="stable")][:count]

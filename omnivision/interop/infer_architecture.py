@@ -16,7 +16,7 @@ from torch import Tensor
 
 from omnivision.checkpoint.fingerprint import flat
 from omnivision.models.architecture import Architecture, build, describe
-from omnivision.models.patches import sinusoid_positions
+from omnivision.models.patches import sinusoid_positions, token_grid
 from omnivision.utils.errors import UserError
 
 # Of published models, by width; assumed, and reported, where neither the file nor the user has them.
@@ -132,8 +132,8 @@ def position_tables(architecture: Architecture) -> dict[str, Tensor]:
 
 def num_tokens(trunk: Mapping[str, Any]) -> int:
     """Return the number of tokens of a clip."""
-    pt, ph, pw = trunk["tubelet"]
-    return (trunk["num_frames"] // pt) * (trunk["image_size"] // ph) * (trunk["image_size"] // pw)
+    side = trunk["image_size"]
+    return math.prod(token_grid((trunk["num_frames"], side, side), trunk["tubelet"]))
 
 
 def _resolve(
@@ -162,14 +162,14 @@ def _infer_size(
     """Return frames and side (pixels) of a clip, such that the positional embedding, if any, has as many tokens."""
     pt, ph, pw = tubelet
     frames = _resolve("--num-frames", trunk.get("num_frames"), overrides.num_frames, TYPICAL_FRAMES, assumed)
-    size, slots, tokens = trunk.get("image_size"), max(frames // pt, 1), None
+    size, temporal, tokens = trunk.get("image_size"), max(frames // pt, 1), None
     if "trunk.pos_embed" in state:
         tokens = state["trunk.pos_embed"].shape[1]
-        side = math.isqrt(tokens // slots * ph * pw)
-        if size is None and slots * (side // ph) * (side // pw) == tokens:
+        side = math.isqrt(tokens // temporal * ph * pw)
+        if size is None and temporal * (side // ph) * (side // pw) == tokens:
             size = side
     size = _resolve("--image-size", size, overrides.image_size, TYPICAL_SIZE if tokens is None else None, assumed)
-    count = slots * (size // ph) * (size // pw)
+    count = temporal * (size // ph) * (size // pw)
     clip = f"{frames} frames of {size} x {size} pixels"
     if tokens not in (None, count):
         raise UserError(
@@ -183,13 +183,13 @@ def _infer_size(
     return frames, size
 
 
-def _mlp_ratio(in_file: Any, hidden: int, width: int) -> float:
+def _mlp_ratio(in_file: Any, mlp_width: int, width: int) -> float:
     """Return the ratio in the file if it gives this width, which is truncated, else one of the weights."""
-    if isinstance(in_file, (int, float)) and 0 <= in_file * width - hidden < 1:
+    if isinstance(in_file, (int, float)) and 0 <= in_file * width - mlp_width < 1:
         return in_file
-    ratio = hidden / width
-    # Times the width it may come out a rounding below `hidden`, and be truncated to one less.
-    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
+    ratio = mlp_width / width
+    # Times the width it may come out a rounding below `mlp_width`, and be truncated to one less.
+    return ratio if int(width * ratio) == mlp_width else math.nextafter(ratio, math.inf)
 
 
 def _count_blocks(state: Mapping[str, Tensor], prefix: str) -> int:
