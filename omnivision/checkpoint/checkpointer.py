@@ -86,7 +86,7 @@ def report_write_errors(folder: Path) -> Iterator[None]:
     except (OSError, CorruptCheckpointError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         with contextlib.suppress(OSError):
-            reason += f" ({shutil.disk_usage(folder).free / 1e9:.2g} GB are free)"
+            reason += f" ({shutil.disk_usage(folder).free / 1e9:.1f} GB are free)"
         raise UserError(
             f"A checkpoint could not be written to {folder}: {reason}. Earlier ones are intact. Free space or set "
             "trainer.checkpoint.save_dir; the same command resumes from the newest."

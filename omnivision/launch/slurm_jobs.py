@@ -42,7 +42,10 @@ def history(folder: RunDir, token: str | None = None) -> list[dict[str, Any]]:
 
 
 def restarts_without_progress(lines: list[dict[str, Any]]) -> int:
-    """Count the starts since one last resumed from a step that no earlier start had reached."""
+    """Count the starts since one last resumed from a step that no earlier start had reached.
+
+    A start that has not resumed yet counts itself: it is one too many only above the limit.
+    """
     best, count = -1, 0
     for line in lines:
         if line["event"] == "start":

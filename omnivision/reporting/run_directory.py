@@ -125,6 +125,8 @@ class RunDir:
 
         Waits up to `patience` seconds for another holder to exit or to become stale. Raises UserError if it does not.
         """
+        if self._held:
+            return None
         deadline = time.monotonic() + patience
         while not self._held:
             with file_lock(self.path / ".lock.guard"):
@@ -137,6 +139,7 @@ class RunDir:
             if waiting:
                 print(f"Waiting: {waiting}", flush=True)
                 time.sleep(min(5.0, patience / 4))
+        self._released.clear()
         threading.Thread(target=self._beat, daemon=True, name="run-folder-heartbeat").start()
         who = f"process {holder['pid']} on {holder.get('host')}" if holder else "an unknown process"
         return f"Took over the lock of {who}, which has exited or has no heartbeat." if stale else None
