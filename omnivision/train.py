@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None, beside: Path | None = None) -> 
         jobs = [make_job(config, command) for config in configs]
         if any(job.settings.trainer.mode == "dry" for job in jobs):
             sys.exit(max(map(print_dry_run, jobs)))
-        from omnivision.launch.launcher import launch  # imports torch
+        from omnivision.launch.launcher import launch
 
         sys.exit(launch(jobs))
 

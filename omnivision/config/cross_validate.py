@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from omnivision.config.instantiate import arguments_of
@@ -28,7 +28,7 @@ def cross_validate(settings: Settings, arguments: Sequence[str] = ()) -> list[st
     if problems := _stage_problems(settings, arguments):
         return problems
     trainer, data, images = settings.trainer, settings.trainer.data, settings.images
-    problems = _broken_rules(settings)
+    problems = list(_broken_rules(settings))
     for name, part in trainer.model.items():
         if isinstance(part, dict) and {"width", "heads"} <= part.keys() and part["width"] % part["heads"]:
             key = f"trainer.model.{name}"
@@ -49,50 +49,31 @@ def cross_validate(settings: Settings, arguments: Sequence[str] = ()) -> list[st
     return problems
 
 
-def _broken_rules(settings: Settings) -> list[str]:
-    """Say which settings have values that the kind of run, of data or of model does not allow."""
+def _broken_rules(settings: Settings) -> Iterator[str]:
+    """Yield a message for each value that this kind of run, of data or of model does not allow."""
     trainer, data, images = settings.trainer, settings.trainer.data, settings.images
     trunk, kinds = trainer.model.get("trunk") or {}, {source.kind for source in data.sources.values()}
     masks = [data.mask] + ([images.mask] if images else [])
     masked, count = _reconstructs(trainer.task), trainer.model.get("num_models")
-    source = settings.pretrained_checkpoint_path
-    given = len(source) if isinstance(source, list) else 1
-    average = f"+experiments={EXPERIMENTS['average']} trainer/model=NAME_average_ft"
-    rules = [  # what is wrong, a setting, and what it must be
-        (masked and None in masks, "trainer.data.mask", "be set for Reconstruct. Set trainer/data=unlabelled_video."),
-        (masked is False and any(masks), "trainer.data.mask", "be null for Classify. Set trainer/data=labelled_video."),
-        (
-            images is None and kinds - {"video"},
-            "trainer.data.image",
-            "be set for images. Set trainer/data=labelled_image.",
-        ),
-        (
-            "rgbd" in kinds and not trunk.get("rgbd"),
-            "trainer.model.trunk.rgbd",
-            "be true for sources of the kind rgbd.",
-        ),
-        (
-            count and trainer.distributed.strategy == "fsdp",
-            "trainer.distributed.strategy",
-            "be ddp for an average of checkpoints, got fsdp.",
-        ),
-        (
-            isinstance(source, list) and not count,
-            "pretrained_checkpoint_path",
-            f"be one checkpoint for this trainer.model, got {given}. Set one, or {average}.",
-        ),
-        (
-            count and given not in (1, count),  # one file may hold several
-            "ensemble_num_models",
-            f"be the number of checkpoints in pretrained_checkpoint_path, got {count} and {given}.",
-        ),
-        (
-            settings.lr is not None and trainer.optim.lr_scale_factor != 1,
-            "lr",
-            "be null where lr_scale_factor is set: lr is the peak for this batch, lr_scale_factor divides the recipe's.",
-        ),
-    ]
-    return [f"{key} must {text}" for is_broken, key, text in rules if is_broken]
+    weights = settings.pretrained_checkpoint_path
+    given = len(weights) if isinstance(weights, list) else 1
+    if masked and None in masks:
+        yield "trainer.data.mask must be set for Reconstruct. Set trainer/data=unlabelled_video."
+    if masked is False and any(masks):
+        yield "trainer.data.mask must be null for Classify. Set trainer/data=labelled_video."
+    if images is None and kinds - {"video"}:
+        yield "trainer.data.image must be set for images. Set trainer/data=labelled_image."
+    if "rgbd" in kinds and not trunk.get("rgbd"):
+        yield "trainer.model.trunk.rgbd must be true for sources of the kind rgbd."
+    if count and trainer.distributed.strategy == "fsdp":
+        yield "trainer.distributed.strategy must be ddp for an average of checkpoints, got fsdp."
+    if isinstance(weights, list) and not count:
+        average = f"+experiments={EXPERIMENTS['average']} trainer/model=NAME_average_ft"
+        yield f"pretrained_checkpoint_path must be one checkpoint for this trainer.model, got {given}. Set one, or {average}."
+    if count and given not in (1, count):  # one file may hold several
+        yield f"ensemble_num_models must be the number of checkpoints in pretrained_checkpoint_path, got {count} and {given}."
+    if settings.lr is not None and trainer.optim.lr_scale_factor != 1:
+        yield "lr must be null where lr_scale_factor is set: lr is the peak of this batch, lr_scale_factor that of another."
 
 
 def _stage_problems(settings: Settings, arguments: Sequence[str]) -> list[str]:

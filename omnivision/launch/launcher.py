@@ -71,7 +71,7 @@ def launch(jobs: Sequence[Job]) -> int:
 
         return submit(jobs)
     if os.environ.get("RANK", "0") == "0":
-        announce("Loading torch, then building the model")
+        announce("Building the model")
     from omnivision.distributed.process_group import RankInfo
     from omnivision.launch.run import run_rank
 
