@@ -25,7 +25,7 @@ from omnivision.config.compose import (
     help_text,
     parse_command_line,
 )
-from omnivision.utils.errors import EXIT_INTERRUPTED, StopRequested, UserError
+from omnivision.utils.errors import EXIT_SIGINT, StopRequested, UserError
 from omnivision.utils.streams import announce, ignore_broken_pipe, output_problem
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def make_job(config: DictConfig, command: CommandLine) -> Job:
     settings = validate_config(config, command.overrides)
     problems, warnings = ([], []) if settings.trainer.mode == "dry" else check_run(settings, validate_launch_mode)
     if problems:
-        raise UserError.of(problems)
+        raise UserError.from_problems(problems)
     for warning in [*stage_warnings(settings, command.overrides), *warnings] if is_main else ():
         print(f"warning: {warning}", file=sys.stderr)
     return Job(settings, OmegaConf.to_yaml(config, resolve=False))
@@ -81,7 +81,7 @@ def make_job(config: DictConfig, command: CommandLine) -> Job:
 def print_dry_run(job: Job) -> int:
     """Print what a run would be, and its batch script; returns 1 if it could not start."""
     from omnivision.launch import slurm
-    from omnivision.launch.launcher import run_folder, validate_launch_mode
+    from omnivision.launch.launcher import run_dir_of, validate_launch_mode
     from omnivision.launch.submit import batch_script, check_submission
     from omnivision.training.dry_run import dry_run
 
@@ -91,7 +91,7 @@ def print_dry_run(job: Job) -> int:
 
     code = dry_run(job.settings, job.config_text, validate_launch_mode, check_cluster)
     if job.settings.submitit.use_cluster:
-        print(f"\nThe batch script:\n\n{batch_script(job.settings, run_folder(job))}")
+        print(f"\nThe batch script:\n\n{batch_script(job.settings, run_dir_of(job))}")
     if problem := output_problem():
         raise UserError(problem)
     return code
@@ -111,7 +111,7 @@ def exit_on_error() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         print("interrupted before a run began", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
+        sys.exit(EXIT_SIGINT)
     except StopRequested as error:
         print(f"ended by {error.cause} before a run began", file=sys.stderr)
         sys.exit(error.exit_code)
@@ -119,6 +119,6 @@ def exit_on_error() -> Iterator[None]:
         from omnivision.launch.exit import exit_code_and_reason, print_error, unwrap_keyboard_interrupt
 
         code, reason = exit_code_and_reason(unwrap_keyboard_interrupt(error))
-        if code != EXIT_INTERRUPTED:
+        if code != EXIT_SIGINT:
             print_error(reason if isinstance(error, UserError) else error)
         sys.exit(code)

@@ -13,7 +13,7 @@ from PIL import Image
 from omnivision.data.encode import write_video
 from omnivision.tools import check_data
 from omnivision.tools.workers import WorkerCrashedError
-from omnivision.utils.errors import EXIT_INTERRUPTED, UserError
+from omnivision.utils.errors import EXIT_SIGINT, UserError
 from tests import test_catalog as catalog
 from tests.runs import call_command, real_films
 
@@ -107,7 +107,7 @@ class Samples(Folder):
         self.assertEqual((code, "bad: a.mp4: killed" in out), (1, True))
         with mock.patch.object(check_data, "run_in_processes", side_effect=KeyboardInterrupt):
             code, _ = run(self.folder / "paths.npy", "--json", self.folder / "x.json")
-        self.assertEqual((code, (self.folder / "x.json").exists()), (EXIT_INTERRUPTED, False))
+        self.assertEqual((code, (self.folder / "x.json").exists()), (EXIT_SIGINT, False))
 
 
 class Splits(Folder):

@@ -9,7 +9,7 @@ import unittest
 from unittest import mock
 
 from omnivision.tools.main import COMMANDS, main
-from omnivision.utils.errors import EXIT_INTERRUPTED, UserError
+from omnivision.utils.errors import EXIT_SIGINT, UserError
 from omnivision.utils.streams import SafeStream
 from tests.runs import call_command
 
@@ -62,7 +62,7 @@ class Ends(unittest.TestCase):
     def test_interrupted(self):
         with contextlib.redirect_stderr(io.StringIO()) as stderr:
             with mock.patch("omnivision.tools.main.call", side_effect=KeyboardInterrupt):
-                self.assertEqual(main(["runs", "x"]), EXIT_INTERRUPTED)
+                self.assertEqual(main(["runs", "x"]), EXIT_SIGINT)
         self.assertIn("runs", stderr.getvalue())
 
 

@@ -23,7 +23,7 @@ from omnivision.tools.inference import Prediction
 from omnivision.tools.main import main
 from omnivision.training.evaluate import Evaluation
 from omnivision.training.run_messages import end_lines, start_lines
-from omnivision.utils.errors import EXIT_INTERRUPTED, StopRequested, UserError
+from omnivision.utils.errors import EXIT_SIGINT, StopRequested, UserError
 from omnivision.utils.signals import StopSignal
 from omnivision.utils.streams import announce, fit, wrap
 from tests.test_trainer import Noise, trainer
@@ -191,7 +191,7 @@ class Interrupted(Folder):
         for error, code, hint in (
             (StopRequested("SIGTERM", saved_step=5), 143, "the same command"),
             (StopRequested("SIGTERM"), 143, ""),
-            (KeyboardInterrupt(), EXIT_INTERRUPTED, ""),
+            (KeyboardInterrupt(), EXIT_SIGINT, ""),
             (UserError("wrong"), 1, "error: wrong\n"),
         ):
             with contextlib.redirect_stderr(io.StringIO()) as stderr:
@@ -210,17 +210,17 @@ class Interrupted(Folder):
         error = KeyboardInterrupt()
         error.add_note(StopSignal().describe_saved())
         code, reason = exit_code_and_reason(error)
-        self.assertEqual((code, "nothing is saved" in reason), (EXIT_INTERRUPTED, True))
+        self.assertEqual((code, "nothing is saved" in reason), (EXIT_SIGINT, True))
 
     def test_a_sweep_ends_with_the_run_that_is_interrupted(self):
         submitit = SimpleNamespace(use_cluster=False)
         launchers = [SimpleNamespace(experiment_log_dir=f"run_{number}", gpus_per_node=1) for number in range(3)]
         jobs = [SimpleNamespace(settings=SimpleNamespace(submitit=submitit, launcher=each)) for each in launchers]
         for codes, runs in (
-            ([0, EXIT_INTERRUPTED, 0], 2),
+            ([0, EXIT_SIGINT, 0], 2),
             ([0, 143, 0], 2),
             ([1, 0, 0], 3),
-            ([0, 0, EXIT_INTERRUPTED], 3),
+            ([0, 0, EXIT_SIGINT], 3),
         ):
             with (
                 mock.patch("omnivision.launch.run.run_rank", side_effect=codes) as run,

@@ -81,7 +81,7 @@ class Folder(unittest.TestCase):
     def rank_end(self, restarts: int, error: BaseException, rank: int = 3, job: str | None = "12") -> None:
         """Another rank's end file."""
         self.folder.logs.mkdir(exist_ok=True)
-        with mock.patch.multiple(ending, own_job=lambda: job, own_restarts=lambda: restarts):
+        with mock.patch.multiple(ending, slurm_job_id=lambda: job, slurm_restart_count=lambda: restarts):
             ending.write_end_file(self.folder, rank, error, f"{type(error).__name__}: {error}")
 
 
@@ -188,7 +188,7 @@ class Ends(Folder):
 
     def test_the_summary_of_a_local_run_names_the_cause(self):
         self.rank_end(0, ValueError("no such label"), rank=1, job=None)
-        self.assertEqual(ending.report_exit(DISCONNECTED, self.folder, tells=True, rank=0), 70)
+        self.assertEqual(ending.report_exit(DISCONNECTED, self.folder, writes_summary=True, rank=0), 70)
         summary = self.folder.read_summary()
         self.assertEqual(summary["status"], "failed")
         self.assertEqual(summary["exit_reason"], "process 1 failed: ValueError: no such label")
@@ -213,7 +213,9 @@ class Ends(Folder):
                 return refusal
 
             with mock.patch.object(slurm, "requeue", requeue), mock.patch.object(slurm_jobs, "finalize_dependents"):
-                self.log().apply_exit(slurm_jobs.ExitDecision("requeued", "preempted", requeue=True), tells=True)
+                self.log().apply_exit(
+                    slurm_jobs.ExitDecision("requeued", "preempted", requeue=True), writes_summary=True
+                )
             self.assertEqual(self.folder.read_summary()["status"], status)
 
 
@@ -445,7 +447,7 @@ class Answers(unittest.TestCase):
             partition = command[-1].partition("--partition=")[2] or None
             return mock.Mock(stdout=answers[partition])
 
-        with mock.patch.object(slurm, "run", run), mock.patch.dict(os.environ):
+        with mock.patch.object(slurm, "run_slurm_command", run), mock.patch.dict(os.environ):
             os.environ.pop("SBATCH_PARTITION", None)
             for name, limits in ((None, (4, 2880)), ("gpu,cpu", (9, None)), ("no", (None, None))):
                 self.assertEqual(slurm.partition_limits(name), limits)
@@ -455,7 +457,7 @@ class Answers(unittest.TestCase):
     def test_jobs_in_the_queue(self):
         mine = ["12", "RUNNING", "None", "two\nlines \ufffd", "/x/submitit_logs/y.sh", "(null)"]
         output = "".join(f"{slurm.SEPARATOR.join(fields)}{slurm.END}\n" for fields in (mine, ["13", "odd"]))
-        with mock.patch.object(slurm, "run", return_value=mock.Mock(stdout=output)):
+        with mock.patch.object(slurm, "run_slurm_command", return_value=mock.Mock(stdout=output)):
             self.assertEqual(slurm.squeue(), {"12": JobState("RUNNING", "", *mine[3:5])})
 
     def test_dependencies_as_slurm_writes_them(self):
@@ -649,7 +651,7 @@ class Queued(Folder):
             self.is_queued(job_12="RUNNING")
 
     def test_a_job_whose_submission_was_killed_is_cancelled(self):
-        with mock.patch.object(slurm, "run") as called:
+        with mock.patch.object(slurm, "run_slurm_command") as called:
             self.assertFalse(self.is_queued(job_12="PENDING"), "it may be under way")
             called.assert_not_called()
             self.assertFalse(self.is_queued(locked=True, job_12="PENDING"))
@@ -687,7 +689,7 @@ class Submission(Folder):
             (KeyboardInterrupt(), KeyboardInterrupt, ""),
         ):
             squeue = mock.patch.object(slurm, "squeue", return_value=queue)
-            with self.subTest(error), squeue, mock.patch.object(slurm, "run") as called:
+            with self.subTest(error), squeue, mock.patch.object(slurm, "run_slurm_command") as called:
                 with self.assertRaisesRegex(kind, words):
                     self.sbatch(refuse)
                 called.assert_called_once_with("scancel", "71")
@@ -752,11 +754,11 @@ class Submission(Folder):
                 self.assertEqual(given.keys() & os.environ.keys(), site.keys())
             self.assertLessEqual(given.items(), os.environ.items())
             program = "import json, os; print(json.dumps({**os.environ}))"
-            seen = json.loads(slurm.run(sys.executable, "-c", program).stdout)
+            seen = json.loads(slurm.run_slurm_command(sys.executable, "-c", program).stdout)
             self.assertEqual(seen.keys() & (set(leftovers) - {"SBATCH_PARTITION"}), set())
         self.assertRegex(err.getvalue(), "SBATCH_MEM, SBATCH_PARTITION")
         with self.assertRaisesRegex(slurm.SlurmError, "submitit.use_cluster=false"):
-            slurm.run("false")
+            slurm.run_slurm_command("false")
 
     def test_the_signal_comes_as_early_as_the_run_needs(self):
         def delay(*overrides: str) -> int:

@@ -19,7 +19,7 @@ from omnivision.config.compose import check_distinct_run_dirs, compose_configs, 
 from omnivision.distributed.process_group import Dist, RankInfo
 from omnivision.launch import launcher
 from omnivision.launch.launcher import apply_torchrun_env, wait_for_processes
-from omnivision.utils.errors import EXIT_FAULT, EXIT_INTERRUPTED, UserError
+from omnivision.utils.errors import EXIT_FAULT, EXIT_SIGINT, UserError
 from tests import runs
 
 
@@ -79,7 +79,7 @@ class Runs(unittest.TestCase):
         self.addCleanup(signal.signal, signal.SIGINT, before)
         for number, code, reason in (
             (signal.SIGTERM, 143, r"^ended by SIGTERM; step \d+ is saved$"),
-            (signal.SIGINT, EXIT_INTERRUPTED, "interrupted from the keyboard"),
+            (signal.SIGINT, EXIT_SIGINT, "interrupted from the keyboard"),
         ):
             process = self.started("launcher.gpus_per_node=2")
             workers = children(process.pid)
@@ -180,7 +180,7 @@ class Ends(unittest.TestCase):
                     launcher, "forward_signals", lambda _: contextlib.nullcontext([signal.SIGTERM])
                 )
                 with received, mock.patch("multiprocessing.get_context", return_value=context):
-                    with mock.patch.object(launcher, "run_folder", return_value=folder):
+                    with mock.patch.object(launcher, "run_dir_of", return_value=folder):
                         self.assertEqual(launcher.run_local_processes(mock.Mock(), 2), after_sigterm)
                 noted = [call.kwargs["interrupted"] for call in folder.note_silent_end.call_args_list]
                 self.assertEqual(noted, [after_sigterm == 143] if after_sigterm > 1 else [])

@@ -14,7 +14,7 @@ from omnivision import train
 from omnivision.config.compose import parse_command_line
 from omnivision.launch.exit import exit_code_and_reason, unwrap_keyboard_interrupt
 from omnivision.training import build, dry_run
-from omnivision.utils.errors import EXIT_FAULT, EXIT_INTERRUPTED
+from omnivision.utils.errors import EXIT_FAULT, EXIT_SIGINT
 from tests.runs import ROOT
 
 STAGE_1 = ("+experiments=omnimae/omnimain_train_video", "+trainer=mae_k150_config")
@@ -181,7 +181,7 @@ class Invalid(unittest.TestCase):
             except KeyboardInterrupt as stroke:
                 raise RuntimeError("of a library") from stroke
         except RuntimeError as error:
-            self.assertEqual(exit_code_and_reason(unwrap_keyboard_interrupt(error))[0], EXIT_INTERRUPTED)
+            self.assertEqual(exit_code_and_reason(unwrap_keyboard_interrupt(error))[0], EXIT_SIGINT)
         self.assertEqual(exit_code_and_reason(unwrap_keyboard_interrupt(RuntimeError("x")))[0], EXIT_FAULT)
         one, other = MemoryError(), ValueError()
         one.__cause__, other.__context__ = other, one  # as `raise one from other` makes it while one is handled

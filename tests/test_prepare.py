@@ -26,7 +26,7 @@ from omnivision.tools.prepare.index import SPLITS, guess_split, video_key
 from omnivision.tools.prepare.output import format_entry, updated_catalog
 from omnivision.tools.prepare.transcode import TranscodeConfig, TranscodeJob, destinations, target_size, transcode
 from omnivision.tools.workers import run_in_processes
-from omnivision.utils.errors import EXIT_INTERRUPTED, UserError
+from omnivision.utils.errors import EXIT_SIGINT, UserError
 from tests import test_catalog as catalog
 from tests.runs import call_command, real_films
 
@@ -896,7 +896,7 @@ class PreparedVideos(Folder):
             return encode.write_timed_video(*arguments, **options)
 
         with mock.patch.object(transcoding, "write_timed_video", interrupt):
-            self.assertEqual(self.run_again("s", *self.OPTIONS), EXIT_INTERRUPTED)
+            self.assertEqual(self.run_again("s", *self.OPTIONS), EXIT_SIGINT)
         self.assertFalse((self.out / "train_paths.npy").exists())
         self.assertEqual(self.made(), ["1.mp4", "2.mp4"])
         self.write("out/films/b/.3.mp4.123.part", "left by a killed process")

@@ -114,10 +114,10 @@ class Clock(unittest.TestCase):
         stop = StopSignal()
         with mock.patch.object(stopping.time, "time") as now:
             now.return_value = 1000.0
-            stop.end_at(5000.0)
+            stop.set_deadline(5000.0)
             stop.update_step_time(4.0)
             stop.save_seconds = 11.0
-            self.assertEqual(stop.needed, 2 * (4 + 11) + 10)
+            self.assertEqual(stop.reserved_seconds, 2 * (4 + 11) + 10)
             now.return_value = 4959.0
             self.assertIsNone(stop.cause)
             now.return_value = 4961.0
@@ -128,9 +128,9 @@ class Clock(unittest.TestCase):
     def test_a_short_job_does_something_at_all(self):
         stop = StopSignal()
         self.assertIsNone(stop.cause, "without a deadline it never comes")
-        stop.end_at(time.time() + 20)
+        stop.set_deadline(time.time() + 20)
         self.assertIsNone(stop.cause)
-        self.assertLessEqual(stop.needed, 10)
+        self.assertLessEqual(stop.reserved_seconds, 10)
 
     def test_the_slowest_step_counts_and_is_forgotten(self):
         stop = StopSignal()

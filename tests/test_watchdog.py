@@ -23,7 +23,7 @@ from omnivision.utils.signals import StopSignal
 class Requests(unittest.TestCase):
     """The thread alone; `abort` notes what it was called with."""
 
-    def aborts(self, *signals: int, seconds: float, grace: float = 60.0, answered: bool = False) -> list:
+    def aborts(self, *signals: int, seconds: float, grace: float = 60.0, exiting: bool = False) -> list:
         stop, calls = StopSignal(), []
         stop.save_seconds = 0.0
         stop.set_phase("saving", 7)
@@ -33,14 +33,14 @@ class Requests(unittest.TestCase):
                 for number in signals:
                     os.kill(os.getpid(), number)
                     time.sleep(1.1)
-                watchdog.answered = answered
+                watchdog.exiting = exiting
                 time.sleep(seconds)
         return calls
 
     def test_a_process_is_aborted_after_its_grace(self):
         with mock.patch("omnivision.utils.signals.LEAVE_SECONDS", 0.5):
             self.assertEqual(self.aborts(signal.SIGTERM, seconds=0, grace=3), [])
-            self.assertEqual(self.aborts(signal.SIGTERM, seconds=2, grace=2, answered=True), [], "it is ending")
+            self.assertEqual(self.aborts(signal.SIGTERM, seconds=2, grace=2, exiting=True), [], "it is ending")
             (error, at_once), *_ = self.aborts(signal.SIGUSR2, seconds=1, grace=1.5)
         self.assertIsInstance(error, StopRequested)
         self.assertEqual((error.cause, at_once), ("SIGUSR2", False))
@@ -48,7 +48,7 @@ class Requests(unittest.TestCase):
 
     def test_a_second_sigterm_leaves_it_a_few_seconds(self):
         with mock.patch("omnivision.launch.watchdog.SECOND_REQUEST_SECONDS", 0.5):
-            (error, at_once), *_ = self.aborts(signal.SIGTERM, signal.SIGTERM, seconds=0.5, answered=True)
+            (error, at_once), *_ = self.aborts(signal.SIGTERM, signal.SIGTERM, seconds=0.5, exiting=True)
             self.assertEqual((error.cause, at_once), ("SIGTERM", True))
             for signals in (
                 (signal.SIGUSR2, signal.SIGTERM),

@@ -55,7 +55,7 @@ def validate_config(config: DictConfig, arguments: Sequence[str] | None = None) 
         if arguments is not None and not is_typed("pretrained_checkpoint_path", arguments):
             sentences += _weights_problems(settings)
     if sentences:
-        raise UserError.of(sentences)
+        raise UserError.from_problems(sentences)
     assert settings is not None
     return settings
 

@@ -21,7 +21,7 @@ from omnivision.data.dataset import ClipDataset
 from omnivision.data.sampling import EpochPlan, Request
 from omnivision.distributed.process_group import exit_with_parent
 from omnivision.utils.errors import DataWorkerError, UserError
-from omnivision.utils.signals import end_workers, signals_blocked
+from omnivision.utils.signals import kill_data_workers, signals_blocked
 
 MAX_FILES_SHOWN = 8
 
@@ -110,7 +110,7 @@ def load_batches(dataset: ClipDataset, requests: Iterator[list[Request]], worker
 
     def end() -> None:
         timed_out.set()
-        end_workers()  # torch then notices that they are gone; its own timeout would not look whether they live
+        kill_data_workers()  # torch then notices that they are gone; its own timeout would not look whether they live
 
     fetched = iter(data_loader(dataset, sent(), workers))
     while True:

@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING, Any
 
 from omnivision.config.schema import Settings
 from omnivision.launch.watchdog import GRACE_SECONDS, PeerMonitor, Watchdog, is_peer_lost, write_stacks
-from omnivision.reporting.run_directory import WAITING, RunDir, own_job, own_restarts
+from omnivision.reporting.run_directory import WAITING, RunDir, slurm_job_id, slurm_restart_count
 from omnivision.utils.errors import (
     EXIT_FAULT,
-    EXIT_INTERRUPTED,
+    EXIT_SIGINT,
     PeerLostError,
     StopRequested,
     UserError,
     causes,
     is_out_of_memory,
-    out_of_memory,
+    oom_message,
 )
 from omnivision.utils.io import write_atomically
-from omnivision.utils.signals import StopSignal, end_workers, signals_ignored
+from omnivision.utils.signals import StopSignal, kill_data_workers, signals_ignored
 
 if TYPE_CHECKING:
     from omnivision.launch.slurm_jobs import JobLog
@@ -45,7 +45,7 @@ LESS_MEMORY = (
 # ---- the end of each rank -----------------------------------------------------------------------------------------
 
 
-def write_end_file(folder: RunDir, rank: int, error: BaseException, reason: str) -> None:
+def write_end_file(run_dir: RunDir, rank: int, error: BaseException, reason: str) -> None:
     """Write how this rank ended, in a file of its own: several machines cannot append to one file over NFS."""
     if isinstance(error, (StopRequested, KeyboardInterrupt)) or getattr(error, "on_all_ranks", False):
         kind = "stopped"
@@ -54,22 +54,22 @@ def write_end_file(folder: RunDir, rank: int, error: BaseException, reason: str)
     else:
         kind = "disconnected" if is_peer_lost(error) else "failed"
     end = {"rank": rank, "pid": os.getpid(), "kind": kind, "reason": reason}
-    end |= {"job": own_job(), "restarts": own_restarts()}
+    end |= {"job": slurm_job_id(), "restarts": slurm_restart_count()}
     with contextlib.suppress(OSError):
-        write_atomically(folder.logs / f"rank_{rank}_end.json", json.dumps(end) + "\n")
+        write_atomically(run_dir.logs / f"rank_{rank}_end.json", json.dumps(end) + "\n")
 
 
-def read_end_files(folder: RunDir) -> list[dict[str, Any]]:
+def read_end_files(run_dir: RunDir) -> list[dict[str, Any]]:
     """Return how ranks ended in this start of this job or, outside of a cluster, since the run directory was locked."""
     ends = []
-    for file in sorted(folder.logs.glob("rank_*_end.json")):
+    for file in sorted(run_dir.logs.glob("rank_*_end.json")):
         with contextlib.suppress(OSError, ValueError):
             ends.append(json.loads(file.read_text(encoding="utf-8")))
-    return [end for end in ends if (end["job"], end["restarts"]) == (own_job(), own_restarts())]
+    return [end for end in ends if (end["job"], end["restarts"]) == (slurm_job_id(), slurm_restart_count())]
 
 
 def first_failure(
-    folder: RunDir, own_rank: int | None = None, seconds: float = 0.0, pids: Collection[int] | None = None
+    run_dir: RunDir, own_rank: int | None = None, seconds: float = 0.0, pids: Collection[int] | None = None
 ) -> str | None:
     """Return why a rank other than `own_rank` failed by itself, if one did in this start. Waits up to `seconds` for its file.
 
@@ -77,7 +77,7 @@ def first_failure(
     """
     deadline = time.monotonic() + seconds
     while True:
-        for end in read_end_files(folder):
+        for end in read_end_files(run_dir):
             if end["kind"] == "failed" and end["rank"] != own_rank and (pids is None or end["pid"] in pids):
                 return f"process {end['rank']} failed: {end['reason']}"
         if time.monotonic() >= deadline:
@@ -91,9 +91,11 @@ def first_failure(
 class ExitHandler:
     """Surrounds a rank's work: handles signals, watches for hangs, and reports how it ends."""
 
-    def __init__(self, folder: RunDir, rank: int, settings: Settings, log: JobLog | None, world_size: int = 1) -> None:
-        self.folder, self.rank, self.log = folder, rank, log
-        self.writes_end_file = world_size > 1 or log is not None  # for the other ranks, or for the batch script
+    def __init__(
+        self, run_dir: RunDir, rank: int, settings: Settings, job_log: JobLog | None, world_size: int = 1
+    ) -> None:
+        self.run_dir, self.rank, self.job_log = run_dir, rank, job_log
+        self.writes_end_file = world_size > 1 or job_log is not None  # for the other ranks, or for the batch script
         self.validating = settings.trainer.mode == "val"
         self.stop = StopSignal()
         self.exit_code = 0
@@ -106,7 +108,7 @@ class ExitHandler:
     @contextlib.contextmanager
     def supervise(self) -> Iterator[None]:
         """Run a block whose exceptions become an exit code; the run directory is unlocked afterwards."""
-        with self.stop.handle_signals(ignore_after=self.log is not None), self._watchdog.watching():
+        with self.stop.handle_signals(ignore_after=self.job_log is not None), self._watchdog.watching():
             try:
                 self.stop.raise_if_requested()
                 yield
@@ -118,7 +120,7 @@ class ExitHandler:
                     self.exit_code = self.handle(cause)
             finally:
                 with signals_ignored():
-                    end_workers()
+                    kill_data_workers()
                     self.unlock()
 
     def begin(self) -> None:
@@ -129,7 +131,7 @@ class ExitHandler:
 
     def handle(self, error: BaseException) -> int:
         """In the main thread, report why the process ends; returns the exit code."""
-        self._watchdog.answered = True
+        self._watchdog.exiting = True
         if not self._ending.acquire(blocking=False):
             threading.Event().wait()  # a watching thread is about to end this process
         if self.peers is not None:
@@ -138,12 +140,22 @@ class ExitHandler:
                 if dead := self.peers.find_dead_peers():
                     error = dead.with_traceback(error.__traceback__)
             self.peers.end()
-        # A refusal before anything has begun leaves what an earlier run wrote as it is; an evaluation always does.
-        tells = self.locked and self.folder.read_summary().get("status") in (None, *WAITING)
-        if not self.validating:
-            tells = tells or self.begun
-            tells = tells or (self.log is not None and self.rank == 0 and (self.locked or self.log.owns_summary()))
-        return report_exit(error, self.folder, tells, self.rank, self.log, self.writes_end_file)
+        return report_exit(
+            error, self.run_dir, self._may_write_summary(), self.rank, self.job_log, self.writes_end_file
+        )
+
+    def _may_write_summary(self) -> bool:
+        """Return whether the summary is about this run.
+
+        A user error before training begins keeps what an earlier run wrote, and an evaluation always does.
+        """
+        if self.locked and self.run_dir.read_summary().get("status") in (None, *WAITING):
+            return True
+        if self.validating:
+            return False
+        if self.begun:
+            return True
+        return self.job_log is not None and self.rank == 0 and (self.locked or self.job_log.owns_summary())
 
     def abort(self, error: BaseException, at_once: bool) -> None:
         """In a watching thread, end the process whatever its main thread does, and write what that is.
@@ -154,13 +166,13 @@ class ExitHandler:
             return  # it is ending already
         code = exit_code_and_reason(error)[0]
         try:
-            stacks = self.folder.logs / f"rank_{self.rank}_stacks.txt"
+            stacks = self.run_dir.logs / f"rank_{self.rank}_stacks.txt"
             write_stacks(stacks)
             error.add_note(f"what each thread was doing is in {stacks}")
             # Rank 0 reports how a run ended or, if that one is silent, whoever notices.
-            tells = not self.validating and (self.locked or isinstance(error, PeerLostError))
-            log = None if at_once else self.log
-            code = report_exit(error, self.folder, tells, self.rank, log, self.writes_end_file)
+            writes_summary = not self.validating and (self.locked or isinstance(error, PeerLostError))
+            job_log = None if at_once else self.job_log
+            code = report_exit(error, self.run_dir, writes_summary, self.rank, job_log, self.writes_end_file)
             self.unlock()
         except BaseException:  # for example a file system that does not answer
             traceback.print_exc()
@@ -169,13 +181,18 @@ class ExitHandler:
 
     def unlock(self) -> None:
         if self.locked:
-            self.folder.unlock()
+            self.run_dir.unlock()
 
 
 def report_exit(
-    error: BaseException, folder: RunDir, tells: bool, rank: int, log: JobLog | None = None, end_file: bool = True
+    error: BaseException,
+    run_dir: RunDir,
+    writes_summary: bool,
+    rank: int,
+    job_log: JobLog | None = None,
+    end_file: bool = True,
 ) -> int:
-    """Report why a process ends: on the console, in its log and its end file and, if it `tells` of this run, in `summary.json`.
+    """Report why a process ends: on the console, in its log, its end file and, with `writes_summary`, `summary.json`.
 
     Returns the exit code. It is 0 for another rank of a SLURM job than 0 that was stopped or lost a peer: SLURM ends all tasks
     when one fails, and rank 0 may just have the job requeued.
@@ -187,27 +204,28 @@ def report_exit(
     if rank == 0 or is_fault or (isinstance(error, UserError) and not error.on_all_ranks):
         if stopped:
             saved = isinstance(error, StopRequested) and error.saved_step is not None
-            print(reason + ", and the same command continues from there" * saved, file=sys.stderr, flush=True)
+            advice = ", and the same command continues from there" if saved else ""
+            print(f"{reason}{advice}", file=sys.stderr, flush=True)
         elif isinstance(error, PeerLostError):
             print_error(f"{reason}. The same command resumes from the last checkpoint.")
         else:
             print_error(error if is_fault else reason)
     if end_file:
-        write_end_file(folder, rank, error, reason)
+        write_end_file(run_dir, rank, error, reason)
     try:
-        if log is not None and rank == 0:
-            log.apply_exit(log.classify_exit(error, reason), tells)
-        elif log is None and tells:
+        if job_log is not None and rank == 0:
+            job_log.apply_exit(job_log.classify_exit(error, reason), writes_summary)
+        elif job_log is None and writes_summary:
             lost, cause = is_peer_lost(error), None
             if lost or isinstance(error, StopRequested):
-                cause = first_failure(folder, rank, END_FILE_SECONDS if lost else 0.0)
+                cause = first_failure(run_dir, rank, END_FILE_SECONDS if lost else 0.0)
             status = "failed" if cause or isinstance(error, Exception) else "interrupted"
-            folder.write_end(status, cause or reason)
+            run_dir.write_end(status, cause or reason)
     except OSError as failure:  # a full disk must not change the exit code
         print(f"error: the reason could not be written to the run directory: {failure}", file=sys.stderr)
-    rank_0_is_silent = isinstance(error, PeerLostError) and not error.gone
-    waits_for_rank_0 = log is not None and rank > 0 and not rank_0_is_silent
-    return 0 if waits_for_rank_0 and (stopped or is_peer_lost(error)) else code
+    rank_0_is_silent = rank > 0 and isinstance(error, PeerLostError) and not error.gone  # rank 0 is their only peer
+    leaves_it_to_rank_0 = job_log is not None and rank > 0 and not rank_0_is_silent
+    return 0 if leaves_it_to_rank_0 and (stopped or is_peer_lost(error)) else code
 
 
 def unwrap_keyboard_interrupt(error: BaseException) -> BaseException:
@@ -221,14 +239,14 @@ def exit_code_and_reason(error: BaseException) -> tuple[int, str]:
         case UserError():
             return error.exit_code, str(error)
         case KeyboardInterrupt():
-            return EXIT_INTERRUPTED, f"interrupted from the keyboard, without saving{notes}"
+            return EXIT_SIGINT, f"interrupted from the keyboard, without saving{notes}"
         case StopRequested():
             saved = "" if error.saved_step is None else f"; step {error.saved_step} is saved"
             return error.exit_code, f"ended by {error.cause}{saved}{notes}"
         case PeerLostError():
             return EXIT_FAULT, f"{error}{notes}"
     if is_out_of_memory(error):
-        return EXIT_FAULT, f"{out_of_memory(error, LESS_MEMORY)}{notes}"
+        return EXIT_FAULT, f"{oom_message(error, LESS_MEMORY)}{notes}"
     return EXIT_FAULT, f"{type(error).__name__}: {error}{notes}"
 
 

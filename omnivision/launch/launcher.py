@@ -17,11 +17,11 @@ from omnivision.config.schema import Settings
 from omnivision.launch import slurm
 from omnivision.reporting.run_directory import RunDir
 from omnivision.utils.errors import (
-    EXIT_ANNOUNCED,
     EXIT_FAULT,
-    EXIT_HUNG_UP,
-    EXIT_INTERRUPTED,
-    EXIT_TERMINATED,
+    EXIT_SIGHUP,
+    EXIT_SIGINT,
+    EXIT_SIGTERM,
+    EXIT_SIGUSR2,
     EXIT_USER,
     StopRequested,
     UserError,
@@ -38,10 +38,10 @@ if TYPE_CHECKING:
 
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 INTERRUPTED = (
-    EXIT_INTERRUPTED,
-    EXIT_TERMINATED,
-    EXIT_ANNOUNCED,
-    EXIT_HUNG_UP,
+    EXIT_SIGINT,
+    EXIT_SIGTERM,
+    EXIT_SIGUSR2,
+    EXIT_SIGHUP,
 )  # exit codes of runs that somebody ended
 GRACE_SECONDS = 15.0  # for the other ranks to exit after one has failed
 
@@ -55,7 +55,7 @@ class Job:
     token: str = ""  # of its submission to a cluster: job ids may be reused
 
 
-def run_folder(job: Job) -> RunDir:
+def run_dir_of(job: Job) -> RunDir:
     return RunDir(job.settings.launcher.experiment_log_dir, job.settings.trainer.checkpoint.save_dir)
 
 
@@ -169,9 +169,9 @@ def run_local_processes(job: Job, count: int) -> int:
             process.join()
         store.close()
     if code not in (0, EXIT_USER):
-        folder, pids = run_folder(job), [process.pid for process in processes if process.pid is not None]
-        reason = first_failure(folder, pids=pids) or reason
-        folder.note_silent_end(reason, interrupted=code in INTERRUPTED)
+        run_dir, pids = run_dir_of(job), [process.pid for process in processes if process.pid is not None]
+        reason = first_failure(run_dir, pids=pids) or reason
+        run_dir.note_silent_end(reason, interrupted=code in INTERRUPTED)
     return code
 
 

@@ -15,7 +15,7 @@ from omnivision.checkpoint import checkpointer
 from omnivision.checkpoint.fingerprint import flat_text, git_commit
 from omnivision.distributed.process_group import Dist, RankInfo
 from omnivision.launch.exit import ExitHandler
-from omnivision.launch.launcher import Job, run_folder
+from omnivision.launch.launcher import Job, run_dir_of
 from omnivision.launch.slurm_jobs import JobLog
 from omnivision.launch.watchdog import HEARTBEAT_TIMEOUT, PeerMonitor
 from omnivision.reporting.reporter import Reporter
@@ -31,19 +31,19 @@ from omnivision.utils.streams import ignore_broken_pipe
 LOG = logging.getLogger("omnivision")
 
 
-def run_rank(job: Job, rank_info: RankInfo, log: JobLog | None = None) -> int:
+def run_rank(job: Job, rank_info: RankInfo, job_log: JobLog | None = None) -> int:
     """Run one rank from start to end; returns its exit code.
 
-    A user error prints one paragraph; the reason of every end is in `summary.json`. `log`, of a SLURM job, notes its end and
-    has the job requeued; signals are then ignored once the run ends.
+    A user error prints one paragraph; the reason of every end is in `summary.json`. `job_log`, of a SLURM job, notes its end
+    and has the job requeued; signals are then ignored once the run ends.
     """
     ignore_broken_pipe()
     faulthandler.enable(sys.__stderr__ or 2)  # a signal that no Python code sees (SIGSEGV, SIGBUS) still says where
-    handler = ExitHandler(run_folder(job), rank_info.rank, job.settings, log, rank_info.world_size)
+    handler = ExitHandler(run_dir_of(job), rank_info.rank, job.settings, job_log, rank_info.world_size)
     with handler.supervise():
         dist = build.process_group(job.settings, rank_info)
         reporter = lock_run_dir(job, dist, handler)
-        parts = (job.config_text, dist, handler.folder, reporter, handler.stop)
+        parts = (job.config_text, dist, handler.run_dir, reporter, handler.stop)
         trainer = dist.run_on_all(lambda: build.trainer(job.settings, *parts))
         assert trainer is not None
         load_weights(job, dist, trainer, reporter, handler)
@@ -55,28 +55,28 @@ def run_rank(job: Job, rank_info: RankInfo, log: JobLog | None = None) -> int:
 
 def lock_run_dir(job: Job, dist: Dist, handler: ExitHandler) -> Reporter:
     """Make the run directory this run's own, and start its log, heartbeat and deadline. Raises UserError if it is in use."""
-    folder, log, stop = handler.folder, handler.log, handler.stop
-    dist.run_on_all(folder.create, only_main=True)
+    run_dir, job_log, stop = handler.run_dir, handler.job_log, handler.stop
+    dist.run_on_all(run_dir.create, only_main=True)
     # The lock of a dead node looks alive for a while; a job of a cluster can wait.
-    patience = STALE_SECONDS + 10 if log is not None else 0.0
-    taken_over = dist.run_on_all(lambda: folder.lock(patience), only_main=True)
+    patience = STALE_SECONDS + 10 if job_log is not None else 0.0
+    taken_over = dist.run_on_all(lambda: run_dir.lock(patience), only_main=True)
     handler.locked = dist.is_main
-    dist.run_on_all(folder.claim_checkpoint_dir, only_main=True)
+    dist.run_on_all(run_dir.claim_checkpoint_dir, only_main=True)
     if dist.is_main:
-        for end_file in folder.logs.glob("rank_*_end.json"):  # of an earlier start
+        for end_file in run_dir.logs.glob("rank_*_end.json"):  # of an earlier start
             end_file.unlink(missing_ok=True)
-        for written in (folder.path, folder.logs, folder.checkpoints):
+        for written in (run_dir.path, run_dir.logs, run_dir.checkpoints):
             remove_stale_tmp(written)
-    log_to_file(folder.logs / f"rank_{dist.rank}.log")
+    log_to_file(run_dir.logs / f"rank_{dist.rank}.log")
     # A silent rank is named before collective operations fail for want of it.
     timeout = min(HEARTBEAT_TIMEOUT, 60 * job.settings.trainer.distributed.timeout_minutes / 2)
-    handler.peers = PeerMonitor(folder.logs, dist.rank, dist.world_size, stop, timeout, handler.abort)
-    if log is not None:
-        dist.run_on_all(log.check_requeue_limits, only_main=True)
+    handler.peers = PeerMonitor(run_dir.logs, dist.rank, dist.world_size, stop, timeout, handler.abort)
+    if job_log is not None:
+        dist.run_on_all(job_log.check_requeue_limits, only_main=True)
         if job.settings.submitit.signal_delay_s is None:  # else SLURM's signal makes the run leave
-            stop.end_at(dist.gather(log.planned_end() if dist.is_main else None)[0])
+            stop.set_deadline(dist.gather(job_log.planned_end() if dist.is_main else None)[0])
     settings = flat_text(job.config_text)  # unresolved: nothing of the environment
-    reporter = Reporter(folder, dist.is_main, extra_loggers=job.settings.trainer.logging.also, settings=settings)
+    reporter = Reporter(run_dir, dist.is_main, extra_loggers=job.settings.trainer.logging.also, settings=settings)
     if taken_over:
         reporter.info(taken_over)
     return reporter
@@ -84,32 +84,32 @@ def lock_run_dir(job: Job, dist: Dist, handler: ExitHandler) -> Reporter:
 
 def load_weights(job: Job, dist: Dist, trainer: Trainer, reporter: Reporter, handler: ExitHandler) -> None:
     """Resume from the run's checkpoint or load pretrained weights, and write what the run starts from."""
-    folder, log, validating = handler.folder, handler.log, handler.validating
-    newest = dist.gather(checkpointer.stat_latest(folder.checkpoints))[0]
-    checkpointer.wait_until_visible(newest, folder.checkpoints)
+    run_dir, job_log, validating = handler.run_dir, handler.job_log, handler.validating
+    newest = dist.gather(checkpointer.stat_latest(run_dir.checkpoints))[0]
+    checkpointer.wait_until_visible(newest, run_dir.checkpoints)
     reports = dist.run_on_all(lambda: restore(job.settings, trainer)) or []
     if reports and dist.is_main:
         loaded = [asdict(report) for report in reports]
-        write_atomically(folder.logs / "pretrained.json", json.dumps(loaded, indent=1) + "\n")
+        write_atomically(run_dir.logs / "pretrained.json", json.dumps(loaded, indent=1) + "\n")
     dist.run_on_all(lambda: reporter.connect(trainer.global_step), only_main=True)
     trainer.wrap_model()
     handler.begin()
-    if log is not None:
-        dist.run_on_all(lambda: log.record_resume(trainer.global_step), only_main=True)
+    if job_log is not None:
+        dist.run_on_all(lambda: job_log.record_resume(trainer.global_step), only_main=True)
     if dist.is_main:
-        write_run_metadata(job, folder, trainer, on_cluster=log is not None)
+        write_run_metadata(job, run_dir, trainer, on_cluster=job_log is not None)
         if validating or not trainer.is_done:
             reporter.info("\n".join(start_lines(job.settings, trainer, reports)))
     handler.stop.defer()
 
 
-def write_run_metadata(job: Job, folder: RunDir, trainer: Trainer, on_cluster: bool) -> None:
+def write_run_metadata(job: Job, run_dir: RunDir, trainer: Trainer, on_cluster: bool) -> None:
     """Write the configuration and the metadata of a run that is about to train; those of a finished one stay as they are."""
-    config = folder.path / "config.yaml"
+    config = run_dir.path / "config.yaml"
     if (job.settings.trainer.mode == "val" or trainer.is_done) and config.exists():
         return
     write_atomically(config, job.config_text)
-    summary = folder.read_summary()
+    summary = run_dir.read_summary()
     before = summary.get("run") or {}
     commits = before.get("commits") or []  # of the code, the newest last
     if (commit := git_commit()) is not None and commits[-1:] != [commit]:
@@ -118,7 +118,7 @@ def write_run_metadata(job: Job, folder: RunDir, trainer: Trainer, on_cluster: b
     metadata: dict[str, Any] = {"run": build.run_metadata(job.settings, trainer.raw_model) | history}
     if not on_cluster:
         metadata["job"] = None
-    folder.write_summary(**metadata)
+    run_dir.write_summary(**metadata)
 
 
 def release(trainer: Trainer, reporter: Reporter, dist: Dist, handler: ExitHandler) -> None:
@@ -131,9 +131,9 @@ def release(trainer: Trainer, reporter: Reporter, dist: Dist, handler: ExitHandl
     if dist.is_main:
         with signals_ignored():
             LOG.info("ended well")
-            handler.folder.write_summary(last_lines=handler.folder.last_lines())
-            if handler.log is not None:
-                handler.log.note("end", status="finished", reason="all is done")
+            handler.run_dir.write_summary(last_lines=handler.run_dir.last_lines())
+            if handler.job_log is not None:
+                handler.job_log.note("end", status="finished", reason="all is done")
 
 
 def log_to_file(path: Path) -> None:

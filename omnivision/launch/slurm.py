@@ -96,7 +96,7 @@ def scrubbed_sbatch_env(settings: object) -> Iterator[None]:
 # ---- questions ----------------------------------------------------------------------------------------------------
 
 
-def run(*command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+def run_slurm_command(*command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     """Run one of SLURM's commands. Raises SlurmError if it does not answer or, with `check`, if it fails."""
     leftover = leftover_variables()
     env = {name: value for name, value in os.environ.items() if name not in leftover}
@@ -116,7 +116,9 @@ def squeue() -> dict[str, JobState]:
     """Return my jobs by id (array elements one by one): those waiting, running, or ended minutes ago. Raises SlurmError."""
     fields = SEPARATOR.join(("%i", "%T", "%r", "%k", "%o", "%E"))
     jobs = {}
-    output = run("squeue", "--me", "--noheader", "--array", "--states=all", f"--format={fields}{END}").stdout
+    output = run_slurm_command(
+        "squeue", "--me", "--noheader", "--array", "--states=all", f"--format={fields}{END}"
+    ).stdout
     for entry in output.split(END):
         job_id, *rest = entry.lstrip("\n").split(SEPARATOR)
         if len(rest) == 5:
@@ -135,7 +137,7 @@ def squeue_or_none() -> dict[str, JobState] | None:
 def show_job(job_id: str) -> dict[str, str]:
     """Return the fields of `scontrol show job`; empty if SLURM does not know the job or does not answer."""
     try:
-        output = run("scontrol", "show", "job", "--oneliner", job_id).stdout
+        output = run_slurm_command("scontrol", "show", "job", "--oneliner", job_id).stdout
     except SlurmError:
         return {}
     # A comment may hold anything: the first field of a name counts.
@@ -149,12 +151,14 @@ def partition_limits(name: str | None) -> tuple[int | None, float | None]:
     """
     name = name or os.environ.get("SBATCH_PARTITION")
     try:
-        output = run("sinfo", "--noheader", "--format=%P %D %l", *([f"--partition={name}"] if name else [])).stdout
+        output = run_slurm_command(
+            "sinfo", "--noheader", "--format=%P %D %l", *([f"--partition={name}"] if name else [])
+        ).stdout
     except SlurmError:
         return None, None
     partitions = [line.split() for line in output.splitlines()]
-    limits = [(int(nodes), parse_limit(time)) for title, nodes, time in partitions if name or title.endswith("*")]
-    minutes = [most for _, most in limits if most is not None]
+    limits = [(int(nodes), parse_limit(limit)) for title, nodes, limit in partitions if name or title.endswith("*")]
+    minutes = [limit for _, limit in limits if limit is not None]
     unlimited = len(minutes) < len(limits)
     return max((nodes for nodes, _ in limits), default=None), None if unlimited else max(minutes, default=None)
 
@@ -198,7 +202,7 @@ def requeue(job_id: str, attempts: int = 3) -> str | None:
     for attempt in range(attempts):
         time.sleep(attempt)
         try:
-            result = run("scontrol", "requeue", job_id, check=False)
+            result = run_slurm_command("scontrol", "requeue", job_id, check=False)
         except SlurmError as error:
             message = str(error)
             continue
@@ -213,7 +217,7 @@ def cancel_jobs_of(scripts: Collection[Path]) -> str:
     try:
         mine = [job for job, state in squeue().items() if not state.is_over and Path(state.command) in scripts]
         if job_ids := sorted({job.partition("_")[0] for job in mine}):
-            run("scancel", *job_ids)
+            run_slurm_command("scancel", *job_ids)
     except SlurmError:
         return " SLURM may have taken a job all the same: look with squeue, and end it with scancel."
     return f" Job {', '.join(job_ids)}, which SLURM had taken, was cancelled." if job_ids else ""

@@ -1,4 +1,4 @@
-"""A run's SLURM jobs: `submitit_logs/history.jsonl`, how a job ends, and whether it comes back.
+"""A run's SLURM jobs: `submitit_logs/history.jsonl`, how a job ends, and whether it is requeued.
 
 `python -m omnivision.launch.slurm_jobs ended ...` is the last line of every batch script: it writes the end of a run whose
 processes could not.
@@ -21,7 +21,7 @@ from omnivision.launch import slurm
 from omnivision.launch.exit import END_FILE_SECONDS, first_failure, read_end_files
 from omnivision.launch.watchdog import is_peer_lost
 from omnivision.reporting.logs import read_lines
-from omnivision.reporting.run_directory import WAITING, RunDir, own_restarts
+from omnivision.reporting.run_directory import WAITING, RunDir, slurm_restart_count
 from omnivision.utils.errors import PeerLostError, StopRequested, UserError
 from omnivision.utils.io import append_line
 from omnivision.utils.signals import TIME_LIMIT
@@ -34,9 +34,9 @@ TIME_LIMIT_MARGIN = 5.0  # seconds before the time limit from which SIGTERM is t
 # ---- history ------------------------------------------------------------------------------------------------------
 
 
-def history(folder: RunDir, token: str | None = None) -> list[dict[str, Any]]:
+def history(run_dir: RunDir, token: str | None = None) -> list[dict[str, Any]]:
     """Return the events of a run's jobs, or of one submission, oldest first."""
-    file = folder.path / LOGS / "history.jsonl"
+    file = run_dir.path / LOGS / "history.jsonl"
     lines = [line for line in read_lines(file) if "event" in line] if file.is_file() else []
     return [line for line in lines if token is None or line.get("token") == token]
 
@@ -55,7 +55,7 @@ def restarts_without_progress(lines: list[dict[str, Any]]) -> int:
     return count
 
 
-def run_folder_of(logs: Path, job_id: str) -> RunDir | None:
+def find_run_dir(logs: Path, job_id: str) -> RunDir | None:
     """Return the run directory of a job, given the folder of its batch script; None if that is none of ours."""
     if logs.name != LOGS:
         return None
@@ -99,10 +99,10 @@ class JobLog:
     """One start of a job: notes it in the history of its run, and decides what becomes of it.
 
     `job_id` is 12, or 12_3 for an array element. `token` names the submission, since job ids may be reused. Without
-    `max_requeues` the job comes back without a limit.
+    `max_requeues` it is requeued without a limit.
     """
 
-    folder: RunDir
+    run_dir: RunDir
     job_id: str
     restarts: int = 0
     token: str = ""
@@ -112,20 +112,20 @@ class JobLog:
     def note(self, event: str, **fields: Any) -> None:
         """Append a line to the history."""
         line = {"time": time.time(), "event": event, "token": self.token, "job": self.job_id, "restarts": self.restarts}
-        append_line(self.folder.path / LOGS / "history.jsonl", json.dumps(line | fields))
+        append_line(self.run_dir.path / LOGS / "history.jsonl", json.dumps(line | fields))
 
     def history(self) -> list[dict[str, Any]]:
-        return history(self.folder, self.token)
+        return history(self.run_dir, self.token)
 
     def record_start(self, nodes: str, processes: int) -> None:
         """Note a start, and the end of the start before if that could not."""
         before = self.history()
         if self.restarts and before and before[-1]["event"] not in ("end", "decided", "submitted"):
-            reason = "it ended without a word, perhaps with its node; SLURM started it again"
+            reason = "it ended without recording a reason, perhaps with its node; SLURM started it again"
             replace(self, restarts=self.restarts - 1).note("end", status="requeued", reason=reason)
         self.note("start", nodes=nodes)
         fields = {"job_id": self.job_id, "restarts": self.restarts, "processes": processes, "nodes": nodes}
-        self.folder.write_summary(job=(self.folder.read_summary().get("job") or {}) | fields)
+        self.run_dir.write_summary(job=(self.run_dir.read_summary().get("job") or {}) | fields)
 
     def check_requeue_limits(self) -> None:
         """Raise UserError if the job came back too often; SLURM requeues jobs, too."""
@@ -149,7 +149,7 @@ class JobLog:
 
     def owns_summary(self) -> bool:
         """Return whether the summary is about this job and no other process works in the run directory."""
-        return self.folder.job_id() == self.job_id and not self.folder.in_use()
+        return self.run_dir.job_id() == self.job_id and not self.run_dir.in_use()
 
     def classify_exit(self, error: BaseException, reason: str) -> ExitDecision:
         """Return what becomes of the job after an error or a request to stop."""
@@ -158,7 +158,7 @@ class JobLog:
         # When a task fails, SLURM ends the others with the same signal as when the job is cancelled.
         if lost or stop == "SIGTERM":
             seconds = END_FILE_SECONDS if lost else 0.0
-            cause = first_failure(self.folder, self.rank, seconds)
+            cause = first_failure(self.run_dir, self.rank, seconds)
         now = JobStatus(self.job_id, self.restarts)
         if not (lost or stop or now.requeued):
             return ExitDecision("failed" if isinstance(error, Exception) else "interrupted", reason)
@@ -169,12 +169,12 @@ class JobLog:
         elif isinstance(error, PeerLostError):
             why = f"{reason} (perhaps with its node)"
         elif lost:
-            why = f"another process is gone without a word, perhaps with its node ({reason})"
+            why = f"another process is gone without recording a reason, perhaps with its node ({reason})"
         elif now.preempted:
             why = f"{reason} (preempted)"
         else:
             late = now.late or stop == TIME_LIMIT
-            why = f"{reason} ({'its time is over' if late else 'signalled by SLURM or by hand, not cancelled'})"
+            why = f"{reason} ({'time limit reached' if late else 'signalled by SLURM or by hand, not cancelled'})"
         return self._decide(now, reason, cause, why)
 
     def classify_batch_exit(self, code: int, why: str) -> ExitDecision:
@@ -190,11 +190,11 @@ class JobLog:
         name = f", {signal.Signals(number).name}" if number else ""
         why = why if never_ran else "its processes ended"
         reason = f"job {self.job_id}: {why} (exit code {code}{name}); see {LOGS}/"
-        ends = read_end_files(self.folder)
+        ends = read_end_files(self.run_dir)
         silent = [f"{end['reason']} (perhaps with its node)" for end in ends if end["kind"] == "peer silent"]
         had_to_exit = number in (signal.SIGABRT, signal.SIGUSR2) or now.preempted or now.late
         comes_back = silent or had_to_exit or (never_ran and starts)
-        cause = first_failure(self.folder) or (None if comes_back else reason)
+        cause = first_failure(self.run_dir) or (None if comes_back else reason)
         return self._decide(now, reason, cause, silent[0] if silent else reason)
 
     def _decide(self, now: JobStatus, reason: str, cause: str | None, why: str) -> ExitDecision:
@@ -208,7 +208,7 @@ class JobLog:
             return ExitDecision("failed", cause)
         if self.max_requeues is not None and self.restarts >= self.max_requeues:
             limit = f"submitit.max_requeues is {self.max_requeues}"
-            return ExitDecision("interrupted", f"{why}; {job} does not come back: {limit}")
+            return ExitDecision("interrupted", f"{why}; {job} is not requeued: {limit}")
         lines = self.history()
         last_start = max((line["restarts"] for line in lines if line["event"] == "start"), default=0)
         stuck = restarts_without_progress(lines) > MAX_FRUITLESS_RESTARTS
@@ -223,23 +223,23 @@ class JobLog:
             "and give the same command again."
         )
 
-    def apply_exit(self, decision: ExitDecision, tells: bool) -> None:
-        """Write a decision (in the summary if it `tells` of this job), then requeue the job, or cancel those that wait for it.
+    def apply_exit(self, decision: ExitDecision, writes_summary: bool) -> None:
+        """Write a decision (to the summary with `writes_summary`), then requeue the job, or cancel those that wait for it.
 
         It is written first: SLURM kills this process as soon as it has agreed to requeue.
         """
 
         def write(decision: ExitDecision) -> None:
             self.note("end", status=decision.status, reason=decision.reason)
-            if tells:
-                self.folder.write_end(decision.status, decision.reason)
+            if writes_summary:
+                self.run_dir.write_end(decision.status, decision.reason)
 
         write(decision)
         if decision.requeue and (message := slurm.requeue(self.job_id)):
             decision = ExitDecision("failed", f"{decision.reason}, but SLURM refused: {message}")
             write(decision)
         if decision.status not in WAITING:
-            problem = f"job {self.job_id} ({self.folder.path}) did not end well: {decision.reason}"
+            problem = f"job {self.job_id} ({self.run_dir.path}) did not end well: {decision.reason}"
             finalize_dependents(self.job_id, problem)
 
 
@@ -258,39 +258,42 @@ def parse_dependencies(dependency: str) -> Iterator[tuple[str, str]]:
         yield from ((condition, job_id.partition("+")[0]) for job_id in ids)
 
 
-def write_cancelled(folder: RunDir, job_id: str, problem: str) -> None:
+def write_cancelled(run_dir: RunDir, job_id: str, problem: str) -> None:
     """Write that a job never starts because of a `problem` of its dependency. SLURM itself removes it from the queue."""
     reason = f"its dependency failed: {problem}"
-    JobLog(folder, job_id).note("end", status="cancelled", reason=reason)
-    folder.write_summary(status="cancelled", exit_reason=reason)
+    JobLog(run_dir, job_id).note("end", status="cancelled", reason=reason)
+    run_dir.write_summary(status="cancelled", exit_reason=reason)
 
 
 def finalize_dependents(job_id: str, problem: str) -> None:
     """Write that waiting jobs that need this one to end well are cancelled, and those that need them."""
     names = {job_id, f"{job_id.partition('_')[0]}_*"}
     for other, state in (slurm.squeue_or_none() or {}).items():
-        folder = run_folder_of(Path(state.command).parent, other)
+        run_dir = find_run_dir(Path(state.command).parent, other)
         needs_it = any(each == "afterok" and job in names for each, job in parse_dependencies(state.dependency))
-        if folder is None or not needs_it or folder.job_id() != other:
+        if run_dir is None or not needs_it or run_dir.job_id() != other:
             continue
-        if folder.read_summary().get("status") in WAITING:
-            write_cancelled(folder, other, problem)
+        if run_dir.read_summary().get("status") in WAITING:
+            write_cancelled(run_dir, other, problem)
             finalize_dependents(other, problem)
 
 
 # ---- the status of a run ------------------------------------------------------------------------------------------
 
 
-def run_status(folder: RunDir, queue: Mapping[str, slurm.JobState] | None) -> tuple[str, str]:
-    """Return a run's status and reason, and write them if it ended without a word.
+def run_status(run_dir: RunDir, queue: Mapping[str, slurm.JobState] | None) -> tuple[str, str]:
+    """Return a run's status and reason, and write them if it ended without recording a reason.
 
     `queue` is that of SLURM, None without one.
     """
-    summary = folder.read_summary()
+    summary = run_dir.read_summary()
     status, reason = str(summary.get("status", "not begun")), str(summary.get("exit_reason") or "")
     job = summary.get("job") or {}
-    if status == "running" and "job_id" not in job and not folder.in_use():
-        status, reason = "failed", "its process ended without a word: it was killed, or its machine was restarted"
+    if status == "running" and "job_id" not in job and not run_dir.in_use():
+        status, reason = (
+            "failed",
+            "its process ended without recording a reason: it was killed, or its machine was restarted",
+        )
     elif queue is not None and "job_id" in job and status in (*WAITING, "running"):
         state = queue.get(job["job_id"])
         # After SLURM was set up anew the number may be another job's.
@@ -309,7 +312,7 @@ def run_status(folder: RunDir, queue: Mapping[str, slurm.JobState] | None) -> tu
             reason = reason if status == "running" and reason else what
     if status in ("cancelled", "failed") and status != summary.get("status"):
         with contextlib.suppress(OSError):  # another one's run
-            folder.write_summary(status=status, exit_reason=reason)
+            run_dir.write_summary(status=status, exit_reason=reason)
     return status, reason
 
 
@@ -321,22 +324,22 @@ def record_batch_exit(logs: Path, job_id: str, code: int, why: str = "its proces
 
     Returns whether the run had finished before: then the job has ended well, and jobs that wait for it may start.
     """
-    folder, restarts = run_folder_of(logs, job_id), own_restarts()
-    if folder is None:
+    run_dir, restarts = find_run_dir(logs, job_id), slurm_restart_count()
+    if run_dir is None:
         return False
-    token = next((line["token"] for line in reversed(history(folder)) if line.get("job") == job_id), "")
-    lines = history(folder, token)
+    token = next((line["token"] for line in reversed(history(run_dir)) if line.get("job") == job_id), "")
+    lines = history(run_dir, token)
     if ends := [line for line in lines if line["event"] == "end" and line.get("restarts") == restarts]:
         now = JobStatus(job_id, restarts)
         if ends[-1]["status"] == "requeued" and now.known and not (now.requeued or now.cancelled):
             slurm.requeue(job_id, attempts=1)  # rank 0 was killed before it could
         return bool(ends[-1]["status"] == "finished")
     submitted = next((line for line in lines if line["event"] == "submitted"), {})
-    finished = folder.job_id() == job_id and folder.read_summary().get("status") == "finished"
+    finished = run_dir.job_id() == job_id and run_dir.read_summary().get("status") == "finished"
     if finished and submitted.get("mode") in ("train", "train_only"):
         return True  # all epochs were done, whatever became of the processes afterwards
-    log = JobLog(folder, job_id, restarts, token, submitted.get("max_requeues"))
-    log.apply_exit(log.classify_batch_exit(code, why), tells=True)
+    log = JobLog(run_dir, job_id, restarts, token, submitted.get("max_requeues"))
+    log.apply_exit(log.classify_batch_exit(code, why), writes_summary=True)
     return False
 
 

@@ -24,9 +24,9 @@ from omnivision.config.compose import use_yaml12_numbers
 from omnivision.config.schema import Settings
 from omnivision.config.validate import validate_config
 from omnivision.launch import slurm
-from omnivision.launch.launcher import Job, run_folder
-from omnivision.launch.slurm_jobs import LOGS, JobLog, parse_dependencies, run_folder_of, write_cancelled
-from omnivision.reporting.run_directory import WAITING, RunDir, file_lock, own_job, own_restarts
+from omnivision.launch.launcher import Job, run_dir_of
+from omnivision.launch.slurm_jobs import LOGS, JobLog, find_run_dir, parse_dependencies, write_cancelled
+from omnivision.reporting.run_directory import WAITING, RunDir, file_lock, slurm_job_id, slurm_restart_count
 from omnivision.utils.errors import UserError
 from omnivision.utils.io import LATEST, write_atomically
 from omnivision.utils.signals import SIGNALS, StopSignal, seconds_to_leave, signals_ignored
@@ -59,7 +59,7 @@ def submit(jobs: Sequence[Job]) -> int:
     unfinished = [job for job in jobs if not is_finished(job)]
     for job in jobs:
         if job not in unfinished:
-            print(f"finished folder={run_folder(job).path}")
+            print(f"finished folder={run_dir_of(job).path}")
             warn_of_other_settings(job)
     queue = slurm.squeue() if unfinished else {}
     wanted = [job for job in unfinished if not is_queued(job, queue)]
@@ -67,15 +67,15 @@ def submit(jobs: Sequence[Job]) -> int:
         return 0
     check_submission(wanted, queue)
     for job in wanted:
-        run_folder(job).create(LOGS)
-    logs = submit_dir([run_folder(job).path for job in wanted])
+        run_dir_of(job).create(LOGS)
+    logs = submit_dir([run_dir_of(job).path for job in wanted])
     logs.mkdir(parents=True, exist_ok=True)
     stop = StopSignal()
     with contextlib.ExitStack() as stack:
         stack.enter_context(stop.handle_signals())
         stop.raise_if_requested()
         # The same command given twice at once: the second one waits here, and then finds the first one's job.
-        for locked in sorted({folder.resolve() for folder in (logs, *(run_folder(job).path / LOGS for job in wanted))}):
+        for locked in sorted({folder.resolve() for folder in (logs, *(run_dir_of(job).path / LOGS for job in wanted))}):
             stack.enter_context(file_lock(locked / ".submission"))
         queue = slurm.squeue()
         wanted = [job for job in wanted if not is_queued(job, queue, locked=True)]
@@ -100,19 +100,19 @@ def sbatch(jobs: Sequence[Job], logs: Path) -> None:
     On any failure, Ctrl-C and signals included, the submission is rolled back and partial jobs are cancelled. Raises UserError
     with SLURM's refusal, or why the job could not be written.
     """
-    before, folders = set(logs.iterdir()), [run_folder(job) for job in jobs]
-    summaries = [folder.read_summary() for folder in folders]
+    before, run_dirs = set(logs.iterdir()), [run_dir_of(job) for job in jobs]
+    summaries = [run_dir.read_summary() for run_dir in run_dirs]
     texts, tokens = [job.config_text for job in jobs], [job.token for job in jobs]
     submitit_settings = jobs[0].settings.submitit
     try:
-        for job, folder in zip(jobs, folders, strict=True):  # first, since the job may start at once and write itself
+        for job, run_dir in zip(jobs, run_dirs, strict=True):  # first, since the job may start at once and write itself
             waiting: dict[str, Any] = {"job": {"logs": str(logs), "dependency": submitit_settings.dependency}}
             if job.settings.trainer.mode != "val":
                 waiting |= {"status": "queued", "exit_reason": None}
-            folder.write_summary(**waiting)
+            run_dir.write_summary(**waiting)
         # submitit repeats on standard error what SLURM says.
         with slurm.scrubbed_sbatch_env(submitit_settings), contextlib.redirect_stderr(io.StringIO()):
-            executor = slurm_executor(jobs[0].settings, folders[0], logs)
+            executor = slurm_executor(jobs[0].settings, run_dirs[0], logs)
             if len(jobs) > 1:
                 submitted = executor.map_array(run_slurm_task, texts, tokens)
             else:
@@ -124,8 +124,8 @@ def sbatch(jobs: Sequence[Job], logs: Path) -> None:
             cancelled = slurm.cancel_jobs_of(written)
             for file in written:
                 file.unlink(missing_ok=True)
-            for folder, summary in zip(folders, summaries, strict=True):
-                folder.replace_summary(summary)
+            for run_dir, summary in zip(run_dirs, summaries, strict=True):
+                run_dir.replace_summary(summary)
         if isinstance(error, RuntimeError):  # submitit's, with sbatch's words
             output = " ".join(str(error).split())
             raise UserError(f"SLURM refused the job: {output}. Change the submitit settings.{cancelled}") from None
@@ -143,24 +143,24 @@ def sbatch(jobs: Sequence[Job], logs: Path) -> None:
 
 def note_submission(jobs: Sequence[Job], ids: Sequence[str], logs: Path) -> None:
     """Print and write which job works for each run directory, and with which configuration."""
-    folders = [run_folder(job) for job in jobs]
-    for folder, job_id in zip(folders, ids, strict=True):
-        print(f"submitted job_id={job_id} folder={folder.path}", flush=True)
+    run_dirs = [run_dir_of(job) for job in jobs]
+    for run_dir, job_id in zip(run_dirs, ids, strict=True):
+        print(f"submitted job_id={job_id} folder={run_dir.path}", flush=True)
     if len(jobs) > 1:
-        paths = [str(folder.path.absolute()) for folder in folders]
+        paths = [str(run_dir.path.absolute()) for run_dir in run_dirs]
         write_atomically(logs / f"{ids[0].partition('_')[0]}_folders.json", f"{json.dumps(paths)}\n")
     dependency = jobs[0].settings.submitit.dependency
     # What it waits for may have failed while it was submitted, and could not cancel a job that was not in the queue yet.
     problem = dependency_problem(dependency, slurm.squeue_or_none() or {}) if dependency else None
-    for job, folder, job_id in zip(jobs, folders, ids, strict=True):
-        write_atomically(folder.path / LOGS / f"{job_id}_config.yaml", job.config_text)
+    for job, run_dir, job_id in zip(jobs, run_dirs, ids, strict=True):
+        write_atomically(run_dir.path / LOGS / f"{job_id}_config.yaml", job.config_text)
         settings = {"mode": job.settings.trainer.mode, "max_requeues": job.settings.submitit.max_requeues}
-        JobLog(folder, job_id, token=job.token).note("submitted", **settings)
-        known = folder.read_summary().get("job") or {}
+        JobLog(run_dir, job_id, token=job.token).note("submitted", **settings)
+        known = run_dir.read_summary().get("job") or {}
         if "job_id" not in known:
-            folder.write_summary(job=known | {"job_id": job_id})
+            run_dir.write_summary(job=known | {"job_id": job_id})
         if problem:
-            write_cancelled(folder, job_id, problem)
+            write_cancelled(run_dir, job_id, problem)
 
 
 # ---- checks before a submission -----------------------------------------------------------------------------------
@@ -168,17 +168,17 @@ def note_submission(jobs: Sequence[Job], ids: Sequence[str], logs: Path) -> None
 
 def is_finished(job: Job) -> bool:
     """Return whether a run has done all the epochs that it is asked for; an evaluation is always done again."""
-    summary, trainer = run_folder(job).read_summary(), job.settings.trainer
+    summary, trainer = run_dir_of(job).read_summary(), job.settings.trainer
     done = summary.get("status") == "finished" and (summary.get("epochs") or 0) >= trainer.max_epochs
     return done and trainer.mode != "val"
 
 
 def warn_of_other_settings(job: Job) -> None:
     """Warn if the settings of a finished run differ from the command's, but for where and how it runs."""
-    changes = changed_settings(run_folder(job).path / "config.yaml", job.config_text)
+    changes = changed_settings(run_dir_of(job).path / "config.yaml", job.config_text)
     if changes := [change for change in changes if not change.startswith(("submitit.", "launcher."))]:
         print(
-            f"warning: the finished run in {run_folder(job).path} had other settings: {truncate_list(changes)}. Set "
+            f"warning: the finished run in {run_dir_of(job).path} had other settings: {truncate_list(changes)}. Set "
             "launcher.experiment_log_dir for a new run.",
             file=sys.stderr,
         )
@@ -190,21 +190,21 @@ def is_queued(job: Job, queue: Mapping[str, slurm.JobState], locked: bool = Fals
     A job that was not noted is being submitted by another command or, if that command is `locked` out, was submitted by one
     that was killed. It is cancelled then, since it may lack the file that it would load.
     """
-    folder, ours = run_folder(job), []
+    run_dir, ours = run_dir_of(job), []
     for job_id, state in queue.items():
-        other = None if state.is_over else run_folder_of(Path(state.command).parent, job_id)
-        if other is not None and other.path.resolve() == folder.path.resolve():
+        other = None if state.is_over else find_run_dir(Path(state.command).parent, job_id)
+        if other is not None and other.path.resolve() == run_dir.path.resolve():
             ours.append(job_id)
     if not ours:
         return False
     job_id = min(ours, key=lambda job_id: queue[job_id].state == "COMPLETING")  # its successor may be there already
     name = queue[job_id].state
-    if name == "COMPLETING" and folder.read_summary().get("status") not in WAITING:
-        return False  # it has ended, and does not come back
-    config = folder.path / LOGS / f"{job_id}_config.yaml"
-    if not config.exists() and folder.job_id() != job_id:
+    if name == "COMPLETING" and run_dir.read_summary().get("status") not in WAITING:
+        return False  # it has ended and is not requeued
+    config = run_dir.path / LOGS / f"{job_id}_config.yaml"
+    if not config.exists() and run_dir.job_id() != job_id:
         if locked:
-            slurm.run("scancel", job_id)
+            slurm.run_slurm_command("scancel", job_id)
             print(f"warning: cancelled job {job_id}, whose submission was killed.", file=sys.stderr)
         return False
     # The dependency may have ended since, so that the command has none. A folder may have two names.
@@ -212,16 +212,16 @@ def is_queued(job: Job, queue: Mapping[str, slurm.JobState], locked: bool = Fals
     changes = changed_settings(config, job.config_text)
     if changes := [change for change in changes if not change.startswith(same)]:
         raise UserError(
-            f"Job {job_id} is in the queue ({name}) for {folder.path}, with other settings: {truncate_list(changes)}. Give "
+            f"Job {job_id} is in the queue ({name}) for {run_dir.path}, with other settings: {truncate_list(changes)}. Give "
             f"the same settings, end it with scancel {job_id}, or change launcher.experiment_log_dir."
         )
-    print(f"queued job_id={job_id} state={name} folder={folder.path}")
+    print(f"queued job_id={job_id} state={name} folder={run_dir.path}")
     return True
 
 
 def check_submission(jobs: Sequence[Job], queue: Mapping[str, slurm.JobState]) -> None:
     """Raise UserError for jobs that SLURM would not take, or would never start; several make one array."""
-    settings, folder = jobs[0].settings, run_folder(jobs[0])
+    settings, run_dir = jobs[0].settings, run_dir_of(jobs[0])
     check_same_resources([job.settings for job in jobs])
     for job in jobs:
         check_run_dir(job, queue)
@@ -239,26 +239,26 @@ def check_submission(jobs: Sequence[Job], queue: Mapping[str, slurm.JobState]) -
             partition = settings.submitit.partition or "the default partition"
             raise UserError(f"{key} is {wanted:g}; {partition} has {most:g} {unit}. Change it, or submitit.partition.")
     if shutil.which("bash"):  # compute nodes may have it all the same
-        parsed = subprocess.run(["bash", "-n"], input=batch_script(settings, folder), capture_output=True, text=True)
+        parsed = subprocess.run(["bash", "-n"], input=batch_script(settings, run_dir), capture_output=True, text=True)
         if parsed.returncode:
             raise UserError(f"submitit.setup must be complete shell commands; bash: {' '.join(parsed.stderr.split())}.")
 
 
 def check_run_dir(job: Job, queue: Mapping[str, slurm.JobState]) -> None:
     """Raise UserError for a run directory that SLURM cannot name, that is in use, or whose checkpoint is of other settings."""
-    folder, trainer = run_folder(job), job.settings.trainer
-    if wrong := [sign for sign in "%\\\n\r" if sign in str(folder.path)]:
+    run_dir, trainer = run_dir_of(job), job.settings.trainer
+    if wrong := [sign for sign in "%\\\n\r" if sign in str(run_dir.path)]:
         raise UserError(
-            f"launcher.experiment_log_dir is {str(folder.path)!r}; for SLURM it must not contain {wrong[0]!r}. Change it."
+            f"launcher.experiment_log_dir is {str(run_dir.path)!r}; for SLURM it must not contain {wrong[0]!r}. Change it."
         )
-    holder = str((folder.holder() or {}).get("job"))
+    holder = str((run_dir.holder() or {}).get("job"))
     if holder == "None" or (
         holder in queue and not queue[holder].is_over
     ):  # the lock of a job that is over does not count
-        folder.require_free()
-    resumes = trainer.mode != "val" and (folder.checkpoints / LATEST).exists()
+        run_dir.require_free()
+    resumes = trainer.mode != "val" and (run_dir.checkpoints / LATEST).exists()
     if resumes and not trainer.checkpoint.allow_changes:
-        check_same_settings(folder.path / "config.yaml", job.config_text)
+        check_same_settings(run_dir.path / "config.yaml", job.config_text)
 
 
 def check_same_resources(points: Sequence[Settings]) -> None:
@@ -288,15 +288,15 @@ def dependency_problem(dependency: str | None, queue: Mapping[str, slurm.JobStat
         if not states and not slurm.show_job(wanted):
             return f"SLURM does not know job {wanted} (it forgets jobs some minutes after their end)"
         for job_id, state in states.items():
-            folder = run_folder_of(Path(state.command).parent, job_id)
-            summary = {} if folder is None else folder.read_summary()
-            ends_badly = folder is not None and folder.job_id() == job_id and summary.get("status") in ENDED_BADLY
+            run_dir = find_run_dir(Path(state.command).parent, job_id)
+            summary = {} if run_dir is None else run_dir.read_summary()
+            ends_badly = run_dir is not None and run_dir.job_id() == job_id and summary.get("status") in ENDED_BADLY
             ended_well = state.state == "COMPLETED"
             ended_badly = (state.is_over and not ended_well) or (
                 ends_badly and state.state in ("RUNNING", "COMPLETING")
             )
             if (condition in ("afterok", "aftercorr") and ended_badly) or (condition == "afternotok" and ended_well):
-                run = f" ({folder.path})" if folder is not None else ""
+                run = f" ({run_dir.path})" if run_dir is not None else ""
                 reason = summary.get("exit_reason") or state.state
                 return f"job {job_id}{run} {'ended' if ended_well else 'did not end'} well: {reason}"
     return None
@@ -305,26 +305,26 @@ def dependency_problem(dependency: str | None, queue: Mapping[str, slurm.JobStat
 # ---- the batch script ---------------------------------------------------------------------------------------------
 
 
-def slurm_executor(settings: Settings, folder: RunDir, logs: Path) -> SlurmExecutor:
+def slurm_executor(settings: Settings, run_dir: RunDir, logs: Path) -> SlurmExecutor:
     """Return submitit's executor for a run. Its batch script is that of `batch_script`."""
     import submitit
 
     executor = submitit.SlurmExecutor(folder=logs)
-    executor.update_parameters(**sbatch_parameters(settings, folder, logs))
+    executor.update_parameters(**sbatch_parameters(settings, run_dir, logs))
     return executor
 
 
-def batch_script(settings: Settings, folder: RunDir) -> str:
+def batch_script(settings: Settings, run_dir: RunDir) -> str:
     """Return the script that SLURM would get for a run, also where SLURM is not installed."""
     os.environ.pop("SUBMITIT_PREEMPT_SIGNAL", None)  # read at import; ours listen to SIGUSR2
     from submitit.slurm.slurm import _make_sbatch_string
 
-    logs = folder.path.absolute() / LOGS
+    logs = run_dir.path.absolute() / LOGS
     command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(logs))}"
-    return str(_make_sbatch_string(command=command, folder=logs, **sbatch_parameters(settings, folder, logs)))
+    return str(_make_sbatch_string(command=command, folder=logs, **sbatch_parameters(settings, run_dir, logs)))
 
 
-def sbatch_parameters(settings: Settings, folder: RunDir, logs: Path) -> dict[str, Any]:
+def sbatch_parameters(settings: Settings, run_dir: RunDir, logs: Path) -> dict[str, Any]:
     """Return what the settings say about the job, by submitit's names."""
     wanted, launcher = settings.submitit, settings.launcher
     options: dict[str, Any] = {
@@ -344,7 +344,7 @@ def sbatch_parameters(settings: Settings, folder: RunDir, logs: Path) -> dict[st
         "cpus_per_task": wanted.cpus_per_task,
         "mem": wanted.mem if wanted.mem_gb is None else f"{math.ceil(wanted.mem_gb * 1024)}M",
         "constraint": wanted.constraints,
-        "signal_delay_s": signal_delay(settings, folder),
+        "signal_delay_s": signal_delay(settings, run_dir),
         "setup": batch_script_prologue(logs, wanted.setup),
         # SLURM 22.05 and later do not hand the number of CPUs on to srun. One failed task ends the others; so does one that
         # left well long ago (it saw on a file system that lags that the run is finished, and they did not).
@@ -367,11 +367,11 @@ def batch_script_prologue(logs: Path, setup: Sequence[str]) -> list[str]:
     return [*lines, ': >"$omnivision_reached"', 'cd "$omnivision_from" || exit', "omnivision_code"]
 
 
-def signal_delay(settings: Settings, folder: RunDir) -> int:
+def signal_delay(settings: Settings, run_dir: RunDir) -> int:
     """Return the seconds before the time limit when SLURM signals the run: as set, else by measured steps and saving."""
     if settings.submitit.signal_delay_s is not None:
         return settings.submitit.signal_delay_s
-    summary, limit = folder.read_summary(), settings.submitit.timeout_hour * 3600
+    summary, limit = run_dir.read_summary(), settings.submitit.timeout_hour * 3600
     step = summary.get("step_seconds")
     delay = UNMEASURED_DELAY if step is None else math.ceil(seconds_to_leave(step, summary.get("save_seconds")))
     return max(1, min(delay, int(limit / 2)))
@@ -398,17 +398,21 @@ def run_slurm_task(config_text: str, token: str) -> None:
     config = OmegaConf.create(config_text)
     assert isinstance(config, DictConfig)
     job = Job(validate_config(config), config_text, token)
-    folder, rank_info, job_id = run_folder(job), slurm_rank(submitit.JobEnvironment().hostnames[0]), own_job() or ""
+    run_dir, rank_info, job_id = (
+        run_dir_of(job),
+        slurm_rank(submitit.JobEnvironment().hostnames[0]),
+        slurm_job_id() or "",
+    )
     if is_finished(job):
-        print(f"finished folder={folder.path}")
+        print(f"finished folder={run_dir.path}")
         return
-    log = JobLog(folder, job_id, own_restarts(), token, job.settings.submitit.max_requeues, rank_info.rank)
+    job_log = JobLog(run_dir, job_id, slurm_restart_count(), token, job.settings.submitit.max_requeues, rank_info.rank)
     if rank_info.rank == 0:
-        logs = folder.path / LOGS
+        logs = run_dir.path / LOGS
         logs.mkdir(parents=True, exist_ok=True)
         write_atomically(logs / f"{job_id}_environment.json", json.dumps(public_environment(), indent=1) + "\n")
-        log.record_start(os.environ["SLURM_JOB_NODELIST"], rank_info.world_size)
-    if code := run_rank(job, rank_info, log):
+        job_log.record_start(os.environ["SLURM_JOB_NODELIST"], rank_info.world_size)
+    if code := run_rank(job, rank_info, job_log):
         sys.exit(code)
 
 
@@ -421,7 +425,7 @@ def slurm_rank(host: str) -> RankInfo:
 
     env, world = os.environ, int(os.environ["SLURM_NTASKS"])
     # SLURM_JOB_ID is a number of its own for all elements of an array but the last.
-    number = PORTS_PER_JOB * int(env["SLURM_JOB_ID"]) + own_restarts() % PORTS_PER_JOB
+    number = PORTS_PER_JOB * int(env["SLURM_JOB_ID"]) + slurm_restart_count() % PORTS_PER_JOB
     port = int(env.get("MASTER_PORT") or 10_000 + number % (PORTS_PER_JOB * 1500))
     rank, local_rank = int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"])
     address = f"tcp://{host}:{port}" if world > 1 else None

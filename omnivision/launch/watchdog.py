@@ -20,7 +20,7 @@ from pathlib import Path
 
 from omnivision.reporting.run_directory import host_id, process_start
 from omnivision.utils.errors import PeerLostError, StopRequested
-from omnivision.utils.signals import SECONDS_OF_ONE_REQUEST, SIGNALS, StopSignal
+from omnivision.utils.signals import SIGNAL_DEBOUNCE_SECONDS, SIGNALS, StopSignal, seconds_to_leave
 
 GRACE_SECONDS = 25.0  # SLURM kills 30 seconds after SIGTERM
 SECOND_REQUEST_SECONDS = 4.0
@@ -39,7 +39,7 @@ class Watchdog:
 
     def __init__(self, stop: StopSignal, abort: Abort, grace: float = GRACE_SECONDS) -> None:
         self.stop, self.abort, self.grace = stop, abort, grace
-        self.answered = False  # the main thread is ending; from then on only a second request counts
+        self.exiting = False  # the main thread is ending; from then on only a second request counts
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -72,10 +72,11 @@ class Watchdog:
             for number in SIGNALS:
                 if number in numbers:
                     first = arrivals.setdefault(number, now)
-                    if number == signal.SIGTERM and now - first > SECONDS_OF_ONE_REQUEST:
+                    if number == signal.SIGTERM and now - first > SIGNAL_DEBOUNCE_SECONDS:
                         last = min(last, now + SECOND_REQUEST_SECONDS)
             waited = now - min(arrivals.values(), default=now)
-            if now > last or (not self.answered and waited > max(self.grace, self.stop.time_to_leave)):
+            grace = max(self.grace, seconds_to_leave(self.stop.step_seconds, self.stop.save_seconds))
+            if now > last or (not self.exiting and waited > grace):
                 error = StopRequested(signal.Signals(min(arrivals, key=lambda number: arrivals[number])).name)
                 error.add_note(f"it had not left {waited:.0f} s later, {self.stop.phase}")
                 self.abort(error, now > last)

@@ -26,15 +26,15 @@ WAITING = ("queued", "requeued")  # statuses of a run whose job is in the queue
 SUMMARY_TYPES = {"status": str, "job": dict, "run": dict, "last": dict, "epochs": int}
 
 
-def own_job() -> str | None:
+def slurm_job_id() -> str | None:
     """ID of this process's SLURM job (12, or 12_3 in an array); None outside of SLURM."""
     if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
         return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     return os.environ.get("SLURM_JOB_ID")
 
 
-def own_restarts() -> int:
-    """How often SLURM has restarted that job."""
+def slurm_restart_count() -> int:
+    """How often SLURM has restarted this job."""
     return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
@@ -166,7 +166,7 @@ class RunDir:
     def _claim(self) -> dict[str, Any]:
         pid = os.getpid()
         claim = {"token": self._token, "host": socket.gethostname(), "machine": host_id(), "pid": pid}
-        return claim | {"started": process_start(pid), "job": own_job(), "restarts": own_restarts()}
+        return claim | {"started": process_start(pid), "job": slurm_job_id(), "restarts": slurm_restart_count()}
 
     def _heartbeat_age(self) -> float:
         """Return the age of the lock's heartbeat in seconds, by the clock of the file system: those of machines may differ.
@@ -181,8 +181,8 @@ class RunDir:
 
     @staticmethod
     def _is_alive(holder: dict[str, Any], age: float) -> bool:
-        job = own_job()
-        if job is not None and holder.get("job") == job and holder.get("restarts", 0) < own_restarts():
+        job = slurm_job_id()
+        if job is not None and holder.get("job") == job and holder.get("restarts", 0) < slurm_restart_count():
             return False  # SLURM starts a job again only when its processes are gone, with their node if need be
         if holder.get("machine") == host_id():
             return process_start(holder["pid"]) == holder.get("started") is not None

@@ -25,7 +25,7 @@ from omnivision.tools.prepare.index import drop_suffix, printable, shorten
 from omnivision.tools.prepare.output import read_arrays
 from omnivision.tools.prepare.transcode import MAX_PIXELS
 from omnivision.tools.workers import WorkerCrashedError, run_in_processes, track
-from omnivision.utils.errors import EXIT_INTERRUPTED, EXIT_USER, UserError
+from omnivision.utils.errors import EXIT_SIGINT, EXIT_USER, UserError
 from omnivision.utils.io import sha256, write_atomically
 from omnivision.utils.streams import fit
 
@@ -88,7 +88,7 @@ def run(paths_file: str, labels_file: str | None, args: CheckSettings) -> int:
         checks = _check_all(full, segments, args)
     except KeyboardInterrupt:
         print("check-data: interrupted; nothing was written. Run the same command again.", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return EXIT_SIGINT
     summary = _summary(checks, segments)
     if labels is not None:
         summary["labels"] = _label_summary(labels, args.num_classes)

@@ -10,11 +10,11 @@ from cyclopts import App, CycloptsError, Parameter
 
 from omnivision.utils.errors import (
     EXIT_FAULT,
-    EXIT_INTERRUPTED,
+    EXIT_SIGINT,
     EXIT_USER,
     UserError,
     is_out_of_memory,
-    out_of_memory,
+    oom_message,
 )
 from omnivision.utils.streams import announce, ignore_broken_pipe, output_problem
 
@@ -89,13 +89,13 @@ def main(arguments: list[str] | None = None) -> int:
         return code
     except KeyboardInterrupt:
         print(f"{name}: interrupted. Files are complete or absent; run the same command again.", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return EXIT_SIGINT
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except (MemoryError, RuntimeError, OSError) as error:
         if is_out_of_memory(error):
-            print(f"error: {out_of_memory(error, LESS_MEMORY)}", file=sys.stderr)
+            print(f"error: {oom_message(error, LESS_MEMORY)}", file=sys.stderr)
             return EXIT_FAULT
         if not isinstance(error, OSError) or os.environ.get("OMNIVISION_TRACEBACK") == "1":
             raise

@@ -112,7 +112,7 @@ def open_splits(settings: Settings) -> tuple[list[Split], list[Split]]:
             "paths and labels, or trainer.mode=train_only."
         )
     if problems:
-        raise UserError.of(problems)
+        raise UserError.from_problems(problems)
     return [split for split in opened if split.which == "train"], [split for split in opened if split.which == "val"]
 
 

@@ -132,7 +132,7 @@ def check_pretrained(settings: Settings) -> None:
     for each in [source] if isinstance(source, str) else source or []:
         build.attempt(problems, require_weights, each)
     if problems:
-        raise UserError.of(problems)
+        raise UserError.from_problems(problems)
 
 
 def awaits_dependency(settings: Settings) -> bool:

@@ -5,12 +5,12 @@ import re
 from collections.abc import Iterator
 
 EXIT_USER = 1
-EXIT_FAULT = 70
+EXIT_FAULT = 70  # EX_SOFTWARE of sysexits.h
 EXIT_NON_FINITE = 71
-EXIT_HUNG_UP = 129
-EXIT_INTERRUPTED = 130
-EXIT_ANNOUNCED = 140
-EXIT_TERMINATED = 143
+EXIT_SIGHUP = 128 + 1
+EXIT_SIGINT = 128 + 2
+EXIT_SIGUSR2 = 128 + 12  # also at the time limit, which SLURM announces by this signal
+EXIT_SIGTERM = 128 + 15
 
 
 class UserError(ValueError):
@@ -27,7 +27,7 @@ class UserError(ValueError):
         self.problems = [message]
 
     @classmethod
-    def of(cls, problems: list[str]) -> "UserError":
+    def from_problems(cls, problems: list[str]) -> "UserError":
         """Return an error that lists one problem or several."""
         several = len(problems) > 1
         error = cls("\n- ".join([f"{len(problems)} problems:", *problems]) if several else problems[0])
@@ -63,7 +63,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def out_of_memory(error: BaseException, advice: str) -> str:
+def oom_message(error: BaseException, advice: str) -> str:
     """Return one paragraph about an error of `is_out_of_memory`."""
     text = " ".join(str(error).split())
     where = "GPU" if re.search(r"cuda|cublas|cudnn|\bhip\b|gpu", text, re.IGNORECASE) else "This machine"
@@ -96,4 +96,4 @@ class StopRequested(BaseException):
     def __init__(self, cause: str, saved_step: int | None = None) -> None:
         super().__init__(cause)
         self.cause, self.saved_step = cause, saved_step
-        self.exit_code = {"SIGTERM": EXIT_TERMINATED, "SIGHUP": EXIT_HUNG_UP}.get(cause, EXIT_ANNOUNCED)
+        self.exit_code = {"SIGTERM": EXIT_SIGTERM, "SIGHUP": EXIT_SIGHUP}.get(cause, EXIT_SIGUSR2)

@@ -24,7 +24,7 @@ TIME_LIMIT = "time limit"
 UNKNOWN_SAVE_SECONDS = 30.0
 LEAVE_SECONDS = 10.0
 # One request may come in two signals: SLURM's to all processes, and the launcher's that forwards it.
-SECONDS_OF_ONE_REQUEST = 1.0
+SIGNAL_DEBOUNCE_SECONDS = 1.0
 
 
 class StopSignal:
@@ -47,23 +47,22 @@ class StopSignal:
 
     @property
     def cause(self) -> str | None:
-        """By what: "SIGTERM", "SIGUSR2" (also when SIGTERM followed), "time limit"; None if it was not."""
+        """What requested the stop: "SIGTERM", "SIGUSR2" (also when SIGTERM followed), "time limit"; None without a request.
+
+        Once reading it has returned "time limit" it stays so, even if `reserved_seconds` shrinks.
+        """
         if self.signals:
             return signal.Signals(self.signals[0]).name
-        if self.deadline is not None and time.time() + self.needed >= self.deadline:
+        if self.deadline is not None and time.time() + self.reserved_seconds >= self.deadline:
             self._late = True
         return TIME_LIMIT if self._late else None
 
     @property
-    def needed(self) -> float:
+    def reserved_seconds(self) -> float:
         """Seconds that are kept for leaving: at most half of what there was, so that a short job does something at all."""
-        return min(self.time_to_leave, self._half)
+        return min(seconds_to_leave(self.step_seconds, self.save_seconds), self._half)
 
-    @property
-    def time_to_leave(self) -> float:
-        return seconds_to_leave(self.step_seconds, self.save_seconds)
-
-    def end_at(self, deadline: float | None) -> None:
+    def set_deadline(self, deadline: float | None) -> None:
         """Set when the job ends, in seconds since the epoch (None: never)."""
         self.deadline = deadline
         self._half = 0.0 if deadline is None else (deadline - time.time()) / 2
@@ -121,7 +120,7 @@ class StopSignal:
         self._on_signal = "defer"
 
     def _receive(self, number: int, frame: Any) -> None:
-        again = signal.SIGTERM in self.signals and time.monotonic() - self._first_term > SECONDS_OF_ONE_REQUEST
+        again = signal.SIGTERM in self.signals and time.monotonic() - self._first_term > SIGNAL_DEBOUNCE_SECONDS
         second_term = again and number == signal.SIGTERM
         if number == signal.SIGTERM and signal.SIGTERM not in self.signals:
             self._first_term = time.monotonic()
@@ -141,7 +140,7 @@ def seconds_to_leave(step_seconds: float, save_seconds: float | None) -> float:
 
 @contextlib.contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Start processes that never receive requests to stop, nor do theirs; this process receives them after the block."""
+    """Block SIGINT and stop signals inside this block; processes started in it, and their children, inherit the mask."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, *SIGNALS))
     try:
         yield
@@ -149,7 +148,7 @@ def signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def end_workers() -> None:
+def kill_data_workers() -> None:
     """Kill this process's data workers: they receive no request to stop, and a hung one would be waited for without end."""
     for worker in multiprocessing.active_children():
         worker.kill()

@@ -147,7 +147,7 @@ class Interrupted(OnCluster):
         self.assertIn("Fatal Python error: Aborted", (stuck_run / f"submitit_logs/{stuck}_0_log.err").read_text())
         wait("it to leave", lambda: history(clock_run, "end"), 70)
         self.assertRegex(
-            history(clock_run, "end")[0]["reason"], r"by time limit; step \d+ is saved \(its time is over\)"
+            history(clock_run, "end")[0]["reason"], r"by time limit; step \d+ is saved \(time limit reached\)"
         )
         self.assertEqual(history(clock_run, "end")[0]["status"], "requeued")
         self.cluster.ask("scancel", clock)
@@ -155,7 +155,7 @@ class Interrupted(OnCluster):
         told = runs.summary(bounded_run)
         self.assertEqual(told["status"], "interrupted")
         self.assertRegex(
-            told["exit_reason"], f"step {told['steps']} is saved .*does not come back: submitit.max_requeues is 0"
+            told["exit_reason"], f"step {told['steps']} is saved .*is not requeued: submitit.max_requeues is 0"
         )
 
     def test_5_what_ends_a_job_for_good_is_written_down(self):

@@ -24,7 +24,7 @@ from omnivision.tools.prepare.lists import parse_columns, read_csv_lists
 from omnivision.tools.prepare.locate import check_out, find_frame_folders, locate_videos
 from omnivision.tools.prepare.transcode import TranscodeConfig, destinations, transcode_all
 from omnivision.tools.val_split import group_videos, hold_out, pattern_grouping
-from omnivision.utils.errors import EXIT_INTERRUPTED, UserError
+from omnivision.utils.errors import EXIT_SIGINT, UserError
 from omnivision.utils.io import write_atomically
 
 SEED = 42  # of what is held out; `omnivision val-split` takes another
@@ -64,7 +64,7 @@ def run(
         _write(out, index, stamp, config, results, options.workers)
     except KeyboardInterrupt:
         print("prepare: interrupted. The same command continues where it stopped.", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return EXIT_SIGINT
     if "test" in index.splits:
         settings = (f"++datasets.{name}.val.{what}={out.absolute()}/test_{what}.npy" for what in index.arrays("test"))
         print(
