@@ -108,7 +108,7 @@ class Cross(unittest.TestCase):
             ("attention=both", "trainer.model.decoder.attention .*'both'"),
             ("share=0", "trainer.model.decoder.share .*> 0"),
             ("share=half", "trainer.model.decoder.share .*'half'"),
-            ("shrae=1", "trainer.model.decoder.shrae .argument .* mean trainer.model.decoder.share"),
+            ("shrae=1", "trainer.model.decoder.shrae .* mean trainer.model.decoder.share"),
         ):
             with tempfile.TemporaryDirectory() as folder:
                 made = stages.here(
