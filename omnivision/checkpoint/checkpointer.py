@@ -102,7 +102,7 @@ def read(path: Path) -> Any:
 
 
 def stat_latest(folder: Path) -> tuple[str, int]:
-    """Manifest and size of the newest checkpoint as this machine sees it; ("", 0) when there is none."""
+    """Return manifest and size of the newest checkpoint as this machine sees it; ("", 0) when there is none."""
     latest = folder / LATEST
     try:
         return _manifest(latest).read_text(encoding="utf-8"), latest.stat().st_size
@@ -158,7 +158,7 @@ def verify_manifest(path: Path) -> dict[str, Any]:
 
 
 def verify_and_hash(path: Path) -> str:
-    """SHA-256 of a file of weights, verified by its manifest if it has one, else by the checksums inside a zip archive.
+    """Return the SHA-256 of a file of weights, verified by its manifest, else by the checksums inside a zip archive.
 
     Raises CorruptCheckpointError.
     """

@@ -124,7 +124,7 @@ def used_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _resolve_reference(settings: Mapping[str, Any], name: str) -> Any:
-    """The value of a setting; of a plain reference (`${epochs}`), that of the setting it leads to."""
+    """Return the value of a setting; of a plain reference (`${epochs}`), that of the setting it leads to."""
     value, visited = settings.get(name), {name}
     while isinstance(value, str) and (reference := REFERENCE.fullmatch(value)) and reference[1] not in visited:
         if reference[1] not in settings:  # a whole section, or one that does not exist
@@ -191,7 +191,7 @@ def flat_text(text: str) -> dict[str, Any]:
 
 
 def flat_file(file: Path) -> dict[str, Any] | None:
-    """The flat configuration in a file; None if it cannot be read."""
+    """Read the flat configuration in a file; None if it cannot be read."""
     try:
         return flat_text(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
@@ -264,13 +264,13 @@ def inference(metadata: Any) -> Mapping[str, Any]:
 
 
 def class_names(inference: Mapping[str, Any]) -> list[list[str] | None]:
-    """The class names of each head in `inference`, see `valid_names`."""
+    """Return the class names of each head in `inference`, see `valid_names`."""
     heads = inference.get("class_names")
     return [valid_names(names) for names in heads] if isinstance(heads, list) else []
 
 
 def valid_names(names: Any) -> list[str] | None:
-    """Names of classes, all different; None for anything else, and for the numbers that stand in for names."""
+    """Return names of classes, all different; None for anything else, and for the numbers that stand in for names."""
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return None
     return None if len(set(names)) < len(names) or names == [str(label) for label in range(len(names))] else names

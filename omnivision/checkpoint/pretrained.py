@@ -54,7 +54,7 @@ class LoadReport:
         return {"path": str(Path(self.path).absolute()), "sha256": self.sha256, "choice": self.choice}
 
     def lines(self) -> list[str]:
-        """A table to print: a line for each fate, with how many and the first names."""
+        """Return a table to print: a line for each fate, with how many and the first names."""
         rows = {
             "loaded": self.loaded,
             "dropped": [f"{name} ({why})" for name, why in self.dropped.items()],
@@ -239,7 +239,7 @@ def interpolate_pos_embed(
 
 
 def _grid_of(weights: StateDictFile, tokens: int, grid: Triple) -> Triple:
-    """The token grid (T', H', W') in the file, else the one of that many tokens that is nearest to `grid`."""
+    """Return the token grid (T', H', W') in the file, else the one of that many tokens that is nearest to `grid`."""
     if trunk := weights.architecture.get("trunk"):
         try:
             size = trunk["image_size"]

@@ -105,7 +105,7 @@ def remove_unused(folder: Path) -> None:
 
 
 def _folder_of(state: Any) -> str | None:
-    """The folder of the shards of a checkpoint; None for a file without shards."""
+    """Return the folder of the shards of a checkpoint; None for a file without shards."""
     shards = state.get(KEY) if isinstance(state, dict) else None
     return str(shards["folder"]) if isinstance(shards, dict) and shards.keys() == {"folder", "files"} else None
 

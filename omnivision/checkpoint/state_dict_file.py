@@ -203,7 +203,7 @@ def check_numbers(tensors: Mapping[str, Tensor], where: str = "") -> None:
 
 
 def preview(names: Sequence[str]) -> str:
-    """The first three names."""
+    """Return the first three names."""
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
@@ -218,7 +218,7 @@ def strip_wrappers(state: Mapping[str, Tensor], prefix: str = "module.") -> dict
 
 
 def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state dict of a file of safetensors or torch.save, and the rest of it."""
+    """Read the state dict of a file of safetensors or torch.save, and the rest of it."""
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, framework="pt") as file:
@@ -246,7 +246,7 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _read_shards(index: Path) -> tuple[dict[str, Tensor], str]:
-    """The tensors of all files in an index, and one SHA-256 over theirs."""
+    """Read the tensors of all files in an index, and one SHA-256 over theirs."""
     weight_map = _parse_json(index.read_bytes(), index).get("weight_map")
     files = list(weight_map.values()) if isinstance(weight_map, dict) else []
     beside = [f for f in files if isinstance(f, str) and Path(f).name == f and f.endswith((".safetensors", ".bin"))]

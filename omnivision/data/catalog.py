@@ -174,7 +174,7 @@ class Split:
         return np.bincount(labels[labels >= 0], minlength=self.dataset.num_classes).tolist()
 
     def has_labels(self) -> bool:
-        """Whether any sample has one."""
+        """Return whether any sample has one."""
         return "labels" in self._arrays and int(self._arrays["labels"].max()) > IGNORED_LABEL
 
     def label(self, index: int) -> int:
@@ -198,7 +198,7 @@ def resolve_prefix(prefix: str) -> str:
 
 
 def _is_text(text: str) -> bool:
-    """Whether all numbers of a text are characters; a damaged array may hold any, and Python does not always check."""
+    """Return whether all numbers of a text are characters; a damaged array may hold any, and Python does not always check."""
     try:
         return all(ord(character) <= sys.maxunicode for character in text)
     except SystemError:

@@ -333,7 +333,7 @@ def sort_times(names: list[str]) -> list[str]:
 
 
 def _overlap(names: list[list[str]], frame: int) -> bool:
-    """Whether frame numbers of names that differ in other numbers overlap, as those of cameras do."""
+    """Return whether frame numbers of names that differ in other numbers overlap, as those of cameras do."""
     ranges: dict[tuple[str, ...], list[tuple[list[str | int], str]]] = {}
     for numbers in names:
         ranges.setdefault((*numbers[:frame], *numbers[frame + 1 :]), []).append(natural(numbers[frame]))

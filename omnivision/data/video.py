@@ -304,7 +304,7 @@ class VideoFile:
         return self._demux_until(high)
 
     def _starts_before(self, key: Packet, low: int) -> bool:
-        """Whether no frame from `low` on precedes this key frame."""
+        """Return whether no frame from `low` on precedes this key frame."""
         if key.pts is not None and key.pts <= low:
             return True
         index = self._stream.index_entries
@@ -339,7 +339,7 @@ class VideoFile:
         return not packet.is_discard and (self._context.name != "vp8" or bool(bytes(packet)[0] & 0x10))
 
     def _packet_times_reliable(self, packets: list[Packet]) -> bool:
-        """Whether the packets' time stamps are those of the frames."""
+        """Return whether the packets' time stamps are those of the frames."""
         codec = self._context.name
         if not packets or self._format not in _TIMED_FORMATS or codec not in _FRAME_PER_PACKET:
             return False

@@ -274,7 +274,7 @@ def training_history(source: StateDictFile) -> str:
 
 
 def markdown_table(facts: Mapping[str, Any]) -> str:
-    """A table of two columns."""
+    """Return a table of two columns."""
     rows = (f"| {escape(name)} | {escape(value)} |" for name, value in facts.items())
     return "\n".join(["| | |", "|---|---|", *rows])
 

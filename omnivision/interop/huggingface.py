@@ -31,7 +31,7 @@ class Exported(NamedTuple):
 def to_hf(
     state: Mapping[str, Tensor], architecture: Architecture, head: int = 0, class_names: Sequence[str] | None = None
 ) -> Exported:
-    """A classifier as VideoMAEForVideoClassification; an autoencoder, or a classifier without heads, as VideoMAEModel.
+    """Convert a classifier to VideoMAEForVideoClassification; an autoencoder, or one without heads, to VideoMAEModel.
 
     Args:
         state: complete, in our names (`from_ours` checks it).
@@ -80,7 +80,7 @@ def _select_exported(state: Mapping[str, Tensor], head: int) -> tuple[dict[str, 
 
 
 def preprocessor_config(architecture: Architecture) -> dict[str, Any]:
-    """`preprocessor_config.json`: the pixels that our models expect. Without it `transformers` normalises to -1 .. 1."""
+    """Return `preprocessor_config.json`: the pixels that our models expect. Without it `transformers` normalises to -1 .. 1."""
     size = architecture["trunk"]["image_size"]
     return {
         "image_processor_type": "VideoMAEImageProcessor",
@@ -134,7 +134,7 @@ def _hf_config(
 
 
 def _rounded_positions(state: Mapping[str, Tensor], architecture: Architecture) -> bool:
-    """Whether the table is the fixed one rounded to 16 bits. Raises UserError when it is another one."""
+    """Return whether the table is the fixed one rounded to 16 bits. Raises UserError when it is another one."""
     table, fixed = state["trunk.pos_embed"], position_tables(architecture)["trunk.pos_embed"]
     difference = float((table.float() - fixed).abs().max())
     if difference > max(1e-6, torch.finfo(table.dtype).eps):

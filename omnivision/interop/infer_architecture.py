@@ -120,7 +120,7 @@ def _infer(
 
 
 def position_names(architecture: Architecture) -> list[str]:
-    """The names of the positional embeddings of a model."""
+    """Return the names of the positional embeddings of a model."""
     return ["trunk.pos_embed"] + (["trunk.decoder.pos_embed"] if "decoder" in architecture else [])
 
 

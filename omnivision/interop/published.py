@@ -128,7 +128,7 @@ class ConvertedCheckpoint:
     assumed: Sequence[str]
 
     def summary(self) -> str:
-        """The model in a few words."""
+        """Summarize the model in a few words."""
         trunk, classes = self.architecture["trunk"], self.architecture.get("classes")
         return (
             f"{'encoder' if classes == [] else self.architecture['kind']} of width {trunk['width']}, depth {trunk['depth']}, "
@@ -137,7 +137,7 @@ class ConvertedCheckpoint:
         )
 
     def lines(self) -> list[str]:
-        """A table to print: a line for each fate and reason, with how many and the first names."""
+        """Return a table to print: a line for each fate and reason, with how many and the first names."""
         rows = [
             ("kept", "", [new for new, old in self.renamed.items() if new == old]),
             ("renamed", "", [f"{old} -> {new}" for new, old in self.renamed.items() if new != old]),
@@ -245,7 +245,7 @@ def from_hf(
 
 
 def _architecture_of_config(config: Mapping[str, Any], has_decoder: bool) -> dict[str, Any]:
-    """The architecture in a `config.json`, as far as it is ours. Raises UserError for another kind of model."""
+    """Return the architecture in a `config.json`, as far as it is ours. Raises UserError for another kind of model."""
     for key, wanted in (("model_type", "videomae"), ("num_channels", 3), ("hidden_act", "gelu")):
         if config.get(key, wanted) != wanted:
             raise UserError(f"{key} in config.json must be {wanted!r}, got {str(config[key])[:60]!r}.")
@@ -341,7 +341,7 @@ class _KeyMapper:
         self.fill("trunk.decoder.decoder_embed.bias", projection.new_zeros(len(projection)), "zeros; not in the file")
 
     def _decoder_problem(self) -> str:
-        """Why our decoder cannot compute the same; empty if it can. Raises UserError for values that are not finite."""
+        """Return why our decoder cannot compute the same; empty if it can. Raises UserError for values that are not finite."""
         parts = [self.state.get(name, torch.empty(())) for name in _DECODER_PARTS]
         if not all(part.ndim for part in parts):
             return "parts of the decoder are missing"
@@ -389,12 +389,12 @@ def _rename(format: str, name: str) -> str | None:
 
 @functools.cache
 def pattern(template: str) -> re.Pattern[str]:
-    """A name of a table as a pattern, with a group for each placeholder."""
+    """Compile a name of a table to a pattern, with a group for each placeholder."""
     pieces = re.split(r"\{(\w+)\}", template)
     odd = [f"(?P<{piece}>{_PLACEHOLDERS[piece]})" for piece in pieces[1::2]]
     return re.compile("".join(re.escape(text) + group for text, group in zip(pieces[::2], [*odd, ""], strict=True)))
 
 
 def _unproject(rows: Tensor, projection: Tensor) -> Tensor:
-    """The shortest rows (N, trunk width), float32, that a projection (width, trunk width) maps to `rows` (N, width)."""
+    """Return the shortest rows (N, trunk width), float32, that a projection (width, trunk width) maps to `rows` (N, width)."""
     return (rows.double() @ torch.linalg.pinv(projection.double()).T).float()

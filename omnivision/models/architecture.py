@@ -24,7 +24,7 @@ Architecture = dict[str, Any]
 
 
 def describe(model: nn.Module) -> Architecture:
-    """`kind` and `trunk`, and `decoder`, `classes` or `num_models` and `combine_mode` where the kind has them."""
+    """Return `kind` and `trunk`, and `decoder`, `classes` or `num_models` and `combine_mode` where the kind has them."""
     if isinstance(model, MaskedAutoencoder):
         decoder = model.trunk.decoder
         assert isinstance(decoder, Decoder)
@@ -53,7 +53,7 @@ def has_unused_parameters(model: nn.Module) -> bool:
 
 
 def build(architecture: Architecture, where: str) -> nn.Module:
-    """The model, randomly initialised. Raises UserError naming `where` for a description that cannot be one."""
+    """Build the model, randomly initialised. Raises UserError naming `where` for a description that cannot be one."""
     try:
         numbers = {"rgbd": False} | architecture["trunk"]
         trunk = VisionTransformer(**{key: numbers[key] for key in TRUNK})

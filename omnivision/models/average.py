@@ -82,11 +82,11 @@ class AveragedClassifier(nn.Module):
                 buffer[number].copy_(tensor)
 
     def mixing_weights(self) -> Tensor:
-        """The weight of each source: (K,), or (parameter tensors, K); sums to 1 over the sources."""
+        """Return the weight of each source: (K,), or (parameter tensors, K); sums to 1 over the sources."""
         return self.mixing_ratio.softmax(-1)
 
     def averaged_trunk(self) -> dict[str, Tensor]:
-        """The averaged parameters by their name inside the trunk."""
+        """Return the averaged parameters by their name inside the trunk."""
         averaged = {}
         for name, weights in zip(self.names, self.mixing_weights().expand(len(self.names), -1), strict=True):
             sources = self.sources.get_buffer(_buffer(name))  # (K, ...)
@@ -101,7 +101,7 @@ class AveragedClassifier(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> dict[str, Tensor]:
-        """The state dict of the equivalent `VideoClassifier`."""
+        """Return the state dict of the equivalent `VideoClassifier`."""
         averaged = {f"trunk.{name}": weight.clone() for name, weight in self.averaged_trunk().items()}
         return {**self.model.state_dict(), **averaged}
 

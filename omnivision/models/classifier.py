@@ -11,7 +11,7 @@ from omnivision.models.vit import VisionTransformer
 
 
 def linear_head(width: int, classes: int) -> nn.Sequential:
-    """The published head: a linear layer, weights normal(0, .01), inside a Sequential (so that it is named `heads.0.0`)."""
+    """Build the published head: a linear layer, weights normal(0, .01), in a Sequential (hence its name `heads.0.0`)."""
     layer = nn.Linear(width, classes)
     nn.init.normal_(layer.weight, std=0.01)
     nn.init.zeros_(layer.bias)
@@ -46,7 +46,7 @@ class VideoClassifier(nn.Module):
 
 
 def is_frozen(module: nn.Module) -> bool:
-    """Whether a module has parameters and none of them is trained."""
+    """Return whether a module has parameters and none of them is trained."""
     parameters = list(module.parameters())
     return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
 

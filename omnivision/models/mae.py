@@ -131,7 +131,7 @@ class Decoder(nn.Module):
 
 
 def pixel_head(width: int, pixels: int) -> nn.Sequential:
-    """Linear map of a decoded token to the pixels of its tubelet, named `heads.0.projector` as published."""
+    """Build the linear map of a decoded token to the pixels of its tubelet, named `heads.0.projector` as published."""
     projector = nn.Linear(width, pixels)
     nn.init.trunc_normal_(projector.weight, std=0.02)
     nn.init.zeros_(projector.bias)
@@ -182,7 +182,7 @@ class MaskedAutoencoder(nn.Module):
 
 
 def split_tokens(mask: Tensor, num_masked: int | None = None) -> tuple[Tensor, Tensor]:
-    """Indices of the visible (B, K) and the masked (B, M) tokens of a bool mask, each in raster order.
+    """Return indices of the visible (B, K) and the masked (B, M) tokens of a bool mask, each in raster order.
 
     Raises UserError when samples hide different numbers of tokens (checked only without `num_masked`; loaders check it).
     """
@@ -198,7 +198,7 @@ def split_tokens(mask: Tensor, num_masked: int | None = None) -> tuple[Tensor, T
 
 
 def reconstruction_target(video: Tensor, tubelet: tuple[int, int, int], masked: Tensor, norm: TargetNorm) -> Tensor:
-    """Target of the masked tokens: (B, M, pt * ph * pw * 3), at least float32, order (t, h, w, c).
+    """Return the target of the masked tokens: (B, M, pt * ph * pw * 3), at least float32, order (t, h, w, c).
 
     Pixels in [0, 1]; with `norm="channel"` each tubelet has its mean subtracted and is divided by
     sqrt(unbiased variance + 1e-6), channel by channel; with "patch" over all its values; with "none" not at all.
@@ -214,7 +214,7 @@ def reconstruction_target(video: Tensor, tubelet: tuple[int, int, int], masked: 
 
 
 def patch_statistics(pixels: Tensor, norm: TargetNorm) -> tuple[Tensor, Tensor]:
-    """Mean and deviation that normalise targets: pixels (B, M, P, 3) -> two tensors that broadcast against them."""
+    """Return mean and deviation that normalise targets: pixels (B, M, P, 3) -> two tensors that broadcast against them."""
     if norm == "none":
         return pixels.new_zeros(()), pixels.new_ones(())
     dims = (2,) if norm == "channel" else (2, 3)
@@ -223,5 +223,5 @@ def patch_statistics(pixels: Tensor, norm: TargetNorm) -> tuple[Tensor, Tensor]:
 
 
 def reconstruction_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """Squared error, averaged over all values of all masked tokens: two (B, M, P) -> a scalar of the target's dtype."""
+    """Return the mean squared error over all values of all masked tokens: two (B, M, P) -> a scalar of the target's dtype."""
     return F.mse_loss(prediction.to(target.dtype), target)

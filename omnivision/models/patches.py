@@ -21,7 +21,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def token_grid(size: Triple, tubelet: Triple) -> Triple:
-    """Tokens along (T, H, W) of a video of `size` (T, H, W).
+    """Return the tokens along (T, H, W) of a video of `size` (T, H, W).
 
     Raises UserError when a side is not a multiple of the tubelet's: the rest would be cut off silently.
     """
@@ -42,7 +42,7 @@ def split_tubelets(video: Tensor, tubelet: Triple) -> Tensor:
 
 
 def pick_tubelets(video: Tensor, tubelet: Triple, tokens: Tensor) -> Tensor:
-    """The pixels of some tokens only: (B, C, T, H, W) and indices (B, K) -> (B, K, C, pt, ph, pw)."""
+    """Return the pixels of some tokens only: (B, C, T, H, W) and indices (B, K) -> (B, K, C, pt, ph, pw)."""
     boxes = split_tubelets(video, tubelet)
     _, _, height, width = boxes.shape[:4]
     rows = torch.arange(len(video), device=video.device)[:, None]

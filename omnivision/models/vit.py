@@ -190,7 +190,7 @@ class VisionTransformer(nn.Module):
         self.register_buffer("pos_embed", sinusoid_positions(math.prod(self.grid), width))
 
     def forward(self, video: Tensor, visible: Tensor | None = None, depth: Tensor | None = None) -> Tensor:
-        """Tokens after the last block, before the final LayerNorm.
+        """Return the tokens after the last block, before the final LayerNorm.
 
         Args:
             video: (B, C, T, H, W), uint8 in 0..255 or normalised; or an image (B, C, H, W), repeated to fill a tubelet.

@@ -37,7 +37,7 @@ def parameter_groups(
     schedules: Mapping[str, Sequence[Schedule]],
     scales: Mapping[str, float] | None = None,
 ) -> list[Group]:
-    """The groups of a model's trainable parameters, in a fixed order.
+    """Return the groups of a model's trainable parameters, in a fixed order.
 
     Args:
         options: the rules of each option.
@@ -66,7 +66,7 @@ def is_default(rule: RuleSettings) -> bool:
 def _rules_by_parameter(
     model: nn.Module, names: list[str], option: str, rules: Sequence[RuleSettings]
 ) -> dict[str, int]:
-    """Number of the rule that each parameter follows; parameters that no rule covers are left out."""
+    """Return the number of the rule that each parameter follows; parameters that no rule covers are left out."""
     where = f"trainer.optim.options.{option}"
     defaults = [number for number, rule in enumerate(rules) if is_default(rule)]
     if len(defaults) > 1:
@@ -84,7 +84,7 @@ def _rules_by_parameter(
 
 
 def _matches(model: nn.Module, names: list[str], where: str, rule: RuleSettings) -> set[str]:
-    """The parameters that a rule names. Raises UserError for a pattern or a class without any."""
+    """Return the parameters that a rule names. Raises UserError for a pattern or a class without any."""
     matches = {("param_names", pattern): fnmatch.filter(names, pattern) for pattern in rule.param_names or ()}
     for class_name in rule.module_cls_names or ():
         module, _, attribute = class_name.rpartition(".")

@@ -44,7 +44,7 @@ class Task(Protocol):
     def evaluation_step(self, model: nn.Module, batch: Batch) -> StepOutput: ...
 
     def epoch_metrics(self, model: nn.Module) -> dict[str, Any]:
-        """Metrics of the model to log after an epoch of training, beside averages: numbers, lists or mappings."""
+        """Return metrics of the model to log after an epoch of training, beside averages: numbers, lists or mappings."""
         return {}
 
     def visualize(self, model: nn.Module, batch: Batch) -> Visualization | None:

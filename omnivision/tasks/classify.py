@@ -55,7 +55,7 @@ class Classify(Task):
         return StepOutput(loss, count, {"loss": loss.detach() * count} | _hits(logits.detach(), class_weights))
 
     def evaluation_step(self, model: nn.Module, batch: Batch) -> StepOutput:
-        """Logits of each video: its views go through the model together and are averaged."""
+        """Evaluate a batch: the views of a video go through the model together and their logits are averaged."""
         logits = model(batch.video, self.labels.head[batch.source], batch.depth).float()
         logits, label = average_views(logits, batch.views, self.average), batch.label[:: batch.views]
         known = label >= 0
@@ -64,7 +64,7 @@ class Classify(Task):
         return StepOutput(loss, count, {"loss": loss * count} | _hits(logits[known], label[known]), logits)
 
     def epoch_metrics(self, model: nn.Module) -> dict[str, Any]:
-        """Mixing weights of a learned average: of each source, and by tensor where they are learned by tensor."""
+        """Return the mixing weights of a learned average: of each source, and by tensor where they are learned by tensor."""
         if not isinstance(model, AveragedClassifier):
             return {}
         weights = model.mixing_weights().detach().cpu()
@@ -76,7 +76,7 @@ class Classify(Task):
 
 
 def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """Mean over the samples of `-sum_c target_c log softmax(logits)_c`; (B, classes) twice -> scalar.
+    """Return the mean over the samples of `-sum_c target_c log softmax(logits)_c`; (B, classes) twice -> scalar.
 
     Samples without a label (a row of zeros) do not count; a batch without any label gives 0.
     """
@@ -97,11 +97,11 @@ def average_views(logits: Tensor, views: int, average: str) -> Tensor:
 
 
 def _pixels(batch: Batch) -> Tensor:
-    """What is mixed: normalised pixels, with depth as a fourth channel if there is any."""
+    """Return the pixels to mix: normalised pixels, with depth as a fourth channel if there is any."""
     pixels = normalize_pixels(batch.video, channel_dim=1)
     return pixels if batch.depth is None else torch.cat([pixels, batch.depth], dim=1)
 
 
 def _hits(logits: Tensor, target: Tensor) -> dict[str, Tensor]:
-    """Sums of top-1 and top-5 accuracy, in percent."""
+    """Return the sums of top-1 and top-5 accuracy, in percent."""
     return {f"top{k}": 100 * topk_hits(logits, target, k).sum() for k in (1, 5)}

@@ -31,7 +31,7 @@ class Meter:
             added[name] = added.get(name, 0.0) + number
 
     def totals(self, dist: Dist) -> Totals:
-        """Sums and counts over all ranks."""
+        """Return sums and counts over all ranks."""
         totals: Totals = {}
         for part in dist.gather({s: {n: float(v) for n, v in sums.items()} for s, sums in self._sums.items()}):
             for source, sums in part.items():
@@ -45,7 +45,7 @@ class Meter:
 
 
 def averages(totals: Totals) -> dict[str, float]:
-    """Averages over the samples of all sources together."""
+    """Return averages over the samples of all sources together."""
     count = sum(sums["count"] for sums in totals.values())
     names = sorted({name for sums in totals.values() for name in sums} - {"count"})
     return {name: sum(sums.get(name, 0.0) for sums in totals.values()) / count for name in names} if count else {}
@@ -63,14 +63,14 @@ def topk_hits(logits: Tensor, target: Tensor, k: int) -> Tensor:
 
 
 def confusion_matrix(label: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
-    """How often each label (row) was predicted as each class (column): int64 (classes, classes); labels of -1 are left out."""
+    """Count the samples by label (row) and predicted class (column): int64 (classes, classes), without labels of -1."""
     known = label >= 0
     pairs = label[known] * classes + predicted[known]
     return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
 
 
 def mean_class_accuracy(confusion: np.ndarray) -> float:
-    """Mean over the classes that occur of the share of their samples that were recognised; NaN when none occurs."""
+    """Return the mean over the classes that occur of the share of their samples that were recognised; NaN when none occurs."""
     occurring = confusion.sum(1) > 0
     if not occurring.any():
         return float("nan")

@@ -74,7 +74,7 @@ class InferenceConfig:
         return asdict(self)
 
     def named(self, head: int) -> list[str] | None:
-        """The class names of a head, all different; None if there are none."""
+        """Return the class names of a head, all different; None if there are none."""
         return valid_names(self.class_names[head]) if head < len(self.class_names) else None
 
 
@@ -108,7 +108,7 @@ class VideoModel:
 
     @torch.inference_mode()
     def scores(self, video: str | Path, clips: int = 2, crops: int = 3, head: int = 0, **frames: Any) -> np.ndarray:
-        """Logits of a video, float32 (classes,), averaged over `clips` x `crops` views as in evaluations of its run.
+        """Return the logits of a video, float32 (classes,), averaged over `clips` x `crops` views as in evaluations of its run.
 
         Raises UserError for a video that cannot be read, and for a model without classes.
         """
@@ -130,7 +130,7 @@ class VideoModel:
     def predict(
         self, video: str | Path, top: int = 5, clips: int = 2, crops: int = 3, head: int = 0, **frames: Any
     ) -> list[Prediction]:
-        """The `top` likeliest classes of a video, best first. Raises UserError, as `scores`."""
+        """Return the `top` likeliest classes of a video, best first. Raises UserError, as `scores`."""
         probs = torch.from_numpy(self.scores(video, clips, crops, head, **frames)).softmax(0).numpy()
         names = self.config.class_names[head]
         best = np.argsort(-probs, kind="stable")[:top]
@@ -180,7 +180,7 @@ class VideoModel:
 
 
 def load(source: str | Path, device: str = "cpu", trust_targets: Sequence[str] = ()) -> VideoModel:
-    """The model of a run directory (its best checkpoint, else its newest) or of a file, with its preprocessing.
+    """Load the model of a run directory (its best checkpoint, else its newest) or of a file, with its preprocessing.
 
     Nothing in the file is executed; its architecture is read as numbers. The EMA is loaded if the run kept one, as in its
     evaluations. A learned average is merged into a single model, if its source checkpoints still exist. Raises UserError for
@@ -228,7 +228,7 @@ def convert(
 
 
 def _load_own_class(file: StateDictFile, target: str, trusted: Sequence[str], device: str) -> VideoModel:
-    """A model of a class outside this project, from the settings beside its checkpoint."""
+    """Build a model of a class outside this project, from the settings beside its checkpoint."""
     from omnivision.config.validate import read_run_config
     from omnivision.training import build  # Hydra comes with it
 
