@@ -31,7 +31,7 @@ class Exported(NamedTuple):
 def to_hf(
     state: Mapping[str, Tensor], architecture: Architecture, head: int = 0, class_names: Sequence[str] | None = None
 ) -> Exported:
-    """Convert a classifier to VideoMAEForVideoClassification; an autoencoder, or one without heads, to VideoMAEModel.
+    """Convert a classifier to VideoMAEForVideoClassification, a model without class heads to VideoMAEModel.
 
     Args:
         state: complete, in our names (`from_ours` checks it).
