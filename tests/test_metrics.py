@@ -34,7 +34,7 @@ class PublishedFigures(unittest.TestCase):
             for hits in (pooled, first):
                 meter.add("a", {"top": hits.sum()}, len(hits))
             dist = Dist(RankInfo(), "cpu", None, timedelta(minutes=1))
-            both = averages(meter.totals(dist))["top"]
+            both = averages(meter.all_gather_totals(dist))["top"]
             self.assertAlmostEqual(both, expected["after_two_updates_pooled_then_first_view"], places=6)
 
     def test_soft_targets(self):

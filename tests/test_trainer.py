@@ -328,7 +328,7 @@ class Loop(unittest.TestCase):
             made.evaluate = lambda loss=loss: Evaluation({"top1": 50.0, "loss": loss}, {}, {}, [])
             self.run_to_end(made)
             self.change_checkpoint("best", lambda saved: [saved.pop(key) for key in ("best_loss", "best_epoch")])
-        self.assertEqual(checkpointer.safe_load(made.run.directory.checkpoints / "best.pt")["epoch"], 2)
+        self.assertEqual(checkpointer.safe_load(made.run.run_dir.checkpoints / "best.pt")["epoch"], 2)
         self.assertEqual(self.summary("best")["last"]["val_epoch"], 2)
 
     def test_the_loss_scale_is_resumed_and_may_begin_late(self):
@@ -360,7 +360,7 @@ class Loop(unittest.TestCase):
 
     def test_ranks_with_different_checkpoints_are_refused(self):
         made = self.make("apart")
-        with mock.patch.object(made.run.dist, "gather", lambda place: [place, (1, 0)]):
+        with mock.patch.object(made.run.dist, "all_gather_object", lambda place: [place, (1, 0)]):
             with self.assertRaisesRegex(UserError, r"\(0, 0\), \(1, 0\).*trainer\.checkpoint\.save_dir"):
                 made.wrap_model()
 
@@ -378,12 +378,12 @@ class Loop(unittest.TestCase):
 
     def test_a_run_that_was_taken_over_saves_nothing_more(self):
         made = self.make("lost")
-        made.run.directory.lock()
+        made.run.run_dir.lock()
         (self.folder / "lost/.lock").write_text(json.dumps({"token": "another's", "host": "elsewhere", "pid": 1}))
         with self.assertRaisesRegex(UserError, "elsewhere"):
             made.fit()
-        self.assertIsNone(checkpointer.load_newest(made.run.directory.checkpoints))
-        made.run.directory.unlock()
+        self.assertIsNone(checkpointer.load_newest(made.run.run_dir.checkpoints))
+        made.run.run_dir.unlock()
 
     def test_a_summary_that_was_cut_off_is_completed(self):
         self.fit("cut")
@@ -598,7 +598,7 @@ class Loop(unittest.TestCase):
                 self.assert_same(seen[2], seen[3])
             for state in made.optimizer.optimizer.state.values():
                 self.assertTrue(all(bool(value.isfinite().all()) for value in state.values() if value is not None))
-            self.assertIsNone(checkpointer.load_newest(made.run.directory.checkpoints))
+            self.assertIsNone(checkpointer.load_newest(made.run.run_dir.checkpoints))
 
     def test_so_many_steps_may_be_skipped_and_resumed_equals_uninterrupted(self):
         def train(name: str, limit: int = 2, until: int = 6) -> tuple[Trainer, dict[int, Weights]]:
@@ -654,7 +654,7 @@ class Loop(unittest.TestCase):
         step = Step(0, 1, torch.tensor(2.0), 1, torch.tensor(NAN), 0.1, ["a.mp4"], [])
         for losses, named in (((2.0, NAN, 3.0), [1]), ((2.0, 3.0), [0, 1])):
             ranks = [(loss, NAN, [f"{rank}.mp4"]) for rank, loss in enumerate(losses)]
-            with mock.patch.object(made.run.dist, "gather", return_value=ranks):
+            with mock.patch.object(made.run.dist, "all_gather_object", return_value=ranks):
                 made.step_stats.submit(step)
                 with self.assertRaises(NonFiniteError) as raised:
                     made.step_stats.drain()
@@ -673,7 +673,7 @@ class Loop(unittest.TestCase):
         made.optimizer.step = overflow
         with self.assertRaisesRegex(NonFiniteError, "trainer.optim.gradient_clip"):
             made.fit()
-        self.assertEqual(checkpointer.load_newest(made.run.directory.checkpoints)[0]["step"], 1)
+        self.assertEqual(checkpointer.load_newest(made.run.run_dir.checkpoints)[0]["step"], 1)
 
     def test_fp16_that_overflows_at_every_scale(self):
         made = self.make("half", amp_dtype="float16", max_epochs=40)

@@ -55,7 +55,7 @@ def write(tensors: dict[str, Tensor], folder: Path, step: int, dist: Dist) -> di
 
     if dist.is_main:
         remove_unused(folder)  # of a failed save
-    name = dist.gather(f"{PARTS}{step}_{secrets.token_hex(4)}")[0]
+    name = dist.all_gather_object(f"{PARTS}{step}_{secrets.token_hex(4)}")[0]
     target = folder / name
     target.mkdir(parents=True, exist_ok=True)
     try:
@@ -66,7 +66,10 @@ def write(tensors: dict[str, Tensor], folder: Path, step: int, dist: Dist) -> di
         raise OSError(code or errno.EIO, f"rank {rank} could not write its shard: {cause}", str(target)) from error
     # Each rank hashes its own files: reading all of them in one place would take long.
     mine = {file.name: _entry(file) for file in target.glob(f"shard-{dist.rank + 1:05d}-*")}
-    return {"folder": name, "files": {file: entry for part in dist.gather(mine) for file, entry in part.items()}}
+    return {
+        "folder": name,
+        "files": {file: entry for part in dist.all_gather_object(mine) for file, entry in part.items()},
+    }
 
 
 def load_shards(state: dict[str, Any], folder: Path) -> None:

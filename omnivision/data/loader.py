@@ -19,9 +19,8 @@ from torch.utils.data import DataLoader
 from omnivision.data.batch import Batch, Sample, collate
 from omnivision.data.dataset import ClipDataset
 from omnivision.data.sampling import EpochPlan, Request
-from omnivision.distributed.process_group import exit_with_parent
 from omnivision.utils.errors import DataWorkerError, UserError
-from omnivision.utils.signals import kill_data_workers, signals_blocked
+from omnivision.utils.signals import exit_with_parent, kill_data_workers, signals_blocked
 
 MAX_FILES_SHOWN = 8
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from omnivision.distributed.process_group import COMMS_DTYPES, Dist
 
@@ -39,32 +38,16 @@ def apply_fsdp(
 
     mesh = init_device_mesh(dist.device.type, (dist.world_size,))
     reduce_dtype = torch.float32 if comms_dtype is None else COMMS_DTYPES[comms_dtype]
-    exact = MixedPrecisionPolicy(reduce_dtype=reduce_dtype, cast_forward_inputs=False)
-    rounded = MixedPrecisionPolicy(compute_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
+    fp32_policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype, cast_forward_inputs=False)
+    mixed_policy = MixedPrecisionPolicy(compute_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     # Nobody changes the output of a model in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for unit in units:
         norms: list[nn.Module] = [part for part in unit.modules() if isinstance(part, nn.LayerNorm)]
         if norms and compute_dtype is not None:
-            fully_shard(norms, mesh=mesh, mp_policy=exact)
-        fully_shard(unit, mesh=mesh, mp_policy=rounded)
-    fully_shard(model, mesh=mesh, mp_policy=exact)
-
-
-@contextlib.contextmanager
-def without_sync(model: Any, skip: bool) -> Iterator[None]:
-    """Skip the gradient synchronization of a backward pass, if `skip`."""
-    if skip and isinstance(model, DistributedDataParallel):
-        with model.no_sync():
-            yield
-    elif skip and hasattr(model, "set_requires_gradient_sync"):  # an FSDPModule
-        model.set_requires_gradient_sync(False)
-        try:
-            yield
-        finally:
-            model.set_requires_gradient_sync(True)
-    else:
-        yield
+            fully_shard(norms, mesh=mesh, mp_policy=fp32_policy)
+        fully_shard(unit, mesh=mesh, mp_policy=mixed_policy)
+    fully_shard(model, mesh=mesh, mp_policy=fp32_policy)
 
 
 @contextlib.contextmanager

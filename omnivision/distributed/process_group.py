@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
-import select
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -81,9 +80,8 @@ class Dist:
                 raise UserError(
                     f"trainer.distributed.backend must be gloo or null on the {self.device.type}, got nccl, which needs GPUs."
                 )
-            if (
-                rank_info.local_world_size == rank_info.world_size
-            ):  # all on this machine: its host name need not resolve
+            # With all ranks on this machine its host name need not resolve.
+            if rank_info.local_world_size == rank_info.world_size:
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
             torch.distributed.init_process_group(
                 backend,
@@ -104,7 +102,7 @@ class Dist:
         if self.world_size > 1:
             torch.distributed.all_reduce(values)
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         """The values of all ranks in order, on every rank."""
         if self.world_size == 1:
             return [value]
@@ -112,39 +110,23 @@ class Dist:
         torch.distributed.all_gather_object(values, value, group=self.control)
         return values
 
-    def run_on_all(self, action: Callable[[], Result], only_main: bool = False) -> Result | None:
-        """Run `action` on all ranks (rank 0 alone with `only_main`; the others get None).
+    def raise_on_all_ranks(self, action: Callable[[], Result], main_only: bool = False) -> Result | None:
+        """Run `action` on all ranks (rank 0 alone with `main_only`; the others get None).
 
         A UserError on one rank is raised on all of them.
         """
         result, message = None, None
         try:
-            result = action() if self.is_main or not only_main else None
+            result = action() if self.is_main or not main_only else None
         except UserError as error:
             message = str(error)
-        if messages := [text for text in self.gather(message) if text is not None]:
+        if messages := [text for text in self.all_gather_object(message) if text is not None]:
             raise UserError(messages[0], on_all_ranks=True)
         return result
 
     def close(self) -> None:
         if self.world_size > 1:
             torch.distributed.destroy_process_group()
-
-
-def exit_with_parent(pid: int) -> None:
-    """Exit this process as soon as process `pid` ends (Linux only)."""
-    if not hasattr(os, "pidfd_open"):
-        return
-    try:
-        other = os.pidfd_open(pid)  # readable once that process has ended
-    except ProcessLookupError:  # it ended while this one began
-        os._exit(1)
-
-    def watch() -> None:
-        select.select([other], [], [])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True, name="exit-with-parent").start()
 
 
 def wrap_ddp(model: nn.Module, dist: Dist, comms_dtype: str | None, find_unused: bool = False) -> nn.Module:
@@ -170,3 +152,19 @@ def wrap_ddp(model: nn.Module, dist: Dist, comms_dtype: str | None, find_unused:
     if comms_dtype is not None:
         wrapped.register_comm_hook(None, hooks[comms_dtype])
     return wrapped
+
+
+@contextlib.contextmanager
+def skip_gradient_sync(model: Any, skip: bool) -> Iterator[None]:
+    """Skip the gradient synchronization of a backward pass, if `skip`."""
+    if skip and isinstance(model, DistributedDataParallel):
+        with model.no_sync():
+            yield
+    elif skip and hasattr(model, "set_requires_gradient_sync"):  # an FSDPModule
+        model.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            model.set_requires_gradient_sync(True)
+    else:
+        yield

@@ -26,7 +26,7 @@ from omnivision.utils.errors import (
     StopRequested,
     UserError,
 )
-from omnivision.utils.signals import SIGNALS, signals_ignored
+from omnivision.utils.signals import SIGNALS, exit_with_parent, signals_ignored
 from omnivision.utils.streams import announce
 
 if TYPE_CHECKING:
@@ -221,7 +221,6 @@ def wait_for_processes(processes: list[SpawnProcess]) -> tuple[int, str]:
 
 
 def _local_process(job: Job, rank_info: RankInfo) -> None:
-    from omnivision.distributed.process_group import exit_with_parent
     from omnivision.launch.run import run_rank
 
     exit_with_parent(os.getppid())

@@ -44,7 +44,7 @@ def run_rank(job: Job, rank_info: RankInfo, job_log: JobLog | None = None) -> in
         dist = build.process_group(job.settings, rank_info)
         reporter = lock_run_dir(job, dist, handler)
         parts = (job.config_text, dist, handler.run_dir, reporter, handler.stop)
-        trainer = dist.run_on_all(lambda: build.trainer(job.settings, *parts))
+        trainer = dist.raise_on_all_ranks(lambda: build.trainer(job.settings, *parts))
         assert trainer is not None
         load_weights(job, dist, trainer, reporter, handler)
         with reporter:
@@ -56,12 +56,12 @@ def run_rank(job: Job, rank_info: RankInfo, job_log: JobLog | None = None) -> in
 def lock_run_dir(job: Job, dist: Dist, handler: ExitHandler) -> Reporter:
     """Make the run directory this run's own, and start its log, heartbeat and deadline. Raises UserError if it is in use."""
     run_dir, job_log, stop = handler.run_dir, handler.job_log, handler.stop
-    dist.run_on_all(run_dir.create, only_main=True)
+    dist.raise_on_all_ranks(run_dir.create, main_only=True)
     # The lock of a dead node looks alive for a while; a job of a cluster can wait.
     patience = STALE_SECONDS + 10 if job_log is not None else 0.0
-    taken_over = dist.run_on_all(lambda: run_dir.lock(patience), only_main=True)
+    taken_over = dist.raise_on_all_ranks(lambda: run_dir.lock(patience), main_only=True)
     handler.locked = dist.is_main
-    dist.run_on_all(run_dir.claim_checkpoint_dir, only_main=True)
+    dist.raise_on_all_ranks(run_dir.claim_checkpoint_dir, main_only=True)
     if dist.is_main:
         for end_file in run_dir.logs.glob("rank_*_end.json"):  # of an earlier start
             end_file.unlink(missing_ok=True)
@@ -72,9 +72,9 @@ def lock_run_dir(job: Job, dist: Dist, handler: ExitHandler) -> Reporter:
     timeout = min(HEARTBEAT_TIMEOUT, 60 * job.settings.trainer.distributed.timeout_minutes / 2)
     handler.peers = PeerMonitor(run_dir.logs, dist.rank, dist.world_size, stop, timeout, handler.abort)
     if job_log is not None:
-        dist.run_on_all(job_log.check_requeue_limits, only_main=True)
+        dist.raise_on_all_ranks(job_log.check_requeue_limits, main_only=True)
         if job.settings.submitit.signal_delay_s is None:  # else SLURM's signal makes the run leave
-            stop.set_deadline(dist.gather(job_log.planned_end() if dist.is_main else None)[0])
+            stop.set_deadline(dist.all_gather_object(job_log.planned_end() if dist.is_main else None)[0])
     settings = flat_text(job.config_text)  # unresolved: nothing of the environment
     reporter = Reporter(run_dir, dist.is_main, extra_loggers=job.settings.trainer.logging.also, settings=settings)
     if taken_over:
@@ -85,17 +85,17 @@ def lock_run_dir(job: Job, dist: Dist, handler: ExitHandler) -> Reporter:
 def load_weights(job: Job, dist: Dist, trainer: Trainer, reporter: Reporter, handler: ExitHandler) -> None:
     """Resume from the run's checkpoint or load pretrained weights, and write what the run starts from."""
     run_dir, job_log, validating = handler.run_dir, handler.job_log, handler.validating
-    newest = dist.gather(checkpointer.stat_latest(run_dir.checkpoints))[0]
+    newest = dist.all_gather_object(checkpointer.stat_latest(run_dir.checkpoints))[0]
     checkpointer.wait_until_visible(newest, run_dir.checkpoints)
-    reports = dist.run_on_all(lambda: restore(job.settings, trainer)) or []
+    reports = dist.raise_on_all_ranks(lambda: restore(job.settings, trainer)) or []
     if reports and dist.is_main:
         loaded = [asdict(report) for report in reports]
         write_atomically(run_dir.logs / "pretrained.json", json.dumps(loaded, indent=1) + "\n")
-    dist.run_on_all(lambda: reporter.connect(trainer.global_step), only_main=True)
+    dist.raise_on_all_ranks(lambda: reporter.connect(trainer.global_step), main_only=True)
     trainer.wrap_model()
     handler.begin()
     if job_log is not None:
-        dist.run_on_all(lambda: job_log.record_resume(trainer.global_step), only_main=True)
+        dist.raise_on_all_ranks(lambda: job_log.record_resume(trainer.global_step), main_only=True)
     if dist.is_main:
         write_run_metadata(job, run_dir, trainer, on_cluster=job_log is not None)
         if validating or not trainer.is_done:

@@ -30,10 +30,12 @@ class Meter:
                 number = torch.where(skip_step, 0.0, number).double()
             added[name] = added.get(name, 0.0) + number
 
-    def totals(self, dist: Dist) -> Totals:
+    def all_gather_totals(self, dist: Dist) -> Totals:
         """Return sums and counts over all ranks."""
         totals: Totals = {}
-        for part in dist.gather({s: {n: float(v) for n, v in sums.items()} for s, sums in self._sums.items()}):
+        for part in dist.all_gather_object(
+            {s: {n: float(v) for n, v in sums.items()} for s, sums in self._sums.items()}
+        ):
             for source, sums in part.items():
                 total = totals.setdefault(source, {})
                 for name, value in sums.items():

@@ -397,7 +397,7 @@ def trainer(
     settings: Settings,
     config_text: str,
     dist: Dist,
-    directory: RunDir,
+    run_dir: RunDir,
     reporter: Reporter,
     stop: StopSignal,
     splits: tuple[list[Split], list[Split]] | None = None,
@@ -422,9 +422,9 @@ def trainer(
     val = ValData(evaluated, workers, max(1, settings.clips_per_process // clips)) if val_splits else None
     built = model(settings, "meta" if dist.device.type == "meta" else "cpu")
     used = train_splits + val_splits
-    ledger = BadSampleLedger(directory.logs / "bad_samples.jsonl", sum(map(len, used)), data.bad_sample_budget)
+    ledger = BadSampleLedger(run_dir.logs / "bad_samples.jsonl", sum(map(len, used)), data.bad_sample_budget)
     context = RunContext(
-        dist, directory, reporter, ledger, stop, peak_clips_per_second=peak_clips_per_second(settings, dist.device)
+        dist, run_dir, reporter, ledger, stop, peak_clips_per_second=peak_clips_per_second(settings, dist.device)
     )
     if dist.is_main and config_text:
         values, inference = flat(settings.model_dump()), inference_config(settings)

@@ -40,16 +40,16 @@ MAX_LEGEND = 8  # entries for the curves of one option
 def dry_run(settings: Settings, config_text: str, *checks: Callable[[Settings], object]) -> int:
     """Print what would stop the run, first, then what it would be; returns the exit code, 1 when something would stop it."""
     settings = settings.with_trainer(mode="train")
-    directory = RunDir(settings.launcher.experiment_log_dir, settings.trainer.checkpoint.save_dir)
-    problems, cautions = preflight.check_run(settings, *checks, lambda _: check_machine(settings, directory))
+    run_dir = RunDir(settings.launcher.experiment_log_dir, settings.trainer.checkpoint.save_dir)
+    problems, cautions = preflight.check_run(settings, *checks, lambda _: check_machine(settings, run_dir))
     splits = build.attempt([], build.open_splits, settings) or ([], [])
     output, lines = io.StringIO(), []
     with warnings.catch_warnings(action="ignore"):  # torch says that the meta device takes no values
-        trainer = build.attempt(problems, meta_trainer, settings, config_text, directory, splits, output)
+        trainer = build.attempt(problems, meta_trainer, settings, config_text, run_dir, splits, output)
         if trainer is not None and not preflight.awaits_dependency(settings):
             build.attempt(problems, restore, settings, trainer)
     if trainer is not None:
-        image = directory.path / "dry.png"
+        image = run_dir.path / "dry.png"
         try:
             draw(settings, trainer.optimizer, image)
         except OSError as error:
@@ -63,26 +63,26 @@ def dry_run(settings: Settings, config_text: str, *checks: Callable[[Settings], 
     return EXIT_USER if problems else 0
 
 
-def check_machine(settings: Settings, directory: RunDir) -> None:
+def check_machine(settings: Settings, run_dir: RunDir) -> None:
     """Raise UserError for a device of this machine that has too little memory, and for a run directory in use."""
     if not settings.submitit.use_cluster:
         build.check_device(settings, choose_device(settings.trainer.accelerator, settings.launcher.gpus_per_node - 1))
-        if directory.path.is_dir():
-            directory.require_free()
+        if run_dir.path.is_dir():
+            run_dir.require_free()
 
 
 def meta_trainer(
     settings: Settings,
     config_text: str,
-    directory: RunDir,
+    run_dir: RunDir,
     splits: tuple[list[Split], list[Split]],
     output: io.StringIO,
 ) -> Trainer:
     """The trainer of the run, on the meta device; `output` gets what it prints. Raises UserError."""
     dist = build.process_group(settings.with_trainer(accelerator="cpu"), RankInfo())
     dist.device = torch.device("meta")
-    reporter = Reporter(directory, enabled=True, console=Console(file=output))
-    return build.trainer(settings, config_text, dist, directory, reporter, StopSignal(), splits)
+    reporter = Reporter(run_dir, enabled=True, console=Console(file=output))
+    return build.trainer(settings, config_text, dist, run_dir, reporter, StopSignal(), splits)
 
 
 def describe(settings: Settings, trainer: Trainer, splits: tuple[list[Split], list[Split]]) -> list[str]:
@@ -136,7 +136,7 @@ def data_lines(settings: Settings, trainer: Trainer, splits: tuple[list[Split], 
 
 def weights_lines(settings: Settings, trainer: Trainer) -> Iterator[str]:
     """The weights that the run starts from: its own checkpoint, or the files that exist."""
-    own, source = trainer.run.directory.checkpoints / LATEST, settings.pretrained_checkpoint_path
+    own, source = trainer.run.run_dir.checkpoints / LATEST, settings.pretrained_checkpoint_path
     if own.exists():
         yield f"weights      {describe_resumed(trainer.state) if trainer.global_step else f'its own, {own}'}"
     elif source is None:

@@ -68,16 +68,16 @@ def evaluate(
             index, label = batch.index[:: batch.views].numpy(), batch.label[:: batch.views].numpy()
             part = Predictions(index, label, output.scores.float().cpu().numpy(), batch.paths[:: batch.views])
             predictions.setdefault(batch.source, []).append(part)
-    ends = dist.gather((stop_requested, missing))
+    ends = dist.all_gather_object((stop_requested, missing))
     if unreachable := [path for _, paths in ends if len(paths) >= MAX_MISSING for path in paths]:
         raise UserError(missing_files_message(unreachable, "in a row that were to be evaluated"), on_all_ranks=True)
     if any(stop_requested for stop_requested, _ in ends):
         return None
-    ranks = dist.gather({source: merge_predictions(parts) for source, parts in predictions.items()})
+    ranks = dist.all_gather_object({source: merge_predictions(parts) for source, parts in predictions.items()})
     sources = sorted({source for rank in ranks for source in rank})
     merged = {source: merge_predictions([rank[source] for rank in ranks if source in rank]) for source in sources}
-    totals = meter.totals(dist)
-    metrics: dict[str, Any] = averages(totals) | {"videos": sum(dist.gather(videos))}
+    totals = meter.all_gather_totals(dist)
+    metrics: dict[str, Any] = averages(totals) | {"videos": sum(dist.all_gather_object(videos))}
     per_source: dict[str, dict[str, Any]] = {source: averages({source: total}) for source, total in totals.items()}
     for source, part in merged.items():
         per_source[source]["mean_class_accuracy"] = 100 * mean_class_accuracy(part.confusion())

@@ -31,7 +31,7 @@ def restore(settings: Settings, trainer: Trainer) -> list[LoadReport]:
 
     Raises UserError if weights do not fit, and if there is nothing to validate.
     """
-    info, directory, sources = trainer.run.reporter.info, trainer.run.directory, []
+    info, run_dir, sources = trainer.run.reporter.info, trainer.run.run_dir, []
     if isinstance(trainer.raw_model, AveragedClassifier):
         trainer.run.sources = sources = load_averaged_checkpoints(settings, trainer.raw_model)
     for source in sources:
@@ -44,7 +44,7 @@ def restore(settings: Settings, trainer: Trainer) -> list[LoadReport]:
         if sources:  # they have no head
             advice = "set trainer/model=vit*_ft trainer/checkpoint=load_all pretrained_checkpoint_path=THE_RUN"
         raise UserError(
-            f"trainer.mode=val must have a checkpoint in {directory.checkpoints}, got none. Set launcher.experiment_log_dir, "
+            f"trainer.mode=val must have a checkpoint in {run_dir.checkpoints}, got none. Set launcher.experiment_log_dir, "
             f"or {advice}."
         )
     reports = sources or load_pretrained(settings, trainer.raw_model)

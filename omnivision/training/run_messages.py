@@ -50,13 +50,13 @@ def start_lines(settings: Settings, trainer: Trainer, reports: Sequence[LoadRepo
         f"seed         {trainer.settings.seed_value}",
         f"weights      {starts or 'random initialization' + ', of frozen parameters too' * (trained < total)}",
         f"git commit   {git_commit() or 'unknown (no git checkout)'}",
-        f"directory    {trainer.run.directory.path.absolute()}",
+        f"directory    {trainer.run.run_dir.path.absolute()}",
     ]
 
 
 def validation_lines(trainer: Trainer) -> list[str]:
     """Return where an evaluation wrote its predictions and confusion matrices."""
-    folder, sources = trainer.run.directory, [split.name for split in trainer.val.dataset.splits] if trainer.val else []
+    folder, sources = trainer.run.run_dir, [split.name for split in trainer.val.dataset.splits] if trainer.val else []
     files = [(folder.predictions / f"{name}.csv", folder.pictures / f"confusion_{name}.png") for name in sources]
     return [f"predictions  {table}, confusion matrix {picture}" for table, picture in files if table.exists()]
 
@@ -67,7 +67,7 @@ def describe_resumed(state: RunState) -> str:
 
 def end_lines(trainer: Trainer) -> list[str]:
     """Return what a finished run has reached, where its checkpoints are, and what to type next."""
-    state, folder = trainer.state, trainer.run.directory
+    state, folder = trainer.state, trainer.run.run_dir
     seconds = timedelta(seconds=round(state.seconds))
     lines = [f"Finished: {state.epoch} epochs in {seconds}"]
     if state.best is not None:

@@ -184,7 +184,7 @@ class StepStats:
             self.loss, self.grad_norm = loss / max(count, 1), norm / self.dist.world_size
             self.stop_requested = self.stop_requested or bool(stop_requested)
             if partial and missing == bad:  # the data is unreachable; the files are not bad
-                paths = [sample.path for part in self.dist.gather(step.bad) for sample in part]
+                paths = [sample.path for part in self.dist.all_gather_object(step.bad) for sample in part]
                 raise UserError(missing_files_message(paths, "that one batch was to be made of"), on_all_ranks=True)
             num_files = self.record_bad(step.bad) if bad else 0
             if partial:
@@ -201,7 +201,7 @@ class StepStats:
 
         Raises UserError when the budget of bad files is spent.
         """
-        samples = [sample for part in self.dist.gather(bad) for sample in part]
+        samples = [sample for part in self.dist.all_gather_object(bad) for sample in part]
         try:
             self.ledger.add(samples, write=self.dist.is_main)
         finally:
@@ -211,7 +211,9 @@ class StepStats:
 
     def _record_skipped(self, step: Step) -> None:
         """Log a step that was skipped. Raises NonFiniteError, on all ranks, when there are too many."""
-        ranks = list(enumerate(self.dist.gather((float(step.loss), float(step.grad_norm), sorted(set(step.paths))))))
+        ranks = list(
+            enumerate(self.dist.all_gather_object((float(step.loss), float(step.grad_norm), sorted(set(step.paths)))))
+        )
         # All ranks share a gradient; a non-finite loss tells where it came from.
         causes = [entry for entry in ranks if not math.isfinite(entry[1][0])] or ranks
         self.skipped += 1
@@ -244,7 +246,7 @@ def check_loss_scale(scaler: torch.amp.GradScaler, step: int) -> None:
 def check_finite(model: nn.Module, dist: Dist, step: int) -> None:
     """Raises NonFiniteError, on all ranks, for weights that are not finite; they must not replace a good checkpoint."""
     nonfinite = torch.stack([~local_tensor(parameter).isfinite().all() for parameter in model.parameters()])
-    if any(ranks := dist.gather(int(nonfinite.sum()))):
+    if any(ranks := dist.all_gather_object(int(nonfinite.sum()))):
         raise NonFiniteError(
             f"{max(ranks)} of the {len(nonfinite)} parameters are not finite after step {step}; the last checkpoint is kept. "
             "Lower the learning rate, or set trainer.optim.gradient_clip.",

@@ -26,8 +26,8 @@ from omnivision.config.schema import TrainerSettings
 from omnivision.data.batch import Batch
 from omnivision.data.loader import TrainData, ValData
 from omnivision.data.sampling import Draw, SourcePlan, keyed_rng
-from omnivision.distributed.fsdp import apply_fsdp, full_tensor, summon_full_params, without_sync
-from omnivision.distributed.process_group import Dist, wrap_ddp
+from omnivision.distributed.fsdp import apply_fsdp, full_tensor, summon_full_params
+from omnivision.distributed.process_group import Dist, skip_gradient_sync, wrap_ddp
 from omnivision.models.architecture import describe, has_unused_parameters
 from omnivision.models.classifier import train_mode
 from omnivision.models.mae import CrossBlock
@@ -70,7 +70,7 @@ class RunContext:
     """What surrounds the training of one run: its processes, its directory, its logs."""
 
     dist: Dist
-    directory: RunDir
+    run_dir: RunDir
     reporter: Reporter
     ledger: BadSampleLedger
     stop: StopSignal = field(default_factory=StopSignal)
@@ -106,7 +106,7 @@ class Trainer:
         use_grad_scaler = self.amp_dtype == torch.float16 or (run.dist.world_size > 1 and self.comms_dtype == "fp16")
         self.scaler = torch.amp.GradScaler(run.dist.device.type, enabled=use_grad_scaler)
         self.state = RunState(steps_per_epoch=1 if train is None else train.plan.steps)
-        self.step_stats = StepStats(run.dist, run.ledger, run.directory, run.reporter.info, settings.max_skipped_steps)
+        self.step_stats = StepStats(run.dist, run.ledger, run.run_dir, run.reporter.info, settings.max_skipped_steps)
 
     @functools.cached_property
     def amp_dtype(self) -> torch.dtype | None:
@@ -143,7 +143,7 @@ class Trainer:
         self.step_stats.start(self.global_step)
         if self.is_done:
             reporter.info(f"All {self.settings.max_epochs} epochs are done; nothing is left to train.")
-            if self.run.directory.read_summary().get("status") != "finished":
+            if self.run.run_dir.read_summary().get("status") != "finished":
                 self._write_summary(status="finished", exit_reason="all epochs done")
             return
         if frozen := sum(p.numel() for p in self.raw_model.parameters() if not p.requires_grad):
@@ -167,7 +167,7 @@ class Trainer:
         if result is None:
             raise StopRequested(self._stop_cause())
         self._record_evaluation(result)
-        self._write_summary(status=self.run.directory.read_summary().get("status", "finished"))
+        self._write_summary(status=self.run.run_dir.read_summary().get("status", "finished"))
 
     def train_epoch(self, batches: Iterator[Batch]) -> None:
         """Run the remaining steps of the current epoch."""
@@ -253,7 +253,7 @@ class Trainer:
         loss = torch.zeros((), dtype=torch.float64, device=self.run.dist.device)
         count = torch.zeros_like(loss)
         for number, micro_batch in enumerate(micro_batches):
-            with without_sync(self.model, skip=number < len(micro_batches) - 1):
+            with skip_gradient_sync(self.model, skip=number < len(micro_batches) - 1):
                 with self._autocast():
                     output = self.task.training_step(self.model, micro_batch)
                 self.scaler.scale(output.loss * (output.count / clips)).backward()
@@ -307,7 +307,7 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             **{name: getattr(state, name) for name in PROGRESS},
             "skipped": self.step_stats.skipped,
-            "meter": state.meter.totals(self.run.dist),
+            "meter": state.meter.all_gather_totals(self.run.dist),
             "last": state.last_metrics,
         }
 
@@ -351,13 +351,13 @@ class Trainer:
 
         Raises UserError, on all ranks, when it cannot be written, and NonFiniteError for weights that are not finite.
         """
-        dist, directory, stop = self.run.dist, self.run.directory, self.run.stop
+        dist, run_dir, stop = self.run.dist, self.run.run_dir, self.run.stop
         stop.set_phase("saving", self.global_step)
         check_finite(self.raw_model, dist, self.global_step)
         self.state.count_seconds()
         start = time.monotonic()
-        dist.run_on_all(directory.require_lock, only_main=True)
-        folder, state = directory.checkpoints, self.state_dict()
+        dist.raise_on_all_ranks(run_dir.require_lock, main_only=True)
+        folder, state = run_dir.checkpoints, self.state_dict()
         with checkpointer.report_write_errors(folder):
             state = sharded.save_split(state, folder, self.global_step, dist)
 
@@ -365,7 +365,7 @@ class Trainer:
             with checkpointer.report_write_errors(folder):
                 checkpointer.save(state, folder, list(aliases))
 
-        dist.run_on_all(write, only_main=True)  # the others wait
+        dist.raise_on_all_ranks(write, main_only=True)  # the others wait
         stop.save_seconds, stop.saved_step = time.monotonic() - start, self.global_step
 
     def load_checkpoint(self, class_names: Sequence[Sequence[str]] = ()) -> bool:
@@ -376,7 +376,7 @@ class Trainer:
 
         Raises UserError when checkpoints exist but none is complete, and as `load_state_dict`.
         """
-        folder, info = self.run.directory.checkpoints, self.run.reporter.info
+        folder, info = self.run.run_dir.checkpoints, self.run.reporter.info
         try:
             newest = checkpointer.load_newest(folder)
         except CorruptCheckpointError as error:
@@ -400,10 +400,10 @@ class Trainer:
         Raises UserError, on all ranks, when they did not resume from the same step.
         """
         dist = self.run.dist
-        positions = dist.gather((self.state.epoch, self.state.step))
+        positions = dist.all_gather_object((self.state.epoch, self.state.step))
         if len(set(positions)) > 1:
             raise UserError(
-                f"The ranks found different checkpoints in {self.run.directory.checkpoints}: (epoch, step) "
+                f"The ranks found different checkpoints in {self.run.run_dir.checkpoints}: (epoch, step) "
                 f"{', '.join(map(str, positions))}. All ranks must see one directory. Set trainer.checkpoint.save_dir or "
                 "launcher.experiment_log_dir.",
                 on_all_ranks=True,
@@ -439,7 +439,7 @@ class Trainer:
         """Log the epoch's averages, validate if it is due, and save; `state` then points at the next epoch."""
         state, settings = self.state, self.settings
         epoch = state.epoch
-        totals = state.meter.totals(self.run.dist)
+        totals = state.meter.all_gather_totals(self.run.dist)
         by_source = {source: averages({source: total}) for source, total in totals.items()}
         state.last_metrics |= averages(totals)
         metrics = averages(totals) | {"per_source": by_source} | self.task.epoch_metrics(self.raw_model)
@@ -468,7 +468,7 @@ class Trainer:
 
     def _stop_cause(self) -> str:
         """The cause of the first rank that was asked to stop."""
-        return next(cause for cause in self.run.dist.gather(self.run.stop.cause) if cause is not None)
+        return next(cause for cause in self.run.dist.all_gather_object(self.run.stop.cause) if cause is not None)
 
     def _due_visualizations(self, last_of_epoch: bool) -> list[str]:
         """Names of the visualizations to make after this step."""
@@ -496,7 +496,7 @@ class Trainer:
         state = self.state
         state.count_seconds()
         if self.run.dist.is_main:
-            self.run.directory.write_summary(
+            self.run.run_dir.write_summary(
                 epochs=state.epoch,
                 steps=self.global_step,
                 best=state.best,

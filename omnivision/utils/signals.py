@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
+import select
 import signal
 import threading
 import time
@@ -152,6 +154,22 @@ def kill_data_workers() -> None:
     """Kill this process's data workers: they receive no request to stop, and a hung one would be waited for without end."""
     for worker in multiprocessing.active_children():
         worker.kill()
+
+
+def exit_with_parent(pid: int) -> None:
+    """Exit this process as soon as process `pid` ends (Linux only)."""
+    if not hasattr(os, "pidfd_open"):
+        return
+    try:
+        other = os.pidfd_open(pid)  # readable once that process has ended
+    except ProcessLookupError:  # it ended while this one began
+        os._exit(1)
+
+    def watch() -> None:
+        select.select([other], [], [])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="exit-with-parent").start()
 
 
 @contextlib.contextmanager
