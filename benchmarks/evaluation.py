@@ -30,7 +30,7 @@ from omnivision.distributed.process_group import Dist, RankInfo
 from omnivision.models.classifier import VideoClassifier
 from omnivision.models.vit import VisionTransformer
 from omnivision.tasks.classify import Classify
-from omnivision.training.evaluate import evaluate
+from omnivision.training.evaluate import evaluate_model
 
 CLASSES, CLIPS, CROPS = 101, 2, 3
 
@@ -63,7 +63,7 @@ def our_scores(model: nn.Module, data: ClipDataset, dtype: torch.dtype | None) -
     task = Classify(LabelSets([CLASSES], {"videos": 0}))
     batches = ValData(data, LoaderConfig(), videos_per_batch=2).batches()
     autocast = functools.partial(torch.autocast, "cpu", dtype, enabled=dtype is not None)
-    result = evaluate(task, model, batches, dist, autocast)
+    result = evaluate_model(task, model, batches, dist, autocast)
     assert result is not None
     return torch.from_numpy(result.predictions["videos"].scores)
 

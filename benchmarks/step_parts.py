@@ -79,7 +79,7 @@ def recipe_trainer(folder: Path, *overrides: str) -> Trainer:
     run_dir.create()
     run_dir.lock()
     dist = Dist(RankInfo(), "cpu", None, timedelta(minutes=1))
-    return build.trainer(settings, "", dist, run_dir, Reporter(run_dir, enabled=True), StopSignal())
+    return build.build_trainer(settings, "", dist, run_dir, Reporter(run_dir, enabled=True), StopSignal())
 
 
 def noise(shape: Geometry) -> Batch:

@@ -67,7 +67,7 @@ class Shipped(unittest.TestCase):
                     sets = {"nohuman": "actions", "synthetic": "actions"}
                     order = list(dict.fromkeys(sets.get(name, name) for name in made.trainer.data.sources))
                     heads = {name: order.index(sets.get(name, name)) for name in made.trainer.data.sources}
-                    self.assertEqual(build.labels(made).head, heads)
+                    self.assertEqual(build.build_label_sets(made).head, heads)
                 lines = (CONFIG / "trainer" / f"{recipe}.yaml").read_text().splitlines()
                 self.assertLessEqual(len(lines), 8)
                 self.assertTrue(lines[0].startswith("# "))
@@ -80,10 +80,10 @@ class Shipped(unittest.TestCase):
             with self.subTest(name):
                 size, _, kind = name.partition("_")
                 made = stage_settings(STAGE_OF[f"_{kind}" if kind else ""], f"trainer/model={name}")
-                model = build.model(made, device="meta")
+                model = build.build_model(made, device="meta")
                 trunk = model.model.trunk if kind == "average_ft" else model.trunk
                 self.assertEqual(trunk.norm.weight.shape, (WIDTHS[size],))
-                optimizer = build.optimizer(made, model)
+                optimizer = build.build_optimizer(made, model)
                 self.assertEqual(sum(len(group.names) for group in optimizer.groups), len(list(model.parameters())))
 
     def test_every_checkpoint_choice_composes(self):
@@ -103,8 +103,8 @@ class Shipped(unittest.TestCase):
         for stage, (kind, rates) in cases.items():
             made = settings(f"+experiments={EXPERIMENTS[stage]}", "+trainer=mae_ft_hmdb51_config",
                             f"trainer/model=vitbase{kind}", "lr_scale_factor=2", NOTHING)  # fmt: skip
-            model = build.model(made, device="meta")
-            optimizer = build.optimizer(made, model)
+            model = build.build_model(made, device="meta")
+            optimizer = build.build_optimizer(made, model)
             for progress, rate in zip((0, 0.125, 1), rates, strict=True):
                 optimizer.set_progress(progress)
                 if rate is not None:
@@ -120,7 +120,7 @@ class Shipped(unittest.TestCase):
         def rates(stage: str, model: str, *overrides: str) -> list[list[float]]:
             small = ("image_size=32", "num_frames=4", "mixing_lr_factor=3", f"trainer/model={model}")
             made = stage_settings(stage, *small, *overrides)
-            groups = build.optimizer(made, build.model(made, device="meta")).groups
+            groups = build.build_optimizer(made, build.build_model(made, device="meta")).groups
             return [[group.lr_scale, *(group.schedules["lr"](i / 200) for i in range(201))] for group in groups]
 
         for stage, model, recipe_peak in (
@@ -141,10 +141,12 @@ class Shipped(unittest.TestCase):
     def test_two_label_sets_share_a_head_only_when_told(self):
         for overrides, classes in (([], [150, 150]), (["trainer.data.share_head=true"], [150])):
             made = settings(*TWO_SETS, *overrides)
-            self.assertEqual(build.labels(made).classes, classes)
-            self.assertEqual(len(build.model(made, device="meta").heads), len(classes))
+            self.assertEqual(build.build_label_sets(made).classes, classes)
+            self.assertEqual(len(build.build_model(made, device="meta").heads), len(classes))
         both = ["++trainer.data.sources.k150=${datasets.k150}"]
-        self.assertEqual(build.labels(settings(*TWO_SETS, *both)).head, {"inpk150": 0, "sim150": 1, "k150": 0})
+        self.assertEqual(
+            build.build_label_sets(settings(*TWO_SETS, *both)).head, {"inpk150": 0, "sim150": 1, "k150": 0}
+        )
 
     def test_sources_of_one_head_name_its_classes_alike(self):
         classes = [f"++datasets.{name}.num_classes=3" for name in ("inpk150", "sim150")]
@@ -165,20 +167,20 @@ class Shipped(unittest.TestCase):
 
     def test_video_labels_and_the_catalog(self):
         unknown = "++datasets.ucf101.num_classes=null"
-        self.assertEqual(build.labels(stage_settings("finetune", "++video_labels=101")).classes, [101])
-        self.assertEqual(build.labels(stage_settings("finetune", unknown, "++video_labels=7")).classes, [7])
+        self.assertEqual(build.build_label_sets(stage_settings("finetune", "++video_labels=101")).classes, [101])
+        self.assertEqual(build.build_label_sets(stage_settings("finetune", unknown, "++video_labels=7")).classes, [7])
         with self.assertRaisesRegex(UserError, r"^datasets\.ucf101\.num_classes .*video_labels"):
             stage_settings("finetune", "++video_labels=51")
         with self.assertRaisesRegex(UserError, r"datasets\.ucf101\.num_classes"):
-            build.labels(stage_settings("finetune", unknown))
+            build.build_label_sets(stage_settings("finetune", unknown))
 
     def test_the_recipe_of_the_paper(self):
         made = settings(*STAGE_1, FOLDER)
-        model = build.model(made, device="meta")
+        model = build.build_model(made, device="meta")
         self.assertEqual((model.trunk.grid, len(model.trunk.blocks)), ((8, 14, 14), 12))
         self.assertEqual(model.heads[0].projector.weight.shape, (1536, 384))
         self.assertEqual((made.clips_per_step, made.trainer.max_epochs), (128, 200))
-        optimizer = build.optimizer(made, model)
+        optimizer = build.build_optimizer(made, model)
         rates = {}
         for progress in (0, 0.05, 1):
             optimizer.set_progress(progress)
@@ -309,7 +311,7 @@ class Script(unittest.TestCase):
 
         expected = 12 * block(visible, width) + 4 * block(tokens, small)
         expected += 2 * visible * 1536 * width + 2 * tokens * width * small + 2 * 1411 * small * 1536
-        cost = build.clip_cost(made, build.model(made, "meta"))
+        cost = build.clip_cost(made, build.build_model(made, "meta"))
         self.assertAlmostEqual(cost.forward_flops / 1e9, expected / 1e9, delta=0.01)
 
 

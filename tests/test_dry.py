@@ -39,7 +39,7 @@ class Dry(unittest.TestCase):
         nothing = "pretrained_checkpoint_path=null"
         cls.config = stages.composed(*stages.command("ft", cls.folder, *cls.data, nothing))
         cls.config.datasets = {"ucf101": cls.config.datasets.ucf101}  # the others would only take time
-        torch.save({"model": build.model(validate_config(cls.config)).state_dict()}, cls.folder / "fits.pt")
+        torch.save({"model": build.build_model(validate_config(cls.config)).state_dict()}, cls.folder / "fits.pt")
         finished = cls.start("finished", "train", {"trainer.limit_train_batches": 1})
         assert finished.returncode == 0, finished.stderr
 
@@ -117,7 +117,7 @@ class Dry(unittest.TestCase):
         self.assertEqual(self.dry("finished", limit).returncode, 0)
         self.assert_stops("allow_changes", "finished", limit | {"trainer.optim.gradient_clip": 1.0})
         settings = validate_config(self.config)
-        estimated = build.checkpoint_bytes(settings, build.model(settings, "meta"))
+        estimated = build.checkpoint_bytes(settings, build.build_model(settings, "meta"))
         size = (self.folder / "finished/checkpoints/checkpoint.pt").stat().st_size
         self.assertAlmostEqual(size / estimated, 1, delta=0.1)
         allowed = limit | {"trainer.checkpoint.allow_changes": True}

@@ -737,7 +737,7 @@ class Submission(Folder):
             signal.raise_signal(signal.SIGTERM)
             raise AssertionError("went on")
 
-        with mock.patch("omnivision.training.build.process_group", signalled):
+        with mock.patch("omnivision.training.build.build_process_group", signalled):
             self.assertEqual(run_rank(self.job(), RankInfo()), 128 + signal.SIGTERM)
 
     def test_only_the_settings_and_the_sites_defaults_count(self):

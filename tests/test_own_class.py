@@ -183,7 +183,7 @@ class Tasks(unittest.TestCase):
     def test_methods_of_an_earlier_release_are_called(self):
         settings = mock.MagicMock()
         with mock.patch("omnivision.training.build.build_with_labels", return_value=EarlierTask()):
-            task = build.task(settings)
+            task = build.build_task(settings)
         self.assertEqual(task.epoch_metrics(None), {"brightness": 1.0})
         self.assertIsNone(task.visualize(None, None))
 

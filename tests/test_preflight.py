@@ -37,13 +37,13 @@ def settings_of(stage: str, *overrides: str) -> Settings:
 class Room(unittest.TestCase):
     def check(self, settings: Settings, free: float) -> None:
         with mock.patch.object(shutil, "disk_usage", lambda _: Usage(1, 0, free)):
-            preflight.check_disk_space(settings, build.model(settings, "meta"))
+            preflight.check_disk_space(settings, build.build_model(settings, "meta"))
 
     def test_checkpoints_need_room_beside_those_of_the_run(self):
         for stage, count in (("mae", 3), ("ft", 4)):  # a run that validates keeps its best, too
             with tempfile.TemporaryDirectory() as name:
                 settings = settings_of(stage, f"launcher.experiment_log_dir={name}")
-                size = build.checkpoint_bytes(settings, build.model(settings, "meta"))
+                size = build.checkpoint_bytes(settings, build.build_model(settings, "meta"))
                 self.check(settings, free=count * size)
                 with self.assertRaisesRegex(UserError, f"launcher.experiment_log_dir .* {count} checkpoints"):
                     self.check(settings, free=count * size - 1)

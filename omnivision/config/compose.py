@@ -109,7 +109,7 @@ def use_yaml12_numbers() -> None:
 
 
 def compose_configs(command: CommandLine) -> list[DictConfig]:
-    """The configuration of a command, or those of a sweep (-m). Raises UserError for what cannot be composed."""
+    """Return the configuration of a command, or those of a sweep (-m). Raises UserError for what cannot be composed."""
     use_yaml12_numbers()
     *more, config_dir = command.config_dirs
     overrides = [*command.overrides]
@@ -130,7 +130,7 @@ def compose_configs(command: CommandLine) -> list[DictConfig]:
 
 
 def expand_sweep(overrides: Sequence[str]) -> list[list[str]]:
-    """The overrides of each run of a sweep. Raises UserError for none, and for more than MAX_RUNS."""
+    """Return the overrides of each run of a sweep. Raises UserError for none, and for more than MAX_RUNS."""
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     sweeps = [each for each in parsed if each.is_discrete_sweep()]
     counts = [sum(1 for _ in itertools.islice(each.sweep_iterator(), MAX_RUNS + 1)) for each in sweeps]
@@ -141,7 +141,7 @@ def expand_sweep(overrides: Sequence[str]) -> list[list[str]]:
 
 
 def is_typed(key: str, overrides: Sequence[str]) -> bool:
-    """Whether a command line sets a key, or something in its group."""
+    """Return whether a command line sets a key, or something in its group."""
     names = (override.partition("=")[0].lstrip("+~") for override in overrides)
     return any(name == key or name.startswith(f"{key}.") for name in names)
 

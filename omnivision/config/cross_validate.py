@@ -24,7 +24,7 @@ ENDINGS = {"average": "_average_ft", "classifier": "_ft", "autoencoder": ""}  # 
 
 
 def cross_validate(settings: Settings, arguments: Sequence[str] = ()) -> list[str]:
-    """Say which settings are valid alone but do not go together; `arguments` are the overrides of the command line."""
+    """Return one message per setting that is valid alone but contradicts another; `arguments` are the command's overrides."""
     if problems := _stage_problems(settings, arguments):
         return problems
     trainer, data, images = settings.trainer, settings.trainer.data, settings.images
@@ -77,7 +77,7 @@ def _broken_rules(settings: Settings) -> Iterator[str]:
 
 
 def _stage_problems(settings: Settings, arguments: Sequence[str]) -> list[str]:
-    """An experiment, a recipe and a model of different stages, with the choices that go together."""
+    """Return a message for an experiment, a recipe and a model of different stages, with choices that match."""
     trainer, stage = settings.trainer, settings.stage
     model, masked = _model_kind(trainer.model), _reconstructs(trainer.task)
     fitting = [each for each in EXPERIMENTS if model in (None, MODELS[each]) and masked in (None, each == "mae")]
@@ -98,7 +98,7 @@ def _stage_problems(settings: Settings, arguments: Sequence[str]) -> list[str]:
 
 
 def stage_warnings(settings: Settings, arguments: Sequence[str]) -> list[str]:
-    """Warn about typed choices that belong to another stage than the experiment, though a model takes them."""
+    """Return a warning for each typed choice of another stage than the experiment's, though a model takes it."""
     typed = dict(each.lstrip("+").split("=", 1) for each in arguments if "=" in each)
     optim, weights = typed.get("trainer/optim"), typed.get("trainer/checkpoint", "")
     kind = "an average of checkpoints" if weights.endswith("_ensemble") else "a single model"
@@ -117,19 +117,24 @@ def stage_warnings(settings: Settings, arguments: Sequence[str]) -> list[str]:
 
 
 def _model_kind(model: Mapping[str, Any]) -> str | None:
-    """Tell an autoencoder, an average and a classifier apart by the arguments of trainer.model; None for a user's own class."""
+    """Return the kind of a model by the arguments of trainer.model; None for a user's own class."""
     if not model["_target_"].startswith("omnivision."):
         return None
-    return "autoencoder" if "decoder" in model else "average" if "num_models" in model else "classifier"
+    return "autoencoder" if has_decoder(model) else "average" if "num_models" in model else "classifier"
+
+
+def has_decoder(model: Mapping[str, Any]) -> bool:
+    """Return whether trainer.model is an autoencoder; any other, also a user's own class, learns from labels."""
+    return "decoder" in model
 
 
 def _reconstructs(task: Mapping[str, Any]) -> bool | None:
-    """Whether a task reconstructs masked videos or learns from labels; None for a user's own task."""
+    """Return whether a task reconstructs masked videos (True) or learns from labels (False); None for a user's own task."""
     return {"Reconstruct": True, "Classify": False}.get(task["_target_"].rpartition(".")[2])
 
 
 def _contradictions(settings: Settings) -> list[str]:
-    """Settings that exist twice and must not differ; by default they follow one another."""
+    """Return a message for each setting that exists twice and differs; by default they follow one another."""
     data, size, trunk = settings.trainer.data, settings.image_size, settings.trainer.model.get("trunk") or {}
     tubelet, frames = trunk.get("tubelet"), trunk.get("num_frames")
     pairs = [
@@ -151,7 +156,7 @@ def _contradictions(settings: Settings) -> list[str]:
 
 
 def _batch_problems(settings: Settings, prefix: str, batch: int, views: int, micro_batches: int) -> list[str]:
-    """A node's batch must be divisible by its ranks, and a rank's by its views and micro-batches."""
+    """Return a message unless ranks divide a node's batch, and views and micro-batches a rank's."""
     gpus = settings.launcher.gpus_per_node
     unit = gpus * math.lcm(views, micro_batches)
     if batch % unit == 0:

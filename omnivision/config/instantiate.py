@@ -31,14 +31,14 @@ class TargetError(Exception):
 
 
 def is_allowed(target: str, trusted: Sequence[str] = ()) -> bool:
-    """Whether configurations may build a class; `trusted` are further packages."""
+    """Return whether configurations may build a class; `trusted` are further packages."""
     known = target.rpartition(".")[0] in OTHERS
     return known or any(target.startswith(f"{package}.") for package in (*OWN, *trusted))
 
 
 @functools.cache
 def load_target(target: str) -> Any:
-    """The class or function of an allowed `_target_`. Importing it runs its code. Raises TargetError."""
+    """Return the class or function of an allowed `_target_`. Importing it runs its code. Raises TargetError."""
     module_name, _, name = target.rpartition(".")
     try:
         module = importlib.import_module(module_name)
@@ -58,7 +58,7 @@ def load_target(target: str) -> Any:
 
 
 def signature_of(target: str) -> Mapping[str, inspect.Parameter]:
-    """The parameters of an allowed `_target_`, by name; empty where Python cannot tell. Raises TargetError."""
+    """Return the parameters of an allowed `_target_`, by name; empty where Python cannot tell. Raises TargetError."""
     try:
         return inspect.signature(load_target(target)).parameters
     except ValueError:
@@ -66,7 +66,7 @@ def signature_of(target: str) -> Mapping[str, inspect.Parameter]:
 
 
 def target_problems(node: Any, key: str, trusted: Sequence[str] = ()) -> dict[str, str]:
-    """What is wrong with an object to build and with the objects inside it, by key."""
+    """Return what is wrong with an object to build and with the objects inside it, by key."""
     if isinstance(node, list):
         node = {f"[{number}]": item for number, item in enumerate(node)}
     if not isinstance(node, dict):
@@ -103,7 +103,7 @@ def target_problems(node: Any, key: str, trusted: Sequence[str] = ()) -> dict[st
 
 @functools.cache
 def arguments_of(target: str) -> type[BaseModel]:
-    """A model of the arguments that configurations give to an allowed `_target_`. Raises TargetError."""
+    """Return a model of the arguments that configurations give to an allowed `_target_`. Raises TargetError."""
     found, signature = load_target(target), signature_of(target)
     try:
         hints = typing.get_type_hints(found.__init__ if inspect.isclass(found) else found, include_extras=True)

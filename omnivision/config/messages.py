@@ -29,7 +29,7 @@ PACKAGE_HINT = (
 
 
 def suggest(key: str, known: Iterable[str] | None = None) -> str:
-    """The end of a sentence about an unknown key: the known key (by default any setting or config group) nearest to it.
+    """Return the end of a sentence about an unknown key: the known key (by default any setting or config group) nearest to it.
 
     The last part of the key counts most, then whether the group is the same.
     """
@@ -45,7 +45,7 @@ def suggest(key: str, known: Iterable[str] | None = None) -> str:
 
 
 def key_of(location: Sequence[int | str]) -> str:
-    """The key of a setting from pydantic's location, without the names of a union's members."""
+    """Return the key of a setting from pydantic's location, without the names of a union's members."""
     parts = [part for part in location if part not in ("str", "list[str]", "[key]")]
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).lstrip(".")
 

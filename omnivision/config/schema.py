@@ -288,7 +288,7 @@ class Settings(Group):
     stage: Literal["mae", "finetune", "probe", "average"] | None = None
 
     def with_trainer(self, **changes: Any) -> Settings:
-        """A copy with some settings of the trainer changed."""
+        """Return a copy with some settings of the trainer changed."""
         return self.model_copy(update={"trainer": self.trainer.model_copy(update=changes)})
 
     @property
@@ -314,7 +314,7 @@ class Settings(Group):
 
 @functools.cache
 def setting_hints(cls: type[BaseModel] = Settings, prefix: str = "") -> Mapping[str, Any]:
-    """The type annotation of every setting, by full key; NAME stands for the keys of a mapping."""
+    """Return the type annotation of every setting, by full key; NAME stands for the keys of a mapping."""
     hints: dict[str, Any] = {}
     for name, hint in typing.get_type_hints(cls, include_extras=True).items():
         if name in cls.model_fields:

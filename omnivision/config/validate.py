@@ -21,7 +21,7 @@ from omnivision.utils.io import LATEST
 
 
 def validate_config(config: DictConfig, arguments: Sequence[str] | None = None) -> Settings:
-    """Settings from a composed configuration. Raises UserError with every problem.
+    """Return the settings from a composed configuration. Raises UserError with every problem.
 
     `arguments` are the overrides of the command line; None: the configuration was not composed here.
     """
@@ -61,7 +61,7 @@ def validate_config(config: DictConfig, arguments: Sequence[str] | None = None) 
 
 
 def read_run_config(file: Path, trusted: Sequence[str] = ()) -> Settings:
-    """Settings of a run from its `config.yaml`, with the packages that may be built replaced by `trusted`.
+    """Return the settings of a run from its `config.yaml`, with the packages that may be built replaced by `trusted`.
 
     Raises UserError for a file that cannot be read, and for invalid settings.
     """
@@ -87,7 +87,7 @@ class Resolved:
         self.tree: dict[str, Any] = self._plain(config, "")
 
     def is_reference(self, key: str) -> bool:
-        """Whether a key, or a group that it is in, is `${...}`."""
+        """Return whether a key, or a group that it is in, is `${...}`."""
         return any(key == each or key.startswith((f"{each}.", f"{each}[")) for each in self.references)
 
     def _plain(self, node: Any, key: str) -> Any:
@@ -99,7 +99,7 @@ class Resolved:
         return node
 
     def _item(self, node: DictConfig | ListConfig, name: Any, key: str) -> Any:
-        """A value of a container, resolved; Ellipsis if it has none."""
+        """Return a value of a container, resolved; Ellipsis if it has none."""
         if OmegaConf.is_missing(node, name):
             self.problems[key] = MUST_BE_SET
             return Ellipsis
@@ -119,7 +119,7 @@ class Resolved:
 
 
 def _advice(missing: list[str], config: DictConfig) -> str:
-    """Which experiment and recipe set what is missing; both are of one stage."""
+    """Return which experiment and recipe set what is missing; both are of one stage."""
     task = OmegaConf.select(config, "trainer.task._target_", throw_on_missing=False, throw_on_resolution_failure=False)
     stage = config.get("stage") or ("finetune" if str(task).endswith("Classify") else "mae")
     choices = []

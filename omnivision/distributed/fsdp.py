@@ -77,15 +77,15 @@ def distribute_like(value: Tensor, parameter: Tensor) -> Tensor:
 
 
 def full_tensor(value: Any) -> Tensor:
-    """The full tensor, gathered from all ranks."""
+    """Return the full tensor, gathered from all ranks."""
     return value.full_tensor() if is_sharded(value) else value
 
 
 def local_tensor(value: Any) -> Tensor:
-    """This rank's shard of a tensor."""
+    """Return this rank's shard of a tensor."""
     return value.to_local() if is_sharded(value) else value
 
 
 def is_sharded(value: object) -> bool:
-    """Whether this is a DTensor."""
+    """Return whether this is a DTensor."""
     return hasattr(value, "full_tensor")

@@ -46,7 +46,7 @@ class RankInfo:
 
 
 def choose_device(accelerator: str, local_rank: int) -> torch.device:
-    """The device of a rank; `auto` is CUDA if available, else the CPU. Raises UserError when there is no GPU for it."""
+    """Return the device of a rank; `auto` is CUDA if available, else the CPU. Raises UserError when there is no GPU for it."""
     if accelerator == "auto":
         accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     if accelerator == "cuda":
@@ -103,7 +103,7 @@ class Dist:
             torch.distributed.all_reduce(values)
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        """The values of all ranks in order, on every rank."""
+        """Return the values of all ranks in order, on every rank."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size

@@ -41,10 +41,10 @@ def run_rank(job: Job, rank_info: RankInfo, job_log: JobLog | None = None) -> in
     faulthandler.enable(sys.__stderr__ or 2)  # a signal that no Python code sees (SIGSEGV, SIGBUS) still says where
     handler = ExitHandler(run_dir_of(job), rank_info.rank, job.settings, job_log, rank_info.world_size)
     with handler.supervise():
-        dist = build.process_group(job.settings, rank_info)
+        dist = build.build_process_group(job.settings, rank_info)
         reporter = lock_run_dir(job, dist, handler)
         parts = (job.config_text, dist, handler.run_dir, reporter, handler.stop)
-        trainer = dist.raise_on_all_ranks(lambda: build.trainer(job.settings, *parts))
+        trainer = dist.raise_on_all_ranks(lambda: build.build_trainer(job.settings, *parts))
         assert trainer is not None
         load_weights(job, dist, trainer, reporter, handler)
         with reporter:

@@ -86,7 +86,7 @@ class BadSampleLedger:
 
 
 def _is_fixed(entry: Mapping[str, Any]) -> bool:
-    """Whether a file was changed after it was recorded as bad, or exists again (its disk was mounted, say)."""
+    """Return whether a file was changed after it was recorded as bad, or exists again (its disk was mounted, say)."""
     try:
         changed = os.stat(entry["path"]).st_ctime
     except OSError:

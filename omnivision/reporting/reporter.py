@@ -106,7 +106,7 @@ class Reporter:
             self._log(lambda logger: logger.image(f"confusion/{source}", file, step))
 
     def _may_write(self) -> bool:
-        """Whether this is rank 0, and the run directory is still its own."""
+        """Return whether this is rank 0, and the run directory is still its own."""
         return self.enabled and not self.folder.lost()
 
     def __enter__(self) -> Reporter:

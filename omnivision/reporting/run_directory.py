@@ -34,7 +34,7 @@ def slurm_job_id() -> str | None:
 
 
 def slurm_restart_count() -> int:
-    """How often SLURM has restarted this job."""
+    """Return how often SLURM has restarted this job."""
     return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 

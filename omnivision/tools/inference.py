@@ -229,6 +229,7 @@ def convert(
 
 def _load_own_class(file: StateDictFile, target: str, trusted: Sequence[str], device: str) -> VideoModel:
     """Build a model of a class outside this project, from the settings beside its checkpoint."""
+    from omnivision.config.cross_validate import has_decoder
     from omnivision.config.validate import read_run_config
     from omnivision.training import build  # Hydra comes with it
 
@@ -240,9 +241,9 @@ def _load_own_class(file: StateDictFile, target: str, trusted: Sequence[str], de
             f"{target.partition('.')[0]} (in Python: trust_targets=[...])."
         )
     settings = read_run_config(config, trusted)
-    model = build.model(settings)
+    model = build.build_model(settings)
     load_model(model, file.weights(), file.path)
     tubelet = settings.trainer.model.get("trunk", {}).get("tubelet", (1, 1, 1))
     geometry = Geometry(settings.trainer.data.num_frames, settings.image_size, tuple(tubelet))
-    classes = build.labels(settings).classes if "decoder" not in settings.trainer.model else []
+    classes = build.build_label_sets(settings).classes if not has_decoder(settings.trainer.model) else []
     return VideoModel(model, file.path, InferenceConfig.of(classes, file.inference), device, geometry)

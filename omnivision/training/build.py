@@ -17,6 +17,7 @@ from hydra.utils import instantiate
 from torch import nn
 
 from omnivision.checkpoint.fingerprint import fingerprint, flat
+from omnivision.config.cross_validate import has_decoder
 from omnivision.config.instantiate import signature_of
 from omnivision.config.schema import DataSettings, ImageSettings, InstantiateConfig, Settings
 from omnivision.data.catalog import Dataset, LabelSets, Split, label_sets
@@ -33,7 +34,7 @@ from omnivision.reporting.logs import BadSampleLedger
 from omnivision.reporting.reporter import Reporter
 from omnivision.reporting.run_directory import RunDir
 from omnivision.training import flops
-from omnivision.training.trainer import RunContext, Trainer, amp_dtype
+from omnivision.training.trainer import RunContext, Trainer, resolve_amp_dtype
 from omnivision.utils.errors import UserError, is_out_of_memory
 from omnivision.utils.io import run_name
 from omnivision.utils.signals import StopSignal
@@ -62,9 +63,7 @@ def build(target: InstantiateConfig, where: str, partial: bool = False, **more: 
         cause: BaseException = error
         while isinstance(cause, (InstantiationException, ImportError)) and cause.__cause__ is not None:
             cause = cause.__cause__
-        if isinstance(cause, UserError):
-            raise cause from None
-        if is_out_of_memory(cause):
+        if isinstance(cause, UserError) or is_out_of_memory(cause):
             raise cause from None
         raise UserError(
             f"{where} ({target['_target_']}) cannot be built: {type(cause).__name__}: {cause}. Change {where}; "
@@ -72,14 +71,14 @@ def build(target: InstantiateConfig, where: str, partial: bool = False, **more: 
         ) from error
 
 
-def process_group(settings: Settings, place: RankInfo) -> Dist:
+def build_process_group(settings: Settings, rank_info: RankInfo) -> Dist:
     distributed = settings.trainer.distributed
     timeout = timedelta(minutes=distributed.timeout_minutes)
-    return Dist(place, settings.trainer.accelerator, distributed.backend, timeout)
+    return Dist(rank_info, settings.trainer.accelerator, distributed.backend, timeout)
 
 
 def datasets_of(settings: Settings) -> list[Dataset]:
-    """The catalog's entries of the run's sources; without their own number of classes they have `video_labels`."""
+    """Return the catalog's entries of the run's sources; without their own number of classes they have `video_labels`."""
     return [
         Dataset(name=name, **source.model_dump() | {"num_classes": source.num_classes or settings.video_labels})
         for name, source in settings.trainer.data.sources.items()
@@ -87,7 +86,7 @@ def datasets_of(settings: Settings) -> list[Dataset]:
 
 
 def open_splits(settings: Settings) -> tuple[list[Split], list[Split]]:
-    """The train splits of all sources if the run trains, and the val splits of those that have one if it validates.
+    """Return the train splits of all sources if the run trains, and the val splits of those that have one if it validates.
 
     Raises UserError with all problems: a file that is missing, has the wrong type or shape, or holds labels out of range; a
     split without a label for a model that learns from labels; no val split at all.
@@ -99,7 +98,7 @@ def open_splits(settings: Settings) -> tuple[list[Split], list[Split]]:
     problems: list[str] = []
     opened = [split for each in wanted if (split := attempt(problems, Split, *each)) is not None]
     for split in opened:
-        if "decoder" not in config.model and not split.has_labels():
+        if not has_decoder(config.model) and not split.has_labels():
             problems.append(
                 f"datasets.{split.name}.{split.which}.labels must have a label for some sample: this stage learns from labels. "
                 f"Set ++datasets.{split.name}.{split.which}.labels=FILE.npy, with numbers from 0 (-1 is ignored)."
@@ -124,48 +123,49 @@ def epoch_plan(settings: Settings, train: list[Split]) -> EpochPlan:
         raise UserError(f"trainer.data.repeats must name sources ({', '.join(names)}), got {', '.join(unknown)}.")
     sources = {}
     for split in train:
-        batch, views, pieces = data.batch_size, data.views_per_clip, trainer.optim.accumulation_steps
+        batch, views, micro_batches = data.batch_size, data.views_per_clip, trainer.optim.accumulation_steps
         if split.dataset.kind != "video" and data.image is not None:
-            batch, views, pieces = data.image.batch_size, data.image.views_per_clip, data.image.accumulation_steps
+            images = data.image
+            batch, views, micro_batches = images.batch_size, images.views_per_clip, images.accumulation_steps
         videos = batch * settings.launcher.num_nodes // views
-        sources[split.name] = SourcePlan(len(split), videos, views, data.repeats.get(split.name, 1), pieces)
+        sources[split.name] = SourcePlan(len(split), videos, views, data.repeats.get(split.name, 1), micro_batches)
     return EpochPlan(sources, trainer.seed_value, trainer.limit_train_batches)
 
 
-def labels(settings: Settings) -> LabelSets:
-    """Heads and their numbers of classes."""
+def build_label_sets(settings: Settings) -> LabelSets:
+    """Return the heads and their numbers of classes."""
     return label_sets(datasets_of(settings), settings.trainer.data.share_head)
 
 
 def class_names(settings: Settings) -> list[list[str]]:
-    """The names of the classes of each head, from the first source that names them all; none for a model without heads.
+    """Return the names of the classes of each head, from the first source that names them all; none for a model without heads.
 
     Raises UserError for sources of one head that name its classes differently: their labels would mean different classes.
     """
     if "classes" not in signature_of(settings.trainer.model["_target_"]):
         return []
-    sets = labels(settings)
+    sets = build_label_sets(settings)
     names: list[list[str]] = [[str(label) for label in range(count)] for count in sets.classes]
     sources = [dataset for dataset in datasets_of(settings) if dataset.class_names is not None]
     for dataset in reversed(sources):
-        head, found = sets.head[dataset.name], dataset.names()
-        if len(found) == len(names[head]):
-            names[head] = found
+        head, own_names = sets.head[dataset.name], dataset.names()
+        if len(own_names) == len(names[head]):
+            names[head] = own_names
     for dataset in sources:
-        found, wanted = dataset.names(), names[sets.head[dataset.name]]
+        own_names, wanted = dataset.names(), names[sets.head[dataset.name]]
         # Sources of different label sets share a head where this is asked for, and then differ; but not in the order alone.
-        if found != wanted and (not settings.trainer.data.share_head or sorted(found) == sorted(wanted)):
-            label = next(label for label, name in enumerate(wanted) if found[label] != name)
+        if own_names != wanted and (not settings.trainer.data.share_head or sorted(own_names) == sorted(wanted)):
+            label = next(label for label, name in enumerate(wanted) if own_names[label] != name)
             raise UserError(
                 f"datasets.{dataset.name}.class_names must name the classes as other sources of its head do: class {label} is "
-                f"{found[label]!r}, there {wanted[label]!r}. Set the names and labels (omnivision prepare --class-names), or "
-                f"datasets.{dataset.name}.label_set."
+                f"{own_names[label]!r}, there {wanted[label]!r}. Set the names and labels (omnivision prepare "
+                f"--class-names), or datasets.{dataset.name}.label_set."
             )
     return names
 
 
 def inference_config(settings: Settings) -> dict[str, Any]:
-    """Settings of evaluation that `omnivision.load` needs."""
+    """Return the settings of evaluation that `omnivision.load` needs."""
     return {
         "clip_duration": settings.trainer.data.clip_duration,
         "class_names": class_names(settings),
@@ -177,14 +177,14 @@ def build_with_labels(settings: Settings, target: InstantiateConfig, where: str)
     """Build a `_target_` with the classes and labels that its signature asks for."""
     wanted = signature_of(target["_target_"])
     given: dict[str, Callable[[], Any]] = {
-        "classes": lambda: labels(settings).classes,
-        "labels": lambda: labels(settings),
+        "classes": lambda: build_label_sets(settings).classes,
+        "labels": lambda: build_label_sets(settings),
     }
     return build(target, where, **{name: get() for name, get in given.items() if name in wanted})
 
 
-def model(settings: Settings, device: str = "cpu") -> nn.Module:
-    """The model, initialised from the seed; `trainer.freeze` applied."""
+def build_model(settings: Settings, device: str = "cpu") -> nn.Module:
+    """Return the model, initialised from the seed; `trainer.freeze` applied."""
     torch.manual_seed(settings.trainer.seed_value)
     with torch.device(device):
         built = build_with_labels(settings, settings.trainer.model, "trainer.model")
@@ -193,9 +193,9 @@ def model(settings: Settings, device: str = "cpu") -> nn.Module:
 
 
 def meta_model(settings: Settings) -> nn.Module | None:
-    """The model without memory, on the meta device; None for a user's own class that cannot be built there."""
+    """Return the model without memory, on the meta device; None for a user's own class that cannot be built there."""
     try:
-        return model(settings, "meta")
+        return build_model(settings, "meta")
     except UserError:
         if settings.trainer.trust_targets:
             return None
@@ -217,7 +217,7 @@ def freeze(model: nn.Module, patterns: list[str]) -> None:
         raise UserError(f"trainer.freeze must leave something to train, got {patterns}.")
 
 
-def task(settings: Settings) -> Any:
+def build_task(settings: Settings) -> Any:
     task = build_with_labels(settings, settings.trainer.task, "trainer.task")
     for name, earlier in (("epoch_metrics", "epoch_figures"), ("visualize", "pictures")):
         if not hasattr(task, name) and hasattr(task, earlier):  # a user's class that was written for an earlier release
@@ -226,13 +226,13 @@ def task(settings: Settings) -> Any:
 
 
 def clip_cost(settings: Settings, model: nn.Module) -> flops.ClipFlops | None:
-    """Cost of a training step for one clip; `model` is on the meta device. None for user classes that fail there."""
+    """Return the cost of a training step for one clip; `model` is on the meta device. None for user classes that fail there."""
     data = settings.trainer.data
     clip = clip_config(settings, data, "trainer.data", data.num_frames, training=True)
     mask = None if clip.mask is None else clip.mask(clip.grid, np.random.default_rng(0))
     shape = data.num_frames, settings.image_size, settings.image_size
     try:
-        return flops.clip_cost(task(settings), model, shape, mask, next(iter(data.sources)))
+        return flops.clip_cost(build_task(settings), model, shape, mask, next(iter(data.sources)))
     except Exception:
         if settings.trainer.trust_targets:
             return None
@@ -240,16 +240,17 @@ def clip_cost(settings: Settings, model: nn.Module) -> flops.ClipFlops | None:
 
 
 def peak_clips_per_second(settings: Settings, device: torch.device) -> float | None:
-    """Clips per second of a device at its peak; None if that is unknown, or if clips differ in size."""
-    peak = flops.peak_flops(device, amp_dtype(settings.trainer, device), settings.trainer.logging.peak_tflops)
-    if peak is None or settings.images is not None:
+    """Return clips per second of a device at its peak; None if that is unknown, or if clips differ in size."""
+    dtype = resolve_amp_dtype(settings.trainer, device)
+    peak_flops = flops.peak_flops(device, dtype, settings.trainer.logging.peak_tflops)
+    if peak_flops is None or settings.images is not None:
         return None
     meta = meta_model(settings)
     cost = None if meta is None else clip_cost(settings, meta)
-    return None if cost is None else peak / cost.step_flops
+    return None if cost is None else peak_flops / cost.step_flops
 
 
-def groups(settings: Settings, model: nn.Module) -> list[Group]:
+def build_groups(settings: Settings, model: nn.Module) -> list[Group]:
     """Parameter groups; learning rates are scaled once, over the whole schedule: by lr_scale_factor, or to the peak `lr`."""
     optim = settings.trainer.optim
     schedules = {
@@ -264,13 +265,13 @@ def groups(settings: Settings, model: nn.Module) -> list[Group]:
         by = 1 / optim.lr_scale_factor if settings.lr is None else settings.lr / _peak_rate([*defaults, *rates][0])
         schedules["lr"] = [Scaled(rate, by) for rate in rates]
     scales = layer_decay_scales(model, optim.layer_decay) if optim.layer_decay is not None else None
-    made = parameter_groups(model, optim.options, schedules, scales)
-    if without := [name for group in made if "lr" not in group.schedules for name in group.names]:
+    groups = parameter_groups(model, optim.options, schedules, scales)
+    if without := [name for group in groups if "lr" not in group.schedules for name in group.names]:
         raise UserError(
             f"trainer.optim.options.lr must have a rule for each parameter; {len(without)} have none, {without[0]} for one. "
             "Add a rule without param_names and module_cls_names, the default."
         )
-    return made
+    return groups
 
 
 def build_schedule(target: InstantiateConfig, where: str) -> Schedule:
@@ -282,7 +283,7 @@ def build_schedule(target: InstantiateConfig, where: str) -> Schedule:
 
 
 def _peak_rate(schedule: Schedule) -> float:
-    """The highest learning rate of a recipe's schedule."""
+    """Return the highest learning rate of a recipe's schedule."""
     highest = peak(schedule)
     if highest <= 0:
         raise UserError(
@@ -291,22 +292,22 @@ def _peak_rate(schedule: Schedule) -> float:
     return highest
 
 
-def optimizer(settings: Settings, model: nn.Module) -> ScheduledOptimizer:
+def build_optimizer(settings: Settings, model: nn.Module) -> ScheduledOptimizer:
     make = build(settings.trainer.optim.optimizer, "trainer.optim.optimizer", partial=True)
-    return ScheduledOptimizer(model, groups(settings, model), make)
+    return ScheduledOptimizer(model, build_groups(settings, model), make)
 
 
-def clip_dataset(settings: Settings, found: list[Split], training: bool) -> ClipDataset:
-    """The dataset of some splits, for training or for evaluation."""
+def clip_dataset(settings: Settings, splits: list[Split], training: bool) -> ClipDataset:
+    """Return the dataset of some splits, for training or for evaluation."""
     trainer, data = settings.trainer, settings.trainer.data
     configs: dict[str, ClipConfig] = {}
-    for kind in {split.dataset.kind for split in found}:
+    for kind in {split.dataset.kind for split in splits}:
         if kind == "video" or data.image is None:
             configs[kind] = clip_config(settings, data, "trainer.data", data.num_frames, training)
         else:
             configs[kind] = clip_config(settings, data.image, "trainer.data.image", 1, training)
     return ClipDataset(
-        found, configs, data.clip_duration, trainer.seed_value, training, data.max_pixels, data.val_spacing
+        splits, configs, data.clip_duration, trainer.seed_value, training, data.max_pixels, data.val_spacing
     )
 
 
@@ -341,20 +342,20 @@ def clip_config(
 
 
 def checkpoint_bytes(settings: Settings, model: nn.Module) -> int:
-    """The size of a checkpoint, about: weights, two moments of each that is trained, and the EMA, in float32."""
+    """Return the size of a checkpoint, about: weights, two moments of each that is trained, and the EMA, in float32."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     ema = trained if settings.trainer.ema_decay is not None else 0
     return 4 * (sum(tensor.numel() for tensor in model.state_dict().values()) + 2 * trained + ema)
 
 
 def held_bytes(settings: Settings, model: nn.Module) -> int:
-    """The memory that a rank holds all the time, about: its checkpoint, and the gradients."""
+    """Return the memory that a rank holds all the time, about: its checkpoint, and the gradients."""
     held = checkpoint_bytes(settings, model) + 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     return held // (settings.processes if settings.trainer.distributed.strategy == "fsdp" else 1)
 
 
 def host_memory() -> int:
-    """Bytes of memory of this machine, or of the container that this process is in."""
+    """Return the bytes of memory of this machine, or of the container that this process is in."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
@@ -377,23 +378,23 @@ def check_device(settings: Settings, device: torch.device, local_rank: int = 0) 
 
 
 def run_metadata(settings: Settings, model: nn.Module) -> dict[str, Any]:
-    """Facts of a run for `summary.json`, which lists of runs show."""
-    told = describe(model)
+    """Return the metadata of a run for `summary.json`, which tables of runs show."""
+    architecture = describe(model)
     frozen = any(is_frozen(part) for name, part in model.named_children() if name == "trunk")
     source = settings.pretrained_checkpoint_path
     names = [run_name(Path(one)) for one in ([source] if isinstance(source, str) else source or [])]
     return {
-        "model": told.get("kind", type(model).__name__),
-        "trunk": "frozen average" if told.get("kind") == "average" else "frozen" if frozen else "trained",
+        "model": architecture.get("kind", type(model).__name__),
+        "trunk": "frozen average" if architecture.get("kind") == "average" else "frozen" if frozen else "trained",
         "pretrained": " + ".join(names) or None,
         "sources": list(settings.trainer.data.sources),
-        "classes": told.get("classes"),
+        "classes": architecture.get("classes"),
         "parameters": sum(p.numel() for p in model.parameters()),
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
 
 
-def trainer(
+def build_trainer(
     settings: Settings,
     config_text: str,
     dist: Dist,
@@ -420,7 +421,7 @@ def trainer(
     evaluated = clip_dataset(settings, val_splits, training=False)
     clips = max((kind.clips * kind.views for kind in evaluated.configs.values()), default=1)
     val = ValData(evaluated, workers, max(1, settings.clips_per_process // clips)) if val_splits else None
-    built = model(settings, "meta" if dist.device.type == "meta" else "cpu")
+    built = build_model(settings, "meta" if dist.device.type == "meta" else "cpu")
     used = train_splits + val_splits
     ledger = BadSampleLedger(run_dir.logs / "bad_samples.jsonl", sum(map(len, used)), data.bad_sample_budget)
     context = RunContext(
@@ -429,7 +430,7 @@ def trainer(
     if dist.is_main and config_text:
         values, inference = flat(settings.model_dump()), inference_config(settings)
         context.fingerprint = fingerprint(config_text, values, used, plan, inference)
-    return Trainer(settings.trainer, context, task(settings), built, optimizer(settings, built), train, val)
+    return Trainer(settings.trainer, context, build_task(settings), built, build_optimizer(settings, built), train, val)
 
 
 def check_compiler(device: torch.device) -> None:

@@ -78,11 +78,11 @@ def meta_trainer(
     splits: tuple[list[Split], list[Split]],
     output: io.StringIO,
 ) -> Trainer:
-    """The trainer of the run, on the meta device; `output` gets what it prints. Raises UserError."""
-    dist = build.process_group(settings.with_trainer(accelerator="cpu"), RankInfo())
+    """Return the trainer of the run, on the meta device; `output` gets what it prints. Raises UserError."""
+    dist = build.build_process_group(settings.with_trainer(accelerator="cpu"), RankInfo())
     dist.device = torch.device("meta")
     reporter = Reporter(run_dir, enabled=True, console=Console(file=output))
-    return build.trainer(settings, config_text, dist, run_dir, reporter, StopSignal(), splits)
+    return build.build_trainer(settings, config_text, dist, run_dir, reporter, StopSignal(), splits)
 
 
 def describe(settings: Settings, trainer: Trainer, splits: tuple[list[Split], list[Split]]) -> list[str]:
@@ -123,7 +123,7 @@ def describe(settings: Settings, trainer: Trainer, splits: tuple[list[Split], li
 
 
 def data_lines(settings: Settings, trainer: Trainer, splits: tuple[list[Split], list[Split]]) -> Iterator[str]:
-    """The splits with their sizes and how many sampled files exist, and the steps of the run."""
+    """Return the splits with their sizes and how many sampled files exist, and the steps of the run."""
     for split in [*splits[0], *splits[1]]:
         paths = preflight.sample_paths(split)
         existing = sum(Path(path).exists() for path in paths)
@@ -135,7 +135,7 @@ def data_lines(settings: Settings, trainer: Trainer, splits: tuple[list[Split], 
 
 
 def weights_lines(settings: Settings, trainer: Trainer) -> Iterator[str]:
-    """The weights that the run starts from: its own checkpoint, or the files that exist."""
+    """Return the weights that the run starts from: its own checkpoint, or the files that exist."""
     own, source = trainer.run.run_dir.checkpoints / LATEST, settings.pretrained_checkpoint_path
     if own.exists():
         yield f"weights      {describe_resumed(trainer.state) if trainer.global_step else f'its own, {own}'}"
@@ -163,7 +163,7 @@ def group_lines(optimizer: ScheduledOptimizer, parameters: dict[str, int]) -> It
 
 
 def size(count: float) -> str:
-    """Bytes in MB or GB."""
+    """Format bytes in MB or GB."""
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
@@ -204,6 +204,6 @@ def draw(settings: Settings, optimizer: ScheduledOptimizer, file: Path) -> None:
 
 
 def describe_groups(groups: Sequence[int]) -> str:
-    """The numbers of groups; of many the first four."""
+    """Return the numbers of groups; of many the first four."""
     numbers = ", ".join(map(str, groups[:4])) + (f", ... ({len(groups)})" if len(groups) > 4 else "")
     return f"group{'s' * (len(groups) > 1)} {numbers}"

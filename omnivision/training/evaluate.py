@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from omnivision.data.batch import BadSample, Batch, missing_files_message
 from omnivision.distributed.process_group import Dist
 from omnivision.reporting.predictions import Predictions
 from omnivision.tasks.base import Task
-from omnivision.tasks.metrics import Meter, averages, mean_class_accuracy
+from omnivision.tasks.metrics import Meter, Totals, averages, mean_class_accuracy
 from omnivision.utils.errors import UserError
 from omnivision.utils.signals import StopSignal
 
@@ -33,7 +33,7 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(
+def evaluate_model(
     task: Task,
     model: nn.Module,
     batches: Iterable[Batch],
@@ -48,10 +48,10 @@ def evaluate(
     """
     model.eval()
     meter, predictions, bad, videos = Meter(), dict[str, list[Predictions]](), list[BadSample](), 0
-    stop_requested = False
+    this_rank_stops = False
     missing: dict[str, None] = {}  # files in a row that do not exist
     for batch in batches:
-        if stop_requested := stop is not None and stop.cause is not None:
+        if this_rank_stops := stop is not None and stop.cause is not None:
             break
         bad += batch.bad
         all_missing = not len(batch) and all(each.missing for each in batch.bad)
@@ -68,26 +68,40 @@ def evaluate(
             index, label = batch.index[:: batch.views].numpy(), batch.label[:: batch.views].numpy()
             part = Predictions(index, label, output.scores.float().cpu().numpy(), batch.paths[:: batch.views])
             predictions.setdefault(batch.source, []).append(part)
-    ends = dist.all_gather_object((stop_requested, missing))
+    ends = dist.all_gather_object((this_rank_stops, missing))
     if unreachable := [path for _, paths in ends if len(paths) >= MAX_MISSING for path in paths]:
         raise UserError(missing_files_message(unreachable, "in a row that were to be evaluated"), on_all_ranks=True)
     if any(stop_requested for stop_requested, _ in ends):
         return None
-    ranks = dist.all_gather_object({source: merge_predictions(parts) for source, parts in predictions.items()})
-    sources = sorted({source for rank in ranks for source in rank})
-    merged = {source: merge_predictions([rank[source] for rank in ranks if source in rank]) for source in sources}
+    merged = gather_predictions(predictions, dist)
     totals = meter.all_gather_totals(dist)
-    metrics: dict[str, Any] = averages(totals) | {"videos": sum(dist.all_gather_object(videos))}
-    per_source: dict[str, dict[str, Any]] = {source: averages({source: total}) for source, total in totals.items()}
-    for source, part in merged.items():
-        per_source[source]["mean_class_accuracy"] = 100 * mean_class_accuracy(part.confusion())
-    if merged:
-        metrics["mean_class_accuracy"] = sum(per_source[s]["mean_class_accuracy"] for s in merged) / len(merged)
+    metrics, per_source = compute_metrics(totals, merged, sum(dist.all_gather_object(videos)))
     return Evaluation(metrics, per_source, merged, bad)
 
 
+def gather_predictions(predictions: Mapping[str, Sequence[Predictions]], dist: Dist) -> dict[str, Predictions]:
+    """Return the predictions of all ranks by source, in the order of the split."""
+    ranks = dist.all_gather_object({source: merge_predictions(parts) for source, parts in predictions.items()})
+    sources = sorted({source for rank in ranks for source in rank})
+    return {source: merge_predictions([rank[source] for rank in ranks if source in rank]) for source in sources}
+
+
+def compute_metrics(
+    totals: Totals, predictions: Mapping[str, Predictions], videos: int
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Return the metrics of all sources together and of each source."""
+    metrics: dict[str, Any] = averages(totals) | {"videos": videos}
+    per_source: dict[str, dict[str, Any]] = {source: averages({source: total}) for source, total in totals.items()}
+    for source, part in predictions.items():
+        per_source[source]["mean_class_accuracy"] = 100 * mean_class_accuracy(part.confusion())
+    if predictions:
+        accuracies = [per_source[source]["mean_class_accuracy"] for source in predictions]
+        metrics["mean_class_accuracy"] = sum(accuracies) / len(accuracies)
+    return metrics, per_source
+
+
 def merge_predictions(parts: Sequence[Predictions]) -> Predictions:
-    """Predictions of batches or ranks together, in the order of the split."""
+    """Concatenate predictions of batches or ranks, in the order of the split."""
     index, label, scores = (np.concatenate([getattr(p, name) for p in parts]) for name in ("index", "label", "scores"))
     paths = [path for part in parts for path in part.paths]
     order = np.argsort(index)

@@ -47,14 +47,14 @@ PEAKS: tuple[tuple[str, float, float], ...] = (
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype | None, override: float | None) -> float | None:
-    """Peak operations per second of a device; None if unknown. `override` is in 10^12."""
+    """Return the peak operations per second of a device; None if unknown. `override` is in 10^12."""
     if override is not None:
         return override * 1e12
     return peak_of(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
 
 
 def peak_of(name: str, dtype: torch.dtype | None) -> float | None:
-    """The same by the name of a device, like "NVIDIA A100-SXM4-80GB"."""
+    """Return the same, by the name of a device, like "NVIDIA A100-SXM4-80GB"."""
     peaks = (peaks for known, *peaks in PEAKS if re.search(rf"\b{re.escape(known)}\b", name, re.IGNORECASE))
     if (found := next(peaks, None)) is None:
         return None
@@ -82,7 +82,7 @@ class ClipFlops:
 def clip_cost(
     task: Task, model: nn.Module, shape: tuple[int, int, int], mask: np.ndarray | None, source: str
 ) -> ClipFlops:
-    """What a training step costs for one clip; what is frozen has no backward pass.
+    """Return what a training step costs for one clip; what is frozen has no backward pass.
 
     Args:
         model: on the meta device, so that nothing is computed.

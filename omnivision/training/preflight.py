@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
+from omnivision.config.cross_validate import has_decoder
 from omnivision.config.schema import Settings
 from omnivision.data.catalog import Split, is_shifted
 from omnivision.data.frames import SeveralSeriesError, read_image
@@ -32,11 +33,11 @@ def check_run(settings: Settings, *more: Callable[[Settings], object]) -> tuple[
     plan = build.attempt(problems, build.epoch_plan, settings, train) if train else None
     for split in train + val:
         build.attempt(problems, lambda split=split: warnings.extend(check_samples(settings, split)))
-    for check in (*more, check_pretrained, build.class_names, build.task, build.validate_masks):
+    for check in (*more, check_pretrained, build.class_names, build.build_task, build.validate_masks):
         build.attempt(problems, check, settings)
     model = build.attempt(problems, build.meta_model, settings)
     if model is not None:
-        build.attempt(problems, build.optimizer, settings, model)
+        build.attempt(problems, build.build_optimizer, settings, model)
         if settings.trainer.mode != "val":
             build.attempt(problems, check_disk_space, settings, model)
     warnings += run_warnings(settings, train, val, plan)
@@ -44,12 +45,12 @@ def check_run(settings: Settings, *more: Callable[[Settings], object]) -> tuple[
 
 
 def spread_indices(split: Split, count: int) -> list[int]:
-    """At most `count` samples of a split, spread over it."""
+    """Return at most `count` samples of a split, spread over it."""
     return sorted({len(split) * part // count for part in range(count)})
 
 
 def sample_paths(split: Split) -> list[str]:
-    """Paths of some files of a split."""
+    """Return the paths of some files of a split."""
     return [split.path(index) for index in spread_indices(split, NUM_PROBED_FILES)]
 
 
@@ -110,7 +111,7 @@ def check_samples(settings: Settings, split: Split) -> list[str]:
 
 
 def _clip_frames(settings: Settings, split: Split, index: int) -> int | None:
-    """About how many frames a clip of a video has; None for images. Raises VideoDecodeError for an unreadable file."""
+    """Return about how many frames a clip of a video has; None for images. Raises VideoDecodeError for an unreadable file."""
     path, dataset, data = split.path(index), split.dataset, settings.trainer.data
     if dataset.kind != "video":
         read_image(path, data.max_pixels)
@@ -136,7 +137,7 @@ def check_pretrained(settings: Settings) -> None:
 
 
 def awaits_dependency(settings: Settings) -> bool:
-    """Whether a job of the cluster has to end first, which may bring the weights that the run starts from."""
+    """Return whether a job of the cluster has to end first, which may bring the weights that the run starts from."""
     return settings.submitit.use_cluster and settings.submitit.dependency is not None
 
 
@@ -159,14 +160,14 @@ def check_disk_space(settings: Settings, model: nn.Module) -> None:
 
 
 def run_warnings(settings: Settings, train: list[Split], val: list[Split], plan: EpochPlan | None) -> list[str]:
-    """Warnings about settings and labels that are allowed, and may be unintended."""
+    """Warn about settings and labels that are allowed, and may be unintended."""
     workers = settings.launcher.gpus_per_node * settings.trainer.data.num_workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     warnings = []
     if not settings.submitit.use_cluster and workers > cores:
         warnings.append(f"{workers} data workers share {cores} cores, and slow each other down. Set num_workers lower.")
     warnings += recipe_warnings(settings, sum(map(len, train)))
-    if "decoder" not in settings.trainer.model:
+    if not has_decoder(settings.trainer.model):
         warnings += label_warnings(train, val)
     if plan is not None:
         warnings += plan_warnings(settings, plan)

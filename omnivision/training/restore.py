@@ -31,23 +31,23 @@ def restore(settings: Settings, trainer: Trainer) -> list[LoadReport]:
 
     Raises UserError if weights do not fit, and if there is nothing to validate.
     """
-    info, run_dir, sources = trainer.run.reporter.info, trainer.run.run_dir, []
+    info, run_dir, averaged = trainer.run.reporter.info, trainer.run.run_dir, []
     if isinstance(trainer.raw_model, AveragedClassifier):
-        trainer.run.sources = sources = load_averaged_checkpoints(settings, trainer.raw_model)
-    for source in sources:
-        info(f"Averages {source.path} (SHA-256 {source.sha256[:12]}...)")
+        trainer.run.averaged_checkpoints = averaged = load_averaged_checkpoints(settings, trainer.raw_model)
+    for report in averaged:
+        info(f"Averages {report.path} (SHA-256 {report.sha256[:12]}...)")
     if trainer.load_checkpoint(build.class_names(settings)):
         return []
     validates = settings.trainer.mode == "val"
-    if validates and (sources or settings.pretrained_checkpoint_path is None):
+    if validates and (averaged or settings.pretrained_checkpoint_path is None):
         advice = "set pretrained_checkpoint_path, or train first"
-        if sources:  # they have no head
+        if averaged:  # they have no head
             advice = "set trainer/model=vit*_ft trainer/checkpoint=load_all pretrained_checkpoint_path=THE_RUN"
         raise UserError(
             f"trainer.mode=val must have a checkpoint in {run_dir.checkpoints}, got none. Set launcher.experiment_log_dir, "
             f"or {advice}."
         )
-    reports = sources or load_pretrained(settings, trainer.raw_model)
+    reports = averaged or load_pretrained(settings, trainer.raw_model)
     for line in [line for report in reports for line in report.lines()]:
         info(line)
     if not validates and any(name.startswith("heads.") for report in reports for name in report.loaded):
@@ -59,11 +59,11 @@ def restore(settings: Settings, trainer: Trainer) -> list[LoadReport]:
 
 def load_pretrained(settings: Settings, model: nn.Module) -> list[LoadReport]:
     """Load `pretrained_checkpoint_path` into a model; return a report of its entries, or none without a path."""
-    source = settings.pretrained_checkpoint_path
-    if source is None:
+    pretrained = settings.pretrained_checkpoint_path
+    if pretrained is None:
         return []
-    assert isinstance(source, str)  # a list is for an average
-    weights = read_weights(source)
+    assert isinstance(pretrained, str)  # a list is for an average
+    weights = read_weights(pretrained)
     if weights.architecture.get("kind") == "average":  # as the one model that it is
         merged = merge(weights.state, weights.architecture, read_sources(weights.sources, None))
         weights = dataclasses.replace(
@@ -85,18 +85,18 @@ def load_averaged_checkpoints(settings: Settings, model: AveragedClassifier) -> 
             "pretrained_checkpoint_path must be the checkpoints to average, got null. Set ++pretrained_checkpoint_path=[A,B], "
             "or one file with a list under ensemble_weights."
         )
-    found = read_several(settings.pretrained_checkpoint_path)
-    reports = [LoadReport(str(w.path), w.sha256, w.checkpoint) for w in found]
+    checkpoints = read_several(settings.pretrained_checkpoint_path)
+    reports = [LoadReport(str(w.path), w.sha256, w.checkpoint) for w in checkpoints]
     states = [
         filter_state_dict(w.state, settings.trainer.checkpoint, report)
-        for w, report in zip(found, reports, strict=True)
+        for w, report in zip(checkpoints, reports, strict=True)
     ]
     taken = {f"trunk.{name}" for name in model.names}
     for state, report in zip(states, reports, strict=True):
         used = {name: tensor for name, tensor in state.items() if name in taken | {POS_EMBED}}
         check_numbers(used, f"pretrained_checkpoint_path: {report.path}: ")
     model.load_sources(states, [report.path for report in reports])
-    taken |= _take_positions(model, found, states, reports)
+    taken |= _take_positions(model, checkpoints, states, reports)
     for state, report in zip(states, reports, strict=True):
         report.loaded = sorted(taken)
         report.dropped |= dict.fromkeys(sorted(state.keys() - taken), "an average takes trunks alone")
@@ -104,7 +104,10 @@ def load_averaged_checkpoints(settings: Settings, model: AveragedClassifier) -> 
 
 
 def _take_positions(
-    model: AveragedClassifier, found: list[StateDictFile], states: list[dict[str, Tensor]], reports: list[LoadReport]
+    model: AveragedClassifier,
+    checkpoints: list[StateDictFile],
+    states: list[dict[str, Tensor]],
+    reports: list[LoadReport],
 ) -> set[str]:
     """Load the positional embedding of the sources, interpolated if needed; return its name, if they have one.
 
@@ -115,7 +118,7 @@ def _take_positions(
     own = model.model.get_buffer(POS_EMBED)
     tables = [
         interpolate_pos_embed(POS_EMBED, state[POS_EMBED], model.model, weights, report)
-        for state, weights, report in zip(states, found, reports, strict=True)
+        for state, weights, report in zip(states, checkpoints, reports, strict=True)
     ]
     # Some of another width come back as they are.
     if not all(t.shape == own.shape and torch.allclose(t.float(), tables[0].float(), atol=1e-3) for t in tables):

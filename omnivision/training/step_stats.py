@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -90,14 +90,14 @@ class ThroughputMeter:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak memory of this process in bytes: reserved on its GPU, or resident on the host."""
+    """Return the peak memory of this process in bytes: reserved on its GPU, or resident on the host."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_reserved(device))
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def is_due(count: int, every: int | None) -> bool:
-    """Whether something done every so many epochs or steps (None: never) is due after `count`."""
+    """Return whether something done every so many epochs or steps (None: never) is due after `count`."""
     return every is not None and count % every == 0
 
 
@@ -118,8 +118,22 @@ class Step:
     scaled: bool = False  # fp16: an overflowing gradient is expected now and then, and skipped silently
 
     @property
-    def finite(self) -> Tensor:
-        return self.loss.isfinite() & (self.grad_norm.isfinite() | self.scaled)
+    def is_unexpectedly_nonfinite(self) -> Tensor:
+        """Whether to report the step as skipped; an overflow of scaled gradients is not reported."""
+        return ~(self.loss.isfinite() & (self.grad_norm.isfinite() | self.scaled))
+
+
+class StepSums(NamedTuple):
+    """Quantities of a step that are summed over the ranks: of this rank, or the sums."""
+
+    loss: Any  # times `count`
+    count: Any
+    grad_norm: Any
+    nonfinite: Any
+    partial: Any
+    bad: Any  # files
+    missing: Any  # files
+    stop_requested: Any
 
 
 class StepStats:
@@ -151,11 +165,16 @@ class StepStats:
         Returns whether the step must not change the weights (non-finite or partial on any rank): bool, a scalar on the
         device, the same on all ranks.
         """
-        missing = sum(sample.missing for sample in step.bad)
         device = self.dist.device
-        facts = (
-            *(step.loss * step.count, step.count, step.grad_norm, ~step.finite),
-            *(step.is_partial, len(step.bad), missing, step.stop_requested),
+        facts = StepSums(
+            loss=step.loss * step.count,
+            count=step.count,
+            grad_norm=step.grad_norm,
+            nonfinite=step.is_unexpectedly_nonfinite,
+            partial=step.is_partial,
+            bad=len(step.bad),
+            missing=sum(sample.missing for sample in step.bad),
+            stop_requested=step.stop_requested,
         )
         # `torch.full` fills on the device; a tensor of the host would be copied there, and waited for.
         values = torch.stack(
@@ -172,7 +191,8 @@ class StepStats:
             event = torch.Event(device)
             event.record()
         self._pending.append((step, sums, event))
-        return (values[3] > 0) | (values[4] > 0)
+        totals = StepSums(*values)
+        return (totals.nonfinite > 0) | (totals.partial > 0)
 
     def drain(self, keep_newest: int = 0) -> None:
         """Process all submitted steps but the newest ones. Raises NonFiniteError and UserError, on all ranks alike."""
@@ -180,20 +200,20 @@ class StepStats:
             step, sums, event = self._pending.popleft()
             if event is not None:
                 event.synchronize()
-            loss, count, norm, nonfinite, partial, bad, missing, stop_requested = sums.tolist()
-            self.loss, self.grad_norm = loss / max(count, 1), norm / self.dist.world_size
-            self.stop_requested = self.stop_requested or bool(stop_requested)
-            if partial and missing == bad:  # the data is unreachable; the files are not bad
+            totals = StepSums(*sums.tolist())
+            self.loss, self.grad_norm = totals.loss / max(totals.count, 1), totals.grad_norm / self.dist.world_size
+            self.stop_requested = self.stop_requested or bool(totals.stop_requested)
+            if totals.partial and totals.missing == totals.bad:  # the data is unreachable; the files are not bad
                 paths = [sample.path for part in self.dist.all_gather_object(step.bad) for sample in part]
                 raise UserError(missing_files_message(paths, "that one batch was to be made of"), on_all_ranks=True)
-            num_files = self.record_bad(step.bad) if bad else 0
-            if partial:
+            num_files = self.record_bad(step.bad) if totals.bad else 0
+            if totals.partial:
                 raise UserError(
                     f"{num_files} files of one batch could not be decoded, including replacements ({self.ledger.path}). Check "
                     "datasets.NAME.prefix, and that the data is mounted.",
                     on_all_ranks=True,
                 )
-            if nonfinite:
+            if totals.nonfinite:
                 self._record_skipped(step)
 
     def record_bad(self, bad: list[BadSample]) -> int:

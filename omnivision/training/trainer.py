@@ -40,7 +40,7 @@ from omnivision.reporting.run_directory import RunDir
 from omnivision.tasks.base import StepOutput, Task
 from omnivision.tasks.metrics import Meter, averages
 from omnivision.training import resume
-from omnivision.training.evaluate import Evaluation, evaluate
+from omnivision.training.evaluate import Evaluation, evaluate_model
 from omnivision.training.step_stats import (
     RunState,
     Step,
@@ -54,15 +54,8 @@ from omnivision.utils.errors import StopRequested, UserError
 from omnivision.utils.io import BEST, LATEST, CorruptCheckpointError
 from omnivision.utils.signals import StopSignal
 
-PROGRESS = (
-    "epoch",
-    "step",
-    "steps_per_epoch",
-    "best",
-    "best_loss",
-    "best_epoch",
-    "seconds",
-)  # of RunState, in checkpoints
+# Fields of RunState in checkpoints
+PROGRESS = ("epoch", "step", "steps_per_epoch", "best", "best_loss", "best_epoch", "seconds")
 
 
 @dataclass
@@ -74,7 +67,7 @@ class RunContext:
     reporter: Reporter
     ledger: BadSampleLedger
     stop: StopSignal = field(default_factory=StopSignal)
-    sources: list[LoadReport] = field(default_factory=list)  # the averaged checkpoints of a learned average
+    averaged_checkpoints: list[LoadReport] = field(default_factory=list)  # of a learned average
     fingerprint: dict[str, Any] = field(default_factory=dict)  # of the experiment; on rank 0 alone
     peak_clips_per_second: float | None = None  # of one device at its peak, for the MFU
 
@@ -110,11 +103,11 @@ class Trainer:
 
     @functools.cached_property
     def amp_dtype(self) -> torch.dtype | None:
-        return amp_dtype(self.settings, self.run.dist.device)
+        return resolve_amp_dtype(self.settings, self.run.dist.device)
 
     @property
     def comms_dtype(self) -> str | None:
-        return comms_dtype(self.settings, self.run.dist.device)
+        return resolve_comms_dtype(self.settings, self.run.dist.device)
 
     @property
     def is_done(self) -> bool:
@@ -129,7 +122,7 @@ class Trainer:
         return self.settings.max_epochs * self.state.steps_per_epoch
 
     def source_plan(self, batch: Batch) -> SourcePlan:
-        """How batches of its source are made."""
+        """Return how batches of its source are made."""
         assert self.train is not None
         return self.train.plan.sources[batch.source]
 
@@ -234,6 +227,7 @@ class Trainer:
             stop_requested=self.run.stop.cause is not None,
             scaled=self.scaler.is_enabled(),
         )
+        # An overflow of scaled gradients is not reported, and skipped all the same.
         skip_step = self.step_stats.submit(step) | ~grad_norm.isfinite() | (total == 0)
         optimizer.step(skip_step)
         if self.scaler.is_enabled():
@@ -275,7 +269,7 @@ class Trainer:
             self.ema.swapped_in() if self.ema is not None else contextlib.nullcontext(),
             summon_full_params(self.raw_model),
         ):
-            result = evaluate(self.task, self.raw_model, batches, dist, self._autocast, stop)
+            result = evaluate_model(self.task, self.raw_model, batches, dist, self._autocast, stop)
         if result is None:
             return None
         self.step_stats.record_bad(result.bad)
@@ -293,7 +287,7 @@ class Trainer:
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The contents of a checkpoint. All ranks call it together."""
+        """Return the contents of a checkpoint. All ranks call it together."""
         state, ema = self.state, self.ema
         return {
             "format": checkpointer.FORMAT,
@@ -302,7 +296,7 @@ class Trainer:
             "model": self.raw_model.state_dict(),
             "ema": ema.average if ema is not None else None,
             "ema_steps": int(ema.steps) if ema is not None else 0,
-            "sources": [source.note() for source in self.run.sources],
+            "sources": [report.note() for report in self.run.averaged_checkpoints],
             "optimizer": self.optimizer.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             **{name: getattr(state, name) for name in PROGRESS},
@@ -324,7 +318,13 @@ class Trainer:
                 allow_changes = self.settings.checkpoint.allow_changes
                 resume.check_same_experiment(saved["experiment"], run.fingerprint, path, allow_changes, info)
             resume.check_same_steps(saved["steps_per_epoch"], self.state.steps_per_epoch, path)
-        resume.check_same_sources(saved["sources"], [source.note() for source in run.sources], path)
+        averaged = [report.note() for report in run.averaged_checkpoints]
+        resume.check_same_sources(saved["sources"], averaged, path)
+        self._load_weights(saved, path)
+        self._load_progress(saved)
+
+    def _load_weights(self, saved: dict[str, Any], path: Path) -> None:
+        """Load the model, the optimizer of a run that trains, the EMA and the loss scale."""
         checkpointer.load_model(self.raw_model, saved["model"], path)
         if self.train is not None:
             try:
@@ -338,12 +338,13 @@ class Trainer:
             resume.load_ema(self.ema, saved, path)
         if self.scaler.is_enabled() and saved["scaler"]:  # empty after steps without one
             self.scaler.load_state_dict(saved["scaler"])
-        progress: dict[str, Any] = {
-            name: saved.get(name) for name in PROGRESS
-        }  # older checkpoints lack best_loss and best_epoch
+
+    def _load_progress(self, saved: dict[str, Any]) -> None:
+        # Older checkpoints lack best_loss and best_epoch.
+        progress: dict[str, Any] = {name: saved.get(name) for name in PROGRESS}
         self.state = RunState(**progress, start_time=self.state.start_time, last_metrics=saved["last"])
         self.step_stats.skipped = saved["skipped"]
-        if run.dist.is_main:  # it holds the sums of all ranks
+        if self.run.dist.is_main:  # it holds the sums of all ranks
             self.state.meter.load(saved["meter"])
 
     def save_checkpoint(self, aliases: Sequence[str] = ()) -> None:
@@ -467,7 +468,7 @@ class Trainer:
         raise StopRequested(cause, saved_step=self.global_step)
 
     def _stop_cause(self) -> str:
-        """The cause of the first rank that was asked to stop."""
+        """Return the cause of the first rank that was asked to stop."""
         return next(cause for cause in self.run.dist.all_gather_object(self.run.stop.cause) if cause is not None)
 
     def _due_visualizations(self, last_of_epoch: bool) -> list[str]:
@@ -509,8 +510,8 @@ class Trainer:
             )
 
 
-def amp_dtype(settings: TrainerSettings, device: torch.device) -> torch.dtype | None:
-    """The dtype of autocast, None without; `auto` is bf16 where the device has it, else fp16 on GPUs, None on CPUs."""
+def resolve_amp_dtype(settings: TrainerSettings, device: torch.device) -> torch.dtype | None:
+    """Return the dtype of autocast, None without; `auto` is bf16 where the device has it, else fp16 on GPUs, None on CPUs."""
     amp = settings.optim.amp
     if not amp.enabled:
         return None
@@ -521,9 +522,9 @@ def amp_dtype(settings: TrainerSettings, device: torch.device) -> torch.dtype | 
     return torch.bfloat16 if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported() else None
 
 
-def comms_dtype(settings: TrainerSettings, device: torch.device) -> str | None:
-    """The dtype of gradients in communication; `auto` is that of autocast (fp16 gradients are scaled), None fp32."""
+def resolve_comms_dtype(settings: TrainerSettings, device: torch.device) -> str | None:
+    """Return the dtype of gradients in communication; `auto` is that of autocast (fp16 gradients are scaled), None fp32."""
     dtype = settings.distributed.comms_dtype
     if dtype != "auto":
         return dtype
-    return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(amp_dtype(settings, device) or torch.float32)
+    return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(resolve_amp_dtype(settings, device) or torch.float32)

@@ -106,7 +106,7 @@ class CorruptCheckpointError(UserError):
 
 
 def is_dense_cpu(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is dense, on the CPU, and has all its values: a small file may claim a huge one."""
+    """Return whether a tensor is dense, on the CPU, and has all its values: a small file may claim a huge one."""
     import torch  # takes a second, and most of this module does without
 
     dense = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
@@ -114,7 +114,7 @@ def is_dense_cpu(tensor: torch.Tensor) -> bool:
 
 
 def is_archive(path: Path) -> bool:
-    """Whether a file is a zip archive, as torch writes since 1.6."""
+    """Return whether a file is a zip archive, as torch writes since 1.6."""
     try:
         return zipfile.is_zipfile(path)
     except zipfile.BadZipFile:
