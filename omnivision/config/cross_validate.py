@@ -86,7 +86,9 @@ def _stage_problems(settings: Settings, arguments: Sequence[str]) -> list[str]:
     task = {True: "reconstructs masked videos", False: "learns from labels", None: "is your own"}[masked]
     advice = [f"+experiments={EXPERIMENTS[each]}" for each in fitting]
     if stage is not None:
-        wrong = [f"+trainer=mae_{'' if stage == 'mae' else 'ft_'}NAME_config"] * (masked not in (None, stage == "mae"))
+        wrong = []
+        if masked not in (None, stage == "mae"):
+            wrong.append(f"+trainer=mae_{'' if stage == 'mae' else 'ft_'}NAME_config")
         if model not in (None, MODELS[stage]):
             size = re.search(r"trainer/model=(\w+?)(?:_average)?(?:_ft)?(?: |$)", " ".join(arguments))
             wrong.append(f"trainer/model={size[1] if size else 'NAME'}{ENDINGS[MODELS[stage]]}")

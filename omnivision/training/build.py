@@ -275,7 +275,7 @@ def build_groups(settings: Settings, model: nn.Module) -> list[Group]:
 
 
 def build_schedule(target: InstantiateConfig, where: str) -> Schedule:
-    """Raises UserError for a schedule with values that are negative or not finite."""
+    """Raise UserError for a schedule with values that are negative or not finite."""
     schedule: Schedule = build(target, where)
     if wrong := [value for value in (schedule(i / 200) for i in range(201)) if not 0 <= value < math.inf]:
         raise UserError(f"{where} must have values >= 0 and finite, got {wrong[0]:g}.")
@@ -381,8 +381,8 @@ def run_metadata(settings: Settings, model: nn.Module) -> dict[str, Any]:
     """Return the metadata of a run for `summary.json`, which tables of runs show."""
     architecture = describe(model)
     frozen = any(is_frozen(part) for name, part in model.named_children() if name == "trunk")
-    source = settings.pretrained_checkpoint_path
-    names = [run_name(Path(one)) for one in ([source] if isinstance(source, str) else source or [])]
+    pretrained = settings.pretrained_checkpoint_path
+    names = [run_name(Path(path)) for path in ([pretrained] if isinstance(pretrained, str) else pretrained or [])]
     return {
         "model": architecture.get("kind", type(model).__name__),
         "trunk": "frozen average" if architecture.get("kind") == "average" else "frozen" if frozen else "trained",

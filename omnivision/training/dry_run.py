@@ -136,13 +136,14 @@ def data_lines(settings: Settings, trainer: Trainer, splits: tuple[list[Split], 
 
 def weights_lines(settings: Settings, trainer: Trainer) -> Iterator[str]:
     """Return the weights that the run starts from: its own checkpoint, or the files that exist."""
-    own, source = trainer.run.run_dir.checkpoints / LATEST, settings.pretrained_checkpoint_path
+    own, pretrained = trainer.run.run_dir.checkpoints / LATEST, settings.pretrained_checkpoint_path
     if own.exists():
         yield f"weights      {describe_resumed(trainer.state) if trainer.global_step else f'its own, {own}'}"
-    elif source is None:
-        yield "weights      random initialization" + ", of frozen parameters too" * bool(settings.trainer.freeze)
+    elif pretrained is None:
+        frozen = ", of frozen parameters too" if settings.trainer.freeze else ""
+        yield f"weights      random initialization{frozen}"
     else:
-        for each in [source] if isinstance(source, str) else source:
+        for each in [pretrained] if isinstance(pretrained, str) else pretrained:
             if file := build.attempt([], state_dict_file.resolve_checkpoint, each):
                 yield f"weights      from {file}, {file.stat().st_size / 1e6:.1f} MB"
 

@@ -128,9 +128,9 @@ def check_pretrained(settings: Settings) -> None:
     """
     if awaits_dependency(settings) or Path(settings.trainer.checkpoint.save_dir, LATEST).exists():
         return
-    source = settings.pretrained_checkpoint_path
+    pretrained = settings.pretrained_checkpoint_path
     problems: list[str] = []
-    for each in [source] if isinstance(source, str) else source or []:
+    for each in [pretrained] if isinstance(pretrained, str) else pretrained or []:
         build.attempt(problems, require_weights, each)
     if problems:
         raise UserError.from_problems(problems)

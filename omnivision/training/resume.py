@@ -41,7 +41,7 @@ def check_same_experiment(
 
 
 def check_same_steps(saved: int, current: int, path: Path) -> None:
-    """Raises UserError when an epoch has another number of steps."""
+    """Raise UserError when an epoch has another number of steps."""
     if saved != current:
         raise UserError(
             f"{path} has {saved} steps per epoch, now there are {current}: data, batch_size or trainer.limit_train_batches "
@@ -49,8 +49,10 @@ def check_same_steps(saved: int, current: int, path: Path) -> None:
         )
 
 
-def check_same_sources(saved: Sequence[Mapping[str, Any]], current: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Raises UserError when a learned average is resumed with other source checkpoints, which its checkpoint does not hold."""
+def check_same_averaged_checkpoints(
+    saved: Sequence[Mapping[str, Any]], current: Sequence[Mapping[str, Any]], path: Path
+) -> None:
+    """Raise UserError when a learned average is resumed with other source checkpoints, which its checkpoint does not hold."""
     for what, setting in (("sha256", "pretrained_checkpoint_path"), ("choice", "trainer/checkpoint")):
         was, now = ([source[what] for source in sources] for sources in (saved, current))
         if current and was != now:

@@ -56,8 +56,8 @@ def start_lines(settings: Settings, trainer: Trainer, reports: Sequence[LoadRepo
 
 def validation_lines(trainer: Trainer) -> list[str]:
     """Return where an evaluation wrote its predictions and confusion matrices."""
-    folder, sources = trainer.run.run_dir, [split.name for split in trainer.val.dataset.splits] if trainer.val else []
-    files = [(folder.predictions / f"{name}.csv", folder.pictures / f"confusion_{name}.png") for name in sources]
+    run_dir, sources = trainer.run.run_dir, [split.name for split in trainer.val.dataset.splits] if trainer.val else []
+    files = [(run_dir.predictions / f"{name}.csv", run_dir.pictures / f"confusion_{name}.png") for name in sources]
     return [f"predictions  {table}, confusion matrix {picture}" for table, picture in files if table.exists()]
 
 
@@ -67,19 +67,19 @@ def describe_resumed(state: RunState) -> str:
 
 def end_lines(trainer: Trainer) -> list[str]:
     """Return what a finished run has reached, where its checkpoints are, and what to type next."""
-    state, folder = trainer.state, trainer.run.run_dir
+    state, run_dir = trainer.state, trainer.run.run_dir
     seconds = timedelta(seconds=round(state.seconds))
     lines = [f"Finished: {state.epoch} epochs in {seconds}"]
     if state.best is not None:
         metrics = {"val_top1": state.best, "val_loss": state.best_loss}
         best = describe_metrics(metrics if "val_top1" in trainer.state.last_metrics else {"val_loss": state.best})
         lines.append(
-            f"best         {f'epoch {state.best_epoch}, ' if state.best_epoch else ''}{best}: {folder.checkpoints / BEST}"
+            f"best         {f'epoch {state.best_epoch}, ' if state.best_epoch else ''}{best}: {run_dir.checkpoints / BEST}"
         )
     lines.append(
-        f"last         epoch {state.epoch}, {describe_metrics(trainer.state.last_metrics)}: {folder.checkpoints / LATEST}"
+        f"last         epoch {state.epoch}, {describe_metrics(trainer.state.last_metrics)}: {run_dir.checkpoints / LATEST}"
     )
-    path = os.fspath(folder.path)
+    path = os.fspath(run_dir.path)
     lines.append(f"next         omnivision report {path}")
     kind = describe(trainer.raw_model).get("kind")
     if kind == "autoencoder":

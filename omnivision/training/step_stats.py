@@ -254,7 +254,7 @@ class StepStats:
 
 
 def check_loss_scale(scaler: torch.amp.GradScaler, step: int) -> None:
-    """Raises NonFiniteError when fp16 gradients overflow at every loss scale."""
+    """Raise NonFiniteError when fp16 gradients overflow at every loss scale."""
     if scaler.is_enabled() and (scale := scaler.get_scale()) < MIN_LOSS_SCALE:
         raise NonFiniteError(
             f"Step {step}: fp16 gradients are not finite even at a loss scale of {scale:.1g}, so no step changes the weights. "
@@ -264,7 +264,7 @@ def check_loss_scale(scaler: torch.amp.GradScaler, step: int) -> None:
 
 
 def check_finite(model: nn.Module, dist: Dist, step: int) -> None:
-    """Raises NonFiniteError, on all ranks, for weights that are not finite; they must not replace a good checkpoint."""
+    """Raise NonFiniteError, on all ranks, for weights that are not finite; they must not replace a good checkpoint."""
     nonfinite = torch.stack([~local_tensor(parameter).isfinite().all() for parameter in model.parameters()])
     if any(ranks := dist.all_gather_object(int(nonfinite.sum()))):
         raise NonFiniteError(

@@ -319,7 +319,7 @@ class Trainer:
                 resume.check_same_experiment(saved["experiment"], run.fingerprint, path, allow_changes, info)
             resume.check_same_steps(saved["steps_per_epoch"], self.state.steps_per_epoch, path)
         averaged = [report.note() for report in run.averaged_checkpoints]
-        resume.check_same_sources(saved["sources"], averaged, path)
+        resume.check_same_averaged_checkpoints(saved["sources"], averaged, path)
         self._load_weights(saved, path)
         self._load_progress(saved)
 
