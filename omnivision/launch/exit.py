@@ -145,9 +145,9 @@ class ExitHandler:
         )
 
     def _may_write_summary(self) -> bool:
-        """Return whether the summary is about this run.
+        """Return whether this process may write how it ends into the summary.
 
-        A user error before training begins keeps what an earlier run wrote, and an evaluation always does.
+        Before training begins, and in an evaluation, what an earlier run wrote is kept.
         """
         if self.locked and self.run_dir.read_summary().get("status") in (None, *WAITING):
             return True

@@ -27,11 +27,11 @@ MAX_PARAMS = 100  # that MLflow takes at once
 class TensorBoard:
     """TensorBoard's files in the run directory. All loggers have its methods."""
 
-    def __init__(self, folder: RunDir, step: int) -> None:
+    def __init__(self, run_dir: RunDir, step: int) -> None:
         """Open the log, and drop what it has after `step`."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self._board = SummaryWriter(str(folder.tensorboard), purge_step=step + 1 if step else None)
+        self._board = SummaryWriter(str(run_dir.tensorboard), purge_step=step + 1 if step else None)
 
     def scalars(self, metrics: Mapping[str, float], step: int) -> None:
         """Log metrics by name, like train/loss, after a step."""
@@ -57,16 +57,16 @@ class TensorBoard:
 class WeightsAndBiases:
     """One run of wandb per run directory, also across restarts: its ID is kept in `wandb_id`."""
 
-    def __init__(self, folder: RunDir, settings: Mapping[str, Any]) -> None:
+    def __init__(self, run_dir: RunDir, settings: Mapping[str, Any]) -> None:
         import wandb
 
-        id_file = folder.path / "wandb_id"
+        id_file = run_dir.path / "wandb_id"
         run_id = _read_id(id_file) or secrets.token_hex(4)
         write_atomically(id_file, f"{run_id}\n")
         self._wandb = wandb
         self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", PROJECT), id=run_id, resume="allow", name=folder.path.resolve().name,
-            dir=str(folder.path), config=dict(settings), settings=wandb.Settings(silent=True, console="off"),
+            project=os.environ.get("WANDB_PROJECT", PROJECT), id=run_id, resume="allow", name=run_dir.path.resolve().name,
+            dir=str(run_dir.path), config=dict(settings), settings=wandb.Settings(silent=True, console="off"),
         )  # fmt: skip
         # wandb's own step must not decrease, and that of a resumed run does.
         self._run.define_metric("*", step_metric="step")
@@ -85,20 +85,20 @@ class WeightsAndBiases:
 class MLflow:
     """One run of MLflow per run directory, also across restarts: its ID is kept in `mlflow_id`."""
 
-    def __init__(self, folder: RunDir, settings: Mapping[str, Any]) -> None:
+    def __init__(self, run_dir: RunDir, settings: Mapping[str, Any]) -> None:
         import mlflow
 
         server = os.environ.get("MLFLOW_TRACKING_URI")
-        self._client = mlflow.MlflowClient(server or f"sqlite:///{(folder.path / 'mlflow.db').resolve()}")
-        id_file = folder.path / "mlflow_id"
+        self._client = mlflow.MlflowClient(server or f"sqlite:///{(run_dir.path / 'mlflow.db').resolve()}")
+        id_file = run_dir.path / "mlflow_id"
         if (run_id := _read_id(id_file)) is not None:
             self._id = run_id
             self._client.update_run(self._id, status="RUNNING")
             return
-        artifacts = None if server else str(folder.path.resolve() / "mlflow")  # a server has its own place for them
+        artifacts = None if server else str(run_dir.path.resolve() / "mlflow")  # a server has its own place for them
         experiment = self._client.get_experiment_by_name(PROJECT)
         experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(PROJECT, artifacts)
-        self._id = self._client.create_run(experiment_id, run_name=folder.path.resolve().name).info.run_id
+        self._id = self._client.create_run(experiment_id, run_name=run_dir.path.resolve().name).info.run_id
         write_atomically(id_file, f"{self._id}\n")
         params = [mlflow.entities.Param(name, str(value)[:6000]) for name, value in settings.items()]
         for first in range(0, len(params), MAX_PARAMS):
@@ -125,14 +125,14 @@ def _read_id(file: Path) -> str | None:
 Logger = TensorBoard | WeightsAndBiases | MLflow
 
 
-def start_loggers(names: Sequence[str], folder: RunDir, settings: Mapping[str, Any], step: int) -> list[Logger]:
+def start_loggers(names: Sequence[str], run_dir: RunDir, settings: Mapping[str, Any], step: int) -> list[Logger]:
     """Start TensorBoard and the named loggers. Raises UserError for one that cannot be started."""
-    loggers: list[Logger] = [TensorBoard(folder, step)]
+    loggers: list[Logger] = [TensorBoard(run_dir, step)]
     for name, kind in (("wandb", WeightsAndBiases), ("mlflow", MLflow)):
         if name not in names:
             continue
         try:
-            loggers.append(kind(folder, settings))
+            loggers.append(kind(run_dir, settings))
         except Exception as error:  # its package, its server, its login
             reason = " ".join(str(error).split())[:300].rstrip(".")
             raise UserError(

@@ -38,16 +38,16 @@ class Reporter:
 
     def __init__(
         self,
-        folder: RunDir,
+        run_dir: RunDir,
         enabled: bool,
         console: Console | None = None,
         extra_loggers: Sequence[str] = (),
         settings: Mapping[str, Any] | None = None,
     ) -> None:
-        self.folder, self.enabled = folder, enabled
+        self.run_dir, self.enabled = run_dir, enabled
         self.console = console or Console(quiet=not enabled)
         self.extra_loggers, self.settings = extra_loggers, settings or {}
-        self._metrics = MetricsLog(folder.logs / "metrics.jsonl")
+        self._metrics = MetricsLog(run_dir.logs / "metrics.jsonl")
         self._loggers: list[Logger] = []
         self._progress: ProgressLine | None = None
         self._data_stall = DataStallWarning()
@@ -55,7 +55,7 @@ class Reporter:
     def connect(self, step: int) -> None:
         """Start the loggers after a step. Raises UserError for one that cannot be started."""
         if self.enabled and not self._loggers:
-            self._loggers = start_loggers(self.extra_loggers, self.folder, self.settings, step)
+            self._loggers = start_loggers(self.extra_loggers, self.run_dir, self.settings, step)
 
     def start(self, step: int, total_steps: int, replay: str = "") -> None:
         """Start logging at `step`. Drops later entries, and entries at `step` whose phase or event is `replay`."""
@@ -93,21 +93,21 @@ class Reporter:
     def visualization(self, name: str, what: Visualization, step: int) -> None:
         """Write PNG and GIF to `pictures/`, and give the GIF to the loggers."""
         if self._may_write():
-            images.save(what, self.folder.pictures, name)
-            self._log(lambda logger: logger.image("pictures", self.folder.pictures / f"{name}.gif", step))
+            images.save(what, self.run_dir.pictures, name)
+            self._log(lambda logger: logger.image("pictures", self.run_dir.pictures / f"{name}.gif", step))
 
     def predictions(self, source: str, predictions: Predictions, step: int) -> None:
         """Write the predictions for each video of a source, and its confusion matrix as an image."""
         if self._may_write():
-            write_predictions(self.folder.predictions, source, predictions)
-            self.folder.pictures.mkdir(exist_ok=True)
-            file = self.folder.pictures / f"confusion_{source}.png"
+            write_predictions(self.run_dir.predictions, source, predictions)
+            self.run_dir.pictures.mkdir(exist_ok=True)
+            file = self.run_dir.pictures / f"confusion_{source}.png"
             confusion_image(predictions, f"{source}, step {step}").save(file)
             self._log(lambda logger: logger.image(f"confusion/{source}", file, step))
 
     def _may_write(self) -> bool:
         """Return whether this is rank 0, and the run directory is still its own."""
-        return self.enabled and not self.folder.lost()
+        return self.enabled and not self.run_dir.lost()
 
     def __enter__(self) -> Reporter:
         return self
