@@ -17,23 +17,14 @@ from typing import Any
 
 import yaml
 
+from omnivision.config.schema import runtime_only_settings
 from omnivision.data.catalog import Split
 from omnivision.data.sampling import EpochPlan
 from omnivision.utils.errors import UserError
 
 # Settings that do not affect results, by shell patterns. The clips of a step and the contents of arrays follow from some of
 # them, and are compared themselves.
-RUNTIME_ONLY_SETTINGS = tuple(
-    """
-    stage launcher.* submitit.* data_root batch_size num_workers
-    datasets.*.prefix datasets.*.remove_prefix datasets.*.suffix datasets.*.remove_suffix datasets.*.train.* datasets.*.val.*
-    trainer.mode trainer.accelerator trainer.compile trainer.val_epoch_freq trainer.max_skipped_steps
-    trainer.distributed.* trainer.logging.* trainer.checkpoint.save_* trainer.checkpoint.allow_changes
-    trainer.model.*.activation_checkpointing trainer.optim.nominal_batch trainer.optim.accumulation_steps
-    trainer.data.batch_size trainer.data.num_workers trainer.data.prefetch trainer.data.timeout_minutes
-    trainer.data.bad_sample_budget trainer.data.image.batch_size trainer.data.image.accumulation_steps
-    """.split()
-)
+RUNTIME_ONLY_SETTINGS = (*runtime_only_settings(), "trainer.model.*.activation_checkpointing")
 SETTINGS_OF_ONE_START = ("trainer.mode", "trainer.checkpoint.allow_changes")
 # Settings that older runs lack, with the values that those runs had.
 ADDED = {"crop_scale": [0.08, 1.0], "rand_augment_prob": 0.5, "erasing_prob": 0.25, "mixing_prob": 1.0}

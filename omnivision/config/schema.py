@@ -10,7 +10,7 @@ import os
 import types
 import typing
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -29,6 +29,9 @@ Width = Annotated[int, Field(ge=1, le=65_536)]  # of tokens in a transformer
 Depth = Annotated[int, Field(ge=1, le=1000)]
 Heads = Annotated[int, Field(ge=1, le=1024)]
 Texts = str | list[str]
+Setting = TypeVar("Setting")
+# A setting, or a group of them, that does not affect results: a run may resume with another value.
+RuntimeOnly = Annotated[Setting, "runtime only"]
 Line = Annotated[str, Field(pattern=r"^\P{C}*$")]  # printable, so that it stays one line of a batch script
 
 
@@ -85,23 +88,23 @@ class DatasetSettings(Group):
     num_classes: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     class_names: str | None = None
     label_set: str | None = None
-    prefix: str = ""
-    remove_prefix: str = ""
-    suffix: str = ""
-    remove_suffix: str = ""
+    prefix: RuntimeOnly[str] = ""
+    remove_prefix: RuntimeOnly[str] = ""
+    suffix: RuntimeOnly[str] = ""
+    remove_suffix: RuntimeOnly[str] = ""
     fps: Positive = 25.0
     frame_pattern: str | None = None
     depth_scale: Positive = 1.0
     depth_max: Positive = 75.0
-    train: SplitSettings | None = None
-    val: SplitSettings | None = None
+    train: RuntimeOnly[SplitSettings | None] = None
+    val: RuntimeOnly[SplitSettings | None] = None
 
 
 class ImageSettings(Group):
     """What differs for sources of images."""
 
-    batch_size: Natural
-    accumulation_steps: Natural
+    batch_size: RuntimeOnly[Natural]
+    accumulation_steps: RuntimeOnly[Natural]
     views_per_clip: Natural
     view: ViewConfig
     val_view: ViewConfig
@@ -113,10 +116,10 @@ class DataSettings(Group):
     repeats: dict[str, Annotated[float, Field(gt=0, le=1_000_000)]]
     num_frames: Natural
     clip_duration: Positive
-    batch_size: Natural
-    num_workers: Workers
-    prefetch: Annotated[int, Field(ge=1, le=1000)]
-    timeout_minutes: Minutes
+    batch_size: RuntimeOnly[Natural]
+    num_workers: RuntimeOnly[Workers]
+    prefetch: RuntimeOnly[Annotated[int, Field(ge=1, le=1000)]]
+    timeout_minutes: RuntimeOnly[Minutes]
     views_per_clip: Natural
     view: ViewConfig
     val_view: ViewConfig
@@ -125,7 +128,7 @@ class DataSettings(Group):
     mask: MaskConfig | None
     image: ImageSettings | None
     share_head: bool
-    bad_sample_budget: Fraction
+    bad_sample_budget: RuntimeOnly[Fraction]
     max_pixels: Natural | None
 
 
@@ -144,9 +147,9 @@ class OptimSettings(Group):
     optimizer: InstantiateConfig
     options: dict[str, list[RuleSettings]]
     lr_scale_factor: ScaleFactor
-    nominal_batch: Natural | None
+    nominal_batch: RuntimeOnly[Natural | None]
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None
-    accumulation_steps: Natural
+    accumulation_steps: RuntimeOnly[Natural]
     gradient_clip: Positive | None
     amp: AmpSettings
 
@@ -178,31 +181,31 @@ class WeightFilter(Group):
 
 
 class CheckpointSettings(WeightFilter):
-    save_dir: str
-    save_freq: Natural | None
-    save_every_steps: Natural | None
-    allow_changes: bool
+    save_dir: RuntimeOnly[str]
+    save_freq: RuntimeOnly[Natural | None]
+    save_every_steps: RuntimeOnly[Natural | None]
+    allow_changes: RuntimeOnly[bool]
 
 
 class TrainerSettings(Group):
-    mode: Literal["train", "train_only", "val", "dry"]
-    accelerator: Literal["auto", "cuda", "cpu"]
+    mode: RuntimeOnly[Literal["train", "train_only", "val", "dry"]]
+    accelerator: RuntimeOnly[Literal["auto", "cuda", "cpu"]]
     seed_value: Annotated[int, Field(ge=0, le=2**32 - 1)]
     max_epochs: Natural
-    val_epoch_freq: Natural | None
+    val_epoch_freq: RuntimeOnly[Natural | None]
     limit_train_batches: Natural | None
     limit_val_batches: Natural | None
-    compile: bool
+    compile: RuntimeOnly[bool]
     freeze: list[str]
     ema_decay: OpenFraction | None
-    max_skipped_steps: Count
+    max_skipped_steps: RuntimeOnly[Count]
     trust_targets: list[str]
     model: ModelConfig
     task: TaskConfig
     data: DataSettings
     optim: OptimSettings
-    distributed: DistributedSettings
-    logging: LoggingSettings
+    distributed: RuntimeOnly[DistributedSettings]
+    logging: RuntimeOnly[LoggingSettings]
     checkpoint: CheckpointSettings
 
 
@@ -271,8 +274,8 @@ class Settings(Group):
     rand_augment_prob: Fraction
     erasing_prob: Fraction
     mixing_prob: Fraction
-    batch_size: Natural
-    num_workers: Workers
+    batch_size: RuntimeOnly[Natural]
+    num_workers: RuntimeOnly[Workers]
     epochs: Natural
     lr_scale_factor: ScaleFactor
     lr: Positive | None
@@ -280,12 +283,12 @@ class Settings(Group):
     video_labels: Natural | None
     pretrained_checkpoint_path: Texts | None
     ensemble_num_models: Annotated[int, Field(ge=2)]
-    data_root: str
+    data_root: RuntimeOnly[str]
     datasets: dict[str, DatasetSettings]
     trainer: TrainerSettings
-    launcher: LauncherSettings
-    submitit: SubmititSettings
-    stage: Literal["mae", "finetune", "probe", "average"] | None = None
+    launcher: RuntimeOnly[LauncherSettings]
+    submitit: RuntimeOnly[SubmititSettings]
+    stage: RuntimeOnly[Literal["mae", "finetune", "probe", "average"] | None] = None
 
     def with_trainer(self, **changes: Any) -> Settings:
         """Return a copy with some settings of the trainer changed."""
@@ -319,8 +322,18 @@ def setting_hints(cls: type[BaseModel] = Settings, prefix: str = "") -> Mapping[
     for name, hint in typing.get_type_hints(cls, include_extras=True).items():
         if name in cls.model_fields:
             hints[f"{prefix}{name}"] = hint
+            if "runtime only" in typing.get_args(hint):
+                hint = typing.get_args(hint)[0]
             is_mapping = typing.get_origin(hint) is dict
             for each in (hint, *typing.get_args(hint)):
                 if isinstance(each, type) and issubclass(each, BaseModel):
                     hints |= setting_hints(each, f"{prefix}{name}.{'NAME.' * is_mapping}")
     return types.MappingProxyType(hints)
+
+
+def runtime_only_settings() -> list[str]:
+    """Return shell patterns of the settings that are marked as RuntimeOnly, and of those in groups that are."""
+    hints = setting_hints()
+    marked = [name for name, hint in hints.items() if "runtime only" in typing.get_args(hint)]
+    groups = {name.rpartition(".")[0] for name in hints}
+    return [f"{name}.*".replace("NAME", "*") if name in groups else name.replace("NAME", "*") for name in marked]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -77,3 +77,7 @@ def mean_class_accuracy(confusion: np.ndarray) -> float:
     if not occurring.any():
         return float("nan")
     return float((confusion.diagonal()[occurring] / confusion.sum(1)[occurring]).mean())
+
+
+# Metrics of a validation from the confusion matrix of a source: logged in percent, averaged over sources, drawn by the report.
+VALIDATION_METRICS: dict[str, Callable[[np.ndarray], float]] = {"mean_class_accuracy": mean_class_accuracy}

@@ -328,11 +328,12 @@ def clip_config(
     grid = token_grid((max(num_frames, tubelet[0]), size, size), tubelet)
     mask = None if data.mask is None else build(data.mask, f"{where}.mask")
     if mask is not None:
-        hidden, tokens = int(mask(grid, np.random.default_rng(0)).sum()), grid[0] * grid[1] * grid[2]
-        if not 0 < hidden < tokens:
+        drawn, tokens = [np.asarray(mask(grid, np.random.default_rng(seed))) for seed in range(2)], math.prod(grid)
+        hidden = {int(each.sum()) for each in drawn}
+        if drawn[0].shape != grid or drawn[0].dtype != bool or len(hidden) > 1 or not 0 < min(hidden) < tokens:
             raise UserError(
-                f"{where}.mask must hide some of the tokens of a clip ({grid[0]} x {grid[1]} x {grid[2]}), but not all, got "
-                f"{hidden} of {tokens}. Set mask_ratio or {where}.mask."
+                f"{where}.mask must give bool arrays of shape {grid} that hide equally many tokens, some but not all; got "
+                f"{drawn[0].dtype} {drawn[0].shape}, {sorted(hidden)} of {tokens} hidden. Set mask_ratio or {where}.mask."
             )
     if training:
         return ClipConfig(build(data.view, f"{where}.view"), data.views_per_clip, num_frames, grid, mask)

@@ -129,6 +129,11 @@ def data_lines(settings: Settings, trainer: Trainer, splits: tuple[list[Split], 
         existing = sum(Path(path).exists() for path in paths)
         yield f"data         {preflight.describe_split(split)}; {existing} of {len(paths)} sampled files exist"
     if trainer.train is not None:
+        for kind, config in trainer.train.dataset.configs.items():
+            if config.mask is not None:
+                hidden = int(config.mask(config.grid, np.random.default_rng(0)).sum())
+                tokens = math.prod(config.grid)
+                yield f"mask         {type(config.mask).__name__} hides {hidden} of the {tokens} tokens of a {kind} clip"
         steps, epochs, total = trainer.train.plan.steps, settings.trainer.max_epochs, trainer.total_steps
         left = f", {max(0, total - trainer.global_step)} of them left" if trainer.global_step else ""
         yield f"steps        {steps} an epoch x {epochs} epochs = {total}{left}"

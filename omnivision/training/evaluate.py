@@ -15,7 +15,7 @@ from omnivision.data.batch import BadSample, Batch, missing_files_message
 from omnivision.distributed.process_group import Dist
 from omnivision.reporting.predictions import Predictions
 from omnivision.tasks.base import Task
-from omnivision.tasks.metrics import Meter, Totals, averages, mean_class_accuracy
+from omnivision.tasks.metrics import VALIDATION_METRICS, Meter, Totals, averages
 from omnivision.utils.errors import UserError
 from omnivision.utils.signals import StopSignal
 
@@ -93,10 +93,10 @@ def compute_metrics(
     metrics: dict[str, Any] = averages(totals) | {"videos": videos}
     per_source: dict[str, dict[str, Any]] = {source: averages({source: total}) for source, total in totals.items()}
     for source, part in predictions.items():
-        per_source[source]["mean_class_accuracy"] = 100 * mean_class_accuracy(part.confusion())
-    if predictions:
-        accuracies = [per_source[source]["mean_class_accuracy"] for source in predictions]
-        metrics["mean_class_accuracy"] = sum(accuracies) / len(accuracies)
+        confusion = part.confusion()
+        per_source[source] |= {name: 100 * metric(confusion) for name, metric in VALIDATION_METRICS.items()}
+    for name in VALIDATION_METRICS if predictions else ():
+        metrics[name] = sum(per_source[source][name] for source in predictions) / len(predictions)
     return metrics, per_source
 
 

@@ -12,6 +12,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from omnivision.checkpoint.fingerprint import used_settings
+from omnivision.tasks.metrics import VALIDATION_METRICS
 from omnivision.tools.report import figures
 from omnivision.tools.report.collect import Run, differing, paper_table
 from omnivision.tools.runs import end_reason, format_number
@@ -25,7 +26,10 @@ CURVES = (
     ("Loss, training", "loss", ("step", "train", "loss")),
     ("Loss, validation", "loss", ("epoch", "val", "loss")),
     ("Top-1, validation", "top-1, %", ("epoch", "val", "top1")),
-    ("Mean class accuracy, validation", "%", ("epoch", "val", "mean_class_accuracy")),
+    *(
+        (f"{name.replace('_', ' ').capitalize()}, validation", "%", ("epoch", "val", name))
+        for name in VALIDATION_METRICS
+    ),
     ("Learning rate", "learning rate", ("step", "train", "lr")),
     ("Norm of the gradient", "norm", ("step", "train", "grad_norm")),
     ("Clips a second", "clips a second", ("step", "train", "clips_per_second")),
