@@ -24,7 +24,7 @@ from omnivision.checkpoint.pretrained import WeightFilter, load
 from omnivision.checkpoint.state_dict_file import StateDictFile, read, resolve_checkpoint
 from omnivision.interop.huggingface import preprocessor_config, to_hf
 from omnivision.interop.infer_architecture import ArchOverrides
-from omnivision.interop.published import ConvertedCheckpoint, convert, from_hf, from_ours, from_videomae, recognise
+from omnivision.interop.published import ConvertedCheckpoint, convert, from_hf, from_ours, from_videomae, recognize
 from omnivision.models.architecture import build, describe
 from omnivision.models.classifier import VideoClassifier
 from omnivision.models.mae import MaskedAutoencoder, split_tokens
@@ -215,7 +215,7 @@ class Formats(Case):
         for key in ("classification", "pretraining"):
             state = recorded(key)
             named = original_names(state)
-            self.assertEqual(recognise(named), "videomae")
+            self.assertEqual(recognize(named), "videomae")
             imported, wanted = from_videomae(named, HERE), from_hf(state, CONFIG)
             self.assert_equal_states(imported.state, wanted.state)
             self.assertEqual(imported.architecture, wanted.architecture)

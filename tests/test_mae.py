@@ -54,7 +54,7 @@ def norm_of(settings: dict[str, Any]) -> str:
 def target_of(video: Tensor, masked: Tensor, settings: dict[str, Any]) -> Tensor:
     if settings["unnormalize_img"] is not None:
         return reconstruction_target(video, TUBELET, masked, norm_of(settings))
-    # A variant that the recipe does not use: targets from the normalised image.
+    # A variant that the recipe does not use: targets from the normalized image.
     pixels = pick_tubelets(as_video(video, TUBELET), TUBELET, masked).flatten(3).transpose(2, 3)
     mean, std = patch_statistics(pixels, norm_of(settings))
     return ((pixels - mean) / std).flatten(2)
@@ -152,12 +152,12 @@ def some_masks(samples: int) -> Tensor:
 
 
 class Model(unittest.TestCase):
-    def test_raw_pixels_equal_normalised_ones(self):
+    def test_raw_pixels_equal_normalized_ones(self):
         model, mask = small_model(), some_masks(2)
         video = torch.randint(0, 256, (2, 3, 4, 32, 32), dtype=torch.uint8)
         raw = model(video, mask).pixels
-        normalised = model(normalize_pixels(video, channel_dim=1), mask).pixels
-        self.assertLess((raw - normalised).abs().max(), 1e-5)
+        normalized = model(normalize_pixels(video, channel_dim=1), mask).pixels
+        self.assertLess((raw - normalized).abs().max(), 1e-5)
         target = reconstruction_target(video, TUBELET, torch.arange(32).expand(2, -1), "none")
         same = reconstruction_target(normalize_pixels(video, 1), TUBELET, torch.arange(32).expand(2, -1), "none")
         self.assertLess((target - same).abs().max(), 1e-5)

@@ -64,12 +64,12 @@ class Positions(unittest.TestCase):
 
 
 class Pixels(unittest.TestCase):
-    def test_normalising_and_back(self):
+    def test_normalizing_and_back(self):
         video = torch.randint(0, 256, (2, 3, 4, 8, 8), dtype=torch.uint8)
-        normalised = patches.normalize_pixels(video, channel_dim=1, dtype=torch.float64)
-        self.assertLess((patches.unnormalize_pixels(normalised, 1) - video.double() / 255).abs().max(), 1e-12)
+        normalized = patches.normalize_pixels(video, channel_dim=1, dtype=torch.float64)
+        self.assertLess((patches.unnormalize_pixels(normalized, 1) - video.double() / 255).abs().max(), 1e-12)
         self.assertAlmostEqual(
-            float(normalised[0, 1, 0, 0, 0]), (int(video[0, 1, 0, 0, 0]) / 255 - 0.456) / 0.224, places=12
+            float(normalized[0, 1, 0, 0, 0]), (int(video[0, 1, 0, 0, 0]) / 255 - 0.456) / 0.224, places=12
         )
 
     def test_positions_of_another_grid_keep_their_places(self):

@@ -1,4 +1,4 @@
-"""The command line: its flags, its help, the configurations that its overrides compose, and what is wrong with them."""
+"""The command line: flags, help, and the configurations that overrides compose."""
 
 from __future__ import annotations
 

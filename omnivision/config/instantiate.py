@@ -19,8 +19,8 @@ from typing_extensions import is_typeddict
 from omnivision.config.messages import format_errors
 from omnivision.config.schema import InstantiateConfig
 
-# Packages of ours of which any class may be built. Of other packages only what they hold themselves: from a module inside
-# one a name leads anywhere (torch.nn.modules.module.torch.load would unpickle).
+# Any class of our packages may be built. Of other packages only classes that they hold themselves: from a module inside one a
+# name leads anywhere (torch.nn.modules.module.torch.load would unpickle).
 OWN = ("omnivision.data", "omnivision.models", "omnivision.optim", "omnivision.tasks")
 OTHERS = ("torch.optim", "torch.nn", "timm.optim", "fvcore.common.param_scheduler")
 INJECTED_ARGS = ("classes", "labels")  # from the catalog
@@ -66,7 +66,7 @@ def signature_of(target: str) -> Mapping[str, inspect.Parameter]:
 
 
 def target_problems(node: Any, key: str, trusted: Sequence[str] = ()) -> dict[str, str]:
-    """Return what is wrong with an object to build and with the objects inside it, by key."""
+    """Return the problems of an object to build and of the objects inside it, by key."""
     if isinstance(node, list):
         node = {f"[{number}]": item for number, item in enumerate(node)}
     if not isinstance(node, dict):

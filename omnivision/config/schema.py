@@ -317,7 +317,7 @@ class Settings(Group):
 
 @functools.cache
 def setting_hints(cls: type[BaseModel] = Settings, prefix: str = "") -> Mapping[str, Any]:
-    """Return the type annotation of every setting, by full key; NAME stands for the keys of a mapping."""
+    """Return the type annotation of every setting, by full key; NAME is any key of a mapping."""
     hints: dict[str, Any] = {}
     for name, hint in typing.get_type_hints(cls, include_extras=True).items():
         if name in cls.model_fields:

@@ -116,7 +116,7 @@ class RandAugment:
 class RandomErasing:
     """Noise in one rectangle over all frames, fresh for each pixel, channel and frame (Zhong et al. 2020).
 
-    The published noise is standard normal after normalisation. Here pixels stay uint8, so the noise is un-normalised with
+    The published noise is standard normal after normalization. Here pixels stay uint8, so the noise is un-normalized with
     ImageNet's mean and deviation, rounded, and clamped to 0 .. 255, which cuts its tails below -1.8 to -2.1 and above 2.2 to
     2.6 deviations, depending on the channel.
 
@@ -184,7 +184,7 @@ def adjust_sharpness(frames: Tensor, factor: float) -> Tensor:
     middle: over ten times as fast as torchvision's convolution.
     """
     pixels = frames.clone() if frames.is_floating_point() else frames.float()
-    inner = pixels[..., 1:-1, 1:-1]  # a view: what is added to it ends up in `pixels`
+    inner = pixels[..., 1:-1, 1:-1]  # a view: adding to it changes `pixels`
     rows = pixels[..., :-2, :] + pixels[..., 1:-1, :]
     rows += pixels[..., 2:, :]
     smooth = rows[..., :-2] + rows[..., 1:-1]

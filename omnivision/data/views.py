@@ -1,6 +1,6 @@
 """Views of a clip: crops of uint8 frames (T, C, H, W). Random numbers come from a generator that the caller keys.
 
-Pixels stay uint8 here; they are normalised on the training device.
+Pixels stay uint8 here; they are normalized on the training device.
 """
 
 from __future__ import annotations

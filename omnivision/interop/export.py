@@ -51,7 +51,7 @@ Action Recognition Representations Without Real Humans*, [arXiv 2311.06231](http
 
 ## Limits
 
-Pixels are normalised with ImageNet's mean and deviation. The licence of the weights follows from the data that they were
+Pixels are normalized with ImageNet's mean and deviation. The licence of the weights follows from the data that they were
 trained on; they keep its biases. Metrics on other data are unknown.
 """
 )
@@ -153,7 +153,7 @@ class Difference(NamedTuple):
 
 
 def random_clip(architecture: Architecture) -> Tensor:
-    """Normalised noise of the model's clip size, (1, 3, T, S, S), always the same."""
+    """Normalized noise of the model's clip size, (1, 3, T, S, S), always the same."""
     trunk = architecture["trunk"]
     size = (1, 3, trunk["num_frames"], trunk["image_size"], trunk["image_size"])
     return torch.randn(size, generator=torch.Generator().manual_seed(0))

@@ -69,7 +69,7 @@ def _select_exported(state: Mapping[str, Tensor], head: int) -> tuple[dict[str, 
         if name.startswith(DECODER):
             dropped[name] = "its decoder adds positions after its projection, ours before"
         elif name.startswith("trunk.depth_patch_embed."):
-            dropped[name] = "no place there: colours alone"
+            dropped[name] = "no place there: colors alone"
         elif name.startswith("heads.") and not name.startswith(f"heads.{head}."):
             dropped[name] = "another head; choose it with --head"
         elif ".attn.qkv." in name:
@@ -80,7 +80,7 @@ def _select_exported(state: Mapping[str, Tensor], head: int) -> tuple[dict[str, 
 
 
 def preprocessor_config(architecture: Architecture) -> dict[str, Any]:
-    """Return `preprocessor_config.json`: the pixels that our models expect. Without it `transformers` normalises to -1 .. 1."""
+    """Return `preprocessor_config.json`: the pixels that our models expect. Without it `transformers` normalizes to -1 .. 1."""
     size = architecture["trunk"]["image_size"]
     return {
         "image_processor_type": "VideoMAEImageProcessor",

@@ -1,6 +1,6 @@
 """Weights of PPMA, OmniMAE, VideoMAE and Hugging Face in our names.
 
-A format is one rename table: it recognises a file, converts its names to ours and, for Hugging Face, ours to theirs
+A format is one rename table: it recognizes a file, converts its names to ours and, for Hugging Face, ours to theirs
 (`interop.huggingface`).
 
 Sources: github.com/howardzh01/PPMA, facebookresearch/omnivore (omnimae/), MCG-NJU/VideoMAE (modeling_pretrain.py and
@@ -161,17 +161,17 @@ def convert(
     source.refuse_own_class()
     try:
         state = strip_wrappers(source.state, "model.")  # of a training module around the model
-        recognised = recognise(state, format)
-        if recognised == "hf":
-            return from_hf(state, source.config, overrides), recognised
-        if recognised == "omnivision":
-            return from_ours(state, source.architecture, overrides), recognised if source.architecture else "ppma"
-        return (from_omnimae if recognised == "omnimae" else from_videomae)(state, overrides), recognised
+        recognized = recognize(state, format)
+        if recognized == "hf":
+            return from_hf(state, source.config, overrides), recognized
+        if recognized == "omnivision":
+            return from_ours(state, source.architecture, overrides), recognized if source.architecture else "ppma"
+        return (from_omnimae if recognized == "omnimae" else from_videomae)(state, overrides), recognized
     except UserError as error:
         raise UserError(f"{source.path}: {error}") from None
 
 
-def recognise(names: Collection[str], choice: str = "auto") -> str:
+def recognize(names: Collection[str], choice: str = "auto") -> str:
     """Return the format, a key of RENAMES, that all `names` belong to; `choice` (of FORMATS) allows one alone.
 
     Raises UserError, with the nearest format and the first names unknown to it, when there is none.

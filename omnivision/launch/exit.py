@@ -46,7 +46,7 @@ LESS_MEMORY = (
 
 
 def write_end_file(run_dir: RunDir, rank: int, error: BaseException, reason: str) -> None:
-    """Write how this rank ended, in a file of its own: several machines cannot append to one file over NFS."""
+    """Write how this rank ended, in its own file: several machines cannot append to one file over NFS."""
     if isinstance(error, (StopRequested, KeyboardInterrupt)) or getattr(error, "on_all_ranks", False):
         kind = "stopped"
     elif isinstance(error, PeerLostError) and not error.gone:  # what killed one that is gone is SLURM's to tell

@@ -37,12 +37,8 @@ if TYPE_CHECKING:
     from omnivision.distributed.process_group import RankInfo
 
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-INTERRUPTED = (
-    EXIT_SIGINT,
-    EXIT_SIGTERM,
-    EXIT_SIGUSR2,
-    EXIT_SIGHUP,
-)  # exit codes of runs that somebody ended
+# Exit codes of runs that somebody ended.
+INTERRUPTED = (EXIT_SIGINT, EXIT_SIGTERM, EXIT_SIGUSR2, EXIT_SIGHUP)
 GRACE_SECONDS = 15.0  # for the other ranks to exit after one has failed
 
 

@@ -137,7 +137,7 @@ def release(trainer: Trainer, reporter: Reporter, dist: Dist, handler: ExitHandl
 
 
 def log_to_file(path: Path) -> None:
-    """Send this process's log to a file of its own."""
+    """Send the log of this process to its own file."""
     path.parent.mkdir(parents=True, exist_ok=True)  # rank 0 has made it, but another machine may not see it yet
     logging.basicConfig(
         filename=path,

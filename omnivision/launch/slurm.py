@@ -147,7 +147,7 @@ def show_job(job_id: str) -> dict[str, str]:
 def partition_limits(name: str | None) -> tuple[int | None, float | None]:
     """Return the most nodes and minutes of a job in a partition (None: the default one; several joined by commas).
 
-    SLURM accepts a job beyond them and never starts it. None stands for no limit, or for no answer.
+    SLURM accepts a job beyond them and never starts it. None: no limit, or no answer.
     """
     name = name or os.environ.get("SBATCH_PARTITION")
     try:

@@ -252,9 +252,8 @@ def check_run_dir(job: Job, queue: Mapping[str, slurm.JobState]) -> None:
             f"launcher.experiment_log_dir is {str(run_dir.path)!r}; for SLURM it must not contain {wrong[0]!r}. Change it."
         )
     holder = str((run_dir.holder() or {}).get("job"))
-    if holder == "None" or (
-        holder in queue and not queue[holder].is_over
-    ):  # the lock of a job that is over does not count
+    # The lock of a job that is over does not count.
+    if holder == "None" or (holder in queue and not queue[holder].is_over):
         run_dir.require_free()
     resumes = trainer.mode != "val" and (run_dir.checkpoints / LATEST).exists()
     if resumes and not trainer.checkpoint.allow_changes:
@@ -329,7 +328,7 @@ def sbatch_parameters(settings: Settings, run_dir: RunDir, logs: Path) -> dict[s
     wanted, launcher = settings.submitit, settings.launcher
     options: dict[str, Any] = {
         "requeue": True,  # when a node dies or a job is preempted; sites may have it off
-        "output": "/dev/null",  # a job whose log cannot be opened would fail without a word; see `batch_prologue.sh`
+        "output": "/dev/null",  # a job whose log cannot be opened would fail without a message; see `batch_prologue.sh`
         "error": "/dev/null",
     }
     if wanted.dependency is not None:
@@ -424,7 +423,7 @@ def slurm_rank(host: str) -> RankInfo:
     from omnivision.distributed.process_group import RankInfo
 
     env, world = os.environ, int(os.environ["SLURM_NTASKS"])
-    # SLURM_JOB_ID is a number of its own for all elements of an array but the last.
+    # Each element of an array has another SLURM_JOB_ID, except the last.
     number = PORTS_PER_JOB * int(env["SLURM_JOB_ID"]) + slurm_restart_count() % PORTS_PER_JOB
     port = int(env.get("MASTER_PORT") or 10_000 + number % (PORTS_PER_JOB * 1500))
     rank, local_rank = int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"])

@@ -53,7 +53,7 @@ def has_unused_parameters(model: nn.Module) -> bool:
 
 
 def build(architecture: Architecture, where: str) -> nn.Module:
-    """Build the model, randomly initialised. Raises UserError naming `where` for a description that cannot be one."""
+    """Build the model, randomly initialized. Raises UserError naming `where` for a description that cannot be one."""
     try:
         numbers = {"rgbd": False} | architecture["trunk"]
         trunk = VisionTransformer(**{key: numbers[key] for key in TRUNK})

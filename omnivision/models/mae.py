@@ -161,7 +161,7 @@ class MaskedAutoencoder(nn.Module):
         """Predict the masked tokens of a video.
 
         Args:
-            video: (B, C, T, H, W), uint8 in 0..255 or normalised; or images (B, C, H, W).
+            video: (B, C, T, H, W), uint8 in 0..255 or normalized; or images (B, C, H, W).
             mask: bool, (B, T', H', W') or (B, N); True = hidden from the encoder. Every sample hides equally many.
             num_masked: how many; loaders pass it, since reading it from `mask` would make an accelerator wait.
         """
@@ -214,7 +214,7 @@ def reconstruction_target(video: Tensor, tubelet: tuple[int, int, int], masked: 
 
 
 def patch_statistics(pixels: Tensor, norm: TargetNorm) -> tuple[Tensor, Tensor]:
-    """Return mean and deviation that normalise targets: pixels (B, M, P, 3) -> two tensors that broadcast against them."""
+    """Return mean and deviation that normalize targets: pixels (B, M, P, 3) -> two tensors that broadcast against them."""
     if norm == "none":
         return pixels.new_zeros(()), pixels.new_ones(())
     dims = (2,) if norm == "channel" else (2, 3)

@@ -109,13 +109,13 @@ def _statistics(device: torch.device, channel_dim: int, ndim: int, dtype: torch.
 
 
 def normalize_pixels(pixels: Tensor, channel_dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """uint8 RGB in 0..255 -> ImageNet-normalised floating point of `dtype`, any shape with RGB along `channel_dim`."""
+    """uint8 RGB in 0..255 -> ImageNet-normalized floating point of `dtype`, any shape with RGB along `channel_dim`."""
     mean, std = _statistics(pixels.device, channel_dim, pixels.ndim, dtype)
     return (pixels.to(dtype) / 255 - mean) / std
 
 
 def unnormalize_pixels(video: Tensor, channel_dim: int) -> Tensor:
-    """Pixels in [0, 1] from uint8 in 0..255 or from ImageNet-normalised floating point."""
+    """Pixels in [0, 1] from uint8 in 0..255 or from ImageNet-normalized floating point."""
     if video.dtype == torch.uint8:
         return video.float() / 255
     mean, std = _statistics(video.device, channel_dim, video.ndim, video.dtype)

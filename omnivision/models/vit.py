@@ -131,7 +131,7 @@ class PatchEmbed(nn.Module):
             self.register_buffer(name, torch.tensor(values)[:, None, None, None], persistent=False)
 
     def forward(self, video: Tensor, visible: Tensor | None = None) -> Tensor:
-        """(B, C, T, H, W), uint8 or normalised, and indices (B, K) or None for all tokens -> (B, K, D)."""
+        """(B, C, T, H, W), uint8 or normalized, and indices (B, K) or None for all tokens -> (B, K, D)."""
         if visible is None:
             pixels = split_tubelets(video, self.tubelet).flatten(1, 3)
         else:
@@ -139,7 +139,7 @@ class PatchEmbed(nn.Module):
         conv = cast(nn.Conv3d, self.proj[1])
         if pixels.dtype == torch.uint8:
             pixels = (pixels.to(self.pixel_mean.dtype) / 255 - self.pixel_mean) / self.pixel_std
-        elif video.shape[1] == 1:  # depth is never normalised before
+        elif video.shape[1] == 1:  # depth is never normalized before
             pixels = (pixels.to(self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std
         return F.linear(pixels.flatten(2), conv.weight.flatten(1), conv.bias)
 
@@ -193,7 +193,7 @@ class VisionTransformer(nn.Module):
         """Return the tokens after the last block, before the final LayerNorm.
 
         Args:
-            video: (B, C, T, H, W), uint8 in 0..255 or normalised; or an image (B, C, H, W), repeated to fill a tubelet.
+            video: (B, C, T, H, W), uint8 in 0..255 or normalized; or an image (B, C, H, W), repeated to fill a tubelet.
             visible: indices (B, K) of the tokens to encode, in raster order; None means all N.
             depth: (B, 1, H, W) in [0, 1], of images, for a trunk with `rgbd`.
 

@@ -190,7 +190,7 @@ class RunDir:
 
     def _beat(self) -> None:
         while not self._released.wait(HEARTBEAT_SECONDS):
-            # A file system that does not answer for once must not end the heartbeat; `require_lock` has the last word.
+            # A file system that does not answer for once must not end the heartbeat; `require_lock` decides.
             with contextlib.suppress(OSError):
                 if (self.holder() or {}).get("token") == self._token:
                     os.utime(self._lock)

@@ -26,7 +26,7 @@ class Classify(Task):
         labels: which head answers for which source.
         mixing: mixup and CutMix of a training batch; None trains on plain samples with hard labels. All micro-batches of a
             step get the same draw, and partner_batch from the whole batch.
-        average: what is averaged over the views of a video at evaluation: "logits" (as published) or "softmax".
+        average: over the views of a video at evaluation, of "logits" (as published) or "softmax".
     """
 
     def __init__(
@@ -97,7 +97,7 @@ def average_views(logits: Tensor, views: int, average: str) -> Tensor:
 
 
 def _pixels(batch: Batch) -> Tensor:
-    """Return the pixels to mix: normalised pixels, with depth as a fourth channel if there is any."""
+    """Return the pixels to mix: normalized pixels, with depth as a fourth channel if there is any."""
     pixels = normalize_pixels(batch.video, channel_dim=1)
     return pixels if batch.depth is None else torch.cat([pixels, batch.depth], dim=1)
 

@@ -28,7 +28,7 @@ class Reconstruct(Task):
 
     Args:
         tubelet: as the model's.
-        norm: how targets are normalised: by "channel" (the recipe), by "patch", or "none".
+        norm: how targets are normalized: by "channel" (the recipe), by "patch", or "none".
     """
 
     def __init__(self, tubelet: tuple[int, int, int], norm: Literal["channel", "patch", "none"] = "channel") -> None:
@@ -53,7 +53,7 @@ class Reconstruct(Task):
     def visualize(self, model: nn.Module, batch: Batch) -> Visualization:
         """Original, visible tubelets, and the reconstruction of the first clip.
 
-        A model of normalised targets predicts patterns, not brightness: one column takes mean and deviation of each masked
+        A model of normalized targets predicts patterns, not brightness: one column takes mean and deviation of each masked
         tubelet from the original and says so, another takes them from the visible tubelets alone.
         """
         assert isinstance(model, MaskedAutoencoder) and batch.mask is not None

@@ -1,4 +1,4 @@
-"""`omnivision check-data PATHS.npy [LABELS.npy]`: reads every sample of a split and reports what is wrong."""
+"""`omnivision check-data PATHS.npy [LABELS.npy]`: read every sample of a split and report problems."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def _check_all(full: list[str], segments: list[Segment] | None, args: CheckSetti
 
 
 def check_video(job: CheckJob) -> list[VideoCheck]:
-    """Read one video as training reads it, and check each of its samples; never raises for what is wrong with it."""
+    """Read one video as training reads it, and check each of its samples; problems are returned, never raised."""
     try:
         with open_video(job.path, fps=job.fps, max_pixels=MAX_PIXELS, frame_pattern=job.frame_pattern) as video:
             info, duration = video.info(), video.duration

@@ -20,7 +20,7 @@ Segments = Annotated[
 Regex = Annotated[str | None, Parameter(metavar="REGEX")]
 
 
-@Parameter(name="*", group="What is read")
+@Parameter(name="*", group="Reading")
 @dataclass(frozen=True, kw_only=True)
 class SourceSettings:
     """How `prepare` reads its source.
@@ -29,7 +29,7 @@ class SourceSettings:
         format: What SOURCE is (default: recognized by its files).
         train: A list of the training split; SOURCE is the folder of its paths.
         val: The same for the validation split.
-        test: The same for a test split, which gets arrays of its own.
+        test: The same for a test split, which gets its own arrays.
         splits: SPLIT=NAME,...: the folders (or values in the column of a list) that are the train, val and test split, such
             as train=a,train=b,val=c; none: none of them is (default: by their names).
         columns: path=NAME,label=NAME[,split=NAME][,start=NAME,end=NAME]: the columns of lists to use, by name or number,

@@ -27,7 +27,7 @@ def import_weights(
 ) -> int:
     """Convert weights of PPMA, OmniMAE, VideoMAE or Hugging Face to our names.
 
-    Read weights (a file, a run directory, or a folder of Hugging Face's save_pretrained), recognise their format by their
+    Read weights (a file, a run directory, or a folder of Hugging Face's save_pretrained), recognize their format by their
     names, and write one file that every stage takes as pretrained_checkpoint_path. Print what became of each entry. Weights
     only: pickled objects are refused.
 
@@ -48,14 +48,14 @@ def import_weights(
 
     file = read(source)
     check_target(out, file, force)
-    converted, recognised = convert(file, format, ArchOverrides(num_heads, num_frames, image_size, decoder_heads))
+    converted, recognized = convert(file, format, ArchOverrides(num_heads, num_frames, image_size, decoder_heads))
     inference = dict(file.inference)
-    names = class_names(file.config) if recognised == "hf" else None
+    names = class_names(file.config) if recognized == "hf" else None
     if names and converted.architecture.get("classes") == [len(names)]:
         inference = {"class_names": [names]} | inference
-    metadata: dict[str, Any] = {"origin": origin(file, recognised)} | file.progress
+    metadata: dict[str, Any] = {"origin": origin(file, recognized)} | file.progress
     write_file(out, "pt", converted, metadata | ({"inference": inference} if inference else {}))
-    print(f"{file}: {len(file.state)} tensors of format {recognised}", *converted.lines(), sep="\n")
+    print(f"{file}: {len(file.state)} tensors of format {recognized}", *converted.lines(), sep="\n")
     print(f"Wrote {out}: {len(converted.state)} tensors, {converted.summary()}")
     return 0
 

@@ -184,7 +184,7 @@ def build_with_labels(settings: Settings, target: InstantiateConfig, where: str)
 
 
 def build_model(settings: Settings, device: str = "cpu") -> nn.Module:
-    """Return the model, initialised from the seed; `trainer.freeze` applied."""
+    """Return the model, initialized from the seed; `trainer.freeze` applied."""
     torch.manual_seed(settings.trainer.seed_value)
     with torch.device(device):
         built = build_with_labels(settings, settings.trainer.model, "trainer.model")

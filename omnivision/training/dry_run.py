@@ -189,17 +189,16 @@ def draw(settings: Settings, optimizer: ScheduledOptimizer, file: Path) -> None:
     FigureCanvasAgg(figure)
     epochs = np.linspace(0, settings.trainer.max_epochs, 401)
     rows = np.atleast_1d(figure.subplots(len(curves), 1, sharex=True))
-    for axes, (option, found) in zip(rows, curves.items(), strict=True):
-        every = math.ceil(
-            len(found) / MAX_LEGEND
-        )  # of many curves the legend has the first, the last and a few between
-        for rank, (values, groups) in enumerate(sorted(found.items(), reverse=True)):
-            in_legend = rank % every == 0 or rank == len(found) - 1
+    for axes, (option, groups_by_curve) in zip(rows, curves.items(), strict=True):
+        # Of many curves the legend has the first, the last and a few between.
+        every = math.ceil(len(groups_by_curve) / MAX_LEGEND)
+        for rank, (values, groups) in enumerate(sorted(groups_by_curve.items(), reverse=True)):
+            in_legend = rank % every == 0 or rank == len(groups_by_curve) - 1
             label = describe_groups(groups) if in_legend else None
-            axes.plot(epochs, values, label=label, color=colormaps["viridis"](rank / len(found)))
+            axes.plot(epochs, values, label=label, color=colormaps["viridis"](rank / len(groups_by_curve)))
         axes.set_ylabel(option)
         axes.grid(alpha=0.3)
-        if len(found) > 1:
+        if len(groups_by_curve) > 1:
             axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))  # beside the axes
     rows[-1].set_xlabel("epoch")
     rate = f"lr_scale_factor {settings.lr_scale_factor:g}" if settings.lr is None else f"peak lr {settings.lr:g}"

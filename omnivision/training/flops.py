@@ -82,7 +82,7 @@ class ClipFlops:
 def clip_cost(
     task: Task, model: nn.Module, shape: tuple[int, int, int], mask: np.ndarray | None, source: str
 ) -> ClipFlops:
-    """Return what a training step costs for one clip; what is frozen has no backward pass.
+    """Count the operations of a training step for one clip; frozen parts have no backward pass.
 
     Args:
         model: on the meta device, so that nothing is computed.

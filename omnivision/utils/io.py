@@ -30,7 +30,7 @@ def run_name(path: Path) -> str:
 
 
 def temporary_beside(path: Path) -> Path:
-    """Return a unique name in the same folder, which `remove_stale_tmp` recognises."""
+    """Return a unique name in the same folder, which `remove_stale_tmp` recognizes."""
     return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
 
 

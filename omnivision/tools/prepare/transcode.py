@@ -65,7 +65,7 @@ def destinations(paths: Iterable[str], config: TranscodeConfig) -> dict[str, str
 def transcode_all(
     root: str, out: Path, results: Mapping[str, str], config: TranscodeConfig, workers: int | None
 ) -> tuple[dict[str, str], int]:
-    """Transcode what is missing. results: path below `root` -> path below `out`.
+    """Transcode the videos that are missing. results: path below `root` -> path below `out`.
 
     Returns the reasons for failures by path, and how many results existed. Raises UserError if a result cannot be written.
     """

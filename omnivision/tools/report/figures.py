@@ -25,7 +25,7 @@ from omnivision.data.views import resize_short_side
 from omnivision.reporting.predictions import Predictions
 from omnivision.tools.report.collect import Run
 
-COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#999999")  # for the colour-blind, too
+COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#999999")  # for the color-blind, too
 SHADES = [[0, "rgba(68, 119, 170, 0)"], [1, "rgba(68, 119, 170, 1)"]]  # on a light page and on a dark one
 DASHES = ("solid", "dash", "dot", "dashdot")
 MAX_COUNTS = 20  # classes of a matrix with numbers in its cells
@@ -35,7 +35,7 @@ SHORT_SIDE, FRAMES, SECONDS, MILLISECONDS = 96, 12, 2.7, 180
 def curves(runs: Sequence[Run], curve: tuple[str, str, str], label: str, all_runs: Sequence[Run]) -> Markup:
     """Draw a metric (event, phase, name) over the steps, a line per run; "" if no run has two points.
 
-    A run has the same colour in every figure: that of its place among `all_runs`.
+    A run has the same color in every figure: that of its place among `all_runs`.
     """
     figure = graph.Figure()
     for run in runs:
@@ -89,7 +89,7 @@ def class_accuracy(predictions: Predictions) -> Markup:
 
 
 def _to_html(figure: graph.Figure) -> Markup:
-    """Return the figure without background and text colours: the page sets them for light and dark."""
+    """Return the figure without background and text colors: the page sets them for light and dark."""
     figure.update_layout(
         margin={"l": 60, "r": 16, "t": 16, "b": 50}, paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",
         font={"size": 12}, legend={"orientation": "h", "y": 1.12},
