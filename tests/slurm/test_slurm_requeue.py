@@ -59,13 +59,12 @@ class Interrupted(OnCluster):
 
         others = [name for name in self.cluster.nodes if name != node]
         timed = self.submit(*self.command("timed", f"submitit.nodelist={others[0]}", "submitit.signal_delay_s=45"))
-        preempted = self.submit(*self.command("preempted", f"submitit.nodelist={others[1]}"))
-        requeued = self.submit(*self.command("requeued", f"submitit.nodelist={others[2]}"))
         timed_run, preempted_run, requeued_run = (self.folder / name for name in ("timed", "preempted", "requeued"))
         self.wait_for_step(timed_run, 10)
         self.cluster.ask("scontrol", "update", f"JobId={timed}", "TimeLimit=1")  # a minute: SLURM knows no shorter time
         [slow] = self.tasks_of(timed)
         os.kill(slow, signal.SIGSTOP)  # on a fast machine it would be done before its time is over
+        preempted = self.submit(*self.command("preempted", f"submitit.nodelist={others[1]}"))
         self.wait_for_step(preempted_run, 10)
         came = time.time()
         urgent = ["--partition=urgent", f"--nodelist={others[1]}", "--exclusive", "--output=/dev/null"]
@@ -73,6 +72,7 @@ class Interrupted(OnCluster):
         wait("the job to leave", lambda: history(preempted_run, "end"), GRACE_SECONDS + 10)
         told_time("preemption, until the job had saved and left", came)
         self.assertLess(time.time() - came, GRACE_SECONDS, "within the grace time")
+        requeued = self.submit(*self.command("requeued", f"submitit.nodelist={others[2]}"))
         self.wait_for_step(requeued_run, 10)
         self.cluster.ask("scontrol", "requeue", requeued)
         # Before it signals, SLURM wakes what has stopped.
@@ -177,14 +177,15 @@ class Interrupted(OnCluster):
         self.assertRegex(listed, "waiting: cancelled: its dependency failed")
 
     def test_6_several_processes_and_elements_of_arrays(self):
-        two = self.submit(*self.command("two", "launcher.num_nodes=2", "epochs=8"))
         points = "launcher.experiment_log_dir='" + str(self.folder) + "/point_${trainer.seed_value}'"
         sweep = [*self.command("point"), points, "-m", "trainer.seed_value=1,2", "epochs=8", *SUBMITTED]
         made = self.shell(*sweep)
         [array] = set(re.findall(r"job_id=(\d+)_", made.stdout))
-        for name in ("two", "point_1", "point_2"):
+        for name in ("point_1", "point_2"):
             self.wait_for_step(self.folder / name, 5)
         self.cluster.ask("scancel", "--signal=USR2", f"{array}_1")  # the last one's own number is that of the array
+        two = self.submit(*self.command("two", "launcher.num_nodes=2", "epochs=8"))
+        self.wait_for_step(self.folder / "two", 5)
         self.cluster.ask("scancel", "--signal=USR2", two)
         # As soon as it is on its node, before it listens; with threads of libraries, which could take signals to themselves.
         early = self.submit(*self.command("early"), OMP_NUM_THREADS="2")
