@@ -46,7 +46,7 @@ def splits(quick: bool) -> Report:
             milliseconds.append(round(1000 * (time.perf_counter() - start), 3))
         for step in range(0, plan.steps, max(1, plan.steps // 500)):
             for request in plan.requests(0, step, 0, 1):
-                split.path(request.video), split.label(request.video)
+                split.path(request.sample_index), split.label(request.sample_index)
         next(ValData(data, LoaderConfig(), 4).requests())
         grown = own_memory("Anonymous") - before
         sent = len(pickle.dumps((data, plan)))

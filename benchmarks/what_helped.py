@@ -23,7 +23,7 @@ from benchmarks.peers import loaders
 from omnivision.data import dataset as dataset_module
 from omnivision.data.video import open_video
 from omnivision.data.views import PretrainView, random_crop_box, resize, resize_short_side
-from omnivision.models.mae import Decoder, MaskedAutoencoder, Prediction, patch_statistics, split_tokens
+from omnivision.models.mae import Decoder, MaePrediction, MaskedAutoencoder, patch_statistics, split_tokens
 from omnivision.models.patches import pick_tubelets, unnormalize_pixels
 from omnivision.models.vit import Attention, PatchEmbed, run_blocks
 from omnivision.tasks import reconstruct as reconstruct_module
@@ -63,7 +63,7 @@ def embed_all(self: PatchEmbed, video: Tensor, visible: Tensor | None = None) ->
     return tokens if visible is None else tokens.gather(1, visible[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
-def project_all(self: MaskedAutoencoder, video: Tensor, mask: Tensor, num_masked: int | None = None) -> Prediction:
+def project_all(self: MaskedAutoencoder, video: Tensor, mask: Tensor, num_masked: int | None = None) -> MaePrediction:
     """Visible tokens are projected to pixels, too."""
     visible, masked = split_tokens(mask, num_masked)
     decoder = cast(Decoder, self.trunk.decoder)
@@ -72,7 +72,7 @@ def project_all(self: MaskedAutoencoder, video: Tensor, mask: Tensor, num_masked
     hidden = cast(Tensor, self.trunk.mask_token).to(x.dtype) + positions[masked]
     tokens = decoder.decoder_embed(torch.cat([x + positions[visible], hidden], 1))
     pixels = self.heads[0](decoder.norm(run_blocks(decoder.decoder_blocks, tokens, False)))
-    return Prediction(pixels[:, visible.shape[1] :], masked)
+    return MaePrediction(pixels[:, visible.shape[1] :], masked)
 
 
 def embed_mask_once(self: MaskedAutoencoder, video: Tensor, x: Tensor, visible: Tensor, wanted: Tensor) -> Tensor:
