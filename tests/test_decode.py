@@ -424,7 +424,7 @@ class Hostile(InFolder):
             ("head.mp4", self.good[:60], "Invalid data|no video stream|End of file"),
             ("no_index.mp4", late[:index], "Invalid data|no video stream"),
             ("cut_index.mp4", late[: index + 200], "Invalid data|no video stream"),
-            ("no_header.mp4", bytes(64) + late[64:], "Invalid data"),
+            ("no_header.mp4", bytes(64) + late[64:], "Invalid"),
         ):
             with self.subTest(name):
                 self.assert_bad(self.write(name, data), reason)
