@@ -9,14 +9,13 @@ import sys
 import tempfile
 import time
 import unittest
-from datetime import timedelta
 from pathlib import Path
 from unittest import mock
 
 from omegaconf import OmegaConf
 
 from omnivision.config.compose import check_distinct_run_dirs, compose_configs, parse_command_line
-from omnivision.distributed.process_group import Dist, RankInfo
+from omnivision.distributed.process_group import RankInfo
 from omnivision.launch import launcher
 from omnivision.launch.launcher import apply_torchrun_env, wait_for_processes
 from omnivision.utils.errors import EXIT_FAULT, EXIT_SIGINT, UserError
@@ -215,14 +214,6 @@ class Sweeps(unittest.TestCase):
             configs = compose_configs(command)
             found = [(each.batch_size, each.epochs, each.lr, each.launcher.experiment_log_dir) for each in configs]
             self.assertEqual(found, [(b, e, 3, f"runs/{b}_{e}") for b in (8, 16) for e in (1, 2)])
-
-
-class Backends(unittest.TestCase):
-    def test_nccl_without_a_gpu(self):
-        with tempfile.TemporaryDirectory() as folder:
-            place = RankInfo(0, 2, 0, 2, f"file://{folder}/store")
-            with self.assertRaisesRegex(UserError, "trainer.distributed.backend"):
-                Dist(place, "cpu", "nccl", timedelta(minutes=1))
 
 
 class Environment(unittest.TestCase):

@@ -1,31 +1,22 @@
 """The run directory: its lock, its summary, and who owns a directory of checkpoints."""
 
-import io
 import json
 import os
 import subprocess
-import tempfile
 import threading
 import time
 import unittest
-from pathlib import Path
 from unittest import mock
 
-import numpy as np
-from rich.console import Console
-
-from omnivision.reporting.reporter import Reporter
-from omnivision.reporting.run_directory import RunDir, finite, host_id, process_start
-from omnivision.tasks.base import Visualization
+from omnivision.reporting.run_directory import RunDir, host_id, process_start
 from omnivision.utils.errors import UserError
 from omnivision.utils.io import remove_stale_tmp
+from tests import fixtures
 
 
-class Folder(unittest.TestCase):
+class Folder(fixtures.Folder):
     def setUp(self):
-        temporary = tempfile.TemporaryDirectory()
-        self.addCleanup(temporary.cleanup)
-        self.folder = Path(temporary.name)
+        super().setUp()
         self.lock = self.folder / ".lock"
         self.run_dir = RunDir(self.folder)
 
@@ -34,21 +25,22 @@ class Folder(unittest.TestCase):
         self.lock.write_text(json.dumps({"token": "x", "host": "elsewhere", "pid": 1} | holder))
         os.utime(self.lock, (time.time() - age, time.time() - age))
 
+    def assert_taken_over(self) -> None:
+        run = RunDir(self.folder)
+        self.assertIsNotNone(run.lock())
+        run.unlock()
+        self.assertFalse(self.lock.exists())
+
 
 class Summary(Folder):
-    def test_entries_are_updated_and_finite(self):
-        self.run_dir.write_summary(status="running", loss=float("nan"))
-        self.run_dir.write_summary(status="finished")
-        self.assertEqual(self.run_dir.read_summary(), {"status": "finished", "loss": None})
-        self.assertEqual(finite((1, float("nan"), {"x": float("inf")})), [1, None, {"x": None}])
-
-    def test_what_is_no_summary_is_replaced(self):
+    def test_entries_are_updated_and_what_is_no_summary_is_replaced(self):
         for damage in (b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"status": ["queued"]}', b'{"job": "x"}'):
             with self.subTest(damage):
                 (self.folder / "summary.json").write_bytes(damage)
                 self.assertEqual(self.run_dir.read_summary(), {})
-                self.run_dir.write_summary(status="running")
-                self.assertEqual(self.run_dir.read_summary(), {"status": "running"})
+                self.run_dir.write_summary(status="running", loss=float("nan"))
+                self.run_dir.write_summary(status="finished")
+                self.assertEqual(self.run_dir.read_summary(), {"status": "finished", "loss": None})
 
     def test_a_killed_run_is_noted_unless_it_ended_or_another_one_is_alive(self):
         for before, locked, interrupted, after in (
@@ -75,9 +67,8 @@ class Directories(Folder):
         inside = RunDir(self.folder / "three")
         for run in (one, two, inside):
             run.create()
-        for _ in range(2):
-            one.claim_checkpoint_dir()
-        inside.claim_checkpoint_dir()
+        for run in (one, one, inside):
+            run.claim_checkpoint_dir()
         self.assertEqual(list(inside.checkpoints.iterdir()), [])
         with self.assertRaisesRegex(UserError, "/one.*trainer.checkpoint.save_dir"):
             two.claim_checkpoint_dir()
@@ -96,45 +87,39 @@ class Directories(Folder):
 
 class Lock(Folder):
     def test_only_one_live_holder(self):
-        other = RunDir(self.folder)
         for file_system_locks in (None, OSError):
             with self.subTest(file_system_locks), mock.patch("fcntl.flock", side_effect=file_system_locks):
-                self.run_dir = RunDir(self.folder)
-                self.assertIsNone(self.run_dir.lock())
+                run = RunDir(self.folder)
+                self.assertIsNone(run.lock())
                 with self.assertRaisesRegex(UserError, f"{os.getpid()}.*launcher.experiment_log_dir"):
-                    other.lock()
-                self.run_dir.unlock()
+                    self.run_dir.lock()
+                run.unlock()
                 self.assertFalse(self.lock.exists())
 
     def test_locks_of_processes_that_are_gone_are_taken_over(self):
         dead = subprocess.Popen(["true"])
         dead.wait()
-        here = {"machine": host_id()}
         for holder in (
-            here | {"pid": dead.pid, "started": 1},
-            here | {"pid": os.getpid(), "started": process_start(os.getpid()) - 1},  # a reused id
+            {"pid": dead.pid, "started": 1},
+            {"pid": os.getpid(), "started": process_start(os.getpid()) - 1},  # a reused id
         ):
-            self.locked_by(**holder)
-            run = RunDir(self.folder)
-            self.assertIsNotNone(run.lock())
-            run.unlock()
+            self.locked_by(machine=host_id(), **holder)
+            self.assert_taken_over()
         self.lock.write_text("{")
         self.run_dir.lock()
-        self.lock.write_text(json.dumps({"token": "another's", "pid": 1}))
+        self.locked_by(token="another's")
         self.run_dir.unlock()
         self.assertTrue(self.lock.exists(), "one that was taken over is not removed")
 
     def test_another_machines_heartbeat_decides(self):
-        """Another container of this machine counts as one: what has our number there is another process."""
+        """Another container of this machine counts as one: the same process id there is another process."""
         for elsewhere in ({}, {"host": os.uname().nodename, "machine": "another container"}):
             self.locked_by(**elsewhere)
-            self.assertRaises(UserError, RunDir(self.folder).lock)
+            self.assertRaises(UserError, self.run_dir.lock)
             self.locked_by(age=99, **elsewhere)
             with mock.patch("tempfile.NamedTemporaryFile", side_effect=PermissionError):
-                self.assertTrue(self.run_dir.in_use(), "no clock of another machine is asked")
-            run = RunDir(self.folder)
-            self.assertIsNotNone(run.lock())
-            run.unlock()
+                self.assertTrue(self.run_dir.in_use(), "the clock of another machine does not count")
+            self.assert_taken_over()
 
     def test_an_earlier_start_of_the_same_job_does_not_hold_it(self):
         with mock.patch.dict(os.environ, SLURM_JOB_ID="77"):
@@ -154,36 +139,18 @@ class Lock(Folder):
         again.unlock()
         release.join()
 
-    def test_one_that_has_lost_the_directory_writes_nothing_more(self):
-        self.run_dir.create()
-        self.run_dir.lock()
-        self.run_dir.write_summary(status="running")
-        reporter = Reporter(self.run_dir, enabled=True, console=Console(file=io.StringIO()))
-        reporter.start(0, 9)
-        self.addCleanup(reporter.close)
-        self.locked_by(token="another's")
-        self.assertRaises(UserError, self.run_dir.require_lock)
-        reporter.step(0, 1, 1, {"loss": 1.0, "clips_per_second": 1.0, "data_wait": 0.0})
-        reporter.epoch("train", 0, 1, {"loss": 1.0})
-        reporter.visualization("x", Visualization({"original": np.zeros((4, 16, 24, 3), np.uint8)}, [0]), 1)
-        self.run_dir.write_end("failed", "lost")
-        self.assertEqual(list(self.run_dir.pictures.iterdir()), [])
-        self.assertFalse((self.run_dir.logs / "metrics.jsonl").exists())
-        self.assertEqual(self.run_dir.read_summary(), {"status": "running"})
-
     def test_only_one_of_many_takes_over_a_stale_lock(self):
+        def take(run: RunDir, outcomes: list[str]) -> None:
+            try:
+                run.lock()
+                outcomes.append("taken")
+            except UserError:
+                outcomes.append("refused")
+
         for _ in range(20):
             self.locked_by(age=99)
             runs, outcomes = [RunDir(self.folder) for _ in range(4)], []
-
-            def take(run: RunDir, outcomes: list[str] = outcomes) -> None:
-                try:
-                    run.lock()
-                    outcomes.append("taken")
-                except UserError:
-                    outcomes.append("refused")
-
-            threads = [threading.Thread(target=take, args=(run,)) for run in runs]
+            threads = [threading.Thread(target=take, args=(run, outcomes)) for run in runs]
             for thread in threads:
                 thread.start()
             for thread in threads:

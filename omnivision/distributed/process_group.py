@@ -76,10 +76,6 @@ class Dist:
         self.control: Any = None
         if rank_info.world_size > 1:
             backend = backend or {"cuda": "nccl"}.get(self.device.type, "gloo")
-            if backend == "nccl" and self.device.type != "cuda":
-                raise UserError(
-                    f"trainer.distributed.backend must be gloo or null on the {self.device.type}, got nccl, which needs GPUs."
-                )
             # With all ranks on this machine its host name need not resolve.
             if rank_info.local_world_size == rank_info.world_size:
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

@@ -11,9 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omnivision.reporting.run_directory import finite
 from omnivision.utils.errors import UserError
-from omnivision.utils.io import append_line, write_atomically
+from omnivision.utils.io import append_line, to_json, write_atomically
 
 if TYPE_CHECKING:
     from omnivision.data.batch import BadSample  # it imports torch, and `omnivision runs` need not wait for that
@@ -39,7 +38,7 @@ class MetricsLog:
     def write(self, event: str, phase: str, epoch: int, step: int, **values: Any) -> None:
         """Append a line; numbers that JSON lacks (NaN, infinity) become null."""
         line = {"event": event, "phase": phase, "epoch": epoch, "step": step, "time": time.time(), **values}
-        append_line(self.path, json.dumps(finite(line), allow_nan=False))
+        append_line(self.path, to_json(line))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

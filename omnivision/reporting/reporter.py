@@ -7,7 +7,6 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
@@ -163,8 +162,7 @@ class ProgressLine:
 
     def __init__(self, total_steps: int, done: int, console: Console, seconds_between_lines: float = 5.0) -> None:
         self.console, self.total, self.seconds_between_lines = console, total_steps, seconds_between_lines
-        self.start_time, self.first_step = time.monotonic(), done
-        self.next_line = float("-inf")
+        self._next_line = float("-inf")
         self._bar_width = max(8, min(40, console.width - 100))
         self._bar = Progress(
             TextColumn("[bold]{task.description}"),
@@ -175,6 +173,7 @@ class ProgressLine:
             TextColumn("{task.fields[metrics]}"),
             console=console,
             disable=not console.is_terminal,
+            speed_estimate_period=float("inf"),  # of all samples that rich keeps (1000), evaluations included
         )
         self._task = self._bar.add_task("train", total=total_steps, completed=done, metrics="")
         self._bar.start()
@@ -186,22 +185,18 @@ class ProgressLine:
         parts += [f"{metrics['memory_gb']:.1f} GB"] if "memory_gb" in metrics else []
         parts += [f"{metrics['mfu']:.0%} of the peak"] if "mfu" in metrics else []
         epoch_text = f"epoch {epoch + 1}/{epochs}"
-        line = f"{epoch_text}  step {step}/{self.total}  {'  '.join(parts)}  ETA {self._eta(step)}"
+        self._bar.update(self._task, completed=step)
+        eta = TimeRemainingColumn().render(self._bar.tasks[0])
+        line = f"{epoch_text}  step {step}/{self.total}  {'  '.join(parts)}  ETA {eta}"
         room = self.console.width - self._bar_width - len(f"{epoch_text} {self.total}/{self.total} ETA 00:00:00 ") - 1
         while len(parts) > 1 and len("  ".join(parts)) > room:  # rich would cut a number
             parts.pop()
-        self._bar.update(self._task, completed=step, description=epoch_text, metrics="  ".join(parts))
-        if time.monotonic() >= self.next_line or step == self.total:
-            self.next_line = time.monotonic() + self.seconds_between_lines
+        self._bar.update(self._task, description=epoch_text, metrics="  ".join(parts))
+        if time.monotonic() >= self._next_line or step == self.total:
+            self._next_line = time.monotonic() + self.seconds_between_lines
             LOG.info(line)
             if not self.console.is_terminal:
                 self.console.print(line, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         self._bar.stop()
-
-    def _eta(self, step: int) -> str:
-        done = step - self.first_step
-        if done <= 0:
-            return "unknown"
-        return str(timedelta(seconds=round((time.monotonic() - self.start_time) / done * (self.total - step))))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from omnivision.utils.errors import UserError
-from omnivision.utils.io import write_atomically
+from omnivision.utils.io import write_atomically, write_json
 
 HEARTBEAT_SECONDS = 5.0
 STALE_SECONDS = 60.0  # without a heartbeat
@@ -98,21 +98,20 @@ class RunDir:
 
     # ---- lock -----------------------------------------------------------------------------------------------------
 
-    def holder(self) -> dict[str, Any] | None:
-        """Host, pid and job of the process that wrote the lock; None without a readable lock."""
+    def holder(self) -> dict[str, Any]:
+        """Return host, pid and job of the process that wrote the lock; empty without a readable lock."""
         try:
             claim = json.loads(self._lock.read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
-            return None
-        return claim if isinstance(claim, dict) and isinstance(claim.get("pid"), int) else None
+            return {}
+        return claim if isinstance(claim, dict) and isinstance(claim.get("pid"), int) else {}
 
     def in_use(self) -> str | None:
         """Return which live process holds the lock, or None."""
-        holder = self.holder()
-        age = self._heartbeat_age()
-        if holder is None or not self._is_alive(holder, age):
+        holder, age = self.holder(), self._heartbeat_age()
+        if not holder or not self._is_alive(holder, age):
             return None
-        who = f"process {holder['pid']} on {holder.get('host')}"
+        who = _process_name(holder)
         return f"The run directory {self.path.absolute()} is in use by {who} (last heartbeat {age:.0f} s ago)."
 
     def require_free(self) -> None:
@@ -125,8 +124,6 @@ class RunDir:
 
         Waits up to `patience` seconds for another holder to exit or to become stale. Raises UserError if it does not.
         """
-        if self._held:
-            return None
         deadline = time.monotonic() + patience
         while not self._held:
             with file_lock(self.path / ".lock.guard"):
@@ -141,8 +138,9 @@ class RunDir:
                 time.sleep(min(5.0, patience / 4))
         self._released.clear()
         threading.Thread(target=self._beat, daemon=True, name="run-folder-heartbeat").start()
-        who = f"process {holder['pid']} on {holder.get('host')}" if holder else "an unknown process"
-        return f"Took over the lock of {who}, which has exited or has no heartbeat." if stale else None
+        if not stale:
+            return None
+        return f"Took over the lock of {_process_name(holder)}, which has exited or has no heartbeat."
 
     def unlock(self) -> None:
         self._released.set()
@@ -152,15 +150,14 @@ class RunDir:
 
     def lost(self) -> bool:
         """Return whether another process has taken over the lock of this one."""
-        return self._held and (self.holder() or {}).get("token") != self._token
+        return self._held and self.holder().get("token") != self._token
 
     def require_lock(self) -> None:
         """Raise UserError when another process has taken over the lock, so that nothing of it is overwritten."""
         if self.lost():
-            holder = self.holder() or {}
             raise UserError(
-                f"Process {holder.get('pid')} on {holder.get('host')} has taken over the run directory {self.path.absolute()}, "
-                "because this process had no heartbeat (was it suspended, or did the file system hang?). This process stops."
+                f"The run directory {self.path.absolute()} was taken over by {_process_name(self.holder())}, because this "
+                "process had no heartbeat (was it suspended, or did the file system hang?). This process stops."
             )
 
     def _claim(self) -> dict[str, Any]:
@@ -192,7 +189,7 @@ class RunDir:
         while not self._released.wait(HEARTBEAT_SECONDS):
             # A file system that does not answer for once must not end the heartbeat; `require_lock` decides.
             with contextlib.suppress(OSError):
-                if (self.holder() or {}).get("token") == self._token:
+                if self.holder().get("token") == self._token:
                     os.utime(self._lock)
 
     # ---- summary --------------------------------------------------------------------------------------------------
@@ -221,7 +218,7 @@ class RunDir:
     def replace_summary(self, summary: dict[str, Any]) -> None:
         """Write `summary.json`; remove it if it is empty."""
         if summary:
-            write_atomically(self.path / "summary.json", json.dumps(finite(summary), indent=1, allow_nan=False) + "\n")
+            write_json(self.path / "summary.json", summary)
         else:
             (self.path / "summary.json").unlink(missing_ok=True)
 
@@ -263,12 +260,5 @@ def file_lock(guard: Path) -> Iterator[None]:
         yield
 
 
-def finite(value: Any) -> Any:
-    """Return the value with every number that JSON cannot hold (NaN, infinity) replaced by None."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
-        return None
-    return value
+def _process_name(holder: dict[str, Any]) -> str:
+    return f"process {holder.get('pid')} on {holder.get('host')}" if holder else "an unknown process"

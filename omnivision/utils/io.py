@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import re
 import secrets
@@ -58,6 +59,18 @@ def write_atomically(path: Path, text: str) -> None:
     """Replace a text file so that a reader or a crash sees the old one or the new one, never a part."""
     with replace_atomically(path) as file:
         file.write(text.encode("utf-8", errors="backslashreplace"))  # names of files need not be text
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Encode a value as JSON; numbers that JSON lacks (NaN, infinity) become null."""
+    # `parse_constant` receives NaN and Infinity, as Python encodes them.
+    strict = json.loads(json.dumps(value), parse_constant=lambda _: None)
+    return json.dumps(strict, indent=indent, allow_nan=False)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file atomically."""
+    write_atomically(path, to_json(value, indent=1) + "\n")
 
 
 def remove_stale_tmp(folder: Path) -> None:

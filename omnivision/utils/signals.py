@@ -14,7 +14,7 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from omnivision.utils.errors import StopRequested
@@ -95,15 +95,8 @@ class StopSignal:
         Afterwards the earlier handlers are back, or with `ignore_after` signals are ignored, so that a process that is about to
         exit keeps its exit code.
         """
-        if threading.current_thread() is not threading.main_thread():
+        with _handlers(self._receive, SIGNALS, signal.SIG_IGN if ignore_after else None):
             yield
-            return
-        before = {number: signal.signal(number, self._receive) for number in SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, signal.SIG_IGN if ignore_after else handler)
 
     def raise_if_requested(self) -> None:
         """From now on a signal raises StopRequested, once; one that came before does so here."""
@@ -178,12 +171,20 @@ def signals_ignored() -> Iterator[None]:
 
     Ctrl-C reaches all processes of a terminal, and SLURM's signals all of a job; the launcher then sends one more.
     """
-    if threading.current_thread() is not threading.main_thread():
+    with _handlers(signal.SIG_IGN, (signal.SIGINT, *SIGNALS)):
         yield
-        return
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, *SIGNALS)}
+
+
+@contextlib.contextmanager
+def _handlers(handler: Any, numbers: Sequence[signal.Signals], after: Any = None) -> Iterator[None]:
+    """Handle signals inside this block by `handler`, and afterwards by `after` (None: as before).
+
+    Does nothing outside of the main thread, which alone may set handlers.
+    """
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, handler) for number in numbers} if in_main_thread else {}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, earlier in before.items():
+            signal.signal(number, earlier if after is None else after)
