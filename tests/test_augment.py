@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as kernels
 
+from omnivision.config.instantiate import target_problems
 from omnivision.data import augment
 from omnivision.data.augment import OPERATIONS, RandAugment, RandomErasing, erased_size
 from omnivision.models.patches import normalize_pixels
-from omnivision.utils.errors import UserError
 from tests.parity_formula import error, record, stated
 
 RECORDED = record("augmentation")
@@ -225,18 +225,36 @@ class Settings(unittest.TestCase):
             (recorded["probability"], recorded["area_fraction"], recorded["aspect"]),
         )
 
-    def test_out_of_range(self):
+    def test_arguments_out_of_range_are_refused_in_a_configuration(self):
+        """Of all objects that change samples; the ranges are in their signatures."""
         nan, inf = float("nan"), float("inf")
-        for kind, group, wrong in (
-            (RandAugment, "rand_augment", {"magnitude": (11, -1), "num_layers": (0, 15), "prob": (1.5, nan),
-                                           "std": (-0.5, inf)}),
-            (RandomErasing, "erasing", {"prob": (-0.1, nan), "area": ((0.5, 0.2), (0.0, 0.2), (0.1, 1.2), 0.1),
-                                        "aspect": ((0.0, 1.0), (2.0, 1.0), (1.0, inf))}),
-        ):  # fmt: skip
-            for name, values in wrong.items():
-                for value in values:
-                    with self.assertRaisesRegex(UserError, f"trainer.data.view.{group}.{name}"):
-                        kind(**{name: value})
+        for target, wrong in {
+            "augment.RandAugment": {"magnitude": (11, -1), "num_layers": (0, 15), "prob": (1.5, nan), "std": (-1, inf)},
+            "augment.RandomErasing": {
+                "prob": (-0.1, nan),
+                "area": ([0.5, 0.2], [0.0, 0.2], [0.1, 1.2], 0.1),
+                "aspect": ([0.0, 1.0], [2.0, 1.0], [1.0, inf]),
+            },
+            "views.PretrainView": {
+                "size": (0, 9999),
+                "short_side": (0,),
+                "scale": ([0.5, 0.2], [0.5, 2.0], 0.5, ["a", 1]),
+                "ratio": ([0.0, 1.0], [0.5, nan]),
+            },
+            "views.EvalView": {"crops": (2,)},
+            "mixing.MixupCutmix": {
+                "prob": (1.1,),
+                "switch_prob": (-0.1,),
+                "label_smoothing": (nan,),
+                "mixup_alpha": (-1, inf),
+                "cutmix_alpha": (nan,),
+            },
+            **{f"masking.{kind}": {"ratio": (-0.1, 1.1, nan)} for kind in ("RandomMask", "TubeMask", "BlockMask")},
+        }.items():
+            for name, value in ((name, value) for name, values in wrong.items() for value in values):
+                valid = {"size": 8} if "View" in target else {}
+                problems = target_problems({"_target_": f"omnivision.data.{target}", **valid, name: value}, "key")
+                self.assertEqual([key.partition("[")[0] for key in problems], [f"key.{name}"], (target, value))
 
 
 if __name__ == "__main__":

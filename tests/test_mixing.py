@@ -237,13 +237,7 @@ class Drawing(unittest.TestCase):
             self.assertEqual((pixels.shape, targets.shape), (video.shape, (5, CLASSES)))
             self.assertEqual((pixels.device.type, targets.device.type), ("meta", "meta"))
 
-    def test_out_of_range(self):
-        for name, value in (
-            *(("prob", 1.1), ("switch_prob", -0.1), ("label_smoothing", float("nan"))),
-            *(("mixup_alpha", -1), ("mixup_alpha", float("inf")), ("cutmix_alpha", float("nan"))),
-        ):
-            with self.assertRaisesRegex(UserError, f"trainer.task.mixing.{name}"):
-                MixupCutmix(**{name: value})
+    def test_of_neither_kind(self):
         with self.assertRaisesRegex(UserError, "mixup_alpha and cutmix_alpha"):
             MixupCutmix(0, 0)
 

@@ -25,6 +25,7 @@ Minutes = Annotated[float, Field(gt=0, le=100_000)]
 Pixels = Annotated[int, Field(ge=1, le=4096)]
 Workers = Annotated[int, Field(ge=0, le=1024)]
 ScaleFactor = Annotated[float, Field(gt=0, le=1e9)]
+Area = Annotated[float, Field(ge=1e-6, le=1)]  # as a share of a frame
 Width = Annotated[int, Field(ge=1, le=65_536)]  # of tokens in a transformer
 Depth = Annotated[int, Field(ge=1, le=1000)]
 Heads = Annotated[int, Field(ge=1, le=1024)]
@@ -33,6 +34,13 @@ Setting = TypeVar("Setting")
 # A setting, or a group of them, that does not affect results: a run may resume with another value.
 RuntimeOnly = Annotated[Setting, "runtime only"]
 Line = Annotated[str, Field(pattern=r"^\P{C}*$")]  # printable, so that it stays one line of a batch script
+
+
+def require_ascending(value: tuple[float, float]) -> tuple[float, float]:
+    """Raise ValueError for a pair of numbers whose first is the larger one."""
+    if value[0] > value[1]:
+        raise ValueError("must be two numbers in ascending order")
+    return value
 
 
 def require_target(value: dict[str, Any]) -> dict[str, Any]:
@@ -56,6 +64,7 @@ def require_file_names(value: str) -> str:
     return value
 
 
+Ascending = AfterValidator(require_ascending)
 FolderPath = Annotated[str, AfterValidator(require_file_names)]
 # An object to build: `_target_` and its arguments.
 InstantiateConfig = Annotated[dict[str, Any], AfterValidator(require_target)]

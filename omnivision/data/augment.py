@@ -8,17 +8,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from omnivision.config.schema import Area, Ascending, Fraction
 from omnivision.models.patches import unnormalize_pixels
-from omnivision.utils.errors import check_range
 
 MAX_LEVEL = 10
 ERASING_TRIES = 100
+Aspect = Annotated[float, Field(ge=1e-6, le=1e6)]
 
 
 class Operation(NamedTuple):
@@ -77,23 +79,12 @@ class RandAugment:
         num_layers: operations drawn for a clip, all different.
         prob: chance that a drawn operation is applied.
         std: standard deviation of the strength, which is drawn anew for each operation and clamped to 0 .. 10.
-
-    Raises UserError for settings out of range.
     """
 
-    magnitude: float = 7
-    num_layers: int = 4
-    prob: float = 0.5
-    std: float = 0.5
-
-    def __post_init__(self) -> None:
-        for name, low, high in (
-            ("magnitude", 0, MAX_LEVEL),
-            ("num_layers", 1, len(OPERATIONS)),
-            ("prob", 0, 1),
-            ("std", 0, 1e6),
-        ):
-            check_range(f"trainer.data.view.rand_augment.{name}", getattr(self, name), low, high)
+    magnitude: Annotated[float, Field(ge=0, le=MAX_LEVEL)] = 7
+    num_layers: Annotated[int, Field(ge=1, le=len(OPERATIONS))] = 4
+    prob: Fraction = 0.5
+    std: Annotated[float, Field(ge=0, le=1e6)] = 0.5
 
     def __call__(self, frames: Tensor, rng: np.random.Generator) -> Tensor:
         """uint8 RGB (T, 3, H, W) -> the same shape and type; the input is not changed."""
@@ -124,19 +115,11 @@ class RandomErasing:
         prob: chance that a clip is erased.
         area: share of a frame, drawn uniformly.
         aspect: height / width, drawn log-uniformly.
-
-    Raises UserError for settings out of range.
     """
 
-    prob: float = 0.25
-    area: tuple[float, float] = (0.02, 1 / 3)
-    aspect: tuple[float, float] = (0.3, 1 / 0.3)
-
-    def __post_init__(self) -> None:
-        setting = "trainer.data.view.erasing"
-        check_range(f"{setting}.prob", self.prob, 0, 1)
-        check_range(f"{setting}.area", self.area, 1e-6, 1, pair=True)
-        check_range(f"{setting}.aspect", self.aspect, 1e-6, 1e6, pair=True)
+    prob: Fraction = 0.25
+    area: Annotated[tuple[Area, Area], Ascending] = (0.02, 1 / 3)
+    aspect: Annotated[tuple[Aspect, Aspect], Ascending] = (0.3, 1 / 0.3)
 
     def __call__(self, frames: Tensor, rng: np.random.Generator) -> Tensor:
         """uint8 RGB (T, 3, H, W) -> the same shape and type; the input is not changed."""

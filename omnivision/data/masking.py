@@ -10,17 +10,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from omnivision.utils.errors import check_range
+from omnivision.config.schema import Fraction
 
 Grid = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class _RatioMask:
-    ratio: float
-
-    def __post_init__(self) -> None:
-        check_range("mask_ratio", self.ratio, 0, 1)
+    ratio: Fraction
 
 
 class RandomMask(_RatioMask):

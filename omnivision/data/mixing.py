@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from omnivision.config.schema import Fraction
 from omnivision.data.batch import Batch
 from omnivision.data.views import Box
-from omnivision.utils.errors import UserError, check_range
+from omnivision.utils.errors import UserError
 
-RANGES = {"mixup_alpha": 1e6, "cutmix_alpha": 1e6, "prob": 1, "switch_prob": 1, "label_smoothing": 1}  # 0 to ...
+Alpha = Annotated[float, Field(ge=0, le=1e6)]
 
 
 @dataclass(frozen=True)
@@ -31,18 +34,16 @@ class MixupCutmix:
         switch_prob: chance of CutMix where both kinds are in use.
         label_smoothing: share of a target that is spread evenly over all classes, whether the batch is mixed or not.
 
-    Raises UserError for settings out of range.
+    Raises UserError if both kinds are left out.
     """
 
-    mixup_alpha: float = 0.8
-    cutmix_alpha: float = 1.0
-    prob: float = 1.0
-    switch_prob: float = 0.5
-    label_smoothing: float = 0.1
+    mixup_alpha: Alpha = 0.8
+    cutmix_alpha: Alpha = 1.0
+    prob: Fraction = 1.0
+    switch_prob: Fraction = 0.5
+    label_smoothing: Fraction = 0.1
 
     def __post_init__(self) -> None:
-        for name, high in RANGES.items():
-            check_range(f"trainer.task.mixing.{name}", getattr(self, name), 0, high)
         if not (self.mixup_alpha or self.cutmix_alpha):
             raise UserError(
                 "trainer.task.mixing: mixup_alpha and cutmix_alpha must not both be 0. Set trainer.task.mixing=null to mix "

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import numpy as np
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
+from omnivision.config.schema import Area, Ascending, Pixels
 from omnivision.data.augment import RandAugment, RandomErasing
-from omnivision.utils.errors import UserError, check_range
 
-MAX_SIDE = 4096  # pixels of a view or of the short side that it is cut from
-
+Aspect = Annotated[float, Field(ge=1 / 16, le=16)]
 Box = tuple[int, int, int, int]  # top, left, height, width
 
 
@@ -27,17 +28,10 @@ class PretrainView:
     `scale` is the crop's share of the area, `ratio` its width / height, drawn log-uniformly.
     """
 
-    size: int
-    short_side: int = 256
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-
-    def __post_init__(self) -> None:
-        setting = "trainer.data.view"
-        check_range(f"{setting}.size (image_size)", self.size, 1, MAX_SIDE)
-        check_range(f"{setting}.short_side", self.short_side, 1, MAX_SIDE)
-        check_range(f"{setting}.scale", self.scale, 1e-6, 1, pair=True)
-        check_range(f"{setting}.ratio", self.ratio, 1 / 16, 16, pair=True)
+    size: Pixels
+    short_side: Pixels = 256
+    scale: Annotated[tuple[Area, Area], Ascending] = (0.08, 1.0)
+    ratio: Annotated[tuple[Aspect, Aspect], Ascending] = (3 / 4, 4 / 3)
 
     def prepare(self, frames: Tensor) -> Tensor:
         """Resize what all views of a clip share, once."""
@@ -71,12 +65,8 @@ class FinetuneView(PretrainView):
 class EvalView:
     """Short side to `size`, then crops along the long side: the centre (`crops` 1), or both ends and the centre (3)."""
 
-    size: int
-    crops: int = 1
-
-    def __post_init__(self) -> None:
-        if self.crops not in (1, 3):
-            raise UserError(f"trainer.data.val_view.crops must be 1 (centre) or 3, got {self.crops}.")
+    size: Pixels
+    crops: Literal[1, 3] = 1
 
     def prepare(self, frames: Tensor) -> Tensor:
         return resize_short_side(frames, self.size)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import cast
+from typing import Annotated, cast
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -167,7 +168,7 @@ class VisionTransformer(nn.Module):
         num_frames: int = 16,
         image_size: int = 224,
         tubelet: Triple = (2, 16, 16),
-        drop_path: float = 0,
+        drop_path: Annotated[float, Field(ge=0, lt=1)] = 0,
         activation_checkpointing: bool = False,
         rgbd: bool = False,
     ) -> None:
@@ -181,8 +182,6 @@ class VisionTransformer(nn.Module):
         self.grid = token_grid((num_frames, image_size, image_size), self.tubelet)
         self.patch_embed = PatchEmbed(self.tubelet, width)
         self.depth_patch_embed = PatchEmbed(self.tubelet, width, DEPTH_STATISTICS) if rgbd else None
-        if not 0 <= drop_path < 1:
-            raise UserError(f"trainer.model.trunk.drop_path must be in [0, 1), got {drop_path}.")
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, rate) for rate in rates)
         self.norm = nn.LayerNorm(width, eps=1e-6)

@@ -8,6 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
 
 from omnivision.utils.errors import UserError
 
@@ -85,7 +88,5 @@ Phases = SequentialSchedule  # the `_target_` of earlier configurations
 class WarmupCosine(SequentialSchedule):
     """Linear from `start` to `peak` over the first `warmup` share of the run, then half a cosine to `end`."""
 
-    def __init__(self, start: float, peak: float, end: float, warmup: float) -> None:
-        if not 0 <= warmup < 1:
-            raise UserError(f"warmup must be in [0, 1), got {warmup}. Set warmup in trainer.optim.options.")
+    def __init__(self, start: float, peak: float, end: float, warmup: Annotated[float, Field(ge=0, lt=1)]) -> None:
         super().__init__([Linear(start, peak), Cosine(peak, end)], [warmup, 1 - warmup])

@@ -107,7 +107,9 @@ class VideoModel:
         self.num_frames, self.image_size, self.tubelet = trunk.num_frames, trunk.image_size, trunk.tubelet
 
     @torch.inference_mode()
-    def scores(self, video: str | Path, clips: int = 2, crops: int = 3, head: int = 0, **frames: Any) -> np.ndarray:
+    def scores(
+        self, video: str | Path, clips: int = 2, crops: Literal[1, 3] = 3, head: int = 0, **frames: Any
+    ) -> np.ndarray:
         """Return the logits of a video, float32 (classes,), averaged over `clips` x `crops` views as in evaluations of its run.
 
         Raises UserError for a video that cannot be read, and for a model without classes.
@@ -128,7 +130,7 @@ class VideoModel:
         return average_views(logits, len(logits), self.config.average)[0].cpu().numpy()
 
     def predict(
-        self, video: str | Path, top: int = 5, clips: int = 2, crops: int = 3, head: int = 0, **frames: Any
+        self, video: str | Path, top: int = 5, clips: int = 2, crops: Literal[1, 3] = 3, head: int = 0, **frames: Any
     ) -> list[Prediction]:
         """Return the `top` likeliest classes of a video, best first. Raises UserError, as `scores`."""
         probs = torch.from_numpy(self.scores(video, clips, crops, head, **frames)).softmax(0).numpy()
@@ -158,7 +160,9 @@ class VideoModel:
         batch = Batch(clip, unused, unused, "video", [str(video)], mask=mask, num_masked=int(mask.sum()))
         return Reconstruct(self.tubelet).visualize(self.model, batch.to(self.device))
 
-    def views(self, video: str | Path, clips: int, crops: int, start: float | None = None, **frames: Any) -> Tensor:
+    def views(
+        self, video: str | Path, clips: int, crops: Literal[1, 3], start: float | None = None, **frames: Any
+    ) -> Tensor:
         """Views of a video as the model takes them: uint8 (clips x crops, 3, T, H, W). Raises UserError."""
         view, seconds = EvalView(self.image_size, crops), self.config.clip_duration
         rng = np.random.default_rng(0)  # no view of an evaluation is random

@@ -35,15 +35,6 @@ class UserError(ValueError):
         return error
 
 
-def check_range(setting: str, value: object, low: float, high: float, pair: bool = False) -> None:
-    """Raise UserError unless `value` is a number from `low` to `high`; with `pair`, two of them in ascending order."""
-    numbers = list(value) if pair and isinstance(value, (list, tuple)) else [value]
-    inside = all(isinstance(number, (int, float)) and low <= number <= high for number in numbers)
-    if not inside or len(numbers) != 1 + pair or (pair and numbers[0] > numbers[1]):  # type: ignore[operator]
-        kind = "two ascending numbers" if pair else "a number"
-        raise UserError(f"{setting} must be {kind} from {low:g} to {high:g}, got {value}.")
-
-
 def causes(error: BaseException | None) -> Iterator[BaseException]:
     """Yield an exception, its cause, the cause of that, and so on."""
     seen: set[int] = set()
