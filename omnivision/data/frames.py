@@ -275,11 +275,12 @@ class FrameFolder:
 
 
 def group_series(names: Sequence[str]) -> dict[str, list[str]]:
-    """Group names of images into series of frames: a shell pattern such as img_*.jpg -> the names, in their order.
+    """Group names of images, in natural order, into series of frames: a shell pattern such as img_*.jpg -> its names.
 
-    Names are of one series if they differ in the frame number alone, or in numbers that all go with it (a time stamp). Cameras
-    (cam1_0001.jpg, cam2_0001.jpg) share frame numbers and are two. Suffixes tell series apart only if a frame is there with
-    two of them. Where no name has a number, all are one series.
+    Names that differ in numbers alone are one series if one of these numbers ascends from name to name; the others go with it
+    (a time stamp). Otherwise all numbers but the frame number tell series apart: cameras (cam1_0001.jpg, cam2_0001.jpg) share
+    frame numbers. Suffixes tell series apart only if a frame is there with two of them. Where no name has a number, all are
+    one series.
     """
     # Usually names differ in their last digits alone: a quick check, since this function runs for every clip.
     split = (name.rpartition(".") for name in names)
@@ -297,23 +298,25 @@ def group_series(names: Sequence[str]) -> dict[str, list[str]]:
     for name, (stem, suffix) in stems.items():
         parts = _NUMBER.split(stem)
         shapes.setdefault((suffix, *parts[::2]), {})[name] = parts[1::2]
-    if all(len(shape) == 2 for shape in shapes):  # no name has a number
-        shapes = {}
-        for name, (_, suffix) in stems.items():
-            shapes.setdefault((suffix, "", ""), {})[name] = [name]
     series: dict[str, list[str]] = {}
+    if all(len(shape) == 2 for shape in shapes):  # no name has a number
+        for name, (_, suffix) in stems.items():
+            series.setdefault(f"*{suffix}", []).append(name)
+        return series
     for (suffix, *texts), numbers in shapes.items():
-        columns = [set(column) for column in zip(*numbers.values(), strict=True)]
-        # The frame number is the last of those that vary most. What else varies tells series apart, unless no two names share
-        # a frame number and they follow each other: then it goes with that.
-        frame = max(range(len(columns)), key=lambda i: (len(columns[i]), i), default=0)
-        one = not columns or (len(columns[frame]) == len(numbers) and not _overlap(list(numbers.values()), frame))
-        hidden = {i for i, column in enumerate(columns) if i == frame or (one and len(column) > 1)}
-        for name, own in [next(iter(numbers.items()))] if one else numbers.items():
+        columns = list(zip(*numbers.values(), strict=True))
+        hidden = [i for i, column in enumerate(columns) if len(set(column)) > 1] or [len(columns) - 1]
+        if columns and not any(_ascends(column) for column in columns):
+            hidden = [max(hidden, key=lambda i: (len(set(columns[i])), i))]  # the last of those that vary most
+        for name, own in numbers.items():
             fields = ["*" if i in hidden else number for i, number in enumerate(own)]
             pattern = "".join(chain.from_iterable(zip_longest(texts, fields, fillvalue=""))) + suffix
-            series.setdefault(pattern, []).extend(numbers if one else [name])
+            series.setdefault(pattern, []).append(name)
     return series
+
+
+def _ascends(numbers: Sequence[str]) -> bool:
+    return all(first < second for first, second in pairwise(map(natural, numbers)))
 
 
 def sort_times(names: list[str]) -> list[str]:
@@ -330,15 +333,6 @@ def sort_times(names: list[str]) -> list[str]:
     if len(parsed) < len(names) or len({text for text, _, _ in parsed}) > 1 or len(lengths) < 2 or not plain:
         return names
     return [names[i] for i in sorted(range(len(names)), key=lambda i: parsed[i][2])]
-
-
-def _overlap(names: list[list[str]], frame: int) -> bool:
-    """Return whether frame numbers of names that differ in other numbers overlap, as those of cameras do."""
-    ranges: dict[tuple[str, ...], list[tuple[list[str | int], str]]] = {}
-    for numbers in names:
-        ranges.setdefault((*numbers[:frame], *numbers[frame + 1 :]), []).append(natural(numbers[frame]))
-    spans = sorted((min(numbers), max(numbers)) for numbers in ranges.values())
-    return any(last > first for (_, last), (first, _) in pairwise(spans))
 
 
 def natural(name: str) -> tuple[list[str | int], str]:
