@@ -122,7 +122,7 @@ class Command(catalog.Folder):
 
     def test_classes_on_one_side_are_named(self):
         self.save("labels.npy", np.where(np.arange(120) < 4, 7, self.labels))
-        self.assertIn("1 classes have no video in val: 7.", self.run_command("--group-pattern", r"(c\d_g\d+)")[2])
+        self.assertIn("without a video in val: 7.", self.run_command("--group-pattern", r"(c\d_g\d+)")[2])
 
     def test_refused(self):
         for options, regex in (
@@ -140,6 +140,7 @@ class Command(catalog.Folder):
             ((self.files[0], self.save("short.npy", self.labels[:5])), "LABELS"),
             ((self.files[1], self.files[1]), "PATHS"),
             ((self.folder / "none.npy", self.files[1]), "none.npy"),
+            ((self.files[0], self.save("negative.npy", self.labels - 2)), "-2.*LABELS"),
             ((self.files[0], wide), "18446744073709551615.*LABELS"),
             ((objects, self.files[1]), "never unpickled.*PATHS"),
         ):

@@ -1,7 +1,11 @@
 """Images and folders of frames -> uint8 RGB frames, and helpers that video files share.
 
 Files named by others are opened here only: regular files and folders, never a pipe or device.
+
+torch is imported where a tensor is made: commands that read videos as arrays (`prepare`, in many processes) start without.
 """
+
+from __future__ import annotations
 
 import fnmatch
 import os
@@ -14,13 +18,15 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain, pairwise, zip_longest
 from math import ceil
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from omnivision.utils.io import CorruptCheckpointError, is_dense_cpu, safe_load
+
+if TYPE_CHECKING:
+    import torch
 
 
 class VideoDecodeError(Exception):
@@ -104,6 +110,8 @@ def select_frames(times: Sequence[int], low: int, high: int, num: int) -> list[i
 
 def stack(frames: list[np.ndarray]) -> torch.Tensor:
     """Stack frames (H, W, 3) to (T, 3, H, W), channels-last in memory. VideoDecodeError when sizes differ."""
+    import torch
+
     check_sizes({(f.shape[1], f.shape[0]) for f in frames})
     return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
 
@@ -134,6 +142,8 @@ _ERRORS = (  # of PIL on damaged files
 
 def read_image(path: str, max_pixels: int | None = None) -> torch.Tensor:
     """Read an image, or the first of an animation, as a clip of one frame: uint8 (1, 3, H, W). Raises VideoDecodeError."""
+    import torch
+
     return torch.from_numpy(read_rgb(path, max_pixels)).permute(2, 0, 1)[None]
 
 
@@ -142,6 +152,8 @@ def read_depth(path: str, max_pixels: int | None = None) -> torch.Tensor:
 
     Raises VideoDecodeError for anything else. Arrays are never unpickled, and tensors are loaded with weights only.
     """
+    import torch
+
     try:
         with _open_file(path) as file:
             if path.endswith(".npy"):

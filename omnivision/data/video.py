@@ -12,6 +12,8 @@ The frames are byte for byte those of a decoder that decodes the whole file. How
 4. if time stamps and decoded frames do not agree, decode sequentially from the start of the file instead.
 """
 
+from __future__ import annotations
+
 import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
@@ -19,12 +21,11 @@ from fractions import Fraction
 from itertools import chain, pairwise
 from math import ceil, pi, tan
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import av
 import av.error
 import numpy as np
-import torch
 from av.container import InputContainer
 from av.packet import Packet
 from av.stream import Discard, Disposition
@@ -44,6 +45,9 @@ from omnivision.data.frames import (
     stack,
     ticks,
 )
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["FrameFolder", "VideoDecodeError", "VideoFile", "VideoInfo", "open_video"]
 
@@ -75,7 +79,7 @@ _ROTATIONS = {(False, False, False): 0, (True, True, False): 90, (False, True, T
 @contextmanager
 def open_video(
     path: str, *, fps: float = 25.0, max_pixels: int | None = None, frame_pattern: str | None = None
-) -> "Iterator[VideoFile | FrameFolder]":
+) -> Iterator[VideoFile | FrameFolder]:
     """Open a video file, or a folder whose images (those of `frame_pattern`) are its frames at `fps` a second.
 
     `max_pixels` bounds width x height, by the header and again while decoding. Raises VideoDecodeError when there is no

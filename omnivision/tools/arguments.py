@@ -1,51 +1,45 @@
-"""Types of arguments that several commands share. A converter raises ValueError; the command names the argument."""
+"""Types of arguments that several commands share."""
 
 from __future__ import annotations
 
-import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any
 
 from cyclopts import Parameter, Token
+from cyclopts.validators import Number
 
 DEFAULT_FPS = 25.0  # of frame folders
 
 
-def at_least(low: int, high: int = 10**9) -> Parameter:
-    """An integer from `low` to `high`."""
-    expected = f"an integer from {low}" + (f" to {high}" if high < 10**9 else "")
-    return _number(int, lambda value: low <= value <= high, expected, "N")
+def at_least(low: int, high: int | None = None) -> Parameter:
+    """Describe an integer from `low` to `high`."""
+    return Parameter(converter=_to_int, validator=Number(gte=low, lte=high), metavar="N")
 
 
-def _number(
-    kind: Callable[[str], Any], is_valid: Callable[[Any], bool], expected: str, metavar: str = "X"
-) -> Parameter:
-    def convert(_: Any, tokens: Sequence[Token]) -> Any:
-        text = tokens[0].value
-        try:
-            if is_valid(value := kind(text)):
-                return value
-        except ValueError:
-            pass
-        raise ValueError(f"got {text[:40]!r}; must be {expected}")
-
-    return Parameter(converter=convert, metavar=metavar)
+def _to_int(_: Any, tokens: Sequence[Token]) -> int:
+    """Refuse 2.5, which cyclopts truncates."""
+    return int(tokens[0].value)
 
 
 Flag = Annotated[bool, Parameter(show_default=False)]
-Share = Annotated[float, _number(float, lambda value: 0 < value < 1, "a number between 0 and 1, such as 0.2")]
-Fps = Annotated[
-    float | None, _number(float, lambda value: 0 < value <= 1000, "frames per second, above 0 and at most 1000")
-]
-Seconds = Annotated[float | None, _number(float, math.isfinite, "a number of seconds, such as 2.5", "SECONDS")]
+File = Annotated[str | None, Parameter(metavar="FILE")]
+Share = Annotated[float, Parameter(validator=Number(gt=0, lt=1), metavar="X")]
+Fps = Annotated[float | None, Parameter(validator=Number(gt=0, lte=1000), metavar="X")]
 FrameRate = Annotated[Fps, Parameter(help=f"Frames per second of frame folders (default {DEFAULT_FPS:g}).")]
 FramePattern = Annotated[
     str | None,
     Parameter(
         metavar="PATTERN", help="Which images are the frames, e.g. 'img_*.jpg', if a folder holds several series."
     ),
+]
+Regex = Annotated[str | None, Parameter(metavar="REGEX")]
+Segments = Annotated[
+    str | None, Parameter(metavar="SEGMENTS.npy", help="(N, 2) start and end (s) of each sample in its video.")
+]
+Workers = Annotated[
+    int | None, at_least(0), Parameter(help="Processes; 0: this one alone (default: one for each core, at most 16).")
 ]
 
 

@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import stat
 import sys
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from cyclopts import Parameter
 
 from omnivision.data.catalog import IGNORED_LABEL, resolve_prefix, shift_command, start_at_one
 from omnivision.data.sampling import Segment, clip_window, sample_duration, uniform_clip_starts
 from omnivision.data.video import FrameFolder, VideoDecodeError, VideoFile, open_video
-from omnivision.tools.arguments import resolve_fps
-from omnivision.tools.datasets import CheckSettings
+from omnivision.tools.arguments import Flag, FramePattern, FrameRate, Segments, Workers, at_least, resolve_fps
 from omnivision.tools.prepare.index import drop_suffix, printable, shorten
 from omnivision.tools.prepare.output import read_arrays
 from omnivision.tools.prepare.transcode import MAX_PIXELS
 from omnivision.tools.workers import WorkerCrashedError, run_in_processes, track
-from omnivision.utils.errors import EXIT_SIGINT, EXIT_USER, UserError
+from omnivision.utils.errors import EXIT_USER, UserError
 from omnivision.utils.io import sha256, write_atomically
 from omnivision.utils.streams import fit
 
@@ -37,22 +38,13 @@ _QUANTILES = {"least": 0, "5%": 5, "median": 50, "95%": 95, "most": 100}
 
 
 @dataclass(frozen=True)
-class CheckJob:
-    path: str
-    fps: float  # of a frame folder
-    frame_pattern: str | None  # of a folder that holds several series of frames
-    quick: bool  # the first, middle and last clip instead of every frame
-    segments: tuple[Segment | None, ...] = (None,)  # a sample each; None: the whole video
-
-
-@dataclass(frozen=True)
 class VideoCheck:
-    """frames, duration (s), ... are None for a video that cannot be read; width and height are upright."""
+    """A sample as read; all but `reason` are None for one that cannot be. Width and height are upright."""
 
     ok: bool
     reason: str | None = None
     frames: int | None = None
-    duration: float | None = None
+    duration: float | None = None  # s
     fps: float | None = None  # on average
     rate: float | None = None  # frames per second between most frames
     width: int | None = None
@@ -68,42 +60,72 @@ class VideoCheck:
         return abs(self.frames / self.rate - self.duration) > max(_GAP_SECONDS, _GAP_SHARE * self.duration)
 
 
-def run(paths_file: str, labels_file: str | None, args: CheckSettings) -> int:
-    """Check the split and print a report; return 0 if all samples are good."""
-    if args.num_classes is not None and labels_file is None:
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class CheckSettings:
+    """What `check-data` checks.
+
+    Attributes:
+        against: Another split, to find videos that are in both.
+        num_classes: Labels must be below it (-1: ignored).
+        prefix: Put before each path, as in the catalog.
+        quick: Read the first, middle and last clip only.
+        json: Write the results of every sample to this file.
+    """
+
+    segments: Segments = None
+    against: Annotated[str | None, Parameter(metavar="OTHER_PATHS.npy")] = None
+    num_classes: Annotated[int | None, at_least(1)] = None
+    prefix: Annotated[str, Parameter(metavar="P")] = ""
+    fps: FrameRate = None
+    frame_pattern: FramePattern = None
+    quick: Flag = False
+    workers: Workers = None
+    json: Annotated[Path | None, Parameter(metavar="FILE")] = None
+
+
+_SETTINGS = CheckSettings()
+
+
+def check_data(
+    paths_file: Annotated[str, Parameter(name="PATHS.npy")],
+    labels_file: Annotated[str | None, Parameter(name="LABELS.npy")] = None,
+    /,
+    *,
+    settings: CheckSettings = _SETTINGS,
+) -> int:
+    """Read every sample of a split, and report which are bad and what the videos are like.
+
+    Decode every sample from its first to its last frame. Report which cannot be read and why, how long and large the videos
+    are, which labels are missing, and which videos occur twice. Exit code 0 if all samples are good, else 1.
+
+    Args:
+        paths_file: 1-D array of paths of videos or frame folders.
+        labels_file: 1-D array of integers, one per path.
+    """
+    if settings.num_classes is not None and labels_file is None:
         raise UserError("--num-classes is for labels. Pass LABELS.npy after PATHS.npy, or leave --num-classes out.")
-    file = Path(args.json or "report.json")
-    inputs = map(os.path.realpath, filter(None, (paths_file, labels_file, args.segments, args.against)))
-    if (
-        (file.exists() and not file.is_file())
-        or not file.absolute().parent.is_dir()
-        or os.path.realpath(file) in inputs
-    ):
-        raise UserError(f"--json must be a file in an existing folder, and none that is read here; got {args.json}.")
-    paths, labels, segments = read_arrays(paths_file, labels_file, args.segments)
-    others = read_arrays(args.against)[0] if args.against else None
-    prefix = resolve_prefix(args.prefix)
+    inputs = [paths_file, labels_file, settings.segments, settings.against]
+    _check_json_file(settings.json, [file for file in inputs if file])
+    paths, labels, segments = read_arrays(paths_file, labels_file, settings.segments)
+    others = read_arrays(settings.against)[0] if settings.against else None
+    prefix = resolve_prefix(settings.prefix)
     full = [prefix + path for path in paths]
-    try:
-        checks = _check_all(full, segments, args)
-    except KeyboardInterrupt:
-        print("check-data: interrupted; nothing was written. Run the same command again.", file=sys.stderr)
-        return EXIT_SIGINT
-    summary = _summary(checks, segments)
+    checks = _check_all(full, segments or [None] * len(full), settings)
+    summary = {"prefix": prefix, **_summarize(checks, segments)}
     if labels is not None:
-        summary["labels"] = _label_summary(labels, args.num_classes)
+        summary["labels"] = _summarize_labels(labels, settings.num_classes)
     summary["duplicates"] = find_duplicates(full, segments=segments)
     if others is not None:
         summary["overlap"] = find_duplicates(full, [prefix + path for path in others])
     summary["differing_durations"] = [path for path, check in zip(paths, checks, strict=True) if check.has_gaps()]
-    if args.json:
+    if settings.json:
         samples = [{"path": path, **dataclasses.asdict(check)} for path, check in zip(paths, checks, strict=True)]
         for sample, (start, end) in zip(samples, segments or [], strict=False):
             sample.update(start=start, end=end)
-        report = {"summary": {"prefix": prefix, **summary}, "samples": samples}
-        write_atomically(file, json.dumps(report, indent=1) + "\n")
+        write_atomically(settings.json, json.dumps({"summary": summary, "samples": samples}, indent=1) + "\n")
     lines = _report(paths, checks, summary)
-    if labels is not None and start_at_one(labels, args.num_classes):
+    if labels is not None and start_at_one(labels, settings.num_classes):
         lines.append(
             "class 0 has no sample, and labels must start at 0. If they start at 1, shift those of all splits: "
             f"{shift_command(str(labels_file))}"
@@ -113,35 +135,49 @@ def run(paths_file: str, labels_file: str | None, args: CheckSettings) -> int:
     return 0 if summary["bad"] == 0 and not summary.get("labels", {}).get("out_of_range") else EXIT_USER
 
 
-def _check_all(full: list[str], segments: list[Segment] | None, args: CheckSettings) -> list[VideoCheck]:
+def _check_json_file(file: Path | None, inputs: list[str]) -> None:
+    """Raise UserError for a file that cannot be written, before everything is read, and for an input."""
+    if file is None:
+        return
+    is_input = os.path.realpath(file) in map(os.path.realpath, inputs)
+    if is_input or not file.absolute().parent.is_dir() or (file.exists() and not file.is_file()):
+        raise UserError(f"--json must be a file in an existing folder, and none that is read here; got {file}.")
+
+
+def _check_all(full: list[str], segments: Sequence[Segment | None], settings: CheckSettings) -> list[VideoCheck]:
     """Check each sample; a video is opened once for all its segments."""
-    samples: dict[str, list[int]] = {}  # of each video
+    samples: dict[str, list[int]] = defaultdict(list)  # of each video
     for position, path in enumerate(full):
-        samples.setdefault(path, []).append(position)
-    fps = resolve_fps(args.fps, (path for path in samples if drop_suffix(path) == path))
-    jobs = [
-        CheckJob(path, fps, args.frame_pattern, args.quick, tuple(segments[i] if segments else None for i in positions))
-        for path, positions in samples.items()
-    ]
-    checks = [VideoCheck(ok=False, reason="not read")] * len(full)
-    for number, result in track(run_in_processes(check_video, jobs, args.workers), len(jobs), "check-data"):
-        positions = samples[jobs[number].path]
+        samples[path].append(position)
+    fps = resolve_fps(settings.fps, (path for path in samples if drop_suffix(path) == path))
+    check = functools.partial(check_video, fps=fps, frame_pattern=settings.frame_pattern, quick=settings.quick)
+    jobs = [(path, [segments[position] for position in positions]) for path, positions in samples.items()]
+    results = track(run_in_processes(check, jobs, settings.workers), len(jobs), "check-data")
+    checks: dict[int, VideoCheck] = {}
+    for positions, result in zip(samples.values(), results, strict=True):
         if isinstance(result, WorkerCrashedError):
             result = [VideoCheck(ok=False, reason=str(result))] * len(positions)
-        for position, check in zip(positions, result, strict=True):
-            checks[position] = check
-    return checks
+        checks.update(zip(positions, result, strict=True))
+    return [checks[position] for position in range(len(full))]
 
 
-def check_video(job: CheckJob) -> list[VideoCheck]:
-    """Read one video as training reads it, and check each of its samples; problems are returned, never raised."""
+def check_video(
+    job: tuple[str, Sequence[Segment | None]], fps: float, frame_pattern: str | None, quick: bool
+) -> list[VideoCheck]:
+    """Read a video as training reads it, and check its samples (None: the whole video); problems are returned, never raised.
+
+    Args:
+        job: path, and segments.
+        quick: Read the first, middle and last clip instead of every frame.
+    """
+    path, segments = job
     try:
-        with open_video(job.path, fps=job.fps, max_pixels=MAX_PIXELS, frame_pattern=job.frame_pattern) as video:
+        with open_video(path, fps=fps, max_pixels=MAX_PIXELS, frame_pattern=frame_pattern) as video:
             info, duration = video.info(), video.duration
-            reasons = [_read_clips(video, duration, segment) for segment in job.segments]
-            frames = info.frames if job.quick else len(video.times())
+            reasons = [_read_clips(video, duration, segment) for segment in segments]
+            frames = info.frames if quick else len(video.times())
     except VideoDecodeError as error:
-        return [VideoCheck(ok=False, reason=str(error))] * len(job.segments)
+        return [VideoCheck(ok=False, reason=str(error))] * len(segments)
     good = VideoCheck(
         ok=True,
         frames=frames,
@@ -168,27 +204,30 @@ def _read_clips(video: VideoFile | FrameFolder, duration: float, segment: Segmen
 
 
 def find_duplicates(
-    paths: Sequence[str], others: Sequence[str] | None = None, segments: Sequence[object] | None = None
+    paths: Sequence[str], others: Iterable[str] = (), segments: Sequence[object] | None = None
 ) -> list[list[str]]:
-    """Return groups of two or more paths that are the same video, within `paths`, or across `paths` and `others`.
+    """Return groups of paths that are the same video: of two or more within `paths`, or, with `others`, across both.
 
     Files are compared by content, but only those of one size are read; folders by their real path. A path that cannot be
     read is compared by its name. Within `paths`, other `segments` (one a path) of a video are other samples.
     """
-    kinds = {path: _size_or_place(path) for path in dict.fromkeys([*paths, *(others or [])])}
+    kinds = {path: _size_or_place(path) for path in dict.fromkeys([*paths, *others])}
     sizes = Counter(kinds.values())
     keys = {path: kind if sizes[kind] == 1 or isinstance(kind, str) else _content(path) for path, kind in kinds.items()}
-    groups: dict[object, list[str]] = {}
-    if others is None:
-        for path, segment in zip(paths, segments or [None] * len(paths), strict=True):
-            groups.setdefault((keys[path], segment), []).append(path)
+    if not others:
+        samples = zip(paths, segments or [None] * len(paths), strict=True)
+        groups = _group((path, (keys[path], segment)) for path, segment in samples)
         return [group for group in groups.values() if len(group) > 1]
-    for path in dict.fromkeys(paths):
-        groups.setdefault(keys[path], []).append(path)
-    across: dict[object, list[str]] = {}
-    for path in dict.fromkeys(others):
-        across.setdefault(keys[path], []).append(path)
-    return [[*group, *across[key]] for key, group in groups.items() if key in across]
+    here, there = (_group((path, keys[path]) for path in dict.fromkeys(each)) for each in (paths, others))
+    return [[*group, *there[key]] for key, group in here.items() if key in there]
+
+
+def _group(items: Iterable[tuple[str, object]]) -> dict[object, list[str]]:
+    """Return the paths of each key, from pairs of both."""
+    groups: dict[object, list[str]] = defaultdict(list)
+    for path, key in items:
+        groups[key].append(path)
+    return groups
 
 
 def _size_or_place(path: str) -> int | str:
@@ -207,7 +246,7 @@ def _content(path: str) -> str:
         return os.path.abspath(path)
 
 
-def _summary(checks: list[VideoCheck], segments: list[Segment] | None) -> dict[str, Any]:
+def _summarize(checks: list[VideoCheck], segments: list[Segment] | None) -> dict[str, Any]:
     good = [check for check in checks if check.ok]
     seconds = [check.duration or 0 for check in good]
     if segments:
@@ -227,7 +266,7 @@ def _summary(checks: list[VideoCheck], segments: list[Segment] | None) -> dict[s
     }
 
 
-def _label_summary(labels: np.ndarray, num_classes: int | None) -> dict[str, Any]:
+def _summarize_labels(labels: np.ndarray, num_classes: int | None) -> dict[str, Any]:
     used, counts = np.unique(labels[labels >= 0], return_counts=True)
     classes, present = num_classes or (int(used[-1]) + 1 if len(used) else 0), set(used.tolist())
     return {
@@ -236,7 +275,7 @@ def _label_summary(labels: np.ndarray, num_classes: int | None) -> dict[str, Any
         # All of them would fill the memory if one label is wrong by a billion.
         "absent": [label for label in range(min(classes, 10_000)) if label not in present],
         "ignored": int((labels == IGNORED_LABEL).sum()),
-        "out_of_range": int(((labels < IGNORED_LABEL) | (labels >= classes)).sum()),
+        "out_of_range": int((labels >= classes).sum()),
     }
 
 

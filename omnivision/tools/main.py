@@ -22,9 +22,9 @@ from omnivision.utils.streams import announce, ignore_broken_pipe, output_proble
 # the command runs: help is quick.
 COMMANDS = {
     "demo-data": "demo_data:demo_data",
-    "prepare": "datasets:prepare",
-    "val-split": "datasets:val_split",
-    "check-data": "datasets:check_data",
+    "prepare": "prepare.command:prepare",
+    "val-split": "val_split:val_split",
+    "check-data": "check_data:check_data",
     "runs": "runs:runs",
     "report": "report:report",
     "predict": "predict:predict",

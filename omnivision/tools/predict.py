@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from omnivision.tools.arguments import Flag, FramePattern, FrameRate, Seconds, Share, at_least, resolve_fps
+from omnivision.tools.arguments import Flag, FramePattern, FrameRate, Share, at_least, resolve_fps
 from omnivision.utils.errors import EXIT_USER, UserError
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def reconstruct(
     out: Path,
     /,
     *,
-    start: Seconds = None,
+    start: Annotated[float | None, Parameter(metavar="SECONDS")] = None,
     mask_ratio: Share = 0.9,
     seed: Annotated[int, at_least(0)] = 0,
     force: Flag = False,

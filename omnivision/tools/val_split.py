@@ -8,11 +8,14 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
+from cyclopts import Parameter
 
 from omnivision.data.catalog import load_array
 from omnivision.data.sampling import keyed_rng
+from omnivision.tools.arguments import Regex, Segments, Share, at_least
 from omnivision.tools.prepare.index import drop_format_folders, shorten
 from omnivision.tools.prepare.output import read_arrays, write_split
 from omnivision.utils.errors import UserError
@@ -36,51 +39,69 @@ GROUPINGS: dict[str, Callable[[str], str]] = {
 }
 
 
-def run(
-    paths_file: str,
-    labels_file: str,
-    out: str,
-    segments_file: str | None,
-    dataset: str | None,
-    group_pattern: str | None,
-    share: float,
-    seed: int,
+def val_split(
+    paths_file: Annotated[str, Parameter(name="PATHS.npy")],
+    labels_file: Annotated[str, Parameter(name="LABELS.npy")],
+    out: Path,
+    /,
+    *,
+    segments: Segments = None,
+    dataset: Literal["ucf101", "hmdb51", "ikea", "diving48", "uav", "minissv2"] | None = None,
+    group_pattern: Regex = None,
+    share: Share = 0.2,
+    seed: Annotated[int, at_least(0)] = 42,
 ) -> int:
-    """Write the two splits and print how they are divided."""
+    r"""Hold out a part of a training split, all videos of one source (subject, upload) on the same side.
+
+    To choose settings without looking at the validation split. Write train_paths.npy, train_labels.npy, val_paths.npy and
+    val_labels.npy (with --segments, also train_segments.npy and val_segments.npy). The same seed gives the same split. One of
+    --dataset and --group-pattern is required.
+
+    Args:
+        paths_file: The paths of the training split.
+        labels_file: Its labels.
+        out: The folder to write to.
+        dataset: How names of videos identify their source.
+        group_pattern: The same for other data: a regular expression; its first parentheses match what names of one source
+            share, e.g. '(.*)_c\d+'.
+        share: Share of the videos to hold out.
+        seed: Another seed, another split.
+    """
     if (dataset is None) == (group_pattern is None):
         raise UserError("Set one of --dataset NAME and --group-pattern REGEX.")
-    paths, labels, segments = read_arrays(paths_file, labels_file, segments_file)
+    paths, labels, times = read_arrays(paths_file, labels_file, segments)
     assert labels is not None
     beside = Path(labels_file).with_name(Path(labels_file).name.replace("labels", "segments"))
-    if segments_file is None and beside != Path(labels_file) and beside.exists():
+    if segments is None and beside != Path(labels_file) and beside.exists():
         raise UserError(f"{beside} lies beside the labels. Pass --segments {beside}, or move it away for whole videos.")
-    grouping = pattern_grouping(group_pattern) if group_pattern is not None else GROUPINGS[str(dataset)]
-    groups = group_videos(paths, grouping)
+    groups = group_videos(paths, GROUPINGS[dataset] if dataset else pattern_grouping(str(group_pattern)))
     held = hold_out(groups, labels, share, seed)
     sides = {"train": np.flatnonzero(~held), "val": np.flatnonzero(held)}
     splits = {
-        side: ([paths[i] for i in indices], labels[indices], [segments[i] for i in indices] if segments else [])
+        side: ([paths[i] for i in indices], labels[indices], [times[i] for i in indices] if times else [])
         for side, indices in sides.items()
     }
     for side, arrays in splits.items():
         for what, array in zip(("paths", "labels", "segments"), arrays, strict=True):
-            file = Path(out) / f"{side}_{what}.npy"
+            file = out / f"{side}_{what}.npy"
             if file.exists() and not np.array_equal(load_array(str(file), "OUT"), np.array(array)):
                 raise UserError(f"{file} exists, and is another split. Nothing was changed. Give another OUT.")
-    Path(out).mkdir(parents=True, exist_ok=True)
-    for side, arrays in splits.items():
-        write_split(Path(out), side, *arrays)
-        indices, classes = sides[side], set(labels[sides[side]].tolist())
-        print(
-            f"{side}: {len(indices)} videos ({len(indices) / len(paths):.1%}) in {len({groups[i] for i in indices})} groups, "
-            f"{len(classes)} classes -> {out}/{side}_paths.npy, {side}_labels.npy"
-        )
-        if missing := sorted(set(labels.tolist()) - classes):
-            print(
-                f"warning: {len(missing)} classes have no video in {side}: {shorten(map(str, missing), 10)}.",
-                file=sys.stderr,
-            )
+    out.mkdir(parents=True, exist_ok=True)
+    for side, indices in sides.items():
+        write_split(out, side, *splits[side])
+        _print_side(f"{out}/{side}", labels, indices, len({groups[i] for i in indices}))
     return 0
+
+
+def _print_side(side: str, labels: np.ndarray, indices: np.ndarray, num_groups: int) -> None:
+    """Print what a side has, and warn of classes that it lacks. `side`: OUT/train or OUT/val."""
+    classes, name = set(labels[indices].tolist()), os.path.basename(side)
+    print(
+        f"{name}: {len(indices)} videos ({len(indices) / len(labels):.1%}) in {num_groups} groups, {len(classes)} classes "
+        f"-> {side}_paths.npy, {name}_labels.npy"
+    )
+    if missing := sorted(set(labels.tolist()) - classes):
+        print(f"warning: classes without a video in {name}: {shorten(map(str, missing), 10)}.", file=sys.stderr)
 
 
 def group_videos(paths: Sequence[str], grouping: Callable[[str], str]) -> list[str]:

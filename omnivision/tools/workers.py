@@ -5,9 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
-from itertools import islice
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from pebble import ProcessExpired, ProcessPool
@@ -16,6 +16,7 @@ from rich.console import Console
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+MAX_PENDING = 1000  # items that are handed to the processes at a time; there may be millions
 
 
 class WorkerCrashedError(RuntimeError):
@@ -24,30 +25,30 @@ class WorkerCrashedError(RuntimeError):
 
 def run_in_processes(
     function: Callable[[Item], Result], items: Sequence[Item], workers: int | None
-) -> Generator[tuple[int, Result | WorkerCrashedError], None, None]:
-    """Yield (position, function(item)) of each item as it is done.
+) -> Generator[Result | WorkerCrashedError, None, None]:
+    """Yield function(item) of each item, in their order.
 
     workers: number of processes; 0: this one; None: one for each core, at most 16.
     The result of an item whose process crashed is a WorkerCrashedError. An exception of `function`, which must be importable
     by name, ends the iteration. The processes end with the iteration.
     """
     if workers == 0:
-        yield from ((position, function(item)) for position, item in enumerate(items))
+        yield from map(function, items)
         return
     workers = min(len(os.sched_getaffinity(0)), 16) if workers is None else workers
     context = multiprocessing.get_context("forkserver")  # not forked: the caller may hold threads
-    context.set_forkserver_preload([function.__module__])  # imported once, not by each process
+    context.set_forkserver_preload(
+        [getattr(function, "func", function).__module__]
+    )  # imported once, not by each process
     pool = ProcessPool(max_workers=max(1, min(workers, len(items))), context=context)
-    remaining = iter(enumerate(items))
-    running: dict[Future[Any], int] = {}
+    pending: deque[Future[Any]] = deque()
     try:
-        while True:
-            for position, item in islice(remaining, workers - len(running)):  # not all at once: there may be millions
-                running[pool.schedule(function, args=[item])] = position
-            if not running:
-                break
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                yield running.pop(future), _result(future)
+        for item in items:
+            pending.append(pool.schedule(function, args=[item]))
+            if len(pending) == MAX_PENDING:
+                yield _result(pending.popleft())
+        while pending:
+            yield _result(pending.popleft())
         pool.close()
     except BaseException:
         pool.stop()

@@ -116,7 +116,7 @@ def _write_stamp(folder: Path, settings: dict[str, object], complete: bool) -> N
 def _write_videos(folder: Path, specs: list[VideoSpec], workers: int) -> Iterator[None]:
     """Render and write all videos, in this process or in others; yields once a video."""
     jobs = [(str(folder), spec) for spec in specs]
-    for _, result in run_in_processes(_write_video, jobs, workers if workers > 1 else 0):
+    for result in run_in_processes(_write_video, jobs, workers if workers > 1 else 0):
         if isinstance(result, WorkerCrashedError):
             raise RuntimeError(
                 f"A video was not rendered: {result}. Run the same command again, perhaps with fewer --workers: it continues "

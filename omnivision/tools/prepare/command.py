@@ -1,4 +1,4 @@
-"""What `omnivision prepare` does: read and check the source, write the arrays and the catalog entry, transcode videos."""
+"""`omnivision prepare SOURCE OUT`: read and check the source, write the arrays and the catalog entry, transcode videos."""
 
 from __future__ import annotations
 
@@ -8,14 +8,26 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from cyclopts import Parameter
 
 from omnivision.data.catalog import read_class_names
-from omnivision.tools.arguments import DEFAULT_FPS
-from omnivision.tools.datasets import SourceSettings, TranscodeSettings
+from omnivision.tools.arguments import (
+    DEFAULT_FPS,
+    File,
+    Flag,
+    Fps,
+    FramePattern,
+    FrameRate,
+    Regex,
+    Share,
+    Workers,
+    at_least,
+)
 from omnivision.tools.prepare import index as indexing
 from omnivision.tools.prepare import output, published
 from omnivision.tools.prepare.folders import read_class_folders
@@ -27,6 +39,7 @@ from omnivision.tools.val_split import group_videos, hold_out, pattern_grouping
 from omnivision.utils.errors import EXIT_SIGINT, UserError
 from omnivision.utils.io import write_atomically
 
+List = Annotated[str | None, Parameter(metavar="LIST.csv")]
 SEED = 42  # of what is held out; `omnivision val-split` takes another
 # Format -> the files in SOURCE that identify it, and its reader, which takes the folder and the fold.
 _PUBLISHED: dict[str, tuple[tuple[str, ...], Callable[[Path, int], DatasetIndex]]] = {
@@ -37,10 +50,90 @@ _PUBLISHED: dict[str, tuple[tuple[str, ...], Callable[[Path, int], DatasetIndex]
 }
 
 
-def run(
-    source: str, out_folder: str, name: str, catalog: str | None, read: SourceSettings, options: TranscodeSettings
+@Parameter(name="*", group="Reading")
+@dataclass(frozen=True, kw_only=True)
+class SourceSettings:
+    """How `prepare` reads its source.
+
+    Attributes:
+        format: What SOURCE is (default: recognized by its files).
+        train: A list of the training split; SOURCE is the folder of its paths.
+        val: The same for the validation split.
+        test: The same for a test split, which gets its own arrays.
+        splits: SPLIT=NAME,...: the folders (or values in the column of a list) that are the train, val and test split, such
+            as train=a,train=b,val=c; none: none of them is (default: by their names).
+        columns: path=NAME,label=NAME[,split=NAME][,start=NAME,end=NAME]: the columns of lists to use, by name or number,
+            and no others (default: by their names); start and end are seconds.
+        fold: Which split of UCF101 or HMDB51.
+        class_names: Names of the classes in the order of labels, one per line.
+        prefix: The folder of the videos; paths in the arrays are relative to it (default: SOURCE, or the folder of the list).
+        hold_out: Hold this share of the videos out as the validation split, where the source has none, e.g. 0.2.
+        group_pattern: With --hold-out: its first parentheses match the part of a name that videos of one source share, which
+            stay on one side (default: each video is its own).
+        skip_missing: Leave out rows of lists whose video does not exist.
+        no_check_files: Do not check whether the videos exist.
+    """
+
+    format: Literal["csv", "folders", "ucf101", "hmdb51", "ssv2", "diving48"] | None = None
+    train: List = None
+    val: List = None
+    test: List = None
+    splits: Annotated[str | None, Parameter(metavar="S")] = None
+    columns: Annotated[str | None, Parameter(metavar="C")] = None
+    fold: Annotated[int, at_least(1)] = 1
+    class_names: File = None
+    prefix: Annotated[str | None, Parameter(metavar="FOLDER")] = None
+    fps: FrameRate = None
+    frame_pattern: FramePattern = None
+    hold_out: Share | None = None
+    group_pattern: Regex = None
+    skip_missing: Flag = False
+    no_check_files: Flag = False
+
+
+@Parameter(name="*", group="Faster videos")
+@dataclass(frozen=True, kw_only=True)
+class TranscodeSettings:
+    """How `prepare` transcodes videos; not at all unless one of the first four is given.
+
+    Attributes:
+        short_side: Scale videos down to a short side of N pixels.
+        gop: At most N frames from one key frame to the next (default 12).
+        crf: Quality of x264, 0 (lossless) to 51 (default 20).
+        frames: Write folders of JPEGs instead, FPS frames per second.
+    """
+
+    short_side: Annotated[int | None, at_least(16)] = None
+    gop: Annotated[int | None, at_least(1, 100_000)] = None
+    crf: Annotated[int | None, at_least(0, 51)] = None
+    frames: Annotated[Fps, Parameter(metavar="FPS")] = None
+    workers: Workers = None
+
+
+_SOURCE, _TRANSCODE = SourceSettings(), TranscodeSettings()
+
+
+def prepare(
+    source: str,
+    out_folder: Annotated[str, Parameter(name="OUT")],
+    /,
+    *,
+    name: str,
+    catalog: Annotated[str | None, Parameter(metavar="FILE.yaml")] = None,
+    read: SourceSettings = _SOURCE,
+    options: TranscodeSettings = _TRANSCODE,
 ) -> int:
-    """Read, check, write, report. Every problem of the source is reported before anything is written."""
+    """Make a dataset ready for training: arrays of paths and labels, and faster videos.
+
+    Write the arrays that training reads, and print the dataset's entry for the catalog. With --short-side, --gop or
+    --frames, also make videos smaller and faster to read. The same command completes an interrupted one.
+
+    Args:
+        source: A CSV file, folders of classes, or the split files of a dataset.
+        out_folder: A new or empty folder, or one that this command has made.
+        name: Name of the dataset in the catalog.
+        catalog: A YAML file to write the entry to; its other entries and comments stay.
+    """
     config = _check_options(name, catalog, read, options)
     out, check = Path(out_folder), not read.no_check_files
     index = _read(source, read)
@@ -65,6 +158,17 @@ def run(
     except KeyboardInterrupt:
         print("prepare: interrupted. The same command continues where it stopped.", file=sys.stderr)
         return EXIT_SIGINT
+    _print_hints(out, name, index)
+    if text is None:
+        print(f"For the catalog (or pass --catalog FILE.yaml):\n\ndatasets:\n{textwrap.indent(block, '  ')}", end="")
+    else:
+        write_atomically(Path(str(catalog)), text)
+        print(f"{catalog}: the entry datasets.{name}")
+    return 0
+
+
+def _print_hints(out: Path, name: str, index: DatasetIndex) -> None:
+    """Print what to do with a test split, and without a validation split."""
     if "test" in index.splits:
         settings = (f"++datasets.{name}.val.{what}={out.absolute()}/test_{what}.npy" for what in index.arrays("test"))
         print(
@@ -73,12 +177,6 @@ def run(
         )
     if "train" in index.splits and "val" not in index.splits:
         print("There is no validation split. --hold-out 0.2 makes one of a fifth of the training split.")
-    if text is None:
-        print(f"For the catalog (or pass --catalog FILE.yaml):\n\ndatasets:\n{textwrap.indent(block, '  ')}", end="")
-    else:
-        write_atomically(Path(str(catalog)), text)
-        print(f"{catalog}: the entry datasets.{name}")
-    return 0
 
 
 def _check_options(

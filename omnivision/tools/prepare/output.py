@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from omnivision.data.catalog import check_array, check_segments, load_array
+from omnivision.data.catalog import IGNORED_LABEL, check_array, check_segments, load_array
 from omnivision.data.sampling import Segment
 from omnivision.tools.prepare.index import MAX_CLASSES, DatasetIndex, printable
 from omnivision.utils.errors import UserError
@@ -54,8 +54,11 @@ def read_arrays(
         arrays[what] = load_array(file, argument)
         check_array(what, arrays[what], file, argument, arrays["paths"].size)
     labels, segments = arrays.get("labels"), arrays.get("segments")
-    if labels is not None and labels.max() >= MAX_CLASSES:
-        raise UserError(f"{labels_file} holds the label {labels.max()}; expected less than {MAX_CLASSES}. Fix LABELS.")
+    if labels is not None and not IGNORED_LABEL <= labels.min() <= labels.max() < MAX_CLASSES:
+        raise UserError(
+            f"{labels_file} holds labels from {labels.min()} to {labels.max()}; expected {IGNORED_LABEL} (ignored) to "
+            f"{MAX_CLASSES - 1}. Fix LABELS."
+        )
     if segments is not None:
         check_segments(segments, str(segments_file), "--segments", len(segments))
     return (

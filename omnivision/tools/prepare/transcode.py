@@ -73,7 +73,7 @@ def transcode_all(
     jobs = [TranscodeJob(os.path.join(root, path), str(out / results[path]), config) for path in missing]
     work = run_in_processes(transcode, jobs, workers)
     try:
-        reasons = {missing[position]: reason for position, reason in track(work, len(jobs), "prepare")}
+        reasons = dict(zip(missing, track(work, len(jobs), "prepare"), strict=True))
     finally:
         work.close()  # ends its processes
         remove_stale_tmp(out)
