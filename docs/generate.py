@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from cyclopts import App
-from cyclopts.argument import Argument
 
 from omnivision.config.instantiate import INJECTED_ARGS, load_target, signature_of
 from omnivision.config.schema import BOUNDS, setting_hints
-from omnivision.tools.main import COMMANDS, app
+from omnivision.tools.main import app
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = ROOT / "config" / "experiments" / "base.yaml"
@@ -39,16 +37,21 @@ class Part:
 
 
 def pages() -> dict[Path, str]:
-    """The pages with what the code says now."""
-    written = {"settings.md": f"{settings_table()}\n\n{parts_tables()}", "commands.md": command_tables()}
+    """Return the text of each page, with its generated part."""
+    written = {"settings.md": f"{settings_table()}\n\n{parts_tables()}", "commands.md": commands()}
     texts = {ROOT / "docs" / name: text for name, text in written.items()}
     return {
         file: f"{file.read_text(encoding='utf-8').partition(MARK)[0]}{MARK}\n{text}\n" for file, text in texts.items()
     }
 
 
+def commands() -> str:
+    """Describe `omnivision` and each of its commands."""
+    return app.generate_docs(heading_level=2).strip()
+
+
 def settings_table() -> str:
-    """A row a setting: its name, what it takes, its default and its meaning, as base.yaml has them."""
+    """Return a row for each setting: its name, type, default and meaning, as base.yaml has them."""
     text = BASE.read_text(encoding="utf-8")
     lines, hints = text.splitlines(), setting_hints()
     rows = ["| setting | takes | default | meaning |", "|---|---|---|---|"]
@@ -62,7 +65,7 @@ def settings_table() -> str:
 
 
 def describe_type(hint: Any) -> str:
-    """A type annotation in words, e.g. "int >= 1 or null"."""
+    """Put a type annotation into words, e.g. "int >= 1 or null"."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated and arguments[0] == dict[str, Any]:
         return "an object (_target_ and its arguments)"
@@ -84,12 +87,12 @@ def escape(cell: str) -> str:
 
 
 def plain(comment: str) -> str:
-    """Text that is no markup, in a cell of a table."""
+    """Escape markup in a table's cell."""
     return re.sub(r"([\\`*_\[\]])", r"\\\1", html.escape(" ".join(comment.split()).replace(" | ", ", "), quote=False))
 
 
 def leaves(node: yaml.Node, name: str) -> list[tuple[str, yaml.Node]]:
-    """Settings that are no groups, with their full names."""
+    """Return the settings below a node that are not groups, with their full names."""
     if not isinstance(node, yaml.MappingNode) or not node.value:
         return [(name, node)]
     return [
@@ -101,7 +104,7 @@ def leaves(node: yaml.Node, name: str) -> list[tuple[str, yaml.Node]]:
 
 
 def parts_tables() -> str:
-    """A table for each object that config files describe."""
+    """Return a table for each object that config files describe."""
     found = [
         "## Objects",
         "Objects are built from their `_target_`. Values are those of the choice in brackets; `--cfg job` prints a run's own.",
@@ -117,7 +120,7 @@ def parts_tables() -> str:
 
 
 def parts(config: Path) -> list[Part]:
-    """Every object of the config files, each class once in each place, with all arguments that it takes."""
+    """Return every object of the config files, each class once in each place, with all its arguments."""
     found: dict[tuple[str, str], Part] = {}
     for group in PARTS:
         for file in sorted(
@@ -148,13 +151,13 @@ def _settings(name: str, node: dict[str, Any]) -> list[tuple[str, str, str, str]
 
 
 def _as_yaml(text: str) -> str:
-    """A Python value as configurations have it."""
+    """Write a Python value as configurations do."""
     known = {"None": "null", "True": "true", "False": "false"}
     return f"[{text[1:-1]}]" if text.startswith("(") else known.get(text, text)
 
 
 def _objects(node: Any, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every mapping with `_target_` in a configuration, with its full name."""
+    """Yield every mapping with `_target_` in a configuration, with its full name."""
     if isinstance(node, dict):
         if "_target_" in node:
             yield name, node
@@ -167,7 +170,7 @@ def _objects(node: Any, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 @functools.cache
 def _load(file: Path) -> dict[str, Any]:
-    """A config file on top of the files of its own group that its defaults name."""
+    """Read a config file, on top of the files of its own group that its defaults name."""
     own = yaml.safe_load(file.read_text(encoding="utf-8"))
     merged: dict[str, Any] = {}
     for entry in own.pop("defaults", []):
@@ -183,56 +186,11 @@ def _merge(below: Any, above: Any) -> Any:
 
 
 def argument_meanings(target: str) -> dict[str, str]:
-    """What the docstring of a class of ours says of its arguments, by name."""
+    """Read the meanings of the arguments in the docstring of one of our classes, by name."""
     block = (inspect.getdoc(load_target(target)) or "").partition("\nArgs:\n")[2].partition("\n\n")[0]
     entries = re.split(r"^    (?=\w)", block, flags=re.MULTILINE)[1:]
     pairs = (" ".join(entry.split()).partition(": ") for entry in entries)
     return {each: meaning for names, _, meaning in pairs for each in names.split(", ")}
-
-
-def command_tables() -> str:
-    """What `omnivision` and each of its commands do, and their arguments."""
-    found = ["## omnivision", plain(app.help)]
-    for name in COMMANDS:
-        command = app[name]
-        found += [f"## omnivision {name}", plain(described_command(command))]
-        rows = [f"| `{escape(names(each))}` | {plain(meaning(each))} |" for each in arguments(command)]
-        found.append("\n".join(["| argument | meaning |", "|---|---|", *rows]))
-    return "\n\n".join(found)
-
-
-def arguments(command: App) -> list[Argument]:
-    return [each for each in command.assemble_argument_collection(parse_docstring=True) if each.names != ("*",)]
-
-
-def described_command(command: App) -> str:
-    """The description of a command: the docstring of its function without its arguments."""
-    text = inspect.getdoc(command.default_command) or ""
-    return " ".join(text.partition("\nArgs:")[0].split())
-
-
-def names(argument: Argument) -> str:
-    """An argument as it is typed, with the name of its value."""
-    options = [name for name in argument.names if name.startswith("-")]
-    if not options:
-        several = "..." if get_origin(argument.hint) is list else ""
-        return argument.names[0].upper().replace(".NPY", ".npy").replace(".PT", ".pt") + several
-    choices = [
-        str(each)
-        for hint in (argument.hint, *get_args(argument.hint))
-        if get_origin(hint) is Literal
-        for each in get_args(hint)
-    ]
-    flag = argument.hint is bool
-    value = "" if flag else argument.parameter.metavar or "|".join(choices) or options[0].lstrip("-").upper()
-    return f"{options[0]} {value}".strip()
-
-
-def meaning(argument: Argument) -> str:
-    """The help of an argument, and its default."""
-    default = argument.field_info.default
-    shown = "" if default in (None, "", inspect.Parameter.empty) or default is False else f" (default {default})"
-    return (argument.parameter.help or "").removesuffix(".") + shown + ("." if argument.parameter.help else "")
 
 
 if __name__ == "__main__":

@@ -5,9 +5,7 @@ import io
 import os
 import re
 import sys
-import tempfile
 import unittest
-from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -26,6 +24,7 @@ from omnivision.training.run_messages import end_lines, start_lines
 from omnivision.utils.errors import EXIT_SIGINT, StopRequested, UserError
 from omnivision.utils.signals import StopSignal
 from omnivision.utils.streams import announce, fit, wrap
+from tests.fixtures import Folder
 from tests.test_trainer import Noise, trainer
 
 WIDTHS = (60, 80, 120)
@@ -39,13 +38,6 @@ class Terminal(io.StringIO):
 def plain(text: str) -> list[str]:
     """Lines without control sequences of a terminal."""
     return [line.rstrip() for line in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text).splitlines() if line.strip()]
-
-
-class Folder(unittest.TestCase):
-    def setUp(self):
-        temporary = tempfile.TemporaryDirectory()
-        self.addCleanup(temporary.cleanup)
-        self.folder = Path(temporary.name)
 
 
 class Windows(Folder):

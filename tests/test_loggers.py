@@ -21,6 +21,7 @@ from omnivision.reporting.reporter import Reporter
 from omnivision.reporting.run_directory import RunDir
 from omnivision.utils.errors import UserError
 from tests import runs
+from tests.fixtures import Folder
 
 OFFLINE = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
 METRICS = {"train/loss", "train/lr", "train/grad_norm", "train/clips_per_second", "train/data_wait", "train/memory_gb"}
@@ -60,11 +61,10 @@ def wandb_metrics(folder: Path) -> dict[str, dict[int, float]]:
     return metrics
 
 
-def tensorboard_scalars(run_folder: str) -> list[tuple[int, float]]:
-    """Step and value of train/loss."""
-    events = EventAccumulator(f"{run_folder}/tensorboard")
+def tensorboard(run_folder: Path) -> EventAccumulator:
+    events = EventAccumulator(str(run_folder / "tensorboard"))
     events.Reload()
-    return [(event.step, event.value) for event in events.Scalars("train/loss")]
+    return events
 
 
 class Metrics(unittest.TestCase):
@@ -92,8 +92,7 @@ class Metrics(unittest.TestCase):
                 self.assertAlmostEqual(value, self.lines[step][name], delta=1e-6 * max(1, abs(value)))
 
     def test_tensorboard(self):
-        board = EventAccumulator(str(self.folder / "run/tensorboard"))
-        board.Reload()
+        board = tensorboard(self.folder / "run")
         self.assert_the_same({name: {e.step: e.value for e in board.Scalars(name)} for name in board.Tags()["scalars"]})
         self.assertIn("train_epoch/loss", board.Tags()["scalars"])
         self.assertTrue(board.Images("pictures")[0].encoded_image_string.startswith(b"GIF89a"))
@@ -118,62 +117,61 @@ class Metrics(unittest.TestCase):
         self.assertRegex(self.stdout, r"waiting for data \d+%  \d+\.\d GB  \d+% of the peak  ETA ")
 
 
-class Tensorboard(unittest.TestCase):
-    def test_steps_after_a_checkpoint_are_dropped(self):
-        with tempfile.TemporaryDirectory() as name:
-            for step, logged in ((0, (1, 2, 3)), (1, (2,))):
-                board = TensorBoard(RunDir(name), step)
-                for each in logged:
-                    board.scalars({"train/loss": float(step)}, each)
-                board.close(failed=False)
-                time.sleep(1.1)  # files are ordered by the second in which they were opened
-            self.assertEqual(tensorboard_scalars(name), [(1, 0.0), (2, 1.0)])
+class Alone(Folder):
+    """Loggers without a run."""
+
+    def setUp(self):
+        super().setUp()
+        self.run_dir = RunDir(self.folder)
+        self.run_dir.create()
+
+    def tensorboard_losses(self) -> list[tuple[int, float]]:
+        return [(event.step, event.value) for event in tensorboard(self.folder).Scalars("train/loss")]
+
+    def test_tensorboard_drops_steps_after_the_checkpoint(self):
+        for step, logged in ((0, (1, 2, 3)), (1, (2,))):
+            board = TensorBoard(self.run_dir, step)
+            for each in logged:
+                board.scalars({"train/loss": float(step)}, each)
+            board.close(failed=False)
+            time.sleep(1.1)  # files are ordered by the second in which they were opened
+        self.assertEqual(self.tensorboard_losses(), [(1, 0.0), (2, 1.0)])
 
     def test_a_logger_that_fails_is_dropped(self):
         """A server that does not answer must not end a run; the other loggers continue."""
-        broken = mock.Mock(scalars=mock.Mock(side_effect=ConnectionError("nobody answers")))
-        with tempfile.TemporaryDirectory() as name:
-            RunDir(name).create()
-            out = io.StringIO()
-            reporter = Reporter(RunDir(name), enabled=True, console=Console(file=out, width=200))
-            reporter.start(0, 10)
-            reporter._loggers.insert(0, broken)
-            for step in (1, 2):
-                reporter.step(0, 1, step, {"loss": 1.0, "clips_per_second": 1.0, "data_wait": 0.0})
-            reporter.close()
-            self.assertEqual(out.getvalue().count("warning: Mock"), 1)
-            self.assertEqual(tensorboard_scalars(name), [(1, 1.0), (2, 1.0)])
+        out = io.StringIO()
+        reporter = Reporter(self.run_dir, enabled=True, console=Console(file=out, width=200))
+        reporter.start(0, 10)
+        reporter._loggers.insert(0, mock.Mock(scalars=mock.Mock(side_effect=ConnectionError("nobody answers"))))
+        for step in (1, 2):
+            reporter.step(0, 1, step, {"loss": 1.0, "clips_per_second": 1.0, "data_wait": 0.0})
+        reporter.close()
+        self.assertEqual(out.getvalue().count("warning: Mock"), 1)
+        self.assertEqual(self.tensorboard_losses(), [(1, 1.0), (2, 1.0)])
 
-
-class FailedRun(unittest.TestCase):
-    def test_mlflow(self):
+    def test_mlflow_of_a_failed_run(self):
         """Its status, and more settings than MLflow takes at once."""
         from mlflow import MlflowClient
 
-        with tempfile.TemporaryDirectory() as name:
-            start = time.time()
-            RunDir(name).create()
-            logger = MLflow(RunDir(name), {f"setting_{n}": n for n in range(250)})
-            logger.scalars({"train/loss": 1.0}, 1)
-            logger.close(failed=True)
-            client = MlflowClient(tracking_uri=f"sqlite:///{name}/mlflow.db")
-            run = client.get_run(Path(name, "mlflow_id").read_text().strip())
-            self.assertEqual((run.info.status, len(run.data.params)), ("FAILED", 250))
-            [metric] = client.get_metric_history(run.info.run_id, "train/loss")
-            self.assertLess(abs(metric.timestamp / 1000 - start), 600)
+        start = time.time()
+        logger = MLflow(self.run_dir, {f"setting_{n}": n for n in range(250)})
+        logger.scalars({"train/loss": 1.0}, 1)
+        logger.close(failed=True)
+        client = MlflowClient(tracking_uri=f"sqlite:///{self.folder}/mlflow.db")
+        run = client.get_run((self.folder / "mlflow_id").read_text().strip())
+        self.assertEqual((run.info.status, len(run.data.params)), ("FAILED", 250))
+        [metric] = client.get_metric_history(run.info.run_id, "train/loss")
+        self.assertLess(abs(metric.timestamp / 1000 - start), 600)
 
-    def test_wandb(self):
+    def test_wandb_of_a_failed_run(self):
         import wandb
 
-        with tempfile.TemporaryDirectory() as name, mock.patch.dict(os.environ, OFFLINE, HOME=name):
-            RunDir(name).create()
-            WeightsAndBiases(RunDir(name), {}).close(failed=True)
+        with mock.patch.dict(os.environ, OFFLINE, HOME=str(self.folder)):
+            WeightsAndBiases(self.run_dir, {}).close(failed=True)
             wandb.teardown()  # its service, which would have the exit code of these tests
-            codes = [record.exit.exit_code for record in wandb_records(Path(name)) if record.HasField("exit")]
+        codes = [record.exit.exit_code for record in wandb_records(self.folder) if record.HasField("exit")]
         self.assertEqual(codes, [1])
 
-
-class Refused(unittest.TestCase):
     def test_what_cannot_be_started_is_named(self):
         no_server = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
         for name, modules, environment in (
@@ -183,12 +181,11 @@ class Refused(unittest.TestCase):
         ):
             with (
                 self.subTest(name),
-                tempfile.TemporaryDirectory() as folder,
                 mock.patch.dict(sys.modules, modules),
                 mock.patch.dict(os.environ, environment),
                 self.assertRaisesRegex(UserError, f"trainer.logging.also has {name}"),
             ):
-                start_loggers([name], RunDir(folder), {}, 0)
+                start_loggers([name], self.run_dir, {}, 0)
 
 
 if __name__ == "__main__":

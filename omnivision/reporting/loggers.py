@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from omnivision.reporting.run_directory import RunDir
@@ -39,13 +38,10 @@ class TensorBoard:
             self._board.add_scalar(name, value, step)
 
     def image(self, name: str, file: Path, step: int) -> None:
-        """Log a PNG, or a GIF that moves; `add_video` of TensorBoard would need another package to encode it."""
+        """Log a PNG or GIF as it is: `add_image` would encode it again, and `add_video` needs another package to do so."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         with Image.open(file) as opened:
-            if file.suffix == ".png":
-                self._board.add_image(name, np.asarray(opened.convert("RGB")), step, dataformats="HWC")
-                return
             width, height = opened.size
         image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=file.read_bytes())
         self._board._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)

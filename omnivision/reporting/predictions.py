@@ -38,7 +38,7 @@ class Predictions:
         return torch.from_numpy(self.scores).softmax(1).numpy()
 
     def confusion(self) -> np.ndarray:
-        """int64 (classes, classes): rows are labels, columns predictions."""
+        """Count predictions: int64 (classes, classes), a row for each label, a column for each predicted class."""
         return confusion_matrix(self.label, self.scores.argmax(1), self.scores.shape[1])
 
 

@@ -105,7 +105,7 @@ class Reporter:
             self._log(lambda logger: logger.image(f"confusion/{source}", file, step))
 
     def _may_write(self) -> bool:
-        """Return whether this is rank 0, and the run directory is still its own."""
+        """Return whether this is rank 0 and still holds the lock of the run directory."""
         return self.enabled and not self.run_dir.lost()
 
     def __enter__(self) -> Reporter:
@@ -179,7 +179,7 @@ class ProgressLine:
         self._bar.start()
 
     def step(self, epoch: int, epochs: int, step: int, metrics: Mapping[str, float]) -> None:
-        """`metrics` of a step: loss, clips_per_second, data_wait, and memory_gb and mfu where they are known."""
+        """Show the metrics of a step: loss, clips_per_second, data_wait, and memory_gb and mfu where they are known."""
         parts = [f"loss {metrics['loss']:.4f}", f"{metrics['clips_per_second']:.1f} clips/s"]
         parts.append(f"waiting for data {metrics['data_wait']:.0%}")
         parts += [f"{metrics['memory_gb']:.1f} GB"] if "memory_gb" in metrics else []

@@ -27,7 +27,7 @@ SUMMARY_TYPES = {"status": str, "job": dict, "run": dict, "last": dict, "epochs"
 
 
 def slurm_job_id() -> str | None:
-    """ID of this process's SLURM job (12, or 12_3 in an array); None outside of SLURM."""
+    """Return the ID of this process's SLURM job (12, or 12_3 in an array); None outside of SLURM."""
     if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
         return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     return os.environ.get("SLURM_JOB_ID")
@@ -137,7 +137,7 @@ class RunDir:
                 print(f"Waiting: {waiting}", flush=True)
                 time.sleep(min(5.0, patience / 4))
         self._released.clear()
-        threading.Thread(target=self._beat, daemon=True, name="run-folder-heartbeat").start()
+        threading.Thread(target=self._beat, daemon=True, name="run-directory-heartbeat").start()
         if not stale:
             return None
         return f"Took over the lock of {_process_name(holder)}, which has exited or has no heartbeat."
@@ -168,7 +168,7 @@ class RunDir:
     def _heartbeat_age(self) -> float:
         """Return the age of the lock's heartbeat in seconds, by the clock of the file system: those of machines may differ.
 
-        0 where it cannot be measured, in a directory that may only be read: no other clock would tell it.
+        0 in a directory that is read-only, where it cannot be measured.
         """
         try:
             with tempfile.NamedTemporaryFile(dir=self.path, prefix=".clock.", suffix=".tmp") as probe:
@@ -180,14 +180,14 @@ class RunDir:
     def _is_alive(holder: dict[str, Any], age: float) -> bool:
         job = slurm_job_id()
         if job is not None and holder.get("job") == job and holder.get("restarts", 0) < slurm_restart_count():
-            return False  # SLURM starts a job again only when its processes are gone, with their node if need be
+            return False  # SLURM restarts a job only when its processes, or their node, are gone
         if holder.get("machine") == host_id():
             return process_start(holder["pid"]) == holder.get("started") is not None
         return age < STALE_SECONDS
 
     def _beat(self) -> None:
         while not self._released.wait(HEARTBEAT_SECONDS):
-            # A file system that does not answer for once must not end the heartbeat; `require_lock` decides.
+            # One failure of the file system must not end the heartbeat; `require_lock` decides.
             with contextlib.suppress(OSError):
                 if self.holder().get("token") == self._token:
                     os.utime(self._lock)
@@ -198,7 +198,7 @@ class RunDir:
         """Return `summary.json`; empty without one, and for a file that a run has not written."""
         try:
             summary = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):  # the next one to write replaces what is no summary
+        except (OSError, ValueError, RecursionError):  # the next write replaces it
             return {}
         fits = isinstance(summary, dict) and all(
             isinstance(summary.get(name), (kind, type(None))) for name, kind in SUMMARY_TYPES.items()
@@ -237,14 +237,14 @@ class RunDir:
     def note_silent_end(self, reason: str, interrupted: bool) -> None:
         """Write how a killed run ended, unless another run is alive in this directory."""
         if not self.path.is_dir():
-            return  # it was killed before it made one
+            return  # killed before it made one
         with file_lock(self.path / ".lock.guard"):
             if self.in_use():
                 return
             summary = self.read_summary()
             if summary.get("status") == "running":
                 self.write_end("interrupted" if interrupted else "failed", reason)
-            elif summary.get("status") == "failed" and "killed" in reason:  # the others saw only that it is gone
+            elif summary.get("status") == "failed" and "killed" in reason:  # the other ranks saw only that it is gone
                 self.write_summary(exit_reason=f"{reason}; {summary.get('exit_reason')}")
 
 

@@ -38,7 +38,7 @@ class UserError(ValueError):
 def causes(error: BaseException | None) -> Iterator[BaseException]:
     """Yield an exception, its cause, the cause of that, and so on."""
     seen: set[int] = set()
-    while error is not None and id(error) not in seen:  # a chain of causes may be a circle
+    while error is not None and id(error) not in seen:  # a chain of causes may be a cycle
         seen.add(id(error))
         yield error
         error = error.__cause__ or error.__context__
@@ -68,7 +68,7 @@ class NonFiniteError(UserError):
 
 
 class PeerLostError(RuntimeError):
-    """Another rank, which the message names, is silent, or `gone` (killed, and its system knows by what)."""
+    """Another rank, named in the message, has no heartbeat, or is `gone` (killed; its own system reports by what)."""
 
     def __init__(self, message: str, gone: bool = False) -> None:
         super().__init__(message)
@@ -76,13 +76,13 @@ class PeerLostError(RuntimeError):
 
 
 class DataWorkerError(UserError):
-    """A data worker was killed or hangs. The run resumes from its checkpoint when it is started again."""
+    """A data worker was killed or hangs. The same command resumes the run from its checkpoint."""
 
     exit_code = EXIT_FAULT
 
 
 class StopRequested(BaseException):
-    """A run was asked to stop, by `cause` (see `StopSignal`). `saved_step`: it has saved, and all ranks exit together."""
+    """A run was asked to stop, by `cause` (see `StopSignal`). With a `saved_step`, it has saved and all ranks exit together."""
 
     def __init__(self, cause: str, saved_step: int | None = None) -> None:
         super().__init__(cause)

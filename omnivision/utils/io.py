@@ -39,11 +39,11 @@ def temporary_beside(path: Path) -> Path:
 def replace_atomically(path: Path) -> Iterator[IO[bytes]]:
     """Open a file that replaces `path` when the block ends without an error.
 
-    A link is followed. Raises OSError for a device, a pipe or a folder, which a file must not replace.
+    A link is followed. Raises OSError for a device, a pipe or a folder.
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "it is there and no file", str(path))
+        raise OSError(errno.EINVAL, "it exists and is not a regular file", str(path))
     temporary = temporary_beside(path)
     try:
         with open(temporary, "wb") as file:
@@ -143,7 +143,7 @@ def safe_load(source: Path | IO[bytes], map_location: str = "cpu") -> Any:
 
     try:
         mapped = isinstance(source, Path) and is_archive(source)
-        with warnings.catch_warnings(action="ignore"):  # of the version of a file that is about to be refused
+        with warnings.catch_warnings(action="ignore"):  # about the version of a file that is about to be rejected
             return torch.load(source, map_location=map_location, weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises many kinds for a damaged or hostile file; all mean the same to the caller
         if is_out_of_memory(error):
@@ -152,7 +152,7 @@ def safe_load(source: Path | IO[bytes], map_location: str = "cpu") -> Any:
         if what := re.search(r"GLOBAL (\S+)|operand 149", reason):  # 149 frames a pickle that never was torch's
             raise CorruptCheckpointError(
                 f"{name} does not load: it holds a pickled object{f' ({what[1]})' if what[1] else ''}, and unpickling may run "
-                "anything. Save its state dict alone where it was made: torch.save({'model': model.state_dict()}, FILE)."
+                "any code. Where it was made, save only the state dict: torch.save({'model': model.state_dict()}, FILE)."
             ) from error
         # Other messages of torch are about itself, or advice to load the file all the same.
         informative = reason and isinstance(error, (RuntimeError, OSError))

@@ -32,7 +32,7 @@ SIGNAL_DEBOUNCE_SECONDS = 1.0
 class StopSignal:
     """Whether this process was asked to stop, by what, and when its job ends anyway.
 
-    A run notes how long its steps and its saving take, and leaves early enough before the deadline.
+    A run notes how long its steps and saves take, and exits early enough before the deadline.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class StopSignal:
         self.save_seconds: float | None = None  # until something was saved
         self.saved_step: int | None = None  # of the newest checkpoint
         self.phase = "starting"  # of the main thread, for whoever reports that it hangs
-        self._half = 0.0  # of the time that was left when the deadline became known
+        self._max_reserved = 0.0
         self._late = False
         self._on_signal: Literal["note", "raise", "defer", "ignore"] = "note"
         self._first_term = 0.0
@@ -61,13 +61,13 @@ class StopSignal:
 
     @property
     def reserved_seconds(self) -> float:
-        """Seconds that are kept for leaving: at most half of what there was, so that a short job does something at all."""
-        return min(seconds_to_leave(self.step_seconds, self.save_seconds), self._half)
+        """Seconds to keep for the exit: at most half of the time that the deadline left, so that a short job trains."""
+        return min(seconds_to_leave(self.step_seconds, self.save_seconds), self._max_reserved)
 
     def set_deadline(self, deadline: float | None) -> None:
         """Set when the job ends, in seconds since the epoch (None: never)."""
         self.deadline = deadline
-        self._half = 0.0 if deadline is None else (deadline - time.time()) / 2
+        self._max_reserved = 0.0 if deadline is None else (deadline - time.time()) / 2
 
     def timings(self) -> dict[str, float]:
         """Return how long the slowest recent step and the last saving took, as far as they are known."""
@@ -75,7 +75,7 @@ class StopSignal:
         return {name: round(seconds, 3) for name, seconds in timings.items() if seconds is not None}
 
     def describe_saved(self) -> str:
-        """Return up to where the run is saved, and how to continue."""
+        """Return which step is saved, and how to continue."""
         if self.saved_step is None:
             return "nothing is saved yet, and the same command starts over"
         return f"step {self.saved_step} is saved, and the same command continues from there"
@@ -144,7 +144,7 @@ def signals_blocked() -> Iterator[None]:
 
 
 def kill_data_workers() -> None:
-    """Kill this process's data workers: they receive no request to stop, and a hung one would be waited for without end."""
+    """Kill this process's data workers: they block stop signals, and Python would wait for a hung one forever."""
     for worker in multiprocessing.active_children():
         worker.kill()
 
@@ -167,7 +167,7 @@ def exit_with_parent(pid: int) -> None:
 
 @contextlib.contextmanager
 def signals_ignored() -> Iterator[None]:
-    """Ignore Ctrl-C and requests to stop inside this block, as do processes started in it: what ends writes down why.
+    """Ignore Ctrl-C and stop signals inside this block, as do processes started in it, so that a process can write why it ends.
 
     Ctrl-C reaches all processes of a terminal, and SLURM's signals all of a job; the launcher then sends one more.
     """

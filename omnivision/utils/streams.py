@@ -27,27 +27,27 @@ class SafeStream:
                     text.encode(self._stream.encoding, "backslashreplace").decode(self._stream.encoding)
                 )
         except OSError as error:
-            self._lose(error)
+            self._redirect(error)
             return len(text)
 
     def flush(self) -> None:
         try:
             self._stream.flush()
         except OSError as error:
-            self._lose(error)
+            self._redirect(error)
 
-    def _lose(self, error: OSError) -> None:
+    def _redirect(self, error: OSError) -> None:
         """Redirect the stream to /dev/null; Python's last flush would otherwise change the exit code."""
         self.failed = error
-        with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), self._stream.fileno())
+        with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as devnull:
+            os.dup2(devnull.fileno(), self._stream.fileno())
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
 
 def output_problem() -> str | None:
-    """Say why standard output, the result of a command, could not be written; None if it was. A closed pipe is no problem."""
+    """Return why standard output could not be written; None if it was. A closed pipe is no problem."""
     sys.stdout.flush()
     failed = getattr(sys.stdout, "failed", None)
     if failed is None or isinstance(failed, BrokenPipeError):
@@ -56,7 +56,7 @@ def output_problem() -> str | None:
 
 
 def announce(text: str) -> None:
-    """Print what a slow start is doing, where somebody watches."""
+    """Print what a slow start is doing, on a terminal."""
     if sys.stderr.isatty():
         print(f"{text} ...", file=sys.stderr, flush=True)
 
@@ -67,7 +67,7 @@ def fit(text: str, stream: TextIO) -> str:
 
 
 def wrap(text: str, width: int) -> str:
-    """Wrap lines at spaces: a terminal would break numbers and paths. What follows a label in a line stays in its column."""
+    """Wrap lines at spaces, because a terminal breaks numbers and paths. Text after a label stays in its column."""
     lines = []
     for line in text.splitlines():
         label = re.match(r"\S[^:]{0,11} {2,}(?=\S)| +", line)
