@@ -45,7 +45,7 @@ for step in range(1, 10**6):
 
 @dataclass
 class Outcome:
-    """What a guarantee's faults led to; each broken one is described in `lost`, `crashed` or `accepted` (wrongly)."""
+    """Results of injecting the faults of a guarantee: what was lost, what crashed, and what was wrongly accepted."""
 
     guarantee: str
     injected: str
@@ -61,11 +61,9 @@ class Outcome:
 
 
 def killed_runs(folder: Path, kills: int, processes: int) -> Outcome:
-    """A run that is killed at random moments, compared with one that is not."""
-    outcome, rng = (
-        Outcome(f"resumed equals uninterrupted, {processes} process{'es' * (processes > 1)}", ""),
-        random.Random(0),
-    )
+    """Kill a run at random moments, and compare it with one that is not killed."""
+    outcome = Outcome(f"resumed equals uninterrupted, {processes} process{'es' * (processes > 1)}", "")
+    rng = random.Random(0)
     settings = [
         *runs.write_split(folder, runs.real_films() * 16),
         f"launcher.gpus_per_node={processes}",
@@ -102,7 +100,7 @@ def killed_runs(folder: Path, kills: int, processes: int) -> Outcome:
 
 
 def tensors_of(run: Path) -> dict[str, torch.Tensor]:
-    """Weights, and the state of the optimizer, in the newest checkpoint of a run."""
+    """Return the weights and the optimizer's state in the newest checkpoint of a run."""
     contents = checkpoint.read(run / "checkpoints/checkpoint.pt")
     moments = {
         f"{number} {name}": torch.as_tensor(value)
@@ -113,7 +111,7 @@ def tensors_of(run: Path) -> dict[str, torch.Tensor]:
 
 
 def wait_for_moment(process: subprocess.Popen[bytes], run: Path, rng: random.Random, saving: bool) -> bool:
-    """Wait for a random moment after a step of this start, or for one while it saves; True if it is while saving."""
+    """Wait for a random moment after a step of this start, or during a save; return whether it is during one."""
     before, deadline = last_logged(run), time.monotonic() + 120
     while process.poll() is None and last_logged(run) <= before:
         assert time.monotonic() < deadline, "no step in two minutes"
@@ -130,13 +128,13 @@ def wait_for_moment(process: subprocess.Popen[bytes], run: Path, rng: random.Ran
 
 
 def last_logged(run: Path) -> int:
-    """The last step in the log of a run; -1 for none. A start first removes the steps after its checkpoint."""
+    """Return the last step in the log of a run; -1 for none. A start first removes the steps after its checkpoint."""
     log = run / "logs/metrics.jsonl"
     return max((line["step"] for line in read_lines(log)), default=-1) if log.is_file() else -1
 
 
 def last_saved(run: Path) -> int:
-    """The step of the newest complete checkpoint; -1 for none."""
+    """Return the step of the newest complete checkpoint; -1 for none."""
     newest = checkpoint.load_newest(run / "checkpoints") if (run / "checkpoints").is_dir() else None
     return -1 if newest is None else newest[0]["epoch"] * newest[0]["steps_per_epoch"] + newest[0]["step"]
 
@@ -145,7 +143,7 @@ def last_saved(run: Path) -> int:
 
 
 def killed_while_saving(folder: Path, kills: int) -> Outcome:
-    """A process that saves again and again; after each kill the newest checkpoint is complete, and no older than the last."""
+    """Kill a process that saves again and again: the newest checkpoint must be complete, and no older than the last."""
     outcome, rng = Outcome("a kill while saving loses no checkpoint", f"{kills} kills while saving"), random.Random(0)
     for number in range(kills):
         target = folder / str(number)
@@ -175,7 +173,7 @@ def killed_while_saving(folder: Path, kills: int) -> Outcome:
 
 
 def damaged_checkpoints(folder: Path, count: int) -> Outcome:
-    """Each is rejected by its manifest, and the previous one is used; as weights to start from each is rejected, too."""
+    """Corrupt checkpoints: each must be rejected by its manifest, as pretrained weights too, and the previous one be used."""
     outcome = Outcome("a corrupt checkpoint is rejected", f"{count} files truncated, bit-flipped or with holes")
     for step in (1, 2):
         checkpoint.save(state(step, model={"w": torch.arange(20_000.0) + step}), folder, [])
@@ -201,7 +199,7 @@ def damaged_checkpoints(folder: Path, count: int) -> Outcome:
 
 
 def full_disk(folder: Path) -> Outcome:
-    """A disk of 2 MB (tmpfs): saving raises ENOSPC, and the previous checkpoint is still there."""
+    """Fill a disk of 2 MB (tmpfs): saving must raise ENOSPC and keep the previous checkpoint."""
     outcome = Outcome("a full disk is reported and loses no checkpoint", "1 disk of 2 MB")
     if os.geteuid() != 0:
         outcome.injected = "none: only root may mount a disk"
@@ -243,7 +241,7 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
 
 
 def damaged_videos(folder: Path, cases: int) -> Outcome:
-    """Videos of several codecs and containers."""
+    """Damage videos of several codecs and containers."""
     sources = [
         make_video(folder / name, codec, frames=30, options=CODEC_OPTIONS.get(codec),
                   pix_fmt="rgb8" if codec == "gif" else "yuv420p")
@@ -253,7 +251,7 @@ def damaged_videos(folder: Path, cases: int) -> Outcome:
 
 
 def damaged_weights(folder: Path, cases: int) -> Outcome:
-    """Archives of torch.save, old and new, and safetensors."""
+    """Damage archives of torch.save, old and new, and safetensors."""
     weights = {f"trunk.{name}": torch.arange(64.0).reshape(8, 8) for name in "abc"}
     sources = [folder / name for name in ("new.pt", "old.pth", "x.safetensors")]
     torch.save(weights, sources[0])
@@ -282,7 +280,7 @@ def open_damaged(guarantee: str, kind: str, sources: list[Path], cases: int) -> 
 
 
 def open_mutations(kind: str, seed: int, count: int, sources: list[str]) -> None:
-    """Open `count` mutations; anything but a rejection ends this process."""
+    """Open `count` mutations; end this process on anything but a rejection."""
     for number in range(seed, seed + count):
         rng, source = random.Random(number), Path(sources[number % len(sources)])
         damaged = source.with_name(f"damaged_{number}{source.suffix}")
