@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from omnivision.checkpoint import checkpointer as checkpoint
-from omnivision.checkpoint.pretrained import read
+from omnivision.checkpoint.state_dict_file import read
 from omnivision.data.video import VideoDecodeError, open_video
 from omnivision.reporting.logs import read_lines
 from omnivision.utils.errors import UserError

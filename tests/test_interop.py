@@ -478,7 +478,7 @@ class Geometry(Case):
         imported = from_ours({name: torch.zeros(tensor.shape) for name, tensor in state.items()})
         self.assertEqual(imported.assumed, ["--num-heads 3", "--num-frames 16"])
         self.assertEqual(imported.architecture["trunk"]["image_size"], 224)
-        self.assertIn("  assumed     2  --num-heads 3, --num-frames 16", imported.lines())
+        self.assertIn("  assumed     2  --num-heads 3; --num-frames 16", imported.lines())
 
     def test_a_width_that_a_ratio_truncates(self):
         model = scrambled(VideoClassifier(VisionTransformer(48, 1, 3, 2.6, **CLIP, tubelet=(2, 8, 8)), [2]))
@@ -503,7 +503,7 @@ class Command(Case):
         report = self.run_import(source, out, *self.OPTIONS, "--image-size", 32, "--decoder-heads", 4)
         for row in (
             r"theirs\.pth: \d+ tensors of format videomae\n",
-            r"renamed +57  encoder\.patch_embed\.proj\.weight -> .*, \.\.\.\n",
+            r"renamed +57  encoder\.patch_embed\.proj\.weight -> .*; and 54 more\n",
             r"filled +5  .*trunk\.blocks\.0\.attn\.qkv\.bias\[k\], .*\(zeros; not in the file\)\n",
             r"filled +1  trunk\.pos_embed \(the fixed table\)\n",
             r"filled +1  trunk\.mask_token \(mask_token, before the projection\)\n",

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
-from omnivision.checkpoint import pretrained as weights
 from omnivision.checkpoint import sharded
+from omnivision.checkpoint import state_dict_file as weights
 from omnivision.config.validate import validate_config
 from omnivision.distributed.process_group import Dist, RankInfo
 from omnivision.tools.main import main as omnivision
@@ -79,9 +79,9 @@ class Runs(unittest.TestCase):
                 self.assertAlmostEqual(one["grad_norm"], other["grad_norm"], delta=1e-4 * one["grad_norm"])
         self.assertTrue((split / "pictures/last.png").exists())
 
-        whole = weights.read(self.folder / "ddp")
+        whole = weights.read(self.folder / "ddp").with_weights()
         for name in ("split", "copied"):
-            again = weights.read(self.folder / name)
+            again = weights.read(self.folder / name).with_weights()
             self.assertEqual(set(again.state), set(whole.state))
             for tensor in whole.state:
                 difference = (whole.state[tensor] - again.state[tensor]).abs().max()
@@ -89,7 +89,7 @@ class Runs(unittest.TestCase):
         exported = self.folder / "exported.safetensors"
         self.assertEqual(omnivision(["export", str(split), str(exported), "--to", "safetensors"]), 0)
         trunk = weights.read(exported).state["trunk.blocks.0.mlp.fc1.weight"]
-        self.assertTrue(torch.equal(trunk, weights.read(split).state["trunk.blocks.0.mlp.fc1.weight"]))
+        self.assertTrue(torch.equal(trunk, weights.read(split).with_weights().state["trunk.blocks.0.mlp.fc1.weight"]))
 
     def test_what_computes_and_travels_in_half_precision_equals_ddp(self):
         """Norms are not rounded, as autocast does not round them; products are, and so is what goes over the wire."""

@@ -10,9 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from omnivision.checkpoint import checkpointer as checkpoint
-from omnivision.checkpoint.pretrained import LoadReport, WeightFilter, filter_state_dict, load, read, read_several
-from omnivision.checkpoint.state_dict_file import StateDictFile, resolve_checkpoint
-from omnivision.checkpoint.state_dict_file import read as read_for_import
+from omnivision.checkpoint.pretrained import LoadReport, WeightFilter, filter_state_dict, load
+from omnivision.checkpoint.state_dict_file import StateDictFile, read, read_several, resolve_checkpoint
 from omnivision.models.architecture import build, describe
 from omnivision.models.average import AveragedClassifier
 from omnivision.models.classifier import VideoClassifier
@@ -259,9 +258,9 @@ class Reading(Case):
     def test_the_ema_takes_the_place_of_the_weights(self):
         ema = {"trunk.norm.weight": torch.full((24,), 7.0)}
         path = self.save({"model": self.state, "ema": ema})
-        for found in (read(path), *read_several([str(path)] * 2)):
+        for found in (read(path).with_weights(), *read_several([str(path)] * 2)):
             torch.testing.assert_close(found.state, self.state | ema, rtol=0, atol=0)
-        torch.testing.assert_close(read_for_import(path).state, self.state, rtol=0, atol=0)
+        torch.testing.assert_close(read(path).state, self.state, rtol=0, atol=0)
 
     def test_a_checkpoint_has_its_epoch_and_metrics(self):
         last = {"loss": 0.3, "val_loss": 0.41, "val_top1": 85.714, "val_epoch": 12}
@@ -286,7 +285,7 @@ class Reading(Case):
         self.assertEqual(len(read_several(str(both))), 2)
         with self.assertRaisesRegex(UserError, "ensemble_weights"):
             read_several(paths[0])
-        with self.assertRaisesRegex(UserError, "default_ensemble"):
+        with self.assertRaisesRegex(UserError, "ensemble_weights"):
             read(both)
 
     def test_damaged_files_are_refused(self):
@@ -299,9 +298,8 @@ class Reading(Case):
             self.replace(path, data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
             if not manifest:
                 path.with_name("checkpoint.pt.json").unlink()
-            for reader in (read, read_for_import):
-                with self.assertRaisesRegex(UserError, "its manifest" if manifest else "checksum"):
-                    reader(folder.parent)
+            with self.assertRaisesRegex(UserError, "its manifest" if manifest else "checksum"):
+                read(folder.parent)
         torch.save(self.state, self.folder / "old.pt", _use_new_zipfile_serialization=False)
         self.replace(self.folder / "old.pt", (self.folder / "old.pt").read_bytes()[:-100])
         (self.folder / "junk.safetensors").write_bytes(b"\xff" * 40)
@@ -312,7 +310,7 @@ class Reading(Case):
     def test_refused(self):
         os.mkfifo(self.folder / "pipe")
         for source in (self.folder / "pipe", "", self.folder / "none"):
-            with self.subTest(source), self.assertRaisesRegex(UserError, "pretrained_checkpoint_path.* null "):
+            with self.subTest(source), self.assertRaisesRegex(UserError, "There is no file"):
                 read(source)
         canary = self.folder / "canary"
         for content, message in (
@@ -320,15 +318,15 @@ class Reading(Case):
             ([1, 2], "a list"),
             (torch.zeros(2), "a Tensor"),
             ({"model": {}}, "no tensors"),
-            ({"model": {"a": 3}}, "'a', a int"),
+            ({"model": {"a": 3}}, "'a': int"),
             ({3: torch.zeros(1)}, "got 3"),
-            ({"a": torch.zeros(2).to_sparse()}, "must be dense"),
-            ({"a": torch.zeros(2, device="meta")}, "must be dense"),
-            ({"a": torch.zeros(1).expand(10**9)}, "must be dense"),
+            ({"a": torch.zeros(2).to_sparse()}, "must hold dense"),
+            ({"a": torch.zeros(2, device="meta")}, "must hold dense"),
+            ({"a": torch.zeros(1).expand(10**9)}, "must hold dense"),
             ({"model": self.state, "ema": {"other": torch.zeros(1)}}, "its model only, got 'other'"),
         ):
-            with self.subTest(message), self.assertRaisesRegex(UserError, f"(?s)^pretrained_.*odd.pt.*{message}"):
-                read(self.save(content, "odd.pt"))
+            with self.subTest(message), self.assertRaisesRegex(UserError, f"(?s)odd.pt.*{message}"):
+                read_several([self.save(content, "odd.pt")])
         self.assertFalse(canary.exists())
 
 

@@ -20,7 +20,7 @@ import yaml
 from omnivision.config.schema import runtime_only_settings
 from omnivision.data.catalog import Split
 from omnivision.data.sampling import EpochPlan
-from omnivision.utils.errors import UserError
+from omnivision.utils.errors import UserError, truncate_list
 
 # Settings that do not affect results, by shell patterns. The clips of a step and the contents of arrays follow from some of
 # them, and are compared themselves.
@@ -33,7 +33,6 @@ ADDED["trainer.data.view.scale"] = ADDED["crop_scale"]
 RENAMED_TARGETS = {"omnivision.data.mixing.Mixing": "omnivision.data.mixing.MixupCutmix"}
 REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 LIBRARIES = ("torch", "torchvision", "timm", "av", "numpy")
-MAX_LISTED_CHANGES = 6
 WHOLE_BYTES = 64 << 20  # read of a file; of a larger one, in pieces spread over it
 PIECE_BYTES = 1 << 20
 
@@ -135,15 +134,6 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[s
     return altering, others + list(changes(then["versions"], now["versions"]).values())
 
 
-def class_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return the changes of class names between two fingerprints; a resumed head would predict wrong classes."""
-    changed = []
-    for head, names in enumerate(zip(class_names(inference(then)), class_names(inference(now)), strict=False)):
-        pairs = enumerate(zip(names[0] or [], names[1] or [], strict=False))
-        changed += [f"class {label} of head {head}: {old} -> {new}" for label, (old, new) in pairs if old != new]
-    return changed
-
-
 def changed_settings(file: Path, text: str) -> list[str]:
     """Return the changes "name: then -> now" from the configuration in `file` to `text`."""
     then = flat_file(file)
@@ -167,13 +157,6 @@ def mismatch_message(what: str, altering: Sequence[str]) -> str:
         f"{what} belongs to another experiment: {truncate_list(altering)}. Set these back, start a new run in another "
         "launcher.experiment_log_dir, or set trainer.checkpoint.allow_changes=true to resume anyway."
     )
-
-
-def truncate_list(changes: Sequence[str]) -> str:
-    """Join the first changes, each truncated."""
-    listed = [change if len(change) <= 200 else f"{change[:200]}..." for change in changes[:MAX_LISTED_CHANGES]]
-    more = len(changes) - len(listed)
-    return "; ".join(listed) + (f"; and {more} more" if more else "")
 
 
 def flat_text(text: str) -> dict[str, Any]:
@@ -231,11 +214,6 @@ def versions() -> dict[str, str]:
     return {"omnivision": digest.hexdigest()[:12], "python": platform.python_version()} | installed | commit
 
 
-def to_json(experiment: Mapping[str, Any]) -> str:
-    """Serialize a fingerprint for a checkpoint."""
-    return json.dumps(experiment, default=str)
-
-
 def read(text: Any) -> dict[str, Any] | None:
     """Parse the fingerprint in a checkpoint; None when it is none."""
     try:
@@ -244,24 +222,3 @@ def read(text: Any) -> dict[str, Any] | None:
     except (TypeError, ValueError, LookupError, RecursionError):
         return None
     return parsed if complete else None
-
-
-def inference(metadata: Any) -> Mapping[str, Any]:
-    """How to prepare videos for a model, from a fingerprint or the metadata of a file of weights, which may be anything."""
-    if not isinstance(metadata, Mapping):
-        return {}
-    entry = metadata.get("inference", (read(metadata.get("experiment")) or {}).get("inference"))
-    return entry if isinstance(entry, Mapping) else {}
-
-
-def class_names(inference: Mapping[str, Any]) -> list[list[str] | None]:
-    """Return the class names of each head in `inference`, see `valid_names`."""
-    heads = inference.get("class_names")
-    return [valid_names(names) for names in heads] if isinstance(heads, list) else []
-
-
-def valid_names(names: Any) -> list[str] | None:
-    """Return names of classes, all different; None for anything else, and for the numbers that stand in for names."""
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        return None
-    return None if len(set(names)) < len(names) or names == [str(label) for label in range(len(names))] else names

@@ -13,26 +13,25 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from omnivision.checkpoint import state_dict_file
-from omnivision.checkpoint.fingerprint import valid_names
-from omnivision.checkpoint.state_dict_file import StateDictFile, check_numbers, preview
+from omnivision.checkpoint.inference import distinct_names
+from omnivision.checkpoint.state_dict_file import StateDictFile, check_numbers
 from omnivision.config.schema import WeightFilter
 from omnivision.models.architecture import describe
 from omnivision.models.patches import Triple, resized_positions, token_grid
-from omnivision.utils.errors import UserError
-from omnivision.utils.io import require_weights
+from omnivision.utils.errors import UserError, truncate_list
 
 SETTING = "pretrained_checkpoint_path"
 # Parts of a trunk other than its RGB encoder.
 BESIDE_THE_ENCODER = ("trunk.decoder.", "trunk.mask_token", "trunk.depth_patch_embed.")
 BLOCKS = {"trunk": "trunk.blocks.", "decoder": "trunk.decoder.decoder_blocks."}
-HEAD = re.compile(r"(?:model\.)?heads\.(\d+)\.")  # an average has `model.` before the names of its classifier
+HEAD = re.compile(r"(?:model\.)?heads\.(\d+)\.0\.")  # an average has `model.` before the names of its classifier
 POSITIONS = ("trunk.pos_embed", "trunk.decoder.pos_embed")
 NO_PLACE = "no place in this model"
+T = TypeVar("T")
 
 
 @dataclass
@@ -64,60 +63,46 @@ class LoadReport:
         checkpoint = f" ({self.checkpoint})" if self.checkpoint else ""
         return [
             f"Weights from {self.path}{checkpoint}",
-            *(f"  {fate:8} {len(names):4}  {preview(names)}" for fate, names in rows.items()),
+            *(f"  {fate:8} {len(names):4}  {truncate_list(names, 3)}" for fate, names in rows.items()),
             *(f"  classes: {line}" for line in self.classes),
         ]
 
 
-def read(source: str | Path) -> StateDictFile:
-    """Read the weights of `pretrained_checkpoint_path`, with the EMA where a run kept one, as it was evaluated.
-
-    Raises UserError when there is nothing to read, or for a file without a state dict.
-    """
-    return read_several([str(source)])[0]
-
-
-def read_several(sources: str | Sequence[str]) -> list[StateDictFile]:
-    """Read the models to average: a list of sources, or one file with a list under `ensemble_weights`."""
-    for source in [sources] if isinstance(sources, str) else sources:
-        require_weights(source)
-    try:
-        return state_dict_file.read_several(sources)
-    except UserError as error:
-        raise UserError(f"{SETTING}: {error}") from None
-
-
-def filter_state_dict(state: Mapping[str, Tensor], choice: WeightFilter, report: LoadReport) -> dict[str, Tensor]:
-    """Apply a filter to a state dict; `report` gets the filter and what was dropped.
+def filter_state_dict(state: Mapping[str, T], choice: WeightFilter, report: LoadReport) -> dict[str, T]:
+    """Apply a filter to the entries of a state dict; `report` gets the filter and what was dropped.
 
     Raises UserError for a pattern that matches nothing, and for a filter that keeps nothing.
     """
-    return {new: state[old] for new, old in select_entries(state, choice, report).items()}
 
+    def match(pattern: str, option: str) -> list[str]:
+        if names := fnmatch.filter(entries, pattern):
+            return names
+        raise UserError(
+            f"trainer.checkpoint.{option}: {pattern!r} must match an entry of {report.path} ({truncate_list(list(entries))}). "
+            "Correct or remove it."
+        )
 
-def select_entries(state: Mapping[str, Tensor], choice: WeightFilter, report: LoadReport) -> dict[str, str]:
-    """Return {name for the model: name in the file} of the entries that a filter takes."""
     report.choice = choice.model_dump(include=set(WeightFilter.model_fields))
-    entries = {name: name for name in state}
+    entries = dict(state)
     if choice.keep is not None:
-        kept = {name for pattern in choice.keep for name in _matches(entries, pattern, "keep", report.path)}
+        kept = {name for pattern in choice.keep for name in match(pattern, "keep")}
         report.dropped |= {name: "not kept" for name in entries if name not in kept}
     for pattern in choice.drop:
-        report.dropped |= dict.fromkeys(_matches(entries, pattern, "drop", report.path), pattern)
+        report.dropped |= dict.fromkeys(match(pattern, "drop"), pattern)
     for pattern in choice.drop_if_present:
         report.dropped |= dict.fromkeys(fnmatch.filter(entries, pattern), pattern)
-    entries = {name: name for name in entries if name not in report.dropped}
+    entries = {name: entry for name, entry in entries.items() if name not in report.dropped}
     for old, new in choice.rename.items():
-        for name in _matches(entries, old, "rename", report.path):
-            original = entries.pop(name)
+        for name in match(old, "rename"):
+            entry = entries.pop(name)
             rest = name[len(old) - 1 :] if old.endswith("*") else ""
-            entries |= {n.removesuffix("*") + rest: original for n in ([new] if isinstance(new, str) else new)}
+            entries |= {n.removesuffix("*") + rest: entry for n in ([new] if isinstance(new, str) else new)}
     if not entries:
         raise UserError(
-            f"trainer.checkpoint keeps none of the {len(state)} entries of {report.path} ({preview(list(state))}). Set "
+            f"trainer.checkpoint keeps none of the {len(state)} entries of {report.path} ({truncate_list(list(state))}). Set "
             "trainer/checkpoint, or its keep and drop."
         )
-    return {choice.prefix + name: original for name, original in entries.items()}
+    return {choice.prefix + name: entry for name, entry in entries.items()}
 
 
 def load(
@@ -131,30 +116,25 @@ def load(
     trunk is covered than the filter declares.
     """
     report = LoadReport(str(weights.path), weights.sha256, weights.checkpoint)
-    entries = select_entries(weights.state, choice, report)
-    wanted = model.state_dict()
+    entries = filter_state_dict({name: name for name in weights.state}, choice, report)  # {new name: name in the file}
+    chosen, wanted = {new: weights.state[old] for new, old in entries.items()}, model.state_dict()
     theirs: dict[int, list[str] | None] = {}
+    inference = weights.inference
     for new, old in entries.items():
-        if re.sub(r"^heads\.\d+", "heads.0", new) in wanted:
-            names = dict(enumerate(weights.class_names)).get(head_of(old)) or []  # a filter may rename heads
-            theirs[head_of(new)] = names if weights.state[old].shape[:1] == (len(names),) else None
-    chosen = {new: weights.state[old] for new, old in entries.items()}
+        if (head := head_of(new)) >= 0:
+            names = inference.names(head_of(old))  # a filter may rename heads
+            theirs[head] = names if names and chosen[new].shape[:1] == (len(names),) else None
     chosen, unused = match_heads(chosen, theirs, class_names, report)
     _check_blocks(model, weights, chosen)
     report.dropped |= dict.fromkeys([*unused, *(name for name in chosen if name not in wanted)], NO_PLACE)
     chosen = {name: tensor for name, tensor in chosen.items() if name in wanted}
-    if not chosen:
-        raise UserError(
-            f"No entry of {report.path} has a place in this model ({preview(list(report.dropped))}). Convert names of other "
-            f"projects with `omnivision import {report.path} OUT.pt`, or set {SETTING} or trainer/checkpoint."
-        )
     for name in POSITIONS:
         if name in chosen:
             chosen[name] = interpolate_pos_embed(name, chosen[name], model, weights, report)
     if wrong := [name for name, tensor in chosen.items() if tensor.shape != wanted[name].shape]:
         shapes = [f"{name} {tuple(wanted[name].shape)}, got {tuple(chosen[name].shape)}" for name in wrong]
         raise UserError(
-            f"Shapes in {report.path} must be those of this model: {preview(shapes)}. Set trainer/model or {SETTING}, or "
+            f"Shapes in {report.path} must be those of this model: {truncate_list(shapes)}. Set trainer/model or {SETTING}, or "
             "trainer/checkpoint=no_heads (new heads) or no_heads_no_decoder (a new decoder, too)."
         )
     check_numbers(chosen, f"{SETTING}: {report.path}: ")
@@ -166,7 +146,7 @@ def load(
 
 
 def head_of(name: str) -> int:
-    """Return the number of the head that an entry belongs to; -1 for other entries."""
+    """Return the number of the class head that an entry belongs to; -1 for other entries."""
     match = HEAD.match(name)
     return int(match[1]) if match else -1
 
@@ -180,8 +160,7 @@ def match_heads(
     """Give each head of the model the head of the same class names, with its rows in the model's order.
 
     Args:
-        state: entries of heads (`heads.0.0.weight`, or `model.heads.…` of an average) and others, which stay as they are.
-        theirs: class names by head of the state, None where unknown. Other heads stay as they are.
+        theirs: class names by head of `state`, None where unknown.
         ours: class names by head of the model. Where one side has no names, heads are matched by number.
 
     Returns the state without unused heads, and the names of their entries. Raises UserError for a head of as many classes with
@@ -189,31 +168,31 @@ def match_heads(
     """
     if not ours:
         return dict(state), []
-    heads = {head: {n: t for n, t in state.items() if head_of(n) == head} for head in theirs if head >= 0}
+    heads = {head: {name: t for name, t in state.items() if head_of(name) == head} for head in theirs}
     matched = {name: tensor for name, tensor in state.items() if head_of(name) not in heads}
     unused = set(heads)
     for head, names in enumerate(ours):
-        wanted = valid_names(list(names)) or []
+        wanted = distinct_names(names)
         same = [k for k in (head, *heads) if wanted and set(theirs.get(k) or []) == set(wanted)]
-        source = (same or [head])[0]
+        source = same[0] if same else head
         if source not in heads:
             continue
         unused.discard(source)
-        given, rows = theirs[source] or [], None
-        if same:
-            if source != head:
-                report.classes.append(f"head {head} takes head {source} of {report.path}, which has the same classes")
-            if given != wanted:
-                rows = [given.index(name) for name in wanted]
-                report.classes.append(f"the rows of head {head} are sorted by the class names of this run")
-        elif not wanted or not given:
+        given, rows = theirs[source], None
+        if wanted is None or given is None:
             side = "this run" if given else "the file"
             report.classes.append(f"{side} has no class names of head {head}; their order is not checked")
+        elif same:
+            rows = [given.index(name) for name in wanted]
+            if source != head or given != wanted:
+                report.classes.append(
+                    f"head {head} takes the rows of head {source} of {report.path} by their class names"
+                )
         elif len(wanted) == len(given):
             raise UserError(
                 f"Head {head} of {report.path} must have the classes of this run, got "
-                f"{preview([name for name in given if name not in wanted])} instead of "
-                f"{preview([name for name in wanted if name not in given])}. Set datasets.NAME.class_names, or "
+                f"{truncate_list(sorted(set(given) - set(wanted)))} instead of "
+                f"{truncate_list(sorted(set(wanted) - set(given)))}. Set datasets.NAME.class_names, or "
                 "trainer/checkpoint=no_heads for a new head."
             )
         for name, tensor in heads[source].items():
@@ -271,17 +250,14 @@ def _check_blocks(model: nn.Module, weights: StateDictFile, chosen: Mapping[str,
     wanted, architecture = model.state_dict(), describe(model)
     for part, prefix in BLOCKS.items():
         ours, theirs = (
-            {name.removeprefix(prefix).partition(".")[0] for name in names if name.startswith(prefix)}
-            for names in (wanted, chosen)
+            {n.split(".")[prefix.count(".")] for n in names if n.startswith(prefix)} for names in (wanted, chosen)
         )
-        if not ours or not theirs:
-            continue
         in_file = weights.architecture.get(part)
         heads = in_file.get("heads") if isinstance(in_file, Mapping) else None
         settings = []
-        if theirs - ours or (part == "decoder" and ours - theirs):
+        if ours and (theirs - ours or (part == "decoder" and theirs and ours - theirs)):
             settings.append(f"depth={len(theirs)}")
-        if part in architecture and heads not in (None, architecture[part]["heads"]):
+        if theirs and part in architecture and heads not in (None, architecture[part]["heads"]):
             settings.append(f"heads={heads}")
         if settings:
             raise UserError(
@@ -298,7 +274,7 @@ def _check_coverage(wanted: Mapping[str, Tensor], report: LoadReport, choice: We
     absent = [name for name in trunk if name in report.missing]
     unplaced = [name for name, why in report.dropped.items() if why == NO_PLACE]
     problem = ""
-    if len(trunk) - len(absent) < choice.trunk_coverage * len(trunk):
+    if not report.loaded or len(trunk) - len(absent) < choice.trunk_coverage * len(trunk):
         problem = (
             f"has {len(trunk) - len(absent)} of the {len(trunk)} tensors of the trunk; trainer.checkpoint.trunk_coverage is "
             f"{choice.trunk_coverage:g}"
@@ -307,17 +283,7 @@ def _check_coverage(wanted: Mapping[str, Tensor], report: LoadReport, choice: We
         problem = "must have exactly the entries of this model (trainer.checkpoint.strict is true)"
     if problem:
         raise UserError(
-            f"{report.path} {problem}. Missing: {preview(absent or report.missing) or 'none'}; without a place: "
-            f"{preview(unplaced) or 'none'}. Convert names of other projects with `omnivision import`, or set {SETTING}, "
-            "trainer/model or trainer/checkpoint."
+            f"{report.path} {problem}. Missing: {truncate_list(absent or report.missing) or 'none'}; without a place: "
+            f"{truncate_list(unplaced) or 'none'}. Convert names of other projects with `omnivision import {report.path} "
+            f"OUT.pt`, or set {SETTING}, trainer/model or trainer/checkpoint."
         )
-
-
-def _matches(names: Mapping[str, Any], pattern: str, option: str, path: str) -> list[str]:
-    matches = fnmatch.filter(names, pattern)
-    if not matches:
-        raise UserError(
-            f"trainer.checkpoint.{option}: {pattern!r} must match an entry of {path} ({preview(list(names))}). Correct or "
-            "remove it."
-        )
-    return matches

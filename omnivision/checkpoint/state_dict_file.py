@@ -9,15 +9,16 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from omnivision.checkpoint import fingerprint as experiment
+from omnivision.checkpoint import fingerprint
 from omnivision.checkpoint.checkpointer import read as read_checkpoint
 from omnivision.checkpoint.checkpointer import verify_and_hash
+from omnivision.checkpoint.inference import InferenceConfig
 from omnivision.utils.errors import UserError
 from omnivision.utils.io import BEST, LATEST, CorruptCheckpointError, is_dense_cpu, sha256
 
@@ -46,20 +47,15 @@ class StateDictFile:
         return architecture if isinstance(architecture, Mapping) else {}
 
     @property
-    def inference(self) -> Mapping[str, Any]:
-        """How to prepare videos for the model, as far as the file has it."""
-        return experiment.inference(self.metadata)
-
-    @property
-    def class_names(self) -> list[list[str] | None]:
-        """The class names of each head; None for a head without."""
-        return experiment.class_names(self.inference)
+    def inference(self) -> InferenceConfig:
+        """How to prepare videos for the model; the defaults where the file does not have it."""
+        return InferenceConfig.of_file(self.metadata)
 
     @property
     def own_class(self) -> str | None:
         """The full name of the model's class where it is not one of this project."""
-        target = (experiment.read(self.metadata.get("experiment")) or {}).get("settings", {})
-        target = target.get("trainer.model._target_")
+        run = fingerprint.read(self.metadata.get("experiment")) or {"settings": {}}
+        target = run["settings"].get("trainer.model._target_")
         return target if isinstance(target, str) and not target.startswith("omnivision.") else None
 
     def refuse_own_class(self) -> None:
@@ -72,33 +68,23 @@ class StateDictFile:
             )
 
     @property
-    def sources(self) -> Any:
-        """The notes of a learned average about its source checkpoints."""
-        return self.metadata.get("sources")
-
-    @property
-    def average(self) -> dict[str, Tensor]:
+    def ema(self) -> dict[str, Tensor]:
         """The EMA of a run; empty if it kept none."""
         ema = self.metadata.get("ema")
         return dict(ema) if isinstance(ema, dict) else {}
 
-    def weights(self, kind: str | None = None) -> dict[str, Tensor]:
-        """Return the weights as trained ("model") or with the EMA in their place ("ema", the default where there is one).
+    def with_weights(self, kind: Literal["model", "ema"] | None = None) -> StateDictFile:
+        """Return the file with its weights as trained ("model") or with the EMA in their place (the default if there is one).
 
         Raises UserError where there is no EMA, and for one of other tensors.
         """
-        if kind == "ema" and not self.average:
+        if kind == "ema" and not self.ema:
             raise UserError(f"{self.path} has no EMA (trainer.ema_decay was null). Set --weights model.")
-        if kind == "model":
-            return self.state
-        for name, tensor in self.average.items():
-            if name not in self.state or not isinstance(tensor, Tensor):
-                raise UserError(f"The EMA in {self.path} must have tensors of its model only, got {name!r}.")
-        return self.state | self.average
-
-    def averaged(self) -> StateDictFile:
-        """Return the same with the EMA in the place of its weights, where there is one."""
-        return replace(self, state=self.weights())
+        if kind == "model" or not self.ema:
+            return self
+        if foreign := [name for name, t in self.ema.items() if name not in self.state or not isinstance(t, Tensor)]:
+            raise UserError(f"The EMA in {self.path} must have tensors of its model only, got {foreign[0]!r}.")
+        return replace(self, state=self.state | self.ema)
 
     @property
     def progress(self) -> dict[str, Any]:
@@ -143,7 +129,7 @@ def read_several(sources: str | Sequence[str]) -> list[StateDictFile]:
     under `ensemble_weights`. Raises UserError as `read`.
     """
     if not isinstance(sources, str):
-        return [read(source).averaged() for source in sources]
+        return [read(source).with_weights() for source in sources]
     path = resolve_checkpoint(sources)
     digest = verify_and_hash(path)
     content = read_checkpoint(path)
@@ -196,15 +182,9 @@ def describe_metrics(last: Mapping[str, Any]) -> str:
 def check_numbers(tensors: Mapping[str, Tensor], where: str = "") -> None:
     """Raise UserError for weights that are not finite floating-point numbers."""
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise UserError(f"{where}{name} must hold floating-point numbers, got {tensor.dtype}.")
-        if not tensor.isfinite().all():
-            raise UserError(f"{where}{name} has values that are not finite.")
-
-
-def preview(names: Sequence[str]) -> str:
-    """Return the first three names."""
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            got = "values that are not finite" if tensor.is_floating_point() else tensor.dtype
+            raise UserError(f"{where}{name} must hold finite floating-point numbers, got {got}.")
 
 
 def strip_wrappers(state: Mapping[str, Tensor], prefix: str = "module.") -> dict[str, Tensor]:
@@ -232,12 +212,7 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         content = read_checkpoint(path)
     if not isinstance(content, Mapping):
         raise UserError(
-            f"{path} must hold tensors by name, at the top or under 'model'; got a {type(content).__name__}."
-        )
-    if "ensemble_weights" in content:
-        raise UserError(
-            f"{path} holds several models (ensemble_weights). Save one of them to a file, or average them: "
-            "trainer/checkpoint=default_ensemble with a model vit*_average_ft."
+            f"{path} must hold tensors by name, at the top or under 'model', got a {type(content).__name__}."
         )
     for key in ("model", "module", "state_dict"):
         if isinstance(content.get(key), Mapping):
@@ -263,14 +238,10 @@ def _check_state_dict(state: Mapping[Any, Any], path: Path) -> dict[str, Tensor]
     Raises UserError for anything but dense tensors with all their values in the file, and for two entries of one name.
     """
     for name, tensor in state.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+        if not isinstance(name, str) or not isinstance(tensor, Tensor) or not is_dense_cpu(tensor):
+            got = f"{tensor.layout}, {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
             raise UserError(
-                f"{path} must hold tensors by name, at the top or under 'model'; got {name!r}, a {type(tensor).__name__}."
-            )
-        if not is_dense_cpu(tensor):
-            raise UserError(
-                f"{name} in {path} must be dense, with all its values in the file; got {tensor.dtype}, {tensor.layout}, shape "
-                f"{tuple(tensor.shape)}."
+                f"{path} must hold dense tensors by name, with all values, at the top or under 'model', got {name!r}: {got}."
             )
     if not state:
         raise UserError(f"{path} holds no tensors.")

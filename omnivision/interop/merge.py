@@ -8,7 +8,6 @@ from typing import Any, NamedTuple, NotRequired
 
 import torch
 from pydantic import TypeAdapter, ValidationError
-from torch import Tensor
 from typing_extensions import TypedDict
 
 from omnivision.checkpoint.checkpointer import load_model
@@ -17,7 +16,7 @@ from omnivision.checkpoint.state_dict_file import StateDictFile, read_several
 from omnivision.config.schema import WeightFilter
 from omnivision.interop.export import check_finite, random_clip
 from omnivision.interop.published import from_ours
-from omnivision.models.architecture import Architecture, build, describe
+from omnivision.models.architecture import build, describe
 from omnivision.models.average import AveragedClassifier
 from omnivision.utils.errors import UserError
 
@@ -33,10 +32,10 @@ class SourceNote(TypedDict):
 
 
 class Merged(NamedTuple):
-    """A classifier in our names, its architecture, and the largest difference of its scores from the average's."""
+    """A file with one classifier in the place of an average, the averaged files, and the largest difference of scores."""
 
-    state: dict[str, Tensor]
-    architecture: Architecture
+    file: StateDictFile
+    sources: list[StateDictFile]
     difference: float
 
 
@@ -76,22 +75,22 @@ def read_sources(noted: Any, given: Sequence[str] | None) -> list[StateDictFile]
 
 
 @torch.no_grad()
-def merge(state: Mapping[str, Tensor], architecture: Mapping[str, Any], sources: Sequence[StateDictFile]) -> Merged:
-    """Replace an average by one trunk, and compare scores on a random clip.
+def merge(file: StateDictFile, paths: Sequence[str] | None = None) -> Merged:
+    """Replace an average (`AveragedClassifier`) by one trunk, and compare scores on a random clip.
 
     Args:
-        state: of an `AveragedClassifier`.
-        architecture: of its checkpoint.
+        paths: its sources, if they are no longer where its checkpoint says.
 
     Raises UserError when the parts do not fit, or when the merged model computes other scores.
     """
+    state, sources = file.state, read_sources(file.metadata.get("sources"), paths)
     ratio = state.get("mixing_ratio")
     if ratio is None or ratio.ndim not in (1, 2) or ratio.shape[-1] != len(sources):
         shape = "none" if ratio is None else f"the shape {tuple(ratio.shape)}"
         raise UserError(f"mixing_ratio must hold weights of {len(sources)} sources, got {shape}. Set --sources.")
     # The first source determines the architecture; only then is anything of that size allocated. An average takes only its own
     # parameters of a source, which may also have a decoder, depth, and positions of another clip size.
-    trunk = architecture.get("trunk", {})
+    trunk = file.architecture.get("trunk", {})
     depth = isinstance(trunk, Mapping) and bool(trunk.get("rgbd"))
     drop = ("trunk.decoder.", "trunk.mask_token") + (() if depth else ("trunk.depth_patch_embed.",))
     first = {n: t for n, t in sources[0].state.items() if n.startswith("trunk.") and not n.startswith(drop)}
@@ -113,4 +112,5 @@ def merge(state: Mapping[str, Tensor], architecture: Mapping[str, Any], sources:
             f"The merged model must give the average's scores to {ATOL:g}, got a difference of {difference:.3g}. Nothing was "
             "written; please report it."
         )
-    return Merged(one.state_dict(), describe(one), difference)
+    metadata = {**file.metadata, "architecture": describe(one)}
+    return Merged(replace(file, state=one.state_dict(), metadata=metadata), sources, difference)

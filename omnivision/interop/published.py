@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from omnivision.checkpoint.fingerprint import valid_names
-from omnivision.checkpoint.state_dict_file import StateDictFile, check_numbers, preview, strip_wrappers
+from omnivision.checkpoint.inference import distinct_names
+from omnivision.checkpoint.state_dict_file import StateDictFile, check_numbers, strip_wrappers
 from omnivision.interop.infer_architecture import (
     TYPICAL_DECODER_HEADS,
     ArchOverrides,
@@ -29,7 +29,7 @@ from omnivision.interop.infer_architecture import (
 )
 from omnivision.models.architecture import Architecture
 from omnivision.models.patches import sinusoid_positions
-from omnivision.utils.errors import UserError
+from omnivision.utils.errors import UserError, truncate_list
 
 _PLACEHOLDERS = {
     "leaf": r"weight|bias",
@@ -145,7 +145,7 @@ class ConvertedCheckpoint:
             *(("dropped", f" ({why})", names) for why, names in group_by_reason(self.dropped).items()),
             ("assumed", "", list(self.assumed)),
         ]
-        return [f"  {fate:8} {len(names):4}  {preview(names)}{why}" for fate, why, names in rows if names]
+        return [f"  {fate:8} {len(names):4}  {truncate_list(names, 3)}{why}" for fate, why, names in rows if names]
 
 
 def convert(
@@ -187,8 +187,8 @@ def recognize(names: Collection[str], choice: str = "auto") -> str:
     if not unknown[format]:
         return format
     raise UserError(
-        f"{len(unknown[format])} of {len(names)} entries have no name of format {format}: {preview(unknown[format])}. Expected "
-        f"weights of {', '.join(FORMATS[1:])} (see docs/interchange.md); the nearest is --format {nearest}."
+        f"{len(unknown[format])} of {len(names)} entries have no name of format {format}: {truncate_list(unknown[format])}. "
+        f"Expected weights of {', '.join(FORMATS[1:])} (see docs/interchange.md); the nearest is --format {nearest}."
     )
 
 
@@ -263,8 +263,10 @@ def _architecture_of_config(config: Mapping[str, Any], has_decoder: bool) -> dic
 def class_names(config: Mapping[str, Any]) -> list[str] | None:
     """Return the class names in a `config.json`, by label; None where there are only transformers' placeholders."""
     labels = config.get("id2label")
-    names = [labels.get(str(label)) for label in range(len(labels))] if isinstance(labels, Mapping) else []
-    return None if names == [f"LABEL_{label}" for label in range(len(names))] else valid_names(names)
+    names: list[Any] = [labels.get(str(label)) for label in range(len(labels))] if isinstance(labels, Mapping) else []
+    if not all(isinstance(name, str) for name in names) or names == [f"LABEL_{n}" for n in range(len(names))]:
+        return None
+    return distinct_names(names)
 
 
 class _KeyMapper:

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omnivision.checkpoint.fingerprint import changed_settings, check_same_settings, truncate_list
+from omnivision.checkpoint.fingerprint import changed_settings, check_same_settings
 from omnivision.config.compose import use_yaml12_numbers
 from omnivision.config.schema import Settings
 from omnivision.config.validate import validate_config
@@ -27,7 +27,7 @@ from omnivision.launch import slurm
 from omnivision.launch.launcher import Job, run_dir_of
 from omnivision.launch.slurm_jobs import LOGS, JobLog, find_run_dir, parse_dependencies, write_cancelled
 from omnivision.reporting.run_directory import WAITING, RunDir, file_lock, slurm_job_id, slurm_restart_count
-from omnivision.utils.errors import UserError
+from omnivision.utils.errors import UserError, truncate_list
 from omnivision.utils.io import LATEST, write_atomically
 from omnivision.utils.signals import SIGNALS, StopSignal, seconds_to_leave, signals_ignored
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from omnivision.checkpoint.state_dict_file import CONFIG, StateDictFile, preview, read
+from omnivision.checkpoint.state_dict_file import CONFIG, StateDictFile, read
 from omnivision.data.catalog import read_class_names
 from omnivision.interop import export
 from omnivision.interop.huggingface import preprocessor_config, to_hf
 from omnivision.interop.published import ConvertedCheckpoint, group_by_reason
-from omnivision.tools.inference import InferenceConfig, convert
+from omnivision.tools.inference import convert
 from omnivision.tools.weights import ExportOptions
-from omnivision.utils.errors import UserError
+from omnivision.utils.errors import UserError, truncate_list
 
 
 def run(checkpoint: str, out: Path, options: ExportOptions) -> int:
@@ -29,14 +29,14 @@ def run(checkpoint: str, out: Path, options: ExportOptions) -> int:
     card_file = out / "README.md" if is_hf else export.card_of(out)
     export.check_target(out, source, options.force, folder=is_hf, card=card_file)
     model = _load(source, options)
-    config = InferenceConfig.of(model.architecture.get("classes", []), source.inference)
-    is_validated = not source.average or options.weights != "model"  # the metrics of the run are those of these weights
+    config = source.inference.numbered(model.architecture.get("classes", []))
+    is_validated = not source.ema or options.weights != "model"  # the metrics of the run are those of these weights
     if is_hf:
-        _export_hf(out, options, source, model, config.named(options.head), is_validated)
+        _export_hf(out, options, source, model, config.names(options.head), is_validated)
         return 0
-    names = [config.named(head) for head in range(len(config.class_names))]
+    names = [config.names(head) for head in range(len(config.class_names))]
     card = export.model_card(source, model, out.name, is_validated, names)  # before anything is written
-    metadata = {"origin": export.origin(source, "omnivision"), "inference": config.to_json()}
+    metadata = {"origin": export.origin(source, "omnivision"), "inference": config.model_dump()}
     export.write_file(out, options.to, model, metadata | (source.progress if is_validated else {}), card)
     print(f"Wrote {out}: {len(model.state)} tensors; and {card_file}, its model card")
     return 0
@@ -56,8 +56,8 @@ def _load(source: StateDictFile, options: ExportOptions) -> ConvertedCheckpoint:
             f"{source.path} lacks a part of its architecture ({', '.join(model.assumed)} would be usual). Convert it first: "
             f"omnivision import {source.path} OUT.pt"
         )
-    if source.average and options.weights != "model":
-        lines.append(f"Taking the moving average (--weights ema) of {len(source.average)} tensors")
+    if source.ema and options.weights != "model":
+        lines.append(f"Taking the moving average (--weights ema) of {len(source.ema)} tensors")
     print(*lines, f"{source}: {model.summary()}", sep="\n")
     return model
 
@@ -79,7 +79,7 @@ def _export_hf(
         difference = export.verify(folder, model.state, model.architecture, options.head)
     print(f"Wrote {out}: {exported.config['architectures'][0]}, {len(exported.state)} tensors")
     for why, dropped in group_by_reason(exported.dropped).items():
-        print(f"  not carried {len(dropped):4}  {preview(dropped)} ({why})")
+        print(f"  not carried {len(dropped):4}  {truncate_list(dropped, 3)} ({why})")
     if difference is None:
         print("Not verified: transformers is not installed. Run `pip install 'omnivision[hf]'` and export again.")
     elif "classifier.weight" not in exported.state:

@@ -8,8 +8,8 @@ omnivision.load("runs/mae").reconstruct("video.mp4")
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from omnivision.checkpoint.checkpointer import load_model
-from omnivision.checkpoint.fingerprint import valid_names
+from omnivision.checkpoint.inference import InferenceConfig
 from omnivision.checkpoint.state_dict_file import StateDictFile, read
 from omnivision.config.instantiate import is_allowed
 from omnivision.data.batch import Batch
@@ -27,7 +27,7 @@ from omnivision.data.masking import RandomMask
 from omnivision.data.sampling import clip_window, uniform_clip_starts
 from omnivision.data.video import VideoDecodeError, open_video
 from omnivision.data.views import EvalView
-from omnivision.interop.merge import merge, read_sources
+from omnivision.interop.merge import merge
 from omnivision.interop.published import ConvertedCheckpoint, from_ours
 from omnivision.models import architecture
 from omnivision.models.mae import MaskedAutoencoder
@@ -37,8 +37,6 @@ from omnivision.tasks.classify import average_views
 from omnivision.tasks.reconstruct import Reconstruct
 from omnivision.utils.errors import UserError, is_out_of_memory
 
-CLIP_SECONDS = 2.7  # of the recipe, if a file does not give it
-
 
 @dataclass(frozen=True)
 class Prediction:
@@ -47,35 +45,6 @@ class Prediction:
     name: str
     label: int
     probability: float
-
-
-@dataclass(frozen=True)
-class InferenceConfig:
-    """How to prepare videos for a model: class names of each head, seconds of a clip, and what is averaged over views."""
-
-    class_names: list[list[str]]
-    clip_duration: float = CLIP_SECONDS
-    average: str = "logits"
-
-    @classmethod
-    def of(cls, classes: Sequence[int], saved: Mapping[str, Any]) -> InferenceConfig:
-        """Read the record of a file (`experiment.inference`); `classes` are those of each head, numbered if they lack names."""
-        heads, seconds = saved.get("class_names"), saved.get("clip_duration")
-        names = []
-        for number, count in enumerate(classes):
-            known = heads[number] if isinstance(heads, list) and number < len(heads) else []
-            complete = known if isinstance(known, list) and len(known) == count else range(count)
-            names.append([str(name) for name in complete])
-        seconds = seconds if isinstance(seconds, (int, float)) and 0 < seconds < 3600 else CLIP_SECONDS
-        return cls(names, seconds, "softmax" if saved.get("average") == "softmax" else "logits")
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the record for a file, which `of` reads."""
-        return asdict(self)
-
-    def named(self, head: int) -> list[str] | None:
-        """Return the class names of a head, all different; None if there are none."""
-        return valid_names(self.class_names[head]) if head < len(self.class_names) else None
 
 
 class Geometry(NamedTuple):
@@ -199,17 +168,17 @@ def load(source: str | Path, device: str = "cpu", trust_targets: Sequence[str] =
     converted, _ = convert(file)
     model = architecture.build(converted.architecture, str(file.path))
     model.load_state_dict(converted.state)
-    config = InferenceConfig.of(converted.architecture.get("classes", []), file.inference)
+    config = file.inference.numbered(converted.architecture.get("classes", []))
     return VideoModel(model, file.path, config, device)
 
 
 def convert(
-    file: StateDictFile, weights: str | None = None, sources: Sequence[str] | None = None
+    file: StateDictFile, weights: Literal["model", "ema"] | None = None, sources: Sequence[str] | None = None
 ) -> tuple[ConvertedCheckpoint, list[str]]:
     """Return the whole model of a file of ours, and lines about the sources if it is a learned average, which is merged.
 
     Args:
-        weights: "model" or "ema", see `StateDictFile.weights`.
+        weights: "model" or "ema", see `StateDictFile.with_weights`.
         sources: of an average, if they are no longer where its checkpoint says.
     """
     if not file.architecture:
@@ -217,16 +186,15 @@ def convert(
             f"{file.path} has no architecture, so it is not from a run of this project. Convert it first: omnivision import "
             f"{file.path} OUT.pt"
         )
-    state, described, lines = file.weights(weights), file.architecture, []
+    lines: list[str] = []
     try:
-        if described.get("kind") == "average":
-            averaged = read_sources(file.sources, sources)
-            merged = merge(state, described, averaged)
-            state, described = merged.state, merged.architecture
+        file = file.with_weights(weights)
+        if file.architecture.get("kind") == "average":
+            file, averaged, difference = merge(file, sources)
             lines = [f"Averages {source}" for source in averaged]
-            difference = f"scores of a random clip differ by {merged.difference:.1g} from the average's"
-            lines.append(f"Merged {len(averaged)} checkpoints; {difference}")
-        return from_ours(state, described), lines
+            scores = f"scores of a random clip differ by {difference:.1g} from the average's"
+            lines.append(f"Merged {len(averaged)} checkpoints; {scores}")
+        return from_ours(file.state, file.architecture), lines
     except UserError as error:
         raise UserError(f"{file.path}: {error}") from None
 
@@ -246,8 +214,8 @@ def _load_own_class(file: StateDictFile, target: str, trusted: Sequence[str], de
         )
     settings = read_run_config(config, trusted)
     model = build.build_model(settings)
-    load_model(model, file.weights(), file.path)
+    load_model(model, file.with_weights().state, file.path)
     tubelet = settings.trainer.model.get("trunk", {}).get("tubelet", (1, 1, 1))
     geometry = Geometry(settings.trainer.data.num_frames, settings.image_size, tuple(tubelet))
     classes = build.build_label_sets(settings).classes if not has_decoder(settings.trainer.model) else []
-    return VideoModel(model, file.path, InferenceConfig.of(classes, file.inference), device, geometry)
+    return VideoModel(model, file.path, file.inference.numbered(classes), device, geometry)

@@ -41,6 +41,7 @@ def import_weights(
         decoder_heads: Attention heads of the decoder (usual: 16).
         force: Replace OUT if it exists.
     """
+    from omnivision.checkpoint.inference import InferenceConfig
     from omnivision.checkpoint.state_dict_file import read
     from omnivision.interop.export import check_target, origin, write_file
     from omnivision.interop.infer_architecture import ArchOverrides
@@ -49,12 +50,14 @@ def import_weights(
     file = read(source)
     check_target(out, file, force)
     converted, recognized = convert(file, format, ArchOverrides(num_heads, num_frames, image_size, decoder_heads))
-    inference = dict(file.inference)
+    inference = file.inference
     names = class_names(file.config) if recognized == "hf" else None
     if names and converted.architecture.get("classes") == [len(names)]:
-        inference = {"class_names": [names]} | inference
+        inference = InferenceConfig(class_names=[names])
     metadata: dict[str, Any] = {"origin": origin(file, recognized)} | file.progress
-    write_file(out, "pt", converted, metadata | ({"inference": inference} if inference else {}))
+    if record := inference.model_dump(exclude_unset=True):
+        metadata["inference"] = record
+    write_file(out, "pt", converted, metadata)
     print(f"{file}: {len(file.state)} tensors of format {recognized}", *converted.lines(), sep="\n")
     print(f"Wrote {out}: {len(converted.state)} tensors, {converted.summary()}")
     return 0

@@ -17,6 +17,7 @@ from hydra.utils import instantiate
 from torch import nn
 
 from omnivision.checkpoint.fingerprint import fingerprint, flat
+from omnivision.checkpoint.inference import InferenceConfig
 from omnivision.config.cross_validate import has_decoder
 from omnivision.config.instantiate import signature_of
 from omnivision.config.schema import DataSettings, ImageSettings, InstantiateConfig, Settings
@@ -164,13 +165,13 @@ def class_names(settings: Settings) -> list[list[str]]:
     return names
 
 
-def inference_config(settings: Settings) -> dict[str, Any]:
+def inference_config(settings: Settings) -> InferenceConfig:
     """Return the settings of evaluation that `omnivision.load` needs."""
-    return {
-        "clip_duration": settings.trainer.data.clip_duration,
-        "class_names": class_names(settings),
-        "average": settings.trainer.task.get("average", "logits"),
-    }
+    return InferenceConfig(
+        clip_duration=settings.trainer.data.clip_duration,
+        class_names=class_names(settings),
+        average="softmax" if settings.trainer.task.get("average") == "softmax" else "logits",
+    )
 
 
 def build_with_labels(settings: Settings, target: InstantiateConfig, where: str) -> Any:
@@ -429,7 +430,7 @@ def build_trainer(
         dist, run_dir, reporter, ledger, stop, peak_clips_per_second=peak_clips_per_second(settings, dist.device)
     )
     if dist.is_main and config_text:
-        values, inference = flat(settings.model_dump()), inference_config(settings)
+        values, inference = flat(settings.model_dump()), inference_config(settings).model_dump()
         context.fingerprint = fingerprint(config_text, values, used, plan, inference)
     return Trainer(settings.trainer, context, build_task(settings), built, build_optimizer(settings, built), train, val)
 

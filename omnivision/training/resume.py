@@ -9,9 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from omnivision.checkpoint import fingerprint
+from omnivision.checkpoint.inference import InferenceConfig, class_changes
 from omnivision.checkpoint.pretrained import LoadReport, match_heads
 from omnivision.optim.ema import MovingAverage
-from omnivision.utils.errors import UserError
+from omnivision.utils.errors import UserError, truncate_list
 
 HINT = "Set it back, or start a new run in another launcher.experiment_log_dir."
 
@@ -27,9 +28,9 @@ def check_same_experiment(
     if saved is None:
         info(f"{path} has no experiment fingerprint; its settings cannot be compared.")
         return
-    if classes := fingerprint.class_changes(saved, current):
+    if classes := class_changes(InferenceConfig.of_file(saved), InferenceConfig.of_file(current)):
         raise UserError(
-            f"{path} must have the classes of the data, in their order, got changes: {fingerprint.truncate_list(classes)}. Set "
+            f"{path} must have the classes of the data, in their order, got changes: {truncate_list(classes)}. Set "
             "datasets.NAME.class_names and its labels back, or start a new run in another launcher.experiment_log_dir from "
             "pretrained_checkpoint_path; allow_changes does not allow it."
         )
@@ -37,7 +38,7 @@ def check_same_experiment(
     if altering and not allow_changes:
         raise UserError(fingerprint.mismatch_message(str(path), altering))
     if altering or others:
-        info(f"Changed since the checkpoint: {fingerprint.truncate_list(altering + others)}")
+        info(f"Changed since the checkpoint: {truncate_list(altering + others)}")
 
 
 def check_same_steps(saved: int, current: int, path: Path) -> None:
@@ -67,7 +68,8 @@ def match_checkpoint_heads(
 
     Raises UserError if they do not match.
     """
-    saved_names = dict(enumerate(fingerprint.class_names(fingerprint.inference(state))))
+    saved = InferenceConfig.of_file(state)
+    saved_names = {head: saved.names(head) for head in range(len(saved.class_names))}
     for part in ("model", "ema"):
         if state[part] is not None:
             report = LoadReport(str(path), "")

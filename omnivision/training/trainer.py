@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from omnivision.checkpoint import checkpointer, fingerprint, sharded
+from omnivision.checkpoint import checkpointer, sharded
 from omnivision.checkpoint.pretrained import LoadReport
 from omnivision.checkpoint.state_dict_file import describe_checkpoint
 from omnivision.config.schema import TrainerSettings
@@ -291,7 +292,7 @@ class Trainer:
         state, ema = self.state, self.ema
         return {
             "format": checkpointer.FORMAT,
-            "experiment": fingerprint.to_json(self.run.fingerprint),
+            "experiment": json.dumps(self.run.fingerprint, default=str),
             "architecture": describe(self.raw_model),
             "model": self.raw_model.state_dict(),
             "ema": ema.average if ema is not None else None,

@@ -2,7 +2,7 @@
 
 import errno
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 EXIT_USER = 1
 EXIT_FAULT = 70  # EX_SOFTWARE of sysexits.h
@@ -33,6 +33,13 @@ class UserError(ValueError):
         error = cls("\n- ".join([f"{len(problems)} problems:", *problems]) if several else problems[0])
         error.problems = problems
         return error
+
+
+def truncate_list(items: Sequence[object], count: int = 5) -> str:
+    """Join the first `count` items, each truncated, with the number of the others."""
+    texts = [text if len(text) <= 200 else f"{text[:200]}..." for text in map(str, items[:count])]
+    more = len(items) - len(texts)
+    return "; ".join(texts) + (f"; and {more} more" if more else "")
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -1,0 +1,60 @@
+"""How to prepare videos for a model: a record in checkpoints and exported files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, ValidationError
+
+from omnivision.checkpoint import fingerprint
+
+
+class InferenceConfig(BaseModel):
+    """Class names of each head by label, seconds of a clip, and what is averaged over views.
+
+    The defaults are those of the recipe. Numbers in the place of names ("0", "1", ...) mean that a head has none.
+    """
+
+    class_names: list[list[str]] = []
+    clip_duration: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2.7
+    average: Literal["logits", "softmax"] = "logits"
+
+    @classmethod
+    def of_file(cls, metadata: Any) -> InferenceConfig:
+        """Read the record in a fingerprint or in the metadata of a file, which may be anything; an invalid one is ignored."""
+        record = metadata.get("inference") if isinstance(metadata, Mapping) else None
+        if record is None and isinstance(metadata, Mapping):
+            record = (fingerprint.read(metadata.get("experiment")) or {}).get("inference")
+        try:
+            return cls.model_validate(record)
+        except ValidationError:
+            return cls()
+
+    def numbered(self, classes: Sequence[int]) -> InferenceConfig:
+        """Return the record of a model with these numbers of classes, with numbers for heads without as many names."""
+        heads = []
+        for head, count in enumerate(classes):
+            names = self.class_names[head] if head < len(self.class_names) else []
+            heads.append(names if len(names) == count else [str(label) for label in range(count)])
+        return self.model_copy(update={"class_names": heads})
+
+    def names(self, head: int) -> list[str] | None:
+        """Return the class names of a head, all different; None where there are none."""
+        return distinct_names(self.class_names[head]) if 0 <= head < len(self.class_names) else None
+
+
+def distinct_names(names: Sequence[str]) -> list[str] | None:
+    """Return class names; None if two are equal, and for the numbers in the place of names."""
+    is_numbered = list(names) == [str(label) for label in range(len(names))]
+    return None if is_numbered or len(set(names)) < len(names) else list(names)
+
+
+def class_changes(then: InferenceConfig, now: InferenceConfig) -> list[str]:
+    """Return the changes of class names; a resumed head would predict wrong classes."""
+    return [
+        f"class {label} of head {head}: {old} -> {new}"
+        for head in range(len(then.class_names))
+        for label, (old, new) in enumerate(zip(then.names(head) or [], now.names(head) or [], strict=False))
+        if old != new
+    ]
