@@ -31,7 +31,7 @@ setup(
         "omnivision_demo": "examples/demo/omnivision_demo",
     },
     package_data={package: ["*.yaml"] for package in CONFIG_PACKAGES}
-    | {"omnivision.tools.report": ["*.j2"], "omnivision.launch": ["*.sh"]},
+    | {"omnivision.tools.report": ["*.j2"], "omnivision.interop": ["*.j2"], "omnivision.launch": ["*.sh"]},
     py_modules=["train_app_submitit"],
     install_requires=[
         "torch>=2.10",

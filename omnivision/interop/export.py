@@ -6,16 +6,17 @@ import contextlib
 import json
 import os
 import re
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import jinja2
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from omnivision.checkpoint import fingerprint as experiment
+from omnivision.checkpoint import fingerprint
 from omnivision.checkpoint.state_dict_file import CONFIG, METADATA, StateDictFile
 from omnivision.interop.infer_architecture import position_tables
 from omnivision.interop.published import EPSILON, ConvertedCheckpoint
@@ -28,33 +29,7 @@ FORMAT = 1
 ATOL = 1e-5
 # The usual effect on scores of the other epsilon of the last norm. It is larger where features hardly vary.
 TYPICAL_DIFFERENCE = 5e-5
-CARD_START = "---\nlibrary_name: "
-CARD = (
-    CARD_START
-    + """{library}
-pipeline_tag: {task}
-tags: [video, vit, videomae, ppma]
----
-
-# {name}
-
-A video vision transformer, {summary}, {parameters:.2f} M parameters, from omnivision, which follows PPMA (*Learning Human
-Action Recognition Representations Without Real Humans*, [arXiv 2311.06231](https://arxiv.org/abs/2311.06231)).
-
-{sections}
-
-## Usage
-
-```python
-{usage}
-```
-
-## Limits
-
-Pixels are normalized with ImageNet's mean and deviation. The licence of the weights follows from the data that they were
-trained on; they keep its biases. Metrics on other data are unknown.
-"""
-)
+CARD_START = b"---\nlibrary_name: "
 # The settings of a run that its card names.
 CARD_SETTINGS = """
     epochs batch_size launcher.num_nodes lr_scale_factor lr num_frames image_size clip_duration mask_ratio trainer.seed_value
@@ -72,17 +47,17 @@ def card_of(out: Path) -> Path:
     return out.with_name(f"{out.name}.md")
 
 
-def check_target(out: Path, source: StateDictFile, force: bool, folder: bool = False, card: Path | None = None) -> None:
+def check_target(out: Path, source: StateDictFile, force: bool, card: Path | None = None) -> None:
     """Raise UserError when `out` exists (an empty folder may); and, even with `force`, when it is the source, a folder of other
     files, or when a file that is no model card is in the place of the card.
     """
-    is_used = out.exists() and not (folder and out.is_dir() and not any(out.iterdir()))
+    is_used = any(out.iterdir()) if out.is_dir() else out.exists()
     problem = ""
-    if out.exists() and out.resolve() in (source.path.resolve(), source.path.resolve().parent):
+    if out.resolve() in (source.path.resolve(), source.path.resolve().parent):
         problem = "is the source"
     elif is_used and out.is_dir() and not (out / CONFIG).is_file():
         problem = f"is a folder without {CONFIG}, so not a former export"
-    elif card is not None and card.exists() and not card.read_bytes().startswith(CARD_START.encode()):
+    elif card is not None and card.exists() and not card.read_bytes().startswith(CARD_START):
         problem = f"would replace {card}, which is no model card"
     elif not force and (is_used or (card is not None and card.exists())):
         problem = "exists; --force replaces it"
@@ -108,30 +83,30 @@ def write_file(out: Path, to: str, model: ConvertedCheckpoint, metadata: Mapping
             write_atomically(card_of(out), card)
 
 
-@contextlib.contextmanager
-def hf_folder(
-    out: Path, state: Mapping[str, Tensor], configs: Mapping[str, Mapping[str, Any]], card: str
-) -> Iterator[Path]:
-    """A `save_pretrained` folder under a temporary name, to verify; it becomes `out` when the block ends without an error.
+def write_folder(
+    out: Path,
+    state: Mapping[str, Tensor],
+    configs: Mapping[str, Mapping[str, Any]],
+    card: str,
+    verify: Callable[[Path], str],
+) -> str:
+    """Write a `save_pretrained` folder if `verify`, which is called with a temporary copy, raises nothing; return its result.
 
     `configs` are JSON files by name, `config.json` among them.
     """
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    with _writing(out):
-        temporary.mkdir()
-        try:
-            with replace_atomically(temporary / "model.safetensors") as file:
-                file.write(save(dict(state), {"format": "pt"}))
-            for name, config in configs.items():
-                write_atomically(temporary / name, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-            write_atomically(temporary / "README.md", card)
-            yield temporary
-            out.mkdir(exist_ok=True)
-            for file_ in sorted(temporary.iterdir()):
-                os.replace(file_, out / file_.name)
-            sync_folder(out)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    with _writing(out), tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name[:99]}.") as name:
+        folder = Path(name)
+        with replace_atomically(folder / "model.safetensors") as file:
+            file.write(save(dict(state), {"format": "pt"}))
+        for config_name, config in configs.items():
+            write_atomically(folder / config_name, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        write_atomically(folder / "README.md", card)
+        verified = verify(folder)
+        out.mkdir(exist_ok=True)
+        for written in sorted(folder.iterdir()):
+            os.replace(written, out / written.name)
+        sync_folder(out)
+    return verified
 
 
 @contextlib.contextmanager
@@ -143,13 +118,6 @@ def _writing(out: Path) -> Iterator[None]:
         sync_folder(out.parent)
     except OSError as error:
         raise UserError(f"OUT ({out}) cannot be written: {error.strerror or error}. Set another OUT.") from error
-
-
-class Difference(NamedTuple):
-    """The largest differences of outputs: as they are, and once the last norms have one epsilon."""
-
-    as_is: float
-    same_epsilon: float
 
 
 def random_clip(architecture: Architecture) -> Tensor:
@@ -169,8 +137,8 @@ def check_finite(*outputs: Tensor) -> None:
 
 
 @torch.no_grad()
-def verify(folder: Path, state: Mapping[str, Tensor], architecture: Architecture, head: int) -> Difference | None:
-    """Compare a folder, as `transformers` loads it, with its model on a random clip; None without `transformers`.
+def verify(folder: Path, state: Mapping[str, Tensor], architecture: Architecture, head: int) -> str:
+    """Compare a folder, as `transformers` loads it, with its model on a random clip; return a report of the difference.
 
     Both run in double precision, so that rounding hides no wrong tensor, and with the fixed position table (in `state` it may
     be rounded to 16 bits). Raises UserError when they differ by more than ATOL with our epsilon in the last norm, which
@@ -180,7 +148,7 @@ def verify(folder: Path, state: Mapping[str, Tensor], architecture: Architecture
         from transformers import VideoMAEForVideoClassification, VideoMAEModel
         from transformers.utils import logging
     except ImportError:
-        return None
+        return "Not verified: transformers is not installed. Run `pip install 'omnivision[hf]'` and export again."
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # it reports the names that other versions read
     model: Any = build(architecture, "The model")
@@ -197,16 +165,22 @@ def verify(folder: Path, state: Mapping[str, Tensor], architecture: Architecture
     def difference() -> float:
         return float((theirs(clip.transpose(1, 2))[0] - ours).abs().max())
 
-    as_is = same_epsilon = difference()
+    as_is = found = difference()
     if has_classes:
         theirs.fc_norm.eps = EPSILON
-        same_epsilon = difference()
-    if not same_epsilon <= ATOL:
+        found = difference()
+    if not found <= ATOL:
         raise UserError(
-            f"transformers must compute the same from the exported files to {ATOL:g}, got a difference of {same_epsilon:.3g}. "
-            "Nothing was written. Report it with the output of `pip show transformers`, or set --to pt."
+            f"transformers must compute the same from the exported files to {ATOL:g}, got a difference of {found:.3g}. Nothing "
+            "was written. Report it with the output of `pip show transformers`, or set --to pt."
         )
-    return Difference(as_is, same_epsilon)
+    what = "scores" if has_classes else "tokens"
+    text = f"Verified: transformers' {what} of a random clip differ by {found:.1g} (double precision)"
+    if has_classes:
+        text += f" with our epsilon of fc_norm, and by {as_is:.1g} with its own, 1e-5"
+    if as_is > TYPICAL_DIFFERENCE:
+        text += "\nwarning: features vary little over channels. Set model.fc_norm.eps = 1e-6 after loading."
+    return text
 
 
 def model_card(
@@ -215,70 +189,51 @@ def model_card(
     out: str,
     evaluated: bool,
     names: Sequence[list[str] | None],
-    hf: bool = False,
+    transformers_class: str = "",
 ) -> str:
     """Return the model card: Markdown with the front matter that model hubs read.
 
     Args:
-        out: the name of the export; `hf` if it is a folder for transformers.
+        out: the name of the export.
         evaluated: whether these are the weights that the run evaluated.
         names: class names of each head, None where there are none.
+        transformers_class: the class that loads the export, if it is a folder for transformers.
     """
-    is_mae = model.architecture["kind"] == "autoencoder"
-    usage = f'import omnivision\n\nomnivision.load("{out}").{"reconstruct" if is_mae else "predict"}("video.mp4")'
-    if hf:
-        kind = "VideoMAEForVideoClassification" if model.architecture.get("classes") else "VideoMAEModel"
-        usage = f'from transformers import {kind}  # 4.57 or later\n\nmodel = {kind}.from_pretrained("{out}")'
-    sections = {"Training": training_history(source)}
-    last = source.metadata.get("last")
-    if evaluated and isinstance(last, Mapping):
-        numbers = {str(name): value for name, value in last.items() if isinstance(value, (int, float))}
-        metrics = {n.removeprefix("val_"): f"{value:.4g}" for n, value in numbers.items() if n.startswith("val_")}
-        if metrics:
-            sections["Validation"] = f"Of the run, when it saved this checkpoint:\n\n{markdown_table(metrics)}"
-    for head, each in enumerate(names):
-        if each is not None:
-            classes = f"{len(each)}, in the order of their labels: {', '.join(map(escape, each))}."
-            sections[f"Classes of head {head}"] = classes
-    return CARD.format(
-        library="transformers" if hf else "omnivision",
-        task="feature-extraction" if is_mae else "video-classification",
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("omnivision.interop", "."), keep_trailing_newline=True)
+    environment.filters["escape_markdown"] = escape_markdown
+    last = source.progress.get("last", {}) if evaluated else {}
+    return environment.get_template("model_card.md.j2").render(
+        file=source,
+        run_name=run_name(source.path) if source.path.parent.name == "checkpoints" else "",
+        training=training_facts(source),
+        origin=source.metadata.get("origin"),
+        metrics={n.removeprefix("val_"): f"{value:.4g}" for n, value in last.items() if n.startswith("val_")},
+        class_names={head: each for head, each in enumerate(names) if each is not None},
         name=out,
         summary=model.summary(),
-        parameters=sum(tensor.numel() for name, tensor in model.state.items() if "pos_embed" not in name) / 1e6,
-        sections="\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items()),
-        usage=usage,
+        parameters=sum(tensor.numel() for name, tensor in model.state.items() if "pos_embed" not in name),
+        is_mae=model.architecture["kind"] == "autoencoder",
+        transformers_class=transformers_class,
     )
 
 
-def training_history(source: StateDictFile) -> str:
-    """Return where the weights come from, with the settings, data and versions of their run as far as the file has them."""
-    of_run = f" of the run {escape(run_name(source.path))}" if source.path.parent.name == "checkpoints" else ""
-    text = f"From the file {escape(source.path.name)}{of_run} (SHA-256 {source.sha256})."
-    run = experiment.read(source.metadata.get("experiment"))
+def training_facts(source: StateDictFile) -> dict[str, Any]:
+    """Return the progress, settings, data and versions of the run that trained the weights; empty without its record."""
+    run = fingerprint.read(source.metadata.get("experiment"))
     if run is None:
-        former = source.metadata.get("origin")
-        converted = f" It was converted from {escape(former)}." if isinstance(former, Mapping) else ""
-        return f"{text}{converted} The file has no record of its training."
-    start = run["settings"].get("pretrained_checkpoint_path") or "nothing"
-    starts = start if isinstance(start, list) else [start]
+        return {}
     keys = {"epochs done": "epoch", "steps of the next": "step", "steps of an epoch": "steps_per_epoch"}
     facts = {name: source.metadata.get(key) for name, key in keys.items()}
     facts |= {name: run["settings"].get(name) for name in CARD_SETTINGS}
+    start = run["settings"].get("pretrained_checkpoint_path") or "nothing"
+    starts = start if isinstance(start, list) else [start]
     facts["pretrained_checkpoint_path"] = " + ".join(run_name(Path(str(each))) for each in starts)
     if source.architecture.get("kind") != "autoencoder":
         del facts["mask_ratio"]
     versions = {"source digest of omnivision" if n == "omnivision" else n: v for n, v in run["versions"].items()}
-    facts |= run["data"] | versions
-    return f"{text}\n\n{markdown_table({name: value for name, value in facts.items() if value is not None})}"
+    return facts | run["data"] | versions
 
 
-def markdown_table(facts: Mapping[str, Any]) -> str:
-    """Return a table of two columns."""
-    rows = (f"| {escape(name)} | {escape(value)} |" for name, value in facts.items())
-    return "\n".join(["| | |", "|---|---|", *rows])
-
-
-def escape(value: Any) -> str:
-    """Text of a file as one line of Markdown without markup."""
+def escape_markdown(value: Any) -> str:
+    """Return text of a file as one line of Markdown without markup."""
     return re.sub(r"([\\`*_{}\[\]<>|#!])", r"\\\1", re.sub(r"\s+", " ", str(value)))[:300]

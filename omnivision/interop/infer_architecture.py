@@ -50,46 +50,30 @@ def infer_architecture(
         in_file: the architecture in the file, or a part of one.
         decoder_heads: typical heads of a decoder, by its width.
 
-    Raises UserError when the tensors do not make one complete model, or contradict `in_file`.
+    Raises UserError when the description is of another model or lacks numbers, and whatever torch raises for tensors that do
+    not make one complete model.
     """
-    assumed: list[str] = []
-    try:
-        inferred = _infer(state, in_file, overrides, decoder_heads, assumed)
-        with torch.device("meta"):  # shapes alone
-            model = build(inferred, "The file")
-            tables = {name: t for name, t in model.state_dict().items() if name in position_names(inferred)}
-        model.load_state_dict(tables | dict(state), assign=True)
-    except (KeyError, ValueError, IndexError, AttributeError, TypeError, ZeroDivisionError, RuntimeError) as error:
-        if isinstance(error, UserError):
-            raise
-        problem = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
-        raise UserError(
-            f"The weights are not of one complete model: {problem:.400}. Save the whole state dict."
-        ) from None
-    architecture = describe(model)
-    actual = flat(architecture)
-    for name, value in flat(
-        {key: in_file[key] for key in ("kind", "classes", "trunk", "decoder") if key in in_file}
-    ).items():
-        if value != actual.get(name):
-            raise UserError(
-                f"{name} in the file is {str(value)[:60]!r}, but its weights have {actual.get(name)!r}: the description is of "
-                "another model."
-            )
-    return architecture, assumed
-
-
-def _infer(
-    state: Mapping[str, Tensor],
-    in_file: Mapping[str, Any],
-    overrides: ArchOverrides,
-    decoder_heads: Mapping[int, int],
-    assumed: list[str],
-) -> Architecture:
     trunk, decoder = in_file.get("trunk", {}), in_file.get("decoder", {})
+    assumed: list[str] = []
+
+    def resolve(option: str, given: int | None, known: Any, typical: int | None) -> int:
+        number = known if given is None else given
+        if number is None and typical is not None:
+            assumed.append(f"{option} {typical}")
+            return typical
+        if type(number) is not int or not 1 <= number <= MAX_DIM:
+            raise UserError(
+                f"{option} must be an integer from 1 to {MAX_DIM}, got {str(number)[:60]!r}. Set {option} N."
+            )
+        return number
+
     width, _, *tubelet = state["trunk.patch_embed.proj.1.weight"].shape
-    heads = _resolve("--num-heads", trunk.get("heads"), overrides.heads, TYPICAL_HEADS.get(width), assumed, width)
-    frames, size = _infer_size(state, tubelet, trunk, overrides, assumed)
+    heads = resolve("--num-heads", overrides.heads, trunk.get("heads"), TYPICAL_HEADS.get(width))
+    frames = resolve("--num-frames", overrides.num_frames, trunk.get("num_frames"), TYPICAL_FRAMES)
+    tokens = state["trunk.pos_embed"].shape[1] if "trunk.pos_embed" in state else None
+    side = None if tokens is None else math.isqrt(tokens * tubelet[1] * tubelet[2] // max(frames // tubelet[0], 1))
+    size = resolve("--image-size", overrides.image_size, trunk.get("image_size", side), TYPICAL_SIZE)
+    _check_clip(frames, size, tubelet, tokens)
     architecture: Architecture = {
         "kind": "classifier",
         "trunk": {
@@ -105,29 +89,33 @@ def _infer(
     }
     if "trunk.decoder.decoder_embed.weight" in state:
         width = len(state["trunk.decoder.decoder_embed.weight"])
-        given, typical = overrides.decoder_heads, decoder_heads.get(width)
-        return architecture | {
-            "kind": "autoencoder",
-            "decoder": {
-                "width": width,
-                "depth": _count_blocks(state, "trunk.decoder.decoder_blocks."),
-                "heads": _resolve("--decoder-heads", decoder.get("heads"), given, typical, assumed, width),
-                "attention": "cross" if any(name.endswith(".norm_memory.weight") for name in state) else "self",
-            },
+        known, typical = decoder.get("heads"), decoder_heads.get(width)
+        architecture["kind"] = "autoencoder"
+        architecture["decoder"] = {
+            "width": width,
+            "depth": _count_blocks(state, "trunk.decoder.decoder_blocks."),
+            "heads": resolve("--decoder-heads", overrides.decoder_heads, known, typical),
+            "attention": "cross" if any(name.endswith(".norm_memory.weight") for name in state) else "self",
         }
-    count = len([name for name in state if re.fullmatch(r"heads\.\d+\.0\.weight", name)])
-    return architecture | {"classes": [len(state[f"heads.{head}.0.weight"]) for head in range(count)]}
-
-
-def position_names(architecture: Architecture) -> list[str]:
-    """Return the names of the positional embeddings of a model."""
-    return ["trunk.pos_embed"] + (["trunk.decoder.pos_embed"] if "decoder" in architecture else [])
+    else:
+        count = len([name for name in state if re.fullmatch(r"heads\.\d+\.0\.weight", name)])
+        architecture["classes"] = [len(state[f"heads.{head}.0.weight"]) for head in range(count)]
+    architecture = _check_complete(architecture, state)
+    actual, known = flat(architecture), {k: in_file[k] for k in ("kind", "classes", "trunk", "decoder") if k in in_file}
+    for name, value in flat(known).items():
+        if value != actual.get(name):
+            raise UserError(
+                f"{name} is {str(value)[:60]!r} in the file, but {actual.get(name)!r} by its weights and the options. Use the "
+                "file that belongs to the weights."
+            )
+    return architecture, assumed
 
 
 def position_tables(architecture: Architecture) -> dict[str, Tensor]:
     """Return the fixed positional embeddings of a model, by name: float32 (1, N, D)."""
     trunk = architecture["trunk"]
-    return {name: sinusoid_positions(num_tokens(trunk), trunk["width"]) for name in position_names(architecture)}
+    names = ["trunk.pos_embed"] + (["trunk.decoder.pos_embed"] if "decoder" in architecture else [])
+    return {name: sinusoid_positions(num_tokens(trunk), trunk["width"]) for name in names}
 
 
 def num_tokens(trunk: Mapping[str, Any]) -> int:
@@ -136,51 +124,25 @@ def num_tokens(trunk: Mapping[str, Any]) -> int:
     return math.prod(token_grid((trunk["num_frames"], side, side), trunk["tubelet"]))
 
 
-def _resolve(
-    option: str, in_file: Any, given: int | None, typical: int | None, assumed: list[str], width: int = 0
-) -> int:
-    """Return the number in the file, else the user's, else the typical one (which is added to `assumed`)."""
-    if in_file is not None and given not in (None, in_file):
-        raise UserError(f"{option} is {given}, but the file has {str(in_file)[:60]}. Remove {option}.")
-    number = in_file if in_file is not None else given
-    if number is None:
-        if typical is None:
-            raise UserError(
-                f"The file does not determine {option}, and this width has no typical value. Set {option} N."
-            )
-        assumed.append(f"{option} {typical}")
-        return typical
-    if type(number) is not int or not 1 <= number <= MAX_DIM or width % number:
-        divisor = f" that divides the width {width}" if width else ""
-        raise UserError(f"{option} must be an integer from 1 to {MAX_DIM}{divisor}, got {str(number)[:60]!r}.")
-    return number
+def _check_clip(frames: int, size: int, tubelet: list[int], tokens: int | None) -> None:
+    """Raise UserError for a clip that the tubelet does not divide, or that has not as many `tokens` as the file."""
+    clip = (frames, size, size)
+    count = math.prod(side // part for side, part in zip(clip, tubelet, strict=True))
+    if count > MAX_TOKENS or count != (tokens or count) or any(s % p for s, p in zip(clip, tubelet, strict=True)):
+        wanted = f"{tokens} tokens, as the file" if tokens else f"at most {MAX_TOKENS} tokens"
+        raise UserError(
+            f"{frames} frames of {size} x {size} pixels must be multiples of the tubelet {tubelet} and give {wanted}, got "
+            f"{count}. Set --num-frames or --image-size."
+        )
 
 
-def _infer_size(
-    state: Mapping[str, Tensor], tubelet: list[int], trunk: Any, overrides: ArchOverrides, assumed: list[str]
-) -> tuple[int, int]:
-    """Return frames and side (pixels) of a clip, such that the positional embedding, if any, has as many tokens."""
-    pt, ph, pw = tubelet
-    frames = _resolve("--num-frames", trunk.get("num_frames"), overrides.num_frames, TYPICAL_FRAMES, assumed)
-    size, temporal, tokens = trunk.get("image_size"), max(frames // pt, 1), None
-    if "trunk.pos_embed" in state:
-        tokens = state["trunk.pos_embed"].shape[1]
-        side = math.isqrt(tokens // temporal * ph * pw)
-        if size is None and temporal * (side // ph) * (side // pw) == tokens:
-            size = side
-    size = _resolve("--image-size", size, overrides.image_size, TYPICAL_SIZE if tokens is None else None, assumed)
-    count = temporal * (size // ph) * (size // pw)
-    clip = f"{frames} frames of {size} x {size} pixels"
-    if tokens not in (None, count):
-        raise UserError(
-            f"{clip} give {count} tokens, but the file has positions for {tokens}. Set --num-frames or --image-size."
-        )
-    if frames % pt or size % ph or size % pw or count > MAX_TOKENS:
-        raise UserError(
-            f"{clip} must be multiples of the tubelet, {pt} x {ph} x {pw}, and give at most {MAX_TOKENS} tokens. Set "
-            "--num-frames or --image-size."
-        )
-    return frames, size
+def _check_complete(architecture: Architecture, state: Mapping[str, Tensor]) -> Architecture:
+    """Load tensors into the model, without computing; return its description."""
+    with torch.device("meta"):
+        model = build(architecture, "The file")
+    tables = {name: tensor for name, tensor in model.state_dict().items() if name.endswith("pos_embed")}
+    model.load_state_dict(tables | dict(state), assign=True)
+    return describe(model)
 
 
 def _mlp_ratio(in_file: Any, mlp_width: int, width: int) -> float:

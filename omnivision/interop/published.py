@@ -40,6 +40,7 @@ _PLACEHOLDERS = {
     "encoder": r"|encoder\.",
     "base": r"|videomae\.",
 }
+ZEROS = "zeros; not in the file"
 _TRUNK = """
     trunk.pos_embed trunk.mask_token trunk.norm.{leaf} trunk.patch_embed.proj.1.{leaf} trunk.depth_patch_embed.proj.1.{leaf}
     trunk.blocks.{n}.{layer}.{leaf} trunk.decoder.pos_embed trunk.decoder.norm.{leaf} trunk.decoder.decoder_embed.{leaf}
@@ -60,11 +61,6 @@ _HF_LAYERS = {
     "attention.attention.{part}_bias": "attn.qkv.bias[{part}]",
     **{f"attention.attention.{part}.{{leaf}}": f"attn.qkv.{{leaf}}[{part[0]}]" for part in ("query", "key", "value")},
 }
-_HF_TRUNK = {f"{{base}}encoder.layer.{{n}}.{old}": f"trunk.blocks.{{n}}.{new}" for old, new in _HF_LAYERS.items()}
-_HF_DECODER = {
-    f"decoder.decoder_layers.{{n}}.{old}": f"trunk.decoder.decoder_blocks.{{n}}.{new}"
-    for old, new in _HF_LAYERS.items()
-}
 # {format: {their name: ours}}. `[q]`, `[k]` and `[v]` are rows of one tensor of ours. "omnivision" is also what PPMA has.
 RENAMES: dict[str, dict[str, str]] = {
     "omnivision": {name: name for name in (*_TRUNK, "heads.{n}.0.{leaf}", "heads.0.projector.{leaf}")},
@@ -83,18 +79,21 @@ RENAMES: dict[str, dict[str, str]] = {
     },
     "hf": {
         "{base}embeddings.patch_embeddings.projection.{leaf}": "trunk.patch_embed.proj.1.{leaf}",
-        **_HF_TRUNK,
+        **{f"{{base}}encoder.layer.{{n}}.{old}": f"trunk.blocks.{{n}}.{new}" for old, new in _HF_LAYERS.items()},
         "{base}layernorm.{leaf}": "trunk.norm.{leaf}",
         "fc_norm.{leaf}": "trunk.norm.{leaf}",
         "classifier.{leaf}": "heads.0.0.{leaf}",
-        **_HF_DECODER,
+        **{
+            f"decoder.decoder_layers.{{n}}.{old}": f"trunk.decoder.decoder_blocks.{{n}}.{new}"
+            for old, new in _HF_LAYERS.items()
+        },
         **_VIDEOMAE_DECODER,
     },
 }
 # What a user may name; PPMA's files have our names, but no architecture.
 FORMATS = ("auto", "omnivision", "ppma", "omnimae", "videomae", "hf")
 # Where biases of queries, keys and values may be absent: they are zeros then.
-_OPTIONAL_BIASES = {"omnimae": "trunk.decoder.", "videomae": "trunk.", "hf": "trunk."}
+_OPTIONAL_BIASES = {"omnivision": "none", "omnimae": "trunk.decoder.", "videomae": "trunk.", "hf": "trunk."}
 _VIDEOMAE_DECODER_HEADS = {192: 3, 384: 6, 512: 8, 640: 8}  # of published ones, by width
 DECODER = ("trunk.decoder.", "trunk.mask_token", "heads.0.projector.")
 _DECODER_PARTS = """
@@ -103,8 +102,7 @@ _DECODER_PARTS = """
 """.split()
 
 EPSILON = 1e-6  # of every LayerNorm here
-HF_LAST_EPSILON = 1e-5  # of `fc_norm` and of the decoder's last norm there, whatever the configuration says
-HF_EPSILON = 1e-12  # of the others there, unless the configuration says another
+HF_EPSILON = 1e-12  # of the LayerNorms there, unless the configuration says another
 HF_CONFIG_KEYS = {"hidden_size": "width", "num_hidden_layers": "depth", "num_attention_heads": "heads"}
 HF_CONFIG_KEYS |= {name: name for name in ("num_frames", "image_size")}
 
@@ -164,11 +162,10 @@ def convert(
         recognized = recognize(state, format)
         if recognized == "hf":
             return from_hf(state, source.config, overrides), recognized
-        if recognized == "omnivision":
-            return from_ours(state, source.architecture, overrides), recognized if source.architecture else "ppma"
-        return (from_omnimae if recognized == "omnimae" else from_videomae)(state, overrides), recognized
+        converted = convert_names(recognized, state, source.architecture, overrides)
     except UserError as error:
         raise UserError(f"{source.path}: {error}") from None
+    return converted, "ppma" if recognized == "omnivision" and not source.architecture else recognized
 
 
 def recognize(names: Collection[str], choice: str = "auto") -> str:
@@ -199,53 +196,22 @@ def from_ours(
 ) -> ConvertedCheckpoint:
     """Check a state dict in our names, which are PPMA's too, and add position tables where they are missing.
 
-    `architecture` is that of the file, or a part of it. Raises UserError, as all functions here, when the tensors do not make
-    one complete model.
+    `architecture` is that of the file, or a part of it. Raises UserError when the tensors do not make one complete model.
     """
-    return _KeyMapper("omnivision", state).finalize(architecture or {}, overrides)
-
-
-def from_omnimae(state: Mapping[str, Tensor], overrides: ArchOverrides | None = None) -> ConvertedCheckpoint:
-    """OmniMAE as Meta published it: our names but for the one head; attention in its decoder has no bias for q, k and v."""
-    if any(name.startswith("trunk.decoder.") for name in state):
-        state = {re.sub(r"^head\.", "heads.0.projector.", name): tensor for name, tensor in state.items()}
-    return _KeyMapper("omnimae", state).finalize({}, overrides)
-
-
-def from_videomae(state: Mapping[str, Tensor], overrides: ArchOverrides | None = None) -> ConvertedCheckpoint:
-    """VideoMAE's own repository: pretrained (encoder and decoder) or fine-tuned (mean of tokens, norm, head)."""
-    mapper = _KeyMapper("videomae", state)
-    mapper.convert_head_and_decoder()
-    return mapper.finalize({}, overrides)
+    return convert_names("omnivision", state, architecture or {}, overrides)
 
 
 def from_hf(
     state: Mapping[str, Tensor], config: Mapping[str, Any], overrides: ArchOverrides | None = None
 ) -> ConvertedCheckpoint:
-    """VideoMAEModel, VideoMAEForVideoClassification or VideoMAEForPreTraining of transformers, as in memory or in files.
+    """Convert VideoMAEModel, VideoMAEForVideoClassification or VideoMAEForPreTraining of transformers.
 
-    `config` is the content of `config.json`, or empty. Raises UserError for a configuration that is invalid, of another kind of
-    model, or not of these weights.
+    Args:
+        state: names as in memory or in files.
+        config: the content of `config.json`, or empty.
+
+    Raises UserError for a configuration that is invalid, of another kind of model, or not of these weights.
     """
-    mapper = _KeyMapper("hf", state)
-    mapper.convert_head_and_decoder()
-    bias = mapper.state.get("trunk.patch_embed.proj.1.bias")
-    if bias is not None and not any(name.startswith("trunk.norm.") for name in mapper.state):
-        # The bare encoder of a model with `use_mean_pooling` ends before the norm, which its classifier holds.
-        mapper.fill("trunk.norm.weight", torch.ones_like(bias), "this encoder ends before it")
-        mapper.fill("trunk.norm.bias", torch.zeros_like(bias), "this encoder ends before it")
-    has_decoder = "trunk.decoder.norm.weight" in mapper.state
-    converted = mapper.finalize(_architecture_of_config(config, has_decoder), overrides)
-    epsilon, assumed = config.get("layer_norm_eps", HF_EPSILON if config else EPSILON), list(converted.assumed)
-    if epsilon != EPSILON:
-        assumed.append(f"LayerNorm epsilon {EPSILON:g} (theirs: {str(epsilon)[:20]})")
-    if has_decoder or "fc_norm.weight" in state:
-        assumed.append(f"epsilon {EPSILON:g} of the last norm (theirs: {HF_LAST_EPSILON:g})")
-    return replace(converted, assumed=assumed)
-
-
-def _architecture_of_config(config: Mapping[str, Any], has_decoder: bool) -> dict[str, Any]:
-    """Return the architecture in a `config.json`, as far as it is ours. Raises UserError for another kind of model."""
     for key, wanted in (("model_type", "videomae"), ("num_channels", 3), ("hidden_act", "gelu")):
         if config.get(key, wanted) != wanted:
             raise UserError(f"{key} in config.json must be {wanted!r}, got {str(config[key])[:60]!r}.")
@@ -255,9 +221,17 @@ def _architecture_of_config(config: Mapping[str, Any], has_decoder: bool) -> dic
     if "tubelet_size" in config and "patch_size" in config:
         patch = config["patch_size"]
         trunk["tubelet"] = [config["tubelet_size"], *(patch if isinstance(patch, list) else [patch, patch])]
-    numbers = {f"decoder_{theirs}": ours for theirs, ours in list(HF_CONFIG_KEYS.items())[:3] if has_decoder}
-    decoder = {ours: config[theirs] for theirs, ours in numbers.items() if theirs in config}
-    return {"trunk": trunk} | ({"decoder": decoder} if decoder else {})
+    architecture = {"trunk": trunk}
+    if "decoder.norm.weight" in state:
+        numbers = {ours: config.get(f"decoder_{theirs}") for theirs, ours in list(HF_CONFIG_KEYS.items())[:3]}
+        architecture["decoder"] = {name: number for name, number in numbers.items() if number is not None}
+    converted = convert_names("hf", state, architecture, overrides)
+    epsilon = config.get("layer_norm_eps", HF_EPSILON if config else EPSILON)
+    if epsilon == EPSILON:
+        return converted
+    return replace(
+        converted, assumed=[*converted.assumed, f"LayerNorm epsilon {EPSILON:g} (theirs: {str(epsilon)[:20]})"]
+    )
 
 
 def class_names(config: Mapping[str, Any]) -> list[str] | None:
@@ -269,18 +243,44 @@ def class_names(config: Mapping[str, Any]) -> list[str] | None:
     return distinct_names(names)
 
 
+def convert_names(
+    format: str, state: Mapping[str, Tensor], in_file: Mapping[str, Any], overrides: ArchOverrides | None = None
+) -> ConvertedCheckpoint:
+    """Convert a state dict of a format, a key of RENAMES, to one complete model of finite numbers.
+
+    Args:
+        in_file: the architecture in the file, or a part of it.
+
+    Raises UserError when the tensors are not of one complete model.
+    """
+    mapper = _KeyMapper(format, state)
+    try:
+        mapper.join()
+        if format in ("videomae", "hf"):
+            mapper.convert_videomae()
+        return mapper.finalize(in_file, overrides or ArchOverrides())
+    except UserError:
+        raise
+    except (LookupError, ValueError, AttributeError, TypeError, ArithmeticError, RuntimeError) as error:
+        problem = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise UserError(
+            f"The weights are not of one complete model: {problem:.400}. Save the whole state dict."
+        ) from None
+
+
 class _KeyMapper:
     """The entries of a file on their way to our names: `state`, and where each tensor came from, or why it is there."""
 
     def __init__(self, format: str, state: Mapping[str, Tensor]) -> None:
         self.format = format
-        self.has_mean_pooling = any(name.startswith("fc_norm.") for name in state)
         self.state: dict[str, Tensor] = {}
         self.origin: dict[str, list[str]] = {}
         self.filled: dict[str, str] = {}
         self.dropped: dict[str, str] = {}
         for name, tensor in state.items():
             target = _rename(format, name) or name
+            if format == "omnimae" and any(n.startswith("trunk.decoder.") for n in state):
+                target = target.replace("heads.0.0.", "heads.0.projector.")  # both are `head.` there
             if target not in self.state:
                 self.state[target], self.origin[target] = tensor, [name]
             elif torch.equal(tensor, self.state[target]):
@@ -290,27 +290,22 @@ class _KeyMapper:
                     f"{self.origin[target][0]} and {name} are one tensor under two names, but their values differ. Save the "
                     "model again with one version of its library."
                 )
-        self._join()
 
-    def _join(self) -> None:
+    def join(self) -> None:
         """Stack rows of q, k and v; missing biases are zeros."""
         for name in dict.fromkeys(match[1] for name in self.state if (match := re.fullmatch(r"(.*)\[[qkv]\]", name))):
             parts = {part: self.state.pop(f"{name}[{part}]") for part in "qkv" if f"{name}[{part}]" in self.state}
             self.origin[name] = [old for part in parts for old in self.origin.pop(f"{name}[{part}]")]
-            if len({tensor.shape for tensor in parts.values()}) > 1 or (len(parts) < 3 and name.endswith("weight")):
-                raise UserError(
-                    f"{name} must be made of three tensors of one shape, got {', '.join(self.origin[name])}. Save the whole "
-                    "state dict."
-                )
-            like = next(iter(parts.values()))
-            rows = [parts.get(part, torch.zeros_like(like)) for part in "qkv"]
-            self.state[name] = torch.cat(rows) if like.ndim else like
-            self.filled |= {f"{name}[{part}]": "zeros; not in the file" for part in "qkv" if part not in parts}
-        if prefix := _OPTIONAL_BIASES.get(self.format):
-            for name in [n for n in self.state if n.startswith(prefix) and n.endswith(".attn.qkv.weight")]:
-                bias = name.removesuffix("weight") + "bias"
-                if bias not in self.state:
-                    self.fill(bias, self.state[name].new_zeros(self.state[name].shape[:1]), "zeros; not in the file")
+            if name.endswith("bias"):
+                zeros = torch.zeros_like(next(iter(parts.values())))
+                self.filled |= {f"{name}[{part}]": ZEROS for part in "qkv" if part not in parts}
+                parts = {part: parts.get(part, zeros) for part in "qkv"}
+            self.state[name] = torch.cat(list(parts.values()))
+        for name, weight in list(self.state.items()):
+            bias = name.removesuffix("weight") + "bias"
+            optional = name.startswith(_OPTIONAL_BIASES[self.format]) and name.endswith(".attn.qkv.weight")
+            if optional and bias not in self.state:
+                self.fill(bias, weight.new_zeros(len(weight)), ZEROS)
 
     def fill(self, name: str, tensor: Tensor, why: str) -> None:
         """Add a tensor that the file does not hold, or replace one of it."""
@@ -324,15 +319,21 @@ class _KeyMapper:
             self.dropped |= dict.fromkeys(self.origin.pop(name, []), why)
         self.filled = {name: reason for name, reason in self.filled.items() if not name.startswith(prefixes)}
 
-    def convert_head_and_decoder(self) -> None:
-        """Drop a VideoMAE head that reads the first token (it follows `norm`, not `fc_norm`); convert a decoder to one of ours
-        with the same outputs, or drop it where there is none.
+    def convert_videomae(self) -> None:
+        """Drop a head that reads the first token (it follows `norm`, not `fc_norm`); fill in an absent last norm; convert a
+        decoder to one of ours with the same outputs, or drop it where there is none.
 
-        Theirs projects tokens, W x, and then adds a mask token and positions of its own width; ours adds both before the
-        projection. W has more columns than rows, so what they are before it can be solved for.
+        Their decoder projects tokens, W x, and then adds a mask token and positions of its own width; ours adds both before
+        the projection. W has more columns than rows, so what they are before it can be solved for.
         """
-        if not self.has_mean_pooling:
+        origins = [name for names in self.origin.values() for name in names]
+        if not any(name.startswith("fc_norm.") for name in origins):
             self.drop("heads.0.0.", "it reads the first token, ours the mean of all")
+        if self.format == "hf" and "trunk.norm.weight" not in self.state and "trunk.norm.bias" not in self.state:
+            # The bare encoder of a model with `use_mean_pooling` ends before the norm, which its classifier holds.
+            bias = self.state["trunk.patch_embed.proj.1.bias"]
+            self.fill("trunk.norm.weight", torch.ones_like(bias), "this encoder ends before it")
+            self.fill("trunk.norm.bias", torch.zeros_like(bias), "this encoder ends before it")
         if not any(name.startswith(DECODER) for name in self.state):
             return
         if why := self._decoder_problem():
@@ -340,7 +341,7 @@ class _KeyMapper:
         projection, token = self.state["trunk.decoder.decoder_embed.weight"], self.state["trunk.mask_token"]
         solved = _unproject(token.reshape(1, -1), projection).to(token.dtype)
         self.fill("trunk.mask_token", solved, "mask_token, before the projection")
-        self.fill("trunk.decoder.decoder_embed.bias", projection.new_zeros(len(projection)), "zeros; not in the file")
+        self.fill("trunk.decoder.decoder_embed.bias", projection.new_zeros(len(projection)), ZEROS)
 
     def _decoder_problem(self) -> str:
         """Return why our decoder cannot compute the same; empty if it can. Raises UserError for values that are not finite."""
@@ -356,12 +357,12 @@ class _KeyMapper:
             return "its projection cannot be undone, and ours adds positions before it"
         return ""
 
-    def finalize(self, in_file: Mapping[str, Any], overrides: ArchOverrides | None) -> ConvertedCheckpoint:
+    def finalize(self, in_file: Mapping[str, Any], overrides: ArchOverrides) -> ConvertedCheckpoint:
         """Check that the tensors make one complete model of finite numbers, and add its position tables."""
         check_numbers(self.state)
         videomae = self.format in ("videomae", "hf")
         typical = _VIDEOMAE_DECODER_HEADS if videomae else TYPICAL_DECODER_HEADS
-        architecture, assumed = infer_architecture(self.state, in_file, overrides or ArchOverrides(), typical)
+        architecture, assumed = infer_architecture(self.state, in_file, overrides, typical)
         if videomae and "decoder" in architecture:
             projection = self.state["trunk.decoder.decoder_embed.weight"]
             positions = sinusoid_positions(num_tokens(architecture["trunk"]), len(projection))
@@ -392,9 +393,7 @@ def _rename(format: str, name: str) -> str | None:
 @functools.cache
 def pattern(template: str) -> re.Pattern[str]:
     """Compile a name of a table to a pattern, with a group for each placeholder."""
-    pieces = re.split(r"\{(\w+)\}", template)
-    odd = [f"(?P<{piece}>{_PLACEHOLDERS[piece]})" for piece in pieces[1::2]]
-    return re.compile("".join(re.escape(text) + group for text, group in zip(pieces[::2], [*odd, ""], strict=True)))
+    return re.compile(re.sub(r"\\\{(\w+)\\\}", lambda m: f"(?P<{m[1]}>{_PLACEHOLDERS[m[1]]})", re.escape(template)))
 
 
 def _unproject(rows: Tensor, projection: Tensor) -> Tensor:

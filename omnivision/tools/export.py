@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from omnivision.checkpoint.state_dict_file import CONFIG, StateDictFile, read
@@ -27,7 +28,7 @@ def run(checkpoint: str, out: Path, options: ExportOptions) -> int:
     source = read(checkpoint)
     source.refuse_own_class()
     card_file = out / "README.md" if is_hf else export.card_of(out)
-    export.check_target(out, source, options.force, folder=is_hf, card=card_file)
+    export.check_target(out, source, options.force, card_file)
     model = _load(source, options)
     config = source.inference.numbered(model.architecture.get("classes", []))
     is_validated = not source.ema or options.weights != "model"  # the metrics of the run are those of these weights
@@ -74,20 +75,11 @@ def _export_hf(
         names = read_class_names(options.class_names, "--class-names")
     exported = to_hf(model.state, model.architecture, options.head, names)
     configs = {CONFIG: exported.config, "preprocessor_config.json": preprocessor_config(model.architecture)}
-    card = export.model_card(source, model, out.name, is_validated, [names], hf=True)
-    with export.hf_folder(out, exported.state, configs, card) as folder:
-        difference = export.verify(folder, model.state, model.architecture, options.head)
-    print(f"Wrote {out}: {exported.config['architectures'][0]}, {len(exported.state)} tensors")
+    [their_class] = exported.config["architectures"]
+    card = export.model_card(source, model, out.name, is_validated, [names], their_class)
+    verify = partial(export.verify, state=model.state, architecture=model.architecture, head=options.head)
+    verified = export.write_folder(out, exported.state, configs, card, verify)
+    print(f"Wrote {out}: {their_class}, {len(exported.state)} tensors")
     for why, dropped in group_by_reason(exported.dropped).items():
         print(f"  not carried {len(dropped):4}  {truncate_list(dropped, 3)} ({why})")
-    if difference is None:
-        print("Not verified: transformers is not installed. Run `pip install 'omnivision[hf]'` and export again.")
-    elif "classifier.weight" not in exported.state:
-        print(f"Verified: transformers' tokens of a random clip differ by {difference.as_is:.1g} (double precision)")
-    else:
-        print(
-            f"Verified: transformers' scores of a random clip differ by {difference.same_epsilon:.1g} (double precision) with "
-            f"our epsilon of fc_norm, and by {difference.as_is:.1g} with its own, 1e-5"
-        )
-        if difference.as_is > export.TYPICAL_DIFFERENCE:
-            print("warning: features vary little over channels. Set model.fc_norm.eps = 1e-6 after loading.")
+    print(verified)
