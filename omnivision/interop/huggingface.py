@@ -41,30 +41,19 @@ def to_hf(
     Raises UserError for positions other than the fixed table, which that model always has, and for a head or names that do
     not fit.
     """
-    dropped: dict[str, str] = {}
-    if _rounded_positions(state, architecture):
-        dropped["trunk.pos_embed"] = "rounded to 16 bits; the table there is not"
     classes = architecture.get("classes", [])
     if classes and not 0 <= head < len(classes):
         raise UserError(f"--head must be 0 to {len(classes) - 1}, got {head}: the model has {len(classes)} heads.")
-    remaining, left_out = _select_exported(state, head)
-    dropped |= left_out
-    base, other_norm = ("videomae.", "{base}layernorm") if classes else ("", "fc_norm")
-    out: dict[str, Tensor] = {}
-    for theirs, ours in RENAMES["hf"].items():
-        if not theirs.startswith((other_norm, "decoder.", "encoder_to", "mask_token")):
-            for name in remaining:
-                if match := pattern(ours).fullmatch(name):
-                    out[theirs.format(base=base, **match.groupdict())] = remaining[name]
-    # Contiguous, and no part of another tensor: safetensors takes nothing else.
-    out = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in out.items()}
-    return Exported(out, _hf_config(architecture, out, class_names), dropped)
-
-
-def _select_exported(state: Mapping[str, Tensor], head: int) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the entries to export, with q, k and v apart and one head, and {name: reason} of the others."""
+    count = classes[head] if classes else 0
+    if class_names is not None and not len(class_names) == len(set(class_names)) == count:
+        raise UserError(
+            f"--class-names must have {count} different names, one a class, in the order of the labels; got "
+            f"{len(class_names)}, {len(set(class_names))} of them different. Set --class-names, or another --head."
+        )
     remaining: dict[str, Tensor] = {}
     dropped: dict[str, str] = {}
+    if _rounded_positions(state, architecture):
+        dropped["trunk.pos_embed"] = "rounded to 16 bits; the table there is not"
     for name, tensor in state.items():
         if name.startswith(DECODER):
             dropped[name] = "its decoder adds positions after its projection, ours before"
@@ -76,7 +65,17 @@ def _select_exported(state: Mapping[str, Tensor], head: int) -> tuple[dict[str, 
             remaining |= dict(zip((f"{name}[q]", f"{name}[k]", f"{name}[v]"), tensor.chunk(3), strict=True))
         else:
             remaining[name.replace(f"heads.{head}.", "heads.0.", 1)] = tensor
-    return remaining, dropped
+    base, other_norm = ("videomae.", "{base}layernorm") if classes else ("", "fc_norm")
+    out: dict[str, Tensor] = {}
+    for theirs, ours in RENAMES["hf"].items():
+        if not theirs.startswith((other_norm, "decoder.", "encoder_to", "mask_token")):
+            for name in remaining:
+                if match := pattern(ours).fullmatch(name):
+                    out[theirs.format(base=base, **match.groupdict())] = remaining[name]
+    # Contiguous, and no part of another tensor: safetensors takes nothing else.
+    out = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in out.items()}
+    names = class_names or [f"LABEL_{label}" for label in range(count)]
+    return Exported(out, _hf_config(architecture, out, names), dropped)
 
 
 def preprocessor_config(architecture: Architecture) -> dict[str, Any]:
@@ -97,13 +96,12 @@ def preprocessor_config(architecture: Architecture) -> dict[str, Any]:
     }
 
 
-def _hf_config(
-    architecture: Architecture, state: Mapping[str, Tensor], class_names: Sequence[str] | None
-) -> dict[str, Any]:
-    trunk, last = architecture["trunk"], state.get("classifier.weight")
+def _hf_config(architecture: Architecture, state: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Any]:
+    """Return `config.json`; `names` are those of the classes, none for a model without."""
+    trunk = architecture["trunk"]
     (frames, *patch) = trunk["tubelet"]
     config: dict[str, Any] = {
-        "architectures": ["VideoMAEModel" if last is None else "VideoMAEForVideoClassification"],
+        "architectures": ["VideoMAEForVideoClassification" if names else "VideoMAEModel"],
         "model_type": "videomae",
         **{theirs: trunk[ours] for theirs, ours in HF_CONFIG_KEYS.items()},
         "num_channels": 3,
@@ -115,21 +113,12 @@ def _hf_config(
         "attention_probs_dropout_prob": 0.0,
         "layer_norm_eps": EPSILON,
         "qkv_bias": True,
-        "use_mean_pooling": last is not None,
-        "torch_dtype": str((state["layernorm.weight"] if last is None else last).dtype).removeprefix("torch."),
+        "use_mean_pooling": bool(names),
+        "torch_dtype": str(state["classifier.weight" if names else "layernorm.weight"].dtype).removeprefix("torch."),
     }
-    if last is None:
-        if class_names is not None:
-            raise UserError("--class-names was given, but the model has no classes. Remove --class-names.")
-        return config
-    names = [f"LABEL_{label}" for label in range(len(last))] if class_names is None else list(class_names)
-    if len(names) != len(last) or len(set(names)) != len(last):
-        raise UserError(
-            f"--class-names must have {len(last)} different names, one a class, in the order of the labels; got {len(names)}, "
-            f"{len(set(names))} of them different. Set --class-names, or another --head."
-        )
-    config["id2label"] = {str(label): name for label, name in enumerate(names)}
-    config["label2id"] = {name: label for label, name in enumerate(names)}
+    if names:
+        config["id2label"] = {str(label): name for label, name in enumerate(names)}
+        config["label2id"] = {name: label for label, name in enumerate(names)}
     return config
 
 
