@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from omnivision.interop.published import from_ours
+from omnivision.interop.published import convert_state_dict
 from omnivision.models.architecture import build, describe
 from omnivision.models.mae import CrossAttention, MaskedAutoencoder, split_tokens
 from omnivision.models.vit import VisionTransformer
@@ -99,7 +99,7 @@ class Cross(unittest.TestCase):
         told = describe(made)
         self.assertEqual(told["decoder"], {"width": 24, "depth": 2, "heads": 4, "attention": "cross"})
         build(told, "here").load_state_dict(made.state_dict())
-        self.assertEqual(from_ours(made.state_dict(), told).architecture, told)
+        self.assertEqual(convert_state_dict("omnivision", made.state_dict(), told).architecture, told)
         older = told | {"decoder": {"width": 24, "depth": 2, "heads": 4}}
         self.assertEqual(describe(build(older, "here"))["decoder"]["attention"], "self")
 

@@ -24,7 +24,7 @@ from omnivision.checkpoint.pretrained import WeightFilter, load
 from omnivision.checkpoint.state_dict_file import StateDictFile, read, resolve_checkpoint
 from omnivision.interop.huggingface import preprocessor_config, to_hf
 from omnivision.interop.infer_architecture import ArchOverrides
-from omnivision.interop.published import ConvertedCheckpoint, convert, convert_names, from_hf, from_ours, recognize
+from omnivision.interop.published import ConvertedCheckpoint, convert, convert_state_dict, recognize
 from omnivision.models.architecture import build, describe
 from omnivision.models.classifier import VideoClassifier
 from omnivision.models.mae import MaskedAutoencoder, split_tokens
@@ -85,7 +85,19 @@ def model_of(imported: ConvertedCheckpoint, dtype: torch.dtype = torch.float64) 
 
 
 def from_videomae(state: Mapping[str, Tensor], given: ArchOverrides) -> ConvertedCheckpoint:
-    return convert_names("videomae", state, {}, given)
+    return convert_state_dict("videomae", state, {}, given)
+
+
+def from_hf(
+    state: Mapping[str, Tensor], config: Mapping[str, Any], given: ArchOverrides | None = None
+) -> ConvertedCheckpoint:
+    return convert_state_dict("hf", state, config, given)
+
+
+def from_ours(
+    state: Mapping[str, Tensor], architecture: Mapping[str, Any] | None = None, overrides: ArchOverrides | None = None
+) -> ConvertedCheckpoint:
+    return convert_state_dict("omnivision", state, architecture or {}, overrides)
 
 
 def recorded(key: str) -> dict[str, Tensor]:

@@ -34,7 +34,7 @@ def to_hf(
     """Convert a classifier to VideoMAEForVideoClassification, a model without class heads to VideoMAEModel.
 
     Args:
-        state: complete, in our names (`from_ours` checks it).
+        state: complete, in our names (`convert_state_dict` checks it).
         head: which of several heads.
         class_names: by label; numbers if not given.
 

@@ -15,7 +15,7 @@ from omnivision.checkpoint.pretrained import LoadReport, filter_state_dict
 from omnivision.checkpoint.state_dict_file import StateDictFile, read_several
 from omnivision.config.schema import WeightFilter
 from omnivision.interop.export import check_finite, random_clip
-from omnivision.interop.published import from_ours
+from omnivision.interop.published import convert_state_dict
 from omnivision.models.architecture import build, describe
 from omnivision.models.average import AveragedClassifier
 from omnivision.utils.errors import UserError
@@ -95,7 +95,7 @@ def merge(file: StateDictFile, paths: Sequence[str] | None = None) -> Merged:
     drop = ("trunk.decoder.", "trunk.mask_token") + (() if depth else ("trunk.depth_patch_embed.",))
     first = {n: t for n, t in sources[0].state.items() if n.startswith("trunk.") and not n.startswith(drop)}
     own = {name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")}
-    single = from_ours(first | own, {"trunk": trunk}).architecture
+    single = convert_state_dict("omnivision", first | own, {"trunk": trunk}).architecture
     mode = "learned_average_softmax" if ratio.ndim == 1 else "learned_average_layer_softmax"
     average = build(single | {"kind": "average", "num_models": len(sources), "combine_mode": mode}, "The checkpoint")
     assert isinstance(average, AveragedClassifier)

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -123,7 +123,7 @@ class ConvertedCheckpoint:
     renamed: Mapping[str, str]
     filled: Mapping[str, str]
     dropped: Mapping[str, str]
-    assumed: Sequence[str]
+    assumed: list[str]
 
     def summary(self) -> str:
         """Summarize the model in a few words."""
@@ -136,14 +136,26 @@ class ConvertedCheckpoint:
 
     def lines(self) -> list[str]:
         """Return a table to print: a line for each fate and reason, with how many and the first names."""
-        rows = [
-            ("kept", "", [new for new, old in self.renamed.items() if new == old]),
-            ("renamed", "", [f"{old} -> {new}" for new, old in self.renamed.items() if new != old]),
-            *(("filled", f" ({why})", names) for why, names in group_by_reason(self.filled).items()),
-            *(("dropped", f" ({why})", names) for why, names in group_by_reason(self.dropped).items()),
-            ("assumed", "", list(self.assumed)),
+        same, renamed = (
+            {n: old for n, old in self.renamed.items() if (n == old) is is_same} for is_same in (True, False)
+        )
+        return [
+            *list_by_reason("kept", dict.fromkeys(same, "")),
+            *list_by_reason("renamed", {f"{old} -> {new}": "" for new, old in renamed.items()}),
+            *list_by_reason("filled", self.filled),
+            *list_by_reason("dropped", self.dropped),
+            *list_by_reason("assumed", dict.fromkeys(self.assumed, "")),
         ]
-        return [f"  {fate:8} {len(names):4}  {truncate_list(names, 3)}{why}" for fate, why, names in rows if names]
+
+
+def list_by_reason(fate: str, reasons: Mapping[str, str]) -> list[str]:
+    """Return a line for each reason, with how many names have it and the first of them."""
+    names: dict[str, list[str]] = {}
+    for name, why in reasons.items():
+        names.setdefault(why, []).append(name)
+    return [
+        f"  {fate:8} {len(each):4}  {truncate_list(each, 3)}{f' ({why})' if why else ''}" for why, each in names.items()
+    ]
 
 
 def convert(
@@ -160,9 +172,8 @@ def convert(
     try:
         state = strip_wrappers(source.state, "model.")  # of a training module around the model
         recognized = recognize(state, format)
-        if recognized == "hf":
-            return from_hf(state, source.config, overrides), recognized
-        converted = convert_names(recognized, state, source.architecture, overrides)
+        in_file = source.config if recognized == "hf" else source.architecture
+        converted = convert_state_dict(recognized, state, in_file, overrides)
     except UserError as error:
         raise UserError(f"{source.path}: {error}") from None
     return converted, "ppma" if recognized == "omnivision" and not source.architecture else recognized
@@ -189,51 +200,6 @@ def recognize(names: Collection[str], choice: str = "auto") -> str:
     )
 
 
-def from_ours(
-    state: Mapping[str, Tensor],
-    architecture: Mapping[str, Any] | None = None,
-    overrides: ArchOverrides | None = None,
-) -> ConvertedCheckpoint:
-    """Check a state dict in our names, which are PPMA's too, and add position tables where they are missing.
-
-    `architecture` is that of the file, or a part of it. Raises UserError when the tensors do not make one complete model.
-    """
-    return convert_names("omnivision", state, architecture or {}, overrides)
-
-
-def from_hf(
-    state: Mapping[str, Tensor], config: Mapping[str, Any], overrides: ArchOverrides | None = None
-) -> ConvertedCheckpoint:
-    """Convert VideoMAEModel, VideoMAEForVideoClassification or VideoMAEForPreTraining of transformers.
-
-    Args:
-        state: names as in memory or in files.
-        config: the content of `config.json`, or empty.
-
-    Raises UserError for a configuration that is invalid, of another kind of model, or not of these weights.
-    """
-    for key, wanted in (("model_type", "videomae"), ("num_channels", 3), ("hidden_act", "gelu")):
-        if config.get(key, wanted) != wanted:
-            raise UserError(f"{key} in config.json must be {wanted!r}, got {str(config[key])[:60]!r}.")
-    trunk = {ours: config[theirs] for theirs, ours in HF_CONFIG_KEYS.items() if theirs in config}
-    if isinstance(trunk.get("image_size"), list) and len(set(map(str, trunk["image_size"]))) == 1:
-        trunk["image_size"] = trunk["image_size"][0]
-    if "tubelet_size" in config and "patch_size" in config:
-        patch = config["patch_size"]
-        trunk["tubelet"] = [config["tubelet_size"], *(patch if isinstance(patch, list) else [patch, patch])]
-    architecture = {"trunk": trunk}
-    if "decoder.norm.weight" in state:
-        numbers = {ours: config.get(f"decoder_{theirs}") for theirs, ours in list(HF_CONFIG_KEYS.items())[:3]}
-        architecture["decoder"] = {name: number for name, number in numbers.items() if number is not None}
-    converted = convert_names("hf", state, architecture, overrides)
-    epsilon = config.get("layer_norm_eps", HF_EPSILON if config else EPSILON)
-    if epsilon == EPSILON:
-        return converted
-    return replace(
-        converted, assumed=[*converted.assumed, f"LayerNorm epsilon {EPSILON:g} (theirs: {str(epsilon)[:20]})"]
-    )
-
-
 def class_names(config: Mapping[str, Any]) -> list[str] | None:
     """Return the class names in a `config.json`, by label; None where there are only transformers' placeholders."""
     labels = config.get("id2label")
@@ -243,22 +209,24 @@ def class_names(config: Mapping[str, Any]) -> list[str] | None:
     return distinct_names(names)
 
 
-def convert_names(
+def convert_state_dict(
     format: str, state: Mapping[str, Tensor], in_file: Mapping[str, Any], overrides: ArchOverrides | None = None
 ) -> ConvertedCheckpoint:
     """Convert a state dict of a format, a key of RENAMES, to one complete model of finite numbers.
 
     Args:
-        in_file: the architecture in the file, or a part of it.
+        in_file: the architecture in the file, or a part of it; for "hf" the content of `config.json`. It may be empty.
 
-    Raises UserError when the tensors are not of one complete model.
+    Raises UserError when the tensors are not of one complete model, and for a configuration of another one.
     """
-    mapper = _KeyMapper(format, state)
     try:
+        mapper = _KeyMapper(format, state)
         mapper.join()
         if format in ("videomae", "hf"):
             mapper.convert_videomae()
-        return mapper.finalize(in_file, overrides or ArchOverrides())
+        if format != "hf":
+            return mapper.finalize(in_file, overrides or ArchOverrides())
+        converted = mapper.finalize(_architecture_of(in_file, state), overrides or ArchOverrides())
     except UserError:
         raise
     except (LookupError, ValueError, AttributeError, TypeError, ArithmeticError, RuntimeError) as error:
@@ -266,6 +234,27 @@ def convert_names(
         raise UserError(
             f"The weights are not of one complete model: {problem:.400}. Save the whole state dict."
         ) from None
+    epsilon = in_file.get("layer_norm_eps", HF_EPSILON if in_file else EPSILON)
+    if epsilon != EPSILON:
+        converted.assumed.append(f"LayerNorm epsilon {EPSILON:g} (theirs: {str(epsilon)[:20]})")
+    return converted
+
+
+def _architecture_of(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the architecture in a `config.json`, as far as it is ours. Raises UserError for another kind of model."""
+    for key, wanted in (("model_type", "videomae"), ("num_channels", 3), ("hidden_act", "gelu")):
+        if config.get(key, wanted) != wanted:
+            raise UserError(f"{key} in config.json must be {wanted!r}, got {str(config[key])[:60]!r}.")
+    trunk = {ours: config[theirs] for theirs, ours in HF_CONFIG_KEYS.items() if theirs in config}
+    if isinstance(trunk.get("image_size"), list) and len(set(map(str, trunk["image_size"]))) == 1:
+        trunk["image_size"] = trunk["image_size"][0]
+    if "tubelet_size" in config and "patch_size" in config:
+        patch = config["patch_size"]
+        trunk["tubelet"] = [config["tubelet_size"], *(patch if isinstance(patch, list) else [patch, patch])]
+    if "decoder.norm.weight" not in state:
+        return {"trunk": trunk}
+    decoder = {ours: config.get(f"decoder_{theirs}") for theirs, ours in list(HF_CONFIG_KEYS.items())[:3]}
+    return {"trunk": trunk, "decoder": {name: number for name, number in decoder.items() if number is not None}}
 
 
 class _KeyMapper:
@@ -375,11 +364,6 @@ class _KeyMapper:
         state = {n: tensor.detach().clone(memory_format=torch.contiguous_format) for n, tensor in self.state.items()}
         renamed = {name: " + ".join(olds) for name, olds in self.origin.items()}
         return ConvertedCheckpoint(state, architecture, renamed, self.filled, self.dropped, assumed)
-
-
-def group_by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:
-    """{name: reason} the other way round."""
-    return {why: [name for name in reasons if reasons[name] == why] for why in dict.fromkeys(reasons.values())}
 
 
 def _rename(format: str, name: str) -> str | None:

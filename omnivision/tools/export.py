@@ -9,10 +9,10 @@ from omnivision.checkpoint.state_dict_file import CONFIG, StateDictFile, read
 from omnivision.data.catalog import read_class_names
 from omnivision.interop import export
 from omnivision.interop.huggingface import preprocessor_config, to_hf
-from omnivision.interop.published import ConvertedCheckpoint, group_by_reason
+from omnivision.interop.published import ConvertedCheckpoint, list_by_reason
 from omnivision.tools.inference import convert
 from omnivision.tools.weights import ExportOptions
-from omnivision.utils.errors import UserError, truncate_list
+from omnivision.utils.errors import UserError
 
 
 def run(checkpoint: str, out: Path, options: ExportOptions) -> int:
@@ -80,6 +80,4 @@ def _export_hf(
     verify = partial(export.verify, state=model.state, architecture=model.architecture, head=options.head)
     verified = export.write_folder(out, exported.state, configs, card, verify)
     print(f"Wrote {out}: {their_class}, {len(exported.state)} tensors")
-    for why, dropped in group_by_reason(exported.dropped).items():
-        print(f"  not carried {len(dropped):4}  {truncate_list(dropped, 3)} ({why})")
-    print(verified)
+    print(*list_by_reason("not carried", exported.dropped), verified, sep="\n")

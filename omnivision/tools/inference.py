@@ -28,7 +28,7 @@ from omnivision.data.sampling import clip_window, uniform_clip_starts
 from omnivision.data.video import VideoDecodeError, open_video
 from omnivision.data.views import EvalView
 from omnivision.interop.merge import merge
-from omnivision.interop.published import ConvertedCheckpoint, from_ours
+from omnivision.interop.published import ConvertedCheckpoint, convert_state_dict
 from omnivision.models import architecture
 from omnivision.models.mae import MaskedAutoencoder
 from omnivision.models.patches import token_grid
@@ -194,7 +194,7 @@ def convert(
             lines = [f"Averages {source}" for source in averaged]
             scores = f"scores of a random clip differ by {difference:.1g} from the average's"
             lines.append(f"Merged {len(averaged)} checkpoints; {scores}")
-        return from_ours(file.state, file.architecture), lines
+        return convert_state_dict("omnivision", file.state, file.architecture), lines
     except UserError as error:
         raise UserError(f"{file.path}: {error}") from None
 
