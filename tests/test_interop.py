@@ -1,14 +1,12 @@
-"""Weights of other projects in our names: recorded figures, agreement with the real library, and files that are not good."""
+"""Weights of other projects in our names: recorded outputs, agreement with the real library, and invalid files."""
 
 import argparse
 import contextlib
 import hashlib
 import json
-import pickle
 import re
 import shutil
 import unittest
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from unittest import mock
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import VideoMAEConfig, VideoMAEForPreTraining, VideoMAEForVideoClassification, VideoMAEModel
 from transformers.utils.logging import disable_progress_bar
 
@@ -27,17 +25,16 @@ from omnivision.interop.infer_architecture import ArchOverrides
 from omnivision.interop.published import ConvertedCheckpoint, convert, convert_state_dict, recognize
 from omnivision.models.architecture import build, describe
 from omnivision.models.classifier import VideoClassifier
-from omnivision.models.mae import MaskedAutoencoder, split_tokens
+from omnivision.models.mae import split_tokens
 from omnivision.models.vit import VisionTransformer
 from omnivision.utils.errors import UserError
 from omnivision.utils.io import safe_load
 from tests.parity_formula import error, record, stated, token_mask, weights
 from tests.runs import call_command
-from tests.test_checkpoint import Canary, Folder
+from tests.tiny_models import CLIP, WeightsCase, autoencoder, classifier, file_of, scrambled, trunk
 
 disable_progress_bar()
 RECORD = record("hf_videomae")
-CLIP = {"num_frames": 4, "image_size": 32}
 CONFIG = {
     "hidden_size": 48,
     "num_hidden_layers": 2,
@@ -53,51 +50,31 @@ CONFIG = {
     "decoder_num_attention_heads": 4,
     "decoder_intermediate_size": 96,
 }
-# Left out of a file without a word from us: a table that is always the same, biases that a model may not have, a whole head.
+# A file may lack these: a table that is always the same, and biases that a model may not have.
 OPTIONAL = re.compile(r"pos_embed|[qv]_bias|(query|value)\.bias")
 HERE = ArchOverrides(heads=3, **CLIP, decoder_heads=4)
 
 
-def trunk(depth: int = 2, heads: int = 3, **changes: Any) -> VisionTransformer:
-    return VisionTransformer(48, depth, heads, **CLIP, tubelet=(2, 8, 8), **changes)
+def from_hf(
+    state: Mapping[str, Tensor], config: Mapping[str, Any] = CONFIG, given: ArchOverrides | None = None
+) -> ConvertedCheckpoint:
+    return convert_state_dict("hf", state, config, given)
 
 
-def scrambled(model: nn.Module) -> nn.Module:
-    """With random numbers everywhere, in biases and norms too."""
-    torch.manual_seed(3)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    return model.eval()
+def from_videomae(state: Mapping[str, Tensor], given: ArchOverrides = HERE) -> ConvertedCheckpoint:
+    return convert_state_dict("videomae", state, {}, given)
 
 
-def classifier(*classes: int, **changes: Any) -> VideoClassifier:
-    return scrambled(VideoClassifier(trunk(**changes), classes or [7]))
-
-
-def autoencoder(**decoder: int) -> MaskedAutoencoder:
-    return scrambled(MaskedAutoencoder(trunk(), {"width": 24, "depth": 2, "heads": 4} | decoder))
+def from_ours(
+    state: Mapping[str, Tensor], given: ArchOverrides | None = HERE, **architecture: Any
+) -> ConvertedCheckpoint:
+    return convert_state_dict("omnivision", state, architecture, given)
 
 
 def model_of(imported: ConvertedCheckpoint, dtype: torch.dtype = torch.float64) -> Any:
     model = build(imported.architecture, "here")
     model.load_state_dict(imported.state)
     return model.to(dtype).eval()
-
-
-def from_videomae(state: Mapping[str, Tensor], given: ArchOverrides) -> ConvertedCheckpoint:
-    return convert_state_dict("videomae", state, {}, given)
-
-
-def from_hf(
-    state: Mapping[str, Tensor], config: Mapping[str, Any], given: ArchOverrides | None = None
-) -> ConvertedCheckpoint:
-    return convert_state_dict("hf", state, config, given)
-
-
-def from_ours(
-    state: Mapping[str, Tensor], architecture: Mapping[str, Any] | None = None, overrides: ArchOverrides | None = None
-) -> ConvertedCheckpoint:
-    return convert_state_dict("omnivision", state, architecture or {}, overrides)
 
 
 def recorded(key: str) -> dict[str, Tensor]:
@@ -111,7 +88,7 @@ def theirs_of(kind: type, state: Mapping[str, Tensor], **changes: Any) -> Any:
     wanted = in_file(state) if old else in_memory(state)
     model.load_state_dict(
         {name: wanted[name] for name in model.state_dict()}
-    )  # exports have more names than one version
+    )  # an export has the names of all versions
     return model.double().eval()
 
 
@@ -150,18 +127,7 @@ def original_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-class Case(Folder):
-    def assert_equal_states(self, one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
-        self.assertEqual(set(one), set(other))
-        for name, tensor in one.items():
-            self.assertTrue(torch.equal(tensor, other[name]), name)
-
-    def save(self, state: Any, name: str = "weights.pt") -> Path:
-        torch.save(state, self.folder / name)
-        return self.folder / name
-
-
-class PublishedFigures(Case):
+class Parity(unittest.TestCase):
     def test_formula_is_the_stated_one(self):
         for key in ("classification", "pretraining"):
             digest = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in recorded(key).values())).hexdigest()
@@ -171,7 +137,7 @@ class PublishedFigures(Case):
         case = RECORD["import_of_the_classification_model_above"]
         state, video = recorded("classification"), stated(RECORD["input"]).double()
         for names in (state, in_file(state)):
-            imported = from_hf(names, CONFIG)
+            imported = from_hf(names)
             scores = model_of(imported)(video)
             self.assertLess(error(scores, case["logits_in_the_ancestor"]), 1e-9)
         self.assertLess(error(model_of(imported, torch.float32)(video.float()), case["logits_in_the_ancestor"]), 1e-5)
@@ -184,11 +150,9 @@ class PublishedFigures(Case):
 
     def test_our_classifier_there(self):
         case, state = RECORD["export_of_03_classifier"], weights(record("classifier")["state_dict"])
-        imported = from_ours(state, overrides=HERE)
+        self.assertGreater(state["trunk.blocks.0.attn.qkv.bias"][48:96].abs().max(), 0.05, "a key bias to drop")
+        imported = from_ours(state)
         pixels = stated(record("classifier")["video"]["input"]).double().transpose(1, 2)
-        self.assertGreater(
-            state["trunk.blocks.0.attn.qkv.bias"][48:96].abs().max(), 0.05, "there is a key bias to drop"
-        )
         exported = to_hf(imported.state, imported.architecture)
         model = theirs_of(VideoMAEForVideoClassification, exported.state, num_labels=7)
         scores = model(pixels).logits.flatten()
@@ -201,7 +165,7 @@ class PublishedFigures(Case):
 
     def test_our_encoder_there(self):
         case = record("mae")["video"]
-        imported = from_ours(weights(record("mae")["state_dict"]), overrides=HERE)
+        imported = from_ours(weights(record("mae")["state_dict"]))
         exported = to_hf(imported.state, imported.architecture)
         model = theirs_of(VideoMAEModel, exported.state, use_mean_pooling=False)
         mask = token_mask(case["mask"])
@@ -210,8 +174,7 @@ class PublishedFigures(Case):
 
     def test_their_pretraining_here(self):
         state, video = recorded("pretraining"), stated(RECORD["input"]).double()
-        imported = from_hf(state, CONFIG)
-        self.assertEqual(imported.architecture["kind"], "autoencoder")
+        imported = from_hf(state)
         self.assertEqual(imported.architecture["decoder"], {"width": 24, "depth": 2, "heads": 4, "attention": "self"})
         self.assertEqual(imported.dropped, {})
         model, mask = model_of(imported), token_mask(RECORD["mask"])
@@ -225,27 +188,25 @@ class PublishedFigures(Case):
         self.assertLess((hidden - ours).abs().max(), 1e-9)
 
 
-class Formats(Case):
+class Formats(WeightsCase):
     def test_videomaes_own_names(self):
         for key in ("classification", "pretraining"):
-            state = recorded(key)
-            named = original_names(state)
+            named, wanted = original_names(recorded(key)), from_hf(recorded(key))
             self.assertEqual(recognize(named), "videomae")
-            imported, wanted = from_videomae(named, HERE), from_hf(state, CONFIG)
+            imported = from_videomae(named)
             self.assert_equal_states(imported.state, wanted.state)
-            self.assertEqual(imported.architecture, wanted.architecture)
+            self.assertEqual((imported.architecture, imported.dropped), (wanted.architecture, {}))
             self.assertEqual(len([n for n in imported.filled if n.endswith("[k]")]), 4 if key == "pretraining" else 2)
-            self.assertEqual(imported.dropped, {})
         # Two heads on the first token are none of ours; biases of queries and values may be absent.
         named = original_names(recorded("classification"))
-        imported = from_videomae({name.replace("fc_norm", "norm"): tensor for name, tensor in named.items()}, HERE)
+        imported = from_videomae({name.replace("fc_norm", "norm"): tensor for name, tensor in named.items()})
         self.assertEqual(set(imported.dropped), {"head.weight", "head.bias"})
         self.assertTrue(torch.equal(imported.state["trunk.norm.weight"], named["fc_norm.weight"]))
         self.assertEqual(imported.architecture["classes"], [])
-        imported = from_videomae({name: t for name, t in named.items() if "_bias" not in name}, HERE)
+        imported = from_videomae({name: t for name, t in named.items() if "_bias" not in name})
         self.assertEqual(float(imported.state["trunk.blocks.1.attn.qkv.bias"].abs().max()), 0)
         hf = {name: t for name, t in in_file(recorded("classification")).items() if "_bias" not in name}
-        self.assert_equal_states(from_hf(hf, CONFIG).state, imported.state)
+        self.assert_equal_states(from_hf(hf).state, imported.state)
 
     def test_a_decoder_that_ours_cannot_be_is_dropped_and_listed(self):
         state = recorded("pretraining")
@@ -256,18 +217,17 @@ class Formats(Case):
             if re.search(r"decoder_layers.*(intermediate|\d\.output\.dense\.weight)", name)
         }
         for change in ({"encoder_to_decoder.weight": flat}, {"decoder.head.weight": torch.zeros(5, 24)}, wide):
-            for names, convert_one in (
-                (state | change, lambda s: from_hf(s, CONFIG)),
-                (original_names(state | change), lambda s: from_videomae(s, HERE)),
+            for names, imported in (
+                (state, from_hf(state | change)),
+                (original_names(state), from_videomae(original_names(state | change))),
             ):
-                imported = convert_one(names)
                 self.assertEqual(imported.architecture["classes"], [])
                 gone = {name for name in names if name.startswith(("decoder.", "encoder_to", "mask_token"))}
                 self.assertEqual(set(imported.dropped), gone)
         with self.assertRaisesRegex(UserError, "not finite"):
-            from_hf(state | {"encoder_to_decoder.weight": flat * float("nan")}, CONFIG)
+            from_hf(state | {"encoder_to_decoder.weight": flat * float("nan")})
         del names["mask_token"]
-        self.assertNotIn("decoder", from_videomae(names, HERE).architecture)
+        self.assertNotIn("decoder", from_videomae(names).architecture)
 
     def test_heads_of_a_decoder_are_those_of_published_ones_unless_given(self):
         sizes = {
@@ -282,7 +242,7 @@ class Formats(Case):
         self.assertEqual(imported.architecture["decoder"]["heads"], 3)
         self.assertIn("--decoder-heads 3", imported.assumed)
         self.assertEqual(from_videomae(named, ArchOverrides(3, 4, 32, 8)).architecture["decoder"]["heads"], 8)
-        with self.assertRaisesRegex(UserError, "--decoder-heads"):
+        with self.assertRaisesRegex(UserError, "decoder.heads"):
             from_hf(theirs.state_dict(), CONFIG | sizes, ArchOverrides(decoder_heads=8))
 
     def test_omnimae(self):
@@ -293,7 +253,7 @@ class Formats(Case):
                 gone = [name for name in theirs if re.search(drop, name)]
                 for name in gone:
                     wanted[name] = torch.zeros_like(theirs.pop(name))
-                imported, format = convert(StateDictFile(Path("x"), "", theirs), overrides=HERE)
+                imported, format = convert(file_of(theirs), overrides=HERE)
                 self.assertEqual((format, set(imported.filled)), ("omnimae", set(gone)))
                 self.assert_equal_states(imported.state, wanted)
                 self.assertEqual(imported.architecture, describe(model))
@@ -315,7 +275,6 @@ class Formats(Case):
 
         wanted = classifier().state_dict()
         for pattern, new in (
-            ("^", "_orig_mod."),
             ("^", "module._orig_mod."),
             ("^", "_orig_mod.module."),
             ("^", "module.module."),
@@ -325,20 +284,15 @@ class Formats(Case):
         ):
             state = changed(pattern, new)
             save_file(state, self.folder / "x.safetensors")
-            for path in (self.save({"model": state}), self.save({"state_dict": state}), self.folder / "x.safetensors"):
+            for path in (self.save({"state_dict": state}), self.folder / "x.safetensors"):
                 with self.subTest(new=new, path=path.name):
                     self.assert_equal_states(read(path).state, wanted)
-                    self.assertEqual(load(classifier(), read(path), WeightFilter(strict=True)).missing, [])
         lightning = self.save({"state_dict": changed("^", "model._orig_mod.")})
         self.assert_equal_states(convert(read(lightning), overrides=HERE)[0].state, wanted)
         with self.assertRaisesRegex(UserError, "_orig_mod"):
             read(self.save(wanted | changed("^", "_orig_mod.")))
 
-    def test_containers_of_other_projects(self):
-        """Archives from before torch 1.6, and VideoMAE's command line beside its weights."""
-        state = classifier().state_dict()
-        torch.save({"model": state}, self.folder / "old.pth", _use_new_zipfile_serialization=False)
-        self.assert_equal_states(convert(read(self.folder / "old.pth"), overrides=HERE)[0].state, state)
+    def test_videomaes_command_line_beside_its_weights(self):
         arguments = argparse.Namespace(model="vit", epochs=3)
         for key in ("model", "module"):
             path = self.save({key: original_names(recorded("classification")), "args": arguments, "epoch": 4})
@@ -422,24 +376,24 @@ class Formats(Case):
         self.assertEqual(gone, {"trunk.depth_patch_embed.proj.1", "heads.1.0"})
         with self.assertRaisesRegex(UserError, "--head .* got 2"):
             to_hf(model.state_dict(), describe(model), head=2)
-        exported = to_hf(autoencoder().state_dict(), describe(autoencoder()))
-        gone = {name for name in autoencoder().state_dict() if re.search("decoder|mask_token|heads", name)}
-        self.assertEqual(set(exported.dropped), gone)
         model.trunk.pos_embed += 1e-3
         with self.assertRaisesRegex(UserError, "--to pt"):
             to_hf(model.state_dict(), describe(model))
+        exported = to_hf(autoencoder().state_dict(), describe(autoencoder()))
+        gone = {name for name in autoencoder().state_dict() if re.search("decoder|mask_token|heads", name)}
+        self.assertEqual(set(exported.dropped), gone)
         pixels = preprocessor_config(describe(classifier()))
         self.assertEqual(pixels["image_mean"], [0.485, 0.456, 0.406])
         self.assertEqual(pixels["crop_size"], {"height": 32, "width": 32})
 
 
-class Stages(Case):
+class Stages(WeightsCase):
     """An imported file as `pretrained_checkpoint_path`."""
 
     def setUp(self):
         super().setUp()
-        imported = from_hf(recorded("pretraining"), CONFIG)
-        self.source = StateDictFile(Path("x.pt"), "0", imported.state, {"architecture": imported.architecture})
+        imported = from_hf(recorded("pretraining"))
+        self.source = file_of(imported.state, architecture=imported.architecture)
 
     def test_it_is_loaded(self):
         report = load(classifier(5), self.source, WeightFilter())
@@ -449,8 +403,8 @@ class Stages(Case):
         report = load(model, self.source, WeightFilter(strict=True))
         self.assertEqual((report.missing, report.dropped), ([], {}))
         self.assert_equal_states(model.state_dict(), self.source.state)
-        with self.assertRaisesRegex(UserError, "omnivision import x.pt"):
-            load(classifier(5), StateDictFile(Path("x.pt"), "0", recorded("pretraining"), {}), WeightFilter())
+        with self.assertRaisesRegex(UserError, "omnivision import there.pt"):
+            load(classifier(5), file_of(recorded("pretraining")), WeightFilter())
 
     def test_other_heads_depths_and_widths_are_refused(self):
         no_decoder = WeightFilter(drop=["trunk.decoder.*", "trunk.mask_token", "heads.*"])
@@ -469,7 +423,7 @@ class Stages(Case):
                 load(model, self.source, way_out)
 
 
-class Geometry(Case):
+class Geometry(WeightsCase):
     def test_numbers_are_read_given_or_refused(self):
         ours, theirs = classifier().state_dict(), original_names(recorded("classification"))
         for state, given, message in (
@@ -483,29 +437,29 @@ class Geometry(Case):
             (theirs, {"heads": 3, "num_frames": 4, "image_size": 30}, "30 x 30 pixels.*--image-size"),
         ):
             with self.subTest(message), self.assertRaisesRegex(UserError, message):
-                convert(StateDictFile(Path("x"), "", state), overrides=ArchOverrides(**given))
+                convert(file_of(state), overrides=ArchOverrides(**given))
         with self.assertRaisesRegex(UserError, "trunk.heads is .3. .* 4"):
             from_hf(recorded("classification"), CONFIG, ArchOverrides(heads=4))
 
     def test_usual_numbers_are_assumed_and_reported(self):
         with torch.device("meta"):
             state = VideoClassifier(VisionTransformer(192, 1), [2]).state_dict()
-        imported = from_ours({name: torch.zeros(tensor.shape) for name, tensor in state.items()})
+        imported = from_ours({name: torch.zeros(tensor.shape) for name, tensor in state.items()}, None)
         self.assertEqual(imported.assumed, ["--num-heads 3", "--num-frames 16"])
         self.assertEqual(imported.architecture["trunk"]["image_size"], 224)
         self.assertIn("  assumed     2  --num-heads 3; --num-frames 16", imported.lines())
 
     def test_a_width_that_a_ratio_truncates(self):
-        model = scrambled(VideoClassifier(VisionTransformer(48, 1, 3, 2.6, **CLIP, tubelet=(2, 8, 8)), [2]))
-        self.assertEqual(from_ours(model.state_dict(), describe(model)).architecture, describe(model))
+        model = scrambled(VideoClassifier(trunk(depth=1, mlp_ratio=2.6), [2]))
+        self.assertEqual(from_ours(model.state_dict(), **describe(model)).architecture, describe(model))
         # Neither does a ratio that is got from the weights lose a row: 88 * (240 / 88) is below 240.
-        model = scrambled(VideoClassifier(VisionTransformer(88, 1, 2, 2.73, **CLIP, tubelet=(2, 8, 8)), [2]))
+        model = scrambled(VideoClassifier(trunk(88, 1, 2, mlp_ratio=2.73), [2]))
         self.assertEqual(len(model.trunk.blocks[0].mlp.fc1.weight), 240)
-        imported = from_ours(model.state_dict(), overrides=ArchOverrides(heads=2, num_frames=4))
+        imported = from_ours(model.state_dict(), ArchOverrides(heads=2, num_frames=4))
         self.assert_equal_states(model_of(imported, torch.float32).state_dict(), model.state_dict())
 
 
-class Command(Case):
+class Command(WeightsCase):
     OPTIONS = ("--num-heads", 3, "--num-frames", 4)
 
     def run_import(self, *arguments: object) -> str:
@@ -519,7 +473,7 @@ class Command(Case):
         for row in (
             r"theirs\.pth: \d+ tensors of format videomae\n",
             r"renamed +57  encoder\.patch_embed\.proj\.weight -> .*; and 54 more\n",
-            r"filled +5  .*trunk\.blocks\.0\.attn\.qkv\.bias\[k\], .*\(zeros; not in the file\)\n",
+            r"filled +5  .*trunk\.blocks\.0\.attn\.qkv\.bias\[k\]; .*\(zeros; not in the file\)\n",
             r"filled +1  trunk\.pos_embed \(the fixed table\)\n",
             r"filled +1  trunk\.mask_token \(mask_token, before the projection\)\n",
             r"Wrote .*autoencoder of width 48, depth 2, 3 heads, 4 frames of 32 x 32\n",
@@ -534,7 +488,6 @@ class Command(Case):
         self.assertIn("format omnivision", self.run_import(out, again))
         self.assert_equal_states(safe_load(again)["model"], found["model"])
         self.assertEqual(safe_load(again)["architecture"], found["architecture"])
-        self.assertEqual([path.name for path in self.folder.rglob(".*")], [], "no temporary files")
 
     def test_nothing_is_overwritten_unasked(self):
         source, out = self.save(classifier().state_dict()), self.folder / "out.pt"
@@ -543,16 +496,14 @@ class Command(Case):
         for target, options, message in (
             (out, (), "exists.*--force"),
             (source, ("--force",), "OUT"),
-            (self.folder, ("--force",), "OUT"),
             (out / "x.pt", ("--force",), "cannot be"),
-            (self.folder / "out.safetensors", (), r"OUT must end in \.pt"),
             (out, ("--force", full), "No space left"),
         ):
             with self.subTest(message), options[1] if options[1:] else contextlib.nullcontext():
                 with self.assertRaisesRegex(UserError, message):
                     self.run_import(source, target, *self.OPTIONS, *options[:1])
             self.assertEqual(out.read_text(), "precious")
-        self.assertEqual({path.name for path in self.folder.iterdir()}, {"weights.pt", "out.pt"})
+        self.assertEqual({path.name for path in self.folder.iterdir()}, {"weights.pt", "out.pt"}, "no temporary files")
         self.run_import(source, out, *self.OPTIONS, "--force")
         self.assert_equal_states(safe_load(out)["model"], classifier().state_dict())
 
@@ -567,27 +518,11 @@ class Command(Case):
         self.assertLess(out.stat().st_size, 1e6)
 
 
-class BadFiles(Case):
+class BadFiles(WeightsCase):
     def refused(self, source: Path | dict, message: str, given: ArchOverrides = HERE, format: str = "auto") -> None:
         with self.subTest(message), self.assertRaisesRegex(UserError, message) as caught:
-            convert(read(source) if isinstance(source, Path) else StateDictFile(Path("x"), "", source), format, given)
+            convert(read(source) if isinstance(source, Path) else file_of(source), format, given)
         self.assertNotIn("\n", str(caught.exception))
-
-    def test_pickled_objects(self):
-        canary = self.folder / "canary"
-        (self.folder / "hf").mkdir()
-        (self.folder / "hf" / "config.json").write_text(json.dumps(CONFIG))
-        content = {"model": classifier().state_dict(), "more": Canary(str(canary))}
-        paths = [
-            self.save(content, "old.pt"),
-            self.save(content, "hf/pytorch_model.bin").parent,
-            self.folder / "bare.pth",
-        ]
-        paths[2].write_bytes(pickle.dumps(Canary(str(canary))))
-        with warnings.catch_warnings(action="ignore"):  # torch's, of the pickle's version
-            for path in paths:
-                self.refused(path, "Save its state dict alone")
-        self.assertFalse(canary.exists())
 
     def test_names_that_nobody_has(self):
         state = classifier().state_dict()
@@ -601,17 +536,14 @@ class BadFiles(Case):
         self.refused(layer_scale, r"1 of .* videomae.*: blocks\.0\.gamma_1")
 
     def test_tensors_that_make_no_model(self):
-        for state in (
-            classifier().state_dict(),
-            recorded("classification"),
-            original_names(recorded("classification")),
-        ):
+        theirs = recorded("classification")
+        for state in (classifier().state_dict(), theirs, original_names(theirs)):
             for name in [name for name in state if ".0." not in name or name.startswith("heads")]:
                 if not OPTIONAL.search(name):
-                    self.refused({n: t for n, t in state.items() if n != name}, "(?i)missing|three|unexpected")
+                    self.refused({n: t for n, t in state.items() if n != name}, "complete model")
                 longer = torch.zeros(*state[name].shape[:-1], state[name].shape[-1] + 1)
                 for tensor in (longer, torch.zeros(()), torch.zeros(0)):
-                    self.refused(state | {name: tensor}, "complete model|three tensors|positions|tubelet")
+                    self.refused(state | {name: tensor}, "complete model|tubelet")
         depth = {"trunk.patch_embed.proj.1.weight": torch.zeros(48, 1, 2, 8, 8)}
         self.refused(classifier().state_dict() | depth, r"patch_embed.*\[48, 3, 2, 8, 8\]")
         blocks = {name.replace("blocks.1.", "blocks.7."): t for name, t in classifier().state_dict().items()}
@@ -625,7 +557,6 @@ class BadFiles(Case):
             ("trunk", "num_frames", 2**40, "--num-frames .* 65536"),
             ("trunk", "num_frames", 40000, "--image-size"),
             ("trunk", "heads", "3", "--num-heads .*'3'"),
-            ("trunk", "heads", True, "--num-heads .*'True'"),
             ("trunk", "mlp_ratio", float("nan"), r"trunk\.mlp_ratio is .nan"),
             ("trunk", "new", 1, r"trunk\.new"),
             ("kind", None, "autoencoder", "kind .*'autoencoder'"),
@@ -647,7 +578,6 @@ class BadFiles(Case):
             ({"model_type": "bert"}, "model_type .*'bert'"),
             ({"hidden_act": "relu"}, "hidden_act .*'relu'"),
             ({"num_channels": 1}, "num_channels .*'1'"),
-            ({"num_attention_heads": 0}, "--num-heads .*'0'"),
             ({"num_attention_heads": {"a": 1}}, "--num-heads"),
             ({"num_frames": 1e300}, "--num-frames"),
             ({"num_frames": 65536, "image_size": 65536}, "1048576 tokens"),
@@ -659,8 +589,7 @@ class BadFiles(Case):
             (folder / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
             self.refused(folder, message, ArchOverrides())
         (folder / "config.json").write_text(json.dumps(CONFIG | {"image_size": [32, 32], "patch_size": [8, 8]}))
-        wanted = from_hf(recorded("classification"), CONFIG).architecture
-        self.assertEqual(convert(read(folder))[0].architecture, wanted)
+        self.assertEqual(convert(read(folder))[0].architecture, from_hf(recorded("classification")).architecture)
 
     def test_an_index_that_leads_elsewhere(self):
         folder, state = self.folder / "hf", in_file(recorded("classification"))

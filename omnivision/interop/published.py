@@ -226,7 +226,7 @@ def convert_state_dict(
             mapper.convert_videomae()
         if format != "hf":
             return mapper.finalize(in_file, overrides or ArchOverrides())
-        converted = mapper.finalize(_architecture_of(in_file, state), overrides or ArchOverrides())
+        converted = mapper.finalize(_architecture_of(in_file, mapper.state), overrides or ArchOverrides())
     except UserError:
         raise
     except (LookupError, ValueError, AttributeError, TypeError, ArithmeticError, RuntimeError) as error:
@@ -241,7 +241,10 @@ def convert_state_dict(
 
 
 def _architecture_of(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return the architecture in a `config.json`, as far as it is ours. Raises UserError for another kind of model."""
+    """Return the architecture in a `config.json`, as far as it is ours; `state` is in our names.
+
+    Raises UserError for another kind of model.
+    """
     for key, wanted in (("model_type", "videomae"), ("num_channels", 3), ("hidden_act", "gelu")):
         if config.get(key, wanted) != wanted:
             raise UserError(f"{key} in config.json must be {wanted!r}, got {str(config[key])[:60]!r}.")
@@ -251,7 +254,7 @@ def _architecture_of(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> 
     if "tubelet_size" in config and "patch_size" in config:
         patch = config["patch_size"]
         trunk["tubelet"] = [config["tubelet_size"], *(patch if isinstance(patch, list) else [patch, patch])]
-    if "decoder.norm.weight" not in state:
+    if "trunk.decoder.norm.weight" not in state:
         return {"trunk": trunk}
     decoder = {ours: config.get(f"decoder_{theirs}") for theirs, ours in list(HF_CONFIG_KEYS.items())[:3]}
     return {"trunk": trunk, "decoder": {name: number for name, number in decoder.items() if number is not None}}
