@@ -11,7 +11,6 @@ from unittest import mock
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
 from transformers import VideoMAEForVideoClassification, VideoMAEImageProcessor, VideoMAEModel
 from transformers.utils.logging import disable_progress_bar
 
@@ -19,49 +18,20 @@ from omnivision.checkpoint.state_dict_file import read
 from omnivision.models.architecture import build, describe
 from omnivision.models.average import AveragedClassifier
 from omnivision.models.classifier import VideoClassifier
-from omnivision.models.mae import MaskedAutoencoder
-from omnivision.models.vit import VisionTransformer
 from omnivision.tools import export
 from omnivision.utils.errors import UserError
 from omnivision.utils.io import safe_load
 from tests import other_transformers, runs
-from tests.test_checkpoint import Folder
+from tests.tiny_models import WeightsCase, autoencoder, classifier, scrambled, trunk
 
 disable_progress_bar()
-
-
-def trunk() -> VisionTransformer:
-    return VisionTransformer(48, 2, 3, num_frames=4, image_size=32, tubelet=(2, 8, 8))
-
-
-def scrambled(model: nn.Module, seed: int = 3) -> Any:
-    torch.manual_seed(seed)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    return model.eval()
-
-
-def classifier(*classes: int, seed: int = 3) -> VideoClassifier:
-    return scrambled(VideoClassifier(trunk(), classes or [7]), seed)
-
-
-def autoencoder() -> MaskedAutoencoder:
-    return scrambled(MaskedAutoencoder(trunk(), {"width": 24, "depth": 2, "heads": 4}))
 
 
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-class Case(Folder):
-    def save(self, model: nn.Module, name: str = "checkpoint.pt", /, **more: Any) -> Path:
-        """A checkpoint as a run writes it, as far as it matters here."""
-        path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        rest = {"format": 1, "architecture": describe(model), "ema": None, "sources": [], "optimizer": {"state": {}}}
-        torch.save(rest | {"model": model.state_dict()} | more, path)
-        return path
-
+class Case(WeightsCase):
     def export(self, source: Path, out: Path | str, to: str, *options: object) -> str:
         code, output, _ = runs.call_command("export", source, self.folder / out, "--to", to, *options)
         self.assertEqual(code, 0)
@@ -81,7 +51,7 @@ class Case(Folder):
         folders, wanted = [], []
         for name, model in (("classifier", classifier()), ("autoencoder", autoencoder())):
             folder, clip = self.folder / version / name, torch.randn(2, 3, 4, 32, 32)
-            self.export(self.save(model), folder, "hf")
+            self.export(self.save_run(model), folder, "hf")
             torch.save(clip.transpose(1, 2), folder / "clip.pt")
             with torch.no_grad():
                 wanted.append(model(clip) if name == "classifier" else model.trunk.norm(model.trunk(clip)))
@@ -91,9 +61,6 @@ class Case(Folder):
             # Rounding in single precision, and the other epsilon of the last norm.
             torch.testing.assert_close(torch.load(folder / "outputs.pt"), ours, rtol=0, atol=5e-5)
 
-    def assert_equal_states(self, one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-        torch.testing.assert_close(dict(one), dict(other), rtol=0, atol=0)
-
     def difference(self, output: str) -> float:
         return float(re.search(r"Verified: .* by (\S+) \(double", output)[1])
 
@@ -101,7 +68,7 @@ class Case(Folder):
 class OurNames(Case):
     def test_out_and_in_again_is_the_same(self):
         for model in (classifier(), classifier(4, 9), autoencoder()):
-            source = self.save(model)
+            source = self.save_run(model)
             for to in ("pt", "safetensors"):
                 out, back = self.folder / f"out.{to}", self.folder / "back.pt"
                 self.assertIn("of width 48, depth 2, 3 heads", self.export(source, out, to, "--force"))
@@ -112,24 +79,18 @@ class OurNames(Case):
                 self.assertEqual(read(out).metadata["origin"]["sha256"], sha256(source))
                 self.assertLess(out.stat().st_size, 1.2 * source.stat().st_size)
 
-    def test_a_run_directory_gives_its_best(self):
-        best = self.save(classifier(seed=5), "run/checkpoints/best.pt")
-        self.save(classifier(seed=6), "run/checkpoints/checkpoint.pt")
-        self.export(self.folder / "run", "out.safetensors", "safetensors")
-        self.assert_equal_states(load_file(self.folder / "out.safetensors"), safe_load(best)["model"])
-
     def test_the_ema(self):
         model, average = classifier(), dict(classifier(seed=9).named_parameters())
         ema = {name: tensor.detach() for name, tensor in average.items() if "heads" in name}
-        source, out = self.save(model, ema=ema), self.folder / "out.pt"
+        source, out = self.save_run(model, ema=ema), self.folder / "out.pt"
         for options, averaged in (((), True), (("--weights", "ema"), True), (("--weights", "model"), False)):
             self.assertEqual("moving average" in self.export(source, out, "pt", "--force", *options), averaged)
             self.assert_equal_states(safe_load(out)["model"], model.state_dict() | (ema if averaged else {}))
-        self.assert_refused("EMA.*--weights model", self.save(model), out, "pt", "--force", "--weights", "ema")
-        self.assert_refused("EMA.*'x'", self.save(model, ema={"x": torch.zeros(1)}), out, "pt", "--force")
+        self.assert_refused("EMA.*--weights model", self.save_run(model), out, "pt", "--force", "--weights", "ema")
+        self.assert_refused("EMA.*'x'", self.save_run(model, ema={"x": torch.zeros(1)}), out, "pt", "--force")
 
     def test_nothing_is_replaced_unasked(self):
-        source = self.save(classifier())
+        source = self.save_run(classifier())
         for to in ("pt", "safetensors", "hf"):
             out = self.folder / f"taken.{to}"
             out.mkdir() if to == "hf" else out.touch()
@@ -154,12 +115,12 @@ class OurNames(Case):
         self.assertEqual([path.name for path in self.folder.glob(".*")], [], "no temporary files")
 
     def test_refused(self):
-        source, architecture = self.save(classifier()), describe(autoencoder())
+        source, architecture = self.save_run(classifier()), describe(autoencoder())
         torch.save(classifier().state_dict(), self.folder / "bare.pt")
         self.assert_refused("omnivision import", self.folder / "bare.pt", "out.pt", "pt")
         for part in ("trunk", "decoder"):  # an export assumes nothing
             numbers = {key: value for key, value in architecture[part].items() if key != "heads"}
-            file = self.save(autoencoder(), "silent.pt", architecture=architecture | {part: numbers})
+            file = self.save_run(autoencoder(), "silent.pt", architecture=architecture | {part: numbers})
             self.assert_refused("heads", file, "out.pt", "pt")
         for message, options in (
             ("Leave --merge out", ("--merge",)),
@@ -168,7 +129,7 @@ class OurNames(Case):
             ("--head.*--to hf", ("--head", "1")),
         ):
             self.assert_refused(message, source, "out.pt", "pt", *options)
-        self.assert_refused("no tensors", self.save(classifier(), "b.pt", model={}), "out.pt", "pt")
+        self.assert_refused("no tensors", self.save_run(classifier(), "b.pt", model={}), "out.pt", "pt")
         self.assertFalse((self.folder / "out.pt").exists())
 
 
@@ -179,7 +140,7 @@ class HuggingFace(Case):
 
     def test_classifier(self):
         model, out = classifier(), self.folder / "out"
-        output = self.export(self.save(model), out, "hf", "--class-names", self.names("\n".join("äbcdefg") + "\n"))
+        output = self.export(self.save_run(model), out, "hf", "--class-names", self.names("\n".join("äbcdefg") + "\n"))
         self.assertLess(self.difference(output), 1e-9)
         self.assertNotIn("not carried", output)
         theirs = VideoMAEForVideoClassification.from_pretrained(out, local_files_only=True)
@@ -199,7 +160,7 @@ class HuggingFace(Case):
 
     def test_encoder_and_back(self):
         model, out, back = autoencoder(), self.folder / "out", self.folder / "back.pt"
-        output = self.export(self.save(model), out, "hf")
+        output = self.export(self.save_run(model), out, "hf")
         self.assertLess(self.difference(output), 1e-9)
         self.assertRegex(output, r"trunk\.mask_token.*its decoder")
         theirs = VideoMAEModel.from_pretrained(out, local_files_only=True).double()
@@ -213,7 +174,7 @@ class HuggingFace(Case):
 
     def test_every_bias_has_the_names_of_all_versions(self):
         for model, base in ((classifier(), "videomae."), (autoencoder(), "")):
-            self.export(self.save(model), "out", "hf", "--force")
+            self.export(self.save_run(model), "out", "hf", "--force")
             stored = load_file(self.folder / "out" / "model.safetensors")
             for number, block in enumerate(model.trunk.blocks):
                 attention = f"{base}encoder.layer.{number}.attention.attention."
@@ -230,7 +191,7 @@ class HuggingFace(Case):
 
     def test_one_of_several_heads(self):
         model, out = classifier(4, 9), self.folder / "out"
-        output = self.export(self.save(model), out, "hf", "--head", "1")
+        output = self.export(self.save_run(model), out, "hf", "--head", "1")
         self.assertRegex(output, r"not carried +2  heads\.0\.0\.weight; heads\.0\.0\.bias \(another head")
         self.assertEqual(json.loads((out / "config.json").read_text())["id2label"]["8"], "LABEL_8")
         stored = load_file(out / "model.safetensors")["classifier.weight"]
@@ -239,14 +200,14 @@ class HuggingFace(Case):
     def test_16_bits(self):
         for dtype in (torch.float16, torch.bfloat16):
             model, out = classifier().to(dtype), self.folder / "out"
-            output = self.export(self.save(model), out, "hf", "--force")
+            output = self.export(self.save_run(model), out, "hf", "--force")
             self.assertRegex(output, r"not carried +1  trunk\.pos_embed \(rounded to 16 bits")
             self.assertLess(self.difference(output), 1e-9)
             stored = load_file(out / "model.safetensors")["classifier.weight"]
             self.assertTrue(torch.equal(stored, model.heads[0][0].weight))
 
     def test_class_names(self):
-        source, out, back = self.save(classifier()), self.folder / "out", self.folder / "back.pt"
+        source, out, back = self.save_run(classifier()), self.folder / "out", self.folder / "back.pt"
         wanted = [f"class {label}" for label in range(7)]
         self.export(source, out, "hf", "--class-names", self.names("\n".join(wanted)))
         self.run_import(out, back)
@@ -263,7 +224,7 @@ class HuggingFace(Case):
             (out / "config.json").write_text(json.dumps(config | {"id2label": labels}))
             self.run_import(out, back, "--force")
             self.assertEqual(read(back).inference.class_names, [], labels)
-        encoder = self.save(autoencoder(), "mae.pt")
+        encoder = self.save_run(autoencoder(), "mae.pt")
         for text, model in (("", source), ("a\n\nb\nc\nd\ne\nf\n", source), ("a\nb\n", source), ("a\n", encoder)):
             self.assert_refused("--class-names", model, "new", "hf", "--class-names", self.names(text))
         (self.folder / "names.txt").write_bytes(b"\xff")
@@ -271,8 +232,8 @@ class HuggingFace(Case):
             self.assert_refused("--class-names.*cannot be read", source, "new", "hf", "--class-names", file)
 
     def test_other_tubelets_and_ratios(self):
-        model = scrambled(VideoClassifier(VisionTransformer(48, 1, 3, 2.5, 4, 32, (4, 8, 16)), [3]))
-        self.assertIn("Verified", self.export(self.save(model), "out", "hf"))
+        model = scrambled(VideoClassifier(trunk(depth=1, mlp_ratio=2.5, tubelet=(4, 8, 16)), [3]))
+        self.assertIn("Verified", self.export(self.save_run(model), "out", "hf"))
         self.run_import(self.folder / "out", "back.pt")
         self.assertEqual(safe_load(self.folder / "back.pt")["architecture"], describe(model) | {"classes": [3]})
 
@@ -285,10 +246,10 @@ class HuggingFace(Case):
                     layer.bias.zero_()
             model.trunk.patch_embed.proj[1].weight.mul_(1e-3)
             model.trunk.patch_embed.proj[1].bias.copy_(-model.trunk.pos_embed.mean((0, 1)))
-        self.assertIn("fc_norm.eps", self.export(self.save(model), "out", "hf"))
+        self.assertIn("fc_norm.eps", self.export(self.save_run(model), "out", "hf"))
 
     def test_a_wrong_tensor_or_model_is_found_and_nothing_is_written(self):
-        source, right = self.save(classifier()), export.to_hf
+        source, right = self.save_run(classifier()), export.to_hf
 
         def wrong(*arguments: Any) -> Any:
             exported = right(*arguments)
@@ -301,12 +262,12 @@ class HuggingFace(Case):
             self.assert_refused("--to pt", source, "out", "hf")
         for model in (classifier(), autoencoder()):
             model.trunk.norm.weight.data[0] = float("nan")
-            self.assert_refused("not finite", self.save(model), "out", "hf")
+            self.assert_refused("not finite", self.save_run(model), "out", "hf")
         self.assertEqual([path.name for path in self.folder.iterdir()], ["checkpoint.pt"])
 
     def test_without_the_library_nothing_is_verified(self):
         with mock.patch.dict("sys.modules", {"transformers": None}):
-            output = self.export(self.save(classifier()), "out", "hf")
+            output = self.export(self.save_run(classifier()), "out", "hf")
         self.assertIn("omnivision[hf]", output)
         VideoMAEForVideoClassification.from_pretrained(self.folder / "out", local_files_only=True)
 
@@ -316,11 +277,11 @@ class Merging(Case):
 
     def average(self, mode: str = MODES[0], **more: Any) -> tuple[AveragedClassifier, Path, list[Path]]:
         """An average of an autoencoder and a classifier, with mixing weights that are not equal, and its checkpoint."""
-        files = [self.save(autoencoder(), "a.pt"), self.save(classifier(5, seed=8), "b.pt")]
+        files = [self.save_run(autoencoder(), "a.pt"), self.save_run(classifier(5, seed=8), "b.pt")]
         model = AveragedClassifier(trunk(), [7, 3], 2, mode)
         scrambled(model, 11)
         model.load_sources([safe_load(file)["model"] for file in files])
-        return model, self.save(model, "average.pt", **{"sources": self.notes(files)} | more), files
+        return model, self.save_run(model, "average.pt", **{"sources": self.notes(files)} | more), files
 
     def notes(self, files: list[Path], **more: Any) -> list[dict]:
         return [{"path": str(file), "sha256": sha256(file)} | more for file in files]
@@ -348,12 +309,12 @@ class Merging(Case):
     def test_sources_may_have_more_than_the_average_takes(self):
         """Positions of another clip size, and an embedding of depth: training leaves both in the sources, too."""
         for clip, depth in ((8, False), (4, True)):
-            source_trunks = [VisionTransformer(48, 2, 3, 4, 4, 32, (2, 8, 8), rgbd=depth) for _ in range(2)]
-            models = [scrambled(VideoClassifier(trunk, [5]), seed) for seed, trunk in enumerate(source_trunks)]
-            files = [self.save(model, f"source_{number}.pt") for number, model in enumerate(models)]
-            average = AveragedClassifier(VisionTransformer(48, 2, 3, 4, clip, 32, (2, 8, 8)), [7])
+            source_trunks = [trunk(rgbd=depth) for _ in range(2)]
+            models = [scrambled(VideoClassifier(each, [5]), seed) for seed, each in enumerate(source_trunks)]
+            files = [self.save_run(model, f"source_{number}.pt") for number, model in enumerate(models)]
+            average = AveragedClassifier(trunk(num_frames=clip), [7])
             average.load_sources([model.state_dict() for model in models])
-            found = self.merge(self.save(average, "average.pt", sources=self.notes(files)))
+            found = self.merge(self.save_run(average, "average.pt", sources=self.notes(files)))
             self.assert_equal_states(found["model"], average.merged())
             self.assertEqual(found["architecture"]["trunk"]["num_frames"], clip)
 
@@ -364,10 +325,10 @@ class Merging(Case):
         average, _, files = self.average()
         states = [safe_load(file)["model"] for file in files]
         average.load_sources([state | {first: state[second], second: state[first]} for state in states])
-        source = self.save(average, "renamed.pt", sources=self.notes(files, choice=choice))
+        source = self.save_run(average, "renamed.pt", sources=self.notes(files, choice=choice))
         self.assert_equal_states(self.merge(source)["model"], average.merged())
         for damage in (3, [1], {"keep": 3}, {"nope": 1}, {"rename": [1]}):
-            source = self.save(average, "damaged.pt", sources=self.notes(files, choice=damage))
+            source = self.save_run(average, "damaged.pt", sources=self.notes(files, choice=damage))
             self.assert_refused("note its sources.*choice", source, "two.pt", "pt", "--merge")
 
     def test_the_ema_of_an_average(self):
@@ -378,7 +339,7 @@ class Merging(Case):
     def test_sources_that_moved_are_given_again(self):
         average, source, files = self.average()
         moved = [file.rename(file.with_name(f"moved_{file.name}")) for file in files]
-        other = self.save(classifier(5, seed=1), "c.pt")
+        other = self.save_run(classifier(5, seed=1), "c.pt")
         for message, given in (
             ("a.pt.*--sources FILE FILE", None),
             ("SHA-256.*--sources FILE FILE", reversed(moved)),
@@ -393,7 +354,7 @@ class Merging(Case):
         average, _, files = self.average()
         both = self.folder / "both.pt"
         torch.save({"ensemble_weights": [safe_load(file)["model"] for file in files]}, both)
-        source = self.save(average, "average.pt", sources=self.notes([both, both]))
+        source = self.save_run(average, "average.pt", sources=self.notes([both, both]))
         self.assert_equal_states(self.merge(source)["model"], average.merged())
 
     def test_refused(self):

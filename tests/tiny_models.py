@@ -33,7 +33,7 @@ def classifier(*classes: int, seed: int = 3, **changes: Any) -> VideoClassifier:
 
 
 def autoencoder(**decoder: int) -> MaskedAutoencoder:
-    return scrambled(MaskedAutoencoder(trunk(), {"width": 24, "depth": 2, "heads": 4} | decoder))
+    return scrambled(MaskedAutoencoder(trunk(), {"width": 24, "depth": 2, "heads": 4} | decoder), seed=4)
 
 
 def file_of(model: nn.Module | Mapping[str, Tensor], **metadata: Any) -> StateDictFile:
