@@ -219,27 +219,23 @@ def interpolate_pos_embed(
 
 def _grid_of(weights: StateDictFile, tokens: int, grid: Triple) -> Triple:
     """Return the token grid (T', H', W') in the file, else the one of that many tokens that is nearest to `grid`."""
-    if trunk := weights.architecture.get("trunk"):
-        try:
-            size = trunk["image_size"]
-            in_file = token_grid((trunk["num_frames"], size, size), tuple(trunk["tubelet"]))
-        except (KeyError, TypeError, ValueError):  # UserError is one
-            in_file = (0, 0, 0)
-        if math.prod(in_file) == tokens:
-            return in_file
-        raise UserError(
-            f"num_frames, image_size and tubelet in {weights.path} must give its {tokens} positions, got {trunk!r:.300}. The "
-            f"file is damaged. Set {SETTING}."
-        )
     slots, height, width = grid
     side = round((tokens / slots) ** 0.5)
     # The same grid; the same number of frames, square; the same size, another number of frames.
-    for guess in (grid, (slots, side, side), (tokens // (height * width), height, width)):
-        if math.prod(guess) == tokens > 0:
-            return guess
+    candidates = [grid, (slots, side, side), (tokens // (height * width), height, width)]
+    if trunk := weights.architecture.get("trunk"):
+        try:
+            size = trunk["image_size"]
+            candidates = [token_grid((trunk["num_frames"], size, size), tuple(trunk["tubelet"]))]
+        except (KeyError, TypeError, ValueError):  # UserError is one
+            candidates = []
+    for candidate in candidates:
+        if math.prod(candidate) == tokens > 0:
+            return candidate
+    wanted = f"{slots} time slots or for {height} x {width} tokens a slot"
     raise UserError(
-        f"{weights.path} must have positions for {slots} time slots or for {height} x {width} tokens a slot, got {tokens} "
-        "positions. Set num_frames or image_size."
+        f"{weights.path} must have positions for {'the clip in its architecture' if trunk else wanted}, got {tokens} positions. "
+        f"Set num_frames or image_size, or another {SETTING}."
     )
 
 
