@@ -75,7 +75,7 @@ class HandOver(Case):
         self.assert_refused("trunk.patch_embed.*trainer/model", other, described(old))
         for count in (33, 0):
             weights = file_of(old.state_dict() | {"trunk.pos_embed": torch.zeros(1, count, 48)})
-            self.assert_refused(f"got {count} positions. Set num_frames", classifier(), weights)
+            self.assert_refused(f"got {count}. Set num_frames", classifier(), weights)
         numbers = describe(old)["trunk"]
         changes = {"tubelet": "x"}, {"tubelet": [2, 8]}, {"image_size": 10**9}, {"num_frames": None}
         for entry in (*(numbers | change for change in changes), "trunk", 7):

@@ -234,7 +234,7 @@ def _grid_of(weights: StateDictFile, tokens: int, grid: Triple) -> Triple:
             return candidate
     wanted = f"{slots} time slots or for {height} x {width} tokens a slot"
     raise UserError(
-        f"{weights.path} must have positions for {'the clip in its architecture' if trunk else wanted}, got {tokens} positions. "
+        f"{weights.path} must have positions for {'the clip in its architecture' if trunk else wanted}, got {tokens}. "
         f"Set num_frames or image_size, or another {SETTING}."
     )
 
