@@ -29,7 +29,7 @@ from omnivision.interop.infer_architecture import (
 )
 from omnivision.models.architecture import Architecture
 from omnivision.models.patches import sinusoid_positions
-from omnivision.utils.errors import UserError, truncate_list
+from omnivision.utils.errors import UserError, is_out_of_memory, truncate_list
 
 _PLACEHOLDERS = {
     "leaf": r"weight|bias",
@@ -136,12 +136,10 @@ class ConvertedCheckpoint:
 
     def lines(self) -> list[str]:
         """Return a table to print: a line for each fate and reason, with how many and the first names."""
-        same, renamed = (
-            {n: old for n, old in self.renamed.items() if (n == old) is is_same} for is_same in (True, False)
-        )
+        renamed = [f"{old} -> {new}" for new, old in self.renamed.items() if new != old]
         return [
-            *list_by_reason("kept", dict.fromkeys(same, "")),
-            *list_by_reason("renamed", {f"{old} -> {new}": "" for new, old in renamed.items()}),
+            *list_by_reason("kept", {new: "" for new, old in self.renamed.items() if new == old}),
+            *list_by_reason("renamed", dict.fromkeys(renamed, "")),
             *list_by_reason("filled", self.filled),
             *list_by_reason("dropped", self.dropped),
             *list_by_reason("assumed", dict.fromkeys(self.assumed, "")),
@@ -230,6 +228,8 @@ def convert_state_dict(
     except UserError:
         raise
     except (LookupError, ValueError, AttributeError, TypeError, ArithmeticError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         problem = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise UserError(
             f"The weights are not of one complete model: {problem:.400}. Save the whole state dict."
