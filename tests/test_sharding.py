@@ -149,12 +149,12 @@ class Shards(Folder):
     def test_refused(self):
         entry = {"size": 1, "sha256": "0"}
         for changes in ({"folder": "shards_4"}, {"folder": "../x"}, {"files": {}}, {"files": {"../a": entry}}):
-            self.refused("shards of the checkpoint", **changes)
-        self.refused("is not the shard", files={self.shard.name: entry})
+            self.refused("must hold the shards", **changes)
+        self.refused("must hold the shards", files={self.shard.name: entry})
         state, data = self.state(), bytearray(self.shard.read_bytes())
         data[-1] ^= 1
         self.shard.write_bytes(data)
-        self.refused("is not the shard", state)
+        self.refused("must hold the shards", state)
         self.shard.write_bytes(b"nonsense")
         self.refused("cannot be read")
         offsets = {"model/a": {"saved_offsets": [0]}}  # of a tensor of two axes
