@@ -53,26 +53,38 @@ def infer_architecture(
     Raises UserError when the description is of another model or lacks numbers, and whatever torch raises for tensors that do
     not make one complete model.
     """
-    trunk, decoder = in_file.get("trunk", {}), in_file.get("decoder", {})
     assumed: list[str] = []
-
-    def resolve(option: str, given: int | None, known: Any, typical: int | None) -> int:
-        number = known if given is None else given
-        if number is None and typical is not None:
-            assumed.append(f"{option} {typical}")
-            return typical
-        if type(number) is not int or not 1 <= number <= MAX_DIM:
+    architecture = _infer(state, in_file, overrides, decoder_heads, assumed)
+    with torch.device("meta"):  # shapes alone
+        model = build(architecture, "The file")
+    tables = {name: tensor for name, tensor in model.state_dict().items() if name.endswith("pos_embed")}
+    model.load_state_dict(tables | dict(state), assign=True)
+    architecture = describe(model)
+    actual, known = flat(architecture), {k: in_file[k] for k in ("kind", "classes", "trunk", "decoder") if k in in_file}
+    for name, value in flat(known).items():
+        if value != actual.get(name):
             raise UserError(
-                f"{option} must be an integer from 1 to {MAX_DIM}, got {str(number)[:60]!r}. Set {option} N."
+                f"{name} is {str(value)[:60]!r} in the file, but {actual.get(name)!r} by its weights and the options. Use the "
+                "file that belongs to the weights."
             )
-        return number
+    return architecture, assumed
 
+
+def _infer(
+    state: Mapping[str, Tensor],
+    in_file: Mapping[str, Any],
+    overrides: ArchOverrides,
+    decoder_heads: Mapping[int, int],
+    assumed: list[str],
+) -> Architecture:
+    """Return the architecture that shapes, `in_file` and `overrides` give, unchecked."""
+    trunk, decoder = in_file.get("trunk", {}), in_file.get("decoder", {})
     width, _, *tubelet = state["trunk.patch_embed.proj.1.weight"].shape
-    heads = resolve("--num-heads", overrides.heads, trunk.get("heads"), TYPICAL_HEADS.get(width))
-    frames = resolve("--num-frames", overrides.num_frames, trunk.get("num_frames"), TYPICAL_FRAMES)
+    heads = _resolve(assumed, "--num-heads", overrides.heads, trunk.get("heads"), TYPICAL_HEADS.get(width))
+    frames = _resolve(assumed, "--num-frames", overrides.num_frames, trunk.get("num_frames"), TYPICAL_FRAMES)
     tokens = state["trunk.pos_embed"].shape[1] if "trunk.pos_embed" in state else None
     side = None if tokens is None else math.isqrt(tokens * tubelet[1] * tubelet[2] // max(frames // tubelet[0], 1))
-    size = resolve("--image-size", overrides.image_size, trunk.get("image_size", side), TYPICAL_SIZE)
+    size = _resolve(assumed, "--image-size", overrides.image_size, trunk.get("image_size", side), TYPICAL_SIZE)
     _check_clip(frames, size, tubelet, tokens)
     architecture: Architecture = {
         "kind": "classifier",
@@ -94,21 +106,24 @@ def infer_architecture(
         architecture["decoder"] = {
             "width": width,
             "depth": _count_blocks(state, "trunk.decoder.decoder_blocks."),
-            "heads": resolve("--decoder-heads", overrides.decoder_heads, known, typical),
+            "heads": _resolve(assumed, "--decoder-heads", overrides.decoder_heads, known, typical),
             "attention": "cross" if any(name.endswith(".norm_memory.weight") for name in state) else "self",
         }
     else:
         count = len([name for name in state if re.fullmatch(r"heads\.\d+\.0\.weight", name)])
         architecture["classes"] = [len(state[f"heads.{head}.0.weight"]) for head in range(count)]
-    architecture = _check_complete(architecture, state)
-    actual, known = flat(architecture), {k: in_file[k] for k in ("kind", "classes", "trunk", "decoder") if k in in_file}
-    for name, value in flat(known).items():
-        if value != actual.get(name):
-            raise UserError(
-                f"{name} is {str(value)[:60]!r} in the file, but {actual.get(name)!r} by its weights and the options. Use the "
-                "file that belongs to the weights."
-            )
-    return architecture, assumed
+    return architecture
+
+
+def _resolve(assumed: list[str], option: str, given: int | None, known: Any, typical: int | None) -> int:
+    """Return the user's number, else the one in the file, else the typical one (which is added to `assumed`)."""
+    number = known if given is None else given
+    if number is None and typical is not None:
+        assumed.append(f"{option} {typical}")
+        return typical
+    if type(number) is not int or not 1 <= number <= MAX_DIM:
+        raise UserError(f"{option} must be an integer from 1 to {MAX_DIM}, got {str(number)[:60]!r}. Set {option} N.")
+    return number
 
 
 def position_tables(architecture: Architecture) -> dict[str, Tensor]:
@@ -134,15 +149,6 @@ def _check_clip(frames: int, size: int, tubelet: list[int], tokens: int | None) 
             f"{frames} frames of {size} x {size} pixels must be multiples of the tubelet {tubelet} and give {wanted}, got "
             f"{count}. Set --num-frames or --image-size."
         )
-
-
-def _check_complete(architecture: Architecture, state: Mapping[str, Tensor]) -> Architecture:
-    """Load tensors into the model, without computing; return its description."""
-    with torch.device("meta"):
-        model = build(architecture, "The file")
-    tables = {name: tensor for name, tensor in model.state_dict().items() if name.endswith("pos_embed")}
-    model.load_state_dict(tables | dict(state), assign=True)
-    return describe(model)
 
 
 def _mlp_ratio(in_file: Any, mlp_width: int, width: int) -> float:
