@@ -29,7 +29,7 @@ ALLOWED = {
         "omnivision.tools.prepare.output",
         "omnivision.checkpoint.fingerprint",
     },
-    "jinja2": {"omnivision.tools.report.page"},
+    "jinja2": {"omnivision.tools.report.page", "omnivision.interop.export"},
     "plotly": {"omnivision.tools.report.figures", "omnivision.tools.report.page"},
     "wandb": {"omnivision.reporting.loggers"},
     "mlflow": {"omnivision.reporting.loggers"},
