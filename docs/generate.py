@@ -7,12 +7,13 @@ import html
 import inspect
 import re
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Required, Union, get_args, get_origin, get_type_hints
 
 import yaml
+from typing_extensions import is_typeddict
 
 from omnivision.config.instantiate import INJECTED_ARGS, load_target, signature_of
 from omnivision.config.schema import BOUNDS, setting_hints
@@ -67,6 +68,8 @@ def settings_table() -> str:
 def describe_type(hint: Any) -> str:
     """Put a type annotation into words, e.g. "int >= 1 or null"."""
     origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Required:
+        return describe_type(arguments[0])
     if origin is Annotated and arguments[0] == dict[str, Any]:
         return "an object (_target_ and its arguments)"
     if origin is Annotated:
@@ -75,10 +78,14 @@ def describe_type(hint: Any) -> str:
         return " ".join([describe_type(arguments[0]), " and ".join(limits)]).strip()
     if origin in (Union, types.UnionType):
         return " or ".join("null" if each is type(None) else describe_type(each) for each in arguments)
+    if origin is tuple and Ellipsis not in arguments:
+        return f"{len(arguments)} x {describe_type(arguments[0])}"
     if origin is Literal:
         return f"one of {', '.join(map(str, arguments))}"
     names = {int: "int", float: "float", str: "text", bool: "true or false"}
-    return names.get(hint) or {list: "list", dict: "mapping"}.get(origin, "group of settings")
+    return names.get(hint) or {list: "list", tuple: "list", Sequence: "list", dict: "mapping"}.get(
+        origin or hint, "group of settings"
+    )
 
 
 def escape(cell: str) -> str:
@@ -111,11 +118,11 @@ def parts_tables() -> str:
     ]
     for part in parts(ROOT / "config"):
         rows = [
-            f"| `{name}` | `{escape(kind.replace(' | None', ' or null'))}` | `{escape(value)}` | {plain(meaning)} |"
+            f"| `{name}` | {escape(kind)} | `{escape(value)}` | {plain(meaning)} |"
             for name, kind, value, meaning in part.settings
         ]
         found.append(f"### {part.name}: `{part.target}` (`{part.choice}`)")
-        found.append("\n".join(["| setting | type | value | meaning |", "|---|---|---|---|", *rows]))
+        found.append("\n".join(["| setting | takes | value | meaning |", "|---|---|---|---|", *rows]))
     return "\n\n".join(found)
 
 
@@ -137,14 +144,21 @@ def _settings(name: str, node: dict[str, Any]) -> list[tuple[str, str, str, str]
     target = node["_target_"]
     own = target.startswith("omnivision.")  # other signatures differ between versions of their packages
     signature, meanings = signature_of(target) if own else {}, argument_meanings(target) if own else {}
+    made_by = load_target(target)
+    hints = (
+        get_type_hints(made_by.__init__ if inspect.isclass(made_by) else made_by, include_extras=True) if own else {}
+    )
     rows = []
     for key in [each for each in {**signature, **node} if each not in (*GIVEN, "_target_")]:
         value = node[key] if key in node else None
         if isinstance(value, dict) and "_target_" not in value:
-            rows += [(f"{name}.{key}.{k}", type(v).__name__, _as_yaml(str(v)), "") for k, v in value.items()]
+            inner = get_type_hints(hints[key], include_extras=True) if is_typeddict(hints.get(key)) else {}
+            rows += [
+                (f"{name}.{key}.{k}", describe_type(inner.get(k, type(v))), _as_yaml(str(v)), "")
+                for k, v in value.items()
+            ]
         elif not isinstance(value, dict):
-            annotation = signature[key].annotation if key in signature else type(value)
-            kind = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+            kind = describe_type(hints.get(key, type(value)))
             text = _as_yaml(str(value if key in node else signature[key].default))
             rows.append((f"{name}.{key}", kind, text, meanings.get(key, "").removesuffix(".")))
     return rows
