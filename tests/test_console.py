@@ -154,7 +154,7 @@ class StartAndEnd(Folder):
         )
         self.assert_lines(start_lines(settings, run, []), "weights +random")
         run.state.epoch = 1
-        self.assert_lines(start_lines(settings, run, []), "resumed after 1 epochs\n")
+        self.assert_lines(start_lines(settings, run, []), "resumed after 1 epoch\n")
 
     def test_the_end(self):
         run = trainer(self.folder / "run", val=Noise(1), val_epoch_freq=1, limit=1)

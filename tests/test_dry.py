@@ -111,7 +111,7 @@ class Dry(unittest.TestCase):
         shown = self.dry("finished", limit | {"epochs": 3, "trainer.checkpoint.allow_changes": True})
         self.assertEqual(shown.returncode, 0)
         self.assertRegex(shown.stdout, r"\nsteps .* = 3, 2 of them left\n")
-        self.assertRegex(shown.stdout, r"\nweights +its own, resumed after 1 epochs\n")
+        self.assertRegex(shown.stdout, r"\nweights +its own, resumed after 1 epoch\n")
         self.assertNotIn("trainer.mode", shown.stdout)
         self.assertNotIn("weights      random", self.dry("finished", limit | {"epochs": 3}).stdout)
         self.assertEqual(self.dry("finished", limit).returncode, 0)

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import os
 import sys
 import tempfile
 import unittest
@@ -225,42 +224,6 @@ class Memory(Case):
         with mock.patch.object(architecture, "VisionTransformer", side_effect=self.ERRORS[2]):
             with self.assertRaises(RuntimeError):
                 architecture.build(described, "x")
-
-
-class Dashes(Case):
-    def test_names_that_begin_with_a_dash_are_explained(self):
-        (self.folder / "--json.mp4").touch()
-        (self.folder / "--bare").touch()
-        here = os.getcwd()
-        self.addCleanup(os.chdir, here)
-        os.chdir(self.folder)
-        for arguments, name in (
-            (("predict", "RUN", "-x.mp4"), "-x.mp4"),
-            (("predict", "RUN", "--json.mp4", "--json"), "--json.mp4"),
-            (("reconstruct", "RUN", "a.mp4", "-out.gif"), "-out.gif"),
-            (("export", "RUN", "-out", "--to", "hf"), "-out"),
-            (("export", "RUN", "out", "--to", "hf", "--class-names", "-names.txt"), "-names.txt"),
-            (("import", "--bare", "out.pt"), "--bare"),
-            (("prepare", "-films", "out"), "-films"),
-            (("runs", "-runs"), "-runs"),
-        ):
-            with self.subTest(arguments):
-                code, _, err = self.command(*arguments)
-                self.assertEqual(code, 1)
-                self.assertIn(f"./{name}", err)
-
-    def test_options_and_numbers_are_left_alone(self):
-        for arguments, part in (
-            (("predict", "RUN", "x.mp4", "--tops", "3"), "did you mean --top?"),
-            (("reconstruct", "RUN", "x.mp4", "x.gif", "--start", "-1"), "RUN"),
-            (("predict", "RUN", "--", "-x.mp4"), "RUN"),
-            (("predict", "RUN", "./-x.mp4", "--fps=30"), "RUN"),
-        ):
-            with self.subTest(arguments):
-                code, _, err = self.command(*arguments)
-                self.assertEqual(code, 1)
-                self.assertIn(part.lower(), err.lower())
-        self.assertEqual(self.command("predict", "-h")[0], 0)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,11 +63,12 @@ def read_class_names(file: str, setting: str) -> list[str]:
             f"{setting} is {file!r}, which cannot be read: {error}. Expected a text file with one name a line. Give "
             "another, or none for numbers."
         ) from None
-    for name, count in Counter(names).items():
-        if not name or count > 1:
+    for line, name in enumerate(names, start=1):
+        if not name or name in names[: line - 1]:
+            what = f"repeats {name!r}" if name else "is empty"
             raise UserError(
-                f"{setting} {file} has the name {name!r} {count} times (line {names.index(name) + 1}); expected a name of each "
-                "class on its line, that of class 0 first. Correct the file."
+                f"{setting}: line {line} of {file} {what}; each class needs a name of its own, that of class 0 first. Correct "
+                "the file."
             )
     return names
 

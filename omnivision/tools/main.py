@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 
 from cyclopts import App, CycloptsError, Parameter
@@ -18,8 +17,7 @@ from omnivision.utils.errors import (
 )
 from omnivision.utils.streams import announce, ignore_broken_pipe, output_problem
 
-# The function of each subcommand. Its module is imported when the command is used or explained, and imports torch only when
-# the command runs: help is quick.
+# The function of each subcommand. Its module is imported when the command is used or explained, and imports no torch.
 COMMANDS = {
     "demo-data": "demo_data:demo_data",
     "prepare": "prepare.command:prepare",
@@ -32,7 +30,7 @@ COMMANDS = {
     "import": "weights:import_weights",
     "export": "weights:export",
 }
-WITHOUT_TORCH = ("demo-data", "runs")
+SLOW_START = ("report", "predict", "reconstruct", "import", "export")  # they import torch
 LESS_MEMORY = (
     "Free memory, use a machine or --device that has more, or lower what the command takes at once, where it has such an "
     "option (--clips, --workers)."
@@ -62,24 +60,14 @@ def call(words: list[str]) -> int:
     except CycloptsError as error:
         error.verbose = False
         command = " ".join(["omnivision", *(error.command_chain or ())])
-        raise UserError(f"{' '.join(str(error).split())}{_dash_hint(words)} See {command} --help.") from None
-
-
-def _dash_hint(words: list[str]) -> str:
-    """Explain a file name that reads like an option: `-x.mp4` must be written `./-x.mp4`."""
-    for word in words[1:]:
-        name = word.partition("=")[0]
-        is_long_option = name.startswith("--") and not re.search(r"[./]", name) and not os.path.lexists(word)
-        if re.match("-.", name) and not is_long_option and word != "--":
-            return f" For a file of that name write ./{word}."
-    return ""
+        raise UserError(f"{' '.join(str(error).split())} See {command} --help.") from None
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command, print its error in a paragraph, and return its exit code."""
     words = sys.argv[1:] if arguments is None else arguments
     name = words[0] if words and words[0] in COMMANDS else "omnivision"
-    if name in COMMANDS and name not in WITHOUT_TORCH and not {"--help", "-h"} & set(words):
+    if name in SLOW_START and not {"--help", "-h"} & set(words):
         announce(f"{name}: loading")
     ignore_broken_pipe()
     try:

@@ -32,7 +32,7 @@ from omnivision.training.trainer import Trainer
 from omnivision.utils.errors import EXIT_USER
 from omnivision.utils.io import LATEST, replace_atomically
 from omnivision.utils.signals import StopSignal
-from omnivision.utils.streams import fit
+from omnivision.utils.streams import fit, plural
 
 MAX_LEGEND = 8  # entries for the curves of one option
 
@@ -136,7 +136,7 @@ def data_lines(settings: Settings, trainer: Trainer, splits: tuple[list[Split], 
                 yield f"mask         {type(config.mask).__name__} hides {hidden} of the {tokens} tokens of a {kind} clip"
         steps, epochs, total = trainer.train.plan.steps, settings.trainer.max_epochs, trainer.total_steps
         left = f", {max(0, total - trainer.global_step)} of them left" if trainer.global_step else ""
-        yield f"steps        {steps} an epoch x {epochs} epochs = {total}{left}"
+        yield f"steps        {steps} an epoch x {plural(epochs, 'epoch')} = {total}{left}"
 
 
 def weights_lines(settings: Settings, trainer: Trainer) -> Iterator[str]:

@@ -17,6 +17,7 @@ from omnivision.training.preflight import describe_split
 from omnivision.training.step_stats import RunState
 from omnivision.training.trainer import Trainer
 from omnivision.utils.io import BEST, LATEST
+from omnivision.utils.streams import plural
 
 
 def start_lines(settings: Settings, trainer: Trainer, reports: Sequence[LoadReport]) -> list[str]:
@@ -42,7 +43,7 @@ def start_lines(settings: Settings, trainer: Trainer, reports: Sequence[LoadRepo
         rate = max(g.lr_scale * max(g.schedules["lr"](i / 200) for i in range(201)) for g in groups)
         steps, epochs = trainer.state.steps_per_epoch, trainer.settings.max_epochs
         lines += [
-            f"batch        {settings.clips_per_step} clips a step, {steps} steps an epoch, {epochs} epochs",
+            f"batch        {settings.clips_per_step} clips a step, {plural(steps, 'step')} an epoch, {plural(epochs, 'epoch')}",
             f"peak lr      {rate:.4g}, after all scaling",
         ]
     return [
@@ -62,14 +63,15 @@ def validation_lines(trainer: Trainer) -> list[str]:
 
 
 def describe_resumed(state: RunState) -> str:
-    return f"its own, resumed after {state.epoch} epochs" + (f" and {state.step} steps" if state.step else "")
+    steps = f" and {plural(state.step, 'step')}" if state.step else ""
+    return f"its own, resumed after {plural(state.epoch, 'epoch')}{steps}"
 
 
 def end_lines(trainer: Trainer) -> list[str]:
     """Return what a finished run has reached, where its checkpoints are, and what to type next."""
     state, run_dir = trainer.state, trainer.run.run_dir
     seconds = timedelta(seconds=round(state.seconds))
-    lines = [f"Finished: {state.epoch} epochs in {seconds}"]
+    lines = [f"Finished: {plural(state.epoch, 'epoch')} in {seconds}"]
     if state.best is not None:
         metrics = {"val_top1": state.best, "val_loss": state.best_loss}
         best = describe_metrics(metrics if "val_top1" in trainer.state.last_metrics else {"val_loss": state.best})

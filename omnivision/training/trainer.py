@@ -54,6 +54,7 @@ from omnivision.training.step_stats import (
 from omnivision.utils.errors import StopRequested, UserError
 from omnivision.utils.io import BEST, LATEST, CorruptCheckpointError
 from omnivision.utils.signals import StopSignal
+from omnivision.utils.streams import plural
 
 # Fields of RunState in checkpoints
 PROGRESS = ("epoch", "step", "steps_per_epoch", "best", "best_loss", "best_epoch", "seconds")
@@ -136,7 +137,7 @@ class Trainer:
         reporter.start(self.global_step, self.total_steps, replay="epoch" if epoch_ended else "")
         self.step_stats.start(self.global_step)
         if self.is_done:
-            reporter.info(f"All {self.settings.max_epochs} epochs are done; nothing is left to train.")
+            reporter.info(f"{plural(self.settings.max_epochs, 'epoch')} done; nothing is left to train.")
             if self.run.run_dir.read_summary().get("status") != "finished":
                 self._write_summary(status="finished", exit_reason="all epochs done")
             return

@@ -55,6 +55,11 @@ def output_problem() -> str | None:
     return f"Standard output cannot be written: {failed.strerror}. Send it to another file."
 
 
+def plural(count: int, noun: str) -> str:
+    """Return "1 epoch", "2 epochs"."""
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
 def announce(text: str) -> None:
     """Print what a slow start is doing, on a terminal."""
     if sys.stderr.isatty():

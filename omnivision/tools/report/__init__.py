@@ -9,6 +9,7 @@ from cyclopts import Parameter
 
 from omnivision.tools.arguments import Flag
 from omnivision.utils.errors import UserError
+from omnivision.utils.streams import plural
 
 HTML_START = b"<!DOCTYPE html>"
 
@@ -47,5 +48,5 @@ def report(
     if len(runs) == 1:
         names = runs[0].resolve().name
     write_atomically(out, render(found, title or names, clips=not no_clips))
-    print(f"Wrote {out} ({out.stat().st_size / 1e6:.1f} MB, {len(found)} run{'s' * (len(found) > 1)})")
+    print(f"Wrote {out} ({out.stat().st_size / 1e6:.1f} MB, {plural(len(found), 'run')})")
     return 0

@@ -84,7 +84,7 @@ def class_accuracy(predictions: Predictions) -> Markup:
     )  # fmt: skip
     figure.update_layout(xaxis_title="accuracy, %", height=120 + 18 * len(order))
     figure.update_xaxes(range=[0, 108], tickvals=list(range(0, 101, 20)))
-    figure.update_yaxes(type="category", autorange="reversed", ticksuffix=" ")
+    figure.update_yaxes(type="category", showgrid=False, autorange="reversed", ticksuffix=" ")
     return _to_html(figure)
 
 
