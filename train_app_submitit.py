@@ -1,8 +1,6 @@
 """The training command (see `omnivision/train.py`): python train_app_submitit.py --help"""
 
-from pathlib import Path
-
 from omnivision.train import main
 
 if __name__ == "__main__":
-    main(beside=Path(__file__).resolve().parent)
+    main()

@@ -16,7 +16,7 @@ import yaml
 from typing_extensions import is_typeddict
 
 from omnivision.config.instantiate import INJECTED_ARGS, load_target, signature_of
-from omnivision.config.schema import BOUNDS, setting_hints
+from omnivision.config.schema import setting_hints
 from omnivision.tools.main import app
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,6 +24,7 @@ BASE = ROOT / "config" / "experiments" / "base.yaml"
 PARTS = ("trainer/model", "trainer/data", "trainer/task", "trainer/optim")
 # Arguments that are no settings: other settings give them.
 GIVEN = (*INJECTED_ARGS, "params", "lr", "weight_decay")
+BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 MARK = "<!-- Everything below is written by docs/generate.py -->\n"
 
 

@@ -33,14 +33,14 @@ if TYPE_CHECKING:
     from omnivision.launch.launcher import Job
 
 
-def main(arguments: Sequence[str] | None = None, beside: Path | None = None) -> None:
-    """Run the command and exit; `beside` is the folder of the script. Errors are printed, never raised."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command and exit. Errors are printed, never raised."""
     ignore_broken_pipe()
     # Compute threads that spin while they wait steal the time of data workers on the same cores: on two busy cores a step of a
     # small model took ten times as long. OpenMP reads this when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     with exit_on_error():
-        config_dir = find_config_dir(beside)
+        config_dir = find_config_dir()
         command = parse_command_line(sys.argv[1:] if arguments is None else arguments, config_dir)
         if command.help:
             print(help_text(config_dir))
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None, beside: Path | None = None) -> 
 
 def make_job(config: DictConfig, command: CommandLine) -> Job:
     """Validate a configuration: its settings and, unless it is for a dry run, its files. Raises UserError."""
-    from omnivision.config.cross_validate import stage_warnings
+    from omnivision.config.cross_validate import override_warnings
     from omnivision.config.validate import validate_config
     from omnivision.launch.launcher import Job, apply_torchrun_env, validate_launch_mode
     from omnivision.training.preflight import check_run
@@ -73,9 +73,10 @@ def make_job(config: DictConfig, command: CommandLine) -> Job:
     problems, warnings = ([], []) if settings.trainer.mode == "dry" else check_run(settings, validate_launch_mode)
     if problems:
         raise UserError.from_problems(problems)
-    for warning in [*stage_warnings(settings, command.overrides), *warnings] if is_main else ():
+    config_text = OmegaConf.to_yaml(config, resolve=False)
+    for warning in [*override_warnings(settings, config_text, command.overrides), *warnings] if is_main else ():
         print(f"warning: {warning}", file=sys.stderr)
-    return Job(settings, OmegaConf.to_yaml(config, resolve=False))
+    return Job(settings, config_text)
 
 
 def print_dry_run(job: Job) -> int:
@@ -97,11 +98,11 @@ def print_dry_run(job: Job) -> int:
     return code
 
 
-def find_config_dir(beside: Path | None = None) -> Path:
-    """The folder of the configuration files: `config/` of a checkout, or the installed copy."""
+def find_config_dir() -> Path:
+    """Return the folder of the configuration files: `config/` of a checkout, or the installed copy."""
     package = Path(__file__).resolve().parent
-    checkouts = [package.parent / "config"] if beside is None else [beside / "config", package.parent / "config"]
-    return next((each for each in checkouts if (each / "config.yaml").is_file()), package / "config" / "yaml")
+    checkout = package.parent / "config"
+    return checkout if (checkout / "config.yaml").is_file() else package / "config" / "yaml"
 
 
 @contextlib.contextmanager

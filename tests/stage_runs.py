@@ -16,11 +16,10 @@ from unittest import mock
 
 import numpy as np
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from omnivision import train
-from omnivision.config.compose import use_yaml12_numbers
+from omnivision.config.compose import CommandLine, compose_configs
 from omnivision.data.encode import write_video
 from omnivision.launch import launcher
 from omnivision.training.trainer import Trainer
@@ -132,10 +131,8 @@ def here(arguments: Sequence[str]) -> Result:
 
 
 def composed(*overrides: str) -> DictConfig:
-    """What a command line composes, YAML numbers read as the script reads them."""
-    use_yaml12_numbers()
-    with initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
-        return compose("config", list(overrides))
+    """What a command line composes."""
+    return compose_configs(CommandLine(list(overrides), [ROOT / "config"]))[0]
 
 
 def apart(arguments: Sequence[str]) -> Result:

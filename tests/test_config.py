@@ -15,9 +15,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from omnivision.checkpoint.fingerprint import flat
-from omnivision.config.cross_validate import ENDINGS, EXAMPLE_RECIPES, EXPERIMENTS, cross_validate, stage_warnings
-from omnivision.config.cross_validate import MODELS as MODELS_OF
-from omnivision.config.schema import Settings
+from omnivision.config.cross_validate import STAGES, cross_validate, override_warnings
+from omnivision.config.schema import Settings, setting_hints
 from omnivision.config.validate import validate_config
 from omnivision.training import build
 from omnivision.utils.errors import UserError
@@ -42,7 +41,7 @@ def settings(*overrides: str) -> Settings:
 
 
 def stage_settings(stage: str, *overrides: str) -> Settings:
-    return settings(f"+experiments={EXPERIMENTS[stage]}", f"+trainer={EXAMPLE_RECIPES[stage]}", NOTHING, *overrides)
+    return settings(f"+experiments={STAGES[stage].experiment}", f"+trainer={STAGES[stage].recipe}", NOTHING, *overrides)
 
 
 def script(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -58,7 +57,7 @@ class Shipped(unittest.TestCase):
         for recipe in RECIPES:
             with self.subTest(recipe):
                 stage = "mae" if not recipe.startswith("mae_ft") else "finetune"
-                experiment = f"demo/{stage}" if "demo" in recipe else EXPERIMENTS[stage]
+                experiment = f"demo/{stage}" if "demo" in recipe else STAGES[stage].experiment
                 made = settings(f"+experiments={experiment}", f"+trainer={recipe}", NOTHING)
                 names = recipe.removeprefix("mae_").removeprefix("ft_").removesuffix("_config").split("_")
                 if "demo" not in recipe:
@@ -101,7 +100,7 @@ class Shipped(unittest.TestCase):
             "average": ("_average_ft", (16e-3, None, 4e-6)),
         }
         for stage, (kind, rates) in cases.items():
-            made = settings(f"+experiments={EXPERIMENTS[stage]}", "+trainer=mae_ft_hmdb51_config",
+            made = settings(f"+experiments={STAGES[stage].experiment}", "+trainer=mae_ft_hmdb51_config",
                             f"trainer/model=vitbase{kind}", "lr_scale_factor=2", NOTHING)  # fmt: skip
             model = build.build_model(made, device="meta")
             optimizer = build.build_optimizer(made, model)
@@ -191,6 +190,23 @@ class Shipped(unittest.TestCase):
         self.assertEqual((made.trainer.checkpoint.save_freq, made.trainer.logging.pictures_every_epochs), (50, 10))
         self.assertEqual((made.trainer.seed_value, made.clip_duration, made.short_side), (123, 2.7, 256))
 
+    def test_types_of_settings_are_those_of_the_configuration(self):
+        types = setting_hints()
+        self.assertIn("trainer.optim.amp.amp_dtype", types)
+        self.assertLessEqual(set(OmegaConf.to_container(composed(*STAGE_1))), set(types))
+
+    def test_a_dataset_and_a_recipe_of_ones_own_as_documented(self):
+        with tempfile.TemporaryDirectory() as name:
+            site, page = Path(name), (ROOT / "docs/index.md").read_text()
+            recipe = page.partition("mae_ft_mine_config.yaml <<'END'\n")[2].partition("END")[0]
+            entry = "  mine: {kind: video, num_classes: 3, train: {paths: p.npy, labels: l.npy}}\n"
+            for file, text in (("trainer/mae_ft_mine_config", recipe),
+                               ("experiments/my_datasets", f"# @package _global_\ndatasets:\n{entry}")):  # fmt: skip
+                (site / file).parent.mkdir()
+                (site / f"{file}.yaml").write_text(text)
+            made = settings(*FINETUNE, "+trainer=mae_ft_mine_config", f"hydra.searchpath=[file://{site}]")
+            self.assertEqual(list(made.trainer.data.sources), ["mine"])
+
     def test_any_order_of_the_groups_and_with_or_without_yaml(self):
         groups = ["+experiments=omnimae/omnimain_train_video", "trainer/model=vitsmall", "+trainer=mae_sim150_config"]
         reference = settings(*groups)
@@ -200,42 +216,43 @@ class Shipped(unittest.TestCase):
 
 class Stages(unittest.TestCase):
     def test_every_combination_of_experiment_recipe_and_model(self):
-        """What does not go together is refused with an experiment that fits, or with the recipe and the model to choose."""
-        whole = {stage: stage_settings(stage) for stage in EXPERIMENTS}
-        of_kind = {MODELS_OF[stage]: made.trainer.model for stage, made in whole.items()}
-        kinds = {name: next(kind for kind, end in ENDINGS.items() if name.endswith(end)) for name in MODELS}
-        wrong = 0
-        for (stage, made), recipe, kind in itertools.product(whole.items(), RECIPES, {*kinds.values()}):
-            task = whole["finetune" if "_ft_" in recipe else "mae"].trainer.task
-            changed = made.with_trainer(model=of_kind[kind], task=task)
+        whole = {stage: stage_settings(stage) for stage in STAGES}
+        for (stage, made), data, other in itertools.product(whole.items(), whole.values(), whole.values()):
+            changed = made.with_trainer(model=other.trainer.model, task=data.trainer.task)
             problems = [each for each in cross_validate(changed) if "one stage" in each]
-            right = (stage == "mae") == ("_ft_" not in recipe) and kind == MODELS_OF[stage]
-            self.assertEqual(problems == [], right, (stage, recipe, kind))
-            if not right:
-                wrong += 1
-                fitting = {"autoencoder": ["mae"], "classifier": ["finetune", "probe"], "average": ["average"]}[kind]
-                for each in fitting if (kind == "autoencoder") == ("_ft_" not in recipe) else ():
-                    self.assertIn(f"+experiments={EXPERIMENTS[each]}", problems[0])
-                model, data = f"trainer/model=NAME{ENDINGS[MODELS_OF[stage]]}", "+trainer=mae_"
-                self.assertEqual(kind != MODELS_OF[stage], model in problems[0], problems)
-                self.assertEqual((stage == "mae") == ("_ft_" in recipe), data in problems[0], problems)
-        self.assertGreater(wrong, 100)
+            same_kind = STAGES[other.stage].model_kind == STAGES[stage].model_kind
+            fits = same_kind and (data.stage == "mae") == (stage == "mae")
+            self.assertEqual(problems == [], fits, (stage, data.stage, other.stage))
+            if not fits:
+                self.assertIn(f"+trainer={STAGES[stage].recipe} trainer/model={STAGES[stage].model} ", problems[0])
         for made in whole.values():
             self.assertEqual(cross_validate(made.with_trainer(model={"_target_": "mine.Model"})), [])
 
-    def test_typed_choices_of_another_stage_are_warned_of(self):
-        made = stage_settings("finetune")
-        for argument, key in (("trainer/optim=mae", "trainer/optim=finetune"), ("stage=probe", "stage"),
-                              ("trainer/checkpoint=default_ensemble", "trainer/checkpoint")):  # fmt: skip
-            [warning] = stage_warnings(made, ["batch_size=4", argument])
-            self.assertIn(key, warning)
-        self.assertEqual(stage_warnings(made, ["trainer/optim=finetune", "trainer/checkpoint=load_all"]), [])
+    def test_overrides_without_effect_are_warned_of(self):
+        align = ("+experiments=demo/align", "+trainer=mae_ft_demo_synthetic_config", NOTHING)
+        for chosen, argument, warned in (
+            (FINETUNE, "trainer/optim=mae", True),
+            (FINETUNE, "trainer/optim=finetune", False),
+            (FINETUNE, "++mask_ratio=0.5", True),
+            (FINETUNE, "mixing_prob=0.5", False),
+            (STAGE_1, "++mixing_prob=0.5", True),
+            (STAGE_1, "lr=1e-3", False),
+            (STAGE_1, "num_frames=8", False),
+            (align, "++crop_scale=[0.5,1]", True),
+            (align, "short_side=100", False),
+        ):
+            recipe = () if chosen is not FINETUNE else ("+trainer=mae_ft_ucf101_config",)
+            config = composed(*chosen, *recipe, FOLDER, argument)
+            warnings = override_warnings(
+                validate_config(config), OmegaConf.to_yaml(config), [*chosen, FOLDER, argument]
+            )
+            self.assertEqual([argument.lstrip("+").partition("=")[0] in each for each in warnings], [True] * warned)
 
     def test_every_experiment_says_its_stage(self):
         for file in CONFIG.glob("experiments/*/*.yaml"):
             if file.stem != "base":
                 stage = composed(f"+experiments={file.parent.name}/{file.stem}").stage
-                self.assertIn(stage, EXPERIMENTS, file)
+                self.assertIn(stage, STAGES, file)
                 if file.parent.name == "demo" and file.stem != "align":
                     self.assertEqual(stage, file.stem)
 

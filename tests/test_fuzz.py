@@ -18,8 +18,7 @@ from omnivision.data.catalog import Dataset, Split
 from omnivision.data.sampling import EpochPlan, SourcePlan
 from omnivision.optim.schedules import Constant, WarmupCosine
 from omnivision.utils.errors import UserError
-from tests.test_config import FOLDER, composed
-from tests.test_settings import MAE
+from tests.test_config import FOLDER, STAGE_1, composed
 
 CASES = int(os.environ.get("FUZZ_CASES", "100"))
 FUZZ = settings(max_examples=CASES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -38,7 +37,7 @@ VALUES = st.recursive(
 class Fuzz(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
-        cls.config = composed(*MAE, FOLDER)
+        cls.config = composed(*STAGE_1, FOLDER)
 
     @FUZZ
     @given(st.dictionaries(NAMES, VALUES, min_size=1, max_size=3))

@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import itertools
-import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 import yaml
 from hydra import compose, initialize_config_dir
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from omnivision.config.messages import suggest
-from omnivision.config.schema import GROUPS
+from omnivision.config.schema import GROUPS, setting_hints
 from omnivision.utils.errors import UserError
 
-MAX_RUNS = 10_000  # of a sweep
 HELP = """\
 omnivision: video models by the PPMA recipe.
 
@@ -68,76 +66,79 @@ def parse_command_line(arguments: Sequence[str], config_dir: Path) -> CommandLin
     parser.add_argument("--config-name", "-cn", default="config")
     parser.add_argument("overrides", nargs="*")
     given = parser.parse_intermixed_args(arguments)
-    if given.config_dir is not None and not (given.config_dir.is_dir() and str(given.config_dir) != "."):
-        raise UserError(
-            f"--config-dir must be a folder that holds site/, experiments/ or trainer/, got {given.config_dir}."
-        )
-    if (wrong := next((each for each in given.overrides if not each.partition("=")[0].strip()), None)) is not None:
-        raise UserError(f"Arguments must be KEY=VALUE, got {wrong!r} (an unset shell variable?).")
-    folders = [] if given.config_dir is None else [given.config_dir]
-    return CommandLine(
-        given.overrides, [*folders, config_dir], given.config_name, given.multirun, given.cfg == "job", given.help
-    )
+    if given.config_dir is not None and not given.config_dir.is_dir():
+        raise UserError(f"--config-dir must be a folder of site/, experiments/ or trainer/, got {given.config_dir}.")
+    folders = [config_dir] if given.config_dir is None else [given.config_dir, config_dir]
+    return CommandLine(given.overrides, folders, given.config_name, given.multirun, given.cfg == "job", given.help)
 
 
 def help_text(config_dir: Path) -> str:
-    """Header, the choices of each group, and every setting with its default and meaning."""
+    """Return a header, the choices of each group, and every setting with its default and meaning."""
     lines = [HELP]
     for group in ("trainer", *GROUPS):
-        files = sorted(file.relative_to(config_dir / group) for file in (config_dir / group).rglob("*.yaml"))
-        names = [file.with_suffix("").as_posix() for file in files if len(file.parts) == 1 + (group == "experiments")]
+        depth = 1 if group == "experiments" else 0
+        names = [name for name in group_choices(group, [config_dir]) if name.count("/") == depth]
         lines.append("\n  ".join([f"{group if '/' in group else f'+{group}'}=", *names]))
-    settings = (config_dir / "experiments" / "base.yaml").read_text(encoding="utf-8").partition("\n\n")[2]
-    catalog = (config_dir / "experiments" / "dataset_catalog.yaml").read_text(encoding="utf-8").partition("\n\n")[0]
+    base, catalog = (config_dir / f"experiments/{name}.yaml" for name in ("base", "dataset_catalog"))
     lines += [
         "\nSettings (KEY=VALUE; ++KEY=VALUE also sets what is not there yet)\n",
-        settings,
+        base.read_text(encoding="utf-8").partition("\n\n")[2],
         "The catalog\n",
-        catalog,
+        catalog.read_text(encoding="utf-8").partition("\n\n")[0],
+        "\nArguments of the objects that a run builds (trainer.model, ...): --cfg job, and docs/settings.md",
     ]
-    lines.append("\nArguments of the objects that a run builds (trainer.model, ...): --cfg job, and docs/settings.md")
     return "\n".join(lines)
 
 
-def use_yaml12_numbers() -> None:
-    """Make YAML read `010` and `1:30` as texts, not as 8 and 90, so that validation can point at them."""
-    decimal = re.compile(r"[-+]?(?:0|[1-9][0-9_]*)$")
-    for key, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items():
-        yaml.SafeLoader.yaml_implicit_resolvers[key] = [
-            (tag, decimal if tag == "tag:yaml.org,2002:int" else pattern) for tag, pattern in resolvers
-        ]
+def group_choices(group: str, config_dirs: Sequence[Path]) -> list[str]:
+    """Return the files of a config group as a command line chooses them, e.g. `demo/mae`."""
+    files = [(file, folder / group) for folder in config_dirs for file in (folder / group).rglob("*.yaml")]
+    return sorted(file.relative_to(folder).with_suffix("").as_posix() for file, folder in files)
+
+
+@contextlib.contextmanager
+def yaml12_numbers() -> Iterator[None]:
+    """Read `010` and `1:30` in configuration files as texts, not as 8 and 90, so that validation refuses them."""
+    tag, decimal = "tag:yaml.org,2002:int", re.compile(r"[-+]?(?:0|[1-9][0-9_]*)$")
+    original = yaml.SafeLoader.yaml_implicit_resolvers
+    yaml.SafeLoader.yaml_implicit_resolvers = {
+        first: [(tag, decimal) if name == tag else (name, pattern) for name, pattern in resolvers]
+        for first, resolvers in original.items()
+    }
+    try:
+        yield
+    finally:
+        yaml.SafeLoader.yaml_implicit_resolvers = original
 
 
 def compose_configs(command: CommandLine) -> list[DictConfig]:
     """Return the configuration of a command, or those of a sweep (-m). Raises UserError for what cannot be composed."""
-    use_yaml12_numbers()
     *more, config_dir = command.config_dirs
     overrides = [*command.overrides]
     if more:
         overrides.append(f"hydra.searchpath=[{', '.join(f'file://{folder.absolute()}' for folder in more)}]")
     try:
-        with initialize_config_dir(str(config_dir.absolute()), version_base="1.3"):
+        with initialize_config_dir(str(config_dir.absolute()), version_base="1.3"), yaml12_numbers():
             runs = expand_sweep(overrides) if command.multirun else [overrides]
-            return [compose(command.config_name, run) for run in runs]
+            configs = [compose(command.config_name, run) for run in runs]
     except RecursionError:
-        raise UserError(
-            "A configuration file includes itself (defaults), or refers to itself. Correct the file."
-        ) from None
-    except UserError:
-        raise
+        raise UserError("A configuration file includes or refers to itself. Correct the file.") from None
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError) as error:
         raise UserError(explain(error, command)) from error
+    if not configs:
+        raise UserError(f"A sweep must have at least one run, got none: {' '.join(command.overrides)}.")
+    return configs
 
 
 def expand_sweep(overrides: Sequence[str]) -> list[list[str]]:
-    """Return the overrides of each run of a sweep. Raises UserError for none, and for more than MAX_RUNS."""
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
-    sweeps = [each for each in parsed if each.is_discrete_sweep()]
-    counts = [sum(1 for _ in itertools.islice(each.sweep_iterator(), MAX_RUNS + 1)) for each in sweeps]
-    if not 1 <= (count := math.prod(counts)) <= MAX_RUNS:
-        inputs = ", ".join(str(each.input_line) for each in sweeps)
-        raise UserError(f"A sweep must have 1 to {MAX_RUNS} runs, got {'none' if not count else 'more'}: {inputs}.")
-    return BasicSweeper.split_arguments(parsed, None)[0]
+    """Return the overrides of each run of a sweep: a run for each combination of values."""
+    choices = [
+        [f"{each.get_key_element()}={value}" for value in each.sweep_string_iterator()]
+        if each.is_discrete_sweep()
+        else [str(each.input_line)]
+        for each in OverridesParser.create().parse_overrides(list(overrides))
+    ]
+    return [list(run) for run in itertools.product(*choices)]
 
 
 def is_typed(key: str, overrides: Sequence[str]) -> bool:
@@ -147,26 +148,30 @@ def is_typed(key: str, overrides: Sequence[str]) -> bool:
 
 
 def explain(error: BaseException, command: CommandLine) -> str:
-    """Hydra's own message in one line, with the nearest known name."""
+    """Return Hydra's own message in one line, with the nearest known name."""
     text = str(error).partition("\nAvailable options")[0].partition("\nConfig search path")[0]
     noise = ("Set the", "See https", "full_key", "object_type", "reference_type")
     lines = [line.strip() for line in text.splitlines()]
     message = " ".join(line for line in lines if line and not line.startswith(noise)).rstrip(".")
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        missing = Path(str(error.missing_cfg_file).removesuffix(".yaml"))
-        files = [file.stem for folder in command.config_dirs for file in (folder / missing.parent).glob("*.yaml")]
-        near = difflib.get_close_matches(missing.name.lower(), files, 1) or [f for f in files if missing.name in f]
-        options = (
-            f"; expected one of {', '.join(sorted(files))}."
-            if files
-            else f"{suggest(missing.parent.as_posix())} See --config-dir."
-        )
-        return message + (f"; did you mean {min(near, key=len)}?" if near else options)
+        return message + _nearest_choice(str(error.missing_cfg_file).removesuffix(".yaml"), command.config_dirs)
     if override := getattr(error, "override", None):
         return f"The argument {override} cannot be parsed: {message}. A value with one of =,:[]{{}} or spaces needs quotes."
-    if unknown := re.search(r"Could not (?:override|delete from config\.) '([^']*)'", text):
-        return message.partition(" Key ")[0] + suggest(unknown[1])
+    if unknown := re.search(r"Could not (?:override|delete from config\.) '([^']*)'(?!\. No match)", text):
+        key = unknown[1]
+        group, hints = key.replace("/", ".").rpartition(".")[0], setting_hints()
+        takes_any_key = group.partition(".")[0] in hints and not any(name.startswith(f"{group}.") for name in hints)
+        if not takes_any_key:  # else Hydra's advice is right: +KEY=VALUE
+            return f"{key} is not a setting{suggest(key)}"
     return f"{message or f'A configuration file cannot be read: {type(error).__name__}'}."
+
+
+def _nearest_choice(missing: str, config_dirs: Sequence[Path]) -> str:
+    """Return the end of a sentence about a missing file of a config group: the nearest one, or all."""
+    group = next((each for each in GROUPS if missing.startswith(f"{each}/")), missing.partition("/")[0])
+    name, choices = missing.removeprefix(f"{group}/"), group_choices(group, config_dirs)
+    near = difflib.get_close_matches(name.lower(), choices, 1) or [each for each in choices if name in each]
+    return f"; did you mean {min(near, key=len)}?" if near else f"; expected one of {', '.join(choices)}."
 
 
 def check_distinct_run_dirs(configs: Sequence[DictConfig]) -> None:

@@ -5,48 +5,87 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
+from omnivision.config.compose import is_typed
 from omnivision.config.instantiate import arguments_of
 from omnivision.config.messages import suggest
 from omnivision.config.schema import Settings
+from omnivision.utils.io import LATEST
 
-# Of each stage: its experiment (the demo's have the names of the stages), an example of a recipe, the kind of its model.
-EXPERIMENTS = {
-    "mae": "omnimae/omnimain_train_video",
-    "finetune": "omnimae/omnimain_train_video_ft",
-    "probe": "omnimae/omnimain_train_video_lp",
-    "average": "omnimae/omnimain_train_video_ensemble_ft",
+
+class Stage(NamedTuple):
+    """What fits a stage of the recipe: its experiment (the demo's have the names of the stages), and examples."""
+
+    experiment: str
+    model_kind: str
+    recipe: str
+    model: str
+
+
+FT_RECIPE = "mae_ft_ucf101_config"
+STAGES = {
+    "mae": Stage("omnimae/omnimain_train_video", "autoencoder", "mae_k150_config", "vitbase"),
+    "finetune": Stage("omnimae/omnimain_train_video_ft", "classifier", FT_RECIPE, "vitbase_ft"),
+    "probe": Stage("omnimae/omnimain_train_video_lp", "classifier", FT_RECIPE, "vitbase_ft"),
+    "average": Stage("omnimae/omnimain_train_video_ensemble_ft", "average", FT_RECIPE, "vitbase_average_ft"),
 }
-EXAMPLE_RECIPES = {"mae": "mae_k150_config"} | dict.fromkeys(("finetune", "probe", "average"), "mae_ft_ucf101_config")
-MODELS = {"mae": "autoencoder", "finetune": "classifier", "probe": "classifier", "average": "average"}
-ENDINGS = {"average": "_average_ft", "classifier": "_ft", "autoencoder": ""}  # of their names in trainer/model
+# Top-level settings that code reads; the others only give their values to settings that refer to them (${...}).
+READ_BY_CODE = ("trainer", "stage", "lr", "video_labels", "pretrained_checkpoint_path")
 
 
-def cross_validate(settings: Settings, arguments: Sequence[str] = ()) -> list[str]:
-    """Return one message per setting that is valid alone but contradicts another; `arguments` are the command's overrides."""
-    if problems := _stage_problems(settings, arguments):
+def cross_validate(settings: Settings, arguments: Sequence[str] | None = None) -> list[str]:
+    """Return one message per setting that is valid alone but contradicts another.
+
+    `arguments` are the overrides of the command line; None: the configuration was not composed here.
+    """
+    if problems := list(_stage_problems(settings)):
         return problems
-    trainer, data, images = settings.trainer, settings.trainer.data, settings.images
-    problems = list(_broken_rules(settings))
-    for name, part in trainer.model.items():
-        if isinstance(part, dict) and {"width", "heads"} <= part.keys() and part["width"] % part["heads"]:
-            key = f"trainer.model.{name}"
-            problems.append(f"{key}.heads must divide {key}.width {part['width']}, got {part['heads']}.")
-    target = trainer.optim.optimizer["_target_"]
-    optimizer = arguments_of(target)
-    known = [str(field.alias) for field in optimizer.model_fields.values()]
-    problems += [
-        f"trainer.optim.options.{name} is not an argument of {target}{suggest(name, known)}"
-        for name in trainer.optim.options
-        if name not in known and optimizer.model_config["extra"] == "forbid"
-    ]
-    problems += _contradictions(settings)
-    problems += _batch_problems(settings, "", data.batch_size, data.views_per_clip, trainer.optim.accumulation_steps)
+    data, images, optim = settings.trainer.data, settings.images, settings.trainer.optim
+    problems = [*_broken_rules(settings), *_contradictions(settings)]
+    problems += _batch_problems(settings, "", data.batch_size, data.views_per_clip, optim.accumulation_steps)
     if images:
         counts = images.batch_size, images.views_per_clip, images.accumulation_steps
         problems += _batch_problems(settings, "trainer.data.image.", *counts)
+    if arguments is not None and not problems and not is_typed("pretrained_checkpoint_path", arguments):
+        problems += _weights_problems(settings)
     return problems
+
+
+def override_warnings(settings: Settings, config_text: str, arguments: Sequence[str]) -> list[str]:
+    """Return a warning for each override that has no effect, or is for another stage than the experiment's.
+
+    `config_text` is the configuration as composed, interpolations unresolved.
+    """
+    typed = {name.lstrip("+"): value for name, _, value in (each.partition("=") for each in arguments)}
+    used = {*READ_BY_CODE, *re.findall(r"\$\{(\w+)\}", config_text)}
+    warnings = [
+        f"{name} has no effect here, because no other setting refers to it (${{{name}}}). --cfg job prints them all."
+        for name in typed
+        if name in Settings.model_fields and name not in used
+    ]
+    if (optim := typed.get("trainer/optim")) in STAGES and settings.stage not in (None, optim):
+        warnings.append(f"trainer/optim={optim} is for another stage than {settings.stage}.")
+    return warnings
+
+
+def _stage_problems(settings: Settings) -> Iterator[str]:
+    """Yield a message for an experiment, a recipe and a model of different stages, with choices that fit."""
+    task, model, stage = settings.trainer.task, settings.trainer.model, settings.stage
+    kind, masked = _model_kind(model), _reconstructs(task)
+    fitting = [name for name in STAGES if kind in (None, STAGES[name].model_kind) and masked in (None, name == "mae")]
+    if fitting and stage in (None, *fitting):
+        return
+    choices = [f"+experiments={STAGES[each].experiment}" for each in fitting]
+    if stage is not None:
+        choices.insert(
+            0, f"+trainer={STAGES[stage].recipe} trainer/model={STAGES[stage].model} or others of their kind"
+        )
+    yield (
+        f"The experiment, recipe (+trainer) and trainer/model must be of one stage, got stage {stage}, task "
+        f"{task['_target_']} and model {model['_target_']}. Set {', or '.join(choices)}."
+    )
 
 
 def _broken_rules(settings: Settings) -> Iterator[str]:
@@ -68,54 +107,19 @@ def _broken_rules(settings: Settings) -> Iterator[str]:
     if count and trainer.distributed.strategy == "fsdp":
         yield "trainer.distributed.strategy must be ddp for an average of checkpoints, got fsdp."
     if isinstance(weights, list) and not count:
-        average = f"+experiments={EXPERIMENTS['average']} trainer/model=NAME_average_ft"
+        average = f"+experiments={STAGES['average'].experiment} trainer/model={STAGES['average'].model}"
         yield f"pretrained_checkpoint_path must be one checkpoint for this trainer.model, got {given}. Set one, or {average}."
     if count and given not in (1, count):  # one file may hold several
         yield f"ensemble_num_models must be the number of checkpoints in pretrained_checkpoint_path, got {count} and {given}."
     if settings.lr is not None and trainer.optim.lr_scale_factor != 1:
         yield "lr must be null where lr_scale_factor is set: lr is the peak of this batch, lr_scale_factor that of another."
-
-
-def _stage_problems(settings: Settings, arguments: Sequence[str]) -> list[str]:
-    """Return a message for an experiment, a recipe and a model of different stages, with choices that match."""
-    trainer, stage = settings.trainer, settings.stage
-    model, masked = _model_kind(trainer.model), _reconstructs(trainer.task)
-    fitting = [each for each in EXPERIMENTS if model in (None, MODELS[each]) and masked in (None, each == "mae")]
-    if fitting and stage in (None, *fitting):
-        return []
-    task = {True: "reconstructs masked videos", False: "learns from labels", None: "is your own"}[masked]
-    advice = [f"+experiments={EXPERIMENTS[each]}" for each in fitting]
-    if stage is not None:
-        wrong = []
-        if masked not in (None, stage == "mae"):
-            wrong.append(f"+trainer=mae_{'' if stage == 'mae' else 'ft_'}NAME_config")
-        if model not in (None, MODELS[stage]):
-            size = re.search(r"trainer/model=(\w+?)(?:_average)?(?:_ft)?(?: |$)", " ".join(arguments))
-            wrong.append(f"trainer/model={size[1] if size else 'NAME'}{ENDINGS[MODELS[stage]]}")
-        advice.insert(0, " ".join(wrong))
-    return [
-        f"The experiment, recipe (+trainer) and trainer/model must be of one stage, got an experiment of stage {stage}, a task "
-        f"that {task}, and {model or 'your own model'}. Set {' or '.join(advice) or 'a recipe and a model of one stage'}."
-    ]
-
-
-def stage_warnings(settings: Settings, arguments: Sequence[str]) -> list[str]:
-    """Return a warning for each typed choice of another stage than the experiment's, though a model takes it."""
-    typed = dict(each.lstrip("+").split("=", 1) for each in arguments if "=" in each)
-    optim, weights = typed.get("trainer/optim"), typed.get("trainer/checkpoint", "")
-    kind = "an average of checkpoints" if weights.endswith("_ensemble") else "a single model"
-    rules = [
-        ("stage" in typed, "stage is set by the experiment, and typing it changes nothing else. Set +experiments."),
-        (
-            optim in EXPERIMENTS and settings.stage not in (None, optim),
-            f"trainer/optim={optim} is for another stage than {settings.stage}. Set trainer/optim={settings.stage}.",
-        ),
-        (
-            weights and weights.endswith("_ensemble") != ("num_models" in settings.trainer.model),
-            f"trainer/checkpoint={weights} is for {kind}, which trainer.model is not. Set another.",
-        ),
-    ]
-    return [text for is_broken, text in rules if is_broken]
+    # torch takes any name, and ignores it.
+    target = trainer.optim.optimizer["_target_"]
+    optimizer = arguments_of(target)
+    known = [str(field.alias) for field in optimizer.model_fields.values()]
+    for name in trainer.optim.options:
+        if name not in known and optimizer.model_config["extra"] == "forbid":
+            yield f"trainer.optim.options.{name} is not an argument of {target}{suggest(name, known)}"
 
 
 def _model_kind(model: Mapping[str, Any]) -> str | None:
@@ -135,8 +139,8 @@ def _reconstructs(task: Mapping[str, Any]) -> bool | None:
     return {"Reconstruct": True, "Classify": False}.get(task["_target_"].rpartition(".")[2])
 
 
-def _contradictions(settings: Settings) -> list[str]:
-    """Return a message for each setting that exists twice and differs; by default they follow one another."""
+def _contradictions(settings: Settings) -> Iterator[str]:
+    """Yield a message for each setting that exists twice and differs; by default they follow one another."""
     data, size, trunk = settings.trainer.data, settings.image_size, settings.trainer.model.get("trunk") or {}
     tubelet, frames = trunk.get("tubelet"), trunk.get("num_frames")
     pairs = [
@@ -146,25 +150,32 @@ def _contradictions(settings: Settings) -> list[str]:
         ("image_size", size, "trainer.data.val_view.size", data.val_view.get("size")),
         ("trainer.model.trunk.tubelet", tubelet, "trainer.task.tubelet", settings.trainer.task.get("tubelet")),
     ]
-    pairs += [
-        (f"datasets.{name}.num_classes", source.num_classes, "video_labels", settings.video_labels)
-        for name, source in data.sources.items()
-    ]
-    return [
-        f"{one} is {first} and {other} is {second}; they must be equal."
-        for one, first, other, second in pairs
-        if None not in (first, second) and first != second
-    ]
+    for name, source in data.sources.items():
+        pairs.append((f"datasets.{name}.num_classes", source.num_classes, "video_labels", settings.video_labels))
+    for one, first, other, second in pairs:
+        if None not in (first, second) and first != second:
+            yield f"{one} is {first} and {other} is {second}; they must be equal."
 
 
-def _batch_problems(settings: Settings, prefix: str, batch: int, views: int, micro_batches: int) -> list[str]:
-    """Return a message unless ranks divide a node's batch, and views and micro-batches a rank's."""
+def _batch_problems(settings: Settings, prefix: str, batch: int, views: int, micro_batches: int) -> Iterator[str]:
+    """Yield a message unless ranks divide a node's batch, and views and micro-batches a rank's."""
     gpus = settings.launcher.gpus_per_node
     unit = gpus * math.lcm(views, micro_batches)
-    if batch % unit == 0:
-        return []
-    return [
-        f"{prefix}batch_size must be a multiple of {unit}: of launcher.gpus_per_node {gpus} x "
-        f"{prefix or 'trainer.data.'}views_per_clip {views} and {prefix or 'trainer.optim.'}accumulation_steps "
-        f"{micro_batches} on each, got {batch}. Set {prefix}batch_size={max(1, batch // unit) * unit}."
-    ]
+    if batch % unit:
+        yield (
+            f"{prefix}batch_size must be a multiple of {unit}: of launcher.gpus_per_node {gpus} x "
+            f"{prefix or 'trainer.data.'}views_per_clip {views} and {prefix or 'trainer.optim.'}accumulation_steps "
+            f"{micro_batches} on each, got {batch}. Set {prefix}batch_size={max(1, batch // unit) * unit}."
+        )
+
+
+def _weights_problems(settings: Settings) -> Iterator[str]:
+    """Yield a message for frozen or averaged weights that come from nowhere, unless null was typed."""
+    trainer = settings.trainer
+    needs_weights = (trainer.freeze or "num_models" in trainer.model) and trainer.mode != "val"
+    resumes = Path(trainer.checkpoint.save_dir, LATEST).exists()
+    if needs_weights and not settings.pretrained_checkpoint_path and not resumes:
+        yield (
+            "pretrained_checkpoint_path must be set for a run that freezes or averages pretrained weights, got null. Set "
+            "pretrained_checkpoint_path=RUN, or type pretrained_checkpoint_path=null for randomly initialized weights."
+        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections.abc
-import difflib
 import functools
 import importlib
 import inspect
@@ -16,7 +15,7 @@ from typing import Annotated, Any, Literal, Union
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from typing_extensions import is_typeddict
 
-from omnivision.config.messages import format_errors
+from omnivision.config.messages import format_errors, suggest
 from omnivision.config.schema import InstantiateConfig
 
 # Any class of our packages may be built. Of other packages only classes that they hold themselves: from a module inside one a
@@ -50,10 +49,8 @@ def load_target(target: str) -> Any:
     is_function = inspect.isfunction(found) and module_name not in OTHERS
     is_foreign = target.startswith("omnivision.") and not str(getattr(found, "__module__", "")).startswith(OWN)
     if not (inspect.isclass(found) or is_function) or is_foreign:
-        near = difflib.get_close_matches(
-            name, [each for each, value in vars(module).items() if inspect.isclass(value)], 1
-        )
-        raise TargetError(f"is not a class{f'; did you mean {module_name}.{near[0]}?' if near else '.'}")
+        classes = [f"{module_name}.{each}" for each, value in vars(module).items() if inspect.isclass(value)]
+        raise TargetError(f"is not a class{suggest(target, classes)}")
     return found
 
 
@@ -86,7 +83,6 @@ def target_problems(node: Any, key: str, trusted: Sequence[str] = ()) -> dict[st
     try:
         arguments = arguments_of(target)
         given = {name: value for name, value in node.items() if name != "_target_"}
-        problems |= {f"{key}.{name}": "is not an argument." for name in given if name.startswith("_")}  # Hydra's own
         # As JSON, so that a list of the configuration is also a tuple.
         arguments.model_validate_json(json.dumps(given, default=str))
     except TargetError as error:

@@ -6,7 +6,6 @@ Defaults are in `config/experiments/base.yaml`, meanings in the comments there.
 from __future__ import annotations
 
 import functools
-import os
 import types
 import typing
 from collections.abc import Mapping
@@ -14,7 +13,6 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 MAX_COUNT = 10**12  # beyond that sums would overflow
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Natural = Annotated[int, Field(ge=1, le=MAX_COUNT)]
@@ -31,8 +29,9 @@ Depth = Annotated[int, Field(ge=1, le=1000)]
 Heads = Annotated[int, Field(ge=1, le=1024)]
 Texts = str | list[str]
 Setting = TypeVar("Setting")
-# A setting, or a group of them, that does not affect results: a run may resume with another value.
-RuntimeOnly = Annotated[Setting, "runtime only"]
+# Marks a setting, or a group of them, that does not affect results: a run may resume with another value.
+RUNTIME_ONLY = "runtime only"
+RuntimeOnly = Annotated[Setting, RUNTIME_ONLY]
 Line = Annotated[str, Field(pattern=r"^\P{C}*$")]  # printable, so that it stays one line of a batch script
 
 
@@ -43,54 +42,47 @@ def require_ascending(value: tuple[float, float]) -> tuple[float, float]:
     return value
 
 
-def require_target(value: dict[str, Any]) -> dict[str, Any]:
-    """Raise ValueError for a mapping without `_target_`."""
+def require_target(value: dict[str, Any], package: str = "") -> dict[str, Any]:
+    """Raise ValueError for a mapping without `_target_`, and for a class of another package of ours than `package`."""
     if "_target_" not in value:
         raise ValueError("must be an object, a mapping with _target_ (the full name of a class)")
-    return value
-
-
-def require_package(package: str, value: dict[str, Any]) -> dict[str, Any]:
-    """Raise ValueError for a class of another package of ours. A user's own class may be anywhere."""
-    if (target := str(value["_target_"])).startswith("omnivision.") and not target.startswith(f"{package}."):
+    if (target := str(value["_target_"])).startswith("omnivision.") and not target.startswith(package):
         raise ValueError(f"must be an object of {package}, got {target}")
     return value
 
 
-def require_file_names(value: str) -> str:
-    """Raise ValueError for a path with a part that no file can have as its name."""
-    if not value.strip() or any(len(os.fsencode(part)) > 255 for part in value.split("/")):
-        raise ValueError("must be a path of names with at most 255 bytes")
-    return value
+def from_package(package: str) -> AfterValidator:
+    """Return a validator of objects of a package of ours. A user's own class may be anywhere."""
+    return AfterValidator(functools.partial(require_target, package=f"{package}."))
 
 
 Ascending = AfterValidator(require_ascending)
-FolderPath = Annotated[str, AfterValidator(require_file_names)]
+FolderPath = Annotated[str, Field(pattern="^/*[^/]{1,255}(/+[^/]{1,255})*/*$")]  # of names that files can have
 # An object to build: `_target_` and its arguments.
 InstantiateConfig = Annotated[dict[str, Any], AfterValidator(require_target)]
-ModelConfig = Annotated[InstantiateConfig, AfterValidator(functools.partial(require_package, "omnivision.models"))]
-TaskConfig = Annotated[InstantiateConfig, AfterValidator(functools.partial(require_package, "omnivision.tasks"))]
-ViewConfig = Annotated[InstantiateConfig, AfterValidator(functools.partial(require_package, "omnivision.data.views"))]
-MaskConfig = Annotated[InstantiateConfig, AfterValidator(functools.partial(require_package, "omnivision.data.masking"))]
+ModelConfig = Annotated[dict[str, Any], from_package("omnivision.models")]
+TaskConfig = Annotated[dict[str, Any], from_package("omnivision.tasks")]
+ViewConfig = Annotated[dict[str, Any], from_package("omnivision.data.views")]
+MaskConfig = Annotated[dict[str, Any], from_package("omnivision.data.masking")]
 
 # Config groups, which a command line chooses beside settings.
 GROUPS = ("experiments", "trainer/model", "trainer/checkpoint", "trainer/optim", "trainer/data", "trainer/task")
 
 
-class Group(BaseModel):
+class SettingsGroup(BaseModel):
     """A group of settings: no unknown keys, no conversion of types but int to float."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class SplitSettings(Group):
+class SplitSettings(SettingsGroup):
     paths: Texts
     labels: Texts | None = None
     segments: Texts | None = None
     depth: Texts | None = None
 
 
-class DatasetSettings(Group):
+class DatasetSettings(SettingsGroup):
     """An entry of the catalog."""
 
     kind: Literal["video", "image", "rgbd"] = "video"
@@ -109,7 +101,7 @@ class DatasetSettings(Group):
     val: RuntimeOnly[SplitSettings | None] = None
 
 
-class ImageSettings(Group):
+class ImageSettings(SettingsGroup):
     """What differs for sources of images."""
 
     batch_size: RuntimeOnly[Natural]
@@ -120,7 +112,7 @@ class ImageSettings(Group):
     mask: MaskConfig | None
 
 
-class DataSettings(Group):
+class DataSettings(SettingsGroup):
     sources: dict[str, DatasetSettings]
     repeats: dict[str, Annotated[float, Field(gt=0, le=1_000_000)]]
     num_frames: Natural
@@ -141,18 +133,18 @@ class DataSettings(Group):
     max_pixels: Natural | None
 
 
-class RuleSettings(Group):
+class RuleSettings(SettingsGroup):
     scheduler: InstantiateConfig
     param_names: list[str] | None = None
     module_cls_names: list[str] | None = None
 
 
-class AmpSettings(Group):
+class AmpSettings(SettingsGroup):
     enabled: bool
     amp_dtype: Literal["auto", "bfloat16", "float16"]
 
 
-class OptimSettings(Group):
+class OptimSettings(SettingsGroup):
     optimizer: InstantiateConfig
     options: dict[str, list[RuleSettings]]
     lr_scale_factor: ScaleFactor
@@ -163,21 +155,21 @@ class OptimSettings(Group):
     amp: AmpSettings
 
 
-class DistributedSettings(Group):
+class DistributedSettings(SettingsGroup):
     backend: Literal["nccl", "gloo"] | None
     strategy: Literal["ddp", "fsdp"]
     comms_dtype: Literal["auto", "fp16", "bf16"] | None
     timeout_minutes: Minutes
 
 
-class LoggingSettings(Group):
+class LoggingSettings(SettingsGroup):
     log_freq: Natural
     also: list[Literal["wandb", "mlflow"]]
     pictures_every_epochs: Natural | None
     peak_tflops: Positive | None
 
 
-class WeightFilter(Group):
+class WeightFilter(SettingsGroup):
     """Which entries of a state dict a stage takes, by shell patterns over their names."""
 
     keep: list[str] | None = None  # only these; each pattern must match something
@@ -196,7 +188,7 @@ class CheckpointSettings(WeightFilter):
     allow_changes: RuntimeOnly[bool]
 
 
-class TrainerSettings(Group):
+class TrainerSettings(SettingsGroup):
     mode: RuntimeOnly[Literal["train", "train_only", "val", "dry"]]
     accelerator: RuntimeOnly[Literal["auto", "cuda", "cpu"]]
     seed_value: Annotated[int, Field(ge=0, le=2**32 - 1)]
@@ -218,7 +210,7 @@ class TrainerSettings(Group):
     checkpoint: CheckpointSettings
 
 
-class LauncherSettings(Group):
+class LauncherSettings(SettingsGroup):
     gpus_per_node: Natural
     num_nodes: Natural
     experiment_log_dir: FolderPath
@@ -235,7 +227,7 @@ SBATCH_RESERVED = (
 ).split()
 
 
-class SubmititSettings(Group):
+class SubmititSettings(SettingsGroup):
     """What a run asks SLURM for."""
 
     use_cluster: bool
@@ -273,13 +265,13 @@ class SubmititSettings(Group):
         return self
 
 
-class Settings(Group):
+class Settings(SettingsGroup):
     num_frames: Pixels
     image_size: Pixels
     short_side: Pixels
     clip_duration: Positive
     mask_ratio: OpenFraction
-    crop_scale: list[float]
+    crop_scale: Annotated[list[float], Field(min_length=2, max_length=2)]
     rand_augment_prob: Fraction
     erasing_prob: Fraction
     mixing_prob: Fraction
@@ -331,7 +323,7 @@ def setting_hints(cls: type[BaseModel] = Settings, prefix: str = "") -> Mapping[
     for name, hint in typing.get_type_hints(cls, include_extras=True).items():
         if name in cls.model_fields:
             hints[f"{prefix}{name}"] = hint
-            if "runtime only" in typing.get_args(hint):
+            if RUNTIME_ONLY in typing.get_args(hint):
                 hint = typing.get_args(hint)[0]
             is_mapping = typing.get_origin(hint) is dict
             for each in (hint, *typing.get_args(hint)):
@@ -343,6 +335,6 @@ def setting_hints(cls: type[BaseModel] = Settings, prefix: str = "") -> Mapping[
 def runtime_only_settings() -> list[str]:
     """Return shell patterns of the settings that are marked as RuntimeOnly, and of those in groups that are."""
     hints = setting_hints()
-    marked = [name for name, hint in hints.items() if "runtime only" in typing.get_args(hint)]
+    marked = [name for name, hint in hints.items() if RUNTIME_ONLY in typing.get_args(hint)]
     groups = {name.rpartition(".")[0] for name in hints}
     return [f"{name}.*".replace("NAME", "*") if name in groups else name.replace("NAME", "*") for name in marked]

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omnivision.checkpoint.fingerprint import changed_settings, check_same_settings
-from omnivision.config.compose import use_yaml12_numbers
 from omnivision.config.schema import Settings
 from omnivision.config.validate import validate_config
 from omnivision.launch import slurm
@@ -393,7 +392,6 @@ def run_slurm_task(config_text: str, token: str) -> None:
 
     from omnivision.launch.run import run_rank
 
-    use_yaml12_numbers()
     config = OmegaConf.create(config_text)
     assert isinstance(config, DictConfig)
     job = Job(validate_config(config), config_text, token)
