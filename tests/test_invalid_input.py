@@ -88,6 +88,7 @@ AFTER_MAE: dict[str, tuple[str, ...]] = {
     "trainer.model.decoder.share=0": ("trainer.model.decoder.share ",),
     "trainer.model.decoder.attention=crss": ("trainer.model.decoder.attention ", "cross?"),
     "trainer.max_epochs=${nope}": ("trainer.max_epochs ", "nope"),
+    "epochs=${trainer.max_epochs}": ("itself",),
     "launcher.experiment_log_dir=": ("launcher.experiment_log_dir ",),
     # Settings that must agree.
     "trainer.task.tubelet=[4,8,16]": ("trainer.model.trunk.tubelet", "trainer.task.tubelet"),
@@ -115,6 +116,7 @@ AFTER_MAE: dict[str, tuple[str, ...]] = {
     "image_size=230": ("image_size",),
     "trainer.model.trunk.heads=7": ("heads ", "768"),
     "trainer.model.decoder.heads=7": ("heads ", "384"),
+    "trainer.model.decoder.heads=7 trainer.model.decoder.attention=cross": ("heads ", "384"),
     "trainer.optim.options.lr.0.scheduler.peak=-1": ("trainer.optim.options.lr[0].scheduler",),
     "trainer.optim.options.lr.0.scheduler.peak=nan": ("trainer.optim.options.lr[0].scheduler",),
     "~trainer.optim.options.lr lr=1e-3": ("trainer.optim.options.lr ",),
@@ -135,9 +137,8 @@ AFTER_MAE: dict[str, tuple[str, ...]] = {
 }
 ALONE: dict[tuple[str, ...], tuple[str, ...]] = {
     (): ("epochs, ", "trainer.model, ", "launcher.experiment_log_dir", "+experiments=", "+trainer=mae_k150_config"),
-    FT[:1]: ("+trainer=mae_ft_ucf101_config",),
-    FT[1:]: ("+experiments=omnimae/omnimain_train_video_ft ",),
-    MAE[1:]: ("+experiments=omnimae/omnimain_train_video ",),
+    FT[:1]: ("trainer.data.sources, ", "+trainer=mae_ft_ucf101_config"),
+    MAE[1:]: ("epochs, ", "+experiments=omnimae/omnimain_train_video "),
     ("+experiments=omnimae/omnimain_train_vide", MAE[1]): ("omnimae/omnimain_train_video?",),
     ("+experiments=demo/mea",): ("demo/mae?",),
     ("experiments=omnimae/omnimain_train_video",): ("+experiments=omnimae/omnimain_train_video",),

@@ -152,12 +152,12 @@ class AllAtOnce(unittest.TestCase):
                     "++datasets.ucf101.train.labels=gone.npy",
                     "++datasets.ucf101.val.paths=gone_too.npy",
                     "pretrained_checkpoint_path=nowhere",
-                    "trainer.model.trunk.drop_path=2",
+                    "trainer.model.trunk.heads=7",
                 ),
                 impossible,
             )
         keys = ("datasets.ucf101.train.labels", "datasets.ucf101.val.paths", "no SLURM", "pretrained_checkpoint_path")
-        for key, problem in zip((*keys, "trainer.model.trunk.drop_path"), problems, strict=True):
+        for key, problem in zip((*keys, "trainer.model.trunk.heads"), problems, strict=True):
             self.assertIn(key, problem)
 
     def test_splits_without_a_label_and_parameters_without_a_rate(self):

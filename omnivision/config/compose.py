@@ -154,24 +154,23 @@ def explain(error: BaseException, command: CommandLine) -> str:
     lines = [line.strip() for line in text.splitlines()]
     message = " ".join(line for line in lines if line and not line.startswith(noise)).rstrip(".")
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        return message + _nearest_choice(str(error.missing_cfg_file).removesuffix(".yaml"), command.config_dirs)
+        file = str(error.missing_cfg_file).removesuffix(".yaml")
+        group = next((each for each in GROUPS if file.startswith(f"{each}/")), file.partition("/")[0])
+        name, choices = file.removeprefix(f"{group}/"), group_choices(group, command.config_dirs)
+        near = difflib.get_close_matches(name.lower(), choices, 1) or [each for each in choices if name in each]
+        return f"{message}; " + (f"did you mean {min(near, key=len)}?" if near else f"expected one of {choices}.")
     if override := getattr(error, "override", None):
         return f"The argument {override} cannot be parsed: {message}. A value with one of =,:[]{{}} or spaces needs quotes."
-    if unknown := re.search(r"Could not (?:override|delete from config\.) '([^']*)'(?!\. No match)", text):
-        key = unknown[1]
-        group, hints = key.replace("/", ".").rpartition(".")[0], setting_hints()
-        takes_any_key = group.partition(".")[0] in hints and not any(name.startswith(f"{group}.") for name in hints)
-        if not takes_any_key:  # else Hydra's advice is right: +KEY=VALUE
-            return f"{key} is not a setting{suggest(key)}"
+    unknown = re.search(r"Could not (?:override|delete from config\.) '([^']*)'(?!\. No match)", text)
+    if unknown and not takes_any_key(unknown[1]):  # else Hydra's advice is right: +KEY=VALUE
+        return f"{unknown[1]} is not a setting{suggest(unknown[1])}"
     return f"{message or f'A configuration file cannot be read: {type(error).__name__}'}."
 
 
-def _nearest_choice(missing: str, config_dirs: Sequence[Path]) -> str:
-    """Return the end of a sentence about a missing file of a config group: the nearest one, or all."""
-    group = next((each for each in GROUPS if missing.startswith(f"{each}/")), missing.partition("/")[0])
-    name, choices = missing.removeprefix(f"{group}/"), group_choices(group, config_dirs)
-    near = difflib.get_close_matches(name.lower(), choices, 1) or [each for each in choices if name in each]
-    return f"; did you mean {min(near, key=len)}?" if near else f"; expected one of {', '.join(choices)}."
+def takes_any_key(key: str) -> bool:
+    """Return whether the group of a key has no fixed keys: arguments of an object, entries of a mapping."""
+    group, names = key.replace("/", ".").rpartition(".")[0], setting_hints()
+    return group.partition(".")[0] in names and not any(name.startswith(f"{group}.") for name in names)
 
 
 def check_distinct_run_dirs(configs: Sequence[DictConfig]) -> None:

@@ -16,20 +16,23 @@ from omnivision.utils.io import LATEST
 
 
 class Stage(NamedTuple):
-    """What fits a stage of the recipe: its experiment (the demo's have the names of the stages), and examples."""
+    """The classes of a stage's task and model, its experiment, and examples of a recipe and a model for `trainer/model`."""
 
-    experiment: str
-    model_kind: str
-    recipe: str
+    task: str
     model: str
+    experiment: str
+    recipe: str
+    size: str
 
 
 FT_RECIPE = "mae_ft_ucf101_config"
 STAGES = {
-    "mae": Stage("omnimae/omnimain_train_video", "autoencoder", "mae_k150_config", "vitbase"),
-    "finetune": Stage("omnimae/omnimain_train_video_ft", "classifier", FT_RECIPE, "vitbase_ft"),
-    "probe": Stage("omnimae/omnimain_train_video_lp", "classifier", FT_RECIPE, "vitbase_ft"),
-    "average": Stage("omnimae/omnimain_train_video_ensemble_ft", "average", FT_RECIPE, "vitbase_average_ft"),
+    "mae": Stage("Reconstruct", "MaskedAutoencoder", "omnimae/omnimain_train_video", "mae_k150_config", "vitbase"),
+    "finetune": Stage("Classify", "VideoClassifier", "omnimae/omnimain_train_video_ft", FT_RECIPE, "vitbase_ft"),
+    "probe": Stage("Classify", "VideoClassifier", "omnimae/omnimain_train_video_lp", FT_RECIPE, "vitbase_ft"),
+    "average": Stage(
+        "Classify", "AveragedClassifier", "omnimae/omnimain_train_video_ensemble_ft", FT_RECIPE, "vitbase_average_ft"
+    ),
 }
 # Top-level settings that code reads; the others only give their values to settings that refer to them (${...}).
 READ_BY_CODE = ("trainer", "stage", "lr", "video_labels", "pretrained_checkpoint_path")
@@ -72,19 +75,16 @@ def override_warnings(settings: Settings, config_text: str, arguments: Sequence[
 
 def _stage_problems(settings: Settings) -> Iterator[str]:
     """Yield a message for an experiment, a recipe and a model of different stages, with choices that fit."""
-    task, model, stage = settings.trainer.task, settings.trainer.model, settings.stage
-    kind, masked = _model_kind(model), _reconstructs(task)
-    fitting = [name for name in STAGES if kind in (None, STAGES[name].model_kind) and masked in (None, name == "mae")]
+    task, model, stage = _known_class(settings.trainer.task), _known_class(settings.trainer.model), settings.stage
+    fitting = [name for name, each in STAGES.items() if task in (None, each.task) and model in (None, each.model)]
     if fitting and stage in (None, *fitting):
         return
-    choices = [f"+experiments={STAGES[each].experiment}" for each in fitting]
+    choices = [f"+experiments={STAGES[name].experiment}" for name in fitting]
     if stage is not None:
-        choices.insert(
-            0, f"+trainer={STAGES[stage].recipe} trainer/model={STAGES[stage].model} or others of their kind"
-        )
+        choices.append(f"+trainer={STAGES[stage].recipe} trainer/model={STAGES[stage].size} or others of their kind")
     yield (
-        f"The experiment, recipe (+trainer) and trainer/model must be of one stage, got stage {stage}, task "
-        f"{task['_target_']} and model {model['_target_']}. Set {', or '.join(choices)}."
+        f"The experiment, recipe (+trainer) and trainer/model must be of one stage, got stage {stage}, task {task} and model "
+        f"{model}. Set {', or '.join(choices)}."
     )
 
 
@@ -93,12 +93,12 @@ def _broken_rules(settings: Settings) -> Iterator[str]:
     trainer, data, images = settings.trainer, settings.trainer.data, settings.images
     trunk, kinds = trainer.model.get("trunk") or {}, {source.kind for source in data.sources.values()}
     masks = [data.mask] + ([images.mask] if images else [])
-    masked, count = _reconstructs(trainer.task), trainer.model.get("num_models")
+    task, count = _known_class(trainer.task), trainer.model.get("num_models")
     weights = settings.pretrained_checkpoint_path
     given = len(weights) if isinstance(weights, list) else 1
-    if masked and None in masks:
+    if task == "Reconstruct" and None in masks:
         yield "trainer.data.mask must be set for Reconstruct. Set trainer/data=unlabelled_video."
-    if masked is False and any(masks):
+    if task == "Classify" and any(masks):
         yield "trainer.data.mask must be null for Classify. Set trainer/data=labelled_video."
     if images is None and kinds - {"video"}:
         yield "trainer.data.image must be set for images. Set trainer/data=labelled_image."
@@ -107,7 +107,7 @@ def _broken_rules(settings: Settings) -> Iterator[str]:
     if count and trainer.distributed.strategy == "fsdp":
         yield "trainer.distributed.strategy must be ddp for an average of checkpoints, got fsdp."
     if isinstance(weights, list) and not count:
-        average = f"+experiments={STAGES['average'].experiment} trainer/model={STAGES['average'].model}"
+        average = f"+experiments={STAGES['average'].experiment} trainer/model={STAGES['average'].size}"
         yield f"pretrained_checkpoint_path must be one checkpoint for this trainer.model, got {given}. Set one, or {average}."
     if count and given not in (1, count):  # one file may hold several
         yield f"ensemble_num_models must be the number of checkpoints in pretrained_checkpoint_path, got {count} and {given}."
@@ -122,21 +122,15 @@ def _broken_rules(settings: Settings) -> Iterator[str]:
             yield f"trainer.optim.options.{name} is not an argument of {target}{suggest(name, known)}"
 
 
-def _model_kind(model: Mapping[str, Any]) -> str | None:
-    """Return the kind of a model by the arguments of trainer.model; None for a user's own class."""
-    if not model["_target_"].startswith("omnivision."):
-        return None
-    return "autoencoder" if has_decoder(model) else "average" if "num_models" in model else "classifier"
+def _known_class(target: Mapping[str, Any]) -> str | None:
+    """Return the name of a class that stages use; None for one of a user's own."""
+    name = target["_target_"].rpartition(".")[2]
+    return name if any(name in (stage.task, stage.model) for stage in STAGES.values()) else None
 
 
 def has_decoder(model: Mapping[str, Any]) -> bool:
     """Return whether trainer.model is an autoencoder; any other, also a user's own class, learns from labels."""
     return "decoder" in model
-
-
-def _reconstructs(task: Mapping[str, Any]) -> bool | None:
-    """Return whether a task reconstructs masked videos (True) or learns from labels (False); None for a user's own task."""
-    return {"Reconstruct": True, "Classify": False}.get(task["_target_"].rpartition(".")[2])
 
 
 def _contradictions(settings: Settings) -> Iterator[str]:

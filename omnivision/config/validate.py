@@ -49,7 +49,10 @@ def validate_config(config: DictConfig, arguments: Sequence[str] | None = None) 
     problems = {key: text for key, text in problems.items() if not is_within(key, references)} or problems
     sentences = [f"{key} {text}" for key, text in problems.items() if key not in missing]
     if missing:
-        sentences.append(f"Missing: {', '.join(missing)}.{_advice(missing, tree)}")
+        stage = STAGES.get(str(tree.get("stage")), STAGES["mae"])
+        advice = f" Add an experiment and a recipe of one stage, e.g. +experiments={stage.experiment} +trainer={stage.recipe}."
+        without = any(key.startswith(("epochs", "trainer.")) for key in missing)
+        sentences.append(f"Missing: {', '.join(missing)}.{advice if without else ''}")
     if settings is not None and not sentences:
         sentences = cross_validate(settings, arguments)
     if settings is None or sentences:
@@ -98,19 +101,3 @@ def resolve(node: Any, problems: dict[str, str], references: set[str], group: st
 def is_within(key: str, groups: Collection[str]) -> bool:
     """Return whether a key is one of some keys, or in one of them."""
     return any(key == group or key.startswith((f"{group}.", f"{group}[")) for group in groups)
-
-
-def _advice(missing: list[str], tree: dict[str, Any]) -> str:
-    """Return which experiment and recipe set what is missing; both are of one stage."""
-    learns_from_labels = "classify.Classify" in str(tree)
-    stage = STAGES.get(str(tree.get("stage")), STAGES["finetune" if learns_from_labels else "mae"])
-    rules = [
-        (
-            ("epochs", "trainer.model", "trainer.optim"),
-            f"+experiments={stage.experiment} (a stage, its model and optimizer)",
-        ),
-        (("trainer.data", "trainer.task"), f"+trainer={stage.recipe} (data and task)"),
-        (("launcher.experiment_log_dir",), "launcher.experiment_log_dir=FOLDER"),
-    ]
-    choices = [advice for begin, advice in rules if any(key.startswith(begin) for key in missing)]
-    return f" Add {', '.join(choices)}." if choices else ""

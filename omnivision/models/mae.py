@@ -40,6 +40,8 @@ class CrossAttention(nn.Module):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
+        if width % heads:
+            raise UserError(f"heads must divide width {width}, got {heads}. Set trainer.model.decoder.heads.")
         self.heads = heads
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(width, 2 * width)
