@@ -1,5 +1,6 @@
 """The shipped configuration: every file composes, checks and builds; the command of the paper works word for word."""
 
+import functools
 import itertools
 import os
 import re
@@ -36,6 +37,7 @@ FINETUNE = ("+experiments=omnimae/omnimain_train_video_ft", NOTHING)
 TWO_SETS = (*FINETUNE, "+trainer=mae_ft_inpk150_sim150_config")
 
 
+@functools.cache
 def settings(*overrides: str) -> Settings:
     return validate_config(composed(*overrides, FOLDER))
 

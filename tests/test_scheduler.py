@@ -10,7 +10,7 @@ from torch import nn
 from omnivision.config.schema import RuleSettings
 from omnivision.models.mae import MaskedAutoencoder
 from omnivision.models.vit import VisionTransformer
-from omnivision.optim.groups import Group, ScheduledOptimizer, layer_decay_scales, parameter_groups
+from omnivision.optim.groups import ParamGroup, ScheduledOptimizer, layer_decay_scales, parameter_groups
 from omnivision.optim.schedules import Constant, Cosine, Linear, Scaled, SequentialSchedule, WarmupCosine
 from omnivision.utils.errors import UserError
 from tests.parity_formula import record
@@ -22,7 +22,7 @@ def rule(schedule, names: list[str] | None = None, classes: list[str] | None = N
     return schedule, RuleSettings(scheduler={"_target_": "any"}, param_names=names, module_cls_names=classes)
 
 
-def make_groups(model: nn.Module, scales: dict[str, float] | None = None, **options: list[tuple]) -> list[Group]:
+def make_groups(model: nn.Module, scales: dict[str, float] | None = None, **options: list[tuple]) -> list[ParamGroup]:
     schedules, rules = ({option: [each[i] for each in given] for option, given in options.items()} for i in (0, 1))
     return parameter_groups(model, rules, schedules, scales)
 
@@ -83,7 +83,7 @@ def model() -> nn.Module:
     return nn.ModuleDict(parts)
 
 
-def named(groups: list[Group], option: str) -> dict[str, object]:
+def named(groups: list[ParamGroup], option: str) -> dict[str, object]:
     """The value that each parameter starts with, None where the option is not set."""
     return {n: g.schedules[option](0) if option in g.schedules else None for g in groups for n in g.names}
 

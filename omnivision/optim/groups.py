@@ -23,7 +23,7 @@ from omnivision.utils.errors import UserError
 
 
 @dataclass
-class Group:
+class ParamGroup:
     """Parameters that share all schedules. `lr_scale` multiplies the learning rate (layer decay)."""
 
     names: list[str]
@@ -36,7 +36,7 @@ def parameter_groups(
     options: Mapping[str, Sequence[RuleSettings]],
     schedules: Mapping[str, Sequence[Schedule]],
     scales: Mapping[str, float] | None = None,
-) -> list[Group]:
+) -> list[ParamGroup]:
     """Return the groups of a model's trainable parameters, in a fixed order.
 
     Args:
@@ -48,13 +48,13 @@ def parameter_groups(
     """
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     chosen = {option: _rules_by_parameter(model, names, option, rules) for option, rules in options.items()}
-    groups: dict[tuple, Group] = {}
+    groups: dict[tuple, ParamGroup] = {}
     for name in names:
         scale = scales[name] if scales else 1.0
         key = (*(chosen[option].get(name) for option in options), scale)
         if key not in groups:
             own = {option: schedules[option][chosen[option][name]] for option in options if name in chosen[option]}
-            groups[key] = Group([], own, scale)
+            groups[key] = ParamGroup([], own, scale)
         groups[key].names.append(name)
     return list(groups.values())
 
@@ -104,7 +104,7 @@ def _matches(model: nn.Module, names: list[str], where: str, rule: RuleSettings)
 class ScheduledOptimizer:
     """An optimizer over groups whose options are set from their schedules before every step."""
 
-    def __init__(self, model: nn.Module, groups: list[Group], make: Any) -> None:
+    def __init__(self, model: nn.Module, groups: list[ParamGroup], make: Any) -> None:
         """`make(params)` builds the optimizer, e.g. a partial of torch.optim.AdamW.
 
         Raises UserError for arguments that this optimizer does not take, and for an option that it does not have as a number.

@@ -29,7 +29,7 @@ from omnivision.distributed.process_group import Dist, RankInfo
 from omnivision.models.architecture import describe
 from omnivision.models.classifier import is_frozen
 from omnivision.models.patches import token_grid
-from omnivision.optim.groups import Group, ScheduledOptimizer, is_default, layer_decay_scales, parameter_groups
+from omnivision.optim.groups import ParamGroup, ScheduledOptimizer, is_default, layer_decay_scales, parameter_groups
 from omnivision.optim.schedules import Scaled, Schedule, peak
 from omnivision.reporting.logs import BadSampleLedger
 from omnivision.reporting.reporter import Reporter
@@ -251,7 +251,7 @@ def peak_clips_per_second(settings: Settings, device: torch.device) -> float | N
     return None if cost is None else peak_flops / cost.step_flops
 
 
-def build_groups(settings: Settings, model: nn.Module) -> list[Group]:
+def build_groups(settings: Settings, model: nn.Module) -> list[ParamGroup]:
     """Parameter groups; learning rates are scaled once, over the whole schedule: by lr_scale_factor, or to the peak `lr`."""
     optim = settings.trainer.optim
     schedules = {
