@@ -42,7 +42,7 @@ setup(
         "timm>=1.0",
         "fvcore>=0.1.5.post20221221",
         "hydra-core>=1.3.8,<1.4",
-        "omegaconf>=2.3",
+        "omegaconf>=2.3.1",
         "pydantic>=2.9,<3",
         "submitit>=1.5.3",
         "rich>=13",

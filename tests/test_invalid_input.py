@@ -88,7 +88,7 @@ AFTER_MAE: dict[str, tuple[str, ...]] = {
     "trainer.model.decoder.share=0": ("trainer.model.decoder.share ",),
     "trainer.model.decoder.attention=crss": ("trainer.model.decoder.attention ", "cross?"),
     "trainer.max_epochs=${nope}": ("trainer.max_epochs ", "nope"),
-    "epochs=${trainer.max_epochs}": ("itself",),
+    "++trainer.freeze=${trainer}": ("trainer.freeze ",),
     "launcher.experiment_log_dir=": ("launcher.experiment_log_dir ",),
     # Settings that must agree.
     "trainer.task.tubelet=[4,8,16]": ("trainer.model.trunk.tubelet", "trainer.task.tubelet"),

@@ -26,10 +26,7 @@ def validate_config(config: DictConfig, arguments: Sequence[str] | None = None) 
     """
     problems: dict[str, str] = {}
     references: set[str] = set()
-    try:
-        tree = resolve(config, problems, references)
-    except RecursionError:
-        raise UserError("A setting refers to itself (${...}). Correct the configuration file.") from None
+    tree = resolve(config, problems, references)
     missing = [key for key, text in problems.items() if text == MUST_BE_SET]
     trainer = tree.get("trainer")
     trusted = trainer.get("trust_targets") if isinstance(trainer, dict) else None
