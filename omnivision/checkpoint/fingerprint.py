@@ -73,7 +73,7 @@ def fingerprint(
 def changes(
     then: Mapping[str, Any], now: Mapping[str, Any], group: Callable[[str], str] | None = None
 ) -> dict[str, str]:
-    """{name: "name: then -> now"} of entries that differ; with `group`, only of groups of names that both have."""
+    """Return {name: "name: then -> now"} of entries that differ; with `group`, only of groups of names that both have."""
     shared = {group(name) for name in then} & {group(name) for name in now} if group else set()
     return {
         name: f"{name}: {then.get(name)} -> {now.get(name)}"
@@ -104,7 +104,7 @@ def diff_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list
 
 
 def used_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Flat settings without the catalog entries of datasets that are no source of the run."""
+    """Return the flat settings without the catalog entries of datasets that are no source of the run."""
     sources = {name.split(".")[3] for name in settings if name.startswith("trainer.data.sources.")}
     return {
         name: value
@@ -152,7 +152,7 @@ def check_same_settings(file: Path, text: str) -> None:
 
 
 def mismatch_message(what: str, altering: Sequence[str]) -> str:
-    """Message about a run that belongs to another experiment."""
+    """Return the message about a run that belongs to another experiment."""
     return (
         f"{what} belongs to another experiment: {truncate_list(altering)}. Set these back, start a new run in another "
         "launcher.experiment_log_dir, or set trainer.checkpoint.allow_changes=true to resume anyway."
@@ -180,7 +180,7 @@ def flat(value: Any, name: str = "") -> dict[str, Any]:
 
 
 def file_digest(file: Path) -> str:
-    """Size and SHA-256 of a file; of a large one, of pieces spread over it, so that ten million paths cost no more."""
+    """Return size and SHA-256 of a file; of a large one, of pieces spread over it, so that ten million paths cost no more."""
     size, digest, count = file.stat().st_size, hashlib.sha256(), WHOLE_BYTES // PIECE_BYTES
     with open(file, "rb") as opened:
         for piece in range(count if size > WHOLE_BYTES else 1):
@@ -191,7 +191,7 @@ def file_digest(file: Path) -> str:
 
 @functools.cache
 def git_commit() -> str | None:
-    """The commit of this checkout, with "-dirty" where tracked files were changed; None outside a checkout and without git."""
+    """Return the commit of this checkout, with "-dirty" if tracked files were changed; None without a checkout or git."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():  # not that of a repository whose virtual environment this is installed in
         return None
@@ -205,7 +205,7 @@ def git_commit() -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, of the libraries that compute, and of this code: a digest of its files, and its commit."""
+    """Return the versions of Python, of the libraries that compute, and of this code: a digest of its files, and its commit."""
     digest, package = hashlib.sha256(), Path(__file__).parents[1]
     for file in sorted(package.rglob("*.py")):
         digest.update(os.fsencode(file.relative_to(package)) + file.read_bytes())

@@ -157,7 +157,7 @@ def resolve_checkpoint(source: str | Path) -> Path:
 
 
 def describe_checkpoint(metadata: Mapping[str, Any]) -> str:
-    """The epoch and metrics of a run's checkpoint, "epoch 12, top-1 85.7 %, validation loss 0.41"; "" for other files."""
+    """Describe a run's checkpoint: "epoch 12, top-1 85.7 %, validation loss 0.41"; "" for other files."""
     epoch, step, last = metadata.get("epoch"), metadata.get("step"), metadata.get("last")
     if type(epoch) is not int or type(step) is not int or not isinstance(last, Mapping):
         return ""
@@ -170,7 +170,7 @@ def describe_checkpoint(metadata: Mapping[str, Any]) -> str:
 
 
 def describe_metrics(last: Mapping[str, Any]) -> str:
-    """Top-1 and loss of a run's last evaluation, or its training loss if it never validates."""
+    """Return top-1 and loss of a run's last evaluation, or its training loss if it never validates."""
     formats = {"val_top1": "top-1 {:.1f} %", "val_loss": "validation loss {:.4g}"}
     if not formats.keys() & last.keys():
         formats = {"loss": "training loss {:.4g}"}

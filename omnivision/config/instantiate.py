@@ -117,7 +117,7 @@ def arguments_of(target: str) -> type[BaseModel]:
 
 
 def _plain(hint: Any) -> Any:
-    """A type annotation as one of configurations: an object to build for a class of ours, Any where it says too little."""
+    """Translate a type annotation for configurations: an object to build for our classes, Any where it says too little."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
         members = [_plain(member) for member in arguments if member is not types.NoneType]

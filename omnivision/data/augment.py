@@ -87,7 +87,7 @@ class RandAugment:
     std: Annotated[float, Field(ge=0, le=1e6)] = 0.5
 
     def __call__(self, frames: Tensor, rng: np.random.Generator) -> Tensor:
-        """uint8 RGB (T, 3, H, W) -> the same shape and type; the input is not changed."""
+        """Augment uint8 RGB (T, 3, H, W) to the same shape and type; the input is not changed."""
         for operation, argument in self.plan(rng):
             frames = OPERATIONS[operation].apply(frames, argument)
         return frames
@@ -122,7 +122,7 @@ class RandomErasing:
     aspect: Annotated[tuple[Aspect, Aspect], Ascending] = (0.3, 1 / 0.3)
 
     def __call__(self, frames: Tensor, rng: np.random.Generator) -> Tensor:
-        """uint8 RGB (T, 3, H, W) -> the same shape and type; the input is not changed."""
+        """Augment uint8 RGB (T, 3, H, W) to the same shape and type; the input is not changed."""
         box = self.box(frames.shape[-2], frames.shape[-1], rng)
         if box is None:
             return frames

@@ -174,5 +174,5 @@ def _check_aspect(frames: Tensor) -> Tensor:
 
 
 def _squeeze_time(views: Tensor, split: Split) -> Tensor:
-    """(V, C, T, H, W); of images (V, C, H, W), which the model tells apart from clips of one frame."""
+    """Return (V, C, T, H, W), for images (V, C, H, W), which the model tells apart from clips of one frame."""
     return views[:, :, 0] if split.dataset.kind != "video" else views

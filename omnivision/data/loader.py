@@ -109,7 +109,7 @@ def load_batches(dataset: ClipDataset, requests: Iterator[list[Request]], worker
 
     def end() -> None:
         timed_out.set()
-        kill_data_workers()  # torch then notices that they are gone; its own timeout would not look whether they live
+        kill_data_workers()  # torch then reports that they ended; its own timeout does not check
 
     fetched = iter(data_loader(dataset, sent(), workers))
     while True:
@@ -120,7 +120,7 @@ def load_batches(dataset: ClipDataset, requests: Iterator[list[Request]], worker
                 timer.start()
             batch = next(fetched, None)
         except (RuntimeError, OSError, EOFError) as error:
-            # A tensor may have to be fetched from the worker that sent it, and that is gone.
+            # Reading a tensor may need the worker that sent it, which has ended.
             gone = isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker (pid" in str(error)
             if not (gone or timed_out.is_set()):
                 raise

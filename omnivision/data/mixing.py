@@ -142,7 +142,7 @@ def mixed_targets(
 
 
 def soft_targets(label: Tensor, num_classes: int, smoothing: float) -> Tensor:
-    """int64 (B,) -> float32 (B, num_classes): 1 - smoothing for the label, smoothing spread over all classes; -1: zeros."""
+    """Smooth int64 labels (B,) to float32 (B, num_classes): 1 - smoothing, and smoothing spread over all; -1: zeros."""
     spread = smoothing / num_classes
     targets = torch.full((len(label), num_classes), spread, device=label.device)
     targets.scatter_(1, label.clamp(min=0)[:, None], 1 - smoothing + spread)

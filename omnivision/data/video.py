@@ -339,7 +339,7 @@ class VideoFile:
             self._require_end(max(ends), min(min(self._origin, 0) + self._promised, high))
 
     def _shows_a_frame(self, packet: Packet) -> bool:
-        """False for packets cut away by an edit list, and for VP8's hidden reference frames (bit 4 of the header)."""
+        """Return False for packets cut away by an edit list, and for VP8's hidden reference frames (bit 4 of the header)."""
         return not packet.is_discard and (self._context.name != "vp8" or bool(bytes(packet)[0] & 0x10))
 
     def _packet_times_reliable(self, packets: list[Packet]) -> bool:
@@ -462,7 +462,7 @@ def _pts(packet: Packet) -> int:
 
 
 def _single_layer(codec: str, extradata: bytes | None) -> bool:
-    """False for HEVC with several temporal layers, where another layer may refer to an "unreferenced" frame."""
+    """Return False for HEVC with several temporal layers, where another layer may refer to an "unreferenced" frame."""
     known = extradata is not None and len(extradata) > 21 and extradata[0] == 1
     return codec != "hevc" or (known and extradata is not None and (extradata[21] >> 3) & 7 == 1)
 

@@ -38,11 +38,11 @@ class PretrainView:
         return resize_short_side(frames, self.short_side)
 
     def __call__(self, frames: Tensor, rng: np.random.Generator, crop_index: int = 0) -> Tensor:
-        """(T, C, H, W) -> (T, C, size, size); `crop_index` selects one of several crops that are not random."""
+        """Crop (T, C, H, W) to (T, C, size, size); `crop_index` selects one of several crops that are not random."""
         return self.crop(frames, rng, crop_index)
 
     def crop(self, frames: Tensor, rng: np.random.Generator, crop_index: int = 0) -> Tensor:
-        """Only crop: depth is cut as the frames are by a generator of the same key."""
+        """Crop alone: depth is cut as the frames are by a generator of the same key."""
         top, left, height, width = random_crop_box(frames.shape[-2], frames.shape[-1], self.scale, self.ratio, rng)
         return resize(frames[..., top : top + height, left : left + width], self.size, self.size)
 

@@ -47,7 +47,7 @@ def describe(model: nn.Module) -> Architecture:
 
 
 def has_unused_parameters(model: nn.Module) -> bool:
-    """Whether a step may leave parameters without a gradient: the head of another label set, or the embedding of depth."""
+    """Return whether a step may leave parameters without a gradient: another label set's head, or the depth embedding."""
     architecture = describe(model)
     return len(architecture.get("classes", ())) > 1 or bool(architecture.get("trunk", {}).get("rgbd"))
 

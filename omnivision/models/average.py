@@ -95,7 +95,7 @@ class AveragedClassifier(nn.Module):
         return averaged
 
     def forward(self, video: Tensor, head: int = 0, depth: Tensor | None = None) -> Tensor:
-        """As `VideoClassifier.forward`."""
+        """Classify as `VideoClassifier.forward` does."""
         averaged = {f"trunk.{name}": weight for name, weight in self.averaged_trunk().items()}
         return functional_call(self.model, averaged, (video, head, depth))
 
@@ -107,5 +107,5 @@ class AveragedClassifier(nn.Module):
 
 
 def _buffer(name: str) -> str:
-    """Names of buffers hold no dots."""
+    """Return the name of a buffer, which may hold no dots."""
     return name.replace(".", "/")

@@ -32,7 +32,7 @@ class VideoClassifier(nn.Module):
         self.heads = nn.ModuleList(linear_head(trunk.width, count) for count in classes)
 
     def forward(self, video: Tensor, head: int = 0, depth: Tensor | None = None) -> Tensor:
-        """(B, C, T, H, W) or images (B, C, H, W), uint8 or normalized -> logits (B, classes of that head).
+        """Classify (B, C, T, H, W) or images (B, C, H, W), uint8 or normalized: logits (B, classes of that head).
 
         `depth`, of RGB-D images, is (B, 1, H, W) in [0, 1].
         """
@@ -41,7 +41,7 @@ class VideoClassifier(nn.Module):
         return self.heads[head](features)
 
     def features(self, video: Tensor, depth: Tensor | None = None) -> Tensor:
-        """(B, D): the mean over the tokens of the last block, then the trunk's LayerNorm."""
+        """Return (B, D): the mean over the tokens of the last block, then the trunk's LayerNorm."""
         return self.trunk.norm(self.trunk(video, depth=depth).mean(1))
 
 

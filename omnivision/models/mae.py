@@ -116,7 +116,7 @@ class Decoder(nn.Module):
         self.register_buffer("pos_embed", sinusoid_positions(tokens, trunk_width))
 
     def forward(self, visible: Tensor, masked: Tensor) -> Tensor:
-        """Tokens with their positions, (B, K, trunk width) and (B, M, trunk width) -> those of `masked`, (B, M, width)."""
+        """Decode tokens with their positions, (B, K, D) and (B, M, D) of the trunk, to those of `masked`, (B, M, width)."""
         if self.attention == "cross":
             memory, x = self.decoder_embed(visible), self.decoder_embed(masked)
             return self.norm(run_blocks(self.decoder_blocks, x, self.activation_checkpointing, memory))
@@ -124,7 +124,7 @@ class Decoder(nn.Module):
         return self.norm(run_blocks(self.decoder_blocks, x, self.activation_checkpointing)[:, visible.shape[1] :])
 
     def sample_masked(self, masked: Tensor) -> Tensor:
-        """Indices (B, M) -> a random share of them, in their order; all in evaluation."""
+        """Draw a random share of indices (B, M), in their order; all in evaluation."""
         if self.share == 1 or not self.training:
             return masked
         count = max(1, int(self.share * masked.shape[1]))

@@ -35,7 +35,7 @@ def token_grid(size: Triple, tubelet: Triple) -> Triple:
 
 
 def split_tubelets(video: Tensor, tubelet: Triple) -> Tensor:
-    """(B, C, T, H, W) -> view (B, T', H', W', C, pt, ph, pw); no pixel is copied."""
+    """View (B, C, T, H, W) as (B, T', H', W', C, pt, ph, pw); no pixel is copied."""
     batch, channels, frames, height, width = video.shape
     (pt, ph, pw), (nt, nh, nw) = tubelet, token_grid((frames, height, width), tubelet)
     return video.reshape(batch, channels, nt, pt, nh, ph, nw, pw).permute(0, 2, 4, 6, 1, 3, 5, 7)
@@ -50,13 +50,13 @@ def pick_tubelets(video: Tensor, tubelet: Triple, tokens: Tensor) -> Tensor:
 
 
 def patchify(video: Tensor, tubelet: Triple) -> Tensor:
-    """(B, C, T, H, W) -> (B, N, pt * ph * pw, C), tokens in raster order, channel last."""
+    """Turn (B, C, T, H, W) into (B, N, pt * ph * pw, C), tokens in raster order, channel last."""
     boxes = split_tubelets(video, tubelet)  # (B, T', H', W', C, pt, ph, pw)
     return boxes.permute(0, 1, 2, 3, 5, 6, 7, 4).flatten(4, 6).flatten(1, 3)
 
 
 def unpatchify(patches: Tensor, grid: Triple, tubelet: Triple) -> Tensor:
-    """Inverse of `patchify`: (B, N, pt * ph * pw, C) or (B, N, pt * ph * pw * C) -> (B, C, T, H, W)."""
+    """Invert `patchify`: (B, N, pt * ph * pw, C) or (B, N, pt * ph * pw * C) -> (B, C, T, H, W)."""
     boxes = patches.reshape(len(patches), *grid, *tubelet, -1)  # (B, T', H', W', pt, ph, pw, C)
     boxes = boxes.permute(0, 7, 1, 4, 2, 5, 3, 6)  # (B, C, T', pt, H', ph, W', pw)
     (nt, nh, nw), (pt, ph, pw) = grid, tubelet
@@ -64,7 +64,7 @@ def unpatchify(patches: Tensor, grid: Triple, tubelet: Triple) -> Tensor:
 
 
 def sinusoid_positions(positions: int, width: int) -> Tensor:
-    """Fixed code of one running position over all tokens: float32 (1, positions, width).
+    """Return the fixed code of one running position over all tokens: float32 (1, positions, width).
 
     Entry [p, j] is sin (even j) or cos (odd j) of p / 10000^(2 (j // 2) / width), computed in float64
     (Vaswani et al. 2017, section 3.5, over the flattened tokens as OmniMAE has it).
@@ -75,7 +75,7 @@ def sinusoid_positions(positions: int, width: int) -> Tensor:
 
 
 def image_positions(table: Tensor, grid: Triple, height: int, width: int) -> Tensor:
-    """Positions for one image of `height` x `width` tokens: (1, height * width, D).
+    """Return the positions for one image of `height` x `width` tokens: (1, height * width, D).
 
     They are those of time slot 0 of the video table (1, N, D) over `grid`; another size is interpolated bicubically
     (half-pixel centres, no antialias), the published rule for images in a video model.
@@ -89,7 +89,7 @@ def image_positions(table: Tensor, grid: Triple, height: int, width: int) -> Ten
 
 
 def resized_positions(table: Tensor, grid: Triple, new_grid: Triple) -> Tensor:
-    """Positions for a video of another token grid, trilinear in (t, h, w): (1, N', D). Same grid: the table."""
+    """Interpolate positions for a video of another token grid, trilinear in (t, h, w): (1, N', D). Same grid: the table."""
     if new_grid == grid:
         return table
     volume = table.reshape(1, *grid, -1).permute(0, 4, 1, 2, 3)
@@ -99,7 +99,7 @@ def resized_positions(table: Tensor, grid: Triple, new_grid: Triple) -> Tensor:
 
 @functools.cache  # copied to a device at every step, they would make the host wait
 def _statistics(device: torch.device, channel_dim: int, ndim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """ImageNet's mean and standard deviation of RGB in [0, 1], shaped to broadcast along `channel_dim` of `ndim`."""
+    """Return ImageNet's mean and standard deviation of RGB in [0, 1], shaped to broadcast along `channel_dim` of `ndim`."""
     shape = [1] * ndim
     shape[channel_dim] = 3
     mean, std = (
@@ -109,13 +109,13 @@ def _statistics(device: torch.device, channel_dim: int, ndim: int, dtype: torch.
 
 
 def normalize_pixels(pixels: Tensor, channel_dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """uint8 RGB in 0..255 -> ImageNet-normalized floating point of `dtype`, any shape with RGB along `channel_dim`."""
+    """Turn uint8 RGB in 0..255 into ImageNet-normalized floating point of `dtype`, any shape with RGB along `channel_dim`."""
     mean, std = _statistics(pixels.device, channel_dim, pixels.ndim, dtype)
     return (pixels.to(dtype) / 255 - mean) / std
 
 
 def unnormalize_pixels(video: Tensor, channel_dim: int) -> Tensor:
-    """Pixels in [0, 1] from uint8 in 0..255 or from ImageNet-normalized floating point."""
+    """Return pixels in [0, 1] from uint8 in 0..255 or from ImageNet-normalized floating point."""
     if video.dtype == torch.uint8:
         return video.float() / 255
     mean, std = _statistics(video.device, channel_dim, video.ndim, video.dtype)

@@ -132,7 +132,7 @@ class PatchEmbed(nn.Module):
             self.register_buffer(name, torch.tensor(values)[:, None, None, None], persistent=False)
 
     def forward(self, video: Tensor, visible: Tensor | None = None) -> Tensor:
-        """(B, C, T, H, W), uint8 or normalized, and indices (B, K) or None for all tokens -> (B, K, D)."""
+        """Encode (B, C, T, H, W), uint8 or normalized, at indices (B, K) or None for all tokens, to (B, K, D)."""
         if visible is None:
             pixels = split_tubelets(video, self.tubelet).flatten(1, 3)
         else:
@@ -208,7 +208,7 @@ class VisionTransformer(nn.Module):
         return run_blocks(self.blocks, x, self.activation_checkpointing)
 
     def positions_for(self, video: Tensor, table: Tensor) -> Tensor:
-        """Rows of a position table (1, N, D), the trunk's or a decoder's, for this video or image: (1, N', D)."""
+        """Return the rows of a position table (1, N, D), the trunk's or a decoder's, for this video or image: (1, N', D)."""
         _, ph, pw = self.tubelet
         if video.ndim == 4:
             return image_positions(table, self.grid, video.shape[2] // ph, video.shape[3] // pw)

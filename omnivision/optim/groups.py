@@ -180,7 +180,7 @@ class ScheduledOptimizer:
 
 
 def layer_decay_scales(model: nn.Module, decay: float) -> dict[str, float]:
-    """Learning-rate factor of each parameter: head x 1, last block x decay, ..., patch embedding x decay^(depth + 1).
+    """Scale the learning rate of each parameter: head x 1, last block x decay, ..., patch embedding x decay^(depth + 1).
 
     The convention of BEiT and VideoMAE: decay^(depth + 1 - id), id 0 for the patch embedding, n + 1 for block n, depth + 1
     for what follows the blocks. (`trunk.blocks` are the blocks.)

@@ -54,7 +54,7 @@ def averages(totals: Totals) -> dict[str, float]:
 
 
 def topk_hits(logits: Tensor, target: Tensor, k: int) -> Tensor:
-    """For each sample the largest weight that its target gives to one of the k best-scored classes: float (B,).
+    """Return for each sample the largest weight that its target gives to one of the k best-scored classes: float (B,).
 
     `target` is soft, (B, classes), or labels, int64 (B,): then that is 1 for a hit and 0 for a miss. A label of -1 never hits.
     """

@@ -51,7 +51,7 @@ class Reconstruct(Task):
 
     @torch.no_grad()
     def visualize(self, model: nn.Module, batch: Batch) -> Visualization:
-        """Original, visible tubelets, and the reconstruction of the first clip.
+        """Show original, visible tubelets, and the reconstruction of the first clip.
 
         A model of normalized targets predicts patterns, not brightness: one column takes mean and deviation of each masked
         tubelet from the original and says so, another takes them from the visible tubelets alone.

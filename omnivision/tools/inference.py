@@ -132,7 +132,7 @@ class VideoModel:
     def views(
         self, video: str | Path, clips: int, crops: Literal[1, 3], start: float | None = None, **frames: Any
     ) -> Tensor:
-        """Views of a video as the model takes them: uint8 (clips x crops, 3, T, H, W). Raises UserError."""
+        """Return views of a video as the model takes them: uint8 (clips x crops, 3, T, H, W). Raises UserError."""
         view, seconds = EvalView(self.image_size, crops), self.config.clip_duration
         rng = np.random.default_rng(0)  # no view of an evaluation is random
         views = []

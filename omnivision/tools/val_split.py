@@ -22,7 +22,7 @@ from omnivision.utils.errors import UserError
 
 
 def _before_one_letter_part(name: str) -> str:
-    """HMDB51: <film>_<action>_<visible body parts, a letter>_... A title may begin with a letter ("A_...")."""
+    """Match HMDB51: <film>_<action>_<visible body parts, a letter>_... A title may begin with a letter ("A_...")."""
     parts = name.split("_")
     end = next((k for k, part in enumerate(parts) if k > 0 and len(part) == 1 and part.isalpha()), len(parts))
     return "_".join(parts[:end])

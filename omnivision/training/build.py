@@ -117,7 +117,7 @@ def open_splits(settings: Settings) -> tuple[list[Split], list[Split]]:
 
 
 def epoch_plan(settings: Settings, train: list[Split]) -> EpochPlan:
-    """How an epoch goes through the sources. Raises UserError when one would not be seen, and for repeats of unknown ones."""
+    """Plan how an epoch goes through the sources. Raises UserError for one without a batch, and for repeats of unknown ones."""
     trainer, data = settings.trainer, settings.trainer.data
     names = [split.name for split in train]
     if unknown := sorted(set(data.repeats) - set(names)):
@@ -252,7 +252,7 @@ def peak_clips_per_second(settings: Settings, device: torch.device) -> float | N
 
 
 def build_groups(settings: Settings, model: nn.Module) -> list[ParamGroup]:
-    """Parameter groups; learning rates are scaled once, over the whole schedule: by lr_scale_factor, or to the peak `lr`."""
+    """Group parameters; learning rates are scaled once, over the whole schedule: by lr_scale_factor, or to the peak `lr`."""
     optim = settings.trainer.optim
     schedules = {
         option: [
@@ -324,7 +324,7 @@ def validate_masks(settings: Settings) -> None:
 def clip_config(
     settings: Settings, data: DataSettings | ImageSettings, where: str, num_frames: int, training: bool
 ) -> ClipConfig:
-    """Views, frames and mask of the samples of one kind of source."""
+    """Return views, frames and mask of the samples of one kind of source."""
     size, tubelet = settings.image_size, tuple(settings.trainer.model["trunk"]["tubelet"])
     grid = token_grid((max(num_frames, tubelet[0]), size, size), tubelet)
     mask = None if data.mask is None else build(data.mask, f"{where}.mask")

@@ -86,7 +86,7 @@ def meta_trainer(
 
 
 def describe(settings: Settings, trainer: Trainer, splits: tuple[list[Split], list[Split]]) -> list[str]:
-    """Model, operations, batch, memory, data, weights and parameter groups, as lines to print."""
+    """Describe model, operations, batch, memory, data, weights and parameter groups, as lines to print."""
     model, optimizer = trainer.raw_model, trainer.optimizer
     parameters = {name: p.numel() for name, p in model.named_parameters()}
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
@@ -154,7 +154,7 @@ def weights_lines(settings: Settings, trainer: Trainer) -> Iterator[str]:
 
 
 def group_lines(optimizer: ScheduledOptimizer, parameters: dict[str, int]) -> Iterator[str]:
-    """Each parameter group with its options over the run: first, highest and last value, or the one that never changes."""
+    """Describe each parameter group by its options over the run: first, highest and last value, or the constant one."""
     for number, group in enumerate(optimizer.groups):
         texts = []
         for option, schedule in group.schedules.items():

@@ -55,7 +55,7 @@ def sample_paths(split: Split) -> list[str]:
 
 
 def describe_split(split: Split) -> str:
-    """Name, number of samples, and the rate at which sampled folders of frames are read; the catalog may leave it out."""
+    """Describe a split: name, number of samples, and the frame rate of sampled folders of frames."""
     frames = any(map(os.path.isdir, sample_paths(split) if split.dataset.kind == "video" else []))
     rate = f", folders of frames at {split.dataset.fps:g} a second (datasets.{split.name}.fps)" if frames else ""
     return f"{split.name}, {split.which}: {len(split)} samples{rate}"

@@ -80,7 +80,7 @@ class ThroughputMeter:
     data_seconds: float = 0.0
 
     def metrics(self, device: torch.device) -> dict[str, float]:
-        """Clips per second of all ranks, the share of time spent waiting for data, and this process's peak memory in GB."""
+        """Return clips per second of all ranks, the share of time waiting for data, and this process's peak memory in GB."""
         seconds = max(time.monotonic() - self.start_time, 1e-9)
         return {
             "clips_per_second": self.clips / seconds,
@@ -234,7 +234,7 @@ class StepStats:
         ranks = list(
             enumerate(self.dist.all_gather_object((float(step.loss), float(step.grad_norm), sorted(set(step.paths)))))
         )
-        # All ranks share a gradient; a non-finite loss tells where it came from.
+        # All ranks share a gradient; the ranks with a non-finite loss caused it.
         causes = [entry for entry in ranks if not math.isfinite(entry[1][0])] or ranks
         self.skipped += 1
         details = []

@@ -229,7 +229,7 @@ class Trainer:
             stop_requested=self.run.stop.cause is not None,
             scaled=self.scaler.is_enabled(),
         )
-        # An overflow of scaled gradients is not reported, and skipped all the same.
+        # A step whose scaled gradients overflow is skipped, too, but not reported.
         skip_step = self.step_stats.submit(step) | ~grad_norm.isfinite() | (total == 0)
         optimizer.step(skip_step)
         if self.scaler.is_enabled():
@@ -474,7 +474,7 @@ class Trainer:
         return next(cause for cause in self.run.dist.all_gather_object(self.run.stop.cause) if cause is not None)
 
     def _due_visualizations(self, last_of_epoch: bool) -> list[str]:
-        """Names of the visualizations to make after this step."""
+        """Return the names of the visualizations to make after this step."""
         epoch, every = self.state.epoch, self.settings.logging.pictures_every_epochs
         names = [f"epoch_{epoch:04d}"] if self.state.step == 1 and is_due(epoch, every) else []
         return names + (["last"] if last_of_epoch and epoch + 1 == self.settings.max_epochs and every else [])

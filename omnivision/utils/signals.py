@@ -99,14 +99,14 @@ class StopSignal:
             yield
 
     def raise_if_requested(self) -> None:
-        """From now on a signal raises StopRequested, once; one that came before does so here."""
+        """Let a signal raise StopRequested from now on, once; one that came before does so here."""
         if self._on_signal == "note":
             self._on_signal = "raise"
             if self.signals:
                 self._stop()
 
     def defer(self) -> None:
-        """From now on signals are only noted, for a caller that checks `cause` often; a second SIGTERM still raises.
+        """Note signals only, from now on, for a caller that checks `cause` often; a second SIGTERM still raises.
 
         Raises StopRequested when a signal has come already.
         """

@@ -31,7 +31,7 @@ from omnivision.utils.errors import UserError
 from omnivision.utils.io import replace_atomically, write_atomically
 
 _STAMP, _FAILED = "prepare.json", "failed.csv"
-_HEADER = "# @package _global_"  # without it, Hydra would not find `datasets` at the top
+_HEADER = "# @package _global_"  # without it, Hydra puts `datasets` below `experiments`
 
 
 def read_arrays(

@@ -17,7 +17,7 @@ Parsed = tuple[str, str | int] | None  # path and label; None for an invalid row
 
 
 def read_ucf101(folder: Path, fold: int) -> DatasetIndex:
-    """classInd.txt: "1 ApplyEyeMakeup"; trainlist01.txt: "Class/v_x.avi 1"; testlist01.txt: "Class/v_x.avi", which is val."""
+    """Read classInd.txt: "1 ApplyEyeMakeup"; trainlist01.txt: "Class/v_x.avi 1"; testlist01.txt (val): "Class/v_x.avi"."""
     numbers: dict[str, int] = {}
     for _, line in _lines(folder / "classInd.txt"):
         number, _, name = line.partition(" ")
@@ -37,7 +37,7 @@ def read_ucf101(folder: Path, fold: int) -> DatasetIndex:
 
 
 def read_hmdb51(folder: Path, fold: int) -> DatasetIndex:
-    """<class>_test_split1.txt: "name.avi 1" (train), 2 (test, here val) or 0 (unused); videos are in a folder per class."""
+    """Read <class>_test_split1.txt: "name.avi 1" (train), 2 (test, here val) or 0 (unused); a folder of videos per class."""
     suffix = f"_test_split{fold}.txt"
     files = sorted(folder.glob(f"*{suffix}"), key=lambda file: natural(file.name))
     classes = [file.name.removesuffix(suffix) for file in files]
@@ -58,7 +58,7 @@ def read_hmdb51(folder: Path, fold: int) -> DatasetIndex:
 
 
 def read_something(folder: Path) -> DatasetIndex:
-    """*labels.json: {template: number}; *train.json, *validation.json: [{"id", "template", ...}]; videos are <id>.webm."""
+    """Read *labels.json: {template: number}; *train.json, *validation.json: [{"id", "template", ...}]; videos are <id>.webm."""
     file = _only(folder, "*labels.json")
     table = _json(file, dict)
     numbers = {name: int(number) for name, number in table.items() if str(number).isdecimal()}
@@ -78,7 +78,7 @@ def read_something(folder: Path) -> DatasetIndex:
 
 
 def read_diving48(folder: Path) -> DatasetIndex:
-    """Diving48*_train.json, Diving48*_test.json (val): [{"vid_name", "label", ...}]; videos are <vid_name>.mp4.
+    """Read Diving48*_train.json, Diving48*_test.json (val): [{"vid_name", "label", ...}]; videos are <vid_name>.mp4.
 
     Diving48*_vocab.json, if it exists, has the four parts of the name of each class.
     """

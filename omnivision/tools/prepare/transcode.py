@@ -20,7 +20,7 @@ from omnivision.data.video import VideoDecodeError, open_video
 from omnivision.tools.workers import run_in_processes, track
 from omnivision.utils.errors import UserError
 
-MAX_PIXELS = 33_177_600  # as trainer.data.max_pixels: what training would not read need not be prepared
+MAX_PIXELS = 33_177_600  # as trainer.data.max_pixels: training skips larger videos
 _JPEG_QUALITY = 92
 Frames = Iterator[tuple[int, np.ndarray]]
 
