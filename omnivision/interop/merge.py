@@ -84,10 +84,6 @@ def merge(file: StateDictFile, paths: Sequence[str] | None = None) -> Merged:
     Raises UserError when the parts do not fit, or when the merged model computes other scores.
     """
     state, sources = file.state, read_sources(file.metadata.get("sources"), paths)
-    ratio = state.get("mixing_ratio")
-    if ratio is None or ratio.ndim not in (1, 2) or ratio.shape[-1] != len(sources):
-        shape = "none" if ratio is None else f"the shape {tuple(ratio.shape)}"
-        raise UserError(f"mixing_ratio must hold weights of {len(sources)} sources, got {shape}. Set --sources.")
     # The first source determines the architecture; only then is anything of that size allocated. An average takes only its own
     # parameters of a source, which may also have a decoder, depth, and positions of another clip size.
     trunk = file.architecture.get("trunk", {})
@@ -96,8 +92,8 @@ def merge(file: StateDictFile, paths: Sequence[str] | None = None) -> Merged:
     first = {n: t for n, t in sources[0].state.items() if n.startswith("trunk.") and not n.startswith(drop)}
     own = {name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")}
     single = convert_state_dict("omnivision", first | own, {"trunk": trunk}).architecture
-    mode = "learned_average_softmax" if ratio.ndim == 1 else "learned_average_layer_softmax"
-    average = build(single | {"kind": "average", "num_models": len(sources), "combine_mode": mode}, "The checkpoint")
+    mixing = {"num_models": len(sources), "combine_mode": file.architecture.get("combine_mode")}
+    average = build(single | {"kind": "average"} | mixing, "The checkpoint")
     assert isinstance(average, AveragedClassifier)
     load_model(average, dict(state), "The checkpoint")
     average.load_sources([source.state for source in sources], [str(source.path) for source in sources])

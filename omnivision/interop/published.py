@@ -90,10 +90,6 @@ RENAMES: dict[str, dict[str, str]] = {
         **_VIDEOMAE_DECODER,
     },
 }
-# What a user may name; PPMA's files have our names, but no architecture.
-FORMATS = ("auto", "omnivision", "ppma", "omnimae", "videomae", "hf")
-# Where biases of queries, keys and values may be absent: they are zeros then.
-_OPTIONAL_BIASES = {"omnivision": "none", "omnimae": "trunk.decoder.", "videomae": "trunk.", "hf": "trunk."}
 _VIDEOMAE_DECODER_HEADS = {192: 3, 384: 6, 512: 8, 640: 8}  # of published ones, by width
 DECODER = ("trunk.decoder.", "trunk.mask_token", "heads.0.projector.")
 _DECODER_PARTS = """
@@ -162,7 +158,7 @@ def convert(
     """Return the model of a file in our names, and the format of the file.
 
     Args:
-        format: one of FORMATS.
+        format: "auto", "ppma" (our names without an architecture), or a key of RENAMES.
 
     Raises UserError, beginning with the file, for names of no format, and for tensors that are not of one complete model.
     """
@@ -178,7 +174,7 @@ def convert(
 
 
 def recognize(names: Collection[str], choice: str = "auto") -> str:
-    """Return the format, a key of RENAMES, that all `names` belong to; `choice` (of FORMATS) allows one alone.
+    """Return the format, a key of RENAMES, that all `names` belong to; `choice` (as in `convert`) allows one alone.
 
     Raises UserError, with the nearest format and the first names unknown to it, when there is none.
     """
@@ -194,7 +190,7 @@ def recognize(names: Collection[str], choice: str = "auto") -> str:
         return format
     raise UserError(
         f"{len(unknown[format])} of {len(names)} entries have no name of format {format}: {truncate_list(unknown[format])}. "
-        f"Expected weights of {', '.join(FORMATS[1:])} (see docs/interchange.md); the nearest is --format {nearest}."
+        f"Expected weights of {', '.join(RENAMES)} (see docs/interchange.md); the nearest is --format {nearest}."
     )
 
 
@@ -295,8 +291,7 @@ class _KeyMapper:
             self.state[name] = torch.cat(list(parts.values()))
         for name, weight in list(self.state.items()):
             bias = name.removesuffix("weight") + "bias"
-            optional = name.startswith(_OPTIONAL_BIASES[self.format]) and name.endswith(".attn.qkv.weight")
-            if optional and bias not in self.state:
+            if self.format != "omnivision" and name.endswith(".attn.qkv.weight") and bias not in self.state:
                 self.fill(bias, weight.new_zeros(len(weight)), ZEROS)
 
     def fill(self, name: str, tensor: Tensor, why: str) -> None:
