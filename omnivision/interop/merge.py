@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, NotRequired
+from typing import Annotated, Any, NamedTuple, NotRequired
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from omnivision.checkpoint.checkpointer import load_model
@@ -48,7 +48,7 @@ def read_sources(noted: Any, given: Sequence[str] | None) -> list[StateDictFile]
     Raises UserError when one is missing, or its SHA-256 differs from the noted one.
     """
     try:
-        notes = TypeAdapter(list[SourceNote]).validate_python(noted)
+        notes = TypeAdapter(Annotated[list[SourceNote], Field(min_length=1)]).validate_python(noted)
     except ValidationError as error:
         raise UserError(
             f"The checkpoint must note its sources (path, SHA-256, filter): {' '.join(str(error).split())}"
