@@ -13,7 +13,7 @@ import numpy as np
 
 from omnivision.config.schema import DatasetSettings, SplitSettings, Texts
 from omnivision.data.sampling import Segment
-from omnivision.utils.errors import UserError
+from omnivision.utils.errors import UserError, truncate_list
 
 __all__ = ["Dataset", "Split", "SplitSettings"]
 
@@ -275,7 +275,7 @@ def check_segments(segments: np.ndarray, file: str, setting: str, samples: int) 
     check_array("segments", segments, file, setting, samples)
     start, end = segments.T
     if len(wrong := np.flatnonzero(~((0 <= start) & (start < end) & np.isfinite(end)))):
-        listed = ", ".join(f"sample {i}: {start[i]:g} to {end[i]:g}" for i in wrong[:5])
+        listed = truncate_list([f"sample {i}: {start[i]:g} to {end[i]:g}" for i in wrong])
         raise UserError(
             f"{file} holds {len(wrong)} segments that are not 0 <= start < end ({listed}); expected seconds. Correct them, or "
             f"point {setting} to another file."

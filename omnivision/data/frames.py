@@ -23,6 +23,7 @@ from typing import IO, TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from omnivision.utils.errors import truncate_list
 from omnivision.utils.io import CorruptCheckpointError, is_dense_cpu, safe_load
 
 if TYPE_CHECKING:
@@ -242,9 +243,8 @@ class FrameFolder:
         if pattern is not None:
             images = series.get(pattern) or fnmatch.filter(images, pattern)
         if len(series) > 1 and (pattern is None or not images):
-            listed = ", ".join(list(series)[:5]) + (", ..." if len(series) > 5 else "")
             raise SeveralSeriesError(
-                f"the folder holds {len(series)} series of frames ({listed}); choose one with frame_pattern"
+                f"the folder holds {len(series)} series of frames ({truncate_list(list(series))}); choose one with frame_pattern"
             )
         if not images:
             raise VideoDecodeError(f"no image in the folder matches the frame_pattern {pattern!r}")

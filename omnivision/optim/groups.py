@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from omnivision.config.schema import RuleSettings
 from omnivision.distributed.fsdp import distribute_like, local_tensor
 from omnivision.optim.schedules import Schedule
-from omnivision.utils.errors import UserError
+from omnivision.utils.errors import UserError, truncate_list
 
 
 @dataclass
@@ -95,7 +95,7 @@ def _matches(model: nn.Module, names: list[str], where: str, rule: RuleSettings)
         if not matched:
             classes = sorted({f"{type(part).__module__}.{type(part).__qualname__}" for part in model.modules()})
             raise UserError(
-                f"{where}.{key}: {value!r} matches none of the {len(names)} trainable parameters ({', '.join(names[:4])}, ...; "
+                f"{where}.{key}: {value!r} matches none of the {len(names)} trainable parameters ({truncate_list(names)}; "
                 f"classes {', '.join(classes)}). Fix it, or remove it."
             )
     return {name for matched in matches.values() for name in matched}

@@ -16,7 +16,7 @@ from omnivision.data.frames import SeveralSeriesError, read_image
 from omnivision.data.sampling import EpochPlan, sample_duration
 from omnivision.data.video import VideoDecodeError, open_video
 from omnivision.training import build
-from omnivision.utils.errors import UserError
+from omnivision.utils.errors import UserError, truncate_list
 from omnivision.utils.io import BEST, LATEST, PARTS, PREVIOUS, require_weights
 
 NUM_PROBED_FILES = 16  # of each split: whether they exist
@@ -98,7 +98,7 @@ def check_samples(settings: Settings, split: Split) -> list[str]:
     warnings = []
     if bad:
         warnings.append(
-            f"{len(bad)} of {len(frames) + len(bad)} {what} cannot be read: {'; '.join(bad[:3])}. A run replaces them, up to "
+            f"{len(bad)} of {len(frames) + len(bad)} {what} cannot be read: {truncate_list(bad)}. A run replaces them, up to "
             "trainer.data.bad_sample_budget; omnivision check-data lists all."
         )
     if short := [(count, path) for count, path in frames if count is not None and count < data.num_frames]:
@@ -202,9 +202,9 @@ def label_warnings(train: list[Split], val: list[Split]) -> Iterator[str]:
     for split in train:
         missing = [label for label, count in enumerate(split.label_counts()) if count == 0]
         if missing:
-            shown = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
             yield (
-                f"{split.name}: {len(missing)} of {split.dataset.num_classes} classes have no training sample ({shown}); the "
+                f"{split.name}: {len(missing)} of {split.dataset.num_classes} classes have no training sample "
+                f"({truncate_list(missing)}); the "
                 "head has a place for each."
                 + (" Do the labels start at 1? They must start at 0." if missing == [0] else "")
             )
