@@ -244,7 +244,8 @@ class FrameFolder:
             images = series.get(pattern) or fnmatch.filter(images, pattern)
         if len(series) > 1 and (pattern is None or not images):
             raise SeveralSeriesError(
-                f"the folder holds {len(series)} series of frames ({truncate_list(list(series))}); choose one with frame_pattern"
+                f"the folder holds {len(series)} series of frames ({truncate_list(list(series))}); choose one with "
+                "frame_pattern"
             )
         if not images:
             raise VideoDecodeError(f"no image in the folder matches the frame_pattern {pattern!r}")

@@ -19,6 +19,7 @@ from torch import Tensor
 from omnivision.checkpoint import fingerprint
 from omnivision.checkpoint.state_dict_file import CONFIG, METADATA, StateDictFile
 from omnivision.interop.infer_architecture import position_tables
+from omnivision.interop.merge import check_finite, random_clip
 from omnivision.interop.published import EPSILON, ConvertedCheckpoint
 from omnivision.models.architecture import Architecture, build
 from omnivision.utils.errors import UserError
@@ -118,22 +119,6 @@ def _writing(out: Path) -> Iterator[None]:
         sync_folder(out.parent)
     except OSError as error:
         raise UserError(f"OUT ({out}) cannot be written: {error.strerror or error}. Set another OUT.") from error
-
-
-def random_clip(architecture: Architecture) -> Tensor:
-    """Normalized noise of the model's clip size, (1, 3, T, S, S), always the same."""
-    trunk = architecture["trunk"]
-    size = (1, 3, trunk["num_frames"], trunk["image_size"], trunk["image_size"])
-    return torch.randn(size, generator=torch.Generator().manual_seed(0))
-
-
-def check_finite(*outputs: Tensor) -> None:
-    """Raise UserError for a model whose outputs are not finite."""
-    if not all(output.isfinite().all() for output in outputs):
-        raise UserError(
-            "The model computes infinite values or NaN for a random clip: its training diverged. Nothing was written. Give an "
-            "earlier checkpoint."
-        )
 
 
 @torch.no_grad()

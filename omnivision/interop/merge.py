@@ -14,9 +14,8 @@ from omnivision.checkpoint.checkpointer import load_model
 from omnivision.checkpoint.pretrained import LoadReport, filter_state_dict
 from omnivision.checkpoint.state_dict_file import StateDictFile, read_several
 from omnivision.config.schema import WeightFilter
-from omnivision.interop.export import check_finite, random_clip
 from omnivision.interop.published import convert_state_dict
-from omnivision.models.architecture import build, describe
+from omnivision.models.architecture import Architecture, build, describe
 from omnivision.models.average import AveragedClassifier
 from omnivision.utils.errors import UserError
 
@@ -110,3 +109,19 @@ def merge(file: StateDictFile, paths: Sequence[str] | None = None) -> Merged:
         )
     metadata = {**file.metadata, "architecture": describe(one)}
     return Merged(replace(file, state=one.state_dict(), metadata=metadata), sources, difference)
+
+
+def random_clip(architecture: Architecture) -> Tensor:
+    """Normalized noise of the model's clip size, (1, 3, T, S, S), always the same."""
+    trunk = architecture["trunk"]
+    size = (1, 3, trunk["num_frames"], trunk["image_size"], trunk["image_size"])
+    return torch.randn(size, generator=torch.Generator().manual_seed(0))
+
+
+def check_finite(*outputs: Tensor) -> None:
+    """Raise UserError for a model whose outputs are not finite."""
+    if not all(output.isfinite().all() for output in outputs):
+        raise UserError(
+            "The model computes infinite values or NaN for a random clip: its training diverged. Nothing was written. Give an "
+            "earlier checkpoint."
+        )
