@@ -8,6 +8,7 @@ from typing import Annotated, Any, NamedTuple, NotRequired
 
 import torch
 from pydantic import Field, TypeAdapter, ValidationError
+from torch import Tensor
 from typing_extensions import TypedDict
 
 from omnivision.checkpoint.checkpointer import load_model
