@@ -7,10 +7,11 @@ model, reports what was loaded, dropped, missing and resized, and fails if it co
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -66,6 +67,15 @@ class LoadReport:
             *(f"  {fate:8} {len(names):4}  {truncate_list(names, 3)}" for fate, names in rows.items()),
             *(f"  classes: {line}" for line in self.classes),
         ]
+
+
+@contextlib.contextmanager
+def name_setting() -> Iterator[None]:
+    """Begin errors with the setting that weights come from."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{SETTING}: {error}") from None
 
 
 def filter_state_dict(state: Mapping[str, T], choice: WeightFilter, report: LoadReport) -> dict[str, T]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
+from omnivision.checkpoint.state_dict_file import resolve_checkpoint
 from omnivision.config.cross_validate import has_decoder
 from omnivision.config.schema import Settings
 from omnivision.data.catalog import Split, is_shifted
@@ -17,7 +18,7 @@ from omnivision.data.sampling import EpochPlan, sample_duration
 from omnivision.data.video import VideoDecodeError, open_video
 from omnivision.training import build
 from omnivision.utils.errors import UserError, truncate_list
-from omnivision.utils.io import BEST, LATEST, PARTS, PREVIOUS, require_weights
+from omnivision.utils.io import BEST, LATEST, PARTS, PREVIOUS
 
 NUM_PROBED_FILES = 16  # of each split: whether they exist
 NUM_OPENED_FILES = 4  # of them: whether they can be read, and are long enough
@@ -131,9 +132,9 @@ def check_pretrained(settings: Settings) -> None:
     pretrained = settings.pretrained_checkpoint_path
     problems: list[str] = []
     for each in [pretrained] if isinstance(pretrained, str) else pretrained or []:
-        build.attempt(problems, require_weights, each)
+        build.attempt(problems, resolve_checkpoint, each)
     if problems:
-        raise UserError.from_problems(problems)
+        raise UserError.from_problems([f"pretrained_checkpoint_path: {problem}" for problem in problems])
 
 
 def awaits_dependency(settings: Settings) -> bool:

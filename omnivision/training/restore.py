@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
-from omnivision.checkpoint.pretrained import LoadReport, filter_state_dict, interpolate_pos_embed
+from omnivision.checkpoint.pretrained import LoadReport, filter_state_dict, interpolate_pos_embed, name_setting
 from omnivision.checkpoint.pretrained import load as load_weights
 from omnivision.checkpoint.state_dict_file import StateDictFile, check_numbers, read_several
 from omnivision.config.schema import Settings
@@ -57,7 +55,8 @@ def load_pretrained(settings: Settings, model: nn.Module) -> list[LoadReport]:
     if pretrained is None:
         return []
     assert isinstance(pretrained, str)  # a list is for an average
-    [weights] = read_pretrained([pretrained])
+    with name_setting():
+        [weights] = read_several([pretrained])
     if weights.architecture.get("kind") == "average":  # as the one model that it is
         weights = merge(weights).file
     report = load_weights(model, weights, settings.trainer.checkpoint, build.class_names(settings))
@@ -69,14 +68,6 @@ def load_pretrained(settings: Settings, model: nn.Module) -> list[LoadReport]:
     return [report]
 
 
-def read_pretrained(sources: str | Sequence[str]) -> list[StateDictFile]:
-    """Read the weights of `pretrained_checkpoint_path`, as `read_several`."""
-    try:
-        return read_several(sources)
-    except UserError as error:
-        raise UserError(f"pretrained_checkpoint_path: {error}") from None
-
-
 def load_averaged_checkpoints(settings: Settings, model: AveragedClassifier) -> list[LoadReport]:
     """Load the source checkpoints of a learned average; return a report of each."""
     if settings.pretrained_checkpoint_path is None:
@@ -84,7 +75,8 @@ def load_averaged_checkpoints(settings: Settings, model: AveragedClassifier) -> 
             "pretrained_checkpoint_path must be the checkpoints to average, got null. Set ++pretrained_checkpoint_path=[A,B], "
             "or one file with a list under ensemble_weights."
         )
-    checkpoints = read_pretrained(settings.pretrained_checkpoint_path)
+    with name_setting():
+        checkpoints = read_several(settings.pretrained_checkpoint_path)
     reports = [LoadReport(str(w.path), w.sha256, w.checkpoint) for w in checkpoints]
     states = [
         filter_state_dict(w.state, settings.trainer.checkpoint, report)

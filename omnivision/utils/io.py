@@ -102,18 +102,6 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def require_weights(source: str | Path) -> Path:
-    """Return the path of weights to start from. Raises UserError when there is no such file or folder."""
-    path = Path(source)
-    if str(source) == "" or not (path.is_file() or path.is_dir()):
-        raise UserError(
-            f"pretrained_checkpoint_path is {str(source)!r}, and there is no such file or folder. Expected a run folder or a "
-            f"file of weights (relative paths start at {Path.cwd()}), or null to train from nothing. Change "
-            "pretrained_checkpoint_path."
-        )
-    return path
-
-
 class CorruptCheckpointError(UserError):
     """A file of tensors that does not load, or differs from what was written; the message says how."""
 
