@@ -284,7 +284,7 @@ class Reading(Case):
                 read(source)
         canary = self.folder / "canary"
         for content, message in (
-            ({"model": Canary(str(canary))}, r"pickled object.*state dict alone"),
+            ({"model": Canary(str(canary))}, "pickled object"),
             ([1, 2], "a list"),
             (torch.zeros(2), "a Tensor"),
             ({"model": {}}, "no tensors"),
