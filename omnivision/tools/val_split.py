@@ -16,7 +16,7 @@ from cyclopts import Parameter
 from omnivision.data.catalog import load_array
 from omnivision.data.sampling import keyed_rng
 from omnivision.tools.arguments import Regex, Segments, Share, at_least
-from omnivision.tools.prepare.index import drop_format_folders, shorten
+from omnivision.tools.prepare.index import shorten, video_key
 from omnivision.tools.prepare.output import read_arrays, write_split
 from omnivision.utils.errors import UserError
 
@@ -106,7 +106,7 @@ def _print_side(side: str, labels: np.ndarray, indices: np.ndarray, num_groups: 
 
 def group_videos(paths: Sequence[str], grouping: Callable[[str], str]) -> list[str]:
     """Return the group of each path."""
-    return [grouping(os.path.splitext(os.path.basename(drop_format_folders(path)))[0]) for path in paths]
+    return [grouping(os.path.basename(video_key(path))) for path in paths]
 
 
 def pattern_grouping(pattern: str) -> Callable[[str], str]:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
-import sys
 import textwrap
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,25 +26,19 @@ from omnivision.tools.arguments import (
     at_least,
 )
 from omnivision.tools.prepare import index as indexing
-from omnivision.tools.prepare import output, published
+from omnivision.tools.prepare import output
 from omnivision.tools.prepare.folders import read_class_folders
-from omnivision.tools.prepare.index import SPLITS, DatasetIndex
+from omnivision.tools.prepare.index import SPLITS, DatasetIndex, warn
 from omnivision.tools.prepare.lists import parse_columns, read_csv_lists
-from omnivision.tools.prepare.locate import check_out, find_frame_folders, locate_videos
+from omnivision.tools.prepare.locate import find_frame_folders, locate_videos
+from omnivision.tools.prepare.published import READERS
 from omnivision.tools.prepare.transcode import TranscodeConfig, destinations, transcode_all
 from omnivision.tools.val_split import group_videos, hold_out, pattern_grouping
-from omnivision.utils.errors import EXIT_SIGINT, UserError
+from omnivision.utils.errors import UserError
 from omnivision.utils.io import write_atomically
 
 List = Annotated[str | None, Parameter(metavar="LIST.csv")]
 SEED = 42  # of what is held out; `omnivision val-split` takes another
-# Format -> the files in SOURCE that identify it, and its reader, which takes the folder and the fold.
-_PUBLISHED: dict[str, tuple[tuple[str, ...], Callable[[Path, int], DatasetIndex]]] = {
-    "ucf101": (("classInd.txt",), published.read_ucf101),
-    "hmdb51": (("*_test_split?.txt",), published.read_hmdb51),
-    "ssv2": (("*labels.json", "*validation.json"), lambda folder, _: published.read_something(folder)),
-    "diving48": (("Diving48*_train.json",), lambda folder, _: published.read_diving48(folder)),
-}
 
 
 @Parameter(name="*", group="Reading")
@@ -134,30 +125,30 @@ def prepare(
         name: Name of the dataset in the catalog.
         catalog: A YAML file to write the entry to; its other entries and comments stay.
     """
-    config = _check_options(name, catalog, read, options)
-    out, check = Path(out_folder), not read.no_check_files
+    out, check, config = Path(out_folder).absolute(), not read.no_check_files, _transcode_config(read, options)
     index = _read(source, read)
     frame_folders = find_frame_folders(index, check, read.frame_pattern)
-    results = {} if config is None else destinations((row.path for row in index.rows()), config)
-    check_out(out_folder, source, index, frame_folders, [str(out / result) for result in results.values()])
+    if os.path.isdir(source) and f"{os.path.realpath(out)}/".startswith(f"{os.path.realpath(source)}/"):
+        raise UserError(f"OUT ({out}) must not be in SOURCE, whose videos results would join. Change OUT.")
     stamp = _stamp(source, index, config, read)
     output.check_out_folder(out, stamp)
-    entry = _entry(out.absolute(), index, config, read, bool(frame_folders))
+    entry = _entry(out, index, config, read, bool(frame_folders))
     block = output.format_entry(name, entry)
     text = output.updated_catalog(Path(catalog), name, entry) if catalog else None
-    for note in index.notes:
-        print(note)
     if frame_folders and read.fps is None:
         print(
             f"{len(frame_folders)} samples are frame folders, read at 25 frames per second; --fps X sets another rate."
         )
-    for warning in [*index.warnings, *indexing.path_warnings(index, check), *indexing.label_warnings(index)]:
-        print(f"warning: {warning}", file=sys.stderr)
-    try:
-        _write(out, index, stamp, config, results, options.workers)
-    except KeyboardInterrupt:
-        print("prepare: interrupted. The same command continues where it stopped.", file=sys.stderr)
-        return EXIT_SIGINT
+    indexing.check_paths(index, on_disk=check)
+    indexing.check_labels(index)
+    output.write_stamp(out, stamp, index.classes)
+    made = index if config is None else _transcode(out, index, config, options.workers)
+    num_moved = output.write_splits(out, made)
+    if num_moved and read.hold_out is not None:
+        warn(
+            f"{num_moved} videos changed sides between train and val. A run on the old arrays trained on videos that would "
+            "now validate it; train again, or fix the splits with lists (--train, --val)."
+        )
     _print_hints(out, name, index)
     if text is None:
         print(f"For the catalog (or pass --catalog FILE.yaml):\n\ndatasets:\n{textwrap.indent(block, '  ')}", end="")
@@ -170,7 +161,7 @@ def prepare(
 def _print_hints(out: Path, name: str, index: DatasetIndex) -> None:
     """Print what to do with a test split, and without a validation split."""
     if "test" in index.splits:
-        settings = (f"++datasets.{name}.val.{what}={out.absolute()}/test_{what}.npy" for what in index.arrays("test"))
+        settings = (f"++datasets.{name}.val.{what}={file}" for what, file in output.files(out, index, "test").items())
         print(
             "The test split is in no run. To evaluate RUN on it: pretrained_checkpoint_path=RUN trainer/checkpoint=load_all "
             f"trainer.mode=val {' '.join(settings)}"
@@ -179,26 +170,14 @@ def _print_hints(out: Path, name: str, index: DatasetIndex) -> None:
         print("There is no validation split. --hold-out 0.2 makes one of a fifth of the training split.")
 
 
-def _check_options(
-    name: str, catalog: str | None, read: SourceSettings, options: TranscodeSettings
-) -> TranscodeConfig | None:
-    """Return how videos are transcoded, None if they are not. Raises UserError for options that contradict each other."""
-    if re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name) is None:
-        raise UserError(f"--name must be letters, digits and _, as it becomes a setting's name; got {name!r}.")
-    if catalog and (not catalog.endswith(".yaml") or not Path(catalog).absolute().parent.is_dir()):
-        raise UserError(f"--catalog must end in .yaml and be in an existing folder; got {catalog!r}.")
-    if read.group_pattern is not None and read.hold_out is None:
-        raise UserError("--group-pattern needs --hold-out. Add --hold-out SHARE, or leave --group-pattern out.")
-    if options.frames is not None and (options.gop is not None or options.crf is not None):
-        raise UserError("--frames writes JPEGs, and --gop and --crf are for videos. Leave out the one or the others.")
-    given: dict[str, Any] = {"gop": options.gop, "crf": options.crf, "frames_fps": options.frames}
-    given = {key: value for key, value in given.items() if value is not None}
+def _transcode_config(read: SourceSettings, options: TranscodeSettings) -> TranscodeConfig | None:
+    """Return how videos are transcoded, None if they are not."""
+    options_given = {"gop": options.gop, "crf": options.crf, "frames_fps": options.frames}
+    given: dict[str, Any] = {key: value for key, value in options_given.items() if value is not None}
     if options.short_side is None and not given:
         return None
-    if read.no_check_files:
-        raise UserError("--no-check-files cannot be used when videos are transcoded. Leave it out.")
-    given |= {} if read.fps is None else {"source_fps": read.fps}
-    return TranscodeConfig(options.short_side, frame_pattern=read.frame_pattern, **given)
+    fps = read.fps or DEFAULT_FPS
+    return TranscodeConfig(options.short_side, source_fps=fps, frame_pattern=read.frame_pattern, **given)
 
 
 def _read(source: str, read: SourceSettings) -> DatasetIndex:
@@ -210,36 +189,28 @@ def _read(source: str, read: SourceSettings) -> DatasetIndex:
         return index
     if "train" not in index.splits or "val" in index.splits:
         raise UserError(f"--hold-out needs a training split and no validation split; got {', '.join(index.splits)}.")
-    rows = index.splits["train"]
-    paths = [row.path for row in rows]
-    groups = list(map(indexing.video_key, paths))
+    train = index.splits["train"]
+    groups = [indexing.video_key(record.path) for record in train]
     if read.group_pattern is not None:
-        groups = group_videos(paths, pattern_grouping(read.group_pattern))
-    held = hold_out(groups, index.labels("train"), read.hold_out, SEED)
-    splits = {
-        **index.splits,
-        "train": [rows[i] for i in np.flatnonzero(~held)],
-        "val": [rows[i] for i in np.flatnonzero(held)],
-    }
-    return dataclasses.replace(index, splits={split: splits[split] for split in SPLITS if split in splits})
+        groups = group_videos([record.path for record in train], pattern_grouping(read.group_pattern))
+    held = hold_out(groups, np.array([record.label for record in train]), read.hold_out, SEED)
+    sides = [
+        dataclasses.replace(record, split="val" if is_held else "train")
+        for record, is_held in zip(train, held, strict=True)
+    ]
+    return dataclasses.replace(index, records=[*sides, *index.splits.get("test", [])])
 
 
 def _read_source(source: Path, read: SourceSettings) -> DatasetIndex:
     """Return the samples as the source lists them."""
-    if not (source.is_file() or source.is_dir()):
-        raise UserError(f"{source}: no such file or folder. SOURCE must be a CSV file, or a folder.")
     lists: dict[str | None, str] = {split: file for split in SPLITS if (file := getattr(read, split))}
     kind = read.format or _recognize(source, bool(lists))
-    if read.splits is not None and kind not in ("csv", "folders"):
-        raise UserError(f"--splits is for lists and folders of classes, and {source} is read as {kind}. Leave it out.")
-    if (lists or read.columns is not None) and kind != "csv":
-        raise UserError(
-            f"--columns, --train, --val and --test are for lists, and {source} is read as {kind}. Leave them out."
-        )
-    if source.is_dir() != (kind != "csv" or bool(lists)):
-        raise UserError(
-            f"SOURCE must be one list, or the folder of --train, --val and --test, or that of --format {kind}; got {source}."
-        )
+    unused = {"--columns": read.columns, "--train, --val, --test": lists} if kind != "csv" else {}
+    unused |= {"--splits": read.splits} if kind in READERS else {}
+    if any(unused.values()):
+        raise UserError(f"SOURCE ({source}) is read as {kind}, without {', '.join(unused)}. Leave them out.")
+    if lists and not source.is_dir():
+        raise UserError(f"SOURCE must be the folder of the lists --train, --val and --test; got {source}.")
     splits = None if read.splits is None else indexing.parse_splits(read.splits)
     if kind == "csv":
         columns = None if read.columns is None else parse_columns(read.columns)
@@ -247,20 +218,20 @@ def _read_source(source: Path, read: SourceSettings) -> DatasetIndex:
         return read_csv_lists(lists or {None: str(source)}, str(root), columns, splits)
     if kind == "folders":
         return read_class_folders(str(source), splits)
-    return _PUBLISHED[kind][1](source, read.fold)
+    return READERS[kind][1](source, read.fold)
 
 
 def _recognize(source: Path, has_lists: bool) -> str:
     """Return the format, by the files that exist."""
     if has_lists or source.is_file():
         return "csv"
-    for kind, (patterns, _) in _PUBLISHED.items():
+    for kind, (patterns, _) in READERS.items():
         if all(any(source.glob(pattern)) for pattern in patterns):
             return kind
-    if any(entry.is_dir() and not entry.name.startswith(".") for entry in source.iterdir()):
+    if source.is_dir() and any(entry.is_dir() and not entry.name.startswith(".") for entry in source.iterdir()):
         return "folders"
     raise UserError(
-        f"SOURCE ({source}) must hold folders (SOURCE/<class>/<clip>) or split files of {', '.join(_PUBLISHED)}, or be a CSV "
+        f"SOURCE ({source}) must hold folders (SOURCE/<class>/<clip>) or split files of {', '.join(READERS)}, or be a CSV "
         f"file. Give {source.absolute().parent} if it is the folder of one class, or set --train and --val to lists."
     )
 
@@ -292,55 +263,27 @@ def _entry(
         "fps": int(fps) if fps and fps == int(fps) else fps,
         "frame_pattern": pattern,
     }
-    for split in [split for split in index.splits if split != "test"]:
-        entry[split] = {what: str(out / f"{split}_{what}.npy") for what in index.arrays(split)}
+    entry |= {split: output.files(out, index, split) for split in index.splits if split != "test"}
     return {key: value for key, value in entry.items() if value is not None}
 
 
-def _write(
-    out: Path,
-    index: DatasetIndex,
-    stamp: dict[str, Any],
-    config: TranscodeConfig | None,
-    results: dict[str, str],
-    workers: int | None,
-) -> None:
-    """Write everything to OUT, which `check_out_folder` has accepted."""
-    output.write_stamp(out, stamp, index.classes)
-    failed: dict[str, str] = {}
-    paths = {row.path: row.path for row in index.rows()}
-    if config is not None:
-        failed, num_kept = transcode_all(index.root, out, results, config, workers)
-        output.write_failed(out, index, failed)
-        if num_kept:
-            print(f"{num_kept} videos existed already.")
-        paths = {path: os.path.relpath(results[path], config.folder) for path in paths}
-    splits = {
-        split: [i for i, row in enumerate(rows) if row.path not in failed] for split, rows in index.splits.items()
-    }
-    if not all(splits.values()):
+def _transcode(out: Path, index: DatasetIndex, config: TranscodeConfig, workers: int | None) -> DatasetIndex:
+    """Transcode to OUT, and return the index of the results; videos that cannot be read are left out."""
+    results = destinations((record.path for record in index.records), config)
+    folder = out / config.folder
+    failed, num_kept = transcode_all(index.root, folder, results, config, workers)
+    output.write_failed(out, {index.full(path): reason for path, reason in failed.items()})
+    if num_kept:
+        print(f"{num_kept} videos existed already.")
+    records = [
+        dataclasses.replace(record, path=results[record.path]) for record in index.records if record.path not in failed
+    ]
+    made = dataclasses.replace(index, records=records, root=str(folder))
+    if made.splits.keys() != index.splits.keys():
         raise UserError(
             f"No video of a split could be transcoded; {out}/failed.csv lists the reasons. No arrays were written. Fix the "
             "videos, or prepare without --short-side, --gop, --crf and --frames."
         )
     if failed:
-        print(
-            f"warning: {len(failed)} videos failed and are left out; {out}/failed.csv lists the reasons.",
-            file=sys.stderr,
-        )
-    files = {split: out / f"{split}_paths.npy" for split in ("train", "val")}
-    before = {split: set(output.read_arrays(str(file))[0]) for split, file in files.items() if file.is_file()}
-    num_moved = 0
-    for split, indices in splits.items():
-        rows = [index.splits[split][i] for i in indices]
-        names = [paths[row.path] for row in rows]
-        output.write_split(out, split, names, index.labels(split)[indices], [row.segment for row in rows])
-        num_moved += len(before.get({"train": "val", "val": "train"}.get(split, ""), set()) & set(names))
-        arrays = ", ".join(f"{split}_{what}.npy" for what in index.arrays(split))
-        print(f"{out}/{arrays}: {len(rows)} samples of {len(index.classes)} classes")
-    if num_moved and "held out" in stamp:
-        print(
-            f"warning: {num_moved} videos changed sides between train and val. A run on the old arrays trained on videos that "
-            "would now validate it; train again, or fix the splits with lists (--train, --val).",
-            file=sys.stderr,
-        )
+        warn(f"{len(failed)} videos failed and are left out; {out}/failed.csv lists the reasons.")
+    return made

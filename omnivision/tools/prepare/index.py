@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter
+import sys
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -20,52 +21,47 @@ VIDEO_SUFFIXES = tuple(
     ".mp4 .avi .webm .mkv .mov .m4v .mpg .mpeg .wmv .flv .ogv .ts .m2ts .mts .3gp .asf .vob .y4m".split()
 )
 MAX_CLASSES = 1_000_000
-# The names of each split in folders and lists, and words that suggest one.
+# The names of each split in folders and lists, and parts of names that suggest one: "UCF101_train", "TestSet", "held out".
 SPLITS = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation", "validate", "dev"),
     "test": ("test", "testing"),
 }
-_SUGGESTIONS = {
-    "train": ("tr", "trn", "trains"),
-    "val": ("vals", "vld", "eval", "evaluation", "validations", "development"),
-    "test": ("te", "tst", "tests", "holdout", "heldout"),
-}
-_FORMAT_FOLDERS = set("frames images img imgs extracted jpg jpeg png rgb flow video videos".split())
-_NUM_LISTED = 5
+_SUGGESTS_SPLIT = re.compile(
+    r"(?:(?<![A-Za-z])|(?<=[a-z])(?=[A-Z]))"
+    r"(?i:(?P<train>train|trn)|(?P<val>val|valid|vld|validat(?:e|ion)|dev|development|eval|evaluation)"
+    r"|(?P<test>test|tst|h[oe]ld[\W_]*out))"
+    r"(?i:ing|s|set|data)?(?![a-z])"
+)
+# Words in names that tell the form of a video, not which it is: "a/frames/1", "a/1/rgb", "a/1_frames", "a/rgb_1".
+_FORMAT = r"(?:frames?|images?|imgs?|extracted|jpe?g|png|rgb|flow|videos?)"
+_FORMAT_WORDS = re.compile(rf"(?i)(?<![^/]){_FORMAT}(?:/|$|[_.-](?=[^/]+$))|(?<=[^/])[_.-]{_FORMAT}$")
 
 
 @dataclass(frozen=True)
 class Record:
-    """One sample: path as in the source, class (its name or number, later its number), and place in the source."""
+    """One sample: path and class as in the source (later the number of the class), split, and place in the source."""
 
     path: str
     label: str | int
+    split: str
     where: str
     segment: Segment | None = None  # [start, end) in seconds; None: the whole video
 
 
 @dataclass(frozen=True)
 class DatasetIndex:
-    """The records of each split; relative paths start at `root`, or at the user's prefix."""
+    """The samples in the order of the source; relative paths start at `root`, or at the user's prefix."""
 
-    splits: Mapping[str, list[Record]]
+    records: Sequence[Record]
     root: str
     classes: Sequence[str] = ()  # names in the order of labels, if they are known
-    on_disk: bool = False  # the records are files that were listed below `root`
-    notes: Sequence[str] = ()  # sentences on how the source was read
-    warnings: Sequence[str] = ()
 
-    def rows(self) -> list[Record]:
-        return [row for rows in self.splits.values() for row in rows]
-
-    def labels(self, split: str) -> np.ndarray:
-        """Return the class numbers of a split, int64 (N,)."""
-        return np.array([row.label for row in self.splits[split]], np.int64)
-
-    def arrays(self, split: str) -> list[str]:
-        """Return which arrays the split has: paths, labels, and segments if a sample is a part of a video."""
-        return ["paths", "labels", *(["segments"] if any(row.segment for row in self.splits[split]) else [])]
+    @property
+    def splits(self) -> dict[str, list[Record]]:
+        """Return the records of each split that has any."""
+        splits = {split: [record for record in self.records if record.split == split] for split in SPLITS}
+        return {split: records for split, records in splits.items() if records}
 
     def full(self, path: str) -> str:
         return os.path.join(self.root, path)
@@ -77,14 +73,9 @@ def split_of(name: str) -> str | None:
 
 
 def guess_split(name: str) -> str | None:
-    """Return the split that a part of a name suggests: "UCF101_train", "TestSet", "trainset", "val-256", "held out"."""
-    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)
-    words.append("".join(words))
-    for word in words + [re.sub("(?i)_?(set|data|split|videos|clips)$", "", word) for word in words]:
-        word = word.lower()
-        if split := next((split for split in SPLITS if word in (*SPLITS[split], *_SUGGESTIONS[split])), None):
-            return split
-    return None
+    """Return the split that a part of a name suggests."""
+    match = _SUGGESTS_SPLIT.search(name)
+    return match.lastgroup if match else None
 
 
 def format_splits(splits: Mapping[str, str]) -> str:
@@ -99,16 +90,17 @@ def parse_splits(text: str) -> dict[str, str]:
     pairs = [item.partition("=")[::2] for item in text.split(",")]
     splits = {name: split for split, name in pairs}
     if not all(split in SPLITS and name for split, name in pairs) or len(splits) < len(pairs):
-        raise UserError(
-            f"--splits is {text!r}; expected SPLIT=NAME,... with the splits train, val and test and each NAME once, or none."
-        )
+        raise UserError(f"--splits must be none, or train=NAME,val=NAME,test=NAME with each NAME once; got {text!r}.")
     return splits
 
 
+def warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
+
+
 def listing_error(what: str, problems: Sequence[str], advice: str) -> UserError:
-    """Return an error that lists the first few problems and counts the rest."""
-    more = f"; and {len(problems) - _NUM_LISTED} more" if len(problems) > _NUM_LISTED else ""
-    return UserError(printable(f"{what}: {'; '.join(problems[:_NUM_LISTED])}{more}. {advice}"))
+    """Return an error that lists the first few problems."""
+    return UserError(f"{what}: {shorten(problems)}. {advice}")
 
 
 def printable(text: str) -> str:
@@ -116,7 +108,7 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def shorten(names: Iterable[str], count: int = _NUM_LISTED) -> str:
+def shorten(names: Iterable[str], count: int = 5) -> str:
     """Join the first few names."""
     names = list(names)
     return printable(", ".join(names[:count]) + (", ..." if len(names) > count else ""))
@@ -130,121 +122,108 @@ def number_classes(index: DatasetIndex, names: Sequence[str] = ()) -> DatasetInd
     Raises UserError for labels without a class, numbers among names, and two classes with the same name (also if only case
     or spaces differ).
     """
-    first: dict[str | int, Record] = {}  # label -> the first record that has it
-    for row in index.rows():
-        first.setdefault(row.label, row)
-    if not first:
-        raise UserError(f"The lists in {index.root} hold no videos. Change SOURCE.")
+    places = {record.label: record.where for record in reversed(index.records)}  # of the first record of each label
+    labels = list(dict.fromkeys(record.label for record in index.records))
+    if not labels:
+        raise UserError(f"{index.root} holds no videos. Change SOURCE.")
     classes, hint = list(names or index.classes), ""
-    are_texts = bool(index.classes) and isinstance(next(iter(first)), str)
-    if not are_texts and all(re.fullmatch(r"[+-]?[0-9]+", str(label)) for label in first):
-        numbers = {label: int(str(label)[:40]) for label in first}  # Python refuses to parse thousands of digits
+    are_names = bool(index.classes) and isinstance(labels[0], str)
+    if not are_names and all(re.fullmatch(r"[+-]?[0-9]+", str(label)) for label in labels):
+        numbers = {label: int(str(label)[:40]) for label in labels}  # Python refuses to parse thousands of digits
         classes = classes or [str(number) for number in range(min(max(numbers.values()) + 1, MAX_CLASSES))]
         wrong = [label for label, number in numbers.items() if not 0 <= number < len(classes)]
-        hint = (
-            "They start at 1: subtract 1 from each. "
-            if start_at_one(np.array([*numbers.values()]), len(classes))
-            else ""
-        )
+        if start_at_one(np.array([*numbers.values()]), len(classes)):
+            hint = "They start at 1: subtract 1 from each. "
     else:
-        numeric = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)")
-        kinds = [[label for label in first if bool(numeric.fullmatch(str(label))) == kind] for kind in (True, False)]
-        wrong = [] if classes or not kinds[0] else min(filter(None, kinds), key=len)
-        classes = classes or sorted(map(str, first), key=natural)
+        number = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)")
+        numeric = [label for label in labels if number.fullmatch(str(label))]
+        others = [label for label in labels if not number.fullmatch(str(label))]
+        wrong = [] if classes or not numeric else min(numeric, others or numeric, key=len)
+        classes = classes or sorted(map(str, labels), key=natural)
         numbers = {name: number for number, name in enumerate(classes)}
-        wrong += [label for label in first if label not in numbers]
+        wrong += [label for label in labels if label not in numbers]
     if wrong:
         raise listing_error(
             f"Labels must be all integers from 0, or all names, of the {len(classes)} classes",
-            [f"{first[label].where}: {str(label)[:40]}" for label in wrong],
+            [f"{places[label]}: {str(label)[:40]}" for label in wrong],
             f"{hint}Fix the list, or the names of the classes (--class-names).",
         )
-    alike: dict[str, list[str]] = {}
+    _check_names(classes)
+    return replace(index, records=[replace(r, label=numbers[r.label]) for r in index.records], classes=classes)
+
+
+def _check_names(classes: Sequence[str]) -> None:
+    alike = defaultdict(list)
     for name in classes:
-        alike.setdefault("".join(name.split()).casefold(), []).append(name)
+        alike["".join(name.split()).casefold()].append(name)
     problems = [" = ".join(map(repr, names)) for names in alike.values() if len(names) > 1]
     problems += [repr(name) for name in classes if not name.strip() or not name.isprintable()]
     if problems:
-        raise listing_error(
-            "Names of classes must be printable, and differ by more than case or spaces",
-            problems,
-            "Rename the classes.",
-        )
-    splits = {split: [replace(row, label=numbers[row.label]) for row in rows] for split, rows in index.splits.items()}
-    return replace(index, splits=splits, classes=classes)
+        what = "Names of classes must be printable, and differ by more than case or spaces"
+        raise listing_error(what, problems, "Rename the classes.")
 
 
-def label_warnings(index: DatasetIndex) -> list[str]:
-    """Return warnings about classes that do not occur (in train), and labels that are unlikely to be classes."""
-    labels = {split: index.labels(split) for split in index.splits}
-    used = {split: set(array.tolist()) for split, array in labels.items()}
-    everywhere, classes = set().union(*used.values()), index.classes
-    train, warnings = used.get("train", set()), []
-    if classes[0] == "0" and start_at_one(np.concatenate(list(labels.values())), None):
-        warnings.append("Labels start at 1, so class 0 never occurs: subtract 1 from each in the list.")
-    elif classes[0] == "0" and any(is_shifted(train, used[split]) for split in labels if split != "train"):
-        warnings.append("Labels of one split start at 0 and of another at 1: the same number means different classes.")
+def check_labels(index: DatasetIndex) -> None:
+    """Warn of classes that do not occur (in train), and of labels that are unlikely to be classes."""
+    used = {split: {int(record.label) for record in records} for split, records in index.splits.items()}
+    everywhere, train, classes = set().union(*used.values()), used.get("train", set()), index.classes
+    if classes[0] == "0" and start_at_one(np.array([*everywhere]), None):
+        warn("Labels start at 1, so class 0 never occurs: subtract 1 from each in the list.")
+    elif classes[0] == "0" and any(is_shifted(train, labels) for split, labels in used.items() if split != "train"):
+        warn("Labels of one split start at 0 and of another at 1: the same number means different classes.")
     elif never := [name for number, name in enumerate(classes) if number not in everywhere]:
-        warnings.append(f"{len(never)} of {len(classes)} classes never occur: {shorten(never)}.")
-    for split in used:
-        if train and (only := [classes[number] for number in sorted(used[split] - train)]):
-            warnings.append(f"{len(only)} classes occur in {split} and not in train: {shorten(only)}.")
+        warn(f"{len(never)} of {len(classes)} classes never occur: {shorten(never)}.")
+    for split, labels in used.items():
+        if train and (only := [classes[label] for label in sorted(labels - train)]):
+            warn(f"{len(only)} classes occur in {split} and not in train: {shorten(only)}.")
     if len(everywhere) == 1:
-        warnings.append(f"All samples are of one class, {classes[everywhere.pop()]}: there is nothing to tell apart.")
-    elif len(everywhere) == len(index.rows()):
-        warnings.append("Each sample has another class. Check that the labels are classes, and not names of videos.")
-    return warnings
+        warn(f"All samples are of one class, {classes[everywhere.pop()]}: there is nothing to tell apart.")
+    elif len(everywhere) == len(index.records):
+        warn("Each sample has another class. Check that the labels are classes, and not names of videos.")
 
 
-def path_warnings(index: DatasetIndex, check: bool) -> list[str]:
-    """Return warnings about repeated samples, contradicting labels, and videos in two forms or in two splits.
+def check_paths(index: DatasetIndex, on_disk: bool) -> None:
+    """Warn of repeated samples, contradicting labels, and videos in two forms or in two splits.
 
-    check: also compare files, to find links.
+    on_disk: also compare files, to find links.
     """
-    warnings = []
-    videos: dict[str, dict[object, list[str]]] = {}  # split -> video_key, or device and inode -> paths
-    for split, rows in index.splits.items():
-        labelled = {(row.path, row.segment, row.label) for row in rows}
-        for what, samples in (
-            ("more than once", Counter((row.path, row.segment) for row in rows)),
-            ("with different labels", Counter((path, segment) for path, segment, _ in labelled)),
-        ):
-            if repeated := [path for (path, _), count in samples.items() if count > 1]:
-                warnings.append(f"{len(repeated)} samples are in {split} {what}: {shorten(repeated)}.")
-        groups: dict[object, list[str]] = {}
-        for path in dict.fromkeys(row.path for row in rows):
-            groups.setdefault(video_key(path), []).append(path)
-        if forms := [" = ".join(paths) for paths in groups.values() if len(paths) > 1]:
-            warnings.append(
-                f"{len(forms)} videos seem to be in {split} in two forms (a file and its frames, or two formats), each a "
-                f"sample: {shorten(forms)}. Remove one of them."
-            )
-        if check and len(index.splits) > 1:
-            for path in {row.path for row in rows}:
+    videos: dict[str, dict[object, str]] = {}  # split -> video_key, or device and inode -> path
+
+    def warn_of(what: str, names: Sequence[str]) -> None:
+        if names:
+            warn(f"{len(names)} {what}: {shorten(names)}.")
+
+    for split, records in index.splits.items():
+        labels, forms = defaultdict(list), defaultdict(list)
+        for record in records:
+            labels[record.path, record.segment].append(record.label)
+        for path in dict.fromkeys(record.path for record in records):
+            forms[video_key(path)].append(path)
+        repeated = {path: found for (path, _), found in labels.items() if len(found) > 1}
+        warn_of(f"samples are in {split} more than once", list(repeated))
+        warn_of(
+            f"samples are in {split} with different labels", [p for p, found in repeated.items() if len(set(found)) > 1]
+        )
+        several = [" = ".join(paths) for paths in forms.values() if len(paths) > 1]
+        warn_of(
+            f"videos seem to be in {split} in two forms (two formats, or a file and its frames); remove one", several
+        )
+        videos[split] = {key: paths[0] for key, paths in forms.items()}
+        if on_disk and len(index.splits) > 1:
+            for path in {record.path for record in records}:
                 status = os.stat(index.full(path))
-                groups[status.st_dev, status.st_ino] = [path]
-        videos[split] = groups
+                videos[split][status.st_dev, status.st_ino] = path
     for one, other in combinations(videos, 2):
-        keys = videos[one].keys() & videos[other].keys()
-        if pairs := {" = ".join(dict.fromkeys((videos[one][key][0], videos[other][key][0]))) for key in keys}:
-            warnings.append(f"{one} and {other} share {len(pairs)} files: {shorten(sorted(pairs))}.")
-    return warnings
+        shared = [{videos[one][key], videos[other][key]} for key in videos[one].keys() & videos[other].keys()]
+        warn_of(f"files are in {one} and in {other}", sorted({" = ".join(sorted(paths)) for paths in shared}))
 
 
 def video_key(path: str) -> str:
-    """Return the path without suffix and folders such as frames/: equal for a video and its frame folder."""
-    path = drop_format_folders(path)
-    words = "frames?|images?|imgs?|extracted|jpe?g|png|rgb|flow"
-    stem = re.sub(rf"(?i)(?<=[^/])[_.-]({words})$|(?<![^/])({words})[_.-](?=[^/]+$)", "", path)
-    return drop_suffix(stem)  # also of the video that frames are named after: "001.mp4.frames"
+    """Return the path without suffix and words such as frames/: equal for a video and its frame folder."""
+    return drop_suffix(_FORMAT_WORDS.sub("", path).rstrip("/"))  # also the suffix in "001.mp4.frames"
 
 
 def drop_suffix(path: str) -> str:
     """Return the path without the suffix of a video."""
     stem, suffix = os.path.splitext(path)
     return stem if suffix.lower() in VIDEO_SUFFIXES else path
-
-
-def drop_format_folders(path: str) -> str:
-    """Drop folders that name a format: "a/frames/1" -> "a/1", "a/1/frames" -> "a/1"."""
-    return "/".join(name for name in path.rstrip("/").split("/") if name.lower() not in _FORMAT_FOLDERS)

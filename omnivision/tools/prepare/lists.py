@@ -15,7 +15,6 @@ from pathlib import Path
 
 from omnivision.data.sampling import Segment
 from omnivision.tools.prepare.index import (
-    SPLITS,
     DatasetIndex,
     Record,
     format_splits,
@@ -35,21 +34,13 @@ _LABELS = (
     "label class category action activity target class_name label_name action_name "
     "class_id label_id action_id class_index label_index"
 ).split()
-_SPLIT = re.compile(r"(.*_)?(split|subset|phase|partition|usage|fold)(_?(name|\d+))?|set|data_?set_(type|part)")
-_SUBJECT = r"((t|time|timestamp|clip|segment|seg|action|event|temporal|label)_?)?"
-_SECONDS = r"(_?(t|time|timestamp|at|s|sec|secs|second|seconds))*"
-_START = re.compile(rf"{_SUBJECT}(start|begin|from|onset){_SECONDS}")
-_END = re.compile(rf"{_SUBJECT}(end|stop|finish|to|until){_SECONDS}")
-_DURATION = re.compile(rf"{_SUBJECT}(duration|length){_SECONDS}")
-# Names of columns that select a part of a video or of the rows in a way that is not supported.
-_PARTS = re.compile(
-    r"(.*_)?(start|begin|end|stop|onset|offset)(_.*)?|(first|last|key)_frame|"
-    r"(first|last|min|max)_(t|time|s|secs?|seconds?)|t_?(first|last|min|max)|"
-    r"frame(_?(id|number|index|idx))?|time_?stamps?|"
-    r"times?|intervals?|segments?|(is|in)_(train|val|valid|test|dev)\w*|t_?[0-9]+|"
-    r"((mark|cut|trim)_)?(in|out|center|centre|middle|mid)(_?(point|frame|t|time|timestamp|s|sec|secs|seconds))*"
-)
-_YES_NO = {"0", "1", "true", "false", "yes", "no", "t", "f", "y", "n", "x", ""}
+# Words in the names of other columns. Those of times may have any of _UNITS beside them: "t_start", "Start Time (s)".
+_SPLITS = set("split subset phase partition usage fold set".split())
+_STARTS, _ENDS, _DURATIONS = {"start", "begin", "from", "onset"}, {"end", "stop", "finish", "to", "until"}, {"duration"}
+_UNITS = set("t time timestamp clip segment action event label at s sec secs second seconds".split())
+# They select a part of a video in a way that is not supported: "start_frame", "end_ms", "timestamp", "mark_in".
+_PARTS = {"start", "begin", "end", "stop", "onset", "offset", "duration", "first", "last", "min", "max", "frame"}
+_PARTS |= set("t time times timestamp timestamps interval intervals segment segments in out center middle mid".split())
 _NO_LABELS = {"", "nan", "NaN", "None", "null", "NULL", "<NA>"}  # as programs write a missing value
 _ROLES = ("path", "label", "split", "start", "end")
 
@@ -64,8 +55,8 @@ class _Table:
     names: list[str]
     has_header: bool
 
-    def values(self, column: int) -> list[str]:
-        return [cells[column] for _, cells in self.rows if column < len(cells)]
+    def values(self, column: int) -> set[str]:
+        return {cells[column].lower() for _, cells in self.rows if column < len(cells)}
 
     def error(self, problem: str) -> UserError:
         """Return an error about the columns."""
@@ -82,8 +73,8 @@ def parse_columns(text: str) -> dict[str, str]:
     is_known = {"path", "label"} <= columns.keys() <= set(_ROLES) and len(columns) == len(items)
     if not is_known or ("start" in columns) != ("end" in columns):
         raise UserError(
-            f"--columns is {text!r}; expected path=NAME,label=NAME and perhaps split=NAME or start=NAME,end=NAME (seconds), "
-            "each once, where NAME is a column's name or number."
+            "--columns must be path=NAME,label=NAME and perhaps split=NAME or start=NAME,end=NAME (seconds), each once, where "
+            f"NAME is a column's name or number; got {text!r}."
         )
     return columns
 
@@ -100,25 +91,20 @@ def read_csv_lists(
     empty: there is none, None: by their names. Raises UserError that names the file and the number of each invalid row, and
     for columns that select a part of a video or of the rows in an unsupported way.
     """
-    listed: dict[str, list[Record]] = {split: [] for split in SPLITS}
-    notes = []
+    records: list[Record] = []
     for own, file in files.items():
         table = _read(Path(file), columns)
         roles = _chosen_roles(table, columns) if columns else _find_roles(table)
         if chosen == {}:
             roles.pop("split", None)
-        rows = _records(table, roles, _splits_of_values(table, roles.get("split"), chosen), own)
-        for split in SPLITS:
-            listed[split] += [row for other, row in rows if other == split]
-        unused = [name for column, name in enumerate(table.names) if column not in roles.values()]
+        found = _records(table, roles, _splits_of_values(table, roles.get("split"), chosen), own)
+        records += found
         used = ", ".join(f"{role} from column {table.names[column]}" for role, column in roles.items())
-        skipped = len(table.rows) - len(rows)
-        notes.append(
-            f"{file}: {used}{' (seconds)' if 'start' in roles else ''}."
-            + (f" Not used: {', '.join(unused)}." if unused else "")
-            + (f" {skipped} rows of other splits are skipped." if skipped else "")
-        )
-    return DatasetIndex({split: rows for split, rows in listed.items() if rows}, root, notes=notes)
+        unused = ", ".join(name for column, name in enumerate(table.names) if column not in roles.values())
+        print(f"{file}: {used}{' (seconds)' if 'start' in roles else ''}. Not used: {unused or 'none'}.")
+        if len(found) < len(table.rows):
+            print(f"{file}: {len(table.rows) - len(found)} rows of other splits are skipped.")
+    return DatasetIndex(records, root)
 
 
 def _read(file: Path, columns: Mapping[str, str] | None) -> _Table:
@@ -132,8 +118,7 @@ def _read(file: Path, columns: Mapping[str, str] | None) -> _Table:
         cells = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
         rows = [(number, row) for number, row in cells if any(row)]
         first = rows[0][1] if rows else []
-        names = {_plain(cell) for cell in first}
-        has_header = len(first) > 1 and bool(names & set(_PATHS) and names & {*_LABELS, "id"})
+        has_header = len(first) > 1 and any(_plain(name) in _PATHS for name in first)
         has_header = has_header or bool(columns and set(columns.values()) <= set(first))
         if len(rows) <= has_header:
             raise ValueError("it has no rows")
@@ -168,40 +153,34 @@ def _chosen_roles(table: _Table, columns: Mapping[str, str]) -> dict[str, int]:
 
 def _find_roles(table: _Table) -> dict[str, int]:
     """Return the column of each role, by the names of the columns and their values. Raises UserError if that is unclear."""
-    names, plain = table.names, [_plain(name) for name in table.names]
     if not table.has_header:
-        if len(names) > 2:
+        if len(table.names) > 2:
             raise table.error(f"has no header that names path and label; its first row is {shorten(table.rows[0][1])}")
         return {"path": 0, "label": 1}
-    path, label = (next((plain.index(name) for name in group if name in plain), None) for group in (_PATHS, _LABELS))
-    if label is None and plain.index("id") != path:  # of the class, if it repeats
-        ids = table.values(plain.index("id"))
-        label = plain.index("id") if all(map(str.isdecimal, ids)) and 2 * len(set(ids)) <= len(ids) else None
+    plain = list(map(_plain, table.names))
+    path, label = (next((name for name in group if name in plain), None) for group in (_PATHS, _LABELS))
     if path is None or label is None:
         raise table.error("has no column of labels with a known name")
-    if plain.count(plain[path]) > 1 or plain.count(plain[label]) > 1:
-        raise table.error(f"has several columns {names[path]} or {names[label]}")
-    roles = {"path": path, "label": label}
-    free = [column for column in range(len(names)) if column not in (path, label)]
-    values = {column: {value.lower() for value in table.values(column)} for column in free}
-    splits = [column for column in free if _are_splits(values[column])]
-    if len(splits) > 1:
-        raise table.error(f"has several columns of splits: {shorten(names[column] for column in splits)}")
-    if splits := splits or [column for column in free if _SPLIT.fullmatch(plain[column])]:
+    roles = {"path": plain.index(path), "label": plain.index(label)}
+    words = {column: set(re.findall("[a-z]+", name)) for column, name in enumerate(plain)}
+    free = [column for column in words if column not in roles.values()]
+    by_value = [column for column in free if _are_splits(table.values(column))]
+    splits = by_value or [column for column in free if words[column] & _SPLITS][:1]
+    for role, count in (("path", plain.count(path)), ("label", plain.count(label)), ("split", len(splits))):
+        if count > 1:
+            raise table.error(f"has several columns of the {role}")
+    if splits:
         roles["split"] = splits[0]
-    starts, ends, durations = ([c for c in free if regex.fullmatch(plain[c])] for regex in (_START, _END, _DURATION))
+    starts, ends, durations = (
+        [column for column in free if words[column] & names and words[column] <= names | _UNITS]
+        for names in (_STARTS, _ENDS, _DURATIONS)
+    )
     if starts and (ends or durations):
         return {**roles, "start": starts[0], "end": (ends or durations)[0]}
     parts = [
-        names[column]
+        table.names[column]
         for column in free
-        if column not in splits[:1]
-        and (
-            _PARTS.fullmatch(plain[column])
-            or column in durations
-            or split_of(names[column])
-            or (guess_split(names[column]) and values[column] <= _YES_NO)
-        )
+        if column not in splits and (words[column] & _PARTS or _selects_rows(table, column))
     ]
     if parts:
         raise table.error(f"has columns that may select a part of each video or of the rows: {shorten(parts)}")
@@ -214,13 +193,19 @@ def _are_splits(values: set[str]) -> bool:
     return all(map(split_of, values)) or (len(guessed) > 1 and None not in guessed)
 
 
+def _selects_rows(table: _Table, column: int) -> bool:
+    """Return whether a column answers yes or no, and is named after a split: "is_train", "held_out"."""
+    name = table.names[column]
+    return bool(split_of(name) or (guess_split(name) and len(table.values(column)) <= 2))
+
+
 def _splits_of_values(table: _Table, column: int | None, chosen: Mapping[str, str] | None) -> dict[str, str] | None:
     """Return the split of each lower-case value in the column of splits; None if there is no such column."""
     if column is None:
         if chosen:
-            raise UserError(f"--splits is for lists with a column of splits, and {table.file} has none. Leave it out.")
+            raise UserError(f"--splits needs a column of splits, and {table.file} has none. Leave it out.")
         return None
-    values = sorted({value.lower() for value in table.values(column)})
+    values = sorted(table.values(column))
     if chosen:
         splits = {value.lower(): split for value, split in chosen.items()}
         is_valid = set(splits) <= set(values)
@@ -229,19 +214,19 @@ def _splits_of_values(table: _Table, column: int | None, chosen: Mapping[str, st
         is_valid = len(set(splits.values())) == len(values)
     if not is_valid:
         raise UserError(
-            f"The column {table.names[column]} of {table.file} holds {shorten((v or '(nothing)' for v in values), 20)}; "
-            f"expected train, val and test. Set --splits {format_splits(splits) or 'train=NAME,val=NAME'} to skip others, or "
-            "--splits none to ignore the column."
+            f"The column {table.names[column]} of {table.file} must hold train, val and test; got "
+            f"{shorten((value or '(nothing)' for value in values), 20)}. Set --splits "
+            f"{format_splits(splits) or 'train=NAME,val=NAME'} to skip others, or --splits none to ignore the column."
         )
     return splits
 
 
 def _records(
     table: _Table, roles: Mapping[str, int], splits: Mapping[str, str] | None, own: str | None
-) -> list[tuple[str, Record]]:
-    """Return (split, record) of the rows of a split. own: the split that the list is passed for."""
+) -> list[Record]:
+    """Return the records of the rows of a split. own: the split that the list is passed for."""
     width = max(len(table.names), *(column + 1 for column in roles.values()))
-    rows, problems = [], []
+    records, problems = [], []
     for number, cells in table.rows:
         if len(cells) != width:
             problems.append(f"row {number} has {len(cells)} of {width} fields")
@@ -249,14 +234,15 @@ def _records(
         fields = {role: cells[column] for role, column in roles.items()}
         split = own or "train" if splits is None else splits.get(fields["split"].lower())
         segment = _segment(table.names[roles["end"]], fields) if "start" in fields else None
-        if not fields["path"] or "\0" in fields["path"] or fields["label"] in _NO_LABELS:
+        if not fields["path"] or fields["label"] in _NO_LABELS:
             problems.append(f"row {number} has no path or label")
         elif own and split not in (None, own):
             problems.append(f"row {number} is of the {split} split in the list --{own}")
         elif "start" in fields and segment is None and split:
             problems.append(f"row {number} has the times {fields['start']!r}, {fields['end']!r}")
         elif split:
-            rows.append((split, Record(fields["path"], fields["label"], f"{table.file.name}, row {number}", segment)))
+            where = f"{table.file.name}, row {number}"
+            records.append(Record(fields["path"], fields["label"], split, where, segment))
     if problems:
         raise listing_error(
             f"{table.file} has invalid rows",
@@ -265,13 +251,13 @@ def _records(
             f"{_DELIMITERS[table.delimiter]} ({', '.join(_DELIMITERS.values())} are known) as delimiter, quotes around a field "
             "that holds it, and times 0 <= start < end in seconds (90.5) or minutes (1:30.5). Fix the rows, or set --columns.",
         )
-    return rows
+    return records
 
 
 def _segment(end_name: str, fields: Mapping[str, str]) -> Segment | None:
     """Return [start, end) in seconds; None if invalid."""
     start, end = _seconds(fields["start"]), _seconds(fields["end"])
-    if _DURATION.fullmatch(_plain(end_name)):
+    if "duration" in _plain(end_name):
         end += start
     return (start, end) if 0 <= start < end < math.inf else None
 

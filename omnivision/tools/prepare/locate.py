@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from omnivision.data.frames import IMAGE_SUFFIXES, SeveralSeriesError
 from omnivision.data.video import VideoDecodeError, open_video
-from omnivision.tools.prepare.index import VIDEO_SUFFIXES, DatasetIndex, Record, drop_suffix, listing_error, shorten
-from omnivision.utils.errors import UserError
+from omnivision.tools.prepare.index import (
+    VIDEO_SUFFIXES,
+    DatasetIndex,
+    Record,
+    drop_suffix,
+    listing_error,
+    shorten,
+    warn,
+)
 
 
 def locate_videos(index: DatasetIndex, prefix: str | None, check: bool, skip_missing: bool) -> DatasetIndex:
@@ -20,32 +28,29 @@ def locate_videos(index: DatasetIndex, prefix: str | None, check: bool, skip_mis
     Rows without a video raise a UserError, or are left out (`skip_missing`).
     """
     root = os.path.abspath(index.root if prefix is None else prefix)
-    base = os.path.abspath(index.root) if index.on_disk else root
-    splits: dict[str, list[Record]] = {}
-    missing, notes, warnings = [], list(index.notes), list(index.warnings)
-    for split, rows in index.splits.items():
-        rows = [replace(row, path=os.path.normpath(os.path.join(base, row.path))) for row in rows]
-        files: list[Record | None] = [*rows]
-        if check and not index.on_disk:
-            files = _find_files(rows, base, index.classes)
-            missing += [f"{row.where}: {row.path}" for row, file in zip(rows, files, strict=True) if file is None]
-        if located := [file for file in files if file]:
-            splits[split] = located
-            if any(row.segment for row in rows) and not any(row.segment for row in located):
-                notes.append(f"Files of {split} are trimmed to their segments ({located[0].path}): times are not used.")
+    wanted = [replace(record, path=os.path.normpath(os.path.join(root, record.path))) for record in index.records]
+    records: list[Record] = []
+    missing: list[str] = []
+    for split, rows in replace(index, records=wanted).splits.items():
+        files = _find_files(rows, root, index.classes) if check else rows
+        missing += [f"{row.where}: {row.path}" for row, file in zip(rows, files, strict=True) if file is None]
+        located = [file for file in files if file]
+        records += located
+        if located and rows[0].segment and not located[0].segment:
+            print(f"Files of {split} are trimmed to their segments ({located[0].path}): times are not used.")
     if missing:
-        what = f"{len(missing)} of {len(index.rows())} videos do not exist (or are folders without images)"
-        if not skip_missing or not splits:
+        what = f"{len(missing)} of {len(wanted)} videos do not exist (or are folders without images)"
+        if not (skip_missing and records):
             advice = "Set --prefix to their folder, fix the list, or pass --skip-missing to leave them out."
             raise listing_error(what, missing, f"{advice} --no-check-files skips this check.")
-        warnings.append(f"{what} and are left out: {shorten(missing)}.")
-    paths = [row.path for rows in splits.values() for row in rows]
+        warn(f"{what} and are left out: {shorten(missing)}.")
+    paths = [record.path for record in records]
     if outside := [path for path in paths if os.path.commonpath([path, root]) != root]:
         if prefix is not None:
             raise listing_error("Some videos are not below --prefix", outside, "Set --prefix to a folder above all.")
         root = os.path.commonpath([os.path.dirname(path) for path in paths])
-    splits = {k: [replace(row, path=os.path.relpath(row.path, root)) for row in rows] for k, rows in splits.items()}
-    return replace(index, splits=splits, root=root, notes=notes, warnings=warnings)
+    records = [replace(record, path=os.path.relpath(record.path, root)) for record in records]
+    return replace(index, records=records, root=root)
 
 
 def _find_files(rows: Sequence[Record], folder: str, classes: Sequence[str]) -> list[Record | None]:
@@ -54,26 +59,30 @@ def _find_files(rows: Sequence[Record], folder: str, classes: Sequence[str]) -> 
     Files of rows with segments may be trimmed to them, NAME_000010_000020 as in Kinetics: then samples are whole videos. They
     may be in any folder below, if their row names none.
     """
-    names: dict[str, list[str]] = {}  # -> paths of the videos of that name
+    names: dict[str, list[str]] = defaultdict(list)  # -> paths of the videos of that name
     if any(row.segment and os.path.dirname(row.path) == folder for row in rows):
         for parent, _, files in os.walk(folder):
             for file in files:
-                if drop_suffix(file) != file:
-                    names.setdefault(drop_suffix(file), []).append(os.path.join(parent, file))
+                names[drop_suffix(file)].append(os.path.join(parent, file))
 
-    def find(row: Record, path: str) -> str | None:
+    def find(path: str, label: str) -> str | None:
+        if found := _on_disk(path):
+            return found
         paths = names.get(os.path.basename(drop_suffix(path)), []) if os.path.dirname(path) == folder else []
         if len(paths) > 1:  # the same name in several classes
-            label = classes[int(row.label)].replace(" ", "_")
-            paths = [path for path in paths if label in path.replace(" ", "_").split("/")]
-        return _on_disk(path) or (paths[0] if len(paths) == 1 else None)
+            paths = [path for path in paths if label.replace(" ", "_") in path.replace(" ", "_").split("/")]
+        return paths[0] if len(paths) == 1 else None
 
     def find_trimmed(row: Record) -> Record | None:
-        file = row.segment and find(row, "{}_{:06.0f}_{:06.0f}".format(drop_suffix(row.path), *row.segment))
+        if row.segment is None:
+            return None
+        start, end = row.segment
+        file = find(f"{drop_suffix(row.path)}_{start:06.0f}_{end:06.0f}", classes[int(row.label)])
         return replace(row, path=file, segment=None) if file else None
 
     def find_whole(row: Record) -> Record | None:
-        return replace(row, path=file) if (file := find(row, row.path)) else None
+        file = find(row.path, classes[int(row.label)])
+        return replace(row, path=file) if file else None
 
     with ThreadPoolExecutor(16) as pool:  # threads that wait for a file server
         trimmed = list(pool.map(find_trimmed, rows))
@@ -83,10 +92,8 @@ def _find_files(rows: Sequence[Record], folder: str, classes: Sequence[str]) -> 
 def _on_disk(path: str) -> str | None:
     """Return `path` or, if it does not exist, the same name with another video suffix, or without one (frames)."""
     stem = drop_suffix(path)
-    for candidate in (path, *(stem + suffix for suffix in VIDEO_SUFFIXES)):
-        if os.path.isfile(candidate) or (candidate == path and _holds_images(candidate)):
-            return candidate
-    return stem if stem != path and _holds_images(stem) else None
+    candidates = (path, *(stem + suffix for suffix in VIDEO_SUFFIXES), stem)
+    return next((path for path in candidates if os.path.isfile(path) or _holds_images(path)), None)
 
 
 def _holds_images(folder: str) -> bool:
@@ -101,7 +108,7 @@ def find_frame_folders(index: DatasetIndex, check: bool, pattern: str | None) ->
 
     Raises UserError for folders with several series of frames, or without frames of the pattern.
     """
-    paths = dict.fromkeys(index.full(row.path) for row in index.rows())
+    paths = dict.fromkeys(index.full(record.path) for record in index.records)
     if not check:
         return [path for path in paths if drop_suffix(path) == path]
     folders, problems = list(filter(os.path.isdir, paths)), []
@@ -116,16 +123,3 @@ def find_frame_folders(index: DatasetIndex, check: bool, pattern: str | None) ->
         advice = "Select the series to use with --frame-pattern, such as --frame-pattern 'img_*.jpg'."
         raise listing_error(f"{len(problems)} of {len(folders)} frame folders cannot be used", problems, advice)
     return folders
-
-
-def check_out(out: str, source: str, index: DatasetIndex, frame_folders: list[str], results: list[str]) -> None:
-    """Raise UserError if OUT is inside the source, or a result would replace a video of the source."""
-    folders = [source] * os.path.isdir(source) + frame_folders
-    real = f"{os.path.realpath(out)}/"
-    is_inside = any(real.startswith(f"{os.path.realpath(folder)}/") for folder in folders)
-    if is_inside or {os.path.realpath(index.full(row.path)) for row in index.rows()} & set(
-        map(os.path.realpath, results)
-    ):
-        raise UserError(
-            f"OUT ({out}) must not be in the source, nor hold its videos: results would replace or join them. Change OUT."
-        )

@@ -47,12 +47,9 @@ def read_arrays(
         ("labels", labels_file, "LABELS"),
         ("segments", segments_file, "--segments"),
     ):
-        if file is None:
-            continue
-        if not os.path.isfile(file):  # a pipe would block
-            raise UserError(f"{file}: no such file. Expected a .npy file; give another {argument}.")
-        arrays[what] = load_array(file, argument)
-        check_array(what, arrays[what], file, argument, arrays["paths"].size)
+        if file is not None:
+            arrays[what] = load_array(file, argument)
+            check_array(what, arrays[what], file, argument, arrays["paths"].size)
     labels, segments = arrays.get("labels"), arrays.get("segments")
     if labels is not None and not IGNORED_LABEL <= labels.min() <= labels.max() < MAX_CLASSES:
         raise UserError(
@@ -85,22 +82,36 @@ def write_split(
             np.save(file, array, allow_pickle=False)
 
 
+def files(out: Path, index: DatasetIndex, split: str) -> dict[str, str]:
+    """Return the files of the arrays of a split: paths, labels, and segments if a sample is a part of a video."""
+    has_segments = any(record.segment for record in index.splits[split])
+    return {what: f"{out}/{split}_{what}.npy" for what in ("paths", "labels", *(["segments"] * has_segments))}
+
+
+def write_splits(out: Path, index: DatasetIndex) -> int:
+    """Write the arrays of each split. Return how many videos changed sides between train and val since the last time."""
+    old = {"train": out / "val_paths.npy", "val": out / "train_paths.npy"}  # of the other side
+    before = {split: set(read_arrays(str(file))[0]) for split, file in old.items() if file.is_file()}
+    num_moved = 0
+    for split, records in index.splits.items():
+        paths = [record.path for record in records]
+        labels = np.array([record.label for record in records])
+        write_split(out, split, paths, labels, [record.segment for record in records])
+        num_moved += len(before.get(split, set()) & set(paths))
+        names = ", ".join(os.path.basename(file) for file in files(out, index, split).values())
+        print(f"{out}/{names}: {len(records)} samples of {len(index.classes)} classes")
+    return num_moved
+
+
 def check_out_folder(out: Path, settings: Mapping[str, object]) -> None:
     """Raise UserError unless OUT is new, empty, or made with the same settings. Nothing is written."""
-    try:
-        stamp = json.loads((out / _STAMP).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        if out.is_dir() and (others := sorted(path.name for path in out.iterdir() if path.name[0] != ".")):
-            raise UserError(
-                f"OUT ({out}) holds something else ({', '.join(others[:3])}). Expected a new or empty folder, or one that this "
-                "command has made. Change OUT."
-            ) from None
+    if not out.exists() or (out.is_dir() and all(path.name.startswith(".") for path in out.iterdir())):
         return
-    except (OSError, ValueError) as error:
-        raise UserError(f"OUT ({out}) must be a folder of this command, and is not: {error}. Change OUT.") from error
-    if stamp != settings:
-        stamp = stamp if isinstance(stamp, dict) else {}
-        keys = sorted(key for key in {**stamp, **settings} if stamp.get(key) != settings.get(key))
+    try:
+        stamp = dict(json.loads((out / _STAMP).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"OUT ({out}) must be new, empty, or made by this command: {error}. Change OUT.") from error
+    if keys := sorted(key for key in {**stamp, **settings} if stamp.get(key) != settings.get(key)):
         raise UserError(
             f"OUT ({out}) was made with other settings ({', '.join(keys)}; see {out / _STAMP}). Pass the same, change OUT, or "
             "delete it."
@@ -114,7 +125,7 @@ def write_stamp(out: Path, settings: Mapping[str, object], classes: Sequence[str
     write_atomically(out / "class_names.txt", "".join(f"{name}\n" for name in classes))
 
 
-def write_failed(out: Path, index: DatasetIndex, failed: Mapping[str, str]) -> None:
+def write_failed(out: Path, failed: Mapping[str, str]) -> None:
     """Write one row per omitted video, path -> reason; remove the file if there is none."""
     if not failed:
         (out / _FAILED).unlink(missing_ok=True)
@@ -122,18 +133,19 @@ def write_failed(out: Path, index: DatasetIndex, failed: Mapping[str, str]) -> N
     table = io.StringIO()
     rows = csv.writer(table, lineterminator="\n")
     rows.writerow(("path", "reason"))
-    rows.writerows((printable(index.full(path)), printable(reason)) for path, reason in sorted(failed.items()))
+    rows.writerows((printable(path), printable(reason)) for path, reason in sorted(failed.items()))
     write_atomically(out / _FAILED, table.getvalue())
 
 
 def format_entry(name: str, entry: Mapping[str, Any]) -> str:
     """Return the entry of a dataset in YAML. Raises UserError for text that a configuration cannot hold as it is."""
     text = yaml.safe_dump({name: entry}, sort_keys=False, default_flow_style=None, width=10**6, allow_unicode=True)
-    if "${" in text or not text.startswith(f"{name}:"):
+    if not re.match(r"[A-Za-z_]\w*:", text):  # YAML quotes names such as "on"
         raise UserError(
-            f'--name and the paths must hold no "${{", which a configuration reads as a reference, and --name must be a word '
-            f"in YAML; got {name}: {entry}. Rename them."
+            f"--name must be letters, digits and _, and no word of YAML, as it becomes a setting; got {name!r}."
         )
+    if "${" in text:
+        raise UserError(f'Paths must hold no "${{", which a configuration reads as a reference; got {text}')
     return text
 
 
@@ -143,6 +155,8 @@ def updated_catalog(file: Path, name: str, entry: Mapping[str, Any]) -> str:
     Other entries and comments stay. Raises UserError for a file that is no catalog.
     """
     try:
+        if file.suffix != ".yaml" or not file.absolute().parent.is_dir():
+            raise ValueError("it must end in .yaml and be in an existing folder")
         text = file.read_text(encoding="utf-8") if file.exists() else ""
         if text.strip() and not text.startswith(_HEADER):
             raise ValueError(f"it must begin with the line {_HEADER!r}")

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain
@@ -50,7 +51,7 @@ class TranscodeJob:
 
 
 def destinations(paths: Iterable[str], config: TranscodeConfig) -> dict[str, str]:
-    """Return the path of each result below OUT; a suffix stays in the name where it is the only difference."""
+    """Return the path of each result below the folder of all; a suffix stays where it is the only difference."""
     unique, ending = sorted(set(paths)), ".mp4" if config.frames_fps is None else ""
     stems = Counter(os.path.splitext(path)[0] for path in unique)
     folders = {str(folder) for path in unique for folder in Path(path).parents}
@@ -58,25 +59,25 @@ def destinations(paths: Iterable[str], config: TranscodeConfig) -> dict[str, str
     for path in unique:
         stem, suffix = os.path.splitext(path)
         name = stem if stems[stem] == 1 and stem not in folders else f"{stem}_{suffix[1:]}"
-        result[path] = f"{config.folder}/{name}{ending}"
+        result[path] = f"{name}{ending}"
     return result
 
 
 def transcode_all(
-    root: str, out: Path, results: Mapping[str, str], config: TranscodeConfig, workers: int | None
+    root: str, folder: Path, results: Mapping[str, str], config: TranscodeConfig, workers: int | None
 ) -> tuple[dict[str, str], int]:
-    """Transcode the videos that are missing. results: path below `root` -> path below `out`.
+    """Transcode the videos that are missing. results: path below `root` -> path below `folder`.
 
     Returns the reasons for failures by path, and how many results existed. Raises UserError if a result cannot be written.
     """
-    missing = [path for path, result in results.items() if not (out / result).exists()]
-    jobs = [TranscodeJob(os.path.join(root, path), str(out / results[path]), config) for path in missing]
+    missing = [path for path, result in results.items() if not (folder / result).exists()]
+    jobs = [TranscodeJob(os.path.join(root, path), str(folder / results[path]), config) for path in missing]
     work = run_in_processes(transcode, jobs, workers)
     try:
         reasons = dict(zip(missing, track(work, len(jobs), "prepare"), strict=True))
     finally:
         work.close()  # ends its processes
-        remove_stale_tmp(out)
+        remove_stale_tmp(folder)
     return {path: str(reason) for path, reason in reasons.items() if reason}, len(results) - len(missing)
 
 
@@ -113,10 +114,26 @@ def transcode(job: TranscodeJob) -> str | None:
 def remove_stale_tmp(folder: Path) -> None:
     """Remove unfinished files of killed processes, at any depth. Only for the folder's one writer."""
     for leftover in list(folder.rglob(f".*{TEMPORARY_SUFFIX}")):
-        if leftover.is_dir():
-            shutil.rmtree(leftover)
-        else:
-            leftover.unlink(missing_ok=True)
+        _remove(leftover)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _replace(path: Path) -> Iterator[Path]:
+    """Give the name of a file or folder to make, which becomes `path` when the block ends without an error."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    _remove(temporary)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        _remove(temporary)
 
 
 def target_size(width: int, height: int, short_side: int | None, even: bool) -> tuple[int, int]:
@@ -172,25 +189,19 @@ def _write_video(path: Path, frames: Frames, tick: Fraction, fps: Fraction, end:
             times.append(time * tick)
             yield time, image
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.video{TEMPORARY_SUFFIX}")
-    try:
+    with _replace(path) as temporary:
         write_timed_video(
             temporary, recorded(), tick, fps=fps, end=end, gop=config.gop, crf=config.crf, quick_to_read=True
         )
         with open_video(str(temporary)) as video:
             if [time * video.time_base for time in video.times()] != times:
                 raise VideoDecodeError("the times of its frames cannot be kept in an mp4")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _write_frames(path: Path, frames: Frames, tick: Fraction, duration: Fraction, fps: Fraction) -> None:
     """Write the frame on screen at k / fps seconds (k = 0, 1, ...) as 00001.jpg, ... to the folder `path`."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
+    with _replace(path) as temporary:
+        temporary.mkdir()
         count, current = 0, None
         for time, image in chain(frames, [(None, None)]):
             end = duration if time is None else time * tick
@@ -200,6 +211,3 @@ def _write_frames(path: Path, frames: Frames, tick: Fraction, duration: Fraction
             current = None if image is None else Image.fromarray(image)  # a copy: the decoder reuses its memory
         if count == 0:
             raise VideoDecodeError("no frame could be decoded")
-        os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
