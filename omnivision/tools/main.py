@@ -45,6 +45,7 @@ app = App(
     result_action="return_value",
     exit_on_error=False,
     print_error=False,
+    suppress_keyboard_interrupt=False,
 )
 for _name, _target in COMMANDS.items():
     app.command(f"omnivision.tools.{_target}", name=_name)
