@@ -29,7 +29,7 @@ from omnivision.tools.prepare import index as indexing
 from omnivision.tools.prepare import output
 from omnivision.tools.prepare.folders import read_class_folders
 from omnivision.tools.prepare.index import SPLITS, DatasetIndex, warn
-from omnivision.tools.prepare.lists import parse_columns, read_csv_lists
+from omnivision.tools.prepare.lists import read_csv_lists
 from omnivision.tools.prepare.locate import find_frame_folders, locate_videos
 from omnivision.tools.prepare.published import READERS
 from omnivision.tools.prepare.transcode import TranscodeConfig, destinations, transcode_all
@@ -213,9 +213,8 @@ def _read_source(source: Path, read: SourceSettings) -> DatasetIndex:
         raise UserError(f"SOURCE must be the folder of the lists --train, --val and --test; got {source}.")
     splits = None if read.splits is None else indexing.parse_splits(read.splits)
     if kind == "csv":
-        columns = None if read.columns is None else parse_columns(read.columns)
         root = source if lists else source.parent
-        return read_csv_lists(lists or {None: str(source)}, str(root), columns, splits)
+        return read_csv_lists(lists or {None: str(source)}, str(root), read.columns, splits)
     if kind == "folders":
         return read_class_folders(str(source), splits)
     return READERS[kind][1](source, read.fold)

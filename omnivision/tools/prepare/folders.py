@@ -33,7 +33,7 @@ class _Tree:
 
     clips: dict[Path, bool] = field(default_factory=dict)  # -> whether it is a frame folder
     folders: list[Path] = field(default_factory=list)
-    others: list[Path] = field(default_factory=list)  # files that are neither videos nor frames
+    others: list[str] = field(default_factory=list)  # files that are neither videos nor frames
 
 
 def read_class_folders(source: str, chosen: Mapping[str, str] | None = None) -> DatasetIndex:
@@ -68,12 +68,12 @@ def read_class_folders(source: str, chosen: Mapping[str, str] | None = None) -> 
         )
     for name, split in splits.items():
         print(f"{source}: {name} is the {split} split.")
-    for what, names in (
-        ("clips are not in the folder of a class and split", outside),
-        ("files are neither videos nor frames", ["/".join(path) for path in tree.others]),
-    ):
-        if names:
-            print(f"{source}: {len(names)} {what} ({shorten(names, 3)}); skipped.")
+    if outside:
+        print(
+            f"{source}: {len(outside)} clips are not in the folder of a class and split: {shorten(outside, 3)}; skipped."
+        )
+    if tree.others:
+        print(f"{source}: {len(tree.others)} files are neither videos nor frames: {shorten(tree.others, 3)}; skipped.")
     _warn_of_level(records, depth, of_class)
     classes = {path[of_class] for path in tree.folders if len(path) >= depth and (not splits or path[level] in splits)}
     return DatasetIndex(records, source, sorted(classes, key=natural))
@@ -94,7 +94,7 @@ def _scan(source: str) -> _Tree:
             if suffix in VIDEO_SUFFIXES:
                 tree.clips[(*path, name)] = False
             elif not (is_frame_folder and suffix in IMAGE_SUFFIXES):
-                tree.others.append((*path, name))
+                tree.others.append("/".join((*path, name)))
         for name in folders:
             target = os.path.realpath(os.path.join(folder, name))
             if f"{os.path.realpath(folder)}/".startswith(f"{target}/"):

@@ -66,30 +66,17 @@ class _Table:
         )
 
 
-def parse_columns(text: str) -> dict[str, str]:
-    """Parse "path=NAME,label=NAME,..." to role -> column."""
-    items = [item.partition("=")[::2] for item in text.split(",")]
-    columns = dict(items)
-    is_known = {"path", "label"} <= columns.keys() <= set(_ROLES) and len(columns) == len(items)
-    if not is_known or ("start" in columns) != ("end" in columns):
-        raise UserError(
-            "--columns must be path=NAME,label=NAME and perhaps split=NAME or start=NAME,end=NAME (seconds), each once, where "
-            f"NAME is a column's name or number; got {text!r}."
-        )
-    return columns
-
-
 def read_csv_lists(
     files: Mapping[str | None, str],
     root: str,
-    columns: Mapping[str, str] | None = None,
+    columns: str | None = None,
     chosen: Mapping[str, str] | None = None,
 ) -> DatasetIndex:
     """Read CSV files. files: split -> file; that of None is divided by its column of splits, or is train.
 
-    columns: role -> name or number of its column, None: by their names. chosen: value in the column of splits -> split,
-    empty: there is none, None: by their names. Raises UserError that names the file and the number of each invalid row, and
-    for columns that select a part of a video or of the rows in an unsupported way.
+    columns: ROLE=COLUMN,... by name or number, None: by their names. chosen: value in the column of splits -> split; empty:
+    there is none, None: by their names. Raises UserError that names the file and the number of each invalid row, and for
+    columns that select a part of a video or of the rows in an unsupported way.
     """
     records: list[Record] = []
     for own, file in files.items():
@@ -107,7 +94,7 @@ def read_csv_lists(
     return DatasetIndex(records, root)
 
 
-def _read(file: Path, columns: Mapping[str, str] | None) -> _Table:
+def _read(file: Path, columns: str | None) -> _Table:
     """Return the table. Rows are numbered from 1, like lines; empty ones are left out."""
     try:
         if not file.is_file():  # a pipe would block
@@ -119,7 +106,8 @@ def _read(file: Path, columns: Mapping[str, str] | None) -> _Table:
         rows = [(number, row) for number, row in cells if any(row)]
         first = rows[0][1] if rows else []
         has_header = len(first) > 1 and any(_plain(name) in _PATHS for name in first)
-        has_header = has_header or bool(columns and set(columns.values()) <= set(first))
+        if columns:
+            has_header |= all(item.partition("=")[2] in first for item in columns.split(","))
         if len(rows) <= has_header:
             raise ValueError("it has no rows")
     except (OSError, ValueError, csv.Error) as error:  # ValueError: also text that is not UTF-8
@@ -141,13 +129,15 @@ def _delimiter(text: str) -> str:
     return ","
 
 
-def _chosen_roles(table: _Table, columns: Mapping[str, str]) -> dict[str, int]:
+def _chosen_roles(table: _Table, columns: str) -> dict[str, int]:
     """Return the column of each role that --columns gives."""
+    items = [item.partition("=")[::2] for item in columns.split(",")]
     numbers = {str(number): number - 1 for number in range(1, len(table.names) + 1)}
     unique = {name: column for column, name in enumerate(table.names) if table.names.count(name) == 1}
-    roles = {role: unique.get(name, numbers.get(name, -1)) for role, name in columns.items()}
-    if -1 in roles.values() or len(set(roles.values())) < len(roles):
-        raise table.error(f"must have one column for each of --columns {shorten(map('='.join, columns.items()))}")
+    roles = {role: unique.get(name, numbers.get(name, -1)) for role, name in items}
+    is_known = {"path", "label"} <= roles.keys() <= set(_ROLES) and ("start" in roles) == ("end" in roles)
+    if not is_known or -1 in roles.values() or len(set(roles.values())) < len(items):
+        raise table.error(f"must have one column for each of --columns {columns}")
     return roles
 
 
