@@ -49,7 +49,8 @@ def pages() -> dict[Path, str]:
 
 def commands() -> str:
     """Describe `omnivision` and each of its commands."""
-    return app.generate_docs(heading_level=2).strip()
+    start, _, rest = app.generate_docs(heading_level=2).strip().partition("## Table of Contents\n")
+    return f"{start}**Commands**{rest.partition('**Commands**')[2]}"  # the list of commands has the same links
 
 
 def settings_table() -> str:

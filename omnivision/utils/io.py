@@ -108,7 +108,7 @@ class CorruptCheckpointError(UserError):
 
 def is_dense_cpu(tensor: torch.Tensor) -> bool:
     """Return whether a tensor is dense, on the CPU, and has all its values: a small file may claim a huge one."""
-    import torch  # takes a second, and most of this module does without
+    import torch  # takes a second, and most of this module does not need it
 
     dense = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
     return dense and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
@@ -142,7 +142,7 @@ def safe_load(source: Path | IO[bytes], map_location: str = "cpu") -> Any:
                 f"{name} does not load: it holds a pickled object{f' ({what[1]})' if what[1] else ''}, and unpickling may run "
                 "any code. Where it was made, save only the state dict: torch.save({'model': model.state_dict()}, FILE)."
             ) from error
-        # Other messages of torch are about itself, or advice to load the file all the same.
+        # Other messages are about torch, or advise to load the file anyway.
         informative = reason and isinstance(error, (RuntimeError, OSError))
         cause = reason.splitlines()[0] if informative else "it is no file of weights"
         raise CorruptCheckpointError(f"{name} does not load: {cause}") from error

@@ -41,7 +41,7 @@ class StopSignal:
         self.step_seconds = 0.0
         self.save_seconds: float | None = None  # until something was saved
         self.saved_step: int | None = None  # of the newest checkpoint
-        self.phase = "starting"  # of the main thread, for whoever reports that it hangs
+        self.phase = "starting"  # of the main thread, for the report of a hang
         self._max_reserved = 0.0
         self._late = False
         self._on_signal: Literal["note", "raise", "defer", "ignore"] = "note"
