@@ -4,7 +4,6 @@ import contextlib
 import datetime
 import functools
 import importlib.metadata
-import json
 import multiprocessing
 import os
 import platform
@@ -23,7 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported
 
 import torch
 
-from omnivision.utils.io import write_atomically
+from omnivision.utils.io import write_json
 
 Side = Callable[[], object]
 Sides = Callable[[str, bool], Mapping[str, Side]]  # the sides of a kind, quick or not
@@ -101,7 +100,7 @@ class Report:
         content = {key: getattr(self, key) for key in ("name", "title", "unit", "machine", "facts")}
         content["sides"] = {side: _spread(each) | {"all": each} for side, each in self.seconds.items()}
         content["ratios"] = [asdict(ratio) | {"value": ratio.value, "reached": ratio.reached} for ratio in self.ratios]
-        write_atomically(folder / f"{self.name}.json", json.dumps(content, indent=1) + "\n")
+        write_json(folder / f"{self.name}.json", content)
         if self.draw is not None:
             from matplotlib.figure import Figure
 

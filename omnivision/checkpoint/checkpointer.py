@@ -31,7 +31,7 @@ from omnivision.utils.io import (
     sha256,
     sync_folder,
     temporary_beside,
-    write_atomically,
+    write_json,
 )
 
 FORMAT = 2  # of a run's checkpoint; other files of weights have another number or none
@@ -213,4 +213,4 @@ def _manifest(path: Path) -> Path:
 
 
 def _write_manifest(path: Path, entries: list[dict[str, Any]]) -> None:
-    write_atomically(_manifest(path), json.dumps({"format": FORMAT, "files": entries}, indent=1) + "\n")
+    write_json(_manifest(path), {"format": FORMAT, "files": entries})

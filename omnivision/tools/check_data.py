@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
 import stat
 import sys
@@ -27,7 +26,7 @@ from omnivision.tools.prepare.output import read_arrays
 from omnivision.tools.prepare.transcode import MAX_PIXELS
 from omnivision.tools.workers import WorkerCrashedError, run_in_processes, track
 from omnivision.utils.errors import EXIT_USER, UserError
-from omnivision.utils.io import sha256, write_atomically
+from omnivision.utils.io import sha256, write_json
 from omnivision.utils.streams import fit
 
 _NUM_LISTED = 20
@@ -123,7 +122,7 @@ def check_data(
         samples = [{"path": path, **dataclasses.asdict(check)} for path, check in zip(paths, checks, strict=True)]
         for sample, (start, end) in zip(samples, segments or [], strict=False):
             sample.update(start=start, end=end)
-        write_atomically(settings.json, json.dumps({"summary": summary, "samples": samples}, indent=1) + "\n")
+        write_json(settings.json, {"summary": summary, "samples": samples})
     lines = _report(paths, checks, summary)
     if labels is not None and start_at_one(labels, settings.num_classes):
         lines.append(

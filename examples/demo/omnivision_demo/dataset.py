@@ -21,7 +21,7 @@ import numpy as np
 from omnivision.data.encode import write_video
 from omnivision.tools.workers import WorkerCrashedError, run_in_processes
 from omnivision.utils.errors import UserError
-from omnivision.utils.io import replace_atomically, write_atomically
+from omnivision.utils.io import replace_atomically, write_atomically, write_json
 from omnivision_demo.render import render
 from omnivision_demo.spec import ACTIONS, DOMAINS, SPLITS, VideoSpec, video_spec
 
@@ -110,7 +110,7 @@ def _claim(folder: Path, settings: dict[str, object]) -> bool:
 
 
 def _write_stamp(folder: Path, settings: dict[str, object], complete: bool) -> None:
-    write_atomically(folder / _STAMP, json.dumps({**settings, "complete": complete}, indent=1) + "\n")
+    write_json(folder / _STAMP, {**settings, "complete": complete})
 
 
 def _write_videos(folder: Path, specs: list[VideoSpec], workers: int) -> Iterator[None]:

@@ -28,7 +28,7 @@ from omnivision.data.catalog import IGNORED_LABEL, check_array, check_segments, 
 from omnivision.data.sampling import Segment
 from omnivision.tools.prepare.index import MAX_CLASSES, DatasetIndex, printable
 from omnivision.utils.errors import UserError
-from omnivision.utils.io import replace_atomically, write_atomically
+from omnivision.utils.io import replace_atomically, write_atomically, write_json
 
 _STAMP, _FAILED = "prepare.json", "failed.csv"
 _HEADER = "# @package _global_"  # without it, Hydra puts `datasets` below `experiments`
@@ -121,7 +121,7 @@ def check_out_folder(out: Path, settings: Mapping[str, object]) -> None:
 def write_stamp(out: Path, settings: Mapping[str, object], classes: Sequence[str]) -> None:
     """Write what an interrupted command leaves: the settings and the names of the classes."""
     out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / _STAMP, json.dumps(settings, indent=1) + "\n")
+    write_json(out / _STAMP, settings)
     write_atomically(out / "class_names.txt", "".join(f"{name}\n" for name in classes))
 
 
