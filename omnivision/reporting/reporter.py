@@ -18,10 +18,9 @@ from omnivision.reporting.logs import MetricsLog
 from omnivision.reporting.predictions import Predictions, confusion_image, write_predictions
 from omnivision.reporting.run_directory import RunDir
 from omnivision.tasks.base import Visualization
-from omnivision.utils.streams import wrap
+from omnivision.utils.streams import print_text
 
 LOG = logging.getLogger("omnivision")
-NO_BREAK = "\0"  # a space at which no line is broken
 MAX_DATA_WAIT = 0.3  # share of the time
 MIN_LOG_LINES = 5  # before a warning: the first batches are always late
 REPEAT_SECONDS = 1800.0
@@ -66,9 +65,8 @@ class Reporter:
     def info(self, text: str) -> None:
         """Print a text and log it."""
         if self.enabled:
-            LOG.info(text.replace(NO_BREAK, " "))
-            wrapped = wrap(text, self.console.width) if self.console.is_terminal else text
-            self.console.print(wrapped.replace(NO_BREAK, " "), highlight=False, soft_wrap=True, markup=False)
+            LOG.info(text)
+            print_text(text, self.console)
 
     def step(self, epoch: int, epochs: int, step: int, metrics: dict[str, float]) -> None:
         """Log the metrics of a training step."""
@@ -86,7 +84,7 @@ class Reporter:
             self._metrics.write("epoch", phase, epoch, step, **metrics)
             numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
             self._scalars(f"{phase}_epoch", numbers, step)
-            text = "  ".join(f"{name}{NO_BREAK}{value:.4g}" for name, value in numbers.items())
+            text = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
             self.info(f"{f'epoch {epoch + 1} ' if step else ''}{phase}: {text}")  # at step 0 weights are of another run
 
     def visualization(self, name: str, what: Visualization, step: int) -> None:

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import os
 import stat
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from omnivision.tools.prepare.transcode import MAX_PIXELS
 from omnivision.tools.workers import WorkerCrashedError, run_in_processes, track
 from omnivision.utils.errors import EXIT_USER, UserError
 from omnivision.utils.io import sha256, write_json
-from omnivision.utils.streams import fit
+from omnivision.utils.streams import print_text
 
 _NUM_LISTED = 20
 _CLIP_SECONDS, _CLIP_FRAMES = 2.7, 16
@@ -130,7 +129,7 @@ def check_data(
             f"{shift_command(str(labels_file))}"
         )
     for line in lines:
-        print(fit(printable(line), sys.stdout))
+        print_text(printable(line))
     return 0 if summary["bad"] == 0 and not summary.get("labels", {}).get("out_of_range") else EXIT_USER
 
 

@@ -18,7 +18,7 @@ from omnivision.launch.slurm_jobs import run_status
 from omnivision.reporting.run_directory import RunDir
 from omnivision.tools.arguments import Flag
 from omnivision.utils.errors import UserError
-from omnivision.utils.streams import fit
+from omnivision.utils.streams import print_text
 
 MAX_WIDTH = 10_000
 TOP1_COLUMNS = ("run", "trunk", "starts from", "data", "epochs", "minutes", "top-1 %", "chance %")
@@ -52,10 +52,10 @@ def runs(folder: Annotated[Path, Parameter(name="DIR")], /, *, top1: Flag = Fals
         columns.remove(left_out[-1])
     console.print(table)
     if left_out:
-        print(fit(f"No room for: {', '.join(left_out)}. A wider window or a pipe (| cat) shows them.", sys.stdout))
+        print_text(f"No room for: {', '.join(left_out)}. A wider window or a pipe (| cat) shows them.")
     for each in summaries:
         if reason := end_reason(each):
-            print(fit(f"{each['name']}: {each['status']}: {reason}", sys.stdout))
+            print_text(f"{each['name']}: {each['status']}: {reason}")
     return 0
 
 

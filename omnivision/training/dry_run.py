@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import math
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -32,7 +31,7 @@ from omnivision.training.trainer import Trainer
 from omnivision.utils.errors import EXIT_USER
 from omnivision.utils.io import LATEST, replace_atomically
 from omnivision.utils.signals import StopSignal
-from omnivision.utils.streams import fit, plural
+from omnivision.utils.streams import plural, print_text
 
 MAX_LEGEND = 8  # entries for the curves of one option
 
@@ -59,7 +58,7 @@ def dry_run(settings: Settings, config_text: str, *checks: Callable[[Settings], 
         print("\n- ".join(["This run would stop before its first step:", *dict.fromkeys(problems)]), end="\n\n")
     for warning in cautions:
         print(f"warning: {warning}")
-    print(fit("\n".join(lines), sys.stdout))
+    print_text("\n".join(lines))
     return EXIT_USER if problems else 0
 
 

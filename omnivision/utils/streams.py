@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
-import shutil
 import sys
-import textwrap
 from typing import Any, TextIO
 
 
@@ -66,21 +63,16 @@ def announce(text: str) -> None:
         print(f"{text} ...", file=sys.stderr, flush=True)
 
 
-def fit(text: str, stream: TextIO) -> str:
-    """Wrap a text for a stream that is a terminal; elsewhere lines stay whole, for `grep`."""
-    return wrap(text, shutil.get_terminal_size().columns) if stream.isatty() else text
+def print_text(text: str, console: Any = None) -> None:
+    """Print a text: wrapped at spaces on a terminal, which would break numbers; in whole lines elsewhere, for `grep`.
 
+    Args:
+        console: of rich; None: standard output.
+    """
+    from rich.console import Console
 
-def wrap(text: str, width: int) -> str:
-    """Wrap lines at spaces, because a terminal breaks numbers and paths. Text after a label stays in its column."""
-    lines = []
-    for line in text.splitlines():
-        label = re.match(r"\S[^:]{0,11} {2,}(?=\S)| +", line)
-        indent = " " * (len(label[0]) if label and len(label[0]) < width // 2 else 2)
-        if len(line) > width:
-            line = textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
-        lines.append(line)
-    return "\n".join(lines)
+    console = console or Console()
+    console.print(text, soft_wrap=not console.is_terminal, highlight=False, markup=False, emoji=False)
 
 
 def ignore_broken_pipe() -> None:
