@@ -141,7 +141,7 @@ class Figures(unittest.TestCase):
         runs[0].lines = runs[0].lines[:1]
         self.assertFalse(figures.curves(runs[:1], ("step", "train", "loss"), "loss", runs), "one value is no curve")
         drawn = figures.curves(runs[1:2], ("step", "train", "loss"), "loss", runs)
-        self.assertEqual([colour in drawn for colour in figures.COLOURS[:3]], [False, True, False])
+        self.assertEqual([colour in drawn for colour in figures.COLORS[:3]], [False, True, False])
 
 
 class PaperTable(unittest.TestCase):

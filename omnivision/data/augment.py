@@ -185,7 +185,7 @@ def _move(
     translate: tuple[float, float] = (0.0, 0.0),
     shear: tuple[float, float] = (0.0, 0.0),
 ) -> Tensor:
-    """Rotate about the centre, move by pixels, or shear about the upper left corner; bilinear; what moves in is grey."""
+    """Rotate about the center, move by pixels, or shear about the upper left corner; bilinear; what moves in is grey."""
     from torchvision.transforms.v2 import InterpolationMode
 
     return _kernels().affine(

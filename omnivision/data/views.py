@@ -63,7 +63,7 @@ class FinetuneView(PretrainView):
 
 @dataclass(frozen=True)
 class EvalView:
-    """Short side to `size`, then crops along the long side: the centre (`crops` 1), or both ends and the centre (3)."""
+    """Short side to `size`, then crops along the long side: the center (`crops` 1), or both ends and the center (3)."""
 
     size: Pixels
     crops: Literal[1, 3] = 1
@@ -83,7 +83,7 @@ View = PretrainView | FinetuneView | EvalView
 
 
 def crop_offsets(height: int, width: int, size: int, crops: int) -> list[tuple[int, int]]:
-    """Return (top, left) of 1 (centre) or 3 crops of size x size (left, centre, right; of a tall frame top, middle, bottom)."""
+    """Return (top, left) of 1 (center) or 3 crops of size x size (left, center, right; of a tall frame top, middle, bottom)."""
     top, left = math.ceil((height - size) / 2), math.ceil((width - size) / 2)
     if crops == 1:
         return [(top, left)]
@@ -93,7 +93,7 @@ def crop_offsets(height: int, width: int, size: int, crops: int) -> list[tuple[i
 
 
 def resize(frames: Tensor, height: int, width: int) -> Tensor:
-    """Resize bilinearly, half-pixel centres, no antialias, as the published transforms; an unchanged size costs nothing."""
+    """Resize bilinearly, half-pixel centers, no antialias, as the published transforms; an unchanged size costs nothing."""
     if frames.shape[-2:] == (height, width):
         return frames
     return F.interpolate(frames, (height, width), mode="bilinear", align_corners=False)
@@ -110,7 +110,7 @@ def resize_short_side(frames: Tensor, side: int) -> Tensor:
 def random_crop_box(
     height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
 ) -> Box:
-    """Draw a box of random area and aspect inside height x width; after ten misses the largest allowed one in the centre.
+    """Draw a box of random area and aspect inside height x width; after ten misses the largest allowed one in the center.
 
     The rule of torchvision's RandomResizedCrop (Szegedy et al. 2015), with keyed random numbers.
     """

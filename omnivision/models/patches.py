@@ -78,7 +78,7 @@ def image_positions(table: Tensor, grid: Triple, height: int, width: int) -> Ten
     """Return the positions for one image of `height` x `width` tokens: (1, height * width, D).
 
     They are those of time slot 0 of the video table (1, N, D) over `grid`; another size is interpolated bicubically
-    (half-pixel centres, no antialias), the published rule for images in a video model.
+    (half-pixel centers, no antialias), the published rule for images in a video model.
     """
     slot = table[:, : grid[1] * grid[2]]
     if (height, width) == grid[1:]:

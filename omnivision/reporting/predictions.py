@@ -92,10 +92,10 @@ def confusion_image(predictions: Predictions, title: str) -> Image.Image:
     if len(counts) <= MAX_NAMED_CLASSES:
         axes.set_xticks(range(len(counts)), names, rotation=90, fontsize=9, **plain)
         axes.set_yticks(range(len(counts)), names, fontsize=9, **plain)
-        centred: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 8}
+        centered: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 8}
         for row, column in np.argwhere(counts > 0):
             ink = "white" if shares[row, column] > 0.55 else "black"
-            axes.text(column, row, counts[row, column], color=ink, **centred)
+            axes.text(column, row, counts[row, column], color=ink, **centered)
     figure.colorbar(image, label="share of the label's videos", shrink=0.8)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())

@@ -1,4 +1,4 @@
-"""Model FLOPs utilisation (MFU; Chowdhery et al., PaLM, 2022, appendix B).
+"""Model FLOPs utilization (MFU; Chowdhery et al., PaLM, 2022, appendix B).
 
 Operations of a clip are counted on the model that is trained, once forward and once backward, a multiply-add as two. What
 is done twice (activation checkpointing) or for nobody (padding) does not count.

@@ -251,7 +251,7 @@ def _capsules(start: Array, end: Array, radius: Array) -> Array:
     along = end - start
     heading = np.arctan2(along[..., 1], along[..., 0])[..., None]  # (T, N, 1)
     halves = []
-    for centre, size, turn in ((end, radius[:, 1], 0.0), (start, radius[:, 0], np.pi)):
+    for center, size, turn in ((end, radius[:, 1], 0.0), (start, radius[:, 0], np.pi)):
         arc = heading + turn + _ARC
-        halves.append(centre[:, :, None] + size[:, None, None] * np.stack([np.cos(arc), np.sin(arc)], axis=-1))
+        halves.append(center[:, :, None] + size[:, None, None] * np.stack([np.cos(arc), np.sin(arc)], axis=-1))
     return np.concatenate(halves, axis=2)

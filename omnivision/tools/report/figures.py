@@ -25,7 +25,7 @@ from omnivision.data.views import resize_short_side
 from omnivision.reporting.predictions import Predictions
 from omnivision.tools.report.collect import Run
 
-COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#999999")  # for the color-blind, too
+COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#999999")  # for the color-blind, too
 SHADES = [[0, "rgba(68, 119, 170, 0)"], [1, "rgba(68, 119, 170, 1)"]]  # on a light page and on a dark one
 DASHES = ("solid", "dash", "dot", "dashdot")
 MAX_COUNTS = 20  # classes of a matrix with numbers in its cells
@@ -41,7 +41,7 @@ def curves(runs: Sequence[Run], curve: tuple[str, str, str], label: str, all_run
     for run in runs:
         if points := run.curve(*curve):
             place = all_runs.index(run)
-            line = {"color": COLOURS[place % len(COLOURS)], "dash": DASHES[place // len(COLOURS) % len(DASHES)]}
+            line = {"color": COLORS[place % len(COLORS)], "dash": DASHES[place // len(COLORS) % len(DASHES)]}
             x, y = zip(*points, strict=True)
             mode = "lines+markers" if len(points) < 60 else "lines"
             figure.add_scatter(x=x, y=y, name=html.escape(run.name), mode=mode, line=line, marker={"size": 5})
@@ -79,7 +79,7 @@ def class_accuracy(predictions: Predictions) -> Markup:
         graph.Bar(
             x=accuracy[order], y=[html.escape(predictions.class_names[label]) for label in order], orientation="h",
             text=[f"{right[label]} of {counts[label]}" for label in order], textposition="outside",
-            marker={"color": COLOURS[0]}, hovertemplate="%{y}: %{x:.1f} % (%{text})<extra></extra>",
+            marker={"color": COLORS[0]}, hovertemplate="%{y}: %{x:.1f} % (%{text})<extra></extra>",
         )
     )  # fmt: skip
     figure.update_layout(xaxis_title="accuracy, %", height=120 + 18 * len(order))
