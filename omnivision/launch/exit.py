@@ -124,13 +124,13 @@ class ExitHandler:
                     self.unlock()
 
     def begin(self) -> None:
-        """Make the summary be about this run, and watch the other ranks."""
+        """From here on the summary is about this run, and other ranks are watched."""
         self.begun = self.rank == 0
         if self.peers is not None:
             self.peers.start()
 
     def handle(self, error: BaseException) -> int:
-        """Report, in the main thread, why the process ends; returns the exit code."""
+        """In the main thread, report why the process ends; returns the exit code."""
         self._watchdog.exiting = True
         if not self._ending.acquire(blocking=False):
             threading.Event().wait()  # a watching thread is about to end this process
@@ -158,7 +158,7 @@ class ExitHandler:
         return self.job_log is not None and self.rank == 0 and (self.locked or self.job_log.owns_summary())
 
     def abort(self, error: BaseException, at_once: bool) -> None:
-        """End the process, from a watching thread, whatever its main thread does, and write what that is.
+        """In a watching thread, end the process whatever its main thread does, and write what that is.
 
         `at_once` leaves no time to ask a scheduler for anything.
         """
