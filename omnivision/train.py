@@ -30,7 +30,7 @@ from omnivision.utils.streams import announce, ignore_broken_pipe, output_proble
 
 if TYPE_CHECKING:
     from omnivision.config.schema import Settings
-    from omnivision.launch.launcher import Job
+    from omnivision.launch.job import Job
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -62,7 +62,8 @@ def make_job(config: DictConfig, command: CommandLine) -> Job:
     """Validate a configuration: its settings and, unless it is for a dry run, its files. Raises UserError."""
     from omnivision.config.cross_validate import override_warnings
     from omnivision.config.validate import validate_config
-    from omnivision.launch.launcher import Job, apply_torchrun_env, validate_launch_mode
+    from omnivision.launch.job import Job
+    from omnivision.launch.launcher import apply_torchrun_env, validate_launch_mode
     from omnivision.training.preflight import check_run
 
     is_main = os.environ.get("RANK", "0") == "0"
@@ -82,8 +83,9 @@ def make_job(config: DictConfig, command: CommandLine) -> Job:
 def print_dry_run(job: Job) -> int:
     """Print what a run would be, and its batch script; returns 1 if it could not start."""
     from omnivision.launch import slurm
-    from omnivision.launch.launcher import run_dir_of, validate_launch_mode
-    from omnivision.launch.submit import batch_script, check_submission
+    from omnivision.launch.batch_script import batch_script
+    from omnivision.launch.launcher import validate_launch_mode
+    from omnivision.launch.submit import check_submission
     from omnivision.training.dry_run import dry_run
 
     def check_cluster(settings: Settings) -> None:
@@ -92,7 +94,7 @@ def print_dry_run(job: Job) -> int:
 
     code = dry_run(job.settings, job.config_text, validate_launch_mode, check_cluster)
     if job.settings.submitit.use_cluster:
-        print(f"\nThe batch script:\n\n{batch_script(job.settings, run_dir_of(job))}")
+        print(f"\nThe batch script:\n\n{batch_script(job.settings, job.run_dir)}")
     if problem := output_problem():
         raise UserError(problem)
     return code

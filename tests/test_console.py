@@ -212,7 +212,7 @@ class Interrupted(Folder):
             ([0, 0, EXIT_SIGINT], 3),
         ):
             with (
-                mock.patch("omnivision.launch.run.run_rank", side_effect=codes) as run,
+                mock.patch("omnivision.launch.launcher.run_rank", side_effect=codes) as run,
                 contextlib.redirect_stdout(io.StringIO()),
                 contextlib.redirect_stderr(io.StringIO()),
             ):

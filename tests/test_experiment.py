@@ -18,7 +18,7 @@ import numpy as np
 from omnivision.checkpoint import fingerprint as experiment
 from omnivision.checkpoint.fingerprint import changed_settings, differences, file_digest, flat
 from omnivision.checkpoint.inference import InferenceConfig, class_changes
-from omnivision.launch.launcher import Job
+from omnivision.launch.job import Job
 from omnivision.launch.run import write_run_metadata
 from omnivision.optim.schedules import Scaled, WarmupCosine
 from omnivision.reporting.run_directory import RunDir

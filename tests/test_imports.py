@@ -18,10 +18,10 @@ ALLOWED = {
             "config.messages",
             "config.validate",
             "launch.launcher",
-            "launch.submit",
+            "launch.slurm_task",
         )
     },
-    "submitit": {"omnivision.launch.submit"},
+    "submitit": {"omnivision.launch.slurm"},
     "av": {"omnivision.data.video", "omnivision.data.encode"},
     "yaml": {
         "omnivision.config.compose",

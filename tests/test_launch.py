@@ -173,15 +173,14 @@ class Ends(unittest.TestCase):
                 found, reason = wait_for_processes(self.ended(codes))
                 self.assertEqual(found, code)
                 self.assertIn(words, reason)
-                processes, folder = iter(self.ended(codes)), mock.Mock(logs=Path("/nowhere"))
+                processes, job = iter(self.ended(codes)), mock.Mock(**{"run_dir.logs": Path("/nowhere")})
                 context = mock.Mock(Process=lambda processes=processes, **_: next(processes))
                 received = mock.patch.object(
                     launcher, "forward_signals", lambda _: contextlib.nullcontext([signal.SIGTERM])
                 )
                 with received, mock.patch("multiprocessing.get_context", return_value=context):
-                    with mock.patch.object(launcher, "run_dir_of", return_value=folder):
-                        self.assertEqual(launcher.run_local_processes(mock.Mock(), 2), after_sigterm)
-                noted = [call.kwargs["interrupted"] for call in folder.note_silent_end.call_args_list]
+                    self.assertEqual(launcher.run_local_processes(job, 2), after_sigterm)
+                noted = [call.kwargs["interrupted"] for call in job.run_dir.note_silent_end.call_args_list]
                 self.assertEqual(noted, [after_sigterm == 143] if after_sigterm > 1 else [])
 
     def test_a_data_worker_whose_run_was_killed_while_it_began_ends(self):

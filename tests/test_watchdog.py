@@ -10,11 +10,15 @@ import tempfile
 import threading
 import time
 import unittest
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
+import torch
+import torch.distributed as dist
+
 from omnivision.launch.exit import ExitHandler
-from omnivision.launch.watchdog import PeerMonitor, Watchdog
+from omnivision.launch.watchdog import PeerMonitor, Watchdog, as_peer_lost
 from omnivision.reporting.run_directory import RunDir
 from omnivision.utils.errors import PeerLostError, StopRequested
 from omnivision.utils.signals import StopSignal
@@ -23,33 +27,31 @@ from omnivision.utils.signals import StopSignal
 class Requests(unittest.TestCase):
     """The thread alone; `abort` notes what it was called with."""
 
-    def aborts(self, *signals: int, seconds: float, grace: float = 60.0, exiting: bool = False) -> list:
+    def aborts(self, *signals: int, seconds: float, grace: float = 60.0) -> list:
         stop, calls = StopSignal(), []
         stop.save_seconds = 0.0
         stop.set_phase("saving", 7)
         with stop.handle_signals():
-            watchdog = Watchdog(stop, lambda *given: calls.append(given), grace)
+            watchdog = Watchdog(stop, calls.append, grace)
             with watchdog.watching():
                 for number in signals:
                     os.kill(os.getpid(), number)
                     time.sleep(1.1)
-                watchdog.exiting = exiting
                 time.sleep(seconds)
         return calls
 
     def test_a_process_is_aborted_after_its_grace(self):
         with mock.patch("omnivision.utils.signals.LEAVE_SECONDS", 0.5):
             self.assertEqual(self.aborts(signal.SIGTERM, seconds=0, grace=3), [])
-            self.assertEqual(self.aborts(signal.SIGTERM, seconds=2, grace=2, exiting=True), [], "it is ending")
-            (error, at_once), *_ = self.aborts(signal.SIGUSR2, seconds=1, grace=1.5)
+            error, *_ = self.aborts(signal.SIGUSR2, seconds=1, grace=1.5)
         self.assertIsInstance(error, StopRequested)
-        self.assertEqual((error.cause, at_once), ("SIGUSR2", False))
+        self.assertEqual(error.cause, "SIGUSR2")
         self.assertRegex(error.__notes__[0], "saving, after step 7")
 
     def test_a_second_sigterm_leaves_it_a_few_seconds(self):
         with mock.patch("omnivision.launch.watchdog.SECOND_REQUEST_SECONDS", 0.5):
-            (error, at_once), *_ = self.aborts(signal.SIGTERM, signal.SIGTERM, seconds=0.5, exiting=True)
-            self.assertEqual((error.cause, at_once), ("SIGTERM", True))
+            error, *_ = self.aborts(signal.SIGTERM, signal.SIGTERM, seconds=0.5)
+            self.assertEqual(error.cause, "SIGTERM")
             for signals in (
                 (signal.SIGUSR2, signal.SIGTERM),
                 (signal.SIGUSR2, signal.SIGUSR2),
@@ -71,7 +73,7 @@ class Heartbeats(unittest.TestCase):
     def peers(self, rank: int, world: int = 3, timeout: float = 40.0, calls: list | None = None) -> PeerMonitor:
         stop = StopSignal()
         stop.set_phase("in a step", 12)
-        return PeerMonitor(self.folder, rank, world, stop, timeout, lambda error, _: (calls or []).append(error))
+        return PeerMonitor(self.folder, rank, world, stop, timeout, (calls or []).append)
 
     def test_silent_peers_and_those_that_are_gone(self):
         others = [self.peers(rank) for rank in (1, 2)]
@@ -95,6 +97,30 @@ class Heartbeats(unittest.TestCase):
         for damage in ("", "[1]", "{"):
             file.write_text(damage)
             self.assertRegex(str(main.find_dead_peers()), "^process 2 ")
+
+    def test_errors_that_other_ranks_cause(self):
+        """Gloo's error comes out of the backward pass, as an error of the model may: the heartbeats decide."""
+
+        def raised(action: Callable) -> BaseException:
+            with self.assertRaises(RuntimeError) as caught:
+                action()
+            return caught.exception
+
+        other, main = self.peers(1, timeout=2.0), self.peers(0, world=2, timeout=2.0)
+        backward, model = raised(torch.ones(1).backward), raised(lambda: torch.ones(1) @ torch.ones(2))
+        collective = dist.DistNetworkError("refused")
+        main.start()
+        for error, peers, lost in (
+            (backward, None, False), (backward, main, False), (model, main, False), (ValueError("gloo"), main, False),
+            (collective, None, True), (collective, main, True), (RuntimeError("CUDA out of memory"), main, False),
+        ):  # fmt: skip
+            found = as_peer_lost(error, peers)
+            self.assertEqual(isinstance(found, PeerLostError), lost, error)
+            self.assertIs(found.__cause__ if lost else found, error)
+        other.end()
+        for error in (backward, model):
+            self.assertRegex(str(as_peer_lost(error, main)), "^process 1 has left")
+        main.end()
 
     def test_a_peer_without_a_heartbeat_for_too_long_aborts(self):
         calls: list = [None]
@@ -138,7 +164,7 @@ class Heartbeats(unittest.TestCase):
             contextlib.redirect_stderr(io.StringIO()),
             contextlib.suppress(OSError),  # `os._exit` would not have come back
         ):
-            handler.abort(StopRequested("SIGTERM"), at_once=True)
+            handler.abort(StopRequested("SIGTERM"))
         exited.assert_called_once_with(143)
         run.unlock()
 

@@ -1,11 +1,14 @@
 """How a run starts and ends: one rank, several local ones, or a SLURM job."""
 
-from typing import Any
 
+def run_slurm_task(config_text: str, token: str) -> None:
+    """Run a task of a job that an earlier version submitted: its pickle has this name."""
+    import signal
+    import sys
 
-def __getattr__(name: str) -> Any:
-    if name == "run_slurm_task":  # the name that jobs of earlier versions, which may still be queued, look up
-        from omnivision.launch.submit import run_slurm_task
+    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGCONT):  # submitit's handlers swallow these
+        signal.signal(number, signal.SIG_DFL)
+    from omnivision.launch import slurm_task
 
-        return run_slurm_task
-    raise AttributeError(name)
+    if code := slurm_task.run_slurm_task(config_text, token):
+        sys.exit(code)

@@ -1,6 +1,7 @@
-# Lines of the batch script before the user's own (submitit.setup) and the tasks; omnivision_logs, omnivision_python and
+# Lines of the batch script before the user's own (submitit.setup) and the tasks; omnivision_runs, omnivision_python and
 # omnivision_checkout are set before them. The nodes must see the run directory, where the script then logs. It runs itself in a
 # second shell, which the user's lines may leave as they like: the first one writes an end that the tasks could not write.
+readonly omnivision_logs=${omnivision_runs%/*}
 readonly omnivision_job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
 readonly omnivision_from=$PWD  # what a relative name of a run directory starts from
 readonly omnivision_reached="$omnivision_logs/${omnivision_job}_setup"  # the line of submitit.setup that is run
@@ -20,7 +21,7 @@ if [ -z "$omnivision_within" ]; then
   [ -z "$why" ] || echo "$why"
   [ "$code" != 0 ] || [ -z "$why" ] || code=1  # nothing was trained
   omnivision_code
-  set -- "$omnivision_logs" "$omnivision_job" "$code" ${why:+"$why"}
+  set -- "$omnivision_runs" "$omnivision_job" "$code" ${why:+"$why"}
   [ "$code" = 0 ] || ! "$omnivision_python" -m omnivision.launch.slurm_jobs ended "$@" || code=0
   exit "$code"
 fi

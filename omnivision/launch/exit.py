@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 from omnivision.config.schema import Settings
-from omnivision.launch.watchdog import GRACE_SECONDS, PeerMonitor, Watchdog, is_peer_lost, write_stacks
+from omnivision.launch.watchdog import GRACE_SECONDS, PeerMonitor, Watchdog, as_peer_lost, write_stacks
 from omnivision.reporting.run_directory import WAITING, RunDir, slurm_job_id, slurm_restart_count
 from omnivision.utils.errors import (
     EXIT_FAULT,
@@ -42,17 +42,18 @@ LESS_MEMORY = (
 )
 
 
-# ---- the end of each rank -----------------------------------------------------------------------------------------
+# ---- end files ----------------------------------------------------------------------------------------------------
 
 
 def write_end_file(run_dir: RunDir, rank: int, error: BaseException, reason: str) -> None:
     """Write how this rank ended, in its own file: several machines cannot append to one file over NFS."""
-    if isinstance(error, (StopRequested, KeyboardInterrupt)) or getattr(error, "on_all_ranks", False):
-        kind = "stopped"
-    elif isinstance(error, PeerLostError) and not error.gone:  # what killed one that is gone is SLURM's to tell
-        kind = "peer silent"
-    else:
-        kind = "disconnected" if is_peer_lost(error) else "failed"
+    match error:
+        case StopRequested() | KeyboardInterrupt() | UserError(on_all_ranks=True):
+            kind = "stopped"
+        case PeerLostError():  # what killed one that is gone is SLURM's to tell
+            kind = "disconnected" if error.gone else "peer silent"
+        case _:
+            kind = "failed"
     end = {"rank": rank, "pid": os.getpid(), "kind": kind, "reason": reason}
     end |= {"job": slurm_job_id(), "restarts": slurm_restart_count()}
     with contextlib.suppress(OSError):
@@ -131,37 +132,15 @@ class ExitHandler:
 
     def handle(self, error: BaseException) -> int:
         """In the main thread, report why the process ends; returns the exit code."""
-        self._watchdog.exiting = True
         if not self._ending.acquire(blocking=False):
             threading.Event().wait()  # a watching thread is about to end this process
+        error = as_peer_lost(error, self.peers)
         if self.peers is not None:
-            # A RuntimeError while another process is dead or silent is a consequence of that.
-            if isinstance(error, RuntimeError) and not is_out_of_memory(error):
-                if dead := self.peers.find_dead_peers():
-                    error = dead.with_traceback(error.__traceback__)
             self.peers.end()
-        return report_exit(
-            error, self.run_dir, self._may_write_summary(), self.rank, self.job_log, self.writes_end_file
-        )
+        return self._report(error, self._may_write_summary())
 
-    def _may_write_summary(self) -> bool:
-        """Return whether this process may write how it ends into the summary.
-
-        Before training begins, and in an evaluation, what an earlier run wrote is kept.
-        """
-        if self.locked and self.run_dir.read_summary().get("status") in (None, *WAITING):
-            return True
-        if self.validating:
-            return False
-        if self.begun:
-            return True
-        return self.job_log is not None and self.rank == 0 and (self.locked or self.job_log.owns_summary())
-
-    def abort(self, error: BaseException, at_once: bool) -> None:
-        """In a watching thread, end the process whatever its main thread does, and write what that is.
-
-        `at_once` leaves no time to ask a scheduler for anything.
-        """
+    def abort(self, error: BaseException) -> None:
+        """In a watching thread, end the process whatever its main thread does, and write what that is."""
         if not self._ending.acquire(blocking=False):
             return  # it is ending already
         code = exit_code_and_reason(error)[0]
@@ -170,9 +149,7 @@ class ExitHandler:
             write_stacks(stacks)
             error.add_note(f"what each thread was doing is in {stacks}")
             # Rank 0 reports how a run ended or, if that one is silent, whoever notices.
-            writes_summary = not self.validating and (self.locked or isinstance(error, PeerLostError))
-            job_log = None if at_once else self.job_log
-            code = report_exit(error, self.run_dir, writes_summary, self.rank, job_log, self.writes_end_file)
+            code = self._report(error, not self.validating and (self.locked or isinstance(error, PeerLostError)))
             self.unlock()
         except BaseException:  # for example a file system that does not answer
             traceback.print_exc()
@@ -182,6 +159,20 @@ class ExitHandler:
     def unlock(self) -> None:
         if self.locked:
             self.run_dir.unlock()
+
+    def _report(self, error: BaseException, writes_summary: bool) -> int:
+        return report_exit(error, self.run_dir, writes_summary, self.rank, self.job_log, self.writes_end_file)
+
+    def _may_write_summary(self) -> bool:
+        """Return whether this process may write how it ends into the summary.
+
+        Before training begins, and in an evaluation, what an earlier run wrote is kept.
+        """
+        if self.locked and self.run_dir.read_summary().get("status") in (None, *WAITING):
+            return True
+        if self.validating or self.begun or self.job_log is None:
+            return self.begun and not self.validating
+        return self.rank == 0 and (self.locked or self.job_log.owns_summary())
 
 
 def report_exit(
@@ -198,15 +189,15 @@ def report_exit(
     when one fails, and rank 0 may just have the job requeued.
     """
     code, reason = exit_code_and_reason(error)
+    stopped, lost = isinstance(error, (KeyboardInterrupt, StopRequested)), isinstance(error, PeerLostError)
     is_fault = code == EXIT_FAULT and not isinstance(error, UserError)
-    stopped = isinstance(error, (KeyboardInterrupt, StopRequested))
     LOG.log(logging.WARNING if stopped else logging.ERROR, reason, exc_info=error if is_fault else None)
     if rank == 0 or is_fault or (isinstance(error, UserError) and not error.on_all_ranks):
         if stopped:
             saved = isinstance(error, StopRequested) and error.saved_step is not None
             advice = ", and the same command continues from there" if saved else ""
             print(f"{reason}{advice}", file=sys.stderr, flush=True)
-        elif isinstance(error, PeerLostError):
+        elif lost:
             print_error(f"{reason}. The same command resumes from the last checkpoint.")
         else:
             print_error(error if is_fault else reason)
@@ -216,16 +207,19 @@ def report_exit(
         if job_log is not None and rank == 0:
             job_log.apply_exit(job_log.classify_exit(error, reason), writes_summary)
         elif job_log is None and writes_summary:
-            lost, cause = is_peer_lost(error), None
-            if lost or isinstance(error, StopRequested):
-                cause = first_failure(run_dir, rank, END_FILE_SECONDS if lost else 0.0)
+            cause = (
+                first_failure(run_dir, rank, END_FILE_SECONDS if lost else 0.0)
+                if lost or isinstance(error, StopRequested)
+                else None
+            )
             status = "failed" if cause or isinstance(error, Exception) else "interrupted"
             run_dir.write_end(status, cause or reason)
     except OSError as failure:  # a full disk must not change the exit code
         print(f"error: the reason could not be written to the run directory: {failure}", file=sys.stderr)
-    rank_0_is_silent = rank > 0 and isinstance(error, PeerLostError) and not error.gone  # rank 0 is their only peer
-    leaves_it_to_rank_0 = job_log is not None and rank > 0 and not rank_0_is_silent
-    return 0 if leaves_it_to_rank_0 and (stopped or is_peer_lost(error)) else code
+    leaves_it_to_rank_0 = stopped or (
+        isinstance(error, PeerLostError) and error.gone
+    )  # a silent rank 0 decides nothing
+    return 0 if job_log is not None and rank > 0 and leaves_it_to_rank_0 else code
 
 
 def unwrap_keyboard_interrupt(error: BaseException) -> BaseException:

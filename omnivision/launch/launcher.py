@@ -10,12 +10,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from omnivision.config.schema import Settings
+from omnivision.distributed.process_group import RankInfo
 from omnivision.launch import slurm
-from omnivision.reporting.run_directory import RunDir
+from omnivision.launch.exit import exit_code_and_reason, first_failure
+from omnivision.launch.job import Job
+from omnivision.launch.run import run_rank
+from omnivision.launch.submit import submit
 from omnivision.utils.errors import (
     EXIT_FAULT,
     EXIT_SIGHUP,
@@ -26,7 +29,7 @@ from omnivision.utils.errors import (
     StopRequested,
     UserError,
 )
-from omnivision.utils.signals import SIGNALS, exit_with_parent, signals_ignored
+from omnivision.utils.signals import SIGNALS, exit_with_parent
 from omnivision.utils.streams import announce
 
 if TYPE_CHECKING:
@@ -34,25 +37,10 @@ if TYPE_CHECKING:
 
     from omegaconf import DictConfig
 
-    from omnivision.distributed.process_group import RankInfo
-
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Exit codes of runs that somebody ended.
 INTERRUPTED = (EXIT_SIGINT, EXIT_SIGTERM, EXIT_SIGUSR2, EXIT_SIGHUP)
 GRACE_SECONDS = 15.0  # for the other ranks to exit after one has failed
-
-
-@dataclass(frozen=True)
-class Job:
-    """A run to launch."""
-
-    settings: Settings
-    config_text: str  # config.yaml as composed, interpolations unresolved
-    token: str = ""  # of its submission to a cluster: job ids may be reused
-
-
-def run_dir_of(job: Job) -> RunDir:
-    return RunDir(job.settings.launcher.experiment_log_dir, job.settings.trainer.checkpoint.save_dir)
 
 
 def launch(jobs: Sequence[Job]) -> int:
@@ -63,14 +51,9 @@ def launch(jobs: Sequence[Job]) -> int:
     if len({job.settings.submitit.use_cluster for job in jobs}) > 1:
         raise UserError("submitit.use_cluster must be the same in all runs of a sweep. Set it once.")
     if jobs[0].settings.submitit.use_cluster:
-        from omnivision.launch.submit import submit
-
         return submit(jobs)
     if os.environ.get("RANK", "0") == "0":
         announce("Building the model")
-    from omnivision.distributed.process_group import RankInfo
-    from omnivision.launch.run import run_rank
-
     codes = [0]
     for number, job in enumerate(jobs, start=1):
         if len(jobs) > 1:
@@ -138,61 +121,48 @@ def run_local_processes(job: Job, count: int) -> int:
 
     Signals are forwarded to them. What killed a rank is written into `summary.json`, if that rank could not.
     """
-    from omnivision.distributed.process_group import RankInfo
-    from omnivision.launch.exit import exit_code_and_reason, first_failure
-
     context = multiprocessing.get_context("spawn")
-    # Where the ranks meet: where the kernel has them, a file that it removes with this process, however that ends.
-    store = open(os.memfd_create("rendezvous"), "w") if sys.platform == "linux" else tempfile.NamedTemporaryFile()
-    path = f"/proc/{os.getpid()}/fd/{store.fileno()}" if sys.platform == "linux" else store.name
-    ranks = [RankInfo(rank, count, rank, count, f"file://{path}") for rank in range(count)]
-    processes = [context.Process(target=_local_process, args=(job, rank)) for rank in ranks]
-    for process in processes:
-        process.start()
-    try:
-        with forward_signals(processes) as received:
-            code, reason = wait_for_processes(processes)
-        if received and (code in INTERRUPTED or any(process.exitcode == -received[0] for process in processes)):
-            code, reason = exit_code_and_reason(StopRequested(signal.Signals(received[0]).name))
-    except KeyboardInterrupt as error:
-        with signals_ignored():
-            send(processes, signal.SIGINT)
-            wait_for_processes(processes)
-        code, reason = exit_code_and_reason(error)
-    finally:
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = [RankInfo(rank, count, rank, count, f"file://{folder}/rendezvous") for rank in range(count)]
+        processes = [context.Process(target=_local_process, args=(job, rank)) for rank in ranks]
         for process in processes:
-            process.kill()
-            process.join()
-        store.close()
+            process.start()
+        try:
+            with forward_signals(processes) as received:
+                code, reason = wait_for_processes(processes)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+    if received and (code in INTERRUPTED or any(process.exitcode == -received[0] for process in processes)):
+        is_ctrl_c = received[0] == signal.SIGINT
+        error = KeyboardInterrupt() if is_ctrl_c else StopRequested(signal.Signals(received[0]).name)
+        code, reason = exit_code_and_reason(error)
     if code not in (0, EXIT_USER):
-        run_dir, pids = run_dir_of(job), [process.pid for process in processes if process.pid is not None]
-        reason = first_failure(run_dir, pids=pids) or reason
-        run_dir.note_silent_end(reason, interrupted=code in INTERRUPTED)
+        pids = [process.pid for process in processes if process.pid is not None]
+        reason = first_failure(job.run_dir, pids=pids) or reason
+        job.run_dir.note_silent_end(reason, interrupted=code in INTERRUPTED)
     return code
 
 
 @contextlib.contextmanager
 def forward_signals(processes: list[SpawnProcess]) -> Iterator[list[int]]:
-    """Forward signals to `processes` inside this block; yields a list of those received."""
+    """Forward Ctrl-C and requests to stop to `processes` inside this block; yields a list of those received."""
     received: list[int] = []
 
     def forward(number: int, frame: Any) -> None:
         received.append(number)
-        send(processes, number)
+        for process in processes:
+            if process.pid is not None and process.exitcode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, number)
 
-    before = {number: signal.signal(number, forward) for number in SIGNALS}
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, *SIGNALS)}
     try:
         yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def send(processes: list[SpawnProcess], number: int) -> None:
-    for process in processes:
-        if process.pid is not None and process.exitcode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process.pid, number)
 
 
 def wait_for_processes(processes: list[SpawnProcess]) -> tuple[int, str]:
@@ -217,7 +187,5 @@ def wait_for_processes(processes: list[SpawnProcess]) -> tuple[int, str]:
 
 
 def _local_process(job: Job, rank_info: RankInfo) -> None:
-    from omnivision.launch.run import run_rank
-
     exit_with_parent(os.getppid())
     sys.exit(run_rank(job, rank_info))

@@ -14,8 +14,9 @@ from typing import Any
 from omnivision.checkpoint import checkpointer
 from omnivision.checkpoint.fingerprint import flat_text, git_commit
 from omnivision.distributed.process_group import Dist, RankInfo
+from omnivision.launch import slurm
 from omnivision.launch.exit import ExitHandler
-from omnivision.launch.launcher import Job, run_dir_of
+from omnivision.launch.job import Job
 from omnivision.launch.slurm_jobs import JobLog
 from omnivision.launch.watchdog import HEARTBEAT_TIMEOUT, PeerMonitor
 from omnivision.reporting.reporter import Reporter
@@ -39,7 +40,7 @@ def run_rank(job: Job, rank_info: RankInfo, job_log: JobLog | None = None) -> in
     """
     ignore_broken_pipe()
     faulthandler.enable(sys.__stderr__ or 2)  # a signal that no Python code sees (SIGSEGV, SIGBUS) still says where
-    handler = ExitHandler(run_dir_of(job), rank_info.rank, job.settings, job_log, rank_info.world_size)
+    handler = ExitHandler(job.run_dir, rank_info.rank, job.settings, job_log, rank_info.world_size)
     with handler.supervise():
         dist = build.build_process_group(job.settings, rank_info)
         reporter = lock_run_dir(job, dist, handler)
@@ -71,10 +72,9 @@ def lock_run_dir(job: Job, dist: Dist, handler: ExitHandler) -> Reporter:
     # A silent rank is named before collective operations fail for want of it.
     timeout = min(HEARTBEAT_TIMEOUT, 60 * job.settings.trainer.distributed.timeout_minutes / 2)
     handler.peers = PeerMonitor(run_dir.logs, dist.rank, dist.world_size, stop, timeout, handler.abort)
-    if job_log is not None:
-        dist.raise_on_all_ranks(job_log.check_requeue_limits, main_only=True)
-        if job.settings.submitit.signal_delay_s is None:  # else SLURM's signal makes the run leave
-            stop.set_deadline(dist.all_gather_object(job_log.planned_end() if dist.is_main else None)[0])
+    if job_log is not None and job.settings.submitit.signal_delay_s is None:  # else SLURM's signal makes the run leave
+        planned_end = slurm.planned_end(slurm.show_job(job_log.job_id)) if dist.is_main else None
+        stop.set_deadline(dist.all_gather_object(planned_end)[0])
     settings = flat_text(job.config_text)  # unresolved: nothing of the environment
     reporter = Reporter(run_dir, dist.is_main, extra_loggers=job.settings.trainer.logging.also, settings=settings)
     if taken_over:
@@ -125,6 +125,8 @@ def release(trainer: Trainer, reporter: Reporter, dist: Dist, handler: ExitHandl
     """Report that the run ended well, and leave the process group."""
     if lines := validation_lines(trainer) if handler.validating else end_lines(trainer):
         reporter.info("\n".join(lines))
+    if dist.is_main and handler.job_log is not None:  # whatever becomes of the processes from here on
+        handler.job_log.note("end", status="finished", reason="all is done")
     if handler.peers is not None:
         handler.peers.end()
     dist.close()
@@ -132,8 +134,6 @@ def release(trainer: Trainer, reporter: Reporter, dist: Dist, handler: ExitHandl
         with signals_ignored():
             LOG.info("ended well")
             handler.run_dir.write_summary(last_lines=handler.run_dir.last_lines())
-            if handler.job_log is not None:
-                handler.job_log.note("end", status="finished", reason="all is done")
 
 
 def log_to_file(path: Path) -> None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from omnivision.utils.errors import UserError
 
@@ -32,13 +32,18 @@ SITE_VARIABLES = {
     "SBATCH_PARTITION": "partition",
     "SBATCH_QOS": "qos",
     "SBATCH_CONSTRAINT": "constraints",
-    "SBATCH_RESERVATION": "",
-    "SBATCH_EXPORT": "",
+    "SBATCH_RESERVATION": None,
+    "SBATCH_EXPORT": None,
 }
 
 
 class SlurmError(UserError):
-    """A command of SLURM failed or did not answer."""
+    """A command of SLURM failed, was killed, or did not answer; the message has its words."""
+
+    def __init__(self, output: str, was_killed: bool = False) -> None:
+        here = "submitit.use_cluster=false launcher.num_nodes=1 launcher.gpus_per_node=1"
+        super().__init__(f"SLURM refused, or did not answer: {output}. Change the submitit settings, or set {here}.")
+        self.output, self.was_killed = output, was_killed
 
 
 @dataclass(frozen=True)
@@ -65,60 +70,38 @@ def is_available() -> bool:
     return all(shutil.which(command) for command in ("sbatch", "srun", "squeue"))
 
 
-# ---- environment --------------------------------------------------------------------------------------------------
-
-
 def leftover_variables(settings: object = None) -> list[str]:
     """Return the variables that belong to another job or launcher, or that one of `settings` (of submitit) replaces."""
-    return sorted(
-        name
-        for name in os.environ
-        if LEFTOVERS.match(name)
-        and name not in KEPT_VARIABLES
-        and (name not in SITE_VARIABLES or getattr(settings, SITE_VARIABLES[name], None))
-    )
+
+    def is_kept(name: str) -> bool:
+        setting = SITE_VARIABLES.get(name)
+        return name in KEPT_VARIABLES or (name in SITE_VARIABLES and not (setting and getattr(settings, setting, None)))
+
+    return sorted(name for name in os.environ if LEFTOVERS.match(name) and not is_kept(name))
 
 
-@contextlib.contextmanager
-def scrubbed_sbatch_env(settings: object) -> Iterator[None]:
-    """Remove leftover variables inside this block, so that only `settings` and the site's defaults count."""
-    removed = {name: os.environ.pop(name) for name in leftover_variables(settings)}
-    if options := [name for name in removed if name.startswith("SBATCH_")]:
-        print(
-            f"warning: ignored in the environment: {', '.join(options)}. The submitit settings count.", file=sys.stderr
-        )
-    try:
-        yield
-    finally:
-        os.environ.update(removed)
-
-
-# ---- questions ----------------------------------------------------------------------------------------------------
-
-
-def run_slurm_command(*command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run one of SLURM's commands. Raises SlurmError if it does not answer or, with `check`, if it fails."""
-    leftover = leftover_variables()
+def run_slurm_command(*command: str, settings: object = None, timeout: float | None = COMMAND_TIMEOUT) -> str:
+    """Run one of SLURM's commands, without leftover variables; returns its output. Raises SlurmError if it fails."""
+    leftover = leftover_variables(settings)
     env = {name: value for name, value in os.environ.items() if name not in leftover}
     try:
         return subprocess.run(
-            command, check=check, capture_output=True, text=True, errors="replace", timeout=COMMAND_TIMEOUT, env=env
-        )
+            command, check=True, capture_output=True, text=True, errors="replace", timeout=timeout, env=env
+        ).stdout
     except (OSError, subprocess.SubprocessError) as error:
         output = " ".join((getattr(error, "stderr", None) or str(error)).split())
-        raise SlurmError(
-            f"SLURM does not answer ({command[0]}: {output}). Try again, or set submitit.use_cluster=false "
-            "launcher.num_nodes=1 launcher.gpus_per_node=1 to run here."
-        ) from None
+        was_killed = isinstance(error, subprocess.CalledProcessError) and error.returncode < 0
+        raise SlurmError(f"{command[0]}: {output}", was_killed) from None
+
+
+# ---- questions ----------------------------------------------------------------------------------------------------
 
 
 def squeue() -> dict[str, JobState]:
     """Return my jobs by id (array elements one by one): those waiting, running, or ended minutes ago. Raises SlurmError."""
     fields = SEPARATOR.join(("%i", "%T", "%r", "%k", "%o", "%E"))
     jobs = {}
-    output = run_slurm_command(
-        "squeue", "--me", "--noheader", "--array", "--states=all", f"--format={fields}{END}"
-    ).stdout
+    output = run_slurm_command("squeue", "--me", "--noheader", "--array", "--states=all", f"--format={fields}{END}")
     for entry in output.split(END):
         job_id, *rest = entry.lstrip("\n").split(SEPARATOR)
         if len(rest) == 5:
@@ -137,11 +120,18 @@ def squeue_or_none() -> dict[str, JobState] | None:
 def show_job(job_id: str) -> dict[str, str]:
     """Return the fields of `scontrol show job`; empty if SLURM does not know the job or does not answer."""
     try:
-        output = run_slurm_command("scontrol", "show", "job", "--oneliner", job_id).stdout
+        output = run_slurm_command("scontrol", "show", "job", "--oneliner", job_id)
     except SlurmError:
         return {}
     # A comment may hold anything: the first field of a name counts.
     return dict(reversed(re.findall(r"(\w+)=(\S*)", output.partition("\n")[0])))
+
+
+def first_host() -> str:
+    """Return the host name of this job's first node."""
+    import submitit
+
+    return str(submitit.JobEnvironment().hostnames[0])
 
 
 def partition_limits(name: str | None) -> tuple[int | None, float | None]:
@@ -150,17 +140,16 @@ def partition_limits(name: str | None) -> tuple[int | None, float | None]:
     SLURM accepts a job beyond them and never starts it. None: no limit, or no answer.
     """
     name = name or os.environ.get("SBATCH_PARTITION")
+    of_partition = [f"--partition={name}"] if name else []
     try:
-        output = run_slurm_command(
-            "sinfo", "--noheader", "--format=%P %D %l", *([f"--partition={name}"] if name else [])
-        ).stdout
+        output = run_slurm_command("sinfo", "--noheader", "--format=%P %D %l", *of_partition)
     except SlurmError:
         return None, None
     partitions = [line.split() for line in output.splitlines()]
     limits = [(int(nodes), parse_limit(limit)) for title, nodes, limit in partitions if name or title.endswith("*")]
-    minutes = [limit for _, limit in limits if limit is not None]
-    unlimited = len(minutes) < len(limits)
-    return max((nodes for nodes, _ in limits), default=None), None if unlimited else max(minutes, default=None)
+    minutes = [math.inf if limit is None else limit for _, limit in limits]
+    longest = max(minutes, default=math.inf)
+    return max((nodes for nodes, _ in limits), default=None), None if longest == math.inf else longest
 
 
 def parse_time(text: str | None) -> float | None:
@@ -193,29 +182,48 @@ def planned_end(fields: dict[str, str]) -> float | None:
 # ---- changes ------------------------------------------------------------------------------------------------------
 
 
+def sbatch_script(command: str, logs: Path, count: int, parameters: dict[str, Any]) -> str:
+    """Return the batch script of a job, or of an array of `count` jobs; `parameters` are submitit's."""
+    os.environ.pop("SUBMITIT_PREEMPT_SIGNAL", None)  # read at import; ours listen to SIGUSR2
+    from submitit.slurm.slurm import _make_sbatch_string
+
+    return str(_make_sbatch_string(command, logs, map_count=count if count > 1 else None, **parameters))
+
+
+def sbatch(script: Path, settings: object) -> str:
+    """Submit a batch script; only `settings` and the site's defaults count. Returns the job's id. Raises SlurmError."""
+    if options := [name for name in leftover_variables(settings) if name.startswith("SBATCH_")]:
+        print(
+            f"warning: ignored in the environment: {', '.join(options)}. The submitit settings count.", file=sys.stderr
+        )
+    output = run_slurm_command("sbatch", "--parsable", str(script), settings=settings, timeout=None)
+    if (found := re.search(r"^\d+", output, re.MULTILINE)) is None:
+        raise SlurmError(f"sbatch: {output!r}")
+    return found[0]
+
+
 def requeue(job_id: str, attempts: int = 3) -> str | None:
     """Put a job back into the queue; returns SLURM's message if it refused.
 
     SLURM kills the job's processes as soon as it has agreed, `scontrol` among them: a killed one has succeeded.
     """
-    message = ""
+    message = None
     for attempt in range(attempts):
         time.sleep(attempt)
         try:
-            result = run_slurm_command("scontrol", "requeue", job_id, check=False)
-        except SlurmError as error:
-            message = str(error)
-            continue
-        if result.returncode <= 0:
+            run_slurm_command("scontrol", "requeue", job_id)
             return None
-        message = result.stderr.strip()
+        except SlurmError as error:
+            if error.was_killed:
+                return None
+            message = error.output
     return message
 
 
-def cancel_jobs_of(scripts: Collection[Path]) -> str:
-    """Cancel my jobs that were submitted with one of these batch scripts; returns a sentence about it."""
+def cancel_jobs_of(script: Path) -> str:
+    """Cancel my jobs that were submitted with a batch script; returns a sentence about it."""
     try:
-        mine = [job for job, state in squeue().items() if not state.is_over and Path(state.command) in scripts]
+        mine = [job for job, state in squeue().items() if not state.is_over and Path(state.command) == script]
         if job_ids := sorted({job.partition("_")[0] for job in mine}):
             run_slurm_command("scancel", *job_ids)
     except SlurmError:

@@ -19,7 +19,6 @@ from typing import Any
 
 from omnivision.launch import slurm
 from omnivision.launch.exit import END_FILE_SECONDS, first_failure, read_end_files
-from omnivision.launch.watchdog import is_peer_lost
 from omnivision.reporting.logs import read_lines
 from omnivision.reporting.run_directory import WAITING, RunDir, slurm_restart_count
 from omnivision.utils.errors import PeerLostError, StopRequested, UserError
@@ -55,17 +54,43 @@ def restarts_without_progress(lines: list[dict[str, Any]]) -> int:
     return count
 
 
-def find_run_dir(logs: Path, job_id: str) -> RunDir | None:
-    """Return the run directory of a job, given the folder of its batch script; None if that is none of ours."""
-    if logs.name != LOGS:
+# ---- submissions --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A run as it was submitted. `TOKEN_runs.json`, beside the batch script, has those of a job, or of an array's elements.
+
+    `token` names the submission, since job ids may be reused.
+    """
+
+    token: str
+    folder: str
+    config_text: str
+    max_requeues: int | None = None
+
+    @property
+    def run_dir(self) -> RunDir:
+        return RunDir(self.folder)
+
+
+def runs_file(script: Path) -> Path:
+    """Return the file of the runs that a batch script starts."""
+    return script.with_name(script.name.removesuffix("_submission.sh") + "_runs.json")
+
+
+def read_submission(file: Path, job_id: str) -> Submission:
+    """Return the run of a job, or of an array's element. Raises OSError without the file."""
+    runs = json.loads(file.read_text(encoding="utf-8"))
+    return Submission(**runs[int(job_id.partition("_")[2] or 0)])
+
+
+def find_submission(command: str, job_id: str) -> Submission | None:
+    """Return the run of a job whose batch script squeue shows as `command`; None if it is none of ours."""
+    try:
+        return read_submission(runs_file(Path(command)), job_id)
+    except (OSError, ValueError, LookupError, TypeError):
         return None
-    array, _, element = job_id.partition("_")
-    if element:
-        try:
-            return RunDir(json.loads((logs / f"{array}_folders.json").read_text(encoding="utf-8"))[int(element)])
-        except (OSError, ValueError, IndexError):
-            return None
-    return RunDir(logs.parent)
 
 
 # ---- how a job ends -----------------------------------------------------------------------------------------------
@@ -98,8 +123,8 @@ class JobStatus:
 class JobLog:
     """One start of a job: notes it in the history of its run, and decides what becomes of it.
 
-    `job_id` is 12, or 12_3 for an array element. `token` names the submission, since job ids may be reused. Without
-    `max_requeues` it is requeued without a limit.
+    `job_id` is 12, or 12_3 for an array element; `token` is that of its submission. Without `max_requeues` it is requeued
+    without a limit.
     """
 
     run_dir: RunDir
@@ -107,7 +132,6 @@ class JobLog:
     restarts: int = 0
     token: str = ""
     max_requeues: int | None = None
-    rank: int = 0
 
     def note(self, event: str, **fields: Any) -> None:
         """Append a line to the history."""
@@ -120,62 +144,41 @@ class JobLog:
     def record_start(self, nodes: str, processes: int) -> None:
         """Note a start, and the end of the start before if that could not."""
         before = self.history()
-        if self.restarts and before and before[-1]["event"] not in ("end", "decided", "submitted"):
+        if self.restarts and before and before[-1]["event"] not in ("end", "submitted"):
             reason = "it ended without recording a reason, perhaps with its node; SLURM started it again"
             replace(self, restarts=self.restarts - 1).note("end", status="requeued", reason=reason)
         self.note("start", nodes=nodes)
         fields = {"job_id": self.job_id, "restarts": self.restarts, "processes": processes, "nodes": nodes}
         self.run_dir.write_summary(job=(self.run_dir.read_summary().get("job") or {}) | fields)
 
-    def check_requeue_limits(self) -> None:
-        """Raise UserError if the job came back too often; SLURM requeues jobs, too."""
-        if self.max_requeues is not None and self.restarts > self.max_requeues:
-            raise UserError(
-                f"Job {self.job_id} was requeued {self.restarts} times; submitit.max_requeues is {self.max_requeues}. See "
-                "submitit_logs/history.jsonl for the reasons. The same command submits it again."
-            )
-        if restarts_without_progress(self.history()) > MAX_FRUITLESS_RESTARTS:
-            raise UserError(self._no_progress("it did not get as far as its checkpoint"))
-
     def record_resume(self, step: int) -> None:
-        """Note from which step the run continues. Raises UserError after too many restarts without a new step."""
+        """Note from which step the run continues. Raises UserError if it came back too often; SLURM requeues jobs, too."""
         self.note("resumed", step=step)
-        if restarts_without_progress(self.history()) >= MAX_FRUITLESS_RESTARTS:
-            raise UserError(self._no_progress(f"it is at step {step} again"))
-
-    def planned_end(self) -> float | None:
-        """Return when the job reaches its time limit, in seconds since the epoch."""
-        return slurm.planned_end(slurm.show_job(self.job_id))
+        if limit := self.reached_limit(self.restarts):
+            raise UserError(f"At step {step}, {limit.reason}.")
 
     def owns_summary(self) -> bool:
         """Return whether the summary is about this job and no other process works in the run directory."""
         return self.run_dir.job_id() == self.job_id and not self.run_dir.in_use()
 
     def classify_exit(self, error: BaseException, reason: str) -> ExitDecision:
-        """Return what becomes of the job after an error or a request to stop."""
-        lost, stop = is_peer_lost(error), error.cause if isinstance(error, StopRequested) else None
-        cause = None
-        # When a task fails, SLURM ends the others with the same signal as when the job is cancelled.
-        if lost or stop == "SIGTERM":
-            seconds = END_FILE_SECONDS if lost else 0.0
-            cause = first_failure(self.run_dir, self.rank, seconds)
-        now = JobStatus(self.job_id, self.restarts)
-        if not (lost or stop or now.requeued):
-            return ExitDecision("failed" if isinstance(error, Exception) else "interrupted", reason)
-        if stop == "SIGTERM" and not now.known and not cause:
-            return ExitDecision("interrupted", f"{reason}; SLURM does not say why")
-        if lost and "EADDRINUSE" in str(error):
-            why = f"the port that the processes meet at is taken on this node ({reason})"
-        elif isinstance(error, PeerLostError):
-            why = f"{reason} (perhaps with its node)"
-        elif lost:
-            why = f"another process is gone without recording a reason, perhaps with its node ({reason})"
-        elif now.preempted:
-            why = f"{reason} (preempted)"
-        else:
-            late = now.late or stop == TIME_LIMIT
-            why = f"{reason} ({'time limit reached' if late else 'signalled by SLURM or by hand, not cancelled'})"
-        return self._decide(now, reason, cause, why)
+        """Return what becomes of the job after an error or a request to stop of rank 0."""
+        now, cause, comes_back = JobStatus(self.job_id, self.restarts), None, None
+        match error:
+            case PeerLostError():
+                cause, comes_back = (
+                    first_failure(self.run_dir, 0, END_FILE_SECONDS),
+                    f"{reason} (perhaps with its node)",
+                )
+            case StopRequested():
+                # When a task fails, SLURM ends the others with the same signal as when the job is cancelled.
+                cause = first_failure(self.run_dir, 0) if error.cause == "SIGTERM" else None
+                late = now.late or error.cause == TIME_LIMIT
+                why = "time limit reached" if late else "signalled by SLURM or by hand, not cancelled"
+                comes_back = f"{reason} ({'preempted' if now.preempted else why})"
+                if error.cause == "SIGTERM" and not now.known:
+                    comes_back, reason = None, f"{reason}; SLURM does not say why"
+        return self._decide(now, reason, cause, comes_back, "failed" if isinstance(error, Exception) else "interrupted")
 
     def classify_batch_exit(self, code: int, why: str) -> ExitDecision:
         """Return what becomes of a job whose rank 0 could not decide.
@@ -190,57 +193,60 @@ class JobLog:
         name = f", {signal.Signals(number).name}" if number else ""
         why = why if never_ran else "its processes ended"
         reason = f"job {self.job_id}: {why} (exit code {code}{name}); see {LOGS}/"
-        ends = read_end_files(self.run_dir)
-        silent = [f"{end['reason']} (perhaps with its node)" for end in ends if end["kind"] == "peer silent"]
+        silent = [end["reason"] for end in read_end_files(self.run_dir) if end["kind"] == "peer silent"]
         had_to_exit = number in (signal.SIGABRT, signal.SIGUSR2) or now.preempted or now.late
-        comes_back = silent or had_to_exit or (never_ran and starts)
-        cause = first_failure(self.run_dir) or (None if comes_back else reason)
-        return self._decide(now, reason, cause, silent[0] if silent else reason)
+        comes_back = reason if had_to_exit or (never_ran and starts) else None
+        if silent:
+            comes_back = f"{silent[0]} (perhaps with its node)"
+        return self._decide(now, reason, first_failure(self.run_dir), comes_back, "failed")
 
-    def _decide(self, now: JobStatus, reason: str, cause: str | None, why: str) -> ExitDecision:
-        """Requeue a job because of `why`, unless SLURM did, it was cancelled, a rank failed (`cause`), or a limit is met."""
+    def _decide(
+        self, now: JobStatus, reason: str, cause: str | None, comes_back: str | None, status: str
+    ) -> ExitDecision:
+        """Requeue a job if `comes_back` has a reason, unless SLURM did, it was cancelled, a rank failed, or a limit is met."""
         job = f"job {self.job_id}"
         if now.requeued:
             return ExitDecision("requeued", f"{reason}; SLURM has put {job} back into the queue")
         if now.cancelled:
             return ExitDecision("interrupted", f"{reason}; {job} was cancelled")
-        if cause:
-            return ExitDecision("failed", cause)
-        if self.max_requeues is not None and self.restarts >= self.max_requeues:
-            limit = f"submitit.max_requeues is {self.max_requeues}"
-            return ExitDecision("interrupted", f"{why}; {job} is not requeued: {limit}")
-        lines = self.history()
-        last_start = max((line["restarts"] for line in lines if line["event"] == "start"), default=0)
-        stuck = restarts_without_progress(lines) > MAX_FRUITLESS_RESTARTS
-        if stuck or self.restarts - last_start >= MAX_FRUITLESS_RESTARTS:
-            return ExitDecision("failed", f"{why}; {self._no_progress('it does not get as far as its checkpoint')}")
-        return ExitDecision("requeued", f"{why}; {job} goes back into the queue", requeue=True)
+        if cause or comes_back is None:
+            return ExitDecision("failed" if cause else status, cause or reason)
+        if limit := self.reached_limit(self.restarts + 1):
+            return replace(limit, reason=f"{comes_back}; {limit.reason}")
+        return ExitDecision("requeued", f"{comes_back}; {job} goes back into the queue", requeue=True)
 
-    def _no_progress(self, what: str) -> str:
-        return (
-            f"Job {self.job_id} was restarted {MAX_FRUITLESS_RESTARTS} times without progress: {what}. Lower "
-            "trainer.checkpoint.save_every_steps or raise submitit.timeout_hour, see submitit_logs/ for what ended the starts, "
-            "and give the same command again."
-        )
+    def reached_limit(self, restarts: int) -> ExitDecision | None:
+        """Return the end of a job that may not restart for the `restarts`-th time; None if it may."""
+        lines, job = self.history(), f"job {self.job_id}"
+        last_start = max((line["restarts"] for line in lines if line["event"] == "start"), default=0)
+        if self.max_requeues is not None and restarts > self.max_requeues:
+            return ExitDecision("interrupted", f"{job} is not requeued: submitit.max_requeues is {self.max_requeues}")
+        if max(restarts_without_progress(lines), restarts - 1 - last_start) >= MAX_FRUITLESS_RESTARTS:
+            return ExitDecision(
+                "failed",
+                f"{job} was restarted {MAX_FRUITLESS_RESTARTS} times without progress. Lower "
+                "trainer.checkpoint.save_every_steps or raise submitit.timeout_hour, see submitit_logs/ for what ended the "
+                "starts, and give the same command again",
+            )
+        return None
 
     def apply_exit(self, decision: ExitDecision, writes_summary: bool) -> None:
         """Write a decision (to the summary with `writes_summary`), then requeue the job, or cancel those that wait for it.
 
         It is written first: SLURM kills this process as soon as it has agreed to requeue.
         """
-
-        def write(decision: ExitDecision) -> None:
-            self.note("end", status=decision.status, reason=decision.reason)
-            if writes_summary:
-                self.run_dir.write_end(decision.status, decision.reason)
-
-        write(decision)
+        self._write(decision, writes_summary)
         if decision.requeue and (message := slurm.requeue(self.job_id)):
             decision = ExitDecision("failed", f"{decision.reason}, but SLURM refused: {message}")
-            write(decision)
+            self._write(decision, writes_summary)
         if decision.status not in WAITING:
             problem = f"job {self.job_id} ({self.run_dir.path}) did not end well: {decision.reason}"
             finalize_dependents(self.job_id, problem)
+
+    def _write(self, decision: ExitDecision, writes_summary: bool) -> None:
+        self.note("end", status=decision.status, reason=decision.reason)
+        if writes_summary:
+            self.run_dir.write_end(decision.status, decision.reason)
 
 
 # ---- jobs that wait for others ------------------------------------------------------------------------------------
@@ -269,11 +275,9 @@ def finalize_dependents(job_id: str, problem: str) -> None:
     """Write that waiting jobs that need this one to end well are cancelled, and those that need them."""
     names = {job_id, f"{job_id.partition('_')[0]}_*"}
     for other, state in (slurm.squeue_or_none() or {}).items():
-        run_dir = find_run_dir(Path(state.command).parent, other)
         needs_it = any(each == "afterok" and job in names for each, job in parse_dependencies(state.dependency))
-        if run_dir is None or not needs_it or run_dir.job_id() != other:
-            continue
-        if run_dir.read_summary().get("status") in WAITING:
+        run_dir = waiting.run_dir if needs_it and (waiting := find_submission(state.command, other)) else None
+        if run_dir and run_dir.job_id() == other and run_dir.read_summary().get("status") in WAITING:
             write_cancelled(run_dir, other, problem)
             finalize_dependents(other, problem)
 
@@ -319,34 +323,27 @@ def run_status(run_dir: RunDir, queue: Mapping[str, slurm.JobState] | None) -> t
 # ---- commands of the scripts --------------------------------------------------------------------------------------
 
 
-def record_batch_exit(logs: Path, job_id: str, code: int, why: str = "its processes could not be started") -> bool:
+def record_batch_exit(file: Path, job_id: str, code: int, why: str = "its processes could not be started") -> bool:
     """Write the end of a job whose processes exited with `code`, if rank 0 could not; `why` is a reason if they never ran.
 
-    Returns whether the run had finished before: then the job has ended well, and jobs that wait for it may start.
+    `file` has the job's runs. Returns whether the run had finished before: then the job has ended well, and jobs that wait
+    for it may start.
     """
-    run_dir, restarts = find_run_dir(logs, job_id), slurm_restart_count()
-    if run_dir is None:
-        return False
-    token = next((line["token"] for line in reversed(history(run_dir)) if line.get("job") == job_id), "")
-    lines = history(run_dir, token)
-    if ends := [line for line in lines if line["event"] == "end" and line.get("restarts") == restarts]:
+    submission, restarts = read_submission(file, job_id), slurm_restart_count()
+    log = JobLog(submission.run_dir, job_id, restarts, submission.token, submission.max_requeues)
+    if ends := [line for line in log.history() if line["event"] == "end" and line["restarts"] == restarts]:
         now = JobStatus(job_id, restarts)
         if ends[-1]["status"] == "requeued" and now.known and not (now.requeued or now.cancelled):
             slurm.requeue(job_id, attempts=1)  # rank 0 was killed before it could
         return bool(ends[-1]["status"] == "finished")
-    submitted = next((line for line in lines if line["event"] == "submitted"), {})
-    finished = run_dir.job_id() == job_id and run_dir.read_summary().get("status") == "finished"
-    if finished and submitted.get("mode") in ("train", "train_only"):
-        return True  # all epochs were done, whatever became of the processes afterwards
-    log = JobLog(run_dir, job_id, restarts, token, submitted.get("max_requeues"))
     log.apply_exit(log.classify_batch_exit(code, why), writes_summary=True)
     return False
 
 
 def main(arguments: list[str]) -> None:
     match arguments:
-        case ["ended", logs, job_id, code, *why]:
-            sys.exit(0 if record_batch_exit(Path(logs), job_id, int(code), *why) else 1)
+        case ["ended", file, job_id, code, *why]:
+            sys.exit(0 if record_batch_exit(Path(file), job_id, int(code), *why) else 1)
         case ["status", folder]:
             print(": ".join(filter(None, run_status(RunDir(folder), slurm.squeue_or_none()))))
         case ["cancelled" | "unsubmitted" as how, folder, reason]:
@@ -357,7 +354,7 @@ def main(arguments: list[str]) -> None:
             print(f"{folder}: {reason}")
         case _:
             sys.exit(
-                "usage: python -m omnivision.launch.slurm_jobs ended LOGS JOB CODE [WHY] | status FOLDER | "
+                "usage: python -m omnivision.launch.slurm_jobs ended RUNS_FILE JOB CODE [WHY] | status FOLDER | "
                 "cancelled FOLDER REASON | unsubmitted FOLDER REASON"
             )
 

@@ -17,18 +17,20 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from omnivision.reporting.run_directory import host_id, process_start
-from omnivision.utils.errors import PeerLostError, StopRequested
+from omnivision.utils.errors import PeerLostError, StopRequested, is_out_of_memory
 from omnivision.utils.signals import SIGNAL_DEBOUNCE_SECONDS, SIGNALS, StopSignal, seconds_to_leave
 
 GRACE_SECONDS = 25.0  # SLURM kills 30 seconds after SIGTERM
 SECOND_REQUEST_SECONDS = 4.0
 BEAT_SECONDS = 10.0
-SUSPECT_BEATS = 3  # heartbeats that are missing when a peer is suspected
+SUSPECT_BEATS = 2  # heartbeats that are missing when a peer is suspected; SLURM leaves 30 seconds to decide
 HEARTBEAT_TIMEOUT = 300.0  # seconds without a heartbeat when a rank is aborted
+COLLECTIVES = ("/torch/distributed/", "/torch/nn/parallel/")  # code of torch that only other ranks make fail
 
-Abort = Callable[[BaseException, bool], None]  # does not return; True: at once
+Abort = Callable[[BaseException], None]  # does not return
 
 
 class Watchdog:
@@ -39,7 +41,6 @@ class Watchdog:
 
     def __init__(self, stop: StopSignal, abort: Abort, grace: float = GRACE_SECONDS) -> None:
         self.stop, self.abort, self.grace = stop, abort, grace
-        self.exiting = False  # the main thread is ending; from then on only a second request counts
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -76,10 +77,10 @@ class Watchdog:
                         last = min(last, now + SECOND_REQUEST_SECONDS)
             waited = now - min(arrivals.values(), default=now)
             grace = max(self.grace, seconds_to_leave(self.stop.step_seconds, self.stop.save_seconds))
-            if now > last or (not self.exiting and waited > grace):
+            if now > last or waited > grace:
                 error = StopRequested(signal.Signals(min(arrivals, key=lambda number: arrivals[number])).name)
                 error.add_note(f"it had not left {waited:.0f} s later, {self.stop.phase}")
-                self.abort(error, now > last)
+                self.abort(error)
 
 
 class PeerMonitor:
@@ -92,12 +93,14 @@ class PeerMonitor:
         self.logs, self.rank, self.stop, self.timeout, self.abort = logs, rank, stop, timeout, abort
         self.watched = [other for other in (range(world) if rank == 0 else [0]) if other != rank]
         self.seconds = min(BEAT_SECONDS, timeout / 4)
+        self._started = False  # every peer has sent a first heartbeat
         self._over = threading.Event()
         if self.watched:
             self._beat()
 
     def start(self) -> None:
         """Watch the peers, all of which have sent a first heartbeat."""
+        self._started = True
         if self.watched:
             threading.Thread(target=self._watch, daemon=True, name="peers").start()
 
@@ -106,21 +109,23 @@ class PeerMonitor:
         self._over.set()
         self._file(self.rank).unlink(missing_ok=True)
 
-    def find_dead_peers(self, seconds: float | None = None) -> PeerLostError | None:
-        """Return an error that names peers that are gone, or without a heartbeat for `seconds` (default: a few beats)."""
+    def find_dead_peers(self, seconds: float | None = None, may_leave: bool = False) -> PeerLostError | None:
+        """Return an error that names peers that are gone, or without a heartbeat for `seconds` (default: a few beats).
+
+        Those that have left are among them unless they `may_leave`.
+        """
         seconds = SUSPECT_BEATS * self.seconds if seconds is None else seconds
         if not self._over.is_set():
             self._beat()
         dead, one_is_gone = [], False
         for rank in self.watched:
-            try:  # ages by the clock of the file system, which may be another machine's
-                age = self._file(self.rank).stat().st_mtime - self._file(rank).stat().st_mtime
-                peer = dict(json.loads(self._file(rank).read_text(encoding="utf-8")))
-            except (OSError, ValueError, TypeError):  # it may just be written
-                continue
+            peer, age = self._read_beat(rank)
             gone = peer.get("machine") == host_id() and process_start(peer.get("pid", 0)) is None
-            one_is_gone = one_is_gone or gone
-            if gone or age >= seconds:
+            left = age is None and self._started and not may_leave
+            one_is_gone = one_is_gone or gone or left
+            if left:
+                dead.append(f"process {rank} has left")
+            elif age is not None and (gone or age >= seconds):
                 what = "is gone" if gone else f"has sent no heartbeat for {age:.0f} s"
                 who = f"process {rank} (pid {peer.get('pid')} on {peer.get('host')})"
                 dead.append(f"{who} {what}; last seen {peer.get('phase')}, {age:.0f} s before")
@@ -128,6 +133,31 @@ class PeerMonitor:
             return None
         dead.append(f"process {self.rank} was {self.stop.phase}")
         return PeerLostError("; ".join(dead), one_is_gone)
+
+    def wait_for_dead_peers(self) -> PeerLostError | None:
+        """Return `find_dead_peers()` as soon as there are some, or when all peers must have shown that they are alive.
+
+        A process of this machine shows it by its id, another one by its heartbeat.
+        """
+        here = all(self._read_beat(rank)[0].get("machine") == host_id() for rank in self.watched)
+        deadline = time.monotonic() + (1.0 if here else SUSPECT_BEATS * self.seconds)
+        while not (dead := self.find_dead_peers()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return dead
+
+    def _read_beat(self, rank: int) -> tuple[dict[str, Any], float | None]:
+        """Return a peer's last heartbeat and its age; no age if the peer has left, 0 while it writes one.
+
+        Ages are by the clock of the file system, which may be another machine's.
+        """
+        try:
+            with open(self._file(rank), encoding="utf-8") as file:
+                age = self._file(self.rank).stat().st_mtime - os.fstat(file.fileno()).st_mtime
+                return dict(json.load(file)), age
+        except FileNotFoundError:
+            return {}, None
+        except (OSError, ValueError, TypeError):
+            return {}, 0.0
 
     def _file(self, rank: int) -> Path:
         return self.logs / f"rank_{rank}.alive"
@@ -141,27 +171,33 @@ class PeerMonitor:
         while not self._over.wait(self.seconds):
             self._beat()
             # When all were suspended together, the others get the time to send a heartbeat, too.
-            if self.find_dead_peers(self.timeout) and not self._over.wait(self.seconds):
-                if dead := self.find_dead_peers(self.timeout):
-                    self.abort(dead, False)
+            if self.find_dead_peers(self.timeout, may_leave=True) and not self._over.wait(self.seconds):
+                if dead := self.find_dead_peers(self.timeout, may_leave=True):
+                    self.abort(dead)
 
 
-def is_peer_lost(error: BaseException) -> bool:
-    """Return whether an error says that another process is gone, and nothing about this one.
+def as_peer_lost(error: BaseException, peers: PeerMonitor | None) -> BaseException:
+    """Return a PeerLostError for an error that the loss of another rank caused; other errors as they are.
 
-    NCCL and the store have exception types; gloo raises a RuntimeError, in a function of torch.distributed or, while gradients
-    are reduced, in the backward pass, where its text alone tells it from an error of the model.
+    NCCL and the store have exception types, and collectives are functions of torch.distributed. Gloo raises a plain
+    RuntimeError, also out of the backward pass, where gradients are reduced and the model may fail as well: there the
+    heartbeats tell.
     """
-    if isinstance(error, PeerLostError):
-        return True
-    if not isinstance(error, RuntimeError):
-        return False  # without importing torch: SLURM kills what does not leave in time
-    import torch.distributed as dist
+    if not isinstance(error, RuntimeError) or isinstance(error, PeerLostError) or is_out_of_memory(error):
+        return error
+    import torch.distributed as dist  # a run has it; a command that fails before need not wait for it
 
     frames = traceback.extract_tb(error.__traceback__)
-    in_collective = bool(frames) and Path(frames[-1].filename).name == "distributed_c10d.py"
-    texts = ("gloo", "pair closure", "Connection closed by peer", "Connection reset by peer", "NCCL")
-    return isinstance(error, dist.DistError) or in_collective or any(text in str(error) for text in texts)
+    file = frames[-1].filename if frames else ""
+    lost = None
+    if peers is not None:
+        lost = peers.wait_for_dead_peers() if "/torch/autograd/" in file else peers.find_dead_peers()
+    if lost is None and (isinstance(error, dist.DistError) or any(part in file for part in COLLECTIVES)):
+        lost = PeerLostError(f"another process is gone without recording a reason ({error})", gone=True)
+    if lost is None:
+        return error
+    lost.__cause__ = error
+    return lost.with_traceback(error.__traceback__)
 
 
 def write_stacks(file: Path) -> None:

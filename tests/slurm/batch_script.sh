@@ -26,41 +26,10 @@
 #SBATCH --wckey=submitit
 
 # setup
-readonly omnivision_logs=/runs/mae/submitit_logs
+readonly omnivision_runs=/runs/mae/submitit_logs/TOKEN_runs.json
 readonly omnivision_python=PYTHON
 readonly omnivision_checkout=CHECKOUT
-# Lines of the batch script before the user's own (submitit.setup) and the tasks; omnivision_logs, omnivision_python and
-# omnivision_checkout are set before them. The nodes must see the run directory, where the script then logs. It runs itself in a
-# second shell, which the user's lines may leave as they like: the first one writes an end that the tasks could not write.
-readonly omnivision_job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
-readonly omnivision_from=$PWD  # what a relative name of a run directory starts from
-readonly omnivision_reached="$omnivision_logs/${omnivision_job}_setup"  # the line of submitit.setup that is run
-omnivision_seen='for _ in $(seq 60); do [ -w "$1" ] && exit; sleep 1; done; echo "$(hostname) cannot write to $1"'
-omnivision_comment() { echo "$1"; scontrol update JobId="$omnivision_job" Comment="$1"; }
-omnivision_code() { export PYTHONPATH="$omnivision_checkout${PYTHONPATH:+:$PYTHONPATH}"; }
-if [ -z "$omnivision_within" ]; then
-  omnivision_blind=$(bash -c "$omnivision_seen" - "$omnivision_logs")
-  [ -z "$omnivision_blind" ] || { omnivision_comment "$omnivision_blind"; exit 1; }
-  exec >>"$omnivision_logs/${omnivision_job}_batch.log" 2>&1
-  trap : TERM USR2  # a job that is ended, too, comes to its last lines
-  : >"$omnivision_reached"
-  omnivision_within=1 "$BASH" "$0"
-  code=$?
-  trap '' TERM USR2  # what writes the end is not to be ended
-  why=$(cat "$omnivision_reached"; rm -f "$omnivision_reached")
-  [ -z "$why" ] || echo "$why"
-  [ "$code" != 0 ] || [ -z "$why" ] || code=1  # nothing was trained
-  omnivision_code
-  set -- "$omnivision_logs" "$omnivision_job" "$code" ${why:+"$why"}
-  [ "$code" = 0 ] || ! "$omnivision_python" -m omnivision.launch.slurm_jobs ended "$@" || code=0
-  exit "$code"
-fi
-unset omnivision_within
-trap : TERM USR2
-if [ "${SLURM_JOB_NUM_NODES:-1}" -gt 1 ]; then
-  omnivision_blind=$(srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 bash -c "$omnivision_seen" - "$omnivision_logs")
-  [ -z "$omnivision_blind" ] || { omnivision_comment "$omnivision_blind" >"$omnivision_reached"; exit 1; }
-fi
+# (batch_prologue.sh)
 echo 'submitit.setup ended the job, and nothing was trained: module load cuda' >"$omnivision_reached"
 { module load cuda
 } || exit
@@ -70,5 +39,5 @@ omnivision_code
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --output /runs/mae/submitit_logs/%j_%t_log.out --error /runs/mae/submitit_logs/%j_%t_log.err --cpus-per-task=10 --kill-on-bad-exit=1 --wait=300 --export=ALL PYTHON -u -m submitit.core._submit /runs/mae/submitit_logs
+srun --unbuffered --output /runs/mae/submitit_logs/%j_%t_log.out --error /runs/mae/submitit_logs/%j_%t_log.err --cpus-per-task=10 --kill-on-bad-exit=1 --wait=300 --export=ALL PYTHON -u -m omnivision.launch.slurm_task /runs/mae/submitit_logs/TOKEN_runs.json
 

@@ -233,7 +233,7 @@ class Interrupted(OnCluster):
             pairs = Path(f"/proc/{pid}/environ").read_text().split("\0")
             env = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
             program, *arguments = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
-            is_task = "submitit.core._submit" in arguments and Path(program).name != "srun"
+            is_task = "omnivision.launch.slurm_task" in arguments and Path(program).name != "srun"
             if env.get("SLURM_JOB_ID") == job and is_task:
                 found.append((int(env["SLURM_PROCID"]), pid))
         return [pid for _, pid in sorted(found)]

@@ -1,0 +1,81 @@
+"""The batch script of a run."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omnivision.config.schema import Settings
+from omnivision.launch import slurm
+from omnivision.launch.slurm_jobs import LOGS, runs_file
+from omnivision.reporting.run_directory import RunDir
+from omnivision.utils.signals import seconds_to_leave
+
+UNMEASURED_DELAY = 120  # seconds before the time limit that SLURM signals a run whose speed is unknown
+
+
+def batch_script(settings: Settings, run_dir: RunDir, script: Path | None = None, count: int = 1) -> str:
+    """Return the batch script of a run or of an array of `count` runs, also where SLURM is not installed.
+
+    `script` is its path: its folder has the job's logs.
+    """
+    script = script or run_dir.path.absolute() / LOGS / "TOKEN_submission.sh"
+    command = f"{shlex.quote(sys.executable)} -u -m omnivision.launch.slurm_task {shlex.quote(str(runs_file(script)))}"
+    return slurm.sbatch_script(command, script.parent, count, sbatch_parameters(settings, run_dir, runs_file(script)))
+
+
+def sbatch_parameters(settings: Settings, run_dir: RunDir, runs: Path) -> dict[str, Any]:
+    """Return what the settings say about the job, by submitit's names."""
+    wanted, launcher = settings.submitit, settings.launcher
+    options: dict[str, Any] = {
+        "requeue": True,  # when a node dies or a job is preempted; sites may have it off
+        "output": "/dev/null",  # a job whose log cannot be opened would fail without a message; see `batch_prologue.sh`
+        "error": "/dev/null",
+    }
+    if wanted.dependency is not None:
+        options["kill-on-invalid-dep"] = "yes"  # else it waits for ever when what it waits for has failed
+    same_name = ("partition", "account", "qos", "comment", "exclude", "nodelist", "dependency", "array_parallelism")
+    parameters = {name: getattr(wanted, name) for name in same_name} | {
+        "job_name": wanted.name,
+        "time": max(1, math.ceil(wanted.timeout_hour * 60 - 1e-6)),  # in minutes; SLURM takes 0 for no limit
+        "nodes": launcher.num_nodes,
+        "ntasks_per_node": launcher.gpus_per_node,
+        "gpus_per_node": None if settings.trainer.accelerator == "cpu" else launcher.gpus_per_node,
+        "cpus_per_task": wanted.cpus_per_task,
+        "mem": wanted.mem if wanted.mem_gb is None else f"{math.ceil(wanted.mem_gb * 1024)}M",
+        "constraint": wanted.constraints,
+        "signal_delay_s": signal_delay(settings, run_dir),
+        "setup": batch_script_prologue(runs, wanted.setup),
+        # SLURM 22.05 and later do not hand the number of CPUs on to srun. One failed task ends the others; so does one that
+        # left well long ago (it saw on a file system that lags that the run is finished, and they did not).
+        # Tasks get the script's environment, whatever SBATCH_EXPORT says.
+        "srun_args": [f"--cpus-per-task={wanted.cpus_per_task}", "--kill-on-bad-exit=1", "--wait=300", "--export=ALL"],
+        "additional_parameters": options | wanted.additional_parameters,
+    }
+    return {name: value for name, value in parameters.items() if value is not None}
+
+
+def batch_script_prologue(runs: Path, setup: Sequence[str]) -> list[str]:
+    """Return the shell lines before the tasks: `batch_prologue.sh`, and the user's `setup`, each line noted before it runs."""
+    values = {"runs": runs, "python": sys.executable, "checkout": Path(__file__).parents[2]}
+    lines = [f"readonly omnivision_{name}={shlex.quote(str(value))}" for name, value in values.items()]
+    lines += Path(__file__).with_name("batch_prologue.sh").read_text(encoding="utf-8").splitlines()
+    for command in setup:
+        if command.strip() and not command.lstrip().startswith("#"):
+            reached = shlex.quote(f"submitit.setup ended the job, and nothing was trained: {command}")
+            lines.append(f'echo {reached} >"$omnivision_reached"\n{{ {command}\n}} || exit')
+    return [*lines, ': >"$omnivision_reached"', 'cd "$omnivision_from" || exit', "omnivision_code"]
+
+
+def signal_delay(settings: Settings, run_dir: RunDir) -> int:
+    """Return the seconds before the time limit when SLURM signals the run: as set, else by measured steps and saving."""
+    if settings.submitit.signal_delay_s is not None:
+        return settings.submitit.signal_delay_s
+    summary, limit = run_dir.read_summary(), settings.submitit.timeout_hour * 3600
+    step = summary.get("step_seconds")
+    delay = UNMEASURED_DELAY if step is None else math.ceil(seconds_to_leave(step, summary.get("save_seconds")))
+    return max(1, min(delay, int(limit / 2)))
