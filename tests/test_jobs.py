@@ -559,14 +559,12 @@ class Checks(Folder):
         job.settings.submitit.setup[:] = ["}"]
         with mock.patch.object(submit.shutil, "which", return_value=None):
             check_submission([job], {})
-        for key, override in (
-            ("launcher.num_nodes", "launcher.num_nodes=5"),
-            ("timeout_hour", "submitit.timeout_hour=49"),
-        ):
-            with mock.patch.object(slurm, "partition_limits", return_value=(4, 2880)):
-                check_submission([self.job("launcher.num_nodes=4", "submitit.timeout_hour=48")], {})
+        within = ("launcher.num_nodes=4", "submitit.timeout_hour=48")
+        with mock.patch.object(slurm, "partition_limits", return_value=(4, 2880)):
+            check_submission([self.job(*within)], {})
+            for key, value in (("launcher.num_nodes", 5), ("submitit.timeout_hour", 49)):
                 with self.assertRaisesRegex(UserError, key):
-                    check_submission([self.job("submitit.timeout_hour=48", override)], {})
+                    check_submission([self.job(*within, f"{key}={value}")], {})
         with self.assertRaisesRegex(UserError, "--mem="):
             check_submission([self.job(), self.job("submitit.mem_gb=9")], {})
 
