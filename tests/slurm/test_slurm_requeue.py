@@ -142,7 +142,7 @@ class Interrupted(OnCluster):
         self.wait_for_state(stuck, "FAILED")
         told = runs.summary(stuck_run)
         self.assertEqual(told["status"], "failed")
-        self.assertRegex(told["exit_reason"], f"Job {stuck} was restarted 3 times without progress: it is at step 0")
+        self.assertRegex(told["exit_reason"], f"At step 0, job {stuck} was restarted 3 times without progress")
         self.assertRegex(history(stuck_run, "end")[0]["reason"], "exit code 134, SIGABRT.*goes back into the queue")
         self.assertIn("Fatal Python error: Aborted", (stuck_run / f"submitit_logs/{stuck}_0_log.err").read_text())
         wait("it to leave", lambda: history(clock_run, "end"), 70)
