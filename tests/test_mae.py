@@ -1,17 +1,23 @@
-"""The masked autoencoder: the published implementation's figures, and what must hold whatever the figures are."""
+"""The masked autoencoder and its decoders: the published figures, and what must hold whatever the figures are."""
 
 import hashlib
+import tempfile
 import unittest
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from omnivision.data.batch import Batch
 from omnivision.data.masking import RandomMask
+from omnivision.interop.published import convert_state_dict
+from omnivision.models.architecture import build, describe
 from omnivision.models.mae import (
+    CrossAttention,
     MaskedAutoencoder,
     patch_statistics,
     reconstruction_loss,
@@ -22,6 +28,7 @@ from omnivision.models.patches import normalize_pixels, pick_tubelets, unnormali
 from omnivision.models.vit import DropPath, VisionTransformer, as_video
 from omnivision.tasks.reconstruct import Reconstruct
 from omnivision.utils.errors import UserError
+from tests import stage_runs as stages
 from tests.parity_formula import (
     GRADIENT_TOLERANCE,
     TOLERANCE,
@@ -35,6 +42,7 @@ from tests.parity_formula import (
 )
 
 TUBELET = (2, 8, 8)
+VIDEO = torch.rand(2, 3, 4, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
 def published_model(dtype: torch.dtype) -> MaskedAutoencoder:
@@ -140,10 +148,12 @@ class PublishedFigures(unittest.TestCase):
         self.assertEqual(tensor("x", [2, 3], 0.5, 0.0).tolist(), [[0.5] * 3] * 2)
 
 
-def small_model(**changes: Any) -> MaskedAutoencoder:
+def small_model(checkpointing: bool = False, **decoder: Any) -> MaskedAutoencoder:
     torch.manual_seed(0)
-    trunk = VisionTransformer(48, 2, 3, num_frames=4, image_size=32, tubelet=TUBELET, **changes)
-    return MaskedAutoencoder(trunk, {"width": 24, "depth": 1, "heads": 4})
+    trunk = VisionTransformer(
+        48, 2, 3, num_frames=4, image_size=32, tubelet=TUBELET, activation_checkpointing=checkpointing
+    )
+    return MaskedAutoencoder(trunk, {"width": 24, "depth": 2, "heads": 4} | decoder)
 
 
 def some_masks(samples: int) -> Tensor:
@@ -170,15 +180,18 @@ class Model(unittest.TestCase):
         self.assertTrue(torch.equal(model(video, mask).pixels, model(noisy, mask, 24).pixels))  # given the count, too
 
     def test_activation_checkpointing_computes_twice_and_changes_nothing(self):
-        mask, video, gradients = some_masks(2), torch.rand(2, 3, 4, 32, 32), []
-        for on, times in ((False, 1), (True, 2)):
-            model, calls = small_model(activation_checkpointing=on), []
-            model.trunk.blocks[1].mlp.fc1.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-            model(video, mask).pixels.square().mean().backward()
-            self.assertEqual(len(calls), times)
-            gradients.append([p.grad for p in model.parameters()])
-        for plain, again in zip(*gradients, strict=True):
-            self.assertTrue(torch.equal(plain, again))
+        mask = some_masks(2)
+        for attention in ("self", "cross"):
+            gradients = []
+            for on in (False, True):
+                model, calls = small_model(on, attention=attention), []
+                for block in (model.trunk.blocks[1], model.trunk.decoder.decoder_blocks[0]):
+                    block.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+                model(VIDEO, mask).pixels.square().mean().backward()
+                self.assertEqual(len(calls), 4 if on else 2)
+                gradients.append([p.grad for p in model.parameters()])
+            for plain, again in zip(*gradients, strict=True):
+                self.assertTrue(torch.equal(plain, again))
 
     def test_unequal_masks_are_refused(self):
         mask = some_masks(2)
@@ -236,6 +249,102 @@ class Model(unittest.TestCase):
         self.assertLessEqual(float(weight.detach().abs().max()), bound)
         self.assertGreater(float(weight.detach().abs().max()), 0.99 * bound)
         self.assertAlmostEqual(float(model.heads[0].projector.weight.detach().std()), 0.02, delta=0.002)
+
+
+class Share(unittest.TestCase):
+    def test_training_decodes_a_share_and_evaluation_all(self):
+        half, mask = small_model(share=0.5), some_masks(2)
+        masked = split_tokens(mask)[1]
+        prediction = half(VIDEO, mask, 24)
+        self.assertEqual(prediction.pixels.shape[:2], (2, 12))
+        for some, all_of_them in zip(prediction.masked_idx.tolist(), masked.tolist(), strict=True):
+            self.assertEqual(some, sorted(set(some)))
+            self.assertLessEqual(set(some), set(all_of_them))
+        self.assertTrue(torch.equal(half.eval()(VIDEO, mask).masked_idx, masked))
+
+    def test_every_masked_token_has_its_turn(self):
+        decoder = small_model(share=0.25).trunk.decoder
+        masked = torch.arange(8).expand(4000, -1) * 3
+        counts = decoder.sample_masked(masked).flatten().bincount(minlength=22)[::3].float()
+        self.assertLess((counts / 1000 - 1).abs().max(), 0.15)  # five deviations
+        self.assertEqual(decoder.sample_masked(masked[:, :3]).shape[1], 1, "at least one")
+
+    def test_of_all_it_is_the_recipe(self):
+        mask = some_masks(2)
+        self.assertTrue(torch.equal(small_model(share=1)(VIDEO, mask).pixels, small_model()(VIDEO, mask).pixels))
+
+
+class Cross(unittest.TestCase):
+    def test_attention_is_softmax_of_scaled_products(self):
+        torch.manual_seed(0)
+        attention = CrossAttention(24, 4).double()
+        x, memory = torch.rand(2, 5, 24).double(), torch.rand(2, 7, 24).double()
+        q = F.linear(x, attention.q.weight, attention.q.bias).reshape(2, 5, 4, 6)
+        k, v = F.linear(memory, attention.kv.weight, attention.kv.bias).reshape(2, 7, 2, 4, 6).unbind(2)
+        weights = (torch.einsum("bmhd,bkhd->bhmk", q, k) / 6**0.5).softmax(-1)
+        expected = attention.proj(torch.einsum("bhmk,bkhd->bmhd", weights, v).reshape(2, 5, 24))
+        self.assertLess((attention(x, memory) - expected).abs().max(), 1e-12)
+
+    def test_a_token_does_not_depend_on_which_others_are_asked_for(self):
+        mask = some_masks(2)
+        visible, masked = split_tokens(mask)
+        for attention, depends in (("cross", False), ("self", True)):
+            made = small_model(attention=attention)
+            x = made.encode(VIDEO, visible)
+            few, many = made.decode(VIDEO, x, visible, masked[:, ::3]), made.decode(VIDEO, x, visible, masked)[:, ::3]
+            self.assertEqual((few - many).abs().max() > 1e-5, depends, attention)
+
+    def test_it_learns_and_every_parameter_takes_part(self):
+        made, mask = small_model(attention="cross", share=0.5), some_masks(2)
+        optimizer, losses = torch.optim.AdamW(made.parameters(), 3e-3), []
+        for _ in range(30):
+            prediction = made(VIDEO, mask, 24)
+            loss = (prediction.pixels - prediction.masked_idx[..., None] / 32).square().mean()
+            loss.backward()
+            self.assertEqual([name for name, p in made.named_parameters() if p.grad is None], [])
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(loss.detach()))
+        self.assertLess(losses[-1], 0.2 * losses[0])
+
+    def test_its_file_says_what_it_is_and_so_do_its_weights(self):
+        made = small_model(attention="cross", share=0.5)
+        told = describe(made)
+        self.assertEqual(told["decoder"], {"width": 24, "depth": 2, "heads": 4, "attention": "cross"})
+        build(told, "here").load_state_dict(made.state_dict())
+        self.assertEqual(convert_state_dict("omnivision", made.state_dict(), told).architecture, told)
+        older = told | {"decoder": {"width": 24, "depth": 2, "heads": 4}}
+        self.assertEqual(describe(build(older, "here"))["decoder"]["attention"], "self")
+
+
+class Compiled(unittest.TestCase):
+    def test_no_graph_breaks_in_trunk_decoders_and_loss(self):
+        """Each break would leave the device to Python again."""
+        inputs = VIDEO, some_masks(2), 24
+        parts = [(small_model(**decoder), inputs) for decoder in ({}, {"attention": "cross"}, {"share": 0.5})]
+        parts.append((Reconstruct(TUBELET).loss, (small_model()(*inputs), VIDEO)))
+        for part, given in parts:
+            torch._dynamo.reset()
+            with torch.autocast("cpu", torch.bfloat16):
+                found = torch._dynamo.explain(part)(*given)
+            self.assertEqual((found.graph_break_count, found.graph_count), (0, 1), found.break_reasons)
+
+
+class InARun(unittest.TestCase):
+    def test_a_trunk_pretrained_with_them_is_aligned(self):
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            data = stages.write_split(folder, "k150", "train", stages.write_videos(folder / "videos", 8))
+            data += [text.replace(".train.", ".val.") for text in data]
+            cheap = ["trainer.model.decoder.attention=cross", "trainer.model.decoder.share=0.5"]
+            run = stages.here(stages.command("mae", folder / "mae", *data, *cheap, dataset="k150"))
+            self.assertEqual(run.returncode, 0, run.stderr)
+            self.assertIsInstance(stages.state(folder / "mae")["model"]["trunk.decoder.norm.weight"], torch.Tensor)
+            self.assertEqual(stages.state(folder / "mae")["architecture"]["decoder"]["attention"], "cross")
+            start = f"++pretrained_checkpoint_path={folder / 'mae'}"
+            run = stages.here(stages.command("ft", folder / "ft", *data, start, dataset="k150"))
+            self.assertEqual(run.returncode, 0, run.stderr)
+            self.assertRegex(run.stdout, "loaded")
 
 
 if __name__ == "__main__":

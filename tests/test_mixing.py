@@ -1,11 +1,9 @@
-"""Mixup and CutMix: the published figures, timm's arithmetic, draw frequencies, odd batches and missing labels."""
+"""Mixup and CutMix: the published figures, draw frequencies, odd batches and missing labels."""
 
 import itertools
 import unittest
-from unittest import mock
 
 import numpy as np
-import timm.data.mixup
 import torch
 from torch import Tensor
 
@@ -51,25 +49,6 @@ class Published(unittest.TestCase):
     def test_defaults(self):
         for name in ("mixup_alpha", "cutmix_alpha", "prob", "switch_prob", "label_smoothing"):
             self.assertEqual(getattr(MixupCutmix(), name), RECORDED["settings"][name])
-
-    def test_pixels_and_targets_are_timms_for_the_same_share_and_box(self):
-        video, label = batch(6)
-        for share, centre in ((0.3, None), (0.77, None), (1.0, None), (0.6, (4, 5)), (0.4, (0, 11)), (0.99, (2, 2))):
-            box, theirs_box = None, (0, 0, 0, 0)
-            if centre is not None:
-                box = cutmix_box(9, 12, share, *centre)
-                share = kept_share(9, 12, box)
-                top, left, height, width = box
-                theirs_box = (top, top + height, left, left + width)
-            mixup = timm.data.mixup.Mixup(num_classes=CLASSES, label_smoothing=SMOOTHING)
-            with (
-                mock.patch.object(mixup, "_params_per_batch", return_value=(share, box is not None)),
-                mock.patch.object(timm.data.mixup, "cutmix_bbox_and_lam", return_value=(theirs_box, share)),
-            ):
-                # Time folded into channels: on five axes timm would cut time x height.
-                pixels, targets = mixup(video.clone().flatten(1, 2), label)
-            self.assertTrue(torch.equal(mix(video, share, box), pixels.view(video.shape)), (share, box))
-            self.assertTrue(torch.equal(mixed_targets(label, CLASSES, SMOOTHING, share), targets), (share, box))
 
 
 class Boxes(unittest.TestCase):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import multiprocessing
 import multiprocessing.forkserver
 import multiprocessing.resource_tracker
 import os
 import threading
+import time
 import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -93,6 +95,39 @@ class ValData:
         return itertools.islice(in_turn, limit)
 
 
+class _WorkerTimeout(threading.Thread):
+    """Kill the data workers if a batch takes longer than `seconds`, so that torch reports that they ended.
+
+    The own timeout of DataLoader does not check whether they live.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(daemon=True, name="worker-timeout")
+        self.seconds, self.deadline = seconds, math.inf
+        self.expired, self.finished = False, threading.Event()
+
+    def run(self) -> None:
+        while not self.finished.wait(1):
+            if time.monotonic() > self.deadline:
+                self.expired = True
+                kill_data_workers()
+                return
+
+    def next_batch(self, batches: Iterator[Batch | UserError]) -> Batch | UserError | None:
+        self.deadline = time.monotonic() + self.seconds
+        batch = next(batches, None)
+        self.deadline = math.inf
+        return batch
+
+    def describe(self) -> str:
+        if self.expired:
+            return (
+                f"The data workers have given nothing for {self.seconds / 60:.3g} minutes (trainer.data.timeout_minutes; a "
+                "file system that does not answer, perhaps)"
+            )
+        return "A data worker was killed (out of memory, perhaps: lower num_workers or trainer.data.prefetch)"
+
+
 def load_batches(dataset: ClipDataset, requests: Iterator[list[Request]], workers: LoaderConfig) -> Iterator[Batch]:
     """Yield a batch for each list of requests, in order.
 
@@ -105,46 +140,29 @@ def load_batches(dataset: ClipDataset, requests: Iterator[list[Request]], worker
             pending.append(batch)
             yield batch
 
-    timed_out = threading.Event()
-
-    def end() -> None:
-        timed_out.set()
-        kill_data_workers()  # torch then reports that they ended; its own timeout does not check
-
     fetched = iter(data_loader(dataset, sent(), workers))
-    while True:
-        timer = threading.Timer(workers.timeout, end)
-        timer.daemon = True
-        try:
-            if workers.num_workers:
-                timer.start()
-            batch = next(fetched, None)
-        except (RuntimeError, OSError, EOFError) as error:
-            # Reading a tensor may need the worker that sent it, which has ended.
-            gone = isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker (pid" in str(error)
-            if not (gone or timed_out.is_set()):
-                raise
-            paths = (
-                [dataset.splits[request.source].path(request.sample_index) for request in pending[0]] if pending else []
-            )
-            what = (
-                f"The data workers have given nothing for {workers.timeout / 60:.3g} minutes (trainer.data.timeout_minutes; a "
-                "file system that does not answer, perhaps)"
-                if timed_out.is_set()
-                else "A data worker was killed (out of memory, perhaps: lower num_workers or trainer.data.prefetch)"
-            )
-            raise DataWorkerError(
-                f"{what} while it read {', '.join(paths[:MAX_FILES_SHOWN])}. The same command resumes from the last "
-                f"checkpoint. ({error})"
-            ) from error
-        finally:
-            timer.cancel()
-        if batch is None:
-            return
-        if isinstance(batch, UserError):
-            raise batch
-        pending.popleft()
-        yield batch
+    timeout = _WorkerTimeout(workers.timeout)
+    if workers.num_workers:
+        timeout.start()
+    try:
+        while (batch := timeout.next_batch(fetched)) is not None:
+            if isinstance(batch, UserError):
+                raise batch
+            pending.popleft()
+            yield batch
+    except (RuntimeError, OSError, EOFError) as error:
+        # Reading a tensor may need the worker that sent it, which has ended.
+        gone = isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker (pid" in str(error)
+        if not (gone or timeout.expired):
+            raise
+        lost = pending[0][:MAX_FILES_SHOWN] if pending else []
+        paths = [dataset.splits[request.source].path(request.sample_index) for request in lost]
+        raise DataWorkerError(
+            f"{timeout.describe()} while it read {', '.join(paths)}. The same command resumes from the last checkpoint. "
+            f"({error})"
+        ) from error
+    finally:
+        timeout.finished.set()
 
 
 def _safe_collate(samples: Sequence[Sample]) -> Batch | UserError:

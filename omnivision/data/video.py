@@ -18,7 +18,7 @@ import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from fractions import Fraction
-from itertools import chain, pairwise
+from itertools import chain, pairwise, takewhile
 from math import ceil, pi, tan
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -176,7 +176,7 @@ class VideoFile:
         Raises VideoDecodeError when the file cannot give them, ValueError for an impossible request.
         """
         low, high = (self._origin + tick for tick in ticks(start, end, 1 / self._time_base))
-        _ = self.duration  # refuses a truncated file that `_check_whole` cannot tell
+        _ = self.duration  # refuses a truncated file that `_demux` cannot tell
         with _as_decode_error():
             packets = self._packets_from_key_frame(low, high)
             if self._packet_times_reliable(packets):
@@ -201,7 +201,7 @@ class VideoFile:
         """Read all packets, but decode the first frame only. Raises VideoDecodeError."""
         with _as_decode_error():
             self._open(probe=True)
-            packets = [(p.is_keyframe, p.pts) for p in self._demux() if self._shows_a_frame(p)]
+            packets = [(p.is_keyframe, p.pts) for p in self._demux(_FOR_EVER) if self._shows_a_frame(p)]
             frame = next((frame for frame, _ in self._all_frames(self._origin)), None)
         if frame is None:
             raise VideoDecodeError("no frame could be decoded")
@@ -285,8 +285,22 @@ class VideoFile:
             return Fraction(microseconds, av.time_base) / self._time_base
         return None
 
-    def _demux(self) -> Iterator[Packet]:
-        return (packet for packet in self._input().demux(self._stream) if packet.size)
+    def _demux(self, high: int) -> Iterator[Packet]:
+        """Yield the packets of the stream, in decoding order.
+
+        Raises VideoDecodeError if the file ends before its header says so (or before `high`).
+        """
+        last = end = -_FOR_EVER  # when a packet is decoded, and when a frame leaves the screen
+        for packet in self._input().demux(self._stream):
+            if packet.size:
+                yield packet
+                last = last if packet.dts is None else max(last, packet.dts)
+                end = end if packet.pts is None else max(end, packet.pts + (packet.duration or 0))
+        index = self._stream.index_entries
+        if self._format in _INDEXED_FORMATS and len(index) > 0 and index[-1].timestamp > last:
+            raise VideoDecodeError("truncated: its index lists frames after the last one")
+        if self._format != "mov" and self._promised and end > -_FOR_EVER:  # in mov, edit lists may promise less or more
+            self._require_end(end, min(min(self._origin, 0) + self._promised, high))
 
     def _packets_from_key_frame(self, low: int, high: int) -> list[Packet]:
         """Demux packets in decoding order: from a key frame shown at or before `low` to the last one shown before `high`.
@@ -320,23 +334,8 @@ class VideoFile:
         )
 
     def _demux_until(self, high: int) -> list[Packet]:
-        """Demux packets until one is decoded at or after `high`. Raises VideoDecodeError, see _check_whole."""
-        packets: list[Packet] = []
-        for packet in self._demux():
-            if packet.dts is not None and packet.dts >= high:
-                return packets
-            packets.append(packet)
-        self._check_whole([_extent(p) for p in packets], high)
-        return packets
-
-    def _check_whole(self, extents: list[tuple[int | None, int | None]], high: int) -> None:
-        """Raise VideoDecodeError if the file, read to its end, ends before its header says so (or before `high`)."""
-        index, last = self._stream.index_entries, max((dts for dts, _ in extents if dts is not None), default=None)
-        if self._format in _INDEXED_FORMATS and len(index) > 0 and (last is None or index[-1].timestamp > last):
-            raise VideoDecodeError("truncated: its index lists frames after the last one")
-        ends = [end for _, end in extents if end is not None]
-        if self._format != "mov" and self._promised and ends:  # in mov, edit lists may promise less or more
-            self._require_end(max(ends), min(min(self._origin, 0) + self._promised, high))
+        """Demux packets until one is decoded at or after `high`."""
+        return list(takewhile(lambda packet: packet.dts is None or packet.dts < high, self._demux(high)))
 
     def _shows_a_frame(self, packet: Packet) -> bool:
         """Return False for packets cut away by an edit list, and for VP8's hidden reference frames (bit 4 of the header)."""
@@ -385,10 +384,7 @@ class VideoFile:
         self._open(probe=True)
         stop = high + ceil(1 / self._time_base)  # a second later: time stamps that cannot be trusted may not ascend
         damaged, is_first = False, True
-        extents = []
-        for packet in chain(self._demux(), [None]):
-            if packet is not None:
-                extents.append(_extent(packet))
+        for packet in chain(self._demux(high), [None]):  # None: flush the decoder
             for frame in self._context.decode(packet):
                 if frame.pts is None:
                     raise VideoDecodeError("its frames have no time stamps")
@@ -396,7 +392,6 @@ class VideoFile:
                     return
                 damaged, is_first = frame.is_corrupt or (damaged and not frame.key_frame), False
                 yield frame, damaged
-        self._check_whole(extents, high)
 
     def _to_rgb(self, frame: VideoFrame, damaged: bool) -> np.ndarray:
         """Return (H, W, 3) uint8, upright: a view of FFmpeg's memory, which it keeps alive."""
@@ -449,11 +444,6 @@ def _runs(packets: list[Packet], wanted: set[int]) -> list[list[Packet]]:
         if run and not leads:
             runs.append(run)
     return runs[::-1]
-
-
-def _extent(packet: Packet) -> tuple[int | None, int | None]:
-    """Return when a packet is decoded, and when its frame leaves the screen."""
-    return packet.dts, None if packet.pts is None else packet.pts + (packet.duration or 0)
 
 
 def _pts(packet: Packet) -> int:

@@ -176,7 +176,7 @@ class MaskedAutoencoder(nn.Module):
         return self.trunk.norm(self.trunk(video, visible))
 
     def decode(self, video: Tensor, x: Tensor, visible: Tensor, masked_idx: Tensor) -> Tensor:
-        """Encoded visible tokens (B, K, D) -> those at `masked_idx` (B, M): (B, M, decoder width)."""
+        """Decode encoded visible tokens (B, K, D) to those at `masked_idx` (B, M): (B, M, decoder width)."""
         decoder = cast(Decoder, self.trunk.decoder)
         positions = self.trunk.positions_for(video, decoder.pos_embed)[0]
         mask_tokens = cast(Tensor, self.trunk.mask_token).to(x.dtype) + positions[masked_idx]

@@ -55,6 +55,8 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
+    """Two linear layers with GELU between them."""
+
     def __init__(self, width: int, ratio: float) -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, int(width * ratio))

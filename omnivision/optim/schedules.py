@@ -20,6 +20,8 @@ EPSILON = 1e-6  # a boundary between phases belongs to the later one, in spite o
 
 @dataclass(frozen=True)
 class Constant:
+    """The same value throughout."""
+
     value: float
 
     def __call__(self, progress: float) -> float:
@@ -28,6 +30,8 @@ class Constant:
 
 @dataclass(frozen=True)
 class Linear:
+    """A straight line from `start` to `end`."""
+
     start: float
     end: float
 

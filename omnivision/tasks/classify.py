@@ -35,6 +35,7 @@ class Classify(Task):
         self.labels, self.mixing, self.average = labels, mixing, average
 
     def training_step(self, model: nn.Module, batch: Batch) -> StepOutput:
+        """Train on a batch, mixed if that is configured."""
         head = self.labels.head[batch.source]
         classes, depth = self.labels.classes[head], batch.depth
         if self.mixing is None:
@@ -86,7 +87,7 @@ def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def average_views(logits: Tensor, views: int, average: str) -> Tensor:
-    """Logits (videos x views, classes), the views of a video next to each other -> logits (videos, classes).
+    """Average logits (videos x views, classes), the views of a video next to each other, to logits (videos, classes).
 
     `average` is "logits" or "softmax". The mean of softmaxed logits is returned as its logarithm, so that a softmax of the
     result is that mean.

@@ -57,7 +57,7 @@ def read_arrays(
             f"{MAX_CLASSES - 1}. Fix LABELS."
         )
     if segments is not None:
-        check_segments(segments, str(segments_file), "--segments", len(segments))
+        check_segments(segments, str(segments_file), "--segments")
     return (
         list(map(str, arrays["paths"])),
         None if labels is None else labels.astype(np.int64),
