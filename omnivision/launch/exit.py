@@ -125,13 +125,13 @@ class ExitHandler:
                     self.unlock()
 
     def begin(self) -> None:
-        """From here on the summary is about this run, and other ranks are watched."""
+        """Make the summary be about this run, and watch the other ranks."""
         self.begun = self.rank == 0
         if self.peers is not None:
             self.peers.start()
 
     def handle(self, error: BaseException) -> int:
-        """In the main thread, report why the process ends; returns the exit code."""
+        """Report, in the main thread, why the process ends; returns the exit code."""
         if not self._ending.acquire(blocking=False):
             threading.Event().wait()  # a watching thread is about to end this process
         error = as_peer_lost(error, self.peers)
@@ -140,7 +140,7 @@ class ExitHandler:
         return self._report(error, self._may_write_summary())
 
     def abort(self, error: BaseException) -> None:
-        """In a watching thread, end the process whatever its main thread does, and write what that is."""
+        """End the process, from a watching thread, whatever its main thread does, and write what that is."""
         if not self._ending.acquire(blocking=False):
             return  # it is ending already
         code = exit_code_and_reason(error)[0]
