@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 import omnivision
+from omnivision.checkpoint.inference import InferenceConfig
 from omnivision.checkpoint.state_dict_file import StateDictFile, read
 from omnivision.interop.export import escape_markdown, training_facts
 from omnivision.tools.main import main
@@ -44,9 +45,10 @@ class Trained(unittest.TestCase):
             f"++datasets.ucf101.class_names={cls.folder}/names.txt",
         ]
         split = runs.write_split(cls.folder, runs.real_films() * 6)
+        mask = "mask_ratio=0.75", "trainer.data.mask._target_=omnivision.data.masking.TubeMask"
         for command in (
             stages.command("ft", cls.ft, *data, "pretrained_checkpoint_path=null", "launcher.num_nodes=1"),
-            runs.command(cls.mae, *split, "epochs=1", "clip_duration=0.9")[2:],
+            runs.command(cls.mae, *split, *mask, "epochs=1", "clip_duration=0.9")[2:],
         ):
             result = stages.here(command)
             assert result.returncode == 0, result.stderr
@@ -104,6 +106,17 @@ class Trained(unittest.TestCase):
         self.assertTrue(np.array_equal(one, same))
         self.assertFalse(np.array_equal(one, other))
         self.assertEqual(model.config.clip_duration, 0.9)
+
+    def test_reconstruct_masks_as_the_run_did(self):
+        self.export("mae.pt", "pt", source="mae")
+        for source in (self.mae, self.folder / "mae.pt"):
+            config = omnivision.load(source).config
+            self.assertEqual((config.mask, config.mask_ratio), ("TubeMask", 0.75))
+        for settings in ({}, {"trainer.data.mask._target_": "own.Mask"}, {"trainer.data.mask.ratio": "much"}):
+            self.assertEqual(InferenceConfig().with_mask(settings).mask, "RandomMask")
+        mask = omnivision.load(self.mae).reconstruct(self.video).columns["mask"]
+        self.assertTrue((mask == mask[:1]).all(), "a tube hides the same tokens of every frame")
+        self.assertAlmostEqual(mask.mean() / 255, 0.75)
 
     def test_refused(self):
         video, ft, mae = runs.real_films()[0], self.ft, self.mae

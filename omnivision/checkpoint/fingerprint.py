@@ -97,7 +97,7 @@ def diff_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list
     others: list[str] = []
     for name, change in changes(then, now).items():
         # Skip a reference written in another way: the setting it leads to is compared under its own name.
-        if name in used and _resolve_reference(then, name) != _resolve_reference(now, name):
+        if name in used and resolve_reference(then, name) != resolve_reference(now, name):
             harmless = any(fnmatch.fnmatchcase(name, pattern) for pattern in RUNTIME_ONLY_SETTINGS)
             (others if harmless else altering).append(change)
     return altering, others
@@ -113,7 +113,7 @@ def used_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _resolve_reference(settings: Mapping[str, Any], name: str) -> Any:
+def resolve_reference(settings: Mapping[str, Any], name: str) -> Any:
     """Return the value of a setting; of a plain reference (`${epochs}`), that of the setting it leads to."""
     value, visited = settings.get(name), {name}
     while isinstance(value, str) and (reference := REFERENCE.fullmatch(value)) and reference[1] not in visited:

@@ -19,17 +19,29 @@ class InferenceConfig(BaseModel):
     class_names: list[list[str]] = []
     clip_duration: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2.7
     average: Literal["logits", "softmax"] = "logits"
+    mask: Literal["RandomMask", "TubeMask", "FrameMask", "CausalMask", "BlockMask"] = "RandomMask"
+    mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.9
 
     @classmethod
     def of_file(cls, metadata: Any) -> InferenceConfig:
         """Read the record in a fingerprint or in the metadata of a file, which may be anything; an invalid one is ignored."""
-        record = metadata.get("inference") if isinstance(metadata, Mapping) else None
-        if record is None and isinstance(metadata, Mapping):
-            record = (fingerprint.read(metadata.get("experiment")) or {}).get("inference")
+        metadata = metadata if isinstance(metadata, Mapping) else {}
+        run = fingerprint.read(metadata.get("experiment")) or {}
+        record = metadata.get("inference", run.get("inference"))
         try:
-            return cls.model_validate(record)
+            config = cls.model_validate(record)
         except ValidationError:
-            return cls()
+            config = cls()
+        return config.with_mask(run.get("settings", {}))
+
+    def with_mask(self, settings: Mapping[str, Any]) -> InferenceConfig:
+        """Return the record with the mask of a run, from its settings; unchanged where that is none of this project."""
+        target = str(settings.get("trainer.data.mask._target_")).removeprefix("omnivision.data.masking.")
+        ratio = fingerprint.resolve_reference(settings, "trainer.data.mask.ratio")
+        try:
+            return self.model_validate(self.model_dump(exclude_unset=True) | {"mask": target, "mask_ratio": ratio})
+        except ValidationError:
+            return self
 
     def numbered(self, classes: Sequence[int]) -> InferenceConfig:
         """Return the record of a model with these numbers of classes, with numbers for heads without as many names."""

@@ -37,7 +37,7 @@ def run(checkpoint: str, out: Path, options: ExportOptions) -> int:
         return 0
     names = [config.names(head) for head in range(len(config.class_names))]
     card = export.model_card(source, model, out.name, is_validated, names)  # before anything is written
-    metadata = {"origin": export.origin(source, "omnivision"), "inference": config.model_dump()}
+    metadata = {"origin": export.origin(source, "omnivision"), "inference": config.model_dump(exclude_unset=True)}
     export.write_file(out, options.to, model, metadata | (source.progress if is_validated else {}), card)
     print(f"Wrote {out}: {len(model.state)} tensors; and {card_file}, its model card")
     return 0

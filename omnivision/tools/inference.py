@@ -21,9 +21,9 @@ from omnivision.checkpoint.checkpointer import load_model
 from omnivision.checkpoint.inference import InferenceConfig
 from omnivision.checkpoint.state_dict_file import StateDictFile, read
 from omnivision.config.instantiate import is_allowed
+from omnivision.data import masking
 from omnivision.data.batch import Batch
 from omnivision.data.frames import MAX_TOOL_PIXELS
-from omnivision.data.masking import RandomMask
 from omnivision.data.sampling import clip_window, uniform_clip_starts
 from omnivision.data.video import VideoDecodeError, open_video
 from omnivision.data.views import EvalView
@@ -109,22 +109,29 @@ class VideoModel:
 
     @torch.inference_mode()
     def reconstruct(
-        self, video: str | Path, start: float | None = None, mask_ratio: float = 0.9, seed: int = 0, **frames: Any
+        self,
+        video: str | Path,
+        start: float | None = None,
+        mask_ratio: float | None = None,
+        seed: int = 0,
+        **frames: Any,
     ) -> Visualization:
-        """Reconstruct a clip that begins at `start` (s; None: in the middle of the video) from 1 - `mask_ratio` of its tokens.
+        """Reconstruct a clip that begins at `start` (s; None: in the middle of the video), with the mask of the run.
 
-        Returns columns of frames, see `tasks.reconstruct`. Raises UserError.
+        mask_ratio: share of hidden tokens (None: that of the run). Returns columns of frames, see `tasks.reconstruct`. Raises
+        UserError.
         """
         if not isinstance(self.model, MaskedAutoencoder):
             raise UserError(
                 f"{self.path} holds {type(self.model).__name__}, which has no decoder. Give a model of stage 1 (masked "
                 "autoencoding)."
             )
-        if not 0 < mask_ratio < 1:
-            raise UserError(f"mask_ratio must be above 0 and below 1, got {mask_ratio:g}.")
+        ratio = self.config.mask_ratio if mask_ratio is None else mask_ratio
+        if not 0 < ratio < 1:
+            raise UserError(f"mask_ratio must be above 0 and below 1, got {ratio:g}.")
         clip = self.views(video, clips=1, crops=1, start=start, **frames).cpu()
         grid = token_grid((self.num_frames, self.image_size, self.image_size), self.tubelet)
-        mask = torch.from_numpy(RandomMask(mask_ratio)(grid, np.random.default_rng(seed)))[None]
+        mask = torch.from_numpy(getattr(masking, self.config.mask)(ratio)(grid, np.random.default_rng(seed)))[None]
         unused = torch.zeros(1, dtype=torch.int64)
         batch = Batch(clip, unused, unused, "video", [str(video)], mask=mask, num_masked=int(mask.sum()))
         return Reconstruct(self.tubelet).visualize(self.model, batch.to(self.device))

@@ -97,7 +97,7 @@ def reconstruct(
     /,
     *,
     start: Annotated[float | None, Parameter(metavar="SECONDS")] = None,
-    mask_ratio: Share = 0.9,
+    mask_ratio: Share | None = None,
     seed: Annotated[int, at_least(0)] = 0,
     force: Flag = False,
     device: Device = "cpu",
@@ -115,7 +115,7 @@ def reconstruct(
         video: A video, or a folder of its frames.
         out: A .gif, which moves, or a .png of some frames.
         start: Where the clip begins (default: in the middle).
-        mask_ratio: Share of hidden patches.
+        mask_ratio: Share of hidden patches (default: that of the run, which also gives the kind of mask).
         seed: Seed of the mask.
         force: Replace OUT if it exists.
     """

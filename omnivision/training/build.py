@@ -430,7 +430,7 @@ def build_trainer(
         dist, run_dir, reporter, ledger, stop, peak_clips_per_second=peak_clips_per_second(settings, dist.device)
     )
     if dist.is_main and config_text:
-        values, inference = flat(settings.model_dump()), inference_config(settings).model_dump()
+        values, inference = flat(settings.model_dump()), inference_config(settings).model_dump(exclude_unset=True)
         context.fingerprint = fingerprint(config_text, values, used, plan, inference)
     return Trainer(settings.trainer, context, build_task(settings), built, build_optimizer(settings, built), train, val)
 
