@@ -42,7 +42,5 @@ def format_errors(error: ValidationError, prefix: str = "", known: Iterable[str]
             text = f"is not a setting{PACKAGE_HINT if key in ('site', 'experiments') else suggest(key, known)}"
         elif kind == "missing":
             text = MUST_BE_SET
-        elif kind == "literal_error":
-            text = text.removesuffix(".") + suggest(str(value), re.findall(r"'([^']*)'", each["msg"]))
         problems.setdefault(key, text)
     return problems

@@ -42,22 +42,23 @@ def require_ascending(value: tuple[float, float]) -> tuple[float, float]:
     return value
 
 
-def require_target(value: dict[str, Any], package: str = "") -> dict[str, Any]:
+def require_target(value: dict[str, Any], package: str = "omnivision") -> dict[str, Any]:
     """Raise ValueError for a mapping without `_target_`, and for a class of another package of ours than `package`."""
     if "_target_" not in value:
         raise ValueError("must be an object, a mapping with _target_ (the full name of a class)")
-    if (target := str(value["_target_"])).startswith("omnivision.") and not target.startswith(package):
+    if (target := str(value["_target_"])).startswith("omnivision.") and not target.startswith(f"{package}."):
         raise ValueError(f"must be an object of {package}, got {target}")
     return value
 
 
 def from_package(package: str) -> AfterValidator:
     """Return a validator of objects of a package of ours. A user's own class may be anywhere."""
-    return AfterValidator(functools.partial(require_target, package=f"{package}."))
+    return AfterValidator(functools.partial(require_target, package=package))
 
 
 Ascending = AfterValidator(require_ascending)
-FolderPath = Annotated[str, Field(pattern="^/*[^/]{1,255}(/+[^/]{1,255})*/*$")]  # of names that files can have
+# A path of names that files can have.
+FolderPath = Annotated[str, Field(min_length=1, pattern="^/*[^/]{1,255}(/+[^/]{1,255})*/*$")]
 # An object to build: `_target_` and its arguments.
 InstantiateConfig = Annotated[dict[str, Any], AfterValidator(require_target)]
 ModelConfig = Annotated[dict[str, Any], from_package("omnivision.models")]
