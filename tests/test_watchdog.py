@@ -118,8 +118,9 @@ class Heartbeats(unittest.TestCase):
             self.assertEqual(isinstance(found, PeerLostError), lost, error)
             self.assertIs(found.__cause__ if lost else found, error)
         other.end()
-        for error in (backward, model):
+        for error in (backward, collective):
             self.assertRegex(str(as_peer_lost(error, main)), "^process 1 has left")
+        self.assertIs(as_peer_lost(model, main), model, "both may fail alike")
         main.end()
 
     def test_a_peer_without_a_heartbeat_for_too_long_aborts(self):

@@ -189,10 +189,13 @@ def as_peer_lost(error: BaseException, peers: PeerMonitor | None) -> BaseExcepti
 
     frames = traceback.extract_tb(error.__traceback__)
     file = frames[-1].filename if frames else ""
+    is_collective = isinstance(error, dist.DistError) or any(part in file for part in COLLECTIVES)
     lost = None
-    if peers is not None:
-        lost = peers.wait_for_dead_peers() if "/torch/autograd/" in file else peers.find_dead_peers()
-    if lost is None and (isinstance(error, dist.DistError) or any(part in file for part in COLLECTIVES)):
+    if peers is not None and "/torch/autograd/" in file:
+        lost = peers.wait_for_dead_peers()
+    elif peers is not None:
+        lost = peers.find_dead_peers(may_leave=not is_collective)
+    if lost is None and is_collective:
         lost = PeerLostError(f"another process is gone without recording a reason ({error})", gone=True)
     if lost is None:
         return error
