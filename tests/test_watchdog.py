@@ -108,10 +108,11 @@ class Heartbeats(unittest.TestCase):
                 return error
             raise AssertionError("no error")
 
-        other, main = self.peers(1, timeout=2.0), self.peers(0, world=2, timeout=2.0)
+        other, main = self.peers(1), self.peers(0, world=2)
         backward, model = raised(torch.ones(1).backward), raised(lambda: torch.ones(1) @ torch.ones(2))
         collective = dist.DistNetworkError("refused")
-        main.start()
+        for peers in (other, main):
+            peers.start()
         for error, peers, lost in (
             (backward, None, False), (backward, main, False), (model, main, False), (ValueError("gloo"), main, False),
             (collective, None, True), (collective, main, True), (RuntimeError("CUDA out of memory"), main, False),
