@@ -155,6 +155,7 @@ class Splits(Folder):
             (self.folder / "none.npy", "none.npy"),
             (self.folder / "pipe.npy", "pipe.npy"),
             (self.save("empty.npy", np.array([], dtype=str)), "PATHS"),
+            (self.save("numbers.npy", [1, 2]), "PATHS"),
             (paths, self.save("two.npy", [1, 2]), "LABELS"),
             *((paths, self.save(f"{label}.npy", [label]), f"{label}.*LABELS") for label in (2**62, -2)),
             (paths, "--num-classes", 3, "--num-classes"),

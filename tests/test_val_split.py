@@ -134,18 +134,9 @@ class Command(catalog.Folder):
         ):
             with self.subTest(options), self.assertRaisesRegex(UserError, regex):
                 self.run_command(*options.split())
-        objects = self.save("objects.npy", np.array([{}], dtype=object))
-        wide = self.save("wide.npy", np.full(len(self.labels), 2**64 - 1, np.uint64))
-        for files, regex in (
-            ((self.files[0], self.save("short.npy", self.labels[:5])), "LABELS"),
-            ((self.files[1], self.files[1]), "PATHS"),
-            ((self.folder / "none.npy", self.files[1]), "none.npy"),
-            ((self.files[0], self.save("negative.npy", self.labels - 2)), "-2.*LABELS"),
-            ((self.files[0], wide), "18446744073709551615.*LABELS"),
-            ((objects, self.files[1]), "never unpickled.*PATHS"),
-        ):
-            with self.subTest(regex), self.assertRaisesRegex(UserError, regex):
-                self.run_command("--dataset", "ucf101", files=files)
+        negative = self.save("negative.npy", self.labels - 2)
+        with self.assertRaisesRegex(UserError, "-2.*LABELS"):
+            self.run_command("--dataset", "ucf101", files=(self.files[0], negative))
         self.assertFalse((self.folder / "out").exists())
 
 
