@@ -1,4 +1,4 @@
-"""A real browser without a window: what a page looks like in it, and what it says of itself."""
+"""A real browser without a window: screenshots of a page, and measurements in it."""
 
 import html
 import json
@@ -15,7 +15,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 FRAME = (
     '<!DOCTYPE html><meta name="color-scheme" content="light dark"><body style="margin:0">'
     '<iframe src="{page}" style="border:0;width:{width}px;height:{height}px"></iframe>'
-    "<script>onmessage = told => document.title = told.data</script></body>"
+    "<script>onmessage = message => document.title = message.data</script></body>"
 )
 PROBE = (
     "<script>addEventListener('load', () => setTimeout(() => parent.postMessage(JSON.stringify({"
@@ -41,17 +41,17 @@ def _open(page: Path, anchor: str, width: int, height: int, dark: bool, *more: s
         return subprocess.run(command, capture_output=True, text=True, timeout=180, env=os.environ | {"HOME": home})
 
 
-def asked(page: Path, width: int, dark: bool) -> tuple[dict[str, Any], list[str]]:
-    """What a page says of itself at a width in pixels, and what the browser's console has of it."""
-    asking = page.with_name(f"asking_{page.name}")
-    asking.write_text(page.read_text(encoding="utf-8").replace("</body>", PROBE), encoding="utf-8")
-    made = _open(asking, "", width, 900, dark, "--dump-dom")
+def probe(page: Path, width: int, dark: bool) -> tuple[dict[str, Any], list[str]]:
+    """Return the measurements of PROBE in a page of a width in pixels, and the lines of the browser's console."""
+    probed = page.with_name(f"probed_{page.name}")
+    probed.write_text(page.read_text(encoding="utf-8").replace("</body>", PROBE), encoding="utf-8")
+    made = _open(probed, "", width, 900, dark, "--dump-dom")
     title = re.search(r"<title>(.*?)</title>", made.stdout)
     assert title is not None, made.stdout[-2000:] + made.stderr[-2000:]
     return json.loads(html.unescape(title[1])), [line for line in made.stderr.splitlines() if "CONSOLE" in line]
 
 
 def screenshot(page: Path, anchor: str, out: Path, width: int, height: int, dark: bool) -> None:
-    """A PNG of a page from an anchor ("#runs") on, or from its top ("")."""
+    """Write a PNG of a page from an anchor ("#runs") on, or from its top ("")."""
     made = _open(page, anchor, width, height, dark, f"--screenshot={out.resolve()}")
     assert out.is_file(), made.stderr[-2000:]

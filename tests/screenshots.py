@@ -1,4 +1,4 @@
-"""The pictures of a report in docs/images, taken in a real browser.
+"""The screenshots of a report in docs/images, taken in a real browser.
 
 make demo && python -m tests.screenshots demo
 """
@@ -23,16 +23,16 @@ SHOTS = (
 )
 
 
-def take(demo: Path) -> None:
+def take_screenshots(demo: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, run, anchor, width, height, dark in SHOTS:
             page, out = Path(folder) / f"{name}.html", IMAGES / f"{name}.png"
             assert main(["report", str(demo / run), "--out", str(page), "--title", "The demo"]) == 0
             screenshot(page, anchor, out, width, height, dark)
-            with Image.open(out) as picture:
-                picture.convert("RGB").crop((0, 0, width, height)).save(out, optimize=True)
+            with Image.open(out) as image:
+                image.convert("RGB").crop((0, 0, width, height)).save(out, optimize=True)
             print(out)
 
 
 if __name__ == "__main__":
-    take(Path(sys.argv[1]))
+    take_screenshots(Path(sys.argv[1]))

@@ -14,7 +14,7 @@ from omnivision.reporting.run_directory import RunDir
 from omnivision.tools.report import figures
 from omnivision.tools.report.collect import MAX_POINTS, Run, differing, find_runs, paper_table
 from omnivision.utils.errors import UserError
-from tests.browser import CHROMIUM, asked
+from tests.browser import CHROMIUM, probe
 from tests.runs import call_command, real_films
 
 HOSTILE = "<script>alert(1)</script>"
@@ -108,7 +108,7 @@ class Page(Folder):
         self.report(write_run(self.folder / "a"))
         for dark in (False, True):
             for width in (1200, 390):
-                seen, console = asked(self.folder / "report.html", width, dark)
+                seen, console = probe(self.folder / "report.html", width, dark)
                 self.assertGreaterEqual(seen["figures"], 10)
                 self.assertEqual((seen["broken"], seen["narrow"], max(0, seen["wide"])), (0, 0, 0), (dark, width, seen))
                 self.assertEqual(seen["page"], "rgb(22, 24, 27)" if dark else "rgb(255, 255, 255)")

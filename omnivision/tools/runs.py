@@ -115,6 +115,7 @@ def make_table(summaries: list[dict[str, Any]], columns: list[str]) -> Table:
 
 
 def format_number(value: float | None, digits: int) -> str:
+    """Format a number; "" for None."""
     return "" if value is None else f"{value:.{digits}f}"
 
 

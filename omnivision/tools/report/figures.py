@@ -159,4 +159,5 @@ def animate(path: str, fps: float, pattern: str | None = None, segment: Segment 
 
 
 def data_url(data: bytes, kind: str) -> str:
+    """Return a file as a URL that holds it; `kind` is its MIME type."""
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
