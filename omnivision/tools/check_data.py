@@ -26,7 +26,7 @@ from omnivision.tools.prepare.transcode import MAX_PIXELS
 from omnivision.tools.workers import WorkerCrashedError, run_in_processes, track
 from omnivision.utils.errors import EXIT_USER, UserError
 from omnivision.utils.io import sha256, write_json
-from omnivision.utils.streams import print_text
+from omnivision.utils.streams import plural, print_text
 
 _NUM_LISTED = 20
 _CLIP_SECONDS, _CLIP_FRAMES = 2.7, 16
@@ -301,10 +301,12 @@ def _report(paths: list[str], checks: list[VideoCheck], summary: dict[str, Any])
             lines.append(f"labels that never occur: {shorten(map(str, labels['absent']), _NUM_LISTED)}")
     for what, key in (("duplicates", "duplicates"), ("in both splits", "overlap")):
         if key in summary:
-            lines.append(f"{what}: {len(summary[key])} videos")
+            lines.append(f"{what}: {plural(len(summary[key]), 'video')}")
             lines += [f"  {' = '.join(dict.fromkeys(group))}" for group in summary[key][:_NUM_LISTED]]
     if gaps := summary["differing_durations"]:
-        lines.append(f"frames / rate is not the duration (still images, or a variable rate): {len(gaps)} videos")
+        lines.append(
+            f"frames / rate is not the duration (still images, or a variable rate): {plural(len(gaps), 'video')}"
+        )
         by_path = dict(zip(paths, checks, strict=True))
         for path, check in [(path, by_path[path]) for path in gaps[:_NUM_LISTED]]:
             lines.append(f"  {path}: {check.frames} frames at {check.rate:g} per second, {check.duration:.1f} s")
