@@ -88,30 +88,37 @@ def end_reason(summary: dict[str, Any]) -> str:
 
 
 def make_table(summaries: list[dict[str, Any]], columns: list[str]) -> Table:
-    """Return a row per run. Chance is the accuracy of one guess for all videos, on classes of equal size."""
+    """Return a row per run."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         table.add_column(column, justify="left" if column in TEXTS else "right", no_wrap=True)
     for summary in summaries:
-        metadata, last, status = summary["run"], summary["last"], summary["status"]
-        classes = max(metadata.get("classes") or [0])
-        cells = {
-            "run": summary["name"] + (f" ({status})" if "status" not in columns and status != "finished" else ""),
-            "trunk": metadata.get("trunk") or "?",
-            "starts from": (metadata.get("pretrained") or "nothing") if metadata else "?",
-            "data": ", ".join(metadata.get("sources") or []),
-            "epochs": format_number(summary.get("epochs"), 0),
-            "minutes": format_number((summary.get("wall_time") or 0) / 60, 1),
-            "top-1 %": format_number(last.get("val_top1"), 1),
-            "chance %": format_number(100 / classes if classes else None, 1),
-            "best %": format_number(summary.get("best"), 1) if "val_top1" in last else "",
-            "loss": format_number(last.get("val_loss", last.get("loss")), 3),
-            "model": metadata.get("model") or "?",
-            "status": status,
-            "age": _format_age(time.time() - summary["changed"]),
-        }
+        cells = describe_run(summary)
+        if "status" not in columns and summary["status"] != "finished":
+            cells["run"] += f" ({summary['status']})"
         table.add_row(*(Text(cells[column]) for column in columns))  # Text: names are no markup
     return table
+
+
+def describe_run(summary: dict[str, Any]) -> dict[str, str]:
+    """Return a cell for each of COLUMNS. Chance is the accuracy of one guess for all videos, on classes of equal size."""
+    metadata, last = summary["run"], summary["last"]
+    classes = max(metadata.get("classes") or [0])
+    return {
+        "run": summary["name"],
+        "trunk": metadata.get("trunk") or "?",
+        "starts from": (metadata.get("pretrained") or "nothing") if metadata else "?",
+        "data": ", ".join(metadata.get("sources") or []),
+        "epochs": format_number(summary.get("epochs"), 0),
+        "minutes": format_number((summary.get("wall_time") or 0) / 60, 1),
+        "top-1 %": format_number(last.get("val_top1"), 1),
+        "chance %": format_number(100 / classes if classes else None, 1),
+        "best %": format_number(summary.get("best"), 1) if "val_top1" in last else "",
+        "loss": format_number(last.get("val_loss", last.get("loss")), 3),
+        "model": metadata.get("model") or "?",
+        "status": summary["status"],
+        "age": _format_age(time.time() - summary["changed"]),
+    }
 
 
 def format_number(value: float | None, digits: int) -> str:

@@ -15,12 +15,11 @@ from omnivision.checkpoint.fingerprint import used_settings
 from omnivision.tasks.metrics import VALIDATION_METRICS
 from omnivision.tools.report import figures
 from omnivision.tools.report.collect import Run, differing, paper_table
-from omnivision.tools.runs import end_reason, format_number
+from omnivision.tools.runs import TEXTS, describe_run, end_reason
 
 MISTAKES = 8  # of each kind
 MAX_CLASSES = 500  # in a confusion matrix that a browser can draw
 MAX_RUNS_WITH_CLIPS = 8  # the best ones
-NUMBERS = ("last top-1, %", "best top-1, %", "val loss", "train loss", "epochs", "minutes")  # columns, right-aligned
 # Heading, label of the axis, and event, phase and name in the log.
 CURVES = (
     ("Loss, training", "loss", ("step", "train", "loss")),
@@ -50,7 +49,7 @@ def render(runs: Sequence[Run], title: str, clips: bool = True) -> str:
         script=Markup(get_plotlyjs()),
         names=[run.name for run in runs],
         overview=[_overview(run) for run in runs],
-        numbers=NUMBERS,
+        texts=TEXTS,
         reasons=[(run.name, reason) for run in runs if (reason := end_reason(run.summary))],
         paper=paper_table(runs),
         differences=differences,
@@ -67,25 +66,13 @@ def render(runs: Sequence[Run], title: str, clips: bool = True) -> str:
 
 
 def _overview(run: Run) -> dict[str, str]:
-    """Return the cells of a run in the first table, by heading."""
-    last, summary = run.last, run.summary
-    best = _with_epoch(summary.get("best"), summary.get("best_epoch")) if "val_top1" in last else ""
-    return {
-        "run": run.name,
-        "status": summary["status"],
-        "last top-1, %": _with_epoch(last.get("val_top1"), last.get("val_epoch")),
-        "best top-1, %": best,
-        "val loss": format_number(last.get("val_loss"), 4),
-        "train loss": format_number(last.get("loss"), 4),
-        "epochs": format_number(summary.get("epochs"), 0),
-        "minutes": format_number((summary.get("wall_time") or 0) / 60, 1),
-        "starts from": run.metadata.get("pretrained") or "nothing",
-        "data": ", ".join(run.metadata.get("sources") or []),
-    }
-
-
-def _with_epoch(top1: float | None, epoch: int | None) -> str:
-    return format_number(top1, 1) + (f" (epoch {epoch})" if None not in (top1, epoch) else "")
+    """Return the cells of a run in the first table, by heading: those of `omnivision runs`, with epochs."""
+    cells = describe_run(run.summary | {"name": run.name})
+    del cells["age"]
+    for heading, epoch in (("top-1 %", run.last.get("val_epoch")), ("best %", run.summary.get("best_epoch"))):
+        if cells[heading] and epoch is not None:
+            cells[heading] += f" (epoch {epoch})"
+    return cells
 
 
 def _curves(runs: Sequence[Run]) -> list[tuple[str, Markup]]:
