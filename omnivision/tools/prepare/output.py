@@ -48,6 +48,8 @@ def read_arrays(
         ("segments", segments_file, "--segments"),
     ):
         if file is not None:
+            if not os.path.isfile(file):  # a pipe would block
+                raise UserError(f"{file}: no such file. Expected a .npy file; give another {argument}.")
             arrays[what] = load_array(file, argument)
             check_array(what, arrays[what], file, argument, arrays["paths"].size)
     labels, segments = arrays.get("labels"), arrays.get("segments")
