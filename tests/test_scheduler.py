@@ -1,6 +1,8 @@
 """Schedules and parameter groups: the published figures, and a test for each rule."""
 
 import functools
+import subprocess
+import sys
 import unittest
 
 import torch
@@ -14,6 +16,7 @@ from omnivision.optim.groups import ParamGroup, ScheduledOptimizer, layer_decay_
 from omnivision.optim.schedules import Constant, Cosine, Linear, Scaled, SequentialSchedule, WarmupCosine
 from omnivision.utils.errors import UserError
 from tests.parity_formula import record
+from tests.runs import ROOT
 
 NORM = "torch.nn.LayerNorm"
 
@@ -179,6 +182,15 @@ class PublishedGroups(unittest.TestCase):
         self.assertEqual({g["lr"] for g in optimizer.optimizer.param_groups}, {1.0, 0.5, 0.25, 0.125})
         self.assertEqual({g["weight_decay"] for g in optimizer.optimizer.param_groups}, {1.0})
         self.assertEqual(optimizer.lr, 1.0)
+
+    def test_a_step_does_not_import_the_compiler(self):
+        program = (
+            "import sys, torch; from omnivision.optim.groups import Group, ScheduledOptimizer; model = torch.nn.Linear(1, 1); "
+            "model(torch.ones(1)).backward(); groups = [Group(['weight', 'bias'])]; "
+            "ScheduledOptimizer(model, groups, torch.optim.AdamW).step(torch.tensor(False)); "
+            "sys.exit('torch._dynamo' in sys.modules)"
+        )
+        self.assertEqual(subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode, 0)
 
 
 if __name__ == "__main__":

@@ -69,9 +69,10 @@ def sinusoid_positions(positions: int, width: int) -> Tensor:
     Entry [p, j] is sin (even j) or cos (odd j) of p / 10000^(2 (j // 2) / width), computed in float64
     (Vaswani et al. 2017, section 3.5, over the flattened tokens as OmniMAE has it).
     """
-    column = torch.arange(width, dtype=torch.float64)
-    angle = torch.arange(positions, dtype=torch.float64)[:, None] / 10000 ** (2 * (column // 2) / width)
-    return torch.where(column % 2 == 0, angle.sin(), angle.cos()).float()[None]
+    # Not on the meta device, where torch.arange imports torch's compiler: two seconds.
+    column = torch.arange(width, dtype=torch.float64, device="cpu")
+    angle = torch.arange(positions, dtype=torch.float64, device="cpu")[:, None] / 10000 ** (2 * (column // 2) / width)
+    return torch.where(column % 2 == 0, angle.sin(), angle.cos()).float()[None].to(torch.get_default_device())
 
 
 def image_positions(table: Tensor, grid: Triple, height: int, width: int) -> Tensor:

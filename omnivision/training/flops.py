@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from omnivision.data.batch import Batch
 from omnivision.tasks.base import Task
@@ -90,6 +89,8 @@ def clip_cost(
         mask: bool (tokens of the clip), for an autoencoder.
         source: one that the task knows.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton, 0.2 s that most runs need not wait
+
     batch = Batch(
         video=torch.empty(1, 3, *shape, dtype=torch.uint8, device="meta"),
         label=torch.empty(1, dtype=torch.int64, device="meta"),
