@@ -117,7 +117,7 @@ class Dry(unittest.TestCase):
         self.assertEqual(self.dry("finished", limit).returncode, 0)
         self.assert_stops("allow_changes", "finished", limit | {"trainer.optim.gradient_clip": 1.0})
         settings = validate_config(self.config)
-        estimated = build.checkpoint_bytes(settings, build.build_model(settings, "meta"))
+        estimated = preflight.checkpoint_bytes(settings, build.build_model(settings, "meta"))
         size = (self.folder / "finished/checkpoints/checkpoint.pt").stat().st_size
         self.assertAlmostEqual(size / estimated, 1, delta=0.1)
         allowed = limit | {"trainer.checkpoint.allow_changes": True}
@@ -143,7 +143,7 @@ class Dry(unittest.TestCase):
             self.assert_stops("submitit.setup", "cluster", wrong)
 
     def test_too_little_memory(self):
-        with mock.patch.object(build, "host_memory", lambda: 10**6):
+        with mock.patch.object(preflight, "host_memory", lambda: 10**6):
             self.assert_stops("trainer/model", "memory", {})
 
     def test_data_that_cannot_be_read(self):

@@ -88,7 +88,7 @@ class Commit(Folder):
         for commit in (None, "a", "a", "b-dirty", None):
             with (
                 mock.patch("omnivision.launch.run.git_commit", return_value=commit),
-                mock.patch("omnivision.training.build.run_metadata", return_value={}),
+                mock.patch("omnivision.launch.run.run_metadata", return_value={}),
             ):
                 write_run_metadata(job, folder, trainer, on_cluster=False)
         self.assertEqual(folder.read_summary()["run"]["commits"], ["a", "b-dirty"])

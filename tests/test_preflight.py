@@ -43,7 +43,7 @@ class Room(unittest.TestCase):
         for stage, count in (("mae", 3), ("ft", 4)):  # a run that validates keeps its best, too
             with tempfile.TemporaryDirectory() as name:
                 settings = settings_of(stage, f"launcher.experiment_log_dir={name}")
-                size = build.checkpoint_bytes(settings, build.build_model(settings, "meta"))
+                size = preflight.checkpoint_bytes(settings, build.build_model(settings, "meta"))
                 self.check(settings, free=count * size)
                 with self.assertRaisesRegex(UserError, f"launcher.experiment_log_dir .* {count} checkpoints"):
                     self.check(settings, free=count * size - 1)

@@ -40,7 +40,7 @@ from omnivision.reporting.run_directory import RunDir
 from omnivision.tasks.base import StepOutput, Task
 from omnivision.tasks.classify import Classify
 from omnivision.tasks.reconstruct import Reconstruct
-from omnivision.training import build
+from omnivision.training import build, preflight
 from omnivision.training.evaluate import Evaluation
 from omnivision.training.step_stats import RunState, Step
 from omnivision.training.trainer import RunContext, Trainer
@@ -711,19 +711,19 @@ class Loop(unittest.TestCase):
                 config.patch({"cpp.cxx": (None, compiler)}),
                 self.assertRaisesRegex(UserError, f"trainer.compile(.|\n)*{compiler}"),
             ):
-                build.check_compiler(torch.device("cpu"))
+                preflight.check_compiler(torch.device("cpu"))
         error = TorchDynamoException("CppCompileError: see below\nx.cpp:27:10: fatal error: Python.h: No such file")
         with mock.patch("torch.compile", return_value=mock.Mock(side_effect=error)):
             with self.assertRaisesRegex(UserError, "trainer.compile.*Python.h"):
-                build.check_compiler(torch.device("cpu"))
+                preflight.check_compiler(torch.device("cpu"))
         settings = mock.Mock()
         settings.launcher.gpus_per_node = 2
         with (
-            mock.patch.object(build, "check_compiler") as tried,
+            mock.patch.object(preflight, "check_compiler") as tried,
             mock.patch.object(build, "meta_model", lambda _: None),
         ):
             for local_rank in (0, 1, 2):  # one rank of a node tries it
-                build.check_device(settings, torch.device("cpu"), local_rank)
+                preflight.check_device(settings, torch.device("cpu"), local_rank)
         tried.assert_called_once_with(torch.device("cpu"))
 
 

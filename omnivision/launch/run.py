@@ -22,8 +22,9 @@ from omnivision.launch.watchdog import HEARTBEAT_TIMEOUT, PeerMonitor
 from omnivision.reporting.reporter import Reporter
 from omnivision.reporting.run_directory import STALE_SECONDS, RunDir
 from omnivision.training import build
+from omnivision.training.preflight import check_device
 from omnivision.training.restore import restore
-from omnivision.training.run_messages import end_lines, start_lines, validation_lines
+from omnivision.training.run_messages import end_lines, run_metadata, start_lines, validation_lines
 from omnivision.training.trainer import Trainer
 from omnivision.utils.io import remove_stale_tmp, write_atomically
 from omnivision.utils.signals import signals_ignored
@@ -45,6 +46,7 @@ def run_rank(job: Job, rank_info: RankInfo, job_log: JobLog | None = None) -> in
         dist = build.build_process_group(job.settings, rank_info)
         reporter = lock_run_dir(job, dist, handler)
         parts = (job.config_text, dist, handler.run_dir, reporter, handler.stop)
+        dist.raise_on_all_ranks(lambda: check_device(job.settings, dist.device, dist.local_rank))
         trainer = dist.raise_on_all_ranks(lambda: build.build_trainer(job.settings, *parts))
         assert trainer is not None
         load_weights(job, dist, trainer, reporter, handler)
@@ -115,7 +117,7 @@ def write_run_metadata(job: Job, run_dir: RunDir, trainer: Trainer, on_cluster: 
     if (commit := git_commit()) is not None and commits[-1:] != [commit]:
         commits = [*commits, commit]
     history = {"started": before.get("started", time.time()), "commits": commits}
-    metadata: dict[str, Any] = {"run": build.run_metadata(job.settings, trainer.raw_model) | history}
+    metadata: dict[str, Any] = {"run": run_metadata(job.settings, trainer.raw_model) | history}
     if not on_cluster:
         metadata["job"] = None
     run_dir.write_summary(**metadata)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 import math
-import os
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -26,8 +24,6 @@ from omnivision.data.dataset import ClipConfig, ClipDataset
 from omnivision.data.loader import LoaderConfig, TrainData, ValData
 from omnivision.data.sampling import EpochPlan, SourcePlan
 from omnivision.distributed.process_group import Dist, RankInfo
-from omnivision.models.architecture import describe
-from omnivision.models.classifier import is_frozen
 from omnivision.models.patches import token_grid
 from omnivision.optim.groups import ParamGroup, ScheduledOptimizer, is_default, layer_decay_scales, parameter_groups
 from omnivision.optim.schedules import Scaled, Schedule, peak
@@ -37,7 +33,6 @@ from omnivision.reporting.run_directory import RunDir
 from omnivision.training import flops
 from omnivision.training.trainer import RunContext, Trainer, resolve_amp_dtype
 from omnivision.utils.errors import UserError, is_out_of_memory
-from omnivision.utils.io import run_name
 from omnivision.utils.signals import StopSignal
 
 Result = TypeVar("Result")
@@ -343,59 +338,6 @@ def clip_config(
     return ClipConfig(view, getattr(view, "crops", 1), num_frames, grid, mask, clips)
 
 
-def checkpoint_bytes(settings: Settings, model: nn.Module) -> int:
-    """Return the size of a checkpoint, about: weights, two moments of each that is trained, and the EMA, in float32."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    ema = trained if settings.trainer.ema_decay is not None else 0
-    return 4 * (sum(tensor.numel() for tensor in model.state_dict().values()) + 2 * trained + ema)
-
-
-def held_bytes(settings: Settings, model: nn.Module) -> int:
-    """Return the memory that a rank holds all the time, about: its checkpoint, and the gradients."""
-    held = checkpoint_bytes(settings, model) + 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return held // (settings.processes if settings.trainer.distributed.strategy == "fsdp" else 1)
-
-
-def host_memory() -> int:
-    """Return the bytes of memory of this machine, or of the container that this process is in."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError):  # "max", or no such file
-        return total
-
-
-def check_device(settings: Settings, device: torch.device, local_rank: int = 0) -> None:
-    """Raise UserError for a device that cannot compile the model, or whose memory weights, gradients and optimizer exceed."""
-    if settings.trainer.compile and local_rank == 0:  # one for all ranks of a node
-        check_compiler(device)
-    is_gpu, meta = device.type == "cuda", meta_model(settings)
-    memory = torch.cuda.get_device_properties(device).total_memory if is_gpu else host_memory()
-    memory //= 1 if is_gpu else settings.launcher.gpus_per_node
-    if meta is not None and (needed := held_bytes(settings, meta)) > memory:
-        raise UserError(
-            f"trainer/model must fit into the {memory / 1e9:.1f} GB that a rank has here ({device}), got {needed / 1e9:.1f} GB "
-            "for weights, gradients and optimizer state. Set a smaller trainer/model, or trainer.distributed.strategy=fsdp."
-        )
-
-
-def run_metadata(settings: Settings, model: nn.Module) -> dict[str, Any]:
-    """Return the metadata of a run for `summary.json`, which tables of runs show."""
-    architecture = describe(model)
-    frozen = any(is_frozen(part) for name, part in model.named_children() if name == "trunk")
-    pretrained = settings.pretrained_checkpoint_path
-    names = [run_name(Path(path)) for path in ([pretrained] if isinstance(pretrained, str) else pretrained or [])]
-    return {
-        "model": architecture.get("kind", type(model).__name__),
-        "trunk": "frozen average" if architecture.get("kind") == "average" else "frozen" if frozen else "trained",
-        "pretrained": " + ".join(names) or None,
-        "sources": list(settings.trainer.data.sources),
-        "classes": architecture.get("classes"),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-    }
-
-
 def build_trainer(
     settings: Settings,
     config_text: str,
@@ -413,8 +355,6 @@ def build_trainer(
         splits: the train and val splits, if they are open already.
     """
     data = settings.trainer.data
-    if dist.device.type != "meta":
-        check_device(settings, dist.device, dist.local_rank)
     train_splits, val_splits = open_splits(settings) if splits is None else splits
     pinned = dist.device.type == "cuda"
     workers = LoaderConfig(data.num_workers, data.prefetch, pinned, timeout=60 * data.timeout_minutes)
@@ -433,18 +373,3 @@ def build_trainer(
         values, inference = flat(settings.model_dump()), inference_config(settings).model_dump(exclude_unset=True)
         context.fingerprint = fingerprint(config_text, values, used, plan, inference)
     return Trainer(settings.trainer, context, build_task(settings), built, build_optimizer(settings, built), train, val)
-
-
-def check_compiler(device: torch.device) -> None:
-    """Compile one small function. Raise UserError where torch.compile lacks what it needs."""
-    from torch._dynamo.exc import TorchDynamoException  # not above: every start would wait for this import
-
-    try:
-        torch.compile(torch.sin)(torch.ones(8, device=device))
-    except TorchDynamoException as error:
-        lines = str(error).splitlines()
-        reason = next((line for line in lines if "fatal error" in line), lines[0])
-        raise UserError(
-            f"trainer.compile is true, but torch.compile does not work here: {reason}. It needs a C++ compiler and the headers "
-            "of Python (Debian: apt-get install g++ python3-dev), on GPUs Triton. Install them, or set trainer.compile=false."
-        ) from None

@@ -65,7 +65,9 @@ def dry_run(settings: Settings, config_text: str, *checks: Callable[[Settings], 
 def check_machine(settings: Settings, run_dir: RunDir) -> None:
     """Raise UserError for a device of this machine that has too little memory, and for a run directory in use."""
     if not settings.submitit.use_cluster:
-        build.check_device(settings, choose_device(settings.trainer.accelerator, settings.launcher.gpus_per_node - 1))
+        preflight.check_device(
+            settings, choose_device(settings.trainer.accelerator, settings.launcher.gpus_per_node - 1)
+        )
         if run_dir.path.is_dir():
             run_dir.require_free()
 
@@ -108,8 +110,8 @@ def describe(settings: Settings, trainer: Trainer, splits: tuple[list[Split], li
         f"operations   {operations}",
         f"batch        {settings.clips_per_step} clips a step = {settings.clips_per_step // views} videos x {views} views, "
         f"over {settings.processes} process{'es' * (settings.processes > 1)}",
-        f"memory       {size(build.held_bytes(settings, model))} a process for weights, gradients and AdamW, about "
-        f"{size(kept)} for activations; a checkpoint takes {size(build.checkpoint_bytes(settings, model))}",
+        f"memory       {size(preflight.held_bytes(settings, model))} a process for weights, gradients and AdamW, about "
+        f"{size(kept)} for activations; a checkpoint takes {size(preflight.checkpoint_bytes(settings, model))}",
         f"sources      {', '.join(settings.trainer.data.sources)}",
         *data_lines(settings, trainer, splits),
         *weights_lines(settings, trainer),

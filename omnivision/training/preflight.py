@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from omnivision.checkpoint.state_dict_file import resolve_checkpoint
@@ -149,7 +150,7 @@ def check_disk_space(settings: Settings, model: nn.Module) -> None:
     if not (parent.is_dir() and os.access(parent, os.W_OK)):
         raise UserError(f"{setting} must be a folder that can be written; {parent} cannot be written. Set {setting}.")
     count = NUM_LIVE_CHECKPOINTS + (settings.trainer.mode == "train" and settings.trainer.val_epoch_freq is not None)
-    needed, disk = count * build.checkpoint_bytes(settings, model), shutil.disk_usage(parent)
+    needed, disk = count * checkpoint_bytes(settings, model), shutil.disk_usage(parent)
     files = [folder / LATEST, folder / PREVIOUS, folder / BEST, *folder.glob(f"{PARTS}*/*")]
     own = {file.stat().st_ino: file.stat().st_size for file in files if file.is_file()}  # a file may have several names
     free = disk.free + sum(own.values())
@@ -158,6 +159,57 @@ def check_disk_space(settings: Settings, model: nn.Module) -> None:
             f"{setting} must have room for {count} checkpoints, {needed / 1e9:.2g} GB, got {free / 1e9:.2g} GB on the disk of "
             f"{folder}. Make room, or set {setting} (or trainer.checkpoint.save_dir)."
         )
+
+
+def checkpoint_bytes(settings: Settings, model: nn.Module) -> int:
+    """Return the size of a checkpoint, about: weights, two moments of each that is trained, and the EMA, in float32."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    ema = trained if settings.trainer.ema_decay is not None else 0
+    return 4 * (sum(tensor.numel() for tensor in model.state_dict().values()) + 2 * trained + ema)
+
+
+def held_bytes(settings: Settings, model: nn.Module) -> int:
+    """Return the memory that a rank holds all the time, about: its checkpoint, and the gradients."""
+    held = checkpoint_bytes(settings, model) + 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return held // (settings.processes if settings.trainer.distributed.strategy == "fsdp" else 1)
+
+
+def host_memory() -> int:
+    """Return the bytes of memory of this machine, or of the container that this process is in."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # "max", or no such file
+        return total
+
+
+def check_device(settings: Settings, device: torch.device, local_rank: int = 0) -> None:
+    """Raise UserError for a device that cannot compile the model, or whose memory weights, gradients and optimizer exceed."""
+    if settings.trainer.compile and local_rank == 0:  # one for all ranks of a node
+        check_compiler(device)
+    is_gpu, meta = device.type == "cuda", build.meta_model(settings)
+    memory = torch.cuda.get_device_properties(device).total_memory if is_gpu else host_memory()
+    memory //= 1 if is_gpu else settings.launcher.gpus_per_node
+    if meta is not None and (needed := held_bytes(settings, meta)) > memory:
+        raise UserError(
+            f"trainer/model must fit into the {memory / 1e9:.1f} GB that a rank has here ({device}), got {needed / 1e9:.1f} GB "
+            "for weights, gradients and optimizer state. Set a smaller trainer/model, or trainer.distributed.strategy=fsdp."
+        )
+
+
+def check_compiler(device: torch.device) -> None:
+    """Compile one small function. Raise UserError where torch.compile lacks what it needs."""
+    from torch._dynamo.exc import TorchDynamoException  # not above: every start would wait for this import
+
+    try:
+        torch.compile(torch.sin)(torch.ones(8, device=device))
+    except TorchDynamoException as error:
+        lines = str(error).splitlines()
+        reason = next((line for line in lines if "fatal error" in line), lines[0])
+        raise UserError(
+            f"trainer.compile is true, but torch.compile does not work here: {reason}. It needs a C++ compiler and the headers "
+            "of Python (Debian: apt-get install g++ python3-dev), on GPUs Triton. Install them, or set trainer.compile=false."
+        ) from None
 
 
 def run_warnings(settings: Settings, train: list[Split], val: list[Split], plan: EpochPlan | None) -> list[str]:

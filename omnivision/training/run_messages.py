@@ -1,22 +1,26 @@
-"""Lines that a run prints when it starts and when it ends."""
+"""Lines that a run prints when it starts and when it ends, and what `summary.json` says of it."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from omnivision.checkpoint.fingerprint import git_commit
 from omnivision.checkpoint.pretrained import LoadReport
 from omnivision.checkpoint.state_dict_file import describe_metrics
 from omnivision.config.schema import Settings
 from omnivision.models.architecture import describe
+from omnivision.models.classifier import is_frozen
 from omnivision.training.preflight import describe_split
 from omnivision.training.step_stats import RunState
 from omnivision.training.trainer import Trainer
-from omnivision.utils.io import BEST, LATEST
+from omnivision.utils.io import BEST, LATEST, run_name
 from omnivision.utils.streams import plural
 
 
@@ -93,3 +97,20 @@ def end_lines(trainer: Trainer) -> list[str]:
 
 def count(parameters: int) -> str:
     return f"{parameters / 1e6:.2f} M" if parameters >= 1e5 else str(parameters)
+
+
+def run_metadata(settings: Settings, model: nn.Module) -> dict[str, Any]:
+    """Return the metadata of a run for `summary.json`, which tables of runs show."""
+    architecture = describe(model)
+    frozen = any(is_frozen(part) for name, part in model.named_children() if name == "trunk")
+    pretrained = settings.pretrained_checkpoint_path
+    names = [run_name(Path(path)) for path in ([pretrained] if isinstance(pretrained, str) else pretrained or [])]
+    return {
+        "model": architecture.get("kind", type(model).__name__),
+        "trunk": "frozen average" if architecture.get("kind") == "average" else "frozen" if frozen else "trained",
+        "pretrained": " + ".join(names) or None,
+        "sources": list(settings.trainer.data.sources),
+        "classes": architecture.get("classes"),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+    }
