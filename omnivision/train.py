@@ -71,7 +71,8 @@ def make_job(config: DictConfig, command: CommandLine) -> Job:
         announce("Checking the configuration and the data")
     apply_torchrun_env(config)
     settings = validate_config(config, command.overrides)
-    problems, warnings = ([], []) if settings.trainer.mode == "dry" else check_run(settings, validate_launch_mode)
+    is_dry = settings.trainer.mode == "dry"
+    problems, warnings = ([], []) if is_dry else check_run(settings, validate_launch_mode)[:2]
     if problems:
         raise UserError.from_problems(problems)
     config_text = OmegaConf.to_yaml(config, resolve=False)

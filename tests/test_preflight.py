@@ -145,7 +145,7 @@ class AllAtOnce(unittest.TestCase):
 
         with tempfile.TemporaryDirectory() as name:
             data = runs.write_split(Path(name), runs.real_films())
-            problems, _ = preflight.check_run(
+            problems, *_ = preflight.check_run(
                 settings_of(
                     "ft",
                     data[0].replace("k150", "ucf101"),
@@ -166,7 +166,7 @@ class AllAtOnce(unittest.TestCase):
             data = [each for which in ("train", "val")
                     for each in stages.write_split(Path(name), "ucf101", which, films, labels=[-1] * len(films))]  # fmt: skip
             rule = '++trainer.optim.options.lr.0.param_names=["*.bias"]'
-            problems, _ = preflight.check_run(settings_of("ft", *data, rule))
+            problems, *_ = preflight.check_run(settings_of("ft", *data, rule))
         keys = ("datasets.ucf101.train.labels", "datasets.ucf101.val.labels", "trainer.optim.options.lr")
         self.assertEqual([problem.split(" ")[0] for problem in problems], list(keys))
 

@@ -31,6 +31,10 @@ class ParamGroup:
     schedules: dict[str, Schedule] = field(default_factory=dict)
     lr_scale: float = 1.0
 
+    def value(self, option: str, progress: float) -> float:
+        """Return an option when a share `progress` of all steps is done."""
+        return self.schedules[option](progress) * (self.lr_scale if option == "lr" else 1)
+
 
 def parameter_groups(
     model: nn.Module,
@@ -143,8 +147,7 @@ class ScheduledOptimizer:
     def set_progress(self, progress: float) -> None:
         """Set the options of all groups; `progress` is the share of all steps that is done."""
         for group, target in zip(self.groups, self.optimizer.param_groups, strict=True):
-            for option, schedule in group.schedules.items():
-                target[option] = schedule(progress) * (group.lr_scale if option == "lr" else 1)
+            target.update({option: group.value(option, progress) for option in group.schedules})
 
     def scale_gradients(self, factor: Tensor) -> None:
         """Multiply all gradients by a scalar on their device."""

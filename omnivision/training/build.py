@@ -36,6 +36,7 @@ from omnivision.utils.errors import UserError, is_out_of_memory
 from omnivision.utils.signals import StopSignal
 
 Result = TypeVar("Result")
+Splits = tuple[list[Split], list[Split]]  # for training, for validation
 
 
 def attempt(problems: list[str], action: Callable[..., Result], *arguments: Any) -> Result | None:
@@ -81,7 +82,7 @@ def datasets_of(settings: Settings) -> list[Dataset]:
     ]
 
 
-def open_splits(settings: Settings) -> tuple[list[Split], list[Split]]:
+def open_splits(settings: Settings) -> Splits:
     """Return the train splits of all sources if the run trains, and the val splits of those that have one if it validates.
 
     Raises UserError with all problems: a file that is missing, has the wrong type or shape, or holds labels out of range; a
@@ -345,7 +346,7 @@ def build_trainer(
     run_dir: RunDir,
     reporter: Reporter,
     stop: StopSignal,
-    splits: tuple[list[Split], list[Split]] | None = None,
+    splits: Splits | None = None,
 ) -> Trainer:
     """Build everything that a run needs, without pretrained weights. Raises UserError for whatever its user can fix.
 

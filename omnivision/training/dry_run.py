@@ -18,7 +18,6 @@ from rich.console import Console
 
 from omnivision.checkpoint import state_dict_file
 from omnivision.config.schema import Settings
-from omnivision.data.catalog import Split
 from omnivision.distributed.process_group import RankInfo, choose_device
 from omnivision.models.average import AveragedClassifier
 from omnivision.optim.groups import ScheduledOptimizer
@@ -40,8 +39,7 @@ def dry_run(settings: Settings, config_text: str, *checks: Callable[[Settings], 
     """Print what would stop the run, first, then what it would be; returns the exit code, 1 when something would stop it."""
     settings = settings.with_trainer(mode="train")
     run_dir = RunDir(settings.launcher.experiment_log_dir, settings.trainer.checkpoint.save_dir)
-    problems, cautions = preflight.check_run(settings, *checks, lambda _: check_machine(settings, run_dir))
-    splits = build.attempt([], build.open_splits, settings) or ([], [])
+    problems, cautions, splits = preflight.check_run(settings, *checks, lambda _: check_machine(settings, run_dir))
     output, lines = io.StringIO(), []
     with warnings.catch_warnings(action="ignore"):  # torch says that the meta device takes no values
         trainer = build.attempt(problems, meta_trainer, settings, config_text, run_dir, splits, output)
@@ -76,7 +74,7 @@ def meta_trainer(
     settings: Settings,
     config_text: str,
     run_dir: RunDir,
-    splits: tuple[list[Split], list[Split]],
+    splits: build.Splits,
     output: io.StringIO,
 ) -> Trainer:
     """Return the trainer of the run, on the meta device; `output` gets what it prints. Raises UserError."""
@@ -86,7 +84,7 @@ def meta_trainer(
     return build.build_trainer(settings, config_text, dist, run_dir, reporter, StopSignal(), splits)
 
 
-def describe(settings: Settings, trainer: Trainer, splits: tuple[list[Split], list[Split]]) -> list[str]:
+def describe(settings: Settings, trainer: Trainer, splits: build.Splits) -> list[str]:
     """Describe model, operations, batch, memory, data, weights and parameter groups, as lines to print."""
     model, optimizer = trainer.raw_model, trainer.optimizer
     parameters = {name: p.numel() for name, p in model.named_parameters()}
@@ -123,7 +121,7 @@ def describe(settings: Settings, trainer: Trainer, splits: tuple[list[Split], li
     ]
 
 
-def data_lines(settings: Settings, trainer: Trainer, splits: tuple[list[Split], list[Split]]) -> Iterator[str]:
+def data_lines(settings: Settings, trainer: Trainer, splits: build.Splits) -> Iterator[str]:
     """Return the splits with their sizes and how many sampled files exist, and the steps of the run."""
     for split in [*splits[0], *splits[1]]:
         paths = preflight.sample_paths(split)
@@ -158,11 +156,10 @@ def group_lines(optimizer: ScheduledOptimizer, parameters: dict[str, int]) -> It
     """Describe each parameter group by its options over the run: first, highest and last value, or the constant one."""
     for number, group in enumerate(optimizer.groups):
         texts = []
-        for option, schedule in group.schedules.items():
-            scale = group.lr_scale if option == "lr" else 1.0
-            values = [schedule(i / 200) * scale for i in range(201)]
+        for option in group.schedules:
+            values = [group.value(option, i / 200) for i in range(201)]
             curve = f"{values[0]:.4g} -> peak {max(values):.4g} -> {values[-1]:.4g}"
-            factor = f" x {scale:.4g}:" if scale != 1 else ""
+            factor = f" x {group.lr_scale:.4g}:" if option == "lr" and group.lr_scale != 1 else ""
             texts.append(f"{option}{factor} {curve if min(values) < max(values) else f'{values[0]:.4g}'}")
         count = sum(parameters[name] for name in group.names)
         digits = 2 if count >= 1e5 else 4
@@ -182,9 +179,8 @@ def draw(settings: Settings, optimizer: ScheduledOptimizer, file: Path) -> None:
 
     curves: dict[str, dict[tuple[float, ...], list[int]]] = {}  # groups by values, by option
     for number, group in enumerate(optimizer.groups):
-        for option, schedule in group.schedules.items():
-            scale = group.lr_scale if option == "lr" else 1.0
-            values = tuple(schedule(i / 400) * scale for i in range(401))
+        for option in group.schedules:
+            values = tuple(group.value(option, i / 400) for i in range(401))
             curves.setdefault(option, {}).setdefault(values, []).append(number)
     figure = Figure(figsize=(7.6, 1.2 + 2.2 * len(curves)), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)

@@ -27,8 +27,8 @@ MIN_CLIPS_TO_MIX = 1000  # that the paper's fine-tuning does not learn from
 NUM_LIVE_CHECKPOINTS = 3  # while one is saved: the newest, the one before, the one that is written
 
 
-def check_run(settings: Settings, *more: Callable[[Settings], object]) -> tuple[list[str], list[str]]:
-    """Check everything that can be checked before a run starts, and `more`; return problems and warnings."""
+def check_run(settings: Settings, *more: Callable[[Settings], object]) -> tuple[list[str], list[str], build.Splits]:
+    """Check everything that can be checked before a run starts, and `more`; return problems, warnings and opened splits."""
     problems: list[str] = []
     warnings: list[str] = []
     train, val = build.attempt(problems, build.open_splits, settings) or ([], [])
@@ -43,7 +43,7 @@ def check_run(settings: Settings, *more: Callable[[Settings], object]) -> tuple[
         if settings.trainer.mode != "val":
             build.attempt(problems, check_disk_space, settings, model)
     warnings += run_warnings(settings, train, val, plan)
-    return list(dict.fromkeys(problems)), warnings
+    return list(dict.fromkeys(problems)), warnings, (train, val)
 
 
 def spread_indices(split: Split, count: int) -> list[int]:

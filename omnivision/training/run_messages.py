@@ -44,7 +44,7 @@ def start_lines(settings: Settings, trainer: Trainer, reports: Sequence[LoadRepo
     ]
     if trainer.train is not None:
         groups = trainer.optimizer.groups
-        rate = max(g.lr_scale * max(g.schedules["lr"](i / 200) for i in range(201)) for g in groups)
+        rate = max(group.value("lr", i / 200) for group in groups for i in range(201))
         steps, epochs = trainer.state.steps_per_epoch, trainer.settings.max_epochs
         lines += [
             f"batch        {settings.clips_per_step} clips a step, {plural(steps, 'step')} an epoch, {plural(epochs, 'epoch')}",
