@@ -206,7 +206,7 @@ class Averages(OnVideos):
             cls.trained("ft", name, *cls.data, FROM_NOTHING, f"trainer.seed_value={seed}", "epochs=1")
         cls.sources = cls.source("a", "b")
 
-    def test_both_modes_train_log_their_weights_and_resume(self):
+    def test_both_modes_train_and_log_their_weights_and_one_resumes(self):
         for mode in ("learned_average_softmax", "learned_average_layer_softmax"):
             with self.subTest(mode):
                 settings = [*self.data, self.sources, f"trainer.model.combine_mode={mode}"]
@@ -231,9 +231,9 @@ class Averages(OnVideos):
                     weights = weights.mean(0)
                 torch.testing.assert_close(torch.tensor([second["mixing_0"], second["mixing_1"]]), weights)
                 self.assertEqual(runs.summary(self.folder / mode)["run"]["trunk"], "frozen average")
-                self.stopped("average", f"{mode}_resumed", 3, *settings)
-                self.assertIn("epoch 2, step 1 of", self.trained("average", f"{mode}_resumed", *settings).stdout)
-                self.assert_same_run(mode, f"{mode}_resumed")
+        self.stopped("average", "resumed", 3, *settings)
+        self.assertIn("epoch 2, step 1 of", self.trained("average", "resumed", *settings).stdout)
+        self.assert_same_run(mode, "resumed")
 
     def test_one_file_of_several_models_equals_a_list(self):
         torch.save({"ensemble_weights": [self.state(name)["model"] for name in ("a", "b")]}, self.folder / "several.pt")
