@@ -185,8 +185,8 @@ class PublishedGroups(unittest.TestCase):
 
     def test_a_step_does_not_import_the_compiler(self):
         program = (
-            "import sys, torch; from omnivision.optim.groups import Group, ScheduledOptimizer; model = torch.nn.Linear(1, 1); "
-            "model(torch.ones(1)).backward(); groups = [Group(['weight', 'bias'])]; "
+            "import sys, torch; from omnivision.optim.groups import ParamGroup, ScheduledOptimizer; "
+            "model = torch.nn.Linear(1, 1); model(torch.ones(1)).backward(); groups = [ParamGroup(['weight', 'bias'])]; "
             "ScheduledOptimizer(model, groups, torch.optim.AdamW).step(torch.tensor(False)); "
             "sys.exit('torch._dynamo' in sys.modules)"
         )
