@@ -45,7 +45,7 @@ nightly: $(VENV)/.installed
 	$(BIN)/python -m unittest -v tests.nightly_demo
 	$(BIN)/python -m unittest -v tests.nightly_transformers
 	$(BIN)/python -m tests.faults --nightly
-	FUZZ_CASES=2000 $(BIN)/python -m unittest tests.test_fuzz
+	FUZZ_CASES=2000 $(BIN)/python -m unittest tests.config.test_fuzz
 	$(BIN)/python -m unittest -v tests.nightly_soak
 
 # Another version of transformers in a separate folder, for an export test that is skipped without it.

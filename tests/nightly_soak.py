@@ -12,7 +12,7 @@ from pathlib import Path
 
 from omnivision_demo.dataset import write_demo_data
 from tests import runs
-from tests.test_launch import children
+from tests.launch.test_launch import children
 
 MINUTES = float(os.environ.get("SOAK_MINUTES", "60"))
 SAMPLE_SECONDS = 2.0
@@ -52,10 +52,10 @@ class Soak(unittest.TestCase):
                 before, after = statistics.median(values[quarter : 2 * quarter]), statistics.median(values[-quarter:])
                 print(f"  soak, ended by {end}: {what} {before:.1f} -> {after:.1f}", flush=True)
                 self.assertLessEqual(after, before * GROWTH, what)
-        steps = runs.lines(run)
+        steps = runs.read_metrics(run)
         self.assertEqual([line["step"] for line in steps], list(range(1, len(steps) + 1)), "none twice, none missing")
         self.assertNotIn(None, [line["loss"] for line in steps])
-        print(f"  soak: {len(steps)} steps, {len(runs.lines(run, 'epoch', 'val'))} validations", flush=True)
+        print(f"  soak: {len(steps)} steps, {len(runs.read_metrics(run, 'epoch', 'val'))} validations", flush=True)
 
     def run_until(self, command: list[str], output: Path, end: str, seconds: float) -> list[tuple[float, int, int]]:
         """Start a run, measure it for so many seconds, and end it."""

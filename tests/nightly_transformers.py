@@ -2,7 +2,8 @@
 
 import unittest
 
-from tests import other_transformers, test_export
+from tests import other_transformers
+from tests.interop import test_export
 
 
 class EveryVersion(test_export.Case):

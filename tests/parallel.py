@@ -1,6 +1,6 @@
 """Test modules side by side, one process for each of up to eight processors, when unittest discovers all of them.
 
-A module that is named (`python -m unittest tests.test_mae`) runs in the calling process, so that breakpoints work.
+A module that is named (`python -m unittest tests.models.test_mae`) runs in the calling process, so that breakpoints work.
 """
 
 import contextlib

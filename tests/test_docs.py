@@ -94,7 +94,7 @@ class Typed(unittest.TestCase):
         self.assertRegex(output, r"lr .* -> peak .* -> ")
         self.assertRegex(output, r"jump +█* .* %")
         self.assertIn("<h1>mine</h1>", (self.folder / "report.html").read_text())
-        summary = runs.summary(self.folder / "runs/mine")
+        summary = runs.read_summary(self.folder / "runs/mine")
         self.assertEqual((summary["status"], summary["epochs"]), ("finished", 2))
 
     def test_pages_about_additions(self):
@@ -106,8 +106,8 @@ class Typed(unittest.TestCase):
         ):
             with self.subTest(page):
                 self.assertRegex(self.follow(page), output)
-                self.assertEqual(runs.summary(self.folder / "runs" / run)["status"], "finished")
-        self.assertEqual(runs.summary(self.folder / "runs/mine")["run"]["sources"], ["mine"])
+                self.assertEqual(runs.read_summary(self.folder / "runs" / run)["status"], "finished")
+        self.assertEqual(runs.read_summary(self.folder / "runs/mine")["run"]["sources"], ["mine"])
 
 
 class Site(unittest.TestCase):
@@ -155,7 +155,7 @@ class Site(unittest.TestCase):
 class Notebook(unittest.TestCase):
     def test_opens_a_checkpoint_and_reconstructs_a_clip(self):
         with tempfile.TemporaryDirectory() as name:
-            folder, video = Path(name), runs.real_films()[0]
+            folder, video = Path(name), runs.real_videos()[0]
             result = runs.run(folder / "mae", *runs.write_split(folder, [video] * 8), "epochs=1", "clip_duration=0.9")
             self.assertEqual(result.returncode, 0, result.stderr)
             notebook = nbformat.read(DOCS / "reconstruct.ipynb", as_version=4)

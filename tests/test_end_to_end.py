@@ -20,23 +20,23 @@ class Stage1(unittest.TestCase):
         temporary = tempfile.TemporaryDirectory()
         cls.addClassCleanup(temporary.cleanup)
         cls.folder = Path(temporary.name)
-        cls.data = runs.write_split(cls.folder, runs.real_films() * 8)  # 24 samples: 3 steps an epoch
+        cls.data = runs.write_split(cls.folder, runs.real_videos() * 8)  # 24 samples: 3 steps an epoch
         cls.whole = cls.folder / "whole"
         cls.result = runs.run(cls.whole, *cls.data, "trainer.logging.pictures_every_epochs=1")
 
     def here(self, name: str, *overrides: str) -> stages.Result:
-        result = stages.here(runs.command(self.folder / name, *self.data, *overrides)[2:])
+        result = stages.run_in_process(runs.command(self.folder / name, *self.data, *overrides)[2:])
         self.assertEqual(result.returncode, 0, result.stderr)
         return result
 
     def assert_same_weights(self, one: Path, other: Path) -> None:
-        first, second = runs.weights(one), runs.weights(other)
+        first, second = runs.load_weights(one), runs.load_weights(other)
         self.assertEqual(list(first), list(second))
         torch.testing.assert_close(first, second, rtol=0, atol=0)
 
     def assert_close_losses(self, name: str) -> None:
         for event in ("step", "epoch"):
-            one, other = (runs.lines(folder, event) for folder in (self.whole, self.folder / name))
+            one, other = (runs.read_metrics(folder, event) for folder in (self.whole, self.folder / name))
             self.assertEqual([line["step"] for line in one], [line["step"] for line in other])
             np.testing.assert_allclose(
                 [line["loss"] for line in one], [line["loss"] for line in other], rtol=0, atol=1e-4
@@ -52,12 +52,12 @@ class Stage1(unittest.TestCase):
         self.assertLessEqual(expected, found)
         self.assertFalse(any("outputs" in name for name in found), "Hydra left files of its own")
         self.assertIn("${lr_scale_factor}", (self.whole / "config.yaml").read_text(), "kept unresolved")
-        summary = runs.summary(self.whole)
+        summary = runs.read_summary(self.whole)
         self.assertEqual((summary["status"], summary["epochs"], summary["steps"]), ("finished", 2, 6))
         self.assertTrue(summary["clips_per_second"] > 0 and summary["wall_time"] > 0)
 
     def test_the_log_has_every_step_once_with_its_metrics(self):
-        steps, epochs = runs.lines(self.whole), runs.lines(self.whole, "epoch")
+        steps, epochs = runs.read_metrics(self.whole), runs.read_metrics(self.whole, "epoch")
         self.assertEqual([(line["step"], line["epoch"]) for line in steps], [(k, (k - 1) // 3) for k in range(1, 7)])
         for line in steps:
             self.assertLessEqual({"time", "loss", "lr", "grad_norm", "clips_per_second", "data_wait"}, set(line))
@@ -68,13 +68,13 @@ class Stage1(unittest.TestCase):
 
     def test_killed_in_mid_epoch_and_resumed_equals_uninterrupted(self):
         resumed = self.folder / "resumed"
-        runs.run_until(resumed, 5, *self.data, EVERY_STEP)
+        runs.run_and_kill(resumed, 5, *self.data, EVERY_STEP)
         # Another number of workers must not matter either.
         result = runs.run(resumed, *self.data, EVERY_STEP, "num_workers=2")
         self.assertEqual(result.returncode, 0, result.stderr)
         self.assertIn("Resumed from", result.stdout)
         self.assert_same_weights(self.whole, resumed)
-        losses = [[(line["step"], line["loss"]) for line in runs.lines(run)] for run in (self.whole, resumed)]
+        losses = [[(line["step"], line["loss"]) for line in runs.read_metrics(run)] for run in (self.whole, resumed)]
         self.assertEqual(*losses)
 
     def test_a_finished_run_ends_at_once(self):
@@ -86,13 +86,13 @@ class Stage1(unittest.TestCase):
         self.here("two", TWO, EXACT)
         self.assert_close_losses("two")
         self.assertTrue((self.folder / "two/logs/rank_1.log").exists())
-        runs.run_until(self.folder / "two_resumed", 5, *self.data, TWO, EXACT, EVERY_STEP)
+        runs.run_and_kill(self.folder / "two_resumed", 5, *self.data, TWO, EXACT, EVERY_STEP)
         self.here("two_resumed", TWO, EXACT, EVERY_STEP)
         self.assert_same_weights(self.folder / "two", self.folder / "two_resumed")
 
     def test_begun_by_two_processes_and_ended_by_one(self):
         """The samples of each step are the same for any number of processes."""
-        runs.run_until(self.folder / "changed", 3, *self.data, EXACT, EVERY_STEP, TWO)
+        runs.run_and_kill(self.folder / "changed", 3, *self.data, EXACT, EVERY_STEP, TWO)
         self.assertRegex(self.here("changed", EXACT, EVERY_STEP).stdout, "launcher.gpus_per_node: 2 -> 1")
         self.assert_close_losses("changed")
 

@@ -82,7 +82,7 @@ class Noted(OnPath):
         return self.noted.read_text().splitlines()
 
     def settings(self, script: str, *overrides: str, **more: str) -> Settings:
-        return validate_config(stages.composed(*self.arguments(script, *overrides, **more)[1:]))
+        return validate_config(stages.compose_config(*self.arguments(script, *overrides, **more)[1:]))
 
 
 class Commands(Noted):
@@ -115,7 +115,7 @@ class Commands(Noted):
                 arguments = self.arguments(script, "submitit.use_cluster=false")[1:]
                 bare = [one for one in arguments if not one.startswith("trainer.optim.nominal_batch=")]
                 self.assertEqual(len(bare), len(arguments) - 1)
-                made = validate_config(stages.composed(*bare))
+                made = validate_config(stages.compose_config(*bare))
                 self.assertEqual(made.trainer.optim.nominal_batch, found.trainer.optim.nominal_batch)
                 self.assertEqual(list(recipe_warnings(made, 0)), [])
 
@@ -285,7 +285,7 @@ class Runs(Noted):
     """The command of the first stage, run by its script; those of the others, run in this process."""
 
     def run_script(self, script: str, *overrides: str, **variables: str) -> stages.Result:
-        return stages.here(self.arguments(script, *overrides, **variables)[1:])
+        return stages.run_in_process(self.arguments(script, *overrides, **variables)[1:])
 
     def test_dry(self):
         run, results = self.folder / "run", {}
@@ -306,7 +306,7 @@ class Runs(Noted):
         self.assertEqual([path.name for path in run.rglob("*") if path.is_file()], ["dry.png"])
 
     def test_all_stages_in_a_row(self):
-        films = stages.write_films(self.folder / "films", 9)
+        films = stages.write_videos(self.folder / "films", 9)
         data = []
         for dataset in ("k150", "inpk150", "ucf101"):
             for which, paths in (("train", films), ("val", films[:3])):
@@ -339,16 +339,16 @@ class Runs(Noted):
                 start = f"[{folders}]" if len(sources) > 1 else folders
                 result = self.run_script(script, *overrides, PRETRAINED_CHECKPOINT=start, **variables)
             self.assertEqual(result.returncode, 0, f"{script}: {result.stderr}")
-            told = runs.summary(self.folder / script)
+            told = runs.read_summary(self.folder / script)
             self.assertEqual((told["status"], told["epochs"], told["steps"]), ("finished", 1, 2))
             self.assertEqual(told["run"]["pretrained"], " + ".join(sources) or None)
-            rates[script] = runs.lines(self.folder / script)[-1]["lr"]
+            rates[script] = runs.read_metrics(self.folder / script)[-1]["lr"]
         # Of the second of two steps: half way for the average's cosine.
         self.assertAlmostEqual(rates["run_downstream_average_lp.sh"], (16e-3 + 4e-6) / 2 / (250 / 4), places=9)
-        trunks = [runs.summary(self.folder / script)["run"]["trunk"] for script in PUBLISHED]
+        trunks = [runs.read_summary(self.folder / script)["run"]["trunk"] for script in PUBLISHED]
         self.assertEqual(trunks, ["trained", "trained", "trained", "frozen", "frozen average"])
         given, kept = (
-            stages.trunk(stages.state(self.folder / f"run_downstream_{name}.sh", file)["model"])
+            stages.encoder_weights(stages.load_checkpoint(self.folder / f"run_downstream_{name}.sh", file)["model"])
             for name, file in (("ft", "best.pt"), ("lp", "checkpoint.pt"))
         )
         self.assertEqual(set(given), set(kept))

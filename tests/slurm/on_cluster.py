@@ -91,15 +91,15 @@ class OnCluster(unittest.TestCase):
         log = run / "logs" / "metrics.jsonl"
 
         def reached() -> bool:
-            return log.exists() and any(line["step"] >= step for line in runs.lines(run))
+            return log.exists() and any(line["step"] >= step for line in runs.read_metrics(run))
 
         wait(f"step {step} of {run.name}", reached, seconds)
 
     def assert_steps_once(self, run: Path, count: int) -> None:
-        self.assertEqual([line["step"] for line in runs.lines(run)], list(range(1, count + 1)))
+        self.assertEqual([line["step"] for line in runs.read_metrics(run)], list(range(1, count + 1)))
 
     def assert_same_weights(self, one: Path, other: Path) -> None:
-        first, second = runs.weights(one), runs.weights(other)
+        first, second = runs.load_weights(one), runs.load_weights(other)
         self.assertEqual(list(first), list(second))
         for name in first:
             self.assertEqual((first[name] - second[name]).abs().max().item(), 0, name)

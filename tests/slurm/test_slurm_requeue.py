@@ -22,7 +22,7 @@ class Interrupted(OnCluster):
     @classmethod
     def setUpClass(cls):
         super().setUpClass()
-        cls.data = runs.write_split(cls.folder, runs.real_films() * 40)  # 120 samples
+        cls.data = runs.write_split(cls.folder, runs.real_videos() * 40)  # 120 samples
         cls.long = [*cls.data, f"epochs={EPOCHS}", "trainer.checkpoint.save_every_steps=20"]
 
     def command(self, name: str, *settings: str) -> list[str]:
@@ -35,7 +35,7 @@ class Interrupted(OnCluster):
 
     def assert_ended_as_if_never_interrupted(self, job: str, run: Path) -> None:
         self.wait_for_state(job, "COMPLETED", seconds=150)
-        told = runs.summary(run)
+        told = runs.read_summary(run)
         self.assertEqual((told["status"], told["steps"]), ("finished", STEPS))
         self.assertGreaterEqual(told["job"]["restarts"], 1)
         self.assert_steps_once(run, STEPS)
@@ -109,7 +109,7 @@ class Interrupted(OnCluster):
         self.cluster.ask("scancel", job)
         self.wait_for_state(job, "CANCELLED")
         told_time("scancel, until the job was gone", cancelled)
-        told = runs.summary(run)
+        told = runs.read_summary(run)
         self.assertEqual(told["status"], "interrupted")
         self.assertRegex(
             told["exit_reason"], rf"ended by SIGTERM; step {told['steps']} is saved; job {job} was cancelled"
@@ -140,7 +140,7 @@ class Interrupted(OnCluster):
             if restarts < 2:
                 self.wait_for_start(stuck_run, restarts + 1)
         self.wait_for_state(stuck, "FAILED")
-        told = runs.summary(stuck_run)
+        told = runs.read_summary(stuck_run)
         self.assertEqual(told["status"], "failed")
         self.assertRegex(told["exit_reason"], f"At step 0, job {stuck} was restarted 3 times without progress")
         self.assertRegex(history(stuck_run, "end")[0]["reason"], "exit code 134, SIGABRT.*goes back into the queue")
@@ -152,7 +152,7 @@ class Interrupted(OnCluster):
         self.assertEqual(history(clock_run, "end")[0]["status"], "requeued")
         self.cluster.ask("scancel", clock)
         self.wait_for_state(bounded, "FAILED")
-        told = runs.summary(bounded_run)
+        told = runs.read_summary(bounded_run)
         self.assertEqual(told["status"], "interrupted")
         self.assertRegex(
             told["exit_reason"], f"step {told['steps']} is saved .*is not requeued: submitit.max_requeues is 0"
@@ -167,10 +167,10 @@ class Interrupted(OnCluster):
         os.kill(self.tasks_of(killed)[0], 9)
         self.wait_for_state(killed, "FAILED")
         told_time("a killed process, until the job was over", began)
-        self.assertRegex(runs.summary(run)["exit_reason"], "exit code 137, SIGKILL")
+        self.assertRegex(runs.read_summary(run)["exit_reason"], "exit code 137, SIGKILL")
         for job, name in ((waiting, "waiting"), (later, "later")):
             self.wait_for_state(job, "CANCELLED")
-            told = runs.summary(self.folder / name)
+            told = runs.read_summary(self.folder / name)
             self.assertEqual(told["status"], "cancelled")
             self.assertRegex(told["exit_reason"], "^its dependency failed: job .* did not end well: .*SIGKILL")
         listed = self.shell("omnivision", "runs", ".").stdout
@@ -202,10 +202,10 @@ class Interrupted(OnCluster):
         for name in starts:
             # On two nodes a step takes twice as many.
             self.assert_steps_once(self.folder / name, 7 * 8 if name == "two" else 15 * 8)
-            self.assertEqual(runs.summary(self.folder / name)["status"], "finished")
+            self.assertEqual(runs.read_summary(self.folder / name)["status"], "finished")
         self.assertEqual(self.cluster.fact(early, "Restarts"), "0", "it was cancelled")
         wait("it to say so", lambda: history(self.folder / "early", "end"))
-        told = runs.summary(self.folder / "early")
+        told = runs.read_summary(self.folder / "early")
         self.assertEqual(told["status"], "interrupted")
         self.assertRegex(told["exit_reason"], f"job {early} was cancelled")
 
@@ -215,7 +215,7 @@ class Interrupted(OnCluster):
         """Films enough for an epoch that is not over soon; written once, since a run that has them mapped may be under way."""
         many = self.folder / "many.npy"
         if not many.exists():
-            np.save(many, np.array(runs.real_films() * 4000))
+            np.save(many, np.array(runs.real_videos() * 4000))
         return [f"++datasets.k150.train.paths={many}", "++datasets.k150.train.labels=null"]
 
     def clock(self) -> tuple[str, Path]:

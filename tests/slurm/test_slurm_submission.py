@@ -102,7 +102,7 @@ class Submitted(OnCluster):
                   *command("torchrun", "batch_size=16")[1:])  # fmt: skip
         self.here(*command("one", "batch_size=16"))
         self.wait_for_state(job, "COMPLETED")
-        losses = {name: [line["loss"] for line in runs.lines(self.folder / name)]
+        losses = {name: [line["loss"] for line in runs.read_metrics(self.folder / name)]
                   for name in ("on_slurm", "local", "torchrun", "one")}  # fmt: skip
         self.assertGreaterEqual(len(losses["on_slurm"]), 6)
         self.assertEqual(losses["on_slurm"], losses["local"])
@@ -110,11 +110,11 @@ class Submitted(OnCluster):
         for one, other in zip(losses["on_slurm"], losses["one"], strict=True):
             self.assertAlmostEqual(one, other, delta=1e-4 * one)
         self.assert_same_weights(self.folder / "on_slurm", self.folder / "local")
-        means = [runs.lines(self.folder / name, "epoch")[-1]["loss"] for name in ("on_slurm", "local")]
+        means = [runs.read_metrics(self.folder / name, "epoch")[-1]["loss"] for name in ("on_slurm", "local")]
         self.assertEqual(*means)
 
         run = self.folder / "on_slurm"
-        told = runs.summary(run)
+        told = runs.read_summary(run)
         self.assertEqual((told["status"], told["job"]["job_id"], told["job"]["processes"]), ("finished", job, 4))
         self.assertIn("ended well", told["last_lines"][-1])
         logs = {path.name for path in (run / "submitit_logs").iterdir()}
@@ -207,7 +207,7 @@ class Submitted(OnCluster):
         self.assertIn(f"node2 cannot write to {self.folder}/read_only/run/submitit_logs", listed)
         self.wait_for_state(self.half_seen, "FAILED", seconds=90)
         self.assertRegex(
-            runs.summary(self.hidden / "two")["exit_reason"],
+            runs.read_summary(self.hidden / "two")["exit_reason"],
             f"job {self.half_seen}: node4 cannot write to {self.hidden}/two/submitit_logs ",
         )
 
@@ -222,7 +222,7 @@ class Submitted(OnCluster):
         self.assertEqual(self.cluster.fact(array, "ArrayTaskThrottle"), "2")
         for point in range(4):
             self.wait_for_state(f"{array}_{point}", "COMPLETED")
-        told = {seed: runs.summary(self.folder / f"sweep/seed_{seed}") for seed in range(1, 5)}
+        told = {seed: runs.read_summary(self.folder / f"sweep/seed_{seed}") for seed in range(1, 5)}
         self.assertEqual({told[seed]["status"] for seed in told}, {"finished"})
         self.assertEqual(len({told[seed]["last"]["loss"] for seed in told}), 4, "each point is a run of its own")
         self.here(
@@ -275,10 +275,10 @@ class Submitted(OnCluster):
             file.rename(logs / file.name.replace(first, again))
         old = (logs / "history.jsonl").read_text()
         (logs / "history.jsonl").write_text("".join(f"{line}\n" for line in old.replace(first, again).splitlines()))
-        summary = runs.summary(run)
+        summary = runs.read_summary(run)
         summary["job"]["job_id"] = again
         RunDir(run).write_summary(**summary)
         second = self.submit(*command, "trainer.max_epochs=2", "trainer.checkpoint.allow_changes=true")
         self.assertEqual(second, again, "the test needs it to come again")
         self.wait_for_state(second, "COMPLETED")
-        self.assertEqual((runs.summary(run)["epochs"], runs.summary(run)["status"]), (2, "finished"))
+        self.assertEqual((runs.read_summary(run)["epochs"], runs.read_summary(run)["status"]), (2, "finished"))

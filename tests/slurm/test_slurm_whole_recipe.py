@@ -72,9 +72,9 @@ class Chain(OnCluster):
 
     def assert_all_finished(self, folder: Path) -> None:
         for stage in STAGES:
-            told = runs.summary(folder / stage)
+            told = runs.read_summary(folder / stage)
             self.assertEqual((told["status"], told["epochs"]), ("finished", 2), stage)
-        begins = [runs.summary(folder / stage)["run"]["pretrained"] for stage in STAGES]
+        begins = [runs.read_summary(folder / stage)["run"]["pretrained"] for stage in STAGES]
         self.assertEqual(begins, [None, "mae", "mae", "align", "align", "align + align_demo_nohuman"])
 
     def test_1_killed_in_the_middle_and_run_again(self):
@@ -98,8 +98,8 @@ class Chain(OnCluster):
         for name in ("ft_demo", "lp_demo", "average_demo"):
             self.wait_for_state(first[name], "CANCELLED")
         self.wait_for_state(first["align_demo_nohuman"], "COMPLETED")
-        wait("the summary to say so", lambda: runs.summary(self.folder / "ppma/ft_demo")["status"] == "cancelled")
-        reason = runs.summary(self.folder / "ppma/average_demo")["exit_reason"]
+        wait("the summary to say so", lambda: runs.read_summary(self.folder / "ppma/ft_demo")["status"] == "cancelled")
+        reason = runs.read_summary(self.folder / "ppma/average_demo")["exit_reason"]
         self.assertRegex(
             reason, rf"^its dependency failed: job {first['align']} .*/align\) did not end well: .* was cancelled"
         )
@@ -128,7 +128,7 @@ class Chain(OnCluster):
         for name, job in jobs.items():
             self.wait_for_state(job, "FAILED" if name.startswith("align") else "CANCELLED")
         for name in ("ft_demo", "lp_demo", "average_demo"):
-            told = runs.summary(self.folder / "broken" / name)
+            told = runs.read_summary(self.folder / "broken" / name)
             self.assertEqual(told["status"], "cancelled")
             self.assertRegex(told["exit_reason"], "broken/align.*: .*manifest")
         listed = self.shell("omnivision", "runs", "broken").stdout
@@ -143,5 +143,5 @@ class Chain(OnCluster):
         self.assertEqual(failed.returncode, 1)
         self.assertRegex(failed.stderr.splitlines()[-1], "^error: failed: mae;")
         for stage, why in (("align", "mae (failed)"), ("ft_demo", "align (cancelled)")):
-            told = runs.summary(self.folder / "broken" / stage)
+            told = runs.read_summary(self.folder / "broken" / stage)
             self.assertEqual(told["exit_reason"], f"it starts from broken/{why}")
