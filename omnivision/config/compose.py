@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
-import itertools
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice, product
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,6 +24,7 @@ from omnivision.config.messages import suggest
 from omnivision.config.schema import GROUPS, setting_hints
 from omnivision.utils.errors import UserError
 
+MAX_RUNS = 10_000  # of a sweep
 HELP = """\
 omnivision: video models by the PPMA recipe.
 
@@ -131,14 +133,16 @@ def compose_configs(command: CommandLine) -> list[DictConfig]:
 
 
 def expand_sweep(overrides: Sequence[str]) -> list[list[str]]:
-    """Return the overrides of each run of a sweep: a run for each combination of values."""
+    """Return the overrides of each run of a sweep: a run for each combination of values. Raises UserError for too many."""
     choices = [
-        [f"{each.get_key_element()}={value}" for value in each.sweep_string_iterator()]
+        [f"{each.get_key_element()}={value}" for value in islice(each.sweep_string_iterator(), MAX_RUNS + 1)]
         if each.is_discrete_sweep()
         else [str(each.input_line)]
         for each in OverridesParser.create().parse_overrides(list(overrides))
     ]
-    return [list(run) for run in itertools.product(*choices)]
+    if math.prod(map(len, choices)) > MAX_RUNS:
+        raise UserError(f"A sweep must have at most {MAX_RUNS} runs, got more: {' '.join(overrides)}.")
+    return [list(run) for run in product(*choices)]
 
 
 def is_typed(key: str, overrides: Sequence[str]) -> bool:

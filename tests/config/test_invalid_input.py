@@ -127,6 +127,7 @@ AFTER_MAE: dict[str, tuple[str, ...]] = {
     "pretrained_checkpoint_path=runs/lr=3/x": ("pretrained_checkpoint_path=runs/lr=3/x",),
     "batch_size=8,16": ("batch_size=8,16",),
     "-m epochs=range(0)": ("epochs=range(0)",),
+    "-m epochs=range(1,100000000)": ("10000", "epochs=range(1,100000000)"),
     "batch_size 8": ("batch_size ",),
     "trainer.freeze=[trunk": ("trainer.freeze=[trunk",),
     "--batch_size 8": ("--batch_size",),

@@ -142,7 +142,7 @@ def write_failed(out: Path, failed: Mapping[str, str]) -> None:
 def format_entry(name: str, entry: Mapping[str, Any]) -> str:
     """Return the entry of a dataset in YAML. Raises UserError for text that a configuration cannot hold as it is."""
     text = yaml.safe_dump({name: entry}, sort_keys=False, default_flow_style=None, width=10**6, allow_unicode=True)
-    if not re.match(r"[A-Za-z_]\w*:", text):  # YAML quotes names such as "on"
+    if not re.match(r"(?a)[A-Za-z_]\w*:", text):  # YAML quotes names such as "on"
         raise UserError(
             f"--name must be letters, digits and _, and no word of YAML, as it becomes a setting; got {name!r}."
         )
