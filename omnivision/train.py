@@ -13,7 +13,6 @@ import dataclasses
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
@@ -22,6 +21,7 @@ from omnivision.config.compose import (
     CommandLine,
     check_distinct_run_dirs,
     compose_configs,
+    find_config_dir,
     help_text,
     parse_command_line,
 )
@@ -99,13 +99,6 @@ def print_dry_run(job: Job) -> int:
     if problem := output_problem():
         raise UserError(problem)
     return code
-
-
-def find_config_dir() -> Path:
-    """Return the folder of the configuration files: `config/` of a checkout, or the installed copy."""
-    package = Path(__file__).resolve().parent
-    checkout = package.parent / "config"
-    return checkout if (checkout / "config.yaml").is_file() else package / "config" / "yaml"
 
 
 @contextlib.contextmanager

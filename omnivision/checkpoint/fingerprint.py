@@ -27,8 +27,8 @@ from omnivision.utils.errors import UserError, truncate_list
 RUNTIME_ONLY_SETTINGS = (*runtime_only_settings(), "trainer.model.*.activation_checkpointing")
 SETTINGS_OF_ONE_START = ("trainer.mode", "trainer.checkpoint.allow_changes")
 # Settings that older runs lack, with the values that those runs had.
-ADDED = {"crop_scale": [0.08, 1.0], "rand_augment_prob": 0.5, "erasing_prob": 0.25, "mixing_prob": 1.0}
-ADDED["trainer.data.view.scale"] = ADDED["crop_scale"]
+DEFAULTS_OF_OLDER_RUNS = {"crop_scale": [0.08, 1.0], "rand_augment_prob": 0.5, "erasing_prob": 0.25, "mixing_prob": 1.0}
+DEFAULTS_OF_OLDER_RUNS["trainer.data.view.scale"] = DEFAULTS_OF_OLDER_RUNS["crop_scale"]
 # Classes that were renamed since runs were made with them.
 RENAMED_TARGETS = {"omnivision.data.mixing.Mixing": "omnivision.data.mixing.MixupCutmix"}
 REFERENCE = re.compile(r"\$\{([\w.]+)\}")
@@ -87,7 +87,7 @@ def diff_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list
 
     Catalog entries that the run does not use and settings of one start are left out.
     """
-    then = {name: value for name, value in ADDED.items() if name in now} | dict(then)
+    then = {name: value for name, value in DEFAULTS_OF_OLDER_RUNS.items() if name in now} | dict(then)
     then, now = (
         {name: RENAMED_TARGETS.get(v, v) if isinstance(v, str) else v for name, v in settings.items()}
         for settings in (then, now)

@@ -5,9 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from omnivision.checkpoint import fingerprint
+from omnivision.data.masking import MASKS
+
+
+def _known_mask(name: str) -> str:
+    if name not in MASKS:
+        raise ValueError(f"must be one of {', '.join(MASKS)}, got {name}")
+    return name
+
+
+MaskName = Annotated[str, AfterValidator(_known_mask)]
 
 
 class InferenceConfig(BaseModel):
@@ -19,7 +29,7 @@ class InferenceConfig(BaseModel):
     class_names: list[list[str]] = []
     clip_duration: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2.7
     average: Literal["logits", "softmax"] = "logits"
-    mask: Literal["RandomMask", "TubeMask", "FrameMask", "CausalMask", "BlockMask"] = "RandomMask"
+    mask: MaskName = "RandomMask"
     mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.9
 
     @classmethod
@@ -35,8 +45,9 @@ class InferenceConfig(BaseModel):
         return config.with_mask(run.get("settings", {}))
 
     def with_mask(self, settings: Mapping[str, Any]) -> InferenceConfig:
-        """Return the record with the mask of a run, from its settings; unchanged where that is none of this project."""
+        """Return the record with the mask of a run, from its settings: the ratio alone if its class is not of this project."""
         target = str(settings.get("trainer.data.mask._target_")).removeprefix("omnivision.data.masking.")
+        target = target if target in MASKS else self.mask
         ratio = fingerprint.resolve_reference(settings, "trainer.data.mask.ratio")
         try:
             return self.model_validate(self.model_dump(exclude_unset=True) | {"mask": target, "mask_ratio": ratio})

@@ -58,6 +58,13 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}. Settings are written KEY=VALUE, without dashes; --help lists them.")
 
 
+def find_config_dir() -> Path:
+    """Return the folder of the configuration files: `config/` of a checkout, or the installed copy."""
+    package = Path(__file__).resolve().parents[1]
+    checkout = package.parent / "config"
+    return checkout if (checkout / "config.yaml").is_file() else package / "config" / "yaml"
+
+
 def parse_command_line(arguments: Sequence[str], config_dir: Path) -> CommandLine:
     """Separate flags, which may stand anywhere, from overrides. Raises UserError for unknown flags."""
     parser = _Parser(add_help=False, allow_abbrev=False)

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 from pydantic import ValidationError
 
-from omnivision.config.compose import is_typed
+from omnivision.config.compose import find_config_dir, is_typed
 from omnivision.config.cross_validate import STAGES, cross_validate
 from omnivision.config.instantiate import target_problems
 from omnivision.config.messages import MUST_BE_SET, format_errors
@@ -64,10 +64,14 @@ def read_run_config(file: Path, trusted: Sequence[str] = ()) -> Settings:
     """
     try:
         config = OmegaConf.create(file.read_text(encoding="utf-8"))
-        assert isinstance(config, DictConfig)
+        defaults = OmegaConf.load(find_config_dir() / "experiments" / "base.yaml")
+        if not isinstance(config, DictConfig) or not isinstance(defaults, DictConfig):
+            raise ValueError("must be a mapping")
+        del defaults["defaults"]
+        config = OmegaConf.merge(defaults, config)  # settings that are newer than the run
         OmegaConf.update(config, "trainer.trust_targets", list(trusted), force_add=True)
         return validate_config(config)
-    except (OSError, ValueError, AssertionError, OmegaConfBaseException, yaml.YAMLError) as error:
+    except (OSError, ValueError, OmegaConfBaseException, yaml.YAMLError) as error:
         raise UserError(f"{file}, the settings of the run, cannot be used: {error}") from error
 
 

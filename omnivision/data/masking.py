@@ -6,7 +6,9 @@ into a count by truncation, as published: int(0.9 * 8 * 14 * 14) = 1411.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 
@@ -73,6 +75,7 @@ class BlockMask(_RatioMask):
 
 
 Mask = RandomMask | TubeMask | FrameMask | CausalMask | BlockMask
+MASKS: dict[str, Callable[[float], Mask]] = {mask.__name__: mask for mask in get_args(Mask)}
 
 
 def _random_mask(shape: Grid, count: int, rng: np.random.Generator) -> np.ndarray:

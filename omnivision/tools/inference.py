@@ -21,9 +21,9 @@ from omnivision.checkpoint.checkpointer import load_model
 from omnivision.checkpoint.inference import InferenceConfig
 from omnivision.checkpoint.state_dict_file import StateDictFile, read
 from omnivision.config.instantiate import is_allowed
-from omnivision.data import masking
 from omnivision.data.batch import Batch
 from omnivision.data.frames import MAX_TOOL_PIXELS
+from omnivision.data.masking import MASKS
 from omnivision.data.sampling import clip_window, uniform_clip_starts
 from omnivision.data.video import VideoDecodeError, open_video
 from omnivision.data.views import EvalView
@@ -131,7 +131,7 @@ class VideoModel:
             raise UserError(f"mask_ratio must be above 0 and below 1, got {ratio:g}.")
         clip = self.views(video, clips=1, crops=1, start=start, **frames).cpu()
         grid = token_grid((self.num_frames, self.image_size, self.image_size), self.tubelet)
-        mask = torch.from_numpy(getattr(masking, self.config.mask)(ratio)(grid, np.random.default_rng(seed)))[None]
+        mask = torch.from_numpy(MASKS[self.config.mask](ratio)(grid, np.random.default_rng(seed)))[None]
         unused = torch.zeros(1, dtype=torch.int64)
         batch = Batch(clip, unused, unused, "video", [str(video)], mask=mask, num_masked=int(mask.sum()))
         return Reconstruct(self.tubelet).visualize(self.model, batch.to(self.device))

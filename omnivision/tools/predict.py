@@ -115,7 +115,8 @@ def reconstruct(
         video: A video, or a folder of its frames.
         out: A .gif, which moves, or a .png of some frames.
         start: Where the clip begins (default: in the middle).
-        mask_ratio: Share of hidden patches (default: that of the run, which also gives the kind of mask).
+        mask_ratio: Share of hidden patches (default: that of the run, which also gives the kind of mask,
+            RandomMask for a class of your own).
         seed: Seed of the mask.
         force: Replace OUT if it exists.
     """
