@@ -63,12 +63,13 @@ def read_run_config(file: Path, trusted: Sequence[str] = ()) -> Settings:
     Raises UserError for a file that cannot be read, and for invalid settings.
     """
     try:
-        config = OmegaConf.create(file.read_text(encoding="utf-8"))
-        defaults = OmegaConf.load(find_config_dir() / "experiments" / "base.yaml")
-        if not isinstance(config, DictConfig) or not isinstance(defaults, DictConfig):
+        defaults = OmegaConf.to_container(OmegaConf.load(find_config_dir() / "experiments" / "base.yaml"))
+        own = OmegaConf.create(file.read_text(encoding="utf-8"))
+        if not isinstance(defaults, dict) or not isinstance(own, DictConfig):
             raise ValueError("must be a mapping")
         del defaults["defaults"]
-        config = OmegaConf.merge(defaults, config)  # settings that are newer than the run
+        config = OmegaConf.create(defaults)  # of settings that are newer than the run
+        config.merge_with(own)
         OmegaConf.update(config, "trainer.trust_targets", list(trusted), force_add=True)
         return validate_config(config)
     except (OSError, ValueError, OmegaConfBaseException, yaml.YAMLError) as error:
