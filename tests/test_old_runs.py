@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 import omnivision
+from omnivision.config.validate import read_run_config
 from omnivision.utils.io import safe_load
 from tests.runs import ROOT
 
@@ -53,6 +54,10 @@ class OldRuns(unittest.TestCase):
         self.addCleanup(temporary.cleanup)
         self.folder = Path(temporary.name) / "old_runs"
         shutil.copytree(OLD_RUNS, self.folder)
+
+    def test_their_settings_can_be_read(self):
+        for run in COMMANDS:
+            self.assertEqual(read_run_config(self.folder / run / "config.yaml").trainer.max_epochs, 4)
 
     def test_resumed_runs_reach_the_weights_of_the_uninterrupted_ones(self):
         # Sums in another order round differently: one thread, as when the runs were made.

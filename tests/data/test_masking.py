@@ -4,7 +4,8 @@ import unittest
 
 import numpy as np
 
-from omnivision.data.masking import BlockMask, CausalMask, FrameMask, RandomMask, TubeMask
+from omnivision.checkpoint.inference import InferenceConfig
+from omnivision.data.masking import MASKS, BlockMask, CausalMask, FrameMask, RandomMask, TubeMask
 from omnivision.models.patches import token_grid
 from omnivision.utils.errors import UserError
 from tests.parity_formula import record
@@ -66,6 +67,20 @@ class Kinds(unittest.TestCase):
             one, same, other = (kind(0.5)((8, 14, 14), rng(seed)) for seed in (1, 1, 2))
             self.assertTrue((one == same).all(), kind)
             self.assertFalse((one == other).all(), kind)
+
+    def test_every_kind_hides_as_many_tokens_of_each_sample(self):
+        for name, kind in MASKS.items():
+            counts = {int(kind(0.6)((4, 6, 5), rng(seed)).sum()) for seed in range(20)}
+            self.assertEqual(len(counts), 1, name)
+
+    def test_weights_keep_the_mask_of_their_run(self):
+        for target, expected in (
+            *((f"omnivision.data.masking.{name}", name) for name in MASKS),
+            ("mine.My", "RandomMask"),
+        ):
+            settings = {"trainer.data.mask._target_": target, "trainer.data.mask.ratio": 0.6}
+            found = InferenceConfig().with_mask(settings)
+            self.assertEqual((found.mask, found.mask_ratio), (expected, 0.6))
 
     def test_tubes_and_frames(self):
         mask = TubeMask(0.75)((8, 14, 14), rng())
