@@ -11,9 +11,9 @@ from typing import Any
 
 from omnivision.config.schema import Settings
 from omnivision.launch import slurm
-from omnivision.launch.slurm_jobs import LOGS, runs_file
+from omnivision.launch.slurm_jobs import SUBMISSION_FOLDER, runs_file
 from omnivision.reporting.run_directory import RunDir
-from omnivision.utils.signals import seconds_to_leave
+from omnivision.utils.signals import seconds_to_exit
 
 UNMEASURED_DELAY = 120  # seconds before the time limit that SLURM signals a run whose speed is unknown
 
@@ -23,7 +23,7 @@ def batch_script(settings: Settings, run_dir: RunDir, script: Path | None = None
 
     `script` is its path: its folder has the job's logs.
     """
-    script = script or run_dir.path.absolute() / LOGS / "TOKEN_submission.sh"
+    script = script or run_dir.path.absolute() / SUBMISSION_FOLDER / "TOKEN_submission.sh"
     command = f"{shlex.quote(sys.executable)} -u -m omnivision.launch.slurm_task {shlex.quote(str(runs_file(script)))}"
     return slurm.sbatch_script(command, script.parent, count, sbatch_parameters(settings, run_dir, runs_file(script)))
 
@@ -77,5 +77,5 @@ def signal_delay(settings: Settings, run_dir: RunDir) -> int:
         return settings.submitit.signal_delay_s
     summary, limit = run_dir.read_summary(), settings.submitit.timeout_hour * 3600
     step = summary.get("step_seconds")
-    delay = UNMEASURED_DELAY if step is None else math.ceil(seconds_to_leave(step, summary.get("save_seconds")))
+    delay = UNMEASURED_DELAY if step is None else math.ceil(seconds_to_exit(step, summary.get("save_seconds")))
     return max(1, min(delay, int(limit / 2)))

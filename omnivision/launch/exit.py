@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from omnivision.config.schema import Settings
 from omnivision.launch.watchdog import GRACE_SECONDS, PeerMonitor, Watchdog, as_peer_lost, write_stacks
-from omnivision.reporting.run_directory import WAITING, RunDir, slurm_job_id, slurm_restart_count
+from omnivision.reporting.run_directory import QUEUED_STATUSES, RunDir, slurm_job_id, slurm_restart_count
 from omnivision.utils.errors import (
     EXIT_FAULT,
     EXIT_SIGINT,
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 END_FILE_SECONDS = 2.0  # for the end file of another rank to appear
 LOG = logging.getLogger("omnivision")
 LOG.addHandler(logging.NullHandler())  # until there is a file, nothing goes to the console by itself
-LESS_MEMORY = (
+OOM_ADVICE = (
     "Raise trainer.optim.accumulation_steps (the same batch in smaller micro-batches), set "
     "trainer.model.trunk.activation_checkpointing=true, or lower batch_size; num_workers and trainer.data.prefetch take memory "
     "of the machine. The same command resumes from the last checkpoint."
@@ -80,7 +80,7 @@ def first_failure(
     while True:
         for end in read_end_files(run_dir):
             if end["kind"] == "failed" and end["rank"] != own_rank and (pids is None or end["pid"] in pids):
-                return f"process {end['rank']} failed: {end['reason']}"
+                return f"rank {end['rank']} failed: {end['reason']}"
         if time.monotonic() >= deadline:
             return None
         time.sleep(0.1)
@@ -101,7 +101,7 @@ class ExitHandler:
         self.stop = StopSignal()
         self.exit_code = 0
         self.locked = False  # this process has locked the run directory
-        self.begun = False  # the summary is about this process's training
+        self.owns_summary = False  # the summary is about this process's training
         self.peers: PeerMonitor | None = None
         self._watchdog = Watchdog(self.stop, self.abort, max(GRACE_SECONDS, settings.submitit.signal_delay_s or 0))
         self._ending = threading.Lock()
@@ -124,9 +124,9 @@ class ExitHandler:
                     kill_data_workers()
                     self.unlock()
 
-    def begin(self) -> None:
+    def start_peers(self) -> None:
         """Make the summary be about this run, and watch the other ranks."""
-        self.begun = self.rank == 0
+        self.owns_summary = self.rank == 0
         if self.peers is not None:
             self.peers.start()
 
@@ -168,10 +168,10 @@ class ExitHandler:
 
         Before training begins, and in an evaluation, what an earlier run wrote is kept.
         """
-        if self.locked and self.run_dir.read_summary().get("status") in (None, *WAITING):
+        if self.locked and self.run_dir.read_summary().get("status") in (None, *QUEUED_STATUSES):
             return True
-        if self.validating or self.begun or self.job_log is None:
-            return self.begun and not self.validating
+        if self.validating or self.owns_summary or self.job_log is None:
+            return self.owns_summary and not self.validating
         return self.rank == 0 and (self.locked or self.job_log.owns_summary())
 
 
@@ -213,7 +213,7 @@ def report_exit(
                 else None
             )
             status = "failed" if cause or isinstance(error, Exception) else "interrupted"
-            run_dir.write_end(status, cause or reason)
+            run_dir.write_exit(status, cause or reason)
     except OSError as failure:  # a full disk must not change the exit code
         print(f"error: the reason could not be written to the run directory: {failure}", file=sys.stderr)
     leaves_it_to_rank_0 = stopped or (
@@ -240,7 +240,7 @@ def exit_code_and_reason(error: BaseException) -> tuple[int, str]:
         case PeerLostError():
             return EXIT_FAULT, f"{error}{notes}"
     if is_out_of_memory(error):
-        return EXIT_FAULT, f"{oom_message(error, LESS_MEMORY)}{notes}"
+        return EXIT_FAULT, f"{oom_message(error, OOM_ADVICE)}{notes}"
     return EXIT_FAULT, f"{type(error).__name__}: {error}{notes}"
 
 

@@ -29,7 +29,7 @@ from omnivision.utils.errors import (
     StopRequested,
     UserError,
 )
-from omnivision.utils.signals import SIGNALS, exit_with_parent
+from omnivision.utils.signals import STOP_SIGNALS, exit_with_parent
 from omnivision.utils.streams import announce
 
 if TYPE_CHECKING:
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Exit codes of runs that somebody ended.
-INTERRUPTED = (EXIT_SIGINT, EXIT_SIGTERM, EXIT_SIGUSR2, EXIT_SIGHUP)
-GRACE_SECONDS = 15.0  # for the other ranks to exit after one has failed
+STOP_EXIT_CODES = (EXIT_SIGINT, EXIT_SIGTERM, EXIT_SIGUSR2, EXIT_SIGHUP)
+RANK_EXIT_SECONDS = 15.0  # for the other ranks to exit after one has failed
 
 
 def launch(jobs: Sequence[Job]) -> int:
@@ -64,7 +64,7 @@ def launch(jobs: Sequence[Job]) -> int:
             codes.append(run_local_processes(job, count))
         else:
             codes.append(run_rank(job, RankInfo()))
-        if codes[-1] in INTERRUPTED and number < len(jobs):
+        if codes[-1] in STOP_EXIT_CODES and number < len(jobs):
             print(f"{len(jobs) - number} runs of the sweep were not started.", file=sys.stderr)
             break
     return max(codes)
@@ -134,14 +134,14 @@ def run_local_processes(job: Job, count: int) -> int:
             for process in processes:
                 process.kill()
                 process.join()
-    if received and (code in INTERRUPTED or any(process.exitcode == -received[0] for process in processes)):
+    if received and (code in STOP_EXIT_CODES or any(process.exitcode == -received[0] for process in processes)):
         is_ctrl_c = received[0] == signal.SIGINT
         error = KeyboardInterrupt() if is_ctrl_c else StopRequested(signal.Signals(received[0]).name)
         code, reason = exit_code_and_reason(error)
     if code not in (0, EXIT_USER):
         pids = [process.pid for process in processes if process.pid is not None]
         reason = first_failure(job.run_dir, pids=pids) or reason
-        job.run_dir.note_silent_end(reason, interrupted=code in INTERRUPTED)
+        job.run_dir.record_unreported_exit(reason, interrupted=code in STOP_EXIT_CODES)
     return code
 
 
@@ -157,7 +157,7 @@ def forward_signals(processes: list[SpawnProcess]) -> Iterator[list[int]]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process.pid, number)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, *SIGNALS)}
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, *STOP_SIGNALS)}
     try:
         yield received
     finally:
@@ -175,14 +175,14 @@ def wait_for_processes(processes: list[SpawnProcess]) -> tuple[int, str]:
         for process in processes:
             process.join(timeout=0.1)
             if process.exitcode and not failed:
-                failed, deadline = process.exitcode, time.monotonic() + GRACE_SECONDS
+                failed, deadline = process.exitcode, time.monotonic() + RANK_EXIT_SECONDS
     failed = failed or next((process.exitcode for process in processes if process.exitcode), 0)
     killed = [
-        f"process {rank} was killed by {signal.Signals(-process.exitcode).name}"
+        f"rank {rank} was killed by {signal.Signals(-process.exitcode).name}"
         for rank, process in enumerate(processes)
         if process.exitcode is not None and process.exitcode < 0
     ]
-    reason = ", ".join(killed) or f"a process ended with exit code {failed}"
+    reason = ", ".join(killed) or f"a rank ended with exit code {failed}"
     return failed if failed >= 0 else EXIT_FAULT, reason
 
 

@@ -61,8 +61,8 @@ def lock_run_dir(job: Job, dist: Dist, handler: ExitHandler) -> Reporter:
     run_dir, job_log, stop = handler.run_dir, handler.job_log, handler.stop
     dist.raise_on_all_ranks(run_dir.create, main_only=True)
     # The lock of a dead node looks alive for a while; a job of a cluster can wait.
-    patience = STALE_SECONDS + 10 if job_log is not None else 0.0
-    taken_over = dist.raise_on_all_ranks(lambda: run_dir.lock(patience), main_only=True)
+    lock_timeout = STALE_SECONDS + 10 if job_log is not None else 0.0
+    taken_over = dist.raise_on_all_ranks(lambda: run_dir.lock(lock_timeout), main_only=True)
     handler.locked = dist.is_main
     dist.raise_on_all_ranks(run_dir.claim_checkpoint_dir, main_only=True)
     if dist.is_main:
@@ -95,7 +95,7 @@ def load_weights(job: Job, dist: Dist, trainer: Trainer, reporter: Reporter, han
         write_atomically(run_dir.logs / "pretrained.json", json.dumps(loaded, indent=1) + "\n")
     dist.raise_on_all_ranks(lambda: reporter.connect(trainer.global_step), main_only=True)
     trainer.wrap_model()
-    handler.begin()
+    handler.start_peers()
     if job_log is not None:
         dist.raise_on_all_ranks(lambda: job_log.record_resume(trainer.global_step), main_only=True)
     if dist.is_main:

@@ -21,7 +21,7 @@ SEPARATOR, END = "\x1f", "\x1e"  # of fields, and of jobs: comments may hold lin
 COMMAND_TIMEOUT = 60.0  # seconds
 
 # Variables of an allocation, a job or another launcher. They would reach the commands here, sbatch, and srun within the job.
-LEFTOVERS = re.compile(
+INHERITED_VARIABLES = re.compile(
     "(SLURM|SBATCH|SRUN|SALLOC|SQUEUE|SINFO|SCANCEL|SCONTROL|SUBMITIT|PMI|PMIX|TORCHELASTIC)_"
     "|((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)$|ROLE_NAME$|MASTER_(ADDR|PORT)$"
 )
@@ -47,7 +47,7 @@ class SlurmError(UserError):
 
 
 @dataclass(frozen=True)
-class JobState:
+class QueueEntry:
     """A job as squeue shows it. `command` is the path of its batch script."""
 
     state: str
@@ -70,20 +70,20 @@ def is_available() -> bool:
     return all(shutil.which(command) for command in ("sbatch", "srun", "squeue"))
 
 
-def leftover_variables(settings: object = None) -> list[str]:
+def inherited_variables(settings: object = None) -> list[str]:
     """Return the variables that belong to another job or launcher, or that one of `settings` (of submitit) replaces."""
 
     def is_kept(name: str) -> bool:
         setting = SITE_VARIABLES.get(name)
         return name in KEPT_VARIABLES or (name in SITE_VARIABLES and not (setting and getattr(settings, setting, None)))
 
-    return sorted(name for name in os.environ if LEFTOVERS.match(name) and not is_kept(name))
+    return sorted(name for name in os.environ if INHERITED_VARIABLES.match(name) and not is_kept(name))
 
 
 def run_slurm_command(*command: str, settings: object = None, timeout: float | None = COMMAND_TIMEOUT) -> str:
-    """Run one of SLURM's commands, without leftover variables; returns its output. Raises SlurmError if it fails."""
-    leftover = leftover_variables(settings)
-    env = {name: value for name, value in os.environ.items() if name not in leftover}
+    """Run one of SLURM's commands, without inherited variables; returns its output. Raises SlurmError if it fails."""
+    inherited = inherited_variables(settings)
+    env = {name: value for name, value in os.environ.items() if name not in inherited}
     try:
         return subprocess.run(
             command, check=True, capture_output=True, text=True, errors="replace", timeout=timeout, env=env
@@ -97,7 +97,7 @@ def run_slurm_command(*command: str, settings: object = None, timeout: float | N
 # ---- questions ----------------------------------------------------------------------------------------------------
 
 
-def squeue() -> dict[str, JobState]:
+def squeue() -> dict[str, QueueEntry]:
     """Return my jobs by id (array elements one by one): those waiting, running, or ended minutes ago. Raises SlurmError."""
     fields = SEPARATOR.join(("%i", "%T", "%r", "%k", "%o", "%E"))
     jobs = {}
@@ -105,11 +105,11 @@ def squeue() -> dict[str, JobState]:
     for entry in output.split(END):
         job_id, *rest = entry.lstrip("\n").split(SEPARATOR)
         if len(rest) == 5:
-            jobs[job_id] = JobState(*("" if text in ("(null)", "None") else text for text in rest))
+            jobs[job_id] = QueueEntry(*("" if text in ("(null)", "None") else text for text in rest))
     return jobs
 
 
-def squeue_or_none() -> dict[str, JobState] | None:
+def squeue_or_none() -> dict[str, QueueEntry] | None:
     """Return `squeue()`, or None where there is no SLURM or no answer."""
     try:
         return squeue() if is_available() else None
@@ -192,7 +192,7 @@ def sbatch_script(command: str, logs: Path, count: int, parameters: dict[str, An
 
 def sbatch(script: Path, settings: object) -> str:
     """Submit a batch script; only `settings` and the site's defaults count. Returns the job's id. Raises SlurmError."""
-    if options := [name for name in leftover_variables(settings) if name.startswith("SBATCH_")]:
+    if options := [name for name in inherited_variables(settings) if name.startswith("SBATCH_")]:
         print(
             f"warning: ignored in the environment: {', '.join(options)}. The submitit settings count.", file=sys.stderr
         )

@@ -20,13 +20,13 @@ from typing import Any
 from omnivision.launch import slurm
 from omnivision.launch.exit import END_FILE_SECONDS, first_failure, read_end_files
 from omnivision.reporting.logs import read_lines
-from omnivision.reporting.run_directory import WAITING, RunDir, slurm_restart_count
+from omnivision.reporting.run_directory import QUEUED_STATUSES, RunDir, slurm_restart_count
 from omnivision.utils.errors import PeerLostError, StopRequested, UserError
 from omnivision.utils.io import append_line
 from omnivision.utils.signals import TIME_LIMIT
 
-LOGS = "submitit_logs"
-MAX_FRUITLESS_RESTARTS = 3
+SUBMISSION_FOLDER = "submitit_logs"
+MAX_RESTARTS_WITHOUT_PROGRESS = 3
 TIME_LIMIT_MARGIN = 5.0  # seconds before the time limit from which SIGTERM is taken for SLURM's
 
 
@@ -35,7 +35,7 @@ TIME_LIMIT_MARGIN = 5.0  # seconds before the time limit from which SIGTERM is t
 
 def history(run_dir: RunDir, token: str | None = None) -> list[dict[str, Any]]:
     """Return the events of a run's jobs, or of one submission, oldest first."""
-    file = run_dir.path / LOGS / "history.jsonl"
+    file = run_dir.path / SUBMISSION_FOLDER / "history.jsonl"
     lines = [line for line in read_lines(file) if "event" in line] if file.is_file() else []
     return [line for line in lines if token is None or line.get("token") == token]
 
@@ -136,7 +136,7 @@ class JobLog:
     def note(self, event: str, **fields: Any) -> None:
         """Append a line to the history."""
         line = {"time": time.time(), "event": event, "token": self.token, "job": self.job_id, "restarts": self.restarts}
-        append_line(self.run_dir.path / LOGS / "history.jsonl", json.dumps(line | fields))
+        append_line(self.run_dir.path / SUBMISSION_FOLDER / "history.jsonl", json.dumps(line | fields))
 
     def history(self) -> list[dict[str, Any]]:
         return history(self.run_dir, self.token)
@@ -159,14 +159,14 @@ class JobLog:
 
     def owns_summary(self) -> bool:
         """Return whether the summary is about this job and no other process works in the run directory."""
-        return self.run_dir.job_id() == self.job_id and not self.run_dir.in_use()
+        return self.run_dir.job_id() == self.job_id and not self.run_dir.holder_message()
 
     def classify_exit(self, error: BaseException, reason: str) -> ExitDecision:
         """Return what becomes of the job after an error or a request to stop of rank 0."""
-        now, cause, comes_back = JobStatus(self.job_id, self.restarts), None, None
+        now, cause, requeue_reason = JobStatus(self.job_id, self.restarts), None, None
         match error:
             case PeerLostError():
-                cause, comes_back = (
+                cause, requeue_reason = (
                     first_failure(self.run_dir, 0, END_FILE_SECONDS),
                     f"{reason} (perhaps with its node)",
                 )
@@ -175,10 +175,12 @@ class JobLog:
                 cause = first_failure(self.run_dir, 0) if error.cause == "SIGTERM" else None
                 late = now.late or error.cause == TIME_LIMIT
                 why = "time limit reached" if late else "signalled by SLURM or by hand, not cancelled"
-                comes_back = f"{reason} ({'preempted' if now.preempted else why})"
+                requeue_reason = f"{reason} ({'preempted' if now.preempted else why})"
                 if error.cause == "SIGTERM" and not now.known:
-                    comes_back, reason = None, f"{reason}; SLURM does not say why"
-        return self._decide(now, reason, cause, comes_back, "failed" if isinstance(error, Exception) else "interrupted")
+                    requeue_reason, reason = None, f"{reason}; SLURM does not say why"
+        return self._decide(
+            now, reason, cause, requeue_reason, "failed" if isinstance(error, Exception) else "interrupted"
+        )
 
     def classify_batch_exit(self, code: int, why: str) -> ExitDecision:
         """Return what becomes of a job whose rank 0 could not decide.
@@ -188,32 +190,32 @@ class JobLog:
         they had to exit before they handled signals.
         """
         starts = [line["restarts"] for line in self.history() if line["event"] == "start"]
-        now, never_ran = JobStatus(self.job_id, self.restarts), self.restarts not in starts
+        now, not_started = JobStatus(self.job_id, self.restarts), self.restarts not in starts
         number = code - 128 if code - 128 in set(signal.Signals) else 0
         name = f", {signal.Signals(number).name}" if number else ""
-        why = why if never_ran else "its processes ended"
-        reason = f"job {self.job_id}: {why} (exit code {code}{name}); see {LOGS}/"
+        why = why if not_started else "its processes ended"
+        reason = f"job {self.job_id}: {why} (exit code {code}{name}); see {SUBMISSION_FOLDER}/"
         silent = [end["reason"] for end in read_end_files(self.run_dir) if end["kind"] == "peer silent"]
         had_to_exit = number in (signal.SIGABRT, signal.SIGUSR2) or now.preempted or now.late
-        comes_back = reason if had_to_exit or (never_ran and starts) else None
+        requeue_reason = reason if had_to_exit or (not_started and starts) else None
         if silent:
-            comes_back = f"{silent[0]} (perhaps with its node)"
-        return self._decide(now, reason, first_failure(self.run_dir), comes_back, "failed")
+            requeue_reason = f"{silent[0]} (perhaps with its node)"
+        return self._decide(now, reason, first_failure(self.run_dir), requeue_reason, "failed")
 
     def _decide(
-        self, now: JobStatus, reason: str, cause: str | None, comes_back: str | None, status: str
+        self, now: JobStatus, reason: str, cause: str | None, requeue_reason: str | None, status: str
     ) -> ExitDecision:
-        """Requeue a job if `comes_back` has a reason, unless SLURM did, it was cancelled, a rank failed, or a limit is met."""
+        """Requeue a job if there is a `requeue_reason`, unless SLURM did, it was cancelled, a rank failed, or at a limit."""
         job = f"job {self.job_id}"
         if now.requeued:
             return ExitDecision("requeued", f"{reason}; SLURM has put {job} back into the queue")
         if now.cancelled:
             return ExitDecision("interrupted", f"{reason}; {job} was cancelled")
-        if cause or comes_back is None:
+        if cause or requeue_reason is None:
             return ExitDecision("failed" if cause else status, cause or reason)
         if limit := self.reached_limit(self.restarts + 1):
-            return replace(limit, reason=f"{comes_back}; {limit.reason}")
-        return ExitDecision("requeued", f"{comes_back}; {job} goes back into the queue", requeue=True)
+            return replace(limit, reason=f"{requeue_reason}; {limit.reason}")
+        return ExitDecision("requeued", f"{requeue_reason}; {job} goes back into the queue", requeue=True)
 
     def reached_limit(self, restarts: int) -> ExitDecision | None:
         """Return the end of a job that may not restart for the `restarts`-th time; None if it may."""
@@ -221,10 +223,10 @@ class JobLog:
         last_start = max((line["restarts"] for line in lines if line["event"] == "start"), default=0)
         if self.max_requeues is not None and restarts > self.max_requeues:
             return ExitDecision("interrupted", f"{job} is not requeued: submitit.max_requeues is {self.max_requeues}")
-        if max(restarts_without_progress(lines), restarts - 1 - last_start) >= MAX_FRUITLESS_RESTARTS:
+        if max(restarts_without_progress(lines), restarts - 1 - last_start) >= MAX_RESTARTS_WITHOUT_PROGRESS:
             return ExitDecision(
                 "failed",
-                f"{job} was restarted {MAX_FRUITLESS_RESTARTS} times without progress. Lower "
+                f"{job} was restarted {MAX_RESTARTS_WITHOUT_PROGRESS} times without progress. Lower "
                 "trainer.checkpoint.save_every_steps or raise submitit.timeout_hour, see submitit_logs/ for what ended the "
                 "starts, and give the same command again",
             )
@@ -239,14 +241,14 @@ class JobLog:
         if decision.requeue and (message := slurm.requeue(self.job_id)):
             decision = ExitDecision("failed", f"{decision.reason}, but SLURM refused: {message}")
             self._write(decision, writes_summary)
-        if decision.status not in WAITING:
+        if decision.status not in QUEUED_STATUSES:
             problem = f"job {self.job_id} ({self.run_dir.path}) did not end well: {decision.reason}"
             finalize_dependents(self.job_id, problem)
 
     def _write(self, decision: ExitDecision, writes_summary: bool) -> None:
         self.note("end", status=decision.status, reason=decision.reason)
         if writes_summary:
-            self.run_dir.write_end(decision.status, decision.reason)
+            self.run_dir.write_exit(decision.status, decision.reason)
 
 
 # ---- jobs that wait for others ------------------------------------------------------------------------------------
@@ -277,7 +279,7 @@ def finalize_dependents(job_id: str, problem: str) -> None:
     for other, state in (slurm.squeue_or_none() or {}).items():
         needs_it = any(each == "afterok" and job in names for each, job in parse_dependencies(state.dependency))
         run_dir = waiting.run_dir if needs_it and (waiting := find_submission(state.command, other)) else None
-        if run_dir and run_dir.job_id() == other and run_dir.read_summary().get("status") in WAITING:
+        if run_dir and run_dir.job_id() == other and run_dir.read_summary().get("status") in QUEUED_STATUSES:
             write_cancelled(run_dir, other, problem)
             finalize_dependents(other, problem)
 
@@ -285,7 +287,7 @@ def finalize_dependents(job_id: str, problem: str) -> None:
 # ---- the status of a run ------------------------------------------------------------------------------------------
 
 
-def run_status(run_dir: RunDir, queue: Mapping[str, slurm.JobState] | None) -> tuple[str, str]:
+def run_status(run_dir: RunDir, queue: Mapping[str, slurm.QueueEntry] | None) -> tuple[str, str]:
     """Return a run's status and reason, and write them if it ended without recording a reason.
 
     `queue` is that of SLURM, None without one.
@@ -293,12 +295,12 @@ def run_status(run_dir: RunDir, queue: Mapping[str, slurm.JobState] | None) -> t
     summary = run_dir.read_summary()
     status, reason = str(summary.get("status", "not begun")), str(summary.get("exit_reason") or "")
     job = summary.get("job") or {}
-    if status == "running" and "job_id" not in job and not run_dir.in_use():
+    if status == "running" and "job_id" not in job and not run_dir.holder_message():
         status, reason = (
             "failed",
             "its process ended without recording a reason: it was killed, or its machine was restarted",
         )
-    elif queue is not None and "job_id" in job and status in (*WAITING, "running"):
+    elif queue is not None and "job_id" in job and status in (*QUEUED_STATUSES, "running"):
         state = queue.get(job["job_id"])
         # After SLURM was set up anew the number may be another job's.
         if state is None or ("logs" in job and Path(state.command).parent != Path(job["logs"])):
@@ -348,7 +350,12 @@ def main(arguments: list[str]) -> None:
             print(": ".join(filter(None, run_status(RunDir(folder), slurm.squeue_or_none()))))
         case ["cancelled" | "unsubmitted" as how, folder, reason]:
             Path(folder).mkdir(parents=True, exist_ok=True)
-            kept = ["finished", "running", *WAITING, *(["failed", "interrupted"] if how == "unsubmitted" else [])]
+            kept = [
+                "finished",
+                "running",
+                *QUEUED_STATUSES,
+                *(["failed", "interrupted"] if how == "unsubmitted" else []),
+            ]
             if run_status(RunDir(folder), slurm.squeue_or_none())[0] not in kept:
                 RunDir(folder).write_summary(status="cancelled", exit_reason=reason)
             print(f"{folder}: {reason}")

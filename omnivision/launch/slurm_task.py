@@ -15,7 +15,7 @@ from omnivision.distributed.process_group import RankInfo
 from omnivision.launch import slurm
 from omnivision.launch.job import Job
 from omnivision.launch.run import run_rank
-from omnivision.launch.slurm_jobs import LOGS, JobLog, read_submission
+from omnivision.launch.slurm_jobs import SUBMISSION_FOLDER, JobLog, read_submission
 from omnivision.reporting.run_directory import slurm_job_id, slurm_restart_count
 from omnivision.utils.io import write_atomically
 
@@ -38,7 +38,7 @@ def run_slurm_task(config_text: str, token: str) -> int:
         return 0
     job_log = JobLog(run_dir, job_id, slurm_restart_count(), token, job.settings.submitit.max_requeues)
     if rank_info.rank == 0:
-        logs = run_dir.path / LOGS
+        logs = run_dir.path / SUBMISSION_FOLDER
         logs.mkdir(parents=True, exist_ok=True)
         write_atomically(logs / f"{job_id}_environment.json", json.dumps(public_environment(), indent=1) + "\n")
         job_log.record_start(os.environ["SLURM_JOB_NODELIST"], rank_info.world_size)

@@ -20,7 +20,7 @@ from omnivision.launch import slurm
 from omnivision.launch.batch_script import batch_script
 from omnivision.launch.job import Job
 from omnivision.launch.slurm_jobs import (
-    LOGS,
+    SUBMISSION_FOLDER,
     JobLog,
     Submission,
     find_submission,
@@ -28,12 +28,12 @@ from omnivision.launch.slurm_jobs import (
     runs_file,
     write_cancelled,
 )
-from omnivision.reporting.run_directory import WAITING, file_lock
+from omnivision.reporting.run_directory import QUEUED_STATUSES, file_lock
 from omnivision.utils.errors import UserError, truncate_list
 from omnivision.utils.io import LATEST, write_atomically
 from omnivision.utils.signals import StopSignal, signals_ignored
 
-UNSUCCESSFUL = ("failed", "interrupted", "cancelled")
+FAILED_STATUSES = ("failed", "interrupted", "cancelled")
 
 
 # ---- submission ---------------------------------------------------------------------------------------------------
@@ -53,7 +53,7 @@ def submit(jobs: Sequence[Job]) -> int:
     if not wanted:
         return 0
     for job in wanted:
-        job.run_dir.create(LOGS)
+        job.run_dir.create(SUBMISSION_FOLDER)
     logs = submit_dir([job.run_dir.path for job in wanted])
     logs.mkdir(parents=True, exist_ok=True)
     stop = StopSignal()
@@ -61,7 +61,9 @@ def submit(jobs: Sequence[Job]) -> int:
         stack.enter_context(stop.handle_signals())
         stop.raise_if_requested()
         # The same command given twice at once: the second one waits here, and then finds the first one's job.
-        for locked in sorted({folder.resolve() for folder in (logs, *(job.run_dir.path / LOGS for job in wanted))}):
+        for locked in sorted(
+            {folder.resolve() for folder in (logs, *(job.run_dir.path / SUBMISSION_FOLDER for job in wanted))}
+        ):
             stack.enter_context(file_lock(locked / ".submission"))
         queue = slurm.squeue()
         if wanted := [job for job in wanted if not is_queued(job, queue)]:
@@ -73,7 +75,9 @@ def submit(jobs: Sequence[Job]) -> int:
 def submit_dir(folders: Sequence[Path]) -> Path:
     """Return the folder of the batch script: in the run directory; for an array in the common parent, if that is writable."""
     common = Path(os.path.commonpath([folder.absolute() for folder in folders]))
-    return (common if common.parent != common and os.access(common, os.W_OK) else folders[0].absolute()) / LOGS
+    return (
+        common if common.parent != common and os.access(common, os.W_OK) else folders[0].absolute()
+    ) / SUBMISSION_FOLDER
 
 
 def sbatch(jobs: Sequence[Job], logs: Path) -> None:
@@ -132,7 +136,7 @@ def note_submission(jobs: Sequence[Job], job_id: str, script: Path) -> None:
     problem = dependency_problem(dependency, slurm.squeue_or_none() or {}) if dependency else None
     for job, each in zip(jobs, ids, strict=True):
         run_dir = job.run_dir
-        write_atomically(run_dir.path / LOGS / f"{each}_config.yaml", job.config_text)
+        write_atomically(run_dir.path / SUBMISSION_FOLDER / f"{each}_config.yaml", job.config_text)
         JobLog(run_dir, each, token=script.name.partition("_")[0]).note("submitted")
         known = run_dir.read_summary().get("job") or {}
         if "job_id" not in known:
@@ -155,7 +159,7 @@ def warn_of_other_settings(job: Job) -> None:
         )
 
 
-def is_queued(job: Job, queue: Mapping[str, slurm.JobState]) -> bool:
+def is_queued(job: Job, queue: Mapping[str, slurm.QueueEntry]) -> bool:
     """Return whether a job for this run is in the queue, and print a line then. Raises UserError if it has other settings."""
     run_dir, ours = job.run_dir, {}
     for job_id, state in queue.items():
@@ -166,7 +170,7 @@ def is_queued(job: Job, queue: Mapping[str, slurm.JobState]) -> bool:
         return False
     job_id = min(ours, key=lambda job_id: queue[job_id].state == "COMPLETING")  # its successor may be there already
     name = queue[job_id].state
-    if name == "COMPLETING" and run_dir.read_summary().get("status") not in WAITING:
+    if name == "COMPLETING" and run_dir.read_summary().get("status") not in QUEUED_STATUSES:
         return False  # it has ended and is not requeued
     # The dependency may have ended since, so that the command has none. A folder may have two names.
     same = ("submitit.dependency:", "launcher.experiment_log_dir:")
@@ -180,7 +184,7 @@ def is_queued(job: Job, queue: Mapping[str, slurm.JobState]) -> bool:
     return True
 
 
-def check_submission(jobs: Sequence[Job], queue: Mapping[str, slurm.JobState]) -> None:
+def check_submission(jobs: Sequence[Job], queue: Mapping[str, slurm.QueueEntry]) -> None:
     """Raise UserError for jobs that SLURM would not take, or would never start; several make one array."""
     settings, run_dir = jobs[0].settings, jobs[0].run_dir
     dependency = settings.submitit.dependency
@@ -214,7 +218,7 @@ def check_submission(jobs: Sequence[Job], queue: Mapping[str, slurm.JobState]) -
             raise UserError(f"submitit.setup must be complete shell commands; bash: {' '.join(parsed.stderr.split())}.")
 
 
-def check_run_dir(job: Job, queue: Mapping[str, slurm.JobState]) -> None:
+def check_run_dir(job: Job, queue: Mapping[str, slurm.QueueEntry]) -> None:
     """Raise UserError for a run directory that SLURM cannot name, that is in use, or whose checkpoint is of other settings."""
     run_dir, trainer = job.run_dir, job.settings.trainer
     if wrong := [sign for sign in "%\\\n\r" if sign in str(run_dir.path)]:
@@ -230,7 +234,7 @@ def check_run_dir(job: Job, queue: Mapping[str, slurm.JobState]) -> None:
         check_same_settings(run_dir.path / "config.yaml", job.config_text)
 
 
-def dependency_problem(dependency: str | None, queue: Mapping[str, slurm.JobState]) -> str | None:
+def dependency_problem(dependency: str | None, queue: Mapping[str, slurm.QueueEntry]) -> str | None:
     """Return why a job with this dependency would never start, or at the wrong time; None if it may wait.
 
     SLURM takes a job that it does not know for one that ended well.
@@ -244,7 +248,9 @@ def dependency_problem(dependency: str | None, queue: Mapping[str, slurm.JobStat
             submission = find_submission(state.command, job_id)
             summary = {} if submission is None else submission.run_dir.read_summary()
             about_it = (summary.get("job") or {}).get("job_id") == job_id
-            is_failing = about_it and summary.get("status") in UNSUCCESSFUL and state.state in ("RUNNING", "COMPLETING")
+            is_failing = (
+                about_it and summary.get("status") in FAILED_STATUSES and state.state in ("RUNNING", "COMPLETING")
+            )
             succeeded = state.state == "COMPLETED"
             failed = (state.is_over and not succeeded) or is_failing
             if (condition in ("afterok", "aftercorr") and failed) or (condition == "afternotok" and succeeded):

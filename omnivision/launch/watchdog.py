@@ -21,7 +21,7 @@ from typing import Any
 
 from omnivision.reporting.run_directory import host_id, process_start
 from omnivision.utils.errors import PeerLostError, StopRequested, is_out_of_memory
-from omnivision.utils.signals import SIGNAL_DEBOUNCE_SECONDS, SIGNALS, StopSignal, seconds_to_leave
+from omnivision.utils.signals import SIGNAL_DEBOUNCE_SECONDS, STOP_SIGNALS, StopSignal, seconds_to_exit
 
 GRACE_SECONDS = 25.0  # SLURM kills 30 seconds after SIGTERM
 SECOND_REQUEST_SECONDS = 4.0
@@ -70,13 +70,13 @@ class Watchdog:
             if ready and not numbers:
                 return  # the block has ended
             now = time.monotonic()
-            for number in SIGNALS:
+            for number in STOP_SIGNALS:
                 if number in numbers:
                     first = arrivals.setdefault(number, now)
                     if number == signal.SIGTERM and now - first > SIGNAL_DEBOUNCE_SECONDS:
                         last = min(last, now + SECOND_REQUEST_SECONDS)
             waited = now - min(arrivals.values(), default=now)
-            grace = max(self.grace, seconds_to_leave(self.stop.step_seconds, self.stop.save_seconds))
+            grace = max(self.grace, seconds_to_exit(self.stop.step_seconds, self.stop.save_seconds))
             if now > last or waited > grace:
                 error = StopRequested(signal.Signals(min(arrivals, key=lambda number: arrivals[number])).name)
                 error.add_note(f"it had not left {waited:.0f} s later, {self.stop.phase}")
@@ -124,14 +124,14 @@ class PeerMonitor:
             left = age is None and self._started and not may_leave
             one_is_gone = one_is_gone or gone or left
             if left:
-                dead.append(f"process {rank} has left")
+                dead.append(f"rank {rank} has left")
             elif age is not None and (gone or age >= seconds):
                 what = "is gone" if gone else f"has sent no heartbeat for {age:.0f} s"
-                who = f"process {rank} (pid {peer.get('pid')} on {peer.get('host')})"
+                who = f"rank {rank} (pid {peer.get('pid')} on {peer.get('host')})"
                 dead.append(f"{who} {what}; last seen {peer.get('phase')}, {age:.0f} s before")
         if not dead:
             return None
-        dead.append(f"process {self.rank} was {self.stop.phase}")
+        dead.append(f"rank {self.rank} was {self.stop.phase}")
         return PeerLostError("; ".join(dead), one_is_gone)
 
     def wait_for_dead_peers(self) -> PeerLostError | None:

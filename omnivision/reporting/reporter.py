@@ -104,7 +104,7 @@ class Reporter:
 
     def _may_write(self) -> bool:
         """Return whether this is rank 0 and still holds the lock of the run directory."""
-        return self.enabled and not self.run_dir.lost()
+        return self.enabled and not self.run_dir.lock_lost()
 
     def __enter__(self) -> Reporter:
         return self

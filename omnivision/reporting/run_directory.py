@@ -22,7 +22,7 @@ from omnivision.utils.io import write_atomically, write_json
 HEARTBEAT_SECONDS = 5.0
 STALE_SECONDS = 60.0  # without a heartbeat
 LAST_LINES = 20
-WAITING = ("queued", "requeued")  # statuses of a run whose job is in the queue
+QUEUED_STATUSES = ("queued", "requeued")  # statuses of a run whose job is in the queue
 SUMMARY_TYPES = {"status": str, "job": dict, "run": dict, "last": dict, "epochs": int}
 
 
@@ -106,7 +106,7 @@ class RunDir:
             return {}
         return claim if isinstance(claim, dict) and isinstance(claim.get("pid"), int) else {}
 
-    def in_use(self) -> str | None:
+    def holder_message(self) -> str | None:
         """Return which live process holds the lock, or None."""
         holder, age = self.holder(), self._heartbeat_age()
         if not holder or not self._is_alive(holder, age):
@@ -116,26 +116,26 @@ class RunDir:
 
     def require_free(self) -> None:
         """Raise UserError while another live process holds this directory."""
-        if problem := self.in_use():
+        if problem := self.holder_message():
             raise UserError(f"{problem} Stop that run, or set another launcher.experiment_log_dir.")
 
-    def lock(self, patience: float = 0.0) -> str | None:
+    def lock(self, timeout: float = 0.0) -> str | None:
         """Become the run's only writer and start the heartbeat; returns a line about a stale lock that was taken over.
 
-        Waits up to `patience` seconds for another holder to exit or to become stale. Raises UserError if it does not.
+        Waits up to `timeout` seconds for another holder to exit or to become stale. Raises UserError if it does not.
         """
-        deadline = time.monotonic() + patience
+        deadline = time.monotonic() + timeout
         while not self._held:
             with file_lock(self.path / ".lock.guard"):
                 if time.monotonic() >= deadline:
                     self.require_free()
-                waiting, holder, stale = self.in_use(), self.holder(), self._lock.exists()
+                waiting, holder, stale = self.holder_message(), self.holder(), self._lock.exists()
                 if waiting is None:
                     write_atomically(self._lock, json.dumps(self._claim()))
                     self._held = True
             if waiting:
                 print(f"Waiting: {waiting}", flush=True)
-                time.sleep(min(5.0, patience / 4))
+                time.sleep(min(5.0, timeout / 4))
         self._released.clear()
         threading.Thread(target=self._beat, daemon=True, name="run-directory-heartbeat").start()
         if not stale:
@@ -144,17 +144,17 @@ class RunDir:
 
     def unlock(self) -> None:
         self._released.set()
-        if not self.lost():
+        if not self.lock_lost():
             self._held = False
             self._lock.unlink(missing_ok=True)
 
-    def lost(self) -> bool:
+    def lock_lost(self) -> bool:
         """Return whether another process has taken over the lock of this one."""
         return self._held and self.holder().get("token") != self._token
 
     def require_lock(self) -> None:
         """Raise UserError when another process has taken over the lock, so that nothing of it is overwritten."""
-        if self.lost():
+        if self.lock_lost():
             raise UserError(
                 f"The run directory {self.path.absolute()} was taken over by {_process_name(self.holder())}, because this "
                 "process had no heartbeat (was it suspended, or did the file system hang?). This process stops."
@@ -212,7 +212,7 @@ class RunDir:
 
     def write_summary(self, **facts: Any) -> None:
         """Update entries of `summary.json`; non-finite numbers become null. A process that lost the lock writes nothing."""
-        if not self.lost():
+        if not self.lock_lost():
             self.replace_summary(self.read_summary() | facts)
 
     def replace_summary(self, summary: dict[str, Any]) -> None:
@@ -222,7 +222,7 @@ class RunDir:
         else:
             (self.path / "summary.json").unlink(missing_ok=True)
 
-    def write_end(self, status: str, reason: str) -> None:
+    def write_exit(self, status: str, reason: str) -> None:
         """Write how a run ended, why, and the last lines of rank 0's log."""
         self.write_summary(status=status, exit_reason=reason, last_lines=self.last_lines())
 
@@ -234,16 +234,16 @@ class RunDir:
         except FileNotFoundError:
             return []
 
-    def note_silent_end(self, reason: str, interrupted: bool) -> None:
+    def record_unreported_exit(self, reason: str, interrupted: bool) -> None:
         """Write how a killed run ended, unless another run is alive in this directory."""
         if not self.path.is_dir():
             return  # killed before it made one
         with file_lock(self.path / ".lock.guard"):
-            if self.in_use():
+            if self.holder_message():
                 return
             summary = self.read_summary()
             if summary.get("status") == "running":
-                self.write_end("interrupted" if interrupted else "failed", reason)
+                self.write_exit("interrupted" if interrupted else "failed", reason)
             elif summary.get("status") == "failed" and "killed" in reason:  # the other ranks saw only that it is gone
                 self.write_summary(exit_reason=f"{reason}; {summary.get('exit_reason')}")
 

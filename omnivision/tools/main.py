@@ -31,7 +31,7 @@ COMMANDS = {
     "export": "weights:export",
 }
 SLOW_START = ("report", "predict", "reconstruct", "import", "export")  # they import torch
-LESS_MEMORY = (
+OOM_ADVICE = (
     "Free memory, use a machine or --device that has more, or lower what the command takes at once, where it has such an "
     "option (--clips, --workers)."
 )
@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
         return error.exit_code
     except (MemoryError, RuntimeError, OSError) as error:
         if is_out_of_memory(error):
-            print(f"error: {oom_message(error, LESS_MEMORY)}", file=sys.stderr)
+            print(f"error: {oom_message(error, OOM_ADVICE)}", file=sys.stderr)
             return EXIT_FAULT
         if not isinstance(error, OSError) or os.environ.get("OMNIVISION_TRACEBACK") == "1":
             raise

@@ -19,12 +19,12 @@ from typing import Any, Literal
 
 from omnivision.utils.errors import StopRequested
 
-SIGNALS: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGUSR2)
+STOP_SIGNALS: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGUSR2)
 if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-    SIGNALS = (*SIGNALS, signal.SIGHUP)
+    STOP_SIGNALS = (*STOP_SIGNALS, signal.SIGHUP)
 TIME_LIMIT = "time limit"
 UNKNOWN_SAVE_SECONDS = 30.0
-LEAVE_SECONDS = 10.0
+EXIT_SECONDS = 10.0
 # One request may come in two signals: SLURM's to all processes, and the launcher's that forwards it.
 SIGNAL_DEBOUNCE_SECONDS = 1.0
 
@@ -43,7 +43,7 @@ class StopSignal:
         self.saved_step: int | None = None  # of the newest checkpoint
         self.phase = "starting"  # of the main thread, for the report of a hang
         self._max_reserved = 0.0
-        self._late = False
+        self._past_deadline = False
         self._on_signal: Literal["note", "raise", "defer", "ignore"] = "note"
         self._first_term = 0.0
 
@@ -56,13 +56,13 @@ class StopSignal:
         if self.signals:
             return signal.Signals(self.signals[0]).name
         if self.deadline is not None and time.time() + self.reserved_seconds >= self.deadline:
-            self._late = True
-        return TIME_LIMIT if self._late else None
+            self._past_deadline = True
+        return TIME_LIMIT if self._past_deadline else None
 
     @property
     def reserved_seconds(self) -> float:
         """Seconds to keep for the exit: at most half of the time that the deadline left, so that a short job trains."""
-        return min(seconds_to_leave(self.step_seconds, self.save_seconds), self._max_reserved)
+        return min(seconds_to_exit(self.step_seconds, self.save_seconds), self._max_reserved)
 
     def set_deadline(self, deadline: float | None) -> None:
         """Set when the job ends, in seconds since the epoch (None: never)."""
@@ -95,7 +95,7 @@ class StopSignal:
         Afterwards the earlier handlers are back, or with `ignore_after` signals are ignored, so that a process that is about to
         exit keeps its exit code.
         """
-        with _handlers(self._receive, SIGNALS, signal.SIG_IGN if ignore_after else None):
+        with _handlers(self._receive, STOP_SIGNALS, signal.SIG_IGN if ignore_after else None):
             yield
 
     def raise_if_requested(self) -> None:
@@ -128,15 +128,15 @@ class StopSignal:
         raise StopRequested(signal.Signals(self.signals[0]).name)
 
 
-def seconds_to_leave(step_seconds: float, save_seconds: float | None) -> float:
+def seconds_to_exit(step_seconds: float, save_seconds: float | None) -> float:
     """Return how long a run needs to finish its step, save and exit; both may take twice as long as measured."""
-    return 2 * (step_seconds + (UNKNOWN_SAVE_SECONDS if save_seconds is None else save_seconds)) + LEAVE_SECONDS
+    return 2 * (step_seconds + (UNKNOWN_SAVE_SECONDS if save_seconds is None else save_seconds)) + EXIT_SECONDS
 
 
 @contextlib.contextmanager
 def signals_blocked() -> Iterator[None]:
     """Block SIGINT and stop signals inside this block; processes started in it, and their children, inherit the mask."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, *SIGNALS))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, *STOP_SIGNALS))
     try:
         yield
     finally:
@@ -171,7 +171,7 @@ def signals_ignored() -> Iterator[None]:
 
     Ctrl-C reaches all processes of a terminal, and SLURM's signals all of a job; the launcher then sends one more.
     """
-    with _handlers(signal.SIG_IGN, (signal.SIGINT, *SIGNALS)):
+    with _handlers(signal.SIG_IGN, (signal.SIGINT, *STOP_SIGNALS)):
         yield
 
 

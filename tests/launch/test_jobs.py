@@ -21,8 +21,8 @@ from omnivision.launch import exit as ending
 from omnivision.launch.batch_script import signal_delay
 from omnivision.launch.job import Job
 from omnivision.launch.run import run_rank
-from omnivision.launch.slurm import JobState, parse_limit, parse_time
-from omnivision.launch.slurm_jobs import LOGS, JobLog, history, parse_dependencies, run_status
+from omnivision.launch.slurm import QueueEntry, parse_limit, parse_time
+from omnivision.launch.slurm_jobs import SUBMISSION_FOLDER, JobLog, history, parse_dependencies, run_status
 from omnivision.launch.submit import check_submission, dependency_problem, is_queued
 from omnivision.reporting.run_directory import RunDir
 from omnivision.utils.errors import PeerLostError, StopRequested, UserError
@@ -54,7 +54,7 @@ class Folder(unittest.TestCase):
         temporary = tempfile.TemporaryDirectory()
         self.addCleanup(temporary.cleanup)
         self.folder = RunDir(Path(temporary.name) / "run")
-        self.logs = self.folder.path / LOGS
+        self.logs = self.folder.path / SUBMISSION_FOLDER
         self.logs.mkdir(parents=True)
         for seconds in (
             mock.patch.object(slurm_jobs, "END_FILE_SECONDS", 0),
@@ -170,8 +170,8 @@ class Ends(Folder):
         )
 
     def test_lost_peers(self):
-        self.assertEqual(self.decide(PeerLostError("process 3 is silent")), ("requeued", True))
-        self.assertRegex(self.decision.reason, "^process 3 is silent")
+        self.assertEqual(self.decide(PeerLostError("rank 3 is silent")), ("requeued", True))
+        self.assertRegex(self.decision.reason, "^rank 3 is silent")
         self.assertEqual(self.decide(DISCONNECTED, **ENDING), ("interrupted", False))
         self.assertEqual(self.decide(ValueError("of its own")), ("failed", False))
 
@@ -185,14 +185,14 @@ class Ends(Folder):
         self.rank_end(1, ValueError("no memory"))
         for error, fields in ((DISCONNECTED, {}), (StopRequested("SIGTERM"), {"JobState": "RUNNING"})):
             self.assertEqual(self.decide(error, **fields), ("failed", False))
-            self.assertEqual(self.decision.reason, "process 3 failed: ValueError: no memory")
+            self.assertEqual(self.decision.reason, "rank 3 failed: ValueError: no memory")
 
     def test_the_summary_of_a_local_run_names_the_cause(self):
         self.rank_end(0, ValueError("no such label"), rank=1, job=None)
         self.assertEqual(ending.report_exit(DISCONNECTED, self.folder, writes_summary=True, rank=0), 70)
         summary = self.folder.read_summary()
         self.assertEqual(summary["status"], "failed")
-        self.assertEqual(summary["exit_reason"], "process 1 failed: ValueError: no such label")
+        self.assertEqual(summary["exit_reason"], "rank 1 failed: ValueError: no such label")
         ends = {end["rank"]: end["kind"] for end in ending.read_end_files(self.folder)}
         self.assertEqual(ends, {0: "disconnected", 1: "failed"})
 
@@ -271,14 +271,14 @@ class BatchExits(Folder):
             (1, ("requeued", True)),
             (0, ("failed", False)),
         ):  # of an earlier start it says nothing
-            self.rank_end(1, PeerLostError("process 0 is silent"), rank=5)
+            self.rank_end(1, PeerLostError("rank 0 is silent"), rank=5)
             self.assertEqual(self.end(137, started=(0, 1), restarts=restarts), expected)
         self.assertIn("SIGKILL", self.reason)
         self.assertEqual(self.end(134, (0,), limit=0), ("interrupted", False))
         self.assertIn("submitit.max_requeues", self.reason)
         self.rank_end(0, OSError("no such device"))
         self.assertEqual(self.end(134, (0,)), ("failed", False))
-        self.assertEqual(self.reason, "process 3 failed: OSError: no such device")
+        self.assertEqual(self.reason, "rank 3 failed: OSError: no such device")
 
     def test_a_rank_0_that_was_killed_between_its_decision_and_the_requeue(self):
         for status, fields, expected in (
@@ -354,7 +354,7 @@ class BatchScript(Folder):
         for name, script in (("scontrol", f'echo "$@" >{comment}'), ("seq", "echo 1"), ("hostname", "echo node4")):
             (programs / name).write_text(f"#!/bin/sh\n{script}\n")
             (programs / name).chmod(0o755)
-        self.logs = self.folder.path / "elsewhere" / LOGS
+        self.logs = self.folder.path / "elsewhere" / SUBMISSION_FOLDER
         with mock.patch.object(self, "write_submission"):
             self.assertEqual(self.exit("true", PATH=f"{programs}:{os.environ['PATH']}")[0], 1)
         self.assertEqual(comment.read_text(), f"update JobId=12 Comment=node4 cannot write to {self.logs}\n")
@@ -377,24 +377,24 @@ class Statuses(Folder):
     def test_runs_on_a_cluster(self):
         logs, waiting = str(self.logs), "DependencyNeverSatisfied"
         for status, state, expected in (
-            ("queued", JobState("PENDING", "Resources"), ("queued", "waits .Resources.")),
-            ("queued", JobState("RUNNING"), ("queued", "RUNNING")),
-            ("running", JobState("RUNNING"), ("running", "RUNNING")),
-            ("running", JobState("NODE_FAIL", "NodeDown", "no log"), ("failed", "NODE_FAIL .no log.")),
-            ("queued", JobState("CANCELLED", "BeginTime"), ("cancelled", "CANCELLED .ended from outside.")),
+            ("queued", QueueEntry("PENDING", "Resources"), ("queued", "waits .Resources.")),
+            ("queued", QueueEntry("RUNNING"), ("queued", "RUNNING")),
+            ("running", QueueEntry("RUNNING"), ("running", "RUNNING")),
+            ("running", QueueEntry("NODE_FAIL", "NodeDown", "no log"), ("failed", "NODE_FAIL .no log.")),
+            ("queued", QueueEntry("CANCELLED", "BeginTime"), ("cancelled", "CANCELLED .ended from outside.")),
             (
                 "queued",
-                JobState("PENDING", waiting, dependency="afterok:9(failed)"),
+                QueueEntry("PENDING", waiting, dependency="afterok:9(failed)"),
                 ("cancelled", "afterok:9.failed."),
             ),
             ("running", None, ("lost", "does not know job 12")),
-            ("running", JobState("RUNNING", command="/another/after/a/reset.sh"), ("lost", "does not know job 12")),
-            ("finished", JobState("RUNNING"), ("finished", "^$")),
+            ("running", QueueEntry("RUNNING", command="/another/after/a/reset.sh"), ("lost", "does not know job 12")),
+            ("finished", QueueEntry("RUNNING"), ("finished", "^$")),
         ):
             with self.subTest(status, state=state):
                 self.folder.write_summary(status=status, exit_reason=None, job={"job_id": "12", "logs": logs})
                 if state is not None and not state.command:
-                    state = JobState(state.state, state.reason, state.comment, f"{logs}/x.sh", state.dependency)
+                    state = QueueEntry(state.state, state.reason, state.comment, f"{logs}/x.sh", state.dependency)
                 found = run_status(self.folder, {} if state is None else {"12": state})
                 self.assertEqual(found[0], expected[0])
                 self.assertRegex(found[1], expected[1])
@@ -446,7 +446,7 @@ class Answers(unittest.TestCase):
         mine = ["12", "RUNNING", "None", "two\nlines \ufffd", "/x/submitit_logs/y.sh", "(null)"]
         output = "".join(f"{slurm.SEPARATOR.join(fields)}{slurm.END}\n" for fields in (mine, ["13", "odd"]))
         with mock.patch.object(slurm, "run_slurm_command", return_value=output):
-            self.assertEqual(slurm.squeue(), {"12": JobState("RUNNING", "", *mine[3:5])})
+            self.assertEqual(slurm.squeue(), {"12": QueueEntry("RUNNING", "", *mine[3:5])})
 
     def test_dependencies_as_slurm_writes_them(self):
         text = "afterok:12(unfulfilled),afterany:3(failed),afterok:14_*(unfulfilled)"
@@ -541,10 +541,10 @@ class Checks(Folder):
             run = RunDir(self.folder.path)
             with mock.patch.dict(os.environ, environment):
                 run.lock()
-            for free in ({}, {job: JobState("FAILED"), "79": JobState("RUNNING")}):
+            for free in ({}, {job: QueueEntry("FAILED"), "79": QueueEntry("RUNNING")}):
                 submit.check_run_dir(self.job(), free)
             with self.assertRaisesRegex(UserError, "launcher.experiment_log_dir"):
-                submit.check_run_dir(self.job(), {job: JobState("RUNNING")})
+                submit.check_run_dir(self.job(), {job: QueueEntry("RUNNING")})
             run.unlock()
         with self.assertRaisesRegex(UserError, "launcher.experiment_log_dir"):
             submit.check_run_dir(self.job(f"launcher.experiment_log_dir={self.folder.path}/a%j"), {})
@@ -572,9 +572,9 @@ class Checks(Folder):
 
     def test_jobs_to_wait_for_must_be_known_and_able_to_end_well(self):
         before = RunDir(self.folder.path.parent / "align")
-        before.create(LOGS)
-        command = str(before.path / LOGS / "a_submission.sh")
-        (before.path / LOGS / "a_runs.json").write_text(
+        before.create(SUBMISSION_FOLDER)
+        command = str(before.path / SUBMISSION_FOLDER / "a_submission.sh")
+        (before.path / SUBMISSION_FOLDER / "a_runs.json").write_text(
             json.dumps([{"token": "a", "folder": str(before.path), "config_text": ""}] * 2)
         )
         states = {
@@ -585,7 +585,7 @@ class Checks(Folder):
             "14_1": "FAILED",
             "15": "COMPLETING",
         }
-        queue = {job: JobState(state, command=command) for job, state in states.items()}
+        queue = {job: QueueEntry(state, command=command) for job, state in states.items()}
         for summary, fine, bad in (
             ({}, ("afterok:12", "afterok:11", "afternotok:13", "afterany:13", "afterany:13,afterok:12", "afterok:13?afterok:12",
                   "after:12+10", "afterok:14_0", "afterok:15"),
@@ -605,7 +605,7 @@ class Checks(Folder):
 class Queued(Folder):
     def is_queued(self, config: str = "epochs: 1\n", **states: str) -> bool:
         command = self.write_submission(config=config)
-        return is_queued(self.job(), {name[4:]: JobState(state, command=command) for name, state in states.items()})
+        return is_queued(self.job(), {name[4:]: QueueEntry(state, command=command) for name, state in states.items()})
 
     def test_a_job_in_the_queue_is_not_submitted_again(self):
         self.enterContext(mock.patch("builtins.print"))
@@ -614,7 +614,7 @@ class Queued(Folder):
         self.assertFalse(self.is_queued(job_12="FAILED"))
         self.assertFalse(self.is_queued())
         other = "/home/another/run/submitit_logs/a_submission.sh"
-        self.assertFalse(is_queued(self.job(), {"12": JobState("PENDING", command=other)}))
+        self.assertFalse(is_queued(self.job(), {"12": QueueEntry("PENDING", command=other)}))
         for states in ({"job_12": "COMPLETING", "job_13": "PENDING"}, {"job_13": "PENDING", "job_12": "COMPLETING"}):
             with mock.patch("builtins.print") as printed:
                 self.assertTrue(self.is_queued(**states))
@@ -648,7 +648,7 @@ class Submissions(Folder):
                 text = slurm_jobs.read_submission(slurm_jobs.runs_file(script), "71").config_text
                 self.assertEqual((text, self.folder.read_summary()["status"]), ("epochs: 1\n", "queued"))
                 scripts = {"71": script, "72": self.logs / "old.sh"}
-                self.queue = {job: JobState("PENDING", command=str(each)) for job, each in scripts.items()}
+                self.queue = {job: QueueEntry("PENDING", command=str(each)) for job, each in scripts.items()}
                 raise error
 
             with (

@@ -93,14 +93,14 @@ class Runs(unittest.TestCase):
             workers = children(process.pid)
             self.assertEqual(len(workers), 2)
             os.kill(workers[rank], signal.SIGKILL)
-            self.assert_ended(process, EXIT_FAULT, "failed", f"process {rank} was killed by SIGKILL{more}", *workers)
+            self.assert_ended(process, EXIT_FAULT, "failed", f"rank {rank} was killed by SIGKILL{more}", *workers)
             shutil.rmtree(self.run_dir)
 
     def test_a_suspended_process_is_named_with_its_phase(self):
         process = self.started("launcher.gpus_per_node=2", "trainer.distributed.timeout_minutes=0.1", step=3)
         main, other = children(process.pid)
         os.kill(other, signal.SIGSTOP)
-        reason = rf"^process 1 \(pid {other} on .* no heartbeat for .* s; last seen .*, after step \d"
+        reason = rf"^rank 1 \(pid {other} on .* no heartbeat for .* s; last seen .*, after step \d"
         self.assert_ended(process, EXIT_FAULT, "failed", reason, main, other)
 
     def test_sigterm_ends_a_process_that_is_blocked_in_a_collective_operation(self):
@@ -162,12 +162,12 @@ class Ends(unittest.TestCase):
         """Those that ended between two looks; a request to stop hides no other end."""
         for codes, code, words, after_sigterm in (
             ((0, 0), 0, "", 0),
-            ((0, 70), 70, "a process ended with exit code 70", 70),
-            ((1, -9), 1, "process 1 was killed by SIGKILL", 1),
+            ((0, 70), 70, "a rank ended with exit code 70", 70),
+            ((1, -9), 1, "rank 1 was killed by SIGKILL", 1),
             ((1, 1), 1, "", 1),
             ((71, 71), 71, "", 71),
             ((143, 143), 143, "", 143),
-            ((-15, 143), EXIT_FAULT, "process 0 was killed by SIGTERM", 143),
+            ((-15, 143), EXIT_FAULT, "rank 0 was killed by SIGTERM", 143),
         ):
             with self.subTest(codes):
                 found, reason = wait_for_processes(self.ended(codes))
@@ -180,7 +180,7 @@ class Ends(unittest.TestCase):
                 )
                 with received, mock.patch("multiprocessing.get_context", return_value=context):
                     self.assertEqual(launcher.run_local_processes(job, 2), after_sigterm)
-                noted = [call.kwargs["interrupted"] for call in job.run_dir.note_silent_end.call_args_list]
+                noted = [call.kwargs["interrupted"] for call in job.run_dir.record_unreported_exit.call_args_list]
                 self.assertEqual(noted, [after_sigterm == 143] if after_sigterm > 1 else [])
 
     def test_a_data_worker_whose_run_was_killed_while_it_began_ends(self):
@@ -234,9 +234,9 @@ class Environment(unittest.TestCase):
         self.assertTrue(self.apply(True, MASTER_PORT="1")["submitit"]["use_cluster"])
         with self.assertRaisesRegex(UserError, "RANK.*submitit.use_cluster"):
             self.apply(True, **torchrun)
-        for leftover in ({"RANK": "0"}, {"WORLD_SIZE": "2"}, {"RANK": "0", "WORLD_SIZE": "2"}):
+        for inherited in ({"RANK": "0"}, {"WORLD_SIZE": "2"}, {"RANK": "0", "WORLD_SIZE": "2"}):
             with self.assertRaisesRegex(UserError, "MASTER_ADDR"):
-                self.apply(False, **leftover)
+                self.apply(False, **inherited)
 
 
 if __name__ == "__main__":

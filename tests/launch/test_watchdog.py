@@ -41,7 +41,7 @@ class Requests(unittest.TestCase):
         return calls
 
     def test_a_process_is_aborted_after_its_grace(self):
-        with mock.patch("omnivision.utils.signals.LEAVE_SECONDS", 0.5):
+        with mock.patch("omnivision.utils.signals.EXIT_SECONDS", 0.5):
             self.assertEqual(self.aborts(signal.SIGTERM, seconds=0, grace=3), [])
             error, *_ = self.aborts(signal.SIGUSR2, seconds=1, grace=1.5)
         self.assertIsInstance(error, StopRequested)
@@ -82,7 +82,7 @@ class Heartbeats(unittest.TestCase):
         os.utime(self.folder / "rank_2.alive", (time.time() - 50, time.time() - 50))
         silent = main.find_dead_peers()
         self.assertRegex(
-            str(silent), r"^process 2 \(pid \d+ on .* for 5\d s; last seen in a step, after step 12, .* process 0 was"
+            str(silent), r"^rank 2 \(pid \d+ on .* for 5\d s; last seen in a step, after step 12, .* rank 0 was"
         )
         self.assertFalse(silent.gone)
         self.assertIsNone(others[0].find_dead_peers(), "it watches rank 0 alone")
@@ -92,11 +92,11 @@ class Heartbeats(unittest.TestCase):
         beat = json.loads(file.read_text())
         file.write_text(json.dumps(beat | {"pid": dead.pid}))
         gone = main.find_dead_peers()
-        self.assertRegex(str(gone), rf"^process 1 \(pid {dead.pid} on .*\) is gone; .*; process 2 ")
+        self.assertRegex(str(gone), rf"^rank 1 \(pid {dead.pid} on .*\) is gone; .*; rank 2 ")
         self.assertTrue(gone.gone)
         for damage in ("", "[1]", "{"):
             file.write_text(damage)
-            self.assertRegex(str(main.find_dead_peers()), "^process 2 ")
+            self.assertRegex(str(main.find_dead_peers()), "^rank 2 ")
 
     def test_errors_that_other_ranks_cause(self):
         """Gloo's error comes out of the backward pass, as an error of the model may: the heartbeats decide."""
@@ -122,7 +122,7 @@ class Heartbeats(unittest.TestCase):
             self.assertIs(found.__cause__ if lost else found, error)
         other.end()
         for error in (backward, collective):
-            self.assertRegex(str(as_peer_lost(error, main)), "^process 1 has left")
+            self.assertRegex(str(as_peer_lost(error, main)), "^rank 1 has left")
         self.assertIs(as_peer_lost(model, main), model, "both may fail alike")
         main.end()
 

@@ -84,7 +84,7 @@ class Output(Folder):
         run_dir.write_summary(status="running")
         self.report(run_dir, enabled=True)
         self.assertRaises(UserError, run_dir.require_lock)
-        run_dir.write_end("failed", "lost")
+        run_dir.write_exit("failed", "lost")
         for left in (run_dir.pictures, run_dir.predictions, run_dir.logs):
             self.assertEqual(list(left.iterdir()), [])
         self.assertEqual(run_dir.read_summary(), {"status": "running"})

@@ -52,12 +52,12 @@ class Summary(Folder):
                 run.write_summary(status=before, exit_reason=None)
                 if locked:
                     run.lock()
-                run.note_silent_end("killed", interrupted)
+                run.record_unreported_exit("killed", interrupted)
                 summary = run.read_summary()
                 self.assertEqual(summary["status"], after)
                 self.assertEqual(summary["exit_reason"], None if before == after else "killed")
                 run.unlock()
-        RunDir(self.folder / "never").note_silent_end("killed", interrupted=True)
+        RunDir(self.folder / "never").record_unreported_exit("killed", interrupted=True)
         self.assertFalse((self.folder / "never").exists())
 
 
@@ -118,7 +118,7 @@ class Lock(Folder):
             self.assertRaises(UserError, self.run_dir.lock)
             self.locked_by(age=99, **elsewhere)
             with mock.patch("tempfile.NamedTemporaryFile", side_effect=PermissionError):
-                self.assertTrue(self.run_dir.in_use(), "the clock of another machine does not count")
+                self.assertTrue(self.run_dir.holder_message(), "the clock of another machine does not count")
             self.assert_taken_over()
 
     def test_an_earlier_start_of_the_same_job_does_not_hold_it(self):
@@ -127,7 +127,7 @@ class Lock(Folder):
         self.addCleanup(self.run_dir.unlock)
         for job, restarts, free in (("77", "1", True), ("77", "0", False), ("78", "1", False)):
             with mock.patch.dict(os.environ, SLURM_JOB_ID=job, SLURM_RESTART_COUNT=restarts):
-                self.assertEqual(self.run_dir.in_use() is None, free, (job, restarts))
+                self.assertEqual(self.run_dir.holder_message() is None, free, (job, restarts))
 
     def test_a_job_waits_for_the_lock(self):
         self.run_dir.lock()
@@ -135,7 +135,7 @@ class Lock(Folder):
         release.start()
         again = RunDir(self.folder)
         with mock.patch("builtins.print"):
-            again.lock(patience=20)
+            again.lock(timeout=20)
         again.unlock()
         release.join()
 
