@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # no output to the console before a run has its log
 
 
 def __getattr__(name: str) -> Any:

@@ -26,7 +26,7 @@ from omnivision.config.compose import (
     parse_command_line,
 )
 from omnivision.utils.errors import EXIT_SIGINT, StopRequested, UserError
-from omnivision.utils.streams import announce, ignore_broken_pipe, output_problem
+from omnivision.utils.streams import announce, ignore_broken_pipe, output_problem, warn
 
 if TYPE_CHECKING:
     from omnivision.config.schema import Settings
@@ -77,7 +77,7 @@ def make_job(config: DictConfig, command: CommandLine) -> Job:
         raise UserError.from_problems(problems)
     config_text = OmegaConf.to_yaml(config, resolve=False)
     for warning in [*override_warnings(settings, config_text, command.overrides), *warnings] if is_main else ():
-        print(f"warning: {warning}", file=sys.stderr)
+        warn(warning)
     return Job(settings, config_text)
 
 

@@ -106,19 +106,27 @@ class Dist:
         torch.distributed.all_gather_object(values, value, group=self.control)
         return values
 
-    def raise_on_all_ranks(self, action: Callable[[], Result], main_only: bool = False) -> Result | None:
-        """Run `action` on all ranks (rank 0 alone with `main_only`; the others get None).
-
-        A UserError on one rank is raised on all of them.
-        """
-        result, message = None, None
+    def run_on_all(self, action: Callable[[], Result]) -> Result:
+        """Run `action` on all ranks. A UserError of one rank is raised on all of them."""
         try:
-            result = action() if self.is_main or not main_only else None
+            result = action()
         except UserError as error:
-            message = str(error)
-        if messages := [text for text in self.all_gather_object(message) if text is not None]:
-            raise UserError(messages[0], on_all_ranks=True)
+            self._raise_first(error)
+            raise
+        self._raise_first(None)
         return result
+
+    def run_on_main(self, action: Callable[[], Result]) -> Result | None:
+        """Run `action` on rank 0, and return None on the others. Its UserError is raised on all ranks."""
+        return self.run_on_all(lambda: action() if self.is_main else None)
+
+    def _raise_first(self, error: UserError | None) -> None:
+        """Gather the ranks' errors, and raise the first if there is one."""
+        errors = self.all_gather_object(error)
+        errors[self.rank] = error  # pickling drops its cause and traceback
+        if first := next((each for each in errors if each is not None), None):
+            first.on_all_ranks = True
+            raise first
 
     def close(self) -> None:
         if self.world_size > 1:

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 END_FILE_SECONDS = 2.0  # for the end file of another rank to appear
 LOG = logging.getLogger("omnivision")
-LOG.addHandler(logging.NullHandler())  # until there is a file, nothing goes to the console by itself
 OOM_ADVICE = (
     "Raise trainer.optim.accumulation_steps (the same batch in smaller micro-batches), set "
     "trainer.model.trunk.activation_checkpointing=true, or lower batch_size; num_workers and trainer.data.prefetch take memory "
@@ -125,8 +124,7 @@ class ExitHandler:
                     self.unlock()
 
     def start_peers(self) -> None:
-        """Make the summary be about this run, and watch the other ranks."""
-        self.owns_summary = self.rank == 0
+        """Watch the other ranks."""
         if self.peers is not None:
             self.peers.start()
 
@@ -137,7 +135,8 @@ class ExitHandler:
         error = as_peer_lost(error, self.peers)
         if self.peers is not None:
             self.peers.end()
-        return self._report(error, self._may_write_summary())
+        may_write = self._may_write_summary()
+        return report_exit(error, self.run_dir, may_write, self.rank, self.job_log, self.writes_end_file)
 
     def abort(self, error: BaseException) -> None:
         """End the process, from a watching thread, whatever its main thread does, and write what that is."""
@@ -149,7 +148,8 @@ class ExitHandler:
             write_stacks(stacks)
             error.add_note(f"what each thread was doing is in {stacks}")
             # Rank 0 reports how a run ended or, if that one is silent, whoever notices.
-            code = self._report(error, not self.validating and (self.locked or isinstance(error, PeerLostError)))
+            reports = not self.validating and (self.locked or isinstance(error, PeerLostError))
+            code = report_exit(error, self.run_dir, reports, self.rank, self.job_log, self.writes_end_file)
             self.unlock()
         except BaseException:  # for example a file system that does not answer
             traceback.print_exc()
@@ -160,9 +160,6 @@ class ExitHandler:
         if self.locked:
             self.run_dir.unlock()
 
-    def _report(self, error: BaseException, writes_summary: bool) -> int:
-        return report_exit(error, self.run_dir, writes_summary, self.rank, self.job_log, self.writes_end_file)
-
     def _may_write_summary(self) -> bool:
         """Return whether this process may write how it ends into the summary.
 
@@ -170,8 +167,12 @@ class ExitHandler:
         """
         if self.locked and self.run_dir.read_summary().get("status") in (None, *QUEUED_STATUSES):
             return True
-        if self.validating or self.owns_summary or self.job_log is None:
-            return self.owns_summary and not self.validating
+        if self.validating:
+            return False
+        if self.owns_summary:
+            return True
+        if self.job_log is None:
+            return False
         return self.rank == 0 and (self.locked or self.job_log.owns_summary())
 
 
@@ -216,10 +217,10 @@ def report_exit(
             run_dir.write_exit(status, cause or reason)
     except OSError as failure:  # a full disk must not change the exit code
         print(f"error: the reason could not be written to the run directory: {failure}", file=sys.stderr)
-    leaves_it_to_rank_0 = stopped or (
-        isinstance(error, PeerLostError) and error.gone
-    )  # a silent rank 0 decides nothing
-    return 0 if job_log is not None and rank > 0 and leaves_it_to_rank_0 else code
+    peer_is_gone = isinstance(error, PeerLostError) and error.gone  # a silent rank 0 cannot requeue
+    if job_log is not None and rank > 0 and (stopped or peer_is_gone):
+        return 0
+    return code
 
 
 def unwrap_keyboard_interrupt(error: BaseException) -> BaseException:

@@ -130,6 +130,7 @@ def run_local_processes(job: Job, count: int) -> int:
         try:
             with forward_signals(processes) as received:
                 code, reason = wait_for_processes(processes)
+            killed = any((process.exitcode or 0) < 0 for process in processes)
         finally:
             for process in processes:
                 process.kill()
@@ -137,11 +138,12 @@ def run_local_processes(job: Job, count: int) -> int:
     if received and (code in STOP_EXIT_CODES or any(process.exitcode == -received[0] for process in processes)):
         is_ctrl_c = received[0] == signal.SIGINT
         error = KeyboardInterrupt() if is_ctrl_c else StopRequested(signal.Signals(received[0]).name)
-        code, reason = exit_code_and_reason(error)
+        killed, (code, reason) = False, exit_code_and_reason(error)
     if code not in (0, EXIT_USER):
         pids = [process.pid for process in processes if process.pid is not None]
-        reason = first_failure(job.run_dir, pids=pids) or reason
-        job.run_dir.record_unreported_exit(reason, interrupted=code in STOP_EXIT_CODES)
+        if failure := first_failure(job.run_dir, pids=pids):
+            killed, reason = False, failure
+        job.run_dir.record_unreported_exit(reason, interrupted=code in STOP_EXIT_CODES, killed=killed)
     return code
 
 

@@ -45,10 +45,10 @@ def run_rank(job: Job, rank_info: RankInfo, job_log: JobLog | None = None) -> in
     with handler.supervise():
         dist = build.build_process_group(job.settings, rank_info)
         reporter = lock_run_dir(job, dist, handler)
-        parts = (job.config_text, dist, handler.run_dir, reporter, handler.stop)
-        dist.raise_on_all_ranks(lambda: check_device(job.settings, dist.device, dist.local_rank))
-        trainer = dist.raise_on_all_ranks(lambda: build.build_trainer(job.settings, *parts))
-        assert trainer is not None
+        dist.run_on_all(lambda: check_device(job.settings, dist.device, dist.local_rank))
+        trainer = dist.run_on_all(
+            lambda: build.build_trainer(job.settings, job.config_text, dist, handler.run_dir, reporter, handler.stop)
+        )
         load_weights(job, dist, trainer, reporter, handler)
         with reporter:
             trainer.validate_only() if handler.validating else trainer.fit()
@@ -59,12 +59,12 @@ def run_rank(job: Job, rank_info: RankInfo, job_log: JobLog | None = None) -> in
 def lock_run_dir(job: Job, dist: Dist, handler: ExitHandler) -> Reporter:
     """Make the run directory this run's own, and start its log, heartbeat and deadline. Raises UserError if it is in use."""
     run_dir, job_log, stop = handler.run_dir, handler.job_log, handler.stop
-    dist.raise_on_all_ranks(run_dir.create, main_only=True)
+    dist.run_on_main(run_dir.create)
     # The lock of a dead node looks alive for a while; a job of a cluster can wait.
     lock_timeout = STALE_SECONDS + 10 if job_log is not None else 0.0
-    taken_over = dist.raise_on_all_ranks(lambda: run_dir.lock(lock_timeout), main_only=True)
+    taken_over = dist.run_on_main(lambda: run_dir.lock(lock_timeout))
     handler.locked = dist.is_main
-    dist.raise_on_all_ranks(run_dir.claim_checkpoint_dir, main_only=True)
+    dist.run_on_main(run_dir.claim_checkpoint_dir)
     if dist.is_main:
         for end_file in run_dir.logs.glob("rank_*_end.json"):  # of an earlier start
             end_file.unlink(missing_ok=True)
@@ -89,15 +89,16 @@ def load_weights(job: Job, dist: Dist, trainer: Trainer, reporter: Reporter, han
     run_dir, job_log, validating = handler.run_dir, handler.job_log, handler.validating
     newest = dist.all_gather_object(checkpointer.stat_latest(run_dir.checkpoints))[0]
     checkpointer.wait_until_visible(newest, run_dir.checkpoints)
-    reports = dist.raise_on_all_ranks(lambda: restore(job.settings, trainer)) or []
+    reports = dist.run_on_all(lambda: restore(job.settings, trainer))
     if reports and dist.is_main:
         loaded = [asdict(report) for report in reports]
         write_atomically(run_dir.logs / "pretrained.json", json.dumps(loaded, indent=1) + "\n")
-    dist.raise_on_all_ranks(lambda: reporter.connect(trainer.global_step), main_only=True)
+    dist.run_on_main(lambda: reporter.connect(trainer.global_step))
     trainer.wrap_model()
+    handler.owns_summary = dist.is_main
     handler.start_peers()
     if job_log is not None:
-        dist.raise_on_all_ranks(lambda: job_log.record_resume(trainer.global_step), main_only=True)
+        dist.run_on_main(lambda: job_log.record_resume(trainer.global_step))
     if dist.is_main:
         write_run_metadata(job, run_dir, trainer, on_cluster=job_log is not None)
         if validating or not trainer.is_done:

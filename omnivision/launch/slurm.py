@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from datetime import datetime
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from omnivision.utils.errors import UserError
+from omnivision.utils.streams import warn
 
 TERMINAL_STATES = tuple("BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY REVOKED TIMEOUT".split())
 SEPARATOR, END = "\x1f", "\x1e"  # of fields, and of jobs: comments may hold line ends
@@ -193,9 +193,7 @@ def sbatch_script(command: str, logs: Path, count: int, parameters: dict[str, An
 def sbatch(script: Path, settings: object) -> str:
     """Submit a batch script; only `settings` and the site's defaults count. Returns the job's id. Raises SlurmError."""
     if options := [name for name in inherited_variables(settings) if name.startswith("SBATCH_")]:
-        print(
-            f"warning: ignored in the environment: {', '.join(options)}. The submitit settings count.", file=sys.stderr
-        )
+        warn(f"ignored in the environment: {', '.join(options)}. The submitit settings count.")
     output = run_slurm_command("sbatch", "--parsable", str(script), settings=settings, timeout=None)
     if (found := re.search(r"^\d+", output, re.MULTILINE)) is None:
         raise SlurmError(f"sbatch: {output!r}")

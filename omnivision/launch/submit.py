@@ -8,7 +8,6 @@ import os
 import secrets
 import shutil
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -32,6 +31,7 @@ from omnivision.reporting.run_directory import QUEUED_STATUSES, file_lock
 from omnivision.utils.errors import UserError, truncate_list
 from omnivision.utils.io import LATEST, write_atomically
 from omnivision.utils.signals import StopSignal, signals_ignored
+from omnivision.utils.streams import warn
 
 FAILED_STATUSES = ("failed", "interrupted", "cancelled")
 
@@ -119,7 +119,7 @@ def sbatch(jobs: Sequence[Job], logs: Path) -> None:
         with signals_ignored():  # SLURM has the job: it must be known which
             note_submission(jobs, job_id, script)
     except OSError as error:
-        print(f"warning: the submission could not be noted in {logs}: {error}.", file=sys.stderr)
+        warn(f"the submission could not be noted in {logs}: {error}.")
 
 
 def note_submission(jobs: Sequence[Job], job_id: str, script: Path) -> None:
@@ -152,10 +152,9 @@ def warn_of_other_settings(job: Job) -> None:
     """Warn if the settings of a finished run differ from the command's, but for where and how it runs."""
     changes = changed_settings(job.run_dir.path / "config.yaml", job.config_text)
     if changes := [change for change in changes if not change.startswith(("submitit.", "launcher."))]:
-        print(
-            f"warning: the finished run in {job.run_dir.path} had other settings: {truncate_list(changes)}. Set "
-            "launcher.experiment_log_dir for a new run.",
-            file=sys.stderr,
+        warn(
+            f"the finished run in {job.run_dir.path} had other settings: {truncate_list(changes)}. Set "
+            "launcher.experiment_log_dir for a new run."
         )
 
 
@@ -225,9 +224,9 @@ def check_run_dir(job: Job, queue: Mapping[str, slurm.QueueEntry]) -> None:
         raise UserError(
             f"launcher.experiment_log_dir is {str(run_dir.path)!r}; for SLURM it must not contain {wrong[0]!r}. Change it."
         )
-    holder = str((run_dir.holder() or {}).get("job"))
+    holder = run_dir.holder().get("job")
     # The lock of a job that is over does not count.
-    if holder == "None" or (holder in queue and not queue[holder].is_over):
+    if holder is None or (holder in queue and not queue[holder].is_over):
         run_dir.require_free()
     resumes = trainer.mode != "val" and (run_dir.checkpoints / LATEST).exists()
     if resumes and not trainer.checkpoint.allow_changes:

@@ -234,8 +234,11 @@ class RunDir:
         except FileNotFoundError:
             return []
 
-    def record_unreported_exit(self, reason: str, interrupted: bool) -> None:
-        """Write how a killed run ended, unless another run is alive in this directory."""
+    def record_unreported_exit(self, reason: str, *, interrupted: bool, killed: bool) -> None:
+        """Write how a run ended that could not, unless another run is alive in this directory.
+
+        `killed`: `reason` names a killed rank, of which the other ranks know only that it is gone.
+        """
         if not self.path.is_dir():
             return  # killed before it made one
         with file_lock(self.path / ".lock.guard"):
@@ -244,7 +247,7 @@ class RunDir:
             summary = self.read_summary()
             if summary.get("status") == "running":
                 self.write_exit("interrupted" if interrupted else "failed", reason)
-            elif summary.get("status") == "failed" and "killed" in reason:  # the other ranks saw only that it is gone
+            elif summary.get("status") == "failed" and killed:
                 self.write_summary(exit_reason=f"{reason}; {summary.get('exit_reason')}")
 
 

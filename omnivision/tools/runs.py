@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +17,7 @@ from omnivision.launch.slurm_jobs import run_status
 from omnivision.reporting.run_directory import RunDir
 from omnivision.tools.arguments import Flag
 from omnivision.utils.errors import UserError
-from omnivision.utils.streams import print_text
+from omnivision.utils.streams import print_text, warn
 
 MAX_WIDTH = 10_000
 TOP1_COLUMNS = ("run", "trunk", "starts from", "data", "epochs", "minutes", "top-1 %", "chance %")
@@ -72,7 +71,7 @@ def read_summaries(folder: Path) -> list[dict[str, Any]]:
         run = RunDir(file.parent)
         status, reason = run_status(run, queue)
         if not (summary := run.read_summary()):
-            print(f"warning: {file} is no summary of a run. It is left out.", file=sys.stderr)
+            warn(f"{file} is no summary of a run. It is left out.")
             continue
         name = file.parent.relative_to(folder).as_posix() if file.parent != folder else folder.resolve().name
         of_file = {"name": name, "path": file.parent, "changed": file.stat().st_mtime}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from omnivision.tools.arguments import Regex, Segments, Share, at_least
 from omnivision.tools.prepare.index import shorten, video_key
 from omnivision.tools.prepare.output import read_arrays, write_split
 from omnivision.utils.errors import UserError
+from omnivision.utils.streams import warn
 
 
 def _before_one_letter_part(name: str) -> str:
@@ -101,7 +101,7 @@ def _print_side(side: str, labels: np.ndarray, indices: np.ndarray, num_groups: 
         f"-> {side}_paths.npy, {name}_labels.npy"
     )
     if missing := sorted(set(labels.tolist()) - classes):
-        print(f"warning: classes without a video in {name}: {shorten(map(str, missing), 10)}.", file=sys.stderr)
+        warn(f"classes without a video in {name}: {shorten(map(str, missing), 10)}.")
 
 
 def group_videos(paths: Sequence[str], grouping: Callable[[str], str]) -> list[str]:

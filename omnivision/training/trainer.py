@@ -359,7 +359,7 @@ class Trainer:
         check_finite(self.raw_model, dist, self.global_step)
         self.state.count_seconds()
         start = time.monotonic()
-        dist.raise_on_all_ranks(run_dir.require_lock, main_only=True)
+        dist.run_on_main(run_dir.require_lock)
         folder, state = run_dir.checkpoints, self.state_dict()
         with checkpointer.report_write_errors(folder):
             state = sharded.save_split(state, folder, self.global_step, dist)
@@ -368,7 +368,7 @@ class Trainer:
             with checkpointer.report_write_errors(folder):
                 checkpointer.save(state, folder, list(aliases))
 
-        dist.raise_on_all_ranks(write, main_only=True)  # the others wait
+        dist.run_on_main(write)  # the others wait
         stop.save_seconds, stop.saved_step = time.monotonic() - start, self.global_step
 
     def load_checkpoint(self, class_names: Sequence[Sequence[str]] = ()) -> bool:

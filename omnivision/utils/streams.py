@@ -57,6 +57,10 @@ def plural(count: int, noun: str) -> str:
     return f"{count} {noun}{'s' * (count != 1)}"
 
 
+def warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
+
+
 def announce(text: str) -> None:
     """Print what a slow start is doing, on a terminal."""
     if sys.stderr.isatty():

@@ -164,7 +164,7 @@ class Heartbeats(unittest.TestCase):
         handler.locked = True
         with (
             mock.patch("os._exit") as exited,
-            mock.patch.object(RunDir, "lost", side_effect=OSError(116, "Stale file handle")),
+            mock.patch.object(RunDir, "lock_lost", side_effect=OSError(116, "Stale file handle")),
             contextlib.redirect_stderr(io.StringIO()),
             contextlib.suppress(OSError),  # `os._exit` would not have come back
         ):

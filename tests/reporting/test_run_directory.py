@@ -52,12 +52,12 @@ class Summary(Folder):
                 run.write_summary(status=before, exit_reason=None)
                 if locked:
                     run.lock()
-                run.record_unreported_exit("killed", interrupted)
+                run.record_unreported_exit("killed", interrupted=interrupted, killed=True)
                 summary = run.read_summary()
                 self.assertEqual(summary["status"], after)
                 self.assertEqual(summary["exit_reason"], None if before == after else "killed")
                 run.unlock()
-        RunDir(self.folder / "never").record_unreported_exit("killed", interrupted=True)
+        RunDir(self.folder / "never").record_unreported_exit("killed", interrupted=True, killed=True)
         self.assertFalse((self.folder / "never").exists())
 
 

@@ -28,7 +28,7 @@ from omnivision.tools.arguments import (
 from omnivision.tools.prepare import index as indexing
 from omnivision.tools.prepare import output
 from omnivision.tools.prepare.folders import read_class_folders
-from omnivision.tools.prepare.index import SPLITS, DatasetIndex, warn
+from omnivision.tools.prepare.index import SPLITS, DatasetIndex
 from omnivision.tools.prepare.lists import read_csv_lists
 from omnivision.tools.prepare.locate import find_frame_folders, locate_videos
 from omnivision.tools.prepare.published import READERS
@@ -36,6 +36,7 @@ from omnivision.tools.prepare.transcode import TranscodeConfig, destinations, tr
 from omnivision.tools.val_split import group_videos, hold_out, pattern_grouping
 from omnivision.utils.errors import UserError
 from omnivision.utils.io import write_atomically
+from omnivision.utils.streams import warn
 
 List = Annotated[str | None, Parameter(metavar="LIST.csv")]
 SEED = 42  # of what is held out; `omnivision val-split` takes another

@@ -20,9 +20,9 @@ from omnivision.tools.prepare.index import (
     shorten,
     split_of,
     video_key,
-    warn,
 )
 from omnivision.utils.errors import UserError
+from omnivision.utils.streams import warn
 
 Path = tuple[str, ...]  # names of folders and file, below SOURCE
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from omnivision.data.catalog import is_shifted, start_at_one
 from omnivision.data.frames import natural
 from omnivision.data.sampling import Segment
 from omnivision.utils.errors import UserError
+from omnivision.utils.streams import warn
 
 VIDEO_SUFFIXES = tuple(
     ".mp4 .avi .webm .mkv .mov .m4v .mpg .mpeg .wmv .flv .ogv .ts .m2ts .mts .3gp .asf .vob .y4m".split()
@@ -92,10 +92,6 @@ def parse_splits(text: str) -> dict[str, str]:
     if not all(split in SPLITS and name for split, name in pairs) or len(splits) < len(pairs):
         raise UserError(f"--splits must be none, or train=NAME,val=NAME,test=NAME with each NAME once; got {text!r}.")
     return splits
-
-
-def warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr)
 
 
 def listing_error(what: str, problems: Sequence[str], advice: str) -> UserError:

@@ -17,8 +17,8 @@ from omnivision.tools.prepare.index import (
     drop_suffix,
     listing_error,
     shorten,
-    warn,
 )
+from omnivision.utils.streams import warn
 
 
 def locate_videos(index: DatasetIndex, prefix: str | None, check: bool, skip_missing: bool) -> DatasetIndex:

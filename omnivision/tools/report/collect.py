@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from omnivision.reporting.logs import read_lines
 from omnivision.reporting.predictions import Predictions, read_predictions
 from omnivision.reporting.run_directory import RunDir
 from omnivision.tools.runs import read_summaries
+from omnivision.utils.streams import warn
 
 MAX_POINTS = 2000  # of a curve
 RESULTS = (("val_top1", "top-1, %"), ("val_loss", "loss, validation"), ("loss", "loss, training"))
@@ -81,7 +81,7 @@ def _read_run(path: Path, name: str, summary: dict[str, Any]) -> Run:
         try:
             run.predictions[file.stem] = read_predictions(file)
         except Exception as error:  # numpy and zipfile raise many kinds for a damaged file
-            print(f"warning: {file} cannot be read ({error}). It is left out.", file=sys.stderr)
+            warn(f"{file} cannot be read ({error}). It is left out.")
     return run
 
 
