@@ -1,6 +1,5 @@
-# Lines of the batch script before the user's own (submitit.setup) and the tasks; omnivision_runs, omnivision_python and
-# omnivision_checkout are set before them. The nodes must see the run directory, where the script then logs. It runs itself in a
-# second shell, which the user's lines may leave as they like: the first one writes an end that the tasks could not write.
+# Runs before submitit.setup and the tasks; omnivision_runs, omnivision_python and omnivision_checkout are set before it.
+# The outer shell records an exit that the tasks could not; the inner shell runs setup, which may exit.
 readonly omnivision_logs=${omnivision_runs%/*}
 readonly omnivision_job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
 readonly omnivision_from=$PWD  # what a relative name of a run directory starts from
@@ -12,11 +11,11 @@ if [ -z "$omnivision_within" ]; then
   omnivision_blind=$(bash -c "$omnivision_seen" - "$omnivision_logs")
   [ -z "$omnivision_blind" ] || { omnivision_comment "$omnivision_blind"; exit 1; }
   exec >>"$omnivision_logs/${omnivision_job}_batch.log" 2>&1
-  trap : TERM USR2  # a job that is ended, too, comes to its last lines
+  trap : TERM USR2  # continue after a signal, to record the exit
   : >"$omnivision_reached"
   omnivision_within=1 "$BASH" "$0"
   code=$?
-  trap '' TERM USR2  # what writes the end is not to be ended
+  trap '' TERM USR2  # ignore further signals while recording
   why=$(cat "$omnivision_reached"; rm -f "$omnivision_reached")
   [ -z "$why" ] || echo "$why"
   [ "$code" != 0 ] || [ -z "$why" ] || code=1  # nothing was trained

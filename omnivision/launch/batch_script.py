@@ -37,7 +37,7 @@ def sbatch_parameters(settings: Settings, run_dir: RunDir, runs: Path) -> dict[s
         "error": "/dev/null",
     }
     if wanted.dependency is not None:
-        options["kill-on-invalid-dep"] = "yes"  # else it waits for ever when what it waits for has failed
+        options["kill-on-invalid-dep"] = "yes"  # otherwise a job with a failed dependency stays pending
     same_name = ("partition", "account", "qos", "comment", "exclude", "nodelist", "dependency", "array_parallelism")
     parameters = {name: getattr(wanted, name) for name in same_name} | {
         "job_name": wanted.name,
@@ -50,9 +50,8 @@ def sbatch_parameters(settings: Settings, run_dir: RunDir, runs: Path) -> dict[s
         "constraint": wanted.constraints,
         "signal_delay_s": signal_delay(settings, run_dir),
         "setup": batch_script_prologue(runs, wanted.setup),
-        # SLURM 22.05 and later do not hand the number of CPUs on to srun. One failed task ends the others; so does one that
-        # left well long ago (it saw on a file system that lags that the run is finished, and they did not).
-        # Tasks get the script's environment, whatever SBATCH_EXPORT says.
+        # srun does not inherit --cpus-per-task since SLURM 22.05. --kill-on-bad-exit: one failed task ends all. --wait: so does
+        # one that exited early because it saw the run finished. --export: the script's environment, despite SBATCH_EXPORT.
         "srun_args": [f"--cpus-per-task={wanted.cpus_per_task}", "--kill-on-bad-exit=1", "--wait=300", "--export=ALL"],
         "additional_parameters": options | wanted.additional_parameters,
     }

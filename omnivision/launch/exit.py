@@ -49,7 +49,7 @@ def write_end_file(run_dir: RunDir, rank: int, error: BaseException, reason: str
     match error:
         case StopRequested() | KeyboardInterrupt() | UserError(on_all_ranks=True):
             kind = "stopped"
-        case PeerLostError():  # what killed one that is gone is SLURM's to tell
+        case PeerLostError():  # SLURM reports what killed a peer that is gone
             kind = "disconnected" if error.gone else "peer silent"
         case _:
             kind = "failed"
@@ -71,7 +71,7 @@ def read_end_files(run_dir: RunDir) -> list[dict[str, Any]]:
 def first_failure(
     run_dir: RunDir, own_rank: int | None = None, seconds: float = 0.0, pids: Collection[int] | None = None
 ) -> str | None:
-    """Return why a rank other than `own_rank` failed by itself, if one did in this start. Waits up to `seconds` for its file.
+    """Return why another rank failed by itself in this start, or None; wait up to `seconds` for its end file.
 
     `pids` are the processes that count (None: all).
     """
@@ -139,7 +139,7 @@ class ExitHandler:
         return report_exit(error, self.run_dir, may_write, self.rank, self.job_log, self.writes_end_file)
 
     def abort(self, error: BaseException) -> None:
-        """End the process, from a watching thread, whatever its main thread does, and write what that is."""
+        """Exit from a watchdog thread, whatever the main thread does, after writing all stacks."""
         if not self._ending.acquire(blocking=False):
             return  # it is ending already
         code = exit_code_and_reason(error)[0]
@@ -147,7 +147,7 @@ class ExitHandler:
             stacks = self.run_dir.logs / f"rank_{self.rank}_stacks.txt"
             write_stacks(stacks)
             error.add_note(f"what each thread was doing is in {stacks}")
-            # Rank 0 reports how a run ended or, if that one is silent, whoever notices.
+            # Rank 0 reports; if rank 0 is silent, the rank that noticed.
             reports = not self.validating and (self.locked or isinstance(error, PeerLostError))
             code = report_exit(error, self.run_dir, reports, self.rank, self.job_log, self.writes_end_file)
             self.unlock()
@@ -161,9 +161,9 @@ class ExitHandler:
             self.run_dir.unlock()
 
     def _may_write_summary(self) -> bool:
-        """Return whether this process may write how it ends into the summary.
+        """Return whether this process may write its exit into the summary.
 
-        Before training begins, and in an evaluation, what an earlier run wrote is kept.
+        Keeps an earlier run's status until training begins, and during an evaluation.
         """
         if self.locked and self.run_dir.read_summary().get("status") in (None, *QUEUED_STATUSES):
             return True
@@ -186,8 +186,8 @@ def report_exit(
 ) -> int:
     """Report why a process ends: on the console, in its log, its end file and, with `writes_summary`, `summary.json`.
 
-    Returns the exit code. It is 0 for another rank of a SLURM job than 0 that was stopped or lost a peer: SLURM ends all tasks
-    when one fails, and rank 0 may just have the job requeued.
+    Returns the exit code. Ranks other than 0 of a SLURM job return 0 after a stop or a lost peer: a failing task makes SLURM
+    end all tasks, and rank 0 may be requeueing.
     """
     code, reason = exit_code_and_reason(error)
     stopped, lost = isinstance(error, (KeyboardInterrupt, StopRequested)), isinstance(error, PeerLostError)

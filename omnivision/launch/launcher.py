@@ -38,8 +38,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-# Exit codes of runs that somebody ended.
-STOP_EXIT_CODES = (EXIT_SIGINT, EXIT_SIGTERM, EXIT_SIGUSR2, EXIT_SIGHUP)
+STOP_EXIT_CODES = (EXIT_SIGINT, EXIT_SIGTERM, EXIT_SIGUSR2, EXIT_SIGHUP)  # of stopped runs
 RANK_EXIT_SECONDS = 15.0  # for the other ranks to exit after one has failed
 
 
@@ -93,7 +92,7 @@ def under_torchrun() -> bool:
 
 
 def apply_torchrun_env(config: DictConfig) -> None:
-    """Replace the numbers of nodes and processes by torchrun's, if it started this process, and run where it is.
+    """Take node and rank counts from torchrun, if it started this process, and disable submission.
 
     Raises UserError for variables that another launcher has left behind.
     """
@@ -168,9 +167,9 @@ def forward_signals(processes: list[SpawnProcess]) -> Iterator[list[int]]:
 
 
 def wait_for_processes(processes: list[SpawnProcess]) -> tuple[int, str]:
-    """Wait for processes to end, the others for a while after one has failed; returns its exit code.
+    """Wait for all ranks; after a failure, at most RANK_EXIT_SECONDS. Return exit code and reason.
 
-    The second value is a reason, for a run that could not write one: which rank was killed, or the exit code.
+    The reason, for a run that could not write one, is which rank was killed, or the exit code.
     """
     failed, deadline = 0, float("inf")
     while any(process.is_alive() for process in processes) and time.monotonic() < deadline:

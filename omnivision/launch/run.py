@@ -60,7 +60,7 @@ def lock_run_dir(job: Job, dist: Dist, handler: ExitHandler) -> Reporter:
     """Make the run directory this run's own, and start its log, heartbeat and deadline. Raises UserError if it is in use."""
     run_dir, job_log, stop = handler.run_dir, handler.job_log, handler.stop
     dist.run_on_main(run_dir.create)
-    # The lock of a dead node looks alive for a while; a job of a cluster can wait.
+    # A dead node's lock looks alive until it is stale; a cluster job waits for that.
     lock_timeout = STALE_SECONDS + 10 if job_log is not None else 0.0
     taken_over = dist.run_on_main(lambda: run_dir.lock(lock_timeout))
     handler.locked = dist.is_main
@@ -71,10 +71,11 @@ def lock_run_dir(job: Job, dist: Dist, handler: ExitHandler) -> Reporter:
         for written in (run_dir.path, run_dir.logs, run_dir.checkpoints):
             remove_stale_tmp(written)
     log_to_file(run_dir.logs / f"rank_{dist.rank}.log")
-    # A silent rank is named before collective operations fail for want of it.
+    # Half the collective timeout, so that a silent rank is named first.
     timeout = min(HEARTBEAT_TIMEOUT, 60 * job.settings.trainer.distributed.timeout_minutes / 2)
     handler.peers = PeerMonitor(run_dir.logs, dist.rank, dist.world_size, stop, timeout, handler.abort)
-    if job_log is not None and job.settings.submitit.signal_delay_s is None:  # else SLURM's signal makes the run leave
+    # If it is set, SLURM's signal triggers the exit.
+    if job_log is not None and job.settings.submitit.signal_delay_s is None:
         planned_end = slurm.planned_end(slurm.show_job(job_log.job_id)) if dist.is_main else None
         stop.set_deadline(dist.all_gather_object(planned_end)[0])
     settings = flat_text(job.config_text)  # unresolved: nothing of the environment
@@ -125,11 +126,11 @@ def write_run_metadata(job: Job, run_dir: RunDir, trainer: Trainer, on_cluster: 
 
 
 def release(trainer: Trainer, reporter: Reporter, dist: Dist, handler: ExitHandler) -> None:
-    """Report that the run ended well, and leave the process group."""
+    """Report that the run has finished, and leave the process group."""
     if lines := validation_lines(trainer) if handler.validating else end_lines(trainer):
         reporter.info("\n".join(lines))
-    if dist.is_main and handler.job_log is not None:  # whatever becomes of the processes from here on
-        handler.job_log.note("end", status="finished", reason="all is done")
+    if dist.is_main and handler.job_log is not None:  # before teardown, which may fail
+        handler.job_log.note("end", status="finished", reason="all epochs done")
     if handler.peers is not None:
         handler.peers.end()
     dist.close()

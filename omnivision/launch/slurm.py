@@ -20,7 +20,7 @@ TERMINAL_STATES = tuple("BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL
 SEPARATOR, END = "\x1f", "\x1e"  # of fields, and of jobs: comments may hold line ends
 COMMAND_TIMEOUT = 60.0  # seconds
 
-# Variables of an allocation, a job or another launcher. They would reach the commands here, sbatch, and srun within the job.
+# Variables of another job or launcher; sbatch and srun would inherit them.
 INHERITED_VARIABLES = re.compile(
     "(SLURM|SBATCH|SRUN|SALLOC|SQUEUE|SINFO|SCANCEL|SCONTROL|SUBMITIT|PMI|PMIX|TORCHELASTIC)_"
     "|((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)$|ROLE_NAME$|MASTER_(ADDR|PORT)$"
@@ -42,7 +42,7 @@ class SlurmError(UserError):
 
     def __init__(self, output: str, was_killed: bool = False) -> None:
         here = "submitit.use_cluster=false launcher.num_nodes=1 launcher.gpus_per_node=1"
-        super().__init__(f"SLURM refused, or did not answer: {output}. Change the submitit settings, or set {here}.")
+        super().__init__(f"SLURM: {output}. Fix the submitit settings, or run here with {here}.")
         self.output, self.was_killed = output, was_killed
 
 
@@ -71,7 +71,7 @@ def is_available() -> bool:
 
 
 def inherited_variables(settings: object = None) -> list[str]:
-    """Return the variables that belong to another job or launcher, or that one of `settings` (of submitit) replaces."""
+    """Return the variables that are inherited, or overridden by `settings` (of submitit)."""
 
     def is_kept(name: str) -> bool:
         setting = SITE_VARIABLES.get(name)
@@ -135,9 +135,9 @@ def first_host() -> str:
 
 
 def partition_limits(name: str | None) -> tuple[int | None, float | None]:
-    """Return the most nodes and minutes of a job in a partition (None: the default one; several joined by commas).
+    """Return a partition's limits: nodes, minutes; None for no limit, or no answer.
 
-    SLURM accepts a job beyond them and never starts it. None: no limit, or no answer.
+    `name` may be several, joined by commas; None: the default one. SLURM accepts a job beyond the limits and never starts it.
     """
     name = name or os.environ.get("SBATCH_PARTITION")
     of_partition = [f"--partition={name}"] if name else []

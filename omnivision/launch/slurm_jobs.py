@@ -27,7 +27,7 @@ from omnivision.utils.signals import TIME_LIMIT
 
 SUBMISSION_FOLDER = "submitit_logs"
 MAX_RESTARTS_WITHOUT_PROGRESS = 3
-TIME_LIMIT_MARGIN = 5.0  # seconds before the time limit from which SIGTERM is taken for SLURM's
+TIME_LIMIT_MARGIN = 5.0  # seconds; SIGTERM this close to the time limit counts as SLURM's
 
 
 # ---- history ------------------------------------------------------------------------------------------------------
@@ -41,9 +41,9 @@ def history(run_dir: RunDir, token: str | None = None) -> list[dict[str, Any]]:
 
 
 def restarts_without_progress(lines: list[dict[str, Any]]) -> int:
-    """Count the starts since one last resumed from a step that no earlier start had reached.
+    """Count starts since the last one that resumed from a new step.
 
-    A start that has not resumed yet counts itself: it is one too many only above the limit.
+    A start that has not resumed yet is included.
     """
     best, count = -1, 0
     for line in lines:
@@ -59,7 +59,7 @@ def restarts_without_progress(lines: list[dict[str, Any]]) -> int:
 
 @dataclass(frozen=True)
 class Submission:
-    """A run as it was submitted. `TOKEN_runs.json`, beside the batch script, has those of a job, or of an array's elements.
+    """A submitted run. `TOKEN_runs.json` lists those of an array.
 
     `token` names the submission, since job ids may be reused.
     """
@@ -121,7 +121,7 @@ class JobStatus:
 
 @dataclass(frozen=True)
 class JobLog:
-    """One start of a job: notes it in the history of its run, and decides what becomes of it.
+    """One start of a job: logs events and decides whether it is requeued.
 
     `job_id` is 12, or 12_3 for an array element; `token` is that of its submission. Without `max_requeues` it is requeued
     without a limit.
@@ -185,9 +185,8 @@ class JobLog:
     def classify_batch_exit(self, code: int, why: str) -> ExitDecision:
         """Return what becomes of a job whose rank 0 could not decide.
 
-        It is requeued if its processes ran in an earlier start and could not be started now (a dead node that SLURM does not
-        know of), if a library aborted them (NCCL, when another process is gone), if a rank stopped sending heartbeats, and if
-        they had to exit before they handled signals.
+        Requeue if a peer went silent, a library aborted (NCCL), the processes had no handlers yet, or they could not start
+        although an earlier start ran.
         """
         starts = [line["restarts"] for line in self.history() if line["event"] == "start"]
         now, not_started = JobStatus(self.job_id, self.restarts), self.restarts not in starts
@@ -242,7 +241,7 @@ class JobLog:
             decision = ExitDecision("failed", f"{decision.reason}, but SLURM refused: {message}")
             self._write(decision, writes_summary)
         if decision.status not in QUEUED_STATUSES:
-            problem = f"job {self.job_id} ({self.run_dir.path}) did not end well: {decision.reason}"
+            problem = f"job {self.job_id} ({self.run_dir.path}) failed: {decision.reason}"
             finalize_dependents(self.job_id, problem)
 
     def _write(self, decision: ExitDecision, writes_summary: bool) -> None:
@@ -274,7 +273,7 @@ def write_cancelled(run_dir: RunDir, job_id: str, problem: str) -> None:
 
 
 def finalize_dependents(job_id: str, problem: str) -> None:
-    """Write that waiting jobs that need this one to end well are cancelled, and those that need them."""
+    """Write that jobs that wait for this one to succeed are cancelled, and those that wait for them."""
     names = {job_id, f"{job_id.partition('_')[0]}_*"}
     for other, state in (slurm.squeue_or_none() or {}).items():
         needs_it = any(each == "afterok" and job in names for each, job in parse_dependencies(state.dependency))
@@ -302,13 +301,13 @@ def run_status(run_dir: RunDir, queue: Mapping[str, slurm.QueueEntry] | None) ->
         )
     elif queue is not None and "job_id" in job and status in (*QUEUED_STATUSES, "running"):
         state = queue.get(job["job_id"])
-        # After SLURM was set up anew the number may be another job's.
+        # Job ids restart when SLURM is reinstalled.
         if state is None or ("logs" in job and Path(state.command).parent != Path(job["logs"])):
             return "lost", f"SLURM does not know job {job['job_id']} any more; it was {status}"
         what = f"job {job['job_id']} is {state.state}"
         if state.never_starts:
             status, reason = "cancelled", f"its dependency failed: {state.dependency or state.reason}"
-        elif state.state == "CANCELLED":  # such a job keeps the reason for which it waited
+        elif state.state == "CANCELLED":  # squeue keeps the old pending reason
             status, reason = "cancelled", f"{what} ({state.comment or 'ended from outside'})"
         elif state.is_over:
             status, reason = "failed", f"{what} ({state.comment or state.reason or 'no reason given'})"
@@ -326,10 +325,14 @@ def run_status(run_dir: RunDir, queue: Mapping[str, slurm.QueueEntry] | None) ->
 
 
 def record_batch_exit(file: Path, job_id: str, code: int, why: str = "its processes could not be started") -> bool:
-    """Write the end of a job whose processes exited with `code`, if rank 0 could not; `why` is a reason if they never ran.
+    """Record the exit of a job whose rank 0 could not.
 
-    `file` has the job's runs. Returns whether the run had finished before: then the job has ended well, and jobs that wait
-    for it may start.
+    Return True if the run had already finished, so that dependents may start.
+
+    Args:
+        file: of the job's runs.
+        code: with which the processes exited.
+        why: reason if they did not start.
     """
     submission, restarts = read_submission(file, job_id), slurm_restart_count()
     log = JobLog(submission.run_dir, job_id, restarts, submission.token, submission.max_requeues)

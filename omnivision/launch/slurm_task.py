@@ -48,7 +48,7 @@ def run_slurm_task(config_text: str, token: str) -> int:
 def slurm_rank(host: str) -> RankInfo:
     """Return this task's rank, from SLURM's variables. The ranks meet at a port of `host`, the first node.
 
-    The port belongs to the job: the next 1500 jobs have others, and no system hands out one of those by itself.
+    Ports repeat after 1500 jobs and lie below the ephemeral range.
     """
     env, world = os.environ, int(os.environ["SLURM_NTASKS"])
     # Each element of an array has another SLURM_JOB_ID, except the last.
@@ -68,6 +68,6 @@ def public_environment() -> dict[str, str | None]:
 
 
 if __name__ == "__main__":
-    # Until `run_rank` handles signals they end this process, and the batch script writes that.
+    # Signals end the process until `run_rank` handles them; the batch script records that.
     submission = read_submission(Path(sys.argv[1]), slurm_job_id() or "")
     sys.exit(run_slurm_task(submission.config_text, submission.token))

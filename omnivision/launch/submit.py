@@ -94,7 +94,7 @@ def sbatch(jobs: Sequence[Job], logs: Path) -> None:
         requeues = job.settings.submitit.max_requeues
         runs.append(asdict(Submission(token, str(job.run_dir.path.absolute()), job.config_text, requeues)))
     try:
-        # All is written before, since the job may start at once and write itself.
+        # Write everything first: the job may start at once.
         write_atomically(runs_file(script), json.dumps(runs, indent=1) + "\n")
         write_atomically(script, batch_script(settings, run_dirs[0], script, len(jobs)))
         for job, run_dir in zip(jobs, run_dirs, strict=True):
@@ -116,7 +116,7 @@ def sbatch(jobs: Sequence[Job], logs: Path) -> None:
             raise UserError(f"{logs} cannot be written: {error}. Set launcher.experiment_log_dir.{cancelled}") from None
         raise
     try:
-        with signals_ignored():  # SLURM has the job: it must be known which
+        with signals_ignored():  # SLURM has the job; record its id
             note_submission(jobs, job_id, script)
     except OSError as error:
         warn(f"the submission could not be noted in {logs}: {error}.")
@@ -131,7 +131,7 @@ def note_submission(jobs: Sequence[Job], job_id: str, script: Path) -> None:
     if len(jobs) > 1:
         folders = json.dumps([str(job.run_dir.path.absolute()) for job in jobs])
         write_atomically(script.with_name(f"{job_id}_folders.json"), f"{folders}\n")
-    # What it waits for may have failed while it was submitted, and could not cancel a job that was not in the queue yet.
+    # The dependency may have failed before this job was in the queue.
     dependency = jobs[0].settings.submitit.dependency
     problem = dependency_problem(dependency, slurm.squeue_or_none() or {}) if dependency else None
     for job, each in zip(jobs, ids, strict=True):
@@ -167,11 +167,12 @@ def is_queued(job: Job, queue: Mapping[str, slurm.QueueEntry]) -> bool:
             ours[job_id] = other
     if not ours:
         return False
-    job_id = min(ours, key=lambda job_id: queue[job_id].state == "COMPLETING")  # its successor may be there already
+    # Prefer a successor over a completing job.
+    job_id = min(ours, key=lambda job_id: queue[job_id].state == "COMPLETING")
     name = queue[job_id].state
     if name == "COMPLETING" and run_dir.read_summary().get("status") not in QUEUED_STATUSES:
         return False  # it has ended and is not requeued
-    # The dependency may have ended since, so that the command has none. A folder may have two names.
+    # Ignore a dependency that has ended, and another path to the same folder.
     same = ("submitit.dependency:", "launcher.experiment_log_dir:")
     every = setting_changes(flat_text(ours[job_id].config_text), flat_text(job.config_text)).values()
     if changes := [change for change in every if not change.startswith(same)]:
@@ -211,7 +212,7 @@ def check_submission(jobs: Sequence[Job], queue: Mapping[str, slurm.QueueEntry])
                 "All runs of a sweep make one array, and must set the same launcher and submitit settings; got also "
                 f"{', '.join(lines)}. Sweep over other settings, or submit twice."
             )
-    if shutil.which("bash"):  # compute nodes may have it all the same
+    if shutil.which("bash"):  # bash may exist on the compute nodes only
         parsed = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True)
         if parsed.returncode:
             raise UserError(f"submitit.setup must be complete shell commands; bash: {' '.join(parsed.stderr.split())}.")
@@ -236,7 +237,7 @@ def check_run_dir(job: Job, queue: Mapping[str, slurm.QueueEntry]) -> None:
 def dependency_problem(dependency: str | None, queue: Mapping[str, slurm.QueueEntry]) -> str | None:
     """Return why a job with this dependency would never start, or at the wrong time; None if it may wait.
 
-    SLURM takes a job that it does not know for one that ended well.
+    SLURM treats an unknown dependency as succeeded.
     """
     for condition, wanted in parse_dependencies(dependency or ""):
         array = f"{wanted.removesuffix('_*')}_"
@@ -255,5 +256,5 @@ def dependency_problem(dependency: str | None, queue: Mapping[str, slurm.QueueEn
             if (condition in ("afterok", "aftercorr") and failed) or (condition == "afternotok" and succeeded):
                 run = f" ({submission.folder})" if submission is not None else ""
                 reason = summary.get("exit_reason") or state.state
-                return f"job {job_id}{run} {'ended' if succeeded else 'did not end'} well: {reason}"
+                return f"job {job_id}{run} {'succeeded' if succeeded else 'failed'}: {reason}"
     return None

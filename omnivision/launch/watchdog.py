@@ -28,15 +28,15 @@ SECOND_REQUEST_SECONDS = 4.0
 BEAT_SECONDS = 10.0
 SUSPECT_BEATS = 2  # heartbeats that are missing when a peer is suspected; SLURM leaves 30 seconds to decide
 HEARTBEAT_TIMEOUT = 300.0  # seconds without a heartbeat when a rank is aborted
-COLLECTIVES = ("/torch/distributed/", "/torch/nn/parallel/")  # code of torch that only other ranks make fail
+COLLECTIVES = ("/torch/distributed/", "/torch/nn/parallel/")  # torch code that fails only through other ranks
 
 Abort = Callable[[BaseException], None]  # does not return
 
 
 class Watchdog:
-    """Calls `abort` for a process that was asked to stop and did not within `grace` seconds, or a few after a second SIGTERM.
+    """Abort a process `grace` seconds after a stop request, or 4 s after a second SIGTERM.
 
-    The grace is longer if finishing a step and saving have taken long.
+    `grace` is extended where steps and saves are measured to take longer.
     """
 
     def __init__(self, stop: StopSignal, abort: Abort, grace: float = GRACE_SECONDS) -> None:
@@ -49,7 +49,7 @@ class Watchdog:
             yield
             return
         receiver, sender = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        # Python writes signals there as they come, whatever blocks the main thread; its own handler waits for that.
+        # The wakeup fd is written even while the main thread is blocked.
         before = signal.set_wakeup_fd(sender, warn_on_full_buffer=False)
         thread = threading.Thread(target=self._watch, args=(receiver,), daemon=True, name="watchdog")
         thread.start()
@@ -79,7 +79,7 @@ class Watchdog:
             grace = max(self.grace, seconds_to_exit(self.stop.step_seconds, self.stop.save_seconds))
             if now > last or waited > grace:
                 error = StopRequested(signal.Signals(min(arrivals, key=lambda number: arrivals[number])).name)
-                error.add_note(f"it had not left {waited:.0f} s later, {self.stop.phase}")
+                error.add_note(f"it had not exited {waited:.0f} s later, {self.stop.phase}")
                 self.abort(error)
 
 
@@ -110,9 +110,9 @@ class PeerMonitor:
         self._file(self.rank).unlink(missing_ok=True)
 
     def find_dead_peers(self, seconds: float | None = None, may_leave: bool = False) -> PeerLostError | None:
-        """Return an error that names peers that are gone, or without a heartbeat for `seconds` (default: a few beats).
+        """Return an error naming peers that died or missed heartbeats for `seconds` (default: a few beats).
 
-        Those that have left are among them unless they `may_leave`.
+        Peers that exited too, unless `may_leave`.
         """
         seconds = SUSPECT_BEATS * self.seconds if seconds is None else seconds
         if not self._over.is_set():
@@ -124,7 +124,7 @@ class PeerMonitor:
             left = age is None and self._started and not may_leave
             one_is_gone = one_is_gone or gone or left
             if left:
-                dead.append(f"rank {rank} has left")
+                dead.append(f"rank {rank} has exited")
             elif age is not None and (gone or age >= seconds):
                 what = "is gone" if gone else f"has sent no heartbeat for {age:.0f} s"
                 who = f"rank {rank} (pid {peer.get('pid')} on {peer.get('host')})"
@@ -135,9 +135,9 @@ class PeerMonitor:
         return PeerLostError("; ".join(dead), one_is_gone)
 
     def wait_for_dead_peers(self) -> PeerLostError | None:
-        """Return `find_dead_peers()` as soon as there are some, or when all peers must have shown that they are alive.
+        """Poll `find_dead_peers` until peers are dead or proven alive.
 
-        A process of this machine shows it by its id, another one by its heartbeat.
+        On this machine the process id proves it, elsewhere a heartbeat.
         """
         here = all(self._read_beat(rank)[0].get("machine") == host_id() for rank in self.watched)
         deadline = time.monotonic() + (1.0 if here else SUSPECT_BEATS * self.seconds)
@@ -146,7 +146,7 @@ class PeerMonitor:
         return dead
 
     def _read_beat(self, rank: int) -> tuple[dict[str, Any], float | None]:
-        """Return a peer's last heartbeat and its age; no age if the peer has left, 0 while it writes one.
+        """Return a peer's last heartbeat and its age; no age if the peer has exited, 0 while it writes one.
 
         Ages are by the clock of the file system, which may be another machine's.
         """
@@ -164,13 +164,13 @@ class PeerMonitor:
 
     def _beat(self) -> None:
         beat = {"phase": self.stop.phase, "pid": os.getpid(), "host": socket.gethostname(), "machine": host_id()}
-        with contextlib.suppress(OSError):  # a file system that does not answer for once ends nothing
+        with contextlib.suppress(OSError):  # tolerate a failed write
             self._file(self.rank).write_text(json.dumps(beat) + "\n", encoding="utf-8")
 
     def _watch(self) -> None:
         while not self._over.wait(self.seconds):
             self._beat()
-            # When all were suspended together, the others get the time to send a heartbeat, too.
+            # After a suspension of all ranks, let peers beat first.
             if self.find_dead_peers(self.timeout, may_leave=True) and not self._over.wait(self.seconds):
                 if dead := self.find_dead_peers(self.timeout, may_leave=True):
                     self.abort(dead)
@@ -196,7 +196,7 @@ def as_peer_lost(error: BaseException, peers: PeerMonitor | None) -> BaseExcepti
     elif peers is not None:
         lost = peers.find_dead_peers(may_leave=not is_collective)
     if lost is None and is_collective:
-        lost = PeerLostError(f"another process is gone without recording a reason ({error})", gone=True)
+        lost = PeerLostError(f"another rank is gone without recording a reason ({error})", gone=True)
     if lost is None:
         return error
     lost.__cause__ = error

@@ -64,7 +64,7 @@ class WeightsAndBiases:
             project=os.environ.get("WANDB_PROJECT", PROJECT), id=run_id, resume="allow", name=run_dir.path.resolve().name,
             dir=str(run_dir.path), config=dict(settings), settings=wandb.Settings(silent=True, console="off"),
         )  # fmt: skip
-        # wandb's own step must not decrease, and that of a resumed run does.
+        # wandb requires increasing steps, and a resumed run's decrease.
         self._run.define_metric("*", step_metric="step")
 
     def scalars(self, metrics: Mapping[str, float], step: int) -> None:

@@ -85,7 +85,7 @@ class Reporter:
             numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
             self._scalars(f"{phase}_epoch", numbers, step)
             text = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
-            self.info(f"{f'epoch {epoch + 1} ' if step else ''}{phase}: {text}")  # at step 0 weights are of another run
+            self.info(f"{f'epoch {epoch + 1} ' if step else ''}{phase}: {text}")  # step 0: pretrained weights
 
     def visualization(self, name: str, what: Visualization, step: int) -> None:
         """Write PNG and GIF to `pictures/`, and give the GIF to the loggers."""
@@ -153,7 +153,7 @@ class DataStallWarning:
 
 
 class ProgressLine:
-    """Progress through the steps of a run: a live bar on a terminal, plain lines that grep likes everywhere else.
+    """Progress through the steps of a run: a live bar on a terminal, plain lines elsewhere.
 
     `seconds_between_lines` bounds how often plain lines appear.
     """

@@ -120,7 +120,7 @@ class RunDir:
             raise UserError(f"{problem} Stop that run, or set another launcher.experiment_log_dir.")
 
     def lock(self, timeout: float = 0.0) -> str | None:
-        """Become the run's only writer and start the heartbeat; returns a line about a stale lock that was taken over.
+        """Acquire the lock and start the heartbeat; returns a line about a stale lock that was taken over.
 
         Waits up to `timeout` seconds for another holder to exit or to become stale. Raises UserError if it does not.
         """
@@ -166,9 +166,9 @@ class RunDir:
         return claim | {"started": process_start(pid), "job": slurm_job_id(), "restarts": slurm_restart_count()}
 
     def _heartbeat_age(self) -> float:
-        """Return the age of the lock's heartbeat in seconds, by the clock of the file system: those of machines may differ.
+        """Return the age of the lock's heartbeat in seconds; 0 in a read-only directory, where it cannot be measured.
 
-        0 in a directory that is read-only, where it cannot be measured.
+        By the file system's clock, since host clocks differ.
         """
         try:
             with tempfile.NamedTemporaryFile(dir=self.path, prefix=".clock.", suffix=".tmp") as probe:

@@ -25,12 +25,12 @@ if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
 TIME_LIMIT = "time limit"
 UNKNOWN_SAVE_SECONDS = 30.0
 EXIT_SECONDS = 10.0
-# One request may come in two signals: SLURM's to all processes, and the launcher's that forwards it.
+# SLURM and the launcher may both send it.
 SIGNAL_DEBOUNCE_SECONDS = 1.0
 
 
 class StopSignal:
-    """Whether this process was asked to stop, by what, and when its job ends anyway.
+    """A stop request: signal or deadline.
 
     A run notes how long its steps and saves take, and exits early enough before the deadline.
     """
@@ -90,7 +90,7 @@ class StopSignal:
 
     @contextlib.contextmanager
     def handle_signals(self, ignore_after: bool = False) -> Iterator[None]:
-        """Note signals inside this block, until `raise_if_requested` is called. Does nothing outside of the main thread.
+        """Record signals; raise only after `raise_if_requested`. Does nothing outside of the main thread.
 
         Afterwards the earlier handlers are back, or with `ignore_after` signals are ignored, so that a process that is about to
         exit keeps its exit code.
@@ -99,14 +99,14 @@ class StopSignal:
             yield
 
     def raise_if_requested(self) -> None:
-        """Let a signal raise StopRequested from now on, once; one that came before does so here."""
+        """From now on a signal raises StopRequested, once; a recorded one raises now."""
         if self._on_signal == "note":
             self._on_signal = "raise"
             if self.signals:
                 self._stop()
 
     def defer(self) -> None:
-        """Note signals only, from now on, for a caller that checks `cause` often; a second SIGTERM still raises.
+        """Only record signals (the caller polls `cause`); a second SIGTERM still raises.
 
         Raises StopRequested when a signal has come already.
         """
@@ -167,7 +167,7 @@ def exit_with_parent(pid: int) -> None:
 
 @contextlib.contextmanager
 def signals_ignored() -> Iterator[None]:
-    """Ignore Ctrl-C and stop signals inside this block, as do processes started in it, so that a process can write why it ends.
+    """Ignore stop signals and Ctrl-C while writing the exit reason; processes started in this block inherit that.
 
     Ctrl-C reaches all processes of a terminal, and SLURM's signals all of a job; the launcher then sends one more.
     """

@@ -68,7 +68,7 @@ def announce(text: str) -> None:
 
 
 def print_text(text: str, console: Any = None) -> None:
-    """Print a text: wrapped at spaces on a terminal, which would break numbers; in whole lines elsewhere, for `grep`.
+    """Wrap on a terminal; keep lines whole elsewhere.
 
     Args:
         console: of rich; None: standard output.

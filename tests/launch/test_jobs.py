@@ -691,7 +691,7 @@ class Submissions(Folder):
         self.assertLessEqual(files, {file.name for file in self.logs.iterdir()})
 
     def test_a_job_whose_dependency_failed_while_it_was_submitted(self):
-        problem = mock.patch.object(submit, "dependency_problem", return_value="job 9 did not end well: no memory")
+        problem = mock.patch.object(submit, "dependency_problem", return_value="job 9 failed: no memory")
         (self.logs / "a_submission.sh").touch()
         with problem, mock.patch.object(slurm, "squeue_or_none", return_value={}):
             submit.note_submission([self.job("submitit.dependency=afterok:9")], "71", self.logs / "a_submission.sh")

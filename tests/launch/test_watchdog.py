@@ -122,7 +122,7 @@ class Heartbeats(unittest.TestCase):
             self.assertIs(found.__cause__ if lost else found, error)
         other.end()
         for error in (backward, collective):
-            self.assertRegex(str(as_peer_lost(error, main)), "^rank 1 has left")
+            self.assertRegex(str(as_peer_lost(error, main)), "^rank 1 has exited")
         self.assertIs(as_peer_lost(model, main), model, "both may fail alike")
         main.end()
 

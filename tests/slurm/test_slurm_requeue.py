@@ -172,7 +172,7 @@ class Interrupted(OnCluster):
             self.wait_for_state(job, "CANCELLED")
             told = runs.read_summary(self.folder / name)
             self.assertEqual(told["status"], "cancelled")
-            self.assertRegex(told["exit_reason"], "^its dependency failed: job .* did not end well: .*SIGKILL")
+            self.assertRegex(told["exit_reason"], "^its dependency failed: job .* failed: .*SIGKILL")
         listed = self.shell("omnivision", "runs", ".").stdout
         self.assertRegex(listed, "waiting: cancelled: its dependency failed")
 

@@ -100,9 +100,7 @@ class Chain(OnCluster):
         self.wait_for_state(first["align_demo_nohuman"], "COMPLETED")
         wait("the summary to say so", lambda: runs.read_summary(self.folder / "ppma/ft_demo")["status"] == "cancelled")
         reason = runs.read_summary(self.folder / "ppma/average_demo")["exit_reason"]
-        self.assertRegex(
-            reason, rf"^its dependency failed: job {first['align']} .*/align\) did not end well: .* was cancelled"
-        )
+        self.assertRegex(reason, rf"^its dependency failed: job {first['align']} .*/align\) failed: .* was cancelled")
         self.assertIn("cancelled", self.chain("--dry").stdout)
 
         again = self.chain()
