@@ -42,7 +42,8 @@ class Typed(unittest.TestCase):
         temporary = tempfile.TemporaryDirectory()
         self.addCleanup(temporary.cleanup)
         self.folder = Path(temporary.name)
-        shutil.copytree(ROOT / "config", self.folder / "config")
+        for folder in ("config", "omnivision"):
+            shutil.copytree(ROOT / folder, self.folder / folder, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "train_app_submitit.py", self.folder)
         data = self.folder / "demo/data"
         videos = stages.write_videos(data / "synthetic", 12)
@@ -59,8 +60,7 @@ class Typed(unittest.TestCase):
         for old, new in QUICKER.items():
             command = command.replace(old, new)
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        environment = os.environ | stages.ONE_THREAD | {"PATH": path, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
-        command = command.replace("PYTHONPATH=.", f"PYTHONPATH=.:{ROOT}")
+        environment = os.environ | stages.ONE_THREAD | {"PATH": path, "PYTHONPATH": str(self.folder), "COLUMNS": "100"}
         options = {"cwd": self.folder, "env": environment, "capture_output": True, "text": True, "timeout": 300}
         result = subprocess.run(["sh", "-e"], input=command, **options)
         self.assertEqual(result.returncode, 0, f"{command}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}")
