@@ -11,7 +11,7 @@ from benchmarks.geometry import CAN_COMPILE, DTYPES, FASTEST, FASTEST_DTYPE, SIZ
 from benchmarks.harness import Report, in_processes, interleaved
 from benchmarks.peers.published_mae import PublishedMAE, normalised
 from omnivision.interop.huggingface import to_hf
-from omnivision.models.architecture import describe
+from omnivision.models.architecture import architecture_of
 from omnivision.models.classifier import VideoClassifier, train_mode
 from omnivision.models.vit import VisionTransformer
 
@@ -95,7 +95,9 @@ def check_equal(shape: Geometry, huggingface: bool) -> dict[str, float]:
         # transformers 5 holds two biases under other names than its files have. Exports have the biases of all versions:
         # those of keys are zero, and softmax cancels them.
         memory = {"attention.q_bias": "attention.query.bias", "attention.v_bias": "attention.value.bias"}
-        state = {f"videomae.{name}": tensor for name, tensor in to_hf(ours.state_dict(), describe(ours)).state.items()}
+        state = {
+            f"videomae.{name}": tensor for name, tensor in to_hf(ours.state_dict(), architecture_of(ours)).state.items()
+        }
         for old, new in memory.items():
             state = {name.replace(old, new): tensor for name, tensor in state.items()}
         missing, unexpected = theirs.load_state_dict(state, strict=False)

@@ -1,6 +1,6 @@
 """Video models by the PPMA recipe. Importing this package imports nothing heavy.
 
-`omnivision.load(RUN_OR_FILE)` gives a trained model with its preprocessing; see `omnivision.tools.inference`.
+`omnivision.load(RUN_OR_FILE)` gives a trained model with its preprocessing; see `omnivision.tools.video_model`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())  # no output to th
 
 def __getattr__(name: str) -> Any:
     if name == "load":  # torch comes with it, which is why it comes when it is asked for
-        from omnivision.tools.inference import load
+        from omnivision.tools.video_model import load
 
         return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

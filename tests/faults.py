@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from omnivision.checkpoint import checkpointer as checkpoint
-from omnivision.checkpoint.state_dict_file import read
+from omnivision.checkpoint.state_dict_file import read_weights
 from omnivision.data.video import VideoDecodeError, open_video
 from omnivision.reporting.logs import read_lines
 from omnivision.utils.errors import UserError
@@ -101,7 +101,7 @@ def killed_runs(folder: Path, kills: int, processes: int) -> Outcome:
 
 def tensors_of(run: Path) -> dict[str, torch.Tensor]:
     """Return the weights and the optimizer's state in the newest checkpoint of a run."""
-    contents = checkpoint.read(run / "checkpoints/checkpoint.pt")
+    contents = checkpoint.read_checkpoint(run / "checkpoints/checkpoint.pt")
     moments = {
         f"{number} {name}": torch.as_tensor(value)
         for number, each in contents["optimizer"]["state"].items()
@@ -189,7 +189,7 @@ def damaged_checkpoints(folder: Path, count: int) -> Outcome:
         if path == latest or contents["step"] != 1 or len(problems) != 1:
             outcome.accepted.append(f"{path}: {problems}")
         try:
-            read(str(alone))
+            read_weights(str(alone))
             outcome.accepted.append("as weights to start from")
         except UserError:
             pass
@@ -291,7 +291,7 @@ def open_mutations(kind: str, seed: int, count: int, sources: list[str]) -> None
                     start = rng.random() * min(video.duration, 2.0)
                     assert video.read(start, start + 0.5, 4).shape[:2] == (4, 3)
             else:
-                read(str(damaged))
+                read_weights(str(damaged))
         except (VideoDecodeError, UserError):
             pass
         damaged.unlink()

@@ -27,7 +27,7 @@ ALLOWED = {
         "omnivision.config.compose",
         "omnivision.config.validate",
         "omnivision.tools.prepare.output",
-        "omnivision.checkpoint.fingerprint",
+        "omnivision.config.flat",
     },
     "jinja2": {"omnivision.tools.report.page", "omnivision.interop.export"},
     "plotly": {"omnivision.tools.report.figures", "omnivision.tools.report.page"},

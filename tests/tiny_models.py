@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from omnivision.checkpoint.state_dict_file import StateDictFile
-from omnivision.models.architecture import describe
+from omnivision.models.architecture import architecture_of
 from omnivision.models.classifier import VideoClassifier
 from omnivision.models.mae import MaskedAutoencoder
 from omnivision.models.vit import VisionTransformer
@@ -43,7 +43,7 @@ def file_of(model: nn.Module | Mapping[str, Tensor], **metadata: Any) -> StateDi
 
 
 def described(model: nn.Module) -> StateDictFile:
-    return file_of(model, architecture=describe(model))
+    return file_of(model, architecture=architecture_of(model))
 
 
 class WeightsCase(Folder):
@@ -55,8 +55,9 @@ class WeightsCase(Folder):
 
     def save_run(self, model: nn.Module, name: str = "checkpoint.pt", /, **more: Any) -> Path:
         """A checkpoint as a run writes it, as far as it matters here."""
-        rest = {"format": 1, "architecture": describe(model), "ema": None, "sources": [], "optimizer": {"state": {}}}
-        return self.save(rest | {"model": model.state_dict()} | more, name)
+        rest = {"format": 1, "ema": None, "sources": [], "optimizer": {"state": {}}}
+        weights = {"model": model.state_dict(), "architecture": architecture_of(model)}
+        return self.save(rest | weights | more, name)
 
     def assert_equal_states(self, one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
         torch.testing.assert_close(dict(one), dict(other), rtol=0, atol=0)

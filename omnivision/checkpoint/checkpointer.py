@@ -93,7 +93,7 @@ def report_write_errors(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def read(path: Path) -> Any:
+def read_checkpoint(path: Path) -> Any:
     """Load a checkpoint or another file of `torch.save`, with its shards. Raises CorruptCheckpointError."""
     state = safe_load(path)
     if isinstance(state, dict):
@@ -132,7 +132,7 @@ def load_newest(folder: Path) -> tuple[dict[str, Any], Path, list[str]] | None:
             continue
         try:
             verify_and_hash(path)
-            state = read(path)
+            state = read_checkpoint(path)
             if isinstance(state, dict) and state.get("format") == FORMAT:
                 return state, path, problems
             problems.append(f"{path} is not a checkpoint of a run of this version: its format must be {FORMAT}")

@@ -9,14 +9,12 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import subprocess
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from omnivision.config.flat import flat_file, flat_text, resolve_reference, setting_changes, used_settings
 from omnivision.config.schema import runtime_only_settings
 from omnivision.data.catalog import Split
 from omnivision.data.sampling import EpochPlan
@@ -31,7 +29,6 @@ DEFAULTS_OF_OLDER_RUNS = {"crop_scale": [0.08, 1.0], "rand_augment_prob": 0.5, "
 DEFAULTS_OF_OLDER_RUNS["trainer.data.view.scale"] = DEFAULTS_OF_OLDER_RUNS["crop_scale"]
 # Classes that were renamed since runs were made with them.
 RENAMED_TARGETS = {"omnivision.data.mixing.Mixing": "omnivision.data.mixing.MixupCutmix"}
-REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 LIBRARIES = ("torch", "torchvision", "timm", "av", "numpy")
 WHOLE_BYTES = 64 << 20  # read of a file; of a larger one, in pieces spread over it
 PIECE_BYTES = 1 << 20
@@ -70,18 +67,6 @@ def fingerprint(
     }
 
 
-def changes(
-    then: Mapping[str, Any], now: Mapping[str, Any], group: Callable[[str], str] | None = None
-) -> dict[str, str]:
-    """Return {name: "name: then -> now"} of entries that differ; with `group`, only of groups of names that both have."""
-    shared = {group(name) for name in then} & {group(name) for name in now} if group else set()
-    return {
-        name: f"{name}: {then.get(name)} -> {now.get(name)}"
-        for name in {**then, **now}
-        if then.get(name) != now.get(name) and (group is None or group(name) in shared)
-    }
-
-
 def diff_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """Return the changes between two flat configurations: those that make another experiment, and the rest.
 
@@ -95,7 +80,7 @@ def diff_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list
     used = used_settings({**then, **now}).keys() - set(SETTINGS_OF_ONE_START)
     altering: list[str] = []
     others: list[str] = []
-    for name, change in changes(then, now).items():
+    for name, change in setting_changes(then, now).items():
         # Skip a reference written in another way: the setting it leads to is compared under its own name.
         if name in used and resolve_reference(then, name) != resolve_reference(now, name):
             harmless = any(fnmatch.fnmatchcase(name, pattern) for pattern in RUNTIME_ONLY_SETTINGS)
@@ -103,41 +88,20 @@ def diff_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list
     return altering, others
 
 
-def used_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the flat settings without the catalog entries of datasets that are no source of the run."""
-    sources = {name.split(".")[3] for name in settings if name.startswith("trainer.data.sources.")}
-    return {
-        name: value
-        for name, value in settings.items()
-        if not name.startswith("datasets.") or name.split(".")[1] in sources
-    }
-
-
-def resolve_reference(settings: Mapping[str, Any], name: str) -> Any:
-    """Return the value of a setting; of a plain reference (`${epochs}`), that of the setting it leads to."""
-    value, visited = settings.get(name), {name}
-    while isinstance(value, str) and (reference := REFERENCE.fullmatch(value)) and reference[1] not in visited:
-        if reference[1] not in settings:  # a whole section, or one that does not exist
-            return value
-        visited.add(reference[1])
-        value = settings[reference[1]]
-    return value
-
-
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """Return the changes "name: then -> now" between two fingerprints: those that make another experiment, and the rest."""
     altering, others = diff_settings(then["settings"], now["settings"])
     # A source, or a split, that only one of them has goes with a setting. Of a split that both have, all arrays count.
-    clips = changes(then["clips of a step"], now["clips of a step"], group=lambda name: name)
-    data = changes(then["data"], now["data"], group=lambda name: name.rpartition(".")[0])
+    clips = setting_changes(then["clips of a step"], now["clips of a step"], group=lambda name: name)
+    data = setting_changes(then["data"], now["data"], group=lambda name: name.rpartition(".")[0])
     altering += [*(f"clips of a step of {change}" for change in clips.values()), *data.values()]
-    return altering, others + list(changes(then["versions"], now["versions"]).values())
+    return altering, others + list(setting_changes(then["versions"], now["versions"]).values())
 
 
 def changed_settings(file: Path, text: str) -> list[str]:
     """Return the changes "name: then -> now" from the configuration in `file` to `text`."""
     then = flat_file(file)
-    return [f"{file} cannot be read"] if then is None else list(changes(then, flat_text(text)).values())
+    return [f"{file} cannot be read"] if then is None else list(setting_changes(then, flat_text(text)).values())
 
 
 def check_same_settings(file: Path, text: str) -> None:
@@ -157,26 +121,6 @@ def mismatch_message(what: str, altering: Sequence[str]) -> str:
         f"{what} belongs to another experiment: {truncate_list(altering)}. Set these back, start a new run in another "
         "launcher.experiment_log_dir, or set trainer.checkpoint.allow_changes=true to resume anyway."
     )
-
-
-def flat_text(text: str) -> dict[str, Any]:
-    """Parse YAML to a flat configuration, interpolations unresolved."""
-    return flat(yaml.safe_load(text))
-
-
-def flat_file(file: Path) -> dict[str, Any] | None:
-    """Read the flat configuration in a file; None if it cannot be read."""
-    try:
-        return flat_text(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return None
-
-
-def flat(value: Any, name: str = "") -> dict[str, Any]:
-    """Flatten nested mappings, with names like trainer.optim.gradient_clip."""
-    if not isinstance(value, dict):
-        return {name: value}
-    return {key: v for k, part in value.items() for key, v in flat(part, f"{name}.{k}" if name else str(k)).items()}
 
 
 def file_digest(file: Path) -> str:
@@ -214,7 +158,7 @@ def versions() -> dict[str, str]:
     return {"omnivision": digest.hexdigest()[:12], "python": platform.python_version()} | installed | commit
 
 
-def read(text: Any) -> dict[str, Any] | None:
+def parse_fingerprint(text: Any) -> dict[str, Any] | None:
     """Parse the fingerprint in a checkpoint; None when it is none."""
     try:
         parsed = json.loads(text)

@@ -18,16 +18,16 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from omnivision.checkpoint.inference import distinct_names
+from omnivision.checkpoint.inference_config import distinct_names
 from omnivision.checkpoint.state_dict_file import StateDictFile, check_numbers
 from omnivision.config.schema import WeightFilter
-from omnivision.models.architecture import describe
+from omnivision.models.architecture import architecture_of
 from omnivision.models.patches import Triple, resized_positions, token_grid
 from omnivision.utils.errors import UserError, truncate_list
 
 SETTING = "pretrained_checkpoint_path"
 # Parts of a trunk other than its RGB encoder.
-BESIDE_THE_ENCODER = ("trunk.decoder.", "trunk.mask_token", "trunk.depth_patch_embed.")
+NON_ENCODER_PREFIXES = ("trunk.decoder.", "trunk.mask_token", "trunk.depth_patch_embed.")
 BLOCKS = {"trunk": "trunk.blocks.", "decoder": "trunk.decoder.decoder_blocks."}
 HEAD = re.compile(r"(?:model\.)?heads\.(\d+)\.0\.")  # an average has `model.` before the names of its classifier
 POSITIONS = ("trunk.pos_embed", "trunk.decoder.pos_embed")
@@ -49,7 +49,7 @@ class LoadReport:
     classes: list[str] = field(default_factory=list)  # how heads were matched by class names
     resized: dict[str, str] = field(default_factory=dict)
 
-    def note(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """Return what a checkpoint keeps of the weights of its model, to find the same again."""
         return {"path": str(Path(self.path).absolute()), "sha256": self.sha256, "choice": self.choice}
 
@@ -115,7 +115,7 @@ def filter_state_dict(state: Mapping[str, T], choice: WeightFilter, report: Load
     return {choice.prefix + name: entry for name, entry in entries.items()}
 
 
-def load(
+def load_filtered(
     model: nn.Module, weights: StateDictFile, choice: WeightFilter, class_names: Sequence[Sequence[str]] = ()
 ) -> LoadReport:
     """Load filtered `weights` into a model; positional embeddings of another token grid are interpolated.
@@ -128,13 +128,13 @@ def load(
     report = LoadReport(str(weights.path), weights.sha256, weights.checkpoint)
     entries = filter_state_dict({name: name for name in weights.state}, choice, report)  # {new name: name in the file}
     chosen, wanted = {new: weights.state[old] for new, old in entries.items()}, model.state_dict()
-    theirs: dict[int, list[str] | None] = {}
+    file_classes: dict[int, list[str] | None] = {}
     inference = weights.inference
     for new, old in entries.items():
         if (head := head_of(new)) >= 0:
             names = inference.names(head_of(old))  # a filter may rename heads
-            theirs[head] = names if names and chosen[new].shape[:1] == (len(names),) else None
-    chosen, unused = match_heads(chosen, theirs, class_names, report)
+            file_classes[head] = names if names and chosen[new].shape[:1] == (len(names),) else None
+    chosen, unused = match_heads(chosen, file_classes, class_names, report)
     _check_blocks(model, weights, chosen)
     report.dropped |= dict.fromkeys([*unused, *(name for name in chosen if name not in wanted)], NO_PLACE)
     chosen = {name: tensor for name, tensor in chosen.items() if name in wanted}
@@ -163,32 +163,32 @@ def head_of(name: str) -> int:
 
 def match_heads(
     state: Mapping[str, Tensor],
-    theirs: Mapping[int, list[str] | None],
-    ours: Sequence[Sequence[str]],
+    file_classes: Mapping[int, list[str] | None],
+    model_classes: Sequence[Sequence[str]],
     report: LoadReport,
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Give each head of the model the head of the same class names, with its rows in the model's order.
 
     Args:
-        theirs: class names by head of `state`, None where unknown.
-        ours: class names by head of the model. Where one side has no names, heads are matched by number.
+        file_classes: class names by head of `state`, None where unknown.
+        model_classes: class names by head of the model. Where one side has no names, heads are matched by number.
 
     Returns the state without unused heads, and the names of their entries. Raises UserError for a head of as many classes with
     other names.
     """
-    if not ours:
+    if not model_classes:
         return dict(state), []
-    heads = {head: {name: t for name, t in state.items() if head_of(name) == head} for head in theirs}
+    heads = {head: {name: t for name, t in state.items() if head_of(name) == head} for head in file_classes}
     matched = {name: tensor for name, tensor in state.items() if head_of(name) not in heads}
     unused = set(heads)
-    for head, names in enumerate(ours):
+    for head, names in enumerate(model_classes):
         wanted = distinct_names(names)
-        same = [k for k in (head, *heads) if wanted and set(theirs.get(k) or []) == set(wanted)]
+        same = [k for k in (head, *heads) if wanted and set(file_classes.get(k) or []) == set(wanted)]
         source = same[0] if same else head
         if source not in heads:
             continue
         unused.discard(source)
-        given, rows = theirs[source], None
+        given, rows = file_classes[source], None
         if wanted is None or given is None:
             side = "this run" if given else "the file"
             report.classes.append(f"{side} has no class names of head {head}; their order is not checked")
@@ -253,17 +253,19 @@ def _check_blocks(model: nn.Module, weights: StateDictFile, chosen: Mapping[str,
     """Raise UserError where blocks would be left out, where some of a decoder's would stay random, and for another number of
     attention heads, which shapes do not show. `_check_coverage` reports missing blocks of a trunk.
     """
-    wanted, architecture = model.state_dict(), describe(model)
+    wanted, architecture = model.state_dict(), architecture_of(model)
     for part, prefix in BLOCKS.items():
-        ours, theirs = (
+        model_blocks, file_blocks = (
             {n.split(".")[prefix.count(".")] for n in names if n.startswith(prefix)} for names in (wanted, chosen)
         )
         in_file = weights.architecture.get(part)
         heads = in_file.get("heads") if isinstance(in_file, Mapping) else None
         settings = []
-        if ours and (theirs - ours or (part == "decoder" and theirs and ours - theirs)):
-            settings.append(f"depth={len(theirs)}")
-        if theirs and part in architecture and heads not in (None, architecture[part]["heads"]):
+        if model_blocks and (
+            file_blocks - model_blocks or (part == "decoder" and file_blocks and model_blocks - file_blocks)
+        ):
+            settings.append(f"depth={len(file_blocks)}")
+        if file_blocks and part in architecture and heads not in (None, architecture[part]["heads"]):
             settings.append(f"heads={heads}")
         if settings:
             raise UserError(
@@ -275,7 +277,7 @@ def _check_blocks(model: nn.Module, weights: StateDictFile, chosen: Mapping[str,
 
 def _check_coverage(wanted: Mapping[str, Tensor], report: LoadReport, choice: WeightFilter) -> None:
     """Raise UserError for less of the trunk's encoder than declared, and for differences where the filter is strict."""
-    trunk = [name for name in wanted if name.startswith("trunk.") and not name.startswith(BESIDE_THE_ENCODER)]
+    trunk = [name for name in wanted if name.startswith("trunk.") and not name.startswith(NON_ENCODER_PREFIXES)]
     trunk = [name for name in trunk if name not in POSITIONS]
     absent = [name for name in trunk if name in report.missing]
     unplaced = [name for name, why in report.dropped.items() if why == NO_PLACE]

@@ -18,16 +18,16 @@ from torch import Tensor
 from omnivision.distributed.fsdp import is_sharded
 from omnivision.distributed.process_group import Dist
 from omnivision.utils.errors import is_out_of_memory
-from omnivision.utils.io import PARTS, CorruptCheckpointError, safe_load, sha256
+from omnivision.utils.io import SHARDS_PREFIX, CorruptCheckpointError, safe_load, sha256
 
-KEY = "shards"  # of the entry that names the folder and its files
+SHARDS_KEY = "shards"  # of the entry that names the folder and its files
 SEPARATOR = "/"  # between the keys that lead to a tensor
 
 
 def save_split(state: dict[str, Any], folder: Path, step: int, dist: Dist) -> dict[str, Any]:
     """Write the sharded tensors of a checkpoint, all ranks together; return the rest, which names their folder."""
     rest, tensors = _split(state)
-    return rest | {KEY: write(tensors, folder, step, dist)} if tensors else state
+    return rest | {SHARDS_KEY: write(tensors, folder, step, dist)} if tensors else state
 
 
 def _split(state: dict[Any, Any], prefix: str = "") -> tuple[dict[Any, Any], dict[str, Tensor]]:
@@ -55,7 +55,7 @@ def write(tensors: dict[str, Tensor], folder: Path, step: int, dist: Dist) -> di
 
     if dist.is_main:
         remove_unused(folder)  # of a failed save
-    name = dist.all_gather_object(f"{PARTS}{step}_{secrets.token_hex(4)}")[0]
+    name = dist.all_gather_object(f"{SHARDS_PREFIX}{step}_{secrets.token_hex(4)}")[0]
     target = folder / name
     target.mkdir(parents=True, exist_ok=True)
     try:
@@ -80,7 +80,7 @@ def load_shards(state: dict[str, Any], folder: Path) -> None:
     name = _folder_of(state)
     if name is None:
         return
-    source, files = folder / name, state.pop(KEY)["files"]
+    source, files = folder / name, state.pop(SHARDS_KEY)["files"]
     if {file.name: _entry(file) for file in source.glob("*")} != files:
         raise CorruptCheckpointError(f"{source} must hold the shards that the checkpoint names, and nothing else")
     for key, tensor in _read(source).items():
@@ -93,20 +93,20 @@ def load_shards(state: dict[str, Any], folder: Path) -> None:
 
 def remove_unused(folder: Path) -> None:
     """Remove folders of shards that no checkpoint in `folder` names; none while a checkpoint cannot be read."""
-    if not any(folder.glob(f"{PARTS}*")):
+    if not any(folder.glob(f"{SHARDS_PREFIX}*")):
         return
     try:
         used = {_folder_of(safe_load(file)) for file in folder.glob("*.pt")}
     except CorruptCheckpointError:
         return
-    for old in folder.glob(f"{PARTS}*"):
+    for old in folder.glob(f"{SHARDS_PREFIX}*"):
         if old.name not in used and old.is_dir() and not old.is_symlink():
             shutil.rmtree(old)
 
 
 def _folder_of(state: Any) -> str | None:
     """Return the folder of the shards of a checkpoint; None for a file without shards."""
-    shards = state.get(KEY) if isinstance(state, dict) else None
+    shards = state.get(SHARDS_KEY) if isinstance(state, dict) else None
     return str(shards["folder"]) if isinstance(shards, dict) and shards.keys() == {"folder", "files"} else None
 
 

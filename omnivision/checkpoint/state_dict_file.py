@@ -16,9 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from omnivision.checkpoint import fingerprint
-from omnivision.checkpoint.checkpointer import read as read_checkpoint
-from omnivision.checkpoint.checkpointer import verify_and_hash
-from omnivision.checkpoint.inference import InferenceConfig
+from omnivision.checkpoint.checkpointer import read_checkpoint, verify_and_hash
+from omnivision.checkpoint.inference_config import InferenceConfig
 from omnivision.utils.errors import UserError
 from omnivision.utils.io import BEST, LATEST, CorruptCheckpointError, is_dense_cpu, sha256
 
@@ -54,7 +53,7 @@ class StateDictFile:
     @property
     def own_class(self) -> str | None:
         """The full name of the model's class where it is not one of this project."""
-        run = fingerprint.read(self.metadata.get("experiment")) or {"settings": {}}
+        run = fingerprint.parse_fingerprint(self.metadata.get("experiment")) or {"settings": {}}
         target = run["settings"].get("trainer.model._target_")
         return target if isinstance(target, str) and not target.startswith("omnivision.") else None
 
@@ -109,7 +108,7 @@ class StateDictFile:
         return _parse_json(file.read_bytes(), file) if file.is_file() else {}
 
 
-def read(source: str | Path) -> StateDictFile:
+def read_weights(source: str | Path) -> StateDictFile:
     """Read the weights of a run directory, a `save_pretrained` folder, or a file of torch.save or safetensors.
 
     Nothing is executed. Raises UserError for a missing file, pickled objects, and anything but a state dict.
@@ -129,7 +128,7 @@ def read_several(sources: str | Sequence[str]) -> list[StateDictFile]:
     under `ensemble_weights`. Raises UserError as `read`.
     """
     if not isinstance(sources, str):
-        return [read(source).with_weights() for source in sources]
+        return [read_weights(source).with_weights() for source in sources]
     path = resolve_checkpoint(sources)
     digest = verify_and_hash(path)
     content = read_checkpoint(path)

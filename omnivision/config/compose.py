@@ -152,7 +152,7 @@ def expand_sweep(overrides: Sequence[str]) -> list[list[str]]:
     return [list(run) for run in product(*choices)]
 
 
-def is_typed(key: str, overrides: Sequence[str]) -> bool:
+def is_overridden(key: str, overrides: Sequence[str]) -> bool:
     """Return whether a command line sets a key, or something in its group."""
     names = (override.partition("=")[0].lstrip("+~") for override in overrides)
     return any(name == key or name.startswith(f"{key}.") for name in names)

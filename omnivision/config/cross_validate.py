@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from omnivision.config.compose import is_typed
+from omnivision.config.compose import is_overridden
 from omnivision.config.instantiate import arguments_of
 from omnivision.config.messages import suggest
 from omnivision.config.schema import Settings
@@ -51,8 +51,8 @@ def cross_validate(settings: Settings, arguments: Sequence[str] | None = None) -
     if images:
         counts = images.batch_size, images.views_per_clip, images.accumulation_steps
         problems += _batch_problems(settings, "trainer.data.image.", *counts)
-    if arguments is not None and not problems and not is_typed("pretrained_checkpoint_path", arguments):
-        problems += _weights_problems(settings)
+    if arguments is not None and not problems and not is_overridden("pretrained_checkpoint_path", arguments):
+        problems += _missing_weights(settings)
     return problems
 
 
@@ -163,7 +163,7 @@ def _batch_problems(settings: Settings, prefix: str, batch: int, views: int, mic
         )
 
 
-def _weights_problems(settings: Settings) -> Iterator[str]:
+def _missing_weights(settings: Settings) -> Iterator[str]:
     """Yield a message for frozen or averaged weights that come from nowhere, unless null was typed."""
     trainer = settings.trainer
     needs_weights = (trainer.freeze or "num_models" in trainer.model) and trainer.mode != "val"

@@ -20,8 +20,8 @@ from omnivision.config.schema import InstantiateConfig
 
 # Any class of our packages may be built. Of other packages only classes that they hold themselves: from a module inside one a
 # name leads anywhere (torch.nn.modules.module.torch.load would unpickle).
-OWN = ("omnivision.data", "omnivision.models", "omnivision.optim", "omnivision.tasks")
-OTHERS = ("torch.optim", "torch.nn", "timm.optim", "fvcore.common.param_scheduler")
+OWN_PACKAGES = ("omnivision.data", "omnivision.models", "omnivision.optim", "omnivision.tasks")
+ALLOWED_MODULES = ("torch.optim", "torch.nn", "timm.optim", "fvcore.common.param_scheduler")
 INJECTED_ARGS = ("classes", "labels")  # from the catalog
 
 
@@ -31,8 +31,8 @@ class TargetError(Exception):
 
 def is_allowed(target: str, trusted: Sequence[str] = ()) -> bool:
     """Return whether configurations may build a class; `trusted` are further packages."""
-    known = target.rpartition(".")[0] in OTHERS
-    return known or any(target.startswith(f"{package}.") for package in (*OWN, *trusted))
+    known = target.rpartition(".")[0] in ALLOWED_MODULES
+    return known or any(target.startswith(f"{package}.") for package in (*OWN_PACKAGES, *trusted))
 
 
 @functools.cache
@@ -46,8 +46,8 @@ def load_target(target: str) -> Any:
             f"cannot be imported: {type(error).__name__}: {error}. Is its folder on PYTHONPATH?"
         ) from error
     found = getattr(module, name, None)
-    is_function = inspect.isfunction(found) and module_name not in OTHERS
-    is_foreign = target.startswith("omnivision.") and not str(getattr(found, "__module__", "")).startswith(OWN)
+    is_function = inspect.isfunction(found) and module_name not in ALLOWED_MODULES
+    is_foreign = target.startswith("omnivision.") and not str(getattr(found, "__module__", "")).startswith(OWN_PACKAGES)
     if not (inspect.isclass(found) or is_function) or is_foreign:
         classes = [f"{module_name}.{each}" for each, value in vars(module).items() if inspect.isclass(value)]
         raise TargetError(f"is not a class{suggest(target, classes)}")
@@ -76,8 +76,8 @@ def target_problems(node: Any, key: str, trusted: Sequence[str] = ()) -> dict[st
     target = node["_target_"]
     if not isinstance(target, str) or not is_allowed(target, trusted):
         problems[f"{key}._target_"] = (
-            f"must be a class of {', '.join((*OWN, *OTHERS, *trusted))}, got {target!r}. For a class of your own set "
-            "'++trainer.trust_targets=[PACKAGE]', which lets configurations run that package's code."
+            f"must be a class of {', '.join((*OWN_PACKAGES, *ALLOWED_MODULES, *trusted))}, got {target!r}. For a class "
+            "of your own set '++trainer.trust_targets=[PACKAGE]', which lets configurations run that package's code."
         )
         return problems
     try:
@@ -110,22 +110,23 @@ def arguments_of(target: str) -> type[BaseModel]:
         if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY) and name not in INJECTED_ARGS:
             # `build` gives classes of other packages what they lack, e.g. the parameters.
             required = parameter.default is parameter.empty and target.startswith("omnivision.")
-            fields[f"argument_{name}"] = (_plain(hints.get(name)), Field(... if required else None, alias=name))
+            field = Field(... if required else None, alias=name)
+            fields[f"argument_{name}"] = (_to_config_type(hints.get(name)), field)
     any_name = not signature or any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.values())
     config = ConfigDict(extra="allow" if any_name else "forbid", strict=True)
     return create_model(target.rpartition(".")[2], __config__=config, **fields)
 
 
-def _plain(hint: Any) -> Any:
+def _to_config_type(hint: Any) -> Any:
     """Translate a type annotation for configurations: an object to build for our classes, Any where it says too little."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
-        members = [_plain(member) for member in arguments if member is not types.NoneType]
+        members = [_to_config_type(member) for member in arguments if member is not types.NoneType]
         return members[0] | None if len(members) == 1 and members[0] is not Any else Any
     if hint in (int, float, str, bool) or origin in (Literal, Annotated) or is_typeddict(hint):
         return hint
     if origin in (tuple, list, dict) and Ellipsis not in arguments:
-        return origin[tuple(_plain(argument) for argument in arguments)]
+        return origin[tuple(_to_config_type(argument) for argument in arguments)]
     if origin is collections.abc.Sequence:
-        return list[_plain(arguments[0])]  # type: ignore[misc]
-    return InstantiateConfig if inspect.isclass(hint) and hint.__module__.startswith(OWN) else Any
+        return list[_to_config_type(arguments[0])]  # type: ignore[misc]
+    return InstantiateConfig if inspect.isclass(hint) and hint.__module__.startswith(OWN_PACKAGES) else Any

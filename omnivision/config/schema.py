@@ -14,9 +14,9 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 MAX_COUNT = 10**12  # beyond that sums would overflow
-Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
-Natural = Annotated[int, Field(ge=1, le=MAX_COUNT)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+PositiveInt = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 Minutes = Annotated[float, Field(gt=0, le=100_000)]
@@ -27,12 +27,12 @@ Area = Annotated[float, Field(ge=1e-6, le=1)]  # as a share of a frame
 Width = Annotated[int, Field(ge=1, le=65_536)]  # of tokens in a transformer
 Depth = Annotated[int, Field(ge=1, le=1000)]
 Heads = Annotated[int, Field(ge=1, le=1024)]
-Texts = str | list[str]
+StrOrList = str | list[str]
 Setting = TypeVar("Setting")
 # Marks a setting, or a group of them, that does not affect results: a run may resume with another value.
 RUNTIME_ONLY = "runtime only"
 RuntimeOnly = Annotated[Setting, RUNTIME_ONLY]
-Line = Annotated[str, Field(pattern=r"^\P{C}*$")]  # printable, so that it stays one line of a batch script
+SingleLine = Annotated[str, Field(pattern=r"^\P{C}*$")]  # printable, so that it stays one line of a batch script
 
 
 def require_ascending(value: tuple[float, float]) -> tuple[float, float]:
@@ -77,10 +77,10 @@ class SettingsGroup(BaseModel):
 
 
 class SplitSettings(SettingsGroup):
-    paths: Texts
-    labels: Texts | None = None
-    segments: Texts | None = None
-    depth: Texts | None = None
+    paths: StrOrList
+    labels: StrOrList | None = None
+    segments: StrOrList | None = None
+    depth: StrOrList | None = None
 
 
 class DatasetSettings(SettingsGroup):
@@ -94,10 +94,10 @@ class DatasetSettings(SettingsGroup):
     remove_prefix: RuntimeOnly[str] = ""
     suffix: RuntimeOnly[str] = ""
     remove_suffix: RuntimeOnly[str] = ""
-    fps: Positive = 25.0
+    fps: PositiveFloat = 25.0
     frame_pattern: str | None = None
-    depth_scale: Positive = 1.0
-    depth_max: Positive = 75.0
+    depth_scale: PositiveFloat = 1.0
+    depth_max: PositiveFloat = 75.0
     train: RuntimeOnly[SplitSettings | None] = None
     val: RuntimeOnly[SplitSettings | None] = None
 
@@ -105,9 +105,9 @@ class DatasetSettings(SettingsGroup):
 class ImageSettings(SettingsGroup):
     """What differs for sources of images."""
 
-    batch_size: RuntimeOnly[Natural]
-    accumulation_steps: RuntimeOnly[Natural]
-    views_per_clip: Natural
+    batch_size: RuntimeOnly[PositiveInt]
+    accumulation_steps: RuntimeOnly[PositiveInt]
+    views_per_clip: PositiveInt
     view: ViewConfig
     val_view: ViewConfig
     mask: MaskConfig | None
@@ -116,13 +116,13 @@ class ImageSettings(SettingsGroup):
 class DataSettings(SettingsGroup):
     sources: dict[str, DatasetSettings]
     repeats: dict[str, Annotated[float, Field(gt=0, le=1_000_000)]]
-    num_frames: Natural
-    clip_duration: Positive
-    batch_size: RuntimeOnly[Natural]
+    num_frames: PositiveInt
+    clip_duration: PositiveFloat
+    batch_size: RuntimeOnly[PositiveInt]
     num_workers: RuntimeOnly[Workers]
     prefetch: RuntimeOnly[Annotated[int, Field(ge=1, le=1000)]]
     timeout_minutes: RuntimeOnly[Minutes]
-    views_per_clip: Natural
+    views_per_clip: PositiveInt
     view: ViewConfig
     val_view: ViewConfig
     val_clips: Annotated[int, Field(ge=1, le=10_000)]
@@ -131,7 +131,7 @@ class DataSettings(SettingsGroup):
     image: ImageSettings | None
     share_head: bool
     bad_sample_budget: RuntimeOnly[Fraction]
-    max_pixels: Natural | None
+    max_pixels: PositiveInt | None
 
 
 class RuleSettings(SettingsGroup):
@@ -149,10 +149,10 @@ class OptimSettings(SettingsGroup):
     optimizer: InstantiateConfig
     options: dict[str, list[RuleSettings]]
     lr_scale_factor: ScaleFactor
-    nominal_batch: RuntimeOnly[Natural | None]
+    nominal_batch: RuntimeOnly[PositiveInt | None]
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None
-    accumulation_steps: RuntimeOnly[Natural]
-    gradient_clip: Positive | None
+    accumulation_steps: RuntimeOnly[PositiveInt]
+    gradient_clip: PositiveFloat | None
     amp: AmpSettings
 
 
@@ -164,10 +164,10 @@ class DistributedSettings(SettingsGroup):
 
 
 class LoggingSettings(SettingsGroup):
-    log_freq: Natural
+    log_freq: PositiveInt
     also: list[Literal["wandb", "mlflow"]]
-    pictures_every_epochs: Natural | None
-    peak_tflops: Positive | None
+    pictures_every_epochs: PositiveInt | None
+    peak_tflops: PositiveFloat | None
 
 
 class WeightFilter(SettingsGroup):
@@ -176,7 +176,7 @@ class WeightFilter(SettingsGroup):
     keep: list[str] | None = None  # only these; each pattern must match something
     drop: list[str] = []  # not these; each pattern must match something
     drop_if_present: list[str] = []
-    rename: dict[str, Texts] = {}  # a trailing `*` is the rest of the name on both sides
+    rename: dict[str, StrOrList] = {}  # a trailing `*` is the rest of the name on both sides
     prefix: str = ""  # before every name, last of all
     strict: bool = False  # all entries of the file and of the model
     trunk_coverage: Fraction = 1.0  # share of the trunk's encoder tensors that must be loaded
@@ -184,8 +184,8 @@ class WeightFilter(SettingsGroup):
 
 class CheckpointSettings(WeightFilter):
     save_dir: RuntimeOnly[str]
-    save_freq: RuntimeOnly[Natural | None]
-    save_every_steps: RuntimeOnly[Natural | None]
+    save_freq: RuntimeOnly[PositiveInt | None]
+    save_every_steps: RuntimeOnly[PositiveInt | None]
     allow_changes: RuntimeOnly[bool]
 
 
@@ -193,14 +193,14 @@ class TrainerSettings(SettingsGroup):
     mode: RuntimeOnly[Literal["train", "train_only", "val", "dry"]]
     accelerator: RuntimeOnly[Literal["auto", "cuda", "cpu"]]
     seed_value: Annotated[int, Field(ge=0, le=2**32 - 1)]
-    max_epochs: Natural
-    val_epoch_freq: RuntimeOnly[Natural | None]
-    limit_train_batches: Natural | None
-    limit_val_batches: Natural | None
+    max_epochs: PositiveInt
+    val_epoch_freq: RuntimeOnly[PositiveInt | None]
+    limit_train_batches: PositiveInt | None
+    limit_val_batches: PositiveInt | None
     compile: RuntimeOnly[bool]
     freeze: list[str]
     ema_decay: OpenFraction | None
-    max_skipped_steps: RuntimeOnly[Count]
+    max_skipped_steps: RuntimeOnly[NonNegativeInt]
     trust_targets: list[str]
     model: ModelConfig
     task: TaskConfig
@@ -212,8 +212,8 @@ class TrainerSettings(SettingsGroup):
 
 
 class LauncherSettings(SettingsGroup):
-    gpus_per_node: Natural
-    num_nodes: Natural
+    gpus_per_node: PositiveInt
+    num_nodes: PositiveInt
     experiment_log_dir: FolderPath
 
 
@@ -232,21 +232,21 @@ class SubmititSettings(SettingsGroup):
     """What a run asks SLURM for."""
 
     use_cluster: bool
-    name: Line
-    partition: Line | None
-    account: Line | None
-    qos: Line | None
+    name: SingleLine
+    partition: SingleLine | None
+    account: SingleLine | None
+    qos: SingleLine | None
     timeout_hour: Annotated[float, Field(gt=0, le=100_000)]
-    cpus_per_task: Natural
+    cpus_per_task: PositiveInt
     mem: Annotated[str, Field(pattern=r"^(?i:\d+[KMGT]?B?)$")] | None
-    mem_gb: Positive | None
-    constraints: Line | None
-    comment: Line | None
-    exclude: Line | None
-    nodelist: Line | None
+    mem_gb: PositiveFloat | None
+    constraints: SingleLine | None
+    comment: SingleLine | None
+    exclude: SingleLine | None
+    nodelist: SingleLine | None
     dependency: Dependency | None
-    array_parallelism: Natural | None
-    max_requeues: Count
+    array_parallelism: PositiveInt | None
+    max_requeues: NonNegativeInt
     signal_delay_s: Annotated[int, Field(ge=1, le=65_535)] | None
     setup: list[str]
     additional_parameters: dict[str, Any]
@@ -270,20 +270,20 @@ class Settings(SettingsGroup):
     num_frames: Pixels
     image_size: Pixels
     short_side: Pixels
-    clip_duration: Positive
+    clip_duration: PositiveFloat
     mask_ratio: OpenFraction
     crop_scale: Annotated[list[float], Field(min_length=2, max_length=2)]
     rand_augment_prob: Fraction
     erasing_prob: Fraction
     mixing_prob: Fraction
-    batch_size: RuntimeOnly[Natural]
+    batch_size: RuntimeOnly[PositiveInt]
     num_workers: RuntimeOnly[Workers]
-    epochs: Natural
+    epochs: PositiveInt
     lr_scale_factor: ScaleFactor
-    lr: Positive | None
-    mixing_lr_factor: Positive
-    video_labels: Natural | None
-    pretrained_checkpoint_path: Texts | None
+    lr: PositiveFloat | None
+    mixing_lr_factor: PositiveFloat
+    video_labels: PositiveInt | None
+    pretrained_checkpoint_path: StrOrList | None
     ensemble_num_models: Annotated[int, Field(ge=2)]
     data_root: RuntimeOnly[str]
     datasets: dict[str, DatasetSettings]
@@ -297,12 +297,12 @@ class Settings(SettingsGroup):
         return self.model_copy(update={"trainer": self.trainer.model_copy(update=changes)})
 
     @property
-    def processes(self) -> int:
+    def world_size(self) -> int:
         """World size."""
         return self.launcher.gpus_per_node * self.launcher.num_nodes
 
     @property
-    def clips_per_process(self) -> int:
+    def clips_per_rank(self) -> int:
         return self.trainer.data.batch_size // self.launcher.gpus_per_node
 
     @property

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 from pydantic import ValidationError
 
-from omnivision.config.compose import find_config_dir, is_typed
+from omnivision.config.compose import find_config_dir, is_overridden
 from omnivision.config.cross_validate import STAGES, cross_validate
 from omnivision.config.instantiate import target_problems
 from omnivision.config.messages import MUST_BE_SET, format_errors
@@ -30,7 +30,7 @@ def validate_config(config: DictConfig, arguments: Sequence[str] | None = None) 
     missing = [key for key, text in problems.items() if text == MUST_BE_SET]
     trainer = tree.get("trainer")
     trusted = trainer.get("trust_targets") if isinstance(trainer, dict) else None
-    if trusted and arguments is not None and not is_typed("trainer.trust_targets", arguments):
+    if trusted and arguments is not None and not is_overridden("trainer.trust_targets", arguments):
         problems["trainer.trust_targets"] = (
             "must be given on the command line alone: building a class runs its code, and files may come from others. Type "
             "'++trainer.trust_targets=[PACKAGE]'."

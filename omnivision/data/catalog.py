@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from omnivision.config.schema import DatasetSettings, SplitSettings, Texts
+from omnivision.config.schema import DatasetSettings, SplitSettings, StrOrList
 from omnivision.data.sampling import Segment
 from omnivision.utils.errors import UserError, truncate_list
 
@@ -195,7 +195,7 @@ def resolve_prefix(prefix: str) -> str:
     return f"{prefix}/" if os.path.isdir(prefix) and not prefix.endswith("/") else prefix
 
 
-def resolve_path(files: Texts, setting: str) -> str:
+def resolve_path(files: StrOrList, setting: str) -> str:
     """Return the first of the candidate files that exists; UserError when none does."""
     candidates = [files] if isinstance(files, str) else files
     for candidate in candidates:

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from omnivision.checkpoint import fingerprint
 from omnivision.checkpoint.state_dict_file import CONFIG, METADATA, StateDictFile
+from omnivision.interop.formats import EPSILON, ConvertedCheckpoint
 from omnivision.interop.infer_architecture import position_tables
 from omnivision.interop.merge import check_finite, random_clip
-from omnivision.interop.published import EPSILON, ConvertedCheckpoint
-from omnivision.models.architecture import Architecture, build
+from omnivision.models.architecture import Architecture, from_architecture
 from omnivision.utils.errors import UserError
 from omnivision.utils.io import replace_atomically, run_name, sync_folder, write_atomically
 
@@ -136,7 +136,7 @@ def verify(folder: Path, state: Mapping[str, Tensor], architecture: Architecture
         return "Not verified: transformers is not installed. Run `pip install 'omnivision[hf]'` and export again."
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # it reports the names that other versions read
-    model: Any = build(architecture, "The model")
+    model: Any = from_architecture(architecture, "The model")
     model.load_state_dict({**state, **position_tables(architecture)})
     model.double().eval()
     clip, has_classes = random_clip(architecture).double(), bool(architecture.get("classes"))
@@ -204,7 +204,7 @@ def model_card(
 
 def training_facts(source: StateDictFile) -> dict[str, Any]:
     """Return the progress, settings, data and versions of the run that trained the weights; empty without its record."""
-    run = fingerprint.read(source.metadata.get("experiment"))
+    run = fingerprint.parse_fingerprint(source.metadata.get("experiment"))
     if run is None:
         return {}
     keys = {"epochs done": "epoch", "steps of the next": "step", "steps of an epoch": "steps_per_epoch"}

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from omnivision.interop.formats import DECODER, EPSILON, HF_CONFIG_KEYS, RENAMES, pattern
 from omnivision.interop.infer_architecture import position_tables
-from omnivision.interop.published import DECODER, EPSILON, HF_CONFIG_KEYS, RENAMES, pattern
 from omnivision.models.architecture import Architecture
 from omnivision.models.patches import IMAGENET_MEAN, IMAGENET_STD
 from omnivision.utils.errors import UserError

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from omnivision.checkpoint.fingerprint import flat
-from omnivision.models.architecture import Architecture, build, describe
+from omnivision.config.flat import flat
+from omnivision.models.architecture import Architecture, architecture_of, from_architecture
 from omnivision.models.patches import sinusoid_positions, token_grid
 from omnivision.utils.errors import UserError
 
@@ -56,10 +56,10 @@ def infer_architecture(
     assumed: list[str] = []
     architecture = _infer(state, in_file, overrides, decoder_heads, assumed)
     with torch.device("meta"):  # shapes alone
-        model = build(architecture, "The file")
+        model = from_architecture(architecture, "The file")
     tables = {name: tensor for name, tensor in model.state_dict().items() if name.endswith("pos_embed")}
     model.load_state_dict(tables | dict(state), assign=True)
-    architecture = describe(model)
+    architecture = architecture_of(model)
     actual, known = flat(architecture), {k: in_file[k] for k in ("kind", "classes", "trunk", "decoder") if k in in_file}
     for name, value in flat(known).items():
         if value != actual.get(name):

@@ -15,8 +15,8 @@ from omnivision.checkpoint.checkpointer import load_model
 from omnivision.checkpoint.pretrained import LoadReport, filter_state_dict
 from omnivision.checkpoint.state_dict_file import StateDictFile, read_several
 from omnivision.config.schema import WeightFilter
-from omnivision.interop.published import convert_state_dict
-from omnivision.models.architecture import Architecture, build, describe
+from omnivision.interop.formats import convert_state_dict
+from omnivision.models.architecture import Architecture, architecture_of, from_architecture
 from omnivision.models.average import AveragedClassifier
 from omnivision.utils.errors import UserError
 
@@ -24,7 +24,7 @@ ATOL = 1e-6
 
 
 class SourceNote(TypedDict):
-    """What the checkpoint of an average keeps of each source (`LoadReport.note`)."""
+    """What the checkpoint of an average keeps of each source (`LoadReport.identity`)."""
 
     path: str
     sha256: str
@@ -93,11 +93,11 @@ def merge(file: StateDictFile, paths: Sequence[str] | None = None) -> Merged:
     own = {name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")}
     single = convert_state_dict("omnivision", first | own, {"trunk": trunk}).architecture
     mixing = {"num_models": len(sources), "combine_mode": file.architecture.get("combine_mode")}
-    average = build(single | {"kind": "average"} | mixing, "The checkpoint")
+    average = from_architecture(single | {"kind": "average"} | mixing, "The checkpoint")
     assert isinstance(average, AveragedClassifier)
     load_model(average, dict(state), "The checkpoint")
     average.load_sources([source.state for source in sources], [str(source.path) for source in sources])
-    one = build(single, "The checkpoint")
+    one = from_architecture(single, "The checkpoint")
     one.load_state_dict(average.merged())
     clip, heads = random_clip(single), range(len(single["classes"]))
     scores = torch.cat([average.eval()(clip, head) for head in heads], 1)
@@ -108,7 +108,7 @@ def merge(file: StateDictFile, paths: Sequence[str] | None = None) -> Merged:
             f"The merged model must give the average's scores to {ATOL:g}, got a difference of {difference:.3g}. Nothing was "
             "written; please report it."
         )
-    metadata = {**file.metadata, "architecture": describe(one)}
+    metadata = {**file.metadata, "architecture": architecture_of(one)}
     return Merged(replace(file, state=one.state_dict(), metadata=metadata), sources, difference)
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from omnivision.checkpoint import checkpointer
-from omnivision.checkpoint.fingerprint import flat_text, git_commit
+from omnivision.checkpoint.fingerprint import git_commit
+from omnivision.config.flat import flat_text
 from omnivision.distributed.process_group import Dist, RankInfo
 from omnivision.launch import slurm
 from omnivision.launch.exit import ExitHandler
@@ -22,8 +23,8 @@ from omnivision.launch.watchdog import HEARTBEAT_TIMEOUT, PeerMonitor
 from omnivision.reporting.reporter import Reporter
 from omnivision.reporting.run_directory import STALE_SECONDS, RunDir
 from omnivision.training import build
+from omnivision.training.initial_weights import restore
 from omnivision.training.preflight import check_device
-from omnivision.training.restore import restore
 from omnivision.training.run_messages import end_lines, run_metadata, start_lines, validation_lines
 from omnivision.training.trainer import Trainer
 from omnivision.utils.io import remove_stale_tmp, write_atomically

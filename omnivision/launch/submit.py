@@ -13,8 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from omnivision.checkpoint.fingerprint import changed_settings, check_same_settings, flat_text
-from omnivision.checkpoint.fingerprint import changes as setting_changes
+from omnivision.checkpoint.fingerprint import changed_settings, check_same_settings
+from omnivision.config.flat import flat_text, setting_changes
 from omnivision.launch import slurm
 from omnivision.launch.batch_script import batch_script
 from omnivision.launch.job import Job

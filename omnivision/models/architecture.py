@@ -23,7 +23,7 @@ KINDS = ("autoencoder", "classifier", "average")
 Architecture = dict[str, Any]
 
 
-def describe(model: nn.Module) -> Architecture:
+def architecture_of(model: nn.Module) -> Architecture:
     """Return `kind` and `trunk`, and `decoder`, `classes` or `num_models` and `combine_mode` where the kind has them."""
     if isinstance(model, MaskedAutoencoder):
         decoder = model.trunk.decoder
@@ -38,7 +38,7 @@ def describe(model: nn.Module) -> Architecture:
         return {"kind": "classifier", "trunk": model.trunk.architecture, "classes": classes}
     if isinstance(model, AveragedClassifier):
         per_tensor = model.mixing_ratio.ndim == 2
-        return describe(model.model) | {
+        return architecture_of(model.model) | {
             "kind": "average",
             "num_models": model.num_models,
             "combine_mode": "learned_average_layer_softmax" if per_tensor else "learned_average_softmax",
@@ -48,11 +48,11 @@ def describe(model: nn.Module) -> Architecture:
 
 def has_unused_parameters(model: nn.Module) -> bool:
     """Return whether a step may leave parameters without a gradient: another label set's head, or the depth embedding."""
-    architecture = describe(model)
+    architecture = architecture_of(model)
     return len(architecture.get("classes", ())) > 1 or bool(architecture.get("trunk", {}).get("rgbd"))
 
 
-def build(architecture: Architecture, where: str) -> nn.Module:
+def from_architecture(architecture: Architecture, where: str) -> nn.Module:
     """Build the model, randomly initialized. Raises UserError naming `where` for a description that cannot be one."""
     try:
         numbers = {"rgbd": False} | architecture["trunk"]

@@ -5,12 +5,12 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from omnivision.checkpoint.state_dict_file import CONFIG, StateDictFile, read
+from omnivision.checkpoint.state_dict_file import CONFIG, StateDictFile, read_weights
 from omnivision.data.catalog import read_class_names
 from omnivision.interop import export
+from omnivision.interop.formats import ConvertedCheckpoint, list_by_reason
 from omnivision.interop.huggingface import preprocessor_config, to_hf
-from omnivision.interop.published import ConvertedCheckpoint, list_by_reason
-from omnivision.tools.inference import convert
+from omnivision.tools.video_model import convert
 from omnivision.tools.weights import ExportOptions
 from omnivision.utils.errors import UserError
 
@@ -25,7 +25,7 @@ def run(checkpoint: str, out: Path, options: ExportOptions) -> int:
     ):
         if value and not is_given:
             raise UserError(f"{option} needs {needed}. Add {needed}, or leave {option} out.")
-    source = read(checkpoint)
+    source = read_weights(checkpoint)
     source.refuse_own_class()
     card_file = out / "README.md" if is_hf else export.card_of(out)
     export.check_target(out, source, options.force, card_file)

@@ -19,7 +19,7 @@ from omnivision.tools.arguments import Flag, FramePattern, FrameRate, Share, at_
 from omnivision.utils.errors import EXIT_USER, UserError
 
 if TYPE_CHECKING:
-    from omnivision.tools.inference import Prediction
+    from omnivision.tools.video_model import Prediction
 
 MAX_WIDTH = 10_000  # of a console in which nothing is broken
 BAR_WIDTH = 30
@@ -59,7 +59,7 @@ def predict(
         head: Which of several heads.
         as_json: A JSON object with a list of predictions for each video.
     """
-    from omnivision.tools.inference import load
+    from omnivision.tools.video_model import load
 
     model, found = load(checkpoint, device, trust_targets or []), {}
     rate = resolve_fps(fps, videos)
@@ -126,7 +126,7 @@ def reconstruct(
             f"OUT must end in .gif or .png, and be neither the video nor there (--force replaces it); got {out}. Change OUT."
         )
     from omnivision.reporting.images import gif_bytes, moving, still
-    from omnivision.tools.inference import load
+    from omnivision.tools.video_model import load
     from omnivision.utils.io import replace_atomically
 
     model = load(checkpoint, device, trust_targets or [])

@@ -41,13 +41,13 @@ def import_weights(
         decoder_heads: Attention heads of the decoder (usual: 16).
         force: Replace OUT if it exists.
     """
-    from omnivision.checkpoint.inference import InferenceConfig
-    from omnivision.checkpoint.state_dict_file import read
+    from omnivision.checkpoint.inference_config import InferenceConfig
+    from omnivision.checkpoint.state_dict_file import read_weights
     from omnivision.interop.export import check_target, origin, write_file
+    from omnivision.interop.formats import class_names, convert
     from omnivision.interop.infer_architecture import ArchOverrides
-    from omnivision.interop.published import class_names, convert
 
-    file = read(source)
+    file = read_weights(source)
     check_target(out, file, force)
     converted, recognized = convert(file, format, ArchOverrides(num_heads, num_frames, image_size, decoder_heads))
     inference = file.inference

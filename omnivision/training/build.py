@@ -14,9 +14,10 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from torch import nn
 
-from omnivision.checkpoint.fingerprint import fingerprint, flat
-from omnivision.checkpoint.inference import InferenceConfig
+from omnivision.checkpoint.fingerprint import fingerprint
+from omnivision.checkpoint.inference_config import InferenceConfig
 from omnivision.config.cross_validate import has_decoder
+from omnivision.config.flat import flat
 from omnivision.config.instantiate import signature_of
 from omnivision.config.schema import DataSettings, ImageSettings, InstantiateConfig, Settings
 from omnivision.data.catalog import Dataset, LabelSets, Split, label_sets
@@ -39,7 +40,7 @@ Result = TypeVar("Result")
 Splits = tuple[list[Split], list[Split]]  # for training, for validation
 
 
-def attempt(problems: list[str], action: Callable[..., Result], *arguments: Any) -> Result | None:
+def collect_errors(problems: list[str], action: Callable[..., Result], *arguments: Any) -> Result | None:
     """Call a function; return its result, or None after adding the problems of a UserError to `problems`."""
     try:
         return action(*arguments)
@@ -93,7 +94,7 @@ def open_splits(settings: Settings) -> Splits:
     wanted = [(dataset, "train") for dataset in datasets if config.mode != "val"]
     wanted += [(dataset, "val") for dataset in datasets if validates and dataset.val is not None]
     problems: list[str] = []
-    opened = [split for each in wanted if (split := attempt(problems, Split, *each)) is not None]
+    opened = [split for each in wanted if (split := collect_errors(problems, Split, *each)) is not None]
     for split in opened:
         if not has_decoder(config.model) and not split.has_labels():
             problems.append(
@@ -308,7 +309,7 @@ def clip_dataset(settings: Settings, splits: list[Split], training: bool) -> Cli
     )
 
 
-def validate_masks(settings: Settings) -> None:
+def check_views_and_masks(settings: Settings) -> None:
     """Raise UserError for invalid views and masks."""
     data = settings.trainer.data
     for training in (True, False):
@@ -363,7 +364,7 @@ def build_trainer(
     train = TrainData(clip_dataset(settings, train_splits, training=True), workers, plan) if plan else None
     evaluated = clip_dataset(settings, val_splits, training=False)
     clips = max((kind.clips * kind.views for kind in evaluated.configs.values()), default=1)
-    val = ValData(evaluated, workers, max(1, settings.clips_per_process // clips)) if val_splits else None
+    val = ValData(evaluated, workers, max(1, settings.clips_per_rank // clips)) if val_splits else None
     built = build_model(settings, "meta" if dist.device.type == "meta" else "cpu")
     used = train_splits + val_splits
     ledger = BadSampleLedger(run_dir.logs / "bad_samples.jsonl", sum(map(len, used)), data.bad_sample_budget)

@@ -24,7 +24,7 @@ from omnivision.optim.groups import ScheduledOptimizer
 from omnivision.reporting.reporter import Reporter
 from omnivision.reporting.run_directory import RunDir
 from omnivision.training import build, preflight
-from omnivision.training.restore import restore
+from omnivision.training.initial_weights import restore
 from omnivision.training.run_messages import describe_resumed
 from omnivision.training.trainer import Trainer
 from omnivision.utils.errors import EXIT_USER
@@ -42,9 +42,9 @@ def dry_run(settings: Settings, config_text: str, *checks: Callable[[Settings], 
     problems, cautions, splits = preflight.check_run(settings, *checks, lambda _: check_machine(settings, run_dir))
     output, lines = io.StringIO(), []
     with warnings.catch_warnings(action="ignore"):  # torch says that the meta device takes no values
-        trainer = build.attempt(problems, meta_trainer, settings, config_text, run_dir, splits, output)
+        trainer = build.collect_errors(problems, meta_trainer, settings, config_text, run_dir, splits, output)
         if trainer is not None and not preflight.awaits_dependency(settings):
-            build.attempt(problems, restore, settings, trainer)
+            build.collect_errors(problems, restore, settings, trainer)
     if trainer is not None:
         image = run_dir.path / "dry.png"
         try:
@@ -95,20 +95,20 @@ def describe(settings: Settings, trainer: Trainer, splits: build.Splits) -> list
     else:
         held = sum(n for name, n in parameters.items() if name.startswith("trunk.") and ".decoder." not in name)
         trunk = f"{held / 1e6:.2f} M of them in the trunk"
-    views, cost = settings.trainer.data.views_per_clip, build.attempt([], build.clip_cost, settings, model)
+    views, cost = settings.trainer.data.views_per_clip, build.collect_errors([], build.clip_cost, settings, model)
     operations = "unknown: this model or task of your own does not work without values"
     if cost is not None:
         forward, step = cost.forward_flops / 1e9, cost.step_flops / 1e9
         operations = f"{forward:.2f} GFLOPs a clip forward, {step:.2f} forward and backward"
     # Half precision halves most of what a rank keeps of a batch for the backward pass.
-    clips = settings.clips_per_process / settings.trainer.optim.accumulation_steps
-    kept = (cost.kept_bytes if cost else 0) * clips * (0.5 if settings.trainer.optim.amp.enabled else 1)
+    clips = settings.clips_per_rank / settings.trainer.optim.accumulation_steps
+    kept = (cost.activation_bytes if cost else 0) * clips * (0.5 if settings.trainer.optim.amp.enabled else 1)
     return [
         f"model        {type(model).__name__}: {sum(parameters.values()) / 1e6:.2f} M parameters, {trunk}",
         f"operations   {operations}",
         f"batch        {settings.clips_per_step} clips a step = {settings.clips_per_step // views} videos x {views} views, "
-        f"over {settings.processes} process{'es' * (settings.processes > 1)}",
-        f"memory       {size(preflight.held_bytes(settings, model))} a process for weights, gradients and AdamW, about "
+        f"over {settings.world_size} process{'es' * (settings.world_size > 1)}",
+        f"memory       {size(preflight.memory_per_rank(settings, model))} a process for weights, gradients and AdamW, about "
         f"{size(kept)} for activations; a checkpoint takes {size(preflight.checkpoint_bytes(settings, model))}",
         f"sources      {', '.join(settings.trainer.data.sources)}",
         *data_lines(settings, trainer, splits),
@@ -127,13 +127,13 @@ def data_lines(settings: Settings, trainer: Trainer, splits: build.Splits) -> It
         paths = preflight.sample_paths(split)
         existing = sum(Path(path).exists() for path in paths)
         yield f"data         {preflight.describe_split(split)}; {existing} of {len(paths)} sampled files exist"
-    if trainer.train is not None:
-        for kind, config in trainer.train.dataset.configs.items():
+    if trainer.train_data is not None:
+        for kind, config in trainer.train_data.dataset.configs.items():
             if config.mask is not None:
                 hidden = int(config.mask(config.grid, np.random.default_rng(0)).sum())
                 tokens = math.prod(config.grid)
                 yield f"mask         {type(config.mask).__name__} hides {hidden} of the {tokens} tokens of a {kind} clip"
-        steps, epochs, total = trainer.train.plan.steps, settings.trainer.max_epochs, trainer.total_steps
+        steps, epochs, total = trainer.train_data.plan.steps, settings.trainer.max_epochs, trainer.total_steps
         left = f", {max(0, total - trainer.global_step)} of them left" if trainer.global_step else ""
         yield f"steps        {steps} an epoch x {plural(epochs, 'epoch')} = {total}{left}"
 
@@ -148,7 +148,7 @@ def weights_lines(settings: Settings, trainer: Trainer) -> Iterator[str]:
         yield f"weights      random initialization{frozen}"
     else:
         for each in [pretrained] if isinstance(pretrained, str) else pretrained:
-            if file := build.attempt([], state_dict_file.resolve_checkpoint, each):
+            if file := build.collect_errors([], state_dict_file.resolve_checkpoint, each):
                 yield f"weights      from {file}, {file.stat().st_size / 1e6:.1f} MB"
 
 

@@ -49,10 +49,10 @@ def peak_flops(device: torch.device, dtype: torch.dtype | None, override: float 
     """Return the peak operations per second of a device; None if unknown. `override` is in 10^12."""
     if override is not None:
         return override * 1e12
-    return peak_of(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
+    return peak_flops_by_name(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
 
 
-def peak_of(name: str, dtype: torch.dtype | None) -> float | None:
+def peak_flops_by_name(name: str, dtype: torch.dtype | None) -> float | None:
     """Return the same, by the name of a device, like "NVIDIA A100-SXM4-80GB"."""
     peaks = (peaks for known, *peaks in PEAKS if re.search(rf"\b{re.escape(known)}\b", name, re.IGNORECASE))
     if (found := next(peaks, None)) is None:
@@ -75,7 +75,7 @@ class ClipFlops:
 
     forward_flops: float
     step_flops: float
-    kept_bytes: int
+    activation_bytes: int
 
 
 def clip_cost(

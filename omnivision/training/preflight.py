@@ -19,7 +19,7 @@ from omnivision.data.sampling import EpochPlan, sample_duration
 from omnivision.data.video import VideoDecodeError, open_video
 from omnivision.training import build
 from omnivision.utils.errors import UserError, truncate_list
-from omnivision.utils.io import BEST, LATEST, PARTS, PREVIOUS
+from omnivision.utils.io import BEST, LATEST, PREVIOUS, SHARDS_PREFIX
 
 NUM_PROBED_FILES = 16  # of each split: whether they exist
 NUM_OPENED_FILES = 4  # of them: whether they can be read, and are long enough
@@ -31,29 +31,29 @@ def check_run(settings: Settings, *more: Callable[[Settings], object]) -> tuple[
     """Check everything that can be checked before a run starts, and `more`; return problems, warnings and opened splits."""
     problems: list[str] = []
     warnings: list[str] = []
-    train, val = build.attempt(problems, build.open_splits, settings) or ([], [])
-    plan = build.attempt(problems, build.epoch_plan, settings, train) if train else None
+    train, val = build.collect_errors(problems, build.open_splits, settings) or ([], [])
+    plan = build.collect_errors(problems, build.epoch_plan, settings, train) if train else None
     for split in train + val:
-        build.attempt(problems, lambda split=split: warnings.extend(check_samples(settings, split)))
-    for check in (*more, check_pretrained, build.class_names, build.build_task, build.validate_masks):
-        build.attempt(problems, check, settings)
-    model = build.attempt(problems, build.meta_model, settings)
+        build.collect_errors(problems, lambda split=split: warnings.extend(check_samples(settings, split)))
+    for check in (*more, check_pretrained, build.class_names, build.build_task, build.check_views_and_masks):
+        build.collect_errors(problems, check, settings)
+    model = build.collect_errors(problems, build.meta_model, settings)
     if model is not None:
-        build.attempt(problems, build.build_optimizer, settings, model)
+        build.collect_errors(problems, build.build_optimizer, settings, model)
         if settings.trainer.mode != "val":
-            build.attempt(problems, check_disk_space, settings, model)
+            build.collect_errors(problems, check_disk_space, settings, model)
     warnings += run_warnings(settings, train, val, plan)
     return list(dict.fromkeys(problems)), warnings, (train, val)
 
 
-def spread_indices(split: Split, count: int) -> list[int]:
+def sample_indices(split: Split, count: int) -> list[int]:
     """Return at most `count` samples of a split, spread over it."""
     return sorted({len(split) * part // count for part in range(count)})
 
 
 def sample_paths(split: Split) -> list[str]:
     """Return the paths of some files of a split."""
-    return [split.path(index) for index in spread_indices(split, NUM_PROBED_FILES)]
+    return [split.path(index) for index in sample_indices(split, NUM_PROBED_FILES)]
 
 
 def describe_split(split: Split) -> str:
@@ -71,7 +71,7 @@ def check_samples(settings: Settings, split: Split) -> list[str]:
     """
     data, name = settings.trainer.data, f"datasets.{split.name}"
     what = f"sampled files of {split.name} ({split.which})"
-    indices = spread_indices(split, NUM_PROBED_FILES)
+    indices = sample_indices(split, NUM_PROBED_FILES)
     existing = [index for index in indices if os.path.exists(split.path(index))]
     if not existing:
         problem = f"None of the {len(indices)} {what} exists, e.g. {split.path(indices[0])}. Set {name}.prefix."
@@ -133,7 +133,7 @@ def check_pretrained(settings: Settings) -> None:
     pretrained = settings.pretrained_checkpoint_path
     problems: list[str] = []
     for each in [pretrained] if isinstance(pretrained, str) else pretrained or []:
-        build.attempt(problems, resolve_checkpoint, each)
+        build.collect_errors(problems, resolve_checkpoint, each)
     if problems:
         raise UserError.from_problems([f"pretrained_checkpoint_path: {problem}" for problem in problems])
 
@@ -151,7 +151,7 @@ def check_disk_space(settings: Settings, model: nn.Module) -> None:
         raise UserError(f"{setting} must be a folder that can be written; {parent} cannot be written. Set {setting}.")
     count = NUM_LIVE_CHECKPOINTS + (settings.trainer.mode == "train" and settings.trainer.val_epoch_freq is not None)
     needed, disk = count * checkpoint_bytes(settings, model), shutil.disk_usage(parent)
-    files = [folder / LATEST, folder / PREVIOUS, folder / BEST, *folder.glob(f"{PARTS}*/*")]
+    files = [folder / LATEST, folder / PREVIOUS, folder / BEST, *folder.glob(f"{SHARDS_PREFIX}*/*")]
     own = {file.stat().st_ino: file.stat().st_size for file in files if file.is_file()}  # a file may have several names
     free = disk.free + sum(own.values())
     if disk.total and free < needed:  # some file systems do not know
@@ -168,10 +168,10 @@ def checkpoint_bytes(settings: Settings, model: nn.Module) -> int:
     return 4 * (sum(tensor.numel() for tensor in model.state_dict().values()) + 2 * trained + ema)
 
 
-def held_bytes(settings: Settings, model: nn.Module) -> int:
+def memory_per_rank(settings: Settings, model: nn.Module) -> int:
     """Return the memory that a rank holds all the time, about: its checkpoint, and the gradients."""
     held = checkpoint_bytes(settings, model) + 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return held // (settings.processes if settings.trainer.distributed.strategy == "fsdp" else 1)
+    return held // (settings.world_size if settings.trainer.distributed.strategy == "fsdp" else 1)
 
 
 def host_memory() -> int:
@@ -190,7 +190,7 @@ def check_device(settings: Settings, device: torch.device, local_rank: int = 0) 
     is_gpu, meta = device.type == "cuda", build.meta_model(settings)
     memory = torch.cuda.get_device_properties(device).total_memory if is_gpu else host_memory()
     memory //= 1 if is_gpu else settings.launcher.gpus_per_node
-    if meta is not None and (needed := held_bytes(settings, meta)) > memory:
+    if meta is not None and (needed := memory_per_rank(settings, meta)) > memory:
         raise UserError(
             f"trainer/model must fit into the {memory / 1e9:.1f} GB that a rank has here ({device}), got {needed / 1e9:.1f} GB "
             "for weights, gradients and optimizer state. Set a smaller trainer/model, or trainer.distributed.strategy=fsdp."
@@ -230,7 +230,7 @@ def run_warnings(settings: Settings, train: list[Split], val: list[Split], plan:
 def plan_warnings(settings: Settings, plan: EpochPlan) -> Iterator[str]:
     """Warn about videos without another to be mixed with, and about an EMA decay that the warm-up does not reach."""
     for name, source in plan.sources.items():
-        if _mixes(settings) and source.videos_per_step == settings.processes:
+        if _mixes(settings) and source.videos_per_step == settings.world_size:
             yield (
                 f"Each process gets one video of {name} a step, so that mixup and CutMix (trainer.task.mixing) have no other "
                 "to mix it with and are lost. Raise batch_size, or lower launcher.gpus_per_node."

@@ -15,7 +15,7 @@ from omnivision.checkpoint.fingerprint import git_commit
 from omnivision.checkpoint.pretrained import LoadReport
 from omnivision.checkpoint.state_dict_file import describe_metrics
 from omnivision.config.schema import Settings
-from omnivision.models.architecture import describe
+from omnivision.models.architecture import architecture_of
 from omnivision.models.classifier import is_frozen
 from omnivision.training.preflight import describe_split
 from omnivision.training.step_stats import RunState
@@ -28,7 +28,9 @@ def start_lines(settings: Settings, trainer: Trainer, reports: Sequence[LoadRepo
     """Return the header of a run: model, device, data, batch, learning rate, seed, weights, code, run directory."""
     parameters, dist, state = list(trainer.raw_model.parameters()), trainer.run.dist, trainer.state
     trained = sum(p.numel() for p in parameters if p.requires_grad)
-    splits = [split for data in (trainer.train, trainer.val) if data is not None for split in data.dataset.splits]
+    splits = [
+        split for data in (trainer.train_data, trainer.val_data) if data is not None for split in data.dataset.splits
+    ]
     device = torch.cuda.get_device_name(dist.device) if dist.device.type == "cuda" else dist.device.type
     precision = str(trainer.amp_dtype or torch.float32).removeprefix("torch.")
     total = sum(p.numel() for p in parameters)
@@ -38,11 +40,11 @@ def start_lines(settings: Settings, trainer: Trainer, reports: Sequence[LoadRepo
         starts = describe_resumed(state)
     lines = [
         f"model        {type(trainer.raw_model).__name__}, {count(total)} parameters"
-        + (f", {count(trained)} trained" if trainer.train is not None else ""),
+        + (f", {count(trained)} trained" if trainer.train_data is not None else ""),
         f"device       {device}, {precision}{several}",
         *(f"data         {describe_split(split)}" for split in splits),
     ]
-    if trainer.train is not None:
+    if trainer.train_data is not None:
         groups = trainer.optimizer.groups
         rate = max(group.value("lr", i / 200) for group in groups for i in range(201))
         steps, epochs = trainer.state.steps_per_epoch, trainer.settings.max_epochs
@@ -61,7 +63,8 @@ def start_lines(settings: Settings, trainer: Trainer, reports: Sequence[LoadRepo
 
 def validation_lines(trainer: Trainer) -> list[str]:
     """Return where an evaluation wrote its predictions and confusion matrices."""
-    run_dir, sources = trainer.run.run_dir, [split.name for split in trainer.val.dataset.splits] if trainer.val else []
+    run_dir, val_data = trainer.run.run_dir, trainer.val_data
+    sources = [split.name for split in val_data.dataset.splits] if val_data is not None else []
     files = [(run_dir.predictions / f"{name}.csv", run_dir.pictures / f"confusion_{name}.png") for name in sources]
     return [f"predictions  {table}, confusion matrix {picture}" for table, picture in files if table.exists()]
 
@@ -87,7 +90,7 @@ def end_lines(trainer: Trainer) -> list[str]:
     )
     path = os.fspath(run_dir.path)
     lines.append(f"next         omnivision report {path}")
-    kind = describe(trainer.raw_model).get("kind")
+    kind = architecture_of(trainer.raw_model).get("kind")
     if kind == "autoencoder":
         lines.append(f"             omnivision reconstruct {path} VIDEO out.gif")
     elif kind is not None:
@@ -101,7 +104,7 @@ def count(parameters: int) -> str:
 
 def run_metadata(settings: Settings, model: nn.Module) -> dict[str, Any]:
     """Return the metadata of a run for `summary.json`, which tables of runs show."""
-    architecture = describe(model)
+    architecture = architecture_of(model)
     frozen = any(is_frozen(part) for name, part in model.named_children() if name == "trunk")
     pretrained = settings.pretrained_checkpoint_path
     names = [run_name(Path(path)) for path in ([pretrained] if isinstance(pretrained, str) else pretrained or [])]

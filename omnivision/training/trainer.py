@@ -29,7 +29,7 @@ from omnivision.data.loader import TrainData, ValData
 from omnivision.data.sampling import Draw, SourcePlan, keyed_rng
 from omnivision.distributed.fsdp import apply_fsdp, full_tensor, summon_full_params
 from omnivision.distributed.process_group import Dist, skip_gradient_sync, wrap_ddp
-from omnivision.models.architecture import describe, has_unused_parameters
+from omnivision.models.architecture import architecture_of, has_unused_parameters
 from omnivision.models.classifier import train_mode
 from omnivision.models.mae import CrossBlock
 from omnivision.models.vit import Block
@@ -40,7 +40,7 @@ from omnivision.reporting.reporter import Reporter
 from omnivision.reporting.run_directory import RunDir
 from omnivision.tasks.base import StepOutput, Task
 from omnivision.tasks.metrics import Meter, averages
-from omnivision.training import resume
+from omnivision.training import resume_checks
 from omnivision.training.evaluate import Evaluation, evaluate_model
 from omnivision.training.step_stats import (
     RunState,
@@ -57,7 +57,7 @@ from omnivision.utils.signals import StopSignal
 from omnivision.utils.streams import plural
 
 # Fields of RunState in checkpoints
-PROGRESS = ("epoch", "step", "steps_per_epoch", "best", "best_loss", "best_epoch", "seconds")
+PROGRESS_FIELDS = ("epoch", "step", "steps_per_epoch", "best", "best_loss", "best_epoch", "seconds")
 
 
 @dataclass
@@ -89,7 +89,7 @@ class Trainer:
     ) -> None:
         """Without `train` it only evaluates."""
         self.settings, self.run, self.task = settings, run, task
-        self.train, self.val = train, val
+        self.train_data, self.val_data = train, val
         self.raw_model: nn.Module = model.to(run.dist.device)
         self.model: nn.Module = self.raw_model  # compiled and wrapped
         if settings.compile:
@@ -125,8 +125,8 @@ class Trainer:
 
     def source_plan(self, batch: Batch) -> SourcePlan:
         """Return how batches of its source are made."""
-        assert self.train is not None
-        return self.train.plan.sources[batch.source]
+        assert self.train_data is not None
+        return self.train_data.plan.sources[batch.source]
 
     # ---- a whole run ----------------------------------------------------------------------------------------------
 
@@ -147,9 +147,9 @@ class Trainer:
                 "training them."
             )
         self._write_summary(status="running", exit_reason=None)
-        assert self.train is not None
+        assert self.train_data is not None
         start, dist = (state.epoch, state.step), self.run.dist
-        batches = self.train.batches(start, self.settings.max_epochs, dist.rank, dist.world_size)
+        batches = self.train_data.batches(start, self.settings.max_epochs, dist.rank, dist.world_size)
         while not self.is_done:
             self.train_epoch(batches)
             self._finish_epoch()
@@ -263,10 +263,10 @@ class Trainer:
 
         Returns None when any rank was asked to stop before the end.
         """
-        assert self.val is not None
+        assert self.val_data is not None
         dist, stop, reporter = self.run.dist, self.run.stop, self.run.reporter
         stop.set_phase("validating", self.global_step)
-        batches = self.val.batches(self.settings.limit_val_batches, dist.rank, dist.world_size)
+        batches = self.val_data.batches(self.settings.limit_val_batches, dist.rank, dist.world_size)
         with (
             self.ema.swapped_in() if self.ema is not None else contextlib.nullcontext(),
             summon_full_params(self.raw_model),
@@ -277,7 +277,7 @@ class Trainer:
         self.step_stats.record_bad(result.bad)
         metrics = result.metrics | {"per_source": result.per_source}
         reporter.epoch("val", self.state.weights_epoch, self.global_step, metrics)
-        splits = {split.name: split for split in self.val.dataset.splits}
+        splits = {split.name: split for split in self.val_data.dataset.splits}
         for source, predictions in result.predictions.items():
             predictions.segments = splits[source].segments(predictions.index)
             names = splits[source].dataset.names()  # fewer than the head has classes, when label sets share it
@@ -294,14 +294,14 @@ class Trainer:
         return {
             "format": checkpointer.FORMAT,
             "experiment": json.dumps(self.run.fingerprint, default=str),
-            "architecture": describe(self.raw_model),
+            "architecture": architecture_of(self.raw_model),
             "model": self.raw_model.state_dict(),
             "ema": ema.average if ema is not None else None,
             "ema_steps": int(ema.steps) if ema is not None else 0,
-            "sources": [report.note() for report in self.run.averaged_checkpoints],
+            "sources": [report.identity() for report in self.run.averaged_checkpoints],
             "optimizer": self.optimizer.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            **{name: getattr(state, name) for name in PROGRESS},
+            **{name: getattr(state, name) for name in PROGRESS_FIELDS},
             "skipped": self.step_stats.skipped,
             "meter": state.meter.all_gather_totals(self.run.dist),
             "last": state.last_metrics,
@@ -313,37 +313,37 @@ class Trainer:
         Raises UserError for a checkpoint of another model, optimizer, data or number of steps.
         """
         run, info = self.run, self.run.reporter.info
-        if self.train is None:
-            resume.match_checkpoint_heads(saved, class_names, path, info)
+        if self.train_data is None:
+            resume_checks.match_checkpoint_heads(saved, class_names, path, info)
         else:
             if run.fingerprint:
                 allow_changes = self.settings.checkpoint.allow_changes
-                resume.check_same_experiment(saved["experiment"], run.fingerprint, path, allow_changes, info)
-            resume.check_same_steps(saved["steps_per_epoch"], self.state.steps_per_epoch, path)
-        averaged = [report.note() for report in run.averaged_checkpoints]
-        resume.check_same_averaged_checkpoints(saved["sources"], averaged, path)
+                resume_checks.check_same_experiment(saved["experiment"], run.fingerprint, path, allow_changes, info)
+            resume_checks.check_same_steps(saved["steps_per_epoch"], self.state.steps_per_epoch, path)
+        averaged = [report.identity() for report in run.averaged_checkpoints]
+        resume_checks.check_same_averaged_checkpoints(saved["sources"], averaged, path)
         self._load_weights(saved, path)
         self._load_progress(saved)
 
     def _load_weights(self, saved: dict[str, Any], path: Path) -> None:
         """Load the model, the optimizer of a run that trains, the EMA and the loss scale."""
         checkpointer.load_model(self.raw_model, saved["model"], path)
-        if self.train is not None:
+        if self.train_data is not None:
             try:
                 self.optimizer.load_state_dict(saved["optimizer"])
             except (ValueError, KeyError) as error:
                 raise UserError(
                     f"{path} has the state of another optimizer ({error}): trainer.optim.optimizer, its options, layer_decay "
-                    f"or trainer.freeze changed. {resume.HINT}"
+                    f"or trainer.freeze changed. {resume_checks.RESUME_HINT}"
                 ) from None
         if self.ema is not None:
-            resume.load_ema(self.ema, saved, path)
+            resume_checks.load_ema(self.ema, saved, path)
         if self.scaler.is_enabled() and saved["scaler"]:  # empty after steps without one
             self.scaler.load_state_dict(saved["scaler"])
 
     def _load_progress(self, saved: dict[str, Any]) -> None:
         # Older checkpoints lack best_loss and best_epoch.
-        progress: dict[str, Any] = {name: saved.get(name) for name in PROGRESS}
+        progress: dict[str, Any] = {name: saved.get(name) for name in PROGRESS_FIELDS}
         self.state = RunState(**progress, start_time=self.state.start_time, last_metrics=saved["last"])
         self.step_stats.skipped = saved["skipped"]
         if self.run.dist.is_main:  # it holds the sums of all ranks
@@ -449,7 +449,7 @@ class Trainer:
         self.run.reporter.epoch("train", epoch, self.global_step, metrics)
         aliases = []
         last_epoch, every = epoch + 1 == settings.max_epochs, settings.val_epoch_freq
-        if self.val is not None and (is_due(epoch + 1, every) or (every and last_epoch)):
+        if self.val_data is not None and (is_due(epoch + 1, every) or (every and last_epoch)):
             result = self.evaluate()
             if result is None:
                 self._save_and_stop()

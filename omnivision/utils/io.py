@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # Checkpoints of a run: the newest, the one before it, the best by validation.
 LATEST, PREVIOUS, BEST = "checkpoint.pt", "previous.pt", "best.pt"
-PARTS = "shards_"  # prefix of a folder beside them with the parts of one
+SHARDS_PREFIX = "shards_"  # prefix of a folder beside them with the parts of one
 
 
 def run_name(path: Path) -> str:

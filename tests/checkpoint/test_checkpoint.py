@@ -224,7 +224,7 @@ class Loading(Folder):
         with self.assertRaises(zipfile.BadZipFile):
             zipfile.is_zipfile(file)
         with self.assertRaises(checkpoint.CorruptCheckpointError):
-            checkpoint.read(file)
+            checkpoint.read_checkpoint(file)
         checkpoint.verify_and_hash(file)  # not an archive, so that nothing in it can be verified
 
     def test_a_pickle_is_refused_and_not_run(self):

@@ -16,8 +16,9 @@ from unittest import mock
 import numpy as np
 
 from omnivision.checkpoint import fingerprint as experiment
-from omnivision.checkpoint.fingerprint import changed_settings, differences, file_digest, flat
-from omnivision.checkpoint.inference import InferenceConfig, class_changes
+from omnivision.checkpoint.fingerprint import changed_settings, differences, file_digest
+from omnivision.checkpoint.inference_config import InferenceConfig, class_changes
+from omnivision.config.flat import flat
 from omnivision.launch.job import Job
 from omnivision.launch.run import write_run_metadata
 from omnivision.optim.schedules import Scaled, WarmupCosine
@@ -176,9 +177,9 @@ class Comparison(unittest.TestCase):
         self.assertEqual(truncate_list(["a", "b"]), "a; b")
         self.assertEqual(truncate_list(["a"] * 9), "a; a; a; a; a; and 4 more")
         self.assertEqual(len(truncate_list(["a" * 900])), 203)
-        self.assertEqual(experiment.read(json.dumps(facts())), facts())
+        self.assertEqual(experiment.parse_fingerprint(json.dumps(facts())), facts())
         for text in ("", "[", "[]", "{}", None, "[" * 100_000, json.dumps(facts(settings=[]))):
-            self.assertIsNone(experiment.read(text))
+            self.assertIsNone(experiment.parse_fingerprint(text))
 
 
 class Files(Folder):

@@ -83,17 +83,19 @@ class Runs(unittest.TestCase):
                 self.assertAlmostEqual(one["grad_norm"], other["grad_norm"], delta=1e-4 * one["grad_norm"])
         self.assertTrue((split / "pictures/last.png").exists())
 
-        whole = weights.read(self.folder / "ddp").with_weights()
+        whole = weights.read_weights(self.folder / "ddp").with_weights()
         for name in ("split", "copied"):
-            again = weights.read(self.folder / name).with_weights()
+            again = weights.read_weights(self.folder / name).with_weights()
             self.assertEqual(set(again.state), set(whole.state))
             for tensor in whole.state:
                 difference = (whole.state[tensor] - again.state[tensor]).abs().max()
                 self.assertLess(difference, 2e-5, f"{name} {tensor}")
         exported = self.folder / "exported.safetensors"
         self.assertEqual(omnivision(["export", str(split), str(exported), "--to", "safetensors"]), 0)
-        trunk = weights.read(exported).state["trunk.blocks.0.mlp.fc1.weight"]
-        self.assertTrue(torch.equal(trunk, weights.read(split).with_weights().state["trunk.blocks.0.mlp.fc1.weight"]))
+        trunk = weights.read_weights(exported).state["trunk.blocks.0.mlp.fc1.weight"]
+        self.assertTrue(
+            torch.equal(trunk, weights.read_weights(split).with_weights().state["trunk.blocks.0.mlp.fc1.weight"])
+        )
 
     def test_what_computes_and_travels_in_half_precision_equals_ddp(self):
         """Norms are not rounded, as autocast does not round them; products are, and so is what goes over the wire."""

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from omnivision.checkpoint import checkpointer as checkpoint
-from omnivision.checkpoint.pretrained import LoadReport, WeightFilter, filter_state_dict, load
-from omnivision.checkpoint.state_dict_file import StateDictFile, read, read_several, resolve_checkpoint
-from omnivision.models.architecture import build, describe
+from omnivision.checkpoint.pretrained import LoadReport, WeightFilter, filter_state_dict, load_filtered
+from omnivision.checkpoint.state_dict_file import StateDictFile, read_several, read_weights, resolve_checkpoint
+from omnivision.models.architecture import architecture_of, from_architecture
 from omnivision.models.average import AveragedClassifier
 from omnivision.models.classifier import VideoClassifier
 from omnivision.models.patches import resized_positions
@@ -31,7 +31,7 @@ class Case(WeightsCase):
         """Loading is refused, and the model is as before."""
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         with self.assertRaisesRegex(UserError, message):
-            load(model, weights, choice, names)
+            load_filtered(model, weights, choice, names)
         for name, tensor in model.state_dict().items():
             self.assertTrue(torch.equal(tensor, before[name]), name)
 
@@ -41,21 +41,21 @@ class HandOver(Case):
         """Autoencoder -> alignment -> another set of classes: the trunk arrives whole, its final norm too."""
         first, second, third = autoencoder(), classifier(), classifier(5)
         torch.nn.init.normal_(first.trunk.norm.weight)
-        report = load(second, described(first), TRUNK_ALONE)
+        report = load_filtered(second, described(first), TRUNK_ALONE)
         self.assertEqual(report.missing, ["heads.0.0.bias", "heads.0.0.weight"])
         self.assertIn("heads.0.projector.weight", report.dropped)
         self.assertEqual(report.dropped["trunk.mask_token"], "trunk.mask_token")
-        again = load(third, described(second), TRUNK_ALONE)
+        again = load_filtered(third, described(second), TRUNK_ALONE)
         self.assertEqual(set(again.dropped), {"heads.0.0.weight", "heads.0.0.bias"})
         for name, tensor in third.trunk.state_dict().items():
             self.assertTrue(torch.equal(tensor, first.trunk.state_dict()[name]), name)
         self.assertRegex("\n".join(again.lines()), r"loaded +\d+ .*\n  dropped +2 .*heads")
 
     def test_entries_without_a_place_and_strict(self):
-        report = load(autoencoder(), described(classifier()), WeightFilter())
+        report = load_filtered(autoencoder(), described(classifier()), WeightFilter())
         self.assertEqual(report.dropped, dict.fromkeys(("heads.0.0.weight", "heads.0.0.bias"), NO_PLACE))
         self.assertIn("trunk.decoder.norm.weight", report.missing)
-        self.assertEqual(load(classifier(), described(classifier()), WeightFilter(strict=True)).missing, [])
+        self.assertEqual(load_filtered(classifier(), described(classifier()), WeightFilter(strict=True)).missing, [])
         self.assert_refused("heads.0.0.bias", classifier(), described(autoencoder()), WeightFilter(strict=True))
         prefixed = WeightFilter(prefix="foo.", trunk_coverage=0)
         self.assert_refused("there.pt.*omnivision import.*trainer/checkpoint", classifier(), file_of(trunk()), prefixed)
@@ -66,7 +66,7 @@ class HandOver(Case):
         for changes, grid in (({"num_frames": 8}, (4, 4, 4)), ({"image_size": 48}, (2, 6, 6))):
             for weights in (described(old), file_of(old)):
                 new = classifier(**changes)
-                report = load(new, weights, TRUNK_ALONE)
+                report = load_filtered(new, weights, TRUNK_ALONE)
                 expected = resized_positions(old.trunk.pos_embed, (2, 4, 4), grid)
                 self.assertTrue(torch.equal(new.trunk.pos_embed, expected))
                 self.assertEqual(report.resized, {"trunk.pos_embed": f"2x4x4 -> {'x'.join(map(str, grid))}"})
@@ -76,7 +76,7 @@ class HandOver(Case):
         for count in (33, 0):
             weights = file_of(old.state_dict() | {"trunk.pos_embed": torch.zeros(1, count, 48)})
             self.assert_refused(f"got {count}. Set num_frames", classifier(), weights)
-        numbers = describe(old)["trunk"]
+        numbers = architecture_of(old)["trunk"]
         changes = {"tubelet": "x"}, {"tubelet": [2, 8]}, {"image_size": 10**9}, {"num_frames": None}
         for entry in (*(numbers | change for change in changes), "trunk", 7):
             with self.subTest(entry):
@@ -100,7 +100,7 @@ class HandOver(Case):
         self.assert_refused(r"16 of the 28 .*trunk_coverage.*trunk\.blocks\.1", classifier(), described(shallow))
         self.assert_refused("trainer/checkpoint=no_heads ", classifier(), described(classifier(5)), WeightFilter())
         new = classifier()
-        load(new, described(shallow), WeightFilter(drop_if_present=["heads.*"], trunk_coverage=0.5))
+        load_filtered(new, described(shallow), WeightFilter(drop_if_present=["heads.*"], trunk_coverage=0.5))
         self.assertTrue(torch.equal(new.trunk.blocks[0].norm1.weight, shallow.trunk.blocks[0].norm1.weight))
 
 
@@ -124,7 +124,7 @@ class ClassNames(Case):
     def assert_taken(self, given: list, ours: list, heads: dict[int, int], choice: Any = None) -> LoadReport:
         """Each head of the model has the rows of that head of the file (model's: file's), by name."""
         source, model = self.source(*given), VideoClassifier(trunk(), [len(names) for names in ours])
-        report = load(model, source, choice or WeightFilter(), ours)
+        report = load_filtered(model, source, choice or WeightFilter(), ours)
         for head, theirs in heads.items():
             wanted = self.rows(source.state, theirs, given[theirs])
             self.assertEqual(self.rows(model.state_dict(), head, ours[head]), wanted, (given, ours))
@@ -158,7 +158,7 @@ class ClassNames(Case):
             model = VideoClassifier(trunk(), [len(names) for names in ours])
             advice = r"class_names.*trainer/checkpoint=no_heads"
             self.assert_refused(advice, model, self.source(*given), WeightFilter(), ours)
-            load(model, self.source(*given), TRUNK_ALONE, ours)
+            load_filtered(model, self.source(*given), TRUNK_ALONE, ours)
         few = VideoClassifier(trunk(), [2])
         self.assert_refused("no_heads", few, self.source(self.LETTERS), WeightFilter(), [self.AB])
 
@@ -166,14 +166,18 @@ class ClassNames(Case):
         numbers = ["0", "1", "2"]
         for given, ours in ((self.LETTERS, numbers), (numbers, self.LETTERS), (["a", "a", "b"], self.LETTERS)):
             source, model = self.source(given), VideoClassifier(trunk(), [3])
-            report = load(model, source, WeightFilter(), [ours])
+            report = load_filtered(model, source, WeightFilter(), [ours])
             self.assertTrue(torch.equal(model.heads[0][0].weight, source.state["heads.0.0.weight"]))
             self.assertEqual(len(report.classes), 1)
         for names in (5, [5], [[1, 2, 3]], [["a", "b"]], [[["a"], "b", "c"]], {"0": "a"}):
             source, model = self.source(self.LETTERS), VideoClassifier(trunk(), [3])
-            load(model, file_of(source.state, inference={"class_names": names}), WeightFilter(), [["c", "b", "a"]])
+            load_filtered(
+                model, file_of(source.state, inference={"class_names": names}), WeightFilter(), [["c", "b", "a"]]
+            )
             self.assertTrue(torch.equal(model.heads[0][0].weight, source.state["heads.0.0.weight"]))
-        self.assertEqual(load(classifier(), described(autoencoder()), WeightFilter(), [list("abcdefg")]).classes, [])
+        self.assertEqual(
+            load_filtered(classifier(), described(autoencoder()), WeightFilter(), [list("abcdefg")]).classes, []
+        )
 
 
 class Filtering(unittest.TestCase):
@@ -212,9 +216,9 @@ class Reading(Case):
         save_file(self.state, self.folder / "weights.safetensors")
         old = self.folder / "old.pt"  # from before torch 1.6
         torch.save({"model": self.state}, old, _use_new_zipfile_serialization=False)
-        run = self.save({"model": self.state, "architecture": describe(classifier()), "epoch": 3}, "run.pt")
+        run = self.save({"model": self.state, "architecture": architecture_of(classifier()), "epoch": 3}, "run.pt")
         for source in (self.save(self.state), run, self.folder / "weights.safetensors", old):
-            found = read(source)
+            found = read_weights(source)
             torch.testing.assert_close(found.state, self.state, rtol=0, atol=0)
             self.assertEqual((bool(found.architecture), len(found.sha256)), (source == run, 64))
 
@@ -228,9 +232,9 @@ class Reading(Case):
     def test_the_ema_takes_the_place_of_the_weights(self):
         ema = {"trunk.norm.weight": torch.full((48,), 7.0)}
         path = self.save({"model": self.state, "ema": ema})
-        for found in (read(path).with_weights(), *read_several([str(path)] * 2)):
+        for found in (read_weights(path).with_weights(), *read_several([str(path)] * 2)):
             torch.testing.assert_close(found.state, self.state | ema, rtol=0, atol=0)
-        torch.testing.assert_close(read(path).state, self.state, rtol=0, atol=0)
+        torch.testing.assert_close(read_weights(path).state, self.state, rtol=0, atol=0)
 
     def test_a_checkpoint_has_its_epoch_and_metrics(self):
         last = {"loss": 0.3, "val_loss": 0.41, "val_top1": 85.714, "val_epoch": 12}
@@ -256,7 +260,7 @@ class Reading(Case):
         with self.assertRaisesRegex(UserError, "ensemble_weights"):
             read_several(paths[0])
         with self.assertRaisesRegex(UserError, "ensemble_weights"):
-            read(both)
+            read_weights(both)
 
     def test_damaged_files_are_refused(self):
         for manifest in (True, False):
@@ -269,19 +273,19 @@ class Reading(Case):
             if not manifest:
                 path.with_name("checkpoint.pt.json").unlink()
             with self.assertRaisesRegex(UserError, "its manifest" if manifest else "checksum"):
-                read(folder.parent)
+                read_weights(folder.parent)
         torch.save(self.state, self.folder / "old.pt", _use_new_zipfile_serialization=False)
         os.truncate(self.folder / "old.pt", (self.folder / "old.pt").stat().st_size - 100)
         (self.folder / "junk.safetensors").write_bytes(b"\xff" * 40)
         for name in ("old.pt", "junk.safetensors"):
             with self.assertRaisesRegex(UserError, name):
-                read(self.folder / name)
+                read_weights(self.folder / name)
 
     def test_refused(self):
         os.mkfifo(self.folder / "pipe")
         for source in (self.folder / "pipe", "", self.folder / "none"):
             with self.subTest(source), self.assertRaisesRegex(UserError, "There is no file"):
-                read(source)
+                read_weights(source)
         canary = self.folder / "canary"
         for content, message in (
             ({"model": Canary(str(canary))}, "pickled object"),
@@ -304,16 +308,16 @@ class Architectures(unittest.TestCase):
     def test_a_description_builds_its_model(self):
         average = AveragedClassifier(trunk(), [7, 5], 3, "learned_average_layer_softmax")
         for model in (autoencoder(), classifier(), average):
-            architecture = describe(model)
-            again = build(architecture, "here")
+            architecture = architecture_of(model)
+            again = from_architecture(architecture, "here")
             self.assertIs(type(again), type(model))
-            self.assertEqual(describe(again), architecture)
+            self.assertEqual(architecture_of(again), architecture)
             shapes = {name: t.shape for name, t in model.state_dict().items()}
             self.assertEqual({name: t.shape for name, t in again.state_dict().items()}, shapes)
             json.dumps(architecture)
 
     def test_nonsense(self):
-        good = describe(classifier())
+        good = architecture_of(classifier())
         for bad in (
             {},
             good | {"kind": "os.system"},
@@ -322,7 +326,7 @@ class Architectures(unittest.TestCase):
             good | {"classes": "many"},
         ):
             with self.assertRaisesRegex(UserError, "here"):
-                build(bad, "here")
+                from_architecture(bad, "here")
 
 
 if __name__ == "__main__":

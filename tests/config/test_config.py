@@ -15,8 +15,8 @@ import yaml
 from omegaconf import OmegaConf
 from PIL import Image
 
-from omnivision.checkpoint.fingerprint import flat
 from omnivision.config.cross_validate import STAGES, cross_validate, override_warnings
+from omnivision.config.flat import flat
 from omnivision.config.schema import Settings, setting_hints
 from omnivision.config.validate import validate_config
 from omnivision.training import build

@@ -218,14 +218,14 @@ class Memory(Case):
         file = self.folder / "x.pt"
         torch.save({}, file)
         trunk = VisionTransformer(48, 1, 3, num_frames=2, image_size=16)
-        described = architecture.describe(VideoClassifier(trunk, [2]))
+        described = architecture.architecture_of(VideoClassifier(trunk, [2]))
         for error in (self.ERRORS[0], self.ERRORS[2]):
             with mock.patch("torch.load", side_effect=error), self.assertRaises(type(error)) as caught:
                 safe_load(file)
             self.assertNotIsInstance(caught.exception, UserError)
         with mock.patch.object(architecture, "VisionTransformer", side_effect=self.ERRORS[2]):
             with self.assertRaises(RuntimeError):
-                architecture.build(described, "x")
+                architecture.from_architecture(described, "x")
 
 
 if __name__ == "__main__":

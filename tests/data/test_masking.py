@@ -4,7 +4,7 @@ import unittest
 
 import numpy as np
 
-from omnivision.checkpoint.inference import InferenceConfig
+from omnivision.checkpoint.inference_config import InferenceConfig
 from omnivision.data.masking import MASKS, BlockMask, CausalMask, FrameMask, RandomMask, TubeMask
 from omnivision.models.patches import token_grid
 from omnivision.utils.errors import UserError

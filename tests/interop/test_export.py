@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from transformers import VideoMAEForVideoClassification, VideoMAEImageProcessor, VideoMAEModel
 from transformers.utils.logging import disable_progress_bar
 
-from omnivision.checkpoint.state_dict_file import read
-from omnivision.models.architecture import build, describe
+from omnivision.checkpoint.state_dict_file import read_weights
+from omnivision.models.architecture import architecture_of, from_architecture
 from omnivision.models.average import AveragedClassifier
 from omnivision.models.classifier import VideoClassifier
 from omnivision.tools import export
@@ -75,8 +75,8 @@ class OurNames(Case):
                 self.assertIn("format omnivision", self.run_import(out, back, "--force"))
                 found = safe_load(back)
                 self.assert_equal_states(found["model"], model.state_dict())
-                self.assertEqual(found["architecture"], describe(model))
-                self.assertEqual(read(out).metadata["origin"]["sha256"], sha256(source))
+                self.assertEqual(found["architecture"], architecture_of(model))
+                self.assertEqual(read_weights(out).metadata["origin"]["sha256"], sha256(source))
                 self.assertLess(out.stat().st_size, 1.2 * source.stat().st_size)
 
     def test_the_ema(self):
@@ -115,7 +115,7 @@ class OurNames(Case):
         self.assertEqual([path.name for path in self.folder.glob(".*")], [], "no temporary files")
 
     def test_refused(self):
-        source, architecture = self.save_run(classifier()), describe(autoencoder())
+        source, architecture = self.save_run(classifier()), architecture_of(autoencoder())
         torch.save(classifier().state_dict(), self.folder / "bare.pt")
         self.assert_refused("omnivision import", self.folder / "bare.pt", "out.pt", "pt")
         for part in ("trunk", "decoder"):  # an export assumes nothing
@@ -211,7 +211,7 @@ class HuggingFace(Case):
         wanted = [f"class {label}" for label in range(7)]
         self.export(source, out, "hf", "--class-names", self.names("\n".join(wanted)))
         self.run_import(out, back)
-        self.assertEqual(read(back).inference.class_names, [wanted])
+        self.assertEqual(read_weights(back).inference.class_names, [wanted])
         config = json.loads((out / "config.json").read_text())
         numbers = range(len(wanted))
         for labels in (
@@ -223,7 +223,7 @@ class HuggingFace(Case):
         ):
             (out / "config.json").write_text(json.dumps(config | {"id2label": labels}))
             self.run_import(out, back, "--force")
-            self.assertEqual(read(back).inference.class_names, [], labels)
+            self.assertEqual(read_weights(back).inference.class_names, [], labels)
         encoder = self.save_run(autoencoder(), "mae.pt")
         for text, model in (("", source), ("a\n\nb\nc\nd\ne\nf\n", source), ("a\nb\n", source), ("a\n", encoder)):
             self.assert_refused("--class-names", model, "new", "hf", "--class-names", self.names(text))
@@ -235,7 +235,7 @@ class HuggingFace(Case):
         model = scrambled(VideoClassifier(trunk(depth=1, mlp_ratio=2.5, tubelet=(4, 8, 16)), [3]))
         self.assertIn("Verified", self.export(self.save_run(model), "out", "hf"))
         self.run_import(self.folder / "out", "back.pt")
-        self.assertEqual(safe_load(self.folder / "back.pt")["architecture"], describe(model) | {"classes": [3]})
+        self.assertEqual(safe_load(self.folder / "back.pt")["architecture"], architecture_of(model) | {"classes": [3]})
 
     def test_a_warning_for_features_that_vary_little(self):
         model = classifier()
@@ -297,8 +297,8 @@ class Merging(Case):
             output = self.export(source, "one.pt", "pt", "--merge", "--force")
             self.assertLessEqual(float(re.search(r"differ by (\S+) from", output)[1]), 1e-6)
             found = safe_load(self.folder / "one.pt")
-            self.assertEqual(found["architecture"], describe(classifier(7, 3)))
-            one = build(found["architecture"], "here").eval()
+            self.assertEqual(found["architecture"], architecture_of(classifier(7, 3)))
+            one = from_architecture(found["architecture"], "here").eval()
             one.load_state_dict(found["model"])
             with torch.no_grad():
                 for head in (0, 1):

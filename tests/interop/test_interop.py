@@ -18,12 +18,12 @@ from torch import Tensor
 from transformers import VideoMAEConfig, VideoMAEForPreTraining, VideoMAEForVideoClassification, VideoMAEModel
 from transformers.utils.logging import disable_progress_bar
 
-from omnivision.checkpoint.pretrained import WeightFilter, load
-from omnivision.checkpoint.state_dict_file import StateDictFile, read, resolve_checkpoint
+from omnivision.checkpoint.pretrained import WeightFilter, load_filtered
+from omnivision.checkpoint.state_dict_file import StateDictFile, read_weights, resolve_checkpoint
+from omnivision.interop.formats import ConvertedCheckpoint, convert, convert_state_dict, recognize
 from omnivision.interop.huggingface import preprocessor_config, to_hf
 from omnivision.interop.infer_architecture import ArchOverrides
-from omnivision.interop.published import ConvertedCheckpoint, convert, convert_state_dict, recognize
-from omnivision.models.architecture import build, describe
+from omnivision.models.architecture import architecture_of, from_architecture
 from omnivision.models.classifier import VideoClassifier
 from omnivision.models.mae import split_tokens
 from omnivision.models.vit import VisionTransformer
@@ -72,7 +72,7 @@ def from_ours(
 
 
 def model_of(imported: ConvertedCheckpoint, dtype: torch.dtype = torch.float64) -> Any:
-    model = build(imported.architecture, "here")
+    model = from_architecture(imported.architecture, "here")
     model.load_state_dict(imported.state)
     return model.to(dtype).eval()
 
@@ -256,17 +256,17 @@ class Formats(WeightsCase):
                 imported, format = convert(file_of(theirs), overrides=HERE)
                 self.assertEqual((format, set(imported.filled)), ("omnimae", set(gone)))
                 self.assert_equal_states(imported.state, wanted)
-                self.assertEqual(imported.architecture, describe(model))
+                self.assertEqual(imported.architecture, architecture_of(model))
 
     def test_ppma(self):
         """Our names without an architecture; from several processes, under `module.`, without position tables."""
         for model in (autoencoder(), classifier(7, 3), classifier(rgbd=True)):
             state = {f"module.{n}": t for n, t in model.state_dict().items() if "pos_embed" not in n}
             path = self.save({"model": state, "optimizer": {"state": {}}, "epoch": 3, "loss": 0.5, "steps": {}})
-            imported, format = convert(read(path), overrides=HERE)
+            imported, format = convert(read_weights(path), overrides=HERE)
             self.assertEqual(format, "ppma")
             self.assert_equal_states(imported.state, model.state_dict())
-            self.assertEqual(imported.architecture, describe(model))
+            self.assertEqual(imported.architecture, architecture_of(model))
             self.assertEqual(set(imported.filled), {n for n in model.state_dict() if "pos_embed" in n})
 
     def test_names_that_wrappers_have_changed(self):
@@ -286,17 +286,17 @@ class Formats(WeightsCase):
             save_file(state, self.folder / "x.safetensors")
             for path in (self.save({"state_dict": state}), self.folder / "x.safetensors"):
                 with self.subTest(new=new, path=path.name):
-                    self.assert_equal_states(read(path).state, wanted)
+                    self.assert_equal_states(read_weights(path).state, wanted)
         lightning = self.save({"state_dict": changed("^", "model._orig_mod.")})
-        self.assert_equal_states(convert(read(lightning), overrides=HERE)[0].state, wanted)
+        self.assert_equal_states(convert(read_weights(lightning), overrides=HERE)[0].state, wanted)
         with self.assertRaisesRegex(UserError, "_orig_mod"):
-            read(self.save(wanted | changed("^", "_orig_mod.")))
+            read_weights(self.save(wanted | changed("^", "_orig_mod.")))
 
     def test_videomaes_command_line_beside_its_weights(self):
         arguments = argparse.Namespace(model="vit", epochs=3)
         for key in ("model", "module"):
             path = self.save({key: original_names(recorded("classification")), "args": arguments, "epoch": 4})
-            self.assertEqual(convert(read(path), overrides=HERE)[1], "videomae")
+            self.assertEqual(convert(read_weights(path), overrides=HERE)[1], "videomae")
 
     def test_real_folders(self):
         video = stated(RECORD["input"]).double()
@@ -310,7 +310,7 @@ class Formats(WeightsCase):
             theirs = scrambled(kind(VideoMAEConfig(**CONFIG | changes)))
             folder = self.folder / f"{kind.__name__}{changes}"
             theirs.save_pretrained(folder)
-            imported, format = convert(read(folder))
+            imported, format = convert(read_weights(folder))
             self.assertEqual((format, resolve_checkpoint(folder).name), ("hf", "model.safetensors"))
             model, theirs = model_of(imported), theirs.double()
             if kind is VideoMAEForVideoClassification:
@@ -337,14 +337,14 @@ class Formats(WeightsCase):
             torch.save({name: tensor for name, tensor in complete.items() if files[name] == file}, bins / file)
         (bins / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": files}))
         torch.save({}, one / "pytorch_model.bin")  # safetensors are preferred
-        wanted, *others = (convert(read(self.folder / name))[0] for name in ("one", "many", "bin", "bins"))
+        wanted, *others = (convert(read_weights(self.folder / name))[0] for name in ("one", "many", "bin", "bins"))
         for other in others:
             self.assert_equal_states(wanted.state, other.state)
             self.assertEqual(wanted.architecture, other.architecture)
 
     def test_there_and_back(self):
         for model in (classifier(), classifier(4, 9), autoencoder()):
-            state, architecture = model.state_dict(), describe(model)
+            state, architecture = model.state_dict(), architecture_of(model)
             exported = to_hf(state, architecture, head=len(architecture.get("classes", [0])) - 1)
             back = from_hf(exported.state, exported.config)
             again = to_hf(back.state, back.architecture)
@@ -357,7 +357,7 @@ class Formats(WeightsCase):
 
     def test_biases_under_two_names_are_one(self):
         model = classifier()
-        exported = to_hf(model.state_dict(), describe(model))
+        exported = to_hf(model.state_dict(), architecture_of(model))
         name = "videomae.encoder.layer.1.attention.attention.q_bias"
         for gone in (r"[qv]_bias", r"(query|key|value)\.bias", r"key\.bias"):
             left = {name: tensor for name, tensor in exported.state.items() if not re.search(gone, name)}
@@ -371,18 +371,18 @@ class Formats(WeightsCase):
 
     def test_the_rest_is_reported_or_refused(self):
         model = classifier(7, 3, rgbd=True)
-        exported = to_hf(model.state_dict(), describe(model))
+        exported = to_hf(model.state_dict(), architecture_of(model))
         gone = {name.rpartition(".")[0] for name in exported.dropped}
         self.assertEqual(gone, {"trunk.depth_patch_embed.proj.1", "heads.1.0"})
         with self.assertRaisesRegex(UserError, "--head .* got 2"):
-            to_hf(model.state_dict(), describe(model), head=2)
+            to_hf(model.state_dict(), architecture_of(model), head=2)
         model.trunk.pos_embed += 1e-3
         with self.assertRaisesRegex(UserError, "--to pt"):
-            to_hf(model.state_dict(), describe(model))
-        exported = to_hf(autoencoder().state_dict(), describe(autoencoder()))
+            to_hf(model.state_dict(), architecture_of(model))
+        exported = to_hf(autoencoder().state_dict(), architecture_of(autoencoder()))
         gone = {name for name in autoencoder().state_dict() if re.search("decoder|mask_token|heads", name)}
         self.assertEqual(set(exported.dropped), gone)
-        pixels = preprocessor_config(describe(classifier()))
+        pixels = preprocessor_config(architecture_of(classifier()))
         self.assertEqual(pixels["image_mean"], [0.485, 0.456, 0.406])
         self.assertEqual(pixels["crop_size"], {"height": 32, "width": 32})
 
@@ -396,15 +396,15 @@ class Stages(WeightsCase):
         self.source = file_of(imported.state, architecture=imported.architecture)
 
     def test_it_is_loaded(self):
-        report = load(classifier(5), self.source, WeightFilter())
+        report = load_filtered(classifier(5), self.source, WeightFilter())
         self.assertEqual(report.missing, ["heads.0.0.bias", "heads.0.0.weight"])
         self.assertEqual(set(report.dropped.values()), {"no place in this model"})
         model = autoencoder()
-        report = load(model, self.source, WeightFilter(strict=True))
+        report = load_filtered(model, self.source, WeightFilter(strict=True))
         self.assertEqual((report.missing, report.dropped), ([], {}))
         self.assert_equal_states(model.state_dict(), self.source.state)
         with self.assertRaisesRegex(UserError, "omnivision import there.pt"):
-            load(classifier(5), file_of(recorded("pretraining")), WeightFilter())
+            load_filtered(classifier(5), file_of(recorded("pretraining")), WeightFilter())
 
     def test_other_heads_depths_and_widths_are_refused(self):
         no_decoder = WeightFilter(drop=["trunk.decoder.*", "trunk.mask_token", "heads.*"])
@@ -418,9 +418,9 @@ class Stages(WeightsCase):
             (VideoClassifier(trunk(depth=1), [7]), "trainer.model.trunk.depth=2", shallow),
         ):
             with self.subTest(setting), self.assertRaisesRegex(UserError, setting):
-                load(model, self.source, WeightFilter())
+                load_filtered(model, self.source, WeightFilter())
             if way_out is not None:
-                load(model, self.source, way_out)
+                load_filtered(model, self.source, way_out)
 
 
 class Geometry(WeightsCase):
@@ -451,7 +451,7 @@ class Geometry(WeightsCase):
 
     def test_a_width_that_a_ratio_truncates(self):
         model = scrambled(VideoClassifier(trunk(depth=1, mlp_ratio=2.6), [2]))
-        self.assertEqual(from_ours(model.state_dict(), **describe(model)).architecture, describe(model))
+        self.assertEqual(from_ours(model.state_dict(), **architecture_of(model)).architecture, architecture_of(model))
         # Neither does a ratio that is got from the weights lose a row: 88 * (240 / 88) is below 240.
         model = scrambled(VideoClassifier(trunk(88, 1, 2, mlp_ratio=2.73), [2]))
         self.assertEqual(len(model.trunk.blocks[0].mlp.fc1.weight), 240)
@@ -521,7 +521,7 @@ class Command(WeightsCase):
 class BadFiles(WeightsCase):
     def refused(self, source: Path | dict, message: str, given: ArchOverrides = HERE, format: str = "auto") -> None:
         with self.subTest(message), self.assertRaisesRegex(UserError, message) as caught:
-            convert(read(source) if isinstance(source, Path) else file_of(source), format, given)
+            convert(read_weights(source) if isinstance(source, Path) else file_of(source), format, given)
         self.assertNotIn("\n", str(caught.exception))
 
     def test_names_that_nobody_has(self):
@@ -551,7 +551,7 @@ class BadFiles(WeightsCase):
 
     def test_an_architecture_that_is_not_that_of_the_weights(self):
         model = classifier()
-        architecture = describe(model)
+        architecture = architecture_of(model)
         for part, key, value, message in (
             ("trunk", "depth", 10**9, r"trunk\.depth is .1000000000.* 2"),
             ("trunk", "num_frames", 2**40, "--num-frames .* 65536"),
@@ -589,7 +589,9 @@ class BadFiles(WeightsCase):
             (folder / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
             self.refused(folder, message, ArchOverrides())
         (folder / "config.json").write_text(json.dumps(CONFIG | {"image_size": [32, 32], "patch_size": [8, 8]}))
-        self.assertEqual(convert(read(folder))[0].architecture, from_hf(recorded("classification")).architecture)
+        self.assertEqual(
+            convert(read_weights(folder))[0].architecture, from_hf(recorded("classification")).architecture
+        )
 
     def test_an_index_that_leads_elsewhere(self):
         folder, state = self.folder / "hf", in_file(recorded("classification"))
@@ -609,7 +611,7 @@ class BadFiles(WeightsCase):
             index.write_text(json.dumps({"weight_map": weight_map}))
             self.refused(folder, message)
         index.write_text(json.dumps({"weight_map": dict.fromkeys(state, "a.safetensors")}))
-        self.assertIsInstance(read(folder), StateDictFile)
+        self.assertIsInstance(read_weights(folder), StateDictFile)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from omnivision.data.batch import Batch
 from omnivision.data.masking import RandomMask
-from omnivision.interop.published import convert_state_dict
-from omnivision.models.architecture import build, describe
+from omnivision.interop.formats import convert_state_dict
+from omnivision.models.architecture import architecture_of, from_architecture
 from omnivision.models.mae import (
     CrossAttention,
     MaskedAutoencoder,
@@ -309,12 +309,12 @@ class Cross(unittest.TestCase):
 
     def test_its_file_says_what_it_is_and_so_do_its_weights(self):
         made = small_model(attention="cross", share=0.5)
-        told = describe(made)
+        told = architecture_of(made)
         self.assertEqual(told["decoder"], {"width": 24, "depth": 2, "heads": 4, "attention": "cross"})
-        build(told, "here").load_state_dict(made.state_dict())
+        from_architecture(told, "here").load_state_dict(made.state_dict())
         self.assertEqual(convert_state_dict("omnivision", made.state_dict(), told).architecture, told)
         older = told | {"decoder": {"width": 24, "depth": 2, "heads": 4}}
-        self.assertEqual(describe(build(older, "here"))["decoder"]["attention"], "self")
+        self.assertEqual(architecture_of(from_architecture(older, "here"))["decoder"]["attention"], "self")
 
 
 class Compiled(unittest.TestCase):

@@ -17,8 +17,8 @@ from omnivision.launch.exit import exit_code_and_reason, report_exit
 from omnivision.reporting.reporter import ProgressLine, Reporter
 from omnivision.reporting.run_directory import RunDir
 from omnivision.tools import predict
-from omnivision.tools.inference import Prediction
 from omnivision.tools.main import main
+from omnivision.tools.video_model import Prediction
 from omnivision.training.evaluate import Evaluation
 from omnivision.training.run_messages import end_lines, start_lines
 from omnivision.utils.errors import EXIT_SIGINT, StopRequested, UserError
@@ -135,7 +135,7 @@ class StartAndEnd(Folder):
         run = trainer(self.folder / "run", val=Noise(5), limit=2)
         report = LoadReport("runs/mae/checkpoints/best.pt", "0", "epoch 20, training loss 0.43")
         settings = SimpleNamespace(clips_per_step=4)
-        for split in (*run.train.dataset.splits, *run.val.dataset.splits):
+        for split in (*run.train_data.dataset.splits, *run.val_data.dataset.splits):
             split.which, split.dataset = "train", SimpleNamespace(kind="image")
         self.assert_lines(
             start_lines(settings, run, [report]),

@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 
 import omnivision
-from omnivision.checkpoint.inference import InferenceConfig
-from omnivision.checkpoint.state_dict_file import StateDictFile, read
+from omnivision.checkpoint.inference_config import InferenceConfig
+from omnivision.checkpoint.state_dict_file import StateDictFile, read_weights
 from omnivision.interop.export import escape_markdown, training_facts
 from omnivision.tools.main import main
 from omnivision.utils.errors import UserError
@@ -165,7 +165,7 @@ class Trained(unittest.TestCase):
             model = omnivision.load(self.folder / out)
             self.assertEqual(model.config.clip_duration, 0.7)
             self.assertEqual(model.predict(self.video), expected)
-            self.assertRegex(str(read(self.folder / out)), "epoch 1, top-1")
+            self.assertRegex(str(read_weights(self.folder / out)), "epoch 1, top-1")
         runs.call_command("import", self.folder / "model.pt", self.folder / "back.pt")
         model = omnivision.load(self.folder / "back.pt")
         self.assertEqual((model.config.clip_duration, model.config.class_names), (0.7, [NAMES]))

@@ -40,11 +40,11 @@ class Operations(unittest.TestCase):
 
     def test_what_is_kept_for_the_backward_pass(self):
         """As much as a real step keeps, each tensor once; checkpointed blocks keep less, a frozen trunk next to nothing."""
-        whole = cost_of("ft", *LABELLED).kept_bytes
+        whole = cost_of("ft", *LABELLED).activation_bytes
         self.assertGreater(whole, 4 * DEPTH * TOKENS * 12 * WIDTH)  # inputs of the matmuls and of the activation
         checkpointed = cost_of("ft", *LABELLED, "++trainer.model.trunk.activation_checkpointing=true")
-        self.assertLess(checkpointed.kept_bytes, 0.6 * whole)
-        self.assertLess(cost_of("lp", *LABELLED).kept_bytes, 0.1 * whole)
+        self.assertLess(checkpointed.activation_bytes, 0.6 * whole)
+        self.assertLess(cost_of("lp", *LABELLED).activation_bytes, 0.1 * whole)
 
     def test_what_a_mask_hides_is_not_embedded(self):
         few, many = (cost_of("mae", f"mask_ratio={ratio}", "image_size=64").step_flops for ratio in (0.9, 0.5))
@@ -63,9 +63,9 @@ class Peaks(unittest.TestCase):
             ("NVIDIA A40", torch.bfloat16, 149.7),
             ("NVIDIA L40S", torch.bfloat16, 362),
         ):
-            self.assertEqual(flops.peak_of(name, dtype), 1e12 * expected, name)
+            self.assertEqual(flops.peak_flops_by_name(name, dtype), 1e12 * expected, name)
         for name in ("Some Card 9000", "NVIDIA RTX A4000", "NVIDIA RTX A1000", "NVIDIA T400"):
-            self.assertIsNone(flops.peak_of(name, torch.bfloat16), name)
+            self.assertIsNone(flops.peak_flops_by_name(name, torch.bfloat16), name)
 
     def test_a_peak_of_ones_own(self):
         self.assertIsNone(flops.peak_flops(torch.device("cpu"), None, None))

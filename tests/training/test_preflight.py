@@ -14,7 +14,7 @@ from omnivision.config.validate import validate_config
 from omnivision.data.sampling import EpochPlan, SourcePlan
 from omnivision.training import build, preflight
 from omnivision.utils.errors import UserError
-from omnivision.utils.io import PARTS
+from omnivision.utils.io import SHARDS_PREFIX
 from tests import runs
 from tests import stage_runs as stages
 
@@ -47,7 +47,7 @@ class Room(unittest.TestCase):
                 self.check(settings, free=count * size)
                 with self.assertRaisesRegex(UserError, f"launcher.experiment_log_dir .* {count} checkpoints"):
                     self.check(settings, free=count * size - 1)
-                parts = Path(name) / "checkpoints" / f"{PARTS}12"
+                parts = Path(name) / "checkpoints" / f"{SHARDS_PREFIX}12"
                 parts.mkdir(parents=True)
                 for file in (parts / "0.safetensors", parts.parent / "checkpoint.pt"):
                     with open(file, "wb") as opened:

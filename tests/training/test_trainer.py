@@ -280,7 +280,7 @@ class Loop(unittest.TestCase):
             made = self.make(name, **options)
             fused = functools.partial(torch.optim.AdamW, fused=True)
             made.optimizer = ScheduledOptimizer(made.raw_model, made.optimizer.groups, fused)
-            batch = next(made.train.batches((0, 0), 1))
+            batch = next(made.train_data.batches((0, 0), 1))
             with Waits() as waits:
                 made.train_step(batch)
             self.assertEqual(waits.found, [])
@@ -466,7 +466,7 @@ class Loop(unittest.TestCase):
         ):
             whole = self.fit(f"{name}_whole", **options())
             made = self.make(name, **options())
-            noise, given = (made.val or made.train).dataset, Noise.__getitem__
+            noise, given = (made.val_data or made.train_data).dataset, Noise.__getitem__
 
             def asking(dataset: Noise, request: Request, made=made, noise=noise, given=given, after=after) -> Sample:
                 if dataset is noise and len(noise.seen) == after:

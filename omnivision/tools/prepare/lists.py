@@ -105,7 +105,7 @@ def _read(file: Path, columns: str | None) -> _Table:
         cells = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
         rows = [(number, row) for number, row in cells if any(row)]
         first = rows[0][1] if rows else []
-        has_header = len(first) > 1 and any(_plain(name) in _PATHS for name in first)
+        has_header = len(first) > 1 and any(_normalize_column(name) in _PATHS for name in first)
         if columns:
             has_header |= all(item.partition("=")[2] in first for item in columns.split(","))
         if len(rows) <= has_header:
@@ -147,7 +147,7 @@ def _find_roles(table: _Table) -> dict[str, int]:
         if len(table.names) > 2:
             raise table.error(f"has no header that names path and label; its first row is {shorten(table.rows[0][1])}")
         return {"path": 0, "label": 1}
-    plain = list(map(_plain, table.names))
+    plain = list(map(_normalize_column, table.names))
     path, label = (next((name for name in group if name in plain), None) for group in (_PATHS, _LABELS))
     if path is None or label is None:
         raise table.error("has no column of labels with a known name")
@@ -247,7 +247,7 @@ def _records(
 def _segment(end_name: str, fields: Mapping[str, str]) -> Segment | None:
     """Return [start, end) in seconds; None if invalid."""
     start, end = _seconds(fields["start"]), _seconds(fields["end"])
-    if "duration" in _plain(end_name):
+    if "duration" in _normalize_column(end_name):
         end += start
     return (start, end) if 0 <= start < end < math.inf else None
 
@@ -260,6 +260,6 @@ def _seconds(text: str) -> float:
     return sum(60**power * float(part) for power, part in enumerate(reversed(text.split(":"))))
 
 
-def _plain(name: str) -> str:
+def _normalize_column(name: str) -> str:
     """Normalize a column's name to snake case: "Start Time (s)", "startTime" -> "start_time_s", "start_time"."""
     return re.sub(r"[\W_]+", "_", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name)).strip("_").lower()

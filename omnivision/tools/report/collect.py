@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from omnivision.checkpoint.fingerprint import flat_file
+from omnivision.config.flat import flat_file
 from omnivision.reporting.logs import read_lines
 from omnivision.reporting.predictions import Predictions, read_predictions
 from omnivision.reporting.run_directory import RunDir

@@ -11,7 +11,7 @@ import jinja2
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from omnivision.checkpoint.fingerprint import used_settings
+from omnivision.config.flat import used_settings
 from omnivision.tasks.metrics import VALIDATION_METRICS
 from omnivision.tools.report import figures
 from omnivision.tools.report.collect import Run, differing, paper_table

@@ -9,12 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from omnivision.checkpoint import fingerprint
-from omnivision.checkpoint.inference import InferenceConfig, class_changes
+from omnivision.checkpoint.inference_config import InferenceConfig, class_changes
 from omnivision.checkpoint.pretrained import LoadReport, match_heads
 from omnivision.optim.ema import MovingAverage
 from omnivision.utils.errors import UserError, truncate_list
 
-HINT = "Set it back, or start a new run in another launcher.experiment_log_dir."
+RESUME_HINT = "Set it back, or start a new run in another launcher.experiment_log_dir."
 
 
 def check_same_experiment(
@@ -24,7 +24,7 @@ def check_same_experiment(
 
     Raises UserError for changed classes, and for other hyperparameters or data unless `allow_changes`.
     """
-    saved = fingerprint.read(text)
+    saved = fingerprint.parse_fingerprint(text)
     if saved is None:
         info(f"{path} has no experiment fingerprint; its settings cannot be compared.")
         return
@@ -46,7 +46,7 @@ def check_same_steps(saved: int, current: int, path: Path) -> None:
     if saved != current:
         raise UserError(
             f"{path} has {saved} steps per epoch, now there are {current}: data, batch_size or trainer.limit_train_batches "
-            f"changed. {HINT}"
+            f"changed. {RESUME_HINT}"
         )
 
 
@@ -58,7 +58,7 @@ def check_same_averaged_checkpoints(
         was, now = ([source[what] for source in sources] for sources in (saved, current))
         if current and was != now:
             files = ", ".join(str(source["path"]) for source in saved)
-            raise UserError(f"{path} averages {files} with {was}, now {now}: {setting} changed. {HINT}")
+            raise UserError(f"{path} averages {files} with {was}, now {now}: {setting} changed. {RESUME_HINT}")
 
 
 def match_checkpoint_heads(
@@ -91,7 +91,8 @@ def load_ema(ema: MovingAverage, state: Mapping[str, Any], path: Path) -> None:
         return
     if differing := sorted(set(ema.average) ^ set(average)):
         raise UserError(
-            f"{path} has an EMA of other parameters than are trained now ({differing[0]}): trainer.freeze changed. {HINT}"
+            f"{path} has an EMA of other parameters than are trained now ({differing[0]}): trainer.freeze changed. "
+            f"{RESUME_HINT}"
         )
     steps = state["epoch"] * state["steps_per_epoch"] + state["step"] - state["skipped"]
     ema.load(average, state.get("ema_steps", steps))  # older checkpoints do not hold the number

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from omnivision.checkpoint.checkpointer import load_model
-from omnivision.checkpoint.inference import InferenceConfig
-from omnivision.checkpoint.state_dict_file import StateDictFile, read
+from omnivision.checkpoint.inference_config import InferenceConfig
+from omnivision.checkpoint.state_dict_file import StateDictFile, read_weights
 from omnivision.config.instantiate import is_allowed
 from omnivision.data.batch import Batch
 from omnivision.data.frames import MAX_TOOL_PIXELS
@@ -27,8 +27,8 @@ from omnivision.data.masking import MASKS
 from omnivision.data.sampling import clip_window, uniform_clip_starts
 from omnivision.data.video import VideoDecodeError, open_video
 from omnivision.data.views import EvalView
+from omnivision.interop.formats import ConvertedCheckpoint, convert_state_dict
 from omnivision.interop.merge import merge
-from omnivision.interop.published import ConvertedCheckpoint, convert_state_dict
 from omnivision.models import architecture
 from omnivision.models.mae import MaskedAutoencoder
 from omnivision.models.patches import token_grid
@@ -168,12 +168,12 @@ def load(source: str | Path, device: str = "cpu", trust_targets: Sequence[str] =
 
     A model class outside this project is built from the run's settings, which runs code of the packages in `trust_targets`.
     """
-    file = read(source)
+    file = read_weights(source)
     print(f"Model from {file}", file=sys.stderr)  # which checkpoint of the run it is
     if file.own_class is not None:
         return _load_own_class(file, file.own_class, trust_targets, device)
     converted, _ = convert(file)
-    model = architecture.build(converted.architecture, str(file.path))
+    model = architecture.from_architecture(converted.architecture, str(file.path))
     model.load_state_dict(converted.state)
     config = file.inference.numbered(converted.architecture.get("classes", []))
     return VideoModel(model, file.path, config, device)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from omnivision.checkpoint.inference import distinct_names
+from omnivision.checkpoint.inference_config import distinct_names
 from omnivision.checkpoint.state_dict_file import StateDictFile, check_numbers, strip_wrappers
 from omnivision.interop.infer_architecture import (
     TYPICAL_DECODER_HEADS,

@@ -5,8 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from omnivision.checkpoint.pretrained import LoadReport, filter_state_dict, interpolate_pos_embed, name_setting
-from omnivision.checkpoint.pretrained import load as load_weights
+from omnivision.checkpoint.pretrained import (
+    LoadReport,
+    filter_state_dict,
+    interpolate_pos_embed,
+    load_filtered,
+    name_setting,
+)
 from omnivision.checkpoint.state_dict_file import StateDictFile, check_numbers, read_several
 from omnivision.config.schema import Settings
 from omnivision.interop.merge import merge
@@ -59,7 +64,7 @@ def load_pretrained(settings: Settings, model: nn.Module) -> list[LoadReport]:
         [weights] = read_several([pretrained])
     if weights.architecture.get("kind") == "average":  # as the one model that it is
         weights = merge(weights).file
-    report = load_weights(model, weights, settings.trainer.checkpoint, build.class_names(settings))
+    report = load_filtered(model, weights, settings.trainer.checkpoint, build.class_names(settings))
     if settings.trainer.mode == "val" and (lacking := [name for name in report.missing if name.startswith("heads.")]):
         raise UserError(
             f"trainer.mode=val evaluates {report.path}, but its heads were not loaded ({lacking[0]}). Expected a checkpoint of "

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from omnivision.checkpoint import fingerprint
+from omnivision.config.flat import resolve_reference
 from omnivision.data.masking import MASKS
 
 
@@ -36,7 +37,7 @@ class InferenceConfig(BaseModel):
     def of_file(cls, metadata: Any) -> InferenceConfig:
         """Read the record in a fingerprint or in the metadata of a file, which may be anything; an invalid one is ignored."""
         metadata = metadata if isinstance(metadata, Mapping) else {}
-        run = fingerprint.read(metadata.get("experiment")) or {}
+        run = fingerprint.parse_fingerprint(metadata.get("experiment")) or {}
         record = metadata.get("inference", run.get("inference"))
         try:
             config = cls.model_validate(record)
@@ -48,7 +49,7 @@ class InferenceConfig(BaseModel):
         """Return the record with the mask of a run, from its settings: the ratio alone if its class is not of this project."""
         target = str(settings.get("trainer.data.mask._target_")).removeprefix("omnivision.data.masking.")
         target = target if target in MASKS else self.mask
-        ratio = fingerprint.resolve_reference(settings, "trainer.data.mask.ratio")
+        ratio = resolve_reference(settings, "trainer.data.mask.ratio")
         try:
             return self.model_validate(self.model_dump(exclude_unset=True) | {"mask": target, "mask_ratio": ratio})
         except ValidationError:
