@@ -3,7 +3,8 @@
     python train_app_submitit.py +experiments=omnimae/omnimain_train_video.yaml +trainer=mae_k150_config.yaml \
         trainer/model=vitbase ++launcher.experiment_log_dir=EXP_DIR submitit.use_cluster=false
 
-Exit codes: 0 done; 1 invalid input, explained in one paragraph; others: faults, with the reason in summary.json.
+Exit codes: 0 done; 1 invalid input, explained in one paragraph; 130 Ctrl-C; 129, 140, 143 stopped by a signal (SIGHUP, SIGUSR2,
+SIGTERM); 71 non-finite numbers; others are failures. The reason is in summary.json; the constants are in `utils/errors.py`.
 """
 
 from __future__ import annotations

@@ -63,10 +63,11 @@ def save(state: dict[str, Any], folder: Path, aliases: list[str]) -> None:
             _link_or_copy(temporary, folder / name, [entry])
         latest, before = folder / LATEST, []
         if latest.exists():
-            with contextlib.suppress(CorruptCheckpointError):  # the run resumed from `previous.pt`, which stays
+            with contextlib.suppress(CorruptCheckpointError):  # a corrupt newest one must not replace `previous.pt`
                 before = [verify_manifest(latest)]
                 _link_or_copy(latest, folder / PREVIOUS, before)
-        if not _manifest(latest).exists():  # the first one: a manifest without a file would mean a lost checkpoint
+        if not _manifest(latest).exists():
+            # First checkpoint: rename first; a manifest alone means a lost checkpoint.
             os.replace(temporary, latest)
             _write_manifest(latest, [entry])
         else:
@@ -136,7 +137,7 @@ def load_newest(folder: Path) -> tuple[dict[str, Any], Path, list[str]] | None:
             if isinstance(state, dict) and state.get("format") == FORMAT:
                 return state, path, problems
             problems.append(f"{path} is not a checkpoint of a run of this version: its format must be {FORMAT}")
-        except (CorruptCheckpointError, OSError) as error:  # of a disk that cannot read it
+        except (CorruptCheckpointError, OSError) as error:  # OSError: unreadable disk
             problems.append(str(error))
     if problems:
         raise CorruptCheckpointError("; ".join(problems))

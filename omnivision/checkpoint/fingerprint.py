@@ -20,8 +20,7 @@ from omnivision.data.catalog import Split
 from omnivision.data.sampling import EpochPlan
 from omnivision.utils.errors import UserError, truncate_list
 
-# Settings that do not affect results, by shell patterns. The clips of a step and the contents of arrays follow from some of
-# them, and are compared themselves.
+# Settings that do not affect results, by shell patterns. Effects on clips per step and array contents are compared separately.
 RUNTIME_ONLY_SETTINGS = (*runtime_only_settings(), "trainer.model.*.activation_checkpointing")
 SETTINGS_OF_ONE_START = ("trainer.mode", "trainer.checkpoint.allow_changes")
 # Settings that older runs lack, with the values that those runs had.
@@ -68,7 +67,7 @@ def fingerprint(
 
 
 def diff_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Return the changes between two flat configurations: those that make another experiment, and the rest.
+    """Return (changes that affect results, other changes) between two flat configurations.
 
     Catalog entries that the run does not use and settings of one start are left out.
     """
@@ -89,9 +88,9 @@ def diff_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Return the changes "name: then -> now" between two fingerprints: those that make another experiment, and the rest."""
+    """Return (changes that affect results, other changes), as "name: then -> now", between two fingerprints."""
     altering, others = diff_settings(then["settings"], now["settings"])
-    # A source, or a split, that only one of them has goes with a setting. Of a split that both have, all arrays count.
+    # Skip sources and splits in only one of the two: a setting shows that.
     clips = setting_changes(then["clips of a step"], now["clips of a step"], group=lambda name: name)
     data = setting_changes(then["data"], now["data"], group=lambda name: name.rpartition(".")[0])
     altering += [*(f"clips of a step of {change}" for change in clips.values()), *data.values()]
@@ -105,7 +104,7 @@ def changed_settings(file: Path, text: str) -> list[str]:
 
 
 def check_same_settings(file: Path, text: str) -> None:
-    """Raise UserError when a configuration differs in its results from the one in `file`, the `config.yaml` of a run.
+    """Raise UserError for changes that affect results since `file`, the `config.yaml` of a run.
 
     An unreadable file is ignored; the checkpoint is compared later.
     """
@@ -137,7 +136,7 @@ def file_digest(file: Path) -> str:
 def git_commit() -> str | None:
     """Return the commit of this checkout, with "-dirty" if tracked files were changed; None without a checkout or git."""
     root = Path(__file__).parents[2]
-    if not (root / ".git").exists():  # not that of a repository whose virtual environment this is installed in
+    if not (root / ".git").exists():  # ignore a repository that merely contains the virtual environment
         return None
     command = "git --no-optional-locks describe --always --dirty --abbrev=12 --exclude=*".split()
     environment = {name: value for name, value in os.environ.items() if name not in ("GIT_DIR", "GIT_WORK_TREE")}

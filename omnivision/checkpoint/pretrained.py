@@ -1,4 +1,4 @@
-"""Pretrained weights: which entries a stage takes, loading them, and what became of each.
+"""Select, load and report pretrained weights.
 
 A source is a run directory (its best checkpoint, else its newest), a checkpoint, a bare state dict, or a safetensors file. A
 filter (`trainer/checkpoint=...`) keeps, drops, renames or prefixes entries by shell pattern; `load` puts the rest into the
@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 @dataclass
 class LoadReport:
-    """What became of each entry: names; {name: reason} of `dropped`, {name: "grid -> grid"} of `resized`."""
+    """Outcome per entry: names; {name: reason} of `dropped`, {name: "grid -> grid"} of `resized`."""
 
     path: str
     sha256: str
@@ -50,7 +50,7 @@ class LoadReport:
     resized: dict[str, str] = field(default_factory=dict)
 
     def identity(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps of the weights of its model, to find the same again."""
+        """Return what a resumed average must match."""
         return {"path": str(Path(self.path).absolute()), "sha256": self.sha256, "choice": self.choice}
 
     def lines(self) -> list[str]:
@@ -120,7 +120,7 @@ def load_filtered(
 ) -> LoadReport:
     """Load filtered `weights` into a model; positional embeddings of another token grid are interpolated.
 
-    `class_names`: of each head of the model, numbers where there are none; heads are matched by them (`match_heads`).
+    `class_names`: per head; numbers if unnamed. Heads are matched by them (`match_heads`).
 
     Raises UserError, with the model unchanged, when a tensor does not fit, when a head has other classes, or when less of the
     trunk is covered than the filter declares.
@@ -167,7 +167,7 @@ def match_heads(
     model_classes: Sequence[Sequence[str]],
     report: LoadReport,
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Give each head of the model the head of the same class names, with its rows in the model's order.
+    """Match heads by class names and reorder their rows.
 
     Args:
         file_classes: class names by head of `state`, None where unknown.
@@ -215,7 +215,7 @@ def interpolate_pos_embed(
 ) -> Tensor:
     """Return a positional embedding (1, N, D) for the token grid of the model, interpolated from that of the file.
 
-    One of another width comes back as it is.
+    A table of another width is returned unchanged.
     """
     trunk: Any = model.trunk
     if table.ndim != 3 or table.shape[-1] != model.state_dict()[name].shape[-1]:
@@ -250,8 +250,9 @@ def _grid_of(weights: StateDictFile, tokens: int, grid: Triple) -> Triple:
 
 
 def _check_blocks(model: nn.Module, weights: StateDictFile, chosen: Mapping[str, Tensor]) -> None:
-    """Raise UserError where blocks would be left out, where some of a decoder's would stay random, and for another number of
-    attention heads, which shapes do not show. `_check_coverage` reports missing blocks of a trunk.
+    """Raise UserError if the depth or attention heads differ, which shapes do not show.
+
+    A trunk may be deeper than the file; `_check_coverage` reports its missing blocks.
     """
     wanted, architecture = model.state_dict(), architecture_of(model)
     for part, prefix in BLOCKS.items():

@@ -173,7 +173,7 @@ def explain(error: BaseException, command: CommandLine) -> str:
     if override := getattr(error, "override", None):
         return f"The argument {override} cannot be parsed: {message}. A value with one of =,:[]{{}} or spaces needs quotes."
     unknown = re.search(r"Could not (?:override|delete from config\.) '([^']*)'(?!\. No match)", text)
-    if unknown and not takes_any_key(unknown[1]):  # else Hydra's advice is right: +KEY=VALUE
+    if unknown and not takes_any_key(unknown[1]):  # for free-form groups Hydra's advice (+KEY=VALUE) is right
         return f"{unknown[1]} is not a setting{suggest(unknown[1])}"
     return f"{message or f'A configuration file cannot be read: {type(error).__name__}'}."
 

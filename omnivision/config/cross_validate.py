@@ -34,7 +34,7 @@ STAGES = {
         "Classify", "AveragedClassifier", "omnimae/omnimain_train_video_ensemble_ft", FT_RECIPE, "vitbase_average_ft"
     ),
 }
-# Top-level settings that code reads; the others only give their values to settings that refer to them (${...}).
+# Top-level settings read by code; others are only interpolated (${...}).
 READ_BY_CODE = ("trainer", "stage", "lr", "video_labels", "pretrained_checkpoint_path")
 
 
@@ -103,16 +103,16 @@ def _broken_rules(settings: Settings) -> Iterator[str]:
     if images is None and kinds - {"video"}:
         yield "trainer.data.image must be set for images. Set trainer/data=labelled_image."
     if "rgbd" in kinds and not trunk.get("rgbd"):
-        yield "trainer.model.trunk.rgbd must be true for sources of the kind rgbd."
+        yield "trainer.model.trunk.rgbd must be true for rgbd sources. Set trainer.model.trunk.rgbd=true."
     if count and trainer.distributed.strategy == "fsdp":
-        yield "trainer.distributed.strategy must be ddp for an average of checkpoints, got fsdp."
+        yield "trainer.distributed.strategy must be ddp for an average, got fsdp. Set trainer.distributed.strategy=ddp."
     if isinstance(weights, list) and not count:
         average = f"+experiments={STAGES['average'].experiment} trainer/model={STAGES['average'].size}"
         yield f"pretrained_checkpoint_path must be one checkpoint for this trainer.model, got {given}. Set one, or {average}."
     if count and given not in (1, count):  # one file may hold several
         yield f"ensemble_num_models must be the number of checkpoints in pretrained_checkpoint_path, got {count} and {given}."
     if settings.lr is not None and trainer.optim.lr_scale_factor != 1:
-        yield "lr must be null where lr_scale_factor is set: lr is the peak of this batch, lr_scale_factor that of another."
+        yield "Set lr or lr_scale_factor, not both: lr is the peak for this batch; lr_scale_factor rescales the recipe's."
     # torch takes any name, and ignores it.
     target = trainer.optim.optimizer["_target_"]
     optimizer = arguments_of(target)
@@ -164,7 +164,7 @@ def _batch_problems(settings: Settings, prefix: str, batch: int, views: int, mic
 
 
 def _missing_weights(settings: Settings) -> Iterator[str]:
-    """Yield a message for frozen or averaged weights that come from nowhere, unless null was typed."""
+    """Yield a message if frozen or averaged weights have no checkpoint."""
     trainer = settings.trainer
     needs_weights = (trainer.freeze or "num_models" in trainer.model) and trainer.mode != "val"
     resumes = Path(trainer.checkpoint.save_dir, LATEST).exists()

@@ -18,8 +18,8 @@ from typing_extensions import is_typeddict
 from omnivision.config.messages import format_errors, suggest
 from omnivision.config.schema import InstantiateConfig
 
-# Any class of our packages may be built. Of other packages only classes that they hold themselves: from a module inside one a
-# name leads anywhere (torch.nn.modules.module.torch.load would unpickle).
+# Own packages: any class. Other packages: only names directly in the listed modules, since submodules expose unsafe names
+# (torch.nn.modules.module.torch.load would unpickle).
 OWN_PACKAGES = ("omnivision.data", "omnivision.models", "omnivision.optim", "omnivision.tasks")
 ALLOWED_MODULES = ("torch.optim", "torch.nn", "timm.optim", "fvcore.common.param_scheduler")
 INJECTED_ARGS = ("classes", "labels")  # from the catalog
@@ -83,7 +83,7 @@ def target_problems(node: Any, key: str, trusted: Sequence[str] = ()) -> dict[st
     try:
         arguments = arguments_of(target)
         given = {name: value for name, value in node.items() if name != "_target_"}
-        # As JSON, so that a list of the configuration is also a tuple.
+        # JSON mode accepts a list for a tuple.
         arguments.model_validate_json(json.dumps(given, default=str))
     except TargetError as error:
         problems[f"{key}._target_"] = f"is {target!r}, which {error}"

@@ -217,7 +217,7 @@ class LauncherSettings(SettingsGroup):
     experiment_log_dir: FolderPath
 
 
-# A job that one waits for, or several: after any of them (?) or all of them (,).
+# One dependency, or several joined by `,` (all) or `?` (any).
 _ONE = r"((after|afterany|afterburstbuffer|aftercorr|afternotok|afterok)(:\d+(_(\d+|\*))?(\+\d+)?)+|singleton)"
 Dependency = Annotated[str, Field(pattern=rf"^({_ONE}(,{_ONE})*|{_ONE}(\?{_ONE})+)$")]
 # Options of sbatch that other settings stand for, or that would break a submission.

@@ -58,7 +58,7 @@ def validate_config(config: DictConfig, arguments: Sequence[str] | None = None) 
 
 
 def read_run_config(file: Path, trusted: Sequence[str] = ()) -> Settings:
-    """Return the settings of a run from its `config.yaml`, with the packages that may be built replaced by `trusted`.
+    """Read a run's `config.yaml`; `trusted` replaces its trust_targets.
 
     Raises UserError for a file that cannot be read, and for invalid settings.
     """
@@ -77,7 +77,7 @@ def read_run_config(file: Path, trusted: Sequence[str] = ()) -> Settings:
 
 
 def resolve(node: Any, problems: dict[str, str], references: set[str], group: str = "") -> Any:
-    """Return a node of a configuration as plain values, without those that are missing or cannot be resolved: `problems`.
+    """Resolve a configuration to plain values; missing and unresolvable ones go to `problems`.
 
     `references` are the keys whose values are `${...}`.
     """
@@ -93,7 +93,9 @@ def resolve(node: Any, problems: dict[str, str], references: set[str], group: st
             values[str(name)] = resolve(node[name], problems, references, key)
         except OmegaConfBaseException as error:
             problems[key] = f"cannot be resolved: {str(error).splitlines()[0]}."
-            if isinstance(error, InterpolationKeyError):  # nothing has that name; else what has it is invalid itself
+            if isinstance(
+                error, InterpolationKeyError
+            ):  # drop an unknown reference; an invalid target is reported itself
                 continue
         if OmegaConf.is_interpolation(node, name):
             references.add(key)

@@ -24,11 +24,11 @@ class BadSample:
     missing: bool = False  # the file, or its file system, is not there
 
 
-def missing_files_message(paths: Sequence[str], which: str) -> str:
+def missing_files_message(paths: Sequence[str], what: str) -> str:
     """Return a message about files that are all missing at once; each counts once, however often it was tried."""
     return (
-        f"None of {len(set(paths))} files {which} is there, e.g. {paths[0]}. Is the data mounted? Then the same command "
-        "resumes from the last checkpoint. If the files never were there, change datasets.NAME.prefix."
+        f"None of {len(set(paths))} {what} exists, e.g. {paths[0]}. Is the data mounted? Set datasets.NAME.prefix. The same "
+        "command resumes from the last checkpoint."
     )
 
 

@@ -32,7 +32,7 @@ class Dataset(DatasetSettings):
     name: str
 
     def names(self) -> list[str]:
-        """Return the names of the classes by label; numbers where the catalog has no file of names.
+        """Return the class names by label, or numbers if the catalog has no class_names.
 
         Raises UserError for a file that cannot be read or does not hold a distinct name for each class.
         """
@@ -81,7 +81,7 @@ class LabelSets:
 
 
 def label_sets(datasets: Sequence[Dataset], share_head: bool = False) -> LabelSets:
-    """Give each label set (`Dataset.label_set`, or the dataset itself) a head, in the order of the sources; or all one head.
+    """Assign each label set (`Dataset.label_set`, or the dataset itself) a head, in order; with share_head all share one.
 
     Raises UserError for a source whose number of classes is unknown or differs from others of its label set.
     """

@@ -1,4 +1,4 @@
-"""From a request to a sample: which seconds, decode, views, masks. Everything random is keyed by the request.
+"""Turn a request into a sample: clip times, frames, views, masks. Everything random is keyed by the request.
 
 A file that does not decode is replaced by another one of the same split, drawn by a keyed generator too, and named in the
 sample for the trainer's ledger.
@@ -67,8 +67,8 @@ class ClipDataset:
         configs: by kind of source ("video", "image", "rgbd").
         clip_duration: seconds that the frames of a clip are spread over.
         seed: of all draws.
-        training: clips start anywhere and a bad file is replaced by another sample. Otherwise clips are spread evenly, and the
-            sample of a bad file, as of many bad ones in a row, has no views.
+        training: clips start anywhere and a bad file is replaced by another sample. Otherwise clips are spread evenly
+            and a bad file gives a sample without views, as do many bad ones in a row in training.
         max_pixels: files whose frames have more pixels than this are bad, by their header.
         spacing: of evaluation clips; see `sampling.uniform_clip_starts`.
     """

@@ -52,7 +52,7 @@ def open_regular_file(path: str, folder: int | None = None) -> tuple[int, bool]:
     try:
         _check_regular(os.stat(path, dir_fd=folder), folder is None)
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
-        return descriptor, _check_regular(os.fstat(descriptor), folder is None)  # the name may mean another file now
+        return descriptor, _check_regular(os.fstat(descriptor), folder is None)  # the path may have been replaced
     except (OSError, ValueError, VideoDecodeError) as error:  # ValueError: a null byte or half a surrogate pair
         if descriptor >= 0:
             os.close(descriptor)
@@ -224,7 +224,7 @@ class SeveralSeriesError(VideoDecodeError):
 
 
 class FrameFolder:
-    """A folder of images: the k-th in natural order of names is on screen from k / fps seconds on. Methods as of VideoFile.
+    """A folder of images: frame k, in natural order of names, is shown from k / fps s. Methods as of VideoFile.
 
     `pattern` is one of its series, as `group_series` names them, or any shell pattern; without it there must be one series.
     """
@@ -290,10 +290,8 @@ class FrameFolder:
 def group_series(names: Sequence[str]) -> dict[str, list[str]]:
     """Group names of images, in natural order, into series of frames: a shell pattern such as img_*.jpg -> its names.
 
-    Names that differ in numbers alone are one series if one of these numbers ascends from name to name; the others go with it
-    (a time stamp). Otherwise all numbers but the frame number tell series apart: cameras (cam1_0001.jpg, cam2_0001.jpg) share
-    frame numbers. Suffixes tell series apart only if a frame is there with two of them. Where no name has a number, all are
-    one series.
+    img_1_1703.jpg, img_2_1758.jpg, ...: one series, since a number ascends from name to name. cam1_1.jpg, cam1_2.jpg, ...,
+    cam2_1.jpg, cam2_2.jpg, ...: two, since they share frame numbers. 1.jpg, 2.png: one; 1.jpg, 1.png: two.
     """
     # Usually names differ in their last digits alone: a quick check, since this function runs for every clip.
     split = (name.rpartition(".") for name in names)

@@ -98,7 +98,7 @@ class ValData:
 class _WorkerTimeout(threading.Thread):
     """Kill the data workers if a batch takes longer than `seconds`, so that torch reports that they ended.
 
-    The own timeout of DataLoader does not check whether they live.
+    DataLoader's own timeout does not detect dead workers.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -179,9 +179,9 @@ def worker_init(pid: int, worker: int) -> None:
 
 
 def data_loader(dataset: ClipDataset, batches: Iterator[list[Request]], workers: LoaderConfig) -> DataLoader:
-    """Return a loader whose workers have one thread each and start from a clean server process.
+    """Return a loader whose workers have one thread each and start from a forkserver.
 
-    A forked worker would inherit sockets of the communication backend and delay the notice of a dead peer.
+    A forked worker would inherit sockets of the communication backend and delay the detection of a dead peer.
     """
     context = None
     if workers.num_workers:

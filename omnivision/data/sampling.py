@@ -58,7 +58,7 @@ def shuffled_index(positions: np.ndarray, size: int, seed: int, *key: int) -> np
 
 
 def _entropy(seed: int, key: tuple[int, ...]) -> np.random.SeedSequence:
-    # With its length, because numpy takes (1,) and (1, 0) for the same.
+    # Length included: SeedSequence treats (1,) and (1, 0) alike.
     return np.random.SeedSequence([seed, len(key), *key])
 
 
@@ -159,8 +159,8 @@ def uniform_clip_starts(
 ) -> list[float]:
     """Return the starts (s) of the clips of an evaluation, in ascending order.
 
-    "ends" spreads them from the first to the last clip of the video (a single clip starts at 0). "published" is the
-    spacing of the published figures, `k * last / num_clips`, which never sees the end of a video.
+    "ends" spreads them from the first to the last clip of the video (a single clip starts at 0). "published" is that
+    of the published code: `k * last / num_clips`, which omits the end of the video.
     """
     last = max(0.0, duration - clip_duration)
     if spacing == "published":

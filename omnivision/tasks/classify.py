@@ -25,7 +25,7 @@ class Classify(Task):
     Args:
         labels: which head answers for which source.
         mixing: mixup and CutMix of a training batch; None trains on plain samples with hard labels. All micro-batches of a
-            step get the same draw, and partner_batch from the whole batch.
+            step get the same draw, with partners from the whole batch.
         average: over the views of a video at evaluation, of "logits" (as published) or "softmax".
     """
 

@@ -84,7 +84,7 @@ def datasets_of(settings: Settings) -> list[Dataset]:
 
 
 def open_splits(settings: Settings) -> Splits:
-    """Return the train splits of all sources if the run trains, and the val splits of those that have one if it validates.
+    """Open the train splits (unless mode=val) and the val splits (if the run validates).
 
     Raises UserError with all problems: a file that is missing, has the wrong type or shape, or holds labels out of range; a
     split without a label for a model that learns from labels; no val split at all.
@@ -114,7 +114,7 @@ def open_splits(settings: Settings) -> Splits:
 
 
 def epoch_plan(settings: Settings, train: list[Split]) -> EpochPlan:
-    """Plan how an epoch goes through the sources. Raises UserError for one without a batch, and for repeats of unknown ones."""
+    """Plan an epoch. Raises UserError for a source without a batch, and for unknown names in trainer.data.repeats."""
     trainer, data = settings.trainer, settings.trainer.data
     names = [split.name for split in train]
     if unknown := sorted(set(data.repeats) - set(names)):
@@ -151,7 +151,7 @@ def class_names(settings: Settings) -> list[list[str]]:
             names[head] = own_names
     for dataset in sources:
         own_names, wanted = dataset.names(), names[sets.head[dataset.name]]
-        # Sources of different label sets share a head where this is asked for, and then differ; but not in the order alone.
+        # With share_head label sets may differ, but not only in order.
         if own_names != wanted and (not settings.trainer.data.share_head or sorted(own_names) == sorted(wanted)):
             label = next(label for label, name in enumerate(wanted) if own_names[label] != name)
             raise UserError(
@@ -249,7 +249,7 @@ def peak_clips_per_second(settings: Settings, device: torch.device) -> float | N
 
 
 def build_groups(settings: Settings, model: nn.Module) -> list[ParamGroup]:
-    """Group parameters; learning rates are scaled once, over the whole schedule: by lr_scale_factor, or to the peak `lr`."""
+    """Group parameters; lr is scaled as a whole: by 1/lr_scale_factor, or to peak `lr`."""
     optim = settings.trainer.optim
     schedules = {
         option: [
@@ -349,7 +349,7 @@ def build_trainer(
     stop: StopSignal,
     splits: Splits | None = None,
 ) -> Trainer:
-    """Build everything that a run needs, without pretrained weights. Raises UserError for whatever its user can fix.
+    """Build everything that a run needs, without pretrained weights. Raises UserError for invalid input.
 
     Args:
         config_text: config.yaml as composed, interpolations unresolved; without it the trainer has no fingerprint.

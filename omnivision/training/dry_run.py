@@ -1,4 +1,4 @@
-"""`trainer.mode=dry`: what would stop a run, and what it would be.
+"""`trainer.mode=dry`: problems that would stop a run, and a summary of it.
 
 The checks are those of a run: `preflight.check_run`, and `restore` with a model on the meta device, which compares weights and
 checkpoints by name and shape.
@@ -36,7 +36,7 @@ MAX_LEGEND = 8  # entries for the curves of one option
 
 
 def dry_run(settings: Settings, config_text: str, *checks: Callable[[Settings], object]) -> int:
-    """Print what would stop the run, first, then what it would be; returns the exit code, 1 when something would stop it."""
+    """Print problems that would stop the run, then a summary. Return the exit code, 1 if there is a problem."""
     settings = settings.with_trainer(mode="train")
     run_dir = RunDir(settings.launcher.experiment_log_dir, settings.trainer.checkpoint.save_dir)
     problems, cautions, splits = preflight.check_run(settings, *checks, lambda _: check_machine(settings, run_dir))
@@ -96,29 +96,28 @@ def describe(settings: Settings, trainer: Trainer, splits: build.Splits) -> list
         held = sum(n for name, n in parameters.items() if name.startswith("trunk.") and ".decoder." not in name)
         trunk = f"{held / 1e6:.2f} M of them in the trunk"
     views, cost = settings.trainer.data.views_per_clip, build.collect_errors([], build.clip_cost, settings, model)
-    operations = "unknown: this model or task of your own does not work without values"
+    operations = "unknown: your model or task does not run on the meta device"
     if cost is not None:
         forward, step = cost.forward_flops / 1e9, cost.step_flops / 1e9
         operations = f"{forward:.2f} GFLOPs a clip forward, {step:.2f} forward and backward"
-    # Half precision halves most of what a rank keeps of a batch for the backward pass.
+    # Half precision about halves activations.
     clips = settings.clips_per_rank / settings.trainer.optim.accumulation_steps
     kept = (cost.activation_bytes if cost else 0) * clips * (0.5 if settings.trainer.optim.amp.enabled else 1)
-    return [
+    lines = [
         f"model        {type(model).__name__}: {sum(parameters.values()) / 1e6:.2f} M parameters, {trunk}",
         f"operations   {operations}",
         f"batch        {settings.clips_per_step} clips a step = {settings.clips_per_step // views} videos x {views} views, "
-        f"over {settings.world_size} process{'es' * (settings.world_size > 1)}",
-        f"memory       {size(preflight.memory_per_rank(settings, model))} a process for weights, gradients and AdamW, about "
+        f"over {plural(settings.world_size, 'rank')}",
+        f"memory       {size(preflight.memory_per_rank(settings, model))} a rank for weights, gradients and AdamW, about "
         f"{size(kept)} for activations; a checkpoint takes {size(preflight.checkpoint_bytes(settings, model))}",
         f"sources      {', '.join(settings.trainer.data.sources)}",
         *data_lines(settings, trainer, splits),
         *weights_lines(settings, trainer),
-        *[f"frozen       {frozen / 1e6:.2f} M parameters: a forward pass alone, about a third of the work"][
-            : frozen > 0
-        ],
-        f"groups       {len(optimizer.groups)}, of {type(optimizer.optimizer).__name__}:",
-        *group_lines(optimizer, parameters),
     ]
+    if frozen:
+        lines.append(f"frozen       {frozen / 1e6:.2f} M parameters: forward pass only, about a third of the work")
+    lines.append(f"groups       {len(optimizer.groups)}, of {type(optimizer.optimizer).__name__}:")
+    return [*lines, *group_lines(optimizer, parameters)]
 
 
 def data_lines(settings: Settings, trainer: Trainer, splits: build.Splits) -> Iterator[str]:

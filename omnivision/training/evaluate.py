@@ -70,7 +70,7 @@ def evaluate_model(
             predictions.setdefault(batch.source, []).append(part)
     ends = dist.all_gather_object((this_rank_stops, missing))
     if unreachable := [path for _, paths in ends if len(paths) >= MAX_MISSING for path in paths]:
-        raise UserError(missing_files_message(unreachable, "in a row that were to be evaluated"), on_all_ranks=True)
+        raise UserError(missing_files_message(unreachable, "consecutive validation files"), on_all_ranks=True)
     if any(stop_requested for stop_requested, _ in ends):
         return None
     merged = gather_predictions(predictions, dist)

@@ -1,7 +1,7 @@
 """Model FLOPs utilization (MFU; Chowdhery et al., PaLM, 2022, appendix B).
 
-Operations of a clip are counted on the model that is trained, once forward and once backward, a multiply-add as two. What
-is done twice (activation checkpointing) or for nobody (padding) does not count.
+Operations of a clip are counted on the model that is trained, once forward and once backward, a multiply-add as two.
+Recomputation and padding do not count.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from omnivision.data.batch import Batch
 from omnivision.tasks.base import Task
 
 # Dense matmuls of one device, in 10^12 operations a second, from the makers' data sheets: in half precision, in fp32.
-# A name is looked for in that of the device; the first that is found counts.
+# First match in the device name wins.
 PEAKS: tuple[tuple[str, float, float], ...] = (
     ("B200", 2250, 75),
     ("GH200", 989, 67),

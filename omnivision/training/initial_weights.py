@@ -116,7 +116,7 @@ def _take_positions(
         interpolate_pos_embed(POS_EMBED, state[POS_EMBED], model.model, weights, report)
         for state, weights, report in zip(states, checkpoints, reports, strict=True)
     ]
-    # Some of another width come back as they are.
+    # A table of another width is returned unchanged.
     if not all(t.shape == own.shape and torch.allclose(t.float(), tables[0].float(), atol=1e-3) for t in tables):
         raise UserError(
             f"The checkpoints to average have different positions ({POS_EMBED}), or not the model's: "

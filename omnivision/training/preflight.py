@@ -23,7 +23,7 @@ from omnivision.utils.io import BEST, LATEST, PREVIOUS, SHARDS_PREFIX
 
 NUM_PROBED_FILES = 16  # of each split: whether they exist
 NUM_OPENED_FILES = 4  # of them: whether they can be read, and are long enough
-MIN_CLIPS_TO_MIX = 1000  # that the paper's fine-tuning does not learn from
+MIN_CLIPS_TO_MIX = 1000  # below this, the paper's augmentation underfits
 NUM_LIVE_CHECKPOINTS = 3  # while one is saved: the newest, the one before, the one that is written
 
 
@@ -34,7 +34,7 @@ def check_run(settings: Settings, *more: Callable[[Settings], object]) -> tuple[
     train, val = build.collect_errors(problems, build.open_splits, settings) or ([], [])
     plan = build.collect_errors(problems, build.epoch_plan, settings, train) if train else None
     for split in train + val:
-        build.collect_errors(problems, lambda split=split: warnings.extend(check_samples(settings, split)))
+        warnings += build.collect_errors(problems, check_samples, settings, split) or []
     for check in (*more, check_pretrained, build.class_names, build.build_task, build.check_views_and_masks):
         build.collect_errors(problems, check, settings)
     model = build.collect_errors(problems, build.meta_model, settings)
@@ -64,10 +64,10 @@ def describe_split(split: Split) -> str:
 
 
 def check_samples(settings: Settings, split: Split) -> list[str]:
-    """Look for some files of a split and, unless the run is resumed, open a few; return warnings.
+    """Check that sampled files of a split exist and, for a new run, open a few; return warnings.
 
     Warns about unreadable files and about clips with fewer frames than num_frames. Raises UserError where no file exists
-    (the nodes of a cluster may see them: a warning), where none is readable, and for folders with several series of frames.
+    (with use_cluster a warning: its nodes may mount them), where none is readable, and for folders of several series of frames.
     """
     data, name = settings.trainer.data, f"datasets.{split.name}"
     what = f"sampled files of {split.name} ({split.which})"
@@ -76,7 +76,7 @@ def check_samples(settings: Settings, split: Split) -> list[str]:
     if not existing:
         problem = f"None of the {len(indices)} {what} exists, e.g. {split.path(indices[0])}. Set {name}.prefix."
         if settings.submitit.use_cluster:
-            return [f"{problem} If only the nodes of the cluster see the files, all is well."]
+            return [f"{problem} Ignore this if only the compute nodes mount the data."]
         raise UserError(problem)
     if Path(settings.trainer.checkpoint.save_dir, LATEST).exists():
         return []
@@ -124,9 +124,9 @@ def _clip_frames(settings: Settings, split: Split, index: int) -> int | None:
 
 
 def check_pretrained(settings: Settings) -> None:
-    """Raise UserError when the weights to start from are missing; their contents are checked when they are read.
+    """Raise UserError when the weights to start from are missing; contents are checked on load.
 
-    A run that has a checkpoint resumes from that. What a job of the cluster is to bring first need not exist yet.
+    A run that has a checkpoint resumes from that. With a dependency, weights may not exist yet.
     """
     if awaits_dependency(settings) or Path(settings.trainer.checkpoint.save_dir, LATEST).exists():
         return
@@ -232,7 +232,7 @@ def plan_warnings(settings: Settings, plan: EpochPlan) -> Iterator[str]:
     for name, source in plan.sources.items():
         if _mixes(settings) and source.videos_per_step == settings.world_size:
             yield (
-                f"Each process gets one video of {name} a step, so that mixup and CutMix (trainer.task.mixing) have no other "
+                f"Each rank gets one video of {name} a step, so that mixup and CutMix (trainer.task.mixing) have no other "
                 "to mix it with and are lost. Raise batch_size, or lower launcher.gpus_per_node."
             )
     decay, steps = settings.trainer.ema_decay, plan.steps * settings.trainer.max_epochs

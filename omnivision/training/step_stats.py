@@ -34,7 +34,7 @@ class RunState:
     best: float | None = None  # top-1 (%) or loss of the evaluation that best.pt holds
     best_loss: float | None = None
     best_epoch: int | None = None  # counted from 1
-    seconds: float = 0.0  # until `start_time`
+    seconds: float = 0.0  # accumulated up to `start_time`
     start_time: float = field(default_factory=time.monotonic)
     last_metrics: dict[str, Any] = field(default_factory=dict)
     meter: Meter = field(default_factory=Meter)  # sums of the current epoch
@@ -137,7 +137,7 @@ class StepSums(NamedTuple):
 
 
 class StepStats:
-    """Steps of all ranks: `submit` sums one up on the device, `drain` reads the sums later. All ranks call both alike.
+    """Reduces step results over ranks: `submit` queues a step, `drain` reads it later. Collective.
 
     `loss` and `grad_norm` are those of the last step drained; `stop_requested` becomes true when any rank was asked to stop.
     """
@@ -160,7 +160,7 @@ class StepStats:
             self._nonfinite_log.truncate_after(step)
 
     def submit(self, step: Step) -> Tensor:
-        """Start summing a step over the ranks, without waiting.
+        """Queue a step's reduction without waiting.
 
         Returns whether the step must not change the weights (non-finite or partial on any rank): bool, a scalar on the
         device, the same on all ranks.
@@ -205,7 +205,7 @@ class StepStats:
             self.stop_requested = self.stop_requested or bool(totals.stop_requested)
             if totals.partial and totals.missing == totals.bad:  # the data is unreachable; the files are not bad
                 paths = [sample.path for part in self.dist.all_gather_object(step.bad) for sample in part]
-                raise UserError(missing_files_message(paths, "that one batch was to be made of"), on_all_ranks=True)
+                raise UserError(missing_files_message(paths, "files of a batch"), on_all_ranks=True)
             num_files = self.record_bad(step.bad) if totals.bad else 0
             if totals.partial:
                 raise UserError(

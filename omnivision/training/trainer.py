@@ -142,10 +142,7 @@ class Trainer:
                 self._write_summary(status="finished", exit_reason="all epochs done")
             return
         if frozen := sum(p.numel() for p in self.raw_model.parameters() if not p.requires_grad):
-            reporter.info(
-                f"{frozen / 1e6:.2f} M parameters are frozen: they need a forward pass alone, about a third of the work of "
-                "training them."
-            )
+            reporter.info(f"{frozen / 1e6:.2f} M parameters are frozen (forward pass only, about a third of the work).")
         self._write_summary(status="running", exit_reason=None)
         assert self.train_data is not None
         start, dist = (state.epoch, state.step), self.run.dist
@@ -212,7 +209,7 @@ class Trainer:
         total = count.clone()
         dist.all_reduce(total)
         self.scaler.unscale_(optimizer.optimizer)
-        # DDP averaged the gradients: their sum is over `world_size * clips` samples, and should be over `total`.
+        # DDP divides by world_size * clips; rescale to `total`.
         optimizer.scale_gradients(dist.world_size * clips / total.clamp(min=1))
         max_norm = self.settings.optim.gradient_clip or math.inf
         grad_norm = full_tensor(nn.utils.clip_grad_norm_(optimizer.parameters(), max_norm))
@@ -259,7 +256,7 @@ class Trainer:
         return outputs, loss, count
 
     def evaluate(self) -> Evaluation | None:
-        """Evaluate the EMA weights (the weights where there is no EMA) on the validation videos and log the metrics.
+        """Evaluate the EMA if there is one, else the weights, on the validation videos, and log the metrics.
 
         Returns None when any rank was asked to stop before the end.
         """
@@ -308,7 +305,7 @@ class Trainer:
         }
 
     def load_state_dict(self, saved: dict[str, Any], path: Path, class_names: Sequence[Sequence[str]] = ()) -> None:
-        """Resume from the contents of the checkpoint `path`. A trainer that only evaluates needs nothing but the weights.
+        """Resume from the contents of the checkpoint `path`. Evaluation needs only the weights.
 
         Raises UserError for a checkpoint of another model, optimizer, data or number of steps.
         """
@@ -350,7 +347,7 @@ class Trainer:
             self.state.meter.load(saved["meter"])
 
     def save_checkpoint(self, aliases: Sequence[str] = ()) -> None:
-        """Write `checkpoint.pt`, and further names of it, from rank 0; each rank writes its own shards.
+        """Write `checkpoint.pt` and `aliases` from rank 0; each rank writes its own shards.
 
         Raises UserError, on all ranks, when it cannot be written, and NonFiniteError for weights that are not finite.
         """
@@ -398,7 +395,7 @@ class Trainer:
         return True
 
     def wrap_model(self) -> None:
-        """Wrap the model in DDP or FSDP. Every rank must have come this far, since it waits for them.
+        """Wrap the model in DDP or FSDP. Collective: blocks until all ranks call it.
 
         Raises UserError, on all ranks, when they did not resume from the same step.
         """
@@ -434,7 +431,7 @@ class Trainer:
         metrics |= throughput.metrics(dist.device)
         if peak is not None:
             metrics["mfu"] = metrics["clips_per_second"] / dist.world_size / peak
-        # Memory and MFU depend on this start alone.
+        # Not resumed: specific to this start.
         self.state.last_metrics |= {k: v for k, v in metrics.items() if k not in ("memory_gb", "mfu")}
         self.run.reporter.step(self.state.epoch, self.settings.max_epochs, self.global_step, metrics)
 

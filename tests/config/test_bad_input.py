@@ -136,9 +136,7 @@ class BadInput(unittest.TestCase):
         root.rename(gone)
         _, said = process.communicate(timeout=60)
         self.assertEqual(process.returncode, 1, said)
-        self.assertRegex(
-            said, "(?m)^error: None of .* files that one batch was to be made of is there, e.g. .*Is the data mounted"
-        )
+        self.assertRegex(said, "(?m)^error: None of .* files of a batch exists, e.g. .*Is the data mounted")
         gone.rename(root)
         steps = runs.read_summary(run)["steps"]
         process = subprocess.Popen(

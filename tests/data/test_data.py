@@ -254,7 +254,7 @@ class BadFiles(Videos):
         self.assertEqual((len(sample.video), len(sample.bad)), (0, 1 + REPLACEMENTS))
         tried = [bad.path for bad in sample.bad]
         self.assertLess(len(set(tried)), len(tried))
-        self.assertIn(f" {len(set(tried))} files", missing_files_message(tried, "of a batch"), "files, not tries")
+        self.assertIn(f" {len(set(tried))} files", missing_files_message(tried, "files of a batch"), "files, not tries")
 
     def test_a_lost_disk_makes_files_missing_and_damage_does_not(self):
         dataset = self.dataset(training=False)

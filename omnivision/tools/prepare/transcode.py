@@ -40,6 +40,7 @@ class TranscodeConfig:
     @property
     def folder(self) -> str:
         """Folder of the results below OUT."""
+        # The names are a contract: an interrupted command continues in them, and lists of paths contain them.
         return "films" if self.frames_fps is None else "frames"
 
 
