@@ -21,8 +21,10 @@ LISTS = ("failures", "errors", "skipped")  # of a result: tests and texts
 
 def load_tests(loader: unittest.TestLoader, tests: unittest.TestSuite, pattern: str | None) -> unittest.TestSuite:
     """Return every module below this folder; unittest calls this instead of searching the folder itself."""
-    # Larger files first: the last module to start should be a short one.
-    files = sorted(Path(__file__).parent.rglob(pattern or "test*.py"), key=lambda file: -file.stat().st_size)
+    # Whole runs, at the top, and larger files first: the last module to start should be a short one.
+    files = sorted(
+        Path(__file__).parent.rglob(pattern or "test*.py"), key=lambda file: (len(file.parts), -file.stat().st_size)
+    )
     names = [".".join(file.relative_to(ROOT).with_suffix("").parts) for file in files]
     return SideBySide(names, loader.testNamePatterns)
 

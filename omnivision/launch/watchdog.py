@@ -26,6 +26,7 @@ from omnivision.utils.signals import SIGNAL_DEBOUNCE_SECONDS, STOP_SIGNALS, Stop
 GRACE_SECONDS = 25.0  # SLURM kills 30 seconds after SIGTERM
 SECOND_REQUEST_SECONDS = 4.0
 BEAT_SECONDS = 10.0
+KILL_SECONDS = 1.0  # a killed process closes its connections some time before its id is gone
 SUSPECT_BEATS = 2  # heartbeats that are missing when a peer is suspected; SLURM leaves 30 seconds to decide
 HEARTBEAT_TIMEOUT = 300.0  # seconds without a heartbeat when a rank is aborted
 COLLECTIVES = ("/torch/distributed/", "/torch/nn/parallel/")  # torch code that fails only through other ranks
@@ -134,13 +135,15 @@ class PeerMonitor:
         dead.append(f"rank {self.rank} was {self.stop.phase}")
         return PeerLostError("; ".join(dead), one_is_gone)
 
-    def wait_for_dead_peers(self) -> PeerLostError | None:
-        """Poll `find_dead_peers` until peers are dead or proven alive.
+    def wait_for_dead_peers(self, seconds: float | None = None) -> PeerLostError | None:
+        """Poll `find_dead_peers` for `seconds`, by default until peers are dead or proven alive.
 
         On this machine the process id proves it, elsewhere a heartbeat.
         """
-        here = all(self._read_beat(rank)[0].get("machine") == host_id() for rank in self.watched)
-        deadline = time.monotonic() + (1.0 if here else SUSPECT_BEATS * self.seconds)
+        if seconds is None:
+            here = all(self._read_beat(rank)[0].get("machine") == host_id() for rank in self.watched)
+            seconds = KILL_SECONDS if here else SUSPECT_BEATS * self.seconds
+        deadline = time.monotonic() + seconds
         while not (dead := self.find_dead_peers()) and time.monotonic() < deadline:
             time.sleep(0.1)
         return dead
@@ -191,10 +194,10 @@ def as_peer_lost(error: BaseException, peers: PeerMonitor | None) -> BaseExcepti
     file = frames[-1].filename if frames else ""
     is_collective = isinstance(error, dist.DistError) or any(part in file for part in COLLECTIVES)
     lost = None
-    if peers is not None and "/torch/autograd/" in file:
-        lost = peers.wait_for_dead_peers()
+    if peers is not None and (is_collective or "/torch/autograd/" in file):
+        lost = peers.wait_for_dead_peers(KILL_SECONDS if is_collective else None)
     elif peers is not None:
-        lost = peers.find_dead_peers(may_leave=not is_collective)
+        lost = peers.find_dead_peers(may_leave=True)
     if lost is None and is_collective:
         lost = PeerLostError(f"another rank is gone without recording a reason ({error})", gone=True)
     if lost is None:
