@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from omnivision.config.messages import suggest
 from omnivision.config.schema import GROUPS, setting_hints
 from omnivision.utils.errors import UserError
+from omnivision.utils.streams import plural
 
 MAX_RUNS = 10_000  # of a sweep
 HELP = """\
@@ -191,6 +192,6 @@ def check_distinct_run_dirs(configs: Sequence[DictConfig]) -> None:
     folders = {str(Path(str(folder)).resolve()) for folder in given}
     if None not in given and len(folders) < len(given):  # validation reports a missing one
         raise UserError(
-            f"{key} must differ for the {len(given)} runs of a sweep, got {len(folders)} folders. Put what is swept into its "
-            "name, e.g. 'launcher.experiment_log_dir=runs/lr_${lr_scale_factor}'."
+            f"{key} must differ for the {len(given)} runs of a sweep, got {plural(len(folders), 'folder')}. Put what is swept "
+            "into its name, e.g. 'launcher.experiment_log_dir=runs/lr_${lr_scale_factor}'."
         )

@@ -34,7 +34,7 @@ def start_lines(settings: Settings, trainer: Trainer, reports: Sequence[LoadRepo
     device = torch.cuda.get_device_name(dist.device) if dist.device.type == "cuda" else dist.device.type
     precision = str(trainer.amp_dtype or torch.float32).removeprefix("torch.")
     total = sum(p.numel() for p in parameters)
-    several = f", {dist.world_size} processes, {trainer.settings.distributed.strategy}" if dist.world_size > 1 else ""
+    several = f", {dist.world_size} ranks, {trainer.settings.distributed.strategy}" if dist.world_size > 1 else ""
     starts = ", ".join(f"{each.path}" + (f" ({each.checkpoint})" if each.checkpoint else "") for each in reports)
     if trainer.global_step:
         starts = describe_resumed(state)

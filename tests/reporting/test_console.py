@@ -46,7 +46,7 @@ class Windows(Folder):
     def test_long_lines_are_wrapped_at_spaces_on_a_terminal(self):
         text = (
             "Weights from /data/a_path/that/is/almost/as/long/as/a/window.pt (epoch 12, top-1 85.714 %)\n"
-            "device       cpu, float32, 2 processes, ddp, and more [bold] that does not fit beside it in a narrow window"
+            "device       cpu, float32, 2 ranks, ddp, and more [bold] that does not fit beside it in a narrow window"
         )
         for stream, width in ((io.StringIO(), 60), *((Terminal(), width) for width in WIDTHS)):
             with mock.patch.dict(os.environ, COLUMNS=str(width), TERM="xterm"), contextlib.redirect_stdout(stream):
