@@ -39,9 +39,7 @@ class Typed(unittest.TestCase):
     """A folder like a checkout, with clips of one's own and data of the demo's names."""
 
     def setUp(self):
-        temporary = tempfile.TemporaryDirectory()
-        self.addCleanup(temporary.cleanup)
-        self.folder = Path(temporary.name)
+        self.folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
         for folder in ("config", "omnivision"):
             shutil.copytree(ROOT / folder, self.folder / folder, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "train_app_submitit.py", self.folder)

@@ -17,9 +17,7 @@ TWO, EXACT = "launcher.gpus_per_node=2", "trainer.distributed.comms_dtype=null"
 class Stage1(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
-        temporary = tempfile.TemporaryDirectory()
-        cls.addClassCleanup(temporary.cleanup)
-        cls.folder = Path(temporary.name)
+        cls.folder = Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
         cls.data = runs.write_split(cls.folder, runs.real_videos() * 8)  # 24 samples: 3 steps an epoch
         cls.whole = cls.folder / "whole"
         cls.result = runs.run(cls.whole, *cls.data, "trainer.logging.pictures_every_epochs=1")

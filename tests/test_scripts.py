@@ -43,9 +43,7 @@ class OnPath(unittest.TestCase):
     """`self.call` runs a script in an empty folder of its own."""
 
     def setUp(self):
-        temporary = tempfile.TemporaryDirectory()
-        self.addCleanup(temporary.cleanup)
-        self.folder = Path(temporary.name)
+        self.folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
         self.python_folder = Path(sys.executable).parent
 
     def call(

@@ -93,9 +93,7 @@ def resolve(node: Any, problems: dict[str, str], references: set[str], group: st
             values[str(name)] = resolve(node[name], problems, references, key)
         except OmegaConfBaseException as error:
             problems[key] = f"cannot be resolved: {str(error).splitlines()[0]}."
-            if isinstance(
-                error, InterpolationKeyError
-            ):  # drop an unknown reference; an invalid target is reported itself
+            if isinstance(error, InterpolationKeyError):  # no such setting; an invalid one is reported itself
                 continue
         if OmegaConf.is_interpolation(node, name):
             references.add(key)

@@ -66,7 +66,7 @@ def read_class_names(file: str, setting: str) -> list[str]:
         if not name or name in names[: line - 1]:
             what = f"repeats {name!r}" if name else "is empty"
             raise UserError(
-                f"{setting}: line {line} of {file} {what}; each class needs a name of its own, that of class 0 first. Correct "
+                f"{setting}: line {line} of {file} {what}; each class needs its own name, that of class 0 first. Correct "
                 "the file."
             )
     return names

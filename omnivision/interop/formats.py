@@ -310,8 +310,8 @@ class _KeyMapper:
         """Drop a head that reads the first token (it follows `norm`, not `fc_norm`); fill in an absent last norm; convert a
         decoder to one of ours with the same outputs, or drop it where there is none.
 
-        Their decoder projects tokens, W x, and then adds a mask token and positions of its own width; ours adds both before
-        the projection. W has more columns than rows, so what they are before it can be solved for.
+        Their decoder projects tokens, W x, and then adds a mask token and positions of the decoder's width; ours adds both
+        before the projection. W has more columns than rows, so what they are before it can be solved for.
         """
         origins = [name for names in self.origin.values() for name in names]
         if not any(name.startswith("fc_norm.") for name in origins):

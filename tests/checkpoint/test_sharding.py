@@ -30,9 +30,7 @@ FSDP = "trainer.distributed.strategy=fsdp"
 class Runs(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
-        temporary = tempfile.TemporaryDirectory()
-        cls.addClassCleanup(temporary.cleanup)
-        cls.folder = Path(temporary.name)
+        cls.folder = Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
         cls.data = [
             *runs.write_split(cls.folder, runs.real_videos() * 16),  # 48 samples
             f"epochs={EPOCHS}", "batch_size=16", "trainer.ema_decay=0.9", "trainer.optim.gradient_clip=0.05",

@@ -63,9 +63,7 @@ class RaisesLater(nn.Module):
 class Case(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
-        temporary = tempfile.TemporaryDirectory()
-        cls.addClassCleanup(temporary.cleanup)
-        cls.folder = Path(temporary.name)
+        cls.folder = Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
         for name, text in MODULES.items():
             (cls.folder / f"{name}.py").write_text(text)
             cls.addClassCleanup(sys.modules.pop, name, None)

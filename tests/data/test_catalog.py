@@ -18,9 +18,7 @@ from tests.checkpoint.test_checkpoint import Canary
 
 class Folder(unittest.TestCase):
     def setUp(self):
-        temporary = tempfile.TemporaryDirectory()
-        self.addCleanup(temporary.cleanup)
-        self.folder = Path(temporary.name)
+        self.folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
 
     def save(self, name: str, array: object) -> str:
         np.save(self.folder / name, np.array(array))

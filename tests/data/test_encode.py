@@ -33,9 +33,7 @@ def _decode(path: Path) -> tuple[NDArray[np.uint8], list[int], Fraction]:
 
 class WriteVideo(unittest.TestCase):
     def setUp(self) -> None:
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.folder = Path(folder.name)
+        self.folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
         self.path = self.folder / "video.mp4"
 
     def test_comes_back_nearly_as_it_was(self) -> None:

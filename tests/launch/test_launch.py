@@ -26,9 +26,7 @@ class Runs(unittest.TestCase):
     """Runs as a user starts them, and what is done to their processes."""
 
     def setUp(self):
-        temporary = tempfile.TemporaryDirectory()
-        self.addCleanup(temporary.cleanup)
-        self.folder = Path(temporary.name)
+        self.folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
         self.run_dir = self.folder / "run"
         self.data = runs.write_split(self.folder, runs.real_videos() * 4)
 

@@ -66,9 +66,7 @@ class Requests(unittest.TestCase):
 
 class Heartbeats(unittest.TestCase):
     def setUp(self):
-        temporary = tempfile.TemporaryDirectory()
-        self.addCleanup(temporary.cleanup)
-        self.folder = Path(temporary.name)
+        self.folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
 
     def peers(self, rank: int, world: int = 3, timeout: float = 40.0, calls: list | None = None) -> PeerMonitor:
         stop = StopSignal()

@@ -70,9 +70,7 @@ def tensorboard(run_folder: Path) -> EventAccumulator:
 class Metrics(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
-        temporary = tempfile.TemporaryDirectory()
-        cls.addClassCleanup(temporary.cleanup)
-        cls.folder = Path(temporary.name)
+        cls.folder = Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
         split = runs.write_split(cls.folder, [runs.real_videos()[0]] * 16)
         options = [*split, "trainer.logging.also=[wandb,mlflow]", "trainer.logging.peak_tflops=0.5", "clip_duration=0.9",
                    "trainer.logging.pictures_every_epochs=1", "trainer.checkpoint.allow_changes=true"]  # fmt: skip

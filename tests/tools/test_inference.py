@@ -32,9 +32,7 @@ class Trained(unittest.TestCase):
 
     @classmethod
     def setUpClass(cls):
-        temporary = tempfile.TemporaryDirectory()
-        cls.addClassCleanup(temporary.cleanup)
-        cls.folder = Path(temporary.name)
+        cls.folder = Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
         cls.ft, cls.mae = cls.folder / "ft", cls.folder / "mae"
         (cls.folder / "names.txt").write_text("\n".join(NAMES))
         videos = stages.write_videos(cls.folder / "videos", 6)

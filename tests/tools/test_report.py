@@ -48,9 +48,7 @@ def write_run(folder: Path, top1: float = 50.0, **facts: object) -> Path:
 
 class Folder(unittest.TestCase):
     def setUp(self):
-        temporary = tempfile.TemporaryDirectory()
-        self.addCleanup(temporary.cleanup)
-        self.folder = Path(temporary.name)
+        self.folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
 
     def report(self, *runs: Path) -> str:
         code, out, self.errors = call_command("report", *runs, "--out", self.folder / "report.html")

@@ -11,9 +11,7 @@ from tests.runs import call_command
 
 class Runs(unittest.TestCase):
     def setUp(self):
-        temporary = tempfile.TemporaryDirectory()
-        self.addCleanup(temporary.cleanup)
-        self.folder = Path(temporary.name)
+        self.folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
 
     def write(self, name: str, started: float, **facts: object) -> None:
         (self.folder / name).mkdir(parents=True)

@@ -30,9 +30,7 @@ STOPS = "This run would stop before its first step:\n- "
 class Dry(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
-        temporary = tempfile.TemporaryDirectory()
-        cls.addClassCleanup(temporary.cleanup)
-        cls.folder = Path(temporary.name)
+        cls.folder = Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
         videos = stages.write_videos(cls.folder / "videos", 6)
         splits = [stages.write_split(cls.folder, "ucf101", which, videos) for which in ("train", "val")]
         cls.data = [override for split in splits for override in split]

@@ -54,9 +54,7 @@ class OnVideos(unittest.TestCase):
 
     @classmethod
     def setUpClass(cls):
-        temporary = tempfile.TemporaryDirectory()
-        cls.addClassCleanup(temporary.cleanup)
-        cls.folder = Path(temporary.name)
+        cls.folder = Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
         cls.videos = stages.write_videos(cls.folder / "videos", 14)
         cls.data = cls.split("ucf101", cls.videos, cls.videos[:7])
 

@@ -154,9 +154,7 @@ class Waits(TorchDispatchMode):
 
 class Loop(unittest.TestCase):
     def setUp(self):
-        temporary = tempfile.TemporaryDirectory()
-        self.addCleanup(temporary.cleanup)
-        self.folder = Path(temporary.name)
+        self.folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
 
     def make(self, name: str, **options: Any) -> Trainer:
         made = trainer(self.folder / name, **options)
