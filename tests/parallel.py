@@ -1,4 +1,4 @@
-"""Test modules side by side, one process for each of up to eight processors, when unittest discovers all of them.
+"""Test modules side by side, in a process more than there are processors (up to eight), when unittest discovers all of them.
 
 A module that is named (`python -m unittest tests.models.test_mae`) runs in the calling process, so that breakpoints work.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PROCESSES = min(len(os.sched_getaffinity(0)), 8)
+PROCESSES = min(len(os.sched_getaffinity(0)) + 1, 8)  # many tests wait for runs of their own
 LISTS = ("failures", "errors", "skipped")  # of a result: tests and texts
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from omnivision.config.schema import Settings
 from omnivision.launch.watchdog import GRACE_SECONDS, PeerMonitor, Watchdog, as_peer_lost, write_stacks
-from omnivision.reporting.run_directory import QUEUED_STATUSES, RunDir, slurm_job_id, slurm_restart_count
+from omnivision.reporting.run_directory import QUEUED_STATUSES, RunDir
 from omnivision.utils.errors import (
     EXIT_FAULT,
     EXIT_SIGINT,
@@ -26,6 +26,7 @@ from omnivision.utils.errors import (
     is_out_of_memory,
     oom_message,
 )
+from omnivision.utils.host import slurm_job_id, slurm_restart_count
 from omnivision.utils.io import write_atomically
 from omnivision.utils.signals import StopSignal, kill_data_workers, signals_ignored
 

@@ -20,8 +20,9 @@ from typing import Any
 from omnivision.launch import slurm
 from omnivision.launch.exit import END_FILE_SECONDS, first_failure, read_end_files
 from omnivision.reporting.logs import read_lines
-from omnivision.reporting.run_directory import QUEUED_STATUSES, RunDir, slurm_restart_count
+from omnivision.reporting.run_directory import QUEUED_STATUSES, RunDir
 from omnivision.utils.errors import PeerLostError, StopRequested, UserError
+from omnivision.utils.host import slurm_restart_count
 from omnivision.utils.io import append_line
 from omnivision.utils.signals import TIME_LIMIT
 

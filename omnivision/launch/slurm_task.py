@@ -16,7 +16,7 @@ from omnivision.launch import slurm
 from omnivision.launch.job import Job
 from omnivision.launch.run import run_rank
 from omnivision.launch.slurm_jobs import SUBMISSION_FOLDER, JobLog, read_submission
-from omnivision.reporting.run_directory import slurm_job_id, slurm_restart_count
+from omnivision.utils.host import slurm_job_id, slurm_restart_count
 from omnivision.utils.io import write_atomically
 
 PORTS_PER_JOB = 13  # one for each start, so that a port left open by the start before is no obstacle

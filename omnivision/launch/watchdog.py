@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from omnivision.reporting.run_directory import host_id, process_start
 from omnivision.utils.errors import PeerLostError, StopRequested, is_out_of_memory
+from omnivision.utils.host import host_id, process_start
 from omnivision.utils.signals import SIGNAL_DEBOUNCE_SECONDS, STOP_SIGNALS, StopSignal, seconds_to_exit
 
 GRACE_SECONDS = 25.0  # SLURM kills 30 seconds after SIGTERM

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from omnivision.config.schema import RuleSettings
 from omnivision.distributed.fsdp import distribute_like, local_tensor
-from omnivision.optim.schedules import Schedule
+from omnivision.optim.schedules import Scaled, Schedule, peak
 from omnivision.utils.errors import UserError, truncate_list
 
 
@@ -62,6 +62,24 @@ def parameter_groups(
             groups[key] = ParamGroup([], own, scale)
         groups[key].names.append(name)
     return list(groups.values())
+
+
+def scale_learning_rates(
+    rules: Sequence[RuleSettings], schedules: Sequence[Schedule], lr: float | None, lr_scale_factor: float
+) -> list[Schedule]:
+    """Divide the schedules of the learning rate by `lr_scale_factor`; with `lr`, scale that of the default rule to peak there.
+
+    Raises UserError for a schedule without a positive value.
+    """
+    if lr is None:
+        return [Scaled(schedule, 1 / lr_scale_factor) for schedule in schedules]
+    defaults = [schedule for rule, schedule in zip(rules, schedules, strict=True) if is_default(rule)]
+    highest = peak([*defaults, *schedules][0])
+    if highest <= 0:
+        raise UserError(
+            f"trainer.optim.options.lr must rise above 0 to be scaled to lr, got {highest:g} at most. Set lr=null."
+        )
+    return [Scaled(schedule, lr / highest) for schedule in schedules]
 
 
 def is_default(rule: RuleSettings) -> bool:

@@ -26,8 +26,14 @@ from omnivision.data.loader import LoaderConfig, TrainData, ValData
 from omnivision.data.sampling import EpochPlan, SourcePlan
 from omnivision.distributed.process_group import Dist, RankInfo
 from omnivision.models.patches import token_grid
-from omnivision.optim.groups import ParamGroup, ScheduledOptimizer, is_default, layer_decay_scales, parameter_groups
-from omnivision.optim.schedules import Scaled, Schedule, peak
+from omnivision.optim.groups import (
+    ParamGroup,
+    ScheduledOptimizer,
+    layer_decay_scales,
+    parameter_groups,
+    scale_learning_rates,
+)
+from omnivision.optim.schedules import Schedule
 from omnivision.reporting.logs import BadSampleLedger
 from omnivision.reporting.reporter import Reporter
 from omnivision.reporting.run_directory import RunDir
@@ -249,7 +255,7 @@ def peak_clips_per_second(settings: Settings, device: torch.device) -> float | N
 
 
 def build_groups(settings: Settings, model: nn.Module) -> list[ParamGroup]:
-    """Group parameters; lr is scaled as a whole: by 1/lr_scale_factor, or to peak `lr`."""
+    """Group parameters; each group has the schedules of its options."""
     optim = settings.trainer.optim
     schedules = {
         option: [
@@ -259,9 +265,7 @@ def build_groups(settings: Settings, model: nn.Module) -> list[ParamGroup]:
         for option, rules in optim.options.items()
     }
     if rates := schedules.get("lr"):
-        defaults = [rate for rule, rate in zip(optim.options["lr"], rates, strict=True) if is_default(rule)]
-        by = 1 / optim.lr_scale_factor if settings.lr is None else settings.lr / _peak_rate([*defaults, *rates][0])
-        schedules["lr"] = [Scaled(rate, by) for rate in rates]
+        schedules["lr"] = scale_learning_rates(optim.options["lr"], rates, settings.lr, optim.lr_scale_factor)
     scales = layer_decay_scales(model, optim.layer_decay) if optim.layer_decay is not None else None
     groups = parameter_groups(model, optim.options, schedules, scales)
     if without := [name for group in groups if "lr" not in group.schedules for name in group.names]:
@@ -278,16 +282,6 @@ def build_schedule(target: InstantiateConfig, where: str) -> Schedule:
     if wrong := [value for value in (schedule(i / 200) for i in range(201)) if not 0 <= value < math.inf]:
         raise UserError(f"{where} must have values >= 0 and finite, got {wrong[0]:g}.")
     return schedule
-
-
-def _peak_rate(schedule: Schedule) -> float:
-    """Return the highest learning rate of a recipe's schedule."""
-    highest = peak(schedule)
-    if highest <= 0:
-        raise UserError(
-            f"trainer.optim.options.lr must rise above 0 to be scaled to lr, got {highest:g} at most. Set lr=null."
-        )
-    return highest
 
 
 def build_optimizer(settings: Settings, model: nn.Module) -> ScheduledOptimizer:

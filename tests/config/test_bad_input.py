@@ -13,7 +13,7 @@ from unittest import mock
 import numpy as np
 
 from omnivision.reporting.logs import BadSampleLedger
-from omnivision.reporting.run_directory import host_id
+from omnivision.utils.host import host_id
 from tests import runs
 from tests import stage_runs as stages
 
