@@ -243,7 +243,7 @@ def dependency_problem(dependency: str | None, queue: Mapping[str, slurm.QueueEn
         array = f"{wanted.removesuffix('_*')}_"
         states = {job: state for job, state in queue.items() if job == wanted or job.startswith(array)}
         if not states and not slurm.show_job(wanted):
-            return f"SLURM does not know job {wanted} (it forgets jobs some minutes after their end)"
+            return f"SLURM does not know job {wanted} (it forgets jobs some minutes after their end), or did not answer"
         for job_id, state in states.items():
             submission = find_submission(state.command, job_id)
             summary = {} if submission is None else submission.run_dir.read_summary()

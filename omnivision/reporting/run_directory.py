@@ -166,10 +166,17 @@ class RunDir:
     # ---- summary --------------------------------------------------------------------------------------------------
 
     def read_summary(self) -> dict[str, Any]:
-        """Return `summary.json`; empty without one, and for a file that a run has not written."""
+        """Return `summary.json`; empty if it cannot be read, or was not written by a run."""
+        try:
+            return self._load_summary()
+        except OSError:
+            return {}
+
+    def _load_summary(self) -> dict[str, Any]:
+        """Raise OSError when the file exists and cannot be read."""
         try:
             summary = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):  # the next write replaces it
+        except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):  # the next write replaces it
             return {}
         fits = isinstance(summary, dict) and all(
             isinstance(summary.get(name), (kind, type(None))) for name, kind in SUMMARY_TYPES.items()
@@ -182,9 +189,12 @@ class RunDir:
         return None if job_id is None else str(job_id)
 
     def write_summary(self, **facts: Any) -> None:
-        """Update entries of `summary.json`; non-finite numbers become null. A process that lost the lock writes nothing."""
+        """Update entries of `summary.json`; non-finite numbers become null. A process that lost the lock writes nothing.
+
+        Raises OSError when the file cannot be read: without its entries it would be replaced by `facts` alone.
+        """
         if not self.lock_lost():
-            self.replace_summary(self.read_summary() | facts)
+            self.replace_summary(self._load_summary() | facts)
 
     def replace_summary(self, summary: dict[str, Any]) -> None:
         """Write `summary.json`; remove it if it is empty."""

@@ -224,7 +224,7 @@ def freeze(model: nn.Module, patterns: list[str]) -> None:
 def build_task(settings: Settings) -> Any:
     task = build_with_labels(settings, settings.trainer.task, "trainer.task")
     for name, earlier in (("epoch_metrics", "epoch_figures"), ("visualize", "pictures")):
-        if not hasattr(task, name) and hasattr(task, earlier):  # a user's class that was written for an earlier release
+        if hasattr(task, earlier):  # a user's class that was written for an earlier release
             setattr(task, name, getattr(task, earlier))
     return task
 

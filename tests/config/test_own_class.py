@@ -18,6 +18,7 @@ from omnivision.launch.exit import exit_code_and_reason, print_error
 from omnivision.models import architecture
 from omnivision.models.classifier import VideoClassifier
 from omnivision.models.vit import VisionTransformer
+from omnivision.tasks.base import Task
 from omnivision.tools import main
 from omnivision.training import build
 from omnivision.utils.errors import EXIT_FAULT, UserError, is_out_of_memory
@@ -168,7 +169,7 @@ class Building(Case):
                 self.assertIn(each, str(caught.exception))
 
 
-class EarlierTask:
+class EarlierTask(Task):
     """A user's task written for an earlier release: two of its methods had other names."""
 
     def epoch_figures(self, model):

@@ -13,6 +13,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from unittest import mock
 
+import omnivision.launch
 from omnivision.config.schema import Settings
 from omnivision.config.validate import validate_config
 from omnivision.distributed.process_group import RankInfo
@@ -114,6 +115,16 @@ class Ranks(unittest.TestCase):
         every = [port for own in ports.values() for port in own]
         self.assertEqual(len(set(every)), len(every))
         self.assertTrue(10_000 <= min(every) and max(every) <= 29_499, "none that systems hand out")
+
+    def test_a_job_that_an_earlier_version_submitted_runs(self):
+        """Its pickle calls `omnivision.launch.run_slurm_task`, under submitit's signal handlers."""
+        self.addCleanup(signal.signal, signal.SIGUSR2, signal.signal(signal.SIGUSR2, signal.SIG_IGN))
+        with mock.patch.object(slurm_task, "run_slurm_task", side_effect=(0, 71)) as run:
+            omnivision.launch.run_slurm_task("epochs: 1\n", "a")
+            self.assertEqual(signal.getsignal(signal.SIGUSR2), signal.SIG_DFL)
+            with self.assertRaises(SystemExit) as ended:
+                omnivision.launch.run_slurm_task("epochs: 1\n", "a")
+        self.assertEqual((ended.exception.code, run.call_args.args), (71, ("epochs: 1\n", "a")))
 
 
 class Ends(Folder):

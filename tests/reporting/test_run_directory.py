@@ -42,6 +42,14 @@ class Summary(Folder):
                 self.run_dir.write_summary(status="finished")
                 self.assertEqual(self.run_dir.read_summary(), {"status": "finished", "loss": None})
 
+    def test_a_summary_that_cannot_be_read_is_not_replaced(self):
+        self.run_dir.write_summary(status="running", run={"epochs": 3})
+        with mock.patch.object(Path, "read_text", side_effect=OSError(116, "Stale file handle")):
+            self.assertEqual(self.run_dir.read_summary(), {})
+            with self.assertRaises(OSError):
+                self.run_dir.write_summary(status="finished")
+        self.assertEqual(self.run_dir.read_summary()["run"], {"epochs": 3})
+
     def test_a_killed_run_is_noted_unless_it_ended_or_another_one_is_alive(self):
         for before, locked, interrupted, after in (
             ("finished", False, False, "finished"), ("running", True, False, "running"),

@@ -7,6 +7,8 @@ cd "$(dirname "$0")/../.."
 DEMO=${DEMO:-demo}
 DATA=${DATA:-$DEMO/data}
 start_time=$(date +%s)
+# glibc keeps freed memory instead of returning it to the kernel: steps on a CPU take a sixth less (docs/performance.md).
+export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=34359738368
 
 # stage NAME EXPERIMENT RECIPE START DESCRIPTION [overrides]: one run in $DEMO/NAME, starting from other run directories or null.
 stage() {
