@@ -6,6 +6,7 @@ import subprocess
 import threading
 import time
 import unittest
+from pathlib import Path
 from unittest import mock
 
 from omnivision.reporting.run_directory import RunDir, host_id, process_start
