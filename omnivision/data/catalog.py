@@ -233,7 +233,7 @@ def _check_labels(labels: np.ndarray, file: str, dataset: Dataset) -> None:
     low, high, classes = int(labels.min()), int(labels.max()), dataset.num_classes
     if low < IGNORED_LABEL or (classes is not None and high >= classes):
         advice = f"Correct the labels, or set datasets.{dataset.name}.num_classes."
-        if classes is not None and start_at_one(labels, classes):
+        if classes is not None and labels_start_at_one(labels, classes):
             advice = f"They start at 1. Shift those of all splits: {shift_command(file)}"
         most = "or more" if classes is None else f"to {classes - 1}"
         raise UserError(
@@ -241,13 +241,13 @@ def _check_labels(labels: np.ndarray, file: str, dataset: Dataset) -> None:
         )
 
 
-def start_at_one(labels: np.ndarray, num_classes: int | None) -> bool:
+def labels_start_at_one(labels: np.ndarray, num_classes: int | None) -> bool:
     """Return whether labels are 1 .. num_classes, not 0 .. num_classes - 1; of an unknown number, whether the least is 1."""
     used = labels[labels > IGNORED_LABEL]
     return bool(used.size) and used.min() == 1 and num_classes in (None, used.max())
 
 
-def is_shifted(labels: Iterable[int], others: Iterable[int]) -> bool:
+def labels_off_by_one(labels: Iterable[int], others: Iterable[int]) -> bool:
     """Return whether labels of one split start at 1 and those of another at 0, with as many values between least and most."""
     one, other = ({label for label in split if label > IGNORED_LABEL} for split in (labels, others))
     if not one or not other:

@@ -18,14 +18,14 @@ from torch import Tensor
 
 from omnivision.checkpoint import fingerprint
 from omnivision.checkpoint.state_dict_file import CONFIG, METADATA, StateDictFile
-from omnivision.interop.formats import EPSILON, ConvertedCheckpoint
+from omnivision.interop.formats import LAYER_NORM_EPS, ConvertedCheckpoint
 from omnivision.interop.infer_architecture import position_tables
-from omnivision.interop.merge import check_finite, random_clip
+from omnivision.interop.merge import random_clip, require_finite_outputs
 from omnivision.models.architecture import Architecture, from_architecture
 from omnivision.utils.errors import UserError
 from omnivision.utils.io import replace_atomically, run_name, sync_folder, write_atomically
 
-FORMAT = 1
+EXPORT_FORMAT = 1
 # In double precision equal models differ by 1e-13, and a wrong tensor by far more than this.
 ATOL = 1e-5
 # The usual effect on scores of the other epsilon of the last norm. It is larger where features hardly vary.
@@ -73,7 +73,7 @@ def write_file(out: Path, to: str, model: ConvertedCheckpoint, metadata: Mapping
     suffixes = (".safetensors",) if to == "safetensors" else (".pt", ".pth")
     if out.suffix not in suffixes:
         raise UserError(f"OUT must end in {suffixes[0]}, got {out}: the suffix tells how to read the file.")
-    rest = {"format": FORMAT, "architecture": model.architecture, **metadata}
+    rest = {"format": EXPORT_FORMAT, "architecture": model.architecture, **metadata}
     with _writing(out):
         with replace_atomically(out) as file:
             if to == "safetensors":
@@ -145,14 +145,14 @@ def verify(folder: Path, state: Mapping[str, Tensor], architecture: Architecture
     )
     theirs.double().eval()
     ours = model(clip, head) if has_classes else model.trunk.norm(model.trunk(clip))
-    check_finite(ours)
+    require_finite_outputs(ours)
 
     def difference() -> float:
         return float((theirs(clip.transpose(1, 2))[0] - ours).abs().max())
 
     as_is = found = difference()
     if has_classes:
-        theirs.fc_norm.eps = EPSILON
+        theirs.fc_norm.eps = LAYER_NORM_EPS
         found = difference()
     if not found <= ATOL:
         raise UserError(

@@ -91,13 +91,13 @@ RENAMES: dict[str, dict[str, str]] = {
     },
 }
 _VIDEOMAE_DECODER_HEADS = {192: 3, 384: 6, 512: 8, 640: 8}  # of published ones, by width
-DECODER = ("trunk.decoder.", "trunk.mask_token", "heads.0.projector.")
+DECODER_PREFIXES = ("trunk.decoder.", "trunk.mask_token", "heads.0.projector.")
 _DECODER_PARTS = """
     trunk.patch_embed.proj.1.weight trunk.decoder.decoder_embed.weight trunk.decoder.decoder_blocks.0.mlp.fc1.weight
     heads.0.projector.weight trunk.decoder.norm.weight trunk.mask_token
 """.split()
 
-EPSILON = 1e-6  # of every LayerNorm here
+LAYER_NORM_EPS = 1e-6  # of every LayerNorm here
 HF_EPSILON = 1e-12  # of the LayerNorms there, unless the configuration says another
 HF_CONFIG_KEYS = {"hidden_size": "width", "num_hidden_layers": "depth", "num_attention_heads": "heads"}
 HF_CONFIG_KEYS |= {name: name for name in ("num_frames", "image_size")}
@@ -152,7 +152,7 @@ def list_by_reason(fate: str, reasons: Mapping[str, str]) -> list[str]:
     ]
 
 
-def convert(
+def convert_file(
     source: StateDictFile, format: str = "auto", overrides: ArchOverrides | None = None
 ) -> tuple[ConvertedCheckpoint, str]:
     """Return the model of a file in our names, and the format of the file.
@@ -174,7 +174,7 @@ def convert(
 
 
 def recognize(names: Collection[str], choice: str = "auto") -> str:
-    """Return the format, a key of RENAMES, that all `names` belong to; `choice` (as in `convert`) allows one alone.
+    """Return the format, a key of RENAMES, that all `names` belong to; `choice` (as in `convert_file`) allows one alone.
 
     Raises UserError, with the nearest format and the first names unknown to it, when there is none.
     """
@@ -194,7 +194,7 @@ def recognize(names: Collection[str], choice: str = "auto") -> str:
     )
 
 
-def class_names(config: Mapping[str, Any]) -> list[str] | None:
+def hf_class_names(config: Mapping[str, Any]) -> list[str] | None:
     """Return the class names in a `config.json`, by label; None where there are only transformers' placeholders."""
     labels = config.get("id2label")
     names: list[Any] = [labels.get(str(label)) for label in range(len(labels))] if isinstance(labels, Mapping) else []
@@ -230,9 +230,9 @@ def convert_state_dict(
         raise UserError(
             f"The weights are not of one complete model: {problem:.400}. Save the whole state dict."
         ) from None
-    epsilon = in_file.get("layer_norm_eps", HF_EPSILON if in_file else EPSILON)
-    if epsilon != EPSILON:
-        converted.assumed.append(f"LayerNorm epsilon {EPSILON:g} (theirs: {str(epsilon)[:20]})")
+    epsilon = in_file.get("layer_norm_eps", HF_EPSILON if in_file else LAYER_NORM_EPS)
+    if epsilon != LAYER_NORM_EPS:
+        converted.assumed.append(f"LayerNorm epsilon {LAYER_NORM_EPS:g} (theirs: {str(epsilon)[:20]})")
     return converted
 
 
@@ -321,10 +321,10 @@ class _KeyMapper:
             bias = self.state["trunk.patch_embed.proj.1.bias"]
             self.fill("trunk.norm.weight", torch.ones_like(bias), "this encoder ends before it")
             self.fill("trunk.norm.bias", torch.zeros_like(bias), "this encoder ends before it")
-        if not any(name.startswith(DECODER) for name in self.state):
+        if not any(name.startswith(DECODER_PREFIXES) for name in self.state):
             return
         if why := self._decoder_problem():
-            return self.drop(DECODER, why)
+            return self.drop(DECODER_PREFIXES, why)
         projection, token = self.state["trunk.decoder.decoder_embed.weight"], self.state["trunk.mask_token"]
         solved = _unproject(token.reshape(1, -1), projection).to(token.dtype)
         self.fill("trunk.mask_token", solved, "mask_token, before the projection")

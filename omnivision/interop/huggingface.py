@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from omnivision.interop.formats import DECODER, EPSILON, HF_CONFIG_KEYS, RENAMES, pattern
+from omnivision.interop.formats import DECODER_PREFIXES, HF_CONFIG_KEYS, LAYER_NORM_EPS, RENAMES, pattern
 from omnivision.interop.infer_architecture import position_tables
 from omnivision.models.architecture import Architecture
 from omnivision.models.patches import IMAGENET_MEAN, IMAGENET_STD
@@ -55,7 +55,7 @@ def to_hf(
     if _rounded_positions(state, architecture):
         dropped["trunk.pos_embed"] = "rounded to 16 bits; the table there is not"
     for name, tensor in state.items():
-        if name.startswith(DECODER):
+        if name.startswith(DECODER_PREFIXES):
             dropped[name] = "its decoder adds positions after its projection, ours before"
         elif name.startswith("trunk.depth_patch_embed."):
             dropped[name] = "no place there: colors alone"
@@ -111,7 +111,7 @@ def _hf_config(architecture: Architecture, state: Mapping[str, Tensor], names: S
         "hidden_act": "gelu",
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
-        "layer_norm_eps": EPSILON,
+        "layer_norm_eps": LAYER_NORM_EPS,
         "qkv_bias": True,
         "use_mean_pooling": bool(names),
         "torch_dtype": str(state["classifier.weight" if names else "layernorm.weight"].dtype).removeprefix("torch."),

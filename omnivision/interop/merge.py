@@ -101,7 +101,7 @@ def merge(file: StateDictFile, paths: Sequence[str] | None = None) -> Merged:
     one.load_state_dict(average.merged())
     clip, heads = random_clip(single), range(len(single["classes"]))
     scores = torch.cat([average.eval()(clip, head) for head in heads], 1)
-    check_finite(scores)
+    require_finite_outputs(scores)
     difference = float((torch.cat([one.eval()(clip, head) for head in heads], 1) - scores).abs().max())
     if not difference <= ATOL:
         raise UserError(
@@ -119,7 +119,7 @@ def random_clip(architecture: Architecture) -> Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(0))
 
 
-def check_finite(*outputs: Tensor) -> None:
+def require_finite_outputs(*outputs: Tensor) -> None:
     """Raise UserError for a model whose outputs are not finite."""
     if not all(output.isfinite().all() for output in outputs):
         raise UserError(

@@ -111,7 +111,7 @@ class ExitHandler:
         """Run a block whose exceptions become an exit code; the run directory is unlocked afterwards."""
         with self.stop.handle_signals(ignore_after=self.job_log is not None), self._watchdog.watching():
             try:
-                self.stop.raise_if_requested()
+                self.stop.raise_on_signal()
                 yield
             except (Exception, KeyboardInterrupt, StopRequested) as error:
                 with signals_ignored():

@@ -23,7 +23,7 @@ from omnivision.launch.watchdog import HEARTBEAT_TIMEOUT, PeerMonitor
 from omnivision.reporting.reporter import Reporter
 from omnivision.reporting.run_directory import STALE_SECONDS, RunDir
 from omnivision.training import build
-from omnivision.training.initial_weights import restore
+from omnivision.training.initial_weights import load_initial_weights
 from omnivision.training.preflight import check_device
 from omnivision.training.run_messages import end_lines, run_metadata, start_lines, validation_lines
 from omnivision.training.trainer import Trainer
@@ -91,7 +91,7 @@ def load_weights(job: Job, dist: Dist, trainer: Trainer, reporter: Reporter, han
     run_dir, job_log, validating = handler.run_dir, handler.job_log, handler.validating
     newest = dist.all_gather_object(checkpointer.stat_latest(run_dir.checkpoints))[0]
     checkpointer.wait_until_visible(newest, run_dir.checkpoints)
-    reports = dist.run_on_all(lambda: restore(job.settings, trainer))
+    reports = dist.run_on_all(lambda: load_initial_weights(job.settings, trainer))
     if reports and dist.is_main:
         loaded = [asdict(report) for report in reports]
         write_atomically(run_dir.logs / "pretrained.json", json.dumps(loaded, indent=1) + "\n")
@@ -105,7 +105,7 @@ def load_weights(job: Job, dist: Dist, trainer: Trainer, reporter: Reporter, han
         write_run_metadata(job, run_dir, trainer, on_cluster=job_log is not None)
         if validating or not trainer.is_done:
             reporter.info("\n".join(start_lines(job.settings, trainer, reports)))
-    handler.stop.defer()
+    handler.stop.record_only()
 
 
 def write_run_metadata(job: Job, run_dir: RunDir, trainer: Trainer, on_cluster: bool) -> None:

@@ -59,7 +59,7 @@ def submit(jobs: Sequence[Job]) -> int:
     stop = StopSignal()
     with contextlib.ExitStack() as stack:
         stack.enter_context(stop.handle_signals())
-        stop.raise_if_requested()
+        stop.raise_on_signal()
         # The same command given twice at once: the second one waits here, and then finds the first one's job.
         for locked in sorted(
             {folder.resolve() for folder in (logs, *(job.run_dir.path / SUBMISSION_FOLDER for job in wanted))}
@@ -68,7 +68,7 @@ def submit(jobs: Sequence[Job]) -> int:
         queue = slurm.squeue()
         if wanted := [job for job in wanted if not is_queued(job, queue)]:
             check_submission(wanted, queue)
-            sbatch(wanted, logs)
+            submit_or_roll_back(wanted, logs)
     return 0
 
 
@@ -80,7 +80,7 @@ def submit_dir(folders: Sequence[Path]) -> Path:
     ) / SUBMISSION_FOLDER
 
 
-def sbatch(jobs: Sequence[Job], logs: Path) -> None:
+def submit_or_roll_back(jobs: Sequence[Job], logs: Path) -> None:
     """Submit jobs, several as one array, and print a line for each.
 
     On any failure, Ctrl-C and signals included, the submission is rolled back and a job that SLURM took is cancelled. Raises

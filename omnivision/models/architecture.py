@@ -16,8 +16,8 @@ from omnivision.models.mae import Decoder, DecoderConfig, MaskedAutoencoder
 from omnivision.models.vit import VisionTransformer
 from omnivision.utils.errors import UserError, is_out_of_memory
 
-TRUNK = ("width", "depth", "heads", "mlp_ratio", "num_frames", "image_size", "tubelet", "rgbd")
-DECODER = ("width", "depth", "heads", "attention")
+TRUNK_ARGUMENTS = ("width", "depth", "heads", "mlp_ratio", "num_frames", "image_size", "tubelet", "rgbd")
+DECODER_ARGUMENTS = ("width", "depth", "heads", "attention")
 KINDS = ("autoencoder", "classifier", "average")
 
 Architecture = dict[str, Any]
@@ -31,7 +31,7 @@ def architecture_of(model: nn.Module) -> Architecture:
         return {
             "kind": "autoencoder",
             "trunk": model.trunk.architecture,
-            "decoder": {key: getattr(decoder, key) for key in DECODER},
+            "decoder": {key: getattr(decoder, key) for key in DECODER_ARGUMENTS},
         }
     if isinstance(model, VideoClassifier):
         classes = [head[0].out_features for head in model.heads]  # type: ignore[index]
@@ -56,10 +56,10 @@ def from_architecture(architecture: Architecture, where: str) -> nn.Module:
     """Build the model, randomly initialized. Raises UserError naming `where` for a description that cannot be one."""
     try:
         numbers = {"rgbd": False} | architecture["trunk"]
-        trunk = VisionTransformer(**{key: numbers[key] for key in TRUNK})
+        trunk = VisionTransformer(**{key: numbers[key] for key in TRUNK_ARGUMENTS})
         if architecture["kind"] == "autoencoder":
             numbers = {"attention": "self"} | architecture["decoder"]
-            return MaskedAutoencoder(trunk, cast(DecoderConfig, {key: numbers[key] for key in DECODER}))
+            return MaskedAutoencoder(trunk, cast(DecoderConfig, {key: numbers[key] for key in DECODER_ARGUMENTS}))
         if architecture["kind"] == "classifier":
             return VideoClassifier(trunk, architecture["classes"])
         if architecture["kind"] == "average":
@@ -71,6 +71,6 @@ def from_architecture(architecture: Architecture, where: str) -> nn.Module:
             raise
         raise UserError(
             f"{where} does not describe a model ({type(error).__name__}: {error}). It must have kind, trunk "
-            f"({', '.join(TRUNK)}) and the entries of its kind."
+            f"({', '.join(TRUNK_ARGUMENTS)}) and the entries of its kind."
         ) from error
     raise UserError(f"{where}: kind must be one of {', '.join(KINDS)}, got {architecture['kind']!r}.")

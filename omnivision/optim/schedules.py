@@ -15,7 +15,7 @@ from pydantic import Field
 from omnivision.utils.errors import UserError
 
 Schedule = Callable[[float], float]
-EPSILON = 1e-6  # a boundary between phases belongs to the later one, in spite of rounding
+BOUNDARY_TOLERANCE = 1e-6  # a boundary between phases belongs to the later one, in spite of rounding
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class SequentialSchedule:
 
     def __call__(self, progress: float) -> float:
         phase, start = 0, 0.0
-        while phase < len(self.shares) - 1 and progress + EPSILON > start + self.shares[phase]:
+        while phase < len(self.shares) - 1 and progress + BOUNDARY_TOLERANCE > start + self.shares[phase]:
             start += self.shares[phase]
             phase += 1
         return self.schedules[phase]((progress - start) / self.shares[phase])

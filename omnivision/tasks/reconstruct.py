@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -12,6 +10,7 @@ from omnivision.data.batch import Batch
 from omnivision.models.mae import (
     MaePrediction,
     MaskedAutoencoder,
+    TargetNorm,
     patch_statistics,
     reconstruction_loss,
     reconstruction_target,
@@ -31,7 +30,7 @@ class Reconstruct(Task):
         norm: how targets are normalized: by "channel" (the recipe), by "patch", or "none".
     """
 
-    def __init__(self, tubelet: tuple[int, int, int], norm: Literal["channel", "patch", "none"] = "channel") -> None:
+    def __init__(self, tubelet: tuple[int, int, int], norm: TargetNorm = "channel") -> None:
         self.tubelet, self.norm = (tubelet[0], tubelet[1], tubelet[2]), norm
         self.loss = self._loss
 

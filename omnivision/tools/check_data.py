@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import numpy as np
 from cyclopts import Parameter
 
-from omnivision.data.catalog import IGNORED_LABEL, resolve_prefix, shift_command, start_at_one
+from omnivision.data.catalog import IGNORED_LABEL, labels_start_at_one, resolve_prefix, shift_command
 from omnivision.data.sampling import Segment, clip_window, sample_duration, uniform_clip_starts
 from omnivision.data.video import FrameFolder, VideoDecodeError, VideoFile, open_video
 from omnivision.tools.arguments import Flag, FramePattern, FrameRate, Segments, Workers, at_least, resolve_fps
@@ -123,7 +123,7 @@ def check_data(
             sample.update(start=start, end=end)
         write_json(settings.json, {"summary": summary, "samples": samples})
     lines = _report(paths, checks, summary)
-    if labels is not None and start_at_one(labels, settings.num_classes):
+    if labels is not None and labels_start_at_one(labels, settings.num_classes):
         lines.append(
             "class 0 has no sample, and labels must start at 0. If they start at 1, shift those of all splits: "
             f"{shift_command(str(labels_file))}"

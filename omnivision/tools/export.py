@@ -10,7 +10,7 @@ from omnivision.data.catalog import read_class_names
 from omnivision.interop import export
 from omnivision.interop.formats import ConvertedCheckpoint, list_by_reason
 from omnivision.interop.huggingface import preprocessor_config, to_hf
-from omnivision.tools.video_model import convert
+from omnivision.tools.video_model import complete_model
 from omnivision.tools.weights import ExportOptions
 from omnivision.utils.errors import UserError
 
@@ -51,7 +51,7 @@ def _load(source: StateDictFile, options: ExportOptions) -> ConvertedCheckpoint:
             f"--merge is for a learned average of checkpoints, no model without them; {source.path} is of kind {kind}. "
             f"{'Leave --merge out' if options.merge else 'Add --merge'}."
         )
-    model, lines = convert(source, options.weights, options.sources)
+    model, lines = complete_model(source, options.weights, options.sources)
     if model.assumed:
         raise UserError(
             f"{source.path} lacks a part of its architecture ({', '.join(model.assumed)} would be usual). Convert it first: "

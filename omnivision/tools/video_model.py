@@ -172,14 +172,14 @@ def load(source: str | Path, device: str = "cpu", trust_targets: Sequence[str] =
     print(f"Model from {file}", file=sys.stderr)  # which checkpoint of the run it is
     if file.own_class is not None:
         return _load_own_class(file, file.own_class, trust_targets, device)
-    converted, _ = convert(file)
+    converted, _ = complete_model(file)
     model = architecture.from_architecture(converted.architecture, str(file.path))
     model.load_state_dict(converted.state)
     config = file.inference.numbered(converted.architecture.get("classes", []))
     return VideoModel(model, file.path, config, device)
 
 
-def convert(
+def complete_model(
     file: StateDictFile, weights: Literal["model", "ema"] | None = None, sources: Sequence[str] | None = None
 ) -> tuple[ConvertedCheckpoint, list[str]]:
     """Return the whole model of a file of ours, and lines about the sources if it is a learned average, which is merged.

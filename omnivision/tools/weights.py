@@ -44,14 +44,14 @@ def import_weights(
     from omnivision.checkpoint.inference_config import InferenceConfig
     from omnivision.checkpoint.state_dict_file import read_weights
     from omnivision.interop.export import check_target, origin, write_file
-    from omnivision.interop.formats import class_names, convert
+    from omnivision.interop.formats import convert_file, hf_class_names
     from omnivision.interop.infer_architecture import ArchOverrides
 
     file = read_weights(source)
     check_target(out, file, force)
-    converted, recognized = convert(file, format, ArchOverrides(num_heads, num_frames, image_size, decoder_heads))
+    converted, recognized = convert_file(file, format, ArchOverrides(num_heads, num_frames, image_size, decoder_heads))
     inference = file.inference
-    names = class_names(file.config) if recognized == "hf" else None
+    names = hf_class_names(file.config) if recognized == "hf" else None
     if names and converted.architecture.get("classes") == [len(names)]:
         inference = InferenceConfig(class_names=[names])
     metadata: dict[str, Any] = {"origin": origin(file, recognized)} | file.progress

@@ -6,7 +6,7 @@ import fnmatch
 import math
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,23 +39,13 @@ from omnivision.reporting.reporter import Reporter
 from omnivision.reporting.run_directory import RunDir
 from omnivision.training import flops
 from omnivision.training.trainer import RunContext, Trainer, resolve_amp_dtype
-from omnivision.utils.errors import UserError, is_out_of_memory
+from omnivision.utils.errors import UserError, collect_problems, is_out_of_memory
 from omnivision.utils.signals import StopSignal
 
-Result = TypeVar("Result")
 Splits = tuple[list[Split], list[Split]]  # for training, for validation
 
 
-def collect_errors(problems: list[str], action: Callable[..., Result], *arguments: Any) -> Result | None:
-    """Call a function; return its result, or None after adding the problems of a UserError to `problems`."""
-    try:
-        return action(*arguments)
-    except UserError as error:
-        problems.extend(error.problems)
-        return None
-
-
-def build(target: InstantiateConfig, where: str, partial: bool = False, **more: Any) -> Any:
+def instantiate_target(target: InstantiateConfig, where: str, partial: bool = False, **more: Any) -> Any:
     """Instantiate a `_target_` with `more` arguments; with `partial` return a function that does.
 
     Raises UserError for a class that cannot be imported or built, whatever its code raises.
@@ -100,7 +90,7 @@ def open_splits(settings: Settings) -> Splits:
     wanted = [(dataset, "train") for dataset in datasets if config.mode != "val"]
     wanted += [(dataset, "val") for dataset in datasets if validates and dataset.val is not None]
     problems: list[str] = []
-    opened = [split for each in wanted if (split := collect_errors(problems, Split, *each)) is not None]
+    opened = [split for each in wanted if (split := collect_problems(problems, Split, *each)) is not None]
     for split in opened:
         if not has_decoder(config.model) and not split.has_labels():
             problems.append(
@@ -141,7 +131,7 @@ def build_label_sets(settings: Settings) -> LabelSets:
     return label_sets(datasets_of(settings), settings.trainer.data.share_head)
 
 
-def class_names(settings: Settings) -> list[list[str]]:
+def class_names_by_head(settings: Settings) -> list[list[str]]:
     """Return the names of the classes of each head, from the first source that names them all; none for a model without heads.
 
     Raises UserError for sources of one head that name its classes differently: their labels would mean different classes.
@@ -172,7 +162,7 @@ def inference_config(settings: Settings) -> InferenceConfig:
     """Return the settings of evaluation that `omnivision.load` needs."""
     return InferenceConfig(
         clip_duration=settings.trainer.data.clip_duration,
-        class_names=class_names(settings),
+        class_names=class_names_by_head(settings),
         average="softmax" if settings.trainer.task.get("average") == "softmax" else "logits",
     )
 
@@ -184,7 +174,7 @@ def build_with_labels(settings: Settings, target: InstantiateConfig, where: str)
         "classes": lambda: build_label_sets(settings).classes,
         "labels": lambda: build_label_sets(settings),
     }
-    return build(target, where, **{name: get() for name, get in given.items() if name in wanted})
+    return instantiate_target(target, where, **{name: get() for name, get in given.items() if name in wanted})
 
 
 def build_model(settings: Settings, device: str = "cpu") -> nn.Module:
@@ -229,14 +219,14 @@ def build_task(settings: Settings) -> Any:
     return task
 
 
-def clip_cost(settings: Settings, model: nn.Module) -> flops.ClipFlops | None:
+def measure_clip_cost(settings: Settings, model: nn.Module) -> flops.ClipFlops | None:
     """Return the cost of a training step for one clip; `model` is on the meta device. None for user classes that fail there."""
     data = settings.trainer.data
     clip = clip_config(settings, data, "trainer.data", data.num_frames, training=True)
     mask = None if clip.mask is None else clip.mask(clip.grid, np.random.default_rng(0))
     shape = data.num_frames, settings.image_size, settings.image_size
     try:
-        return flops.clip_cost(build_task(settings), model, shape, mask, next(iter(data.sources)))
+        return flops.count_clip_flops(build_task(settings), model, shape, mask, next(iter(data.sources)))
     except Exception:
         if settings.trainer.trust_targets:
             return None
@@ -250,7 +240,7 @@ def peak_clips_per_second(settings: Settings, device: torch.device) -> float | N
     if peak_flops is None or settings.images is not None:
         return None
     meta = meta_model(settings)
-    cost = None if meta is None else clip_cost(settings, meta)
+    cost = None if meta is None else measure_clip_cost(settings, meta)
     return None if cost is None else peak_flops / cost.step_flops
 
 
@@ -278,14 +268,14 @@ def build_groups(settings: Settings, model: nn.Module) -> list[ParamGroup]:
 
 def build_schedule(target: InstantiateConfig, where: str) -> Schedule:
     """Raise UserError for a schedule with values that are negative or not finite."""
-    schedule: Schedule = build(target, where)
+    schedule: Schedule = instantiate_target(target, where)
     if wrong := [value for value in (schedule(i / 200) for i in range(201)) if not 0 <= value < math.inf]:
         raise UserError(f"{where} must have values >= 0 and finite, got {wrong[0]:g}.")
     return schedule
 
 
 def build_optimizer(settings: Settings, model: nn.Module) -> ScheduledOptimizer:
-    make = build(settings.trainer.optim.optimizer, "trainer.optim.optimizer", partial=True)
+    make = instantiate_target(settings.trainer.optim.optimizer, "trainer.optim.optimizer", partial=True)
     return ScheduledOptimizer(model, build_groups(settings, model), make)
 
 
@@ -318,7 +308,7 @@ def clip_config(
     """Return views, frames and mask of the samples of one kind of source."""
     size, tubelet = settings.image_size, tuple(settings.trainer.model["trunk"]["tubelet"])
     grid = token_grid((max(num_frames, tubelet[0]), size, size), tubelet)
-    mask = None if data.mask is None else build(data.mask, f"{where}.mask")
+    mask = None if data.mask is None else instantiate_target(data.mask, f"{where}.mask")
     if mask is not None:
         drawn, tokens = [np.asarray(mask(grid, np.random.default_rng(seed))) for seed in range(2)], math.prod(grid)
         hidden = {int(each.sum()) for each in drawn}
@@ -328,8 +318,8 @@ def clip_config(
                 f"{drawn[0].dtype} {drawn[0].shape}, {sorted(hidden)} of {tokens} hidden. Set mask_ratio or {where}.mask."
             )
     if training:
-        return ClipConfig(build(data.view, f"{where}.view"), data.views_per_clip, num_frames, grid, mask)
-    view = build(data.val_view, f"{where}.val_view")
+        return ClipConfig(instantiate_target(data.view, f"{where}.view"), data.views_per_clip, num_frames, grid, mask)
+    view = instantiate_target(data.val_view, f"{where}.val_view")
     clips = data.val_clips if isinstance(data, DataSettings) else 1
     return ClipConfig(view, getattr(view, "crops", 1), num_frames, grid, mask, clips)
 

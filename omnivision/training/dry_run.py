@@ -1,7 +1,7 @@
 """`trainer.mode=dry`: problems that would stop a run, and a summary of it.
 
-The checks are those of a run: `preflight.check_run`, and `restore` with a model on the meta device, which compares weights and
-checkpoints by name and shape.
+The checks are those of a run: `preflight.check_run`, and `load_initial_weights` with a model on the meta device, which compares
+weights and checkpoints by name and shape.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from omnivision.optim.groups import ScheduledOptimizer
 from omnivision.reporting.reporter import Reporter
 from omnivision.reporting.run_directory import RunDir
 from omnivision.training import build, preflight
-from omnivision.training.initial_weights import restore
+from omnivision.training.initial_weights import load_initial_weights
 from omnivision.training.run_messages import describe_resumed
 from omnivision.training.trainer import Trainer
-from omnivision.utils.errors import EXIT_USER
+from omnivision.utils.errors import EXIT_USER, collect_problems
 from omnivision.utils.io import LATEST, replace_atomically
 from omnivision.utils.signals import StopSignal
 from omnivision.utils.streams import plural, print_text
@@ -39,22 +39,22 @@ def dry_run(settings: Settings, config_text: str, *checks: Callable[[Settings], 
     """Print problems that would stop the run, then a summary. Return the exit code, 1 if there is a problem."""
     settings = settings.with_trainer(mode="train")
     run_dir = RunDir(settings.launcher.experiment_log_dir, settings.trainer.checkpoint.save_dir)
-    problems, cautions, splits = preflight.check_run(settings, *checks, lambda _: check_machine(settings, run_dir))
+    problems, warning_lines, splits = preflight.check_run(settings, *checks, lambda _: check_machine(settings, run_dir))
     output, lines = io.StringIO(), []
     with warnings.catch_warnings(action="ignore"):  # torch says that the meta device takes no values
-        trainer = build.collect_errors(problems, meta_trainer, settings, config_text, run_dir, splits, output)
+        trainer = collect_problems(problems, meta_trainer, settings, config_text, run_dir, splits, output)
         if trainer is not None and not preflight.awaits_dependency(settings):
-            build.collect_errors(problems, restore, settings, trainer)
+            collect_problems(problems, load_initial_weights, settings, trainer)
     if trainer is not None:
         image = run_dir.path / "dry.png"
         try:
-            draw(settings, trainer.optimizer, image)
+            draw_schedules(settings, trainer.optimizer, image)
         except OSError as error:
             problems.append(f"{image} cannot be written: {error.strerror}. Set launcher.experiment_log_dir.")
         lines = [*describe(settings, trainer, splits), f"curves       {image}", *output.getvalue().splitlines()]
     if problems:  # the checks overlap
         print("\n- ".join(["This run would stop before its first step:", *dict.fromkeys(problems)]), end="\n\n")
-    for warning in cautions:
+    for warning in warning_lines:
         print(f"warning: {warning}")
     print_text("\n".join(lines))
     return EXIT_USER if problems else 0
@@ -95,7 +95,7 @@ def describe(settings: Settings, trainer: Trainer, splits: build.Splits) -> list
     else:
         held = sum(n for name, n in parameters.items() if name.startswith("trunk.") and ".decoder." not in name)
         trunk = f"{held / 1e6:.2f} M of them in the trunk"
-    views, cost = settings.trainer.data.views_per_clip, build.collect_errors([], build.clip_cost, settings, model)
+    views, cost = settings.trainer.data.views_per_clip, collect_problems([], build.measure_clip_cost, settings, model)
     operations = "unknown: your model or task does not run on the meta device"
     if cost is not None:
         forward, step = cost.forward_flops / 1e9, cost.step_flops / 1e9
@@ -103,13 +103,14 @@ def describe(settings: Settings, trainer: Trainer, splits: build.Splits) -> list
     # Half precision about halves activations.
     clips = settings.clips_per_rank / settings.trainer.optim.accumulation_steps
     kept = (cost.activation_bytes if cost else 0) * clips * (0.5 if settings.trainer.optim.amp.enabled else 1)
+    held_bytes = format_bytes(preflight.memory_per_rank(settings, model))
     lines = [
         f"model        {type(model).__name__}: {sum(parameters.values()) / 1e6:.2f} M parameters, {trunk}",
         f"operations   {operations}",
         f"batch        {settings.clips_per_step} clips a step = {settings.clips_per_step // views} videos x {views} views, "
         f"over {plural(settings.world_size, 'rank')}",
-        f"memory       {size(preflight.memory_per_rank(settings, model))} a rank for weights, gradients and AdamW, about "
-        f"{size(kept)} for activations; a checkpoint takes {size(preflight.checkpoint_bytes(settings, model))}",
+        f"memory       {held_bytes} a rank for weights, gradients and AdamW, about {format_bytes(kept)} for "
+        f"activations; a checkpoint takes {format_bytes(preflight.checkpoint_bytes(settings, model))}",
         f"sources      {', '.join(settings.trainer.data.sources)}",
         *data_lines(settings, trainer, splits),
         *weights_lines(settings, trainer),
@@ -147,7 +148,7 @@ def weights_lines(settings: Settings, trainer: Trainer) -> Iterator[str]:
         yield f"weights      random initialization{frozen}"
     else:
         for each in [pretrained] if isinstance(pretrained, str) else pretrained:
-            if file := build.collect_errors([], state_dict_file.resolve_checkpoint, each):
+            if file := collect_problems([], state_dict_file.resolve_checkpoint, each):
                 yield f"weights      from {file}, {file.stat().st_size / 1e6:.1f} MB"
 
 
@@ -165,12 +166,12 @@ def group_lines(optimizer: ScheduledOptimizer, parameters: dict[str, int]) -> It
         yield f"  {number}: {len(group.names)} tensors, {count / 1e6:.{digits}f} M parameters; {'; '.join(texts)}"
 
 
-def size(count: float) -> str:
+def format_bytes(count: float) -> str:
     """Format bytes in MB or GB."""
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
-def draw(settings: Settings, optimizer: ScheduledOptimizer, file: Path) -> None:
+def draw_schedules(settings: Settings, optimizer: ScheduledOptimizer, file: Path) -> None:
     """Draw each option over the run, one curve for groups that share it; learning rates with the scales of layer decay."""
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg

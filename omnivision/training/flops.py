@@ -78,7 +78,7 @@ class ClipFlops:
     activation_bytes: int
 
 
-def clip_cost(
+def count_clip_flops(
     task: Task, model: nn.Module, shape: tuple[int, int, int], mask: np.ndarray | None, source: str
 ) -> ClipFlops:
     """Count the operations of a training step for one clip; frozen parts have no backward pass.

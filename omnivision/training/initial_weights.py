@@ -23,7 +23,7 @@ from omnivision.utils.errors import UserError
 POS_EMBED = "trunk.pos_embed"
 
 
-def restore(settings: Settings, trainer: Trainer) -> list[LoadReport]:
+def load_initial_weights(settings: Settings, trainer: Trainer) -> list[LoadReport]:
     """Resume if the run directory has a checkpoint, else load pretrained weights; returns a report for each of their files.
 
     Raises UserError if weights do not fit, and if there is nothing to validate.
@@ -33,7 +33,7 @@ def restore(settings: Settings, trainer: Trainer) -> list[LoadReport]:
         trainer.run.averaged_checkpoints = averaged = load_averaged_checkpoints(settings, trainer.raw_model)
     for report in averaged:
         info(f"Averages {report.path} (SHA-256 {report.sha256[:12]}...)")
-    if trainer.load_checkpoint(build.class_names(settings)):
+    if trainer.load_checkpoint(build.class_names_by_head(settings)):
         return []
     validates = settings.trainer.mode == "val"
     if validates and (averaged or settings.pretrained_checkpoint_path is None):
@@ -64,7 +64,7 @@ def load_pretrained(settings: Settings, model: nn.Module) -> list[LoadReport]:
         [weights] = read_several([pretrained])
     if weights.architecture.get("kind") == "average":  # as the one model that it is
         weights = merge(weights).file
-    report = load_filtered(model, weights, settings.trainer.checkpoint, build.class_names(settings))
+    report = load_filtered(model, weights, settings.trainer.checkpoint, build.class_names_by_head(settings))
     if settings.trainer.mode == "val" and (lacking := [name for name in report.missing if name.startswith("heads.")]):
         raise UserError(
             f"trainer.mode=val evaluates {report.path}, but its heads were not loaded ({lacking[0]}). Expected a checkpoint of "

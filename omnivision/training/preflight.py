@@ -13,12 +13,12 @@ from torch import nn
 from omnivision.checkpoint.state_dict_file import resolve_checkpoint
 from omnivision.config.cross_validate import has_decoder
 from omnivision.config.schema import Settings
-from omnivision.data.catalog import Split, is_shifted
+from omnivision.data.catalog import Split, labels_off_by_one
 from omnivision.data.frames import SeveralSeriesError, read_image
 from omnivision.data.sampling import EpochPlan, sample_duration
 from omnivision.data.video import VideoDecodeError, open_video
 from omnivision.training import build
-from omnivision.utils.errors import UserError, truncate_list
+from omnivision.utils.errors import UserError, collect_problems, truncate_list
 from omnivision.utils.io import BEST, LATEST, PREVIOUS, SHARDS_PREFIX
 
 NUM_PROBED_FILES = 16  # of each split: whether they exist
@@ -31,17 +31,17 @@ def check_run(settings: Settings, *more: Callable[[Settings], object]) -> tuple[
     """Check everything that can be checked before a run starts, and `more`; return problems, warnings and opened splits."""
     problems: list[str] = []
     warnings: list[str] = []
-    train, val = build.collect_errors(problems, build.open_splits, settings) or ([], [])
-    plan = build.collect_errors(problems, build.epoch_plan, settings, train) if train else None
+    train, val = collect_problems(problems, build.open_splits, settings) or ([], [])
+    plan = collect_problems(problems, build.epoch_plan, settings, train) if train else None
     for split in train + val:
-        warnings += build.collect_errors(problems, check_samples, settings, split) or []
-    for check in (*more, check_pretrained, build.class_names, build.build_task, build.check_views_and_masks):
-        build.collect_errors(problems, check, settings)
-    model = build.collect_errors(problems, build.meta_model, settings)
+        warnings += collect_problems(problems, probe_samples, settings, split) or []
+    for check in (*more, check_pretrained, build.class_names_by_head, build.build_task, build.check_views_and_masks):
+        collect_problems(problems, check, settings)
+    model = collect_problems(problems, build.meta_model, settings)
     if model is not None:
-        build.collect_errors(problems, build.build_optimizer, settings, model)
+        collect_problems(problems, build.build_optimizer, settings, model)
         if settings.trainer.mode != "val":
-            build.collect_errors(problems, check_disk_space, settings, model)
+            collect_problems(problems, check_disk_space, settings, model)
     warnings += run_warnings(settings, train, val, plan)
     return list(dict.fromkeys(problems)), warnings, (train, val)
 
@@ -63,7 +63,7 @@ def describe_split(split: Split) -> str:
     return f"{split.name}, {split.which}: {len(split)} samples{rate}"
 
 
-def check_samples(settings: Settings, split: Split) -> list[str]:
+def probe_samples(settings: Settings, split: Split) -> list[str]:
     """Check that sampled files of a split exist and, for a new run, open a few; return warnings.
 
     Warns about unreadable files and about clips with fewer frames than num_frames. Raises UserError where no file exists
@@ -133,7 +133,7 @@ def check_pretrained(settings: Settings) -> None:
     pretrained = settings.pretrained_checkpoint_path
     problems: list[str] = []
     for each in [pretrained] if isinstance(pretrained, str) else pretrained or []:
-        build.collect_errors(problems, resolve_checkpoint, each)
+        collect_problems(problems, resolve_checkpoint, each)
     if problems:
         raise UserError.from_problems([f"pretrained_checkpoint_path: {problem}" for problem in problems])
 
@@ -262,7 +262,7 @@ def label_warnings(train: list[Split], val: list[Split]) -> Iterator[str]:
                 + (" Do the labels start at 1? They must start at 0." if missing == [0] else "")
             )
         for other in val:
-            if split.name == other.name and is_shifted(used[split], used[other]):
+            if split.name == other.name and labels_off_by_one(used[split], used[other]):
                 yield (
                     f"{split.name}: labels start at {min(used[split])} in train and at {min(used[other])} in val, so the same "
                     "number may mean different classes. They must start at 0. Set "

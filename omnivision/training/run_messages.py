@@ -39,8 +39,8 @@ def start_lines(settings: Settings, trainer: Trainer, reports: Sequence[LoadRepo
     if trainer.global_step:
         starts = describe_resumed(state)
     lines = [
-        f"model        {type(trainer.raw_model).__name__}, {count(total)} parameters"
-        + (f", {count(trained)} trained" if trainer.train_data is not None else ""),
+        f"model        {type(trainer.raw_model).__name__}, {format_count(total)} parameters"
+        + (f", {format_count(trained)} trained" if trainer.train_data is not None else ""),
         f"device       {device}, {precision}{several}",
         *(f"data         {describe_split(split)}" for split in splits),
     ]
@@ -98,7 +98,7 @@ def end_lines(trainer: Trainer) -> list[str]:
     return lines
 
 
-def count(parameters: int) -> str:
+def format_count(parameters: int) -> str:
     return f"{parameters / 1e6:.2f} M" if parameters >= 1e5 else str(parameters)
 
 

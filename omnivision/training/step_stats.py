@@ -263,7 +263,7 @@ def check_loss_scale(scaler: torch.amp.GradScaler, step: int) -> None:
         )
 
 
-def check_finite(model: nn.Module, dist: Dist, step: int) -> None:
+def require_finite_weights(model: nn.Module, dist: Dist, step: int) -> None:
     """Raise NonFiniteError, on all ranks, for weights that are not finite; they must not replace a good checkpoint."""
     nonfinite = torch.stack([~local_tensor(parameter).isfinite().all() for parameter in model.parameters()])
     if any(ranks := dist.all_gather_object(int(nonfinite.sum()))):

@@ -47,9 +47,9 @@ from omnivision.training.step_stats import (
     Step,
     StepStats,
     ThroughputMeter,
-    check_finite,
     check_loss_scale,
     is_due,
+    require_finite_weights,
 )
 from omnivision.utils.errors import StopRequested, UserError
 from omnivision.utils.io import BEST, LATEST, CorruptCheckpointError
@@ -353,7 +353,7 @@ class Trainer:
         """
         dist, run_dir, stop = self.run.dist, self.run.run_dir, self.run.stop
         stop.set_phase("saving", self.global_step)
-        check_finite(self.raw_model, dist, self.global_step)
+        require_finite_weights(self.raw_model, dist, self.global_step)
         self.state.count_seconds()
         start = time.monotonic()
         dist.run_on_main(run_dir.require_lock)

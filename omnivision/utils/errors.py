@@ -2,7 +2,8 @@
 
 import errno
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 EXIT_USER = 1
 EXIT_FAULT = 70  # EX_SOFTWARE of sysexits.h
@@ -11,6 +12,8 @@ EXIT_SIGHUP = 128 + 1
 EXIT_SIGINT = 128 + 2
 EXIT_SIGUSR2 = 128 + 12  # also at the time limit, which SLURM announces by this signal
 EXIT_SIGTERM = 128 + 15
+
+Result = TypeVar("Result")
 
 
 class UserError(ValueError):
@@ -33,6 +36,15 @@ class UserError(ValueError):
         error = cls("\n- ".join([f"{len(problems)} problems:", *problems]) if several else problems[0])
         error.problems = problems
         return error
+
+
+def collect_problems(problems: list[str], action: Callable[..., Result], *arguments: Any) -> Result | None:
+    """Call a function; return its result, or None after adding the problems of a UserError to `problems`."""
+    try:
+        return action(*arguments)
+    except UserError as error:
+        problems.extend(error.problems)
+        return None
 
 
 def truncate_list(items: Sequence[object], count: int = 5) -> str:

@@ -44,7 +44,7 @@ class StopSignal:
         self.phase = "starting"  # of the main thread, for the report of a hang
         self._max_reserved = 0.0
         self._past_deadline = False
-        self._on_signal: Literal["note", "raise", "defer", "ignore"] = "note"
+        self._on_signal: Literal["startup", "raise", "record", "ignore"] = "startup"
         self._first_term = 0.0
 
     @property
@@ -90,7 +90,7 @@ class StopSignal:
 
     @contextlib.contextmanager
     def handle_signals(self, ignore_after: bool = False) -> Iterator[None]:
-        """Record signals; raise only after `raise_if_requested`. Does nothing outside of the main thread.
+        """Record signals; raise only after `raise_on_signal`. Does nothing outside of the main thread.
 
         Afterwards the earlier handlers are back, or with `ignore_after` signals are ignored, so that a process that is about to
         exit keeps its exit code.
@@ -98,21 +98,21 @@ class StopSignal:
         with _handlers(self._receive, STOP_SIGNALS, signal.SIG_IGN if ignore_after else None):
             yield
 
-    def raise_if_requested(self) -> None:
+    def raise_on_signal(self) -> None:
         """From now on a signal raises StopRequested, once; a recorded one raises now."""
-        if self._on_signal == "note":
+        if self._on_signal == "startup":
             self._on_signal = "raise"
             if self.signals:
                 self._stop()
 
-    def defer(self) -> None:
+    def record_only(self) -> None:
         """Only record signals (the caller polls `cause`); a second SIGTERM still raises.
 
         Raises StopRequested when a signal has come already.
         """
         if self.cause is not None:
             raise StopRequested(self.cause)
-        self._on_signal = "defer"
+        self._on_signal = "record"
 
     def _receive(self, number: int, frame: Any) -> None:
         again = signal.SIGTERM in self.signals and time.monotonic() - self._first_term > SIGNAL_DEBOUNCE_SECONDS
@@ -120,7 +120,7 @@ class StopSignal:
         if number == signal.SIGTERM and signal.SIGTERM not in self.signals:
             self._first_term = time.monotonic()
         self.signals.append(number)
-        if self._on_signal == "raise" or (self._on_signal == "defer" and second_term):
+        if self._on_signal == "raise" or (self._on_signal == "record" and second_term):
             self._stop()
 
     def _stop(self) -> None:

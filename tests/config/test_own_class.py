@@ -164,7 +164,7 @@ class Building(Case):
             ("ownmodels.Tiny", {"classes": [3], "depth": 2}, "'depth'"),
         ):
             with self.subTest(target), self.assertRaises(UserError) as caught:
-                build.build({"_target_": target}, "trainer.model", **more)
+                build.instantiate_target({"_target_": target}, "trainer.model", **more)
             for each in ("trainer.model", part):
                 self.assertIn(each, str(caught.exception))
 

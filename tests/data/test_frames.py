@@ -284,9 +284,9 @@ class Series(Folder):
         trainer = SimpleNamespace(data=data, checkpoint=checkpoint)
         settings = SimpleNamespace(trainer=trainer, submitit=SimpleNamespace(use_cluster=False))
         with self.assertRaisesRegex(UserError, r"datasets\.d\.frame_pattern"):
-            preflight.check_samples(settings, Split(self.dataset("paths.npy"), "train"))
+            preflight.probe_samples(settings, Split(self.dataset("paths.npy"), "train"))
         chosen = self.dataset("paths.npy", frame_pattern="img_*.png")
-        preflight.check_samples(settings, Split(chosen, "train"))
+        preflight.probe_samples(settings, Split(chosen, "train"))
 
     def test_the_assumed_rate_is_named(self):
         self.assertRegex(preflight.describe_split(Split(self.dataset("one.npy", fps=12.5), "train")), r"12\.5.*d\.fps")

@@ -20,7 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from omnivision.checkpoint.pretrained import WeightFilter, load_filtered
 from omnivision.checkpoint.state_dict_file import StateDictFile, read_weights, resolve_checkpoint
-from omnivision.interop.formats import ConvertedCheckpoint, convert, convert_state_dict, recognize
+from omnivision.interop.formats import ConvertedCheckpoint, convert_file, convert_state_dict, recognize
 from omnivision.interop.huggingface import preprocessor_config, to_hf
 from omnivision.interop.infer_architecture import ArchOverrides
 from omnivision.models.architecture import architecture_of, from_architecture
@@ -253,7 +253,7 @@ class Formats(WeightsCase):
                 gone = [name for name in theirs if re.search(drop, name)]
                 for name in gone:
                     wanted[name] = torch.zeros_like(theirs.pop(name))
-                imported, format = convert(file_of(theirs), overrides=HERE)
+                imported, format = convert_file(file_of(theirs), overrides=HERE)
                 self.assertEqual((format, set(imported.filled)), ("omnimae", set(gone)))
                 self.assert_equal_states(imported.state, wanted)
                 self.assertEqual(imported.architecture, architecture_of(model))
@@ -263,7 +263,7 @@ class Formats(WeightsCase):
         for model in (autoencoder(), classifier(7, 3), classifier(rgbd=True)):
             state = {f"module.{n}": t for n, t in model.state_dict().items() if "pos_embed" not in n}
             path = self.save({"model": state, "optimizer": {"state": {}}, "epoch": 3, "loss": 0.5, "steps": {}})
-            imported, format = convert(read_weights(path), overrides=HERE)
+            imported, format = convert_file(read_weights(path), overrides=HERE)
             self.assertEqual(format, "ppma")
             self.assert_equal_states(imported.state, model.state_dict())
             self.assertEqual(imported.architecture, architecture_of(model))
@@ -288,7 +288,7 @@ class Formats(WeightsCase):
                 with self.subTest(new=new, path=path.name):
                     self.assert_equal_states(read_weights(path).state, wanted)
         lightning = self.save({"state_dict": changed("^", "model._orig_mod.")})
-        self.assert_equal_states(convert(read_weights(lightning), overrides=HERE)[0].state, wanted)
+        self.assert_equal_states(convert_file(read_weights(lightning), overrides=HERE)[0].state, wanted)
         with self.assertRaisesRegex(UserError, "_orig_mod"):
             read_weights(self.save(wanted | changed("^", "_orig_mod.")))
 
@@ -296,7 +296,7 @@ class Formats(WeightsCase):
         arguments = argparse.Namespace(model="vit", epochs=3)
         for key in ("model", "module"):
             path = self.save({key: original_names(recorded("classification")), "args": arguments, "epoch": 4})
-            self.assertEqual(convert(read_weights(path), overrides=HERE)[1], "videomae")
+            self.assertEqual(convert_file(read_weights(path), overrides=HERE)[1], "videomae")
 
     def test_real_folders(self):
         video = stated(RECORD["input"]).double()
@@ -310,7 +310,7 @@ class Formats(WeightsCase):
             theirs = scrambled(kind(VideoMAEConfig(**CONFIG | changes)))
             folder = self.folder / f"{kind.__name__}{changes}"
             theirs.save_pretrained(folder)
-            imported, format = convert(read_weights(folder))
+            imported, format = convert_file(read_weights(folder))
             self.assertEqual((format, resolve_checkpoint(folder).name), ("hf", "model.safetensors"))
             model, theirs = model_of(imported), theirs.double()
             if kind is VideoMAEForVideoClassification:
@@ -337,7 +337,7 @@ class Formats(WeightsCase):
             torch.save({name: tensor for name, tensor in complete.items() if files[name] == file}, bins / file)
         (bins / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": files}))
         torch.save({}, one / "pytorch_model.bin")  # safetensors are preferred
-        wanted, *others = (convert(read_weights(self.folder / name))[0] for name in ("one", "many", "bin", "bins"))
+        wanted, *others = (convert_file(read_weights(self.folder / name))[0] for name in ("one", "many", "bin", "bins"))
         for other in others:
             self.assert_equal_states(wanted.state, other.state)
             self.assertEqual(wanted.architecture, other.architecture)
@@ -437,7 +437,7 @@ class Geometry(WeightsCase):
             (theirs, {"heads": 3, "num_frames": 4, "image_size": 30}, "30 x 30 pixels.*--image-size"),
         ):
             with self.subTest(message), self.assertRaisesRegex(UserError, message):
-                convert(file_of(state), overrides=ArchOverrides(**given))
+                convert_file(file_of(state), overrides=ArchOverrides(**given))
         with self.assertRaisesRegex(UserError, "trunk.heads is .3. .* 4"):
             from_hf(recorded("classification"), CONFIG, ArchOverrides(heads=4))
 
@@ -521,7 +521,7 @@ class Command(WeightsCase):
 class BadFiles(WeightsCase):
     def refused(self, source: Path | dict, message: str, given: ArchOverrides = HERE, format: str = "auto") -> None:
         with self.subTest(message), self.assertRaisesRegex(UserError, message) as caught:
-            convert(read_weights(source) if isinstance(source, Path) else file_of(source), format, given)
+            convert_file(read_weights(source) if isinstance(source, Path) else file_of(source), format, given)
         self.assertNotIn("\n", str(caught.exception))
 
     def test_names_that_nobody_has(self):
@@ -590,7 +590,7 @@ class BadFiles(WeightsCase):
             self.refused(folder, message, ArchOverrides())
         (folder / "config.json").write_text(json.dumps(CONFIG | {"image_size": [32, 32], "patch_size": [8, 8]}))
         self.assertEqual(
-            convert(read_weights(folder))[0].architecture, from_hf(recorded("classification")).architecture
+            convert_file(read_weights(folder))[0].architecture, from_hf(recorded("classification")).architecture
         )
 
     def test_an_index_that_leads_elsewhere(self):

@@ -668,13 +668,13 @@ class Submissions(Folder):
                 mock.patch.object(slurm, "run_slurm_command") as called,
             ):
                 with self.assertRaisesRegex(kind, words):
-                    submit.sbatch([self.job()], self.logs)
+                    submit.submit_or_roll_back([self.job()], self.logs)
                 called.assert_called_once_with("scancel", "71")
             self.assertEqual((list(self.logs.iterdir()), self.folder.read_summary()), ([], before))
         no_answer = mock.Mock(side_effect=slurm.SlurmError("no answer"))
         with mock.patch.multiple(slurm, sbatch=mock.Mock(side_effect=full), squeue=no_answer):
             with self.assertRaisesRegex(UserError, "squeue"):
-                submit.sbatch([self.job()], self.logs)
+                submit.submit_or_roll_back([self.job()], self.logs)
 
     def test_signals_during_a_submission(self):
         def signalled(*_: object) -> None:
@@ -696,7 +696,7 @@ class Submissions(Folder):
         note_submission = submit.note_submission
         taken = mock.patch.multiple(slurm, sbatch=lambda *_: "71")
         with taken, mock.patch.object(submit, "note_submission", interrupted):
-            submit.sbatch([self.job()], self.logs)
+            submit.submit_or_roll_back([self.job()], self.logs)
         self.assertEqual(self.folder.job_id(), "71", "once SLURM has the job, it is noted")
         files = {"71_submission.sh", "71_config.yaml", "history.jsonl"}
         self.assertLessEqual(files, {file.name for file in self.logs.iterdir()})

@@ -24,16 +24,16 @@ class Signals(unittest.TestCase):
         for number, name, code in ((signal.SIGTERM, "SIGTERM", 143), (signal.SIGUSR2, "SIGUSR2", 140)):
             stop = StopSignal()
             with stop.handle_signals():
-                stop.raise_if_requested()
+                stop.raise_on_signal()
                 with self.assertRaises(StopRequested) as ended:
                     self.send(number)
                 self.assertEqual((ended.exception.cause, ended.exception.exit_code), (name, code))
                 self.send(signal.SIGUSR2, signal.SIGTERM)  # what the process does about the first is not interrupted
-                self.assertRaises(StopRequested, stop.defer)
+                self.assertRaises(StopRequested, stop.record_only)
             stop = StopSignal()
             with stop.handle_signals():
-                stop.raise_if_requested()
-                stop.defer()
+                stop.raise_on_signal()
+                stop.record_only()
                 self.assertIsNone(stop.cause)
                 self.send(number)
                 self.assertEqual(stop.cause, name)
@@ -46,8 +46,8 @@ class Signals(unittest.TestCase):
         ):
             stop = StopSignal()
             with stop.handle_signals(), mock.patch.object(stopping.time, "monotonic") as clock:
-                stop.raise_if_requested()
-                stop.defer()
+                stop.raise_on_signal()
+                stop.record_only()
                 for clock.return_value, number in signals:
                     self.send(number)
                 self.assertEqual(stop.cause, cause)
@@ -60,8 +60,8 @@ class Signals(unittest.TestCase):
         with stop.handle_signals():
             self.send(signal.SIGTERM)
             with self.assertRaisesRegex(StopRequested, "SIGTERM"):
-                stop.raise_if_requested()
-            stop.raise_if_requested()
+                stop.raise_on_signal()
+            stop.raise_on_signal()
 
     def test_what_comes_after_the_end_changes_nothing(self):
         code = (
@@ -84,8 +84,8 @@ class Signals(unittest.TestCase):
         )
         stop = StopSignal()
         with stop.handle_signals():
-            stop.raise_if_requested()
-            stop.defer()
+            stop.raise_on_signal()
+            stop.record_only()
             with signals_blocked():
                 self.send(signal.SIGUSR2)
                 child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -100,7 +100,7 @@ class Signals(unittest.TestCase):
             "from omnivision.utils.signals import StopSignal\n"
             "stop = StopSignal()\n"
             "with stop.handle_signals():\n"
-            "    stop.defer()\n"
+            "    stop.record_only()\n"
             "    os.kill(os.getpid(), signal.SIGHUP)\n"
             "    print(stop.cause, stop.cause and StopRequested(stop.cause).exit_code)"
         )

@@ -52,7 +52,8 @@ class Dry(unittest.TestCase):
             return stages.run_in_process([])
 
     def dry(self, run: str, changes: dict) -> stages.Result:
-        with mock.patch.object(dry, "draw"), mock.patch.object(build, "clip_cost", return_value=None):  # are slow
+        # Both are slow.
+        with mock.patch.object(dry, "draw_schedules"), mock.patch.object(build, "measure_clip_cost", return_value=None):
             return self.start(run, "dry", changes)
 
     def assert_stops(self, key: str, run: str, changes: dict) -> None:
@@ -98,7 +99,7 @@ class Dry(unittest.TestCase):
     def test_the_sources_of_an_average(self):
         sources = f"pretrained_checkpoint_path=[{self.folder}/fits.pt,{self.folder}/fits.pt]"
         average = stages.command("average", self.folder / "average", *self.data, sources, "trainer.mode=dry")
-        with mock.patch.object(dry, "draw"):
+        with mock.patch.object(dry, "draw_schedules"):
             self.assertEqual(stages.run_in_process(average).returncode, 0)
             shown = stages.run_in_process([*average, "trainer.model.trunk.width=48"])
         self.assertEqual(shown.returncode, 1)

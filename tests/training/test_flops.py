@@ -22,7 +22,7 @@ def settings_of(stage: str, *overrides: str):
 
 def cost_of(stage: str, *overrides: str) -> flops.ClipFlops:
     settings = settings_of(stage, *overrides)
-    return build.clip_cost(settings, build.build_model(settings, device="meta"))
+    return build.measure_clip_cost(settings, build.build_model(settings, device="meta"))
 
 
 class Operations(unittest.TestCase):

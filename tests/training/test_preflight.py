@@ -219,7 +219,7 @@ class ClassesOfOnesOwn(unittest.TestCase):
                         settings_of("mae", *mask, override)
                 self.assertFalse((Path(name) / "my_lab.py.ran").exists(), "its code ran")
                 settings = settings_of("mae", *mask, "trainer.trust_targets=[my_lab]")
-                built = build.build(settings.trainer.data.mask, "trainer.data.mask")
+                built = build.instantiate_target(settings.trainer.data.mask, "trainer.data.mask")
                 self.assertEqual(built((2, 4, 4), None).sum(), 16)
 
 

@@ -140,8 +140,8 @@ def prepare(
         print(
             f"{len(frame_folders)} samples are frame folders, read at 25 frames per second; --fps X sets another rate."
         )
-    indexing.check_paths(index, on_disk=check)
-    indexing.check_labels(index)
+    indexing.warn_about_paths(index, on_disk=check)
+    indexing.warn_about_labels(index)
     output.write_stamp(out, stamp, index.classes)
     made = index if config is None else _transcode(out, index, config, options.workers)
     num_moved = output.write_splits(out, made)

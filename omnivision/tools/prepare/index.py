@@ -11,7 +11,7 @@ from itertools import combinations
 
 import numpy as np
 
-from omnivision.data.catalog import is_shifted, start_at_one
+from omnivision.data.catalog import labels_off_by_one, labels_start_at_one
 from omnivision.data.frames import natural
 from omnivision.data.sampling import Segment
 from omnivision.utils.errors import UserError
@@ -128,7 +128,7 @@ def number_classes(index: DatasetIndex, names: Sequence[str] = ()) -> DatasetInd
         numbers = {label: int(str(label)[:40]) for label in labels}  # Python refuses to parse thousands of digits
         classes = classes or [str(number) for number in range(min(max(numbers.values()) + 1, MAX_CLASSES))]
         wrong = [label for label, number in numbers.items() if not 0 <= number < len(classes)]
-        if start_at_one(np.array([*numbers.values()]), len(classes)):
+        if labels_start_at_one(np.array([*numbers.values()]), len(classes)):
             hint = "They start at 1: subtract 1 from each. "
     else:
         number = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)")
@@ -159,13 +159,15 @@ def _check_names(classes: Sequence[str]) -> None:
         raise listing_error(what, problems, "Rename the classes.")
 
 
-def check_labels(index: DatasetIndex) -> None:
+def warn_about_labels(index: DatasetIndex) -> None:
     """Warn of classes that do not occur (in train), and of labels that are unlikely to be classes."""
     used = {split: {int(record.label) for record in records} for split, records in index.splits.items()}
     everywhere, train, classes = set().union(*used.values()), used.get("train", set()), index.classes
-    if classes[0] == "0" and start_at_one(np.array([*everywhere]), None):
+    if classes[0] == "0" and labels_start_at_one(np.array([*everywhere]), None):
         warn("Labels start at 1, so class 0 never occurs: subtract 1 from each in the list.")
-    elif classes[0] == "0" and any(is_shifted(train, labels) for split, labels in used.items() if split != "train"):
+    elif classes[0] == "0" and any(
+        labels_off_by_one(train, labels) for split, labels in used.items() if split != "train"
+    ):
         warn("Labels of one split start at 0 and of another at 1: the same number means different classes.")
     elif never := [name for number, name in enumerate(classes) if number not in everywhere]:
         warn(f"{len(never)} of {len(classes)} classes never occur: {shorten(never)}.")
@@ -178,7 +180,7 @@ def check_labels(index: DatasetIndex) -> None:
         warn("Each sample has another class. Check that the labels are classes, and not names of videos.")
 
 
-def check_paths(index: DatasetIndex, on_disk: bool) -> None:
+def warn_about_paths(index: DatasetIndex, on_disk: bool) -> None:
     """Warn of repeated samples, contradicting labels, and videos in two forms or in two splits.
 
     on_disk: also compare files, to find links.
