@@ -105,7 +105,7 @@ def data_wait(quick: bool) -> Report:
             lines = [json.loads(line) for line in (run / "logs" / "metrics.jsonl").read_text().splitlines()]
             waits = [100 * line["data_wait"] for line in lines if line["event"] == "step"]
             report.seconds[what] = waits[min(10, steps // 2) :]  # without the first ones
-    demo, hidden = (statistics.mean(each) for each in report.seconds.values())
+    demo, hidden = (statistics.mean(shares) for shares in report.seconds.values())
     report.ratios.append(Ratio("waiting for data, the demo", [demo], None, "%"))
     report.at_most("waiting for data, decoding hidden", hidden, 5, "%")
     return report

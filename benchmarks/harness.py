@@ -98,7 +98,7 @@ class Report:
     def write(self, folder: Path) -> None:
         """Write `NAME.json`, and `NAME.png` if the report has a chart."""
         content = {key: getattr(self, key) for key in ("name", "title", "unit", "machine", "facts")}
-        content["sides"] = {side: _spread(each) | {"all": each} for side, each in self.seconds.items()}
+        content["sides"] = {side: _spread(seconds) | {"all": seconds} for side, seconds in self.seconds.items()}
         content["ratios"] = [asdict(ratio) | {"value": ratio.value, "reached": ratio.reached} for ratio in self.ratios]
         write_json(folder / f"{self.name}.json", content)
         if self.draw is not None:
@@ -112,9 +112,11 @@ class Report:
     def text(self) -> str:
         lines = [self.title, ""]
         width = max(map(len, self.seconds), default=0)
-        for side, each in self.seconds.items():
-            low, middle, high = _spread(each).values()
-            lines.append(f"  {side:{width}}  {middle:9.4f} {self.unit}   ({low:.4f} to {high:.4f}, {len(each)} rounds)")
+        for side, seconds in self.seconds.items():
+            low, middle, high = _spread(seconds).values()
+            lines.append(
+                f"  {side:{width}}  {middle:9.4f} {self.unit}   ({low:.4f} to {high:.4f}, {len(seconds)} rounds)"
+            )
         lines += [f"  {name}: {value}" for name, value in self.facts.items()]
         return "\n".join([*lines, "", *(ratio.row() for ratio in self.ratios)])
 
@@ -209,7 +211,9 @@ def own_memory(what: str) -> float:
 def machine() -> dict[str, Any]:
     """Return what was measured: hardware, load and versions."""
     packages = {"torch", "torchvision", "av", "numpy", "transformers", "decord", "torchcodec"}
-    installed = {each.name: each.version for each in importlib.metadata.distributions() if each.name in packages}
+    installed = {
+        package.name: package.version for package in importlib.metadata.distributions() if package.name in packages
+    }
     describe = ["git", "describe", "--always", "--dirty=+"]
     git = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True) if shutil.which("git") else None
     info = Path("/proc/cpuinfo").read_text().splitlines()

@@ -45,7 +45,7 @@ def pretraining_step(quick: bool) -> Report:
     ways = ["", ", compiled"] if CAN_COMPILE and not quick else [""]  # compiling takes longer than all else
     names = {side: [f"{side} {name}{how}" for name in DTYPES for how in ways] for side in ("ours", *peers)}
     names["published"] = [f"published {name}, checkpointed" for name in DTYPES]
-    with in_processes({kind: (pretraining_sides, each) for kind, each in names.items()}, quick) as turns:
+    with in_processes({kind: (pretraining_sides, sides) for kind, sides in names.items()}, quick) as turns:
         report.seconds = interleaved(turns, rounds=2 if quick else 3, warm_up=int(quick), per=shape.batch)
 
     operations = shape.count()[0] / shape.batch

@@ -143,10 +143,10 @@ def compose_configs(command: CommandLine) -> list[DictConfig]:
 def expand_sweep(overrides: Sequence[str]) -> list[list[str]]:
     """Return the overrides of each run of a sweep: a run for each combination of values. Raises UserError for too many."""
     choices = [
-        [f"{each.get_key_element()}={value}" for value in islice(each.sweep_string_iterator(), MAX_RUNS + 1)]
-        if each.is_discrete_sweep()
-        else [str(each.input_line)]
-        for each in OverridesParser.create().parse_overrides(list(overrides))
+        [f"{override.get_key_element()}={value}" for value in islice(override.sweep_string_iterator(), MAX_RUNS + 1)]
+        if override.is_discrete_sweep()
+        else [str(override.input_line)]
+        for override in OverridesParser.create().parse_overrides(list(overrides))
     ]
     if math.prod(map(len, choices)) > MAX_RUNS:
         raise UserError(f"A sweep must have at most {MAX_RUNS} runs, got more: {' '.join(overrides)}.")
@@ -167,9 +167,9 @@ def explain(error: BaseException, command: CommandLine) -> str:
     message = " ".join(line for line in lines if line and not line.startswith(noise)).rstrip(".")
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         file = str(error.missing_cfg_file).removesuffix(".yaml")
-        group = next((each for each in GROUPS if file.startswith(f"{each}/")), file.partition("/")[0])
+        group = next((prefix for prefix in GROUPS if file.startswith(f"{prefix}/")), file.partition("/")[0])
         name, choices = file.removeprefix(f"{group}/"), group_choices(group, command.config_dirs)
-        near = difflib.get_close_matches(name.lower(), choices, 1) or [each for each in choices if name in each]
+        near = difflib.get_close_matches(name.lower(), choices, 1) or [choice for choice in choices if name in choice]
         return f"{message}; " + (f"did you mean {min(near, key=len)}?" if near else f"expected one of {choices}.")
     if override := getattr(error, "override", None):
         return f"The argument {override} cannot be parsed: {message}. A value with one of =,:[]{{}} or spaces needs quotes."

@@ -61,7 +61,7 @@ def override_warnings(settings: Settings, config_text: str, arguments: Sequence[
 
     `config_text` is the configuration as composed, interpolations unresolved.
     """
-    typed = {name.lstrip("+"): value for name, _, value in (each.partition("=") for each in arguments)}
+    typed = {name.lstrip("+"): value for name, _, value in (argument.partition("=") for argument in arguments)}
     used = {*READ_BY_CODE, *re.findall(r"\$\{(\w+)\}", config_text)}
     warnings = [
         f"{name} has no effect here, because no other setting refers to it (${{{name}}}). --cfg job prints them all."
@@ -76,7 +76,7 @@ def override_warnings(settings: Settings, config_text: str, arguments: Sequence[
 def _stage_problems(settings: Settings) -> Iterator[str]:
     """Yield a message for an experiment, a recipe and a model of different stages, with choices that fit."""
     task, model, stage = _known_class(settings.trainer.task), _known_class(settings.trainer.model), settings.stage
-    fitting = [name for name, each in STAGES.items() if task in (None, each.task) and model in (None, each.model)]
+    fitting = [name for name, own in STAGES.items() if task in (None, own.task) and model in (None, own.model)]
     if fitting and stage in (None, *fitting):
         return
     choices = [f"+experiments={STAGES[name].experiment}" for name in fitting]

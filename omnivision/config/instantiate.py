@@ -49,7 +49,7 @@ def load_target(target: str) -> Any:
     is_function = inspect.isfunction(found) and module_name not in ALLOWED_MODULES
     is_foreign = target.startswith("omnivision.") and not str(getattr(found, "__module__", "")).startswith(OWN_PACKAGES)
     if not (inspect.isclass(found) or is_function) or is_foreign:
-        classes = [f"{module_name}.{each}" for each, value in vars(module).items() if inspect.isclass(value)]
+        classes = [f"{module_name}.{member}" for member, value in vars(module).items() if inspect.isclass(value)]
         raise TargetError(f"is not a class{suggest(target, classes)}")
     return found
 
@@ -91,7 +91,7 @@ def target_problems(node: Any, key: str, trusted: Sequence[str] = ()) -> dict[st
         fields = {f"{key}.{field.alias}": field.annotation for field in arguments.model_fields.values()}
         known = [
             *fields,
-            *(f"{name}.{each}" for name, hint in fields.items() if is_typeddict(hint) for each in hint.__annotations__),
+            *(f"{name}.{item}" for name, hint in fields.items() if is_typeddict(hint) for item in hint.__annotations__),
         ]
         problems |= format_errors(error, f"{key}.", known)
     return problems

@@ -34,9 +34,9 @@ def key_of(location: Sequence[int | str]) -> str:
 def format_errors(error: ValidationError, prefix: str = "", known: Iterable[str] | None = None) -> dict[str, str]:
     """Return what each invalid setting must be and what it is, in pydantic's words; for an unknown one the nearest `known`."""
     problems: dict[str, str] = {}
-    for each in error.errors(include_url=False):
-        key, kind, value = f"{prefix}{key_of(each['loc'])}", each["type"], each["input"]
-        wanted = re.sub("^.*?(should|must) | after validation.*| or instance of.*", "", each["msg"])
+    for detail in error.errors(include_url=False):
+        key, kind, value = f"{prefix}{key_of(detail['loc'])}", detail["type"], detail["input"]
+        wanted = re.sub("^.*?(should|must) | after validation.*| or instance of.*", "", detail["msg"])
         text = f"must {wanted}" + ("." if isinstance(value, dict) else f", got {value!r:.200}.")
         if kind == "extra_forbidden":
             text = f"is not a setting{PACKAGE_HINT if key in ('site', 'experiments') else suggest(key, known)}"

@@ -327,9 +327,9 @@ def setting_hints(cls: type[BaseModel] = Settings, prefix: str = "") -> Mapping[
             if RUNTIME_ONLY in typing.get_args(hint):
                 hint = typing.get_args(hint)[0]
             is_mapping = typing.get_origin(hint) is dict
-            for each in (hint, *typing.get_args(hint)):
-                if isinstance(each, type) and issubclass(each, BaseModel):
-                    hints |= setting_hints(each, f"{prefix}{name}.{'NAME.' * is_mapping}")
+            for kind in (hint, *typing.get_args(hint)):
+                if isinstance(kind, type) and issubclass(kind, BaseModel):
+                    hints |= setting_hints(kind, f"{prefix}{name}.{'NAME.' * is_mapping}")
     return types.MappingProxyType(hints)
 
 

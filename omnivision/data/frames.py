@@ -23,18 +23,14 @@ from typing import IO, TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from omnivision.utils.errors import truncate_list
+from omnivision.utils.errors import VideoDecodeError, truncate_list
 from omnivision.utils.io import CorruptCheckpointError, is_dense_cpu, safe_load
 
 if TYPE_CHECKING:
     import torch
 
 
-class VideoDecodeError(Exception):
-    """A file cannot give the frames asked for. The message is one line: the reason, without the path."""
-
-
-MAX_TOOL_PIXELS = 7680 * 4320  # 8K: the largest frames that tools show
+MAX_TOOL_PIXELS = 7680 * 4320  # 8K, as trainer.data.max_pixels: the largest frames that tools read
 
 
 def check_pixels(width: int, height: int, max_pixels: int | None) -> None:

@@ -49,7 +49,7 @@ class TrainData:
     """Clips to train on, and the plan of the steps."""
 
     dataset: ClipDataset
-    workers: LoaderConfig
+    config: LoaderConfig
     plan: EpochPlan
 
     def batches(self, start: tuple[int, int], epochs: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
@@ -57,7 +57,7 @@ class TrainData:
 
         Raises DataWorkerError.
         """
-        return load_batches(self.dataset, self.requests(start, epochs, rank, world), self.workers)
+        return load_batches(self.dataset, self.requests(start, epochs, rank, world), self.config)
 
     def requests(self, start: tuple[int, int], epochs: int, rank: int = 0, world: int = 1) -> Iterator[list[Request]]:
         """Yield the requests of each of these batches."""
@@ -72,7 +72,7 @@ class ValData:
     """Videos to evaluate on, and how many make a batch of a rank."""
 
     dataset: ClipDataset
-    workers: LoaderConfig
+    config: LoaderConfig
     videos_per_batch: int
 
     def batches(self, limit: int | None = None, rank: int = 0, world: int = 1) -> Iterator[Batch]:
@@ -80,7 +80,7 @@ class ValData:
 
         Batches never mix sources, which take turns; `limit` bounds the batches of each rank. Raises DataWorkerError.
         """
-        return load_batches(self.dataset, self.requests(limit, rank, world), self.workers)
+        return load_batches(self.dataset, self.requests(limit, rank, world), self.config)
 
     def requests(self, limit: int | None = None, rank: int = 0, world: int = 1) -> Iterator[list[Request]]:
         """Yield the requests of each of these batches."""
@@ -128,7 +128,7 @@ class _WorkerTimeout(threading.Thread):
         return "A data worker was killed (out of memory, perhaps: lower num_workers or trainer.data.prefetch)"
 
 
-def load_batches(dataset: ClipDataset, requests: Iterator[list[Request]], workers: LoaderConfig) -> Iterator[Batch]:
+def load_batches(dataset: ClipDataset, requests: Iterator[list[Request]], config: LoaderConfig) -> Iterator[Batch]:
     """Yield a batch for each list of requests, in order.
 
     Raises DataWorkerError, which names the files of the batch, when a worker was killed or gives nothing for too long.
@@ -140,9 +140,9 @@ def load_batches(dataset: ClipDataset, requests: Iterator[list[Request]], worker
             pending.append(batch)
             yield batch
 
-    fetched = iter(data_loader(dataset, sent(), workers))
-    timeout = _WorkerTimeout(workers.timeout)
-    if workers.num_workers:
+    fetched = iter(data_loader(dataset, sent(), config))
+    timeout = _WorkerTimeout(config.timeout)
+    if config.num_workers:
         timeout.start()
     try:
         while (batch := timeout.next_batch(fetched)) is not None:
@@ -178,13 +178,13 @@ def worker_init(pid: int, worker: int) -> None:
     exit_with_parent(pid)
 
 
-def data_loader(dataset: ClipDataset, batches: Iterator[list[Request]], workers: LoaderConfig) -> DataLoader:
+def data_loader(dataset: ClipDataset, batches: Iterator[list[Request]], config: LoaderConfig) -> DataLoader:
     """Return a loader whose workers have one thread each and start from a forkserver.
 
     A forked worker would inherit sockets of the communication backend and delay the detection of a dead peer.
     """
     context = None
-    if workers.num_workers:
+    if config.num_workers:
         warnings.filterwarnings("ignore", "This DataLoader will create")  # the run warns once itself
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["omnivision.data.dataset"])
@@ -197,9 +197,9 @@ def data_loader(dataset: ClipDataset, batches: Iterator[list[Request]], workers:
         dataset,  # type: ignore[arg-type]
         batch_sampler=batches,
         collate_fn=_safe_collate,
-        num_workers=workers.num_workers,
-        prefetch_factor=workers.prefetch if workers.num_workers else None,
+        num_workers=config.num_workers,
+        prefetch_factor=config.prefetch if config.num_workers else None,
         multiprocessing_context=context,
-        worker_init_fn=functools.partial(worker_init, os.getpid()) if workers.num_workers else None,
-        pin_memory=workers.pin_memory,
+        worker_init_fn=functools.partial(worker_init, os.getpid()) if config.num_workers else None,
+        pin_memory=config.pin_memory,
     )

@@ -137,7 +137,7 @@ def mixed_targets(
     """
     if partner_labels is None:
         partner_labels = label[partner_index(len(label), label.device)]
-    own, other = (soft_targets(each, num_classes, smoothing) for each in (label, partner_labels))
+    own, other = (soft_targets(labels, num_classes, smoothing) for labels in (label, partner_labels))
     return own * lam + other * (1 - lam)
 
 

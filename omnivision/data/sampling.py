@@ -15,8 +15,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from omnivision.data.frames import VideoDecodeError
-from omnivision.utils.errors import UserError
+from omnivision.utils.errors import UserError, VideoDecodeError
 
 Spacing = Literal["ends", "published"]
 Segment = tuple[float, float]  # [start, end) of a sample in its video, seconds

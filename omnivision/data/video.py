@@ -35,7 +35,6 @@ from av.video.reformatter import VideoReformatter
 from omnivision.data.frames import (
     FrameFolder,
     Seconds,
-    VideoDecodeError,
     VideoInfo,
     check_pixels,
     check_sizes,
@@ -45,6 +44,7 @@ from omnivision.data.frames import (
     stack,
     ticks,
 )
+from omnivision.utils.errors import VideoDecodeError
 
 if TYPE_CHECKING:
     import torch

@@ -124,7 +124,7 @@ class Dist:
         """Gather the ranks' errors, and raise the first if there is one."""
         errors = self.all_gather_object(error)
         errors[self.rank] = error  # pickling drops its cause and traceback
-        if first := next((each for each in errors if each is not None), None):
+        if first := next((gathered for gathered in errors if gathered is not None), None):
             first.on_all_ranks = True
             raise first
 

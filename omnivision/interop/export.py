@@ -193,7 +193,7 @@ def model_card(
         training=training_facts(source),
         origin=source.metadata.get("origin"),
         metrics={n.removeprefix("val_"): f"{value:.4g}" for n, value in last.items() if n.startswith("val_")},
-        class_names={head: each for head, each in enumerate(names) if each is not None},
+        class_names={head: own_names for head, own_names in enumerate(names) if own_names is not None},
         name=out,
         summary=model.summary(),
         parameters=sum(tensor.numel() for name, tensor in model.state.items() if "pos_embed" not in name),
@@ -212,7 +212,7 @@ def training_facts(source: StateDictFile) -> dict[str, Any]:
     facts |= {name: run["settings"].get(name) for name in CARD_SETTINGS}
     start = run["settings"].get("pretrained_checkpoint_path") or "nothing"
     starts = start if isinstance(start, list) else [start]
-    facts["pretrained_checkpoint_path"] = " + ".join(run_name(Path(str(each))) for each in starts)
+    facts["pretrained_checkpoint_path"] = " + ".join(run_name(Path(str(path))) for path in starts)
     if source.architecture.get("kind") != "autoencoder":
         del facts["mask_ratio"]
     versions = {"source digest of omnivision" if n == "omnivision" else n: v for n, v in run["versions"].items()}

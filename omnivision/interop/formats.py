@@ -148,7 +148,8 @@ def list_by_reason(fate: str, reasons: Mapping[str, str]) -> list[str]:
     for name, why in reasons.items():
         names.setdefault(why, []).append(name)
     return [
-        f"  {fate:8} {len(each):4}  {truncate_list(each, 3)}{f' ({why})' if why else ''}" for why, each in names.items()
+        f"  {fate:8} {len(group):4}  {truncate_list(group, 3)}{f' ({why})' if why else ''}"
+        for why, group in names.items()
     ]
 
 

@@ -226,7 +226,7 @@ def report_exit(
 
 def unwrap_keyboard_interrupt(error: BaseException) -> BaseException:
     """Return the Ctrl-C behind an exception of a library, else the exception itself."""
-    return next((each for each in causes(error) if isinstance(each, KeyboardInterrupt)), error)
+    return next((cause for cause in causes(error) if isinstance(cause, KeyboardInterrupt)), error)
 
 
 def exit_code_and_reason(error: BaseException) -> tuple[int, str]:

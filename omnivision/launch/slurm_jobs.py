@@ -277,7 +277,9 @@ def finalize_dependents(job_id: str, problem: str) -> None:
     """Write that jobs that wait for this one to succeed are cancelled, and those that wait for them."""
     names = {job_id, f"{job_id.partition('_')[0]}_*"}
     for other, state in (slurm.squeue_or_none() or {}).items():
-        needs_it = any(each == "afterok" and job in names for each, job in parse_dependencies(state.dependency))
+        needs_it = any(
+            condition == "afterok" and job in names for condition, job in parse_dependencies(state.dependency)
+        )
         run_dir = waiting.run_dir if needs_it and (waiting := find_submission(state.command, other)) else None
         if run_dir and run_dir.job_id() == other and run_dir.read_summary().get("status") in QUEUED_STATUSES:
             write_cancelled(run_dir, other, problem)

@@ -124,9 +124,9 @@ def submit_or_roll_back(jobs: Sequence[Job], logs: Path) -> None:
 
 def note_submission(jobs: Sequence[Job], job_id: str, script: Path) -> None:
     """Print and write which job works for each run directory, and with which configuration."""
-    ids = [job_id] if len(jobs) == 1 else [f"{job_id}_{element}" for element in range(len(jobs))]
-    for job, each in zip(jobs, ids, strict=True):
-        print(f"submitted job_id={each} folder={job.run_dir.path}", flush=True)
+    job_ids = [job_id] if len(jobs) == 1 else [f"{job_id}_{element}" for element in range(len(jobs))]
+    for job, own_id in zip(jobs, job_ids, strict=True):
+        print(f"submitted job_id={own_id} folder={job.run_dir.path}", flush=True)
     script.rename(script.with_name(f"{job_id}_submission.sh"))
     if len(jobs) > 1:
         folders = json.dumps([str(job.run_dir.path.absolute()) for job in jobs])
@@ -134,15 +134,15 @@ def note_submission(jobs: Sequence[Job], job_id: str, script: Path) -> None:
     # The dependency may have failed before this job was in the queue.
     dependency = jobs[0].settings.submitit.dependency
     problem = dependency_problem(dependency, slurm.squeue_or_none() or {}) if dependency else None
-    for job, each in zip(jobs, ids, strict=True):
+    for job, own_id in zip(jobs, job_ids, strict=True):
         run_dir = job.run_dir
-        write_atomically(run_dir.path / SUBMISSION_FOLDER / f"{each}_config.yaml", job.config_text)
-        JobLog(run_dir, each, token=script.name.partition("_")[0]).note("submitted")
+        write_atomically(run_dir.path / SUBMISSION_FOLDER / f"{own_id}_config.yaml", job.config_text)
+        JobLog(run_dir, own_id, token=script.name.partition("_")[0]).note("submitted")
         known = run_dir.read_summary().get("job") or {}
         if "job_id" not in known:
-            run_dir.write_summary(job=known | {"job_id": each})
+            run_dir.write_summary(job=known | {"job_id": own_id})
         if problem:
-            write_cancelled(run_dir, each, problem)
+            write_cancelled(run_dir, own_id, problem)
 
 
 # ---- checks before a submission -----------------------------------------------------------------------------------

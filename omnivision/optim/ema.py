@@ -30,7 +30,9 @@ class MovingAverage:
         """Update after a step; `skip_step` (bool, a scalar on the device): the step was skipped."""
         self.steps += ~skip_step
         weight = torch.where(skip_step, 0.0, (9 / (10 + self.steps)).clamp(min=1 - self.decay))
-        averages, weights = ([local_tensor(each) for each in part.values()] for part in (self.average, self._weights))
+        averages, weights = (
+            [local_tensor(tensor) for tensor in part.values()] for part in (self.average, self._weights)
+        )
         torch._foreach_lerp_(averages, weights, [weight] * len(averages))
 
     def rebind_parameters(self, model: nn.Module) -> None:

@@ -83,7 +83,7 @@ class Reconstruct(Task):
         }
         if self.norm != "none":
             visible_mean, visible_std = (
-                each.mean(1, keepdim=True) for each in patch_statistics(original[:, ~masked], self.norm)
+                statistic.mean(1, keepdim=True) for statistic in patch_statistics(original[:, ~masked], self.norm)
             )
             columns["reconstruction (statistics of visible patches)"] = with_masked(
                 predicted * visible_std + visible_mean

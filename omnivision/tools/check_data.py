@@ -17,12 +17,12 @@ import numpy as np
 from cyclopts import Parameter
 
 from omnivision.data.catalog import IGNORED_LABEL, labels_start_at_one, resolve_prefix, shift_command
+from omnivision.data.frames import MAX_TOOL_PIXELS
 from omnivision.data.sampling import Segment, clip_window, sample_duration, uniform_clip_starts
 from omnivision.data.video import FrameFolder, VideoDecodeError, VideoFile, open_video
 from omnivision.tools.arguments import Flag, FramePattern, FrameRate, Segments, Workers, at_least, resolve_fps
 from omnivision.tools.prepare.index import drop_suffix, printable, shorten
 from omnivision.tools.prepare.output import read_arrays
-from omnivision.tools.prepare.transcode import MAX_PIXELS
 from omnivision.tools.workers import WorkerCrashedError, run_in_processes, track
 from omnivision.utils.errors import EXIT_USER, UserError
 from omnivision.utils.io import sha256, write_json
@@ -170,7 +170,7 @@ def check_video(
     """
     path, segments = job
     try:
-        with open_video(path, fps=fps, max_pixels=MAX_PIXELS, frame_pattern=frame_pattern) as video:
+        with open_video(path, fps=fps, max_pixels=MAX_TOOL_PIXELS, frame_pattern=frame_pattern) as video:
             info, duration = video.info(), video.duration
             reasons = [_read_clips(video, duration, segment) for segment in segments]
             frames = info.frames if quick else len(video.times())
@@ -216,7 +216,7 @@ def find_duplicates(
         samples = zip(paths, segments or [None] * len(paths), strict=True)
         groups = _group((path, (keys[path], segment)) for path, segment in samples)
         return [group for group in groups.values() if len(group) > 1]
-    here, there = (_group((path, keys[path]) for path in dict.fromkeys(each)) for each in (paths, others))
+    here, there = (_group((path, keys[path]) for path in dict.fromkeys(side)) for side in (paths, others))
     return [[*group, *there[key]] for key, group in here.items() if key in there]
 
 

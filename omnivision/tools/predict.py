@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -11,17 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 from rich.bar import Bar
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from omnivision.tools.arguments import Flag, FramePattern, FrameRate, Share, at_least, resolve_fps
 from omnivision.utils.errors import EXIT_USER, UserError
+from omnivision.utils.streams import wide_console
 
 if TYPE_CHECKING:
     from omnivision.tools.video_model import Prediction
 
-MAX_WIDTH = 10_000  # of a console in which nothing is broken
 BAR_WIDTH = 30
 Device = Annotated[str, Parameter(metavar="DEVICE", help="cpu, cuda, or cuda:N.")]
 TrustTargets = Annotated[
@@ -63,8 +61,7 @@ def predict(
 
     model, found = load(checkpoint, device, trust_targets or []), {}
     rate = resolve_fps(fps, videos)
-    console = Console(highlight=False, width=MAX_WIDTH)  # long paths and names stay on one line
-    width = shutil.get_terminal_size().columns if console.is_terminal else MAX_WIDTH
+    console, width = wide_console(highlight=False)
     for video in videos:
         try:
             found[video] = model.predict(video, top, clips, crops, head, fps=rate, frame_pattern=frame_pattern)
@@ -75,7 +72,7 @@ def predict(
             console.print(Text(video, "bold"))
             console.print(make_table(found[video], width))
     if as_json:
-        predictions = {video: [asdict(each) for each in found[video]] for video in found}
+        predictions = {video: [asdict(prediction) for prediction in found[video]] for video in found}
         print(json.dumps(predictions, indent=1, ensure_ascii=False))
     return 0 if len(found) == len(set(videos)) else EXIT_USER
 
@@ -83,10 +80,10 @@ def predict(
 def make_table(predictions: list[Prediction], width: int) -> Table:
     """Return a row per class: its name, a bar as long as there is room for, its probability in percent."""
     table = Table(box=None, show_header=False, pad_edge=False)
-    room = min(BAR_WIDTH, width - max(Text(each.name).cell_len for each in predictions) - 12)
-    for each in predictions:
-        bar = Bar(1, 0, each.probability, width=room, color="cyan") if room > 0 else ""
-        table.add_row(Text(f"  {each.name}"), bar, f"{100 * each.probability:5.1f} %")
+    room = min(BAR_WIDTH, width - max(Text(prediction.name).cell_len for prediction in predictions) - 12)
+    for prediction in predictions:
+        bar = Bar(1, 0, prediction.probability, width=room, color="cyan") if room > 0 else ""
+        table.add_row(Text(f"  {prediction.name}"), bar, f"{100 * prediction.probability:5.1f} %")
     return table
 
 

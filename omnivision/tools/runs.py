@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -17,9 +15,8 @@ from omnivision.launch.slurm_jobs import run_status
 from omnivision.reporting.run_directory import RunDir
 from omnivision.tools.arguments import Flag
 from omnivision.utils.errors import UserError
-from omnivision.utils.streams import print_text, warn
+from omnivision.utils.streams import print_text, warn, wide_console
 
-MAX_WIDTH = 10_000
 TOP1_COLUMNS = ("run", "trunk", "starts from", "data", "epochs", "minutes", "top-1 %", "chance %")
 COLUMNS = (*TOP1_COLUMNS, "best %", "loss", "model", "status", "age")
 TEXTS = ("run", "trunk", "starts from", "data", "model", "status", "age")
@@ -39,10 +36,9 @@ def runs(folder: Annotated[Path, Parameter(name="DIR")], /, *, top1: Flag = Fals
     """
     summaries = read_summaries(folder)
     if top1:
-        summaries = [each for each in summaries if each["last"].get("val_top1") is not None]
-        summaries.sort(key=lambda each: (each["run"].get("sources") or [], each["last"]["val_top1"]))
-    console = Console(width=MAX_WIDTH)  # rich would break numbers and names in narrower ones
-    width = shutil.get_terminal_size().columns if console.is_terminal else MAX_WIDTH
+        summaries = [summary for summary in summaries if summary["last"].get("val_top1") is not None]
+        summaries.sort(key=lambda summary: (summary["run"].get("sources") or [], summary["last"]["val_top1"]))
+    console, width = wide_console()
     columns = list(TOP1_COLUMNS if top1 else COLUMNS)
     spare = [column for column in SPARE if column in columns]
     left_out = []
@@ -52,9 +48,9 @@ def runs(folder: Annotated[Path, Parameter(name="DIR")], /, *, top1: Flag = Fals
     console.print(table)
     if left_out:
         print_text(f"No room for: {', '.join(left_out)}. A wider window or a pipe (| cat) shows them.")
-    for each in summaries:
-        if reason := end_reason(each):
-            print_text(f"{each['name']}: {each['status']}: {reason}")
+    for summary in summaries:
+        if reason := end_reason(summary):
+            print_text(f"{summary['name']}: {summary['status']}: {reason}")
     return 0
 
 

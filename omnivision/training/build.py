@@ -90,7 +90,7 @@ def open_splits(settings: Settings) -> Splits:
     wanted = [(dataset, "train") for dataset in datasets if config.mode != "val"]
     wanted += [(dataset, "val") for dataset in datasets if validates and dataset.val is not None]
     problems: list[str] = []
-    opened = [split for each in wanted if (split := collect_problems(problems, Split, *each)) is not None]
+    opened = [split for entry in wanted if (split := collect_problems(problems, Split, *entry)) is not None]
     for split in opened:
         if not has_decoder(config.model) and not split.has_labels():
             problems.append(
@@ -311,7 +311,7 @@ def clip_config(
     mask = None if data.mask is None else instantiate_target(data.mask, f"{where}.mask")
     if mask is not None:
         drawn, tokens = [np.asarray(mask(grid, np.random.default_rng(seed))) for seed in range(2)], math.prod(grid)
-        hidden = {int(each.sum()) for each in drawn}
+        hidden = {int(array.sum()) for array in drawn}
         if drawn[0].shape != grid or drawn[0].dtype != bool or len(hidden) > 1 or not 0 < min(hidden) < tokens:
             raise UserError(
                 f"{where}.mask must give bool arrays of shape {grid} that hide equally many tokens, some but not all; got "

@@ -147,8 +147,8 @@ def weights_lines(settings: Settings, trainer: Trainer) -> Iterator[str]:
         frozen = ", of frozen parameters too" if settings.trainer.freeze else ""
         yield f"weights      random initialization{frozen}"
     else:
-        for each in [pretrained] if isinstance(pretrained, str) else pretrained:
-            if file := collect_problems([], state_dict_file.resolve_checkpoint, each):
+        for path in [pretrained] if isinstance(pretrained, str) else pretrained:
+            if file := collect_problems([], state_dict_file.resolve_checkpoint, path):
                 yield f"weights      from {file}, {file.stat().st_size / 1e6:.1f} MB"
 
 

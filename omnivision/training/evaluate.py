@@ -54,8 +54,8 @@ def evaluate_model(
         if this_rank_stops := stop is not None and stop.cause is not None:
             break
         bad += batch.bad
-        all_missing = not len(batch) and all(each.missing for each in batch.bad)
-        missing = missing | dict.fromkeys(each.path for each in batch.bad) if all_missing else {}
+        all_missing = not len(batch) and all(sample.missing for sample in batch.bad)
+        missing = missing | dict.fromkeys(sample.path for sample in batch.bad) if all_missing else {}
         if len(missing) >= MAX_MISSING:
             break
         if not len(batch):

@@ -132,8 +132,8 @@ def check_pretrained(settings: Settings) -> None:
         return
     pretrained = settings.pretrained_checkpoint_path
     problems: list[str] = []
-    for each in [pretrained] if isinstance(pretrained, str) else pretrained or []:
-        collect_problems(problems, resolve_checkpoint, each)
+    for path in [pretrained] if isinstance(pretrained, str) else pretrained or []:
+        collect_problems(problems, resolve_checkpoint, path)
     if problems:
         raise UserError.from_problems([f"pretrained_checkpoint_path: {problem}" for problem in problems])
 

@@ -35,7 +35,9 @@ def start_lines(settings: Settings, trainer: Trainer, reports: Sequence[LoadRepo
     precision = str(trainer.amp_dtype or torch.float32).removeprefix("torch.")
     total = sum(p.numel() for p in parameters)
     several = f", {dist.world_size} ranks, {trainer.settings.distributed.strategy}" if dist.world_size > 1 else ""
-    starts = ", ".join(f"{each.path}" + (f" ({each.checkpoint})" if each.checkpoint else "") for each in reports)
+    starts = ", ".join(
+        f"{report.path}" + (f" ({report.checkpoint})" if report.checkpoint else "") for report in reports
+    )
     if trainer.global_step:
         starts = describe_resumed(state)
     lines = [

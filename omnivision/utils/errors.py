@@ -100,6 +100,10 @@ class DataWorkerError(UserError):
     exit_code = EXIT_FAULT
 
 
+class VideoDecodeError(Exception):
+    """A file cannot give the frames asked for. The message is one line: the reason, without the path."""
+
+
 class StopRequested(BaseException):
     """A run was asked to stop, by `cause` (see `StopSignal`). With a `saved_step`, it has saved and all ranks exit together."""
 

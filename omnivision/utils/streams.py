@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import sys
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+MAX_WIDTH = 10_000  # columns of a console that breaks no line
 
 
 class SafeStream:
@@ -77,6 +83,14 @@ def print_text(text: str, console: Any = None) -> None:
 
     console = console or Console()
     console.print(text, soft_wrap=not console.is_terminal, highlight=False, markup=False, emoji=False)
+
+
+def wide_console(highlight: bool = True) -> tuple[Console, int]:
+    """Return a console that breaks no line, and the width to fill: the terminal's; the console's where there is none."""
+    from rich.console import Console
+
+    console = Console(width=MAX_WIDTH, highlight=highlight)  # rich would break numbers, names and paths
+    return console, shutil.get_terminal_size().columns if console.is_terminal else MAX_WIDTH
 
 
 def ignore_broken_pipe() -> None:

@@ -66,7 +66,7 @@ def write_demo_data(
         for domain in domains
         for split in SPLITS
     }
-    specs = [spec for each in splits.values() for spec in each]
+    specs = [spec for split_specs in splits.values() for spec in split_specs]
     folder = Path(folder)
     try:
         complete = _claim(folder, settings)
@@ -79,8 +79,8 @@ def write_demo_data(
                 (folder / domain / split).mkdir(parents=True, exist_ok=True)
             for _ in track(_write_videos(folder, missing, workers), len(missing)):
                 pass
-            for (domain, split), each in splits.items():
-                _write_lists(folder / domain, split, each)
+            for (domain, split), split_specs in splits.items():
+                _write_lists(folder / domain, split, split_specs)
             write_atomically(folder / "class_names.txt", "".join(f"{action}\n" for action in ACTIONS))
             _write_stamp(folder, settings, complete=True)
         size = sum((folder / spec.domain / spec.path).stat().st_size for spec in specs)

@@ -136,7 +136,7 @@ def _angles(motion: Array) -> dict[str, Array]:
         "sway": 25 * value["sway"],
         "turn": 55 * value["turn"],
     }
-    return {name: np.radians(each) for name, each in degrees.items()} | {
+    return {name: np.radians(angle) for name, angle in degrees.items()} | {
         "lift": 0.21 * lift,
         "step": 0.27 * value["sidestep"],
     }

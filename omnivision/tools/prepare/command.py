@@ -112,8 +112,8 @@ def prepare(
     *,
     name: str,
     catalog: Annotated[str | None, Parameter(metavar="FILE.yaml")] = None,
-    read: SourceSettings = _SOURCE,
-    options: TranscodeSettings = _TRANSCODE,
+    source_settings: SourceSettings = _SOURCE,
+    transcode_settings: TranscodeSettings = _TRANSCODE,
 ) -> int:
     """Make a dataset ready for training: arrays of paths and labels, and faster videos.
 
@@ -126,26 +126,27 @@ def prepare(
         name: Name of the dataset in the catalog.
         catalog: A YAML file to write the entry to; its other entries and comments stay.
     """
-    out, check, config = Path(out_folder).absolute(), not read.no_check_files, _transcode_config(read, options)
-    index = _read(source, read)
-    frame_folders = find_frame_folders(index, check, read.frame_pattern)
+    out, check = Path(out_folder).absolute(), not source_settings.no_check_files
+    config = _transcode_config(source_settings, transcode_settings)
+    index = _read(source, source_settings)
+    frame_folders = find_frame_folders(index, check, source_settings.frame_pattern)
     if os.path.isdir(source) and f"{os.path.realpath(out)}/".startswith(f"{os.path.realpath(source)}/"):
         raise UserError(f"OUT ({out}) must not be in SOURCE, whose videos results would join. Change OUT.")
-    stamp = _stamp(source, index, config, read)
+    stamp = _stamp(source, index, config, source_settings)
     output.check_out_folder(out, stamp)
-    entry = _entry(out, index, config, read, bool(frame_folders))
+    entry = _entry(out, index, config, source_settings, bool(frame_folders))
     block = output.format_entry(name, entry)
     text = output.updated_catalog(Path(catalog), name, entry) if catalog else None
-    if frame_folders and read.fps is None:
+    if frame_folders and source_settings.fps is None:
         print(
             f"{len(frame_folders)} samples are frame folders, read at 25 frames per second; --fps X sets another rate."
         )
     indexing.warn_about_paths(index, on_disk=check)
     indexing.warn_about_labels(index)
     output.write_stamp(out, stamp, index.classes)
-    made = index if config is None else _transcode(out, index, config, options.workers)
+    made = index if config is None else _transcode(out, index, config, transcode_settings.workers)
     num_moved = output.write_splits(out, made)
-    if num_moved and read.hold_out is not None:
+    if num_moved and source_settings.hold_out is not None:
         warn(
             f"{num_moved} videos changed sides between train and val. A run on the old arrays trained on videos that would "
             "now validate it; train again, or fix the splits with lists (--train, --val)."
@@ -171,30 +172,38 @@ def _print_hints(out: Path, name: str, index: DatasetIndex) -> None:
         print("There is no validation split. --hold-out 0.2 makes one of a fifth of the training split.")
 
 
-def _transcode_config(read: SourceSettings, options: TranscodeSettings) -> TranscodeConfig | None:
+def _transcode_config(source_settings: SourceSettings, transcode_settings: TranscodeSettings) -> TranscodeConfig | None:
     """Return how videos are transcoded, None if they are not."""
-    options_given = {"gop": options.gop, "crf": options.crf, "frames_fps": options.frames}
+    options_given = {
+        "gop": transcode_settings.gop,
+        "crf": transcode_settings.crf,
+        "frames_fps": transcode_settings.frames,
+    }
     given: dict[str, Any] = {key: value for key, value in options_given.items() if value is not None}
-    if options.short_side is None and not given:
+    if transcode_settings.short_side is None and not given:
         return None
-    fps = read.fps or DEFAULT_FPS
-    return TranscodeConfig(options.short_side, source_fps=fps, frame_pattern=read.frame_pattern, **given)
+    fps = source_settings.fps or DEFAULT_FPS
+    return TranscodeConfig(
+        transcode_settings.short_side, source_fps=fps, frame_pattern=source_settings.frame_pattern, **given
+    )
 
 
-def _read(source: str, read: SourceSettings) -> DatasetIndex:
+def _read(source: str, source_settings: SourceSettings) -> DatasetIndex:
     """Return the samples of a source, with numbered classes and paths below the root."""
-    names = read_class_names(read.class_names, "--class-names") if read.class_names else []
-    index = indexing.number_classes(_read_source(Path(source), read), names)
-    index = locate_videos(index, read.prefix, not read.no_check_files, read.skip_missing)
-    if read.hold_out is None:
+    names = read_class_names(source_settings.class_names, "--class-names") if source_settings.class_names else []
+    index = indexing.number_classes(_read_source(Path(source), source_settings), names)
+    index = locate_videos(
+        index, source_settings.prefix, not source_settings.no_check_files, source_settings.skip_missing
+    )
+    if source_settings.hold_out is None:
         return index
     if "train" not in index.splits or "val" in index.splits:
         raise UserError(f"--hold-out needs a training split and no validation split; got {', '.join(index.splits)}.")
     train = index.splits["train"]
     groups = [indexing.video_key(record.path) for record in train]
-    if read.group_pattern is not None:
-        groups = group_videos([record.path for record in train], pattern_grouping(read.group_pattern))
-    held = hold_out(groups, np.array([record.label for record in train]), read.hold_out, SEED)
+    if source_settings.group_pattern is not None:
+        groups = group_videos([record.path for record in train], pattern_grouping(source_settings.group_pattern))
+    held = hold_out(groups, np.array([record.label for record in train]), source_settings.hold_out, SEED)
     sides = [
         dataclasses.replace(record, split="val" if is_held else "train")
         for record, is_held in zip(train, held, strict=True)
@@ -202,23 +211,23 @@ def _read(source: str, read: SourceSettings) -> DatasetIndex:
     return dataclasses.replace(index, records=[*sides, *index.splits.get("test", [])])
 
 
-def _read_source(source: Path, read: SourceSettings) -> DatasetIndex:
+def _read_source(source: Path, source_settings: SourceSettings) -> DatasetIndex:
     """Return the samples as the source lists them."""
-    lists: dict[str | None, str] = {split: file for split in SPLITS if (file := getattr(read, split))}
-    kind = read.format or _recognize(source, bool(lists))
-    unused = {"--columns": read.columns, "--train, --val, --test": lists} if kind != "csv" else {}
-    unused |= {"--splits": read.splits} if kind in READERS else {}
+    lists: dict[str | None, str] = {split: file for split in SPLITS if (file := getattr(source_settings, split))}
+    kind = source_settings.format or _recognize(source, bool(lists))
+    unused = {"--columns": source_settings.columns, "--train, --val, --test": lists} if kind != "csv" else {}
+    unused |= {"--splits": source_settings.splits} if kind in READERS else {}
     if any(unused.values()):
         raise UserError(f"SOURCE ({source}) is read as {kind}, without {', '.join(unused)}. Leave them out.")
     if lists and not source.is_dir():
         raise UserError(f"SOURCE must be the folder of the lists --train, --val and --test; got {source}.")
-    splits = None if read.splits is None else indexing.parse_splits(read.splits)
+    splits = None if source_settings.splits is None else indexing.parse_splits(source_settings.splits)
     if kind == "csv":
         root = source if lists else source.parent
-        return read_csv_lists(lists or {None: str(source)}, str(root), read.columns, splits)
+        return read_csv_lists(lists or {None: str(source)}, str(root), source_settings.columns, splits)
     if kind == "folders":
         return read_class_folders(str(source), splits)
-    return READERS[kind][1](source, read.fold)
+    return READERS[kind][1](source, source_settings.fold)
 
 
 def _recognize(source: Path, has_lists: bool) -> str:
@@ -236,23 +245,31 @@ def _recognize(source: Path, has_lists: bool) -> str:
     )
 
 
-def _stamp(source: str, index: DatasetIndex, config: TranscodeConfig | None, read: SourceSettings) -> dict[str, Any]:
+def _stamp(
+    source: str, index: DatasetIndex, config: TranscodeConfig | None, source_settings: SourceSettings
+) -> dict[str, Any]:
     """Return the settings that an existing OUT must have been made with; keys as earlier versions wrote them."""
     transcoded = None if config is None else dataclasses.asdict(config)
     if transcoded and transcoded["frame_pattern"] is None:
         del transcoded["frame_pattern"]
     stamp: dict[str, Any] = {"source": os.path.abspath(source), "prefix": index.root, "transcoded": transcoded}
-    if read.hold_out is not None:
-        stamp["held out"] = [read.hold_out, read.group_pattern]
-    return stamp | {option: value for option in ("splits", "columns") if (value := getattr(read, option)) is not None}
+    if source_settings.hold_out is not None:
+        stamp["held out"] = [source_settings.hold_out, source_settings.group_pattern]
+    return stamp | {
+        option: value for option in ("splits", "columns") if (value := getattr(source_settings, option)) is not None
+    }
 
 
 def _entry(
-    out: Path, index: DatasetIndex, config: TranscodeConfig | None, read: SourceSettings, has_frame_folders: bool
+    out: Path,
+    index: DatasetIndex,
+    config: TranscodeConfig | None,
+    source_settings: SourceSettings,
+    has_frame_folders: bool,
 ) -> dict[str, Any]:
     """Return the catalog entry."""
-    prefix, pattern = index.root, read.frame_pattern
-    fps = read.fps or (DEFAULT_FPS if has_frame_folders else None)
+    prefix, pattern = index.root, source_settings.frame_pattern
+    fps = source_settings.fps or (DEFAULT_FPS if has_frame_folders else None)
     if config is not None:
         prefix, pattern, fps = str(out / config.folder), None, config.frames_fps
     entry: dict[str, Any] = {

@@ -16,12 +16,11 @@ import numpy as np
 from PIL import Image
 
 from omnivision.data.encode import TEMPORARY_SUFFIX, write_timed_video
-from omnivision.data.frames import check_sizes
+from omnivision.data.frames import MAX_TOOL_PIXELS, check_sizes
 from omnivision.data.video import VideoDecodeError, open_video
 from omnivision.tools.workers import run_in_processes, track
 from omnivision.utils.errors import UserError
 
-MAX_PIXELS = 33_177_600  # as trainer.data.max_pixels: training skips larger videos
 _JPEG_QUALITY = 92
 Frames = Iterator[tuple[int, np.ndarray]]
 
@@ -92,7 +91,7 @@ def transcode(job: TranscodeJob) -> str | None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open_video(
-            job.source, max_pixels=MAX_PIXELS, fps=config.source_fps, frame_pattern=config.frame_pattern
+            job.source, max_pixels=MAX_TOOL_PIXELS, fps=config.source_fps, frame_pattern=config.frame_pattern
         ) as video:
             duration, frames = Fraction(video.duration), video.info().frames
             tick, timed = _ascending(video.frames(), video.time_base)

@@ -65,7 +65,7 @@ class Run:
 
 def find_runs(folders: Sequence[Path]) -> list[Run]:
     """Return the runs in run directories, or in folders of them, by start time. Raises UserError for a folder without one."""
-    found = {each["path"].resolve(): each for folder in folders for each in read_summaries(folder)}
+    found = {summary["path"].resolve(): summary for folder in folders for summary in read_summaries(folder)}
     common = os.path.commonpath([path.parent for path in found])
     runs = [_read_run(path, path.relative_to(common).as_posix(), summary) for path, summary in found.items()]
     return sorted(runs, key=lambda run: run.metadata.get("started") or 0)
