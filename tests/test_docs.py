@@ -19,6 +19,7 @@ from omnivision.config.schema import setting_hints
 from omnivision.tools.main import COMMANDS
 from tests import runs
 from tests import stage_runs as stages
+from tests.fixtures import Folder
 from tests.runs import ROOT
 
 DOCS = ROOT / "docs"
@@ -35,11 +36,11 @@ def blocks(file: Path) -> list[tuple[str, str]]:
     return re.findall(r"^```(\w+)\n(.*?)^```$", file.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
-class Typed(unittest.TestCase):
+class Typed(Folder):
     """A folder like a checkout, with clips of one's own and data of the demo's names."""
 
     def setUp(self):
-        self.folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        super().setUp()
         for folder in ("config", "omnivision"):
             shutil.copytree(ROOT / folder, self.folder / folder, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "train_app_submitit.py", self.folder)

@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import unittest
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from omnivision.config.validate import validate_config
 from omnivision.training.preflight import recipe_warnings
 from tests import runs
 from tests import stage_runs as stages
+from tests.fixtures import Folder
 
 SCRIPTS = runs.ROOT / "utils" / "run_scripts"
 VARIABLES = (
@@ -39,11 +39,11 @@ def environment(first_on_path: Path, variables: dict[str, str]) -> dict[str, str
     return rest | {"PATH": f"{first_on_path}{os.pathsep}{rest['PATH']}"} | stages.ONE_THREAD | variables
 
 
-class OnPath(unittest.TestCase):
+class OnPath(Folder):
     """`self.call` runs a script in an empty folder of its own."""
 
     def setUp(self):
-        self.folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        super().setUp()
         self.python_folder = Path(sys.executable).parent
 
     def call(

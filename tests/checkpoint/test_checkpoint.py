@@ -5,7 +5,6 @@ import itertools
 import os
 import pickle
 import shutil
-import tempfile
 import threading
 import time
 import unittest
@@ -19,6 +18,7 @@ from torch import nn
 
 from omnivision.checkpoint import checkpointer as checkpoint
 from omnivision.utils.errors import StopRequested, UserError
+from tests import fixtures
 
 ONES = {"w": torch.ones(1000)}
 
@@ -39,10 +39,7 @@ def state(step: int, **more: object) -> dict:
     return {"model": {}, "optimizer": {}, "last": {}, "sources": [], "experiment": "{}"} | counts | more
 
 
-class Folder(unittest.TestCase):
-    def setUp(self):
-        self.folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
-
+class Folder(fixtures.Folder):
     def save(self, *steps: int, folder: Path | None = None, aliases: tuple[str, ...] = (), **more: object) -> None:
         for step in steps:
             checkpoint.save(state(step, **more), folder or self.folder, list(aliases))

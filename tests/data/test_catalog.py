@@ -3,7 +3,6 @@
 import pickle
 import struct
 import subprocess
-import tempfile
 import unittest
 import warnings
 from pathlib import Path
@@ -13,13 +12,11 @@ import numpy as np
 from omnivision.data.catalog import Dataset, LabelSets, Split, label_sets, shift_command
 from omnivision.training.preflight import label_warnings
 from omnivision.utils.errors import UserError
+from tests import fixtures
 from tests.checkpoint.test_checkpoint import Canary
 
 
-class Folder(unittest.TestCase):
-    def setUp(self):
-        self.folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
-
+class Folder(fixtures.Folder):
     def save(self, name: str, array: object) -> str:
         np.save(self.folder / name, np.array(array))
         return str(self.folder / name)

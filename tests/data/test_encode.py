@@ -1,6 +1,5 @@
 """The encoder: what goes in comes out again, byte for byte the same each time, and never half."""
 
-import tempfile
 import unittest
 from fractions import Fraction
 from pathlib import Path
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 
 from omnivision.data.encode import write_timed_video, write_video
 from omnivision.data.video import open_video
+from tests.fixtures import Folder
 
 
 def _frames(count: int = 20, height: int = 48, width: int = 64) -> NDArray[np.uint8]:
@@ -31,9 +31,9 @@ def _decode(path: Path) -> tuple[NDArray[np.uint8], list[int], Fraction]:
     return pixels, [t for t, frame in enumerate(frames) if frame.key_frame], rate
 
 
-class WriteVideo(unittest.TestCase):
+class WriteVideo(Folder):
     def setUp(self) -> None:
-        self.folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        super().setUp()
         self.path = self.folder / "video.mp4"
 
     def test_comes_back_nearly_as_it_was(self) -> None:

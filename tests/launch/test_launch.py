@@ -20,13 +20,14 @@ from omnivision.launch import launcher
 from omnivision.launch.launcher import apply_torchrun_env, wait_for_processes
 from omnivision.utils.errors import EXIT_FAULT, EXIT_SIGINT, UserError
 from tests import runs
+from tests.fixtures import Folder
 
 
-class Runs(unittest.TestCase):
+class Runs(Folder):
     """Runs as a user starts them, and what is done to their processes."""
 
     def setUp(self):
-        self.folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        super().setUp()
         self.run_dir = self.folder / "run"
         self.data = runs.write_split(self.folder, runs.real_videos() * 4)
 

@@ -6,12 +6,10 @@ import json
 import os
 import signal
 import subprocess
-import tempfile
 import threading
 import time
 import unittest
 from collections.abc import Callable
-from pathlib import Path
 from unittest import mock
 
 import torch
@@ -22,6 +20,7 @@ from omnivision.launch.watchdog import PeerMonitor, Watchdog, as_peer_lost
 from omnivision.reporting.run_directory import RunDir
 from omnivision.utils.errors import PeerLostError, StopRequested
 from omnivision.utils.signals import StopSignal
+from tests.fixtures import Folder
 
 
 class Requests(unittest.TestCase):
@@ -64,10 +63,7 @@ class Requests(unittest.TestCase):
         thread.join()
 
 
-class Heartbeats(unittest.TestCase):
-    def setUp(self):
-        self.folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
-
+class Heartbeats(Folder):
     def peers(self, rank: int, world: int = 3, timeout: float = 40.0, calls: list | None = None) -> PeerMonitor:
         stop = StopSignal()
         stop.set_phase("in a step", 12)

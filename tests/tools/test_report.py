@@ -3,7 +3,6 @@
 import html
 import json
 import re
-import tempfile
 import unittest
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from omnivision.reporting.run_directory import RunDir
 from omnivision.tools.report import figures
 from omnivision.tools.report.collect import MAX_POINTS, Run, differing, find_runs, paper_table
 from omnivision.utils.errors import UserError
+from tests import fixtures
 from tests.browser import CHROMIUM, probe
 from tests.runs import call_command, real_videos
 
@@ -46,10 +46,7 @@ def write_run(folder: Path, top1: float = 50.0, **facts: object) -> Path:
     return folder
 
 
-class Folder(unittest.TestCase):
-    def setUp(self):
-        self.folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
-
+class Folder(fixtures.Folder):
     def report(self, *runs: Path) -> str:
         code, out, self.errors = call_command("report", *runs, "--out", self.folder / "report.html")
         self.assertEqual(code, 0)

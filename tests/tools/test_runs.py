@@ -1,18 +1,14 @@
 """`omnivision runs`: the table of the runs below a folder."""
 
 import json
-import tempfile
 import unittest
-from pathlib import Path
 
 from omnivision.utils.errors import UserError
+from tests.fixtures import Folder
 from tests.runs import call_command
 
 
-class Runs(unittest.TestCase):
-    def setUp(self):
-        self.folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
-
+class Runs(Folder):
     def write(self, name: str, started: float, **facts: object) -> None:
         (self.folder / name).mkdir(parents=True)
         run = {"model": "classifier", "trunk": "frozen", "sources": ["ucf101"], "classes": [101, 4], "started": started}

@@ -7,7 +7,6 @@ import io
 import json
 import os
 import signal
-import tempfile
 import unittest
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -45,6 +44,7 @@ from omnivision.training.evaluate import Evaluation
 from omnivision.training.step_stats import RunState, Step
 from omnivision.training.trainer import RunContext, Trainer
 from omnivision.utils.errors import NonFiniteError, StopRequested, UserError
+from tests.fixtures import Folder
 
 TUBELET = (2, 8, 8)
 NAN = float("nan")
@@ -152,10 +152,7 @@ class Waits(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-class Loop(unittest.TestCase):
-    def setUp(self):
-        self.folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
-
+class Loop(Folder):
     def make(self, name: str, **options: Any) -> Trainer:
         made = trainer(self.folder / name, **options)
         self.addCleanup(made.run.reporter.close)
