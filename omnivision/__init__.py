@@ -12,7 +12,7 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())  # no output to th
 
 
 def __getattr__(name: str) -> Any:
-    if name == "load":  # torch comes with it, which is why it comes when it is asked for
+    if name == "load":  # imported on demand, because it pulls in torch
         from omnivision.tools.video_model import load
 
         return load

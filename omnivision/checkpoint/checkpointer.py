@@ -1,8 +1,8 @@
 """Checkpoints: written atomically, verified by a manifest, loaded with weights only.
 
 `checkpoint.pt` is the newest, `previous.pt` the one before it, `checkpoint_<epoch>.pt` are kept, `best.pt` is the best by
-validation. The manifest `<name>.json` has size and SHA-256 of the file. It is written before the file is replaced and lists
-both sums, so that a kill at any moment leaves a file that its manifest lists.
+validation. The manifest `<name>.json` has the size and SHA-256 of the file. It is written before the file is replaced and lists
+both the old and the new hash, so a kill at any moment leaves a file that matches its manifest.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from omnivision.utils.io import (
     write_json,
 )
 
-FORMAT = 2  # of a run's checkpoint; other files of weights have another number or none
-LAG_SECONDS = 60.0  # until a shared file system shows a checkpoint to other machines
+FORMAT = 2  # marks a run's checkpoint; other weights files have another number or none
+LAG_SECONDS = 60.0  # how long a shared file system may take to show a checkpoint to other machines
 
 
 def save(state: dict[str, Any], folder: Path, aliases: list[str]) -> None:
@@ -95,7 +95,7 @@ def report_write_errors(folder: Path) -> Iterator[None]:
 
 
 def read_checkpoint(path: Path) -> Any:
-    """Load a checkpoint or another file of `torch.save`, with its shards. Raises CorruptCheckpointError."""
+    """Load a checkpoint or another file written by `torch.save`, with its shards. Raises CorruptCheckpointError."""
     state = safe_load(path)
     if isinstance(state, dict):
         sharded.load_shards(state, path.parent)
@@ -103,7 +103,7 @@ def read_checkpoint(path: Path) -> Any:
 
 
 def stat_latest(folder: Path) -> tuple[str, int]:
-    """Return manifest and size of the newest checkpoint as this machine sees it; ("", 0) when there is none."""
+    """Return the manifest and size of the newest checkpoint as this machine sees it; ("", 0) when there is none."""
     latest = folder / LATEST
     try:
         return _manifest(latest).read_text(encoding="utf-8"), latest.stat().st_size
@@ -159,7 +159,7 @@ def verify_manifest(path: Path) -> dict[str, Any]:
 
 
 def verify_and_hash(path: Path) -> str:
-    """Return the SHA-256 of a file of weights, verified by its manifest, else by the checksums inside a zip archive.
+    """Return the SHA-256 of a weights file, verified by its manifest, else by the checksums inside a zip archive.
 
     Raises CorruptCheckpointError.
     """
@@ -190,7 +190,7 @@ def load_model(model: nn.Module, state: dict[str, torch.Tensor], path: Path | st
 
 
 def _link_or_copy(source: Path, target: Path, entries: list[dict[str, Any]]) -> None:
-    """Hard-link a file to a second name, replacing that; copy it where the file system has no hard links."""
+    """Hard-link `source` as `target`, replacing that; copy it where the file system has no hard links."""
     temporary = temporary_beside(target)
     try:
         try:

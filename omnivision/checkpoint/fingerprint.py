@@ -20,16 +20,16 @@ from omnivision.data.catalog import Split
 from omnivision.data.sampling import EpochPlan
 from omnivision.utils.errors import UserError, truncate_list
 
-# Settings that do not affect results, by shell patterns. Effects on clips per step and array contents are compared separately.
+# Settings that do not affect results, as shell patterns. Clips per step and array contents are compared separately.
 RUNTIME_ONLY_SETTINGS = (*runtime_only_settings(), "trainer.model.*.activation_checkpointing")
 SETTINGS_OF_ONE_START = ("trainer.mode", "trainer.checkpoint.allow_changes")
 # Settings that older runs lack, with the values that those runs had.
 DEFAULTS_OF_OLDER_RUNS = {"crop_scale": [0.08, 1.0], "rand_augment_prob": 0.5, "erasing_prob": 0.25, "mixing_prob": 1.0}
 DEFAULTS_OF_OLDER_RUNS["trainer.data.view.scale"] = DEFAULTS_OF_OLDER_RUNS["crop_scale"]
-# Classes that were renamed since runs were made with them.
+# Classes that have been renamed: earlier runs have the old name.
 RENAMED_TARGETS = {"omnivision.data.mixing.Mixing": "omnivision.data.mixing.MixupCutmix"}
 LIBRARIES = ("torch", "torchvision", "timm", "av", "numpy")
-WHOLE_BYTES = 64 << 20  # read of a file; of a larger one, in pieces spread over it
+WHOLE_BYTES = 64 << 20  # larger files are hashed in pieces that add up to this
 PIECE_BYTES = 1 << 20
 
 
@@ -40,16 +40,16 @@ def fingerprint(
     plan: EpochPlan | None,
     inference: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return the identity of an experiment as JSON values.
+    """Return what identifies an experiment, as JSON values.
 
     Args:
         config_text: the configuration as YAML, interpolations unresolved.
-        values: the settings that it gave, flat.
+        values: the flat settings that it resolves to.
         inference: how to prepare videos for the model (`omnivision.load`).
     """
     settings = flat_text(config_text)
     for name, raw in settings.items():
-        if "oc.env" in str(raw):  # with a digest of its value, which may be a secret
+        if "oc.env" in str(raw):  # record a digest of its value, which may be a secret
             settings[name] = f"{raw} (SHA-256 {hashlib.sha256(repr(values.get(name)).encode()).hexdigest()[:12]})"
     return {
         "inference": dict(inference or {}),
@@ -123,7 +123,7 @@ def mismatch_message(what: str, altering: Sequence[str]) -> str:
 
 
 def file_digest(file: Path) -> str:
-    """Return size and SHA-256 of a file; of a large one, of pieces spread over it, so that ten million paths cost no more."""
+    """Return the size and SHA-256 of a file. A large file is hashed in pieces spread over it, which takes a bounded time."""
     size, digest, count = file.stat().st_size, hashlib.sha256(), WHOLE_BYTES // PIECE_BYTES
     with open(file, "rb") as opened:
         for piece in range(count if size > WHOLE_BYTES else 1):
@@ -148,7 +148,7 @@ def git_commit() -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python, of the libraries that compute, and of this code: a digest of its files, and its commit."""
+    """Return the versions of Python, of the numerical libraries, and of this code: a digest of its files, and its commit."""
     digest, package = hashlib.sha256(), Path(__file__).parents[1]
     for file in sorted(package.rglob("*.py")):
         digest.update(os.fsencode(file.relative_to(package)) + file.read_bytes())
@@ -158,7 +158,7 @@ def versions() -> dict[str, str]:
 
 
 def parse_fingerprint(text: Any) -> dict[str, Any] | None:
-    """Parse the fingerprint in a checkpoint; None when it is none."""
+    """Parse the fingerprint in a checkpoint; None if it is missing or invalid."""
     try:
         parsed = json.loads(text)
         complete = all(isinstance(parsed[part], dict) for part in ("settings", "clips of a step", "data", "versions"))

@@ -22,9 +22,9 @@ MaskName = Annotated[str, AfterValidator(_known_mask)]
 
 
 class InferenceConfig(BaseModel):
-    """Class names of each head by label, seconds of a clip, and what is averaged over views.
+    """Class names by head and label, the seconds a clip spans, what is averaged over views, and the mask.
 
-    The defaults are those of the recipe. Numbers in the place of names ("0", "1", ...) mean that a head has none.
+    The defaults are the recipe's. Numbers instead of names ("0", "1", ...) mean that a head has no names.
     """
 
     class_names: list[list[str]] = []
@@ -35,7 +35,7 @@ class InferenceConfig(BaseModel):
 
     @classmethod
     def of_file(cls, metadata: Any) -> InferenceConfig:
-        """Read the record in a fingerprint or in the metadata of a file, which may be anything; an invalid one is ignored."""
+        """Read the record in the metadata of a file, or in its fingerprint; an invalid record is ignored."""
         metadata = metadata if isinstance(metadata, Mapping) else {}
         run = fingerprint.parse_fingerprint(metadata.get("experiment")) or {}
         record = metadata.get("inference", run.get("inference"))
@@ -46,7 +46,7 @@ class InferenceConfig(BaseModel):
         return config.with_mask(run.get("settings", {}))
 
     def with_mask(self, settings: Mapping[str, Any]) -> InferenceConfig:
-        """Return the record with the mask of a run, from its settings: the ratio alone if its class is not of this project."""
+        """Return a copy with the mask in a run's settings: only its ratio if the class is not one of this project."""
         target = str(settings.get("trainer.data.mask._target_")).removeprefix("omnivision.data.masking.")
         target = target if target in MASKS else self.mask
         ratio = resolve_reference(settings, "trainer.data.mask.ratio")
@@ -56,7 +56,7 @@ class InferenceConfig(BaseModel):
             return self
 
     def numbered(self, classes: Sequence[int]) -> InferenceConfig:
-        """Return the record of a model with these numbers of classes, with numbers for heads without as many names."""
+        """Return a copy with one name list per head; a head whose name count differs from `classes` gets numbers."""
         heads = []
         for head, count in enumerate(classes):
             names = self.class_names[head] if head < len(self.class_names) else []
@@ -69,13 +69,13 @@ class InferenceConfig(BaseModel):
 
 
 def distinct_names(names: Sequence[str]) -> list[str] | None:
-    """Return class names; None if two are equal, and for the numbers in the place of names."""
+    """Return class names; None if two are equal, or if they are only numbers."""
     is_numbered = list(names) == [str(label) for label in range(len(names))]
     return None if is_numbered or len(set(names)) < len(names) else list(names)
 
 
 def class_changes(then: InferenceConfig, now: InferenceConfig) -> list[str]:
-    """Return the changes of class names; a resumed head would predict wrong classes."""
+    """Return the class names that changed: a resumed head would predict wrong classes."""
     return [
         f"class {label} of head {head}: {old} -> {new}"
         for head in range(len(then.class_names))

@@ -1,8 +1,8 @@
 """Select, load and report pretrained weights.
 
 A source is a run directory (its best checkpoint, else its newest), a checkpoint, a bare state dict, or a safetensors file. A
-filter (`trainer/checkpoint=...`) keeps, drops, renames or prefixes entries by shell pattern; `load` puts the rest into the
-model, reports what was loaded, dropped, missing and resized, and fails if it covers less of the trunk than declared.
+filter (`trainer/checkpoint=...`) keeps, drops, renames or prefixes entries by shell pattern; `load_filtered` puts the rest into
+the model, reports what was loaded, dropped, missing and resized, and fails if it covers less of the trunk than declared.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NON_ENCODER_PREFIXES = ("trunk.decoder.", "trunk.mask_token", "trunk.depth_patch
 BLOCKS = {"trunk": "trunk.blocks.", "decoder": "trunk.decoder.decoder_blocks."}
 HEAD = re.compile(r"(?:model\.)?heads\.(\d+)\.0\.")  # an average has `model.` before the names of its classifier
 POSITIONS = ("trunk.pos_embed", "trunk.decoder.pos_embed")
-NO_PLACE = "no place in this model"
+NO_PLACE = "not in this model"
 T = TypeVar("T")
 
 
@@ -54,7 +54,7 @@ class LoadReport:
         return {"path": str(Path(self.path).absolute()), "sha256": self.sha256, "choice": self.choice}
 
     def lines(self) -> list[str]:
-        """Return a table to print: a line for each fate, with how many and the first names."""
+        """Return a table to print: for each outcome, how many entries had it, and the first names."""
         rows = {
             "loaded": self.loaded,
             "dropped": [f"{name} ({why})" for name, why in self.dropped.items()],
@@ -64,14 +64,14 @@ class LoadReport:
         checkpoint = f" ({self.checkpoint})" if self.checkpoint else ""
         return [
             f"Weights from {self.path}{checkpoint}",
-            *(f"  {fate:8} {len(names):4}  {truncate_list(names, 3)}" for fate, names in rows.items()),
+            *(f"  {outcome:8} {len(names):4}  {truncate_list(names, 3)}" for outcome, names in rows.items()),
             *(f"  classes: {line}" for line in self.classes),
         ]
 
 
 @contextlib.contextmanager
 def name_setting() -> Iterator[None]:
-    """Begin errors with the setting that weights come from."""
+    """Prefix errors with the setting that names the weights."""
     try:
         yield
     except UserError as error:
@@ -118,9 +118,9 @@ def filter_state_dict(state: Mapping[str, T], choice: WeightFilter, report: Load
 def load_filtered(
     model: nn.Module, weights: StateDictFile, choice: WeightFilter, class_names: Sequence[Sequence[str]] = ()
 ) -> LoadReport:
-    """Load filtered `weights` into a model; positional embeddings of another token grid are interpolated.
+    """Load filtered `weights` into a model; positional embeddings for another token grid are interpolated.
 
-    `class_names`: per head; numbers if unnamed. Heads are matched by them (`match_heads`).
+    `class_names`: one list per head, numbers if unnamed; heads are matched by them (`match_heads`).
 
     Raises UserError, with the model unchanged, when a tensor does not fit, when a head has other classes, or when less of the
     trunk is covered than the filter declares.
@@ -144,7 +144,7 @@ def load_filtered(
     if wrong := [name for name, tensor in chosen.items() if tensor.shape != wanted[name].shape]:
         shapes = [f"{name} {tuple(wanted[name].shape)}, got {tuple(chosen[name].shape)}" for name in wrong]
         raise UserError(
-            f"Shapes in {report.path} must be those of this model: {truncate_list(shapes)}. Set trainer/model or {SETTING}, or "
+            f"Shapes in {report.path} must match this model's: {truncate_list(shapes)}. Set trainer/model or {SETTING}, or "
             "trainer/checkpoint=no_heads (new heads) or no_heads_no_decoder (a new decoder, too)."
         )
     check_numbers(chosen, f"{SETTING}: {report.path}: ")
@@ -173,7 +173,7 @@ def match_heads(
         file_classes: class names by head of `state`, None where unknown.
         model_classes: class names by head of the model. Where one side has no names, heads are matched by number.
 
-    Returns the state without unused heads, and the names of their entries. Raises UserError for a head of as many classes with
+    Returns the state without unused heads, and the names of their entries. Raises UserError for a head with as many classes but
     other names.
     """
     if not model_classes:
@@ -213,7 +213,7 @@ def match_heads(
 def interpolate_pos_embed(
     name: str, table: Tensor, model: nn.Module, weights: StateDictFile, report: LoadReport
 ) -> Tensor:
-    """Return a positional embedding (1, N, D) for the token grid of the model, interpolated from that of the file.
+    """Return a positional embedding (1, N, D) for the model's token grid, interpolated from the file's.
 
     A table of another width is returned unchanged.
     """
@@ -228,7 +228,7 @@ def interpolate_pos_embed(
 
 
 def _grid_of(weights: StateDictFile, tokens: int, grid: Triple) -> Triple:
-    """Return the token grid (T', H', W') in the file, else the one of that many tokens that is nearest to `grid`."""
+    """Return the token grid (T', H', W') in the file, else the grid nearest to `grid` with that many tokens."""
     slots, height, width = grid
     side = round((tokens / slots) ** 0.5)
     # The same grid; the same number of frames, square; the same size, another number of frames.
@@ -242,7 +242,7 @@ def _grid_of(weights: StateDictFile, tokens: int, grid: Triple) -> Triple:
     for candidate in candidates:
         if math.prod(candidate) == tokens > 0:
             return candidate
-    wanted = f"{slots} time slots or for {height} x {width} tokens a slot"
+    wanted = f"{slots} time slots or for {height} x {width} tokens per slot"
     raise UserError(
         f"{weights.path} must have positions for {'the clip in its architecture' if trunk else wanted}, got {tokens}. "
         f"Set num_frames or image_size, or another {SETTING}."
@@ -292,7 +292,7 @@ def _check_coverage(wanted: Mapping[str, Tensor], report: LoadReport, choice: We
         problem = "must have exactly the entries of this model (trainer.checkpoint.strict is true)"
     if problem:
         raise UserError(
-            f"{report.path} {problem}. Missing: {truncate_list(absent or report.missing) or 'none'}; without a place: "
+            f"{report.path} {problem}. Missing: {truncate_list(absent or report.missing) or 'none'}; {NO_PLACE}: "
             f"{truncate_list(unplaced) or 'none'}. Convert names of other projects with `omnivision import {report.path} "
             f"OUT.pt`, or set {SETTING}, trainer/model or trainer/checkpoint."
         )

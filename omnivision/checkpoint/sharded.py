@@ -1,4 +1,4 @@
-"""Shards of a checkpoint: a folder of safetensors files beside it, one of each rank.
+"""Shards of a checkpoint: a folder of safetensors files beside it, one per rank.
 
 `torch.distributed.checkpoint` writes and reads them for any number of ranks; in this format it needs no pickle.
 """
@@ -20,18 +20,18 @@ from omnivision.distributed.process_group import Dist
 from omnivision.utils.errors import is_out_of_memory
 from omnivision.utils.io import SHARDS_PREFIX, CorruptCheckpointError, safe_load, sha256
 
-SHARDS_KEY = "shards"  # of the entry that names the folder and its files
+SHARDS_KEY = "shards"  # the entry that names the folder and its files
 SEPARATOR = "/"  # between the keys that lead to a tensor
 
 
 def save_split(state: dict[str, Any], folder: Path, step: int, dist: Dist) -> dict[str, Any]:
-    """Write the sharded tensors of a checkpoint, all ranks together; return the rest, which names their folder."""
+    """Write the sharded tensors (collective) and return the remaining state, which records their folder."""
     rest, tensors = _split(state)
     return rest | {SHARDS_KEY: write(tensors, folder, step, dist)} if tensors else state
 
 
 def _split(state: dict[Any, Any], prefix: str = "") -> tuple[dict[Any, Any], dict[str, Tensor]]:
-    """Split a nested state into its rest and its sharded tensors, named by the path of their keys."""
+    """Split a nested state into the sharded tensors, named by the path of their keys, and the rest."""
     rest: dict[Any, Any] = {}
     tensors: dict[str, Tensor] = {}
     for key, value in state.items():
@@ -46,15 +46,15 @@ def _split(state: dict[Any, Any], prefix: str = "") -> tuple[dict[Any, Any], dic
 
 
 def write(tensors: dict[str, Tensor], folder: Path, step: int, dist: Dist) -> dict[str, Any]:
-    """Write sharded tensors to a new folder inside `folder`, all ranks together; return its name and its files.
+    """Write sharded tensors to a new folder inside `folder` (collective); return its name and its files.
 
-    Raises OSError, on all ranks, when one could not write.
+    Raises OSError on all ranks if one of them could not write.
     """
     import torch.distributed.checkpoint as dcp  # a third of a second, and few runs need it
     from torch.distributed.checkpoint.api import CheckpointException
 
     if dist.is_main:
-        remove_unused(folder)  # of a failed save
+        remove_unused(folder)  # left by a failed save
     name = dist.all_gather_object(f"{SHARDS_PREFIX}{step}_{secrets.token_hex(4)}")[0]
     target = folder / name
     target.mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,7 @@ def write(tensors: dict[str, Tensor], folder: Path, step: int, dist: Dist) -> di
         rank, (cause, _) = next(iter(error.failures.items()))
         code = cause.errno if isinstance(cause, OSError) else None
         raise OSError(code or errno.EIO, f"rank {rank} could not write its shard: {cause}", str(target)) from error
-    # Each rank hashes its own files: reading all of them in one place would take long.
+    # Each rank hashes its own files: hashing all of them on one rank would take long.
     mine = {file.name: _entry(file) for file in target.glob(f"shard-{dist.rank + 1:05d}-*")}
     return {
         "folder": name,
@@ -73,9 +73,9 @@ def write(tensors: dict[str, Tensor], folder: Path, step: int, dist: Dist) -> di
 
 
 def load_shards(state: dict[str, Any], folder: Path) -> None:
-    """Put the whole sharded tensors back into a state that was read from a checkpoint in `folder`.
+    """Put the full tensors back into a state that was read from a checkpoint in `folder`.
 
-    Raises CorruptCheckpointError when the files are not those that were written.
+    Raises CorruptCheckpointError when the files differ from what was written.
     """
     name = _folder_of(state)
     if name is None:
@@ -123,7 +123,7 @@ def _read(source: Path) -> dict[str, Tensor]:
     try:
         entries = cast(dict[str, TensorStorageMetadata], reader.read_metadata().state_dict_metadata)
         tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
-        with warnings.catch_warnings(action="ignore"):  # of reading in one process
+        with warnings.catch_warnings(action="ignore"):  # torch warns about reading in one process
             dcp.load(tensors, storage_reader=reader, no_dist=True)
     except (CheckpointException, Exception) as error:  # whatever torch and safetensors make of a damaged file
         if is_out_of_memory(error):

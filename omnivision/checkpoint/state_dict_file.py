@@ -1,4 +1,4 @@
-"""Files of weights, ours or another project's: tensors by name, and the metadata of their model."""
+"""Weights files, ours or another project's: tensors by name, and the metadata of their model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from omnivision.checkpoint.inference_config import InferenceConfig
 from omnivision.utils.errors import UserError
 from omnivision.utils.io import BEST, LATEST, CorruptCheckpointError, is_dense_cpu, sha256
 
-CONFIG = "config.json"  # of a folder of Hugging Face's `save_pretrained`
+CONFIG = "config.json"  # in a folder written by Hugging Face's `save_pretrained`
 METADATA = "omnivision"  # the key of a safetensors file for all of a checkpoint but `model`, as JSON
 # The weights in such a folder, the preferred one first.
 FOLDER_WEIGHTS = [
@@ -47,18 +47,18 @@ class StateDictFile:
 
     @property
     def inference(self) -> InferenceConfig:
-        """How to prepare videos for the model; the defaults where the file does not have it."""
+        """How to prepare videos for the model; the defaults if the file does not say."""
         return InferenceConfig.of_file(self.metadata)
 
     @property
     def own_class(self) -> str | None:
-        """The full name of the model's class where it is not one of this project."""
+        """The full name of the model's class if it is not one of this project."""
         run = fingerprint.parse_fingerprint(self.metadata.get("experiment")) or {"settings": {}}
         target = run["settings"].get("trainer.model._target_")
         return target if isinstance(target, str) and not target.startswith("omnivision.") else None
 
     def refuse_own_class(self) -> None:
-        """Raise UserError where the model's class is not one of this project, so that its names are unknown."""
+        """Raise UserError if the model's class is not one of this project, since its parameter names are unknown."""
         if self.own_class is not None:
             raise UserError(
                 f"{self.path} must hold a model of this project, got one of {self.own_class}. Use it with "
@@ -73,9 +73,9 @@ class StateDictFile:
         return dict(ema) if isinstance(ema, dict) else {}
 
     def with_weights(self, kind: Literal["model", "ema"] | None = None) -> StateDictFile:
-        """Return the file with its weights as trained ("model") or with the EMA in their place (the default if there is one).
+        """Return the file with its weights as trained ("model") or replaced by their EMA (the default if there is one).
 
-        Raises UserError where there is no EMA, and for one of other tensors.
+        Raises UserError if there is no EMA, or if its tensors are not the model's.
         """
         if kind == "ema" and not self.ema:
             raise UserError(f"{self.path} has no EMA (trainer.ema_decay was null). Set --weights model.")
@@ -124,8 +124,8 @@ def read_weights(source: str | Path) -> StateDictFile:
 
 
 def read_several(sources: str | Sequence[str]) -> list[StateDictFile]:
-    """Read the models to average: a list of sources, each with its EMA where it has one, or one file with a list of state dicts
-    under `ensemble_weights`. Raises UserError as `read`.
+    """Read the models to average: a list of sources (their EMA if they have one), or one file with a list of state dicts under
+    `ensemble_weights`. Raises UserError as `read_weights`.
     """
     if not isinstance(sources, str):
         return [read_weights(source).with_weights() for source in sources]
@@ -151,7 +151,7 @@ def resolve_checkpoint(source: str | Path) -> Path:
             return candidate
     raise UserError(
         f"There is no file {' or '.join(map(str, candidates)) or repr(source)} (relative paths start at {Path.cwd()}). Give a "
-        f"file of weights, a run directory, or a folder with {CONFIG} and weights."
+        f"weights file, a run directory, or a folder with {CONFIG} and weights."
     )
 
 
@@ -187,8 +187,8 @@ def check_numbers(tensors: Mapping[str, Tensor], where: str = "") -> None:
 
 
 def strip_wrappers(state: Mapping[str, Tensor], prefix: str = "module.") -> dict[str, Tensor]:
-    """Remove from names what wrappers add: `_orig_mod.` (torch.compile), `_fsdp_wrapped_module.` and
-    `_checkpoint_wrapped_module.` anywhere, as any submodule may be wrapped; `prefix` (DDP's) where all names begin with it.
+    """Remove what wrappers add to names: `_orig_mod.` (torch.compile), `_fsdp_wrapped_module.` and
+    `_checkpoint_wrapped_module.` anywhere, as any submodule may be wrapped; `prefix` (DDP's) if all names begin with it.
     """
     state = {_WRAPPERS.sub("", name): tensor for name, tensor in state.items()}
     while state and all(name.startswith(prefix) for name in state):
@@ -197,7 +197,7 @@ def strip_wrappers(state: Mapping[str, Tensor], prefix: str = "module.") -> dict
 
 
 def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read the state dict of a file of safetensors or torch.save, and the rest of it."""
+    """Read a file written by safetensors or torch.save: its state dict, and the rest of its content."""
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, framework="pt") as file:
@@ -206,7 +206,7 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         except (SafetensorError, OSError) as error:
             raise CorruptCheckpointError(f"{path} does not load: {error}") from error
         return state, _parse_json(metadata[METADATA], path) if METADATA in metadata else {}
-    # Checkpoints of VideoMAE's repository also hold the command line, a plain bag of values.
+    # Checkpoints of VideoMAE's repository also hold the command line, as a plain namespace.
     with torch.serialization.safe_globals([argparse.Namespace]):
         content = read_checkpoint(path)
     if not isinstance(content, Mapping):
@@ -220,7 +220,7 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _read_shards(index: Path) -> tuple[dict[str, Tensor], str]:
-    """Read the tensors of all files in an index, and one SHA-256 over theirs."""
+    """Read the tensors of all files in an index, and a SHA-256 over the files' hashes."""
     weight_map = _parse_json(index.read_bytes(), index).get("weight_map")
     files = list(weight_map.values()) if isinstance(weight_map, dict) else []
     beside = [f for f in files if isinstance(f, str) and Path(f).name == f and f.endswith((".safetensors", ".bin"))]
@@ -234,7 +234,7 @@ def _read_shards(index: Path) -> tuple[dict[str, Tensor], str]:
 def _check_state_dict(state: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
     """Return a state dict without wrappers in its names (`strip_wrappers`).
 
-    Raises UserError for anything but dense tensors with all their values in the file, and for two entries of one name.
+    Raises UserError for anything but dense tensors with all their values in the file, and for two entries with one name.
     """
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor) or not is_dense_cpu(tensor):

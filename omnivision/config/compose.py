@@ -25,7 +25,7 @@ from omnivision.config.schema import GROUPS, setting_hints
 from omnivision.utils.errors import UserError
 from omnivision.utils.streams import plural
 
-MAX_RUNS = 10_000  # of a sweep
+MAX_RUNS = 10_000  # in a sweep
 HELP = """\
 omnivision: video models by the PPMA recipe.
 
@@ -36,9 +36,9 @@ A run is an experiment (a stage of the recipe), a recipe for a dataset, and sett
 
   --cfg job           print the composed settings
   trainer.mode=dry    print what the run would be, and what would stop it (exit code 1)
-  -m                  a run for each of several values, KEY=A,B
-  --config-dir DIR    a folder with site/, experiments/ or trainer/ files of your own; +site=NAME chooses DIR/site/NAME.yaml
-  --config-name NAME  another primary file than config.yaml
+  -m                  start one run for each of several values, KEY=A,B
+  --config-dir DIR    a folder with your own site/, experiments/ or trainer/ files; +site=NAME selects DIR/site/NAME.yaml
+  --config-name NAME  use another primary file than config.yaml
 
 Running the same command again resumes the run in its folder.
 """
@@ -47,7 +47,7 @@ Running the same command again resumes the run in its folder.
 @dataclass(frozen=True)
 class CommandLine:
     overrides: list[str]
-    config_dirs: list[Path]  # further folders of configuration, the project's own last
+    config_dirs: list[Path]  # searched in this order; the project's own is last
     config_name: str = "config"
     multirun: bool = False
     print_config: bool = False
@@ -67,7 +67,7 @@ def find_config_dir() -> Path:
 
 
 def parse_command_line(arguments: Sequence[str], config_dir: Path) -> CommandLine:
-    """Separate flags, which may stand anywhere, from overrides. Raises UserError for unknown flags."""
+    """Separate flags, which may be anywhere, from overrides. Raises UserError for unknown flags."""
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--help", "-h", action="store_true")
     parser.add_argument("--multirun", "-m", action="store_true")
@@ -91,7 +91,7 @@ def help_text(config_dir: Path) -> str:
         lines.append("\n  ".join([f"{group if '/' in group else f'+{group}'}=", *names]))
     base, catalog = (config_dir / f"experiments/{name}.yaml" for name in ("base", "dataset_catalog"))
     lines += [
-        "\nSettings (KEY=VALUE; ++KEY=VALUE also sets what is not there yet)\n",
+        "\nSettings (KEY=VALUE; ++KEY=VALUE also adds a setting that is not defined yet)\n",
         base.read_text(encoding="utf-8").partition("\n\n")[2],
         "The catalog\n",
         catalog.read_text(encoding="utf-8").partition("\n\n")[0],
@@ -101,14 +101,14 @@ def help_text(config_dir: Path) -> str:
 
 
 def group_choices(group: str, config_dirs: Sequence[Path]) -> list[str]:
-    """Return the files of a config group as a command line chooses them, e.g. `demo/mae`."""
+    """Return the choices of a config group as a command line names them, e.g. `demo/mae`."""
     files = [(file, folder / group) for folder in config_dirs for file in (folder / group).rglob("*.yaml")]
     return sorted(file.relative_to(folder).with_suffix("").as_posix() for file, folder in files)
 
 
 @contextlib.contextmanager
 def yaml12_numbers() -> Iterator[None]:
-    """Read `010` and `1:30` in configuration files as texts, not as 8 and 90, so that validation refuses them."""
+    """Read `010` and `1:30` in configuration files as strings, not as 8 and 90, so that validation rejects them."""
     tag, decimal = "tag:yaml.org,2002:int", re.compile(r"[-+]?(?:0|[1-9][0-9_]*)$")
     original = yaml.SafeLoader.yaml_implicit_resolvers
     yaml.SafeLoader.yaml_implicit_resolvers = {
@@ -122,7 +122,7 @@ def yaml12_numbers() -> Iterator[None]:
 
 
 def compose_configs(command: CommandLine) -> list[DictConfig]:
-    """Return the configuration of a command, or those of a sweep (-m). Raises UserError for what cannot be composed."""
+    """Return the configuration of a command, or all of a sweep's (-m). Raises UserError if they cannot be composed."""
     *more, config_dir = command.config_dirs
     overrides = [*command.overrides]
     if more:
@@ -141,7 +141,7 @@ def compose_configs(command: CommandLine) -> list[DictConfig]:
 
 
 def expand_sweep(overrides: Sequence[str]) -> list[list[str]]:
-    """Return the overrides of each run of a sweep: a run for each combination of values. Raises UserError for too many."""
+    """Return the overrides of each run of a sweep, one run per combination of values. Raises UserError for too many."""
     choices = [
         [f"{override.get_key_element()}={value}" for value in islice(override.sweep_string_iterator(), MAX_RUNS + 1)]
         if override.is_discrete_sweep()
@@ -174,19 +174,19 @@ def explain(error: BaseException, command: CommandLine) -> str:
     if override := getattr(error, "override", None):
         return f"The argument {override} cannot be parsed: {message}. A value with one of =,:[]{{}} or spaces needs quotes."
     unknown = re.search(r"Could not (?:override|delete from config\.) '([^']*)'(?!\. No match)", text)
-    if unknown and not takes_any_key(unknown[1]):  # for free-form groups Hydra's advice (+KEY=VALUE) is right
+    if unknown and not takes_any_key(unknown[1]):  # Hydra's advice (+KEY=VALUE) is right only for free-form groups
         return f"{unknown[1]} is not a setting{suggest(unknown[1])}"
     return f"{message or f'A configuration file cannot be read: {type(error).__name__}'}."
 
 
 def takes_any_key(key: str) -> bool:
-    """Return whether the group of a key has no fixed keys: arguments of an object, entries of a mapping."""
+    """Return whether a key's group takes any key: arguments of an object, or entries of a mapping."""
     group, names = key.replace("/", ".").rpartition(".")[0], setting_hints()
     return group.partition(".")[0] in names and not any(name.startswith(f"{group}.") for name in names)
 
 
 def check_distinct_run_dirs(configs: Sequence[DictConfig]) -> None:
-    """Raise UserError for runs of a sweep in one folder: each would resume the other."""
+    """Raise UserError if runs of a sweep share a folder: each would resume the other."""
     key = "launcher.experiment_log_dir"
     given = [OmegaConf.select(config, key, throw_on_resolution_failure=False) for config in configs]
     folders = {str(Path(str(folder)).resolve()) for folder in given}

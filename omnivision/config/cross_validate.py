@@ -1,4 +1,4 @@
-"""Settings that are valid alone and must agree with others."""
+"""Checks between settings: each is valid alone but must agree with others."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from omnivision.utils.io import LATEST
 
 
 class Stage(NamedTuple):
-    """The classes of a stage's task and model, its experiment, and examples of a recipe and a model for `trainer/model`."""
+    """A stage's task and model classes, its experiment, and an example of a recipe and of a `trainer/model`."""
 
     task: str
     model: str
@@ -57,7 +57,7 @@ def cross_validate(settings: Settings, arguments: Sequence[str] | None = None) -
 
 
 def override_warnings(settings: Settings, config_text: str, arguments: Sequence[str]) -> list[str]:
-    """Return a warning for each override that has no effect, or is for another stage than the experiment's.
+    """Return a warning for each override that has no effect or belongs to another stage than the experiment's.
 
     `config_text` is the configuration as composed, interpolations unresolved.
     """
@@ -69,12 +69,12 @@ def override_warnings(settings: Settings, config_text: str, arguments: Sequence[
         if name in Settings.model_fields and name not in used
     ]
     if (optim := typed.get("trainer/optim")) in STAGES and settings.stage not in (None, optim):
-        warnings.append(f"trainer/optim={optim} is for another stage than {settings.stage}.")
+        warnings.append(f"trainer/optim={optim} belongs to another stage than {settings.stage}.")
     return warnings
 
 
 def _stage_problems(settings: Settings) -> Iterator[str]:
-    """Yield a message for an experiment, a recipe and a model of different stages, with choices that fit."""
+    """Yield a message if experiment, recipe and model are of different stages, with choices that fit."""
     task, model, stage = _known_class(settings.trainer.task), _known_class(settings.trainer.model), settings.stage
     fitting = [name for name, own in STAGES.items() if task in (None, own.task) and model in (None, own.model)]
     if fitting and stage in (None, *fitting):
@@ -89,7 +89,7 @@ def _stage_problems(settings: Settings) -> Iterator[str]:
 
 
 def _broken_rules(settings: Settings) -> Iterator[str]:
-    """Yield a message for each value that this kind of run, of data or of model does not allow."""
+    """Yield a message for each value that this kind of run, data or model does not allow."""
     trainer, data, images = settings.trainer, settings.trainer.data, settings.images
     trunk, kinds = trainer.model.get("trunk") or {}, {source.kind for source in data.sources.values()}
     masks = [data.mask] + ([images.mask] if images else [])
@@ -123,18 +123,18 @@ def _broken_rules(settings: Settings) -> Iterator[str]:
 
 
 def _known_class(target: Mapping[str, Any]) -> str | None:
-    """Return the name of a class that stages use; None for one of a user's own."""
+    """Return the name of a class that stages use; None for a user's own class."""
     name = target["_target_"].rpartition(".")[2]
     return name if any(name in (stage.task, stage.model) for stage in STAGES.values()) else None
 
 
 def has_decoder(model: Mapping[str, Any]) -> bool:
-    """Return whether trainer.model is an autoencoder; any other, also a user's own class, learns from labels."""
+    """Return whether trainer.model is an autoencoder; any other model, including a user's own class, learns from labels."""
     return "decoder" in model
 
 
 def _contradictions(settings: Settings) -> Iterator[str]:
-    """Yield a message for each setting that exists twice and differs; by default they follow one another."""
+    """Yield a message for each pair of settings that must be equal and are not; by default one follows the other."""
     data, size, trunk = settings.trainer.data, settings.image_size, settings.trainer.model.get("trunk") or {}
     tubelet, frames = trunk.get("tubelet"), trunk.get("num_frames")
     pairs = [
@@ -152,14 +152,15 @@ def _contradictions(settings: Settings) -> Iterator[str]:
 
 
 def _batch_problems(settings: Settings, prefix: str, batch: int, views: int, micro_batches: int) -> Iterator[str]:
-    """Yield a message unless ranks divide a node's batch, and views and micro-batches a rank's."""
+    """Yield a message unless ranks divide a node's batch, and views and micro-batches divide a rank's."""
     gpus = settings.launcher.gpus_per_node
     unit = gpus * math.lcm(views, micro_batches)
     if batch % unit:
         yield (
-            f"{prefix}batch_size must be a multiple of {unit}: of launcher.gpus_per_node {gpus} x "
-            f"{prefix or 'trainer.data.'}views_per_clip {views} and {prefix or 'trainer.optim.'}accumulation_steps "
-            f"{micro_batches} on each, got {batch}. Set {prefix}batch_size={max(1, batch // unit) * unit}."
+            f"{prefix}batch_size must be a multiple of {unit}, because launcher.gpus_per_node is {gpus} and each rank's part "
+            f"must be divisible by {prefix or 'trainer.data.'}views_per_clip {views} and "
+            f"{prefix or 'trainer.optim.'}accumulation_steps {micro_batches}; got {batch}. Set "
+            f"{prefix}batch_size={max(1, batch // unit) * unit}."
         )
 
 
@@ -171,5 +172,5 @@ def _missing_weights(settings: Settings) -> Iterator[str]:
     if needs_weights and not settings.pretrained_checkpoint_path and not resumes:
         yield (
             "pretrained_checkpoint_path must be set for a run that freezes or averages pretrained weights, got null. Set "
-            "pretrained_checkpoint_path=RUN, or type pretrained_checkpoint_path=null for randomly initialized weights."
+            "pretrained_checkpoint_path=RUN, or pass pretrained_checkpoint_path=null for randomly initialized weights."
         )

@@ -35,7 +35,7 @@ def flat_file(file: Path) -> dict[str, Any] | None:
 def setting_changes(
     then: Mapping[str, Any], now: Mapping[str, Any], group: Callable[[str], str] | None = None
 ) -> dict[str, str]:
-    """Return {name: "name: then -> now"} of entries that differ; with `group`, only of groups of names that both have."""
+    """Return {name: "name: then -> now"} for entries that differ; with `group`, only in groups of names that both have."""
     shared = {group(name) for name in then} & {group(name) for name in now} if group else set()
     return {
         name: f"{name}: {then.get(name)} -> {now.get(name)}"
@@ -45,7 +45,7 @@ def setting_changes(
 
 
 def used_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the flat settings without the catalog entries of datasets that are no source of the run."""
+    """Return the flat settings without the catalog entries of datasets that the run does not use."""
     sources = {name.split(".")[3] for name in settings if name.startswith("trainer.data.sources.")}
     return {
         name: value
@@ -55,7 +55,7 @@ def used_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def resolve_reference(settings: Mapping[str, Any], name: str) -> Any:
-    """Return the value of a setting; of a plain reference (`${epochs}`), that of the setting it leads to."""
+    """Return the value of a setting; a plain reference (`${epochs}`) is followed to the setting it names."""
     value, visited = settings.get(name), {name}
     while isinstance(value, str) and (reference := REFERENCE.fullmatch(value)) and reference[1] not in visited:
         if reference[1] not in settings:  # a whole section, or one that does not exist

@@ -1,4 +1,4 @@
-"""Objects named by `_target_`: classes of known packages alone, with arguments that their signatures have."""
+"""Objects named by `_target_`: only classes of known packages, with arguments that their signatures have."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from omnivision.config.schema import InstantiateConfig
 # (torch.nn.modules.module.torch.load would unpickle).
 OWN_PACKAGES = ("omnivision.data", "omnivision.models", "omnivision.optim", "omnivision.tasks")
 ALLOWED_MODULES = ("torch.optim", "torch.nn", "timm.optim", "fvcore.common.param_scheduler")
-INJECTED_ARGS = ("classes", "labels")  # from the catalog
+INJECTED_ARGS = ("classes", "labels")  # filled in from the catalog
 
 
 class TargetError(Exception):
@@ -55,7 +55,7 @@ def load_target(target: str) -> Any:
 
 
 def signature_of(target: str) -> Mapping[str, inspect.Parameter]:
-    """Return the parameters of an allowed `_target_`, by name; empty where Python cannot tell. Raises TargetError."""
+    """Return the parameters of an allowed `_target_`, by name; empty if Python cannot inspect them. Raises TargetError."""
     try:
         return inspect.signature(load_target(target)).parameters
     except ValueError:
@@ -99,11 +99,11 @@ def target_problems(node: Any, key: str, trusted: Sequence[str] = ()) -> dict[st
 
 @functools.cache
 def arguments_of(target: str) -> type[BaseModel]:
-    """Return a model of the arguments that configurations give to an allowed `_target_`. Raises TargetError."""
+    """Return a pydantic model of the arguments that a configuration may pass to an allowed `_target_`. Raises TargetError."""
     found, signature = load_target(target), signature_of(target)
     try:
         hints = typing.get_type_hints(found.__init__ if inspect.isclass(found) else found, include_extras=True)
-    except Exception:  # annotations of a user's own that cannot be evaluated
+    except Exception:  # a user's annotations may not evaluate
         hints = {}
     fields: dict[str, Any] = {}
     for name, parameter in signature.items():
@@ -118,7 +118,7 @@ def arguments_of(target: str) -> type[BaseModel]:
 
 
 def _to_config_type(hint: Any) -> Any:
-    """Translate a type annotation for configurations: an object to build for our classes, Any where it says too little."""
+    """Translate a type annotation for configurations: our classes become objects to build, unclear types become Any."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
         members = [_to_config_type(member) for member in arguments if member is not types.NoneType]

@@ -1,4 +1,4 @@
-"""Invalid settings in one sentence each, and the known name that is nearest to an unknown one."""
+"""Messages about invalid settings, one sentence each, and the known name nearest to an unknown one."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from omnivision.config.schema import GROUPS, setting_hints
 
 MUST_BE_SET = "must be set."
 PACKAGE_HINT = (
-    ". Files that +site=NAME or +experiments=NAME chooses begin with '# @package _global_' and are in --config-dir."
+    ". Files that +site=NAME or +experiments=NAME selects begin with '# @package _global_' and are in --config-dir."
 )
 
 
 def suggest(key: str, known: Iterable[str] | None = None) -> str:
-    """Return the end of a sentence about an unknown key: the nearest known key, by default of any setting or config group."""
+    """Return the end of a sentence about an unknown key, with the nearest known one (default: any setting or config group)."""
     names = list(setting_hints().keys() | GROUPS) if known is None else list(known)
     last = re.split("[./]", key)[-1]
     same_last = [name for name in names if name.endswith(f".{last}")]
@@ -32,7 +32,7 @@ def key_of(location: Sequence[int | str]) -> str:
 
 
 def format_errors(error: ValidationError, prefix: str = "", known: Iterable[str] | None = None) -> dict[str, str]:
-    """Return what each invalid setting must be and what it is, in pydantic's words; for an unknown one the nearest `known`."""
+    """Return what each invalid setting must be and what it is, in pydantic's words; for an unknown one, the nearest `known`."""
     problems: dict[str, str] = {}
     for detail in error.errors(include_url=False):
         key, kind, value = f"{prefix}{key_of(detail['loc'])}", detail["type"], detail["input"]

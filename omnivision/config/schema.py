@@ -1,6 +1,7 @@
 """Settings of a run: every key with its type and range.
 
-Defaults are in `config/experiments/base.yaml`, meanings in the comments there.
+Defaults are in `config/experiments/base.yaml`, meanings in the comments there; catalog entries and weight filters have theirs
+here.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-MAX_COUNT = 10**12  # beyond that sums would overflow
+MAX_COUNT = 10**12  # sums of larger counts would overflow
 NonNegativeInt = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 PositiveInt = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -24,7 +25,7 @@ Pixels = Annotated[int, Field(ge=1, le=4096)]
 Workers = Annotated[int, Field(ge=0, le=1024)]
 ScaleFactor = Annotated[float, Field(gt=0, le=1e9)]
 Area = Annotated[float, Field(ge=1e-6, le=1)]  # as a share of a frame
-Width = Annotated[int, Field(ge=1, le=65_536)]  # of tokens in a transformer
+Width = Annotated[int, Field(ge=1, le=65_536)]  # of a transformer's tokens
 Depth = Annotated[int, Field(ge=1, le=1000)]
 Heads = Annotated[int, Field(ge=1, le=1024)]
 StrOrList = str | list[str]
@@ -36,14 +37,14 @@ SingleLine = Annotated[str, Field(pattern=r"^\P{C}*$")]  # printable, so that it
 
 
 def require_ascending(value: tuple[float, float]) -> tuple[float, float]:
-    """Raise ValueError for a pair of numbers whose first is the larger one."""
+    """Raise ValueError for a pair of numbers whose first is larger."""
     if value[0] > value[1]:
         raise ValueError("must be two numbers in ascending order")
     return value
 
 
 def require_target(value: dict[str, Any], package: str = "omnivision") -> dict[str, Any]:
-    """Raise ValueError for a mapping without `_target_`, and for a class of another package of ours than `package`."""
+    """Raise ValueError for a mapping without `_target_`, and for a class of ours outside `package`."""
     if "_target_" not in value:
         raise ValueError("must be an object, a mapping with _target_ (the full name of a class)")
     if (target := str(value["_target_"])).startswith("omnivision.") and not target.startswith(f"{package}."):
@@ -52,7 +53,7 @@ def require_target(value: dict[str, Any], package: str = "omnivision") -> dict[s
 
 
 def from_package(package: str) -> AfterValidator:
-    """Return a validator of objects of a package of ours. A user's own class may be anywhere."""
+    """Return a validator for objects of one of our packages. A user's own class may be anywhere."""
     return AfterValidator(functools.partial(require_target, package=package))
 
 
@@ -66,12 +67,12 @@ TaskConfig = Annotated[dict[str, Any], from_package("omnivision.tasks")]
 ViewConfig = Annotated[dict[str, Any], from_package("omnivision.data.views")]
 MaskConfig = Annotated[dict[str, Any], from_package("omnivision.data.masking")]
 
-# Config groups, which a command line chooses beside settings.
+# Config groups, which a command line selects besides settings.
 GROUPS = ("experiments", "trainer/model", "trainer/checkpoint", "trainer/optim", "trainer/data", "trainer/task")
 
 
 class SettingsGroup(BaseModel):
-    """A group of settings: no unknown keys, no conversion of types but int to float."""
+    """A group of settings: no unknown keys, and no type conversion except int to float."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -103,7 +104,7 @@ class DatasetSettings(SettingsGroup):
 
 
 class ImageSettings(SettingsGroup):
-    """What differs for sources of images."""
+    """Settings that differ for sources of images."""
 
     batch_size: RuntimeOnly[PositiveInt]
     accumulation_steps: RuntimeOnly[PositiveInt]
@@ -171,14 +172,14 @@ class LoggingSettings(SettingsGroup):
 
 
 class WeightFilter(SettingsGroup):
-    """Which entries of a state dict a stage takes, by shell patterns over their names."""
+    """Which entries of a state dict a stage loads, by shell patterns over their names."""
 
     keep: list[str] | None = None  # only these; each pattern must match something
     drop: list[str] = []  # not these; each pattern must match something
     drop_if_present: list[str] = []
-    rename: dict[str, StrOrList] = {}  # a trailing `*` is the rest of the name on both sides
-    prefix: str = ""  # before every name, last of all
-    strict: bool = False  # all entries of the file and of the model
+    rename: dict[str, StrOrList] = {}  # a trailing `*` stands for the rest of the name on both sides
+    prefix: str = ""  # put before every name, after renaming
+    strict: bool = False  # file and model must have the same entries
     trunk_coverage: Fraction = 1.0  # share of the trunk's encoder tensors that must be loaded
 
 
@@ -220,7 +221,7 @@ class LauncherSettings(SettingsGroup):
 # One dependency, or several joined by `,` (all) or `?` (any).
 _ONE = r"((after|afterany|afterburstbuffer|aftercorr|afternotok|afterok)(:\d+(_(\d+|\*))?(\+\d+)?)+|singleton)"
 Dependency = Annotated[str, Field(pattern=rf"^({_ONE}(,{_ONE})*|{_ONE}(\?{_ONE})+)$")]
-# Options of sbatch that other settings stand for, or that would break a submission.
+# Options of sbatch that other settings set, or that would break a submission.
 SBATCH_RESERVED = (
     "job-name partition account qos time nodes ntasks ntasks-per-node gpus-per-node cpus-per-task mem constraint comment "
     "exclude nodelist dependency array output error open-mode requeue no-requeue kill-on-invalid-dep wait parsable test-only "
@@ -298,7 +299,7 @@ class Settings(SettingsGroup):
 
     @property
     def world_size(self) -> int:
-        """World size."""
+        """Ranks over all nodes."""
         return self.launcher.gpus_per_node * self.launcher.num_nodes
 
     @property
@@ -312,14 +313,14 @@ class Settings(SettingsGroup):
 
     @property
     def images(self) -> ImageSettings | None:
-        """What differs for images; None for a run without images."""
+        """Settings that differ for images; None for a run without images."""
         kinds = {source.kind for source in self.trainer.data.sources.values()}
         return self.trainer.data.image if kinds & {"image", "rgbd"} else None
 
 
 @functools.cache
 def setting_hints(cls: type[BaseModel] = Settings, prefix: str = "") -> Mapping[str, Any]:
-    """Return the type annotation of every setting, by full key; NAME is any key of a mapping."""
+    """Return the type annotation of every setting, by full key; NAME stands for any key of a mapping."""
     hints: dict[str, Any] = {}
     for name, hint in typing.get_type_hints(cls, include_extras=True).items():
         if name in cls.model_fields:
@@ -334,7 +335,7 @@ def setting_hints(cls: type[BaseModel] = Settings, prefix: str = "") -> Mapping[
 
 
 def runtime_only_settings() -> list[str]:
-    """Return shell patterns of the settings that are marked as RuntimeOnly, and of those in groups that are."""
+    """Return shell patterns for the settings marked as RuntimeOnly, alone or through their group."""
     hints = setting_hints()
     marked = [name for name, hint in hints.items() if RUNTIME_ONLY in typing.get_args(hint)]
     groups = {name.rpartition(".")[0] for name in hints}

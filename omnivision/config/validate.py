@@ -32,7 +32,7 @@ def validate_config(config: DictConfig, arguments: Sequence[str] | None = None) 
     trusted = trainer.get("trust_targets") if isinstance(trainer, dict) else None
     if trusted and arguments is not None and not is_overridden("trainer.trust_targets", arguments):
         problems["trainer.trust_targets"] = (
-            "must be given on the command line alone: building a class runs its code, and files may come from others. Type "
+            "may be given only on the command line: building a class runs its code, and files may come from others. Pass "
             "'++trainer.trust_targets=[PACKAGE]'."
         )
         trusted = None
@@ -42,7 +42,7 @@ def validate_config(config: DictConfig, arguments: Sequence[str] | None = None) 
     except ValidationError as error:
         problems = format_errors(error) | problems
     problems |= target_problems(trainer, "trainer", trusted if isinstance(trusted, list) else [])
-    # A value that repeats another setting is reported under that setting alone.
+    # A value that repeats another setting is reported only under that setting.
     problems = {key: text for key, text in problems.items() if not is_within(key, references)} or problems
     sentences = [f"{key} {text}" for key, text in problems.items() if key not in missing]
     if missing:
@@ -60,7 +60,7 @@ def validate_config(config: DictConfig, arguments: Sequence[str] | None = None) 
 def read_run_config(file: Path, trusted: Sequence[str] = ()) -> Settings:
     """Read a run's `config.yaml`; `trusted` replaces its trust_targets.
 
-    Raises UserError for a file that cannot be read, and for invalid settings.
+    Raises UserError for an unreadable file and for invalid settings.
     """
     try:
         defaults = OmegaConf.to_container(OmegaConf.load(find_config_dir() / "experiments" / "base.yaml"))
@@ -68,7 +68,7 @@ def read_run_config(file: Path, trusted: Sequence[str] = ()) -> Settings:
         if not isinstance(defaults, dict) or not isinstance(own, DictConfig):
             raise ValueError("must be a mapping")
         del defaults["defaults"]
-        config = OmegaConf.create(defaults)  # of settings that are newer than the run
+        config = OmegaConf.create(defaults)  # for settings that are newer than the run
         config.merge_with(own)
         OmegaConf.update(config, "trainer.trust_targets", list(trusted), force_add=True)
         return validate_config(config)
@@ -101,5 +101,5 @@ def resolve(node: Any, problems: dict[str, str], references: set[str], group: st
 
 
 def is_within(key: str, groups: Collection[str]) -> bool:
-    """Return whether a key is one of some keys, or in one of them."""
+    """Return whether a key is one of `groups`, or inside one of them."""
     return any(key == group or key.startswith((f"{group}.", f"{group}[")) for group in groups)

@@ -1,6 +1,6 @@
-"""Augmentations of a labelled view: RandAugment and random erasing of uint8 frames (T, C, H, W), one draw for all frames.
+"""Augmentation of a labelled view: RandAugment and random erasing on uint8 frames (T, C, H, W), one draw for all frames.
 
-Random numbers come from a generator that the caller keys. Pixels stay uint8, a quarter of the bytes of floats.
+Random numbers come from a generator that the caller keys. Pixels stay uint8, which takes a quarter of the memory of floats.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ Aspect = Annotated[float, Field(ge=1e-6, le=1e6)]
 class Operation(NamedTuple):
     """An operation of RandAugment."""
 
-    argument: Callable[[float, int], float]  # from a share (0 to 1) of the highest level and a sign of +1 or -1
-    apply: Callable[[Tensor, float], Tensor]  # to RGB frames (T, 3, H, W), uint8 or floats in [0, 1]
+    argument: Callable[[float, int], float]  # takes a share (0 to 1) of the highest level, and a sign (+1 or -1)
+    apply: Callable[[Tensor, float], Tensor]  # takes RGB frames (T, 3, H, W), uint8 or floats in [0, 1], and the argument
 
 
 def _kernels() -> Any:
-    # Not above: the import takes longer than a second, and the workers of a masked autoencoder never need it.
+    # Imported lazily: it takes over a second, and the data workers of a masked autoencoder never need it.
     from torchvision.transforms.v2 import functional
 
     return functional
@@ -42,10 +42,10 @@ def _signed(width: float, middle: float = 0.0) -> Callable[[float, int], float]:
 
 
 FACTOR = _signed(0.9, middle=1)  # 1 changes nothing
-SLOPE = _signed(0.3)  # pixels sideways for each pixel down
-SHIFT = _signed(0.45)  # of the width or height, to the left or up
+SLOPE = _signed(0.3)  # pixels sideways per pixel down
+SHIFT = _signed(0.45)  # share of the width or height, to the left or up
 UNUSED = _signed(0)
-# Auto-contrast and equalize look at each frame by itself, contrast at the mean of each frame, as published.
+# As published, auto-contrast and equalize use the histogram of each frame, contrast the mean of each frame.
 OPERATIONS = {
     "AdjustBrightness": Operation(FACTOR, lambda frames, factor: _kernels().adjust_brightness(frames, factor)),
     "AdjustContrast": Operation(FACTOR, lambda frames, factor: _kernels().adjust_contrast(frames, factor)),
@@ -56,11 +56,11 @@ OPERATIONS = {
     "Invert": Operation(UNUSED, lambda frames, _: _kernels().invert(frames)),
     "Rotate": Operation(_signed(30), lambda frames, degrees: _move(frames, angle=-degrees)),  # counter-clockwise
     "Posterize": Operation(
-        lambda share, sign: 4 - int(share * 4),  # bits that are kept
+        lambda share, sign: 4 - int(share * 4),  # bits to keep
         lambda frames, bits: _on_bytes(lambda levels: _kernels().posterize(levels, int(bits)), frames),
     ),
     "Solarize": Operation(
-        lambda share, sign: 1 - share,  # pixels from this brightness (of 1) on are inverted
+        lambda share, sign: 1 - share,  # invert pixels at or above this brightness (of 1)
         lambda frames, share: _kernels().solarize(frames, share * (1.0 if frames.is_floating_point() else 255.0)),
     ),
     "ShearX": Operation(SLOPE, lambda frames, slope: _move(frames, shear=(math.degrees(math.atan(slope)), 0.0))),
@@ -72,7 +72,7 @@ OPERATIONS = {
 
 @dataclass(frozen=True)
 class RandAugment:
-    """`num_layers` different operations out of 14, one after the other (Cubuk et al. 2020, with the recipe's ranges).
+    """Apply `num_layers` different operations out of 14, one after the other (Cubuk et al. 2020, with the recipe's ranges).
 
     Args:
         magnitude: mean strength of an operation, 0 to 10.
@@ -93,7 +93,7 @@ class RandAugment:
         return frames
 
     def plan(self, rng: np.random.Generator) -> list[tuple[str, float]]:
-        """Draw the operations of one clip with their arguments, in the order in which they are applied."""
+        """Draw the operations for one clip with their arguments, in the order of application."""
         plan, names = [], list(OPERATIONS)
         for number in rng.permutation(len(names))[: self.num_layers]:
             if rng.random() < self.prob:
@@ -105,11 +105,11 @@ class RandAugment:
 
 @dataclass(frozen=True)
 class RandomErasing:
-    """Noise in one rectangle over all frames, fresh for each pixel, channel and frame (Zhong et al. 2020).
+    """Fill one rectangle of all frames with noise, drawn for each pixel, channel and frame (Zhong et al. 2020).
 
     The published noise is standard normal after normalization. Here pixels stay uint8, so the noise is un-normalized with
-    ImageNet's mean and deviation, rounded, and clamped to 0 .. 255, which cuts its tails below -1.8 to -2.1 and above 2.2 to
-    2.6 deviations, depending on the channel.
+    ImageNet's mean and deviation, rounded and clamped to 0 .. 255. Depending on the channel, that cuts its tails below -1.8 to
+    -2.1 and above 2.2 to 2.6 deviations.
 
     Args:
         prob: chance that a clip is erased.
@@ -134,7 +134,7 @@ class RandomErasing:
         return erased
 
     def box(self, height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int] | None:
-        """Draw (top, left, height, width) of the rectangle; None when the clip stays as it is."""
+        """Draw (top, left, height, width) of the rectangle; None if the clip is not erased."""
         if rng.random() >= self.prob:
             return None
         for _ in range(ERASING_TRIES):
@@ -147,7 +147,7 @@ class RandomErasing:
 
 
 def erased_size(height: int, width: int, area: float, aspect: float) -> tuple[int, int] | None:
-    """Return height and width of a rectangle with that share of a frame; None unless both are smaller than the frame's."""
+    """Return the height and width of a rectangle that covers `area` of a frame; None unless both are below the frame's."""
     pixels = area * height * width
     h, w = round(math.sqrt(pixels * aspect)), round(math.sqrt(pixels / aspect))
     return (h, w) if h < height and w < width else None
@@ -161,10 +161,10 @@ def _on_bytes(count_levels: Callable[[Tensor], Tensor], frames: Tensor) -> Tenso
 
 
 def adjust_sharpness(frames: Tensor, factor: float) -> Tensor:
-    """Blend a smoothed frame (factor 0) and the frame (1), and beyond; the outermost pixels stay. Types as above.
+    """Blend a smoothed frame (factor 0) with the frame (1), or extrapolate (above 1); the outermost pixels stay.
 
-    The filter is PIL's: 1/13 around and 5/13 in the middle, computed as a box of ones (rows, then columns) and four times the
-    middle: over ten times as fast as torchvision's convolution.
+    Takes uint8, or floats in [0, 1]; returns the same dtype. The filter is PIL's, 5/13 in the middle and 1/13 around, computed
+    as a box of ones (rows, then columns) plus four times the middle: over ten times as fast as torchvision's convolution.
     """
     pixels = frames.clone() if frames.is_floating_point() else frames.float()
     inner = pixels[..., 1:-1, 1:-1]  # a view: adding to it changes `pixels`
@@ -185,7 +185,7 @@ def _move(
     translate: tuple[float, float] = (0.0, 0.0),
     shear: tuple[float, float] = (0.0, 0.0),
 ) -> Tensor:
-    """Rotate about the center, move by pixels, or shear about the upper left corner; bilinear; what moves in is grey."""
+    """Rotate about the center, move by pixels, or shear about the upper left corner; bilinear; uncovered pixels become grey."""
     from torchvision.transforms.v2 import InterpolationMode
 
     return _kernels().affine(

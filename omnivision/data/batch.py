@@ -14,18 +14,18 @@ from omnivision.utils.errors import UserError
 
 @dataclass(frozen=True)
 class BadSample:
-    """A file that gave no clip, for the ledger."""
+    """A file no clip could be read from, for the ledger."""
 
     source: str
     index: int
     path: str
     reason: str
     split: str = "train"
-    missing: bool = False  # the file, or its file system, is not there
+    missing: bool = False  # the file, or its file system, is unavailable
 
 
 def missing_files_message(paths: Sequence[str], what: str) -> str:
-    """Return a message about files that are all missing at once; each counts once, however often it was tried."""
+    """Return a message about files that are all missing; a file that was tried several times counts once."""
     return (
         f"None of {len(set(paths))} {what} exists, e.g. {paths[0]}. Is the data mounted? Set datasets.NAME.prefix. The same "
         "command resumes from the last checkpoint."
@@ -34,21 +34,21 @@ def missing_files_message(paths: Sequence[str], what: str) -> str:
 
 @dataclass
 class Sample:
-    """V views of one video: the answer of a dataset to one request."""
+    """V views of one video: what a dataset returns for one request."""
 
-    video: Tensor  # uint8 (V, C, T, H, W); of an image (V, C, H, W)
+    video: Tensor  # uint8 (V, C, T, H, W), or (V, C, H, W) for an image
     mask: Tensor | None  # bool (V, T', H', W')
     label: int
     source: str
-    index: int  # in its split; of the decoded file, which may have replaced a bad one
+    index: int  # position in its split of the decoded file, which may have replaced a bad one
     path: str
     bad: list[BadSample] = field(default_factory=list)
-    depth: Tensor | None = None  # float32 (V, 1, H, W) in [0, 1], of an RGB-D image
+    depth: Tensor | None = None  # RGB-D images only: float32 (V, 1, H, W) in [0, 1]
 
 
 @dataclass
 class Batch:
-    """B clips of one source; the views of a video stand next to each other."""
+    """B clips from one source; the views of a video are adjacent."""
 
     video: Tensor  # (B, C, T, H, W) or images (B, C, H, W); uint8 from the workers
     label: Tensor  # int64 (B,)
@@ -57,11 +57,11 @@ class Batch:
     paths: list[str]  # (B,)
     mask: Tensor | None = None  # bool (B, T', H', W'), True = hidden
     num_masked: int = 0  # tokens hidden in each sample
-    views: int = 1  # clips of each video
-    depth: Tensor | None = None  # float32 (B, 1, H, W) in [0, 1], of RGB-D images
+    views: int = 1  # clips per video
+    depth: Tensor | None = None  # RGB-D images only: float32 (B, 1, H, W) in [0, 1]
     bad: list[BadSample] = field(default_factory=list)
-    parent: Batch | None = None  # of a micro-batch: the batch that it is a part of
-    offset: int = 0  # of a micro-batch: the position of its first sample there
+    parent: Batch | None = None  # micro-batches only: the batch it was split from
+    offset: int = 0  # micro-batches only: index of its first sample in `parent`
 
     def __len__(self) -> int:
         return len(self.video)
@@ -106,7 +106,7 @@ class Batch:
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Collate samples of one source, their views flattened into B. Raises UserError when masks hide different counts."""
+    """Collate samples of one source, flattening their views into B. Raises UserError when masks hide different counts."""
     views = torch.tensor([len(sample.video) for sample in samples])
     masks = [sample.mask for sample in samples if sample.mask is not None]
     depths = [sample.depth for sample in samples if sample.depth is not None]

@@ -17,11 +17,11 @@ from omnivision.utils.errors import UserError, truncate_list
 __all__ = ["Dataset", "Split", "SplitSettings"]
 
 IGNORED_LABEL = -1
-# What each file holds: kinds of dtype, shape of a sample's entry, and both in words.
+# What each file holds: the allowed kinds of dtype, the shape of a sample's entry, and both in words.
 ARRAYS: dict[str, tuple[str, tuple[int, ...], str]] = {
-    "paths": ("U", (), "strings, one path a sample"),
-    "depth": ("U", (), "strings, one path of a depth file a sample"),
-    "labels": ("iu", (), "integers, one label a sample"),
+    "paths": ("U", (), "strings, one path per sample"),
+    "depth": ("U", (), "strings, one path of a depth file per sample"),
+    "labels": ("iu", (), "integers, one label per sample"),
     "segments": ("f", (2,), "floating-point numbers, start and end (s) of each sample"),
 }
 
@@ -49,7 +49,7 @@ class Dataset(DatasetSettings):
 
 
 def read_class_names(file: str, setting: str) -> list[str]:
-    """Read names of classes, one a line, in the order of their labels. `setting` is where `file` was given.
+    """Read class names, one per line, in the order of their labels. `setting` names the setting that gave `file`.
 
     Raises UserError for a file that cannot be read, and for names that are empty or repeated.
     """
@@ -59,14 +59,14 @@ def read_class_names(file: str, setting: str) -> list[str]:
         names = [line.strip() for line in Path(file).read_text(encoding="utf-8-sig").rstrip().splitlines()] or [""]
     except (OSError, ValueError) as error:  # ValueError: not text, or a name that no file can have
         raise UserError(
-            f"{setting} is {file!r}, which cannot be read: {error}. Expected a text file with one name a line. Give "
+            f"{setting} is {file!r}, which cannot be read: {error}. Expected a text file with one name per line. Give "
             "another, or none for numbers."
         ) from None
     for line, name in enumerate(names, start=1):
         if not name or name in names[: line - 1]:
             what = f"repeats {name!r}" if name else "is empty"
             raise UserError(
-                f"{setting}: line {line} of {file} {what}; each class needs its own name, that of class 0 first. Correct "
+                f"{setting}: line {line} of {file} {what}; each class needs its own name, in order from class 0. Correct "
                 "the file."
             )
     return names
@@ -74,14 +74,14 @@ def read_class_names(file: str, setting: str) -> list[str]:
 
 @dataclass(frozen=True)
 class LabelSets:
-    """The head of each source and the number of classes of each head. Sources of one label set share a head."""
+    """The head of each source, and the number of classes of each head. Sources with the same label set share a head."""
 
     classes: list[int]
     head: dict[str, int]  # by source
 
 
 def label_sets(datasets: Sequence[Dataset], share_head: bool = False) -> LabelSets:
-    """Assign each label set (`Dataset.label_set`, or the dataset itself) a head, in order; with share_head all share one.
+    """Assign a head to each label set (`Dataset.label_set`, else the dataset), in order; with `share_head` all share one.
 
     Raises UserError for a source whose number of classes is unknown or differs from others of its label set.
     """
@@ -107,8 +107,8 @@ def label_sets(datasets: Sequence[Dataset], share_head: bool = False) -> LabelSe
 class Split:
     """The samples of one split. Its arrays are memory-mapped; workers receive file names only.
 
-    Raises UserError when a file is missing or does not hold what `ARRAYS` says, for files of different lengths, no sample at
-    all, labels outside -1 .. num_classes - 1 (losses ignore -1), and segments that are not 0 <= start < end.
+    Raises UserError for a file that is missing or does not hold what `ARRAYS` says, files of different lengths, an empty split,
+    labels outside -1 .. num_classes - 1 (losses ignore -1), and segments that are not 0 <= start < end.
     """
 
     def __init__(self, dataset: Dataset, which: Literal["train", "val"]) -> None:
@@ -149,14 +149,14 @@ class Split:
         return len(self._arrays["paths"])
 
     def files(self) -> dict[str, str]:
-        """Return the files of its arrays by what they hold."""
+        """Return its files by what they hold (a key of `ARRAYS`)."""
         return dict(self._files)
 
     def path(self, index: int) -> str:
         return self._rewrite(str(self._arrays["paths"][index]))
 
     def depth_path(self, index: int) -> str | None:
-        """Return the depth file of an image; None for a source without."""
+        """Return the depth file of an image; None if the source has none."""
         return self._rewrite(str(self._arrays["depth"][index])) if "depth" in self._arrays else None
 
     def _rewrite(self, path: str) -> str:
@@ -165,21 +165,21 @@ class Split:
         return f"{self._prefix}{path}{rules.suffix}"
 
     def label_counts(self) -> list[int]:
-        """Return the number of samples of each class; empty where the number of classes or the labels are unknown."""
+        """Return the number of samples of each class; empty if the number of classes or the labels are unknown."""
         if "labels" not in self._arrays or self.dataset.num_classes is None:
             return []
         labels = np.asarray(self._arrays["labels"])
         return np.bincount(labels[labels >= 0], minlength=self.dataset.num_classes).tolist()
 
     def has_labels(self) -> bool:
-        """Return whether any sample has one."""
+        """Return whether any sample has a label."""
         return "labels" in self._arrays and int(self._arrays["labels"].max()) > IGNORED_LABEL
 
     def label(self, index: int) -> int:
         return int(self._arrays["labels"][index]) if "labels" in self._arrays else IGNORED_LABEL
 
     def segment(self, index: int) -> Segment | None:
-        """Return the seconds [start, end) of the video that are the sample; None for the whole video."""
+        """Return the part of the video that is the sample, as seconds [start, end); None for the whole video."""
         if "segments" not in self._arrays:
             return None
         start, end = self._arrays["segments"][index]
@@ -191,12 +191,12 @@ class Split:
 
 
 def resolve_prefix(prefix: str) -> str:
-    """Return the text to put before each path: a folder gets its slash, anything else (/data/clip_) stays as it is."""
+    """Return the text to put before each path: a folder gets a slash, anything else (/data/clip_) stays as it is."""
     return f"{prefix}/" if os.path.isdir(prefix) and not prefix.endswith("/") else prefix
 
 
 def resolve_path(files: StrOrList, setting: str) -> str:
-    """Return the first of the candidate files that exists; UserError when none does."""
+    """Return the first candidate file that exists. Raises UserError if none does."""
     candidates = [files] if isinstance(files, str) else files
     for candidate in candidates:
         if os.path.isfile(candidate):
@@ -209,7 +209,7 @@ def resolve_path(files: StrOrList, setting: str) -> str:
 
 
 def load_array(file: str, setting: str) -> np.ndarray:
-    """Memory-map a .npy file; anything that would have to be unpickled, or is no .npy file, is a UserError."""
+    """Memory-map a .npy file. Raises UserError for anything else, and for an array that would have to be unpickled."""
     try:
         return np.lib.format.open_memmap(file, mode="r")  # numpy.load would also open .npz archives
     except Exception as error:  # numpy raises many kinds for a damaged header
@@ -234,7 +234,7 @@ def _check_labels(labels: np.ndarray, file: str, dataset: Dataset) -> None:
     if low < IGNORED_LABEL or (classes is not None and high >= classes):
         advice = f"Correct the labels, or set datasets.{dataset.name}.num_classes."
         if classes is not None and labels_start_at_one(labels, classes):
-            advice = f"They start at 1. Shift those of all splits: {shift_command(file)}"
+            advice = f"They start at 1. Shift the labels of all splits: {shift_command(file)}"
         most = "or more" if classes is None else f"to {classes - 1}"
         raise UserError(
             f"{file} holds labels from {low} to {high}; expected {IGNORED_LABEL} (ignored) {most}, from 0 on. {advice}"
@@ -242,13 +242,13 @@ def _check_labels(labels: np.ndarray, file: str, dataset: Dataset) -> None:
 
 
 def labels_start_at_one(labels: np.ndarray, num_classes: int | None) -> bool:
-    """Return whether labels are 1 .. num_classes, not 0 .. num_classes - 1; of an unknown number, whether the least is 1."""
+    """Return whether labels are 1 .. num_classes, not 0 .. num_classes - 1; with num_classes=None, whether the lowest is 1."""
     used = labels[labels > IGNORED_LABEL]
     return bool(used.size) and used.min() == 1 and num_classes in (None, used.max())
 
 
 def labels_off_by_one(labels: Iterable[int], others: Iterable[int]) -> bool:
-    """Return whether labels of one split start at 1 and those of another at 0, with as many values between least and most."""
+    """Return whether the labels of one split start at 0 and the other's at 1, over a range of the same length."""
     one, other = ({label for label in split if label > IGNORED_LABEL} for split in (labels, others))
     if not one or not other:
         return False
@@ -256,7 +256,7 @@ def labels_off_by_one(labels: Iterable[int], others: Iterable[int]) -> bool:
 
 
 def shift_command(file: str | None) -> str:
-    """Return a command that makes labels which start at 1 start at 0."""
+    """Return a command that shifts labels that start at 1, so that they start at 0."""
     return f'python -c "import numpy as np; f = {file!r}; a = np.load(f); np.save(f, np.where(a > 0, a - 1, a))"'
 
 

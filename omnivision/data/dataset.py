@@ -1,7 +1,7 @@
 """Turn a request into a sample: clip times, frames, views, masks. Everything random is keyed by the request.
 
-A file that does not decode is replaced by another one of the same split, drawn by a keyed generator too, and named in the
-sample for the trainer's ledger.
+A file that does not decode is replaced by another one of the same split, which is drawn by a keyed generator too. The sample
+names the bad file for the trainer's ledger.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ from omnivision.data.views import View
 
 REPLACEMENTS = 20
 MAX_ASPECT = 16  # longest side of a frame, in short sides
-# errno when a file, or the file system that it lies on, is not there.
+# errno when a file, or its file system, is unavailable.
 _MISSING_ERRNOS = "ENOENT EACCES EIO ENODEV ENOTCONN ESTALE ETIMEDOUT EHOSTDOWN"
 MISSING_ERRNOS = {getattr(errno, name) for name in _MISSING_ERRNOS.split()}
 
 
 @dataclass(frozen=True)
 class ClipConfig:
-    """How clips are cut out of the files of one kind.
+    """How to make clips from files of one kind.
 
     Args:
-        view: crops one view out of decoded frames.
-        views: views of each clip: crops with masks of their own in training (repeated augmentation, Hoffer et al. 2020), the
-            crops of an evaluation.
-        num_frames: frames of a clip; 1 for images.
+        view: crops one view from decoded frames.
+        views: views per clip: in training, crops that each have their own mask (repeated augmentation, Hoffer et al. 2020); at
+            evaluation, its crops.
+        num_frames: frames per clip; 1 for images.
         grid: token grid (T', H', W') that masks are made for.
         mask: hides tokens of a view, or None for tasks without masks.
-        clips: clips of each video at evaluation, spread over it; in training there is one, at a random time.
+        clips: clips per video at evaluation, spread over it; in training there is one, at a random time.
     """
 
     view: View
@@ -60,17 +60,17 @@ class ClipConfig:
 
 
 class ClipDataset:
-    """Clips of the videos of several splits; an image is a clip of one frame.
+    """Clips from the videos of several splits; an image is a clip of one frame.
 
     Args:
         splits: the sources; a request names one by position.
         configs: by kind of source ("video", "image", "rgbd").
         clip_duration: seconds that the frames of a clip are spread over.
-        seed: of all draws.
-        training: clips start anywhere and a bad file is replaced by another sample. Otherwise clips are spread evenly
-            and a bad file gives a sample without views, as do many bad ones in a row in training.
-        max_pixels: files whose frames have more pixels than this are bad, by their header.
-        spacing: of evaluation clips; see `sampling.uniform_clip_starts`.
+        seed: the seed of all draws.
+        training: if true, clips start anywhere, and a bad file is replaced by another sample. If false, clips are spread
+            evenly, and a bad file gives a sample without views (in training, many bad files in a row do).
+        max_pixels: frames with more pixels than this, by their header, make a file bad.
+        spacing: how evaluation clips are spread; see `sampling.uniform_clip_starts`.
     """
 
     def __init__(
@@ -116,8 +116,8 @@ class ClipDataset:
                     depths.append(config.view.crop(depth, keyed_rng(self.seed, Draw.VIEW, *key), crop_index)[0])
                 if config.mask is not None:
                     masks.append(torch.from_numpy(config.mask(config.grid, keyed_rng(self.seed, Draw.MASK, *key))))
-        # (V, C, T, H, W), channels last in memory as decoders and resizing have them: making it contiguous costs as much as
-        # the crop.
+        # (V, C, T, H, W), channels last in memory, as decoding and resizing leave them: making it contiguous would cost as much
+        # as the crop.
         video = torch.stack(views).permute(0, 4, 1, 2, 3)
         return Sample(
             video=_squeeze_time(video, split),
@@ -155,7 +155,7 @@ class ClipDataset:
             return [video.read(*clip_window(start, self.clip_duration, segment), config.num_frames) for start in starts]
 
     def _empty(self, split: Split, request: Request, path: str, bad: list[BadSample]) -> Sample:
-        """Return a sample without views: the video is not counted, only named."""
+        """Return a sample without views: it names the video, which is not counted."""
         config = self.configs[split.dataset.kind]
         side = config.view.size
         video = torch.empty(0, 3, config.num_frames, side, side, dtype=torch.uint8)
@@ -174,5 +174,5 @@ def _check_aspect(frames: Tensor) -> Tensor:
 
 
 def _squeeze_time(views: Tensor, split: Split) -> Tensor:
-    """Return (V, C, T, H, W), for images (V, C, H, W), which the model tells apart from clips of one frame."""
+    """Return (V, C, T, H, W), or (V, C, H, W) for images: the model tells them from clips of one frame by this."""
     return views[:, :, 0] if split.dataset.kind != "video" else views

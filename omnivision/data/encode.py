@@ -1,4 +1,4 @@
-"""Frames -> H.264 video, byte-identical for identical frames and settings. The one place that encodes video.
+"""Frames -> H.264 video, byte-identical for identical frames and settings. All video encoding happens here.
 
 A video is written under a temporary name in the same folder and renamed: a killed process leaves no partial video.
 """
@@ -19,7 +19,7 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 TEMPORARY_SUFFIX = ".part"
-# mbtree sums floats in an order that differs from run to run on AVX-512, and with it the bytes.
+# With mbtree, x264 on AVX-512 sums floats in an order that differs from run to run, and so do the bytes.
 DEFAULT = {"x264-params": "mbtree=0"}
 QUICK_TO_READ = {"tune": "fastdecode", "x264-params": "mbtree=0:bframes=3:b-adapt=0:b-pyramid=0"}
 
@@ -27,7 +27,7 @@ QUICK_TO_READ = {"tune": "fastdecode", "x264-params": "mbtree=0:bframes=3:b-adap
 def write_video(
     path: str | os.PathLike[str], frames: NDArray[np.uint8], *, fps: int | Fraction, **settings: Any
 ) -> int:
-    """Encode RGB `frames`, uint8 (T, H, W, 3), as an mp4 at `path`; return its size in bytes. Settings as below."""
+    """Encode RGB `frames`, uint8 (T, H, W, 3), as an mp4; return its size in bytes. `settings` go to `write_timed_video`."""
     return write_timed_video(path, enumerate(frames), 1 / Fraction(fps), fps=fps, **settings)
 
 
@@ -43,17 +43,18 @@ def write_timed_video(
     preset: str = "veryfast",
     quick_to_read: bool = False,
 ) -> int:
-    """Encode frames with a time stamp each, one in memory at a time; return the size in bytes.
+    """Encode time-stamped frames, with one in memory at a time; return the size in bytes.
 
     Args:
         frames: (tick, uint8 (H, W, 3)) with ascending ticks of `time_base` seconds, all of one even size.
-        fps: frames a second, about, for the encoder's choices only.
+        fps: approximate frames per second, used only for the encoder's decisions.
         end: the tick at which the last frame leaves the screen; None: it stays as long as the one before it.
-        gop: most frames from one key frame to the next (1: key frames only).
+        gop: maximum number of frames from one key frame to the next (1: key frames only).
         crf: x264's constant quality, 0 (lossless) to 51 (worst).
-        quick_to_read: clips decode in half the time, from a file a tenth larger: simpler coding, 3 of 4 frames droppable.
+        quick_to_read: use simpler coding and make 3 of 4 frames droppable. Clips decode in half the time, from a file a tenth
+            larger.
 
-    Raises ValueError for other frames. Errors of the iterator pass through. Both leave no file.
+    Raises ValueError for other frames; errors of the iterator pass through. No file is left behind in either case.
     """
     if gop < 1 or not 0 <= crf <= 51:  # x264 would clamp them
         raise ValueError(f"gop must be >= 1 and crf 0 to 51, got {gop} and {crf}")
@@ -95,10 +96,10 @@ def write_timed_video(
 def _packets(
     stream: VideoStream, frames: Iterable[tuple[int, NDArray[np.uint8]]], time_base: Fraction, end: int | None
 ) -> Iterator[Packet]:
-    """Yield the encoded frames, in decoding order, each with its duration where the next tick or the end is known."""
+    """Yield the encoded frames, in decoding order, each with its duration if the next tick or the end is known."""
     ticks: list[int] = []
     expected = (stream.height, stream.width, 3)
-    waiting: deque[Packet] = deque()  # for the tick of the next frame
+    waiting: deque[Packet] = deque()  # packets whose duration depends on the next frame's tick
     for tick, frame in frames:
         if frame.dtype != np.uint8 or frame.shape != expected or (ticks and tick <= ticks[-1]):
             raise ValueError(

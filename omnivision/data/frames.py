@@ -1,8 +1,8 @@
 """Images and folders of frames -> uint8 RGB frames, and helpers that video files share.
 
-Files named by others are opened here only: regular files and folders, never a pipe or device.
+Only this module opens files whose names come from others: regular files and folders, never a pipe or device.
 
-torch is imported where a tensor is made: commands that read videos as arrays (`prepare`, in many processes) start without.
+torch is imported only where a tensor is made: commands that read videos as arrays (`prepare`, in many processes) start without.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def check_pixels(width: int, height: int, max_pixels: int | None) -> None:
 
 
 def open_regular_file(path: str, folder: int | None = None) -> tuple[int, bool]:
-    """Open a regular file or (unless inside `folder`) a folder: its descriptor, and whether it is a folder.
+    """Open a regular file or (unless inside `folder`) a folder; return its descriptor, and whether it is a folder.
 
-    Raises VideoDecodeError. Pipes, sockets and devices are refused before they are opened, which could block or act.
+    Raises VideoDecodeError. Pipes, sockets and devices are rejected before they are opened: opening one may block or act.
     """
     descriptor = -1
     try:
@@ -77,26 +77,26 @@ Seconds = float | Fraction
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """Facts about a video that need no decoding. Width and height are those of the upright frame."""
+    """Facts about a video that need no decoding. Width and height are the upright frame's."""
 
-    frames: int  # as the container counts them
+    frames: int  # the container's count
     width: int
     height: int
     rotation: int  # degrees clockwise to upright: 0, 90, 180 or 270
-    gop: int  # most frames from one key frame to the next
-    rate: float | None  # frames a second between most frames; None for a single one
-    mirrored: bool = False  # left and right are exchanged, after turning
+    gop: int  # maximum number of frames from one key frame to the next
+    rate: float | None  # frames per second between most frames; None for a single frame
+    mirrored: bool = False  # left and right are exchanged after rotation
 
 
 def ticks(start: Seconds, end: Seconds, rate: Fraction) -> tuple[int, int]:
-    """Return [low, high): the ticks of a clock at `rate` a second that lie in start <= t < end, exactly."""
+    """Return [low, high): exactly the ticks in start <= t < end of a clock with `rate` ticks per second."""
     if not start < end:
         raise ValueError(f"start must be < end, got {float(start)} and {float(end)}")
     return ceil(Fraction(start) * rate), ceil(Fraction(end) * rate)
 
 
 def select_frames(times: Sequence[int], low: int, high: int, num: int) -> list[int]:
-    """Return `num` indices spread over the times in [low, high); if there are none, the last before it, else the first."""
+    """Return `num` indices spread over the times in [low, high); if it has none, the last time before it, else the first."""
     if not times:
         raise VideoDecodeError("no frame could be decoded")
     inside = [i for i, t in enumerate(times) if low <= t < high]
@@ -106,7 +106,7 @@ def select_frames(times: Sequence[int], low: int, high: int, num: int) -> list[i
 
 
 def stack(frames: list[np.ndarray]) -> torch.Tensor:
-    """Stack frames (H, W, 3) to (T, 3, H, W), channels-last in memory. VideoDecodeError when sizes differ."""
+    """Stack frames (H, W, 3) to (T, 3, H, W), channels-last in memory. Raises VideoDecodeError when sizes differ."""
     import torch
 
     check_sizes({(f.shape[1], f.shape[0]) for f in frames})
@@ -120,9 +120,9 @@ def check_sizes(sizes: set[tuple[int, int]]) -> None:
 
 
 def subsample_indices(total: int, num: int) -> list[int]:
-    """Spread `num` indices over range(total), first and last included: floor(i * (total - 1) / (num - 1)).
+    """Spread `num` indices over range(total), including the first and last: floor(i * (total - 1) / (num - 1)).
 
-    They repeat when total < num; num = 1 gives [0]. Integers throughout, so no index depends on rounding.
+    They repeat when total < num; num = 1 gives [0]. The arithmetic is exact, in integers.
     """
     if total < 1 or num < 1:
         raise ValueError(f"numbers of frames must be >= 1, got {num} of {total}")
@@ -131,14 +131,14 @@ def subsample_indices(total: int, num: int) -> list[int]:
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".gif")
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF", "GIF")  # not EPS, which runs another program
-_ERRORS = (  # of PIL on damaged files
+_ERRORS = (  # what PIL raises for damaged files
     *(OSError, ValueError, SyntaxError, EOFError, TypeError, LookupError, MemoryError, OverflowError),
     *(struct.error, zlib.error, Image.DecompressionBombError),
 )
 
 
 def read_image(path: str, max_pixels: int | None = None) -> torch.Tensor:
-    """Read an image, or the first of an animation, as a clip of one frame: uint8 (1, 3, H, W). Raises VideoDecodeError."""
+    """Read an image, or an animation's first frame, as a clip of one frame: uint8 (1, 3, H, W). Raises VideoDecodeError."""
     import torch
 
     return torch.from_numpy(read_rgb(path, max_pixels)).permute(2, 0, 1)[None]
@@ -184,7 +184,7 @@ def read_depth(path: str, max_pixels: int | None = None) -> torch.Tensor:
 
 
 def read_rgb(path: str, max_pixels: int | None, folder: int | None = None) -> np.ndarray:
-    """Read an image, upright by its EXIF orientation: uint8 (H, W, 3). `folder` is a descriptor that `path` starts at.
+    """Read an image, upright by its EXIF orientation: uint8 (H, W, 3). `path` is relative to the descriptor `folder`.
 
     Raises VideoDecodeError.
     """
@@ -211,7 +211,7 @@ def _open_file(path: str, folder: int | None = None) -> IO[bytes]:
     return open(descriptor, "rb")
 
 
-# A frame number, or a time as one number: 12, 12.345, 12-30-01.250; but cam1.0001 has two.
+# A frame number, or a time, as one number: 12, 12.345, 12-30-01.250; but cam1.0001 has two.
 _NUMBER = re.compile(r"((?<![A-Za-z])[0-9]+(?:\.[0-9]+|(?:[-:.][0-9]+){2,})|[0-9]+)")
 
 
@@ -220,9 +220,9 @@ class SeveralSeriesError(VideoDecodeError):
 
 
 class FrameFolder:
-    """A folder of images: frame k, in natural order of names, is shown from k / fps s. Methods as of VideoFile.
+    """A folder of images: frame k, in natural order of names, is shown from k / fps s. Has VideoFile's methods.
 
-    `pattern` is one of its series, as `group_series` names them, or any shell pattern; without it there must be one series.
+    `pattern` is the name of a series, as `group_series` gives it, or any shell pattern; None requires a single series.
     """
 
     def __init__(self, descriptor: int, fps: Fraction, max_pixels: int | None, pattern: str | None = None):
@@ -271,7 +271,7 @@ class FrameFolder:
         return ((tick, self._frame(name)) for tick, name in enumerate(self._names))
 
     def read(self, start: Seconds, end: Seconds, num_frames: int) -> torch.Tensor:
-        """Open the wanted images only. Raises VideoDecodeError when their sizes differ."""
+        """Read as `VideoFile.read`, opening only the wanted images. Raises VideoDecodeError when their sizes differ."""
         wanted = select_frames(range(len(self._names)), *ticks(start, end, self._fps), num_frames)
         frames = {i: self._frame(self._names[i]) for i in set(wanted)}
         return stack([frames[i] for i in wanted])
@@ -286,10 +286,10 @@ class FrameFolder:
 def group_series(names: Sequence[str]) -> dict[str, list[str]]:
     """Group names of images, in natural order, into series of frames: a shell pattern such as img_*.jpg -> its names.
 
-    img_1_1703.jpg, img_2_1758.jpg, ...: one series, since a number ascends from name to name. cam1_1.jpg, cam1_2.jpg, ...,
-    cam2_1.jpg, cam2_2.jpg, ...: two, since they share frame numbers. 1.jpg, 2.png: one; 1.jpg, 1.png: two.
+    img_1_1703.jpg, img_2_1758.jpg, ... are one series, since a number ascends from name to name. cam1_1.jpg, cam1_2.jpg, ...,
+    cam2_1.jpg, cam2_2.jpg, ... are two, since they share frame numbers. 1.jpg, 2.png are one; 1.jpg, 1.png are two.
     """
-    # Usually names differ in their last digits alone: a quick check, since this function runs for every clip.
+    # Usually names differ only in their last digits: check that first, since this function runs for every clip.
     split = (name.rpartition(".") for name in names)
     endings = {(text := stem.rstrip("0123456789"), suffix, text != stem) for stem, _, suffix in split}
     if len(endings) == 1:
@@ -297,7 +297,7 @@ def group_series(names: Sequence[str]) -> dict[str, list[str]]:
         if numbered:
             return {f"{text}*.{suffix}": list(names)}
     stems = {name: os.path.splitext(name) for name in names}
-    if len({stem for stem, _ in stems.values()}) == len(names):  # no frame is there in two formats
+    if len({stem for stem, _ in stems.values()}) == len(names):  # no frame exists in two formats
         suffixes = {suffix for _, suffix in stems.values()}
         common = suffixes.pop() if len(suffixes) == 1 else ".*"
         stems = {name: (stem, common) for name, (stem, _) in stems.items()}
@@ -327,11 +327,11 @@ def _ascends(numbers: Sequence[str]) -> bool:
 
 
 def sort_times(names: list[str]) -> list[str]:
-    """Sort names that differ in a time in seconds, as programs print it (0.04, 0.2, 1.0); others stay in their order.
+    """Sort names that differ in a time in seconds, as programs print it (0.04, 0.2, 1.0); other names keep their order.
 
-    Natural order takes .2 for less than .04. Frame numbers behind a dot (1.9, 1.10) are known by a zero at the end.
+    Natural order would put .2 before .04. A trailing zero identifies frame numbers after a dot (1.9, 1.10).
     """
-    if all(name.count(".") < 2 for name in names):  # a quick check, since this function runs for every clip
+    if all(name.count(".") < 2 for name in names):  # a fast path, since this function runs for every clip
         return names
     times = [re.fullmatch(r"(.*?)([0-9]+(?:\.([0-9]+))?)\.[A-Za-z]+", name) for name in names]
     parsed = [(time[1], time[3] or "", float(time[2])) for time in times if time]

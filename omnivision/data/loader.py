@@ -34,8 +34,8 @@ class LoaderConfig:
     Args:
         num_workers: worker processes; 0 decodes in this process.
         prefetch: batches that each worker prepares ahead.
-        pin_memory: page-locked memory, for an accelerator.
-        timeout: seconds without a batch that are an error.
+        pin_memory: put batches into page-locked memory, for an accelerator.
+        timeout: maximum seconds to wait for a batch.
     """
 
     num_workers: int = 0
@@ -53,7 +53,7 @@ class TrainData:
     plan: EpochPlan
 
     def batches(self, start: tuple[int, int], epochs: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
-        """Yield a rank's batches from `start` = (epoch, step) to the end of epoch `epochs` - 1, without a pause in between.
+        """Yield a rank's batches from `start` = (epoch, step) to the end of epoch `epochs` - 1, without pausing between epochs.
 
         Raises DataWorkerError.
         """
@@ -69,7 +69,7 @@ class TrainData:
 
 @dataclass(frozen=True)
 class ValData:
-    """Videos to evaluate on, and how many make a batch of a rank."""
+    """Videos to evaluate on, and how many each rank puts into a batch."""
 
     dataset: ClipDataset
     config: LoaderConfig
@@ -96,7 +96,7 @@ class ValData:
 
 
 class _WorkerTimeout(threading.Thread):
-    """Kill the data workers if a batch takes longer than `seconds`, so that torch reports that they ended.
+    """Kill the data workers if a batch takes longer than `seconds`; torch then reports that they died.
 
     DataLoader's own timeout does not detect dead workers.
     """
@@ -122,18 +122,18 @@ class _WorkerTimeout(threading.Thread):
     def describe(self) -> str:
         if self.expired:
             return (
-                f"The data workers have given nothing for {self.seconds / 60:.3g} minutes (trainer.data.timeout_minutes; a "
-                "file system that does not answer, perhaps)"
+                f"The data workers have returned nothing for {self.seconds / 60:.3g} minutes (trainer.data.timeout_minutes; "
+                "perhaps a file system does not answer)"
             )
-        return "A data worker was killed (out of memory, perhaps: lower num_workers or trainer.data.prefetch)"
+        return "A data worker was killed (perhaps out of memory: lower num_workers or trainer.data.prefetch)"
 
 
 def load_batches(dataset: ClipDataset, requests: Iterator[list[Request]], config: LoaderConfig) -> Iterator[Batch]:
     """Yield a batch for each list of requests, in order.
 
-    Raises DataWorkerError, which names the files of the batch, when a worker was killed or gives nothing for too long.
+    Raises DataWorkerError, which names the files of the batch, if a worker was killed or returns nothing for too long.
     """
-    pending: deque[list[Request]] = deque()  # handed to workers
+    pending: deque[list[Request]] = deque()  # requests handed to workers
 
     def sent() -> Iterator[list[Request]]:
         for batch in requests:
@@ -151,7 +151,7 @@ def load_batches(dataset: ClipDataset, requests: Iterator[list[Request]], config
             pending.popleft()
             yield batch
     except (RuntimeError, OSError, EOFError) as error:
-        # Reading a tensor may need the worker that sent it, which has ended.
+        # Reading a tensor may need the worker that sent it, which may have died.
         gone = isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker (pid" in str(error)
         if not (gone or timeout.expired):
             raise
@@ -166,7 +166,7 @@ def load_batches(dataset: ClipDataset, requests: Iterator[list[Request]], config
 
 
 def _safe_collate(samples: Sequence[Sample]) -> Batch | UserError:
-    """Return the batch or the error: torch would add a worker's traceback to an error that is raised."""
+    """Return the batch, or the error: torch would add a worker's traceback to a raised one."""
     try:
         return collate(samples)
     except UserError as error:
@@ -174,7 +174,7 @@ def _safe_collate(samples: Sequence[Sample]) -> Batch | UserError:
 
 
 def worker_init(pid: int, worker: int) -> None:
-    """Set up a data worker that ends with the training process `pid`; torch watches the fork server instead."""
+    """Make a data worker exit with the training process `pid`; torch watches the fork server instead."""
     exit_with_parent(pid)
 
 
@@ -185,11 +185,11 @@ def data_loader(dataset: ClipDataset, batches: Iterator[list[Request]], config: 
     """
     context = None
     if config.num_workers:
-        warnings.filterwarnings("ignore", "This DataLoader will create")  # the run warns once itself
+        warnings.filterwarnings("ignore", "This DataLoader will create")  # the run has its own warning
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["omnivision.data.dataset"])
-        # SLURM signals every process of a job, and a run still needs its workers to save. (The resource tracker comes first,
-        # since starting it unblocks SIGTERM.)
+        # SLURM signals every process of a job, and a run still needs its workers while it saves. (Start the resource tracker
+        # first: starting it unblocks SIGTERM.)
         multiprocessing.resource_tracker.ensure_running()
         with signals_blocked():
             multiprocessing.forkserver.ensure_running()

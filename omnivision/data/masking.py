@@ -1,7 +1,7 @@
 """Token masks for masked autoencoding: bool arrays over the token grid (T', H', W'), True = hidden from the encoder.
 
-Each kind hides the same number of tokens in every sample, so that visible tokens stack into one tensor. A ratio is turned
-into a count by truncation, as published: int(0.9 * 8 * 14 * 14) = 1411.
+Each kind hides the same number of tokens in every sample, so that visible tokens stack into one tensor. As published, counts
+are truncated: int(0.9 * 8 * 14 * 14) = 1411.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ class _RatioMask:
 
 
 class RandomMask(_RatioMask):
-    """Random tokens of the clip (the recipe's mask)."""
+    """Hide random tokens of the clip (the recipe's mask)."""
 
     def __call__(self, grid: Grid, rng: np.random.Generator) -> np.ndarray:
         return _random_mask(grid, int(self.ratio * grid[0] * grid[1] * grid[2]), rng)
 
 
 class TubeMask(_RatioMask):
-    """One random frame mask, repeated over time (VideoMAE)."""
+    """Hide random tokens of a frame, the same at all times (VideoMAE)."""
 
     def __call__(self, grid: Grid, rng: np.random.Generator) -> np.ndarray:
         frames, height, width = grid
-        count = int(self.ratio * frames * height * width / frames)  # in the float order of the published code
+        count = int(self.ratio * frames * height * width / frames)  # the published order of operations, for equal rounding
         return np.repeat(_random_mask((1, height, width), count, rng), frames, axis=0)
 
 
 class FrameMask(_RatioMask):
-    """All tokens of randomly chosen temporal positions."""
+    """Hide all tokens at random times."""
 
     def __call__(self, grid: Grid, rng: np.random.Generator) -> np.ndarray:
         chosen = _random_mask((grid[0], 1, 1), int(self.ratio * grid[0]), rng)
@@ -47,7 +47,7 @@ class FrameMask(_RatioMask):
 
 
 class CausalMask(_RatioMask):
-    """The last tokens in raster order: the model sees a clip up to a moment and completes it."""
+    """Hide the last tokens in raster order: the model sees the start of a clip and completes it."""
 
     def __call__(self, grid: Grid, rng: np.random.Generator) -> np.ndarray:
         total = grid[0] * grid[1] * grid[2]
@@ -56,7 +56,7 @@ class CausalMask(_RatioMask):
 
 
 class BlockMask(_RatioMask):
-    """Rectangles of one frame, repeated over time (BEiT, section 2.3): blocks of at least 4 tokens, aspect 0.3 to 3.3."""
+    """Hide rectangles of a frame, the same at all times (BEiT, section 2.3): at least 4 tokens, aspect 0.3 to 3.3."""
 
     def __call__(self, grid: Grid, rng: np.random.Generator) -> np.ndarray:
         frames, height, width = grid

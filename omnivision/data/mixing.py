@@ -1,6 +1,6 @@
 """Mixup and CutMix of a batch on the training device, and its soft targets.
 
-Not timm's `Mixup`: draws must be keyed, timm takes seconds to import, and it refuses odd batches.
+timm's `Mixup` is not used, because draws must be keyed, timm takes seconds to import, and it rejects odd batches.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ Alpha = Annotated[float, Field(ge=0, le=1e6)]
 
 @dataclass(frozen=True)
 class MixupCutmix:
-    """Mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019), one draw for the whole batch and all its frames.
+    """Apply mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019), with one draw for the whole batch and all its frames.
 
     `partner_index` pairs the samples. A batch of one sample is not mixed.
 
     Args:
-        mixup_alpha, cutmix_alpha: the share of a sample is drawn from Beta(alpha, alpha); 0 leaves that kind out.
+        mixup_alpha, cutmix_alpha: the share of a sample is drawn from Beta(alpha, alpha); 0 disables that kind.
         prob: chance that a batch is mixed at all.
-        switch_prob: chance of CutMix where both kinds are in use.
+        switch_prob: chance of CutMix if both kinds are enabled.
         label_smoothing: share of a target that is spread evenly over all classes, whether the batch is mixed or not.
 
-    Raises UserError if both kinds are left out.
+    Raises UserError if both kinds are disabled.
     """
 
     mixup_alpha: Alpha = 0.8
@@ -60,9 +60,9 @@ class MixupCutmix:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Mix float (B, C, T, H, W), or images (B, C, H, W), and labels int64 (B,).
 
-        Returns the mixed pixels, and float32 (B, num_classes) twice: the targets, and without label smoothing the weight of
-        each class, to count hits. `partner`: pixels and labels to mix these with; None takes them from this batch. The input
-        is not changed. Everything is drawn on the host, so a device does not have to wait.
+        Returns the mixed pixels, and two float32 (B, num_classes): the targets, and the same without label smoothing, to count
+        hits. `partner`: pixels and labels to mix these with; None takes them from this batch. The input is not changed.
+        Everything is drawn on the host, so the device does not have to wait.
         """
         partner_pixels, partner_labels = partner or (None, None)
         lam, box = self.draw(video.shape[-2], video.shape[-1], rng)
@@ -88,7 +88,7 @@ class Mixing(MixupCutmix):
 
 
 def cutmix_box(height: int, width: int, lam: float, row: int, column: int) -> Box:
-    """Return the box about (row, column) that leaves `lam` of a frame, clipped at its border; odd sides lose a pixel."""
+    """Return the box around (row, column) that leaves `lam` of a frame, clipped at its border; odd sides lose a pixel."""
     half_height, half_width = (int(side * math.sqrt(1 - lam)) // 2 for side in (height, width))
     top, left = max(row - half_height, 0), max(column - half_width, 0)
     return top, left, min(row + half_height, height) - top, min(column + half_width, width) - left
@@ -100,7 +100,7 @@ def kept_share(height: int, width: int, box: Box) -> float:
 
 
 def partner_index(size: int, device: torch.device | str = "cpu") -> Tensor:
-    """Return each sample's partner, int64 (size,), in reverse order; an odd last sample is left out and gets the first."""
+    """Return each sample's partner, int64 (size,): the batch reversed; the last of an odd batch is paired with the first."""
     even = size // 2 * 2
     return torch.arange(size - 1, -1, -1, device=device).sub(size - even).clamp(min=0)
 
@@ -113,7 +113,7 @@ def partner_batch(batch: Batch) -> Batch:
 
 
 def mix(video: Tensor, lam: float, box: Box | None, partner_pixels: Tensor | None = None) -> Tensor:
-    """Add samples and partners (B, C, ..., H, W), weighted; or with a box take the partner's pixels inside it."""
+    """Add samples and partners (B, C, ..., H, W), weighted; with a box, take the partner's pixels inside it instead."""
     assert video.is_floating_point(), video.dtype
     if lam == 1 or (partner_pixels is None and len(video) == 1):
         return video

@@ -1,7 +1,7 @@
 """Sample order, epoch plan, clip times and keyed random numbers.
 
 Everything is a function of (seed, epoch, step, sample): it depends neither on the number of workers or ranks nor on where a
-run was interrupted. The shuffled order takes no memory: a position is computed when it is needed.
+run was interrupted. The shuffled order takes no memory, because each position is computed when it is needed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from omnivision.utils.errors import UserError, VideoDecodeError
 
 Spacing = Literal["ends", "published"]
 Segment = tuple[float, float]  # [start, end) of a sample in its video, seconds
-SEGMENT_END_TOLERANCE = 1.0  # seconds by which the end of a segment may exceed the video: ends are often rounded up
+SEGMENT_END_TOLERANCE = 1.0  # seconds that a segment may extend past its video: ends are often rounded up
 FEISTEL_ROUNDS = 8
 
 
@@ -43,8 +43,8 @@ def keyed_rng(seed: int, *key: int) -> np.random.Generator:
 def shuffled_index(positions: np.ndarray, size: int, seed: int, *key: int) -> np.ndarray:
     """Return the elements at `positions` of a shuffled 0 .. size - 1: int64 in, int64 of the same shape out.
 
-    For each (seed, key) a bijection: a Feistel network over the next power of four, walked until it falls inside (Black &
-    Rogaway 2002, "Ciphers with arbitrary finite domains").
+    A bijection for each (seed, key): a Feistel network over the next power of four, iterated until the value is in range
+    (cycle walking; Black & Rogaway 2002, "Ciphers with arbitrary finite domains").
     """
     half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
     keys = _entropy(seed, key).generate_state(FEISTEL_ROUNDS, np.uint64)
@@ -87,14 +87,14 @@ class Request(NamedTuple):
 
 @dataclass(frozen=True)
 class SourcePlan:
-    """How an epoch goes through one source.
+    """How an epoch reads one source.
 
     Args:
-        num_samples: samples of the source.
-        videos_per_step: decoded samples of a step over all ranks.
-        views_per_video: views of each sample; a source gives `repeat * num_samples / clips_per_step` steps, so that an epoch
+        num_samples: samples in the source.
+        videos_per_step: samples decoded per step over all ranks.
+        views_per_video: views per sample; a source gives `repeat * num_samples / clips_per_step` steps, so that an epoch
             holds as many views as the source has samples.
-        repeat: how often an epoch goes through the source (may be a fraction).
+        repeat: passes of an epoch over the source (may be a fraction).
         micro_batches: equal parts of a batch, whose gradients are accumulated.
     """
 
@@ -106,7 +106,7 @@ class SourcePlan:
 
     @property
     def clips_per_step(self) -> int:
-        """Clips of a step over all ranks."""
+        """Clips per step over all ranks."""
         return self.videos_per_step * self.views_per_video
 
 
@@ -133,7 +133,7 @@ class EpochPlan:
         self.steps = self.total_steps if limit is None else min(limit, self.total_steps)
 
     def requests(self, epoch: int, step: int, rank: int, world: int) -> list[Request]:
-        """Return the samples that `rank` of `world` decodes for a step; ranks take equal, adjoining parts."""
+        """Return the samples that `rank` of `world` decodes for a step; ranks take equal, consecutive parts."""
         batch = int(shuffled_index(np.array([step]), self.total_steps, self.seed, Draw.BATCH_ORDER, epoch)[0])
         source = int(np.searchsorted(self._ends, batch, side="right"))
         size, videos = self._in_order[source].num_samples, self._in_order[source].videos_per_step
@@ -149,7 +149,7 @@ class EpochPlan:
 
 
 def random_clip_start(duration: float, clip_duration: float, u: float) -> float:
-    """Return the start (s) of a clip inside the video, 0 for a shorter video; `u` in [0, 1) is the caller's random draw."""
+    """Return the start (s) of a clip inside the video, 0 if the video is shorter; the caller draws `u` from [0, 1)."""
     return max(0.0, duration - clip_duration) * u
 
 
@@ -158,7 +158,7 @@ def uniform_clip_starts(
 ) -> list[float]:
     """Return the starts (s) of the clips of an evaluation, in ascending order.
 
-    "ends" spreads them from the first to the last clip of the video (a single clip starts at 0). "published" is that
+    "ends" spreads them from the first to the last clip of the video (a single clip starts at 0). "published" is the rule
     of the published code: `k * last / num_clips`, which omits the end of the video.
     """
     last = max(0.0, duration - clip_duration)
@@ -169,7 +169,7 @@ def uniform_clip_starts(
 
 
 def sample_duration(duration: float, segment: Segment | None) -> float:
-    """Return the seconds of a video, or of its `segment`, that clips are drawn from.
+    """Return the duration (s) of a video, or of its `segment`.
 
     Raises VideoDecodeError for a segment beyond the end of the video.
     """
@@ -184,12 +184,12 @@ def sample_duration(duration: float, segment: Segment | None) -> float:
 
 
 def clip_window(start: float, clip_duration: float, segment: Segment | None = None) -> tuple[Fraction, Fraction]:
-    """Return the window [start, start + clip_duration) (s) without rounding the sum of the two floats.
+    """Return the window [start, start + clip_duration) (s), with the sum of the two floats unrounded.
 
     In a `segment`, `start` counts from the segment's start, and the window ends with the segment at the latest.
 
-    As doubles 8.0 + 2.7 is a little below 10.7, so a 30 fps clip would lose the frame at 10.7 s that a clip starting
-    at 1.0 keeps. With the exact sum every whole-frame start holds 82 frames.
+    As doubles, 8.0 + 2.7 is a little below 10.7, so a 30 fps clip would lose the frame at 10.7 s, which a clip starting
+    at 1.0 keeps. With the exact sum, every clip that starts on a frame holds 82 frames.
     """
     first, last = (Fraction(0), None) if segment is None else map(Fraction, segment)
     end = first + Fraction(start) + Fraction(clip_duration)

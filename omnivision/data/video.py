@@ -1,15 +1,15 @@
-"""Video file or folder of frames -> uint8 RGB frames, decoding no more than the wanted frames need.
+"""Video file or folder of frames -> uint8 RGB frames, decoding only what the wanted frames need.
 
     with open_video(path) as video:
         frames = video.read(start, end, 16)         # (16, 3, H, W) uint8
 
-The frames are byte for byte those of a decoder that decodes the whole file. How a window of a file is read:
+The frames are byte for byte what decoding the whole file gives. How a window of a file is read:
 
 1. seek to the key frame before it and demux its packets (cheap: nothing is decoded),
-2. choose the wanted time stamps from those of the packets,
-3. decode only runs of packets that lead from a key frame to a wanted frame, and inside a run let the decoder drop
-   every frame that no other refers to, unless it is wanted,
-4. if time stamps and decoded frames do not agree, decode sequentially from the start of the file instead.
+2. choose the wanted time stamps from the packets',
+3. decode only runs of packets that lead from a key frame to a wanted frame; inside a run, let the decoder drop every
+   frame that no other refers to, unless it is wanted,
+4. if time stamps and decoded frames disagree, decode sequentially from the start of the file instead.
 """
 
 from __future__ import annotations
@@ -52,23 +52,23 @@ if TYPE_CHECKING:
 __all__ = ["FrameFolder", "VideoDecodeError", "VideoFile", "VideoInfo", "open_video"]
 
 # Containers that hold their frames themselves. Playlists, concat scripts, image patterns, devices and network descriptions
-# are missing on purpose: a file in such a format can name other files.
+# are left out on purpose: a file in such a format can name other files.
 _FORMATS = (
     "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,nut,ivf,mxf,rm,dv,wtv,h264,hevc,obu,m4v,mjpeg,yuv4mpegpipe"
 )
-# Packets carry time stamps. In others (MPEG program streams) FFmpeg guesses them, wrongly after a seek.
+# Formats whose packets carry time stamps. In others (MPEG program streams) FFmpeg guesses them, wrongly after a seek.
 _TIMED_FORMATS = frozenset("mov matroska avi mpegts flv gif nut ivf".split())
-# The header gives the duration of the whole file, and a seek there finds the end.
+# Formats whose header gives the duration of the whole file, and where a seek to that time finds the end.
 _SEEKABLE_FORMATS = frozenset("matroska flv asf".split())
-_INDEXED_FORMATS = frozenset({"mov", "avi"})  # every packet, by decoding time
-# Codecs in which each packet is one frame, less the exceptions in `_shows_a_frame` and `_packet_times_reliable`.
+_INDEXED_FORMATS = frozenset({"mov", "avi"})  # the index lists every packet, by decoding time
+# Codecs in which each packet is one frame, except as in `_shows_a_frame` and `_packet_times_reliable`.
 _FRAME_PER_PACKET = frozenset(
     "h264 hevc vp8 vp9 av1 libdav1d mpeg4 mpeg2video mpeg1video mjpeg prores ffv1 gif dnxhd rawvideo png".split()
 )
 # Codecs whose decoder can drop exactly the frames that no other frame refers to.
 _CAN_DROP_UNREFERENCED = frozenset("h264 hevc mpeg4 mpeg2video mpeg1video".split())
 
-# IndexError: PyAV's answer to a damaged transport stream that announces another stream midway.
+# IndexError: what PyAV raises for a damaged transport stream that announces another stream midway.
 _FILE_ERRORS = (av.error.FFmpegError, OSError, MemoryError, IndexError)
 _FOR_EVER = 2**60  # later than any time stamp
 _DEGREE = tan(pi / 180)
@@ -80,10 +80,10 @@ _ROTATIONS = {(False, False, False): 0, (True, True, False): 90, (False, True, T
 def open_video(
     path: str, *, fps: float = 25.0, max_pixels: int | None = None, frame_pattern: str | None = None
 ) -> Iterator[VideoFile | FrameFolder]:
-    """Open a video file, or a folder whose images (those of `frame_pattern`) are its frames at `fps` a second.
+    """Open a video file, or a folder whose images (that match `frame_pattern`) are its frames, `fps` per second.
 
-    `max_pixels` bounds width x height, by the header and again while decoding. Raises VideoDecodeError when there is no
-    readable video at `path`; ValueError for an `fps` that is not positive and finite.
+    `max_pixels` bounds width x height; it is checked against the header and again while decoding. Raises VideoDecodeError if
+    `path` is not a readable video, ValueError for an `fps` that is not positive and finite.
     """
     if not 0 < fps < float("inf"):
         raise ValueError(f"fps must be positive and finite, got {fps}")
@@ -105,9 +105,9 @@ class VideoFile:
         self._descriptor, self._max_pixels = descriptor, max_pixels
         self._container: InputContainer | None = None
         self._measured: int | None = None  # see _measure
-        self._reformatter = VideoReformatter()  # reused: setting one up costs half a conversion
+        self._reformatter = VideoReformatter()  # reused: creating one costs half as much as a conversion
         try:
-            # The header of ISO files (mp4, mov) is enough: decoding some frames first takes up to 20 ms.
+            # The header of ISO files (mp4, mov) is enough; probing decodes some frames and takes up to 20 ms.
             self._open(probe=os.pread(descriptor, 8, 0)[4:] != b"ftyp")
             if self._stream.start_time is None or not self._context.width:
                 self._open(probe=True)
@@ -117,12 +117,12 @@ class VideoFile:
 
     @property
     def duration(self) -> float:
-        """Seconds of the video stream, by its header or, where that gives the duration of the file, by packets.
+        """Duration (s) of the video stream: by its header or, if that gives only the file's duration, by packets.
 
         Raises VideoDecodeError.
         """
         if self._promised is not None:
-            # Matroska's header counts from 0 to the last frame, wherever the first one is.
+            # Matroska's header counts from 0 to the last frame, even if the first one is later.
             late = max(self._origin, 0) if self._format == "matroska" else 0
             return float((self._promised - late) * self._time_base)
         if self._measured is None:
@@ -131,7 +131,7 @@ class VideoFile:
         return float(self._measured * self._time_base)
 
     def _measure(self) -> int:
-        """Return when the last frame ends (ticks), by the packets at the end of the file or, if there are none, by all.
+        """Return when the last frame ends (ticks), by the packets at the end of the file or, if it has none there, by all.
 
         Raises VideoDecodeError for a file that ends before its header says so.
         """
@@ -155,12 +155,12 @@ class VideoFile:
         if self._format in _SEEKABLE_FORMATS:
             self._require_end(max(ends), min(self._origin, 0) + header)
         last = max(pts + length for pts, length in spans)
-        if spans[-1][1] == 0 and len(spans) > 1:  # of unknown length: as long as the frame before
+        if spans[-1][1] == 0 and len(spans) > 1:  # unknown length: assume that of the frame before
             last += spans[-1][0] - spans[-2][0]
         return last - self._origin
 
     def _require_end(self, end: int | Fraction, promised: int | Fraction) -> None:
-        """Raise VideoDecodeError for a file that ends half a second (headers are rounded) before its header says so."""
+        """Raise VideoDecodeError for a file that ends over half a second (headers are rounded) before its header says so."""
         if end < promised - Fraction(1, 2) / self._time_base:
             raise VideoDecodeError("truncated: it ends before the duration in its header")
 
@@ -173,10 +173,10 @@ class VideoFile:
         """Decode `num_frames` frames spread over those with start <= t < end: (T, 3, H, W) uint8, channels-last in memory.
 
         A window without a frame gives the one on screen at `start`. Rotation is applied, pixel aspect is not.
-        Raises VideoDecodeError when the file cannot give them, ValueError for an impossible request.
+        Raises VideoDecodeError if the frames cannot be decoded, ValueError for an impossible request.
         """
         low, high = (self._origin + tick for tick in ticks(start, end, 1 / self._time_base))
-        _ = self.duration  # refuses a truncated file that `_demux` cannot tell
+        _ = self.duration  # rejects truncated files that `_demux` does not detect
         with _as_decode_error():
             packets = self._packets_from_key_frame(low, high)
             if self._packet_times_reliable(packets):
@@ -189,16 +189,16 @@ class VideoFile:
 
     @property
     def time_base(self) -> Fraction:
-        """Seconds of a tick, the unit of `times` and `frames`."""
+        """Seconds per tick, the unit of `times` and `frames`."""
         return self._time_base
 
     @property
     def mean_rate(self) -> float | None:
-        """Frames a second, by the header; None if unknown."""
+        """Frames per second, by the header; None if unknown."""
         return float(self._stream.average_rate or 0) or None
 
     def info(self) -> VideoInfo:
-        """Read all packets, but decode the first frame only. Raises VideoDecodeError."""
+        """Return facts about the video: reads all packets, but decodes only the first frame. Raises VideoDecodeError."""
         with _as_decode_error():
             self._open(probe=True)
             packets = [(p.is_keyframe, p.pts) for p in self._demux(_FOR_EVER) if self._shows_a_frame(p)]
@@ -217,7 +217,7 @@ class VideoFile:
         return VideoInfo(len(packets), width, height, rotation, gop, rate, mirrored)
 
     def times(self) -> list[int]:
-        """Return when each frame is on screen (ticks) by decoding the whole video. Raises VideoDecodeError."""
+        """Decode the whole video and return when each frame appears (ticks). Raises VideoDecodeError."""
         times, sizes = [], set()
         with _as_decode_error():
             for frame, damaged in self._all_frames(_FOR_EVER):
@@ -228,13 +228,13 @@ class VideoFile:
         return times
 
     def frames(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield the ticks and pixels, uint8 (H, W, 3), of each frame of the video. Raises VideoDecodeError."""
+        """Yield the tick and the pixels, uint8 (H, W, 3), of each frame. Raises VideoDecodeError."""
         with _as_decode_error():
             for frame, damaged in self._all_frames(_FOR_EVER):
                 yield (frame.pts or 0) - self._origin, self._to_rgb(frame, damaged)
 
     def close(self) -> None:
-        """Free FFmpeg's side; the descriptor belongs to open_video."""
+        """Free FFmpeg's resources; `open_video` closes the descriptor."""
         if self._container is not None:
             self._container.close()
             self._container = None
@@ -247,7 +247,7 @@ class VideoFile:
         """Open (again) at the first byte. `probe` lets FFmpeg decode some frames to learn about the stream."""
         self.close()
         os.lseek(self._descriptor, 0, os.SEEK_SET)
-        # By descriptor: this is the file that was checked, whatever its name means to FFmpeg.
+        # By descriptor: this is the file that was checked, however FFmpeg would interpret its name.
         options = {"fd": str(self._descriptor), "protocol_whitelist": "fd", "format_whitelist": _FORMATS}
         if not probe:
             options |= {"skip_frame": "all", "probesize": "32"}
@@ -274,7 +274,7 @@ class VideoFile:
         self._may_drop = context.name in _CAN_DROP_UNREFERENCED and _single_layer(context.name, context.extradata)
 
     def _header_duration(self) -> int | Fraction | None:
-        """Return the duration of the video stream in the header (ticks); None where it gives that of the whole file."""
+        """Return the duration (ticks) that the header gives for the video stream; None if it gives only the whole file's."""
         if (own := self._stream.duration or 0) > 0 and self._format != "asf":
             return own
         alone = all(
@@ -290,7 +290,7 @@ class VideoFile:
 
         Raises VideoDecodeError if the file ends before its header says so (or before `high`).
         """
-        last = end = -_FOR_EVER  # when a packet is decoded, and when a frame leaves the screen
+        last = end = -_FOR_EVER  # the latest decoding time, and the latest time that a frame leaves the screen
         for packet in self._input().demux(self._stream):
             if packet.size:
                 yield packet
@@ -299,13 +299,13 @@ class VideoFile:
         index = self._stream.index_entries
         if self._format in _INDEXED_FORMATS and len(index) > 0 and index[-1].timestamp > last:
             raise VideoDecodeError("truncated: its index lists frames after the last one")
-        if self._format != "mov" and self._promised and end > -_FOR_EVER:  # in mov, edit lists may promise less or more
+        if self._format != "mov" and self._promised and end > -_FOR_EVER:  # mov: edit lists may change the duration
             self._require_end(end, min(min(self._origin, 0) + self._promised, high))
 
     def _packets_from_key_frame(self, low: int, high: int) -> list[Packet]:
         """Demux packets in decoding order: from a key frame shown at or before `low` to the last one shown before `high`.
 
-        Many containers seek by decoding time and may land on a key frame that is shown later: then from further back.
+        Many containers seek by decoding time and may land on a key frame that is shown later; then seek further back.
         """
         target = min(low, self._origin + (self._stream.duration or _FOR_EVER))
         for seconds_back in (0, 2, 20):
@@ -342,20 +342,20 @@ class VideoFile:
         return not packet.is_discard and (self._context.name != "vp8" or bool(bytes(packet)[0] & 0x10))
 
     def _packet_times_reliable(self, packets: list[Packet]) -> bool:
-        """Return whether the packets' time stamps are those of the frames."""
+        """Return whether the packets' time stamps can be taken for the frames'."""
         codec = self._context.name
         if not packets or self._format not in _TIMED_FORMATS or codec not in _FRAME_PER_PACKET:
             return False
         if self._format == "avi" and codec in ("h264", "hevc") and self._context.has_b_frames:
             return False  # AVI has no presentation times; FFmpeg makes them up, in decoding order
         if codec == "mpeg4" and any(p.size < 10 for p in packets):
-            return False  # frames that are not coded, and the place holders of packed B-frames
+            return False  # skipped frames, and placeholders of packed B-frames
         times = [p.pts for p in packets]
         ordered = all(p.pts is None or p.dts is None or p.dts <= p.pts for p in packets)
         return ordered and None not in times and len(set(times)) == len(times)
 
     def _decode(self, packets: list[Packet], wanted: set[int]) -> dict[int, np.ndarray]:
-        """Return time stamp -> RGB of the wanted frames, or of fewer if decoder and packets do not agree."""
+        """Return time stamp -> RGB of the wanted frames, or of fewer if decoder and packets disagree."""
         decoded: dict[int, np.ndarray] = {}
         for run in _runs(packets, wanted):
             self._context.flush_buffers()
@@ -365,24 +365,24 @@ class VideoFile:
                 self._context.skip_frame = "DEFAULT" if keep else "NONREF"
                 for frame in self._context.decode(packet):
                     if entry.is_keyframe and frame.pts == entry.pts and not frame.key_frame:
-                        return {}  # a key frame to the container only
-                    damaged = frame.is_corrupt or (damaged and not frame.key_frame)  # it spreads to the next key frame
+                        return {}  # the container marks it as a key frame, the decoder does not
+                    damaged = frame.is_corrupt or (damaged and not frame.key_frame)  # damage lasts until the next key frame
                     if frame.pts in wanted:
                         decoded[frame.pts] = self._to_rgb(frame, damaged)
         return decoded
 
     def _decode_sequentially(self, low: int, high: int, num_frames: int) -> torch.Tensor:
-        """Read by the time stamps of decoded frames. Decodes twice, to hold no more than the wanted frames."""
+        """Read by the time stamps of decoded frames. Decodes twice, to keep only the wanted frames in memory."""
         times = [frame.pts or 0 for frame, _ in self._all_frames(high)]
         wanted = select_frames(times, low, high, num_frames)
         decoded = {i: self._to_rgb(*pair) for i, pair in enumerate(self._all_frames(high)) if i in set(wanted)}
         return stack([decoded[i] for i in wanted])
 
     def _all_frames(self, high: int) -> Iterator[tuple[VideoFrame, bool]]:
-        """Decode from the first frame to beyond `high`; with each frame whether it is damaged."""
-        _ = self.duration  # as in `read`
+        """Decode from the first frame to beyond `high`; yield each frame, and whether it is damaged."""
+        _ = self.duration  # rejects truncated files
         self._open(probe=True)
-        stop = high + ceil(1 / self._time_base)  # a second later: time stamps that cannot be trusted may not ascend
+        stop = high + ceil(1 / self._time_base)  # a second later, because unreliable time stamps may not ascend
         damaged, is_first = False, True
         for packet in chain(self._demux(high), [None]):  # None: flush the decoder
             for frame in self._context.decode(packet):
@@ -394,7 +394,7 @@ class VideoFile:
                 yield frame, damaged
 
     def _to_rgb(self, frame: VideoFrame, damaged: bool) -> np.ndarray:
-        """Return (H, W, 3) uint8, upright: a view of FFmpeg's memory, which it keeps alive."""
+        """Return (H, W, 3) uint8, upright: a view that keeps FFmpeg's memory alive."""
         self._check_frame(frame, damaged)
         rgb = self._reformatter.reformat(frame, format="rgb24", threads=1)
         plane, shape = rgb.planes[0], (rgb.height, rgb.width, 3)
@@ -410,9 +410,9 @@ class VideoFile:
 
 
 def _orientation(frame: VideoFrame) -> tuple[bool, bool, bool]:
-    """Return what makes a frame upright, as in the ffmpeg command: transpose, then flip left and right, up and down.
+    """Return what makes a frame upright, as in the ffmpeg command: (transpose, then flip left-right, flip up-down).
 
-    Raises VideoDecodeError for a display matrix that shears, or turns by other than a multiple of 90 degrees (to a degree).
+    Raises VideoDecodeError for a display matrix that shears, or rotates by other than a multiple of 90 degrees (within 1).
     """
     matrix: Any = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
@@ -423,14 +423,14 @@ def _orientation(frame: VideoFrame) -> tuple[bool, bool, bool]:
         return False, a < 0, d < 0
     if max(straight) <= _DEGREE * min(crossed):
         return True, c < 0, b < 0
-    raise VideoDecodeError("its display matrix turns it by an angle that is no multiple of 90 degrees, or shears it")
+    raise VideoDecodeError("its display matrix shears it, or rotates it by other than a multiple of 90 degrees")
 
 
 def _runs(packets: list[Packet], wanted: set[int]) -> list[list[Packet]]:
-    """Return the runs of packets to decode for the wanted frames, each from a key frame (or the first packet) on.
+    """Return the runs of packets to decode for the wanted frames, each starting at a key frame (or the first packet).
 
-    A run ends with its last wanted packet. Frames decoded after a key frame but shown before it may refer to what came
-    earlier: if one of them is wanted, the run is joined to the previous one.
+    A run ends with its last wanted packet. Frames decoded after a key frame but shown before it may refer to earlier frames: if
+    one of them is wanted, the run is joined to the previous one.
     """
     bounds = [0, *(i for i in range(1, len(packets)) if packets[i].is_keyframe), len(packets)]
     runs: list[list[Packet]] = []
@@ -447,7 +447,7 @@ def _runs(packets: list[Packet], wanted: set[int]) -> list[list[Packet]]:
 
 
 def _pts(packet: Packet) -> int:
-    assert packet.pts is not None, "only asked of packets that _packet_times_reliable has seen"
+    assert packet.pts is not None, "_packet_times_reliable must have checked the packet"
     return packet.pts
 
 

@@ -23,9 +23,9 @@ Box = tuple[int, int, int, int]  # top, left, height, width
 
 @dataclass(frozen=True)
 class PretrainView:
-    """Short side to `short_side`, then a random resized crop of `size` x `size`; no flip (the MAE recipe).
+    """Resize the short side to `short_side`, then take a random resized crop of `size` x `size`; no flip (the MAE recipe).
 
-    `scale` is the crop's share of the area, `ratio` its width / height, drawn log-uniformly.
+    `scale` is the range of the crop's share of the area, `ratio` that of its width / height, drawn log-uniformly.
     """
 
     size: Pixels
@@ -34,22 +34,22 @@ class PretrainView:
     ratio: Annotated[tuple[Aspect, Aspect], Ascending] = (3 / 4, 4 / 3)
 
     def prepare(self, frames: Tensor) -> Tensor:
-        """Resize what all views of a clip share, once."""
+        """Resize once what all views of a clip share."""
         return resize_short_side(frames, self.short_side)
 
     def __call__(self, frames: Tensor, rng: np.random.Generator, crop_index: int = 0) -> Tensor:
-        """Crop (T, C, H, W) to (T, C, size, size); `crop_index` selects one of several crops that are not random."""
+        """Crop (T, C, H, W) to (T, C, size, size); `crop_index` selects one of several fixed crops."""
         return self.crop(frames, rng, crop_index)
 
     def crop(self, frames: Tensor, rng: np.random.Generator, crop_index: int = 0) -> Tensor:
-        """Crop alone: depth is cut as the frames are by a generator of the same key."""
+        """Only crop; with a generator of the same key, depth gets the same crop as the frames."""
         top, left, height, width = random_crop_box(frames.shape[-2], frames.shape[-1], self.scale, self.ratio, rng)
         return resize(frames[..., top : top + height, left : left + width], self.size, self.size)
 
 
 @dataclass(frozen=True)
 class FinetuneView(PretrainView):
-    """As `PretrainView`, then RandAugment and random erasing, each one draw for all frames (Align, fine-tuning, probing)."""
+    """`PretrainView`, then RandAugment and random erasing, each one draw for all frames (alignment, fine-tuning, probing)."""
 
     rand_augment: RandAugment | None = None
     erasing: RandomErasing | None = None
@@ -63,7 +63,7 @@ class FinetuneView(PretrainView):
 
 @dataclass(frozen=True)
 class EvalView:
-    """Short side to `size`, then crops along the long side: the center (`crops` 1), or both ends and the center (3)."""
+    """Resize the short side to `size`, then crop along the long side: the center (`crops` 1), or both ends and center (3)."""
 
     size: Pixels
     crops: Literal[1, 3] = 1
@@ -83,7 +83,7 @@ View = PretrainView | FinetuneView | EvalView
 
 
 def crop_offsets(height: int, width: int, size: int, crops: int) -> list[tuple[int, int]]:
-    """Return (top, left) of 1 (center) or 3 crops of size x size (left, center, right; of a tall frame top, middle, bottom)."""
+    """Return (top, left) of 1 (center) or 3 crops of size x size (left, center, right; top, middle, bottom if tall)."""
     top, left = math.ceil((height - size) / 2), math.ceil((width - size) / 2)
     if crops == 1:
         return [(top, left)]
@@ -93,14 +93,14 @@ def crop_offsets(height: int, width: int, size: int, crops: int) -> list[tuple[i
 
 
 def resize(frames: Tensor, height: int, width: int) -> Tensor:
-    """Resize bilinearly, half-pixel centers, no antialias, as the published transforms; an unchanged size costs nothing."""
+    """Resize bilinearly with half-pixel centers and no antialiasing, as published; an unchanged size costs nothing."""
     if frames.shape[-2:] == (height, width):
         return frames
     return F.interpolate(frames, (height, width), mode="bilinear", align_corners=False)
 
 
 def resize_short_side(frames: Tensor, side: int) -> Tensor:
-    """Resize the short side to `side`, the long one to floor(float(long) / short * side), in this order of operations."""
+    """Resize the short side to `side` and the long one to floor(float(long) / short * side), in this order of operations."""
     height, width = frames.shape[-2:]
     if height < width:
         return resize(frames, side, math.floor(float(width) / height * side))
@@ -110,9 +110,9 @@ def resize_short_side(frames: Tensor, side: int) -> Tensor:
 def random_crop_box(
     height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
 ) -> Box:
-    """Draw a box of random area and aspect inside height x width; after ten misses the largest allowed one in the center.
+    """Draw a box of random area and aspect inside height x width; after ten misses, take the largest allowed one in the center.
 
-    The rule of torchvision's RandomResizedCrop (Szegedy et al. 2015), with keyed random numbers.
+    This is the rule of torchvision's RandomResizedCrop (Szegedy et al. 2015), with keyed random numbers.
     """
     for _ in range(10):
         area = height * width * rng.uniform(*scale)

@@ -1,6 +1,6 @@
 """FSDP: parameters, gradients and optimizer state sharded over the ranks (`trainer.distributed.strategy=fsdp`).
 
-By torch's `fully_shard` (Zhao et al. 2023, "PyTorch FSDP").
+Uses torch's `fully_shard` (Zhao et al. 2023, "PyTorch FSDP").
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from omnivision.distributed.process_group import COMMS_DTYPES, Dist
 
-# torch's own modules for this are imported when a model is split: they take most of a second, and few runs need them.
+# torch's FSDP modules are imported lazily: they take most of a second, and few runs need them.
 
 
 def apply_fsdp(
@@ -25,13 +25,13 @@ def apply_fsdp(
     comms_dtype: str | None,
     compute_dtype: torch.dtype | None = None,
 ) -> None:
-    """Shard the parameters of a model in place; all ranks must hold the same ones. The parameter objects are replaced.
+    """Shard the parameters of a model in place; all ranks must hold the same values. The parameter objects are replaced.
 
     Args:
         units: modules (blocks) that are all-gathered one at a time.
-        comms_dtype: dtype of the gradients in communication ("fp16", "bf16", None: fp32).
-        compute_dtype: dtype to all-gather the parameters of units in (FSDP's `param_dtype`), as autocast computes; None: fp32.
-            Norms and parameters outside of units stay in fp32, and so does the optimizer.
+        comms_dtype: dtype in which gradients are communicated ("fp16", "bf16", None: fp32).
+        compute_dtype: dtype in which the parameters of units are all-gathered (FSDP's `param_dtype`), autocast's dtype; None:
+            fp32. Norms, parameters outside of units, and the optimizer stay in fp32.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -40,7 +40,7 @@ def apply_fsdp(
     reduce_dtype = torch.float32 if comms_dtype is None else COMMS_DTYPES[comms_dtype]
     fp32_policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     mixed_policy = MixedPrecisionPolicy(compute_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
-    # Nobody changes the output of a model in place.
+    # We never modify model outputs in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for unit in units:
         norms: list[nn.Module] = [part for part in unit.modules() if isinstance(part, nn.LayerNorm)]

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from omnivision.utils.errors import UserError
 
 Result = TypeVar("Result")
-COMMS_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}  # of gradients between processes
+COMMS_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}  # dtypes for communicating gradients
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class RankInfo:
 
 
 def choose_device(accelerator: str, local_rank: int) -> torch.device:
-    """Return the device of a rank; `auto` is CUDA if available, else the CPU. Raises UserError when there is no GPU for it."""
+    """Return the device of a rank; `auto` is CUDA if available, else the CPU. Raises UserError if the rank has no GPU."""
     if accelerator == "auto":
         accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     if accelerator == "cuda":
@@ -76,7 +76,7 @@ class Dist:
         self.control: Any = None
         if rank_info.world_size > 1:
             backend = backend or {"cuda": "nccl"}.get(self.device.type, "gloo")
-            # With all ranks on this machine its host name need not resolve.
+            # With all ranks on this machine, its host name may not resolve.
             if rank_info.local_world_size == rank_info.world_size:
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
             torch.distributed.init_process_group(
@@ -107,7 +107,7 @@ class Dist:
         return values
 
     def run_on_all(self, action: Callable[[], Result]) -> Result:
-        """Run `action` on all ranks. A UserError of one rank is raised on all of them."""
+        """Run `action` on all ranks. A UserError on one rank is raised on all of them."""
         try:
             result = action()
         except UserError as error:
@@ -117,7 +117,7 @@ class Dist:
         return result
 
     def run_on_main(self, action: Callable[[], Result]) -> Result | None:
-        """Run `action` on rank 0, and return None on the others. Its UserError is raised on all ranks."""
+        """Run `action` on rank 0, and return None on the others. A UserError there is raised on all ranks."""
         return self.run_on_all(lambda: action() if self.is_main else None)
 
     def _raise_first(self, error: UserError | None) -> None:
@@ -137,7 +137,7 @@ def wrap_ddp(model: nn.Module, dist: Dist, comms_dtype: str | None, find_unused:
     """Wrap a model in DDP; a single process gets the model itself.
 
     Args:
-        comms_dtype: dtype of the gradients in communication ("fp16", "bf16"); None: their own.
+        comms_dtype: dtype in which gradients are communicated ("fp16", "bf16"); None: their own.
         find_unused: some parameters may get no gradient in a step (DDP's `find_unused_parameters`).
     """
     if dist.world_size == 1:

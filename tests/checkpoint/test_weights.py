@@ -21,7 +21,7 @@ from tests.checkpoint.test_checkpoint import state as run_state
 from tests.tiny_models import WeightsCase, autoencoder, classifier, described, file_of, trunk
 
 TRUNK_ALONE = WeightFilter(drop_if_present=["heads.*", "trunk.decoder.*", "trunk.mask_token"])
-NO_PLACE = "no place in this model"
+NO_PLACE = "not in this model"
 
 
 class Case(WeightsCase):

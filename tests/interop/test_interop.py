@@ -398,7 +398,7 @@ class Stages(WeightsCase):
     def test_it_is_loaded(self):
         report = load_filtered(classifier(5), self.source, WeightFilter())
         self.assertEqual(report.missing, ["heads.0.0.bias", "heads.0.0.weight"])
-        self.assertEqual(set(report.dropped.values()), {"no place in this model"})
+        self.assertEqual(set(report.dropped.values()), {"not in this model"})
         model = autoencoder()
         report = load_filtered(model, self.source, WeightFilter(strict=True))
         self.assertEqual((report.missing, report.dropped), ([], {}))
