@@ -27,7 +27,7 @@ class Operation(NamedTuple):
     """An operation of RandAugment."""
 
     argument: Callable[[float, int], float]  # takes a share (0 to 1) of the highest level, and a sign (+1 or -1)
-    apply: Callable[[Tensor, float], Tensor]  # takes RGB frames (T, 3, H, W), uint8 or floats in [0, 1], and the argument
+    apply: Callable[[Tensor, float], Tensor]  # takes RGB frames (T, 3, H, W), uint8 or floats in [0, 1]
 
 
 def _kernels() -> Any:

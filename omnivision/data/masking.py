@@ -34,7 +34,7 @@ class TubeMask(_RatioMask):
 
     def __call__(self, grid: Grid, rng: np.random.Generator) -> np.ndarray:
         frames, height, width = grid
-        count = int(self.ratio * frames * height * width / frames)  # the published order of operations, for equal rounding
+        count = int(self.ratio * frames * height * width / frames)  # published order of operations: it rounds
         return np.repeat(_random_mask((1, height, width), count, rng), frames, axis=0)
 
 

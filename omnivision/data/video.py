@@ -366,7 +366,7 @@ class VideoFile:
                 for frame in self._context.decode(packet):
                     if entry.is_keyframe and frame.pts == entry.pts and not frame.key_frame:
                         return {}  # the container marks it as a key frame, the decoder does not
-                    damaged = frame.is_corrupt or (damaged and not frame.key_frame)  # damage lasts until the next key frame
+                    damaged = frame.is_corrupt or (damaged and not frame.key_frame)  # lasts until the next key frame
                     if frame.pts in wanted:
                         decoded[frame.pts] = self._to_rgb(frame, damaged)
         return decoded
