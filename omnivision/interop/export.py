@@ -1,4 +1,4 @@
-"""Write one model to a file or folder with its model card, and verify that transformers computes the same from it."""
+"""Export of one model to a file or folder with a model card, verified against transformers."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from omnivision.utils.errors import UserError
 from omnivision.utils.io import replace_atomically, run_name, sync_folder, write_atomically
 
 EXPORT_FORMAT = 1
-# In double precision equal models differ by 1e-13, and a wrong tensor by far more than this.
+# In double precision, equal models differ by about 1e-13; a wrong tensor makes far more than this difference.
 ATOL = 1e-5
-# The usual effect on scores of the other epsilon of the last norm. It is larger where features hardly vary.
+# How much transformers' epsilon in the last norm usually changes scores. It is more where features hardly vary.
 TYPICAL_DIFFERENCE = 5e-5
 CARD_START = b"---\nlibrary_name: "
-# The settings of a run that its card names.
+# The settings of a run that its card lists.
 CARD_SETTINGS = """
     epochs batch_size launcher.num_nodes lr_scale_factor lr num_frames image_size clip_duration mask_ratio trainer.seed_value
     trainer.optim.optimizer._target_ trainer.optim.layer_decay trainer.ema_decay
@@ -39,7 +39,7 @@ CARD_SETTINGS = """
 
 
 def origin(source: StateDictFile, format: str) -> dict[str, str]:
-    """Return what a file keeps of its source."""
+    """Return what an exported file records about its source."""
     return {"name": source.path.name, "sha256": source.sha256, "format": format}
 
 
@@ -49,8 +49,8 @@ def card_of(out: Path) -> Path:
 
 
 def check_target(out: Path, source: StateDictFile, force: bool, card: Path | None = None) -> None:
-    """Raise UserError when `out` exists (an empty folder may); and, even with `force`, when it is the source, a folder of other
-    files, or when a file that is no model card is in the place of the card.
+    """Raise UserError when `out` exists (an empty folder may). Raise it even with `force` when `out` is the source or a folder
+    of other files, or when a file that is not a model card would be overwritten by the card.
     """
     is_used = any(out.iterdir()) if out.is_dir() else out.exists()
     problem = ""
@@ -59,7 +59,7 @@ def check_target(out: Path, source: StateDictFile, force: bool, card: Path | Non
     elif is_used and out.is_dir() and not (out / CONFIG).is_file():
         problem = f"is a folder without {CONFIG}, so not a former export"
     elif card is not None and card.exists() and not card.read_bytes().startswith(CARD_START):
-        problem = f"would replace {card}, which is no model card"
+        problem = f"would replace {card}, which is not a model card"
     elif not force and (is_used or (card is not None and card.exists())):
         problem = "exists; --force replaces it"
     if problem:
@@ -67,8 +67,8 @@ def check_target(out: Path, source: StateDictFile, force: bool, card: Path | Non
 
 
 def write_file(out: Path, to: str, model: ConvertedCheckpoint, metadata: Mapping[str, Any], card: str = "") -> None:
-    """Write {"format", "model", "architecture"} and `metadata` as a file that `utils.io.safe_load` reads, or (`to`:
-    "safetensors") as safetensors with all but the tensors as JSON in its metadata; and its card beside it.
+    """Write {"format", "model", "architecture"} and `metadata` as a file that `utils.io.safe_load` reads or, with
+    to="safetensors", as safetensors with everything but the tensors as JSON in its metadata. The card goes beside it.
     """
     suffixes = (".safetensors",) if to == "safetensors" else (".pt", ".pth")
     if out.suffix not in suffixes:
@@ -91,9 +91,9 @@ def write_folder(
     card: str,
     verify: Callable[[Path], str],
 ) -> str:
-    """Write a `save_pretrained` folder if `verify`, which is called with a temporary copy, raises nothing; return its result.
+    """Write a `save_pretrained` folder unless `verify`, called with a temporary copy, raises; return the result of `verify`.
 
-    `configs` are JSON files by name, `config.json` among them.
+    `configs` are JSON files by name, including `config.json`.
     """
     with _writing(out), tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name[:99]}.") as name:
         folder = Path(name)
@@ -123,11 +123,11 @@ def _writing(out: Path) -> Iterator[None]:
 
 @torch.no_grad()
 def verify(folder: Path, state: Mapping[str, Tensor], architecture: Architecture, head: int) -> str:
-    """Compare a folder, as `transformers` loads it, with its model on a random clip; return a report of the difference.
+    """Compare a folder, as `transformers` loads it, with our model on a random clip; return a report of the difference.
 
-    Both run in double precision, so that rounding hides no wrong tensor, and with the fixed position table (in `state` it may
-    be rounded to 16 bits). Raises UserError when they differ by more than ATOL with our epsilon in the last norm, which
-    transformers' configuration cannot set.
+    Both run in double precision, so that rounding cannot hide a wrong tensor, and with the fixed position table (the one in
+    `state` may be rounded to 16 bits). Raises UserError when they differ by more than ATOL with our epsilon in the last norm,
+    which transformers' configuration cannot set.
     """
     try:
         from transformers import VideoMAEForVideoClassification, VideoMAEModel
@@ -135,7 +135,7 @@ def verify(folder: Path, state: Mapping[str, Tensor], architecture: Architecture
     except ImportError:
         return "Not verified: transformers is not installed. Run `pip install 'omnivision[hf]'` and export again."
     logging.disable_progress_bar()
-    logging.set_verbosity_error()  # it reports the names that other versions read
+    logging.set_verbosity_error()  # it would warn about the names for other versions
     model: Any = from_architecture(architecture, "The model")
     model.load_state_dict({**state, **position_tables(architecture)})
     model.double().eval()
@@ -157,7 +157,7 @@ def verify(folder: Path, state: Mapping[str, Tensor], architecture: Architecture
     if not found <= ATOL:
         raise UserError(
             f"transformers must compute the same from the exported files to {ATOL:g}, got a difference of {found:.3g}. Nothing "
-            "was written. Report it with the output of `pip show transformers`, or set --to pt."
+            "was written. Report this with the output of `pip show transformers`, or set --to pt."
         )
     what = "scores" if has_classes else "tokens"
     text = f"Verified: transformers' {what} of a random clip differ by {found:.1g} (double precision)"
@@ -181,7 +181,7 @@ def model_card(
     Args:
         out: the name of the export.
         evaluated: whether these are the weights that the run evaluated.
-        names: class names of each head, None where there are none.
+        names: class names of each head, None for a head without names.
         transformers_class: the class that loads the export, if it is a folder for transformers.
     """
     environment = jinja2.Environment(loader=jinja2.PackageLoader("omnivision.interop", "."), keep_trailing_newline=True)
@@ -203,7 +203,7 @@ def model_card(
 
 
 def training_facts(source: StateDictFile) -> dict[str, Any]:
-    """Return the progress, settings, data and versions of the run that trained the weights; empty without its record."""
+    """Return the progress, settings, data and versions of the run that trained the weights; empty if the file lacks them."""
     run = fingerprint.parse_fingerprint(source.metadata.get("experiment"))
     if run is None:
         return {}
@@ -220,5 +220,5 @@ def training_facts(source: StateDictFile) -> dict[str, Any]:
 
 
 def escape_markdown(value: Any) -> str:
-    """Return text of a file as one line of Markdown without markup."""
+    """Return untrusted text as one line of Markdown without markup."""
     return re.sub(r"([\\`*_{}\[\]<>|#!])", r"\\\1", re.sub(r"\s+", " ", str(value)))[:300]

@@ -1,10 +1,10 @@
-"""Weights of PPMA, OmniMAE, VideoMAE and Hugging Face in our names.
+"""Conversion of PPMA, OmniMAE, VideoMAE and Hugging Face weights to our names.
 
 A format is one rename table: it recognizes a file, converts its names to ours and, for Hugging Face, ours to theirs
 (`interop.huggingface`).
 
-Sources: github.com/howardzh01/PPMA, facebookresearch/omnivore (omnimae/), MCG-NJU/VideoMAE (modeling_pretrain.py and
-modeling_finetune.py), huggingface/transformers (videomae); read for names and shapes.
+Names and shapes are from github.com/howardzh01/PPMA, facebookresearch/omnivore (omnimae/), MCG-NJU/VideoMAE
+(modeling_pretrain.py and modeling_finetune.py), and huggingface/transformers (videomae).
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ _HF_LAYERS = {
     "attention.attention.{part}_bias": "attn.qkv.bias[{part}]",
     **{f"attention.attention.{part}.{{leaf}}": f"attn.qkv.{{leaf}}[{part[0]}]" for part in ("query", "key", "value")},
 }
-# {format: {their name: ours}}. `[q]`, `[k]` and `[v]` are rows of one tensor of ours. "omnivision" is also what PPMA has.
+# {format: {their name: ours}}. `[q]`, `[k]` and `[v]` are rows of one tensor of ours. PPMA's names are "omnivision", too.
 RENAMES: dict[str, dict[str, str]] = {
     "omnivision": {name: name for name in (*_TRUNK, "heads.{n}.0.{leaf}", "heads.0.projector.{leaf}")},
     "omnimae": {name: name for name in _TRUNK} | {"head.{leaf}": "heads.0.0.{leaf}"},
@@ -90,7 +90,7 @@ RENAMES: dict[str, dict[str, str]] = {
         **_VIDEOMAE_DECODER,
     },
 }
-_VIDEOMAE_DECODER_HEADS = {192: 3, 384: 6, 512: 8, 640: 8}  # of published ones, by width
+_VIDEOMAE_DECODER_HEADS = {192: 3, 384: 6, 512: 8, 640: 8}  # published values, by width
 DECODER_PREFIXES = ("trunk.decoder.", "trunk.mask_token", "heads.0.projector.")
 _DECODER_PARTS = """
     trunk.patch_embed.proj.1.weight trunk.decoder.decoder_embed.weight trunk.decoder.decoder_blocks.0.mlp.fc1.weight
@@ -105,13 +105,13 @@ HF_CONFIG_KEYS |= {name: name for name in ("num_frames", "image_size")}
 
 @dataclass(frozen=True)
 class ConvertedCheckpoint:
-    """A complete model in our names, with position tables, and what became of each entry of its file.
+    """A complete model in our names, with position tables, and what happened to each entry of its file.
 
     Args:
-        renamed: {our name: theirs} of all entries that were taken, also where both are the same.
-        filled: {our name: reason} of tensors that are not in the file.
+        renamed: {our name: theirs} for all entries that were taken, including those with the same name.
+        filled: {our name: reason} for tensors that are not in the file.
         dropped: {their name: reason}.
-        assumed: numbers that neither the file nor the user gave.
+        assumed: values that neither the file nor the user gave.
     """
 
     state: dict[str, Tensor]
@@ -131,7 +131,7 @@ class ConvertedCheckpoint:
         )
 
     def lines(self) -> list[str]:
-        """Return a table to print: a line for each fate and reason, with how many and the first names."""
+        """Return a table to print: for each outcome and reason, how many entries had it, and the first names."""
         renamed = [f"{old} -> {new}" for new, old in self.renamed.items() if new != old]
         return [
             *list_by_reason("kept", {new: "" for new, old in self.renamed.items() if new == old}),
@@ -142,13 +142,13 @@ class ConvertedCheckpoint:
         ]
 
 
-def list_by_reason(fate: str, reasons: Mapping[str, str]) -> list[str]:
-    """Return a line for each reason, with how many names have it and the first of them."""
+def list_by_reason(outcome: str, reasons: Mapping[str, str]) -> list[str]:
+    """Return a line for each reason: how many names have it, and the first of them."""
     names: dict[str, list[str]] = {}
     for name, why in reasons.items():
         names.setdefault(why, []).append(name)
     return [
-        f"  {fate:8} {len(group):4}  {truncate_list(group, 3)}{f' ({why})' if why else ''}"
+        f"  {outcome:8} {len(group):4}  {truncate_list(group, 3)}{f' ({why})' if why else ''}"
         for why, group in names.items()
     ]
 
@@ -161,11 +161,12 @@ def convert_file(
     Args:
         format: "auto", "ppma" (our names without an architecture), or a key of RENAMES.
 
-    Raises UserError, beginning with the file, for names of no format, and for tensors that are not of one complete model.
+    Raises UserError, with the file's path first, for names of no known format, and for tensors that do not make one complete
+    model.
     """
     source.refuse_own_class()
     try:
-        state = strip_wrappers(source.state, "model.")  # of a training module around the model
+        state = strip_wrappers(source.state, "model.")  # the prefix of a training module around the model
         recognized = recognize(state, format)
         in_file = source.config if recognized == "hf" else source.architecture
         converted = convert_state_dict(recognized, state, in_file, overrides)
@@ -177,11 +178,11 @@ def convert_file(
 def recognize(names: Collection[str], choice: str = "auto") -> str:
     """Return the format, a key of RENAMES, that all `names` belong to; `choice` (as in `convert_file`) allows one alone.
 
-    Raises UserError, with the nearest format and the first names unknown to it, when there is none.
+    Raises UserError, with the nearest format and the first names it does not have, if there is none.
     """
     if "mixing_ratio" in names:
         raise UserError(
-            "The checkpoint is a learned average, which holds no trunk. Merge it first: "
+            "The checkpoint is a learned average, which does not contain a trunk. Merge it first: "
             "omnivision export CHECKPOINT OUT.pt --to pt --merge."
         )
     unknown = {format: [name for name in names if _rename(format, name) is None] for format in RENAMES}
@@ -196,7 +197,7 @@ def recognize(names: Collection[str], choice: str = "auto") -> str:
 
 
 def hf_class_names(config: Mapping[str, Any]) -> list[str] | None:
-    """Return the class names in a `config.json`, by label; None where there are only transformers' placeholders."""
+    """Return the class names in a `config.json`, by label; None if it only has transformers' placeholders."""
     labels = config.get("id2label")
     names: list[Any] = [labels.get(str(label)) for label in range(len(labels))] if isinstance(labels, Mapping) else []
     if not all(isinstance(name, str) for name in names) or names == [f"LABEL_{n}" for n in range(len(names))]:
@@ -207,12 +208,12 @@ def hf_class_names(config: Mapping[str, Any]) -> list[str] | None:
 def convert_state_dict(
     format: str, state: Mapping[str, Tensor], in_file: Mapping[str, Any], overrides: ArchOverrides | None = None
 ) -> ConvertedCheckpoint:
-    """Convert a state dict of a format, a key of RENAMES, to one complete model of finite numbers.
+    """Convert a state dict in a format, a key of RENAMES, to one complete model of finite numbers.
 
     Args:
-        in_file: the architecture in the file, or a part of it; for "hf" the content of `config.json`. It may be empty.
+        in_file: the architecture in the file, or a part of it; for "hf", the content of `config.json`. It may be empty.
 
-    Raises UserError when the tensors are not of one complete model, and for a configuration of another one.
+    Raises UserError when the tensors do not make one complete model, or when the configuration describes another one.
     """
     try:
         mapper = _KeyMapper(format, state)
@@ -229,7 +230,7 @@ def convert_state_dict(
             raise
         problem = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise UserError(
-            f"The weights are not of one complete model: {problem:.400}. Save the whole state dict."
+            f"The weights do not make one complete model: {problem:.400}. Save the whole state dict."
         ) from None
     epsilon = in_file.get("layer_norm_eps", HF_EPSILON if in_file else LAYER_NORM_EPS)
     if epsilon != LAYER_NORM_EPS:
@@ -238,7 +239,7 @@ def convert_state_dict(
 
 
 def _architecture_of(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return the architecture in a `config.json`, as far as it is ours; `state` is in our names.
+    """Return the parts of our architecture that a `config.json` gives; `state` is in our names.
 
     Raises UserError for another kind of model.
     """
@@ -258,7 +259,7 @@ def _architecture_of(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> 
 
 
 class _KeyMapper:
-    """The entries of a file on their way to our names: `state`, and where each tensor came from, or why it is there."""
+    """Maps the entries of a file to our names: `state`, where each tensor came from (`origin`), or why it was added."""
 
     def __init__(self, format: str, state: Mapping[str, Tensor]) -> None:
         self.format = format
@@ -269,11 +270,11 @@ class _KeyMapper:
         for name, tensor in state.items():
             target = _rename(format, name) or name
             if format == "omnimae" and any(n.startswith("trunk.decoder.") for n in state):
-                target = target.replace("heads.0.0.", "heads.0.projector.")  # both are `head.` there
+                target = target.replace("heads.0.0.", "heads.0.projector.")  # OmniMAE calls both `head.`
             if target not in self.state:
                 self.state[target], self.origin[target] = tensor, [name]
             elif torch.equal(tensor, self.state[target]):
-                self.dropped[name] = "the same values under another name"
+                self.dropped[name] = "same values under another name"
             else:
                 raise UserError(
                     f"{self.origin[target][0]} and {name} are one tensor under two names, but their values differ. Save the "
@@ -296,23 +297,23 @@ class _KeyMapper:
                 self.fill(bias, weight.new_zeros(len(weight)), ZEROS)
 
     def fill(self, name: str, tensor: Tensor, why: str) -> None:
-        """Add a tensor that the file does not hold, or replace one of it."""
+        """Add a tensor that the file does not have, or replace one that it has."""
         self.state[name], self.filled[name] = tensor, why
         self.origin.pop(name, None)
 
     def drop(self, prefixes: str | tuple[str, ...], why: str) -> None:
-        """Leave out all entries that begin so."""
+        """Leave out all entries that begin with a prefix."""
         for name in [name for name in self.state if name.startswith(prefixes)]:
             del self.state[name]
             self.dropped |= dict.fromkeys(self.origin.pop(name, []), why)
         self.filled = {name: reason for name, reason in self.filled.items() if not name.startswith(prefixes)}
 
     def convert_videomae(self) -> None:
-        """Drop a head that reads the first token (it follows `norm`, not `fc_norm`); fill in an absent last norm; convert a
-        decoder to one of ours with the same outputs, or drop it where there is none.
+        """Drop a head that reads the first token (it follows `norm`, not `fc_norm`); fill in a missing last norm; convert a
+        decoder to one of ours with the same outputs, or drop it if there is no such decoder.
 
         Their decoder projects tokens, W x, and then adds a mask token and positions of the decoder's width; ours adds both
-        before the projection. W has more columns than rows, so what they are before it can be solved for.
+        before the projection. W has more columns than rows, so their values before the projection can be solved for.
         """
         origins = [name for names in self.origin.values() for name in names]
         if not any(name.startswith("fc_norm.") for name in origins):
@@ -332,17 +333,19 @@ class _KeyMapper:
         self.fill("trunk.decoder.decoder_embed.bias", projection.new_zeros(len(projection)), ZEROS)
 
     def _decoder_problem(self) -> str:
-        """Return why our decoder cannot compute the same; empty if it can. Raises UserError for values that are not finite."""
+        """Return why our decoder cannot compute the same; "" if it can. Raises UserError for values that are not finite."""
         parts = [self.state.get(name, torch.empty(())) for name in _DECODER_PARTS]
         if not all(part.ndim for part in parts):
             return "parts of the decoder are missing"
         patch, projection, mlp, head, *_ = parts
         (width, trunk_width), pixels = projection.shape, patch[0].numel()
         if len(mlp) != 4 * width or len(head) != pixels:
-            return f"its MLP is {len(mlp)} wide, ours {4 * width}; it predicts {len(head)} values of a patch, ours {pixels}"
+            return (
+                f"its MLP is {len(mlp)} wide, ours {4 * width}; it predicts {len(head)} values per patch, ours {pixels}"
+            )
         check_numbers({"trunk.decoder.decoder_embed.weight": projection})
         if width > trunk_width or int(torch.linalg.matrix_rank(projection.double(), rtol=1e-4)) < width:
-            return "its projection cannot be undone, and ours adds positions before it"
+            return "its projection cannot be inverted, and ours adds positions before it"
         return ""
 
     def finalize(self, in_file: Mapping[str, Any], overrides: ArchOverrides) -> ConvertedCheckpoint:
@@ -359,14 +362,14 @@ class _KeyMapper:
         for name, table in position_tables(architecture).items():
             if name not in self.state:
                 self.fill(name, table, "the fixed table")
-        # Copies: parts of a larger tensor would be saved with the whole of it.
+        # Copy: a view of a larger tensor would be saved with all of that tensor.
         state = {n: tensor.detach().clone(memory_format=torch.contiguous_format) for n, tensor in self.state.items()}
         renamed = {name: " + ".join(olds) for name, olds in self.origin.items()}
         return ConvertedCheckpoint(state, architecture, renamed, self.filled, self.dropped, assumed)
 
 
 def _rename(format: str, name: str) -> str | None:
-    """Return our name of an entry of a format; None for a name that the format does not have."""
+    """Return our name for an entry of a format; None if the format does not have the entry."""
     for theirs, ours in RENAMES[format].items():
         if match := pattern(theirs).fullmatch(name):
             return ours.format(**match.groupdict())
@@ -375,10 +378,10 @@ def _rename(format: str, name: str) -> str | None:
 
 @functools.cache
 def pattern(template: str) -> re.Pattern[str]:
-    """Compile a name of a table to a pattern, with a group for each placeholder."""
+    """Compile a name in a rename table to a pattern, with a group for each placeholder."""
     return re.compile(re.sub(r"\\\{(\w+)\\\}", lambda m: f"(?P<{m[1]}>{_PLACEHOLDERS[m[1]]})", re.escape(template)))
 
 
 def _unproject(rows: Tensor, projection: Tensor) -> Tensor:
-    """Return the shortest rows (N, trunk width), float32, that a projection (width, trunk width) maps to `rows` (N, width)."""
+    """Return the shortest (N, trunk width), float32, that `projection` (width, trunk width) maps to `rows` (N, width)."""
     return (rows.double() @ torch.linalg.pinv(projection.double()).T).float()

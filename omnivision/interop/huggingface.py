@@ -1,8 +1,8 @@
-"""A model of ours in the names of Hugging Face's VideoMAE, with its configuration.
+"""Conversion of our models to Hugging Face's VideoMAE: names and configuration.
 
 Versions of transformers name the biases of queries, keys and values differently: 4.57 to 5.4 and 5.18 onwards read `q_bias`
 and `v_bias` (they have no bias for keys, which softmax cancels), 5.5 to 5.17 read `query.bias`, `key.bias` and `value.bias`.
-Each ignores the other names and leaves its own at zero, so an export holds both.
+Each ignores the other names and leaves missing biases at zero, so an export has both.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ class Exported(NamedTuple):
 def to_hf(
     state: Mapping[str, Tensor], architecture: Architecture, head: int = 0, class_names: Sequence[str] | None = None
 ) -> Exported:
-    """Convert a classifier to VideoMAEForVideoClassification, a model without class heads to VideoMAEModel.
+    """Convert a classifier to VideoMAEForVideoClassification, or a model without class heads to VideoMAEModel.
 
     Args:
         state: complete, in our names (`convert_state_dict` checks it).
         head: which of several heads.
         class_names: by label; numbers if not given.
 
-    Raises UserError for positions other than the fixed table, which that model always has, and for a head or names that do
-    not fit.
+    Raises UserError for positions other than the fixed table, which VideoMAE always uses, and for a head or names that do not
+    fit.
     """
     classes = architecture.get("classes", [])
     if classes and not 0 <= head < len(classes):
@@ -47,20 +47,20 @@ def to_hf(
     count = classes[head] if classes else 0
     if class_names is not None and not len(class_names) == len(set(class_names)) == count:
         raise UserError(
-            f"--class-names must have {count} different names, one a class, in the order of the labels; got "
+            f"--class-names must have {count} different names, one per class, in the order of the labels; got "
             f"{len(class_names)}, {len(set(class_names))} of them different. Set --class-names, or another --head."
         )
     remaining: dict[str, Tensor] = {}
     dropped: dict[str, str] = {}
     if _rounded_positions(state, architecture):
-        dropped["trunk.pos_embed"] = "rounded to 16 bits; the table there is not"
+        dropped["trunk.pos_embed"] = "rounded to 16 bits; transformers' table is not"
     for name, tensor in state.items():
         if name.startswith(DECODER_PREFIXES):
             dropped[name] = "its decoder adds positions after its projection, ours before"
         elif name.startswith("trunk.depth_patch_embed."):
-            dropped[name] = "no place there: colors alone"
+            dropped[name] = "VideoMAE takes only colors"
         elif name.startswith("heads.") and not name.startswith(f"heads.{head}."):
-            dropped[name] = "another head; choose it with --head"
+            dropped[name] = "another head; select it with --head"
         elif ".attn.qkv." in name:
             remaining |= dict(zip((f"{name}[q]", f"{name}[k]", f"{name}[v]"), tensor.chunk(3), strict=True))
         else:
@@ -72,14 +72,14 @@ def to_hf(
             for name in remaining:
                 if match := pattern(ours).fullmatch(name):
                     out[theirs.format(base=base, **match.groupdict())] = remaining[name]
-    # Contiguous, and no part of another tensor: safetensors takes nothing else.
+    # safetensors requires contiguous tensors that share no memory.
     out = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in out.items()}
     names = class_names or [f"LABEL_{label}" for label in range(count)]
     return Exported(out, _hf_config(architecture, out, names), dropped)
 
 
 def preprocessor_config(architecture: Architecture) -> dict[str, Any]:
-    """Return `preprocessor_config.json`: the pixels that our models expect. Without it `transformers` normalizes to -1 .. 1."""
+    """Return `preprocessor_config.json`, our normalization of pixels. Without it, transformers normalizes to -1 .. 1."""
     size = architecture["trunk"]["image_size"]
     return {
         "image_processor_type": "VideoMAEImageProcessor",
@@ -97,7 +97,7 @@ def preprocessor_config(architecture: Architecture) -> dict[str, Any]:
 
 
 def _hf_config(architecture: Architecture, state: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Any]:
-    """Return `config.json`; `names` are those of the classes, none for a model without."""
+    """Return `config.json`; `names` are the class names, empty for a model without classes."""
     trunk = architecture["trunk"]
     (frames, *patch) = trunk["tubelet"]
     config: dict[str, Any] = {
@@ -123,12 +123,12 @@ def _hf_config(architecture: Architecture, state: Mapping[str, Tensor], names: S
 
 
 def _rounded_positions(state: Mapping[str, Tensor], architecture: Architecture) -> bool:
-    """Return whether the table is the fixed one rounded to 16 bits. Raises UserError when it is another one."""
+    """Return whether the position table is the fixed one rounded to 16 bits. Raises UserError for another table."""
     table, fixed = state["trunk.pos_embed"], position_tables(architecture)["trunk.pos_embed"]
     difference = float((table.float() - fixed).abs().max())
     if difference > max(1e-6, torch.finfo(table.dtype).eps):
         raise UserError(
-            f"The positional embedding must be the fixed sinusoid, as transformers' model has it; this one differs by up to "
+            f"The positional embedding must be the fixed sinusoid that transformers' model uses; this one differs by up to "
             f"{difference:.3g} (it was interpolated or learned). Set --to pt or --to safetensors."
         )
     return difference > 1e-6

@@ -1,6 +1,6 @@
-"""The architecture of a state dict in our names: from its shapes, from the metadata in its file, and from the user.
+"""The architecture of a state dict in our names, inferred from its shapes, the metadata in its file, and the user's options.
 
-Shapes determine neither the number of attention heads nor how positions are spread over frames and sides.
+Shapes determine neither the number of attention heads nor how positions divide into frames, height and width.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from omnivision.models.architecture import Architecture, architecture_of, from_a
 from omnivision.models.patches import sinusoid_positions, token_grid
 from omnivision.utils.errors import UserError
 
-# Of published models, by width; assumed, and reported, where neither the file nor the user has them.
+# Heads of published models, by width; assumed, and reported, if neither the file nor the user gives them.
 TYPICAL_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 TYPICAL_DECODER_HEADS = {384: 16, 512: 16}
 TYPICAL_FRAMES, TYPICAL_SIZE = 16, 224
@@ -29,7 +29,7 @@ MAX_DIM, MAX_TOKENS = 65536, 2**20
 
 @dataclass(frozen=True)
 class ArchOverrides:
-    """Numbers that a user gives because a file lacks them; None where the user gives none."""
+    """Values that a user gives because a file lacks them; None if not given."""
 
     heads: int | None = None
     num_frames: int | None = None
@@ -46,16 +46,16 @@ def infer_architecture(
     """Return the architecture of a state dict in our names, and the options that were assumed ("--num-heads 12").
 
     Args:
-        state: complete, but for positional embeddings, which may be missing.
+        state: complete, except that positional embeddings may be missing.
         in_file: the architecture in the file, or a part of one.
         decoder_heads: typical heads of a decoder, by its width.
 
-    Raises UserError when the description is of another model or lacks numbers, and whatever torch raises for tensors that do
-    not make one complete model.
+    Raises UserError when the architecture in the file is another model's or lacks numbers, and whatever torch raises for
+    tensors that do not make one complete model.
     """
     assumed: list[str] = []
     architecture = _infer(state, in_file, overrides, decoder_heads, assumed)
-    with torch.device("meta"):  # shapes alone
+    with torch.device("meta"):  # only shapes
         model = from_architecture(architecture, "The file")
     tables = {name: tensor for name, tensor in model.state_dict().items() if name.endswith("pos_embed")}
     model.load_state_dict(tables | dict(state), assign=True)
@@ -116,7 +116,7 @@ def _infer(
 
 
 def _resolve(assumed: list[str], option: str, given: int | None, known: Any, typical: int | None) -> int:
-    """Return the user's number, else the one in the file, else the typical one (which is added to `assumed`)."""
+    """Return the user's value, else the file's, else the typical one (which is added to `assumed`)."""
     number = known if given is None else given
     if number is None and typical is not None:
         assumed.append(f"{option} {typical}")
@@ -140,7 +140,7 @@ def num_tokens(trunk: Mapping[str, Any]) -> int:
 
 
 def _check_clip(frames: int, size: int, tubelet: list[int], tokens: int | None) -> None:
-    """Raise UserError for a clip that the tubelet does not divide, or that has not as many `tokens` as the file."""
+    """Raise UserError for a clip that the tubelet does not divide, or whose token count is not the file's `tokens`."""
     clip = (frames, size, size)
     count = math.prod(side // part for side, part in zip(clip, tubelet, strict=True))
     if count > MAX_TOKENS or count != (tokens or count) or any(s % p for s, p in zip(clip, tubelet, strict=True)):
@@ -152,11 +152,11 @@ def _check_clip(frames: int, size: int, tubelet: list[int], tokens: int | None) 
 
 
 def _mlp_ratio(in_file: Any, mlp_width: int, width: int) -> float:
-    """Return the ratio in the file if it gives this width, which is truncated, else one of the weights."""
+    """Return the ratio in the file if it gives this (truncated) width, else one computed from the weights."""
     if isinstance(in_file, (int, float)) and 0 <= in_file * width - mlp_width < 1:
         return in_file
     ratio = mlp_width / width
-    # Times the width it may come out a rounding below `mlp_width`, and be truncated to one less.
+    # Multiplied by the width, it may round to just below `mlp_width` and be truncated to one less.
     return ratio if int(width * ratio) == mlp_width else math.nextafter(ratio, math.inf)
 
 

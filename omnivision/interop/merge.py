@@ -1,4 +1,4 @@
-"""Merging of a learned average of checkpoints into one ordinary classifier."""
+"""Merging a learned average of checkpoints into an ordinary classifier."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ATOL = 1e-6
 
 
 class SourceNote(TypedDict):
-    """What the checkpoint of an average keeps of each source (`LoadReport.identity`)."""
+    """What an average's checkpoint records about each source (`LoadReport.identity`)."""
 
     path: str
     sha256: str
@@ -32,7 +32,7 @@ class SourceNote(TypedDict):
 
 
 class Merged(NamedTuple):
-    """A file with one classifier in the place of an average, the averaged files, and the largest difference of scores."""
+    """A file with one classifier replacing an average, the averaged files, and the largest difference of scores."""
 
     file: StateDictFile
     sources: list[StateDictFile]
@@ -40,12 +40,12 @@ class Merged(NamedTuple):
 
 
 def read_sources(noted: Any, given: Sequence[str] | None) -> list[StateDictFile]:
-    """Read the models of an average: those that its checkpoint notes, or the same at the paths `given`.
+    """Read the models of an average from the paths in its checkpoint, or from the paths `given`.
 
     Args:
         noted: `sources` of the checkpoint, a list of `SourceNote`.
 
-    Raises UserError when one is missing, or its SHA-256 differs from the noted one.
+    Raises UserError when one is missing, or its SHA-256 differs from the recorded one.
     """
     try:
         notes = TypeAdapter(Annotated[list[SourceNote], Field(min_length=1)]).validate_python(noted)
@@ -58,7 +58,7 @@ def read_sources(noted: Any, given: Sequence[str] | None) -> list[StateDictFile]
         f"Give the {len(notes)} checkpoints of the average, unchanged and in order: --sources{' FILE' * len(notes)}."
     )
     try:
-        # One file may hold them all, as a list.
+        # One file may hold all of them, as a list.
         files = read_several(paths[0] if len(set(paths)) == 1 else paths)
     except UserError as error:
         raise UserError(f"A source of the average cannot be read: {error} {advice}") from None
@@ -76,16 +76,16 @@ def read_sources(noted: Any, given: Sequence[str] | None) -> list[StateDictFile]
 
 @torch.no_grad()
 def merge(file: StateDictFile, paths: Sequence[str] | None = None) -> Merged:
-    """Replace an average (`AveragedClassifier`) by one trunk, and compare scores on a random clip.
+    """Replace an average (`AveragedClassifier`) by a classifier with one trunk, and compare scores on a random clip.
 
     Args:
-        paths: its sources, if they are no longer where its checkpoint says.
+        paths: the sources, if they are no longer where the checkpoint says.
 
     Raises UserError when the parts do not fit, or when the merged model computes other scores.
     """
     state, sources = file.state, read_sources(file.metadata.get("sources"), paths)
-    # The first source determines the architecture; only then is anything of that size allocated. An average takes only its own
-    # parameters of a source, which may also have a decoder, depth, and positions of another clip size.
+    # Infer the architecture from the first source before anything of that size is allocated. An average takes only its own
+    # parameters from a source, which may also have a decoder, depth, and positions for another clip size.
     trunk = file.architecture.get("trunk", {})
     depth = isinstance(trunk, Mapping) and bool(trunk.get("rgbd"))
     drop = ("trunk.decoder.", "trunk.mask_token") + (() if depth else ("trunk.depth_patch_embed.",))
@@ -113,7 +113,7 @@ def merge(file: StateDictFile, paths: Sequence[str] | None = None) -> Merged:
 
 
 def random_clip(architecture: Architecture) -> Tensor:
-    """Normalized noise of the model's clip size, (1, 3, T, S, S), always the same."""
+    """Return normalized noise of the model's clip size, (1, 3, T, S, S), always the same."""
     trunk = architecture["trunk"]
     size = (1, 3, trunk["num_frames"], trunk["image_size"], trunk["image_size"])
     return torch.randn(size, generator=torch.Generator().manual_seed(0))

@@ -2,7 +2,7 @@
 
 
 def run_slurm_task(config_text: str, token: str) -> None:
-    """Run a task of a job that an earlier version submitted: its pickle has this name."""
+    """Run a task of a job that an earlier version submitted: its pickle refers to this function."""
     import signal
     import sys
 

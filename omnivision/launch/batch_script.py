@@ -15,13 +15,13 @@ from omnivision.launch.slurm_jobs import SUBMISSION_FOLDER, runs_file
 from omnivision.reporting.run_directory import RunDir
 from omnivision.utils.signals import seconds_to_exit
 
-UNMEASURED_DELAY = 120  # seconds before the time limit that SLURM signals a run whose speed is unknown
+UNMEASURED_DELAY = 120  # seconds before the time limit at which SLURM signals a run whose speed is unknown
 
 
 def batch_script(settings: Settings, run_dir: RunDir, script: Path | None = None, count: int = 1) -> str:
-    """Return the batch script of a run or of an array of `count` runs, also where SLURM is not installed.
+    """Return the batch script of a run or of an array of `count` runs; works without SLURM, too.
 
-    `script` is its path: its folder has the job's logs.
+    `script` is its path; the job's logs go into the same folder.
     """
     script = script or run_dir.path.absolute() / SUBMISSION_FOLDER / "TOKEN_submission.sh"
     command = f"{shlex.quote(sys.executable)} -u -m omnivision.launch.slurm_task {shlex.quote(str(runs_file(script)))}"
@@ -29,10 +29,10 @@ def batch_script(settings: Settings, run_dir: RunDir, script: Path | None = None
 
 
 def sbatch_parameters(settings: Settings, run_dir: RunDir, runs: Path) -> dict[str, Any]:
-    """Return what the settings say about the job, by submitit's names."""
+    """Return the job's parameters from the settings, by submitit's names."""
     wanted, launcher = settings.submitit, settings.launcher
     options: dict[str, Any] = {
-        "requeue": True,  # when a node dies or a job is preempted; sites may have it off
+        "requeue": True,  # when a node dies or a job is preempted; sites may disable it by default
         "output": "/dev/null",  # a job whose log cannot be opened would fail without a message; see `batch_prologue.sh`
         "error": "/dev/null",
     }
@@ -41,7 +41,7 @@ def sbatch_parameters(settings: Settings, run_dir: RunDir, runs: Path) -> dict[s
     same_name = ("partition", "account", "qos", "comment", "exclude", "nodelist", "dependency", "array_parallelism")
     parameters = {name: getattr(wanted, name) for name in same_name} | {
         "job_name": wanted.name,
-        "time": max(1, math.ceil(wanted.timeout_hour * 60 - 1e-6)),  # in minutes; SLURM takes 0 for no limit
+        "time": max(1, math.ceil(wanted.timeout_hour * 60 - 1e-6)),  # minutes; 0 would mean no limit
         "nodes": launcher.num_nodes,
         "ntasks_per_node": launcher.gpus_per_node,
         "gpus_per_node": None if settings.trainer.accelerator == "cpu" else launcher.gpus_per_node,
@@ -50,8 +50,9 @@ def sbatch_parameters(settings: Settings, run_dir: RunDir, runs: Path) -> dict[s
         "constraint": wanted.constraints,
         "signal_delay_s": signal_delay(settings, run_dir),
         "setup": batch_script_prologue(runs, wanted.setup),
-        # srun does not inherit --cpus-per-task since SLURM 22.05. --kill-on-bad-exit: one failed task ends all. --wait: so does
-        # one that exited early because it saw the run finished. --export: the script's environment, despite SBATCH_EXPORT.
+        # Since SLURM 22.05 srun does not inherit --cpus-per-task. --kill-on-bad-exit: one failed task ends all. --wait: so does
+        # a task that exits early because it finds the run finished. --export: use the script's environment, despite
+        # SBATCH_EXPORT.
         "srun_args": [f"--cpus-per-task={wanted.cpus_per_task}", "--kill-on-bad-exit=1", "--wait=300", "--export=ALL"],
         "additional_parameters": options | wanted.additional_parameters,
     }
@@ -59,7 +60,7 @@ def sbatch_parameters(settings: Settings, run_dir: RunDir, runs: Path) -> dict[s
 
 
 def batch_script_prologue(runs: Path, setup: Sequence[str]) -> list[str]:
-    """Return the shell lines before the tasks: `batch_prologue.sh`, and the user's `setup`, each line noted before it runs."""
+    """Return the shell lines before the tasks: `batch_prologue.sh`, then `setup`, each line recorded before it runs."""
     values = {"runs": runs, "python": sys.executable, "checkout": Path(__file__).parents[2]}
     lines = [f"readonly omnivision_{name}={shlex.quote(str(value))}" for name, value in values.items()]
     lines += Path(__file__).with_name("batch_prologue.sh").read_text(encoding="utf-8").splitlines()
@@ -71,7 +72,7 @@ def batch_script_prologue(runs: Path, setup: Sequence[str]) -> list[str]:
 
 
 def signal_delay(settings: Settings, run_dir: RunDir) -> int:
-    """Return the seconds before the time limit when SLURM signals the run: as set, else by measured steps and saving."""
+    """Return how many seconds before the time limit SLURM signals the run: as set, else by measured step and save times."""
     if settings.submitit.signal_delay_s is not None:
         return settings.submitit.signal_delay_s
     summary, limit = run_dir.read_summary(), settings.submitit.timeout_hour * 3600

@@ -33,12 +33,12 @@ from omnivision.utils.signals import StopSignal, kill_data_workers, signals_igno
 if TYPE_CHECKING:
     from omnivision.launch.slurm_jobs import JobLog
 
-END_FILE_SECONDS = 2.0  # for the end file of another rank to appear
+END_FILE_SECONDS = 2.0  # how long to wait for another rank's end file
 LOG = logging.getLogger("omnivision")
 OOM_ADVICE = (
     "Raise trainer.optim.accumulation_steps (the same batch in smaller micro-batches), set "
-    "trainer.model.trunk.activation_checkpointing=true, or lower batch_size; num_workers and trainer.data.prefetch take memory "
-    "of the machine. The same command resumes from the last checkpoint."
+    "trainer.model.trunk.activation_checkpointing=true, or lower batch_size; num_workers and trainer.data.prefetch use host "
+    "memory. The same command resumes from the last checkpoint."
 )
 
 
@@ -46,11 +46,11 @@ OOM_ADVICE = (
 
 
 def write_end_file(run_dir: RunDir, rank: int, error: BaseException, reason: str) -> None:
-    """Write how this rank ended, in its own file: several machines cannot append to one file over NFS."""
+    """Write how this rank ended to its own file: several machines cannot append to one file over NFS."""
     match error:
         case StopRequested() | KeyboardInterrupt() | UserError(on_all_ranks=True):
             kind = "stopped"
-        case PeerLostError():  # SLURM reports what killed a peer that is gone
+        case PeerLostError():  # SLURM reports what killed a vanished peer
             kind = "disconnected" if error.gone else "peer silent"
         case _:
             kind = "failed"
@@ -61,7 +61,7 @@ def write_end_file(run_dir: RunDir, rank: int, error: BaseException, reason: str
 
 
 def read_end_files(run_dir: RunDir) -> list[dict[str, Any]]:
-    """Return how ranks ended in this start of this job or, outside of a cluster, since the run directory was locked."""
+    """Return how ranks ended in this start of this job or, without SLURM, since the run directory was locked."""
     ends = []
     for file in sorted(run_dir.logs.glob("rank_*_end.json")):
         with contextlib.suppress(OSError, ValueError):
@@ -96,7 +96,7 @@ class ExitHandler:
         self, run_dir: RunDir, rank: int, settings: Settings, job_log: JobLog | None, world_size: int = 1
     ) -> None:
         self.run_dir, self.rank, self.job_log = run_dir, rank, job_log
-        self.writes_end_file = world_size > 1 or job_log is not None  # for the other ranks, or for the batch script
+        self.writes_end_file = world_size > 1 or job_log is not None  # other ranks or the batch script read it
         self.validating = settings.trainer.mode == "val"
         self.stop = StopSignal()
         self.exit_code = 0
@@ -108,7 +108,7 @@ class ExitHandler:
 
     @contextlib.contextmanager
     def supervise(self) -> Iterator[None]:
-        """Run a block whose exceptions become an exit code; the run directory is unlocked afterwards."""
+        """Turn exceptions in this block into an exit code, and unlock the run directory afterwards."""
         with self.stop.handle_signals(ignore_after=self.job_log is not None), self._watchdog.watching():
             try:
                 self.stop.raise_on_signal()
@@ -130,9 +130,9 @@ class ExitHandler:
             self.peers.start()
 
     def handle(self, error: BaseException) -> int:
-        """Report, in the main thread, why the process ends; returns the exit code."""
+        """Report, in the main thread, why the process ends; return the exit code."""
         if not self._ending.acquire(blocking=False):
-            threading.Event().wait()  # a watching thread is about to end this process
+            threading.Event().wait()  # a watchdog thread is about to end this process
         error = as_peer_lost(error, self.peers)
         if self.peers is not None:
             self.peers.end()
@@ -140,7 +140,7 @@ class ExitHandler:
         return report_exit(error, self.run_dir, may_write, self.rank, self.job_log, self.writes_end_file)
 
     def abort(self, error: BaseException) -> None:
-        """Exit from a watchdog thread, whatever the main thread does, after writing all stacks."""
+        """Write all stacks and exit from a watchdog thread, whatever the main thread is doing."""
         if not self._ending.acquire(blocking=False):
             return  # it is ending already
         code = exit_code_and_reason(error)[0]
@@ -148,11 +148,11 @@ class ExitHandler:
             stacks = self.run_dir.logs / f"rank_{self.rank}_stacks.txt"
             write_stacks(stacks)
             error.add_note(f"what each thread was doing is in {stacks}")
-            # Rank 0 reports; if rank 0 is silent, the rank that noticed.
+            # Rank 0 reports; if rank 0 is silent, the rank that noticed it does.
             reports = not self.validating and (self.locked or isinstance(error, PeerLostError))
             code = report_exit(error, self.run_dir, reports, self.rank, self.job_log, self.writes_end_file)
             self.unlock()
-        except BaseException:  # for example a file system that does not answer
+        except BaseException:  # e.g. because a file system does not answer
             traceback.print_exc()
         finally:
             os._exit(code)
@@ -164,7 +164,7 @@ class ExitHandler:
     def _may_write_summary(self) -> bool:
         """Return whether this process may write its exit into the summary.
 
-        Keeps an earlier run's status until training begins, and during an evaluation.
+        An earlier run's status stays until training begins, and during an evaluation.
         """
         if self.locked and self.run_dir.read_summary().get("status") in (None, *QUEUED_STATUSES):
             return True
@@ -185,7 +185,7 @@ def report_exit(
     job_log: JobLog | None = None,
     end_file: bool = True,
 ) -> int:
-    """Report why a process ends: on the console, in its log, its end file and, with `writes_summary`, `summary.json`.
+    """Report why a process ends: on the console, in its log, in its end file and, with `writes_summary`, in `summary.json`.
 
     Returns the exit code. Ranks other than 0 of a SLURM job return 0 after a stop or a lost peer: a failing task makes SLURM
     end all tasks, and rank 0 may be requeueing.
@@ -197,7 +197,7 @@ def report_exit(
     if rank == 0 or is_fault or (isinstance(error, UserError) and not error.on_all_ranks):
         if stopped:
             saved = isinstance(error, StopRequested) and error.saved_step is not None
-            advice = ", and the same command continues from there" if saved else ""
+            advice = "; the same command resumes from there" if saved else ""
             print(f"{reason}{advice}", file=sys.stderr, flush=True)
         elif lost:
             print_error(f"{reason}. The same command resumes from the last checkpoint.")
@@ -225,7 +225,7 @@ def report_exit(
 
 
 def unwrap_keyboard_interrupt(error: BaseException) -> BaseException:
-    """Return the Ctrl-C behind an exception of a library, else the exception itself."""
+    """Return the KeyboardInterrupt that caused a library's exception, else the exception itself."""
     return next((cause for cause in causes(error) if isinstance(cause, KeyboardInterrupt)), error)
 
 
@@ -247,7 +247,7 @@ def exit_code_and_reason(error: BaseException) -> tuple[int, str]:
 
 
 def print_error(problem: BaseException | str) -> None:
-    """Print a paragraph for a user error and where memory is out, else a traceback (always with OMNIVISION_TRACEBACK=1)."""
+    """Print one paragraph for a user error or lack of memory, else a traceback (always with OMNIVISION_TRACEBACK=1)."""
     if isinstance(problem, BaseException) and is_out_of_memory(problem):
         problem = exit_code_and_reason(problem)[1]
     if isinstance(problem, str):

@@ -21,7 +21,7 @@ class Job:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run has done all the epochs that it is asked for; an evaluation is always done again."""
+        """Whether the run has completed the requested epochs; an evaluation never counts as finished."""
         summary, trainer = self.run_dir.read_summary(), self.settings.trainer
         done = summary.get("status") == "finished" and (summary.get("epochs") or 0) >= trainer.max_epochs
         return done and trainer.mode != "val"

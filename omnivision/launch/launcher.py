@@ -38,12 +38,12 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-STOP_EXIT_CODES = (EXIT_SIGINT, EXIT_SIGTERM, EXIT_SIGUSR2, EXIT_SIGHUP)  # of stopped runs
-RANK_EXIT_SECONDS = 15.0  # for the other ranks to exit after one has failed
+STOP_EXIT_CODES = (EXIT_SIGINT, EXIT_SIGTERM, EXIT_SIGUSR2, EXIT_SIGHUP)  # the run was stopped
+RANK_EXIT_SECONDS = 15.0  # how long other ranks may take to exit after one has failed
 
 
 def launch(jobs: Sequence[Job]) -> int:
-    """Run jobs one after another, or submit them together; returns the exit code, the highest of several.
+    """Run jobs one after another, or submit them together; return the highest exit code.
 
     Raises UserError if they cannot be started.
     """
@@ -70,7 +70,7 @@ def launch(jobs: Sequence[Job]) -> int:
 
 
 def validate_launch_mode(settings: Settings) -> None:
-    """Raise UserError if a run cannot be started the way that its settings say."""
+    """Raise UserError if a run cannot be started as its settings request."""
     nodes, use_cluster = settings.launcher.num_nodes, settings.submitit.use_cluster
     if use_cluster and not slurm.is_available():
         raise UserError(
@@ -92,9 +92,9 @@ def under_torchrun() -> bool:
 
 
 def apply_torchrun_env(config: DictConfig) -> None:
-    """Take node and rank counts from torchrun, if it started this process, and disable submission.
+    """Set node and rank counts from torchrun, if it started this process, and disable submission.
 
-    Raises UserError for variables that another launcher has left behind.
+    Raises UserError for variables that another launcher left behind.
     """
     given = [name for name in TORCHRUN_VARIABLES if name in os.environ]
     if not {"RANK", "WORLD_SIZE"} & set(given):
@@ -116,9 +116,9 @@ def apply_torchrun_env(config: DictConfig) -> None:
 
 
 def run_local_processes(job: Job, count: int) -> int:
-    """Start `count` ranks here and wait; returns the exit code. When one fails, the others are ended, too.
+    """Start `count` ranks here and wait; return the exit code. When one fails, the others are ended, too.
 
-    Signals are forwarded to them. What killed a rank is written into `summary.json`, if that rank could not.
+    Signals are forwarded to them. If a rank was killed and could not report it, `summary.json` gets the reason.
     """
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
@@ -148,7 +148,7 @@ def run_local_processes(job: Job, count: int) -> int:
 
 @contextlib.contextmanager
 def forward_signals(processes: list[SpawnProcess]) -> Iterator[list[int]]:
-    """Forward Ctrl-C and requests to stop to `processes` inside this block; yields a list of those received."""
+    """Forward Ctrl-C and stop signals to `processes` inside this block; yield the list of signals received."""
     received: list[int] = []
 
     def forward(number: int, frame: Any) -> None:
@@ -169,7 +169,7 @@ def forward_signals(processes: list[SpawnProcess]) -> Iterator[list[int]]:
 def wait_for_processes(processes: list[SpawnProcess]) -> tuple[int, str]:
     """Wait for all ranks; after a failure, at most RANK_EXIT_SECONDS. Return exit code and reason.
 
-    The reason, for a run that could not write one, is which rank was killed, or the exit code.
+    The reason, used if the run could not write one itself, names the killed ranks or the exit code.
     """
     failed, deadline = 0, float("inf")
     while any(process.is_alive() for process in processes) and time.monotonic() < deadline:

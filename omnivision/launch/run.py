@@ -35,13 +35,13 @@ LOG = logging.getLogger("omnivision")
 
 
 def run_rank(job: Job, rank_info: RankInfo, job_log: JobLog | None = None) -> int:
-    """Run one rank from start to end; returns its exit code.
+    """Run one rank from start to end; return its exit code.
 
-    A user error prints one paragraph; the reason of every end is in `summary.json`. `job_log`, of a SLURM job, notes its end
-    and has the job requeued; signals are then ignored once the run ends.
+    A user error prints one paragraph; `summary.json` has the reason of every end. In a SLURM job, `job_log` records the end and
+    requeues the job if necessary; signals are ignored once the run ends.
     """
     ignore_broken_pipe()
-    faulthandler.enable(sys.__stderr__ or 2)  # a signal that no Python code sees (SIGSEGV, SIGBUS) still says where
+    faulthandler.enable(sys.__stderr__ or 2)  # print the stacks on SIGSEGV and SIGBUS, too
     handler = ExitHandler(job.run_dir, rank_info.rank, job.settings, job_log, rank_info.world_size)
     with handler.supervise():
         dist = build.build_process_group(job.settings, rank_info)
@@ -58,7 +58,7 @@ def run_rank(job: Job, rank_info: RankInfo, job_log: JobLog | None = None) -> in
 
 
 def lock_run_dir(job: Job, dist: Dist, handler: ExitHandler) -> Reporter:
-    """Make the run directory this run's own, and start its log, heartbeat and deadline. Raises UserError if it is in use."""
+    """Lock the run directory, and start the log, heartbeat and deadline. Raises UserError if it is in use."""
     run_dir, job_log, stop = handler.run_dir, handler.job_log, handler.stop
     dist.run_on_main(run_dir.create)
     # A dead node's lock looks alive until it is stale; a cluster job waits for that.
@@ -67,19 +67,19 @@ def lock_run_dir(job: Job, dist: Dist, handler: ExitHandler) -> Reporter:
     handler.locked = dist.is_main
     dist.run_on_main(run_dir.claim_checkpoint_dir)
     if dist.is_main:
-        for end_file in run_dir.logs.glob("rank_*_end.json"):  # of an earlier start
+        for end_file in run_dir.logs.glob("rank_*_end.json"):  # left by an earlier start
             end_file.unlink(missing_ok=True)
         for written in (run_dir.path, run_dir.logs, run_dir.checkpoints):
             remove_stale_tmp(written)
     log_to_file(run_dir.logs / f"rank_{dist.rank}.log")
-    # Half the collective timeout, so that a silent rank is named first.
+    # Half the collective timeout, so that a silent rank is named before collectives time out.
     timeout = min(HEARTBEAT_TIMEOUT, 60 * job.settings.trainer.distributed.timeout_minutes / 2)
     handler.peers = PeerMonitor(run_dir.logs, dist.rank, dist.world_size, stop, timeout, handler.abort)
-    # If it is set, SLURM's signal triggers the exit.
+    # If signal_delay_s is set, SLURM's signal triggers the exit instead.
     if job_log is not None and job.settings.submitit.signal_delay_s is None:
         planned_end = slurm.planned_end(slurm.show_job(job_log.job_id)) if dist.is_main else None
         stop.set_deadline(dist.all_gather_object(planned_end)[0])
-    settings = flat_text(job.config_text)  # unresolved: nothing of the environment
+    settings = flat_text(job.config_text)  # unresolved, so it contains no environment variables
     reporter = Reporter(run_dir, dist.is_main, extra_loggers=job.settings.trainer.logging.also, settings=settings)
     if taken_over:
         reporter.info(taken_over)
@@ -87,7 +87,7 @@ def lock_run_dir(job: Job, dist: Dist, handler: ExitHandler) -> Reporter:
 
 
 def load_weights(job: Job, dist: Dist, trainer: Trainer, reporter: Reporter, handler: ExitHandler) -> None:
-    """Resume from the run's checkpoint or load pretrained weights, and write what the run starts from."""
+    """Resume from the run's checkpoint or load pretrained weights, and record what the run starts from."""
     run_dir, job_log, validating = handler.run_dir, handler.job_log, handler.validating
     newest = dist.all_gather_object(checkpointer.stat_latest(run_dir.checkpoints))[0]
     checkpointer.wait_until_visible(newest, run_dir.checkpoints)
@@ -109,14 +109,14 @@ def load_weights(job: Job, dist: Dist, trainer: Trainer, reporter: Reporter, han
 
 
 def write_run_metadata(job: Job, run_dir: RunDir, trainer: Trainer, on_cluster: bool) -> None:
-    """Write the configuration and the metadata of a run that is about to train; those of a finished one stay as they are."""
+    """Write the configuration and metadata of a run that is about to train; a finished run keeps its own."""
     config = run_dir.path / "config.yaml"
     if (job.settings.trainer.mode == "val" or trainer.is_done) and config.exists():
         return
     write_atomically(config, job.config_text)
     summary = run_dir.read_summary()
     before = summary.get("run") or {}
-    commits = before.get("commits") or []  # of the code, the newest last
+    commits = before.get("commits") or []  # git commits of the code, newest last
     if (commit := git_commit()) is not None and commits[-1:] != [commit]:
         commits = [*commits, commit]
     history = {"started": before.get("started", time.time()), "commits": commits}
@@ -137,13 +137,13 @@ def release(trainer: Trainer, reporter: Reporter, dist: Dist, handler: ExitHandl
     dist.close()
     if dist.is_main:
         with signals_ignored():
-            LOG.info("ended well")
+            LOG.info("run finished")
             handler.run_dir.write_summary(last_lines=handler.run_dir.last_lines())
 
 
 def log_to_file(path: Path) -> None:
-    """Send the log of this process to its own file."""
-    path.parent.mkdir(parents=True, exist_ok=True)  # rank 0 has made it, but another machine may not see it yet
+    """Log this process to its own file."""
+    path.parent.mkdir(parents=True, exist_ok=True)  # rank 0 created it, but another machine may not see it yet
     logging.basicConfig(
         filename=path,
         encoding="utf-8",

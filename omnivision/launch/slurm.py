@@ -1,4 +1,4 @@
-"""SLURM's own commands: what it knows of jobs and partitions, and the environment in which a job is submitted."""
+"""SLURM's commands: queries about jobs and partitions, submission, requeueing and cancelling."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from omnivision.utils.errors import UserError
 from omnivision.utils.streams import warn
 
 TERMINAL_STATES = tuple("BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY REVOKED TIMEOUT".split())
-SEPARATOR, END = "\x1f", "\x1e"  # of fields, and of jobs: comments may hold line ends
+SEPARATOR, END = "\x1f", "\x1e"  # between fields and between jobs: comments may contain line ends
 COMMAND_TIMEOUT = 60.0  # seconds
 
 # Variables of another job or launcher; sbatch and srun would inherit them.
@@ -25,8 +25,8 @@ INHERITED_VARIABLES = re.compile(
     "(SLURM|SBATCH|SRUN|SALLOC|SQUEUE|SINFO|SCANCEL|SCONTROL|SUBMITIT|PMI|PMIX|TORCHELASTIC)_"
     "|((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)$|ROLE_NAME$|MASTER_(ADDR|PORT)$"
 )
-KEPT_VARIABLES = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT")  # how to reach SLURM
-# Variables by which a site sets defaults of sbatch, and the setting that replaces each.
+KEPT_VARIABLES = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT")  # needed to reach SLURM
+# Variables with which a site sets defaults for sbatch, and the setting that overrides each.
 SITE_VARIABLES = {
     "SBATCH_ACCOUNT": "account",
     "SBATCH_PARTITION": "partition",
@@ -38,7 +38,7 @@ SITE_VARIABLES = {
 
 
 class SlurmError(UserError):
-    """A command of SLURM failed, was killed, or did not answer; the message has its words."""
+    """A SLURM command failed, was killed, or did not answer; the message quotes its output."""
 
     def __init__(self, output: str, was_killed: bool = False) -> None:
         here = "submitit.use_cluster=false launcher.num_nodes=1 launcher.gpus_per_node=1"
@@ -62,7 +62,7 @@ class QueueEntry:
 
     @property
     def never_starts(self) -> bool:
-        """Whether its dependency has failed. SLURM removes such a job from the queue some time later."""
+        """Whether its dependency has failed. SLURM removes such a job from the queue later."""
         return self.reason == "DependencyNeverSatisfied"
 
 
@@ -71,7 +71,7 @@ def is_available() -> bool:
 
 
 def inherited_variables(settings: object = None) -> list[str]:
-    """Return the variables that are inherited, or overridden by `settings` (of submitit)."""
+    """Return the environment variables to remove: inherited ones, and those that `settings` (of submitit) override."""
 
     def is_kept(name: str) -> bool:
         setting = SITE_VARIABLES.get(name)
@@ -81,7 +81,7 @@ def inherited_variables(settings: object = None) -> list[str]:
 
 
 def run_slurm_command(*command: str, settings: object = None, timeout: float | None = COMMAND_TIMEOUT) -> str:
-    """Run one of SLURM's commands, without inherited variables; returns its output. Raises SlurmError if it fails."""
+    """Run a SLURM command without inherited variables and return its output. Raises SlurmError if it fails."""
     inherited = inherited_variables(settings)
     env = {name: value for name, value in os.environ.items() if name not in inherited}
     try:
@@ -94,11 +94,11 @@ def run_slurm_command(*command: str, settings: object = None, timeout: float | N
         raise SlurmError(f"{command[0]}: {output}", was_killed) from None
 
 
-# ---- questions ----------------------------------------------------------------------------------------------------
+# ---- queries ------------------------------------------------------------------------------------------------------
 
 
 def squeue() -> dict[str, QueueEntry]:
-    """Return my jobs by id (array elements one by one): those waiting, running, or ended minutes ago. Raises SlurmError."""
+    """Return my jobs by id (array elements separately): pending, running, or ended minutes ago. Raises SlurmError."""
     fields = SEPARATOR.join(("%i", "%T", "%r", "%k", "%o", "%E"))
     jobs = {}
     output = run_slurm_command("squeue", "--me", "--noheader", "--array", "--states=all", f"--format={fields}{END}")
@@ -110,7 +110,7 @@ def squeue() -> dict[str, QueueEntry]:
 
 
 def squeue_or_none() -> dict[str, QueueEntry] | None:
-    """Return `squeue()`, or None where there is no SLURM or no answer."""
+    """Return `squeue()`, or None if SLURM is not installed or does not answer."""
     try:
         return squeue() if is_available() else None
     except SlurmError:
@@ -123,7 +123,7 @@ def show_job(job_id: str) -> dict[str, str]:
         output = run_slurm_command("scontrol", "show", "job", "--oneliner", job_id)
     except SlurmError:
         return {}
-    # A comment may hold anything: the first field of a name counts.
+    # A comment may contain anything, so the first field of a name counts.
     return dict(reversed(re.findall(r"(\w+)=(\S*)", output.partition("\n")[0])))
 
 
@@ -135,9 +135,9 @@ def first_host() -> str:
 
 
 def partition_limits(name: str | None) -> tuple[int | None, float | None]:
-    """Return a partition's limits: nodes, minutes; None for no limit, or no answer.
+    """Return a partition's limits (nodes, minutes); None if unlimited or unknown.
 
-    `name` may be several, joined by commas; None: the default one. SLURM accepts a job beyond the limits and never starts it.
+    `name` may be several, joined by commas; None: the default one. SLURM accepts a job beyond the limits but never starts it.
     """
     name = name or os.environ.get("SBATCH_PARTITION")
     of_partition = [f"--partition={name}"] if name else []
@@ -153,7 +153,7 @@ def partition_limits(name: str | None) -> tuple[int | None, float | None]:
 
 
 def parse_time(text: str | None) -> float | None:
-    """Return a time as SLURM writes it in seconds since the epoch; None if it is unset."""
+    """Parse a time as SLURM prints it to seconds since the epoch; None if it is unset."""
     try:
         return datetime.fromisoformat(text or "").timestamp()
     except ValueError:
@@ -161,7 +161,7 @@ def parse_time(text: str | None) -> float | None:
 
 
 def parse_limit(text: str) -> float | None:
-    """Return a time limit ("30", "1:30", "2:00:00", "3-12:00:00") in minutes; None if there is none."""
+    """Parse a time limit ("30", "1:30", "2:00:00", "3-12:00:00") to minutes; None if there is none."""
     days, _, clock = text.rpartition("-")
     try:
         parts, whole_days = [int(part) for part in clock.split(":")], int(days or 0)
@@ -174,7 +174,7 @@ def parse_limit(text: str) -> float | None:
 
 
 def planned_end(fields: dict[str, str]) -> float | None:
-    """Return when a job reaches its time limit, in seconds since the epoch. (`EndTime` is also the moment of a `scancel`.)"""
+    """Return when a job reaches its time limit, in seconds since the epoch. (`scancel` changes `EndTime`.)"""
     start, limit = parse_time(fields.get("StartTime")), parse_limit(fields.get("TimeLimit", ""))
     return None if start is None or limit is None else start + 60 * limit
 
@@ -184,16 +184,16 @@ def planned_end(fields: dict[str, str]) -> float | None:
 
 def sbatch_script(command: str, logs: Path, count: int, parameters: dict[str, Any]) -> str:
     """Return the batch script of a job, or of an array of `count` jobs; `parameters` are submitit's."""
-    os.environ.pop("SUBMITIT_PREEMPT_SIGNAL", None)  # read at import; ours listen to SIGUSR2
+    os.environ.pop("SUBMITIT_PREEMPT_SIGNAL", None)  # submitit reads it on import; our runs expect SIGUSR2
     from submitit.slurm.slurm import _make_sbatch_string
 
     return str(_make_sbatch_string(command, logs, map_count=count if count > 1 else None, **parameters))
 
 
 def sbatch(script: Path, settings: object) -> str:
-    """Submit a batch script; only `settings` and the site's defaults count. Returns the job's id. Raises SlurmError."""
+    """Submit a batch script, using only `settings` and the site's defaults; return the job's id. Raises SlurmError."""
     if options := [name for name in inherited_variables(settings) if name.startswith("SBATCH_")]:
-        warn(f"ignored in the environment: {', '.join(options)}. The submitit settings count.")
+        warn(f"environment variables are ignored: {', '.join(options)}. The submitit settings are used.")
     output = run_slurm_command("sbatch", "--parsable", str(script), settings=settings, timeout=None)
     if (found := re.search(r"^\d+", output, re.MULTILINE)) is None:
         raise SlurmError(f"sbatch: {output!r}")
@@ -201,9 +201,9 @@ def sbatch(script: Path, settings: object) -> str:
 
 
 def requeue(job_id: str, attempts: int = 3) -> str | None:
-    """Put a job back into the queue; returns SLURM's message if it refused.
+    """Put a job back into the queue; return SLURM's message if it refuses.
 
-    SLURM kills the job's processes as soon as it has agreed, `scontrol` among them: a killed one has succeeded.
+    SLURM kills the job's processes, `scontrol` among them, as soon as it accepts: a killed `scontrol` has succeeded.
     """
     message = None
     for attempt in range(attempts):
@@ -219,11 +219,11 @@ def requeue(job_id: str, attempts: int = 3) -> str | None:
 
 
 def cancel_jobs_of(script: Path) -> str:
-    """Cancel my jobs that were submitted with a batch script; returns a sentence about it."""
+    """Cancel my jobs that were submitted with a batch script; return a sentence about it."""
     try:
         mine = [job for job, state in squeue().items() if not state.is_over and Path(state.command) == script]
         if job_ids := sorted({job.partition("_")[0] for job in mine}):
             run_slurm_command("scancel", *job_ids)
     except SlurmError:
-        return " SLURM may have taken a job all the same: look with squeue, and end it with scancel."
-    return f" Job {', '.join(job_ids)}, which SLURM had taken, was cancelled." if job_ids else ""
+        return " SLURM may still have accepted a job: check with squeue, and cancel it with scancel."
+    return f" Job {', '.join(job_ids)}, which SLURM had accepted, was cancelled." if job_ids else ""

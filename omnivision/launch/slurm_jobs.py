@@ -1,6 +1,6 @@
 """A run's SLURM jobs: `submitit_logs/history.jsonl`, how a job ends, and whether it is requeued.
 
-`python -m omnivision.launch.slurm_jobs ended ...` is the last line of every batch script: it writes the end of a run whose
+`python -m omnivision.launch.slurm_jobs ended ...` is the last line of every batch script: it records the end of a run whose
 processes could not.
 """
 
@@ -60,9 +60,9 @@ def restarts_without_progress(lines: list[dict[str, Any]]) -> int:
 
 @dataclass(frozen=True)
 class Submission:
-    """A submitted run. `TOKEN_runs.json` lists those of an array.
+    """A submitted run. `TOKEN_runs.json` lists the runs of an array.
 
-    `token` names the submission, since job ids may be reused.
+    `token` identifies the submission, since job ids may be reused.
     """
 
     token: str
@@ -76,18 +76,18 @@ class Submission:
 
 
 def runs_file(script: Path) -> Path:
-    """Return the file of the runs that a batch script starts."""
+    """Return the file that lists the runs of a batch script."""
     return script.with_name(script.name.removesuffix("_submission.sh") + "_runs.json")
 
 
 def read_submission(file: Path, job_id: str) -> Submission:
-    """Return the run of a job, or of an array's element. Raises OSError without the file."""
+    """Return the run of a job or of an array element. Raises OSError if the file is missing."""
     runs = json.loads(file.read_text(encoding="utf-8"))
     return Submission(**runs[int(job_id.partition("_")[2] or 0)])
 
 
 def find_submission(command: str, job_id: str) -> Submission | None:
-    """Return the run of a job whose batch script squeue shows as `command`; None if it is none of ours."""
+    """Return the run of a job whose batch script squeue shows as `command`; None if the job is not ours."""
     try:
         return read_submission(runs_file(Path(command)), job_id)
     except (OSError, ValueError, LookupError, TypeError):
@@ -99,7 +99,7 @@ def find_submission(command: str, job_id: str) -> Submission | None:
 
 @dataclass(frozen=True)
 class ExitDecision:
-    """Status and reason of a run, and whether SLURM is asked to start its job again."""
+    """Status and reason of a run, and whether to requeue its job."""
 
     status: str
     reason: str
@@ -116,16 +116,15 @@ class JobStatus:
         self.requeued = int(fields.get("Restarts", "0")) > restarts
         self.preempted = (slurm.parse_time(fields.get("PreemptTime")) or 0) >= started
         self.late = time.time() >= (slurm.planned_end(fields) or float("inf")) - TIME_LIMIT_MARGIN
-        ending = fields.get("JobState", "RUNNING") != "RUNNING"  # from outside, as after scancel
+        ending = fields.get("JobState", "RUNNING") != "RUNNING"  # ended from outside, e.g. by scancel
         self.cancelled = ending and not self.preempted and not self.late
 
 
 @dataclass(frozen=True)
 class JobLog:
-    """One start of a job: logs events and decides whether it is requeued.
+    """One start of a job: logs its events, and decides whether the job is requeued.
 
-    `job_id` is 12, or 12_3 for an array element; `token` is that of its submission. Without `max_requeues` it is requeued
-    without a limit.
+    `job_id` is 12, or 12_3 for an array element; `token` identifies the submission. `max_requeues` None: no limit.
     """
 
     run_dir: RunDir
@@ -143,7 +142,7 @@ class JobLog:
         return history(self.run_dir, self.token)
 
     def record_start(self, nodes: str, processes: int) -> None:
-        """Note a start, and the end of the start before if that could not."""
+        """Record a start, and the end of the previous start if that could not record it."""
         before = self.history()
         if self.restarts and before and before[-1]["event"] not in ("end", "submitted"):
             reason = "it ended without recording a reason, perhaps with its node; SLURM started it again"
@@ -153,7 +152,7 @@ class JobLog:
         self.run_dir.write_summary(job=(self.run_dir.read_summary().get("job") or {}) | fields)
 
     def record_resume(self, step: int) -> None:
-        """Note from which step the run continues. Raises UserError if it came back too often; SLURM requeues jobs, too."""
+        """Record the step that the run resumes from. Raises UserError if it was restarted too often (SLURM requeues, too)."""
         self.note("resumed", step=step)
         if limit := self.reached_limit(self.restarts):
             raise UserError(f"At step {step}, {limit.reason}.")
@@ -163,7 +162,7 @@ class JobLog:
         return self.run_dir.job_id() == self.job_id and not self.run_dir.holder_message()
 
     def classify_exit(self, error: BaseException, reason: str) -> ExitDecision:
-        """Return what becomes of the job after an error or a request to stop of rank 0."""
+        """Decide what happens to the job after rank 0 failed or was asked to stop."""
         now, cause, requeue_reason = JobStatus(self.job_id, self.restarts), None, None
         match error:
             case PeerLostError():
@@ -172,7 +171,7 @@ class JobLog:
                     f"{reason} (perhaps with its node)",
                 )
             case StopRequested():
-                # When a task fails, SLURM ends the others with the same signal as when the job is cancelled.
+                # SLURM sends the same signal when another task fails and when the job is cancelled.
                 cause = first_failure(self.run_dir, 0) if error.cause == "SIGTERM" else None
                 late = now.late or error.cause == TIME_LIMIT
                 why = "time limit reached" if late else "signalled by SLURM or by hand, not cancelled"
@@ -184,10 +183,10 @@ class JobLog:
         )
 
     def classify_batch_exit(self, code: int, why: str) -> ExitDecision:
-        """Return what becomes of a job whose rank 0 could not decide.
+        """Decide what happens to a job whose rank 0 could not.
 
-        Requeue if a peer went silent, a library aborted (NCCL), the processes had no handlers yet, or they could not start
-        although an earlier start ran.
+        Requeue if a peer went silent, a library aborted (NCCL), the processes had no signal handlers yet, or they could not
+        start although an earlier start ran.
         """
         starts = [line["restarts"] for line in self.history() if line["event"] == "start"]
         now, not_started = JobStatus(self.job_id, self.restarts), self.restarts not in starts
@@ -205,7 +204,7 @@ class JobLog:
     def _decide(
         self, now: JobStatus, reason: str, cause: str | None, requeue_reason: str | None, status: str
     ) -> ExitDecision:
-        """Requeue a job if there is a `requeue_reason`, unless SLURM did, it was cancelled, a rank failed, or at a limit."""
+        """Requeue if there is a `requeue_reason`, unless SLURM did, the job was cancelled, a rank failed, or a limit is hit."""
         job = f"job {self.job_id}"
         if now.requeued:
             return ExitDecision("requeued", f"{reason}; SLURM has put {job} back into the queue")
@@ -218,7 +217,7 @@ class JobLog:
         return ExitDecision("requeued", f"{requeue_reason}; {job} goes back into the queue", requeue=True)
 
     def reached_limit(self, restarts: int) -> ExitDecision | None:
-        """Return the end of a job that may not restart for the `restarts`-th time; None if it may."""
+        """Return how a job ends that may not restart for the `restarts`-th time; None if it may."""
         lines, job = self.history(), f"job {self.job_id}"
         last_start = max((line["restarts"] for line in lines if line["event"] == "start"), default=0)
         if self.max_requeues is not None and restarts > self.max_requeues:
@@ -233,9 +232,9 @@ class JobLog:
         return None
 
     def apply_exit(self, decision: ExitDecision, writes_summary: bool) -> None:
-        """Write a decision (to the summary with `writes_summary`), then requeue the job, or cancel those that wait for it.
+        """Record a decision (in the summary with `writes_summary`), then requeue the job or cancel its dependents.
 
-        It is written first: SLURM kills this process as soon as it has agreed to requeue.
+        Record first: SLURM kills this process as soon as it accepts the requeue.
         """
         self._write(decision, writes_summary)
         if decision.requeue and (message := slurm.requeue(self.job_id)):
@@ -257,7 +256,7 @@ class JobLog:
 def parse_dependencies(dependency: str) -> Iterator[tuple[str, str]]:
     """Yield what a job waits for: a condition, and the id of a job (12, 12_3, or 12_* for a whole array).
 
-    Nothing for alternatives (with question marks): one that failed does not end such a job.
+    Yields nothing for alternatives (joined by `?`), because one that failed does not end the job.
     """
     if "?" in dependency:
         return
@@ -267,14 +266,14 @@ def parse_dependencies(dependency: str) -> Iterator[tuple[str, str]]:
 
 
 def write_cancelled(run_dir: RunDir, job_id: str, problem: str) -> None:
-    """Write that a job never starts because of a `problem` of its dependency. SLURM itself removes it from the queue."""
+    """Record that a job never starts because its dependency has a `problem`. SLURM itself removes it from the queue."""
     reason = f"its dependency failed: {problem}"
     JobLog(run_dir, job_id).note("end", status="cancelled", reason=reason)
     run_dir.write_summary(status="cancelled", exit_reason=reason)
 
 
 def finalize_dependents(job_id: str, problem: str) -> None:
-    """Write that jobs that wait for this one to succeed are cancelled, and those that wait for them."""
+    """Record as cancelled the jobs that wait for this one to succeed, and the jobs that wait for those."""
     names = {job_id, f"{job_id.partition('_')[0]}_*"}
     for other, state in (slurm.squeue_or_none() or {}).items():
         needs_it = any(
@@ -292,7 +291,7 @@ def finalize_dependents(job_id: str, problem: str) -> None:
 def run_status(run_dir: RunDir, queue: Mapping[str, slurm.QueueEntry] | None) -> tuple[str, str]:
     """Return a run's status and reason, and write them if it ended without recording a reason.
 
-    `queue` is that of SLURM, None without one.
+    `queue` is SLURM's, None without SLURM.
     """
     summary = run_dir.read_summary()
     status, reason = str(summary.get("status", "not begun")), str(summary.get("exit_reason") or "")
@@ -306,7 +305,7 @@ def run_status(run_dir: RunDir, queue: Mapping[str, slurm.QueueEntry] | None) ->
         state = queue.get(job["job_id"])
         # Job ids restart when SLURM is reinstalled.
         if state is None or ("logs" in job and Path(state.command).parent != Path(job["logs"])):
-            return "lost", f"SLURM does not know job {job['job_id']} any more; it was {status}"
+            return "lost", f"SLURM no longer knows job {job['job_id']}; it was {status}"
         what = f"job {job['job_id']} is {state.state}"
         if state.never_starts:
             status, reason = "cancelled", f"its dependency failed: {state.dependency or state.reason}"
@@ -319,7 +318,7 @@ def run_status(run_dir: RunDir, queue: Mapping[str, slurm.QueueEntry] | None) ->
         else:
             reason = reason if status == "running" and reason else what
     if status in ("cancelled", "failed") and status != summary.get("status"):
-        with contextlib.suppress(OSError):  # another one's run
+        with contextlib.suppress(OSError):  # someone else's run
             run_dir.write_summary(status=status, exit_reason=reason)
     return status, reason
 
@@ -333,9 +332,9 @@ def record_batch_exit(file: Path, job_id: str, code: int, why: str = "its proces
     Return True if the run had already finished, so that dependents may start.
 
     Args:
-        file: of the job's runs.
-        code: with which the processes exited.
-        why: reason if they did not start.
+        file: the list of the job's runs.
+        code: the processes' exit code.
+        why: the reason, if they did not start.
     """
     submission, restarts = read_submission(file, job_id), slurm_restart_count()
     log = JobLog(submission.run_dir, job_id, restarts, submission.token, submission.max_requeues)

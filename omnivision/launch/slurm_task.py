@@ -19,15 +19,15 @@ from omnivision.launch.slurm_jobs import SUBMISSION_FOLDER, JobLog, read_submiss
 from omnivision.utils.host import slurm_job_id, slurm_restart_count
 from omnivision.utils.io import write_atomically
 
-PORTS_PER_JOB = 13  # one for each start, so that a port left open by the start before is no obstacle
+PORTS_PER_JOB = 13  # one per start, so a port still held by the previous start does not block this one
 SECRET = re.compile(r"key|token|secret|pass|_pwd|dsn|cred|auth|cookie|private|signature|session", re.IGNORECASE)
 URL_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+(?=@)")  # user:password@
 
 
 def run_slurm_task(config_text: str, token: str) -> int:
-    """Run a task of a job; SLURM starts one for each rank. Returns the exit code.
+    """Run a task of a job (SLURM starts one per rank); return the exit code.
 
-    `config_text` is unresolved, so that no file holds the environment.
+    `config_text` is unresolved, so that no file contains environment variables.
     """
     config = OmegaConf.create(config_text)
     assert isinstance(config, DictConfig)
@@ -51,7 +51,7 @@ def slurm_rank(host: str) -> RankInfo:
     Ports repeat after 1500 jobs and lie below the ephemeral range.
     """
     env, world = os.environ, int(os.environ["SLURM_NTASKS"])
-    # Each element of an array has another SLURM_JOB_ID, except the last.
+    # Each array element has its own SLURM_JOB_ID; the last one's is the array's.
     number = PORTS_PER_JOB * int(env["SLURM_JOB_ID"]) + slurm_restart_count() % PORTS_PER_JOB
     port = int(env.get("MASTER_PORT") or 10_000 + number % (PORTS_PER_JOB * 1500))
     rank, local_rank = int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"])
@@ -60,7 +60,7 @@ def slurm_rank(host: str) -> RankInfo:
 
 
 def public_environment() -> dict[str, str | None]:
-    """Return the variables of this process; of those that sound secret, the name alone."""
+    """Return the environment variables of this process; without values for names that sound secret."""
     return {
         name: None if SECRET.search(name) else URL_CREDENTIALS.sub("...", value)
         for name, value in sorted(os.environ.items())

@@ -1,4 +1,4 @@
-"""Submission of runs to SLURM, and the checks beforehand."""
+"""Submission of runs to SLURM, and the checks before it."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ FAILED_STATUSES = ("failed", "interrupted", "cancelled")
 def submit(jobs: Sequence[Job]) -> int:
     """Submit runs to SLURM, several as one array, and return at once. A finished or queued run is left alone.
 
-    Prints a line for each run: `submitted`, `queued` or `finished`, with `job_id=` and `folder=`. Raises UserError for what
-    SLURM would not take or could not run, and StopRequested for a signal; nothing is left submitted then.
+    Prints a line for each run: `submitted`, `queued` or `finished`, with `job_id=` and `folder=`. Raises UserError for
+    runs that SLURM would reject or never start, and StopRequested for a signal; in both cases, nothing stays submitted.
     """
     wanted = [job for job in jobs if not job.is_finished]
     for job in jobs:
@@ -60,7 +60,7 @@ def submit(jobs: Sequence[Job]) -> int:
     with contextlib.ExitStack() as stack:
         stack.enter_context(stop.handle_signals())
         stop.raise_on_signal()
-        # The same command given twice at once: the second one waits here, and then finds the first one's job.
+        # If the same command is given twice at once, the second waits here and then finds the first one's job.
         for locked in sorted(
             {folder.resolve() for folder in (logs, *(job.run_dir.path / SUBMISSION_FOLDER for job in wanted))}
         ):
@@ -73,7 +73,7 @@ def submit(jobs: Sequence[Job]) -> int:
 
 
 def submit_dir(folders: Sequence[Path]) -> Path:
-    """Return the folder of the batch script: in the run directory; for an array in the common parent, if that is writable."""
+    """Return the folder for the batch script: in the run directory or, for an array, in the common parent if writable."""
     common = Path(os.path.commonpath([folder.absolute() for folder in folders]))
     return (
         common if common.parent != common and os.access(common, os.W_OK) else folders[0].absolute()
@@ -83,8 +83,8 @@ def submit_dir(folders: Sequence[Path]) -> Path:
 def submit_or_roll_back(jobs: Sequence[Job], logs: Path) -> None:
     """Submit jobs, several as one array, and print a line for each.
 
-    On any failure, Ctrl-C and signals included, the submission is rolled back and a job that SLURM took is cancelled. Raises
-    UserError with SLURM's refusal, or why the job could not be written.
+    On any failure, including Ctrl-C and signals, roll the submission back and cancel a job that SLURM accepted. Raises
+    UserError if SLURM refuses, or if a file cannot be written.
     """
     settings, run_dirs = jobs[0].settings, [job.run_dir for job in jobs]
     summaries = [run_dir.read_summary() for run_dir in run_dirs]
@@ -119,11 +119,11 @@ def submit_or_roll_back(jobs: Sequence[Job], logs: Path) -> None:
         with signals_ignored():  # SLURM has the job; record its id
             note_submission(jobs, job_id, script)
     except OSError as error:
-        warn(f"the submission could not be noted in {logs}: {error}.")
+        warn(f"the submission could not be recorded in {logs}: {error}.")
 
 
 def note_submission(jobs: Sequence[Job], job_id: str, script: Path) -> None:
-    """Print and write which job works for each run directory, and with which configuration."""
+    """Print and record each run directory's job and configuration."""
     job_ids = [job_id] if len(jobs) == 1 else [f"{job_id}_{element}" for element in range(len(jobs))]
     for job, own_id in zip(jobs, job_ids, strict=True):
         print(f"submitted job_id={own_id} folder={job.run_dir.path}", flush=True)
@@ -149,7 +149,7 @@ def note_submission(jobs: Sequence[Job], job_id: str, script: Path) -> None:
 
 
 def warn_of_other_settings(job: Job) -> None:
-    """Warn if the settings of a finished run differ from the command's, but for where and how it runs."""
+    """Warn if a finished run's settings differ from the command's, except for where and how it runs."""
     changes = changed_settings(job.run_dir.path / "config.yaml", job.config_text)
     if changes := [change for change in changes if not change.startswith(("submitit.", "launcher."))]:
         warn(
@@ -159,7 +159,7 @@ def warn_of_other_settings(job: Job) -> None:
 
 
 def is_queued(job: Job, queue: Mapping[str, slurm.QueueEntry]) -> bool:
-    """Return whether a job for this run is in the queue, and print a line then. Raises UserError if it has other settings."""
+    """Return whether a job for this run is in the queue; if so, print a line. Raises UserError if it has other settings."""
     run_dir, ours = job.run_dir, {}
     for job_id, state in queue.items():
         other = None if state.is_over else find_submission(state.command, job_id)
@@ -167,7 +167,7 @@ def is_queued(job: Job, queue: Mapping[str, slurm.QueueEntry]) -> bool:
             ours[job_id] = other
     if not ours:
         return False
-    # Prefer a successor over a completing job.
+    # Prefer a waiting job to a completing one.
     job_id = min(ours, key=lambda job_id: queue[job_id].state == "COMPLETING")
     name = queue[job_id].state
     if name == "COMPLETING" and run_dir.read_summary().get("status") not in QUEUED_STATUSES:
@@ -178,14 +178,14 @@ def is_queued(job: Job, queue: Mapping[str, slurm.QueueEntry]) -> bool:
     if changes := [change for change in every if not change.startswith(same)]:
         raise UserError(
             f"Job {job_id} is in the queue ({name}) for {run_dir.path}, with other settings: {truncate_list(changes)}. Give "
-            f"the same settings, end it with scancel {job_id}, or change launcher.experiment_log_dir."
+            f"the same settings, cancel it with scancel {job_id}, or change launcher.experiment_log_dir."
         )
     print(f"queued job_id={job_id} state={name} folder={run_dir.path}")
     return True
 
 
 def check_submission(jobs: Sequence[Job], queue: Mapping[str, slurm.QueueEntry]) -> None:
-    """Raise UserError for jobs that SLURM would not take, or would never start; several make one array."""
+    """Raise UserError for jobs that SLURM would reject or never start; several make one array."""
     settings, run_dir = jobs[0].settings, jobs[0].run_dir
     dependency = settings.submitit.dependency
     for job in jobs:
@@ -212,14 +212,14 @@ def check_submission(jobs: Sequence[Job], queue: Mapping[str, slurm.QueueEntry])
                 "All runs of a sweep make one array, and must set the same launcher and submitit settings; got also "
                 f"{', '.join(lines)}. Sweep over other settings, or submit twice."
             )
-    if shutil.which("bash"):  # bash may exist on the compute nodes only
+    if shutil.which("bash"):  # it may exist only on the compute nodes
         parsed = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True)
         if parsed.returncode:
             raise UserError(f"submitit.setup must be complete shell commands; bash: {' '.join(parsed.stderr.split())}.")
 
 
 def check_run_dir(job: Job, queue: Mapping[str, slurm.QueueEntry]) -> None:
-    """Raise UserError for a run directory that SLURM cannot name, that is in use, or whose checkpoint is of other settings."""
+    """Raise UserError if SLURM cannot write the run directory's name, it is in use, or its checkpoint has other settings."""
     run_dir, trainer = job.run_dir, job.settings.trainer
     if wrong := [sign for sign in "%\\\n\r" if sign in str(run_dir.path)]:
         raise UserError(
@@ -235,7 +235,7 @@ def check_run_dir(job: Job, queue: Mapping[str, slurm.QueueEntry]) -> None:
 
 
 def dependency_problem(dependency: str | None, queue: Mapping[str, slurm.QueueEntry]) -> str | None:
-    """Return why a job with this dependency would never start, or at the wrong time; None if it may wait.
+    """Return why a job with this dependency would never start, or would start at the wrong time; None if it may wait.
 
     SLURM treats an unknown dependency as succeeded.
     """

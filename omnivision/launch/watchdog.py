@@ -1,6 +1,6 @@
-"""Abort a process that hangs after a request to stop, or whose peers stopped sending heartbeats.
+"""Watchdogs: abort a process that hangs after a stop request, or whose peers stopped sending heartbeats.
 
-Threads do it, since the main one may be inside a collective operation that never returns.
+They run in threads, because the main thread may be inside a collective operation that never returns.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ GRACE_SECONDS = 25.0  # SLURM kills 30 seconds after SIGTERM
 SECOND_REQUEST_SECONDS = 4.0
 BEAT_SECONDS = 10.0
 KILL_SECONDS = 1.0  # a killed process closes its connections some time before its id is gone
-SUSPECT_BEATS = 2  # heartbeats that are missing when a peer is suspected; SLURM leaves 30 seconds to decide
-HEARTBEAT_TIMEOUT = 300.0  # seconds without a heartbeat when a rank is aborted
+SUSPECT_BEATS = 2  # missed heartbeats that make a peer suspect; SLURM leaves 30 seconds to decide
+HEARTBEAT_TIMEOUT = 300.0  # seconds without a heartbeat before the run is aborted
 COLLECTIVES = ("/torch/distributed/", "/torch/nn/parallel/")  # torch code that fails only through other ranks
 
 Abort = Callable[[BaseException], None]  # does not return
@@ -37,7 +37,7 @@ Abort = Callable[[BaseException], None]  # does not return
 class Watchdog:
     """Abort a process `grace` seconds after a stop request, or 4 s after a second SIGTERM.
 
-    `grace` is extended where steps and saves are measured to take longer.
+    `grace` is extended if steps and saves have been measured to take longer.
     """
 
     def __init__(self, stop: StopSignal, abort: Abort, grace: float = GRACE_SECONDS) -> None:
@@ -45,7 +45,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Watch the main thread, which receives the signals; elsewhere do nothing."""
+        """Watch the main thread, which receives the signals; does nothing in other threads."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -63,8 +63,8 @@ class Watchdog:
             os.close(receiver)
 
     def _watch(self, receiver: int) -> None:
-        arrivals: dict[int, float] = {}  # of the first signal of each kind
-        last = float("inf")  # moment to abort, after a second request
+        arrivals: dict[int, float] = {}  # when the first signal of each kind arrived
+        last = float("inf")  # when to abort after a second request
         while True:
             ready, _, _ = select.select([receiver], [], [], 0.5 if arrivals else None)
             numbers = os.read(receiver, 64) if ready else b""
@@ -87,7 +87,7 @@ class Watchdog:
 class PeerMonitor:
     """Heartbeats of the ranks of a run, a file each in `logs/`: rank 0 watches all, the others watch rank 0.
 
-    `abort` is called with a PeerLostError for one without a heartbeat for `timeout` seconds, with its last phase.
+    If a peer sends no heartbeat for `timeout` seconds, `abort` is called with a PeerLostError that names its last phase.
     """
 
     def __init__(self, logs: Path, rank: int, world: int, stop: StopSignal, timeout: float, abort: Abort) -> None:
@@ -100,20 +100,20 @@ class PeerMonitor:
             self._beat()
 
     def start(self) -> None:
-        """Watch the peers, all of which have sent a first heartbeat."""
+        """Start watching the peers; each must have sent a first heartbeat."""
         self._started = True
         if self.watched:
             threading.Thread(target=self._watch, daemon=True, name="peers").start()
 
     def end(self) -> None:
-        """Stop watching: this process leaves."""
+        """Stop watching, because this process is about to exit."""
         self._over.set()
         self._file(self.rank).unlink(missing_ok=True)
 
     def find_dead_peers(self, seconds: float | None = None, may_leave: bool = False) -> PeerLostError | None:
         """Return an error naming peers that died or missed heartbeats for `seconds` (default: a few beats).
 
-        Peers that exited too, unless `may_leave`.
+        Peers that exited count as dead unless `may_leave`.
         """
         seconds = SUSPECT_BEATS * self.seconds if seconds is None else seconds
         if not self._over.is_set():
@@ -138,7 +138,7 @@ class PeerMonitor:
     def wait_for_dead_peers(self, seconds: float | None = None) -> PeerLostError | None:
         """Poll `find_dead_peers` for `seconds`, by default until peers are dead or proven alive.
 
-        On this machine the process id proves it, elsewhere a heartbeat.
+        The process id proves it on this machine, a heartbeat on others.
         """
         if seconds is None:
             here = all(self._read_beat(rank)[0].get("machine") == host_id() for rank in self.watched)
@@ -149,9 +149,9 @@ class PeerMonitor:
         return dead
 
     def _read_beat(self, rank: int) -> tuple[dict[str, Any], float | None]:
-        """Return a peer's last heartbeat and its age; no age if the peer has exited, 0 while it writes one.
+        """Return a peer's last heartbeat and its age; None if the peer has exited, 0 while it writes one.
 
-        Ages are by the clock of the file system, which may be another machine's.
+        Ages use the file system's clock, which may be another machine's.
         """
         try:
             with open(self._file(rank), encoding="utf-8") as file:
@@ -173,22 +173,22 @@ class PeerMonitor:
     def _watch(self) -> None:
         while not self._over.wait(self.seconds):
             self._beat()
-            # After a suspension of all ranks, let peers beat first.
+            # If all ranks were suspended, let peers send a heartbeat first.
             if self.find_dead_peers(self.timeout, may_leave=True) and not self._over.wait(self.seconds):
                 if dead := self.find_dead_peers(self.timeout, may_leave=True):
                     self.abort(dead)
 
 
 def as_peer_lost(error: BaseException, peers: PeerMonitor | None) -> BaseException:
-    """Return a PeerLostError for an error that the loss of another rank caused; other errors as they are.
+    """Return a PeerLostError for an error caused by the loss of another rank; return other errors unchanged.
 
-    NCCL and the store have exception types, and collectives are functions of torch.distributed. Gloo raises a plain
-    RuntimeError, also out of the backward pass, where gradients are reduced and the model may fail as well: there the
-    heartbeats tell.
+    NCCL and the store have their own exception types, and collectives are functions of torch.distributed. Gloo raises a plain
+    RuntimeError, which may also come from the backward pass, where gradients are reduced but the model may fail, too: there the
+    heartbeats decide.
     """
     if not isinstance(error, RuntimeError) or isinstance(error, PeerLostError) or is_out_of_memory(error):
         return error
-    import torch.distributed as dist  # a run has it; a command that fails before need not wait for it
+    import torch.distributed as dist  # imported lazily: a command that fails early need not wait for it
 
     frames = traceback.extract_tb(error.__traceback__)
     file = frames[-1].filename if frames else ""
@@ -207,7 +207,7 @@ def as_peer_lost(error: BaseException, peers: PeerMonitor | None) -> BaseExcepti
 
 
 def write_stacks(file: Path) -> None:
-    """Write what every thread of this process is doing, on the console and to a file."""
+    """Write the stacks of all threads of this process to the console and to a file."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         faulthandler.dump_traceback(all_threads=True)
     with contextlib.suppress(OSError), open(file, "w", encoding="utf-8") as opened:

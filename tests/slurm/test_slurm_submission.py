@@ -116,7 +116,7 @@ class Submitted(OnCluster):
         run = self.folder / "on_slurm"
         told = runs.read_summary(run)
         self.assertEqual((told["status"], told["job"]["job_id"], told["job"]["processes"]), ("finished", job, 4))
-        self.assertIn("ended well", told["last_lines"][-1])
+        self.assertIn("run finished", told["last_lines"][-1])
         logs = {path.name for path in (run / "submitit_logs").iterdir()}
         wanted = {f"{job}_{rank}_log.{end}" for rank in range(4) for end in ("out", "err")}
         wanted |= {f"{job}_{what}" for what in ("batch.log", "submission.sh", "environment.json", "config.yaml")}
