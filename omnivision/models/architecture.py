@@ -1,7 +1,7 @@
 """A model's architecture as plain numbers, saved in checkpoints, and the model built from them.
 
-Weights alone do not show the number of attention heads or the token grid. A checkpoint may come from anybody, so it holds
-numbers and no class to build.
+Weights alone do not show the number of attention heads or the token grid. A checkpoint may come from anyone, so it holds
+numbers and does not name a class to build.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Architecture = dict[str, Any]
 
 
 def architecture_of(model: nn.Module) -> Architecture:
-    """Return `kind` and `trunk`, and `decoder`, `classes` or `num_models` and `combine_mode` where the kind has them."""
+    """Return `kind`, `trunk`, and what the kind also has: `decoder`; `classes`; `num_models` and `combine_mode`."""
     if isinstance(model, MaskedAutoencoder):
         decoder = model.trunk.decoder
         assert isinstance(decoder, Decoder)
@@ -47,13 +47,13 @@ def architecture_of(model: nn.Module) -> Architecture:
 
 
 def has_unused_parameters(model: nn.Module) -> bool:
-    """Return whether a step may leave parameters without a gradient: another label set's head, or the depth embedding."""
+    """Return whether a step may give some parameters no gradient: another label set's head, or the depth embedding."""
     architecture = architecture_of(model)
     return len(architecture.get("classes", ())) > 1 or bool(architecture.get("trunk", {}).get("rgbd"))
 
 
 def from_architecture(architecture: Architecture, where: str) -> nn.Module:
-    """Build the model, randomly initialized. Raises UserError naming `where` for a description that cannot be one."""
+    """Build the model, randomly initialized. Raises UserError naming `where` if the description is invalid."""
     try:
         numbers = {"rgbd": False} | architecture["trunk"]
         trunk = VisionTransformer(**{key: numbers[key] for key in TRUNK_ARGUMENTS})

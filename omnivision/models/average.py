@@ -24,10 +24,10 @@ class AveragedClassifier(nn.Module):
         trunk: the architecture of all sources; its own weights are not used.
         classes: number of classes of each head.
         num_models: K, how many sources are averaged.
-        combine_mode: one mixing weight for each source ("learned_average_softmax"), or one for each source and parameter
-            tensor ("learned_average_layer_softmax"). All start at 1, so the average starts uniform.
+        combine_mode: one mixing weight per source ("learned_average_softmax"), or one per source and parameter tensor
+            ("learned_average_layer_softmax"). All start at 1, so the average starts uniform.
 
-    Raises UserError for a trunk with activation checkpointing, whose averaged weights are gone in the backward pass.
+    Raises UserError for a trunk with activation checkpointing, because the averaged weights are gone in the backward pass.
     """
 
     mixing_ratio: nn.Parameter  # logits of the weights: (K,) or (parameter tensors of the trunk, K)
@@ -53,7 +53,7 @@ class AveragedClassifier(nn.Module):
             empty = parameter.detach().new_zeros(num_models, *parameter.shape)
             self.sources.register_buffer(_buffer(name), empty, persistent=False)
         self.model = VideoClassifier(trunk, classes)
-        for part in trunk.modules():  # neither trained nor saved; `functional_call` puts the average in their place
+        for part in trunk.modules():  # neither trained nor saved: `functional_call` replaces them with the average
             for name, parameter in list(part.named_parameters(recurse=False)):
                 delattr(part, name)
                 part.register_buffer(name, parameter.detach(), persistent=False)
@@ -61,7 +61,7 @@ class AveragedClassifier(nn.Module):
     def load_sources(self, states: Sequence[Mapping[str, Tensor]], labels: Sequence[str] = ()) -> None:
         """Load the trunks of K state dicts (`trunk.…`; other entries are ignored). `labels` name them in errors.
 
-        Raises UserError when there are not K of them, or when one lacks a tensor or has one of another shape.
+        Raises UserError when there are not K state dicts, or when one lacks a tensor or has one of another shape.
         """
         if len(states) != self.num_models:
             raise UserError(
@@ -86,11 +86,11 @@ class AveragedClassifier(nn.Module):
         return self.mixing_ratio.softmax(-1)
 
     def averaged_trunk(self) -> dict[str, Tensor]:
-        """Return the averaged parameters by their name inside the trunk."""
+        """Return the averaged parameters by their names inside the trunk."""
         averaged = {}
         for name, weights in zip(self.names, self.mixing_weights().expand(len(self.names), -1), strict=True):
             sources = self.sources.get_buffer(_buffer(name))  # (K, ...)
-            # Element by element: autocast would round a matrix product.
+            # Multiply elementwise: autocast would round a matrix product.
             averaged[name] = (sources * weights.view(-1, *[1] * (sources.ndim - 1))).sum(0)
         return averaged
 
@@ -107,5 +107,5 @@ class AveragedClassifier(nn.Module):
 
 
 def _buffer(name: str) -> str:
-    """Return the name of a buffer, which may hold no dots."""
+    """Return the name of a buffer, which must not contain dots."""
     return name.replace(".", "/")

@@ -1,4 +1,4 @@
-"""Video classifier: the trunk's tokens are averaged, normalized and mapped to logits, by one linear head for each label set."""
+"""Video classifier: the trunk's tokens are averaged, normalized and mapped to logits, by one linear head per label set."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class VideoClassifier(nn.Module):
         self.heads = nn.ModuleList(linear_head(trunk.width, count) for count in classes)
 
     def forward(self, video: Tensor, head: int = 0, depth: Tensor | None = None) -> Tensor:
-        """Classify (B, C, T, H, W) or images (B, C, H, W), uint8 or normalized: logits (B, classes of that head).
+        """Classify (B, C, T, H, W) or images (B, C, H, W), uint8 or normalized; return logits (B, classes of that head).
 
-        `depth`, of RGB-D images, is (B, 1, H, W) in [0, 1].
+        `depth`, for RGB-D images, is (B, 1, H, W) in [0, 1].
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen(self.trunk)):
             features = self.features(video, depth)

@@ -3,8 +3,8 @@
 Only visible patches are embedded and encoded; all tokens pass through the decoder; only masked ones are projected to
 pixels and compared (He et al. 2022; Tong et al. 2022, VideoMAE; Girdhar et al. 2023, OmniMAE).
 
-Two options make the decoder cheaper than the paper's recipe: `share` trains on a share of the masked tokens (Wang et al. 2023,
-VideoMAE V2, "dual masking"), attention="cross" lets tokens attend to the visible ones alone (Fu et al. 2024, CrossMAE).
+Two options make the decoder cheaper than in the paper's recipe: `share` trains on a share of the masked tokens (Wang et al.
+2023, VideoMAE V2, "dual masking"), attention="cross" lets tokens attend only to the visible ones (Fu et al. 2024, CrossMAE).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class MaePrediction(NamedTuple):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of tokens to a memory; one matrix holds the rows of k and v."""
+    """Multi-head attention from tokens to a memory; one matrix holds the rows of k and v."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -88,8 +88,8 @@ class Decoder(nn.Module):
     """Transformer from visible to masked tokens. Positions are added at the trunk's width.
 
     Args:
-        attention: "self": all tokens attend to each other (the recipe); "cross": masked ones to the visible ones alone.
-        share: of the masked tokens that a training step decodes, in (0, 1]; 1 in the recipe.
+        attention: "self": all tokens attend to each other (the recipe); "cross": masked tokens attend only to visible ones.
+        share: share of the masked tokens that a training step decodes, in (0, 1]; 1 in the recipe.
     """
 
     pos_embed: Tensor
@@ -116,7 +116,7 @@ class Decoder(nn.Module):
         self.register_buffer("pos_embed", sinusoid_positions(tokens, trunk_width))
 
     def forward(self, visible: Tensor, masked: Tensor) -> Tensor:
-        """Decode tokens with their positions, (B, K, D) and (B, M, D) of the trunk, to those of `masked`, (B, M, width)."""
+        """Decode visible (B, K, D) and masked (B, M, D) tokens, positions added; return the masked ones, (B, M, width)."""
         if self.attention == "cross":
             memory, x = self.decoder_embed(visible), self.decoder_embed(masked)
             return self.norm(run_blocks(self.decoder_blocks, x, self.activation_checkpointing, memory))
@@ -124,7 +124,7 @@ class Decoder(nn.Module):
         return self.norm(run_blocks(self.decoder_blocks, x, self.activation_checkpointing)[:, visible.shape[1] :])
 
     def sample_masked(self, masked: Tensor) -> Tensor:
-        """Draw a random share of indices (B, M), in their order; all in evaluation."""
+        """Draw a random share of the indices (B, M), keeping their order; all of them in evaluation."""
         if self.share == 1 or not self.training:
             return masked
         count = max(1, int(self.share * masked.shape[1]))
@@ -151,7 +151,7 @@ class MaskedAutoencoder(nn.Module):
     def __init__(self, trunk: VisionTransformer, decoder: DecoderConfig) -> None:
         super().__init__()
         self.trunk = trunk
-        # Mask token and decoder are held by the trunk because the published checkpoints name them so.
+        # The trunk holds the mask token and the decoder, because the published checkpoints name them so.
         self.trunk.mask_token = nn.Parameter(torch.zeros(1, trunk.width))
         self.trunk.decoder = Decoder(
             trunk.width, math.prod(trunk.grid), **decoder, activation_checkpointing=trunk.activation_checkpointing
@@ -164,8 +164,8 @@ class MaskedAutoencoder(nn.Module):
 
         Args:
             video: (B, C, T, H, W), uint8 in 0..255 or normalized; or images (B, C, H, W).
-            mask: bool, (B, T', H', W') or (B, N); True = hidden from the encoder. Every sample hides equally many.
-            num_masked: how many; loaders pass it, since reading it from `mask` would make an accelerator wait.
+            mask: bool, (B, T', H', W') or (B, N); True = hidden from the encoder. Every sample hides equally many tokens.
+            num_masked: that number; loaders pass it, since reading it from `mask` would make the host wait for the device.
         """
         visible, masked = split_tokens(mask, num_masked)
         masked_idx = cast(Decoder, self.trunk.decoder).sample_masked(masked)
@@ -176,7 +176,7 @@ class MaskedAutoencoder(nn.Module):
         return self.trunk.norm(self.trunk(video, visible))
 
     def decode(self, video: Tensor, x: Tensor, visible: Tensor, masked_idx: Tensor) -> Tensor:
-        """Decode encoded visible tokens (B, K, D) to those at `masked_idx` (B, M): (B, M, decoder width)."""
+        """Decode from encoded visible tokens (B, K, D) the tokens at `masked_idx` (B, M): (B, M, decoder width)."""
         decoder = cast(Decoder, self.trunk.decoder)
         positions = self.trunk.positions_for(video, decoder.pos_embed)[0]
         mask_tokens = cast(Tensor, self.trunk.mask_token).to(x.dtype) + positions[masked_idx]
@@ -186,7 +186,7 @@ class MaskedAutoencoder(nn.Module):
 def split_tokens(mask: Tensor, num_masked: int | None = None) -> tuple[Tensor, Tensor]:
     """Return indices of the visible (B, K) and the masked (B, M) tokens of a bool mask, each in raster order.
 
-    Raises UserError when samples hide different numbers of tokens (checked only without `num_masked`; loaders check it).
+    Raises UserError when samples hide different numbers of tokens (checked only without `num_masked`, which loaders check).
     """
     mask = mask.flatten(1)
     if num_masked is None:
@@ -202,8 +202,8 @@ def split_tokens(mask: Tensor, num_masked: int | None = None) -> tuple[Tensor, T
 def reconstruction_target(video: Tensor, tubelet: tuple[int, int, int], masked: Tensor, norm: TargetNorm) -> Tensor:
     """Return the target of the masked tokens: (B, M, pt * ph * pw * 3), at least float32, order (t, h, w, c).
 
-    Pixels in [0, 1]; with `norm="channel"` each tubelet has its mean subtracted and is divided by
-    sqrt(unbiased variance + 1e-6), channel by channel; with "patch" over all its values; with "none" not at all.
+    These are pixels in [0, 1]. With `norm="channel"`, the mean of each tubelet is subtracted and the result divided by
+    sqrt(unbiased variance + 1e-6), channel by channel; "patch" does this over all channels; "none" does not normalize.
     """
     pixels = unnormalize_pixels(pick_tubelets(as_video(video, tubelet), tubelet, masked), channel_dim=2)
     pixels = pixels.flatten(3)  # (B, M, 3, pt * ph * pw)
@@ -216,7 +216,7 @@ def reconstruction_target(video: Tensor, tubelet: tuple[int, int, int], masked: 
 
 
 def patch_statistics(pixels: Tensor, norm: TargetNorm) -> tuple[Tensor, Tensor]:
-    """Return mean and deviation that normalize targets: pixels (B, M, P, 3) -> two tensors that broadcast against them."""
+    """Return the mean and deviation that normalize targets: pixels (B, M, P, 3) -> two tensors that broadcast with them."""
     if norm == "none":
         return pixels.new_zeros(()), pixels.new_ones(())
     dims = (2,) if norm == "channel" else (2, 3)
@@ -225,5 +225,5 @@ def patch_statistics(pixels: Tensor, norm: TargetNorm) -> tuple[Tensor, Tensor]:
 
 
 def reconstruction_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """Return the mean squared error over all values of all masked tokens: two (B, M, P) -> a scalar of the target's dtype."""
+    """Return the mean squared error over all values of the masked tokens: two (B, M, P) -> a scalar in the target's dtype."""
     return F.mse_loss(prediction.to(target.dtype), target)

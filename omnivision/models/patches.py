@@ -1,4 +1,4 @@
-"""Tubelets: how a video becomes tokens and back, where a token sits, and its fixed position code.
+"""Tubelets: splitting a video into tokens and back, and fixed positional embeddings.
 
 A *tubelet* is a box of pixels (pt, ph, pw) over all channels. Tokens are in raster order t, h, w; the values of a
 tubelet are in the order (t, h, w, c), channel fastest, wherever they are predicted or compared.
@@ -21,7 +21,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def token_grid(size: Triple, tubelet: Triple) -> Triple:
-    """Return the tokens along (T, H, W) of a video of `size` (T, H, W).
+    """Return the number of tokens along (T, H, W) for a video of `size` (T, H, W).
 
     Raises UserError when a side is not a multiple of the tubelet's: the rest would be cut off silently.
     """
@@ -42,7 +42,7 @@ def split_tubelets(video: Tensor, tubelet: Triple) -> Tensor:
 
 
 def pick_tubelets(video: Tensor, tubelet: Triple, tokens: Tensor) -> Tensor:
-    """Return the pixels of some tokens only: (B, C, T, H, W) and indices (B, K) -> (B, K, C, pt, ph, pw)."""
+    """Return the pixels of the tokens at `tokens`: (B, C, T, H, W) and indices (B, K) -> (B, K, C, pt, ph, pw)."""
     boxes = split_tubelets(video, tubelet)
     _, _, height, width = boxes.shape[:4]
     rows = torch.arange(len(video), device=video.device)[:, None]
@@ -64,12 +64,12 @@ def unpatchify(patches: Tensor, grid: Triple, tubelet: Triple) -> Tensor:
 
 
 def sinusoid_positions(positions: int, width: int) -> Tensor:
-    """Return the fixed code of one running position over all tokens: float32 (1, positions, width).
+    """Return the fixed positional embedding over flattened tokens: float32 (1, positions, width).
 
     Entry [p, j] is sin (even j) or cos (odd j) of p / 10000^(2 (j // 2) / width), computed in float64
-    (Vaswani et al. 2017, section 3.5, over the flattened tokens as OmniMAE has it).
+    (Vaswani et al. 2017, section 3.5; over flattened tokens as in OmniMAE).
     """
-    # Not on the meta device, where torch.arange imports torch's compiler: two seconds.
+    # On the meta device, torch.arange would import torch's compiler, which takes two seconds.
     column = torch.arange(width, dtype=torch.float64, device="cpu")
     angle = torch.arange(positions, dtype=torch.float64, device="cpu")[:, None] / 10000 ** (2 * (column // 2) / width)
     return torch.where(column % 2 == 0, angle.sin(), angle.cos()).float()[None].to(torch.get_default_device())
@@ -78,8 +78,8 @@ def sinusoid_positions(positions: int, width: int) -> Tensor:
 def image_positions(table: Tensor, grid: Triple, height: int, width: int) -> Tensor:
     """Return the positions for one image of `height` x `width` tokens: (1, height * width, D).
 
-    They are those of time slot 0 of the video table (1, N, D) over `grid`; another size is interpolated bicubically
-    (half-pixel centers, no antialias), the published rule for images in a video model.
+    They are taken from time slot 0 of the video table (1, N, D) over `grid`; another size is interpolated bicubically
+    (half-pixel centers, no antialiasing), the published rule for images in a video model.
     """
     slot = table[:, : grid[1] * grid[2]]
     if (height, width) == grid[1:]:
@@ -90,7 +90,7 @@ def image_positions(table: Tensor, grid: Triple, height: int, width: int) -> Ten
 
 
 def resized_positions(table: Tensor, grid: Triple, new_grid: Triple) -> Tensor:
-    """Interpolate positions for a video of another token grid, trilinear in (t, h, w): (1, N', D). Same grid: the table."""
+    """Interpolate positions trilinearly in (t, h, w) for another token grid: (1, N', D). The same grid returns the table."""
     if new_grid == grid:
         return table
     volume = table.reshape(1, *grid, -1).permute(0, 4, 1, 2, 3)
@@ -98,7 +98,7 @@ def resized_positions(table: Tensor, grid: Triple, new_grid: Triple) -> Tensor:
     return volume.permute(0, 2, 3, 4, 1).flatten(1, 3)
 
 
-@functools.cache  # copied to a device at every step, they would make the host wait
+@functools.cache  # copying them to the device at every step would make the host wait
 def _statistics(device: torch.device, channel_dim: int, ndim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return ImageNet's mean and standard deviation of RGB in [0, 1], shaped to broadcast along `channel_dim` of `ndim`."""
     shape = [1] * ndim
@@ -110,7 +110,7 @@ def _statistics(device: torch.device, channel_dim: int, ndim: int, dtype: torch.
 
 
 def normalize_pixels(pixels: Tensor, channel_dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Turn uint8 RGB in 0..255 into ImageNet-normalized floating point of `dtype`, any shape with RGB along `channel_dim`."""
+    """Convert uint8 RGB in 0..255, of any shape with RGB along `channel_dim`, to ImageNet-normalized `dtype`."""
     mean, std = _statistics(pixels.device, channel_dim, pixels.ndim, dtype)
     return (pixels.to(dtype) / 255 - mean) / std
 

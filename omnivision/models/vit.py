@@ -1,7 +1,7 @@
 """The trunk: a plain vision transformer over tubelets, with fixed sinusoid positions and no class token.
 
-It sees all tokens, or only the visible ones of a masked video: then nothing is computed for the others, from the patch
-embedding on. Parameter names are the published ones, so that PPMA checkpoints load as they are.
+It encodes all tokens, or only the visible ones of a masked video; then nothing is computed for the others, not even the patch
+embedding. Parameter names are the published ones, so that PPMA checkpoints load unchanged.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from omnivision.models.patches import (
 from omnivision.utils.errors import UserError
 
 IMAGENET = (IMAGENET_MEAN, IMAGENET_STD)
-DEPTH_STATISTICS = ([0.0418], [0.0295])  # Omnivore's, of depth divided by its largest value
+DEPTH_STATISTICS = ([0.0418], [0.0295])  # Omnivore's mean and deviation of depth / maximum depth
 
 
 class Attention(nn.Module):
@@ -67,8 +67,8 @@ class Mlp(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (Huang et al. 2016): in training a sample loses its branch with probability `rate`. (timm and
-    torchvision have it, too, at two seconds of import.)"""
+    """Stochastic depth (Huang et al. 2016): in training, drop a sample's branch with probability `rate`. (timm and torchvision
+    have it, too, but take two seconds to import.)"""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class Block(nn.Module):
 
 
 def run_blocks(blocks: nn.ModuleList, x: Tensor, activation_checkpointing: bool, *memory: Tensor) -> Tensor:
-    """Run blocks, which may attend to a `memory`; with checkpointing the backward pass recomputes their activations."""
+    """Run blocks, which may attend to a `memory`; with checkpointing, the backward pass recomputes their activations."""
     recompute = activation_checkpointing and torch.is_grad_enabled()
     for block in blocks:
         x = checkpoint(block, x, *memory, use_reentrant=False) if recompute else block(x, *memory)
@@ -106,14 +106,14 @@ def run_blocks(blocks: nn.ModuleList, x: Tensor, activation_checkpointing: bool,
 
 
 def init_linear(module: nn.Module) -> None:
-    """Set Xavier-uniform weights and zero biases of linear layers."""
+    """Initialize a linear layer with Xavier-uniform weights and zero biases."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
 
 
 class PatchEmbed(nn.Module):
-    """One linear map of a tubelet. The weight has the shape of a Conv3d with stride = kernel, (D, C, pt, ph, pw)."""
+    """A linear map of tubelets. The weight has the shape of a Conv3d with stride = kernel, (D, C, pt, ph, pw)."""
 
     pixel_mean: Tensor
     pixel_std: Tensor
@@ -121,7 +121,7 @@ class PatchEmbed(nn.Module):
     def __init__(
         self, tubelet: Triple, width: int, statistics: tuple[Sequence[float], Sequence[float]] = IMAGENET
     ) -> None:
-        """`statistics`: mean and deviation of each channel of raw input (bytes, or depth in [0, 1])."""
+        """`statistics`: mean and deviation of each channel of the raw input (bytes, or depth in [0, 1])."""
         super().__init__()
         self.tubelet = tubelet
         # `proj.1`, because the published module first pads images to videos (`proj.0`) inside a Sequential.
@@ -129,12 +129,12 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Sequential(nn.Identity(), conv)
         nn.init.xavier_uniform_(conv.weight.data.flatten(1))
         nn.init.zeros_(conv.bias.data)  # type: ignore[union-attr]
-        # Buffers, because a constant made in `forward` would be copied to an accelerator at every step.
+        # Buffers, because a constant made in `forward` would be copied to the accelerator at every step.
         for name, values in zip(("pixel_mean", "pixel_std"), statistics, strict=True):
             self.register_buffer(name, torch.tensor(values)[:, None, None, None], persistent=False)
 
     def forward(self, video: Tensor, visible: Tensor | None = None) -> Tensor:
-        """Encode (B, C, T, H, W), uint8 or normalized, at indices (B, K) or None for all tokens, to (B, K, D)."""
+        """Embed (B, C, T, H, W), uint8 or normalized, at indices (B, K), or all tokens for None: (B, K, D)."""
         if visible is None:
             pixels = split_tubelets(video, self.tubelet).flatten(1, 3)
         else:
@@ -142,7 +142,7 @@ class PatchEmbed(nn.Module):
         conv = cast(nn.Conv3d, self.proj[1])
         if pixels.dtype == torch.uint8:
             pixels = (pixels.to(self.pixel_mean.dtype) / 255 - self.pixel_mean) / self.pixel_std
-        elif video.shape[1] == 1:  # depth is never normalized before
+        elif video.shape[1] == 1:  # depth is not normalized yet
             pixels = (pixels.to(self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std
         return F.linear(pixels.flatten(2), conv.weight.flatten(1), conv.bias)
 
@@ -177,7 +177,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         sizes = {"width": width, "depth": depth, "heads": heads, "mlp_ratio": mlp_ratio}
         inputs = {"num_frames": num_frames, "image_size": image_size, "tubelet": list(tubelet), "rgbd": rgbd}
-        self.architecture = sizes | inputs  # for checkpoints
+        self.architecture = sizes | inputs  # saved in checkpoints
         self.width, self.num_frames, self.image_size = width, num_frames, image_size
         self.activation_checkpointing = activation_checkpointing
         self.tubelet: Triple = (tubelet[0], tubelet[1], tubelet[2])
@@ -196,7 +196,7 @@ class VisionTransformer(nn.Module):
         Args:
             video: (B, C, T, H, W), uint8 in 0..255 or normalized; or an image (B, C, H, W), repeated to fill a tubelet.
             visible: indices (B, K) of the tokens to encode, in raster order; None means all N.
-            depth: (B, 1, H, W) in [0, 1], of images, for a trunk with `rgbd`.
+            depth: (B, 1, H, W) in [0, 1], for images and a trunk with `rgbd`.
 
         Returns: (B, K or N, D).
         """

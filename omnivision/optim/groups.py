@@ -1,8 +1,8 @@
 """Parameter groups: which parameters get which learning rate and weight decay, and when.
 
-An option (`lr`, `weight_decay`, ...) is a list of rules. A rule has a schedule and may name parameters by shell pattern
-(`param_names`) and by exact module class (`module_cls_names`), united; a rule that names nothing is the option's default.
-Groups are the intersections of the options' rules, so that together they hold every parameter once.
+An option (`lr`, `weight_decay`, ...) is a list of rules. A rule has a schedule and may select parameters by shell pattern
+(`param_names`) or by exact module class (`module_cls_names`); a rule without either is the option's default. Groups are the
+intersections of the options' rules, so every parameter is in exactly one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class ParamGroup:
     lr_scale: float = 1.0
 
     def value(self, option: str, progress: float) -> float:
-        """Return an option when a share `progress` of all steps is done."""
+        """Return an option's value when a share `progress` of all steps is done."""
         return self.schedules[option](progress) * (self.lr_scale if option == "lr" else 1)
 
 
@@ -46,7 +46,7 @@ def parameter_groups(
 
     Args:
         options: the rules of each option.
-        schedules: one for each rule.
+        schedules: one per rule.
         scales: learning-rate factors by parameter.
 
     Raises UserError when a rule matches nothing, when two rules of an option overlap, or when an option has two defaults.
@@ -67,7 +67,7 @@ def parameter_groups(
 def scale_learning_rates(
     rules: Sequence[RuleSettings], schedules: Sequence[Schedule], lr: float | None, lr_scale_factor: float
 ) -> list[Schedule]:
-    """Divide the schedules of the learning rate by `lr_scale_factor`; with `lr`, scale that of the default rule to peak there.
+    """Divide learning-rate schedules by `lr_scale_factor`; or, with `lr`, scale all so that the default rule's peaks at `lr`.
 
     Raises UserError for a schedule without a positive value.
     """
@@ -107,7 +107,7 @@ def _rules_by_parameter(
 
 
 def _matches(model: nn.Module, names: list[str], where: str, rule: RuleSettings) -> set[str]:
-    """Return the parameters that a rule names. Raises UserError for a pattern or a class without any."""
+    """Return the parameters that a rule selects. Raises UserError for a pattern or class that selects none."""
     matches = {("param_names", pattern): fnmatch.filter(names, pattern) for pattern in rule.param_names or ()}
     for class_name in rule.module_cls_names or ():
         module, _, attribute = class_name.rpartition(".")
@@ -127,7 +127,8 @@ def _matches(model: nn.Module, names: list[str], where: str, rule: RuleSettings)
 def skip_compiler_import() -> None:
     """Keep torch's optimizers from importing its compiler, which took 2 s of a start of 6 s.
 
-    They import it to exclude these methods from compilation, and mark them by this attribute. No optimizer is compiled here.
+    They import it to exclude these methods from compilation, and mark excluded methods with this attribute. We never compile an
+    optimizer.
     """
     for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
         method: Any = inspect.unwrap(getattr(torch.optim.Optimizer, name))
@@ -135,12 +136,12 @@ def skip_compiler_import() -> None:
 
 
 class ScheduledOptimizer:
-    """An optimizer over groups whose options are set from their schedules before every step."""
+    """An optimizer whose groups get their options from schedules before every step."""
 
     def __init__(self, model: nn.Module, groups: list[ParamGroup], make: Any) -> None:
         """`make(params)` builds the optimizer, e.g. a partial of torch.optim.AdamW.
 
-        Raises UserError for arguments that this optimizer does not take, and for an option that it does not have as a number.
+        Raises UserError for arguments that this optimizer does not take, and for an option that is not one of its numbers.
         """
         parameters = dict(model.named_parameters())
         self.groups = groups
@@ -163,7 +164,7 @@ class ScheduledOptimizer:
         self.set_progress(0.0)
 
     def set_progress(self, progress: float) -> None:
-        """Set the options of all groups; `progress` is the share of all steps that is done."""
+        """Set the options of all groups; `progress` is the share of all steps done."""
         for group, target in zip(self.groups, self.optimizer.param_groups, strict=True):
             target.update({option: group.value(option, progress) for option in group.schedules})
 
@@ -174,9 +175,10 @@ class ScheduledOptimizer:
 
     @torch.no_grad()
     def step(self, skip_step: Tensor) -> None:
-        """Run one optimizer step; where `skip_step` (bool, a scalar on the device) is true nothing changes.
+        """Run one optimizer step, which changes nothing if `skip_step` (bool, a scalar on the device) is true.
 
-        Fused optimizers read the flag on the device, by the attributes that torch's GradScaler sets; others make the host wait.
+        Fused optimizers read the flag on the device, through the attributes that torch's GradScaler sets; others make the host
+        wait.
         """
         optimizer: Any = self.optimizer
         if getattr(optimizer, "_step_supports_amp_scaling", False):
@@ -189,7 +191,7 @@ class ScheduledOptimizer:
             self._step(optimizer)
 
     def rebind_parameters(self, model: nn.Module) -> None:
-        """Optimize the parameters that a model has now under the same names; shard the state like them."""
+        """Optimize the model's current parameters of the same names, and shard the state like them."""
         parameters, state = dict(model.named_parameters()), self.optimizer.state
         for group, target in zip(self.groups, self.optimizer.param_groups, strict=True):
             now = [parameters[name] for name in group.names]
@@ -199,9 +201,9 @@ class ScheduledOptimizer:
             target["params"] = now
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load a state of `optimizer.state_dict()`. Raises ValueError or KeyError for another optimizer or groups."""
+        """Load `optimizer.state_dict()`. Raises ValueError or KeyError for another optimizer or other groups."""
         own_groups = self.optimizer.state_dict()["param_groups"]
-        for theirs, own in zip(state["param_groups"], own_groups, strict=False):  # torch compares their number
+        for theirs, own in zip(state["param_groups"], own_groups, strict=False):  # torch checks their number
             if differing := theirs.keys() ^ own.keys():
                 raise ValueError(f"options {', '.join(sorted(differing))} are only in one of the two")
         self.optimizer.load_state_dict(state)
@@ -216,10 +218,10 @@ class ScheduledOptimizer:
 
 
 def layer_decay_scales(model: nn.Module, decay: float) -> dict[str, float]:
-    """Scale the learning rate of each parameter: head x 1, last block x decay, ..., patch embedding x decay^(depth + 1).
+    """Return each parameter's learning-rate factor: head 1, last block decay, ..., patch embedding decay^(depth + 1).
 
-    The convention of BEiT and VideoMAE: decay^(depth + 1 - id), id 0 for the patch embedding, n + 1 for block n, depth + 1
-    for what follows the blocks. (`trunk.blocks` are the blocks.)
+    This is the convention of BEiT and VideoMAE: decay^(depth + 1 - id), with id 0 for the patch embedding, n + 1 for block n
+    (`trunk.blocks`), and depth + 1 for everything after the blocks.
     """
     depth = len({name.split(".")[2] for name, _ in model.named_parameters() if name.startswith("trunk.blocks.")})
 

@@ -1,6 +1,6 @@
-"""Schedules: functions of progress in [0, 1], the share of all optimizer steps that is done when a step begins.
+"""Schedules: functions of progress in [0, 1], the share of all optimizer steps done when a step begins.
 
-Any other callable of progress will do where a schedule is configured, fvcore's param schedulers for one.
+A configuration may use any other callable of progress, e.g. fvcore's param schedulers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pydantic import Field
 from omnivision.utils.errors import UserError
 
 Schedule = Callable[[float], float]
-BOUNDARY_TOLERANCE = 1e-6  # a boundary between phases belongs to the later one, in spite of rounding
+BOUNDARY_TOLERANCE = 1e-6  # a boundary between phases belongs to the later one, despite rounding
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Visualization for people: labelled grids of frames as PNG, and the same clips moving, as GIF."""
+"""Visualizations as images: labelled grids of frames as PNG, and the same clips animated as GIF."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from PIL import Image, ImageDraw, ImageFont
 from omnivision.tasks.base import Visualization
 
 GAP, LINE, MIN_SIDE = 6, 18, 160
-ROW_NAME_WIDTH, CHARACTER_WIDTH = 62, 7.5  # pixels, of a font of size 13
+ROW_NAME_WIDTH, CHARACTER_WIDTH = 62, 7.5  # pixels, for a font of size 13
 BACKGROUND, INK = (255, 255, 255), (40, 40, 40)
 
 
 def still(visualization: Visualization) -> Image.Image:
-    """Draw columns side by side, one row a frame, captions above; small frames are enlarged without smoothing."""
+    """Draw columns side by side, one row per frame, captions above; small frames are enlarged without smoothing."""
     return _grid(visualization, visualization.frames, named_rows=True)
 
 
 def moving(visualization: Visualization) -> list[Image.Image]:
-    """Draw the columns side by side, one image for each frame of the clip."""
+    """Draw the columns side by side, one image per frame of the clip."""
     length = len(next(iter(visualization.columns.values())))
     return [_grid(visualization, [number], named_rows=False) for number in range(length)]
 

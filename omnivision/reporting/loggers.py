@@ -20,14 +20,14 @@ from omnivision.utils.errors import UserError
 from omnivision.utils.io import write_atomically
 
 PROJECT = "omnivision"
-MAX_PARAMS = 100  # that MLflow takes at once
+MAX_PARAMS = 100  # MLflow's limit per call
 
 
 class TensorBoard:
-    """TensorBoard's files in the run directory. All loggers have its methods."""
+    """TensorBoard's files in the run directory. All loggers have the same methods."""
 
     def __init__(self, run_dir: RunDir, step: int) -> None:
-        """Open the log, and drop what it has after `step`."""
+        """Open the log, and drop its entries after `step`."""
         from torch.utils.tensorboard import SummaryWriter
 
         self._board = SummaryWriter(str(run_dir.tensorboard), purge_step=step + 1 if step else None)
@@ -38,7 +38,7 @@ class TensorBoard:
             self._board.add_scalar(name, value, step)
 
     def image(self, name: str, file: Path, step: int) -> None:
-        """Log a PNG or GIF as it is: `add_image` would encode it again, and `add_video` needs another package to do so."""
+        """Log a PNG or GIF unchanged: `add_image` would encode it again, and `add_video` would need another package."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         with Image.open(file) as opened:
@@ -51,7 +51,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """One run of wandb per run directory, also across restarts: its ID is kept in `wandb_id`."""
+    """One wandb run per run directory, across restarts, too: `wandb_id` stores its ID."""
 
     def __init__(self, run_dir: RunDir, settings: Mapping[str, Any]) -> None:
         import wandb
@@ -64,7 +64,7 @@ class WeightsAndBiases:
             project=os.environ.get("WANDB_PROJECT", PROJECT), id=run_id, resume="allow", name=run_dir.path.resolve().name,
             dir=str(run_dir.path), config=dict(settings), settings=wandb.Settings(silent=True, console="off"),
         )  # fmt: skip
-        # wandb requires increasing steps, and a resumed run's decrease.
+        # wandb requires increasing steps, but those of a resumed run may decrease.
         self._run.define_metric("*", step_metric="step")
 
     def scalars(self, metrics: Mapping[str, float], step: int) -> None:
@@ -79,7 +79,7 @@ class WeightsAndBiases:
 
 
 class MLflow:
-    """One run of MLflow per run directory, also across restarts: its ID is kept in `mlflow_id`."""
+    """One MLflow run per run directory, across restarts, too: `mlflow_id` stores its ID."""
 
     def __init__(self, run_dir: RunDir, settings: Mapping[str, Any]) -> None:
         import mlflow
@@ -91,7 +91,7 @@ class MLflow:
             self._id = run_id
             self._client.update_run(self._id, status="RUNNING")
             return
-        artifacts = None if server else str(run_dir.path.resolve() / "mlflow")  # a server has its own place for them
+        artifacts = None if server else str(run_dir.path.resolve() / "mlflow")  # a server stores artifacts itself
         experiment = self._client.get_experiment_by_name(PROJECT)
         experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(PROJECT, artifacts)
         self._id = self._client.create_run(experiment_id, run_name=run_dir.path.resolve().name).info.run_id
@@ -114,7 +114,7 @@ class MLflow:
 
 
 def _read_id(file: Path) -> str | None:
-    """Read the ID of an earlier start of the run; None if there is none."""
+    """Read the ID that an earlier start stored; None if there is none."""
     return file.read_text(encoding="utf-8").strip() or None if file.exists() else None
 
 

@@ -1,4 +1,4 @@
-"""JSON-lines logs of a run: metrics, and the files that could not be decoded, with the budget that bounds them."""
+"""JSON-lines logs of a run: metrics, and files that could not be decoded, which a budget bounds."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from omnivision.utils.errors import UserError
 from omnivision.utils.io import append_line, to_json, write_atomically
 
 if TYPE_CHECKING:
-    from omnivision.data.batch import BadSample  # it imports torch, and `omnivision runs` need not wait for that
+    from omnivision.data.batch import BadSample  # imports torch, for which `omnivision runs` should not wait
 
 
 class MetricsLog:
-    """JSON objects, one a line, each with `event`, `phase`, `epoch`, `step` and `time`; no step twice after a resume."""
+    """JSON objects, one per line, each with `event`, `phase`, `epoch`, `step` and `time`; no step twice after a resume."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def truncate_after(self, step: int, replay: str = "") -> None:
-        """Drop the lines after `step`, those of `step` whose phase or event is `replay`, and a line truncated by a crash."""
+        """Drop lines after `step`, lines at `step` whose phase or event is `replay`, and a line truncated by a crash."""
         if self.path.exists():
             kept = [
                 json.dumps(line) + "\n"
@@ -42,7 +42,7 @@ class MetricsLog:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read the JSON objects of a log, one a line; truncated and foreign lines are left out."""
+    """Read the JSON objects of a log, one per line; truncated and foreign lines are left out."""
     lines = []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
@@ -67,7 +67,7 @@ class BadSampleLedger:
         return len(self._known)
 
     def add(self, samples: Sequence[BadSample], write: bool) -> None:
-        """Add the bad samples of all ranks, on every rank; one writes. Raises UserError once the budget is spent."""
+        """Add the bad samples of all ranks; every rank calls this, one writes. Raises UserError once the budget is spent."""
         for sample in samples:
             key = sample.source, sample.split, sample.index
             if key not in self._known:
@@ -85,7 +85,7 @@ class BadSampleLedger:
 
 
 def _is_fixed(entry: Mapping[str, Any]) -> bool:
-    """Return whether a file was changed after it was recorded as bad, or exists again (its disk was mounted, say)."""
+    """Return whether a file was changed after it was recorded as bad, or exists again (e.g. its disk was mounted)."""
     try:
         changed = os.stat(entry["path"]).st_ctime
     except OSError:

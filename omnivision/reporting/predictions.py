@@ -1,4 +1,4 @@
-"""Predictions for each video as files, `<name>.npz` and `<name>.csv`, and confusion matrices."""
+"""Predictions per video, written as `<name>.npz` and `<name>.csv`, and confusion matrices."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from omnivision.utils.io import replace_atomically, write_atomically
 if TYPE_CHECKING:
     from PIL import Image
 
-MAX_NAMED_CLASSES = 40  # with more, names along the axes of a confusion matrix would be too small to read
+MAX_NAMED_CLASSES = 40  # with more, names on the axes of a confusion matrix would be too small to read
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Predictions:
         return torch.from_numpy(self.scores).softmax(1).numpy()
 
     def confusion(self) -> np.ndarray:
-        """Count predictions: int64 (classes, classes), a row for each label, a column for each predicted class."""
+        """Count predictions: int64 (classes, classes), one row per label, one column per predicted class."""
         return confusion_matrix(self.label, self.scores.argmax(1), self.scores.shape[1])
 
 
@@ -74,7 +74,7 @@ def read_predictions(file: Path) -> Predictions:
 
 
 def confusion_image(predictions: Predictions, title: str) -> Image.Image:
-    """Draw the confusion matrix (rows: labels) as shares of each row, with the names of the classes if they can be read."""
+    """Draw the confusion matrix (rows: labels) as shares of each row, with class names if they would be legible."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from PIL import Image
@@ -87,7 +87,7 @@ def confusion_image(predictions: Predictions, title: str) -> Image.Image:
     axes = figure.subplots()
     image = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
     axes.set(xlabel="predicted", ylabel="label")
-    plain: dict[str, Any] = {"parse_math": False}  # a $ in a name is no formula
+    plain: dict[str, Any] = {"parse_math": False}  # a $ in a name is not a formula
     axes.set_title(title, **plain)
     if len(counts) <= MAX_NAMED_CLASSES:
         axes.set_xticks(range(len(counts)), names, rotation=90, fontsize=9, **plain)

@@ -1,4 +1,4 @@
-"""All output of a run: console, `metrics.jsonl`, loggers, images. Only that of rank 0 is enabled."""
+"""All output of a run: console, `metrics.jsonl`, loggers, images. Only rank 0's is enabled."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from omnivision.tasks.base import Visualization
 from omnivision.utils.streams import print_text
 
 LOG = logging.getLogger("omnivision")
-MAX_DATA_WAIT = 0.3  # share of the time
-MIN_LOG_LINES = 5  # before a warning: the first batches are always late
+MAX_DATA_WAIT = 0.3  # share of time waiting for data that causes a warning
+MIN_LOG_LINES = 5  # log lines before a warning: the first batches are always late
 REPEAT_SECONDS = 1800.0
 
 
@@ -30,7 +30,7 @@ class Reporter:
     """Output of a run; with `enabled=False` (on all ranks but 0) it writes nothing.
 
     Args:
-        extra_loggers: names of loggers beside TensorBoard (`trainer.logging.also`).
+        extra_loggers: names of loggers besides TensorBoard (`trainer.logging.also`).
         settings: flat settings of the run, for these loggers.
     """
 
@@ -51,7 +51,7 @@ class Reporter:
         self._data_stall = DataStallWarning()
 
     def connect(self, step: int) -> None:
-        """Start the loggers after a step. Raises UserError for one that cannot be started."""
+        """Start the loggers, continuing after `step`. Raises UserError for one that cannot be started."""
         if self.enabled and not self._loggers:
             self._loggers = start_loggers(self.extra_loggers, self.run_dir, self.settings, step)
 
@@ -79,7 +79,7 @@ class Reporter:
                 self.info(warning)
 
     def epoch(self, phase: str, epoch: int, step: int, metrics: dict[str, Any]) -> None:
-        """Log the metrics of an epoch of training, or of an evaluation."""
+        """Log the metrics of a training epoch or of an evaluation."""
         if self._may_write():
             self._metrics.write("epoch", phase, epoch, step, **metrics)
             numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
@@ -88,13 +88,13 @@ class Reporter:
             self.info(f"{f'epoch {epoch + 1} ' if step else ''}{phase}: {text}")  # step 0: pretrained weights
 
     def visualization(self, name: str, what: Visualization, step: int) -> None:
-        """Write PNG and GIF to `pictures/`, and give the GIF to the loggers."""
+        """Write PNG and GIF to `pictures/`, and pass the GIF to the loggers."""
         if self._may_write():
             images.save(what, self.run_dir.pictures, name)
             self._log(lambda logger: logger.image("pictures", self.run_dir.pictures / f"{name}.gif", step))
 
     def predictions(self, source: str, predictions: Predictions, step: int) -> None:
-        """Write the predictions for each video of a source, and its confusion matrix as an image."""
+        """Write the predictions for each video of a source, and draw its confusion matrix."""
         if self._may_write():
             write_predictions(self.run_dir.predictions, source, predictions)
             self.run_dir.pictures.mkdir(exist_ok=True)
@@ -122,33 +122,33 @@ class Reporter:
         self._log(lambda logger: logger.scalars(named, step))
 
     def _log(self, what: Callable[[Logger], None]) -> None:
-        """Call all loggers; one that fails (its server, its disk) is dropped with a warning."""
+        """Call all loggers; drop one that fails (its server, its disk) with a warning."""
         for logger in list(self._loggers):
             try:
                 what(logger)
             except Exception as error:
                 self._loggers.remove(logger)
-                self.info(f"warning: {type(logger).__name__} fails and is dropped: {type(error).__name__}: {error}")
+                self.info(f"warning: {type(logger).__name__} failed and is dropped: {type(error).__name__}: {error}")
 
 
 class DataStallWarning:
-    """Warn when steps wait for data too long; at most once in half an hour."""
+    """Warn when steps wait for data too long, at most once per half hour."""
 
     def __init__(self) -> None:
         self._waits: deque[float] = deque(maxlen=MIN_LOG_LINES)
         self._next_warning = float("-inf")
 
     def update(self, data_wait: float) -> str | None:
-        """Add the share of time that was spent waiting since the last line; return a warning if it is due."""
+        """Add the share of time spent waiting since the last log line; return a warning if it is due."""
         self._waits.append(data_wait)
-        share = statistics.median(self._waits)  # not the mean: the start of the workers is one long wait
+        share = statistics.median(self._waits)  # not the mean: starting the workers is one long wait
         is_due = len(self._waits) == MIN_LOG_LINES and time.monotonic() >= self._next_warning
         if not is_due or share < MAX_DATA_WAIT:
             return None
         self._next_warning = time.monotonic() + REPEAT_SECONDS
         return (
-            f"{share:.0%} of the time is spent waiting for data: raise num_workers (a core each), or make the videos faster to "
-            "read with omnivision prepare --short-side 256 --gop 12."
+            f"{share:.0%} of the time is spent waiting for data: raise num_workers (one core each), or make the videos faster "
+            "to read with omnivision prepare --short-side 256 --gop 12."
         )
 
 
@@ -171,7 +171,7 @@ class ProgressLine:
             TextColumn("{task.fields[metrics]}"),
             console=console,
             disable=not console.is_terminal,
-            speed_estimate_period=float("inf"),  # of all samples that rich keeps (1000), evaluations included
+            speed_estimate_period=float("inf"),  # use all samples that rich keeps (1000), evaluations included
         )
         self._task = self._bar.add_task("train", total=total_steps, completed=done, metrics="")
         self._bar.start()

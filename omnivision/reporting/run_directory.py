@@ -1,4 +1,4 @@
-"""The run directory: its paths, its lock, its `summary.json`."""
+"""The run directory: paths, lock and `summary.json`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from omnivision.utils.host import host_id, process_start, slurm_job_id, slurm_re
 from omnivision.utils.io import write_atomically, write_json
 
 HEARTBEAT_SECONDS = 5.0
-STALE_SECONDS = 60.0  # without a heartbeat
+STALE_SECONDS = 60.0  # a lock without a heartbeat for this long is stale
 LAST_LINES = 20
 QUEUED_STATUSES = ("queued", "requeued")  # statuses of a run whose job is in the queue
 SUMMARY_TYPES = {"status": str, "job": dict, "run": dict, "last": dict, "epochs": int}
@@ -41,7 +41,7 @@ class RunDir:
         self._held = False
 
     def create(self, *more: str) -> None:
-        """Create the directory and its subdirectories, and `more` of them. Raises UserError when one cannot be written."""
+        """Create the directory, its subdirectories, and those named in `more`. Raises UserError if one cannot be written."""
         folders = [self.path, self.logs, self.checkpoints, self.tensorboard, self.pictures, self.predictions]
         try:
             for folder in [*folders, *(self.path / name for name in more)]:
@@ -70,7 +70,7 @@ class RunDir:
     # ---- lock -----------------------------------------------------------------------------------------------------
 
     def holder(self) -> dict[str, Any]:
-        """Return host, pid and job of the process that wrote the lock; empty without a readable lock."""
+        """Return the host, pid and job of the process that wrote the lock; empty without a readable lock."""
         try:
             claim = json.loads(self._lock.read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
@@ -78,7 +78,7 @@ class RunDir:
         return claim if isinstance(claim, dict) and isinstance(claim.get("pid"), int) else {}
 
     def holder_message(self) -> str | None:
-        """Return which live process holds the lock, or None."""
+        """Return a sentence about the live process that holds the lock, or None."""
         holder, age = self.holder(), self._heartbeat_age()
         if not holder or not self._is_alive(holder, age):
             return None
@@ -91,9 +91,9 @@ class RunDir:
             raise UserError(f"{problem} Stop that run, or set another launcher.experiment_log_dir.")
 
     def lock(self, timeout: float = 0.0) -> str | None:
-        """Acquire the lock and start the heartbeat; returns a line about a stale lock that was taken over.
+        """Acquire the lock and start the heartbeat; return a line about a stale lock that was taken over.
 
-        Waits up to `timeout` seconds for another holder to exit or to become stale. Raises UserError if it does not.
+        Waits up to `timeout` seconds for another holder to exit or become stale, and raises UserError if it does not.
         """
         deadline = time.monotonic() + timeout
         while not self._held:
@@ -124,7 +124,7 @@ class RunDir:
         return self._held and self.holder().get("token") != self._token
 
     def require_lock(self) -> None:
-        """Raise UserError when another process has taken over the lock, so that nothing of it is overwritten."""
+        """Raise UserError when another process has taken over the lock, so that its files are not overwritten."""
         if self.lock_lost():
             raise UserError(
                 f"The run directory {self.path.absolute()} was taken over by {_process_name(self.holder())}, because this "
@@ -139,7 +139,7 @@ class RunDir:
     def _heartbeat_age(self) -> float:
         """Return the age of the lock's heartbeat in seconds; 0 in a read-only directory, where it cannot be measured.
 
-        By the file system's clock, since host clocks differ.
+        Uses the file system's clock, since host clocks differ.
         """
         try:
             with tempfile.NamedTemporaryFile(dir=self.path, prefix=".clock.", suffix=".tmp") as probe:
@@ -158,7 +158,7 @@ class RunDir:
 
     def _beat(self) -> None:
         while not self._released.wait(HEARTBEAT_SECONDS):
-            # One failure of the file system must not end the heartbeat; `require_lock` decides.
+            # A single file system error must not end the heartbeat; `require_lock` decides.
             with contextlib.suppress(OSError):
                 if self.holder().get("token") == self._token:
                     os.utime(self._lock)
@@ -216,12 +216,12 @@ class RunDir:
             return []
 
     def record_unreported_exit(self, reason: str, *, interrupted: bool, killed: bool) -> None:
-        """Write how a run ended that could not, unless another run is alive in this directory.
+        """Record the end of a run that could not do so itself, unless another run is alive in this directory.
 
-        `killed`: `reason` names a killed rank, of which the other ranks know only that it is gone.
+        `killed`: `reason` names a killed rank; the other ranks know only that it is gone.
         """
         if not self.path.is_dir():
-            return  # killed before it made one
+            return  # killed before it created the directory
         with file_lock(self.path / ".lock.guard"):
             if self.holder_message():
                 return
@@ -234,9 +234,9 @@ class RunDir:
 
 @contextlib.contextmanager
 def file_lock(guard: Path) -> Iterator[None]:
-    """Hold an exclusive `flock` on a file; the kernel releases that of a dead process.
+    """Hold an exclusive `flock` on a file; the kernel releases a dead process's lock.
 
-    File systems without locks let two processes in; `RunDir.require_lock` then keeps one from overwriting the other.
+    File systems without locks let two processes in; `RunDir.require_lock` then keeps one from overwriting the other's files.
     """
     with open(guard, "w", encoding="utf-8") as file:
         with contextlib.suppress(OSError):

@@ -13,10 +13,10 @@ from omnivision.data.batch import Batch
 
 @dataclass(frozen=True)
 class StepOutput:
-    """Loss to differentiate (a mean over the `count` samples that count) and, for the logs, sums over these samples.
+    """Loss to differentiate (the mean over `count` samples) and, for the logs, sums over these samples.
 
-    Micro-batches and ranks are weighted by their `count`, so that a step follows the mean over all samples that count.
-    `scores`, at evaluation of a classifier: float (videos, classes), the views of a video averaged.
+    Micro-batches and ranks are weighted by their `count`, so that a step follows the mean over all counted samples.
+    `scores`, when evaluating a classifier: float (videos, classes), averaged over the views of a video.
     """
 
     loss: Tensor
@@ -44,7 +44,7 @@ class Task(Protocol):
     def evaluation_step(self, model: nn.Module, batch: Batch) -> StepOutput: ...
 
     def epoch_metrics(self, model: nn.Module) -> dict[str, Any]:
-        """Return metrics of the model to log after an epoch of training, beside averages: numbers, lists or mappings."""
+        """Return metrics of the model to log after a training epoch, besides averages: numbers, lists or mappings."""
         return {}
 
     def visualize(self, model: nn.Module, batch: Batch) -> Visualization | None:

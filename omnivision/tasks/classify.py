@@ -1,4 +1,4 @@
-"""Action recognition as a task: cross-entropy, with mixup and CutMix in training; evaluation over several views of a video."""
+"""Action recognition: cross-entropy, with mixup and CutMix in training; evaluation over several views per video."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from omnivision.tasks.metrics import topk_hits
 
 
 class Classify(Task):
-    """Cross-entropy with soft targets; samples with label -1 count for nothing.
+    """Cross-entropy with soft targets; samples with label -1 do not count.
 
     Args:
-        labels: which head answers for which source.
+        labels: the head of each source.
         mixing: mixup and CutMix of a training batch; None trains on plain samples with hard labels. All micro-batches of a
             step get the same draw, with partners from the whole batch.
-        average: over the views of a video at evaluation, of "logits" (as published) or "softmax".
+        average: what is averaged over the views of a video at evaluation, "logits" (as published) or "softmax".
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Classify(Task):
         return StepOutput(loss, count, {"loss": loss.detach() * count} | _hits(logits.detach(), class_weights))
 
     def evaluation_step(self, model: nn.Module, batch: Batch) -> StepOutput:
-        """Evaluate a batch: the views of a video go through the model together and their logits are averaged."""
+        """Evaluate a batch, averaging over the views of each video."""
         logits = model(batch.video, self.labels.head[batch.source], batch.depth).float()
         logits, label = average_views(logits, batch.views, self.average), batch.label[:: batch.views]
         known = label >= 0
@@ -65,7 +65,7 @@ class Classify(Task):
         return StepOutput(loss, count, {"loss": loss * count} | _hits(logits[known], label[known]), logits)
 
     def epoch_metrics(self, model: nn.Module) -> dict[str, Any]:
-        """Return the mixing weights of a learned average: of each source, and by tensor where they are learned by tensor."""
+        """Return the mixing weights of a learned average: per source, and per tensor if they are learned per tensor."""
         if not isinstance(model, AveragedClassifier):
             return {}
         weights = model.mixing_weights().detach().cpu()
@@ -87,10 +87,10 @@ def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def average_views(logits: Tensor, views: int, average: str) -> Tensor:
-    """Average logits (videos x views, classes), the views of a video next to each other, to logits (videos, classes).
+    """Average logits (videos x views, classes), with adjacent views of a video, to logits (videos, classes).
 
-    `average` is "logits" or "softmax". The mean of softmaxed logits is returned as its logarithm, so that a softmax of the
-    result is that mean.
+    `average` is "logits" or "softmax". For "softmax", the result is the logarithm of the mean probabilities, so that its
+    softmax is that mean.
     """
     if average == "logits":
         return logits.unflatten(0, (-1, views)).mean(1)
@@ -98,7 +98,7 @@ def average_views(logits: Tensor, views: int, average: str) -> Tensor:
 
 
 def _pixels(batch: Batch) -> Tensor:
-    """Return the pixels to mix: normalized pixels, with depth as a fourth channel if there is any."""
+    """Return the pixels to mix: normalized, with depth as a fourth channel if there is any."""
     pixels = normalize_pixels(batch.video, channel_dim=1)
     return pixels if batch.depth is None else torch.cat([pixels, batch.depth], dim=1)
 

@@ -1,4 +1,4 @@
-"""Averages kept as sums and counts, so that ranks, batches and resumed parts of an epoch add up exactly."""
+"""Metrics: averages kept as sums and counts, so that ranks, batches and resumed parts of an epoch add up exactly."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from omnivision.distributed.process_group import Dist
 
-Totals = dict[str, dict[str, float]]  # by source: sums over samples, and their `count`
+Totals = dict[str, dict[str, float]]  # source -> sums over samples, and their `count`
 
 
 class Meter:
@@ -22,7 +22,7 @@ class Meter:
     def add(
         self, source: str, sums: Mapping[str, Tensor], count: int | Tensor, skip_step: Tensor | None = None
     ) -> None:
-        """Add scalars, each a sum over `count` samples; nothing where `skip_step` (bool, a scalar) is true."""
+        """Add scalars, each a sum over `count` samples; adds nothing if `skip_step` (bool, a scalar) is true."""
         added = self._sums.setdefault(source, {})
         for name, value in {**sums, "count": count}.items():
             number = value.detach().double() if isinstance(value, Tensor) else float(value)
@@ -54,9 +54,9 @@ def averages(totals: Totals) -> dict[str, float]:
 
 
 def topk_hits(logits: Tensor, target: Tensor, k: int) -> Tensor:
-    """Return for each sample the largest weight that its target gives to one of the k best-scored classes: float (B,).
+    """Return, for each sample, the largest weight that its target gives to one of the k top-scored classes: float (B,).
 
-    `target` is soft, (B, classes), or labels, int64 (B,): then that is 1 for a hit and 0 for a miss. A label of -1 never hits.
+    `target` is soft, (B, classes), or labels, int64 (B,), which give 1 for a hit and 0 for a miss. A label of -1 never hits.
     """
     best = logits.topk(min(k, logits.shape[1]), dim=1).indices  # (B, k)
     if target.ndim == 1:
@@ -72,12 +72,12 @@ def confusion_matrix(label: np.ndarray, predicted: np.ndarray, classes: int) -> 
 
 
 def mean_class_accuracy(confusion: np.ndarray) -> float:
-    """Return the mean over the classes that occur of the share of their samples that were recognized; NaN when none occurs."""
+    """Return the mean, over the classes that occur, of the share of correct samples; NaN if no class occurs."""
     occurring = confusion.sum(1) > 0
     if not occurring.any():
         return float("nan")
     return float((confusion.diagonal()[occurring] / confusion.sum(1)[occurring]).mean())
 
 
-# Metrics of a validation from the confusion matrix of a source: logged in percent, averaged over sources, drawn by the report.
+# Validation metrics computed from a source's confusion matrix: logged in percent, averaged over sources, drawn by the report.
 VALIDATION_METRICS: dict[str, Callable[[np.ndarray], float]] = {"mean_class_accuracy": mean_class_accuracy}

@@ -1,4 +1,4 @@
-"""Masked autoencoding as a task: the loss on masked tubelets, and visualizations of reconstructions."""
+"""Masked autoencoding: the loss on masked tubelets, and visualizations of reconstructions."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Reconstruct(Task):
     """Mean squared error over the masked tubelets.
 
     Args:
-        tubelet: as the model's.
-        norm: how targets are normalized: by "channel" (the recipe), by "patch", or "none".
+        tubelet: the model's tubelet.
+        norm: how targets are normalized: per "channel" (the recipe), per "patch", or "none".
     """
 
     def __init__(self, tubelet: tuple[int, int, int], norm: TargetNorm = "channel") -> None:
@@ -50,15 +50,15 @@ class Reconstruct(Task):
 
     @torch.no_grad()
     def visualize(self, model: nn.Module, batch: Batch) -> Visualization:
-        """Show original, visible tubelets, and the reconstruction of the first clip.
+        """Show the original, the visible tubelets, and the reconstruction of the first clip.
 
-        A model of normalized targets predicts patterns, not brightness: one column takes mean and deviation of each masked
-        tubelet from the original and says so, another takes them from the visible tubelets alone.
+        A model trained on normalized targets predicts patterns, not brightness. One column therefore takes the mean and
+        deviation of each masked tubelet from the original, as its caption says; another takes them from the visible tubelets.
         """
         assert isinstance(model, MaskedAutoencoder) and batch.mask is not None
         mask = batch.mask[:1]
         prediction = model(batch.video[:1], mask, batch.num_masked)
-        video = as_video(batch.video[:1], self.tubelet)  # of an image, as many frames as a tubelet has
+        video = as_video(batch.video[:1], self.tubelet)  # an image is repeated to fill a tubelet
         grid = token_grid((video.shape[2], video.shape[3], video.shape[4]), self.tubelet)
         original = patchify(unnormalize_pixels(video, channel_dim=1).float(), self.tubelet)  # (1, N, P, 3)
         masked = mask.flatten(1)[0]
