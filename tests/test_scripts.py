@@ -299,7 +299,7 @@ class Runs(Noted):
                     said, rf"^This run would stop .*\n- .*(.|\n)*datasets.{dataset.split()[0]}.train.paths"
                 )
                 self.assertIn(model, said)
-                self.assertRegex(said, rf"batch +{12 * nodes} clips a step.* over {nodes} ranks")
+                self.assertRegex(said, rf"batch +{12 * nodes} clips per step.* over {nodes} ranks")
                 self.assertRegex(said, rf"sources +{dataset}\n")
         self.assertEqual([path.name for path in run.rglob("*") if path.is_file()], ["dry.png"])
 

@@ -191,7 +191,7 @@ class RunDir:
     def write_summary(self, **facts: Any) -> None:
         """Update entries of `summary.json`; non-finite numbers become null. A process that lost the lock writes nothing.
 
-        Raises OSError when the file cannot be read: without its entries it would be replaced by `facts` alone.
+        Raises OSError when the file cannot be read: its other entries would be lost.
         """
         if not self.lock_lost():
             self.replace_summary(self._load_summary() | facts)

@@ -1,4 +1,4 @@
-"""Settings to objects."""
+"""Build a run's objects from its settings."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ from omnivision.training.trainer import RunContext, Trainer, resolve_amp_dtype
 from omnivision.utils.errors import UserError, collect_problems, is_out_of_memory
 from omnivision.utils.signals import StopSignal
 
-Splits = tuple[list[Split], list[Split]]  # for training, for validation
+Splits = tuple[list[Split], list[Split]]  # training splits, validation splits
 
 
 def instantiate_target(target: InstantiateConfig, where: str, partial: bool = False, **more: Any) -> Any:
-    """Instantiate a `_target_` with `more` arguments; with `partial` return a function that does.
+    """Instantiate a `_target_` with `more` arguments; with `partial`, return a function that does.
 
     Raises UserError for a class that cannot be imported or built, whatever its code raises.
     """
@@ -72,7 +72,7 @@ def build_process_group(settings: Settings, rank_info: RankInfo) -> Dist:
 
 
 def datasets_of(settings: Settings) -> list[Dataset]:
-    """Return the catalog's entries of the run's sources; without their own number of classes they have `video_labels`."""
+    """Return the catalog entries of the run's sources; entries without a number of classes get `video_labels`."""
     return [
         Dataset(name=name, **source.model_dump() | {"num_classes": source.num_classes or settings.video_labels})
         for name, source in settings.trainer.data.sources.items()
@@ -82,8 +82,8 @@ def datasets_of(settings: Settings) -> list[Dataset]:
 def open_splits(settings: Settings) -> Splits:
     """Open the train splits (unless mode=val) and the val splits (if the run validates).
 
-    Raises UserError with all problems: a file that is missing, has the wrong type or shape, or holds labels out of range; a
-    split without a label for a model that learns from labels; no val split at all.
+    Raises UserError with all problems: files that are missing, have the wrong type or shape, or hold labels out of range;
+    splits without labels for a model that learns from labels; no val split at all.
     """
     config, datasets = settings.trainer, datasets_of(settings)
     validates = config.mode == "val" or (config.mode != "train_only" and config.val_epoch_freq is not None)
@@ -110,7 +110,7 @@ def open_splits(settings: Settings) -> Splits:
 
 
 def epoch_plan(settings: Settings, train: list[Split]) -> EpochPlan:
-    """Plan an epoch. Raises UserError for a source without a batch, and for unknown names in trainer.data.repeats."""
+    """Plan an epoch. Raises UserError for a source smaller than a batch, and for unknown names in trainer.data.repeats."""
     trainer, data = settings.trainer, settings.trainer.data
     names = [split.name for split in train]
     if unknown := sorted(set(data.repeats) - set(names)):
@@ -127,14 +127,14 @@ def epoch_plan(settings: Settings, train: list[Split]) -> EpochPlan:
 
 
 def build_label_sets(settings: Settings) -> LabelSets:
-    """Return the heads and their numbers of classes."""
+    """Return the heads and their class counts."""
     return label_sets(datasets_of(settings), settings.trainer.data.share_head)
 
 
 def class_names_by_head(settings: Settings) -> list[list[str]]:
-    """Return the names of the classes of each head, from the first source that names them all; none for a model without heads.
+    """Return the class names of each head, from the first source that names them all; empty for a model without heads.
 
-    Raises UserError for sources of one head that name its classes differently: their labels would mean different classes.
+    Raises UserError if sources that share a head name its classes differently: their labels would mean different classes.
     """
     if "classes" not in signature_of(settings.trainer.model["_target_"]):
         return []
@@ -159,7 +159,7 @@ def class_names_by_head(settings: Settings) -> list[list[str]]:
 
 
 def inference_config(settings: Settings) -> InferenceConfig:
-    """Return the settings of evaluation that `omnivision.load` needs."""
+    """Return the evaluation settings that `omnivision.load` needs."""
     return InferenceConfig(
         clip_duration=settings.trainer.data.clip_duration,
         class_names=class_names_by_head(settings),
@@ -187,7 +187,7 @@ def build_model(settings: Settings, device: str = "cpu") -> nn.Module:
 
 
 def meta_model(settings: Settings) -> nn.Module | None:
-    """Return the model without memory, on the meta device; None for a user's own class that cannot be built there."""
+    """Return the model on the meta device, without memory; None for a user's own class that cannot be built there."""
     try:
         return build_model(settings, "meta")
     except UserError:
@@ -197,7 +197,7 @@ def meta_model(settings: Settings) -> nn.Module | None:
 
 
 def freeze(model: nn.Module, patterns: list[str]) -> None:
-    """Freeze the parameters that match a pattern. Raises UserError for a pattern without a match, and if none is trained."""
+    """Freeze the parameters that match a pattern. Raises UserError for a pattern without a match, or if nothing is trained."""
     parameters = dict(model.named_parameters())
     for pattern in patterns:
         matches = fnmatch.filter(parameters, pattern)
@@ -220,7 +220,7 @@ def build_task(settings: Settings) -> Any:
 
 
 def measure_clip_cost(settings: Settings, model: nn.Module) -> flops.ClipFlops | None:
-    """Return the cost of a training step for one clip; `model` is on the meta device. None for user classes that fail there."""
+    """Return the cost of a training step per clip; `model` is on the meta device. None for user classes that fail there."""
     data = settings.trainer.data
     clip = clip_config(settings, data, "trainer.data", data.num_frames, training=True)
     mask = None if clip.mask is None else clip.mask(clip.grid, np.random.default_rng(0))
@@ -234,7 +234,7 @@ def measure_clip_cost(settings: Settings, model: nn.Module) -> flops.ClipFlops |
 
 
 def peak_clips_per_second(settings: Settings, device: torch.device) -> float | None:
-    """Return clips per second of a device at its peak; None if that is unknown, or if clips differ in size."""
+    """Return a device's peak clips per second; None if that is unknown, or if clips differ in size."""
     dtype = resolve_amp_dtype(settings.trainer, device)
     peak_flops = flops.peak_flops(device, dtype, settings.trainer.logging.peak_tflops)
     if peak_flops is None or settings.images is not None:
@@ -245,7 +245,7 @@ def peak_clips_per_second(settings: Settings, device: torch.device) -> float | N
 
 
 def build_groups(settings: Settings, model: nn.Module) -> list[ParamGroup]:
-    """Group parameters; each group has the schedules of its options."""
+    """Group the parameters; each group has the schedules of its options."""
     optim = settings.trainer.optim
     schedules = {
         option: [
@@ -267,7 +267,7 @@ def build_groups(settings: Settings, model: nn.Module) -> list[ParamGroup]:
 
 
 def build_schedule(target: InstantiateConfig, where: str) -> Schedule:
-    """Raise UserError for a schedule with values that are negative or not finite."""
+    """Build a schedule. Raises UserError if its values are negative or not finite."""
     schedule: Schedule = instantiate_target(target, where)
     if wrong := [value for value in (schedule(i / 200) for i in range(201)) if not 0 <= value < math.inf]:
         raise UserError(f"{where} must have values >= 0 and finite, got {wrong[0]:g}.")
@@ -280,7 +280,7 @@ def build_optimizer(settings: Settings, model: nn.Module) -> ScheduledOptimizer:
 
 
 def clip_dataset(settings: Settings, splits: list[Split], training: bool) -> ClipDataset:
-    """Return the dataset of some splits, for training or for evaluation."""
+    """Return the dataset over some splits, for training or for evaluation."""
     trainer, data = settings.trainer, settings.trainer.data
     configs: dict[str, ClipConfig] = {}
     for kind in {split.dataset.kind for split in splits}:
@@ -305,7 +305,7 @@ def check_views_and_masks(settings: Settings) -> None:
 def clip_config(
     settings: Settings, data: DataSettings | ImageSettings, where: str, num_frames: int, training: bool
 ) -> ClipConfig:
-    """Return views, frames and mask of the samples of one kind of source."""
+    """Return the views, frames and mask for samples of one kind of source."""
     size, tubelet = settings.image_size, tuple(settings.trainer.model["trunk"]["tubelet"])
     grid = token_grid((max(num_frames, tubelet[0]), size, size), tubelet)
     mask = None if data.mask is None else instantiate_target(data.mask, f"{where}.mask")
@@ -336,9 +336,9 @@ def build_trainer(
     """Build everything that a run needs, without pretrained weights. Raises UserError for invalid input.
 
     Args:
-        config_text: config.yaml as composed, interpolations unresolved; without it the trainer has no fingerprint.
-        dist: on the meta device (`trainer.mode=dry`) shapes are checked and nothing is computed.
-        splits: the train and val splits, if they are open already.
+        config_text: config.yaml as composed, interpolations unresolved; without it, the trainer has no fingerprint.
+        dist: with the meta device (`trainer.mode=dry`), shapes are checked and nothing is computed.
+        splits: the train and val splits, if they are already open.
     """
     data = settings.trainer.data
     train_splits, val_splits = open_splits(settings) if splits is None else splits

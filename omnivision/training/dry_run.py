@@ -36,12 +36,12 @@ MAX_LEGEND = 8  # entries for the curves of one option
 
 
 def dry_run(settings: Settings, config_text: str, *checks: Callable[[Settings], object]) -> int:
-    """Print problems that would stop the run, then a summary. Return the exit code, 1 if there is a problem."""
+    """Print problems that would stop the run, then a summary; return the exit code, 1 if there is a problem."""
     settings = settings.with_trainer(mode="train")
     run_dir = RunDir(settings.launcher.experiment_log_dir, settings.trainer.checkpoint.save_dir)
     problems, warning_lines, splits = preflight.check_run(settings, *checks, lambda _: check_machine(settings, run_dir))
     output, lines = io.StringIO(), []
-    with warnings.catch_warnings(action="ignore"):  # torch says that the meta device takes no values
+    with warnings.catch_warnings(action="ignore"):  # torch warns that copies to the meta device do nothing
         trainer = collect_problems(problems, meta_trainer, settings, config_text, run_dir, splits, output)
         if trainer is not None and not preflight.awaits_dependency(settings):
             collect_problems(problems, load_initial_weights, settings, trainer)
@@ -61,7 +61,7 @@ def dry_run(settings: Settings, config_text: str, *checks: Callable[[Settings], 
 
 
 def check_machine(settings: Settings, run_dir: RunDir) -> None:
-    """Raise UserError for a device of this machine that has too little memory, and for a run directory in use."""
+    """Raise UserError if a device of this machine has too little memory, or if the run directory is in use."""
     if not settings.submitit.use_cluster:
         preflight.check_device(
             settings, choose_device(settings.trainer.accelerator, settings.launcher.gpus_per_node - 1)
@@ -99,17 +99,17 @@ def describe(settings: Settings, trainer: Trainer, splits: build.Splits) -> list
     operations = "unknown: your model or task does not run on the meta device"
     if cost is not None:
         forward, step = cost.forward_flops / 1e9, cost.step_flops / 1e9
-        operations = f"{forward:.2f} GFLOPs a clip forward, {step:.2f} forward and backward"
-    # Half precision about halves activations.
+        operations = f"{forward:.2f} GFLOPs per clip forward, {step:.2f} forward and backward"
+    # Half precision roughly halves activations.
     clips = settings.clips_per_rank / settings.trainer.optim.accumulation_steps
     kept = (cost.activation_bytes if cost else 0) * clips * (0.5 if settings.trainer.optim.amp.enabled else 1)
     held_bytes = format_bytes(preflight.memory_per_rank(settings, model))
     lines = [
         f"model        {type(model).__name__}: {sum(parameters.values()) / 1e6:.2f} M parameters, {trunk}",
         f"operations   {operations}",
-        f"batch        {settings.clips_per_step} clips a step = {settings.clips_per_step // views} videos x {views} views, "
+        f"batch        {settings.clips_per_step} clips per step = {settings.clips_per_step // views} videos x {views} views, "
         f"over {plural(settings.world_size, 'rank')}",
-        f"memory       {held_bytes} a rank for weights, gradients and AdamW, about {format_bytes(kept)} for "
+        f"memory       {held_bytes} per rank for weights, gradients and AdamW, about {format_bytes(kept)} for "
         f"activations; a checkpoint takes {format_bytes(preflight.checkpoint_bytes(settings, model))}",
         f"sources      {', '.join(settings.trainer.data.sources)}",
         *data_lines(settings, trainer, splits),
@@ -122,7 +122,7 @@ def describe(settings: Settings, trainer: Trainer, splits: build.Splits) -> list
 
 
 def data_lines(settings: Settings, trainer: Trainer, splits: build.Splits) -> Iterator[str]:
-    """Return the splits with their sizes and how many sampled files exist, and the steps of the run."""
+    """Yield the splits with their sizes and how many sampled files exist, the masks, and the steps of the run."""
     for split in [*splits[0], *splits[1]]:
         paths = preflight.sample_paths(split)
         existing = sum(Path(path).exists() for path in paths)
@@ -135,11 +135,11 @@ def data_lines(settings: Settings, trainer: Trainer, splits: build.Splits) -> It
                 yield f"mask         {type(config.mask).__name__} hides {hidden} of the {tokens} tokens of a {kind} clip"
         steps, epochs, total = trainer.train_data.plan.steps, settings.trainer.max_epochs, trainer.total_steps
         left = f", {max(0, total - trainer.global_step)} of them left" if trainer.global_step else ""
-        yield f"steps        {steps} an epoch x {plural(epochs, 'epoch')} = {total}{left}"
+        yield f"steps        {steps} per epoch x {plural(epochs, 'epoch')} = {total}{left}"
 
 
 def weights_lines(settings: Settings, trainer: Trainer) -> Iterator[str]:
-    """Return the weights that the run starts from: its own checkpoint, or the files that exist."""
+    """Yield the weights that the run starts from: its own checkpoint, or the files that exist."""
     own, pretrained = trainer.run.run_dir.checkpoints / LATEST, settings.pretrained_checkpoint_path
     if own.exists():
         yield f"weights      {describe_resumed(trainer.state) if trainer.global_step else f'its own, {own}'}"
@@ -153,7 +153,7 @@ def weights_lines(settings: Settings, trainer: Trainer) -> Iterator[str]:
 
 
 def group_lines(optimizer: ScheduledOptimizer, parameters: dict[str, int]) -> Iterator[str]:
-    """Describe each parameter group by its options over the run: first, highest and last value, or the constant one."""
+    """Describe each parameter group by its options over the run: first, highest and last value, or the constant."""
     for number, group in enumerate(optimizer.groups):
         texts = []
         for option in group.schedules:
@@ -172,12 +172,12 @@ def format_bytes(count: float) -> str:
 
 
 def draw_schedules(settings: Settings, optimizer: ScheduledOptimizer, file: Path) -> None:
-    """Draw each option over the run, one curve for groups that share it; learning rates with the scales of layer decay."""
+    """Draw each option over the run, one curve for groups that share it; learning rates include layer decay."""
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    curves: dict[str, dict[tuple[float, ...], list[int]]] = {}  # groups by values, by option
+    curves: dict[str, dict[tuple[float, ...], list[int]]] = {}  # option -> values -> groups
     for number, group in enumerate(optimizer.groups):
         for option in group.schedules:
             values = tuple(group.value(option, i / 400) for i in range(401))
@@ -187,7 +187,7 @@ def draw_schedules(settings: Settings, optimizer: ScheduledOptimizer, file: Path
     epochs = np.linspace(0, settings.trainer.max_epochs, 401)
     rows = np.atleast_1d(figure.subplots(len(curves), 1, sharex=True))
     for axes, (option, groups_by_curve) in zip(rows, curves.items(), strict=True):
-        # Of many curves the legend has the first, the last and a few between.
+        # With many curves, the legend has the first, the last and a few in between.
         every = math.ceil(len(groups_by_curve) / MAX_LEGEND)
         for rank, (values, groups) in enumerate(sorted(groups_by_curve.items(), reverse=True)):
             in_legend = rank % every == 0 or rank == len(groups_by_curve) - 1
@@ -199,13 +199,13 @@ def draw_schedules(settings: Settings, optimizer: ScheduledOptimizer, file: Path
             axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))  # beside the axes
     rows[-1].set_xlabel("epoch")
     rate = f"lr_scale_factor {settings.lr_scale_factor:g}" if settings.lr is None else f"peak lr {settings.lr:g}"
-    figure.suptitle(f"{settings.clips_per_step} clips a step, {rate}", fontsize=10)
+    figure.suptitle(f"{settings.clips_per_step} clips per step, {rate}", fontsize=10)
     file.parent.mkdir(parents=True, exist_ok=True)
     with replace_atomically(file) as opened:
         figure.savefig(opened, format="png")
 
 
 def describe_groups(groups: Sequence[int]) -> str:
-    """Return the numbers of groups; of many the first four."""
+    """Return the numbers of groups, at most four."""
     numbers = ", ".join(map(str, groups[:4])) + (f", ... ({len(groups)})" if len(groups) > 4 else "")
     return f"group{'s' * (len(groups) > 1)} {numbers}"

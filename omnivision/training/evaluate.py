@@ -19,12 +19,12 @@ from omnivision.tasks.metrics import VALIDATION_METRICS, Meter, Totals, averages
 from omnivision.utils.errors import UserError
 from omnivision.utils.signals import StopSignal
 
-MAX_MISSING = 16  # files in a row that do not exist before the data counts as unreachable
+MAX_MISSING = 16  # missing files in a row after which the data counts as unreachable
 
 
 @dataclass
 class Evaluation:
-    """Metrics of all sources together and of each source, predictions by source where the task gives scores, bad files."""
+    """Metrics of all sources together and of each source; predictions by source, if the task gives scores; bad files."""
 
     metrics: dict[str, Any]
     per_source: dict[str, dict[str, Any]]
@@ -43,8 +43,8 @@ def evaluate_model(
 ) -> Evaluation | None:
     """Evaluate `model` on this rank's `batches`; the result covers all ranks and is the same on each.
 
-    Returns None, on all ranks, when one was asked to stop before the end. Raises UserError, on all ranks, when the files that
-    one of them reads are missing.
+    Returns None on all ranks if one was asked to stop before the end. Raises UserError on all ranks if the files that one of
+    them reads are missing.
     """
     model.eval()
     meter, predictions, bad, videos = Meter(), dict[str, list[Predictions]](), list[BadSample](), 0
@@ -64,7 +64,7 @@ def evaluate_model(
             output = task.evaluation_step(model, batch.to(dist.device))
         meter.add(batch.source, output.sums, output.count)
         videos += len(batch) // batch.views
-        if output.scores is not None:  # of videos; the views of a video lie next to each other
+        if output.scores is not None:  # one row per video; the views of a video are adjacent in the batch
             index, label = batch.index[:: batch.views].numpy(), batch.label[:: batch.views].numpy()
             part = Predictions(index, label, output.scores.float().cpu().numpy(), batch.paths[:: batch.views])
             predictions.setdefault(batch.source, []).append(part)

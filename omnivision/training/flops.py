@@ -1,6 +1,6 @@
 """Model FLOPs utilization (MFU; Chowdhery et al., PaLM, 2022, appendix B).
 
-Operations of a clip are counted on the model that is trained, once forward and once backward, a multiply-add as two.
+Operations per clip are counted on the trained model, once forward and once backward; a multiply-add counts as two.
 Recomputation and padding do not count.
 """
 
@@ -19,8 +19,8 @@ from torch.overrides import TorchFunctionMode
 from omnivision.data.batch import Batch
 from omnivision.tasks.base import Task
 
-# Dense matmuls of one device, in 10^12 operations a second, from the makers' data sheets: in half precision, in fp32.
-# First match in the device name wins.
+# Dense matmuls on one device, in 10^12 operations per second, from the vendors' data sheets: in half precision, in fp32.
+# The first match in the device name wins.
 PEAKS: tuple[tuple[str, float, float], ...] = (
     ("B200", 2250, 75),
     ("GH200", 989, 67),
@@ -53,7 +53,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype | None, override: float 
 
 
 def peak_flops_by_name(name: str, dtype: torch.dtype | None) -> float | None:
-    """Return the same, by the name of a device, like "NVIDIA A100-SXM4-80GB"."""
+    """Look up peak operations per second by device name, like "NVIDIA A100-SXM4-80GB"; None if unknown."""
     peaks = (peaks for known, *peaks in PEAKS if re.search(rf"\b{re.escape(known)}\b", name, re.IGNORECASE))
     if (found := next(peaks, None)) is None:
         return None
@@ -61,7 +61,7 @@ def peak_flops_by_name(name: str, dtype: torch.dtype | None) -> float | None:
 
 
 class FusedAttention(TorchFunctionMode):
-    """Count attention as a fused kernel on the meta device, where torch would decompose it."""
+    """Count attention as a fused kernel: on the meta device, torch would decompose it."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is F.scaled_dot_product_attention:
@@ -71,7 +71,7 @@ class FusedAttention(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class ClipFlops:
-    """Of one clip: operations of a forward pass, and of a training step; bytes kept for the backward pass, in fp32."""
+    """Per clip: operations of a forward pass and of a training step; bytes kept for the backward pass, in fp32."""
 
     forward_flops: float
     step_flops: float
@@ -87,9 +87,9 @@ def count_clip_flops(
         model: on the meta device, so that nothing is computed.
         shape: frames, height and width of a clip.
         mask: bool (tokens of the clip), for an autoencoder.
-        source: one that the task knows.
+        source: name of a source that the task knows.
     """
-    from torch.utils.flop_counter import FlopCounterMode  # imports triton, 0.2 s that most runs need not wait
+    from torch.utils.flop_counter import FlopCounterMode  # imported lazily: it imports triton, which takes 0.2 s
 
     batch = Batch(
         video=torch.empty(1, 3, *shape, dtype=torch.uint8, device="meta"),
@@ -101,7 +101,7 @@ def count_clip_flops(
         num_masked=0 if mask is None else int(mask.sum()),
     )
     known = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, Tensor] = {}  # by storage, which two saved tensors may share
+    kept: dict[int, Tensor] = {}  # storage -> tensor; two saved tensors may share a storage
 
     def keep(tensor: Tensor) -> Tensor:
         if (storage := tensor.untyped_storage()._cdata) not in known:

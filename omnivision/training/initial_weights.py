@@ -1,4 +1,4 @@
-"""The weights that a run starts from: its own checkpoint, pretrained ones, or those to average."""
+"""The weights that a run starts from: its own checkpoint, pretrained weights, or checkpoints to average."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ POS_EMBED = "trunk.pos_embed"
 
 
 def load_initial_weights(settings: Settings, trainer: Trainer) -> list[LoadReport]:
-    """Resume if the run directory has a checkpoint, else load pretrained weights; returns a report for each of their files.
+    """Resume if the run directory has a checkpoint, else load pretrained weights; return a report for each of their files.
 
-    Raises UserError if weights do not fit, and if there is nothing to validate.
+    Raises UserError if the weights do not fit, or if there is nothing to validate.
     """
     info, run_dir, averaged = trainer.run.reporter.info, trainer.run.run_dir, []
     if isinstance(trainer.raw_model, AveragedClassifier):
@@ -62,19 +62,19 @@ def load_pretrained(settings: Settings, model: nn.Module) -> list[LoadReport]:
     assert isinstance(pretrained, str)  # a list is for an average
     with name_setting():
         [weights] = read_several([pretrained])
-    if weights.architecture.get("kind") == "average":  # as the one model that it is
+    if weights.architecture.get("kind") == "average":  # merge it into a single model
         weights = merge(weights).file
     report = load_filtered(model, weights, settings.trainer.checkpoint, build.class_names_by_head(settings))
     if settings.trainer.mode == "val" and (lacking := [name for name in report.missing if name.startswith("heads.")]):
         raise UserError(
             f"trainer.mode=val evaluates {report.path}, but its heads were not loaded ({lacking[0]}). Expected a checkpoint of "
-            "this model, taken whole: trainer/checkpoint=load_all."
+            "this model, loaded completely: trainer/checkpoint=load_all."
         )
     return [report]
 
 
 def load_averaged_checkpoints(settings: Settings, model: AveragedClassifier) -> list[LoadReport]:
-    """Load the source checkpoints of a learned average; return a report of each."""
+    """Load the source checkpoints of a learned average; return a report for each."""
     if settings.pretrained_checkpoint_path is None:
         raise UserError(
             "pretrained_checkpoint_path must be the checkpoints to average, got null. Set ++pretrained_checkpoint_path=[A,B], "
@@ -95,7 +95,7 @@ def load_averaged_checkpoints(settings: Settings, model: AveragedClassifier) -> 
     taken |= _take_positions(model, checkpoints, states, reports)
     for state, report in zip(states, reports, strict=True):
         report.loaded = sorted(taken)
-        report.dropped |= dict.fromkeys(sorted(state.keys() - taken), "an average takes trunks alone")
+        report.dropped |= dict.fromkeys(sorted(state.keys() - taken), "an average takes only trunks")
     return reports
 
 
@@ -107,7 +107,7 @@ def _take_positions(
 ) -> set[str]:
     """Load the positional embedding of the sources, interpolated if needed; return its name, if they have one.
 
-    Raises UserError when those of the sources differ.
+    Raises UserError when the sources' embeddings differ.
     """
     if not all(POS_EMBED in state for state in states):
         return set()

@@ -1,4 +1,4 @@
-"""Checks of objects, data, weights, disk and memory before a run starts, and warnings about what may be unintended."""
+"""Checks of objects, data, weights, disk and memory before a run starts, and warnings about likely mistakes."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from omnivision.training import build
 from omnivision.utils.errors import UserError, collect_problems, truncate_list
 from omnivision.utils.io import BEST, LATEST, PREVIOUS, SHARDS_PREFIX
 
-NUM_PROBED_FILES = 16  # of each split: whether they exist
-NUM_OPENED_FILES = 4  # of them: whether they can be read, and are long enough
-MIN_CLIPS_TO_MIX = 1000  # below this, the paper's augmentation underfits
-NUM_LIVE_CHECKPOINTS = 3  # while one is saved: the newest, the one before, the one that is written
+NUM_PROBED_FILES = 16  # per split: check whether they exist
+NUM_OPENED_FILES = 4  # of these: check whether they can be read, and are long enough
+MIN_CLIPS_TO_MIX = 1000  # with fewer clips, the paper's augmentation underfits
+NUM_LIVE_CHECKPOINTS = 3  # while saving: the newest, the previous one, and the one being written
 
 
 def check_run(settings: Settings, *more: Callable[[Settings], object]) -> tuple[list[str], list[str], build.Splits]:
-    """Check everything that can be checked before a run starts, and `more`; return problems, warnings and opened splits."""
+    """Check everything possible before a run starts, and `more`; return problems, warnings and the opened splits."""
     problems: list[str] = []
     warnings: list[str] = []
     train, val = collect_problems(problems, build.open_splits, settings) or ([], [])
@@ -47,7 +47,7 @@ def check_run(settings: Settings, *more: Callable[[Settings], object]) -> tuple[
 
 
 def sample_indices(split: Split, count: int) -> list[int]:
-    """Return at most `count` samples of a split, spread over it."""
+    """Return at most `count` sample indices, spread over a split."""
     return sorted({len(split) * part // count for part in range(count)})
 
 
@@ -57,9 +57,9 @@ def sample_paths(split: Split) -> list[str]:
 
 
 def describe_split(split: Split) -> str:
-    """Describe a split: name, number of samples, and the frame rate of sampled folders of frames."""
+    """Describe a split: name, number of samples, and the frame rate if sampled files are frame folders."""
     frames = any(map(os.path.isdir, sample_paths(split) if split.dataset.kind == "video" else []))
-    rate = f", folders of frames at {split.dataset.fps:g} a second (datasets.{split.name}.fps)" if frames else ""
+    rate = f", frame folders at {split.dataset.fps:g} frames per second (datasets.{split.name}.fps)" if frames else ""
     return f"{split.name}, {split.which}: {len(split)} samples{rate}"
 
 
@@ -113,7 +113,7 @@ def probe_samples(settings: Settings, split: Split) -> list[str]:
 
 
 def _clip_frames(settings: Settings, split: Split, index: int) -> int | None:
-    """Return about how many frames a clip of a video has; None for images. Raises VideoDecodeError for an unreadable file."""
+    """Return the approximate frames of a clip in a video; None for images. Raises VideoDecodeError for an unreadable file."""
     path, dataset, data = split.path(index), split.dataset, settings.trainer.data
     if dataset.kind != "video":
         read_image(path, data.max_pixels)
@@ -124,9 +124,9 @@ def _clip_frames(settings: Settings, split: Split, index: int) -> int | None:
 
 
 def check_pretrained(settings: Settings) -> None:
-    """Raise UserError when the weights to start from are missing; contents are checked on load.
+    """Raise UserError when the weights to start from are missing; their contents are checked on loading.
 
-    A run that has a checkpoint resumes from that. With a dependency, weights may not exist yet.
+    A run that has a checkpoint resumes from it. With a dependency, weights may not exist yet.
     """
     if awaits_dependency(settings) or Path(settings.trainer.checkpoint.save_dir, LATEST).exists():
         return
@@ -139,12 +139,12 @@ def check_pretrained(settings: Settings) -> None:
 
 
 def awaits_dependency(settings: Settings) -> bool:
-    """Return whether a job of the cluster has to end first, which may bring the weights that the run starts from."""
+    """Return whether another job must end first, which may write the weights that the run starts from."""
     return settings.submitit.use_cluster and settings.submitit.dependency is not None
 
 
 def check_disk_space(settings: Settings, model: nn.Module) -> None:
-    """Raise UserError for a run directory that cannot be written, or has no room for checkpoints beside those it has."""
+    """Raise UserError if the run directory cannot be written, or its disk has no room for checkpoints."""
     folder, setting = Path(settings.trainer.checkpoint.save_dir).absolute(), "launcher.experiment_log_dir"
     parent = next(path for path in (folder, *folder.parents) if path.exists())
     if not (parent.is_dir() and os.access(parent, os.W_OK)):
@@ -154,7 +154,7 @@ def check_disk_space(settings: Settings, model: nn.Module) -> None:
     files = [folder / LATEST, folder / PREVIOUS, folder / BEST, *folder.glob(f"{SHARDS_PREFIX}*/*")]
     own = {file.stat().st_ino: file.stat().st_size for file in files if file.is_file()}  # a file may have several names
     free = disk.free + sum(own.values())
-    if disk.total and free < needed:  # some file systems do not know
+    if disk.total and free < needed:  # some file systems report 0
         raise UserError(
             f"{setting} must have room for {count} checkpoints, {needed / 1e9:.2g} GB, got {free / 1e9:.2g} GB on the disk of "
             f"{folder}. Make room, or set {setting} (or trainer.checkpoint.save_dir)."
@@ -162,20 +162,20 @@ def check_disk_space(settings: Settings, model: nn.Module) -> None:
 
 
 def checkpoint_bytes(settings: Settings, model: nn.Module) -> int:
-    """Return the size of a checkpoint, about: weights, two moments of each that is trained, and the EMA, in float32."""
+    """Return the approximate size of a checkpoint: weights, two moments per trained weight, and the EMA, in float32."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     ema = trained if settings.trainer.ema_decay is not None else 0
     return 4 * (sum(tensor.numel() for tensor in model.state_dict().values()) + 2 * trained + ema)
 
 
 def memory_per_rank(settings: Settings, model: nn.Module) -> int:
-    """Return the memory that a rank holds all the time, about: its checkpoint, and the gradients."""
+    """Return the approximate memory that a rank always holds: its checkpoint and the gradients."""
     held = checkpoint_bytes(settings, model) + 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     return held // (settings.world_size if settings.trainer.distributed.strategy == "fsdp" else 1)
 
 
 def host_memory() -> int:
-    """Return the bytes of memory of this machine, or of the container that this process is in."""
+    """Return the memory (bytes) of this machine, or of the container around this process."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
@@ -184,8 +184,8 @@ def host_memory() -> int:
 
 
 def check_device(settings: Settings, device: torch.device, local_rank: int = 0) -> None:
-    """Raise UserError for a device that cannot compile the model, or whose memory weights, gradients and optimizer exceed."""
-    if settings.trainer.compile and local_rank == 0:  # one for all ranks of a node
+    """Raise UserError if a device cannot compile, or has too little memory for weights, gradients and optimizer."""
+    if settings.trainer.compile and local_rank == 0:  # once per node
         check_compiler(device)
     is_gpu, meta = device.type == "cuda", build.meta_model(settings)
     memory = torch.cuda.get_device_properties(device).total_memory if is_gpu else host_memory()
@@ -198,8 +198,8 @@ def check_device(settings: Settings, device: torch.device, local_rank: int = 0) 
 
 
 def check_compiler(device: torch.device) -> None:
-    """Compile one small function. Raise UserError where torch.compile lacks what it needs."""
-    from torch._dynamo.exc import TorchDynamoException  # not above: every start would wait for this import
+    """Compile a small function. Raises UserError if torch.compile does not work here."""
+    from torch._dynamo.exc import TorchDynamoException  # imported lazily: it takes over a second
 
     try:
         torch.compile(torch.sin)(torch.ones(8, device=device))
@@ -213,12 +213,12 @@ def check_compiler(device: torch.device) -> None:
 
 
 def run_warnings(settings: Settings, train: list[Split], val: list[Split], plan: EpochPlan | None) -> list[str]:
-    """Warn about settings and labels that are allowed, and may be unintended."""
+    """Warn about settings and labels that are valid but probably unintended."""
     workers = settings.launcher.gpus_per_node * settings.trainer.data.num_workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     warnings = []
     if not settings.submitit.use_cluster and workers > cores:
-        warnings.append(f"{workers} data workers share {cores} cores, and slow each other down. Set num_workers lower.")
+        warnings.append(f"{workers} data workers share {cores} cores and slow each other down. Lower num_workers.")
     warnings += recipe_warnings(settings, sum(map(len, train)))
     if not has_decoder(settings.trainer.model):
         warnings += label_warnings(train, val)
@@ -228,12 +228,12 @@ def run_warnings(settings: Settings, train: list[Split], val: list[Split], plan:
 
 
 def plan_warnings(settings: Settings, plan: EpochPlan) -> Iterator[str]:
-    """Warn about videos without another to be mixed with, and about an EMA decay that the warm-up does not reach."""
+    """Warn about batches without a second video to mix with, and about an EMA decay that the warm-up does not reach."""
     for name, source in plan.sources.items():
         if _mixes(settings) and source.videos_per_step == settings.world_size:
             yield (
-                f"Each rank gets one video of {name} a step, so that mixup and CutMix (trainer.task.mixing) have no other "
-                "to mix it with and are lost. Raise batch_size, or lower launcher.gpus_per_node."
+                f"Each rank gets one video of {name} per step, so mixup and CutMix (trainer.task.mixing) have nothing to mix "
+                "it with and do nothing. Raise batch_size, or lower launcher.gpus_per_node."
             )
     decay, steps = settings.trainer.ema_decay, plan.steps * settings.trainer.max_epochs
     if decay is not None and 9 / (10 + steps) > 1 - decay:  # see optim/ema.py
@@ -257,8 +257,7 @@ def label_warnings(train: list[Split], val: list[Split]) -> Iterator[str]:
         if missing:
             yield (
                 f"{split.name}: {len(missing)} of {split.dataset.num_classes} classes have no training sample "
-                f"({truncate_list(missing)}); the "
-                "head has a place for each."
+                f"({truncate_list(missing)}); the head still has an output for each."
                 + (" Do the labels start at 1? They must start at 0." if missing == [0] else "")
             )
         for other in val:

@@ -22,7 +22,7 @@ def check_same_experiment(
 ) -> None:
     """Compare the fingerprint in a checkpoint with the current one; report changes that do not affect results.
 
-    Raises UserError for changed classes, and for other hyperparameters or data unless `allow_changes`.
+    Raises UserError for changed classes and, unless `allow_changes`, for changed hyperparameters or data.
     """
     saved = fingerprint.parse_fingerprint(text)
     if saved is None:
@@ -32,7 +32,7 @@ def check_same_experiment(
         raise UserError(
             f"{path} must have the classes of the data, in their order, got changes: {truncate_list(classes)}. Set "
             "datasets.NAME.class_names and its labels back, or start a new run in another launcher.experiment_log_dir from "
-            "pretrained_checkpoint_path; allow_changes does not allow it."
+            "pretrained_checkpoint_path; allow_changes does not permit this."
         )
     altering, others = fingerprint.differences(saved, current)
     if altering and not allow_changes:
@@ -42,7 +42,7 @@ def check_same_experiment(
 
 
 def check_same_steps(saved: int, current: int, path: Path) -> None:
-    """Raise UserError when an epoch has another number of steps."""
+    """Raise UserError when the number of steps per epoch changed."""
     if saved != current:
         raise UserError(
             f"{path} has {saved} steps per epoch, now there are {current}: data, batch_size or trainer.limit_train_batches "
@@ -53,7 +53,7 @@ def check_same_steps(saved: int, current: int, path: Path) -> None:
 def check_same_averaged_checkpoints(
     saved: Sequence[Mapping[str, Any]], current: Sequence[Mapping[str, Any]], path: Path
 ) -> None:
-    """Raise UserError when a learned average is resumed with other source checkpoints, which its checkpoint does not hold."""
+    """Raise UserError when a learned average resumes with other source checkpoints (its own checkpoint lacks their weights)."""
     for what, setting in (("sha256", "pretrained_checkpoint_path"), ("choice", "trainer/checkpoint")):
         was, now = ([source[what] for source in sources] for sources in (saved, current))
         if current and was != now:
@@ -64,7 +64,7 @@ def check_same_averaged_checkpoints(
 def match_checkpoint_heads(
     state: dict[str, Any], class_names: Sequence[Sequence[str]], path: Path, info: Callable[[str], None]
 ) -> None:
-    """Reorder the heads of a checkpoint and of its EMA to the class names of the data.
+    """Reorder the heads of a checkpoint and its EMA to match the class names of the data.
 
     Raises UserError if they do not match.
     """
@@ -74,7 +74,7 @@ def match_checkpoint_heads(
         if state[part] is not None:
             report = LoadReport(str(path), "")
             matched, unused = match_heads(state[part], saved_names, class_names, report)
-            # Heads that this model lacks are refused where the weights are loaded.
+            # Loading the weights rejects heads that this model lacks.
             state[part] = {name: state[part][name] for name in unused} | matched
     for line in report.classes:
         info(f"Classes: {line}.")

@@ -1,4 +1,4 @@
-"""Lines that a run prints when it starts and when it ends, and what `summary.json` says of it."""
+"""Lines that a run prints when it starts and ends, and its metadata in `summary.json`."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ def start_lines(settings: Settings, trainer: Trainer, reports: Sequence[LoadRepo
         rate = max(group.value("lr", i / 200) for group in groups for i in range(201))
         steps, epochs = trainer.state.steps_per_epoch, trainer.settings.max_epochs
         lines += [
-            f"batch        {settings.clips_per_step} clips a step, {plural(steps, 'step')} an epoch, {plural(epochs, 'epoch')}",
+            f"batch        {settings.clips_per_step} clips per step, {plural(steps, 'step')} per epoch, "
+            f"{plural(epochs, 'epoch')}",
             f"peak lr      {rate:.4g}, after all scaling",
         ]
     return [
@@ -77,7 +78,7 @@ def describe_resumed(state: RunState) -> str:
 
 
 def end_lines(trainer: Trainer) -> list[str]:
-    """Return what a finished run has reached, where its checkpoints are, and what to type next."""
+    """Return a finished run's results, where its checkpoints are, and which command to give next."""
     state, run_dir = trainer.state, trainer.run.run_dir
     seconds = timedelta(seconds=round(state.seconds))
     lines = [f"Finished: {plural(state.epoch, 'epoch')} in {seconds}"]
@@ -105,7 +106,7 @@ def format_count(parameters: int) -> str:
 
 
 def run_metadata(settings: Settings, model: nn.Module) -> dict[str, Any]:
-    """Return the metadata of a run for `summary.json`, which tables of runs show."""
+    """Return the metadata of a run for `summary.json`, shown in tables of runs."""
     architecture = architecture_of(model)
     frozen = any(is_frozen(part) for name, part in model.named_children() if name == "trunk")
     pretrained = settings.pretrained_checkpoint_path

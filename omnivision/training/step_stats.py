@@ -1,4 +1,4 @@
-"""Progress of a run, and results of its steps, summed over all ranks without a host that waits for its device."""
+"""Progress of a run, and step results, summed over all ranks without making a host wait for its device."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from omnivision.reporting.run_directory import RunDir
 from omnivision.tasks.metrics import Meter
 from omnivision.utils.errors import NonFiniteError, UserError
 
-MIN_LOSS_SCALE = 1e-4  # of fp16; it starts at 65536 and is halved after each overflow
+MIN_LOSS_SCALE = 1e-4  # for fp16; the scale starts at 65536 and is halved after each overflow
 
 
 @dataclass
@@ -31,7 +31,7 @@ class RunState:
     steps_per_epoch: int = 1
     epoch: int = 0
     step: int = 0
-    best: float | None = None  # top-1 (%) or loss of the evaluation that best.pt holds
+    best: float | None = None  # top-1 (%) or loss of best.pt
     best_loss: float | None = None
     best_epoch: int | None = None  # counted from 1
     seconds: float = 0.0  # accumulated up to `start_time`
@@ -45,7 +45,7 @@ class RunState:
 
     @property
     def weights_epoch(self) -> int:
-        """The last epoch, from 0, that the weights were trained in; between epochs `epoch` is the next one."""
+        """The last epoch, from 0, in which the weights were trained; between epochs, `epoch` is already the next one."""
         return self.epoch if self.step else max(0, self.epoch - 1)
 
     def count_seconds(self) -> None:
@@ -56,7 +56,7 @@ class RunState:
     def update_best(self, metrics: Mapping[str, float]) -> bool:
         """Keep an evaluation of the current epoch unless an earlier one is better; return whether it was kept.
 
-        Higher top-1 is better (lower loss where there is no top-1), then lower loss, then the later epoch.
+        Higher top-1 is better (lower loss if there is no top-1), then lower loss, then the later epoch.
         """
         top1, loss = metrics.get("top1"), metrics.get("loss", math.nan)
         value = loss if top1 is None else top1
@@ -73,14 +73,14 @@ class RunState:
 
 @dataclass
 class ThroughputMeter:
-    """Clips and waiting time between two lines of the log."""
+    """Clips and waiting time between two log lines."""
 
     start_time: float = field(default_factory=time.monotonic)
-    clips: int = 0  # of all ranks
+    clips: int = 0  # summed over ranks
     data_seconds: float = 0.0
 
     def metrics(self, device: torch.device) -> dict[str, float]:
-        """Return clips per second of all ranks, the share of time waiting for data, and this process's peak memory in GB."""
+        """Return clips per second over all ranks, the share of time waiting for data, and this process's peak memory in GB."""
         seconds = max(time.monotonic() - self.start_time, 1e-9)
         return {
             "clips_per_second": self.clips / seconds,
@@ -97,25 +97,25 @@ def peak_memory(device: torch.device) -> int:
 
 
 def is_due(count: int, every: int | None) -> bool:
-    """Return whether something done every so many epochs or steps (None: never) is due after `count`."""
+    """Return whether something that happens `every` so many epochs or steps (None: never) is due after `count`."""
     return every is not None and count % every == 0
 
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step of this rank. Tensors are scalars on the device."""
+    """One optimizer step on this rank. Tensors are scalars on the device."""
 
     epoch: int
-    number: int  # of the run, counted from 1
+    number: int  # global step, from 1
     loss: Tensor
-    count: Tensor | float  # samples that the loss is a mean of
+    count: Tensor | float  # samples that the loss averages over
     grad_norm: Tensor
     lr: float
     paths: list[str]
     bad: list[BadSample]
     is_partial: bool = False  # the batch has fewer clips than the plan asks for
     stop_requested: bool = False
-    scaled: bool = False  # fp16: an overflowing gradient is expected now and then, and skipped silently
+    scaled: bool = False  # fp16: occasional overflows of the gradient are expected, and skipped silently
 
     @property
     def is_unexpectedly_nonfinite(self) -> Tensor:
@@ -124,7 +124,7 @@ class Step:
 
 
 class StepSums(NamedTuple):
-    """Quantities of a step that are summed over the ranks: of this rank, or the sums."""
+    """Quantities of a step to sum over ranks: this rank's values, or the sums."""
 
     loss: Any  # times `count`
     count: Any
@@ -139,31 +139,31 @@ class StepSums(NamedTuple):
 class StepStats:
     """Reduces step results over ranks: `submit` queues a step, `drain` reads it later. Collective.
 
-    `loss` and `grad_norm` are those of the last step drained; `stop_requested` becomes true when any rank was asked to stop.
+    `loss` and `grad_norm` are from the last step drained; `stop_requested` becomes true when any rank was asked to stop.
     """
 
     def __init__(
         self, dist: Dist, ledger: BadSampleLedger, run_dir: RunDir, info: Callable[[str], None], max_skipped: int
     ) -> None:
-        """A run may skip `max_skipped` non-finite steps; each is reported with `info`."""
+        """A run may skip up to `max_skipped` non-finite steps; each is reported with `info`."""
         self.dist, self.ledger, self.run_dir, self.info = dist, ledger, run_dir, info
         self.max_skipped = max_skipped
-        self.skipped = 0  # in the whole run
+        self.skipped = 0  # steps skipped in the whole run
         self.loss = self.grad_norm = math.nan
         self.stop_requested = False
         self._nonfinite_log = MetricsLog(run_dir.logs / "nonfinite.jsonl")
         self._pending = deque[tuple[Step, Tensor, torch.Event | None]]()  # sums are on the host once the event is done
 
     def start(self, step: int) -> None:
-        """Start after a step; entries of later ones are dropped from the log."""
+        """Start after `step`; entries of later steps are dropped from the log."""
         if self.dist.is_main:
             self._nonfinite_log.truncate_after(step)
 
     def submit(self, step: Step) -> Tensor:
         """Queue a step's reduction without waiting.
 
-        Returns whether the step must not change the weights (non-finite or partial on any rank): bool, a scalar on the
-        device, the same on all ranks.
+        Returns whether the step must not change the weights, because it is non-finite or partial on any rank: bool, a scalar on
+        the device, the same on all ranks.
         """
         device = self.dist.device
         facts = StepSums(
@@ -176,7 +176,7 @@ class StepStats:
             missing=sum(sample.missing for sample in step.bad),
             stop_requested=step.stop_requested,
         )
-        # `torch.full` fills on the device; a tensor of the host would be copied there, and waited for.
+        # `torch.full` fills on the device; a host tensor would have to be copied there, and the host would wait.
         values = torch.stack(
             [
                 fact.detach().double()
@@ -195,7 +195,7 @@ class StepStats:
         return (totals.nonfinite > 0) | (totals.partial > 0)
 
     def drain(self, keep_newest: int = 0) -> None:
-        """Process all submitted steps but the newest ones. Raises NonFiniteError and UserError, on all ranks alike."""
+        """Process all submitted steps but the newest `keep_newest`. Raises NonFiniteError and UserError on all ranks alike."""
         while len(self._pending) > keep_newest:
             step, sums, event = self._pending.popleft()
             if event is not None:
@@ -217,7 +217,7 @@ class StepStats:
                 self._record_skipped(step)
 
     def record_bad(self, bad: list[BadSample]) -> int:
-        """Enter the bad files of all ranks into the ledger; return how many there are, each counted once.
+        """Record the bad files of all ranks in the ledger; return their number, each counted once.
 
         Raises UserError when the budget of bad files is spent.
         """
@@ -230,11 +230,11 @@ class StepStats:
         return len({sample.path for sample in samples})
 
     def _record_skipped(self, step: Step) -> None:
-        """Log a step that was skipped. Raises NonFiniteError, on all ranks, when there are too many."""
+        """Log a skipped step. Raises NonFiniteError on all ranks when there are too many."""
         ranks = list(
             enumerate(self.dist.all_gather_object((float(step.loss), float(step.grad_norm), sorted(set(step.paths)))))
         )
-        # All ranks share a gradient; the ranks with a non-finite loss caused it.
+        # All ranks share a gradient; ranks with a non-finite loss caused the problem.
         causes = [entry for entry in ranks if not math.isfinite(entry[1][0])] or ranks
         self.skipped += 1
         details = []

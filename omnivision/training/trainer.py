@@ -1,7 +1,7 @@
 """The training loop: epochs of steps, validation, checkpoints, resuming.
 
-A run starts from the first of these that exists: its own newest checkpoint (`Trainer.load_checkpoint`, also in the middle of an
-epoch), pretrained weights, random weights.
+A run starts from the first of these that exists: its own newest checkpoint (`Trainer.load_checkpoint`; in the middle of an
+epoch, too), pretrained weights, random weights.
 """
 
 from __future__ import annotations
@@ -62,16 +62,16 @@ PROGRESS_FIELDS = ("epoch", "step", "steps_per_epoch", "best", "best_loss", "bes
 
 @dataclass
 class RunContext:
-    """What surrounds the training of one run: its processes, its directory, its logs."""
+    """What a trainer needs around the training itself: process group, run directory, logs."""
 
     dist: Dist
     run_dir: RunDir
     reporter: Reporter
     ledger: BadSampleLedger
     stop: StopSignal = field(default_factory=StopSignal)
-    averaged_checkpoints: list[LoadReport] = field(default_factory=list)  # of a learned average
-    fingerprint: dict[str, Any] = field(default_factory=dict)  # of the experiment; on rank 0 alone
-    peak_clips_per_second: float | None = None  # of one device at its peak, for the MFU
+    averaged_checkpoints: list[LoadReport] = field(default_factory=list)  # set only for a learned average
+    fingerprint: dict[str, Any] = field(default_factory=dict)  # the experiment's fingerprint; rank 0 only
+    peak_clips_per_second: float | None = None  # one device's peak, used for MFU
 
 
 class Trainer:
@@ -87,7 +87,7 @@ class Trainer:
         train: TrainData | None,
         val: ValData | None,
     ) -> None:
-        """Without `train` it only evaluates."""
+        """Without `train`, the trainer only evaluates."""
         self.settings, self.run, self.task = settings, run, task
         self.train_data, self.val_data = train, val
         self.raw_model: nn.Module = model.to(run.dist.device)
@@ -97,7 +97,7 @@ class Trainer:
             task.compile()
         self.optimizer = optimizer
         self.ema = MovingAverage(self.raw_model, settings.ema_decay) if settings.ema_decay is not None else None
-        # Small gradients underflow in fp16 unless they are scaled, in autocast and in communication.
+        # In fp16, small gradients underflow unless they are scaled, both in autocast and in communication.
         use_grad_scaler = self.amp_dtype == torch.float16 or (run.dist.world_size > 1 and self.comms_dtype == "fp16")
         self.scaler = torch.amp.GradScaler(run.dist.device.type, enabled=use_grad_scaler)
         self.state = RunState(steps_per_epoch=1 if train is None else train.plan.steps)
@@ -124,7 +124,7 @@ class Trainer:
         return self.settings.max_epochs * self.state.steps_per_epoch
 
     def source_plan(self, batch: Batch) -> SourcePlan:
-        """Return how batches of its source are made."""
+        """Return the plan of the batch's source."""
         assert self.train_data is not None
         return self.train_data.plan.sources[batch.source]
 
@@ -153,7 +153,7 @@ class Trainer:
         self._write_summary(status="finished", exit_reason="all epochs done")
 
     def validate_only(self) -> None:
-        """Evaluate the loaded weights and write the metrics; the summary keeps the status of the run."""
+        """Evaluate the loaded weights and write the metrics; the summary keeps the run's status."""
         self.run.reporter.start(self.global_step, self.total_steps, replay="val")
         result = self.evaluate()
         if result is None:
@@ -197,8 +197,8 @@ class Trainer:
     def train_step(self, batch: Batch) -> None:
         """Run one optimizer step with gradient accumulation; results go to `step_stats`.
 
-        The gradient is that of the mean over the counted samples of all micro-batches and ranks. A step without such samples
-        changes nothing. Nothing here waits for the device.
+        The gradient is taken of the mean loss over the counted samples of all micro-batches and ranks. A step without counted
+        samples changes nothing. Nothing here waits for the device.
         """
         dist, optimizer = self.run.dist, self.optimizer
         clips = self.source_plan(batch).clips_per_step // dist.world_size
@@ -238,7 +238,7 @@ class Trainer:
             self.ema.update(skip_step)
 
     def _backward(self, batch: Batch, clips: int) -> tuple[list[StepOutput], Tensor, Tensor]:
-        """Run forward and backward of each micro-batch; return the outputs, and sum of losses and count: float64 scalars."""
+        """Run forward and backward for each micro-batch; return the outputs, the sum of losses and the count (float64)."""
         rng = keyed_rng(self.settings.seed_value, Draw.MODEL, self.global_step, self.run.dist.rank)
         torch.manual_seed(int(rng.integers(2**62)))
         micro_batches = batch.split(self.source_plan(batch).micro_batches)
@@ -277,7 +277,7 @@ class Trainer:
         splits = {split.name: split for split in self.val_data.dataset.splits}
         for source, predictions in result.predictions.items():
             predictions.segments = splits[source].segments(predictions.index)
-            names = splits[source].dataset.names()  # fewer than the head has classes, when label sets share it
+            names = splits[source].dataset.names()  # may be fewer than the head's classes, if label sets share it
             names += [str(label) for label in range(len(names), predictions.scores.shape[1])]
             predictions.class_names = names
             reporter.predictions(source, predictions, self.global_step)
@@ -286,7 +286,7 @@ class Trainer:
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the contents of a checkpoint. All ranks call it together."""
+        """Return the contents of a checkpoint. Collective."""
         state, ema = self.state, self.ema
         return {
             "format": checkpointer.FORMAT,
@@ -323,7 +323,7 @@ class Trainer:
         self._load_progress(saved)
 
     def _load_weights(self, saved: dict[str, Any], path: Path) -> None:
-        """Load the model, the optimizer of a run that trains, the EMA and the loss scale."""
+        """Load the model, the optimizer (if the run trains), the EMA and the loss scale."""
         checkpointer.load_model(self.raw_model, saved["model"], path)
         if self.train_data is not None:
             try:
@@ -335,7 +335,7 @@ class Trainer:
                 ) from None
         if self.ema is not None:
             resume_checks.load_ema(self.ema, saved, path)
-        if self.scaler.is_enabled() and saved["scaler"]:  # empty after steps without one
+        if self.scaler.is_enabled() and saved["scaler"]:  # empty if the checkpoint's run had no scaler
             self.scaler.load_state_dict(saved["scaler"])
 
     def _load_progress(self, saved: dict[str, Any]) -> None:
@@ -343,13 +343,13 @@ class Trainer:
         progress: dict[str, Any] = {name: saved.get(name) for name in PROGRESS_FIELDS}
         self.state = RunState(**progress, start_time=self.state.start_time, last_metrics=saved["last"])
         self.step_stats.skipped = saved["skipped"]
-        if self.run.dist.is_main:  # it holds the sums of all ranks
+        if self.run.dist.is_main:  # the saved sums cover all ranks
             self.state.meter.load(saved["meter"])
 
     def save_checkpoint(self, aliases: Sequence[str] = ()) -> None:
         """Write `checkpoint.pt` and `aliases` from rank 0; each rank writes its own shards.
 
-        Raises UserError, on all ranks, when it cannot be written, and NonFiniteError for weights that are not finite.
+        Raises UserError on all ranks when it cannot be written, and NonFiniteError for weights that are not finite.
         """
         dist, run_dir, stop = self.run.dist, self.run.run_dir, self.run.stop
         stop.set_phase("saving", self.global_step)
@@ -372,9 +372,9 @@ class Trainer:
         """Resume from the newest complete checkpoint of the run directory; False when there is none.
 
         Args:
-            class_names: of each head. For an evaluation the heads are matched to them; a run that trains must have the same.
+            class_names: one list per head. An evaluation matches heads to them; a run that trains must have the same names.
 
-        Raises UserError when checkpoints exist but none is complete, and as `load_state_dict`.
+        Raises UserError when no checkpoint is complete, or when it belongs to another run (see `load_state_dict`).
         """
         folder, info = self.run.run_dir.checkpoints, self.run.reporter.info
         try:
@@ -397,7 +397,7 @@ class Trainer:
     def wrap_model(self) -> None:
         """Wrap the model in DDP or FSDP. Collective: blocks until all ranks call it.
 
-        Raises UserError, on all ranks, when they did not resume from the same step.
+        Raises UserError on all ranks when they did not resume from the same step.
         """
         dist = self.run.dist
         positions = dist.all_gather_object((self.state.epoch, self.state.step))
@@ -431,12 +431,12 @@ class Trainer:
         metrics |= throughput.metrics(dist.device)
         if peak is not None:
             metrics["mfu"] = metrics["clips_per_second"] / dist.world_size / peak
-        # Not resumed: specific to this start.
+        # Leave out what is specific to this start.
         self.state.last_metrics |= {k: v for k, v in metrics.items() if k not in ("memory_gb", "mfu")}
         self.run.reporter.step(self.state.epoch, self.settings.max_epochs, self.global_step, metrics)
 
     def _finish_epoch(self) -> None:
-        """Log the epoch's averages, validate if it is due, and save; `state` then points at the next epoch."""
+        """Log the epoch's averages, validate if due, and save; `state` then points at the next epoch."""
         state, settings = self.state, self.settings
         epoch = state.epoch
         totals = state.meter.all_gather_totals(self.run.dist)
@@ -467,7 +467,7 @@ class Trainer:
         raise StopRequested(cause, saved_step=self.global_step)
 
     def _stop_cause(self) -> str:
-        """Return the cause of the first rank that was asked to stop."""
+        """Return why the first rank that was asked to stop was asked."""
         return next(cause for cause in self.run.dist.all_gather_object(self.run.stop.cause) if cause is not None)
 
     def _due_visualizations(self, last_of_epoch: bool) -> list[str]:
@@ -487,7 +487,7 @@ class Trainer:
                     self.run.reporter.visualization(name, visualization, self.global_step)
 
     def _record_evaluation(self, result: Evaluation) -> None:
-        """Keep metrics with the epoch (from 1) of their weights; weights of another run have none here."""
+        """Keep metrics with the epoch (from 1) of their weights; weights from another run have none here."""
         self.state.last_metrics |= {f"val_{name}": value for name, value in result.metrics.items()}
         if self.global_step:
             self.state.last_metrics["val_epoch"] = self.state.weights_epoch + 1
@@ -510,7 +510,7 @@ class Trainer:
 
 
 def resolve_amp_dtype(settings: TrainerSettings, device: torch.device) -> torch.dtype | None:
-    """Return the dtype of autocast, None without; `auto` is bf16 where the device has it, else fp16 on GPUs, None on CPUs."""
+    """Return autocast's dtype, None if disabled; `auto` is bf16 if the device has it, else fp16 on GPUs, None on CPUs."""
     amp = settings.optim.amp
     if not amp.enabled:
         return None
@@ -522,7 +522,7 @@ def resolve_amp_dtype(settings: TrainerSettings, device: torch.device) -> torch.
 
 
 def resolve_comms_dtype(settings: TrainerSettings, device: torch.device) -> str | None:
-    """Return the dtype of gradients in communication; `auto` is that of autocast (fp16 gradients are scaled), None fp32."""
+    """Return the dtype for communicating gradients (None: fp32); `auto` is autocast's (fp16 gradients are scaled)."""
     dtype = settings.distributed.comms_dtype
     if dtype != "auto":
         return dtype

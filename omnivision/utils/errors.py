@@ -10,16 +10,16 @@ EXIT_FAULT = 70  # EX_SOFTWARE of sysexits.h
 EXIT_NON_FINITE = 71
 EXIT_SIGHUP = 128 + 1
 EXIT_SIGINT = 128 + 2
-EXIT_SIGUSR2 = 128 + 12  # also at the time limit, which SLURM announces by this signal
+EXIT_SIGUSR2 = 128 + 12  # also at the time limit, which SLURM announces with this signal
 EXIT_SIGTERM = 128 + 15
 
 Result = TypeVar("Result")
 
 
 class UserError(ValueError):
-    """Invalid input that its user can fix: one paragraph (what, got, expected, which setting to change), exit code 1.
+    """Invalid input that the user can fix: one paragraph (what, got, expected, which setting to change), exit code 1.
 
-    `on_all_ranks`: all ranks raise it alike, so that one of them reports it.
+    `on_all_ranks`: all ranks raise it alike, so only one of them reports it.
     """
 
     exit_code = EXIT_USER
@@ -55,7 +55,7 @@ def truncate_list(items: Sequence[object], count: int = 5) -> str:
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an exception, its cause, the cause of that, and so on."""
+    """Yield an exception, its cause, the cause's cause, and so on."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:  # a chain of causes may be a cycle
         seen.add(id(error))
@@ -64,7 +64,7 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether a device or this machine has no memory left; torch has several exception types and wordings for it."""
+    """Return whether a device or this machine is out of memory; torch has several exception types and wordings for this."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     wording = r"out of memory|(can't|cannot) allocate memory|not enough memory|_ALLOC_FAILED"
@@ -74,7 +74,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def oom_message(error: BaseException, advice: str) -> str:
-    """Return one paragraph about an error of `is_out_of_memory`."""
+    """Return one paragraph about an out-of-memory error."""
     text = " ".join(str(error).split())
     where = "GPU" if re.search(r"cuda|cublas|cudnn|\bhip\b|gpu", text, re.IGNORECASE) else "This machine"
     return f"{where} out of memory: {text[:300] or type(error).__name__}. {advice}"
@@ -87,7 +87,7 @@ class NonFiniteError(UserError):
 
 
 class PeerLostError(RuntimeError):
-    """Another rank, named in the message, has no heartbeat, or is `gone` (killed; its own system reports by what)."""
+    """Another rank, named in the message, sends no heartbeat or is `gone` (killed; its own host reports why)."""
 
     def __init__(self, message: str, gone: bool = False) -> None:
         super().__init__(message)
@@ -105,7 +105,7 @@ class VideoDecodeError(Exception):
 
 
 class StopRequested(BaseException):
-    """A run was asked to stop, by `cause` (see `StopSignal`). With a `saved_step`, it has saved and all ranks exit together."""
+    """A run was asked to stop by `cause` (see `StopSignal`). With a `saved_step`, it has saved and all ranks exit together."""
 
     def __init__(self, cause: str, saved_step: int | None = None) -> None:
         super().__init__(cause)

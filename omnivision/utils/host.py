@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def host_id() -> str:
-    """Return an id of this host since boot and, in a container, of its process namespace, in which process ids are unique."""
+    """Return an id of this host since boot and of the process namespace (container), within which process ids are unique."""
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
@@ -18,7 +18,7 @@ def host_id() -> str:
 
 
 def process_start(pid: int) -> int | None:
-    """Return when a process started, in clock ticks since boot; None if there is none. Distinguishes reused ids."""
+    """Return when a process started, in clock ticks since boot, to distinguish reused ids; None if it does not exist."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):

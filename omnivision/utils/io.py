@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 # Checkpoints of a run: the newest, the one before it, the best by validation.
 LATEST, PREVIOUS, BEST = "checkpoint.pt", "previous.pt", "best.pt"
-SHARDS_PREFIX = "shards_"  # prefix of a folder beside them with the parts of one
+SHARDS_PREFIX = "shards_"  # prefix of a folder beside a checkpoint with its shards
 
 
 def run_name(path: Path) -> str:
-    """Return the name of a run directory, of the run of a checkpoint, or of another file."""
+    """Return the name of a run directory, of a checkpoint's run, or of another file."""
     return path.parent.parent.name if path.parent.name == "checkpoints" and path.parent.parent.name else path.name
 
 
@@ -58,7 +58,7 @@ def replace_atomically(path: Path) -> Iterator[IO[bytes]]:
 def write_atomically(path: Path, text: str) -> None:
     """Replace a text file so that a reader or a crash sees the old one or the new one, never a part."""
     with replace_atomically(path) as file:
-        file.write(text.encode("utf-8", errors="backslashreplace"))  # names of files need not be text
+        file.write(text.encode("utf-8", errors="backslashreplace"))  # file names may not be valid text
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
@@ -74,13 +74,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def remove_stale_tmp(folder: Path) -> None:
-    """Remove temporary files of writers that were killed. Only for the folder's one writer."""
+    """Remove temporary files that killed writers left. Only the folder's single writer may call this."""
     for leftover in folder.glob(".*.tmp"):
         leftover.unlink(missing_ok=True)
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append a line to a text file, also from several processes; a truncated last line is ended first."""
+    """Append a line to a text file, even from several processes; a truncated last line is ended first."""
     with open(path, "ab+") as file:
         if file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
             line = f"\n{line}"
@@ -88,7 +88,7 @@ def append_line(path: Path, line: str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames inside a folder survive a power cut."""
+    """Make renames inside a folder survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -103,12 +103,12 @@ def sha256(path: Path) -> str:
 
 
 class CorruptCheckpointError(UserError):
-    """A file of tensors that does not load, or differs from what was written; the message says how."""
+    """A file of tensors does not load, or differs from what was written; the message says how."""
 
 
 def is_dense_cpu(tensor: torch.Tensor) -> bool:
     """Return whether a tensor is dense, on the CPU, and has all its values: a small file may claim a huge one."""
-    import torch  # takes a second, and most of this module does not need it
+    import torch  # imported lazily: it takes a second, and most of this module does not need it
 
     dense = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
     return dense and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
@@ -123,7 +123,7 @@ def is_archive(path: Path) -> bool:
 
 
 def safe_load(source: Path | IO[bytes], map_location: str = "cpu") -> Any:
-    """Load a file of `torch.save` with weights only; a path is memory-mapped, unless it is older than torch 1.6.
+    """Load a file written by `torch.save`, weights only; a path is memory-mapped unless the file is older than torch 1.6.
 
     Raises CorruptCheckpointError for a file that does not load, whatever the reason.
     """
@@ -131,18 +131,18 @@ def safe_load(source: Path | IO[bytes], map_location: str = "cpu") -> Any:
 
     try:
         mapped = isinstance(source, Path) and is_archive(source)
-        with warnings.catch_warnings(action="ignore"):  # about the version of a file that is about to be rejected
+        with warnings.catch_warnings(action="ignore"):  # torch warns about the version of files that are then rejected
             return torch.load(source, map_location=map_location, weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises many kinds for a damaged or hostile file; all mean the same to the caller
         if is_out_of_memory(error):
             raise
         name, reason = source if isinstance(source, Path) else "the file", str(error)
-        if what := re.search(r"GLOBAL (\S+)|operand 149", reason):  # 149 frames a pickle that never was torch's
+        if what := re.search(r"GLOBAL (\S+)|operand 149", reason):  # opcode 149: a pickle that torch did not write
             raise CorruptCheckpointError(
                 f"{name} does not load: it holds a pickled object{f' ({what[1]})' if what[1] else ''}, and unpickling may run "
                 "any code. Where it was made, save only the state dict: torch.save({'model': model.state_dict()}, FILE)."
             ) from error
-        # Other messages are about torch, or advise to load the file anyway.
+        # Other messages are about torch, or advise loading the file anyway.
         informative = reason and isinstance(error, (RuntimeError, OSError))
-        cause = reason.splitlines()[0] if informative else "it is no file of weights"
+        cause = reason.splitlines()[0] if informative else "it is not a weights file"
         raise CorruptCheckpointError(f"{name} does not load: {cause}") from error

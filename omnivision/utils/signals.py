@@ -1,8 +1,8 @@
-"""Requests to stop: signals, and the end of a job's time.
+"""Stop requests: signals, and the end of a job's time.
 
-SIGTERM ends a run (a scheduler that cancels or preempts, `kill`), and so does SIGHUP (a terminal that is gone) unless nohup
-ignores it; SIGUSR2 announces an end (SLURM before the time limit). A run that trains finishes its step, saves and exits; at
-other times a signal ends it at once.
+SIGTERM ends a run (a scheduler cancels or preempts it, `kill`), and so does SIGHUP (its terminal closes) unless nohup ignores
+it; SIGUSR2 announces the end (SLURM sends it before the time limit). A run that trains finishes its step, saves and exits; at
+other times, a signal ends it at once.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
 TIME_LIMIT = "time limit"
 UNKNOWN_SAVE_SECONDS = 30.0
 EXIT_SECONDS = 10.0
-# SLURM and the launcher may both send it.
+# SLURM and the launcher may both send a signal.
 SIGNAL_DEBOUNCE_SECONDS = 1.0
 
 
 class StopSignal:
     """A stop request: signal or deadline.
 
-    A run notes how long its steps and saves take, and exits early enough before the deadline.
+    A run records how long its steps and saves take, and exits early enough before the deadline.
     """
 
     def __init__(self) -> None:
         self.signals: list[int] = []
         self.deadline: float | None = None  # seconds since the epoch
         self.step_seconds = 0.0
-        self.save_seconds: float | None = None  # until something was saved
-        self.saved_step: int | None = None  # of the newest checkpoint
-        self.phase = "starting"  # of the main thread, for the report of a hang
+        self.save_seconds: float | None = None  # None before the first save
+        self.saved_step: int | None = None  # the newest checkpoint's step
+        self.phase = "starting"  # what the main thread is doing, to report a hang
         self._max_reserved = 0.0
         self._past_deadline = False
         self._on_signal: Literal["startup", "raise", "record", "ignore"] = "startup"
@@ -49,9 +49,9 @@ class StopSignal:
 
     @property
     def cause(self) -> str | None:
-        """What requested the stop: "SIGTERM", "SIGUSR2" (also when SIGTERM followed), "time limit"; None without a request.
+        """What requested the stop: "SIGTERM", "SIGUSR2" (even if SIGTERM followed), "time limit"; None without a request.
 
-        Once reading it has returned "time limit" it stays so, even if `reserved_seconds` shrinks.
+        Once it has been "time limit", it stays so, even if `reserved_seconds` shrinks.
         """
         if self.signals:
             return signal.Signals(self.signals[0]).name
@@ -61,7 +61,7 @@ class StopSignal:
 
     @property
     def reserved_seconds(self) -> float:
-        """Seconds to keep for the exit: at most half of the time that the deadline left, so that a short job trains."""
+        """Seconds reserved for the exit: at most half of the time until the deadline, so that a short job trains, too."""
         return min(seconds_to_exit(self.step_seconds, self.save_seconds), self._max_reserved)
 
     def set_deadline(self, deadline: float | None) -> None:
@@ -70,18 +70,18 @@ class StopSignal:
         self._max_reserved = 0.0 if deadline is None else (deadline - time.time()) / 2
 
     def timings(self) -> dict[str, float]:
-        """Return how long the slowest recent step and the last saving took, as far as they are known."""
+        """Return how long the slowest recent step and the last save took, if known."""
         timings = {"step_seconds": self.step_seconds or None, "save_seconds": self.save_seconds}
         return {name: round(seconds, 3) for name, seconds in timings.items() if seconds is not None}
 
     def describe_saved(self) -> str:
         """Return which step is saved, and how to continue."""
         if self.saved_step is None:
-            return "nothing is saved yet, and the same command starts over"
-        return f"step {self.saved_step} is saved, and the same command continues from there"
+            return "nothing is saved yet; the same command starts over"
+        return f"step {self.saved_step} is saved; the same command resumes from there"
 
     def set_phase(self, doing: str, step: int) -> None:
-        """Note what the run does from here on, and how many steps are done."""
+        """Record what the run is doing now, and how many steps are done."""
         self.phase = f"{doing}, after step {step}"
 
     def update_step_time(self, seconds: float) -> None:
@@ -92,14 +92,14 @@ class StopSignal:
     def handle_signals(self, ignore_after: bool = False) -> Iterator[None]:
         """Record signals; raise only after `raise_on_signal`. Does nothing outside of the main thread.
 
-        Afterwards the earlier handlers are back, or with `ignore_after` signals are ignored, so that a process that is about to
-        exit keeps its exit code.
+        Afterwards the earlier handlers are restored or, with `ignore_after`, signals are ignored, so that a process that is
+        about to exit keeps its exit code.
         """
         with _handlers(self._receive, STOP_SIGNALS, signal.SIG_IGN if ignore_after else None):
             yield
 
     def raise_on_signal(self) -> None:
-        """From now on a signal raises StopRequested, once; a recorded one raises now."""
+        """Let the next signal raise StopRequested, once; one that was recorded raises now."""
         if self._on_signal == "startup":
             self._on_signal = "raise"
             if self.signals:
@@ -108,7 +108,7 @@ class StopSignal:
     def record_only(self) -> None:
         """Only record signals (the caller polls `cause`); a second SIGTERM still raises.
 
-        Raises StopRequested when a signal has come already.
+        Raises StopRequested if a signal has already arrived.
         """
         if self.cause is not None:
             raise StopRequested(self.cause)
@@ -124,7 +124,7 @@ class StopSignal:
             self._stop()
 
     def _stop(self) -> None:
-        self._on_signal = "ignore"  # another signal must not interrupt how the process ends
+        self._on_signal = "ignore"  # another signal must not interrupt the exit
         raise StopRequested(signal.Signals(self.signals[0]).name)
 
 
@@ -144,7 +144,7 @@ def signals_blocked() -> Iterator[None]:
 
 
 def kill_data_workers() -> None:
-    """Kill this process's data workers: they block stop signals, and Python would wait for a hung one forever."""
+    """Kill this process's data workers: they block stop signals, and Python would wait forever for one that hangs."""
     for worker in multiprocessing.active_children():
         worker.kill()
 
@@ -155,7 +155,7 @@ def exit_with_parent(pid: int) -> None:
         return
     try:
         other = os.pidfd_open(pid)  # readable once that process has ended
-    except ProcessLookupError:  # it ended while this one began
+    except ProcessLookupError:  # it ended while this one started
         os._exit(1)
 
     def watch() -> None:
@@ -167,9 +167,9 @@ def exit_with_parent(pid: int) -> None:
 
 @contextlib.contextmanager
 def signals_ignored() -> Iterator[None]:
-    """Ignore stop signals and Ctrl-C while writing the exit reason; processes started in this block inherit that.
+    """Ignore stop signals and Ctrl-C while writing the exit reason; processes started in this block inherit this.
 
-    Ctrl-C reaches all processes of a terminal, and SLURM's signals all of a job; the launcher then sends one more.
+    Ctrl-C reaches all processes of a terminal, and SLURM's signals all processes of a job; then the launcher forwards it again.
     """
     with _handlers(signal.SIG_IGN, (signal.SIGINT, *STOP_SIGNALS)):
         yield
@@ -177,9 +177,9 @@ def signals_ignored() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _handlers(handler: Any, numbers: Sequence[signal.Signals], after: Any = None) -> Iterator[None]:
-    """Handle signals inside this block by `handler`, and afterwards by `after` (None: as before).
+    """Set `handler` for signals inside this block, and `after` (None: the earlier handlers) afterwards.
 
-    Does nothing outside of the main thread, which alone may set handlers.
+    Does nothing outside of the main thread, the only one that may set handlers.
     """
     in_main_thread = threading.current_thread() is threading.main_thread()
     before = {number: signal.signal(number, handler) for number in numbers} if in_main_thread else {}

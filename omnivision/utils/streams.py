@@ -15,7 +15,7 @@ MAX_WIDTH = 10_000  # columns of a console that breaks no line
 
 
 class SafeStream:
-    """A text stream that never raises: text that cannot be written is lost, characters that cannot be encoded are escaped."""
+    """A text stream that never raises: it drops text that cannot be written, and escapes characters that cannot be encoded."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -25,7 +25,7 @@ class SafeStream:
         try:
             try:
                 return self._stream.write(text)
-            except UnicodeEncodeError:  # names of files need not be text
+            except UnicodeEncodeError:  # file names may not be valid text
                 return self._stream.write(
                     text.encode(self._stream.encoding, "backslashreplace").decode(self._stream.encoding)
                 )
@@ -40,7 +40,7 @@ class SafeStream:
             self._redirect(error)
 
     def _redirect(self, error: OSError) -> None:
-        """Redirect the stream to /dev/null; Python's last flush would otherwise change the exit code."""
+        """Redirect the stream to /dev/null: Python's last flush would otherwise change the exit code."""
         self.failed = error
         with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as devnull:
             os.dup2(devnull.fileno(), self._stream.fileno())
@@ -50,7 +50,7 @@ class SafeStream:
 
 
 def output_problem() -> str | None:
-    """Return why standard output could not be written; None if it was. A closed pipe is no problem."""
+    """Return why standard output could not be written; None if it could, or if a pipe was closed."""
     sys.stdout.flush()
     failed = getattr(sys.stdout, "failed", None)
     if failed is None or isinstance(failed, BrokenPipeError):
@@ -68,16 +68,16 @@ def warn(text: str) -> None:
 
 
 def announce(text: str) -> None:
-    """Print what a slow start is doing, on a terminal."""
+    """Print what a slow start is doing, if on a terminal."""
     if sys.stderr.isatty():
         print(f"{text} ...", file=sys.stderr, flush=True)
 
 
 def print_text(text: str, console: Any = None) -> None:
-    """Wrap on a terminal; keep lines whole elsewhere.
+    """Print text, wrapped on a terminal, with lines kept whole elsewhere.
 
     Args:
-        console: of rich; None: standard output.
+        console: rich's console; None: standard output.
     """
     from rich.console import Console
 

@@ -143,7 +143,7 @@ class StartAndEnd(Folder):
             "cpu, float32",
             "noise, train: 12 samples",
             "noise, train: 5 samples",
-            "4 clips a step, 2 steps an epoch, 2 epochs",
+            "4 clips per step, 2 steps per epoch, 2 epochs",
             r"peak lr +0\.0\d+",
             "seed +3",
             r"mae/checkpoints/best\.pt \(epoch 20, training loss 0\.43\)",
