@@ -28,12 +28,12 @@ from omnivision.tools.arguments import (
 from omnivision.tools.prepare import index as indexing
 from omnivision.tools.prepare import output
 from omnivision.tools.prepare.folders import read_class_folders
+from omnivision.tools.prepare.hold_out import group_videos, hold_out, pattern_grouping
 from omnivision.tools.prepare.index import SPLITS, DatasetIndex
 from omnivision.tools.prepare.lists import read_csv_lists
 from omnivision.tools.prepare.locate import find_frame_folders, locate_videos
 from omnivision.tools.prepare.published import READERS
 from omnivision.tools.prepare.transcode import TranscodeConfig, destinations, transcode_all
-from omnivision.tools.val_split import group_videos, hold_out, pattern_grouping
 from omnivision.utils.errors import UserError
 from omnivision.utils.io import write_atomically
 from omnivision.utils.streams import warn

@@ -1,0 +1,98 @@
+"""Which videos to hold out for validation: whole groups of one source, near a share, classes evenly."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from omnivision.data.sampling import keyed_rng
+from omnivision.tools.prepare.index import video_key
+from omnivision.utils.errors import UserError
+
+
+def group_videos(paths: Sequence[str], grouping: Callable[[str], str]) -> list[str]:
+    """Return the group of each path."""
+    return [grouping(os.path.basename(video_key(path))) for path in paths]
+
+
+def pattern_grouping(pattern: str) -> Callable[[str], str]:
+    """Return a grouping by what the first parentheses of a regular expression match, anywhere in the name.
+
+    Raises UserError for an invalid expression or one without parentheses; the grouping raises it for a name without a match.
+    """
+    try:
+        compiled = re.compile(pattern)
+        if compiled.groups < 1:
+            raise re.error(r"it needs parentheses around the part of a name that identifies the source, e.g. (.*)_c\d+")
+    except re.error as error:
+        raise UserError(f"--group-pattern {pattern!r} must be a regular expression: {error}.") from error
+
+    def grouping(name: str) -> str:
+        match = compiled.search(name)
+        if match is None or match[1] is None:
+            raise UserError(
+                f"--group-pattern {pattern!r} must match the name of each video (without folders and suffix), and does not "
+                f"match {name!r}."
+            )
+        return match[1]
+
+    return grouping
+
+
+def hold_out(groups: Sequence[str], labels: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """Return bool (N,): the held-out videos, as near to `share` as whole groups allow, the same for the same seed.
+
+    Within that, classes are represented evenly, and a class with a single group stays in training if it can.
+    Raises UserError when there is one group only.
+    """
+    names, group, sizes = np.unique(np.array(groups), return_inverse=True, return_counts=True)
+    if len(names) < 2:
+        raise UserError(
+            f"All {len(groups)} videos are of one group ({str(names[0])!r}), which stays on one side. Expected at least two; "
+            "set --group-pattern."
+        )
+    order = _order(group, labels, len(names), seed)
+    target = min(max(round(share * len(groups)), 1), len(groups) - 1)
+    return np.isin(group, order[_nearest_sum(sizes[order], target)])
+
+
+def _order(group: np.ndarray, labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Shuffle the groups so that each class is spread evenly over the order."""
+    random = keyed_rng(seed, 0)
+    votes: list[Counter[int]] = [Counter() for _ in range(count)]
+    for number, label in zip(group.tolist(), labels.tolist(), strict=True):
+        votes[number][label] += 1
+    main_class = np.array([vote.most_common(1)[0][0] for vote in votes])
+    place = np.empty(count)
+    for label in np.unique(main_class):
+        members = random.permutation(np.flatnonzero(main_class == label))
+        place[members] = (np.arange(len(members)) + random.random()) / len(members) if len(members) > 1 else 2
+    return np.lexsort((random.random(count), place))
+
+
+def _nearest_sum(sizes: np.ndarray, target: int) -> np.ndarray:
+    """Return indices of sizes whose sum is nearest to `target`, but neither 0 nor the sum of all.
+
+    Dynamic programming over sums: `first[s]` is the first item with which the sum s is reached. Early items are preferred,
+    because it stops as soon as the target itself is reached.
+    """
+    limit = int(min(2 * target + int(sizes.min()), sizes.sum()))  # sums beyond are farther than the smallest item alone
+    first = np.full(limit + 1, -1)
+    first[0] = 0
+    for item, size in enumerate(sizes.tolist()):
+        if first[target] >= 0:
+            break
+        if size <= limit:
+            fresh = np.flatnonzero((first[:-size] >= 0) & (first[size:] < 0)) + size
+            first[fresh] = item
+    reachable = np.flatnonzero(first[1 : min(limit, int(sizes.sum()) - 1) + 1] >= 0) + 1
+    total = int(reachable[np.argmin(np.abs(reachable - target))])
+    chosen = []
+    while total > 0:
+        chosen.append(int(first[total]))
+        total -= int(sizes[chosen[-1]])
+    return np.array(chosen)
