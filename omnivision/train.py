@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command and exit. Errors are printed, never raised."""
     ignore_broken_pipe()
-    # Compute threads that spin while they wait steal the time of data workers on the same cores: on two busy cores a step of a
+    # Compute threads that spin while they wait take time from data workers on the same cores: on two busy cores, a step of a
     # small model took ten times as long. OpenMP reads this when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     with exit_on_error():
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def make_job(config: DictConfig, command: CommandLine) -> Job:
-    """Validate a configuration: its settings and, unless it is for a dry run, its files. Raises UserError."""
+    """Validate a configuration: its settings and, except for a dry run, its files. Raises UserError."""
     from omnivision.config.cross_validate import override_warnings
     from omnivision.config.validate import validate_config
     from omnivision.launch.job import Job
@@ -83,7 +83,7 @@ def make_job(config: DictConfig, command: CommandLine) -> Job:
 
 
 def print_dry_run(job: Job) -> int:
-    """Print what a run would be, and its batch script; returns 1 if it could not start."""
+    """Print what a run would do, and its batch script; return 1 if it could not start."""
     from omnivision.launch import slurm
     from omnivision.launch.batch_script import batch_script
     from omnivision.launch.launcher import validate_launch_mode
@@ -104,7 +104,7 @@ def print_dry_run(job: Job) -> int:
 
 @contextlib.contextmanager
 def exit_on_error() -> Iterator[None]:
-    """Print an error of the block, and exit with its code."""
+    """Print an error raised in this block and exit with its code."""
     try:
         yield
     except KeyboardInterrupt:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter, Token
 from cyclopts.validators import Number
 
-DEFAULT_FPS = 25.0  # of frame folders
+DEFAULT_FPS = 25.0  # for frame folders
 
 
 def at_least(low: int, high: int | None = None) -> Parameter:
@@ -19,7 +19,7 @@ def at_least(low: int, high: int | None = None) -> Parameter:
 
 
 def _to_int(_: Any, tokens: Sequence[Token]) -> int:
-    """Refuse 2.5, which cyclopts truncates."""
+    """Reject 2.5, which cyclopts would truncate."""
     return int(tokens[0].value)
 
 
@@ -39,12 +39,12 @@ Segments = Annotated[
     str | None, Parameter(metavar="SEGMENTS.npy", help="(N, 2) start and end (s) of each sample in its video.")
 ]
 Workers = Annotated[
-    int | None, at_least(0), Parameter(help="Processes; 0: this one alone (default: one for each core, at most 16).")
+    int | None, at_least(0), Parameter(help="Worker processes; 0: none (default: one per core, at most 16).")
 ]
 
 
 def resolve_fps(fps: float | None, paths: Iterable[str]) -> float:
-    """Return --fps or 25, and print that it is assumed where one of the paths is a frame folder."""
+    """Return --fps or 25; if 25 is assumed for a frame folder among the paths, print that."""
     if fps is None and any(map(os.path.isdir, paths)):
         print("Frame folders are read at 25 frames per second; --fps X sets another rate.", file=sys.stderr)
     return DEFAULT_FPS if fps is None else fps

@@ -37,7 +37,7 @@ _QUANTILES = {"least": 0, "5%": 5, "median": 50, "95%": 95, "most": 100}
 
 @dataclass(frozen=True)
 class VideoCheck:
-    """A sample as read; all but `reason` are None for one that cannot be. Width and height are upright."""
+    """The result of reading a sample; all but `reason` are None if it is unreadable. Width and height are upright."""
 
     ok: bool
     reason: str | None = None
@@ -48,11 +48,11 @@ class VideoCheck:
     width: int | None = None
     height: int | None = None
     rotation: int | None = None  # degrees clockwise
-    mirrored: bool | None = None  # after turning
-    gop: int | None = None  # frames from one key frame to the next, the most there are
+    mirrored: bool | None = None  # after rotation
+    gop: int | None = None  # maximum number of frames from one key frame to the next
 
     def has_gaps(self) -> bool:
-        """Return whether the frames, at their usual rate, last for another time than the video does."""
+        """Return whether the frames, at their most common rate, do not add up to the video's duration."""
         if not self.rate or self.frames is None or self.duration is None:
             return False
         return abs(self.frames / self.rate - self.duration) > max(_GAP_SECONDS, _GAP_SHARE * self.duration)
@@ -65,9 +65,9 @@ class CheckSettings:
 
     Attributes:
         against: Another split, to find videos that are in both.
-        num_classes: Labels must be below it (-1: ignored).
-        prefix: Put before each path, as in the catalog.
-        quick: Read the first, middle and last clip only.
+        num_classes: Labels must be below this number (-1: ignored).
+        prefix: Text before each path, as in the catalog.
+        quick: Read only the first, middle and last clip.
         json: Write the results of every sample to this file.
     """
 
@@ -92,7 +92,7 @@ def check_data(
     *,
     settings: CheckSettings = _SETTINGS,
 ) -> int:
-    """Read every sample of a split, and report which are bad and what the videos are like.
+    """Read every sample of a split; report bad samples and statistics of the videos.
 
     Decode every sample from its first to its last frame. Report which cannot be read and why, how long and large the videos
     are, which labels are missing, and which videos occur twice. Exit code 0 if all samples are good, else 1.
@@ -125,7 +125,7 @@ def check_data(
     lines = _report(paths, checks, summary)
     if labels is not None and labels_start_at_one(labels, settings.num_classes):
         lines.append(
-            "class 0 has no sample, and labels must start at 0. If they start at 1, shift those of all splits: "
+            "class 0 has no sample, and labels must start at 0. If they start at 1, shift the labels of all splits: "
             f"{shift_command(str(labels_file))}"
         )
     for line in lines:
@@ -134,17 +134,17 @@ def check_data(
 
 
 def _check_json_file(file: Path | None, inputs: list[str]) -> None:
-    """Raise UserError for a file that cannot be written, before everything is read, and for an input."""
+    """Raise UserError for an output file that cannot be written, or is an input, before anything is read."""
     if file is None:
         return
     is_input = os.path.realpath(file) in map(os.path.realpath, inputs)
     if is_input or not file.absolute().parent.is_dir() or (file.exists() and not file.is_file()):
-        raise UserError(f"--json must be a file in an existing folder, and none that is read here; got {file}.")
+        raise UserError(f"--json must be a file in an existing folder, and not one of the inputs; got {file}.")
 
 
 def _check_all(full: list[str], segments: Sequence[Segment | None], settings: CheckSettings) -> list[VideoCheck]:
-    """Check each sample; a video is opened once for all its segments."""
-    samples: dict[str, list[int]] = defaultdict(list)  # of each video
+    """Check each sample, opening a video once for all its segments."""
+    samples: dict[str, list[int]] = defaultdict(list)  # sample positions by video
     for position, path in enumerate(full):
         samples[path].append(position)
     fps = resolve_fps(settings.fps, (path for path in samples if drop_suffix(path) == path))
@@ -162,11 +162,11 @@ def _check_all(full: list[str], segments: Sequence[Segment | None], settings: Ch
 def check_video(
     job: tuple[str, Sequence[Segment | None]], fps: float, frame_pattern: str | None, quick: bool
 ) -> list[VideoCheck]:
-    """Read a video as training reads it, and check its samples (None: the whole video); problems are returned, never raised.
+    """Read a video as training does, and check its samples (None: the whole video); return problems, never raise them.
 
     Args:
-        job: path, and segments.
-        quick: Read the first, middle and last clip instead of every frame.
+        job: a path, and segments.
+        quick: read the first, middle and last clip instead of every frame.
     """
     path, segments = job
     try:
@@ -188,9 +188,9 @@ def check_video(
 
 
 def _read_clips(video: VideoFile | FrameFolder, duration: float, segment: Segment | None) -> str | None:
-    """Read the first, middle and last clip of a sample. Returns why its segment is bad, None for a good one.
+    """Read the first, middle and last clip of a sample; return why its segment is bad, or None.
 
-    Raises VideoDecodeError for a video that cannot be read.
+    Raises VideoDecodeError for an unreadable video.
     """
     try:
         seconds = sample_duration(duration, segment)
@@ -204,10 +204,10 @@ def _read_clips(video: VideoFile | FrameFolder, duration: float, segment: Segmen
 def find_duplicates(
     paths: Sequence[str], others: Iterable[str] = (), segments: Sequence[object] | None = None
 ) -> list[list[str]]:
-    """Return groups of paths that are the same video: of two or more within `paths`, or, with `others`, across both.
+    """Return groups of paths that are the same video: two or more within `paths` or, with `others`, across both.
 
-    Files are compared by content, but only those of one size are read; folders by their real path. A path that cannot be
-    read is compared by its name. Within `paths`, other `segments` (one a path) of a video are other samples.
+    Files of the same size are compared by content, folders by their real path, unreadable paths by name. Within `paths`,
+    different `segments` (one per path) of a video are different samples.
     """
     kinds = {path: _size_or_place(path) for path in dict.fromkeys([*paths, *others])}
     sizes = Counter(kinds.values())
@@ -221,7 +221,7 @@ def find_duplicates(
 
 
 def _group(items: Iterable[tuple[str, object]]) -> dict[object, list[str]]:
-    """Return the paths of each key, from pairs of both."""
+    """Group (path, key) pairs: the paths of each key."""
     groups: dict[object, list[str]] = defaultdict(list)
     for path, key in items:
         groups[key].append(path)
@@ -229,7 +229,7 @@ def _group(items: Iterable[tuple[str, object]]) -> dict[object, list[str]]:
 
 
 def _size_or_place(path: str) -> int | str:
-    """Return the size of a regular file that is not empty, else the real path."""
+    """Return the size of a non-empty regular file, or the real path of anything else."""
     try:
         status = os.stat(path)
     except (OSError, ValueError):
@@ -270,7 +270,7 @@ def _summarize_labels(labels: np.ndarray, num_classes: int | None) -> dict[str, 
     return {
         "classes": classes,
         "histogram": dict(zip(map(str, used.tolist()), counts.tolist(), strict=True)),
-        # All of them would fill the memory if one label is wrong by a billion.
+        # Bounded, because a single label that is off by a billion would fill the memory.
         "absent": [label for label in range(min(classes, 10_000)) if label not in present],
         "ignored": int((labels == IGNORED_LABEL).sum()),
         "out_of_range": int((labels >= classes).sum()),
@@ -285,7 +285,7 @@ def _report(paths: list[str], checks: list[VideoCheck], summary: dict[str, Any])
     bad = [f"bad: {path}: {check.reason}" for path, check in zip(paths, checks, strict=True) if not check.ok]
     lines += bad[:_NUM_LISTED]
     if len(bad) > _NUM_LISTED:
-        lines.append(f"... and {len(bad) - _NUM_LISTED} more bad ones (--json FILE lists all)")
+        lines.append(f"... and {len(bad) - _NUM_LISTED} more bad samples (--json FILE lists all)")
     for name, values in (summary["distributions"] | {"sizes": summary["sizes"]}).items():
         lines.append(f"{name}: {shorten(f'{key} {value:g}' for key, value in values.items())}")
     for how in ("rotated", "mirrored"):
@@ -305,7 +305,7 @@ def _report(paths: list[str], checks: list[VideoCheck], summary: dict[str, Any])
             lines += [f"  {' = '.join(dict.fromkeys(group))}" for group in summary[key][:_NUM_LISTED]]
     if gaps := summary["differing_durations"]:
         lines.append(
-            f"frames / rate is not the duration (still images, or a variable rate): {plural(len(gaps), 'video')}"
+            f"frames / rate differs from the duration (still images, or a variable rate): {plural(len(gaps), 'video')}"
         )
         by_path = dict(zip(paths, checks, strict=True))
         for path, check in [(path, by_path[path]) for path in gaps[:_NUM_LISTED]]:

@@ -29,15 +29,15 @@ def demo_data(
 ) -> int:
     """Render small videos to try every stage on, without a download.
 
-    Short H.264 videos of a person doing one of 12 actions, in three domains (synthetic, nohuman, target), with the lists of
-    paths and labels that training reads. The same settings give the same bytes. About a minute on two cores.
+    Write short H.264 videos of a person doing one of 12 actions, in three domains (synthetic, nohuman, target), and the lists
+    of paths and labels that training reads. The same settings give the same bytes. Takes about a minute on two cores.
 
     Args:
         folder: A new or empty folder, or one with unfinished demo data.
-        train: Training videos of each action in each domain (default 40, with --quick 2).
-        val: Validation videos of each action in each domain (default 20, with --quick 1).
-        synthetic: Training videos of each action in the synthetic domain (default 160, with --train as many).
-        seed: Another seed, other videos.
+        train: Training videos per action and domain (default 40, with --quick 2).
+        val: Validation videos per action and domain (default 20, with --quick 1).
+        synthetic: Training videos per action in the synthetic domain (default 160; with --train, the same number).
+        seed: Seed of the videos.
         workers: Processes that render.
         quick: A tiny set, for tests.
     """

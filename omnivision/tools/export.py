@@ -1,4 +1,4 @@
-"""`omnivision export CHECKPOINT OUT --to ...`: one model out of a checkpoint, for this project or for others."""
+"""`omnivision export CHECKPOINT OUT --to ...`: export one model from a checkpoint, for this project or for others."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def run(checkpoint: str, out: Path, options: ExportOptions) -> int:
     export.check_target(out, source, options.force, card_file)
     model = _load(source, options)
     config = source.inference.numbered(model.architecture.get("classes", []))
-    is_validated = not source.ema or options.weights != "model"  # the metrics of the run are those of these weights
+    is_validated = not source.ema or options.weights != "model"  # the run's metrics belong to these weights
     if is_hf:
         _export_hf(out, options, source, model, config.names(options.head), is_validated)
         return 0
@@ -48,17 +48,17 @@ def _load(source: StateDictFile, options: ExportOptions) -> ConvertedCheckpoint:
     kind = source.architecture.get("kind", "none")
     if options.merge != (kind == "average"):
         raise UserError(
-            f"--merge is for a learned average of checkpoints, no model without them; {source.path} is of kind {kind}. "
+            f"--merge is only for a learned average of checkpoints; {source.path} is of kind {kind}. "
             f"{'Leave --merge out' if options.merge else 'Add --merge'}."
         )
     model, lines = complete_model(source, options.weights, options.sources)
     if model.assumed:
         raise UserError(
-            f"{source.path} lacks a part of its architecture ({', '.join(model.assumed)} would be usual). Convert it first: "
+            f"{source.path} lacks a part of its architecture (usual: {', '.join(model.assumed)}). Convert it first: "
             f"omnivision import {source.path} OUT.pt"
         )
     if source.ema and options.weights != "model":
-        lines.append(f"Taking the moving average (--weights ema) of {len(source.ema)} tensors")
+        lines.append(f"Using the EMA (--weights ema) of {len(source.ema)} tensors")
     print(*lines, f"{source}: {model.summary()}", sep="\n")
     return model
 

@@ -17,7 +17,7 @@ from omnivision.utils.errors import (
 )
 from omnivision.utils.streams import announce, ignore_broken_pipe, output_problem
 
-# The function of each subcommand. Its module is imported when the command is used or explained, and imports no torch.
+# The function of each subcommand. Its module is imported only for the command or its help, and does not import torch.
 COMMANDS = {
     "demo-data": "demo_data:demo_data",
     "prepare": "prepare.command:prepare",
@@ -32,8 +32,8 @@ COMMANDS = {
 }
 SLOW_START = ("report", "predict", "reconstruct", "import", "export")  # they import torch
 OOM_ADVICE = (
-    "Free memory, use a machine or --device that has more, or lower what the command takes at once, where it has such an "
-    "option (--clips, --workers)."
+    "Free memory, use a machine or --device that has more, or reduce what the command does at once, if it has such an option "
+    "(--clips, --workers)."
 )
 
 app = App(
@@ -52,7 +52,7 @@ for _name, _target in COMMANDS.items():
 
 
 def call(words: list[str]) -> int:
-    """Run the command that `words` spell and return its exit code. Raises UserError, also for wrong arguments."""
+    """Run the command line `words` and return its exit code. Raises UserError, including for wrong arguments."""
     if words[:1] in ([], ["--help"], ["-h"]):
         for name in COMMANDS:
             app[name]  # imported, for its line in the help
@@ -65,7 +65,7 @@ def call(words: list[str]) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command, print its error in a paragraph, and return its exit code."""
+    """Run the command, print an error as one paragraph, and return the exit code."""
     words = sys.argv[1:] if arguments is None else arguments
     name = words[0] if words and words[0] in COMMANDS else "omnivision"
     if name in SLOW_START and not {"--help", "-h"} & set(words):

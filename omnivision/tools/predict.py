@@ -45,17 +45,17 @@ def predict(
 ) -> int:
     """Predict which actions videos show.
 
-    The likeliest classes of each video by a model of a later stage. Its scores are averaged over views: clips spread over
-    the video, and crops of each. Exit code 1 if a video could not be read; the others are printed all the same.
+    Print the likeliest classes of each video, by a model of a later stage. Scores are averaged over views: clips spread over
+    the video, and crops of each. Exit code 1 if a video could not be read; the others are printed anyway.
 
     Args:
         checkpoint: A run directory (its best checkpoint) or a file.
         videos: A video, or a folder of its frames.
         top: Number of classes to print.
-        clips: Clips of each video.
-        crops: Crops of each clip.
-        head: Which of several heads.
-        as_json: A JSON object with a list of predictions for each video.
+        clips: Clips per video.
+        crops: Crops per clip.
+        head: Number of the head to use, if there are several.
+        as_json: Print a JSON object with a list of predictions for each video.
     """
     from omnivision.tools.video_model import load
 
@@ -78,7 +78,7 @@ def predict(
 
 
 def make_table(predictions: list[Prediction], width: int) -> Table:
-    """Return a row per class: its name, a bar as long as there is room for, its probability in percent."""
+    """Return one row per class: its name, a bar (if there is room), and its probability in percent."""
     table = Table(box=None, show_header=False, pad_edge=False)
     room = min(BAR_WIDTH, width - max(Text(prediction.name).cell_len for prediction in predictions) - 12)
     for prediction in predictions:
@@ -104,23 +104,23 @@ def reconstruct(
 ) -> int:
     """Show how a masked autoencoder reconstructs a video.
 
-    A clip of a video beside its visible patches and the reconstruction: once with the true statistics of each hidden patch,
-    as papers show it, and once without.
+    Show a clip of a video beside its visible patches and the reconstruction: once with the true statistics of each hidden
+    patch, as papers show it, and once without.
 
     Args:
         checkpoint: A run directory of stage 1, or a file.
         video: A video, or a folder of its frames.
-        out: A .gif, which moves, or a .png of some frames.
+        out: A .gif (animated), or a .png with some frames.
         start: Where the clip begins (default: in the middle).
-        mask_ratio: Share of hidden patches (default: that of the run, which also gives the kind of mask,
-            RandomMask for a class of your own).
+        mask_ratio: Share of hidden patches (default: the run's). The run also gives the kind of mask; for a class of your own,
+            RandomMask is used.
         seed: Seed of the mask.
         force: Replace OUT if it exists.
     """
     is_video = out.resolve() == Path(video).resolve()
     if out.suffix not in (".gif", ".png") or is_video or (out.exists() and not force):
         raise UserError(
-            f"OUT must end in .gif or .png, and be neither the video nor there (--force replaces it); got {out}. Change OUT."
+            f"OUT must end in .gif or .png, and must not be the video or exist (--force replaces it); got {out}. Change OUT."
         )
     from omnivision.reporting.images import gif_bytes, moving, still
     from omnivision.tools.video_model import load

@@ -20,19 +20,19 @@ from omnivision.utils.streams import print_text, warn, wide_console
 TOP1_COLUMNS = ("run", "trunk", "starts from", "data", "epochs", "minutes", "top-1 %", "chance %")
 COLUMNS = (*TOP1_COLUMNS, "best %", "loss", "model", "status", "age")
 TEXTS = ("run", "trunk", "starts from", "data", "model", "status", "age")
-# Columns that a narrow window goes without, the first ones first.
+# Columns that are dropped if the window is narrow, in this order.
 SPARE = ("age", "model", "chance %", "trunk", "minutes", "loss", "data", "starts from", "best %")
 
 
 def runs(folder: Annotated[Path, Parameter(name="DIR")], /, *, top1: Flag = False) -> int:
     """List runs with their status, accuracy and age.
 
-    List the run directories below DIR (those with a summary.json), oldest first. The loss is that of validation, or of
-    training where nothing is validated.
+    List the run directories below DIR (folders with a summary.json), oldest first. The loss is the validation loss, or the
+    training loss if the run does not validate.
 
     Args:
         folder: A run directory, or a folder of them.
-        top1: Only accuracies, by data, best last.
+        top1: List only runs with an accuracy, sorted by data, best last.
     """
     summaries = read_summaries(folder)
     if top1:
@@ -57,17 +57,17 @@ def runs(folder: Annotated[Path, Parameter(name="DIR")], /, *, top1: Flag = Fals
 def read_summaries(folder: Path) -> list[dict[str, Any]]:
     """Return the summary of each run below a folder, oldest first, with its `name`, `path` and current `status`.
 
-    Warns of damaged summaries. Raises UserError when there is no run.
+    Warns about damaged summaries. Raises UserError if there is no run.
     """
     files = sorted(file for file in folder.rglob("summary.json") if file.is_file())
     if not files:
-        raise UserError(f"{folder} must be a run directory, or a folder of them; there is no summary.json below it.")
+        raise UserError(f"{folder} must be a run directory, or a folder of them; it contains no summary.json.")
     queue, found = squeue_or_none(), []
     for file in files:
         run = RunDir(file.parent)
         status, reason = run_status(run, queue)
         if not (summary := run.read_summary()):
-            warn(f"{file} is no summary of a run. It is left out.")
+            warn(f"{file} is not the summary of a run. It is left out.")
             continue
         name = file.parent.relative_to(folder).as_posix() if file.parent != folder else folder.resolve().name
         of_file = {"name": name, "path": file.parent, "changed": file.stat().st_mtime}
@@ -77,7 +77,7 @@ def read_summaries(folder: Path) -> list[dict[str, Any]]:
 
 
 def end_reason(summary: dict[str, Any]) -> str:
-    """Return why a run ended, on one line; "" if it finished or is running."""
+    """Return why a run ended, as one line; "" if it finished or is running."""
     ended = summary["status"] not in ("finished", "running")
     return " ".join((summary["exit_reason"] or "").split())[:2000] if ended else ""
 
@@ -91,12 +91,12 @@ def make_table(summaries: list[dict[str, Any]], columns: list[str]) -> Table:
         cells = describe_run(summary)
         if "status" not in columns and summary["status"] != "finished":
             cells["run"] += f" ({summary['status']})"
-        table.add_row(*(Text(cells[column]) for column in columns))  # Text: names are no markup
+        table.add_row(*(Text(cells[column]) for column in columns))  # Text: names are not markup
     return table
 
 
 def describe_run(summary: dict[str, Any]) -> dict[str, str]:
-    """Return a cell for each of COLUMNS. Chance is the accuracy of one guess for all videos, on classes of equal size."""
+    """Return a cell for each of COLUMNS. Chance is the accuracy of a constant guess if all classes have the same size."""
     metadata, last = summary["run"], summary["last"]
     classes = max(metadata.get("classes") or [0])
     return {

@@ -1,4 +1,4 @@
-"""`omnivision val-split PATHS.npy LABELS.npy OUT`: a held-out part of a training split, by whole groups of videos."""
+"""`omnivision val-split PATHS.npy LABELS.npy OUT`: hold out a part of a training split, by whole groups of videos."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from omnivision.utils.streams import warn
 
 
 def _before_one_letter_part(name: str) -> str:
-    """Match HMDB51: <film>_<action>_<visible body parts, a letter>_... A title may begin with a letter ("A_...")."""
+    """Match HMDB51: <film>_<action>_<visible body parts, one letter>_... A title may begin with a single letter ("A_...")."""
     parts = name.split("_")
     end = next((k for k, part in enumerate(parts) if k > 0 and len(part) == 1 and part.isalpha()), len(parts))
     return "_".join(parts[:end])
 
 
-# From the name of a video, without folders and suffix, to the name of its source.
+# Functions from the name of a video, without folders and suffix, to the name of its source.
 GROUPINGS: dict[str, Callable[[str], str]] = {
     "ucf101": lambda name: name.rpartition("_")[0] or name,
     "hmdb51": _before_one_letter_part,
@@ -49,21 +49,21 @@ def val_split(
     share: Share = 0.2,
     seed: Annotated[int, at_least(0)] = 42,
 ) -> int:
-    r"""Hold out a part of a training split, all videos of one source (subject, upload) on the same side.
+    r"""Hold out a part of a training split; videos of one source (subject, upload) stay on the same side.
 
-    To choose settings without looking at the validation split. Write train_paths.npy, train_labels.npy, val_paths.npy and
-    val_labels.npy (with --segments, also train_segments.npy and val_segments.npy). The same seed gives the same split. One of
-    --dataset and --group-pattern is required.
+    Use it to choose settings without looking at the validation split. Write train_paths.npy, train_labels.npy, val_paths.npy
+    and val_labels.npy (with --segments, also train_segments.npy and val_segments.npy). The same seed gives the same split. One
+    of --dataset and --group-pattern is required.
 
     Args:
         paths_file: The paths of the training split.
         labels_file: Its labels.
         out: The folder to write to.
-        dataset: How names of videos identify their source.
-        group_pattern: The same for other data: a regular expression; its first parentheses match what names of one source
-            share, e.g. '(.*)_c\d+'.
+        dataset: The dataset whose naming scheme identifies a video's source.
+        group_pattern: The same for other data: a regular expression whose first parentheses match the part that names of one
+            source share, e.g. '(.*)_c\d+'.
         share: Share of the videos to hold out.
-        seed: Another seed, another split.
+        seed: Seed of the split.
     """
     if (dataset is None) == (group_pattern is None):
         raise UserError("Set one of --dataset NAME and --group-pattern REGEX.")
@@ -71,7 +71,7 @@ def val_split(
     assert labels is not None
     beside = Path(labels_file).with_name(Path(labels_file).name.replace("labels", "segments"))
     if segments is None and beside != Path(labels_file) and beside.exists():
-        raise UserError(f"{beside} lies beside the labels. Pass --segments {beside}, or move it away for whole videos.")
+        raise UserError(f"{beside} is beside the labels. Pass --segments {beside}, or move it away for whole videos.")
     groups = group_videos(paths, GROUPINGS[dataset] if dataset else pattern_grouping(str(group_pattern)))
     held = hold_out(groups, labels, share, seed)
     sides = {"train": np.flatnonzero(~held), "val": np.flatnonzero(held)}
@@ -83,7 +83,7 @@ def val_split(
         for what, array in zip(("paths", "labels", "segments"), arrays, strict=True):
             file = out / f"{side}_{what}.npy"
             if file.exists() and not np.array_equal(load_array(str(file), "OUT"), np.array(array)):
-                raise UserError(f"{file} exists, and is another split. Nothing was changed. Give another OUT.")
+                raise UserError(f"{file} exists and holds another split. Nothing was changed. Give another OUT.")
     out.mkdir(parents=True, exist_ok=True)
     for side, indices in sides.items():
         write_split(out, side, *splits[side])
@@ -92,7 +92,7 @@ def val_split(
 
 
 def _print_side(side: str, labels: np.ndarray, indices: np.ndarray, num_groups: int) -> None:
-    """Print what a side has, and warn of classes that it lacks. `side`: OUT/train or OUT/val."""
+    """Print what a side has, and warn about classes that it lacks. `side`: OUT/train or OUT/val."""
     classes, name = set(labels[indices].tolist()), os.path.basename(side)
     print(
         f"{name}: {len(indices)} videos ({len(indices) / len(labels):.1%}) in {num_groups} groups, {len(classes)} classes "

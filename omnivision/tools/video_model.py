@@ -1,4 +1,4 @@
-"""A trained model with its preprocessing, for videos outside any dataset: `omnivision.load` returns one.
+"""A trained model with its preprocessing, for any video; `omnivision.load` returns one.
 
 model = omnivision.load("runs/ft_ucf101")
 model.predict("video.mp4")               # [Prediction(name="archery", label=2, probability=0.93), ...]
@@ -48,7 +48,7 @@ class Prediction:
 
 
 class Geometry(NamedTuple):
-    """Shape of a clip, and of its tokens."""
+    """Shape of a clip and of its tokens."""
 
     num_frames: int
     image_size: int
@@ -58,7 +58,7 @@ class Geometry(NamedTuple):
 class VideoModel:
     """A model on a device, in evaluation mode, with the preprocessing of its videos.
 
-    `frames` of its methods are for folders of frames: `fps` (default 25) and `frame_pattern`.
+    The methods' `frames` are arguments for frame folders: `fps` (default 25) and `frame_pattern`.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class VideoModel:
             if is_out_of_memory(error):
                 raise
             reason = str(error).splitlines()[0]
-            raise UserError(f"device must be one that torch has here, got {device!r}: {reason}") from None
+            raise UserError(f"device must be available to torch, got {device!r}: {reason}") from None
         self.path, self.config, self.device = path, config, torch.device(device)
         trunk: Any = geometry or model.trunk
         self.num_frames, self.image_size, self.tubelet = trunk.num_frames, trunk.image_size, trunk.tubelet
@@ -79,9 +79,9 @@ class VideoModel:
     def scores(
         self, video: str | Path, clips: int = 2, crops: Literal[1, 3] = 3, head: int = 0, **frames: Any
     ) -> np.ndarray:
-        """Return the logits of a video, float32 (classes,), averaged over `clips` x `crops` views as in evaluations of its run.
+        """Return a video's logits, float32 (classes,), averaged over `clips` x `crops` views as in the run's evaluations.
 
-        Raises UserError for a video that cannot be read, and for a model without classes.
+        Raises UserError for an unreadable video, and for a model without classes.
         """
         heads = len(self.config.class_names)
         if not heads:
@@ -95,13 +95,13 @@ class VideoModel:
             )
         logits = self.model(self.views(video, clips, crops, **frames), head).float()
         if not logits.isfinite().all():
-            raise UserError(f"{self.path} gives scores that are not finite: its training diverged. Use another.")
+            raise UserError(f"{self.path} gives scores that are not finite: its training diverged. Use another model.")
         return average_views(logits, len(logits), self.config.average)[0].cpu().numpy()
 
     def predict(
         self, video: str | Path, top: int = 5, clips: int = 2, crops: Literal[1, 3] = 3, head: int = 0, **frames: Any
     ) -> list[Prediction]:
-        """Return the `top` likeliest classes of a video, best first. Raises UserError, as `scores`."""
+        """Return the `top` likeliest classes of a video, best first. Raises UserError as `scores` does."""
         probs = torch.from_numpy(self.scores(video, clips, crops, head, **frames)).softmax(0).numpy()
         names = self.config.class_names[head]
         best = np.argsort(-probs, kind="stable")[:top]
@@ -116,9 +116,9 @@ class VideoModel:
         seed: int = 0,
         **frames: Any,
     ) -> Visualization:
-        """Reconstruct a clip that begins at `start` (s; None: in the middle of the video), with the mask of the run.
+        """Reconstruct a clip that begins at `start` (s; None: in the middle of the video), with the run's mask.
 
-        mask_ratio: share of hidden tokens (None: that of the run). Returns columns of frames, see `tasks.reconstruct`. Raises
+        mask_ratio: share of hidden tokens (None: the run's). Returns columns of frames (see `tasks.reconstruct`). Raises
         UserError.
         """
         if not isinstance(self.model, MaskedAutoencoder):
@@ -139,9 +139,9 @@ class VideoModel:
     def views(
         self, video: str | Path, clips: int, crops: Literal[1, 3], start: float | None = None, **frames: Any
     ) -> Tensor:
-        """Return views of a video as the model takes them: uint8 (clips x crops, 3, T, H, W). Raises UserError."""
+        """Return views of a video in the model's input format: uint8 (clips x crops, 3, T, H, W). Raises UserError."""
         view, seconds = EvalView(self.image_size, crops), self.config.clip_duration
-        rng = np.random.default_rng(0)  # no view of an evaluation is random
+        rng = np.random.default_rng(0)  # unused: evaluation views are not random
         views = []
         try:
             with open_video(str(video), max_pixels=MAX_TOOL_PIXELS, **frames) as opened:
@@ -160,16 +160,16 @@ class VideoModel:
 
 
 def load(source: str | Path, device: str = "cpu", trust_targets: Sequence[str] = ()) -> VideoModel:
-    """Load the model of a run directory (its best checkpoint, else its newest) or of a file, with its preprocessing.
+    """Load a model with its preprocessing from a run directory (its best checkpoint, else its newest) or from a file.
 
-    Nothing in the file is executed; its architecture is read as numbers. The EMA is loaded if the run kept one, as in its
+    Nothing in the file is executed; its architecture is read as numbers. If the run kept an EMA, the EMA is loaded, as in its
     evaluations. A learned average is merged into a single model, if its source checkpoints still exist. Raises UserError for
     other files, and for weights without an architecture (`omnivision import` adds one).
 
-    A model class outside this project is built from the run's settings, which runs code of the packages in `trust_targets`.
+    A class outside this project is built from the run's settings, which runs code of the packages in `trust_targets`.
     """
     file = read_weights(source)
-    print(f"Model from {file}", file=sys.stderr)  # which checkpoint of the run it is
+    print(f"Model from {file}", file=sys.stderr)  # tells which checkpoint of the run it is
     if file.own_class is not None:
         return _load_own_class(file, file.own_class, trust_targets, device)
     converted, _ = complete_model(file)
@@ -182,11 +182,11 @@ def load(source: str | Path, device: str = "cpu", trust_targets: Sequence[str] =
 def complete_model(
     file: StateDictFile, weights: Literal["model", "ema"] | None = None, sources: Sequence[str] | None = None
 ) -> tuple[ConvertedCheckpoint, list[str]]:
-    """Return the whole model of a file of ours, and lines about the sources if it is a learned average, which is merged.
+    """Return the complete model of a file of ours; a learned average is merged. Also return lines about its sources.
 
     Args:
         weights: "model" or "ema", see `StateDictFile.with_weights`.
-        sources: of an average, if they are no longer where its checkpoint says.
+        sources: an average's sources, if they are no longer where its checkpoint says.
     """
     if not file.architecture:
         raise UserError(

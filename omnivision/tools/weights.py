@@ -1,4 +1,4 @@
-"""`omnivision import` and `omnivision export`: weights in and out. What `export` does is in `tools.export`."""
+"""`omnivision import` and `omnivision export`: convert weights. `tools.export` does the export."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cyclopts import Parameter
 
 from omnivision.tools.arguments import Flag, at_least
 
-Count = Annotated[int | None, Parameter(metavar="N", group="What a file may not tell (used only where it does not)")]
+Count = Annotated[int | None, Parameter(metavar="N", group="Values that a file may lack (used only if it does)")]
 
 
 def import_weights(
@@ -27,17 +27,17 @@ def import_weights(
 ) -> int:
     """Convert weights of PPMA, OmniMAE, VideoMAE or Hugging Face to our names.
 
-    Read weights (a file, a run directory, or a folder of Hugging Face's save_pretrained), recognize their format by their
-    names, and write one file that every stage takes as pretrained_checkpoint_path. Print what became of each entry. Weights
-    only: pickled objects are refused.
+    Read weights (a file, a run directory, or a folder written by Hugging Face's save_pretrained), recognize their format by
+    their names, and write one file that every stage accepts as pretrained_checkpoint_path. Print what happened to each entry.
+    Only weights are read; pickled objects are rejected.
 
     Args:
         source: .pt, .pth, .bin, .torch, .safetensors, or a folder.
         out: The file to write.
         format: Format of the weights (default: by their names).
         num_heads: Attention heads of the trunk (usual: width 192: 3, 384: 6, 768: 12, 1024 and 1280: 16).
-        num_frames: Frames of a clip (usual: 16).
-        image_size: Pixels of a clip's side (usual: 224, or what the positional embedding in the file tells).
+        num_frames: Frames per clip (usual: 16).
+        image_size: Height and width of a clip in pixels (usual: 224, or by the positional embedding in the file).
         decoder_heads: Attention heads of the decoder (usual: 16).
         force: Replace OUT if it exists.
     """
@@ -70,11 +70,11 @@ class ExportOptions:
 
     Attributes:
         to: What to write.
-        weights: Weights as trained, or their EMA (default: the EMA if the run kept one, as validation did).
-        merge: Make a learned average of checkpoints one ordinary classifier.
-        sources: With --merge: the averaged checkpoints, in order (default: where they were).
-        head: With --to hf: which of several heads.
-        class_names: With --to hf: one name per line, in the order of the labels (default: those of the run).
+        weights: Weights as trained, or their EMA (default: the EMA if the run kept one, as in validation).
+        merge: Merge a learned average of checkpoints into an ordinary classifier.
+        sources: With --merge: the averaged checkpoints, in order (default: at their original paths).
+        head: With --to hf: the number of the head, if there are several.
+        class_names: With --to hf: a file with one name per line, in the order of the labels (default: the run's names).
         force: Replace OUT if it exists.
     """
 
@@ -88,10 +88,10 @@ class ExportOptions:
 
 
 def export(checkpoint: str, out: Path, /, *, options: ExportOptions) -> int:
-    """Write a model as one file of weights, or as a folder for Hugging Face's transformers.
+    """Write a model as one weights file, or as a folder for Hugging Face's transformers.
 
-    Write the model of a run directory, a checkpoint, or a file that `omnivision import` wrote. pt and safetensors keep our
-    names and hold their architecture; hf is a save_pretrained folder of VideoMAE.
+    Write the model of a run directory, a checkpoint, or a file written by `omnivision import`. pt and safetensors keep our
+    names and include the architecture; hf is a VideoMAE folder as save_pretrained writes it.
 
     Args:
         checkpoint: A run directory (its best checkpoint) or a file.

@@ -1,4 +1,4 @@
-"""A function over many items in worker processes, where a crash costs one item and not the command, and its progress."""
+"""Map a function over items in worker processes, where a crash costs only one item, and show progress."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from rich.console import Console
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-MAX_PENDING = 1000  # items that are handed to the processes at a time; there may be millions
+MAX_PENDING = 1000  # items scheduled at a time; there may be millions
 
 
 class WorkerCrashedError(RuntimeError):
-    """The process that worked on an item ended before it had a result."""
+    """The process that worked on an item died before it returned a result."""
 
 
 def run_in_processes(
     function: Callable[[Item], Result], items: Sequence[Item], workers: int | None
 ) -> Generator[Result | WorkerCrashedError, None, None]:
-    """Yield function(item) of each item, in their order.
+    """Yield function(item) for each item, in order.
 
-    workers: number of processes; 0: this one; None: one for each core, at most 16.
-    The result of an item whose process crashed is a WorkerCrashedError. An exception of `function`, which must be importable
+    workers: number of processes; 0: run in this one; None: one per core, at most 16.
+    If a process crashes, its item's result is a WorkerCrashedError. An exception raised by `function`, which must be importable
     by name, ends the iteration. The processes end with the iteration.
     """
     if workers == 0:
@@ -67,7 +67,7 @@ def _result(future: Future[Any]) -> Any:
 
 
 def track(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
-    """Yield the items, and show on standard error how many of `total` are done: a bar on a terminal, else a line a tenth."""
+    """Yield the items, and show progress on standard error: a bar on a terminal, else a line every 10 %."""
     console = Console(stderr=True)
     if console.is_terminal:
         yield from progress.track(items, what, total, console=console)

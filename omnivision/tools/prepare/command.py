@@ -39,7 +39,7 @@ from omnivision.utils.io import write_atomically
 from omnivision.utils.streams import warn
 
 List = Annotated[str | None, Parameter(metavar="LIST.csv")]
-SEED = 42  # of what is held out; `omnivision val-split` takes another
+SEED = 42  # for --hold-out; `omnivision val-split` has its own option
 
 
 @Parameter(name="*", group="Reading")
@@ -48,20 +48,20 @@ class SourceSettings:
     """How `prepare` reads its source.
 
     Attributes:
-        format: What SOURCE is (default: recognized by its files).
-        train: A list of the training split; SOURCE is the folder of its paths.
+        format: Format of SOURCE (default: recognized by its files).
+        train: A list of the training split; its paths are relative to SOURCE.
         val: The same for the validation split.
         test: The same for a test split, which gets its own arrays.
-        splits: SPLIT=NAME,...: the folders (or values in the column of a list) that are the train, val and test split, such
-            as train=a,train=b,val=c; none: none of them is (default: by their names).
-        columns: path=NAME,label=NAME[,split=NAME][,start=NAME,end=NAME]: the columns of lists to use, by name or number,
-            and no others (default: by their names); start and end are seconds.
-        fold: Which split of UCF101 or HMDB51.
-        class_names: Names of the classes in the order of labels, one per line.
+        splits: SPLIT=NAME,...: the folders (or values in a list's split column) that form the train, val and test splits, such
+            as train=a,train=b,val=c; none: no folder or value is a split (default: by their names).
+        columns: path=NAME,label=NAME[,split=NAME][,start=NAME,end=NAME]: which columns of lists to use, by name or number;
+            others are ignored (default: by their names). start and end are seconds.
+        fold: Which of the splits of UCF101 or HMDB51.
+        class_names: Class names in the order of labels, one per line.
         prefix: The folder of the videos; paths in the arrays are relative to it (default: SOURCE, or the folder of the list).
-        hold_out: Hold this share of the videos out as the validation split, where the source has none, e.g. 0.2.
-        group_pattern: With --hold-out: its first parentheses match the part of a name that videos of one source share, which
-            stay on one side (default: each video is its own).
+        hold_out: Hold out this share of the videos as the validation split, e.g. 0.2, if the source has none.
+        group_pattern: With --hold-out: its first parentheses match the part of a name that videos of one source share; these
+            stay on one side (default: each video is its own group).
         skip_missing: Leave out rows of lists whose video does not exist.
         no_check_files: Do not check whether the videos exist.
     """
@@ -86,13 +86,13 @@ class SourceSettings:
 @Parameter(name="*", group="Faster videos")
 @dataclass(frozen=True, kw_only=True)
 class TranscodeSettings:
-    """How `prepare` transcodes videos; not at all unless one of the first four is given.
+    """How `prepare` transcodes videos, if one of the first four is given.
 
     Attributes:
         short_side: Scale videos down to a short side of N pixels.
         gop: At most N frames from one key frame to the next (default 12).
         crf: Quality of x264, 0 (lossless) to 51 (default 20).
-        frames: Write folders of JPEGs instead, FPS frames per second.
+        frames: Write folders of JPEGs instead, with FPS frames per second.
     """
 
     short_side: Annotated[int | None, at_least(16)] = None
@@ -115,14 +115,14 @@ def prepare(
     source_settings: SourceSettings = _SOURCE,
     transcode_settings: TranscodeSettings = _TRANSCODE,
 ) -> int:
-    """Make a dataset ready for training: arrays of paths and labels, and faster videos.
+    """Prepare a dataset for training: arrays of paths and labels, and faster videos.
 
-    Write the arrays that training reads, and print the dataset's entry for the catalog. With --short-side, --gop or
-    --frames, also make videos smaller and faster to read. The same command completes an interrupted one.
+    Write the arrays that training reads, and print the dataset's catalog entry. With --short-side, --gop or --frames, also make
+    videos smaller and faster to read. The same command completes an interrupted one.
 
     Args:
-        source: A CSV file, folders of classes, or the split files of a dataset.
-        out_folder: A new or empty folder, or one that this command has made.
+        source: A CSV file, a folder with a folder for each class, or the split files of a published dataset.
+        out_folder: A new or empty folder, or one made by this command.
         name: Name of the dataset in the catalog.
         catalog: A YAML file to write the entry to; its other entries and comments stay.
     """
@@ -131,7 +131,7 @@ def prepare(
     index = _read(source, source_settings)
     frame_folders = find_frame_folders(index, check, source_settings.frame_pattern)
     if os.path.isdir(source) and f"{os.path.realpath(out)}/".startswith(f"{os.path.realpath(source)}/"):
-        raise UserError(f"OUT ({out}) must not be in SOURCE, whose videos results would join. Change OUT.")
+        raise UserError(f"OUT ({out}) must not be in SOURCE: results would mix with its videos. Change OUT.")
     stamp = _stamp(source, index, config, source_settings)
     output.check_out_folder(out, stamp)
     entry = _entry(out, index, config, source_settings, bool(frame_folders))
@@ -148,7 +148,7 @@ def prepare(
     num_moved = output.write_splits(out, made)
     if num_moved and source_settings.hold_out is not None:
         warn(
-            f"{num_moved} videos changed sides between train and val. A run on the old arrays trained on videos that would "
+            f"{num_moved} videos changed sides between train and val. A run on the old arrays has trained on videos that would "
             "now validate it; train again, or fix the splits with lists (--train, --val)."
         )
     _print_hints(out, name, index)
@@ -161,19 +161,19 @@ def prepare(
 
 
 def _print_hints(out: Path, name: str, index: DatasetIndex) -> None:
-    """Print what to do with a test split, and without a validation split."""
+    """Print what to do with a test split, or without a validation split."""
     if "test" in index.splits:
         settings = (f"++datasets.{name}.val.{what}={file}" for what, file in output.files(out, index, "test").items())
         print(
-            "The test split is in no run. To evaluate RUN on it: pretrained_checkpoint_path=RUN trainer/checkpoint=load_all "
+            "No run uses the test split. To evaluate RUN on it: pretrained_checkpoint_path=RUN trainer/checkpoint=load_all "
             f"trainer.mode=val {' '.join(settings)}"
         )
     if "train" in index.splits and "val" not in index.splits:
-        print("There is no validation split. --hold-out 0.2 makes one of a fifth of the training split.")
+        print("There is no validation split. --hold-out 0.2 makes one from a fifth of the training split.")
 
 
 def _transcode_config(source_settings: SourceSettings, transcode_settings: TranscodeSettings) -> TranscodeConfig | None:
-    """Return how videos are transcoded, None if they are not."""
+    """Return how to transcode videos; None if they stay as they are."""
     options_given = {
         "gop": transcode_settings.gop,
         "crf": transcode_settings.crf,
@@ -189,7 +189,7 @@ def _transcode_config(source_settings: SourceSettings, transcode_settings: Trans
 
 
 def _read(source: str, source_settings: SourceSettings) -> DatasetIndex:
-    """Return the samples of a source, with numbered classes and paths below the root."""
+    """Return the samples of a source, with numbered classes and paths relative to the root."""
     names = read_class_names(source_settings.class_names, "--class-names") if source_settings.class_names else []
     index = indexing.number_classes(_read_source(Path(source), source_settings), names)
     index = locate_videos(
@@ -231,7 +231,7 @@ def _read_source(source: Path, source_settings: SourceSettings) -> DatasetIndex:
 
 
 def _recognize(source: Path, has_lists: bool) -> str:
-    """Return the format, by the files that exist."""
+    """Return the source's format, by the files that exist."""
     if has_lists or source.is_file():
         return "csv"
     for kind, (patterns, _) in READERS.items():
@@ -248,7 +248,7 @@ def _recognize(source: Path, has_lists: bool) -> str:
 def _stamp(
     source: str, index: DatasetIndex, config: TranscodeConfig | None, source_settings: SourceSettings
 ) -> dict[str, Any]:
-    """Return the settings that an existing OUT must have been made with; keys as earlier versions wrote them."""
+    """Return the settings that an existing OUT must have been made with; the keys are those of earlier versions."""
     transcoded = None if config is None else dataclasses.asdict(config)
     if transcoded and transcoded["frame_pattern"] is None:
         del transcoded["frame_pattern"]
@@ -285,7 +285,7 @@ def _entry(
 
 
 def _transcode(out: Path, index: DatasetIndex, config: TranscodeConfig, workers: int | None) -> DatasetIndex:
-    """Transcode to OUT, and return the index of the results; videos that cannot be read are left out."""
+    """Transcode to OUT and return the index of the results; unreadable videos are left out."""
     results = destinations((record.path for record in index.records), config)
     folder = out / config.folder
     failed, num_kept = transcode_all(index.root, folder, results, config, workers)

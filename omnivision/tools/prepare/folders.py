@@ -24,28 +24,28 @@ from omnivision.tools.prepare.index import (
 from omnivision.utils.errors import UserError
 from omnivision.utils.streams import warn
 
-Path = tuple[str, ...]  # names of folders and file, below SOURCE
+Path = tuple[str, ...]  # names of folders, and perhaps a file, below SOURCE
 
 
 @dataclass(frozen=True)
 class _Tree:
-    """What lies below SOURCE, in natural order."""
+    """The contents of SOURCE, in natural order."""
 
-    clips: dict[Path, bool] = field(default_factory=dict)  # -> whether it is a frame folder
+    clips: dict[Path, bool] = field(default_factory=dict)  # clip -> whether it is a frame folder
     folders: list[Path] = field(default_factory=list)
     others: list[str] = field(default_factory=list)  # files that are neither videos nor frames
 
 
 def read_class_folders(source: str, chosen: Mapping[str, str] | None = None) -> DatasetIndex:
-    """Find videos by suffix, at any depth below a class; a folder that holds images and no folders is a clip, too.
+    """Find videos by suffix, at any depth below a class; a folder with images and no folders is a clip, too.
 
-    chosen: name of a folder -> split; empty: no folder is a split; None: decide by the names, if these are unambiguous.
-    Raises UserError for a split without videos, images in the folder of a class without a folder for each clip, and folders
-    that may be splits or classes.
+    chosen: folder name -> split; empty: no folder is a split; None: decide by the names, if they are unambiguous.
+    Raises UserError for a split without videos, for images directly in a class's folder, and for folders that may be splits or
+    classes.
     """
     tree = _scan(source)
     level, splits = _find_splits(tree, source) if chosen is None else _locate_splits(tree, source, chosen)
-    depth = 2 if splits else 1  # of the folders above a clip
+    depth = 2 if splits else 1  # number of folders above a clip
     of_class = depth - 1 - level
     records: list[Record] = []
     outside: list[str] = []
@@ -98,7 +98,7 @@ def _scan(source: str) -> _Tree:
         for name in folders:
             target = os.path.realpath(os.path.join(folder, name))
             if f"{os.path.realpath(folder)}/".startswith(f"{target}/"):
-                raise UserError(f"{folder}/{name} is a link to a folder that it lies in. Remove it.")
+                raise UserError(f"{folder}/{name} is a link to a folder that contains it. Remove it.")
             tree.folders.append((*path, name))
     return tree
 
@@ -110,7 +110,7 @@ def _raise(error: OSError) -> NoReturn:
 def _find_splits(tree: _Tree, source: str) -> tuple[int, dict[str, str]]:
     """Return (level, name -> split) of the split folders; level 0: directly in SOURCE, 1: in the folders of classes.
 
-    Raises UserError where they could as well be classes, or clips.
+    Raises UserError if they could just as well be classes or clips.
     """
     above = [path[:-1] for path in tree.clips]  # the folders above each clip
     for level in range(max(map(len, above), default=0)):
@@ -121,7 +121,7 @@ def _find_splits(tree: _Tree, source: str) -> tuple[int, dict[str, str]]:
         guessed = {name: split for name in used if (split := guess_split(name))}
         if len(guessed) < len(used):
             guessed = {}  # "train_station" beside "bus_stop"
-        # The only folder in SOURCE, with splits of classes below, is to be SOURCE.
+        # If SOURCE's only folder contains the splits, that folder should be SOURCE.
         is_only_class = level == 1 and len({path[0] for path in above}) == 1 and min(map(len, above)) > 2
         is_unambiguous = 0 < len(named) == len(set(named.values())) and not is_only_class
         if level < 2 and is_unambiguous and all(len(path) > 1 and path[level] in named for path in above):
@@ -148,7 +148,7 @@ def _locate_splits(tree: _Tree, source: str, chosen: Mapping[str, str]) -> tuple
 
 
 def _warn_of_level(records: Sequence[Record], depth: int, of_class: int) -> None:
-    """Warn if SOURCE may be one level too high: if the folders of classes hold the same folders."""
+    """Warn if SOURCE may be one level too high, because the folders of classes contain the same folders."""
     inner: dict[str, set[str]] = {str(record.label): set() for record in records}  # class -> folders in it
     for record in records:
         below = video_key(record.where.split("/", depth)[depth]).split("/")
@@ -156,7 +156,7 @@ def _warn_of_level(records: Sequence[Record], depth: int, of_class: int) -> None
     every, common = set().union(*inner.values()), set.intersection(*inner.values())
     if len(every) > 1 and 2 * len(common) >= len(every):
         warn(
-            f"The folders {shorten(inner)} are taken for the classes, and hold the folders "
+            f"The folders {shorten(inner)} are taken for the classes, but contain the folders "
             f"{shorten(sorted(every, key=natural))}. If these are the classes, SOURCE is one level too high, or the others are "
             "splits: choose them with --splits, move the folders, or pass lists."
         )

@@ -22,7 +22,7 @@ def group_videos(paths: Sequence[str], grouping: Callable[[str], str]) -> list[s
 def pattern_grouping(pattern: str) -> Callable[[str], str]:
     """Return a grouping by what the first parentheses of a regular expression match, anywhere in the name.
 
-    Raises UserError for an invalid expression or one without parentheses; the grouping raises it for a name without a match.
+    Raises UserError for an expression that is invalid or has no parentheses; the grouping raises it for a name without a match.
     """
     try:
         compiled = re.compile(pattern)
@@ -44,10 +44,10 @@ def pattern_grouping(pattern: str) -> Callable[[str], str]:
 
 
 def hold_out(groups: Sequence[str], labels: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """Return bool (N,): the held-out videos, as near to `share` as whole groups allow, the same for the same seed.
+    """Return the held-out videos, bool (N,), as near to `share` as whole groups allow, the same for the same seed.
 
-    Within that, classes are represented evenly, and a class with a single group stays in training if it can.
-    Raises UserError when there is one group only.
+    Within that, classes are represented evenly, and a class with a single group stays in training if possible.
+    Raises UserError if there is only one group.
     """
     names, group, sizes = np.unique(np.array(groups), return_inverse=True, return_counts=True)
     if len(names) < 2:
@@ -77,10 +77,10 @@ def _order(group: np.ndarray, labels: np.ndarray, count: int, seed: int) -> np.n
 def _nearest_sum(sizes: np.ndarray, target: int) -> np.ndarray:
     """Return indices of sizes whose sum is nearest to `target`, but neither 0 nor the sum of all.
 
-    Dynamic programming over sums: `first[s]` is the first item with which the sum s is reached. Early items are preferred,
-    because it stops as soon as the target itself is reached.
+    Dynamic programming over sums: `first[s]` is the first item with which the sum s is reached. It prefers early items, because
+    it stops as soon as the target itself is reached.
     """
-    limit = int(min(2 * target + int(sizes.min()), sizes.sum()))  # sums beyond are farther than the smallest item alone
+    limit = int(min(2 * target + int(sizes.min()), sizes.sum()))  # larger sums are farther than the smallest item alone
     first = np.full(limit + 1, -1)
     first[0] = 0
     for item, size in enumerate(sizes.tolist()):

@@ -21,7 +21,7 @@ VIDEO_SUFFIXES = tuple(
     ".mp4 .avi .webm .mkv .mov .m4v .mpg .mpeg .wmv .flv .ogv .ts .m2ts .mts .3gp .asf .vob .y4m".split()
 )
 MAX_CLASSES = 1_000_000
-# The names of each split in folders and lists, and parts of names that suggest one: "UCF101_train", "TestSet", "held out".
+# Names of each split in folders and lists; and parts of names that suggest one: "UCF101_train", "TestSet", "held out".
 SPLITS = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation", "validate", "dev"),
@@ -33,14 +33,14 @@ _SUGGESTS_SPLIT = re.compile(
     r"|(?P<test>test|tst|h[oe]ld[\W_]*out))"
     r"(?i:ing|s|set|data)?(?![a-z])"
 )
-# Words in names that tell the form of a video, not which it is: "a/frames/1", "a/1/rgb", "a/1_frames", "a/rgb_1".
+# Words in names that describe a video's format, not its identity: "a/frames/1", "a/1/rgb", "a/1_frames", "a/rgb_1".
 _FORMAT = r"(?:frames?|images?|imgs?|extracted|jpe?g|png|rgb|flow|videos?)"
 _FORMAT_WORDS = re.compile(rf"(?i)(?<![^/]){_FORMAT}(?:/|$|[_.-](?=[^/]+$))|(?<=[^/])[_.-]{_FORMAT}$")
 
 
 @dataclass(frozen=True)
 class Record:
-    """One sample: path and class as in the source (later the number of the class), split, and place in the source."""
+    """One sample: path, class as in the source (later its number), split, and position in the source."""
 
     path: str
     label: str | int
@@ -55,11 +55,11 @@ class DatasetIndex:
 
     records: Sequence[Record]
     root: str
-    classes: Sequence[str] = ()  # names in the order of labels, if they are known
+    classes: Sequence[str] = ()  # names in the order of labels, if known
 
     @property
     def splits(self) -> dict[str, list[Record]]:
-        """Return the records of each split that has any."""
+        """The records of each non-empty split."""
         splits = {split: [record for record in self.records if record.split == split] for split in SPLITS}
         return {split: records for split, records in splits.items() if records}
 
@@ -68,7 +68,7 @@ class DatasetIndex:
 
 
 def split_of(name: str) -> str | None:
-    """Return the split that a folder or a value of a list names, in any case."""
+    """Return the split that the name of a folder, or a value in a list, means (case is ignored)."""
     return next((split for split, names in SPLITS.items() if name.strip().lower() in names), None)
 
 
@@ -100,7 +100,7 @@ def listing_error(what: str, problems: Sequence[str], advice: str) -> UserError:
 
 
 def printable(text: str) -> str:
-    """Return `text` with escapes for what cannot be written as UTF-8 (file names in another encoding)."""
+    """Escape characters that cannot be written as UTF-8 (file names in another encoding)."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
@@ -111,12 +111,12 @@ def shorten(names: Iterable[str], count: int = 5) -> str:
 
 
 def number_classes(index: DatasetIndex, names: Sequence[str] = ()) -> DatasetIndex:
-    """Return the index with the names of its classes, and their numbers as labels.
+    """Return the index with its class names, and with class numbers as labels.
 
-    names: the order that the user wants, before that of the source. Without either, labels that are all integers are class
+    names: the user's order, which takes precedence over the source's. Without either, labels that are all integers are class
     numbers, and other classes are in natural order of their names.
-    Raises UserError for labels without a class, numbers among names, and two classes with the same name (also if only case
-    or spaces differ).
+    Raises UserError for labels without a class, numbers among names, and two classes with the same name (ignoring case and
+    spaces).
     """
     places = {record.label: record.where for record in reversed(index.records)}  # of the first record of each label
     labels = list(dict.fromkeys(record.label for record in index.records))
@@ -142,7 +142,7 @@ def number_classes(index: DatasetIndex, names: Sequence[str] = ()) -> DatasetInd
         raise listing_error(
             f"Labels must be all integers from 0, or all names, of the {len(classes)} classes",
             [f"{places[label]}: {str(label)[:40]}" for label in wrong],
-            f"{hint}Fix the list, or the names of the classes (--class-names).",
+            f"{hint}Fix the list or the class names (--class-names).",
         )
     _check_names(classes)
     return replace(index, records=[replace(r, label=numbers[r.label]) for r in index.records], classes=classes)
@@ -155,12 +155,12 @@ def _check_names(classes: Sequence[str]) -> None:
     problems = [" = ".join(map(repr, names)) for names in alike.values() if len(names) > 1]
     problems += [repr(name) for name in classes if not name.strip() or not name.isprintable()]
     if problems:
-        what = "Names of classes must be printable, and differ by more than case or spaces"
+        what = "Class names must be printable, and differ by more than case or spaces"
         raise listing_error(what, problems, "Rename the classes.")
 
 
 def warn_about_labels(index: DatasetIndex) -> None:
-    """Warn of classes that do not occur (in train), and of labels that are unlikely to be classes."""
+    """Warn about classes that do not occur (in train), and about labels that are unlikely to be classes."""
     used = {split: {int(record.label) for record in records} for split, records in index.splits.items()}
     everywhere, train, classes = set().union(*used.values()), used.get("train", set()), index.classes
     if classes[0] == "0" and labels_start_at_one(np.array([*everywhere]), None):
@@ -175,13 +175,13 @@ def warn_about_labels(index: DatasetIndex) -> None:
         if train and (only := [classes[label] for label in sorted(labels - train)]):
             warn(f"{len(only)} classes occur in {split} and not in train: {shorten(only)}.")
     if len(everywhere) == 1:
-        warn(f"All samples are of one class, {classes[everywhere.pop()]}: there is nothing to tell apart.")
+        warn(f"All samples are of one class, {classes[everywhere.pop()]}: there is nothing to learn.")
     elif len(everywhere) == len(index.records):
-        warn("Each sample has another class. Check that the labels are classes, and not names of videos.")
+        warn("Each sample has a different class. Check that the labels are classes, not names of videos.")
 
 
 def warn_about_paths(index: DatasetIndex, on_disk: bool) -> None:
-    """Warn of repeated samples, contradicting labels, and videos in two forms or in two splits.
+    """Warn about repeated samples, contradicting labels, and videos in two formats or in two splits.
 
     on_disk: also compare files, to find links.
     """
@@ -204,7 +204,7 @@ def warn_about_paths(index: DatasetIndex, on_disk: bool) -> None:
         )
         several = [" = ".join(paths) for paths in forms.values() if len(paths) > 1]
         warn_of(
-            f"videos seem to be in {split} in two forms (two formats, or a file and its frames); remove one", several
+            f"videos seem to be in {split} twice (in two formats, or as a file and its frames); remove one", several
         )
         videos[split] = {key: paths[0] for key, paths in forms.items()}
         if on_disk and len(index.splits) > 1:
@@ -217,11 +217,11 @@ def warn_about_paths(index: DatasetIndex, on_disk: bool) -> None:
 
 
 def video_key(path: str) -> str:
-    """Return the path without suffix and words such as frames/: equal for a video and its frame folder."""
+    """Return a path without its suffix and words such as frames/: the same key for a video and its frame folder."""
     return drop_suffix(_FORMAT_WORDS.sub("", path).rstrip("/"))  # also the suffix in "001.mp4.frames"
 
 
 def drop_suffix(path: str) -> str:
-    """Return the path without the suffix of a video."""
+    """Return a path without a video suffix."""
     stem, suffix = os.path.splitext(path)
     return stem if suffix.lower() in VIDEO_SUFFIXES else path

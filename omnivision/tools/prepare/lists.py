@@ -1,6 +1,6 @@
-"""Lists of samples as text, such as `path;label` or `path,label`, with or without a header, labels as names or integers.
+"""Lists of samples as text: rows of `path;label` or `path,label`, with or without a header, with names or integers as labels.
 
-Columns are identified by their names: path, label, split, start and end (seconds). Unused ones are reported.
+Columns are identified by their names: path, label, split, start and end (seconds). Unused columns are reported.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from omnivision.tools.prepare.index import (
 from omnivision.utils.errors import UserError
 
 _DELIMITERS = {";": "semicolon", "\t": "tab", ",": "comma", " ": "space"}  # the first that splits the rows is used
-_PATHS = (  # names of columns, the best first; then of those that name videos
+_PATHS = (  # column names of paths, the best first, then of video names
     "path video_path clip_path file_path filepath filename file_name file video video_name clip "
     "youtube_id yt_id video_id vid clip_id clip_name name id"
 ).split()
@@ -34,20 +34,20 @@ _LABELS = (
     "label class category action activity target class_name label_name action_name "
     "class_id label_id action_id class_index label_index"
 ).split()
-# Words in the names of other columns. Those of times may have any of _UNITS beside them: "t_start", "Start Time (s)".
+# Words in the names of other columns. Names of time columns may also contain _UNITS: "t_start", "Start Time (s)".
 _SPLITS = set("split subset phase partition usage fold set".split())
 _STARTS, _ENDS, _DURATIONS = {"start", "begin", "from", "onset"}, {"end", "stop", "finish", "to", "until"}, {"duration"}
 _UNITS = set("t time timestamp clip segment action event label at s sec secs second seconds".split())
-# They select a part of a video in a way that is not supported: "start_frame", "end_ms", "timestamp", "mark_in".
+# Words of columns that select a part of a video in an unsupported way: "start_frame", "end_ms", "timestamp", "mark_in".
 _PARTS = {"start", "begin", "end", "stop", "onset", "offset", "duration", "first", "last", "min", "max", "frame"}
 _PARTS |= set("t time times timestamp timestamps interval intervals segment segments in out center middle mid".split())
-_NO_LABELS = {"", "nan", "NaN", "None", "null", "NULL", "<NA>"}  # as programs write a missing value
+_NO_LABELS = {"", "nan", "NaN", "None", "null", "NULL", "<NA>"}  # how programs write a missing value
 _ROLES = ("path", "label", "split", "start", "end")
 
 
 @dataclass(frozen=True)
 class _Table:
-    """A file's rows (row number, fields), and the names of its columns; numbers (1, 2, ...) where it names none."""
+    """A file's rows (row number, fields) and column names; unnamed columns get their number (1, 2, ...)."""
 
     file: Path
     delimiter: str
@@ -59,7 +59,7 @@ class _Table:
         return {cells[column].lower() for _, cells in self.rows if column < len(cells)}
 
     def error(self, problem: str) -> UserError:
-        """Return an error about the columns."""
+        """Return an error about the table's columns."""
         return UserError(
             f"{self.file} {problem}. Its columns are {shorten(self.names, 20)}. Set --columns path=NAME,label=NAME and, if "
             "used, split=NAME or start=NAME,end=NAME (seconds), by names or numbers (1, 2, ...); others are ignored then."
@@ -72,11 +72,11 @@ def read_csv_lists(
     columns: str | None = None,
     chosen: Mapping[str, str] | None = None,
 ) -> DatasetIndex:
-    """Read CSV files. files: split -> file; that of None is divided by its column of splits, or is train.
+    """Read CSV files. files: split -> file; the file under None is divided by its split column, or is the train split.
 
-    columns: ROLE=COLUMN,... by name or number, None: by their names. chosen: value in the column of splits -> split; empty:
-    there is none, None: by their names. Raises UserError that names the file and the number of each invalid row, and for
-    columns that select a part of a video or of the rows in an unsupported way.
+    columns: ROLE=COLUMN,... by name or number; None: by their names. chosen: value in the split column -> split; empty: there
+    is no split column; None: by the values' names. Raises UserError that lists the invalid rows, and for columns that select a
+    part of a video or of the rows in an unsupported way.
     """
     records: list[Record] = []
     for own, file in files.items():
@@ -95,7 +95,7 @@ def read_csv_lists(
 
 
 def _read(file: Path, columns: str | None) -> _Table:
-    """Return the table. Rows are numbered from 1, like lines; empty ones are left out."""
+    """Read a table. Rows are numbered from 1, like lines; empty rows are left out."""
     try:
         if not file.is_file():  # a pipe would block
             raise OSError("no such file")
@@ -112,15 +112,15 @@ def _read(file: Path, columns: str | None) -> _Table:
             raise ValueError("it has no rows")
     except (OSError, ValueError, csv.Error) as error:  # ValueError: also text that is not UTF-8
         raise UserError(
-            f"{file} cannot be read: {error}. Expected a CSV file in UTF-8 ({', '.join(_DELIMITERS.values())}), one row a "
-            "sample: path;label or path,label, with quotes around a field that holds the delimiter."
+            f"{file} cannot be read: {error}. Expected a CSV file in UTF-8 ({', '.join(_DELIMITERS.values())}), one row per "
+            "sample: path;label or path,label, with quotes around a field that contains the delimiter."
         ) from error
     columns_named = [name if has_header and name else str(number) for number, name in enumerate(first, 1)]
     return _Table(file, delimiter, rows[has_header:], columns_named, has_header)
 
 
 def _delimiter(text: str) -> str:
-    """Return the first delimiter that splits at least half of the rows, else the comma."""
+    """Return the first delimiter that splits at least half of the rows, else a comma."""
     lines = [line for line in text.splitlines() if line.strip()]
     for delimiter in _DELIMITERS:
         rows = [next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), []) for line in lines]
@@ -142,7 +142,7 @@ def _chosen_roles(table: _Table, columns: str) -> dict[str, int]:
 
 
 def _find_roles(table: _Table) -> dict[str, int]:
-    """Return the column of each role, by the names of the columns and their values. Raises UserError if that is unclear."""
+    """Return the column of each role, by the columns' names and values. Raises UserError if they are unclear."""
     if not table.has_header:
         if len(table.names) > 2:
             raise table.error(f"has no header that names path and label; its first row is {shorten(table.rows[0][1])}")
@@ -150,7 +150,7 @@ def _find_roles(table: _Table) -> dict[str, int]:
     plain = list(map(_normalize_column, table.names))
     path, label = (next((name for name in group if name in plain), None) for group in (_PATHS, _LABELS))
     if path is None or label is None:
-        raise table.error("has no column of labels with a known name")
+        raise table.error("has no path or label column with a known name")
     roles = {"path": plain.index(path), "label": plain.index(label)}
     words = {column: set(re.findall("[a-z]+", name)) for column, name in enumerate(plain)}
     free = [column for column in words if column not in roles.values()]
@@ -158,7 +158,7 @@ def _find_roles(table: _Table) -> dict[str, int]:
     splits = by_value or [column for column in free if words[column] & _SPLITS][:1]
     for role, count in (("path", plain.count(path)), ("label", plain.count(label)), ("split", len(splits))):
         if count > 1:
-            raise table.error(f"has several columns of the {role}")
+            raise table.error(f"has several {role} columns")
     if splits:
         roles["split"] = splits[0]
     starts, ends, durations = (
@@ -178,22 +178,22 @@ def _find_roles(table: _Table) -> dict[str, int]:
 
 
 def _are_splits(values: set[str]) -> bool:
-    """Return whether the values of a column are splits: all by name, or several by parts of names."""
+    """Return whether the values of a column are splits: all are names of splits, or they suggest several."""
     guessed = {guess_split(value) for value in values if value}
     return all(map(split_of, values)) or (len(guessed) > 1 and None not in guessed)
 
 
 def _selects_rows(table: _Table, column: int) -> bool:
-    """Return whether a column answers yes or no, and is named after a split: "is_train", "held_out"."""
+    """Return whether a column is a yes/no column named after a split: "is_train", "held_out"."""
     name = table.names[column]
     return bool(split_of(name) or (guess_split(name) and len(table.values(column)) <= 2))
 
 
 def _splits_of_values(table: _Table, column: int | None, chosen: Mapping[str, str] | None) -> dict[str, str] | None:
-    """Return the split of each lower-case value in the column of splits; None if there is no such column."""
+    """Return the split of each lower-case value in the split column; None if there is no such column."""
     if column is None:
         if chosen:
-            raise UserError(f"--splits needs a column of splits, and {table.file} has none. Leave it out.")
+            raise UserError(f"--splits needs a split column, but {table.file} has none. Leave it out.")
         return None
     values = sorted(table.values(column))
     if chosen:
@@ -214,7 +214,7 @@ def _splits_of_values(table: _Table, column: int | None, chosen: Mapping[str, st
 def _records(
     table: _Table, roles: Mapping[str, int], splits: Mapping[str, str] | None, own: str | None
 ) -> list[Record]:
-    """Return the records of the rows of a split. own: the split that the list is passed for."""
+    """Return the records of a table. own: the split that the list was given for."""
     width = max(len(table.names), *(column + 1 for column in roles.values()))
     records, problems = [], []
     for number, cells in table.rows:
@@ -239,7 +239,7 @@ def _records(
             problems,
             f"Expected {table.delimiter.join(role for role in _ROLES if role in roles)} in each, with a "
             f"{_DELIMITERS[table.delimiter]} ({', '.join(_DELIMITERS.values())} are known) as delimiter, quotes around a field "
-            "that holds it, and times 0 <= start < end in seconds (90.5) or minutes (1:30.5). Fix the rows, or set --columns.",
+            "with it, and times 0 <= start < end in seconds (90.5) or minutes (1:30.5). Fix the rows, or set --columns.",
         )
     return records
 
@@ -261,5 +261,5 @@ def _seconds(text: str) -> float:
 
 
 def _normalize_column(name: str) -> str:
-    """Normalize a column's name to snake case: "Start Time (s)", "startTime" -> "start_time_s", "start_time"."""
+    """Convert a column's name to snake case: "Start Time (s)", "startTime" -> "start_time_s", "start_time"."""
     return re.sub(r"[\W_]+", "_", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name)).strip("_").lower()

@@ -1,4 +1,4 @@
-"""The files of a dataset's samples: where they are, which are frame folders."""
+"""Locate the files of a dataset's samples, and find out which are frame folders."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from omnivision.utils.streams import warn
 
 
 def locate_videos(index: DatasetIndex, prefix: str | None, check: bool, skip_missing: bool) -> DatasetIndex:
-    """Return the index with paths relative to its root: `prefix`, else the root of the index, else their common folder.
+    """Return the index with paths relative to its root: `prefix`, else the index's root, else the common folder.
 
-    With `check`, each must be a file or a folder; a video may have another suffix than the list says, or be a frame folder.
-    Rows without a video raise a UserError, or are left out (`skip_missing`).
+    With `check`, each path must be a file or a folder; a video may have another suffix than in the list, or be a frame folder.
+    Rows without a video raise UserError, or are left out with `skip_missing`.
     """
     root = os.path.abspath(index.root if prefix is None else prefix)
     wanted = [replace(record, path=os.path.normpath(os.path.join(root, record.path))) for record in index.records]
@@ -37,7 +37,7 @@ def locate_videos(index: DatasetIndex, prefix: str | None, check: bool, skip_mis
         located = [file for file in files if file]
         records += located
         if located and rows[0].segment and not located[0].segment:
-            print(f"Files of {split} are trimmed to their segments ({located[0].path}): times are not used.")
+            print(f"The files of {split} are trimmed to their segments ({located[0].path}), so the times are not used.")
     if missing:
         what = f"{len(missing)} of {len(wanted)} videos do not exist (or are folders without images)"
         if not (skip_missing and records):
@@ -54,12 +54,12 @@ def locate_videos(index: DatasetIndex, prefix: str | None, check: bool, skip_mis
 
 
 def _find_files(rows: Sequence[Record], folder: str, classes: Sequence[str]) -> list[Record | None]:
-    """Return the records of a split with their paths on disk; None where there is no file.
+    """Return the records of a split with their paths on disk; None if there is no file.
 
-    Files of rows with segments may be trimmed to them, NAME_000010_000020 as in Kinetics: then samples are whole videos. They
-    may be in any folder below, if their row names none.
+    Files of rows with segments may be trimmed to them, as NAME_000010_000020 in Kinetics; then samples are whole videos. They
+    may be in any folder below `folder`, if the row names none.
     """
-    names: dict[str, list[str]] = defaultdict(list)  # -> paths of the videos of that name
+    names: dict[str, list[str]] = defaultdict(list)  # name -> paths of videos with that name
     if any(row.segment and os.path.dirname(row.path) == folder for row in rows):
         for parent, _, files in os.walk(folder):
             for file in files:
@@ -84,13 +84,13 @@ def _find_files(rows: Sequence[Record], folder: str, classes: Sequence[str]) -> 
         file = find(row.path, classes[int(row.label)])
         return replace(row, path=file) if file else None
 
-    with ThreadPoolExecutor(16) as pool:  # threads that wait for a file server
+    with ThreadPoolExecutor(16) as pool:  # the threads mostly wait for a file server
         trimmed = list(pool.map(find_trimmed, rows))
         return trimmed if any(trimmed) else list(pool.map(find_whole, rows))
 
 
 def _on_disk(path: str) -> str | None:
-    """Return `path` or, if it does not exist, the same name with another video suffix, or without one (frames)."""
+    """Return `path` or, if it does not exist, the same name with another video suffix, or without one (frame folder)."""
     stem = drop_suffix(path)
     candidates = (path, *(stem + suffix for suffix in VIDEO_SUFFIXES), stem)
     return next((path for path in candidates if os.path.isfile(path) or _holds_images(path)), None)
@@ -104,9 +104,9 @@ def _holds_images(folder: str) -> bool:
 
 
 def find_frame_folders(index: DatasetIndex, check: bool, pattern: str | None) -> list[str]:
-    """Return the samples that are frame folders; without `check`, those without the suffix of a video.
+    """Return the samples that are frame folders; without `check`, the paths without a video suffix.
 
-    Raises UserError for folders with several series of frames, or without frames of the pattern.
+    Raises UserError for folders with several series of frames, or without frames that match the pattern.
     """
     paths = dict.fromkeys(index.full(record.path) for record in index.records)
     if not check:

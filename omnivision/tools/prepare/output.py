@@ -3,10 +3,10 @@
     OUT/{train,val,test}_paths.npy, {train,val,test}_labels.npy, class_names.txt
     OUT/{train,val,test}_segments.npy when samples are parts of videos
     OUT/films/... or frames/...       when videos are transcoded
-    OUT/failed.csv                    videos that could not be, with the reason; they are not in the arrays
-    OUT/prepare.json                  the settings that it was made with
+    OUT/failed.csv                    videos that could not be transcoded, with reasons; they are not in the arrays
+    OUT/prepare.json                  the settings that OUT was made with
 
-An existing video is complete, so the same command completes an interrupted one.
+An existing video is always complete, so the same command can complete an interrupted one.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from omnivision.utils.errors import UserError
 from omnivision.utils.io import replace_atomically, write_atomically, write_json
 
 _STAMP, _FAILED = "prepare.json", "failed.csv"
-_HEADER = "# @package _global_"  # without it, Hydra puts `datasets` below `experiments`
+_HEADER = "# @package _global_"  # without this, Hydra would put `datasets` below `experiments`
 
 
 def read_arrays(
     paths_file: str, labels_file: str | None = None, segments_file: str | None = None
 ) -> tuple[list[str], np.ndarray | None, list[Segment] | None]:
-    """Return the paths, labels (int64) and segments (start, end in seconds) of a split; None for those without a file.
+    """Return the paths, labels (int64) and segments (start, end in seconds) of a split; None for arrays not given.
 
-    Raises UserError for anything but what `ARRAYS` of the catalog says, and for labels that are no class numbers.
+    Raises UserError for arrays that do not hold what the catalog's `ARRAYS` says, and for labels that are not class numbers.
     """
     arrays = {}
     for what, file, argument in (
@@ -72,7 +72,7 @@ def write_split(
 ) -> None:
     """Write <split>_paths.npy (N, unicode), <split>_labels.npy (N, int64) and <split>_segments.npy (N, 2, float64).
 
-    Without segments (none at all, or None each), samples are whole videos, and there is no file of segments.
+    Without segments (an empty list, or all None), samples are whole videos, and no segments file is written.
     """
     arrays = {"paths": np.array(paths, dtype=str), "labels": labels.astype(np.int64)}
     if any(segments):
@@ -85,14 +85,14 @@ def write_split(
 
 
 def files(out: Path, index: DatasetIndex, split: str) -> dict[str, str]:
-    """Return the files of the arrays of a split: paths, labels, and segments if a sample is a part of a video."""
+    """Return the files of a split's arrays: paths, labels, and segments if a sample is a part of a video."""
     has_segments = any(record.segment for record in index.splits[split])
     return {what: f"{out}/{split}_{what}.npy" for what in ("paths", "labels", *(["segments"] * has_segments))}
 
 
 def write_splits(out: Path, index: DatasetIndex) -> int:
-    """Write the arrays of each split. Return how many videos changed sides between train and val since the last time."""
-    old = {"train": out / "val_paths.npy", "val": out / "train_paths.npy"}  # of the other side
+    """Write the arrays of each split; return how many videos moved between train and val since the last time."""
+    old = {"train": out / "val_paths.npy", "val": out / "train_paths.npy"}  # the other side's paths
     before = {split: set(read_arrays(str(file))[0]) for split, file in old.items() if file.is_file()}
     num_moved = 0
     for split, records in index.splits.items():
@@ -106,7 +106,7 @@ def write_splits(out: Path, index: DatasetIndex) -> int:
 
 
 def check_out_folder(out: Path, settings: Mapping[str, object]) -> None:
-    """Raise UserError unless OUT is new, empty, or made with the same settings. Nothing is written."""
+    """Raise UserError unless OUT is new, empty, or made with the same settings. Writes nothing."""
     if not out.exists() or (out.is_dir() and all(path.name.startswith(".") for path in out.iterdir())):
         return
     try:
@@ -121,14 +121,14 @@ def check_out_folder(out: Path, settings: Mapping[str, object]) -> None:
 
 
 def write_stamp(out: Path, settings: Mapping[str, object], classes: Sequence[str]) -> None:
-    """Write what an interrupted command leaves: the settings and the names of the classes."""
+    """Write the settings and the class names first, so that an interrupted command leaves them."""
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / _STAMP, settings)
     write_atomically(out / "class_names.txt", "".join(f"{name}\n" for name in classes))
 
 
 def write_failed(out: Path, failed: Mapping[str, str]) -> None:
-    """Write one row per omitted video, path -> reason; remove the file if there is none."""
+    """Write one row per failed video, from path -> reason; remove the file if there are none."""
     if not failed:
         (out / _FAILED).unlink(missing_ok=True)
         return
@@ -140,21 +140,21 @@ def write_failed(out: Path, failed: Mapping[str, str]) -> None:
 
 
 def format_entry(name: str, entry: Mapping[str, Any]) -> str:
-    """Return the entry of a dataset in YAML. Raises UserError for text that a configuration cannot hold as it is."""
+    """Return a dataset's catalog entry as YAML. Raises UserError for text that has another meaning in a configuration."""
     text = yaml.safe_dump({name: entry}, sort_keys=False, default_flow_style=None, width=10**6, allow_unicode=True)
     if not re.match(r"(?a)[A-Za-z_]\w*:", text):  # YAML quotes names such as "on"
         raise UserError(
-            f"--name must be letters, digits and _, and no word of YAML, as it becomes a setting; got {name!r}."
+            f"--name must be letters, digits and _, and not a YAML keyword, as it becomes a setting; got {name!r}."
         )
     if "${" in text:
-        raise UserError(f'Paths must hold no "${{", which a configuration reads as a reference; got {text}')
+        raise UserError(f'Paths must not contain "${{", which a configuration reads as a reference; got {text}')
     return text
 
 
 def updated_catalog(file: Path, name: str, entry: Mapping[str, Any]) -> str:
-    """Return the text of the catalog `file`, which may be new, with this entry in place of the one of that name.
+    """Return the text of the catalog `file`, which may be new, with the entry added or replaced.
 
-    Other entries and comments stay. Raises UserError for a file that is no catalog.
+    Other entries and comments stay. Raises UserError for a file that is not a catalog.
     """
     try:
         if file.suffix != ".yaml" or not file.absolute().parent.is_dir():
@@ -178,7 +178,7 @@ def updated_catalog(file: Path, name: str, entry: Mapping[str, Any]) -> str:
 
 
 def _replace_entry(text: str, name: str, entry: str) -> str:
-    """Put an entry into the text of a catalog, in place of the lines of the old one."""
+    """Put an entry into the text of a catalog, replacing the lines of an old one."""
     match = re.fullmatch(r"(?s)(.*?\ndatasets:[ \t]*(?:#[^\n]*)?\n)((?:[ #][^\n]*\n|\n)*)(.*)", text)
     if match is None:
         raise ValueError("it must hold a line `datasets:` with a block of entries below")

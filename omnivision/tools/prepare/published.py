@@ -1,4 +1,4 @@
-"""The split files that datasets are published with: UCF101, HMDB51, Something-Something v2, Diving48."""
+"""Readers for published split files: UCF101, HMDB51, Something-Something v2, Diving48."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from omnivision.tools.prepare.index import DatasetIndex, Record, listing_error
 from omnivision.utils.errors import UserError
 
 _TEST_IS_VAL = "The published test split is val here, as results on this dataset are reported."
-Sample = tuple[str, str | int, str]  # path, label and split; "": in no split
+Sample = tuple[str, str | int, str]  # path, label and split ("": in no split)
 
 
 def read_ucf101(folder: Path, fold: int) -> DatasetIndex:
@@ -25,7 +25,7 @@ def read_ucf101(folder: Path, fold: int) -> DatasetIndex:
         path, *label = re.split(r"\s+(?=[0-9]+$)", line)
         name = path.partition("/")[0]
         if label not in ([], [numbers[name]]):
-            raise ValueError("its folder is that of another class")
+            raise ValueError("its folder belongs to another class")
         return path, name, split
 
     files = {"train": f"trainlist{fold:02}.txt", "val": f"testlist{fold:02}.txt"}
@@ -35,7 +35,7 @@ def read_ucf101(folder: Path, fold: int) -> DatasetIndex:
 
 
 def read_hmdb51(folder: Path, fold: int) -> DatasetIndex:
-    """Read <class>_test_split1.txt: "name.avi 1" (train), 2 (test, here val) or 0 (unused); a class is a folder of videos."""
+    """Read <class>_test_split1.txt: "name.avi 1" (train), 2 (test, here val) or 0 (unused); a class is a folder."""
     suffix = f"_test_split{fold}.txt"
     classes = sorted((file.name.removesuffix(suffix) for file in folder.glob(f"*{suffix}")), key=natural)
 
@@ -50,11 +50,11 @@ def read_hmdb51(folder: Path, fold: int) -> DatasetIndex:
 
 
 def read_something(folder: Path, _: int) -> DatasetIndex:
-    """Read *labels.json: {template: number}; *train.json, *validation.json: [{"id", "template", ...}], of <id>.webm."""
+    """Read *labels.json: {template: number}; *train.json, *validation.json: [{"id", "template", ...}]; videos are <id>.webm."""
     numbers = _read(folder, "*labels.json", lambda text: dict(json.loads(text)))
 
     def parse(split: str, entry: Mapping[str, Any]) -> Sample:
-        name = entry["template"].replace("[", "").replace("]", "")  # around what varies, but not in labels.json
+        name = entry["template"].replace("[", "").replace("]", "")  # labels.json lacks brackets
         if name not in numbers:
             raise ValueError("no such class")
         return f"{entry['id']}.webm", name, split
@@ -66,7 +66,7 @@ def read_something(folder: Path, _: int) -> DatasetIndex:
 def read_diving48(folder: Path, _: int) -> DatasetIndex:
     """Read Diving48*_train.json, Diving48*_test.json (val): [{"vid_name", "label", ...}]; videos are <vid_name>.mp4.
 
-    Diving48*_vocab.json, if it exists, has the four parts of the name of each class.
+    Diving48*_vocab.json, if it exists, has the four parts of each class name.
     """
 
     def parse(split: str, entry: Mapping[str, Any]) -> Sample:
@@ -90,11 +90,11 @@ READERS: dict[str, tuple[tuple[str, ...], Callable[[Path, int], DatasetIndex]]] 
 
 
 def _order(file: str, numbers: Mapping[str, object], first: int) -> list[str]:
-    """Return the names of classes in the order of their numbers, which must be first, first + 1, ..."""
+    """Return the class names in the order of their numbers, which must be first, first + 1, ..."""
     names = {str(number): name for name, number in numbers.items()}
     expected = [str(number) for number in range(first, first + len(numbers))]
     if set(names) != set(expected):
-        raise UserError(f"{file} must number its classes from {first}. Get it again.")
+        raise UserError(f"{file} must number its classes from {first}. Download it again.")
     return [names[number] for number in expected]
 
 
@@ -104,7 +104,7 @@ def _records(
     split_rows: Callable[[str], list[Any]],
     parse: Callable[[str, Any], Sample],
 ) -> list[Record]:
-    """Parse the rows of several files, key -> pattern; `parse` gets the key and a row. Raises UserError for invalid rows."""
+    """Parse the rows of files (key -> pattern); `parse` gets the key and a row. Raises UserError for invalid rows."""
     records, problems = [], []
     for key, pattern in files.items():
         for number, row in enumerate(_read(folder, pattern, split_rows), start=1):
@@ -115,7 +115,7 @@ def _records(
             except (AttributeError, LookupError, TypeError, ValueError):
                 problems.append(f"{where}: {str(row)[:80]}")
     if problems:
-        raise listing_error(f"{folder} has invalid rows", problems, "Get the files again, or fix them.")
+        raise listing_error(f"{folder} has invalid rows", problems, "Download the files again, or fix them.")
     return records
 
 
@@ -124,7 +124,7 @@ def _parse_list(text: str) -> list[Any]:
 
 
 def _read(folder: Path, pattern: str, parse: Callable[[str], Any]) -> Any:
-    """Parse the one file of a pattern. Raises UserError if it cannot be read, or holds nothing."""
+    """Parse the only file that matches a pattern. Raises UserError if it cannot be read or is empty."""
     files = sorted(folder.glob(pattern))
     try:
         if len(files) != 1:
@@ -134,5 +134,5 @@ def _read(folder: Path, pattern: str, parse: Callable[[str], Any]) -> Any:
         raise ValueError("it is empty")
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(
-            f"{folder}/{pattern} cannot be read: {error}. Change --fold or SOURCE, or get the file again."
+            f"{folder}/{pattern} cannot be read: {error}. Change --fold or SOURCE, or download the file again."
         ) from error

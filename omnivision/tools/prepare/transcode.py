@@ -27,19 +27,19 @@ Frames = Iterator[tuple[int, np.ndarray]]
 
 @dataclass(frozen=True)
 class TranscodeConfig:
-    """How videos are transcoded. frames_fps: to a folder of JPEGs at this rate instead of a video."""
+    """How to transcode videos. frames_fps: write a folder of JPEGs at this rate instead of a video."""
 
     short_side: int | None  # pixels; smaller videos keep their size
     gop: int = 12
     crf: int = 20
     frames_fps: float | None = None
-    source_fps: float = 25.0  # of sources that are frame folders
-    frame_pattern: str | None = None  # of sources that are folders of several series of frames
+    source_fps: float = 25.0  # if the source is a frame folder
+    frame_pattern: str | None = None  # if the source is a folder with several series of frames
 
     @property
     def folder(self) -> str:
-        """Folder of the results below OUT."""
-        # The names are a contract: an interrupted command continues in them, and lists of paths contain them.
+        """Folder for the results, below OUT."""
+        # The names must not change: an interrupted command continues there, and lists of paths contain them.
         return "films" if self.frames_fps is None else "frames"
 
 
@@ -51,7 +51,7 @@ class TranscodeJob:
 
 
 def destinations(paths: Iterable[str], config: TranscodeConfig) -> dict[str, str]:
-    """Return the path of each result below the folder of all; a suffix stays where it is the only difference."""
+    """Return the path of each result below the results folder; a suffix stays in the name if names differ only by it."""
     unique, ending = sorted(set(paths)), ".mp4" if config.frames_fps is None else ""
     stems = Counter(os.path.splitext(path)[0] for path in unique)
     folders = {str(folder) for path in unique for folder in Path(path).parents}
@@ -66,9 +66,10 @@ def destinations(paths: Iterable[str], config: TranscodeConfig) -> dict[str, str
 def transcode_all(
     root: str, folder: Path, results: Mapping[str, str], config: TranscodeConfig, workers: int | None
 ) -> tuple[dict[str, str], int]:
-    """Transcode the videos that are missing. results: path below `root` -> path below `folder`.
+    """Transcode the missing videos. results: path below `root` -> path below `folder`.
 
-    Returns the reasons for failures by path, and how many results existed. Raises UserError if a result cannot be written.
+    Returns the reasons for failures by path, and how many results already existed. Raises UserError if a result cannot be
+    written.
     """
     missing = [path for path, result in results.items() if not (folder / result).exists()]
     jobs = [TranscodeJob(os.path.join(root, path), str(folder / results[path]), config) for path in missing]
@@ -76,16 +77,16 @@ def transcode_all(
     try:
         reasons = dict(zip(missing, track(work, len(jobs), "prepare"), strict=True))
     finally:
-        work.close()  # ends its processes
+        work.close()  # ends the worker processes
         remove_stale_tmp(folder)
     return {path: str(reason) for path, reason in reasons.items() if reason}, len(results) - len(missing)
 
 
 def transcode(job: TranscodeJob) -> str | None:
-    """Transcode one video (or frame folder); the result appears under its name only when complete.
+    """Transcode one video (or frame folder); the result gets its final name only when complete.
 
-    Rotation is applied, sound is dropped; a video keeps the time stamps of its frames to the tick.
-    Returns why the video cannot be read, None for success. Raises UserError if the result cannot be written.
+    Rotation is applied and sound is dropped; a video keeps the exact time stamps of its frames.
+    Returns why the video cannot be read, None on success. Raises UserError if the result cannot be written.
     """
     config, path = job.config, Path(job.destination)
     try:
@@ -105,14 +106,14 @@ def transcode(job: TranscodeJob) -> str | None:
         return str(error)
     except OSError as error:  # PyAV's too
         raise UserError(
-            f"{path} cannot be written: {error.strerror or error}. Change OUT, or fix it and run the same command again: it "
+            f"{path} cannot be written: {error.strerror or error}. Change OUT, or fix it and run the same command again, which "
             "continues where it stopped."
         ) from error
     return None
 
 
 def remove_stale_tmp(folder: Path) -> None:
-    """Remove unfinished files of killed processes, at any depth. Only for the folder's one writer."""
+    """Remove unfinished files of killed processes, at any depth. Only the folder's single writer may call this."""
     for leftover in list(folder.rglob(f".*{TEMPORARY_SUFFIX}")):
         _remove(leftover)
 
@@ -126,7 +127,7 @@ def _remove(path: Path) -> None:
 
 @contextmanager
 def _replace(path: Path) -> Iterator[Path]:
-    """Give the name of a file or folder to make, which becomes `path` when the block ends without an error."""
+    """Yield a temporary name for a file or folder, which is renamed to `path` if the block ends without an error."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     _remove(temporary)
     try:
@@ -137,7 +138,7 @@ def _replace(path: Path) -> Iterator[Path]:
 
 
 def target_size(width: int, height: int, short_side: int | None, even: bool) -> tuple[int, int]:
-    """Return (width, height) with a short side of at most `short_side` and the same aspect; H.264 needs `even` numbers."""
+    """Return (width, height) with a short side of at most `short_side` and the same aspect; H.264 needs `even` sizes."""
     scale = min(1.0, short_side / min(width, height)) if short_side is not None else 1.0
     if not even:
         return max(round(width * scale), 1), max(round(height * scale), 1)
@@ -147,8 +148,8 @@ def target_size(width: int, height: int, short_side: int | None, even: bool) -> 
 def _ascending(frames: Frames, time_base: Fraction) -> tuple[Fraction, Frames]:
     """Return the time base (s) to write with, and the frames at ascending ticks of it, from 0.
 
-    Containers without time stamps of their own (AVI) may repeat or swap some: such a frame comes one tick after the one
-    before it. VideoDecodeError when they go back by more than a second.
+    Containers without time stamps of their own (AVI) may repeat or swap some; such a frame is put one tick after the previous
+    one. Raises VideoDecodeError when times go back by more than a second.
     """
     tick = time_base if max(time_base.numerator, time_base.denominator) <= 1_000_000 else Fraction(1, 90_000)
 
@@ -178,9 +179,9 @@ def _scaled(frames: Frames, short_side: int | None, even: bool) -> Frames:
 
 
 def _write_video(path: Path, frames: Frames, tick: Fraction, fps: Fraction, end: int, config: TranscodeConfig) -> None:
-    """Write a video and read it back. Raises VideoDecodeError if the times of its frames have changed.
+    """Write a video and read it back. Raises VideoDecodeError if the times of its frames changed.
 
-    They have if frames of a millisecond are mixed with frames of seconds: readers then miss the last ones.
+    That happens if some frames last a millisecond and others seconds: readers then miss the last ones.
     """
     times: list[Fraction] = []
 
@@ -199,7 +200,7 @@ def _write_video(path: Path, frames: Frames, tick: Fraction, fps: Fraction, end:
 
 
 def _write_frames(path: Path, frames: Frames, tick: Fraction, duration: Fraction, fps: Fraction) -> None:
-    """Write the frame on screen at k / fps seconds (k = 0, 1, ...) as 00001.jpg, ... to the folder `path`."""
+    """Write the frames on screen at k / fps seconds (k = 0, 1, ...) as 00001.jpg, ... to the folder `path`."""
     with _replace(path) as temporary:
         temporary.mkdir()
         count, current = 0, None

@@ -1,4 +1,4 @@
-"""`omnivision report RUN...`: runs on one HTML page that needs no network."""
+"""`omnivision report RUN...`: one HTML page about runs that works offline."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ def report(
     no_clips: Flag = False,
     title: Annotated[str | None, Parameter(metavar="TEXT")] = None,
 ) -> int:
-    """Make an HTML page of runs: results, curves, reconstructions, mistakes.
+    """Make an HTML page about runs: results, curves, reconstructions, mistakes.
 
-    One page that needs no network: results and settings, and how they differ between runs, curves, reconstructions, accuracy
-    by class, confusion matrices, the worst and most confident mistakes as clips, and of several downstream runs the table of
-    the paper.
+    The page works offline. It has results and settings, and how they differ between runs; curves, reconstructions, accuracy by
+    class, confusion matrices, the worst and most confident mistakes as clips; and, for several downstream runs, the paper's
+    table.
 
     Args:
         runs: A run directory, or a folder of them (a sweep).
-        out: The page.
-        no_clips: No clips of a model's mistakes (they are read from where each run says that its videos are).
+        out: The file to write.
+        no_clips: Leave out clips of mistakes (they are read from the paths in each run's predictions).
         title: Heading of the page (default: the names of the runs).
     """
     from omnivision.tools.report.collect import find_runs

@@ -1,4 +1,4 @@
-"""The runs of a report: their files, their settings, and the paper's table of their results."""
+"""The runs of a report: files, settings, and their results as the paper's table."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from omnivision.reporting.run_directory import RunDir
 from omnivision.tools.runs import read_summaries
 from omnivision.utils.streams import warn
 
-MAX_POINTS = 2000  # of a curve
+MAX_POINTS = 2000  # per curve
 RESULTS = (("val_top1", "top-1, %"), ("val_loss", "loss, validation"), ("loss", "loss, training"))
 
 
 @dataclass(eq=False)
 class Run:
-    """One run. `settings`: flat, as saved; `lines`: of `metrics.jsonl`; `pretrained`: path and SHA-256 of its start."""
+    """One run: flat `settings` as saved, `lines` of `metrics.jsonl`, `pretrained` weights with path and SHA-256."""
 
     name: str
     folder: RunDir
@@ -34,7 +34,7 @@ class Run:
 
     @property
     def last(self) -> dict[str, Any]:
-        """The last metrics."""
+        """The last logged metrics."""
         return self.summary.get("last") or {}
 
     @property
@@ -44,7 +44,7 @@ class Run:
 
     @property
     def has_result(self) -> bool:
-        """Whether it trained to its end; a running, interrupted or validation-only run has no result."""
+        """Whether the run finished training; a running, interrupted or validation-only run has no result."""
         return self.summary.get("status") == "finished" and bool(self.summary.get("epochs"))
 
     @property
@@ -54,7 +54,7 @@ class Run:
         return found[0] if found else None
 
     def curve(self, event: str, phase: str, metric: str) -> list[tuple[int, float]]:
-        """Step and value of a metric in the log; of a long curve some points, the last one among them."""
+        """Return (step, value) of a metric in the log; a long curve is thinned out, keeping the last point."""
         points = [
             (line["step"], line[metric])
             for line in self.lines
@@ -64,7 +64,7 @@ class Run:
 
 
 def find_runs(folders: Sequence[Path]) -> list[Run]:
-    """Return the runs in run directories, or in folders of them, by start time. Raises UserError for a folder without one."""
+    """Return the runs in run directories, or in folders of them, by start time. Raises UserError for a folder without runs."""
     found = {summary["path"].resolve(): summary for folder in folders for summary in read_summaries(folder)}
     common = os.path.commonpath([path.parent for path in found])
     runs = [_read_run(path, path.relative_to(common).as_posix(), summary) for path, summary in found.items()]
@@ -86,7 +86,7 @@ def _read_run(path: Path, name: str, summary: dict[str, Any]) -> Run:
 
 
 def differing(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """Return the settings that differ between runs, with the value in each; the run directory does not count."""
+    """Return the settings that differ between runs, except for the run directory, with each run's value."""
     names = {name: None for run in runs for name in run.settings if name != "launcher.experiment_log_dir"}
     found = {name: [str(run.settings.get(name, "")) for run in runs] for name in names}
     return {name: values for name, values in found.items() if len(set(values)) > 1}
@@ -96,17 +96,17 @@ Column = tuple[str, str]  # task, FT or LP
 
 
 class Table(NamedTuple):
-    """The paper's table. `rows`: by start and column a text, and whether it is the best of its column."""
+    """The paper's table. `rows`: start -> column -> a text, and whether it is the best in its column."""
 
     columns: list[Column]
     rows: dict[str, dict[Column, tuple[str, bool]]]
-    left_out: list[str]  # runs with a top-1 that is no result yet
+    left_out: list[str]  # runs whose top-1 is not a final result yet
 
 
 def paper_table(runs: Sequence[Run]) -> Table | None:
-    """Return top-1 of the last evaluation by start and task, fine-tuned and linearly probed; None for fewer than two results.
+    """Return final top-1 by start and task, fine-tuned (FT) and linearly probed (LP); None for fewer than two results.
 
-    Of several runs with the same start, task and way it has the mean if only their seeds differ, else the best.
+    Several runs with the same start and column are averaged if only their seeds differ; otherwise the best one counts.
     """
     ranked = [run for run in runs if run.last.get("val_top1") is not None and run.metadata.get("trunk")]
     results = [run for run in ranked if run.has_result]
@@ -134,7 +134,7 @@ def paper_table(runs: Sequence[Run]) -> Table | None:
 
 
 def _name_starts(runs: Sequence[Run]) -> dict[Run, str]:
-    """Return the name of what each run started from, with a digest where other weights have the same name."""
+    """Return the name of what each run started from, with a digest if other weights have the same name."""
     names, digests = {}, {}
     for run in runs:
         parts = (run.metadata.get("pretrained") or "nothing").split(" + ")

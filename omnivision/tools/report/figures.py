@@ -1,6 +1,6 @@
-"""The figures of a report: plotly as HTML fragments that share one copy of its script, and mistakes as small animations.
+"""The figures of a report: plotly charts as HTML fragments that share one script, and mistakes as small animations.
 
-plotly takes some tags in names for markup, links among them: names are escaped before it gets them.
+plotly interprets some tags in names, including links, so names are escaped first.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from omnivision.data.views import resize_short_side
 from omnivision.reporting.predictions import Predictions
 from omnivision.tools.report.collect import Run
 
-COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#999999")  # for the color-blind, too
-SHADES = [[0, "rgba(68, 119, 170, 0)"], [1, "rgba(68, 119, 170, 1)"]]  # on a light page and on a dark one
+COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#999999")  # color-blind safe
+SHADES = [[0, "rgba(68, 119, 170, 0)"], [1, "rgba(68, 119, 170, 1)"]]  # works on light and dark pages
 DASHES = ("solid", "dash", "dot", "dashdot")
-MAX_COUNTS = 20  # classes of a matrix with numbers in its cells
+MAX_COUNTS = 20  # a matrix with more classes has no numbers in its cells
 SHORT_SIDE, FRAMES, SECONDS, MILLISECONDS = 96, 12, 2.7, 180
 
 
 def curves(runs: Sequence[Run], curve: tuple[str, str, str], label: str, all_runs: Sequence[Run]) -> Markup:
-    """Draw a metric (event, phase, name) over the steps, a line per run; "" if no run has two points.
+    """Draw a metric (event, phase, name) over the steps, one line per run; "" if no run has two points.
 
-    A run has the same color in every figure: that of its place among `all_runs`.
+    A run has the same color in every figure, by its position in `all_runs`.
     """
     figure = graph.Figure()
     for run in runs:
@@ -64,13 +64,13 @@ def confusion(predictions: Predictions) -> Markup:
         )
     )  # fmt: skip
     figure.update_layout(xaxis_title="predicted", yaxis_title="label", height=min(900, 260 + 14 * len(names)))
-    figure.update_xaxes(type="category", showgrid=False)  # names that are numbers, too
+    figure.update_xaxes(type="category", showgrid=False)  # even if names are numbers
     figure.update_yaxes(type="category", showgrid=False, autorange="reversed", ticksuffix=" ")
     return _to_html(figure)
 
 
 def class_accuracy(predictions: Predictions) -> Markup:
-    """Draw the accuracy of each class that has a video, worst first."""
+    """Draw the accuracy of each class that has videos, worst first."""
     matrix = predictions.confusion()
     counts, right = matrix.sum(1), matrix.diagonal()
     accuracy = 100 * right / np.maximum(counts, 1)
@@ -89,7 +89,7 @@ def class_accuracy(predictions: Predictions) -> Markup:
 
 
 def _to_html(figure: graph.Figure) -> Markup:
-    """Return the figure without background and text colors: the page sets them for light and dark."""
+    """Return the figure without background and text colors, which the page sets for light and dark mode."""
     figure.update_layout(
         margin={"l": 60, "r": 16, "t": 16, "b": 50}, paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",
         font={"size": 12}, legend={"orientation": "h", "y": 1.12},
@@ -113,7 +113,7 @@ class Mistake(NamedTuple):
 def mistakes(predictions: Predictions, count: int, entry: Mapping[str, Any]) -> dict[str, list[Mistake]]:
     """Return the most confident mistakes and the worst, by heading; one list if both have the same videos.
 
-    `entry` is that of the catalog: `fps` and `frame_pattern` of frame folders, `prefix` of paths, which is left out.
+    `entry` is the catalog entry: `fps` and `frame_pattern` of frame folders, and the `prefix` to remove from paths.
     """
     probs, label = predictions.probabilities, predictions.label
     predicted, confidence = probs.argmax(1), probs.max(1)
@@ -121,11 +121,14 @@ def mistakes(predictions: Predictions, count: int, entry: Mapping[str, Any]) -> 
     wrong = np.flatnonzero((label >= 0) & (predicted != label))
     most_confident = wrong[np.argsort(-confidence[wrong], kind="stable")][:count]
     worst = wrong[np.argsort(of_label[wrong], kind="stable")][:count]
-    lists = {"The most confident mistakes": most_confident, "The worst, which give the true class the least": worst}
+    lists = {
+        "The most confident mistakes": most_confident,
+        "The worst mistakes (lowest probability for the true class)": worst,
+    }
     if set(most_confident) == set(worst):
         lists = {"The mistakes, the most confident first": most_confident}
     names, prefix = predictions.class_names, resolve_prefix(entry.get("prefix") or "")
-    fps = entry["fps"] if isinstance(entry.get("fps"), (int, float)) else 25.0  # not one that refers to a setting
+    fps = entry["fps"] if isinstance(entry.get("fps"), (int, float)) else 25.0  # it may be a reference to a setting
 
     def describe(video: int) -> Mistake:
         path, times = predictions.paths[video], ""
@@ -159,5 +162,5 @@ def animate(path: str, fps: float, pattern: str | None = None, segment: Segment 
 
 
 def data_url(data: bytes, kind: str) -> str:
-    """Return a file as a URL that holds it; `kind` is its MIME type."""
+    """Return a file as a data URL; `kind` is its MIME type."""
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"

@@ -17,10 +17,10 @@ from omnivision.tools.report import figures
 from omnivision.tools.report.collect import Run, differing, paper_table
 from omnivision.tools.runs import TEXTS, describe_run, end_reason
 
-MISTAKES = 8  # of each kind
-MAX_CLASSES = 500  # in a confusion matrix that a browser can draw
-MAX_RUNS_WITH_CLIPS = 8  # the best ones
-# Heading, label of the axis, and event, phase and name in the log.
+MISTAKES = 8  # clips shown for each kind of mistake
+MAX_CLASSES = 500  # browsers cannot draw larger confusion matrices
+MAX_RUNS_WITH_CLIPS = 8  # only the best runs get clips
+# Heading, axis label, and event, phase and name in the log.
 CURVES = (
     ("Loss, training", "loss", ("step", "train", "loss")),
     ("Loss, validation", "loss", ("epoch", "val", "loss")),
@@ -30,14 +30,14 @@ CURVES = (
         for name in VALIDATION_METRICS
     ),
     ("Learning rate", "learning rate", ("step", "train", "lr")),
-    ("Norm of the gradient", "norm", ("step", "train", "grad_norm")),
-    ("Clips a second", "clips a second", ("step", "train", "clips_per_second")),
+    ("Gradient norm", "norm", ("step", "train", "grad_norm")),
+    ("Clips per second", "clips per second", ("step", "train", "clips_per_second")),
     ("Waiting for data", "share of the time", ("step", "train", "data_wait")),
 )
 
 
 def render(runs: Sequence[Run], title: str, clips: bool = True) -> str:
-    """Return the page of some runs as HTML, with all names escaped. `clips`: with clips of their mistakes."""
+    """Return the page as HTML, with all names escaped. `clips`: include clips of mistakes."""
     environment = jinja2.Environment(loader=jinja2.PackageLoader("omnivision.tools.report", "."), autoescape=True)
     evaluated = sorted((run for run in runs if run.predictions), key=_quality, reverse=True)
     with_clips = evaluated[:MAX_RUNS_WITH_CLIPS] if clips else []
@@ -66,7 +66,7 @@ def render(runs: Sequence[Run], title: str, clips: bool = True) -> str:
 
 
 def _overview(run: Run) -> dict[str, str]:
-    """Return the cells of a run in the first table, by heading: those of `omnivision runs`, with epochs."""
+    """Return a run's cells in the first table, by heading: as in `omnivision runs`, with epochs."""
     cells = describe_run(run.summary | {"name": run.name})
     del cells["age"]
     for heading, epoch in (("top-1 %", run.last.get("val_epoch")), ("best %", run.summary.get("best_epoch"))):
@@ -76,7 +76,7 @@ def _overview(run: Run) -> dict[str, str]:
 
 
 def _curves(runs: Sequence[Run]) -> list[tuple[str, Markup]]:
-    """Draw the metrics; runs of an autoencoder and of a classifier apart, since their losses cannot be compared."""
+    """Draw the metrics, with separate figures for autoencoders and classifiers, whose losses cannot be compared."""
     kinds: dict[str, list[Run]] = {}
     for run in runs:
         kinds.setdefault(run.metadata.get("model") or "other", []).append(run)
@@ -89,7 +89,7 @@ def _curves(runs: Sequence[Run]) -> list[tuple[str, Markup]]:
 
 
 def _reconstruction(run: Run) -> tuple[str, str, str] | None:
-    """Return the last animated reconstruction of a run: its name, the file, a data URL."""
+    """Return a run's last animated reconstruction: run name, file name, data URL."""
     files = sorted(run.folder.pictures.glob("*.gif"), key=lambda file: (file.stem == "last", file.name))
     return (run.name, files[-1].name, figures.data_url(files[-1].read_bytes(), "image/gif")) if files else None
 
