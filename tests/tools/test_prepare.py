@@ -492,7 +492,7 @@ class ClassFolders(Folder):
                 forms = ["{c}/{k}.mp4", *way.split()]
                 self.tree(*(form.format(c=c, k=k) for c in "ab" for k in range(6) for form in forms))
                 self.assertEqual(self.sizes("s"), {"train": 24})
-                self.assertIn("12 videos seem to be in train in two forms", self.errors)
+                self.assertIn("12 videos seem to be in train twice", self.errors)
                 self.assertNotIn("level", self.errors)
                 samples = self.prepare("s", "--hold-out", 0.5)
                 self.assertNotIn("files are in train", self.errors)
