@@ -39,18 +39,18 @@ def row(name: str, gpus: int, operations: float, parameters: int, machine: argpa
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     for name, default, meaning in (
-        ("tflops", 125.0, "of a GPU in bf16, sustained (40 %% of an A100's)"),
+        ("tflops", 125.0, "TFLOP/s that a GPU sustains in bf16 (40 %% of an A100's peak)"),
         ("link", 25.0, "GB/s between nodes for each GPU (200 Gbit/s)"),
-        ("samples", 14.0, "that a core makes per second (`python -m benchmarks loading`)"),
-        ("disk", 20.0, "GB/s of the file system, all nodes together"),
+        ("samples", 14.0, "samples per second and core (`python -m benchmarks loading`)"),
+        ("disk", 20.0, "GB/s from the file system, for all nodes together"),
     ):
         parser.add_argument(f"--{name}", type=float, default=default, help=f"{meaning}; %(default)s")
     machine = parser.parse_args()
-    print(f"{vars(machine)}; {CLIPS_PER_GPU} clips a GPU")
+    print(f"{vars(machine)}; {CLIPS_PER_GPU} clips per GPU")
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
     for name, size in MODELS.items():
         operations, parameters = Geometry(size, batch=1).count()
-        print(f"<!-- {name}: {operations / 1e9:.0f} GFLOP a clip, {parameters / 1e6:.0f} M parameters -->")
+        print(f"<!-- {name}: {operations / 1e9:.0f} GFLOP per clip, {parameters / 1e6:.0f} M parameters -->")
         for gpus in (8, 64, 512):
             print(row(name, gpus, operations, parameters, machine))
 

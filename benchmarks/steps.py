@@ -39,7 +39,7 @@ def pretraining_step(quick: bool) -> Report:
     """
     shape = geometry(quick)
     title = f"A pretraining step, {shape.size}, {shape.frames} x {shape.image}², batch {shape.batch}"
-    report = Report("pretraining_step", title, "s a clip")
+    report = Report("pretraining_step", title, "s per clip")
     peers = ["Hugging Face"] if report.works("Hugging Face", shape.huggingface) else []
     report.facts["differences"] = check_equal(shape, bool(peers))
     ways = ["", ", compiled"] if CAN_COMPILE and not quick else [""]  # compiling takes longer than all else
@@ -125,7 +125,7 @@ def matmul_rate(dtype: torch.dtype, size: int = 2048) -> float:
 
 def step_shapes(quick: bool) -> Report:
     """Our step and Hugging Face's, neither compiled, from tiny to large and from 8 to 32 frames; batch 2 (large: 1)."""
-    report = Report("step_shapes", "A pretraining step in other sizes", "s a clip")
+    report = Report("step_shapes", "A pretraining step in other sizes", "s per clip")
     for size, frames in QUICK_SHAPES if quick else SHAPES:
         shape = Geometry(size, 1 if size == "vitlarge" else 2, frames, 64 if quick else 224)
         models: dict[str, nn.Module] = {"ours": shape.ours()}
@@ -145,7 +145,7 @@ def decoders(quick: bool) -> Report:
     What they cost in quality on the demo: `python -m benchmarks.demo_runs decoders FOLDER`.
     """
     shape = geometry(quick)
-    report = Report("decoders", f"A pretraining step with other decoders, {shape.size}, {FASTEST}", "s a clip")
+    report = Report("decoders", f"A pretraining step with other decoders, {shape.size}, {FASTEST}", "s per clip")
     peer = f"Hugging Face {FASTEST}"
     kinds: dict[str, Any] = {"ours": (decoder_sides, [f"ours, {name}" for name in DECODERS])}
     if report.works("Hugging Face", shape.huggingface):
@@ -173,7 +173,7 @@ def decoder_sides(kind: str, quick: bool) -> dict[str, Callable[[], None]]:
 def probe_step(quick: bool) -> Report:
     """A step of linear probing (frozen trunk) and of fine-tuning, with views of 16 x 224 x 224."""
     size, frames, image = ("vittiny", 4, 64) if quick else ("vitsmall", 16, 224)
-    report = Report("probe_step", f"A step of linear probing and of fine-tuning, {size}", "s a clip")
+    report = Report("probe_step", f"A step of linear probing and of fine-tuning, {size}", "s per clip")
     video, label = torch.randint(0, 256, (4, 3, frames, image, image), dtype=torch.uint8), torch.arange(4)
     sides = {}
     for name, frozen in (("probing", True), ("fine-tuning", False)):

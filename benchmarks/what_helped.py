@@ -191,7 +191,7 @@ def sample_sides(folder: Path, quick: bool) -> tuple[dict[str, Side], int]:
 
 
 def what_helped(quick: bool) -> Report:
-    report = Report("what_helped", "What each optimization saves", "s a clip, or of one core a sample")
+    report = Report("what_helped", "What each optimization saves", "s per clip, or core-seconds per sample")
     sides, per = step_sides(quick)
     report.seconds = interleaved(sides, rounds=2 if quick else 3, per=per)
     with one_thread(), tempfile.TemporaryDirectory() as folder:

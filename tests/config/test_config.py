@@ -291,7 +291,7 @@ class Script(unittest.TestCase):
             self.assertEqual(result.stderr, "")
             for line in (
                 r"model +MaskedAutoencoder: 94\.\d+ M parameters",
-                r"operations +\d+\.\d+ GFLOPs a clip",
+                r"operations +\d+\.\d+ GFLOPs per clip",
                 r"batch +64 clips per step = 16 videos x 4 views, over 8 ranks",
                 r"k150, train: 64 samples; 12 of 16 sampled files exist",
                 r"steps +1 per epoch x 3 epochs = 3",

@@ -398,8 +398,8 @@ class Statuses(Folder):
                 QueueEntry("PENDING", waiting, dependency="afterok:9(failed)"),
                 ("cancelled", "afterok:9.failed."),
             ),
-            ("running", None, ("lost", "does not know job 12")),
-            ("running", QueueEntry("RUNNING", command="/another/after/a/reset.sh"), ("lost", "does not know job 12")),
+            ("running", None, ("lost", "job 12")),
+            ("running", QueueEntry("RUNNING", command="/another/after/a/reset.sh"), ("lost", "job 12")),
             ("finished", QueueEntry("RUNNING"), ("finished", "^$")),
         ):
             with self.subTest(status, state=state):
