@@ -272,7 +272,7 @@ def _check_blocks(model: nn.Module, weights: StateDictFile, chosen: Mapping[str,
             raise UserError(
                 f"The {part} of this model must have the depth and attention heads of {weights.path}. Set "
                 f"{' '.join(f'trainer.model.{part}.{setting}' for setting in settings)}, {SETTING}, or "
-                "trainer/checkpoint=no_heads_no_decoder for the trunk alone."
+                "trainer/checkpoint=no_heads_no_decoder for only the trunk."
             )
 
 

@@ -108,7 +108,7 @@ def arguments_of(target: str) -> type[BaseModel]:
     fields: dict[str, Any] = {}
     for name, parameter in signature.items():
         if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY) and name not in INJECTED_ARGS:
-            # `build` gives classes of other packages what they lack, e.g. the parameters.
+            # `instantiate_target` gives classes of other packages what they lack, e.g. the parameters.
             required = parameter.default is parameter.empty and target.startswith("omnivision.")
             field = Field(... if required else None, alias=name)
             fields[f"argument_{name}"] = (_to_config_type(hints.get(name)), field)

@@ -77,7 +77,7 @@ class LabelSets:
     """The head of each source, and the number of classes of each head. Sources with the same label set share a head."""
 
     classes: list[int]
-    head: dict[str, int]  # by source
+    head: dict[str, int]  # source -> head
 
 
 def label_sets(datasets: Sequence[Dataset], share_head: bool = False) -> LabelSets:
@@ -85,7 +85,7 @@ def label_sets(datasets: Sequence[Dataset], share_head: bool = False) -> LabelSe
 
     Raises UserError for a source whose number of classes is unknown or differs from others of its label set.
     """
-    classes: dict[str, int] = {}  # by label set
+    classes: dict[str, int] = {}  # label set -> number of classes
     head: dict[str, int] = {}
     for dataset in datasets:
         setting, count = f"datasets.{dataset.name}.num_classes", dataset.num_classes

@@ -155,7 +155,7 @@ class VideoFile:
         if self._format in _SEEKABLE_FORMATS:
             self._require_end(max(ends), min(self._origin, 0) + header)
         last = max(pts + length for pts, length in spans)
-        if spans[-1][1] == 0 and len(spans) > 1:  # unknown length: assume that of the frame before
+        if spans[-1][1] == 0 and len(spans) > 1:  # unknown length: assume the previous frame's
             last += spans[-1][0] - spans[-2][0]
         return last - self._origin
 

@@ -97,8 +97,8 @@ _DECODER_PARTS = """
     heads.0.projector.weight trunk.decoder.norm.weight trunk.mask_token
 """.split()
 
-LAYER_NORM_EPS = 1e-6  # of every LayerNorm here
-HF_EPSILON = 1e-12  # of the LayerNorms there, unless the configuration says another
+LAYER_NORM_EPS = 1e-6  # epsilon of all our LayerNorms
+HF_EPSILON = 1e-12  # epsilon of transformers' LayerNorms, unless the configuration sets another
 HF_CONFIG_KEYS = {"hidden_size": "width", "num_hidden_layers": "depth", "num_attention_heads": "heads"}
 HF_CONFIG_KEYS |= {name: name for name in ("num_frames", "image_size")}
 
@@ -176,7 +176,7 @@ def convert_file(
 
 
 def recognize(names: Collection[str], choice: str = "auto") -> str:
-    """Return the format, a key of RENAMES, that all `names` belong to; `choice` (as in `convert_file`) allows one alone.
+    """Return the format, a key of RENAMES, that all `names` belong to; `choice` (as in `convert_file`) allows only one.
 
     Raises UserError, with the nearest format and the first names it does not have, if there is none.
     """

@@ -2,8 +2,8 @@
 # The outer shell records an exit that the tasks could not; the inner shell runs setup, which may exit.
 readonly omnivision_logs=${omnivision_runs%/*}
 readonly omnivision_job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
-readonly omnivision_from=$PWD  # what a relative name of a run directory starts from
-readonly omnivision_reached="$omnivision_logs/${omnivision_job}_setup"  # the line of submitit.setup that is run
+readonly omnivision_from=$PWD  # relative run directories start here
+readonly omnivision_reached="$omnivision_logs/${omnivision_job}_setup"  # the line of submitit.setup that is running
 omnivision_seen='for _ in $(seq 60); do [ -w "$1" ] && exit; sleep 1; done; echo "$(hostname) cannot write to $1"'
 omnivision_comment() { echo "$1"; scontrol update JobId="$omnivision_job" Comment="$1"; }
 omnivision_code() { export PYTHONPATH="$omnivision_checkout${PYTHONPATH:+:$PYTHONPATH}"; }

@@ -62,7 +62,7 @@ class RunDir:
         if owner != str(here):
             raise UserError(
                 f"The checkpoints in {self.checkpoints.absolute()} belong to the run in {owner}, not to {here}. Set "
-                "trainer.checkpoint.save_dir to a directory of this run alone (in a sweep, with the swept values in its name). "
+                "trainer.checkpoint.save_dir to a directory for only this run (in a sweep, with the swept values in its name). "
                 f"If the run directory was moved, remove {claim}."
             )
         write_atomically(claim, f"{here}\n")

@@ -34,7 +34,7 @@ class Visualization:
 
 
 class Task(Protocol):
-    """What a step computes. A subclass needs the two steps alone."""
+    """What a step computes. A subclass needs only the two step methods."""
 
     def compile(self) -> None:
         """Compile what a step computes beside the model, where that is worth it."""

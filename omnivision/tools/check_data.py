@@ -43,7 +43,7 @@ class VideoCheck:
     reason: str | None = None
     frames: int | None = None
     duration: float | None = None  # s
-    fps: float | None = None  # on average
+    fps: float | None = None  # average
     rate: float | None = None  # frames per second between most frames
     width: int | None = None
     height: int | None = None

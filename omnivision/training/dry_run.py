@@ -1,7 +1,7 @@
 """`trainer.mode=dry`: problems that would stop a run, and a summary of it.
 
-The checks are those of a run: `preflight.check_run`, and `load_initial_weights` with a model on the meta device, which compares
-weights and checkpoints by name and shape.
+It makes the same checks as a run: `preflight.check_run`, and `load_initial_weights` with a model on the meta device, which
+compares weights and checkpoints by name and shape.
 """
 
 from __future__ import annotations

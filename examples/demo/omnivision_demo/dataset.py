@@ -73,7 +73,7 @@ def write_demo_data(
         missing = [spec for spec in specs if not (folder / spec.domain / spec.path).is_file()]
         if missing or not complete:
             _write_stamp(folder, settings, complete=False)
-            for leftover in [*folder.rglob(".*.part"), *folder.rglob(".*.tmp")]:  # of a killed run
+            for leftover in [*folder.rglob(".*.part"), *folder.rglob(".*.tmp")]:  # left by a killed command
                 leftover.unlink(missing_ok=True)
             for domain, split in splits:
                 (folder / domain / split).mkdir(parents=True, exist_ok=True)
@@ -114,7 +114,7 @@ def _write_stamp(folder: Path, settings: dict[str, object], complete: bool) -> N
 
 
 def _write_videos(folder: Path, specs: list[VideoSpec], workers: int) -> Iterator[None]:
-    """Render and write all videos, in this process or in others; yields once a video."""
+    """Render and write all videos, in this process or in others; yield once per video."""
     jobs = [(str(folder), spec) for spec in specs]
     for result in run_in_processes(_write_video, jobs, workers if workers > 1 else 0):
         if isinstance(result, WorkerCrashedError):

@@ -34,7 +34,7 @@ PLACE_TYPES = tuple("living_room gym street park beach mountains stage forest de
 _FRAME_RATES = (12, 15, 24, 25, 30)
 _KEY_FRAME_DISTANCES = (1, 4, 8, 12, 24, 48)
 _SECONDS = (1.2, 4.0)
-# Turns a second. The slowest still shows 1.5 periods in any 1.3 seconds, the fastest 6 frames a period at 12 fps.
+# Turns per second. The slowest still shows 1.5 periods in any 1.3 seconds, the fastest 6 frames per period at 12 fps.
 _TURNS = (1.3, 2.0)
 _POOL = 1000  # ids from one pool's first to the next pool's first
 _POOL_SIZES = {"train": (240, 120, 24), "val": (60, 40, 8)}  # bodies, cameras, places of each type

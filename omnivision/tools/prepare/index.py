@@ -118,7 +118,7 @@ def number_classes(index: DatasetIndex, names: Sequence[str] = ()) -> DatasetInd
     Raises UserError for labels without a class, numbers among names, and two classes with the same name (ignoring case and
     spaces).
     """
-    places = {record.label: record.where for record in reversed(index.records)}  # of the first record of each label
+    places = {record.label: record.where for record in reversed(index.records)}  # label -> its first record's position
     labels = list(dict.fromkeys(record.label for record in index.records))
     if not labels:
         raise UserError(f"{index.root} holds no videos. Change SOURCE.")
