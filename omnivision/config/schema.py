@@ -230,7 +230,7 @@ SBATCH_RESERVED = (
 
 
 class SubmititSettings(SettingsGroup):
-    """What a run asks SLURM for."""
+    """What a run requests from SLURM."""
 
     use_cluster: bool
     name: SingleLine

@@ -72,7 +72,7 @@ def write_file(out: Path, to: str, model: ConvertedCheckpoint, metadata: Mapping
     """
     suffixes = (".safetensors",) if to == "safetensors" else (".pt", ".pth")
     if out.suffix not in suffixes:
-        raise UserError(f"OUT must end in {suffixes[0]}, got {out}: the suffix tells how to read the file.")
+        raise UserError(f"OUT must end in {suffixes[0]}, got {out}: readers go by the suffix.")
     rest = {"format": EXPORT_FORMAT, "architecture": model.architecture, **metadata}
     with _writing(out):
         with replace_atomically(out) as file:

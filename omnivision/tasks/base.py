@@ -1,4 +1,4 @@
-"""The interface of a task. A new task is a new file beside this one, named by `_target_` in `trainer.task`."""
+"""The interface of a task. A new task is a new file beside this one; `_target_` in `trainer.task` names its class."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Task(Protocol):
     """What a step computes. A subclass needs only the two step methods."""
 
     def compile(self) -> None:
-        """Compile what a step computes beside the model, where that is worth it."""
+        """Compile what a step computes besides the model, if worthwhile."""
 
     def training_step(self, model: nn.Module, batch: Batch) -> StepOutput: ...
 

@@ -1,4 +1,4 @@
-"""One pass over the validation videos; each counts once, whatever the number of ranks."""
+"""One pass over the validation videos; each counts once, regardless of the number of ranks."""
 
 from __future__ import annotations
 
