@@ -63,8 +63,8 @@ class Page(Folder):
         body = html.unescape(re.sub(r"<script.*?</script>", "", text, flags=re.S))
         self.assertNotRegex(body, r'(src|href)="http')
         for expected in ("2 of 3 videos are right: 66.7 %", "Guessing would give 33.3 %", "lr_scale_factor", HOSTILE,
-                         "The mistakes, the most confident first", "data:image/webp;base64,", "mae", "50.0 (epoch 2)",
-                         "51.0 (epoch 1)", "60.0 (epoch 2)", "after epoch 2; best.pt is of epoch 1",
+                         "The mistakes, the most confident first", "data:image/webp;base64,", "mae", "50.0\nepoch 2",
+                         "51.0\nepoch 1", "60.0\nepoch 2", "after epoch 2; best.pt is of epoch 1",
                          "<td>50 (top-1, %)</td><td>60 (top-1, %)</td>"):  # fmt: skip
             self.assertIn(expected, body)
         self.assertEqual(text.count("plotly-graph-div"), 1 + 8 + 2 * 2)

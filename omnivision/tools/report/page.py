@@ -71,7 +71,7 @@ def _overview(run: Run) -> dict[str, str]:
     del cells["age"]
     for heading, epoch in (("top-1 %", run.last.get("val_epoch")), ("best %", run.summary.get("best_epoch"))):
         if cells[heading] and epoch is not None:
-            cells[heading] += f" (epoch {epoch})"
+            cells[heading] += f"\nepoch {epoch}"
     return cells
 
 
