@@ -84,7 +84,7 @@ class OurNames(Case):
         ema = {name: tensor.detach() for name, tensor in average.items() if "heads" in name}
         source, out = self.save_run(model, ema=ema), self.folder / "out.pt"
         for options, averaged in (((), True), (("--weights", "ema"), True), (("--weights", "model"), False)):
-            self.assertEqual("moving average" in self.export(source, out, "pt", "--force", *options), averaged)
+            self.assertEqual("the EMA" in self.export(source, out, "pt", "--force", *options), averaged)
             self.assert_equal_states(safe_load(out)["model"], model.state_dict() | (ema if averaged else {}))
         self.assert_refused("EMA.*--weights model", self.save_run(model), out, "pt", "--force", "--weights", "ema")
         self.assert_refused("EMA.*'x'", self.save_run(model, ema={"x": torch.zeros(1)}), out, "pt", "--force")
