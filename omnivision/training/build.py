@@ -71,7 +71,7 @@ def build_process_group(settings: Settings, rank_info: RankInfo) -> Dist:
     return Dist(rank_info, settings.trainer.accelerator, distributed.backend, timeout)
 
 
-def datasets_of(settings: Settings) -> list[Dataset]:
+def build_datasets(settings: Settings) -> list[Dataset]:
     """Return the catalog entries of the run's sources; entries without a number of classes get `video_labels`."""
     return [
         Dataset(name=name, **source.model_dump() | {"num_classes": source.num_classes or settings.video_labels})
@@ -85,7 +85,7 @@ def open_splits(settings: Settings) -> Splits:
     Raises UserError with all problems: files that are missing, have the wrong type or shape, or hold labels out of range;
     splits without labels for a model that learns from labels; no val split at all.
     """
-    config, datasets = settings.trainer, datasets_of(settings)
+    config, datasets = settings.trainer, build_datasets(settings)
     validates = config.mode == "val" or (config.mode != "train_only" and config.val_epoch_freq is not None)
     wanted = [(dataset, "train") for dataset in datasets if config.mode != "val"]
     wanted += [(dataset, "val") for dataset in datasets if validates and dataset.val is not None]
@@ -109,7 +109,7 @@ def open_splits(settings: Settings) -> Splits:
     return [split for split in opened if split.which == "train"], [split for split in opened if split.which == "val"]
 
 
-def epoch_plan(settings: Settings, train: list[Split]) -> EpochPlan:
+def build_epoch_plan(settings: Settings, train: list[Split]) -> EpochPlan:
     """Plan an epoch. Raises UserError for a source smaller than a batch, and for unknown names in trainer.data.repeats."""
     trainer, data = settings.trainer, settings.trainer.data
     names = [split.name for split in train]
@@ -128,10 +128,10 @@ def epoch_plan(settings: Settings, train: list[Split]) -> EpochPlan:
 
 def build_label_sets(settings: Settings) -> LabelSets:
     """Return the heads and their class counts."""
-    return label_sets(datasets_of(settings), settings.trainer.data.share_head)
+    return label_sets(build_datasets(settings), settings.trainer.data.share_head)
 
 
-def class_names_by_head(settings: Settings) -> list[list[str]]:
+def resolve_class_names(settings: Settings) -> list[list[str]]:
     """Return the class names of each head, from the first source that names them all; empty for a model without heads.
 
     Raises UserError if sources that share a head name its classes differently: their labels would mean different classes.
@@ -140,7 +140,7 @@ def class_names_by_head(settings: Settings) -> list[list[str]]:
         return []
     sets = build_label_sets(settings)
     names: list[list[str]] = [[str(label) for label in range(count)] for count in sets.classes]
-    sources = [dataset for dataset in datasets_of(settings) if dataset.class_names is not None]
+    sources = [dataset for dataset in build_datasets(settings) if dataset.class_names is not None]
     for dataset in reversed(sources):
         head, own_names = sets.head[dataset.name], dataset.names()
         if len(own_names) == len(names[head]):
@@ -158,11 +158,11 @@ def class_names_by_head(settings: Settings) -> list[list[str]]:
     return names
 
 
-def inference_config(settings: Settings) -> InferenceConfig:
+def build_inference_config(settings: Settings) -> InferenceConfig:
     """Return the evaluation settings that `omnivision.load` needs."""
     return InferenceConfig(
         clip_duration=settings.trainer.data.clip_duration,
-        class_names=class_names_by_head(settings),
+        class_names=resolve_class_names(settings),
         average="softmax" if settings.trainer.task.get("average") == "softmax" else "logits",
     )
 
@@ -186,7 +186,7 @@ def build_model(settings: Settings, device: str = "cpu") -> nn.Module:
     return built
 
 
-def meta_model(settings: Settings) -> nn.Module | None:
+def build_meta_model(settings: Settings) -> nn.Module | None:
     """Return the model on the meta device, without memory; None for a user's own class that cannot be built there."""
     try:
         return build_model(settings, "meta")
@@ -222,7 +222,7 @@ def build_task(settings: Settings) -> Any:
 def measure_clip_cost(settings: Settings, model: nn.Module) -> flops.ClipFlops | None:
     """Return the cost of a training step per clip; `model` is on the meta device. None for user classes that fail there."""
     data = settings.trainer.data
-    clip = clip_config(settings, data, "trainer.data", data.num_frames, training=True)
+    clip = build_clip_config(settings, data, "trainer.data", data.num_frames, training=True)
     mask = None if clip.mask is None else clip.mask(clip.grid, np.random.default_rng(0))
     shape = data.num_frames, settings.image_size, settings.image_size
     try:
@@ -233,13 +233,13 @@ def measure_clip_cost(settings: Settings, model: nn.Module) -> flops.ClipFlops |
         raise
 
 
-def peak_clips_per_second(settings: Settings, device: torch.device) -> float | None:
+def estimate_peak_clips_per_second(settings: Settings, device: torch.device) -> float | None:
     """Return a device's peak clips per second; None if that is unknown, or if clips differ in size."""
     dtype = resolve_amp_dtype(settings.trainer, device)
     peak_flops = flops.peak_flops(device, dtype, settings.trainer.logging.peak_tflops)
     if peak_flops is None or settings.images is not None:
         return None
-    meta = meta_model(settings)
+    meta = build_meta_model(settings)
     cost = None if meta is None else measure_clip_cost(settings, meta)
     return None if cost is None else peak_flops / cost.step_flops
 
@@ -279,15 +279,15 @@ def build_optimizer(settings: Settings, model: nn.Module) -> ScheduledOptimizer:
     return ScheduledOptimizer(model, build_groups(settings, model), make)
 
 
-def clip_dataset(settings: Settings, splits: list[Split], training: bool) -> ClipDataset:
+def build_clip_dataset(settings: Settings, splits: list[Split], training: bool) -> ClipDataset:
     """Return the dataset over some splits, for training or for evaluation."""
     trainer, data = settings.trainer, settings.trainer.data
     configs: dict[str, ClipConfig] = {}
     for kind in {split.dataset.kind for split in splits}:
         if kind == "video" or data.image is None:
-            configs[kind] = clip_config(settings, data, "trainer.data", data.num_frames, training)
+            configs[kind] = build_clip_config(settings, data, "trainer.data", data.num_frames, training)
         else:
-            configs[kind] = clip_config(settings, data.image, "trainer.data.image", 1, training)
+            configs[kind] = build_clip_config(settings, data.image, "trainer.data.image", 1, training)
     return ClipDataset(
         splits, configs, data.clip_duration, trainer.seed_value, training, data.max_pixels, data.val_spacing
     )
@@ -297,12 +297,12 @@ def check_views_and_masks(settings: Settings) -> None:
     """Raise UserError for invalid views and masks."""
     data = settings.trainer.data
     for training in (True, False):
-        clip_config(settings, data, "trainer.data", data.num_frames, training)
+        build_clip_config(settings, data, "trainer.data", data.num_frames, training)
         if data.image is not None:
-            clip_config(settings, data.image, "trainer.data.image", 1, training)
+            build_clip_config(settings, data.image, "trainer.data.image", 1, training)
 
 
-def clip_config(
+def build_clip_config(
     settings: Settings, data: DataSettings | ImageSettings, where: str, num_frames: int, training: bool
 ) -> ClipConfig:
     """Return the views, frames and mask for samples of one kind of source."""
@@ -344,18 +344,23 @@ def build_trainer(
     train_splits, val_splits = open_splits(settings) if splits is None else splits
     pinned = dist.device.type == "cuda"
     workers = LoaderConfig(data.num_workers, data.prefetch, pinned, timeout=60 * data.timeout_minutes)
-    plan = epoch_plan(settings, train_splits) if train_splits else None
-    train = TrainData(clip_dataset(settings, train_splits, training=True), workers, plan) if plan else None
-    evaluated = clip_dataset(settings, val_splits, training=False)
+    plan = build_epoch_plan(settings, train_splits) if train_splits else None
+    train = TrainData(build_clip_dataset(settings, train_splits, training=True), workers, plan) if plan else None
+    evaluated = build_clip_dataset(settings, val_splits, training=False)
     clips = max((kind.clips * kind.views for kind in evaluated.configs.values()), default=1)
     val = ValData(evaluated, workers, max(1, settings.clips_per_rank // clips)) if val_splits else None
     built = build_model(settings, "meta" if dist.device.type == "meta" else "cpu")
     used = train_splits + val_splits
     ledger = BadSampleLedger(run_dir.logs / "bad_samples.jsonl", sum(map(len, used)), data.bad_sample_budget)
     context = RunContext(
-        dist, run_dir, reporter, ledger, stop, peak_clips_per_second=peak_clips_per_second(settings, dist.device)
+        dist,
+        run_dir,
+        reporter,
+        ledger,
+        stop,
+        peak_clips_per_second=estimate_peak_clips_per_second(settings, dist.device),
     )
     if dist.is_main and config_text:
-        values, inference = flat(settings.model_dump()), inference_config(settings).model_dump(exclude_unset=True)
+        values, inference = flat(settings.model_dump()), build_inference_config(settings).model_dump(exclude_unset=True)
         context.fingerprint = fingerprint(config_text, values, used, plan, inference)
     return Trainer(settings.trainer, context, build_task(settings), built, build_optimizer(settings, built), train, val)

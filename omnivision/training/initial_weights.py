@@ -33,7 +33,7 @@ def load_initial_weights(settings: Settings, trainer: Trainer) -> list[LoadRepor
         trainer.run.averaged_checkpoints = averaged = load_averaged_checkpoints(settings, trainer.raw_model)
     for report in averaged:
         info(f"Averages {report.path} (SHA-256 {report.sha256[:12]}...)")
-    if trainer.load_checkpoint(build.class_names_by_head(settings)):
+    if trainer.load_checkpoint(build.resolve_class_names(settings)):
         return []
     validates = settings.trainer.mode == "val"
     if validates and (averaged or settings.pretrained_checkpoint_path is None):
@@ -64,7 +64,7 @@ def load_pretrained(settings: Settings, model: nn.Module) -> list[LoadReport]:
         [weights] = read_several([pretrained])
     if weights.architecture.get("kind") == "average":  # merge it into a single model
         weights = merge(weights).file
-    report = load_filtered(model, weights, settings.trainer.checkpoint, build.class_names_by_head(settings))
+    report = load_filtered(model, weights, settings.trainer.checkpoint, build.resolve_class_names(settings))
     if settings.trainer.mode == "val" and (lacking := [name for name in report.missing if name.startswith("heads.")]):
         raise UserError(
             f"trainer.mode=val evaluates {report.path}, but its heads were not loaded ({lacking[0]}). Expected a checkpoint of "

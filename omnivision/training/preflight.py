@@ -32,12 +32,12 @@ def check_run(settings: Settings, *more: Callable[[Settings], object]) -> tuple[
     problems: list[str] = []
     warnings: list[str] = []
     train, val = collect_problems(problems, build.open_splits, settings) or ([], [])
-    plan = collect_problems(problems, build.epoch_plan, settings, train) if train else None
+    plan = collect_problems(problems, build.build_epoch_plan, settings, train) if train else None
     for split in train + val:
         warnings += collect_problems(problems, probe_samples, settings, split) or []
-    for check in (*more, check_pretrained, build.class_names_by_head, build.build_task, build.check_views_and_masks):
+    for check in (*more, check_pretrained, build.resolve_class_names, build.build_task, build.check_views_and_masks):
         collect_problems(problems, check, settings)
-    model = collect_problems(problems, build.meta_model, settings)
+    model = collect_problems(problems, build.build_meta_model, settings)
     if model is not None:
         collect_problems(problems, build.build_optimizer, settings, model)
         if settings.trainer.mode != "val":
@@ -187,7 +187,7 @@ def check_device(settings: Settings, device: torch.device, local_rank: int = 0) 
     """Raise UserError if a device cannot compile, or has too little memory for weights, gradients and optimizer."""
     if settings.trainer.compile and local_rank == 0:  # once per node
         check_compiler(device)
-    is_gpu, meta = device.type == "cuda", build.meta_model(settings)
+    is_gpu, meta = device.type == "cuda", build.build_meta_model(settings)
     memory = torch.cuda.get_device_properties(device).total_memory if is_gpu else host_memory()
     memory //= 1 if is_gpu else settings.launcher.gpus_per_node
     if meta is not None and (needed := memory_per_rank(settings, meta)) > memory:

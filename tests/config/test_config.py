@@ -157,9 +157,9 @@ class Shipped(unittest.TestCase):
                     made = settings(*TWO_SETS, *classes, *files, *more)
                     if way in refused:
                         with self.assertRaisesRegex(UserError, r"datasets\.sim150\.class_names"):
-                            build.class_names_by_head(made)
+                            build.resolve_class_names(made)
                     else:
-                        self.assertEqual(build.class_names_by_head(made)[0], list("abc"))
+                        self.assertEqual(build.resolve_class_names(made)[0], list("abc"))
 
     def test_video_labels_and_the_catalog(self):
         unknown = "++datasets.ucf101.num_classes=null"

@@ -70,10 +70,10 @@ class Peaks(unittest.TestCase):
     def test_a_peak_of_ones_own(self):
         self.assertIsNone(flops.peak_flops(torch.device("cpu"), None, None))
         settings = settings_of("mae", "trainer.logging.peak_tflops=1")
-        speed = build.peak_clips_per_second(settings, torch.device("cpu"))
+        speed = build.estimate_peak_clips_per_second(settings, torch.device("cpu"))
         self.assertEqual(speed, 1e12 / cost_of("mae").step_flops)
         settings.trainer.logging.peak_tflops = None
-        self.assertIsNone(build.peak_clips_per_second(settings, torch.device("cpu")))
+        self.assertIsNone(build.estimate_peak_clips_per_second(settings, torch.device("cpu")))
 
 
 if __name__ == "__main__":

@@ -701,7 +701,7 @@ class Loop(Folder):
         settings.launcher.gpus_per_node = 2
         with (
             mock.patch.object(preflight, "check_compiler") as tried,
-            mock.patch.object(build, "meta_model", lambda _: None),
+            mock.patch.object(build, "build_meta_model", lambda _: None),
         ):
             for local_rank in (0, 1, 2):  # one rank of a node tries it
                 preflight.check_device(settings, torch.device("cpu"), local_rank)
