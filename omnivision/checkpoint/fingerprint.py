@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omnivision.config.flat import flat_file, flat_text, resolve_reference, setting_changes, used_settings
+from omnivision.config.flat import describe_changes, flatten_yaml, read_flat_file, resolve_reference, used_settings
 from omnivision.config.schema import runtime_only_settings
 from omnivision.data.catalog import Split
 from omnivision.data.sampling import EpochPlan
@@ -47,7 +47,7 @@ def fingerprint(
         values: the flat settings that it resolves to.
         inference: how to prepare videos for the model (`omnivision.load`).
     """
-    settings = flat_text(config_text)
+    settings = flatten_yaml(config_text)
     for name, raw in settings.items():
         if "oc.env" in str(raw):  # record a digest of its value, which may be a secret
             settings[name] = f"{raw} (SHA-256 {hashlib.sha256(repr(values.get(name)).encode()).hexdigest()[:12]})"
@@ -62,45 +62,45 @@ def fingerprint(
             for split in splits
             for array, file in split.files().items()
         },
-        "versions": versions(),
+        "versions": collect_versions(),
     }
 
 
-def diff_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+def classify_setting_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """Return (changes that affect results, other changes) between two flat configurations.
 
     Catalog entries that the run does not use and settings of one start are left out.
     """
-    then = {name: value for name, value in DEFAULTS_OF_OLDER_RUNS.items() if name in now} | dict(then)
-    then, now = (
+    saved = {name: value for name, value in DEFAULTS_OF_OLDER_RUNS.items() if name in current} | dict(saved)
+    saved, current = (
         {name: RENAMED_TARGETS.get(v, v) if isinstance(v, str) else v for name, v in settings.items()}
-        for settings in (then, now)
+        for settings in (saved, current)
     )
-    used = used_settings({**then, **now}).keys() - set(SETTINGS_OF_ONE_START)
+    used = used_settings({**saved, **current}).keys() - set(SETTINGS_OF_ONE_START)
     altering: list[str] = []
     others: list[str] = []
-    for name, change in setting_changes(then, now).items():
+    for name, change in describe_changes(saved, current).items():
         # Skip a reference written in another way: the setting it leads to is compared under its own name.
-        if name in used and resolve_reference(then, name) != resolve_reference(now, name):
+        if name in used and resolve_reference(saved, name) != resolve_reference(current, name):
             harmless = any(fnmatch.fnmatchcase(name, pattern) for pattern in RUNTIME_ONLY_SETTINGS)
             (others if harmless else altering).append(change)
     return altering, others
 
 
-def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Return (changes that affect results, other changes), as "name: then -> now", between two fingerprints."""
-    altering, others = diff_settings(then["settings"], now["settings"])
+def classify_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Return (changes that affect results, other changes), as "name: saved -> current", between two fingerprints."""
+    altering, others = classify_setting_changes(saved["settings"], current["settings"])
     # Skip sources and splits in only one of the two: a setting shows that.
-    clips = setting_changes(then["clips of a step"], now["clips of a step"], group=lambda name: name)
-    data = setting_changes(then["data"], now["data"], group=lambda name: name.rpartition(".")[0])
+    clips = describe_changes(saved["clips of a step"], current["clips of a step"], group=lambda name: name)
+    data = describe_changes(saved["data"], current["data"], group=lambda name: name.rpartition(".")[0])
     altering += [*(f"clips of a step of {change}" for change in clips.values()), *data.values()]
-    return altering, others + list(setting_changes(then["versions"], now["versions"]).values())
+    return altering, others + list(describe_changes(saved["versions"], current["versions"]).values())
 
 
-def changed_settings(file: Path, text: str) -> list[str]:
-    """Return the changes "name: then -> now" from the configuration in `file` to `text`."""
-    then = flat_file(file)
-    return [f"{file} cannot be read"] if then is None else list(setting_changes(then, flat_text(text)).values())
+def list_changes_since(file: Path, text: str) -> list[str]:
+    """Return the changes "name: saved -> current" from the configuration in `file` to `text`."""
+    saved = read_flat_file(file)
+    return [f"{file} cannot be read"] if saved is None else list(describe_changes(saved, flatten_yaml(text)).values())
 
 
 def check_same_settings(file: Path, text: str) -> None:
@@ -108,8 +108,8 @@ def check_same_settings(file: Path, text: str) -> None:
 
     An unreadable file is ignored; the checkpoint is compared later.
     """
-    then = flat_file(file)
-    altering, _ = diff_settings(then, flat_text(text)) if then is not None else ([], [])
+    saved = read_flat_file(file)
+    altering, _ = classify_setting_changes(saved, flatten_yaml(text)) if saved is not None else ([], [])
     if altering:
         raise UserError(mismatch_message(str(file.parent), altering))
 
@@ -147,7 +147,7 @@ def git_commit() -> str | None:
     return result.stdout.strip() or None
 
 
-def versions() -> dict[str, str]:
+def collect_versions() -> dict[str, str]:
     """Return the versions of Python, of the numerical libraries, and of this code: a digest of its files, and its commit."""
     digest, package = hashlib.sha256(), Path(__file__).parents[1]
     for file in sorted(package.rglob("*.py")):

@@ -74,11 +74,11 @@ def distinct_names(names: Sequence[str]) -> list[str] | None:
     return None if is_numbered or len(set(names)) < len(names) else list(names)
 
 
-def class_changes(then: InferenceConfig, now: InferenceConfig) -> list[str]:
+def describe_class_changes(saved: InferenceConfig, current: InferenceConfig) -> list[str]:
     """Return the class names that changed: a resumed head would predict wrong classes."""
     return [
         f"class {label} of head {head}: {old} -> {new}"
-        for head in range(len(then.class_names))
-        for label, (old, new) in enumerate(zip(then.names(head) or [], now.names(head) or [], strict=False))
+        for head in range(len(saved.class_names))
+        for label, (old, new) in enumerate(zip(saved.names(head) or [], current.names(head) or [], strict=False))
         if old != new
     ]

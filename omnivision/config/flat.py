@@ -12,35 +12,35 @@ import yaml
 REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 
 
-def flat(value: Any, name: str = "") -> dict[str, Any]:
+def flatten(value: Any, name: str = "") -> dict[str, Any]:
     """Flatten nested mappings, with names like trainer.optim.gradient_clip."""
     if not isinstance(value, dict):
         return {name: value}
-    return {key: v for k, part in value.items() for key, v in flat(part, f"{name}.{k}" if name else str(k)).items()}
+    return {key: v for k, part in value.items() for key, v in flatten(part, f"{name}.{k}" if name else str(k)).items()}
 
 
-def flat_text(text: str) -> dict[str, Any]:
+def flatten_yaml(text: str) -> dict[str, Any]:
     """Parse YAML to a flat configuration, interpolations unresolved."""
-    return flat(yaml.safe_load(text))
+    return flatten(yaml.safe_load(text))
 
 
-def flat_file(file: Path) -> dict[str, Any] | None:
+def read_flat_file(file: Path) -> dict[str, Any] | None:
     """Read the flat configuration in a file; None if it cannot be read."""
     try:
-        return flat_text(file.read_text(encoding="utf-8"))
+        return flatten_yaml(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return None
 
 
-def setting_changes(
-    then: Mapping[str, Any], now: Mapping[str, Any], group: Callable[[str], str] | None = None
+def describe_changes(
+    saved: Mapping[str, Any], current: Mapping[str, Any], group: Callable[[str], str] | None = None
 ) -> dict[str, str]:
-    """Return {name: "name: then -> now"} for entries that differ; with `group`, only in groups of names that both have."""
-    shared = {group(name) for name in then} & {group(name) for name in now} if group else set()
+    """Return {name: "name: saved -> current"} for entries that differ; with `group`, only in groups that both have."""
+    shared = {group(name) for name in saved} & {group(name) for name in current} if group else set()
     return {
-        name: f"{name}: {then.get(name)} -> {now.get(name)}"
-        for name in {**then, **now}
-        if then.get(name) != now.get(name) and (group is None or group(name) in shared)
+        name: f"{name}: {saved.get(name)} -> {current.get(name)}"
+        for name in {**saved, **current}
+        if saved.get(name) != current.get(name) and (group is None or group(name) in shared)
     }
 
 

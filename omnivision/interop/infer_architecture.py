@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from omnivision.config.flat import flat
+from omnivision.config.flat import flatten
 from omnivision.models.architecture import Architecture, architecture_of, from_architecture
 from omnivision.models.patches import sinusoid_positions, token_grid
 from omnivision.utils.errors import UserError
@@ -60,8 +60,11 @@ def infer_architecture(
     tables = {name: tensor for name, tensor in model.state_dict().items() if name.endswith("pos_embed")}
     model.load_state_dict(tables | dict(state), assign=True)
     architecture = architecture_of(model)
-    actual, known = flat(architecture), {k: in_file[k] for k in ("kind", "classes", "trunk", "decoder") if k in in_file}
-    for name, value in flat(known).items():
+    actual, known = (
+        flatten(architecture),
+        {k: in_file[k] for k in ("kind", "classes", "trunk", "decoder") if k in in_file},
+    )
+    for name, value in flatten(known).items():
         if value != actual.get(name):
             raise UserError(
                 f"{name} is {str(value)[:60]!r} in the file, but {actual.get(name)!r} by its weights and the options. Use the "

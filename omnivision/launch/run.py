@@ -13,7 +13,7 @@ from typing import Any
 
 from omnivision.checkpoint import checkpointer
 from omnivision.checkpoint.fingerprint import git_commit
-from omnivision.config.flat import flat_text
+from omnivision.config.flat import flatten_yaml
 from omnivision.distributed.process_group import Dist, RankInfo
 from omnivision.launch import slurm
 from omnivision.launch.exit import ExitHandler
@@ -79,7 +79,7 @@ def lock_run_dir(job: Job, dist: Dist, handler: ExitHandler) -> Reporter:
     if job_log is not None and job.settings.submitit.signal_delay_s is None:
         planned_end = slurm.planned_end(slurm.show_job(job_log.job_id)) if dist.is_main else None
         stop.set_deadline(dist.all_gather_object(planned_end)[0])
-    settings = flat_text(job.config_text)  # unresolved, so it contains no environment variables
+    settings = flatten_yaml(job.config_text)  # unresolved, so it contains no environment variables
     reporter = Reporter(run_dir, dist.is_main, extra_loggers=job.settings.trainer.logging.also, settings=settings)
     if taken_over:
         reporter.info(taken_over)

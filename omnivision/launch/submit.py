@@ -13,8 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from omnivision.checkpoint.fingerprint import changed_settings, check_same_settings
-from omnivision.config.flat import flat_text, setting_changes
+from omnivision.checkpoint.fingerprint import check_same_settings, list_changes_since
+from omnivision.config.flat import describe_changes, flatten_yaml
 from omnivision.launch import slurm
 from omnivision.launch.batch_script import batch_script
 from omnivision.launch.job import Job
@@ -150,7 +150,7 @@ def note_submission(jobs: Sequence[Job], job_id: str, script: Path) -> None:
 
 def warn_of_other_settings(job: Job) -> None:
     """Warn if a finished run's settings differ from the command's, except for where and how it runs."""
-    changes = changed_settings(job.run_dir.path / "config.yaml", job.config_text)
+    changes = list_changes_since(job.run_dir.path / "config.yaml", job.config_text)
     if changes := [change for change in changes if not change.startswith(("submitit.", "launcher."))]:
         warn(
             f"the finished run in {job.run_dir.path} had other settings: {truncate_list(changes)}. Set "
@@ -174,7 +174,7 @@ def is_queued(job: Job, queue: Mapping[str, slurm.QueueEntry]) -> bool:
         return False  # it has ended and is not requeued
     # Ignore a dependency that has ended, and another path to the same folder.
     same = ("submitit.dependency:", "launcher.experiment_log_dir:")
-    every = setting_changes(flat_text(ours[job_id].config_text), flat_text(job.config_text)).values()
+    every = describe_changes(flatten_yaml(ours[job_id].config_text), flatten_yaml(job.config_text)).values()
     if changes := [change for change in every if not change.startswith(same)]:
         raise UserError(
             f"Job {job_id} is in the queue ({name}) for {run_dir.path}, with other settings: {truncate_list(changes)}. Give "

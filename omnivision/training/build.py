@@ -17,7 +17,7 @@ from torch import nn
 from omnivision.checkpoint.fingerprint import fingerprint
 from omnivision.checkpoint.inference_config import InferenceConfig
 from omnivision.config.cross_validate import has_decoder
-from omnivision.config.flat import flat
+from omnivision.config.flat import flatten
 from omnivision.config.instantiate import signature_of
 from omnivision.config.schema import DataSettings, ImageSettings, InstantiateConfig, Settings
 from omnivision.data.catalog import Dataset, LabelSets, Split, label_sets
@@ -361,6 +361,9 @@ def build_trainer(
         peak_clips_per_second=estimate_peak_clips_per_second(settings, dist.device),
     )
     if dist.is_main and config_text:
-        values, inference = flat(settings.model_dump()), build_inference_config(settings).model_dump(exclude_unset=True)
+        values, inference = (
+            flatten(settings.model_dump()),
+            build_inference_config(settings).model_dump(exclude_unset=True),
+        )
         context.fingerprint = fingerprint(config_text, values, used, plan, inference)
     return Trainer(settings.trainer, context, build_task(settings), built, build_optimizer(settings, built), train, val)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from omnivision.checkpoint import fingerprint
-from omnivision.checkpoint.inference_config import InferenceConfig, class_changes
+from omnivision.checkpoint.inference_config import InferenceConfig, describe_class_changes
 from omnivision.checkpoint.pretrained import LoadReport, match_heads
 from omnivision.optim.ema import MovingAverage
 from omnivision.utils.errors import UserError, truncate_list
@@ -28,13 +28,13 @@ def check_same_experiment(
     if saved is None:
         info(f"{path} has no experiment fingerprint; its settings cannot be compared.")
         return
-    if classes := class_changes(InferenceConfig.of_file(saved), InferenceConfig.of_file(current)):
+    if classes := describe_class_changes(InferenceConfig.of_file(saved), InferenceConfig.of_file(current)):
         raise UserError(
             f"{path} must have the classes of the data, in their order, got changes: {truncate_list(classes)}. Set "
             "datasets.NAME.class_names and its labels back, or start a new run in another launcher.experiment_log_dir from "
             "pretrained_checkpoint_path; allow_changes does not permit this."
         )
-    altering, others = fingerprint.differences(saved, current)
+    altering, others = fingerprint.classify_changes(saved, current)
     if altering and not allow_changes:
         raise UserError(fingerprint.mismatch_message(str(path), altering))
     if altering or others:

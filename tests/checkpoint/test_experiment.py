@@ -16,9 +16,9 @@ from unittest import mock
 import numpy as np
 
 from omnivision.checkpoint import fingerprint as experiment
-from omnivision.checkpoint.fingerprint import changed_settings, differences, file_digest
-from omnivision.checkpoint.inference_config import InferenceConfig, class_changes
-from omnivision.config.flat import flat
+from omnivision.checkpoint.fingerprint import classify_changes, file_digest, list_changes_since
+from omnivision.checkpoint.inference_config import InferenceConfig, describe_class_changes
+from omnivision.config.flat import flatten
 from omnivision.launch.job import Job
 from omnivision.launch.run import write_run_metadata
 from omnivision.optim.schedules import Scaled, WarmupCosine
@@ -38,7 +38,7 @@ SETTINGS = {
 
 def facts(**more: object) -> dict:
     made = {
-        "settings": flat(SETTINGS),
+        "settings": flatten(SETTINGS),
         "clips of a step": {"ucf101": 16},
         "data": {"datasets.ucf101.train.paths": "9 bytes, SHA-256 a"},
         "versions": {"torch": "2.10"},
@@ -108,8 +108,8 @@ class Comparison(unittest.TestCase):
             ("batch_size", 4, False),  # on twice as many nodes a step has the same clips
             ("trainer.something_new", 1, True),
         ):
-            altering, others = differences(facts(), facts(settings=flat(SETTINGS) | {name: value}))
-            change = [f"{name}: {flat(SETTINGS).get(name)} -> {value}"]
+            altering, others = classify_changes(facts(), facts(settings=flatten(SETTINGS) | {name: value}))
+            change = [f"{name}: {flatten(SETTINGS).get(name)} -> {value}"]
             wanted = {True: (change, []), False: ([], change), None: ([], [])}
             self.assertEqual((altering, others), wanted[alters], name)
 
@@ -125,7 +125,7 @@ class Comparison(unittest.TestCase):
             ({"versions": {"torch": "3"}}, ([], ["torch: 2.10 -> 3"])),
             ({"versions": {"torch": "2.10", "git commit": "b"}}, ([], ["git commit: None -> b"])),
         ):
-            self.assertEqual(differences(facts(), facts(**changes)), wanted)
+            self.assertEqual(classify_changes(facts(), facts(**changes)), wanted)
 
     def test_settings_that_older_runs_lack(self):
         older = {"epochs": 3, "trainer.task.mixing.prob": 1.0, "trainer.max_epochs": "${epochs}"}
@@ -137,17 +137,17 @@ class Comparison(unittest.TestCase):
             "trainer.data.view.scale": "${crop_scale}",
             "trainer.max_epochs": 3,
         }
-        self.assertEqual(experiment.diff_settings(older, newer)[0], [])
+        self.assertEqual(experiment.classify_setting_changes(older, newer)[0], [])
         for name, value in (("mixing_prob", 0.5), ("crop_scale", [0.5, 1]), ("trainer.max_epochs", 4)):
-            self.assertIn(name, " ".join(experiment.diff_settings(older, newer | {name: value})[0]))
+            self.assertIn(name, " ".join(experiment.classify_setting_changes(older, newer | {name: value})[0]))
 
     def test_class_names_in_another_order_are_another_experiment(self):
-        for then, now, count in (("ab", "ab", 0), ("abc", "bac", 2), ("ab", "az", 1), ("", "ab", 0)):
+        for saved, current, count in (("ab", "ab", 0), ("abc", "bac", 2), ("ab", "az", 1), ("", "ab", 0)):
             one, other = (
                 InferenceConfig.of_file(facts(inference={"class_names": [list(names)]} if names else {}))
-                for names in (then, now)
+                for names in (saved, current)
             )
-            self.assertEqual(len(class_changes(one, other)), count)
+            self.assertEqual(len(describe_class_changes(one, other)), count)
 
     def test_settings_that_do_not_affect_results(self):
         for harmless, names in (
@@ -167,8 +167,8 @@ class Comparison(unittest.TestCase):
             experiment.fingerprint(text, {"epochs": 3, "lr": lr, "parts": ["secret"]}, [], None)
             for lr in (0.125, 0.125, 0.25)
         )
-        self.assertEqual(differences(one, same), ([], []))
-        [change] = differences(one, other)[0]
+        self.assertEqual(classify_changes(one, same), ([], []))
+        [change] = classify_changes(one, other)[0]
         self.assertRegex(change, r"^lr: \$\{oc.decode:\$\{oc.env:LR\}\} \(SHA-256 \w{12}\) -> ")
         for value in ("0.125", "secret"):
             self.assertNotIn(value, json.dumps(one))
@@ -200,14 +200,14 @@ class Files(Folder):
     def test_changed_settings(self):
         file = self.folder / "config.yaml"
         file.write_text("epochs: 3\ndata: {path: a, list: [1, 2]}\nother: ${epochs}\ngone: 1\n")
-        now = "epochs: 4\ndata: {path: a, list: [1, 3]}\nother: ${epochs}\n"
-        changes = changed_settings(file, now)
+        current = "epochs: 4\ndata: {path: a, list: [1, 3]}\nother: ${epochs}\n"
+        changes = list_changes_since(file, current)
         self.assertEqual(changes, ["epochs: 3 -> 4", "data.list: [1, 2] -> [1, 3]", "gone: 1 -> None"])
-        file.write_text(now)
-        self.assertEqual(changed_settings(file, now), [])
+        file.write_text(current)
+        self.assertEqual(list_changes_since(file, current), [])
         for damage in ("[", "\0"):
             file.write_text(damage)
-            self.assertEqual(len(changed_settings(file, now)), 1)
+            self.assertEqual(len(list_changes_since(file, current)), 1)
 
 
 class Resuming(unittest.TestCase):

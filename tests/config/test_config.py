@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from omnivision.config.cross_validate import STAGES, cross_validate, override_warnings
-from omnivision.config.flat import flat
+from omnivision.config.flat import flatten
 from omnivision.config.schema import Settings, setting_hints
 from omnivision.config.validate import validate_config
 from omnivision.training import build
@@ -277,7 +277,7 @@ class Script(unittest.TestCase):
             chosen = f"+experiments=omnimae/omnimain_train_video{experiment}", f"+trainer=mae_{recipe}_config"
             made = compose_config(*chosen, NOTHING, FOLDER)
             del made.datasets, made.trainer.data.sources, made.data_root
-            for name in flat(OmegaConf.to_container(made, resolve=False)):
+            for name in flatten(OmegaConf.to_container(made, resolve=False)):
                 last = name.rpartition(".")[2]
                 if last != "_target_" and ".options." not in name and not name.startswith("trainer.optim.optimizer."):
                     self.assertTrue(re.search(rf"\b({re.escape(name)}|{last})`", text), name)

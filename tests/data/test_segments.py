@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from omnivision.checkpoint.fingerprint import differences
+from omnivision.checkpoint.fingerprint import classify_changes
 from omnivision.data.catalog import Dataset, Split
 from omnivision.data.dataset import ClipConfig, ClipDataset
 from omnivision.data.encode import write_video
@@ -167,12 +167,12 @@ class Runs(Folder):
             named = {f"datasets.d.train.{what}": text for what, text in data.items()}
             return {"settings": {}, "clips of a step": {}, "versions": {}, "data": named}
 
-        self.assertEqual(differences(facts(paths="a"), facts(paths="a")), ([], []))
-        for then, now in (
+        self.assertEqual(classify_changes(facts(paths="a"), facts(paths="a")), ([], []))
+        for saved, current in (
             (facts(paths="a"), facts(paths="a", segments="b")),
             (facts(paths="a", segments="b"), facts(paths="a")),
         ):
-            (altering, others) = differences(then, now)
+            (altering, others) = classify_changes(saved, current)
             self.assertEqual((len(altering), others), (1, []))
             self.assertIn("datasets.d.train.segments", altering[0])
 

@@ -11,7 +11,7 @@ import numpy as np
 from omnivision.reporting.predictions import Predictions, write_predictions
 from omnivision.reporting.run_directory import RunDir
 from omnivision.tools.report import figures
-from omnivision.tools.report.collect import MAX_POINTS, Run, differing, find_runs, paper_table
+from omnivision.tools.report.collect import MAX_POINTS, Run, find_differing_settings, find_runs, paper_table
 from omnivision.utils.errors import UserError
 from tests import fixtures
 from tests.browser import CHROMIUM, probe
@@ -194,7 +194,7 @@ class Collected(Folder):
             write_run(self.folder / name, top1)
         runs = find_runs([self.folder / "x", self.folder / "y"])
         self.assertEqual([run.name for run in runs], ["x/sweep/a", "x/sweep/b", "y/a"])
-        self.assertEqual(differing(runs), {"lr_scale_factor": ["1", "2", "3"]})
+        self.assertEqual(find_differing_settings(runs), {"lr_scale_factor": ["1", "2", "3"]})
         self.assertEqual([run.name for run in find_runs([self.folder / "y/a"])], ["a"])
 
 

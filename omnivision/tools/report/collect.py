@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from omnivision.config.flat import flat_file
+from omnivision.config.flat import read_flat_file
 from omnivision.reporting.logs import read_lines
 from omnivision.reporting.predictions import Predictions, read_predictions
 from omnivision.reporting.run_directory import RunDir
@@ -74,7 +74,7 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
 def _read_run(path: Path, name: str, summary: dict[str, Any]) -> Run:
     folder = RunDir(path)
     log, starts = folder.logs / "metrics.jsonl", folder.logs / "pretrained.json"
-    run = Run(name, folder, summary, flat_file(path / "config.yaml") or {})
+    run = Run(name, folder, summary, read_flat_file(path / "config.yaml") or {})
     run.lines = read_lines(log) if log.is_file() else []
     run.pretrained = json.loads(starts.read_text(encoding="utf-8")) if starts.is_file() else []
     for file in sorted(folder.predictions.glob("*.npz")):
@@ -85,7 +85,7 @@ def _read_run(path: Path, name: str, summary: dict[str, Any]) -> Run:
     return run
 
 
-def differing(runs: Sequence[Run]) -> dict[str, list[str]]:
+def find_differing_settings(runs: Sequence[Run]) -> dict[str, list[str]]:
     """Return the settings that differ between runs, except for the run directory, with each run's value."""
     names = {name: None for run in runs for name in run.settings if name != "launcher.experiment_log_dir"}
     found = {name: [str(run.settings.get(name, "")) for run in runs] for name in names}
@@ -120,7 +120,7 @@ def paper_table(runs: Sequence[Run]) -> Table | None:
     values, texts = {}, {}
     for key, members in groups.items():
         top1 = [run.last["val_top1"] for run in members]
-        is_mean = set(differing(members)) <= {"trainer.seed_value"}
+        is_mean = set(find_differing_settings(members)) <= {"trainer.seed_value"}
         values[key] = sum(top1) / len(top1) if is_mean else max(top1)
         count = f" ({'mean' if is_mean else 'best'} of {len(top1)})" if len(top1) > 1 else ""
         texts[key] = f"{values[key]:.1f}{count}"

@@ -14,7 +14,7 @@ from plotly.offline import get_plotlyjs
 from omnivision.config.flat import used_settings
 from omnivision.tasks.metrics import VALIDATION_METRICS
 from omnivision.tools.report import figures
-from omnivision.tools.report.collect import Run, differing, paper_table
+from omnivision.tools.report.collect import Run, find_differing_settings, paper_table
 from omnivision.tools.runs import TEXTS, describe_run, end_reason
 
 MISTAKES = 8  # clips shown for each kind of mistake
@@ -42,7 +42,7 @@ def render(runs: Sequence[Run], title: str, clips: bool = True) -> str:
     evaluated = sorted((run for run in runs if run.predictions), key=_quality, reverse=True)
     with_clips = evaluated[:MAX_RUNS_WITH_CLIPS] if clips else []
     commits = [" -> ".join(run.metadata.get("commits") or []) for run in runs]
-    differences = differing(runs) | ({"git commit": commits} if len(set(commits)) > 1 else {})
+    differences = find_differing_settings(runs) | ({"git commit": commits} if len(set(commits)) > 1 else {})
     return environment.get_template("page.html.j2").render(
         title=title,
         created=time.strftime("%Y-%m-%d %H:%M"),
