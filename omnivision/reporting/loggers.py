@@ -32,12 +32,12 @@ class TensorBoard:
 
         self._board = SummaryWriter(str(run_dir.tensorboard), purge_step=step + 1 if step else None)
 
-    def scalars(self, metrics: Mapping[str, float], step: int) -> None:
+    def log_scalars(self, metrics: Mapping[str, float], step: int) -> None:
         """Log metrics by name, like train/loss, after a step."""
         for name, value in metrics.items():
             self._board.add_scalar(name, value, step)
 
-    def image(self, name: str, file: Path, step: int) -> None:
+    def log_image(self, name: str, file: Path, step: int) -> None:
         """Log a PNG or GIF unchanged: `add_image` would encode it again, and `add_video` would need another package."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
@@ -67,10 +67,10 @@ class WeightsAndBiases:
         # wandb requires increasing steps, but those of a resumed run may decrease.
         self._run.define_metric("*", step_metric="step")
 
-    def scalars(self, metrics: Mapping[str, float], step: int) -> None:
+    def log_scalars(self, metrics: Mapping[str, float], step: int) -> None:
         self._run.log({**metrics, "step": step})
 
-    def image(self, name: str, file: Path, step: int) -> None:
+    def log_image(self, name: str, file: Path, step: int) -> None:
         kind = self._wandb.Image if file.suffix == ".png" else self._wandb.Video
         self._run.log({name: kind(str(file)), "step": step})
 
@@ -100,13 +100,13 @@ class MLflow:
         for first in range(0, len(params), MAX_PARAMS):
             self._client.log_batch(self._id, params=params[first : first + MAX_PARAMS])
 
-    def scalars(self, metrics: Mapping[str, float], step: int) -> None:
+    def log_scalars(self, metrics: Mapping[str, float], step: int) -> None:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
         self._client.log_batch(self._id, [Metric(name, value, now, step) for name, value in metrics.items()])
 
-    def image(self, name: str, file: Path, step: int) -> None:
+    def log_image(self, name: str, file: Path, step: int) -> None:
         self._client.log_artifact(self._id, str(file), artifact_path=f"{name}/step_{step}")
 
     def close(self, failed: bool) -> None:

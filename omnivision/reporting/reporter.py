@@ -68,39 +68,39 @@ class Reporter:
             LOG.info(text)
             print_text(text, self.console)
 
-    def step(self, epoch: int, epochs: int, step: int, metrics: dict[str, float]) -> None:
+    def log_step(self, epoch: int, epochs: int, step: int, metrics: dict[str, float]) -> None:
         """Log the metrics of a training step."""
         if self._may_write():
             self._metrics.write("step", "train", epoch, step, **metrics)
-            self._scalars("train", metrics, step)
+            self._log_scalars("train", metrics, step)
             if self._progress is not None:
                 self._progress.step(epoch, epochs, step, metrics)
             if warning := self._data_stall.update(metrics["data_wait"]):
                 self.info(warning)
 
-    def epoch(self, phase: str, epoch: int, step: int, metrics: dict[str, Any]) -> None:
+    def log_epoch(self, phase: str, epoch: int, step: int, metrics: dict[str, Any]) -> None:
         """Log the metrics of a training epoch or of an evaluation."""
         if self._may_write():
             self._metrics.write("epoch", phase, epoch, step, **metrics)
             numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
-            self._scalars(f"{phase}_epoch", numbers, step)
+            self._log_scalars(f"{phase}_epoch", numbers, step)
             text = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
             self.info(f"{f'epoch {epoch + 1} ' if step else ''}{phase}: {text}")  # step 0: pretrained weights
 
-    def visualization(self, name: str, what: Visualization, step: int) -> None:
+    def save_visualization(self, name: str, what: Visualization, step: int) -> None:
         """Write PNG and GIF to `pictures/`, and pass the GIF to the loggers."""
         if self._may_write():
             images.save(what, self.run_dir.pictures, name)
-            self._log(lambda logger: logger.image("pictures", self.run_dir.pictures / f"{name}.gif", step))
+            self._log(lambda logger: logger.log_image("pictures", self.run_dir.pictures / f"{name}.gif", step))
 
-    def predictions(self, source: str, predictions: Predictions, step: int) -> None:
+    def save_predictions(self, source: str, predictions: Predictions, step: int) -> None:
         """Write the predictions for each video of a source, and draw its confusion matrix."""
         if self._may_write():
             write_predictions(self.run_dir.predictions, source, predictions)
             self.run_dir.pictures.mkdir(exist_ok=True)
             file = self.run_dir.pictures / f"confusion_{source}.png"
             confusion_image(predictions, f"{source}, step {step}").save(file)
-            self._log(lambda logger: logger.image(f"confusion/{source}", file, step))
+            self._log(lambda logger: logger.log_image(f"confusion/{source}", file, step))
 
     def _may_write(self) -> bool:
         """Return whether this is rank 0 and still holds the lock of the run directory."""
@@ -117,9 +117,9 @@ class Reporter:
             self._progress.close()
         self._log(lambda logger: logger.close(failed))
 
-    def _scalars(self, prefix: str, metrics: dict[str, float], step: int) -> None:
+    def _log_scalars(self, prefix: str, metrics: dict[str, float], step: int) -> None:
         named = {f"{prefix}/{name}": value for name, value in metrics.items()}
-        self._log(lambda logger: logger.scalars(named, step))
+        self._log(lambda logger: logger.log_scalars(named, step))
 
     def _log(self, what: Callable[[Logger], None]) -> None:
         """Call all loggers; drop one that fails (its server, its disk) with a warning."""

@@ -273,14 +273,14 @@ class Trainer:
             return None
         self.step_stats.record_bad(result.bad)
         metrics = result.metrics | {"per_source": result.per_source}
-        reporter.epoch("val", self.state.weights_epoch, self.global_step, metrics)
+        reporter.log_epoch("val", self.state.weights_epoch, self.global_step, metrics)
         splits = {split.name: split for split in self.val_data.dataset.splits}
         for source, predictions in result.predictions.items():
             predictions.segments = splits[source].segments(predictions.index)
             names = splits[source].dataset.names()  # may be fewer than the head's classes, if label sets share it
             names += [str(label) for label in range(len(names), predictions.scores.shape[1])]
             predictions.class_names = names
-            reporter.predictions(source, predictions, self.global_step)
+            reporter.save_predictions(source, predictions, self.global_step)
         return result
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------
@@ -433,7 +433,7 @@ class Trainer:
             metrics["mfu"] = metrics["clips_per_second"] / dist.world_size / peak
         # Leave out what is specific to this start.
         self.state.last_metrics |= {k: v for k, v in metrics.items() if k not in ("memory_gb", "mfu")}
-        self.run.reporter.step(self.state.epoch, self.settings.max_epochs, self.global_step, metrics)
+        self.run.reporter.log_step(self.state.epoch, self.settings.max_epochs, self.global_step, metrics)
 
     def _finish_epoch(self) -> None:
         """Log the epoch's averages, validate if due, and save; `state` then points at the next epoch."""
@@ -443,7 +443,7 @@ class Trainer:
         by_source = {source: averages({source: total}) for source, total in totals.items()}
         state.last_metrics |= averages(totals)
         metrics = averages(totals) | {"per_source": by_source} | self.task.epoch_metrics(self.raw_model)
-        self.run.reporter.epoch("train", epoch, self.global_step, metrics)
+        self.run.reporter.log_epoch("train", epoch, self.global_step, metrics)
         aliases = []
         last_epoch, every = epoch + 1 == settings.max_epochs, settings.val_epoch_freq
         if self.val_data is not None and (is_due(epoch + 1, every) or (every and last_epoch)):
@@ -484,7 +484,7 @@ class Trainer:
                     visualization = self.task.visualize(self.raw_model, batch.to(self.run.dist.device))
                 train_mode(self.raw_model)
                 if visualization is not None:
-                    self.run.reporter.visualization(name, visualization, self.global_step)
+                    self.run.reporter.save_visualization(name, visualization, self.global_step)
 
     def _record_evaluation(self, result: Evaluation) -> None:
         """Keep metrics with the epoch (from 1) of their weights; weights from another run have none here."""

@@ -107,7 +107,7 @@ class Windows(Folder):
         for width in WIDTHS:
             out = io.StringIO()
             reporter = Reporter(RunDir(self.folder), True, Console(file=out, width=width, force_terminal=True))
-            reporter.epoch("val", 29, 9, metrics)
+            reporter.log_epoch("val", 29, 9, metrics)
             text = "\n".join(plain(out.getvalue()))
             self.assertLessEqual(max(map(len, text.splitlines())), width)
             for name, value in metrics.items():

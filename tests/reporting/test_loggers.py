@@ -130,7 +130,7 @@ class Alone(Folder):
         for step, logged in ((0, (1, 2, 3)), (1, (2,))):
             board = TensorBoard(self.run_dir, step)
             for each in logged:
-                board.scalars({"train/loss": float(step)}, each)
+                board.log_scalars({"train/loss": float(step)}, each)
             board.close(failed=False)
             time.sleep(1.1)  # files are ordered by the second in which they were opened
         self.assertEqual(self.tensorboard_losses(), [(1, 0.0), (2, 1.0)])
@@ -140,9 +140,9 @@ class Alone(Folder):
         out = io.StringIO()
         reporter = Reporter(self.run_dir, enabled=True, console=Console(file=out, width=200))
         reporter.start(0, 10)
-        reporter._loggers.insert(0, mock.Mock(scalars=mock.Mock(side_effect=ConnectionError("nobody answers"))))
+        reporter._loggers.insert(0, mock.Mock(log_scalars=mock.Mock(side_effect=ConnectionError("nobody answers"))))
         for step in (1, 2):
-            reporter.step(0, 1, step, {"loss": 1.0, "clips_per_second": 1.0, "data_wait": 0.0})
+            reporter.log_step(0, 1, step, {"loss": 1.0, "clips_per_second": 1.0, "data_wait": 0.0})
         reporter.close()
         self.assertEqual(out.getvalue().count("warning: Mock"), 1)
         self.assertEqual(self.tensorboard_losses(), [(1, 1.0), (2, 1.0)])
@@ -153,7 +153,7 @@ class Alone(Folder):
 
         start = time.time()
         logger = MLflow(self.run_dir, {f"setting_{n}": n for n in range(250)})
-        logger.scalars({"train/loss": 1.0}, 1)
+        logger.log_scalars({"train/loss": 1.0}, 1)
         logger.close(failed=True)
         client = MlflowClient(tracking_uri=f"sqlite:///{self.folder}/mlflow.db")
         run = client.get_run((self.folder / "mlflow_id").read_text().strip())

@@ -62,10 +62,10 @@ class Output(Folder):
         reporter.start(0, 10)
         if enabled:
             self.take_lock()
-        reporter.step(0, 1, 1, STEP)
-        reporter.epoch("val", 0, 1, {"loss": 1.0, "per_source": {"a": {"loss": 1.0}}})
-        reporter.visualization("x", visualization(), 1)
-        reporter.predictions("a", Predictions(np.arange(2), np.arange(2), np.eye(2, dtype=np.float32), [*"ab"]), 1)
+        reporter.log_step(0, 1, 1, STEP)
+        reporter.log_epoch("val", 0, 1, {"loss": 1.0, "per_source": {"a": {"loss": 1.0}}})
+        reporter.save_visualization("x", visualization(), 1)
+        reporter.save_predictions("a", Predictions(np.arange(2), np.arange(2), np.eye(2, dtype=np.float32), [*"ab"]), 1)
         reporter.close()
         return reporter, out.getvalue()
 
