@@ -111,7 +111,7 @@ def tensors_of(run: Path) -> dict[str, torch.Tensor]:
 
 
 def wait_for_moment(process: subprocess.Popen[bytes], run: Path, rng: random.Random, saving: bool) -> bool:
-    """Wait for a random moment after a step of this start, or during a save; return whether it is during one."""
+    """Wait for a random moment after a step of this attempt, or during a save; return whether it is during one."""
     before, deadline = last_logged(run), time.monotonic() + 120
     while process.poll() is None and last_logged(run) <= before:
         assert time.monotonic() < deadline, "no step in two minutes"

@@ -22,7 +22,7 @@ from omnivision.utils.errors import UserError, truncate_list
 
 # Settings that do not affect results, as shell patterns. Clips per step and array contents are compared separately.
 RUNTIME_ONLY_SETTINGS = (*runtime_only_settings(), "trainer.model.*.activation_checkpointing")
-SETTINGS_OF_ONE_START = ("trainer.mode", "trainer.checkpoint.allow_changes")
+SETTINGS_OF_ONE_ATTEMPT = ("trainer.mode", "trainer.checkpoint.allow_changes")
 # Settings that older runs lack, with the values that those runs had.
 DEFAULTS_OF_OLDER_RUNS = {"crop_scale": [0.08, 1.0], "rand_augment_prob": 0.5, "erasing_prob": 0.25, "mixing_prob": 1.0}
 DEFAULTS_OF_OLDER_RUNS["trainer.data.view.scale"] = DEFAULTS_OF_OLDER_RUNS["crop_scale"]
@@ -69,14 +69,14 @@ def fingerprint(
 def classify_setting_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """Return (changes that affect results, other changes) between two flat configurations.
 
-    Catalog entries that the run does not use and settings of one start are left out.
+    Catalog entries the run does not use, and settings that apply to one attempt, are left out.
     """
     saved = {name: value for name, value in DEFAULTS_OF_OLDER_RUNS.items() if name in current} | dict(saved)
     saved, current = (
         {name: RENAMED_TARGETS.get(v, v) if isinstance(v, str) else v for name, v in settings.items()}
         for settings in (saved, current)
     )
-    used = used_settings({**saved, **current}).keys() - set(SETTINGS_OF_ONE_START)
+    used = used_settings({**saved, **current}).keys() - set(SETTINGS_OF_ONE_ATTEMPT)
     altering: list[str] = []
     others: list[str] = []
     for name, change in describe_changes(saved, current).items():

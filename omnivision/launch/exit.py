@@ -61,7 +61,7 @@ def write_end_file(run_dir: RunDir, rank: int, error: BaseException, reason: str
 
 
 def read_end_files(run_dir: RunDir) -> list[dict[str, Any]]:
-    """Return how ranks ended in this start of this job or, without SLURM, since the run directory was locked."""
+    """Return the end files of this attempt of the job or, without SLURM, those written since the run directory was locked."""
     ends = []
     for file in sorted(run_dir.logs.glob("rank_*_end.json")):
         with contextlib.suppress(OSError, ValueError):
@@ -72,9 +72,9 @@ def read_end_files(run_dir: RunDir) -> list[dict[str, Any]]:
 def first_failure(
     run_dir: RunDir, own_rank: int | None = None, seconds: float = 0.0, pids: Collection[int] | None = None
 ) -> str | None:
-    """Return why another rank failed by itself in this start, or None; wait up to `seconds` for its end file.
+    """Return why another rank failed on its own in this attempt, or None; wait up to `seconds` for its end file.
 
-    `pids` are the processes that count (None: all).
+    Only end files of the processes in `pids` count (None: all).
     """
     deadline = time.monotonic() + seconds
     while True:
@@ -147,7 +147,7 @@ class ExitHandler:
         try:
             stacks = self.run_dir.logs / f"rank_{self.rank}_stacks.txt"
             write_stacks(stacks)
-            error.add_note(f"what each thread was doing is in {stacks}")
+            error.add_note(f"thread stacks are in {stacks}")
             # Rank 0 reports; if rank 0 is silent, the rank that noticed it does.
             reports = not self.validating and (self.locked or isinstance(error, PeerLostError))
             code = report_exit(error, self.run_dir, reports, self.rank, self.job_log, self.writes_end_file)

@@ -67,7 +67,7 @@ def lock_run_dir(job: Job, dist: Dist, handler: ExitHandler) -> Reporter:
     handler.locked = dist.is_main
     dist.run_on_main(run_dir.claim_checkpoint_dir)
     if dist.is_main:
-        for end_file in run_dir.logs.glob("rank_*_end.json"):  # left by an earlier start
+        for end_file in run_dir.logs.glob("rank_*_end.json"):  # left by an earlier attempt
             end_file.unlink(missing_ok=True)
         for written in (run_dir.path, run_dir.logs, run_dir.checkpoints):
             remove_stale_tmp(written)

@@ -42,9 +42,9 @@ def history(run_dir: RunDir, token: str | None = None) -> list[dict[str, Any]]:
 
 
 def restarts_without_progress(lines: list[dict[str, Any]]) -> int:
-    """Count starts since the last one that resumed from a new step.
+    """Count attempts since the last one that resumed from a new step.
 
-    A start that has not resumed yet is included.
+    An attempt that has not resumed yet is included.
     """
     best, count = -1, 0
     for line in lines:
@@ -122,7 +122,7 @@ class JobStatus:
 
 @dataclass(frozen=True)
 class JobLog:
-    """One start of a job: logs its events, and decides whether the job is requeued.
+    """One attempt of a job: logs its events, and decides whether the job is requeued.
 
     `job_id` is 12, or 12_3 for an array element; `token` identifies the submission. `max_requeues` None: no limit.
     """
@@ -142,10 +142,10 @@ class JobLog:
         return history(self.run_dir, self.token)
 
     def record_start(self, nodes: str, processes: int) -> None:
-        """Record a start, and the end of the previous start if that could not record it."""
+        """Record the start of an attempt, and the end of the previous one if that could not record it."""
         before = self.history()
         if self.restarts and before and before[-1]["event"] not in ("end", "submitted"):
-            reason = "it ended without recording a reason, perhaps with its node; SLURM started it again"
+            reason = "the previous attempt recorded no reason (its node may have failed); SLURM restarted the job"
             replace(self, restarts=self.restarts - 1).note("end", status="requeued", reason=reason)
         self.note("start", nodes=nodes)
         fields = {"job_id": self.job_id, "restarts": self.restarts, "processes": processes, "nodes": nodes}
@@ -168,7 +168,7 @@ class JobLog:
             case PeerLostError():
                 cause, requeue_reason = (
                     first_failure(self.run_dir, 0, END_FILE_SECONDS),
-                    f"{reason} (perhaps with its node)",
+                    f"{reason} (its node may have failed)",
                 )
             case StopRequested():
                 # SLURM sends the same signal when another task fails and when the job is cancelled.
@@ -186,7 +186,7 @@ class JobLog:
         """Decide what happens to a job whose rank 0 could not.
 
         Requeue if a peer went silent, a library aborted (NCCL), the processes had no signal handlers yet, or they could not
-        start although an earlier start ran.
+        start although an earlier attempt ran.
         """
         starts = [line["restarts"] for line in self.history() if line["event"] == "start"]
         now, not_started = JobStatus(self.job_id, self.restarts), self.restarts not in starts
@@ -198,7 +198,7 @@ class JobLog:
         had_to_exit = number in (signal.SIGABRT, signal.SIGUSR2) or now.preempted or now.late
         requeue_reason = reason if had_to_exit or (not_started and starts) else None
         if silent:
-            requeue_reason = f"{silent[0]} (perhaps with its node)"
+            requeue_reason = f"{silent[0]} (its node may have failed)"
         return self._decide(now, reason, first_failure(self.run_dir), requeue_reason, "failed")
 
     def _decide(
@@ -226,8 +226,8 @@ class JobLog:
             return ExitDecision(
                 "failed",
                 f"{job} was restarted {MAX_RESTARTS_WITHOUT_PROGRESS} times without progress. Lower "
-                "trainer.checkpoint.save_every_steps or raise submitit.timeout_hour, see submitit_logs/ for what ended the "
-                "starts, and give the same command again",
+                "trainer.checkpoint.save_every_steps or raise submitit.timeout_hour, see submitit_logs/ for what ended "
+                "the attempts, and run the same command again",
             )
         return None
 

@@ -19,7 +19,7 @@ from omnivision.launch.slurm_jobs import SUBMISSION_FOLDER, JobLog, read_submiss
 from omnivision.utils.host import slurm_job_id, slurm_restart_count
 from omnivision.utils.io import write_atomically
 
-PORTS_PER_JOB = 13  # one per start, so a port still held by the previous start does not block this one
+PORTS_PER_JOB = 13  # one per attempt, so a port still held by the previous attempt does not block this one
 SECRET = re.compile(r"key|token|secret|pass|_pwd|dsn|cred|auth|cookie|private|signature|session", re.IGNORECASE)
 URL_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+(?=@)")  # user:password@
 

@@ -60,7 +60,7 @@ def submit(jobs: Sequence[Job]) -> int:
     with contextlib.ExitStack() as stack:
         stack.enter_context(stop.handle_signals())
         stop.raise_on_signal()
-        # If the same command is given twice at once, the second waits here and then finds the first one's job.
+        # If the same command runs twice at once, the second waits here and then finds the first one's job.
         for locked in sorted(
             {folder.resolve() for folder in (logs, *(job.run_dir.path / SUBMISSION_FOLDER for job in wanted))}
         ):

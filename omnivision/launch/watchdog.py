@@ -85,7 +85,7 @@ class Watchdog:
 
 
 class PeerMonitor:
-    """Heartbeats of the ranks of a run, a file each in `logs/`: rank 0 watches all, the others watch rank 0.
+    """Heartbeats between ranks, one file per rank in `logs/`. Rank 0 watches all ranks; the others watch rank 0.
 
     If a peer sends no heartbeat for `timeout` seconds, `abort` is called with a PeerLostError that names its last phase.
     """

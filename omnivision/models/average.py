@@ -1,6 +1,6 @@
 """Learned average (the paper's adaptive average): a classifier whose trunk averages the trunks of frozen checkpoints.
 
-Only the mixing weights and the heads are trained and saved. Every start loads the sources again (`load_sources`).
+Only the mixing weights and the heads are trained and saved. Every attempt loads the sources again (`load_sources`).
 """
 
 from __future__ import annotations

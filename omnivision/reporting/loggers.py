@@ -114,7 +114,7 @@ class MLflow:
 
 
 def _read_id(file: Path) -> str | None:
-    """Read the ID that an earlier start stored; None if there is none."""
+    """Read the ID that an earlier attempt stored; None if there is none."""
     return file.read_text(encoding="utf-8").strip() or None if file.exists() else None
 
 

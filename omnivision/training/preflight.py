@@ -28,7 +28,7 @@ NUM_LIVE_CHECKPOINTS = 3  # while saving: the newest, the previous one, and the 
 
 
 def check_run(settings: Settings, *more: Callable[[Settings], object]) -> tuple[list[str], list[str], build.Splits]:
-    """Check everything possible before a run starts, and `more`; return problems, warnings and the opened splits."""
+    """Run all checks that need no training, then the extra checks in `more`; return problems, warnings and open splits."""
     problems: list[str] = []
     warnings: list[str] = []
     train, val = collect_problems(problems, build.open_splits, settings) or ([], [])

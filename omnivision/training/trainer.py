@@ -431,7 +431,7 @@ class Trainer:
         metrics |= throughput.metrics(dist.device)
         if peak is not None:
             metrics["mfu"] = metrics["clips_per_second"] / dist.world_size / peak
-        # Leave out what is specific to this start.
+        # Leave out what is specific to this attempt.
         self.state.last_metrics |= {k: v for k, v in metrics.items() if k not in ("memory_gb", "mfu")}
         self.run.reporter.log_step(self.state.epoch, self.settings.max_epochs, self.global_step, metrics)
 

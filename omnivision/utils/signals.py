@@ -1,8 +1,7 @@
 """Stop requests: signals, and the end of a job's time.
 
-SIGTERM ends a run (a scheduler cancels or preempts it, `kill`), and so does SIGHUP (its terminal closes) unless nohup ignores
-it; SIGUSR2 announces the end (SLURM sends it before the time limit). A run that trains finishes its step, saves and exits; at
-other times, a signal ends it at once.
+SIGTERM (a scheduler, or `kill`) and SIGHUP (a closed terminal, unless nohup ignores it) stop a run. SLURM sends SIGUSR2 before
+the time limit. While training, a run finishes its step, saves and exits; at other times it exits at once.
 """
 
 from __future__ import annotations

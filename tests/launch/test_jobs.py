@@ -188,7 +188,7 @@ class Ends(Folder):
 
     def test_the_cause_is_the_end_file_of_another_rank(self):
         for restarts, error, job in (
-            (0, ValueError("of an earlier start"), "12"), (1, DISCONNECTED, "12"), (1, StopRequested("SIGTERM"), "12"),
+            (0, ValueError("of an earlier attempt"), "12"), (1, DISCONNECTED, "12"), (1, StopRequested("SIGTERM"), "12"),
             (1, ValueError("of another job"), "77"),
         ):  # fmt: skip
             self.rank_end(restarts, error, job=job)
@@ -281,7 +281,7 @@ class BatchExits(Folder):
         for restarts, expected in (
             (1, ("requeued", True)),
             (0, ("failed", False)),
-        ):  # of an earlier start it says nothing
+        ):  # of an earlier attempt it says nothing
             self.rank_end(1, PeerLostError("rank 0 is silent"), rank=5)
             self.assertEqual(self.end(137, started=(0, 1), restarts=restarts), expected)
         self.assertIn("SIGKILL", self.reason)

@@ -114,7 +114,7 @@ class Runs(Folder):
             self.assertLess(time.monotonic() - start, 6, "a second signal leaves it 5 s")
             time.sleep(0.05)
         reason = runs.read_summary(self.run_dir)["exit_reason"]
-        self.assertRegex(reason, r"^ended by SIGTERM; .* (in a step|saving), after step \d+; what each thread")
+        self.assertRegex(reason, r"^ended by SIGTERM; .* (in a step|saving), after step \d+; thread stacks")
         # Gradients are reduced within the backward pass.
         stacks = (self.run_dir / "logs/rank_0_stacks.txt").read_text()
         self.assertRegex(stacks, "all_(reduce|gather)|in _engine_run_backward")

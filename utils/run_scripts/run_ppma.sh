@@ -1,7 +1,7 @@
 #!/bin/sh
 # The whole recipe from one command: MAE, alignment, then fine-tuning, linear probing and the adaptive average on each dataset.
 #   PPMA=DIR sh utils/run_scripts/run_ppma.sh [--dry] [overrides of every stage]
-# On a cluster each stage is a job that depends on those it starts from; the command returns when all are submitted. Given again, it
+# On a cluster each stage is a job that depends on those it starts from; the command returns when all are submitted. Run again, it
 # submits only stages that are neither done nor queued. With submitit.use_cluster=false the stages run locally, one after another.
 # --dry shows the stages, their dependencies and their status, without any checks.
 set -eu
@@ -95,6 +95,6 @@ done
 if [ -n "$failed" ]; then
     how=failed
     [ -z "$cluster" ] || how='not submitted'
-    echo "error: $how:$failed; dependent stages were not started. Fix the cause and give the same command again." >&2
+    echo "error: $how:$failed; dependent stages were not started. Fix the cause and run the same command again." >&2
     exit 1
 fi
