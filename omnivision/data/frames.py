@@ -52,7 +52,7 @@ def open_regular_file(path: str, folder: int | None = None) -> tuple[int, bool]:
     except (OSError, ValueError, VideoDecodeError) as error:  # ValueError: a null byte or half a surrogate pair
         if descriptor >= 0:
             os.close(descriptor)
-        raise VideoDecodeError(reason(error)) from error
+        raise VideoDecodeError(describe_error(error)) from error
 
 
 def _check_regular(status: os.stat_result, may_be_folder: bool) -> bool:
@@ -66,7 +66,7 @@ def _check_regular(status: os.stat_result, may_be_folder: bool) -> bool:
     return False
 
 
-def reason(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Describe an error in one line, without the path."""
     text = "not an image" if isinstance(error, UnidentifiedImageError) else getattr(error, "strerror", None)
     return " ".join((text or str(error)).split()) or type(error).__name__
@@ -88,7 +88,7 @@ class VideoInfo:
     mirrored: bool = False  # left and right are exchanged after rotation
 
 
-def ticks(start: Seconds, end: Seconds, rate: Fraction) -> tuple[int, int]:
+def tick_range(start: Seconds, end: Seconds, rate: Fraction) -> tuple[int, int]:
     """Return [low, high): exactly the ticks in start <= t < end of a clock with `rate` ticks per second."""
     if not start < end:
         raise ValueError(f"start must be < end, got {float(start)} and {float(end)}")
@@ -105,7 +105,7 @@ def select_frames(times: Sequence[int], low: int, high: int, num: int) -> list[i
     return [inside[i] for i in subsample_indices(len(inside), num)]
 
 
-def stack(frames: list[np.ndarray]) -> torch.Tensor:
+def stack_frames(frames: list[np.ndarray]) -> torch.Tensor:
     """Stack frames (H, W, 3) to (T, 3, H, W), channels-last in memory. Raises VideoDecodeError when sizes differ."""
     import torch
 
@@ -172,7 +172,7 @@ def read_depth(path: str, max_pixels: int | None = None) -> torch.Tensor:
                     check_pixels(image.width, image.height, max_pixels)
                     depth = torch.from_numpy(np.asarray(image, dtype=np.float32))
     except (*_ERRORS, CorruptCheckpointError, RuntimeError) as error:
-        raise VideoDecodeError(reason(error)) from error
+        raise VideoDecodeError(describe_error(error)) from error
     depth = depth.detach().squeeze()
     if depth.ndim != 2 or not depth.numel():
         raise VideoDecodeError(f"a depth map of shape {tuple(depth.shape)}; expected height x width")
@@ -200,7 +200,7 @@ def read_rgb(path: str, max_pixels: int | None, folder: int | None = None) -> np
                     raise VideoDecodeError("pixels of 32 bits, whose range is unknown")
                 return np.array(upright.convert("RGB"))
     except _ERRORS as error:
-        raise VideoDecodeError(reason(error)) from error
+        raise VideoDecodeError(describe_error(error)) from error
 
 
 def _open_file(path: str, folder: int | None = None) -> IO[bytes]:
@@ -230,9 +230,9 @@ class FrameFolder:
         try:
             names = os.listdir(descriptor)
         except OSError as error:
-            raise VideoDecodeError(reason(error)) from error
+            raise VideoDecodeError(describe_error(error)) from error
         images = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")]
-        images.sort(key=natural)
+        images.sort(key=natural_sort_key)
         if not images:
             raise VideoDecodeError("the folder holds no images")
         series = group_series(images)
@@ -272,9 +272,9 @@ class FrameFolder:
 
     def read(self, start: Seconds, end: Seconds, num_frames: int) -> torch.Tensor:
         """Read as `VideoFile.read`, opening only the wanted images. Raises VideoDecodeError when their sizes differ."""
-        wanted = select_frames(range(len(self._names)), *ticks(start, end, self._fps), num_frames)
+        wanted = select_frames(range(len(self._names)), *tick_range(start, end, self._fps), num_frames)
         frames = {i: self._frame(self._names[i]) for i in set(wanted)}
-        return stack([frames[i] for i in wanted])
+        return stack_frames([frames[i] for i in wanted])
 
     def _frame(self, name: str) -> np.ndarray:
         try:
@@ -323,7 +323,7 @@ def group_series(names: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _ascends(numbers: Sequence[str]) -> bool:
-    return all(first < second for first, second in pairwise(map(natural, numbers)))
+    return all(first < second for first, second in pairwise(map(natural_sort_key, numbers)))
 
 
 def sort_times(names: list[str]) -> list[str]:
@@ -342,7 +342,7 @@ def sort_times(names: list[str]) -> list[str]:
     return [names[i] for i in sorted(range(len(names)), key=lambda i: parsed[i][2])]
 
 
-def natural(name: str) -> tuple[list[str | int], str]:
+def natural_sort_key(name: str) -> tuple[list[str | int], str]:
     """Return a sort key in which 2.jpg comes before 10.jpg."""
     return [
         int(part) if part.isascii() and part.isdecimal() else part.lower() for part in re.split("([0-9]+)", name)

@@ -38,11 +38,11 @@ from omnivision.data.frames import (
     VideoInfo,
     check_pixels,
     check_sizes,
+    describe_error,
     open_regular_file,
-    reason,
     select_frames,
-    stack,
-    ticks,
+    stack_frames,
+    tick_range,
 )
 from omnivision.utils.errors import VideoDecodeError
 
@@ -175,7 +175,7 @@ class VideoFile:
         A window without a frame gives the one on screen at `start`. Rotation is applied, pixel aspect is not.
         Raises VideoDecodeError if the frames cannot be decoded, ValueError for an impossible request.
         """
-        low, high = (self._origin + tick for tick in ticks(start, end, 1 / self._time_base))
+        low, high = (self._origin + tick for tick in tick_range(start, end, 1 / self._time_base))
         _ = self.duration  # rejects truncated files that `_demux` does not detect
         with _as_decode_error():
             packets = self._packets_from_key_frame(low, high)
@@ -184,7 +184,7 @@ class VideoFile:
                 wanted = [times[i] for i in select_frames(times, low, high, num_frames)]
                 decoded = self._decode(packets, set(wanted))
                 if decoded.keys() == set(wanted):
-                    return stack([decoded[t] for t in wanted])
+                    return stack_frames([decoded[t] for t in wanted])
             return self._decode_sequentially(low, high, num_frames)
 
     @property
@@ -376,7 +376,7 @@ class VideoFile:
         times = [frame.pts or 0 for frame, _ in self._all_frames(high)]
         wanted = select_frames(times, low, high, num_frames)
         decoded = {i: self._to_rgb(*pair) for i, pair in enumerate(self._all_frames(high)) if i in set(wanted)}
-        return stack([decoded[i] for i in wanted])
+        return stack_frames([decoded[i] for i in wanted])
 
     def _all_frames(self, high: int) -> Iterator[tuple[VideoFrame, bool]]:
         """Decode from the first frame to beyond `high`; yield each frame, and whether it is damaged."""
@@ -463,4 +463,4 @@ def _as_decode_error() -> Iterator[None]:
     try:
         yield
     except _FILE_ERRORS as error:
-        raise VideoDecodeError(reason(error)) from error
+        raise VideoDecodeError(describe_error(error)) from error

@@ -13,7 +13,7 @@ from omnivision.data.catalog import Dataset, Split
 from omnivision.data.frames import (
     SeveralSeriesError,
     group_series,
-    natural,
+    natural_sort_key,
     read_depth,
     read_image,
     sort_times,
@@ -235,7 +235,7 @@ class Names(unittest.TestCase):
             [f"take{i // 20}.{i % 20}.jpg" for i in range(60)],
             [f"{i}.jpg" for i in range(30)],
         ):
-            self.assertEqual(sort_times(sorted(names, key=natural)), names)
+            self.assertEqual(sort_times(sorted(names, key=natural_sort_key)), names)
 
 
 class Series(Folder):

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn
 
-from omnivision.data.frames import IMAGE_SUFFIXES, natural
+from omnivision.data.frames import IMAGE_SUFFIXES, natural_sort_key
 from omnivision.tools.prepare.index import (
     VIDEO_SUFFIXES,
     DatasetIndex,
@@ -76,15 +76,15 @@ def read_class_folders(source: str, chosen: Mapping[str, str] | None = None) -> 
         print(f"{source}: {len(tree.others)} files are neither videos nor frames: {shorten(tree.others, 3)}; skipped.")
     _warn_of_level(records, depth, of_class)
     classes = {path[of_class] for path in tree.folders if len(path) >= depth and (not splits or path[level] in splits)}
-    return DatasetIndex(records, source, sorted(classes, key=natural))
+    return DatasetIndex(records, source, sorted(classes, key=natural_sort_key))
 
 
 def _scan(source: str) -> _Tree:
     tree = _Tree()
     for folder, folders, files in os.walk(source, followlinks=True, onerror=_raise):
         path = () if folder == source else tuple(os.path.relpath(folder, source).split(os.sep))
-        folders[:] = sorted((name for name in folders if not name.startswith(".")), key=natural)
-        files = sorted((name for name in files if not name.startswith(".")), key=natural)
+        folders[:] = sorted((name for name in folders if not name.startswith(".")), key=natural_sort_key)
+        files = sorted((name for name in files if not name.startswith(".")), key=natural_sort_key)
         suffixes = {name: os.path.splitext(name)[1].lower() for name in files}
         has_images, has_videos = (bool(set(suffixes.values()) & set(all)) for all in (IMAGE_SUFFIXES, VIDEO_SUFFIXES))
         is_frame_folder = bool(path) and has_images and not has_videos and not folders
@@ -157,6 +157,7 @@ def _warn_of_level(records: Sequence[Record], depth: int, of_class: int) -> None
     if len(every) > 1 and 2 * len(common) >= len(every):
         warn(
             f"The folders {shorten(inner)} are taken for the classes, but contain the folders "
-            f"{shorten(sorted(every, key=natural))}. If these are the classes, SOURCE is one level too high, or the others are "
+            f"{shorten(sorted(every, key=natural_sort_key))}. If these are the classes, "
+            "SOURCE is one level too high, or the others are "
             "splits: choose them with --splits, move the folders, or pass lists."
         )

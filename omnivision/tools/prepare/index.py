@@ -12,7 +12,7 @@ from itertools import combinations
 import numpy as np
 
 from omnivision.data.catalog import labels_off_by_one, labels_start_at_one
-from omnivision.data.frames import natural
+from omnivision.data.frames import natural_sort_key
 from omnivision.data.sampling import Segment
 from omnivision.utils.errors import UserError
 from omnivision.utils.streams import warn
@@ -135,7 +135,7 @@ def number_classes(index: DatasetIndex, names: Sequence[str] = ()) -> DatasetInd
         numeric = [label for label in labels if number.fullmatch(str(label))]
         others = [label for label in labels if not number.fullmatch(str(label))]
         wrong = [] if classes or not numeric else min(numeric, others or numeric, key=len)
-        classes = classes or sorted(map(str, labels), key=natural)
+        classes = classes or sorted(map(str, labels), key=natural_sort_key)
         numbers = {name: number for number, name in enumerate(classes)}
         wrong += [label for label in labels if label not in numbers]
     if wrong:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from omnivision.data.frames import natural
+from omnivision.data.frames import natural_sort_key
 from omnivision.tools.prepare.index import DatasetIndex, Record, listing_error
 from omnivision.utils.errors import UserError
 
@@ -37,7 +37,7 @@ def read_ucf101(folder: Path, fold: int) -> DatasetIndex:
 def read_hmdb51(folder: Path, fold: int) -> DatasetIndex:
     """Read <class>_test_split1.txt: "name.avi 1" (train), 2 (test, here val) or 0 (unused); a class is a folder."""
     suffix = f"_test_split{fold}.txt"
-    classes = sorted((file.name.removesuffix(suffix) for file in folder.glob(f"*{suffix}")), key=natural)
+    classes = sorted((file.name.removesuffix(suffix) for file in folder.glob(f"*{suffix}")), key=natural_sort_key)
 
     def parse(name: str, line: str) -> Sample:
         path, part = line.rsplit(maxsplit=1)
