@@ -163,7 +163,7 @@ class JobLog:
 
     def classify_exit(self, error: BaseException, reason: str) -> ExitDecision:
         """Decide what happens to the job after rank 0 failed or was asked to stop."""
-        now, cause, requeue_reason = JobStatus(self.job_id, self.restarts), None, None
+        job_status, cause, requeue_reason = JobStatus(self.job_id, self.restarts), None, None
         match error:
             case PeerLostError():
                 cause, requeue_reason = (
@@ -173,13 +173,13 @@ class JobLog:
             case StopRequested():
                 # SLURM sends the same signal when another task fails and when the job is cancelled.
                 cause = first_failure(self.run_dir, 0) if error.cause == "SIGTERM" else None
-                late = now.late or error.cause == TIME_LIMIT
+                late = job_status.late or error.cause == TIME_LIMIT
                 why = "time limit reached" if late else "signalled by SLURM or by hand, not cancelled"
-                requeue_reason = f"{reason} ({'preempted' if now.preempted else why})"
-                if error.cause == "SIGTERM" and not now.known:
+                requeue_reason = f"{reason} ({'preempted' if job_status.preempted else why})"
+                if error.cause == "SIGTERM" and not job_status.known:
                     requeue_reason, reason = None, f"{reason}; SLURM does not say why"
         return self._decide(
-            now, reason, cause, requeue_reason, "failed" if isinstance(error, Exception) else "interrupted"
+            job_status, reason, cause, requeue_reason, "failed" if isinstance(error, Exception) else "interrupted"
         )
 
     def classify_batch_exit(self, code: int, why: str) -> ExitDecision:
@@ -189,26 +189,26 @@ class JobLog:
         start although an earlier attempt ran.
         """
         starts = [line["restarts"] for line in self.history() if line["event"] == "start"]
-        now, not_started = JobStatus(self.job_id, self.restarts), self.restarts not in starts
+        job_status, not_started = JobStatus(self.job_id, self.restarts), self.restarts not in starts
         number = code - 128 if code - 128 in set(signal.Signals) else 0
         name = f", {signal.Signals(number).name}" if number else ""
         why = why if not_started else "its processes ended"
         reason = f"job {self.job_id}: {why} (exit code {code}{name}); see {SUBMISSION_FOLDER}/"
         silent = [end["reason"] for end in read_end_files(self.run_dir) if end["kind"] == "peer silent"]
-        had_to_exit = number in (signal.SIGABRT, signal.SIGUSR2) or now.preempted or now.late
+        had_to_exit = number in (signal.SIGABRT, signal.SIGUSR2) or job_status.preempted or job_status.late
         requeue_reason = reason if had_to_exit or (not_started and starts) else None
         if silent:
             requeue_reason = f"{silent[0]} (its node may have failed)"
-        return self._decide(now, reason, first_failure(self.run_dir), requeue_reason, "failed")
+        return self._decide(job_status, reason, first_failure(self.run_dir), requeue_reason, "failed")
 
     def _decide(
-        self, now: JobStatus, reason: str, cause: str | None, requeue_reason: str | None, status: str
+        self, job_status: JobStatus, reason: str, cause: str | None, requeue_reason: str | None, status: str
     ) -> ExitDecision:
         """Requeue if there is a `requeue_reason`, unless SLURM did, the job was cancelled, a rank failed, or a limit is hit."""
         job = f"job {self.job_id}"
-        if now.requeued:
+        if job_status.requeued:
             return ExitDecision("requeued", f"{reason}; SLURM has put {job} back into the queue")
-        if now.cancelled:
+        if job_status.cancelled:
             return ExitDecision("interrupted", f"{reason}; {job} was cancelled")
         if cause or requeue_reason is None:
             return ExitDecision("failed" if cause else status, cause or reason)
@@ -339,8 +339,8 @@ def record_batch_exit(file: Path, job_id: str, code: int, why: str = "its proces
     submission, restarts = read_submission(file, job_id), slurm_restart_count()
     log = JobLog(submission.run_dir, job_id, restarts, submission.token, submission.max_requeues)
     if ends := [line for line in log.history() if line["event"] == "end" and line["restarts"] == restarts]:
-        now = JobStatus(job_id, restarts)
-        if ends[-1]["status"] == "requeued" and now.known and not (now.requeued or now.cancelled):
+        job_status = JobStatus(job_id, restarts)
+        if ends[-1]["status"] == "requeued" and job_status.known and not (job_status.requeued or job_status.cancelled):
             slurm.requeue(job_id, attempts=1)  # rank 0 was killed before it could
         return bool(ends[-1]["status"] == "finished")
     log.apply_exit(log.classify_batch_exit(code, why), writes_summary=True)
