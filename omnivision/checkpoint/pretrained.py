@@ -127,7 +127,7 @@ def load_filtered(
     """
     report = LoadReport(str(weights.path), weights.sha256, weights.checkpoint)
     entries = filter_state_dict({name: name for name in weights.state}, choice, report)  # {new name: name in the file}
-    chosen, wanted = {new: weights.state[old] for new, old in entries.items()}, model.state_dict()
+    chosen, model_state = {new: weights.state[old] for new, old in entries.items()}, model.state_dict()
     file_classes: dict[int, list[str] | None] = {}
     inference = weights.inference
     for new, old in entries.items():
@@ -136,21 +136,21 @@ def load_filtered(
             file_classes[head] = names if names and chosen[new].shape[:1] == (len(names),) else None
     chosen, unused = match_heads(chosen, file_classes, class_names, report)
     _check_blocks(model, weights, chosen)
-    report.dropped |= dict.fromkeys([*unused, *(name for name in chosen if name not in wanted)], NO_PLACE)
-    chosen = {name: tensor for name, tensor in chosen.items() if name in wanted}
+    report.dropped |= dict.fromkeys([*unused, *(name for name in chosen if name not in model_state)], NO_PLACE)
+    chosen = {name: tensor for name, tensor in chosen.items() if name in model_state}
     for name in POSITIONS:
         if name in chosen:
             chosen[name] = interpolate_pos_embed(name, chosen[name], model, weights, report)
-    if wrong := [name for name, tensor in chosen.items() if tensor.shape != wanted[name].shape]:
-        shapes = [f"{name} {tuple(wanted[name].shape)}, got {tuple(chosen[name].shape)}" for name in wrong]
+    if wrong := [name for name, tensor in chosen.items() if tensor.shape != model_state[name].shape]:
+        shapes = [f"{name} {tuple(model_state[name].shape)}, got {tuple(chosen[name].shape)}" for name in wrong]
         raise UserError(
             f"Shapes in {report.path} must match this model's: {truncate_list(shapes)}. Set trainer/model or {SETTING}, or "
             "trainer/checkpoint=no_heads (new heads) or no_heads_no_decoder (a new decoder, too)."
         )
     check_numbers(chosen, f"{SETTING}: {report.path}: ")
     report.loaded = sorted(chosen)
-    report.missing = sorted(set(wanted) - set(chosen))
-    _check_coverage(wanted, report, choice)
+    report.missing = sorted(set(model_state) - set(chosen))
+    _check_coverage(model_state, report, choice)
     model.load_state_dict(chosen, strict=False)
     return report
 
@@ -182,27 +182,27 @@ def match_heads(
     matched = {name: tensor for name, tensor in state.items() if head_of(name) not in heads}
     unused = set(heads)
     for head, names in enumerate(model_classes):
-        wanted = distinct_names(names)
-        same = [k for k in (head, *heads) if wanted and set(file_classes.get(k) or []) == set(wanted)]
+        model_names = distinct_names(names)
+        same = [k for k in (head, *heads) if model_names and set(file_classes.get(k) or []) == set(model_names)]
         source = same[0] if same else head
         if source not in heads:
             continue
         unused.discard(source)
         given, rows = file_classes[source], None
-        if wanted is None or given is None:
+        if model_names is None or given is None:
             side = "this run" if given else "the file"
             report.classes.append(f"{side} has no class names of head {head}; their order is not checked")
         elif same:
-            rows = [given.index(name) for name in wanted]
-            if source != head or given != wanted:
+            rows = [given.index(name) for name in model_names]
+            if source != head or given != model_names:
                 report.classes.append(
                     f"head {head} takes the rows of head {source} of {report.path} by their class names"
                 )
-        elif len(wanted) == len(given):
+        elif len(model_names) == len(given):
             raise UserError(
                 f"Head {head} of {report.path} must have the classes of this run, got "
-                f"{truncate_list(sorted(set(given) - set(wanted)))} instead of "
-                f"{truncate_list(sorted(set(wanted) - set(given)))}. Set datasets.NAME.class_names, or "
+                f"{truncate_list(sorted(set(given) - set(model_names)))} instead of "
+                f"{truncate_list(sorted(set(model_names) - set(given)))}. Set datasets.NAME.class_names, or "
                 "trainer/checkpoint=no_heads for a new head."
             )
         for name, tensor in heads[source].items():
@@ -254,10 +254,10 @@ def _check_blocks(model: nn.Module, weights: StateDictFile, chosen: Mapping[str,
 
     A trunk may be deeper than the file; `_check_coverage` reports its missing blocks.
     """
-    wanted, architecture = model.state_dict(), architecture_of(model)
+    model_state, architecture = model.state_dict(), architecture_of(model)
     for part, prefix in BLOCKS.items():
         model_blocks, file_blocks = (
-            {n.split(".")[prefix.count(".")] for n in names if n.startswith(prefix)} for names in (wanted, chosen)
+            {n.split(".")[prefix.count(".")] for n in names if n.startswith(prefix)} for names in (model_state, chosen)
         )
         in_file = weights.architecture.get(part)
         heads = in_file.get("heads") if isinstance(in_file, Mapping) else None
@@ -276,9 +276,9 @@ def _check_blocks(model: nn.Module, weights: StateDictFile, chosen: Mapping[str,
             )
 
 
-def _check_coverage(wanted: Mapping[str, Tensor], report: LoadReport, choice: WeightFilter) -> None:
+def _check_coverage(model_state: Mapping[str, Tensor], report: LoadReport, choice: WeightFilter) -> None:
     """Raise UserError for less of the trunk's encoder than declared, and for differences where the filter is strict."""
-    trunk = [name for name in wanted if name.startswith("trunk.") and not name.startswith(NON_ENCODER_PREFIXES)]
+    trunk = [name for name in model_state if name.startswith("trunk.") and not name.startswith(NON_ENCODER_PREFIXES)]
     trunk = [name for name in trunk if name not in POSITIONS]
     absent = [name for name in trunk if name in report.missing]
     unplaced = [name for name, why in report.dropped.items() if why == NO_PLACE]

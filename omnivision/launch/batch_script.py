@@ -30,31 +30,36 @@ def batch_script(settings: Settings, run_dir: RunDir, script: Path | None = None
 
 def sbatch_parameters(settings: Settings, run_dir: RunDir, runs: Path) -> dict[str, Any]:
     """Return the job's parameters from the settings, by submitit's names."""
-    wanted, launcher = settings.submitit, settings.launcher
+    submitit, launcher = settings.submitit, settings.launcher
     options: dict[str, Any] = {
         "requeue": True,  # when a node dies or a job is preempted; sites may disable it by default
         "output": "/dev/null",  # a job whose log cannot be opened would fail without a message; see `batch_prologue.sh`
         "error": "/dev/null",
     }
-    if wanted.dependency is not None:
+    if submitit.dependency is not None:
         options["kill-on-invalid-dep"] = "yes"  # otherwise a job with a failed dependency stays pending
     same_name = ("partition", "account", "qos", "comment", "exclude", "nodelist", "dependency", "array_parallelism")
-    parameters = {name: getattr(wanted, name) for name in same_name} | {
-        "job_name": wanted.name,
-        "time": max(1, math.ceil(wanted.timeout_hour * 60 - 1e-6)),  # minutes; 0 would mean no limit
+    parameters = {name: getattr(submitit, name) for name in same_name} | {
+        "job_name": submitit.name,
+        "time": max(1, math.ceil(submitit.timeout_hour * 60 - 1e-6)),  # minutes; 0 would mean no limit
         "nodes": launcher.num_nodes,
         "ntasks_per_node": launcher.gpus_per_node,
         "gpus_per_node": None if settings.trainer.accelerator == "cpu" else launcher.gpus_per_node,
-        "cpus_per_task": wanted.cpus_per_task,
-        "mem": wanted.mem if wanted.mem_gb is None else f"{math.ceil(wanted.mem_gb * 1024)}M",
-        "constraint": wanted.constraints,
+        "cpus_per_task": submitit.cpus_per_task,
+        "mem": submitit.mem if submitit.mem_gb is None else f"{math.ceil(submitit.mem_gb * 1024)}M",
+        "constraint": submitit.constraints,
         "signal_delay_s": signal_delay(settings, run_dir),
-        "setup": batch_script_prologue(runs, wanted.setup),
+        "setup": batch_script_prologue(runs, submitit.setup),
         # Since SLURM 22.05 srun does not inherit --cpus-per-task. --kill-on-bad-exit: one failed task ends all. --wait: so does
         # a task that exits early because it finds the run finished. --export: use the script's environment, despite
         # SBATCH_EXPORT.
-        "srun_args": [f"--cpus-per-task={wanted.cpus_per_task}", "--kill-on-bad-exit=1", "--wait=300", "--export=ALL"],
-        "additional_parameters": options | wanted.additional_parameters,
+        "srun_args": [
+            f"--cpus-per-task={submitit.cpus_per_task}",
+            "--kill-on-bad-exit=1",
+            "--wait=300",
+            "--export=ALL",
+        ],
+        "additional_parameters": options | submitit.additional_parameters,
     }
     return {name: value for name, value in parameters.items() if value is not None}
 

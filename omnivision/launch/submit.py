@@ -45,16 +45,16 @@ def submit(jobs: Sequence[Job]) -> int:
     Prints a line for each run: `submitted`, `queued` or `finished`, with `job_id=` and `folder=`. Raises UserError for
     runs that SLURM would reject or never start, and StopRequested for a signal; in both cases, nothing stays submitted.
     """
-    wanted = [job for job in jobs if not job.is_finished]
+    unfinished = [job for job in jobs if not job.is_finished]
     for job in jobs:
-        if job not in wanted:
+        if job not in unfinished:
             print(f"finished folder={job.run_dir.path}")
             warn_of_other_settings(job)
-    if not wanted:
+    if not unfinished:
         return 0
-    for job in wanted:
+    for job in unfinished:
         job.run_dir.create(SUBMISSION_FOLDER)
-    logs = submit_dir([job.run_dir.path for job in wanted])
+    logs = submit_dir([job.run_dir.path for job in unfinished])
     logs.mkdir(parents=True, exist_ok=True)
     stop = StopSignal()
     with contextlib.ExitStack() as stack:
@@ -62,13 +62,13 @@ def submit(jobs: Sequence[Job]) -> int:
         stop.raise_on_signal()
         # If the same command runs twice at once, the second waits here and then finds the first one's job.
         for locked in sorted(
-            {folder.resolve() for folder in (logs, *(job.run_dir.path / SUBMISSION_FOLDER for job in wanted))}
+            {folder.resolve() for folder in (logs, *(job.run_dir.path / SUBMISSION_FOLDER for job in unfinished))}
         ):
             stack.enter_context(file_lock(locked / ".submission"))
         queue = slurm.squeue()
-        if wanted := [job for job in wanted if not is_queued(job, queue)]:
-            check_submission(wanted, queue)
-            submit_or_roll_back(wanted, logs)
+        if to_submit := [job for job in unfinished if not is_queued(job, queue)]:
+            check_submission(to_submit, queue)
+            submit_or_roll_back(to_submit, logs)
     return 0
 
 

@@ -87,10 +87,10 @@ def open_splits(settings: Settings) -> Splits:
     """
     config, datasets = settings.trainer, build_datasets(settings)
     validates = config.mode == "val" or (config.mode != "train_only" and config.val_epoch_freq is not None)
-    wanted = [(dataset, "train") for dataset in datasets if config.mode != "val"]
-    wanted += [(dataset, "val") for dataset in datasets if validates and dataset.val is not None]
+    requested = [(dataset, "train") for dataset in datasets if config.mode != "val"]
+    requested += [(dataset, "val") for dataset in datasets if validates and dataset.val is not None]
     problems: list[str] = []
-    opened = [split for entry in wanted if (split := collect_problems(problems, Split, *entry)) is not None]
+    opened = [split for entry in requested if (split := collect_problems(problems, Split, *entry)) is not None]
     for split in opened:
         if not has_decoder(config.model) and not split.has_labels():
             problems.append(
@@ -99,7 +99,7 @@ def open_splits(settings: Settings) -> Splits:
             )
     if not datasets:
         problems.append("trainer.data.sources must have at least one dataset. Set a recipe, +trainer=...")
-    elif validates and not any(which == "val" for _, which in wanted):
+    elif validates and not any(which == "val" for _, which in requested):
         problems.append(
             f"datasets.NAME.val must be set for one of the sources ({', '.join(config.data.sources)}) to validate. Set its "
             "paths and labels, or trainer.mode=train_only."

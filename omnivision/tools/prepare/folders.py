@@ -157,7 +157,6 @@ def _warn_of_level(records: Sequence[Record], depth: int, of_class: int) -> None
     if len(every) > 1 and 2 * len(common) >= len(every):
         warn(
             f"The folders {shorten(inner)} are taken for the classes, but contain the folders "
-            f"{shorten(sorted(every, key=natural_sort_key))}. If these are the classes, "
-            "SOURCE is one level too high, or the others are "
-            "splits: choose them with --splits, move the folders, or pass lists."
+            f"{shorten(sorted(every, key=natural_sort_key))}. If these are the classes, SOURCE is one "
+            "level too high, or the others are splits: choose them with --splits, move the folders, or pass lists."
         )
