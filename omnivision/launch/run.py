@@ -53,7 +53,7 @@ def run_rank(job: Job, rank_info: RankInfo, job_log: JobLog | None = None) -> in
         load_weights(job, dist, trainer, reporter, handler)
         with reporter:
             trainer.validate_only() if handler.validating else trainer.fit()
-        release(trainer, reporter, dist, handler)
+        finish_run(trainer, reporter, dist, handler)
     return handler.exit_code
 
 
@@ -126,7 +126,7 @@ def write_run_metadata(job: Job, run_dir: RunDir, trainer: Trainer, on_cluster: 
     run_dir.write_summary(**metadata)
 
 
-def release(trainer: Trainer, reporter: Reporter, dist: Dist, handler: ExitHandler) -> None:
+def finish_run(trainer: Trainer, reporter: Reporter, dist: Dist, handler: ExitHandler) -> None:
     """Report that the run has finished, and leave the process group."""
     if lines := validation_lines(trainer) if handler.validating else end_lines(trainer):
         reporter.info("\n".join(lines))

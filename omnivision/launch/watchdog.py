@@ -188,11 +188,11 @@ def as_peer_lost(error: BaseException, peers: PeerMonitor | None) -> BaseExcepti
     """
     if not isinstance(error, RuntimeError) or isinstance(error, PeerLostError) or is_out_of_memory(error):
         return error
-    import torch.distributed as dist  # imported lazily: a command that fails early need not wait for it
+    from torch.distributed import DistError  # imported lazily: a command that fails early need not wait for it
 
     frames = traceback.extract_tb(error.__traceback__)
     file = frames[-1].filename if frames else ""
-    is_collective = isinstance(error, dist.DistError) or any(part in file for part in COLLECTIVES)
+    is_collective = isinstance(error, DistError) or any(part in file for part in COLLECTIVES)
     lost = None
     if peers is not None and (is_collective or "/torch/autograd/" in file):
         lost = peers.wait_for_dead_peers(KILL_SECONDS if is_collective else None)

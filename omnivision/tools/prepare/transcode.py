@@ -78,7 +78,7 @@ def transcode_all(
         reasons = dict(zip(missing, track(work, len(jobs), "prepare"), strict=True))
     finally:
         work.close()  # ends the worker processes
-        remove_stale_tmp(folder)
+        remove_partial_outputs(folder)
     return {path: str(reason) for path, reason in reasons.items() if reason}, len(results) - len(missing)
 
 
@@ -112,7 +112,7 @@ def transcode(job: TranscodeJob) -> str | None:
     return None
 
 
-def remove_stale_tmp(folder: Path) -> None:
+def remove_partial_outputs(folder: Path) -> None:
     """Remove unfinished files of killed processes, at any depth. Only the folder's single writer may call this."""
     for leftover in list(folder.rglob(f".*{TEMPORARY_SUFFIX}")):
         _remove(leftover)
