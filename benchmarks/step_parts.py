@@ -35,7 +35,7 @@ def step_parts(quick: bool) -> Report:
     small = ["trainer/model=vitmicro", "num_frames=4", "image_size=64"] if quick else []
     with tempfile.TemporaryDirectory() as name:
         trainer = recipe_trainer(Path(name), "batch_size=8", "trainer.optim.gradient_clip=1", *small)
-        trainer.run.reporter.start(0, 1)
+        trainer.context.reporter.start(0, 1)
         trainer.raw_model.train()
         batch = noise(shape)
 
@@ -52,7 +52,7 @@ def step_parts(quick: bool) -> Report:
         sides = {"whole step": whole_step, "forward and backward": forward_and_backward}
         report.seconds = interleaved(sides, rounds=3)
         metrics = dict.fromkeys(("loss", "lr", "grad_norm", "clips_per_second", "data_wait"), 1.0)
-        log = min(seconds_of(lambda: trainer.run.reporter.log_step(0, 1, 1, metrics)) for _ in range(3))
+        log = min(seconds_of(lambda: trainer.context.reporter.log_step(0, 1, 1, metrics)) for _ in range(3))
         save = min(seconds_of(lambda: trainer.save_checkpoint([])) for _ in range(3))
     report.facts |= {"s of a log line": round(log, 5), "s of a checkpoint": round(save, 3)}
     extra = [

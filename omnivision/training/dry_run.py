@@ -140,7 +140,7 @@ def data_lines(settings: Settings, trainer: Trainer, splits: build.Splits) -> It
 
 def weights_lines(settings: Settings, trainer: Trainer) -> Iterator[str]:
     """Yield the weights that the run starts from: its own checkpoint, or the files that exist."""
-    own, pretrained = trainer.run.run_dir.checkpoints / LATEST, settings.pretrained_checkpoint_path
+    own, pretrained = trainer.context.run_dir.checkpoints / LATEST, settings.pretrained_checkpoint_path
     if own.exists():
         yield f"weights      {describe_resumed(trainer.state) if trainer.global_step else f'its own, {own}'}"
     elif pretrained is None:

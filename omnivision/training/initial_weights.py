@@ -28,9 +28,9 @@ def load_initial_weights(settings: Settings, trainer: Trainer) -> list[LoadRepor
 
     Raises UserError if the weights do not fit, or if there is nothing to validate.
     """
-    info, run_dir, averaged = trainer.run.reporter.info, trainer.run.run_dir, []
+    info, run_dir, averaged = trainer.context.reporter.info, trainer.context.run_dir, []
     if isinstance(trainer.raw_model, AveragedClassifier):
-        trainer.run.averaged_checkpoints = averaged = load_averaged_checkpoints(settings, trainer.raw_model)
+        trainer.context.averaged_checkpoints = averaged = load_averaged_checkpoints(settings, trainer.raw_model)
     for report in averaged:
         info(f"Averages {report.path} (SHA-256 {report.sha256[:12]}...)")
     if trainer.load_checkpoint(build.resolve_class_names(settings)):

@@ -26,7 +26,7 @@ from omnivision.utils.streams import plural
 
 def start_lines(settings: Settings, trainer: Trainer, reports: Sequence[LoadReport]) -> list[str]:
     """Return the header of a run: model, device, data, batch, learning rate, seed, weights, code, run directory."""
-    parameters, dist, state = list(trainer.raw_model.parameters()), trainer.run.dist, trainer.state
+    parameters, dist, state = list(trainer.raw_model.parameters()), trainer.context.dist, trainer.state
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     splits = [
         split for data in (trainer.train_data, trainer.val_data) if data is not None for split in data.dataset.splits
@@ -60,13 +60,13 @@ def start_lines(settings: Settings, trainer: Trainer, reports: Sequence[LoadRepo
         f"seed         {trainer.settings.seed_value}",
         f"weights      {starts or 'random initialization' + ', of frozen parameters too' * (trained < total)}",
         f"git commit   {git_commit() or 'unknown (no git checkout)'}",
-        f"directory    {trainer.run.run_dir.path.absolute()}",
+        f"directory    {trainer.context.run_dir.path.absolute()}",
     ]
 
 
 def validation_lines(trainer: Trainer) -> list[str]:
     """Return where an evaluation wrote its predictions and confusion matrices."""
-    run_dir, val_data = trainer.run.run_dir, trainer.val_data
+    run_dir, val_data = trainer.context.run_dir, trainer.val_data
     sources = [split.name for split in val_data.dataset.splits] if val_data is not None else []
     files = [(run_dir.predictions / f"{name}.csv", run_dir.pictures / f"confusion_{name}.png") for name in sources]
     return [f"predictions  {table}, confusion matrix {picture}" for table, picture in files if table.exists()]
@@ -79,7 +79,7 @@ def describe_resumed(state: RunState) -> str:
 
 def end_lines(trainer: Trainer) -> list[str]:
     """Return a finished run's results, where its checkpoints are, and which command to give next."""
-    state, run_dir = trainer.state, trainer.run.run_dir
+    state, run_dir = trainer.state, trainer.context.run_dir
     seconds = timedelta(seconds=round(state.seconds))
     lines = [f"Finished: {plural(state.epoch, 'epoch')} in {seconds}"]
     if state.best is not None:

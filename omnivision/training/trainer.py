@@ -80,7 +80,7 @@ class Trainer:
     def __init__(
         self,
         settings: TrainerSettings,
-        run: RunContext,
+        context: RunContext,
         task: Task,
         model: nn.Module,
         optimizer: ScheduledOptimizer,
@@ -88,9 +88,9 @@ class Trainer:
         val: ValData | None,
     ) -> None:
         """Without `train`, the trainer only evaluates."""
-        self.settings, self.run, self.task = settings, run, task
+        self.settings, self.context, self.task = settings, context, task
         self.train_data, self.val_data = train, val
-        self.raw_model: nn.Module = model.to(run.dist.device)
+        self.raw_model: nn.Module = model.to(context.dist.device)
         self.model: nn.Module = self.raw_model  # compiled and wrapped
         if settings.compile:
             self.model = torch.compile(self.raw_model)  # type: ignore[assignment]
@@ -98,18 +98,22 @@ class Trainer:
         self.optimizer = optimizer
         self.ema = MovingAverage(self.raw_model, settings.ema_decay) if settings.ema_decay is not None else None
         # In fp16, small gradients underflow unless they are scaled, both in autocast and in communication.
-        use_grad_scaler = self.amp_dtype == torch.float16 or (run.dist.world_size > 1 and self.comms_dtype == "fp16")
-        self.scaler = torch.amp.GradScaler(run.dist.device.type, enabled=use_grad_scaler)
+        use_grad_scaler = self.amp_dtype == torch.float16 or (
+            context.dist.world_size > 1 and self.comms_dtype == "fp16"
+        )
+        self.scaler = torch.amp.GradScaler(context.dist.device.type, enabled=use_grad_scaler)
         self.state = RunState(steps_per_epoch=1 if train is None else train.plan.steps)
-        self.step_stats = StepStats(run.dist, run.ledger, run.run_dir, run.reporter.info, settings.max_skipped_steps)
+        self.step_stats = StepStats(
+            context.dist, context.ledger, context.run_dir, context.reporter.info, settings.max_skipped_steps
+        )
 
     @functools.cached_property
     def amp_dtype(self) -> torch.dtype | None:
-        return resolve_amp_dtype(self.settings, self.run.dist.device)
+        return resolve_amp_dtype(self.settings, self.context.dist.device)
 
     @property
     def comms_dtype(self) -> str | None:
-        return resolve_comms_dtype(self.settings, self.run.dist.device)
+        return resolve_comms_dtype(self.settings, self.context.dist.device)
 
     @property
     def is_done(self) -> bool:
@@ -132,20 +136,20 @@ class Trainer:
 
     def fit(self) -> None:
         """Train to `max_epochs`. Raises NonFiniteError, UserError, and StopRequested when asked to stop."""
-        state, reporter = self.state, self.run.reporter
+        state, reporter = self.state, self.context.reporter
         epoch_ended = state.step == state.steps_per_epoch  # its evaluation was interrupted
         reporter.start(self.global_step, self.total_steps, replay="epoch" if epoch_ended else "")
         self.step_stats.start(self.global_step)
         if self.is_done:
             reporter.info(f"{plural(self.settings.max_epochs, 'epoch')} done; nothing is left to train.")
-            if self.run.run_dir.read_summary().get("status") != "finished":
+            if self.context.run_dir.read_summary().get("status") != "finished":
                 self._write_summary(status="finished", exit_reason="all epochs done")
             return
         if frozen := sum(p.numel() for p in self.raw_model.parameters() if not p.requires_grad):
             reporter.info(f"{frozen / 1e6:.2f} M parameters are frozen (forward pass only, about a third of the work).")
         self._write_summary(status="running", exit_reason=None)
         assert self.train_data is not None
-        start, dist = (state.epoch, state.step), self.run.dist
+        start, dist = (state.epoch, state.step), self.context.dist
         batches = self.train_data.batches(start, self.settings.max_epochs, dist.rank, dist.world_size)
         while not self.is_done:
             self.train_epoch(batches)
@@ -154,16 +158,16 @@ class Trainer:
 
     def validate_only(self) -> None:
         """Evaluate the loaded weights and write the metrics; the summary keeps the run's status."""
-        self.run.reporter.start(self.global_step, self.total_steps, replay="val")
+        self.context.reporter.start(self.global_step, self.total_steps, replay="val")
         result = self.evaluate()
         if result is None:
             raise StopRequested(self._stop_cause())
         self._record_evaluation(result)
-        self._write_summary(status=self.run.run_dir.read_summary().get("status", "finished"))
+        self._write_summary(status=self.context.run_dir.read_summary().get("status", "finished"))
 
     def train_epoch(self, batches: Iterator[Batch]) -> None:
         """Run the remaining steps of the current epoch."""
-        state, stop, settings = self.state, self.run.stop, self.settings
+        state, stop, settings = self.state, self.context.stop, self.settings
         train_mode(self.model)
         throughput = ThroughputMeter()
         while state.step < state.steps_per_epoch:
@@ -175,7 +179,7 @@ class Trainer:
             self.train_step(batch)
             stop.update_step_time(time.monotonic() - start)
             state.step += 1
-            throughput.clips += len(batch) * self.run.dist.world_size
+            throughput.clips += len(batch) * self.context.dist.world_size
 
             last_of_epoch = state.step == state.steps_per_epoch
             log = self.global_step % settings.logging.log_freq == 0 or last_of_epoch
@@ -200,7 +204,7 @@ class Trainer:
         The gradient is taken of the mean loss over the counted samples of all micro-batches and ranks. A step without counted
         samples changes nothing. Nothing here waits for the device.
         """
-        dist, optimizer = self.run.dist, self.optimizer
+        dist, optimizer = self.context.dist, self.optimizer
         clips = self.source_plan(batch).clips_per_step // dist.world_size
         is_partial = len(batch) < clips
         batch = (batch.pad_to(clips) if is_partial else batch).to(dist.device)
@@ -223,7 +227,7 @@ class Trainer:
             paths=batch.paths,
             bad=batch.bad,
             is_partial=is_partial,
-            stop_requested=self.run.stop.cause is not None,
+            stop_requested=self.context.stop.cause is not None,
             scaled=self.scaler.is_enabled(),
         )
         # A step whose scaled gradients overflow is skipped, too, but not reported.
@@ -239,11 +243,11 @@ class Trainer:
 
     def _backward(self, batch: Batch, clips: int) -> tuple[list[StepOutput], Tensor, Tensor]:
         """Run forward and backward for each micro-batch; return the outputs, the sum of losses and the count (float64)."""
-        rng = keyed_rng(self.settings.seed_value, Draw.MODEL, self.global_step, self.run.dist.rank)
+        rng = keyed_rng(self.settings.seed_value, Draw.MODEL, self.global_step, self.context.dist.rank)
         torch.manual_seed(int(rng.integers(2**62)))
         micro_batches = batch.split(self.source_plan(batch).micro_batches)
         outputs: list[StepOutput] = []
-        loss = torch.zeros((), dtype=torch.float64, device=self.run.dist.device)
+        loss = torch.zeros((), dtype=torch.float64, device=self.context.dist.device)
         count = torch.zeros_like(loss)
         for number, micro_batch in enumerate(micro_batches):
             with skip_gradient_sync(self.model, skip=number < len(micro_batches) - 1):
@@ -261,7 +265,7 @@ class Trainer:
         Returns None when any rank was asked to stop before the end.
         """
         assert self.val_data is not None
-        dist, stop, reporter = self.run.dist, self.run.stop, self.run.reporter
+        dist, stop, reporter = self.context.dist, self.context.stop, self.context.reporter
         stop.set_phase("validating", self.global_step)
         batches = self.val_data.batches(self.settings.limit_val_batches, dist.rank, dist.world_size)
         with (
@@ -290,17 +294,17 @@ class Trainer:
         state, ema = self.state, self.ema
         return {
             "format": checkpointer.FORMAT,
-            "experiment": json.dumps(self.run.fingerprint, default=str),
+            "experiment": json.dumps(self.context.fingerprint, default=str),
             "architecture": architecture_of(self.raw_model),
             "model": self.raw_model.state_dict(),
             "ema": ema.average if ema is not None else None,
             "ema_steps": int(ema.steps) if ema is not None else 0,
-            "sources": [report.identity() for report in self.run.averaged_checkpoints],
+            "sources": [report.identity() for report in self.context.averaged_checkpoints],
             "optimizer": self.optimizer.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             **{name: getattr(state, name) for name in PROGRESS_FIELDS},
             "skipped": self.step_stats.skipped,
-            "meter": state.meter.all_gather_totals(self.run.dist),
+            "meter": state.meter.all_gather_totals(self.context.dist),
             "last": state.last_metrics,
         }
 
@@ -309,15 +313,15 @@ class Trainer:
 
         Raises UserError for a checkpoint of another model, optimizer, data or number of steps.
         """
-        run, info = self.run, self.run.reporter.info
+        context, info = self.context, self.context.reporter.info
         if self.train_data is None:
             resume_checks.match_checkpoint_heads(saved, class_names, path, info)
         else:
-            if run.fingerprint:
+            if context.fingerprint:
                 allow_changes = self.settings.checkpoint.allow_changes
-                resume_checks.check_same_experiment(saved["experiment"], run.fingerprint, path, allow_changes, info)
+                resume_checks.check_same_experiment(saved["experiment"], context.fingerprint, path, allow_changes, info)
             resume_checks.check_same_steps(saved["steps_per_epoch"], self.state.steps_per_epoch, path)
-        averaged = [report.identity() for report in run.averaged_checkpoints]
+        averaged = [report.identity() for report in context.averaged_checkpoints]
         resume_checks.check_same_averaged_checkpoints(saved["sources"], averaged, path)
         self._load_weights(saved, path)
         self._load_progress(saved)
@@ -343,7 +347,7 @@ class Trainer:
         progress: dict[str, Any] = {name: saved.get(name) for name in PROGRESS_FIELDS}
         self.state = RunState(**progress, start_time=self.state.start_time, last_metrics=saved["last"])
         self.step_stats.skipped = saved["skipped"]
-        if self.run.dist.is_main:  # the saved sums cover all ranks
+        if self.context.dist.is_main:  # the saved sums cover all ranks
             self.state.meter.load(saved["meter"])
 
     def save_checkpoint(self, aliases: Sequence[str] = ()) -> None:
@@ -351,7 +355,7 @@ class Trainer:
 
         Raises UserError on all ranks when it cannot be written, and NonFiniteError for weights that are not finite.
         """
-        dist, run_dir, stop = self.run.dist, self.run.run_dir, self.run.stop
+        dist, run_dir, stop = self.context.dist, self.context.run_dir, self.context.stop
         stop.set_phase("saving", self.global_step)
         require_finite_weights(self.raw_model, dist, self.global_step)
         self.state.count_seconds()
@@ -376,7 +380,7 @@ class Trainer:
 
         Raises UserError when no checkpoint is complete, or when it belongs to another run (see `load_state_dict`).
         """
-        folder, info = self.run.run_dir.checkpoints, self.run.reporter.info
+        folder, info = self.context.run_dir.checkpoints, self.context.reporter.info
         try:
             newest = checkpointer.load_newest(folder)
         except CorruptCheckpointError as error:
@@ -390,7 +394,7 @@ class Trainer:
         for problem in problems:
             info(f"Skipped a corrupt checkpoint: {problem}")
         self.load_state_dict(saved, path, class_names)
-        self.run.stop.saved_step = self.global_step
+        self.context.stop.saved_step = self.global_step
         info(f"Resumed from {path} ({describe_checkpoint(saved)})")
         return True
 
@@ -399,11 +403,11 @@ class Trainer:
 
         Raises UserError on all ranks when they did not resume from the same step.
         """
-        dist = self.run.dist
+        dist = self.context.dist
         positions = dist.all_gather_object((self.state.epoch, self.state.step))
         if len(set(positions)) > 1:
             raise UserError(
-                f"The ranks found different checkpoints in {self.run.run_dir.checkpoints}: (epoch, step) "
+                f"The ranks found different checkpoints in {self.context.run_dir.checkpoints}: (epoch, step) "
                 f"{', '.join(map(str, positions))}. All ranks must see one directory. Set trainer.checkpoint.save_dir or "
                 "launcher.experiment_log_dir.",
                 on_all_ranks=True,
@@ -422,28 +426,28 @@ class Trainer:
 
     def _autocast(self) -> AbstractContextManager[Any]:
         dtype = self.amp_dtype
-        return torch.autocast(self.run.dist.device.type, dtype=dtype, enabled=dtype is not None)
+        return torch.autocast(self.context.dist.device.type, dtype=dtype, enabled=dtype is not None)
 
     def _log_step(self, throughput: ThroughputMeter) -> None:
         check_loss_scale(self.scaler, self.global_step)
-        dist, peak = self.run.dist, self.run.peak_clips_per_second
+        dist, peak = self.context.dist, self.context.peak_clips_per_second
         metrics = {"loss": self.step_stats.loss, "lr": self.optimizer.lr, "grad_norm": self.step_stats.grad_norm}
         metrics |= throughput.metrics(dist.device)
         if peak is not None:
             metrics["mfu"] = metrics["clips_per_second"] / dist.world_size / peak
         # Leave out what is specific to this attempt.
         self.state.last_metrics |= {k: v for k, v in metrics.items() if k not in ("memory_gb", "mfu")}
-        self.run.reporter.log_step(self.state.epoch, self.settings.max_epochs, self.global_step, metrics)
+        self.context.reporter.log_step(self.state.epoch, self.settings.max_epochs, self.global_step, metrics)
 
     def _finish_epoch(self) -> None:
         """Log the epoch's averages, validate if due, and save; `state` then points at the next epoch."""
         state, settings = self.state, self.settings
         epoch = state.epoch
-        totals = state.meter.all_gather_totals(self.run.dist)
+        totals = state.meter.all_gather_totals(self.context.dist)
         by_source = {source: averages({source: total}) for source, total in totals.items()}
         state.last_metrics |= averages(totals)
         metrics = averages(totals) | {"per_source": by_source} | self.task.epoch_metrics(self.raw_model)
-        self.run.reporter.log_epoch("train", epoch, self.global_step, metrics)
+        self.context.reporter.log_epoch("train", epoch, self.global_step, metrics)
         aliases = []
         last_epoch, every = epoch + 1 == settings.max_epochs, settings.val_epoch_freq
         if self.val_data is not None and (is_due(epoch + 1, every) or (every and last_epoch)):
@@ -468,7 +472,9 @@ class Trainer:
 
     def _stop_cause(self) -> str:
         """Return why the first rank that was asked to stop was asked."""
-        return next(cause for cause in self.run.dist.all_gather_object(self.run.stop.cause) if cause is not None)
+        return next(
+            cause for cause in self.context.dist.all_gather_object(self.context.stop.cause) if cause is not None
+        )
 
     def _due_visualizations(self, last_of_epoch: bool) -> list[str]:
         """Return the names of the visualizations to make after this step."""
@@ -478,13 +484,13 @@ class Trainer:
 
     def _visualize(self, batch: Batch, name: str) -> None:
         with summon_full_params(self.raw_model):
-            if self.run.dist.is_main:
+            if self.context.dist.is_main:
                 self.raw_model.eval()
                 with self._autocast():
-                    visualization = self.task.visualize(self.raw_model, batch.to(self.run.dist.device))
+                    visualization = self.task.visualize(self.raw_model, batch.to(self.context.dist.device))
                 train_mode(self.raw_model)
                 if visualization is not None:
-                    self.run.reporter.save_visualization(name, visualization, self.global_step)
+                    self.context.reporter.save_visualization(name, visualization, self.global_step)
 
     def _record_evaluation(self, result: Evaluation) -> None:
         """Keep metrics with the epoch (from 1) of their weights; weights from another run have none here."""
@@ -495,8 +501,8 @@ class Trainer:
     def _write_summary(self, **facts: Any) -> None:
         state = self.state
         state.count_seconds()
-        if self.run.dist.is_main:
-            self.run.run_dir.write_summary(
+        if self.context.dist.is_main:
+            self.context.run_dir.write_summary(
                 epochs=state.epoch,
                 steps=self.global_step,
                 best=state.best,
@@ -504,7 +510,7 @@ class Trainer:
                 last=state.last_metrics,
                 clips_per_second=state.last_metrics.get("clips_per_second"),
                 wall_time=round(state.seconds, 3),
-                **self.run.stop.timings(),
+                **self.context.stop.timings(),
                 **facts,
             )
 

@@ -158,7 +158,7 @@ class StartAndEnd(Folder):
         losses = iter([0.25, 0.5])
         run.evaluate = lambda: Evaluation({"loss": next(losses)}, {}, {}, [])
         run.fit()
-        run.run.reporter.close()
+        run.context.reporter.close()
         self.assert_lines(
             end_lines(run),
             rf"best +epoch 1, validation loss 0\.25: {self.folder}/run/checkpoints/best\.pt",
@@ -170,7 +170,7 @@ class StartAndEnd(Folder):
         self.assert_lines(end_lines(run), r"epoch 1, top-1 50\.0 %, validation loss 0\.5: ")
         unvalidated = trainer(self.folder / "unvalidated", limit=1, max_epochs=1)
         unvalidated.fit()
-        unvalidated.run.reporter.close()
+        unvalidated.context.reporter.close()
         self.assert_lines(end_lines(unvalidated), "last +epoch 1, training loss")
         self.assertNotIn("best ", "\n".join(end_lines(unvalidated)))
 
@@ -190,11 +190,11 @@ class Interrupted(Folder):
 
     def test_the_saved_step_is_named(self):
         first = trainer(self.folder / "run", save_every_steps=2, max_epochs=1)
-        self.assertIn("nothing is saved", first.run.stop.describe_saved())
+        self.assertIn("nothing is saved", first.context.stop.describe_saved())
         first.fit()
-        first.run.reporter.close()
+        first.context.reporter.close()
         resumed = trainer(self.folder / "run", max_epochs=2)
-        for stop in (first.run.stop, resumed.run.stop):
+        for stop in (first.context.stop, resumed.context.stop):
             self.assertIn("step 3 is saved", stop.describe_saved())
         error = KeyboardInterrupt()
         error.add_note(StopSignal().describe_saved())

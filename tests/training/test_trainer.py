@@ -155,7 +155,7 @@ class Waits(TorchDispatchMode):
 class Loop(Folder):
     def make(self, name: str, **options: Any) -> Trainer:
         made = trainer(self.folder / name, **options)
-        self.addCleanup(made.run.reporter.close)
+        self.addCleanup(made.context.reporter.close)
         return made
 
     def fit(self, name: str, **options: Any) -> Weights:
@@ -163,7 +163,7 @@ class Loop(Folder):
 
     def run_to_end(self, made: Trainer) -> Weights:
         made.fit()
-        made.run.reporter.close()
+        made.context.reporter.close()
         return made.raw_model.state_dict()
 
     def lines(self, name: str, event: str = "step", file: str = "metrics") -> list[dict]:
@@ -323,7 +323,7 @@ class Loop(Folder):
             made.evaluate = lambda loss=loss: Evaluation({"top1": 50.0, "loss": loss}, {}, {}, [])
             self.run_to_end(made)
             self.change_checkpoint("best", lambda saved: [saved.pop(key) for key in ("best_loss", "best_epoch")])
-        self.assertEqual(checkpointer.safe_load(made.run.run_dir.checkpoints / "best.pt")["epoch"], 2)
+        self.assertEqual(checkpointer.safe_load(made.context.run_dir.checkpoints / "best.pt")["epoch"], 2)
         self.assertEqual(self.summary("best")["last"]["val_epoch"], 2)
 
     def test_the_loss_scale_is_resumed_and_may_begin_late(self):
@@ -355,7 +355,7 @@ class Loop(Folder):
 
     def test_ranks_with_different_checkpoints_are_refused(self):
         made = self.make("apart")
-        with mock.patch.object(made.run.dist, "all_gather_object", lambda place: [place, (1, 0)]):
+        with mock.patch.object(made.context.dist, "all_gather_object", lambda place: [place, (1, 0)]):
             with self.assertRaisesRegex(UserError, r"\(0, 0\), \(1, 0\).*trainer\.checkpoint\.save_dir"):
                 made.wrap_model()
 
@@ -364,7 +364,7 @@ class Loop(Folder):
         (folder / "checkpoint.pt").write_bytes(b"junk")
         made = self.make("corrupt")
         self.assertEqual(made.state.epoch, 1)
-        self.assertIn("checkpoint.pt", made.run.reporter.console.file.getvalue())
+        self.assertIn("checkpoint.pt", made.context.reporter.console.file.getvalue())
         self.assert_same(whole, self.run_to_end(made))
         for name in ("checkpoint.pt", "previous.pt"):
             (folder / name).write_bytes(b"junk")
@@ -373,12 +373,12 @@ class Loop(Folder):
 
     def test_a_run_that_was_taken_over_saves_nothing_more(self):
         made = self.make("lost")
-        made.run.run_dir.lock()
+        made.context.run_dir.lock()
         (self.folder / "lost/.lock").write_text(json.dumps({"token": "another's", "host": "elsewhere", "pid": 1}))
         with self.assertRaisesRegex(UserError, "elsewhere"):
             made.fit()
-        self.assertIsNone(checkpointer.load_newest(made.run.run_dir.checkpoints))
-        made.run.run_dir.unlock()
+        self.assertIsNone(checkpointer.load_newest(made.context.run_dir.checkpoints))
+        made.context.run_dir.unlock()
 
     def test_a_summary_that_was_cut_off_is_completed(self):
         self.fit("cut")
@@ -391,7 +391,7 @@ class Loop(Folder):
     def test_validation_counts_every_good_video_once(self):
         data = Noise(11, bad=(3, 9))
         made = self.make("val", val=data)
-        made.run.reporter.start(0, 1)
+        made.context.reporter.start(0, 1)
         metrics = made.evaluate().metrics
         self.assertEqual(metrics["videos"], 9)
         self.assertEqual(sorted(video for _, video in data.seen), list(range(11)))
@@ -401,7 +401,7 @@ class Loop(Folder):
         self.assertAlmostEqual(logged["loss"], metrics["loss"])
         self.assertEqual(made.evaluate().metrics, metrics, "evaluating again gives the same")
         limited = self.make("limited", val=Noise(11), limit_val_batches=2)
-        limited.run.reporter.start(0, 1)
+        limited.context.reporter.start(0, 1)
         self.assertEqual(limited.evaluate().metrics["videos"], 8)
 
     def test_validate_only_leaves_the_weights_alone_and_can_be_stopped(self):
@@ -410,7 +410,7 @@ class Loop(Folder):
         made.validate_only()
         self.assert_same(before, made.raw_model.state_dict())
         self.assertIn("val_loss", self.summary("only")["last"])
-        made.run.stop.signals.append(signal.SIGTERM)
+        made.context.stop.signals.append(signal.SIGTERM)
         with self.assertRaises(StopRequested) as ended:
             made.validate_only()
         self.assertIsNone(ended.exception.saved_step)
@@ -441,7 +441,7 @@ class Loop(Folder):
             data = Vanishing(size)
             vars(data).update(facts)
             made = self.make(f"gone_{size}", val=data, max_epochs=1)
-            made.run.reporter.start(0, 1)
+            made.context.reporter.start(0, 1)
             with self.assertRaisesRegex(UserError, "datasets.NAME.prefix" if stops else "budget"):
                 made.evaluate()
             if stops:
@@ -465,12 +465,12 @@ class Loop(Folder):
 
             def asking(dataset: Noise, request: Request, made=made, noise=noise, given=given, after=after) -> Sample:
                 if dataset is noise and len(noise.seen) == after:
-                    made.run.stop.signals.append(signal.SIGUSR2)
+                    made.context.stop.signals.append(signal.SIGUSR2)
                 return given(dataset, request)
 
             with mock.patch.object(Noise, "__getitem__", asking), self.assertRaises(StopRequested) as ended:
                 made.fit()
-            made.run.reporter.close()
+            made.context.reporter.close()
             self.assertEqual((ended.exception.cause, ended.exception.saved_step), ("SIGUSR2", made.global_step))
             self.assertEqual((made.state.epoch, made.state.step), (1, step))
             self.assert_same(whole, self.fit(name, **options()))
@@ -487,7 +487,7 @@ class Loop(Folder):
         whole = self.make("ema", val=Noise(5), **options)
         self.run_to_end(whole)
         again = self.make("ema", val=Noise(5), **options)
-        again.run.reporter.start(6, 6)
+        again.context.reporter.start(6, 6)
         self.assert_same(whole.ema.average, again.ema.average)
         own = {name: value.clone() for name, value in again.raw_model.state_dict().items()}
         averaged = again.evaluate().metrics["loss"]
@@ -593,7 +593,7 @@ class Loop(Folder):
                 self.assert_same(seen[2], seen[3])
             for state in made.optimizer.optimizer.state.values():
                 self.assertTrue(all(bool(value.isfinite().all()) for value in state.values() if value is not None))
-            self.assertIsNone(checkpointer.load_newest(made.run.run_dir.checkpoints))
+            self.assertIsNone(checkpointer.load_newest(made.context.run_dir.checkpoints))
 
     def test_so_many_steps_may_be_skipped_and_resumed_equals_uninterrupted(self):
         def train(name: str, limit: int = 2, until: int = 6) -> tuple[Trainer, dict[int, Weights]]:
@@ -617,7 +617,7 @@ class Loop(Folder):
         for line in self.lines("whole", "epoch"):
             others = [loss for loss in losses[3 * line["epoch"] : 3 * line["epoch"] + 3] if loss is not None]
             self.assertAlmostEqual(line["loss"], sum(others) / 2, delta=1e-6)
-        self.assertIn("2 of at most 2", whole.run.reporter.console.file.getvalue())
+        self.assertIn("2 of at most 2", whole.context.reporter.console.file.getvalue())
         for until in (1, 2, 4, 5):
             train(f"cut_{until}", until=until)
             made, _ = train(f"cut_{until}")
@@ -635,7 +635,7 @@ class Loop(Folder):
         step = Step(0, 1, torch.tensor(2.0), 1, torch.tensor(NAN), 0.1, ["a.mp4"], [])
         for losses, named in (((2.0, NAN, 3.0), [1]), ((2.0, 3.0), [0, 1])):
             ranks = [(loss, NAN, [f"{rank}.mp4"]) for rank, loss in enumerate(losses)]
-            with mock.patch.object(made.run.dist, "all_gather_object", return_value=ranks):
+            with mock.patch.object(made.context.dist, "all_gather_object", return_value=ranks):
                 made.step_stats.submit(step)
                 with self.assertRaises(NonFiniteError) as raised:
                     made.step_stats.drain()
@@ -654,7 +654,7 @@ class Loop(Folder):
         made.optimizer.step = overflow
         with self.assertRaisesRegex(NonFiniteError, "trainer.optim.gradient_clip"):
             made.fit()
-        self.assertEqual(checkpointer.load_newest(made.run.run_dir.checkpoints)[0]["step"], 1)
+        self.assertEqual(checkpointer.load_newest(made.context.run_dir.checkpoints)[0]["step"], 1)
 
     def test_fp16_that_overflows_at_every_scale(self):
         made = self.make("half", amp_dtype="float16", max_epochs=40)
