@@ -25,7 +25,7 @@ from omnivision.utils.errors import EXIT_SIGINT, StopRequested, UserError
 from omnivision.utils.signals import StopSignal
 from omnivision.utils.streams import announce, print_text
 from tests.fixtures import Folder
-from tests.training.test_trainer import Noise, trainer
+from tests.training.test_trainer import NoiseDataset, make_trainer
 
 WIDTHS = (60, 80, 120)
 
@@ -132,7 +132,7 @@ class StartAndEnd(Folder):
             self.assertRegex("\n".join(lines), each)
 
     def test_the_header(self):
-        run = trainer(self.folder / "run", val=Noise(5), limit=2)
+        run = make_trainer(self.folder / "run", val=NoiseDataset(5), limit=2)
         report = LoadReport("runs/mae/checkpoints/best.pt", "0", "epoch 20, training loss 0.43")
         settings = SimpleNamespace(clips_per_step=4)
         for split in (*run.train_data.dataset.splits, *run.val_data.dataset.splits):
@@ -154,7 +154,7 @@ class StartAndEnd(Folder):
         self.assert_lines(start_lines(settings, run, []), "resumed after 1 epoch\n")
 
     def test_the_end(self):
-        run = trainer(self.folder / "run", val=Noise(1), val_epoch_freq=1, limit=1)
+        run = make_trainer(self.folder / "run", val=NoiseDataset(1), val_epoch_freq=1, limit=1)
         losses = iter([0.25, 0.5])
         run.evaluate = lambda: Evaluation({"loss": next(losses)}, {}, {}, [])
         run.fit()
@@ -168,7 +168,7 @@ class StartAndEnd(Folder):
         )
         run.state.best, run.state.best_loss, run.state.last_metrics["val_top1"] = 50.0, 0.5, 25.0
         self.assert_lines(end_lines(run), r"epoch 1, top-1 50\.0 %, validation loss 0\.5: ")
-        unvalidated = trainer(self.folder / "unvalidated", limit=1, max_epochs=1)
+        unvalidated = make_trainer(self.folder / "unvalidated", limit=1, max_epochs=1)
         unvalidated.fit()
         unvalidated.context.reporter.close()
         self.assert_lines(end_lines(unvalidated), "last +epoch 1, training loss")
@@ -189,11 +189,11 @@ class Interrupted(Folder):
             self.assertEqual("error" in stderr.getvalue(), code == 1)
 
     def test_the_saved_step_is_named(self):
-        first = trainer(self.folder / "run", save_every_steps=2, max_epochs=1)
+        first = make_trainer(self.folder / "run", save_every_steps=2, max_epochs=1)
         self.assertIn("nothing is saved", first.context.stop.describe_saved())
         first.fit()
         first.context.reporter.close()
-        resumed = trainer(self.folder / "run", max_epochs=2)
+        resumed = make_trainer(self.folder / "run", max_epochs=2)
         for stop in (first.context.stop, resumed.context.stop):
             self.assertIn("step 3 is saved", stop.describe_saved())
         error = KeyboardInterrupt()

@@ -51,17 +51,17 @@ NAN = float("nan")
 Weights = dict[str, torch.Tensor]
 
 
-class Named(list):
-    """The samples of a split, with what a trainer asks of it."""
+class FakeSplit(list):
+    """The samples of a split, with the attributes that a trainer reads."""
 
     name, dataset = "noise", Dataset(name="noise", num_classes=2)
 
 
-class Noise:
+class NoiseDataset:
     """A dataset of clips made from their index, all of class 0 unless there are `labels`; `bad` ones have no views."""
 
     def __init__(self, size: int, bad: tuple[int, ...] = (), labels: Sequence[int] | None = None) -> None:
-        self.splits, self.bad, self.seen = [Named(range(size))], bad, []
+        self.splits, self.bad, self.seen = [FakeSplit(range(size))], bad, []
         self.labels = labels or [0] * size
 
     def __getitem__(self, request: Request) -> Sample:
@@ -81,7 +81,7 @@ def classifier(folder: Path, labels: Sequence[int], mixing: MixupCutmix | None, 
     if mixing is not None:  # in single precision
         model.register_forward_pre_hook(lambda module, inputs: (inputs[0].double(), *inputs[1:]))
     task = Classify(LabelSets([2], {"noise": 0}), mixing)
-    return trainer(folder, Noise(12, labels=labels), model=model, task=task, **options)
+    return make_trainer(folder, NoiseDataset(12, labels=labels), model=model, task=task, **options)
 
 
 def trainer_settings(amp_dtype: str | None = None, **changes: Any) -> schema.TrainerSettings:
@@ -104,10 +104,10 @@ def trainer_settings(amp_dtype: str | None = None, **changes: Any) -> schema.Tra
     return settings
 
 
-def trainer(
+def make_trainer(
     folder: Path,
-    train: Noise | None = None,
-    val: Noise | None = None,
+    train: NoiseDataset | None = None,
+    val: NoiseDataset | None = None,
     model: torch.nn.Module | None = None,
     task: Task | None = None,
     **options: Any,
@@ -125,21 +125,21 @@ def trainer(
     source = SourcePlan(12, 4, micro_batches=options.pop("micro_batches", 1))
     plan = EpochPlan({"noise": source}, seed=3, limit=options.pop("limit", None))
     ledger = BadSampleLedger(run_folder.logs / "bad_samples.jsonl", 12, budget=0.5)
-    made = Trainer(
+    trainer = Trainer(
         trainer_settings(**options),
         RunContext(dist, run_folder, Reporter(run_folder, enabled=True, console=Console(file=io.StringIO())), ledger),
         task or Reconstruct(TUBELET),
         model,
         ScheduledOptimizer(model, groups, torch.optim.AdamW),
-        TrainData(train or Noise(12), LoaderConfig(), plan),
+        TrainData(train or NoiseDataset(12), LoaderConfig(), plan),
         None if val is None else ValData(val, LoaderConfig(), videos_per_batch=4),
     )
-    made.load_checkpoint()
-    return made
+    trainer.load_checkpoint()
+    return trainer
 
 
-class Waits(TorchDispatchMode):
-    """Notes the operations whose result the host needs before it can go on: an accelerator would stand still."""
+class HostSyncRecorder(TorchDispatchMode):
+    """Record operations that make the host wait for the device, since it needs their result."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -154,17 +154,17 @@ class Waits(TorchDispatchMode):
 
 class Loop(Folder):
     def make(self, name: str, **options: Any) -> Trainer:
-        made = trainer(self.folder / name, **options)
-        self.addCleanup(made.context.reporter.close)
-        return made
+        trainer = make_trainer(self.folder / name, **options)
+        self.addCleanup(trainer.context.reporter.close)
+        return trainer
 
     def fit(self, name: str, **options: Any) -> Weights:
         return self.run_to_end(self.make(name, **options))
 
-    def run_to_end(self, made: Trainer) -> Weights:
-        made.fit()
-        made.context.reporter.close()
-        return made.raw_model.state_dict()
+    def run_to_end(self, trainer: Trainer) -> Weights:
+        trainer.fit()
+        trainer.context.reporter.close()
+        return trainer.raw_model.state_dict()
 
     def lines(self, name: str, event: str = "step", file: str = "metrics") -> list[dict]:
         lines = (self.folder / name / f"logs/{file}.jsonl").read_text().splitlines()
@@ -216,13 +216,13 @@ class Loop(Folder):
             for count in (1, 2, 4):
                 run = f"{name}_{count}"
                 if labels is None:
-                    made = self.make(run, micro_batches=count)
-                    made.raw_model.double()
-                    for block in made.raw_model.trunk.blocks:
+                    trainer = self.make(run, micro_batches=count)
+                    trainer.raw_model.double()
+                    for block in trainer.raw_model.trunk.blocks:
                         block.drop_path.rate = 0.0
                 else:
-                    made = classifier(self.folder / run, labels, mixing, micro_batches=count)
-                weights = self.run_to_end(made)
+                    trainer = classifier(self.folder / run, labels, mixing, micro_batches=count)
+                weights = self.run_to_end(trainer)
                 logged = [(line["loss"], line.get("top1", 0.0)) for line in self.lines(run) + self.lines(run, "epoch")]
                 results.append((weights, logged))
             for weights, logged in results[1:]:
@@ -239,32 +239,34 @@ class Loop(Folder):
 
     def test_reduced_precision(self):
         for dtype in (None, "bfloat16", "float16"):
-            made, seen = self.make(f"amp_{dtype}", limit=1, max_epochs=1, amp_dtype=dtype), set()
-            layer = made.raw_model.trunk.blocks[0].mlp.fc1
+            trainer, seen = self.make(f"amp_{dtype}", limit=1, max_epochs=1, amp_dtype=dtype), set()
+            layer = trainer.raw_model.trunk.blocks[0].mlp.fc1
             layer.register_forward_hook(lambda module, inputs, output, seen=seen: seen.add(output.dtype))
-            self.run_to_end(made)
+            self.run_to_end(trainer)
             self.assertEqual(seen, {getattr(torch, dtype or "float32")})
-            self.assertTrue(all(p.dtype == torch.float32 and p.isfinite().all() for p in made.raw_model.parameters()))
+            self.assertTrue(
+                all(p.dtype == torch.float32 and p.isfinite().all() for p in trainer.raw_model.parameters())
+            )
 
     def test_gradients_are_clipped_and_their_norm_is_logged_unclipped(self):
-        made, norms = self.make("clipped", gradient_clip=1e-3, limit=1, max_epochs=1), []
-        step = made.optimizer.step
+        trainer, norms = self.make("clipped", gradient_clip=1e-3, limit=1, max_epochs=1), []
+        step = trainer.optimizer.step
 
         def note(skip_step: torch.Tensor) -> None:
-            norms.append(torch.stack([p.grad.norm() for p in made.optimizer.parameters()]).norm().item())
+            norms.append(torch.stack([p.grad.norm() for p in trainer.optimizer.parameters()]).norm().item())
             step(skip_step)
 
-        made.optimizer.step = note
-        made.fit()
+        trainer.optimizer.step = note
+        trainer.fit()
         self.assertAlmostEqual(norms[0], 1e-3, places=6)
         self.assertGreater(self.lines("clipped")[0]["grad_norm"], 1e-2)
 
     def test_a_step_without_labels_changes_nothing(self):
-        made = classifier(self.folder / "none", [-1] * 12, None, ema_decay=0.5)
-        before = {name: value.clone() for name, value in made.raw_model.state_dict().items()}
-        self.assert_same(before, self.run_to_end(made))
+        trainer = classifier(self.folder / "none", [-1] * 12, None, ema_decay=0.5)
+        before = {name: value.clone() for name, value in trainer.raw_model.state_dict().items()}
+        self.assert_same(before, self.run_to_end(trainer))
         self.assertEqual([line["loss"] for line in self.lines("none")], [0.0] * 6)
-        self.assertEqual(made.step_stats.skipped, 0)
+        self.assertEqual(trainer.step_stats.skipped, 0)
 
     def test_a_step_never_waits_for_the_device(self):
         for name, options in (
@@ -272,19 +274,19 @@ class Loop(Folder):
             ("clipped", {"gradient_clip": 1.0, "ema_decay": 0.9}),
             ("micro_batches", {"micro_batches": 2}),
         ):
-            made = self.make(name, **options)
+            trainer = self.make(name, **options)
             fused = functools.partial(torch.optim.AdamW, fused=True)
-            made.optimizer = ScheduledOptimizer(made.raw_model, made.optimizer.groups, fused)
-            batch = next(made.train_data.batches((0, 0), 1))
-            with Waits() as waits:
-                made.train_step(batch)
-            self.assertEqual(waits.found, [])
-        with Waits() as waits:
-            float(made.step_stats._pending[0][0].loss)
-        self.assertEqual(waits.found, ["aten._local_scalar_dense"], "it would be found")
+            trainer.optimizer = ScheduledOptimizer(trainer.raw_model, trainer.optimizer.groups, fused)
+            batch = next(trainer.train_data.batches((0, 0), 1))
+            with HostSyncRecorder() as recorder:
+                trainer.train_step(batch)
+            self.assertEqual(recorder.found, [])
+        with HostSyncRecorder() as recorder:
+            float(trainer.step_stats._pending[0][0].loss)
+        self.assertEqual(recorder.found, ["aten._local_scalar_dense"], "it would be found")
 
     def test_limit_means_that_many_steps(self):
-        data = Noise(12)
+        data = NoiseDataset(12)
         self.fit("limited", train=data, limit=2)
         self.assertEqual([line["step"] for line in self.lines("limited")], [1, 2, 3, 4])
         self.assertEqual(len({video for epoch, video in data.seen if epoch == 0}), 8)
@@ -292,10 +294,10 @@ class Loop(Folder):
     # ---- checkpoints and what is resumed ----------------------------------------------------------------------------
 
     def test_kept_checkpoints_and_the_best(self):
-        made = self.make("kept", val=Noise(5), val_epoch_freq=1, save_freq=2, max_epochs=4)
+        trainer = self.make("kept", val=NoiseDataset(5), val_epoch_freq=1, save_freq=2, max_epochs=4)
         losses = iter([NAN, 1.0, 2.0, 5.0])
-        made.evaluate = lambda: Evaluation({"loss": next(losses)}, {}, {}, [])
-        made.fit()
+        trainer.evaluate = lambda: Evaluation({"loss": next(losses)}, {}, {}, [])
+        trainer.fit()
         folder = self.folder / "kept/checkpoints"
         names = {"best.pt": 2, "checkpoint.pt": 4, "checkpoint_2.pt": 2, "checkpoint_4.pt": 4, "previous.pt": 3}
         self.assertEqual({path.name: checkpointer.safe_load(path)["epoch"] for path in folder.glob("*.pt")}, names)
@@ -318,22 +320,22 @@ class Loop(Folder):
 
     def test_the_best_is_resumed_also_from_old_checkpoints(self):
         for number, loss in ((1, 0.5), (2, 0.9)):
-            made = self.make("best", val=Noise(1), val_epoch_freq=1, max_epochs=number, limit=1)
-            self.assertEqual(made.state.best, None if number == 1 else 50.0)
-            made.evaluate = lambda loss=loss: Evaluation({"top1": 50.0, "loss": loss}, {}, {}, [])
-            self.run_to_end(made)
+            trainer = self.make("best", val=NoiseDataset(1), val_epoch_freq=1, max_epochs=number, limit=1)
+            self.assertEqual(trainer.state.best, None if number == 1 else 50.0)
+            trainer.evaluate = lambda loss=loss: Evaluation({"top1": 50.0, "loss": loss}, {}, {}, [])
+            self.run_to_end(trainer)
             self.change_checkpoint("best", lambda saved: [saved.pop(key) for key in ("best_loss", "best_epoch")])
-        self.assertEqual(checkpointer.safe_load(made.context.run_dir.checkpoints / "best.pt")["epoch"], 2)
+        self.assertEqual(checkpointer.safe_load(trainer.context.run_dir.checkpoints / "best.pt")["epoch"], 2)
         self.assertEqual(self.summary("best")["last"]["val_epoch"], 2)
 
     def test_the_loss_scale_is_resumed_and_may_begin_late(self):
         self.fit("scale", max_epochs=1)
-        made = self.make("scale", amp_dtype="float16")
-        self.assertEqual((made.state.epoch, made.scaler.is_enabled()), (1, True))
-        made.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-        self.run_to_end(made)
+        trainer = self.make("scale", amp_dtype="float16")
+        self.assertEqual((trainer.state.epoch, trainer.scaler.is_enabled()), (1, True))
+        trainer.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        self.run_to_end(trainer)
         scale = self.make("scale", amp_dtype="float16", max_epochs=3).scaler
-        self.assertEqual(scale.get_scale(), made.scaler.get_scale())
+        self.assertEqual(scale.get_scale(), trainer.scaler.get_scale())
 
     def test_another_optimizer_or_number_of_steps_is_refused(self):
         self.fit("run", max_epochs=1)
@@ -354,31 +356,31 @@ class Loop(Folder):
                 self.make("run")
 
     def test_ranks_with_different_checkpoints_are_refused(self):
-        made = self.make("apart")
-        with mock.patch.object(made.context.dist, "all_gather_object", lambda place: [place, (1, 0)]):
+        trainer = self.make("apart")
+        with mock.patch.object(trainer.context.dist, "all_gather_object", lambda place: [place, (1, 0)]):
             with self.assertRaisesRegex(UserError, r"\(0, 0\), \(1, 0\).*trainer\.checkpoint\.save_dir"):
-                made.wrap_model()
+                trainer.wrap_model()
 
     def test_corrupt_checkpoints(self):
         whole, folder = self.fit("corrupt"), self.folder / "corrupt/checkpoints"
         (folder / "checkpoint.pt").write_bytes(b"junk")
-        made = self.make("corrupt")
-        self.assertEqual(made.state.epoch, 1)
-        self.assertIn("checkpoint.pt", made.context.reporter.console.file.getvalue())
-        self.assert_same(whole, self.run_to_end(made))
+        trainer = self.make("corrupt")
+        self.assertEqual(trainer.state.epoch, 1)
+        self.assertIn("checkpoint.pt", trainer.context.reporter.console.file.getvalue())
+        self.assert_same(whole, self.run_to_end(trainer))
         for name in ("checkpoint.pt", "previous.pt"):
             (folder / name).write_bytes(b"junk")
         with self.assertRaisesRegex(UserError, "launcher.experiment_log_dir"):
             self.make("corrupt")
 
     def test_a_run_that_was_taken_over_saves_nothing_more(self):
-        made = self.make("lost")
-        made.context.run_dir.lock()
+        trainer = self.make("lost")
+        trainer.context.run_dir.lock()
         (self.folder / "lost/.lock").write_text(json.dumps({"token": "another's", "host": "elsewhere", "pid": 1}))
         with self.assertRaisesRegex(UserError, "elsewhere"):
-            made.fit()
-        self.assertIsNone(checkpointer.load_newest(made.context.run_dir.checkpoints))
-        made.context.run_dir.unlock()
+            trainer.fit()
+        self.assertIsNone(checkpointer.load_newest(trainer.context.run_dir.checkpoints))
+        trainer.context.run_dir.unlock()
 
     def test_a_summary_that_was_cut_off_is_completed(self):
         self.fit("cut")
@@ -389,34 +391,34 @@ class Loop(Folder):
     # ---- validation, visualizations, stopping -----------------------------------------------------------------------
 
     def test_validation_counts_every_good_video_once(self):
-        data = Noise(11, bad=(3, 9))
-        made = self.make("val", val=data)
-        made.context.reporter.start(0, 1)
-        metrics = made.evaluate().metrics
+        data = NoiseDataset(11, bad=(3, 9))
+        trainer = self.make("val", val=data)
+        trainer.context.reporter.start(0, 1)
+        metrics = trainer.evaluate().metrics
         self.assertEqual(metrics["videos"], 9)
         self.assertEqual(sorted(video for _, video in data.seen), list(range(11)))
         self.assertEqual(len((self.folder / "val/logs/bad_samples.jsonl").read_text().splitlines()), 2)
         logged = self.lines("val", "epoch")[-1]
         self.assertEqual((logged["phase"], logged["videos"]), ("val", 9))
         self.assertAlmostEqual(logged["loss"], metrics["loss"])
-        self.assertEqual(made.evaluate().metrics, metrics, "evaluating again gives the same")
-        limited = self.make("limited", val=Noise(11), limit_val_batches=2)
+        self.assertEqual(trainer.evaluate().metrics, metrics, "evaluating again gives the same")
+        limited = self.make("limited", val=NoiseDataset(11), limit_val_batches=2)
         limited.context.reporter.start(0, 1)
         self.assertEqual(limited.evaluate().metrics["videos"], 8)
 
     def test_validate_only_leaves_the_weights_alone_and_can_be_stopped(self):
         before = self.fit("only", max_epochs=1)
-        made = self.make("only", val=Noise(5), max_epochs=1)
-        made.validate_only()
-        self.assert_same(before, made.raw_model.state_dict())
+        trainer = self.make("only", val=NoiseDataset(5), max_epochs=1)
+        trainer.validate_only()
+        self.assert_same(before, trainer.raw_model.state_dict())
         self.assertIn("val_loss", self.summary("only")["last"])
-        made.context.stop.signals.append(signal.SIGTERM)
+        trainer.context.stop.signals.append(signal.SIGTERM)
         with self.assertRaises(StopRequested) as ended:
-            made.validate_only()
+            trainer.validate_only()
         self.assertIsNone(ended.exception.saved_step)
 
     def test_videos_that_vanish_during_an_evaluation_are_not_bad(self):
-        class Vanishing(Noise):
+        class Vanishing(NoiseDataset):
             after, there, files = 0, (), 99
 
             def __getitem__(self, request: Request) -> Sample:
@@ -440,12 +442,12 @@ class Loop(Folder):
         ):
             data = Vanishing(size)
             vars(data).update(facts)
-            made = self.make(f"gone_{size}", val=data, max_epochs=1)
-            made.context.reporter.start(0, 1)
+            trainer = self.make(f"gone_{size}", val=data, max_epochs=1)
+            trainer.context.reporter.start(0, 1)
             with self.assertRaisesRegex(UserError, "datasets.NAME.prefix" if stops else "budget"):
-                made.evaluate()
+                trainer.evaluate()
             if stops:
-                self.assertEqual(len(made.step_stats.ledger), 0)
+                self.assertEqual(len(trainer.step_stats.ledger), 0)
                 self.assertLess(len(data.seen), 40, "it stops at once")
 
     def test_visualizations_come_when_they_are_due(self):
@@ -457,22 +459,24 @@ class Loop(Folder):
         """In the second step of the second epoch, and in the second validation, which is repeated."""
         for name, after, step, options in (
             ("step", 17, 2, lambda: {}),
-            ("validation", 16, 3, lambda: {"val_epoch_freq": 1, "val": Noise(11)}),
+            ("validation", 16, 3, lambda: {"val_epoch_freq": 1, "val": NoiseDataset(11)}),
         ):
             whole = self.fit(f"{name}_whole", **options())
-            made = self.make(name, **options())
-            noise, given = (made.val_data or made.train_data).dataset, Noise.__getitem__
+            trainer = self.make(name, **options())
+            noise, given = (trainer.val_data or trainer.train_data).dataset, NoiseDataset.__getitem__
 
-            def asking(dataset: Noise, request: Request, made=made, noise=noise, given=given, after=after) -> Sample:
+            def asking(
+                dataset: NoiseDataset, request: Request, trainer=trainer, noise=noise, given=given, after=after
+            ) -> Sample:
                 if dataset is noise and len(noise.seen) == after:
-                    made.context.stop.signals.append(signal.SIGUSR2)
+                    trainer.context.stop.signals.append(signal.SIGUSR2)
                 return given(dataset, request)
 
-            with mock.patch.object(Noise, "__getitem__", asking), self.assertRaises(StopRequested) as ended:
-                made.fit()
-            made.context.reporter.close()
-            self.assertEqual((ended.exception.cause, ended.exception.saved_step), ("SIGUSR2", made.global_step))
-            self.assertEqual((made.state.epoch, made.state.step), (1, step))
+            with mock.patch.object(NoiseDataset, "__getitem__", asking), self.assertRaises(StopRequested) as ended:
+                trainer.fit()
+            trainer.context.reporter.close()
+            self.assertEqual((ended.exception.cause, ended.exception.saved_step), ("SIGUSR2", trainer.global_step))
+            self.assertEqual((trainer.state.epoch, trainer.state.step), (1, step))
             self.assert_same(whole, self.fit(name, **options()))
             for event in ("step", "epoch"):
                 logs = [
@@ -484,9 +488,9 @@ class Loop(Folder):
 
     def test_an_ema_is_evaluated_saved_and_resumed(self):
         options = {"ema_decay": 0.5, "val_epoch_freq": 1}
-        whole = self.make("ema", val=Noise(5), **options)
+        whole = self.make("ema", val=NoiseDataset(5), **options)
         self.run_to_end(whole)
-        again = self.make("ema", val=Noise(5), **options)
+        again = self.make("ema", val=NoiseDataset(5), **options)
         again.context.reporter.start(6, 6)
         self.assert_same(whole.ema.average, again.ema.average)
         own = {name: value.clone() for name, value in again.raw_model.state_dict().items()}
@@ -500,8 +504,8 @@ class Loop(Folder):
 
     def test_an_ema_starts_late_and_fits_the_trained_parameters(self):
         weights = self.fit("late", max_epochs=1)
-        made = self.make("late", ema_decay=0.5)
-        self.assert_same({name: weights[name] for name in made.ema.average}, made.ema.average)
+        trainer = self.make("late", ema_decay=0.5)
+        self.assert_same({name: weights[name] for name in trainer.ema.average}, trainer.ema.average)
         self.fit("narrow", max_epochs=1, ema_decay=0.5)
         self.change_checkpoint("narrow", lambda saved: saved["ema"].pop("trunk.norm.weight"))
         with self.assertRaisesRegex(UserError, r"trunk\.norm\.weight.*trainer\.freeze"):
@@ -511,14 +515,14 @@ class Loop(Folder):
         """With the steps that were not skipped, also after an interruption and from checkpoints that lack their number."""
 
         def train(name: str, until: int = 6, decay: float = 0.9999) -> tuple[Trainer, Weights, dict[int, Weights]]:
-            made = self.make(name, ema_decay=decay, max_skipped_steps=1, save_every_steps=1)
-            start = {name: tensor.clone() for name, tensor in made.ema.average.items()}
-            self.spoil(made, 2)
-            self.interrupt(made, "train_step", until)
-            seen = self.watch(made)
+            trainer = self.make(name, ema_decay=decay, max_skipped_steps=1, save_every_steps=1)
+            start = {name: tensor.clone() for name, tensor in trainer.ema.average.items()}
+            self.spoil(trainer, 2)
+            self.interrupt(trainer, "train_step", until)
+            seen = self.watch(trainer)
             with contextlib.suppress(KeyboardInterrupt):
-                self.run_to_end(made)
-            return made, start, seen
+                self.run_to_end(trainer)
+            return trainer, start, seen
 
         for decay in (0.3, 0.9999):
             whole, expected, seen = train(f"whole_{decay}", decay=decay)
@@ -532,79 +536,81 @@ class Loop(Folder):
             train(f"cut_{forget}", until=3)
             if forget:
                 self.change_checkpoint(f"cut_{forget}", lambda saved: saved.pop("ema_steps"))
-            made, _, _ = train(f"cut_{forget}")
-            self.assertEqual(int(made.ema.steps), 5)
-            self.assert_same(whole.ema.average, made.ema.average)
+            trainer, _, _ = train(f"cut_{forget}")
+            self.assertEqual(int(trainer.ema.steps), 5)
+            self.assert_same(whole.ema.average, trainer.ema.average)
 
     # ---- what is not finite, and files that cannot be read ----------------------------------------------------------
 
-    def spoil(self, made: Trainer, step: int, by: float = NAN) -> None:
+    def spoil(self, trainer: Trainer, step: int, by: float = NAN) -> None:
         """Make the loss of a step NaN, or infinite, where its gradient is finite."""
-        training_step = made.task.training_step
+        training_step = trainer.task.training_step
 
         def spoilt(model: torch.nn.Module, batch: Batch) -> StepOutput:
             output = training_step(model, batch)
-            if made.global_step + 1 != step:
+            if trainer.global_step + 1 != step:
                 return output
             loss = output.loss * by if by != by else output.loss + by
             sums = {name: value * by for name, value in output.sums.items()}
             return dataclasses.replace(output, loss=loss, sums=sums)
 
-        made.task.training_step = spoilt
+        trainer.task.training_step = spoilt
 
-    def interrupt(self, made: Trainer, method: str, step: int) -> None:
+    def interrupt(self, trainer: Trainer, method: str, step: int) -> None:
         """Ctrl-C when a method is called after this step; a checkpoint is written first."""
-        wrapped = getattr(made, method)
+        wrapped = getattr(trainer, method)
 
         def stopping(*arguments: Any) -> None:
             if method == "save_checkpoint":
                 wrapped(*arguments)
-            if made.global_step == step:
+            if trainer.global_step == step:
                 raise KeyboardInterrupt
             if method != "save_checkpoint":
                 wrapped(*arguments)
 
-        setattr(made, method, stopping)
+        setattr(trainer, method, stopping)
 
-    def watch(self, made: Trainer) -> dict[int, Weights]:
+    def watch(self, trainer: Trainer) -> dict[int, Weights]:
         """The weights after each step, by number."""
-        seen, train_step = {}, made.train_step
+        seen, train_step = {}, trainer.train_step
 
         def watched(batch: Batch) -> None:
             train_step(batch)
-            seen[made.global_step + 1] = {name: value.clone() for name, value in made.raw_model.state_dict().items()}
+            seen[trainer.global_step + 1] = {
+                name: value.clone() for name, value in trainer.raw_model.state_dict().items()
+            }
 
-        made.train_step = watched
+        trainer.train_step = watched
         return seen
 
     def test_a_step_that_is_not_finite_stops_before_the_weights_change(self):
         """Also when its result is read after the next step, and with optimizers that read the flag in other ways."""
         fused = functools.partial(torch.optim.AdamW, fused=True)
         for name, make in (("adamw", torch.optim.AdamW), ("fused", fused), ("sgd", torch.optim.SGD)):
-            made = self.make(name, log_freq=100)
-            made.optimizer = ScheduledOptimizer(made.raw_model, made.optimizer.groups, make)
-            self.spoil(made, step=2)
-            seen = self.watch(made)
+            trainer = self.make(name, log_freq=100)
+            trainer.optimizer = ScheduledOptimizer(trainer.raw_model, trainer.optimizer.groups, make)
+            self.spoil(trainer, step=2)
+            seen = self.watch(trainer)
             with self.assertRaisesRegex(NonFiniteError, r"Step 2 .*loss nan.*\.mp4"):
-                made.fit()
+                trainer.fit()
             self.assertEqual(sorted(seen), [1, 2, 3])
             self.assert_same(seen[1], seen[2])
             with self.assertRaises(AssertionError):
                 self.assert_same(seen[2], seen[3])
-            for state in made.optimizer.optimizer.state.values():
+            for state in trainer.optimizer.optimizer.state.values():
                 self.assertTrue(all(bool(value.isfinite().all()) for value in state.values() if value is not None))
-            self.assertIsNone(checkpointer.load_newest(made.context.run_dir.checkpoints))
+            self.assertIsNone(checkpointer.load_newest(trainer.context.run_dir.checkpoints))
 
     def test_so_many_steps_may_be_skipped_and_resumed_equals_uninterrupted(self):
         def train(name: str, limit: int = 2, until: int = 6) -> tuple[Trainer, dict[int, Weights]]:
-            made = self.make(name, max_skipped_steps=limit, ema_decay=0.5)
-            self.spoil(made, 2)
-            self.spoil(made, 5, by=float("inf"))
-            seen = self.watch(made)
-            self.interrupt(made, "train_step", until)
+            trainer = self.make(name, max_skipped_steps=limit, ema_decay=0.5)
+            self.spoil(trainer, 2)
+            self.spoil(trainer, 5, by=float("inf"))
+            seen = self.watch(trainer)
+            self.interrupt(trainer, "train_step", until)
             with contextlib.suppress(KeyboardInterrupt):
-                self.run_to_end(made)
-            return made, seen
+                self.run_to_end(trainer)
+            return trainer, seen
 
         whole, seen = train("whole")
         for one, same in ((1, True), (2, False), (4, True), (5, False)):
@@ -620,10 +626,10 @@ class Loop(Folder):
         self.assertIn("2 of at most 2", whole.context.reporter.console.file.getvalue())
         for until in (1, 2, 4, 5):
             train(f"cut_{until}", until=until)
-            made, _ = train(f"cut_{until}")
-            self.assert_same(whole.raw_model.state_dict(), made.raw_model.state_dict())
-            self.assert_same(whole.ema.average, made.ema.average)
-            self.assertEqual(made.step_stats.skipped, 2)
+            trainer, _ = train(f"cut_{until}")
+            self.assert_same(whole.raw_model.state_dict(), trainer.raw_model.state_dict())
+            self.assert_same(whole.ema.average, trainer.ema.average)
+            self.assertEqual(trainer.step_stats.skipped, 2)
             again = self.lines(f"cut_{until}", "nonfinite", file="nonfinite")
             self.assertEqual([entry["step"] for entry in again], [2, 5], until)
         with self.assertRaisesRegex(NonFiniteError, "Step 5 .*trainer.max_skipped_steps"):
@@ -631,34 +637,34 @@ class Loop(Folder):
         self.assertEqual(checkpointer.load_newest(self.folder / "one/checkpoints")[0]["epoch"], 1)
 
     def test_the_ranks_that_a_non_finite_step_came_from_are_named(self):
-        made = self.make("two")
+        trainer = self.make("two")
         step = Step(0, 1, torch.tensor(2.0), 1, torch.tensor(NAN), 0.1, ["a.mp4"], [])
         for losses, named in (((2.0, NAN, 3.0), [1]), ((2.0, 3.0), [0, 1])):
             ranks = [(loss, NAN, [f"{rank}.mp4"]) for rank, loss in enumerate(losses)]
-            with mock.patch.object(made.context.dist, "all_gather_object", return_value=ranks):
-                made.step_stats.submit(step)
+            with mock.patch.object(trainer.context.dist, "all_gather_object", return_value=ranks):
+                trainer.step_stats.submit(step)
                 with self.assertRaises(NonFiniteError) as raised:
-                    made.step_stats.drain()
+                    trainer.step_stats.drain()
             self.assertEqual([rank for rank in range(3) if f"{rank}.mp4" in str(raised.exception)], named)
 
     def test_weights_that_are_not_finite_are_not_saved(self):
-        made = self.make("inf", save_every_steps=1)
-        step = made.optimizer.step
+        trainer = self.make("inf", save_every_steps=1)
+        step = trainer.optimizer.step
 
         def overflow(skip_step: torch.Tensor) -> None:
             step(skip_step)
-            if made.global_step == 1:
+            if trainer.global_step == 1:
                 with torch.no_grad():
-                    made.raw_model.heads[0].projector.bias[0] = float("inf")
+                    trainer.raw_model.heads[0].projector.bias[0] = float("inf")
 
-        made.optimizer.step = overflow
+        trainer.optimizer.step = overflow
         with self.assertRaisesRegex(NonFiniteError, "trainer.optim.gradient_clip"):
-            made.fit()
-        self.assertEqual(checkpointer.load_newest(made.context.run_dir.checkpoints)[0]["step"], 1)
+            trainer.fit()
+        self.assertEqual(checkpointer.load_newest(trainer.context.run_dir.checkpoints)[0]["step"], 1)
 
     def test_fp16_that_overflows_at_every_scale(self):
-        made = self.make("half", amp_dtype="float16", max_epochs=40)
-        training_step = made.task.training_step
+        trainer = self.make("half", amp_dtype="float16", max_epochs=40)
+        training_step = trainer.task.training_step
 
         def overflowing(model: torch.nn.Module, batch: Batch) -> StepOutput:
             output = training_step(model, batch)
@@ -666,19 +672,19 @@ class Loop(Folder):
             with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor * float("inf")):
                 return dataclasses.replace(output, loss=output.loss * model.heads[0].projector.bias[0].exp())
 
-        made.task.training_step = overflowing
-        before = {name: value.clone() for name, value in made.raw_model.state_dict().items()}
+        trainer.task.training_step = overflowing
+        before = {name: value.clone() for name, value in trainer.raw_model.state_dict().items()}
         with self.assertRaisesRegex(NonFiniteError, "amp_dtype=bfloat16"):
-            made.fit()
-        self.assert_same(before, made.raw_model.state_dict())
+            trainer.fit()
+        self.assert_same(before, trainer.raw_model.state_dict())
 
     def test_a_partial_batch_stops_the_run_and_names_the_ledger(self):
         for count, bad in ((1, (0,)), (4, tuple(range(12)))):
-            made = self.make(f"partial_{count}", train=Noise(12, bad=bad), log_freq=100)
-            before = {name: value.clone() for name, value in made.raw_model.state_dict().items()}
+            trainer = self.make(f"partial_{count}", train=NoiseDataset(12, bad=bad), log_freq=100)
+            before = {name: value.clone() for name, value in trainer.raw_model.state_dict().items()}
             with self.assertRaisesRegex(UserError, rf"{count} files of one batch .*bad_samples\.jsonl"):
-                made.fit()
-        self.assert_same(before, made.raw_model.state_dict())  # the first batch was the partial one
+                trainer.fit()
+        self.assert_same(before, trainer.raw_model.state_dict())  # the first batch was the partial one
 
     def test_compiling_without_a_compiler_is_refused(self):
         from torch._dynamo.exc import TorchDynamoException
