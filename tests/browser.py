@@ -45,13 +45,13 @@ def probe(page: Path, width: int, dark: bool) -> tuple[dict[str, Any], list[str]
     """Return the measurements of PROBE in a page of a width in pixels, and the lines of the browser's console."""
     probed = page.with_name(f"probed_{page.name}")
     probed.write_text(page.read_text(encoding="utf-8").replace("</body>", PROBE), encoding="utf-8")
-    made = _open(probed, "", width, 900, dark, "--dump-dom")
-    title = re.search(r"<title>(.*?)</title>", made.stdout)
-    assert title is not None, made.stdout[-2000:] + made.stderr[-2000:]
-    return json.loads(html.unescape(title[1])), [line for line in made.stderr.splitlines() if "CONSOLE" in line]
+    browser = _open(probed, "", width, 900, dark, "--dump-dom")
+    title = re.search(r"<title>(.*?)</title>", browser.stdout)
+    assert title is not None, browser.stdout[-2000:] + browser.stderr[-2000:]
+    return json.loads(html.unescape(title[1])), [line for line in browser.stderr.splitlines() if "CONSOLE" in line]
 
 
 def screenshot(page: Path, anchor: str, out: Path, width: int, height: int, dark: bool) -> None:
     """Write a PNG of a page from an anchor ("#runs") on, or from its top ("")."""
-    made = _open(page, anchor, width, height, dark, f"--screenshot={out.resolve()}")
-    assert out.is_file(), made.stderr[-2000:]
+    browser = _open(page, anchor, width, height, dark, f"--screenshot={out.resolve()}")
+    assert out.is_file(), browser.stderr[-2000:]

@@ -72,7 +72,7 @@ class Noted(OnPath):
         python.chmod(0o755)
 
     def arguments(self, script: str, *overrides: str, **more: str) -> list[str]:
-        """What a script that is told everything it needs calls python with."""
+        """Return the arguments with which a script calls python, given all its variables."""
         self.noted.unlink(missing_ok=True)
         result = self.call(script, *overrides, **{"EXP_DIR": "runs/x", "PRETRAINED_CHECKPOINT": "null"} | more)
         self.assertEqual(result.returncode, 7, f"that of python; {result.stderr}")
@@ -113,9 +113,9 @@ class Commands(Noted):
                 arguments = self.arguments(script, "submitit.use_cluster=false")[1:]
                 bare = [one for one in arguments if not one.startswith("trainer.optim.nominal_batch=")]
                 self.assertEqual(len(bare), len(arguments) - 1)
-                made = validate_config(stages.compose_config(*bare))
-                self.assertEqual(made.trainer.optim.nominal_batch, found.trainer.optim.nominal_batch)
-                self.assertEqual(list(recipe_warnings(made, 0)), [])
+                settings = validate_config(stages.compose_config(*bare))
+                self.assertEqual(settings.trainer.optim.nominal_batch, found.trainer.optim.nominal_batch)
+                self.assertEqual(list(recipe_warnings(settings, 0)), [])
 
     def test_variables_and_then_overrides_win(self):
         for script in PUBLISHED:
@@ -202,7 +202,7 @@ class Recipe(OnPath):
         python = self.python_folder / "python"
         python.write_text(
             f"""#!/bin/sh
-            [ "$1" != -m ] || {{ echo "$@" >>"{self.folder}/told"; exit; }}
+            [ "$1" != -m ] || {{ echo "$@" >>"{self.folder}/calls"; exit; }}
             for word; do case $word in launcher.experiment_log_dir=*) run=${{word#*=}} ;; esac; done
             case $run in *"$FAILS") echo "error: it is refused" >&2; exit 1 ;; esac
             for word; do printf '%s\\n' "$word"; done >"{self.folder}/$(basename "$run")"
@@ -220,9 +220,9 @@ class Recipe(OnPath):
 
     def test_stages_wait_for_those_that_they_start_from(self):
         for shell in SHELLS:
-            made = self.recipe("a=b c", shell=shell)
-            self.assertEqual((made.returncode, made.stderr), (0, ""))
-            jobs = dict(line.split(None, 1) for line in made.stdout.splitlines())
+            result = self.recipe("a=b c", shell=shell)
+            self.assertEqual((result.returncode, result.stderr), (0, ""))
+            jobs = dict(line.split(None, 1) for line in result.stdout.splitlines())
             ids = {stage: said.split("job_id=")[1].split()[0] for stage, said in jobs.items()}
             self.assertEqual(len(ids), 4 + 3 * 6)
             waits = {
@@ -243,26 +243,26 @@ class Recipe(OnPath):
                 (self.folder / stage).unlink()
 
     def test_an_alignment_that_serves_both_is_done_once_and_no_set_is_none(self):
-        made = self.recipe(ALIGN="sim150", AVERAGE="sim150 inpk150", DOWNSTREAM="")
-        self.assertEqual([line.split()[0] for line in made.stdout.splitlines()], ["mae", "align", "align_inpk150"])
+        result = self.recipe(ALIGN="sim150", AVERAGE="sim150 inpk150", DOWNSTREAM="")
+        self.assertEqual([line.split()[0] for line in result.stdout.splitlines()], ["mae", "align", "align_inpk150"])
 
     def test_what_starts_from_a_stage_that_was_refused_is_left_out(self):
-        made = self.recipe(FAILS="/align", DOWNSTREAM="ucf101")
-        self.assertEqual(made.returncode, 1)
-        self.assertIn("error: not submitted: align;", made.stderr)
-        told = (self.folder / "told").read_text()
-        self.assertIn("unsubmitted a folder/align not submitted: it is refused", told)
+        result = self.recipe(FAILS="/align", DOWNSTREAM="ucf101")
+        self.assertEqual(result.returncode, 1)
+        self.assertIn("error: not submitted: align;", result.stderr)
+        calls = (self.folder / "calls").read_text()
+        self.assertIn("unsubmitted a folder/align not submitted: it is refused", calls)
         for stage in ("ft_ucf101", "lp_ucf101"):
-            self.assertIn(f"unsubmitted a folder/{stage} it starts from a folder/align (not submitted)", told)
+            self.assertIn(f"unsubmitted a folder/{stage} it starts from a folder/align (not submitted)", calls)
             self.assertFalse((self.folder / stage).exists())
         self.assertTrue((self.folder / "average_ucf101").exists(), "it starts from others")
 
     def test_help_is_the_head_of_the_script(self):
         for asked in ("--help", "-h"):
-            made = self.recipe(asked)
-            self.assertEqual((made.returncode, made.stderr), (0, ""))
-            self.assertRegex(made.stdout, "^The whole recipe from one command")
-            self.assertRegex(made.stdout, r"--dry shows the stages.*\n$")
+            result = self.recipe(asked)
+            self.assertEqual((result.returncode, result.stderr), (0, ""))
+            self.assertRegex(result.stdout, "^The whole recipe from one command")
+            self.assertRegex(result.stdout, r"--dry shows the stages.*\n$")
 
     def test_dry_submits_nothing_and_a_sweep_is_refused(self):
         for shell in SHELLS:
@@ -337,9 +337,9 @@ class Runs(Noted):
                 start = f"[{folders}]" if len(sources) > 1 else folders
                 result = self.run_script(script, *overrides, PRETRAINED_CHECKPOINT=start, **variables)
             self.assertEqual(result.returncode, 0, f"{script}: {result.stderr}")
-            told = runs.read_summary(self.folder / script)
-            self.assertEqual((told["status"], told["epochs"], told["steps"]), ("finished", 1, 2))
-            self.assertEqual(told["run"]["pretrained"], " + ".join(sources) or None)
+            summary = runs.read_summary(self.folder / script)
+            self.assertEqual((summary["status"], summary["epochs"], summary["steps"]), ("finished", 1, 2))
+            self.assertEqual(summary["run"]["pretrained"], " + ".join(sources) or None)
             rates[script] = runs.read_metrics(self.folder / script)[-1]["lr"]
         # Of the second of two steps: half way for the average's cosine.
         self.assertAlmostEqual(rates["run_downstream_average_lp.sh"], (16e-3 + 4e-6) / 2 / (250 / 4), places=9)

@@ -37,13 +37,13 @@ SETTINGS = {
 
 
 def facts(**more: object) -> dict:
-    made = {
+    fingerprint = {
         "settings": flatten(SETTINGS),
         "clips of a step": {"ucf101": 16},
         "data": {"datasets.ucf101.train.paths": "9 bytes, SHA-256 a"},
         "versions": {"torch": "2.10"},
     }
-    return made | more
+    return fingerprint | more
 
 
 class Commit(Folder):

@@ -39,9 +39,9 @@ class Runs(unittest.TestCase):
 
     def run_here(self, name: str, processes: int, *settings: str) -> Path:
         command = runs.command(self.folder / name, *self.data, f"launcher.gpus_per_node={processes}", *settings)
-        made = stages.run_in_process(command[2:])
-        self.assertEqual(made.returncode, 0, made.stderr)
-        self.assertNotIn("Warning", made.stderr)
+        result = stages.run_in_process(command[2:])
+        self.assertEqual(result.returncode, 0, result.stderr)
+        self.assertNotIn("Warning", result.stderr)
         return self.folder / name
 
     def test_two_four_and_one_process_go_on_with_one_another_and_equal_ddp(self):

@@ -81,8 +81,8 @@ class BadInput(unittest.TestCase):
         ):
             again = [*self.data, "epochs=1", *overrides]
             self.assert_refused(*again, saying=f"{experiment}.*allow_changes", folder="other")
-            told = [*again, "trainer.checkpoint.allow_changes=true"]
-            self.assert_refused(*told, saying=checkpoint, folder="other")
+            allowed = [*again, "trainer.checkpoint.allow_changes=true"]
+            self.assert_refused(*allowed, saying=checkpoint, folder="other")
 
     def test_bad_files_within_the_budget_are_replaced_and_beyond_it_stop_the_run(self):
         broken = self.folder / "broken.mp4"

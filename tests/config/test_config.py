@@ -55,15 +55,15 @@ class Shipped(unittest.TestCase):
             with self.subTest(recipe):
                 stage = "mae" if not recipe.startswith("mae_ft") else "finetune"
                 experiment = f"demo/{stage}" if "demo" in recipe else STAGES[stage].experiment
-                made = settings(f"+experiments={experiment}", f"+trainer={recipe}", NOTHING)
+                run_settings = settings(f"+experiments={experiment}", f"+trainer={recipe}", NOTHING)
                 names = recipe.removeprefix("mae_").removeprefix("ft_").removesuffix("_config").split("_")
                 if "demo" not in recipe:
-                    self.assertEqual(list(made.trainer.data.sources), names)
+                    self.assertEqual(list(run_settings.trainer.data.sources), names)
                 if stage == "finetune":
                     sets = {"nohuman": "actions", "synthetic": "actions"}
-                    order = list(dict.fromkeys(sets.get(name, name) for name in made.trainer.data.sources))
-                    heads = {name: order.index(sets.get(name, name)) for name in made.trainer.data.sources}
-                    self.assertEqual(build.build_label_sets(made).head, heads)
+                    order = list(dict.fromkeys(sets.get(name, name) for name in run_settings.trainer.data.sources))
+                    heads = {name: order.index(sets.get(name, name)) for name in run_settings.trainer.data.sources}
+                    self.assertEqual(build.build_label_sets(run_settings).head, heads)
                 lines = (CONFIG / "trainer" / f"{recipe}.yaml").read_text().splitlines()
                 self.assertLessEqual(len(lines), 8)
                 self.assertTrue(lines[0].startswith("# "))
@@ -75,11 +75,11 @@ class Shipped(unittest.TestCase):
         for name in MODELS:
             with self.subTest(name):
                 size, _, kind = name.partition("_")
-                made = stage_settings(STAGE_OF[f"_{kind}" if kind else ""], f"trainer/model={name}")
-                model = build.build_model(made, device="meta")
+                run_settings = stage_settings(STAGE_OF[f"_{kind}" if kind else ""], f"trainer/model={name}")
+                model = build.build_model(run_settings, device="meta")
                 trunk = model.model.trunk if kind == "average_ft" else model.trunk
                 self.assertEqual(trunk.norm.weight.shape, (WIDTHS[size],))
-                optimizer = build.build_optimizer(made, model)
+                optimizer = build.build_optimizer(run_settings, model)
                 self.assertEqual(sum(len(group.names) for group in optimizer.groups), len(list(model.parameters())))
 
     def test_every_checkpoint_choice_composes(self):
@@ -87,8 +87,8 @@ class Shipped(unittest.TestCase):
         ensembles = ["default_ensemble", "no_heads_ensemble"]
         self.assertEqual(choices, sorted(["default", "load_all", "no_heads", "no_heads_no_decoder", *ensembles]))
         for choice in choices:
-            made = stage_settings("finetune", f"trainer/checkpoint={choice}")
-            self.assertEqual(made.trainer.checkpoint.strict, choice == "load_all")
+            run_settings = stage_settings("finetune", f"trainer/checkpoint={choice}")
+            self.assertEqual(run_settings.trainer.checkpoint.strict, choice == "load_all")
 
     def test_the_later_stages_of_the_paper(self):
         cases = {  # stage: (ending of models, learning rate at 0, .125 and 1 for the nominal batch)
@@ -97,15 +97,15 @@ class Shipped(unittest.TestCase):
             "average": ("_average_ft", (16e-3, None, 4e-6)),
         }
         for stage, (kind, rates) in cases.items():
-            made = settings(f"+experiments={STAGES[stage].experiment}", "+trainer=mae_ft_hmdb51_config",
+            run_settings = settings(f"+experiments={STAGES[stage].experiment}", "+trainer=mae_ft_hmdb51_config",
                             f"trainer/model=vitbase{kind}", "lr_scale_factor=2", NOTHING)  # fmt: skip
-            model = build.build_model(made, device="meta")
-            optimizer = build.build_optimizer(made, model)
+            model = build.build_model(run_settings, device="meta")
+            optimizer = build.build_optimizer(run_settings, model)
             for progress, rate in zip((0, 0.125, 1), rates, strict=True):
                 optimizer.set_progress(progress)
                 if rate is not None:
                     self.assertAlmostEqual(optimizer.lr, rate / 2, places=12)
-            self.assertEqual((made.trainer.max_epochs, made.trainer.data.val_clips), (30, 2))
+            self.assertEqual((run_settings.trainer.max_epochs, run_settings.trainer.data.val_clips), (30, 2))
             trained = {name.partition(".")[0] for name, p in model.named_parameters() if p.requires_grad}
             expected = {"_ft": {"trunk", "heads"}, "_average_ft": {"mixing_ratio", "model"}}[kind]
             self.assertEqual(trained, {"heads"} if stage == "probe" else expected)
@@ -115,8 +115,8 @@ class Shipped(unittest.TestCase):
     def test_a_peak_of_the_learning_rate_in_every_stage(self):
         def rates(stage: str, model: str, *overrides: str) -> list[list[float]]:
             small = ("image_size=32", "num_frames=4", "mixing_lr_factor=3", f"trainer/model={model}")
-            made = stage_settings(stage, *small, *overrides)
-            groups = build.build_optimizer(made, build.build_model(made, device="meta")).groups
+            run_settings = stage_settings(stage, *small, *overrides)
+            groups = build.build_optimizer(run_settings, build.build_model(run_settings, device="meta")).groups
             return [[group.lr_scale, *(group.schedules["lr"](i / 200) for i in range(201))] for group in groups]
 
         for stage, model, recipe_peak in (
@@ -136,9 +136,9 @@ class Shipped(unittest.TestCase):
 
     def test_two_label_sets_share_a_head_only_when_told(self):
         for overrides, classes in (([], [150, 150]), (["trainer.data.share_head=true"], [150])):
-            made = settings(*TWO_SETS, *overrides)
-            self.assertEqual(build.build_label_sets(made).classes, classes)
-            self.assertEqual(len(build.build_model(made, device="meta").heads), len(classes))
+            run_settings = settings(*TWO_SETS, *overrides)
+            self.assertEqual(build.build_label_sets(run_settings).classes, classes)
+            self.assertEqual(len(build.build_model(run_settings, device="meta").heads), len(classes))
         both = ["++trainer.data.sources.k150=${datasets.k150}"]
         self.assertEqual(
             build.build_label_sets(settings(*TWO_SETS, *both)).head, {"inpk150": 0, "sim150": 1, "k150": 0}
@@ -154,12 +154,12 @@ class Shipped(unittest.TestCase):
                     Path(folder, f"{name}.txt").write_text("\n".join(letters))
                     files.append(f"++datasets.{name}.class_names={folder}/{name}.txt")
                 for way, more in (("none", []), ("set", one_set), ("head", ["trainer.data.share_head=true"])):
-                    made = settings(*TWO_SETS, *classes, *files, *more)
+                    run_settings = settings(*TWO_SETS, *classes, *files, *more)
                     if way in refused:
                         with self.assertRaisesRegex(UserError, r"datasets\.sim150\.class_names"):
-                            build.resolve_class_names(made)
+                            build.resolve_class_names(run_settings)
                     else:
-                        self.assertEqual(build.resolve_class_names(made)[0], list("abc"))
+                        self.assertEqual(build.resolve_class_names(run_settings)[0], list("abc"))
 
     def test_video_labels_and_the_catalog(self):
         unknown = "++datasets.ucf101.num_classes=null"
@@ -171,21 +171,25 @@ class Shipped(unittest.TestCase):
             build.build_label_sets(stage_settings("finetune", unknown))
 
     def test_the_recipe_of_the_paper(self):
-        made = settings(*STAGE_1, FOLDER)
-        model = build.build_model(made, device="meta")
+        run_settings = settings(*STAGE_1, FOLDER)
+        model = build.build_model(run_settings, device="meta")
         self.assertEqual((model.trunk.grid, len(model.trunk.blocks)), ((8, 14, 14), 12))
         self.assertEqual(model.heads[0].projector.weight.shape, (1536, 384))
-        self.assertEqual((made.clips_per_step, made.trainer.max_epochs), (128, 200))
-        optimizer = build.build_optimizer(made, model)
+        self.assertEqual((run_settings.clips_per_step, run_settings.trainer.max_epochs), (128, 200))
+        optimizer = build.build_optimizer(run_settings, model)
         rates = {}
         for progress in (0, 0.05, 1):
             optimizer.set_progress(progress)
             rates[progress] = optimizer.lr
         self.assertEqual(rates, {0: 5e-7, 0.05: 8e-4, 1: 0})
         self.assertEqual(optimizer.optimizer.defaults["betas"], (0.9, 0.95))
-        self.assertEqual(made.trainer.distributed.comms_dtype, "auto")
-        self.assertEqual((made.trainer.checkpoint.save_freq, made.trainer.logging.pictures_every_epochs), (50, 10))
-        self.assertEqual((made.trainer.seed_value, made.clip_duration, made.short_side), (123, 2.7, 256))
+        self.assertEqual(run_settings.trainer.distributed.comms_dtype, "auto")
+        self.assertEqual(
+            (run_settings.trainer.checkpoint.save_freq, run_settings.trainer.logging.pictures_every_epochs), (50, 10)
+        )
+        self.assertEqual(
+            (run_settings.trainer.seed_value, run_settings.clip_duration, run_settings.short_side), (123, 2.7, 256)
+        )
 
     def test_types_of_settings_are_those_of_the_configuration(self):
         types = setting_hints()
@@ -201,8 +205,8 @@ class Shipped(unittest.TestCase):
                                ("experiments/my_datasets", f"# @package _global_\ndatasets:\n{entry}")):  # fmt: skip
                 (site / file).parent.mkdir()
                 (site / f"{file}.yaml").write_text(text)
-            made = settings(*FINETUNE, "+trainer=mae_ft_mine_config", f"hydra.searchpath=[file://{site}]")
-            self.assertEqual(list(made.trainer.data.sources), ["mine"])
+            run_settings = settings(*FINETUNE, "+trainer=mae_ft_mine_config", f"hydra.searchpath=[file://{site}]")
+            self.assertEqual(list(run_settings.trainer.data.sources), ["mine"])
 
     def test_any_order_of_the_groups_and_with_or_without_yaml(self):
         groups = ["+experiments=omnimae/omnimain_train_video", "trainer/model=vitsmall", "+trainer=mae_sim150_config"]
@@ -214,16 +218,16 @@ class Shipped(unittest.TestCase):
 class Stages(unittest.TestCase):
     def test_every_combination_of_experiment_recipe_and_model(self):
         whole = {stage: stage_settings(stage) for stage in STAGES}
-        for (stage, made), data, other in itertools.product(whole.items(), whole.values(), whole.values()):
-            changed = made.with_trainer(model=other.trainer.model, task=data.trainer.task)
+        for (stage, run_settings), data, other in itertools.product(whole.items(), whole.values(), whole.values()):
+            changed = run_settings.with_trainer(model=other.trainer.model, task=data.trainer.task)
             problems = [each for each in cross_validate(changed) if "one stage" in each]
             same_model = STAGES[other.stage].model == STAGES[stage].model
             fits = same_model and STAGES[data.stage].task == STAGES[stage].task
             self.assertEqual(problems == [], fits, (stage, data.stage, other.stage))
             if not fits:
                 self.assertIn(f"+trainer={STAGES[stage].recipe} trainer/model={STAGES[stage].size} ", problems[0])
-        for made in whole.values():
-            self.assertEqual(cross_validate(made.with_trainer(model={"_target_": "mine.Model"})), [])
+        for run_settings in whole.values():
+            self.assertEqual(cross_validate(run_settings.with_trainer(model={"_target_": "mine.Model"})), [])
 
     def test_overrides_without_effect_are_warned_of(self):
         align = ("+experiments=demo/align", "+trainer=mae_ft_demo_synthetic_config", NOTHING)
@@ -275,9 +279,9 @@ class Script(unittest.TestCase):
         text = (ROOT / "docs/settings.md").read_text()
         for experiment, recipe in (("_ft", "ft_ucf101"), ("_ensemble_ft", "ft_ucf101"), ("", "in1k_k150")):
             chosen = f"+experiments=omnimae/omnimain_train_video{experiment}", f"+trainer=mae_{recipe}_config"
-            made = compose_config(*chosen, NOTHING, FOLDER)
-            del made.datasets, made.trainer.data.sources, made.data_root
-            for name in flatten(OmegaConf.to_container(made, resolve=False)):
+            composed = compose_config(*chosen, NOTHING, FOLDER)
+            del composed.datasets, composed.trainer.data.sources, composed.data_root
+            for name in flatten(OmegaConf.to_container(composed, resolve=False)):
                 last = name.rpartition(".")[2]
                 if last != "_target_" and ".options." not in name and not name.startswith("trainer.optim.optimizer."):
                     self.assertTrue(re.search(rf"\b({re.escape(name)}|{last})`", text), name)

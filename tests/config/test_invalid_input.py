@@ -307,8 +307,8 @@ class Command(unittest.TestCase):
     def test_a_traceback_for_those_who_want_one(self):
         environment = os.environ | {"OMNIVISION_TRACEBACK": "1"}
         command = [sys.executable, "train_app_submitit.py", *MAE, "epoch=3"]
-        made = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        self.assertEqual((made.returncode, "Traceback" in made.stderr), (1, True), made.stderr)
+        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        self.assertEqual((result.returncode, "Traceback" in result.stderr), (1, True), result.stderr)
 
 
 if __name__ == "__main__":

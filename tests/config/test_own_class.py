@@ -204,9 +204,9 @@ class Memory(Case):
             code, reason = exit_code_and_reason(error)
             self.assertEqual(code, EXIT_FAULT)
             self.assertIn("batch_size", reason)
-            with contextlib.redirect_stderr(io.StringIO()) as told:
+            with contextlib.redirect_stderr(io.StringIO()) as stderr:
                 print_error(error)
-            self.assertEqual(told.getvalue().count("\n"), 1)
+            self.assertEqual(stderr.getvalue().count("\n"), 1)
             with mock.patch.object(main, "call", side_effect=error):
                 code, _, err = self.command("predict", "x", "y")
             self.assertEqual((code, err.count("\n")), (EXIT_FAULT, 1))

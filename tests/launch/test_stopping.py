@@ -104,9 +104,9 @@ class Signals(unittest.TestCase):
             "    os.kill(os.getpid(), signal.SIGHUP)\n"
             "    print(stop.cause, stop.cause and StopRequested(stop.cause).exit_code)"
         )
-        for before, told in (("SIG_DFL", "SIGHUP 129"), ("SIG_IGN", "None None")):
-            made = subprocess.run([sys.executable, "-c", code, before], capture_output=True, text=True, cwd=runs.ROOT)
-            self.assertEqual(made.stdout.strip(), told, made.stderr)
+        for before, output in (("SIG_DFL", "SIGHUP 129"), ("SIG_IGN", "None None")):
+            result = subprocess.run([sys.executable, "-c", code, before], capture_output=True, text=True, cwd=runs.ROOT)
+            self.assertEqual(result.stdout.strip(), output, result.stderr)
 
 
 class Clock(unittest.TestCase):

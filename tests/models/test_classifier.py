@@ -163,11 +163,11 @@ class Freezing(unittest.TestCase):
 
 class Averages(unittest.TestCase):
     def sources(self, count: int) -> list[dict[str, Tensor]]:
-        made = []
+        states = []
         for seed in range(count):
             torch.manual_seed(seed)
-            made.append(VideoClassifier(trunk(), [7]).state_dict())
-        return made
+            states.append(VideoClassifier(trunk(), [7]).state_dict())
+        return states
 
     def average(self, count: int = 2, mode: str = MODES[0]) -> AveragedClassifier:
         model = AveragedClassifier(trunk(), [7], count, mode)

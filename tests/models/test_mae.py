@@ -289,31 +289,31 @@ class Cross(unittest.TestCase):
         mask = some_masks(2)
         visible, masked = split_tokens(mask)
         for attention, depends in (("cross", False), ("self", True)):
-            made = small_model(attention=attention)
-            x = made.encode(VIDEO, visible)
-            few, many = made.decode(VIDEO, x, visible, masked[:, ::3]), made.decode(VIDEO, x, visible, masked)[:, ::3]
+            model = small_model(attention=attention)
+            x = model.encode(VIDEO, visible)
+            few, many = model.decode(VIDEO, x, visible, masked[:, ::3]), model.decode(VIDEO, x, visible, masked)[:, ::3]
             self.assertEqual((few - many).abs().max() > 1e-5, depends, attention)
 
     def test_it_learns_and_every_parameter_takes_part(self):
-        made, mask = small_model(attention="cross", share=0.5), some_masks(2)
-        optimizer, losses = torch.optim.AdamW(made.parameters(), 3e-3), []
+        model, mask = small_model(attention="cross", share=0.5), some_masks(2)
+        optimizer, losses = torch.optim.AdamW(model.parameters(), 3e-3), []
         for _ in range(30):
-            prediction = made(VIDEO, mask, 24)
+            prediction = model(VIDEO, mask, 24)
             loss = (prediction.pixels - prediction.masked_idx[..., None] / 32).square().mean()
             loss.backward()
-            self.assertEqual([name for name, p in made.named_parameters() if p.grad is None], [])
+            self.assertEqual([name for name, p in model.named_parameters() if p.grad is None], [])
             optimizer.step()
             optimizer.zero_grad()
             losses.append(float(loss.detach()))
         self.assertLess(losses[-1], 0.2 * losses[0])
 
     def test_its_file_says_what_it_is_and_so_do_its_weights(self):
-        made = small_model(attention="cross", share=0.5)
-        told = architecture_of(made)
-        self.assertEqual(told["decoder"], {"width": 24, "depth": 2, "heads": 4, "attention": "cross"})
-        from_architecture(told, "here").load_state_dict(made.state_dict())
-        self.assertEqual(convert_state_dict("omnivision", made.state_dict(), told).architecture, told)
-        older = told | {"decoder": {"width": 24, "depth": 2, "heads": 4}}
+        model = small_model(attention="cross", share=0.5)
+        architecture = architecture_of(model)
+        self.assertEqual(architecture["decoder"], {"width": 24, "depth": 2, "heads": 4, "attention": "cross"})
+        from_architecture(architecture, "here").load_state_dict(model.state_dict())
+        self.assertEqual(convert_state_dict("omnivision", model.state_dict(), architecture).architecture, architecture)
+        older = architecture | {"decoder": {"width": 24, "depth": 2, "heads": 4}}
         self.assertEqual(architecture_of(from_architecture(older, "here"))["decoder"]["attention"], "self")
 
 

@@ -98,24 +98,24 @@ class Groups(unittest.TestCase):
         self.assertEqual(zero, {"a.bias", "b.bias", "head.bias", "own.bias", "norm.bias", "norm.weight"})
 
     def test_groups_are_intersections_and_hold_each_trained_parameter_once(self):
-        made = model()
-        made["a"].requires_grad_(False)
+        network = model()
+        network["a"].requires_grad_(False)
         groups = make_groups(
-            made,
+            network,
             lr=[rule(Constant(1)), rule(Constant(2), ["head.*"])],
             weight_decay=[rule(Constant(3)), rule(Constant(0), ["*.bias"])],
         )
         names = sorted(name for group in groups for name in group.names)
-        self.assertEqual(names, sorted(name for name, p in made.named_parameters() if p.requires_grad))
+        self.assertEqual(names, sorted(name for name, p in network.named_parameters() if p.requires_grad))
         pairs = {(g.schedules["lr"](0), g.schedules["weight_decay"](0)): set(g.names) for g in groups}
         self.assertEqual(set(pairs), {(1, 3), (1, 0), (2, 3), (2, 0)})
         self.assertEqual(pairs[2, 0], {"head.bias"})
 
     def test_without_a_default_the_rest_keep_the_optimizers_own_value(self):
-        made = model()
-        groups = make_groups(made, weight_decay=[rule(Constant(0.5), ["a.*"])])
+        network = model()
+        groups = make_groups(network, weight_decay=[rule(Constant(0.5), ["a.*"])])
         self.assertIsNone(named(groups, "weight_decay")["b.weight"])
-        optimizer = ScheduledOptimizer(made, groups, lambda params: torch.optim.AdamW(params, weight_decay=0.25))
+        optimizer = ScheduledOptimizer(network, groups, lambda params: torch.optim.AdamW(params, weight_decay=0.25))
         decays = {len(g["params"]): g["weight_decay"] for g in optimizer.optimizer.param_groups}
         self.assertEqual(decays, {2: 0.5, 8: 0.25})
 
@@ -142,9 +142,9 @@ class Groups(unittest.TestCase):
                 ScheduledOptimizer(model(), groups, functools.partial(torch.optim.AdamW, **arguments))
 
     def test_values_follow_progress_and_any_callable_will_do(self):
-        made = model()
-        groups = make_groups(made, lr=[rule(Linear(0, 1))], weight_decay=[rule(CosineParamScheduler(1.0, 0.0))])
-        optimizer = ScheduledOptimizer(made, groups, torch.optim.AdamW)
+        network = model()
+        groups = make_groups(network, lr=[rule(Linear(0, 1))], weight_decay=[rule(CosineParamScheduler(1.0, 0.0))])
+        optimizer = ScheduledOptimizer(network, groups, torch.optim.AdamW)
         self.assertEqual(optimizer.lr, 0)
         optimizer.set_progress(0.5)
         self.assertEqual(optimizer.lr, 0.5)
@@ -174,11 +174,11 @@ class PublishedGroups(unittest.TestCase):
                 if name in scales:
                     self.assertAlmostEqual(scales[name], beit, places=12, msg=name)
             self.assertEqual(scales["heads.0.projector.weight"], 1.0)
-        made = self.published()
+        network = self.published()
         groups = make_groups(
-            made, layer_decay_scales(made, 0.5), lr=[rule(Constant(1))], weight_decay=[rule(Constant(1))]
+            network, layer_decay_scales(network, 0.5), lr=[rule(Constant(1))], weight_decay=[rule(Constant(1))]
         )
-        optimizer = ScheduledOptimizer(made, groups, torch.optim.AdamW)
+        optimizer = ScheduledOptimizer(network, groups, torch.optim.AdamW)
         self.assertEqual({g["lr"] for g in optimizer.optimizer.param_groups}, {1.0, 0.5, 0.25, 0.125})
         self.assertEqual({g["weight_decay"] for g in optimizer.optimizer.param_groups}, {1.0})
         self.assertEqual(optimizer.lr, 1.0)

@@ -84,8 +84,8 @@ class OnCluster(unittest.TestCase):
             wait(f"job {job} to be {states}", lambda: self.cluster.fact(job, "JobState") in states, seconds)
         except AssertionError as error:
             logs = [path for path in self.folder.rglob(f"{job}_*.log") if path.stat().st_size]
-            told = "\n".join(f"{path}:\n{path.read_text()[-2000:]}" for path in logs)
-            raise AssertionError(f"{error}; it is {self.cluster.fact(job, 'JobState')}\n{told}") from None
+            logged = "\n".join(f"{path}:\n{path.read_text()[-2000:]}" for path in logs)
+            raise AssertionError(f"{error}; it is {self.cluster.fact(job, 'JobState')}\n{logged}") from None
 
     def wait_for_step(self, run: Path, step: int, seconds: float = 60) -> None:
         log = run / "logs" / "metrics.jsonl"
@@ -106,9 +106,9 @@ class OnCluster(unittest.TestCase):
 
     def assert_refused(self, result: subprocess.CompletedProcess[str], saying: str) -> None:
         self.assertEqual((result.returncode, result.stdout), (1, ""), result.stderr)
-        told = [line for line in result.stderr.splitlines() if not line.startswith("warning:")]
-        self.assertEqual(len(told), 1, result.stderr)
-        self.assertRegex(told[0], f"^error: .*{saying}")
+        errors = [line for line in result.stderr.splitlines() if not line.startswith("warning:")]
+        self.assertEqual(len(errors), 1, result.stderr)
+        self.assertRegex(errors[0], f"^error: .*{saying}")
 
 
 def history(run: Path, event: str) -> list[dict]:

@@ -35,9 +35,9 @@ class Interrupted(OnCluster):
 
     def assert_ended_as_if_never_interrupted(self, job: str, run: Path) -> None:
         self.wait_for_state(job, "COMPLETED", seconds=150)
-        told = runs.read_summary(run)
-        self.assertEqual((told["status"], told["steps"]), ("finished", STEPS))
-        self.assertGreaterEqual(told["job"]["restarts"], 1)
+        summary = runs.read_summary(run)
+        self.assertEqual((summary["status"], summary["steps"]), ("finished", STEPS))
+        self.assertGreaterEqual(summary["job"]["restarts"], 1)
         self.assert_steps_once(run, STEPS)
         self.assert_same_weights(run, self.folder / "whole")
 
@@ -109,17 +109,17 @@ class Interrupted(OnCluster):
         self.cluster.ask("scancel", job)
         self.wait_for_state(job, "CANCELLED")
         told_time("scancel, until the job was gone", cancelled)
-        told = runs.read_summary(run)
-        self.assertEqual(told["status"], "interrupted")
+        summary = runs.read_summary(run)
+        self.assertEqual(summary["status"], "interrupted")
         self.assertRegex(
-            told["exit_reason"], rf"ended by SIGTERM; step {told['steps']} is saved; job {job} was cancelled"
+            summary["exit_reason"], rf"ended by SIGTERM; step {summary['steps']} is saved; job {job} was cancelled"
         )
-        self.assertIn("ended by SIGTERM", told["last_lines"][-1])
+        self.assertIn("ended by SIGTERM", summary["last_lines"][-1])
         self.assertEqual(len(history(run, "start")), 1)
         again = self.submit(*self.command("cancelled", *short))
         self.wait_for_state(again, "COMPLETED")
         self.assert_steps_once(run, 120)
-        self.assertEqual(history(run, "resumed")[1]["step"], told["steps"])
+        self.assertEqual(history(run, "resumed")[1]["step"], summary["steps"])
         self.cluster.ask("scontrol", "requeue", again)  # by mistake
         wait("it to be requeued", lambda: self.cluster.fact(again, "Restarts") == "1")
         before = (run / "checkpoints/checkpoint.pt").stat().st_mtime_ns
@@ -140,9 +140,9 @@ class Interrupted(OnCluster):
             if restarts < 2:
                 self.wait_for_start(stuck_run, restarts + 1)
         self.wait_for_state(stuck, "FAILED")
-        told = runs.read_summary(stuck_run)
-        self.assertEqual(told["status"], "failed")
-        self.assertRegex(told["exit_reason"], f"At step 0, job {stuck} was restarted 3 times without progress")
+        summary = runs.read_summary(stuck_run)
+        self.assertEqual(summary["status"], "failed")
+        self.assertRegex(summary["exit_reason"], f"At step 0, job {stuck} was restarted 3 times without progress")
         self.assertRegex(history(stuck_run, "end")[0]["reason"], "exit code 134, SIGABRT.*goes back into the queue")
         self.assertIn("Fatal Python error: Aborted", (stuck_run / f"submitit_logs/{stuck}_0_log.err").read_text())
         wait("it to leave", lambda: history(clock_run, "end"), 70)
@@ -152,10 +152,10 @@ class Interrupted(OnCluster):
         self.assertEqual(history(clock_run, "end")[0]["status"], "requeued")
         self.cluster.ask("scancel", clock)
         self.wait_for_state(bounded, "FAILED")
-        told = runs.read_summary(bounded_run)
-        self.assertEqual(told["status"], "interrupted")
+        summary = runs.read_summary(bounded_run)
+        self.assertEqual(summary["status"], "interrupted")
         self.assertRegex(
-            told["exit_reason"], f"step {told['steps']} is saved .*is not requeued: submitit.max_requeues is 0"
+            summary["exit_reason"], f"step {summary['steps']} is saved .*is not requeued: submitit.max_requeues is 0"
         )
 
     def test_5_what_ends_a_job_for_good_is_written_down(self):
@@ -170,17 +170,17 @@ class Interrupted(OnCluster):
         self.assertRegex(runs.read_summary(run)["exit_reason"], "exit code 137, SIGKILL")
         for job, name in ((waiting, "waiting"), (later, "later")):
             self.wait_for_state(job, "CANCELLED")
-            told = runs.read_summary(self.folder / name)
-            self.assertEqual(told["status"], "cancelled")
-            self.assertRegex(told["exit_reason"], "^its dependency failed: job .* failed: .*SIGKILL")
+            summary = runs.read_summary(self.folder / name)
+            self.assertEqual(summary["status"], "cancelled")
+            self.assertRegex(summary["exit_reason"], "^its dependency failed: job .* failed: .*SIGKILL")
         listed = self.shell("omnivision", "runs", ".").stdout
         self.assertRegex(listed, "waiting: cancelled: its dependency failed")
 
     def test_6_several_processes_and_elements_of_arrays(self):
         points = "launcher.experiment_log_dir='" + str(self.folder) + "/point_${trainer.seed_value}'"
         sweep = [*self.command("point"), points, "-m", "trainer.seed_value=1,2", "epochs=8", *SUBMITTED]
-        made = self.shell(*sweep)
-        [array] = set(re.findall(r"job_id=(\d+)_", made.stdout))
+        submission = self.shell(*sweep)
+        [array] = set(re.findall(r"job_id=(\d+)_", submission.stdout))
         for name in ("point_1", "point_2"):
             self.wait_for_step(self.folder / name, 5)
         self.cluster.ask("scancel", "--signal=USR2", f"{array}_1")  # the last one's own number is that of the array
@@ -205,9 +205,9 @@ class Interrupted(OnCluster):
             self.assertEqual(runs.read_summary(self.folder / name)["status"], "finished")
         self.assertEqual(self.cluster.fact(early, "Restarts"), "0", "it was cancelled")
         wait("it to say so", lambda: history(self.folder / "early", "end"))
-        told = runs.read_summary(self.folder / "early")
-        self.assertEqual(told["status"], "interrupted")
-        self.assertRegex(told["exit_reason"], f"job {early} was cancelled")
+        summary = runs.read_summary(self.folder / "early")
+        self.assertEqual(summary["status"], "interrupted")
+        self.assertRegex(summary["exit_reason"], f"job {early} was cancelled")
 
     # ---- parts ----------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Submission to a real SLURM: what is told, refused, and left behind; and that a run is the same however it is started."""
+"""Submission to a real SLURM: messages, refusals and leftovers; and that a run is the same however it is started."""
 
 import difflib
 import json
@@ -52,8 +52,8 @@ class Script(unittest.TestCase):
 
     def script(self, settings) -> str:
         prologue = (runs.ROOT / "omnivision/launch/batch_prologue.sh").read_text()
-        made = batch_script(settings, RunDir("/runs/mae")).replace(prologue, "# (batch_prologue.sh)\n") + "\n"
-        return made.replace(sys.executable, "PYTHON").replace(str(runs.ROOT), "CHECKOUT")
+        script = batch_script(settings, RunDir("/runs/mae")).replace(prologue, "# (batch_prologue.sh)\n") + "\n"
+        return script.replace(sys.executable, "PYTHON").replace(str(runs.ROOT), "CHECKOUT")
 
 
 class Submitted(OnCluster):
@@ -114,9 +114,11 @@ class Submitted(OnCluster):
         self.assertEqual(*means)
 
         run = self.folder / "on_slurm"
-        told = runs.read_summary(run)
-        self.assertEqual((told["status"], told["job"]["job_id"], told["job"]["processes"]), ("finished", job, 4))
-        self.assertIn("run finished", told["last_lines"][-1])
+        summary = runs.read_summary(run)
+        self.assertEqual(
+            (summary["status"], summary["job"]["job_id"], summary["job"]["processes"]), ("finished", job, 4)
+        )
+        self.assertIn("run finished", summary["last_lines"][-1])
         logs = {path.name for path in (run / "submitit_logs").iterdir()}
         wanted = {f"{job}_{rank}_log.{end}" for rank in range(4) for end in ("out", "err")}
         wanted |= {f"{job}_{what}" for what in ("batch.log", "submission.sh", "environment.json", "config.yaml")}
@@ -145,9 +147,9 @@ class Submitted(OnCluster):
             *SUBMITTED,
             "++submitit.additional_parameters.hold=true",  # else it may be over before it is asked about
         ]
-        made = self.shell(*command)
-        self.assertRegex(made.stdout, rf"^submitted job_id=\d+ folder={self.folder}/quick\n$", made.stderr)
-        job = re.findall(r"job_id=(\d+)", made.stdout)[0]
+        submission = self.shell(*command)
+        self.assertRegex(submission.stdout, rf"^submitted job_id=\d+ folder={self.folder}/quick\n$", submission.stderr)
+        job = re.findall(r"job_id=(\d+)", submission.stdout)[0]
         again = self.shell(*command)
         self.assertRegex(again.stdout, rf"^queued job_id={job} state=PENDING folder=\S+\n$")
         link = self.folder / "link"
@@ -200,8 +202,8 @@ class Submitted(OnCluster):
         run, job = self.hidden / "run", self.unseen
         self.wait_for_state(job, "FAILED", seconds=90)
         listed = self.shell("omnivision", "runs", str(self.hidden)).stdout
-        told = f"node4 cannot write to {run}/submitit_logs"
-        self.assertIn(f"run: failed: job {job} is FAILED ({told})", listed)
+        message = f"node4 cannot write to {run}/submitit_logs"
+        self.assertIn(f"run: failed: job {job} is FAILED ({message})", listed)
         self.wait_for_state(self.read_only, "FAILED", seconds=90)
         listed = self.shell("omnivision", "runs", str(self.folder / "read_only")).stdout
         self.assertIn(f"node2 cannot write to {self.folder}/read_only/run/submitit_logs", listed)
@@ -214,17 +216,21 @@ class Submitted(OnCluster):
     def test_5_an_array_of_four_points(self):
         sweep = "launcher.experiment_log_dir='" + str(self.folder) + "/sweep/seed_${trainer.seed_value}'"
         command = [*self.demo, "-m", "trainer.seed_value=1,2,3,4", sweep, "submitit.array_parallelism=2", *SUBMITTED]
-        made = self.shell(*command)
-        self.assertEqual(made.returncode, 0, made.stderr)
-        lines = re.findall(rf"submitted job_id=(\d+)_(\d) folder={self.folder}/sweep/seed_(\d)\n", made.stdout)
-        self.assertEqual([line[1:] for line in lines], [("0", "1"), ("1", "2"), ("2", "3"), ("3", "4")], made.stdout)
+        submission = self.shell(*command)
+        self.assertEqual(submission.returncode, 0, submission.stderr)
+        lines = re.findall(rf"submitted job_id=(\d+)_(\d) folder={self.folder}/sweep/seed_(\d)\n", submission.stdout)
+        self.assertEqual(
+            [line[1:] for line in lines], [("0", "1"), ("1", "2"), ("2", "3"), ("3", "4")], submission.stdout
+        )
         [array] = {line[0] for line in lines}
         self.assertEqual(self.cluster.fact(array, "ArrayTaskThrottle"), "2")
         for point in range(4):
             self.wait_for_state(f"{array}_{point}", "COMPLETED")
-        told = {seed: runs.read_summary(self.folder / f"sweep/seed_{seed}") for seed in range(1, 5)}
-        self.assertEqual({told[seed]["status"] for seed in told}, {"finished"})
-        self.assertEqual(len({told[seed]["last"]["loss"] for seed in told}), 4, "each point is a run of its own")
+        summaries = {seed: runs.read_summary(self.folder / f"sweep/seed_{seed}") for seed in range(1, 5)}
+        self.assertEqual({summaries[seed]["status"] for seed in summaries}, {"finished"})
+        self.assertEqual(
+            len({summaries[seed]["last"]["loss"] for seed in summaries}), 4, "each point is a run of its own"
+        )
         self.here(
             *self.demo, f"launcher.experiment_log_dir={self.folder / 'alone'}", "trainer.seed_value=3", "epochs=1"
         )
@@ -245,10 +251,10 @@ class Submitted(OnCluster):
             "# @package _global_\nsubmitit: {partition: short, timeout_hour: 1, cpus_per_task: 1, comment: from the lab}\n"
             "datasets: {nohuman: {prefix: /films/}}\n"
         )
-        made = self.shell(*self.demo, "--config-dir", str(site.parent), "+site=lab", "submitit.use_cluster=true",
+        submission = self.shell(*self.demo, "--config-dir", str(site.parent), "+site=lab", "submitit.use_cluster=true",
                           f"launcher.experiment_log_dir={self.folder / 'sited'}")  # fmt: skip
-        self.assertEqual(made.returncode, 0, made.stderr)
-        [job] = re.findall(r"job_id=(\d+)", made.stdout)
+        self.assertEqual(submission.returncode, 0, submission.stderr)
+        [job] = re.findall(r"job_id=(\d+)", submission.stdout)
         self.assertEqual(self.cluster.fact(job, "Partition"), "short")
         self.cluster.ask("scancel", job)
         self.assertIn("prefix: /films/", (self.folder / f"sited/submitit_logs/{job}_config.yaml").read_text())

@@ -72,8 +72,8 @@ class Chain(OnCluster):
 
     def assert_all_finished(self, folder: Path) -> None:
         for stage in STAGES:
-            told = runs.read_summary(folder / stage)
-            self.assertEqual((told["status"], told["epochs"]), ("finished", 2), stage)
+            summary = runs.read_summary(folder / stage)
+            self.assertEqual((summary["status"], summary["epochs"]), ("finished", 2), stage)
         begins = [runs.read_summary(folder / stage)["run"]["pretrained"] for stage in STAGES]
         self.assertEqual(begins, [None, "mae", "mae", "align", "align", "align + align_demo_nohuman"])
 
@@ -120,15 +120,15 @@ class Chain(OnCluster):
         for name in ("checkpoint.pt", "previous.pt"):
             damaged = self.folder / "broken/mae/checkpoints" / name
             damaged.write_bytes(damaged.read_bytes()[:-1000])
-        made = self.chain(PPMA="broken")
-        self.assertRegex(made.stdout, r"mae +finished folder=broken/mae\n")
-        jobs = self.jobs(made, "submitted")  # the later ones, too, unless alignment has failed by then
+        submission = self.chain(PPMA="broken")
+        self.assertRegex(submission.stdout, r"mae +finished folder=broken/mae\n")
+        jobs = self.jobs(submission, "submitted")  # the later ones, too, unless alignment has failed by then
         for name, job in jobs.items():
             self.wait_for_state(job, "FAILED" if name.startswith("align") else "CANCELLED")
         for name in ("ft_demo", "lp_demo", "average_demo"):
-            told = runs.read_summary(self.folder / "broken" / name)
-            self.assertEqual(told["status"], "cancelled")
-            self.assertRegex(told["exit_reason"], "broken/align.*: .*manifest")
+            summary = runs.read_summary(self.folder / "broken" / name)
+            self.assertEqual(summary["status"], "cancelled")
+            self.assertRegex(summary["exit_reason"], "broken/align.*: .*manifest")
         listed = self.shell("omnivision", "runs", "broken").stdout
         self.assertRegex(listed, r"(?m)^ft_demo: cancelled: .*manifest")
 
@@ -141,5 +141,5 @@ class Chain(OnCluster):
         self.assertEqual(failed.returncode, 1)
         self.assertRegex(failed.stderr.splitlines()[-1], "^error: failed: mae;")
         for stage, why in (("align", "mae (failed)"), ("ft_demo", "align (cancelled)")):
-            told = runs.read_summary(self.folder / "broken" / stage)
-            self.assertEqual(told["exit_reason"], f"it starts from broken/{why}")
+            summary = runs.read_summary(self.folder / "broken" / stage)
+            self.assertEqual(summary["exit_reason"], f"it starts from broken/{why}")

@@ -22,10 +22,10 @@ class Help(unittest.TestCase):
             "    assert main(words) == 0\n"
             "assert 'torch' not in sys.modules\n"
         )
-        made = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-        self.assertEqual(made.returncode, 0, made.stderr)
+        result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        self.assertEqual(result.returncode, 0, result.stderr)
         for name in COMMANDS:
-            self.assertIn(f"Usage: omnivision {name}", made.stdout)
+            self.assertIn(f"Usage: omnivision {name}", result.stdout)
 
 
 class WrongArguments(unittest.TestCase):

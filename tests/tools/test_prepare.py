@@ -728,7 +728,7 @@ class CatalogFile(Folder):
 
 
 class Transcoding(Folder):
-    def transcoded(self, source: Path | str, name: str = "made.mp4", **config: object) -> Path:
+    def transcoded(self, source: Path | str, name: str = "transcoded.mp4", **config: object) -> Path:
         job = TranscodeJob(str(source), str(self.folder / name), TranscodeConfig(**{"short_side": None, **config}))
         self.assertIsNone(transcode(job))
         return self.folder / name
@@ -740,8 +740,8 @@ class Transcoding(Folder):
 
     def test_real_videos_keep_time_and_look_and_get_their_key_frames(self):
         for source in real_videos()[:2]:
-            made = self.transcoded(source, gop=12, crf=10)
-            with open_video(source) as old, open_video(str(made)) as new:
+            transcoded = self.transcoded(source, gop=12, crf=10)
+            with open_video(source) as old, open_video(str(transcoded)) as new:
                 for (tick, before), (other, after) in zip(old.frames(), new.frames(), strict=True):
                     self.assertEqual(tick * old.time_base, other * new.time_base)
                     if tick % 5 == 0:
@@ -754,9 +754,9 @@ class Transcoding(Folder):
     def test_times(self):
         ticks = [0, 40, 80, 200, 210, 333, 1000]
         write_timed_video(self.folder / "v.mp4", zip(ticks, moving(7), strict=True), Fraction(1, 1000), fps=7, end=1500)
-        made = self.transcoded(self.folder / "v.mp4")
-        self.assertEqual(self.frames(made)[0], [Fraction(tick, 1000) for tick in ticks])
-        with open_video(str(made)) as video:
+        transcoded = self.transcoded(self.folder / "v.mp4")
+        self.assertEqual(self.frames(transcoded)[0], [Fraction(tick, 1000) for tick in ticks])
+        with open_video(str(transcoded)) as video:
             self.assertEqual(video.duration, 1.5)
         frames = [(0, "a"), (2, "b"), (1, "c"), (1, "d"), (9, "e")]
         tick, ascending = transcoding._ascending(iter(frames), Fraction(1, 25))
@@ -771,15 +771,15 @@ class Transcoding(Folder):
             return encode.write_timed_video(path, [(2 * time, frame) for time, frame in frames], tick, **options)
 
         with mock.patch.object(transcoding, "write_timed_video", write_slower):
-            job = TranscodeJob(str(self.folder / "v.mp4"), str(self.folder / "made.mp4"), TranscodeConfig(None))
+            job = TranscodeJob(str(self.folder / "v.mp4"), str(self.folder / "transcoded.mp4"), TranscodeConfig(None))
             self.assertIn("times", transcode(job))
         self.assertEqual(os.listdir(self.folder), ["v.mp4"])
 
     def test_short_side_and_rotation(self):
         write_video(self.folder / "v.mp4", moving(), fps=25, crf=4)
         for short_side, shape in ((24, (12, 24, 32, 3)), (480, (12, 48, 64, 3))):
-            made = self.transcoded(self.folder / "v.mp4", short_side=short_side)
-            self.assertEqual(self.frames(made)[1].shape, shape)
+            transcoded = self.transcoded(self.folder / "v.mp4", short_side=short_side)
+            self.assertEqual(self.frames(transcoded)[1].shape, shape)
         self.assertEqual(target_size(1280, 720, 256, even=True), (456, 256))
         self.assertEqual(target_size(720, 1280, 256, even=False), (256, 455))
         self.assertEqual(target_size(321, 1, None, even=True), (320, 2))
@@ -787,12 +787,12 @@ class Transcoding(Folder):
         at = data.index(b"tkhd") + 44  # the matrix of a track header of version 0: turn by 90 degrees
         turn = b"".join(value.to_bytes(4, "big", signed=True) for value in (0, 65536, 0, -65536, 0, 0, 0, 0, 1 << 30))
         (self.folder / "turned.mp4").write_bytes(data[:at] + turn + data[at + 36 :])
-        made = self.transcoded(self.folder / "turned.mp4", crf=4)
-        for file, rotation in (("turned.mp4", 90), ("made.mp4", 0)):
+        transcoded = self.transcoded(self.folder / "turned.mp4", crf=4)
+        for file, rotation in (("turned.mp4", 90), ("transcoded.mp4", 0)):
             with open_video(str(self.folder / file)) as video:
                 self.assertEqual((video.info().rotation, video.info().width), (rotation, 48))
         upright = np.rot90(moving().astype(float), -1, axes=(1, 2))
-        self.assertLess(np.abs(self.frames(made)[1] - upright).mean(), 8)
+        self.assertLess(np.abs(self.frames(transcoded)[1] - upright).mean(), 8)
 
     def test_frame_folders_become_videos_and_back(self):
         (self.folder / "clip").mkdir()
@@ -814,10 +814,10 @@ class Transcoding(Folder):
     def test_destinations_are_all_different(self):
         paths = ["a/x.avi", "a/x.mp4", "a/y.v1.mov", "b/x.mp4", "c", "c/z.mp4", "clip.1", "clip.2"]
         for config in (TranscodeConfig(None), TranscodeConfig(None, frames_fps=5)):
-            made = destinations(paths, config)
-            self.assertEqual(len(set(made.values())), len(paths))
-            for path in made.values():
-                self.assertFalse(any(other.startswith(f"{path}/") for other in made.values()), path)
+            destination_of = destinations(paths, config)
+            self.assertEqual(len(set(destination_of.values())), len(paths))
+            for path in destination_of.values():
+                self.assertFalse(any(other.startswith(f"{path}/") for other in destination_of.values()), path)
         self.assertEqual(destinations(paths, TranscodeConfig(None))["a/y.v1.mov"], "a/y.v1.mp4")
 
 
@@ -834,7 +834,7 @@ class PreparedVideos(Folder):
         video = self.folder / "s/b/4.mp4"
         video.write_bytes(video.read_bytes()[:400])
 
-    def made(self) -> list[str]:
+    def results(self) -> list[str]:
         return sorted(path.name for path in (self.out / "films").rglob("*.*"))
 
     def test_a_bad_video_is_left_out_and_named(self):
@@ -872,11 +872,11 @@ class PreparedVideos(Folder):
             with self.assertRaises(KeyboardInterrupt):
                 self.run_again("s", *self.OPTIONS)
         self.assertFalse((self.out / "train_paths.npy").exists())
-        self.assertEqual(self.made(), ["1.mp4", "2.mp4"])
+        self.assertEqual(self.results(), ["1.mp4", "2.mp4"])
         self.write("out/films/b/.3.mp4.123.part", "left by a killed process")
         self.run_again("s", *self.OPTIONS)
         self.assertIn("2 videos existed already", self.output)
-        self.assertEqual(self.made(), ["1.mp4", "2.mp4", "3.mp4"])
+        self.assertEqual(self.results(), ["1.mp4", "2.mp4", "3.mp4"])
 
     def test_what_ends_it(self):
         """A full disk is not the videos' fault; without any video there are no arrays, and none of the source is replaced."""

@@ -88,13 +88,13 @@ class LearningRate(unittest.TestCase):
         )
         commands += [[f"+experiments=demo/{stage}", f"+trainer={recipe}_config"] for stage, recipe in demo.items()]
         for command in commands:
-            made = validate_config(stages.compose_config("launcher.experiment_log_dir=run", *command))
-            self.assertEqual(list(preflight.recipe_warnings(made, 0)), [], command)
+            settings = validate_config(stages.compose_config("launcher.experiment_log_dir=run", *command))
+            self.assertEqual(list(preflight.recipe_warnings(settings, 0)), [], command)
 
 
 class FewClips(unittest.TestCase):
     def test_the_recipe_for_few_clips_is_named_where_it_fits(self):
-        for count, stage, overrides, told in (
+        for count, stage, overrides, is_suggested in (
             (40, "ft", (), True),
             (999, "ft", ("trainer.task.mixing.cutmix_alpha=0",), True),
             (40, "lp", (), False),
@@ -104,17 +104,21 @@ class FewClips(unittest.TestCase):
             (40, "ft", ("trainer.mode=val",), False),
         ):
             found = list(preflight.recipe_warnings(settings_of(stage, "lr=1", *overrides), count))
-            self.assertEqual(["small_data_ft" in line for line in found], [True] * told, (count, stage, overrides))
+            self.assertEqual(
+                ["small_data_ft" in line for line in found], [True] * is_suggested, (count, stage, overrides)
+            )
 
     def test_its_settings_win_whatever_the_recipe_of_the_data_and_their_order(self):
         chosen = ["+experiments=omnimae/small_data_ft", "+trainer=mae_ft_ucf101_config"]
         for order in (chosen, chosen[::-1]):
-            made = validate_config(stages.compose_config(*order, "launcher.experiment_log_dir=run"))
-            view = made.trainer.data.view
-            shares = made.trainer.task["mixing"]["prob"], view["rand_augment"]["prob"], view["erasing"]["prob"]
+            settings = validate_config(stages.compose_config(*order, "launcher.experiment_log_dir=run"))
+            view = settings.trainer.data.view
+            shares = settings.trainer.task["mixing"]["prob"], view["rand_augment"]["prob"], view["erasing"]["prob"]
             self.assertEqual((shares, view["scale"]), ((0, 0, 0), [0.25, 1]))
-            self.assertEqual((made.trainer.optim.layer_decay, made.trainer.model["trunk"]["drop_path"]), (None, 0))
-            self.assertEqual(list(preflight.recipe_warnings(made, 36)), [])
+            self.assertEqual(
+                (settings.trainer.optim.layer_decay, settings.trainer.model["trunk"]["drop_path"]), (None, 0)
+            )
+            self.assertEqual(list(preflight.recipe_warnings(settings, 36)), [])
 
 
 class Weights(unittest.TestCase):

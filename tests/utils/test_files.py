@@ -59,14 +59,14 @@ class Streams(unittest.TestCase):
         )
         command = f'{sys.executable} -c "$CODE"'
         for redirected in (f"{command} 2>/dev/full | true", f"{command} >/dev/full 2>&1", f"{command} >&- 2>&-"):
-            made = subprocess.run(
+            result = subprocess.run(
                 ["bash", "-c", f"{redirected}; echo code ${{PIPESTATUS[0]}}"],
                 env=os.environ | {"CODE": code},
                 capture_output=True,
                 text=True,
                 cwd=runs.ROOT,
             )
-            self.assertEqual((made.stdout, made.stderr), ("code 7\n", ""), redirected)
+            self.assertEqual((result.stdout, result.stderr), ("code 7\n", ""), redirected)
 
 
 if __name__ == "__main__":
