@@ -117,8 +117,8 @@ def check_same_settings(file: Path, text: str) -> None:
 def mismatch_message(what: str, altering: Sequence[str]) -> str:
     """Return the message about a run that belongs to another experiment."""
     return (
-        f"{what} belongs to another experiment: {truncate_list(altering)}. Set these back, start a new run in another "
-        "launcher.experiment_log_dir, or set trainer.checkpoint.allow_changes=true to resume anyway."
+        f"{what} belongs to another experiment: {truncate_list(altering, separator='; ')}. Set these back, start a new run "
+        "in another launcher.experiment_log_dir, or set trainer.checkpoint.allow_changes=true to resume anyway."
     )
 
 

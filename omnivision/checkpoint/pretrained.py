@@ -88,7 +88,7 @@ def filter_state_dict(state: Mapping[str, T], choice: WeightFilter, report: Load
         if names := fnmatch.filter(entries, pattern):
             return names
         raise UserError(
-            f"trainer.checkpoint.{option}: {pattern!r} must match an entry of {report.path} ({truncate_list(list(entries))}). "
+            f"trainer.checkpoint.{option}: {pattern!r} must match an entry of {report.path} ({truncate_list(entries)}). "
             "Correct or remove it."
         )
 
@@ -109,7 +109,7 @@ def filter_state_dict(state: Mapping[str, T], choice: WeightFilter, report: Load
             entries |= {n.removesuffix("*") + rest: entry for n in ([new] if isinstance(new, str) else new)}
     if not entries:
         raise UserError(
-            f"trainer.checkpoint keeps none of the {len(state)} entries of {report.path} ({truncate_list(list(state))}). Set "
+            f"trainer.checkpoint keeps none of the {len(state)} entries of {report.path} ({truncate_list(state)}). Set "
             "trainer/checkpoint, or its keep and drop."
         )
     return {choice.prefix + name: entry for name, entry in entries.items()}
@@ -142,10 +142,11 @@ def load_filtered(
         if name in chosen:
             chosen[name] = interpolate_pos_embed(name, chosen[name], model, weights, report)
     if wrong := [name for name, tensor in chosen.items() if tensor.shape != model_state[name].shape]:
-        shapes = [f"{name} {tuple(model_state[name].shape)}, got {tuple(chosen[name].shape)}" for name in wrong]
+        shapes = (f"{name} {tuple(model_state[name].shape)}, got {tuple(chosen[name].shape)}" for name in wrong)
         raise UserError(
-            f"Shapes in {report.path} must match this model's: {truncate_list(shapes)}. Set trainer/model or {SETTING}, or "
-            "trainer/checkpoint=no_heads (new heads) or no_heads_no_decoder (a new decoder, too)."
+            f"Shapes in {report.path} must match this model's: {truncate_list(shapes, separator='; ')}. Set "
+            f"trainer/model or {SETTING}, or trainer/checkpoint=no_heads (new heads) or no_heads_no_decoder (a new "
+            "decoder, too)."
         )
     check_numbers(chosen, f"{SETTING}: {report.path}: ")
     report.loaded = sorted(chosen)

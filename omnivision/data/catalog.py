@@ -264,7 +264,7 @@ def check_segments(segments: np.ndarray, file: str, setting: str) -> None:
     """Raise UserError unless all segments (N, 2) are finite, with 0 <= start < end (seconds)."""
     start, end = segments.T
     if len(wrong := np.flatnonzero(~((0 <= start) & (start < end) & np.isfinite(end)))):
-        listed = truncate_list([f"sample {i}: {start[i]:g} to {end[i]:g}" for i in wrong])
+        listed = truncate_list([f"sample {i}: {start[i]:g} to {end[i]:g}" for i in wrong], separator="; ")
         raise UserError(
             f"{file} holds {len(wrong)} segments that are not 0 <= start < end ({listed}); expected seconds. Correct them, or "
             f"point {setting} to another file."

@@ -240,7 +240,7 @@ class FrameFolder:
             images = series.get(pattern) or fnmatch.filter(images, pattern)
         if len(series) > 1 and (pattern is None or not images):
             raise SeveralSeriesError(
-                f"the folder holds {len(series)} series of frames ({truncate_list(list(series))}); choose one with "
+                f"the folder holds {len(series)} series of frames ({truncate_list(series)}); choose one with "
                 "frame_pattern"
             )
         if not images:

@@ -153,7 +153,7 @@ def warn_of_other_settings(job: Job) -> None:
     changes = list_changes_since(job.run_dir.path / "config.yaml", job.config_text)
     if changes := [change for change in changes if not change.startswith(("submitit.", "launcher."))]:
         warn(
-            f"the finished run in {job.run_dir.path} had other settings: {truncate_list(changes)}. Set "
+            f"the finished run in {job.run_dir.path} had other settings: {truncate_list(changes, separator='; ')}. Set "
             "launcher.experiment_log_dir for a new run."
         )
 
@@ -177,8 +177,9 @@ def is_queued(job: Job, queue: Mapping[str, slurm.QueueEntry]) -> bool:
     every = describe_changes(flatten_yaml(ours[job_id].config_text), flatten_yaml(job.config_text)).values()
     if changes := [change for change in every if not change.startswith(same)]:
         raise UserError(
-            f"Job {job_id} is in the queue ({name}) for {run_dir.path}, with other settings: {truncate_list(changes)}. Give "
-            f"the same settings, cancel it with scancel {job_id}, or change launcher.experiment_log_dir."
+            f"Job {job_id} is in the queue ({name}) for {run_dir.path}, with other settings: "
+            f"{truncate_list(changes, separator='; ')}. Give the same settings, cancel it with "
+            f"scancel {job_id}, or change launcher.experiment_log_dir."
         )
     print(f"queued job_id={job_id} state={name} folder={run_dir.path}")
     return True

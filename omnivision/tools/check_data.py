@@ -21,10 +21,10 @@ from omnivision.data.frames import MAX_TOOL_PIXELS
 from omnivision.data.sampling import Segment, clip_window, sample_duration, uniform_clip_starts
 from omnivision.data.video import FrameFolder, VideoDecodeError, VideoFile, open_video
 from omnivision.tools.arguments import Flag, FramePattern, FrameRate, Segments, Workers, at_least, resolve_fps
-from omnivision.tools.prepare.index import drop_suffix, printable, shorten
+from omnivision.tools.prepare.index import drop_suffix, printable
 from omnivision.tools.prepare.output import read_arrays
 from omnivision.tools.workers import WorkerCrashedError, run_in_processes, track
-from omnivision.utils.errors import EXIT_USER, UserError
+from omnivision.utils.errors import EXIT_USER, UserError, truncate_list
 from omnivision.utils.io import sha256, write_json
 from omnivision.utils.streams import plural, print_text
 
@@ -287,7 +287,7 @@ def _report(paths: list[str], checks: list[VideoCheck], summary: dict[str, Any])
     if len(bad) > _NUM_LISTED:
         lines.append(f"... and {len(bad) - _NUM_LISTED} more bad samples (--json FILE lists all)")
     for name, values in (summary["distributions"] | {"sizes": summary["sizes"]}).items():
-        lines.append(f"{name}: {shorten(f'{key} {value:g}' for key, value in values.items())}")
+        lines.append(f"{name}: {truncate_list(f'{key} {value:g}' for key, value in values.items())}")
     for how in ("rotated", "mirrored"):
         if summary[how]:
             lines.append(f"{how} by their headers: {summary[how]} (training sees them as players show them)")
@@ -298,7 +298,7 @@ def _report(paths: list[str], checks: list[VideoCheck], summary: dict[str, Any])
             f"each; {labels['ignored']} samples are ignored, {labels['out_of_range']} labels out of range"
         )
         if labels["absent"]:
-            lines.append(f"labels that never occur: {shorten(map(str, labels['absent']), _NUM_LISTED)}")
+            lines.append(f"labels that never occur: {truncate_list(labels['absent'], _NUM_LISTED)}")
     for what, key in (("duplicates", "duplicates"), ("in both splits", "overlap")):
         if key in summary:
             lines.append(f"{what}: {plural(len(summary[key]), 'video')}")

@@ -13,9 +13,8 @@ from cyclopts import Parameter
 from omnivision.data.catalog import load_array
 from omnivision.tools.arguments import Regex, Segments, Share, at_least
 from omnivision.tools.prepare.hold_out import group_videos, hold_out, pattern_grouping
-from omnivision.tools.prepare.index import shorten
 from omnivision.tools.prepare.output import read_arrays, write_split
-from omnivision.utils.errors import UserError
+from omnivision.utils.errors import UserError, truncate_list
 from omnivision.utils.streams import warn
 
 
@@ -99,4 +98,4 @@ def _print_side(side: str, labels: np.ndarray, indices: np.ndarray, num_groups: 
         f"-> {side}_paths.npy, {name}_labels.npy"
     )
     if missing := sorted(set(labels.tolist()) - classes):
-        warn(f"classes without a video in {name}: {shorten(map(str, missing), 10)}.")
+        warn(f"classes without a video in {name}: {truncate_list(missing, 10)}.")

@@ -100,8 +100,8 @@ def probe_samples(settings: Settings, split: Split) -> list[str]:
     warnings = []
     if bad:
         warnings.append(
-            f"{len(bad)} of {len(frames) + len(bad)} {what} cannot be read: {truncate_list(bad)}. A run replaces them, up to "
-            "trainer.data.bad_sample_budget; omnivision check-data lists all."
+            f"{len(bad)} of {len(frames) + len(bad)} {what} cannot be read: {truncate_list(bad, separator='; ')}. A run "
+            "replaces them, up to trainer.data.bad_sample_budget; omnivision check-data lists all."
         )
     if short := [(count, path) for count, path in frames if count is not None and count < data.num_frames]:
         count, path = min(short)

@@ -30,15 +30,16 @@ def check_same_experiment(
         return
     if classes := describe_class_changes(InferenceConfig.of_file(saved), InferenceConfig.of_file(current)):
         raise UserError(
-            f"{path} must have the classes of the data, in their order, got changes: {truncate_list(classes)}. Set "
-            "datasets.NAME.class_names and its labels back, or start a new run in another launcher.experiment_log_dir from "
-            "pretrained_checkpoint_path; allow_changes does not permit this."
+            f"{path} must have the classes of the data, in their order, got changes: "
+            f"{truncate_list(classes, separator='; ')}. Set datasets.NAME.class_names and its labels back, or "
+            "start a new run in another launcher.experiment_log_dir from pretrained_checkpoint_path; "
+            "allow_changes does not permit this."
         )
     altering, others = fingerprint.classify_changes(saved, current)
     if altering and not allow_changes:
         raise UserError(fingerprint.mismatch_message(str(path), altering))
     if altering or others:
-        info(f"Changed since the checkpoint: {truncate_list(altering + others)}")
+        info(f"Changed since the checkpoint: {truncate_list(altering + others, separator='; ')}")
 
 
 def check_same_steps(saved: int, current: int, path: Path) -> None:

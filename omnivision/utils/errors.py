@@ -2,7 +2,7 @@
 
 import errno
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 EXIT_USER = 1
@@ -47,11 +47,13 @@ def collect_problems(problems: list[str], action: Callable[..., Result], *argume
         return None
 
 
-def truncate_list(items: Sequence[object], count: int = 5) -> str:
-    """Join the first `count` items, each truncated, with the number of the others."""
-    texts = [text if len(text) <= 200 else f"{text[:200]}..." for text in map(str, items[:count])]
-    more = len(items) - len(texts)
-    return "; ".join(texts) + (f"; and {more} more" if more else "")
+def truncate_list(items: Iterable[object], count: int = 5, separator: str = ", ") -> str:
+    """Join the first `count` items, each truncated to 200 characters, and say how many more there are."""
+    items = list(items)
+    shown = [text if len(text) <= 200 else f"{text[:200]}..." for text in map(str, items[:count])]
+    if more := len(items) - len(shown):
+        shown.append(f"and {more} more")
+    return separator.join(shown)
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -174,8 +174,8 @@ class Comparison(unittest.TestCase):
             self.assertNotIn(value, json.dumps(one))
 
     def test_text(self):
-        self.assertEqual(truncate_list(["a", "b"]), "a; b")
-        self.assertEqual(truncate_list(["a"] * 9), "a; a; a; a; a; and 4 more")
+        self.assertEqual(truncate_list(["a", "b"]), "a, b")
+        self.assertEqual(truncate_list(["a"] * 9), "a, a, a, a, a, and 4 more")
         self.assertEqual(len(truncate_list(["a" * 900])), 203)
         self.assertEqual(experiment.parse_fingerprint(json.dumps(facts())), facts())
         for text in ("", "[", "[]", "{}", None, "[" * 100_000, json.dumps(facts(settings=[]))):

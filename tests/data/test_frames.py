@@ -255,7 +255,7 @@ class Series(Folder):
 
     def test_refused_unless_one_is_chosen(self):
         path = str(self.folder / "clip")
-        with self.assertRaisesRegex(SeveralSeriesError, r"flow_x_\*\.png; img_\*\.png; img_flow_\*\.png"):
+        with self.assertRaisesRegex(SeveralSeriesError, r"flow_x_\*\.png, img_\*\.png, img_flow_\*\.png"):
             open_video(path).__enter__()
         # A pattern is one of the series, though as a shell pattern it would match more, or else what it matches.
         for pattern, frames, grey in (

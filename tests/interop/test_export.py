@@ -192,7 +192,7 @@ class HuggingFace(Case):
     def test_one_of_several_heads(self):
         model, out = classifier(4, 9), self.folder / "out"
         output = self.export(self.save_run(model), out, "hf", "--head", "1")
-        self.assertRegex(output, r"not carried +2  heads\.0\.0\.weight; heads\.0\.0\.bias \(another head")
+        self.assertRegex(output, r"not carried +2  heads\.0\.0\.weight, heads\.0\.0\.bias \(another head")
         self.assertEqual(json.loads((out / "config.json").read_text())["id2label"]["8"], "LABEL_8")
         stored = load_file(out / "model.safetensors")["classifier.weight"]
         self.assertTrue(torch.equal(stored, model.heads[1][0].weight))

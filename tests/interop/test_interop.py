@@ -447,7 +447,7 @@ class Geometry(WeightsCase):
         imported = from_ours({name: torch.zeros(tensor.shape) for name, tensor in state.items()}, None)
         self.assertEqual(imported.assumed, ["--num-heads 3", "--num-frames 16"])
         self.assertEqual(imported.architecture["trunk"]["image_size"], 224)
-        self.assertIn("  assumed     2  --num-heads 3; --num-frames 16", imported.lines())
+        self.assertIn("  assumed     2  --num-heads 3, --num-frames 16", imported.lines())
 
     def test_a_width_that_a_ratio_truncates(self):
         model = scrambled(VideoClassifier(trunk(depth=1, mlp_ratio=2.6), [2]))
@@ -472,8 +472,8 @@ class Command(WeightsCase):
         report = self.run_import(source, out, *self.OPTIONS, "--image-size", 32, "--decoder-heads", 4)
         for row in (
             r"theirs\.pth: \d+ tensors of format videomae\n",
-            r"renamed +57  encoder\.patch_embed\.proj\.weight -> .*; and 54 more\n",
-            r"filled +5  .*trunk\.blocks\.0\.attn\.qkv\.bias\[k\]; .*\(zeros; not in the file\)\n",
+            r"renamed +57  encoder\.patch_embed\.proj\.weight -> .*, and 54 more\n",
+            r"filled +5  .*trunk\.blocks\.0\.attn\.qkv\.bias\[k\], .*\(zeros; not in the file\)\n",
             r"filled +1  trunk\.pos_embed \(the fixed table\)\n",
             r"filled +1  trunk\.mask_token \(mask_token, before the projection\)\n",
             r"Wrote .*autoencoder of width 48, depth 2, 3 heads, 4 frames of 32 x 32\n",

@@ -76,7 +76,7 @@ class Trained(unittest.TestCase):
         for name in ("img_1", "img_2", "flow_1", "flow_2"):
             Image.new("RGB", (64, 48)).save(folder / f"{name}.png")
         code, _, err = self.command("predict", self.ft, folder)
-        self.assertEqual((code, "flow_*.png; img_*.png" in err), (1, True))
+        self.assertEqual((code, "flow_*.png, img_*.png" in err), (1, True))
         for fps, assumed in (([], True), (["--fps", 12.5], False)):
             code, _, err = self.command("predict", self.ft, folder, "--frame-pattern", "img_*.png", *fps)
             self.assertEqual((code, "--fps" in err), (0, assumed))

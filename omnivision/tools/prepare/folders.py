@@ -17,11 +17,10 @@ from omnivision.tools.prepare.index import (
     Record,
     format_splits,
     guess_split,
-    shorten,
     split_of,
     video_key,
 )
-from omnivision.utils.errors import UserError
+from omnivision.utils.errors import UserError, truncate_list
 from omnivision.utils.streams import warn
 
 Path = tuple[str, ...]  # names of folders, and perhaps a file, below SOURCE
@@ -70,10 +69,12 @@ def read_class_folders(source: str, chosen: Mapping[str, str] | None = None) -> 
         print(f"{source}: {name} is the {split} split.")
     if outside:
         print(
-            f"{source}: {len(outside)} clips are not in the folder of a class and split: {shorten(outside, 3)}; skipped."
+            f"{source}: {len(outside)} clips are not in the folder of a class and split: {truncate_list(outside, 3)}; skipped."
         )
     if tree.others:
-        print(f"{source}: {len(tree.others)} files are neither videos nor frames: {shorten(tree.others, 3)}; skipped.")
+        print(
+            f"{source}: {len(tree.others)} files are neither videos nor frames: {truncate_list(tree.others, 3)}; skipped."
+        )
     _warn_of_level(records, depth, of_class)
     classes = {path[of_class] for path in tree.folders if len(path) >= depth and (not splits or path[level] in splits)}
     return DatasetIndex(records, source, sorted(classes, key=natural_sort_key))
@@ -129,7 +130,7 @@ def _find_splits(tree: _Tree, source: str) -> tuple[int, dict[str, str]]:
         if (named and level < 2) or len(set(guessed.values())) > 1:
             guessed |= named
             raise UserError(
-                f"{source} has folders that may be splits or classes: {shorten(sorted(guessed))}. Expected "
+                f"{source} has folders that may be splits or classes: {truncate_list(sorted(guessed))}. Expected "
                 "SOURCE/<split>/<class>/<clip> or SOURCE/<class>/<split>/<clip>. Give the folder that holds the splits as "
                 f"SOURCE, or set --splits {format_splits(guessed)} to use these and skip the rest, or --splits none for "
                 "classes. If lists hold the labels, pass these with --train, --val and --test."
@@ -142,8 +143,8 @@ def _locate_splits(tree: _Tree, source: str, chosen: Mapping[str, str]) -> tuple
         if set(chosen) <= {path[level] for path in tree.folders if len(path) > level}:
             return level, dict(chosen)
     raise UserError(
-        f"--splits names folders ({shorten(chosen)}) that {source} does not hold side by side. It holds "
-        f"{shorten(sorted({path[0] for path in tree.folders}))}. Change --splits."
+        f"--splits names folders ({truncate_list(chosen)}) that {source} does not hold side by side. It holds "
+        f"{truncate_list(sorted({path[0] for path in tree.folders}))}. Change --splits."
     )
 
 
@@ -155,8 +156,9 @@ def _warn_of_level(records: Sequence[Record], depth: int, of_class: int) -> None
         inner[str(record.label)] |= set(below[:-1][:1])
     every, common = set().union(*inner.values()), set.intersection(*inner.values())
     if len(every) > 1 and 2 * len(common) >= len(every):
+        shown = sorted(every, key=natural_sort_key)
         warn(
-            f"The folders {shorten(inner)} are taken for the classes, but contain the folders "
-            f"{shorten(sorted(every, key=natural_sort_key))}. If these are the classes, SOURCE is one "
-            "level too high, or the others are splits: choose them with --splits, move the folders, or pass lists."
+            f"The folders {truncate_list(inner)} are taken for the classes, but contain the folders "
+            f"{truncate_list(shown)}. If these are the classes, SOURCE is one level too high, or the "
+            "others are splits: choose them with --splits, move the folders, or pass lists."
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
@@ -14,7 +14,7 @@ import numpy as np
 from omnivision.data.catalog import labels_off_by_one, labels_start_at_one
 from omnivision.data.frames import natural_sort_key
 from omnivision.data.sampling import Segment
-from omnivision.utils.errors import UserError
+from omnivision.utils.errors import UserError, truncate_list
 from omnivision.utils.streams import warn
 
 VIDEO_SUFFIXES = tuple(
@@ -96,18 +96,12 @@ def parse_splits(text: str) -> dict[str, str]:
 
 def listing_error(what: str, problems: Sequence[str], advice: str) -> UserError:
     """Return an error that lists the first few problems."""
-    return UserError(f"{what}: {shorten(problems)}. {advice}")
+    return UserError(f"{what}: {truncate_list(problems, separator='; ')}. {advice}")
 
 
 def printable(text: str) -> str:
     """Escape characters that cannot be written as UTF-8 (file names in another encoding)."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def shorten(names: Iterable[str], count: int = 5) -> str:
-    """Join the first few names."""
-    names = list(names)
-    return printable(", ".join(names[:count]) + (", ..." if len(names) > count else ""))
 
 
 def number_classes(index: DatasetIndex, names: Sequence[str] = ()) -> DatasetIndex:
@@ -170,10 +164,10 @@ def warn_about_labels(index: DatasetIndex) -> None:
     ):
         warn("Labels of one split start at 0 and of another at 1: the same number means different classes.")
     elif never := [name for number, name in enumerate(classes) if number not in everywhere]:
-        warn(f"{len(never)} of {len(classes)} classes never occur: {shorten(never)}.")
+        warn(f"{len(never)} of {len(classes)} classes never occur: {truncate_list(never)}.")
     for split, labels in used.items():
         if train and (only := [classes[label] for label in sorted(labels - train)]):
-            warn(f"{len(only)} classes occur in {split} and not in train: {shorten(only)}.")
+            warn(f"{len(only)} classes occur in {split} and not in train: {truncate_list(only)}.")
     if len(everywhere) == 1:
         warn(f"All samples are of one class, {classes[everywhere.pop()]}: there is nothing to learn.")
     elif len(everywhere) == len(index.records):
@@ -189,7 +183,7 @@ def warn_about_paths(index: DatasetIndex, on_disk: bool) -> None:
 
     def warn_of(what: str, names: Sequence[str]) -> None:
         if names:
-            warn(f"{len(names)} {what}: {shorten(names)}.")
+            warn(f"{len(names)} {what}: {truncate_list(names)}.")
 
     for split, records in index.splits.items():
         labels, forms = defaultdict(list), defaultdict(list)

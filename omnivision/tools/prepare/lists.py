@@ -20,10 +20,9 @@ from omnivision.tools.prepare.index import (
     format_splits,
     guess_split,
     listing_error,
-    shorten,
     split_of,
 )
-from omnivision.utils.errors import UserError
+from omnivision.utils.errors import UserError, truncate_list
 
 _DELIMITERS = {";": "semicolon", "\t": "tab", ",": "comma", " ": "space"}  # the first that splits the rows is used
 _PATHS = (  # column names of paths, the best first, then of video names
@@ -61,8 +60,9 @@ class _Table:
     def error(self, problem: str) -> UserError:
         """Return an error about the table's columns."""
         return UserError(
-            f"{self.file} {problem}. Its columns are {shorten(self.names, 20)}. Set --columns path=NAME,label=NAME and, if "
-            "used, split=NAME or start=NAME,end=NAME (seconds), by names or numbers (1, 2, ...); others are ignored then."
+            f"{self.file} {problem}. Its columns are {truncate_list(self.names, 20)}. Set --columns path=NAME,label=NAME "
+            "and, if used, split=NAME or start=NAME,end=NAME (seconds), by names or numbers (1, 2, ...). Others are then "
+            "ignored."
         )
 
 
@@ -145,7 +145,9 @@ def _find_roles(table: _Table) -> dict[str, int]:
     """Return the column of each role, by the columns' names and values. Raises UserError if they are unclear."""
     if not table.has_header:
         if len(table.names) > 2:
-            raise table.error(f"has no header that names path and label; its first row is {shorten(table.rows[0][1])}")
+            raise table.error(
+                f"has no header that names path and label; its first row is {truncate_list(table.rows[0][1])}"
+            )
         return {"path": 0, "label": 1}
     plain = list(map(_normalize_column, table.names))
     path, label = (next((name for name in group if name in plain), None) for group in (_PATHS, _LABELS))
@@ -173,7 +175,7 @@ def _find_roles(table: _Table) -> dict[str, int]:
         if column not in splits and (words[column] & _PARTS or _selects_rows(table, column))
     ]
     if parts:
-        raise table.error(f"has columns that may select a part of each video or of the rows: {shorten(parts)}")
+        raise table.error(f"has columns that may select a part of each video or of the rows: {truncate_list(parts)}")
     return roles
 
 
@@ -205,7 +207,7 @@ def _splits_of_values(table: _Table, column: int | None, chosen: Mapping[str, st
     if not is_valid:
         raise UserError(
             f"The column {table.names[column]} of {table.file} must hold train, val and test; got "
-            f"{shorten((value or '(nothing)' for value in values), 20)}. Set --splits "
+            f"{truncate_list((value or '(nothing)' for value in values), 20)}. Set --splits "
             f"{format_splits(splits) or 'train=NAME,val=NAME'} to skip others, or --splits none to ignore the column."
         )
     return splits

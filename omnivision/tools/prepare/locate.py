@@ -16,8 +16,8 @@ from omnivision.tools.prepare.index import (
     Record,
     drop_suffix,
     listing_error,
-    shorten,
 )
+from omnivision.utils.errors import truncate_list
 from omnivision.utils.streams import warn
 
 
@@ -43,7 +43,7 @@ def locate_videos(index: DatasetIndex, prefix: str | None, check: bool, skip_mis
         if not (skip_missing and records):
             advice = "Set --prefix to their folder, fix the list, or pass --skip-missing to leave them out."
             raise listing_error(what, missing, f"{advice} --no-check-files skips this check.")
-        warn(f"{what} and are left out: {shorten(missing)}.")
+        warn(f"{what} and are left out: {truncate_list(missing)}.")
     paths = [record.path for record in records]
     if outside := [path for path in paths if os.path.commonpath([path, root]) != root]:
         if prefix is not None:
