@@ -2,21 +2,59 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from omnivision.checkpoint.state_dict_file import CONFIG, StateDictFile, read_weights
+from cyclopts import Parameter
+
 from omnivision.data.catalog import read_class_names
-from omnivision.interop import export
-from omnivision.interop.formats import ConvertedCheckpoint, list_by_reason
-from omnivision.interop.huggingface import preprocessor_config, to_hf
-from omnivision.tools.video_model import complete_model
-from omnivision.tools.weights import ExportOptions
+from omnivision.tools.arguments import Flag, at_least
 from omnivision.utils.errors import UserError
 
+if TYPE_CHECKING:
+    from omnivision.checkpoint.state_dict_file import StateDictFile
+    from omnivision.interop.formats import ConvertedCheckpoint
 
-def run(checkpoint: str, out: Path, options: ExportOptions) -> int:
-    """Write the model, verify it if possible, and print what was written and omitted."""
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """What `export` writes.
+
+    Attributes:
+        to: What to write.
+        weights: Weights as trained, or their EMA (default: the EMA if the run kept one, as in validation).
+        merge: Merge a learned average of checkpoints into an ordinary classifier.
+        sources: With --merge: the averaged checkpoints, in order (default: at their original paths).
+        head: With --to hf: the number of the head, if there are several.
+        class_names: With --to hf: a file with one name per line, in the order of the labels (default: the run's names).
+        force: Replace OUT if it exists.
+    """
+
+    to: Literal["pt", "safetensors", "hf"]
+    weights: Literal["model", "ema"] | None = None
+    merge: Flag = False
+    sources: Annotated[list[str] | None, Parameter(consume_multiple=True, metavar="FILE")] = None
+    head: Annotated[int, at_least(0)] = 0
+    class_names: Annotated[str | None, Parameter(metavar="FILE")] = None
+    force: Flag = False
+
+
+def export(checkpoint: str, out: Path, /, *, options: ExportOptions) -> int:
+    """Write a model as one weights file, or as a folder for Hugging Face's transformers.
+
+    Write the model of a run directory, a checkpoint, or a file written by `omnivision import`. pt and safetensors keep our
+    names and include the architecture; hf is a VideoMAE folder as save_pretrained writes it.
+
+    Args:
+        checkpoint: A run directory (its best checkpoint) or a file.
+        out: The file to write; with --to hf a folder.
+    """
+    from omnivision.checkpoint.state_dict_file import read_weights
+    from omnivision.interop.export import card_of, check_target, model_card, origin, write_file
+
     is_hf = options.to == "hf"
     for option, value, needed, is_given in (
         ("--sources", options.sources, "--merge", options.merge),
@@ -27,8 +65,8 @@ def run(checkpoint: str, out: Path, options: ExportOptions) -> int:
             raise UserError(f"{option} needs {needed}. Add {needed}, or leave {option} out.")
     source = read_weights(checkpoint)
     source.refuse_own_class()
-    card_file = out / "README.md" if is_hf else export.card_of(out)
-    export.check_target(out, source, options.force, card_file)
+    card_file = out / "README.md" if is_hf else card_of(out)
+    check_target(out, source, options.force, card_file)
     model = _load(source, options)
     config = source.inference.numbered(model.architecture.get("classes", []))
     is_validated = not source.ema or options.weights != "model"  # the run's metrics belong to these weights
@@ -36,15 +74,17 @@ def run(checkpoint: str, out: Path, options: ExportOptions) -> int:
         _export_hf(out, options, source, model, config.names(options.head), is_validated)
         return 0
     names = [config.names(head) for head in range(len(config.class_names))]
-    card = export.model_card(source, model, out.name, is_validated, names)  # before anything is written
-    metadata = {"origin": export.origin(source, "omnivision"), "inference": config.model_dump(exclude_unset=True)}
-    export.write_file(out, options.to, model, metadata | (source.progress if is_validated else {}), card)
+    card = model_card(source, model, out.name, is_validated, names)  # before anything is written
+    metadata = {"origin": origin(source, "omnivision"), "inference": config.model_dump(exclude_unset=True)}
+    write_file(out, options.to, model, metadata | (source.progress if is_validated else {}), card)
     print(f"Wrote {out}: {len(model.state)} tensors; and {card_file}, its model card")
     return 0
 
 
 def _load(source: StateDictFile, options: ExportOptions) -> ConvertedCheckpoint:
     """Return the model to write, complete and checked."""
+    from omnivision.tools.video_model import complete_model
+
     kind = source.architecture.get("kind", "none")
     if options.merge != (kind == "average"):
         raise UserError(
@@ -71,13 +111,19 @@ def _export_hf(
     names: list[str] | None,
     is_validated: bool,
 ) -> None:
+    """Write a folder for transformers, verified against it, and print what was written and omitted."""
+    from omnivision.checkpoint.state_dict_file import CONFIG
+    from omnivision.interop.export import model_card, verify, write_folder
+    from omnivision.interop.formats import list_by_reason
+    from omnivision.interop.huggingface import preprocessor_config, to_hf
+
     if options.class_names:
         names = read_class_names(options.class_names, "--class-names")
     exported = to_hf(model.state, model.architecture, options.head, names)
     configs = {CONFIG: exported.config, "preprocessor_config.json": preprocessor_config(model.architecture)}
     [their_class] = exported.config["architectures"]
-    card = export.model_card(source, model, out.name, is_validated, [names], their_class)
-    verify = partial(export.verify, state=model.state, architecture=model.architecture, head=options.head)
-    verified = export.write_folder(out, exported.state, configs, card, verify)
+    card = model_card(source, model, out.name, is_validated, [names], their_class)
+    compare = partial(verify, state=model.state, architecture=model.architecture, head=options.head)
+    verified = write_folder(out, exported.state, configs, card, compare)
     print(f"Wrote {out}: {their_class}, {len(exported.state)} tensors")
     print(*list_by_reason("not carried", exported.dropped), verified, sep="\n")

@@ -24,11 +24,11 @@ COMMANDS = {
     "val-split": "val_split:val_split",
     "check-data": "check_data:check_data",
     "runs": "runs:runs",
-    "report": "report:report",
+    "report": "report.command:report",
     "predict": "predict:predict",
     "reconstruct": "predict:reconstruct",
-    "import": "weights:import_weights",
-    "export": "weights:export",
+    "import": "import_weights:import_weights",
+    "export": "export:export",
 }
 SLOW_START = ("report", "predict", "reconstruct", "import", "export")  # they import torch
 OOM_ADVICE = (

@@ -15,10 +15,10 @@ from transformers import VideoMAEForVideoClassification, VideoMAEImageProcessor,
 from transformers.utils.logging import disable_progress_bar
 
 from omnivision.checkpoint.state_dict_file import read_weights
+from omnivision.interop import huggingface
 from omnivision.models.architecture import architecture_of, from_architecture
 from omnivision.models.average import AveragedClassifier
 from omnivision.models.classifier import VideoClassifier
-from omnivision.tools import export
 from omnivision.utils.errors import UserError
 from omnivision.utils.io import safe_load
 from tests import other_transformers, runs
@@ -249,7 +249,7 @@ class HuggingFace(Case):
         self.assertIn("fc_norm.eps", self.export(self.save_run(model), "out", "hf"))
 
     def test_a_wrong_tensor_or_model_is_found_and_nothing_is_written(self):
-        source, right = self.save_run(classifier()), export.to_hf
+        source, right = self.save_run(classifier()), huggingface.to_hf
 
         def wrong(*arguments: Any) -> Any:
             exported = right(*arguments)
@@ -258,7 +258,7 @@ class HuggingFace(Case):
                 exported.state[f"{attention}{name}"] = exported.state[f"{attention}v_bias"].clone()
             return exported
 
-        with mock.patch.object(export, "to_hf", wrong):
+        with mock.patch.object(huggingface, "to_hf", wrong):
             self.assert_refused("--to pt", source, "out", "hf")
         for model in (classifier(), autoencoder()):
             model.trunk.norm.weight.data[0] = float("nan")

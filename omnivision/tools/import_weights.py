@@ -1,14 +1,13 @@
-"""`omnivision import` and `omnivision export`: convert weights. `tools.export` does the export."""
+"""`omnivision import SOURCE OUT`: convert weights of other projects to this project's names."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from omnivision.tools.arguments import Flag, at_least
+from omnivision.tools.arguments import Flag
 
 Count = Annotated[int | None, Parameter(metavar="N", group="Values that a file may lack (used only if it does)")]
 
@@ -61,42 +60,3 @@ def import_weights(
     print(f"{file}: {len(file.state)} tensors of format {recognized}", *converted.lines(), sep="\n")
     print(f"Wrote {out}: {len(converted.state)} tensors, {converted.summary()}")
     return 0
-
-
-@Parameter(name="*")
-@dataclass(frozen=True, kw_only=True)
-class ExportOptions:
-    """What `export` writes.
-
-    Attributes:
-        to: What to write.
-        weights: Weights as trained, or their EMA (default: the EMA if the run kept one, as in validation).
-        merge: Merge a learned average of checkpoints into an ordinary classifier.
-        sources: With --merge: the averaged checkpoints, in order (default: at their original paths).
-        head: With --to hf: the number of the head, if there are several.
-        class_names: With --to hf: a file with one name per line, in the order of the labels (default: the run's names).
-        force: Replace OUT if it exists.
-    """
-
-    to: Literal["pt", "safetensors", "hf"]
-    weights: Literal["model", "ema"] | None = None
-    merge: Flag = False
-    sources: Annotated[list[str] | None, Parameter(consume_multiple=True, metavar="FILE")] = None
-    head: Annotated[int, at_least(0)] = 0
-    class_names: Annotated[str | None, Parameter(metavar="FILE")] = None
-    force: Flag = False
-
-
-def export(checkpoint: str, out: Path, /, *, options: ExportOptions) -> int:
-    """Write a model as one weights file, or as a folder for Hugging Face's transformers.
-
-    Write the model of a run directory, a checkpoint, or a file written by `omnivision import`. pt and safetensors keep our
-    names and include the architecture; hf is a VideoMAE folder as save_pretrained writes it.
-
-    Args:
-        checkpoint: A run directory (its best checkpoint) or a file.
-        out: The file to write; with --to hf a folder.
-    """
-    from omnivision.tools.export import run
-
-    return run(checkpoint, out, options)
