@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from omnivision.checkpoint import checkpointer as checkpoint
+from omnivision.checkpoint import checkpointer
 from omnivision.checkpoint.state_dict_file import read_weights
 from omnivision.data.video import VideoDecodeError, open_video
 from omnivision.reporting.logs import read_lines
@@ -33,12 +33,12 @@ CODEC_OPTIONS = {"libx265": {"x265-params": "log-level=none"}, "libvpx-vp9": {"c
 SAVE_FOREVER = """
 import sys, torch
 from pathlib import Path
-from omnivision.checkpoint import checkpointer as checkpoint
+from omnivision.checkpoint import checkpointer
 from tests.checkpoint.test_checkpoint import state
 print(0, flush=True)
 for step in range(1, 10**6):
     weights = {'w': torch.full((300_000,), float(step))}
-    checkpoint.save(state(step, model=weights), Path(sys.argv[1]), ['best.pt'])
+    checkpointer.save(state(step, model=weights), Path(sys.argv[1]), ['best.pt'])
     print(step, flush=True)
 """
 
@@ -101,7 +101,7 @@ def killed_runs(folder: Path, kills: int, processes: int) -> Outcome:
 
 def tensors_of(run: Path) -> dict[str, torch.Tensor]:
     """Return the weights and the optimizer's state in the newest checkpoint of a run."""
-    contents = checkpoint.read_checkpoint(run / "checkpoints/checkpoint.pt")
+    contents = checkpointer.read_checkpoint(run / "checkpoints/checkpoint.pt")
     moments = {
         f"{number} {name}": torch.as_tensor(value)
         for number, each in contents["optimizer"]["state"].items()
@@ -135,7 +135,7 @@ def last_logged(run: Path) -> int:
 
 def last_saved(run: Path) -> int:
     """Return the step of the newest complete checkpoint; -1 for none."""
-    newest = checkpoint.load_newest(run / "checkpoints") if (run / "checkpoints").is_dir() else None
+    newest = checkpointer.load_newest(run / "checkpoints") if (run / "checkpoints").is_dir() else None
     return -1 if newest is None else newest[0]["epoch"] * newest[0]["steps_per_epoch"] + newest[0]["step"]
 
 
@@ -157,13 +157,13 @@ def killed_while_saving(folder: Path, kills: int) -> Outcome:
         process.stdout.close()
         process.wait()
         try:
-            newest = checkpoint.load_newest(target) if target.is_dir() else None
+            newest = checkpointer.load_newest(target) if target.is_dir() else None
             if newest is None and done[-1] == 0:
                 continue  # nothing was saved yet, and nothing prevents a start
             assert newest is not None
             contents, _, problems = newest
             if done[-1]:
-                checkpoint.verify_manifest(target / "best.pt")
+                checkpointer.verify_manifest(target / "best.pt")
             complete = torch.equal(contents["model"]["w"], torch.full((300_000,), float(contents["step"])))
             if problems or contents["step"] < done[-1] or not complete:
                 outcome.lost.append(f"{problems}, step {contents['step']} after {done[-1]}")
@@ -176,7 +176,7 @@ def damaged_checkpoints(folder: Path, count: int) -> Outcome:
     """Corrupt checkpoints: each must be rejected by its manifest, as pretrained weights too, and the previous one be used."""
     outcome = Outcome("a corrupt checkpoint is rejected", f"{count} files truncated, bit-flipped or with holes")
     for step in (1, 2):
-        checkpoint.save(state(step, model={"w": torch.arange(20_000.0) + step}), folder, [])
+        checkpointer.save(state(step, model={"w": torch.arange(20_000.0) + step}), folder, [])
     latest, alone = folder / "checkpoint.pt", folder / "alone.pt"
     complete, rng = latest.read_bytes(), random.Random(0)
     for _ in range(count):
@@ -185,7 +185,7 @@ def damaged_checkpoints(folder: Path, count: int) -> Outcome:
             continue
         latest.write_bytes(data)
         alone.write_bytes(data)
-        contents, path, problems = checkpoint.load_newest(folder)
+        contents, path, problems = checkpointer.load_newest(folder)
         if path == latest or contents["step"] != 1 or len(problems) != 1:
             outcome.accepted.append(f"{path}: {problems}")
         try:
@@ -206,14 +206,14 @@ def full_disk(folder: Path) -> Outcome:
         return outcome
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(folder)], check=True)
     try:
-        checkpoint.save(state(1, model={"w": torch.zeros(100_000)}), folder, [])
+        checkpointer.save(state(1, model={"w": torch.zeros(100_000)}), folder, [])
         try:
-            checkpoint.save(state(2, model={"w": torch.zeros(1_000_000)}), folder, [])
+            checkpointer.save(state(2, model={"w": torch.zeros(1_000_000)}), folder, [])
             outcome.accepted.append("saved to a full disk")
         except OSError as error:
             if error.errno != 28:
                 outcome.crashed.append(str(error))
-        contents, path, problems = checkpoint.load_newest(folder)
+        contents, path, problems = checkpointer.load_newest(folder)
         if contents["step"] != 1 or problems or any(folder.glob(".*.tmp")):
             outcome.lost.append(f"{path}: {problems}")
         del contents  # mapped from there

@@ -56,7 +56,7 @@ class Folder(fixtures.Folder):
 
 
 class Saving(Folder):
-    def test_the_newest_and_the_one_before(self):
+    def test_newest_and_previous_checkpoint_are_kept(self):
         self.assertIsNone(checkpoint.load_newest(self.folder))
         (self.folder / "shards_1_ab").mkdir()
         self.save(1, aliases=("best.pt", "checkpoint_1.pt"))
@@ -67,7 +67,7 @@ class Saving(Folder):
             checkpoint.verify_manifest(self.folder / name)
         self.assertEqual([*self.folder.glob(".*"), *self.folder.glob("shards_*")], [], "no temporary or unused files")
 
-    def test_without_hard_links(self):
+    def test_saving_without_hard_links(self):
         with mock.patch("os.link", side_effect=OSError):
             self.save(1, aliases=("best.pt",))
             self.save(2)
@@ -103,7 +103,7 @@ class Saving(Folder):
                 self.assert_newest(step)
         self.assertEqual(checked, {"best.pt", "checkpoint.pt", "previous.pt"})
 
-    def test_a_failed_save_replaces_nothing(self):
+    def test_failed_save_replaces_nothing(self):
         self.save(1)
         write = torch.save
 
@@ -144,7 +144,7 @@ class Saving(Folder):
 
 
 class Loading(Folder):
-    def test_a_damaged_newest_gives_way_to_the_one_before(self):
+    def test_previous_checkpoint_is_loaded_if_the_newest_is_corrupt(self):
         latest, manifest = self.folder / "checkpoint.pt", self.folder / "checkpoint.pt.json"
 
         def flip_without_manifest(data: bytes) -> None:
@@ -178,7 +178,7 @@ class Loading(Folder):
         with mock.patch.object(checkpoint, "sha256", unreadable):
             self.assert_newest(1, "previous.pt", problems=1)
 
-    def test_without_a_complete_one_nothing_starts_over(self):
+    def test_folder_without_a_complete_checkpoint_raises(self):
         (self.folder / "link").mkdir()
         (self.folder / "link/checkpoint.pt").symlink_to("/nowhere/checkpoint.pt")
         (self.folder / "folder/checkpoint.pt").mkdir(parents=True)
@@ -194,7 +194,7 @@ class Loading(Folder):
             with self.subTest(folder.name), self.assertRaisesRegex(checkpoint.CorruptCheckpointError, "checkpoint.pt"):
                 checkpoint.load_newest(folder)
 
-    def test_the_good_one_stays_until_there_is_a_better(self):
+    def test_previous_checkpoint_stays_until_a_complete_one_is_saved(self):
         for damaged in ("checkpoint.pt", "checkpoint.pt.json"):
             with self.subTest(damaged):
                 folder = self.folder / damaged
@@ -211,7 +211,7 @@ class Loading(Folder):
                 self.save(4, folder=folder)
                 self.assertEqual(checkpoint.safe_load(folder / "previous.pt")["step"], 3)
 
-    def test_an_archive_of_several_disks(self):
+    def test_multi_disk_archive_is_corrupt(self):
         """Found by random damage: the zip library raises when asked whether it is an archive."""
         file = self.folder / "several_disks.pt"
         torch.save({"w": torch.zeros(9)}, file)
@@ -235,7 +235,7 @@ class Loading(Folder):
                 checkpoint.safe_load(file)
         self.assertFalse(canary.exists())
 
-    def test_weights_of_another_model(self):
+    def test_weights_of_another_model_are_refused(self):
         model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
         other = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1)).state_dict() | {"extra": torch.zeros(1)}
         with self.assertRaisesRegex(UserError, r"x\.pt .*extra.*0\.weight.*trainer/model"):
@@ -243,7 +243,7 @@ class Loading(Folder):
 
 
 class Lag(Folder):
-    def test_another_machine_waits_until_it_sees_the_same_checkpoint(self):
+    def test_other_host_waits_until_the_checkpoint_is_visible(self):
         there, here = self.folder / "there", self.folder / "here"  # two machines' views of one folder
         there.mkdir()
         (there / "checkpoint.pt").write_bytes(b"weights")

@@ -62,7 +62,7 @@ class Commit(Folder):
         subprocess.run(["git", *identity, *arguments], cwd=self.folder, check=True, capture_output=True)
 
     @unittest.skipIf(shutil.which("git") is None, "no git; apt-get install git")
-    def test_the_commit_of_a_checkout(self):
+    def test_commit_of_a_checkout(self):
         self.git("init", "-q")
         self.assertIsNone(self.commit(), "nothing is committed")
         self.git("add", ".")
@@ -76,7 +76,7 @@ class Commit(Folder):
         self.assertEqual(self.commit(), f"{clean}-dirty")
         self.assertIsNone(self.commit(PATH="/nowhere"), "without git")
 
-    def test_none_outside_a_checkout(self):
+    def test_no_commit_outside_a_checkout(self):
         self.assertIsNone(self.commit())
         (self.folder / ".git").write_text("gitdir: /nowhere")
         self.assertIsNone(self.commit(), "a broken one")
@@ -96,7 +96,7 @@ class Commit(Folder):
 
 
 class Comparison(unittest.TestCase):
-    def test_settings_that_change_the_numbers_and_others(self):
+    def test_setting_changes_are_classified(self):
         for name, value, alters in (
             ("epochs", 4, True),
             ("datasets.ucf101.fps", 30, True),
@@ -113,7 +113,7 @@ class Comparison(unittest.TestCase):
             wanted = {True: (change, []), False: ([], change), None: ([], [])}
             self.assertEqual((altering, others), wanted[alters], name)
 
-    def test_data_batches_and_versions(self):
+    def test_changes_of_data_clips_per_step_and_versions_are_classified(self):
         paths, other = "datasets.ucf101.train.paths", {"datasets.ucf101.val.paths": "1 bytes, SHA-256 c"}
         for changes, wanted in (
             ({}, ([], [])),
@@ -127,7 +127,7 @@ class Comparison(unittest.TestCase):
         ):
             self.assertEqual(classify_changes(facts(), facts(**changes)), wanted)
 
-    def test_settings_that_older_runs_lack(self):
+    def test_settings_missing_in_older_runs_have_defaults(self):
         older = {"epochs": 3, "trainer.task.mixing.prob": 1.0, "trainer.max_epochs": "${epochs}"}
         newer = {
             "epochs": 3,
@@ -141,7 +141,7 @@ class Comparison(unittest.TestCase):
         for name, value in (("mixing_prob", 0.5), ("crop_scale", [0.5, 1]), ("trainer.max_epochs", 4)):
             self.assertIn(name, " ".join(experiment.classify_setting_changes(older, newer | {name: value})[0]))
 
-    def test_class_names_in_another_order_are_another_experiment(self):
+    def test_changed_class_names_are_described(self):
         for saved, current, count in (("ab", "ab", 0), ("abc", "bac", 2), ("ab", "az", 1), ("", "ab", 0)):
             one, other = (
                 InferenceConfig.of_file(facts(inference={"class_names": [list(names)]} if names else {}))
@@ -161,7 +161,7 @@ class Comparison(unittest.TestCase):
                 found = any(fnmatch.fnmatchcase(name, each) for each in experiment.RUNTIME_ONLY_SETTINGS)
                 self.assertEqual(found, harmless, name)
 
-    def test_a_value_from_the_environment_is_compared_and_not_written(self):
+    def test_values_from_the_environment_are_compared_by_digest(self):
         text = "epochs: 3\nlr: ${oc.decode:${oc.env:LR}}\nparts: ['${oc.env:A}']"
         one, same, other = (
             experiment.fingerprint(text, {"epochs": 3, "lr": lr, "parts": ["secret"]}, [], None)
@@ -173,7 +173,7 @@ class Comparison(unittest.TestCase):
         for value in ("0.125", "secret"):
             self.assertNotIn(value, json.dumps(one))
 
-    def test_text(self):
+    def test_parsing_and_truncating(self):
         self.assertEqual(truncate_list(["a", "b"]), "a, b")
         self.assertEqual(truncate_list(["a"] * 9), "a, a, a, a, a, and 4 more")
         self.assertEqual(len(truncate_list(["a" * 900])), 203)
@@ -183,7 +183,7 @@ class Comparison(unittest.TestCase):
 
 
 class Files(Folder):
-    def test_a_changed_byte_is_seen_and_a_large_file_is_read_in_pieces(self):
+    def test_file_digest_detects_a_changed_byte_and_samples_large_files(self):
         file, data = self.folder / "paths.npy", bytes(5000)
         file.write_bytes(data)
         before = file_digest(file)
@@ -197,7 +197,7 @@ class Files(Folder):
                 noticed += file_digest(file) != complete
             self.assertEqual(noticed, 1000 // 10)
 
-    def test_changed_settings(self):
+    def test_changes_since_a_file_are_listed(self):
         file = self.folder / "config.yaml"
         file.write_text("epochs: 3\ndata: {path: a, list: [1, 2]}\nother: ${epochs}\ngone: 1\n")
         current = "epochs: 4\ndata: {path: a, list: [1, 3]}\nother: ${epochs}\n"
@@ -211,7 +211,7 @@ class Files(Folder):
 
 
 class Resuming(unittest.TestCase):
-    def test_a_run_goes_on_as_the_same_experiment_or_not_at_all(self):
+    def test_resuming_requires_the_same_experiment(self):
         with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(io.StringIO()):
             folder, run = Path(name), Path(name) / "run"
             films = runs.real_videos() * 8

@@ -44,7 +44,7 @@ class Runs(unittest.TestCase):
         self.assertNotIn("Warning", result.stderr)
         return self.folder / name
 
-    def test_two_four_and_one_process_go_on_with_one_another_and_equal_ddp(self):
+    def test_fsdp_resumes_with_other_world_sizes_and_equals_ddp(self):
         ddp = runs.read_metrics(self.run_here("ddp", 2))
         split = self.folder / "split"
         runs.run_and_kill(
@@ -95,7 +95,7 @@ class Runs(unittest.TestCase):
             torch.equal(trunk, weights.read_weights(split).with_weights().state["trunk.blocks.0.mlp.fc1.weight"])
         )
 
-    def test_what_computes_and_travels_in_half_precision_equals_ddp(self):
+    def test_fsdp_in_half_precision_equals_ddp(self):
         """Norms are not rounded, as autocast does not round them; products are, and so is what goes over the wire."""
 
         def norms(name: str, *settings: str) -> list[float]:
@@ -116,7 +116,7 @@ class Runs(unittest.TestCase):
         for one, other in zip(whole, rounded, strict=True):
             self.assertAlmostEqual(one, other, delta=1e-3 * one)
 
-    def test_an_average_is_not_split(self):
+    def test_average_with_fsdp_is_refused(self):
         with self.assertRaisesRegex(UserError, "^trainer.distributed.strategy .*ddp"):
             validate_config(stages.compose_config(*stages.command("average", self.folder / "x", FSDP)))
 
@@ -140,7 +140,7 @@ class Shards(Folder):
         with self.assertRaisesRegex(CorruptCheckpointError, message):
             sharded.load_shards(state or self.state(**changes), self.folder)
 
-    def test_tensors_return_to_their_places(self):
+    def test_shards_are_loaded_into_their_entries(self):
         state = self.state()
         sharded.load_shards(state, self.folder)
         self.assertEqual(sorted(state), ["model", "optimizer"])
@@ -150,7 +150,7 @@ class Shards(Folder):
         sharded.load_shards(state, self.folder)
         self.assertIn("shards", state)
 
-    def test_refused(self):
+    def test_other_shards_are_refused(self):
         entry = {"size": 1, "sha256": "0"}
         for changes in ({"folder": "shards_4"}, {"folder": "../x"}, {"files": {}}, {"files": {"../a": entry}}):
             self.refused("must hold the shards", **changes)
@@ -165,7 +165,7 @@ class Shards(Folder):
         save_file({"model/a": torch.ones(3, 3)}, self.shard, metadata={"DCP_SHARDING_INFO": json.dumps(offsets)})
         self.refused("cannot be read: [^\n]*$")
 
-    def test_a_full_disk_is_reported_and_the_next_save_cleans_up(self):
+    def test_full_disk_is_reported_and_the_next_save_cleans_up(self):
         here = Dist(RankInfo(), "cpu", None, timedelta(minutes=1))
         failed = CheckpointException("x", {1: (OSError(28, "No space left on device"), None)})
         for attempt in range(2):
@@ -175,7 +175,7 @@ class Shards(Folder):
             self.assertEqual(caught.exception.errno, 28)
             self.assertEqual(len(list(self.folder.glob("shards_*"))), 1, attempt)
 
-    def test_unused_folders_are_removed(self):
+    def test_unused_shard_folders_are_removed(self):
         (self.folder / "shards_1_cd").mkdir()
         torch.save(self.state(), self.folder / "best.pt")
         (self.folder / "damaged.pt").write_bytes(b"x")

@@ -37,7 +37,7 @@ class Case(WeightsCase):
 
 
 class HandOver(Case):
-    def test_from_stage_to_stage(self):
+    def test_trunk_is_loaded_from_stage_to_stage(self):
         """Autoencoder -> alignment -> another set of classes: the trunk arrives whole, its final norm too."""
         first, second, third = autoencoder(), classifier(), classifier(5)
         torch.nn.init.normal_(first.trunk.norm.weight)
@@ -51,7 +51,7 @@ class HandOver(Case):
             self.assertTrue(torch.equal(tensor, first.trunk.state_dict()[name]), name)
         self.assertRegex("\n".join(again.lines()), r"loaded +\d+ .*\n  dropped +2 .*heads")
 
-    def test_entries_without_a_place_and_strict(self):
+    def test_unexpected_entries_are_reported_or_refused_if_strict(self):
         report = load_filtered(autoencoder(), described(classifier()), WeightFilter())
         self.assertEqual(report.dropped, dict.fromkeys(("heads.0.0.weight", "heads.0.0.bias"), NO_PLACE))
         self.assertIn("trunk.decoder.norm.weight", report.missing)
@@ -60,7 +60,7 @@ class HandOver(Case):
         prefixed = WeightFilter(prefix="foo.", trunk_coverage=0)
         self.assert_refused("there.pt.*omnivision import.*trainer/checkpoint", classifier(), file_of(trunk()), prefixed)
 
-    def test_positions_of_other_frames_and_sizes_are_interpolated(self):
+    def test_positional_embeddings_are_interpolated(self):
         old = classifier()
         torch.nn.init.normal_(old.trunk.pos_embed)
         for changes, grid in (({"num_frames": 8}, (4, 4, 4)), ({"image_size": 48}, (2, 6, 6))):
@@ -83,7 +83,7 @@ class HandOver(Case):
                 weights = file_of(old, architecture={"trunk": entry})
                 self.assert_refused("architecture, got 32", classifier(), weights)
 
-    def test_values_that_are_no_weights_are_refused(self):
+    def test_invalid_tensor_values_are_refused(self):
         for value, reason in (
             (torch.zeros(48, dtype=torch.int64), "torch.int64"),
             (torch.zeros(48, dtype=torch.complex64), "torch.complex64"),
@@ -130,14 +130,14 @@ class ClassNames(Case):
             self.assertEqual(self.rows(model.state_dict(), head, ours[head]), wanted, (given, ours))
         return report
 
-    def test_one_head(self):
+    def test_rows_of_one_head_are_matched_by_class_name(self):
         for ours in (["b", "a", "c"], ["c", "a", "b"]):
             report = self.assert_taken([self.LETTERS], [ours], {0: 0})
             self.assertEqual(len(report.classes), 1)
             self.assertIn(report.classes[0], "\n".join(report.lines()))
         self.assertEqual(self.assert_taken([self.LETTERS], [self.LETTERS], {0: 0}, self.STRICT).classes, [])
 
-    def test_several_heads(self):
+    def test_several_heads_are_matched_by_class_name(self):
         self.assert_taken([self.AB, self.LETTERS], [["c", "b", "a"], ["run", "jump"]], {0: 1, 1: 0}, self.STRICT)
         report = self.assert_taken([self.AB, self.XY], [["y", "x"]], {0: 1})
         self.assertEqual(report.dropped["heads.0.0.weight"], NO_PLACE)
@@ -149,7 +149,7 @@ class ClassNames(Case):
         renamed = WeightFilter(drop=["heads.0.*"], rename={"heads.1.*": "heads.0.*"})
         self.assert_taken([["q", "r", "s"], self.LETTERS], [["c", "a", "b"]], {0: 1}, renamed)
 
-    def test_other_names_are_refused(self):
+    def test_other_class_names_are_refused(self):
         for given, ours in (
             ([self.LETTERS], [["a", "b", "d"]]),
             ([["A", "b", "c"]], [self.LETTERS]),
@@ -162,7 +162,7 @@ class ClassNames(Case):
         few = VideoClassifier(trunk(), [2])
         self.assert_refused("no_heads", few, self.source(self.LETTERS), WeightFilter(), [self.AB])
 
-    def test_without_names_of_a_side_only_counts_are_compared(self):
+    def test_heads_without_class_names_are_matched_by_count(self):
         numbers = ["0", "1", "2"]
         for given, ours in ((self.LETTERS, numbers), (numbers, self.LETTERS), (["a", "a", "b"], self.LETTERS)):
             source, model = self.source(given), VideoClassifier(trunk(), [3])
@@ -185,7 +185,7 @@ class Filtering(unittest.TestCase):
         state = {name: torch.zeros(1) for name in ("trunk.a", "trunk.b", "heads.0.w", "x")}
         return sorted(filter_state_dict(state, WeightFilter(**choice), LoadReport("there.pt", "")))
 
-    def test_keeping_dropping_renaming_and_prefixing(self):
+    def test_filter_keeps_drops_renames_and_prefixes(self):
         for choice, names in (
             ({"keep": ["trunk.*", "x"]}, "trunk.a trunk.b x"),
             ({"drop": ["trunk.*"]}, "heads.0.w x"),
@@ -196,7 +196,7 @@ class Filtering(unittest.TestCase):
         ):
             self.assertEqual(self.taken(**choice), names.split())
 
-    def test_patterns_without_a_match_and_nothing_kept(self):
+    def test_patterns_without_a_match_are_refused(self):
         for choice, message in (
             ({"keep": ["tronk.*"]}, r"trainer\.checkpoint\.keep: 'tronk\.\*'"),
             ({"drop": ["tronk.*"]}, r"trainer\.checkpoint\.drop: 'tronk\.\*'"),
@@ -212,7 +212,7 @@ class Reading(Case):
         super().setUp()
         self.state = classifier().state_dict()
 
-    def test_every_container(self):
+    def test_all_file_formats_are_read(self):
         save_file(self.state, self.folder / "weights.safetensors")
         old = self.folder / "old.pt"  # from before torch 1.6
         torch.save({"model": self.state}, old, _use_new_zipfile_serialization=False)
@@ -222,14 +222,14 @@ class Reading(Case):
             torch.testing.assert_close(found.state, self.state, rtol=0, atol=0)
             self.assertEqual((bool(found.architecture), len(found.sha256)), (source == run, 64))
 
-    def test_a_run_directory_gives_its_best_else_its_newest(self):
+    def test_run_directory_resolves_to_best_else_newest_checkpoint(self):
         with self.assertRaisesRegex(UserError, "checkpoints/best.pt .*checkpoints/checkpoint.pt"):
             resolve_checkpoint(self.folder)
         for name in ("checkpoint.pt", "best.pt"):
             path = self.save({"model": self.state}, f"checkpoints/{name}")
             self.assertEqual(resolve_checkpoint(self.folder), path)
 
-    def test_the_ema_takes_the_place_of_the_weights(self):
+    def test_ema_replaces_the_weights(self):
         ema = {"trunk.norm.weight": torch.full((48,), 7.0)}
         path = self.save({"model": self.state, "ema": ema})
         for found in (read_weights(path).with_weights(), *read_several([str(path)] * 2)):
@@ -252,7 +252,7 @@ class Reading(Case):
             source = file_of(self.state, **metadata)
             self.assertEqual((source.checkpoint, str(source)), (text, f"there.pt ({text})" if text else "there.pt"))
 
-    def test_several(self):
+    def test_several_models_are_read(self):
         paths = [str(self.save({"model": self.state}, name)) for name in ("a.pt", "b.pt")]
         both = self.save({"ensemble_weights": [self.state, self.state]}, "both.pt")
         self.assertEqual([weights.path.name for weights in read_several(paths)], ["a.pt", "b.pt"])
@@ -281,7 +281,7 @@ class Reading(Case):
             with self.assertRaisesRegex(UserError, name):
                 read_weights(self.folder / name)
 
-    def test_refused(self):
+    def test_invalid_files_are_refused(self):
         os.mkfifo(self.folder / "pipe")
         for source in (self.folder / "pipe", "", self.folder / "none"):
             with self.subTest(source), self.assertRaisesRegex(UserError, "There is no file"):
@@ -305,7 +305,7 @@ class Reading(Case):
 
 
 class Architectures(unittest.TestCase):
-    def test_a_description_builds_its_model(self):
+    def test_model_is_built_from_its_architecture(self):
         average = AveragedClassifier(trunk(), [7, 5], 3, "learned_average_layer_softmax")
         for model in (autoencoder(), classifier(), average):
             architecture = architecture_of(model)
@@ -316,7 +316,7 @@ class Architectures(unittest.TestCase):
             self.assertEqual({name: t.shape for name, t in again.state_dict().items()}, shapes)
             json.dumps(architecture)
 
-    def test_nonsense(self):
+    def test_invalid_architectures_are_refused(self):
         good = architecture_of(classifier())
         for bad in (
             {},

@@ -45,7 +45,7 @@ class BadInput(unittest.TestCase):
         np.save(file, array)
         return [*self.data, f"++datasets.k150.train.{which}={file}"]
 
-    def test_settings_that_the_data_or_the_model_refuse(self):
+    def test_settings_that_do_not_fit_data_or_model_are_refused(self):
         labels, name = np.arange(12) % 3, r"datasets\.k150\.train"
         for overrides, saying in (
             (self.split("object", np.array([{}] * 12, dtype=object)), f"never unpickled.*{name}"),
@@ -63,7 +63,7 @@ class BadInput(unittest.TestCase):
         with mock.patch.dict(os.environ, PATH=str(self.folder)):  # without SLURM
             self.assert_refused("submitit.use_cluster=true", saying="submitit.use_cluster=false")
 
-    def test_a_second_process_on_a_live_run(self):
+    def test_second_process_in_a_run_directory_is_refused(self):
         folder = self.folder / "held"
         folder.mkdir()
         started = Path(f"/proc/{os.getpid()}/stat").read_text().rpartition(")")[2].split()[19]
@@ -72,7 +72,7 @@ class BadInput(unittest.TestCase):
         self.assert_refused(*self.data, saying=f"in use by process {os.getpid()}", folder="held")
         self.assertEqual(json.loads((folder / ".lock").read_text()), holder)
 
-    def test_a_checkpoint_of_another_model(self):
+    def test_checkpoint_of_another_model_is_refused(self):
         result = here(self.folder / "other", *self.data, "epochs=1")
         self.assertEqual(result.returncode, 0, result.stderr)
         for overrides, experiment, checkpoint in (
@@ -105,7 +105,7 @@ class BadInput(unittest.TestCase):
         self.assertNotIn("Traceback", stopped.stderr)
         self.assertIn("could not be decoded", runs.read_summary(self.folder / "stopped")["exit_reason"])
 
-    def test_a_file_that_is_back_is_no_bad_one(self):
+    def test_restored_file_is_not_bad(self):
         ledger, film = self.folder / "back.jsonl", self.folder / "back.mp4"
         lines = [dict(source="k150", index=n, path=str(film), reason="No such file", missing=n == 0) for n in (0, 1)]
         ledger.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -113,7 +113,7 @@ class BadInput(unittest.TestCase):
         film.touch()
         self.assertEqual(len(BadSampleLedger(ledger, 10, 0.5)), 1, "the other one was there, and bad")
 
-    def test_a_data_root_that_vanishes_stops_the_run_and_condemns_no_file(self):
+    def test_vanished_data_root_stops_the_run_and_marks_no_file_as_bad(self):
         root, gone = self.folder / "root", self.folder / "unmounted"
         root.mkdir()
         films = [shutil.copy(film, root / f"{n}_{Path(film).name}") for n in range(40) for film in runs.real_videos()]
@@ -150,7 +150,7 @@ class BadInput(unittest.TestCase):
         process.kill()
         process.wait()
 
-    def test_a_loss_that_is_not_finite_stops_all_processes_with_one_code_and_names_the_samples(self):
+    def test_nonfinite_loss_stops_all_ranks_with_one_exit_code_and_names_the_samples(self):
         settings = [f"trainer.optim.options.lr.0.scheduler.{name}=1e30" for name in ("start", "peak")]
         settings += ["launcher.gpus_per_node=2", "trainer.checkpoint.save_every_steps=1"]
         result = here(self.folder / "nan", *self.data, *settings)

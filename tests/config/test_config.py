@@ -47,7 +47,7 @@ def stage_settings(stage: str, *overrides: str) -> Settings:
 
 
 class Shipped(unittest.TestCase):
-    def test_every_recipe_composes_checks_and_is_a_few_lines(self):
+    def test_every_recipe_composes_validates_and_is_short(self):
         wanted = [f"mae_{name}" for name in ("k150", "inpk150", "sim150", "inpk150_sim150")]
         wanted += [f"mae_ft_{name}" for name in (*DATASETS, "inpk150_sim150")]
         self.assertLessEqual({f"{name}_config" for name in wanted}, set(RECIPES))
@@ -90,7 +90,7 @@ class Shipped(unittest.TestCase):
             run_settings = stage_settings("finetune", f"trainer/checkpoint={choice}")
             self.assertEqual(run_settings.trainer.checkpoint.strict, choice == "load_all")
 
-    def test_the_later_stages_of_the_paper(self):
+    def test_later_stages_have_the_papers_settings(self):
         cases = {  # stage: (ending of models, learning rate at 0, .125 and 1 for the nominal batch)
             "finetune": ("_ft", (1e-6, 4e-3, 1e-6)),
             "probe": ("_ft", (4e-6, 16e-3, 4e-6)),
@@ -112,7 +112,7 @@ class Shipped(unittest.TestCase):
             heads = model.model.heads if kind == "_average_ft" else model.heads
             self.assertEqual(heads[0][0].weight.shape, (51, 768))
 
-    def test_a_peak_of_the_learning_rate_in_every_stage(self):
+    def test_lr_sets_the_peak_learning_rate_in_every_stage(self):
         def rates(stage: str, model: str, *overrides: str) -> list[list[float]]:
             small = ("image_size=32", "num_frames=4", "mixing_lr_factor=3", f"trainer/model={model}")
             run_settings = stage_settings(stage, *small, *overrides)
@@ -134,7 +134,7 @@ class Shipped(unittest.TestCase):
                         self.assertAlmostEqual(now, then * 1e-4 / recipe_peak, delta=1e-12)
                 self.assertEqual(len({round(max(each[1:]), 9) for each in given}), 1 + (stage == "average"))
 
-    def test_two_label_sets_share_a_head_only_when_told(self):
+    def test_two_label_sets_share_a_head_only_with_share_head(self):
         for overrides, classes in (([], [150, 150]), (["trainer.data.share_head=true"], [150])):
             run_settings = settings(*TWO_SETS, *overrides)
             self.assertEqual(build.build_label_sets(run_settings).classes, classes)
@@ -144,7 +144,7 @@ class Shipped(unittest.TestCase):
             build.build_label_sets(settings(*TWO_SETS, *both)).head, {"inpk150": 0, "sim150": 1, "k150": 0}
         )
 
-    def test_sources_of_one_head_name_its_classes_alike(self):
+    def test_sources_of_one_head_must_have_the_same_class_names(self):
         classes = [f"++datasets.{name}.num_classes=3" for name in ("inpk150", "sim150")]
         one_set = [f"++datasets.{name}.label_set=mine" for name in ("inpk150", "sim150")]
         with tempfile.TemporaryDirectory() as folder:
@@ -161,7 +161,7 @@ class Shipped(unittest.TestCase):
                     else:
                         self.assertEqual(build.resolve_class_names(run_settings)[0], list("abc"))
 
-    def test_video_labels_and_the_catalog(self):
+    def test_class_count_comes_from_the_catalog_or_video_labels(self):
         unknown = "++datasets.ucf101.num_classes=null"
         self.assertEqual(build.build_label_sets(stage_settings("finetune", "++video_labels=101")).classes, [101])
         self.assertEqual(build.build_label_sets(stage_settings("finetune", unknown, "++video_labels=7")).classes, [7])
@@ -170,7 +170,7 @@ class Shipped(unittest.TestCase):
         with self.assertRaisesRegex(UserError, r"datasets\.ucf101\.num_classes"):
             build.build_label_sets(stage_settings("finetune", unknown))
 
-    def test_the_recipe_of_the_paper(self):
+    def test_pretraining_has_the_papers_settings(self):
         run_settings = settings(*STAGE_1, FOLDER)
         model = build.build_model(run_settings, device="meta")
         self.assertEqual((model.trunk.grid, len(model.trunk.blocks)), ((8, 14, 14), 12))
@@ -191,12 +191,12 @@ class Shipped(unittest.TestCase):
             (run_settings.trainer.seed_value, run_settings.clip_duration, run_settings.short_side), (123, 2.7, 256)
         )
 
-    def test_types_of_settings_are_those_of_the_configuration(self):
+    def test_types_of_settings_match_the_configuration(self):
         types = setting_hints()
         self.assertIn("trainer.optim.amp.amp_dtype", types)
         self.assertLessEqual(set(OmegaConf.to_container(compose_config(*STAGE_1))), set(types))
 
-    def test_a_dataset_and_a_recipe_of_ones_own_as_documented(self):
+    def test_user_dataset_and_recipe_as_documented(self):
         with tempfile.TemporaryDirectory() as name:
             site, page = Path(name), (ROOT / "docs/index.md").read_text()
             recipe = page.partition("mae_ft_mine_config.yaml <<'END'\n")[2].partition("END")[0]
@@ -208,7 +208,7 @@ class Shipped(unittest.TestCase):
             run_settings = settings(*FINETUNE, "+trainer=mae_ft_mine_config", f"hydra.searchpath=[file://{site}]")
             self.assertEqual(list(run_settings.trainer.data.sources), ["mine"])
 
-    def test_any_order_of_the_groups_and_with_or_without_yaml(self):
+    def test_groups_compose_in_any_order_with_or_without_yaml(self):
         groups = ["+experiments=omnimae/omnimain_train_video", "trainer/model=vitsmall", "+trainer=mae_sim150_config"]
         reference = settings(*groups)
         for order in itertools.permutations(groups):
@@ -249,7 +249,7 @@ class Stages(unittest.TestCase):
             )
             self.assertEqual([argument.lstrip("+").partition("=")[0] in each for each in warnings], [True] * warned)
 
-    def test_every_experiment_says_its_stage(self):
+    def test_every_experiment_names_its_stage(self):
         for file in CONFIG.glob("experiments/*/*.yaml"):
             if file.stem != "base":
                 stage = compose_config(f"+experiments={file.parent.name}/{file.stem}").stage
@@ -259,7 +259,7 @@ class Stages(unittest.TestCase):
 
 
 class Script(unittest.TestCase):
-    def test_answers_at_once_and_without_torch(self):
+    def test_help_and_cfg_do_not_import_torch(self):
         command = [sys.executable, "-X", "importtime", str(ROOT / "train_app_submitit.py")]
         for arguments in (["--help"], ["--cfg", "job"]):
             before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -286,7 +286,7 @@ class Script(unittest.TestCase):
                 if last != "_target_" and ".options." not in name and not name.startswith("trainer.optim.optimizer."):
                     self.assertTrue(re.search(rf"\b({re.escape(name)}|{last})`", text), name)
 
-    def test_dry_tells_what_the_run_would_be_and_writes_its_curves(self):
+    def test_dry_run_describes_the_run_and_draws_its_schedules(self):
         with tempfile.TemporaryDirectory() as name:
             data = runs.write_split(Path(name), runs.real_videos() * 16 + ["/gone.mp4"] * 16)
             settings = (f"launcher.experiment_log_dir={name}/run", "batch_size=8", "epochs=3", "trainer.mode=dry")

@@ -37,7 +37,7 @@ class Fuzz(unittest.TestCase):
 
     @FUZZ
     @given(st.dictionaries(NAMES, VALUES, min_size=1, max_size=3))
-    def test_settings(self, changes: dict) -> None:
+    def test_random_settings_are_valid_or_user_errors(self, changes: dict) -> None:
         config = self.config.copy()
         OmegaConf.set_struct(config, False)
         for name, value in changes.items():
@@ -58,7 +58,9 @@ class Fuzz(unittest.TestCase):
         st.lists(st.integers(-3, 9), max_size=6),
         st.none() | st.integers(1, 6),
     )
-    def test_catalogs(self, kind: str, shape: list, label_kind: str, labels: list, classes: int | None) -> None:
+    def test_random_catalogs_are_valid_or_user_errors(
+        self, kind: str, shape: list, label_kind: str, labels: list, classes: int | None
+    ) -> None:
         with tempfile.TemporaryDirectory() as name:
             files = {"paths": f"{name}/paths.npy", "labels": f"{name}/labels.npy"}
             np.save(files["paths"], np.zeros(shape, kind))

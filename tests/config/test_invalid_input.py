@@ -206,19 +206,19 @@ class Problems(unittest.TestCase):
         (folder / "site" / name).write_text(text)
         return (*MAE, *HERE, "--config-dir", str(folder), "+site=lab")
 
-    def test_on_the_command_line(self):
+    def test_problems_on_the_command_line_are_found(self):
         for arguments, parts in AFTER_MAE.items():
             self.check((*MAE, *HERE, *arguments.split()), *parts)
         for alone, parts in ALONE.items():
             self.check(alone, *parts)
 
-    def test_in_a_file_of_ones_own(self):
+    def test_problems_in_a_user_file_are_found(self):
         for text, part in FILES.items():
             self.check(self.write_site("lab.yaml", HEADER + text), part)
         for name, text, part in WRONG_FILES:
             self.check(self.write_site(name, text), part)
 
-    def test_all_are_found_at_once(self):
+    def test_all_problems_are_reported_at_once(self):
         more = ("++ephocs=3", "batch_size=0", "trainer.mode=x", "trainer.max_epochs=${nope}")
         self.assertEqual(len(find_problems(*MAE, *HERE, *more)), 4)
 
@@ -237,7 +237,7 @@ class Targets(unittest.TestCase):
         self.assertEqual(list(target_problems(nested, "a")), ["a.betas[0]._target_"])
         self.assertEqual(target_problems({"_target_": "torch.optim.SGD"}, "a"), {})
 
-    def test_arguments_are_those_of_the_signature(self):
+    def test_arguments_must_match_the_signature(self):
         self.assertEqual(list(signature_of("omnivision.data.masking.TubeMask")), ["ratio"])
         self.assertRaises(TargetError, signature_of, "omnivision.models.vit.Nope")
         trunk = {"_target_": "omnivision.models.vit.VisionTransformer"}
@@ -275,7 +275,7 @@ class Command(unittest.TestCase):
                 self.assertNotIn("Traceback", err)
             self.assertEqual(os.listdir(folder), [])
 
-    def test_nothing_of_hydra_is_run_or_written(self):
+    def test_hydra_runs_and_writes_nothing(self):
         for text in HYDRA:
             with tempfile.TemporaryDirectory() as folder, self.subTest(text):
                 (Path(folder) / "site").mkdir()
@@ -285,7 +285,7 @@ class Command(unittest.TestCase):
                 self.assertEqual(os.listdir(folder), ["site"])
                 self.assertFalse(Path("/tmp/never").exists())
 
-    def test_an_interruption_that_a_library_made_an_error_of(self):
+    def test_keyboard_interrupt_wrapped_by_a_library_is_recognized(self):
         try:
             try:
                 raise KeyboardInterrupt
@@ -298,13 +298,13 @@ class Command(unittest.TestCase):
         one.__cause__, other.__context__ = other, one  # as `raise one from other` makes it while one is handled
         self.assertIs(unwrap_keyboard_interrupt(one), one)
 
-    def test_flags_may_stand_anywhere(self):
+    def test_flags_may_be_anywhere_on_the_command_line(self):
         with tempfile.TemporaryDirectory() as folder:
             command = parse_command_line(["a=1", "-m", "--config-dir", folder, "b=2", "-cn", "mine"], ROOT / "config")
             self.assertEqual((command.overrides, command.multirun, command.config_name), (["a=1", "b=2"], True, "mine"))
             self.assertEqual(command.config_dirs, [Path(folder), ROOT / "config"])
 
-    def test_a_traceback_for_those_who_want_one(self):
+    def test_traceback_is_printed_on_request(self):
         environment = os.environ | {"OMNIVISION_TRACEBACK": "1"}
         command = [sys.executable, "train_app_submitit.py", *MAE, "epoch=3"]
         result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -100,7 +100,7 @@ class Runs(Case):
             stages.command("ft", cls.folder / name, *cls.data, f"trainer.model._target_={target}")
         )
 
-    def test_predictions_are_those_of_the_evaluation(self):
+    def test_predictions_equal_those_of_the_evaluation(self):
         with np.load(self.folder / "run/predictions/ucf101.npz") as said:
             path, wanted = str(said["path"][0]), said["scores"][0]
         model = omnivision.load(self.folder / "run", trust_targets=["ownmodels"])
@@ -108,7 +108,7 @@ class Runs(Case):
         code, out, err = self.command("predict", self.folder / "run", path, "--trust-targets", "ownmodels", "--json")
         self.assertEqual((code, "error" in err, len(json.loads(out)[path])), (0, False, 3))
 
-    def test_what_cannot_be_done_with_it_is_one_paragraph(self):
+    def test_unsupported_commands_print_one_paragraph(self):
         run, film = self.folder / "run", self.films[0]
         alone = self.folder / "alone.pt"
         alone.write_bytes((run / "checkpoints/checkpoint.pt").read_bytes())
@@ -131,7 +131,7 @@ class Runs(Case):
             code, _, err = self.command(*arguments)
             self.assertEqual((code, "Traceback" in err), (0, False), err)
 
-    def test_a_step_that_is_out_of_memory(self):
+    def test_step_out_of_memory_is_reported(self):
         result = self.train("greedy", "ownmodels.Greedy")
         self.assertEqual(result.returncode, EXIT_FAULT, result.stderr)
         self.assertNotIn("Traceback", result.stderr)
@@ -145,7 +145,7 @@ class Runs(Case):
 
 
 class Building(Case):
-    def test_classes_that_cannot_be_imported_are_found_before_the_start(self):
+    def test_unimportable_classes_are_found_before_the_start(self):
         for target, part in (
             ("nopackage.Model", "PYTHONPATH"),
             ("ownmodels.Tine", "ownmodels.Tiny?"),
@@ -157,7 +157,7 @@ class Building(Case):
             self.assertIn(part, problems["trainer.model._target_"])
         self.assertEqual(target_problems({"_target_": "ownmodels.Tiny"}, "trainer.model", ["ownmodels"]), {})
 
-    def test_classes_that_raise(self):
+    def test_errors_in_user_classes_are_reported(self):
         for target, more, part in (
             ("ownmodels.Raises", {}, "KeyError: 'no such size'"),
             ("ownmodels.RaisesLater", {"classes": [3]}, "boom"),
@@ -199,7 +199,7 @@ class Memory(Case):
         OSError(12, "Cannot allocate memory"),
     )
 
-    def test_every_kind_is_a_paragraph_with_the_same_exit_code(self):
+    def test_every_out_of_memory_error_has_one_message_and_exit_code(self):
         for error in self.ERRORS:
             code, reason = exit_code_and_reason(error)
             self.assertEqual(code, EXIT_FAULT)
@@ -213,7 +213,7 @@ class Memory(Case):
         for other in (RuntimeError("shapes do not match"), OSError(2, "No such file"), ValueError("out of memory")):
             self.assertFalse(is_out_of_memory(other))
 
-    def test_it_is_not_taken_for_a_damaged_file_or_a_wrong_description(self):
+    def test_out_of_memory_is_not_reported_as_an_invalid_file(self):
         file = self.folder / "x.pt"
         torch.save({}, file)
         trunk = VisionTransformer(48, 1, 3, num_frames=2, image_size=16)

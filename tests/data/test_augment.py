@@ -71,7 +71,7 @@ class Operations(unittest.TestCase):
             self.assertEqual((got.dtype, got.shape), (torch.uint8, frames.shape))
             self.assertLess(float((got.float() - as_float).abs().max()), bound + 1e-3, (name, argument))
 
-    def test_each_frame_by_itself_and_all_alike(self):
+    def test_operation_on_a_clip_equals_operation_on_each_frame(self):
         frames = clip(3)
         frames[1] //= 3  # another brightness and contrast, so that statistics of the whole clip would show
         for pixels in (frames, frames.float() / 255):
@@ -85,12 +85,12 @@ class Operations(unittest.TestCase):
                     self.assertTrue(torch.equal(together, pixels), f"{name} at level 0")
             self.assertTrue(torch.equal(pixels, before), "the input is not changed")
 
-    def test_what_moves_in_is_grey(self):
+    def test_border_is_filled_with_grey(self):
         for name, argument in (("Rotate", 30.0), ("ShearX", 0.3), ("ShearY", -0.3), ("TranslateX", 0.45)):
             for pixels, grey in ((torch.zeros_like(clip()), 128), (torch.zeros_like(clip()).float(), 0.5)):
                 self.assertEqual(OPERATIONS[name].apply(pixels, argument).max(), grey, name)
 
-    def test_sharpness_is_torchvisions(self):
+    def test_sharpness_equals_torchvision(self):
         for height, width in ((24, 32), (3, 3), (2, 5), (5, 1), (1, 1)):
             frames = clip(2, height, width).double() / 255
             for factor in (0.1, 0.37, 1.0, 1.63, 1.9):
@@ -161,14 +161,14 @@ class Drawing(unittest.TestCase):
 
 
 class Erasing(unittest.TestCase):
-    def test_sizes(self):
+    def test_erased_sizes(self):
         for area, aspect, height, width, accepted in ERASING["size_examples_for_224"]["rows"]:
             expected = (height, width) if accepted else None
             self.assertEqual(erased_size(224, 224, area, aspect), expected, (area, aspect))
         self.assertEqual(erased_size(100, 100, 6.25 / 1e4, 1.0), (2, 2), "half to even: sides of 2.5")
         self.assertEqual(erased_size(100, 100, 12.25 / 1e4, 1.0), (4, 4), "and of 3.5")
 
-    def test_frequency_place_and_size(self):
+    def test_erasing_frequency_position_and_size(self):
         dice, erasing = rng(), RandomErasing()
         drawn = [erasing.box(100, 60, dice) for _ in range(12000)]
         boxes = np.array([box for box in drawn if box is not None])

@@ -45,7 +45,7 @@ class Reading(Folder):
             split = self.split([path], [0], **entry)
             self.assertEqual((split.path(0), len(split), split.label(0)), (expected, 1, 0))
 
-    def test_the_first_candidate_that_exists(self):
+    def test_first_existing_candidate_is_used(self):
         here = self.save("here.npy", ["a"])
         dataset = Dataset(name="d", fps=12, val={"paths": ["/nowhere.npy", here], "labels": None})
         split = Split(dataset, "val")
@@ -73,7 +73,7 @@ class Labels(Folder):
             with self.assertRaisesRegex(UserError, r"datasets\.e\.num_classes"):
                 label_sets([*sources, wrong])
 
-    def test_names_of_classes(self):
+    def test_class_names_are_read(self):
         file = self.folder / "names.txt"
         file.write_text("jump\nrun\n\n")
         named = Dataset(name="d", num_classes=2, class_names=str(file))
@@ -96,7 +96,7 @@ class Labels(Folder):
             self.assertEqual(shifted.tolist(), [label - (label > 0) for label in np.asarray(labels).tolist()])
         self.assertEqual(self.split(labels=[1, 5]).label(1), 5, "without a number of classes")
 
-    def test_labels_from_one_in_one_split_alone(self):
+    def test_labels_from_one_in_only_one_split_are_found(self):
         for train, val, shifted in (
             ([0, 1, 2], [1, 2, 3], True),
             ([1, 2, 3], [-1, 0, 2], True),
@@ -126,7 +126,7 @@ class Labels(Folder):
 
 
 class Refused(Folder):
-    def test_wrong_arrays(self):
+    def test_wrong_arrays_are_refused(self):
         two = {"paths": ["a", "b"]}
         for what, arrays in (
             ("paths", {"paths": [b"a", b"b"]}),
@@ -142,13 +142,13 @@ class Refused(Folder):
             with self.subTest(arrays), self.assertRaisesRegex(UserError, rf"datasets\.d\.train\.{what}"):
                 self.split(**arrays)
 
-    def test_labels_out_of_range(self):
+    def test_labels_out_of_range_are_refused(self):
         self.split(labels=[-1, 2], num_classes=3)
         for labels, classes in (([0, 3], 3), ([1, 7], 3), ([0, -2], None)):
             with self.assertRaisesRegex(UserError, r"datasets\.d\.num_classes"):
                 self.split(labels=labels, num_classes=classes)
 
-    def test_files_that_are_no_arrays(self):
+    def test_files_that_are_not_arrays_are_refused(self):
         whole = Path(self.save("whole.npy", np.arange(1000))).read_bytes()
         np.savez(self.folder / "archive.npz", a=np.arange(3))
         contents = {
@@ -182,7 +182,7 @@ class Refused(Folder):
         np.load(self.folder / "objects.npy", allow_pickle=True)[0].close()
         self.assertTrue((self.folder / "canary").exists(), "the canary sings when it is let out")
 
-    def test_a_damaged_header_is_a_user_error_at_most(self):
+    def test_damaged_header_raises_at_most_a_user_error(self):
         whole = Path(self.save("whole.npy", ["a.mp4"] * 9)).read_bytes()
         file, rng, refused = self.folder / "damaged.npy", np.random.default_rng(0), 0
         with warnings.catch_warnings():

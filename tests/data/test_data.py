@@ -118,7 +118,7 @@ class Videos(unittest.TestCase):
 
 
 class Training(Videos):
-    def test_a_batch(self):
+    def test_batch_shapes_and_dtypes(self):
         batch = self.batches()[0]
         self.assertEqual((tuple(batch.video.shape), batch.video.dtype), ((8, 3, 4, 32, 32), torch.uint8))
         self.assertTrue(batch.video.is_contiguous(memory_format=torch.channels_last_3d), "as it was decoded")
@@ -148,7 +148,7 @@ class Training(Videos):
             sample = self.dataset()[request]
             self.assertFalse(torch.equal(one.video, sample.video) or torch.equal(one.mask, sample.mask))
 
-    def test_neither_workers_nor_ranks_nor_the_place_of_resuming_matter(self):
+    def test_batches_do_not_depend_on_workers_ranks_or_resuming(self):
         whole = self.batches()
         self.assertEqual(len(whole), 10)
         self.assert_same(whole, self.batches(2))
@@ -170,7 +170,7 @@ class Training(Videos):
                 kilobytes.append(resident())
         self.assertLess(kilobytes[1] - kilobytes[0], 8 * 1024, "after 100 and 300 samples")
 
-    def test_an_error_in_a_worker_is_raised_as_it_is(self):
+    def test_worker_errors_are_raised_unchanged(self):
         for (how, expected, saying), workers in itertools.product(
             (("fails", RuntimeError, "no worker was killed"), ("masks", UserError, r"trainer\.data\.mask")), (0, 1)
         ):
@@ -199,7 +199,7 @@ class Training(Videos):
 
 
 class Evaluating(Videos):
-    def test_every_video_once(self):
+    def test_evaluation_reads_each_video_once(self):
         greys = self.split("greys", "greys")
         for world in (1, 2, 3):
             batches = [batch for rank in range(world) for batch in self.evaluated(2, rank=rank, world=world)]
@@ -209,7 +209,7 @@ class Evaluating(Videos):
             self.assertEqual(seen, [("greys", 0), ("greys", 1)] + [("videos", i) for i in range(11)])
         self.assert_same(self.evaluated(), self.evaluated(workers=2))
 
-    def test_a_limit_and_sources_in_turn(self):
+    def test_limited_evaluation_alternates_sources(self):
         self.assertEqual([b.index.tolist() for b in self.evaluated(2, limit=2)], [[0, 1], [2, 3]])
         both = self.evaluated(limit=2, splits=[self.split("paths", "again")])
         self.assertEqual(
@@ -218,7 +218,7 @@ class Evaluating(Videos):
 
 
 class BadFiles(Videos):
-    def test_in_training_it_is_replaced_by_the_same_one_each_time(self):
+    def test_bad_training_video_is_replaced_reproducibly(self):
         dataset = self.dataset("broken")
         sample = dataset[Request(0, 2, 0)]
         self.assertEqual(([bad.index for bad in sample.bad][:1], bool(sample.bad[0].reason)), ([2], True))
@@ -232,31 +232,31 @@ class BadFiles(Videos):
         self.assertEqual({len(batch) for batch in whole}, {8})
         self.assert_same(whole, self.batches(2, paths="broken"))
 
-    def test_in_evaluation_it_is_left_out_and_named(self):
+    def test_bad_evaluation_video_is_skipped_and_reported(self):
         batches = self.evaluated(paths="broken")
         self.assertEqual([i for batch in batches for i in batch.index.tolist()], [0, 1, 3, 4, 5, 6, 8, 9, 10])
         self.assertEqual([bad.index for batch in batches for bad in batch.bad], [2, 7])
 
-    def test_too_many_pixels(self):
+    def test_video_above_max_pixels_is_bad(self):
         self.assertEqual(self.dataset(training=False, max_pixels=48 * 64)[Request(0, 0, 0)].bad, [])
         (bad,) = self.dataset(training=False, max_pixels=48 * 64 - 1)[Request(0, 0, 0)].bad
         self.assertEqual((bad.source, bad.index, bad.path), ("videos", 0, f"{self.folder}/0.mp4"))
         self.assertIn("max_pixels", bad.reason)
 
-    def test_a_strip(self):
+    def test_extreme_aspect_ratio_is_bad(self):
         for side, count in ((16 * 16, 0), (16 * 16 + 2, 1)):
             for size in ((16, side), (side, 16)):
                 write_video(self.folder / "strip.mp4", np.zeros((4, *size, 3), np.uint8), fps=4)
                 self.assertEqual(len(self.dataset("strip", training=False)[Request(0, 0, 0)].bad), count, size)
 
-    def test_when_everything_is_bad_the_sample_is_empty(self):
+    def test_sample_is_empty_if_all_videos_are_bad(self):
         sample = self.dataset("none")[Request(0, 2, 0)]
         self.assertEqual((len(sample.video), len(sample.bad)), (0, 1 + REPLACEMENTS))
         tried = [bad.path for bad in sample.bad]
         self.assertLess(len(set(tried)), len(tried))
         self.assertIn(f" {len(set(tried))} files", missing_files_message(tried, "files of a batch"), "files, not tries")
 
-    def test_a_lost_disk_makes_files_missing_and_damage_does_not(self):
+    def test_lost_disk_makes_files_missing_and_damage_makes_them_bad(self):
         dataset = self.dataset(training=False)
         for code in (errno.ENOTCONN, errno.ESTALE, errno.ENOENT, errno.EINVAL):
             with mock.patch("os.open", side_effect=OSError(code, "x")):
@@ -271,7 +271,7 @@ class Batches(unittest.TestCase):
             mask = torch.arange(8).reshape(1, 2, 2, 2).expand(views, -1, -1, -1) < hidden
         return Sample(torch.zeros(views, 3, 2, 4, 4, dtype=torch.uint8), mask, 1, "s", 0, "a.mp4", **more)
 
-    def test_splitting_and_moving(self):
+    def test_batches_are_split_and_moved(self):
         batch = collate([self.sample() for _ in range(3)])
         parts = batch.split(3)
         self.assertEqual([len(part) for part in parts], [2, 2, 2])
@@ -310,7 +310,7 @@ class Ledger(unittest.TestCase):
             ledger.add(bad, write=write)
         return ledger
 
-    def test_each_file_once_and_a_budget(self):
+    def test_ledger_counts_each_file_once_up_to_the_budget(self):
         self.ledger(self.bad[:2], self.bad[:1])
         self.assertEqual([json.loads(line)["path"] for line in self.path.read_text().splitlines()], ["0.mp4", "1.mp4"])
         resumed = self.ledger(budget=0.02)
@@ -329,7 +329,7 @@ class Ledger(unittest.TestCase):
         video.write_bytes(b"whole")
         self.assertEqual(len(self.ledger()), 0)
 
-    def test_a_crash_in_the_middle_of_a_line_costs_that_line_only(self):
+    def test_truncated_ledger_line_is_skipped(self):
         self.ledger(self.bad[:2])
         whole = self.path.read_bytes()
         for cut in range(len(whole) + 1):
@@ -337,14 +337,14 @@ class Ledger(unittest.TestCase):
             self.assertEqual(len(self.ledger(*([sample] for sample in self.bad))), 3)
             self.assertEqual(len(self.ledger()), 3, cut)
 
-    def test_a_line_that_is_no_entry_is_skipped(self):
+    def test_invalid_ledger_line_is_skipped(self):
         for damage in (b"\xff\xfe", b"[]", b'{"path": 3}'):
             with self.subTest(damage):
                 self.path.write_bytes(damage + b"\n")
                 self.ledger(self.bad[:1], files=4)
                 self.assertEqual(len(self.ledger(files=4)), 1)
 
-    def test_sources_and_splits_tell_files_apart(self):
+    def test_ledger_distinguishes_sources_and_splits(self):
         splits = [BadSample("s", 5, f"{split}/5.mp4", "why", split) for split in ("train", "val")]
         sources = [BadSample(source, 0, "a.mp4", "why") for source in ("one", "two")]
         ledger = self.ledger([*splits, *sources], write=False)

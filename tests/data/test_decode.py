@@ -229,7 +229,7 @@ class Exactness(InFolder):
         self.assertEqual(len(Truth(edited).frames), 71)
         self.assert_exact(edited, WINDOWS)
 
-    def test_an_edit_list_that_cuts_the_end(self) -> None:
+    def test_edit_list_that_cuts_the_end(self) -> None:
         path = self.make("cut.mp4", options={"g": "250"})
         data = bytearray(path.read_bytes())
         place = data.index(b"elst") + 12  # after version, flags and count: the duration in ms
@@ -245,7 +245,7 @@ class Exactness(InFolder):
             with open_video(str(self.make("hevc.mp4", "libx265", params, frames=20))) as video:
                 self.assertEqual(video._may_drop, expected, params)  # type: ignore[union-attr]
 
-    def test_no_more_work_than_needed(self) -> None:
+    def test_only_needed_packets_are_decoded(self) -> None:
         for name, codec in [("b.avi", "mpeg4"), ("b.mp4", "libx264"), ("b.mkv", "libx264")]:
             path = self.make(name, codec, options={"bf": "2"})
             with counted("_open") as spy, open_video(str(path)) as video:
@@ -261,7 +261,7 @@ class Exactness(InFolder):
         self.assertEqual(spy.call_count, 4)
         self.assertEqual([len(run) for run in decode._runs(packets, runs.call_args.args[1])], [1, 1, 1, 1])
 
-    def test_an_index_that_calls_every_frame_key(self) -> None:
+    def test_index_that_marks_every_frame_as_key_frame(self) -> None:
         """As mp4 means when the list of key frames (stss) is missing: a seek lands anywhere."""
         path = self.make("lie.mp4", "mpeg4", options={"bf": "0", "g": "250"})
         data = path.read_bytes()
@@ -410,7 +410,7 @@ class Hostile(InFolder):
         with open_video(str(path), max_pixels=64 * 48) as video:
             self.assertEqual(video.read(0.0, 1.0, 2).shape, (2, 3, 48, 64))
 
-    def test_not_a_video(self) -> None:
+    def test_files_that_are_not_videos_are_refused(self) -> None:
         late = self.make("source.mp4").read_bytes()  # its index is at the end
         index = late.index(b"moov") - 4
         image = io.BytesIO()
@@ -485,7 +485,7 @@ class Hostile(InFolder):
             pass
         self.assert_good(path)
 
-    def test_sound_only(self) -> None:
+    def test_file_with_only_sound_is_refused(self) -> None:
         """A cover image does not make it a video."""
         path = self.folder / "sound.mp4"
         with av.open(str(path), "w") as container:
@@ -499,7 +499,7 @@ class Hostile(InFolder):
             container.mux(stream.encode(None))  # type: ignore[attr-defined]
         self.assert_bad(path, "no video stream")
 
-    def test_truncated(self) -> None:
+    def test_truncated_files_are_refused(self) -> None:
         """With its index in front a cut file opens; what is there reads right, the rest is refused."""
         path = self.write("cut.mp4", self.good[: len(self.good) * 2 // 3])
         truth = Truth(self.write("good.mp4", self.good))
@@ -550,7 +550,7 @@ class Hostile(InFolder):
                 with self.assertRaisesRegex(VideoDecodeError, "out of range"):
                     video.read(0.0, 1.0, 2)
 
-    def test_random_damage_never_escapes(self) -> None:
+    def test_random_damage_raises_only_decode_errors(self) -> None:
         rng = np.random.default_rng(1)
         outcomes = set()
         for k in range(60):
@@ -565,7 +565,7 @@ class Hostile(InFolder):
                 outcomes.add(type(error))
         self.assertEqual(outcomes, {(3, 3), VideoDecodeError})
 
-    def test_max_pixels(self) -> None:
+    def test_frames_above_max_pixels_are_refused(self) -> None:
         path = self.write("good.mp4", self.good)
         self.assert_bad(path, "64x48 is more than max_pixels = 3071", max_pixels=64 * 48 - 1)
         self.assert_good(path)

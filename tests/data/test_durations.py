@@ -61,7 +61,7 @@ def write(path: Path, pictures: tuple[int, int], sound: tuple[int, int] | None, 
 
 
 class Durations(Folder):
-    def test_that_of_the_pictures(self) -> None:
+    def test_duration_is_that_of_the_video_stream(self) -> None:
         for suffix in CONTAINERS:
             for name, pictures, sound in (
                 ("alone", (0, 3), None),
@@ -80,7 +80,7 @@ class Durations(Folder):
                         self.assertTrue(np.array_equal(got, truth.read(start, start + 1, 4)))
                     self.assertGreater(len(np.unique(got, axis=0)), 1, "the last second moves")
 
-    def test_other_streams_of_pictures(self) -> None:
+    def test_other_video_streams_do_not_change_the_duration(self) -> None:
         for suffix in ("mkv", "mp4", "ts"):
             path = write(self.folder / f"two.{suffix}", (0, 3), None, second=9)
             with open_video(str(path)) as video:
@@ -98,7 +98,7 @@ class Durations(Folder):
             self.assertAlmostEqual(video.duration, 3.0, delta=0.01)
             self.assertEqual(spy.call_count, 0, "its only stream with times is that of the pictures")
 
-    def test_packets_are_read_only_where_the_header_does_not_tell(self) -> None:
+    def test_packets_are_read_only_if_the_header_has_no_duration(self) -> None:
         for suffix, sound, times in (("mkv", None, 0), ("webm", None, 0), ("mp4", (0, 9), 0), ("mkv", (0, 9), 1)):
             path = write(self.folder / f"a.{suffix}", (0, 3), sound)
             with counted("_measure") as spy, open_video(str(path)) as video:
@@ -107,7 +107,7 @@ class Durations(Folder):
                     video.read(1.0, 2.0, 4)
                 self.assertEqual(spy.call_count, times)
 
-    def test_a_truncated_file_is_refused_and_a_whole_one_is_not(self) -> None:
+    def test_truncated_file_is_refused_and_a_complete_one_is_not(self) -> None:
         for suffix in ("mkv", "webm", "flv"):  # FFmpeg does not tell what the header of a truncated ASF file says
             for sound in (None, (0, 9)):
                 data = write(self.folder / f"whole.{suffix}", (0, 3), sound).read_bytes()
@@ -134,7 +134,7 @@ class Durations(Folder):
 
 
 class CheckData(Folder):
-    def test_frames_that_do_not_fill_the_duration(self) -> None:
+    def test_durations_that_differ_from_the_frames_are_reported(self) -> None:
         write(self.folder / "whole.mkv", (0, 3), (0, 9))
         gaps = [*range(30), *range(400, 430)]  # a still picture of 15 s
         make_video(self.folder / "still.mp4", frames=60, pts=gaps)

@@ -36,7 +36,7 @@ class WriteVideo(Folder):
         super().setUp()
         self.path = self.folder / "video.mp4"
 
-    def test_comes_back_nearly_as_it_was(self) -> None:
+    def test_decoded_frames_are_close_to_the_originals(self) -> None:
         frames = _frames()
         size = write_video(self.path, frames, fps=25, crf=12)
         decoded, _, rate = _decode(self.path)
@@ -46,7 +46,7 @@ class WriteVideo(Folder):
         # Frames out of order or repeated would be further from their originals than from neighbours.
         self.assertGreater(np.abs(decoded[1:].astype(float) - frames[:-1]).mean(), 2 * error)
 
-    def test_same_bytes_every_time(self) -> None:
+    def test_encoding_is_deterministic(self) -> None:
         frames = np.random.default_rng(0).integers(0, 256, (24, 48, 64, 3), dtype=np.uint8)
         contents = set()
         for _ in range(5):
@@ -67,7 +67,7 @@ class WriteVideo(Folder):
         self.assertEqual((_decode(self.path)[2], sizes), (rate, sorted(sizes, reverse=True)))
         self.assertGreater(sizes[0], 2 * sizes[2])
 
-    def test_a_failure_leaves_the_old_video_and_nothing_else(self) -> None:
+    def test_failure_keeps_the_old_video(self) -> None:
         write_video(self.path, _frames(), fps=25)
         before = self.path.read_bytes()
 
@@ -108,7 +108,7 @@ class WriteVideo(Folder):
         self.assertLess(counts[True], 20)
         self.assertLess(counts[True], counts[False])
 
-    def test_refused(self) -> None:
+    def test_invalid_frames_are_refused(self) -> None:
         good = _frames(2)
         for name, frames in {
             "float": [(0, good[0].astype(np.float32))],

@@ -35,7 +35,7 @@ class Folder(catalog.Folder):
 
 
 class Images(Folder):
-    def test_pixels(self) -> None:
+    def test_image_pixels_are_exact(self) -> None:
         pixels = np.arange(48 * 64 * 3, dtype=np.uint32).reshape(48, 64, 3).astype(np.uint8)
         image, path = Image.fromarray(pixels), str(self.folder / "a.png")
         image.save(path)
@@ -76,7 +76,7 @@ class Images(Folder):
             with self.assertRaisesRegex(VideoDecodeError, "32 bits"):
                 read_image(str(self.folder / name))
 
-    def test_bad_ones(self) -> None:
+    def test_bad_images_are_refused(self) -> None:
         Image.effect_noise((30, 20), 50).save(self.folder / "good.png")
         good = (self.folder / "good.png").read_bytes()
         (self.folder / "cut.png").write_bytes(good[: len(good) // 2])
@@ -89,7 +89,7 @@ class Images(Folder):
 
 
 class Depth(Folder):
-    def test_kinds_of_files(self) -> None:
+    def test_depth_file_formats(self) -> None:
         depth = (np.arange(48 * 64) * 20).reshape(48, 64).astype(np.uint16)
         Image.fromarray(depth).save(self.folder / "d.png")
         np.save(self.folder / "d.npy", depth.astype(np.float64))
@@ -191,7 +191,7 @@ def numbered(text: str, count: int = 12) -> list[str]:
 
 
 class Names(unittest.TestCase):
-    def test_one_series(self):
+    def test_names_of_one_series(self):
         for pattern, names in {
             "img_*.jpg": numbered("img_{:05d}.jpg"),
             "frame*.jpg": numbered("frame{}.jpg"),
@@ -207,7 +207,7 @@ class Names(unittest.TestCase):
         }.items():
             self.assertEqual(group_series(names), {pattern: names})
 
-    def test_several(self):
+    def test_names_of_several_series(self):
         for patterns, names in {
             ("img_*.jpg", "flow_x_*.jpg"): numbered("img_{}.jpg") + numbered("flow_x_{}.jpg"),
             ("*.png", "*_depth.png"): numbered("{:04d}.png") + numbered("{:04d}_depth.png"),
@@ -253,7 +253,7 @@ class Series(Folder):
     def dataset(self, paths: str, **entry: object) -> Dataset:
         return Dataset(name="d", prefix=f"{self.folder}/", train={"paths": str(self.folder / paths)}, **entry)
 
-    def test_refused_unless_one_is_chosen(self):
+    def test_several_series_need_a_frame_pattern(self):
         path = str(self.folder / "clip")
         with self.assertRaisesRegex(SeveralSeriesError, r"flow_x_\*\.png, img_\*\.png, img_flow_\*\.png"):
             open_video(path).__enter__()
@@ -272,13 +272,13 @@ class Series(Folder):
         self.assertTrue(animate(path, 25.0, "img_*.png"))
         self.assertFalse(animate(path, 25.0))
 
-    def test_check_data(self):
+    def test_check_data_reports_several_series(self):
         arguments = (self.folder / "one.npy", "--prefix", f"{self.folder}/")
         code, out = check_data(*arguments)
         self.assertEqual((code, "img_flow_*.png" in out), (1, True))
         self.assertEqual(check_data(*arguments, "--frame-pattern", "img_*.png")[0], 0)
 
-    def test_before_a_run(self):
+    def test_preflight_refuses_several_series(self):
         data = SimpleNamespace(max_pixels=None, clip_duration=1.0, num_frames=1)
         checkpoint = SimpleNamespace(save_dir=f"{self.folder}/checkpoints")
         trainer = SimpleNamespace(data=data, checkpoint=checkpoint)
@@ -288,7 +288,7 @@ class Series(Folder):
         chosen = self.dataset("paths.npy", frame_pattern="img_*.png")
         preflight.probe_samples(settings, Split(chosen, "train"))
 
-    def test_the_assumed_rate_is_named(self):
+    def test_assumed_frame_rate_is_shown(self):
         self.assertRegex(preflight.describe_split(Split(self.dataset("one.npy", fps=12.5), "train")), r"12\.5.*d\.fps")
         (self.folder / "clip.mp4").touch()
         np.save(self.folder / "one.npy", np.array(["clip.mp4"]))

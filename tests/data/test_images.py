@@ -78,7 +78,7 @@ class Joint(Folder):
             [*[("images", (6, 3, 32, 32), 12)] * 2, ("videos", (4, 3, 4, 32, 32), 28)],
         )
 
-    def test_depth_is_cut_as_the_pixels_are(self):
+    def test_depth_is_cropped_like_the_pixels(self):
         gradient = np.broadcast_to(np.arange(50, dtype=np.uint16) * 100, (40, 50))
         for number in range(12):
             Image.fromarray(gradient.copy()).save(self.folder / f"{number}.png")
@@ -163,7 +163,7 @@ class Recipes(Folder):
 
 
 class DepthEmbedding(unittest.TestCase):
-    def test_pixels_alone_pass_as_before(self):
+    def test_rgb_input_is_embedded_as_without_depth(self):
         torch.manual_seed(0)
         plain = VideoClassifier(trunk(), [3]).eval()
         with_depth = VideoClassifier(trunk(rgbd=True), [3]).eval()

@@ -44,7 +44,7 @@ class Published(unittest.TestCase):
 
 
 class Kinds(unittest.TestCase):
-    def test_every_kind_hides_exactly_its_share_of_any_grid(self):
+    def test_every_mask_hides_exactly_its_ratio_of_any_grid(self):
         dice = rng()
         grids = [*GRIDS * 5, *((int(side) for side in dice.integers(1, (9, 15, 15))) for _ in range(150))]
         ratios = [ratio for ratio in (0.0, 0.3, 0.75, 0.9, 1.0) for _ in GRIDS]
@@ -62,18 +62,18 @@ class Kinds(unittest.TestCase):
                 self.assertEqual((mask.shape, mask.dtype.kind), ((t, h, w), "b"))
                 self.assertEqual(mask.sum(), count, (kind, ratio, t, h, w))
 
-    def test_a_generator_fixes_the_mask(self):
+    def test_mask_is_a_function_of_its_generator(self):
         for kind in (RandomMask, TubeMask, FrameMask, BlockMask):
             one, same, other = (kind(0.5)((8, 14, 14), rng(seed)) for seed in (1, 1, 2))
             self.assertTrue((one == same).all(), kind)
             self.assertFalse((one == other).all(), kind)
 
-    def test_every_kind_hides_as_many_tokens_of_each_sample(self):
+    def test_every_mask_hides_equally_many_tokens_per_sample(self):
         for name, kind in MASKS.items():
             counts = {int(kind(0.6)((4, 6, 5), rng(seed)).sum()) for seed in range(20)}
             self.assertEqual(len(counts), 1, name)
 
-    def test_weights_keep_the_mask_of_their_run(self):
+    def test_weights_record_the_mask_of_their_run(self):
         for target, expected in (
             *((f"omnivision.data.masking.{name}", name) for name in MASKS),
             ("mine.My", "RandomMask"),
@@ -89,7 +89,7 @@ class Kinds(unittest.TestCase):
         mask = FrameMask(0.75)((8, 14, 14), rng())
         self.assertEqual(sorted(mask.reshape(8, -1).sum(1).tolist()), [0, 0] + [196] * 6, "whole frames")
 
-    def test_blocks_hang_together(self):
+    def test_blocks_are_contiguous(self):
         """A hidden token of a block mask has more hidden neighbours than one of a random mask."""
 
         def neighbours(mask: np.ndarray) -> float:

@@ -80,7 +80,7 @@ class Pixels(unittest.TestCase):
             self.assertTrue(torch.equal(mixed[:4], mix(video[:4], share, box)))
             self.assertTrue(torch.equal(targets[:4], mixed_targets(label[:4], CLASSES, 0.1, share)))
 
-    def test_one_sample_is_smoothed_alone(self):
+    def test_single_sample_is_only_smoothed(self):
         video, label = batch(1)
         for seed in range(6):
             pixels, targets, _ = MixupCutmix()(video, label, CLASSES, rng(seed))
@@ -146,7 +146,7 @@ class Targets(unittest.TestCase):
         theirs = torch.nn.functional.cross_entropy(scores, label, ignore_index=-1, label_smoothing=0.1, reduction="sum")
         self.assertAlmostEqual(float(ours), float(theirs), 5)
 
-    def test_a_sample_without_a_label_gives_nothing(self):
+    def test_sample_without_a_label_has_no_target(self):
         self.assertEqual(soft_targets(torch.tensor([-1, 1]), 3, 0.1)[0].tolist(), [0, 0, 0])
         mixed = mixed_targets(torch.tensor([-1, 0, 1, 2, -1]), 3, 0.1, 0.3)
         expected = torch.tensor([0.7, 1.0, 1.0, 0.3, 0.0])  # what a sample and its partner bring; of the last, neither
@@ -160,7 +160,7 @@ class Drawing(unittest.TestCase):
         drawn = [mixing.draw(224, 224, rng(seed)) for seed in range(count)]
         return np.array([share for share, _ in drawn]), np.array([box is not None for _, box in drawn])
 
-    def test_either_kind_half_of_the_time(self):
+    def test_mixup_and_cutmix_are_equally_frequent(self):
         shares, boxes = self.draws(MixupCutmix())
         self.assertAlmostEqual(float(boxes.mean()), 0.5, delta=0.03)
         self.assertTrue((shares < 1).mean() > 0.99, "always one of them")
@@ -176,14 +176,14 @@ class Drawing(unittest.TestCase):
         s = np.sqrt((np.arange(100000) + 0.5) / 100000)
         return float(1 - ((s - s**2 / 4) ** 2).mean())
 
-    def test_one_kind_alone(self):
+    def test_only_mixup_or_only_cutmix(self):
         for wanted, other in ((0.8, 0.0), (1.0, 0.0)):
             self.assertFalse(self.draws(MixupCutmix(mixup_alpha=wanted, cutmix_alpha=other), 300)[1].any())
             self.assertTrue(self.draws(MixupCutmix(mixup_alpha=other, cutmix_alpha=wanted), 300)[1].all())
         self.assertFalse(self.draws(MixupCutmix(switch_prob=0.0), 300)[1].any())
         self.assertTrue(self.draws(MixupCutmix(switch_prob=1.0), 300)[1].all())
 
-    def test_a_share_of_the_batches(self):
+    def test_mixing_probability(self):
         shares, boxes = self.draws(MixupCutmix(prob=0.3))
         self.assertAlmostEqual(float((shares < 1).mean()), 0.3, delta=0.03)
         self.assertFalse(boxes[shares == 1].all())
@@ -216,7 +216,7 @@ class Drawing(unittest.TestCase):
             self.assertEqual((pixels.shape, targets.shape), (video.shape, (5, CLASSES)))
             self.assertEqual((pixels.device.type, targets.device.type), ("meta", "meta"))
 
-    def test_of_neither_kind(self):
+    def test_neither_mixup_nor_cutmix_is_refused(self):
         with self.assertRaisesRegex(UserError, "mixup_alpha and cutmix_alpha"):
             MixupCutmix(0, 0)
 

@@ -36,7 +36,7 @@ class Order(unittest.TestCase):
         self.assertEqual(draws, [keyed_rng(*key).random() for key in reversed(keys)][::-1])
         self.assertEqual(len(set(draws)), len(keys))
 
-    def test_it_looks_random(self):
+    def test_permutation_looks_random(self):
         for size in (7, 100):
             counts = np.bincount(
                 [int(shuffled_index(np.array([0]), size, key)[0]) for key in range(4000)], minlength=size
@@ -47,7 +47,7 @@ class Order(unittest.TestCase):
         self.assertLess((np.abs(np.diff(order)) == 1).mean(), 0.002, "neighbours are separated")
         self.assertLess(abs(np.corrcoef(order, np.arange(10_000))[0, 1]), 0.05)
 
-    def test_ten_million_cost_neither_memory_nor_time(self):
+    def test_ten_million_samples_need_no_memory_or_time(self):
         tracemalloc.start()
         self.addCleanup(tracemalloc.stop)
         start = time.perf_counter()
@@ -84,7 +84,7 @@ class Plan(unittest.TestCase):
         plan = one_source(64, 4, views_per_video=4)
         self.assertEqual((plan.steps, len(videos(plan)), len(set(videos(plan)))), (4, 16, 16))
 
-    def test_repeats(self):
+    def test_repeated_sources(self):
         plan = one_source(10, 4, repeat=2)
         requests = [request for step in steps(plan) for request in step]
         self.assertEqual(len(set(requests)), 20, "the second time with other random draws")
@@ -113,7 +113,7 @@ class Plan(unittest.TestCase):
                 for step, whole in enumerate(steps(plan, 3)):
                     self.assertEqual([r for rank in range(world) for r in plan.requests(3, step, rank, world)], whole)
 
-    def test_a_source_without_a_batch(self):
+    def test_source_smaller_than_a_batch_is_refused(self):
         with self.assertRaisesRegex(UserError, r"\+\+trainer\.data\.repeats\.b=1\.334"):
             EpochPlan({"a": SourcePlan(40, 4), "b": SourcePlan(3, 4)}, seed=1)
         for size in range(1, 200):  # the advice is enough
@@ -124,7 +124,7 @@ class Plan(unittest.TestCase):
 
 
 class ClipTimes(unittest.TestCase):
-    def test_random(self) -> None:
+    def test_random_clip_times(self) -> None:
         for duration, u, start in [
             (10.0, 0.0, 0.0),
             (10.0, 0.25, 1.825),
@@ -136,7 +136,7 @@ class ClipTimes(unittest.TestCase):
         for u in (0.0, 0.5, 1 - 2**-53):
             self.assertLessEqual(random_clip_start(7.3, 2.7, u) + 2.7, 7.3)
 
-    def test_uniform(self) -> None:
+    def test_uniform_clip_times(self) -> None:
         for duration, published, ends in [
             (10.0, [0.0, 3.65], [0.0, 7.3]),
             (3.0, [0.0, 0.1499999999999999], [0.0, 0.2999999999999998]),

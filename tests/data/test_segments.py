@@ -47,7 +47,7 @@ class Folder(catalog.Folder):
 
 
 class Honoured(Folder):
-    def test_a_segment_is_what_a_video_of_its_frames_would_be(self):
+    def test_segment_equals_a_video_of_its_frames(self):
         self.frames("whole", range(20))
         self.frames("part", range(4, 12))
         noise = np.random.default_rng(0).integers(0, 256, (20, 6, 8, 3), dtype=np.uint8).repeat(8, 1).repeat(8, 2)
@@ -63,7 +63,7 @@ class Honoured(Folder):
                         difference = (one.float() - other.float()).abs().mean()  # coded apart from one another
                         self.assertLess(float(difference), 3 if kind else 1e-9, (training, seconds, kind))
 
-    def test_clips_come_from_all_of_the_segment_and_nothing_else(self):
+    def test_clips_cover_the_whole_segment_and_stay_inside(self):
         self.frames("whole", range(20))
         for segment, wanted in (([0.5, 1.5], set(range(4, 12))), ([1.0, 1.125], {8}), ([2.0, 3.0], {16, 17, 18, 19})):
             for training in (True, False):
@@ -78,7 +78,7 @@ class Honoured(Folder):
             whole = self.clips(self.split(["whole"], [[0.0, 2.5]]), training)
             self.assertTrue(all(map(torch.equal, plain, whole)))
 
-    def test_one_beyond_the_end_is_bad(self):
+    def test_segment_beyond_the_end_is_bad(self):
         self.frames("whole", range(20))
         config = ClipConfig(EvalView(32), 1, num_frames=4, grid=(2, 2, 2))
         segments = [[0.0, 3.4], [0.0, 9.0], [2.5, 2.75], [1.0, 2.5]]  # of 2.5 s; the first is rounded up
@@ -108,7 +108,7 @@ class Honoured(Folder):
 
 
 class Refused(Folder):
-    def test_arrays_that_are_no_segments(self):
+    def test_invalid_segment_arrays_are_refused(self):
         for segments in (
             [[0.0, 1.0]],  # of another length
             [0.0, 1.0],
@@ -124,7 +124,7 @@ class Refused(Folder):
                 self.split(["a", "b"], segments)
         self.assertEqual(self.split(["a", "b"], [[0.0, 1.0], [2.0, 3.0]]).segment(1), (2.0, 3.0))
 
-    def test_of_images_and_files_that_are_not_there(self):
+    def test_segments_of_images_or_missing_files_are_refused(self):
         with self.assertRaisesRegex(UserError, r"datasets\.d\.train\.segments"):
             self.split(["a"], [[0.0, 1.0]], kind="image")
         files = {"paths": self.save("paths.npy", ["a"]), "segments": ["none.npy", "neither.npy"]}
@@ -133,7 +133,7 @@ class Refused(Folder):
 
 
 class Runs(Folder):
-    def test_a_run_on_segments(self):
+    def test_run_trains_on_segments(self):
         """Predictions tell them apart, the report shows them, and other segments are another experiment."""
         videos = stages.write_videos(self.folder / "videos", 4)  # of 0.8 s
         twice = [film for film in videos for _ in range(2)]
@@ -162,7 +162,7 @@ class Runs(Folder):
         self.assertEqual(again.returncode, 1)
         self.assertIn("datasets.ucf101.train.segments", again.stderr)
 
-    def test_segments_where_there_were_none_are_another_experiment(self):
+    def test_added_or_removed_segments_change_the_experiment(self):
         def facts(**data: str) -> dict:
             named = {f"datasets.d.train.{what}": text for what, text in data.items()}
             return {"settings": {}, "clips of a step": {}, "versions": {}, "data": named}

@@ -40,7 +40,7 @@ class Sizes(unittest.TestCase):
         expected = crop["antialias_off (torchvision 0.13, the version the ancestor names)"]
         self.assertLess(error(got, expected), 1e-6)
 
-    def test_bytes_are_resized_as_floats_are(self):
+    def test_bytes_are_resized_like_floats(self):
         clip = frames(60, 80)
         as_float = resize(clip.float(), 45, 33)
         # Rounded once along each axis: at most half a grey level each, and a little for the weights.

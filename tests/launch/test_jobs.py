@@ -96,13 +96,13 @@ class Folder(unittest.TestCase):
 
 
 class Ranks(unittest.TestCase):
-    def test_rank_world_size_address_and_port_are_slurms(self):
+    def test_rank_info_comes_from_slurm(self):
         with mock.patch.dict(os.environ, SLURM):
             self.assertEqual(slurm_task.slurm_rank("node3"), RankInfo(5, 8, 1, 4, "tcp://node3:15928"))
         with mock.patch.dict(os.environ, SLURM | {"SLURM_NTASKS": "1", "SLURM_JOB_NUM_NODES": "1"}):
             self.assertIsNone(slurm_task.slurm_rank("node3").init_method)
 
-    def test_neighbouring_jobs_and_restarts_have_ports_of_their_own(self):
+    def test_jobs_and_restarts_use_different_ports(self):
         ports: dict[int, set[int]] = {}
         for number in (*range(987_654, 987_754), *range(989_054, 989_154)):
             for restarts in (0, 1, 12, 13, 99):
@@ -116,7 +116,7 @@ class Ranks(unittest.TestCase):
         self.assertEqual(len(set(every)), len(every))
         self.assertTrue(10_000 <= min(every) and max(every) <= 29_499, "none that systems hand out")
 
-    def test_a_job_that_an_earlier_version_submitted_runs(self):
+    def test_job_submitted_by_an_earlier_version_runs(self):
         """Its pickle calls `omnivision.launch.run_slurm_task`, under submitit's signal handlers."""
         self.addCleanup(signal.signal, signal.SIGUSR2, signal.signal(signal.SIGUSR2, signal.SIG_IGN))
         with mock.patch.object(slurm_task, "run_slurm_task", side_effect=(0, 71)) as run:
@@ -135,27 +135,27 @@ class Ends(Folder):
             self.decision = self.log(restarts, limit).classify_exit(error, str(error))
         return self.decision.status, self.decision.requeue
 
-    def test_too_many_restarts_without_a_new_step(self):
+    def test_too_many_restarts_without_progress_are_refused(self):
         self.starts(0, 0, 0, 5, 5, 5, 6, None, None, 7)
         self.starts(0, 0, 0, token="of an older job of the same number")
         self.starts(0, 0, 10, 10, 10, token="b")
         with self.assertRaisesRegex(UserError, "trainer.checkpoint.save_every_steps"):
             self.starts(0, 0, 10, 10, 10, 10, token="c")
 
-    def test_starts_that_never_get_to_their_checkpoint(self):
+    def test_starts_that_never_resume_are_limited(self):
         self.starts(4, None, None)
         self.assertEqual(self.decide(DISCONNECTED, 2), ("requeued", True))
         self.starts(4, None, None, None, token="b")
         with mock.patch.object(JobLog, "history", lambda log: history(log.run_dir, "b")):
             self.assertEqual(self.decide(DISCONNECTED, 3), ("failed", False))
 
-    def test_a_job_comes_back_so_often(self):
+    def test_max_requeues_limits_restarts(self):
         self.log(2, limit=2).record_resume(1)
         with self.assertRaisesRegex(UserError, "submitit.max_requeues"):  # when SLURM requeues it
             self.log(3, limit=2).record_resume(2)
         self.assertEqual(self.decide(DISCONNECTED, 1, limit=1), ("interrupted", False))
 
-    def test_requests_to_stop(self):
+    def test_stop_requests_requeue_or_end_the_job(self):
         running = {"JobState": "RUNNING", "Restarts": "1", "StartTime": (NOW - timedelta(hours=1)).isoformat()}
         before = (NOW - timedelta(hours=2)).isoformat()
         again, ended = ("requeued", True), ("interrupted", False)
@@ -180,13 +180,13 @@ class Ends(Folder):
             self.decide(StopRequested("SIGTERM")), ("failed", False), "SLURM ends what is left of a failed job"
         )
 
-    def test_lost_peers(self):
+    def test_lost_peer_requeues_the_job(self):
         self.assertEqual(self.decide(PeerLostError("rank 3 is silent")), ("requeued", True))
         self.assertRegex(self.decision.reason, "^rank 3 is silent")
         self.assertEqual(self.decide(DISCONNECTED, **ENDING), ("interrupted", False))
         self.assertEqual(self.decide(ValueError("of its own")), ("failed", False))
 
-    def test_the_cause_is_the_end_file_of_another_rank(self):
+    def test_exit_reason_comes_from_another_ranks_end_file(self):
         for restarts, error, job in (
             (0, ValueError("of an earlier attempt"), "12"), (1, DISCONNECTED, "12"), (1, StopRequested("SIGTERM"), "12"),
             (1, ValueError("of another job"), "77"),
@@ -198,7 +198,7 @@ class Ends(Folder):
             self.assertEqual(self.decide(error, **fields), ("failed", False))
             self.assertEqual(self.decision.reason, "rank 3 failed: ValueError: no memory")
 
-    def test_the_summary_of_a_local_run_names_the_cause(self):
+    def test_summary_of_a_local_run_has_the_cause(self):
         self.rank_end(0, ValueError("no such label"), rank=1, job=None)
         self.assertEqual(ending.report_exit(DISCONNECTED, self.folder, writes_summary=True, rank=0), 70)
         summary = self.folder.read_summary()
@@ -257,7 +257,7 @@ class BatchExits(Folder):
         self.reason = summary["exit_reason"]
         return summary["status"], requeue.called
 
-    def test_ends_of_processes(self):
+    def test_exit_codes_requeue_or_fail_the_job(self):
         again, failed = ("requeued", True), ("failed", False)
         for code, arguments, expected in (
             # Before they handled signals; SLURM says the one or the other of a job that scancel ends.
@@ -277,7 +277,7 @@ class BatchExits(Folder):
                 self.assertEqual(self.end(code, **arguments), expected)
         self.assertRegex(self.reason, "exit code 1")
 
-    def test_causes_in_the_run_directory_and_limits(self):
+    def test_end_files_and_limits_decide_about_requeueing(self):
         for restarts, expected in (
             (1, ("requeued", True)),
             (0, ("failed", False)),
@@ -291,7 +291,7 @@ class BatchExits(Folder):
         self.assertEqual(self.end(134, (0,)), ("failed", False))
         self.assertEqual(self.reason, "rank 3 failed: OSError: no such device")
 
-    def test_a_rank_0_that_was_killed_between_its_decision_and_the_requeue(self):
+    def test_job_is_requeued_if_rank_0_was_killed_before_requeueing(self):
         for status, fields, expected in (
             ("requeued", {}, True), ("requeued", {"Restarts": "1"}, False), ("requeued", ENDING, False),
             ("finished", {}, False),
@@ -316,7 +316,7 @@ class BatchScript(Folder):
         self.folder.replace_summary({})
         return result.returncode, f"{summary.get('status')}: {summary.get('exit_reason')}"
 
-    def test_ends_of_the_tasks(self):
+    def test_exit_code_of_the_tasks_is_kept(self):
         for tasks, setup, code, reason in (
             ("no_such_command 2>/dev/null", [], 127, "^failed: job 12: its processes could not be started .exit code 127"),
             ("true", ["export A=1", "set -e", "# a comment", "", "PATH=/nowhere"], 0, "^None"),
@@ -330,7 +330,7 @@ class BatchScript(Folder):
                 self.assertEqual(found[0], code)
                 self.assertRegex(found[1], reason)
 
-    def test_setup_that_ends_the_job(self):
+    def test_setup_that_exits_fails_the_job(self):
         for *setup, code in (
             ("false", 1), ("exit 0", 1), ("true", "exit 3", 3), ("module load cuda", 127), ("cd / && exec /bin/true", 1),
             ("trap 'exit 0' EXIT", "false", 1), ("kill -9 $$", 137), ("export PYTHONHOME=/opt/python", "false", 1),
@@ -341,24 +341,24 @@ class BatchScript(Folder):
                 f"failed: job 12: submitit.setup ended the job, and nothing was trained: {setup[-1]} (", found[1]
             )
 
-    def test_a_trap_of_the_users_is_kept(self):
+    def test_user_trap_is_kept(self):
         self.assertEqual(self.exit("(exit 7)", f"trap 'touch {self.folder.path}/cleaned' EXIT")[0], 7)
         self.assertTrue((self.folder.path / "cleaned").exists())
 
-    def test_ends_that_are_written_already(self):
+    def test_recorded_end_is_not_overwritten(self):
         end = json.dumps({"event": "end", "status": "finished", "restarts": 0, "job": "12", "token": "a"})
         file = self.logs / "history.jsonl"
         self.assertEqual(self.exit(f"echo '{end}' >>{file}; (exit 134)"), (0, "None: None"), "while it was leaving")
         self.assertEqual(self.exit(f"echo '{end.replace('finished', 'failed')}' >>{file}; (exit 1)"), (1, "None: None"))
 
-    def test_a_signal_to_the_whole_job_does_not_end_what_writes_the_end(self):
+    def test_signals_do_not_interrupt_recording_the_end(self):
         python = self.folder.path / "python"
         python.write_text(f'#!/bin/sh\nkill -TERM $$\nkill -USR2 $$\nexec {sys.executable} "$@"\n')
         python.chmod(0o755)
         with mock.patch.object(sys, "executable", str(python)):
             self.assertRegex(self.exit("(exit 7)")[1], "^failed: job 12: .*exit code 7")
 
-    def test_a_run_directory_that_cannot_be_written_is_in_the_jobs_comment(self):
+    def test_unwritable_run_directory_is_reported_in_the_job_comment(self):
         programs = self.folder.path / "bin"
         programs.mkdir()
         comment = self.folder.path / "comment"
@@ -372,7 +372,7 @@ class BatchScript(Folder):
 
 
 class Commands(Folder):
-    def test_what_a_run_wrote_itself_is_kept(self):
+    def test_existing_exit_status_is_kept(self):
         ended = {"failed", "interrupted", "finished"}
         for how, kept in (("unsubmitted", ended), ("cancelled", {"finished"})):
             for status in (*ended, "cancelled"):
@@ -385,7 +385,7 @@ class Commands(Folder):
 
 
 class Statuses(Folder):
-    def test_runs_on_a_cluster(self):
+    def test_status_of_slurm_runs(self):
         logs, waiting = str(self.logs), "DependencyNeverSatisfied"
         for status, state, expected in (
             ("queued", QueueEntry("PENDING", "Resources"), ("queued", "waits .Resources.")),
@@ -414,7 +414,7 @@ class Statuses(Folder):
                     self.folder.read_summary()["status"], kept, "what ended without a word is written down"
                 )
 
-    def test_local_runs(self):
+    def test_status_of_local_runs(self):
         self.assertEqual(run_status(self.folder, None), ("not begun", ""))
         self.folder.write_summary(status="running", job=None)
         self.folder.lock()
@@ -425,7 +425,7 @@ class Statuses(Folder):
 
 
 class Answers(unittest.TestCase):
-    def test_times(self):
+    def test_slurm_times_are_parsed(self):
         limits = {
             "30": 30,
             "1:30": 1.5,
@@ -439,7 +439,7 @@ class Answers(unittest.TestCase):
         self.assertEqual([parse_time(text) for text in ("Unknown", "None", "N/A", "", None)], [None] * 5)
         self.assertEqual(parse_time("2026-11-24T16:39:49") - parse_time("2026-11-24T16:38:49"), 60)
 
-    def test_limits_of_partitions(self):
+    def test_partition_limits_are_parsed(self):
         default, both = "gpu* 4 2-00:00:00\ncpu 9 infinite\n", "gpu 4 1:00:00\ncpu 9 infinite\n"
         answers = {None: default, "gpu,cpu": both, "no": "", "cpu": "cpu 9 5\n"}
 
@@ -453,18 +453,18 @@ class Answers(unittest.TestCase):
             os.environ["SBATCH_PARTITION"] = "cpu"
             self.assertEqual(slurm.partition_limits(None), (9, 5))
 
-    def test_jobs_in_the_queue(self):
+    def test_squeue_output_is_parsed(self):
         mine = ["12", "RUNNING", "None", "two\nlines \ufffd", "/x/submitit_logs/y.sh", "(null)"]
         output = "".join(f"{slurm.SEPARATOR.join(fields)}{slurm.END}\n" for fields in (mine, ["13", "odd"]))
         with mock.patch.object(slurm, "run_slurm_command", return_value=output):
             self.assertEqual(slurm.squeue(), {"12": QueueEntry("RUNNING", "", *mine[3:5])})
 
-    def test_dependencies_as_slurm_writes_them(self):
+    def test_slurm_dependencies_are_parsed(self):
         text = "afterok:12(unfulfilled),afterany:3(failed),afterok:14_*(unfulfilled)"
         self.assertEqual(list(parse_dependencies(text)), [("afterok", "12"), ("afterany", "3"), ("afterok", "14_*")])
         self.assertEqual([*parse_dependencies(""), *parse_dependencies("singleton")], [])
 
-    def test_of_secrets_the_name_alone(self):
+    def test_secret_variables_are_saved_without_values(self):
         secret = dict.fromkeys(
             ("WANDB_API_KEY", "GITHUB_TOKEN", "MY_PASSWORD", "DB_PASSWD", "AWS_SECRET", "SSH_AUTH_SOCK"), "x"
         )
@@ -480,7 +480,7 @@ class Answers(unittest.TestCase):
 class Settled(unittest.TestCase):
     """Settings that SLURM would misunderstand."""
 
-    def test_refusals(self):
+    def test_settings_that_slurm_would_misread_are_refused(self):
         for override, key in (
             ('submitit.name="a\nb"', "submitit.name"),
             ("++submitit.additional_parameters.time=1", "additional_parameters.time"),
@@ -498,7 +498,7 @@ class Settled(unittest.TestCase):
         with self.assertRaisesRegex(UserError, "signal_delay_s .*timeout_hour"):
             settings_of("submitit.signal_delay_s=3600", "submitit.timeout_hour=1")
 
-    def test_what_is_understood(self):
+    def test_valid_memory_and_dependencies_are_accepted(self):
         for text in ("4G", "2048", "1T", "524288K", "64GB", "0", "4g"):
             self.assertEqual(settings_of(f"submitit.mem='{text}'").submitit.mem, text)
         for text in (
@@ -515,7 +515,7 @@ class Settled(unittest.TestCase):
 class Checks(Folder):
     """What is refused before a submission."""
 
-    def test_finished_is_as_many_epochs_as_are_asked_for(self):
+    def test_run_is_finished_after_the_epochs_in_its_settings(self):
         for status, overrides, finished in (
             ("finished", ["epochs=3"], True), ("finished", ["epochs=4"], False),
             ("finished", ["epochs=3", "trainer.mode=val"], False), ("interrupted", ["epochs=3"], False),
@@ -523,7 +523,7 @@ class Checks(Folder):
             self.folder.write_summary(status=status, epochs=3)
             self.assertEqual(self.job(*overrides).is_finished, finished, overrides)
 
-    def test_other_settings_of_a_finished_run_are_listed(self):
+    def test_changed_settings_of_a_finished_run_are_listed(self):
         for before, warned in (
             ("epochs: 1\nlauncher: {num_nodes: 8}\nsubmitit: {mem_gb: 9}\n", False), ("epochs: 2\n", True),
         ):  # fmt: skip
@@ -532,7 +532,7 @@ class Checks(Folder):
                 submit.warn_of_other_settings(self.job())
             self.assertEqual("epochs: 2 -> 1" in err.getvalue(), warned)
 
-    def test_a_run_that_would_resume_as_another_experiment(self):
+    def test_changed_settings_of_a_resumable_run_are_refused(self):
         (self.folder.path / "config.yaml").write_text("epochs: 2\n")
         submit.check_run_dir(self.job(), {})  # it has no checkpoint to resume from
         (self.folder.path / "checkpoints").mkdir()
@@ -544,7 +544,7 @@ class Checks(Folder):
         (self.folder.path / "config.yaml").write_text("epochs: 1\nnum_workers: 9\n")
         submit.check_run_dir(self.job(), {})
 
-    def test_a_directory_in_use_or_with_a_name_that_slurm_misreads(self):
+    def test_run_directory_in_use_or_with_an_unsafe_name_is_refused(self):
         for environment, job in (
             ({"SLURM_JOB_ID": "77"}, "77"),
             ({"SLURM_ARRAY_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "1", "SLURM_JOB_ID": "78"}, "77_1"),
@@ -560,7 +560,7 @@ class Checks(Folder):
         with self.assertRaisesRegex(UserError, "launcher.experiment_log_dir"):
             submit.check_run_dir(self.job(f"launcher.experiment_log_dir={self.folder.path}/a%j"), {})
 
-    def test_setup_that_bash_cannot_read_and_sweeps_that_are_no_array(self):
+    def test_invalid_setup_exceeded_limits_and_mixed_resources_are_refused(self):
         job = self.job()
         for lines, refused in (
             (["true", "}"], True), (["echo 'open"], True), (["if true; then"], True), (["exec 2>log"], False),
@@ -581,7 +581,7 @@ class Checks(Folder):
         with self.assertRaisesRegex(UserError, "--mem="):
             check_submission([self.job(), self.job("submitit.mem_gb=9")], {})
 
-    def test_jobs_to_wait_for_must_be_known_and_able_to_end_well(self):
+    def test_unsatisfiable_dependencies_are_refused(self):
         before = RunDir(self.folder.path.parent / "align")
         before.create(SUBMISSION_FOLDER)
         command = str(before.path / SUBMISSION_FOLDER / "a_submission.sh")
@@ -618,7 +618,7 @@ class Queued(Folder):
         command = self.write_submission(config=config)
         return is_queued(self.job(), {name[4:]: QueueEntry(state, command=command) for name, state in states.items()})
 
-    def test_a_job_in_the_queue_is_not_submitted_again(self):
+    def test_queued_job_is_not_submitted_again(self):
         self.enterContext(mock.patch("builtins.print"))
         self.folder.write_summary(status="queued", job={"job_id": "12"})
         self.assertTrue(self.is_queued("epochs: 1\nsubmitit: {dependency: 'afterok:3'}\n", job_12="PENDING"))
@@ -645,7 +645,7 @@ class Submissions(Folder):
         self.folder.create()
         self.enterContext(mock.patch("builtins.print"))
 
-    def test_what_cannot_be_submitted_is_rolled_back(self):
+    def test_failed_submission_is_rolled_back(self):
         self.folder.write_summary(status="interrupted", exit_reason="before", job={"job_id": "3"})
         before = self.folder.read_summary()
         refusal, full = slurm.SlurmError("sbatch: error: Invalid qos"), OSError(28, "No space left on device")
@@ -676,7 +676,7 @@ class Submissions(Folder):
             with self.assertRaisesRegex(UserError, "squeue"):
                 submit.submit_or_roll_back([self.job()], self.logs)
 
-    def test_signals_during_a_submission(self):
+    def test_signals_roll_back_a_submission_or_wait_for_its_end(self):
         def signalled(*_: object) -> None:
             signal.raise_signal(signal.SIGTERM)
 
@@ -701,7 +701,7 @@ class Submissions(Folder):
         files = {"71_submission.sh", "71_config.yaml", "history.jsonl"}
         self.assertLessEqual(files, {file.name for file in self.logs.iterdir()})
 
-    def test_a_job_whose_dependency_failed_while_it_was_submitted(self):
+    def test_dependency_failure_during_submission_cancels_the_run(self):
         problem = mock.patch.object(submit, "dependency_problem", return_value="job 9 failed: no memory")
         (self.logs / "a_submission.sh").touch()
         with problem, mock.patch.object(slurm, "squeue_or_none", return_value={}):
@@ -709,7 +709,7 @@ class Submissions(Folder):
         self.assertEqual(self.folder.read_summary()["status"], "cancelled")
         self.assertIn("no memory", self.folder.read_summary()["exit_reason"])
 
-    def test_a_signal_while_a_run_is_built(self):
+    def test_signal_while_building_exits_at_once(self):
         def signalled(*_: object) -> None:
             signal.raise_signal(signal.SIGTERM)
             raise AssertionError("went on")
@@ -717,7 +717,7 @@ class Submissions(Folder):
         with mock.patch("omnivision.training.build.build_process_group", signalled):
             self.assertEqual(run_rank(self.job(), RankInfo()), 128 + signal.SIGTERM)
 
-    def test_only_the_settings_and_the_sites_defaults_count(self):
+    def test_slurm_variables_are_removed_except_site_defaults(self):
         leftovers = (
             "SLURM_JOB_ID SLURM_MEM_PER_NODE SLURM_GPUS SLURM_EXCLUSIVE SLURM_ARRAY_TASK_ID SLURM_RESTART_COUNT SRUN_DEBUG "
             "SBATCH_MEM SALLOC_QOS SQUEUE_STATES SUBMITIT_PREEMPT_SIGNAL RANK WORLD_SIZE LOCAL_RANK GROUP_RANK "
@@ -737,7 +737,7 @@ class Submissions(Folder):
         with self.assertRaisesRegex(slurm.SlurmError, "submitit.use_cluster=false"):
             slurm.run_slurm_command("false")
 
-    def test_the_signal_comes_as_early_as_the_run_needs(self):
+    def test_signal_delay_covers_step_and_save_time(self):
         def delay(*overrides: str) -> int:
             return signal_delay(self.job(*overrides).settings, self.folder)
 
@@ -747,7 +747,7 @@ class Submissions(Folder):
         self.assertEqual(delay(), 2 * (3.5 + 40) + 10)
         self.assertEqual(delay("submitit.signal_delay_s=600"), 600)
 
-    def test_the_script_also_where_slurm_is_not_installed(self):
+    def test_batch_script_needs_no_slurm(self):
         for hours, minutes in (("20", 1200), ("0.1", 6), ("0.02", 2), ("1e-9", 1)):
             script = batch_script.batch_script(self.job(f"submitit.timeout_hour={hours}").settings, self.folder)
             self.assertIn(f"#SBATCH --time={minutes}\n", script, hours)
@@ -761,7 +761,7 @@ class Submissions(Folder):
                 launcher.validate_launch_mode(self.job("submitit.use_cluster=true").settings)
             self.assertIn("#SBATCH --reservation=x\n", script)
 
-    def test_a_line_that_a_crash_cut_is_left_out(self):
+    def test_truncated_history_line_is_ignored(self):
         self.log().note("start")
         with open(self.logs / "history.jsonl", "a") as file:
             file.write('{"event": "en')

@@ -86,7 +86,7 @@ class Runs(Folder):
             self.assert_ended(process, code, "interrupted", reason, *workers)
             shutil.rmtree(self.run_dir)
 
-    def test_a_killed_process_takes_the_others_with_it(self):
+    def test_killed_rank_ends_the_other_ranks(self):
         for rank, more in ((0, ""), (1, ".*after step")):  # rank 0 writes the summary, or saw the other one in a phase
             process = self.started("launcher.gpus_per_node=2", step=3)
             workers = children(process.pid)
@@ -95,14 +95,14 @@ class Runs(Folder):
             self.assert_ended(process, EXIT_FAULT, "failed", f"rank {rank} was killed by SIGKILL{more}", *workers)
             shutil.rmtree(self.run_dir)
 
-    def test_a_suspended_process_is_named_with_its_phase(self):
+    def test_suspended_rank_is_reported_with_its_phase(self):
         process = self.started("launcher.gpus_per_node=2", "trainer.distributed.timeout_minutes=0.1", step=3)
         main, other = children(process.pid)
         os.kill(other, signal.SIGSTOP)
         reason = rf"^rank 1 \(pid {other} on .* no heartbeat for .* s; last seen .*, after step \d"
         self.assert_ended(process, EXIT_FAULT, "failed", reason, main, other)
 
-    def test_sigterm_ends_a_process_that_is_blocked_in_a_collective_operation(self):
+    def test_sigterm_ends_a_rank_blocked_in_a_collective(self):
         process = self.started("launcher.gpus_per_node=2", "submitit.signal_delay_s=null", step=3)
         main, other = children(process.pid)
         os.kill(other, signal.SIGSTOP)
@@ -119,7 +119,7 @@ class Runs(Folder):
         stacks = (self.run_dir / "logs/rank_0_stacks.txt").read_text()
         self.assertRegex(stacks, "all_(reduce|gather)|in _engine_run_backward")
 
-    def test_a_killed_data_worker_and_one_that_hangs(self):
+    def test_killed_or_hanging_data_worker_fails_the_run(self):
         for number, reason in ((signal.SIGKILL, "worker was killed"), (signal.SIGSTOP, "trainer.data.timeout_minutes")):
             process = self.started("num_workers=1", "trainer.data.timeout_minutes=0.1", step=3)
             [server] = children(process.pid, "forkserver")
@@ -129,7 +129,7 @@ class Runs(Folder):
             self.assertNotIn("Traceback", process.stderr.read())
             shutil.rmtree(self.run_dir)
 
-    def test_data_workers_leave_with_a_killed_run(self):
+    def test_data_workers_exit_with_a_killed_run(self):
         process = self.started("num_workers=2")
         [server] = children(process.pid, "forkserver")
         workers = children(server, "forkserver")
@@ -157,7 +157,7 @@ class Ends(unittest.TestCase):
     def ended(codes: tuple[int, ...]) -> list:
         return [mock.Mock(exitcode=code, is_alive=lambda: False, pid=None) for code in codes]
 
-    def test_the_exit_code_of_several_processes(self):
+    def test_exit_code_of_several_ranks(self):
         """Those that ended between two looks; a request to stop hides no other end."""
         for codes, code, words, after_sigterm in (
             ((0, 0), 0, "", 0),
@@ -182,7 +182,7 @@ class Ends(unittest.TestCase):
                 noted = [call.kwargs["interrupted"] for call in job.run_dir.record_unreported_exit.call_args_list]
                 self.assertEqual(noted, [after_sigterm == 143] if after_sigterm > 1 else [])
 
-    def test_a_data_worker_whose_run_was_killed_while_it_began_ends(self):
+    def test_data_worker_exits_if_its_run_was_killed_during_its_start(self):
         gone = subprocess.Popen(["true"])
         gone.wait()
         # torch keeps what a worker raises here for a process that is not there any more.
@@ -194,13 +194,13 @@ class Ends(unittest.TestCase):
 
 
 class Sweeps(unittest.TestCase):
-    def test_each_run_of_a_sweep_needs_a_folder_of_its_own(self):
+    def test_runs_of_a_sweep_need_distinct_run_directories(self):
         one, two = (OmegaConf.create({"launcher": {"experiment_log_dir": name}}) for name in ("runs/a", "runs/b"))
         check_distinct_run_dirs([one, two])
         with self.assertRaisesRegex(UserError, "launcher.experiment_log_dir .*2"):
             check_distinct_run_dirs([one, two, one])
 
-    def test_a_run_for_each_combination_of_values(self):
+    def test_sweep_has_a_run_for_each_combination(self):
         with tempfile.TemporaryDirectory() as folder:
             command = parse_command_line(
                 ["batch_size=8,16", "-m", "epochs=range(1,3)", "+site=a", f"--config-dir={folder}",
@@ -223,7 +223,7 @@ class Environment(unittest.TestCase):
             apply_torchrun_env(config)
         return OmegaConf.to_container(config)
 
-    def test_variables_of_torchrun_replace_settings(self):
+    def test_torchrun_variables_replace_settings(self):
         torchrun = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
         wanted = {"launcher": {"num_nodes": 2, "gpus_per_node": 2}, "submitit": {"use_cluster": False}}
         self.assertEqual(self.apply(False, **torchrun), wanted)

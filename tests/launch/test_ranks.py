@@ -9,7 +9,7 @@ from omnivision.utils.errors import EXIT_NON_FINITE, NonFiniteError, UserError
 
 
 class Ranks(unittest.TestCase):
-    def test_an_error_of_one_rank_keeps_its_class_and_code_on_all(self):
+    def test_error_of_one_rank_is_raised_on_all_ranks(self):
         dist = Dist(RankInfo(), "cpu", None, timedelta(minutes=1))
         dist.rank = 1
         theirs = NonFiniteError("the loss is not finite")
@@ -19,7 +19,7 @@ class Ranks(unittest.TestCase):
         self.assertEqual(caught.exception.exit_code, EXIT_NON_FINITE)
         self.assertTrue(caught.exception.on_all_ranks)
 
-    def test_the_rank_that_fails_keeps_the_cause_and_all_problems(self):
+    def test_failing_rank_keeps_the_cause_and_all_problems(self):
         dist = Dist(RankInfo(), "cpu", None, timedelta(minutes=1))
 
         def fail() -> None:

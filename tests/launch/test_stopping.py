@@ -8,7 +8,7 @@ import time
 import unittest
 from unittest import mock
 
-from omnivision.utils import signals as stopping
+from omnivision.utils import signals
 from omnivision.utils.errors import StopRequested
 from omnivision.utils.signals import TIME_LIMIT, StopSignal, signals_blocked, signals_ignored
 from tests import runs
@@ -20,7 +20,7 @@ class Signals(unittest.TestCase):
         for number in numbers:
             os.kill(os.getpid(), number)
 
-    def test_a_run_that_defers_notes_them_and_others_end_at_once(self):
+    def test_signal_raises_at_startup_and_is_recorded_while_training(self):
         for number, name, code in ((signal.SIGTERM, "SIGTERM", 143), (signal.SIGUSR2, "SIGUSR2", 140)):
             stop = StopSignal()
             with stop.handle_signals():
@@ -39,23 +39,23 @@ class Signals(unittest.TestCase):
                 self.assertEqual(stop.cause, name)
         self.assertEqual(signal.getsignal(signal.SIGTERM), signal.SIG_DFL)
 
-    def test_one_request_may_be_several_signals_but_a_second_one_raises(self):
-        for signals, cause, last in (
+    def test_signals_within_a_second_count_once_and_a_later_sigterm_raises(self):
+        for received, cause, last in (
             ([(100.0, signal.SIGTERM), (100.9, signal.SIGTERM)], "SIGTERM", 101.1),
             ([(100.0, signal.SIGUSR2), (130.0, signal.SIGTERM), (130.5, signal.SIGUSR2)], "SIGUSR2", None),
         ):
             stop = StopSignal()
-            with stop.handle_signals(), mock.patch.object(stopping.time, "monotonic") as clock:
+            with stop.handle_signals(), mock.patch.object(signals.time, "monotonic") as clock:
                 stop.raise_on_signal()
                 stop.record_only()
-                for clock.return_value, number in signals:
+                for clock.return_value, number in received:
                     self.send(number)
                 self.assertEqual(stop.cause, cause)
                 if last is not None:
                     clock.return_value = last
                     self.assertRaises(StopRequested, self.send, signal.SIGTERM)
 
-    def test_a_signal_that_came_before_is_raised_once_where_it_is_caught(self):
+    def test_signal_before_raise_on_signal_is_raised_once(self):
         stop = StopSignal()
         with stop.handle_signals():
             self.send(signal.SIGTERM)
@@ -63,7 +63,7 @@ class Signals(unittest.TestCase):
                 stop.raise_on_signal()
             stop.raise_on_signal()
 
-    def test_what_comes_after_the_end_changes_nothing(self):
+    def test_signals_after_exit_are_ignored(self):
         code = (
             "import os, signal; from omnivision.utils.signals import StopSignal\n"
             "with StopSignal().handle_signals(ignore_after=True): pass\n"
@@ -71,13 +71,13 @@ class Signals(unittest.TestCase):
         )
         self.assertEqual(subprocess.run([sys.executable, "-c", code]).returncode, 0)
 
-    def test_ignored_signals_interrupt_neither_the_block_nor_what_it_starts(self):
+    def test_ignored_signals_do_not_interrupt_the_block_or_its_children(self):
         with signals_ignored():
             self.send(signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
             child = subprocess.run(["sh", "-c", "kill -TERM $$; echo survived"], capture_output=True, text=True)
         self.assertEqual(child.stdout, "survived\n")
 
-    def test_blocked_signals_reach_this_process_after_the_block_and_its_children_never(self):
+    def test_blocked_signals_arrive_after_the_block_and_never_reach_children(self):
         code = (
             "import os, signal; os.kill(os.getpid(), signal.SIGUSR2); os.kill(os.getpid(), signal.SIGTERM); "
             "print('survived')"
@@ -92,7 +92,7 @@ class Signals(unittest.TestCase):
             self.assertEqual(child.stdout, "survived\n", child.stderr)
             self.assertEqual(stop.cause, "SIGUSR2", "this process hears afterwards")
 
-    def test_sighup_unless_nohup_ignores_it(self):
+    def test_sighup_stops_a_run_unless_nohup_ignores_it(self):
         code = (
             "import os, signal, sys\n"
             "signal.signal(signal.SIGHUP, getattr(signal, sys.argv[1]))\n"  # as nohup, which these tests may run under
@@ -110,9 +110,9 @@ class Signals(unittest.TestCase):
 
 
 class Clock(unittest.TestCase):
-    def test_a_run_leaves_when_what_is_left_is_what_it_needs(self):
+    def test_stops_when_remaining_time_equals_reserved_seconds(self):
         stop = StopSignal()
-        with mock.patch.object(stopping.time, "time") as now:
+        with mock.patch.object(signals.time, "time") as now:
             now.return_value = 1000.0
             stop.set_deadline(5000.0)
             stop.update_step_time(4.0)
@@ -125,14 +125,14 @@ class Clock(unittest.TestCase):
             stop.save_seconds = 0.1
             self.assertEqual(stop.cause, TIME_LIMIT, "all processes must find the same when they look again")
 
-    def test_a_short_job_does_something_at_all(self):
+    def test_short_deadline_leaves_time_to_train(self):
         stop = StopSignal()
         self.assertIsNone(stop.cause, "without a deadline it never comes")
         stop.set_deadline(time.time() + 20)
         self.assertIsNone(stop.cause)
         self.assertLessEqual(stop.reserved_seconds, 10)
 
-    def test_the_slowest_step_counts_and_is_forgotten(self):
+    def test_step_time_is_a_decaying_maximum(self):
         stop = StopSignal()
         for seconds in (1.0, 9.0, *[1.0] * 100):
             stop.update_step_time(seconds)

@@ -39,7 +39,7 @@ class Requests(unittest.TestCase):
                 time.sleep(seconds)
         return calls
 
-    def test_a_process_is_aborted_after_its_grace(self):
+    def test_hanging_process_is_aborted_after_the_grace_period(self):
         with mock.patch("omnivision.utils.signals.EXIT_SECONDS", 0.5):
             self.assertEqual(self.aborts(signal.SIGTERM, seconds=0, grace=3), [])
             error, *_ = self.aborts(signal.SIGUSR2, seconds=1, grace=1.5)
@@ -47,7 +47,7 @@ class Requests(unittest.TestCase):
         self.assertEqual(error.cause, "SIGUSR2")
         self.assertRegex(error.__notes__[0], "saving, after step 7")
 
-    def test_a_second_sigterm_leaves_it_a_few_seconds(self):
+    def test_second_sigterm_aborts_after_a_few_seconds(self):
         with mock.patch("omnivision.launch.watchdog.SECOND_REQUEST_SECONDS", 0.5):
             error, *_ = self.aborts(signal.SIGTERM, signal.SIGTERM, seconds=0.5)
             self.assertEqual(error.cause, "SIGTERM")
@@ -57,7 +57,7 @@ class Requests(unittest.TestCase):
             ):  # one request of SLURM's
                 self.assertEqual(self.aborts(*signals, seconds=0.5), [])
 
-    def test_outside_of_the_main_thread_nothing_is_watched(self):
+    def test_watchdog_does_nothing_outside_the_main_thread(self):
         thread = threading.Thread(target=lambda: Watchdog(StopSignal(), self.fail, 1).watching().__enter__())
         thread.start()
         thread.join()
@@ -69,7 +69,7 @@ class Heartbeats(Folder):
         stop.set_phase("in a step", 12)
         return PeerMonitor(self.folder, rank, world, stop, timeout, (calls or []).append)
 
-    def test_silent_peers_and_those_that_are_gone(self):
+    def test_silent_and_exited_peers_are_found(self):
         others = [self.peers(rank) for rank in (1, 2)]
         main = self.peers(0)
         self.assertIsNone(main.find_dead_peers())
@@ -92,7 +92,7 @@ class Heartbeats(Folder):
             file.write_text(damage)
             self.assertRegex(str(main.find_dead_peers()), "^rank 2 ")
 
-    def test_errors_that_other_ranks_cause(self):
+    def test_errors_caused_by_other_ranks_become_peer_lost(self):
         """Gloo's error comes out of the backward pass, as an error of the model may: the heartbeats decide."""
 
         def raised(action: Callable) -> BaseException:
@@ -120,7 +120,7 @@ class Heartbeats(Folder):
         self.assertIs(as_peer_lost(model, main), model, "both may fail alike")
         main.end()
 
-    def test_a_peer_without_a_heartbeat_for_too_long_aborts(self):
+    def test_missing_heartbeat_aborts(self):
         calls: list = [None]
         self.peers(1)
         main = self.peers(0, world=2, timeout=0.8, calls=calls)
@@ -131,7 +131,7 @@ class Heartbeats(Folder):
         main.end()
         self.assertIsInstance(calls[1], PeerLostError)
 
-    def test_processes_that_were_suspended_together_continue(self):
+    def test_ranks_suspended_together_continue(self):
         calls: list = [None]
         other = self.peers(1)
         main = self.peers(0, world=2, timeout=0.8, calls=calls)
@@ -146,11 +146,11 @@ class Heartbeats(Folder):
         self.assertEqual(calls, [None])
         self.assertFalse((self.folder / "rank_0.alive").exists())
 
-    def test_a_single_process_writes_nothing(self):
+    def test_single_rank_writes_no_heartbeat(self):
         self.peers(0, world=1).start()
         self.assertEqual(list(self.folder.iterdir()), [])
 
-    def test_an_abort_ends_the_process_whatever_the_file_system_says(self):
+    def test_abort_exits_despite_file_system_errors(self):
         run = RunDir(self.folder)
         run.create()
         run.lock()

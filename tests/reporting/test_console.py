@@ -12,7 +12,7 @@ from unittest import mock
 from rich.console import Console
 
 from omnivision.checkpoint.pretrained import LoadReport
-from omnivision.launch import launcher as launch
+from omnivision.launch import launcher
 from omnivision.launch.exit import exit_code_and_reason, report_exit
 from omnivision.reporting.reporter import ProgressLine, Reporter
 from omnivision.reporting.run_directory import RunDir
@@ -69,7 +69,7 @@ class Windows(Folder):
             self.assertEqual(main(["runs", str(self.folder), *arguments]), 0)
         return plain(out.getvalue())
 
-    def test_the_list_of_runs(self):
+    def test_runs_table_fits_the_window(self):
         for name, top1 in (("sweep/lr_0.000125_batch_128", 85.714), ("ft", 42.9)):
             facts = {"model": "classifier", "trunk": "trained", "sources": ["ucf101"], "pretrained": "mae"}
             summary = {"run": facts | {"classes": [101]}, "status": "running", "job": {"job_id": "7"}, "epochs": 30,
@@ -88,7 +88,7 @@ class Windows(Folder):
         self.assertIn("age", lines[0])
         self.assertIn("ft (running)", "\n".join(self.runs(io.StringIO(), "--top1")))
 
-    def test_a_class_name_longer_than_the_window_stays_whole(self):
+    def test_long_class_name_is_not_truncated(self):
         name = "x" * 70
         for width in (*WIDTHS, 10_000):
             out = io.StringIO()
@@ -101,7 +101,7 @@ class Windows(Folder):
                 self.assertLessEqual(len(lines[0]), width)
                 self.assertIn("█", lines[0])
 
-    def test_lines_of_an_epoch(self):
+    def test_epoch_metrics_fit_the_window(self):
         metrics = {"loss": 0.41234, "mean_class_accuracy": 84.123, "top1": 85.714, "top5": 100.0, "videos": 1234}
         RunDir(self.folder).create()
         for width in WIDTHS:
@@ -113,7 +113,7 @@ class Windows(Folder):
             for name, value in metrics.items():
                 self.assertIn(f"{name} {value:.4g}", " ".join(text.split()))
 
-    def test_the_bar(self):
+    def test_progress_bar_fits_the_window(self):
         for width in WIDTHS:
             out = io.StringIO()
             bar = ProgressLine(1200, 0, Console(file=out, width=width, force_terminal=True, color_system=None))
@@ -131,7 +131,7 @@ class StartAndEnd(Folder):
         for each in expected:
             self.assertRegex("\n".join(lines), each)
 
-    def test_the_header(self):
+    def test_start_lines(self):
         run = make_trainer(self.folder / "run", val=NoiseDataset(5), limit=2)
         report = LoadReport("runs/mae/checkpoints/best.pt", "0", "epoch 20, training loss 0.43")
         settings = SimpleNamespace(clips_per_step=4)
@@ -153,7 +153,7 @@ class StartAndEnd(Folder):
         run.state.epoch = 1
         self.assert_lines(start_lines(settings, run, []), "resumed after 1 epoch\n")
 
-    def test_the_end(self):
+    def test_end_lines(self):
         run = make_trainer(self.folder / "run", val=NoiseDataset(1), val_epoch_freq=1, limit=1)
         losses = iter([0.25, 0.5])
         run.evaluate = lambda: Evaluation({"loss": next(losses)}, {}, {}, [])
@@ -176,7 +176,7 @@ class StartAndEnd(Folder):
 
 
 class Interrupted(Folder):
-    def test_a_run_that_was_stopped_on_request_reports_no_error(self):
+    def test_stopped_run_reports_no_error(self):
         for error, code, hint in (
             (StopRequested("SIGTERM", saved_step=5), 143, "the same command"),
             (StopRequested("SIGTERM"), 143, ""),
@@ -188,7 +188,7 @@ class Interrupted(Folder):
             self.assertIn(hint, stderr.getvalue())
             self.assertEqual("error" in stderr.getvalue(), code == 1)
 
-    def test_the_saved_step_is_named(self):
+    def test_saved_step_is_reported(self):
         first = make_trainer(self.folder / "run", save_every_steps=2, max_epochs=1)
         self.assertIn("nothing is saved", first.context.stop.describe_saved())
         first.fit()
@@ -201,7 +201,7 @@ class Interrupted(Folder):
         code, reason = exit_code_and_reason(error)
         self.assertEqual((code, "nothing is saved" in reason), (EXIT_SIGINT, True))
 
-    def test_a_sweep_ends_with_the_run_that_is_interrupted(self):
+    def test_interrupted_run_ends_the_sweep(self):
         submitit = SimpleNamespace(use_cluster=False)
         launchers = [SimpleNamespace(experiment_log_dir=f"run_{number}", gpus_per_node=1) for number in range(3)]
         jobs = [SimpleNamespace(settings=SimpleNamespace(submitit=submitit, launcher=each)) for each in launchers]
@@ -216,7 +216,7 @@ class Interrupted(Folder):
                 contextlib.redirect_stdout(io.StringIO()),
                 contextlib.redirect_stderr(io.StringIO()),
             ):
-                self.assertEqual(launch.launch(jobs), max(codes[:runs]))
+                self.assertEqual(launcher.launch(jobs), max(codes[:runs]))
             self.assertEqual(run.call_count, runs)
 
 

@@ -89,19 +89,19 @@ class Metrics(unittest.TestCase):
             for step, value in logged.items():
                 self.assertAlmostEqual(value, self.lines[step][name], delta=1e-6 * max(1, abs(value)))
 
-    def test_tensorboard(self):
+    def test_tensorboard_has_all_metrics(self):
         board = tensorboard(self.folder / "run")
         self.assert_the_same({name: {e.step: e.value for e in board.Scalars(name)} for name in board.Tags()["scalars"]})
         self.assertIn("train_epoch/loss", board.Tags()["scalars"])
         self.assertTrue(board.Images("pictures")[0].encoded_image_string.startswith(b"GIF89a"))
 
-    def test_wandb_offline(self):
+    def test_wandb_offline_has_all_metrics(self):
         self.assert_the_same(wandb_metrics(self.folder / "run"))
         names = [file.name.rpartition("-")[2] for file in (self.folder / "run/wandb").glob("offline-run-*")]
         self.assertEqual((len(names), len(set(names))), (2, 1), "two starts of one run")
         self.assertTrue(list((self.folder / "run/wandb").rglob("*.gif")))
 
-    def test_mlflow(self):
+    def test_mlflow_has_all_metrics(self):
         from mlflow import MlflowClient
 
         client = MlflowClient(tracking_uri=f"sqlite:///{self.folder}/run/mlflow.db")
@@ -111,7 +111,7 @@ class Metrics(unittest.TestCase):
         self.assertEqual((run.data.params["mask_ratio"], run.info.status), ("0.9", "FINISHED"))
         self.assertTrue(list((self.folder / "run/mlflow").rglob("*.gif")))
 
-    def test_console(self):
+    def test_console_shows_data_wait_memory_and_mfu(self):
         self.assertRegex(self.stdout, r"waiting for data \d+%  \d+\.\d GB  \d+% of the peak  ETA ")
 
 
@@ -135,7 +135,7 @@ class Alone(Folder):
             time.sleep(1.1)  # files are ordered by the second in which they were opened
         self.assertEqual(self.tensorboard_losses(), [(1, 0.0), (2, 1.0)])
 
-    def test_a_logger_that_fails_is_dropped(self):
+    def test_failing_logger_is_dropped(self):
         """A server that does not answer must not end a run; the other loggers continue."""
         out = io.StringIO()
         reporter = Reporter(self.run_dir, enabled=True, console=Console(file=out, width=200))
@@ -147,7 +147,7 @@ class Alone(Folder):
         self.assertEqual(out.getvalue().count("warning: Mock"), 1)
         self.assertEqual(self.tensorboard_losses(), [(1, 1.0), (2, 1.0)])
 
-    def test_mlflow_of_a_failed_run(self):
+    def test_mlflow_status_of_a_failed_run(self):
         """Its status, and more settings than MLflow takes at once."""
         from mlflow import MlflowClient
 
@@ -161,7 +161,7 @@ class Alone(Folder):
         [metric] = client.get_metric_history(run.info.run_id, "train/loss")
         self.assertLess(abs(metric.timestamp / 1000 - start), 600)
 
-    def test_wandb_of_a_failed_run(self):
+    def test_wandb_exit_code_of_a_failed_run(self):
         import wandb
 
         with mock.patch.dict(os.environ, OFFLINE, HOME=str(self.folder)):
@@ -170,7 +170,7 @@ class Alone(Folder):
         codes = [record.exit.exit_code for record in wandb_records(self.folder) if record.HasField("exit")]
         self.assertEqual(codes, [1])
 
-    def test_what_cannot_be_started_is_named(self):
+    def test_logger_that_cannot_be_started_is_named(self):
         no_server = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
         for name, modules, environment in (
             ("wandb", {"wandb": None}, {}),

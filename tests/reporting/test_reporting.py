@@ -38,7 +38,7 @@ class Log(Folder):
         self.assertEqual((line["loss"], line["lr"], line["nested"]), (None, None, {"a": [None, 1.5]}))
         self.assertLessEqual({"event", "phase", "epoch", "step", "time"}, set(line))
 
-    def test_truncating(self):
+    def test_log_is_truncated_when_resuming(self):
         """Later steps, a phase that is repeated, a damaged line and one truncated by a crash are dropped."""
         for step in (1, 2, 3):
             self.log.write("step", "train", 0, step)
@@ -72,12 +72,12 @@ class Output(Folder):
     def take_lock(self) -> None:
         (self.folder / ".lock").write_text(json.dumps({"token": "another's", "host": "elsewhere", "pid": 1}))
 
-    def test_other_ranks_are_silent(self):
+    def test_other_ranks_write_nothing(self):
         reporter, printed = self.report(RunDir(self.folder), enabled=False)
         reporter.info("hello")
         self.assertEqual((printed, list(self.folder.iterdir())), ("", []))
 
-    def test_a_run_that_has_lost_its_directory_writes_nothing_more(self):
+    def test_run_that_lost_its_directory_writes_nothing(self):
         run_dir = RunDir(self.folder)
         run_dir.create()
         run_dir.lock()
@@ -91,7 +91,7 @@ class Output(Folder):
 
 
 class Images(Folder):
-    def test_still_and_animation(self):
+    def test_visualization_is_saved_as_png_and_gif(self):
         images.save(visualization(), self.folder, "x")
         still = np.asarray(Image.open(self.folder / "x.png"))
         scale = round(images.MIN_SIDE / 16)
@@ -101,7 +101,7 @@ class Images(Folder):
         with Image.open(self.folder / "x.gif") as animation:
             self.assertEqual((animation.format, animation.n_frames), ("GIF", 4))
 
-    def test_a_dollar_in_a_class_name_is_no_formula(self):
+    def test_dollar_in_a_class_name_is_not_a_formula(self):
         names = ["$\\frac$", "100 $ a_b $"]
         predictions = Predictions(np.arange(2), np.arange(2), np.eye(2, dtype=np.float32), [*"ab"], class_names=names)
         self.assertGreater(min(confusion_image(predictions, "$x_$, step 3").size), 300)
@@ -126,7 +126,7 @@ class Progress(unittest.TestCase):
             line.step(0, 1, step, STEP)
         self.assertEqual([text.split("step ")[1][:3] for text in out.getvalue().splitlines()], ["1/5", "5/5"])
 
-    def test_a_warning_when_steps_wait_for_data(self):
+    def test_waiting_for_data_is_warned_about(self):
         for shares, warned_at in (
             ([0.9] * 4, None),  # the first batches are late
             ([0.99, 0.8, 0.2, 0.2, 0.2, 0.2], None),

@@ -34,7 +34,7 @@ class Folder(fixtures.Folder):
 
 
 class Summary(Folder):
-    def test_entries_are_updated_and_what_is_no_summary_is_replaced(self):
+    def test_summary_is_updated_and_an_invalid_one_replaced(self):
         for damage in (b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"status": ["queued"]}', b'{"job": "x"}'):
             with self.subTest(damage):
                 (self.folder / "summary.json").write_bytes(damage)
@@ -43,7 +43,7 @@ class Summary(Folder):
                 self.run_dir.write_summary(status="finished")
                 self.assertEqual(self.run_dir.read_summary(), {"status": "finished", "loss": None})
 
-    def test_a_summary_that_cannot_be_read_is_not_replaced(self):
+    def test_unreadable_summary_is_not_replaced(self):
         self.run_dir.write_summary(status="running", run={"epochs": 3})
         with mock.patch.object(Path, "read_text", side_effect=OSError(116, "Stale file handle")):
             self.assertEqual(self.run_dir.read_summary(), {})
@@ -51,7 +51,7 @@ class Summary(Folder):
                 self.run_dir.write_summary(status="finished")
         self.assertEqual(self.run_dir.read_summary()["run"], {"epochs": 3})
 
-    def test_a_killed_run_is_noted_unless_it_ended_or_another_one_is_alive(self):
+    def test_killed_run_is_recorded_unless_it_ended_or_another_is_alive(self):
         for before, locked, interrupted, after in (
             ("finished", False, False, "finished"), ("running", True, False, "running"),
             ("running", False, False, "failed"), ("running", False, True, "interrupted"),
@@ -71,7 +71,7 @@ class Summary(Folder):
 
 
 class Directories(Folder):
-    def test_checkpoints_elsewhere_belong_to_one_run(self):
+    def test_checkpoint_directory_belongs_to_one_run(self):
         one, two = (RunDir(self.folder / name, self.folder / "shared") for name in ("one", "two"))
         inside = RunDir(self.folder / "three")
         for run in (one, two, inside):
@@ -82,12 +82,12 @@ class Directories(Folder):
         with self.assertRaisesRegex(UserError, "/one.*trainer.checkpoint.save_dir"):
             two.claim_checkpoint_dir()
 
-    def test_directories_that_cannot_be_made_or_written(self):
+    def test_unwritable_directories_are_refused(self):
         (self.folder / "tensorboard").write_text("")
         for run in (self.run_dir, RunDir(self.folder / "tensorboard" / "run")):
             self.assertRaisesRegex(UserError, "launcher.experiment_log_dir", run.create)
 
-    def test_leftovers_of_a_killed_writer_are_removed(self):
+    def test_temporary_files_of_a_killed_writer_are_removed(self):
         (self.folder / ".checkpoint.pt.123.tmp").write_text("half")
         (self.folder / "checkpoint.pt").write_text("complete")
         remove_stale_tmp(self.folder)
@@ -105,7 +105,7 @@ class Lock(Folder):
                 run.unlock()
                 self.assertFalse(self.lock.exists())
 
-    def test_locks_of_processes_that_are_gone_are_taken_over(self):
+    def test_locks_of_ended_processes_are_taken_over(self):
         dead = subprocess.Popen(["true"])
         dead.wait()
         for holder in (
@@ -120,7 +120,7 @@ class Lock(Folder):
         self.run_dir.unlock()
         self.assertTrue(self.lock.exists(), "one that was taken over is not removed")
 
-    def test_another_machines_heartbeat_decides(self):
+    def test_lock_of_another_host_is_valid_while_its_heartbeat_is_recent(self):
         """Another container of this machine counts as one: the same process id there is another process."""
         for elsewhere in ({}, {"host": os.uname().nodename, "machine": "another container"}):
             self.locked_by(**elsewhere)
@@ -130,7 +130,7 @@ class Lock(Folder):
                 self.assertTrue(self.run_dir.holder_message(), "the clock of another machine does not count")
             self.assert_taken_over()
 
-    def test_an_earlier_start_of_the_same_job_does_not_hold_it(self):
+    def test_earlier_start_of_the_same_job_does_not_hold_the_lock(self):
         with mock.patch.dict(os.environ, SLURM_JOB_ID="77"):
             self.run_dir.lock()
         self.addCleanup(self.run_dir.unlock)

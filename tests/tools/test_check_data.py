@@ -48,7 +48,7 @@ class Samples(Folder):
             self.assertIn("gop: least 61, 5% 66.9, median 120", out)
             self.assertEqual(json.loads(report.read_text())["samples"][0], expected)
 
-    def test_every_bad_file_is_named_and_none_hangs(self):
+    def test_every_bad_file_is_reported_without_hanging(self):
         self.video("good.mp4")
         complete = Path(real_videos()[1]).read_bytes()
         (self.folder / "half.mp4").write_bytes(complete[: len(complete) // 2])
@@ -100,7 +100,7 @@ class Samples(Folder):
         Image.new("RGB", (30, 40)).save(self.folder / "clip" / "3.png")
         self.assertIn("30x40, 40x30", self.check(["clip"])[1])
 
-    def test_a_crashed_worker_costs_its_sample(self):
+    def test_crashed_worker_costs_only_its_sample(self):
         paths = [self.video("a.mp4")]
         with mock.patch.object(check_data, "run_in_processes", return_value=iter([WorkerCrashedError("killed")])):
             code, out, _ = self.check(paths)

@@ -29,7 +29,7 @@ class Help(unittest.TestCase):
 
 
 class WrongArguments(unittest.TestCase):
-    def test_the_argument_is_named(self):
+    def test_wrong_argument_is_named(self):
         for words, named in (
             (("prediict", "a"), "predict"),
             (("predict", "run"), "VIDEO"),
@@ -42,13 +42,13 @@ class WrongArguments(unittest.TestCase):
             with self.subTest(words), self.assertRaisesRegex(UserError, named):
                 call_command(*words)
 
-    def test_an_option_that_comes_again_replaces_the_first(self):
+    def test_repeated_option_replaces_the_first(self):
         with self.assertRaisesRegex(UserError, "RUN"):  # the option is accepted; the run does not exist
             call_command("predict", "RUN", "a.mp4", "--top", 1, "--top", 2)
 
 
 class Ends(unittest.TestCase):
-    def test_a_result_that_cannot_be_written_is_an_error_but_a_closed_pipe_is_none(self):
+    def test_unwritable_output_is_an_error_and_a_closed_pipe_is_not(self):
         for cause, code in ((OSError(errno.ENOSPC, "No space left on device"), 1), (BrokenPipeError(), 0), (None, 0)):
             stream = SafeStream(mock.Mock(write=mock.Mock(side_effect=cause), fileno=mock.Mock(side_effect=OSError)))
             with (
@@ -59,7 +59,7 @@ class Ends(unittest.TestCase):
                 self.assertEqual(main([]), code)
             self.assertEqual(len(stderr.getvalue().splitlines()), code)
 
-    def test_interrupted(self):
+    def test_interrupted_command_has_its_exit_code(self):
         with contextlib.redirect_stderr(io.StringIO()) as stderr:
             with mock.patch("omnivision.tools.main.call", side_effect=KeyboardInterrupt):
                 self.assertEqual(main(["runs", "x"]), EXIT_SIGINT)

@@ -57,7 +57,7 @@ class Trained(unittest.TestCase):
             code = main([str(argument) for argument in arguments])
         return code, out.getvalue(), err.getvalue()
 
-    def test_scores_are_those_of_the_evaluation(self):
+    def test_scores_equal_those_of_the_evaluation(self):
         with np.load(self.ft / "predictions/ucf101.npz") as saved:
             paths, scores = saved["path"], saved["scores"]
         model = omnivision.load(self.ft)
@@ -155,7 +155,7 @@ class Trained(unittest.TestCase):
     def export(self, out: str, to: str, *more: str, source: str = "ft") -> str:
         return runs.call_command("export", self.folder / source, self.folder / out, "--to", to, *more)[1]
 
-    def test_a_file_predicts_what_its_run_predicts(self):
+    def test_exported_file_predicts_like_its_run(self):
         expected = omnivision.load(self.folder / "ft").predict(self.video)
         self.assertEqual({each.name for each in expected}, set(NAMES))
         for out, to in (("model.pt", "pt"), ("other.safetensors", "safetensors")):
@@ -197,7 +197,7 @@ class Trained(unittest.TestCase):
         config = json.loads((self.folder / "hf/config.json").read_text())
         self.assertEqual(list(config["id2label"].values()), NAMES)
 
-    def test_weights_that_nobody_evaluated_have_no_metrics(self):
+    def test_weights_without_evaluation_have_no_metrics(self):
         checkpoint = torch.load(self.best, weights_only=True)
         name = "trunk.norm.weight"
         torch.save(checkpoint | {"ema": {name: checkpoint["model"][name]}}, self.folder / "averaged.pt")

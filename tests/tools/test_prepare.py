@@ -104,7 +104,7 @@ class Folder(catalog.Folder):
 
 
 class CsvLists(Folder):
-    def test_every_way_to_write_the_same_list(self):
+    def test_all_list_formats_give_the_same_arrays(self):
         self.videos("v/a b.mp4", "v/c;d.mp4", "v/e.mp4")
         rows = [("v/a b.mp4", "run"), ("v/c;d.mp4", "jump, high"), ("v/e.mp4", "run")]
         for delimiter in ";,\t":
@@ -150,7 +150,7 @@ class CsvLists(Folder):
         self.prepare_list("a.mp4,0\n", "--no-check-files", "--prefix", "/cluster/videos")
         self.assertEqual((self.samples()["train"], self.entry["prefix"]), ([("a.mp4", 0)], "/cluster/videos/"))
 
-    def test_integers(self):
+    def test_integer_labels(self):
         self.videos(*(f"s/{k}.mp4" for k in range(6)))
         self.assertEqual(self.prepare_list("s/0.mp4,0\ns/1.mp4,3\n")["train"][1], ("s/1.mp4", 3), "gaps are kept")
         self.assertIn("2 of 4 classes never occur: 1, 2", self.errors)
@@ -166,7 +166,7 @@ class CsvLists(Folder):
             self.prepare("s", *options)
             self.assertIn("one split start at 0 and of another at 1", self.errors)
 
-    def test_names_of_classes_in_the_order_that_is_wanted(self):
+    def test_class_names_in_a_given_order(self):
         self.videos("a.mp4", "b.mp4")
         names = self.write("names.txt", "walk\nrun\njump\n")
         samples = self.prepare_list("a.mp4,run\nb.mp4,walk\n", "--class-names", names)
@@ -225,7 +225,7 @@ class Columns(Folder):
                 self.assertEqual(samples["test"], [("2.mp4", 0), ("5.mp4", 1)])
                 self.assertIn(f"split from column {name}", self.output)
 
-    def test_columns_of_splits_that_are_asked_about(self):
+    def test_ambiguous_split_columns_are_refused(self):
         self.videos(*(f"{k}.mp4" for k in range(3)))
         cases = {
             ("fold", "1,2,2"): "1, 2.*--splits",
@@ -407,7 +407,7 @@ class ClassFolders(Folder):
         self.assertEqual(self.sizes("s", "--hold-out", 0.25), {"train": 6, "val": 2, "test": 8})
         self.assertEqual({path.partition("/")[0] for path, _ in self.samples()["test"]}, {"test"})
 
-    def test_what_may_be_splits_or_classes_is_asked_about(self):
+    def test_folders_that_may_be_splits_or_classes_are_refused(self):
         for files in (
             "train/a/1.mp4 val/a/2.mp4 dev/a/3.mp4",
             "train/a/1.mp4 test/a/2.mp4 bus/3.mp4",
@@ -461,7 +461,7 @@ class ClassFolders(Folder):
         for value in ("train", "train=", "fit=train", "train=nothing"):
             self.assert_refused("s", "--splits", value, regex="--splits")
 
-    def test_a_level_too_high_or_low(self):
+    def test_source_folder_a_level_too_high_or_low(self):
         both = ("train", "val")
         cases = [  # what a warning says, or None; files; SOURCE
             ("folders jump, run", [f"t/{c}/{x}/{k}.mp4" for c in ("jump", "run") for x in "xy" for k in "12"], "s"),
@@ -513,7 +513,7 @@ class ClassFolders(Folder):
         self.tree("train/a/1.mp4", "test/a/2.mp4", "annotations/labels.txt", ".git/x.mp4")
         self.assertEqual(self.sizes("s"), {"train": 1, "test": 1})
 
-    def test_a_part_held_out(self):
+    def test_val_split_is_held_out(self):
         """Every class has its share; videos of one source stay together, and another share is another dataset."""
         self.tree(*(f"{c}/{name}_{part}.mp4" for c in ("jump", "run") for name in "abcd" for part in (1, 2)))
         samples = self.prepare("s", "--hold-out", 0.25)
@@ -528,7 +528,7 @@ class ClassFolders(Folder):
         self.tree("train/run/a.mp4", "val/run/b.mp4")
         self.assert_refused("s", "--hold-out", 0.2, regex="--hold-out")
 
-    def test_what_is_held_out_changes_with_the_videos(self):
+    def test_held_out_part_depends_on_the_videos(self):
         self.tree(*(f"{label}/{k}.mp4" for label in "ab" for k in range(20)))
         before = self.prepare("s", "--hold-out", 0.2)
         self.run_again("s", "--hold-out", 0.2)
@@ -540,7 +540,7 @@ class ClassFolders(Folder):
         self.assertTrue(all(moved))
         self.assertIn(f"{len(moved[0] | moved[1])} videos changed sides", self.errors)
 
-    def test_frames_have_a_rate(self):
+    def test_frame_folders_need_a_rate(self):
         self.tree("a/1.mp4", "a/2/1.jpg", "b/3/1.jpg")
         for options, rate in ((), 25), (("--fps", 30), 30), (("--fps", 12.5), 12.5):
             with self.subTest(options):
@@ -738,7 +738,7 @@ class Transcoding(Folder):
             frames = [(tick * video.time_base, frame.astype(float)) for tick, frame in video.frames()]
         return [time for time, _ in frames], np.stack([frame for _, frame in frames])
 
-    def test_real_videos_keep_time_and_look_and_get_their_key_frames(self):
+    def test_transcoding_keeps_times_and_pixels_and_sets_key_frames(self):
         for source in real_videos()[:2]:
             transcoded = self.transcoded(source, gop=12, crf=10)
             with open_video(source) as old, open_video(str(transcoded)) as new:
@@ -764,7 +764,7 @@ class Transcoding(Folder):
         with self.assertRaises(VideoDecodeError):
             list(transcoding._ascending(iter([(0, "a"), (50, "b"), (3, "c")]), Fraction(1, 25))[1])
 
-    def test_a_video_is_read_back_before_it_gets_its_name(self):
+    def test_transcoded_video_is_verified_before_renaming(self):
         write_video(self.folder / "v.mp4", moving(), fps=25)
 
         def write_slower(path, frames, tick, **options):
@@ -811,7 +811,7 @@ class Transcoding(Folder):
         repeats = [bool(np.array_equal(a, b)) for a, b in pairwise(frames)]
         self.assertEqual(repeats, [True, True, False, True, False, True, True])
 
-    def test_destinations_are_all_different(self):
+    def test_destinations_are_distinct(self):
         paths = ["a/x.avi", "a/x.mp4", "a/y.v1.mov", "b/x.mp4", "c", "c/z.mp4", "clip.1", "clip.2"]
         for config in (TranscodeConfig(None), TranscodeConfig(None, frames_fps=5)):
             destination_of = destinations(paths, config)
@@ -837,7 +837,7 @@ class PreparedVideos(Folder):
     def results(self) -> list[str]:
         return sorted(path.name for path in (self.out / "films").rglob("*.*"))
 
-    def test_a_bad_video_is_left_out_and_named(self):
+    def test_bad_video_is_left_out_and_reported(self):
         samples = self.prepare("s", *self.OPTIONS)
         self.assertEqual(samples["train"], [("a/1.mp4", 0), ("a/2.mp4", 0), ("b/3.mp4", 1)])
         self.assertEqual(self.entry["prefix"], f"{self.out}/films/")
@@ -859,7 +859,7 @@ class PreparedVideos(Folder):
         with self.assertRaisesRegex(UserError, "OUT.*transcoded"):
             self.run_again("s", "--gop", 3)
 
-    def test_interrupted_and_completed(self):
+    def test_interrupted_preparation_is_completed(self):
         calls = []
 
         def interrupt(*arguments: object, **options: object) -> int:
@@ -878,7 +878,7 @@ class PreparedVideos(Folder):
         self.assertIn("2 videos existed already", self.output)
         self.assertEqual(self.results(), ["1.mp4", "2.mp4", "3.mp4"])
 
-    def test_what_ends_it(self):
+    def test_errors_that_end_the_preparation(self):
         """A full disk is not the videos' fault; without any video there are no arrays, and none of the source is replaced."""
         with mock.patch.object(transcoding, "write_timed_video", side_effect=OSError(28, "No space left on device")):
             with self.assertRaisesRegex(UserError, "No space left.*OUT"):

@@ -112,7 +112,7 @@ class Page(Folder):
 
 
 class Figures(unittest.TestCase):
-    def test_mistakes(self):
+    def test_most_confident_mistakes(self):
         shares = np.array([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.05, 0.95]], np.float32)
         predictions = Predictions(
             np.arange(4), np.array([1, 1, 1, 0]), np.log(shares), [*"abcd"], class_names=["x", "y"]

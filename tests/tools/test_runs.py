@@ -41,7 +41,7 @@ class Runs(Folder):
         self.assertEqual(lines[4], ["c:", "failed:", "no", "memory"])
         self.assertRegex(errors, r"^warning: \S*d/summary.json .*\n$")
 
-    def test_accuracies_alone(self):
+    def test_top1_prints_only_accuracies(self):
         for number, (name, top1) in enumerate((("two", 20.0), ("one", 50.0), ("none", None), ("three", 30.0))):
             self.write(name, number, last={"val_top1": top1} if top1 else {"loss": 1.0})
         lines, _ = self.table("--top1")

@@ -52,7 +52,7 @@ class HeldOut(unittest.TestCase):
         with self.assertRaisesRegex(UserError, "--group-pattern"):
             hold_out(["a"] * 3, np.zeros(3, int), 0.2, 42)
 
-    def test_the_seed_and_nothing_else_decides(self):
+    def test_val_split_depends_only_on_the_seed(self):
         one, again, other = (hold_out(self.groups, self.labels, 0.2, seed) for seed in (42, 42, 43))
         self.assertTrue(np.array_equal(one, again))
         self.assertLess((one & other).sum(), 0.5 * one.sum())
@@ -68,7 +68,7 @@ class HeldOut(unittest.TestCase):
             held = hold_out(["single", *self.groups], np.array([99, *self.labels]), 0.2, seed)
             self.assertFalse(held[0], "a class of one group stays in training")
 
-    def test_as_near_as_groups_allow(self):
+    def test_share_is_as_close_as_groups_allow(self):
         random = np.random.default_rng(1)
         for _ in range(60):
             sizes = random.integers(1, 30, random.integers(2, 9))
@@ -121,7 +121,7 @@ class Command(catalog.Folder):
             groups.append({path.partition(".")[0].partition("/")[0] for path, _ in self.read(side)})
         self.assertEqual(([len(group) for group in groups], groups[0] & groups[1]), ([8, 2], set()))
 
-    def test_classes_on_one_side_are_named(self):
+    def test_classes_in_only_one_split_are_reported(self):
         self.save("labels.npy", np.where(np.arange(120) < 4, 7, self.labels))
         self.assertIn("without a video in val: 7.", self.run_command("--group-pattern", r"(c\d_g\d+)")[2])
 

@@ -19,8 +19,7 @@ from omnivision.data.encode import write_video
 from omnivision.data.video import VideoFile
 from omnivision.launch import slurm
 from omnivision.reporting.run_directory import RunDir
-from omnivision.training import build, preflight
-from omnivision.training import dry_run as dry
+from omnivision.training import build, dry_run, preflight
 from omnivision.training.trainer import Trainer
 from tests import stage_runs as stages
 
@@ -53,7 +52,10 @@ class Dry(unittest.TestCase):
 
     def dry(self, run: str, changes: dict) -> stages.Result:
         # Both are slow.
-        with mock.patch.object(dry, "draw_schedules"), mock.patch.object(build, "measure_clip_cost", return_value=None):
+        with (
+            mock.patch.object(dry_run, "draw_schedules"),
+            mock.patch.object(build, "measure_clip_cost", return_value=None),
+        ):
             return self.start(run, "dry", changes)
 
     def assert_stops(self, key: str, run: str, changes: dict) -> None:
@@ -68,14 +70,14 @@ class Dry(unittest.TestCase):
         self.assertIn(key, refused.stderr)
         self.assertNotIn("step 1", refused.stdout)
 
-    def test_nothing_stops_it(self):
+    def test_valid_run_passes(self):
         shown = self.start("new", "dry", {"pretrained_checkpoint_path": f"{self.folder}/fits.pt"})
         self.assertEqual((shown.returncode, shown.stderr), (0, ""))
         self.assertRegex(shown.stdout, r"^(warning: .*\n)*model ")
         self.assertRegex(shown.stdout, r"Weights from .*fits.pt\n  loaded +29 ")
         self.assertEqual(os.listdir(self.folder / "new"), ["dry.png"])
 
-    def test_no_file_of_the_data(self):
+    def test_missing_data_stops(self):
         nowhere = {"datasets.ucf101.prefix": "/nowhere"}
         self.assert_stops("datasets.ucf101.prefix", "none", nowhere)
         shown = self.dry("none", nowhere | {"pretrained_checkpoint_path": "/nowhere"})
@@ -83,11 +85,11 @@ class Dry(unittest.TestCase):
         shown = self.dry("none", nowhere | {"submitit.use_cluster": True})
         self.assertRegex(shown.stdout, "\nwarning: .*datasets.ucf101.prefix", "compute nodes may see them")
 
-    def test_labels(self):
+    def test_labels_out_of_range_stop(self):
         np.save(self.folder / "labels.npy", [0, 1, 2, 3, 0, 1])
         self.assert_stops("datasets.ucf101", "labels", {"datasets.ucf101.train.labels": f"{self.folder}/labels.npy"})
 
-    def test_weights_that_do_not_fit(self):
+    def test_unsuitable_weights_stop(self):
         weights = {"pretrained_checkpoint_path": f"{self.folder}/fits.pt"}
         self.assert_stops("trainer/model", "misfit", weights | {"trainer.model.trunk.width": 48})
         self.assert_stops("trunk_coverage", "misfit", weights | {"trainer.model.trunk.depth": 3})
@@ -96,16 +98,16 @@ class Dry(unittest.TestCase):
         (self.folder / "broken.pt").write_bytes((self.folder / "fits.pt").read_bytes()[:-100])
         self.assert_stops("broken.pt", "misfit", {"pretrained_checkpoint_path": f"{self.folder}/broken.pt"})
 
-    def test_the_sources_of_an_average(self):
+    def test_sources_of_an_average_are_checked(self):
         sources = f"pretrained_checkpoint_path=[{self.folder}/fits.pt,{self.folder}/fits.pt]"
         average = stages.command("average", self.folder / "average", *self.data, sources, "trainer.mode=dry")
-        with mock.patch.object(dry, "draw_schedules"):
+        with mock.patch.object(dry_run, "draw_schedules"):
             self.assertEqual(stages.run_in_process(average).returncode, 0)
             shown = stages.run_in_process([*average, "trainer.model.trunk.width=48"])
         self.assertEqual(shown.returncode, 1)
         self.assertRegex(shown.stdout, rf"^{STOPS}.*trunk\..*\(96.*pretrained_checkpoint_path")
 
-    def test_a_run_directory_with_other_settings(self):
+    def test_run_directory_with_other_settings_stops(self):
         limit = {"trainer.limit_train_batches": 1}
         shown = self.dry("finished", limit | {"epochs": 3, "trainer.checkpoint.allow_changes": True})
         self.assertEqual(shown.returncode, 0)
@@ -126,14 +128,14 @@ class Dry(unittest.TestCase):
         (self.folder / "broken/checkpoints/checkpoint.pt").write_bytes(b"x")
         self.assert_stops("launcher.experiment_log_dir", "broken", limit)
 
-    def test_a_run_directory_in_use(self):
+    def test_run_directory_in_use_stops(self):
         holder = RunDir(self.folder / "held")
         holder.create()
         holder.lock()
         self.addCleanup(holder.unlock)
         self.assert_stops("launcher.experiment_log_dir", "held", {})
 
-    def test_what_slurm_would_not_take(self):
+    def test_settings_that_slurm_rejects_stop(self):
         wrong = {"submitit.use_cluster": True, "submitit.setup": ["if true; then"]}
         answers = {"is_available": True, "squeue": {}, "partition_limits": (None, None)}
         with contextlib.ExitStack() as stack:
@@ -141,11 +143,11 @@ class Dry(unittest.TestCase):
                 stack.enter_context(mock.patch.object(slurm, name, return_value=answer))
             self.assert_stops("submitit.setup", "cluster", wrong)
 
-    def test_too_little_memory(self):
+    def test_too_little_memory_stops(self):
         with mock.patch.object(preflight, "host_memory", lambda: 10**6):
             self.assert_stops("trainer/model", "memory", {})
 
-    def test_data_that_cannot_be_read(self):
+    def test_unreadable_data_stops(self):
         garbage = [str(self.folder / f"garbage{number}.mp4") for number in range(6)]
         for path in garbage:
             Path(path).write_bytes(b"no video " * 500)
@@ -163,7 +165,7 @@ class Dry(unittest.TestCase):
             self.assertEqual(shown.returncode, 0, shown.stdout)
             self.assertRegex(shown.stdout, r"warning: .*ucf101 \(train\).*garbage0.mp4: .*bad_sample_budget")
 
-    def test_warnings_are_those_of_the_run(self):
+    def test_dry_run_and_run_give_the_same_warnings(self):
         write_video(str(self.folder / "short.mp4"), np.zeros((3, 48, 64, 3), np.uint8), fps=25)
         np.save(self.folder / "short.npy", [str(self.folder / "short.mp4")] * 6)
         changes = {"datasets.ucf101.train.paths": f"{self.folder}/short.npy", "trainer.data.num_workers": 9}

@@ -26,7 +26,7 @@ def cost_of(stage: str, *overrides: str) -> flops.ClipFlops:
 
 
 class Operations(unittest.TestCase):
-    def test_forward_and_backward(self):
+    def test_forward_and_backward_flops(self):
         """A trained model costs three times its forward pass; a frozen trunk has no backward pass."""
         cost = cost_of("ft", *LABELLED)
         linear = 2 * TOKENS * DEPTH * 12 * WIDTH**2  # qkv, output, two of the MLP of four times the width
@@ -38,7 +38,7 @@ class Operations(unittest.TestCase):
         frozen = cost_of("lp", *LABELLED)
         self.assertLess(frozen.step_flops, 1.01 * frozen.forward_flops)
 
-    def test_what_is_kept_for_the_backward_pass(self):
+    def test_activation_bytes(self):
         """As much as a real step keeps, each tensor once; checkpointed blocks keep less, a frozen trunk next to nothing."""
         whole = cost_of("ft", *LABELLED).activation_bytes
         self.assertGreater(whole, 4 * DEPTH * TOKENS * 12 * WIDTH)  # inputs of the matmuls and of the activation
@@ -46,13 +46,13 @@ class Operations(unittest.TestCase):
         self.assertLess(checkpointed.activation_bytes, 0.6 * whole)
         self.assertLess(cost_of("lp", *LABELLED).activation_bytes, 0.1 * whole)
 
-    def test_what_a_mask_hides_is_not_embedded(self):
+    def test_hidden_tokens_cost_nothing_to_embed(self):
         few, many = (cost_of("mae", f"mask_ratio={ratio}", "image_size=64").step_flops for ratio in (0.9, 0.5))
         self.assertGreater(many, 1.1 * few)
 
 
 class Peaks(unittest.TestCase):
-    def test_by_name(self):
+    def test_peak_flops_by_device_name(self):
         for name, dtype, expected in (
             ("NVIDIA A100-SXM4-80GB", torch.bfloat16, 312),
             ("NVIDIA A100-SXM4-80GB", None, 19.5),
@@ -67,7 +67,7 @@ class Peaks(unittest.TestCase):
         for name in ("Some Card 9000", "NVIDIA RTX A4000", "NVIDIA RTX A1000", "NVIDIA T400"):
             self.assertIsNone(flops.peak_flops_by_name(name, torch.bfloat16), name)
 
-    def test_a_peak_of_ones_own(self):
+    def test_peak_from_the_settings(self):
         self.assertIsNone(flops.peak_flops(torch.device("cpu"), None, None))
         settings = settings_of("mae", "trainer.logging.peak_tflops=1")
         speed = build.estimate_peak_clips_per_second(settings, torch.device("cpu"))

@@ -39,7 +39,7 @@ class Room(unittest.TestCase):
         with mock.patch.object(shutil, "disk_usage", lambda _: Usage(1, 0, free)):
             preflight.check_disk_space(settings, build.build_model(settings, "meta"))
 
-    def test_checkpoints_need_room_beside_those_of_the_run(self):
+    def test_disk_must_have_space_for_checkpoints(self):
         for stage, count in (("mae", 3), ("ft", 4)):  # a run that validates keeps its best, too
             with tempfile.TemporaryDirectory() as name:
                 settings = settings_of(stage, f"launcher.experiment_log_dir={name}")
@@ -56,7 +56,7 @@ class Room(unittest.TestCase):
 
 
 class LearningRate(unittest.TestCase):
-    def test_a_rate_for_another_batch_is_a_warning_with_the_factor_that_fits(self):
+    def test_learning_rate_for_another_batch_size_is_warned_about(self):
         for stage, overrides, fitting in (
             ("mae", ("batch_size=16",), "16"),
             ("ft", ("batch_size=8",), "8"),
@@ -75,7 +75,7 @@ class LearningRate(unittest.TestCase):
                 if fitting is not None:
                     self.assertIn(f"lr_scale_factor={fitting},", found[0])
 
-    def test_published_commands_and_the_demo_fit(self):
+    def test_published_commands_and_the_demo_cause_no_warning(self):
         published = [("ft", align, 8, 16, 2) for align in ("inpk150", "sim150", "inpk150_sim150", "k150")]
         published += [("ft", "ucf101", 4, 8, 2), ("lp", "ucf101", 4, 8, 1), ("ensemble_ft", "ucf101", 4, 8, 1)]
         commands = [[*runs.STAGE_1]] + [
@@ -93,7 +93,7 @@ class LearningRate(unittest.TestCase):
 
 
 class FewClips(unittest.TestCase):
-    def test_the_recipe_for_few_clips_is_named_where_it_fits(self):
+    def test_small_data_recipe_is_suggested_for_few_clips(self):
         for count, stage, overrides, is_suggested in (
             (40, "ft", (), True),
             (999, "ft", ("trainer.task.mixing.cutmix_alpha=0",), True),
@@ -108,7 +108,7 @@ class FewClips(unittest.TestCase):
                 ["small_data_ft" in line for line in found], [True] * is_suggested, (count, stage, overrides)
             )
 
-    def test_its_settings_win_whatever_the_recipe_of_the_data_and_their_order(self):
+    def test_small_data_settings_win_in_any_order_of_groups(self):
         chosen = ["+experiments=omnimae/small_data_ft", "+trainer=mae_ft_ucf101_config"]
         for order in (chosen, chosen[::-1]):
             settings = validate_config(stages.compose_config(*order, "launcher.experiment_log_dir=run"))
@@ -122,7 +122,7 @@ class FewClips(unittest.TestCase):
 
 
 class Weights(unittest.TestCase):
-    def test_frozen_or_averaged_weights_from_nowhere_are_refused_unless_null_is_typed(self):
+    def test_frozen_or_averaged_weights_need_a_checkpoint_or_an_explicit_null(self):
         for refused, stage, *overrides in (
             (True, "lp"),
             (True, "average"),
@@ -136,14 +136,14 @@ class Weights(unittest.TestCase):
                 said = stages.run_in_process(stages.command(stage, Path(name) / "run", *overrides)).stderr
                 self.assertEqual("pretrained_checkpoint_path must be set" in said, refused, said)
 
-    def test_every_missing_checkpoint_of_an_average_is_named(self):
+    def test_all_missing_checkpoints_of_an_average_are_reported(self):
         with self.assertRaises(UserError) as raised:
             preflight.check_pretrained(settings_of("average", "pretrained_checkpoint_path=[gone,lost]"))
         self.assertEqual(len(raised.exception.problems), 2)
 
 
 class AllAtOnce(unittest.TestCase):
-    def test_problems_of_several_kinds(self):
+    def test_problems_of_several_kinds_are_reported_at_once(self):
         def impossible(_: Settings) -> None:
             raise UserError("no SLURM")
 
@@ -164,7 +164,7 @@ class AllAtOnce(unittest.TestCase):
         for key, problem in zip((*keys, "trainer.model.trunk.heads"), problems, strict=True):
             self.assertIn(key, problem)
 
-    def test_splits_without_a_label_and_parameters_without_a_rate(self):
+    def test_splits_without_labels_and_parameters_without_lr_are_reported(self):
         with tempfile.TemporaryDirectory() as name:
             films = runs.real_videos()
             data = [each for which in ("train", "val")
@@ -181,7 +181,7 @@ class Numbers(unittest.TestCase):
     def warnings(self, settings: Settings, *plan: int) -> list[str]:
         return list(preflight.plan_warnings(settings, EpochPlan({"ucf101": SourcePlan(*plan)}, 0)))
 
-    def test_mixup_without_a_partner(self):
+    def test_mixup_with_one_video_per_rank_is_warned_about(self):
         for overrides, videos, views, warned in (
             (["launcher.gpus_per_node=2"], 2, 1, True),
             (["launcher.gpus_per_node=2"], 2, 4, True),  # partners would be views of the same video
@@ -193,7 +193,7 @@ class Numbers(unittest.TestCase):
             found = self.warnings(settings_of("ft", *overrides), 100, videos, views)
             self.assertEqual(["trainer.task.mixing" in each for each in found], [True] * warned, overrides)
 
-    def test_a_decay_that_is_not_reached(self):
+    def test_ema_decay_that_is_not_reached_is_warned_about(self):
         def ema(decay: float | str, epochs: int) -> Settings:
             return settings_of("ft", "mixing_prob=0", f"trainer.ema_decay={decay}", f"epochs={epochs}")
 
@@ -207,7 +207,7 @@ class Numbers(unittest.TestCase):
 
 
 class ClassesOfOnesOwn(unittest.TestCase):
-    def test_they_are_built_when_their_package_is_trusted_and_not_before(self):
+    def test_user_classes_are_built_only_from_trusted_packages(self):
         with tempfile.TemporaryDirectory() as name:
             (Path(name) / "my_lab.py").write_text(
                 "import pathlib\nimport numpy as np\npathlib.Path(__file__ + '.ran').touch()\n"

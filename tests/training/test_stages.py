@@ -150,7 +150,7 @@ class HandOver(OnVideos):
                 cls.output[name] = cls.trained(stage, name, *cls.data, *overrides, dataset=dataset).stdout
             cls.start[name] = steps[0]
 
-    def test_every_tensor_of_the_trunk_arrives_and_each_entry_is_accounted_for(self):
+    def test_trunk_is_loaded_completely_and_each_entry_is_reported(self):
         for source, file, name in (
             ("mae", "checkpoint.pt", "align"),
             ("align", "best.pt", "ft"),
@@ -186,7 +186,7 @@ class HandOver(OnVideos):
         self.assertIn("parameters are frozen", self.output["lp"])
         self.assertEqual(runs.read_summary(self.folder / "ft")["run"]["trunk"], "trained")
 
-    def test_a_run_resumes_although_the_weights_it_started_from_are_gone(self):
+    def test_run_resumes_without_the_weights_it_started_from(self):
         before = self.reports("ft")
         gone = ["pretrained_checkpoint_path=gone", ALLOW, UNVALIDATED]
         self.assertIn("nothing is left to train", self.trained("ft", "ft", *self.data, *gone).stdout)
@@ -254,7 +254,7 @@ class Averages(OnVideos):
         torch.save({"model": changed}, self.folder / "c.pt")
         self.assert_refused([*again, sources], r"c\.pt .*pretrained_checkpoint_path")
 
-    def test_clips_of_another_length_have_the_positions_that_fine_tuning_has(self):
+    def test_average_interpolates_positions_as_fine_tuning_does(self):
         longer = [*self.data, "num_frames=8", "epochs=1"]
         self.trained("average", "longer", *longer, self.sources)
         self.trained("ft", "longer_ft", *longer, self.source("a"), UNVALIDATED)
@@ -265,7 +265,7 @@ class Averages(OnVideos):
         command = stages.command("average", self.folder / "mixed", *longer, self.source("a", "longer_new"))
         self.assert_refused(command, "positions .*longer_new")
 
-    def test_its_checkpoint_is_one_model_to_other_stages(self):
+    def test_checkpoint_of_an_average_loads_as_one_model(self):
         validated = [setting for setting in self.data if setting != UNVALIDATED]
         settings = [*validated, "trainer.val_epoch_freq=1", "epochs=1"]
         self.trained("average", "one", *settings, self.sources)
@@ -276,7 +276,7 @@ class Averages(OnVideos):
         self.assertAlmostEqual(own["loss"], other["loss"], places=5)
         self.trained("ft", "tuned", *settings, self.source("one"))
 
-    def test_sources_that_do_not_fit_are_refused(self):
+    def test_unsuitable_sources_are_refused(self):
         weights = self.state("a")["model"]
         changed = {
             "narrow": ("trunk.norm.weight", weights["trunk.norm.weight"][:-1].clone()),
@@ -331,7 +331,7 @@ class TwoLabelSets(OnVideos):
         self.assertEqual(sum(changed[0]), len(changed[0]) // 2)
         self.assertEqual(set(runs.read_metrics(self.folder / "run", "epoch")[0]["per_source"]), {"inpk150", "sim150"})
 
-    def test_one_shared_head(self):
+    def test_sources_can_share_one_head(self):
         self.trained("ft", "shared", *self.data, FROM_NOTHING, "trainer.data.share_head=true")
         model = self.state("shared")["model"]
         self.assertEqual({name for name in model if name.startswith("heads.")}, HEADS)
@@ -474,7 +474,7 @@ class ClassNames(OnVideos):
             one, other = (np.load(self.folder / n / "predictions/ucf101.npz") for n in ("run", name))
             np.testing.assert_allclose(one["scores"][:, [2, 0, 1]], other["scores"], atol=1e-6)
 
-    def test_other_names_are_refused(self):
+    def test_other_class_names_are_refused(self):
         other = [*self.data, *self.names("red", "green", "yellow")]
         for name, *more in (
             ("new", self.source("run"), VALIDATE, ALL),
@@ -528,7 +528,7 @@ class Refusals(OnVideos):
         cls.data += [UNVALIDATED]
         cls.trained("ft", "run", *cls.data, FROM_NOTHING, "trainer.limit_train_batches=1")
 
-    def test_weights_that_do_not_fit(self):
+    def test_unsuitable_weights_are_refused(self):
         torch.save({"model": {"epoch": 3}}, self.folder / "numbers.pt")
         (self.folder / "empty").mkdir()
         (self.folder / "names.txt").write_text("one\n")

@@ -268,7 +268,7 @@ class Loop(Folder):
         self.assertEqual([line["loss"] for line in self.lines("none")], [0.0] * 6)
         self.assertEqual(trainer.step_stats.skipped, 0)
 
-    def test_a_step_never_waits_for_the_device(self):
+    def test_step_never_waits_for_the_device(self):
         for name, options in (
             ("plain", {}),
             ("clipped", {"gradient_clip": 1.0, "ema_decay": 0.9}),
@@ -285,7 +285,7 @@ class Loop(Folder):
             float(trainer.step_stats._pending[0][0].loss)
         self.assertEqual(recorder.found, ["aten._local_scalar_dense"], "it would be found")
 
-    def test_limit_means_that_many_steps(self):
+    def test_limit_train_batches_limits_steps(self):
         data = NoiseDataset(12)
         self.fit("limited", train=data, limit=2)
         self.assertEqual([line["step"] for line in self.lines("limited")], [1, 2, 3, 4])
@@ -293,7 +293,7 @@ class Loop(Folder):
 
     # ---- checkpoints and what is resumed ----------------------------------------------------------------------------
 
-    def test_kept_checkpoints_and_the_best(self):
+    def test_periodic_and_best_checkpoints_are_kept(self):
         trainer = self.make("kept", val=NoiseDataset(5), val_epoch_freq=1, save_freq=2, max_epochs=4)
         losses = iter([NAN, 1.0, 2.0, 5.0])
         trainer.evaluate = lambda: Evaluation({"loss": next(losses)}, {}, {}, [])
@@ -303,7 +303,7 @@ class Loop(Folder):
         self.assertEqual({path.name: checkpointer.safe_load(path)["epoch"] for path in folder.glob("*.pt")}, names)
         self.assertEqual(self.summary("kept")["best"], 1.0)
 
-    def test_ties_of_the_best_go_to_the_lower_loss_then_to_the_later_epoch(self):
+    def test_ties_for_best_go_to_the_lower_loss_then_the_later_epoch(self):
         for best_epoch, best, evaluations in (
             (2, 50.0, [(50.0, 1.0), (50.0, 0.5), (50.0, 0.7)]),
             (3, 50.0, [(50.0, 0.5), (40.0, 0.1), (50.0, 0.5)]),
@@ -318,7 +318,7 @@ class Loop(Folder):
                     kept = state.epoch + 1
             self.assertEqual((state.best_epoch, kept, state.best), (best_epoch, best_epoch, best))
 
-    def test_the_best_is_resumed_also_from_old_checkpoints(self):
+    def test_best_metric_is_resumed_also_from_old_checkpoints(self):
         for number, loss in ((1, 0.5), (2, 0.9)):
             trainer = self.make("best", val=NoiseDataset(1), val_epoch_freq=1, max_epochs=number, limit=1)
             self.assertEqual(trainer.state.best, None if number == 1 else 50.0)
@@ -328,7 +328,7 @@ class Loop(Folder):
         self.assertEqual(checkpointer.safe_load(trainer.context.run_dir.checkpoints / "best.pt")["epoch"], 2)
         self.assertEqual(self.summary("best")["last"]["val_epoch"], 2)
 
-    def test_the_loss_scale_is_resumed_and_may_begin_late(self):
+    def test_loss_scale_is_resumed_and_may_start_late(self):
         self.fit("scale", max_epochs=1)
         trainer = self.make("scale", amp_dtype="float16")
         self.assertEqual((trainer.state.epoch, trainer.scaler.is_enabled()), (1, True))
@@ -337,7 +337,7 @@ class Loop(Folder):
         scale = self.make("scale", amp_dtype="float16", max_epochs=3).scaler
         self.assertEqual(scale.get_scale(), trainer.scaler.get_scale())
 
-    def test_another_optimizer_or_number_of_steps_is_refused(self):
+    def test_resuming_with_another_optimizer_or_step_count_is_refused(self):
         self.fit("run", max_epochs=1)
         with self.assertRaisesRegex(UserError, "trainer.limit_train_batches"):
             self.make("run", limit=2)
@@ -361,7 +361,7 @@ class Loop(Folder):
             with self.assertRaisesRegex(UserError, r"\(0, 0\), \(1, 0\).*trainer\.checkpoint\.save_dir"):
                 trainer.wrap_model()
 
-    def test_corrupt_checkpoints(self):
+    def test_previous_checkpoint_replaces_a_corrupt_one(self):
         whole, folder = self.fit("corrupt"), self.folder / "corrupt/checkpoints"
         (folder / "checkpoint.pt").write_bytes(b"junk")
         trainer = self.make("corrupt")
@@ -373,7 +373,7 @@ class Loop(Folder):
         with self.assertRaisesRegex(UserError, "launcher.experiment_log_dir"):
             self.make("corrupt")
 
-    def test_a_run_that_was_taken_over_saves_nothing_more(self):
+    def test_run_that_lost_its_directory_saves_nothing(self):
         trainer = self.make("lost")
         trainer.context.run_dir.lock()
         (self.folder / "lost/.lock").write_text(json.dumps({"token": "another's", "host": "elsewhere", "pid": 1}))
@@ -382,7 +382,7 @@ class Loop(Folder):
         self.assertIsNone(checkpointer.load_newest(trainer.context.run_dir.checkpoints))
         trainer.context.run_dir.unlock()
 
-    def test_a_summary_that_was_cut_off_is_completed(self):
+    def test_incomplete_summary_is_completed(self):
         self.fit("cut")
         RunDir(self.folder / "cut").write_summary(status="running")
         self.fit("cut")
@@ -390,7 +390,7 @@ class Loop(Folder):
 
     # ---- validation, visualizations, stopping -----------------------------------------------------------------------
 
-    def test_validation_counts_every_good_video_once(self):
+    def test_validation_counts_each_readable_video_once(self):
         data = NoiseDataset(11, bad=(3, 9))
         trainer = self.make("val", val=data)
         trainer.context.reporter.start(0, 1)
@@ -417,7 +417,7 @@ class Loop(Folder):
             trainer.validate_only()
         self.assertIsNone(ended.exception.saved_step)
 
-    def test_videos_that_vanish_during_an_evaluation_are_not_bad(self):
+    def test_videos_that_vanish_during_evaluation_are_not_bad(self):
         class Vanishing(NoiseDataset):
             after, there, files = 0, (), 99
 
@@ -450,12 +450,12 @@ class Loop(Folder):
                 self.assertEqual(len(trainer.step_stats.ledger), 0)
                 self.assertLess(len(data.seen), 40, "it stops at once")
 
-    def test_visualizations_come_when_they_are_due(self):
+    def test_visualizations_are_saved_at_their_epochs(self):
         self.fit("seen", pictures_every_epochs=2, max_epochs=3)
         names = sorted(path.name for path in (self.folder / "seen/pictures").glob("*.png"))
         self.assertEqual(names, ["epoch_0000.png", "epoch_0002.png", "last.png"])
 
-    def test_asked_to_stop_it_saves_and_resumes_as_if_uninterrupted(self):
+    def test_stop_request_saves_and_resuming_equals_uninterrupted(self):
         """In the second step of the second epoch, and in the second validation, which is repeated."""
         for name, after, step, options in (
             ("step", 17, 2, lambda: {}),
@@ -486,7 +486,7 @@ class Loop(Folder):
 
     # ---- EMA --------------------------------------------------------------------------------------------------------
 
-    def test_an_ema_is_evaluated_saved_and_resumed(self):
+    def test_ema_is_evaluated_saved_and_resumed(self):
         options = {"ema_decay": 0.5, "val_epoch_freq": 1}
         whole = self.make("ema", val=NoiseDataset(5), **options)
         self.run_to_end(whole)
@@ -502,7 +502,7 @@ class Loop(Folder):
         again.ema = None
         self.assertNotEqual(again.evaluate().metrics["loss"], averaged)
 
-    def test_an_ema_starts_late_and_fits_the_trained_parameters(self):
+    def test_ema_may_start_late_and_must_match_the_trained_parameters(self):
         weights = self.fit("late", max_epochs=1)
         trainer = self.make("late", ema_decay=0.5)
         self.assert_same({name: weights[name] for name in trainer.ema.average}, trainer.ema.average)
@@ -511,7 +511,7 @@ class Loop(Folder):
         with self.assertRaisesRegex(UserError, r"trunk\.norm\.weight.*trainer\.freeze"):
             self.make("narrow", ema_decay=0.5)
 
-    def test_the_decay_of_an_ema_warms_up(self):
+    def test_ema_decay_warms_up(self):
         """With the steps that were not skipped, also after an interruption and from checkpoints that lack their number."""
 
         def train(name: str, until: int = 6, decay: float = 0.9999) -> tuple[Trainer, Weights, dict[int, Weights]]:
@@ -583,7 +583,7 @@ class Loop(Folder):
         trainer.train_step = watched
         return seen
 
-    def test_a_step_that_is_not_finite_stops_before_the_weights_change(self):
+    def test_nonfinite_step_stops_before_the_weights_change(self):
         """Also when its result is read after the next step, and with optimizers that read the flag in other ways."""
         fused = functools.partial(torch.optim.AdamW, fused=True)
         for name, make in (("adamw", torch.optim.AdamW), ("fused", fused), ("sgd", torch.optim.SGD)):
@@ -601,7 +601,7 @@ class Loop(Folder):
                 self.assertTrue(all(bool(value.isfinite().all()) for value in state.values() if value is not None))
             self.assertIsNone(checkpointer.load_newest(trainer.context.run_dir.checkpoints))
 
-    def test_so_many_steps_may_be_skipped_and_resumed_equals_uninterrupted(self):
+    def test_nonfinite_steps_up_to_the_limit_are_skipped_also_when_resumed(self):
         def train(name: str, limit: int = 2, until: int = 6) -> tuple[Trainer, dict[int, Weights]]:
             trainer = self.make(name, max_skipped_steps=limit, ema_decay=0.5)
             self.spoil(trainer, 2)
@@ -636,7 +636,7 @@ class Loop(Folder):
             train("one", limit=1)
         self.assertEqual(checkpointer.load_newest(self.folder / "one/checkpoints")[0]["epoch"], 1)
 
-    def test_the_ranks_that_a_non_finite_step_came_from_are_named(self):
+    def test_ranks_with_a_nonfinite_step_are_named(self):
         trainer = self.make("two")
         step = Step(0, 1, torch.tensor(2.0), 1, torch.tensor(NAN), 0.1, ["a.mp4"], [])
         for losses, named in (((2.0, NAN, 3.0), [1]), ((2.0, 3.0), [0, 1])):
@@ -647,7 +647,7 @@ class Loop(Folder):
                     trainer.step_stats.drain()
             self.assertEqual([rank for rank in range(3) if f"{rank}.mp4" in str(raised.exception)], named)
 
-    def test_weights_that_are_not_finite_are_not_saved(self):
+    def test_nonfinite_weights_are_not_saved(self):
         trainer = self.make("inf", save_every_steps=1)
         step = trainer.optimizer.step
 
@@ -662,7 +662,7 @@ class Loop(Folder):
             trainer.fit()
         self.assertEqual(checkpointer.load_newest(trainer.context.run_dir.checkpoints)[0]["step"], 1)
 
-    def test_fp16_that_overflows_at_every_scale(self):
+    def test_fp16_overflow_at_every_scale_stops(self):
         trainer = self.make("half", amp_dtype="float16", max_epochs=40)
         training_step = trainer.task.training_step
 
@@ -678,7 +678,7 @@ class Loop(Folder):
             trainer.fit()
         self.assert_same(before, trainer.raw_model.state_dict())
 
-    def test_a_partial_batch_stops_the_run_and_names_the_ledger(self):
+    def test_partial_batch_stops_and_names_the_ledger(self):
         for count, bad in ((1, (0,)), (4, tuple(range(12)))):
             trainer = self.make(f"partial_{count}", train=NoiseDataset(12, bad=bad), log_freq=100)
             before = {name: value.clone() for name, value in trainer.raw_model.state_dict().items()}
