@@ -235,7 +235,7 @@ def exit_code_and_reason(error: BaseException) -> tuple[int, str]:
         case UserError():
             return error.exit_code, str(error)
         case KeyboardInterrupt():
-            return EXIT_SIGINT, f"interrupted from the keyboard, without saving{notes}"
+            return EXIT_SIGINT, f"interrupted from the keyboard{notes}"
         case StopRequested():
             saved = "" if error.saved_step is None else f"; step {error.saved_step} is saved"
             return error.exit_code, f"ended by {error.cause}{saved}{notes}"

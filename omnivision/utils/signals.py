@@ -77,7 +77,7 @@ class StopSignal:
         """Return which step is saved, and how to continue."""
         if self.saved_step is None:
             return "nothing is saved yet; the same command starts over"
-        return f"step {self.saved_step} is saved; the same command resumes from there"
+        return f"the last saved step is {self.saved_step}; the same command resumes from there"
 
     def set_phase(self, doing: str, step: int) -> None:
         """Record what the run is doing now, and how many steps are done."""
