@@ -124,7 +124,9 @@ def mismatch_message(what: str, altering: Sequence[str]) -> str:
 
 def file_digest(file: Path) -> str:
     """Return the size and SHA-256 of a file. A large file is hashed in pieces spread over it, which takes a bounded time."""
-    size, digest, count = file.stat().st_size, hashlib.sha256(), WHOLE_BYTES // PIECE_BYTES
+    size = file.stat().st_size
+    digest = hashlib.sha256()
+    count = WHOLE_BYTES // PIECE_BYTES
     with open(file, "rb") as opened:
         for piece in range(count if size > WHOLE_BYTES else 1):
             opened.seek((size - PIECE_BYTES) * piece // (count - 1) if piece else 0)

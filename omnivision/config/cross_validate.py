@@ -45,7 +45,9 @@ def cross_validate(settings: Settings, arguments: Sequence[str] | None = None) -
     """
     if problems := list(_stage_problems(settings)):
         return problems
-    data, images, optim = settings.trainer.data, settings.images, settings.trainer.optim
+    data = settings.trainer.data
+    images = settings.images
+    optim = settings.trainer.optim
     problems = [*_broken_rules(settings), *_contradictions(settings)]
     problems += _batch_problems(settings, "", data.batch_size, data.views_per_clip, optim.accumulation_steps)
     if images:
@@ -75,7 +77,9 @@ def override_warnings(settings: Settings, config_text: str, arguments: Sequence[
 
 def _stage_problems(settings: Settings) -> Iterator[str]:
     """Yield a message if experiment, recipe and model are of different stages, with choices that fit."""
-    task, model, stage = _known_class(settings.trainer.task), _known_class(settings.trainer.model), settings.stage
+    task = _known_class(settings.trainer.task)
+    model = _known_class(settings.trainer.model)
+    stage = settings.stage
     fitting = [name for name, own in STAGES.items() if task in (None, own.task) and model in (None, own.model)]
     if fitting and stage in (None, *fitting):
         return
@@ -90,7 +94,9 @@ def _stage_problems(settings: Settings) -> Iterator[str]:
 
 def _broken_rules(settings: Settings) -> Iterator[str]:
     """Yield a message for each value that this kind of run, data or model does not allow."""
-    trainer, data, images = settings.trainer, settings.trainer.data, settings.images
+    trainer = settings.trainer
+    data = settings.trainer.data
+    images = settings.images
     trunk, kinds = trainer.model.get("trunk") or {}, {source.kind for source in data.sources.values()}
     masks = [data.mask] + ([images.mask] if images else [])
     task, count = _known_class(trainer.task), trainer.model.get("num_models")
@@ -135,7 +141,9 @@ def has_decoder(model: Mapping[str, Any]) -> bool:
 
 def _contradictions(settings: Settings) -> Iterator[str]:
     """Yield a message for each pair of settings that must be equal and are not; by default one follows the other."""
-    data, size, trunk = settings.trainer.data, settings.image_size, settings.trainer.model.get("trunk") or {}
+    data = settings.trainer.data
+    size = settings.image_size
+    trunk = settings.trainer.model.get("trunk") or {}
     tubelet, frames = trunk.get("tubelet"), trunk.get("num_frames")
     pairs = [
         ("trainer.data.num_frames", data.num_frames, "trainer.model.trunk.num_frames", frames),

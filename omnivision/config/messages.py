@@ -35,7 +35,9 @@ def format_errors(error: ValidationError, prefix: str = "", known: Iterable[str]
     """Return what each invalid setting must be and what it is, in pydantic's words; for an unknown one, the nearest `known`."""
     problems: dict[str, str] = {}
     for detail in error.errors(include_url=False):
-        key, kind, value = f"{prefix}{key_of(detail['loc'])}", detail["type"], detail["input"]
+        key = f"{prefix}{key_of(detail['loc'])}"
+        kind = detail["type"]
+        value = detail["input"]
         wanted = re.sub("^.*?(should|must) | after validation.*| or instance of.*", "", detail["msg"])
         text = f"must {wanted}" + ("." if isinstance(value, dict) else f", got {value!r:.200}.")
         if kind == "extra_forbidden":

@@ -116,7 +116,9 @@ class Split:
         where = f"datasets.{dataset.name}.{which}"
         if files is None:
             raise UserError(f"Dataset {dataset.name} has no {which} split. Set ++{where}.paths=FILE.npy.")
-        self.dataset, self.name, self.which = dataset, dataset.name, which
+        self.dataset = dataset
+        self.name = dataset.name
+        self.which = which
         self._prefix = resolve_prefix(dataset.prefix)
         if files.segments and dataset.kind != "video":
             raise UserError(
@@ -230,7 +232,9 @@ def check_array(what: str, array: np.ndarray, file: str, setting: str, samples: 
 
 
 def _check_labels(labels: np.ndarray, file: str, dataset: Dataset) -> None:
-    low, high, classes = int(labels.min()), int(labels.max()), dataset.num_classes
+    low = int(labels.min())
+    high = int(labels.max())
+    classes = dataset.num_classes
     if low < IGNORED_LABEL or (classes is not None and high >= classes):
         advice = f"Correct the labels, or set datasets.{dataset.name}.num_classes."
         if classes is not None and labels_start_at_one(labels, classes):

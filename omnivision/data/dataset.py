@@ -83,8 +83,13 @@ class ClipDataset:
         max_pixels: int | None = None,
         spacing: Spacing = "ends",
     ) -> None:
-        self.splits, self.configs, self.clip_duration = list(splits), dict(configs), clip_duration
-        self.seed, self.training, self.max_pixels, self.spacing = seed, training, max_pixels, spacing
+        self.splits = list(splits)
+        self.configs = dict(configs)
+        self.clip_duration = clip_duration
+        self.seed = seed
+        self.training = training
+        self.max_pixels = max_pixels
+        self.spacing = spacing
 
     def __getitem__(self, request: Request) -> Sample:
         request = Request(*request)

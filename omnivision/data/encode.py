@@ -70,7 +70,9 @@ def write_timed_video(
     try:
         with av.open(str(temporary), "w", format="mp4") as container:
             stream = container.add_stream("libx264", rate=Fraction(fps))
-            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            stream.width = width
+            stream.height = height
+            stream.pix_fmt = "yuv420p"
             stream.codec_context.time_base = time_base
             stream.gop_size = gop
             stream.thread_count = 1

@@ -226,7 +226,9 @@ class FrameFolder:
     """
 
     def __init__(self, descriptor: int, fps: Fraction, max_pixels: int | None, pattern: str | None = None):
-        self._descriptor, self._fps, self._max_pixels = descriptor, fps, max_pixels
+        self._descriptor = descriptor
+        self._fps = fps
+        self._max_pixels = max_pixels
         try:
             names = os.listdir(descriptor)
         except OSError as error:

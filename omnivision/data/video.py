@@ -266,7 +266,9 @@ class VideoFile:
             padded = (context.width + 128) * (context.height + 128)
             context.options = {"max_pixels": str(max(self._max_pixels, padded))}
         context.thread_type, context.thread_count = "NONE", 1  # the workers are the parallelism
-        self._stream, self._context, self._time_base = stream, context, stream.time_base
+        self._stream = stream
+        self._context = context
+        self._time_base = stream.time_base
         self._discard_others(Discard.all)
         self._origin = stream.start_time or 0
         self._format = container.format.name.split(",")[0]

@@ -67,7 +67,9 @@ class Dist:
     """
 
     def __init__(self, rank_info: RankInfo, accelerator: str, backend: str | None, timeout: timedelta) -> None:
-        self.rank, self.world_size, self.local_rank = rank_info.rank, rank_info.world_size, rank_info.local_rank
+        self.rank = rank_info.rank
+        self.world_size = rank_info.world_size
+        self.local_rank = rank_info.local_rank
         self.device = choose_device(accelerator, rank_info.local_rank)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)

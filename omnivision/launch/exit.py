@@ -95,7 +95,9 @@ class ExitHandler:
     def __init__(
         self, run_dir: RunDir, rank: int, settings: Settings, job_log: JobLog | None, world_size: int = 1
     ) -> None:
-        self.run_dir, self.rank, self.job_log = run_dir, rank, job_log
+        self.run_dir = run_dir
+        self.rank = rank
+        self.job_log = job_log
         self.writes_end_file = world_size > 1 or job_log is not None  # other ranks or the batch script read it
         self.validating = settings.trainer.mode == "val"
         self.stop = StopSignal()

@@ -59,7 +59,9 @@ def run_rank(job: Job, rank_info: RankInfo, job_log: JobLog | None = None) -> in
 
 def lock_run_dir(job: Job, dist: Dist, handler: ExitHandler) -> Reporter:
     """Lock the run directory, and start the log, heartbeat and deadline. Raises UserError if it is in use."""
-    run_dir, job_log, stop = handler.run_dir, handler.job_log, handler.stop
+    run_dir = handler.run_dir
+    job_log = handler.job_log
+    stop = handler.stop
     dist.run_on_main(run_dir.create)
     # A dead node's lock looks alive until it is stale; a cluster job waits for that.
     lock_timeout = STALE_SECONDS + 10 if job_log is not None else 0.0
@@ -88,7 +90,9 @@ def lock_run_dir(job: Job, dist: Dist, handler: ExitHandler) -> Reporter:
 
 def load_weights(job: Job, dist: Dist, trainer: Trainer, reporter: Reporter, handler: ExitHandler) -> None:
     """Resume from the run's checkpoint or load pretrained weights, and record what the run starts from."""
-    run_dir, job_log, validating = handler.run_dir, handler.job_log, handler.validating
+    run_dir = handler.run_dir
+    job_log = handler.job_log
+    validating = handler.validating
     newest = dist.all_gather_object(checkpointer.stat_latest(run_dir.checkpoints))[0]
     checkpointer.wait_until_visible(newest, run_dir.checkpoints)
     reports = dist.run_on_all(lambda: load_initial_weights(job.settings, trainer))

@@ -163,7 +163,9 @@ class JobLog:
 
     def classify_exit(self, error: BaseException, reason: str) -> ExitDecision:
         """Decide what happens to the job after rank 0 failed or was asked to stop."""
-        job_status, cause, requeue_reason = JobStatus(self.job_id, self.restarts), None, None
+        job_status = JobStatus(self.job_id, self.restarts)
+        cause = None
+        requeue_reason = None
         match error:
             case PeerLostError():
                 cause, requeue_reason = (

@@ -32,7 +32,9 @@ def run_slurm_task(config_text: str, token: str) -> int:
     config = OmegaConf.create(config_text)
     assert isinstance(config, DictConfig)
     job = Job(validate_config(config), config_text)
-    run_dir, rank_info, job_id = job.run_dir, slurm_rank(slurm.first_host()), slurm_job_id() or ""
+    run_dir = job.run_dir
+    rank_info = slurm_rank(slurm.first_host())
+    job_id = slurm_job_id() or ""
     if job.is_finished:
         print(f"finished folder={run_dir.path}")
         return 0

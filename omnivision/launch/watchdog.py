@@ -41,7 +41,9 @@ class Watchdog:
     """
 
     def __init__(self, stop: StopSignal, abort: Abort, grace: float = GRACE_SECONDS) -> None:
-        self.stop, self.abort, self.grace = stop, abort, grace
+        self.stop = stop
+        self.abort = abort
+        self.grace = grace
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -91,7 +93,11 @@ class PeerMonitor:
     """
 
     def __init__(self, logs: Path, rank: int, world: int, stop: StopSignal, timeout: float, abort: Abort) -> None:
-        self.logs, self.rank, self.stop, self.timeout, self.abort = logs, rank, stop, timeout, abort
+        self.logs = logs
+        self.rank = rank
+        self.stop = stop
+        self.timeout = timeout
+        self.abort = abort
         self.watched = [other for other in (range(world) if rank == 0 else [0]) if other != rank]
         self.seconds = min(BEAT_SECONDS, timeout / 4)
         self._started = False  # every peer has sent a first heartbeat

@@ -106,7 +106,11 @@ class Decoder(nn.Module):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        self.width, self.depth, self.heads, self.attention, self.share = width, depth, heads, attention, share
+        self.width = width
+        self.depth = depth
+        self.heads = heads
+        self.attention = attention
+        self.share = share
         self.activation_checkpointing = activation_checkpointing
         self.decoder_embed = nn.Linear(trunk_width, width)
         block = {"self": Block, "cross": CrossBlock}[attention]

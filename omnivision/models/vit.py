@@ -178,7 +178,9 @@ class VisionTransformer(nn.Module):
         sizes = {"width": width, "depth": depth, "heads": heads, "mlp_ratio": mlp_ratio}
         inputs = {"num_frames": num_frames, "image_size": image_size, "tubelet": list(tubelet), "rgbd": rgbd}
         self.architecture = sizes | inputs  # saved in checkpoints
-        self.width, self.num_frames, self.image_size = width, num_frames, image_size
+        self.width = width
+        self.num_frames = num_frames
+        self.image_size = image_size
         self.activation_checkpointing = activation_checkpointing
         self.tubelet: Triple = (tubelet[0], tubelet[1], tubelet[2])
         self.grid = token_grid((num_frames, image_size, image_size), self.tubelet)

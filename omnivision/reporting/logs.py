@@ -56,7 +56,9 @@ class BadSampleLedger:
     """`logs/bad_samples.jsonl`: bad samples, each counted once; at most a share `budget` of `files` may be bad."""
 
     def __init__(self, path: Path, files: int, budget: float) -> None:
-        self.path, self.files, self.budget = path, files, budget
+        self.path = path
+        self.files = files
+        self.budget = budget
         self._known: dict[tuple[str, str, int], str] = {}  # path and reason by source, split and index
         for entry in read_lines(path) if path.exists() else []:
             if {"source", "index", "path"} <= entry.keys() and not _is_fixed(entry):

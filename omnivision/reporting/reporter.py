@@ -159,7 +159,9 @@ class ProgressLine:
     """
 
     def __init__(self, total_steps: int, done: int, console: Console, seconds_between_lines: float = 5.0) -> None:
-        self.console, self.total, self.seconds_between_lines = console, total_steps, seconds_between_lines
+        self.console = console
+        self.total = total_steps
+        self.seconds_between_lines = seconds_between_lines
         self._next_line = float("-inf")
         self._bar_width = max(8, min(40, console.width - 100))
         self._bar = Progress(

@@ -100,7 +100,9 @@ class RunDir:
             with file_lock(self.path / ".lock.guard"):
                 if time.monotonic() >= deadline:
                     self.require_free()
-                waiting, holder, stale = self.holder_message(), self.holder(), self._lock.exists()
+                waiting = self.holder_message()
+                holder = self.holder()
+                stale = self._lock.exists()
                 if waiting is None:
                     write_atomically(self._lock, json.dumps(self._claim()))
                     self._held = True

@@ -32,7 +32,9 @@ class Classify(Task):
     def __init__(
         self, labels: LabelSets, mixing: MixupCutmix | None = None, average: Literal["logits", "softmax"] = "logits"
     ) -> None:
-        self.labels, self.mixing, self.average = labels, mixing, average
+        self.labels = labels
+        self.mixing = mixing
+        self.average = average
 
     def training_step(self, model: nn.Module, batch: Batch) -> StepOutput:
         """Train on a batch, mixed if that is configured."""

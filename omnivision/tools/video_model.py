@@ -71,9 +71,13 @@ class VideoModel:
                 raise
             reason = str(error).splitlines()[0]
             raise UserError(f"device must be available to torch, got {device!r}: {reason}") from None
-        self.path, self.config, self.device = path, config, torch.device(device)
+        self.path = path
+        self.config = config
+        self.device = torch.device(device)
         trunk: Any = geometry or model.trunk
-        self.num_frames, self.image_size, self.tubelet = trunk.num_frames, trunk.image_size, trunk.tubelet
+        self.num_frames = trunk.num_frames
+        self.image_size = trunk.image_size
+        self.tubelet = trunk.tubelet
 
     @torch.inference_mode()
     def scores(

@@ -133,7 +133,9 @@ def data_lines(settings: Settings, trainer: Trainer, splits: build.Splits) -> It
                 hidden = int(config.mask(config.grid, np.random.default_rng(0)).sum())
                 tokens = math.prod(config.grid)
                 yield f"mask         {type(config.mask).__name__} hides {hidden} of the {tokens} tokens of a {kind} clip"
-        steps, epochs, total = trainer.train_data.plan.steps, settings.trainer.max_epochs, trainer.total_steps
+        steps = trainer.train_data.plan.steps
+        epochs = settings.trainer.max_epochs
+        total = trainer.total_steps
         left = f", {max(0, total - trainer.global_step)} of them left" if trainer.global_step else ""
         yield f"steps        {steps} per epoch x {plural(epochs, 'epoch')} = {total}{left}"
 

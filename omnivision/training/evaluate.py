@@ -47,7 +47,10 @@ def evaluate_model(
     them reads are missing.
     """
     model.eval()
-    meter, predictions, bad, videos = Meter(), dict[str, list[Predictions]](), list[BadSample](), 0
+    meter = Meter()
+    predictions = dict[str, list[Predictions]]()
+    bad = list[BadSample]()
+    videos = 0
     this_rank_stops = False
     missing: dict[str, None] = {}  # files in a row that do not exist
     for batch in batches:

@@ -28,7 +28,9 @@ def load_initial_weights(settings: Settings, trainer: Trainer) -> list[LoadRepor
 
     Raises UserError if the weights do not fit, or if there is nothing to validate.
     """
-    info, run_dir, averaged = trainer.context.reporter.info, trainer.context.run_dir, []
+    info = trainer.context.reporter.info
+    run_dir = trainer.context.run_dir
+    averaged = []
     if isinstance(trainer.raw_model, AveragedClassifier):
         trainer.context.averaged_checkpoints = averaged = load_averaged_checkpoints(settings, trainer.raw_model)
     for report in averaged:

@@ -114,7 +114,9 @@ def probe_samples(settings: Settings, split: Split) -> list[str]:
 
 def _clip_frames(settings: Settings, split: Split, index: int) -> int | None:
     """Return the approximate frames of a clip in a video; None for images. Raises VideoDecodeError for an unreadable file."""
-    path, dataset, data = split.path(index), split.dataset, settings.trainer.data
+    path = split.path(index)
+    dataset = split.dataset
+    data = settings.trainer.data
     if dataset.kind != "video":
         read_image(path, data.max_pixels)
         return None
@@ -271,7 +273,9 @@ def label_warnings(train: list[Split], val: list[Split]) -> Iterator[str]:
 
 def recipe_warnings(settings: Settings, clips: int) -> Iterator[str]:
     """Warn about learning rates for another batch, and about few `clips` for the paper's fine-tuning."""
-    trainer, optim, batch = settings.trainer, settings.trainer.optim, settings.clips_per_step
+    trainer = settings.trainer
+    optim = settings.trainer.optim
+    batch = settings.clips_per_step
     if trainer.mode == "val":
         return
     if settings.lr is None and optim.nominal_batch is not None:

@@ -26,7 +26,9 @@ from omnivision.utils.streams import plural
 
 def start_lines(settings: Settings, trainer: Trainer, reports: Sequence[LoadReport]) -> list[str]:
     """Return the header of a run: model, device, data, batch, learning rate, seed, weights, code, run directory."""
-    parameters, dist, state = list(trainer.raw_model.parameters()), trainer.context.dist, trainer.state
+    parameters = list(trainer.raw_model.parameters())
+    dist = trainer.context.dist
+    state = trainer.state
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     splits = [
         split for data in (trainer.train_data, trainer.val_data) if data is not None for split in data.dataset.splits

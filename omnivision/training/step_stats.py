@@ -67,7 +67,9 @@ class RunState:
         before = math.inf if self.best_loss is None else self.best_loss  # checkpoints of older versions lack it
         if self.best is not None and (sign * value, -known) < (sign * self.best, -before):
             return False
-        self.best, self.best_loss, self.best_epoch = value, known, self.epoch + 1
+        self.best = value
+        self.best_loss = known
+        self.best_epoch = self.epoch + 1
         return True
 
 
@@ -146,7 +148,10 @@ class StepStats:
         self, dist: Dist, ledger: BadSampleLedger, run_dir: RunDir, info: Callable[[str], None], max_skipped: int
     ) -> None:
         """A run may skip up to `max_skipped` non-finite steps; each is reported with `info`."""
-        self.dist, self.ledger, self.run_dir, self.info = dist, ledger, run_dir, info
+        self.dist = dist
+        self.ledger = ledger
+        self.run_dir = run_dir
+        self.info = info
         self.max_skipped = max_skipped
         self.skipped = 0  # steps skipped in the whole run
         self.loss = self.grad_norm = math.nan

@@ -88,7 +88,9 @@ class Trainer:
         val: ValData | None,
     ) -> None:
         """Without `train`, the trainer only evaluates."""
-        self.settings, self.context, self.task = settings, context, task
+        self.settings = settings
+        self.context = context
+        self.task = task
         self.train_data, self.val_data = train, val
         self.raw_model: nn.Module = model.to(context.dist.device)
         self.model: nn.Module = self.raw_model  # compiled and wrapped
@@ -167,7 +169,9 @@ class Trainer:
 
     def train_epoch(self, batches: Iterator[Batch]) -> None:
         """Run the remaining steps of the current epoch."""
-        state, stop, settings = self.state, self.context.stop, self.settings
+        state = self.state
+        stop = self.context.stop
+        settings = self.settings
         train_mode(self.model)
         throughput = ThroughputMeter()
         while state.step < state.steps_per_epoch:
@@ -265,7 +269,9 @@ class Trainer:
         Returns None when any rank was asked to stop before the end.
         """
         assert self.val_data is not None
-        dist, stop, reporter = self.context.dist, self.context.stop, self.context.reporter
+        dist = self.context.dist
+        stop = self.context.stop
+        reporter = self.context.reporter
         stop.set_phase("validating", self.global_step)
         batches = self.val_data.batches(self.settings.limit_val_batches, dist.rank, dist.world_size)
         with (
@@ -355,7 +361,9 @@ class Trainer:
 
         Raises UserError on all ranks when it cannot be written, and NonFiniteError for weights that are not finite.
         """
-        dist, run_dir, stop = self.context.dist, self.context.run_dir, self.context.stop
+        dist = self.context.dist
+        run_dir = self.context.run_dir
+        stop = self.context.stop
         stop.set_phase("saving", self.global_step)
         require_finite_weights(self.raw_model, dist, self.global_step)
         self.state.count_seconds()
@@ -459,7 +467,9 @@ class Trainer:
                 aliases.append(BEST)
         if is_due(epoch + 1, settings.checkpoint.save_freq):
             aliases.append(f"checkpoint_{epoch + 1}.pt")
-        state.epoch, state.step, state.meter = epoch + 1, 0, Meter()
+        state.epoch = epoch + 1
+        state.step = 0
+        state.meter = Meter()
         self.save_checkpoint(aliases)
         self._write_summary(status="running")
 

@@ -271,7 +271,9 @@ def _entry(
     prefix, pattern = index.root, source_settings.frame_pattern
     fps = source_settings.fps or (DEFAULT_FPS if has_frame_folders else None)
     if config is not None:
-        prefix, pattern, fps = str(out / config.folder), None, config.frames_fps
+        prefix = str(out / config.folder)
+        pattern = None
+        fps = config.frames_fps
     entry: dict[str, Any] = {
         "kind": "video",
         "num_classes": len(index.classes),

@@ -156,7 +156,9 @@ def _check_names(classes: Sequence[str]) -> None:
 def warn_about_labels(index: DatasetIndex) -> None:
     """Warn about classes that do not occur (in train), and about labels that are unlikely to be classes."""
     used = {split: {int(record.label) for record in records} for split, records in index.splits.items()}
-    everywhere, train, classes = set().union(*used.values()), used.get("train", set()), index.classes
+    everywhere = set().union(*used.values())
+    train = used.get("train", set())
+    classes = index.classes
     if classes[0] == "0" and labels_start_at_one(np.array([*everywhere]), None):
         warn("Labels start at 1, so class 0 never occurs: subtract 1 from each in the list.")
     elif classes[0] == "0" and any(

@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from omnivision.tools.arguments import Flag
-from omnivision.utils.errors import UserError
+from omnivision.utils.errors import UserError, truncate_list
 from omnivision.utils.streams import plural
 
 HTML_START = b"<!DOCTYPE html>"
@@ -44,7 +44,7 @@ def report(
             f"--out is {out}; expected a new file in an existing folder, or an earlier report. Change --out."
         )
     found = find_runs(runs)
-    names = ", ".join(run.name for run in found[:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else "")
+    names = truncate_list((run.name for run in found), 4)
     if len(runs) == 1:
         names = runs[0].resolve().name
     write_atomically(out, render(found, title or names, clips=not no_clips))
