@@ -168,10 +168,8 @@ class JobLog:
         requeue_reason = None
         match error:
             case PeerLostError():
-                cause, requeue_reason = (
-                    first_failure(self.run_dir, 0, END_FILE_SECONDS),
-                    f"{reason} (its node may have failed)",
-                )
+                cause = first_failure(self.run_dir, 0, END_FILE_SECONDS)
+                requeue_reason = f"{reason} (its node may have failed)"
             case StopRequested():
                 # SLURM sends the same signal when another task fails and when the job is cancelled.
                 cause = first_failure(self.run_dir, 0) if error.cause == "SIGTERM" else None
@@ -299,10 +297,8 @@ def run_status(run_dir: RunDir, queue: Mapping[str, slurm.QueueEntry] | None) ->
     status, reason = str(summary.get("status", "not begun")), str(summary.get("exit_reason") or "")
     job = summary.get("job") or {}
     if status == "running" and "job_id" not in job and not run_dir.holder_message():
-        status, reason = (
-            "failed",
-            "its process ended without recording a reason: it was killed, or its machine was restarted",
-        )
+        status = "failed"
+        reason = "its process ended without recording a reason: it was killed, or its machine was restarted"
     elif queue is not None and "job_id" in job and status in (*QUEUED_STATUSES, "running"):
         state = queue.get(job["job_id"])
         # Job ids restart when SLURM is reinstalled.

@@ -25,12 +25,12 @@ from omnivision.reporting.reporter import Reporter
 from omnivision.reporting.run_directory import RunDir
 from omnivision.training import build, preflight
 from omnivision.training.initial_weights import load_initial_weights
-from omnivision.training.run_messages import describe_resumed
+from omnivision.training.run_messages import describe_random, describe_resumed
 from omnivision.training.trainer import Trainer
 from omnivision.utils.errors import EXIT_USER, collect_problems
 from omnivision.utils.io import LATEST, replace_atomically
 from omnivision.utils.signals import StopSignal
-from omnivision.utils.streams import plural, print_text
+from omnivision.utils.streams import format_count, plural, print_text
 
 MAX_LEGEND = 8  # entries for the curves of one option
 
@@ -91,10 +91,10 @@ def describe(settings: Settings, trainer: Trainer, splits: build.Splits) -> list
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     if isinstance(model, AveragedClassifier):
         held = sum(tensor.numel() for tensor in model.averaged_trunk().values())
-        trunk = f"beside a trunk of {held / 1e6:.2f} M, averaged over {model.num_models} checkpoints"
+        trunk = f"beside a trunk of {format_count(held)}, averaged over {model.num_models} checkpoints"
     else:
         held = sum(n for name, n in parameters.items() if name.startswith("trunk.") and ".decoder." not in name)
-        trunk = f"{held / 1e6:.2f} M of them in the trunk"
+        trunk = f"{format_count(held)} of them in the trunk"
     views, cost = settings.trainer.data.views_per_clip, collect_problems([], build.measure_clip_cost, settings, model)
     operations = "unknown: your model or task does not run on the meta device"
     if cost is not None:
@@ -105,7 +105,7 @@ def describe(settings: Settings, trainer: Trainer, splits: build.Splits) -> list
     kept = (cost.activation_bytes if cost else 0) * clips * (0.5 if settings.trainer.optim.amp.enabled else 1)
     held_bytes = format_bytes(preflight.memory_per_rank(settings, model))
     lines = [
-        f"model        {type(model).__name__}: {sum(parameters.values()) / 1e6:.2f} M parameters, {trunk}",
+        f"model        {type(model).__name__}: {format_count(sum(parameters.values()))} parameters, {trunk}",
         f"operations   {operations}",
         f"batch        {settings.clips_per_step} clips per step = {settings.clips_per_step // views} videos x {views} views, "
         f"over {plural(settings.world_size, 'rank')}",
@@ -116,7 +116,7 @@ def describe(settings: Settings, trainer: Trainer, splits: build.Splits) -> list
         *weights_lines(settings, trainer),
     ]
     if frozen:
-        lines.append(f"frozen       {frozen / 1e6:.2f} M parameters: forward pass only, about a third of the work")
+        lines.append(f"frozen       {format_count(frozen)} parameters: forward pass only, about a third of the work")
     lines.append(f"groups       {len(optimizer.groups)}, of {type(optimizer.optimizer).__name__}:")
     return [*lines, *group_lines(optimizer, parameters)]
 
@@ -146,8 +146,7 @@ def weights_lines(settings: Settings, trainer: Trainer) -> Iterator[str]:
     if own.exists():
         yield f"weights      {describe_resumed(trainer.state) if trainer.global_step else f'its own, {own}'}"
     elif pretrained is None:
-        frozen = ", of frozen parameters too" if settings.trainer.freeze else ""
-        yield f"weights      random initialization{frozen}"
+        yield f"weights      {describe_random(has_frozen=bool(settings.trainer.freeze))}"
     else:
         for path in [pretrained] if isinstance(pretrained, str) else pretrained:
             if file := collect_problems([], state_dict_file.resolve_checkpoint, path):
@@ -164,8 +163,7 @@ def group_lines(optimizer: ScheduledOptimizer, parameters: dict[str, int]) -> It
             factor = f" x {group.lr_scale:.4g}:" if option == "lr" and group.lr_scale != 1 else ""
             texts.append(f"{option}{factor} {curve if min(values) < max(values) else f'{values[0]:.4g}'}")
         count = sum(parameters[name] for name in group.names)
-        digits = 2 if count >= 1e5 else 4
-        yield f"  {number}: {len(group.names)} tensors, {count / 1e6:.{digits}f} M parameters; {'; '.join(texts)}"
+        yield f"  {number}: {len(group.names)} tensors, {format_count(count)} parameters; {'; '.join(texts)}"
 
 
 def format_bytes(count: float) -> str:

@@ -48,8 +48,8 @@ def evaluate_model(
     """
     model.eval()
     meter = Meter()
-    predictions = dict[str, list[Predictions]]()
-    bad = list[BadSample]()
+    predictions: dict[str, list[Predictions]] = {}
+    bad: list[BadSample] = []
     videos = 0
     this_rank_stops = False
     missing: dict[str, None] = {}  # files in a row that do not exist

@@ -21,7 +21,7 @@ from omnivision.training.preflight import describe_split
 from omnivision.training.step_stats import RunState
 from omnivision.training.trainer import Trainer
 from omnivision.utils.io import BEST, LATEST, run_name
-from omnivision.utils.streams import plural
+from omnivision.utils.streams import format_count, plural
 
 
 def start_lines(settings: Settings, trainer: Trainer, reports: Sequence[LoadReport]) -> list[str]:
@@ -60,7 +60,7 @@ def start_lines(settings: Settings, trainer: Trainer, reports: Sequence[LoadRepo
     return [
         *lines,
         f"seed         {trainer.settings.seed_value}",
-        f"weights      {starts or 'random initialization' + ', of frozen parameters too' * (trained < total)}",
+        f"weights      {starts or describe_random(has_frozen=trained < total)}",
         f"git commit   {git_commit() or 'unknown (no git checkout)'}",
         f"directory    {trainer.context.run_dir.path.absolute()}",
     ]
@@ -72,6 +72,10 @@ def validation_lines(trainer: Trainer) -> list[str]:
     sources = [split.name for split in val_data.dataset.splits] if val_data is not None else []
     files = [(run_dir.predictions / f"{name}.csv", run_dir.pictures / f"confusion_{name}.png") for name in sources]
     return [f"predictions  {table}, confusion matrix {picture}" for table, picture in files if table.exists()]
+
+
+def describe_random(has_frozen: bool) -> str:
+    return "random initialization" + ", of frozen parameters too" * has_frozen
 
 
 def describe_resumed(state: RunState) -> str:
@@ -101,10 +105,6 @@ def end_lines(trainer: Trainer) -> list[str]:
     elif kind is not None:
         lines.append(f"             omnivision predict {path} VIDEO")
     return lines
-
-
-def format_count(parameters: int) -> str:
-    return f"{parameters / 1e6:.2f} M" if parameters >= 1e5 else str(parameters)
 
 
 def run_metadata(settings: Settings, model: nn.Module) -> dict[str, Any]:

@@ -54,7 +54,7 @@ from omnivision.training.step_stats import (
 from omnivision.utils.errors import StopRequested, UserError
 from omnivision.utils.io import BEST, LATEST, CorruptCheckpointError
 from omnivision.utils.signals import StopSignal
-from omnivision.utils.streams import plural
+from omnivision.utils.streams import format_count, plural
 
 # Fields of RunState in checkpoints
 PROGRESS_FIELDS = ("epoch", "step", "steps_per_epoch", "best", "best_loss", "best_epoch", "seconds")
@@ -148,7 +148,9 @@ class Trainer:
                 self._write_summary(status="finished", exit_reason="all epochs done")
             return
         if frozen := sum(p.numel() for p in self.raw_model.parameters() if not p.requires_grad):
-            reporter.info(f"{frozen / 1e6:.2f} M parameters are frozen (forward pass only, about a third of the work).")
+            reporter.info(
+                f"{format_count(frozen)} parameters are frozen (forward pass only, about a third of the work)."
+            )
         self._write_summary(status="running", exit_reason=None)
         assert self.train_data is not None
         start, dist = (state.epoch, state.step), self.context.dist

@@ -63,6 +63,11 @@ def plural(count: int, noun: str) -> str:
     return f"{count} {noun}{'s' * (count != 1)}"
 
 
+def format_count(count: int) -> str:
+    """Return a number of parameters in millions, "22.04 M", or a small one as it is."""
+    return f"{count / 1e6:.2f} M" if count >= 1e5 else str(count)
+
+
 def warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr)
 
