@@ -42,7 +42,7 @@ def save(state: dict[str, Any], folder: Path, aliases: list[str]) -> None:
     """Write a checkpoint as `checkpoint.pt`; the one it replaces becomes `previous.pt`. `aliases` are further names for it.
 
     Raises OSError (disk full, no permission), and CorruptCheckpointError when the file read back differs from what was written;
-    the files that were there before are then still in place.
+    the earlier files then remain in place.
     """
     folder.mkdir(parents=True, exist_ok=True)
     temporary = temporary_beside(folder / LATEST)
@@ -81,7 +81,7 @@ def save(state: dict[str, Any], folder: Path, aliases: list[str]) -> None:
 
 @contextlib.contextmanager
 def report_write_errors(folder: Path) -> Iterator[None]:
-    """Turn errors of writing a checkpoint to `folder` into UserError."""
+    """Turn errors from writing a checkpoint to `folder` into UserError."""
     try:
         yield
     except (OSError, CorruptCheckpointError) as error:
@@ -190,7 +190,7 @@ def load_model(model: nn.Module, state: dict[str, torch.Tensor], path: Path | st
 
 
 def _link_or_copy(source: Path, target: Path, entries: list[dict[str, Any]]) -> None:
-    """Hard-link `source` as `target`, replacing that; copy it where the file system has no hard links."""
+    """Hard-link `source` as `target`, replacing `target`; copy it if the file system has no hard links."""
     temporary = temporary_beside(target)
     try:
         try:

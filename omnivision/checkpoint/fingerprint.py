@@ -123,7 +123,7 @@ def mismatch_message(what: str, altering: Sequence[str]) -> str:
 
 
 def file_digest(file: Path) -> str:
-    """Return the size and SHA-256 of a file. A large file is hashed in pieces spread over it, which takes a bounded time."""
+    """Return the size and SHA-256 of a file. For a large file, only pieces spread over it are hashed, to bound the time."""
     size = file.stat().st_size
     digest = hashlib.sha256()
     count = WHOLE_BYTES // PIECE_BYTES

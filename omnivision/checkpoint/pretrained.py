@@ -278,7 +278,7 @@ def _check_blocks(model: nn.Module, weights: StateDictFile, chosen: Mapping[str,
 
 
 def _check_coverage(model_state: Mapping[str, Tensor], report: LoadReport, choice: WeightFilter) -> None:
-    """Raise UserError for less of the trunk's encoder than declared, and for differences where the filter is strict."""
+    """Raise UserError if less of the trunk's encoder is covered than declared, or if a strict filter leaves differences."""
     trunk = [name for name in model_state if name.startswith("trunk.") and not name.startswith(NON_ENCODER_PREFIXES)]
     trunk = [name for name in trunk if name not in POSITIONS]
     absent = [name for name in trunk if name in report.missing]

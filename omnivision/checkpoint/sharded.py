@@ -125,7 +125,10 @@ def _read(source: Path) -> dict[str, Tensor]:
         tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
         with warnings.catch_warnings(action="ignore"):  # torch warns about reading in one process
             dcp.load(tensors, storage_reader=reader, no_dist=True)
-    except (CheckpointException, Exception) as error:  # torch and safetensors raise many kinds for a damaged file
+    except (
+        CheckpointException,
+        Exception,
+    ) as error:  # torch and safetensors raise many exception types for a damaged file
         if is_out_of_memory(error):
             raise
         cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error

@@ -19,7 +19,7 @@ UNMEASURED_DELAY = 120  # seconds before the time limit at which SLURM signals a
 
 
 def batch_script(settings: Settings, run_dir: RunDir, script: Path | None = None, count: int = 1) -> str:
-    """Return the batch script of a run or of an array of `count` runs; works without SLURM, too.
+    """Return the batch script of a run or of an array of `count` runs; SLURM need not be installed.
 
     `script` is its path; the job's logs go into the same folder.
     """
@@ -77,7 +77,10 @@ def batch_script_prologue(runs: Path, setup: Sequence[str]) -> list[str]:
 
 
 def signal_delay(settings: Settings, run_dir: RunDir) -> int:
-    """Return how many seconds before the time limit SLURM signals the run: as set, else by measured step and save times."""
+    """Return how many seconds before the time limit SLURM signals the run.
+
+    It is the setting or, if that is not set, depends on measured step and save times.
+    """
     if settings.submitit.signal_delay_s is not None:
         return settings.submitit.signal_delay_s
     summary, limit = run_dir.read_summary(), settings.submitit.timeout_hour * 3600

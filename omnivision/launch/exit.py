@@ -46,7 +46,7 @@ OOM_ADVICE = (
 
 
 def write_end_file(run_dir: RunDir, rank: int, error: BaseException, reason: str) -> None:
-    """Write how this rank ended to its own file: several machines cannot append to one file over NFS."""
+    """Write how this rank ended to its own file, because several machines cannot append to one file over NFS."""
     match error:
         case StopRequested() | KeyboardInterrupt() | UserError(on_all_ranks=True):
             kind = "stopped"
@@ -103,7 +103,7 @@ class ExitHandler:
         self.stop = StopSignal()
         self.exit_code = 0
         self.locked = False  # this process has locked the run directory
-        self.owns_summary = False  # the summary is about this process's training
+        self.owns_summary = False  # the summary describes this process's training
         self.peers: PeerMonitor | None = None
         self._watchdog = Watchdog(self.stop, self.abort, max(GRACE_SECONDS, settings.submitit.signal_delay_s or 0))
         self._ending = threading.Lock()
@@ -144,7 +144,7 @@ class ExitHandler:
     def abort(self, error: BaseException) -> None:
         """Write all stacks and exit from a watchdog thread, whatever the main thread is doing."""
         if not self._ending.acquire(blocking=False):
-            return  # it is ending already
+            return  # already exiting
         code = exit_code_and_reason(error)[0]
         try:
             stacks = self.run_dir.logs / f"rank_{self.rank}_stacks.txt"
@@ -166,7 +166,7 @@ class ExitHandler:
     def _may_write_summary(self) -> bool:
         """Return whether this process may write its exit into the summary.
 
-        An earlier run's status stays until training begins, and during an evaluation.
+        An earlier run's status is kept until training begins, and during an evaluation.
         """
         if self.locked and self.run_dir.read_summary().get("status") in (None, *QUEUED_STATUSES):
             return True
@@ -249,7 +249,7 @@ def exit_code_and_reason(error: BaseException) -> tuple[int, str]:
 
 
 def print_error(problem: BaseException | str) -> None:
-    """Print one paragraph for a user error or lack of memory, else a traceback (always with OMNIVISION_TRACEBACK=1)."""
+    """Print one paragraph for a user error or an out-of-memory error, else a traceback (always with OMNIVISION_TRACEBACK=1)."""
     if isinstance(problem, BaseException) and is_out_of_memory(problem):
         problem = exit_code_and_reason(problem)[1]
     if isinstance(problem, str):

@@ -116,9 +116,9 @@ def apply_torchrun_env(config: DictConfig) -> None:
 
 
 def run_local_processes(job: Job, count: int) -> int:
-    """Start `count` ranks here and wait; return the exit code. When one fails, the others are ended, too.
+    """Start `count` ranks here and wait; return the exit code. When one fails, stop the others.
 
-    Signals are forwarded to them. If a rank was killed and could not report it, `summary.json` gets the reason.
+    Signals are forwarded to the ranks. If a rank was killed before it could report, the reason is written to `summary.json`.
     """
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:

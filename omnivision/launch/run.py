@@ -37,8 +37,8 @@ LOG = logging.getLogger("omnivision")
 def run_rank(job: Job, rank_info: RankInfo, job_log: JobLog | None = None) -> int:
     """Run one rank from start to end; return its exit code.
 
-    A user error prints one paragraph; `summary.json` has the reason of every end. In a SLURM job, `job_log` records the end and
-    requeues the job if necessary; signals are ignored once the run ends.
+    A user error prints one paragraph; `summary.json` always records why the run ended. In a SLURM job, `job_log` records the
+    end and requeues the job if necessary; signals are ignored once the run ends.
     """
     ignore_broken_pipe()
     faulthandler.enable(sys.__stderr__ or 2)  # print the stacks on SIGSEGV and SIGBUS, too
@@ -63,7 +63,7 @@ def lock_run_dir(job: Job, dist: Dist, handler: ExitHandler) -> Reporter:
     job_log = handler.job_log
     stop = handler.stop
     dist.run_on_main(run_dir.create)
-    # A dead node's lock looks alive until it is stale; a cluster job waits for that.
+    # A dead node's lock looks live until it goes stale; a cluster job waits for that.
     lock_timeout = STALE_SECONDS + 10 if job_log is not None else 0.0
     taken_over = dist.run_on_main(lambda: run_dir.lock(lock_timeout))
     handler.locked = dist.is_main

@@ -123,7 +123,7 @@ def show_job(job_id: str) -> dict[str, str]:
         output = run_slurm_command("scontrol", "show", "job", "--oneliner", job_id)
     except SlurmError:
         return {}
-    # A comment may contain anything, so the first field of a name counts.
+    # A comment may contain anything, so only the first field with a given name counts.
     return dict(reversed(re.findall(r"(\w+)=(\S*)", output.partition("\n")[0])))
 
 
@@ -137,7 +137,8 @@ def first_host() -> str:
 def partition_limits(name: str | None) -> tuple[int | None, float | None]:
     """Return a partition's limits (nodes, minutes); None if unlimited or unknown.
 
-    `name` may be several, joined by commas; None: the default one. SLURM accepts a job beyond the limits but never starts it.
+    `name` may list several, separated by commas; None: the default one. SLURM accepts jobs beyond the limits but never
+    starts them.
     """
     name = name or os.environ.get("SBATCH_PARTITION")
     of_partition = [f"--partition={name}"] if name else []
@@ -219,7 +220,7 @@ def requeue(job_id: str, attempts: int = 3) -> str | None:
 
 
 def cancel_jobs_of(script: Path) -> str:
-    """Cancel my jobs that were submitted with a batch script; return a sentence about it."""
+    """Cancel my jobs that were submitted with a batch script; return a sentence for the error message."""
     try:
         mine = [job for job, state in squeue().items() if not state.is_over and Path(state.command) == script]
         if job_ids := sorted({job.partition("_")[0] for job in mine}):

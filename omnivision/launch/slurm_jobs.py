@@ -1,7 +1,7 @@
 """A run's SLURM jobs: `submitit_logs/history.jsonl`, how a job ends, and whether it is requeued.
 
 `python -m omnivision.launch.slurm_jobs ended ...` is the last line of every batch script: it records the end of a run whose
-processes could not.
+processes could not record it.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class ExitDecision:
 
 
 class JobStatus:
-    """How SLURM treats a job; all False if it does not answer."""
+    """What SLURM reports about a job; all False if it does not answer."""
 
     def __init__(self, job_id: str, restarts: int) -> None:
         fields = slurm.show_job(job_id)
@@ -177,13 +177,13 @@ class JobLog:
                 why = "time limit reached" if late else "signalled by SLURM or by hand, not cancelled"
                 requeue_reason = f"{reason} ({'preempted' if job_status.preempted else why})"
                 if error.cause == "SIGTERM" and not job_status.known:
-                    requeue_reason, reason = None, f"{reason}; SLURM does not say why"
+                    requeue_reason, reason = None, f"{reason}; SLURM gives no reason"
         return self._decide(
             job_status, reason, cause, requeue_reason, "failed" if isinstance(error, Exception) else "interrupted"
         )
 
     def classify_batch_exit(self, code: int, why: str) -> ExitDecision:
-        """Decide what happens to a job whose rank 0 could not.
+        """Decide what happens to a job whose rank 0 could not decide.
 
         Requeue if a peer went silent, a library aborted (NCCL), the processes had no signal handlers yet, or they could not
         start although an earlier attempt ran.
@@ -207,17 +207,17 @@ class JobLog:
         """Requeue if there is a `requeue_reason`, unless SLURM did, the job was cancelled, a rank failed, or a limit is hit."""
         job = f"job {self.job_id}"
         if job_status.requeued:
-            return ExitDecision("requeued", f"{reason}; SLURM has put {job} back into the queue")
+            return ExitDecision("requeued", f"{reason}; SLURM has requeued {job}")
         if job_status.cancelled:
             return ExitDecision("interrupted", f"{reason}; {job} was cancelled")
         if cause or requeue_reason is None:
             return ExitDecision("failed" if cause else status, cause or reason)
         if limit := self.reached_limit(self.restarts + 1):
             return replace(limit, reason=f"{requeue_reason}; {limit.reason}")
-        return ExitDecision("requeued", f"{requeue_reason}; {job} goes back into the queue", requeue=True)
+        return ExitDecision("requeued", f"{requeue_reason}; {job} is requeued", requeue=True)
 
     def reached_limit(self, restarts: int) -> ExitDecision | None:
-        """Return how a job ends that may not restart for the `restarts`-th time; None if it may."""
+        """Return the decision for a job that may not restart for the `restarts`-th time; None if it may."""
         lines, job = self.history(), f"job {self.job_id}"
         last_start = max((line["restarts"] for line in lines if line["event"] == "start"), default=0)
         if self.max_requeues is not None and restarts > self.max_requeues:
@@ -256,7 +256,7 @@ class JobLog:
 def parse_dependencies(dependency: str) -> Iterator[tuple[str, str]]:
     """Yield what a job waits for: a condition, and the id of a job (12, 12_3, or 12_* for a whole array).
 
-    Yields nothing for alternatives (joined by `?`), because one that failed does not end the job.
+    Yields nothing for alternatives (joined by `?`), because the job may start although one of them failed.
     """
     if "?" in dependency:
         return
@@ -291,7 +291,7 @@ def finalize_dependents(job_id: str, problem: str) -> None:
 def run_status(run_dir: RunDir, queue: Mapping[str, slurm.QueueEntry] | None) -> tuple[str, str]:
     """Return a run's status and reason, and write them if it ended without recording a reason.
 
-    `queue` is SLURM's, None without SLURM.
+    `queue`: the jobs in SLURM's queue; None without SLURM.
     """
     summary = run_dir.read_summary()
     status, reason = str(summary.get("status", "not begun")), str(summary.get("exit_reason") or "")
@@ -325,7 +325,7 @@ def run_status(run_dir: RunDir, queue: Mapping[str, slurm.QueueEntry] | None) ->
 
 
 def record_batch_exit(file: Path, job_id: str, code: int, why: str = "its processes could not be started") -> bool:
-    """Record the exit of a job whose rank 0 could not.
+    """Record the exit of a job whose rank 0 could not record it.
 
     Return True if the run had already finished, so that dependents may start.
 

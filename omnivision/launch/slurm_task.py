@@ -62,7 +62,7 @@ def slurm_rank(host: str) -> RankInfo:
 
 
 def public_environment() -> dict[str, str | None]:
-    """Return the environment variables of this process; without values for names that sound secret."""
+    """Return the environment variables of this process, without the values of those whose names suggest a secret."""
     return {
         name: None if SECRET.search(name) else URL_CREDENTIALS.sub("...", value)
         for name, value in sorted(os.environ.items())

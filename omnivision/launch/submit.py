@@ -186,7 +186,7 @@ def is_queued(job: Job, queue: Mapping[str, slurm.QueueEntry]) -> bool:
 
 
 def check_submission(jobs: Sequence[Job], queue: Mapping[str, slurm.QueueEntry]) -> None:
-    """Raise UserError for jobs that SLURM would reject or never start; several make one array."""
+    """Raise UserError for jobs that SLURM would reject or never start; several jobs form one array."""
     settings, run_dir = jobs[0].settings, jobs[0].run_dir
     dependency = settings.submitit.dependency
     for job in jobs:
@@ -210,7 +210,7 @@ def check_submission(jobs: Sequence[Job], queue: Mapping[str, slurm.QueueEntry])
     for other in others:
         if lines := [line for line in other.splitlines() if line not in script.splitlines()]:
             raise UserError(
-                "All runs of a sweep make one array, and must set the same launcher and submitit settings; got also "
+                "All runs of a sweep form one array and must have the same launcher and submitit settings; got also "
                 f"{', '.join(lines)}. Sweep over other settings, or submit twice."
             )
     if shutil.which("bash"):  # it may exist only on the compute nodes

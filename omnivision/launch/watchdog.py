@@ -205,7 +205,7 @@ def as_peer_lost(error: BaseException, peers: PeerMonitor | None) -> BaseExcepti
     elif peers is not None:
         lost = peers.find_dead_peers(may_leave=True)
     if lost is None and is_collective:
-        lost = PeerLostError(f"another rank is gone without recording a reason ({error})", gone=True)
+        lost = PeerLostError(f"another rank disappeared without recording a reason ({error})", gone=True)
     if lost is None:
         return error
     lost.__cause__ = error

@@ -67,7 +67,8 @@ def probe_samples(settings: Settings, split: Split) -> list[str]:
     """Check that sampled files of a split exist and, for a new run, open a few; return warnings.
 
     Warns about unreadable files and about clips with fewer frames than num_frames. Raises UserError where no file exists
-    (with use_cluster a warning: its nodes may mount them), where none is readable, and for folders of several series of frames.
+    (with use_cluster, warns instead: the nodes may mount them), where none is readable, and for folders of several
+    series of frames.
     """
     data, name = settings.trainer.data, f"datasets.{split.name}"
     what = f"sampled files of {split.name} ({split.which})"

@@ -92,7 +92,7 @@ def load_ema(ema: MovingAverage, state: Mapping[str, Any], path: Path) -> None:
         return
     if differing := sorted(set(ema.average) ^ set(average)):
         raise UserError(
-            f"{path} has an EMA of other parameters than are trained now ({differing[0]}): trainer.freeze changed. "
+            f"{path} has an EMA of parameters other than those trained now ({differing[0]}): trainer.freeze changed. "
             f"{RESUME_HINT}"
         )
     steps = state["epoch"] * state["steps_per_epoch"] + state["step"] - state["skipped"]

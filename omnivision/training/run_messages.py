@@ -84,7 +84,7 @@ def describe_resumed(state: RunState) -> str:
 
 
 def end_lines(trainer: Trainer) -> list[str]:
-    """Return a finished run's results, where its checkpoints are, and which command to give next."""
+    """Return a finished run's results, where its checkpoints are, and which command to run next."""
     state, run_dir = trainer.state, trainer.context.run_dir
     seconds = timedelta(seconds=round(state.seconds))
     lines = [f"Finished: {plural(state.epoch, 'epoch')} in {seconds}"]

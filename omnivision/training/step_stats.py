@@ -99,7 +99,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def is_due(count: int, every: int | None) -> bool:
-    """Return whether something that happens `every` so many epochs or steps (None: never) is due after `count`."""
+    """Return whether something done once per `every` epochs or steps (None: never) is due after `count`."""
     return every is not None and count % every == 0
 
 

@@ -62,7 +62,7 @@ PROGRESS_FIELDS = ("epoch", "step", "steps_per_epoch", "best", "best_loss", "bes
 
 @dataclass
 class RunContext:
-    """What a trainer needs around the training itself: process group, run directory, logs."""
+    """The environment of a trainer: process group, run directory, logs."""
 
     dist: Dist
     run_dir: RunDir
@@ -207,7 +207,7 @@ class Trainer:
     def train_step(self, batch: Batch) -> None:
         """Run one optimizer step with gradient accumulation; results go to `step_stats`.
 
-        The gradient is taken of the mean loss over the counted samples of all micro-batches and ranks. A step without counted
+        The gradient is that of the mean loss over the counted samples of all micro-batches and ranks. A step without counted
         samples changes nothing. Nothing here waits for the device.
         """
         dist, optimizer = self.context.dist, self.optimizer
@@ -483,7 +483,7 @@ class Trainer:
         raise StopRequested(cause, saved_step=self.global_step)
 
     def _stop_cause(self) -> str:
-        """Return why the first rank that was asked to stop was asked."""
+        """Return the cause of the stop request on the first rank that received one."""
         return next(
             cause for cause in self.context.dist.all_gather_object(self.context.stop.cause) if cause is not None
         )
@@ -505,7 +505,7 @@ class Trainer:
                     self.context.reporter.save_visualization(name, visualization, self.global_step)
 
     def _record_evaluation(self, result: Evaluation) -> None:
-        """Keep metrics with the epoch (from 1) of their weights; weights from another run have none here."""
+        """Store metrics with the epoch (from 1) of their weights; weights from another run have no epoch here."""
         self.state.last_metrics |= {f"val_{name}": value for name, value in result.metrics.items()}
         if self.global_step:
             self.state.last_metrics["val_epoch"] = self.state.weights_epoch + 1

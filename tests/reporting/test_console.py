@@ -195,7 +195,7 @@ class Interrupted(Folder):
         first.context.reporter.close()
         resumed = make_trainer(self.folder / "run", max_epochs=2)
         for stop in (first.context.stop, resumed.context.stop):
-            self.assertIn("step 3 is saved", stop.describe_saved())
+            self.assertIn("saved step is 3", stop.describe_saved())
         error = KeyboardInterrupt()
         error.add_note(StopSignal().describe_saved())
         code, reason = exit_code_and_reason(error)

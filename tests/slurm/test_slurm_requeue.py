@@ -81,15 +81,13 @@ class Interrupted(OnCluster):
         self.here(*self.command("whole"))
 
         self.assert_ended_as_if_never_interrupted(requeued, requeued_run)
-        self.assert_saved_and_requeued(requeued_run, "ended by SIGTERM; .*; SLURM has put job .* back into the queue")
+        self.assert_saved_and_requeued(requeued_run, "ended by SIGTERM; .*; SLURM has requeued job")
 
         self.assert_ended_as_if_never_interrupted(preempted, preempted_run)
-        self.assert_saved_and_requeued(preempted_run, r"\(preempted\); job .* goes back into the queue")
+        self.assert_saved_and_requeued(preempted_run, r"\(preempted\); job .* is requeued")
 
         self.assert_ended_as_if_never_interrupted(timed, timed_run)
-        self.assert_saved_and_requeued(
-            timed_run, r"ended by SIGUSR2; .* \(signalled .*\); job .* goes back into the queue"
-        )
+        self.assert_saved_and_requeued(timed_run, r"ended by SIGUSR2; .* \(signalled .*\); job .* is requeued")
         left, back = history(timed_run, "end")[0]["time"], history(timed_run, "resumed")[1]["time"]
         told_time("time limit, from saved until it went on", left, back)
 
@@ -143,7 +141,7 @@ class Interrupted(OnCluster):
         summary = runs.read_summary(stuck_run)
         self.assertEqual(summary["status"], "failed")
         self.assertRegex(summary["exit_reason"], f"At step 0, job {stuck} was restarted 3 times without progress")
-        self.assertRegex(history(stuck_run, "end")[0]["reason"], "exit code 134, SIGABRT.*goes back into the queue")
+        self.assertRegex(history(stuck_run, "end")[0]["reason"], "exit code 134, SIGABRT.*is requeued")
         self.assertIn("Fatal Python error: Aborted", (stuck_run / f"submitit_logs/{stuck}_0_log.err").read_text())
         wait("it to leave", lambda: history(clock_run, "end"), 70)
         self.assertRegex(
