@@ -66,11 +66,31 @@ def write_predictions(folder: Path, name: str, predictions: Predictions) -> None
 
 
 def read_predictions(file: Path) -> Predictions:
-    """Read an `.npz` of `write_predictions`."""
-    with np.load(file, allow_pickle=False) as arrays:
-        index, label, scores = (arrays[name] for name in ("index", "label", "scores"))
-        paths, names = arrays["path"].tolist(), arrays["class_names"].tolist()
-        return Predictions(index, label, scores, paths, arrays["segment"] if "segment" in arrays else None, names)
+    """Read an `.npz` of `write_predictions`.
+
+    Raises KeyError for missing arrays, and ValueError for arrays that do not fit together or scores that are not finite.
+    """
+    with np.load(file, allow_pickle=False) as archive:
+        arrays = dict(archive)
+    scores = arrays["scores"]
+    videos, classes = len(arrays["index"]), len(arrays["class_names"])
+    expected: dict[str, tuple[str, tuple[int, ...]]] = {
+        "index": ("iu", (videos,)), "label": ("iu", (videos,)), "scores": ("f", (videos, classes)),
+        "path": ("U", (videos,)), "class_names": ("U", (classes,)), "segment": ("f", (videos, 2)),
+    }  # fmt: skip
+    for name in expected.keys() & {*arrays, "label", "path"}:
+        array, (kinds, shape) = arrays[name], expected[name]
+        if array.dtype.kind not in kinds or array.shape != shape or not array.size:
+            raise ValueError(
+                f"{name} is {array.dtype} of shape {array.shape}, with {videos} videos and {classes} classes"
+            )
+    if not np.isfinite(scores).all():
+        raise ValueError("scores are not finite")
+    label = arrays["label"]
+    if label.min() < -1 or label.max() >= classes:
+        raise ValueError(f"labels are {label.min()} to {label.max()}, with {classes} classes")
+    paths, names = arrays["path"].tolist(), arrays["class_names"].tolist()
+    return Predictions(arrays["index"], label, scores, paths, arrays.get("segment"), names)
 
 
 def confusion_image(predictions: Predictions, title: str) -> Image.Image:

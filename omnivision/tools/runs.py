@@ -14,7 +14,7 @@ from omnivision.launch.slurm import squeue_or_none
 from omnivision.launch.slurm_jobs import run_status
 from omnivision.reporting.run_directory import RunDir
 from omnivision.tools.arguments import Flag
-from omnivision.utils.errors import UserError
+from omnivision.utils.errors import UserError, truncate_list
 from omnivision.utils.streams import print_text, warn, wide_console
 
 TOP1_COLUMNS = ("run", "trunk", "starts from", "data", "epochs", "minutes", "top-1 %", "chance %")
@@ -62,17 +62,23 @@ def read_summaries(folder: Path) -> list[dict[str, Any]]:
     files = sorted(file for file in folder.rglob("summary.json") if file.is_file())
     if not files:
         raise UserError(f"{folder} must be a run directory, or a folder of them; it contains no summary.json.")
-    queue, found = squeue_or_none(), []
+    queue, found, damaged = squeue_or_none(), [], []
     for file in files:
         run = RunDir(file.parent)
         status, reason = run_status(run, queue)
         if not (summary := run.read_summary()):
-            warn(f"{file} is not the summary of a run. It is left out.")
+            damaged.append(file)
             continue
         name = file.parent.relative_to(folder).as_posix() if file.parent != folder else folder.resolve().name
         of_file = {"name": name, "path": file.parent, "changed": file.stat().st_mtime}
         defaults = {"run": summary.get("run") or {}, "last": summary.get("last") or {}}
         found.append(summary | defaults | of_file | {"status": status, "exit_reason": reason})
+    if not found:
+        raise UserError(
+            f"{folder} holds no run: {truncate_list(damaged)} is not the summary of one. Give another folder."
+        )
+    for file in damaged:
+        warn(f"{file} is not the summary of a run. It is left out.")
     return sorted(found, key=lambda summary: summary["run"].get("started") or summary["changed"])
 
 

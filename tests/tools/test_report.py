@@ -79,8 +79,32 @@ class Page(Folder):
         self.assertIn("ucf101.npz", self.errors)
         empty = self.folder / "empty"
         empty.mkdir()
+        for content in (b"\xff\x00", b"[]", b'{"status": 5}'):
+            (empty / "summary.json").write_bytes(content)
+            for command in ("report", "runs"):
+                with self.subTest(command, content=content), self.assertRaisesRegex(UserError, "summary.json"):
+                    call_command(command, empty)
         (empty / "summary.json").write_text('{"status": "failed", "exit_reason": "no <luck>"}')
         self.assertIn("no &lt;luck&gt;", self.report(empty))
+
+    def test_inconsistent_predictions_are_left_out(self):
+        run = write_run(self.folder / "a")
+        file = run / "predictions/ucf101.npz"
+        with np.load(file) as archive:
+            good = dict(archive)
+        for wrong in (
+            {"label": good["label"][:2]},
+            {"label": good["label"] + 9999},
+            {"scores": good["scores"][:, :2]},
+            {"scores": good["scores"] * np.nan},
+            {"scores": good["scores"].astype(str)},
+            {"path": np.arange(4)},
+            {"segment": np.zeros((4, 3))},
+        ):
+            np.savez(file, **(good | wrong))
+            with self.subTest(wrong):
+                self.assertNotIn("Confusion matrix", self.report(run))
+                self.assertRegex(self.errors, "^warning: .*ucf101.npz.*left out")
 
     def test_refused(self):
         run, empty = write_run(self.folder / "a"), self.folder / "empty"
