@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -97,7 +98,7 @@ def end_lines(trainer: Trainer) -> list[str]:
     lines.append(
         f"last         epoch {state.epoch}, {describe_metrics(trainer.state.last_metrics)}: {run_dir.checkpoints / LATEST}"
     )
-    path = os.fspath(run_dir.path)
+    path = shlex.quote(os.fspath(run_dir.path))
     lines.append(f"next         omnivision report {path}")
     kind = architecture_of(trainer.raw_model).get("kind")
     if kind == "autoencoder":

@@ -41,9 +41,9 @@ def replace_atomically(path: Path) -> Iterator[IO[bytes]]:
 
     A link is followed. Raises OSError for a device, a pipe or a folder.
     """
-    path = Path(os.path.realpath(path))
+    asked, path = path, Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "it exists and is not a regular file", str(path))
+        raise OSError(errno.EINVAL, "it exists and is not a regular file", str(asked))
     temporary = temporary_beside(path)
     try:
         with open(temporary, "wb") as file:
@@ -51,8 +51,13 @@ def replace_atomically(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if str(error.filename) == str(temporary):
+            error.filename = str(asked)
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -173,6 +173,8 @@ class StartAndEnd(Folder):
         unvalidated.context.reporter.close()
         self.assert_lines(end_lines(unvalidated), "last +epoch 1, training loss")
         self.assertNotIn("best ", "\n".join(end_lines(unvalidated)))
+        unvalidated.context.run_dir.path = self.folder / "sp ace"
+        self.assert_lines(end_lines(unvalidated), f"omnivision report '{self.folder}/sp ace'\n")
 
 
 class Interrupted(Folder):

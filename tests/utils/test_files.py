@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import unittest
+from pathlib import Path
 
 from omnivision.utils.io import append_line, replace_atomically, write_atomically
 from omnivision.utils.streams import SafeStream
@@ -32,6 +33,12 @@ class Files(Folder):
         (self.folder / "link").symlink_to(self.folder / "real")
         write_atomically(self.folder / "link", "text")
         self.assertEqual(((self.folder / "real").read_text(), (self.folder / "link").is_symlink()), ("text", True))
+
+    def test_an_error_names_the_file_that_was_asked_for(self):
+        for file in ("/proc/x.html", self.folder / ("x" * 250)):
+            with self.assertRaises(OSError) as caught:
+                write_atomically(Path(file), "text")
+            self.assertEqual((caught.exception.filename, caught.exception.filename2), (str(file), None))
 
     def test_two_writers_of_one_process(self):
         with replace_atomically(self.folder / "a") as first:
