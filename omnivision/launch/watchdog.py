@@ -144,7 +144,7 @@ class PeerMonitor:
     def wait_for_dead_peers(self, seconds: float | None = None) -> PeerLostError | None:
         """Poll `find_dead_peers` for `seconds`, by default until peers are dead or proven alive.
 
-        The process id proves it on this machine, a heartbeat on others.
+        A peer on this machine is checked by its process id, one on another machine by its heartbeat.
         """
         if seconds is None:
             here = all(self._read_beat(rank)[0].get("machine") == host_id() for rank in self.watched)
