@@ -126,7 +126,7 @@ def data_lines(settings: Settings, trainer: Trainer, splits: build.Splits) -> It
     for split in [*splits[0], *splits[1]]:
         paths = preflight.sample_paths(split)
         existing = sum(Path(path).exists() for path in paths)
-        yield f"data         {preflight.describe_split(split)}; {existing} of {len(paths)} files that were looked for exist"
+        yield f"data         {preflight.describe_split(split)}; {existing} of {len(paths)} checked files exist"
     if trainer.train_data is not None:
         for kind, config in trainer.train_data.dataset.configs.items():
             if config.mask is not None:

@@ -297,7 +297,7 @@ class Script(unittest.TestCase):
                 r"model +MaskedAutoencoder: 94\.\d+ M parameters",
                 r"operations +\d+\.\d+ GFLOPs per clip",
                 r"batch +64 clips per step = 16 videos x 4 views, over 8 ranks",
-                r"k150, train: 64 samples; 12 of 16 files that were looked for exist",
+                r"k150, train: 64 samples; 12 of 16 checked files exist",
                 r"steps +1 per epoch x 3 epochs = 3",
                 r"groups +2, of AdamW:\n  0: \d+ tensors, .* lr 5e-07 -> peak 0.0008 -> 0; weight_decay 0.05\n  1: .* 0\n",
                 "#SBATCH --nodes=8",
