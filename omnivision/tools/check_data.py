@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import os
 import stat
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -130,7 +131,13 @@ def check_data(
         )
     for line in lines:
         print_text(printable(line))
-    return 0 if summary["bad"] == 0 and not summary.get("labels", {}).get("out_of_range") else EXIT_USER
+    if out_of_range := summary.get("labels", {}).get("out_of_range"):
+        print(
+            f"error: {labels_file} has {plural(out_of_range, 'label')} out of range; expected at most "
+            f"{summary['labels']['classes'] - 1}. Correct the labels, or change --num-classes.",
+            file=sys.stderr,
+        )
+    return EXIT_USER if summary["bad"] or out_of_range else 0
 
 
 def _check_json_file(file: Path | None, inputs: list[str]) -> None:
@@ -292,9 +299,9 @@ def _report(paths: list[str], checks: list[VideoCheck], summary: dict[str, Any])
         if summary[how]:
             lines.append(f"{how} by their headers: {summary[how]} (training sees them as players show them)")
     if labels := summary.get("labels"):
-        counts = list(labels["histogram"].values()) or [0]
+        counts = [count for label, count in labels["histogram"].items() if int(label) < labels["classes"]]
         lines.append(
-            f"labels: {len(labels['histogram'])} of {labels['classes']} classes occur, {min(counts)} to {max(counts)} samples "
+            f"labels: {len(counts)} of {labels['classes']} classes occur, {min(counts or [0])} to {max(counts or [0])} samples "
             f"each; {labels['ignored']} samples are ignored, {labels['out_of_range']} labels out of range"
         )
         if labels["absent"]:

@@ -111,16 +111,18 @@ class Splits(Folder):
     def test_labels(self):
         paths = [self.video("a.mp4"), self.video("bb.mp4"), self.video("ccc.mp4"), self.video("dddd.mp4")]
         labels = self.save("labels.npy", [0, 3, 3, -1])
-        for options, code, classes, absent, out_of_range in (
-            ((), 0, 4, [1, 2], 0),
-            (("--num-classes", 3), 1, 3, [1, 2], 2),
-            (("--num-classes", 6), 0, 6, [1, 2, 4, 5], 0),
+        for options, code, classes, occurring, absent, out_of_range in (
+            ((), 0, 4, 2, [1, 2], 0),
+            (("--num-classes", 3), 1, 3, 1, [1, 2], 2),
+            (("--num-classes", 6), 0, 6, 2, [1, 2, 4, 5], 0),
         ):
             found, out, report = self.check(paths, labels, *options)
             expected = {"classes": classes, "absent": absent, "ignored": 1, "out_of_range": out_of_range}
             self.assertEqual(report["summary"]["labels"], {**expected, "histogram": {"0": 1, "3": 2}})
             self.assertEqual(found, code)
-            self.assertIn(f"labels: 2 of {classes} classes occur", out)
+            self.assertIn(f"labels: {occurring} of {classes} classes occur", out)
+        words = self.folder / "paths.npy", labels, "--prefix", self.folder, "--workers", 0, "--num-classes", 3
+        self.assertRegex(call_command("check-data", *words)[2], "(?m)^error: .*labels.npy has 2 labels.*--num-classes")
         for values, options, count in (
             ([1, 2], ["--num-classes", 2], 1),
             ([1, 2], [], 1),
