@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -93,7 +94,8 @@ def classify_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> tu
     # Skip sources and splits in only one of the two: a setting shows that.
     clips = describe_changes(saved["clips of a step"], current["clips of a step"], group=lambda name: name)
     data = describe_changes(saved["data"], current["data"], group=lambda name: name.rpartition(".")[0])
-    altering += [*(f"clips of a step of {change}" for change in clips.values()), *data.values()]
+    altering += [f"clips of a step of {change}" for change in clips.values()]
+    altering += [re.sub(r"(SHA-256 \w{12})\w+", r"\1", change) for change in data.values()]
     return altering, others + list(describe_changes(saved["versions"], current["versions"]).values())
 
 

@@ -21,6 +21,7 @@ Spacing = Literal["ends", "published"]
 Segment = tuple[float, float]  # [start, end) of a sample in its video, seconds
 SEGMENT_END_TOLERANCE = 1.0  # seconds that a segment may extend past its video: ends are often rounded up
 FEISTEL_ROUNDS = 8
+MAX_ADVISED_REPEATS = 100
 
 
 class Draw(IntEnum):
@@ -124,8 +125,12 @@ class EpochPlan:
                 repeats = math.ceil(1000 * source.clips_per_step / source.num_samples) / 1000
                 raise UserError(
                     f"Source {name} has {source.num_samples} samples and a repeat factor of {source.repeat}, fewer than one "
-                    f"batch of {source.clips_per_step}: an epoch would not see it. Lower batch_size, or set "
-                    f"++trainer.data.repeats.{name}={repeats}."
+                    f"batch of {source.clips_per_step}: an epoch would not see it. Lower batch_size"
+                    + (
+                        f", or set ++trainer.data.repeats.{name}={repeats:g}."
+                        if repeats <= MAX_ADVISED_REPEATS
+                        else "."
+                    )
                 )
         self._in_order = list(sources.values())
         self._ends = np.cumsum(counts)

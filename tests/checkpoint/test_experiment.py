@@ -118,8 +118,8 @@ class Comparison(unittest.TestCase):
         for changes, wanted in (
             ({}, ([], [])),
             (
-                {"data": {paths: "8 bytes, SHA-256 b"} | other},
-                ([f"{paths}: 9 bytes, SHA-256 a -> 8 bytes, SHA-256 b"], []),
+                {"data": {paths: f"8 bytes, SHA-256 {'b' * 64}"} | other},
+                ([f"{paths}: 9 bytes, SHA-256 a -> 8 bytes, SHA-256 {'b' * 12}"], []),
             ),
             ({"clips of a step": {"ucf101": 8}}, (["clips of a step of ucf101: 16 -> 8"], [])),
             ({"versions": {"torch": "3"}}, ([], ["torch: 2.10 -> 3"])),

@@ -116,7 +116,11 @@ class Plan(unittest.TestCase):
     def test_source_smaller_than_a_batch_is_refused(self):
         with self.assertRaisesRegex(UserError, r"\+\+trainer\.data\.repeats\.b=1\.334"):
             EpochPlan({"a": SourcePlan(40, 4), "b": SourcePlan(3, 4)}, seed=1)
-        for size in range(1, 200):  # the advice is enough
+        with self.assertRaisesRegex(UserError, r"batch_size, .*repeats\.a=50\.$"):
+            one_source(4, 200)
+        with self.assertRaisesRegex(UserError, r"batch_size\.$"):  # 101 repeats
+            one_source(4, 404)
+        for size in range(6, 200):  # the advice is enough
             with self.assertRaises(UserError) as caught:
                 one_source(size, 512, repeat=0.001)
             advice = float(str(caught.exception).rpartition("repeats.a=")[2].rstrip("."))
