@@ -204,7 +204,8 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 state = {name: file.get_tensor(name) for name in file.keys()}
                 metadata = file.metadata() or {}
         except (SafetensorError, OSError) as error:
-            raise CorruptCheckpointError(f"{path} does not load: {error}") from error
+            damaged = "it is truncated or corrupt; copy it again: " * isinstance(error, SafetensorError)
+            raise CorruptCheckpointError(f"{path} does not load: {damaged}{error}") from error
         return state, _parse_json(metadata[METADATA], path) if METADATA in metadata else {}
     # Checkpoints of VideoMAE's repository also hold the command line, as a plain namespace.
     with torch.serialization.safe_globals([argparse.Namespace]):

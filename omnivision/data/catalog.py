@@ -204,8 +204,9 @@ def resolve_path(files: StrOrList, setting: str) -> str:
         if os.path.isfile(candidate):
             return candidate
     without = "" if setting.endswith((".paths", ".depth")) else f"; ++{setting}=null to do without"
+    listed = ", ".join(f"{name} (a folder)" if os.path.isdir(name) else name for name in candidates) or "(none given)"
     raise UserError(
-        f"{setting}: no such file: {', '.join(candidates) or '(none given)'}. Expected a .npy file; relative paths start "
+        f"{setting}: no such file: {listed}. Expected a .npy file; relative paths start "
         f"at {Path.cwd()}. Set ++{setting}=FILE.npy, or the folder of all datasets with ++data_root=FOLDER{without}."
     )
 
@@ -215,9 +216,14 @@ def load_array(file: str, setting: str) -> np.ndarray:
     try:
         return np.lib.format.open_memmap(file, mode="r")  # numpy.load would also open .npz archives
     except Exception as error:  # numpy raises many kinds for a damaged header
+        reason = str(error)
+        if "Python objects" in reason:
+            reason = "it holds Python objects (pickles), which are never unpickled"
+        elif "mmap length" in reason or reason.startswith("EOF"):
+            reason = "it is truncated"
         raise UserError(
-            f"{file} cannot be read as a .npy array: {error}. Expected a file written by numpy.save, without Python objects, "
-            f"which are never unpickled. Write it again, or point {setting} to another file."
+            f"{file} cannot be read as a .npy array: {reason}. Write it again with numpy.save, with a dtype of str (paths), "
+            f"int (labels) or float (segments), or point {setting} to another file."
         ) from None
 
 
@@ -225,9 +231,12 @@ def check_array(what: str, array: np.ndarray, file: str, setting: str, samples: 
     """Raise UserError unless an array holds `what` (see `ARRAYS`) for each of `samples`."""
     kinds, shape, content = ARRAYS[what]
     if array.dtype.kind not in kinds or array.shape != (samples, *shape) or samples == 0:
+        how, count = "as a list of str", "at least one"
+        if what != "paths":
+            how, count = "from the same list as the paths", f"as many as there are paths ({samples})"
         raise UserError(
-            f"{file} holds {array.dtype} of shape {array.shape}; expected {content}, for at least one and as many as there are "
-            f"paths ({samples}). Save it with numpy.save from the same list as the paths, or point {setting} to another file."
+            f"{file} holds {array.dtype} of shape {array.shape}; expected {content}, {count}. Save it with numpy.save {how}, "
+            f"or point {setting} to another file."
         )
 
 

@@ -148,6 +148,10 @@ def safe_load(source: Path | IO[bytes], map_location: str = "cpu") -> Any:
                 "any code. Where it was made, save only the state dict: torch.save({'model': model.state_dict()}, FILE)."
             ) from error
         # Other messages are about torch, or advise loading the file anyway.
-        informative = reason and isinstance(error, (RuntimeError, OSError))
-        cause = reason.splitlines()[0] if informative else "it is not a weights file"
+        if re.search(r"failed reading zip archive|unexpected EOF|Invalid argument", reason):  # the last by mmap
+            cause = "it is truncated or corrupt; copy it again"
+        elif reason and isinstance(error, (RuntimeError, OSError)):
+            cause = reason.splitlines()[0]
+        else:
+            cause = "it is not a weights file; give one written by torch.save or safetensors"
         raise CorruptCheckpointError(f"{name} does not load: {cause}") from error

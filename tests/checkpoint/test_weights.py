@@ -277,8 +277,23 @@ class Reading(Case):
         torch.save(self.state, self.folder / "old.pt", _use_new_zipfile_serialization=False)
         os.truncate(self.folder / "old.pt", (self.folder / "old.pt").stat().st_size - 100)
         (self.folder / "junk.safetensors").write_bytes(b"\xff" * 40)
-        for name in ("old.pt", "junk.safetensors"):
-            with self.assertRaisesRegex(UserError, name):
+        torch.save(self.state, self.folder / "zip.pt")
+        complete = (self.folder / "zip.pt").read_bytes()
+        for name, content in (
+            ("half.pt", complete[: len(complete) // 2]),
+            ("most.pt", complete[:-10]),
+            ("empty.pt", b""),
+            ("video.pt", b"\x00\x00\x00 ftypisom"),
+        ):
+            (self.folder / name).write_bytes(content)
+        for name in ("old.pt", "half.pt", "most.pt", "junk.safetensors"):
+            with self.subTest(name), self.assertRaisesRegex(UserError, f"{name}.* truncated or corrupt; copy it again"):
+                read_weights(self.folder / name)
+        for name in ("empty.pt", "video.pt"):
+            with (
+                self.subTest(name),
+                self.assertRaisesRegex(UserError, f"{name}.* not a weights file; give .*torch.save"),
+            ):
                 read_weights(self.folder / name)
 
     def test_invalid_files_are_refused(self):

@@ -139,8 +139,9 @@ class Refused(Folder):
             ("labels", two | {"labels": [[0, 1]]}),
             ("labels", two | {"labels": [0, 1, 2]}),
         ):
-            with self.subTest(arrays), self.assertRaisesRegex(UserError, rf"datasets\.d\.train\.{what}"):
+            with self.subTest(arrays), self.assertRaisesRegex(UserError, rf"datasets\.d\.train\.{what}") as caught:
                 self.split(**arrays)
+            self.assertEqual("same list as the paths" in str(caught.exception), what != "paths")
 
     def test_labels_out_of_range_are_refused(self):
         self.split(labels=[-1, 2], num_classes=3)
@@ -178,6 +179,12 @@ class Refused(Folder):
                     with self.assertRaisesRegex(UserError, rf"datasets\.d\.train\.{what}") as caught:
                         Split(Dataset(name="d", train=files), "train")
                     self.assertIn(file, str(caught.exception))
+                    for word, names in (("truncated", ("nothing", "cut", "cut_header")), ("objects", ("objects",))):
+                        if name in names:
+                            self.assertIn(word, str(caught.exception).replace(file, ""))
+        for files in ({"paths": str(self.folder)}, {"paths": good, "labels": str(self.folder)}):
+            with self.assertRaisesRegex(UserError, "a folder"):
+                Split(Dataset(name="d", train=files), "train")
         self.assertFalse((self.folder / "canary").exists(), "objects are never unpickled")
         np.load(self.folder / "objects.npy", allow_pickle=True)[0].close()
         self.assertTrue((self.folder / "canary").exists(), "the canary sings when it is let out")

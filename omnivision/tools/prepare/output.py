@@ -49,7 +49,8 @@ def read_arrays(
     ):
         if file is not None:
             if not os.path.isfile(file):  # a pipe would block
-                raise UserError(f"{file}: no such file. Expected a .npy file; give another {argument}.")
+                problem = "is a folder" if os.path.isdir(file) else "no such file"
+                raise UserError(f"{file}: {problem}. Expected a .npy file; give another {argument}.")
             arrays[what] = load_array(file, argument)
             check_array(what, arrays[what], file, argument, arrays["paths"].size)
     labels, segments = arrays.get("labels"), arrays.get("segments")
