@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import math
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, product
@@ -20,12 +21,13 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from omnivision.config.messages import suggest
+from omnivision.config.messages import UNKNOWN, suggest
 from omnivision.config.schema import GROUPS, setting_hints
-from omnivision.utils.errors import UserError
+from omnivision.utils.errors import UserError, truncate_list
 from omnivision.utils.streams import plural
 
 MAX_RUNS = 10_000  # in a sweep
+EMPTY_MAPPING = re.compile(r"\+{0,2}([\w.]+)=\{\s*\}")
 HELP = """\
 omnivision: video models by the PPMA recipe.
 
@@ -128,16 +130,48 @@ def compose_configs(command: CommandLine) -> list[DictConfig]:
     if more:
         overrides.append(f"hydra.searchpath=[{', '.join(f'file://{folder.absolute()}' for folder in more)}]")
     try:
-        with initialize_config_dir(str(config_dir.absolute()), version_base="1.3"), yaml12_numbers():
+        with (
+            initialize_config_dir(str(config_dir.absolute()), version_base="1.3"),
+            yaml12_numbers(),
+            warnings.catch_warnings(),
+        ):
+            warnings.filterwarnings("error", message=".*path=.* is not available")  # a folder of hydra.searchpath
             runs = expand_sweep(overrides) if command.multirun else [overrides]
             configs = [compose(command.config_name, run) for run in runs]
     except RecursionError:
         raise UserError("A configuration file includes or refers to itself. Correct the file.") from None
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError) as error:
+    except UnicodeDecodeError as error:
+        files = [str(file) for folder in command.config_dirs for file in folder.rglob("*.yaml") if not _is_utf8(file)]
+        raise UserError(
+            f"Configuration files must be UTF-8 text, got other bytes in {truncate_list(files)}."
+        ) from error
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError, UserWarning) as error:
         raise UserError(explain(error, command)) from error
     if not configs:
         raise UserError(f"A sweep must have at least one run, got none: {' '.join(command.overrides)}.")
+    for run, config in zip(runs, configs, strict=True):
+        check_empty_mappings(run, config)
     return configs
+
+
+def check_empty_mappings(overrides: Sequence[str], config: DictConfig) -> None:
+    """Raise UserError for KEY={} if KEY has entries all the same: Hydra merges mappings."""
+    for key in (match[1] for match in map(EMPTY_MAPPING.fullmatch, overrides) if match):
+        if names := list(OmegaConf.select(config, key, throw_on_resolution_failure=False) or ()):
+            removals = " ".join(f"'~{key}.{name}'" for name in names)
+            raise UserError(
+                f"{key}={{}} removes nothing, because mappings are merged. To remove entries, set {removals}."
+            )
+
+
+def _is_utf8(file: Path) -> bool:
+    try:
+        file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return False
+    except OSError:  # a folder or an unreadable file, which Hydra has not read either
+        return True
+    return True
 
 
 def expand_sweep(overrides: Sequence[str]) -> list[list[str]]:
@@ -173,9 +207,23 @@ def explain(error: BaseException, command: CommandLine) -> str:
         return f"{message}; " + (f"did you mean {min(near, key=len)}?" if near else f"expected one of {choices}.")
     if override := getattr(error, "override", None):
         return f"The argument {override} cannot be parsed: {message}. A value with one of =,:[]{{}} or spaces needs quotes."
+    if several := re.match(r"Multiple values for (\S+)\.", text):
+        return f"{several[1]} must be chosen once, got several. Keep one +{several[1]}=NAME."
+    if isinstance(error, UserWarning):
+        return f"hydra.searchpath must name existing folders: {message}."
+    message = message.replace(
+        "Cannot merge DictConfig with ListConfig", "a list cannot replace a mapping (lines KEY: VALUE)"
+    )
     unknown = re.search(r"Could not (?:override|delete from config\.) '([^']*)'(?!\. No match)", text)
     if unknown and not takes_any_key(unknown[1]):  # Hydra's advice (+KEY=VALUE) is right only for free-form groups
-        return f"{unknown[1]} is not a setting{suggest(unknown[1])}"
+        if unknown[1] in setting_hints():  # a mapping with new entries
+            entry = re.search(r"Key '([^']*)'", str(error.__cause__))
+            name = f"{unknown[1]}.{entry[1] if entry else 'NAME'}"
+            return (
+                f"{unknown[1]} is a mapping, to which entries are added one by one. Set '+{name}=VALUE' for each new one, and "
+                f"'~{unknown[1]}.NAME' to remove one."
+            )
+        return f"{unknown[1]} {UNKNOWN}{suggest(unknown[1])}"
     return f"{message or f'A configuration file cannot be read: {type(error).__name__}'}."
 
 

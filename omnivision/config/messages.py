@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from omnivision.config.schema import GROUPS, setting_hints
 
 MUST_BE_SET = "must be set."
+UNKNOWN = "is not a setting"
 PACKAGE_HINT = (
     ". Files that +site=NAME or +experiments=NAME selects begin with '# @package _global_' and are in --config-dir."
 )
@@ -19,9 +20,9 @@ PACKAGE_HINT = (
 def suggest(key: str, known: Iterable[str] | None = None) -> str:
     """Return the end of a sentence about an unknown key, with the nearest known one (default: any setting or config group)."""
     names = list(setting_hints().keys() | GROUPS) if known is None else list(known)
-    last = re.split("[./]", key)[-1]
-    same_last = [name for name in names if name.endswith(f".{last}")]
-    near = difflib.get_close_matches(key.lower(), same_last or names, 1, cutoff=0 if same_last else 0.6)
+    last_parts = {name: re.split("[./]", name)[-1] for name in names}  # whole names are alike if only their groups are
+    last = difflib.get_close_matches(re.split("[./]", key)[-1].lower(), set(last_parts.values()), 1)
+    near = difflib.get_close_matches(key.lower(), [name for name in names if last_parts[name] in last], 1, cutoff=0)
     return f"; did you mean {near[0]}?" if near and key not in names else "."
 
 
@@ -41,7 +42,7 @@ def format_errors(error: ValidationError, prefix: str = "", known: Iterable[str]
         wanted = re.sub("^.*?(should|must) | after validation.*| or instance of.*", "", detail["msg"])
         text = f"must {wanted}" + ("." if isinstance(value, dict) else f", got {value!r:.200}.")
         if kind == "extra_forbidden":
-            text = f"is not a setting{PACKAGE_HINT if key in ('site', 'experiments') else suggest(key, known)}"
+            text = f"{UNKNOWN}{PACKAGE_HINT if key in ('site', 'experiments') else suggest(key, known)}"
         elif kind == "missing":
             text = MUST_BE_SET
         problems.setdefault(key, text)

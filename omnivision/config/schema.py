@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 MAX_COUNT = 10**12  # sums of larger counts would overflow
+MAX_NAME_BYTES = 255  # of a file
 NonNegativeInt = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 PositiveInt = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -43,6 +44,14 @@ def require_ascending(value: tuple[float, float]) -> tuple[float, float]:
     return value
 
 
+def require_file_names(value: str) -> str:
+    """Raise ValueError for a path without a name, or with one that is too long for a file system."""
+    names = [name for name in value.split("/") if name]
+    if not names or any(len(name.encode(errors="surrogateescape")) > MAX_NAME_BYTES for name in names):
+        raise ValueError(f"must be a path of one or more names, each of at most {MAX_NAME_BYTES} bytes")
+    return value
+
+
 def require_target(value: dict[str, Any], package: str = "omnivision") -> dict[str, Any]:
     """Raise ValueError for a mapping without `_target_`, and for a class of ours outside `package`."""
     if "_target_" not in value:
@@ -58,8 +67,7 @@ def from_package(package: str) -> AfterValidator:
 
 
 Ascending = AfterValidator(require_ascending)
-# A path of names that files can have.
-FolderPath = Annotated[str, Field(min_length=1, pattern="^/*[^/]{1,255}(/+[^/]{1,255})*/*$")]
+FolderPath = Annotated[str, AfterValidator(require_file_names)]
 # An object to build: `_target_` and its arguments.
 InstantiateConfig = Annotated[dict[str, Any], AfterValidator(require_target)]
 ModelConfig = Annotated[dict[str, Any], from_package("omnivision.models")]

@@ -13,8 +13,9 @@ from pydantic import ValidationError
 
 from omnivision.config.compose import find_config_dir, is_overridden
 from omnivision.config.cross_validate import STAGES, cross_validate
+from omnivision.config.flat import REFERENCE
 from omnivision.config.instantiate import target_problems
-from omnivision.config.messages import MUST_BE_SET, format_errors
+from omnivision.config.messages import MUST_BE_SET, UNKNOWN, format_errors
 from omnivision.config.schema import Settings
 from omnivision.utils.errors import UserError
 
@@ -26,7 +27,11 @@ def validate_config(config: DictConfig, arguments: Sequence[str] | None = None) 
     """
     problems: dict[str, str] = {}
     references: set[str] = set()
-    tree = resolve(config, problems, references)
+    unresolved: dict[str, str] = {}
+    tree = resolve(config, problems, references, unresolved)
+    references |= {
+        key for key, value in unresolved.items() if {*REFERENCE.findall(value)} & (unresolved.keys() - {key})
+    }
     missing = [key for key, text in problems.items() if text == MUST_BE_SET]
     trainer = tree.get("trainer")
     trusted = trainer.get("trust_targets") if isinstance(trainer, dict) else None
@@ -41,7 +46,14 @@ def validate_config(config: DictConfig, arguments: Sequence[str] | None = None) 
         settings = Settings.model_validate(tree)
     except ValidationError as error:
         problems = format_errors(error) | problems
-    problems |= target_problems(trainer, "trainer", trusted if isinstance(trusted, list) else [])
+    problems = target_problems(trainer, "trainer", trusted if isinstance(trusted, list) else []) | problems
+    for key in problems:
+        target = f"{key.rpartition('.')[0]}._target_"
+        typed = [is_overridden(name, arguments or ()) for name in (target, key)]
+        if problems[key].startswith(UNKNOWN) and typed == [True, False]:
+            problems[key] = (
+                f"is not an argument of the class in {target}; a file sets it for another class. Add '~{key}'."
+            )
     # A value that repeats another setting is reported only under that setting.
     problems = {key: text for key, text in problems.items() if not is_within(key, references)} or problems
     sentences = [f"{key} {text}" for key, text in problems.items() if key not in missing]
@@ -76,10 +88,12 @@ def read_run_config(file: Path, trusted: Sequence[str] = ()) -> Settings:
         raise UserError(f"{file}, the settings of the run, cannot be used: {error}") from error
 
 
-def resolve(node: Any, problems: dict[str, str], references: set[str], group: str = "") -> Any:
+def resolve(
+    node: Any, problems: dict[str, str], references: set[str], unresolved: dict[str, str], group: str = ""
+) -> Any:
     """Resolve a configuration to plain values; missing and unresolvable ones go to `problems`.
 
-    `references` are the keys whose values are `${...}`.
+    `references` are the keys whose values are `${...}`; `unresolved` are the values that cannot be resolved, by key.
     """
     if not OmegaConf.is_config(node):
         return node
@@ -90,10 +104,17 @@ def resolve(node: Any, problems: dict[str, str], references: set[str], group: st
             problems[key] = MUST_BE_SET
             continue
         try:
-            values[str(name)] = resolve(node[name], problems, references, key)
+            values[str(name)] = resolve(node[name], problems, references, unresolved, key)
         except OmegaConfBaseException as error:
-            problems[key] = f"cannot be resolved: {str(error).splitlines()[0]}."
-            if isinstance(error, InterpolationKeyError):  # no such setting; an invalid one is reported itself
+            reason = str(error).splitlines()[0]
+            is_hydra = "HydraConfig" in reason
+            if is_hydra:
+                reason = "${hydra:...} is not available, because Hydra only composes; refer to settings, e.g. ${lr}"
+            problems[key] = f"cannot be resolved: {reason}."
+            unresolved[key] = str(OmegaConf.to_container(node, resolve=False)[name])  # type: ignore[index]
+            if is_hydra or isinstance(
+                error, InterpolationKeyError
+            ):  # no such setting; an invalid one is reported itself
                 continue
         if OmegaConf.is_interpolation(node, name):
             references.add(key)

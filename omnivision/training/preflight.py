@@ -151,7 +151,8 @@ def check_disk_space(settings: Settings, model: nn.Module) -> None:
     folder, setting = Path(settings.trainer.checkpoint.save_dir).absolute(), "launcher.experiment_log_dir"
     parent = next(path for path in (folder, *folder.parents) if path.exists())
     if not (parent.is_dir() and os.access(parent, os.W_OK)):
-        raise UserError(f"{setting} must be a folder that can be written; {parent} cannot be written. Set {setting}.")
+        reason = "cannot be written" if parent.is_dir() else "is a file"
+        raise UserError(f"{setting} must be a folder that can be written; {parent} {reason}. Set {setting}.")
     count = NUM_LIVE_CHECKPOINTS + (settings.trainer.mode == "train" and settings.trainer.val_epoch_freq is not None)
     needed, disk = count * checkpoint_bytes(settings, model), shutil.disk_usage(parent)
     files = [folder / LATEST, folder / PREVIOUS, folder / BEST, *folder.glob(f"{SHARDS_PREFIX}*/*")]

@@ -47,6 +47,20 @@ AFTER_MAE: dict[str, tuple[str, ...]] = {
     "++trainer.optim.optimizer.lrr=1": ("trainer.optim.optimizer.lr?",),
     "++trainer.optim.options.weight_decy=[]": ("trainer.optim.options.weight_decy ", "weight_decay?"),
     "++zzz=1": ("zzz ",),
+    "++trainer.mask_ratio=0.5": ("trainer.mask_ratio ", "mean mask_ratio?"),
+    "++trainer.mask_ration=0.5": ("trainer.mask_ration ", "mean mask_ratio?"),
+    "trainer.optim.optimizer._target_=timm.optim.Lamb": ("'~trainer.optim.optimizer.fused'",),
+    # Mappings are merged.
+    "trainer.data.sources={}": ("'~trainer.data.sources.k150'",),
+    "trainer.data.repeats={k150:2}": ("'+trainer.data.repeats.k150=",),
+    "trainer.data.sources={ucf101:x}": ("'+trainer.data.sources.ucf101=",),
+    "hydra.searchpath=[file:///tmp/never]": ("hydra.searchpath ", "/tmp/never"),
+    "+experiments=omnimae/omnimain_train_video_ft": ("experiments ", "+experiments=NAME"),
+    # One problem, although other settings refer to it.
+    "image_size=${short_sid}": ("image_size ", "short_sid"),
+    "launcher.experiment_log_dir=runs/${hydra:job.num}": ("launcher.experiment_log_dir ", "${lr}"),
+    f"launcher.experiment_log_dir=runs/{'e' * 256}": ("launcher.experiment_log_dir ", "255 bytes"),
+    "launcher.experiment_log_dir=setup.py": ("launcher.experiment_log_dir ", "is a file"),
     # Keys that may be anything need a +.
     "trainer.data.repeats.k150=2": ("+trainer.data.repeats.k150=2",),
     "trainer.optim.optimizer.eps=1": ("+trainer.optim.optimizer.eps=1",),
@@ -157,6 +171,7 @@ FILES: dict[str, str] = {  # of a site: a part of the problem
     "epochs: ${\n": "configuration file",
     "- a\n- b\n": "site/lab",
     "submitit:\n\tpartition: x\n": "line 3",
+    "- \udcff\n": "site/lab.yaml",
     "trainer:\n  data: {sources: {k150: '${datasets.k15}'}}\n": "datasets.k15",
     "trainer: null\n": "trainer",
     "batch_size: null\n": "batch_size ",
@@ -203,7 +218,7 @@ class Problems(unittest.TestCase):
     def write_site(self, name: str, text: str) -> tuple[str, ...]:
         folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
         (folder / "site" / name).parent.mkdir(parents=True)
-        (folder / "site" / name).write_text(text)
+        (folder / "site" / name).write_text(text, encoding="utf-8", errors="surrogateescape")
         return (*MAE, *HERE, "--config-dir", str(folder), "+site=lab")
 
     def test_problems_on_the_command_line_are_found(self):
