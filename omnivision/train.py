@@ -22,11 +22,13 @@ from omnivision.config.compose import (
     CommandLine,
     check_distinct_run_dirs,
     compose_configs,
+    expand_sweep,
     find_config_dir,
     help_text,
     parse_command_line,
 )
-from omnivision.utils.errors import EXIT_SIGINT, StopRequested, UserError
+from omnivision.utils.errors import EXIT_SIGINT, StopRequested, UserError, collect_problems, truncate_list
+from omnivision.utils.signals import StopSignal
 from omnivision.utils.streams import announce, ignore_broken_pipe, output_problem, warn
 
 if TYPE_CHECKING:
@@ -40,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Compute threads that spin while they wait take time from data workers on the same cores: on two busy cores, a step of a
     # small model took ten times as long. OpenMP reads this when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    with exit_on_error():
+    with exit_on_error(), contextlib.ExitStack() as stack:
+        stack.enter_context(StopSignal().raise_signals())
         config_dir = find_config_dir()
         command = parse_command_line(sys.argv[1:] if arguments is None else arguments, config_dir)
         if command.help:
@@ -51,12 +54,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print("\n".join(OmegaConf.to_yaml(config, resolve=False) for config in configs), end="")
             sys.exit(0)
         check_distinct_run_dirs(configs)
-        jobs = [make_job(config, command) for config in configs]
+        jobs = make_jobs(configs, command)
         if any(job.settings.trainer.mode == "dry" for job in jobs):
             sys.exit(max(map(print_dry_run, jobs)))
         from omnivision.launch.launcher import launch
 
+        stack.close()  # from here on, a run or a submission handles signals
         sys.exit(launch(jobs))
+
+
+def make_jobs(configs: Sequence[DictConfig], command: CommandLine) -> list[Job]:
+    """Validate the configurations of a command. Raises UserError with the problems of all runs of a sweep."""
+    if not command.multirun:
+        return [make_job(config, command) for config in configs]
+    runs = [" ".join(each for each in run if each not in command.overrides) for run in expand_sweep(command.overrides)]
+    jobs: list[Job] = []
+    found: dict[str, list[str]] = {}  # the runs that have a problem
+    for run, config in zip(runs, configs, strict=True):
+        problems: list[str] = []
+        if job := collect_problems(problems, make_job, config, command):
+            jobs.append(job)
+        for problem in problems:
+            found.setdefault(problem, []).append(run)
+    if found:
+        raise UserError.from_problems([f"{problem} (Run {truncate_list(having)})" for problem, having in found.items()])
+    return jobs
 
 
 def make_job(config: DictConfig, command: CommandLine) -> Job:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+NUMERIC_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
 STOP_EXIT_CODES = (EXIT_SIGINT, EXIT_SIGTERM, EXIT_SIGUSR2, EXIT_SIGHUP)  # the run was stopped
 RANK_EXIT_SECONDS = 15.0  # how long other ranks may take to exit after one has failed
 
@@ -94,7 +96,7 @@ def under_torchrun() -> bool:
 def apply_torchrun_env(config: DictConfig) -> None:
     """Set node and rank counts from torchrun, if it started this process, and disable submission.
 
-    Raises UserError for variables that another launcher left behind.
+    Raises UserError for variables that another launcher left behind, and for those that must be numbers and are not.
     """
     given = [name for name in TORCHRUN_VARIABLES if name in os.environ]
     if not {"RANK", "WORLD_SIZE"} & set(given):
@@ -106,7 +108,10 @@ def apply_torchrun_env(config: DictConfig) -> None:
             f"{'and submitit.use_cluster is true' if use_cluster else f'but not all of {TORCHRUN_VARIABLES}'}. "
             f"Unset them (unset {' '.join(given)}), or start the command with torchrun."
         )
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    for name in NUMERIC_VARIABLES:
+        if not re.fullmatch("[0-9]{1,9}", value := os.environ.get(name, "0")):
+            raise UserError(f"{name} must be a number, got {value!r}. Start the command with torchrun, which sets it.")
+    local = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     config.launcher.gpus_per_node = local
     config.launcher.num_nodes = max(1, int(os.environ["WORLD_SIZE"]) // local)
     config.submitit.use_cluster = False

@@ -56,10 +56,8 @@ def submit(jobs: Sequence[Job]) -> int:
         job.run_dir.create(SUBMISSION_FOLDER)
     logs = submit_dir([job.run_dir.path for job in unfinished])
     logs.mkdir(parents=True, exist_ok=True)
-    stop = StopSignal()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(stop.handle_signals())
-        stop.raise_on_signal()
+        stack.enter_context(StopSignal().raise_signals())
         # If the same command runs twice at once, the second waits here and then finds the first one's job.
         for locked in sorted(
             {folder.resolve() for folder in (logs, *(job.run_dir.path / SUBMISSION_FOLDER for job in unfinished))}

@@ -78,10 +78,11 @@ class BadSampleLedger:
                     append_line(self.path, json.dumps(asdict(sample) | {"time": time.time()}))
         if samples and len(self) > self.budget * self.files:
             first = "".join(f"\n  {text}" for text in list(self._known.values())[:20])
+            prefixes = " and ".join(sorted({f"datasets.{source}.prefix" for source, _, _ in self._known}))
             raise UserError(
                 f"{len(self)} of {self.files} samples could not be decoded; trainer.data.bad_sample_budget is "
                 f"{self.budget:.2%}. Delete the files and run the same omnivision prepare again, raise the budget, or check "
-                f"datasets.NAME.prefix. omnivision check-data finds all; {self.path} has these:{first}",
+                f"{prefixes}. omnivision check-data finds all; {self.path} has these:{first}",
                 on_all_ranks=True,
             )
 

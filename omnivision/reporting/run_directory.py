@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -47,6 +48,9 @@ class RunDir:
             for folder in [*folders, *(self.path / name for name in more)]:
                 folder.mkdir(parents=True, exist_ok=True)
                 tempfile.TemporaryFile(dir=folder).close()
+            for name in ("summary.json", "config.yaml"):
+                if (file := self.path / name).is_dir():
+                    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
         except OSError as error:
             raise UserError(
                 f"The run directory {self.path.absolute()} cannot be written: {error.strerror} ({error.filename}). Set "

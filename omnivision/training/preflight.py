@@ -79,8 +79,15 @@ def probe_samples(settings: Settings, split: Split) -> list[str]:
         if settings.submitit.use_cluster:
             return [f"{problem} Ignore this if only the compute nodes mount the data."]
         raise UserError(problem)
+    warnings, missing = [], sorted({*indices} - {*existing})
+    if len(missing) > data.bad_sample_budget * len(indices):
+        warnings.append(
+            f"{len(missing)} of {len(indices)} {what} do not exist, e.g. {split.path(missing[0])}. A run stops when it has met "
+            f"more missing and unreadable files than trainer.data.bad_sample_budget={data.bad_sample_budget:g} of all. Check "
+            f"{name}.prefix, and that the data is mounted; omnivision check-data lists all."
+        )
     if Path(settings.trainer.checkpoint.save_dir, LATEST).exists():
-        return []
+        return warnings
     bad: list[str] = []
     frames: list[tuple[int | None, str]] = []
     for index in dict.fromkeys([*existing[:: len(existing) // NUM_OPENED_FILES or 1], *existing]):
@@ -98,7 +105,6 @@ def probe_samples(settings: Settings, split: Split) -> list[str]:
             f"None of the {len(existing)} {what} can be read, e.g. {bad[0]}. Check {name}.prefix, {name}.{split.which}.paths "
             "and .segments with omnivision check-data."
         )
-    warnings = []
     if bad:
         warnings.append(
             f"{len(bad)} of {len(frames) + len(bad)} {what} cannot be read: {truncate_list(bad, separator='; ')}. A run "

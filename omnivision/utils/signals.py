@@ -97,6 +97,13 @@ class StopSignal:
         with _handlers(self._receive, STOP_SIGNALS, signal.SIG_IGN if ignore_after else None):
             yield
 
+    @contextlib.contextmanager
+    def raise_signals(self) -> Iterator[None]:
+        """Let the first signal inside this block raise StopRequested."""
+        with self.handle_signals():
+            self.raise_on_signal()
+            yield
+
     def raise_on_signal(self) -> None:
         """Let the next signal raise StopRequested, once; one that was recorded raises now."""
         if self._on_signal == "startup":

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -299,6 +300,25 @@ class Command(unittest.TestCase):
                 self.assertEqual((code, "epochs?" in err), (1, True), err)
                 self.assertEqual(os.listdir(folder), ["site"])
                 self.assertFalse(Path("/tmp/never").exists())
+
+    def test_problems_of_all_runs_of_a_sweep_are_reported(self):
+        sweep = (
+            "-m",
+            "mask_ratio=0.5,1.5,2.5",
+            "submitit.use_cluster=false",
+            "launcher.experiment_log_dir=r/${mask_ratio}",
+        )
+        code, _, err = self.run_command(*MAE, *sweep)
+        self.assertEqual(code, 1, err)
+        for run in ("mask_ratio=1.5", "mask_ratio=2.5"):
+            self.assertIn(f"(Run {run})", err)
+
+    def test_stop_signal_before_the_launch_is_reported(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with mock.patch.object(train, "make_jobs", lambda *_: os.kill(os.getpid(), number)):  # noqa: B023
+                code, _, err = self.run_command(*MAE, *HERE)
+            self.assertEqual((code, "before a run began" in err), (128 + number, True), err)
+        self.assertEqual(signal.getsignal(signal.SIGTERM), signal.SIG_DFL)
 
     def test_keyboard_interrupt_wrapped_by_a_library_is_recognized(self):
         try:

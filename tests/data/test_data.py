@@ -315,7 +315,9 @@ class Ledger(unittest.TestCase):
         self.assertEqual([json.loads(line)["path"] for line in self.path.read_text().splitlines()], ["0.mp4", "1.mp4"])
         resumed = self.ledger(budget=0.02)
         self.assertEqual(len(resumed), 2)
-        with self.assertRaisesRegex(UserError, r"(?s)3 of 100 .*bad_sample_budget.*2\.mp4: reason 2") as caught:
+        with self.assertRaisesRegex(
+            UserError, r"(?s)3 of 100 .*bad_sample_budget.*datasets.videos.prefix.*2\.mp4: reason 2"
+        ) as caught:
             resumed.add(self.bad, write=False)
         self.assertTrue(caught.exception.on_all_ranks)
         self.assertEqual(len(self.path.read_text().splitlines()), 2)

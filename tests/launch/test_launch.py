@@ -233,6 +233,9 @@ class Environment(unittest.TestCase):
         self.assertTrue(self.apply(True, MASTER_PORT="1")["submitit"]["use_cluster"])
         with self.assertRaisesRegex(UserError, "RANK.*submitit.use_cluster"):
             self.apply(True, **torchrun)
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+            with self.assertRaisesRegex(UserError, f"^{name} .*abc"):
+                self.apply(False, **torchrun | {name: "abc"})
         for inherited in ({"RANK": "0"}, {"WORLD_SIZE": "2"}, {"RANK": "0", "WORLD_SIZE": "2"}):
             with self.assertRaisesRegex(UserError, "MASTER_ADDR"):
                 self.apply(False, **inherited)

@@ -87,6 +87,10 @@ class Directories(Folder):
         for run in (self.run_dir, RunDir(self.folder / "tensorboard" / "run")):
             self.assertRaisesRegex(UserError, "launcher.experiment_log_dir", run.create)
 
+    def test_folder_in_place_of_a_file_is_refused(self):
+        (self.folder / "summary.json").mkdir()
+        self.assertRaisesRegex(UserError, "/summary.json", self.run_dir.create)
+
     def test_temporary_files_of_a_killed_writer_are_removed(self):
         (self.folder / ".checkpoint.pt.123.tmp").write_text("half")
         (self.folder / "checkpoint.pt").write_text("complete")

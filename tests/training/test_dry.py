@@ -165,6 +165,13 @@ class Dry(unittest.TestCase):
             self.assertEqual(shown.returncode, 0, shown.stdout)
             self.assertRegex(shown.stdout, r"warning: .*ucf101 \(train\).*garbage0.mp4: .*bad_sample_budget")
 
+    def test_missing_files_beyond_the_budget_are_warned_of(self):
+        good = np.load(self.folder / "ucf101_train_paths.npy").tolist()
+        np.save(self.folder / "gone.npy", [str(self.folder / f"gone{number}.mp4") for number in range(5)] + good[5:])
+        shown = self.dry("gone", {"datasets.ucf101.train.paths": f"{self.folder}/gone.npy"})
+        self.assertEqual(shown.returncode, 0, shown.stdout)
+        self.assertRegex(shown.stdout, r"warning: 5 of 6 .*gone0.mp4.*bad_sample_budget.*datasets.ucf101.prefix")
+
     def test_dry_run_and_run_give_the_same_warnings(self):
         write_video(str(self.folder / "short.mp4"), np.zeros((3, 48, 64, 3), np.uint8), fps=25)
         np.save(self.folder / "short.npy", [str(self.folder / "short.mp4")] * 6)
