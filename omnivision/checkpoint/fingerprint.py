@@ -95,8 +95,13 @@ def classify_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> tu
     clips = describe_changes(saved["clips of a step"], current["clips of a step"], group=lambda name: name)
     data = describe_changes(saved["data"], current["data"], group=lambda name: name.rpartition(".")[0])
     altering += [f"clips of a step of {change}" for change in clips.values()]
-    altering += [re.sub(r"(SHA-256 \w{12})\w+", r"\1", change) for change in data.values()]
+    altering += map(shorten_hashes, data.values())
     return altering, others + list(describe_changes(saved["versions"], current["versions"]).values())
+
+
+def shorten_hashes(text: str) -> str:
+    """Truncate each SHA-256 in a message to 12 digits."""
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1", text)
 
 
 def list_changes_since(file: Path, text: str) -> list[str]:

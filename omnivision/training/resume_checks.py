@@ -59,7 +59,8 @@ def check_same_averaged_checkpoints(
         was, now = ([source[what] for source in sources] for sources in (saved, current))
         if current and was != now:
             files = ", ".join(str(source["path"]) for source in saved)
-            raise UserError(f"{path} averages {files} with {was}, now {now}: {setting} changed. {RESUME_HINT}")
+            change = fingerprint.shorten_hashes(f"{was}, now {now}")
+            raise UserError(f"{path} averages {files} with {change}: {setting} changed. {RESUME_HINT}")
 
 
 def match_checkpoint_heads(

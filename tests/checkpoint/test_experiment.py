@@ -23,7 +23,8 @@ from omnivision.launch.job import Job
 from omnivision.launch.run import write_run_metadata
 from omnivision.optim.schedules import Scaled, WarmupCosine
 from omnivision.reporting.run_directory import RunDir
-from omnivision.utils.errors import truncate_list
+from omnivision.training.resume_checks import check_same_averaged_checkpoints
+from omnivision.utils.errors import UserError, truncate_list
 from tests import runs
 from tests import stage_runs as stages
 from tests.checkpoint.test_checkpoint import Folder
@@ -160,6 +161,12 @@ class Comparison(unittest.TestCase):
             for name in names.split():
                 found = any(fnmatch.fnmatchcase(name, each) for each in experiment.RUNTIME_ONLY_SETTINGS)
                 self.assertEqual(found, harmless, name)
+
+    def test_other_averaged_checkpoints_are_refused_with_short_hashes(self):
+        saved, current = ([{"path": "a.pt", "sha256": digit * 64, "choice": None}] for digit in "ab")
+        check_same_averaged_checkpoints(saved, saved, Path("run.pt"))
+        with self.assertRaisesRegex(UserError, r"\['a{12}'\].*\['b{12}'\].*pretrained_checkpoint_path"):
+            check_same_averaged_checkpoints(saved, current, Path("run.pt"))
 
     def test_values_from_the_environment_are_compared_by_digest(self):
         text = "epochs: 3\nlr: ${oc.decode:${oc.env:LR}}\nparts: ['${oc.env:A}']"
