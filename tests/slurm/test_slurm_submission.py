@@ -184,7 +184,7 @@ class Submitted(OnCluster):
         refused("Invalid node name.*submitit", "submitit.nodelist=nope")
         refused("submitit.dependency is afterok:99999999", "submitit.dependency='afterok:99999999'")
         refused("submitit.dependency .*'after:x'", "submitit.dependency='after:x'")
-        refused("batch_size .*launcher.gpus_per_node 3", "launcher.gpus_per_node=3")
+        refused("batch_size .*launcher.gpus_per_node", "launcher.gpus_per_node=3")
         refused("launcher.experiment_log_dir.*'%'", f"launcher.experiment_log_dir={self.folder}/a%j")
         refused("cannot be written", f"launcher.experiment_log_dir={self.folder / 'slurm' / 'slurm.conf'}")
         refused("site .*--config-dir", "+site=lab")
