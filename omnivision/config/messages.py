@@ -26,6 +26,11 @@ def suggest(key: str, known: Iterable[str] | None = None) -> str:
     return f"; did you mean {near[0]}?" if near and key not in names else "."
 
 
+def prefix_settings(sources: Iterable[str]) -> str:
+    """Return the settings of the folders of some datasets, for a message."""
+    return " and ".join(f"datasets.{source}.prefix" for source in sorted({*sources}))
+
+
 def key_of(location: Sequence[int | str]) -> str:
     """Return the key of a setting from pydantic's location, without the names of a union's members."""
     parts = [part for part in location if part not in ("str", "list[str]", "[key]")]

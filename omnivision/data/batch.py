@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from omnivision.config.messages import prefix_settings
 from omnivision.utils.errors import UserError
 
 
@@ -24,11 +25,11 @@ class BadSample:
     missing: bool = False  # the file, or its file system, is unavailable
 
 
-def missing_files_message(paths: Sequence[str], what: str) -> str:
+def missing_files_message(samples: Sequence[BadSample], what: str) -> str:
     """Return a message about files that are all missing; a file that was tried several times counts once."""
     return (
-        f"None of {len(set(paths))} {what} exists, e.g. {paths[0]}. Is the data mounted? Set datasets.NAME.prefix. The same "
-        "command resumes from the last checkpoint."
+        f"None of {len({sample.path for sample in samples})} {what} exists, e.g. {samples[0].path}. Is the data mounted? Set "
+        f"{prefix_settings(sample.source for sample in samples)}. The same command resumes from the last checkpoint."
     )
 
 

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from omnivision.config.messages import prefix_settings
 from omnivision.utils.errors import UserError
 from omnivision.utils.io import append_line, to_json, write_atomically
 
@@ -78,7 +79,7 @@ class BadSampleLedger:
                     append_line(self.path, json.dumps(asdict(sample) | {"time": time.time()}))
         if samples and len(self) > self.budget * self.files:
             first = "".join(f"\n  {text}" for text in list(self._known.values())[:20])
-            prefixes = " and ".join(sorted({f"datasets.{source}.prefix" for source, _, _ in self._known}))
+            prefixes = prefix_settings(source for source, _, _ in self._known)
             raise UserError(
                 f"{len(self)} of {self.files} samples could not be decoded; trainer.data.bad_sample_budget is "
                 f"{self.budget:.2%}. Delete the files and run the same omnivision prepare again, raise the budget, or check "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -50,7 +49,7 @@ class RunDir:
                 tempfile.TemporaryFile(dir=folder).close()
             for name in ("summary.json", "config.yaml"):
                 if (file := self.path / name).is_dir():
-                    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
+                    raise UserError(f"{file.absolute()} must be a file, got a folder. Remove it.")
         except OSError as error:
             raise UserError(
                 f"The run directory {self.path.absolute()} cannot be written: {error.strerror} ({error.filename}). Set "

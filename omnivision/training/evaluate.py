@@ -52,13 +52,13 @@ def evaluate_model(
     bad: list[BadSample] = []
     videos = 0
     this_rank_stops = False
-    missing: dict[str, None] = {}  # files in a row that do not exist
+    missing: dict[str, BadSample] = {}  # files in a row that do not exist
     for batch in batches:
         if this_rank_stops := stop is not None and stop.cause is not None:
             break
         bad += batch.bad
         all_missing = not len(batch) and all(sample.missing for sample in batch.bad)
-        missing = missing | dict.fromkeys(sample.path for sample in batch.bad) if all_missing else {}
+        missing = missing | {sample.path: sample for sample in batch.bad} if all_missing else {}
         if len(missing) >= MAX_MISSING:
             break
         if not len(batch):
@@ -72,7 +72,7 @@ def evaluate_model(
             part = Predictions(index, label, output.scores.float().cpu().numpy(), batch.paths[:: batch.views])
             predictions.setdefault(batch.source, []).append(part)
     ends = dist.all_gather_object((this_rank_stops, missing))
-    if unreachable := [path for _, paths in ends if len(paths) >= MAX_MISSING for path in paths]:
+    if unreachable := [sample for _, samples in ends if len(samples) >= MAX_MISSING for sample in samples.values()]:
         raise UserError(missing_files_message(unreachable, "consecutive validation files"), on_all_ranks=True)
     if any(stop_requested for stop_requested, _ in ends):
         return None

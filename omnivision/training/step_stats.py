@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from omnivision.config.messages import prefix_settings
 from omnivision.data.batch import BadSample, missing_files_message
 from omnivision.distributed.fsdp import local_tensor
 from omnivision.distributed.process_group import Dist
@@ -209,20 +210,21 @@ class StepStats:
             self.loss, self.grad_norm = totals.loss / max(totals.count, 1), totals.grad_norm / self.dist.world_size
             self.stop_requested = self.stop_requested or bool(totals.stop_requested)
             if totals.partial and totals.missing == totals.bad:  # the data is unreachable; the files are not bad
-                paths = [sample.path for part in self.dist.all_gather_object(step.bad) for sample in part]
-                raise UserError(missing_files_message(paths, "files of a batch"), on_all_ranks=True)
-            num_files = self.record_bad(step.bad) if totals.bad else 0
+                samples = [sample for part in self.dist.all_gather_object(step.bad) for sample in part]
+                raise UserError(missing_files_message(samples, "files of a batch"), on_all_ranks=True)
+            bad = self.record_bad(step.bad) if totals.bad else []
             if totals.partial:
+                num_files = len({sample.path for sample in bad})
                 raise UserError(
                     f"{num_files} files of one batch could not be decoded, including replacements ({self.ledger.path}). Check "
-                    "datasets.NAME.prefix, and that the data is mounted.",
+                    f"{prefix_settings(sample.source for sample in bad)}, and that the data is mounted.",
                     on_all_ranks=True,
                 )
             if totals.nonfinite:
                 self._record_skipped(step)
 
-    def record_bad(self, bad: list[BadSample]) -> int:
-        """Record the bad files of all ranks in the ledger; return their number, each counted once.
+    def record_bad(self, bad: list[BadSample]) -> list[BadSample]:
+        """Record the bad samples of all ranks in the ledger, and return them.
 
         Raises UserError when the budget of bad files is spent.
         """
@@ -232,7 +234,7 @@ class StepStats:
         finally:
             if samples and self.dist.is_main:
                 self.run_dir.write_summary(bad_samples=len(self.ledger))
-        return len({sample.path for sample in samples})
+        return samples
 
     def _record_skipped(self, step: Step) -> None:
         """Log a skipped step. Raises NonFiniteError on all ranks when there are too many."""

@@ -444,7 +444,7 @@ class Loop(Folder):
             vars(data).update(facts)
             trainer = self.make(f"gone_{size}", val=data, max_epochs=1)
             trainer.context.reporter.start(0, 1)
-            with self.assertRaisesRegex(UserError, "datasets.NAME.prefix" if stops else "budget"):
+            with self.assertRaisesRegex(UserError, "datasets.noise.prefix" if stops else "budget"):
                 trainer.evaluate()
             if stops:
                 self.assertEqual(len(trainer.step_stats.ledger), 0)
