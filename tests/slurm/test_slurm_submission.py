@@ -186,7 +186,7 @@ class Submitted(OnCluster):
         refused("submitit.dependency .*'after:x'", "submitit.dependency='after:x'")
         refused("batch_size .*launcher.gpus_per_node", "launcher.gpus_per_node=3")
         refused("launcher.experiment_log_dir.*'%'", f"launcher.experiment_log_dir={self.folder}/a%j")
-        refused("cannot be written", f"launcher.experiment_log_dir={self.folder / 'slurm' / 'slurm.conf'}")
+        refused("launcher.experiment_log_dir", f"launcher.experiment_log_dir={self.folder / 'slurm' / 'slurm.conf'}")
         refused("site .*--config-dir", "+site=lab")
         refused("cannot be written", "launcher.experiment_log_dir=/proc/run")
         refused("submitit .*mem_gb", "submitit.mem=4G", "submitit.mem_gb=4")
