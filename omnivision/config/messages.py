@@ -20,7 +20,9 @@ PACKAGE_HINT = (
 def suggest(key: str, known: Iterable[str] | None = None) -> str:
     """Return the end of a sentence about an unknown key, with the nearest known one (default: any setting or config group)."""
     names = list(setting_hints().keys() | GROUPS) if known is None else list(known)
-    last_parts = {name: re.split("[./]", name)[-1] for name in names}  # whole names are alike if only their groups are
+    last_parts = {
+        name: re.split("[./]", name)[-1].lower() for name in names
+    }  # whole names are alike if only their groups are
     last = difflib.get_close_matches(re.split("[./]", key)[-1].lower(), set(last_parts.values()), 1)
     near = difflib.get_close_matches(key.lower(), [name for name in names if last_parts[name] in last], 1, cutoff=0)
     return f"; did you mean {near[0]}?" if near and key not in names else "."

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from omnivision.launch.slurm_jobs import JobLog
 
 END_FILE_SECONDS = 2.0  # how long to wait for another rank's end file
+# Ctrl-C reaches all ranks; one may lose its connection to another before it is interrupted itself.
+CTRL_C_SECONDS = 0.5
 LOG = logging.getLogger("omnivision")
 OOM_ADVICE = (
     "Raise trainer.optim.accumulation_steps (the same batch in smaller micro-batches), set "
@@ -114,7 +116,12 @@ class ExitHandler:
         with self.stop.handle_signals(ignore_after=self.job_log is not None), self._watchdog.watching():
             try:
                 self.stop.raise_on_signal()
-                yield
+                try:
+                    yield
+                except RuntimeError:
+                    if self.peers is not None:
+                        time.sleep(CTRL_C_SECONDS)
+                    raise
             except (Exception, KeyboardInterrupt, StopRequested) as error:
                 with signals_ignored():
                     cause = unwrap_keyboard_interrupt(error)

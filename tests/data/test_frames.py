@@ -279,7 +279,7 @@ class Series(Folder):
         self.assertEqual(check_data(*arguments, "--frame-pattern", "img_*.png")[0], 0)
 
     def test_preflight_refuses_several_series(self):
-        data = SimpleNamespace(max_pixels=None, clip_duration=1.0, num_frames=1)
+        data = SimpleNamespace(max_pixels=None, clip_duration=1.0, num_frames=1, bad_sample_budget=0.01)
         checkpoint = SimpleNamespace(save_dir=f"{self.folder}/checkpoints")
         trainer = SimpleNamespace(data=data, checkpoint=checkpoint)
         settings = SimpleNamespace(trainer=trainer, submitit=SimpleNamespace(use_cluster=False))

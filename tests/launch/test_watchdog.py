@@ -18,7 +18,7 @@ import torch.distributed as dist
 from omnivision.launch.exit import ExitHandler
 from omnivision.launch.watchdog import PeerMonitor, Watchdog, as_peer_lost
 from omnivision.reporting.run_directory import RunDir
-from omnivision.utils.errors import PeerLostError, StopRequested
+from omnivision.utils.errors import EXIT_SIGINT, PeerLostError, StopRequested
 from omnivision.utils.signals import StopSignal
 from tests.fixtures import Folder
 
@@ -149,6 +149,17 @@ class Heartbeats(Folder):
     def test_single_rank_writes_no_heartbeat(self):
         self.peers(0, world=1).start()
         self.assertEqual(list(self.folder.iterdir()), [])
+
+    def test_ctrl_c_that_ends_another_rank_first_is_ctrl_c(self):
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.addCleanup(signal.signal, signal.SIGINT, before)
+        settings = mock.MagicMock(**{"submitit.signal_delay_s": None})
+        handler = ExitHandler(RunDir(self.folder), 0, settings, None, world_size=2)
+        handler.peers = self.peers(0, world=2)
+        with contextlib.redirect_stderr(io.StringIO()), handler.supervise():
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+            raise PeerLostError("rank 1 is gone", gone=True)
+        self.assertEqual(handler.exit_code, EXIT_SIGINT)
 
     def test_abort_exits_despite_file_system_errors(self):
         run = RunDir(self.folder)
