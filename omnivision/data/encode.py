@@ -14,6 +14,7 @@ from typing import Any
 
 import av
 import numpy as np
+from av.container import OutputContainer
 from av.packet import Packet
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
@@ -77,22 +78,25 @@ def write_timed_video(
             stream.gop_size = gop
             stream.thread_count = 1
             stream.options = {**(QUICK_TO_READ if quick_to_read else DEFAULT), "preset": preset, "crf": str(crf)}
-            last: Packet | None = None
-            for packet in _packets(stream, chain([first], timed), time_base, end):
-                if last is None:
-                    begin = packet.dts
-                else:
-                    container.mux(last)
-                last = packet
-            assert last is not None and last.dts is not None and begin is not None, "a frame gives a packet with times"
-            if end is not None:
-                # Readers count from the first decoding time to the end of the last decoded packet.
-                last.duration = max(end - (last.dts - begin), last.duration or 0, 1)
-            container.mux(last)
+            _mux(container, _packets(stream, chain([first], timed), time_base, end), end)
         os.replace(temporary, path)
         return path.stat().st_size
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _mux(container: OutputContainer, packets: Iterator[Packet], end: int | None) -> None:
+    """Write packets; with `end`, the last one lasts until then."""
+    last = next(packets)
+    begin = last.dts
+    for packet in packets:
+        container.mux(last)
+        last = packet
+    assert last.dts is not None and begin is not None, "the encoder gives packets times"
+    if end is not None:
+        # Readers count from the first decoding time to the end of the last decoded packet.
+        last.duration = max(end - (last.dts - begin), last.duration or 0, 1)
+    container.mux(last)
 
 
 def _packets(
