@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
 
-.PHONY: demo test lint bench faults nightly docs clean
+.PHONY: demo test lint bench gpu faults nightly docs clean
 
 $(VENV)/.installed: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +34,10 @@ $(VENV)/.bench: $(VENV)/.installed
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+# Is training on this GPU right, and how fast? GPU_ARGS="--recipe 10" trains the five stages in ten minutes.
+gpu: $(VENV)/.bench
+	$(BIN)/python -m benchmarks.gpu $(GPU_ARGS)
 
 # Inject every fault of the guarantees in docs/reliability.md; FAULTS_ARGS=kills_1 for one kind.
 faults: $(VENV)/.installed

@@ -33,16 +33,23 @@ FASTEST, FASTEST_DTYPE = list(DTYPES.items())[-1]
 class Geometry:
     """A batch of uint8 videos, its mask, and models of one shape."""
 
-    def __init__(self, size: str, batch: int, frames: int = 16, image: int = 224) -> None:
-        self.size, self.batch, self.frames, self.image = size, batch, frames, image
+    def __init__(
+        self, size: str, batch: int, frames: int = 16, image: int = 224, device: torch.device | str = "cpu"
+    ) -> None:
+        self.size, self.batch, self.frames, self.image, self.device = size, batch, frames, image, device
         self.tokens = frames // 2 * (image // 16) ** 2
         self.num_masked = int(MASKED * self.tokens)
         generator = torch.Generator().manual_seed(0)
-        self.video = torch.randint(0, 256, (batch, 3, frames, image, image), dtype=torch.uint8, generator=generator)
-        self.mask = torch.rand(batch, self.tokens, generator=generator).argsort(1) < self.num_masked
+        video = torch.randint(0, 256, (batch, 3, frames, image, image), dtype=torch.uint8, generator=generator)
+        mask = torch.rand(batch, self.tokens, generator=generator).argsort(1) < self.num_masked
+        self.video, self.mask = video.to(device), mask.to(device)
 
     def ours(self, checkpointing: bool = False, **decoder: Any) -> MaskedAutoencoder:
         torch.manual_seed(0)
+        return self.autoencoder(checkpointing, **decoder).to(self.device)
+
+    def autoencoder(self, checkpointing: bool = False, **decoder: Any) -> MaskedAutoencoder:
+        """Return our model on torch's default device."""
         trunk, numbers = SIZES[self.size]
         shape = {"num_frames": self.frames, "image_size": self.image, "activation_checkpointing": checkpointing}
         return MaskedAutoencoder(VisionTransformer(*trunk, **shape), numbers | decoder)  # type: ignore[arg-type]
@@ -50,7 +57,7 @@ class Geometry:
     def count(self) -> tuple[float, int]:
         """Return operations of forward and backward, which torch counts on tensors without memory, and parameters."""
         with torch.device("meta"):
-            model = self.ours()
+            model = self.autoencoder()
             video, mask = torch.empty(self.video.shape), torch.zeros_like(self.mask, device="meta")
             with FlopCounterMode(display=False) as counter:
                 model(video, mask, self.num_masked).pixels.sum().backward()
@@ -67,7 +74,7 @@ class Geometry:
             decoder_num_attention_heads=decoder["heads"], decoder_intermediate_size=4 * decoder["width"],
             norm_pix_loss=True, use_mean_pooling=False,
         )  # fmt: skip
-        return VideoMAEForPreTraining(config)
+        return VideoMAEForPreTraining(config).to(self.device)
 
     def loss(self, model: nn.Module, compiled: bool = False) -> Callable[[], Tensor]:
         """Return the loss of a model of any side; `compiled` as `trainer.compile=true` does it."""
@@ -92,10 +99,11 @@ def step(
     model: nn.Module, loss: Callable[[], Tensor], dtype: torch.dtype, optimizer: torch.optim.Optimizer | None = None
 ) -> Callable[[], None]:
     """Return forward, backward and a step of the optimizer, by default fused AdamW."""
+    device = next(model.parameters()).device.type
     optimizer = optimizer or torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
 
     def run() -> None:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
             value = loss()
         value.backward()
         optimizer.step()

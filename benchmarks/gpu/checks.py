@@ -1,0 +1,425 @@
+"""Is training on this device right? Small runs of the real command and the published figures, beside the CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.geometry import CAN_COMPILE
+from benchmarks.gpu.device import DEVICE, ON_GPU, describe, little_memory, peak_memory, sync_debug_mode
+from omnivision.distributed.fsdp import apply_fsdp
+from omnivision.distributed.process_group import wrap_ddp
+from omnivision.models.mae import reconstruction_loss
+from omnivision.models.vit import Block
+from omnivision.tasks.reconstruct import Reconstruct
+from omnivision.training.step_stats import StepStats
+from omnivision.training.trainer import Trainer
+from omnivision.utils.errors import EXIT_FAULT
+from tests import stage_runs
+from tests.models import test_classifier, test_mae
+from tests.parity_formula import error, gradient_error, record, stated, token_mask
+from tests.runs import load_weights, read_metrics, read_summary
+
+DATASETS = {"mae": "k150", "ft": "ucf101", "lp": "ucf101", "average": "ucf101"}
+VIDEOS = 24
+EPOCHS = 3  # of VIDEOS / 4 steps
+# Relative bounds. fp32: the published figures'. Half precision: some units in the last place (bf16 2^-8, fp16 2^-11).
+PARITY = {"fp32": 1e-5, "bf16": 3e-2, "fp16": 4e-3}
+GRADIENTS = {"fp32": 1e-4, "bf16": 6e-2, "fp16": 1e-2}
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+AMP = {"bf16": "bfloat16", "fp16": "float16"}
+STEPS = 1e-4  # between losses on the two devices, after some steps in fp32
+
+
+@dataclass
+class Row:
+    """One thing that was checked."""
+
+    what: str
+    found: str
+    expected: str
+    passed: bool | None  # None: only a GPU has it, or a compiler is missing
+
+
+@dataclass
+class Checks:
+    """Rows of what was checked, and the folder and data of the small runs."""
+
+    folder: Path
+    quick: bool = False
+    rows: list[Row] = field(default_factory=list)
+
+    def at_most(self, what: str, value: float, bound: float) -> None:
+        self.add(what, f"{value:.2g}", f"at most {bound:g}", value <= bound)
+
+    def holds(self, what: str, passed: bool, found: str = "") -> None:
+        self.add(what, found or ("yes" if passed else "no"), "yes", passed)
+
+    def add(self, what: str, found: str, expected: str, passed: bool | None) -> None:
+        self.rows.append(Row(what, found, expected, passed))
+        print(f"  {({True: 'ok', False: 'FAILED', None: '-'}[passed]):6}  {what}: {found} ({expected})", flush=True)
+
+    @functools.cached_property
+    def data(self) -> dict[str, list[str]]:
+        """Overrides with the splits of each dataset."""
+        paths = stage_runs.write_videos(self.folder / "videos", VIDEOS)
+        return {
+            "k150": stage_runs.write_split(self.folder, "k150", "train", paths),
+            "ucf101": stage_runs.write_split(self.folder, "ucf101", "train", paths)
+            + stage_runs.write_split(self.folder, "ucf101", "val", paths[:6]),
+        }
+
+    def run(self, stage: str, name: str, *overrides: str, device: str = DEVICE.type, code: int = 0) -> Path:
+        """Run a stage of the recipe with a tiny model and return its run directory. Raises RuntimeError for another exit code."""
+        self.result = stage_runs.run_in_process(self.command(stage, name, *overrides, device=device))
+        if self.result.returncode != code:
+            raise RuntimeError(f"exit code {self.result.returncode} instead of {code}: {self.result.stderr[-2000:]}")
+        return self.folder / name
+
+    def command(self, stage: str, name: str, *overrides: str, device: str = DEVICE.type) -> list[str]:
+        dataset = DATASETS[stage]
+        fixed = [*self.data[dataset], f"epochs={EPOCHS}", f"trainer.accelerator={device}"]
+        return stage_runs.command(stage, self.folder / name, *fixed, *overrides, dataset=dataset)
+
+    @functools.cached_property
+    def starts(self) -> dict[str, str]:
+        """The overrides with which each stage starts from the one before it, trained on the CPU."""
+        mae = self.run("mae", "start_mae", "epochs=1", device="cpu")
+        aligned = [
+            self.run("ft", f"start_{seed}", "epochs=1", f"pretrained_checkpoint_path={mae}", f"trainer.seed_value={seed}",
+                     device="cpu")
+            for seed in (1, 2)
+        ]  # fmt: skip
+        one, both = (f"pretrained_checkpoint_path={each}" for each in (aligned[0], f"[{aligned[0]},{aligned[1]}]"))
+        return {"mae": "trainer.seed_value=5", "ft": f"pretrained_checkpoint_path={mae}", "lp": one, "average": both}
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(run)]
+
+
+def largest_difference(one: list[float], other: list[float]) -> float:
+    """Return the largest relative difference; infinite for lists of other lengths."""
+    if len(one) != len(other) or not one:
+        return math.inf
+    return max(abs(a - b) / max(abs(a), 1e-12) for a, b in zip(one, other, strict=True))
+
+
+def weight_difference(one: Path, other: Path) -> float:
+    """Return the largest absolute difference between the weights of two runs."""
+    first, second = load_weights(one), load_weights(other)
+    return max(float((first[name].float() - second[name].float()).abs().max()) for name in first)
+
+
+# ---- the published figures ----------------------------------------------------------------------------------------
+
+
+def parity(checks: Checks) -> None:
+    """Predictions, losses and gradients against the published implementation's, from the same weights."""
+    case = record("mae")["video"]
+    variant = next(each for each in case["losses"] if each["settings"]["unnormalize_img"] is not None)
+    video, mask = stated(case["input"]).to(DEVICE), token_mask(case["mask"]).to(DEVICE)
+    classes = record("classifier")["video"]
+    clip = stated(classes["input"]).to(DEVICE)
+    for name, dtype in DTYPES.items():
+        model = test_mae.published_model(torch.float32).to(DEVICE)
+        with torch.autocast(DEVICE.type, dtype, enabled=dtype is not None):
+            prediction = model(video, mask)
+            target = test_mae.target_of(video, prediction.masked_idx, variant["settings"])
+            loss = reconstruction_loss(prediction.pixels, target)
+        loss.backward()
+        checks.at_most(f"MAE loss in {name}", abs(float(loss.detach()) / variant["loss"][1] - 1), PARITY[name])
+        checks.at_most(f"MAE gradients in {name}", gradient_error(model, variant["grad_l2_norms"]), GRADIENTS[name])
+        classifier = test_classifier.published_model(torch.float32).to(DEVICE)
+        with torch.autocast(DEVICE.type, dtype, enabled=dtype is not None):
+            logits = classifier(clip)
+        checks.at_most(f"classifier's logits in {name}", error(logits.cpu(), classes["expected"]["logits"]), PARITY[name])
+
+
+def stages(checks: Checks) -> None:
+    """Every stage beside the CPU, from the same weights and batches."""
+    for stage, start in checks.starts.items():
+        runs = [checks.run(stage, f"{stage}_{device}", start, device=device) for device in ("cpu", DEVICE.type)]
+        if DEVICE.type == "cpu":
+            runs[1] = checks.run(stage, f"{stage}_again", start)
+        checks.at_most(f"{stage}: losses beside the CPU's", largest_difference(*map(losses, runs)), STEPS)
+
+
+# ---- precision ----------------------------------------------------------------------------------------------------
+
+
+def half_precision(checks: Checks) -> None:
+    """Losses in half precision beside fp32."""
+    plain = losses(checks.run("mae", "fp32", checks.starts["mae"]))
+    for name, dtype in AMP.items():
+        amp = ["trainer.optim.amp.enabled=true", f"trainer.optim.amp.amp_dtype={dtype}"]
+        found = losses(checks.run("mae", name, checks.starts["mae"], *amp))
+        checks.at_most(f"losses in {name} beside fp32", largest_difference(plain, found), 5e-2)
+
+
+def loss_scale(checks: Checks) -> None:
+    """fp16 from a loss scale that overflows: steps are skipped until it fits, then it grows again."""
+    scales: list[float] = []
+    changed: list[bool] = []
+    step = Trainer.train_step
+
+    def watched(trainer: Trainer, batch: Any) -> None:
+        if not scales:
+            trainer.scaler = torch.amp.GradScaler(
+                DEVICE.type, init_scale=2.0**60, backoff_factor=2.0**-12, growth_interval=3
+            )
+        before = [parameter.detach().clone() for parameter in trainer.raw_model.parameters()]
+        step(trainer, batch)
+        scales.append(float(trainer.scaler.get_scale()))
+        after = trainer.raw_model.parameters()
+        changed.append(any(not torch.equal(old, new) for old, new in zip(before, after, strict=True)))
+
+    amp = ["trainer.optim.amp.enabled=true", "trainer.optim.amp.amp_dtype=float16"]
+    with mock.patch.object(Trainer, "train_step", watched):
+        checks.run("mae", "overflow", *amp)
+    skipped = changed.index(True) if any(changed) else len(changed)
+    checks.holds("fp16: overflowing steps change nothing", 0 < skipped < len(changed), f"{skipped} skipped")
+    falls = all(later < earlier for earlier, later in zip(scales[:skipped], scales[1:skipped], strict=False))
+    grows = any(later > earlier for earlier, later in zip(scales[skipped:], scales[skipped + 1 :], strict=False))
+    checks.holds("fp16: the loss scale falls, then grows", falls and grows, f"{scales[0]:.0e} to {scales[-1]:.0e}")
+
+
+# ---- the step -----------------------------------------------------------------------------------------------------
+
+
+def compiled(checks: Checks) -> None:
+    """`trainer.compile=true`: no graph breaks, the same losses."""
+    if not (ON_GPU or CAN_COMPILE):
+        checks.add("compiled", "no C++ compiler", "the same losses", None)
+        return
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    for stage in ("mae",) if checks.quick else ("mae", "ft"):
+        start = checks.starts[stage]
+        plain, made = (checks.run(stage, f"{stage}_{on}", start, f"trainer.compile={on}") for on in ("false", "true"))
+        checks.at_most(f"{stage}: losses, compiled beside eager", largest_difference(losses(plain), losses(made)), STEPS)
+    breaks = sum(counters["graph_break"].values())
+    checks.holds("no graph breaks", breaks == 0, f"{breaks}")
+
+
+def activation_checkpointing(checks: Checks) -> None:
+    """The same losses with less memory."""
+    setting = "trainer.model.trunk.activation_checkpointing=true"
+    plain, made = (checks.run("mae", name, checks.starts["mae"], *more) for name, more in
+                   (("kept", []), ("recomputed", [setting])))  # fmt: skip
+    checks.at_most("losses with activation checkpointing", largest_difference(losses(plain), losses(made)), 1e-6)
+    memory = []
+    for on in (False, True):
+        model = test_mae.VisionTransformer(384, 8, 6, num_frames=8, image_size=112, activation_checkpointing=on).to(DEVICE)
+        video = torch.rand(16 if ON_GPU else 1, 3, 8, 112, 112, device=DEVICE)
+        memory.append(peak_memory(lambda model=model, video=video: model(video).sum().backward()))
+    less = f"{memory[1] / memory[0]:.2f} of the memory" if ON_GPU else "not measured"
+    checks.add("less memory with it", less, "less than 1", memory[1] < memory[0] if ON_GPU else None)
+
+
+def no_waiting(checks: Checks) -> None:
+    """The host waits for the device in no step but those that are logged or save."""
+    patches = contextlib.ExitStack()
+    epoch = Trainer.train_epoch
+
+    def strict(trainer: Trainer, batches: Iterator[Any]) -> None:
+        sync_debug_mode("error")
+        try:
+            epoch(trainer, batches)
+        finally:
+            sync_debug_mode("default")
+
+    def lenient(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **more: Any) -> Any:
+            sync_debug_mode("default")
+            try:
+                return method(*arguments, **more)
+            finally:
+                sync_debug_mode("error")
+
+        return call
+
+    with patches:
+        patches.enter_context(mock.patch.object(Trainer, "train_epoch", strict))
+        for owner, name in ((Trainer, "_log_step"), (StepStats, "_record_skipped")):
+            patches.enter_context(mock.patch.object(owner, name, lenient(getattr(owner, name))))
+        for stage in ("mae", "ft"):
+            amp = ["trainer.optim.amp.enabled=true", "trainer.optim.gradient_clip=1", "trainer.ema_decay=0.9"]
+            checks.run(stage, f"{stage}_strict", checks.starts[stage], "trainer.logging.log_freq=1000", *amp)
+    found = "an error at each wait" if ON_GPU else "ran without a GPU"
+    checks.add("no host-device synchronization in a step", found, "none", True if ON_GPU else None)
+
+
+def transfers(checks: Checks) -> None:
+    """Batches travel from pinned memory while the device computes, seen in a trace."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if ON_GPU else [])]
+    with profile(activities=activities) as trace:
+        checks.run("mae", "traced", checks.starts["mae"], "num_workers=1", "trainer.logging.log_freq=1000")
+    copies, kernels = device_events(trace)
+    pinned = [each for each in copies if "Pinned" in each[2]]
+    overlapping = sum(any(k[0] < copy[1] and copy[0] < k[1] for k in kernels) for copy in pinned)
+    found = f"{len(pinned)} of {len(copies)} from pinned memory, {overlapping} beside a kernel"
+    checks.add("transfers overlap with computing", found, "some", overlapping > 0 if ON_GPU else None)
+
+
+def device_events(trace: Any) -> tuple[list[tuple[float, float, str]], list[tuple[float, float, str]]]:
+    """Return copies to the device and kernels in a trace: start and end in microseconds, and name."""
+    copies: list[tuple[float, float, str]] = []
+    kernels: list[tuple[float, float, str]] = []
+    for event in trace.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            entry = (event.time_range.start, event.time_range.end, event.name)
+            (copies if "HtoD" in event.name else kernels).append(entry)
+    return copies, kernels
+
+
+# ---- several processes, resuming ----------------------------------------------------------------------------------
+
+
+def interrupted(checks: Checks, name: str, step: int, *overrides: str) -> Path:
+    """Run stage 1, interrupt it in a step, and resume it."""
+    settings = [checks.starts["mae"], "trainer.checkpoint.save_every_steps=1", *overrides]
+    train_step = Trainer.train_step
+
+    def interrupting(trainer: Trainer, batch: Any) -> None:
+        if trainer.global_step == step:
+            raise KeyboardInterrupt
+        train_step(trainer, batch)
+
+    with mock.patch.object(Trainer, "train_step", interrupting):
+        checks.run("mae", name, *settings, code=130)
+    return checks.run("mae", name, *settings)
+
+
+def strategies(checks: Checks) -> None:
+    """DDP and FSDP around one process (over NCCL on a GPU), interrupted and resumed, beside a run without them."""
+    plain = losses(checks.run("mae", "unwrapped", checks.starts["mae"]))
+    for strategy in ("ddp", "fsdp"):
+        with wrapped(strategy):
+            run = interrupted(checks, strategy, VIDEOS // 4 + 2)
+        checks.at_most(f"{strategy}, resumed: losses beside one process", largest_difference(plain, losses(run)), STEPS)
+
+
+@contextlib.contextmanager
+def wrapped(strategy: str) -> Iterator[None]:
+    """Wrap the model of a single process as those of several are."""
+
+    def wrap(trainer: Trainer) -> None:
+        dist = trainer.run.dist
+        if strategy == "ddp":
+            several: Any = mock.Mock(world_size=2, device=dist.device)
+            trainer.model = wrap_ddp(trainer.model, several, trainer.comms_dtype)
+        else:
+            blocks: list[nn.Module] = [part for part in trainer.raw_model.modules() if isinstance(part, Block)]
+            apply_fsdp(trainer.raw_model, blocks, dist, trainer.comms_dtype, trainer.amp_dtype)
+            trainer.optimizer.rebind_parameters(trainer.raw_model)
+
+    with tempfile.NamedTemporaryFile() as file, mock.patch.object(Trainer, "wrap_model", wrap):
+        backend = "nccl" if ON_GPU else "gloo"
+        device = {"device_id": torch.device("cuda", 0)} if ON_GPU else {}
+        torch.distributed.init_process_group(backend, init_method=f"file://{file.name}2", rank=0, world_size=1, **device)
+        try:
+            yield
+        finally:
+            torch.distributed.destroy_process_group()
+
+
+def resuming(checks: Checks) -> None:
+    """A run interrupted in mid-epoch and resumed, beside an uninterrupted one."""
+    for deterministic in (True, False):
+        torch.use_deterministic_algorithms(deterministic, warn_only=True)
+        kind = "deterministic" if deterministic else "default"
+        try:
+            straight = checks.run("mae", f"straight_{kind}", checks.starts["mae"])
+            resumed = interrupted(checks, f"resumed_{kind}", VIDEOS // 4 + 3)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        difference, what = weight_difference(straight, resumed), f"resumed in mid-epoch, {kind} algorithms: weights"
+        if deterministic:
+            checks.at_most(what, difference, 0)
+        else:
+            checks.at_most(what, difference, 1e-4)
+
+
+# ---- faults -------------------------------------------------------------------------------------------------------
+
+
+def non_finite(checks: Checks) -> None:
+    """A step whose loss is not finite changes nothing and is reported."""
+    step, kept = Trainer.train_step, []
+    task_step = Reconstruct.training_step
+
+    def watched(trainer: Trainer, batch: Any) -> None:
+        spoils = trainer.global_step == 2
+
+        def spoiled(task: Reconstruct, model: nn.Module, part: Any) -> Any:
+            output = task_step(task, model, part)
+            object.__setattr__(output, "loss", output.loss * (math.nan if spoils else 1))
+            return output
+
+        before = [parameter.detach().clone() for parameter in trainer.raw_model.parameters()]
+        with mock.patch.object(Reconstruct, "training_step", spoiled):
+            step(trainer, batch)
+        after: Iterator[Tensor] = trainer.raw_model.parameters()
+        kept.append(all(torch.equal(old, new) for old, new in zip(before, after, strict=True)))
+
+    with mock.patch.object(Trainer, "train_step", watched):
+        run = checks.run("mae", "non_finite", "trainer.max_skipped_steps=1")
+    expected = [number == 2 for number in range(len(kept))]
+    # The first step of a warm-up has a learning rate of 0.
+    checks.holds("a non-finite step is skipped, and only it", kept[1:] == expected[1:], f"step {kept.index(True, 1) + 1}")
+    checks.holds("and is reported", "Step 3" in checks.result.stdout and (run / "logs/nonfinite.jsonl").is_file())
+
+
+def out_of_memory(checks: Checks) -> None:
+    """Too large a batch ends in one paragraph that names the settings to lower."""
+    backward = Trainer._backward
+
+    def failing(trainer: Trainer, *arguments: Any) -> Any:
+        if ON_GPU:
+            return backward(trainer, *arguments)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    large = ["batch_size=24", "image_size=224", "short_side=224", "trainer.model.trunk.depth=40"]
+    with little_memory(), mock.patch.object(Trainer, "_backward", failing):
+        run = checks.run("mae", "memory", *large, code=EXIT_FAULT)
+    reason = str(read_summary(run)["exit_reason"])
+    named = "batch_size" in reason and "Traceback" not in checks.result.stderr
+    checks.holds("out of memory names what to lower", named, reason[:90] + " ...")
+
+
+CHECKS: tuple[Callable[[Checks], None], ...] = (
+    parity, stages, half_precision, loss_scale, compiled, activation_checkpointing, no_waiting, transfers, strategies,
+    resuming, non_finite, out_of_memory,
+)  # fmt: skip
+
+
+def run_checks(quick: bool) -> dict[str, Any]:
+    """Run all checks and return their rows; an exception is a failed row, and the next check goes ahead."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    with tempfile.TemporaryDirectory() as name:
+        checks = Checks(Path(name), quick)
+        for check in CHECKS:
+            start = time.monotonic()
+            print(f"{check.__name__}: {(check.__doc__ or '').partition(chr(10))[0]}", flush=True)
+            try:
+                check(checks)
+            except Exception as problem:
+                traceback.print_exc()
+                checks.add(check.__name__, f"{type(problem).__name__}: {problem}".splitlines()[0], "no exception", False)
+            print(f"  {time.monotonic() - start:.0f} s", flush=True)
+    return {"machine": describe(), "rows": [asdict(row) for row in checks.rows]}

@@ -1,0 +1,85 @@
+"""The device under test: a GPU, or the CPU, for which what only a GPU has is left out."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+MARGIN = 0.92  # of a GPU's memory, to fill: fragments and libraries need the rest
+
+
+def synchronize() -> None:
+    if ON_GPU:
+        torch.cuda.synchronize()
+
+
+def timed(action: Callable[[], object], times: int = 1) -> Callable[[], float]:
+    """Return a function that runs `action` so often and returns the seconds of one, with all of the device's work done."""
+
+    def run() -> float:
+        synchronize()
+        start = time.perf_counter()
+        for _ in range(times):
+            action()
+        synchronize()
+        return (time.perf_counter() - start) / times
+
+    return run
+
+
+def peak_memory(action: Callable[[], object]) -> int:
+    """Return by how many bytes `action` raises the allocated memory of a GPU at its peak; 0 on a CPU."""
+    if not ON_GPU:
+        action()
+        return 0
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    action()
+    synchronize()
+    return int(torch.cuda.max_memory_allocated()) - before
+
+
+def free_memory() -> int:
+    """Return the bytes that may be filled; on a CPU enough for little."""
+    return int(torch.cuda.mem_get_info()[0] * MARGIN) if ON_GPU else 1 << 30
+
+
+def sync_debug_mode(mode: str) -> None:
+    """Set what happens when the host waits for a GPU: "error", or "default" for nothing."""
+    if ON_GPU:
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+@contextlib.contextmanager
+def little_memory(share: float = 0.002) -> Iterator[None]:
+    """Leave this process a share of the GPU's memory."""
+    if ON_GPU:
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(share)
+    try:
+        yield
+    finally:
+        if ON_GPU:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def describe() -> dict[str, Any]:
+    """Return name, memory, driver and clocks of the GPU; on a CPU only that it is one."""
+    facts: dict[str, Any] = {"device": torch.cuda.get_device_name() if ON_GPU else "CPU"}
+    if ON_GPU:
+        facts |= {"memory_gb": round(torch.cuda.mem_get_info()[1] / 1e9, 1), "cuda": torch.version.cuda}
+    if ON_GPU and shutil.which("nvidia-smi"):
+        fields = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit"
+        query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+        values = subprocess.run(query, capture_output=True, text=True).stdout.partition("\n")[0].split(", ")
+        facts |= dict(zip(fields.split(","), values, strict=False))
+    return facts
