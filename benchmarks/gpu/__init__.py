@@ -1,1 +1,1 @@
-"""One command for a machine with a GPU: is training there right, how fast is it, and what does the recipe give in some minutes."""
+"""One command for a machine with a GPU: is training right there, how fast is it, and what does the recipe give?"""

@@ -1,10 +1,10 @@
 """Show that training on this GPU is right, and how fast it is: `python -m benchmarks.gpu`, in under eight minutes.
 
-    python -m benchmarks.gpu [--quick] [--out gpu] [checks] [speed]      without a GPU a rehearsal on the CPU; --quick is smaller
-    python -m benchmarks.gpu --recipe MINUTES                            the five stages on rendered videos
+    python -m benchmarks.gpu [--quick] [--out gpu] [checks] [speed]
+    python -m benchmarks.gpu --recipe MINUTES        the five stages on rendered videos
 
-Writes checks.json, speed.json, recipe.json, table.md and charts into the folder. The exit code is 1 when a check fails; missing a
-goal is no failure.
+Without a GPU it is a rehearsal on the CPU, which needs --quick. Writes checks.json, speed.json, recipe.json, table.md and
+steps.png into the folder. The exit code is 1 when a check fails; missing a goal is not a failure.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ def main() -> int:
     parser.add_argument("parts", nargs="*", metavar="PART", help="checks, speed, or both (default)")
     parser.add_argument("--quick", action="store_true", help="small sizes: a test that everything works")
     parser.add_argument("--out", type=Path, help="folder of the results; gpu, or gpu/quick when quick")
-    parser.add_argument("--recipe", type=float, metavar="MINUTES", help="train the five stages in about so many minutes")
+    parser.add_argument(
+        "--recipe", type=float, metavar="MINUTES", help="train the five stages in about so many minutes"
+    )
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # a part in its own process
     options = parser.parse_args()
     if unknown := set(options.parts) - set(PARTS):
@@ -59,7 +61,9 @@ def main() -> int:
         failed += [part] if code else []
     from benchmarks.gpu.tables import write_charts, write_table
 
-    done = {part: json.loads((folder / f"{part}.json").read_text()) for part in PARTS if (folder / f"{part}.json").is_file()}
+    done = {
+        part: json.loads((folder / f"{part}.json").read_text()) for part in PARTS if (folder / f"{part}.json").is_file()
+    }
     print("\n" + write_table(done, folder))
     write_charts(done, folder)
     print(f"\n{time.monotonic() - start:.0f} s; results in {folder}")

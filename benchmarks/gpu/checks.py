@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 import tempfile
 import time
@@ -70,7 +71,7 @@ class Checks:
 
     def add(self, what: str, found: str, expected: str, passed: bool | None) -> None:
         self.rows.append(Row(what, found, expected, passed))
-        print(f"  {({True: 'ok', False: 'FAILED', None: '-'}[passed]):6}  {what}: {found} ({expected})", flush=True)
+        print(f"  { ({True: 'ok', False: 'FAILED', None: '-'}[passed]):6}  {what}: {found} ({expected})", flush=True)
 
     @functools.cached_property
     def data(self) -> dict[str, list[str]]:
@@ -83,7 +84,7 @@ class Checks:
         }
 
     def run(self, stage: str, name: str, *overrides: str, device: str = DEVICE.type, code: int = 0) -> Path:
-        """Run a stage of the recipe with a tiny model and return its run directory. Raises RuntimeError for another exit code."""
+        """Run a stage with a tiny model; return its run directory. Raises RuntimeError for another exit code."""
         self.result = stage_runs.run_in_process(self.command(stage, name, *overrides, device=device))
         if self.result.returncode != code:
             raise RuntimeError(f"exit code {self.result.returncode} instead of {code}: {self.result.stderr[-2000:]}")
@@ -146,7 +147,9 @@ def parity(checks: Checks) -> None:
         classifier = test_classifier.published_model(torch.float32).to(DEVICE)
         with torch.autocast(DEVICE.type, dtype, enabled=dtype is not None):
             logits = classifier(clip)
-        checks.at_most(f"classifier's logits in {name}", error(logits.cpu(), classes["expected"]["logits"]), PARITY[name])
+        checks.at_most(
+            f"classifier's logits in {name}", error(logits.cpu(), classes["expected"]["logits"]), PARITY[name]
+        )
 
 
 def stages(checks: Checks) -> None:
@@ -192,8 +195,8 @@ def loss_scale(checks: Checks) -> None:
         checks.run("mae", "overflow", *amp)
     skipped = changed.index(True) if any(changed) else len(changed)
     checks.holds("fp16: overflowing steps change nothing", 0 < skipped < len(changed), f"{skipped} skipped")
-    falls = all(later < earlier for earlier, later in zip(scales[:skipped], scales[1:skipped], strict=False))
-    grows = any(later > earlier for earlier, later in zip(scales[skipped:], scales[skipped + 1 :], strict=False))
+    falls = all(later < earlier for earlier, later in itertools.pairwise(scales[:skipped]))
+    grows = any(later > earlier for earlier, later in itertools.pairwise(scales[skipped:]))
     checks.holds("fp16: the loss scale falls, then grows", falls and grows, f"{scales[0]:.0e} to {scales[-1]:.0e}")
 
 
@@ -211,7 +214,9 @@ def compiled(checks: Checks) -> None:
     for stage in ("mae",) if checks.quick else ("mae", "ft"):
         start = checks.starts[stage]
         plain, made = (checks.run(stage, f"{stage}_{on}", start, f"trainer.compile={on}") for on in ("false", "true"))
-        checks.at_most(f"{stage}: losses, compiled beside eager", largest_difference(losses(plain), losses(made)), STEPS)
+        checks.at_most(
+            f"{stage}: losses, compiled beside eager", largest_difference(losses(plain), losses(made)), STEPS
+        )
     breaks = sum(counters["graph_break"].values())
     checks.holds("no graph breaks", breaks == 0, f"{breaks}")
 
@@ -224,11 +229,17 @@ def activation_checkpointing(checks: Checks) -> None:
     checks.at_most("losses with activation checkpointing", largest_difference(losses(plain), losses(made)), 1e-6)
     memory = []
     for on in (False, True):
-        model = test_mae.VisionTransformer(384, 8, 6, num_frames=8, image_size=112, activation_checkpointing=on).to(DEVICE)
+        model = test_mae.VisionTransformer(384, 8, 6, num_frames=8, image_size=112, activation_checkpointing=on).to(
+            DEVICE
+        )
         video = torch.rand(16 if ON_GPU else 1, 3, 8, 112, 112, device=DEVICE)
-        memory.append(peak_memory(lambda model=model, video=video: model(video).sum().backward()))
+        memory.append(peak_memory(functools.partial(backward, model, video)))
     less = f"{memory[1] / memory[0]:.2f} of the memory" if ON_GPU else "not measured"
     checks.add("less memory with it", less, "less than 1", memory[1] < memory[0] if ON_GPU else None)
+
+
+def backward(model: nn.Module, video: Tensor) -> None:
+    model(video).sum().backward()
 
 
 def no_waiting(checks: Checks) -> None:
@@ -331,7 +342,9 @@ def wrapped(strategy: str) -> Iterator[None]:
     with tempfile.NamedTemporaryFile() as file, mock.patch.object(Trainer, "wrap_model", wrap):
         backend = "nccl" if ON_GPU else "gloo"
         device = {"device_id": torch.device("cuda", 0)} if ON_GPU else {}
-        torch.distributed.init_process_group(backend, init_method=f"file://{file.name}2", rank=0, world_size=1, **device)
+        torch.distributed.init_process_group(
+            backend, init_method=f"file://{file.name}2", rank=0, world_size=1, **device
+        )
         try:
             yield
         finally:
@@ -381,7 +394,9 @@ def non_finite(checks: Checks) -> None:
         run = checks.run("mae", "non_finite", "trainer.max_skipped_steps=1")
     expected = [number == 2 for number in range(len(kept))]
     # The first step of a warm-up has a learning rate of 0.
-    checks.holds("a non-finite step is skipped, and only it", kept[1:] == expected[1:], f"step {kept.index(True, 1) + 1}")
+    checks.holds(
+        "a non-finite step is skipped, and only it", kept[1:] == expected[1:], f"step {kept.index(True, 1) + 1}"
+    )
     checks.holds("and is reported", "Step 3" in checks.result.stdout and (run / "logs/nonfinite.jsonl").is_file())
 
 
@@ -420,6 +435,8 @@ def run_checks(quick: bool) -> dict[str, Any]:
                 check(checks)
             except Exception as problem:
                 traceback.print_exc()
-                checks.add(check.__name__, f"{type(problem).__name__}: {problem}".splitlines()[0], "no exception", False)
+                checks.add(
+                    check.__name__, f"{type(problem).__name__}: {problem}".splitlines()[0], "no exception", False
+                )
             print(f"  {time.monotonic() - start:.0f} s", flush=True)
     return {"machine": describe(), "rows": [asdict(row) for row in checks.rows]}

@@ -70,7 +70,7 @@ class Recipe:
             f"+experiments=demo/{stage.experiment}", f"+trainer={stage.recipe}", f"data_root={self.folder / 'data'}",
             f"trainer/model={size}{MODELS.get(stage.experiment, '_ft')}", "trainer.model.trunk.tubelet=[2,8,8]",
             f"pretrained_checkpoint_path={f'[{starts}]' if len(stage.starts) > 1 else starts}", f"trainer.seed_value={seed}",
-            f"batch_size={batch}", RATES.get(stage.experiment, "lr_scale_factor=1"), f"num_workers={min(self.cores, 2 if self.quick else 32)}",
+            f"batch_size={batch}", RATES.get(stage.experiment, "lr_scale_factor=1"), f"num_workers={self.cores}",
             f"trainer.optim.amp.enabled={str(ON_GPU).lower()}", f"trainer.accelerator={DEVICE.type}", *overrides,
         ]  # fmt: skip
 
@@ -125,7 +125,11 @@ class Recipe:
             scores = [row["top1"] for row in rows if row["top1"] is not None]
             cells = [name, " + ".join(stage.starts) or "nothing", self.videos(name), rows[0]["epochs"]]
             if scores:
-                cells += [", ".join(f"{score:.1f}" for score in scores), f"{statistics.mean(scores):.1f}", f"{chance:.1f}"]
+                cells += [
+                    ", ".join(f"{score:.1f}" for score in scores),
+                    f"{statistics.mean(scores):.1f}",
+                    f"{chance:.1f}",
+                ]
                 lines.append(f"| {' | '.join(map(str, cells))} |")
         return "\n".join(lines) + "\n"
 
@@ -134,12 +138,16 @@ def run_recipe(folder: Path, minutes: float, quick: bool) -> None:
     """Run all stages with both seeds; write recipe.json, recipe.md and a reconstruction."""
     start = time.monotonic()
     recipe = Recipe(folder, minutes, quick)
-    print(f"{sum(map(recipe.videos, ('mae', 'finetune')))} training videos, {time.monotonic() - start:.0f} s", flush=True)
+    print(
+        f"{sum(map(recipe.videos, ('mae', 'finetune')))} training videos, {time.monotonic() - start:.0f} s", flush=True
+    )
     for seed in SEEDS:
         for name in STAGES:
             recipe.train(name, seed)
     table = recipe.table()
     (folder / "recipe.md").write_text(table)
-    write_json(folder / "recipe.json", {"machine": describe(), "minutes": minutes, "rates": recipe.rates, "runs": recipe.rows})
+    write_json(
+        folder / "recipe.json", {"machine": describe(), "minutes": minutes, "rates": recipe.rates, "runs": recipe.rows}
+    )
     shutil.copy(recipe.run_dir("mae", SEEDS[0]) / "pictures/last.gif", folder / "reconstruction.gif")
     print(f"\n{table}\n{(time.monotonic() - start) / 60:.1f} min; runs in {recipe.folder}")

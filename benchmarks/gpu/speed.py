@@ -31,7 +31,10 @@ from tests.runs import read_metrics
 BATCH = 32
 LARGEST = 512  # batch to try
 GOALS = {"vitbase": 45.0, "vitlarge": 50.0}  # % of the matmul rate, compiled
-COMPILED, SHIPPED = 1.2, 1.5  # times as fast as Hugging Face, compiled against compiled, and compiled against as shipped
+COMPILED, SHIPPED = (
+    1.2,
+    1.5,
+)  # times as fast as Hugging Face, compiled against compiled, and compiled against as shipped
 WAITING = 5.0  # % of the time, on prepared videos
 VIEWS = 4
 
@@ -106,7 +109,7 @@ class Speed:
             self.report.times_as_fast(f"{ours}, against Hugging Face, neither compiled", ours, peer)
             both = f"{best}, against Hugging Face, both compiled"
             self.report.times_as_fast(both, best, f"{peer}, compiled", COMPILED if goals else None)
-        if goals and any(ratio.reached is False for ratio in self.report.ratios[-4:]) or self.quick:
+        if (goals and any(ratio.reached is False for ratio in self.report.ratios[-4:])) or self.quick:
             self.profiles[best] = kernels(sides[best])
         del sides, models
         release()
@@ -209,10 +212,14 @@ class Speed:
         """The decoder's attention (heads of 24) alone: kernels of torch, and heads padded to 32."""
         shape = (1, 2, 64, 24) if self.quick else (BATCH, 16, 1568, 24)
         q, k, v = (torch.randn(shape, device=DEVICE, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
-        kernels = {"torch's choice": None, "flash": SDPBackend.FLASH_ATTENTION, "memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
-                   "cuDNN": SDPBackend.CUDNN_ATTENTION}  # fmt: skip
+        backends = {
+            "torch's choice": None,
+            "flash": SDPBackend.FLASH_ATTENTION,
+            "memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
+            "cuDNN": SDPBackend.CUDNN_ATTENTION,
+        }
         sides: dict[str, Callable[[], None]] = {}
-        for name, backend in kernels.items():
+        for name, backend in backends.items():
             for width in (24, 32):
                 run = functools.partial(attend, q, k, v, width, backend)
                 side = f"attention with heads of 24, {name}{', padded to 32' * (width == 32)}"
@@ -246,16 +253,17 @@ def scores(model: nn.Module, video: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, width: int, backend: SDPBackend | None) -> None:
     """Run attention forward and backward, with heads padded with zeros to `width`."""
     scale = q.shape[-1] ** -0.5
-    padded = [F.pad(each, (0, width - q.shape[-1])) for each in (q, k, v)] if width > q.shape[-1] else [q, k, v]
+    if width > q.shape[-1]:
+        q, k, v = (F.pad(each, (0, width - each.shape[-1])) for each in (q, k, v))
     backends = [backend] if backend is not None else list(SDPBackend.__members__.values())[1:]
     with sdpa_kernel(backends):
-        result = F.scaled_dot_product_attention(*padded, scale=scale)
-    result[..., : q.shape[-1]].sum().backward()
+        result = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    result.sum().backward()  # the padding adds zeros
 
 
 def attend_flex(attention: Any, q: Tensor, k: Tensor, v: Tensor) -> None:
     padded = [F.pad(each, (0, 32 - q.shape[-1])) for each in (q, k, v)]
-    attention(*padded, scale=q.shape[-1] ** -0.5)[..., : q.shape[-1]].sum().backward()
+    attention(*padded, scale=q.shape[-1] ** -0.5).sum().backward()
 
 
 def kernels(run: Callable[[], None], rows: int = 20) -> str:
@@ -287,8 +295,8 @@ def run_speed(quick: bool) -> dict[str, Any]:
         parts = (speed.pretraining, speed.downstream, functools.partial(speed.data, Path(name)), speed.narrow_heads)
         for part in parts:
             start = time.monotonic()
-            print(f"{getattr(part, 'func', part).__name__}", flush=True)  # type: ignore[attr-defined]
-            speed.report.works(f"{getattr(part, 'func', part).__name__} ended early", part)  # type: ignore[attr-defined]
+            print(f"{getattr(part, 'func', part).__name__}", flush=True)
+            speed.report.works(f"{getattr(part, 'func', part).__name__} ended early", part)
             print(f"  {time.monotonic() - start:.0f} s", flush=True)
             release()
     report = speed.report

@@ -15,7 +15,10 @@ def write_table(results: dict[str, Any], folder: Path) -> str:
     lines += [", ".join(f"{name} {value}" for name, value in machine.items() if not isinstance(value, dict)), ""]
     if checks := results.get("checks"):
         lines += ["| checked | found | expected | |", "|---|---|---|---|"]
-        lines += [f"| {row['what']} | {row['found']} | {row['expected']} | {VERDICTS[row['passed']]} |" for row in checks["rows"]]
+        lines += [
+            f"| {row['what']} | {row['found']} | {row['expected']} | {VERDICTS[row['passed']]} |"
+            for row in checks["rows"]
+        ]
         lines.append("")
     if speed := results.get("speed"):
         columns = ["seconds", "clips per second", "% of the matmul rate", "memory, GB"]

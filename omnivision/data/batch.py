@@ -67,8 +67,17 @@ class Batch:
     def __len__(self) -> int:
         return len(self.video)
 
-    def to(self, device: torch.device) -> Batch:
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+    def to(self, device: torch.device, copy_stream: torch.cuda.Stream | None = None) -> Batch:
+        """Return the batch on a device. With a `copy_stream`, pinned tensors travel while the GPU computes earlier steps."""
+        if copy_stream is None:
+            return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        computing = torch.cuda.current_stream(device)
+        with torch.cuda.stream(copy_stream):
+            moved = self.to(device)
+        computing.wait_stream(copy_stream)
+        for tensor in moved._tensors().values():
+            tensor.record_stream(computing)  # its memory is not reused before `computing` is done with it
+        return moved
 
     def pin_memory(self) -> Batch:
         return self._map(Tensor.pin_memory)
@@ -100,9 +109,12 @@ class Batch:
         """Return the samples at these positions, int64 (N,), without their paths."""
         return replace(self._map(lambda tensor: tensor[index]), paths=[])
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+    def _tensors(self) -> dict[str, Tensor]:
         tensors = {name: getattr(self, name) for name in ("video", "label", "index", "mask", "depth")}
-        changed: dict[str, Any] = {name: change(tensor) for name, tensor in tensors.items() if tensor is not None}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        changed: dict[str, Any] = {name: change(tensor) for name, tensor in self._tensors().items()}
         return replace(self, **changed)
 
 

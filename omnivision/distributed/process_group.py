@@ -75,6 +75,8 @@ class Dist:
             torch.cuda.set_device(self.device)
         elif "OMP_NUM_THREADS" not in os.environ or rank_info.world_size > 1:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // rank_info.local_world_size))
+        # Batches travel on it beside the computation.
+        self.copy_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.control: Any = None
         if rank_info.world_size > 1:
             backend = backend or {"cuda": "nccl"}.get(self.device.type, "gloo")

@@ -213,7 +213,7 @@ class Trainer:
         dist, optimizer = self.context.dist, self.optimizer
         clips = self.source_plan(batch).clips_per_step // dist.world_size
         is_partial = len(batch) < clips
-        batch = (batch.pad_to(clips) if is_partial else batch).to(dist.device)
+        batch = (batch.pad_to(clips) if is_partial else batch).to(dist.device, dist.copy_stream)
         optimizer.set_progress(self.global_step / self.total_steps)
         outputs, loss, count = self._backward(batch, clips)
         total = count.clone()

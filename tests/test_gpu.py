@@ -1,0 +1,140 @@
+"""`make gpu` without a GPU: what only a GPU runs, on a stand-in; failures are told; the table and the charts."""
+
+import contextlib
+import io
+import json
+import sys
+from unittest import mock
+
+import torch
+
+from benchmarks.gpu import __main__ as command
+from benchmarks.gpu import checks, device, speed, tables
+from omnivision.data.batch import Batch
+from tests.fixtures import Folder
+from tests.models import test_mae
+
+
+class StandIn(Folder):
+    """torch.cuda as a stand-in, with 80 GB of memory."""
+
+    def setUp(self):
+        super().setUp()
+        self.cuda = mock.MagicMock(**{
+            "mem_get_info.return_value": (60 * 10**9, 80 * 10**9), "get_device_name.return_value": "NVIDIA H200",
+            "memory_allocated.return_value": 10**9, "max_memory_allocated.return_value": 3 * 10**9,
+        })  # fmt: skip
+        self.cuda.version = "13.0"
+        for module in (device, checks, speed):
+            self.enterContext(mock.patch.object(module, "ON_GPU", True))
+        self.enterContext(mock.patch.object(torch, "cuda", self.cuda))
+        self.enterContext(contextlib.redirect_stdout(io.StringIO()))
+
+    def test_memory_and_waits(self):
+        self.assertEqual(device.peak_memory(lambda: None), 2 * 10**9)
+        self.assertEqual(device.free_memory(), int(60e9 * device.MARGIN))
+        self.assertGreaterEqual(device.timed(lambda: None, 3)(), 0)
+        device.sync_debug_mode("error")
+        self.cuda.set_sync_debug_mode.assert_called_once_with("error")
+        with device.little_memory(0.1):
+            pass
+        shares = [call.args[0] for call in self.cuda.set_per_process_memory_fraction.call_args_list]
+        self.assertEqual(shares, [0.1, 1.0])
+
+    def test_description(self):
+        answer = mock.Mock(stdout="580.1, 1980 MHz, 1980 MHz, 3201 MHz, 700 W\n")
+        with mock.patch("shutil.which", return_value="/nvidia-smi"), mock.patch("subprocess.run", return_value=answer):
+            found = device.describe()
+        self.assertEqual(
+            (found["device"], found["driver_version"], found["power.limit"]), ("NVIDIA H200", "580.1", "700 W")
+        )
+
+    def test_the_largest_batch_is_linear_in_memory(self):
+        measured = speed.Speed(quick=True)
+        # 0.1 GB a clip beside 1 GB, of ours and of a peer that takes twice as much.
+        sizes = iter([1.8e9, 2.6e9, 4.2e9, 7.4e9])
+        with mock.patch.object(speed, "peak_memory", lambda _: int(next(sizes))):
+            self.assertEqual(
+                measured.largest_batch("vittiny", 32), (int((60e9 * device.MARGIN - 7.4e9) / 0.2e9) + 32) // 32 * 32
+            )
+
+    def test_a_batch_travels_on_its_own_stream(self):
+        batch = Batch(torch.zeros(2, 3), torch.zeros(2), torch.zeros(2), "a", ["x", "y"])
+        stream = mock.Mock()
+        with mock.patch.object(torch.Tensor, "record_stream") as recorded:
+            moved = batch.to(torch.device("cpu"), stream)
+        self.assertEqual(recorded.call_count, 3, "video, label and index")
+        self.cuda.current_stream().wait_stream.assert_called_once_with(stream)
+        self.assertEqual(len(moved), 2)
+
+    def test_copies_and_kernels_of_a_trace(self):
+        def event(name: str, start: int, end: int, kind: object = torch.autograd.DeviceType.CUDA) -> mock.Mock:
+            made = mock.Mock(device_type=kind, time_range=mock.Mock(start=start, end=end))
+            made.name = name
+            return made
+
+        events = [event("Memcpy HtoD (Pinned -> Device)", 5, 9), event("gemm", 0, 7),
+                  event("aten::mm", 0, 1, torch.autograd.DeviceType.CPU)]  # fmt: skip
+        copies, kernels = checks.device_events(mock.Mock(events=lambda: events))
+        self.assertEqual((copies, kernels), ([(5, 9, events[0].name)], [(0, 7, "gemm")]))
+
+    def test_a_row_that_only_a_gpu_has(self):
+        made = checks.Checks(self.folder)
+        with mock.patch.object(checks.Checks, "run"), mock.patch.object(checks.Checks, "starts", {"mae": "", "ft": ""}):
+            checks.no_waiting(made)
+        self.assertEqual([row.passed for row in made.rows], [True])
+
+
+class Failures(Folder):
+    def setUp(self):
+        super().setUp()
+        self.output = self.enterContext(contextlib.redirect_stdout(io.StringIO()))
+        self.enterContext(contextlib.redirect_stderr(io.StringIO()))
+
+    def rows(self, *which: object) -> list[bool | None]:
+        with mock.patch.object(checks, "CHECKS", which):
+            return [row["passed"] for row in checks.run_checks(quick=True)["rows"]]
+
+    def test_a_wrong_weight_is_found(self):
+        published = test_mae.published_model
+
+        def wrong(dtype: torch.dtype) -> torch.nn.Module:
+            model = published(dtype)
+            with torch.no_grad():
+                model.trunk.blocks[1].attn.qkv.weight[7] += 0.5
+            return model
+
+        with mock.patch.object(test_mae, "published_model", wrong):
+            self.assertIn(False, self.rows(checks.parity))
+
+    def test_an_exception_fails_a_check_and_the_next_one_runs(self):
+        broken, after = mock.Mock(side_effect=ValueError("no")), mock.Mock()
+        broken.__name__, after.__name__ = "broken", "after"
+        self.assertEqual(self.rows(broken, after), [False])
+        after.assert_called_once()
+
+    def test_the_exit_code_and_the_table(self):
+        row = {"what": "a thing", "found": "2", "expected": "at most 1", "passed": False}
+        (self.folder / "checks.json").write_text(json.dumps({"machine": {"device": "CPU"}, "rows": [row]}))
+        steps = [
+            {"step": "ours, vittiny, batch 2", "seconds": 0.5, "clips per second": 4.0, "% of the matmul rate": 40.0}
+        ]
+        measured = {
+            "machine": {"device": "CPU"},
+            "facts": {"a": 1},
+            "steps": steps,
+            "ratios": [],
+            "profiles": {"ours": "mm"},
+        }
+        (self.folder / "speed.json").write_text(json.dumps(measured))
+        arguments = ["gpu", "--quick", "--out", str(self.folder)]
+        with (
+            mock.patch.object(sys, "argv", arguments),
+            mock.patch("subprocess.run", return_value=mock.Mock(returncode=0)),
+        ):
+            self.assertEqual(command.main(), 1)
+        text = (self.folder / "table.md").read_text()
+        self.assertIn("| a thing | 2 | at most 1 | **failed** |", text)
+        self.assertIn("| ours, vittiny, batch 2 | 0.5 | 4 | 40 |  |", text)
+        self.assertTrue((self.folder / "steps.png").is_file())
+        self.assertEqual(tables.write_table({}, self.folder), "\n\n")
