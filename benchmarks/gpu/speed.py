@@ -116,7 +116,7 @@ class Speed:
 
     def time(
         self,
-        sides: dict[str, Callable[[], None]],
+        sides: dict[str, Callable[[], Any]],
         batch: int,
         memory: dict[str, int] | None = None,
         operations: float | None = None,
@@ -139,7 +139,7 @@ class Speed:
         size, frames, image, batch = ("vittiny", 4, 64, 2) if self.quick else ("vitbase", 16, 224, 16)
         video = torch.randint(0, 256, (batch, 3, frames, image, image), dtype=torch.uint8, device=DEVICE)
         label = torch.arange(batch, device=DEVICE)
-        sides: dict[str, Callable[[], None]] = {}
+        sides: dict[str, Callable[[], Any]] = {}
         for name, frozen in (("fine-tuning", False), ("probing", True)):
             model = VideoClassifier(VisionTransformer(*SIZES[size][0], num_frames=frames, image_size=image), [101])
             model.to(DEVICE).trunk.requires_grad_(not frozen)

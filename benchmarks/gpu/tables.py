@@ -47,8 +47,7 @@ def write_charts(results: dict[str, Any], folder: Path) -> None:
     axes = figure.subplots()
     names = [row["step"] for row in steps]
     bars = axes.barh(names, [row["clips per second"] for row in steps])
-    labels = [f"{row['clips per second']:.0f}" + (f" ({row['% of the matmul rate']:.0f} %)" if "% of the matmul rate" in row else "")
-              for row in steps]  # fmt: skip
+    labels = [f"{row['clips per second']:.0f}{share_of_rate(row)}" for row in steps]
     axes.bar_label(bars, labels, padding=3, fontsize=8)
     for bar, name in zip(bars, names, strict=True):
         bar.set_color("tab:blue" if not name.startswith("Hugging") else "tab:grey")
@@ -57,3 +56,7 @@ def write_charts(results: dict[str, Any], folder: Path) -> None:
     axes.set_xlabel("clips per second (share of the matmul rate)")
     axes.set_title(f"Training steps, {results['speed']['machine'].get('device', '')}, bf16", fontsize=11)
     figure.savefig(folder / "steps.png", dpi=110)
+
+
+def share_of_rate(row: dict[str, Any]) -> str:
+    return f" ({row['% of the matmul rate']:.0f} %)" if "% of the matmul rate" in row else ""
