@@ -330,7 +330,7 @@ def wrapped(strategy: str) -> Iterator[None]:
     """Wrap the model of a single process as those of several are."""
 
     def wrap(trainer: Trainer) -> None:
-        dist = trainer.run.dist
+        dist = trainer.context.dist
         if strategy == "ddp":
             several: Any = mock.Mock(world_size=2, device=dist.device)
             trainer.model = wrap_ddp(trainer.model, several, trainer.comms_dtype)
