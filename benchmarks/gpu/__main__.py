@@ -66,6 +66,8 @@ def main() -> int:
     }
     print("\n" + write_table(done, folder))
     write_charts(done, folder)
+    if options.quick:
+        print("Small sizes: the ratios say nothing.")
     print(f"\n{time.monotonic() - start:.0f} s; results in {folder}")
     wrong = [row["what"] for row in done.get("checks", {}).get("rows", []) if row["passed"] is False]
     if failed or wrong:

@@ -28,7 +28,7 @@ def write_table(results: dict[str, Any], folder: Path) -> str:
             lines.append(f"| {row['step']} | {' | '.join(cells)} |")
         lines += ["", "| what | measured: median (least to most) | goal | |", "|---|---|---|---|"]
         lines += [ratio["row"] for ratio in speed["ratios"]]
-        lines += ["", *(f"- {name}: {value}" for name, value in speed["facts"].items())]
+        lines += ["", *(f"- {name}: {as_text(value)}" for name, value in speed["facts"].items())]
         for name, table in speed["profiles"].items():
             lines += ["", f"Kernels of {name}, by time:", "", "```", table.rstrip(), "```"]
     text = "\n".join(lines) + "\n"
@@ -60,3 +60,11 @@ def write_charts(results: dict[str, Any], folder: Path) -> None:
 
 def share_of_rate(row: dict[str, Any]) -> str:
     return f" ({row['% of the matmul rate']:.0f} %)" if "% of the matmul rate" in row else ""
+
+
+def as_text(value: Any) -> str:
+    """Return a fact, which may be a dictionary of facts, in words."""
+    if not isinstance(value, dict):
+        return str(value)
+    parts = ", ".join(f"{name} {as_text(part)}" for name, part in value.items())
+    return f"({parts})"
