@@ -46,7 +46,8 @@ class Geometry:
 
     def ours(self, checkpointing: bool = False, **decoder: Any) -> MaskedAutoencoder:
         torch.manual_seed(0)
-        return self.autoencoder(checkpointing, **decoder).to(self.device)
+        with torch.device(self.device):
+            return self.autoencoder(checkpointing, **decoder).to(self.device)
 
     def autoencoder(self, checkpointing: bool = False, **decoder: Any) -> MaskedAutoencoder:
         """Return our model on torch's default device."""
@@ -74,7 +75,8 @@ class Geometry:
             decoder_num_attention_heads=decoder["heads"], decoder_intermediate_size=4 * decoder["width"],
             norm_pix_loss=True, use_mean_pooling=False,
         )  # fmt: skip
-        return VideoMAEForPreTraining(config).to(self.device)
+        with torch.device(self.device):
+            return VideoMAEForPreTraining(config).to(self.device)
 
     def loss(self, model: nn.Module, compiled: bool = False) -> Callable[[], Tensor]:
         """Return the loss of a model of any side; `compiled` as `trainer.compile=true` does it."""

@@ -51,12 +51,30 @@ class StandIn(Folder):
 
     def test_the_largest_batch_is_linear_in_memory(self):
         measured = speed.Speed(quick=True)
-        # 0.1 GB a clip beside 1 GB, of ours and of a peer that takes twice as much.
-        sizes = iter([1.8e9, 2.6e9, 4.2e9, 7.4e9])
-        with mock.patch.object(speed, "peak_memory", lambda _: int(next(sizes))):
-            self.assertEqual(
-                measured.largest_batch("vittiny", 32), (int((60e9 * device.MARGIN - 7.4e9) / 0.2e9) + 32) // 32 * 32
-            )
+        sizes = iter([1.8e9, 2.6e9, 4.2e9, 7.4e9])  # bytes for 8 and 32 clips, of ours and of a peer that takes more
+        with (
+            mock.patch.object(speed, "peak_memory", lambda run: int(next(sizes))),
+            mock.patch.object(speed.Geometry, "step", return_value=lambda: None),
+        ):
+            found = measured.largest_batch("vittiny")
+        self.assertEqual(found % speed.BATCH, 0)
+        free = 60e9 * device.MARGIN - 7.4e9
+        self.assertAlmostEqual(found, speed.BATCH + free / (4.8e9 / 24), delta=speed.BATCH)
+
+    def test_a_batch_that_does_not_fit_after_all_is_made_smaller(self):
+        measured = speed.Speed(quick=True)
+        compare = mock.Mock(side_effect=(torch.OutOfMemoryError("no"), None))
+        with mock.patch.multiple(measured, compare=compare, largest_batch=lambda size: 100):
+            measured.largest_batches()
+        self.assertEqual([call.args[0].batch for call in compare.call_args_list], [100, 85])
+
+    def test_what_no_longer_fits_the_time_is_left_out(self):
+        measured = speed.Speed(quick=True)
+        measured.deadline = 0
+        for part in (measured.largest_batches, measured.downstream, measured.narrow_heads):
+            part()
+        self.assertEqual(list(measured.report.facts.values()).count("left out, no time"), 3)
+        self.assertEqual(measured.steps, [])
 
     def test_a_batch_travels_on_its_own_stream(self):
         batch = Batch(torch.zeros(2, 3), torch.zeros(2), torch.zeros(2), "a", ["x", "y"])
@@ -67,16 +85,30 @@ class StandIn(Folder):
         self.cuda.current_stream().wait_stream.assert_called_once_with(stream)
         self.assertEqual(len(moved), 2)
 
-    def test_copies_and_kernels_of_a_trace(self):
-        def event(name: str, start: int, end: int, kind: object = torch.autograd.DeviceType.CUDA) -> mock.Mock:
-            made = mock.Mock(device_type=kind, time_range=mock.Mock(start=start, end=end))
-            made.name = name
-            return made
-
-        events = [event("Memcpy HtoD (Pinned -> Device)", 5, 9), event("gemm", 0, 7),
-                  event("aten::mm", 0, 1, torch.autograd.DeviceType.CPU)]  # fmt: skip
-        copies, kernels = checks.device_events(mock.Mock(events=lambda: events))
-        self.assertEqual((copies, kernels), ([(5, 9, events[0].name)], [(0, 7, "gemm")]))
+    def test_batches_travel_beside_the_computation(self):
+        kinds = torch.autograd.DeviceType
+        events = [
+            mock.Mock(device_type=kinds.CUDA),
+            mock.Mock(device_type=kinds.CUDA),
+            mock.Mock(device_type=kinds.CPU),
+        ]
+        for event, name in zip(events, ("Memcpy HtoD (Pinned -> Device)", "gemm", "Memcpy HtoD"), strict=True):
+            event.name = name
+        trace = mock.MagicMock()
+        trace.__enter__.return_value.events.return_value = events
+        for is_computing in (True, False):
+            made = checks.Checks(self.folder)
+            self.cuda.Event.return_value.query.return_value = not is_computing
+            with (
+                mock.patch.object(checks, "profile", return_value=trace),
+                mock.patch.object(checks.Checks, "run"),
+                mock.patch.object(checks.Checks, "starts", {"mae": ""}),
+                mock.patch.object(torch.Tensor, "pin_memory", lambda tensor: tensor),
+                mock.patch.object(torch.Tensor, "record_stream"),
+            ):
+                checks.transfers(made)
+            self.assertEqual([row.passed for row in made.rows], [True, is_computing])
+        self.assertEqual(made.rows[0].found, "1 of 1 copies")
 
     def test_a_row_that_only_a_gpu_has(self):
         made = checks.Checks(self.folder)
@@ -92,8 +124,10 @@ class Failures(Folder):
         self.enterContext(contextlib.redirect_stderr(io.StringIO()))
 
     def rows(self, *which: object) -> list[bool | None]:
+        written = mock.Mock()
         with mock.patch.object(checks, "CHECKS", which):
-            return [row["passed"] for row in checks.run_checks(quick=True)["rows"]]
+            checks.run_checks(True, written)
+        return [row["passed"] for row in written.call_args.args[0]["rows"]]
 
     def test_a_wrong_weight_is_found(self):
         published = test_mae.published_model
@@ -115,24 +149,28 @@ class Failures(Folder):
 
     def test_the_exit_code_and_the_table(self):
         row = {"what": "a thing", "found": "2", "expected": "at most 1", "passed": False}
-        (self.folder / "checks.json").write_text(json.dumps({"machine": {"device": "CPU"}, "rows": [row]}))
         steps = [
             {"step": "ours, vittiny, batch 2", "seconds": 0.5, "clips per second": 4.0, "% of the matmul rate": 40.0}
         ]
         measured = {
-            "machine": {"device": "CPU"},
-            "facts": {"a": 1},
-            "steps": steps,
-            "ratios": [],
-            "profiles": {"ours": "mm"},
-        }
-        (self.folder / "speed.json").write_text(json.dumps(measured))
+            "machine": {"device": "CPU"}, "facts": {"a": {"b": 1}}, "steps": steps, "ratios": [], "profiles": {"ours": "mm"},
+            "failed": ["data"],
+        }  # fmt: skip
+        results = {"checks": {"machine": {"device": "CPU"}, "rows": [row]}, "speed": measured}
+
+        def part(words: list[str], **_: object) -> mock.Mock:
+            (self.folder / f"{words[3]}.json").write_text(json.dumps(results[words[3]]))
+            return mock.Mock(returncode=0)
+
+        (self.folder / "speed.json").write_text("of an earlier run")
         arguments = ["gpu", "--quick", "--out", str(self.folder)]
         with (
             mock.patch.object(sys, "argv", arguments),
-            mock.patch("subprocess.run", return_value=mock.Mock(returncode=0)),
+            mock.patch("subprocess.run", part),
+            contextlib.redirect_stderr(io.StringIO()) as errors,
         ):
             self.assertEqual(command.main(), 1)
+        self.assertIn("a thing, data", errors.getvalue())
         text = (self.folder / "table.md").read_text()
         self.assertIn("| a thing | 2 | at most 1 | **failed** |", text)
         self.assertIn("| ours, vittiny, batch 2 | 0.5 | 4 | 40 |  |", text)

@@ -10,6 +10,7 @@ steps.png into the folder. The exit code is 1 when a check fails; missing a goal
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import subprocess
@@ -23,12 +24,12 @@ ENVIRONMENT = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 
 
 def run_part(name: str, quick: bool, folder: Path) -> None:
-    """Run a part in this process and write its results."""
+    """Run a part in this process; it writes its results as they come."""
     from benchmarks.gpu import checks, speed
     from omnivision.utils.io import write_json
 
-    results = checks.run_checks(quick) if name == "checks" else speed.run_speed(quick)
-    write_json(folder / f"{name}.json", results)
+    write = functools.partial(write_json, folder / f"{name}.json")
+    (checks.run_checks if name == "checks" else speed.run_speed)(quick, write)
 
 
 def main() -> int:
@@ -56,6 +57,7 @@ def main() -> int:
     start, failed = time.monotonic(), []
     for part in options.parts or PARTS:
         print(f"== {part}", flush=True)
+        (folder / f"{part}.json").unlink(missing_ok=True)
         command = [sys.executable, "-m", "benchmarks.gpu", part, "--here", "--out", str(folder)]
         code = subprocess.run(command + ["--quick"] * options.quick, env=os.environ | ENVIRONMENT).returncode
         failed += [part] if code else []
@@ -70,6 +72,7 @@ def main() -> int:
         print("Small sizes: the ratios say nothing.")
     print(f"\n{time.monotonic() - start:.0f} s; results in {folder}")
     wrong = [row["what"] for row in done.get("checks", {}).get("rows", []) if row["passed"] is False]
+    wrong += done.get("speed", {}).get("failed", [])
     if failed or wrong:
         print(f"error: failed: {', '.join([*failed, *wrong])}", file=sys.stderr)
     return 1 if failed or wrong else 0

@@ -21,9 +21,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.geometry import CAN_COMPILE
 from benchmarks.gpu.device import DEVICE, ON_GPU, describe, little_memory, peak_memory, sync_debug_mode
+from omnivision.data.batch import Batch
 from omnivision.distributed.fsdp import apply_fsdp
 from omnivision.distributed.process_group import wrap_ddp
 from omnivision.models.mae import reconstruction_loss
+from omnivision.models.patches import normalize_pixels
 from omnivision.models.vit import Block
 from omnivision.tasks.reconstruct import Reconstruct
 from omnivision.training.step_stats import StepStats
@@ -43,6 +45,7 @@ GRADIENTS = {"fp32": 1e-4, "bf16": 6e-2, "fp16": 1e-2}
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 AMP = {"bf16": "bfloat16", "fp16": "float16"}
 STEPS = 1e-4  # between losses on the two devices, after some steps in fp32
+NO_DROP_PATH = "trainer.model.trunk.drop_path=0"  # devices and compilers draw other random numbers
 
 
 @dataclass
@@ -155,9 +158,10 @@ def parity(checks: Checks) -> None:
 def stages(checks: Checks) -> None:
     """Every stage beside the CPU, from the same weights and batches."""
     for stage, start in checks.starts.items():
-        runs = [checks.run(stage, f"{stage}_{device}", start, device=device) for device in ("cpu", DEVICE.type)]
-        if DEVICE.type == "cpu":
-            runs[1] = checks.run(stage, f"{stage}_again", start)
+        runs = [
+            checks.run(stage, f"{stage}_{name}", start, NO_DROP_PATH, device=device)
+            for name, device in (("there", "cpu"), ("here", DEVICE.type))
+        ]
         checks.at_most(f"{stage}: losses beside the CPU's", largest_difference(*map(losses, runs)), STEPS)
 
 
@@ -213,7 +217,9 @@ def compiled(checks: Checks) -> None:
     counters.clear()
     for stage in ("mae",) if checks.quick else ("mae", "ft"):
         start = checks.starts[stage]
-        plain, made = (checks.run(stage, f"{stage}_{on}", start, f"trainer.compile={on}") for on in ("false", "true"))
+        settings = [start, NO_DROP_PATH]
+        plain = checks.run(stage, f"{stage}_eager", *settings)
+        made = checks.run(stage, f"{stage}_compiled", *settings, "trainer.compile=true")
         checks.at_most(
             f"{stage}: losses, compiled beside eager", largest_difference(losses(plain), losses(made)), STEPS
         )
@@ -268,34 +274,42 @@ def no_waiting(checks: Checks) -> None:
         patches.enter_context(mock.patch.object(Trainer, "train_epoch", strict))
         for owner, name in ((Trainer, "_log_step"), (StepStats, "_record_skipped")):
             patches.enter_context(mock.patch.object(owner, name, lenient(getattr(owner, name))))
-        for stage in ("mae", "ft"):
-            amp = ["trainer.optim.amp.enabled=true", "trainer.optim.gradient_clip=1", "trainer.ema_decay=0.9"]
-            checks.run(stage, f"{stage}_strict", checks.starts[stage], "trainer.logging.log_freq=1000", *amp)
+        normalize_pixels(torch.zeros(1, 3, 1, 1, 1, dtype=torch.uint8, device=DEVICE), 1)  # copies its constants once
+        more = ["trainer.logging.log_freq=1000", "trainer.optim.gradient_clip=1", "trainer.ema_decay=0.9"]
+        for stage, dtype in (("mae", "bfloat16"), ("mae", "float16"), ("ft", "bfloat16")):
+            amp = ["trainer.optim.amp.enabled=true", f"trainer.optim.amp.amp_dtype={dtype}"]
+            checks.run(stage, f"{stage}_{dtype}_strict", checks.starts[stage], *more, *amp)
     found = "an error at each wait" if ON_GPU else "ran without a GPU"
     checks.add("no host-device synchronization in a step", found, "none", True if ON_GPU else None)
 
 
 def transfers(checks: Checks) -> None:
-    """Batches travel from pinned memory while the device computes, seen in a trace."""
+    """Batches travel from pinned memory, seen in a trace, and beside the computation."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if ON_GPU else [])]
     with profile(activities=activities) as trace:
         checks.run("mae", "traced", checks.starts["mae"], "num_workers=1", "trainer.logging.log_freq=1000")
-    copies, kernels = device_events(trace)
-    pinned = [each for each in copies if "Pinned" in each[2]]
-    overlapping = sum(any(k[0] < copy[1] and copy[0] < k[1] for k in kernels) for copy in pinned)
-    found = f"{len(pinned)} of {len(copies)} from pinned memory, {overlapping} beside a kernel"
-    checks.add("transfers overlap with computing", found, "some", overlapping > 0 if ON_GPU else None)
+    copies = copies_to_device(trace)
+    pinned = sum("Pinned" in name for name in copies)
+    found = f"{pinned} of {len(copies)} copies"
+    checks.add("batches travel from pinned memory", found, "some", pinned > 0 if ON_GPU else None)
+    if not ON_GPU:
+        checks.add("they travel beside the computation", "not measured", "yes", None)
+        return
+    video = torch.zeros(32, 3, 16, 224, 224, dtype=torch.uint8)
+    batch, stream = Batch(video, torch.zeros(32), torch.zeros(32), "a", [""] * 32).pin_memory(), torch.cuda.Stream()
+    computed, copied = torch.cuda.Event(), torch.cuda.Event()
+    torch.cuda._sleep(500_000_000)  # cycles: a quarter of a second
+    computed.record()
+    batch.to(DEVICE, stream)
+    copied.record(stream)
+    copied.synchronize()
+    checks.holds("they travel beside the computation", not computed.query())
 
 
-def device_events(trace: Any) -> tuple[list[tuple[float, float, str]], list[tuple[float, float, str]]]:
-    """Return copies to the device and kernels in a trace: start and end in microseconds, and name."""
-    copies: list[tuple[float, float, str]] = []
-    kernels: list[tuple[float, float, str]] = []
-    for event in trace.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            entry = (event.time_range.start, event.time_range.end, event.name)
-            (copies if "HtoD" in event.name else kernels).append(entry)
-    return copies, kernels
+def copies_to_device(trace: Any) -> list[str]:
+    """Return the names of the copies to the device in a trace."""
+    events = (event for event in trace.events() if event.device_type == torch.autograd.DeviceType.CUDA)
+    return [event.name for event in events if "HtoD" in event.name]
 
 
 # ---- several processes, resuming ----------------------------------------------------------------------------------
@@ -351,7 +365,7 @@ def wrapped(strategy: str) -> Iterator[None]:
 def resuming(checks: Checks) -> None:
     """A run interrupted in mid-epoch and resumed, beside an uninterrupted one."""
     for deterministic in (True, False):
-        torch.use_deterministic_algorithms(deterministic, warn_only=True)
+        torch.use_deterministic_algorithms(deterministic)
         kind = "deterministic" if deterministic else "default"
         try:
             straight = checks.run("mae", f"straight_{kind}", checks.starts["mae"])
@@ -420,8 +434,8 @@ CHECKS: tuple[Callable[[Checks], None], ...] = (
 )  # fmt: skip
 
 
-def run_checks(quick: bool) -> dict[str, Any]:
-    """Run all checks and return their rows; an exception is a failed row, and the next check goes ahead."""
+def run_checks(quick: bool, write: Callable[[dict[str, Any]], None]) -> None:
+    """Run all checks and `write` the rows after each; an exception is a failed row, and the next check goes ahead."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     with tempfile.TemporaryDirectory() as name:
         checks = Checks(Path(name), quick)
@@ -432,8 +446,7 @@ def run_checks(quick: bool) -> dict[str, Any]:
                 check(checks)
             except Exception as problem:
                 traceback.print_exc()
-                checks.add(
-                    check.__name__, f"{type(problem).__name__}: {problem}".splitlines()[0], "no exception", False
-                )
+                text = f"{type(problem).__name__}: {problem}".splitlines()[0]
+                checks.add(check.__name__, text, "no exception", False)
             print(f"  {time.monotonic() - start:.0f} s", flush=True)
-    return {"machine": describe(), "rows": [asdict(row) for row in checks.rows]}
+            write({"machine": describe(), "rows": [asdict(row) for row in checks.rows]})

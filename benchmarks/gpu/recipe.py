@@ -41,10 +41,14 @@ STAGES = {
     "probe": Stage("probe", "mae_ft_demo_config", ("align_synthetic",), 0.07),
     "average": Stage("average", "mae_ft_demo_config", ("align_synthetic", "align_nohuman"), 0.07),
 }
+# What stages train on that do not train on the target.
+DOMAINS = {"mae": ("synthetic", "nohuman"), "align_synthetic": ("synthetic",), "align_nohuman": ("nohuman",)}
 # Peaks for ViT-S and batches of 64; heads alone take the recipe's.
 RATES = {"mae": "lr=8e-4", "align": "lr=1e-3", "finetune": "lr=1e-3"}
 MODELS = {"mae": "", "average": "_average_ft"}
 MAX_EPOCHS = 200  # of few videos, more only overfit
+START = 5.0  # seconds of a run that are not training
+REPEATS = 10  # of the target's videos in an epoch: fewer epochs, and fewer checkpoints
 
 
 class Recipe:
@@ -52,7 +56,8 @@ class Recipe:
 
     def __init__(self, folder: Path, minutes: float, quick: bool) -> None:
         self.folder, self.quick = folder / "recipe", quick
-        self.seconds = 60 * minutes * (1 - RENDERING)
+        starts = START * (len(SEEDS) * len(STAGES) + len({stage.experiment for stage in STAGES.values()}))
+        self.seconds = max(0.0, 60 * minutes * (1 - RENDERING) - starts)
         self.cores = len(os.sched_getaffinity(0))
         self.rates: dict[str, float] = {}  # clips per second by experiment
         self.rows: list[dict[str, Any]] = []
@@ -71,16 +76,16 @@ class Recipe:
             f"trainer/model={size}{MODELS.get(stage.experiment, '_ft')}", "trainer.model.trunk.tubelet=[2,8,8]",
             f"pretrained_checkpoint_path={f'[{starts}]' if len(stage.starts) > 1 else starts}", f"trainer.seed_value={seed}",
             f"batch_size={batch}", RATES.get(stage.experiment, "lr_scale_factor=1"), f"num_workers={self.cores}",
-            f"trainer.optim.amp.enabled={str(ON_GPU).lower()}", f"trainer.accelerator={DEVICE.type}", *overrides,
+            f"trainer.optim.amp.enabled={str(ON_GPU).lower()}", f"trainer.accelerator={DEVICE.type}",
+            *([] if name in DOMAINS else [f"++trainer.data.repeats.target={REPEATS}"]), *overrides,
         ]  # fmt: skip
 
     def run_dir(self, name: str, seed: int) -> Path:
         return self.folder / f"seed_{seed}" / name
 
     def videos(self, name: str) -> int:
-        """Return how many videos an epoch of a stage has."""
-        domains = {"mae": ("synthetic", "nohuman"), "align_synthetic": ("synthetic",), "align_nohuman": ("nohuman",)}
-        return len(ACTIONS) * sum(self.counts[domain] for domain in domains.get(name, ("target",)))
+        """Return how many videos a stage trains on."""
+        return len(ACTIONS) * sum(self.counts[domain] for domain in DOMAINS.get(name, ("target",)))
 
     def epochs(self, name: str, seed: int) -> int:
         """Return the epochs that fit the time of a stage, by the rate of a short run of its experiment."""
@@ -88,13 +93,14 @@ class Recipe:
         if stage.experiment not in self.rates:
             run = self.folder / f"rate_{stage.experiment}"
             shutil.rmtree(run, ignore_errors=True)
-            steps = 2 if self.quick else 40
+            steps = 2 if self.quick else 8 * self.cores  # more than workers prefetch while it starts
             short = ["epochs=1", f"trainer.limit_train_batches={steps}", f"trainer.logging.log_freq={steps // 2}",
                      "trainer.mode=train_only", f"launcher.experiment_log_dir={run}"]  # fmt: skip
             self.start(self.settings(name, seed, *short))
             self.rates[stage.experiment] = read_metrics(run)[-1]["clips_per_second"]
         seconds = self.seconds * stage.share / len(SEEDS)
-        fits = int(seconds * self.rates[stage.experiment] / self.videos(name))
+        clips = self.videos(name) * (1 if name in DOMAINS else REPEATS)
+        fits = int(seconds * self.rates[stage.experiment] / clips)
         return 1 if self.quick else max(1, min(MAX_EPOCHS, fits))
 
     @staticmethod
@@ -141,13 +147,12 @@ def run_recipe(folder: Path, minutes: float, quick: bool) -> None:
     print(
         f"{sum(map(recipe.videos, ('mae', 'finetune')))} training videos, {time.monotonic() - start:.0f} s", flush=True
     )
+    facts = {"machine": describe(), "minutes": minutes, "rates": recipe.rates, "runs": recipe.rows}
     for seed in SEEDS:
         for name in STAGES:
             recipe.train(name, seed)
+            write_json(folder / "recipe.json", facts)
     table = recipe.table()
     (folder / "recipe.md").write_text(table)
-    write_json(
-        folder / "recipe.json", {"machine": describe(), "minutes": minutes, "rates": recipe.rates, "runs": recipe.rows}
-    )
     shutil.copy(recipe.run_dir("mae", SEEDS[0]) / "pictures/last.gif", folder / "reconstruction.gif")
     print(f"\n{table}\n{(time.monotonic() - start) / 60:.1f} min; runs in {recipe.folder}")

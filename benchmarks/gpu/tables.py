@@ -21,7 +21,7 @@ def write_table(results: dict[str, Any], folder: Path) -> str:
         ]
         lines.append("")
     if speed := results.get("speed"):
-        columns = ["seconds", "clips per second", "% of the matmul rate", "memory, GB"]
+        columns = ["seconds", "clips per second", "% of the matmul rate", "memory beyond weights, GB"]
         lines += [f"| step | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
         for row in speed["steps"]:
             cells = [f"{row[name]:.4g}" if name in row else "" for name in columns]

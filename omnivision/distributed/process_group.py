@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import os
 from collections.abc import Callable, Iterator
@@ -75,8 +76,6 @@ class Dist:
             torch.cuda.set_device(self.device)
         elif "OMP_NUM_THREADS" not in os.environ or rank_info.world_size > 1:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // rank_info.local_world_size))
-        # Batches travel on it beside the computation.
-        self.copy_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.control: Any = None
         if rank_info.world_size > 1:
             backend = backend or {"cuda": "nccl"}.get(self.device.type, "gloo")
@@ -92,6 +91,11 @@ class Dist:
             )
             world, new_group = torch.distributed.group.WORLD, torch.distributed.new_group
             self.control = world if backend == "gloo" else new_group(backend="gloo", timeout=timeout)
+
+    @functools.cached_property
+    def copy_stream(self) -> torch.cuda.Stream | None:
+        """The stream on which batches travel to a GPU beside the computation."""
+        return torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     @property
     def is_main(self) -> bool:
