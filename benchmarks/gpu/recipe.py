@@ -43,8 +43,8 @@ STAGES = {
 }
 # What stages train on that do not train on the target.
 DOMAINS = {"mae": ("synthetic", "nohuman"), "align_synthetic": ("synthetic",), "align_nohuman": ("nohuman",)}
-# Peaks for ViT-S and batches of 64; heads alone take the recipe's.
-RATES = {"mae": "lr=8e-4", "align": "lr=1e-3", "finetune": "lr=1e-3"}
+# For ViT-S and batches of 64, peaks of 8e-4 and 1e-3; heads alone take the recipe's.
+RATES = {"mae": "lr=8e-4", "align": "lr_scale_factor=4", "finetune": "lr_scale_factor=4"}
 MODELS = {"mae": "", "average": "_average_ft"}
 MAX_EPOCHS = 200  # of few videos, more only overfit
 START = 5.0  # seconds of a run that are not training
