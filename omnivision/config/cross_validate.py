@@ -179,6 +179,6 @@ def _missing_weights(settings: Settings) -> Iterator[str]:
     resumes = Path(trainer.checkpoint.save_dir, LATEST).exists()
     if needs_weights and not settings.pretrained_checkpoint_path and not resumes:
         yield (
-            "pretrained_checkpoint_path must be set for a run that freezes or averages pretrained weights, got null. Set "
-            "pretrained_checkpoint_path=RUN, or pass pretrained_checkpoint_path=null for randomly initialized weights."
+            "This run freezes or averages pretrained weights, but pretrained_checkpoint_path is null. Set "
+            "pretrained_checkpoint_path=RUN, or pass pretrained_checkpoint_path=null to start from random weights."
         )

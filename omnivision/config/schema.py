@@ -25,7 +25,7 @@ Minutes = Annotated[float, Field(gt=0, le=100_000)]
 Pixels = Annotated[int, Field(ge=1, le=4096)]
 Workers = Annotated[int, Field(ge=0, le=1024)]
 ScaleFactor = Annotated[float, Field(gt=0, le=1e9)]
-Area = Annotated[float, Field(ge=1e-6, le=1)]  # as a share of a frame
+Area = Annotated[float, Field(ge=1e-6, le=1)]  # as a fraction of a frame
 Width = Annotated[int, Field(ge=1, le=65_536)]  # of a transformer's tokens
 Depth = Annotated[int, Field(ge=1, le=1000)]
 Heads = Annotated[int, Field(ge=1, le=1024)]
@@ -188,7 +188,7 @@ class WeightFilter(SettingsGroup):
     rename: dict[str, StrOrList] = {}  # a trailing `*` stands for the rest of the name on both sides
     prefix: str = ""  # put before every name, after renaming
     strict: bool = False  # file and model must have the same entries
-    trunk_coverage: Fraction = 1.0  # share of the trunk's encoder tensors that must be loaded
+    trunk_coverage: Fraction = 1.0  # fraction of the trunk's encoder tensors that must be loaded
 
 
 class CheckpointSettings(WeightFilter):

@@ -43,7 +43,7 @@ def _signed(width: float, middle: float = 0.0) -> Callable[[float, int], float]:
 
 FACTOR = _signed(0.9, middle=1)  # 1 changes nothing
 SLOPE = _signed(0.3)  # pixels sideways per pixel down
-SHIFT = _signed(0.45)  # share of the width or height, to the left or up
+SHIFT = _signed(0.45)  # fraction of the width or height, to the left or up
 UNUSED = _signed(0)
 # As published, auto-contrast and equalize use the histogram of each frame, contrast the mean of each frame.
 OPERATIONS = {
@@ -108,12 +108,12 @@ class RandomErasing:
     """Fill one rectangle of all frames with noise, drawn for each pixel, channel and frame (Zhong et al. 2020).
 
     The published noise is standard normal after normalization. Here pixels stay uint8, so the noise is un-normalized with
-    ImageNet's mean and deviation, rounded and clamped to 0 .. 255. Depending on the channel, that cuts its tails below -1.8 to
-    -2.1 and above 2.2 to 2.6 deviations.
+    ImageNet's mean and standard deviation, rounded and clamped to 0 .. 255. Depending on the channel, that cuts its tails
+    below -1.8 to -2.1 and above 2.2 to 2.6 standard deviations.
 
     Args:
         prob: chance that a clip is erased.
-        area: share of a frame, drawn uniformly.
+        area: fraction of a frame, drawn uniformly.
         aspect: height / width, drawn log-uniformly.
     """
 

@@ -29,10 +29,10 @@ class MixupCutmix:
     `partner_index` pairs the samples. A batch of one sample is not mixed.
 
     Args:
-        mixup_alpha, cutmix_alpha: the share of a sample is drawn from Beta(alpha, alpha); 0 disables that kind.
+        mixup_alpha, cutmix_alpha: the weight of a sample is drawn from Beta(alpha, alpha); 0 disables that kind.
         prob: chance that a batch is mixed at all.
         switch_prob: chance of CutMix if both kinds are enabled.
-        label_smoothing: share of a target that is spread evenly over all classes, whether the batch is mixed or not.
+        label_smoothing: fraction of a target that is spread evenly over all classes, whether the batch is mixed or not.
 
     Raises UserError if both kinds are disabled.
     """
@@ -95,7 +95,7 @@ def cutmix_box(height: int, width: int, lam: float, row: int, column: int) -> Bo
 
 
 def kept_share(height: int, width: int, box: Box) -> float:
-    """Return the share of a frame outside the (clipped) box."""
+    """Return the fraction of a frame outside the (clipped) box."""
     return 1 - box[2] * box[3] / (height * width)
 
 

@@ -25,7 +25,7 @@ Box = tuple[int, int, int, int]  # top, left, height, width
 class PretrainView:
     """Resize the short side to `short_side`, then take a random resized crop of `size` x `size`; no flip (the MAE recipe).
 
-    `scale` is the range of the crop's share of the area, `ratio` that of its width / height, drawn log-uniformly.
+    `scale` is the range of the crop's fraction of the area, `ratio` that of its width / height, drawn log-uniformly.
     """
 
     size: Pixels

@@ -94,7 +94,7 @@ class Dist:
 
     @functools.cached_property
     def copy_stream(self) -> torch.cuda.Stream | None:
-        """The stream on which batches travel to a GPU beside the computation."""
+        """The stream that copies batches to the GPU while it computes."""
         return torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     @property

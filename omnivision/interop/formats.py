@@ -61,7 +61,7 @@ _HF_LAYERS = {
     "attention.attention.{part}_bias": "attn.qkv.bias[{part}]",
     **{f"attention.attention.{part}.{{leaf}}": f"attn.qkv.{{leaf}}[{part[0]}]" for part in ("query", "key", "value")},
 }
-# {format: {their name: ours}}. `[q]`, `[k]` and `[v]` are rows of one tensor of ours. PPMA's names are "omnivision", too.
+# {format: {their name: ours}}. `[q]`, `[k]` and `[v]` are rows of one tensor of ours. PPMA's names are also "omnivision".
 RENAMES: dict[str, dict[str, str]] = {
     "omnivision": {name: name for name in (*_TRUNK, "heads.{n}.0.{leaf}", "heads.0.projector.{leaf}")},
     "omnimae": {name: name for name in _TRUNK} | {"head.{leaf}": "heads.0.0.{leaf}"},

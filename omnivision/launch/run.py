@@ -41,7 +41,7 @@ def run_rank(job: Job, rank_info: RankInfo, job_log: JobLog | None = None) -> in
     end and requeues the job if necessary; signals are ignored once the run ends.
     """
     ignore_broken_pipe()
-    faulthandler.enable(sys.__stderr__ or 2)  # print the stacks on SIGSEGV and SIGBUS, too
+    faulthandler.enable(sys.__stderr__ or 2)  # also print the stacks on SIGSEGV and SIGBUS
     handler = ExitHandler(job.run_dir, rank_info.rank, job.settings, job_log, rank_info.world_size)
     with handler.supervise():
         dist = build.build_process_group(job.settings, rank_info)

@@ -152,7 +152,7 @@ class JobLog:
         self.run_dir.write_summary(job=(self.run_dir.read_summary().get("job") or {}) | fields)
 
     def record_resume(self, step: int) -> None:
-        """Record the step that the run resumes from. Raises UserError if it was restarted too often (SLURM requeues, too)."""
+        """Record the step that the run resumes from. Raises UserError if it was restarted too often (SLURM also requeues)."""
         self.note("resumed", step=step)
         if limit := self.reached_limit(self.restarts):
             raise UserError(f"At step {step}, {limit.reason}.")

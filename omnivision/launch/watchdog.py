@@ -189,7 +189,7 @@ def as_peer_lost(error: BaseException, peers: PeerMonitor | None) -> BaseExcepti
     """Return a PeerLostError for an error caused by the loss of another rank; return other errors unchanged.
 
     NCCL and the store have their own exception types, and collectives are functions of torch.distributed. Gloo raises a plain
-    RuntimeError, which may also come from the backward pass, where gradients are reduced but the model may fail, too: there the
+    RuntimeError, which may also come from the backward pass, where gradients are reduced but the model may also fail: there the
     heartbeats decide.
     """
     if not isinstance(error, RuntimeError) or isinstance(error, PeerLostError) or is_out_of_memory(error):

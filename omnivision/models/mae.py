@@ -3,7 +3,7 @@
 Only visible patches are embedded and encoded; all tokens pass through the decoder; only masked ones are projected to
 pixels and compared (He et al. 2022; Tong et al. 2022, VideoMAE; Girdhar et al. 2023, OmniMAE).
 
-Two options make the decoder cheaper than in the paper's recipe: `share` trains on a share of the masked tokens (Wang et al.
+Two options make the decoder cheaper than in the paper's recipe: `share` trains on a fraction of the masked tokens (Wang et al.
 2023, VideoMAE V2, "dual masking"), attention="cross" lets tokens attend only to the visible ones (Fu et al. 2024, CrossMAE).
 """
 
@@ -89,7 +89,7 @@ class Decoder(nn.Module):
 
     Args:
         attention: "self": all tokens attend to each other (the recipe); "cross": masked tokens attend only to visible ones.
-        share: share of the masked tokens that a training step decodes, in (0, 1]; 1 in the recipe.
+        share: fraction of the masked tokens that a training step decodes, in (0, 1]; 1 in the recipe.
     """
 
     pos_embed: Tensor
@@ -128,7 +128,7 @@ class Decoder(nn.Module):
         return self.norm(run_blocks(self.decoder_blocks, x, self.activation_checkpointing)[:, visible.shape[1] :])
 
     def sample_masked(self, masked: Tensor) -> Tensor:
-        """Draw a random share of the indices (B, M), keeping their order; all of them in evaluation."""
+        """Draw a random fraction of the indices (B, M), keeping their order; all of them in evaluation."""
         if self.share == 1 or not self.training:
             return masked
         count = max(1, int(self.share * masked.shape[1]))
@@ -220,7 +220,7 @@ def reconstruction_target(video: Tensor, tubelet: tuple[int, int, int], masked: 
 
 
 def patch_statistics(pixels: Tensor, norm: TargetNorm) -> tuple[Tensor, Tensor]:
-    """Return the mean and deviation that normalize targets: pixels (B, M, P, 3) -> two tensors that broadcast with them."""
+    """Return the mean and standard deviation of targets: pixels (B, M, P, 3) -> two tensors that broadcast with them."""
     if norm == "none":
         return pixels.new_zeros(()), pixels.new_ones(())
     dims = (2,) if norm == "channel" else (2, 3)

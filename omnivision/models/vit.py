@@ -31,7 +31,7 @@ from omnivision.models.patches import (
 from omnivision.utils.errors import UserError
 
 IMAGENET = (IMAGENET_MEAN, IMAGENET_STD)
-DEPTH_STATISTICS = ([0.0418], [0.0295])  # Omnivore's mean and deviation of depth / maximum depth
+DEPTH_STATISTICS = ([0.0418], [0.0295])  # Omnivore's mean and standard deviation of depth / maximum depth
 
 
 class Attention(nn.Module):
@@ -68,7 +68,7 @@ class Mlp(nn.Module):
 
 class DropPath(nn.Module):
     """Stochastic depth (Huang et al. 2016): in training, drop a sample's branch with probability `rate`. (timm and torchvision
-    have it, too, but take two seconds to import.)"""
+    also have it, but take two seconds to import.)"""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class PatchEmbed(nn.Module):
     def __init__(
         self, tubelet: Triple, width: int, statistics: tuple[Sequence[float], Sequence[float]] = IMAGENET
     ) -> None:
-        """`statistics`: mean and deviation of each channel of the raw input (bytes, or depth in [0, 1])."""
+        """`statistics`: mean and standard deviation of each channel of the raw input (bytes, or depth in [0, 1])."""
         super().__init__()
         self.tubelet = tubelet
         # `proj.1`, because the published module first pads images to videos (`proj.0`) inside a Sequential.

@@ -152,7 +152,7 @@ class ScheduledOptimizer:
             )
         except (TypeError, ValueError, IndexError, RuntimeError) as error:
             raise UserError(f"trainer.optim.optimizer cannot be built: {error}. Fix its arguments.") from error
-        # The wrappers of torch's own step import the compiler, too.
+        # The wrappers of torch's own step also import the compiler.
         step = type(self.optimizer).step
         self._step = inspect.unwrap(step) if step.__module__.startswith("torch.optim.") else step
         known = {name for name, value in self.optimizer.defaults.items() if type(value) in (int, float)}
@@ -164,7 +164,7 @@ class ScheduledOptimizer:
         self.set_progress(0.0)
 
     def set_progress(self, progress: float) -> None:
-        """Set the options of all groups; `progress` is the share of all steps done."""
+        """Set the options of all groups; `progress` is the fraction of all steps done."""
         for group, target in zip(self.groups, self.optimizer.param_groups, strict=True):
             target.update({option: group.value(option, progress) for option in group.schedules})
 

@@ -1,4 +1,4 @@
-"""Schedules: functions of progress in [0, 1], the share of all optimizer steps done when a step begins.
+"""Schedules: functions of progress in [0, 1], the fraction of optimizer steps already done.
 
 A configuration may use any other callable of progress, e.g. fvcore's param schedulers.
 """
@@ -67,7 +67,7 @@ def peak(schedule: Schedule) -> float:
 
 
 class SequentialSchedule:
-    """Schedules in sequence, each stretched over its share of the run; `shares` sum to 1."""
+    """Schedules in sequence, each stretched over its fraction of the run; `shares` sum to 1."""
 
     def __init__(self, schedules: Sequence[Schedule], shares: Sequence[float]) -> None:
         fits = len(schedules) == len(shares) and min(shares) >= 0 and shares[-1] > 0 and abs(sum(shares) - 1) < 1e-6
@@ -90,7 +90,7 @@ Phases = SequentialSchedule  # the `_target_` of earlier configurations
 
 
 class WarmupCosine(SequentialSchedule):
-    """Linear from `start` to `peak` over the first `warmup` share of the run, then half a cosine to `end`."""
+    """Linear from `start` to `peak` over the first `warmup` fraction of the run, then half a cosine to `end`."""
 
     def __init__(self, start: float, peak: float, end: float, warmup: Annotated[float, Field(ge=0, lt=1)]) -> None:
         super().__init__([Linear(start, peak), Cosine(peak, end)], [warmup, 1 - warmup])

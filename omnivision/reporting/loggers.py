@@ -51,7 +51,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """One wandb run per run directory, across restarts, too: `wandb_id` stores its ID."""
+    """One wandb run per run directory, even across restarts: `wandb_id` stores its ID."""
 
     def __init__(self, run_dir: RunDir, settings: Mapping[str, Any]) -> None:
         import wandb
@@ -79,7 +79,7 @@ class WeightsAndBiases:
 
 
 class MLflow:
-    """One MLflow run per run directory, across restarts, too: `mlflow_id` stores its ID."""
+    """One MLflow run per run directory, even across restarts: `mlflow_id` stores its ID."""
 
     def __init__(self, run_dir: RunDir, settings: Mapping[str, Any]) -> None:
         import mlflow

@@ -116,6 +116,6 @@ def confusion_image(predictions: Predictions, title: str) -> Image.Image:
         for row, column in np.argwhere(counts > 0):
             ink = "white" if shares[row, column] > 0.55 else "black"
             axes.text(column, row, counts[row, column], color=ink, **centered)
-    figure.colorbar(image, label="share of the label's videos", shrink=0.8)
+    figure.colorbar(image, label="fraction of the label's videos", shrink=0.8)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())

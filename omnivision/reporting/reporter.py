@@ -21,7 +21,7 @@ from omnivision.tasks.base import Visualization
 from omnivision.utils.streams import print_text
 
 LOG = logging.getLogger("omnivision")
-MAX_DATA_WAIT = 0.3  # share of time waiting for data that causes a warning
+MAX_DATA_WAIT = 0.3  # fraction of time waiting for data that causes a warning
 MIN_LOG_LINES = 5  # log lines before a warning: the first batches are always late
 REPEAT_SECONDS = 1800.0
 
@@ -139,7 +139,7 @@ class DataStallWarning:
         self._next_warning = float("-inf")
 
     def update(self, data_wait: float) -> str | None:
-        """Add the share of time spent waiting since the last log line; return a warning if it is due."""
+        """Add the fraction of time spent waiting since the last log line; return a warning if it is due."""
         self._waits.append(data_wait)
         share = statistics.median(self._waits)  # not the mean: starting the workers is one long wait
         is_due = len(self._waits) == MIN_LOG_LINES and time.monotonic() >= self._next_warning

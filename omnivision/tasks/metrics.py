@@ -72,7 +72,7 @@ def confusion_matrix(label: np.ndarray, predicted: np.ndarray, classes: int) -> 
 
 
 def mean_class_accuracy(confusion: np.ndarray) -> float:
-    """Return the mean, over the classes that occur, of the share of correct samples; NaN if no class occurs."""
+    """Return the mean, over the classes that occur, of the fraction of correct samples; NaN if no class occurs."""
     occurring = confusion.sum(1) > 0
     if not occurring.any():
         return float("nan")

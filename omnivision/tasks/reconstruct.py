@@ -52,8 +52,8 @@ class Reconstruct(Task):
     def visualize(self, model: nn.Module, batch: Batch) -> Visualization:
         """Show the original, the visible tubelets, and the reconstruction of the first clip.
 
-        A model trained on normalized targets predicts patterns, not brightness. One column therefore takes the mean and
-        deviation of each masked tubelet from the original, as its caption says; another takes them from the visible tubelets.
+        A model trained on normalized targets predicts patterns, not brightness. One column therefore takes mean and standard
+        deviation of each masked tubelet from the original, as its caption says; another takes them from the visible ones.
         """
         assert isinstance(model, MaskedAutoencoder) and batch.mask is not None
         mask = batch.mask[:1]

@@ -112,8 +112,8 @@ def reconstruct(
         video: A video, or a folder of its frames.
         out: A .gif (animated), or a .png with some frames.
         start: Where the clip begins (default: in the middle).
-        mask_ratio: Share of hidden patches (default: the run's). The run also gives the kind of mask; for a class of your own,
-            RandomMask is used.
+        mask_ratio: Fraction of hidden patches (default: the run's). The run also gives the kind of mask; for a class of your
+            own, RandomMask is used.
         seed: Seed of the mask.
         force: Replace OUT if it exists.
     """

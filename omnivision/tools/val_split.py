@@ -61,7 +61,7 @@ def val_split(
         dataset: The dataset whose naming scheme identifies a video's source.
         group_pattern: The same for other data: a regular expression whose first parentheses match the part that names of one
             source share, e.g. '(.*)_c\d+'.
-        share: Share of the videos to hold out.
+        share: Fraction of the videos to hold out.
         seed: Seed of the split.
     """
     if (dataset is None) == (group_pattern is None):

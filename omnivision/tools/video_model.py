@@ -122,7 +122,7 @@ class VideoModel:
     ) -> Visualization:
         """Reconstruct a clip that begins at `start` (s; None: in the middle of the video), with the run's mask.
 
-        mask_ratio: share of hidden tokens (None: the run's). Returns columns of frames (see `tasks.reconstruct`). Raises
+        mask_ratio: fraction of hidden tokens (None: the run's). Returns columns of frames (see `tasks.reconstruct`). Raises
         UserError.
         """
         if not isinstance(self.model, MaskedAutoencoder):

@@ -43,14 +43,13 @@ def load_initial_weights(settings: Settings, trainer: Trainer) -> list[LoadRepor
         if averaged:  # they have no head
             advice = "set trainer/model=vit*_ft trainer/checkpoint=load_all pretrained_checkpoint_path=THE_RUN"
         raise UserError(
-            f"trainer.mode=val must have a checkpoint in {run_dir.checkpoints}, got none. Set launcher.experiment_log_dir, "
-            f"or {advice}."
+            f"trainer.mode=val found no checkpoint in {run_dir.checkpoints}. Set launcher.experiment_log_dir, or {advice}."
         )
     reports = averaged or load_pretrained(settings, trainer.raw_model)
     for line in [line for report in reports for line in report.lines()]:
         info(line)
     if not validates and any(name.startswith("heads.") for report in reports for name in report.loaded):
-        info("The heads of the checkpoint are loaded, too; trainer/checkpoint=no_heads leaves them out.")
+        info("The heads of the checkpoint are also loaded; trainer/checkpoint=no_heads leaves them out.")
     if trainer.ema is not None:
         trainer.ema.reset_to_weights()
     return reports
@@ -79,7 +78,7 @@ def load_averaged_checkpoints(settings: Settings, model: AveragedClassifier) -> 
     """Load the source checkpoints of a learned average; return a report for each."""
     if settings.pretrained_checkpoint_path is None:
         raise UserError(
-            "pretrained_checkpoint_path must be the checkpoints to average, got null. Set ++pretrained_checkpoint_path=[A,B], "
+            "An average needs checkpoints, but pretrained_checkpoint_path is null. Set ++pretrained_checkpoint_path=[A,B], "
             "or one file with a list under ensemble_weights."
         )
     with name_setting():

@@ -82,9 +82,10 @@ def probe_samples(settings: Settings, split: Split) -> list[str]:
     warnings, missing = [], sorted({*indices} - {*existing})
     if len(missing) > data.bad_sample_budget * len(indices):
         warnings.append(
-            f"{len(missing)} of {len(indices)} {what} do not exist, e.g. {split.path(missing[0])}. A run stops when it has met "
-            f"more missing and unreadable files than trainer.data.bad_sample_budget={data.bad_sample_budget:g} of all. Check "
-            f"{name}.prefix, and that the data is mounted; omnivision check-data lists all."
+            f"{len(missing)} of {len(indices)} {what} do not exist, e.g. {split.path(missing[0])}. A run stops once the "
+            "fraction of missing or unreadable files exceeds "
+            f"trainer.data.bad_sample_budget={data.bad_sample_budget:g}. Check {name}.prefix, and that the data is mounted; "
+            "omnivision check-data lists all."
         )
     if Path(settings.trainer.checkpoint.save_dir, LATEST).exists():
         return warnings
@@ -166,8 +167,8 @@ def check_disk_space(settings: Settings, model: nn.Module) -> None:
     free = disk.free + sum(own.values())
     if disk.total and free < needed:  # some file systems report 0
         raise UserError(
-            f"{setting} must have room for {count} checkpoints, {needed / 1e9:.2g} GB, got {free / 1e9:.2g} GB on the disk of "
-            f"{folder}. Make room, or set {setting} (or trainer.checkpoint.save_dir)."
+            f"{folder} needs {needed / 1e9:.2g} GB for {count} checkpoints, but only {free / 1e9:.2g} GB are free. Make room, "
+            f"or set {setting} (or trainer.checkpoint.save_dir)."
         )
 
 
@@ -202,8 +203,8 @@ def check_device(settings: Settings, device: torch.device, local_rank: int = 0) 
     memory //= 1 if is_gpu else settings.launcher.gpus_per_node
     if meta is not None and (needed := memory_per_rank(settings, meta)) > memory:
         raise UserError(
-            f"trainer/model must fit into the {memory / 1e9:.1f} GB that a rank has here ({device}), got {needed / 1e9:.1f} GB "
-            "for weights, gradients and optimizer state. Set a smaller trainer/model, or trainer.distributed.strategy=fsdp."
+            f"The model needs {needed / 1e9:.1f} GB for weights, gradients and optimizer state, but a rank has only "
+            f"{memory / 1e9:.1f} GB here ({device}). Set a smaller trainer/model, or trainer.distributed.strategy=fsdp."
         )
 
 

@@ -1,4 +1,4 @@
-"""Progress of a run, and step results, summed over all ranks without making a host wait for its device."""
+"""Run progress and step statistics, reduced over ranks without blocking the host."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class ThroughputMeter:
     data_seconds: float = 0.0
 
     def metrics(self, device: torch.device) -> dict[str, float]:
-        """Return clips per second over all ranks, the share of time waiting for data, and this process's peak memory in GB."""
+        """Return clips per second over all ranks, the fraction of time waiting for data, and peak memory here in GB."""
         seconds = max(time.monotonic() - self.start_time, 1e-9)
         return {
             "clips_per_second": self.clips / seconds,

@@ -1,7 +1,7 @@
 """The training loop: epochs of steps, validation, checkpoints, resuming.
 
-A run starts from the first of these that exists: its own newest checkpoint (`Trainer.load_checkpoint`; in the middle of an
-epoch, too), pretrained weights, random weights.
+A run starts from the first of these that exists: its own newest checkpoint (`Trainer.load_checkpoint`, even in the middle
+of an epoch), pretrained weights, random weights.
 """
 
 from __future__ import annotations
@@ -236,7 +236,7 @@ class Trainer:
             stop_requested=self.context.stop.cause is not None,
             scaled=self.scaler.is_enabled(),
         )
-        # A step whose scaled gradients overflow is skipped, too, but not reported.
+        # A step whose scaled gradients overflow is also skipped, but not reported.
         skip_step = self.step_stats.submit(step) | ~grad_norm.isfinite() | (total == 0)
         optimizer.step(skip_step)
         if self.scaler.is_enabled():

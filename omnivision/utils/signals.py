@@ -60,7 +60,7 @@ class StopSignal:
 
     @property
     def reserved_seconds(self) -> float:
-        """Seconds reserved for the exit: at most half of the time until the deadline, so that a short job trains, too."""
+        """Seconds reserved for the exit: at most half of the time until the deadline, so that a short job also trains."""
         return min(seconds_to_exit(self.step_seconds, self.save_seconds), self._max_reserved)
 
     def set_deadline(self, deadline: float | None) -> None:

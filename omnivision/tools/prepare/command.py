@@ -59,7 +59,7 @@ class SourceSettings:
         fold: Which of the splits of UCF101 or HMDB51.
         class_names: Class names in the order of labels, one per line.
         prefix: The folder of the videos; paths in the arrays are relative to it (default: SOURCE, or the folder of the list).
-        hold_out: Hold out this share of the videos as the validation split, e.g. 0.2, if the source has none.
+        hold_out: Hold out this fraction of the videos as the validation split, e.g. 0.2, if the source has none.
         group_pattern: With --hold-out: its first parentheses match the part of a name that videos of one source share; these
             stay on one side (default: each video is its own group).
         skip_missing: Leave out rows of lists whose video does not exist.

@@ -36,7 +36,7 @@ class _Tree:
 
 
 def read_class_folders(source: str, chosen: Mapping[str, str] | None = None) -> DatasetIndex:
-    """Find videos by suffix, at any depth below a class; a folder with images and no folders is a clip, too.
+    """Find videos by suffix, at any depth below a class; a folder with images and no folders is also a clip.
 
     chosen: folder name -> split; empty: no folder is a split; None: decide by the names, if they are unambiguous.
     Raises UserError for a split without videos, for images directly in a class's folder, and for folders that may be splits or
@@ -117,7 +117,7 @@ def _find_splits(tree: _Tree, source: str) -> tuple[int, dict[str, str]]:
     for level in range(max(map(len, above), default=0)):
         used = {path[level] for path in above if len(path) > level}
         named = {name: split for name in used if (split := split_of(name))}
-        if level == 0:  # an empty split is one, too
+        if level == 0:  # so is an empty split
             named |= {path[0]: split for path in tree.folders if (split := split_of(path[0]))}
         guessed = {name: split for name in used if (split := guess_split(name))}
         if len(guessed) < len(used):

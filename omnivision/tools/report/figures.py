@@ -58,7 +58,7 @@ def confusion(predictions: Predictions) -> Markup:
     figure = graph.Figure(
         graph.Heatmap(
             z=counts / np.maximum(counts.sum(1, keepdims=True), 1), x=names, y=names, text=counts, zmin=0, zmax=1,
-            texttemplate="%{text}" if len(names) <= MAX_COUNTS else None, colorbar={"title": "share of the label"},
+            texttemplate="%{text}" if len(names) <= MAX_COUNTS else None, colorbar={"title": "fraction of the label"},
             xgap=1, ygap=1, colorscale=SHADES,
             hovertemplate="%{y}, taken for %{x}: %{text} (%{z:.0%})<extra></extra>",
         )

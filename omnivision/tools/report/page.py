@@ -32,7 +32,7 @@ CURVES = (
     ("Learning rate", "learning rate", ("step", "train", "lr")),
     ("Gradient norm", "norm", ("step", "train", "grad_norm")),
     ("Clips per second", "clips per second", ("step", "train", "clips_per_second")),
-    ("Waiting for data", "share of the time", ("step", "train", "data_wait")),
+    ("Waiting for data", "fraction of the time", ("step", "train", "data_wait")),
 )
 
 
@@ -106,7 +106,7 @@ def _evaluation(run: Run, source: str, clips: bool) -> dict[str, Any]:
     right, videos = int(counts.trace()), int(counts.sum())
     entry = {key: run.settings.get(f"datasets.{source}.{key}") for key in ("fps", "prefix", "frame_pattern")}
     last, best = run.last.get("val_epoch"), run.summary.get("best_epoch")
-    held = ", which best.pt holds, too" if best == last else f"; best.pt is of epoch {best}"
+    held = ", which best.pt also holds" if best == last else f"; best.pt is of epoch {best}"
     return {
         "title": f"{run.name}: {source}",
         "accuracy": f"{right} of {videos} videos are right: {100 * right / max(1, videos):.1f} %. Guessing would give "
