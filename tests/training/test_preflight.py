@@ -45,7 +45,7 @@ class Room(unittest.TestCase):
                 settings = settings_of(stage, f"launcher.experiment_log_dir={name}")
                 size = preflight.checkpoint_bytes(settings, build.build_model(settings, "meta"))
                 self.check(settings, free=count * size)
-                with self.assertRaisesRegex(UserError, f"launcher.experiment_log_dir .* {count} checkpoints"):
+                with self.assertRaisesRegex(UserError, f"{count} checkpoints.* launcher.experiment_log_dir"):
                     self.check(settings, free=count * size - 1)
                 parts = Path(name) / "checkpoints" / f"{SHARDS_PREFIX}12"
                 parts.mkdir(parents=True)
@@ -134,7 +134,7 @@ class Weights(unittest.TestCase):
         ):
             with tempfile.TemporaryDirectory() as name, self.subTest(stage=stage, overrides=overrides):
                 said = stages.run_in_process(stages.command(stage, Path(name) / "run", *overrides)).stderr
-                self.assertEqual("pretrained_checkpoint_path must be set" in said, refused, said)
+                self.assertEqual("pretrained_checkpoint_path=RUN" in said, refused, said)
 
     def test_all_missing_checkpoints_of_an_average_are_reported(self):
         with self.assertRaises(UserError) as raised:
