@@ -147,6 +147,15 @@ class Failures(Folder):
         self.assertEqual(self.rows(broken, after), [False])
         after.assert_called_once()
 
+    def test_without_a_gpu_only_small_sizes_run(self):
+        with (
+            mock.patch.object(sys, "argv", ["gpu", "--out", str(self.folder / "new")]),
+            mock.patch("torch.cuda.is_available", return_value=False),
+            self.assertRaises(SystemExit) as ended,
+        ):
+            command.main()
+        self.assertEqual((ended.exception.code, (self.folder / "new").exists()), (2, False))
+
     def test_the_exit_code_and_the_table(self):
         row = {"what": "a thing", "found": "2", "expected": "at most 1", "passed": False}
         steps = [

@@ -18,6 +18,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 PARTS = ("checks", "speed")
 # Before CUDA starts: what deterministic matrix products need.
 ENVIRONMENT = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
@@ -44,6 +46,8 @@ def main() -> int:
     options = parser.parse_args()
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"PART must be checks or speed; got {', '.join(sorted(unknown))}")
+    if not (options.quick or torch.cuda.is_available()):
+        parser.error("there is no GPU here; --quick rehearses on the CPU")
     folder = options.out or Path("gpu/quick" if options.quick else "gpu")
     folder.mkdir(parents=True, exist_ok=True)
     if options.here:
