@@ -64,6 +64,7 @@ class Recipe:
         videos = int(minutes * RENDERING * self.cores * VIDEOS_PER_CORE_MINUTE)
         synthetic = 2 if quick else max(4, (videos - 2 * len(ACTIONS) * TARGET) // len(ACTIONS))
         self.counts = {"synthetic": synthetic, "nohuman": 2 if quick else TARGET, "target": 2 if quick else TARGET}
+        shutil.rmtree(self.folder, ignore_errors=True)  # an earlier one had other epochs, perhaps other videos
         train, val = (2, 1) if quick else (TARGET, 20)
         write_demo_data(self.folder / "data", train=train, val=val, synthetic=synthetic, workers=self.cores)
 
@@ -92,7 +93,6 @@ class Recipe:
         stage = STAGES[name]
         if stage.experiment not in self.rates:
             run = self.folder / f"rate_{stage.experiment}"
-            shutil.rmtree(run, ignore_errors=True)
             steps = 2 if self.quick else 8 * self.cores  # more than workers prefetch while it starts
             short = ["epochs=1", f"trainer.limit_train_batches={steps}", f"trainer.logging.log_freq={steps // 2}",
                      "trainer.mode=train_only", f"launcher.experiment_log_dir={run}"]  # fmt: skip
@@ -110,7 +110,7 @@ class Recipe:
             raise RuntimeError(result.stderr[-2000:])
 
     def train(self, name: str, seed: int) -> None:
-        """Run a stage, or resume it."""
+        """Run a stage."""
         start, run, epochs = time.monotonic(), self.run_dir(name, seed), self.epochs(name, seed)
         self.start(self.settings(name, seed, f"epochs={epochs}", f"launcher.experiment_log_dir={run}"))
         top1 = read_summary(run)["last"].get("val_top1")

@@ -170,7 +170,7 @@ def _is_utf8(file: Path) -> bool:
     except UnicodeDecodeError:
         return False
     except OSError:  # a folder or an unreadable file, which Hydra has not read either
-        return True
+        pass
     return True
 
 
