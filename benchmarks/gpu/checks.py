@@ -6,10 +6,12 @@ import contextlib
 import functools
 import itertools
 import math
+import os
+import re
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,8 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.geometry import CAN_COMPILE
-from benchmarks.gpu.device import DEVICE, ON_GPU, describe, little_memory, peak_memory, sync_debug_mode
+from benchmarks.gpu.device import DEVICE, ON_GPU, describe, little_memory, peak_memory, run_command, sync_debug_mode
+from benchmarks.harness import machine
 from omnivision.data.batch import Batch
 from omnivision.distributed.fsdp import apply_fsdp
 from omnivision.distributed.process_group import wrap_ddp
@@ -48,6 +51,10 @@ STEPS = 1e-4  # between losses on the two devices, after some steps in fp32
 NO_DROP_PATH = "trainer.model.trunk.drop_path=0"  # devices and compilers draw other random numbers
 
 
+NOT_HERE = "not here"  # needs a GPU, or a compiler
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts, for deterministic matrix products
+
+
 @dataclass
 class Row:
     """One thing that was checked."""
@@ -55,7 +62,7 @@ class Row:
     what: str
     found: str
     expected: str
-    passed: bool | None  # None: only a GPU has it, or a compiler is missing
+    verdict: str  # ok, rehearsed (ok on a CPU), failed, reported (no bound), NOT_HERE
 
 
 @dataclass
@@ -69,12 +76,11 @@ class Checks:
     def at_most(self, what: str, value: float, bound: float) -> None:
         self.add(what, f"{value:.2g}", f"at most {bound:g}", value <= bound)
 
-    def holds(self, what: str, passed: bool, found: str = "") -> None:
-        self.add(what, found or ("yes" if passed else "no"), "yes", passed)
-
-    def add(self, what: str, found: str, expected: str, passed: bool | None) -> None:
-        self.rows.append(Row(what, found, expected, passed))
-        print(f"  { ({True: 'ok', False: 'FAILED', None: '-'}[passed]):6}  {what}: {found} ({expected})", flush=True)
+    def add(self, what: str, found: str, expected: str, verdict: bool | str) -> None:
+        if isinstance(verdict, bool):
+            verdict = ("ok" if ON_GPU else "rehearsed") if verdict else "failed"
+        self.rows.append(Row(what, found, expected, verdict))
+        print(f"  {verdict.replace('failed', 'FAILED'):9}  {what}: {found} (expected: {expected})", flush=True)
 
     @functools.cached_property
     def data(self) -> dict[str, list[str]]:
@@ -87,10 +93,8 @@ class Checks:
         }
 
     def run(self, stage: str, name: str, *overrides: str, device: str = DEVICE.type, code: int = 0) -> Path:
-        """Run a stage with a tiny model; return its run directory. Raises RuntimeError for another exit code."""
-        self.result = stage_runs.run_in_process(self.command(stage, name, *overrides, device=device))
-        if self.result.returncode != code:
-            raise RuntimeError(f"exit code {self.result.returncode} instead of {code}: {self.result.stderr[-2000:]}")
+        """Run a stage with a tiny model; return its run directory. Raises as `run_command` does."""
+        self.result = run_command(self.command(stage, name, *overrides, device=device), code)
         return self.folder / name
 
     def command(self, stage: str, name: str, *overrides: str, device: str = DEVICE.type) -> list[str]:
@@ -198,10 +202,12 @@ def loss_scale(checks: Checks) -> None:
     with mock.patch.object(Trainer, "train_step", watched):
         checks.run("mae", "overflow", *amp)
     skipped = changed.index(True) if any(changed) else len(changed)
-    checks.holds("fp16: overflowing steps change nothing", 0 < skipped < len(changed), f"{skipped} skipped")
+    found = f"{skipped} of {len(changed)}"
+    checks.add("fp16: first steps, whose gradients overflow, skipped", found, "some", 0 < skipped < len(changed))
     falls = all(later < earlier for earlier, later in itertools.pairwise(scales[:skipped]))
     grows = any(later > earlier for earlier, later in itertools.pairwise(scales[skipped:]))
-    checks.holds("fp16: the loss scale falls, then grows", falls and grows, f"{scales[0]:.0e} to {scales[-1]:.0e}")
+    found = f"{scales[0]:.0e}, {min(scales):.0e}, {scales[-1]:.0e}"
+    checks.add("fp16: loss scale at the start, lowest, at the end", found, "falls, then grows", falls and grows)
 
 
 # ---- the step -----------------------------------------------------------------------------------------------------
@@ -210,7 +216,7 @@ def loss_scale(checks: Checks) -> None:
 def compiled(checks: Checks) -> None:
     """`trainer.compile=true`: no graph breaks, the same losses."""
     if not (ON_GPU or CAN_COMPILE):
-        checks.add("compiled", "no C++ compiler", "the same losses", None)
+        checks.add("losses, compiled beside eager", "no C++ compiler", f"at most {STEPS:g}", NOT_HERE)
         return
     from torch._dynamo.utils import counters
 
@@ -224,15 +230,17 @@ def compiled(checks: Checks) -> None:
             f"{stage}: losses, compiled beside eager", largest_difference(losses(plain), losses(made)), STEPS
         )
     breaks = sum(counters["graph_break"].values())
-    checks.holds("no graph breaks", breaks == 0, f"{breaks}")
+    checks.add("graph breaks of compiled runs", str(breaks), "0", breaks == 0)
 
 
 def activation_checkpointing(checks: Checks) -> None:
     """The same losses with less memory."""
     setting = "trainer.model.trunk.activation_checkpointing=true"
-    plain, made = (checks.run("mae", name, checks.starts["mae"], *more) for name, more in
-                   (("kept", []), ("recomputed", [setting])))  # fmt: skip
-    checks.at_most("losses with activation checkpointing", largest_difference(losses(plain), losses(made)), 1e-6)
+    with deterministic():
+        plain = checks.run("mae", "kept", checks.starts["mae"])
+        made = checks.run("mae", "recomputed", checks.starts["mae"], setting)
+    difference = largest_difference(losses(plain), losses(made))
+    checks.at_most("losses with activation checkpointing beside without, deterministic algorithms", difference, 1e-6)
     memory = []
     for on in (False, True):
         model = test_mae.VisionTransformer(384, 8, 6, num_frames=8, image_size=112, activation_checkpointing=on).to(
@@ -240,8 +248,19 @@ def activation_checkpointing(checks: Checks) -> None:
         )
         video = torch.rand(16 if ON_GPU else 1, 3, 8, 112, 112, device=DEVICE)
         memory.append(peak_memory(functools.partial(backward, model, video)))
-    less = f"{memory[1] / memory[0]:.2f} of the memory" if ON_GPU else "not measured"
-    checks.add("less memory with it", less, "less than 1", memory[1] < memory[0] if ON_GPU else None)
+    share = f"{memory[1] / memory[0]:.2f}" if ON_GPU else "not measured"
+    what = "memory of a step with activation checkpointing, as a share of that without"
+    checks.add(what, share, "less than 1", memory[1] < memory[0] if ON_GPU else NOT_HERE)
+
+
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    """Let the GPU add in a fixed order: with default algorithms, two runs of the same command differ."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def backward(model: nn.Module, video: Tensor) -> None:
@@ -251,7 +270,7 @@ def backward(model: nn.Module, video: Tensor) -> None:
 def no_waiting(checks: Checks) -> None:
     """The host waits for the device in no step but those that are logged or save."""
     patches = contextlib.ExitStack()
-    epoch = Trainer.train_epoch
+    epoch, steps = Trainer.train_epoch, 0
 
     def strict(trainer: Trainer, batches: Iterator[Any]) -> None:
         sync_debug_mode("error")
@@ -278,38 +297,45 @@ def no_waiting(checks: Checks) -> None:
         more = ["trainer.logging.log_freq=1000", "trainer.optim.gradient_clip=1", "trainer.ema_decay=0.9"]
         for stage, dtype in (("mae", "bfloat16"), ("mae", "float16"), ("ft", "bfloat16")):
             amp = ["trainer.optim.amp.enabled=true", f"trainer.optim.amp.amp_dtype={dtype}"]
-            checks.run(stage, f"{stage}_{dtype}_strict", checks.starts[stage], *more, *amp)
-    found = "an error at each wait" if ON_GPU else "ran without a GPU"
-    checks.add("no host-device synchronization in a step", found, "none", True if ON_GPU else None)
+            run = checks.run(stage, f"{stage}_{dtype}_strict", checks.starts[stage], *more, *amp)
+            steps += read_summary(run)["steps"]
+    found = f"none in {steps} steps" if ON_GPU else "not measured"
+    checks.add("waits of the host for the GPU in training steps", found, "none", True if ON_GPU else NOT_HERE)
 
 
 def transfers(checks: Checks) -> None:
-    """Batches travel from pinned memory, seen in a trace, and beside the computation."""
+    """Every batch of a run travels from pinned memory on a stream of its own, in a trace beside a kernel."""
+    step, pinned = Trainer.train_step, []
+
+    def watched(trainer: Trainer, batch: Batch) -> None:
+        tensors = batch._tensors().values()
+        is_own_stream = trainer.context.dist.copy_stream is not None
+        pinned.extend(is_own_stream and tensor.is_pinned() for tensor in tensors)
+        if ON_GPU:
+            torch.cuda._sleep(100_000_000)  # cycles: a kernel of 50 ms, as of a larger model's step
+        step(trainer, batch)
+
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if ON_GPU else [])]
-    with profile(activities=activities) as trace:
+    with mock.patch.object(Trainer, "train_step", watched), profile(activities=activities) as trace:
         checks.run("mae", "traced", checks.starts["mae"], "num_workers=1", "trainer.logging.log_freq=1000")
-    copies = copies_to_device(trace)
-    pinned = sum("Pinned" in name for name in copies)
-    found = f"{pinned} of {len(copies)} copies"
-    checks.add("batches travel from pinned memory", found, "some", pinned > 0 if ON_GPU else None)
-    if not ON_GPU:
-        checks.add("they travel beside the computation", "not measured", "yes", None)
-        return
-    video = torch.zeros(32, 3, 16, 224, 224, dtype=torch.uint8)
-    batch, stream = Batch(video, torch.zeros(32), torch.zeros(32), "a", [""] * 32).pin_memory(), torch.cuda.Stream()
-    computed, copied = torch.cuda.Event(), torch.cuda.Event()
-    torch.cuda._sleep(500_000_000)  # cycles: a quarter of a second
-    computed.record()
-    batch.to(DEVICE, stream)
-    copied.record(stream)
-    copied.synchronize()
-    checks.holds("they travel beside the computation", not computed.query())
+    count, beside = len(pinned), copies_beside_kernels(trace.events())
+    rows = {
+        "travel from pinned memory on a stream of their own": sum(pinned),
+        "travel beside a kernel, in a trace": beside,
+    }
+    for what, found in rows.items():
+        verdict = found >= count > 0 if ON_GPU else NOT_HERE
+        checks.add(
+            f"tensors of batches that {what}", f"{found} of {count}" if ON_GPU else "not measured", "all", verdict
+        )
 
 
-def copies_to_device(trace: Any) -> list[str]:
-    """Return the names of the copies to the device in a trace."""
-    events = (event for event in trace.events() if event.device_type == torch.autograd.DeviceType.CUDA)
-    return [event.name for event in events if "HtoD" in event.name]
+def copies_beside_kernels(events: Iterable[Any]) -> int:
+    """Return how many copies from pinned memory to the device overlap with a kernel in a trace."""
+    on_gpu = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [event.time_range for event in on_gpu if not event.name.startswith(("Memcpy", "Memset"))]
+    copies = [event.time_range for event in on_gpu if event.name.startswith("Memcpy HtoD (Pinned")]
+    return sum(any(copy.start < kernel.end and kernel.start < copy.end for kernel in kernels) for copy in copies)
 
 
 # ---- several processes, resuming ----------------------------------------------------------------------------------
@@ -364,19 +390,16 @@ def wrapped(strategy: str) -> Iterator[None]:
 
 def resuming(checks: Checks) -> None:
     """A run interrupted in mid-epoch and resumed, beside an uninterrupted one."""
-    for deterministic in (True, False):
-        torch.use_deterministic_algorithms(deterministic)
-        kind = "deterministic" if deterministic else "default"
-        try:
-            straight = checks.run("mae", f"straight_{kind}", checks.starts["mae"])
-            resumed = interrupted(checks, f"resumed_{kind}", VIDEOS // 4 + 3)
-        finally:
-            torch.use_deterministic_algorithms(False)
-        difference, what = weight_difference(straight, resumed), f"resumed in mid-epoch, {kind} algorithms: weights"
-        if deterministic:
-            checks.at_most(what, difference, 0)
-        else:
-            checks.at_most(what, difference, 1e-4)
+    what = "weights of a run resumed in mid-epoch beside an uninterrupted one's"
+    with deterministic():
+        straight = checks.run("mae", "straight", checks.starts["mae"])
+        difference = weight_difference(straight, interrupted(checks, "resumed", VIDEOS // 4 + 3))
+    found = f"differ by {difference:.2g}" if difference else "bit-equal"
+    checks.add(f"{what}, deterministic algorithms", found, "bit-equal", difference == 0)
+    first, again = (checks.run("mae", name, checks.starts["mae"]) for name in ("straight_default", "again_default"))
+    difference = weight_difference(first, interrupted(checks, "resumed_default", VIDEOS // 4 + 3))
+    found = f"differ by {difference:.2g}; two uninterrupted ones by {weight_difference(first, again):.2g}"
+    checks.add(f"{what}, default algorithms", found, "no bound", "reported")
 
 
 # ---- faults -------------------------------------------------------------------------------------------------------
@@ -405,10 +428,12 @@ def non_finite(checks: Checks) -> None:
         run = checks.run("mae", "non_finite", "trainer.max_skipped_steps=1")
     expected = [number == 2 for number in range(len(kept))]
     # The first step of a warm-up has a learning rate of 0.
-    checks.holds(
-        "a non-finite step is skipped, and only it", kept[1:] == expected[1:], f"step {kept.index(True, 1) + 1}"
-    )
-    checks.holds("and is reported", "Step 3" in checks.result.stdout and (run / "logs/nonfinite.jsonl").is_file())
+    skipped = [str(number) for number, was_kept in enumerate(kept[1:], start=2) if was_kept]
+    found = f"step {', '.join(skipped) or 'none'} of {len(kept)}"
+    checks.add("steps skipped, when the loss of step 3 is NaN", found, "step 3 alone", kept[1:] == expected[1:])
+    told = "Step 3" in checks.result.stdout and (run / "logs/nonfinite.jsonl").is_file()
+    found = "step 3" if told else "nothing"
+    checks.add("a NaN loss, as the log and nonfinite.jsonl tell it", found, "step 3", told)
 
 
 def out_of_memory(checks: Checks) -> None:
@@ -424,8 +449,9 @@ def out_of_memory(checks: Checks) -> None:
     with little_memory(), mock.patch.object(Trainer, "_backward", failing):
         run = checks.run("mae", "memory", *large, code=EXIT_FAULT)
     reason = str(read_summary(run)["exit_reason"])
-    named = "batch_size" in reason and "Traceback" not in checks.result.stderr
-    checks.holds("out of memory names what to lower", named, reason[:90] + " ...")
+    named = re.findall(r"trainer[\w.]+\w|batch_size", reason)
+    passed = "batch_size" in named and "Traceback" not in checks.result.stderr
+    checks.add("settings that the message of a run out of memory names", ", ".join(named), "batch_size, too", passed)
 
 
 CHECKS: tuple[Callable[[Checks], None], ...] = (
@@ -438,7 +464,7 @@ def run_checks(quick: bool, write: Callable[[dict[str, Any]], None]) -> None:
     """Run all checks and `write` the rows after each; an exception is a failed row, and the next check goes ahead."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     with tempfile.TemporaryDirectory() as name:
-        checks = Checks(Path(name), quick)
+        checks, facts = Checks(Path(name), quick), machine() | describe()
         for check in CHECKS:
             start = time.monotonic()
             print(f"{check.__name__}: {(check.__doc__ or '').partition(chr(10))[0]}", flush=True)
@@ -449,4 +475,4 @@ def run_checks(quick: bool, write: Callable[[dict[str, Any]], None]) -> None:
                 text = f"{type(problem).__name__}: {problem}".splitlines()[0]
                 checks.add(check.__name__, text, "no exception", False)
             print(f"  {time.monotonic() - start:.0f} s", flush=True)
-            write({"machine": describe(), "rows": [asdict(row) for row in checks.rows]})
+            write({"quick": quick, "machine": facts, "rows": [asdict(row) for row in checks.rows]})

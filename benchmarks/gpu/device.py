@@ -1,15 +1,19 @@
-"""The device under test: a GPU, or the CPU, for which what only a GPU has is left out."""
+"""The device under test: a GPU, or the CPU, for which what only a GPU has is left out; and runs on it."""
 
 from __future__ import annotations
 
 import contextlib
-import shutil
+import gc
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+
+from omnivision.utils.errors import EXIT_SIGHUP, EXIT_SIGINT, EXIT_SIGTERM, UserError
+from tests import stage_runs
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -64,11 +68,13 @@ def sync_debug_mode(mode: str) -> None:
 
 
 @contextlib.contextmanager
-def little_memory(share: float = 0.002) -> Iterator[None]:
-    """Leave this process a share of the GPU's memory."""
+def little_memory(more: int = 300 * 10**6) -> Iterator[None]:
+    """Leave this process so many bytes of the GPU's memory more than it holds."""
     if ON_GPU:
+        gc.collect()
         torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction(share)
+        total = torch.cuda.mem_get_info()[1]
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + more) / total)
     try:
         yield
     finally:
@@ -81,9 +87,28 @@ def describe() -> dict[str, Any]:
     facts: dict[str, Any] = {"device": torch.cuda.get_device_name() if ON_GPU else "CPU"}
     if ON_GPU:
         facts |= {"memory_gb": round(torch.cuda.mem_get_info()[1] / 1e9, 1), "cuda": torch.version.cuda}
-    if ON_GPU and shutil.which("nvidia-smi"):
         fields = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit"
-        query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
-        values = subprocess.run(query, capture_output=True, text=True).stdout.partition("\n")[0].split(", ")
-        facts |= dict(zip(fields.split(","), values, strict=False))
+        gpu = f"--id=GPU-{torch.cuda.get_device_properties(0).uuid}"
+        query = ["nvidia-smi", gpu, f"--query-gpu={fields}", "--format=csv,noheader"]
+        with contextlib.suppress(OSError, subprocess.SubprocessError):  # not installed, failed, or without an answer
+            answer = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout
+            facts |= dict(zip(fields.split(","), answer.strip().split(", "), strict=False))
     return facts
+
+
+def run_command(settings: list[str], code: int = 0) -> stage_runs.Result:
+    """Run the training command in this process.
+
+    Raises KeyboardInterrupt if it was interrupted, and UserError for another exit code than `code`.
+    """
+    result = stage_runs.run_in_process(settings)
+    if result.returncode != code:
+        if result.returncode in (EXIT_SIGHUP, EXIT_SIGINT, EXIT_SIGTERM):
+            raise KeyboardInterrupt(result.returncode - 128)
+        run = next(setting for setting in settings if setting.startswith("launcher.experiment_log_dir")).partition("=")[
+            2
+        ]
+        lines = result.stderr.strip().splitlines() or ["no message"]
+        print(*lines[-30:], sep="\n", file=sys.stderr)
+        raise UserError(f"{run} ended with exit code {result.returncode} instead of {code}: {lines[-1]}")
+    return result

@@ -9,16 +9,19 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.gpu.device import DEVICE, ON_GPU, describe
+from benchmarks.gpu.device import DEVICE, ON_GPU, describe, run_command
+from benchmarks.gpu.tables import fact_table, notes
+from benchmarks.harness import machine
+from omnivision.utils.errors import UserError
 from omnivision.utils.io import write_json
 from omnivision_demo.dataset import write_demo_data
 from omnivision_demo.spec import ACTIONS
-from tests import stage_runs
 from tests.runs import read_metrics, read_summary
 
 SEEDS = (1, 2)
 RENDERING = 0.1  # of the time
 VIDEOS_PER_CORE_MINUTE = 2000  # that are rendered
+MOST_VIDEOS = 5000  # of an action
 TARGET = 40  # training videos of an action in the target domain: few, as labels of real videos are
 
 
@@ -62,11 +65,17 @@ class Recipe:
         self.rates: dict[str, float] = {}  # clips per second by experiment
         self.rows: list[dict[str, Any]] = []
         videos = int(minutes * RENDERING * self.cores * VIDEOS_PER_CORE_MINUTE)
-        synthetic = 2 if quick else max(4, (videos - 2 * len(ACTIONS) * TARGET) // len(ACTIONS))
+        synthetic = 2 if quick else min(MOST_VIDEOS, max(4, videos // len(ACTIONS) - 2 * TARGET))
         self.counts = {"synthetic": synthetic, "nohuman": 2 if quick else TARGET, "target": 2 if quick else TARGET}
-        shutil.rmtree(self.folder, ignore_errors=True)  # an earlier one had other epochs, perhaps other videos
-        train, val = (2, 1) if quick else (TARGET, 20)
-        write_demo_data(self.folder / "data", train=train, val=val, synthetic=synthetic, workers=self.cores)
+        mark = self.folder / ".recipe"
+        if self.folder.exists():
+            if not mark.exists():
+                raise UserError(f"{self.folder} was not made by --recipe; move it, or set --out to another folder")
+            shutil.rmtree(self.folder)  # an earlier one had other epochs, perhaps other videos
+        self.folder.mkdir()
+        mark.touch()
+        train, self.val = (2, 1) if quick else (TARGET, 20)
+        write_demo_data(self.folder / "data", train=train, val=self.val, synthetic=synthetic, workers=self.cores)
 
     def settings(self, name: str, seed: int, *overrides: str) -> list[str]:
         stage = STAGES[name]
@@ -88,6 +97,11 @@ class Recipe:
         """Return how many videos a stage trains on."""
         return len(ACTIONS) * sum(self.counts[domain] for domain in DOMAINS.get(name, ("target",)))
 
+    @staticmethod
+    def passes(name: str, epochs: int) -> int:
+        """Return how often a stage sees each video."""
+        return epochs * (1 if name in DOMAINS else REPEATS)
+
     def epochs(self, name: str, seed: int) -> int:
         """Return the epochs that fit the time of a stage, by the rate of a short run of its experiment."""
         stage = STAGES[name]
@@ -96,41 +110,36 @@ class Recipe:
             steps = 2 if self.quick else 8 * self.cores  # more than workers prefetch while it starts
             short = ["epochs=1", f"trainer.limit_train_batches={steps}", f"trainer.logging.log_freq={steps // 2}",
                      "trainer.mode=train_only", f"launcher.experiment_log_dir={run}"]  # fmt: skip
-            self.start(self.settings(name, seed, *short))
+            run_command(self.settings(name, seed, *short))
             self.rates[stage.experiment] = read_metrics(run)[-1]["clips_per_second"]
         seconds = self.seconds * stage.share / len(SEEDS)
-        clips = self.videos(name) * (1 if name in DOMAINS else REPEATS)
+        clips = self.videos(name) * self.passes(name, epochs=1)
         fits = int(seconds * self.rates[stage.experiment] / clips)
         return 1 if self.quick else max(1, min(MAX_EPOCHS, fits))
-
-    @staticmethod
-    def start(settings: list[str]) -> None:
-        result = stage_runs.run_in_process(settings)
-        if result.returncode:
-            raise RuntimeError(result.stderr[-2000:])
 
     def train(self, name: str, seed: int) -> None:
         """Run a stage."""
         start, run, epochs = time.monotonic(), self.run_dir(name, seed), self.epochs(name, seed)
-        self.start(self.settings(name, seed, f"epochs={epochs}", f"launcher.experiment_log_dir={run}"))
+        run_command(self.settings(name, seed, f"epochs={epochs}", f"launcher.experiment_log_dir={run}"))
         top1 = read_summary(run)["last"].get("val_top1")
-        row = {"run": name, "seed": seed, "epochs": epochs, "minutes": (time.monotonic() - start) / 60, "top1": top1}
+        passes, minutes = self.passes(name, epochs), (time.monotonic() - start) / 60
+        row = {"run": name, "seed": seed, "epochs": epochs, "passes": passes, "minutes": minutes, "top1": top1}
         self.rows.append(row)
         score = "" if top1 is None else f", top-1 {top1:.1f} %"
-        print(f"  seed {seed}, {name}: {epochs} epochs, {row['minutes']:.1f} min{score}", flush=True)
+        print(f"  seed {seed}, {name}: {passes} passes, {minutes:.1f} min{score}", flush=True)
 
     def table(self) -> str:
-        """Return the table of `make demo`, with both seeds."""
+        """Return the table of `make demo`, with the seeds trained so far."""
         chance = 100 / len(ACTIONS)
         lines = [
-            f"| run | starts from | videos | epochs | top-1 % with seeds {', '.join(map(str, SEEDS))} | mean | chance % |",
+            f"| run | starts from | videos | passes | top-1 % with seeds {', '.join(map(str, SEEDS))} | mean | chance % |",
             "|---|---|---|---|---|---|---|",
         ]
         for name, stage in STAGES.items():
             rows = [row for row in self.rows if row["run"] == name]
             scores = [row["top1"] for row in rows if row["top1"] is not None]
-            cells = [name, " + ".join(stage.starts) or "nothing", self.videos(name), rows[0]["epochs"]]
             if scores:
+                cells = [name, " + ".join(stage.starts) or "nothing", self.videos(name), rows[0]["passes"]]
                 cells += [
                     ", ".join(f"{score:.1f}" for score in scores),
                     f"{statistics.mean(scores):.1f}",
@@ -141,18 +150,32 @@ class Recipe:
 
 
 def run_recipe(folder: Path, minutes: float, quick: bool) -> None:
-    """Run all stages with both seeds; write recipe.json, recipe.md and a reconstruction."""
+    """Run all stages with both seeds; write recipe.json and recipe.md after each, then a reconstruction."""
     start = time.monotonic()
+    for name in ("recipe.json", "recipe.md", "reconstruction.gif"):
+        (folder / name).unlink(missing_ok=True)
     recipe = Recipe(folder, minutes, quick)
     print(
         f"{sum(map(recipe.videos, ('mae', 'finetune')))} training videos, {time.monotonic() - start:.0f} s", flush=True
     )
-    facts = {"machine": describe(), "minutes": minutes, "rates": recipe.rates, "runs": recipe.rows}
+    facts = {"quick": quick, "machine": machine() | describe(), "minutes": minutes}
+    facts |= {"rates": recipe.rates, "runs": recipe.rows}
+    remarks = [
+        *notes({"recipe": facts}),
+        *["One epoch: the scores say nothing."] * quick,
+        f"Top-1 is that of {len(ACTIONS) * recipe.val} validation videos. passes: how often a run sees each video.",
+    ]
     for seed in SEEDS:
         for name in STAGES:
             recipe.train(name, seed)
+            facts["measured_minutes"] = measured = (time.monotonic() - start) / 60
             write_json(folder / "recipe.json", facts)
-    table = recipe.table()
-    (folder / "recipe.md").write_text(table)
-    shutil.copy(recipe.run_dir("mae", SEEDS[0]) / "pictures/last.gif", folder / "reconstruction.gif")
-    print(f"\n{table}\n{(time.monotonic() - start) / 60:.1f} min; runs in {recipe.folder}")
+            text = "\n".join([*remarks, f"{measured:.1f} minutes so far.", "", recipe.table()])
+            machine_table = "\n".join(fact_table("machine", facts["machine"]))
+            (folder / "recipe.md").write_text(f"{text}\n{machine_table}\n")
+    print(f"\n{text}\nresults in {folder}, runs in {recipe.folder}")
+    gif = recipe.run_dir("mae", SEEDS[0]) / "pictures/last.gif"
+    if gif.is_file():
+        shutil.copy(gif, folder / "reconstruction.gif")
+    else:
+        print(f"There is no reconstruction.gif: the run wrote no {gif}")
