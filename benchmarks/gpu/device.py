@@ -105,9 +105,7 @@ def run_command(settings: list[str], code: int = 0) -> stage_runs.Result:
     if result.returncode != code:
         if result.returncode in (EXIT_SIGHUP, EXIT_SIGINT, EXIT_SIGTERM):
             raise KeyboardInterrupt(result.returncode - 128)
-        run = next(setting for setting in settings if setting.startswith("launcher.experiment_log_dir")).partition("=")[
-            2
-        ]
+        run = dict(setting.split("=", 1) for setting in settings)["launcher.experiment_log_dir"]
         lines = result.stderr.strip().splitlines() or ["no message"]
         print(*lines[-30:], sep="\n", file=sys.stderr)
         raise UserError(f"{run} ended with exit code {result.returncode} instead of {code}: {lines[-1]}")
