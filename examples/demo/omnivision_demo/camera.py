@@ -8,7 +8,7 @@ from omnivision_demo.draws import Colour, between, pick, stream
 
 # Everything is drawn this many times larger, then averaged down: smooth edges at little cost.
 OVERSAMPLING = 2
-_SIZES = ((112, 84), (112, 84), (128, 96), (112, 96), (104, 84), (96, 84), (128, 84), (96, 96))  # (width, height)
+_SIZES = ((96, 72), (96, 72), (104, 80), (96, 80), (88, 72), (80, 72), (104, 72), (80, 80))  # (width, height)
 # World units by which the painted world is larger than the view, on each side, for the camera to move in.
 MARGIN_X, MARGIN_Y = 0.24, 0.12
 
@@ -22,19 +22,19 @@ class Camera:
     def __init__(self, seed: int, domain: str, number: int) -> None:
         draw = stream(seed, "camera", number)
         real = domain == "target"
-        moving = {"synthetic": 0.3, "nohuman": 0.8, "target": 1.0}[domain]
+        moving = {"synthetic": 0.5, "nohuman": 0.8, "target": 0.7}[domain]
         self.width, self.height = _SIZES[pick(draw, len(_SIZES))]  # of the video, in pixels, even
         # Height of the view; a narrow one is further away, so that arms and side steps stay inside.
-        self.view = between(draw, 1.2, 1.5) * max(1.0, 1.12 * self.height / self.width)
-        self.low = -between(draw, 0.10, 0.16) * self.view  # y of its lower edge
+        self.view = between(draw, 1.02, 1.2) * max(1.0, 1.12 * self.height / self.width)
+        self.low = -between(draw, 0.03, 0.08) * self.view  # y of its lower edge
         self.pan = moving * between(draw, 0.02, 0.2)  # how far it pans to either side
         self.pan_turns = between(draw, 0.05, 0.3)  # pans per second
         self.shake = moving * between(draw, 0.0, 0.02)
         # Brightness of red, green and blue.
         self.gain = 1 + (0.08 if real else 0.03) * draw.uniform(-1, 1, 3) + (0.1 if real else 0.0) * draw.uniform(-1, 1)
-        self.flicker = between(draw, 0.0, 0.15) if real else 0.0  # share by which the light varies
-        self.noise = between(draw, 2.0, 7.0) if real else 0.0  # standard deviation, in grey levels
-        self.vignette = between(draw, 0.1, 0.4) if real else 0.0  # share of light lost in the corners
+        self.flicker = between(draw, 0.0, 0.1) if real else 0.0  # share by which the light varies
+        self.noise = between(draw, 2.0, 5.0) if real else 0.0  # standard deviation, in grey levels
+        self.vignette = between(draw, 0.1, 0.3) if real else 0.0  # share of light lost in the corners
 
     @property
     def scale(self) -> float:

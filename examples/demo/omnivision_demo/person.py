@@ -19,6 +19,7 @@ JOINTS = (
 )
 _SOLE = 0.022  # height of the ankle above the ground
 _DOWN, _UP, _FORWARD = np.array([0.0, -1.0, 0.0]), np.array([0.0, 1.0, 0.0]), np.array([0.0, 0.0, 1.0])
+_ELBOW, _SPREAD = np.radians([45.0, 14.0])  # bend of the elbows, angle of the thighs to the vertical
 _ARC = np.linspace(-np.pi / 2, np.pi / 2, 7)  # directions of a stroke's round end
 _SKINS: tuple[Colour, ...] = ((246, 208, 177), (233, 178, 139), (198, 134, 94), (150, 96, 62), (98, 62, 42))
 _HAIRS: tuple[Colour, ...] = ((28, 22, 20), (64, 40, 24), (120, 76, 36), (206, 164, 84), (150, 150, 152), (140, 52, 28))
@@ -47,14 +48,14 @@ class Body:
         self.trousers = hsv(hue + between(draw, 0.25, 0.75), between(draw, 0.2, 0.8), between(draw, 0.2, 0.65))
         self.pattern = scaled(self.shirt, 0.5) if between(draw, 0, 1) < 0.5 else (240, 236, 226)  # of the stripes
         self.torso = size * (between(draw, 0.27, 0.31) if real else between(draw, 0.26, 0.29))
-        self.hip = size * 0.052 * build  # half the distance between the hip joints
+        self.hip = size * 0.065 * build  # half the distance between the hip joints
         self.shoulder = (
-            size * between(draw, 0.105, 0.125) * (0.6 + 0.4 * build)
+            size * between(draw, 0.125, 0.145) * (0.6 + 0.4 * build)
         )  # half that between the shoulder joints
         self.neck = size * between(draw, 0.02, 0.035)
         # Radius of an upper arm; the other limbs are multiples of it.
-        self.limb = size * (0.034 * build if real else between(draw, 0.029, 0.035))
-        self.girth = size * 0.058 * build  # radius of the torso's sides
+        self.limb = size * (0.05 * build if real else between(draw, 0.056, 0.066))
+        self.girth = size * 0.075 * build  # radius of the torso's sides
         self.skin = varied(draw, skin, 0.05)
         self.hair = varied(draw, _HAIRS[pick(draw, len(_HAIRS))], 0.06)
         self.shoes = hsv(between(draw, 0, 1), between(draw, 0, 0.6), between(draw, 0.1, 0.9))
@@ -82,7 +83,7 @@ def joints(body: Body, spec: VideoSpec) -> Array:
         return np.broadcast_to(vector, (spec.frames, 3))
 
     def upper(vector: Array) -> Array:  # moves with the torso
-        return _rotate(_rotate(rows(vector), "x", angle["bow"]), "z", angle["sway"])
+        return _rotate(rows(vector), "x", angle["bow"])
 
     place["chest"] = upper(_UP * body.torso)
     place["neck"] = upper(_UP * (body.torso + body.neck))
@@ -90,15 +91,15 @@ def joints(body: Body, spec: VideoSpec) -> Array:
     place["head"] = upper(_UP * skull)
     place["face"] = upper(_UP * (skull - 0.16 * body.head) + _FORWARD * 0.36 * body.head)
     for side, sign in (("left", 1.0), ("right", -1.0)):
-        abduction, swing, elbow = sign * angle["abduction"], -angle[f"{side}_swing"], -angle[f"{side}_elbow"]
+        abduction = sign * angle["abduction"]
         shoulder = upper(np.array([sign * body.shoulder, body.torso - 0.3 * body.limb, 0.0]))
-        arm = upper(_rotate(_rotate(rows(_DOWN), "x", swing), "z", abduction))
-        bent = _rotate(_rotate(rows(_DOWN), "x", elbow), "y", np.full(spec.frames, -sign * twist))
-        lower_arm = upper(_rotate(_rotate(bent, "x", swing), "z", abduction))
+        arm = upper(_rotate(rows(_DOWN), "z", abduction))
+        bent = _rotate(_rotate(rows(_DOWN), "x", -_ELBOW), "y", -sign * twist)
+        lower_arm = upper(_rotate(bent, "z", abduction))
         place[f"{side}_shoulder"] = shoulder
         place[f"{side}_elbow"] = shoulder + body.upper_arm * arm
         place[f"{side}_hand"] = place[f"{side}_elbow"] + body.forearm * lower_arm
-        spread, hip, knee = sign * angle["spread"], -angle[f"{side}_hip"], angle[f"{side}_knee"]
+        spread, hip, knee = sign * _SPREAD, -angle[f"{side}_hip"], angle[f"{side}_knee"]
         socket = rows(np.array([sign * body.hip, -0.2 * body.girth, 0.0]))
         place[f"{side}_hip"] = socket
         place[f"{side}_knee"] = socket + body.thigh * _rotate(_rotate(rows(_DOWN), "x", hip), "z", spread)
@@ -106,7 +107,7 @@ def joints(body: Body, spec: VideoSpec) -> Array:
         place[f"{side}_ankle"] = place[f"{side}_knee"] + body.shin * shin
         place[f"{side}_toe"] = place[f"{side}_ankle"] + np.array([0.25 * sign, -0.12, 1.0]) * 1.6 * body.limb
     positions = np.stack([place[name] for name in JOINTS], axis=1)  # (T, J, 3)
-    positions = _rotate(positions, "y", (yaw + angle["turn"])[:, None])
+    positions = _rotate(positions, "y", yaw)
     # The lower foot is on the ground, unless the person jumps.
     lowest = np.minimum(place["left_ankle"][:, 1], place["right_ankle"][:, 1])
     positions[:, :, 0] += (x + angle["step"])[:, None]
@@ -123,18 +124,11 @@ def _angles(motion: Array) -> dict[str, Array]:
     bend, step_up, lift = (0.5 + 0.5 * value[name] for name in ("squat", "march", "jump"))  # 0 … 1
     degrees = {
         "abduction": 68 + 58 * value["raise_arms"],
-        "left_swing": 8 + 55 * value["swing_arms"],
-        "right_swing": 8 - 55 * value["swing_arms"],
-        "left_elbow": 78 + 38 * (value["curl_arms"] + value["punch"]),
-        "right_elbow": 78 + 38 * (value["curl_arms"] - value["punch"]),
-        "spread": 19 + 17 * value["straddle"],
         "left_hip": 50 * bend + 52 * step_up,
         "right_hip": 50 * bend + 52 * (1 - step_up),
         "left_knee": 90 * bend + 52 * step_up,
         "right_knee": 90 * bend + 52 * (1 - step_up),
         "bow": 24 + 27 * value["bow"],
-        "sway": 25 * value["sway"],
-        "turn": 55 * value["turn"],
     }
     return {name: np.radians(angle) for name, angle in degrees.items()} | {
         "lift": 0.21 * lift,
@@ -142,7 +136,7 @@ def _angles(motion: Array) -> dict[str, Array]:
     }
 
 
-def _rotate(vector: Array, axis: str, angle: Array) -> Array:
+def _rotate(vector: Array, axis: str, angle: Array | float) -> Array:
     """Rotate vectors (..., 3) about an axis by angles (...), right-handed."""
     first, second = {"x": (1, 2), "y": (2, 0), "z": (0, 1)}[axis]
     rotated = vector.copy()

@@ -35,10 +35,10 @@ class Place:
         draw = stream(seed, "place", number)
         colours, behind, things, movers = (column.split() for column in _TYPES[PLACE_TYPES[number % len(PLACE_TYPES)]])
         self.behind = behind
-        least, most = {"synthetic": (0, 1), "nohuman": (2, 3), "target": (3, 5)}[domain]
+        least, most = {"synthetic": (1, 3), "nohuman": (2, 3), "target": (2, 4)}[domain]
         spots = np.linspace(-1.05, 1.05, most + 1)
         draw.shuffle(spots)
-        moves = draw.uniform() < {"synthetic": 0.0, "nohuman": 1.0, "target": 0.5}[domain]
+        moves = draw.uniform() < {"synthetic": 0.3, "nohuman": 1.0, "target": 0.5}[domain]
         mover = movers[pick(draw, len(movers))]
         self.mover = mover if moves else None
         # Sky, haze, far ground and near ground.
@@ -48,7 +48,7 @@ class Place:
         self.things = [(things[pick(draw, len(things))], float(x + draw.uniform(-0.12, 0.12))) for x in spots[:count]]
         self.mover_x = between(draw, -0.6, 0.6)
         # Contrast of the grain of walls, ground and things.
-        self.texture = {"synthetic": 0.0, "nohuman": 0.06, "target": 0.12}[domain] * between(draw, 0.7, 1.3)
+        self.texture = {"synthetic": 0.04, "nohuman": 0.06, "target": 0.1}[domain] * between(draw, 0.7, 1.3)
 
     def paint(self, camera: Camera) -> Image.Image:
         """Return the place as an RGB image: the camera's view, oversampled, with the margins that the camera can pan to."""

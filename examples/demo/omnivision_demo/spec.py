@@ -15,27 +15,21 @@ from omnivision_demo.draws import between, pick, stream
 
 ACTIONS = (
     "raise_arms",  # both arms, sideways, together
-    "swing_arms",  # forwards and backwards, one against the other
-    "curl_arms",  # both elbows together
-    "punch",  # the elbows one against the other
-    "straddle",  # legs apart and together
     "march",  # knees up in turn
     "squat",  # both knees
     "bow",  # torso forwards
-    "sway",  # torso sideways
     "jump",  # up
     "sidestep",  # to the left and right
-    "turn",  # about the vertical axis
 )
 DOMAINS = ("synthetic", "nohuman", "target")
 SPLITS = ("train", "val")
 PLACE_TYPES = tuple("living_room gym street park beach mountains stage forest desert snow night kitchen".split())
 
-_FRAME_RATES = (12, 15, 24, 25, 30)
+_FRAME_RATES = (10, 12, 15, 20, 25)
 _KEY_FRAME_DISTANCES = (1, 4, 8, 12, 24, 48)
-_SECONDS = (1.2, 4.0)
+_SECONDS = (1.7, 2.6)
 # Turns per second. The slowest still shows 1.5 periods in any 1.3 seconds, the fastest 6 frames per period at 12 fps.
-_TURNS = (1.3, 2.0)
+_TURNS = (0.8, 1.2)
 _POOL = 1000  # ids from one pool's first to the next pool's first
 _POOL_SIZES = {"train": (240, 120, 24), "val": (60, 40, 8)}  # bodies, cameras, places of each type
 
