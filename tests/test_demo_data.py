@@ -152,13 +152,13 @@ class CommandLine(unittest.TestCase):
     def test_options_and_a_second_call(self) -> None:
         one_domain = functools.partial(write_demo_data, domains=("synthetic",))  # a third of the time
         with tempfile.TemporaryDirectory() as folder:
-            for new in (24, 0):
+            for new in (2 * CLASSES, 0):
                 with mock.patch.object(demo_data, "write_demo_data", wraps=one_domain) as write:
                     code, output, errors = call_command("demo-data", folder, "--quick", "--train=1", "--seed=3")
                 self.assertEqual((code, write.call_args.kwargs["val"], write.call_args.kwargs["seed"]), (0, 1, 3))
-                self.assertIn(f"{new} of 24 videos", output)
-                self.assertIn(f"{folder}/target: 12 training", output)
-                self.assertEqual("24 of 24" in errors, new == 24)
+                self.assertIn(f"{new} of {2 * CLASSES} videos", output)
+                self.assertIn(f"{folder}/target: {CLASSES} training", output)
+                self.assertEqual(f"{2 * CLASSES} of {2 * CLASSES}" in errors, new > 0)
         for wrong in ("--train=0", "--val=-1", "--seed=-1", "--workers=0"):
             with self.subTest(wrong), self.assertRaisesRegex(UserError, wrong.partition("=")[0]):
                 call_command("demo-data", folder, wrong)
@@ -169,12 +169,12 @@ class Specs(unittest.TestCase):
     def test_videos_vary(self) -> None:
         for domain in DOMAINS:
             specs = [video_spec(0, domain, "train", index) for index in range(480)]
-            self.assertEqual({spec.fps for spec in specs}, {12, 15, 24, 25, 30})
+            self.assertEqual({spec.fps for spec in specs}, {10, 12, 15, 20, 25})
             self.assertEqual({spec.gop for spec in specs}, {1, 4, 8, 12, 24, 48})
             seconds = [spec.frames / spec.fps for spec in specs]
-            self.assertGreater(min(seconds), 1.1)
-            self.assertTrue(3.1 < max(seconds) < 4.1)
-            self.assertEqual(np.bincount([spec.label for spec in specs]).tolist(), [40] * CLASSES)
+            self.assertGreater(min(seconds), 1.6)  # a clip of training length
+            self.assertTrue(2.4 < max(seconds) < 2.7)
+            self.assertEqual(np.bincount([spec.label for spec in specs]).tolist(), [80] * CLASSES)
 
     def test_seeds_and_ids_make_a_difference(self) -> None:
         first = dataclasses.replace(video_spec(0, "target", "train", 0), frames=2)
@@ -189,11 +189,11 @@ class Specs(unittest.TestCase):
                 self.assertEqual(len(different), len(ids), kind)
 
     def test_any_clip_of_training_length_shows_the_motion(self) -> None:
-        # At least 1.4 turns of the moving channel in the worst 1.3 seconds, and the others do not move.
+        # At least 1.2 turns of the moving channel in the worst 1.6 seconds, and the others do not move.
         for number in range(60):
             value = motion(number % CLASSES, 400, 100.0, stream(0, "test", number))
             moving = value[:, number % CLASSES]
-            swing = np.lib.stride_tricks.sliding_window_view(moving, 130)
+            swing = np.lib.stride_tricks.sliding_window_view(moving, 160)
             crossings = (np.diff(np.sign(swing - moving.mean()), axis=1) != 0).sum(axis=1)
             self.assertGreaterEqual(crossings.min(), 2)
             self.assertGreater(np.ptp(swing, axis=1).min(), 1.4)
@@ -259,14 +259,16 @@ class NoShortCuts(unittest.TestCase):
     def test_everything_else_in_a_spec(self) -> None:
         specs, labels, kinds = _specs("target", "train", 1500)
         rest = np.array([[s.body, s.place, s.camera, s.fps, s.frames, s.gop, s.crf] for s in specs], dtype=float)
-        self.assertLess(_accuracy(np.concatenate([np.eye(CLASSES)[kinds], rest], axis=1), labels), _bound(1500))
+        self.assertLess(
+            _accuracy(np.concatenate([np.eye(len(PLACE_TYPES))[kinds], rest], axis=1), labels), _bound(1500)
+        )
 
     def test_pixels(self) -> None:
         specs, labels, _ = _specs("target", "train", 320)
         frames, backgrounds, poses, motions = [], [], [], []
         for number, spec in enumerate(specs):
-            # Eight frames over 1.3 seconds are enough to see the motion, and quick to draw.
-            spec = dataclasses.replace(spec, fps=6, frames=8)
+            # Eight frames over 1.6 seconds are enough to see the motion, and quick to draw.
+            spec = dataclasses.replace(spec, fps=5, frames=8)
             video, empty = render(spec), render(spec, person=False)
             frames.append(_small(video[number % 8]).ravel())
             small = np.stack([_small(frame) for frame in empty])

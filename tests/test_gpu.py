@@ -290,6 +290,6 @@ class Failures(Folder):
         with mock.patch.object(recipe, "write_demo_data"), mock.patch.object(recipe.Recipe, "train", trained):
             self.assertEqual(self.main("--recipe", "1"), 1)
         text = (self.out / "recipe.md").read_text()
-        self.assertIn("| finetune | align_synthetic | 24 | 10 | 50.0, 100.0 | 75.0 | 8.3 |", text)
-        self.assertIn("of 12 validation videos", text)
+        self.assertIn("| finetune | align_synthetic | 12 | 10 | 50.0, 100.0 | 75.0 | 16.7 |", text)
+        self.assertIn("of 6 validation videos", text)
         self.assertEqual(len(json.loads((self.out / "recipe.json").read_text())["runs"]), 14)

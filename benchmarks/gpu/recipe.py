@@ -83,7 +83,7 @@ class Recipe:
         size, batch = ("vitmicro", 8) if self.quick else ("vitsmall", 64)
         return [
             f"+experiments=demo/{stage.experiment}", f"+trainer={stage.recipe}", f"data_root={self.folder / 'data'}",
-            f"trainer/model={size}{MODELS.get(stage.experiment, '_ft')}", "trainer.model.trunk.tubelet=[2,8,8]",
+            f"trainer/model={size}{MODELS.get(stage.experiment, '_ft')}", "trainer.model.trunk.tubelet=[2,6,6]",
             f"pretrained_checkpoint_path={f'[{starts}]' if len(stage.starts) > 1 else starts}", f"trainer.seed_value={seed}",
             f"batch_size={batch}", RATES.get(stage.experiment, "lr_scale_factor=1"), f"num_workers={self.cores}",
             f"trainer.optim.amp.enabled={str(ON_GPU).lower()}", f"trainer.accelerator={DEVICE.type}",

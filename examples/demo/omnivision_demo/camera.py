@@ -14,7 +14,7 @@ MARGIN_X, MARGIN_Y = 0.24, 0.12
 
 
 class Camera:
-    """The camera with id `number`; those of the target domain move more and see worse.
+    """The camera with id `number`; those of the target domain see worse.
 
     Lengths are in world units: a grown person is about 1 high, the feet are at y = 0.
     """
@@ -24,7 +24,7 @@ class Camera:
         real = domain == "target"
         moving = {"synthetic": 0.5, "nohuman": 0.8, "target": 0.7}[domain]
         self.width, self.height = _SIZES[pick(draw, len(_SIZES))]  # of the video, in pixels, even
-        # Height of the view; a narrow one is further away, so that arms and side steps stay inside.
+        # Height of the view; a narrow one is further away. A quarter of frames cut a part of the person off.
         self.view = between(draw, 1.02, 1.2) * max(1.0, 1.12 * self.height / self.width)
         self.low = -between(draw, 0.03, 0.08) * self.view  # y of its lower edge
         self.pan = moving * between(draw, 0.02, 0.2)  # how far it pans to either side

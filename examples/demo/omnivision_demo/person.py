@@ -118,7 +118,7 @@ def joints(body: Body, spec: VideoSpec) -> Array:
 def _angles(motion: Array) -> dict[str, Array]:
     """Return joint angles (radians), lift and step (world units), each (T,), from channel values (T, len(ACTIONS)).
 
-    Each is linear in one channel, or in two that share it equally, so each channel is independent of the others.
+    Each is linear in one channel, but those of hips and knees in two: they bend together by `squat`, in turn by `march`.
     """
     value = {name: motion[:, number] for number, name in enumerate(ACTIONS)}
     bend, step_up, lift = (0.5 + 0.5 * value[name] for name in ("squat", "march", "jump"))  # 0 … 1

@@ -28,7 +28,7 @@ _TYPES = {
 
 
 class Place:
-    """The place with id `number`; bare in the synthetic domain, cluttered and grainy in the target domain."""
+    """The place with id `number`; with more things and grain in the target domain than in the synthetic one."""
 
     def __init__(self, seed: int, domain: str, number: int) -> None:
         self.seed, self.number = seed, number
@@ -67,11 +67,7 @@ class Place:
         for order, (name, x) in enumerate(self.things):
             draw = stream(self.seed, "thing", self.number, order)
             getattr(props, name)(pen, draw, x, self.horizon, scaled(self.colours[3], 0.8))
-        if self.texture:
-            image = _grained(
-                image.filter(ImageFilter.BoxBlur(1)), self.texture, stream(self.seed, "paint", self.number)
-            )
-        return image
+        return _grained(image.filter(ImageFilter.BoxBlur(1)), self.texture, stream(self.seed, "paint", self.number))
 
 
 def _grained(image: Image.Image, contrast: float, draw: np.random.Generator) -> Image.Image:

@@ -1,6 +1,6 @@
 """A video before a pixel is drawn: its action, the ids of its body, place and camera, and the motion of its joints.
 
-The twelve actions differ in which joint angle *moves*, and in nothing that a single frame shows. A body has one channel for
+The six actions differ in which joint angle *moves*, and in nothing that a single frame shows. A body has one channel for
 each action, with the value amplitude * sin(phase); every video draws all phases and amplitudes from the same distribution.
 The phase of its action's channel advances, the others keep theirs, so a single frame of any action is a draw from one
 distribution of poses. Splits and domains draw bodies, places and cameras from disjoint pools of ids: only motion carries over.
@@ -28,7 +28,7 @@ PLACE_TYPES = tuple("living_room gym street park beach mountains stage forest de
 _FRAME_RATES = (10, 12, 15, 20, 25)
 _KEY_FRAME_DISTANCES = (1, 4, 8, 12, 24, 48)
 _SECONDS = (1.7, 2.6)
-# Turns per second. The slowest still shows 1.5 periods in any 1.3 seconds, the fastest 6 frames per period at 12 fps.
+# Turns per second. The slowest still shows 1.2 periods in any 1.6 seconds, the fastest 8 frames per period at 10 fps.
 _TURNS = (0.8, 1.2)
 _POOL = 1000  # ids from one pool's first to the next pool's first
 _POOL_SIZES = {"train": (240, 120, 24), "val": (60, 40, 8)}  # bodies, cameras, places of each type
@@ -84,7 +84,7 @@ def video_spec(seed: int, domain: str, split: str, index: int) -> VideoSpec:
     # In the other domains the place is independent of the action.
     at_favourite = between(draw, 0, 1) < 0.5
     if domain == "nohuman" and at_favourite:
-        kind = label % len(PLACE_TYPES)
+        kind = label
     place = first + (kind - first) % len(PLACE_TYPES) + len(PLACE_TYPES) * pick(draw, places)
     fps = _FRAME_RATES[pick(draw, len(_FRAME_RATES))]
     # Mostly short, for speed, with a tail of long ones.
@@ -103,7 +103,7 @@ def motion(label: int, frames: int, fps: float, draw: np.random.Generator) -> ND
     phase, wobble_phase, idle_phase = draw.uniform(0, 2 * np.pi, (3, channels))
     amplitude = draw.uniform(0.8, 1.0, channels)
     turns, idle_turns = draw.uniform(*_TURNS, channels), draw.uniform(0.2, 0.5, channels)
-    # The speed varies by up to 6 percent.
+    # The speed varies by up to 10 percent.
     run = 2 * np.pi * turns * seconds + 0.2 * np.sin(2 * np.pi * 0.4 * seconds + wobble_phase)  # (T, C)
     value = amplitude * np.sin(phase + np.where(np.arange(channels) == label, run, 0.0))
     # All channels, the moving one too, sway a little.
