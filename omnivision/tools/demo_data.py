@@ -12,7 +12,7 @@ from omnivision_demo.dataset import write_demo_data
 from omnivision_demo.spec import ACTIONS, DOMAINS
 
 QUICK = {"train": 2, "val": 1, "synthetic": 2}
-FULL = {"train": 40, "val": 20, "synthetic": 160}
+FULL = {"train": 40, "val": 50, "synthetic": 500}
 Count = Annotated[int | None, at_least(1)]
 
 
