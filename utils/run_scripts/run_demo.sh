@@ -26,7 +26,7 @@ stage mae mae mae_demo_config null \
 stage align_synthetic align mae_ft_demo_synthetic_config "$DEMO/mae" \
     "align its trunk with the labels of drawn figures" "$@"
 stage align_nohuman align mae_ft_demo_nohuman_config "$DEMO/mae" \
-    "align another copy with the labels of scenes without a person" epochs=4 "$@"
+    "align another copy with the labels of scenes without a person" epochs=10 "$@"
 
 stage scratch finetune mae_ft_demo_config null \
     "fine-tune a random trunk on the target, which stands for real people" "$@"
