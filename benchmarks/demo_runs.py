@@ -1,6 +1,6 @@
 """The demo with several seeds (docs/demo.md), or with other decoders in stage 1 (docs/performance.md).
 
-    python -m benchmarks.demo_runs seeds FOLDER [SEED ...]         about 6 minutes each on two cores
+    python -m benchmarks.demo_runs seeds FOLDER [SEED ...]         about 7 minutes each on two cores
     python -m benchmarks.demo_runs decoders FOLDER [SEED ...]      about 20 minutes each
 
 All runs see the same videos; initialization, order of samples, crops and masks differ.

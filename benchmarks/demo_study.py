@@ -435,7 +435,8 @@ def plot(folder: Path) -> None:
         axes.set_title(group, fontsize=11)
         axes.set_xlabel("clips seen, thousands")
         axes.set_ylabel("error, fraction of variance" if metric == "loss" else "top-1 % on new videos")
-        axes.legend(fontsize=7)
+        if axes.lines:
+            axes.legend(fontsize=7)
         axes.grid(alpha=0.3)
     figure.savefig(folder / "demo_curves.png", dpi=80)
 

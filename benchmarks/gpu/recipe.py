@@ -46,8 +46,8 @@ STAGES = {
 }
 # What stages train on that do not train on the target.
 DOMAINS = {"mae": ("synthetic", "nohuman"), "align_synthetic": ("synthetic",), "align_nohuman": ("nohuman",)}
-# For ViT-S and batches of 64, peaks of 8e-4 and 1e-3; heads alone take the recipe's.
-RATES = {"mae": "lr=8e-4", "align": "lr_scale_factor=4", "finetune": "lr_scale_factor=4"}
+# Peaks for ViT-S and batches of 64.
+RATES = {"mae": 8e-4, "align": 1e-3, "finetune": 1e-3, "probe": 16e-3, "average": 16e-3}
 MODELS = {"mae": "", "average": "_average_ft"}
 MAX_EPOCHS = 200  # of few videos, more only overfit
 START = 5.0  # seconds of a run that are not training
@@ -85,7 +85,7 @@ class Recipe:
             f"+experiments=demo/{stage.experiment}", f"+trainer={stage.recipe}", f"data_root={self.folder / 'data'}",
             f"trainer/model={size}{MODELS.get(stage.experiment, '_ft')}", "trainer.model.trunk.tubelet=[2,6,6]",
             f"pretrained_checkpoint_path={f'[{starts}]' if len(stage.starts) > 1 else starts}", f"trainer.seed_value={seed}",
-            f"batch_size={batch}", RATES.get(stage.experiment, "lr_scale_factor=1"), f"num_workers={self.cores}",
+            f"batch_size={batch}", f"lr={RATES[stage.experiment]}", f"num_workers={self.cores}",
             f"trainer.optim.amp.enabled={str(ON_GPU).lower()}", f"trainer.accelerator={DEVICE.type}",
             *([] if name in DOMAINS else [f"++trainer.data.repeats.target={REPEATS}"]), *overrides,
         ]  # fmt: skip

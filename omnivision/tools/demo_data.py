@@ -12,7 +12,7 @@ from omnivision_demo.dataset import write_demo_data
 from omnivision_demo.spec import ACTIONS, DOMAINS
 
 QUICK = {"train": 2, "val": 1, "synthetic": 2}
-FULL = {"train": 40, "val": 50, "synthetic": 500}
+FULL = {"train": 40, "val": 40, "synthetic": 500}
 Count = Annotated[int | None, at_least(1)]
 
 
@@ -35,8 +35,8 @@ def demo_data(
     Args:
         folder: A new or empty folder, or one with unfinished demo data.
         train: Training videos per action and domain (default 40, with --quick 2).
-        val: Validation videos per action and domain (default 20, with --quick 1).
-        synthetic: Training videos per action in the synthetic domain (default 160; with --train, the same number).
+        val: Validation videos per action and domain (default 40, with --quick 1).
+        synthetic: Training videos per action in the synthetic domain (default 500; with --train, the same number).
         seed: Seed of the videos.
         workers: Processes that render.
         quick: A tiny set, for tests.

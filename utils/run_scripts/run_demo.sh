@@ -9,6 +9,7 @@ DATA=${DATA:-$DEMO/data}
 start_time=$(date +%s)
 # glibc keeps freed memory instead of returning it to the kernel: steps on a CPU take a sixth less (docs/performance.md).
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=34359738368
+export OMP_NUM_THREADS=1 # a model this small is slower with more, beside its data worker
 
 # stage NAME EXPERIMENT RECIPE START DESCRIPTION [overrides]: one run in $DEMO/NAME, starting from other run directories or null.
 stage() {
