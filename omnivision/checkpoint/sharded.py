@@ -81,7 +81,8 @@ def load_shards(state: dict[str, Any], folder: Path) -> None:
     if name is None:
         return
     source, files = folder / name, state.pop(SHARDS_KEY)["files"]
-    if {file.name: _entry(file) for file in source.glob("*")} != files:
+    is_inside = Path(name).name == name  # else files elsewhere would be read
+    if not is_inside or {file.name: _entry(file) for file in source.glob("*")} != files:
         raise CorruptCheckpointError(f"{source} must hold the shards that the checkpoint names, and nothing else")
     for key, tensor in _read(source).items():
         *parents, last = key.split(SEPARATOR)
@@ -111,6 +112,8 @@ def _folder_of(state: Any) -> str | None:
 
 
 def _entry(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
     return {"size": file.stat().st_size, "sha256": sha256(file)}
 
 

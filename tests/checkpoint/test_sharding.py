@@ -155,6 +155,11 @@ class Shards(Folder):
         for changes in ({"folder": "shards_4"}, {"folder": "../x"}, {"files": {}}, {"files": {"../a": entry}}):
             self.refused("must hold the shards", **changes)
         self.refused("must hold the shards", files={self.shard.name: entry})
+        shutil.copytree(self.source, self.folder / "elsewhere" / self.source.name)
+        self.refused("must hold the shards", folder=f"elsewhere/{self.source.name}")  # even if its files are the right ones
+        (self.source / "more").mkdir()
+        self.refused("must hold the shards")
+        (self.source / "more").rmdir()
         state, data = self.state(), bytearray(self.shard.read_bytes())
         data[-1] ^= 1
         self.shard.write_bytes(data)

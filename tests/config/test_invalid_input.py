@@ -315,7 +315,7 @@ class Command(unittest.TestCase):
 
     def test_stop_signal_before_the_launch_is_reported(self):
         for number in (signal.SIGTERM, signal.SIGINT):
-            with mock.patch.object(train, "make_jobs", lambda *_: os.kill(os.getpid(), number)):  # noqa: B023
+            with mock.patch.object(train, "make_jobs", lambda *_: signal.raise_signal(number)):  # noqa: B023
                 code, _, err = self.run_command(*MAE, *HERE)
             self.assertEqual((code, "before a run began" in err), (128 + number, True), err)
         self.assertEqual(signal.getsignal(signal.SIGTERM), signal.SIG_DFL)
