@@ -156,7 +156,9 @@ class Shards(Folder):
             self.refused("must hold the shards", **changes)
         self.refused("must hold the shards", files={self.shard.name: entry})
         shutil.copytree(self.source, self.folder / "elsewhere" / self.source.name)
-        self.refused("must hold the shards", folder=f"elsewhere/{self.source.name}")  # even if its files are the right ones
+        self.refused(
+            "must hold the shards", folder=f"elsewhere/{self.source.name}"
+        )  # even if its files are the right ones
         (self.source / "more").mkdir()
         self.refused("must hold the shards")
         (self.source / "more").rmdir()
