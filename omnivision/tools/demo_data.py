@@ -11,7 +11,7 @@ from omnivision.tools.workers import track
 from omnivision_demo.dataset import write_demo_data
 from omnivision_demo.spec import ACTIONS, DOMAINS
 
-QUICK = {"train": 2, "val": 1, "synthetic": 2}
+QUICK = {"train": 4, "val": 1, "synthetic": 4}
 FULL = {"train": 40, "val": 40, "synthetic": 500}
 Count = Annotated[int | None, at_least(1)]
 
@@ -34,7 +34,7 @@ def demo_data(
 
     Args:
         folder: A new or empty folder, or one with unfinished demo data.
-        train: Training videos per action and domain (default 40, with --quick 2).
+        train: Training videos per action and domain (default 40, with --quick 4).
         val: Validation videos per action and domain (default 40, with --quick 1).
         synthetic: Training videos per action in the synthetic domain (default 500; with --train, the same number).
         seed: Seed of the videos.
