@@ -41,7 +41,7 @@ def start(quick: bool) -> Report:
     report, rounds = Report("start", "Time until a command answers"), 1 if quick else 6
     with tempfile.TemporaryDirectory() as name:
         folder, data = Path(name), Path(name) / "data"
-        demo_data(data, "--train", "4", "--val", "1")
+        demo_data(data, "--train", "8", "--val", "1")
         sides = {
             "--help": (1.5, lambda: call(str(SCRIPT), "--help")),
             "--cfg job": (1.5, lambda: call(str(SCRIPT), "--cfg", "job", *DEMO)),

@@ -314,6 +314,8 @@ class Command(unittest.TestCase):
             self.assertIn(f"(Run {run})", err)
 
     def test_stop_signal_before_the_launch_is_reported(self):
+        # A shell starts background processes with SIGINT ignored.
+        self.addCleanup(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.default_int_handler))
         for number in (signal.SIGTERM, signal.SIGINT):
             with mock.patch.object(train, "make_jobs", lambda *_: signal.raise_signal(number)):  # noqa: B023
                 code, _, err = self.run_command(*MAE, *HERE)

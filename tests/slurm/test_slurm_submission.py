@@ -61,7 +61,7 @@ class Submitted(OnCluster):
     def setUpClass(cls):
         super().setUpClass()
         data = cls.folder / "data"
-        cls.films = ["omnivision", "demo-data", str(data), "--train", "4", "--val", "1"]
+        cls.films = ["omnivision", "demo-data", str(data), "--train", "8", "--val", "1"]
         assert (
             subprocess.run([Path(sys.executable).parent / cls.films[0], *cls.films[1:]], capture_output=True).returncode
             == 0
@@ -69,7 +69,8 @@ class Submitted(OnCluster):
         # Stage 1 on the demo's data.
         cls.demo = [
             sys.executable, str(runs.ROOT / "train_app_submitit.py"), "+experiments=demo/mae", "+trainer=mae_demo_config",
-            f"data_root={data}", "trainer.accelerator=cpu", "trainer.optim.amp.enabled=false", "epochs=1", "num_workers=0",
+            f"data_root={data}", "trainer.accelerator=cpu", "trainer.optim.amp.enabled=false", "epochs=1", "batch_size=8",
+            "num_workers=0",
             "trainer.logging.log_freq=1", "trainer.logging.pictures_every_epochs=null", "trainer.distributed.comms_dtype=null",
         ]  # fmt: skip
 

@@ -40,7 +40,7 @@ class Chain(OnCluster):
     def setUpClass(cls):
         super().setUpClass()
         data = cls.folder / "data"
-        command = [Path(sys.executable).parent / "omnivision", "demo-data", str(data), "--train", "6", "--val", "1"]
+        command = [Path(sys.executable).parent / "omnivision", "demo-data", str(data), "--train", "12", "--val", "1"]
         subprocess.run(command, check=True, capture_output=True)
         (cls.folder / "ours" / "site").mkdir(parents=True)
         (cls.folder / "ours" / "site" / "lab.yaml").write_text(SITE.format(data=data))
