@@ -70,6 +70,7 @@ class Submitted(OnCluster):
         cls.demo = [
             sys.executable, str(runs.ROOT / "train_app_submitit.py"), "+experiments=demo/mae", "+trainer=mae_demo_config",
             f"data_root={data}", "trainer.accelerator=cpu", "trainer.optim.amp.enabled=false", "epochs=1", "batch_size=8",
+            "trainer.model.decoder.share=1",  # which masked tokens are decoded depends on the rank
             "num_workers=0",
             "trainer.logging.log_freq=1", "trainer.logging.pictures_every_epochs=null", "trainer.distributed.comms_dtype=null",
         ]  # fmt: skip
