@@ -41,7 +41,7 @@ def start(quick: bool) -> Report:
     report, rounds = Report("start", "Time until a command answers"), 1 if quick else 6
     with tempfile.TemporaryDirectory() as name:
         folder, data = Path(name), Path(name) / "data"
-        demo_data(data, "--train", "8", "--val", "1")
+        demo_data(data, "--train", "16", "--val", "1")
         sides = {
             "--help": (1.5, lambda: call(str(SCRIPT), "--help")),
             "--cfg job": (1.5, lambda: call(str(SCRIPT), "--cfg", "job", *DEMO)),
@@ -96,7 +96,7 @@ def data_wait(quick: bool) -> Report:
     runs = {"the demo's model": [], "a model that hides it": ["trainer/model=vitsmall", "num_frames=8"]}
     with tempfile.TemporaryDirectory() as name:
         folder, data, steps = Path(name), Path(name) / "data", 4 if quick else 60
-        demo_data(data, "--val=1", *(["--train=4"] if quick else ["--train=40", "--synthetic=40"]))
+        demo_data(data, "--val=1", *(["--train=16"] if quick else ["--train=160"]))
         for number, (what, overrides) in enumerate(runs.items()):
             run = folder / str(number)
             limits = [f"trainer.limit_train_batches={steps}", "epochs=1", "trainer.logging.pictures_every_epochs=null"]
