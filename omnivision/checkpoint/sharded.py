@@ -81,7 +81,7 @@ def load_shards(state: dict[str, Any], folder: Path) -> None:
     if name is None:
         return
     source, files = folder / name, state.pop(SHARDS_KEY)["files"]
-    is_inside = Path(name).name == name  # else files elsewhere would be read
+    is_inside = name.startswith(SHARDS_PREFIX) and Path(name).name == name  # else files elsewhere would be read
     if not is_inside or {file.name: _entry(file) for file in source.glob("*")} != files:
         raise CorruptCheckpointError(f"{source} must hold the shards that the checkpoint names, and nothing else")
     for key, tensor in _read(source).items():

@@ -30,7 +30,7 @@ def demo_data(
     """Render small videos to try every stage on, without a download.
 
     Write short H.264 videos of a person doing one of six actions, in three domains (synthetic, nohuman, target), and the lists
-    of paths and labels that training reads. The same settings give the same bytes. Takes about half a minute on two cores.
+    of paths and labels that training reads. The same settings give the same bytes. Takes about a minute on two cores.
 
     Args:
         folder: A new or empty folder, or one with unfinished demo data.

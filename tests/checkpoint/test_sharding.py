@@ -159,6 +159,9 @@ class Shards(Folder):
         self.refused(
             "must hold the shards", folder=f"elsewhere/{self.source.name}"
         )  # even if its files are the right ones
+        with mock.patch.object(sharded, "_entry", side_effect=AssertionError):  # no file elsewhere is read
+            for folder in ("..", "../x", ".", str(self.source)):
+                self.refused("must hold the shards", folder=folder)
         (self.source / "more").mkdir()
         self.refused("must hold the shards")
         (self.source / "more").rmdir()

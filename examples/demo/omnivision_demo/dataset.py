@@ -85,7 +85,7 @@ def write_demo_data(
             _write_stamp(folder, settings, complete=True)
         size = sum((folder / spec.domain / spec.path).stat().st_size for spec in specs)
     except OSError as error:
-        raise UserError(f"DIR must be a folder that can be written to, with about 50 MB free; got {error}.") from error
+        raise UserError(f"DIR must be a folder that can be written to, with about 100 MB free; got {error}.") from error
     return Written(len(specs), len(missing), size)
 
 
