@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -10,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError
 from omnivision.checkpoint import fingerprint
 from omnivision.config.flat import resolve_reference
 from omnivision.data.masking import MASKS
+from omnivision.models.mae import TargetNorm
 
 
 def _known_mask(name: str) -> str:
@@ -22,7 +24,8 @@ MaskName = Annotated[str, AfterValidator(_known_mask)]
 
 
 class InferenceConfig(BaseModel):
-    """Class names by head and label, the seconds a clip spans, what is averaged over views, and the mask.
+    """Class names by head and label, the seconds a clip spans, what is averaged over views, the mask, and how targets of a
+    reconstruction were normalized.
 
     The defaults are the recipe's. Numbers instead of names ("0", "1", ...) mean that a head has no names.
     """
@@ -32,6 +35,7 @@ class InferenceConfig(BaseModel):
     average: Literal["logits", "softmax"] = "logits"
     mask: MaskName = "RandomMask"
     mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.9
+    norm: TargetNorm = "channel"
 
     @classmethod
     def of_file(cls, metadata: Any) -> InferenceConfig:
@@ -43,17 +47,20 @@ class InferenceConfig(BaseModel):
             config = cls.model_validate(record)
         except ValidationError:
             config = cls()
-        return config.with_mask(run.get("settings", {}))
+        return config.with_settings(run.get("settings", {}))
 
-    def with_mask(self, settings: Mapping[str, Any]) -> InferenceConfig:
-        """Return a copy with the mask in a run's settings: only its ratio if the class is not one of this project."""
+    def with_settings(self, settings: Mapping[str, Any]) -> InferenceConfig:
+        """Return a copy with the mask and the normalization in a run's settings; a mask not of this project keeps its ratio."""
         target = str(settings.get("trainer.data.mask._target_")).removeprefix("omnivision.data.masking.")
-        target = target if target in MASKS else self.mask
-        ratio = resolve_reference(settings, "trainer.data.mask.ratio")
-        try:
-            return self.model_validate(self.model_dump(exclude_unset=True) | {"mask": target, "mask_ratio": ratio})
-        except ValidationError:
-            return self
+        config = self
+        for name, value in {
+            "mask": target if target in MASKS else self.mask,
+            "mask_ratio": resolve_reference(settings, "trainer.data.mask.ratio"),
+            "norm": settings.get("trainer.task.norm"),
+        }.items():
+            with contextlib.suppress(ValidationError):
+                config = self.model_validate(config.model_dump(exclude_unset=True) | {name: value})
+        return config
 
     def numbered(self, classes: Sequence[int]) -> InferenceConfig:
         """Return a copy with one name list per head; a head whose name count differs from `classes` gets numbers."""

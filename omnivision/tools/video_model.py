@@ -138,7 +138,7 @@ class VideoModel:
         mask = torch.from_numpy(MASKS[self.config.mask](ratio)(grid, np.random.default_rng(seed)))[None]
         unused = torch.zeros(1, dtype=torch.int64)
         batch = Batch(clip, unused, unused, "video", [str(video)], mask=mask, num_masked=int(mask.sum()))
-        return Reconstruct(self.tubelet).visualize(self.model, batch.to(self.device))
+        return Reconstruct(self.tubelet, self.config.norm).visualize(self.model, batch.to(self.device))
 
     def views(
         self, video: str | Path, clips: int, crops: Literal[1, 3], start: float | None = None, **frames: Any

@@ -79,7 +79,7 @@ class Kinds(unittest.TestCase):
             ("mine.My", "RandomMask"),
         ):
             settings = {"trainer.data.mask._target_": target, "trainer.data.mask.ratio": 0.6}
-            found = InferenceConfig().with_mask(settings)
+            found = InferenceConfig().with_settings(settings)
             self.assertEqual((found.mask, found.mask_ratio), (expected, 0.6))
 
     def test_tubes_and_frames(self):

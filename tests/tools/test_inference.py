@@ -43,7 +43,11 @@ class Trained(unittest.TestCase):
             f"++datasets.ucf101.class_names={cls.folder}/names.txt",
         ]
         split = runs.write_split(cls.folder, runs.real_videos() * 6)
-        mask = "mask_ratio=0.75", "trainer.data.mask._target_=omnivision.data.masking.TubeMask"
+        mask = (
+            "trainer.task.norm=none",
+            "mask_ratio=0.75",
+            "trainer.data.mask._target_=omnivision.data.masking.TubeMask",
+        )
         for command in (
             stages.command("ft", cls.ft, *data, "pretrained_checkpoint_path=null", "launcher.num_nodes=1"),
             runs.command(cls.mae, *split, *mask, "epochs=1", "clip_duration=0.9")[2:],
@@ -109,10 +113,14 @@ class Trained(unittest.TestCase):
         self.export("mae.pt", "pt", source="mae")
         for source in (self.mae, self.folder / "mae.pt"):
             config = omnivision.load(source).config
-            self.assertEqual((config.mask, config.mask_ratio), ("TubeMask", 0.75))
+            self.assertEqual((config.mask, config.mask_ratio, config.norm), ("TubeMask", 0.75, "none"))
         for settings in ({}, {"trainer.data.mask._target_": "own.Mask"}, {"trainer.data.mask.ratio": "much"}):
-            self.assertEqual(InferenceConfig().with_mask(settings).mask, "RandomMask")
-        mask = omnivision.load(self.mae).reconstruct(self.video).columns["mask"]
+            self.assertEqual(InferenceConfig().with_settings(settings).mask, "RandomMask")
+        for norm, expected in (("patch", "patch"), ("none", "none"), ("own", "channel"), (None, "channel")):
+            self.assertEqual(InferenceConfig().with_settings({"trainer.task.norm": norm}).norm, expected)
+        columns = omnivision.load(self.mae).reconstruct(self.video).columns
+        self.assertEqual(set(columns), {"original", "visible", "mask", "reconstruction"}, "of plain pixels")
+        mask = columns["mask"]
         self.assertTrue((mask == mask[:1]).all(), "a tube hides the same tokens of every frame")
         self.assertAlmostEqual(mask.mean() / 255, 0.75)
 
