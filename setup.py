@@ -31,7 +31,12 @@ setup(
         "omnivision_demo": "examples/demo/omnivision_demo",
     },
     package_data={package: ["*.yaml"] for package in CONFIG_PACKAGES}
-    | {"omnivision.tools.report": ["*.j2"], "omnivision.interop": ["*.j2"], "omnivision.launch": ["*.sh"]},
+    | {
+        "omnivision.tools.report": ["*.j2"],
+        "omnivision.interop": ["*.j2"],
+        "omnivision.launch": ["*.sh"],
+        "omnivision_demo": ["*.j2"],
+    },
     py_modules=["train_app_submitit"],
     install_requires=[
         "torch>=2.10",
@@ -39,7 +44,7 @@ setup(
         "numpy>=1.26",
         "av>=14",
         "pillow>=10",
-        "timm>=1.0",
+        "timm>=1.0.22",
         "fvcore>=0.1.5.post20221221",
         "hydra-core>=1.3.8,<1.4",
         "omegaconf>=2.3.1",

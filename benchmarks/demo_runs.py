@@ -1,14 +1,16 @@
-"""The demo with several seeds (docs/demo.md), or with other decoders in stage 1 (docs/performance.md).
+"""The demo with several seeds, its trunks on other videos (docs/demo.md), or other decoders in stage 1 (docs/performance.md).
 
-    python -m benchmarks.demo_runs seeds FOLDER [SEED ...]         about 7 minutes each on two cores
+    python -m benchmarks.demo_runs seeds FOLDER [SEED ...]         about 6 minutes each on two cores
+    python -m benchmarks.demo_runs mocap FOLDER [SEED ...]         2 minutes each, after `seeds`, with videos of mocap_videos
     python -m benchmarks.demo_runs decoders FOLDER [SEED ...]      about 20 minutes each
 
-All runs see the same videos; initialization, order of samples, crops and masks differ.
+All runs see the same videos; initialization, order of samples, crops and masks differ. The first two write
+docs/demo_results.json, from which `python docs/generate.py` makes tables.
 """
 
 import argparse
+import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -17,12 +19,13 @@ from typing import Any
 
 from benchmarks.commands import SCRIPT, demo_data
 from benchmarks.steps import DECODERS
-from omnivision.tools.runs import read_summaries
+from omnivision.utils.io import write_atomically, write_json
+from omnivision_demo import report
 from tests.runs import ROOT, read_summary
 
 
 def seeds(folder: Path, numbers: list[int]) -> None:
-    """Print the top-1 accuracy of each run of the demo for each seed, and its spread."""
+    """Run the demo with each seed; print and save the accuracies, and write a page about all."""
     minutes = []
     for seed in numbers:
         start = time.monotonic()
@@ -32,30 +35,55 @@ def seeds(folder: Path, numbers: list[int]) -> None:
             check=True,
         )
         minutes.append(f"{(time.monotonic() - start) / 60:.1f}")
-    by_seed = [{run["name"]: run for run in read_summaries(folder / f"seed_{seed}")} for seed in numbers]
-    print(f"\n| run | starts from | trunk | top-1 % with seed {', '.join(map(str, numbers))} | mean ± s.d. |")
-    print("|---|---|---|---|---|")
-    for name, run in by_seed[0].items():
-        if "val_top1" in run["last"]:
-            top1 = [runs[name]["last"]["val_top1"] for runs in by_seed]
-            spread = f" ± {statistics.stdev(top1):.1f}" if len(top1) > 1 else ""
-            cells = [f"`{name}`", run["run"]["pretrained"] or "nothing", run["run"]["trunk"],
-                     ", ".join(f"{value:.1f}" for value in top1), f"{statistics.mean(top1):.1f}{spread}"]  # fmt: skip
-            print(f"| {' | '.join(cells)} |")
+    demos = [folder / f"seed_{seed}" for seed in numbers]
+    results = report.collect_results(demos)
+    write_atomically(folder / "report.html", report.render_page(demos[0], results))
+    save_results("demo", results)
     print(f"\nminutes: {', '.join(minutes)} (the first includes the videos)")
+
+
+def mocap(folder: Path, numbers: list[int]) -> None:
+    """Fine-tune and probe the trunks of `seeds` on the videos of benchmarks.mocap_videos in FOLDER/mocap."""
+    data = folder / "mocap"
+    classes = len((data / "class_names.txt").read_text().split())
+    for seed in numbers:
+        sources, runs = folder / f"seed_{seed}", folder / "mocap_runs" / f"seed_{seed}"
+        same = f"trainer.seed_value={seed}", f"datasets.target.num_classes={classes}"
+        both = f"[{sources}/align_synthetic,{sources}/align_nohuman]"
+        for name, experiment, start in (
+            ("scratch", "finetune", "null"),
+            ("finetune_mae", "finetune", sources / "mae"),
+            ("finetune", "finetune", sources / "align_synthetic"),
+            ("probe", "probe", sources / "align_synthetic"),
+            ("average", "average", both),
+        ):
+            run_stage(data, runs / name, experiment, "mae_ft_demo_config", start, *same)
+    save_results("mocap", report.collect_results([folder / "mocap_runs" / f"seed_{seed}" for seed in numbers]))
+
+
+def save_results(name: str, results: list[report.Result]) -> None:
+    """Print a table and write the results to docs/demo_results.json."""
+    print(f"\n{report.format_table(results)}")
+    file = ROOT / "docs" / "demo_results.json"
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    write_json(file, known | {name: [result._asdict() for result in results]})
+
+
+def run_stage(
+    data: Path, run: Path, experiment: str, recipe: str, pretrained: Path | str, *overrides: str
+) -> dict[str, Any]:
+    """Run a stage of the demo as its script does; return the summary."""
+    settings = [f"+experiments=demo/{experiment}", f"+trainer={recipe}", f"data_root={data}"]
+    settings += [f"pretrained_checkpoint_path={pretrained}", f"launcher.experiment_log_dir={run}", *overrides]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, str(SCRIPT), *settings], check=True, stdout=subprocess.DEVNULL, env=environment)
+    return read_summary(run)
 
 
 def decoders(folder: Path, numbers: list[int]) -> None:
     """Print losses of stage 1 (over all masked tokens) and accuracies of later stages for each decoder of stage 1."""
     data = folder / "data"
     demo_data(data)
-
-    def stage(run: Path, experiment: str, recipe: str, pretrained: Path | str, *overrides: str) -> dict[str, Any]:
-        settings = [f"+experiments=demo/{experiment}", f"+trainer={recipe}", f"data_root={data}"]
-        settings += [f"pretrained_checkpoint_path={pretrained}", f"launcher.experiment_log_dir={run}", *overrides]
-        subprocess.run([sys.executable, str(SCRIPT), *settings], check=True, stdout=subprocess.DEVNULL)
-        return read_summary(run)
-
     print("| decoder of stage 1 | seed | s of stage 1 | its validation loss | fine-tuned, top-1 % | probed, top-1 % |")
     print("|---|---|---|---|---|---|")
     for seed in numbers:
@@ -63,10 +91,10 @@ def decoders(folder: Path, numbers: list[int]) -> None:
             runs, same = folder / f"seed_{seed}" / name.replace(" ", "_"), f"trainer.seed_value={seed}"
             decoder = [f"trainer.model.decoder.{key}={value}" for key, value in options.items()]
             at_end = "trainer.val_epoch_freq=100"
-            mae = stage(runs / "mae", "mae", "mae_demo_config", "null", same, at_end, *decoder)
-            stage(runs / "align", "align", "mae_ft_demo_synthetic_config", runs / "mae", same)
+            mae = run_stage(data, runs / "mae", "mae", "mae_demo_config", "null", same, at_end, *decoder)
+            run_stage(data, runs / "align", "align", "mae_ft_demo_synthetic_config", runs / "mae", same)
             top1 = [
-                stage(runs / what, what, "mae_ft_demo_config", runs / "align", same)["last"]["val_top1"]
+                run_stage(data, runs / what, what, "mae_ft_demo_config", runs / "align", same)["last"]["val_top1"]
                 for what in ("finetune", "probe")
             ]
             cells = [name, str(seed), f"{mae['wall_time']:.0f}", f"{mae['last']['val_loss']:.4f}"]
@@ -75,8 +103,8 @@ def decoders(folder: Path, numbers: list[int]) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("what", choices=("seeds", "decoders"))
+    parser.add_argument("what", choices=("seeds", "mocap", "decoders"))
     parser.add_argument("folder", type=Path, help="of the videos and the runs")
     parser.add_argument("seeds", type=int, nargs="*", default=[1, 2, 3], help="%(default)s by default")
     options = parser.parse_args()
-    {"seeds": seeds, "decoders": decoders}[options.what](options.folder.absolute(), options.seeds)
+    {"seeds": seeds, "mocap": mocap, "decoders": decoders}[options.what](options.folder.absolute(), options.seeds)

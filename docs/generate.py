@@ -1,10 +1,11 @@
-"""Rewrite what docs/settings.md and docs/commands.md take from the code: python docs/generate.py"""
+"""Rewrite the generated parts of pages, from the code and docs/demo_results.json: python docs/generate.py"""
 
 from __future__ import annotations
 
 import functools
 import html
 import inspect
+import json
 import re
 import types
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from typing_extensions import is_typeddict
 from omnivision.config.instantiate import INJECTED_ARGS, load_target, signature_of
 from omnivision.config.schema import setting_hints
 from omnivision.tools.main import app
+from omnivision_demo.report import Result, format_table
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = ROOT / "config" / "experiments" / "base.yaml"
@@ -26,6 +28,7 @@ PARTS = ("trainer/model", "trainer/data", "trainer/task", "trainer/optim")
 GIVEN = (*INJECTED_ARGS, "params", "lr", "weight_decay")
 BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 MARK = "<!-- Everything below is written by docs/generate.py -->\n"
+RESULTS = r"(<!-- docs/generate.py: results of {} -->\n).*?(<!-- end -->)"
 
 
 @dataclass(frozen=True)
@@ -42,9 +45,19 @@ def pages() -> dict[Path, str]:
     """Return the text of each page, with its generated part."""
     written = {"settings.md": f"{settings_table()}\n\n{parts_tables()}", "commands.md": commands()}
     texts = {ROOT / "docs" / name: text for name, text in written.items()}
-    return {
+    generated = {
         file: f"{file.read_text(encoding='utf-8').partition(MARK)[0]}{MARK}\n{text}\n" for file, text in texts.items()
     }
+    tables = {
+        name: format_table([Result(**row) for row in rows])
+        for name, rows in json.loads((ROOT / "docs" / "demo_results.json").read_text(encoding="utf-8")).items()
+    }
+    for file in (ROOT / "README.md", ROOT / "docs" / "demo.md"):
+        text = file.read_text(encoding="utf-8")
+        for name, rows in tables.items():
+            text = re.sub(RESULTS.format(name), rf"\1{rows}\n\2", text, flags=re.DOTALL)
+        generated[file] = text
+    return generated
 
 
 def commands() -> str:

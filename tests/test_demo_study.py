@@ -37,21 +37,21 @@ class Study(unittest.TestCase):
 
     def test_stages_start_from_each_other(self) -> None:
         few = {"clips": 32, "batch": 8}
-        study.train("masked 0.75", replace(study.MAE, **few), self.folder)
-        study.train("aligned", replace(study.Setup(), start="masked 0.75", frozen=True, **few), self.folder)
+        study.train("masked 0.5", replace(study.MAE, **few), self.folder)
+        study.train("aligned", replace(study.Setup(), start="masked 0.5", frozen=True, **few), self.folder)
         study.train("convolution", replace(study.Setup(), model="convolution", **few), self.folder)
-        before, after = self._weights("masked 0.75"), self._weights("aligned")
+        before, after = self._weights("masked 0.5"), self._weights("aligned")
         trunk = [name for name in after if name.startswith("trunk.")]
         self.assertTrue(all(torch.equal(before[name], after[name]) for name in trunk))
         last = self._curve("aligned")[-1]
         self.assertEqual(set(last), {"clips", "loss", "top-1", "action", "type of place", "position", "posture"})
         self.assertEqual(last["clips"], 32)
-        self.assertLess(self._curve("masked 0.75")[-1]["loss"], 20)
+        self.assertLess(self._curve("masked 0.5")[-1]["loss"], 20)
         file = self.folder / "runs" / "aligned.pt"
         written = file.stat().st_mtime_ns
-        study.train("aligned", replace(study.Setup(), start="masked 0.75", frozen=True, **few), self.folder)
+        study.train("aligned", replace(study.Setup(), start="masked 0.5", frozen=True, **few), self.folder)
         self.assertEqual(file.stat().st_mtime_ns, written)  # not repeated
-        study.train("aligned", replace(study.Setup(), start="masked 0.75", **few), self.folder)
+        study.train("aligned", replace(study.Setup(), start="masked 0.5", **few), self.folder)
         self.assertNotEqual(file.stat().st_mtime_ns, written)  # another setup
         study.plot(self.folder)
         self.assertTrue((self.folder / "demo_curves.png").stat().st_size)

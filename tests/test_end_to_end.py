@@ -75,6 +75,13 @@ class Stage1(unittest.TestCase):
         losses = [[(line["step"], line["loss"]) for line in runs.read_metrics(run)] for run in (self.whole, resumed)]
         self.assertEqual(*losses)
 
+    def test_killed_and_resumed_with_an_optimizer_of_timm(self):
+        muon = "trainer/optim=muon"
+        runs.run(self.folder / "muon", *self.data, muon)
+        runs.run_and_kill(self.folder / "muon_resumed", 5, *self.data, muon, EVERY_STEP)
+        runs.run(self.folder / "muon_resumed", *self.data, muon, EVERY_STEP)
+        self.assert_same_weights(self.folder / "muon", self.folder / "muon_resumed")
+
     def test_a_finished_run_ends_at_once(self):
         before = (self.whole / "logs/metrics.jsonl").read_text()
         self.assertIn("nothing is left to train", self.here("whole").stdout)

@@ -46,8 +46,8 @@ STAGES = {
 }
 # What stages train on that do not train on the target.
 DOMAINS = {"mae": ("synthetic", "nohuman"), "align_synthetic": ("synthetic",), "align_nohuman": ("nohuman",)}
-# Peaks for ViT-S and batches of 64.
-RATES = {"mae": 8e-4, "align": 1e-3, "finetune": 1e-3, "probe": 16e-3, "average": 16e-3}
+# Peaks of the learning rate for batches of 64.
+RATES = {"mae": 4e-3, "align": 3e-3, "finetune": 2e-3, "probe": 16e-3, "average": 16e-3}
 MODELS = {"mae": "", "average": "_average_ft"}
 MAX_EPOCHS = 200  # of few videos, more only overfit
 START = 5.0  # seconds of a run that are not training

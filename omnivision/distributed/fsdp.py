@@ -66,9 +66,14 @@ def summon_full_params(model: nn.Module) -> Iterator[None]:
                 part.set_reshard_after_forward(True, recurse=False)
 
 
-def distribute_like(value: Tensor, parameter: Tensor) -> Tensor:
-    """Shard a full tensor like a parameter of the same shape; others are returned as they are."""
-    if not is_sharded(parameter) or is_sharded(value) or value.shape != parameter.shape:
+def distribute_like(value: Any, parameter: Tensor) -> Any:
+    """Shard a full tensor like a parameter of the same shape; other values are returned as they are."""
+    if (
+        not isinstance(value, Tensor)
+        or not is_sharded(parameter)
+        or is_sharded(value)
+        or value.shape != parameter.shape
+    ):
         return value
     from torch.distributed.tensor import DTensor, distribute_tensor
 

@@ -116,6 +116,16 @@ class Runs(unittest.TestCase):
         for one, other in zip(whole, rounded, strict=True):
             self.assertAlmostEqual(one, other, delta=1e-3 * one)
 
+    def test_muon_begun_by_one_process_continues_with_fsdp(self):
+        muon = "trainer/optim=muon", "trainer.optim.gradient_clip=null", "trainer.distributed.comms_dtype=null"
+        ddp = runs.read_metrics(self.run_here("muon_ddp", 2, *muon))
+        self.run_here("muon_fsdp", 1, *muon, "epochs=2")
+        more = "epochs=3", "trainer.checkpoint.allow_changes=true"
+        fsdp = runs.read_metrics(self.run_here("muon_fsdp", 2, FSDP, *muon, *more))
+        for line, expected in zip(fsdp[:4], ddp, strict=False):  # the schedule for two epochs soon differs
+            self.assertAlmostEqual(line["loss"], expected["loss"], delta=0.02 * expected["loss"])
+        self.assertEqual(fsdp[-1]["step"], STEPS)
+
     def test_average_with_fsdp_is_refused(self):
         with self.assertRaisesRegex(UserError, "^trainer.distributed.strategy .*ddp"):
             validate_config(stages.compose_config(*stages.command("average", self.folder / "x", FSDP)))

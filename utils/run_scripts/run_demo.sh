@@ -1,11 +1,14 @@
 #!/bin/sh
 # The recipe in miniature, on rendered videos: MAE and alignment without real people, then a "real" domain.
 #   sh utils/run_scripts/run_demo.sh [overrides of every stage]        DEMO=DIR of the runs (default: demo), DATA=DIR of the videos
+# MINUTES=60 renders more figures to learn from, for a run of about 60 minutes on two cores; the default is 6.
 # DEMO_DATA_ARGS=--quick renders only a few videos: enough to test that everything runs, too few to learn from.
 set -eu
 cd "$(dirname "$0")/../.."
 DEMO=${DEMO:-demo}
 DATA=${DATA:-$DEMO/data}
+MINUTES=${MINUTES:-6} # all but two go with the number of drawn figures: rendering, stage 1 and alignment
+[ "$MINUTES" -gt 2 ] 2>/dev/null || { echo "MINUTES must be a whole number above 2, got $MINUTES." >&2; exit 2; }
 start_time=$(date +%s)
 # glibc keeps freed memory instead of returning it to the kernel: steps on a CPU take a sixth less (docs/performance.md).
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=34359738368
@@ -20,7 +23,7 @@ stage() {
         "pretrained_checkpoint_path=$start" "launcher.experiment_log_dir=$DEMO/$name" "$@"
 }
 
-omnivision demo-data "$DATA" ${DEMO_DATA_ARGS:-}
+omnivision demo-data "$DATA" ${DEMO_DATA_ARGS:---synthetic $((125 * (MINUTES - 2)))}
 
 stage mae mae mae_demo_config null \
     "pretrain a masked autoencoder on videos without real people, without labels" "$@"
@@ -42,11 +45,11 @@ stage average average mae_ft_demo_config "[$DEMO/align_synthetic,$DEMO/align_noh
 
 echo
 omnivision runs --top1 "$DEMO"
+python -m omnivision_demo.report "$DEMO"
 cat <<END
 
 The demo took $((($(date +%s) - start_time) / 60)) min $((($(date +%s) - start_time) % 60)) s. Look at
-  $DEMO/mae/pictures/last.png: a video, its visible part, and the reconstruction (animated: last.gif)
-  $DEMO/finetune/pictures/confusion_target.png: the confusion matrix of the actions
+  $DEMO/report.html: what was trained, what it learned, and all results (open it in a browser)
   $DEMO/*/summary.json and logs/metrics.jsonl: the metrics of each run
   tensorboard --logdir $DEMO
 Stop it with Ctrl-C and run it again to see it resume. To start from scratch: make demo DEMO=another_folder

@@ -48,7 +48,7 @@ def curves(runs: Sequence[Run], curve: tuple[str, str, str], label: str, all_run
     if all(len(line.x) < 2 for line in figure.data):
         return Markup()
     figure.update_layout(xaxis_title="step", yaxis_title=label, showlegend=len(runs) > 1, height=340)
-    return _to_html(figure)
+    return to_html(figure)
 
 
 def confusion(predictions: Predictions) -> Markup:
@@ -66,7 +66,7 @@ def confusion(predictions: Predictions) -> Markup:
     figure.update_layout(xaxis_title="predicted", yaxis_title="label", height=min(900, 260 + 14 * len(names)))
     figure.update_xaxes(type="category", showgrid=False)  # even if names are numbers
     figure.update_yaxes(type="category", showgrid=False, autorange="reversed", ticksuffix=" ")
-    return _to_html(figure)
+    return to_html(figure)
 
 
 def class_accuracy(predictions: Predictions) -> Markup:
@@ -85,10 +85,10 @@ def class_accuracy(predictions: Predictions) -> Markup:
     figure.update_layout(xaxis_title="accuracy, %", height=120 + 18 * len(order))
     figure.update_xaxes(range=[0, 108], tickvals=list(range(0, 101, 20)))
     figure.update_yaxes(type="category", showgrid=False, autorange="reversed", ticksuffix=" ")
-    return _to_html(figure)
+    return to_html(figure)
 
 
-def _to_html(figure: graph.Figure) -> Markup:
+def to_html(figure: graph.Figure) -> Markup:
     """Return the figure without background and text colors, which the page sets for light and dark mode."""
     figure.update_layout(
         margin={"l": 60, "r": 16, "t": 16, "b": 50}, paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",

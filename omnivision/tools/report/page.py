@@ -36,8 +36,11 @@ CURVES = (
 )
 
 
-def render(runs: Sequence[Run], title: str, clips: bool = True) -> str:
-    """Return the page as HTML, with all names escaped. `clips`: include clips of mistakes."""
+def render(runs: Sequence[Run], title: str, clips: bool = True, intro: str = "") -> str:
+    """Return the page as HTML, with all names escaped.
+
+    clips: include clips of mistakes. intro: HTML above the runs, as Markup.
+    """
     environment = jinja2.Environment(loader=jinja2.PackageLoader("omnivision.tools.report", "."), autoescape=True)
     evaluated = sorted((run for run in runs if run.predictions), key=_quality, reverse=True)
     with_clips = evaluated[:MAX_RUNS_WITH_CLIPS] if clips else []
@@ -45,6 +48,7 @@ def render(runs: Sequence[Run], title: str, clips: bool = True) -> str:
     differences = find_differing_settings(runs) | ({"git commit": commits} if len(set(commits)) > 1 else {})
     return environment.get_template("page.html.j2").render(
         title=title,
+        intro=intro,
         created=time.strftime("%Y-%m-%d %H:%M"),
         script=Markup(get_plotlyjs()),
         names=[run.name for run in runs],

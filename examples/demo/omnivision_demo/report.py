@@ -1,0 +1,168 @@
+"""Results of the demo's runs: JSON, a table, and a page.
+
+    python -m omnivision_demo.report DEMO      DEMO: the folder of `make demo`
+
+Writes results.json and report.html into the folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jinja2
+import numpy as np
+import plotly.graph_objects as graph
+from markupsafe import Markup
+
+import omnivision
+from omnivision.reporting.images import gif_bytes, moving
+from omnivision.reporting.predictions import Predictions
+from omnivision.tools.report import figures
+from omnivision.tools.report.collect import Run, find_runs
+from omnivision.tools.report.page import render
+from omnivision.utils.io import write_atomically, write_json
+from omnivision_demo.spec import ACTIONS
+
+# Labels of the runs on the target, in the order of the bars, lowest first; keys are folders of `make demo`.
+ON_TARGET = {
+    "scratch": "random weights, fine-tuned",
+    "finetune_mae": "autoencoder, fine-tuned",
+    "average": "average of both aligned trunks, frozen",
+    "probe": "aligned with drawn figures, frozen",
+    "finetune": "aligned with drawn figures, fine-tuned",
+}
+# Of each domain: the run whose predictions are shown, and a heading.
+DOMAINS = {
+    "synthetic": ("align_synthetic", "Drawn figures: for the autoencoder and the first alignment"),
+    "nohuman": ("align_nohuman", "Places without a person: for the autoencoder and the second alignment"),
+    "target": ("finetune", "The target: other bodies, places and cameras, and grain"),
+}
+RECONSTRUCTIONS = 3
+
+
+class Result(NamedTuple):
+    """Top-1 accuracy of one run of the demo, in percent: one value per seed."""
+
+    name: str
+    starts_from: str
+    trunk: str
+    data: str
+    videos: int  # number of evaluated videos
+    top1: list[float]
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.top1)
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation over seeds; for one seed, the binomial standard error."""
+        if len(self.top1) > 1:
+            return statistics.stdev(self.top1)
+        share = self.mean / 100
+        return 100 * math.sqrt(share * (1 - share) / self.videos)
+
+
+def collect_results(demos: Sequence[Path]) -> list[Result]:
+    """Return the result of each run that evaluates, over demos with different seeds."""
+    by_seed = [{run.name: run for run in find_runs([demo])} for demo in demos]
+    results = []
+    for name in ("align_synthetic", "align_nohuman", *ON_TARGET):
+        runs = [runs[name] for runs in by_seed if name in runs and "val_top1" in runs[name].last]
+        if runs:
+            run, metadata = runs[0], runs[0].metadata
+            starts, data = metadata["pretrained"] or "nothing", metadata["sources"][0]
+            top1 = [run.last["val_top1"] for run in runs]
+            results.append(Result(name, starts, metadata["trunk"], data, int(run.last["val_videos"]), top1))
+    return results
+
+
+def format_table(results: Sequence[Result]) -> str:
+    """Return a Markdown table."""
+    lines = ["| run | starts from | trunk | evaluated on | top-1 % |", "|---|---|---|---|---|"]
+    for result in results:
+        each = f" ({', '.join(f'{value:.1f}' for value in result.top1)})" if len(result.top1) > 1 else ""
+        cells = [f"`{result.name}`", result.starts_from, result.trunk, result.data]
+        lines.append(f"| {' | '.join(cells)} | {result.mean:.1f} ± {result.spread:.1f}{each} |")
+    return "\n".join(lines)
+
+
+def render_page(demo: Path, results: Sequence[Result]) -> str:
+    """Return an ordinary report of a demo's runs, with an introduction: what they show, their videos, reconstructions.
+
+    `results` may be of several seeds. Raises SystemExit if a run has no predictions.
+    """
+    runs = {run.name: run for run in find_runs([demo])}
+    by_name = {result.name: result for result in results}
+    if missing := [
+        name for name in ("align_synthetic", "align_nohuman", *ON_TARGET) if not _has_predictions(runs, name)
+    ]:
+        raise SystemExit(f"{demo} must hold all runs of `make demo`, evaluated; missing: {', '.join(missing)}.")
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("omnivision_demo", "."), autoescape=True)
+    intro = environment.get_template("report.html.j2").render(
+        result=by_name,
+        chance=100 / len(ACTIONS),
+        seeds=len(results[0].top1),
+        chart=draw_chart(by_name),
+        domains={heading: _clips(runs[run].predictions[domain]) for domain, (run, heading) in DOMAINS.items()},
+        reconstructions=_reconstructions(runs) if "mae" in runs else [],
+    )
+    return render(list(runs.values()), "The recipe in miniature", intro=Markup(intro))
+
+
+def draw_chart(results: Mapping[str, Result]) -> Markup:
+    """Draw the accuracies on the target, with their spread and chance."""
+    shown = [results[name] for name in ON_TARGET]
+    bars = graph.Bar(
+        x=[result.mean for result in shown], y=list(ON_TARGET.values()), orientation="h",
+        error_x={"array": [result.spread for result in shown], "color": "#999999"}, marker={"color": figures.COLORS[0]},
+        text=[f" {result.mean:.0f} % " for result in shown], textposition="inside", insidetextanchor="start",
+        hovertemplate="%{y}: %{x:.1f} %<extra></extra>",
+    )  # fmt: skip
+    figure = graph.Figure(bars)
+    line = {"dash": "dot", "color": "#999999"}
+    figure.add_vline(100 / len(ACTIONS), line=line, annotation_text="chance", annotation_position="bottom right")
+    figure.update_layout(xaxis_title="top-1 accuracy on the target, %", height=320, showlegend=False)
+    figure.update_xaxes(range=[0, 100])
+    figure.update_yaxes(showgrid=False, ticksuffix=" ")
+    return figures.to_html(figure)
+
+
+def _has_predictions(runs: Mapping[str, Run], name: str) -> bool:
+    return name in runs and bool(runs[name].predictions)
+
+
+def _clips(predictions: Predictions) -> list[tuple[str, str]]:
+    """Return an animated clip per action, with its caption."""
+    predicted = predictions.scores.argmax(1)
+    clips = []
+    for label, action in enumerate(ACTIONS):
+        video = int(np.argmax(predictions.label == label))
+        outcome = "recognized" if predicted[video] == label else f"taken for {ACTIONS[predicted[video]]}"
+        clips.append((figures.animate(predictions.paths[video], 25), f"{action}: {outcome}"))
+    return clips
+
+
+def _reconstructions(runs: Mapping[str, Run]) -> list[str]:
+    """Return animated reconstructions of drawn figures from the validation split, as data URLs."""
+    model = omnivision.load(runs["mae"].folder.path)
+    paths = runs["align_synthetic"].predictions["synthetic"].paths[:RECONSTRUCTIONS]
+    return [figures.data_url(gif_bytes(moving(model.reconstruct(path))), "image/gif") for path in paths]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("python -m omnivision_demo.report", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("demo", type=Path, metavar="DEMO")
+    demo = parser.parse_args().demo
+    results = collect_results([demo])
+    write_json(demo / "results.json", [result._asdict() for result in results])
+    write_atomically(demo / "report.html", render_page(demo, results))
+
+
+if __name__ == "__main__":
+    main()
