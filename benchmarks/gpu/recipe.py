@@ -48,6 +48,7 @@ STAGES = {
 DOMAINS = {"mae": ("synthetic", "nohuman"), "align_synthetic": ("synthetic",), "align_nohuman": ("nohuman",)}
 # Peaks of the learning rate for batches of 64.
 RATES = {"mae": 4e-3, "align": 3e-3, "finetune": 2e-3, "probe": 16e-3, "average": 16e-3}
+DECODER = ["trainer.model.decoder.width=192", "trainer.model.decoder.depth=4"]  # of ViT-S
 MODELS = {"mae": "", "average": "_average_ft"}
 MAX_EPOCHS = 200  # of few videos, more only overfit
 START = 5.0  # seconds of a run that are not training
@@ -87,6 +88,7 @@ class Recipe:
             f"pretrained_checkpoint_path={f'[{starts}]' if len(stage.starts) > 1 else starts}", f"trainer.seed_value={seed}",
             f"batch_size={batch}", f"lr={RATES[stage.experiment]}", f"num_workers={self.cores}",
             f"trainer.optim.amp.enabled={str(ON_GPU).lower()}", f"trainer.accelerator={DEVICE.type}",
+            *([] if self.quick or name != "mae" else DECODER),
             *([] if name in DOMAINS else [f"++trainer.data.repeats.target={REPEATS}"]), *overrides,
         ]  # fmt: skip
 
