@@ -30,11 +30,11 @@ from omnivision_demo.spec import ACTIONS
 
 # Labels of the runs on the target, in the order of the bars, lowest first; keys are folders of `make demo`.
 ON_TARGET = {
-    "scratch": "random weights, fine-tuned",
-    "finetune_mae": "autoencoder, fine-tuned",
-    "average": "average of both aligned trunks, frozen",
-    "probe": "aligned with drawn figures, frozen",
-    "finetune": "aligned with drawn figures, fine-tuned",
+    "scratch": "random weights,<br>fine-tuned",
+    "finetune_mae": "autoencoder,<br>fine-tuned",
+    "average": "average of two<br>aligned, frozen",
+    "probe": "aligned, frozen",
+    "finetune": "aligned,<br>fine-tuned",
 }
 # Of each domain: the run whose predictions are shown, and a heading.
 DOMAINS = {
@@ -127,7 +127,7 @@ def draw_chart(results: Mapping[str, Result]) -> Markup:
     figure = graph.Figure(bars)
     line = {"dash": "dot", "color": "#999999"}
     figure.add_vline(100 / len(ACTIONS), line=line, annotation_text="chance", annotation_position="bottom right")
-    figure.update_layout(xaxis_title="top-1 accuracy on the target, %", height=320, showlegend=False)
+    figure.update_layout(xaxis_title="top-1 on the target, %", height=320, showlegend=False)
     figure.update_xaxes(range=[0, 100])
     figure.update_yaxes(showgrid=False, ticksuffix=" ")
     return figures.to_html(figure)
