@@ -52,12 +52,9 @@ class InferenceConfig(BaseModel):
     def with_settings(self, settings: Mapping[str, Any]) -> InferenceConfig:
         """Return a copy with the mask and the normalization in a run's settings; a mask not of this project keeps its ratio."""
         target = str(settings.get("trainer.data.mask._target_")).removeprefix("omnivision.data.masking.")
+        ratio = resolve_reference(settings, "trainer.data.mask.ratio")
         config = self
-        for name, value in {
-            "mask": target if target in MASKS else self.mask,
-            "mask_ratio": resolve_reference(settings, "trainer.data.mask.ratio"),
-            "norm": settings.get("trainer.task.norm"),
-        }.items():
+        for name, value in {"mask": target, "mask_ratio": ratio, "norm": settings.get("trainer.task.norm")}.items():
             with contextlib.suppress(ValidationError):
                 config = self.model_validate(config.model_dump(exclude_unset=True) | {name: value})
         return config
