@@ -458,6 +458,8 @@ def plot(folder: Path) -> None:
         if axes.lines:
             axes.legend(fontsize=7)
         axes.grid(alpha=0.3)
+    for axes in figure.axes[len(GROUPS) :]:
+        axes.remove()
     figure.savefig(folder / "demo_curves.png", dpi=80)
 
     figure = Figure(figsize=(10, 3.4), layout="constrained")
