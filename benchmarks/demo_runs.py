@@ -1,7 +1,7 @@
 """The demo with several seeds, its trunks on other videos (docs/demo.md), or other decoders in stage 1 (docs/performance.md).
 
     python -m benchmarks.demo_runs seeds FOLDER [SEED ...]         about 6 minutes each on two cores
-    python -m benchmarks.demo_runs mocap FOLDER [SEED ...]         2 minutes each, after `seeds`, with videos of mocap_videos
+    python -m benchmarks.demo_runs mocap FOLDER [SEED ...]         after `seeds`, on videos of mocap_videos: 6 minutes each
     python -m benchmarks.demo_runs decoders FOLDER [SEED ...]      about 20 minutes each
 
 All runs see the same videos; initialization, order of samples, crops and masks differ. The first two write
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.commands import SCRIPT, demo_data
+from benchmarks.gpu.recipe import DOMAINS, STAGES
 from benchmarks.steps import DECODERS
 from omnivision.utils.io import write_atomically, write_json
 from omnivision_demo import report
@@ -49,15 +50,11 @@ def mocap(folder: Path, numbers: list[int]) -> None:
     for seed in numbers:
         sources, runs = folder / f"seed_{seed}", folder / "mocap_runs" / f"seed_{seed}"
         same = f"trainer.seed_value={seed}", f"datasets.target.num_classes={classes}"
-        both = f"[{sources}/align_synthetic,{sources}/align_nohuman]"
-        for name, experiment, start in (
-            ("scratch", "finetune", "null"),
-            ("finetune_mae", "finetune", sources / "mae"),
-            ("finetune", "finetune", sources / "align_synthetic"),
-            ("probe", "probe", sources / "align_synthetic"),
-            ("average", "average", both),
-        ):
-            run_stage(data, runs / name, experiment, "mae_ft_demo_config", start, *same)
+        for name, stage in STAGES.items():
+            if name not in DOMAINS:  # so it trains on the target
+                starts = ",".join(str(sources / start) for start in stage.starts) or "null"
+                pretrained = f"[{starts}]" if len(stage.starts) > 1 else starts
+                run_stage(data, runs / name, stage.experiment, stage.recipe, pretrained, *same)
     save_results("mocap", report.collect_results([folder / "mocap_runs" / f"seed_{seed}" for seed in numbers]))
 
 

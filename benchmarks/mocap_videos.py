@@ -1,7 +1,7 @@
 """Videos of captured motions, rendered by pybullet: other actions, bodies, renderer and cameras than the demo's (docs/demo.md).
 
     pip install pybullet
-    python -m benchmarks.mocap_videos FOLDER      1,200 videos, about 5 minutes on two cores
+    python -m benchmarks.mocap_videos FOLDER      1,200 videos, 10 minutes on two cores beside other work
 
 The motions are the fifteen recordings of persons in `pybullet_data/data/motions` (zlib license); training and validation share
 them, with other bodies, places, cameras, speeds and starts. FOLDER looks like the data of `omnivision demo-data`, with the

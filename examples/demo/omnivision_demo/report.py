@@ -36,6 +36,7 @@ ON_TARGET = {
     "probe": "aligned, frozen",
     "finetune": "aligned,<br>fine-tuned",
 }
+EVALUATED = ("align_synthetic", "align_nohuman", *ON_TARGET)
 # Of each domain: the run whose predictions are shown, and a heading.
 DOMAINS = {
     "synthetic": ("align_synthetic", "Drawn figures: for the autoencoder and the first alignment"),
@@ -69,15 +70,15 @@ class Result(NamedTuple):
 
 
 def collect_results(demos: Sequence[Path]) -> list[Result]:
-    """Return the result of each run that evaluates, over demos with different seeds."""
+    """Return the result of each run that evaluates, over demos with different seeds. Raises KeyError if one lacks a run."""
     by_seed = [{run.name: run for run in find_runs([demo])} for demo in demos]
     results = []
-    for name in ("align_synthetic", "align_nohuman", *ON_TARGET):
-        runs = [runs[name] for runs in by_seed if name in runs and "val_top1" in runs[name].last]
-        if runs:
-            run, metadata = runs[0], runs[0].metadata
+    for name in EVALUATED:
+        run = by_seed[0].get(name)
+        if run and "val_top1" in run.last:
+            metadata = run.metadata
             starts, data = metadata["pretrained"] or "nothing", metadata["sources"][0]
-            top1 = [run.last["val_top1"] for run in runs]
+            top1 = [runs[name].last["val_top1"] for runs in by_seed]
             results.append(Result(name, starts, metadata["trunk"], data, int(run.last["val_videos"]), top1))
     return results
 
@@ -99,9 +100,7 @@ def render_page(demo: Path, results: Sequence[Result]) -> str:
     """
     runs = {run.name: run for run in find_runs([demo])}
     by_name = {result.name: result for result in results}
-    if missing := [
-        name for name in ("align_synthetic", "align_nohuman", *ON_TARGET) if not _has_predictions(runs, name)
-    ]:
+    if missing := [name for name in EVALUATED if name not in runs or not runs[name].predictions]:
         raise SystemExit(f"{demo} must hold all runs of `make demo`, evaluated; missing: {', '.join(missing)}.")
     environment = jinja2.Environment(loader=jinja2.PackageLoader("omnivision_demo", "."), autoescape=True)
     intro = environment.get_template("report.html.j2").render(
@@ -131,10 +130,6 @@ def draw_chart(results: Mapping[str, Result]) -> Markup:
     figure.update_xaxes(range=[0, 100])
     figure.update_yaxes(showgrid=False, ticksuffix=" ")
     return figures.to_html(figure)
-
-
-def _has_predictions(runs: Mapping[str, Run], name: str) -> bool:
-    return name in runs and bool(runs[name].predictions)
 
 
 def _clips(predictions: Predictions) -> list[tuple[str, str]]:
