@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
 
-.PHONY: demo test lint bench gpu faults nightly docs clean
+.PHONY: demo starter test lint bench gpu faults nightly docs clean
 
 $(VENV)/.installed: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -13,6 +13,11 @@ $(VENV)/.installed: setup.py
 
 demo: $(VENV)/.installed
 	@DEMO="$(DEMO)" PATH="$(CURDIR)/$(BIN):$$PATH" sh utils/run_scripts/run_demo.sh $(DEMO_ARGS)
+
+# Train the weights of examples/starter again: about an hour.
+starter:
+	$(MAKE) demo MINUTES=60 DEMO=build/starter
+	$(BIN)/python -m omnivision_demo.starter build/starter examples/starter
 
 # Test modules run in parallel (tests/parallel.py), as with `python -m unittest discover -s tests -t .`.
 test: $(VENV)/.installed

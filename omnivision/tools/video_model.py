@@ -130,6 +130,19 @@ class VideoModel:
                 f"{self.path} holds {type(self.model).__name__}, which has no decoder. Give a model of stage 1 (masked "
                 "autoencoding)."
             )
+        return Reconstruct(self.tubelet, self.config.norm).visualize(
+            self.model, self.masked_clip(video, start, mask_ratio, seed, **frames)
+        )
+
+    def masked_clip(
+        self,
+        video: str | Path,
+        start: float | None = None,
+        mask_ratio: float | None = None,
+        seed: int = 0,
+        **frames: Any,
+    ) -> Batch:
+        """Return a clip and a mask, with arguments as for `reconstruct`, as a batch on the device. Raises UserError."""
         ratio = self.config.mask_ratio if mask_ratio is None else mask_ratio
         if not 0 < ratio < 1:
             raise UserError(f"mask_ratio must be above 0 and below 1, got {ratio:g}.")
@@ -138,7 +151,7 @@ class VideoModel:
         mask = torch.from_numpy(MASKS[self.config.mask](ratio)(grid, np.random.default_rng(seed)))[None]
         unused = torch.zeros(1, dtype=torch.int64)
         batch = Batch(clip, unused, unused, "video", [str(video)], mask=mask, num_masked=int(mask.sum()))
-        return Reconstruct(self.tubelet, self.config.norm).visualize(self.model, batch.to(self.device))
+        return batch.to(self.device)
 
     def views(
         self, video: str | Path, clips: int, crops: Literal[1, 3], start: float | None = None, **frames: Any
