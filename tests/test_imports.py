@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from tests.runs import ROOT
 
 ALLOWED = {
-    "hydra": {"omnivision.config.compose", "omnivision.training.build"},
+    "hydra": {"omnivision.config.catalog", "omnivision.config.compose", "omnivision.training.build"},
     "omegaconf": {
         f"omnivision.{name}"
         for name in (
@@ -24,6 +24,7 @@ ALLOWED = {
     "submitit": {"omnivision.launch.slurm"},
     "av": {"omnivision.data.video", "omnivision.data.encode"},
     "yaml": {
+        "omnivision.config.catalog",
         "omnivision.config.compose",
         "omnivision.config.validate",
         "omnivision.tools.prepare.output",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -18,16 +19,19 @@ from omnivision.data.catalog import Split
 from omnivision.data.frames import read_depth, read_image
 from omnivision.data.masking import Grid, Mask
 from omnivision.data.sampling import (
+    AnyRequest,
     Draw,
-    Request,
+    Segment,
     Spacing,
+    WindowRequest,
     clip_window,
     keyed_rng,
     random_clip_start,
     sample_duration,
     uniform_clip_starts,
+    window_starts,
 )
-from omnivision.data.video import VideoDecodeError, open_video
+from omnivision.data.video import FrameFolder, VideoDecodeError, VideoFile, open_video
 from omnivision.data.views import View
 
 REPLACEMENTS = 20
@@ -91,8 +95,7 @@ class ClipDataset:
         self.max_pixels = max_pixels
         self.spacing = spacing
 
-    def __getitem__(self, request: Request) -> Sample:
-        request = Request(*request)
+    def __getitem__(self, request: AnyRequest) -> Sample:
         split = self.splits[request.source]
         bad: list[BadSample] = []
         rng = keyed_rng(self.seed, Draw.REPLACEMENT, *request)
@@ -107,7 +110,7 @@ class ClipDataset:
                 bad.append(BadSample(split.name, request.sample_index, path, str(error), split.which, missing))
         return self._empty(split, request, path, bad)
 
-    def _sample(self, split: Split, request: Request, path: str, bad: list[BadSample]) -> Sample:
+    def _sample(self, split: Split, request: AnyRequest, path: str, bad: list[BadSample]) -> Sample:
         config = self.configs[split.dataset.kind]
         depth = self._depth(split, request, config)
         views, masks, depths = [], [], []
@@ -135,7 +138,7 @@ class ClipDataset:
             bad=bad,
         )
 
-    def _depth(self, split: Split, request: Request, config: ClipConfig) -> Tensor | None:
+    def _depth(self, split: Split, request: AnyRequest, config: ClipConfig) -> Tensor | None:
         """Return the depth of an RGB-D image, prepared for its view: float32 (1, 1, H, W) in [0, 1] of `depth_max`."""
         path = split.depth_path(request.sample_index)
         if path is None:
@@ -144,13 +147,12 @@ class ClipDataset:
         depth = (read_depth(path, self.max_pixels) * split.dataset.depth_scale).clamp(0, farthest) / farthest
         return config.view.prepare(_check_aspect(depth))
 
-    def _clips(self, split: Split, request: Request, path: str, config: ClipConfig) -> list[Tensor]:
+    def _clips(self, split: Split, request: AnyRequest, path: str, config: ClipConfig) -> list[Tensor]:
         """Decode the clips of a file, each uint8 (T, C, H, W)."""
-        entry = split.dataset
-        if entry.kind != "video":
+        if split.dataset.kind != "video":
             return [read_image(path, self.max_pixels)]
         segment = split.segment(request.sample_index)
-        with open_video(path, fps=entry.fps, max_pixels=self.max_pixels, frame_pattern=entry.frame_pattern) as video:
+        with self._open(split, path) as video:
             duration = sample_duration(video.duration, segment)
             if self.training:
                 u = keyed_rng(self.seed, Draw.CLIP, *request).random()
@@ -159,7 +161,11 @@ class ClipDataset:
                 starts = uniform_clip_starts(duration, self.clip_duration, config.clips, self.spacing)
             return [video.read(*clip_window(start, self.clip_duration, segment), config.num_frames) for start in starts]
 
-    def _empty(self, split: Split, request: Request, path: str, bad: list[BadSample]) -> Sample:
+    def _open(self, split: Split, path: str) -> AbstractContextManager[VideoFile | FrameFolder]:
+        entry = split.dataset
+        return open_video(path, fps=entry.fps, max_pixels=self.max_pixels, frame_pattern=entry.frame_pattern)
+
+    def _empty(self, split: Split, request: AnyRequest, path: str, bad: list[BadSample]) -> Sample:
         """Return a sample without views: it names the video, which is not counted."""
         config = self.configs[split.dataset.kind]
         side = config.view.size
@@ -168,6 +174,40 @@ class ClipDataset:
         depth = None if split.dataset.kind != "rgbd" else torch.empty(0, 1, side, side)
         label = split.label(request.sample_index)
         return Sample(_squeeze_time(video, split), mask, label, split.name, request.sample_index, path, bad, depth)
+
+
+class WindowDataset(ClipDataset):
+    """Evaluation views of windows that slide over videos of any length; a request asks for some of a video's windows.
+
+    `clip_duration` is the window's length and `stride` the time from one to the next (s); see `sampling.window_starts`.
+    """
+
+    def __init__(
+        self,
+        splits: Sequence[Split],
+        configs: Mapping[str, ClipConfig],
+        window: float,
+        stride: float,
+        max_pixels: int | None = None,
+    ) -> None:
+        super().__init__(splits, configs, window, seed=0, training=False, max_pixels=max_pixels)
+        self.stride = stride
+
+    def starts(self, source: int, sample_index: int) -> list[float]:
+        """Return the start (s) of each window of a sample, from the start of its segment. Raises VideoDecodeError."""
+        split = self.splits[source]
+        with self._open(split, split.path(sample_index)) as video:
+            return self._starts(video.duration, split.segment(sample_index))
+
+    def _starts(self, duration: float, segment: Segment | None) -> list[float]:
+        return window_starts(sample_duration(duration, segment), self.clip_duration, self.stride)
+
+    def _clips(self, split: Split, request: AnyRequest, path: str, config: ClipConfig) -> list[Tensor]:
+        assert isinstance(request, WindowRequest)
+        segment = split.segment(request.sample_index)
+        with self._open(split, path) as video:
+            starts = self._starts(video.duration, segment)[request.first : request.first + request.number]
+            return [video.read(*clip_window(start, self.clip_duration, segment), config.num_frames) for start in starts]
 
 
 def _check_aspect(frames: Tensor) -> Tensor:

@@ -15,12 +15,13 @@ import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch.utils.data import DataLoader
 
 from omnivision.data.batch import Batch, Sample, collate
 from omnivision.data.dataset import ClipDataset
-from omnivision.data.sampling import EpochPlan, Request
+from omnivision.data.sampling import AnyRequest, EpochPlan, Request
 from omnivision.utils.errors import DataWorkerError, UserError
 from omnivision.utils.signals import exit_with_parent, kill_data_workers, signals_blocked
 
@@ -128,14 +129,14 @@ class _WorkerTimeout(threading.Thread):
         return "A data worker was killed (perhaps out of memory: lower num_workers or trainer.data.prefetch)"
 
 
-def load_batches(dataset: ClipDataset, requests: Iterator[list[Request]], config: LoaderConfig) -> Iterator[Batch]:
+def load_batches(dataset: ClipDataset, requests: Iterator[list[Any]], config: LoaderConfig) -> Iterator[Batch]:
     """Yield a batch for each list of requests, in order.
 
     Raises DataWorkerError, which names the files of the batch, if a worker was killed or returns nothing for too long.
     """
-    pending: deque[list[Request]] = deque()  # requests handed to workers
+    pending: deque[list[AnyRequest]] = deque()  # requests handed to workers
 
-    def sent() -> Iterator[list[Request]]:
+    def sent() -> Iterator[list[AnyRequest]]:
         for batch in requests:
             pending.append(batch)
             yield batch
@@ -178,7 +179,7 @@ def worker_init(pid: int, worker: int) -> None:
     exit_with_parent(pid)
 
 
-def data_loader(dataset: ClipDataset, batches: Iterator[list[Request]], config: LoaderConfig) -> DataLoader:
+def data_loader(dataset: ClipDataset, batches: Iterator[list[Any]], config: LoaderConfig) -> DataLoader:
     """Return a loader whose workers have one thread each and start from a forkserver.
 
     A forked worker would inherit sockets of the communication backend and delay the detection of a dead peer.

@@ -86,6 +86,18 @@ class Request(NamedTuple):
     repeat_index: int = 0
 
 
+class WindowRequest(NamedTuple):
+    """Windows `first` .. `first + number - 1` of one sample; see `window_starts`."""
+
+    source: int
+    sample_index: int
+    first: int
+    number: int
+
+
+AnyRequest = Request | WindowRequest
+
+
 @dataclass(frozen=True)
 class SourcePlan:
     """How an epoch reads one source.
@@ -171,6 +183,18 @@ def uniform_clip_starts(
         return [k * last / num_clips for k in range(num_clips)]
     steps = max(1, num_clips - 1)
     return [last * (k / steps) for k in range(num_clips)]  # k / steps is exactly 1 for the last clip
+
+
+def window_starts(duration: float, window: float, stride: float) -> list[float]:
+    """Return the starts (s) of windows every `stride` seconds, and of one that ends with the video.
+
+    Raises VideoDecodeError for a video shorter than the window.
+    """
+    last = duration - window
+    if last < 0:
+        raise VideoDecodeError(f"its {duration:.3f} s are shorter than the window of {window:g} s")
+    starts = [k * stride for k in range(math.floor(last / stride) + 1)]
+    return starts if last - starts[-1] < 1e-3 else [*starts, last]
 
 
 def sample_duration(duration: float, segment: Segment | None) -> float:

@@ -202,14 +202,26 @@ class VisionTransformer(nn.Module):
 
         Returns: (B, K or N, D).
         """
+        return run_blocks(self.blocks, self.embed(video, visible, depth), self.activation_checkpointing)
+
+    def embed(self, video: Tensor, visible: Tensor | None = None, depth: Tensor | None = None) -> Tensor:
+        """Return the tokens before the first block, with arguments and shape as for `forward`."""
         positions = self.positions_for(video, self.pos_embed)
         video = as_video(video, self.tubelet)
         x = self.patch_embed(video, visible)
         if depth is not None:
             assert self.depth_patch_embed is not None, "a model without `rgbd` was given depth"
             x = x + self.depth_patch_embed(as_video(depth, self.tubelet), visible)
-        x = x + (positions if visible is None else positions[0, visible])
-        return run_blocks(self.blocks, x, self.activation_checkpointing)
+        return x + (positions if visible is None else positions[0, visible])
+
+    def last_layers(self, video: Tensor, depth: Tensor | None = None, count: int = 1) -> Tensor:
+        """Return the tokens after each of the last `count` blocks, before the final LayerNorm: (B, count, N, D)."""
+        x = self.embed(video, depth=depth)
+        outputs = []
+        for block in self.blocks:
+            x = block(x)
+            outputs.append(x)
+        return torch.stack(outputs[-count:], 1)
 
     def positions_for(self, video: Tensor, table: Tensor) -> Tensor:
         """Return the rows of a position table (1, N, D), the trunk's or a decoder's, for this video or image: (1, N', D)."""

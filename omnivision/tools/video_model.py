@@ -2,6 +2,7 @@
 
 model = omnivision.load("runs/ft_ucf101")
 model.predict("video.mp4")               # [Prediction(name="archery", label=2, probability=0.93), ...]
+model.embed("video.mp4")                 # features, float32 (D,)
 omnivision.load("runs/mae").reconstruct("video.mp4")
 """
 
@@ -32,6 +33,8 @@ from omnivision.interop.merge import merge
 from omnivision.models import architecture
 from omnivision.models.mae import MaskedAutoencoder
 from omnivision.models.patches import token_grid
+from omnivision.models.vit import VisionTransformer
+from omnivision.probing.extract import pool_tokens
 from omnivision.tasks.base import Visualization
 from omnivision.tasks.classify import average_views
 from omnivision.tasks.reconstruct import Reconstruct
@@ -62,7 +65,14 @@ class VideoModel:
     """
 
     def __init__(
-        self, model: nn.Module, path: Path, config: InferenceConfig, device: str, geometry: Geometry | None = None
+        self,
+        model: nn.Module,
+        path: Path,
+        config: InferenceConfig,
+        device: str,
+        geometry: Geometry | None = None,
+        sha256: str = "",
+        checkpoint: str = "",
     ) -> None:
         try:
             self.model = model.eval().to(device)
@@ -73,11 +83,13 @@ class VideoModel:
             raise UserError(f"device must be available to torch, got {device!r}: {reason}") from None
         self.path = path
         self.config = config
+        self.sha256 = sha256
+        self.checkpoint = checkpoint  # its epoch and metrics, in words
         self.device = torch.device(device)
-        trunk: Any = geometry or model.trunk
-        self.num_frames = trunk.num_frames
-        self.image_size = trunk.image_size
-        self.tubelet = trunk.tubelet
+        shape: Any = geometry or model.trunk
+        self.num_frames = shape.num_frames
+        self.image_size = shape.image_size
+        self.tubelet = shape.tubelet
 
     @torch.inference_mode()
     def scores(
@@ -110,6 +122,35 @@ class VideoModel:
         names = self.config.class_names[head]
         best = np.argsort(-probs, kind="stable")[:top]
         return [Prediction(names[label], int(label), float(probs[label])) for label in best]
+
+    @property
+    def trunk(self) -> VisionTransformer:
+        """Raises UserError for a class outside this project without a trunk of this project."""
+        trunk = getattr(self.model, "trunk", None)
+        if not isinstance(trunk, VisionTransformer):
+            raise UserError(
+                f"{self.path} must hold a model with a trunk of this project (VisionTransformer), got "
+                f"{type(self.model).__name__}. Give another model."
+            )
+        return trunk
+
+    @torch.inference_mode()
+    def embed(
+        self,
+        video: str | Path,
+        clips: int = 2,
+        crops: Literal[1, 3] = 3,
+        layers: int = 1,
+        keep_time: bool = False,
+        **frames: Any,
+    ) -> np.ndarray:
+        """Return the features of a video, float32 (D,), averaged over `clips` x `crops` views.
+
+        layers: how many of the last layers; with more than one (layers, D). keep_time: average tokens only over space:
+        ([layers,] T', D), where time slot t is the average over the clips' slots t. Raises UserError for an unreadable video.
+        """
+        views = self.views(video, clips, crops, **frames)
+        return pool_tokens(self.trunk, views, None, layers, keep_time).float().mean(0).cpu().numpy()
 
     @torch.inference_mode()
     def reconstruct(
@@ -193,7 +234,7 @@ def load(source: str | Path, device: str = "cpu", trust_targets: Sequence[str] =
     model = architecture.from_architecture(converted.architecture, str(file.path))
     model.load_state_dict(converted.state)
     config = file.inference.numbered(converted.architecture.get("classes", []))
-    return VideoModel(model, file.path, config, device)
+    return VideoModel(model, file.path, config, device, None, file.sha256, file.checkpoint)
 
 
 def complete_model(
@@ -242,4 +283,6 @@ def _load_own_class(file: StateDictFile, target: str, trusted: Sequence[str], de
     tubelet = settings.trainer.model.get("trunk", {}).get("tubelet", (1, 1, 1))
     geometry = Geometry(settings.trainer.data.num_frames, settings.image_size, tuple(tubelet))
     classes = build.build_label_sets(settings).classes if not has_decoder(settings.trainer.model) else []
-    return VideoModel(model, file.path, file.inference.numbered(classes), device, geometry)
+    return VideoModel(
+        model, file.path, file.inference.numbered(classes), device, geometry, file.sha256, file.checkpoint
+    )

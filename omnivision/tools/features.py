@@ -1,0 +1,176 @@
+"""`omnivision features`: one frozen pass of a trunk over datasets or videos."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import numpy as np
+from cyclopts import Parameter
+from cyclopts.validators import Number
+
+from omnivision.tools.arguments import (
+    Flag,
+    FramePattern,
+    FrameRate,
+    Workers,
+    at_least,
+    resolve_fps,
+)
+from omnivision.tools.predict import Device, TrustTargets
+from omnivision.tools.workers import track
+from omnivision.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from omnivision.data.catalog import Split
+    from omnivision.probing.store import FeatureConfig
+    from omnivision.tools.video_model import VideoModel
+
+Seconds = Annotated[float | None, Parameter(validator=Number(gt=0), metavar="SECONDS")]
+VIDEOS = "videos"  # the dataset's name for videos given by path
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class FeatureOptions:
+    """What `features` computes.
+
+    Attributes:
+        split: Which splits of a dataset (default: those that it has).
+        catalog: Files with more datasets, as `omnivision prepare --catalog` writes them.
+        data_root: The folder that paths in the catalog start with (default: the run's).
+        clips: Clips per video; features are averaged over clips and crops.
+        crops: Crops per clip.
+        window: Instead of clips, windows of this length that slide over each video, with a row for each.
+        stride: Time from one window to the next (default: the window's length).
+        layers: How many of the last layers.
+        keep_time: Average tokens only over space: features have an axis of time slots.
+        dtype: Of the features.
+        bfloat16: Multiply matrices in bfloat16, which is faster on GPUs.
+    """
+
+    split: Annotated[list[Literal["train", "val"]] | None, Parameter(consume_multiple=True)] = None
+    catalog: Annotated[list[Path] | None, Parameter(consume_multiple=True, metavar="FILE")] = None
+    data_root: Annotated[str | None, Parameter(metavar="DIR")] = None
+    clips: Annotated[int, at_least(1, 1000)] = 2
+    crops: Literal[1, 3] = 3
+    window: Seconds = None
+    stride: Seconds = None
+    layers: Annotated[int, at_least(1)] = 1
+    keep_time: Flag = False
+    dtype: Literal["float32", "float16"] = "float32"
+    bfloat16: Flag = False
+    workers: Workers = None
+    device: Device = "cpu"
+    trust_targets: TrustTargets = None
+    fps: FrameRate = None
+    frame_pattern: FramePattern = None
+
+
+_OPTIONS = FeatureOptions()
+
+
+def features(
+    checkpoint: str,
+    data: Annotated[list[str], Parameter(name="DATA")],
+    /,
+    *,
+    out: Annotated[Path, Parameter(metavar="DIR")],
+    options: FeatureOptions = _OPTIONS,
+) -> int:
+    """Compute features of videos with the trunk of a trained model.
+
+    Write one vector per video (or window) as memory-mapped .npy files, with paths, labels and class names. Run the same command
+    again to complete an interrupted one. Several processes share the work: `srun omnivision features ...` or torchrun.
+
+    Args:
+        checkpoint: A run directory (its best checkpoint) or a file, of any stage.
+        data: Datasets of the catalog, by name; or videos, or folders of frames.
+        out: The folder to write to. All features in it are of one model and the same views.
+    """
+    from omnivision.data.loader import LoaderConfig
+    from omnivision.probing.extract import Embedder, extract
+    from omnivision.tools.video_model import load
+
+    rank, world_size, local_rank = process_position()
+    device = f"cuda:{local_rank}" if options.device == "cuda" and world_size > 1 else options.device
+    model = load(checkpoint, device, options.trust_targets or [])
+    config = feature_config(options, model)
+    splits = list(open_data(data, out, model.path, options))
+    name = model.path.parent.parent.name if model.path.parent.name == "checkpoints" else model.path.name
+    identity = {"name": name, "sha256": model.sha256, "checkpoint": model.checkpoint}
+    workers = max(1, len(os.sched_getaffinity(0)) - 1) if options.workers is None else options.workers
+    loader = LoaderConfig(min(workers, 16), pin_memory=model.device.type == "cuda")
+    embed, incomplete = Embedder(model.trunk, model.device, config), []
+    for split in splits:
+        key = f"{split.name}/{split.which}"
+        show = functools.partial(track, what=f"features of {key}")
+        record = extract(embed, split, out, identity, loader, rank, world_size, track=show)
+        if record.rows is None:
+            incomplete.append(key)
+            continue
+        lost = f", {len(record.unreadable)} unreadable" if record.unreadable else ""
+        print(f"{out}/{key}: {record.rows} rows of {record.samples} videos{lost}")
+    if incomplete and world_size == 1:
+        raise UserError(f"{out} lacks parts of {', '.join(incomplete)}. Run the same command again.")
+    return 0
+
+
+def process_position() -> tuple[int, int, int]:
+    """Return rank, world size and local rank: of a job step started by srun, of torchrun, or of a single process."""
+    for names in (
+        ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+        ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    ):
+        if all(name in os.environ for name in names):
+            rank, world_size, local_rank = (int(os.environ[name]) for name in names)
+            return rank, world_size, local_rank
+    return 0, 1, 0
+
+
+def feature_config(options: FeatureOptions, model: VideoModel) -> FeatureConfig:
+    """Return what the options ask of this model. Raises UserError for options that do not go together."""
+    from omnivision.probing.store import FeatureConfig
+
+    if options.stride is not None and options.window is None:
+        raise UserError("--stride needs --window. Set --window SECONDS, or leave --stride out.")
+    if options.layers > (depth := len(model.trunk.blocks)):
+        raise UserError(f"--layers must be at most {depth}, the depth of {model.path}, got {options.layers}.")
+    windows = options.window is not None
+    return FeatureConfig(
+        clips=1 if windows else options.clips,
+        crops=options.crops,
+        clip_duration=options.window or model.config.clip_duration,
+        stride=(options.stride or options.window) if windows else None,
+        layers=options.layers,
+        keep_time=options.keep_time,
+        dtype=options.dtype,
+        autocast="bfloat16" if options.bfloat16 else None,
+    )
+
+
+def open_data(data: Sequence[str], out: Path, checkpoint: Path, options: FeatureOptions) -> Iterator[Split]:
+    """Yield the splits of the datasets named in `data`, and one for all videos in it. Raises UserError for unknown names."""
+    from omnivision.config.catalog import Catalog
+    from omnivision.data.catalog import Dataset, Split
+    from omnivision.utils.io import replace_atomically
+
+    run_config = checkpoint.parent.parent / "config.yaml"
+    catalog = Catalog([*([run_config] if run_config.is_file() else []), *(options.catalog or [])], options.data_root)
+    names = [name for name in dict.fromkeys(data) if name in catalog.names or not os.path.exists(name)]
+    for name in names:
+        dataset = Dataset(name=name, **catalog[name].model_dump())
+        which = options.split or [split for split in ("train", "val") if getattr(dataset, split) is not None]
+        yield from (Split(dataset, split) for split in which)
+    if videos := [os.path.abspath(path) for path in dict.fromkeys(data) if path not in names]:
+        rate = resolve_fps(options.fps, videos)
+        file = out / VIDEOS / "list.npy"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with replace_atomically(file) as opened:
+            np.save(opened, np.array(videos), allow_pickle=False)
+        lists = {"paths": str(file)}
+        yield Split(Dataset(name=VIDEOS, fps=rate, frame_pattern=options.frame_pattern, val=lists), "val")  # type: ignore[arg-type]
