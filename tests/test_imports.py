@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from tests.runs import ROOT
 
 ALLOWED = {
-    "hydra": {"omnivision.config.catalog", "omnivision.config.compose", "omnivision.training.build"},
+    "hydra": {"omnivision.config.compose", "omnivision.training.build"},
     "omegaconf": {
         f"omnivision.{name}"
         for name in (
             "train",
+            "config.catalog",
             "config.compose",
             "config.messages",
             "config.validate",

@@ -19,10 +19,11 @@ from cyclopts import Parameter
 
 from omnivision.data.catalog import IGNORED_LABEL, labels_start_at_one, resolve_prefix, shift_command
 from omnivision.data.frames import MAX_TOOL_PIXELS
+from omnivision.data.groups import drop_suffix
 from omnivision.data.sampling import Segment, clip_window, sample_duration, uniform_clip_starts
 from omnivision.data.video import FrameFolder, VideoDecodeError, VideoFile, open_video
 from omnivision.tools.arguments import Flag, FramePattern, FrameRate, Segments, Workers, at_least, resolve_fps
-from omnivision.tools.prepare.index import drop_suffix, printable
+from omnivision.tools.prepare.index import printable
 from omnivision.tools.prepare.output import read_arrays
 from omnivision.tools.workers import WorkerCrashedError, run_in_processes, track
 from omnivision.utils.errors import EXIT_USER, UserError, truncate_list

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,29 +10,11 @@ import numpy as np
 from cyclopts import Parameter
 
 from omnivision.data.catalog import load_array
+from omnivision.data.groups import GROUPINGS, group_videos, hold_out, pattern_grouping
 from omnivision.tools.arguments import Regex, Segments, Share, at_least
-from omnivision.tools.prepare.hold_out import group_videos, hold_out, pattern_grouping
 from omnivision.tools.prepare.output import read_arrays, write_split
 from omnivision.utils.errors import UserError, truncate_list
 from omnivision.utils.streams import warn
-
-
-def _before_one_letter_part(name: str) -> str:
-    """Match HMDB51: <film>_<action>_<visible body parts, one letter>_... A title may begin with a single letter ("A_...")."""
-    parts = name.split("_")
-    end = next((k for k, part in enumerate(parts) if k > 0 and len(part) == 1 and part.isalpha()), len(parts))
-    return "_".join(parts[:end])
-
-
-# Functions from the name of a video, without folders and suffix, to the name of its source.
-GROUPINGS: dict[str, Callable[[str], str]] = {
-    "ucf101": lambda name: name.rpartition("_")[0] or name,
-    "hmdb51": _before_one_letter_part,
-    "ikea": lambda name: name.partition("_")[0],
-    "diving48": lambda name: name.partition("_")[0],
-    "uav": lambda name: name[:24],
-    "minissv2": lambda name: name,
-}
 
 
 def val_split(

@@ -19,9 +19,10 @@ from PIL import Image
 from omnivision.data import encode
 from omnivision.data.catalog import Dataset, Split
 from omnivision.data.encode import write_timed_video, write_video
+from omnivision.data.groups import video_key
 from omnivision.data.video import VideoDecodeError, open_video
 from omnivision.tools.prepare import transcode as transcoding
-from omnivision.tools.prepare.index import SPLITS, guess_split, video_key
+from omnivision.tools.prepare.index import SPLITS, guess_split
 from omnivision.tools.prepare.output import format_entry, updated_catalog
 from omnivision.tools.prepare.transcode import TranscodeConfig, TranscodeJob, destinations, target_size, transcode
 from omnivision.tools.workers import run_in_processes

@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 
-from omnivision.tools.prepare.hold_out import _nearest_sum, group_videos, hold_out, pattern_grouping
+from omnivision.data.groups import _nearest_sum, group_videos, hold_out, pattern_grouping
 from omnivision.tools.val_split import GROUPINGS
 from omnivision.utils.errors import UserError
 from tests.data import test_catalog as catalog

@@ -13,6 +13,7 @@ import numpy as np
 from cyclopts import Parameter
 
 from omnivision.data.catalog import read_class_names
+from omnivision.data.groups import group_videos, hold_out, pattern_grouping, video_key
 from omnivision.tools.arguments import (
     DEFAULT_FPS,
     File,
@@ -28,7 +29,6 @@ from omnivision.tools.arguments import (
 from omnivision.tools.prepare import index as indexing
 from omnivision.tools.prepare import output
 from omnivision.tools.prepare.folders import read_class_folders
-from omnivision.tools.prepare.hold_out import group_videos, hold_out, pattern_grouping
 from omnivision.tools.prepare.index import SPLITS, DatasetIndex
 from omnivision.tools.prepare.lists import read_csv_lists
 from omnivision.tools.prepare.locate import find_frame_folders, locate_videos
@@ -200,7 +200,7 @@ def _read(source: str, source_settings: SourceSettings) -> DatasetIndex:
     if "train" not in index.splits or "val" in index.splits:
         raise UserError(f"--hold-out needs a training split and no validation split; got {', '.join(index.splits)}.")
     train = index.splits["train"]
-    groups = [indexing.video_key(record.path) for record in train]
+    groups = [video_key(record.path) for record in train]
     if source_settings.group_pattern is not None:
         groups = group_videos([record.path for record in train], pattern_grouping(source_settings.group_pattern))
     held = hold_out(groups, np.array([record.label for record in train]), source_settings.hold_out, SEED)

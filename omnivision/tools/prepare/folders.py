@@ -11,15 +11,8 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 from omnivision.data.frames import IMAGE_SUFFIXES, natural_sort_key
-from omnivision.tools.prepare.index import (
-    VIDEO_SUFFIXES,
-    DatasetIndex,
-    Record,
-    format_splits,
-    guess_split,
-    split_of,
-    video_key,
-)
+from omnivision.data.groups import VIDEO_SUFFIXES, video_key
+from omnivision.tools.prepare.index import DatasetIndex, Record, format_splits, guess_split, split_of
 from omnivision.utils.errors import UserError, truncate_list
 from omnivision.utils.streams import warn
 

@@ -13,13 +13,11 @@ import numpy as np
 
 from omnivision.data.catalog import labels_off_by_one, labels_start_at_one
 from omnivision.data.frames import natural_sort_key
+from omnivision.data.groups import video_key
 from omnivision.data.sampling import Segment
 from omnivision.utils.errors import UserError, truncate_list
 from omnivision.utils.streams import warn
 
-VIDEO_SUFFIXES = tuple(
-    ".mp4 .avi .webm .mkv .mov .m4v .mpg .mpeg .wmv .flv .ogv .ts .m2ts .mts .3gp .asf .vob .y4m".split()
-)
 MAX_CLASSES = 1_000_000
 # Names of each split in folders and lists; and parts of names that suggest one: "UCF101_train", "TestSet", "held out".
 SPLITS = {
@@ -33,9 +31,6 @@ _SUGGESTS_SPLIT = re.compile(
     r"|(?P<test>test|tst|h[oe]ld[\W_]*out))"
     r"(?i:ing|s|set|data)?(?![a-z])"
 )
-# Words in names that describe a video's format, not its identity: "a/frames/1", "a/1/rgb", "a/1_frames", "a/rgb_1".
-_FORMAT = r"(?:frames?|images?|imgs?|extracted|jpe?g|png|rgb|flow|videos?)"
-_FORMAT_WORDS = re.compile(rf"(?i)(?<![^/]){_FORMAT}(?:/|$|[_.-](?=[^/]+$))|(?<=[^/])[_.-]{_FORMAT}$")
 
 
 @dataclass(frozen=True)
@@ -210,14 +205,3 @@ def warn_about_paths(index: DatasetIndex, on_disk: bool) -> None:
     for one, other in combinations(videos, 2):
         shared = [{videos[one][key], videos[other][key]} for key in videos[one].keys() & videos[other].keys()]
         warn_of(f"files are in {one} and in {other}", sorted({" = ".join(sorted(paths)) for paths in shared}))
-
-
-def video_key(path: str) -> str:
-    """Return a path without its suffix and words such as frames/: the same key for a video and its frame folder."""
-    return drop_suffix(_FORMAT_WORDS.sub("", path).rstrip("/"))  # also the suffix in "001.mp4.frames"
-
-
-def drop_suffix(path: str) -> str:
-    """Return a path without a video suffix."""
-    stem, suffix = os.path.splitext(path)
-    return stem if suffix.lower() in VIDEO_SUFFIXES else path

@@ -9,14 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from omnivision.data.frames import IMAGE_SUFFIXES, SeveralSeriesError
+from omnivision.data.groups import VIDEO_SUFFIXES, drop_suffix
 from omnivision.data.video import VideoDecodeError, open_video
-from omnivision.tools.prepare.index import (
-    VIDEO_SUFFIXES,
-    DatasetIndex,
-    Record,
-    drop_suffix,
-    listing_error,
-)
+from omnivision.tools.prepare.index import DatasetIndex, Record, listing_error
 from omnivision.utils.errors import truncate_list
 from omnivision.utils.streams import warn
 

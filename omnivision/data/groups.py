@@ -1,4 +1,4 @@
-"""Which videos to hold out for validation: whole groups of one source, near a share, classes evenly."""
+"""Groups of videos of one source, and which to hold out for validation: whole groups, near a share, classes evenly."""
 
 from __future__ import annotations
 
@@ -10,8 +10,43 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from omnivision.data.sampling import keyed_rng
-from omnivision.tools.prepare.index import video_key
 from omnivision.utils.errors import UserError
+
+VIDEO_SUFFIXES = tuple(
+    ".mp4 .avi .webm .mkv .mov .m4v .mpg .mpeg .wmv .flv .ogv .ts .m2ts .mts .3gp .asf .vob .y4m".split()
+)
+# Words in names that describe a video's format, not its identity: "a/frames/1", "a/1/rgb", "a/1_frames", "a/rgb_1".
+_FORMAT = r"(?:frames?|images?|imgs?|extracted|jpe?g|png|rgb|flow|videos?)"
+_FORMAT_WORDS = re.compile(rf"(?i)(?<![^/]){_FORMAT}(?:/|$|[_.-](?=[^/]+$))|(?<=[^/])[_.-]{_FORMAT}$")
+
+
+def _before_one_letter_part(name: str) -> str:
+    """Match HMDB51: <film>_<action>_<visible body parts, one letter>_... A title may begin with a single letter ("A_...")."""
+    parts = name.split("_")
+    end = next((k for k, part in enumerate(parts) if k > 0 and len(part) == 1 and part.isalpha()), len(parts))
+    return "_".join(parts[:end])
+
+
+# Functions from the name of a video, without folders and suffix, to the name of its source.
+GROUPINGS: dict[str, Callable[[str], str]] = {
+    "ucf101": lambda name: name.rpartition("_")[0] or name,
+    "hmdb51": _before_one_letter_part,
+    "ikea": lambda name: name.partition("_")[0],
+    "diving48": lambda name: name.partition("_")[0],
+    "uav": lambda name: name[:24],
+    "minissv2": lambda name: name,
+}
+
+
+def video_key(path: str) -> str:
+    """Return a path without its suffix and words such as frames/: the same key for a video and its frame folder."""
+    return drop_suffix(_FORMAT_WORDS.sub("", path).rstrip("/"))  # also the suffix in "001.mp4.frames"
+
+
+def drop_suffix(path: str) -> str:
+    """Return a path without a video suffix."""
+    stem, suffix = os.path.splitext(path)
+    return stem if suffix.lower() in VIDEO_SUFFIXES else path
 
 
 def group_videos(paths: Sequence[str], grouping: Callable[[str], str]) -> list[str]:
