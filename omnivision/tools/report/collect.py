@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import BaseModel
+
 from omnivision.config.flat import read_flat_file
 from omnivision.reporting.logs import read_lines
 from omnivision.reporting.predictions import Predictions, read_predictions
@@ -18,6 +20,26 @@ from omnivision.utils.streams import warn
 
 MAX_POINTS = 2000  # per curve
 RESULTS = (("val_top1", "top-1, %"), ("val_loss", "loss, validation"), ("loss", "loss, training"))
+
+
+class ProbeResult(BaseModel):
+    """Top-1 (%) of one method, and its spread."""
+
+    method: str
+    top1: float
+    spread: float
+    videos: int
+
+
+class ProbeRow(BaseModel):
+    """What the features of a model are worth on a dataset: an entry of a probe.json."""
+
+    model: dict[str, str]
+    dataset: str
+    chance: float
+    train_videos: int
+    rank: float
+    results: list[ProbeResult]
 
 
 @dataclass(eq=False)
@@ -31,6 +53,7 @@ class Run:
     lines: list[dict[str, Any]] = field(default_factory=list)
     predictions: dict[str, Predictions] = field(default_factory=dict)
     pretrained: list[dict[str, Any]] = field(default_factory=list)
+    probes: list[ProbeRow] = field(default_factory=list)
 
     @property
     def last(self) -> dict[str, Any]:
@@ -82,6 +105,11 @@ def _read_run(path: Path, name: str, summary: dict[str, Any]) -> Run:
             run.predictions[file.stem] = read_predictions(file)
         except Exception as error:  # numpy and zipfile raise many kinds for a damaged file
             warn(f"{file} cannot be read ({error}). It is left out.")
+    for file in sorted((path / "features").glob("*/probe.json")):
+        try:
+            run.probes += [ProbeRow.model_validate(row) for row in json.loads(file.read_text(encoding="utf-8"))]
+        except (OSError, ValueError, TypeError) as error:
+            warn(f"{file} cannot be read ({' '.join(str(error).split())[:200]}). It is left out.")
     return run
 
 
@@ -131,6 +159,47 @@ def paper_table(runs: Sequence[Run]) -> Table | None:
         best = max(value for (_, other), value in values.items() if other == column)
         rows[start][column] = texts[start, column], values[start, column] == best
     return Table(columns, rows, [run.name for run in ranked if not run.has_result])
+
+
+class ProbeTable(NamedTuple):
+    """Top-1 on one dataset. `rows`: a model, a cell per method (a text, and whether it is the column's best), the rank."""
+
+    dataset: str
+    train_videos: int
+    val_videos: int
+    chance: float
+    methods: list[str]
+    rows: list[tuple[str, list[tuple[str, bool]], str]]
+
+
+def probe_tables(runs: Sequence[Run]) -> list[ProbeTable]:
+    """Return a table for each dataset on which `omnivision probe` measured features of some run."""
+    named = [(row.model.get("name", run.name), run.name, row) for run in runs for row in run.probes]
+    tables = []
+    for dataset in dict.fromkeys(row.dataset for *_, row in named):
+        members = {
+            (name if name == "random" else run): row
+            for name, run, row in named
+            if row.dataset == dataset and row.results
+        }
+        first = next(iter(members.values()))
+        methods = list(dict.fromkeys(result.method for row in members.values() for result in row.results))
+        found = {name: {result.method: result for result in row.results} for name, row in members.items()}
+        best = {method: max(own[method].top1 for own in found.values() if method in own) for method in methods}
+        rows = [
+            (
+                name,
+                [
+                    (f"{own[m].top1:.1f} ± {own[m].spread:.1f}", own[m].top1 == best[m]) if m in own else ("", False)
+                    for m in methods
+                ],
+                f"{members[name].rank:.0f}",
+            )
+            for name, own in found.items()
+        ]
+        videos = first.results[0].videos
+        tables.append(ProbeTable(dataset, first.train_videos, videos, first.chance, methods, rows))
+    return tables
 
 
 def _name_starts(runs: Sequence[Run]) -> dict[Run, str]:

@@ -14,7 +14,7 @@ from plotly.offline import get_plotlyjs
 from omnivision.config.flat import used_settings
 from omnivision.tasks.metrics import VALIDATION_METRICS
 from omnivision.tools.report import figures
-from omnivision.tools.report.collect import Run, find_differing_settings, paper_table
+from omnivision.tools.report.collect import Run, find_differing_settings, paper_table, probe_tables
 from omnivision.tools.runs import TEXTS, describe_run, end_reason
 
 MISTAKES = 8  # clips shown for each kind of mistake
@@ -56,6 +56,7 @@ def render(runs: Sequence[Run], title: str, clips: bool = True, intro: str = "")
         texts=TEXTS,
         reasons=[(run.name, reason) for run in runs if (reason := end_reason(run.summary))],
         paper=paper_table(runs),
+        probes=probe_tables(runs),
         differences=differences,
         results=[f"{run.result[1]:.4g} ({run.result[0]})" if run.result else "" for run in runs],
         curves=_curves(runs),

@@ -1,0 +1,194 @@
+"""`omnivision probe`: what frozen features are worth, by several methods, over checkpoints and datasets."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Parameter
+from rich.table import Table
+from rich.text import Text
+
+from omnivision.data.groups import pattern_grouping
+from omnivision.tools.arguments import Regex
+from omnivision.tools.features import (
+    EXTRACT_OPTIONS,
+    ExtractOptions,
+    extract_all,
+    feature_config,
+    load_on_rank,
+    open_data,
+    process_position,
+)
+from omnivision.utils.errors import UserError, truncate_list
+from omnivision.utils.io import write_json
+from omnivision.utils.streams import announce, print_text, wide_console
+
+if TYPE_CHECKING:
+    from omnivision.tools.video_model import VideoModel
+
+HEADER, RESULTS = "features.json", "probe.json"
+RANDOM = "random"
+WAIT_SECONDS = 5
+Method = Literal["knn", "logistic", "linear", "low-shot"]
+METHODS: tuple[Method, ...] = ("knn", "logistic", "linear", "low-shot")
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ProbeOptions:
+    """What `probe` does.
+
+    Attributes:
+        data: Datasets of the catalog, with a training and a validation split (default: those in the folder of features).
+        methods: Which methods (default: all).
+        group_pattern: What the names of videos of one source share, to hold out whole sources (default: by the names of a
+            known dataset, else each video is its own).
+        out: Also write the results as JSON.
+    """
+
+    data: Annotated[list[str] | None, Parameter(consume_multiple=True, metavar="NAME")] = None
+    methods: Annotated[list[Method] | None, Parameter(consume_multiple=True)] = None
+    group_pattern: Regex = None
+    out: Annotated[Path | None, Parameter(metavar="FILE")] = None
+
+
+_OPTIONS = ProbeOptions()
+
+
+def probe(
+    sources: Annotated[list[str], Parameter(name="SOURCE")],
+    /,
+    *,
+    what: ProbeOptions = _OPTIONS,
+    options: ExtractOptions = EXTRACT_OPTIONS,
+) -> int:
+    """Measure what frozen features are worth: k-NN, logistic regression, a linear layer, a few labels.
+
+    Print one table per dataset: top-1 in percent on the validation split, with its standard error (for a few labels: the mean
+    and standard deviation over five draws). What a method must choose (k, C, the learning rate) it chooses on a held-out fifth
+    of the training split.
+
+    Args:
+        sources: Folders of `omnivision features`; run directories or files, whose features are computed first (into
+            RUN/features or FILE.features); or "random", random weights of the model named before it.
+    """
+    folders: list[Path] = []
+    trained = None
+    for source in sources:
+        if (Path(source) / HEADER).is_file():
+            folders.append(Path(source))
+            continue
+        if not what.data:
+            raise UserError(f"--data must name the datasets to probe {source} on. Set --data NAME.")
+        if source != RANDOM:
+            trained = load_on_rank(source, options)
+        elif trained is None:
+            raise UserError("random must follow the run or file whose architecture it takes. Put it after one.")
+        folders.append(extract(trained, randomize(trained) if source == RANDOM else trained, what.data, options))
+    rank, world_size, _ = process_position()
+    if rank > 0:
+        return 0
+    rows = [row for folder in folders for row in probe_folder(folder, what, options.device, wait=world_size > 1)]
+    print_tables(rows)
+    if what.out is not None:
+        write_json(what.out, rows)
+        print_text(f"Wrote {what.out}")
+    return 0
+
+
+def randomize(model: VideoModel) -> VideoModel:
+    """Return a model of the same architecture with the random weights of seed 0."""
+    import torch
+
+    from omnivision.models.architecture import architecture_of, from_architecture
+    from omnivision.tools.video_model import VideoModel
+
+    architecture = architecture_of(model.model)
+    torch.manual_seed(0)
+    random = from_architecture(architecture, str(model.path))
+    digest = hashlib.sha256(f"{RANDOM}: {json.dumps(architecture['trunk'])}".encode()).hexdigest()
+    return VideoModel(random, Path(RANDOM), model.config, str(model.device), sha256=digest)
+
+
+def extract(trained: VideoModel, model: VideoModel, data: Sequence[str], options: ExtractOptions) -> Path:
+    """Compute the features of a model that do not exist yet, in a folder beside the trained one; return the folder."""
+    path = trained.path
+    beside = path.parent.parent / "features" if path.parent.name == "checkpoints" else Path(f"{path}.features")
+    folder = beside / (RANDOM if model is not trained else model.sha256[:12])
+    splits = list(open_data(data, folder, path, options))
+    extract_all(model, splits, folder, feature_config(options, model), options)
+    return folder
+
+
+def probe_folder(folder: Path, what: ProbeOptions, device: str, wait: bool) -> Iterator[dict[str, Any]]:
+    """Probe each dataset in a folder of features; write probe.json beside them. Yields a row per dataset.
+
+    wait: for features that other processes still compute.
+    """
+    import torch
+
+    from omnivision.probing import board
+    from omnivision.probing.store import open_split, read_header
+
+    while wait and any(record.rows is None for record in read_header(folder).splits.values()):
+        time.sleep(WAIT_SECONDS)
+    header = read_header(folder)
+    complete = {key.rpartition("/")[0] for key in header.splits}
+    paired = [name for name in sorted(complete) if {f"{name}/train", f"{name}/val"} <= header.splits.keys()]
+    names = what.data or paired
+    if missing := [name for name in names if name not in paired] or ([] if names else ["no dataset"]):
+        raise UserError(
+            f"{folder} must hold a train and a val split of what is probed; it lacks {truncate_list(missing)}. Extract them "
+            "with `omnivision features`, or set --data."
+        )
+    grouping = None if what.group_pattern is None else pattern_grouping(what.group_pattern)
+    rows = []
+    for name in names:
+        train, val = (open_split(folder, name, which) for which in ("train", "val"))
+        data = board.make_data(train, val, torch.device(device), grouping)
+        results = []
+        for method in what.methods or METHODS:
+            announce(f"probe: {method} on {header.model['name']}, {name}")
+            results += board.probe(data, [method])
+        row = {
+            "source": str(folder),
+            "model": header.model,
+            "dataset": name,
+            "chance": 100 / data.classes,
+            "train_videos": len(data.train),
+            "rank": board.rank_of(train),
+            "results": [asdict(result) for result in results],
+        }
+        rows.append(row)
+    write_json(folder / RESULTS, rows)
+    yield from rows
+
+
+def print_tables(rows: Sequence[dict[str, Any]]) -> None:
+    """Print a table for each dataset: a row per model, a column per method."""
+    console, _ = wide_console(highlight=False)
+    for dataset in dict.fromkeys(row["dataset"] for row in rows):
+        members = [row for row in rows if row["dataset"] == dataset]
+        methods = dict.fromkeys(result["method"] for row in members for result in row["results"])
+        table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
+        table.add_column("model", no_wrap=True)
+        for method in (*methods, "rank"):
+            table.add_column(method, justify="right", no_wrap=True)
+        for row in members:
+            found = {result["method"]: result for result in row["results"]}
+            cells = [format_result(found.get(method)) for method in methods]
+            table.add_row(Text(row["model"]["name"]), *cells, f"{row['rank']:.0f}")
+        table.add_row("chance", *[f"{members[0]['chance']:.1f}"] * len(methods), "")
+        videos = members[0]["results"][0]["videos"]
+        print_text(f"\n{dataset}: {members[0]['train_videos']} training, {videos} validation videos; top-1 in percent")
+        console.print(table)
+
+
+def format_result(result: dict[str, Any] | None) -> str:
+    return "" if result is None else f"{result['top1']:.1f} ± {result['spread']:.1f}"
