@@ -202,7 +202,10 @@ def open_data(
     for name in names:
         dataset = Dataset(name=name, **catalog[name].model_dump())
         which = wanted or [split for split in ("train", "val") if getattr(dataset, split) is not None]
-        yield from (Split(dataset, split) for split in which)
+        try:
+            yield from [Split(dataset, split) for split in which]
+        except UserError as error:
+            raise UserError(f"{error} Here: --data-root FOLDER, or --catalog FILE with other entries.") from None
     if videos := [os.path.abspath(path) for path in dict.fromkeys(data) if path not in names]:
         rate = resolve_fps(options.fps, videos)
         file = out / VIDEOS / "list.npy"

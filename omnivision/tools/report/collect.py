@@ -42,6 +42,28 @@ class ProbeRow(BaseModel):
     results: list[ProbeResult]
 
 
+Percent = tuple[float, float]  # a value and its standard error
+
+
+class XrayClass(BaseModel):
+    """What the recognition of one class lives on; informedness by change."""
+
+    videos: int
+    verdict: str
+    informedness: dict[str, Percent]
+
+
+class Xray(BaseModel):
+    """What a classifier looks at in the videos of one source: an entry of an xray.json."""
+
+    videos: int
+    chance: float
+    verdict: str
+    top1: dict[str, Percent]
+    loss: dict[str, Percent]
+    classes: dict[str, XrayClass]
+
+
 @dataclass(eq=False)
 class Run:
     """One run: flat `settings` as saved, `lines` of `metrics.jsonl`, `pretrained` weights with path and SHA-256."""
@@ -54,6 +76,7 @@ class Run:
     predictions: dict[str, Predictions] = field(default_factory=dict)
     pretrained: list[dict[str, Any]] = field(default_factory=list)
     probes: list[ProbeRow] = field(default_factory=list)
+    xrays: dict[str, Xray] = field(default_factory=dict)  # by source
 
     @property
     def last(self) -> dict[str, Any]:
@@ -109,8 +132,18 @@ def _read_run(path: Path, name: str, summary: dict[str, Any]) -> Run:
         try:
             run.probes += [ProbeRow.model_validate(row) for row in json.loads(file.read_text(encoding="utf-8"))]
         except (OSError, ValueError, TypeError) as error:
-            warn(f"{file} cannot be read ({' '.join(str(error).split())[:200]}). It is left out.")
+            _warn_left_out(file, error)
+    if (file := path / "xray" / "xray.json").is_file():
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))["datasets"]
+            run.xrays = {source: Xray.model_validate(found) for source, found in content.items()}
+        except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+            _warn_left_out(file, error)
     return run
+
+
+def _warn_left_out(file: Path, error: Exception) -> None:
+    warn(f"{file} cannot be read ({' '.join(str(error).split())[:200]}). It is left out.")
 
 
 def find_differing_settings(runs: Sequence[Run]) -> dict[str, list[str]]:

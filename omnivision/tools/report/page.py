@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import math
 import time
 from collections.abc import Sequence
@@ -12,14 +13,16 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from omnivision.config.flat import used_settings
+from omnivision.probing.xray import VERDICTS
 from omnivision.tasks.metrics import VALIDATION_METRICS
 from omnivision.tools.report import figures
-from omnivision.tools.report.collect import Run, find_differing_settings, paper_table, probe_tables
+from omnivision.tools.report.collect import Run, Xray, find_differing_settings, paper_table, probe_tables
 from omnivision.tools.runs import TEXTS, describe_run, end_reason
 
 MISTAKES = 8  # clips shown for each kind of mistake
 MAX_CLASSES = 500  # browsers cannot draw larger confusion matrices
 MAX_RUNS_WITH_CLIPS = 8  # only the best runs get clips
+XRAY_COLUMNS = ("intact", "middle frame", "background", "no background", "shuffled")  # of the table by class
 # Heading, axis label, and event, phase and name in the log.
 CURVES = (
     ("Loss, training", "loss", ("step", "train", "loss")),
@@ -61,6 +64,7 @@ def render(runs: Sequence[Run], title: str, clips: bool = True, intro: str = "")
         results=[f"{run.result[1]:.4g} ({run.result[0]})" if run.result else "" for run in runs],
         curves=_curves(runs),
         reconstructions=[found for run in runs if (found := _reconstruction(run))],
+        xrays=[_xray(run, source, found) for run in runs for source, found in run.xrays.items()],
         evaluations=[_evaluation(run, source, run in with_clips) for run in runs for source in run.predictions],
         without_clips=clips and len(evaluated) - len(with_clips),
         settings=[
@@ -97,6 +101,18 @@ def _reconstruction(run: Run) -> tuple[str, str, str] | None:
     """Return a run's last animated reconstruction: run name, file name, data URL."""
     files = sorted(run.folder.pictures.glob("*.gif"), key=lambda file: (file.stem == "last", file.name))
     return (run.name, files[-1].name, figures.data_url(files[-1].read_bytes(), "image/gif")) if files else None
+
+
+def _xray(run: Run, source: str, found: Xray) -> dict[str, Any]:
+    """Return the content of a section about what a classifier looks at; changes as rows."""
+    examples = sorted((run.folder.path / "xray").glob(f"{glob.escape(source)}_[0-9].gif"))
+    return {
+        "title": f"{run.name}: {source}",
+        "found": found,
+        "verdict": VERDICTS.get(found.verdict, ""),
+        "examples": [figures.data_url(file.read_bytes(), "image/gif") for file in examples],
+        "shown": [change for change in XRAY_COLUMNS if change in found.top1],
+    }
 
 
 def _quality(run: Run) -> float:
