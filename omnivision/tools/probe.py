@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from omnivision.tools.video_model import VideoModel
 
 HEADER, RESULTS = "features.json", "probe.json"
-RANDOM = "random"
 WAIT_SECONDS = 5
 Method = Literal["knn", "logistic", "linear", "low-shot"]
 METHODS: tuple[Method, ...] = ("knn", "logistic", "linear", "low-shot")
@@ -76,7 +76,7 @@ def probe(
 
     Args:
         sources: Folders of `omnivision features`; run directories or files, whose features are computed first (into
-            RUN/features or FILE.features); or "random", random weights of the model named before it.
+            RUN/features or FILE.features); or "random" ("random:1", ...), random weights of the model before it (of a seed).
     """
     folders: list[Path] = []
     trained = None
@@ -86,11 +86,13 @@ def probe(
             continue
         if not what.data:
             raise UserError(f"--data must name the datasets to probe {source} on. Set --data NAME.")
-        if source != RANDOM:
+        random = re.fullmatch(r"random(?::(\d{1,9}))?", source)
+        if random is None:
             trained = load_on_rank(source, options)
         elif trained is None:
             raise UserError("random must follow the run or file whose architecture it takes. Put it after one.")
-        folders.append(extract(trained, randomize(trained) if source == RANDOM else trained, what.data, options))
+        model = trained if random is None else randomize(trained, source, seed=int(random[1] or 0))
+        folders.append(extract(trained, model, what.data, options))
     rank, world_size, _ = process_position()
     if rank > 0:
         return 0
@@ -102,25 +104,25 @@ def probe(
     return 0
 
 
-def randomize(model: VideoModel) -> VideoModel:
-    """Return a model of the same architecture with the random weights of seed 0."""
+def randomize(model: VideoModel, name: str, seed: int) -> VideoModel:
+    """Return a model of the same architecture with random weights."""
     import torch
 
     from omnivision.models.architecture import architecture_of, from_architecture
     from omnivision.tools.video_model import VideoModel
 
     architecture = architecture_of(model.model)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     random = from_architecture(architecture, str(model.path))
-    digest = hashlib.sha256(f"{RANDOM}: {json.dumps(architecture['trunk'])}".encode()).hexdigest()
-    return VideoModel(random, Path(RANDOM), model.config, str(model.device), sha256=digest)
+    digest = hashlib.sha256(f"{seed}: {json.dumps(architecture['trunk'])}".encode()).hexdigest()
+    return VideoModel(random, Path(name), model.config, str(model.device), sha256=digest)
 
 
 def extract(trained: VideoModel, model: VideoModel, data: Sequence[str], options: ExtractOptions) -> Path:
     """Compute the features of a model that do not exist yet, in a folder beside the trained one; return the folder."""
     path = trained.path
     beside = path.parent.parent / "features" if path.parent.name == "checkpoints" else Path(f"{path}.features")
-    folder = beside / (RANDOM if model is not trained else model.sha256[:12])
+    folder = beside / (model.sha256[:12] if model is trained else model.path.name.replace(":", "_"))
     splits = list(open_data(data, folder, path, options))
     extract_all(model, splits, folder, feature_config(options, model), options)
     return folder

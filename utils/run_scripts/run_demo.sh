@@ -43,13 +43,19 @@ stage probe probe mae_ft_demo_config "$DEMO/align_synthetic" \
 stage average average mae_ft_demo_config "[$DEMO/align_synthetic,$DEMO/align_nohuman]" \
     "train a linear head on a learned average of both aligned trunks" "$@"
 
+printf '\n== What are the frozen trunks worth on the target, and what do the models look at?\n'
+omnivision probe "$DEMO/mae" random "$DEMO/align_synthetic" "$DEMO/align_nohuman" --data target --crops 1 --workers 1
+for run in align_synthetic align_nohuman finetune; do
+    omnivision xray "$DEMO/$run" --clips 1 --crops 1 --workers 1
+done
+
 echo
 omnivision runs --top1 "$DEMO"
 python -m omnivision_demo.report "$DEMO"
 cat <<END
 
 The demo took $((($(date +%s) - start_time) / 60)) min $((($(date +%s) - start_time) % 60)) s. Look at
-  $DEMO/report.html: what was trained, what it learned, and all results (open it in a browser)
+  $DEMO/report.html: what was trained, what it learned and looks at, and all results (open it in a browser)
   $DEMO/*/summary.json and logs/metrics.jsonl: the metrics of each run
   tensorboard --logdir $DEMO
 Stop it with Ctrl-C and run it again to see it resume. To start from scratch: make demo DEMO=another_folder

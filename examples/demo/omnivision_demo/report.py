@@ -20,6 +20,7 @@ import plotly.graph_objects as graph
 from markupsafe import Markup
 
 import omnivision
+from omnivision.probing.xray import VERDICTS
 from omnivision.reporting.images import gif_bytes, moving
 from omnivision.reporting.predictions import Predictions
 from omnivision.tools.report import figures
@@ -108,6 +109,11 @@ def render_page(demo: Path, results: Sequence[Result]) -> str:
         chance=100 / len(ACTIONS),
         seeds=len(results[0].top1),
         chart=draw_chart(by_name),
+        looks=[
+            (name, VERDICTS[found.verdict], found.top1["middle frame"][0], found.top1["background"][0])
+            for name, run in runs.items()
+            for found in run.xrays.values()
+        ],
         domains={heading: _clips(runs[run].predictions[domain]) for domain, (run, heading) in DOMAINS.items()},
         reconstructions=_reconstructions(runs) if "mae" in runs else [],
     )

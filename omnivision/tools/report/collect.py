@@ -211,7 +211,7 @@ def probe_tables(runs: Sequence[Run]) -> list[ProbeTable]:
     tables = []
     for dataset in dict.fromkeys(row.dataset for *_, row in named):
         members = {
-            (name if name == "random" else run): row
+            (name if name.startswith("random") else run): row
             for name, run, row in named
             if row.dataset == dataset and row.results
         }
