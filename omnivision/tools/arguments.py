@@ -34,6 +34,7 @@ FramePattern = Annotated[
         metavar="PATTERN", help="Which images are the frames, e.g. 'img_*.jpg', if a folder holds several series."
     ),
 ]
+Seconds = Annotated[float | None, Parameter(validator=Number(gt=0), metavar="SECONDS")]
 Regex = Annotated[str | None, Parameter(metavar="REGEX")]
 Segments = Annotated[
     str | None, Parameter(metavar="SEGMENTS.npy", help="(N, 2) start and end (s) of each sample in its video.")

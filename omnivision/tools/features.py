@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 from cyclopts import Parameter
-from cyclopts.validators import Number
 
-from omnivision.tools.arguments import Flag, FramePattern, FrameRate, Workers, at_least, resolve_fps
+from omnivision.tools.arguments import Flag, FramePattern, FrameRate, Seconds, Workers, at_least, resolve_fps
 from omnivision.tools.predict import Device, TrustTargets
 from omnivision.tools.workers import track
 from omnivision.utils.errors import UserError
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from omnivision.probing.store import FeatureConfig, SplitRecord
     from omnivision.tools.video_model import VideoModel
 
-Seconds = Annotated[float | None, Parameter(validator=Number(gt=0), metavar="SECONDS")]
 VIDEOS = "videos"  # the dataset's name for videos given by path
 
 

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 from rich.bar import Bar
 from rich.table import Table
 from rich.text import Text
 
-from omnivision.tools.arguments import Flag, FramePattern, FrameRate, Share, at_least, resolve_fps
+from omnivision.tools.arguments import Flag, FramePattern, FrameRate, Seconds, Share, at_least, resolve_fps
+from omnivision.tools.workers import track
 from omnivision.utils.errors import EXIT_USER, UserError
-from omnivision.utils.streams import wide_console
+from omnivision.utils.streams import print_text, wide_console
 
 if TYPE_CHECKING:
-    from omnivision.tools.video_model import Prediction
+    from omnivision.tools.video_model import Prediction, VideoModel
 
 BAR_WIDTH = 30
 Device = Annotated[str, Parameter(metavar="DEVICE", help="cpu, cuda, or cuda:N.")]
@@ -35,9 +38,12 @@ def predict(
     *,
     top: Annotated[int, at_least(1)] = 5,
     clips: Annotated[int, at_least(1, 1000)] = 2,
-    crops: Literal[1, 3] = 3,
+    crops: Literal[1, 3] | None = None,
     head: Annotated[int, at_least(0)] = 0,
     as_json: Annotated[Flag, Parameter(name="--json")] = False,
+    window: Seconds = None,
+    stride: Seconds = None,
+    out: Annotated[Path | None, Parameter(metavar="DIR")] = None,
     device: Device = "cpu",
     trust_targets: TrustTargets = None,
     fps: FrameRate = None,
@@ -55,16 +61,27 @@ def predict(
         clips: Clips per video.
         crops: Crops per clip.
         head: Number of the head to use, if there are several.
-        as_json: Print a JSON object with a list of predictions for each video.
+        as_json: Print a JSON object with a list of predictions for each video, or with its timeline.
+        window: Make a timeline: windows of this length slide over the video (with one crop, if --crops is not given).
+        stride: Time from one window to the next (default: half of the window). Alone, it implies windows as long as the
+            model's clips.
+        out: With a timeline: write NAME.csv (the windows), NAME.json (and segments) and NAME.png into this folder.
     """
     from omnivision.tools.video_model import load
 
+    if window is not None or stride is not None:
+        return predict_timelines(
+            load(checkpoint, device, trust_targets or []),
+            videos, window, stride, top, crops or 1, head, as_json, out, fps=fps, frame_pattern=frame_pattern,
+        )  # fmt: skip
+    if out is not None:
+        raise UserError("--out is for timelines. Set --window or --stride, or use --json.")
     model, found = load(checkpoint, device, trust_targets or []), {}
     rate = resolve_fps(fps, videos)
     console, width = wide_console(highlight=False)
     for video in videos:
         try:
-            found[video] = model.predict(video, top, clips, crops, head, fps=rate, frame_pattern=frame_pattern)
+            found[video] = model.predict(video, top, clips, crops or 3, head, fps=rate, frame_pattern=frame_pattern)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             continue
@@ -74,6 +91,51 @@ def predict(
     if as_json:
         predictions = {video: [asdict(prediction) for prediction in found[video]] for video in found}
         print(json.dumps(predictions, indent=1, ensure_ascii=False))
+    return 0 if len(found) == len(set(videos)) else EXIT_USER
+
+
+def predict_timelines(
+    model: VideoModel,
+    videos: list[str],
+    window: float | None,
+    stride: float | None,
+    top: int,
+    crops: Literal[1, 3],
+    head: int,
+    as_json: bool,
+    out: Path | None,
+    fps: float | None,
+    frame_pattern: str | None,
+) -> int:
+    """Print the segments of each video, and write its timeline to files of its name."""
+    from omnivision.utils.io import replace_atomically, write_atomically, write_json
+
+    rate = resolve_fps(fps, videos)
+    stride = stride or (window or model.config.clip_duration) / 2
+    found: dict[str, dict[str, Any]] = {}
+    for video in videos:
+        show = partial(track, what=os.path.basename(video))
+        try:
+            line = model.timeline(video, stride, window, crops, head, show, fps=rate, frame_pattern=frame_pattern)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            continue
+        found[video] = line.to_json(top)
+        if not as_json:
+            print_text(f"{video} ({line.duration:.1f} s, {len(line.times)} windows)")
+            for own in line.segments():
+                print_text(f"  {own.start:8.2f} to {own.end:8.2f} s  {100 * own.probability:5.1f} %  {own.name}")
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            name = Path(video).stem
+            write_atomically(out / f"{name}.csv", line.to_csv(top))
+            write_json(out / f"{name}.json", found[video])
+            with replace_atomically(out / f"{name}.png") as file:
+                line.draw(os.path.basename(video)).save(file, "PNG")
+    if as_json:
+        print(json.dumps(found, indent=1, ensure_ascii=False))
+    elif out is not None and found:
+        print_text(f"Wrote {out}: a .csv, .json and .png for each video")
     return 0 if len(found) == len(set(videos)) else EXIT_USER
 
 

@@ -8,8 +8,9 @@ omnivision.load("runs/mae").reconstruct("video.mp4")
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -25,8 +26,8 @@ from omnivision.config.instantiate import is_allowed
 from omnivision.data.batch import Batch
 from omnivision.data.frames import MAX_TOOL_PIXELS
 from omnivision.data.masking import MASKS
-from omnivision.data.sampling import clip_window, uniform_clip_starts
-from omnivision.data.video import VideoDecodeError, open_video
+from omnivision.data.sampling import clip_window, uniform_clip_starts, window_starts
+from omnivision.data.video import FrameFolder, VideoDecodeError, VideoFile, open_video
 from omnivision.data.views import EvalView
 from omnivision.interop.formats import ConvertedCheckpoint, convert_state_dict
 from omnivision.interop.merge import merge
@@ -38,7 +39,10 @@ from omnivision.probing.extract import pool_tokens
 from omnivision.tasks.base import Visualization
 from omnivision.tasks.classify import average_views
 from omnivision.tasks.reconstruct import Reconstruct
+from omnivision.tools.timeline import Timeline
 from omnivision.utils.errors import UserError, is_out_of_memory
+
+WINDOWS = 16  # of a timeline, decoded and classified at a time
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,10 @@ class VideoModel:
 
         Raises UserError for an unreadable video, and for a model without classes.
         """
+        self._check_views(clips, crops, head)
+        return self._average(self.views(video, clips, crops, **frames), head, clips * crops)[0]
+
+    def _check_views(self, clips: int, crops: int, head: int) -> None:
         heads = len(self.config.class_names)
         if not heads:
             raise UserError(
@@ -109,10 +117,53 @@ class VideoModel:
             raise UserError(
                 f"clips must be at least 1, crops 1 or 3, head 0 to {heads - 1} for {self.path}; got {clips}, {crops}, {head}."
             )
-        logits = self.model(self.views(video, clips, crops, **frames), head).float()
+
+    def _average(self, views: Tensor, head: int, averaged: int) -> np.ndarray:
+        """Return logits averaged over each `averaged` adjacent views, float32 (videos or windows, classes)."""
+        logits = self.model(views, head).float()
         if not logits.isfinite().all():
             raise UserError(f"{self.path} gives scores that are not finite: its training diverged. Use another model.")
-        return average_views(logits, len(logits), self.config.average)[0].cpu().numpy()
+        return average_views(logits, averaged, self.config.average).cpu().numpy()
+
+    @torch.inference_mode()
+    def timeline(
+        self,
+        video: str | Path,
+        stride: float,
+        window: float | None = None,
+        crops: Literal[1, 3] = 1,
+        head: int = 0,
+        track: Callable[[Iterable[Tensor], int], Iterable[Tensor]] = lambda blocks, total: blocks,
+        **frames: Any,
+    ) -> Timeline:
+        """Return the scores of windows that slide over a video of any length, a few in memory at a time.
+
+        stride: from one window to the next (s); the last one ends with the video. window: its length (s; None: that of the
+        run's clips). track: shows the progress of an iterator with a number of items. Raises UserError as `scores` does, and
+        for a video shorter than the window.
+        """
+        self._check_views(1, crops, head)
+        seconds, view, rng = (
+            window or self.config.clip_duration,
+            EvalView(self.image_size, crops),
+            np.random.default_rng(0),
+        )
+        with _opened(video, **frames) as opened:
+            duration = float(opened.duration)
+            starts = window_starts(duration, seconds, stride)
+            blocks = [starts[first : first + WINDOWS] for first in range(0, len(starts), WINDOWS)]
+
+            def read() -> Iterator[Tensor]:
+                for block in blocks:
+                    clips = [view.prepare(opened.read(*clip_window(s, seconds), self.num_frames)) for s in block]
+                    yield torch.stack([view(clip, rng, crop) for clip in clips for crop in range(crops)])
+
+            scores = [
+                self._average(views.transpose(1, 2).to(self.device), head, crops)
+                for views in track(read(), len(blocks))
+            ]
+        times = np.array([(start, start + seconds) for start in starts])
+        return Timeline(times, np.concatenate(scores), duration, self.config.class_names[head])
 
     def predict(
         self, video: str | Path, top: int = 5, clips: int = 2, crops: Literal[1, 3] = 3, head: int = 0, **frames: Any
@@ -201,20 +252,27 @@ class VideoModel:
         view, seconds = EvalView(self.image_size, crops), self.config.clip_duration
         rng = np.random.default_rng(0)  # unused: evaluation views are not random
         views = []
-        try:
-            with open_video(str(video), max_pixels=MAX_TOOL_PIXELS, **frames) as opened:
-                if start is not None and not 0 <= start < opened.duration:
-                    raise UserError(
-                        f"start must be from 0 to {opened.duration:.2f} s, the end of {video}, got {start:g} s."
-                    )
-                middle = max(0.0, opened.duration - seconds) / 2
-                starts = uniform_clip_starts(opened.duration, seconds, clips) if clips > 1 else [middle]
-                for begin in starts if start is None else [start]:
-                    clip = view.prepare(opened.read(*clip_window(begin, seconds), self.num_frames))
-                    views += [view(clip, rng, crop_index) for crop_index in range(crops)]
-        except VideoDecodeError as error:
-            raise UserError(f"{video} cannot be read: {error}. Give a video or a folder of its frames.") from None
+        with _opened(video, **frames) as opened:
+            if start is not None and not 0 <= start < opened.duration:
+                raise UserError(
+                    f"start must be from 0 to {opened.duration:.2f} s, the end of {video}, got {start:g} s."
+                )
+            middle = max(0.0, opened.duration - seconds) / 2
+            starts = uniform_clip_starts(opened.duration, seconds, clips) if clips > 1 else [middle]
+            for begin in starts if start is None else [start]:
+                clip = view.prepare(opened.read(*clip_window(begin, seconds), self.num_frames))
+                views += [view(clip, rng, crop_index) for crop_index in range(crops)]
         return torch.stack(views).transpose(1, 2).to(self.device)
+
+
+@contextlib.contextmanager
+def _opened(video: str | Path, **frames: Any) -> Iterator[VideoFile | FrameFolder]:
+    """Open a video; what goes wrong while it is read becomes a UserError."""
+    try:
+        with open_video(str(video), max_pixels=MAX_TOOL_PIXELS, **frames) as opened:
+            yield opened
+    except VideoDecodeError as error:
+        raise UserError(f"{video} cannot be read: {error}. Give a video or a folder of its frames.") from None
 
 
 def load(source: str | Path, device: str = "cpu", trust_targets: Sequence[str] = ()) -> VideoModel:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from omnivision_demo.spec import ACTIONS, video_spec
 MODELS = {"actions.safetensors": "align_synthetic", "autoencoder.safetensors": "mae"}  # file -> run of the demo
 RESULTS = "starter.json"
 SEED = 1  # of the test videos; `make demo` renders those of seed 0
+ALL_ACTIONS, FPS, ACTION_SECONDS = "all.mp4", 25, 4  # an example with all actions in turn
 VIDEOS_PER_ACTION = 20  # of each tested domain
 TESTED_DOMAINS = ("synthetic", "target")
 
@@ -38,6 +40,9 @@ def write_starter(demo: Path, out: Path) -> None:
     for label, action in enumerate(ACTIONS):
         spec = video_spec(SEED, "target", "val", label)
         write_video(out / "videos" / f"{action}.mp4", render(spec), fps=spec.fps, gop=spec.gop, crf=spec.crf)
+    spec = next(spec for index in range(1000) if (spec := video_spec(SEED, "synthetic", "val", index)).fps == FPS)
+    parts = [render(replace(spec, label=label, frames=FPS * ACTION_SECONDS)) for label in range(len(ACTIONS))]
+    write_video(out / "videos" / ALL_ACTIONS, np.concatenate(parts), fps=FPS)
     with tempfile.TemporaryDirectory() as videos:
         results = measure(out, Path(videos))
     files = {file: {"sha256": sha256(out / file), "bytes": (out / file).stat().st_size} for file in MODELS}
