@@ -117,6 +117,11 @@ def _broken_rules(settings: Settings) -> Iterator[str]:
         yield f"pretrained_checkpoint_path must be one checkpoint for this trainer.model, got {given}. Set one, or {average}."
     if count and given not in (1, count):  # one file may hold several
         yield f"ensemble_num_models must be the number of checkpoints in pretrained_checkpoint_path, got {count} and {given}."
+    if unknown := [name for name in trainer.online_eval.sources if name not in settings.datasets]:
+        near = suggest(unknown[0], settings.datasets)
+        yield f"trainer.online_eval.sources must name datasets of the catalog, got {unknown[0]}{near}"
+    if trainer.online_eval.sources and count:
+        yield "trainer.online_eval cannot probe an average, whose sources do not change. Set trainer.online_eval.sources=[]."
     if settings.lr is not None and trainer.optim.lr_scale_factor != 1:
         yield "Set lr or lr_scale_factor, not both: lr is the peak for this batch; lr_scale_factor rescales the recipe's."
     # torch takes any name, and ignores it.

@@ -198,6 +198,15 @@ class CheckpointSettings(WeightFilter):
     allow_changes: RuntimeOnly[bool]
 
 
+class OnlineEvalSettings(SettingsGroup):
+    """Probes of frozen features while the run trains."""
+
+    sources: list[str]
+    every_epochs: PositiveInt
+    limit: PositiveInt
+    methods: Annotated[list[Literal["knn", "logistic", "linear", "rankme"]], Field(min_length=1)]
+
+
 class TrainerSettings(SettingsGroup):
     mode: RuntimeOnly[Literal["train", "train_only", "val", "dry"]]
     accelerator: RuntimeOnly[Literal["auto", "cuda", "cpu"]]
@@ -216,6 +225,7 @@ class TrainerSettings(SettingsGroup):
     data: DataSettings
     optim: OptimSettings
     distributed: RuntimeOnly[DistributedSettings]
+    online_eval: RuntimeOnly[OnlineEvalSettings]
     logging: RuntimeOnly[LoggingSettings]
     checkpoint: CheckpointSettings
 

@@ -38,6 +38,7 @@ from omnivision.reporting.logs import BadSampleLedger
 from omnivision.reporting.reporter import Reporter
 from omnivision.reporting.run_directory import RunDir
 from omnivision.training import flops
+from omnivision.training.online_eval import OnlineEval, OnlineSource, require_trunk
 from omnivision.training.trainer import RunContext, Trainer, resolve_amp_dtype
 from omnivision.utils.errors import UserError, collect_problems, is_out_of_memory
 from omnivision.utils.signals import StopSignal
@@ -107,6 +108,25 @@ def open_splits(settings: Settings) -> Splits:
     if problems:
         raise UserError.from_problems(problems)
     return [split for split in opened if split.which == "train"], [split for split in opened if split.which == "val"]
+
+
+def build_online_eval(settings: Settings) -> OnlineEval | None:
+    """Return the probes of a run, or None. Raises UserError with all problems of their datasets."""
+    config, data = settings.trainer.online_eval, settings.trainer.data
+    if not config.sources or settings.trainer.mode == "val":
+        return None
+    problems: list[str] = []
+    sources = []
+    for name in dict.fromkeys(config.sources):
+        dataset = Dataset(name=name, **settings.datasets[name].model_dump())
+        splits = [collect_problems(problems, Split, dataset, which) for which in ("train", "val")]
+        if None not in splits:
+            sources.append(collect_problems(problems, OnlineSource.draw, *splits, config.limit))
+    if problems:
+        raise UserError.from_problems(problems)
+    workers = LoaderConfig(data.num_workers, data.prefetch, timeout=60 * data.timeout_minutes)
+    drawn = [source for source in sources if source is not None]
+    return OnlineEval(config, drawn, workers, data.clip_duration, data.max_pixels)
 
 
 def build_epoch_plan(settings: Settings, train: list[Split]) -> EpochPlan:
@@ -350,6 +370,9 @@ def build_trainer(
     clips = max((kind.clips * kind.views for kind in evaluated.configs.values()), default=1)
     val = ValData(evaluated, workers, max(1, settings.clips_per_rank // clips)) if val_splits else None
     built = build_model(settings, "meta" if dist.device.type == "meta" else "cpu")
+    online = build_online_eval(settings)
+    if online is not None:
+        require_trunk(built)
     used = train_splits + val_splits
     ledger = BadSampleLedger(run_dir.logs / "bad_samples.jsonl", sum(map(len, used)), data.bad_sample_budget)
     context = RunContext(
@@ -366,4 +389,5 @@ def build_trainer(
             build_inference_config(settings).model_dump(exclude_unset=True),
         )
         context.fingerprint = fingerprint(config_text, values, used, plan, inference)
-    return Trainer(settings.trainer, context, build_task(settings), built, build_optimizer(settings, built), train, val)
+    optimizer = build_optimizer(settings, built)
+    return Trainer(settings.trainer, context, build_task(settings), built, optimizer, train, val, online)

@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,9 @@ from omnivision.optim.groups import ScheduledOptimizer
 from omnivision.reporting.reporter import Reporter
 from omnivision.reporting.run_directory import RunDir
 from omnivision.training import build, preflight
+from omnivision.training.flops import ClipFlops, count_forward_flops
 from omnivision.training.initial_weights import load_initial_weights
+from omnivision.training.online_eval import OnlineEval
 from omnivision.training.run_messages import describe_random, describe_resumed
 from omnivision.training.trainer import Trainer
 from omnivision.utils.errors import EXIT_USER, collect_problems
@@ -115,10 +118,26 @@ def describe(settings: Settings, trainer: Trainer, splits: build.Splits) -> list
         *data_lines(settings, trainer, splits),
         *weights_lines(settings, trainer),
     ]
+    if trainer.online_eval is not None:
+        lines.append(online_line(settings, trainer, trainer.online_eval, cost))
     if frozen:
         lines.append(f"frozen       {format_count(frozen)} parameters: forward pass only, about a third of the work")
     lines.append(f"groups       {len(optimizer.groups)}, of {type(optimizer.optimizer).__name__}:")
     return [*lines, *group_lines(optimizer, parameters)]
+
+
+def online_line(settings: Settings, trainer: Trainer, online: OnlineEval, cost: ClipFlops | None) -> str:
+    """Return what is probed while the run trains, and its share of the work."""
+    every = settings.trainer.online_eval.every_epochs
+    named = ", ".join(f"{source.train.name} ({source.videos} videos)" for source in online.sources)
+    share = ""
+    if cost is not None:
+        steps = every * trainer.state.steps_per_epoch * settings.clips_per_step
+        trunk: Any = trainer.raw_model.trunk
+        shape = trunk.num_frames, trunk.image_size, trunk.image_size
+        probing = count_forward_flops(trunk, shape) * online.clips  # of complete clips, also in stage 1
+        share = f", {100 * probing / (cost.step_flops * steps):.2g} % of the operations of training"
+    return f"online       {named} every {plural(every, 'epoch')}: {online.clips} clips{share}"
 
 
 def data_lines(settings: Settings, trainer: Trainer, splits: build.Splits) -> Iterator[str]:

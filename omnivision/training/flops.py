@@ -117,3 +117,12 @@ def count_clip_flops(
     return ClipFlops(
         float(forward), float(counter.get_total_flops()), sum(t.untyped_storage().nbytes() for t in kept.values())
     )
+
+
+def count_forward_flops(trunk: nn.Module, shape: tuple[int, int, int]) -> float:
+    """Count the operations of a forward pass over all tokens of a clip of this shape; `trunk` is on the meta device."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FusedAttention(), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        trunk(torch.empty(1, 3, *shape, dtype=torch.uint8, device="meta"))
+    return float(counter.get_total_flops())

@@ -35,7 +35,14 @@ def check_run(settings: Settings, *more: Callable[[Settings], object]) -> tuple[
     plan = collect_problems(problems, build.build_epoch_plan, settings, train) if train else None
     for split in train + val:
         warnings += collect_problems(problems, probe_samples, settings, split) or []
-    for check in (*more, check_pretrained, build.resolve_class_names, build.build_task, build.check_views_and_masks):
+    for check in (
+        *more,
+        check_pretrained,
+        build.resolve_class_names,
+        build.build_task,
+        build.check_views_and_masks,
+        build.build_online_eval,
+    ):
         collect_problems(problems, check, settings)
     model = collect_problems(problems, build.build_meta_model, settings)
     if model is not None:

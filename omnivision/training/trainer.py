@@ -42,6 +42,7 @@ from omnivision.tasks.base import StepOutput, Task
 from omnivision.tasks.metrics import Meter, averages
 from omnivision.training import resume_checks
 from omnivision.training.evaluate import Evaluation, evaluate_model
+from omnivision.training.online_eval import OnlineEval
 from omnivision.training.step_stats import (
     RunState,
     Step,
@@ -86,12 +87,14 @@ class Trainer:
         optimizer: ScheduledOptimizer,
         train: TrainData | None,
         val: ValData | None,
+        online_eval: OnlineEval | None = None,
     ) -> None:
         """Without `train`, the trainer only evaluates."""
         self.settings = settings
         self.context = context
         self.task = task
         self.train_data, self.val_data = train, val
+        self.online_eval = online_eval
         self.raw_model: nn.Module = model.to(context.dist.device)
         self.model: nn.Module = self.raw_model  # compiled and wrapped
         if settings.compile:
@@ -276,10 +279,7 @@ class Trainer:
         reporter = self.context.reporter
         stop.set_phase("validating", self.global_step)
         batches = self.val_data.batches(self.settings.limit_val_batches, dist.rank, dist.world_size)
-        with (
-            self.ema.swapped_in() if self.ema is not None else contextlib.nullcontext(),
-            summon_full_params(self.raw_model),
-        ):
+        with self._evaluated_weights():
             result = evaluate_model(self.task, self.raw_model, batches, dist, self._autocast, stop)
         if result is None:
             return None
@@ -294,6 +294,29 @@ class Trainer:
             predictions.class_names = names
             reporter.save_predictions(source, predictions, self.global_step)
         return result
+
+    def _probe(self, online_eval: OnlineEval) -> None:
+        """Probe the features of the EMA if there is one, else of the weights, and log the metrics."""
+        stop = self.context.stop
+        stop.set_phase("probing", self.global_step)
+        start = time.monotonic()
+        with self._evaluated_weights():
+            found = online_eval.evaluate(self.raw_model, self.context.dist, self.amp_dtype, stop)
+        if found is None:
+            self._save_and_stop()
+        metrics, bad = found
+        self.step_stats.record_bad(bad)
+        metrics = metrics | {"seconds": time.monotonic() - start}
+        self.context.reporter.log_epoch("online", self.state.weights_epoch, self.global_step, metrics)
+
+    @contextlib.contextmanager
+    def _evaluated_weights(self) -> Iterator[None]:
+        """Hold complete parameters, the EMA's if there is one."""
+        with (
+            self.ema.swapped_in() if self.ema is not None else contextlib.nullcontext(),
+            summon_full_params(self.raw_model),
+        ):
+            yield
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -467,6 +490,8 @@ class Trainer:
             self._record_evaluation(result)
             if state.update_best(result.metrics):
                 aliases.append(BEST)
+        if self.online_eval is not None and (is_due(epoch + 1, settings.online_eval.every_epochs) or last_epoch):
+            self._probe(self.online_eval)
         if is_due(epoch + 1, settings.checkpoint.save_freq):
             aliases.append(f"checkpoint_{epoch + 1}.pt")
         state.epoch = epoch + 1

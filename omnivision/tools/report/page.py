@@ -22,6 +22,7 @@ from omnivision.tools.runs import TEXTS, describe_run, end_reason
 MISTAKES = 8  # clips shown for each kind of mistake
 MAX_CLASSES = 500  # browsers cannot draw larger confusion matrices
 MAX_RUNS_WITH_CLIPS = 8  # only the best runs get clips
+RANKME = "rankme"  # the end of such a metric's name
 XRAY_COLUMNS = ("intact", "middle frame", "background", "no background", "shuffled")  # of the table by class
 # Heading, axis label, and event, phase and name in the log.
 CURVES = (
@@ -89,9 +90,15 @@ def _curves(runs: Sequence[Run]) -> list[tuple[str, Markup]]:
     kinds: dict[str, list[Run]] = {}
     for run in runs:
         kinds.setdefault(run.metadata.get("model") or "other", []).append(run)
+    probed = dict.fromkeys(name for run in runs for line in run.lines if line.get("phase") == "online" for name in line)
+    online = [
+        (f"Probe while training, {name}", "rank" if name.endswith(RANKME) else "top-1, %", ("epoch", "online", name))
+        for name in probed
+        if "_" in name
+    ]
     drawn = [
         (f"{heading}: {kind}" if len(kinds) > 1 else heading, figures.curves(members, curve, label, runs))
-        for heading, label, curve in CURVES
+        for heading, label, curve in (*CURVES, *online)
         for kind, members in kinds.items()
     ]
     return [(heading, figure) for heading, figure in drawn if figure]

@@ -1,0 +1,91 @@
+"""Probes while a run trains: the run's weights do not change, ranks agree, dry tells the cost, settings are checked."""
+
+import json
+import unittest
+
+import numpy as np
+import torch
+
+from tests import fixtures
+from tests import stage_runs as stages
+
+ONLINE = (
+    "trainer.online_eval.sources=[hmdb51]",
+    "trainer.online_eval.every_epochs=1",
+    "trainer.online_eval.methods=[knn,logistic,linear,rankme]",
+)
+
+
+class OnlineEval(fixtures.Folder):
+    def setUp(self):
+        super().setUp()
+        self.paths = stages.write_videos(self.folder / "videos", 12)
+        self.data = []
+        for dataset in ("ucf101", "hmdb51", "k150"):
+            for which in ("train", "val"):
+                self.data += stages.write_split(self.folder, dataset, which, self.paths)
+
+    def run_stage(self, stage, name, *more, ranks=1):
+        dataset = "k150" if stage == "mae" else "ucf101"
+        words = stages.command(
+            stage, self.folder / name, *self.data, "epochs=2", f"launcher.gpus_per_node={ranks}", *more, dataset=dataset
+        )
+        words += [] if stage == "mae" else ["pretrained_checkpoint_path=null"]
+        result = stages.run_in_process(words) if ranks == 1 else stages.run(words)
+        self.assertEqual(result.returncode, 0, result.stderr[-3000:])
+        return result
+
+    def weights(self, name):
+        return torch.load(self.folder / name / "checkpoints" / "checkpoint.pt", weights_only=True)["model"]
+
+    def online(self, name):
+        lines = (self.folder / name / "logs" / "metrics.jsonl").read_text().splitlines()
+        return [line for line in map(json.loads, lines) if line["phase"] == "online"]
+
+    def test_weights_are_bit_equal_with_and_without(self):
+        for stage, more in (("mae", []), ("ft", ["trainer.ema_decay=0.9"])):
+            with self.subTest(stage):
+                self.run_stage(stage, f"{stage}_without", *more)
+                self.run_stage(stage, f"{stage}_with", *more, *ONLINE)
+                without, probed = self.weights(f"{stage}_without"), self.weights(f"{stage}_with")
+                for name, tensor in without.items():
+                    self.assertTrue(torch.equal(tensor, probed[name]), name)
+                found = self.online(f"{stage}_with")
+                self.assertEqual([line["epoch"] for line in found], [0, 1])
+                self.assertEqual(
+                    {key for key in found[0] if "_" in key},
+                    {f"hmdb51_{m}" for m in ("knn", "logistic", "linear", "rankme")},
+                )
+
+    def test_two_ranks_probe_as_one(self):
+        # A frozen trunk, since training on two ranks differs in the last bits.
+        self.run_stage("lp", "one", *ONLINE)
+        self.run_stage("lp", "two", *ONLINE, ranks=2)
+        for one, two in zip(self.online("one"), self.online("two"), strict=True):
+            for name in one.keys() - {"seconds", "time"}:
+                self.assertEqual(one[name], two[name], name)
+
+    def test_dry_tells_the_cost(self):
+        result = self.run_stage("mae", "dry", "trainer.mode=dry", *ONLINE)
+        self.assertRegex(
+            result.stdout, r"online +hmdb51 \(24 videos\) every 1 epoch: 48 clips, [\d.e+]+ % of the operations"
+        )
+
+    def test_invalid_settings(self):
+        np.save(self.folder / "hmdb51_val_labels.npy", np.zeros(12, int))
+        for wanted, more in {
+            "trainer.online_eval.sources must name datasets of the catalog, got hmdb5; did you mean hmdb51": "sources=[hmdb5]",
+            "at least two classes, got 1 in hmdb51, val": "sources=[hmdb51]",
+            "trainer.online_eval.methods": "methods=[tsne]",
+        }.items():
+            words = stages.command(
+                "mae", self.folder / "bad", *self.data, f"trainer.online_eval.{more}", dataset="k150"
+            )
+            result = stages.run_in_process(words)
+            self.assertEqual(result.returncode, 1, wanted)
+            self.assertIn(wanted, result.stderr)
+        self.assertFalse((self.folder / "bad" / "checkpoints" / "checkpoint.pt").exists())
+
+
+if __name__ == "__main__":
+    unittest.main()
