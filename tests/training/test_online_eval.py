@@ -31,7 +31,7 @@ class OnlineEval(fixtures.Folder):
             stage, self.folder / name, *self.data, "epochs=2", f"launcher.gpus_per_node={ranks}", *more, dataset=dataset
         )
         words += [] if stage == "mae" else ["pretrained_checkpoint_path=null"]
-        result = stages.run_in_process(words) if ranks == 1 else stages.run(words)
+        result = stages.run_in_process(words)
         self.assertEqual(result.returncode, 0, result.stderr[-3000:])
         return result
 
