@@ -30,6 +30,7 @@ Width = Annotated[int, Field(ge=1, le=65_536)]  # of a transformer's tokens
 Depth = Annotated[int, Field(ge=1, le=1000)]
 Heads = Annotated[int, Field(ge=1, le=1024)]
 StrOrList = str | list[str]
+OnlineMethod = Literal["knn", "logistic", "linear", "rankme"]
 Setting = TypeVar("Setting")
 # Marks a setting, or a group of them, that does not affect results: a run may resume with another value.
 RUNTIME_ONLY = "runtime only"
@@ -204,7 +205,7 @@ class OnlineEvalSettings(SettingsGroup):
     sources: list[str]
     every_epochs: PositiveInt
     limit: PositiveInt
-    methods: Annotated[list[Literal["knn", "logistic", "linear", "rankme"]], Field(min_length=1)]
+    methods: Annotated[list[OnlineMethod], Field(min_length=1)]
 
 
 class TrainerSettings(SettingsGroup):

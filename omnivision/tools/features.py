@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from cyclopts import Parameter
@@ -28,29 +28,40 @@ VIDEOS = "videos"  # the dataset's name for videos given by path
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class ExtractOptions:
-    """How features are computed.
+class DataOptions:
+    """Where datasets are, and on what a model runs over them.
 
     Attributes:
         catalog: Files with more datasets, as `omnivision prepare --catalog` writes them.
         data_root: The folder that paths in the catalog start with (default: the run's).
-        clips: Clips per video; features are averaged over clips and crops.
-        crops: Crops per clip.
-        dtype: Of the features.
         bfloat16: Multiply matrices in bfloat16, which is faster on GPUs.
     """
 
     catalog: Annotated[list[Path] | None, Parameter(consume_multiple=True, metavar="FILE")] = None
     data_root: Annotated[str | None, Parameter(metavar="DIR")] = None
-    clips: Annotated[int, at_least(1, 1000)] = 2
-    crops: Literal[1, 3] = 3
-    dtype: Literal["float32", "float16"] = "float32"
     bfloat16: Flag = False
     workers: Workers = None
     device: Device = "cpu"
     trust_targets: TrustTargets = None
-    fps: FrameRate = None
-    frame_pattern: FramePattern = None
+
+    @property
+    def num_workers(self) -> int:
+        """Data workers: by default one per core beside this process, at most 16."""
+        return min(16, max(1, len(os.sched_getaffinity(0)) - 1)) if self.workers is None else self.workers
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ViewOptions:
+    """Which views of a video count.
+
+    Attributes:
+        clips: Clips per video, spread over it.
+        crops: Crops per clip.
+    """
+
+    clips: Annotated[int, at_least(1, 1000)] = 2
+    crops: Literal[1, 3] = 3
 
 
 @Parameter(name="*")
@@ -64,6 +75,7 @@ class FeatureOptions:
         stride: Time from one window to the next (default: the window's length).
         layers: How many of the last layers.
         keep_time: Average tokens only over space: features have an axis of time slots.
+        dtype: Of the features.
     """
 
     split: Annotated[list[Literal["train", "val"]] | None, Parameter(consume_multiple=True)] = None
@@ -71,10 +83,12 @@ class FeatureOptions:
     stride: Seconds = None
     layers: Annotated[int, at_least(1)] = 1
     keep_time: Flag = False
+    dtype: Literal["float32", "float16"] = "float32"
+    fps: FrameRate = None
+    frame_pattern: FramePattern = None
 
 
-EXTRACT_OPTIONS = ExtractOptions()
-_OPTIONS = FeatureOptions()
+DATA, VIEWS, _WHAT = DataOptions(), ViewOptions(), FeatureOptions()
 
 
 def features(
@@ -83,8 +97,9 @@ def features(
     /,
     *,
     out: Annotated[Path, Parameter(metavar="DIR")],
-    what: FeatureOptions = _OPTIONS,
-    options: ExtractOptions = EXTRACT_OPTIONS,
+    what: FeatureOptions = _WHAT,
+    views: ViewOptions = VIEWS,
+    options: DataOptions = DATA,
 ) -> int:
     """Compute features of videos with the trunk of a trained model.
 
@@ -97,8 +112,8 @@ def features(
         out: The folder to write to. All features in it are of one model and the same views.
     """
     model = load_on_rank(checkpoint, options)
-    config = with_options(feature_config(options, model), what, model)
-    splits = list(open_data(data, out, model.path, options, what.split))
+    config = with_options(feature_config(model, views, options), what, model)
+    splits = list(open_data(data, out, model.path, options, what))
     incomplete = []
     for key, record in extract_all(model, splits, out, config, options).items():
         if record.rows is None:
@@ -123,7 +138,7 @@ def process_position() -> tuple[int, int, int]:
     return 0, 1, 0
 
 
-def load_on_rank(checkpoint: str, options: ExtractOptions) -> VideoModel:
+def load_on_rank(checkpoint: str, options: DataOptions) -> VideoModel:
     """Load a model; with several processes, --device cuda is each one's own GPU."""
     from omnivision.tools.video_model import load
 
@@ -132,16 +147,13 @@ def load_on_rank(checkpoint: str, options: ExtractOptions) -> VideoModel:
     return load(checkpoint, device, options.trust_targets or [])
 
 
-def feature_config(options: ExtractOptions, model: VideoModel) -> FeatureConfig:
-    """Return the configuration of features of clips."""
+def feature_config(model: VideoModel, views: ViewOptions, options: DataOptions) -> FeatureConfig:
+    """Return the configuration of a video's features, averaged over its views."""
     from omnivision.probing.store import FeatureConfig
 
+    autocast = "bfloat16" if options.bfloat16 else None
     return FeatureConfig(
-        clips=options.clips,
-        crops=options.crops,
-        clip_duration=model.config.clip_duration,
-        dtype=options.dtype,
-        autocast="bfloat16" if options.bfloat16 else None,
+        clips=views.clips, crops=views.crops, clip_duration=model.config.clip_duration, autocast=autocast
     )
 
 
@@ -154,23 +166,22 @@ def with_options(config: FeatureConfig, what: FeatureOptions, model: VideoModel)
         raise UserError("--stride needs --window. Set --window SECONDS, or leave --stride out.")
     if what.layers > (depth := len(model.trunk.blocks)):
         raise UserError(f"--layers must be at most {depth}, the depth of {model.path}, got {what.layers}.")
-    changes: dict[str, float] = {"layers": what.layers, "keep_time": what.keep_time}
+    changes: dict[str, Any] = {"layers": what.layers, "keep_time": what.keep_time, "dtype": what.dtype}
     if what.window is not None:
         changes |= {"clips": 1, "clip_duration": what.window, "stride": what.stride or what.window}
     return config.model_copy(update=changes)
 
 
 def extract_all(
-    model: VideoModel, splits: Sequence[Split], out: Path, config: FeatureConfig, options: ExtractOptions
+    model: VideoModel, splits: Sequence[Split], out: Path, config: FeatureConfig, options: DataOptions
 ) -> dict[str, SplitRecord]:
     """Extract this process's part of the features; return the record of each split by "<dataset>/<split>"."""
     from omnivision.data.loader import LoaderConfig
     from omnivision.probing.extract import Embedder, extract
 
     rank, world_size, _ = process_position()
-    identity = {"name": run_name(model.path), "sha256": model.sha256, "checkpoint": model.checkpoint}
-    workers = max(1, len(os.sched_getaffinity(0)) - 1) if options.workers is None else options.workers
-    loader = LoaderConfig(min(workers, 16), pin_memory=model.device.type == "cuda")
+    identity = {"name": run_name(model.path), "sha256": model.origin.sha256, "checkpoint": model.origin.checkpoint}
+    loader = LoaderConfig(options.num_workers, pin_memory=model.device.type == "cuda")
     embed, records = Embedder(model.trunk, model.device, config), {}
     for split in splits:
         key = f"{split.name}/{split.which}"
@@ -183,10 +194,10 @@ def open_data(
     data: Sequence[str],
     out: Path,
     checkpoint: Path,
-    options: ExtractOptions,
-    wanted: Sequence[Literal["train", "val"]] | None = None,
+    options: DataOptions,
+    what: FeatureOptions = _WHAT,
 ) -> Iterator[Split]:
-    """Yield the `wanted` splits of the datasets named in `data`, and one for all videos in it.
+    """Yield the wanted splits of the datasets named in `data`, and one for all videos in it, whose list goes to `out`.
 
     Raises UserError for unknown names.
     """
@@ -199,16 +210,16 @@ def open_data(
     names = [name for name in dict.fromkeys(data) if name in catalog.names or not os.path.exists(name)]
     for name in names:
         dataset = Dataset(name=name, **catalog[name].model_dump())
-        which = wanted or [split for split in ("train", "val") if getattr(dataset, split) is not None]
+        which = what.split or [split for split in ("train", "val") if getattr(dataset, split) is not None]
         try:
             yield from [Split(dataset, split) for split in which]
         except UserError as error:
             raise UserError(f"{error} Here: --data-root FOLDER, or --catalog FILE with other entries.") from None
     if videos := [os.path.abspath(path) for path in dict.fromkeys(data) if path not in names]:
-        rate = resolve_fps(options.fps, videos)
+        rate = resolve_fps(what.fps, videos)
         file = out / VIDEOS / "list.npy"
         file.parent.mkdir(parents=True, exist_ok=True)
         with replace_atomically(file) as opened:
             np.save(opened, np.array(videos), allow_pickle=False)
         lists = {"paths": str(file)}
-        yield Split(Dataset(name=VIDEOS, fps=rate, frame_pattern=options.frame_pattern, val=lists), "val")  # type: ignore[arg-type]
+        yield Split(Dataset(name=VIDEOS, fps=rate, frame_pattern=what.frame_pattern, val=lists), "val")  # type: ignore[arg-type]

@@ -29,11 +29,22 @@ COMMANDS = {
     "reconstruct": "predict:reconstruct",
     "features": "features:features",
     "probe": "probe:probe",
+    "watch": "watch:watch",
     "xray": "xray:xray",
     "import": "import_weights:import_weights",
     "export": "export:export",
 }
-SLOW_START = ("report", "predict", "reconstruct", "features", "probe", "xray", "import", "export")  # they import torch
+SLOW_START = (
+    "report",
+    "predict",
+    "reconstruct",
+    "features",
+    "probe",
+    "watch",
+    "xray",
+    "import",
+    "export",
+)  # they import torch
 OOM_ADVICE = (
     "Free memory, use a machine or --device that has more, or reduce what the command does at once, if it has such an option "
     "(--clips, --workers)."

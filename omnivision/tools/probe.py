@@ -18,8 +18,10 @@ from rich.text import Text
 from omnivision.data.groups import pattern_grouping
 from omnivision.tools.arguments import Regex
 from omnivision.tools.features import (
-    EXTRACT_OPTIONS,
-    ExtractOptions,
+    DATA,
+    VIEWS,
+    DataOptions,
+    ViewOptions,
     extract_all,
     feature_config,
     load_on_rank,
@@ -66,7 +68,8 @@ def probe(
     /,
     *,
     what: ProbeOptions = _OPTIONS,
-    options: ExtractOptions = EXTRACT_OPTIONS,
+    views: ViewOptions = VIEWS,
+    options: DataOptions = DATA,
 ) -> int:
     """Measure what frozen features are worth: k-NN, logistic regression, a linear layer, a few labels.
 
@@ -92,7 +95,7 @@ def probe(
         elif trained is None:
             raise UserError("random must follow the run or file whose architecture it takes. Put it after one.")
         model = trained if random is None else randomize(trained, source, seed=int(random[1] or 0))
-        folders.append(extract(trained, model, what.data, options))
+        folders.append(extract(trained, model, what.data, views, options))
     rank, world_size, _ = process_position()
     if rank > 0:
         return 0
@@ -109,22 +112,24 @@ def randomize(model: VideoModel, name: str, seed: int) -> VideoModel:
     import torch
 
     from omnivision.models.architecture import architecture_of, from_architecture
-    from omnivision.tools.video_model import VideoModel
+    from omnivision.tools.video_model import Origin, VideoModel
 
     architecture = architecture_of(model.model)
     torch.manual_seed(seed)
     random = from_architecture(architecture, str(model.path))
     digest = hashlib.sha256(f"{seed}: {json.dumps(architecture['trunk'])}".encode()).hexdigest()
-    return VideoModel(random, Path(name), model.config, str(model.device), sha256=digest)
+    return VideoModel(random, Path(name), model.config, str(model.device), None, Origin(digest))
 
 
-def extract(trained: VideoModel, model: VideoModel, data: Sequence[str], options: ExtractOptions) -> Path:
+def extract(
+    trained: VideoModel, model: VideoModel, data: Sequence[str], views: ViewOptions, options: DataOptions
+) -> Path:
     """Compute the features of a model that do not exist yet, in a folder beside the trained one; return the folder."""
     path = trained.path
     beside = path.parent.parent / "features" if path.parent.name == "checkpoints" else Path(f"{path}.features")
-    folder = beside / (model.sha256[:12] if model is trained else model.path.name.replace(":", "_"))
+    folder = beside / (model.origin.sha256[:12] if model is trained else model.path.name.replace(":", "_"))
     splits = list(open_data(data, folder, path, options))
-    extract_all(model, splits, folder, feature_config(options, model), options)
+    extract_all(model, splits, folder, feature_config(model, views, options), options)
     return folder
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -62,6 +62,18 @@ class Geometry(NamedTuple):
     tubelet: tuple[int, int, int] = (1, 1, 1)
 
 
+class Origin(NamedTuple):
+    """The file of a model: its hash; for a run's checkpoint, epoch and metrics in words, and as entries."""
+
+    sha256: str = ""
+    checkpoint: str = ""
+    progress: Mapping[str, Any] = {}
+
+    @classmethod
+    def of(cls, file: StateDictFile) -> Origin:
+        return cls(file.sha256, file.checkpoint, file.progress)
+
+
 class VideoModel:
     """A model on a device, in evaluation mode, with the preprocessing of its videos.
 
@@ -75,8 +87,7 @@ class VideoModel:
         config: InferenceConfig,
         device: str,
         geometry: Geometry | None = None,
-        sha256: str = "",
-        checkpoint: str = "",
+        origin: Origin | None = None,
     ) -> None:
         try:
             self.model = model.eval().to(device)
@@ -87,8 +98,7 @@ class VideoModel:
             raise UserError(f"device must be available to torch, got {device!r}: {reason}") from None
         self.path = path
         self.config = config
-        self.sha256 = sha256
-        self.checkpoint = checkpoint  # its epoch and metrics, in words
+        self.origin = origin or Origin()
         self.device = torch.device(device)
         shape: Any = geometry or model.trunk
         self.num_frames = shape.num_frames
@@ -292,7 +302,7 @@ def load(source: str | Path, device: str = "cpu", trust_targets: Sequence[str] =
     model = architecture.from_architecture(converted.architecture, str(file.path))
     model.load_state_dict(converted.state)
     config = file.inference.numbered(converted.architecture.get("classes", []))
-    return VideoModel(model, file.path, config, device, None, file.sha256, file.checkpoint)
+    return VideoModel(model, file.path, config, device, None, Origin.of(file))
 
 
 def complete_model(
@@ -341,6 +351,4 @@ def _load_own_class(file: StateDictFile, target: str, trusted: Sequence[str], de
     tubelet = settings.trainer.model.get("trunk", {}).get("tubelet", (1, 1, 1))
     geometry = Geometry(settings.trainer.data.num_frames, settings.image_size, tuple(tubelet))
     classes = build.build_label_sets(settings).classes if not has_decoder(settings.trainer.model) else []
-    return VideoModel(
-        model, file.path, file.inference.numbered(classes), device, geometry, file.sha256, file.checkpoint
-    )
+    return VideoModel(model, file.path, file.inference.numbered(classes), device, geometry, Origin.of(file))

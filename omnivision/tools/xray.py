@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +10,7 @@ from cyclopts import Parameter
 from rich.table import Table
 
 from omnivision.tools.arguments import at_least
-from omnivision.tools.features import EXTRACT_OPTIONS, ExtractOptions, feature_config, open_data
+from omnivision.tools.features import DATA, VIEWS, DataOptions, FeatureOptions, ViewOptions, feature_config, open_data
 from omnivision.tools.workers import track
 from omnivision.utils.errors import UserError
 from omnivision.utils.io import write_json
@@ -51,7 +50,8 @@ def xray(
     /,
     *,
     what: XrayOptions = _OPTIONS,
-    options: ExtractOptions = EXTRACT_OPTIONS,
+    views: ViewOptions = VIEWS,
+    options: DataOptions = DATA,
 ) -> int:
     """Find out what a classifier looks at: motion, places, or what a single frame shows.
 
@@ -75,16 +75,18 @@ def xray(
     out = what.out or (model.path.parent.parent / FOLDER if in_run else Path(f"{model.path}.{FOLDER}"))
     names = what.data or sources_of(model)
     found: dict[str, dict[str, Any]] = {}
-    for split in open_data(names, out, model.path, options, ["val"]):
+    for split in open_data(names, out, model.path, options, FeatureOptions(split=["val"])):
         if not split.has_labels():
             raise UserError(
                 f"{split.name} has no labels. Give a dataset with labels of the model's classes, --data NAME."
             )
-        result, examples = examine(model, split, find_head(model, split), what.limit, options)
+        result, examples = examine(model, split, find_head(model, split), what.limit, views, options)
         found[split.name] = summarize(result)
         save_examples(examples, out, split.name)
         print_table(split.name, found[split.name])
-    write_json(out / "xray.json", {"sha256": model.sha256, "checkpoint": model.checkpoint, "datasets": found})
+    write_json(
+        out / "xray.json", {"sha256": model.origin.sha256, "checkpoint": model.origin.checkpoint, "datasets": found}
+    )
     print_text(f"Wrote {out}: xray.json and moving examples")
     return 0
 
@@ -120,7 +122,7 @@ def find_head(model: VideoModel, split: Split) -> int:
 
 
 def examine(
-    model: VideoModel, split: Split, head: int, limit: int | None, options: ExtractOptions
+    model: VideoModel, split: Split, head: int, limit: int | None, views: ViewOptions, options: DataOptions
 ) -> tuple[Xray, list[Batch]]:
     """Return the x-ray of a split, and batches of single videos to show."""
     from omnivision.data.loader import LoaderConfig, load_batches
@@ -128,7 +130,7 @@ def examine(
     from omnivision.probing import xray as probing
     from omnivision.probing.extract import BATCH_CLIPS, Embedder, build_dataset
 
-    config = feature_config(options, model)
+    config = feature_config(model, views, options)
     dataset = build_dataset(split, model.trunk, config, None)
     labelled = [index for index in range(len(split)) if split.label(index) >= 0]
     order = keyed_rng(0, 0).permutation(len(labelled))[:limit]
@@ -137,8 +139,7 @@ def examine(
     requests = [
         [Request(0, index, 0) for index in chosen[first : first + size]] for first in range(0, len(chosen), size)
     ]
-    workers = max(1, len(os.sched_getaffinity(0)) - 1) if options.workers is None else options.workers
-    batches = load_batches(dataset, iter(requests), LoaderConfig(min(workers, 16)))
+    batches = load_batches(dataset, iter(requests), LoaderConfig(options.num_workers))
     show = track(batches, len(requests), f"xray of {split.name}")
     names = split.dataset.names() if split.dataset.class_names else model.config.class_names[head]
     autocast = Embedder(model.trunk, model.device, config).autocast

@@ -1,11 +1,15 @@
 """Probes while a run trains: the run's weights do not change, ranks agree, dry tells the cost, settings are checked."""
 
 import json
+import time
 import unittest
+from unittest import mock
 
 import numpy as np
 import torch
 
+from omnivision.reporting.run_directory import RunDir
+from omnivision.tools.main import main
 from tests import fixtures
 from tests import stage_runs as stages
 
@@ -64,6 +68,33 @@ class OnlineEval(fixtures.Folder):
         for one, two in zip(self.online("one"), self.online("two"), strict=True):
             for name in one.keys() - {"seconds", "time"}:
                 self.assertEqual(one[name], two[name], name)
+
+    def test_watching_a_run_gives_its_own_probes(self):
+        self.run_stage("mae", "run", *ONLINE)
+        run, (first, last) = self.folder / "run", self.online("run")
+        summary = RunDir(run).read_summary()
+        RunDir(run).replace_summary(summary | {"status": "running"})
+        saves = iter(["checkpoint_1.pt", None])
+
+        def wait(_: float) -> None:  # the run goes on meanwhile
+            if next(saves) is None:
+                RunDir(run).replace_summary(summary)
+            else:
+                (run / "checkpoints" / "checkpoint.pt").touch()
+
+        with mock.patch.object(time, "sleep", wait):
+            code = main(
+                ["watch", str(run), "--data", "hmdb51", "--methods", "knn", "--methods", "rankme", "--workers", "0"]
+            )
+        self.assertEqual(code, 0)
+        watched = [json.loads(line) for line in (run / "logs" / "watch.jsonl").read_text().splitlines()]
+        self.assertEqual([line["epoch"] for line in watched], [1, 1])
+        for name in ("hmdb51_knn", "hmdb51_rankme"):
+            self.assertAlmostEqual(watched[-1][name], last[name], places=4)
+        self.assertEqual((watched[-1]["step"], watched[-1]["phase"]), (last["step"], "online"))
+        self.assertNotEqual(first["hmdb51_rankme"], last["hmdb51_rankme"])
+        self.assertEqual(main(["watch", str(self.folder), "--data", "hmdb51"]), 1)
+        self.assertEqual(main(["watch", str(run), "--data", "hmdb52", "--once"]), 1)
 
     def test_dry_tells_the_cost(self):
         result = self.run_stage("mae", "dry", "trainer.mode=dry", *ONLINE)

@@ -121,7 +121,7 @@ def _read_run(path: Path, name: str, summary: dict[str, Any]) -> Run:
     folder = RunDir(path)
     log, starts = folder.logs / "metrics.jsonl", folder.logs / "pretrained.json"
     run = Run(name, folder, summary, read_flat_file(path / "config.yaml") or {})
-    run.lines = read_lines(log) if log.is_file() else []
+    run.lines = [line for file in (log, folder.logs / "watch.jsonl") if file.is_file() for line in read_lines(file)]
     run.pretrained = json.loads(starts.read_text(encoding="utf-8")) if starts.is_file() else []
     for file in sorted(folder.predictions.glob("*.npz")):
         try:
