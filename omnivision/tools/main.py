@@ -29,6 +29,7 @@ COMMANDS = {
     "reconstruct": "predict:reconstruct",
     "features": "features:features",
     "probe": "probe:probe",
+    "verify": "verify:verify",
     "watch": "watch:watch",
     "xray": "xray:xray",
     "import": "import_weights:import_weights",

@@ -1,0 +1,301 @@
+"""Recompute what a run claims: metrics from predictions, predictions from weights and data, whose hashes are compared.
+
+If the weights or the data are no longer those of the run, a claim cannot be checked ("changed"). That is not the same as a
+number that is wrong.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from omnivision.checkpoint.checkpointer import verify_manifest
+from omnivision.checkpoint.fingerprint import file_digest, parse_fingerprint
+from omnivision.checkpoint.state_dict_file import StateDictFile, read_weights
+from omnivision.config.schema import Settings
+from omnivision.config.validate import read_run_config
+from omnivision.data.batch import Batch
+from omnivision.data.loader import LoaderConfig, load_batches
+from omnivision.data.sampling import Request, keyed_rng
+from omnivision.interop.formats import convert_state_dict
+from omnivision.interop.merge import merge
+from omnivision.models.architecture import from_architecture
+from omnivision.reporting.logs import read_lines
+from omnivision.reporting.predictions import Predictions, read_predictions
+from omnivision.reporting.run_directory import RunDir
+from omnivision.tasks.metrics import VALIDATION_METRICS
+from omnivision.training import build
+from omnivision.training.trainer import resolve_amp_dtype
+from omnivision.utils.errors import UserError, truncate_list
+from omnivision.utils.io import BEST, LATEST, CorruptCheckpointError
+
+Verdict = Literal["holds", "wrong", "changed", "unchecked"]
+TOLERANCE = 1e-3  # percentage points, and loss: rounding of a sum in another order
+# How far probabilities of the same weights may differ on another device, in float32 and in half precision.
+PROBABILITY_TOLERANCE = {True: 1e-3, False: 0.05}
+NUMBERS = ("loss", "top1", "top5", *VALIDATION_METRICS)
+
+
+class Claim(NamedTuple):
+    """One thing that a run claims, what was found instead, and whether it holds."""
+
+    what: str
+    recorded: str
+    found: str
+    verdict: Verdict
+
+
+Track = Callable[[Iterable[Batch], int], Iterable[Batch]]
+
+
+def verify_run(
+    folder: Path, sample: int | None, device: torch.device, workers: int, track: Track = lambda batches, total: batches
+) -> list[Claim]:
+    """Return the claims of a run that classifies, and whether they hold.
+
+    Args:
+        sample: how many predictions of each source are recomputed; None for all.
+        track: shows the progress of an iterator with a number of items.
+
+    Raises UserError for a folder that is not a run, and for a run without predictions.
+    """
+    run = RunDir(folder)
+    summary = run.read_summary()
+    files = sorted(run.predictions.glob("*.npz"))
+    if not summary:
+        raise UserError(f"{folder} must be a run directory; it has no summary.json.")
+    if not files:
+        raise UserError(f"{folder} has no predictions to verify. Give a run of a later stage that validates.")
+    predictions = {file.stem: _read(file) for file in files}
+    claims = [*metric_claims(summary, predictions), *log_claims(run, summary)]
+    claims += [claim for file in files for claim in table_claims(file, predictions[file.stem])]
+    claims += weight_claims(run)
+    settings = read_run_config(folder / "config.yaml")
+    weights = _evaluated_weights(run, summary)
+    if isinstance(weights, str):
+        return [*claims, Claim("predictions", "", weights, "unchecked")]
+    claims += data_claims(weights)
+    changed = [claim.what for claim in claims if claim.verdict == "changed"]
+    if changed:
+        found = f"not recomputed, because these have changed: {truncate_list(changed)}"
+        return [*claims, Claim("predictions", "", found, "changed")]
+    return claims + prediction_claims(settings, weights, predictions, files, sample, device, workers, track)
+
+
+def _read(file: Path) -> Predictions:
+    try:
+        return read_predictions(file)
+    except Exception as error:  # numpy and zipfile raise many kinds for a damaged file
+        raise UserError(f"{file} cannot be read: {error}. Validate the run again, trainer.mode=val.") from None
+
+
+def metric_claims(summary: Mapping[str, Any], predictions: Mapping[str, Predictions]) -> list[Claim]:
+    """Compare the metrics in the summary with those of the predictions."""
+    last = summary.get("last") or {}
+    totals: dict[str, float] = {}
+    count = 0
+    for part in predictions.values():
+        known = part.label >= 0
+        logits, label = (
+            torch.from_numpy(part.scores[known]).double(),
+            torch.from_numpy(part.label[known].astype(np.int64)),
+        )
+        best = logits.topk(min(5, logits.shape[1]), 1).indices == label[:, None]
+        sums = {
+            "loss": float(torch.nn.functional.cross_entropy(logits, label, reduction="sum")),
+            "top1": 100.0 * int(best[:, 0].sum()),
+            "top5": 100.0 * int(best.any(1).sum()),
+        }
+        count += len(label)
+        totals = {name: totals.get(name, 0.0) + value for name, value in sums.items()}
+    found = {name: value / max(1, count) for name, value in totals.items()}
+    for name, metric in VALIDATION_METRICS.items():
+        found[name] = 100 * float(np.mean([metric(part.confusion()) for part in predictions.values()]))
+    return [
+        _compare(f"{name} of the summary, from the predictions", last[f"val_{name}"], found[name])
+        for name in NUMBERS
+        if f"val_{name}" in last
+    ]
+
+
+def _compare(what: str, recorded: float, found: float) -> Claim:
+    holds = math.isclose(recorded, found, rel_tol=1e-5, abs_tol=TOLERANCE)
+    return Claim(what, f"{recorded:.4f}", f"{found:.4f}", "holds" if holds else "wrong")
+
+
+def log_claims(run: RunDir, summary: Mapping[str, Any]) -> list[Claim]:
+    """Compare the summary with the last and the best validation in the log."""
+    file = run.logs / "metrics.jsonl"
+    lines = [line for line in read_lines(file) if line.get("phase") == "val"] if file.is_file() else []
+    if not lines:
+        return [Claim("the log", "", f"no validation in {file}", "unchecked")]
+    last, claims = summary.get("last") or {}, []
+    for name in NUMBERS:
+        if f"val_{name}" in last and name in lines[-1]:
+            claims.append(_compare(f"{name} of the summary, from the log", last[f"val_{name}"], lines[-1][name]))
+    if summary.get("best") is not None and all("top1" in line for line in lines):
+        best = max(line["top1"] for line in lines)
+        claims.append(_compare("best top1 of the summary, from the log", summary["best"], best))
+    return claims
+
+
+def table_claims(file: Path, predictions: Predictions) -> list[Claim]:
+    """Compare the table of predictions with the arrays."""
+    table = file.with_suffix(".csv")
+    if not table.is_file():
+        return [Claim(f"{table.name}", "", "missing", "unchecked")]
+    with open(table, encoding="utf-8", newline="") as opened:
+        rows = list(csv.DictReader(opened))
+    names, best = predictions.class_names, np.argsort(-predictions.scores, axis=1, kind="stable")[:, 0]
+    expected = [
+        (path, names[label] if label >= 0 else "", names[guess])
+        for path, label, guess in zip(predictions.paths, predictions.label.tolist(), best.tolist(), strict=True)
+    ]
+    given = [(row.get("path"), row.get("label"), row.get("predicted_1")) for row in rows]
+    differing = sum(one != other for one, other in zip(expected, given, strict=False)) + abs(len(expected) - len(given))
+    found = f"{differing} rows differ from {file.name}" if differing else f"equal to {file.name}"
+    return [Claim(f"{table.name}", f"{len(given)} rows", found, "wrong" if differing else "holds")]
+
+
+def weight_claims(run: RunDir) -> list[Claim]:
+    """Compare the checkpoints with their manifests."""
+    claims = []
+    for name in (LATEST, BEST):
+        path = run.checkpoints / name
+        try:
+            found = str(verify_manifest(path)["sha256"])[:12] if path.is_file() else "missing"
+            claims.append(Claim(name, "its manifest", found, "changed" if found == "missing" else "holds"))
+        except CorruptCheckpointError:
+            claims.append(Claim(name, "its manifest", "another file", "changed"))
+    return claims
+
+
+def _evaluated_weights(run: RunDir, summary: Mapping[str, Any]) -> StateDictFile | str:
+    """Return the weights of the last evaluation, or why there are none."""
+    last = summary.get("last") or {}
+    epoch, found = last.get("val_epoch"), []
+    for name in (LATEST, BEST):
+        path = run.checkpoints / name
+        try:
+            weights = read_weights(path)
+        except UserError:
+            found.append(f"{name} cannot be read")
+            continue
+        own = weights.metadata.get("last") or {}
+        if epoch is not None and own.get("val_epoch") == epoch and weights.metadata.get("epoch") == epoch:
+            if own.get("val_loss") != last.get("val_loss"):
+                return f"{path} was evaluated with another result than the summary's"
+            return weights
+        found.append(f"{name} is of epoch {weights.metadata.get('epoch')}")
+    return f"no checkpoint has the weights of the last evaluation (epoch {epoch}): {'; '.join(found)}"
+
+
+def data_claims(weights: StateDictFile) -> list[Claim]:
+    """Compare the lists of paths, labels and segments with those of the run, by their hashes."""
+    run = parse_fingerprint(weights.metadata.get("experiment"))
+    if run is None:
+        return [Claim("data", "", "the checkpoint records no hashes", "unchecked")]
+    settings, claims = run["settings"], []
+    for key, digest in run["data"].items():
+        file = _list_file(settings, key)
+        found = file_digest(file) if file is not None and file.is_file() else "missing"
+        claims.append(Claim(key, _short(digest), _short(found), "holds" if found == digest else "changed"))
+    return claims
+
+
+def _list_file(settings: Mapping[str, Any], key: str) -> Path | None:
+    """Return the file of a setting such as datasets.ucf101.val.paths, references to settings resolved; of several, the first
+    that exists.
+    """
+    value = settings.get(key)
+    for candidate in value if isinstance(value, list) else [value]:
+        text = str(candidate)
+        for _ in range(5):
+            for name, inner in settings.items():
+                text = text.replace(f"${{{name}}}", str(inner))
+        if Path(text).is_file():
+            return Path(text)
+    return None
+
+
+def _short(digest: str) -> str:
+    return digest.rpartition(" ")[2][:12]
+
+
+def prediction_claims(
+    settings: Settings,
+    weights: StateDictFile,
+    predictions: Mapping[str, Predictions],
+    files: Iterable[Path],
+    sample: int | None,
+    device: torch.device,
+    workers: int,
+    track: Track,
+) -> list[Claim]:
+    """Recompute predictions of each source, and compare probabilities and classes."""
+    file = weights.with_weights()
+    if file.architecture.get("kind") == "average":
+        file = merge(file).file
+    if file.own_class is not None or not file.architecture:
+        return [Claim("predictions", "", "models of your own classes are not built here", "unchecked")]
+    converted = convert_state_dict("omnivision", file.state, file.architecture)
+    model = from_architecture(converted.architecture, str(file.path))
+    model.load_state_dict(converted.state)
+    model = model.eval().to(device)
+    task = build.build_task(settings)
+    dtype = resolve_amp_dtype(settings.trainer, device)
+    splits = build.open_splits(settings.with_trainer(mode="val"))[1]
+    dataset, written = build.build_clip_dataset(settings, splits, training=False), {f.stem: f for f in files}
+    claims = []
+    for number, split in enumerate(splits):
+        recorded = predictions.get(split.name)
+        if recorded is None:
+            continue
+        positions = np.arange(len(recorded.index))
+        if sample is not None:
+            positions = np.sort(keyed_rng(0, number).permutation(positions)[:sample])
+        chosen = recorded.index[positions].tolist()
+        requests = [[Request(number, int(index), 0)] for index in chosen]
+        batches = load_batches(dataset, iter(requests), LoaderConfig(workers))
+        found: dict[int, np.ndarray] = {}
+        for batch in track(batches, len(requests)):
+            if len(batch):
+                with torch.inference_mode(), torch.autocast(device.type, dtype=dtype) if dtype else nullcontext():
+                    scores = task.evaluation_step(model, batch.to(device)).scores
+                found[int(batch.index[0])] = scores.float().softmax(1).cpu().numpy()[0]
+        claims += _compare_predictions(split.name, recorded, positions, found, dtype is None, written[split.name])
+    return claims
+
+
+def _compare_predictions(
+    name: str, recorded: Predictions, positions: np.ndarray, found: Mapping[int, np.ndarray], exact: bool, file: Path
+) -> list[Claim]:
+    """Compare recorded with recomputed probabilities. Videos that are newer than the predictions count as changed data."""
+    probabilities, wrong, newer, largest, other_class = recorded.probabilities, 0, 0, 0.0, 0
+    for position in positions.tolist():
+        own = found.get(int(recorded.index[position]))
+        difference = math.inf if own is None else float(np.abs(own - probabilities[position]).max())
+        largest = max(largest, difference)
+        if difference > PROBABILITY_TOLERANCE[exact]:
+            path = Path(recorded.paths[position])
+            is_newer = not path.exists() or path.stat().st_mtime > file.stat().st_mtime
+            newer += is_newer
+            wrong += not is_newer
+        elif own is not None:
+            other_class += int(own.argmax() != probabilities[position].argmax())
+    what = f"predictions of {name}, from weights and data"
+    text = f"largest difference of a probability {largest:.2g}"
+    if wrong:
+        return [Claim(what, f"{len(positions)} videos", f"{wrong} differ; {text}", "wrong")]
+    if newer:
+        return [Claim(what, f"{len(positions)} videos", f"{newer} videos changed after the evaluation", "changed")]
+    if other_class:
+        text += f"; {other_class} ties were decided otherwise"
+    return [Claim(what, f"{len(positions)} videos", text, "holds")]

@@ -1,0 +1,132 @@
+"""`omnivision verify`: an untouched run holds; altered numbers are wrong; altered weights and data are told apart from them."""
+
+import json
+import os
+import shutil
+import tempfile
+import unittest
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from omnivision.reporting.predictions import read_predictions, write_predictions
+from omnivision.tools.main import main
+from omnivision.tools.verify import EXIT_CHANGED, EXIT_WRONG
+from tests import stage_runs as stages
+
+
+def alter_summary(run: Path, data: Path) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    summary["last"]["val_top1"] += 1
+    (run / "summary.json").write_text(json.dumps(summary))
+
+
+def alter_log(run: Path, data: Path) -> None:
+    file = run / "logs" / "metrics.jsonl"
+    *lines, last = file.read_text().splitlines()
+    line = json.loads(last)
+    line["top1"] += 1
+    file.write_text("\n".join([*lines, json.dumps(line)]) + "\n")
+
+
+def alter_scores(run: Path, data: Path) -> None:
+    """A prediction that the metrics do not show: the order of the classes stays."""
+    predictions = read_predictions(run / "predictions" / "ucf101.npz")
+    predictions.scores[0] *= 2
+    write_predictions(run / "predictions", "ucf101", predictions)
+
+
+def alter_table(run: Path, data: Path) -> None:
+    file = run / "predictions" / "ucf101.csv"
+    file.write_text(file.read_text().replace("1.mp4", "7.mp4", 1))
+
+
+def alter_checkpoint(run: Path, data: Path) -> None:
+    for name in ("checkpoint.pt", "best.pt"):
+        file = run / "checkpoints" / name
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.unlink()
+        file.write_bytes(content)
+
+
+def alter_labels(run: Path, data: Path) -> None:
+    labels = np.load(data / "ucf101_val_labels.npy")
+    np.save(data / "ucf101_val_labels.npy", labels[::-1])
+
+
+def replace_video(run: Path, data: Path) -> None:
+    shutil.copy(data / "videos" / "1.mp4", data / "videos" / "0.mp4")
+
+
+def replace_video_unnoticed(run: Path, data: Path) -> None:
+    replace_video(run, data)
+    os.utime(data / "videos" / "0.mp4", (1, 1))
+
+
+class Verify(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.folder = Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
+        cls.data, cls.run_folder = cls.folder / "data", cls.folder / "run"
+        paths = stages.write_videos(cls.data / "videos", 6)
+        overrides = [
+            word for which in ("train", "val") for word in stages.write_split(cls.data, "ucf101", which, paths)
+        ]
+        result = stages.run_in_process(
+            stages.command("ft", cls.run_folder, *overrides, "pretrained_checkpoint_path=null", "epochs=2", "lr=0.01")
+        )
+        assert result.returncode == 0, result.stderr
+        cls.original = cls.folder / "original"
+        shutil.copytree(cls.data, cls.original)
+
+    def check(self, alter: Callable[[Path, Path], None] | None) -> tuple[int, dict[str, str]]:
+        """Return the exit code and the verdict of each claim, after a change to a copy of the run and to its data."""
+        run = self.folder / "copy"
+        shutil.copytree(self.run_folder, run)
+        try:
+            if alter is not None:
+                alter(run, self.data)
+            code = main(["verify", str(run), "--all", "--json", str(self.folder / "claims.json")])
+        finally:
+            shutil.rmtree(run)
+            shutil.rmtree(self.data)
+            shutil.copytree(self.original, self.data)
+        return code, {
+            claim["what"]: claim["verdict"] for claim in json.loads((self.folder / "claims.json").read_text())
+        }
+
+    def test_an_untouched_run_holds(self) -> None:
+        code, verdicts = self.check(None)
+        self.assertEqual((code, set(verdicts.values())), (0, {"holds"}), verdicts)
+        self.assertIn("predictions of ucf101, from weights and data", verdicts)
+
+    def test_wrong_numbers(self) -> None:
+        for alter, claim in (
+            (alter_summary, "top1 of the summary, from the predictions"),
+            (alter_log, "top1 of the summary, from the log"),
+            (alter_scores, "predictions of ucf101, from weights and data"),
+            (alter_table, "ucf101.csv"),
+            (replace_video_unnoticed, "predictions of ucf101, from weights and data"),
+        ):
+            with self.subTest(alter.__name__):
+                code, verdicts = self.check(alter)
+                self.assertEqual((code, verdicts[claim]), (EXIT_WRONG, "wrong"), verdicts)
+
+    def test_changed_weights_and_data(self) -> None:
+        for alter, claim in (
+            (alter_checkpoint, "checkpoint.pt"),
+            (alter_labels, "datasets.ucf101.val.labels"),
+            (replace_video, "predictions of ucf101, from weights and data"),
+        ):
+            with self.subTest(alter.__name__):
+                code, verdicts = self.check(alter)
+                self.assertEqual((code, verdicts[claim]), (EXIT_CHANGED, "changed"), verdicts)
+
+    def test_no_run(self) -> None:
+        self.assertEqual(main(["verify", str(self.data)]), 1)
+
+
+if __name__ == "__main__":
+    unittest.main()
