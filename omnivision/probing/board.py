@@ -103,13 +103,17 @@ def samples_of(split: FeatureSplit, device: torch.device, grouping: Callable[[st
         raise UserError(
             f"{where} has {what}; a probe needs at least two classes. Set labels in the catalog and extract again."
         )
-    features = np.asarray(split.features[known], dtype=np.float32)
-    if split.config.layers > 1:
-        features = features[:, -1]
-    if features.ndim == 3:
-        features = features.mean(1)
+    features = flat_features(split, known)
     groups = group_paths(split.name, np.asarray(split.paths)[known].tolist(), grouping)
     return Samples(torch.from_numpy(features).to(device), torch.from_numpy(values[known]).long().to(device), groups)
+
+
+def flat_features(split: FeatureSplit, rows: slice | np.ndarray) -> np.ndarray:
+    """Return features of some rows, float32 (rows, D): of the last layer, averaged over time."""
+    features = np.array(split.features[rows], dtype=np.float32)
+    if split.config.layers > 1:
+        features = features[:, -1]
+    return features.mean(1) if features.ndim == 3 else features
 
 
 def make_data(

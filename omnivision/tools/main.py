@@ -29,23 +29,16 @@ COMMANDS = {
     "reconstruct": "predict:reconstruct",
     "features": "features:features",
     "probe": "probe:probe",
+    "map": "pictures:map_features",
+    "neighbors": "pictures:neighbors",
+    "pca": "pictures:pca",
     "verify": "verify:verify",
     "watch": "watch:watch",
     "xray": "xray:xray",
     "import": "import_weights:import_weights",
     "export": "export:export",
 }
-SLOW_START = (
-    "report",
-    "predict",
-    "reconstruct",
-    "features",
-    "probe",
-    "watch",
-    "xray",
-    "import",
-    "export",
-)  # they import torch
+SLOW_START = {*COMMANDS} - {"demo-data", "prepare", "val-split", "check-data", "runs"}  # they import torch
 OOM_ADVICE = (
     "Free memory, use a machine or --device that has more, or reduce what the command does at once, if it has such an option "
     "(--clips, --workers)."

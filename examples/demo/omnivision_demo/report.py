@@ -12,7 +12,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
@@ -92,6 +92,56 @@ def format_table(results: Sequence[Result]) -> str:
         cells = [f"`{result.name}`", result.starts_from, result.trunk, result.data]
         lines.append(f"| {' | '.join(cells)} | {result.mean:.1f} ± {result.spread:.1f}{each} |")
     return "\n".join(lines)
+
+
+def collect_probes(demos: Sequence[Path]) -> list[dict[str, Any]]:
+    """Return for each model its top-1 by method, and its effective rank: one value per seed."""
+    by_seed = [{row.model["name"]: row for run in find_runs([demo]) for row in run.probes} for demo in demos]
+    rows = []
+    for name, first in by_seed[0].items():
+        found = [{result.method: result.top1 for result in seed[name].results} for seed in by_seed]
+        top1 = {result.method: [own[result.method] for own in found] for result in first.results}
+        rows.append(
+            {"model": name, "top1": top1, "rank": [seed[name].rank for seed in by_seed], "chance": first.chance}
+        )
+    return rows
+
+
+def collect_xrays(demos: Sequence[Path]) -> list[dict[str, Any]]:
+    """Return for each examined run its top-1 under each change, and the verdict: one value per seed."""
+    by_seed = [{run.name: run.xrays for run in find_runs([demo]) if run.xrays} for demo in demos]
+    rows = []
+    for name, xrays in by_seed[0].items():
+        for source, first in xrays.items():
+            found = [seed[name][source] for seed in by_seed]
+            top1 = {change: [own.top1[change][0] for own in found] for change in first.top1}
+            rows.append({"run": name, "data": source, "top1": top1, "verdict": [own.verdict for own in found]})
+    return rows
+
+
+def format_probes(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return a Markdown table of `collect_probes`."""
+    methods = [method for method in rows[0]["top1"] if not method.endswith("%")]
+    lines = [f"| trunk of | {' | '.join(methods)} | rank |", f"|---|{'---|' * len(methods)}---|"]
+    for row in sorted(rows, key=lambda row: statistics.mean(row["top1"]["knn"]), reverse=True):
+        cells = [_mean(row["top1"][method]) for method in methods]
+        name = "random weights" if row["model"] == "random" else f"`{row['model']}`"
+        lines.append(f"| {name} | {' | '.join(cells)} | {statistics.mean(row['rank']):.0f} |")
+    return "\n".join([*lines, f"| chance | {' | '.join([format(rows[0]['chance'], '.1f')] * len(methods))} | |"])
+
+
+def format_xrays(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return a Markdown table of `collect_xrays`."""
+    names = [f"`{row['run']}` on {row['data']}" for row in rows]
+    lines = [f"| video | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
+    lines += [f"| {change} | {' | '.join(_mean(row['top1'][change]) for row in rows)} |" for change in rows[0]["top1"]]
+    verdicts = [", ".join(dict.fromkeys(row["verdict"])) for row in rows]
+    return "\n".join([*lines, f"| **verdict** | {' | '.join(f'**{verdict}**' for verdict in verdicts)} |"])
+
+
+def _mean(values: Sequence[float]) -> str:
+    """Format the mean of seeds, with their standard deviation."""
+    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
 def render_page(demo: Path, results: Sequence[Result]) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 import plotly.graph_objects as graph
 from markupsafe import Markup
 from PIL import Image
+from torch import Tensor
 
 from omnivision.data.catalog import resolve_prefix
 from omnivision.data.frames import MAX_TOOL_PIXELS, read_image
@@ -88,6 +89,22 @@ def class_accuracy(predictions: Predictions) -> Markup:
     return to_html(figure)
 
 
+def scatter(places: np.ndarray, labels: Sequence[str], names: Sequence[str]) -> Markup:
+    """Draw a point (N, 2) for each video, colored by label, with its name; labels and names are escaped."""
+    figure = graph.Figure()
+    for number, label in enumerate(sorted(set(labels))):
+        members = [place for place, own in enumerate(labels) if own == label]
+        figure.add_scatter(
+            x=places[members, 0], y=places[members, 1], mode="markers", name=label,
+            marker={"color": COLORS[number % len(COLORS)], "size": 7, "symbol": number // len(COLORS) % 40},
+            text=[names[place] for place in members], hovertemplate="%{text}<extra>" + label + "</extra>",
+        )  # fmt: skip
+    figure.update_xaxes(visible=False)
+    figure.update_yaxes(visible=False)
+    figure.update_layout(height=720)
+    return to_html(figure)
+
+
 def to_html(figure: graph.Figure) -> Markup:
     """Return the figure without background and text colors, which the page sets for light and dark mode."""
     figure.update_layout(
@@ -142,18 +159,25 @@ def mistakes(predictions: Predictions, count: int, entry: Mapping[str, Any]) -> 
     return {heading: [describe(video) for video in videos] for heading, videos in lists.items() if len(videos)}
 
 
-@functools.cache
-def animate(path: str, fps: float, pattern: str | None = None, segment: Segment | None = None) -> str:
-    """Return the middle of a video (or segment), or an image, as a WebP data URL; "" if it cannot be read."""
+def read_middle(path: str, fps: float, pattern: str | None = None, segment: Segment | None = None) -> Tensor | None:
+    """Return frames from the middle of a video (or segment), or an image: uint8 (T, 3, H, W); None if it cannot be read."""
     try:
         with open_video(path, fps=fps, max_pixels=MAX_TOOL_PIXELS, frame_pattern=pattern) as video:
             start = uniform_clip_starts(sample_duration(video.duration, segment), SECONDS, 3)[1]
-            frames = video.read(*clip_window(start, SECONDS, segment), FRAMES)
+            return video.read(*clip_window(start, SECONDS, segment), FRAMES)
     except VideoDecodeError:
         try:
-            frames = read_image(path, MAX_TOOL_PIXELS)
+            return read_image(path, MAX_TOOL_PIXELS)
         except VideoDecodeError:
-            return ""
+            return None
+
+
+@functools.cache
+def animate(path: str, fps: float, pattern: str | None = None, segment: Segment | None = None) -> str:
+    """Return the middle of a video (or segment), or an image, as a WebP data URL; "" if it cannot be read."""
+    frames = read_middle(path, fps, pattern, segment)
+    if frames is None:
+        return ""
     frames = resize_short_side(frames, SHORT_SIDE)
     first, *rest = [Image.fromarray(frame) for frame in frames.permute(0, 2, 3, 1).contiguous().numpy()]
     data = io.BytesIO()

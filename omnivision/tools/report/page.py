@@ -75,6 +75,12 @@ def render(runs: Sequence[Run], title: str, clips: bool = True, intro: str = "")
     )
 
 
+def standalone(title: str, body: Markup) -> str:
+    """Return a page with one figure, as HTML."""
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("omnivision.tools.report", "."), autoescape=True)
+    return environment.get_template("figure.html.j2").render(title=title, body=body, script=Markup(get_plotlyjs()))
+
+
 def _overview(run: Run) -> dict[str, str]:
     """Return a run's cells in the first table, by heading: as in `omnivision runs`, with epochs."""
     cells = describe_run(run.summary | {"name": run.name})
