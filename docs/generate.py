@@ -19,7 +19,7 @@ from typing_extensions import is_typeddict
 from omnivision.config.instantiate import INJECTED_ARGS, load_target, signature_of
 from omnivision.config.schema import setting_hints
 from omnivision.tools.main import app
-from omnivision_demo.report import Result, format_table
+from omnivision_demo import report
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = ROOT / "config" / "experiments" / "base.yaml"
@@ -48,11 +48,10 @@ def pages() -> dict[Path, str]:
     generated = {
         file: f"{file.read_text(encoding='utf-8').partition(MARK)[0]}{MARK}\n{text}\n" for file, text in texts.items()
     }
-    tables = {
-        name: format_table([Result(**row) for row in rows])
-        for name, rows in json.loads((ROOT / "docs" / "demo_results.json").read_text(encoding="utf-8")).items()
-    }
-    for file in (ROOT / "README.md", ROOT / "docs" / "demo.md"):
+    results = json.loads((ROOT / "docs" / "demo_results.json").read_text(encoding="utf-8"))
+    tables = {name: report.format_table([report.Result(**row) for row in results[name]]) for name in ("demo", "mocap")}
+    tables |= {"probes": report.format_probes(results["probes"]), "xrays": report.format_xrays(results["xrays"])}
+    for file in (ROOT / "README.md", ROOT / "docs" / "demo.md", ROOT / "docs" / "representations.md"):
         text = file.read_text(encoding="utf-8")
         for name, rows in tables.items():
             text = re.sub(RESULTS.format(name), rf"\1{rows}\n\2", text, flags=re.DOTALL)

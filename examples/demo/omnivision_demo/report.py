@@ -140,8 +140,9 @@ def format_xrays(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _mean(values: Sequence[float]) -> str:
-    """Format the mean of seeds, with their standard deviation."""
-    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+    """Format the mean of seeds, with their standard deviation if they differ."""
+    differ = len(set(values)) > 1
+    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if differ else "")
 
 
 def render_page(demo: Path, results: Sequence[Result]) -> str:
