@@ -63,7 +63,7 @@ def our_scores(model: nn.Module, data: ClipDataset, dtype: torch.dtype | None) -
     task = Classify(LabelSets([CLASSES], {"videos": 0}))
     batches = ValData(data, LoaderConfig(), videos_per_batch=2).batches()
     autocast = functools.partial(torch.autocast, "cpu", dtype, enabled=dtype is not None)
-    result = evaluate_model(task, model, batches, dist, autocast)
+    result = evaluate_model(task.evaluation_step, model, batches, dist, autocast)
     assert result is not None
     return torch.from_numpy(result.predictions["videos"].scores)
 

@@ -31,6 +31,7 @@ STAGES = {
     "mae": ("omnimain_train_video", "mae", "vitmicro"),
     "ft": ("omnimain_train_video_ft", "mae_ft", "vitmicro_ft"),  # alignment, too
     "lp": ("omnimain_train_video_lp", "mae_ft", "vitmicro_ft"),
+    "attentive": ("omnimain_train_video_attentive", "mae_ft", "vitmicro_attentive"),
     "average": ("omnimain_train_video_ensemble_ft", "mae_ft", "vitmicro_average_ft"),
 }
 # Clips and batches small enough for a test; full precision, so that figures compare across processes.

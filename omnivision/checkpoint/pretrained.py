@@ -29,7 +29,8 @@ SETTING = "pretrained_checkpoint_path"
 # Parts of a trunk other than its RGB encoder.
 NON_ENCODER_PREFIXES = ("trunk.decoder.", "trunk.mask_token", "trunk.depth_patch_embed.")
 BLOCKS = {"trunk": "trunk.blocks.", "decoder": "trunk.decoder.decoder_blocks."}
-HEAD = re.compile(r"(?:model\.)?heads\.(\d+)\.0\.")  # an average has `model.` before the names of its classifier
+# An average has `model.` before the names of its classifier, a grid of probes the number of the probe.
+HEAD = re.compile(r"(?:model\.|probes\.\d+\.)?heads\.(\d+)\.0\.")
 POSITIONS = ("trunk.pos_embed", "trunk.decoder.pos_embed")
 NO_PLACE = "not in this model"
 T = TypeVar("T")

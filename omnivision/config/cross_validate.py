@@ -30,6 +30,9 @@ STAGES = {
     "mae": Stage("Reconstruct", "MaskedAutoencoder", "omnimae/omnimain_train_video", "mae_k150_config", "vitbase"),
     "finetune": Stage("Classify", "VideoClassifier", "omnimae/omnimain_train_video_ft", FT_RECIPE, "vitbase_ft"),
     "probe": Stage("Classify", "VideoClassifier", "omnimae/omnimain_train_video_lp", FT_RECIPE, "vitbase_ft"),
+    "attentive": Stage(
+        "Classify", "AttentiveClassifier", "omnimae/omnimain_train_video_attentive", FT_RECIPE, "vitbase_attentive"
+    ),
     "average": Stage(
         "Classify", "AveragedClassifier", "omnimae/omnimain_train_video_ensemble_ft", FT_RECIPE, "vitbase_average_ft"
     ),
@@ -122,6 +125,9 @@ def _broken_rules(settings: Settings) -> Iterator[str]:
         yield f"trainer.online_eval.sources must name datasets of the catalog, got {unknown[0]}{near}"
     if trainer.online_eval.sources and count:
         yield "trainer.online_eval cannot probe an average, whose sources do not change. Set trainer.online_eval.sources=[]."
+    grid = [len(trainer.model.get(name) or [1]) for name in ("lr_factors", "weight_decay_factors")]
+    if math.prod(grid) > 1 and not data.hold_out and trainer.mode != "val":
+        yield "trainer.data.hold_out must be above 0 to choose one of several probes, got 0. Set trainer.data.hold_out=0.1."
     if settings.lr is not None and trainer.optim.lr_scale_factor != 1:
         yield "Set lr or lr_scale_factor, not both: lr is the peak for this batch; lr_scale_factor rescales the recipe's."
     # torch takes any name, and ignores it.

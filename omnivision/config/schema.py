@@ -140,6 +140,8 @@ class DataSettings(SettingsGroup):
     mask: MaskConfig | None
     image: ImageSettings | None
     share_head: bool
+    hold_out: Annotated[float, Field(ge=0, lt=1)]
+    hold_out_pattern: str | None
     bad_sample_budget: RuntimeOnly[Fraction]
     max_pixels: PositiveInt | None
 
@@ -310,7 +312,7 @@ class Settings(SettingsGroup):
     trainer: TrainerSettings
     launcher: RuntimeOnly[LauncherSettings]
     submitit: RuntimeOnly[SubmititSettings]
-    stage: RuntimeOnly[Literal["mae", "finetune", "probe", "average"] | None] = None
+    stage: RuntimeOnly[Literal["mae", "finetune", "probe", "average", "attentive"] | None] = None
 
     def with_trainer(self, **changes: Any) -> Settings:
         """Return a copy with some settings of the trainer changed."""

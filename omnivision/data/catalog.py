@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from omnivision.config.schema import DatasetSettings, SplitSettings, StrOrList
+from omnivision.data.groups import group_paths, hold_out
 from omnivision.data.sampling import Segment
 from omnivision.utils.errors import UserError, truncate_list
 
@@ -136,6 +138,27 @@ class Split:
             _check_labels(self._arrays["labels"], self._files["labels"], dataset)
         if "segments" in self._files:
             check_segments(self._arrays["segments"], self._files["segments"], f"{where}.segments")
+        self.chosen: np.ndarray | None = None  # int64, positions in the arrays; None: all
+        self.held_out: Split | None = None  # the part of a training split that is not trained on
+
+    def hold_out(self, share: float, grouping: Callable[[str], str] | None = None) -> None:
+        """Hold out whole groups of videos, about a fraction `share` of the samples, as `held_out`. Raises UserError if
+        `grouping` does not fit the names, and if all videos are of one group.
+        """
+        everything = np.arange(len(self))
+        groups = group_paths(self.name, [self.path(index) for index in everything.tolist()], grouping)
+        labels = np.array([self.label(index) for index in everything.tolist()])
+        held = hold_out(groups, labels, share, seed=0)
+        self.held_out = copy.copy(self)
+        self.held_out.chosen, self.chosen = everything[held], everything[~held]
+
+    def _at(self, index: int) -> int:
+        return index if self.chosen is None else int(self.chosen[index])
+
+    def _all(self, what: str) -> np.ndarray:
+        """Return an array, or the chosen part of it."""
+        array = self._arrays[what]
+        return array if self.chosen is None else array[self.chosen]
 
     def _open(self, where: str = "") -> None:
         self._arrays = {what: load_array(file, f"{where}.{what}") for what, file in self._files.items()}
@@ -148,18 +171,18 @@ class Split:
         self._open(f"datasets.{self.name}.{self.which}")
 
     def __len__(self) -> int:
-        return len(self._arrays["paths"])
+        return len(self._arrays["paths"]) if self.chosen is None else len(self.chosen)
 
     def files(self) -> dict[str, str]:
         """Return its files by what they hold (a key of `ARRAYS`)."""
         return dict(self._files)
 
     def path(self, index: int) -> str:
-        return self._rewrite(str(self._arrays["paths"][index]))
+        return self._rewrite(str(self._arrays["paths"][self._at(index)]))
 
     def depth_path(self, index: int) -> str | None:
         """Return the depth file of an image; None if the source has none."""
-        return self._rewrite(str(self._arrays["depth"][index])) if "depth" in self._arrays else None
+        return self._rewrite(str(self._arrays["depth"][self._at(index)])) if "depth" in self._arrays else None
 
     def _rewrite(self, path: str) -> str:
         rules = self.dataset
@@ -170,26 +193,26 @@ class Split:
         """Return the number of samples of each class; empty if the number of classes or the labels are unknown."""
         if "labels" not in self._arrays or self.dataset.num_classes is None:
             return []
-        labels = np.asarray(self._arrays["labels"])
+        labels = np.asarray(self._all("labels"))
         return np.bincount(labels[labels >= 0], minlength=self.dataset.num_classes).tolist()
 
     def has_labels(self) -> bool:
         """Return whether any sample has a label."""
-        return "labels" in self._arrays and int(self._arrays["labels"].max()) > IGNORED_LABEL
+        return "labels" in self._arrays and int(self._all("labels").max()) > IGNORED_LABEL
 
     def label(self, index: int) -> int:
-        return int(self._arrays["labels"][index]) if "labels" in self._arrays else IGNORED_LABEL
+        return int(self._arrays["labels"][self._at(index)]) if "labels" in self._arrays else IGNORED_LABEL
 
     def segment(self, index: int) -> Segment | None:
         """Return the part of the video that is the sample, as seconds [start, end); None for the whole video."""
         if "segments" not in self._arrays:
             return None
-        start, end = self._arrays["segments"][index]
+        start, end = self._arrays["segments"][self._at(index)]
         return float(start), float(end)
 
     def segments(self, indices: np.ndarray) -> np.ndarray | None:
         """Return the segments of several samples, float64 (N, 2); None for whole videos."""
-        return self._arrays["segments"][indices].astype(np.float64) if "segments" in self._arrays else None
+        return self._all("segments")[indices].astype(np.float64) if "segments" in self._arrays else None
 
 
 def resolve_prefix(prefix: str) -> str:

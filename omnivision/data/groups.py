@@ -54,6 +54,12 @@ def group_videos(paths: Sequence[str], grouping: Callable[[str], str]) -> list[s
     return [grouping(os.path.basename(video_key(path))) for path in paths]
 
 
+def group_paths(name: str, paths: Sequence[str], grouping: Callable[[str], str] | None = None) -> list[str]:
+    """Return the group of each video: by `grouping`, by the names of a known dataset `name`, else each its own."""
+    known = grouping or GROUPINGS.get(name)
+    return list(paths) if known is None else group_videos(paths, known)
+
+
 def pattern_grouping(pattern: str) -> Callable[[str], str]:
     """Return a grouping by what the first parentheses of a regular expression match, anywhere in the name.
 

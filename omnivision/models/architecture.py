@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from omnivision.models.attentive import AttentiveClassifier
 from omnivision.models.average import AveragedClassifier
 from omnivision.models.classifier import VideoClassifier
 from omnivision.models.mae import Decoder, DecoderConfig, MaskedAutoencoder
@@ -18,13 +19,13 @@ from omnivision.utils.errors import UserError, is_out_of_memory
 
 TRUNK_ARGUMENTS = ("width", "depth", "heads", "mlp_ratio", "num_frames", "image_size", "tubelet", "rgbd")
 DECODER_ARGUMENTS = ("width", "depth", "heads", "attention")
-KINDS = ("autoencoder", "classifier", "average")
+KINDS = ("autoencoder", "classifier", "average", "attentive")
 
 Architecture = dict[str, Any]
 
 
 def architecture_of(model: nn.Module) -> Architecture:
-    """Return `kind`, `trunk`, and what the kind also has: `decoder`; `classes`; `num_models` and `combine_mode`."""
+    """Return `kind`, `trunk`, and what the kind also has: `decoder`; `classes`; `num_models` and `combine_mode`; `probes`."""
     if isinstance(model, MaskedAutoencoder):
         decoder = model.trunk.decoder
         assert isinstance(decoder, Decoder)
@@ -36,6 +37,14 @@ def architecture_of(model: nn.Module) -> Architecture:
     if isinstance(model, VideoClassifier):
         classes = [head[0].out_features for head in model.heads]  # type: ignore[index]
         return {"kind": "classifier", "trunk": model.trunk.architecture, "classes": classes}
+    if isinstance(model, AttentiveClassifier):
+        classes = [head[0].out_features for head in model.probes[0].heads]  # type: ignore[union-attr]
+        return {
+            "kind": "attentive",
+            "trunk": model.trunk.architecture,
+            "classes": classes,
+            "probes": model.architecture,
+        }
     if isinstance(model, AveragedClassifier):
         per_tensor = model.mixing_ratio.ndim == 2
         return architecture_of(model.model) | {
@@ -62,6 +71,8 @@ def from_architecture(architecture: Architecture, where: str) -> nn.Module:
             return MaskedAutoencoder(trunk, cast(DecoderConfig, {key: numbers[key] for key in DECODER_ARGUMENTS}))
         if architecture["kind"] == "classifier":
             return VideoClassifier(trunk, architecture["classes"])
+        if architecture["kind"] == "attentive":
+            return AttentiveClassifier(trunk, architecture["classes"], **architecture["probes"])
         if architecture["kind"] == "average":
             return AveragedClassifier(
                 trunk, architecture["classes"], architecture["num_models"], architecture["combine_mode"]

@@ -25,29 +25,29 @@ from omnivision.utils.errors import UserError, truncate_list
 
 @dataclass
 class ParamGroup:
-    """Parameters that share all schedules. `lr_scale` multiplies the learning rate (layer decay)."""
+    """Parameters that share all schedules. `factors` multiply options: layer decay, a grid of probes."""
 
     names: list[str]
     schedules: dict[str, Schedule] = field(default_factory=dict)
-    lr_scale: float = 1.0
+    factors: dict[str, float] = field(default_factory=dict)  # by option
 
     def value(self, option: str, progress: float) -> float:
         """Return an option's value when a share `progress` of all steps is done."""
-        return self.schedules[option](progress) * (self.lr_scale if option == "lr" else 1)
+        return self.schedules[option](progress) * self.factors.get(option, 1.0)
 
 
 def parameter_groups(
     model: nn.Module,
     options: Mapping[str, Sequence[RuleSettings]],
     schedules: Mapping[str, Sequence[Schedule]],
-    scales: Mapping[str, float] | None = None,
+    factors: Mapping[str, Mapping[str, float]] | None = None,
 ) -> list[ParamGroup]:
     """Return the groups of a model's trainable parameters, in a fixed order.
 
     Args:
         options: the rules of each option.
         schedules: one per rule.
-        scales: learning-rate factors by parameter.
+        factors: by option, factors by parameter.
 
     Raises UserError when a rule matches nothing, when two rules of an option overlap, or when an option has two defaults.
     """
@@ -55,11 +55,11 @@ def parameter_groups(
     chosen = {option: _rules_by_parameter(model, names, option, rules) for option, rules in options.items()}
     groups: dict[tuple, ParamGroup] = {}
     for name in names:
-        scale = scales[name] if scales else 1.0
-        key = (*(chosen[option].get(name) for option in options), scale)
+        scales = {option: own[name] for option, own in (factors or {}).items() if own.get(name, 1.0) != 1.0}
+        key = (*(chosen[option].get(name) for option in options), *scales.items())
         if key not in groups:
             own = {option: schedules[option][chosen[option][name]] for option in options if name in chosen[option]}
-            groups[key] = ParamGroup([], own, scale)
+            groups[key] = ParamGroup([], own, scales)
         groups[key].names.append(name)
     return list(groups.values())
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from omnivision.data.groups import GROUPINGS, group_videos, hold_out
+from omnivision.data.groups import group_paths, hold_out
 from omnivision.data.sampling import keyed_rng
 from omnivision.probing.methods import Scaler, effective_rank, fit_logistic, fit_sgd, knn_scores
 from omnivision.probing.store import FeatureSplit
@@ -78,12 +78,6 @@ class Data:
         """Return the training split in two parts: to fit, and to choose by."""
         held = hold_out(self.train.groups, self.train.labels.cpu().numpy(), HELD_OUT, SEED)
         return self.train.select(~held), self.train.select(held)
-
-
-def group_paths(name: str, paths: Sequence[str], grouping: Callable[[str], str] | None = None) -> list[str]:
-    """Return the group of each video: by `grouping`, by the names of a dataset that is known, else each its own."""
-    known = grouping or GROUPINGS.get(name)
-    return list(paths) if known is None else group_videos(paths, known)
 
 
 def samples_of(split: FeatureSplit, device: torch.device, grouping: Callable[[str], str] | None = None) -> Samples:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -42,6 +43,14 @@ class Task(Protocol):
     def training_step(self, model: nn.Module, batch: Batch) -> StepOutput: ...
 
     def evaluation_step(self, model: nn.Module, batch: Batch) -> StepOutput: ...
+
+    def held_out_step(self, model: nn.Module, batch: Batch) -> StepOutput:
+        """Evaluate a batch of the held-out part of the training split (`trainer.data.hold_out`)."""
+        return self.evaluation_step(model, batch)
+
+    def choose(self, model: nn.Module, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """Choose by the metrics of the held-out part, if there is a choice; return the metrics to log."""
+        return dict(metrics)
 
     def epoch_metrics(self, model: nn.Module) -> dict[str, Any]:
         """Return metrics of the model to log after a training epoch, besides averages: numbers, lists or mappings."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -13,6 +15,7 @@ from torch.nn import functional as F
 from omnivision.data.batch import Batch
 from omnivision.data.catalog import LabelSets
 from omnivision.data.mixing import MixupCutmix, partner_batch, soft_targets
+from omnivision.models.attentive import AttentiveClassifier
 from omnivision.models.average import AveragedClassifier
 from omnivision.models.patches import normalize_pixels
 from omnivision.tasks.base import StepOutput, Task
@@ -53,8 +56,13 @@ class Classify(Task):
             if depth is not None:
                 video, depth = video[:, :3], video[:, 3:]
         logits = model(video, head, depth)
-        loss = soft_cross_entropy(logits, target)
         count = target.any(1).sum()  # a mixture counts if one of its two samples has a label
+        if logits.ndim == 3:  # a grid of probes: each has its own loss, and the log shows the means
+            loss = torch.stack([soft_cross_entropy(own, target) for own in logits]).sum()
+            hits = [_hits(own, class_weights) for own in logits.detach()]
+            sums = {name: torch.stack([own[name] for own in hits]).mean() for name in hits[0]}
+            return StepOutput(loss, count, {"loss": loss.detach() * count / len(logits)} | sums)
+        loss = soft_cross_entropy(logits, target)
         return StepOutput(loss, count, {"loss": loss.detach() * count} | _hits(logits.detach(), class_weights))
 
     def evaluation_step(self, model: nn.Module, batch: Batch) -> StepOutput:
@@ -65,6 +73,28 @@ class Classify(Task):
         loss = soft_cross_entropy(logits, soft_targets(label, logits.shape[1], smoothing=0))
         count = int(known.sum())
         return StepOutput(loss, count, {"loss": loss * count} | _hits(logits[known], label[known]), logits)
+
+    def held_out_step(self, model: nn.Module, batch: Batch) -> StepOutput:
+        """Evaluate a batch of the held-out part of the training split; of a grid of probes, each."""
+        if not isinstance(model, AttentiveClassifier):
+            return replace(self.evaluation_step(model, batch), scores=None)
+        logits = model(batch.video, self.labels.head[batch.source], batch.depth, every=True).float()
+        label = batch.label[:: batch.views]
+        known = label >= 0
+        averaged = [average_views(own, batch.views, self.average)[known] for own in logits]
+        hits = {f"top1_{number}": _hits(own, label[known])["top1"] for number, own in enumerate(averaged)}
+        return StepOutput(logits.new_zeros(()), int(known.sum()), hits)
+
+    def choose(self, model: nn.Module, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """Choose by the metrics of the held-out part; return the metrics to log. Of equal probes, the first is chosen."""
+        if not isinstance(model, AttentiveClassifier):
+            return dict(metrics)
+        top1 = [float(metrics[f"top1_{number}"]) for number in range(len(model.grid))]
+        best = top1.index(max(top1))
+        model.selected.fill_(best)
+        lr, weight_decay = model.grid[best]
+        chosen = {"top1": top1[best], "probe": best, "lr_factor": lr, "weight_decay_factor": weight_decay}
+        return chosen | {"top1_by_probe": top1, "videos": metrics["videos"]}
 
     def epoch_metrics(self, model: nn.Module) -> dict[str, Any]:
         """Return the mixing weights of a learned average: per source, and per tensor if they are learned per tensor."""

@@ -68,6 +68,8 @@ def export(checkpoint: str, out: Path, /, *, options: ExportOptions) -> int:
     card_file = out / "README.md" if is_hf else card_of(out)
     check_target(out, source, options.force, card_file)
     model = _load(source, options)
+    if is_hf and model.architecture["kind"] == "attentive":
+        raise UserError(f"{source.path} is an attentive probe, which transformers does not have. Set --to safetensors.")
     config = source.inference.numbered(model.architecture.get("classes", []))
     is_validated = not source.ema or options.weights != "model"  # the run's metrics belong to these weights
     if is_hf:
@@ -83,7 +85,7 @@ def export(checkpoint: str, out: Path, /, *, options: ExportOptions) -> int:
 
 def _load(source: StateDictFile, options: ExportOptions) -> ConvertedCheckpoint:
     """Return the model to write, complete and checked."""
-    from omnivision.tools.video_model import complete_model
+    from omnivision.interop.complete import complete_model
 
     kind = source.architecture.get("kind", "none")
     if options.merge != (kind == "average"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from omnivision.data.groups import pattern_grouping
+from omnivision.reporting.run_directory import RunDir
 from omnivision.tools.arguments import Regex
 from omnivision.tools.features import (
     DATA,
@@ -82,6 +84,7 @@ def probe(
             RUN/features or FILE.features); or "random" ("random:1", ...), random weights of the model before it (of a seed).
     """
     folders: list[Path] = []
+    attentive: dict[Path, tuple[list[str], dict[str, Any]]] = {}
     trained = None
     for source in sources:
         if (Path(source) / HEADER).is_file():
@@ -96,10 +99,15 @@ def probe(
             raise UserError("random must follow the run or file whose architecture it takes. Put it after one.")
         model = trained if random is None else randomize(trained, source, seed=int(random[1] or 0))
         folders.append(extract(trained, model, what.data, views, options))
+        if random is None:
+            attentive[folders[-1]] = attentive_result(source)
     rank, world_size, _ = process_position()
     if rank > 0:
         return 0
     rows = [row for folder in folders for row in probe_folder(folder, what, options.device, wait=world_size > 1)]
+    for row in rows:
+        datasets, result = attentive.get(Path(row["source"]), ([], {}))
+        row["results"] += [result] * (row["dataset"] in datasets)
     print_tables(rows)
     if what.out is not None:
         write_json(what.out, rows)
@@ -175,6 +183,18 @@ def probe_folder(folder: Path, what: ProbeOptions, device: str, wait: bool) -> I
         rows.append(row)
     write_json(folder / RESULTS, rows)
     yield from rows
+
+
+def attentive_result(source: str) -> tuple[list[str], dict[str, Any]]:
+    """Return the datasets of a run of attentive probes and its result on them, from its summary; none for other sources."""
+    summary = RunDir(source).read_summary() if Path(source, "summary.json").is_file() else {}
+    last, metadata = summary.get("last") or {}, summary.get("run") or {}
+    if metadata.get("model") != "attentive" or "val_top1" not in last:
+        return [], {}
+    top1, videos = last["val_top1"], int(last["val_videos"])
+    error = math.sqrt(top1 * (100 - top1) / videos)
+    result = {"method": "attentive", "top1": top1, "spread": error, "videos": videos}
+    return list(metadata.get("sources") or []), result
 
 
 def print_tables(rows: Sequence[dict[str, Any]]) -> None:

@@ -29,8 +29,7 @@ from omnivision.data.masking import MASKS
 from omnivision.data.sampling import clip_window, uniform_clip_starts, window_starts
 from omnivision.data.video import FrameFolder, VideoDecodeError, VideoFile, open_video
 from omnivision.data.views import EvalView
-from omnivision.interop.formats import ConvertedCheckpoint, convert_state_dict
-from omnivision.interop.merge import merge
+from omnivision.interop.complete import complete_model
 from omnivision.models import architecture
 from omnivision.models.mae import MaskedAutoencoder
 from omnivision.models.patches import token_grid
@@ -303,33 +302,6 @@ def load(source: str | Path, device: str = "cpu", trust_targets: Sequence[str] =
     model.load_state_dict(converted.state)
     config = file.inference.numbered(converted.architecture.get("classes", []))
     return VideoModel(model, file.path, config, device, None, Origin.of(file))
-
-
-def complete_model(
-    file: StateDictFile, weights: Literal["model", "ema"] | None = None, sources: Sequence[str] | None = None
-) -> tuple[ConvertedCheckpoint, list[str]]:
-    """Return the complete model of a file of ours; a learned average is merged. Also return lines about its sources.
-
-    Args:
-        weights: "model" or "ema", see `StateDictFile.with_weights`.
-        sources: an average's sources, if they are no longer where its checkpoint says.
-    """
-    if not file.architecture:
-        raise UserError(
-            f"{file.path} has no architecture, so it is not from a run of this project. Convert it first: omnivision import "
-            f"{file.path} OUT.pt"
-        )
-    lines: list[str] = []
-    try:
-        file = file.with_weights(weights)
-        if file.architecture.get("kind") == "average":
-            file, averaged, difference = merge(file, sources)
-            lines = [f"Averages {source}" for source in averaged]
-            scores = f"scores of a random clip differ by {difference:.1g} from the average's"
-            lines.append(f"Merged {len(averaged)} checkpoints; {scores}")
-        return convert_state_dict("omnivision", file.state, file.architecture), lines
-    except UserError as error:
-        raise UserError(f"{file.path}: {error}") from None
 
 
 def _load_own_class(file: StateDictFile, target: str, trusted: Sequence[str], device: str) -> VideoModel:

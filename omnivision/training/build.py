@@ -22,9 +22,11 @@ from omnivision.config.instantiate import signature_of
 from omnivision.config.schema import DataSettings, ImageSettings, InstantiateConfig, Settings
 from omnivision.data.catalog import Dataset, LabelSets, Split, label_sets
 from omnivision.data.dataset import ClipConfig, ClipDataset
+from omnivision.data.groups import pattern_grouping
 from omnivision.data.loader import LoaderConfig, TrainData, ValData
 from omnivision.data.sampling import EpochPlan, SourcePlan
 from omnivision.distributed.process_group import Dist, RankInfo
+from omnivision.models.attentive import AttentiveClassifier
 from omnivision.models.patches import token_grid
 from omnivision.optim.groups import (
     ParamGroup,
@@ -98,6 +100,12 @@ def open_splits(settings: Settings) -> Splits:
                 f"datasets.{split.name}.{split.which}.labels must have a label for some sample: this stage learns from labels. "
                 f"Set ++datasets.{split.name}.{split.which}.labels=FILE.npy, with numbers from 0 (-1 is ignored)."
             )
+    if config.data.hold_out:
+        pattern = config.data.hold_out_pattern
+        grouping = None if pattern is None else collect_problems(problems, pattern_grouping, pattern)
+        for split in opened:
+            if split.which == "train" and split.has_labels():
+                collect_problems(problems, split.hold_out, config.data.hold_out, grouping)
     if not datasets:
         problems.append("trainer.data.sources must have at least one dataset. Set a recipe, +trainer=...")
     elif validates and not any(which == "val" for _, which in requested):
@@ -276,8 +284,12 @@ def build_groups(settings: Settings, model: nn.Module) -> list[ParamGroup]:
     }
     if rates := schedules.get("lr"):
         schedules["lr"] = scale_learning_rates(optim.options["lr"], rates, settings.lr, optim.lr_scale_factor)
-    scales = layer_decay_scales(model, optim.layer_decay) if optim.layer_decay is not None else None
-    groups = parameter_groups(model, optim.options, schedules, scales)
+    factors: dict[str, dict[str, float]] = {}
+    if optim.layer_decay is not None:
+        factors["lr"] = layer_decay_scales(model, optim.layer_decay)
+    if isinstance(model, AttentiveClassifier):
+        factors |= model.option_factors()
+    groups = parameter_groups(model, optim.options, schedules, factors)
     if without := [name for group in groups if "lr" not in group.schedules for name in group.names]:
         raise UserError(
             f"trainer.optim.options.lr must have a rule for each parameter; {len(without)} have none, {without[0]} for one. "
@@ -368,7 +380,10 @@ def build_trainer(
     train = TrainData(build_clip_dataset(settings, train_splits, training=True), workers, plan) if plan else None
     evaluated = build_clip_dataset(settings, val_splits, training=False)
     clips = max((kind.clips * kind.views for kind in evaluated.configs.values()), default=1)
-    val = ValData(evaluated, workers, max(1, settings.clips_per_rank // clips)) if val_splits else None
+    videos = max(1, settings.clips_per_rank // clips)
+    val = ValData(evaluated, workers, videos) if val_splits else None
+    held = [split.held_out for split in train_splits if split.held_out is not None]
+    held_out = ValData(build_clip_dataset(settings, held, training=False), workers, videos) if held else None
     built = build_model(settings, "meta" if dist.device.type == "meta" else "cpu")
     online = build_online_eval(settings)
     if online is not None:
@@ -390,4 +405,4 @@ def build_trainer(
         )
         context.fingerprint = fingerprint(config_text, values, used, plan, inference)
     optimizer = build_optimizer(settings, built)
-    return Trainer(settings.trainer, context, build_task(settings), built, optimizer, train, val, online)
+    return Trainer(settings.trainer, context, build_task(settings), built, optimizer, train, val, online, held_out)

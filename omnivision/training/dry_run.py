@@ -179,7 +179,7 @@ def group_lines(optimizer: ScheduledOptimizer, parameters: dict[str, int]) -> It
         for option in group.schedules:
             values = [group.value(option, i / 200) for i in range(201)]
             curve = f"{values[0]:.4g} -> peak {max(values):.4g} -> {values[-1]:.4g}"
-            factor = f" x {group.lr_scale:.4g}:" if option == "lr" and group.lr_scale != 1 else ""
+            factor = f" x {group.factors[option]:.4g}:" if option in group.factors else ""
             texts.append(f"{option}{factor} {curve if min(values) < max(values) else f'{values[0]:.4g}'}")
         count = sum(parameters[name] for name in group.names)
         yield f"  {number}: {len(group.names)} tensors, {format_count(count)} parameters; {'; '.join(texts)}"

@@ -14,7 +14,7 @@ from torch import nn
 from omnivision.data.batch import BadSample, Batch, missing_files_message
 from omnivision.distributed.process_group import Dist
 from omnivision.reporting.predictions import Predictions
-from omnivision.tasks.base import Task
+from omnivision.tasks.base import StepOutput
 from omnivision.tasks.metrics import VALIDATION_METRICS, Meter, Totals, averages
 from omnivision.utils.errors import UserError
 from omnivision.utils.signals import StopSignal
@@ -34,14 +34,14 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate_model(
-    task: Task,
+    step: Callable[[nn.Module, Batch], StepOutput],
     model: nn.Module,
     batches: Iterable[Batch],
     dist: Dist,
     autocast: Callable[[], AbstractContextManager[Any]],
     stop: StopSignal | None = None,
 ) -> Evaluation | None:
-    """Evaluate `model` on this rank's `batches`; the result covers all ranks and is the same on each.
+    """Evaluate `model` on this rank's `batches` by a task's `step`; the result covers all ranks and is the same on each.
 
     Returns None on all ranks if one was asked to stop before the end. Raises UserError on all ranks if the files that one of
     them reads are missing.
@@ -64,7 +64,7 @@ def evaluate_model(
         if not len(batch):
             continue
         with autocast():
-            output = task.evaluation_step(model, batch.to(dist.device))
+            output = step(model, batch.to(dist.device))
         meter.add(batch.source, output.sums, output.count)
         videos += len(batch) // batch.views
         if output.scores is not None:  # one row per video; the views of a video are adjacent in the batch

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from omnivision.checkpoint.pretrained import (
     LoadReport,
     filter_state_dict,
+    head_of,
     interpolate_pos_embed,
     load_filtered,
     name_setting,
@@ -48,7 +49,7 @@ def load_initial_weights(settings: Settings, trainer: Trainer) -> list[LoadRepor
     reports = averaged or load_pretrained(settings, trainer.raw_model)
     for line in [line for report in reports for line in report.lines()]:
         info(line)
-    if not validates and any(name.startswith("heads.") for report in reports for name in report.loaded):
+    if not validates and any(head_of(name) >= 0 for report in reports for name in report.loaded):
         info("The heads of the checkpoint are also loaded; trainer/checkpoint=no_heads leaves them out.")
     if trainer.ema is not None:
         trainer.ema.reset_to_weights()
@@ -66,7 +67,7 @@ def load_pretrained(settings: Settings, model: nn.Module) -> list[LoadReport]:
     if weights.architecture.get("kind") == "average":  # merge it into a single model
         weights = merge(weights).file
     report = load_filtered(model, weights, settings.trainer.checkpoint, build.resolve_class_names(settings))
-    if settings.trainer.mode == "val" and (lacking := [name for name in report.missing if name.startswith("heads.")]):
+    if settings.trainer.mode == "val" and (lacking := [name for name in report.missing if head_of(name) >= 0]):
         raise UserError(
             f"trainer.mode=val evaluates {report.path}, but its heads were not loaded ({lacking[0]}). Expected a checkpoint of "
             "this model, loaded completely: trainer/checkpoint=load_all."

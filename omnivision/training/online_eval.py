@@ -15,6 +15,7 @@ from torch import nn
 from omnivision.config.schema import OnlineEvalSettings
 from omnivision.data.batch import BadSample
 from omnivision.data.catalog import Split
+from omnivision.data.groups import group_paths
 from omnivision.data.loader import LoaderConfig, load_batches
 from omnivision.data.sampling import Draw, Request, keyed_rng
 from omnivision.distributed.process_group import Dist
@@ -131,7 +132,7 @@ class OnlineEval:
         paths = [split.path(index) for index in order]
         features = np.stack([rows[index] for index in order]) if order else np.empty((0, embed.trunk.width), np.float32)
         labels = torch.tensor([split.label(index) for index in order], device=dist.device)
-        groups = board.group_paths(split.name, paths)
+        groups = group_paths(split.name, paths)
         return board.Samples(torch.from_numpy(features).to(dist.device), labels, groups), bad
 
     def _probe(

@@ -88,13 +88,14 @@ class Trainer:
         train: TrainData | None,
         val: ValData | None,
         online_eval: OnlineEval | None = None,
+        held_out: ValData | None = None,
     ) -> None:
-        """Without `train`, the trainer only evaluates."""
+        """Without `train`, the trainer only evaluates. `held_out` is evaluated before each validation."""
         self.settings = settings
         self.context = context
         self.task = task
         self.train_data, self.val_data = train, val
-        self.online_eval = online_eval
+        self.online_eval, self.held_out_data = online_eval, held_out
         self.raw_model: nn.Module = model.to(context.dist.device)
         self.model: nn.Module = self.raw_model  # compiled and wrapped
         if settings.compile:
@@ -280,7 +281,9 @@ class Trainer:
         stop.set_phase("validating", self.global_step)
         batches = self.val_data.batches(self.settings.limit_val_batches, dist.rank, dist.world_size)
         with self._evaluated_weights():
-            result = evaluate_model(self.task, self.raw_model, batches, dist, self._autocast, stop)
+            if not self._choose():
+                return None
+            result = evaluate_model(self.task.evaluation_step, self.raw_model, batches, dist, self._autocast, stop)
         if result is None:
             return None
         self.step_stats.record_bad(result.bad)
@@ -294,6 +297,24 @@ class Trainer:
             predictions.class_names = names
             reporter.save_predictions(source, predictions, self.global_step)
         return result
+
+    def _choose(self) -> bool:
+        """Evaluate the held-out part of the training split, if there is one, let the task choose by it, and log the metrics.
+
+        Returns False when any rank was asked to stop before the end.
+        """
+        if self.held_out_data is None:
+            return True
+        dist = self.context.dist
+        batches = self.held_out_data.batches(self.settings.limit_val_batches, dist.rank, dist.world_size)
+        step = self.task.held_out_step
+        result = evaluate_model(step, self.raw_model, batches, dist, self._autocast, self.context.stop)
+        if result is None:
+            return False
+        self.step_stats.record_bad(result.bad)
+        metrics = self.task.choose(self.raw_model, result.metrics)
+        self.context.reporter.log_epoch("held_out", self.state.weights_epoch, self.global_step, metrics)
+        return True
 
     def _probe(self, online_eval: OnlineEval) -> None:
         """Probe the features of the EMA if there is one, else of the weights, and log the metrics."""

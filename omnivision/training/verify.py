@@ -24,8 +24,7 @@ from omnivision.config.validate import read_run_config
 from omnivision.data.batch import Batch
 from omnivision.data.loader import LoaderConfig, load_batches
 from omnivision.data.sampling import Request, keyed_rng
-from omnivision.interop.formats import convert_state_dict
-from omnivision.interop.merge import merge
+from omnivision.interop.complete import complete_model
 from omnivision.models.architecture import from_architecture
 from omnivision.reporting.logs import read_lines
 from omnivision.reporting.predictions import Predictions, read_predictions
@@ -240,13 +239,10 @@ def prediction_claims(
     track: Track,
 ) -> list[Claim]:
     """Recompute predictions of each source, and compare probabilities and classes."""
-    file = weights.with_weights()
-    if file.architecture.get("kind") == "average":
-        file = merge(file).file
-    if file.own_class is not None or not file.architecture:
+    if weights.own_class is not None:
         return [Claim("predictions", "", "models of your own classes are not built here", "unchecked")]
-    converted = convert_state_dict("omnivision", file.state, file.architecture)
-    model = from_architecture(converted.architecture, str(file.path))
+    converted, _ = complete_model(weights)
+    model = from_architecture(converted.architecture, str(weights.path))
     model.load_state_dict(converted.state)
     model = model.eval().to(device)
     task = build.build_task(settings)

@@ -117,7 +117,10 @@ class Shipped(unittest.TestCase):
             small = ("image_size=32", "num_frames=4", "mixing_lr_factor=3", f"trainer/model={model}")
             run_settings = stage_settings(stage, *small, *overrides)
             groups = build.build_optimizer(run_settings, build.build_model(run_settings, device="meta")).groups
-            return [[group.lr_scale, *(group.schedules["lr"](i / 200) for i in range(201))] for group in groups]
+            return [
+                [group.factors.get("lr", 1.0), *(group.schedules["lr"](i / 200) for i in range(201))]
+                for group in groups
+            ]
 
         for stage, model, recipe_peak in (
             ("mae", "vitmicro", 1.6e-3),

@@ -8,6 +8,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
+from omnivision.data.groups import group_paths
 from omnivision.probing import board, methods
 
 CLASSES, DIM = 5, 12
@@ -98,8 +99,8 @@ class Board(unittest.TestCase):
 
     def test_known_datasets_have_groups(self) -> None:
         paths = [f"v_Archery_g{group:02}_c{clip:02}.avi" for group in range(2) for clip in range(2)]
-        self.assertEqual(len(set(board.group_paths("ucf101", paths))), 2)
-        self.assertEqual(len(set(board.group_paths("mine", paths))), 4)
+        self.assertEqual(len(set(group_paths("ucf101", paths))), 2)
+        self.assertEqual(len(set(group_paths("mine", paths))), 4)
 
 
 if __name__ == "__main__":
