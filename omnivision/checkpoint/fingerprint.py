@@ -27,6 +27,9 @@ SETTINGS_OF_ONE_ATTEMPT = ("trainer.mode", "trainer.checkpoint.allow_changes")
 # Settings that older runs lack, with the values that those runs had.
 DEFAULTS_OF_OLDER_RUNS = {"crop_scale": [0.08, 1.0], "rand_augment_prob": 0.5, "erasing_prob": 0.25, "mixing_prob": 1.0}
 DEFAULTS_OF_OLDER_RUNS["trainer.data.view.scale"] = DEFAULTS_OF_OLDER_RUNS["crop_scale"]
+DEFAULTS_OF_OLDER_RUNS |= {"trainer.data.hold_out": 0, "trainer.data.balance": 0, "trainer.online_eval.sources": []}
+DEFAULTS_OF_OLDER_RUNS |= {"trainer.online_eval.every_epochs": 5, "trainer.online_eval.limit": 2000}
+DEFAULTS_OF_OLDER_RUNS["trainer.online_eval.methods"] = ["knn", "logistic", "rankme"]
 # Classes that have been renamed: earlier runs have the old name.
 RENAMED_TARGETS = {"omnivision.data.mixing.Mixing": "omnivision.data.mixing.MixupCutmix"}
 LIBRARIES = ("torch", "torchvision", "timm", "av", "numpy")

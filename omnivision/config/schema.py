@@ -142,6 +142,7 @@ class DataSettings(SettingsGroup):
     share_head: bool
     hold_out: Annotated[float, Field(ge=0, lt=1)]
     hold_out_pattern: str | None
+    balance: Fraction
     bad_sample_budget: RuntimeOnly[Fraction]
     max_pixels: PositiveInt | None
 

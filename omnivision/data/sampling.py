@@ -33,6 +33,7 @@ class Draw(IntEnum):
     REPLACEMENT = 3
     BATCH_ORDER = 100
     SAMPLE_ORDER = 101
+    CLASS_ORDER = 102
     MODEL = 200
 
 
@@ -99,6 +100,53 @@ AnyRequest = Request | WindowRequest
 
 
 @dataclass(frozen=True)
+class ClassBalance:
+    """How often a pass over N samples draws each class. Within a class, each sample is drawn equally often, to within one.
+
+    Args:
+        members: int64 (N,), the samples ordered by class.
+        sizes: int64 (K,), samples of each class; samples without a label (-1) are the first class.
+        draws: int64 (K,), draws of each class in a pass; they add up to N.
+    """
+
+    members: np.ndarray
+    sizes: np.ndarray
+    draws: np.ndarray
+
+    @classmethod
+    def of(cls, labels: np.ndarray, balance: float) -> ClassBalance:
+        """Draw classes in proportion to size^(1 - balance): 0 as they occur, 1 all alike. Samples without a label keep their
+        share.
+        """
+        present, sizes = np.unique(labels, return_counts=True)
+        labelled = present >= 0
+        weights = np.where(labelled, sizes.astype(float) ** (1 - balance), 0)
+        wanted = np.where(labelled, weights * sizes[labelled].sum() / max(weights.sum(), 1e-12), sizes)
+        draws = np.floor(wanted).astype(np.int64)
+        missing = len(labels) - int(draws.sum())
+        draws[np.argsort(draws - wanted, kind="stable")[:missing]] += 1  # the largest remainders
+        return cls(np.argsort(labels, kind="stable"), sizes.astype(np.int64), draws)
+
+    @property
+    def passes(self) -> int:
+        """How often the most frequent sample is drawn."""
+        return int(np.ceil(self.draws / self.sizes).max())
+
+    def samples(self, draws: np.ndarray, seed: int, *key: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the samples of draws 0 .. N - 1, and how often each was drawn before in this pass: int64 of the same shape."""
+        classes = np.searchsorted(np.cumsum(self.draws), draws, side="right")
+        turn = draws - (np.cumsum(self.draws) - self.draws)[classes]
+        place, earlier = turn % self.sizes[classes], turn // self.sizes[classes]
+        first = np.cumsum(self.sizes) - self.sizes
+        chosen = np.empty_like(place)
+        for own, count in {*zip(classes.tolist(), earlier.tolist(), strict=True)}:
+            same = (classes == own) & (earlier == count)
+            shuffled = shuffled_index(place[same], int(self.sizes[own]), seed, Draw.CLASS_ORDER, *key, own, count)
+            chosen[same] = self.members[first[own] + shuffled]
+        return chosen, earlier
+
+
+@dataclass(frozen=True)
 class SourcePlan:
     """How an epoch reads one source.
 
@@ -109,6 +157,7 @@ class SourcePlan:
             holds as many views as the source has samples.
         repeat: passes of an epoch over the source (may be a fraction).
         micro_batches: equal parts of a batch, whose gradients are accumulated.
+        balance: which samples a pass draws; None: each once.
     """
 
     num_samples: int
@@ -116,6 +165,7 @@ class SourcePlan:
     views_per_video: int = 1
     repeat: float = 1
     micro_batches: int = 1
+    balance: ClassBalance | None = None
 
     @property
     def clips_per_step(self) -> int:
@@ -160,8 +210,14 @@ class EpochPlan:
         requests = []
         for repeat_index in np.unique(positions // size):  # a repeated source is shuffled anew on each pass
             places = positions[positions // size == repeat_index] % size
-            chosen = shuffled_index(places, size, self.seed, Draw.SAMPLE_ORDER, epoch, source, int(repeat_index))
-            requests += [Request(source, int(index), epoch, int(repeat_index)) for index in chosen]
+            key = epoch, source, int(repeat_index)
+            chosen = shuffled_index(places, size, self.seed, Draw.SAMPLE_ORDER, *key)
+            repeats = np.full(len(chosen), repeat_index)
+            if (balance := self._in_order[source].balance) is not None:
+                chosen, earlier = balance.samples(chosen, self.seed, *key)
+                repeats = repeats * balance.passes + earlier  # so that no two clips of a sample have the same draws
+            pairs = zip(chosen.tolist(), repeats.tolist(), strict=True)
+            requests += [Request(source, index, epoch, repeat) for index, repeat in pairs]
         return requests
 
 

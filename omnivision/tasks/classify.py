@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,6 +21,7 @@ from omnivision.models.average import AveragedClassifier
 from omnivision.models.patches import normalize_pixels
 from omnivision.tasks.base import StepOutput, Task
 from omnivision.tasks.metrics import topk_hits
+from omnivision.utils.errors import UserError
 
 
 class Classify(Task):
@@ -30,14 +32,34 @@ class Classify(Task):
         mixing: mixup and CutMix of a training batch; None trains on plain samples with hard labels. All micro-batches of a
             step get the same draw, with partners from the whole batch.
         average: what is averaged over the views of a video at evaluation, "logits" (as published) or "softmax".
+        class_weights: factors of the classes in the training loss, in the order of their labels; or "balanced", N / (K n) for a
+            class with n of N training samples, K classes having any. The loss of an evaluation has no weights.
+        label_counts: training samples of each class, by head, for "balanced".
+
+    Raises UserError for weights that do not fit the classes.
     """
 
     def __init__(
-        self, labels: LabelSets, mixing: MixupCutmix | None = None, average: Literal["logits", "softmax"] = "logits"
+        self,
+        labels: LabelSets,
+        mixing: MixupCutmix | None = None,
+        average: Literal["logits", "softmax"] = "logits",
+        class_weights: list[Annotated[float, Field(ge=0)]] | Literal["balanced"] | None = None,
+        label_counts: Sequence[Sequence[int]] | None = None,
     ) -> None:
         self.labels = labels
         self.mixing = mixing
         self.average = average
+        self.class_weights: list[Tensor] | None = None  # by head
+        if class_weights == "balanced":
+            self.class_weights = [balanced_weights(counts) for counts in label_counts or ()] or None
+        elif class_weights is not None:
+            if labels.classes != [len(class_weights)]:
+                raise UserError(
+                    f"trainer.task.class_weights must have a number for each class of the only head ({labels.classes}), got "
+                    f"{len(class_weights)}. Set as many, or balanced."
+                )
+            self.class_weights = [torch.tensor(class_weights)]
 
     def training_step(self, model: nn.Module, batch: Batch) -> StepOutput:
         """Train on a batch, mixed if that is configured."""
@@ -56,14 +78,22 @@ class Classify(Task):
             if depth is not None:
                 video, depth = video[:, :3], video[:, 3:]
         logits = model(video, head, depth)
+        weights = self._weights(head, logits.device)
         count = target.any(1).sum()  # a mixture counts if one of its two samples has a label
         if logits.ndim == 3:  # a grid of probes: each has its own loss, and the log shows the means
-            loss = torch.stack([soft_cross_entropy(own, target) for own in logits]).sum()
+            loss = torch.stack([soft_cross_entropy(own, target, weights) for own in logits]).sum()
             hits = [_hits(own, class_weights) for own in logits.detach()]
             sums = {name: torch.stack([own[name] for own in hits]).mean() for name in hits[0]}
             return StepOutput(loss, count, {"loss": loss.detach() * count / len(logits)} | sums)
-        loss = soft_cross_entropy(logits, target)
+        loss = soft_cross_entropy(logits, target, weights)
         return StepOutput(loss, count, {"loss": loss.detach() * count} | _hits(logits.detach(), class_weights))
+
+    def _weights(self, head: int, device: torch.device) -> Tensor | None:
+        """Return the class weights of a head, which stay on the device."""
+        if self.class_weights is None:
+            return None
+        self.class_weights[head] = self.class_weights[head].to(device)
+        return self.class_weights[head]
 
     def evaluation_step(self, model: nn.Module, batch: Batch) -> StepOutput:
         """Evaluate a batch, averaging over the views of each video."""
@@ -108,13 +138,21 @@ class Classify(Task):
         return metrics
 
 
-def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """Return the mean over the samples of `-sum_c target_c log softmax(logits)_c`; (B, classes) twice -> scalar.
+def balanced_weights(counts: Sequence[int]) -> Tensor:
+    """Return N / (K n) for each class with n of N samples, K classes having any, and 1 for classes without samples."""
+    number = torch.tensor(counts, dtype=torch.float32)
+    weights = number.sum() / (number.clamp(min=1) * max(1, int((number > 0).sum())))
+    return torch.where(number > 0, weights, 1.0)
+
+
+def soft_cross_entropy(logits: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Return the mean over the samples of `-sum_c weights_c target_c log softmax(logits)_c`; (B, classes) twice -> scalar.
 
     Samples without a label (a row of zeros) do not count; a batch without any label gives 0.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    total = -(target * F.log_softmax(logits, dim=-1)).sum()
+    terms = target * F.log_softmax(logits, dim=-1)
+    total = -(terms if weights is None else terms * weights).sum()
     return total / target.any(1).sum().clamp(min=1)
 
 

@@ -24,7 +24,7 @@ from omnivision.data.catalog import Dataset, LabelSets, Split, label_sets
 from omnivision.data.dataset import ClipConfig, ClipDataset
 from omnivision.data.groups import pattern_grouping
 from omnivision.data.loader import LoaderConfig, TrainData, ValData
-from omnivision.data.sampling import EpochPlan, SourcePlan
+from omnivision.data.sampling import ClassBalance, EpochPlan, SourcePlan
 from omnivision.distributed.process_group import Dist, RankInfo
 from omnivision.models.attentive import AttentiveClassifier
 from omnivision.models.patches import token_grid
@@ -150,7 +150,10 @@ def build_epoch_plan(settings: Settings, train: list[Split]) -> EpochPlan:
             images = data.image
             batch, views, micro_batches = images.batch_size, images.views_per_clip, images.accumulation_steps
         videos = batch * settings.launcher.num_nodes // views
-        sources[split.name] = SourcePlan(len(split), videos, views, data.repeats.get(split.name, 1), micro_batches)
+        labels = np.array([split.label(index) for index in range(len(split))]) if data.balance else None
+        balance = None if labels is None else ClassBalance.of(labels, data.balance)
+        repeat = data.repeats.get(split.name, 1)
+        sources[split.name] = SourcePlan(len(split), videos, views, repeat, micro_batches, balance)
     return EpochPlan(sources, trainer.seed_value, trainer.limit_train_batches)
 
 
@@ -201,8 +204,20 @@ def build_with_labels(settings: Settings, target: InstantiateConfig, where: str)
     given: dict[str, Callable[[], Any]] = {
         "classes": lambda: build_label_sets(settings).classes,
         "labels": lambda: build_label_sets(settings),
+        "label_counts": lambda: count_labels(settings) if target.get("class_weights") == "balanced" else None,
     }
     return instantiate_target(target, where, **{name: get() for name, get in given.items() if name in wanted})
+
+
+def count_labels(settings: Settings) -> list[list[int]]:
+    """Return the number of training samples of each class, by head."""
+    sets = build_label_sets(settings)
+    counts = [[0] * classes for classes in sets.classes]
+    for split in open_splits(settings)[0]:
+        head = sets.head[split.name]
+        for label, count in enumerate(split.label_counts()):
+            counts[head][label] += count
+    return counts
 
 
 def build_model(settings: Settings, device: str = "cpu") -> nn.Module:

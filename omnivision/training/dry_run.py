@@ -24,6 +24,7 @@ from omnivision.models.average import AveragedClassifier
 from omnivision.optim.groups import ScheduledOptimizer
 from omnivision.reporting.reporter import Reporter
 from omnivision.reporting.run_directory import RunDir
+from omnivision.tasks.base import Task
 from omnivision.training import build, preflight
 from omnivision.training.flops import ClipFlops, count_forward_flops
 from omnivision.training.initial_weights import load_initial_weights
@@ -117,6 +118,7 @@ def describe(settings: Settings, trainer: Trainer, splits: build.Splits) -> list
         f"sources      {', '.join(settings.trainer.data.sources)}",
         *data_lines(settings, trainer, splits),
         *weights_lines(settings, trainer),
+        *class_weight_lines(trainer.task),
     ]
     if trainer.online_eval is not None:
         lines.append(online_line(settings, trainer, trainer.online_eval, cost))
@@ -152,11 +154,24 @@ def data_lines(settings: Settings, trainer: Trainer, splits: build.Splits) -> It
                 hidden = int(config.mask(config.grid, np.random.default_rng(0)).sum())
                 tokens = math.prod(config.grid)
                 yield f"mask         {type(config.mask).__name__} hides {hidden} of the {tokens} tokens of a {kind} clip"
+        for name, source in trainer.train_data.plan.sources.items():
+            if source.balance is not None:
+                low, high = int(source.balance.draws.min()), int(source.balance.draws.max())
+                yield (
+                    f"balance      {name}: each class is drawn {low} to {high} times in a pass; classes have "
+                    f"{source.balance.sizes.min()} to {source.balance.sizes.max()} samples"
+                )
         steps = trainer.train_data.plan.steps
         epochs = settings.trainer.max_epochs
         total = trainer.total_steps
         left = f", {max(0, total - trainer.global_step)} of them left" if trainer.global_step else ""
         yield f"steps        {steps} per epoch x {plural(epochs, 'epoch')} = {total}{left}"
+
+
+def class_weight_lines(task: Task) -> Iterator[str]:
+    """Yield the range of the class weights in the training loss, if there are any."""
+    for head, weights in enumerate(getattr(task, "class_weights", None) or ()):
+        yield f"loss         classes of head {head} have weights {weights.min():.3g} to {weights.max():.3g}"
 
 
 def weights_lines(settings: Settings, trainer: Trainer) -> Iterator[str]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from omnivision.data.frames import subsample_indices
 from omnivision.data.sampling import (
+    ClassBalance,
     EpochPlan,
     Request,
     SourcePlan,
@@ -183,6 +184,45 @@ class Subsample(unittest.TestCase):
         self.assertEqual(subsample_indices(9, 1), [0])
         for total, num in [(0, 4), (4, 0)]:
             self.assertRaises(ValueError, subsample_indices, total, num)
+
+
+class Balance(unittest.TestCase):
+    """Class-balanced sampling."""
+
+    labels = np.array([0] * 60 + [1] * 30 + [2] * 9 + [-1] * 1)
+
+    def requests(self, balance: float, epoch: int = 0, world: int = 1) -> list[Request]:
+        plan = EpochPlan({"a": SourcePlan(100, 4, balance=ClassBalance.of(self.labels, balance))}, seed=1)
+        return [
+            request
+            for step in range(plan.steps)
+            for rank in range(world)
+            for request in plan.requests(epoch, step, rank, world)
+        ]
+
+    def counts(self, balance: float) -> list[int]:
+        drawn = [int(self.labels[request.sample_index]) for request in self.requests(balance)]
+        return [drawn.count(label) for label in (-1, 0, 1, 2)]
+
+    def test_draws_by_class(self) -> None:
+        self.assertEqual(self.counts(0), [1, 60, 30, 9])
+        self.assertEqual(self.counts(1), [1, 33, 33, 33])
+        self.assertEqual(self.counts(0.5), [1, 47, 34, 18])
+
+    def test_samples_of_a_class_are_drawn_equally_often(self) -> None:
+        drawn = [request.sample_index for request in self.requests(1)]
+        for label, (least, most) in {0: (0, 1), 1: (1, 2), 2: (3, 4)}.items():
+            counts = [drawn.count(index) for index in np.flatnonzero(self.labels == label)]
+            self.assertEqual((min(counts), max(counts)), (least, most))
+
+    def test_no_two_clips_have_the_same_draws(self) -> None:
+        requests = self.requests(1)
+        self.assertEqual(len(set(requests)), len(requests))
+
+    def test_epochs_differ_and_ranks_do_not_matter(self) -> None:
+        self.assertNotEqual(self.requests(1), self.requests(1, epoch=1))
+        self.assertEqual(self.requests(1), self.requests(1, world=2))
+        self.assertEqual(self.requests(1), self.requests(1))
 
 
 if __name__ == "__main__":
